@@ -1,0 +1,1 @@
+"""Pure mathematics on tensors: no files, no ranks, no globals."""
