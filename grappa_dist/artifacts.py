@@ -1,0 +1,141 @@
+"""Artefacts on storage: what exists is complete.
+
+A finished artefact is a folder `<kind>-<fingerprint>/` with a manifest. While it is being made it is called
+`<kind>-<fingerprint>.partial/`, which keeps what a restart can use (shards done, checkpoints); one rename commits it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from grappa_dist.config import fingerprint
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A handle; `settings` and `inputs` are what its fingerprint was made of."""
+
+    root: Path
+    kind: str  # e.g. "labels/k=64"
+    settings: Mapping[str, Any] = field(compare=False)
+    inputs: Mapping[str, str] = field(compare=False)  # role -> fingerprint
+    fingerprint: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}-{self.fingerprint}"
+
+    @property
+    def path(self) -> Path:
+        return self.root / self.name
+
+    @property
+    def partial(self) -> Path:
+        return self.root / f"{self.name}.partial"
+
+    @property
+    def complete(self) -> bool:
+        return (self.path / MANIFEST).exists()
+
+    def begin(self) -> Path:
+        """The folder to write into; what an earlier attempt left there is kept."""
+        self.partial.mkdir(parents=True, exist_ok=True)
+        return self.partial
+
+    def commit(self, discard: Sequence[str] = ()) -> None:
+        """Drops `discard`ed patterns (checkpoints, say), writes the manifest, and makes the artefact appear in one rename."""
+        for pattern in discard:
+            for path in self.partial.glob(pattern):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        files = {str(p.relative_to(self.partial)): p.stat().st_size for p in sorted(self.partial.rglob("*")) if p.is_file()}
+        manifest = {
+            "kind": self.kind,
+            "fingerprint": self.fingerprint,
+            "settings": dict(self.settings),
+            "inputs": dict(self.inputs),
+            "files": files,
+            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
+        write_json(self.partial / MANIFEST, manifest)
+        os.rename(self.partial, self.path)
+        sync_folder(self.path.parent)
+
+    def check(self) -> None:
+        """Raises ValueError when a file of the manifest is missing or has another size."""
+        manifest = json.loads((self.path / MANIFEST).read_text())
+        for name, size in manifest["files"].items():
+            path = self.path / name
+            found = path.stat().st_size if path.exists() else None
+            if found != size:
+                state = "is missing" if found is None else f"has {found} bytes, its manifest says {size}"
+                raise ValueError(f"{path} {state}; remove {self.path} to have it made again")
+
+
+@dataclass(frozen=True)
+class Store:
+    """The run directory."""
+
+    root: Path
+
+    def artifact(self, kind: str, settings: Mapping[str, Any], inputs: Mapping[str, Artifact | str]) -> Artifact:
+        """The artefact of these settings and inputs, finished or not."""
+        prints = {role: i.fingerprint if isinstance(i, Artifact) else i for role, i in inputs.items()}
+        return Artifact(self.root, kind, settings, prints, fingerprint(kind, dict(settings), prints))
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """One driver at a time; a second one is refused at once."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        with open(self.root / ".lock", "w") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"another run is writing to {self.root}; wait for it or choose another --out") from None
+            yield
+
+    def publish(self, link: str, artifact: Artifact) -> Path:
+        """Points `<root>/<link>` at a finished artefact, replacing the old link atomically."""
+        path, fresh = self.root / link, self.root / f".{link}.new"
+        fresh.unlink(missing_ok=True)
+        fresh.symlink_to(artifact.name)
+        os.replace(fresh, path)
+        return path
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place, whole and synced, when the block ends without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as handle:
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, sort_keys=False) + "\n")
+
+
+def sync_folder(path: Path) -> None:
+    """Makes a rename inside `path` survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,237 @@
+"""Every setting, checked at birth: defaults < YAML < key=value, unknown keys refused. Units are in the names.
+
+What changes the result and what only says where it runs are apart: everything but `out` and `resources` enters the
+fingerprints of the artefacts it affects.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+
+def _as_tuple(value: Any) -> Any:
+    return (value,) if isinstance(value, str | int) else value
+
+
+Paths = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Rate = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+Modulepath = Annotated[str, Field(pattern=r"^[\w.]+:[\w./-]+$")]
+Rgb = tuple[float, float, float]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class DataConfig(Section):
+    """Where the images are: folders of WebDataset tars (or glob patterns), or a collection that a function draws."""
+
+    train: Paths = ()  # unlabelled images to adapt to
+    test: Paths = ()  # images to evaluate on; labels optional; empty: label-free figures on the training images
+    collection: Modulepath | None = None  # "module:function" that yields drawings, instead of train and test
+    collection_kwargs: dict[str, Any] = {}
+    max_bad_share: Share = 0.01  # more undecodable rows than this stop the run
+    streams: Count = 128  # V: an epoch is cut into this many sequential streams (part of the result, ranks are not)
+    shuffle_window: Count = 1024  # rows of a stream that are shuffled together
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataConfig:
+        if bool(self.train) == bool(self.collection):
+            raise ValueError("give either data.train (folders of shards) or data.collection, not both and not neither")
+        return self
+
+
+class BackboneConfig(Section):
+    """The frozen ViT. Pixel settings that are null come from timm's data config, else they are ImageNet's."""
+
+    name: Modulepath  # timm:<model> or <module>:<function>
+    kwargs: dict[str, Any] = {}
+    checkpoint: str | None = None  # a safetensors or weights-only file, instead of timm's download
+    image_size: Count | None = None
+    resize: Literal["crop", "squash"] | None = None  # shorter side then centre crop, or straight to a square
+    interpolation: Literal["bicubic", "bilinear", "lanczos"] | None = None
+    mean: Rgb | None = None
+    std: Rgb | None = None
+
+
+class EmbedConfig(Section):
+    batch_size: Count = 128  # part of the result: a GEMM's last bits depend on its shape, so batches are padded to it
+
+
+class ClusteringConfig(Section):
+    """Pseudo-labels: k-means with N numbers of clusters."""
+
+    num_labels: tuple[Count, ...] | Literal["auto"] = "auto"  # K_1..K_N; auto: a geometric ladder from 256 to about n
+    iterations: Count = 20
+    tolerance: Rate = 0.0  # stop when the inertia improves by less than this share; 0: never
+    spherical: bool = False  # re-normalise means (ours; the paper's k-means does not)
+
+    @model_validator(mode="after")
+    def _distinct(self) -> ClusteringConfig:
+        if self.num_labels != "auto" and (len(set(self.num_labels)) < len(self.num_labels) or not self.num_labels):
+            raise ValueError(f"clustering.num_labels must be distinct and not empty, got {list(self.num_labels)}")
+        return self
+
+
+class AdaptConfig(Section):
+    """Training of one adaptor set. Defaults: lr, weight decay and loss from the paper, the rest ours (docs/settings)."""
+
+    bottleneck: Count = 64  # H
+    gamma: Rate = 16.0  # scale of the norm-softmax, Eq. (2)
+    global_batch: Count = 128
+    epochs: Count = 3
+    learning_rate: Rate = 1e-3
+    weight_decay: Rate = 1e-3  # L2 added to the gradient (Adam, not AdamW)
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    min_crop_area: Share = 0.25  # random resized crop
+    checkpoint_steps: Count = 50
+
+
+class FuseConfig(Section):
+    """Training of the fusion. A variant is pairs of `transforms` or `neighbours`, by LARS (the paper) or `-adam`."""
+
+    variants: tuple[Literal["average", "transforms", "neighbours", "transforms-adam", "neighbours-adam"], ...] = (
+        "average",
+        "transforms",
+        "neighbours",
+    )
+    global_batch: Annotated[int, Field(ge=2)] = 256
+    micro_batch: Count = 64  # images at a time per rank; the loss is exact for the whole batch all the same
+    epochs: Count = 1
+    projector: tuple[Count, ...] = (8192, 8192, 8192)
+    beta: Rate = 0.0051  # off-diagonal weight, Eq. (4)
+    loss_scale: Rate = 0.024  # "scaling" of the Barlow Twins code
+    neighbours: Count = 5  # k of the k-NN graph
+    refresh: bool = True  # rebuild the graph every epoch, else once
+    lars_learning_rate: Rate = 0.5
+    lars_weight_decay: Rate = 1e-3
+    adam_learning_rate: Rate = 1e-3  # the second recipe: Adam without decay
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    min_crop_area: Share = 0.25
+    checkpoint_steps: Count = 20
+
+    @model_validator(mode="after")
+    def _distinct(self) -> FuseConfig:
+        if len(set(self.variants)) < len(self.variants) or not self.variants:
+            raise ValueError(f"fuse.variants must be distinct and not empty, got {list(self.variants)}")
+        return self
+
+
+class EvaluateConfig(Section):
+    gallery_queries: Annotated[int, Field(ge=0)] = 4  # per task, shown in the report
+    gallery_hits: Count = 5
+    view_queries: Annotated[int, Field(ge=0)] = 512  # images whose augmented view must find its source
+    export: str = "neighbours"  # the fusion variant that becomes the model
+
+
+class Resources(Section):
+    """Where it runs. Nothing here changes which rows are in a batch; more ranks change float rounding only."""
+
+    workers: Count | Literal["auto"] = "auto"  # long-lived worker processes; auto: one per GPU, else one per CPU
+    cpus_per_worker: Count = 1
+    gpus_per_worker: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
+    adapt_ranks: Count = 1  # ranks per adaptor job; jobs run side by side as far as the workers go
+    threads: Count | Literal["auto"] = "auto"  # torch and faiss threads per worker; auto: cpus_per_worker
+    decode_threads: Count = 2
+    max_restarts: Annotated[int, Field(ge=0)] = 3  # of one job or shard, after its process died
+    collective_timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    num_cpus: Count | None = None  # size of a local cluster that we start; null: all
+
+
+class Config(Section):
+    name: str
+    out: str | None = None  # the run directory; null: runs/<name>
+    seed: Annotated[int, Field(ge=0)] = 0
+    notes: tuple[str, ...] = ()  # shown in the report, e.g. what the backbone was trained with
+    data: DataConfig
+    backbone: BackboneConfig
+    embed: EmbedConfig = EmbedConfig()
+    clustering: ClusteringConfig = ClusteringConfig()
+    adapt: AdaptConfig = AdaptConfig()
+    fuse: FuseConfig = FuseConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    resources: Resources = Resources()
+
+    @model_validator(mode="after")
+    def _export_exists(self) -> Config:
+        if self.evaluate.export not in self.fuse.variants:
+            raise ValueError(f"evaluate.export={self.evaluate.export!r} is not one of fuse.variants {list(self.fuse.variants)}")
+        return self
+
+    def yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """The config of a YAML file and `key.sub=value` overrides (values are YAML).
+
+    Raises:
+        ValueError: naming the key, the value found and what would be right.
+    """
+    try:
+        tree = yaml.safe_load(Path(path).read_text())
+    except FileNotFoundError:
+        raise ValueError(f"config {path} does not exist") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"config {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise ValueError(f"config {path} must be a mapping of sections, got {type(tree).__name__}")
+    for override in overrides:
+        _set(tree, override)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ValueError("; ".join(_describe(problem) for problem in error.errors()[:3])) from error
+
+
+def fingerprint(*parts: Any) -> str:
+    """Ten hex digits over JSON-able parts and sections; equal settings give equal names on any machine."""
+    plain = [p.model_dump(mode="json") if isinstance(p, BaseModel) else p for p in parts]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def _set(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ValueError(f"override {override!r} must look like section.key=value")
+    *parents, leaf = key.split(".")
+    node = tree
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ValueError(f"override {override!r}: {parent!r} is not a section")
+        node = child
+    try:
+        node[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"override {override!r}: the value is not valid YAML") from error
+
+
+def _describe(problem: Mapping[str, Any]) -> str:
+    where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        known = sorted(_fields(problem["loc"][:-1]))
+        close = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
+        return f"unknown key {where}; {hint}"
+    if problem["type"] == "missing":
+        return f"{where} is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    return message if problem["type"] == "value_error" else f"{where}={problem['input']!r}: {message}"
+
+
+def _fields(loc: Iterable[str | int]) -> set[str]:
+    section: Any = Config
+    for part in loc:
+        section = section.model_fields[part].annotation
+    return set(section.model_fields)

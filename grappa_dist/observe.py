@@ -1,0 +1,86 @@
+"""What a run says of itself: events as JSON lines on disk, and one console line per moment."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+class Events:
+    """Appends events to a JSONL file: {"t": unix seconds, "stage", "job", "name", ...figures}."""
+
+    def __init__(self, path: Path, **always: Any) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(path, "a", buffering=1)
+        self._always = always
+
+    def __call__(self, name: str, **figures: Any) -> None:
+        self._file.write(json.dumps({"t": round(time.time(), 3), **self._always, "name": name, **figures}) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_events(path: Path) -> Iterator[dict[str, Any]]:
+    """The events of a file; a last line cut short by a crash is left out."""
+    if not path.exists():
+        return
+    with open(path) as lines:
+        for line in lines:
+            if line.endswith("\n"):
+                yield json.loads(line)
+
+
+class Console:
+    """Progress for people, on stderr; the table and the report's path go to stdout."""
+
+    def __init__(self, events: Events | None = None) -> None:
+        self._events = events
+        self._began = time.monotonic()
+
+    def say(self, text: str) -> None:
+        minutes, seconds = divmod(int(time.monotonic() - self._began), 60)
+        print(f"[{minutes:3d}:{seconds:02d}] {text}", file=sys.stderr, flush=True)
+
+    def event(self, name: str, **figures: Any) -> None:
+        if self._events:
+            self._events(name, **figures)
+
+    @contextmanager
+    def stage(self, name: str, what: str) -> Iterator[None]:
+        """Announces a stage, and says how long it took."""
+        self.say(f"{name}: {what}")
+        self.event("stage_begins", stage=name)
+        began = time.monotonic()
+        yield
+        self.say(f"{name}: done in {duration(time.monotonic() - began)}")
+        self.event("stage_ends", stage=name, seconds=round(time.monotonic() - began, 3))
+
+    def jobs(self, stage: str, status: Mapping[str, Mapping[str, Any]]) -> None:
+        """One line with all running jobs side by side."""
+        self.say(f"{stage}: " + " | ".join(f"{name} {_figures(s)}" for name, s in status.items() if s))
+
+
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}m{rest:02d}s" if minutes else f"{seconds:.1f}s"
+
+
+def _figures(status: Mapping[str, Any]) -> str:
+    parts = []
+    if "phase" in status:
+        parts.append(str(status["phase"]))
+    if status.get("of"):
+        parts.append(f"{status['done']}/{status['of']}")
+    if "loss" in status:
+        parts.append(f"loss {status['loss']:.3f}")
+    if status.get("images_per_s"):
+        parts.append(f"{status['images_per_s']:.0f} img/s")
+    if status.get("left_s") is not None:
+        parts.append(f"{duration(status['left_s'])} left")
+    return " ".join(parts)
