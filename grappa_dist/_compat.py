@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import torch
 
-_SCHEMAS = ("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor", "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+_SCHEMAS = (
+    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+)
 _library: torch.library.Library | None = None
 
 
 def declare_torchvision_ops() -> None:
-    """Declares the operators that a CUDA build of torchvision expects to find, once; does nothing beside a CUDA torch.
+    """Declares the operators that a CUDA build of torchvision expects, once; does nothing beside a CUDA torch.
 
-    The public torchvision wheel is a CUDA build. Beside a CPU torch its compiled operators do not load, and importing it
+    The public torchvision wheel is a CUDA build. Beside a CPU torch its operators do not load, and importing it
     fails on registering fake kernels for operators that nobody declared. We use none of these operators.
     """
     global _library

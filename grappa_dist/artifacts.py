@@ -14,8 +14,12 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from grappa_dist.config import fingerprint
 
@@ -54,11 +58,13 @@ class Artifact:
         return self.partial
 
     def commit(self, discard: Sequence[str] = ()) -> None:
-        """Drops `discard`ed patterns (checkpoints, say), writes the manifest, and makes the artefact appear in one rename."""
+        """Drops `discard`ed patterns (checkpoints, say), writes the manifest; one rename makes the artefact appear."""
         for pattern in discard:
             for path in self.partial.glob(pattern):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        files = {str(p.relative_to(self.partial)): p.stat().st_size for p in sorted(self.partial.rglob("*")) if p.is_file()}
+        files = {
+            str(p.relative_to(self.partial)): p.stat().st_size for p in sorted(self.partial.rglob("*")) if p.is_file()
+        }
         manifest = {
             "kind": self.kind,
             "fingerprint": self.fingerprint,
@@ -101,7 +107,9 @@ class Store:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise ValueError(f"another run is writing to {self.root}; wait for it or choose another --out") from None
+                raise ValueError(
+                    f"another run is writing to {self.root}; wait for it or choose another --out"
+                ) from None
             yield
 
     def publish(self, link: str, artifact: Artifact) -> Path:
@@ -111,6 +119,40 @@ class Store:
         fresh.symlink_to(artifact.name)
         os.replace(fresh, path)
         return path
+
+
+@dataclass(frozen=True)
+class RowArrays:
+    """Row-aligned arrays, one .npy per shard, memory-mapped where they are read; small enough to travel."""
+
+    paths: tuple[str, ...]
+    starts: tuple[int, ...]  # first row id of every shard and, last, the number of rows
+
+    def shard(self, index: int) -> NDArray[Any]:
+        """The rows of one shard, (P, ...).
+
+        Raises:
+            ValueError: the file does not have the shard's number of rows.
+        """
+        rows: NDArray[Any] = _map(self.paths[index])
+        expected = self.starts[index + 1] - self.starts[index]
+        if len(rows) != expected:
+            raise ValueError(f"{self.paths[index]} has {len(rows)} rows, its shard has {expected}")
+        return rows
+
+    def take(self, rows: NDArray[np.int64]) -> NDArray[Any]:
+        """The values at some row ids, (B, ...)."""
+        shards = np.searchsorted(self.starts, rows, side="right") - 1
+        values = np.empty((len(rows), *self.shard(0).shape[1:]), self.shard(0).dtype)
+        for shard in np.unique(shards).tolist():
+            inside = shards == shard
+            values[inside] = self.shard(shard)[rows[inside] - self.starts[shard]]
+        return values
+
+
+@lru_cache(maxsize=512)  # each map holds a descriptor
+def _map(path: str) -> NDArray[Any]:
+    return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
 @contextmanager

@@ -84,7 +84,7 @@ class ClusteringConfig(Section):
 
 
 class AdaptConfig(Section):
-    """Training of one adaptor set. Defaults: lr, weight decay and loss from the paper, the rest ours (docs/settings)."""
+    """Training of one adaptor set. Defaults: lr, weight decay and loss from the paper, the rest ours."""
 
     bottleneck: Count = 64  # H
     gamma: Rate = 16.0  # scale of the norm-softmax, Eq. (2)
@@ -165,7 +165,9 @@ class Config(Section):
     @model_validator(mode="after")
     def _export_exists(self) -> Config:
         if self.evaluate.export not in self.fuse.variants:
-            raise ValueError(f"evaluate.export={self.evaluate.export!r} is not one of fuse.variants {list(self.fuse.variants)}")
+            raise ValueError(
+                f"evaluate.export={self.evaluate.export!r} is not one of fuse.variants {list(self.fuse.variants)}"
+            )
         return self
 
     def yaml(self) -> str:

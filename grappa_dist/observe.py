@@ -16,7 +16,7 @@ class Events:
 
     def __init__(self, path: Path, **always: Any) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(path, "a", buffering=1)
+        self._file = open(path, "a", buffering=1)  # noqa: SIM115 - kept open for the run
         self._always = always
 
     def __call__(self, name: str, **figures: Any) -> None:

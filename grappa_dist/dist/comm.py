@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -93,15 +94,30 @@ class Comm:
 
 
 @contextmanager
-def process_group(rank: int, size: int, address: str, *, backend: str = "gloo", timeout_s: float = 600.0) -> Iterator[Comm]:
-    """A process group at `address` ("host:port"), ended with a barrier so that no rank leaves while another still talks."""
+def process_group(
+    rank: int, size: int, address: str, *, backend: str = "gloo", timeout_s: float = 600.0
+) -> Iterator[Comm]:
+    """A process group at `address` ("host:port"), ended with a barrier: no rank leaves while another still talks."""
     host, port = address.rsplit(":", 1)
     os.environ.update(MASTER_ADDR=host, MASTER_PORT=port, RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK="0")
     dist.init_process_group(
-        backend, rank=rank, world_size=size, timeout=datetime.timedelta(seconds=timeout_s), init_method=f"tcp://{address}"
+        backend,
+        rank=rank,
+        world_size=size,
+        timeout=datetime.timedelta(seconds=timeout_s),
+        init_method=f"tcp://{address}",
     )
     try:
         yield Comm(rank, size)
         dist.barrier()
     finally:
+        _destroy()
+
+
+def _destroy() -> None:
+    """Ends the process group; through DeepSpeed where it adopted the group, or it would keep handles to a dead one."""
+    deepspeed_comm = sys.modules.get("deepspeed.comm")
+    if deepspeed_comm is not None and deepspeed_comm.is_initialized():
+        deepspeed_comm.destroy_process_group()
+    if dist.is_initialized():
         dist.destroy_process_group()

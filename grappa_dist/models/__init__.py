@@ -1,1 +1,8 @@
+"""The frozen backbone, adaptor sets, and the Grappa layer that fuses them."""
 
+from grappa_dist.models.adaptors import Adaptors
+from grappa_dist.models.backbone import Backbone, Pixels, create_backbone
+from grappa_dist.models.fusion import Attention, Grappa, GrappaLayer
+from grappa_dist.models.projector import Projector
+
+__all__ = ["Adaptors", "Attention", "Backbone", "Grappa", "GrappaLayer", "Pixels", "Projector", "create_backbone"]

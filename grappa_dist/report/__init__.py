@@ -1,1 +1,29 @@
+"""The report of a run: one self-contained page, the scores as JSON and as plain text. Imports nothing else of ours."""
 
+from __future__ import annotations
+
+from grappa_dist.report.content import (
+    BadRow,
+    Clustering,
+    Gallery,
+    Hit,
+    LabelFree,
+    ReportContent,
+    ScoreRow,
+    size_histogram,
+)
+from grappa_dist.report.page import write_report
+from grappa_dist.report.tables import console_table
+
+__all__ = [
+    "BadRow",
+    "Clustering",
+    "Gallery",
+    "Hit",
+    "LabelFree",
+    "ReportContent",
+    "ScoreRow",
+    "console_table",
+    "size_histogram",
+    "write_report",
+]

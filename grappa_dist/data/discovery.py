@@ -1,0 +1,127 @@
+"""Finds shards and their indexes, and builds what is missing."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from grappa_dist.data.index import IMAGE_SUFFIXES, Shard, entry, index_shard, shard_of, write_json, write_rows
+
+COMMITTED = "index.json"  # written last beside finished shards
+_Found = tuple[Shard, "str | NDArray[Any]"]
+
+
+def find_shards(paths: Sequence[str | os.PathLike[str]], index_dir: Path | None) -> list[_Found]:
+    """Shards that `paths` name, each with its index file, or, without a folder for such files, with its rows.
+
+    Raises:
+        ValueError: nothing is there, no shard has an image, or a shard is damaged or not what its index describes.
+    """
+    if isinstance(paths, (str, os.PathLike)):
+        raise ValueError(f"shards: expected a list of paths, got {paths!r}")
+    tars = [tar for path in paths for tar in _tars(str(path))]
+    for tar, times in Counter(tars).items():
+        if times > 1:
+            raise ValueError(f"shards: {tar} is named {times} times; expected once")
+    committed = {folder: committed_index(folder) for folder in {tar.parent for tar in tars}}
+
+    def find(tar: Path) -> _Found:
+        known = committed[tar.parent]
+        if known is not None:
+            return known[tar.name]
+        return _indexed(tar, index_dir)
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        found = list(pool.map(find, tars))
+    if not any(shard.rows for shard, _ in found):
+        ignored = sum(shard.ignored for shard, _ in found)
+        raise ValueError(
+            f"shards: no images in {', '.join(map(str, paths))} ({len(tars)} tars, {ignored} other members); "
+            f"expected members <key>.{'|'.join(IMAGE_SUFFIXES)}"
+        )
+    return found
+
+
+def _tars(path: str) -> list[Path]:
+    """Absolute paths of the tars that one entry names, sorted."""
+    if "://" in path:
+        raise ValueError(f"shards: {path} is remote; expected a folder or a pattern on a mounted file system")
+    if os.path.isdir(path):
+        tars: Iterable[str] = (str(tar) for tar in Path(path).glob("*.tar"))
+    else:
+        tars = [path] if os.path.isfile(path) else glob.glob(path, recursive=True)
+    found = sorted(Path(os.path.abspath(tar)) for tar in tars)
+    if not found:
+        raise ValueError(
+            f"shards: nothing at {path}; expected a folder of .tar files, a .tar file or a pattern such as DIR/*.tar"
+        )
+    return found
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+
+
+def committed_index(folder: Path) -> dict[str, tuple[Shard, str]] | None:
+    """Shards by name with their index files, as the writer left them; None where no writer finished.
+
+    Raises:
+        ValueError: the folder's tars are no longer those that the index describes.
+    """
+    where = folder / COMMITTED
+    if not where.is_file():
+        return None
+    content = read_json(where)
+    if not isinstance(content, dict) or not isinstance(content.get("shards"), list):
+        raise ValueError(f"{where}: not an index of shards; expected an object with a list `shards`")
+    shards = [shard_of(line, "", where) for line in content["shards"]]
+    sizes = {tar.name: tar.stat().st_size for tar in folder.glob("*.tar")}
+    described = {shard.name: shard.bytes for shard in shards}
+    for name in sorted(sizes.keys() | described.keys()):
+        if sizes.get(name) != described.get(name):
+            has, said = sizes.get(name, "missing"), described.get(name, "absent")
+            raise ValueError(
+                f"{folder / name}: its size is {has} but {where} says {said}; the shards changed after indexing"
+            )
+    return {
+        shard.name: (shard_of(entry(shard), str(folder / shard.name), where), str(folder / f"{shard.name}.npy"))
+        for shard in shards
+    }
+
+
+def _indexed(tar: Path, index_dir: Path | None) -> _Found:
+    """The shard of a tar with its index, reused while path, size and time of change agree."""
+    if index_dir is None:
+        rows, shard = index_shard(tar)
+        return shard, rows
+    index_dir = index_dir.absolute()
+    stat = tar.stat()
+    state = {"path": str(tar), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    note = index_dir / f"{hashlib.sha256(str(tar).encode()).hexdigest()[:32]}.json"
+    if note.is_file():
+        content = read_json(note)
+        if content["state"] == state:
+            shard = shard_of(content["shard"], str(tar), note)
+            if (rows_path := _rows_path(index_dir, shard)).is_file():
+                return shard, str(rows_path)
+    rows, shard = index_shard(tar)
+    index_dir.mkdir(parents=True, exist_ok=True)
+    write_rows(_rows_path(index_dir, shard), rows)
+    write_json(note, {"state": state, "shard": entry(shard)})
+    return shard, str(_rows_path(index_dir, shard))
+
+
+def _rows_path(index_dir: Path, shard: Shard) -> Path:
+    return index_dir / f"{shard.fingerprint[:32]}.npy"

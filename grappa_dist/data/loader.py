@@ -1,0 +1,76 @@
+"""Reads ahead in threads; decoding and resizing leave the interpreter free. Shapes: B rows of a batch."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from grappa_dist.data.shards import ImageShards
+from grappa_dist.data.transforms import BadImage, Pixels, decode
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+Make = Callable[[Image.Image, int], Pixels]  # image and row id -> the pixels of that row, all of one shape
+
+
+def read_batches(
+    jobs: Iterable[Job], read: Callable[[Job], Result], *, threads: int, depth: int | None = None
+) -> Generator[Result, None, None]:
+    """read(job) of every job, in their order, while later ones are read in threads; closing it ends the threads.
+
+    Args:
+        threads: 0 reads in the caller's thread.
+        depth: results under way or waiting to be taken, at most; twice the threads by default.
+    """
+    if threads < 0 or (depth is not None and depth < 1):
+        raise ValueError(f"threads must be at least 0 and depth at least 1, got {threads} and {depth}")
+    return _read_ahead(jobs, read, threads, depth or 2 * threads) if threads else (read(job) for job in jobs)
+
+
+def _read_ahead(
+    jobs: Iterable[Job], read: Callable[[Job], Result], threads: int, depth: int
+) -> Generator[Result, None, None]:
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="read")
+    try:
+        left = iter(jobs)
+        ahead: deque[Future[Result]] = deque(pool.submit(read, job) for job in islice(left, depth))
+        while ahead:
+            result = ahead.popleft().result()
+            ahead.extend(pool.submit(read, job) for job in islice(left, 1))
+            yield result
+            del result  # or it would live on here while the next one is awaited
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def load_or_skip(
+    shards: ImageShards, rows: Sequence[int] | NDArray[np.int64], make: Make, shape: tuple[int, ...]
+) -> tuple[Pixels, dict[int, str]]:
+    """What `make` makes of each row, (B, *shape), and why for the rows that do not decode; those stay black."""
+    pixels = np.zeros((len(rows), *shape), dtype=np.uint8)
+    reasons: dict[int, str] = {}
+    for line, row in zip(pixels, map(int, rows), strict=True):
+        try:
+            image = decode(shards.image_bytes(row))
+        except BadImage as error:
+            reasons[row] = str(error)
+        else:
+            line[...] = make(image, row)
+    return pixels, reasons
+
+
+def load_images(
+    shards: ImageShards, rows: Sequence[int] | NDArray[np.int64], make: Make, shape: tuple[int, ...]
+) -> Pixels:
+    """What `make` makes of each row, (B, *shape), where every row is known to decode."""
+    pixels, reasons = load_or_skip(shards, rows, make, shape)
+    for row, reason in reasons.items():
+        raise ValueError(f"{shards.where(row)} (row {row}) does not decode: {reason}")
+    return pixels

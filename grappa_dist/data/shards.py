@@ -1,0 +1,120 @@
+"""Images in WebDataset tars, read by row id. A row id is the position in the concatenation of the shards."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from grappa_dist.data.discovery import find_shards
+from grappa_dist.data.index import IMAGE_SUFFIXES, ROW, OpenFile, Shard, index_shard, key_at, split_name
+
+__all__ = ["IMAGE_SUFFIXES", "ROW", "ImageShards", "Shard", "index_shard", "split_name"]
+
+
+@lru_cache(maxsize=128)
+def _open(path: str, fingerprint: str) -> OpenFile:
+    return OpenFile(path)
+
+
+@lru_cache(maxsize=256)  # each map holds a descriptor
+def _map(path: str, fingerprint: str) -> NDArray[Any]:
+    rows: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+    return rows
+
+
+@dataclass(frozen=True)
+class ImageShards:
+    """Handle on shards of images: small, picklable, and read from any thread or process."""
+
+    shards: tuple[Shard, ...]
+    indexes: tuple[str | NDArray[Any], ...] = field(compare=False, repr=False)  # per shard: a .npy of ROW, or the rows
+
+    @staticmethod
+    def open(paths: Sequence[str | os.PathLike[str]], index_dir: str | os.PathLike[str] | None) -> ImageShards:
+        """The shards of folders, tars or glob patterns, in that order and by name within each.
+
+        A folder that the writer finished brings its index; other tars are indexed into `index_dir` once, or, with None,
+        into memory and nothing is written.
+        """
+        found = find_shards(paths, None if index_dir is None else Path(index_dir))
+        return ImageShards(tuple(shard for shard, _ in found), tuple(index for _, index in found))
+
+    @cached_property
+    def starts(self) -> NDArray[np.int64]:
+        """First row id of every shard and, last, the number of rows: (shards + 1,)."""
+        return np.cumsum([0, *(shard.rows for shard in self.shards)], dtype=np.int64)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """One name for the content of all shards in their order."""
+        return hashlib.sha256("\n".join(shard.fingerprint for shard in self.shards).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def shard_rows(self, shard: int) -> range:
+        """Row ids of one shard."""
+        return range(int(self.starts[shard]), int(self.starts[shard + 1]))
+
+    def locate(self, row: int) -> tuple[int, int]:
+        """(shard, position inside it) of a row id."""
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} is outside 0..{len(self) - 1}")
+        shard = int(np.searchsorted(self.starts, row, side="right")) - 1
+        return shard, int(row) - int(self.starts[shard])
+
+    def index(self, shard: int) -> NDArray[Any]:
+        """Places of one shard's images, (P,) of ROW, mapped from its index file."""
+        index = self.indexes[shard]
+        rows = _map(index, self.shards[shard].fingerprint) if isinstance(index, str) else index
+        if len(rows) != self.shards[shard].rows or rows.dtype != ROW:
+            raise ValueError(
+                f"{index}: {len(rows)} rows of index, but {self.shards[shard].path} has {self.shards[shard].rows}"
+            )
+        return rows
+
+    def image_bytes(self, row: int) -> bytes:
+        """The image file of a row, as it lies in the tar."""
+        shard, position = self.locate(row)
+        place = self.index(shard)[position]
+        return self._read(shard, int(place["offset"]), int(place["size"]))
+
+    def labels(self, row: int) -> dict[str, Any] | None:
+        """The JSON member of a row, or None without one; for evaluation only."""
+        shard, position = self.locate(row)
+        place = self.index(shard)[position]
+        if not place["json_size"]:
+            return None
+        text = self._read(shard, int(place["json_offset"]), int(place["json_size"]))
+        try:
+            labels = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"{self.where(row)}: its JSON member does not parse: {error}") from None
+        if not isinstance(labels, dict):
+            raise ValueError(f"{self.where(row)}: its JSON member is {type(labels).__name__}, expected an object")
+        return labels
+
+    def key(self, row: int) -> str:
+        """The name of a row in its tar, without suffix."""
+        shard, position = self.locate(row)
+        rows = self.index(shard)
+        start = 0 if position == 0 else int(rows["offset"][position - 1]) + int(rows["size"][position - 1])
+        with open(self.shards[shard].path, "rb") as file:
+            return key_at(file, start, int(rows["offset"][position]))
+
+    def where(self, row: int) -> str:
+        """Shard and key of a row, for messages."""
+        return f"{self.shards[self.locate(row)[0]].path}: image {self.key(row)!r}"
+
+    def _read(self, shard: int, offset: int, size: int) -> bytes:
+        about = self.shards[shard]
+        return _open(about.path, about.fingerprint).read(offset, size)

@@ -1,0 +1,193 @@
+"""Images as people keep them: a tar or a folder, with a CSV or in class folders."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from grappa_dist.data.index import IMAGE_SUFFIXES, OpenFile, members_of
+
+FILE_COLUMN = "file"
+
+
+class Source(Protocol):
+    """Files by name."""
+
+    path: Path
+
+    def names(self) -> list[str]: ...
+    def has(self, name: str) -> bool: ...
+    def read(self, name: str) -> bytes: ...
+
+
+class TarSource:
+    """The files of a plain tar, read in place."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with path.open("rb") as file:
+            members = [member for member in members_of(file, path) if member.isreg() and not member.issparse()]
+        self._places = {member.name.removeprefix("./"): (member.offset_data, member.size) for member in members}
+        self._file = OpenFile(path)
+
+    def names(self) -> list[str]:
+        return sorted(self._places)
+
+    def has(self, name: str) -> bool:
+        return name in self._places
+
+    def read(self, name: str) -> bytes:
+        return self._file.read(*self._places[name])
+
+
+class FolderSource:
+    """The files below a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def names(self) -> list[str]:
+        files = (Path(folder, name) for folder, _, names in os.walk(self.path, followlinks=True) for name in names)
+        return sorted(file.relative_to(self.path).as_posix() for file in files)
+
+    def has(self, name: str) -> bool:
+        return (self.path / name).is_file()
+
+    def read(self, name: str) -> bytes:
+        return (self.path / name).read_bytes()
+
+
+def open_source(path: str) -> Source:
+    """The files at a path, a tar or a folder."""
+    found = Path(path).absolute()
+    if found.is_dir():
+        return FolderSource(found)
+    if found.is_file():
+        return TarSource(found)
+    raise ValueError(f"{path}: does not exist; expected a tar or a folder of images")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image to be written."""
+
+    source: Source = field(repr=False)
+    name: str
+    label: str | None
+    task: str
+    split: str | None  # what the CSV says
+    said: str  # where the image was named, for messages
+
+    @property
+    def suffix(self) -> str:
+        suffix = image_suffix(self.name)
+        assert suffix is not None, f"{self.name} was taken without an image's suffix"
+        return suffix
+
+
+def image_suffix(name: str) -> str | None:
+    """The lower-case image suffix of a file, or None; dots elsewhere in the name do not matter here."""
+    base, dot, suffix = name.rpartition("/")[2].rpartition(".")
+    return suffix.lower() if base and dot and suffix.lower() in IMAGE_SUFFIXES else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """Which columns of a CSV say what; None: not read."""
+
+    label: str | None = "fine"
+    label_required: bool = True
+    task: str = "dataset"
+    split: str | None = None
+    task_name: str | None = None  # one task for all rows, instead of the column
+
+
+def csv_items(path: str, source: Source, columns: Columns) -> list[Item]:
+    """The images that a CSV names, in its order; every one is there."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: does not exist; expected a CSV with a column {FILE_COLUMN!r}")
+    items: list[Item] = []
+    names: set[str] = set()
+    for said, row in _csv_rows(path, columns):
+        name = row[FILE_COLUMN].removeprefix("./")
+        if image_suffix(name) is None:
+            raise ValueError(f"{said}: {name!r} has no image suffix; expected {', '.join(IMAGE_SUFFIXES)}")
+        if name in names:
+            raise ValueError(f"{said}: {name!r} is listed twice")
+        if not source.has(name):
+            raise ValueError(f"{said}: {name!r} is not in {source.path}")
+        names.add(name)
+        label = None if columns.label is None else row.get(columns.label)
+        task = columns.task_name or row[columns.task]
+        items.append(Item(source, name, label, task, row[columns.split] if columns.split else None, said))
+    if not items:
+        raise ValueError(f"{path}: no rows")
+    return items
+
+
+def _csv_rows(path: str, columns: Columns) -> Iterator[tuple[str, dict[str, str]]]:
+    """Rows with where they stand; the columns that must be there are there and filled."""
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        try:
+            has = list(reader.fieldnames or [])
+            needed = _needed(path, has, columns)
+            for row in reader:
+                said = f"{path} line {reader.line_num}"
+                if None in row or None in row.values():
+                    raise ValueError(f"{said}: {_width(row)} fields; expected {len(has)} ({', '.join(has)})")
+                for column in needed:
+                    if not row[column].strip():
+                        raise ValueError(f"{said}: column {column!r} is empty")
+                yield said, row
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}: not a CSV in UTF-8: {error}") from None
+
+
+def _width(row: dict[str, str]) -> int:
+    extra: Sequence[str] = row.get(None, ())  # type: ignore[call-overload]
+    return sum(value is not None for key, value in row.items() if key is not None) + len(extra)
+
+
+def _needed(path: str, has: Sequence[str], columns: Columns) -> list[str]:
+    """The columns that every row must fill."""
+    needed = [FILE_COLUMN]
+    if columns.label is not None and (columns.label_required or columns.label in has):
+        needed.append(columns.label)
+    if columns.task_name is None:
+        needed.append(columns.task)
+    if columns.split is not None:
+        needed.append(columns.split)
+    for column in needed:
+        if column not in has:
+            raise ValueError(f"{path}: no column {column!r}; it has {', '.join(has) or 'none'}")
+    return needed
+
+
+def folder_items(source: Source, task: str | None, *, labelled: bool) -> list[Item]:
+    """The images in class folders, or, where no label is needed, anywhere; sorted by name.
+
+    Args:
+        task: by default the name of the folder or tar.
+    """
+    names = [
+        name for name in source.names() if image_suffix(name) and not any(p.startswith(".") for p in name.split("/"))
+    ]
+    if not names:
+        raise ValueError(f"{source.path}: no images; expected files ending in {', '.join(IMAGE_SUFFIXES)}")
+    labels = {name: name.partition("/")[0] if "/" in name else None for name in names}
+    flat = [name for name, label in labels.items() if label is None]
+    if flat and (labelled or len(flat) < len(names)):
+        raise ValueError(
+            f"{source.path}: {flat[0]!r} lies in no class folder; expected CLASS/FILE, or a CSV, or no labels at all"
+        )
+    if labelled and len(set(labels.values())) < 2:
+        raise ValueError(
+            f"{source.path}: one class folder, {labels[names[0]]!r}; expected two or more, a CSV, or --split none"
+        )
+    task = task or source.path.name.removesuffix(".tar")
+    return [Item(source, name, labels[name], task, None, f"{source.path}: {name}") for name in names]

@@ -1,0 +1,123 @@
+"""Writes shards of images: the same images in the same order make the same bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tarfile
+from io import BytesIO
+from pathlib import Path
+from types import TracebackType
+
+from grappa_dist.data.discovery import COMMITTED, committed_index
+from grappa_dist.data.index import IMAGE_SUFFIXES, INDEX_VERSION, Shard, entry, index_shard, write_json, write_rows
+
+
+class ShardWriter:
+    """Fills a folder with tars and their index; the folder appears by one rename when the `with` block ends well.
+
+    A finished folder is never changed. Writing the same shards again leaves it as it is (`reused` is then true);
+    writing others is refused at the first shard that differs.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        rows_per_shard: int | None = 1000,
+        max_bytes: int | None = None,
+        prefix: str = "shard",
+    ) -> None:
+        for name, limit in (("rows_per_shard", rows_per_shard), ("max_bytes", max_bytes)):
+            if limit is not None and limit < 1:
+                raise ValueError(f"{name} must be at least 1, got {limit}")
+        self.folder = Path(folder).absolute()
+        self.rows_per_shard, self.max_bytes, self.prefix = rows_per_shard, max_bytes, prefix
+        self.shards: list[Shard] = []
+        self.rows = 0
+        self.reused = False
+        self._partial = self.folder.with_name(f".{self.folder.name}.{os.getpid()}.{os.urandom(4).hex()}.partial")
+        self._tar: tarfile.TarFile | None = None
+        self._rows_here = self._bytes_here = 0
+
+    def __enter__(self) -> ShardWriter:
+        self._finished = committed_index(self.folder)
+        if self._finished is None and self.folder.is_dir() and any(self.folder.iterdir()):
+            raise ValueError(f"{self.folder}: not empty and without {COMMITTED}; expected a new or a finished folder")
+        self._partial.mkdir(parents=True)
+        return self
+
+    def write(self, image: bytes, suffix: str, label: str | None = None, task: str | None = None) -> int:
+        """Appends an image, and its JSON member where label or task is given; returns its row id in this folder."""
+        if suffix.lower() not in IMAGE_SUFFIXES:
+            raise ValueError(f"image {self.rows}: suffix {suffix!r}; expected one of {', '.join(IMAGE_SUFFIXES)}")
+        members = [(suffix.lower(), image)]
+        if label is not None or task is not None:
+            members.append(("json", json.dumps({"label": label, "task": task}, ensure_ascii=False).encode()))
+        size = sum(512 + -(-len(data) // 512) * 512 for _, data in members)
+        if self._is_full(size):
+            self._close_shard()
+        if self._tar is None:
+            self._tar = tarfile.open(self._path(), "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+        for ending, data in members:
+            member = tarfile.TarInfo(f"{self.rows:09d}.{ending}")  # time, owner and group are 0 in a new one
+            member.size = len(data)
+            self._tar.addfile(member, BytesIO(data))
+        self.rows += 1
+        self._rows_here += 1
+        self._bytes_here += size
+        return self.rows - 1
+
+    def _is_full(self, size: int) -> bool:
+        too_many = self.rows_per_shard is not None and self._rows_here >= self.rows_per_shard
+        too_large = self.max_bytes is not None and self._rows_here > 0 and self._bytes_here + size > self.max_bytes
+        return too_many or too_large
+
+    def _path(self) -> Path:
+        return self._partial / f"{self.prefix}-{len(self.shards):06d}.tar"
+
+    def _close_shard(self) -> None:
+        if self._tar is None:
+            return
+        self._tar.close()
+        self._tar = None
+        with self._path().open("rb") as file:
+            os.fsync(file.fileno())
+        rows, shard = index_shard(self._path())
+        assert len(rows) == self._rows_here, "the index lost a row"
+        write_rows(self._partial / f"{shard.name}.npy", rows)
+        if self._finished is not None:
+            known = self._finished.get(shard.name)
+            if known is None or known[0].fingerprint != shard.fingerprint:
+                raise self._other_content()
+        self.shards.append(shard)
+        self._rows_here = self._bytes_here = 0
+
+    def _other_content(self) -> ValueError:
+        return ValueError(
+            f"{self.folder}: finished, with other shards than these; remove it or write to another folder"
+        )
+
+    def _commit(self) -> None:
+        self._close_shard()
+        if self._finished is not None:
+            if len(self._finished) != len(self.shards):
+                raise self._other_content()
+            self.reused = True
+            return
+        write_json(
+            self._partial / COMMITTED, {"version": INDEX_VERSION, "shards": [entry(shard) for shard in self.shards]}
+        )
+        self._partial.rename(self.folder)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._commit()
+        finally:
+            if self._tar is not None:
+                self._tar.close()
+            shutil.rmtree(self._partial, ignore_errors=True)

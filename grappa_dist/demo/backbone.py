@@ -1,0 +1,52 @@
+"""The demo's frozen backbone: a small ViT that learned from doodles, never from the collection's drawings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from grappa_dist._compat import declare_torchvision_ops
+from grappa_dist.demo.canvas import SIZE_PX
+
+WEIGHTS_PATH = Path(__file__).with_name("drawings_vit.safetensors")
+EMBED_DIM = 96
+DATA_CONFIG: dict[str, Any] = {
+    "input_size": (3, SIZE_PX, SIZE_PX),
+    "mean": (0.5, 0.5, 0.5),
+    "std": (0.5, 0.5, 0.5),
+    "interpolation": "bicubic",
+    "crop_pct": 1.0,
+    "crop_mode": "center",
+}
+
+
+def architecture() -> nn.Module:
+    """The ViT with random weights: (B, 3, 48, 48) -> (B, 96), six blocks, 36 patches and a class token."""
+    declare_torchvision_ops()
+    import timm  # dies beside a CPU torch unless the operators are declared
+
+    model: nn.Module = timm.create_model(
+        "vit_tiny_patch16_224",
+        pretrained=False,
+        img_size=SIZE_PX,
+        patch_size=8,
+        embed_dim=EMBED_DIM,
+        depth=6,
+        num_heads=3,
+        num_classes=0,
+    )
+    model.pretrained_cfg = model.default_cfg = {**DATA_CONFIG, "num_classes": 0}  # type: ignore[assignment]
+    return model
+
+
+def create(weights_path: Path | str = WEIGHTS_PATH) -> nn.Module:
+    """The pretrained ViT in eval mode, float32; timm's resolve_model_data_config finds its normalisation."""
+    with torch.random.fork_rng(devices=()):  # the random weights are thrown away: a caller's generator is not for them
+        model = architecture()
+    stored = {name: value.to(torch.float32) for name, value in load_file(weights_path).items()}
+    model.load_state_dict(stored)
+    return model.eval()

@@ -1,0 +1,176 @@
+"""Runs tasks and jobs on the workers: which goes where, what is tried again, how all of it stops."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from grappa_dist.config import Resources
+from grappa_dist.dist.workers import Cluster
+
+POLL_S = 0.5
+STATUS_S = 5.0
+STOP_GRACE_S = 60.0
+FATAL = (ValueError, ArithmeticError)  # bad input or a diverged loss: trying again would not help
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived; what was running has saved its state."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A function that runs as `function(context, *args)` on `ranks` workers at once, in a process group of its own."""
+
+    name: str
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    ranks: int
+
+
+@dataclass
+class _Running:
+    job: Job
+    workers: list[Any]
+    refs: list[Any]
+
+
+@dataclass
+class Runner:
+    """Runs things on the cluster's workers, one stage at a time."""
+
+    cluster: Cluster
+    resources: Resources
+    on_status: Callable[[Mapping[str, Mapping[str, Any]]], None] = lambda status: None
+    on_event: Callable[..., None] = lambda name, **figures: None
+    _terminate: threading.Event = field(default_factory=threading.Event)
+
+    @contextmanager
+    def terminating(self) -> Iterator[None]:
+        """While inside, SIGTERM stops running jobs at their next step, with a checkpoint, and raises Terminated."""
+        before = signal.signal(signal.SIGTERM, lambda *_: self._terminate.set())
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    @property
+    def num_workers(self) -> int:
+        return len(self.cluster.workers())
+
+    def map(self, function: Callable[..., Any], items: Sequence[tuple[Any, ...]], done: Callable[[int], None]) -> list[Any]:
+        """Results of `function(device, threads, *item)` in order; a task whose process died is tried again elsewhere."""
+        jobs = [Job(f"{i}", function, item, 0) for i, item in enumerate(items)]
+        count = iter(range(1, len(items) + 1))
+        results = self._run(jobs, lambda _: done(next(count)))
+        return [results[job.name] for job in jobs]
+
+    def run_jobs(self, jobs: Sequence[Job], done: Callable[[str], None] = lambda name: None) -> dict[str, list[Any]]:
+        """Every rank's result per job; jobs run side by side as far as the workers go, and restart apart."""
+        return self._run(jobs, done)
+
+    def _run(self, jobs: Sequence[Job], done: Callable[[str], None]) -> dict[str, Any]:
+        import ray
+
+        self._handlers_after_ray()
+        waiting, attempts = deque(jobs), dict.fromkeys((j.name for j in jobs), 0)
+        free, running, results = list(self.cluster.workers()), list[_Running](), dict[str, Any]()
+        shown = time.monotonic()
+        while waiting or running:
+            if self._terminate.is_set():
+                self._stop(running)
+            while waiting and len(free) >= max(1, waiting[0].ranks):
+                running.append(self._start(waiting.popleft(), free))
+            ray.wait([ref for r in running for ref in r.refs], timeout=POLL_S)
+            for r in list(running):
+                outcome = self._outcome(r)
+                if outcome is None:
+                    continue
+                running.remove(r)
+                if isinstance(outcome, BaseException):
+                    attempts[r.job.name] += 1
+                    self._failed(r.job, outcome, attempts[r.job.name])
+                    free += [self.cluster.replace(worker) for worker in r.workers]  # survivors may sit in a collective
+                    waiting.appendleft(r.job)
+                else:
+                    free += r.workers
+                    results[r.job.name] = outcome if r.job.ranks else outcome[0]
+                    done(r.job.name)
+            if running and time.monotonic() - shown > STATUS_S:
+                self.on_status(self._statuses(running))
+                shown = time.monotonic()
+        return results
+
+    def _start(self, job: Job, free: list[Any]) -> _Running:
+        import ray
+
+        workers = [free.pop(0) for _ in range(max(1, job.ranks))]
+        if not job.ranks:
+            return _Running(job, workers, [workers[0].run.remote(job.function, *job.args)])
+        address = ray.get(workers[0].free_address.remote())
+        self.on_event("job_begins", job=job.name, ranks=job.ranks)
+        refs = [
+            w.run_rank.remote(job.function, (rank, job.ranks, address), self.resources.collective_timeout_s, *job.args)
+            for rank, w in enumerate(workers)
+        ]
+        return _Running(job, workers, refs)
+
+    def _outcome(self, running: _Running) -> Any:
+        """None while it runs, its results, or the first error of any rank."""
+        import ray
+
+        finished, pending = ray.wait(running.refs, num_returns=len(running.refs), timeout=0)
+        for ref in finished:
+            try:
+                ray.get(ref)
+            except ray.exceptions.RayError as error:
+                return error
+        return None if pending else ray.get(running.refs)
+
+    def _failed(self, job: Job, error: BaseException, attempts: int) -> None:
+        """Raises when another attempt makes no sense."""
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, FATAL):
+            raise cause from error
+        reason = str(cause or error).strip().splitlines()[-1]
+        self.on_event("job_failed", job=job.name, attempt=attempts, reason=reason)
+        if attempts > self.resources.max_restarts:
+            raise RuntimeError(f"{job.name} failed {attempts} times, last with: {reason}") from error
+
+    def _statuses(self, running: Sequence[_Running]) -> dict[str, Any]:
+        import ray
+
+        jobs = [r for r in running if r.job.ranks]
+        refs = [r.workers[0].status.options(concurrency_group="control").remote() for r in jobs]
+        ready, _ = ray.wait(refs, num_returns=len(refs), timeout=POLL_S) if refs else ([], [])
+        statuses = dict[str, Any]()
+        for r, ref in zip(jobs, refs, strict=True):
+            try:
+                statuses[r.job.name] = ray.get(ref) if ref in ready else {}
+            except ray.exceptions.RayError:
+                statuses[r.job.name] = {}  # it died just now; its outcome says so
+        return statuses
+
+    def _stop(self, running: Sequence[_Running]) -> None:
+        import ray
+
+        self.on_event("stopping", jobs=[r.job.name for r in running])
+        for r in running:
+            for worker in r.workers:
+                worker.stop.options(concurrency_group="control").remote()
+        refs = [ref for r in running if r.job.ranks for ref in r.refs]
+        if refs:
+            ray.wait(refs, num_returns=len(refs), timeout=STOP_GRACE_S)
+        raise Terminated
+
+    def _handlers_after_ray(self) -> None:
+        """ray.init replaces the SIGTERM handler: ours goes back in place."""
+        self.cluster.workers()
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, lambda *_: self._terminate.set())

@@ -1,0 +1,145 @@
+"""Float searches on what this machine has, and the rows a rank holds.
+
+A search only proposes (ops/kmeans.py, ops/knn.py decide), so which library answers, with how many threads, cannot
+change a result: faiss on the CPU, faiss on a GPU where it was built for one, torch on a GPU where it was not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from grappa_dist.dist.comm import Comm
+from grappa_dist.ops.exact import to_grid
+from grappa_dist.ops.kmeans import NORM_LIMIT, nearest_in_floats
+from grappa_dist.ops.knn import largest_in_floats
+
+
+def nearest(x: Tensor, targets: Tensor, t: int) -> tuple[Tensor, Tensor]:
+    """The t smallest float32 squared distances per row, (P, t), ascending, and their indices."""
+    if x.is_cuda and not _faiss_gpus():
+        return nearest_in_floats(x, targets, t)
+    return _faiss_search(x, targets, t, "METRIC_L2")
+
+
+def largest(x: Tensor, targets: Tensor, t: int) -> tuple[Tensor, Tensor]:
+    """The t largest float32 inner products per row, (P, t), descending, and their indices."""
+    if x.is_cuda and not _faiss_gpus():
+        return largest_in_floats(x, targets, t)
+    return _faiss_search(x, targets, t, "METRIC_INNER_PRODUCT")
+
+
+def _faiss_search(x: Tensor, targets: Tensor, t: int, metric: str) -> tuple[Tensor, Tensor]:
+    import faiss
+
+    if x.is_cuda:
+        import faiss.contrib.torch_utils  # lets knn_gpu take tensors, on torch's stream
+
+        # faiss keeps true float32 products (no TF32), as the error bound wants.
+        return faiss.knn_gpu(_gpu_resources(), x, targets, t, metric=getattr(faiss, metric), device=x.device.index)
+    faiss.omp_set_num_threads(torch.get_num_threads())  # its own default is every core, also those of other ranks
+    values, indices = faiss.knn(x.numpy(), targets.numpy(), t, metric=getattr(faiss, metric))
+    return torch.from_numpy(values), torch.from_numpy(indices)
+
+
+@cache
+def _faiss_gpus() -> int:
+    try:
+        import faiss
+    except ModuleNotFoundError:
+        return 0
+    return int(faiss.get_num_gpus())
+
+
+@cache
+def _gpu_resources() -> Any:
+    import faiss
+
+    return faiss.StandardGpuResources()
+
+
+def wire_device(comm: Comm) -> torch.device:
+    """Where a tensor must live to travel between the ranks: NCCL only takes those of a GPU."""
+    if comm.size > 1 and dist.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def raise_together(comm: Comm, problem: str) -> None:
+    """Raises the first rank's problem on every rank, so that none waits for one that has given up; "" is none."""
+    text = torch.tensor(list(problem.encode()), dtype=torch.uint8, device=wire_device(comm))
+    for part in comm.gather(text):
+        if len(part):
+            raise ValueError(bytes(part.tolist()).decode())
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one rank: unit rows in (memory-mapped) shards, in the order of the job's list of shards."""
+
+    shards: Sequence[np.ndarray]  # each (P, D) float32
+    good: Sequence[np.ndarray]  # each (P,) bool; the others keep their place but take no part
+    names: Sequence[str] = ()  # of the shards, for errors; by default their position
+
+    def __len__(self) -> int:
+        return sum(len(shard) for shard in self.shards)
+
+    @property
+    def num_good(self) -> int:
+        return sum(int(good.sum()) for good in self.good)
+
+    def blocks(self, block_rows: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Positions (P,) int64 among the rank's rows and grid rows (P, D), good ones only, by blocks of one shard."""
+        first = 0
+        for shard, good in zip(self.shards, self.good, strict=True):
+            for start in range(0, len(shard), block_rows):
+                places = np.flatnonzero(good[start : start + block_rows])
+                if len(places):
+                    block = np.asarray(shard[start : start + block_rows])[places]  # a copy: the map is read-only
+                    yield torch.from_numpy(places + (first + start)), to_grid(torch.from_numpy(block))
+            first += len(shard)
+
+    def take(self, positions: Tensor) -> Tensor:
+        """Grid rows at some positions, (m, D)."""
+        starts = np.cumsum([0, *(len(shard) for shard in self.shards)])
+        wanted = positions.cpu().numpy()
+        owners = np.searchsorted(starts, wanted, side="right") - 1
+        rows = [self.shards[s][p - starts[s]] for s, p in zip(owners.tolist(), wanted.tolist(), strict=True)]
+        return to_grid(torch.from_numpy(np.stack(rows))) + 0.0  # no -0.0: it would not survive a sum over ranks
+
+    def problem(self, block_rows: int) -> str:
+        """What is wrong with the rows, naming shard and row; "" when nothing is."""
+        for i, (shard, good) in enumerate(zip(self.shards, self.good, strict=True)):
+            name = self.names[i] if self.names else f"shard {i}"
+            if shard.ndim != 2 or shard.dtype != np.float32:
+                return f"{name}: rows must be (rows, dimensions) float32, found {shard.shape} {shard.dtype}"
+            if not shard.shape[1] or shard.shape[1] != self.shards[0].shape[1]:
+                return (
+                    f"{name}: rows have {shard.shape[1]} dimensions, those of the first shard {self.shards[0].shape[1]}"
+                )
+            if good.shape != (len(shard),) or good.dtype != np.bool_:
+                return f"{name}: good must be ({len(shard)},) bool, found {good.shape} {good.dtype}"
+            for start in range(0, len(shard), block_rows):
+                found = row_problem(shard[start : start + block_rows], good[start : start + block_rows])
+                if found:
+                    return f"{name}: row {start + found[0]} {found[1]}"
+        return ""
+
+
+def row_problem(rows: np.ndarray, good: np.ndarray) -> tuple[int, str] | None:
+    """Position and fault of the first row that is not finite or not of about unit norm at most."""
+    norms = np.linalg.norm(rows.astype(np.float64), axis=1)  # NaN and infinity survive
+    bad = np.flatnonzero(good & ~(norms <= NORM_LIMIT))
+    if not len(bad):
+        return None
+    first = int(bad[0])
+    if not np.isfinite(norms[first]):
+        return first, "has a NaN or infinite value, features must be finite"
+    return first, f"has norm {norms[first]:.6g}, features must be unit rows"

@@ -1,0 +1,158 @@
+"""The training loop of adapt and fuse: steps through the engine, figures, checkpoints, resume, a clean stop."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from grappa_dist.artifacts import replacing
+from grappa_dist.dist.engine import Engine
+from grappa_dist.dist.workers import RankContext
+from grappa_dist.observe import Events
+
+KEEP_CHECKPOINTS = 2
+
+
+class Objective(Protocol):
+    """What is trained. `begin(step)` readies the data from a step on; `backward` does one step's gradients."""
+
+    module: nn.Module
+
+    def begin(self, step: int) -> None: ...
+
+    def backward(self, engine: Engine, step: int) -> dict[str, float]:
+        """This rank's sums of figures, which add over ranks; `images` and `loss` (times images) are among them."""
+        ...
+
+
+@dataclass(frozen=True)
+class Schedule:
+    steps: int
+    checkpoint_steps: int
+    learning_rate: Callable[[int], float]
+
+
+def train(
+    context: RankContext, objective: Objective, optimizer: torch.optim.Optimizer, schedule: Schedule, *, folder: Path, job: str
+) -> bool:
+    """Trains from the newest checkpoint in `folder` to the end; False when it was asked to stop and saved its state.
+
+    Raises:
+        ArithmeticError: the loss is not finite, naming the step.
+    """
+    start = load_checkpoint(folder, objective.module, optimizer)
+    engine = Engine(objective.module, optimizer, context.comm, context.device)
+    log = _Log(context, folder / "metrics.jsonl", start, schedule.steps, job)
+    try:
+        for step in range(start, schedule.steps):
+            if step == start:
+                objective.begin(step)
+            figures, stop = _reduce(context, objective.backward(engine, step))
+            if not math.isfinite(figures["loss"]):
+                raise ArithmeticError(f"{job}: the loss is {figures['loss']} at step {step}; nothing was updated")
+            rate = schedule.learning_rate(step)
+            engine.step(rate)
+            log.step(step, rate, figures)
+            done = step + 1
+            if (done % schedule.checkpoint_steps == 0 or stop) and done < schedule.steps:
+                save_checkpoint(context, folder, done, objective.module, optimizer)
+            if stop and done < schedule.steps:
+                return False
+        return True
+    finally:
+        log.close()
+        engine.close()
+
+
+def _reduce(context: RankContext, sums: dict[str, float]) -> tuple[dict[str, float], bool]:
+    """Means per image over all ranks, and whether any rank was asked to stop (so that all stop at the same step)."""
+    names = sorted(sums)
+    values = torch.tensor([sums[n] for n in names] + [float(context.stop_requested())], dtype=torch.float64)
+    totals = context.comm.sum_(values.to(context.device)).tolist()
+    figures = dict(zip(names, totals, strict=False))
+    images = figures.pop("images")
+    return {**{name: total / max(images, 1) for name, total in figures.items()}, "images": images}, totals[-1] > 0
+
+
+class _Log:
+    """Rank 0 writes metrics.jsonl; every rank 0 status goes to whoever watches the job."""
+
+    def __init__(self, context: RankContext, path: Path, start: int, steps: int, job: str) -> None:
+        self._context, self._steps, self._job = context, steps, job
+        self._times: deque[tuple[float, float]] = deque([(time.monotonic(), 0.0)], maxlen=21)
+        self._events = None
+        if context.comm.rank == 0:
+            _forget(path, start)
+            self._events = Events(path, job=job)
+
+    def step(self, step: int, rate: float, figures: dict[str, float]) -> None:
+        self._times.append((time.monotonic(), figures["images"]))
+        elapsed = self._times[-1][0] - self._times[0][0]
+        speed = sum(images for _, images in list(self._times)[1:]) / max(elapsed, 1e-9)
+        left = (self._steps - step - 1) * elapsed / (len(self._times) - 1)
+        if self._events:
+            self._events("step", step=step, lr=rate, images_per_s=round(speed, 1), **figures)
+        self._context.report(
+            {"done": step + 1, "of": self._steps, "loss": figures["loss"], "images_per_s": speed, "left_s": left}
+        )
+
+    def close(self) -> None:
+        if self._events:
+            self._events.close()
+
+
+def _forget(path: Path, start: int) -> None:
+    """Drops what a killed attempt logged after the checkpoint that we resume from."""
+    if path.exists():
+        lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        kept = [line for line in lines if json.loads(line).get("step", 0) < start]
+        with replacing(path) as temporary:
+            temporary.write_text("".join(kept))
+
+
+def save_checkpoint(
+    context: RankContext, folder: Path, step: int, module: nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
+    """Trainable parameters and optimizer state of `step` finished steps, by rank 0; loads on any number of ranks."""
+    if context.comm.rank == 0:
+        tensors = {name: p.detach().cpu() for name, p in _trainable(module).items()}
+        for name, p in _trainable(module).items():
+            tensors |= {f"{name}|{key}": v.cpu() for key, v in optimizer.state[p].items() if isinstance(v, Tensor)}
+        with replacing(folder / "checkpoints" / f"step-{step:09d}.safetensors") as temporary:
+            save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata={"step": str(step)})
+        for old in _checkpoints(folder)[:-KEEP_CHECKPOINTS]:
+            old.unlink()
+    context.comm.barrier()
+
+
+def load_checkpoint(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Loads the newest checkpoint, if any; the number of steps that it has behind it."""
+    found = _checkpoints(folder)
+    if not found:
+        return 0
+    with safe_open(found[-1], framework="pt") as file, torch.no_grad():
+        saved = set(file.keys())
+        for name, p in _trainable(module).items():
+            p.copy_(file.get_tensor(name))
+            state = {key.split("|")[1]: file.get_tensor(key) for key in saved if key.startswith(f"{name}|")}
+            optimizer.state[p] = {k: v if v.ndim == 0 else v.to(p.device) for k, v in state.items()}
+        return int(file.metadata()["step"])
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted((folder / "checkpoints").glob("step-*.safetensors"))
+
+
+def _trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}

@@ -1,0 +1,214 @@
+"""Worker processes that live as long as the run: Ray places, watches and replaces them; jobs and tasks come and go."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from grappa_dist.config import Resources
+from grappa_dist.dist.comm import Comm, process_group
+
+PLACEMENT_TIMEOUT_S = 120.0
+
+
+@dataclass(frozen=True)
+class RankContext:
+    """What a function that runs on every rank of a job is given."""
+
+    comm: Comm
+    device: torch.device
+    threads: int
+    report: Callable[[dict[str, Any]], None]  # status for whoever watches
+    stop_requested: Callable[[], bool]  # save and return
+
+
+class Worker:
+    """One process with its share of CPUs and perhaps a GPU. Becomes a Ray actor; status and stop answer while it works."""
+
+    def __init__(self, threads: int) -> None:
+        self._threads = threads
+        self._status: dict[str, Any] = {}
+        self._stop = threading.Event()
+
+    def ready(self) -> str:
+        """The node's address, once the process is up and has imported what jobs need."""
+        return _node_address()
+
+    def free_address(self) -> str:
+        """host:port for a process group whose rank 0 is here."""
+        host = _node_address()
+        with socket.socket() as probe:
+            probe.bind((host, 0))
+            return f"{host}:{probe.getsockname()[1]}"
+
+    def run(self, function: Callable[..., Any], *args: Any) -> Any:
+        """A task of one process: `function(device, threads, *args)`."""
+        self._prepare()
+        return function(_device(), self._threads, *args)
+
+    def run_rank(self, function: Callable[..., Any], place: tuple[int, int, str], timeout_s: float, *args: Any) -> Any:
+        """One rank of a job: `function(context, *args)` inside a process group; `place` is (rank, size, address)."""
+        self._prepare()
+        rank, size, address = place
+        device = _device()
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        with process_group(rank, size, address, backend=backend, timeout_s=timeout_s) as comm:
+            context = RankContext(comm, device, self._threads, self._report, self._stop.is_set)
+            return function(context, *args)
+
+    def status(self) -> dict[str, Any]:
+        return self._status
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    def _report(self, status: dict[str, Any]) -> None:
+        self._status = status
+
+    def _prepare(self) -> None:
+        self._status = {}
+        torch.set_num_threads(self._threads)  # per calling thread, so it is said at each call
+        import faiss
+
+        faiss.omp_set_num_threads(self._threads)
+
+
+def _node_address() -> str:
+    import ray
+
+    return str(ray.util.get_node_ip_address())
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+@dataclass
+class Cluster:
+    """A connection to Ray, started on first use: a run that reuses everything starts none."""
+
+    resources: Resources
+    owned: Path | None = None  # temp folder of a local cluster that is ours to end
+    _workers: list[Any] | None = None
+
+    def workers(self) -> list[Any]:
+        """The worker actors, all up.
+
+        Raises:
+            ValueError: the cluster cannot hold them, saying what is missing.
+        """
+        if self._workers is None:
+            self._connect()
+            self._workers = [self.start_worker() for _ in range(self._count())]
+            self._wait(self._workers)
+        return self._workers
+
+    def replace(self, worker: Any) -> Any:
+        """A fresh worker in the place of one that died or must end."""
+        import ray
+
+        ray.kill(worker)
+        fresh = self.start_worker()
+        self._wait([fresh])
+        assert self._workers is not None
+        self._workers[self._workers.index(worker)] = fresh
+        return fresh
+
+    def start_worker(self) -> Any:
+        import ray
+
+        actor = ray.remote(concurrency_groups={"control": 2})(Worker)
+        threads = self.resources.cpus_per_worker if self.resources.threads == "auto" else self.resources.threads
+        return actor.options(
+            num_cpus=self.resources.cpus_per_worker,
+            num_gpus=self._gpus_per_worker(),
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}},
+        ).remote(threads)
+
+    def close(self) -> None:
+        """Ends our workers, and the local cluster if it is ours."""
+        ray = sys.modules.get("ray")
+        if ray is None or not ray.is_initialized():
+            return
+        for worker in self._workers or []:
+            ray.kill(worker)
+        self._workers = None
+        ray.shutdown()
+        if self.owned:
+            shutil.rmtree(self.owned, ignore_errors=True)
+
+    def _connect(self) -> None:
+        import ray
+
+        if ray.is_initialized():
+            return
+        paths = os.pathsep.join(dict.fromkeys(p or os.getcwd() for p in sys.path if "site-packages" not in p))
+        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
+        if os.environ.get("RAY_ADDRESS"):
+            ray.init(address=os.environ["RAY_ADDRESS"], runtime_env={"env_vars": {"PYTHONPATH": paths}}, **quiet)
+            return
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # or Ray writes a token that later clusters of this user want
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        os.environ["PYTHONPATH"] = paths
+        self.owned = Path(tempfile.mkdtemp(prefix="grappa-", dir="/tmp"))  # short: sockets live in it
+        ray.init(
+            address="local",
+            num_cpus=self.resources.num_cpus,
+            include_dashboard=False,
+            object_store_memory=2**28,  # big arrays go through storage
+            _temp_dir=str(self.owned),
+            **quiet,
+        )
+
+    def _count(self) -> int:
+        import ray
+
+        have = ray.cluster_resources()
+        gpus = self._gpus_per_worker()
+        cpus = self.resources.cpus_per_worker
+        if self.resources.workers != "auto":
+            count = self.resources.workers
+        elif gpus:
+            count = int(have.get("GPU", 0) / gpus)
+        else:
+            count = max(1, int(have.get("CPU", 0) / cpus))
+        for name, need in (("CPU", count * cpus), ("GPU", count * gpus)):
+            if need > have.get(name, 0):
+                raise ValueError(
+                    f"{count} workers need {need:g} {name}, the Ray cluster has {have.get(name, 0):g}; "
+                    f"lower resources.workers or resources.{name.lower()}s_per_worker"
+                )
+        if count < self.resources.adapt_ranks:
+            raise ValueError(f"resources.adapt_ranks={self.resources.adapt_ranks} is more than the {count} workers")
+        return count
+
+    def _gpus_per_worker(self) -> float:
+        import ray
+
+        if self.resources.gpus_per_worker != "auto":
+            return self.resources.gpus_per_worker
+        return 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
+
+    def _wait(self, workers: list[Any]) -> None:
+        import ray
+
+        began = time.monotonic()
+        pending = [w.ready.remote() for w in workers]
+        done, late = ray.wait(pending, num_returns=len(pending), timeout=PLACEMENT_TIMEOUT_S)
+        if late:
+            raise ValueError(
+                f"{len(late)} of {len(workers)} workers did not start within {time.monotonic() - began:.0f} s; "
+                "are other jobs holding the cluster's CPUs or GPUs?"
+            )
+        ray.get(done)

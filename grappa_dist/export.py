@@ -1,0 +1,97 @@
+"""The adapted model as one directory, and back. Shapes: B images, S pixels a side, L layers, N sets, D channels."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from grappa_dist.artifacts import Artifact, replacing, write_json
+from grappa_dist.data.transforms import to_rgb
+from grappa_dist.models import Grappa, create_backbone
+from grappa_dist.stages.modelling import ModelSpec, build, preprocess_of
+
+FORMAT = 1
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+
+
+class RetrievalModel(nn.Module):
+    """Images to unit embeddings; frozen.
+
+    `transform` is the exact test transform (PIL image -> (3, S, S) in [0, 1]); normalisation happens inside the model.
+    """
+
+    def __init__(self, grappa: Grappa, sets: list[str]) -> None:
+        super().__init__()
+        self.grappa, self.sets = grappa.requires_grad_(False).eval(), sets
+        preprocess = preprocess_of(grappa.backbone.pixels)
+
+        def transform(image: Image.Image) -> Tensor:
+            return torch.from_numpy(preprocess.test(to_rgb(image))).permute(2, 0, 1).float() / 255
+
+        self.transform: Callable[[Image.Image], Tensor] = transform
+
+    @property
+    def embed_dim(self) -> int:
+        return self.grappa.embed_dim
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """RGB in [0, 1], (B, 3, S, S) -> (B, D) unit rows."""
+        return F.normalize(self.grappa(images).float(), dim=1)
+
+    @torch.no_grad()
+    def attention(self, images: Tensor) -> Tensor:
+        """How each layer weighs the adaptor sets for each image, (B, L, N); `sets` names them."""
+        self.grappa(images)
+        return self.grappa.last_attention()
+
+
+def export_model(spec: ModelSpec, sets: list[str], artifact: Artifact) -> None:
+    """Writes the model's weights, backbone included, and what is needed to build it again."""
+    grappa = build(spec, torch.device("cpu"))
+    assert isinstance(grappa, Grappa)
+    folder = artifact.begin()
+    with replacing(folder / WEIGHTS_FILE) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in grappa.state_dict().items()}, temporary)
+    config = {
+        "format": FORMAT,
+        "variant": spec.name,
+        "sets": sets,
+        "backbone": {"name": spec.backbone.name, "kwargs": spec.backbone.kwargs},
+        "pixels": asdict(grappa.backbone.pixels),
+        "bottleneck": spec.bottleneck,
+        "attention": spec.fusion is not None,
+    }
+    write_json(folder / CONFIG_FILE, config)
+    artifact.commit()
+
+
+def load_model(run_or_model_dir: str | Path) -> RetrievalModel:
+    """The model of a run directory or of an exported model directory, on the CPU.
+
+    A backbone called `module:function` needs that module importable.
+
+    Raises:
+        ValueError: the directory holds no model, or one of an unknown format.
+    """
+    folder = Path(run_or_model_dir)
+    folder = folder / "model" if (folder / "model" / CONFIG_FILE).is_file() else folder
+    if not (folder / CONFIG_FILE).is_file():
+        raise ValueError(f"{run_or_model_dir} holds no model: expected {CONFIG_FILE}, or model/{CONFIG_FILE} of a finished run")
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    if config.get("format") != FORMAT:
+        raise ValueError(f"{folder / CONFIG_FILE}: format {config.get('format')!r}, this version reads {FORMAT}")
+    pixels: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config["pixels"].items()}
+    backbone = create_backbone(config["backbone"]["name"], config["backbone"]["kwargs"], pixels, pretrained=False)
+    grappa = Grappa(backbone, len(config["sets"]), config["bottleneck"], attention=config["attention"])
+    grappa.load_state_dict(load_file(folder / WEIGHTS_FILE))
+    return RetrievalModel(grappa, config["sets"])

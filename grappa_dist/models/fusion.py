@@ -1,0 +1,148 @@
+"""The Grappa layer and model (Almazan et al., ECCV 2022, Sec. 3 and Algorithm 1).
+
+Shapes: B images, T tokens, D channels, N adaptor sets, H bottleneck, L layers.
+
+The layer wraps any block and never opens it. With x and y the two halves of the block's output h = x + y, the paper's
+U_i = A_i(h) + y and out = sum_i alpha_i U_i + x equal h + sum_i alpha_i A_i(h), since alpha sums to one; and y adds the
+same number to all N logits, which softmax ignores. The mean over tokens commutes with the up-projection, so no
+B x N x T x D tensor is ever made.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from grappa_dist.models.adaptors import Adaptors
+from grappa_dist.models.backbone import Backbone
+
+
+class Attention(nn.Module):
+    """alpha = softmax_i( (Q pool(h)) . (K pool(A_i(h))) / sqrt(D) ), Eq. (3); no bias, no value projection."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.full((dim, dim), math.nan))  # NaN until initialised or loaded
+        self.key = nn.Parameter(torch.full((dim, dim), math.nan))
+
+    @torch.no_grad()
+    def initialise(self, generator: torch.Generator) -> None:
+        """The default init of a linear layer."""
+        bound = 1 / math.sqrt(len(self.query))
+        self.query.uniform_(-bound, bound, generator=generator)
+        self.key.uniform_(-bound, bound, generator=generator)
+
+    def forward(self, h: Tensor, adapted: Tensor) -> Tensor:
+        """Weights (B, N) from the pooled tokens h (B, D) and the pooled adaptor outputs (B, N, D)."""
+        queries = F.linear(F.linear(h, self.query), self.key.T)  # (Q h) . (K a) = (K^T Q h) . a
+        return (torch.einsum("bd,bnd->bn", queries, adapted) / math.sqrt(h.shape[-1])).softmax(-1)
+
+
+class GrappaLayer(nn.Module):
+    """A block followed by N adaptors and, with `attention`, their fusion; without it they are averaged.
+
+    With N = 1 this is the layer of step 2 (M + P_i): one code path, so a fused model of one set is that model exactly.
+    """
+
+    def __init__(self, block: nn.Module, adaptors: Adaptors, attention: Attention | None) -> None:
+        super().__init__()
+        self.block, self.adaptors, self.attention = block, adaptors, attention
+        self.alpha: Tensor | None = None  # (B, N) of the last forward, detached
+
+    def forward(self, tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """(B, T, D) -> (B, T, D); further arguments go to the block."""
+        h: Tensor = self.block(tokens, *args, **kwargs)
+        own = self.adaptors
+        a = F.gelu(F.linear(h, own.down_weight, own.down_bias))  # (B, T, N*H)
+        alpha = self._weights(h, a)  # (B, N)
+        self.alpha = alpha.detach()
+        if own.num_sets > 1:
+            a = a * alpha.repeat_interleave(own.bottleneck, 1).unsqueeze(1)
+        return h + torch.matmul(a, own.up_weight) + torch.matmul(alpha, own.up_bias).unsqueeze(1)
+
+    def _weights(self, h: Tensor, a: Tensor) -> Tensor:
+        own = self.adaptors
+        if self.attention is None or own.num_sets == 1:
+            return h.new_full((len(h), own.num_sets), 1 / own.num_sets)
+        pooled = a.mean(1).view(len(a), own.num_sets, own.bottleneck)
+        up = own.up_weight.view(own.num_sets, own.bottleneck, own.dim)
+        adapted = torch.einsum("bnh,nhd->bnd", pooled, up) + own.up_bias  # pool(A_i(h))
+        return self.attention(h.mean(1), adapted)  # type: ignore[no-any-return]
+
+
+class Grappa(nn.Module):
+    """A frozen backbone whose every block is a Grappa layer: RGB in [0, 1] (B, 3, S, S) -> features z (B, D)."""
+
+    def __init__(self, backbone: Backbone, num_sets: int, bottleneck: int, *, attention: bool) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.embed_dim = backbone.embed_dim
+        for index, block in enumerate(list(backbone.blocks)):
+            adaptors = Adaptors(num_sets, backbone.embed_dim, bottleneck)
+            backbone.blocks[index] = GrappaLayer(block, adaptors, Attention(backbone.embed_dim) if attention else None)
+
+    @property
+    def layers(self) -> list[GrappaLayer]:
+        return list(self.backbone.blocks)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.backbone(images)  # type: ignore[no-any-return]
+
+    def last_attention(self) -> Tensor:
+        """Weights of the last forward, (B, L, N)."""
+        return torch.stack([layer.alpha for layer in self.layers if layer.alpha is not None], 1)
+
+    def adaptor_tensors(self, index: int = 0) -> dict[str, Tensor]:
+        """Adaptor set `index`, to be saved."""
+        return {
+            f"layers.{i}.{name}": t
+            for i, layer in enumerate(self.layers)
+            for name, t in layer.adaptors.tensors(index).items()
+        }
+
+    def load_adaptors(self, sets: Sequence[Mapping[str, Tensor]]) -> None:
+        """Fills all N sets from what `adaptor_tensors` gave, each.
+
+        Raises:
+            ValueError: the sets are not N, or of another depth or width.
+        """
+        for i, layer in enumerate(self.layers):
+            names = ("down.weight", "down.bias", "up.weight", "up.bias")
+            try:
+                layer.adaptors.load([{name: s[f"layers.{i}.{name}"] for name in names} for s in sets])
+            except (KeyError, RuntimeError) as error:
+                raise ValueError(f"adaptor sets do not fit layer {i} of {len(self.layers)}: {error}") from error
+
+    def attention_tensors(self) -> dict[str, Tensor]:
+        """The fusion's Q and K of every layer, to be saved."""
+        return {
+            f"layers.{i}.{name}": p.detach().contiguous()
+            for i, layer in enumerate(self.layers)
+            if layer.attention is not None
+            for name, p in layer.attention.named_parameters()
+        }
+
+    @torch.no_grad()
+    def load_attention(self, tensors: Mapping[str, Tensor]) -> None:
+        for i, layer in enumerate(self.layers):
+            if layer.attention is not None:
+                for name, p in layer.attention.named_parameters():
+                    p.copy_(tensors[f"layers.{i}.{name}"])
+
+    def trainable_adaptors(self) -> None:
+        """Step 2: gradients for the adaptors alone."""
+        self.requires_grad_(False)
+        for layer in self.layers:
+            layer.adaptors.requires_grad_(True)
+
+    def trainable_attention(self) -> None:
+        """Step 3: gradients for Q and K alone."""
+        self.requires_grad_(False)
+        for layer in self.layers:
+            if layer.attention is not None:
+                layer.attention.requires_grad_(True)

@@ -1,0 +1,45 @@
+"""Dot products without rounding, for decisions that must not depend on block size, threads, workers or device.
+
+Rows live on a grid: every value is a multiple of 2**-24 and at most 1 in size, so float32 holds it exactly. In units of
+2**-48 each product of two such values is an integer, and so is every partial sum. By Cauchy-Schwarz no partial sum, in
+whatever order, exceeds |x||c| * 2**48, which stays below 2**53 (where float64 still has every integer) while
+|x||c| <= 16, with a spare bit. Nothing is ever rounded: a float64 matrix product on grid rows *is* the integer
+arithmetic, with or without fused multiply-add, at the speed of BLAS. Unit rows and means of unit rows are far inside
+the bound.
+
+Shapes: n and m rows, D dimensions.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+GRID = 2**24
+"""Steps of the grid in 1; a dot product of two grid rows counts in units of 1 / GRID**2."""
+
+_EXCESS = 2**-12  # rounding of a norm may lift a value above 1 by less than this; a larger value is of no unit row
+
+
+def to_grid(x: Tensor) -> Tensor:
+    """The nearest grid values, float32, same shape; for unit rows and means of unit rows (each |value| <= 1)."""
+    x = x.detach() if x.dtype == torch.float64 else x.detach().float()
+    if not bool(torch.isfinite(x).all()):
+        raise ValueError(f"to_grid: {int((~torch.isfinite(x)).sum())} values are NaN or infinite, all must be finite")
+    if x.numel() and float(x.abs().max()) > 1 + _EXCESS:
+        raise ValueError(f"to_grid: found a value of size {float(x.abs().max()):.6g}, unit rows have none above 1")
+    # Scaling by a power of two is exact, so the rounding to the grid is the only one, in float32 as in float64.
+    return ((x * GRID).round().clamp(-GRID, GRID) / GRID).float()
+
+
+def exact_dot(x: Tensor, c: Tensor) -> Tensor:
+    """Dot products of grid rows (n, D) and (m, D): (n, m) float64 integers, in units of 1 / GRID**2.
+
+    A `c` that is used again and again may be kept as float64, which spares its conversion.
+    """
+    return (x.double() * GRID**2) @ c.double().T
+
+
+def exact_square(x: Tensor) -> Tensor:
+    """Squared norms of grid rows (n, D): (n,) float64 integers, in units of 1 / GRID**2."""
+    return (x.double() * GRID).square().sum(1)

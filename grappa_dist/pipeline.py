@@ -1,0 +1,152 @@
+"""The whole flow: images -> features -> N partitions -> N adaptor sets -> their fusion -> scores, report, model.
+
+`lay_out` names every artefact of a run before any of them exists; `run` makes the missing ones; `grappa_dist/plan.py`
+says what would be made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from grappa_dist.artifacts import Artifact, Store
+from grappa_dist.config import Config
+from grappa_dist.data.shards import ImageShards
+from grappa_dist.dist.jobs import Runner
+from grappa_dist.dist.workers import Cluster
+from grappa_dist.export import export_model
+from grappa_dist.observe import Console, Events
+from grappa_dist.stages.adapt import adapt, adaptors_of
+from grappa_dist.stages.collect import collection_of, draw_collection, has_drawn, open_images
+from grappa_dist.stages.embed import bad_rows, embed, feature_rows, features_of
+from grappa_dist.stages.evaluate import Evaluation, evaluate, insight_of, scores_of, truth_of
+from grappa_dist.stages.fuse import fuse, fusion_of
+from grappa_dist.stages.modelling import ModelSpec
+from grappa_dist.stages.pseudo_label import label_rows, labels_of, num_labels, pseudo_label
+from grappa_dist.stages.reporting import report, report_of
+from grappa_dist.stages.run import Run
+
+
+@dataclass(frozen=True)
+class Flow:
+    """Every artefact of a run, in the order in which they are made."""
+
+    train: ImageShards
+    test: ImageShards  # the training images where there are no others
+    features: tuple[Artifact, ...]  # of the training images, by the frozen backbone
+    labels: Mapping[int, Artifact]  # by K
+    adaptors: Mapping[int, Artifact]
+    fusions: Mapping[str, Artifact]  # by variant, without the average, which is not trained
+    models: Mapping[str, ModelSpec]  # all that are evaluated, by their name in the table
+    test_features: Mapping[str, tuple[Artifact, ...]]
+    truth: Artifact
+    scores: Mapping[str, Artifact]
+    insights: Mapping[str, Artifact]
+    report: Artifact
+    model: Artifact
+
+
+def lay_out(config: Config, store: Store, train: ImageShards, test: ImageShards | None) -> Flow:
+    """Names all artefacts; nothing is read but the images' index, and nothing is written."""
+    frozen = ModelSpec("backbone", config.backbone)
+    features = features_of(store, frozen, config.embed, train)
+    ks = num_labels(config.clustering, len(train))
+    labels = {k: labels_of(store, config.clustering, config.seed, k, features) for k in ks}
+    adaptors = {
+        k: adaptors_of(store, config.backbone, config.adapt, config.data, config.seed, labels[k]) for k in labels
+    }
+    sets = tuple(adaptors.values())
+    fusions = {
+        v: fusion_of(store, v, config.backbone, config.fuse, config.data, config.seed, sets)
+        for v in config.fuse.variants
+        if v != "average"
+    }
+    fused = ModelSpec("", config.backbone, config.adapt.bottleneck, sets)
+    models = {"backbone": frozen}
+    models |= {f"k={k}": replace(fused, name=f"k={k}", adaptors=(a,)) for k, a in adaptors.items()}
+    models |= {v: replace(fused, name=v, fusion=fusions.get(v)) for v in config.fuse.variants}
+    images = test or train
+    test_features = {m: features_of(store, spec, config.embed, images) for m, spec in models.items()}
+    truth = truth_of(store, images, labelled=test is not None)
+    scores = {m: scores_of(store, truth, m, f) for m, f in test_features.items()}
+    insights = {m: insight_of(store, truth, m, config.evaluate, config.seed, f) for m, f in test_features.items()}
+    made_of = {**{f"scores {m}": a for m, a in scores.items()}, **{f"insight {m}": a for m, a in insights.items()}}
+    export = models[config.evaluate.export]
+    settings = {"backbone": config.backbone.name, "sets": list(ks), "variant": export.name}
+    return Flow(
+        train=train,
+        test=images,
+        features=features,
+        labels=labels,
+        adaptors=adaptors,
+        fusions=fusions,
+        models=models,
+        test_features=test_features,
+        truth=truth,
+        scores=scores,
+        insights=insights,
+        report=report_of(store, config, made_of),
+        model=store.artifact("models/" + export.name, settings, export.inputs),
+    )
+
+
+def run(config: Config, root: Path) -> tuple[Path, list[dict[str, object]]]:
+    """Makes whatever is missing; the report's folder and the rows of its table.
+
+    Raises:
+        ValueError: a setting or an input is wrong, saying which and what would be right.
+        Terminated: SIGTERM came; what was running has saved its state.
+    """
+    store = Store(root)
+    with store.lock():
+        console = Console(Events(root / "events.jsonl"))
+        cluster = Cluster(config.resources)
+        runner = Runner(cluster, config.resources, on_event=console.event)
+        context = Run(config, store, replace(runner, on_status=lambda s: console.jobs("jobs", s)), console)
+        try:
+            with context.runner.terminating():
+                return _run(context)
+        finally:
+            cluster.close()
+
+
+def _run(context: Run) -> tuple[Path, list[dict[str, object]]]:
+    config, store, console = context.config, context.store, context.console
+    if not has_drawn(config.data, store):
+        with console.stage("collect", f"drawing the collection {config.data.collection}"):
+            draw_collection(config.data, collection_of(store, config.data))
+    train, test = open_images(config.data, store)
+    flow = lay_out(config, store, train, test)
+    _announce(console, flow)
+
+    embed(context, train, flow.models["backbone"], flow.features)
+    bad = bad_rows(train, flow.features)
+    pseudo_label(context, flow.labels, feature_rows(train, flow.features), train, bad)
+    labels = {k: label_rows(artifact, train) for k, artifact in flow.labels.items()}
+    adapt(context, flow.adaptors, labels, train, bad)
+    fuse(context, flow.fusions, list(flow.adaptors.values()), labels, train, bad)
+
+    for name, spec in flow.models.items():
+        embed(context, flow.test, spec, flow.test_features[name])
+    evaluation = Evaluation(
+        flow.truth,
+        {m: feature_rows(flow.test, f) for m, f in flow.test_features.items()},
+        flow.scores,
+        flow.insights,
+    )
+    evaluate(context, flow.test, bad_rows(flow.test, flow.test_features["backbone"]), flow.models, evaluation)
+    if not flow.model.complete:
+        with console.stage("export", config.evaluate.export):
+            export_model(flow.models[config.evaluate.export], [f"k={k}" for k in flow.adaptors], flow.model)
+    store.publish("model", flow.model)
+    return report(context, flow)
+
+
+def _announce(console: Console, flow: Flow) -> None:
+    made = [*flow.features, *flow.labels.values(), *flow.adaptors.values(), *flow.fusions.values(), *flow.scores.values()]
+    reused = sum(artifact.complete for artifact in made)
+    console.say(
+        f"{len(flow.train)} training and {len(flow.test)} test images; K = {', '.join(map(str, flow.labels))}; "
+        f"{reused} of {len(made)} artefacts are there and reused"
+    )

@@ -1,0 +1,88 @@
+"""What a run would do: stages, what is reused, jobs with their workers, steps and rough bytes. Touches nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from grappa_dist.artifacts import Artifact, Store
+from grappa_dist.config import Config
+from grappa_dist.pipeline import Flow, lay_out
+from grappa_dist.stages.adapt import steps_per_epoch
+from grappa_dist.stages.collect import collection_sizes, has_drawn, open_images
+from grappa_dist.stages.pseudo_label import num_labels
+
+ADAM_COPIES = 4  # parameter, gradient and two moments
+GIB = 2**30
+
+
+def plan(config: Config, root: Path) -> str:
+    """The resolved config and the plan, as text."""
+    return f"{config.yaml()}\n{_table(config, root)}"
+
+
+def _table(config: Config, root: Path) -> str:
+    store = Store(root)
+    lines = [f"run directory  {root}"]
+    if has_drawn(config.data, store):
+        train, test = open_images(config.data, store, write_index=False)
+        flow: Flow | None = lay_out(config, store, train, test)
+        sizes = {"train": len(train), "test": len(test) if test else len(train)}
+    else:
+        flow, sizes = None, collection_sizes(config.data)
+        lines.append(f"collect        {config.data.collection} draws {sizes['train']} + {sizes['test']} images")
+    ks = num_labels(config.clustering, sizes["train"])
+    for name, text, artifacts in _stages(config, flow, sizes, ks):
+        lines.append(f"{name:<14} {text}; {_reuse(artifacts)}")
+    return "\n".join([*lines, *_costs(config, sizes["train"], ks)])
+
+
+def _stages(
+    config: Config, flow: Flow | None, sizes: dict[str, int], ks: tuple[int, ...]
+) -> Iterable[tuple[str, str, list[Artifact]]]:
+    where, workers = config.resources, config.resources.workers
+    adapt_steps = config.adapt.epochs * steps_per_epoch(sizes["train"], config.adapt.global_batch)
+    fuse_steps = config.fuse.epochs * steps_per_epoch(sizes["train"], config.fuse.global_batch)
+    place = f"{where.cpus_per_worker} CPU and {where.gpus_per_worker} GPU a worker"
+    yield "workers", f"{workers} of {place}", []
+    features = list(flow.features) if flow else []
+    yield "embed", f"{sizes['train']} training images, a task per shard", features
+    yield "pseudo_label", f"K = {', '.join(map(str, ks))}; one job", list(flow.labels.values()) if flow else []
+    what = f"{len(ks)} jobs of {where.adapt_ranks} ranks, {adapt_steps} steps of {config.adapt.global_batch} images each"
+    yield "adapt", what, list(flow.adaptors.values()) if flow else []
+    trained = [v for v in config.fuse.variants if v != "average"]
+    what = f"{', '.join(trained) or 'nothing to train'}; one job each on all workers, {fuse_steps} steps of "
+    yield "fuse", what + f"{config.fuse.global_batch} pairs", list(flow.fusions.values()) if flow else []
+    models = 1 + len(ks) + len(config.fuse.variants)
+    scores = list(flow.scores.values()) if flow else []
+    yield "evaluate", f"{models} models on {sizes['test']} images", scores
+    yield "report, model", f"report/report.html, report/metrics.json, model/ ({config.evaluate.export})", (
+        [flow.report, flow.model] if flow else []
+    )
+
+
+def _reuse(artifacts: list[Artifact]) -> str:
+    if not artifacts:
+        return "to be made"
+    done = sum(a.complete for a in artifacts)
+    return "all reused" if done == len(artifacts) else f"{done} of {len(artifacts)} reused"
+
+
+def _costs(config: Config, num_rows: int, ks: tuple[int, ...], dim: int = 384) -> Iterable[str]:
+    """Rough sizes at a stated dimension: the backbone is not built for a plan."""
+    widths = [dim, *config.fuse.projector]
+    projector = sum(a * b for a, b in zip(widths, widths[1:], strict=False))
+    yield (
+        f"rough bytes    (at {dim} channels) features {_size(4 * dim * num_rows)}, labels {_size(4 * len(ks) * num_rows)}, "
+        f"k-NN graph {_size(8 * config.fuse.neighbours * num_rows)} an epoch; per rank: largest classifier with Adam "
+        f"{_size(4 * ADAM_COPIES * dim * max(ks))}, projector with momentum {_size(12 * projector)}, "
+        f"correlation matrix {_size(4 * config.fuse.projector[-1] ** 2)}"
+    )
+
+
+def _size(num_bytes: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.0f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.1f} GiB"

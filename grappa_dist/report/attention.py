@@ -1,0 +1,86 @@
+"""The section on attention: what each fusion leans on, for which task and in which layer.
+
+Shapes: L layers, N adaptor sets.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from grappa_dist.report.content import ReportContent
+from grappa_dist.report.heat import heat_map, saturation
+from grappa_dist.report.markup import absent, sentences, text
+from grappa_dist.report.plots import Axes, Series, grid, line_chart
+from grappa_dist.report.reading import read_attention, uniform
+
+MOST_GROUPS = 24  # maps of one fusion
+_LEAD = (
+    '<p class="lead">In every layer a learned fusion shares its attention among the adaptor sets, anew for each image. '
+    "The maps show the mean share over the images of a task, sets running across from coarse to fine. "
+    '<b class="ink-more">Blue</b> is more than an even share of one in N, <b class="ink-less">orange</b> is less, '
+    "and what is even is blank.</p>"
+)
+
+
+def attention_section(content: ReportContent) -> str:
+    """Entropy over layers, then every fusion's reading and maps."""
+    if not content.attention and not content.entropy:
+        return absent("No fusion was trained in this run, so there is no attention to show. An average has none.")
+    variants = list(dict.fromkeys([*content.attention, *content.entropy]))
+    return _LEAD + _entropy_chart(content.entropy) + "".join(_variant(content, name) for name in variants)
+
+
+def _entropy_chart(entropy: dict[str, list[float]]) -> str:
+    if not entropy:
+        return ""
+    lines = [Series(name, range(1, len(values) + 1), values) for name, values in entropy.items()]
+    lowest = min((v for s in lines for v in s.y if math.isfinite(v)), default=0.0)
+    axes = Axes(
+        title="Entropy of the attention, layer by layer",
+        x_label="layer",
+        y_label="entropy / log N",
+        y_range=(math.floor(min(lowest, 0.95) * 20) / 20, 1.004),
+        note="1 is uniform attention: every image weighs all sets alike, as the average does. Lower is more decided.",
+    )
+    return grid([line_chart(lines, axes)])
+
+
+def _variant(content: ReportContent, variant: str) -> str:
+    entropy = content.entropy.get(variant, [])
+    groups = content.attention.get(variant, {})
+    shown = {name: values for name, values in list(groups.items())[:MOST_GROUPS] if values}
+    said = sentences(read_attention(groups, entropy, content.sets))
+    maps = _maps(shown, content.sets) if shown else ""
+    hidden = len(groups) - len(shown)
+    maps += f'<p class="note">{hidden} more groups not shown.</p>' if hidden else ""
+    if maps and uniform(entropy):
+        maps = f'<details class="fold"><summary>Its maps, close to blank</summary>{maps}</details>'
+    return f"<h3>{text(variant, 40)}</h3>{said}{maps}"
+
+
+def _maps(groups: dict[str, list[list[float]]], sets: list[str]) -> str:
+    """The mean over layers of all groups in one map, then a map of layers for each group."""
+    wide = max(len(row) for values in groups.values() for row in values)
+    columns = [sets[j].removeprefix("k=") if j < len(sets) else str(j) for j in range(wide)]
+    most = saturation(list(groups.values()))
+    means = {name: _over_layers(values) for name, values in groups.items()}
+    means = {name: mean for name, mean in means.items() if mean}
+    least = saturation([list(means.values())])
+    overview = heat_map(list(means.values()), (list(means), columns), title="Mean over layers, by task", most=least)
+    layers = "".join(
+        heat_map(values, ([str(i) for i in range(1, len(values) + 1)], columns), title=f"{name}, by layer", most=most)
+        for name, values in groups.items()
+    )
+    scale = (
+        f"Colour saturates at {least:.2f} times an even share in the first map and at {most:.2f} times in the others."
+    )
+    return f'<div class="maps">{overview}{layers}</div><p class="note">{scale}</p>'
+
+
+def _over_layers(values: list[list[float]]) -> list[float]:
+    """Mean share of each set, (N,), or nothing where layers are not alike."""
+    if len({len(row) for row in values}) != 1:
+        return []
+    return [float(v) for v in np.asarray(values, dtype=np.float64).mean(0)]

@@ -1,0 +1,101 @@
+"""What a report is made of. Every section may be empty: the page then says so or leaves it out.
+
+Shapes: L layers, N adaptor sets, K clusters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class ScoreRow(TypedDict):
+    """Retrieval of one model on one task; fractions in [0, 1]."""
+
+    model: str  # "backbone", "k=<K>", "oracle", "average", "transforms", "neighbours", or "<fusion>-<recipe>"
+    task: str
+    queries: int
+    r_precision: float
+    map_at_r: float
+    recall_at_1: float
+
+
+class LabelFree(TypedDict):
+    """A figure that needs no label, for one model; `value` is a fraction of `queries`."""
+
+    model: str
+    figure: str  # "augmented view finds its source"
+    value: float
+    queries: int
+
+
+class BadRow(TypedDict):
+    """A row that did not decode and was left out of everything."""
+
+    shard: str
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hit:
+    """One retrieved image; `correct` is None where the collection has no labels."""
+
+    image: bytes  # JPEG, PNG, WebP or GIF
+    score: float
+    correct: bool | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gallery:
+    """One query and what each model retrieves for it, nearest first."""
+
+    query: bytes
+    results: dict[str, list[Hit]]
+    task: str | None = None
+    label: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clustering:
+    """How k-means went for one K."""
+
+    k: int
+    inertia: list[float]  # one value an iteration
+    sizes: list[int]  # clusters by size, see `size_histogram`
+    largest: int
+    median: float
+    imbalance: float  # K * sum n^2 / (sum n)^2: 1 when all clusters are of one size
+    empty_repaired: int
+    empty_left: int
+    singletons_share: float  # clusters of one image, as a share of all K
+    exact_share: float  # rows whose nearest centroid was settled by exact scores, as a share of all rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportContent:
+    """All that the page shows."""
+
+    title: str
+    rows: list[ScoreRow] = field(default_factory=list)  # [] without labels
+    label_free: list[LabelFree] = field(default_factory=list)
+    attention: dict[str, dict[str, list[list[float]]]] = field(default_factory=dict)  # fusion, group: (L, N) mean
+    entropy: dict[str, list[float]] = field(default_factory=dict)  # fusion: (L,) mean entropy / log N, 1 = uniform
+    sets: list[str] = field(default_factory=list)  # the N adaptor sets, "k=64", ...
+    clusterings: list[Clustering] = field(default_factory=list)
+    curves: dict[str, list[dict[str, float]]] = field(default_factory=dict)  # job: [{"step", "loss", ...}]
+    galleries: list[Gallery] = field(default_factory=list)
+    bad_rows: list[BadRow] = field(default_factory=list)
+    facts: dict[str, str] = field(default_factory=dict)
+    config_yaml: str = ""
+    notes: list[str] = field(default_factory=list)
+
+
+def size_histogram(counts: Sequence[int] | NDArray[np.integer]) -> list[int]:
+    """Clusters by size, for `Clustering.sizes`: entry 0 counts empty ones, b those of 2^(b-1) to 2^b - 1 images."""
+    _, bits = np.frexp(np.asarray(counts, dtype=np.float64))  # frexp's exponent of n is its bit length, 0 for 0
+    return [int(n) for n in np.bincount(bits)] if len(bits) else []

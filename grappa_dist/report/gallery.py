@@ -1,0 +1,106 @@
+"""Queries with what each model retrieves for them. An image that comes up many times is stored in the page once."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+
+from grappa_dist.report.content import Gallery, Hit
+from grappa_dist.report.markup import decimal, plural, text
+from grappa_dist.report.scores import ordered
+
+MOST_GALLERIES = 96  # in the page
+MOST_HITS = 5  # of a model
+MOST_MODELS = 16  # of a query
+MOST_BYTES = 48 * 2**20  # of images, all together
+_MAGIC = {b"\xff\xd8\xff": "jpeg", b"\x89PNG": "png", b"GIF8": "gif"}
+
+
+class Images:
+    """The images of a page, each once, to be drawn any number of times."""
+
+    def __init__(self) -> None:
+        self._ids: dict[bytes, int] = {}
+        self._room = MOST_BYTES
+
+    def draw(self, image: bytes, label: str) -> str:
+        """A square tile with the image; empty for bytes of no known format, and when the page is full."""
+        if _format(image) is None:
+            return f'<span class="tile blank" title="{text(label)}">not an image</span>'
+        if image not in self._ids:
+            if len(image) > self._room:
+                return f'<span class="tile blank" title="{text(label)}">left out, page full</span>'
+            self._room -= len(image)
+            self._ids[image] = len(self._ids)
+        place = self._ids[image]
+        name = f'role="img" aria-label="{text(label)}"'
+        return (
+            f'<svg class="tile" viewBox="0 0 100 100" {name}><title>{text(label)}</title><use href="#i{place}"/></svg>'
+        )
+
+    def definitions(self) -> str:
+        """The images themselves, as symbols without a box of their own."""
+        symbols = "".join(
+            f'<symbol id="i{place}" viewBox="0 0 100 100"><image width="100" height="100" '
+            f'href="data:image/{_format(image)};base64,{base64.b64encode(image).decode()}"/></symbol>'
+            for image, place in self._ids.items()
+        )
+        return f'<svg class="store" width="0" height="0" aria-hidden="true">{symbols}</svg>' if symbols else ""
+
+
+def _format(image: bytes) -> str | None:
+    """The format by the first bytes; vector formats are not among them, they may carry scripts."""
+    if image[:4] == b"RIFF" and image[8:12] == b"WEBP":
+        return "webp"
+    return next((name for magic, name in _MAGIC.items() if image.startswith(magic)), None)
+
+
+def galleries(items: Sequence[Gallery]) -> str:
+    """All galleries as markup: one fold a task, the first one open."""
+    by_task: dict[str | None, list[Gallery]] = {}
+    for item in items:
+        by_task.setdefault(item.task, []).append(item)
+    share = max(1, MOST_GALLERIES // len(by_task))
+    images, folds, shown = Images(), [], 0
+    for place, (task, group) in enumerate(list(by_task.items())[:MOST_GALLERIES]):
+        cards = "".join(_card(images, item) for item in group[:share])
+        shown += len(group[:share])
+        name = "All images" if task is None else text(task, 60)
+        count = plural(len(group[:share]), "query", "queries")
+        head = f"<summary>{name} <small>{count}</small></summary>"
+        folds.append(
+            f'<details class="fold"{" open" if not place else ""}>{head}<div class="cards">{cards}</div></details>'
+        )
+    left = len(items) - shown
+    rest = f'<p class="note">{plural(left, "more query", "more queries")} left out.</p>' if left else ""
+    return images.definitions() + "".join(folds) + rest
+
+
+def _card(images: Images, item: Gallery) -> str:
+    models = ordered(item.results)[:MOST_MODELS]
+    caption = "" if item.label is None else f"<b>{text(item.label, 60).replace('_', '_<wbr>')}</b>"
+    query = (
+        f'<div class="query"><span>query</span>{images.draw(item.query, "query " + (item.label or ""))}{caption}</div>'
+    )
+    lanes = "".join(_lane(images, model, item.results[model][:MOST_HITS]) for model in models)
+    return f'<article class="card">{query}<div class="lanes">{lanes}</div></article>'
+
+
+def _lane(images: Images, model: str, hits: Sequence[Hit]) -> str:
+    judged = [hit for hit in hits if hit.correct is not None]
+    right = sum(bool(hit.correct) for hit in judged)
+    tally = f"<small>{right} of {len(judged)}</small>" if judged else ""
+    tiles = "".join(_tile(images, place, hit) for place, hit in enumerate(hits, start=1))
+    found = f'<div class="hits">{tiles}</div>' if tiles else "<em>nothing found</em>"
+    return f'<div class="lane"><p>{text(model, 40)}{tally}</p>{found}</div>'
+
+
+def _tile(images: Images, place: int, hit: Hit) -> str:
+    way, mark, word = {
+        True: ("right", "✓", ", correct"),
+        False: ("wrong", "✗", ", incorrect"),
+        None: ("", "", ""),
+    }[hit.correct]
+    badge = f'<i aria-hidden="true">{mark}</i>' if mark else ""
+    tile = images.draw(hit.image, f"rank {place}, cosine {decimal(hit.score, 3)}{word}")
+    return f'<div class="hit {way}">{tile}{badge}<span>{decimal(hit.score, 2)}</span></div>'

@@ -1,0 +1,192 @@
+"""The sections of the page below its headline. Each takes the content and returns markup, "" to be left out."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+from grappa_dist.report.content import Clustering, LabelFree, ReportContent
+from grappa_dist.report.gallery import galleries
+from grappa_dist.report.markup import absent, number, percent, plural, table, text
+from grappa_dist.report.plots import COLOURS, Axes, Series, bar_chart, grid, line_chart
+from grappa_dist.report.scores import ordered
+
+MOST_BAD_ROWS = 100
+MOST_CLUSTERINGS = 24  # histograms
+MOST_METRICS = 8  # charts of one kind of job
+MOST_CONFIG = 100_000  # characters
+_CLOCKS = {"step", "epoch", "time_s", "seconds"}  # keys of a curve that only say where it is
+_NAMES = {"loss": "Loss", "accuracy": "Accuracy", "lr": "Learning rate", "images_per_s": "Images per second"}
+
+
+def gallery_section(content: ReportContent) -> str:
+    if not content.galleries:
+        return ""
+    judged = any(hit.correct is not None for g in content.galleries for hits in g.results.values() for hit in hits)
+    marks = (
+        "✓ is an image of the query's class, ✗ one of another class."
+        if judged
+        else "The collection has no labels, so nothing is marked as right or wrong."
+    )
+    lead = f"Each model's nearest images, best first, with their cosine similarity to the query. {marks}"
+    return f'<p class="lead">{lead}</p>' + galleries(content.galleries)
+
+
+def clustering_section(content: ReportContent) -> str:
+    if not content.clusterings:
+        return ""
+    items = sorted(content.clusterings, key=lambda c: c.k)
+    lead = (
+        '<p class="lead">k-means groups the frozen backbone\'s features into K clusters; the cluster of an image is '
+        "its pseudo-label. A small K is a coarse view of the collection, a large one tells near-duplicates apart.</p>"
+    )
+    return lead + grid([_inertia(items), _size_lines(items)]) + _cluster_table(items) + _size_charts(items)
+
+
+def _inertia(items: list[Clustering]) -> str:
+    lines = []
+    for c in items:
+        first = next((v for v in c.inertia if math.isfinite(v) and v > 0), 1.0)
+        lines.append(Series(f"k={c.k}", range(1, len(c.inertia) + 1), [100 * v / first for v in c.inertia]))
+    note = "Sum of squared distances to the nearest centroid, as a share of the first iteration's."
+    return line_chart(lines, Axes(title="Inertia", x_label="iteration", y_label="% of the first", note=note))
+
+
+def _size_lines(items: list[Clustering]) -> str:
+    names = _size_names(max((len(c.sizes) for c in items), default=0))
+    lines = [Series(f"k={c.k}", range(len(c.sizes)), [100 * n / max(1, sum(c.sizes)) for n in c.sizes]) for c in items]
+    note = "A point counts the clusters of at least so many images and fewer than the next point's."
+    axes = Axes(
+        title="Cluster sizes", x_label="images a cluster, from", y_label="% of clusters", x_names=names, note=note
+    )
+    return line_chart(lines, axes)
+
+
+def _size_names(buckets: int) -> list[str]:
+    """The smallest size of each bucket of `size_histogram`."""
+    sizes = [0, *(2**b for b in range(buckets - 1))] if buckets else []
+    return [f"{n}" if n < 1024 else f"{n // 1024}k" if n < 2**20 else f"{n // 2**20}M" for n in sizes]
+
+
+def _cluster_table(items: list[Clustering]) -> str:
+    head = [
+        "K",
+        "iterations",
+        "median",
+        "largest",
+        "imbalance",
+        "singletons",
+        "empty, repaired",
+        "empty, left",
+        "exact",
+    ]
+    body = [
+        [
+            f"k={c.k}",
+            str(len(c.inertia)),
+            number(c.median),
+            f"{c.largest:,}",
+            number(round(c.imbalance, 2)),
+            f"{percent(c.singletons_share)} %",
+            f"{c.empty_repaired:,}",
+            f"{c.empty_left:,}",
+            f"{percent(c.exact_share, 2)} %",
+        ]
+        for c in items
+    ]
+    note = (
+        '<p class="note">Median and largest are in images a cluster. Imbalance is 1 when all clusters are of one size. '
+        "Singletons are clusters of one image. Empty clusters get a new centroid while iterating; those left at the "
+        "end train nothing. Exact: rows with centroids too close for floating point, settled by exact arithmetic.</p>"
+    )
+    return table(head, body) + note
+
+
+def _size_charts(items: list[Clustering]) -> str:
+    charts = []
+    for c in items[:MOST_CLUSTERINGS]:
+        axes = Axes(title=f"k={c.k}", x_label="images a cluster, from", y_label="clusters")
+        charts.append(bar_chart([float(n) for n in c.sizes], _size_names(len(c.sizes)), axes))
+    return f'<details class="fold"><summary>Cluster sizes, one by one</summary>{grid(charts)}</details>'
+
+
+def curve_section(content: ReportContent) -> str:
+    """Curves by kind of job, since the losses of adaptor sets and of fusions are not comparable."""
+    curves = {job: points for job, points in content.curves.items() if points}
+    if not curves:
+        return ""
+    kinds = {
+        "Adaptor sets": {job: points for job, points in curves.items() if "k=" in job},
+        "Fusion and other jobs": {job: points for job, points in curves.items() if "k=" not in job},
+    }
+    return "".join(_kind_of_job(name, jobs) for name, jobs in kinds.items() if jobs)
+
+
+def _kind_of_job(name: str, jobs: dict[str, list[dict[str, float]]]) -> str:
+    keys = list(
+        dict.fromkeys(key for points in jobs.values() for point in points for key in point if key not in _CLOCKS)
+    )
+    charts = [_curve(key, jobs) for key in sorted(keys, key=lambda k: (k not in _NAMES, k != "loss"))[:MOST_METRICS]]
+    return f"<h3>{text(name)}</h3>{grid(charts)}"
+
+
+def _curve(key: str, jobs: dict[str, list[dict[str, float]]]) -> str:
+    lines, broken = [], 0
+    for place, (job, points) in enumerate(jobs.items()):
+        pairs = [(p.get("step", float(i)), p[key]) for i, p in enumerate(points) if key in p]
+        if pairs:
+            broken += sum(not math.isfinite(y) for _, y in pairs)
+            lines.append(Series(job, [x for x, _ in pairs], [y for _, y in pairs], place, place >= COLOURS))
+    values = [y for s in lines for y in s.y if math.isfinite(y)]
+    log = key not in ("accuracy", "lr") and bool(values) and min(values) > 0 and max(values) > 30 * min(values)
+    note = f"{plural(broken, 'value')} not finite, left as gaps." if broken else ""
+    shown = _NAMES.get(key, key.replace("_", " "))
+    return line_chart(lines, Axes(title=shown + (" (log)" if log else ""), x_label="step", log_y=log, note=note))
+
+
+def label_free_section(content: ReportContent) -> str:
+    if not content.label_free:
+        return ""
+    figures = list(dict.fromkeys(item["figure"] for item in content.label_free))
+    cells = {(item["model"], item["figure"]): item for item in content.label_free}
+    head = ["model", *(text(f, 80) for f in figures)]
+    body = [
+        [text(model, 40), *(_share(cells.get((model, figure))) for figure in figures)]
+        for model in ordered(item["model"] for item in content.label_free)
+    ]
+    lead = (
+        '<p class="lead">Figures that need no label, in percent. They compare models on one collection; '
+        "they are not accuracies.</p>"
+    )
+    return lead + table(head, body)
+
+
+def _share(item: LabelFree | None) -> str:
+    if item is None or not math.isfinite(item["value"]):
+        return percent(math.nan)
+    wide = min(1.0, max(0.0, item["value"]))
+    tip = f"of {item['queries']:,} queries"
+    meter = f'<span class="meter"><i style="width:{wide:.1%}"></i></span>'
+    return f'<span title="{tip}">{percent(item["value"])}</span>{meter}'
+
+
+def bad_section(content: ReportContent) -> str:
+    if not content.bad_rows:
+        return ""
+    reasons = Counter(row["reason"][:200] for row in content.bad_rows).most_common(10)
+    first = f" The first {MOST_BAD_ROWS} are listed." if len(content.bad_rows) > MOST_BAD_ROWS else ""
+    lead = (
+        f'<p class="lead">{plural(len(content.bad_rows), "image")} did not decode and took no part in clustering, '
+        f"training or evaluation.{first}</p>"
+    )
+    why = table(["reason", "images"], [[text(reason, 200), f"{count:,}"] for reason, count in reasons])
+    body = [[text(row["key"]), text(row["shard"]), text(row["reason"])] for row in content.bad_rows[:MOST_BAD_ROWS]]
+    listing = table(["key", "shard", "reason"], body, numeric=False)
+    return f'{lead}{why}<details class="fold"><summary>The images</summary>{listing}</details>'
+
+
+def run_section(content: ReportContent) -> str:
+    facts = "".join(f"<dt>{text(name, 80)}</dt><dd>{text(value, 4000)}</dd>" for name, value in content.facts.items())
+    listing = f'<dl class="facts">{facts}</dl>' if facts else absent("The run recorded no facts.")
+    config = f"<pre>{text(content.config_yaml, MOST_CONFIG)}</pre>" if content.config_yaml else ""
+    return listing + (f'<details class="fold"><summary>Configuration</summary>{config}</details>' if config else "")

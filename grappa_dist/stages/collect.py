@@ -1,0 +1,82 @@
+"""collect: where the images come from, either the user's shards or a collection that a function draws."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from grappa_dist.artifacts import Artifact, Store
+from grappa_dist.config import DataConfig
+from grappa_dist.data.randomness import permutation
+from grappa_dist.data.shards import ImageShards
+from grappa_dist.data.writer import ShardWriter
+
+ROWS_PER_SHARD = 256
+
+
+def collection_of(store: Store, data: DataConfig) -> Artifact:
+    settings = {"collection": data.collection, "kwargs": data.collection_kwargs, "rows_per_shard": ROWS_PER_SHARD}
+    return store.artifact("collection", settings, {})
+
+
+def draw_collection(data: DataConfig, artifact: Artifact) -> None:
+    """Draws a collection into shards: `module:function(**kwargs)` yields items with split, task, label, encoded, suffix."""
+    if artifact.complete:
+        return
+    folder = artifact.begin()
+    drawings = list(_call(data))
+    for split in ("train", "test"):
+        items = [d for d in drawings if d.split == split]
+        with ShardWriter(folder / split, rows_per_shard=ROWS_PER_SHARD) as writer:
+            for i in permutation(len(items), "order of a collection").tolist():
+                item = items[i]
+                writer.write(item.encoded, item.suffix, label=item.label, task=item.task)
+    artifact.commit()
+
+
+def open_images(data: DataConfig, store: Store, *, write_index: bool = True) -> tuple[ImageShards, ImageShards | None]:
+    """Training and test images; test is None where there are none, and the training images are looked at instead."""
+    index = store.root / "index" if write_index else None
+    if data.collection:
+        folder = collection_of(store, data).path
+        return ImageShards.open([folder / "train"], index), ImageShards.open([folder / "test"], index)
+    train = ImageShards.open(data.train, index)
+    if not len(train):
+        raise ValueError(f"data.train={list(data.train)}: the shards hold no images (jpg, jpeg, png, webp)")
+    return train, ImageShards.open(data.test, index) if data.test else None
+
+
+def collection_sizes(data: DataConfig) -> dict[str, int]:
+    """How many images a collection will have, without drawing it: the `sizes` beside its function."""
+    module = _module(data)
+    return dict(module.sizes(**{k: v for k, v in data.collection_kwargs.items() if k != "seed"}))
+
+
+def _call(data: DataConfig) -> Iterable[Any]:
+    assert data.collection is not None
+    function = data.collection.split(":")[1]
+    module = _module(data)
+    if not hasattr(module, function):
+        raise ValueError(f"data.collection={data.collection}: the module has no {function!r}")
+    try:
+        return getattr(module, function)(**data.collection_kwargs)  # type: ignore[no-any-return]
+    except TypeError as error:
+        raise ValueError(f"data.collection_kwargs={data.collection_kwargs}: {error}") from error
+
+
+def _module(data: DataConfig) -> Any:
+    assert data.collection is not None
+    try:
+        return importlib.import_module(data.collection.split(":")[0])
+    except ModuleNotFoundError as error:
+        raise ValueError(f"data.collection={data.collection}: {error}; is its folder on PYTHONPATH?") from error
+
+
+def has_drawn(data: DataConfig, store: Store) -> bool:
+    return data.collection is None or collection_of(store, data).complete
+
+
+def run_root(out: str | None, name: str) -> Path:
+    return Path(out or f"runs/{name}").absolute()

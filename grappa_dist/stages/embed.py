@@ -1,0 +1,147 @@
+"""embed: images -> row-aligned unit features, by the frozen ViT, the model of an epoch, or the final one.
+
+Shapes: P rows of one shard, B the padded batch, S pixels a side, D channels.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from grappa_dist.artifacts import Artifact, RowArrays, Store, write_json
+from grappa_dist.config import EmbedConfig
+from grappa_dist.data.loader import load_or_skip, read_batches
+from grappa_dist.data.shards import ImageShards, Shard
+from grappa_dist.stages.modelling import ModelSpec, backbone_settings, built, pixels_of, preprocess_of
+from grappa_dist.stages.run import Run
+
+ROWS_FILE, BAD_FILE = "rows.npy", "bad.json"
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """How rows are embedded; all of it can change a last bit."""
+
+    batch_size: int
+    decode_threads: int
+
+
+def features_of(store: Store, spec: ModelSpec, embed: EmbedConfig, images: ImageShards) -> tuple[Artifact, ...]:
+    """One artefact per shard, so that new shards alone are embedded."""
+    settings = {"backbone": backbone_settings(spec.backbone), **embed.model_dump()}
+
+    def of(shard: Shard) -> Artifact:
+        kind = f"features/{spec.name}/{shard.name.removesuffix('.tar')}"
+        return store.artifact(kind, settings, {"shard": shard.fingerprint, **spec.inputs})
+
+    return tuple(of(shard) for shard in images.shards)
+
+
+def embed(run: Run, images: ImageShards, spec: ModelSpec, features: Sequence[Artifact]) -> None:
+    """Embeds the shards that have no features yet, one task per shard, on all workers.
+
+    Raises:
+        ValueError: more than data.max_bad_share of the rows do not decode.
+    """
+    missing = [i for i, artifact in enumerate(features) if not artifact.complete]
+    if missing:
+        rows = sum(images.shards[i].rows for i in missing)
+        what = f"{spec.name}, {rows} images in {len(missing)} shards"
+        with run.console.stage("embed", what + (f", {len(features) - len(missing)} reused" * (len(missing) < len(features)))):
+            how = Embedding(run.config.embed.batch_size, run.config.resources.decode_threads)
+            tasks = [(images, i, spec, features[i], how) for i in missing]
+
+            def done(count: int) -> None:
+                run.console.say(f"embed: {spec.name}, {count}/{len(missing)} shards")
+                run.console.event("shards_done", stage="embed", model=spec.name, done=count, of=len(missing))
+
+            run.runner.map(embed_shard, tasks, done)
+    check_bad_share(images, bad_rows(images, features), run.config.data.max_bad_share)
+
+
+def embed_shard(
+    device: torch.device, threads: int, images: ImageShards, shard: int, spec: ModelSpec, artifact: Artifact, how: Embedding
+) -> None:
+    """Embeds one shard and commits its artefact: rows.npy (P, D), and bad.json {position: reason}."""
+    if artifact.complete:
+        return
+    model = built(spec, device)
+    rows = np.arange(*_bounds(images.shard_rows(shard)))
+    folder = artifact.begin()
+    features = np.zeros((len(rows), int(model.embed_dim)), dtype=np.float32)  # type: ignore[arg-type]
+    reasons: dict[int, str] = {}
+    for place, unit, bad in embed_rows(model, images, rows, how, device):
+        features[place] = unit
+        reasons |= bad
+    np.save(folder / ROWS_FILE, features)
+    write_json(folder / BAD_FILE, {str(row - images.shard_rows(shard).start): why for row, why in reasons.items()})
+    artifact.commit()
+
+
+@torch.inference_mode()
+def embed_rows(
+    model: nn.Module, images: ImageShards, rows: NDArray[np.int64], how: Embedding, device: torch.device
+) -> Iterator[tuple[slice, NDArray[np.float32], dict[int, str]]]:
+    """Unit features by batches: (place among `rows`, (b, D), reasons of undecodable rows, whose features are zero)."""
+    preprocess = preprocess_of(pixels_of(model))
+    shape = (preprocess.image_size, preprocess.image_size, 3)
+    starts = range(0, len(rows), how.batch_size)
+
+    def read(start: int) -> tuple[NDArray[np.uint8], dict[int, str]]:
+        part = rows[start : start + how.batch_size]
+        return load_or_skip(images, part, lambda image, _: preprocess.test(image), shape)
+
+    batches = read_batches(starts, read, threads=how.decode_threads)
+    for start, (pixels, reasons) in zip(starts, batches, strict=True):
+        padded = np.zeros((how.batch_size, *shape), dtype=np.uint8)
+        padded[: len(pixels)] = pixels
+        with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+            z = model(to_images(padded, device)).float()[: len(pixels)]
+        unit = F.normalize(z, dim=1)
+        part = rows[start : start + len(pixels)]
+        unit[[i for i, row in enumerate(part.tolist()) if row in reasons]] = 0
+        yield slice(start, start + len(pixels)), unit.cpu().numpy(), reasons
+
+
+def to_images(pixels: NDArray[np.uint8], device: torch.device) -> Tensor:
+    """(B, S, S, 3) bytes -> (B, 3, S, S) floats in [0, 1] on the device."""
+    return torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).float() / 255
+
+
+def feature_rows(images: ImageShards, features: Sequence[Artifact]) -> RowArrays:
+    """The features of all rows, memory-mapped."""
+    return RowArrays(tuple(str(a.path / ROWS_FILE) for a in features), tuple(images.starts.tolist()))
+
+
+def bad_reasons(images: ImageShards, features: Sequence[Artifact]) -> dict[int, str]:
+    """Why rows do not decode, by row id."""
+    reasons: dict[int, str] = {}
+    for shard, artifact in enumerate(features):
+        first = images.shard_rows(shard).start
+        found = json.loads((artifact.path / BAD_FILE).read_text())
+        reasons |= {first + int(position): why for position, why in found.items()}
+    return reasons
+
+
+def bad_rows(images: ImageShards, features: Sequence[Artifact]) -> NDArray[np.int64]:
+    """Sorted ids of the rows that do not decode."""
+    return np.array(sorted(bad_reasons(images, features)), dtype=np.int64)
+
+
+def check_bad_share(images: ImageShards, bad: NDArray[np.int64], limit: float) -> None:
+    if len(bad) > limit * len(images):
+        raise ValueError(
+            f"{len(bad)} of {len(images)} images do not decode, the first is {images.where(int(bad[0]))}; "
+            f"data.max_bad_share={limit} allows {limit * len(images):.0f}"
+        )
+
+
+def _bounds(rows: range) -> tuple[int, int]:
+    return rows.start, rows.stop

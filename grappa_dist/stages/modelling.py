@@ -1,0 +1,94 @@
+"""Which model a stage runs, as a small description that travels, and the model itself, built where it is needed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from grappa_dist.artifacts import Artifact
+from grappa_dist.config import BackboneConfig
+from grappa_dist.data.transforms import Preprocess
+from grappa_dist.models import Backbone, Grappa, Pixels, create_backbone
+
+ADAPTORS_FILE, FUSION_FILE = "adaptors.safetensors", "grappa.safetensors"
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """The frozen backbone, or with adaptor sets, or with these and their fusion."""
+
+    name: str  # as in the table: backbone, k=64, average, ...
+    backbone: BackboneConfig
+    bottleneck: int = 0
+    adaptors: tuple[Artifact, ...] = ()
+    fusion: Artifact | None = None  # None with several sets: their average
+
+    @property
+    def inputs(self) -> dict[str, Artifact]:
+        sets = {f"adaptors {i}": artifact for i, artifact in enumerate(self.adaptors)}
+        return sets | ({"fusion": self.fusion} if self.fusion else {})
+
+
+def backbone_settings(config: BackboneConfig) -> dict[str, Any]:
+    """What identifies the backbone: its settings, with a checkpoint file told by content, not by place."""
+    settings = config.model_dump(mode="json", exclude={"checkpoint"})
+    if config.checkpoint:
+        if not Path(config.checkpoint).is_file():
+            raise ValueError(f"backbone.checkpoint={config.checkpoint!r} does not exist")
+        with open(config.checkpoint, "rb") as file:
+            settings["checkpoint_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+    return settings
+
+
+def build_backbone(config: BackboneConfig, *, pretrained: bool = True) -> Backbone:
+    given = {name: getattr(config, name) for name in ("image_size", "resize", "interpolation", "mean", "std")}
+    pixels = {name: value for name, value in given.items() if value is not None}
+    return create_backbone(config.name, config.kwargs, pixels, checkpoint=config.checkpoint, pretrained=pretrained)
+
+
+def build(spec: ModelSpec, device: torch.device) -> nn.Module:
+    """The model of a description, frozen, on the device."""
+    backbone = build_backbone(spec.backbone)
+    if not spec.adaptors:
+        return backbone.to(device)
+    model = Grappa(backbone, len(spec.adaptors), spec.bottleneck, attention=spec.fusion is not None)
+    model.load_adaptors([load_file(a.path / ADAPTORS_FILE) for a in spec.adaptors])
+    if spec.fusion:
+        model.load_attention(load_file(spec.fusion.path / FUSION_FILE))
+    return model.requires_grad_(False).eval().to(device)
+
+
+_latest: dict[tuple[Any, ...], nn.Module] = {}
+
+
+def built(spec: ModelSpec, device: torch.device) -> nn.Module:
+    """`build`, keeping the last model: a worker embeds many shards with one."""
+    key = (spec.backbone.model_dump_json(), spec.bottleneck, spec.adaptors, spec.fusion, str(device))
+    if key not in _latest:
+        _latest.clear()
+        _latest[key] = build(spec, device)
+    return _latest[key]
+
+
+def pixels_of(model: nn.Module) -> Pixels:
+    return (model.backbone if isinstance(model, Grappa) else model).pixels  # type: ignore[union-attr, return-value]
+
+
+def preprocess_of(pixels: Pixels) -> Preprocess:
+    return Preprocess(
+        image_size=pixels.image_size,
+        resize=pixels.resize,  # type: ignore[arg-type]  # config allows these two alone
+        interpolation=pixels.interpolation,
+        crop_pct=pixels.crop_share,
+    )
+
+
+def artifacts_of(specs: Mapping[str, ModelSpec]) -> list[Artifact]:
+    return [a for spec in specs.values() for a in spec.inputs.values()]

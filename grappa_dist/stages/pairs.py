@@ -1,0 +1,153 @@
+"""The image pairs of fuse: two views of one image, or views of an image and of one of its nearest neighbours.
+
+Shapes: B anchors of this rank, S pixels a side, k neighbours, P rows of one shard.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from grappa_dist.artifacts import RowArrays, sync_folder, write_json
+from grappa_dist.config import FuseConfig
+from grappa_dist.data.loader import load_images, read_batches
+from grappa_dist.data.randomness import generator
+from grappa_dist.data.transforms import Preprocess, view_generator
+from grappa_dist.dist.sharded_knn import sharded_knn
+from grappa_dist.dist.workers import RankContext
+from grappa_dist.models import Grappa
+from grappa_dist.stages.adapt import TrainingImages
+from grappa_dist.stages.embed import Embedding, embed_rows
+from grappa_dist.stages.pseudo_label import own_shards, rows_file
+
+Pixels = NDArray[np.uint8]
+
+
+class Pairs:
+    """Pixels of the pairs of every step; with neighbours, also the k-NN graph of every epoch."""
+
+    def __init__(
+        self,
+        context: RankContext,
+        training: TrainingImages,
+        model: Grappa,
+        preprocess: Preprocess,
+        *,
+        settings: FuseConfig,
+        neighbours: bool,
+        embedding: Embedding,
+        labels: Mapping[int, RowArrays],
+        folder: Path,
+    ) -> None:
+        self._context, self._training, self._model, self._preprocess = context, training, model, preprocess
+        self._settings, self._neighbours, self._embedding = settings, neighbours, embedding
+        self._labels, self._folder = labels, folder
+        self._per_epoch = training.steps_per_epoch()
+        self._batches: Generator[Pixels, None, None] | None = None
+
+    def begin(self, step: int) -> None:
+        """Readies the pairs from a step to the end of its epoch."""
+        self.close()
+        epoch, t = divmod(step, self._per_epoch)
+        graph = self._graph(epoch if self._settings.refresh else 0) if self._neighbours else None
+        order = self._training.order(epoch)
+        comm, batch = self._context.comm, self._training.global_batch
+
+        def read(at: int) -> Pixels:
+            rows = order.batch_share(at, batch, comm.rank, comm.size)
+            partners = self._partners(rows, epoch, graph)
+            views = (self._views(rows, epoch, 0), self._views(partners, epoch, 1))
+            return np.concatenate(views)
+
+        self._batches = read_batches(
+            range(t, self._per_epoch), read, threads=self._training.decode_threads
+        )
+
+    def at(self, step: int) -> Pixels:
+        """The pairs of a step, (2B, S, S, 3): all anchors, then their partners. Steps are asked for in order."""
+        if step % self._per_epoch == 0 or self._batches is None:
+            self.begin(step)
+        assert self._batches is not None
+        return next(self._batches)
+
+    def close(self) -> None:
+        if self._batches is not None:
+            self._batches.close()
+            self._batches = None
+
+    def _views(self, rows: NDArray[np.int64], epoch: int, view: int) -> Pixels:
+        side, seed = self._preprocess.image_size, self._training.seed
+
+        def make(image: Image.Image, row: int) -> Pixels:
+            rng = view_generator(seed, epoch, row, view)
+            return self._preprocess.augment(image, rng, self._settings.min_crop_area)
+
+        return load_images(self._training.images, rows, make, (side, side, 3))
+
+    def _partners(self, rows: NDArray[np.int64], epoch: int, graph: RowArrays | None) -> NDArray[np.int64]:
+        """One of each row's neighbours, by (seed, epoch, row); the row itself without a graph or a neighbour."""
+        if graph is None or not len(rows):
+            return rows
+        partners = rows.copy()
+        for i, (row, near) in enumerate(zip(rows.tolist(), graph.take(rows), strict=True)):
+            found = near[near >= 0]
+            if len(found):
+                partners[i] = found[generator("neighbour", self._training.seed, epoch, row).integers(len(found))]
+        return partners
+
+    def _graph(self, epoch: int) -> RowArrays:
+        """The k-NN graph of the current model's features, made once an epoch and kept for whoever resumes."""
+        images, comm = self._training.images, self._context.comm
+        folder, partial = self._folder / f"epoch-{epoch}", self._folder / f"epoch-{epoch}.partial"
+        if not folder.exists():
+            partial.mkdir(parents=True, exist_ok=True)
+            self._context.report({"phase": f"epoch {epoch}: embedding for the k-NN graph"})
+            shards = own_shards(images.starts.tolist(), comm.rank, comm.size)
+            ids, features = self._embed_own(shards, partial)
+            self._context.report({"phase": f"epoch {epoch}: k-NN graph"})
+            near, _ = sharded_knn(comm, features, ids, self._settings.neighbours, device=self._context.device)
+            for shard in shards:
+                rows = images.shard_rows(shard)
+                table = np.full((len(rows), near.shape[1]), -1, dtype=np.int64)
+                inside = (ids >= rows.start) & (ids < rows.stop)
+                table[ids[inside] - rows.start] = near[inside]
+                np.save(partial / rows_file(shard), table)
+            self._commit(epoch, ids, near, partial, folder)
+        comm.barrier()
+        return RowArrays(tuple(str(folder / rows_file(i)) for i in range(len(images.shards))), tuple(images.starts.tolist()))
+
+    def _embed_own(self, shards: range, partial: Path) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Ids of this rank's good rows and their features, on disk."""
+        images = self._training.images
+        first, after = (int(images.starts[shards.start]), int(images.starts[shards.stop])) if shards else (0, 0)
+        ids = np.setdiff1d(np.arange(first, after), self._training.bad, assume_unique=True)
+        path = partial / f"features-{self._context.comm.rank}.npy"
+        shape = (len(ids), self._model.embed_dim)
+        features = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape) if len(ids) else None
+        for place, unit, _ in embed_rows(self._model, images, ids, self._embedding, self._context.device):
+            assert features is not None
+            features[place] = unit
+        return ids, np.zeros(shape, dtype=np.float32) if features is None else features
+
+    def _commit(self, epoch: int, ids: NDArray[np.int64], near: NDArray[np.int64], partial: Path, folder: Path) -> None:
+        """Rank 0 makes the graph appear in one rename, with how often neighbours share each pseudo-label."""
+        comm = self._context.comm
+        valid = near >= 0
+        shares = {}
+        for k, labels in self._labels.items():
+            same = (labels.take(near.clip(0).ravel()).reshape(near.shape) == labels.take(ids)[:, None]) & valid
+            counts = comm.sum_(torch.tensor([int(same.sum()), int(valid.sum())], device=self._context.device)).tolist()
+            shares[f"k={k}"] = counts[0] / max(1, counts[1])
+        comm.barrier()
+        if comm.rank == 0:
+            for scratch in partial.glob("features-*.npy"):
+                scratch.unlink()
+            write_json(partial / "statistics.json", {"epoch": epoch, "neighbours_share_pseudo_label": shares})
+            os.rename(partial, folder)
+            sync_folder(folder.parent)

@@ -1,0 +1,180 @@
+"""report: scores, figures and galleries -> report/metrics.json and report/report.html."""
+
+from __future__ import annotations
+
+import io
+import json
+import platform
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from grappa_dist.artifacts import Artifact, Store
+from grappa_dist.config import Config
+from grappa_dist.data.shards import ImageShards
+from grappa_dist.data.transforms import decode
+from grappa_dist.observe import duration, read_events
+from grappa_dist.report import Clustering, Gallery, Hit, ReportContent, write_report
+from grappa_dist.report.content import BadRow, LabelFree, ScoreRow
+from grappa_dist.stages.embed import bad_reasons
+from grappa_dist.stages.evaluate import INSIGHT_FILE, SCORES_FILE, Truth, load_truth
+from grappa_dist.stages.pseudo_label import STATS_FILE
+from grappa_dist.stages.run import Run
+
+if TYPE_CHECKING:
+    from grappa_dist.pipeline import Flow
+
+THUMBNAIL_PX = 112
+TRACKED = ("torch", "timm", "deepspeed", "ray", "webdataset", "grappa_dist")
+
+
+def report_of(store: Store, config: Config, inputs: Mapping[str, Artifact]) -> Artifact:
+    shown = {"name": config.name, "notes": list(config.notes), "config": config.yaml()}
+    return store.artifact("reports/report", shown, inputs)
+
+
+def report(run: Run, flow: Flow) -> tuple[Path, list[ScoreRow]]:
+    """Writes the report if its inputs changed; its folder and the rows of the table."""
+    rows = score_rows(flow)
+    if not flow.report.complete:
+        with run.console.stage("report", "writing"):
+            write_report(_content(run, flow, rows), flow.report.begin())
+            flow.report.commit()
+    return run.store.publish("report", flow.report), rows
+
+
+def score_rows(flow: Flow) -> list[ScoreRow]:
+    """All scores and, after the adaptor sets, the oracle's; [] without labels."""
+    scores = {m: json.loads((a.path / SCORES_FILE).read_text()) for m, a in flow.scores.items()}
+    sets = [row for m in scores if m.startswith("k=") for row in scores[m]]
+    rows = [ScoreRow(model=m, **row) for m in scores if m == "backbone" or m.startswith("k=") for row in scores[m]]
+    rows += [ScoreRow(model="oracle", **row) for row in best_sets(sets)]
+    return rows + [ScoreRow(model=m, **row) for m in scores if not (m == "backbone" or m.startswith("k=")) for row in scores[m]]
+
+
+def best_sets(sets: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Per task the scores of the set that is best by R-Precision: it uses labels, so no method may."""
+    for task in dict.fromkeys(row["task"] for row in sets):
+        yield max((row for row in sets if row["task"] == task), key=lambda row: row["r_precision"])
+
+
+def _content(run: Run, flow: Flow, rows: list[ScoreRow]) -> ReportContent:
+    insights = {m: json.loads((a.path / INSIGHT_FILE).read_text()) for m, a in flow.insights.items()}
+    return ReportContent(
+        title=run.config.name,
+        rows=rows,
+        label_free=[*_view_figures(insights), *_neighbour_figures(flow)],
+        attention={m: i["attention"] for m, i in insights.items() if "attention" in i},
+        entropy={m: i["entropy"] for m, i in insights.items() if "entropy" in i},
+        sets=[f"k={k}" for k in flow.adaptors],
+        clusterings=[Clustering(**json.loads((a.path / STATS_FILE).read_text())) for a in flow.labels.values()],
+        curves={**{f"k={k}": _curve(a) for k, a in flow.adaptors.items()}, **{v: _curve(a) for v, a in flow.fusions.items()}},
+        galleries=list(_galleries(flow, insights)),
+        bad_rows=[*_bad(flow.train, flow.features), *_bad_test(flow)],
+        facts=_facts(run, flow),
+        config_yaml=run.config.yaml(),
+        notes=list(run.config.notes),
+    )
+
+
+def _view_figures(insights: Mapping[str, Any]) -> Iterator[LabelFree]:
+    for model, insight in insights.items():
+        yield LabelFree(
+            model=model,
+            figure="augmented view finds its source",
+            value=insight["view_finds_source"],
+            queries=insight["view_queries"],
+        )
+
+
+def _neighbour_figures(flow: Flow) -> Iterator[LabelFree]:
+    """How often neighbours in the fused model's last graph share a pseudo-label."""
+    for variant, artifact in flow.fusions.items():
+        graphs = sorted(artifact.path.glob("knn/epoch-*/statistics.json"), key=lambda p: int(p.parent.name[6:]))
+        if graphs:
+            shares = json.loads(graphs[-1].read_text())["neighbours_share_pseudo_label"]
+            for name, value in shares.items():
+                figure = f"neighbours share the {name} pseudo-label"
+                yield LabelFree(model=variant, figure=figure, value=value, queries=len(flow.train))
+
+
+def _curve(artifact: Artifact) -> list[dict[str, float]]:
+    """Steps with loss, accuracy, rates and, for fusions, the mean entropy of the attention over layers."""
+    points = []
+    for event in read_events(artifact.path / "metrics.jsonl"):
+        if event["name"] != "step":
+            continue
+        point = {k: v for k, v in event.items() if k in ("step", "loss", "accuracy", "lr", "images_per_s")}
+        for figure in ("entropy", "decay_to_gradient"):
+            layers = [v for k, v in event.items() if re.fullmatch(rf"{figure}\.\d+", k)]
+            if layers:
+                point[figure] = sum(layers) / len(layers)
+        points.append(point)
+    return points
+
+
+def _galleries(flow: Flow, insights: Mapping[str, Any]) -> Iterator[Gallery]:
+    truth = load_truth(flow.truth)
+    shown = [m for m in ("backbone", *flow.models) if m == "backbone" or not m.startswith("k=")]
+    for number, first in enumerate(insights["backbone"]["galleries"]):
+        query = first["query"]
+        hits = {m: insights[m]["galleries"][number]["hits"] for m in dict.fromkeys(shown)}
+        label = int(truth.labels[query])
+        yield Gallery(
+            task=truth.task_names[first["task"]],
+            query=_thumbnail(flow.test, query),
+            label=truth.label_names[label] if label >= 0 else None,
+            results={m: [_hit(flow.test, truth, label, hit) for hit in found] for m, found in hits.items()},
+        )
+
+
+def _hit(images: ImageShards, truth: Truth, label: int, hit: Mapping[str, Any]) -> Hit:
+    correct = None if label < 0 else bool(truth.labels[hit["row"]] == label)
+    return Hit(image=_thumbnail(images, hit["row"]), score=hit["score"], correct=correct)
+
+
+def _thumbnail(images: ImageShards, row: int) -> bytes:
+    image = decode(images.image_bytes(row))
+    image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=85)
+    return buffer.getvalue()
+
+
+def _bad(images: ImageShards, features: Sequence[Artifact]) -> Iterator[BadRow]:
+    for row, reason in sorted(bad_reasons(images, features).items()):
+        shard, _ = images.locate(row)
+        yield BadRow(shard=images.shards[shard].name, key=images.key(row), reason=reason)
+
+
+def _bad_test(flow: Flow) -> Iterator[BadRow]:
+    if flow.test is not flow.train:
+        yield from _bad(flow.test, flow.test_features["backbone"])
+
+
+def _facts(run: Run, flow: Flow) -> dict[str, str]:
+    seconds: dict[str, float] = {}
+    for event in read_events(run.store.root / "events.jsonl"):
+        if event["name"] == "stage_ends":
+            seconds[event["stage"]] = seconds.get(event["stage"], 0.0) + event["seconds"]
+    facts = {
+        "images": f"{len(flow.train)} training, {len(flow.test)} test",
+        "backbone": run.config.backbone.name,
+        "seed": str(run.config.seed),
+        "time by stage (all attempts)": ", ".join(f"{stage} {duration(s)}" for stage, s in seconds.items()),
+        "machine": f"{platform.machine()}, Python {platform.python_version()}",
+        "versions": ", ".join(f"{name} {version(name)}" for name in TRACKED if _installed(name)),
+    }
+    made = {"labels": flow.labels, "adaptors": flow.adaptors, "fusions": flow.fusions}
+    facts |= {name: ", ".join(a.name for a in group.values()) for name, group in made.items()}  # type: ignore[attr-defined]
+    return facts | {"model": flow.model.name}
+
+
+def _installed(name: str) -> bool:
+    try:
+        version(name)
+    except ModuleNotFoundError:
+        return False
+    return True

@@ -1,0 +1,115 @@
+"""The order of an epoch: every good row once, the same on any number of ranks."""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from grappa_dist.data.order import EpochOrder
+from grappa_dist.data.shards import ROW, ImageShards, Shard
+
+
+def shards_of(*sizes: int) -> ImageShards:
+    shards = tuple(Shard(f"{i}.tar", f"/nowhere/{i}.tar", rows, 0, str(i)) for i, rows in enumerate(sizes))
+    return ImageShards(shards, tuple(np.zeros(rows, dtype=ROW) for rows in sizes))
+
+
+def epoch_of(order: EpochOrder, batch_size: int) -> list[int]:
+    return [row for t in range(order.batches(batch_size)) for row in order.batch(t, batch_size).tolist()]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 40), min_size=1, max_size=6),
+    streams=st.integers(1, 20),
+    window=st.integers(1, 16),
+    batch_size=st.integers(1, 70),
+    ranks=st.integers(1, 7),
+    data=st.data(),
+)
+def test_every_good_row_appears_once_an_epoch_and_ranks_partition_its_batches(
+    sizes: list[int], streams: int, window: int, batch_size: int, ranks: int, data: st.DataObject
+) -> None:
+    num_rows = sum(sizes)
+    bad = np.array(sorted(data.draw(st.sets(st.integers(0, num_rows - 1)))) if num_rows else [], dtype=np.int64)
+    order = EpochOrder(shards_of(*sizes), bad, seed=3, epoch=1, streams=streams, window=window)
+    assert sorted(epoch_of(order, batch_size)) == sorted(set(range(num_rows)) - set(bad.tolist()))
+    batches = [order.batch(t, batch_size) for t in range(order.batches(batch_size))]
+    lengths = [len(batch) for batch in batches] or [0]
+    assert max(lengths) - min(lengths) <= 1
+    assert max(lengths) <= batch_size
+    for t, batch in enumerate(batches):
+        shares = [order.batch_share(t, batch_size, rank, ranks).tolist() for rank in range(ranks)]
+        assert sorted(row for share in shares for row in share) == sorted(batch.tolist())
+
+
+def test_a_batch_does_not_depend_on_the_batches_drawn_before_it() -> None:
+    shards, bad = shards_of(50, 0, 1, 200), np.array([3, 60])
+    read_through = EpochOrder(shards, bad, seed=1, epoch=2, streams=8, window=16)
+    whole = [read_through.batch(t, 30) for t in range(read_through.batches(30))]
+    for t in reversed(range(len(whole))):
+        resumed = EpochOrder(shards, bad, seed=1, epoch=2, streams=8, window=16)
+        assert np.array_equal(resumed.batch(t, 30), whole[t])
+        assert np.array_equal(read_through.batch(t, 30), whole[t])
+
+
+def test_a_rank_reads_its_own_streams_only_and_each_nearly_in_order() -> None:
+    shards = shards_of(1024, 1024)
+    order = EpochOrder(shards, np.array([], dtype=np.int64), seed=0, epoch=0, streams=4, window=32)
+    share = np.concatenate([order.batch_share(t, 64, rank=1, size=2) for t in range(order.batches(64))])
+    assert len(share) == 1024
+    runs = [share[0::2], share[1::2]]  # its two streams take turns
+    for run in runs:
+        assert run.max() - run.min() == 511
+        assert np.abs(run - np.arange(512) - run.min()).max() < 32
+
+
+def test_seeds_and_epochs_give_other_orders() -> None:
+    shards, none = shards_of(64, 64, 64), np.array([], dtype=np.int64)
+    keys = [(0, 0), (0, 1), (1, 0), (1, 1), (2**40, 0)]
+    orders = [tuple(epoch_of(EpochOrder(shards, none, seed=s, epoch=e, streams=4), 16)) for s, e in keys]
+    assert len(set(orders)) == len(keys)
+
+
+def test_an_epoch_of_one_row_and_of_none() -> None:
+    none = np.array([], dtype=np.int64)
+    one = EpochOrder(shards_of(0, 1, 0), none, seed=0, epoch=0)
+    assert one.batches(256) == 1
+    assert one.batch(0, 256).tolist() == [0]
+    assert [len(one.batch_share(0, 256, rank, 3)) for rank in range(3)] == [1, 0, 0]
+    empty = EpochOrder(shards_of(2), np.array([0, 1]), seed=0, epoch=0)
+    assert empty.batches(4) == 0
+    with pytest.raises(IndexError, match="batch 0"):
+        empty.batch(0, 4)
+
+
+def test_an_order_travels_to_another_process() -> None:
+    order = EpochOrder(shards_of(30, 5), np.array([7]), seed=0, epoch=0, streams=3, window=4)
+    first = order.batch(0, 10)
+    assert np.array_equal(pickle.loads(pickle.dumps(order)).batch(0, 10), first)
+
+
+def test_a_billion_rows_cost_no_more_than_a_thousand() -> None:
+    sizes = [10_000_000] * 100
+    shards = ImageShards(tuple(Shard(str(i), str(i), rows, 0, str(i)) for i, rows in enumerate(sizes)), ())
+    order = EpochOrder(shards, np.array([5, 999_999_999]), seed=0, epoch=0)
+    batch = order.batch(order.batches(4096) - 1, 4096)
+    assert len(set(batch.tolist())) == len(batch)
+    assert 0 <= batch.min() <= batch.max() < 10**9
+
+
+def test_wrong_settings_are_refused_by_name() -> None:
+    shards = shards_of(5)
+    with pytest.raises(ValueError, match="streams must be at least 1, got 0"):
+        EpochOrder(shards, np.array([], dtype=np.int64), seed=0, epoch=0, streams=0)
+    for bad in ([3, 1], [1, 1], [5], [-1]):
+        with pytest.raises(ValueError, match="bad must be sorted"):
+            EpochOrder(shards, np.array(bad), seed=0, epoch=0)
+    with pytest.raises(ValueError, match="got -1"):
+        EpochOrder(shards, np.array([], dtype=np.int64), seed=-1, epoch=0)
+    with pytest.raises(ValueError, match="rank"):
+        EpochOrder(shards, np.array([], dtype=np.int64), seed=0, epoch=0).batch_share(0, 2, 2, 2)

@@ -1,0 +1,197 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from grappa_dist.ops import kmeans
+from grappa_dist.ops.exact import GRID, to_grid
+from grappa_dist.ops.kmeans import Centroids, Stats, accept, assign, draw, finish, float_error, nearest_in_floats
+
+
+def unit_rows(num: int, dim: int, seed: int = 0) -> Tensor:
+    return to_grid(F.normalize(torch.randn(num, dim, generator=torch.Generator().manual_seed(seed)), dim=1))
+
+
+def integers(x: Tensor) -> np.ndarray:
+    return (x.double() * GRID).long().numpy()
+
+
+def squares_in_integers(x: Tensor, c: Tensor) -> np.ndarray:
+    return np.square(integers(x)[:, None] - integers(c)).sum(2)  # int64: no rounding anywhere
+
+
+def stats_of(x: Tensor, c: Tensor) -> Stats:
+    stats = Stats.zeros(len(c), c.shape[1])
+    stats.add_(x, assign(x, Centroids.of(c)))
+    return stats
+
+
+def near_ties(dim: int) -> tuple[Tensor, Tensor]:
+    """Rows about midway between centroids that differ by a few steps of the grid, and centroids that are equal."""
+    c = unit_rows(6, dim)
+    moved = c + torch.randint(-2, 3, c.shape, generator=torch.Generator().manual_seed(1)) / GRID
+    centroids = to_grid(torch.cat([c, moved.clamp(-1, 1), c[:2]]))
+    return to_grid(torch.cat([unit_rows(20, dim, seed=2), centroids, (centroids[:6] + centroids[6:12]) / 2])), centroids
+
+
+@pytest.mark.parametrize("dim", [1, 2, 7, 192])
+def test_labels_and_distances_are_those_of_integer_arithmetic(dim: int) -> None:
+    for x, c in (
+        near_ties(dim),
+        (unit_rows(50, dim), unit_rows(9, dim, seed=3)),
+        (unit_rows(3, dim), unit_rows(1, dim)),
+    ):
+        found, wanted = assign(x, Centroids.of(c)), squares_in_integers(x, c)
+        assert found.labels.tolist() == wanted.argmin(1).tolist()  # argmin: the first of equal ones
+        assert found.squares.tolist() == wanted.min(1).tolist()
+
+
+def test_float_noise_within_the_bound_changes_no_label() -> None:
+    x, c = near_ties(32)
+    error = float_error(32, 4.0)
+    generator = torch.Generator().manual_seed(5)
+
+    def noisy(x: Tensor, c: Tensor, t: int) -> tuple[Tensor, Tensor]:
+        distances = torch.cdist(x.double(), c.double()).square()
+        noise = (torch.rand(distances.shape, generator=generator, dtype=torch.float64) * 2 - 1) * error * 0.7
+        best = (distances + noise).topk(t, largest=False)
+        return best.values.float(), best.indices
+
+    exact = assign(x, Centroids.of(c))
+    for _ in range(10):
+        found = assign(x, Centroids.of(c), noisy)
+        assert torch.equal(found.labels, exact.labels)
+        assert torch.equal(found.squares, exact.squares)
+    assert exact.undecided > 10
+
+
+def test_rows_far_from_any_tie_are_decided_by_floats() -> None:
+    c = torch.eye(5)
+    assert assign(c.repeat(3, 1), Centroids.of(c)).undecided == 0
+
+
+def test_more_equal_centroids_than_proposals_still_give_the_lowest_index() -> None:
+    c = torch.cat([unit_rows(3, 8, seed=1), unit_rows(1, 8).repeat(20, 1)])
+    found = assign(unit_rows(1, 8).repeat(4, 1), Centroids.of(c))
+    assert found.labels.tolist() == [3] * 4
+    assert found.squares.tolist() == [0] * 4
+
+
+def test_tiles_do_not_change_an_assignment(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, c = near_ties(16)
+    whole = assign(x, Centroids.of(c))
+    for tile in (1, 40, 100):
+        monkeypatch.setattr(kmeans, "_TILE", tile)
+        cut = assign(x, Centroids.of(c))
+        assert torch.equal(cut.labels, whole.labels)
+        assert torch.equal(cut.squares, whole.squares)
+
+
+def test_no_rows_have_no_labels() -> None:
+    found = assign(torch.zeros(0, 4), Centroids.of(unit_rows(3, 4)))
+    assert (len(found.labels), len(found.squares), found.undecided) == (0, 0, 0)
+    assert nearest_in_floats(torch.zeros(0, 4), unit_rows(3, 4), 2)[0].shape == (0, 2)
+
+
+def test_the_float_error_of_real_searches_is_within_the_bound() -> None:
+    x, c = unit_rows(40, 768), unit_rows(30, 768, seed=1)
+    floats, index = nearest_in_floats(x, c, 30)
+    exact = torch.from_numpy(squares_in_integers(x, c)).double() / GRID**2
+    assert (floats.double() - exact.gather(1, index)).abs().max() < float_error(768, 4.001)
+
+
+def test_stats_add_in_any_order_and_to_the_sums_of_python() -> None:
+    x, c = unit_rows(30, 5), unit_rows(4, 5, seed=1)
+    whole, parts = stats_of(x, c), Stats.zeros(4, 5)
+    for block in reversed(torch.split(x, 7)):
+        parts.add_(block, assign(block, Centroids.of(c)))
+    assert torch.equal(parts.sums, whole.sums)
+    assert torch.equal(parts.spreads, whole.spreads)
+    labels = squares_in_integers(x, c).argmin(1)
+    assert whole.sums.tolist() == [integers(x)[labels == k].sum(0).tolist() for k in range(4)]
+    assert whole.inertia == sum(math.ceil(d / 2**21) for d in squares_in_integers(x, c).min(1).tolist())
+
+
+def test_means_are_the_nearest_grid_points_and_halves_go_up() -> None:
+    stats = Stats(torch.tensor([2, 2, 3]), torch.tensor([[3], [-3], [-4]]), torch.zeros(3, dtype=torch.int64))
+    means, repaired = finish(torch.zeros(3, 1), stats, 0)
+    assert integers(means).tolist() == [[2], [-1], [-1]]
+    assert repaired == 0
+
+
+def test_a_mean_of_equal_rows_is_that_row() -> None:
+    row = unit_rows(1, 192)
+    assert torch.equal(finish(row, stats_of(row.repeat(7, 1), row), 0)[0], row)
+
+
+def test_spherical_means_are_unit_rows_on_the_grid() -> None:
+    x, c = unit_rows(40, 12), unit_rows(3, 12, seed=1)
+    means, _ = finish(c, stats_of(x, c), 0, spherical=True)
+    assert torch.equal(means, to_grid(means))
+    assert torch.allclose(means.double().norm(dim=1), torch.ones(3, dtype=torch.float64), atol=1e-6)
+
+
+def test_an_empty_cluster_takes_rows_of_the_largest_that_has_unequal_ones() -> None:
+    spread, equal = unit_rows(12, 3), unit_rows(1, 3, seed=1).repeat(20, 1)
+    counts = torch.tensor([12, 20, 0, 0])
+    sums = torch.stack([torch.from_numpy(integers(r)).sum(0) for r in (spread, equal, spread[:0], spread[:0])])
+    centroids = torch.cat([to_grid(spread.mean(0, keepdim=True)), equal[:1], torch.zeros(2, 3)])
+    stats = Stats(counts, sums, torch.tensor([2**27, 0, 0, 0]))
+    new, repaired = finish(centroids, stats, step=3)
+    assert repaired == 2
+    assert torch.equal(new[:2], finish(centroids, Stats(counts, sums, stats.spreads * 0), step=3)[0][:2])
+    assert 0 < (new[2] - new[0]).norm() < 0.3
+    assert 0 < (new[3] - new[0]).norm() < 0.3
+    shared = stats_of(spread, new)
+    assert (shared.counts[[0, 2, 3]] > 0).sum() >= 2
+    assert shared.inertia < stats_of(spread, new[:2]).inertia
+    assert torch.equal(finish(centroids, stats, step=3)[0], new)
+    later = [finish(centroids, stats, step=step)[0] for step in range(4, 9)]
+    assert not all(torch.equal(other, new) for other in later)  # another step tries another direction
+
+
+def test_clusters_of_equal_rows_are_not_split() -> None:
+    row = unit_rows(1, 3)
+    c = row.repeat(3, 1)
+    new, repaired = finish(c, stats_of(row.repeat(9, 1), c), 0)
+    assert repaired == 0
+    assert torch.equal(new, c)
+
+
+def test_draws_are_the_same_on_every_machine_and_cover_their_range() -> None:
+    assert [draw(10**18, 0, 64, j) for j in range(3)] == [51017153478879224, 118348137470695837, 749094768012719914]
+    assert {draw(5, 1, 2, j) for j in range(100)} == set(range(5))
+    assert draw(1, 7, 8, 9) == 0
+
+
+def test_accepted_candidates_follow_the_law_of_one_draw_at_a_time() -> None:
+    rows = to_grid(torch.tensor([[0.0], [0.05], [0.4], [0.9], [-0.6]]))
+    squares = (squares_in_integers(rows, rows) // 2**21).tolist()
+    weights = squares[0]  # row 0 is a centroid already
+    wanted: dict[tuple[int, int], float] = {}
+    for a in range(1, 5):
+        now = [min(w, s) for w, s in zip(weights, squares[a], strict=True)]
+        for b in range(5):
+            wanted[a, b] = weights[a] / sum(weights) * now[b] / sum(now)
+    rng, trials = np.random.default_rng(0), 6000
+    found: dict[tuple[int, int], int] = {}
+    for _ in range(trials):
+        drawn = rng.choice(5, size=40, p=np.array(weights) / sum(weights)).tolist()
+        kept = accept(rows[drawn], [weights[i] for i in drawn], [int(rng.integers(weights[i])) for i in drawn], 2)
+        pair = (drawn[kept[0]], drawn[kept[1]])
+        found[pair] = found.get(pair, 0) + 1
+    for pair, p in wanted.items():
+        assert abs(found.get(pair, 0) - trials * p) <= 4 * math.sqrt(trials * p * (1 - p)) + 1
+
+
+def test_a_candidate_is_accepted_once_and_no_more_than_asked() -> None:
+    rows = unit_rows(3, 4)
+    weights = [2**26] * 6
+    assert accept(torch.cat([rows, rows]), weights, [0] * 6, 6) == [0, 1, 2]
+    assert accept(torch.cat([rows, rows]), weights, [0] * 6, 2) == [0, 1]
+    assert accept(rows, weights[:3], [2**26 - 1] * 3, 3)[0] == 0  # the first of a round always is

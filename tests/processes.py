@@ -1,0 +1,100 @@
+"""Runs one function on several real ranks: processes of this machine, joined by gloo."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+
+from grappa_dist.dist.comm import process_group
+
+# Forked from a server that has imported torch and started no thread, a rank is up in a tenth of a second, and unlike a
+# plain fork it inherits nothing of the test session.
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["torch", "torch.distributed"])
+
+
+def free_address() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
+def run_ranks(fn: Callable[..., Any], size: int, *args: Any, timeout_s: float = 120.0) -> list[Any]:
+    """What `fn(comm, *args)` returns on each of `size` ranks, in rank order.
+
+    `fn` is a function of a module; `args` and the results can be pickled. The first rank that fails ends the others,
+    and its traceback is in the error. A rank computes on one thread.
+    """
+    address, job = (
+        free_address(),
+        pickle.dumps((fn, args)),
+    )  # plain pickle: tensors by value, no shared memory left over
+    pipes = [_CONTEXT.Pipe(duplex=False) for _ in range(size)]
+    ranks = [
+        _CONTEXT.Process(target=_run_rank, args=(rank, size, address, job, writer, dict(os.environ), timeout_s))
+        for rank, (_, writer) in enumerate(pipes)
+    ]
+    try:
+        for process, (_, writer) in zip(ranks, pipes, strict=True):
+            process.start()
+            writer.close()  # so that a rank that dies in silence is seen as the end of its pipe
+        return _collect([reader for reader, _ in pipes], time.monotonic() + timeout_s)
+    finally:
+        for process in ranks:
+            if process.pid is not None:
+                process.kill()  # this process alone; on success it has said all it had to say
+                process.join()
+        for reader, _ in pipes:
+            reader.close()
+
+
+def _collect(readers: list[Connection], deadline: float) -> list[Any]:
+    results: dict[int, Any] = {}
+    while len(results) < len(readers):
+        waiting = [reader for rank, reader in enumerate(readers) if rank not in results]
+        ready = wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            late = [rank for rank in range(len(readers)) if rank not in results]
+            raise TimeoutError(f"ranks {late} of {len(readers)} did not finish in time")
+        for reader in ready:
+            rank = readers.index(reader)  # type: ignore[arg-type]
+            try:
+                ok, value = pickle.loads(readers[rank].recv_bytes())
+            except EOFError:
+                raise RuntimeError(f"rank {rank} of {len(readers)} died without a word") from None
+            if not ok:
+                raise RuntimeError(f"rank {rank} of {len(readers)} failed:\n{value}")
+            results[rank] = value
+    return [results[rank] for rank in range(len(readers))]
+
+
+def _run_rank(
+    rank: int, size: int, address: str, job: bytes, writer: Connection, environ: dict[str, str], timeout_s: float
+) -> None:
+    os.environ.clear()  # the server's is as old as the server
+    os.environ.update(environ)
+    if sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.set_num_threads(1)
+    try:
+        fn, args = pickle.loads(job)
+        with process_group(rank, size, address, timeout_s=timeout_s) as comm:
+            try:
+                result = fn(comm, *args)
+            except BaseException:
+                writer.send_bytes(pickle.dumps((False, traceback.format_exc())))  # before the farewell, which may hang
+                raise
+        writer.send_bytes(pickle.dumps((True, result)))
+    except BaseException:
+        writer.send_bytes(pickle.dumps((False, traceback.format_exc())))
+        raise
