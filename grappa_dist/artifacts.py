@@ -59,8 +59,8 @@ class Artifact:
 
     def commit(self, discard: Sequence[str] = ()) -> None:
         """Drops `discard`ed patterns (checkpoints, say), writes the manifest; one rename makes the artefact appear."""
-        for pattern in discard:
-            for path in self.partial.glob(pattern):
+        for pattern in (*discard, MANIFEST, "**/.*"):  # also what a killed attempt left half done
+            for path in list(self.partial.glob(pattern)):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         files = {
             str(p.relative_to(self.partial)): p.stat().st_size for p in sorted(self.partial.rglob("*")) if p.is_file()
@@ -79,6 +79,8 @@ class Artifact:
 
     def check(self) -> None:
         """Raises ValueError when a file of the manifest is missing or has another size."""
+        if not self.complete:
+            raise ValueError(f"{self.path} is not finished: it has no {MANIFEST}")
         manifest = json.loads((self.path / MANIFEST).read_text())
         for name, size in manifest["files"].items():
             path = self.path / name

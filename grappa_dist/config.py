@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,7 +24,8 @@ def _as_tuple(value: Any) -> Any:
 
 Paths = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 Share = Annotated[float, Field(ge=0, le=1)]
-Rate = Annotated[float, Field(ge=0)]
+Area = Annotated[float, Field(gt=0, le=1)]
+Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Modulepath = Annotated[str, Field(pattern=r"^[\w.]+:[\w./-]+$")]
 Rgb = tuple[float, float, float]
@@ -47,7 +49,10 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _one_source(self) -> DataConfig:
         if bool(self.train) == bool(self.collection):
-            raise ValueError("give either data.train (folders of shards) or data.collection, not both and not neither")
+            raise ValueError(
+                "give either data.train (folders of shards) or data.collection, "
+                f"got data.train={list(self.train)} and data.collection={self.collection!r}"
+            )
         return self
 
 
@@ -93,7 +98,7 @@ class AdaptConfig(Section):
     learning_rate: Rate = 1e-3
     weight_decay: Rate = 1e-3  # L2 added to the gradient (Adam, not AdamW)
     warmup_steps: Annotated[int, Field(ge=0)] = 0
-    min_crop_area: Share = 0.25  # random resized crop
+    min_crop_area: Area = 0.25  # random resized crop
     checkpoint_steps: Count = 50
 
 
@@ -117,7 +122,7 @@ class FuseConfig(Section):
     lars_weight_decay: Rate = 1e-3
     adam_learning_rate: Rate = 1e-3  # the second recipe: Adam without decay
     warmup_steps: Annotated[int, Field(ge=0)] = 0
-    min_crop_area: Share = 0.25
+    min_crop_area: Area = 0.25
     checkpoint_steps: Count = 20
 
     @model_validator(mode="after")
@@ -181,9 +186,11 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         ValueError: naming the key, the value found and what would be right.
     """
     try:
-        tree = yaml.safe_load(Path(path).read_text())
+        tree = yaml.safe_load(Path(path).read_bytes())
     except FileNotFoundError:
         raise ValueError(f"config {path} does not exist") from None
+    except OSError as error:
+        raise ValueError(f"config {path} cannot be read: {error.strerror}") from error
     except yaml.YAMLError as error:
         raise ValueError(f"config {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
@@ -193,7 +200,7 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise ValueError("; ".join(_describe(problem) for problem in error.errors()[:3])) from error
+        raise ValueError("; ".join(map(_describe, error.errors()[:3]))) from error
 
 
 def fingerprint(*parts: Any) -> str:
@@ -220,7 +227,8 @@ def _set(tree: dict[str, Any], override: str) -> None:
 
 
 def _describe(problem: Mapping[str, Any]) -> str:
-    where = ".".join(str(part) for part in problem["loc"])
+    branch = re.compile(r"constrained-|\w+\[")  # pydantic also names which side of "this or that" it tried
+    where = ".".join(str(part) for part in problem["loc"] if not branch.match(str(part)))
     if problem["type"] == "extra_forbidden":
         known = sorted(_fields(problem["loc"][:-1]))
         close = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
@@ -228,7 +236,9 @@ def _describe(problem: Mapping[str, Any]) -> str:
         return f"unknown key {where}; {hint}"
     if problem["type"] == "missing":
         return f"{where} is missing"
-    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "string_pattern_mismatch":
+        return f"{where}={problem['input']!r}: must be <module>:<function>, or timm:<model> for a backbone"
+    message = problem["msg"].removeprefix("Value error, ").replace("tuple", "list")
     return message if problem["type"] == "value_error" else f"{where}={problem['input']!r}: {message}"
 
 

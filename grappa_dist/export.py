@@ -86,7 +86,9 @@ def load_model(run_or_model_dir: str | Path) -> RetrievalModel:
     folder = Path(run_or_model_dir)
     folder = folder / "model" if (folder / "model" / CONFIG_FILE).is_file() else folder
     if not (folder / CONFIG_FILE).is_file():
-        raise ValueError(f"{run_or_model_dir} holds no model: expected {CONFIG_FILE}, or model/{CONFIG_FILE} of a finished run")
+        raise ValueError(
+            f"{run_or_model_dir} holds no model: expected {CONFIG_FILE}, or model/{CONFIG_FILE} of a finished run"
+        )
     config = json.loads((folder / CONFIG_FILE).read_text())
     if config.get("format") != FORMAT:
         raise ValueError(f"{folder / CONFIG_FILE}: format {config.get('format')!r}, this version reads {FORMAT}")

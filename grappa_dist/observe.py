@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+COUNTER_S = 2.0  # between two lines of a counter
 
 
 class Events:
@@ -16,6 +18,7 @@ class Events:
 
     def __init__(self, path: Path, **always: Any) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _drop_cut_line(path)
         self._file = open(path, "a", buffering=1)  # noqa: SIM115 - kept open for the run
         self._always = always
 
@@ -24,6 +27,13 @@ class Events:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _drop_cut_line(path: Path) -> None:
+    """What a crash cut short would run into the next event."""
+    if path.exists():
+        with open(path, "rb+") as file:
+            file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def read_events(path: Path) -> Iterator[dict[str, Any]]:
@@ -61,9 +71,33 @@ class Console:
         self.say(f"{name}: done in {duration(time.monotonic() - began)}")
         self.event("stage_ends", stage=name, seconds=round(time.monotonic() - began, 3))
 
-    def jobs(self, stage: str, status: Mapping[str, Mapping[str, Any]]) -> None:
-        """One line with all running jobs side by side."""
-        self.say(f"{stage}: " + " | ".join(f"{name} {_figures(s)}" for name, s in status.items() if s))
+    def jobs(self, status: Mapping[str, Mapping[str, Any]]) -> None:
+        """One line with all running jobs side by side; each status is also an event."""
+        known = {name: figures for name, figures in status.items() if figures}
+        for name, figures in known.items():
+            self.event("progress", job=name, **figures)
+        if known:
+            self.say(" | ".join(f"{name}: {_figures(figures)}" for name, figures in known.items()))
+
+    def counter(self, job: str, parts: int, images: int) -> Callable[[int], None]:
+        """To be told how many of a job's parts are done; says so with the speed and the time left, not too often."""
+        began = shown = time.monotonic()
+
+        def done(count: int) -> None:
+            nonlocal shown
+            now = time.monotonic()
+            left = (now - began) / count * (parts - count)
+            status = {
+                "done": count,
+                "of": parts,
+                "images_per_s": images * count / parts / max(now - began, 1e-9),
+                "left_s": left,
+            }
+            if count == parts or now - shown > COUNTER_S:
+                self.jobs({job: status})
+                shown = now
+
+        return done
 
 
 def duration(seconds: float) -> str:

@@ -17,6 +17,7 @@ from grappa_dist.dist.jobs import Runner
 from grappa_dist.dist.workers import Cluster
 from grappa_dist.export import export_model
 from grappa_dist.observe import Console, Events
+from grappa_dist.report.content import ScoreRow
 from grappa_dist.stages.adapt import adapt, adaptors_of
 from grappa_dist.stages.collect import collection_of, draw_collection, has_drawn, open_images
 from grappa_dist.stages.embed import bad_rows, embed, feature_rows, features_of
@@ -57,7 +58,7 @@ def lay_out(config: Config, store: Store, train: ImageShards, test: ImageShards 
         k: adaptors_of(store, config.backbone, config.adapt, config.data, config.seed, labels[k]) for k in labels
     }
     sets = tuple(adaptors.values())
-    fusions = {
+    fusions: dict[str, Artifact] = {
         v: fusion_of(store, v, config.backbone, config.fuse, config.data, config.seed, sets)
         for v in config.fuse.variants
         if v != "average"
@@ -91,7 +92,7 @@ def lay_out(config: Config, store: Store, train: ImageShards, test: ImageShards 
     )
 
 
-def run(config: Config, root: Path) -> tuple[Path, list[dict[str, object]]]:
+def run(config: Config, root: Path) -> tuple[Path, list[ScoreRow]]:
     """Makes whatever is missing; the report's folder and the rows of its table.
 
     Raises:
@@ -102,8 +103,8 @@ def run(config: Config, root: Path) -> tuple[Path, list[dict[str, object]]]:
     with store.lock():
         console = Console(Events(root / "events.jsonl"))
         cluster = Cluster(config.resources)
-        runner = Runner(cluster, config.resources, on_event=console.event)
-        context = Run(config, store, replace(runner, on_status=lambda s: console.jobs("jobs", s)), console)
+        runner = Runner(cluster, config.resources, on_status=console.jobs, on_event=console.event)
+        context = Run(config, store, runner, console)
         try:
             with context.runner.terminating():
                 return _run(context)
@@ -111,7 +112,7 @@ def run(config: Config, root: Path) -> tuple[Path, list[dict[str, object]]]:
             cluster.close()
 
 
-def _run(context: Run) -> tuple[Path, list[dict[str, object]]]:
+def _run(context: Run) -> tuple[Path, list[ScoreRow]]:
     config, store, console = context.config, context.store, context.console
     if not has_drawn(config.data, store):
         with console.stage("collect", f"drawing the collection {config.data.collection}"):
@@ -144,7 +145,8 @@ def _run(context: Run) -> tuple[Path, list[dict[str, object]]]:
 
 
 def _announce(console: Console, flow: Flow) -> None:
-    made = [*flow.features, *flow.labels.values(), *flow.adaptors.values(), *flow.fusions.values(), *flow.scores.values()]
+    groups = (flow.labels, flow.adaptors, flow.fusions, flow.scores)
+    made = [*flow.features, *(artifact for group in groups for artifact in group.values())]
     reused = sum(artifact.complete for artifact in made)
     console.say(
         f"{len(flow.train)} training and {len(flow.test)} test images; K = {', '.join(map(str, flow.labels))}; "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 
 from grappa_dist.artifacts import Artifact, Store
@@ -48,7 +49,9 @@ def _stages(
     features = list(flow.features) if flow else []
     yield "embed", f"{sizes['train']} training images, a task per shard", features
     yield "pseudo_label", f"K = {', '.join(map(str, ks))}; one job", list(flow.labels.values()) if flow else []
-    what = f"{len(ks)} jobs of {where.adapt_ranks} ranks, {adapt_steps} steps of {config.adapt.global_batch} images each"
+    what = (
+        f"{len(ks)} jobs of {where.adapt_ranks} ranks, {adapt_steps} steps of {config.adapt.global_batch} images each"
+    )
     yield "adapt", what, list(flow.adaptors.values()) if flow else []
     trained = [v for v in config.fuse.variants if v != "average"]
     what = f"{', '.join(trained) or 'nothing to train'}; one job each on all workers, {fuse_steps} steps of "
@@ -56,8 +59,10 @@ def _stages(
     models = 1 + len(ks) + len(config.fuse.variants)
     scores = list(flow.scores.values()) if flow else []
     yield "evaluate", f"{models} models on {sizes['test']} images", scores
-    yield "report, model", f"report/report.html, report/metrics.json, model/ ({config.evaluate.export})", (
-        [flow.report, flow.model] if flow else []
+    yield (
+        "report, model",
+        f"report/report.html, report/metrics.json, model/ ({config.evaluate.export})",
+        ([flow.report, flow.model] if flow else []),
     )
 
 
@@ -71,9 +76,10 @@ def _reuse(artifacts: list[Artifact]) -> str:
 def _costs(config: Config, num_rows: int, ks: tuple[int, ...], dim: int = 384) -> Iterable[str]:
     """Rough sizes at a stated dimension: the backbone is not built for a plan."""
     widths = [dim, *config.fuse.projector]
-    projector = sum(a * b for a, b in zip(widths, widths[1:], strict=False))
+    projector = sum(a * b for a, b in pairwise(widths))
     yield (
-        f"rough bytes    (at {dim} channels) features {_size(4 * dim * num_rows)}, labels {_size(4 * len(ks) * num_rows)}, "
+        f"rough bytes    (at {dim} channels) features {_size(4 * dim * num_rows)}, "
+        f"labels {_size(4 * len(ks) * num_rows)}, "
         f"k-NN graph {_size(8 * config.fuse.neighbours * num_rows)} an epoch; per rank: largest classifier with Adam "
         f"{_size(4 * ADAM_COPIES * dim * max(ks))}, projector with momentum {_size(12 * projector)}, "
         f"correlation matrix {_size(4 * config.fuse.projector[-1] ** 2)}"

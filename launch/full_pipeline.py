@@ -24,7 +24,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--config", required=True, help="a YAML file, e.g. configs/demo.yaml")
     parser.add_argument("--out", help="the run directory (default: `out` of the config, else runs/<name>)")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and the plan; touch nothing")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, e.g. adapt.epochs=1 data.train=DIR")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. adapt.epochs=1")
     return parser.parse_args()
 
 

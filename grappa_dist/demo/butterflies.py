@@ -1,4 +1,4 @@
-"""The fine task: butterflies. A species is a wing shape, a spot pattern and a band; all else varies within it."""
+"""The fine task: butterflies. A species is a wing shape, a spot pattern, a band and a leaning to a hue."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from grappa_dist.demo.canvas import DARK, WHITE, Canvas, Colour, backdrop, ellip
 class Traits(NamedTuple):
     """What tells one species from another."""
 
+    hue: float  # about; one in six
     forewing: str
     hindwing: str
     spots: str
@@ -40,6 +41,7 @@ HINDWINGS = {
     ],
 }
 SPOTS = ("none", "fore", "hind", "row")
+HUES = 6
 BANDS = ("none", "edge", "slant")
 EPITHETS = (
     "alba", "aurora", "bruma", "candida", "corona", "diva", "elegans", "flora", "gloria", "hera", "iris", "juno",
@@ -49,17 +51,17 @@ EPITHETS = (
 
 def _species() -> dict[str, Traits]:
     """One combination of traits per name, in a fixed shuffle, so both halves of the alphabet see every trait."""
-    combinations = [Traits(*values) for values in product(FOREWINGS, HINDWINGS, SPOTS, BANDS)]
+    combinations = list(product(FOREWINGS, HINDWINGS, SPOTS, BANDS))
     order = stream("butterflies", "traits").permutation(len(combinations))
-    return {name: combinations[int(i)] for name, i in zip(EPITHETS, order[: len(EPITHETS)], strict=True)}
+    return {name: Traits(i % HUES / HUES, *combinations[order[i]]) for i, name in enumerate(EPITHETS)}
 
 
 SPECIES = _species()
 
 
 def render(traits: Traits, rng: Generator) -> Image.Image:
-    """One butterfly of the species: colours, pose, openness of the wings and the ground it sits on are its own."""
-    hue = rng.uniform()
+    """One butterfly of the species: shade, pose, openness of the wings and the ground it sits on are its own."""
+    hue = traits.hue + rng.normal(0, 0.05)
     paper = hsv(rng.uniform(), rng.uniform(0.05, 0.22), rng.uniform(0.8, 0.98))
     canvas = backdrop(rng, paper, contrast=0.1)
     size = rng.uniform(0.88, 1.08)

@@ -10,6 +10,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 from numpy.random import Generator
@@ -91,7 +92,7 @@ class Canvas:
     ) -> Canvas:
         """The same image in coordinates that are scaled, turned clockwise by `angle` (radians) and moved to (x, y)."""
         cos, sin = math.cos(angle), math.sin(angle)
-        turn = np.array([[cos, -sin], [sin, cos]]) @ np.diag(np.broadcast_to(np.asarray(scale, dtype=float), 2))
+        turn = np.array([[cos, -sin], [sin, cos]]) * np.array(scale)
         return replace(self, linear=self.linear @ turn, shift=self.shift + self.linear @ np.array([x, y]))
 
     def styled(self, outline: Colour | None, hollow: Colour | None) -> Canvas:
@@ -112,7 +113,8 @@ class Canvas:
     def stroke(self, points: Points, width: float, fill: Colour) -> None:
         """Draws a line of `width` with round ends through `points`."""
         corners = self._pixels(points)
-        pixels = max(1.0, width * math.sqrt(abs(np.linalg.det(self.linear))) * self.image.width / 2)
+        (a, b), (c, d) = self.linear.tolist()
+        pixels = max(1.0, width * math.sqrt(abs(a * d - b * c)) * self.image.width / 2)
         pen = ImageDraw.Draw(self.image)
         pen.line(corners, fill=fill, width=round(pixels), joint="curve")
         for x, y in (corners[0], corners[-1]):
@@ -121,7 +123,7 @@ class Canvas:
 
     def _pixels(self, points: Points) -> list[tuple[float, float]]:
         placed = np.asarray(points, dtype=float) @ self.linear.T + self.shift
-        return [(float(x), float(y)) for x, y in (placed + 1) * (self.image.width / 2)]
+        return [(x, y) for x, y in ((placed + 1) * (self.image.width / 2)).tolist()]
 
     def develop(self, rng: Generator, noise: float, light: float) -> Image.Image:
         """The finished picture, (SIZE_PX, SIZE_PX) RGB, with grain and with light falling from one side."""
@@ -136,16 +138,19 @@ class Canvas:
 
 def ellipse(x: float, y: float, radius: float | tuple[float, float], points: int = 32) -> NDArray[np.float64]:
     """Points on an ellipse, (points, 2)."""
+    return np.array([x, y]) + _circle(points) * np.array(radius)
+
+
+@lru_cache
+def _circle(points: int) -> NDArray[np.float64]:
     t = np.linspace(0, 2 * math.pi, points, endpoint=False)
-    rx, ry = np.broadcast_to(np.asarray(radius, dtype=float), 2)
-    return np.stack([x + rx * np.cos(t), y + ry * np.sin(t)], 1)
+    return np.stack([np.cos(t), np.sin(t)], 1)
 
 
 def arc(x: float, y: float, radius: float | tuple[float, float], span: tuple[float, float]) -> NDArray[np.float64]:
     """Points on a part of an ellipse, from angle span[0] to span[1] in radians, (24, 2)."""
     t = np.linspace(*span, 24)
-    rx, ry = np.broadcast_to(np.asarray(radius, dtype=float), 2)
-    return np.stack([x + rx * np.cos(t), y + ry * np.sin(t)], 1)
+    return np.array([x, y]) + np.stack([np.cos(t), np.sin(t)], 1) * np.array(radius)
 
 
 def box(x0: float, y0: float, x1: float, y1: float) -> list[tuple[float, float]]:
@@ -173,7 +178,7 @@ def backdrop(rng: Generator, paper: Colour, contrast: float = 0.16, style: str |
         gap = rng.uniform(0.35, 0.6)
         for x in np.arange(-1.6, 1.6, gap):
             for y in np.arange(-1.6, 1.6, gap):
-                turned.disc(x, y, gap / 4.5, shade)
+                turned.shape(ellipse(x, y, gap / 4.5, points=12), shade)
     elif style == "halves":
         turned.shape(box(-2, rng.uniform(-0.4, 0.4), 2, 2), shade)
     elif style == "blobs":

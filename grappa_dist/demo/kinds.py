@@ -76,8 +76,8 @@ def faces(c: Canvas, rng: Generator, ink: Inks) -> None:
         c.disc(x, -0.1, eye, WHITE)
         c.disc(x + rng.uniform(-0.03, 0.03), -0.1, eye * 0.55, DARK)
     smile = rng.uniform(-0.12, 0.22)
-    x = np.linspace(-0.3, 0.3, 12)
-    c.stroke(np.stack([x, 0.35 + smile * (1 - (x / 0.3) ** 2)], 1), 0.09, DARK)
+    across = np.linspace(-0.3, 0.3, 12)
+    c.stroke(np.stack([across, 0.35 + smile * (1 - (across / 0.3) ** 2)], 1), 0.09, DARK)
     if rng.random() < 0.5:
         c.disc(0, 0.12, 0.08, ink.accent)
 
@@ -159,9 +159,8 @@ def planets(c: Canvas, rng: Generator, ink: Inks) -> None:
 def polygons(c: Canvas, rng: Generator, ink: Inks) -> None:
     for colour in (ink.main, ink.second, ink.accent)[: int(rng.integers(1, 4))]:
         corners = int(rng.integers(3, 7))
-        c.at(*rng.uniform(-0.4, 0.4, 2), angle=rng.uniform(0, 6.3)).shape(
-            ellipse(0, 0, rng.uniform(0.3, 0.6), corners), colour
-        )
+        x, y, radius = rng.uniform(-0.4, 0.4), rng.uniform(-0.4, 0.4), rng.uniform(0.35, 0.65)
+        c.at(x, y, rng.uniform(0, 6.3)).shape(ellipse(0, 0, radius, corners), colour)
 
 
 def snails(c: Canvas, rng: Generator, ink: Inks) -> None:

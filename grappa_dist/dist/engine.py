@@ -35,7 +35,7 @@ class Engine:
     def forward(self, images: Tensor) -> Tensor:
         """The module's output in fp32; on a GPU it runs in bf16 around fp32 parameters."""
         with torch.autocast("cuda", torch.bfloat16, enabled=self._device.type == "cuda"):
-            return self._engine(images).float()  # type: ignore[no-any-return]
+            return self._engine(images).float()
 
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
         """Adds gradients; after the `last` one of a step they are averaged over the ranks."""

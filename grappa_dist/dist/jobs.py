@@ -26,11 +26,14 @@ class Terminated(BaseException):
 
 @dataclass(frozen=True)
 class Job:
-    """A function that runs as `function(context, *args)` on `ranks` workers at once, in a process group of its own."""
+    """`function(context, spec)` on `ranks` workers at once, in a process group of their own.
+
+    With no ranks it is a task, `function(device, spec)` in one worker and without a group.
+    """
 
     name: str
-    function: Callable[..., Any]
-    args: tuple[Any, ...]
+    function: Callable[[Any, Any], Any]
+    spec: Any
     ranks: int
 
 
@@ -64,10 +67,12 @@ class Runner:
     def num_workers(self) -> int:
         return len(self.cluster.workers())
 
-    def map(self, function: Callable[..., Any], items: Sequence[tuple[Any, ...]], done: Callable[[int], None]) -> list[Any]:
-        """Results of `function(device, threads, *item)` in order; a task whose process died is tried again elsewhere."""
-        jobs = [Job(f"{i}", function, item, 0) for i, item in enumerate(items)]
-        count = iter(range(1, len(items) + 1))
+    def map(
+        self, function: Callable[[Any, Any], Any], tasks: Sequence[Any], done: Callable[[int], None] = lambda count: None
+    ) -> list[Any]:
+        """Results of `function(device, task)` in order; a task whose process died is tried again elsewhere."""
+        jobs = [Job(f"{function.__name__} {i}", function, task, 0) for i, task in enumerate(tasks)]
+        count = iter(range(1, len(tasks) + 1))
         results = self._run(jobs, lambda _: done(next(count)))
         return [results[job.name] for job in jobs]
 
@@ -112,11 +117,11 @@ class Runner:
 
         workers = [free.pop(0) for _ in range(max(1, job.ranks))]
         if not job.ranks:
-            return _Running(job, workers, [workers[0].run.remote(job.function, *job.args)])
+            return _Running(job, workers, [workers[0].run.remote(job.function, job.spec)])
         address = ray.get(workers[0].free_address.remote())
         self.on_event("job_begins", job=job.name, ranks=job.ranks)
         refs = [
-            w.run_rank.remote(job.function, (rank, job.ranks, address), self.resources.collective_timeout_s, *job.args)
+            w.run_rank.remote(job.function, job.spec, (rank, job.ranks, address), self.resources.collective_timeout_s)
             for rank, w in enumerate(workers)
         ]
         return _Running(job, workers, refs)

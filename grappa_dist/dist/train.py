@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import socket
 import time
 from collections import deque
 from collections.abc import Callable
@@ -27,7 +29,8 @@ KEEP_CHECKPOINTS = 2
 class Objective(Protocol):
     """What is trained. `begin(step)` readies the data from a step on; `backward` does one step's gradients."""
 
-    module: nn.Module
+    @property
+    def module(self) -> nn.Module: ...
 
     def begin(self, step: int) -> None: ...
 
@@ -95,6 +98,7 @@ class _Log:
         if context.comm.rank == 0:
             _forget(path, start)
             self._events = Events(path, job=job)
+            self._events("begins", at_step=start, ranks=context.comm.size, host=socket.gethostname(), pid=os.getpid())
 
     def step(self, step: int, rate: float, figures: dict[str, float]) -> None:
         self._times.append((time.monotonic(), figures["images"]))

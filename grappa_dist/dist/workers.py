@@ -20,6 +20,7 @@ from grappa_dist.config import Resources
 from grappa_dist.dist.comm import Comm, process_group
 
 PLACEMENT_TIMEOUT_S = 120.0
+Place = tuple[int, int, str]  # rank, size, address of rank 0
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,6 @@ class RankContext:
 
     comm: Comm
     device: torch.device
-    threads: int
     report: Callable[[dict[str, Any]], None]  # status for whoever watches
     stop_requested: Callable[[], bool]  # save and return
 
@@ -52,20 +52,20 @@ class Worker:
             probe.bind((host, 0))
             return f"{host}:{probe.getsockname()[1]}"
 
-    def run(self, function: Callable[..., Any], *args: Any) -> Any:
-        """A task of one process: `function(device, threads, *args)`."""
+    def run(self, function: Callable[[torch.device, Any], Any], task: Any) -> Any:
+        """A task of one process."""
         self._prepare()
-        return function(_device(), self._threads, *args)
+        return function(_device(), task)
 
-    def run_rank(self, function: Callable[..., Any], place: tuple[int, int, str], timeout_s: float, *args: Any) -> Any:
-        """One rank of a job: `function(context, *args)` inside a process group; `place` is (rank, size, address)."""
+    def run_rank(self, function: Callable[[RankContext, Any], Any], job: Any, place: Place, timeout_s: float) -> Any:
+        """One rank of a job, inside a process group."""
         self._prepare()
         rank, size, address = place
         device = _device()
         backend = "nccl" if device.type == "cuda" else "gloo"
         with process_group(rank, size, address, backend=backend, timeout_s=timeout_s) as comm:
-            context = RankContext(comm, device, self._threads, self._report, self._stop.is_set)
-            return function(context, *args)
+            context = RankContext(comm, device, self._report, self._stop.is_set)
+            return function(context, job)
 
     def status(self) -> dict[str, Any]:
         return self._status
@@ -128,7 +128,7 @@ class Cluster:
     def start_worker(self) -> Any:
         import ray
 
-        actor = ray.remote(concurrency_groups={"control": 2})(Worker)
+        actor: Any = ray.remote(concurrency_groups={"control": 2})(Worker)  # type: ignore[call-overload]
         threads = self.resources.cpus_per_worker if self.resources.threads == "auto" else self.resources.threads
         return actor.options(
             num_cpus=self.resources.cpus_per_worker,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import pickle
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
@@ -11,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from grappa_dist._compat import declare_torchvision_ops
 
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# What reading a file of something else, or of another model's weights, raises
+_MISFITS = (RuntimeError, LookupError, EOFError, TypeError, AttributeError, pickle.UnpicklingError, SafetensorError)
 
 
 @dataclass(frozen=True)
@@ -41,9 +45,11 @@ class Backbone(nn.Module):
         missing = [name for name in ("patch_embed", "blocks", "norm", "embed_dim") if not hasattr(model, name)]
         if missing:
             raise ValueError(
-                f"backbone {type(model).__name__} has no {', '.join(missing)}; "
+                f"backbone.name: {type(model).__name__} has no {', '.join(missing)}; "
                 "it needs patch_embed, blocks, norm, embed_dim"
             )
+        for parameter in model.parameters():
+            parameter.data = parameter.data.contiguous()  # the engine broadcasts bytes and refuses strides
         self.model = model.requires_grad_(False).eval()
         self.pixels = pixels
         self.embed_dim = int(model.embed_dim)  # type: ignore[arg-type]
@@ -65,11 +71,11 @@ class Backbone(nn.Module):
         if hasattr(model, "forward_features") and hasattr(
             model, "forward_head"
         ):  # timm: registers, poolings, extra norms
-            return model.forward_head(model.forward_features(x), pre_logits=True)  # type: ignore[no-any-return]
+            return model.forward_head(model.forward_features(x), pre_logits=True)
         tokens = model.patch_embed(x)
         for block in model.blocks:
             tokens = block(tokens)
-        return model.norm(tokens)[:, 0]  # type: ignore[no-any-return]
+        return model.norm(tokens)[:, 0]
 
 
 def create_backbone(
@@ -88,24 +94,28 @@ def create_backbone(
         pretrained: False builds the architecture alone, for weights that are loaded afterwards.
 
     Raises:
-        ValueError: an unknown model, function or file, or weights that cannot be had offline.
+        ValueError: an unknown model, function or file, or weights that do not fit or cannot be had offline.
     """
     source, _, function = name.partition(":")
-    if source == "timm":
-        size = {"img_size": pixels["image_size"]} if "image_size" in pixels and "img_size" not in kwargs else {}
-        model = _timm(function, {**size, **kwargs}, checkpoint, pretrained)
-    else:
+    if checkpoint and pretrained and not Path(checkpoint).is_file():
+        raise ValueError(f"backbone.checkpoint={checkpoint!r} does not exist")
+    if source != "timm":
         model = _call(source, function, kwargs)
         if checkpoint and pretrained:
-            model.load_state_dict(_read(checkpoint))
-    return Backbone(model, replace(_default_pixels(model), **pixels))
+            _load(model, checkpoint)
+        return Backbone(model, replace(_default_pixels(model), **pixels))
+    size = {"img_size": pixels["image_size"]} if "image_size" in pixels else {}
+    model = _timm(function, {**size, **kwargs}, checkpoint if pretrained else None, pretrained)
+    # timm's data config names the size that the weights were trained at, whatever size was asked for
+    size = {"image_size": kwargs["img_size"]} if isinstance(kwargs.get("img_size"), int) else {}
+    return Backbone(model, replace(_default_pixels(model), **{**size, **pixels}))
 
 
 def _default_pixels(model: nn.Module) -> Pixels:
     if not hasattr(model, "pretrained_cfg"):
         return Pixels()
     declare_torchvision_ops()
-    from timm.data import resolve_model_data_config
+    from timm.data.config import resolve_model_data_config
 
     known = resolve_model_data_config(model)
     return Pixels(
@@ -127,15 +137,44 @@ def _timm(name: str, kwargs: Mapping[str, Any], checkpoint: str | None, pretrain
             f"backbone.name=timm:{name}: timm {timm.__version__} has no such model"
             + (f"; near it: {', '.join(close)}" if close else "")
         )
-    overlay = {"file": checkpoint} if checkpoint else None
-    if checkpoint and not Path(checkpoint).is_file():
-        raise ValueError(f"backbone.checkpoint={checkpoint!r} does not exist")
+    try:
+        timm.get_pretrained_cfg(name)
+    except RuntimeError as error:  # the model exists, its weights of this name do not
+        raise ValueError(f"backbone.name=timm:{name}: {error}") from error
     if pretrained and not checkpoint and not _weights_reachable(name):
         raise ValueError(
-            f"the weights of timm:{name} are not in the local cache and their hub cannot be reached; "
+            f"the weights of backbone.name=timm:{name} are not in the local cache and their hub cannot be reached; "
             "download them elsewhere and set backbone.checkpoint=FILE.safetensors"
         )
-    return timm.create_model(name, pretrained=pretrained, pretrained_cfg_overlay=overlay, num_classes=0, **kwargs)  # type: ignore[no-any-return]
+    try:
+        if checkpoint:
+            return _timm_from_file(name, kwargs, checkpoint)
+        return timm.create_model(name, pretrained=pretrained, num_classes=0, **kwargs)
+    except (TypeError, AssertionError) as error:
+        raise ValueError(f"backbone.kwargs={dict(kwargs)} do not suit timm:{name}: {error}") from error
+
+
+def _timm_from_file(name: str, kwargs: Mapping[str, Any], checkpoint: str) -> nn.Module:
+    """The model with a file's weights, which timm renames and resizes as it does with downloaded ones."""
+    import timm
+
+    def create(pretrained: bool) -> nn.Module:
+        torch.manual_seed(0)
+        overlay = {"file": checkpoint} if pretrained else None
+        return timm.create_model(name, pretrained=pretrained, pretrained_cfg_overlay=overlay, num_classes=0, **kwargs)
+
+    with torch.random.fork_rng(devices=()):
+        untouched = create(False)
+        try:
+            model = create(True)
+        except _MISFITS as error:
+            raise _misfit(checkpoint, error) from error
+    # timm lets missing weights pass where it drops a classifier: what still is as the seed made it was never loaded
+    pairs = zip(model.named_parameters(), untouched.parameters(), strict=True)
+    left = [key for (key, a), b in pairs if a.ndim > 1 and torch.equal(a, b) and (a != a.flatten()[0]).any()]
+    if left:
+        raise _misfit(checkpoint, f"it has no {', '.join(left[:3])}" + ", ..." * (len(left) > 3))
+    return model
 
 
 def _weights_reachable(name: str) -> bool:
@@ -146,9 +185,8 @@ def _weights_reachable(name: str) -> bool:
     known = timm.get_pretrained_cfg(name)
     if known is None or not known.hf_hub_id:
         return True  # timm raises its own error at once
-    if any(
-        isinstance(try_to_load_from_cache(known.hf_hub_id, f), str) for f in ("model.safetensors", "pytorch_model.bin")
-    ):
+    files = [known.hf_hub_filename] if known.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
+    if any(isinstance(try_to_load_from_cache(known.hf_hub_id, file), str) for file in files):
         return True
     try:
         urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=5).close()
@@ -167,16 +205,23 @@ def _call(module: str, function: str, kwargs: Mapping[str, Any]) -> nn.Module:
     except AttributeError as error:
         raise ValueError(f"backbone.name={module}:{function}: the module has no {function!r}") from error
     try:
-        return create(**kwargs)  # type: ignore[no-any-return]
+        return create(**kwargs)
     except TypeError as error:
         raise ValueError(f"backbone.kwargs={dict(kwargs)}: {error}") from error
 
 
-def _read(path: str) -> dict[str, Tensor]:
-    if not Path(path).is_file():
-        raise ValueError(f"backbone.checkpoint={path!r} does not exist")
-    if path.endswith(".safetensors"):
-        from safetensors.torch import load_file
+def _load(model: nn.Module, path: str) -> None:
+    try:
+        if path.endswith(".safetensors"):
+            from safetensors.torch import load_file
 
-        return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)  # type: ignore[no-any-return]
+            model.load_state_dict(load_file(path))
+        else:
+            model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except _MISFITS as error:
+        raise _misfit(path, error) from error
+
+
+def _misfit(checkpoint: str, why: object) -> ValueError:
+    reason = " ".join(str(why).split())
+    return ValueError(f"backbone.checkpoint={checkpoint!r} does not fit the backbone: {reason[:300]}")

@@ -72,7 +72,7 @@ class GrappaLayer(nn.Module):
         pooled = a.mean(1).view(len(a), own.num_sets, own.bottleneck)
         up = own.up_weight.view(own.num_sets, own.bottleneck, own.dim)
         adapted = torch.einsum("bnh,nhd->bnd", pooled, up) + own.up_bias  # pool(A_i(h))
-        return self.attention(h.mean(1), adapted)  # type: ignore[no-any-return]
+        return self.attention(h.mean(1), adapted)
 
 
 class Grappa(nn.Module):
@@ -91,7 +91,7 @@ class Grappa(nn.Module):
         return list(self.backbone.blocks)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.backbone(images)  # type: ignore[no-any-return]
+        return self.backbone(images)
 
     def last_attention(self) -> Tensor:
         """Weights of the last forward, (B, L, N)."""
@@ -111,12 +111,13 @@ class Grappa(nn.Module):
         Raises:
             ValueError: the sets are not N, or of another depth or width.
         """
+        if len(sets) != self.layers[0].adaptors.num_sets:
+            raise ValueError(f"{len(sets)} adaptor sets for a model of {self.layers[0].adaptors.num_sets}")
+        for tensors in sets:
+            _check_fit("an adaptor set", tensors, self.adaptor_tensors())
         for i, layer in enumerate(self.layers):
             names = ("down.weight", "down.bias", "up.weight", "up.bias")
-            try:
-                layer.adaptors.load([{name: s[f"layers.{i}.{name}"] for name in names} for s in sets])
-            except (KeyError, RuntimeError) as error:
-                raise ValueError(f"adaptor sets do not fit layer {i} of {len(self.layers)}: {error}") from error
+            layer.adaptors.load([{name: s[f"layers.{i}.{name}"] for name in names} for s in sets])
 
     def attention_tensors(self) -> dict[str, Tensor]:
         """The fusion's Q and K of every layer, to be saved."""
@@ -129,6 +130,12 @@ class Grappa(nn.Module):
 
     @torch.no_grad()
     def load_attention(self, tensors: Mapping[str, Tensor]) -> None:
+        """Fills Q and K from what `attention_tensors` gave.
+
+        Raises:
+            ValueError: they are of a model of another depth or width.
+        """
+        _check_fit("the fusion", tensors, self.attention_tensors())
         for i, layer in enumerate(self.layers):
             if layer.attention is not None:
                 for name, p in layer.attention.named_parameters():
@@ -146,3 +153,13 @@ class Grappa(nn.Module):
         for layer in self.layers:
             if layer.attention is not None:
                 layer.attention.requires_grad_(True)
+
+
+def _check_fit(what: str, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Copying would broadcast a small tensor and pass over one too many."""
+    for name in sorted(found.keys() | expected.keys()):
+        given, right = (tuple(t[name].shape) if name in t else None for t in (found, expected))
+        if given != right:
+            raise ValueError(
+                f"{what} does not fit the model: {name} is {given or 'missing'}, expected {right or 'none'}"
+            )

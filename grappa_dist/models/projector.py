@@ -42,10 +42,10 @@ class Projector(nn.Module):
         """The default init of linear layers."""
         for linear in self.linears:
             bound = 1 / math.sqrt(linear.in_features)  # type: ignore[arg-type]
-            linear.weight.uniform_(-bound, bound, generator=generator)  # type: ignore[operator, union-attr]
+            linear.weight.uniform_(-bound, bound, generator=generator)  # type: ignore[operator]
 
     def forward(self, z: Tensor, allsum: AllSum = lambda t: t) -> Tensor:
         """(B, D) -> (B, C); each call is one view, with statistics of its own."""
         for linear, norm in zip(self.linears, self.norms, strict=False):
             z = F.relu(norm(linear(z), allsum))
-        return self.linears[-1](z)  # type: ignore[no-any-return]
+        return self.linears[-1](z)

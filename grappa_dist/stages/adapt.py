@@ -95,7 +95,11 @@ def adaptors_of(
 
 
 def adapt(
-    run: Run, adaptors: Mapping[int, Artifact], labels: Mapping[int, RowArrays], images: ImageShards, bad: NDArray[np.int64]
+    run: Run,
+    adaptors: Mapping[int, Artifact],
+    labels: Mapping[int, RowArrays],
+    images: ImageShards,
+    bad: NDArray[np.int64],
 ) -> None:
     """Trains every adaptor set that does not exist yet, side by side as far as the workers go."""
     config = run.config
@@ -112,7 +116,7 @@ def adapt(
     what = f"{len(jobs)} adaptor sets of {steps} steps, {min(side_by_side, len(jobs))} at a time on {ranks} ranks each"
     with run.console.stage("adapt", what):
         run.runner.run_jobs(
-            [Job(job.name, train_adaptors, (job,), ranks) for job in jobs],
+            [Job(job.name, train_adaptors, job, ranks) for job in jobs],
             lambda name: run.console.say(f"adapt: {name} is trained"),
         )
 
@@ -151,7 +155,7 @@ class _Trained(nn.Module):
         self.classifier = nn.Parameter(torch.empty(num_labels, grappa.embed_dim))  # (K, D)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.grappa(images)  # type: ignore[no-any-return]
+        return self.grappa(images)
 
 
 class AdaptObjective:

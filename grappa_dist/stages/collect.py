@@ -22,7 +22,7 @@ def collection_of(store: Store, data: DataConfig) -> Artifact:
 
 
 def draw_collection(data: DataConfig, artifact: Artifact) -> None:
-    """Draws a collection into shards: `module:function(**kwargs)` yields items with split, task, label, encoded, suffix."""
+    """Draws a collection into shards; the function yields items with split, task, label, encoded and suffix."""
     if artifact.complete:
         return
     folder = artifact.begin()
@@ -61,7 +61,7 @@ def _call(data: DataConfig) -> Iterable[Any]:
     if not hasattr(module, function):
         raise ValueError(f"data.collection={data.collection}: the module has no {function!r}")
     try:
-        return getattr(module, function)(**data.collection_kwargs)  # type: ignore[no-any-return]
+        return getattr(module, function)(**data.collection_kwargs)
     except TypeError as error:
         raise ValueError(f"data.collection_kwargs={data.collection_kwargs}: {error}") from error
 

@@ -27,10 +27,19 @@ ROWS_FILE, BAD_FILE = "rows.npy", "bad.json"
 
 @dataclass(frozen=True)
 class Embedding:
-    """How rows are embedded; all of it can change a last bit."""
+    """How rows are embedded."""
 
     batch_size: int
     decode_threads: int
+
+
+@dataclass(frozen=True)
+class EmbedTask:
+    images: ImageShards
+    shard: int
+    spec: ModelSpec
+    artifact: Artifact
+    how: Embedding
 
 
 def features_of(store: Store, spec: ModelSpec, embed: EmbedConfig, images: ImageShards) -> tuple[Artifact, ...]:
@@ -53,41 +62,37 @@ def embed(run: Run, images: ImageShards, spec: ModelSpec, features: Sequence[Art
     missing = [i for i, artifact in enumerate(features) if not artifact.complete]
     if missing:
         rows = sum(images.shards[i].rows for i in missing)
-        what = f"{spec.name}, {rows} images in {len(missing)} shards"
-        with run.console.stage("embed", what + (f", {len(features) - len(missing)} reused" * (len(missing) < len(features)))):
+        reused = len(features) - len(missing)
+        what = f"{spec.name}, {rows} images in {len(missing)} shards" + (f", {reused} reused" if reused else "")
+        with run.console.stage("embed", what):
             how = Embedding(run.config.embed.batch_size, run.config.resources.decode_threads)
-            tasks = [(images, i, spec, features[i], how) for i in missing]
-
-            def done(count: int) -> None:
-                run.console.say(f"embed: {spec.name}, {count}/{len(missing)} shards")
-                run.console.event("shards_done", stage="embed", model=spec.name, done=count, of=len(missing))
-
-            run.runner.map(embed_shard, tasks, done)
+            tasks = [EmbedTask(images, i, spec, features[i], how) for i in missing]
+            run.runner.map(embed_shard, tasks, run.console.counter(f"embed {spec.name}", len(missing), rows))
     check_bad_share(images, bad_rows(images, features), run.config.data.max_bad_share)
 
 
-def embed_shard(
-    device: torch.device, threads: int, images: ImageShards, shard: int, spec: ModelSpec, artifact: Artifact, how: Embedding
-) -> None:
+def embed_shard(device: torch.device, task: EmbedTask) -> None:
     """Embeds one shard and commits its artefact: rows.npy (P, D), and bad.json {position: reason}."""
+    artifact = task.artifact
     if artifact.complete:
         return
-    model = built(spec, device)
-    rows = np.arange(*_bounds(images.shard_rows(shard)))
+    model = built(task.spec, device)
+    own = task.images.shard_rows(task.shard)
+    rows = np.arange(own.start, own.stop)
     folder = artifact.begin()
     features = np.zeros((len(rows), int(model.embed_dim)), dtype=np.float32)  # type: ignore[arg-type]
     reasons: dict[int, str] = {}
-    for place, unit, bad in embed_rows(model, images, rows, how, device):
+    for place, unit, bad in embed_rows(model, task.images, rows, device=device, how=task.how):
         features[place] = unit
         reasons |= bad
     np.save(folder / ROWS_FILE, features)
-    write_json(folder / BAD_FILE, {str(row - images.shard_rows(shard).start): why for row, why in reasons.items()})
+    write_json(folder / BAD_FILE, {str(row - own.start): why for row, why in reasons.items()})
     artifact.commit()
 
 
 @torch.inference_mode()
 def embed_rows(
-    model: nn.Module, images: ImageShards, rows: NDArray[np.int64], how: Embedding, device: torch.device
+    model: nn.Module, images: ImageShards, rows: NDArray[np.int64], *, device: torch.device, how: Embedding
 ) -> Iterator[tuple[slice, NDArray[np.float32], dict[int, str]]]:
     """Unit features by batches: (place among `rows`, (b, D), reasons of undecodable rows, whose features are zero)."""
     preprocess = preprocess_of(pixels_of(model))
@@ -141,7 +146,3 @@ def check_bad_share(images: ImageShards, bad: NDArray[np.int64], limit: float) -
             f"{len(bad)} of {len(images)} images do not decode, the first is {images.where(int(bad[0]))}; "
             f"data.max_bad_share={limit} allows {limit * len(images):.0f}"
         )
-
-
-def _bounds(rows: range) -> tuple[int, int]:
-    return rows.start, rows.stop

@@ -6,17 +6,19 @@ Shapes: n rows, D channels, L layers, N adaptor sets.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
 
 from grappa_dist.artifacts import Artifact, RowArrays, Store, write_json
-from grappa_dist.config import EvaluateConfig
-from grappa_dist.data.loader import load_images
+from grappa_dist.config import Config, EvaluateConfig
+from grappa_dist.data.loader import Make, load_images
 from grappa_dist.data.randomness import generator
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.data.transforms import view_generator
@@ -29,6 +31,9 @@ from grappa_dist.stages.run import Run
 TRUTH_TASKS, TRUTH_LABELS, TRUTH_NAMES = "tasks.npy", "labels.npy", "names.json"
 SCORES_FILE, INSIGHT_FILE = "scores.json", "insight.json"
 BATCH = 64  # images at a time where a model is looked at
+GALLERY_ROWS = 20_000  # images that views are searched among, at most
+ATTENTION_IMAGES = 128  # per task
+VIEW, VIEW_CROP_AREA = 2, 0.25  # training uses views 0 and 1
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,20 @@ class Evaluation:
     features: Mapping[str, RowArrays]  # by model name
     scores: Mapping[str, Artifact]
     insights: Mapping[str, Artifact]
+
+
+@dataclass(frozen=True)
+class ModelTask:
+    """What evaluating one model needs."""
+
+    images: ImageShards
+    bad: NDArray[np.int64]
+    spec: ModelSpec
+    features: RowArrays
+    truth: Artifact
+    scores: Artifact
+    insight: Artifact
+    config: Config
 
 
 @dataclass(frozen=True)
@@ -73,42 +92,33 @@ def evaluate(
     run: Run, images: ImageShards, bad: NDArray[np.int64], specs: Mapping[str, ModelSpec], evaluation: Evaluation
 ) -> None:
     """Reads the labels, scores every model on every task, and looks at every model; each once."""
-    truth, config = evaluation.truth, run.config
-    labelled = bool(truth.settings["labelled"])
-    scores = [m for m, a in evaluation.scores.items() if not a.complete]
-    insights = [m for m, a in evaluation.insights.items() if not a.complete]
-    if not (scores or insights):
-        return
-    with run.console.stage("evaluate", f"{len(specs)} models on {len(images)} images"):
-        if not truth.complete:
-            run.runner.map(read_truth, [(images, truth, labelled)], lambda _: None)
-        run.runner.map(
-            score_model,
-            [(evaluation.features[m], bad, truth, evaluation.scores[m]) for m in scores],
-            lambda count: run.console.say(f"evaluate: {count}/{len(scores)} models scored"),
-        )
-        run.runner.map(
-            look_at_model,
-            [
-                (images, bad, specs[m], evaluation.features[m], truth, evaluation.insights[m], (config.evaluate, config.seed))
-                for m in insights
-            ],
-            lambda count: run.console.say(f"evaluate: {count}/{len(insights)} models looked at without labels"),
-        )
+    truth, scores, insights = evaluation.truth, evaluation.scores, evaluation.insights
+    tasks = [
+        ModelTask(images, bad, specs[m], evaluation.features[m], truth, scores[m], insights[m], run.config)
+        for m in specs
+        if not (scores[m].complete and insights[m].complete)
+    ]
+    if tasks:
+        with run.console.stage("evaluate", f"{len(tasks)} models on {len(images)} images"):
+            if not truth.complete:
+                run.runner.map(read_truth, [(images, truth)])
+            looks = len(tasks) * run.config.evaluate.view_queries
+            run.runner.map(evaluate_model, tasks, run.console.counter("models", len(tasks), looks))
 
 
-def read_truth(device: torch.device, threads: int, images: ImageShards, artifact: Artifact, labelled: bool) -> None:
+def read_truth(device: torch.device, task: tuple[ImageShards, Artifact]) -> None:
     """Collects the JSON members: the only place that reads them."""
-    folder = artifact.begin()
+    images, artifact = task
+    folder, labelled = artifact.begin(), bool(artifact.settings["labelled"])
     tasks, labels = np.zeros(len(images), np.int64), np.full(len(images), -1, np.int64)
     task_ids: dict[str, int] = {}
     label_ids: dict[tuple[str, str], int] = {}
     for row in range(len(images)):
         member = (images.labels(row) if labelled else None) or {}
-        task = str(member.get("task") or "all")
-        tasks[row] = task_ids.setdefault(task, len(task_ids))
+        name = str(member.get("task") or "all")
+        tasks[row] = task_ids.setdefault(name, len(task_ids))
         if member.get("label") is not None:
-            labels[row] = label_ids.setdefault((task, str(member["label"])), len(label_ids))
+            labels[row] = label_ids.setdefault((name, str(member["label"])), len(label_ids))
     np.save(folder / TRUTH_TASKS, tasks)
     np.save(folder / TRUTH_LABELS, labels)
     write_json(folder / TRUTH_NAMES, {"tasks": list(task_ids), "labels": [label for _, label in label_ids]})
@@ -121,126 +131,108 @@ def load_truth(artifact: Artifact) -> Truth:
     return Truth(tasks, labels, names["tasks"], names["labels"])
 
 
-def score_model(
-    device: torch.device, threads: int, features: RowArrays, bad: NDArray[np.int64], truth: Artifact, artifact: Artifact
-) -> None:
+def evaluate_model(device: torch.device, task: ModelTask) -> None:
+    """What one model scores with labels, and what can be said of it without."""
+    truth = load_truth(task.truth)
+    if not task.scores.complete:
+        write_json(task.scores.begin() / SCORES_FILE, _scores(task, truth))
+        task.scores.commit()
+    if not task.insight.complete:
+        write_json(task.insight.begin() / INSIGHT_FILE, _insight(task, truth, device))
+        task.insight.commit()
+
+
+def _scores(task: ModelTask, truth: Truth) -> list[dict[str, Any]]:
     """Leave-one-out retrieval on every labelled task; rows that do not decode are neither query nor gallery."""
-    folder, known = artifact.begin(), load_truth(truth)
-    labels = known.labels.copy()
-    labels[bad] = -1
+    labels = truth.labels.copy()
+    labels[task.bad] = -1
     scores = []
-    for task, name in enumerate(known.task_names):
-        rows = known.rows(task)
+    for number, name in enumerate(truth.task_names):
+        rows = truth.rows(number)
         rows = rows[labels[rows] >= 0]
         if len(rows):
-            z = torch.from_numpy(features.take(rows))
+            z = torch.from_numpy(task.features.take(rows))
             scores.append({"task": name, **retrieval_scores(z, torch.from_numpy(labels[rows]))})
-    write_json(folder / SCORES_FILE, [s for s in scores if s["queries"]])
-    artifact.commit()
+    return [s for s in scores if s["queries"]]
 
 
 @torch.inference_mode()
-def look_at_model(
-    device: torch.device,
-    threads: int,
-    images: ImageShards,
-    bad: NDArray[np.int64],
-    spec: ModelSpec,
-    features: RowArrays,
-    truth: Artifact,
-    artifact: Artifact,
-    how: tuple[EvaluateConfig, int],
-) -> None:
-    """What needs no label: does an augmented view find its source, which images are near, how are the sets weighed."""
-    settings, seed = how
-    known, folder = load_truth(truth), artifact.begin()
-    good = np.setdiff1d(np.arange(len(images)), bad)
-    model = built(spec, device)
-    insight: dict[str, Any] = _views_find_sources(model, images, features, good, settings, seed, device)
-    insight["galleries"] = _galleries(features, known, good, settings, seed)
-    if isinstance(model, Grappa) and spec.fusion is not None:
-        insight |= _attention(model, images, known, good, settings, seed, device)
-    write_json(folder / INSIGHT_FILE, insight)
-    artifact.commit()
+def _insight(task: ModelTask, truth: Truth, device: torch.device) -> dict[str, Any]:
+    """Does an augmented view find its source, which images are near, how are the sets weighed."""
+    look = _Look(task, truth, built(task.spec, device), device)
+    attention = look.attention() if task.spec.fusion is not None else {}
+    return {**look.views_find_sources(), "galleries": look.galleries(), **attention}
 
 
-def _sample(rows: NDArray[np.int64], count: int, seed: int, *purpose: int) -> NDArray[np.int64]:
-    """Some of the rows, sorted: the same for every model."""
-    draw = generator("evaluation sample", seed, *purpose)
-    return np.sort(draw.choice(rows, min(count, len(rows)), replace=False)) if len(rows) else rows
+class _Look:
+    """One model, looked at on samples of images that are the same for every model."""
 
+    def __init__(self, task: ModelTask, truth: Truth, model: torch.nn.Module, device: torch.device) -> None:
+        self._task, self._truth, self._model, self._device = task, truth, model, device
+        self._settings, self._seed = task.config.evaluate, task.config.seed
+        self._good = np.setdiff1d(np.arange(len(task.images)), task.bad)
+        self._preprocess = preprocess_of(pixels_of(model))
 
-def _views_find_sources(
-    model: torch.nn.Module,
-    images: ImageShards,
-    features: RowArrays,
-    good: NDArray[np.int64],
-    settings: EvaluateConfig,
-    seed: int,
-    device: torch.device,
-) -> dict[str, Any]:
-    preprocess = preprocess_of(pixels_of(model))
-    side = preprocess.image_size
-    rows = _sample(good, settings.view_queries, seed)
-    gallery = _sample(good, max(20_000, len(rows)), seed)  # bounded; smaller collections are searched whole
-    gallery = np.union1d(gallery, rows)
-    base = torch.from_numpy(features.take(gallery)).to(device)
-    found = 0
-    for start in range(0, len(rows), BATCH):
-        part = rows[start : start + BATCH]
-        pixels = load_images(
-            images, part, lambda image, row: preprocess.augment(image, view_generator(seed, 0, row, 2), 0.25), (side, side, 3)
-        )
-        z = model(to_images(pixels, device)).float()
-        nearest = gallery[(z @ base.T).argmax(1).cpu().numpy()]
-        found += int((nearest == part).sum())
-    return {"view_finds_source": found / max(1, len(rows)), "view_queries": len(rows)}
+    def views_find_sources(self) -> dict[str, Any]:
+        """The share of augmented views whose nearest image is their source, among up to GALLERY_ROWS images."""
+        rows = self._sample(self._good, self._settings.view_queries)
+        gallery = np.union1d(self._sample(self._good, GALLERY_ROWS), rows)
+        base = torch.from_numpy(self._task.features.take(gallery)).to(self._device)
+        found = 0
+        for part, z in self._features(rows, self._augmented):
+            found += int((gallery[(z @ base.T).argmax(1).cpu().numpy()] == part).sum())
+        return {"view_finds_source": found / max(1, len(rows)), "view_queries": len(rows)}
 
+    def galleries(self) -> list[dict[str, Any]]:
+        """Some queries of every task and their nearest rows of the task, as row ids."""
+        galleries = []
+        for task in range(len(self._truth.task_names)):
+            rows = np.intersect1d(self._truth.rows(task), self._good)
+            queries = self._sample(rows, self._settings.gallery_queries, task)
+            for query in queries.tolist():
+                scores = self._scores_of(query, rows)
+                order = np.argsort(-scores, kind="stable")[: min(self._settings.gallery_hits, len(rows) - 1)]
+                hits = [{"row": int(rows[i]), "score": float(scores[i])} for i in order]
+                galleries.append({"task": task, "query": query, "hits": hits})
+        return galleries
 
-def _galleries(
-    features: RowArrays, known: Truth, good: NDArray[np.int64], settings: EvaluateConfig, seed: int
-) -> list[dict[str, Any]]:
-    """Some queries of every task and their nearest rows of the task, as row ids."""
-    galleries = []
-    for task in range(len(known.task_names)):
-        rows = np.intersect1d(known.rows(task), good)
-        queries = _sample(rows, settings.gallery_queries, seed, task)
-        base = features.take(rows)
-        for query in queries.tolist():
-            scores = base @ features.take(np.array([query]))[0]
-            scores[rows == query] = -np.inf
-            order = np.argsort(-scores, kind="stable")[: min(settings.gallery_hits, len(rows) - 1)]
-            hits = [{"row": int(rows[i]), "score": float(scores[i])} for i in order]
-            galleries.append({"task": task, "query": query, "hits": hits})
-    return galleries
+    def attention(self) -> dict[str, Any]:
+        """Mean attention per task, (L, N) each, over a sample; mean entropy as a share of log N, (L,)."""
+        assert isinstance(self._model, Grappa)
+        means: dict[str, list[list[float]]] = {}
+        entropies = []
+        for task, name in enumerate(self._truth.task_names):
+            rows = self._sample(np.intersect1d(self._truth.rows(task), self._good), ATTENTION_IMAGES, task, 1)
+            parts = [self._model.last_attention().double().cpu() for _ in self._features(rows, self._plain)]
+            if parts:
+                alpha = torch.cat(parts)  # (n, L, N)
+                means[name] = alpha.mean(0).tolist()
+                entropies.append(-(alpha * alpha.clamp_min(1e-30).log()).sum(-1))
+        layers, sets = self._model.layers, self._model.layers[0].adaptors.num_sets
+        entropy = torch.cat(entropies).mean(0) / np.log(sets) if sets > 1 and entropies else torch.ones(len(layers))
+        return {"attention": means, "entropy": entropy.tolist()}
 
+    def _sample(self, rows: NDArray[np.int64], count: int, *purpose: int) -> NDArray[np.int64]:
+        """Some of the rows, sorted: the same for every model."""
+        draw = generator("evaluation sample", self._seed, *purpose)
+        return np.sort(draw.choice(rows, min(count, len(rows)), replace=False)) if len(rows) else rows
 
-def _attention(
-    model: Grappa,
-    images: ImageShards,
-    known: Truth,
-    good: NDArray[np.int64],
-    settings: EvaluateConfig,
-    seed: int,
-    device: torch.device,
-) -> dict[str, Any]:
-    """Mean attention per task, (L, N) each, over a sample of images; mean entropy as a share of log N, (L,)."""
-    preprocess = preprocess_of(model.backbone.pixels)
-    side = preprocess.image_size
-    attention: dict[str, list[list[float]]] = {}
-    entropies = []
-    for task, name in enumerate(known.task_names):
-        rows = _sample(np.intersect1d(known.rows(task), good), max(BATCH, settings.view_queries // 4), seed, task, 1)
-        parts = []
+    def _features(self, rows: NDArray[np.int64], make: Make) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
+        """Rows and their features z (b, D), by batches."""
+        side = self._preprocess.image_size
         for start in range(0, len(rows), BATCH):
             part = rows[start : start + BATCH]
-            pixels = load_images(images, part, lambda image, _: preprocess.test(image), (side, side, 3))
-            model(to_images(pixels, device))
-            parts.append(model.last_attention().double().cpu())
-        if parts:
-            alpha = torch.cat(parts)  # (n, L, N)
-            attention[name] = alpha.mean(0).tolist()
-            entropies.append(-(alpha * alpha.clamp_min(1e-30).log()).sum(-1))
-    sets = model.layers[0].adaptors.num_sets
-    entropy = torch.cat(entropies).mean(0) / np.log(sets) if sets > 1 and entropies else torch.ones(len(model.layers))
-    return {"attention": attention, "entropy": entropy.tolist()}
+            pixels = load_images(self._task.images, part, make, (side, side, 3))
+            yield part, self._model(to_images(pixels, self._device)).float()
+
+    def _plain(self, image: Image.Image, row: int) -> NDArray[np.uint8]:
+        return self._preprocess.test(image)
+
+    def _augmented(self, image: Image.Image, row: int) -> NDArray[np.uint8]:
+        return self._preprocess.augment(image, view_generator(self._seed, 0, row, VIEW), VIEW_CROP_AREA)
+
+    def _scores_of(self, query: int, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Cosines of a query with rows, itself last."""
+        scores: NDArray[np.float32] = self._task.features.take(rows) @ self._task.features.take(np.array([query]))[0]
+        scores[rows == query] = -np.inf
+        return scores

@@ -50,7 +50,13 @@ class FuseJob:
 
 
 def fusion_of(
-    store: Store, variant: str, backbone: BackboneConfig, fuse: FuseConfig, data: DataConfig, seed: int, sets: Sequence[Artifact]
+    store: Store,
+    variant: str,
+    backbone: BackboneConfig,
+    fuse: FuseConfig,
+    data: DataConfig,
+    seed: int,
+    sets: Sequence[Artifact],
 ) -> Artifact:
     """The artefact of one variant; the micro batch is not part of it, since the loss is exact for the whole batch."""
     settings = {
@@ -90,7 +96,7 @@ def fuse(
         )
         steps = config.fuse.epochs * training.steps_per_epoch()
         with run.console.stage("fuse", f"{variant}, {steps} steps on {run.runner.num_workers} ranks"):
-            run.runner.run_jobs([Job(variant, train_fusion, (job,), run.runner.num_workers)])
+            run.runner.run_jobs([Job(variant, train_fusion, job, run.runner.num_workers)])
 
 
 def train_fusion(context: RankContext, job: FuseJob) -> None:
@@ -126,7 +132,7 @@ class FusionModule(nn.Module):
         self.grappa, self.projector = grappa, projector
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.grappa(images)  # type: ignore[no-any-return]
+        return self.grappa(images)
 
 
 class FuseObjective:
@@ -163,7 +169,9 @@ class FuseObjective:
         self._pairs.begin(step)
 
     def backward(self, engine: Engine, step: int) -> dict[str, float]:
-        images = to_images(self._pairs.at(step), self._context.device)  # (2B, 3, S, S): all first views, then all second
+        images = to_images(
+            self._pairs.at(step), self._context.device
+        )  # (2B, 3, S, S): all first views, then all second
         loss = accumulate(
             engine,
             self.module,

@@ -78,7 +78,9 @@ def built(spec: ModelSpec, device: torch.device) -> nn.Module:
 
 
 def pixels_of(model: nn.Module) -> Pixels:
-    return (model.backbone if isinstance(model, Grappa) else model).pixels  # type: ignore[union-attr, return-value]
+    backbone = model.backbone if isinstance(model, Grappa) else model
+    assert isinstance(backbone, Backbone)
+    return backbone.pixels
 
 
 def preprocess_of(pixels: Pixels) -> Preprocess:

@@ -65,9 +65,7 @@ class Pairs:
             views = (self._views(rows, epoch, 0), self._views(partners, epoch, 1))
             return np.concatenate(views)
 
-        self._batches = read_batches(
-            range(t, self._per_epoch), read, threads=self._training.decode_threads
-        )
+        self._batches = read_batches(range(t, self._per_epoch), read, threads=self._training.decode_threads)
 
     def at(self, step: int) -> Pixels:
         """The pairs of a step, (2B, S, S, 3): all anchors, then their partners. Steps are asked for in order."""
@@ -120,7 +118,9 @@ class Pairs:
                 np.save(partial / rows_file(shard), table)
             self._commit(epoch, ids, near, partial, folder)
         comm.barrier()
-        return RowArrays(tuple(str(folder / rows_file(i)) for i in range(len(images.shards))), tuple(images.starts.tolist()))
+        return RowArrays(
+            tuple(str(folder / rows_file(i)) for i in range(len(images.shards))), tuple(images.starts.tolist())
+        )
 
     def _embed_own(self, shards: range, partial: Path) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Ids of this rank's good rows and their features, on disk."""
@@ -130,7 +130,7 @@ class Pairs:
         path = partial / f"features-{self._context.comm.rank}.npy"
         shape = (len(ids), self._model.embed_dim)
         features = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape) if len(ids) else None
-        for place, unit, _ in embed_rows(self._model, images, ids, self._embedding, self._context.device):
+        for place, unit, _ in embed_rows(self._model, images, ids, device=self._context.device, how=self._embedding):
             assert features is not None
             features[place] = unit
         return ids, np.zeros(shape, dtype=np.float32) if features is None else features

@@ -60,7 +60,9 @@ def labels_of(store: Store, config: ClusteringConfig, seed: int, num: int, featu
     return store.artifact(f"labels/k={num}", settings, {f"shard {i}": a for i, a in enumerate(features)})
 
 
-def pseudo_label(run: Run, labels: Mapping[int, Artifact], features: RowArrays, images: ImageShards, bad: np.ndarray) -> None:
+def pseudo_label(
+    run: Run, labels: Mapping[int, Artifact], features: RowArrays, images: ImageShards, bad: np.ndarray
+) -> None:
     """Clusters the features into every K that has no labels yet; rows stay in the workers that read them."""
     missing = {k: artifact for k, artifact in labels.items() if not artifact.complete}
     if not missing:
@@ -68,8 +70,9 @@ def pseudo_label(run: Run, labels: Mapping[int, Artifact], features: RowArrays, 
     names = tuple(shard.name for shard in images.shards)
     job = LabelJob(features, names, bad, missing, run.config.clustering, run.config.seed)
     ranks = min(run.runner.num_workers, len(images.shards))
-    with run.console.stage("pseudo_label", f"K = {', '.join(map(str, missing))}, {len(images)} rows in {ranks} workers"):
-        run.runner.run_jobs([Job("pseudo_label", label_ranks, (job,), ranks)])
+    what = f"K = {', '.join(map(str, missing))}, {len(images)} rows in {ranks} workers"
+    with run.console.stage("pseudo_label", what):
+        run.runner.run_jobs([Job("pseudo_label", label_ranks, job, ranks)])
 
 
 def label_ranks(context: RankContext, job: LabelJob) -> None:

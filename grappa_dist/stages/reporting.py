@@ -47,17 +47,31 @@ def report(run: Run, flow: Flow) -> tuple[Path, list[ScoreRow]]:
 
 def score_rows(flow: Flow) -> list[ScoreRow]:
     """All scores and, after the adaptor sets, the oracle's; [] without labels."""
-    scores = {m: json.loads((a.path / SCORES_FILE).read_text()) for m, a in flow.scores.items()}
-    sets = [row for m in scores if m.startswith("k=") for row in scores[m]]
-    rows = [ScoreRow(model=m, **row) for m in scores if m == "backbone" or m.startswith("k=") for row in scores[m]]
-    rows += [ScoreRow(model="oracle", **row) for row in best_sets(sets)]
-    return rows + [ScoreRow(model=m, **row) for m in scores if not (m == "backbone" or m.startswith("k=")) for row in scores[m]]
+    rows: list[ScoreRow] = []
+    for model, artifact in flow.scores.items():
+        rows += [_score_row(model, row) for row in json.loads((artifact.path / SCORES_FILE).read_text())]
+    sets = [row for row in rows if row["model"].startswith("k=")]
+    fused = [row for row in rows if row["model"] in flow.fusions or row["model"] == "average"]
+    plain = [row for row in rows if row not in fused]
+    return [*plain, *best_sets(sets), *fused]
 
 
-def best_sets(sets: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def best_sets(sets: Sequence[ScoreRow]) -> Iterator[ScoreRow]:
     """Per task the scores of the set that is best by R-Precision: it uses labels, so no method may."""
     for task in dict.fromkeys(row["task"] for row in sets):
-        yield max((row for row in sets if row["task"] == task), key=lambda row: row["r_precision"])
+        best = max((row for row in sets if row["task"] == task), key=lambda row: row["r_precision"])
+        yield _score_row("oracle", best)
+
+
+def _score_row(model: str, row: Mapping[str, Any]) -> ScoreRow:
+    return {
+        "model": model,
+        "task": row["task"],
+        "queries": row["queries"],
+        "r_precision": row["r_precision"],
+        "map_at_r": row["map_at_r"],
+        "recall_at_1": row["recall_at_1"],
+    }
 
 
 def _content(run: Run, flow: Flow, rows: list[ScoreRow]) -> ReportContent:
@@ -70,7 +84,7 @@ def _content(run: Run, flow: Flow, rows: list[ScoreRow]) -> ReportContent:
         entropy={m: i["entropy"] for m, i in insights.items() if "entropy" in i},
         sets=[f"k={k}" for k in flow.adaptors],
         clusterings=[Clustering(**json.loads((a.path / STATS_FILE).read_text())) for a in flow.labels.values()],
-        curves={**{f"k={k}": _curve(a) for k, a in flow.adaptors.items()}, **{v: _curve(a) for v, a in flow.fusions.items()}},
+        curves={a.kind.split("/")[1]: _curve(a) for a in [*flow.adaptors.values(), *flow.fusions.values()]},
         galleries=list(_galleries(flow, insights)),
         bad_rows=[*_bad(flow.train, flow.features), *_bad_test(flow)],
         facts=_facts(run, flow),
@@ -167,8 +181,8 @@ def _facts(run: Run, flow: Flow) -> dict[str, str]:
         "machine": f"{platform.machine()}, Python {platform.python_version()}",
         "versions": ", ".join(f"{name} {version(name)}" for name in TRACKED if _installed(name)),
     }
-    made = {"labels": flow.labels, "adaptors": flow.adaptors, "fusions": flow.fusions}
-    facts |= {name: ", ".join(a.name for a in group.values()) for name, group in made.items()}  # type: ignore[attr-defined]
+    made = {"labels": flow.labels.values(), "adaptors": flow.adaptors.values(), "fusions": flow.fusions.values()}
+    facts |= {name: ", ".join(a.name for a in group) for name, group in made.items()}
     return facts | {"model": flow.model.name}
 
 

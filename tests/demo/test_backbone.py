@@ -34,9 +34,9 @@ def test_the_backbone_is_ready_to_be_frozen() -> None:
 
 def test_timm_finds_the_normalisation() -> None:
     model = backbone.create()
-    from timm.data import resolve_model_data_config
+    from timm.data.config import resolve_model_data_config
 
-    config = resolve_model_data_config(model)
+    config = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
     assert config["input_size"] == (3, 48, 48)
     assert config["mean"] == config["std"] == (0.5, 0.5, 0.5)
     assert (config["interpolation"], config["crop_pct"]) == ("bicubic", 1.0)

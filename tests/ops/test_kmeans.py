@@ -35,7 +35,7 @@ def near_ties(dim: int) -> tuple[Tensor, Tensor]:
     """Rows about midway between centroids that differ by a few steps of the grid, and centroids that are equal."""
     c = unit_rows(6, dim)
     moved = c + torch.randint(-2, 3, c.shape, generator=torch.Generator().manual_seed(1)) / GRID
-    centroids = to_grid(torch.cat([c, moved.clamp(-1, 1), c[:2]]))
+    centroids = to_grid(torch.cat([c, moved.clamp(-1, 1), c[:2], c[:2], c[:2]]))
     return to_grid(torch.cat([unit_rows(20, dim, seed=2), centroids, (centroids[:6] + centroids[6:12]) / 2])), centroids
 
 

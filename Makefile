@@ -1,0 +1,40 @@
+# What a person types. The environment lives in .venv; PYTHON chooses the interpreter that makes it.
+PYTHON ?= python3
+VENV ?= .venv
+FAISS ?= cpu
+BIN = $(VENV)/bin
+READY = $(VENV)/.ready
+
+.PHONY: help demo test test-fast check format wheel clean
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+
+$(READY): setup.py requirements-tested.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-tested.txt -e '.[$(FAISS),dev]'
+	touch $(READY)
+
+demo: $(READY) ## the whole pipeline on a small collection that the program draws: table, report and model in runs/demo
+	$(BIN)/python launch/full_pipeline.py --config configs/demo.yaml --out runs/demo
+
+test: $(READY) ## all tests that need no GPU and no cluster
+	$(BIN)/python -m pytest -q -m 'not cluster'
+
+test-fast: $(READY) ## the tests without those that run the whole pipeline
+	$(BIN)/python -m pytest -q -m 'not cluster and not e2e'
+
+check: $(READY) ## lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY) ## formats and sorts imports
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+wheel: $(READY) ## a wheel in wheels/
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir wheels .
+
+clean: ## removes the environment and build leftovers; runs/ stays
+	rm -rf $(VENV) build wheels *.egg-info

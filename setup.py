@@ -1,0 +1,47 @@
+"""Packaging. Ranges are for users; the pins that CI tests are in requirements-tested.txt."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+REQUIRED = [
+    "torch>=2.6",  # models, losses, torch.distributed
+    "torchvision>=0.21",  # timm imports it
+    "timm>=1.0.15",  # pretrained vision transformers
+    "deepspeed>=0.16",  # the training engine
+    "ray[default]>=2.44",  # places, watches and restarts workers; [default]: `ray job submit`
+    "webdataset>=0.2.100",  # the shard format's own reader and writer: tests hold our index and tars against it
+    "numpy>=1.26",
+    "pillow>=10.1",  # decoding and resizing
+    "pydantic>=2.6",  # config: unknown keys refused, values checked
+    "pyyaml>=6.0",
+    "safetensors>=0.4.3",  # weights without pickle
+    "huggingface-hub>=0.23",  # where timm's weights are cached: asked before a download is tried
+]
+EXTRAS = {
+    "cpu": ["faiss-cpu>=1.9"],  # nearest-neighbour search; exactly one of cpu and gpu
+    "gpu": ["faiss-gpu>=1.9"],
+    "dev": [
+        "pytest>=8.0",
+        "pytest-timeout>=2.3",
+        "hypothesis>=6.100",
+        "pytorch-metric-learning>=2.5",  # judge of the metrics
+        "ruff>=0.9",
+        "mypy>=1.14",
+        "types-PyYAML",
+    ],
+}
+
+setup(
+    name="grappa-dist",
+    version="0.1.0",
+    description="One image-retrieval model for many tasks, adapted from a frozen ViT with unlabelled images, at scale",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["grappa_dist", "grappa_dist.*"]),
+    package_data={"grappa_dist": ["py.typed"], "grappa_dist.demo": ["*.safetensors"]},
+    install_requires=REQUIRED,
+    extras_require=EXTRAS,
+)
