@@ -25,7 +25,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", help="the run directory (default: `out` of the config, else runs/<name>)")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and the plan; touch nothing")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. adapt.epochs=1")
-    return parser.parse_args()
+    return parser.parse_intermixed_args()  # settings may stand among the options
 
 
 def main() -> int:

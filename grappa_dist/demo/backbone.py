@@ -28,7 +28,8 @@ DATA_CONFIG: dict[str, Any] = {
 class ConvStem(nn.Module):
     """Images to tokens by small convolutions, (B, 3, 48, 48) -> (B, 36, D); stands in for timm's PatchEmbed.
 
-    A plain patch embedding needs far more pretraining to see as well (seen: minutes against an hour on two cores).
+    A plain patch embedding learns too slowly for minutes of pretraining: after 300 steps its loss on the kinds of
+    doodles was 2.3 to 2.4 where this one's was 1.7 (chance is 2.8).
     """
 
     def __init__(self, embed_dim: int, **_: Any) -> None:

@@ -138,7 +138,8 @@ class Canvas:
 
 def ellipse(x: float, y: float, radius: float | tuple[float, float], points: int = 32) -> NDArray[np.float64]:
     """Points on an ellipse, (points, 2)."""
-    return np.array([x, y]) + _circle(points) * np.array(radius)
+    placed: NDArray[np.float64] = np.array([x, y]) + _circle(points) * np.array(radius)
+    return placed
 
 
 @lru_cache
@@ -150,7 +151,8 @@ def _circle(points: int) -> NDArray[np.float64]:
 def arc(x: float, y: float, radius: float | tuple[float, float], span: tuple[float, float]) -> NDArray[np.float64]:
     """Points on a part of an ellipse, from angle span[0] to span[1] in radians, (24, 2)."""
     t = np.linspace(*span, 24)
-    return np.array([x, y]) + np.stack([np.cos(t), np.sin(t)], 1) * np.array(radius)
+    placed: NDArray[np.float64] = np.array([x, y]) + np.stack([np.cos(t), np.sin(t)], 1) * np.array(radius)
+    return placed
 
 
 def box(x0: float, y0: float, x1: float, y1: float) -> list[tuple[float, float]]:

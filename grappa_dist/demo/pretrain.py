@@ -70,14 +70,14 @@ def pretrain(out_path: Path, *, steps: int, batch: int = 64, doodles: int = 16_0
             model, heads, jiggle(pixels[chosen], rows), {head: label[chosen] for head, label in labels.items()}
         )
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
         if step % 100 == 0 or step == steps - 1:
             print(f"step {step + 1}/{steps}  loss {loss.item():.3f}  {time.monotonic() - started:.0f} s", flush=True)
     save_file({name: value.half().contiguous() for name, value in model.state_dict().items()}, out_path)
-    accuracy = _accuracy(model, heads, seed + 1)
+    accuracy = _accuracy(model, heads, seed + 1, min(500, doodles))
     print("accuracy on unseen doodles: " + ", ".join(f"{head} {share:.2f}" for head, share in accuracy.items()))
     return accuracy
 
@@ -93,7 +93,7 @@ def _loss(model: nn.Module, heads: nn.ModuleDict, pixels: Tensor, labels: dict[s
 
 
 @torch.no_grad()
-def _accuracy(model: nn.Module, heads: nn.ModuleDict, seed: int, number: int = 500) -> dict[str, float]:
+def _accuracy(model: nn.Module, heads: nn.ModuleDict, seed: int, number: int) -> dict[str, float]:
     pixels, labels = draw_doodles(seed, number)
     features = model.eval()(normalise(pixels))
     correct = {name: heads[f"token_{name}"](features).argmax(1) == label for name, label in labels.items()}

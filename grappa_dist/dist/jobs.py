@@ -17,6 +17,7 @@ from grappa_dist.dist.workers import Cluster
 POLL_S = 0.5
 STATUS_S = 5.0
 STOP_GRACE_S = 60.0
+ERROR_GRACE_S = 2.0
 FATAL = (ValueError, ArithmeticError)  # bad input or a diverged loss: trying again would not help
 
 
@@ -127,15 +128,15 @@ class Runner:
         return _Running(job, workers, refs)
 
     def _outcome(self, running: _Running) -> Any:
-        """None while it runs, its results, or the first error of any rank."""
+        """None while it runs, its results, or why it failed: bad input on any rank before the dead links it causes."""
         import ray
 
         finished, pending = ray.wait(running.refs, num_returns=len(running.refs), timeout=0)
-        for ref in finished:
-            try:
-                ray.get(ref)
-            except ray.exceptions.RayError as error:
-                return error
+        errors = _errors(finished)
+        if errors and pending:  # the rank at fault may speak last; one that sits in a collective never does
+            errors = _errors(ray.wait(running.refs, num_returns=len(running.refs), timeout=ERROR_GRACE_S)[0])
+        if errors:
+            return next((e for e in errors if isinstance(getattr(e, "cause", None), FATAL)), errors[0])
         return None if pending else ray.get(running.refs)
 
     def _failed(self, job: Job, error: BaseException, attempts: int) -> None:
@@ -143,7 +144,7 @@ class Runner:
         cause = getattr(error, "cause", None)
         if isinstance(cause, FATAL):
             raise cause from error
-        reason = str(cause or error).strip().splitlines()[-1]
+        reason = (str(cause or error).strip() or type(cause or error).__name__).splitlines()[-1]
         self.on_event("job_failed", job=job.name, attempt=attempts, reason=reason)
         if attempts > self.resources.max_restarts:
             raise RuntimeError(f"{job.name} failed {attempts} times, last with: {reason}") from error
@@ -179,3 +180,16 @@ class Runner:
         self.cluster.workers()
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, lambda *_: self._terminate.set())
+
+
+def _errors(finished: Sequence[Any]) -> list[BaseException]:
+    """What those of the finished calls raised that failed, or the death of their process."""
+    import ray
+
+    errors: list[BaseException] = []
+    for ref in finished:
+        try:
+            ray.get(ref)
+        except ray.exceptions.RayError as error:
+            errors.append(error)
+    return errors

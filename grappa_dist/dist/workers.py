@@ -19,7 +19,7 @@ import torch
 from grappa_dist.config import Resources
 from grappa_dist.dist.comm import Comm, process_group
 
-PLACEMENT_TIMEOUT_S = 120.0
+PLACEMENT_TIMEOUT_S = 300.0
 Place = tuple[int, int, str]  # rank, size, address of rank 0
 
 

@@ -59,10 +59,10 @@ def embed(run: Run, images: ImageShards, spec: ModelSpec, features: Sequence[Art
     Raises:
         ValueError: more than data.max_bad_share of the rows do not decode.
     """
-    missing = [i for i, artifact in enumerate(features) if not artifact.complete]
+    missing = list({a: i for i, a in enumerate(features) if not a.complete}.values())  # equal shards share one
     if missing:
         rows = sum(images.shards[i].rows for i in missing)
-        reused = len(features) - len(missing)
+        reused = sum(artifact.complete for artifact in features)
         what = f"{spec.name}, {rows} images in {len(missing)} shards" + (f", {reused} reused" if reused else "")
         with run.console.stage("embed", what):
             how = Embedding(run.config.embed.batch_size, run.config.resources.decode_threads)

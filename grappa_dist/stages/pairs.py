@@ -130,9 +130,12 @@ class Pairs:
         path = partial / f"features-{self._context.comm.rank}.npy"
         shape = (len(ids), self._model.embed_dim)
         features = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape) if len(ids) else None
-        for place, unit, _ in embed_rows(self._model, images, ids, device=self._context.device, how=self._embedding):
-            assert features is not None
-            features[place] = unit
+        for shard in shards:  # a batch holds rows of one shard, so that features do not depend on who embeds which
+            first, after = (int(np.searchsorted(ids, images.starts[i])) for i in (shard, shard + 1))
+            part = ids[first:after]
+            for place, unit, _ in embed_rows(self._model, images, part, device=self._context.device, how=self._embedding):
+                assert features is not None
+                features[first + place.start : first + place.stop] = unit
         return ids, np.zeros(shape, dtype=np.float32) if features is None else features
 
     def _commit(self, epoch: int, ids: NDArray[np.int64], near: NDArray[np.int64], partial: Path, folder: Path) -> None:

@@ -36,7 +36,7 @@ def test_timm_finds_the_normalisation() -> None:
     model = backbone.create()
     from timm.data.config import resolve_model_data_config
 
-    config = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
+    config = resolve_model_data_config(model)
     assert config["input_size"] == (3, 48, 48)
     assert config["mean"] == config["std"] == (0.5, 0.5, 0.5)
     assert (config["interpolation"], config["crop_pct"]) == ("bicubic", 1.0)

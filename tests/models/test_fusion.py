@@ -122,9 +122,7 @@ def test_one_set_with_attention_is_one_set_without_bit_for_bit() -> None:
 def test_without_attention_a_layer_averages_its_adaptors(num_sets: int) -> None:
     block, judge, tokens = plain_block().double(), Judge(num_sets).double(), random(2, 5, DIM)
     h = block(tokens)
-    adapted = [
-        up(nn.functional.gelu(down(h))) for down, up in zip(judge.downs, judge.ups, strict=True)
-    ]
+    adapted = [up(nn.functional.gelu(down(h))) for down, up in zip(judge.downs, judge.ups, strict=True)]
     torch.testing.assert_close(judge.layer(block, attention=False)(tokens), h + torch.stack(adapted).mean(0))
 
 
@@ -176,6 +174,7 @@ def trained(name: str, num_sets: int, attention: bool = True) -> Grappa:
     return model
 
 
+@torch.no_grad()  # with gradients, torch's encoder layer takes another path as soon as its input needs one
 @pytest.mark.parametrize("attention", [False, True])
 @pytest.mark.parametrize("num_sets", [1, 2, 8])
 @pytest.mark.parametrize("name", ["timm", "own"])

@@ -1,0 +1,103 @@
+"""Starts the real program on a small collection, looks at what it leaves on disk, and ends processes by pid."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from grappa_dist.observe import read_events
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = (
+    "data.collection_kwargs={scale: 0.2}",
+    "clustering.num_labels=[8, 24]",
+    "adapt.epochs=10",
+    "adapt.global_batch=32",
+    "adapt.checkpoint_steps=20",
+    "fuse.epochs=3",
+    "fuse.global_batch=48",
+    "fuse.micro_batch=32",
+    "fuse.projector=[32, 32]",
+    "fuse.checkpoint_steps=4",
+    "fuse.variants=[average, neighbours]",
+    "resources.num_cpus=2",
+)
+PATIENCE_S = 400.0
+
+
+def command(out: Path, *overrides: str) -> list[str]:
+    demo = ROOT / "configs" / "demo.yaml"
+    program = [sys.executable, str(ROOT / "launch" / "full_pipeline.py")]
+    return [*program, "--config", str(demo), "--out", str(out), *SMALL, *overrides]
+
+
+def run(out: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """The program, to its end."""
+    return subprocess.run(
+        command(out, *overrides), text=True, capture_output=True, timeout=PATIENCE_S, env=_environment()
+    )
+
+
+@contextmanager
+def running(out: Path, *overrides: str) -> Iterator[subprocess.Popen[str]]:
+    """The program, while something happens to it."""
+    process = subprocess.Popen(
+        command(out, *overrides), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=_environment()
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait(timeout=60)
+        if process.stdout:
+            process.stdout.close()
+
+
+def wait_for(happened: Callable[[], object], process: subprocess.Popen[str]) -> None:
+    """Waits until something is seen; an early end of the program, or no patience left, is an error."""
+    end = time.monotonic() + PATIENCE_S
+    while not happened():
+        if process.poll() is not None:
+            output = process.stdout.read() if process.stdout else ""
+            raise AssertionError(f"the program ended with {process.returncode} before it happened:\n{output}")
+        if time.monotonic() > end:
+            raise TimeoutError(f"not seen within {PATIENCE_S} s")
+        time.sleep(0.05)
+
+
+def metrics(out: Path, job: str) -> list[dict[str, object]]:
+    """What a job has logged so far, finished or not; `job` is e.g. "adaptors/k=8"."""
+    stage, name = job.split("/")
+    found = sorted((out / stage).glob(f"{name}-*/metrics.jsonl"))
+    return list(read_events(found[0])) if found else []
+
+
+def last_step(out: Path, job: str) -> int:
+    return max((int(str(e["step"])) for e in metrics(out, job) if e["name"] == "step"), default=-1)
+
+
+def kill_rank_zero(out: Path, job: str) -> None:
+    """SIGKILL for the worker process that runs rank 0 of a job."""
+    begun = [e for e in metrics(out, job) if e["name"] == "begins"]
+    os.kill(int(str(begun[-1]["pid"])), signal.SIGKILL)
+
+
+def weights(out: Path) -> dict[str, str]:
+    """sha256 of every trained file, by stage and job."""
+    return {
+        f"{path.parent.parent.name}/{path.parent.name}": hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted([*out.glob("adaptors/*/*.safetensors"), *out.glob("fusion/*/*.safetensors")])
+        if not path.parent.name.endswith(".partial")
+    }
+
+
+def _environment() -> dict[str, str]:
+    return {**{k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}, "PYTHONPATH": str(ROOT)}

@@ -1,0 +1,132 @@
+"""The whole program in real processes: what it leaves, reuses, survives and refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from grappa_dist import load_model
+from tests.e2e import runs
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undisturbed run."""
+    out = tmp_path_factory.mktemp("finished")
+    ended = runs.run(out)
+    assert ended.returncode == 0, ended.stderr
+    assert "report.html" in ended.stdout
+    return out
+
+
+def _without_training(finished: Path, out: Path) -> Path:
+    """A copy that has features and labels, so that only what is under test runs again."""
+    shutil.copytree(finished, out, symlinks=True)
+    for stage in ("adaptors", "fusion", "models", "reports", "scores", "insight"):
+        shutil.rmtree(out / stage)
+    return out
+
+
+def test_a_run_leaves_scores_of_every_model_on_every_task(finished: Path) -> None:
+    rows = json.loads((finished / "report" / "metrics.json").read_text())["rows"]
+    models = {"backbone", "k=8", "k=24", "oracle", "average", "neighbours"}
+    assert {(r["model"], r["task"]) for r in rows} == {
+        (m, t) for m in models for t in ("kinds", "species", "instances")
+    }
+    for row in rows:
+        assert all(0 <= row[figure] <= 1 for figure in ("r_precision", "map_at_r", "recall_at_1"))
+        assert row["queries"] > 0
+
+
+def test_steps_of_two_adaptor_jobs_overlap_in_time(finished: Path) -> None:
+    spans = [
+        [float(str(e["t"])) for e in runs.metrics(finished, f"adaptors/k={k}") if e["name"] == "step"] for k in (8, 24)
+    ]
+    assert max(span[0] for span in spans) < min(span[-1] for span in spans)
+
+
+def test_the_exported_model_maps_images_to_unit_rows(finished: Path) -> None:
+    model = load_model(finished)
+    images = torch.rand(3, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(model(images).norm(dim=1), torch.ones(3))
+    assert model.attention(images).shape == (3, len(model.grappa.layers), 2)
+
+
+def test_a_second_run_reuses_everything_and_starts_no_cluster(finished: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in finished.rglob("manifest.json")}
+    ended = runs.run(finished)
+    assert ended.returncode == 0, ended.stderr
+    assert {p: p.stat().st_mtime_ns for p in finished.rglob("manifest.json")} == before
+    assert "embed" not in ended.stderr
+
+
+def test_a_changed_setting_reruns_only_what_depends_on_it(finished: Path) -> None:
+    out = runs.run(finished, "--dry-run", "fuse.beta=0.01").stdout
+    assert "adapt " in out
+    lines = {line.split()[0]: line for line in out.splitlines() if "reused" in line}
+    assert "all reused" in lines["adapt"]
+    assert "0 of 1 reused" in lines["fuse"]
+
+
+def test_killed_workers_and_a_killed_driver_change_no_byte_of_the_result(finished: Path, tmp_path: Path) -> None:
+    out = _without_training(finished, tmp_path / "killed")
+    with runs.running(out) as driver:  # a worker in the middle of adapt, then the driver itself
+        runs.wait_for(lambda: runs.last_step(out, "adaptors/k=8") >= 25, driver)  # the checkpoint is at 20
+        runs.kill_rank_zero(out, "adaptors/k=8")
+        runs.wait_for(lambda: runs.last_step(out, "fusion/neighbours") >= 5, driver)  # the checkpoint is at 4
+        driver.send_signal(signal.SIGKILL)
+        driver.wait(timeout=30)
+    with runs.running(out) as driver:  # one of two ranks of fuse; the other sits in a collective
+        runs.wait_for(lambda: runs.last_step(out, "fusion/neighbours") >= 10, driver)
+        runs.kill_rank_zero(out, "fusion/neighbours")
+        assert driver.stdout is not None
+        output = driver.stdout.read()
+        assert driver.wait(timeout=runs.PATIENCE_S) == 0, output
+    begun = [e for e in runs.metrics(out, "fusion/neighbours") if e["name"] == "begins"]
+    assert [e["at_step"] for e in begun] == [0, 4, 8]
+    assert runs.weights(out) == runs.weights(finished)
+
+
+def test_sigterm_saves_state_and_the_next_run_goes_on(finished: Path, tmp_path: Path) -> None:
+    out = _without_training(finished, tmp_path / "terminated")
+    with runs.running(out) as driver:
+        runs.wait_for(lambda: runs.last_step(out, "adaptors/k=24") >= 2, driver)
+        driver.send_signal(signal.SIGTERM)
+        assert driver.wait(timeout=120) == 143
+    saved = list((out / "adaptors").glob("k=24-*.partial/checkpoints/*.safetensors"))
+    assert saved
+    assert runs.run(out).returncode == 0
+    assert runs.weights(out) == runs.weights(finished)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("adapt.epoch=3", "did you mean 'epochs'"),
+        ("clustering.num_labels=[100000]", "clustering.num_labels=100000"),
+        ("backbone.name=nowhere:create", "nowhere"),
+        ("resources.workers=64", "64"),
+    ],
+)
+def test_bad_settings_end_with_one_line_and_exit_code_two(tmp_path: Path, override: str, said: str) -> None:
+    ended = runs.run(tmp_path / "run", override)
+    assert ended.returncode == 2
+    error = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+    assert len(error) == 1
+    assert said in error[0]
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_dry_run_touches_nothing(tmp_path: Path) -> None:
+    ended = runs.run(tmp_path / "run", "--dry-run")
+    assert ended.returncode == 0, ended.stderr
+    assert "adapt" in ended.stdout
+    assert not os.path.exists(tmp_path / "run")

@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import re
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from grappa_dist.models import Backbone, Pixels, create_backbone
+from tests.models import tiny
+
+OWN = "tests.models.tiny:create"
+
+
+def saved(model: nn.Module, path: Path) -> str:
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    if path.suffix == ".safetensors":
+        save_file(tensors, path)
+    else:
+        torch.save(tensors, path)
+    return str(path)
+
+
+def refused(words: str, name: str, kwargs: dict[str, Any] | None = None, **options: Any) -> None:
+    """Is refused in one line that has the words."""
+    with pytest.raises(ValueError, match=re.escape(words)) as caught:
+        create_backbone(name, kwargs or {}, {}, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_timm_model_is_refused_with_names_near_it() -> None:
+    refused("backbone.name=timm:vit_tiny_patch16_225: timm", "timm:vit_tiny_patch16_225", pretrained=False)
+    refused("near it: vit_tiny", "timm:vit_tiny_patch16_225", pretrained=False)
+
+
+def test_unknown_weights_of_a_known_timm_model_are_refused() -> None:
+    for pretrained in (True, False):
+        refused("backbone.name=timm:vit_tiny_patch16_224.moon", "timm:vit_tiny_patch16_224.moon", pretrained=pretrained)
+
+
+def test_an_unknown_module_or_function_is_refused() -> None:
+    refused("backbone.name=no_such_module:create: No module named", "no_such_module:create")
+    refused("backbone.name=tests.models.tiny:creat: the module has no 'creat'", "tests.models.tiny:creat")
+
+
+def test_what_is_no_vit_is_refused_naming_what_it_lacks() -> None:
+    refused("backbone.name: Linear has no patch_embed, blocks, norm, embed_dim", "tests.models.tiny:no_vit")
+    refused("backbone.name: ResNet has no patch_embed", "timm:resnet18", pretrained=False)
+
+
+@pytest.mark.parametrize("name", [tiny.TIMM, OWN])
+def test_wrong_kwargs_are_refused(name: str) -> None:
+    refused("backbone.kwargs={'heads': 3}", name, {"heads": 3}, pretrained=False)
+
+
+def test_kwargs_that_do_not_go_together_are_refused() -> None:
+    refused("backbone.kwargs=", tiny.TIMM, {"embed_dim": 10, "num_heads": 3}, pretrained=False)
+
+
+@pytest.mark.parametrize("name", [tiny.TIMM, OWN])
+def test_a_missing_checkpoint_is_refused_unless_weights_follow_later(name: str) -> None:
+    kwargs = tiny.TIMM_KWARGS if name == tiny.TIMM else {}
+    refused("backbone.checkpoint='nowhere.safetensors' does not exist", name, kwargs, checkpoint="nowhere.safetensors")
+    create_backbone(name, kwargs, {}, checkpoint="nowhere.safetensors", pretrained=False)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+@pytest.mark.parametrize("name", [tiny.TIMM, OWN])
+def test_a_file_of_something_else_is_refused(name: str, suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"weights{suffix}"
+    path.write_bytes(b"hello, these are no weights")
+    kwargs = tiny.TIMM_KWARGS if name == tiny.TIMM else {}
+    refused(f"backbone.checkpoint='{path}' does not fit", name, kwargs, checkpoint=str(path))
+
+
+@pytest.mark.parametrize("wrong", [{"depth": 1}, {"depth": 3}, {"embed_dim": 12}])
+def test_weights_of_another_timm_model_are_refused(wrong: dict[str, int], tmp_path: Path) -> None:
+    """timm itself passes over missing weights where it drops a classifier, and leaves a random block."""
+    kwargs = {**tiny.TIMM_KWARGS, **wrong}
+    path = saved(tiny.timm_vit(**kwargs), tmp_path / "other.safetensors")
+    if wrong == {"depth": 3}:  # a deeper model has all that is asked for: a choice of the user's
+        create_backbone(tiny.TIMM, tiny.TIMM_KWARGS, {}, checkpoint=path)
+    else:
+        refused(f"backbone.checkpoint='{path}' does not fit", tiny.TIMM, tiny.TIMM_KWARGS, checkpoint=path)
+
+
+def test_weights_of_another_module_are_refused(tmp_path: Path) -> None:
+    path = saved(tiny.create(depth=2), tmp_path / "other.safetensors")
+    refused(f"backbone.checkpoint='{path}' does not fit", OWN, checkpoint=path)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_a_local_checkpoint_is_loaded_bitwise(suffix: str, tmp_path: Path) -> None:
+    vit, own = tiny.timm_vit(seed=3), tiny.create()
+    tiny.fill(own, seed=4)
+    found = create_backbone(tiny.TIMM, tiny.TIMM_KWARGS, {}, checkpoint=saved(vit, tmp_path / f"vit{suffix}"))
+    assert all(torch.equal(t, found.model.state_dict()[name]) for name, t in vit.state_dict().items())
+    found = create_backbone(OWN, {}, {}, checkpoint=saved(own, tmp_path / f"own{suffix}"))
+    assert all(torch.equal(t, found.model.state_dict()[name]) for name, t in own.state_dict().items())
+
+
+def test_a_checkpoint_of_timm_loads_with_its_classifier_and_at_another_image_size(tmp_path: Path) -> None:
+    tiny.timm_vit()
+    import timm
+
+    classifier = timm.create_model("vit_tiny_patch16_224", num_classes=1000, **tiny.TIMM_KWARGS)
+    tiny.fill(classifier, seed=2)
+    path = saved(classifier, tmp_path / "classifier.safetensors")
+    found = create_backbone(tiny.TIMM, {**tiny.TIMM_KWARGS, "img_size": 64}, {}, checkpoint=path)
+    assert torch.equal(found.model.state_dict()["blocks.1.mlp.fc2.weight"], classifier.blocks[1].mlp.fc2.weight)
+    assert found(torch.rand(1, 3, 64, 64)).shape == (1, 24)
+
+
+def test_loading_a_checkpoint_leaves_the_generator_alone(tmp_path: Path) -> None:
+    path = saved(tiny.timm_vit(), tmp_path / "vit.safetensors")
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    create_backbone(tiny.TIMM, tiny.TIMM_KWARGS, {}, checkpoint=path)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_weights_that_cannot_be_had_offline_are_refused_at_once_with_the_way_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked = []
+
+    def urlopen(request: urllib.request.Request, timeout: float) -> None:
+        asked.append((request.full_url, timeout))
+        raise urllib.error.URLError("no network")
+
+    tiny.timm_vit()
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    for words in (
+        "backbone.name=timm:vit_small_patch16_224.dino are not in the local cache",
+        "backbone.checkpoint=FILE",
+    ):
+        refused(words, "timm:vit_small_patch16_224.dino")
+    assert len(asked) == 2  # once each
+    assert all(timeout <= 10 for _, timeout in asked)
+
+
+def test_pixels_come_from_timm_then_from_the_size_asked_for_then_from_the_settings() -> None:
+    def pixels(kwargs: dict[str, Any], given: dict[str, Any]) -> Pixels:
+        return create_backbone(tiny.TIMM, {**tiny.TIMM_KWARGS, **kwargs}, given, pretrained=False).pixels
+
+    assert pixels({"img_size": 48}, {}) == Pixels(48, "crop", "bicubic", 0.9, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    given = {"mean": (0.1, 0.2, 0.3), "resize": "squash", "interpolation": "bilinear"}
+    assert pixels({"img_size": 48}, given) == Pixels(48, "squash", "bilinear", 0.9, (0.1, 0.2, 0.3), (0.5, 0.5, 0.5))
+    small = {name: value for name, value in tiny.TIMM_KWARGS.items() if name != "img_size"}
+    whole = create_backbone(tiny.TIMM, small, {}, pretrained=False)
+    assert whole.pixels.image_size == 224
+    asked = create_backbone(tiny.TIMM, small, {"image_size": 32}, pretrained=False)
+    assert asked(torch.rand(1, 3, 32, 32)).shape == (1, 24)
+    assert asked.pixels.image_size == 32
+
+
+def test_a_users_own_module_gets_imagenets_pixels() -> None:
+    assert create_backbone(OWN, {"dim": 4}, {"image_size": 16}).pixels == Pixels(image_size=16)
+
+
+def test_a_backbone_is_a_class_token_after_the_norm() -> None:
+    model, images = tiny.create(), torch.rand(2, 3, 32, 32)
+    backbone = Backbone(model, Pixels(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)))
+    tokens = model.patch_embed(images)
+    for block in model.blocks:
+        tokens = block(tokens)
+    assert torch.equal(backbone(images), model.norm(tokens)[:, 0])
+    assert backbone.embed_dim == 8
+
+
+def test_the_package_imports_without_torch() -> None:
+    import subprocess
+
+    code = "import sys, grappa_dist; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=False).returncode == 0

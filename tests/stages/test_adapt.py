@@ -1,0 +1,218 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from grappa_dist.artifacts import Store
+from grappa_dist.data.shards import ImageShards
+from grappa_dist.dist.comm import Comm
+from grappa_dist.dist.train import Schedule, train
+from grappa_dist.stages.adapt import AdaptJob, AdaptObjective, adaptors_of, train_adaptors
+from grappa_dist.stages.modelling import ADAPTORS_FILE, build_backbone
+from tests.processes import run_ranks
+from tests.stages import tiny
+
+STEPS = 21
+STOP = 7  # between checkpoints, in the middle of the third epoch
+
+
+def job_in(folder: Path, out: str, **adapt: Any) -> AdaptJob:
+    paths = [str(path) for path in sorted((folder / "images").iterdir())]
+    settings = tiny.config(paths, adapt=adapt)
+    images, store = ImageShards.open(paths, None), Store(folder / out)
+    parent = store.artifact("labels/k=4", {}, {})
+    artifact = adaptors_of(store, settings.backbone, settings.adapt, settings.data, settings.seed, parent)
+    labels = tiny.labels_in(folder / "labels", images, 4)
+    return AdaptJob(4, labels, tiny.training_images(settings, images), settings.backbone, settings.adapt, artifact)
+
+
+def adapt_all_ways(comm: Comm, folder: Path) -> dict[str, Any]:
+    """Undisturbed, stopped and killed jobs of one world."""
+    found: dict[str, Any] = {}
+    straight, stopped, killed = (job_in(folder, f"{comm.size}-{way}") for way in ("straight", "stopped", "killed"))
+    train_adaptors(tiny.Watcher().context(comm), straight)
+
+    stop_after = STOP if comm.rank == comm.size - 1 else None  # one rank is asked, all must stop
+    train_adaptors(tiny.Watcher(stop_after=stop_after).context(comm), stopped)
+    found["stopped at"] = len(tiny.steps_of(stopped.artifact.partial))
+    if comm.size != 2:  # another test goes on from there on one rank
+        train_adaptors(tiny.Watcher().context(comm), stopped)
+
+    with pytest.raises(tiny.Killed):
+        train_adaptors(tiny.Watcher(kill_after=STOP).context(comm), killed)
+    resumed = tiny.Watcher()
+    train_adaptors(resumed.context(comm), killed)
+    found["resumed at"] = resumed.statuses[0]["done"] - 1
+
+    if comm.size < 3:
+        found |= poisoned(comm, job_in(folder, f"{comm.size}-poisoned"))
+        with pytest.raises(ArithmeticError) as error:
+            train_adaptors(
+                tiny.Watcher().context(comm),
+                job_in(folder, f"{comm.size}-huge", learning_rate=1e30, checkpoint_steps=1),
+            )
+        found["huge"] = str(error.value)
+    return found
+
+
+class Poisoned(AdaptObjective):
+    """One rank alone meets NaN."""
+
+    def begin(self, step: int) -> None:
+        super().begin(step)
+        if self._context.comm.rank == self._context.comm.size - 1:
+            self.module.classifier.data.fill_(torch.nan)
+
+
+def poisoned(comm: Comm, job: AdaptJob) -> dict[str, Any]:
+    context = tiny.Watcher().context(comm)
+    objective = Poisoned(context, job)
+    before = {name: p.clone() for name, p in objective.module.named_parameters() if name != "classifier"}
+    optimizer = torch.optim.Adam([p for p in objective.module.parameters() if p.requires_grad])
+    schedule = Schedule(STEPS, 5, lambda step: 1e-3)
+    with pytest.raises(ArithmeticError) as error:
+        train(context, objective, optimizer, schedule, folder=job.artifact.begin(), job=job.name)
+    objective.close()
+    after = dict(objective.module.named_parameters())
+    return {"poisoned": str(error.value), "untouched": all(torch.equal(p, after[n]) for n, p in before.items())}
+
+
+def go_on_alone(comm: Comm, job: AdaptJob) -> None:
+    train_adaptors(tiny.Watcher().context(comm), job)
+
+
+def only_adaptors_move(comm: Comm, job: AdaptJob) -> tuple[set[str], set[str]]:
+    """Names of tensors that three steps changed, and of those that they left."""
+    context = tiny.Watcher().context(comm)
+    objective = AdaptObjective(context, job)
+    before = {name: t.clone() for name, t in objective.module.state_dict().items()}
+    optimizer = torch.optim.Adam([p for p in objective.module.parameters() if p.requires_grad], weight_decay=1e-3)
+    train(context, objective, optimizer, Schedule(3, 5, lambda step: 1e-3), folder=job.artifact.begin(), job=job.name)
+    objective.close()
+    moved = {name for name, t in objective.module.state_dict().items() if not torch.equal(t, before[name])}
+    return moved, before.keys() - moved
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, list[dict[str, Any]]]]:
+    folder = tmp_path_factory.mktemp("adapt")
+    tiny.write_shards(folder / "images")
+    return folder, {size: run_ranks(adapt_all_ways, size, folder) for size in (1, 2, 3)}
+
+
+World = tuple[Path, dict[int, list[dict[str, Any]]]]
+
+
+def losses(folder: Path, out: str) -> list[float]:
+    return tiny.losses_of(job_in(folder, out).artifact.path)
+
+
+def weights(folder: Path, out: str) -> bytes:
+    return (job_in(folder, out).artifact.path / ADAPTORS_FILE).read_bytes()
+
+
+def test_the_losses_do_not_depend_on_the_number_of_ranks(world: World) -> None:
+    folder, _ = world
+    alone = losses(folder, "1-straight")
+    assert len(alone) == STEPS
+    assert alone[-1] < alone[0]
+    for size in (2, 3):
+        np.testing.assert_allclose(losses(folder, f"{size}-straight"), alone, rtol=0, atol=1e-5)
+
+
+def test_a_global_batch_has_the_same_rows_on_any_number_of_ranks(world: World) -> None:
+    folder, _ = world
+    images = job_in(folder, "rows").training
+    for epoch in (0, 3):
+        seen = []
+        for t in range(images.steps_per_epoch()):
+            whole = images.order(epoch).batch_share(t, tiny.BATCH, 0, 1)
+            seen += whole.tolist()
+            for size in (2, 3, 7):
+                parts = [images.order(epoch).batch_share(t, tiny.BATCH, rank, size) for rank in range(size)]
+                assert sorted(np.concatenate(parts)) == sorted(whole)
+        assert sorted(seen) == [row for row in range(tiny.NUM_ROWS) if row != tiny.BAD]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_killed_job_that_goes_on_ends_with_the_same_bytes(world: World, size: int) -> None:
+    folder, found = world
+    assert {rank["resumed at"] for rank in found[size]} == {5}
+    assert weights(folder, f"{size}-killed") == weights(folder, f"{size}-straight")
+    assert losses(folder, f"{size}-killed") == losses(folder, f"{size}-straight")
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_stopped_job_that_goes_on_ends_with_the_same_bytes(world: World, size: int) -> None:
+    folder, found = world
+    assert {rank["stopped at"] for rank in found[size]} == {STOP + 1}  # every rank takes the step at which one is asked
+    assert weights(folder, f"{size}-stopped") == weights(folder, f"{size}-straight")
+    assert losses(folder, f"{size}-stopped") == losses(folder, f"{size}-straight")
+
+
+def test_a_job_stopped_on_two_ranks_goes_on_alone_with_the_same_losses(world: World) -> None:
+    folder, _ = world
+    job = job_in(folder, "2-stopped")
+    assert not job.artifact.complete
+    run_ranks(go_on_alone, 1, job)
+    np.testing.assert_allclose(losses(folder, "2-stopped"), losses(folder, "2-straight"), rtol=0, atol=1e-5)
+
+
+def test_a_finished_set_holds_nothing_but_weights_and_log(world: World) -> None:
+    folder, _ = world
+    files = tiny.files_below(job_in(folder, "2-killed").artifact.path)
+    assert set(files) == {"adaptors.safetensors", "metrics.jsonl", "manifest.json"}
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all_before_the_update(world: World, size: int) -> None:
+    folder, found = world
+    for rank in found[size]:
+        assert "k=4" in rank["poisoned"]
+        assert "step 0" in rank["poisoned"]
+        assert rank["untouched"]
+    assert tiny.steps_of(job_in(folder, f"{size}-poisoned").artifact.partial) == []
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_diverging_job_names_itself_and_the_step(world: World, size: int) -> None:
+    folder, found = world
+    done = len(tiny.steps_of(job_in(folder, f"{size}-huge", learning_rate=1e30, checkpoint_steps=1).artifact.partial))
+    assert 1 <= done < STEPS
+    assert {rank["huge"].split(":")[0] for rank in found[size]} == {"k=4"}
+    assert all(f"at step {done};" in rank["huge"] for rank in found[size])
+
+
+def test_training_moves_the_adaptors_and_the_classifier_alone(world: World) -> None:
+    folder, _ = world
+    moved, left = run_ranks(only_adaptors_move, 1, job_in(folder, "moves"))[0]
+    assert all("adaptors" in name or name == "classifier" for name in moved)
+    assert {name for name in left if "adaptors" in name} == set()
+    assert any("patch_embed" in name for name in left)
+
+
+def test_a_fresh_adaptor_set_is_the_backbone_bit_for_bit(world: World) -> None:
+    folder, _ = world
+    job = job_in(folder, "fresh")
+    objective = AdaptObjective(tiny.Watcher().context(Comm()), job)
+    images = torch.rand(5, 3, tiny.SIZE_PX, tiny.SIZE_PX, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(objective.grappa(images), build_backbone(job.backbone)(images))
+
+
+def test_the_start_of_a_set_depends_on_seed_and_number_of_labels(world: World) -> None:
+    folder, _ = world
+    job = job_in(folder, "fresh")
+    other = replace(job, training=replace(job.training, seed=1))
+
+    def down(job: AdaptJob) -> torch.Tensor:
+        return AdaptObjective(tiny.Watcher().context(Comm()), job).grappa.layers[0].adaptors.down_weight.detach()
+
+    assert torch.equal(down(job), down(job))
+    assert not torch.equal(down(job), down(other))
+    assert not torch.equal(down(job), down(replace(job, num_labels=5)))

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from grappa_dist.config import ClusteringConfig
+from grappa_dist.stages.pseudo_label import ladder, num_labels, own_shards
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        (133_339, (256, 512, 1024, 2048, 8192, 16384, 32768, 65536)),
+        (9_573, (256, 512, 1024, 2048, 4096, 8192)),
+        (600, (256, 512)),
+        (300, (256,)),
+        (100, (64,)),
+        (3, (2,)),
+    ],
+)
+def test_the_ladder_climbs_in_powers_of_two_to_about_the_number_of_images(rows: int, expected: tuple[int, ...]) -> None:
+    assert ladder(rows) == expected
+
+
+@pytest.mark.parametrize("rows", [*range(2, 40), 255, 256, 257, 269, 270, 271, 511, 1023, 10**5, 10**8, 10**12])
+def test_every_ladder_fits_the_images(rows: int) -> None:
+    found = ladder(rows)
+    assert 1 <= len(found) <= 8
+    assert all(2 <= k <= rows and k & (k - 1) == 0 for k in found)
+    assert found[-1] > rows * 0.47 or rows < 5
+    assert found[0] == min(256, found[-1])
+    assert list(found) == sorted(set(found))
+
+
+def test_the_labels_asked_for_are_taken_in_their_order() -> None:
+    assert num_labels(ClusteringConfig(num_labels=(8, 2, 4)), 8) == (8, 2, 4)
+    assert num_labels(ClusteringConfig(num_labels="auto"), 600) == (256, 512)
+
+
+def test_more_labels_than_images_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"clustering\.num_labels=9 is more than the 8 training images"):
+        num_labels(ClusteringConfig(num_labels=(2, 9, 4)), 8)
+
+
+SIZES = [
+    (5,),
+    (5, 0),
+    (0, 5),
+    (0, 0, 0),
+    (3, 3, 3, 3),
+    (1, 0, 100, 0, 1),
+    (100, 1, 1, 1),
+    (1, 1, 1, 100),
+    (7, 2, 9, 4, 4),
+]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5, 64])
+@pytest.mark.parametrize("sizes", SIZES)
+def test_every_shard_has_one_rank_and_ranks_follow_one_another(sizes: tuple[int, ...], ranks: int) -> None:
+    starts = np.cumsum([0, *sizes]).tolist()
+    shares = [own_shards(starts, rank, ranks) for rank in range(ranks)]
+    assert [shard for share in shares for shard in share] == list(range(len(sizes)))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+def test_ranks_have_about_as_many_rows_each(ranks: int) -> None:
+    sizes = np.random.default_rng(0).integers(0, 100, 200)
+    starts = np.cumsum([0, *sizes]).tolist()
+    rows = [sum(sizes[i] for i in own_shards(starts, rank, ranks)) for rank in range(ranks)]
+    assert max(rows) - min(rows) <= 2 * sizes.max()
+
+
+def test_shards_of_billions_of_rows_are_shared_out_exactly() -> None:
+    starts = np.cumsum([0] + [2**40] * 6).tolist()
+    assert [list(own_shards(starts, rank, 3)) for rank in range(3)] == [[0, 1], [2, 3], [4, 5]]

@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from grappa_dist.artifacts import MANIFEST, Artifact, RowArrays, Store, replacing, write_json
+
+
+def artifact(root: Path, **settings: object) -> Artifact:
+    return Store(root).artifact("labels/k=4", settings, {"features": "abc"})
+
+
+def finished(root: Path, content: str = "hello", **settings: object) -> Artifact:
+    made = artifact(root, **settings)
+    (made.begin() / "file.txt").write_text(content)
+    made.commit()
+    return made
+
+
+def test_an_artifact_appears_when_it_is_whole(tmp_path: Path) -> None:
+    made = artifact(tmp_path)
+    (made.begin() / "inner").mkdir()
+    (made.partial / "inner" / "file.txt").write_text("hello")
+    assert not made.complete
+    assert not made.path.exists()
+    made.commit()
+    assert made.complete
+    assert not made.partial.exists()
+    assert (made.path / "inner" / "file.txt").read_text() == "hello"
+    manifest = json.loads((made.path / MANIFEST).read_text())
+    assert manifest["files"] == {"inner/file.txt": 5}
+    assert (manifest["kind"], manifest["fingerprint"]) == ("labels/k=4", made.fingerprint)
+    assert manifest["inputs"] == {"features": "abc"}
+    made.check()
+
+
+def test_what_an_earlier_attempt_left_is_kept(tmp_path: Path) -> None:
+    (artifact(tmp_path).begin() / "shard-0.npy").write_text("done")
+    again = artifact(tmp_path)
+    assert not again.complete
+    assert (again.begin() / "shard-0.npy").read_text() == "done"
+
+
+def test_a_commit_drops_what_only_a_restart_needed(tmp_path: Path) -> None:
+    made = artifact(tmp_path)
+    (made.begin() / "checkpoints").mkdir()
+    (made.partial / "checkpoints" / "step-1").write_text("state")
+    (made.partial / "knn" / "epoch-0.partial").mkdir(parents=True)
+    (made.partial / "result.txt").write_text("result")
+    made.commit(discard=["checkpoints", "knn/*.partial", "nothing-like-it"])
+    assert sorted(p.name for p in made.path.iterdir()) == ["knn", MANIFEST, "result.txt"]
+
+
+def test_an_attempt_killed_before_its_last_rename_is_committed_by_the_next(tmp_path: Path) -> None:
+    made = artifact(tmp_path)
+    (made.begin() / "file.txt").write_text("hello")
+    (made.partial / MANIFEST).write_text("{}")  # written, but not renamed
+    (made.partial / ".weights.safetensors.123").write_text("cut sh")
+    made.commit()
+    made.check()
+    assert sorted(p.name for p in made.path.iterdir()) == ["file.txt", MANIFEST]
+
+
+def test_a_finished_artifact_is_not_overwritten(tmp_path: Path) -> None:
+    made = finished(tmp_path)
+    (made.begin() / "file.txt").write_text("other")
+    with pytest.raises(OSError, match="not empty"):
+        made.commit()
+    assert (made.path / "file.txt").read_text() == "hello"
+
+
+@pytest.mark.parametrize("content", ["hell", "hello!", None])
+def test_a_file_that_went_missing_or_changed_its_size_is_named(content: str | None, tmp_path: Path) -> None:
+    made = finished(tmp_path)
+    path = made.path / "file.txt"
+    path.unlink() if content is None else path.write_text(content)
+    words = "is missing" if content is None else f"has {len(content)} bytes, its manifest says 5"
+    with pytest.raises(ValueError, match=rf"file\.txt {words}; remove .*labels/k=4"):
+        made.check()
+
+
+def test_what_is_not_finished_cannot_be_checked(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"is not finished: it has no {MANIFEST}"):
+        artifact(tmp_path).check()
+
+
+def test_the_fingerprint_tells_settings_inputs_and_kind_and_not_the_place(tmp_path: Path) -> None:
+    store, other = Store(tmp_path), Store(tmp_path / "elsewhere")
+    source = store.artifact("features", {}, {})
+    first = store.artifact("labels", {"a": 1, "b": 2}, {"x": source})
+    assert first == store.artifact("labels", {"b": 2, "a": 1}, {"x": source.fingerprint})
+    assert first.fingerprint == other.artifact("labels", {"a": 1, "b": 2}, {"x": source}).fingerprint
+    changed = [
+        store.artifact("labels", {"a": 1, "b": 3}, {"x": source}),
+        store.artifact("labels", {"a": 1, "b": 2}, {"y": source}),
+        store.artifact("labels", {"a": 1, "b": 2}, {"x": store.artifact("features", {"seed": 1}, {})}),
+        store.artifact("label", {"a": 1, "b": 2}, {"x": source}),
+    ]
+    assert len({first.fingerprint, *(a.fingerprint for a in changed)}) == 5
+    assert first.path == tmp_path / f"labels-{first.fingerprint}"
+
+
+def test_a_second_driver_is_refused_until_the_first_is_done(tmp_path: Path) -> None:
+    root = tmp_path / "not" / "yet" / "there"
+    with (
+        Store(root).lock(),
+        pytest.raises(ValueError, match=f"another run is writing to {root}; wait for it or choose"),
+        Store(root).lock(),
+    ):
+        pass
+    with Store(root).lock(), Store(tmp_path / "other").lock():
+        pass
+
+
+def test_a_failed_run_gives_its_lock_back(tmp_path: Path) -> None:
+    with pytest.raises(ArithmeticError), Store(tmp_path).lock():
+        raise ArithmeticError
+    with Store(tmp_path).lock():
+        pass
+
+
+def test_publishing_replaces_the_link_and_keeps_what_it_pointed_to(tmp_path: Path) -> None:
+    store, old, new = Store(tmp_path), finished(tmp_path, "old", v=1), finished(tmp_path, "new", v=2)
+    assert (store.publish("report", old) / "file.txt").read_text() == "old"
+    (tmp_path / ".report.new").symlink_to("nowhere")  # a run was killed right here
+    assert (store.publish("report", new) / "file.txt").read_text() == "new"
+    assert (old.path / "file.txt").read_text() == "old"
+    assert not (tmp_path / ".report.new").is_symlink()
+    tmp_path.rename(tmp_path.with_name("moved"))  # links are relative
+    assert (tmp_path.with_name("moved") / "report" / "file.txt").read_text() == "new"
+
+
+def rows(tmp_path: Path, sizes: tuple[int, ...] = (3, 0, 2, 0, 1)) -> tuple[RowArrays, np.ndarray]:
+    whole = np.arange(2 * sum(sizes), dtype=np.float32).reshape(-1, 2)
+    starts = np.cumsum([0, *sizes])
+    for i, (first, after) in enumerate(pairwise(starts.tolist())):
+        np.save(tmp_path / f"rows-{i}.npy", whole[first:after])
+    paths = tuple(str(tmp_path / f"rows-{i}.npy") for i in range(len(sizes)))
+    return RowArrays(paths, tuple(starts.tolist())), whole
+
+
+@pytest.mark.parametrize("sizes", [(3, 0, 2, 0, 1), (0, 6), (6,), (0, 0, 5, 0)])
+def test_rows_are_taken_across_shards_in_the_order_asked_for(sizes: tuple[int, ...], tmp_path: Path) -> None:
+    arrays, whole = rows(tmp_path, sizes)
+    for wanted in ([], [0], [4, 0, 3, 4, 2], list(range(len(whole)))[::-1]):
+        index = np.array(wanted, dtype=np.int64)
+        found = arrays.take(index)
+        assert found.dtype == np.float32
+        assert np.array_equal(found, whole[index])
+    assert [len(arrays.shard(i)) for i in range(len(sizes))] == list(sizes)
+
+
+@pytest.mark.parametrize("row", [-1, 6, 100])
+def test_a_row_that_is_not_there_is_an_error_and_no_other_row(row: int, tmp_path: Path) -> None:
+    arrays, _ = rows(tmp_path)
+    with pytest.raises((IndexError, ValueError)):
+        arrays.take(np.array([0, row]))
+
+
+def test_a_shard_of_another_length_is_refused(tmp_path: Path) -> None:
+    arrays, _ = rows(tmp_path)
+    wrong = RowArrays(arrays.paths, (0, 3, 3, 6, 6, 7))
+    with pytest.raises(ValueError, match=r"rows-2\.npy has 2 rows, its shard has 3"):
+        wrong.take(np.array([4]))
+
+
+def test_arrays_of_objects_are_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "rows.npy", np.array([{}], dtype=object))
+    with pytest.raises(ValueError, match="Python objects"):
+        RowArrays((str(tmp_path / "rows.npy"),), (0, 1)).shard(0)
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "inner" / "value.json"
+    write_json(path, {"a": 1})
+
+    def fail() -> None:
+        with replacing(path) as temporary:
+            temporary.write_text("{half")
+            raise ArithmeticError
+
+    with pytest.raises(ArithmeticError):
+        fail()
+    assert json.loads(path.read_text()) == {"a": 1}
+    write_json(path, {"a": 2})
+    assert json.loads(path.read_text()) == {"a": 2}
+    assert [p.name for p in path.parent.iterdir()] == ["value.json"]

@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from grappa_dist.config import AdaptConfig, Config, DataConfig, fingerprint, load
+
+ROOT = Path(__file__).parents[1]
+SMALL: dict[str, Any] = {"name": "x", "data": {"train": "shards"}, "backbone": {"name": "timm:vit_tiny"}}
+
+
+def config(tmp_path: Path, tree: Any = SMALL, overrides: tuple[str, ...] = ()) -> Config:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return load(path, overrides)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_config_that_ships_loads(path: Path) -> None:
+    assert load(path).name
+    assert path.read_text().startswith("# "), "opens with what it is, the command, the hardware and what to expect"
+
+
+def test_defaults_give_way_to_the_file_and_the_file_to_overrides(tmp_path: Path) -> None:
+    tree = {**SMALL, "adapt": {"epochs": 5, "bottleneck": 8}}
+    found = config(tmp_path, tree, ("adapt.epochs=7", "fuse.epochs=2", "adapt.epochs=9")).adapt
+    assert (found.epochs, found.bottleneck, found.gamma) == (9, 8, AdaptConfig().gamma)
+
+
+def test_values_of_overrides_are_yaml(tmp_path: Path) -> None:
+    found = config(
+        tmp_path,
+        SMALL,
+        (
+            "adapt.learning_rate=1e-3",  # a string to YAML 1.1
+            "clustering.num_labels=[4, 8]",
+            "fuse.refresh=false",
+            "backbone.kwargs.img_size=96",
+            "backbone.mean=[0.5, 0.5, 0.5]",
+            "data.train=elsewhere",
+            "resources.workers=3",
+            "out=null",
+        ),
+    )
+    assert found.adapt.learning_rate == 0.001
+    assert found.clustering.num_labels == (4, 8)
+    assert found.fuse.refresh is False
+    assert found.backbone.kwargs == {"img_size": 96}
+    assert found.backbone.mean == (0.5, 0.5, 0.5)
+    assert found.data.train == ("elsewhere",)
+    assert (found.resources.workers, found.out) == (3, None)
+
+
+def test_what_yaml_says_of_a_config_loads_as_that_config(tmp_path: Path) -> None:
+    found = config(tmp_path, {**SMALL, "clustering": {"num_labels": [4, 8]}})
+    path = tmp_path / "again.yaml"
+    path.write_text(found.yaml())
+    assert load(path) == found
+
+
+WRONG = [
+    ("adpt.epochs=1", "unknown key adpt; did you mean 'adapt'?"),
+    ("adapt.epoch=1", "unknown key adapt.epoch; did you mean 'epochs'?"),
+    ("fuse.zzz=1", "unknown key fuse.zzz; known keys: adam_learning_rate, beta"),
+    ("adapt.epochs=x", "adapt.epochs='x': Input should be a valid integer"),
+    ("adapt.epochs=1.5", "adapt.epochs=1.5: Input should be a valid integer"),
+    ("adapt.epochs=0", "adapt.epochs=0: Input should be greater than or equal to 1"),
+    ("adapt.learning_rate=-1", "adapt.learning_rate=-1: Input should be greater than or equal to 0"),
+    ("adapt.learning_rate=.nan", "adapt.learning_rate=nan: Input should be"),
+    ("adapt.learning_rate=.inf", "adapt.learning_rate=inf: Input should be a finite number"),
+    ("adapt.min_crop_area=0", "adapt.min_crop_area=0: Input should be greater than 0"),
+    ("fuse.min_crop_area=1.5", "fuse.min_crop_area=1.5: Input should be less than or equal to 1"),
+    ("fuse.global_batch=1", "fuse.global_batch=1: Input should be greater than or equal to 2"),
+    ("data.max_bad_share=2", "data.max_bad_share=2: Input should be less than or equal to 1"),
+    ("data.train=5", "data.train.0=5: Input should be a valid string"),
+    ("data=3", "data=3: Input should be a valid dictionary"),
+    ("adapt=", "adapt=None: Input should be a valid dictionary"),
+    ("clustering.num_labels=abc", "clustering.num_labels='abc': Input should be a valid list"),
+    ("clustering.num_labels=abc", "clustering.num_labels='abc': Input should be 'auto'"),
+    ("clustering.num_labels=[4, a]", "clustering.num_labels.1='a': Input should be a valid integer"),
+    ("clustering.num_labels=[8, 4, 8]", "clustering.num_labels must be distinct and not empty, got [8, 4, 8]"),
+    ("clustering.num_labels=[]", "clustering.num_labels must be distinct and not empty, got []"),
+    ("fuse.variants=[average, average]", "fuse.variants must be distinct and not empty, got ['average', 'average']"),
+    ("fuse.variants=[mean]", "fuse.variants.0='mean': Input should be 'average', 'transforms'"),
+    ("evaluate.export=oracle", "evaluate.export='oracle' is not one of fuse.variants ['average', 'transforms', 'neigh"),
+    (
+        "data.collection=a.b:c",
+        "give either data.train (folders of shards) or data.collection, got data.train=['shards']",
+    ),
+    ("data.train=[]", "got data.train=[] and data.collection=None"),
+    ("backbone.name=vit_tiny", "backbone.name='vit_tiny': must be <module>:<function>, or timm:<model>"),
+    ("backbone.resize=stretch", "backbone.resize='stretch': Input should be 'crop' or 'squash'"),
+    ("backbone.mean=[0.5]", "backbone.mean.1 is missing"),
+    ("resources.workers=many", "resources.workers='many': Input should be 'auto'"),
+    ("seed=-1", "seed=-1: Input should be greater than or equal to 0"),
+    ("epochs", "override 'epochs' must look like section.key=value"),
+    ("=5", "override '=5' must look like section.key=value"),
+    ("name.first=x", "override 'name.first=x': 'name' is not a section"),
+    ("adapt.epochs=[", "override 'adapt.epochs=[': the value is not valid YAML"),
+]
+
+
+@pytest.mark.parametrize(("override", "words"), WRONG)
+def test_what_is_wrong_is_said_in_one_line_with_key_and_value(override: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=re.escape(words)) as caught:
+        config(tmp_path, SMALL, (override,))
+    assert "\n" not in str(caught.value)
+    assert "constrained" not in str(caught.value)
+
+
+def test_a_missing_key_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^backbone is missing$"):
+        config(tmp_path, {"name": "x", "data": {"train": "shards"}})
+
+
+@pytest.mark.parametrize("tree", [None, [1, 2], "text"])
+def test_a_file_that_holds_no_sections_is_refused(tree: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"config\.yaml must be a mapping of sections, got \w+$"):
+        config(tmp_path, tree)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"config .*nowhere\.yaml does not exist"):
+        load(tmp_path / "nowhere.yaml")
+    with pytest.raises(ValueError, match=r"config .* cannot be read: Is a directory"):
+        load(tmp_path)
+    for content in (b"name: [1", b"a: b: c", b"name: \xff\xfe\x00"):
+        (tmp_path / "broken.yaml").write_bytes(content)
+        with pytest.raises(ValueError, match=r"config .*broken\.yaml is not valid YAML") as caught:
+            load(tmp_path / "broken.yaml")
+        assert "\n" not in str(caught.value)
+
+
+def test_a_config_cannot_be_changed(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        config(tmp_path).seed = 3
+
+
+def test_settings_have_one_fingerprint_whatever_the_order_of_their_keys() -> None:
+    assert fingerprint({"a": 1, "b": {"c": 2, "d": 3}}) == fingerprint({"b": {"d": 3, "c": 2}, "a": 1})
+    assert fingerprint(AdaptConfig(epochs=2, gamma=3)) == fingerprint(AdaptConfig(gamma=3.0, epochs=2))
+    assert fingerprint({"k": (1, 2)}) == fingerprint({"k": [1, 2]})
+    assert fingerprint("labels", {"k": 4}) == "68b6bad278"  # on any machine, in any version: names on disk depend on it
+
+
+def test_other_settings_have_other_fingerprints() -> None:
+    different = [
+        fingerprint(*parts)
+        for parts in (
+            (AdaptConfig(),),
+            (AdaptConfig(epochs=4),),
+            (AdaptConfig(), 0),
+            (DataConfig(train=("a",)),),
+            (DataConfig(train=("b",)),),
+            ({"a": 1},),
+            ({"a": "1"},),
+            ({"a": {"b": 1}},),
+            (),
+        )
+    ]
+    assert len(set(different)) == len(different)
+    assert all(re.fullmatch("[0-9a-f]{10}", name) for name in different)

@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import grappa_dist
+from grappa_dist.artifacts import Artifact, Store
+from grappa_dist.config import BackboneConfig
+from grappa_dist.export import CONFIG_FILE, RetrievalModel, export_model, load_model
+from grappa_dist.models import Grappa, create_backbone
+from grappa_dist.stages.modelling import ADAPTORS_FILE, FUSION_FILE, ModelSpec, build
+from tests.models import tiny
+
+SIZE, BOTTLENECK = 32, 3
+
+
+def fake_run(root: Path, num_sets: int = 2, fused: bool = True) -> ModelSpec:
+    """A run that got as far as its fusion, with random values in a timm backbone."""
+    store, checkpoint = Store(root), root / "weights.safetensors"
+    root.mkdir(parents=True, exist_ok=True)
+    vit = tiny.timm_vit(seed=1)
+    save_file(vit.state_dict(), checkpoint)
+    backbone = BackboneConfig(name=tiny.TIMM, kwargs=tiny.TIMM_KWARGS, checkpoint=str(checkpoint))
+
+    def grappa(sets: int, seed: int) -> Grappa:
+        frozen = create_backbone(tiny.TIMM, tiny.TIMM_KWARGS, {}, pretrained=False)
+        made = Grappa(frozen, sets, BOTTLENECK, attention=True)
+        tiny.fill(made, seed)
+        return made
+
+    sets = tuple(store.artifact(f"adaptors/k={i}", {}, {}) for i in range(num_sets))
+    for seed, artifact in enumerate(sets):
+        save_file(grappa(1, seed).adaptor_tensors(), artifact.begin() / ADAPTORS_FILE)
+        artifact.commit()
+    fusion = store.artifact("fusion/neighbours", {}, {})
+    save_file(grappa(num_sets, 9).attention_tensors(), fusion.begin() / FUSION_FILE)
+    fusion.commit()
+    return ModelSpec("neighbours", backbone, BOTTLENECK, sets, fusion if fused else None)
+
+
+def exported(root: Path, num_sets: int = 2, fused: bool = True) -> tuple[ModelSpec, Artifact]:
+    spec = fake_run(root, num_sets, fused)
+    artifact = Store(root).artifact("models/neighbours", {}, spec.inputs)
+    export_model(spec, [f"k={i}" for i in range(num_sets)], artifact)
+    Store(root).publish("model", artifact)
+    return spec, artifact
+
+
+def images(num: int) -> torch.Tensor:
+    return torch.rand(num, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(("num_sets", "fused"), [(2, True), (2, False), (1, True)])
+def test_a_loaded_model_is_the_built_one_in_unit_rows(num_sets: int, fused: bool, tmp_path: Path) -> None:
+    _, artifact = exported(tmp_path / "run", num_sets, fused)
+    (tmp_path / "run" / "weights.safetensors").unlink()  # the model holds its backbone
+    built = None
+    for place in (tmp_path / "run", tmp_path / "run" / "model", artifact.path):
+        model = load_model(place)
+        z = model(images(3))
+        torch.testing.assert_close(z.norm(dim=1), torch.ones(3))
+        assert z.shape == (3, model.embed_dim)
+        assert not z.requires_grad
+        assert built is None or torch.equal(z, built)
+        built = z
+        assert model.sets == [f"k={i}" for i in range(num_sets)]
+        attention = model.attention(images(3))
+        assert attention.shape == (3, 2, num_sets)
+        torch.testing.assert_close(attention.sum(-1), torch.ones(3, 2))
+        assert (attention.std() > 0) == (fused and num_sets > 1)
+
+
+def test_a_model_is_exported_bit_for_bit(tmp_path: Path) -> None:
+    spec, artifact = exported(tmp_path)
+    expected = build(spec, torch.device("cpu"))
+    model = load_model(artifact.path)
+    assert torch.equal(model.grappa(images(3)), expected(images(3)))
+    assert model.grappa.backbone.pixels == expected.backbone.pixels  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "I;16"])
+@pytest.mark.parametrize("size", [(32, 32), (1, 1), (100, 7), (5, 64)])
+def test_the_transform_takes_any_image(
+    size: tuple[int, int], mode: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    model = shared_model(tmp_path_factory)
+    if mode == "I;16":
+        image = Image.fromarray(np.full(size[::-1], 40_000, dtype=np.uint16))
+    else:
+        pixels = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+        image = Image.fromarray(pixels).convert(mode)
+    pixels_seen = model.transform(image)
+    assert pixels_seen.shape == (3, SIZE, SIZE)
+    assert pixels_seen.dtype == torch.float32
+    assert 0 <= pixels_seen.min() <= pixels_seen.max() <= 1
+    assert model(pixels_seen[None]).isfinite().all()
+
+
+_shared: list[RetrievalModel] = []
+
+
+def shared_model(tmp_path_factory: pytest.TempPathFactory) -> RetrievalModel:
+    if not _shared:
+        root = tmp_path_factory.mktemp("run")
+        exported(root)
+        _shared.append(load_model(root))
+    return _shared[0]
+
+
+def test_a_white_image_is_all_ones(tmp_path_factory: pytest.TempPathFactory) -> None:
+    assert torch.equal(
+        shared_model(tmp_path_factory).transform(Image.new("RGB", (50, 40), "white")), torch.ones(3, 32, 32)
+    )
+
+
+def test_the_package_offers_the_same_function() -> None:
+    assert grappa_dist.load_model is load_model
+    with pytest.raises(AttributeError, match="no attribute 'load_modle'"):
+        grappa_dist.load_modle  # noqa: B018
+
+
+@pytest.mark.parametrize("place", ["", "nowhere"])
+def test_a_directory_without_a_model_is_refused(place: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"holds no model: expected config\.json, or model/config\.json"):
+        load_model(tmp_path / place)
+
+
+def test_another_format_is_refused(tmp_path: Path) -> None:
+    _, artifact = exported(tmp_path)
+    path = artifact.path / CONFIG_FILE
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 2}))
+    with pytest.raises(ValueError, match=r"config\.json: format 2, this version reads 1"):
+        load_model(tmp_path)
