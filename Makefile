@@ -10,9 +10,9 @@ READY = $(VENV)/.ready
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
-$(READY): setup.py requirements-tested.txt
+$(READY): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-tested.txt -e '.[$(FAISS),dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(FAISS),dev]'
 	touch $(READY)
 
 demo: $(READY) ## the whole pipeline on a small collection that the program draws: table, report and model in runs/demo

@@ -1,4 +1,4 @@
-"""Packaging. Ranges are for users; the pins that CI tests are in requirements-tested.txt."""
+"""Packaging. Ranges are for users; the pins that the tests run with are in constraints.txt."""
 
 from pathlib import Path
 
@@ -39,7 +39,7 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     packages=find_packages(include=["grappa_dist", "grappa_dist.*"]),
     package_data={"grappa_dist": ["py.typed"], "grappa_dist.demo": ["*.safetensors"]},
     install_requires=REQUIRED,

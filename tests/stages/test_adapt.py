@@ -37,10 +37,13 @@ def adapt_all_ways(comm: Comm, folder: Path) -> dict[str, Any]:
     straight, stopped, killed = (job_in(folder, f"{comm.size}-{way}") for way in ("straight", "stopped", "killed"))
     train_adaptors(tiny.Watcher().context(comm), straight)
 
+    if comm.size == 3:
+        return found
+
     stop_after = STOP if comm.rank == comm.size - 1 else None  # one rank is asked, all must stop
     train_adaptors(tiny.Watcher(stop_after=stop_after).context(comm), stopped)
     found["stopped at"] = len(tiny.steps_of(stopped.artifact.partial))
-    if comm.size != 2:  # another test goes on from there on one rank
+    if comm.size == 1:  # what was stopped on two ranks goes on alone
         train_adaptors(tiny.Watcher().context(comm), stopped)
 
     with pytest.raises(tiny.Killed):
@@ -49,14 +52,13 @@ def adapt_all_ways(comm: Comm, folder: Path) -> dict[str, Any]:
     train_adaptors(resumed.context(comm), killed)
     found["resumed at"] = resumed.statuses[0]["done"] - 1
 
-    if comm.size < 3:
-        found |= poisoned(comm, job_in(folder, f"{comm.size}-poisoned"))
-        with pytest.raises(ArithmeticError) as error:
-            train_adaptors(
-                tiny.Watcher().context(comm),
-                job_in(folder, f"{comm.size}-huge", learning_rate=1e30, checkpoint_steps=1),
-            )
-        found["huge"] = str(error.value)
+    found |= poisoned(comm, job_in(folder, f"{comm.size}-poisoned"))
+    with pytest.raises(ArithmeticError) as error:
+        train_adaptors(
+            tiny.Watcher().context(comm),
+            job_in(folder, f"{comm.size}-huge", learning_rate=1e30, checkpoint_steps=1),
+        )
+    found["huge"] = str(error.value)
     return found
 
 
@@ -102,7 +104,7 @@ def only_adaptors_move(comm: Comm, job: AdaptJob) -> tuple[set[str], set[str]]:
 def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, list[dict[str, Any]]]]:
     folder = tmp_path_factory.mktemp("adapt")
     tiny.write_shards(folder / "images")
-    return folder, {size: run_ranks(adapt_all_ways, size, folder) for size in (1, 2, 3)}
+    return folder, {size: run_ranks(adapt_all_ways, size, folder, timeout_s=400) for size in (1, 2, 3)}
 
 
 World = tuple[Path, dict[int, list[dict[str, Any]]]]
@@ -139,7 +141,7 @@ def test_a_global_batch_has_the_same_rows_on_any_number_of_ranks(world: World) -
         assert sorted(seen) == [row for row in range(tiny.NUM_ROWS) if row != tiny.BAD]
 
 
-@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("size", [1, 2])
 def test_a_killed_job_that_goes_on_ends_with_the_same_bytes(world: World, size: int) -> None:
     folder, found = world
     assert {rank["resumed at"] for rank in found[size]} == {5}
@@ -147,19 +149,19 @@ def test_a_killed_job_that_goes_on_ends_with_the_same_bytes(world: World, size: 
     assert losses(folder, f"{size}-killed") == losses(folder, f"{size}-straight")
 
 
-@pytest.mark.parametrize("size", [1, 3])
-def test_a_stopped_job_that_goes_on_ends_with_the_same_bytes(world: World, size: int) -> None:
+def test_a_stopped_job_that_goes_on_ends_with_the_same_bytes(world: World) -> None:
     folder, found = world
-    assert {rank["stopped at"] for rank in found[size]} == {STOP + 1}  # every rank takes the step at which one is asked
-    assert weights(folder, f"{size}-stopped") == weights(folder, f"{size}-straight")
-    assert losses(folder, f"{size}-stopped") == losses(folder, f"{size}-straight")
+    assert [rank["stopped at"] for rank in found[1]] == [STOP + 1]
+    assert weights(folder, "1-stopped") == weights(folder, "1-straight")
+    assert losses(folder, "1-stopped") == losses(folder, "1-straight")
 
 
 def test_a_job_stopped_on_two_ranks_goes_on_alone_with_the_same_losses(world: World) -> None:
-    folder, _ = world
+    folder, found = world
     job = job_in(folder, "2-stopped")
+    assert [rank["stopped at"] for rank in found[2]] == [STOP + 1] * 2
     assert not job.artifact.complete
-    run_ranks(go_on_alone, 1, job)
+    run_ranks(go_on_alone, 1, job, timeout_s=400)
     np.testing.assert_allclose(losses(folder, "2-stopped"), losses(folder, "2-straight"), rtol=0, atol=1e-5)
 
 
@@ -190,7 +192,7 @@ def test_a_diverging_job_names_itself_and_the_step(world: World, size: int) -> N
 
 def test_training_moves_the_adaptors_and_the_classifier_alone(world: World) -> None:
     folder, _ = world
-    moved, left = run_ranks(only_adaptors_move, 1, job_in(folder, "moves"))[0]
+    moved, left = run_ranks(only_adaptors_move, 1, job_in(folder, "moves"), timeout_s=400)[0]
     assert all("adaptors" in name or name == "classifier" for name in moved)
     assert {name for name in left if "adaptors" in name} == set()
     assert any("patch_embed" in name for name in left)

@@ -30,6 +30,7 @@ from tests.processes import run_ranks
 SIZES = (13, 1, 17, 9)
 NUM_ROWS = sum(SIZES)
 BAD = 15  # inside the third shard
+CPU = torch.device("cpu")
 SIZE_PX = 32
 BATCH = 16  # of adapt and fuse
 STEPS_PER_EPOCH = 3
@@ -144,7 +145,7 @@ class Watcher:
         return self.stop_after is not None and done >= self.stop_after
 
     def context(self, comm: Comm) -> RankContext:
-        return RankContext(comm, torch.device("cpu"), self.report, self.stop_requested)
+        return RankContext(comm, CPU, self.report, self.stop_requested)
 
 
 def steps_of(folder: Path) -> list[dict[str, Any]]:
@@ -172,7 +173,7 @@ class Here:
         self.asked += [function.__name__] * len(tasks)
         results = []
         for number, task in enumerate(tasks, start=1):
-            results.append(function(torch.device("cpu"), task))
+            results.append(function(CPU, task))
             done(number)
         return results
 

@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from grappa_dist.artifacts import Artifact, Store
+from grappa_dist.config import Config
+from grappa_dist.data.shards import ImageShards
+from grappa_dist.data.transforms import decode
+from grappa_dist.stages.embed import (
+    Embedding,
+    bad_reasons,
+    bad_rows,
+    embed,
+    embed_rows,
+    feature_rows,
+    features_of,
+    to_images,
+)
+from grappa_dist.stages.modelling import ModelSpec, build, pixels_of, preprocess_of
+from tests.stages import tiny
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    return tiny.config(tiny.write_shards(tmp_path_factory.mktemp("images")))
+
+
+def embed_in(root: Path, settings: Config) -> tuple[tiny.Here, ImageShards, tuple[Artifact, ...]]:
+    images, here = ImageShards.open(settings.data.train, None), tiny.Here()
+    run, spec = tiny.run_in(settings, root, here), ModelSpec("backbone", settings.backbone)
+    features = features_of(run.store, spec, settings.embed, images)
+    embed(run, images, spec, features)
+    return here, images, features
+
+
+def test_a_row_of_features_belongs_to_the_image_of_that_row(settings: Config, tmp_path: Path) -> None:
+    _, images, features = embed_in(tmp_path, settings)
+    model = build(ModelSpec("backbone", settings.backbone), tiny.CPU)
+    preprocess = preprocess_of(pixels_of(model))
+    z = feature_rows(images, features).take(np.arange(tiny.NUM_ROWS))
+    for row in (0, 12, 13, 14, 31, tiny.NUM_ROWS - 1):
+        pixels = preprocess.test(decode(images.image_bytes(row)))[None]
+        with torch.inference_mode():
+            alone = F.normalize(model(to_images(pixels, tiny.CPU)), dim=1)[0].numpy()
+        np.testing.assert_allclose(z[row], alone, atol=1e-5)
+    assert len(np.unique(z.round(4), axis=0)) == tiny.NUM_ROWS
+
+
+def test_a_bad_row_is_zero_and_listed_with_its_reason(settings: Config, tmp_path: Path) -> None:
+    _, images, features = embed_in(tmp_path, settings)
+    norms = np.linalg.norm(feature_rows(images, features).take(np.arange(tiny.NUM_ROWS)), axis=1)
+    assert norms[tiny.BAD] == 0
+    np.testing.assert_allclose(np.delete(norms, tiny.BAD), 1, atol=1e-6)
+    assert bad_rows(images, features).tolist() == [tiny.BAD]
+    assert "UnidentifiedImageError" in bad_reasons(images, features)[tiny.BAD]
+    in_shard = json.loads((features[2].path / "bad.json").read_text())
+    assert list(in_shard) == [str(tiny.BAD - 14)]
+
+
+def test_a_shard_that_is_done_is_not_done_again(settings: Config, tmp_path: Path) -> None:
+    first, _, _ = embed_in(tmp_path, settings)
+    assert first.asked == ["embed_shard"] * 4
+    before = tiny.files_below(tmp_path / "features")
+    again, _, _ = embed_in(tmp_path, settings)
+    assert again.asked == []
+    more = tiny.write_shards(tmp_path / "more", (3,), bad=(), seed=1)
+    longer = tiny.config([*settings.data.train, *more])
+    grown, images, features = embed_in(tmp_path, longer)
+    assert grown.asked == ["embed_shard"]
+    assert len(images) == tiny.NUM_ROWS + 3
+    assert before.items() < tiny.files_below(tmp_path / "features").items()
+    assert all(f.complete for f in features)
+
+
+def test_equal_shards_in_two_folders_are_embedded_once(tmp_path: Path) -> None:
+    paths = [tiny.write_shards(tmp_path / name, (5,), bad=())[0] for name in ("a", "b")]
+    here, images, features = embed_in(tmp_path / "run", tiny.config(paths))
+    assert len(images) == 10
+    assert here.asked == ["embed_shard"]
+    z = feature_rows(images, features).take(np.arange(10))
+    np.testing.assert_array_equal(z[:5], z[5:])
+
+
+@pytest.mark.parametrize("rows", [[0, 1, 2], [2], [8, 9, 10, 11, 12], [3, 30, 7, 22], []])
+def test_features_depend_neither_on_the_rest_of_the_batch_nor_on_the_place_in_it(
+    settings: Config, rows: list[int]
+) -> None:
+    images = ImageShards.open(settings.data.train, None)
+    model = build(ModelSpec("backbone", settings.backbone), tiny.CPU)
+
+    def features(rows: list[int]) -> np.ndarray:
+        found = np.full((len(rows), 16), np.nan, dtype=np.float32)
+        batches = embed_rows(model, images, np.array(rows, dtype=np.int64), device=tiny.CPU, how=Embedding(8, 0))
+        for place, unit, bad in batches:
+            assert not bad
+            found[place] = unit
+        return found
+
+    whole = features([row for row in range(tiny.NUM_ROWS) if row != tiny.BAD])
+    at = [row - (row > tiny.BAD) for row in rows]
+    np.testing.assert_array_equal(features(rows), whole[at])
+
+
+def test_too_many_bad_images_name_the_first(tmp_path: Path) -> None:
+    paths = tiny.write_shards(tmp_path / "images", (9, 11), bad=(12, 17))
+    strict = tiny.config(paths, data={"max_bad_share": 0.09})
+    first = "part-1/part1-000000.tar: image '000000003'"
+    with pytest.raises(ValueError, match=rf"2 of 20 images do not decode.*{re.escape(first)}.*max_bad_share=0\.09"):
+        embed_in(tmp_path / "run", strict)
+    embed_in(tmp_path / "run", tiny.config(paths, data={"max_bad_share": 0.1}))
+
+
+def test_names_of_features_tell_model_shard_and_batch_size(settings: Config, tmp_path: Path) -> None:
+    images, store = ImageShards.open(settings.data.train, None), Store(tmp_path)
+    spec = ModelSpec("backbone", settings.backbone)
+
+    def names(spec: ModelSpec, batch_size: int) -> set[str]:
+        embed = settings.embed.model_copy(update={"batch_size": batch_size})
+        return {artifact.name for artifact in features_of(store, spec, embed, images)}
+
+    same = names(spec, 8)
+    assert len(same) == len(tiny.SIZES)
+    adapted = ModelSpec("k=1", settings.backbone, 4, (tiny.random_adaptors(store, settings, 1),))
+    assert not same & (names(spec, 9) | names(adapted, 8))

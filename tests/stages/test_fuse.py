@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from grappa_dist.artifacts import Artifact, Store
+from grappa_dist.data.shards import ImageShards
+from grappa_dist.dist.comm import Comm
+from grappa_dist.stages.embed import Embedding
+from grappa_dist.stages.fuse import FuseJob, FuseObjective, fusion_of, train_fusion
+from grappa_dist.stages.modelling import FUSION_FILE
+from tests.processes import run_ranks
+from tests.stages import tiny
+
+STEPS = 12
+STOP = 4  # one step of the second epoch, whose graph is there, is done and no checkpoint follows it
+
+
+def job_in(folder: Path, out: str, variant: str, **fuse: Any) -> FuseJob:
+    paths = [str(path) for path in sorted((folder / "images").iterdir())]
+    settings = tiny.config(paths, fuse={"lars_learning_rate": 20.0, "checkpoint_steps": 3, **fuse})
+    images, store = ImageShards.open(paths, None), Store(folder / out)
+    sets = [tiny.random_adaptors(Store(folder), settings, seed) for seed in (1, 2, 3)]
+    return FuseJob(
+        variant=variant,
+        adaptors=tuple(sets),
+        labels={4: tiny.labels_in(folder / "labels", images, 4)},
+        training=tiny.training_images(settings, images),
+        backbone=settings.backbone,
+        bottleneck=settings.adapt.bottleneck,
+        fuse=settings.fuse,
+        embedding=Embedding(settings.embed.batch_size, 1),
+        artifact=fusion_of(store, variant, settings.backbone, settings.fuse, settings.data, settings.seed, sets),
+    )
+
+
+def fuse_all_ways(comm: Comm, folder: Path) -> dict[str, Any]:
+    """Undisturbed jobs of one world; on up to two ranks also other micro batches and a killed job."""
+    out = str(comm.size)
+
+    def run(job: FuseJob) -> Artifact:
+        train_fusion(tiny.Watcher().context(comm), job)
+        return job.artifact
+
+    run(job_in(folder, out, "transforms"))
+    run(job_in(folder, out, "neighbours"))
+    if comm.size == 3:
+        return {}
+    run(job_in(folder, f"{out}-micro", "transforms", micro_batch=5))
+    run(job_in(folder, f"{out}-adam", "neighbours-adam", epochs=1))
+    killed = job_in(folder, f"{out}-killed", "neighbours")
+    with pytest.raises(tiny.Killed):
+        train_fusion(tiny.Watcher(kill_after=STOP + 1).context(comm), killed)
+    graphs = {k: v for k, v in tiny.files_below(killed.artifact.partial / "knn").items() if k.startswith("epoch-1/")}
+    resumed = tiny.Watcher()
+    train_fusion(resumed.context(comm), killed)
+    after = tiny.files_below(killed.artifact.path / "knn")
+    phases = [str(status["phase"]) for status in resumed.statuses if "phase" in status]
+    return {"graphs": graphs, "kept": graphs.items() <= after.items(), "phases": phases}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, list[dict[str, Any]]]]:
+    folder = tmp_path_factory.mktemp("fuse")
+    tiny.write_shards(folder / "images")
+    job_in(folder, "prepare", "transforms")  # adaptors and labels, before several ranks want them
+    return folder, {size: run_ranks(fuse_all_ways, size, folder, timeout_s=400) for size in (1, 2, 3)}
+
+
+World = tuple[Path, dict[int, list[dict[str, Any]]]]
+
+
+def losses(folder: Path, out: str, variant: str, **fuse: Any) -> list[float]:
+    return tiny.losses_of(job_in(folder, out, variant, **fuse).artifact.path)
+
+
+def weights(folder: Path, out: str, variant: str = "neighbours") -> bytes:
+    return (job_in(folder, out, variant).artifact.path / FUSION_FILE).read_bytes()
+
+
+@pytest.mark.parametrize("variant", ["transforms", "neighbours"])
+def test_the_losses_do_not_depend_on_the_number_of_ranks(world: World, variant: str) -> None:
+    folder, _ = world
+    alone = losses(folder, "1", variant)
+    assert len(alone) == STEPS
+    for size in (2, 3):
+        np.testing.assert_allclose(losses(folder, str(size), variant), alone, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_the_micro_batch_changes_no_loss(world: World, size: int) -> None:
+    folder, _ = world
+    whole = losses(folder, str(size), "transforms")
+    np.testing.assert_allclose(losses(folder, f"{size}-micro", "transforms"), whole, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("recipe", ["neighbours", "neighbours-adam"])
+def test_both_recipes_move_queries_and_keys_of_every_layer(world: World, recipe: str) -> None:
+    folder, _ = world
+    out, fuse = ("1-adam", {"epochs": 1}) if recipe.endswith("-adam") else ("1", {})
+    tensors = load_file(job_in(folder, out, recipe, **fuse).artifact.path / FUSION_FILE)
+    assert set(tensors) == {f"layers.{i}.{name}" for i in range(2) for name in ("query", "key")}
+    objective = FuseObjective(tiny.Watcher().context(Comm()), job_in(folder, "start", recipe), folder)
+    start = objective.grappa.attention_tensors()
+    assert all(torch.isfinite(t).all() and not torch.equal(t, start[name]) for name, t in tensors.items())
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_job_killed_in_the_second_epoch_reuses_its_graph_and_ends_with_the_same_bytes(
+    world: World, size: int
+) -> None:
+    folder, found = world
+    for rank in found[size]:
+        assert len(rank["graphs"]) == len(tiny.SIZES) + 1  # one table a shard, and statistics
+        assert rank["kept"]
+        assert not any(phase.startswith("epoch 1:") for phase in rank["phases"])
+        assert any(phase.startswith("epoch 2:") for phase in rank["phases"])
+    assert weights(folder, f"{size}-killed") == weights(folder, str(size))
+    assert losses(folder, f"{size}-killed", "neighbours") == losses(folder, str(size), "neighbours")
+
+
+def graph(folder: Path, out: str, epoch: int) -> np.ndarray:
+    tables = sorted((job_in(folder, out, "neighbours").artifact.path / "knn" / f"epoch-{epoch}").glob("rows-*.npy"))
+    return np.concatenate([np.load(table) for table in tables])
+
+
+@pytest.mark.parametrize("epoch", range(4))
+def test_a_graph_holds_neither_bad_rows_nor_the_row_itself(world: World, epoch: int) -> None:
+    near = graph(world[0], "2", epoch)
+    assert near.shape == (tiny.NUM_ROWS, 3)
+    assert (near[tiny.BAD] == -1).all()
+    good = np.delete(np.arange(tiny.NUM_ROWS), tiny.BAD)
+    assert np.isin(near[good], good).all()
+    assert not (near == np.arange(tiny.NUM_ROWS)[:, None]).any()
+    assert all(len(set(line)) == 3 for line in near[good].tolist())
+
+
+def test_the_first_graph_is_the_same_to_the_bit_on_any_number_of_ranks(world: World) -> None:
+    for size in ("2", "3"):
+        np.testing.assert_array_equal(graph(world[0], size, 0), graph(world[0], "1", 0))
+
+
+def test_figures_of_the_attention_do_not_depend_on_ranks_or_micro_batch(world: World) -> None:
+    folder, _ = world
+    names = [f"{figure}.{layer}" for figure in ("entropy", "decay_to_gradient") for layer in range(2)]
+
+    def figures(out: str) -> np.ndarray:
+        events = tiny.steps_of(job_in(folder, out, "transforms").artifact.path)
+        return np.array([[event[name] for name in names] for event in events])
+
+    alone = figures("1")
+    assert (alone[:, :2] > 0).all()
+    assert (alone[:, :2] <= 1).all()
+    for out in ("2", "3", "1-micro", "2-micro"):
+        np.testing.assert_allclose(figures(out), alone, rtol=2e-3, atol=1e-5)
+
+
+def test_a_finished_fusion_keeps_its_graphs_but_no_scratch(world: World) -> None:
+    files = tiny.files_below(job_in(world[0], "2-killed", "neighbours").artifact.path)
+    tables = {f"knn/epoch-{e}/rows-{s:06d}.npy" for e in range(4) for s in range(len(tiny.SIZES))}
+    statistics = {f"knn/epoch-{e}/statistics.json" for e in range(4)}
+    assert set(files) == {"grappa.safetensors", "metrics.jsonl", "manifest.json", *tables, *statistics}

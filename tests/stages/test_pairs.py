@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from grappa_dist.artifacts import RowArrays, Store
+from grappa_dist.config import Config
+from grappa_dist.data.shards import ImageShards
+from grappa_dist.data.transforms import decode, view_generator
+from grappa_dist.dist.comm import Comm
+from grappa_dist.models import Grappa
+from grappa_dist.stages.embed import Embedding
+from grappa_dist.stages.modelling import ModelSpec, build, build_backbone, preprocess_of
+from grappa_dist.stages.pairs import Pairs
+from tests.processes import run_ranks
+from tests.stages import tiny
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    return tiny.config(tiny.write_shards(tmp_path_factory.mktemp("images")))
+
+
+def pairs_of(settings: Config, folder: Path, comm: Comm, *, neighbours: bool) -> Pairs:
+    images = ImageShards.open(settings.data.train, None)
+    sets = tuple(tiny.random_adaptors(Store(folder), settings, seed) for seed in (1, 2))
+    model = build(ModelSpec("average", settings.backbone, settings.adapt.bottleneck, sets), tiny.CPU)
+    assert isinstance(model, Grappa)
+    return Pairs(
+        tiny.Watcher().context(comm),
+        tiny.training_images(settings, images),
+        model,
+        preprocess_of(build_backbone(settings.backbone).pixels),
+        settings=settings.fuse,
+        neighbours=neighbours,
+        embedding=Embedding(settings.embed.batch_size, 1),
+        labels={4: tiny.labels_in(folder / f"labels-{comm.size}-{comm.rank}", images, 4)},
+        folder=folder / f"knn-{comm.size}",
+    )
+
+
+def whole_batches(pairs: Sequence[Pairs], steps: range) -> list[set[bytes]]:
+    """The pairs of every global batch, as bytes of both views, gathered over ranks."""
+    batches = []
+    for step in steps:
+        found = []
+        for rank in pairs:
+            first, second = np.split(rank.at(step), 2)
+            found += [a.tobytes() + b.tobytes() for a, b in zip(first, second, strict=True)]
+        assert len(set(found)) == len(found)
+        batches.append(set(found))
+    for rank in pairs:
+        rank.close()
+    return batches
+
+
+def test_global_batches_of_pairs_are_the_same_on_any_number_of_ranks(settings: Config, tmp_path: Path) -> None:
+    def batches(size: int) -> list[set[bytes]]:
+        return whole_batches(
+            [pairs_of(settings, tmp_path, Comm(rank, size), neighbours=False) for rank in range(size)], range(4)
+        )
+
+    alone = batches(1)
+    assert sum(map(len, alone[:3])) == tiny.NUM_ROWS - 1
+    assert alone[3] != alone[0]  # another epoch has other views
+    assert batches(3) == batches(5) == alone
+
+
+def test_without_a_graph_a_pair_is_two_views_of_one_image(settings: Config, tmp_path: Path) -> None:
+    pairs = pairs_of(settings, tmp_path, Comm(), neighbours=False)
+    training = tiny.training_images(settings, ImageShards.open(settings.data.train, None))
+    preprocess = preprocess_of(build_backbone(settings.backbone).pixels)
+    rows = training.order(1).batch(1, tiny.BATCH)
+    pairs.begin(4)
+    first, second = np.split(pairs.at(4), 2)
+    pairs.close()
+    for place, row in enumerate(rows.tolist()):
+        image = decode(training.images.image_bytes(row))
+        for view, pixels in enumerate((first, second)):
+            expected = preprocess.augment(image, view_generator(0, 1, row, view), settings.fuse.min_crop_area)
+            np.testing.assert_array_equal(pixels[place], expected)
+    assert not np.array_equal(first, second)
+
+
+def random_graph(folder: Path, images: ImageShards) -> RowArrays:
+    draws = np.random.default_rng(0)
+    paths = []
+    for shard, about in enumerate(images.shards):
+        paths.append(str(folder / f"near-{shard}.npy"))
+        np.save(paths[-1], draws.integers(0, tiny.NUM_ROWS, (about.rows, 3)))
+    return RowArrays(tuple(paths), tuple(images.starts.tolist()))
+
+
+def test_the_partner_is_a_neighbour_drawn_by_seed_epoch_and_row(settings: Config, tmp_path: Path) -> None:
+    images = ImageShards.open(settings.data.train, None)
+    pairs, graph = pairs_of(settings, tmp_path, Comm(), neighbours=True), random_graph(tmp_path, images)
+    rows = np.arange(tiny.NUM_ROWS)
+    near = graph.take(rows)
+    partners = pairs._partners(rows, 2, graph)
+    assert (partners[:, None] == near).any(1).all()
+    shuffled = np.random.default_rng(1).permutation(rows)
+    np.testing.assert_array_equal(pairs._partners(shuffled, 2, graph), partners[shuffled])
+    np.testing.assert_array_equal(pairs._partners(rows[7:8], 2, graph), partners[7:8])
+    assert (pairs._partners(rows, 3, graph) != partners).any()
+    draws = {pairs._partners(rows[5:6], epoch, graph)[0] for epoch in range(60)}
+    assert draws == set(near[5].tolist())
+
+
+def test_a_row_without_neighbours_is_its_own_partner(settings: Config, tmp_path: Path) -> None:
+    pairs = pairs_of(settings, tmp_path, Comm(), neighbours=True)
+    path = tmp_path / "near.npy"
+    np.save(path, np.array([[-1, -1], [0, -1], [-1, -1]]))
+    lonely = RowArrays((str(path),), (0, 3))
+    assert pairs._partners(np.array([2, 1, 0]), 0, lonely).tolist() == [2, 0, 0]
+    assert pairs._partners(np.array([], dtype=np.int64), 0, lonely).tolist() == []
+
+
+def graph_on(comm: Comm, settings: Config, folder: Path) -> np.ndarray:
+    pairs = pairs_of(settings, folder, comm, neighbours=True)
+    pairs.begin(0)
+    pairs.close()
+    tables = sorted((folder / f"knn-{comm.size}" / "epoch-0").glob("rows-*.npy"))
+    return np.concatenate([np.load(table) for table in tables])
+
+
+def test_the_graph_is_the_same_to_the_bit_on_any_number_of_ranks(settings: Config, tmp_path: Path) -> None:
+    alone = graph_on(Comm(), settings, tmp_path)
+    good = np.delete(np.arange(tiny.NUM_ROWS), tiny.BAD)
+    assert np.isin(alone[good], good).all()
+    for size in (3, 6):  # more ranks than shards: some embed none
+        for seen in run_ranks(graph_on, size, settings, tmp_path, timeout_s=400):
+            np.testing.assert_array_equal(seen, alone)
