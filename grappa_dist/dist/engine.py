@@ -26,6 +26,7 @@ class Engine:
                 # Ranks may hold uneven shares of a batch, so the batch size is a formality: losses carry the weights.
                 "train_micro_batch_size_per_gpu": 1,
                 "gradient_accumulation_steps": 1,
+                "gradient_clipping": 0.0,  # the default of some versions clips at 1
                 "zero_optimization": {"stage": 0},
                 "steps_per_print": 2**31,
             },
