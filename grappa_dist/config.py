@@ -1,7 +1,7 @@
 """Every setting, checked at birth: defaults < YAML < key=value, unknown keys refused. Units are in the names.
 
-What changes the result and what only says where it runs are apart: everything but `out` and `resources` enters the
-fingerprints of the artefacts it affects.
+What changes the result and what only says where it runs are apart: `out` and `resources` enter the fingerprint of no
+artefact but the report's, which shows them.
 """
 
 from __future__ import annotations
@@ -118,12 +118,19 @@ class FuseConfig(Section):
     loss_scale: Rate = 0.024  # "scaling" of the Barlow Twins code
     neighbours: Count = 5  # k of the k-NN graph
     refresh: bool = True  # rebuild the graph every epoch, else once
-    lars_learning_rate: Rate = 0.5
+    lars_learning_rate: Rate = 0.5  # the recipe of the paper
     lars_weight_decay: Rate = 1e-3
     adam_learning_rate: Rate = 1e-3  # the second recipe: Adam without decay
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     min_crop_area: Area = 0.25
     checkpoint_steps: Count = 20
+
+    def of_variant(self, variant: str) -> dict[str, Any]:
+        """The settings that decide the result of one variant."""
+        other = "lars_" if variant.endswith("-adam") else "adam_"
+        neighbours = () if variant.startswith("neighbours") else ("neighbours", "refresh")
+        left_out = {"checkpoint_steps", "variants", "micro_batch", *neighbours}  # the loss is exact for any micro batch
+        return {k: v for k, v in self.model_dump(mode="json").items() if k not in left_out and not k.startswith(other)}
 
     @model_validator(mode="after")
     def _distinct(self) -> FuseConfig:
@@ -136,7 +143,7 @@ class EvaluateConfig(Section):
     gallery_queries: Annotated[int, Field(ge=0)] = 4  # per task, shown in the report
     gallery_hits: Count = 5
     view_queries: Annotated[int, Field(ge=0)] = 512  # images whose augmented view must find its source
-    export: str = "neighbours"  # the fusion variant that becomes the model
+    export: str | None = None  # the fusion variant that becomes the model; null: the last of fuse.variants
 
 
 class Resources(Section):
@@ -169,11 +176,16 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _export_exists(self) -> Config:
-        if self.evaluate.export not in self.fuse.variants:
+        if self.evaluate.export not in (None, *self.fuse.variants):
             raise ValueError(
                 f"evaluate.export={self.evaluate.export!r} is not one of fuse.variants {list(self.fuse.variants)}"
             )
         return self
+
+    @property
+    def exported(self) -> str:
+        """The fusion variant that becomes the model."""
+        return self.evaluate.export or self.fuse.variants[-1]
 
     def yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from grappa_dist.artifacts import Artifact, replacing, write_json
-from grappa_dist.data.transforms import to_rgb
+from grappa_dist.data.transforms import to_rgb, upright
 from grappa_dist.models import Grappa, create_backbone
 from grappa_dist.stages.modelling import ModelSpec, build, preprocess_of
 
@@ -35,7 +35,7 @@ class RetrievalModel(nn.Module):
         preprocess = preprocess_of(grappa.backbone.pixels)
 
         def transform(image: Image.Image) -> Tensor:
-            return torch.from_numpy(preprocess.test(to_rgb(image))).permute(2, 0, 1).float() / 255
+            return torch.from_numpy(preprocess.test(to_rgb(upright(image)))).permute(2, 0, 1).float() / 255
 
         self.transform: Callable[[Image.Image], Tensor] = transform
 

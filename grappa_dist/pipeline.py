@@ -73,7 +73,7 @@ def lay_out(config: Config, store: Store, train: ImageShards, test: ImageShards 
     scores = {m: scores_of(store, truth, m, f) for m, f in test_features.items()}
     insights = {m: insight_of(store, truth, m, config.evaluate, config.seed, f) for m, f in test_features.items()}
     made_of = {**{f"scores {m}": a for m, a in scores.items()}, **{f"insight {m}": a for m, a in insights.items()}}
-    export = models[config.evaluate.export]
+    export = models[config.exported]
     settings = {"backbone": config.backbone.name, "sets": list(ks), "variant": export.name}
     return Flow(
         train=train,
@@ -138,8 +138,8 @@ def _run(context: Run) -> tuple[Path, list[ScoreRow]]:
     )
     evaluate(context, flow.test, bad_rows(flow.test, flow.test_features["backbone"]), flow.models, evaluation)
     if not flow.model.complete:
-        with console.stage("export", config.evaluate.export):
-            export_model(flow.models[config.evaluate.export], [f"k={k}" for k in flow.adaptors], flow.model)
+        with console.stage("export", config.exported):
+            export_model(flow.models[config.exported], [f"k={k}" for k in flow.adaptors], flow.model)
     store.publish("model", flow.model)
     return report(context, flow)
 

@@ -7,7 +7,8 @@ from itertools import pairwise
 from pathlib import Path
 
 from grappa_dist.artifacts import Artifact, Store
-from grappa_dist.config import Config
+from grappa_dist.config import Config, Resources
+from grappa_dist.models.backbone import check_name
 from grappa_dist.pipeline import Flow, lay_out
 from grappa_dist.stages.adapt import steps_per_epoch
 from grappa_dist.stages.collect import collection_sizes, has_drawn, open_images
@@ -19,12 +20,13 @@ GIB = 2**30
 
 def plan(config: Config, root: Path) -> str:
     """The resolved config and the plan, as text."""
+    check_name(config.backbone.name)
     return f"{config.yaml()}\n{_table(config, root)}"
 
 
 def _table(config: Config, root: Path) -> str:
     store = Store(root)
-    lines = [f"run directory  {root}"]
+    lines = [f"run directory  {root}", f"workers        {_workers(config.resources)}"]
     if has_drawn(config.data, store):
         train, test = open_images(config.data, store, write_index=False)
         flow: Flow | None = lay_out(config, store, train, test)
@@ -41,11 +43,9 @@ def _table(config: Config, root: Path) -> str:
 def _stages(
     config: Config, flow: Flow | None, sizes: dict[str, int], ks: tuple[int, ...]
 ) -> Iterable[tuple[str, str, list[Artifact]]]:
-    where, workers = config.resources, config.resources.workers
+    where = config.resources
     adapt_steps = config.adapt.epochs * steps_per_epoch(sizes["train"], config.adapt.global_batch)
     fuse_steps = config.fuse.epochs * steps_per_epoch(sizes["train"], config.fuse.global_batch)
-    place = f"{where.cpus_per_worker} CPU and {where.gpus_per_worker} GPU a worker"
-    yield "workers", f"{workers} of {place}", []
     features = list(flow.features) if flow else []
     yield "embed", f"{sizes['train']} training images, a task per shard", features
     yield "pseudo_label", f"K = {', '.join(map(str, ks))}; one job", list(flow.labels.values()) if flow else []
@@ -61,9 +61,15 @@ def _stages(
     yield "evaluate", f"{models} models on {sizes['test']} images", scores
     yield (
         "report, model",
-        f"report/report.html, report/metrics.json, model/ ({config.evaluate.export})",
+        f"report/report.html, report/metrics.json, model/ ({config.exported})",
         ([flow.report, flow.model] if flow else []),
     )
+
+
+def _workers(where: Resources) -> str:
+    gpus = "a GPU where there are GPUs" if where.gpus_per_worker == "auto" else f"{where.gpus_per_worker:g} GPU"
+    count = "as many as the cluster holds" if where.workers == "auto" else str(where.workers)
+    return f"{count}, each with {where.cpus_per_worker} CPU and {gpus}"
 
 
 def _reuse(artifacts: list[Artifact]) -> str:

@@ -24,9 +24,15 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", action="append", required=True, metavar="TAR_OR_DIR", help="may be repeated")
     parser.add_argument(
-        "--csv", action="append", default=[], metavar="FILE", help="one for each --images, or none at all"
+        "--csv",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="columns file, fine (label) and dataset (task); one for each --images, or none at all",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="gets train/ and, with a test half, test/"
+    )
     parser.add_argument("--label-column", metavar="NAME", help="default: fine")
     parser.add_argument("--task-column", default="dataset", metavar="NAME", help="default: %(default)s")
     parser.add_argument(

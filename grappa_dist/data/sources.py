@@ -183,7 +183,7 @@ def folder_items(source: Source, task: str | None, *, labelled: bool) -> list[It
     flat = [name for name, label in labels.items() if label is None]
     if flat and (labelled or len(flat) < len(names)):
         raise ValueError(
-            f"{source.path}: {flat[0]!r} lies in no class folder; expected CLASS/FILE, or a CSV, or no labels at all"
+            f"{source.path}: {flat[0]!r} lies in no class folder; expected CLASS/FILE, or a CSV, or --split none"
         )
     if labelled and len(set(labels.values())) < 2:
         raise ValueError(

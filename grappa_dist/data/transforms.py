@@ -72,7 +72,7 @@ def decode(data: bytes) -> Image.Image:
         if not 0 < width * height <= MAX_PIXELS:
             raise BadImage(f"{width} x {height} pixels; from 1 to {MAX_PIXELS} are decoded")
         image.load()
-        return to_rgb(_upright(image))
+        return to_rgb(upright(image))
     except BadImage:
         raise
     except _UNREADABLE as error:
@@ -80,7 +80,8 @@ def decode(data: bytes) -> Image.Image:
         raise BadImage(f"{type(error).__name__}: {reason}") from None
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def upright(image: Image.Image) -> Image.Image:
+    """The image turned as its EXIF data say."""
     try:
         method = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
     except _UNREADABLE:  # broken EXIF leaves the pixels as good as they are

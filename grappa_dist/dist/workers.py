@@ -20,7 +20,12 @@ from grappa_dist.config import Resources
 from grappa_dist.dist.comm import Comm, process_group
 
 PLACEMENT_TIMEOUT_S = 300.0
+SUBMITTED_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by `ray job submit`
 Place = tuple[int, int, str]  # rank, size, address of rank 0
+
+
+class Stopped(Exception):
+    """All ranks agreed to stop early; what is finished is on storage."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,12 @@ class RankContext:
     device: torch.device
     report: Callable[[dict[str, Any]], None]  # status for whoever watches
     stop_requested: Callable[[], bool]  # save and return
+
+    def raise_if_stopping(self) -> None:
+        """Raises Stopped on all ranks when any of them was asked to stop; all ranks call it at the same point."""
+        flag = torch.tensor([self.stop_requested()], dtype=torch.int64, device=self.device)
+        if int(self.comm.sum_(flag)):
+            raise Stopped
 
 
 class Worker:
@@ -65,7 +76,10 @@ class Worker:
         backend = "nccl" if device.type == "cuda" else "gloo"
         with process_group(rank, size, address, backend=backend, timeout_s=timeout_s) as comm:
             context = RankContext(comm, device, self._report, self._stop.is_set)
-            return function(context, job)
+            try:
+                return function(context, job)
+            except Stopped:
+                return None
 
     def status(self) -> dict[str, Any]:
         return self._status
@@ -156,7 +170,9 @@ class Cluster:
         paths = os.pathsep.join(dict.fromkeys(p or os.getcwd() for p in sys.path if "site-packages" not in p))
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
         if os.environ.get("RAY_ADDRESS"):
-            ray.init(address=os.environ["RAY_ADDRESS"], runtime_env={"env_vars": {"PYTHONPATH": paths}}, **quiet)
+            submitted = SUBMITTED_JOB in os.environ  # then its runtime environment is set, and its folder importable
+            environment = None if submitted else {"env_vars": {"PYTHONPATH": paths}}
+            ray.init(address=os.environ["RAY_ADDRESS"], runtime_env=environment, **quiet)
             return
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # or Ray writes a token that later clusters of this user want
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

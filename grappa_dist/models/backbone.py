@@ -127,7 +127,14 @@ def _default_pixels(model: nn.Module) -> Pixels:
     )
 
 
-def _timm(name: str, kwargs: Mapping[str, Any], checkpoint: str | None, pretrained: bool) -> nn.Module:
+def check_name(name: str) -> None:
+    """Raises ValueError for a `timm:` model that this timm does not know."""
+    source, _, model = name.partition(":")
+    if source == "timm":
+        _check_timm(model)
+
+
+def _check_timm(name: str) -> None:
     declare_torchvision_ops()
     import timm
 
@@ -141,6 +148,12 @@ def _timm(name: str, kwargs: Mapping[str, Any], checkpoint: str | None, pretrain
         timm.get_pretrained_cfg(name)
     except RuntimeError as error:  # the model exists, its weights of this name do not
         raise ValueError(f"backbone.name=timm:{name}: {error}") from error
+
+
+def _timm(name: str, kwargs: Mapping[str, Any], checkpoint: str | None, pretrained: bool) -> nn.Module:
+    _check_timm(name)
+    import timm
+
     if pretrained and not checkpoint and not _weights_reachable(name):
         raise ValueError(
             f"the weights of backbone.name=timm:{name} are not in the local cache and their hub cannot be reached; "

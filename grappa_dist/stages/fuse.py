@@ -58,10 +58,10 @@ def fusion_of(
     seed: int,
     sets: Sequence[Artifact],
 ) -> Artifact:
-    """The artefact of one variant; the micro batch is not part of it, since the loss is exact for the whole batch."""
+    """The artefact of one variant."""
     settings = {
         "backbone": backbone_settings(backbone),
-        "fuse": fuse.model_dump(exclude={"checkpoint_steps", "variants", "micro_batch"}),
+        "fuse": fuse.of_variant(variant),
         "data": data_settings(data),
         "seed": seed,
     }

@@ -108,6 +108,7 @@ class Pairs:
             self._context.report({"phase": f"epoch {epoch}: embedding for the k-NN graph"})
             shards = own_shards(images.starts.tolist(), comm.rank, comm.size)
             ids, features = self._embed_own(shards, partial)
+            self._context.raise_if_stopping()
             self._context.report({"phase": f"epoch {epoch}: k-NN graph"})
             near, _ = sharded_knn(comm, features, ids, self._settings.neighbours, device=self._context.device)
             for shard in shards:
@@ -133,7 +134,9 @@ class Pairs:
         for shard in shards:  # a batch holds rows of one shard, so that features do not depend on who embeds which
             first, after = (int(np.searchsorted(ids, images.starts[i])) for i in (shard, shard + 1))
             part = ids[first:after]
-            for place, unit, _ in embed_rows(self._model, images, part, device=self._context.device, how=self._embedding):
+            for place, unit, _ in embed_rows(
+                self._model, images, part, device=self._context.device, how=self._embedding
+            ):
                 assert features is not None
                 features[first + place.start : first + place.stop] = unit
         return ids, np.zeros(shape, dtype=np.float32) if features is None else features

@@ -91,6 +91,7 @@ def label_ranks(context: RankContext, job: LabelJob) -> None:
         def show(iteration: int, inertia: float, k: int = k, number: int = number) -> None:
             phase = f"K={k} ({number + 1}/{len(job.labels)}) iteration {iteration}, inertia {inertia:.1f}"
             context.report({"phase": phase})
+            context.raise_if_stopping()
 
         context.report({"phase": f"K={k} ({number + 1}/{len(job.labels)}) initialisation"})
         result = sharded_kmeans(

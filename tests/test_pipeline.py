@@ -1,0 +1,181 @@
+"""The flow without Ray: names of artefacts, and one whole run in which tasks run here and jobs on real ranks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grappa_dist import pipeline
+from grappa_dist.artifacts import Artifact, Store
+from grappa_dist.config import Config
+from grappa_dist.data.shards import ImageShards
+from grappa_dist.pipeline import Flow, lay_out
+from tests.stages import tiny
+
+BOTH = {"variants": ("average", "transforms", "neighbours")}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return tiny.write_shards(tmp_path_factory.mktemp("images"))
+
+
+def flow_of(root: Path, shards: Sequence[str], seed: int = 0, **sections: Mapping[str, Any]) -> Flow:
+    sections["fuse"] = BOTH | dict(sections.get("fuse", {}))
+    settings = tiny.config(shards, **sections).model_copy(update={"seed": seed})
+    return lay_out(settings, Store(root), ImageShards.open(settings.data.train, None), None)
+
+
+def stages_of(flow: Flow) -> dict[str, set[str]]:
+    """Names of the artefacts of every stage."""
+
+    def names(artifacts: Mapping[Any, Artifact]) -> set[str]:
+        return {a.name for a in artifacts.values()}
+
+    return {
+        "features": {a.name for a in flow.features},
+        "labels": names(flow.labels),
+        "adaptors": names(flow.adaptors),
+        "fusions": names(flow.fusions),
+        "scores": names(flow.scores),
+        "insights": names(flow.insights),
+        "report": {flow.report.name},
+        "model": {flow.model.name},
+    }
+
+
+ALL = ("features", "labels", "adaptors", "fusions", "scores", "insights", "report", "model")
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "kept"),
+    [
+        ("fuse", "beta", 0.01, ALL[:3]),
+        ("fuse", "lars_weight_decay", 0.0, ALL[:3]),
+        ("adapt", "gamma", 20.0, ALL[:2]),
+        ("adapt", "bottleneck", 8, ALL[:2]),
+        ("data", "streams", 8, ALL[:2]),
+        ("data", "shuffle_window", 3, ALL[:2]),
+        ("clustering", "iterations", 9, ALL[:1]),
+        ("embed", "batch_size", 9, ()),
+        ("backbone", "resize", "squash", ()),
+        ("evaluate", "gallery_queries", 2, (*ALL[:5], "model")),
+        # Where it runs, how often it saves and what is refused change nothing but the config in the report.
+        ("resources", "workers", 1, (*ALL[:6], "model")),
+        ("resources", "adapt_ranks", 2, (*ALL[:6], "model")),
+        ("resources", "max_restarts", 9, (*ALL[:6], "model")),
+        ("adapt", "checkpoint_steps", 9, (*ALL[:6], "model")),
+        ("fuse", "checkpoint_steps", 9, (*ALL[:6], "model")),
+        ("fuse", "micro_batch", 9, (*ALL[:6], "model")),
+        ("data", "max_bad_share", 0.5, (*ALL[:6], "model")),
+    ],
+)
+def test_a_changed_setting_makes_anew_what_depends_on_it(
+    tmp_path: Path, shards: list[str], section: str, key: str, value: object, kept: tuple[str, ...]
+) -> None:
+    before, after = (stages_of(flow_of(tmp_path, shards, **s)) for s in ({}, {section: {key: value}}))
+    for stage in ALL:
+        if stage in kept:
+            assert after[stage] == before[stage], stage
+        elif stage in ("scores", "insights") and "features" in kept:  # the backbone's do not depend on training
+            assert len(after[stage] & before[stage]) == (section != "evaluate"), stage
+        else:
+            assert not after[stage] & before[stage], stage
+
+
+def test_a_changed_seed_keeps_the_features_alone(tmp_path: Path, shards: list[str]) -> None:
+    before, after = (stages_of(flow_of(tmp_path, shards, seed)) for seed in (0, 1))
+    assert [stage for stage in ALL if after[stage] == before[stage]] == ["features"]
+
+
+def test_a_new_shard_changes_its_own_features_and_all_that_follows(tmp_path: Path, shards: list[str]) -> None:
+    before, after = (stages_of(flow_of(tmp_path, s)) for s in (shards[:-1], shards))
+    assert len(after["features"] - before["features"]) == 1
+    assert before["features"] < after["features"]
+    assert not any(after[stage] & before[stage] for stage in ALL[1:])
+
+
+def test_another_order_of_shards_is_another_collection_of_labels(tmp_path: Path, shards: list[str]) -> None:
+    before, after = (stages_of(flow_of(tmp_path, s)) for s in (shards, shards[::-1]))
+    assert after["features"] == before["features"]
+    assert not after["labels"] & before["labels"]
+
+
+def test_one_more_number_of_labels_keeps_the_sets_that_exist(tmp_path: Path, shards: list[str]) -> None:
+    before, after = (flow_of(tmp_path, shards, clustering={"num_labels": ks}) for ks in ((4,), (4, 6)))
+    assert after.labels[4] == before.labels[4]
+    assert after.adaptors[4] == before.adaptors[4]
+    assert after.fusions["transforms"] != before.fusions["transforms"]
+
+
+def test_moved_shards_keep_their_names(tmp_path: Path) -> None:
+    flows = [flow_of(tmp_path, tiny.write_shards(tmp_path / name)) for name in ("here", "there")]
+    kept = [stage for stage in ALL if stages_of(flows[0])[stage] == stages_of(flows[1])[stage]]
+    assert kept == [stage for stage in ALL if stage != "report"]  # it shows the config, paths and all
+
+
+def test_naming_the_artefacts_writes_nothing(tmp_path: Path, shards: list[str]) -> None:
+    flow_of(tmp_path / "run", shards)
+    assert not (tmp_path / "run").exists()
+
+
+def test_more_labels_than_images_are_refused(tmp_path: Path, shards: list[str]) -> None:
+    with pytest.raises(ValueError, match=r"clustering\.num_labels=41 is more than the 40 training images"):
+        flow_of(tmp_path, shards, clustering={"num_labels": (41,)})
+
+
+def test_auto_climbs_a_ladder_of_labels(tmp_path: Path, shards: list[str]) -> None:
+    assert list(flow_of(tmp_path, shards, clustering={"num_labels": "auto"}).labels) == [32]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, shards: list[str]) -> tuple[Path, Config, list[str]]:
+    """A run on images without labels, one of them bad, that ends with an average of one set."""
+    root = tmp_path_factory.mktemp("run")
+    settings, here = tiny.config(shards, adapt={"epochs": 1}, fuse={"variants": ("average",)}), tiny.Here()
+    pipeline._run(tiny.run_in(settings, root, here))
+    return root, settings, here.asked
+
+
+Finished = tuple[Path, Config, list[str]]
+
+
+def test_a_run_does_every_stage_once(finished: Finished) -> None:
+    _, _, asked = finished
+    models = ["embed_shard"] * len(tiny.SIZES)
+    assert asked == [*models, "pseudo_label", "k=4", *models * 2, "read_truth", *["evaluate_model"] * 3]
+
+
+def test_a_run_without_labels_has_no_rows_and_its_report_says_so(finished: Finished) -> None:
+    root, _, _ = finished
+    assert json.loads((root / "report" / "metrics.json").read_text()) == {"rows": []}
+    page = (root / "report" / "report.html").read_text().lower()
+    assert "label" in page
+    assert "augmented view finds its source" in page
+
+
+def test_the_report_lists_the_bad_image(finished: Finished) -> None:
+    page = (finished[0] / "report" / "report.html").read_text()
+    assert "part2-000000.tar" in page
+    assert "UnidentifiedImageError" in page
+
+
+def test_a_second_run_does_nothing(finished: Finished) -> None:
+    root, settings, _ = finished
+    before, here = tiny.files_below(root), tiny.Here()
+    pipeline._run(tiny.run_in(settings, root, here))
+    assert here.asked == []
+    after = tiny.files_below(root)
+    assert {path for path in after if after[path] != before.get(path)} <= {"events.jsonl"}
+
+
+def test_artefacts_of_a_run_are_whole(finished: Finished) -> None:
+    root, settings, _ = finished
+    flow = lay_out(settings, Store(root), ImageShards.open(settings.data.train, None), None)
+    for artifact in [*flow.features, *flow.labels.values(), *flow.adaptors.values(), *flow.scores.values(), flow.model]:
+        artifact.check()
+    assert not list(root.rglob("*.partial"))

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from grappa_dist.artifacts import Store
+from grappa_dist.config import Config
+from grappa_dist.data.shards import ImageShards
+from grappa_dist.pipeline import lay_out
+from grappa_dist.plan import plan
+from tests.stages import tiny
+
+SECTIONS = {"clustering": {"num_labels": (4, 8)}, "fuse": {"variants": ("average", "transforms", "neighbours")}}
+
+
+def lines_of(config: Config, root: Path) -> dict[str, str]:
+    text = plan(config, root)
+    table = text[text.index("run directory") :]
+    return {line[:14].strip(): line[14:].strip() for line in table.splitlines()}
+
+
+def test_a_plan_names_every_stage_with_its_steps_and_writes_nothing(tmp_path: Path) -> None:
+    settings = tiny.config(tiny.write_shards(tmp_path / "images"), **SECTIONS)
+    (Path(settings.data.train[0]) / "index.json").unlink()  # not even an index for shards that have none
+    before = tiny.files_below(tmp_path)
+    lines = lines_of(settings, tmp_path / "run")
+    assert tiny.files_below(tmp_path) == before
+    assert not (tmp_path / "run").exists()
+    assert "40 training images" in lines["embed"]
+    assert "K = 4, 8" in lines["pseudo_label"]
+    assert "2 jobs of 1 ranks, 21 steps of 16 images" in lines["adapt"]
+    assert "transforms, neighbours; one job each on all workers, 12 steps of 16 pairs" in lines["fuse"]
+    assert "6 models on 40 images" in lines["evaluate"]
+    for stage, number in {"embed": 4, "pseudo_label": 2, "adapt": 2, "fuse": 2}.items():
+        assert f"0 of {number} reused" in lines[stage]
+
+
+def test_a_plan_tells_what_is_reused(tmp_path: Path) -> None:
+    settings = tiny.config(tiny.write_shards(tmp_path / "images"), **SECTIONS)
+    root = tmp_path / "run"
+    flow = lay_out(settings, Store(root), ImageShards.open(settings.data.train, None), None)
+    for artifact in (*flow.features, flow.labels[8]):
+        artifact.begin()
+        artifact.commit()
+    lines = lines_of(settings, root)
+    assert "all reused" in lines["embed"]
+    assert "1 of 2 reused" in lines["pseudo_label"]
+    assert "0 of 2 reused" in lines["adapt"]
+
+
+def test_a_plan_opens_with_every_setting(tmp_path: Path) -> None:
+    settings = tiny.config(tiny.write_shards(tmp_path / "images"), **SECTIONS)
+    assert plan(settings, tmp_path / "run").startswith(settings.yaml())
+
+
+def test_a_collection_is_planned_without_drawing_it(tmp_path: Path) -> None:
+    data = {"train": (), "collection": "tests.stages.test_collect:draw", "collection_kwargs": {"count": 20}}
+    lines = lines_of(tiny.config([], data=data, **SECTIONS), tmp_path / "run")
+    assert "draws 20 + 3 images" in lines["collect"]
+    assert "14 steps of 16 images" in lines["adapt"]
+    assert "to be made" in lines["fuse"]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_plan_with_more_labels_than_images_is_refused(tmp_path: Path) -> None:
+    settings = tiny.config(tiny.write_shards(tmp_path / "images"), clustering={"num_labels": (4, 64)})
+    with pytest.raises(ValueError, match=r"clustering\.num_labels=64"):
+        plan(settings, tmp_path / "run")
