@@ -98,6 +98,7 @@ class AdaptConfig(Section):
     learning_rate: Rate = 1e-3
     weight_decay: Rate = 1e-3  # L2 added to the gradient (Adam, not AdamW)
     warmup_steps: Annotated[int, Field(ge=0)] = 0
+    classifier: Literal["centroids", "random"] = "centroids"  # where the throw-away classifier starts
     min_crop_area: Area = 0.25  # random resized crop
     checkpoint_steps: Count = 50
 

@@ -125,7 +125,7 @@ def _run(context: Run) -> tuple[Path, list[ScoreRow]]:
     bad = bad_rows(train, flow.features)
     pseudo_label(context, flow.labels, feature_rows(train, flow.features), train, bad)
     labels = {k: label_rows(artifact, train) for k, artifact in flow.labels.items()}
-    adapt(context, flow.adaptors, labels, train, bad)
+    adapt(context, flow.adaptors, flow.labels, train, bad)
     fuse(context, flow.fusions, list(flow.adaptors.values()), labels, train, bad)
 
     for name, spec in flow.models.items():

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,10 @@ from grappa_dist.pipeline import lay_out
 from grappa_dist.plan import plan
 from tests.stages import tiny
 
-SECTIONS = {"clustering": {"num_labels": (4, 8)}, "fuse": {"variants": ("average", "transforms", "neighbours")}}
+SECTIONS: dict[str, Any] = {
+    "clustering": {"num_labels": (4, 8)},
+    "fuse": {"variants": ("average", "transforms", "neighbours")},
+}
 
 
 def lines_of(config: Config, root: Path) -> dict[str, str]:
@@ -55,7 +59,11 @@ def test_a_plan_opens_with_every_setting(tmp_path: Path) -> None:
 
 
 def test_a_collection_is_planned_without_drawing_it(tmp_path: Path) -> None:
-    data = {"train": (), "collection": "tests.stages.test_collect:draw", "collection_kwargs": {"count": 20}}
+    data: dict[str, Any] = {
+        "train": (),
+        "collection": "tests.stages.test_collect:draw",
+        "collection_kwargs": {"count": 20},
+    }
     lines = lines_of(tiny.config([], data=data, **SECTIONS), tmp_path / "run")
     assert "draws 20 + 3 images" in lines["collect"]
     assert "14 steps of 16 images" in lines["adapt"]

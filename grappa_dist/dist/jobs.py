@@ -69,7 +69,10 @@ class Runner:
         return len(self.cluster.workers())
 
     def map(
-        self, function: Callable[[Any, Any], Any], tasks: Sequence[Any], done: Callable[[int], None] = lambda count: None
+        self,
+        function: Callable[[Any, Any], Any],
+        tasks: Sequence[Any],
+        done: Callable[[int], None] = lambda count: None,
     ) -> list[Any]:
         """Results of `function(device, task)` in order; a task whose process died is tried again elsewhere."""
         jobs = [Job(f"{function.__name__} {i}", function, task, 0) for i, task in enumerate(tasks)]
@@ -87,6 +90,9 @@ class Runner:
         self._handlers_after_ray()
         waiting, attempts = deque(jobs), dict.fromkeys((j.name for j in jobs), 0)
         free, running, results = list(self.cluster.workers()), list[_Running](), dict[str, Any]()
+        for job in jobs:
+            if job.ranks > len(free):
+                raise ValueError(f"{job.name} needs {job.ranks} workers, there are {len(free)}")
         shown = time.monotonic()
         while waiting or running:
             if self._terminate.is_set():
@@ -119,7 +125,11 @@ class Runner:
         workers = [free.pop(0) for _ in range(max(1, job.ranks))]
         if not job.ranks:
             return _Running(job, workers, [workers[0].run.remote(job.function, job.spec)])
-        address = ray.get(workers[0].free_address.remote())
+        asked = workers[0].free_address.remote()
+        try:
+            address = ray.get(asked)
+        except ray.exceptions.RayError:  # it died while it had nothing to do: an attempt like any other
+            return _Running(job, workers, [asked])
         self.on_event("job_begins", job=job.name, ranks=job.ranks)
         refs = [
             w.run_rank.remote(job.function, job.spec, (rank, job.ranks, address), self.resources.collective_timeout_s)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -33,6 +34,7 @@ from grappa_dist.ops.schedules import cosine
 from grappa_dist.ops.softmax import norm_softmax_sum
 from grappa_dist.stages.embed import to_images
 from grappa_dist.stages.modelling import ADAPTORS_FILE, backbone_settings, build_backbone, preprocess_of
+from grappa_dist.stages.pseudo_label import CENTROIDS_FILE, label_rows
 from grappa_dist.stages.run import Run
 
 
@@ -67,6 +69,7 @@ class AdaptJob:
     backbone: BackboneConfig
     adapt: AdaptConfig
     artifact: Artifact
+    centroids: Path | None = None  # (K, D) of the partition, where the classifier starts; None: at random
 
     @property
     def name(self) -> str:
@@ -97,7 +100,7 @@ def adaptors_of(
 def adapt(
     run: Run,
     adaptors: Mapping[int, Artifact],
-    labels: Mapping[int, RowArrays],
+    labels: Mapping[int, Artifact],
     images: ImageShards,
     bad: NDArray[np.int64],
 ) -> None:
@@ -109,7 +112,11 @@ def adapt(
     training = TrainingImages(
         images, bad, config.data, config.adapt.global_batch, config.seed, config.resources.decode_threads
     )
-    jobs = [AdaptJob(k, labels[k], training, config.backbone, config.adapt, adaptors[k]) for k in missing]
+    jobs = []
+    for k in missing:
+        centroids = labels[k].path / CENTROIDS_FILE if config.adapt.classifier == "centroids" else None
+        rows = label_rows(labels[k], images)
+        jobs.append(AdaptJob(k, rows, training, config.backbone, config.adapt, adaptors[k], centroids))
     ranks = config.resources.adapt_ranks
     side_by_side = max(1, run.runner.num_workers // ranks)
     steps = config.adapt.epochs * training.steps_per_epoch()
@@ -171,7 +178,7 @@ class AdaptObjective:
         draws = torch.Generator().manual_seed(torch_seed("adaptors", job.training.seed, job.num_labels))
         for layer in self.grappa.layers:
             layer.adaptors.initialise(draws)
-        nn.init.normal_(module.classifier, generator=draws)
+        start_classifier(module.classifier, job.centroids, draws)
         self.module = module.to(context.device)
         self._batches: Generator[tuple[NDArray[np.uint8], NDArray[np.int64]], None, None] | None = None
 
@@ -209,6 +216,19 @@ class AdaptObjective:
     def close(self) -> None:
         if self._batches is not None:
             self._batches.close()
+
+
+@torch.no_grad()
+def start_classifier(classifier: Tensor, centroids: Path | None, draws: torch.Generator) -> None:
+    """Fills the classifier (K, D) with unit rows: the directions of the partition's centroids, or random ones.
+
+    The length matters although the cosine ignores it: Adam moves every entry by about the learning rate, so long rows
+    hardly turn, and the adaptors would bend the features towards classes that stay where chance put them.
+    """
+    start = torch.randn(classifier.shape, generator=draws)
+    if centroids is not None:
+        start = torch.from_numpy(np.load(centroids, allow_pickle=False))
+    classifier.copy_(F.normalize(start, dim=1))
 
 
 @torch.no_grad()

@@ -107,7 +107,8 @@ def test_gradients_of_the_attention_pass_gradcheck() -> None:
 
     def out(query: Tensor, key: Tensor, tokens: Tensor) -> Tensor:
         values = {"attention.query": query, "attention.key": key}
-        return torch.func.functional_call(layer, values, (tokens,))
+        found: Tensor = torch.func.functional_call(layer, values, (tokens,))
+        return found
 
     inputs = (attention.query.detach().requires_grad_(), attention.key.detach().requires_grad_())
     assert torch.autograd.gradcheck(out, (*inputs, random(2, 3, DIM).requires_grad_()))

@@ -19,7 +19,8 @@ class Patches(nn.Module):
         self.linear = nn.Linear(3 * 8 * 8, dim)
 
     def forward(self, images: Tensor) -> Tensor:  # (B, 3, S, S) -> (B, T, D)
-        return self.linear(nn.functional.unfold(images, 8, stride=8).transpose(1, 2))
+        tokens: Tensor = self.linear(nn.functional.unfold(images, 8, stride=8).transpose(1, 2))
+        return tokens
 
 
 class OwnVit(nn.Module):

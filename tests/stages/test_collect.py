@@ -9,7 +9,14 @@ import pytest
 from grappa_dist.artifacts import Store
 from grappa_dist.config import DataConfig
 from grappa_dist.data.shards import ImageShards
-from grappa_dist.stages.collect import collection_of, collection_sizes, draw_collection, has_drawn, open_images, run_root
+from grappa_dist.stages.collect import (
+    collection_of,
+    collection_sizes,
+    draw_collection,
+    has_drawn,
+    open_images,
+    run_root,
+)
 from tests.stages import tiny
 
 COLLECTION = "tests.stages.test_collect:draw"
@@ -49,7 +56,9 @@ def test_a_collection_is_drawn_once_into_shards_of_train_and_test(tmp_path: Path
     train, test = open_images(data, store)
     assert isinstance(test, ImageShards)
     assert (len(train), len(test)) == (6, 3)
-    assert {train.image_bytes(row) for row in range(6)} == {tiny.picture(row) for row in range(6)}  # in a shuffled order
+    assert {train.image_bytes(row) for row in range(6)} == {
+        tiny.picture(row) for row in range(6)
+    }  # in a shuffled order
     assert all((test.labels(row) or {})["task"] == "boxes" for row in range(3))
 
 

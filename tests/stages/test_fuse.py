@@ -59,6 +59,7 @@ def fuse_all_ways(comm: Comm, folder: Path) -> dict[str, Any]:
     graphs = {k: v for k, v in tiny.files_below(killed.artifact.partial / "knn").items() if k.startswith("epoch-1/")}
     resumed = tiny.Watcher()
     train_fusion(resumed.context(comm), killed)
+    comm.barrier()  # rank 0 has committed
     after = tiny.files_below(killed.artifact.path / "knn")
     phases = [str(status["phase"]) for status in resumed.statuses if "phase" in status]
     return {"graphs": graphs, "kept": graphs.items() <= after.items(), "phases": phases}

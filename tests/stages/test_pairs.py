@@ -130,6 +130,5 @@ def test_the_graph_is_the_same_to_the_bit_on_any_number_of_ranks(settings: Confi
     alone = graph_on(Comm(), settings, tmp_path)
     good = np.delete(np.arange(tiny.NUM_ROWS), tiny.BAD)
     assert np.isin(alone[good], good).all()
-    for size in (3, 6):  # more ranks than shards: some embed none
-        for seen in run_ranks(graph_on, size, settings, tmp_path, timeout_s=400):
-            np.testing.assert_array_equal(seen, alone)
+    for seen in run_ranks(graph_on, 5, settings, tmp_path, timeout_s=400):  # one rank has no shard
+        np.testing.assert_array_equal(seen, alone)

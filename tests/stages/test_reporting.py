@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grappa_dist.artifacts import Store
+from grappa_dist.data.shards import ImageShards
+from grappa_dist.pipeline import Flow, lay_out
+from grappa_dist.stages.reporting import best_sets, score_rows
+from tests.stages import tiny
+
+FIGURES = ("r_precision", "map_at_r", "recall_at_1")
+
+
+def row(task: str, value: float, queries: int = 7) -> dict[str, Any]:
+    return {"task": task, "queries": queries, **dict.fromkeys(FIGURES, value)}
+
+
+def scored(root: Path, scores: Mapping[str, list[dict[str, Any]]]) -> Flow:
+    """A flow of which nothing exists but the scores."""
+    sections: dict[str, Any] = {"clustering": {"num_labels": (4, 8)}, "fuse": {"variants": ("average", "neighbours")}}
+    settings = tiny.config(tiny.write_shards(root / "images"), **sections)
+    flow = lay_out(settings, Store(root), ImageShards.open(settings.data.train, None), None)
+    for model, artifact in flow.scores.items():
+        (artifact.begin() / "scores.json").write_text(json.dumps(scores.get(model, [])))
+        artifact.commit()
+    return flow
+
+
+SCORES = {
+    "backbone": [row("kinds", 0.2), row("species", 0.5)],
+    "k=4": [row("kinds", 0.6), row("species", 0.1)],
+    "k=8": [row("kinds", 0.3), row("species", 0.4)],
+    "average": [row("kinds", 0.7), row("species", 0.6)],
+    "neighbours": [row("kinds", 0.8), row("species", 0.7)],
+}
+
+
+def test_rows_of_the_table_are_in_the_order_of_the_method_with_the_oracle_after_the_sets(tmp_path: Path) -> None:
+    rows = score_rows(scored(tmp_path, SCORES))
+    models = ["backbone", "k=4", "k=8", "oracle", "average", "neighbours"]
+    assert [(r["model"], r["task"]) for r in rows] == [(m, t) for m in models for t in ("kinds", "species")]
+    assert all(list(r) == ["model", "task", "queries", *FIGURES] for r in rows)
+    assert {(r["model"], r["task"]): r["map_at_r"] for r in rows}["neighbours", "species"] == 0.7
+
+
+def test_the_oracle_takes_the_best_set_of_every_task(tmp_path: Path) -> None:
+    oracle = {r["task"]: r["r_precision"] for r in score_rows(scored(tmp_path, SCORES)) if r["model"] == "oracle"}
+    assert oracle == {"kinds": 0.6, "species": 0.4}
+
+
+def test_a_tie_goes_to_the_smaller_set() -> None:
+    sets = [{"model": f"k={k}", **row("kinds", 0.5, queries=k)} for k in (4, 8)]
+    assert [best["queries"] for best in best_sets(sets)] == [4]  # type: ignore[arg-type]
+
+
+def test_without_scores_there_are_no_rows_and_no_oracle(tmp_path: Path) -> None:
+    assert score_rows(scored(tmp_path, {})) == []
+
+
+@pytest.mark.parametrize("change", ["notes", "name"])
+def test_a_report_is_named_by_what_it_shows(tmp_path: Path, change: str) -> None:
+    flow = scored(tmp_path, SCORES)
+    settings = tiny.config([str(path) for path in sorted((tmp_path / "images").iterdir())])
+    other = settings.model_copy(update={change: ("a note",) if change == "notes" else "other"})
+    images = flow.train
+    names = {lay_out(c, Store(tmp_path), images, None).report.name for c in (settings, settings, other)}
+    assert len(names) == 2
