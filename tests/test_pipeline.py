@@ -54,8 +54,8 @@ ALL = ("features", "labels", "adaptors", "fusions", "scores", "insights", "repor
 @pytest.mark.parametrize(
     ("section", "key", "value", "kept"),
     [
-        ("fuse", "beta", 0.01, ALL[:3]),
-        ("fuse", "lars_weight_decay", 0.0, ALL[:3]),
+        ("fuse", "beta", 0.01, (*ALL[:3], "model")),  # the model here is the average of the sets
+        ("fuse", "lars_weight_decay", 0.0, (*ALL[:3], "model")),
         ("adapt", "gamma", 20.0, ALL[:2]),
         ("adapt", "bottleneck", 8, ALL[:2]),
         ("data", "streams", 8, ALL[:2]),
