@@ -73,6 +73,8 @@ class Artifact:
             "files": files,
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
+        for name in files:
+            _sync(self.partial / name)
         write_json(self.partial / MANIFEST, manifest)
         os.rename(self.partial, self.path)
         sync_folder(self.path.parent)
@@ -104,8 +106,12 @@ class Store:
     @contextmanager
     def lock(self) -> Iterator[None]:
         """One driver at a time; a second one is refused at once."""
-        self.root.mkdir(parents=True, exist_ok=True)
-        with open(self.root / ".lock", "w") as handle:
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            handle = open(self.root / ".lock", "w")  # noqa: SIM115 - closed below, after what it guards
+        except OSError as error:
+            raise ValueError(f"--out {self.root} cannot be written to: {error.strerror}") from error
+        with handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -185,6 +191,10 @@ def write_json(path: Path, value: Any) -> None:
 
 def sync_folder(path: Path) -> None:
     """Makes a rename inside `path` survive a power cut."""
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

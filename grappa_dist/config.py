@@ -152,7 +152,7 @@ class Resources(Section):
 
     workers: Count | Literal["auto"] = "auto"  # long-lived worker processes; auto: one per GPU, else one per CPU
     cpus_per_worker: Count = 1
-    gpus_per_worker: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
+    gpus_per_worker: Literal[0, 1, "auto"] = "auto"  # 0: on CPUs, whatever GPUs there are
     adapt_ranks: Count = 1  # ranks per adaptor job; jobs run side by side as far as the workers go
     threads: Count | Literal["auto"] = "auto"  # torch and faiss threads per worker; auto: cpus_per_worker
     decode_threads: Count = 2

@@ -13,6 +13,10 @@ from typing import Any
 COUNTER_S = 2.0  # between two lines of a counter
 
 
+class Terminated(BaseException):
+    """SIGTERM arrived; what was running has saved its state."""
+
+
 class Events:
     """Appends events to a JSONL file: {"t": unix seconds, "stage", "job", "name", ...figures}."""
 

@@ -7,7 +7,7 @@ says what would be made.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from grappa_dist.artifacts import Artifact, Store
@@ -22,30 +22,12 @@ from grappa_dist.stages.adapt import adapt, adaptors_of
 from grappa_dist.stages.collect import collection_of, draw_collection, has_drawn, open_images
 from grappa_dist.stages.embed import bad_rows, embed, feature_rows, features_of
 from grappa_dist.stages.evaluate import Evaluation, evaluate, insight_of, scores_of, truth_of
+from grappa_dist.stages.flow import Flow
 from grappa_dist.stages.fuse import fuse, fusion_of
 from grappa_dist.stages.modelling import ModelSpec
 from grappa_dist.stages.pseudo_label import label_rows, labels_of, num_labels, pseudo_label
 from grappa_dist.stages.reporting import report, report_of
 from grappa_dist.stages.run import Run
-
-
-@dataclass(frozen=True)
-class Flow:
-    """Every artefact of a run, in the order in which they are made."""
-
-    train: ImageShards
-    test: ImageShards  # the training images where there are no others
-    features: tuple[Artifact, ...]  # of the training images, by the frozen backbone
-    labels: Mapping[int, Artifact]  # by K
-    adaptors: Mapping[int, Artifact]
-    fusions: Mapping[str, Artifact]  # by variant, without the average, which is not trained
-    models: Mapping[str, ModelSpec]  # all that are evaluated, by their name in the table
-    test_features: Mapping[str, tuple[Artifact, ...]]
-    truth: Artifact
-    scores: Mapping[str, Artifact]
-    insights: Mapping[str, Artifact]
-    report: Artifact
-    model: Artifact
 
 
 def lay_out(config: Config, store: Store, train: ImageShards, test: ImageShards | None) -> Flow:
@@ -57,16 +39,12 @@ def lay_out(config: Config, store: Store, train: ImageShards, test: ImageShards 
     adaptors = {
         k: adaptors_of(store, config.backbone, config.adapt, config.data, config.seed, labels[k]) for k in labels
     }
-    sets = tuple(adaptors.values())
+    sets = list(adaptors.values())
+    trained = [v for v in config.fuse.variants if v != "average" and len(sets) > 1]  # one set has nothing to weigh
     fusions: dict[str, Artifact] = {
-        v: fusion_of(store, v, config.backbone, config.fuse, config.data, config.seed, sets)
-        for v in config.fuse.variants
-        if v != "average"
+        v: fusion_of(store, v, config.backbone, config.fuse, config.data, config.seed, sets) for v in trained
     }
-    fused = ModelSpec("", config.backbone, config.adapt.bottleneck, sets)
-    models = {"backbone": frozen}
-    models |= {f"k={k}": replace(fused, name=f"k={k}", adaptors=(a,)) for k, a in adaptors.items()}
-    models |= {v: replace(fused, name=v, fusion=fusions.get(v)) for v in config.fuse.variants}
+    models = _models(config, adaptors, fusions)
     images = test or train
     test_features = {m: features_of(store, spec, config.embed, images) for m, spec in models.items()}
     truth = truth_of(store, images, labelled=test is not None)
@@ -90,6 +68,16 @@ def lay_out(config: Config, store: Store, train: ImageShards, test: ImageShards 
         report=report_of(store, config, made_of),
         model=store.artifact("models/" + export.name, settings, export.inputs),
     )
+
+
+def _models(config: Config, adaptors: Mapping[int, Artifact], fusions: Mapping[str, Artifact]) -> dict[str, ModelSpec]:
+    """All models that are evaluated, in the order of the table."""
+    fused = ModelSpec("", config.backbone, config.adapt.bottleneck, tuple(adaptors.values()))
+    return {
+        "backbone": ModelSpec("backbone", config.backbone),
+        **{f"k={k}": replace(fused, name=f"k={k}", adaptors=(a,)) for k, a in adaptors.items()},
+        **{v: replace(fused, name=v, fusion=fusions.get(v)) for v in config.fuse.variants},
+    }
 
 
 def run(config: Config, root: Path) -> tuple[Path, list[ScoreRow]]:

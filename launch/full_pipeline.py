@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import sys
 import traceback
@@ -29,6 +30,8 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> int:
+    from grappa_dist.observe import Terminated
+
     arguments = parse()
     root: Path | None = None
     try:
@@ -47,15 +50,13 @@ def main() -> int:
 
         report, rows = run(config, root)
     except ValueError as error:
-        return _fail(error, root if not arguments.dry_run else None, CONFIG_ERROR)
+        return _fail(error, None if arguments.dry_run else root, CONFIG_ERROR)
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         return 130
     except Exception as error:
-        return _fail(error, root, 1)
-    except BaseException as error:
-        if type(error).__name__ != "Terminated":
-            raise
+        return _fail(error, None if arguments.dry_run else root, 1)
+    except Terminated:
         print("terminated; state is saved, run the same command again to go on", file=sys.stderr)
         return TERMINATED
     print(console_table(rows))
@@ -68,9 +69,9 @@ def _fail(error: Exception, root: Path | None, status: int) -> int:
     place = ""
     if root is not None and root.is_dir():
         log = root / "errors.log"
-        with open(log, "a") as file:
+        with contextlib.suppress(OSError), open(log, "a") as file:
             traceback.print_exception(error, file=file)
-        place = f" (traceback in {log})"
+            place = f" (traceback in {log})"
     print(f"error: {' '.join(str(error).split()) or type(error).__name__}{place}", file=sys.stderr)
     return status
 

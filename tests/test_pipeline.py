@@ -13,7 +13,8 @@ from grappa_dist import pipeline
 from grappa_dist.artifacts import Artifact, Store
 from grappa_dist.config import Config
 from grappa_dist.data.shards import ImageShards
-from grappa_dist.pipeline import Flow, lay_out
+from grappa_dist.pipeline import lay_out
+from grappa_dist.stages.flow import Flow
 from tests.stages import tiny
 
 BOTH = {"variants": ("average", "transforms", "neighbours")}
@@ -82,8 +83,8 @@ def test_a_changed_setting_makes_anew_what_depends_on_it(
     for stage in ALL:
         if stage in kept:
             assert after[stage] == before[stage], stage
-        elif stage in ("scores", "insights") and section != "evaluate":  # no fusion in backbone, k=4 and average
-            untouched = 3 if "adaptors" in kept else 1 if "features" in kept else 0
+        elif stage in ("scores", "insights") and section != "evaluate":  # backbone, sets and average have no fusion
+            untouched = 4 if "adaptors" in kept else 1 if "features" in kept else 0
             assert len(after[stage] & before[stage]) == untouched, stage
         else:
             assert not after[stage] & before[stage], stage
@@ -108,9 +109,9 @@ def test_another_order_of_shards_is_another_collection_of_labels(tmp_path: Path,
 
 
 def test_one_more_number_of_labels_keeps_the_sets_that_exist(tmp_path: Path, shards: list[str]) -> None:
-    before, after = (flow_of(tmp_path, shards, clustering={"num_labels": ks}) for ks in ((4,), (4, 6)))
-    assert after.labels[4] == before.labels[4]
-    assert after.adaptors[4] == before.adaptors[4]
+    before, after = (flow_of(tmp_path, shards, clustering={"num_labels": ks}) for ks in ((4, 6), (4, 6, 8)))
+    assert before.labels.items() < after.labels.items()
+    assert before.adaptors.items() < after.adaptors.items()
     assert after.fusions["transforms"] != before.fusions["transforms"]
 
 
@@ -130,13 +131,19 @@ def test_more_labels_than_images_are_refused(tmp_path: Path, shards: list[str]) 
         flow_of(tmp_path, shards, clustering={"num_labels": (41,)})
 
 
+def test_one_set_has_nothing_to_weigh(tmp_path: Path, shards: list[str]) -> None:
+    flow = flow_of(tmp_path, shards, clustering={"num_labels": (4,)})
+    assert flow.fusions == {}
+    assert {m for m, spec in flow.models.items() if spec.adaptors} == {"k=4", "average", "transforms", "neighbours"}
+
+
 def test_auto_climbs_a_ladder_of_labels(tmp_path: Path, shards: list[str]) -> None:
     assert list(flow_of(tmp_path, shards, clustering={"num_labels": "auto"}).labels) == [32]
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, shards: list[str]) -> tuple[Path, Config, list[str]]:
-    """A run on images without labels, one of them bad, that ends with an average of one set."""
+    """A run on images without labels, one of them bad, that ends with the average of two sets."""
     root = tmp_path_factory.mktemp("run")
     settings, here = tiny.config(shards, adapt={"epochs": 1}, fuse={"variants": ("average",)}), tiny.Here()
     pipeline._run(tiny.run_in(settings, root, here))
@@ -149,14 +156,14 @@ Finished = tuple[Path, Config, list[str]]
 def test_a_run_does_every_stage_once(finished: Finished) -> None:
     _, _, asked = finished
     models = ["embed_shard"] * len(tiny.SIZES)
-    assert asked == [*models, "pseudo_label", "k=4", *models * 2, "read_truth", *["evaluate_model"] * 3]
+    assert asked == [*models, "pseudo_label", "k=4", "k=6", *models * 3, "read_truth", *["evaluate_model"] * 4]
 
 
 def test_a_run_without_labels_has_no_rows_and_its_report_says_so(finished: Finished) -> None:
     root, _, _ = finished
     assert json.loads((root / "report" / "metrics.json").read_text()) == {"rows": []}
     page = (root / "report" / "report.html").read_text().lower()
-    assert "label" in page
+    assert "no labels" in page
     assert "augmented view finds its source" in page
 
 

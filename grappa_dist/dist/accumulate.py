@@ -36,18 +36,25 @@ def accumulate(
         loss = loss_of(*_halves(z))
         engine.backward(loss)
         return loss.item()
-    parts = []
-    with torch.no_grad():
-        for chunk in chunks:
-            parts.append(engine.forward(chunk))
-            after()
-    z = torch.cat(parts).requires_grad_()
+    z = _features(engine, chunks, after).requires_grad_()
     loss = loss_of(*_halves(z))
     engine.backward(loss, last=False)
     assert z.grad is not None
     for i, (chunk, gradient) in enumerate(zip(chunks, z.grad.split(micro_batch), strict=True)):
-        engine.backward((engine.forward(chunk) * gradient).sum(), last=i == len(chunks) - 1)
+        again = engine.forward(chunk)
+        if not again.requires_grad:  # a single set has nothing to weigh; the engine still wants its turn
+            again = again.detach().requires_grad_()
+        engine.backward((again * gradient).sum(), last=i == len(chunks) - 1)
     return loss.item()
+
+
+@torch.no_grad()
+def _features(engine: Engine, chunks: list[Tensor], after: Callable[[], None]) -> Tensor:
+    parts = []
+    for chunk in chunks:
+        parts.append(engine.forward(chunk))
+        after()
+    return torch.cat(parts)
 
 
 def _halves(z: Tensor) -> tuple[Tensor, Tensor]:

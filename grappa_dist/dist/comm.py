@@ -77,17 +77,17 @@ class Comm:
             return tensor
         after, before = (self.rank + 1) % self.size, (self.rank - 1) % self.size
         length = torch.zeros(1, dtype=torch.int64, device=tensor.device)
-        sends = [dist.isend(torch.tensor([len(tensor)], device=tensor.device), after)]
-        dist.recv(length, before)
+        self._exchange(torch.tensor([len(tensor)], device=tensor.device), after, length, before)
         received = tensor.new_empty((int(length), *tensor.shape[1:]))
-        if len(tensor):
-            sends.append(dist.isend(tensor.contiguous(), after))
-        if len(received):
-            dist.recv(received, before)
-        for send in sends:
-            if send is not None:
-                send.wait()
+        self._exchange(tensor.contiguous(), after, received, before)
         return received
+
+    def _exchange(self, sent: Tensor, after: int, received: Tensor, before: int) -> None:
+        """Sends and receives at once: one after the other, two GPUs could wait for each other for ever."""
+        moves = [dist.P2POp(dist.isend, sent, after)] if len(sent) else []
+        moves += [dist.P2POp(dist.irecv, received, before)] if len(received) else []
+        for move in dist.batch_isend_irecv(moves) if moves else []:
+            move.wait()
 
     def barrier(self) -> None:
         if self.size > 1:

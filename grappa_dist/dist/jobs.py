@@ -13,16 +13,12 @@ from typing import Any
 
 from grappa_dist.config import Resources
 from grappa_dist.dist.workers import Cluster
+from grappa_dist.observe import Terminated
 
 POLL_S = 0.5
 STATUS_S = 5.0
 STOP_GRACE_S = 60.0
 ERROR_GRACE_S = 2.0
-FATAL = (ValueError, ArithmeticError)  # bad input or a diverged loss: trying again would not help
-
-
-class Terminated(BaseException):
-    """SIGTERM arrived; what was running has saved its state."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +50,18 @@ class Runner:
     on_status: Callable[[Mapping[str, Mapping[str, Any]]], None] = lambda status: None
     on_event: Callable[..., None] = lambda name, **figures: None
     _terminate: threading.Event = field(default_factory=threading.Event)
+    _watching: bool = False
 
     @contextmanager
     def terminating(self) -> Iterator[None]:
-        """While inside, SIGTERM stops running jobs at their next step, with a checkpoint, and raises Terminated."""
-        before = signal.signal(signal.SIGTERM, lambda *_: self._terminate.set())
+        """While inside, SIGTERM raises Terminated, after running jobs have stopped at their next step and saved."""
+
+        def handle(*_: object) -> None:
+            self._terminate.set()
+            if not self._watching:  # no job runs: nothing has to be saved
+                raise Terminated
+
+        before = signal.signal(signal.SIGTERM, handle)
         try:
             yield
         finally:
@@ -85,9 +88,16 @@ class Runner:
         return self._run(jobs, done)
 
     def _run(self, jobs: Sequence[Job], done: Callable[[str], None]) -> dict[str, Any]:
+        self.cluster.workers()
+        self._watching = True
+        try:
+            return self._watch(jobs, done)
+        finally:
+            self._watching = False
+
+    def _watch(self, jobs: Sequence[Job], done: Callable[[str], None]) -> dict[str, Any]:
         import ray
 
-        self._handlers_after_ray()
         waiting, attempts = deque(jobs), dict.fromkeys((j.name for j in jobs), 0)
         free, running, results = list(self.cluster.workers()), list[_Running](), dict[str, Any]()
         for job in jobs:
@@ -146,13 +156,13 @@ class Runner:
         if errors and pending:  # the rank at fault may speak last; one that sits in a collective never does
             errors = _errors(ray.wait(running.refs, num_returns=len(running.refs), timeout=ERROR_GRACE_S)[0])
         if errors:
-            return next((e for e in errors if isinstance(getattr(e, "cause", None), FATAL)), errors[0])
+            return next((e for e in errors if _is_final(e, running.job)), errors[0])
         return None if pending else ray.get(running.refs)
 
     def _failed(self, job: Job, error: BaseException, attempts: int) -> None:
         """Raises when another attempt makes no sense."""
         cause = getattr(error, "cause", None)
-        if isinstance(cause, FATAL):
+        if cause is not None and _is_final(error, job):
             raise cause from error
         reason = (str(cause or error).strip() or type(cause or error).__name__).splitlines()[-1]
         self.on_event("job_failed", job=job.name, attempt=attempts, reason=reason)
@@ -185,12 +195,6 @@ class Runner:
             ray.wait(refs, num_returns=len(refs), timeout=STOP_GRACE_S)
         raise Terminated
 
-    def _handlers_after_ray(self) -> None:
-        """ray.init replaces the SIGTERM handler: ours goes back in place."""
-        self.cluster.workers()
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, lambda *_: self._terminate.set())
-
 
 def _errors(finished: Sequence[Any]) -> list[BaseException]:
     """What those of the finished calls raised that failed, or the death of their process."""
@@ -203,3 +207,9 @@ def _errors(finished: Sequence[Any]) -> list[BaseException]:
         except ray.exceptions.RayError as error:
             errors.append(error)
     return errors
+
+
+def _is_final(error: BaseException, job: Job) -> bool:
+    """Whether trying again would not help: what a rank raised by itself, not a dead process or the links it cut."""
+    cause = getattr(error, "cause", None)
+    return cause is not None and not (job.ranks > 1 and isinstance(cause, RuntimeError | OSError))

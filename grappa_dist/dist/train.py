@@ -55,6 +55,9 @@ def train(
         ArithmeticError: the loss is not finite, naming the step.
     """
     start = load_checkpoint(folder, objective.module, optimizer)
+    starts = {int(s) for s in context.comm.gather(torch.tensor([start], device=context.device))}
+    if len(starts) > 1:  # a file system that shows files late; another attempt will see them
+        raise RuntimeError(f"{job}: ranks found checkpoints of different steps, {sorted(starts)}")
     engine = Engine(objective.module, optimizer, context.comm, context.device)
     log = _Log(context, folder / "metrics.jsonl", start, schedule.steps, job)
     try:

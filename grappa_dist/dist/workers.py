@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -20,6 +22,7 @@ from grappa_dist.config import Resources
 from grappa_dist.dist.comm import Comm, process_group
 
 PLACEMENT_TIMEOUT_S = 300.0
+CONNECT_TIMEOUT_S = 5.0
 SUBMITTED_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by `ray job submit`
 Place = tuple[int, int, str]  # rank, size, address of rank 0
 
@@ -47,8 +50,8 @@ class RankContext:
 class Worker:
     """One process with its share of CPUs and perhaps a GPU. Becomes a Ray actor; status and stop answer while it works."""
 
-    def __init__(self, threads: int) -> None:
-        self._threads = threads
+    def __init__(self, threads: int, gpus: float) -> None:
+        self._threads, self._gpus = threads, gpus
         self._status: dict[str, Any] = {}
         self._stop = threading.Event()
 
@@ -66,13 +69,13 @@ class Worker:
     def run(self, function: Callable[[torch.device, Any], Any], task: Any) -> Any:
         """A task of one process."""
         self._prepare()
-        return function(_device(), task)
+        return function(self._device(), task)
 
     def run_rank(self, function: Callable[[RankContext, Any], Any], job: Any, place: Place, timeout_s: float) -> Any:
         """One rank of a job, inside a process group."""
         self._prepare()
         rank, size, address = place
-        device = _device()
+        device = self._device()
         backend = "nccl" if device.type == "cuda" else "gloo"
         with process_group(rank, size, address, backend=backend, timeout_s=timeout_s) as comm:
             context = RankContext(comm, device, self._report, self._stop.is_set)
@@ -86,6 +89,10 @@ class Worker:
 
     def stop(self) -> None:
         self._stop.set()
+
+    def _device(self) -> torch.device:
+        """The GPU that Ray gave us; a worker without a share sees all of them and must take none."""
+        return torch.device("cuda", 0) if self._gpus and torch.cuda.is_available() else torch.device("cpu")
 
     def _report(self, status: dict[str, Any]) -> None:
         self._status = status
@@ -104,8 +111,19 @@ def _node_address() -> str:
     return str(ray.util.get_node_ip_address())
 
 
-def _device() -> torch.device:
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+def check_faiss() -> None:
+    if importlib.util.find_spec("faiss") is None:
+        raise ValueError("faiss is not installed; install grappa-dist[cpu], or grappa-dist[gpu] where there are GPUs")
+
+
+def check_answers(address: str) -> None:
+    """Raises ValueError when nobody listens at host:port, which Ray itself would wait minutes for."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdigit():
+        try:
+            socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
+        except OSError as error:
+            raise ValueError(f"RAY_ADDRESS={address} does not answer: {error.strerror or error}") from None
 
 
 @dataclass
@@ -148,7 +166,7 @@ class Cluster:
             num_cpus=self.resources.cpus_per_worker,
             num_gpus=self._gpus_per_worker(),
             runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}},
-        ).remote(threads)
+        ).remote(threads, self._gpus_per_worker())
 
     def close(self) -> None:
         """Ends our workers, and the local cluster if it is ours."""
@@ -167,11 +185,21 @@ class Cluster:
 
         if ray.is_initialized():
             return
+        check_faiss()
+        handler = signal.getsignal(signal.SIGTERM)  # ray.init puts its own in place
+        try:
+            self._init(ray)
+        finally:
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, handler)
+
+    def _init(self, ray: Any) -> None:
         paths = os.pathsep.join(dict.fromkeys(p or os.getcwd() for p in sys.path if "site-packages" not in p))
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
         if os.environ.get("RAY_ADDRESS"):
             submitted = SUBMITTED_JOB in os.environ  # then its runtime environment is set, and its folder importable
             environment = None if submitted else {"env_vars": {"PYTHONPATH": paths}}
+            check_answers(os.environ["RAY_ADDRESS"])
             ray.init(address=os.environ["RAY_ADDRESS"], runtime_env=environment, **quiet)
             return
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # or Ray writes a token that later clusters of this user want

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from grappa_dist.config import DataConfig
 from grappa_dist.data.randomness import permutation
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.data.writer import ShardWriter
+from grappa_dist.dist.workers import SUBMITTED_JOB
 
 ROWS_PER_SHARD = 256
 
@@ -79,4 +82,11 @@ def has_drawn(data: DataConfig, store: Store) -> bool:
 
 
 def run_root(out: str | None, name: str) -> Path:
-    return Path(out or f"runs/{name}").absolute()
+    """The run directory, absolute; warns of one in the temporary folder of a submitted job, which Ray removes."""
+    root = Path(out or f"runs/{name}").absolute()
+    if SUBMITTED_JOB in os.environ and root.is_relative_to(Path.cwd()):
+        print(
+            f"warning: {root} lies in the job's temporary folder and goes with it; give --out an absolute path",
+            file=sys.stderr,
+        )
+    return root

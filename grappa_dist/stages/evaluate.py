@@ -31,7 +31,7 @@ from grappa_dist.stages.run import Run
 TRUTH_TASKS, TRUTH_LABELS, TRUTH_NAMES = "tasks.npy", "labels.npy", "names.json"
 SCORES_FILE, INSIGHT_FILE = "scores.json", "insight.json"
 BATCH = 64  # images at a time where a model is looked at
-GALLERY_ROWS = 20_000  # images that views are searched among, at most
+GALLERY_ROWS = 20_000  # images that views and gallery queries are searched among, at most
 ATTENTION_IMAGES = 128  # per task
 VIEW, VIEW_CROP_AREA = 2, 0.25  # training uses views 0 and 1
 
@@ -127,7 +127,7 @@ def read_truth(device: torch.device, task: tuple[ImageShards, Artifact]) -> None
 
 def load_truth(artifact: Artifact) -> Truth:
     names = json.loads((artifact.path / TRUTH_NAMES).read_text())
-    tasks, labels = (np.load(artifact.path / f, allow_pickle=False) for f in (TRUTH_TASKS, TRUTH_LABELS))
+    tasks, labels = (np.load(artifact.path / f, mmap_mode="r", allow_pickle=False) for f in (TRUTH_TASKS, TRUTH_LABELS))
     return Truth(tasks, labels, names["tasks"], names["labels"])
 
 
@@ -184,10 +184,10 @@ class _Look:
         return {"view_finds_source": found / max(1, len(rows)), "view_queries": len(rows)}
 
     def galleries(self) -> list[dict[str, Any]]:
-        """Some queries of every task and their nearest rows of the task, as row ids."""
+        """Some queries of every task and their nearest among up to GALLERY_ROWS rows of the task, as row ids."""
         galleries = []
         for task in range(len(self._truth.task_names)):
-            rows = np.intersect1d(self._truth.rows(task), self._good)
+            rows = self._sample(np.intersect1d(self._truth.rows(task), self._good), GALLERY_ROWS, task, 2)
             queries = self._sample(rows, self._settings.gallery_queries, task)
             for query in queries.tolist():
                 scores = self._scores_of(query, rows)

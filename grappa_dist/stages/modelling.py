@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +42,15 @@ def backbone_settings(config: BackboneConfig) -> dict[str, Any]:
     if config.checkpoint:
         if not Path(config.checkpoint).is_file():
             raise ValueError(f"backbone.checkpoint={config.checkpoint!r} does not exist")
-        with open(config.checkpoint, "rb") as file:
-            settings["checkpoint_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+        settings["checkpoint_sha256"] = _sha256(config.checkpoint, Path(config.checkpoint).stat().st_mtime_ns)
     return settings
+
+
+@lru_cache
+def _sha256(path: str, mtime_ns: int) -> str:
+    """A file's hash, computed once although many artefacts are named by it."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def build_backbone(config: BackboneConfig, *, pretrained: bool = True) -> Backbone:
@@ -90,7 +96,3 @@ def preprocess_of(pixels: Pixels) -> Preprocess:
         interpolation=pixels.interpolation,
         crop_pct=pixels.crop_share,
     )
-
-
-def artifacts_of(specs: Mapping[str, ModelSpec]) -> list[Artifact]:
-    return [a for spec in specs.values() for a in spec.inputs.values()]

@@ -36,7 +36,7 @@ class LabelJob:
 
 def ladder(num_rows: int) -> tuple[int, ...]:
     """K for `auto`: powers of two from 256 to about the number of images, at most 8 of them, evenly spread."""
-    top = max(1, int(np.floor(np.log2(max(2.0, 0.95 * num_rows)))))
+    top = max(1, int(np.floor(np.log2(max(2.0, 0.99 * num_rows)))))
     low = min(8, top)
     exponents = np.linspace(low, top, min(LADDER_SETS, top - low + 1))
     return tuple(dict.fromkeys(int(2 ** round(e)) for e in exponents))

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from grappa_dist.artifacts import Artifact, Store
 from grappa_dist.config import Config
@@ -20,11 +20,9 @@ from grappa_dist.report import Clustering, Gallery, Hit, ReportContent, write_re
 from grappa_dist.report.content import BadRow, LabelFree, ScoreRow
 from grappa_dist.stages.embed import bad_reasons
 from grappa_dist.stages.evaluate import INSIGHT_FILE, SCORES_FILE, Truth, load_truth
+from grappa_dist.stages.flow import Flow
 from grappa_dist.stages.pseudo_label import STATS_FILE
 from grappa_dist.stages.run import Run
-
-if TYPE_CHECKING:
-    from grappa_dist.pipeline import Flow
 
 THUMBNAIL_PX = 112
 TRACKED = ("torch", "timm", "deepspeed", "ray", "webdataset", "grappa_dist")

@@ -10,7 +10,7 @@ from grappa_dist.stages.pseudo_label import ladder, num_labels, own_shards
 @pytest.mark.parametrize(
     ("rows", "expected"),
     [
-        (133_339, (256, 512, 1024, 2048, 8192, 16384, 32768, 65536)),
+        (133_339, (256, 512, 2048, 4096, 8192, 16384, 65536, 131072)),
         (9_573, (256, 512, 1024, 2048, 4096, 8192)),
         (600, (256, 512)),
         (300, (256,)),

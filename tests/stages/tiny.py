@@ -77,7 +77,7 @@ def config(train: Sequence[str], **sections: Mapping[str, Any]) -> Config:
         "data": {"train": tuple(train), "streams": 4, "shuffle_window": 8, "max_bad_share": 0.05},
         "backbone": {"name": "tests.models.tiny:create", "kwargs": {"dim": 16, "depth": 2}, "image_size": SIZE_PX},
         "embed": {"batch_size": 8},
-        "clustering": {"num_labels": (4,), "iterations": 3},
+        "clustering": {"num_labels": (4, 6), "iterations": 3},
         "adapt": {"bottleneck": 4, "global_batch": BATCH, "epochs": 7, "checkpoint_steps": 5},
         "fuse": {
             "variants": ("average",),

@@ -1,0 +1,29 @@
+"""The artefacts of a run, by what they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from grappa_dist.artifacts import Artifact
+from grappa_dist.data.shards import ImageShards
+from grappa_dist.stages.modelling import ModelSpec
+
+
+@dataclass(frozen=True)
+class Flow:
+    """Every artefact of a run, in the order in which they are made."""
+
+    train: ImageShards
+    test: ImageShards  # the training images where there are no others
+    features: tuple[Artifact, ...]  # of the training images, by the frozen backbone
+    labels: Mapping[int, Artifact]  # by K
+    adaptors: Mapping[int, Artifact]
+    fusions: Mapping[str, Artifact]  # by variant, without the average, which is not trained
+    models: Mapping[str, ModelSpec]  # all that are evaluated, by their name in the table
+    test_features: Mapping[str, tuple[Artifact, ...]]
+    truth: Artifact
+    scores: Mapping[str, Artifact]
+    insights: Mapping[str, Artifact]
+    report: Artifact
+    model: Artifact
