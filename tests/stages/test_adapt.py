@@ -218,3 +218,18 @@ def test_the_start_of_a_set_depends_on_seed_and_number_of_labels(world: World) -
     assert torch.equal(down(job), down(job))
     assert not torch.equal(down(job), down(other))
     assert not torch.equal(down(job), down(replace(job, num_labels=5)))
+
+
+def test_the_classifier_starts_as_unit_rows_along_the_centroids_where_there_are_any(world: World) -> None:
+    folder, _ = world
+    centroids = np.random.default_rng(0).normal(size=(4, 16)).astype(np.float32)
+    np.save(folder / "centroids.npy", centroids)
+    job = job_in(folder, "fresh")
+
+    def start(job: AdaptJob) -> np.ndarray:
+        found: np.ndarray = AdaptObjective(tiny.Watcher().context(Comm()), job).module.classifier.detach().numpy()
+        return found
+
+    expected = centroids / np.linalg.norm(centroids, axis=1, keepdims=True)
+    np.testing.assert_allclose(start(replace(job, centroids=folder / "centroids.npy")), expected, atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(start(job), axis=1), 1, atol=1e-6)
