@@ -24,6 +24,12 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 RAY = str(Path(sys.executable).with_name("ray"))
 
 
+def _environment() -> dict[str, str]:
+    """As after activating the environment: a job's `python` is looked up on the PATH that the head was started with."""
+    path = f"{Path(RAY).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**{k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}, "RAY_AUTH_MODE": "disabled", "PATH": path}
+
+
 def _free_ports(count: int) -> list[int]:
     """Free ports below those that the system hands out by itself, so that no other part of Ray takes one meanwhile."""
     ports: list[int] = []
@@ -44,8 +50,7 @@ def dashboard() -> Iterator[str]:
         start += [
             f"--dashboard-agent-listen-port={agent_port}"
         ]  # its default clashes with any other cluster of the machine
-        environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
-        environment.pop("RAY_ADDRESS", None)
+        environment = _environment()
         head = subprocess.Popen(
             start, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         )
@@ -57,7 +62,7 @@ def dashboard() -> Iterator[str]:
         finally:
             os.killpg(head.pid, signal.SIGTERM)
             try:
-                head.wait(timeout=30)
+                head.wait(timeout=10)
             except subprocess.TimeoutExpired:
                 os.killpg(head.pid, signal.SIGKILL)
 
@@ -80,10 +85,10 @@ def test_the_pipeline_runs_as_a_submitted_job(dashboard: str, tmp_path: Path) ->
     out = tmp_path / "run"
     settings = ["adapt.epochs=1", "fuse.epochs=1", "clustering.num_labels=[8]", "data.collection_kwargs={scale: 0.1}"]
     program = ["python", "launch/full_pipeline.py", "--config", "configs/demo.yaml", "--out", str(out)]
-    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "PATH": f"{Path(RAY).parent}:{os.environ['PATH']}"}
+    environment = _environment()
     submit = [RAY, "job", "submit", "--address", dashboard, "--working-dir", "."]
     ended = subprocess.run(
-        [*submit, "--", *program, *runs.SMALL, *(f"'{s}'" for s in settings)],
+        [*submit, "--", *program, *runs.SMALL, *settings],
         cwd=runs.ROOT,
         env=environment,
         text=True,
