@@ -50,23 +50,34 @@ def float_error(dim: int, size: float) -> float:
     return steps / (1 - steps) * size
 
 
-def nearest_in_floats(x: Tensor, c: Tensor, t: int) -> tuple[Tensor, Tensor]:
-    """The t smallest float32 squared distances per row, (P, t), ascending, and their indices: the search without faiss.
+def best_in_floats(x: Tensor, num_targets: int, table: Callable[[Tensor], Tensor], t: int) -> tuple[Tensor, Tensor]:
+    """The t largest entries per row of a float32 table, (P, t), descending, and their columns, made tile by tile.
 
     Only true float32 products keep the error bound, so TF32 and bf16 shortcuts are off inside.
+
+    Args:
+        table: (rows, num_targets) from some rows of x.
     """
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        squares, parts = c.square().sum(1), []
-        for rows in torch.split(x, max(1, _TILE // max(1, len(c)))):
-            distances = rows.square().sum(1, keepdim=True) + squares - 2 * (rows @ c.T)  # (rows, K)
-            parts.append(distances.topk(t, dim=1, largest=False))
+        parts = [table(rows).topk(t, dim=1) for rows in torch.split(x, max(1, _TILE // max(1, num_targets)))]
     finally:
         torch.set_float32_matmul_precision(precision)
     if not parts:
         return x.new_empty((0, t)), torch.empty((0, t), dtype=torch.int64, device=x.device)
     return torch.cat([p.values for p in parts]), torch.cat([p.indices for p in parts])
+
+
+def nearest_in_floats(x: Tensor, c: Tensor, t: int) -> tuple[Tensor, Tensor]:
+    """The t smallest squared distances in float32, (P, t), ascending, and their indices: a search without faiss."""
+    squares = c.square().sum(1)
+
+    def closeness(rows: Tensor) -> Tensor:
+        return -(rows.square().sum(1, keepdim=True) + squares - 2 * (rows @ c.T))  # (rows, K)
+
+    values, indices = best_in_floats(x, len(c), closeness, t)
+    return -values, indices
 
 
 @dataclass(frozen=True)

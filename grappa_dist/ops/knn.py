@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from grappa_dist.ops.exact import GRID, exact_dot, exact_square
-from grappa_dist.ops.kmeans import Search, float_error, pair_dots
+from grappa_dist.ops.kmeans import Search, best_in_floats, float_error, pair_dots
 
 _SLACK = 8  # proposals beyond k: near-ties at the end of a list mostly fit in
 _TILE = 2**23  # elements of the largest float64 table made at once
@@ -46,19 +46,8 @@ def merge(a: Neighbours, b: Neighbours) -> Neighbours:
 
 
 def largest_in_floats(x: Tensor, y: Tensor, t: int) -> tuple[Tensor, Tensor]:
-    """The t largest float32 inner products per row, (P, t), descending, and their indices: the search without faiss.
-
-    Only true float32 products keep the error bound, so TF32 and bf16 shortcuts are off inside.
-    """
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        parts = [(rows @ y.T).topk(t, dim=1) for rows in torch.split(x, max(1, _TILE // max(1, len(y))))]
-    finally:
-        torch.set_float32_matmul_precision(precision)
-    if not parts:
-        return x.new_empty((0, t)), torch.empty((0, t), dtype=torch.int64, device=x.device)
-    return torch.cat([p.values for p in parts]), torch.cat([p.indices for p in parts])
+    """The t largest float32 inner products per row, (P, t), descending, and their indices: the search without faiss."""
+    return best_in_floats(x, len(y), lambda rows: rows @ y.T, t)
 
 
 @dataclass(frozen=True)
