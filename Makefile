@@ -5,7 +5,7 @@ FAISS ?= cpu
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: help demo test test-fast check format wheel clean
+.PHONY: help demo test test-fast check format bench wheel clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -32,6 +32,9 @@ check: $(READY) ## lint, format and types
 format: $(READY) ## formats and sorts imports
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench: $(READY) ## k-means against faiss: speed, scaling, memory (long; the machine should do nothing else)
+	$(BIN)/python launch/bench.py kmeans
 
 wheel: $(READY) ## a wheel in wheels/
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir wheels .

@@ -160,7 +160,7 @@ class RowArrays:
 
 @lru_cache(maxsize=512)  # each map holds a descriptor
 def _map(path: str) -> NDArray[Any]:
-    return np.load(path, mmap_mode="r", allow_pickle=False)
+    return np.load(path, mmap_mode="c", allow_pickle=False)  # torch takes no read-only memory; the file stays as it is
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from grappa_dist.stages.evaluate import Evaluation, evaluate, insight_of, scores
 from grappa_dist.stages.flow import Flow
 from grappa_dist.stages.fuse import fuse, fusion_of
 from grappa_dist.stages.modelling import ModelSpec
+from grappa_dist.stages.partitions import judge_partitions, partitions_of
 from grappa_dist.stages.pseudo_label import label_rows, labels_of, num_labels, pseudo_label
 from grappa_dist.stages.reporting import report, report_of
 from grappa_dist.stages.run import Run
@@ -51,6 +52,7 @@ def lay_out(config: Config, store: Store, train: ImageShards, test: ImageShards 
     scores = {m: scores_of(store, truth, m, f) for m, f in test_features.items()}
     insights = {m: insight_of(store, truth, m, config.evaluate, config.seed, f) for m, f in test_features.items()}
     made_of = {**{f"scores {m}": a for m, a in scores.items()}, **{f"insight {m}": a for m, a in insights.items()}}
+    partitions = partitions_of(store, config.seed, labels)
     export = models[config.exported]
     settings = {"backbone": config.backbone.name, "sets": list(ks), "variant": export.name}
     return Flow(
@@ -58,6 +60,7 @@ def lay_out(config: Config, store: Store, train: ImageShards, test: ImageShards 
         test=images,
         features=features,
         labels=labels,
+        partitions=partitions,
         adaptors=adaptors,
         fusions=fusions,
         models=models,
@@ -65,7 +68,7 @@ def lay_out(config: Config, store: Store, train: ImageShards, test: ImageShards 
         truth=truth,
         scores=scores,
         insights=insights,
-        report=report_of(store, config, made_of),
+        report=report_of(store, config, {**made_of, "partitions": partitions}),
         model=store.artifact("models/" + export.name, settings, export.inputs),
     )
 
@@ -113,6 +116,7 @@ def _run(context: Run) -> tuple[Path, list[ScoreRow]]:
     bad = bad_rows(train, flow.features)
     pseudo_label(context, flow.labels, feature_rows(train, flow.features), train, bad)
     labels = {k: label_rows(artifact, train) for k, artifact in flow.labels.items()}
+    judge_partitions(context, flow.partitions, labels)
     adapt(context, flow.adaptors, flow.labels, train, bad)
     fuse(context, flow.fusions, list(flow.adaptors.values()), labels, train, bad)
 

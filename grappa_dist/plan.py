@@ -49,6 +49,8 @@ def _stages(
     features = list(flow.features) if flow else []
     yield "embed", f"{sizes['train']} training images, a task per shard", features
     yield "pseudo_label", f"K = {', '.join(map(str, ks))}; one job", list(flow.labels.values()) if flow else []
+    what = "how consecutive K agree, sample clusters of each; one task"
+    yield "partitions", what, [flow.partitions] if flow else []
     what = (
         f"{len(ks)} jobs of {where.adapt_ranks} ranks, {adapt_steps} steps of {config.adapt.global_batch} images each"
     )

@@ -115,6 +115,23 @@ def test_one_more_number_of_labels_keeps_the_sets_that_exist(tmp_path: Path, sha
     assert after.fusions["transforms"] != before.fusions["transforms"]
 
 
+@pytest.mark.parametrize(
+    ("section", "value", "kept"),
+    [
+        ("adapt", {"gamma": 20.0}, True),
+        ("evaluate", {"gallery_queries": 2}, True),
+        ("clustering", {"iterations": 9}, False),
+        ("clustering", {"num_labels": (4, 6, 8)}, False),
+    ],
+)
+def test_what_is_said_of_the_partitions_depends_on_the_labels_of_all_k(
+    tmp_path: Path, shards: list[str], section: str, value: dict[str, Any], kept: bool
+) -> None:
+    before, after = flow_of(tmp_path, shards), flow_of(tmp_path, shards, 0, **{section: value})
+    assert (before.partitions.name == after.partitions.name) == kept
+    assert before.partitions.fingerprint in before.report.inputs.values()
+
+
 def test_moved_shards_keep_their_names(tmp_path: Path) -> None:
     flows = [flow_of(tmp_path, tiny.write_shards(tmp_path / name)) for name in ("here", "there")]
     kept = [stage for stage in ALL if stages_of(flows[0])[stage] == stages_of(flows[1])[stage]]
@@ -156,7 +173,8 @@ Finished = tuple[Path, Config, list[str]]
 def test_a_run_does_every_stage_once(finished: Finished) -> None:
     _, _, asked = finished
     models = ["embed_shard"] * len(tiny.SIZES)
-    assert asked == [*models, "pseudo_label", "k=4", "k=6", *models * 3, "read_truth", *["evaluate_model"] * 4]
+    adapted = ["pseudo_label", "judge", "k=4", "k=6"]
+    assert asked == [*models, *adapted, *models * 3, "read_truth", *["evaluate_model"] * 4]
 
 
 def test_a_run_without_labels_has_no_rows_and_its_report_says_so(finished: Finished) -> None:
@@ -165,6 +183,18 @@ def test_a_run_without_labels_has_no_rows_and_its_report_says_so(finished: Finis
     page = (root / "report" / "report.html").read_text().lower()
     assert "no labels" in page
     assert "augmented view finds its source" in page
+
+
+def test_the_report_shows_sample_clusters_without_the_bad_image_and_how_nested_they_are(finished: Finished) -> None:
+    root, _, _ = finished
+    (found,) = root.glob("partitions-*/partitions.json")
+    shown = [c for sheet in json.loads(found.read_text())["sheets"] for c in sheet["clusters"]]
+    assert tiny.BAD not in {row for cluster in shown for row in cluster["rows"]}
+    page = (root / "report" / "report.html").read_text()
+    section = page[page.index('id="clusterings"') : page.index("</section>", page.index('id="clusterings"'))]
+    assert section.count("<use ") == sum(len(cluster["rows"]) for cluster in shown) > 0
+    assert "k=6 in k=4" in section
+    assert "not an image" not in section
 
 
 def test_the_report_lists_the_bad_image(finished: Finished) -> None:

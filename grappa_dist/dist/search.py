@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from grappa_dist.dist.comm import Comm
-from grappa_dist.ops.exact import to_grid
+from grappa_dist.ops.exact import GRID, to_grid
 from grappa_dist.ops.kmeans import NORM_LIMIT, nearest_in_floats
 from grappa_dist.ops.knn import largest_in_floats
 
@@ -95,15 +95,26 @@ class Rows:
     def num_good(self) -> int:
         return sum(int(good.sum()) for good in self.good)
 
-    def blocks(self, block_rows: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Positions (P,) int64 among the rank's rows and grid rows (P, D), good ones only, by blocks of one shard."""
+    def plain(self, block_rows: int) -> tuple[bool, ...]:
+        """Whether a shard can be used as it lies there: all of its rows are good, and on the grid."""
+        return tuple(
+            bool(good.all()) and all(_on_grid(s[i : i + block_rows]) for i in range(0, len(s), block_rows))
+            for s, good in zip(self.shards, self.good, strict=True)
+        )
+
+    def blocks(self, block_rows: int, plain: Sequence[bool] = ()) -> Iterator[tuple[Tensor, Tensor]]:
+        """Positions (P,) int64 among the rank's rows and grid rows (P, D), good ones only, by blocks of one shard.
+
+        Blocks of plain shards are views: a memory map is read where somebody looks at it, and only there.
+        """
         first = 0
-        for shard, good in zip(self.shards, self.good, strict=True):
+        for i, (shard, good) in enumerate(zip(self.shards, self.good, strict=True)):
             for start in range(0, len(shard), block_rows):
-                places = np.flatnonzero(good[start : start + block_rows])
+                rows, places = shard[start : start + block_rows], np.flatnonzero(good[start : start + block_rows])
                 if len(places):
-                    block = np.asarray(shard[start : start + block_rows])[places]  # a copy: the map is read-only
-                    yield torch.from_numpy(places + (first + start)), to_grid(torch.from_numpy(block))
+                    as_it_lies = plain and plain[i] and rows.flags.writeable  # torch takes no read-only memory
+                    x = torch.from_numpy(rows) if as_it_lies else to_grid(torch.from_numpy(np.asarray(rows)[places]))
+                    yield torch.from_numpy(places + (first + start)), x
             first += len(shard)
 
     def take(self, positions: Tensor) -> Tensor:
@@ -131,6 +142,11 @@ class Rows:
                 if found:
                     return f"{name}: row {start + found[0]} {found[1]}"
         return ""
+
+
+def _on_grid(rows: np.ndarray) -> bool:
+    scaled = rows * np.float32(GRID)  # exact, a power of two
+    return bool((np.rint(scaled) == scaled).all())
 
 
 def row_problem(rows: np.ndarray, good: np.ndarray) -> tuple[int, str] | None:

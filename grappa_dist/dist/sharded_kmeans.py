@@ -8,20 +8,37 @@ Shapes: P rows of one block, K centroids, D dimensions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from grappa_dist.dist.comm import Comm
-from grappa_dist.dist.search import Rows, nearest, raise_together, row_problem, wire_device
-from grappa_dist.ops.exact import to_grid
-from grappa_dist.ops.kmeans import INERTIA_UNIT, Centroids, Stats, accept, assign, draw, finish, to_inertia
+from grappa_dist.dist.scratch import scratch
+from grappa_dist.dist.search import Rows, nearest, row_problem
+from grappa_dist.dist.sharded_seeding import seed_centroids
+from grappa_dist.dist.share import BLOCK_ROWS, Share, join_rows
+from grappa_dist.ops.bounds import Bounds, Drift, GroupedCentroids, Groups, reassign
+from grappa_dist.ops.exact import GRID, exact_square, to_grid
+from grappa_dist.ops.kmeans import Centroids, Stats, finish
 
-_CANDIDATES = 2048  # of one seeding round at most: their distances to each other are a square table
-_FAR = 2**62  # above any squared distance
+SQUARE_UNIT = 1 / GRID**2  # of exact squared distances
+FEW_LABELS = 512  # so few are searched in one go
+GROUP_SIZE = 128  # centroids per bound, at least, on the average
+DIMENSIONS_PER_BOUND = 8  # bounds per row take at most this part of the row's own memory
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where Lloyd's iterations stand after an update: enough to go on from, with the result of an unbroken run."""
+
+    centroids: np.ndarray  # (K, D) float32, after the update
+    inertia: tuple[int, ...]  # exact, before each update, in units of 2**-48
+    repaired: int = 0
 
 
 @dataclass(frozen=True)
@@ -34,9 +51,8 @@ class KMeansResult:
     inertia: list[float]  # sum of squared distances before each update, then that of the returned labels
     empty_repaired: int  # empty clusters given a part of another, over all iterations
     empty_left: int  # labels without a row
-    exact_share: (
-        float  # of all assignments, those that floats alone could not decide; alone may differ in its last digits
-    )
+    exact_share: float  # of all assignments, those that floats alone could not decide; depends on ranks and blocks
+    searched_share: float  # of all distances to all centroids, those that bounds did not spare; likewise
 
 
 def sharded_kmeans(
@@ -44,68 +60,158 @@ def sharded_kmeans(
     rows: Rows,
     num_labels: int,
     *,
+    block_rows: int = BLOCK_ROWS,
+    device: torch.device | str = "cpu",
+    **settings: Any,
+) -> KMeansResult:
+    """k-means of the good rows of all ranks, as `kmeans` with its settings. All ranks call it with the same ones."""
+    return kmeans(join_rows(comm, rows, block_rows=block_rows, device=torch.device(device)), num_labels, **settings)
+
+
+def kmeans(
+    share: Share,
+    num_labels: int,
+    *,
     iterations: int = 20,
     seed: int = 0,
     spherical: bool = False,
     tolerance: float = 0.0,
-    block_rows: int = 16384,
     on_iteration: Callable[[int, float], None] = lambda iteration, inertia: None,
     initial: np.ndarray | None = None,
-    device: torch.device | str = "cpu",
+    resume: Progress | None = None,
+    on_update: Callable[[Progress], None] = lambda progress: None,
 ) -> KMeansResult:
-    """k-means of the good rows of all ranks: k-means++, then Lloyd. All ranks call it with the same settings.
+    """k-means++, then Lloyd. All ranks call it with the same settings.
 
     Args:
         iterations: updates of the centroids at most; fewer when they no longer move.
         spherical: centroids are normalised after every update.
         tolerance: stop when an iteration lowers inertia by less than this share of it; 0 never does.
-        block_rows: rows worked on at once; memory, not the result, depends on it.
         on_iteration: told the number of updates so far and the inertia they led to.
         initial: centroids (K, D) to start from instead of k-means++.
-        device: where rows are compared with centroids.
+        resume: what `on_update` was told last, to go on from there.
+        on_update: told what a later call can resume from, after the initialisation and after every update.
     """
-    share = join_rows(comm, rows, block_rows=block_rows, device=torch.device(device))
     if not 1 <= num_labels <= share.num_good:
         raise ValueError(f"num_labels must be from 1 to the number of good rows, {share.num_good}, got {num_labels}")
-    if initial is None:
-        centroids = seed_centroids(share, num_labels, seed)
-    else:
-        centroids = _checked_initial(initial, (num_labels, share.dim)).to(share.device)
-    return _lloyd(share, centroids, iterations, spherical=spherical, tolerance=tolerance, on_iteration=on_iteration)
+    if resume is None:
+        shape = (num_labels, share.dim)
+        start = seed_centroids(share, num_labels, seed) if initial is None else _checked_initial(initial, shape)
+        resume = Progress(start.cpu().numpy(), ())
+        on_update(resume)
+    return _Lloyd(share, iterations, spherical, tolerance, on_iteration, on_update).run(resume)
 
 
-def _lloyd(
-    share: Share,
-    centroids: Tensor,
-    iterations: int,
-    *,
-    spherical: bool,
-    tolerance: float,
-    on_iteration: Callable[[int, float], None],
-) -> KMeansResult:
-    labels = torch.full((len(share.rows),), -1, dtype=torch.int32)
-    inertia: list[int] = []
-    repaired = undecided = 0
-    for step in range(iterations + 1):
-        stats, open_rows = lloyd_pass(share, centroids, labels)
-        undecided += open_rows
-        inertia.append(stats.inertia)
-        on_iteration(step, stats.inertia * INERTIA_UNIT)
-        if step == iterations or (step and inertia[-2] - inertia[-1] < tolerance * inertia[-2]):
-            break
-        updated, splits = finish(centroids, stats, step, spherical=spherical)
-        if torch.equal(updated, centroids):
-            break  # every further step would be this one
-        centroids, repaired = updated, repaired + splits
-    return KMeansResult(
-        centroids=centroids.cpu().numpy(),
-        labels=[part.numpy() for part in torch.split(labels, [len(shard) for shard in share.rows.shards])],
-        counts=stats.counts.cpu().numpy(),
-        inertia=[i * INERTIA_UNIT for i in inertia],
-        empty_repaired=repaired,
-        empty_left=int((stats.counts == 0).sum()),
-        exact_share=undecided / (share.num_good * len(inertia)),
-    )
+@dataclass(frozen=True)
+class _Lloyd:
+    """Lloyd's iterations over a share."""
+
+    share: Share
+    iterations: int
+    spherical: bool
+    tolerance: float
+    on_iteration: Callable[[int, float], None]
+    on_update: Callable[[Progress], None]
+
+    def run(self, progress: Progress) -> KMeansResult:
+        share = self.share
+        centroids = torch.from_numpy(progress.centroids).to(share.device)
+        inertia, repaired = list(progress.inertia), progress.repaired
+        passes = LloydPasses.over(share, centroids)
+        for step in range(len(inertia), self.iterations + 1):
+            whole = passes.advance(centroids)
+            spreads = passes.stats.spreads(whole)
+            inertia.append(sum(spreads))
+            self.on_iteration(step, inertia[-1] * SQUARE_UNIT)
+            if step == self.iterations or (step and inertia[-2] - inertia[-1] < self.tolerance * inertia[-2]):
+                break
+            updated, splits = finish(centroids, passes.stats, spreads, step, spherical=self.spherical)
+            if torch.equal(updated, centroids):
+                break  # every further step would be this one
+            centroids, repaired = updated, repaired + splits
+            self.on_update(Progress(centroids.cpu().numpy(), tuple(inertia), repaired))
+        counts = passes.stats.counts.cpu().numpy()
+        searched, undecided = (int(share.total(torch.tensor(n))) for n in (passes.searched, passes.undecided))
+        decisions = share.num_good * passes.number
+        return KMeansResult(
+            centroids=centroids.cpu().numpy(),
+            labels=passes.labels(),
+            counts=counts,
+            inertia=[i * SQUARE_UNIT for i in inertia],
+            empty_repaired=repaired,
+            empty_left=int((counts == 0).sum()),
+            exact_share=undecided / decisions,
+            searched_share=searched / (decisions * len(centroids)),
+        )
+
+
+@dataclass
+class LloydPasses:
+    """Passes over a share's rows that keep what they learn: bounds per row, and sums that only moved rows change."""
+
+    share: Share
+    groups: Groups
+    bounds: Bounds  # of the good rows, in their order
+    stats: Stats  # of all ranks
+    centroids: Tensor  # of the last pass
+    number: int = 0
+    undecided: int = 0  # of this rank, as is `searched`
+    searched: int = 0
+
+    @staticmethod
+    def over(share: Share, centroids: Tensor) -> LloydPasses:
+        num_labels, dim = centroids.shape
+        few = num_labels <= FEW_LABELS
+        num_groups = 1 if few else min(num_labels // GROUP_SIZE, dim // DIMENSIONS_PER_BOUND)
+        groups = Groups.around(centroids, num_groups)
+        num = share.rows.num_good
+        bounds = Bounds(
+            labels=scratch((num,), torch.int32).fill_(-1),
+            upper=scratch((num,), torch.float32).fill_(math.inf),
+            lower=scratch((num, len(groups.members)), torch.float32).fill_(-math.inf),
+            squares=scratch((num,), torch.float64),
+        )
+        first = 0
+        for _, x in share.blocks():
+            bounds.squares[first : first + len(x)] = exact_square(x)
+            first += len(x)
+        return LloydPasses(share, groups, bounds, Stats.zeros(num_labels, dim, share.device), centroids)
+
+    def advance(self, centroids: Tensor) -> Centroids:
+        """Labels and stats for these centroids."""
+        grouped = GroupedCentroids.of(centroids, self.groups)
+        drift = Drift.between(self.centroids, centroids, self.groups) if self.number else None
+        change = Stats.zeros(len(centroids), centroids.shape[1], self.share.device)
+        first = 0
+        for _, x in self.share.blocks():
+            kept = self.bounds.part(slice(first, first + len(x)))
+            bounds = kept.to(self.share.device)
+            if drift:
+                bounds.shift_(drift)
+            moves = reassign(x, grouped, bounds, nearest)
+            kept.copy_(bounds)
+            if len(moves.rows):
+                moved, squares = x[moves.rows], bounds.squares[moves.rows]
+                change.add_(moved, squares, moves.after)
+                if drift:
+                    change.add_(moved, squares, moves.before, sign=-1)
+            first += len(x)
+            self.undecided += moves.undecided
+            self.searched += moves.searched
+        self.centroids, self.number = centroids, self.number + 1
+        for kept_sum, of_ranks in zip(self.stats.tensors, change.tensors, strict=True):
+            kept_sum.add_(self.share.total(of_ranks))
+        return grouped.whole
+
+    def labels(self) -> list[np.ndarray]:
+        """Of the rank's rows by shard, (P,) int32, -1 for bad rows."""
+        parts, first = [], 0
+        for good in self.share.rows.good:
+            part = np.full(len(good), -1, dtype=np.int32)
+            part[good] = self.bounds.labels[first : first + int(good.sum())].numpy()
+            parts.append(part)
+            first += int(good.sum())
+        return parts
 
 
 def _checked_initial(initial: np.ndarray, shape: tuple[int, int]) -> Tensor:
@@ -114,129 +220,3 @@ def _checked_initial(initial: np.ndarray, shape: tuple[int, int]) -> Tensor:
     if found := row_problem(initial, np.ones(len(initial), dtype=bool)):
         raise ValueError(f"initial centroids: row {found[0]} {found[1]}")
     return to_grid(torch.from_numpy(initial.astype(np.float32)))
-
-
-@dataclass(frozen=True)
-class Share:
-    """The rows of this rank, and what all ranks know about the rows of all."""
-
-    comm: Comm
-    rows: Rows
-    dim: int
-    first: int  # place of this rank's first row among all
-    num_good: int  # over all ranks
-    block_rows: int
-    device: torch.device
-
-    def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Positions (P,) among the rank's rows, in host memory, and grid rows (P, D) on the device."""
-        return ((positions, x.to(self.device)) for positions, x in self.rows.blocks(self.block_rows))
-
-    def total(self, tensor: Tensor) -> Tensor:
-        """Sum over ranks, any integer type; `tensor` may serve as room for it."""
-        return self.comm.sum_(tensor.to(wire_device(self.comm))).to(tensor.device)
-
-    def gather(self, tensor: Tensor) -> list[Tensor]:
-        return [part.to(tensor.device) for part in self.comm.gather(tensor.to(wire_device(self.comm)))]
-
-
-def join_rows(comm: Comm, rows: Rows, *, block_rows: int, device: torch.device) -> Share:
-    """This rank's share, once every rank's rows are fit for it."""
-    if block_rows < 1:
-        raise ValueError(f"block_rows must be at least 1, got {block_rows}")
-    raise_together(comm, rows.problem(block_rows))
-    dim = rows.shards[0].shape[1] if rows.shards else 0
-    facts = torch.tensor([[len(rows), rows.num_good, dim]], device=wire_device(comm))
-    table = torch.cat(comm.gather(facts)).cpu()  # (ranks, 3)
-    dims = sorted({int(d) for d in table[:, 2]} - {0})
-    if len(dims) > 1:
-        raise ValueError(f"rows must have the same dimension on every rank, found {dims}")
-    first, num_good = int(table[: comm.rank, 0].sum()), int(table[:, 1].sum())
-    return Share(comm, rows, dims[0] if dims else 0, first, num_good, block_rows, device)
-
-
-def lloyd_pass(share: Share, centroids: Tensor, labels: Tensor) -> tuple[Stats, int]:
-    """Stats of all ranks, and how many rows floats alone could not decide; own labels are written into `labels`."""
-    prepared = Centroids.of(centroids)
-    stats = Stats.zeros(len(centroids), centroids.shape[1], share.device)
-    undecided = 0
-    for positions, x in share.blocks():
-        assignment = assign(x, prepared, nearest)
-        stats.add_(x, assignment)
-        labels[positions] = assignment.labels.int().cpu()
-        undecided += assignment.undecided
-    stats = Stats(share.total(stats.counts), share.total(stats.sums), share.total(stats.spreads))
-    return stats, int(share.total(torch.tensor(undecided)))
-
-
-def seed_centroids(share: Share, num_labels: int, seed: int) -> Tensor:
-    """k-means++ centroids, (K, D): each a row drawn in proportion to its squared distance from those before it.
-
-    A round draws up to half as many candidates as there are centroids and thins them out so that their law is that of
-    one draw at a time (`accept`). So the rows are read some 3 log(K) times instead of K times, by matrix products.
-    Draws are integers below an integer total, located in the order of all rows. When no row is left at a distance, the
-    lowest rows not chosen fill up.
-    """
-    weights = torch.zeros(len(share.rows), dtype=torch.int64)
-    for positions, _ in share.blocks():
-        weights[positions] = 1  # the first centroid is any good row
-    places: list[int] = []
-    parts: list[Tensor] = []
-    drawn = 0
-    while len(places) < num_labels:
-        totals = [int(t) for t in share.gather(weights.sum()[None])]
-        if not sum(totals):
-            parts.append(_lowest_rows_left(share, places, num_labels - len(places)))
-            break
-        num = max(1, min(len(places) // 2, num_labels - len(places), _CANDIDATES))
-        targets = [draw(sum(totals), seed, num_labels, j) for j in range(drawn, drawn + num)]
-        found, candidates = _rows_at(share, weights, [t - sum(totals[: share.comm.rank]) for t in targets])
-        tests = [draw(w, seed, num_labels, j, 1) for j, (_, w) in enumerate(found, start=drawn)]
-        kept = accept(candidates, [w for _, w in found], tests, num_labels - len(places))
-        if not places:
-            weights[weights > 0] = _FAR
-        drawn += num
-        places += [found[i][0] for i in kept]
-        parts.append(candidates[kept])
-        _lower(share, weights, parts[-1])
-    return torch.cat(parts)
-
-
-def _rows_at(share: Share, weights: Tensor, targets: list[int]) -> tuple[list[tuple[int, int]], Tensor]:
-    """(place among all rows, weight) and grid row (m, D) of each target, counted from the start of this rank's weights.
-
-    A target falls on the row at which the running sum of weights passes it; the rank that has it tells the others.
-    """
-    ends = weights.cumsum(0)
-    own = [i for i, t in enumerate(targets) if len(ends) and 0 <= t < int(ends[-1])]
-    found = torch.zeros(len(targets), 2, dtype=torch.int64)
-    rows = torch.zeros(len(targets), share.dim)
-    if own:
-        positions = torch.searchsorted(ends, torch.tensor([targets[i] for i in own]), right=True)
-        found[own] = torch.stack([positions + share.first, weights[positions]], 1)
-        rows[own] = share.rows.take(positions)
-    table = share.total(found)
-    return [(int(place), int(w)) for place, w in table.tolist()], share.total(rows).to(share.device)
-
-
-def _lower(share: Share, weights: Tensor, centroids: Tensor) -> None:
-    """Lowers the rows' weights, in place, to their squared distance from the nearest of the new centroids."""
-    prepared = Centroids.of(centroids)
-    for positions, x in share.blocks():
-        squares = to_inertia(assign(x, prepared, nearest).squares).cpu()
-        weights[positions] = torch.minimum(weights[positions], squares)
-
-
-def _lowest_rows_left(share: Share, places: list[int], num: int) -> Tensor:
-    """The lowest good rows of all ranks that were not chosen, (num, D)."""
-    left = torch.zeros(len(share.rows), dtype=torch.bool)
-    for positions, _ in share.blocks():
-        left[positions] = True
-    last = share.first + len(left)
-    left[[p - share.first for p in places if share.first <= p < last]] = False
-    before = sum(int(n) for n in share.gather(left.sum()[None])[: share.comm.rank])  # left on lower ranks
-    positions = left.nonzero()[: max(0, num - before), 0]
-    rows = torch.zeros(num, share.dim)
-    if len(positions):
-        rows[before : before + len(positions)] = share.rows.take(positions)
-    return share.total(rows).to(share.device)

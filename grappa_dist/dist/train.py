@@ -47,7 +47,13 @@ class Schedule:
 
 
 def train(
-    context: RankContext, objective: Objective, optimizer: torch.optim.Optimizer, schedule: Schedule, *, folder: Path, job: str
+    context: RankContext,
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    schedule: Schedule,
+    *,
+    folder: Path,
+    job: str,
 ) -> bool:
     """Trains from the newest checkpoint in `folder` to the end; False when it was asked to stop and saved its state.
 

@@ -48,7 +48,7 @@ class RankContext:
 
 
 class Worker:
-    """One process with its share of CPUs and perhaps a GPU. Becomes a Ray actor; status and stop answer while it works."""
+    """One process with its share of CPUs and perhaps a GPU: a Ray actor that answers status and stop while it works."""
 
     def __init__(self, threads: int, gpus: float) -> None:
         self._threads, self._gpus = threads, gpus
@@ -202,7 +202,9 @@ class Cluster:
             check_answers(os.environ["RAY_ADDRESS"])
             ray.init(address=os.environ["RAY_ADDRESS"], runtime_env=environment, **quiet)
             return
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # or Ray writes a token that later clusters of this user want
+        os.environ.setdefault(
+            "RAY_AUTH_MODE", "disabled"
+        )  # or Ray writes a token that later clusters of this user want
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         os.environ["PYTHONPATH"] = paths
         self.owned = Path(tempfile.mkdtemp(prefix="grappa-", dir="/tmp"))  # short: sockets live in it

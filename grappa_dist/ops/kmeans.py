@@ -5,7 +5,7 @@ not an outcome of rounding. A float32 search proposes a few centroids per row; w
 one of them possible, exact scores decide, and ties go to the lowest index. Sums over rows are int64, so they may be
 added in any order.
 
-Shapes: P rows of one block, K centroids, D dimensions, t proposals per row, m candidate rows of one seeding round.
+Shapes: P rows of one block, K centroids, D dimensions, t proposals per row.
 """
 
 from __future__ import annotations
@@ -20,18 +20,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grappa_dist.ops.exact import GRID, exact_dot, exact_square, to_grid
+from grappa_dist.ops.exact import GRID, cached_rows, exact_dot, exact_square, to_grid
 
 NORM_LIMIT = 1 + 2**-7
 """Rows are unit rows, give or take this much: the integers below are sized for it."""
 
-INERTIA_UNIT = 2.0**-27
-"""Unit of summed squared distances: each is at most 4 * NORM_LIMIT**2, so 2**33 rows stay below 2**63."""
-
-_INERTIA_SHIFT = 21  # from units of 2**-48 to units of 2**-27
+_LOW, _LOW_BITS = 24, 2**24 - 1  # where a sum of squares is cut in two
+_LIMB = 20  # bits of a sum that fit beside a 24-bit factor and 2**19 dimensions
 _PROPOSALS = 4
 _TILE = 2**23  # elements of the largest float64 table made at once
-_CACHE = 2**17  # elements of a float64 table that stays in a core's cache: three times the speed of a large one
 
 Search = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 """(rows, targets, t) -> float32 values (P, t), best first, and target indices (P, t)."""
@@ -128,7 +125,7 @@ def assign(x: Tensor, centroids: Centroids, search: Search = nearest_in_floats) 
             labels[rows[won]], scores[rows[won]] = rivals[won], rival_scores[won]
     rows = cut.nonzero()[:, 0]
     if len(rows):
-        labels[rows], scores[rows] = _best_of_all(x[rows], centroids)
+        labels[rows], scores[rows] = best_of_all(x[rows], centroids)
     undecided = int(possible[:, 1].sum()) if t > 1 else 0
     return Assignment(labels, (squares - scores).long(), undecided)
 
@@ -140,7 +137,7 @@ def _scores(x: Tensor, centroids: Centroids, labels: Tensor) -> Tensor:
 
 def pair_dots(x: Tensor, y: Tensor, columns: Tensor) -> Tensor:
     """Exact dot products of each grid row x[i] with y[columns[i]], (P,) float64 integers, in units of 2**-48."""
-    size = max(1, (_TILE if x.is_cuda else _CACHE) // x.shape[1])
+    size = cached_rows(x)
     parts = [
         rows.double().mul_(y[some]).sum(1)
         for rows, some in zip(torch.split(x, size), torch.split(columns, size), strict=True)
@@ -148,7 +145,7 @@ def pair_dots(x: Tensor, y: Tensor, columns: Tensor) -> Tensor:
     return torch.cat(parts).mul_(GRID**2)
 
 
-def _best_of_all(x: Tensor, centroids: Centroids) -> tuple[Tensor, Tensor]:
+def best_of_all(x: Tensor, centroids: Centroids) -> tuple[Tensor, Tensor]:
     """Best centroid per row by exact scores with all of them, (P,), and the scores, (P,) float64."""
     columns = max(1, min(len(centroids.values), _TILE // x.shape[1]))
     labels = torch.zeros(len(x), dtype=torch.int64, device=x.device)
@@ -163,43 +160,66 @@ def _best_of_all(x: Tensor, centroids: Centroids) -> tuple[Tensor, Tensor]:
     return labels, scores
 
 
-def to_inertia(squares: Tensor) -> Tensor:
-    """Squared distances from units of 2**-48 to units of 2**-27, rounded up so that only equal rows are at 0."""
-    return -((-squares) >> _INERTIA_SHIFT)
-
-
 @dataclass(frozen=True)
 class Stats:
-    """What some rows say about the centroids; adds up over rows."""
+    """What some rows say about the centroids; adds up over rows, and rows may be taken away again."""
 
     counts: Tensor  # (K,) int64
     sums: Tensor  # (K, D) int64, in units of 2**-24: 2**38 unit rows fit
-    spreads: Tensor  # (K,) int64, squared distances to the centroid, in units of 2**-27
+    squares: Tensor  # (2, K) int64, sum of |x|^2 in units of 2**-48: low 24 bits of the rows' values, and the rest
 
     @staticmethod
     def zeros(num_labels: int, dim: int, device: torch.device | str = "cpu") -> Stats:
-        shapes = ((num_labels,), (num_labels, dim), (num_labels,))
+        shapes = ((num_labels,), (num_labels, dim), (2, num_labels))
         return Stats(*(torch.zeros(shape, dtype=torch.int64, device=device) for shape in shapes))
 
-    def add_(self, x: Tensor, assignment: Assignment) -> None:
-        """Adds a block of grid rows in place: a second (K, D) table per block would cost more than the rows."""
-        self.counts.add_(torch.bincount(assignment.labels, minlength=len(self.counts)))
-        self.sums.index_add_(0, assignment.labels, (x * GRID).long())
-        self.spreads.index_add_(0, assignment.labels, to_inertia(assignment.squares))
-
     @property
-    def inertia(self) -> int:
-        return int(self.spreads.sum())
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.counts, self.sums, self.squares
+
+    def add_(self, x: Tensor, squares: Tensor, labels: Tensor, sign: int = 1) -> None:
+        """Adds grid rows with their exact squared norms in place, or takes them away with sign -1."""
+        squares = squares.long()
+        self.counts.add_(torch.bincount(labels, minlength=len(self.counts)), alpha=sign)
+        self.sums.index_add_(0, labels, (x * GRID).long(), alpha=sign)
+        self.squares[0].index_add_(0, labels, squares & _LOW_BITS, alpha=sign)
+        self.squares[1].index_add_(0, labels, squares >> _LOW, alpha=sign)
+
+    def spreads(self, centroids: Centroids) -> list[int]:
+        """Per cluster the summed squared distances of its rows to its centroid, exact, in units of 2**-48.
+
+        sum |x - c|^2 = sum |x|^2 - 2 c . sum x + n |c|^2: no row is read again. The products exceed 64 bits, so the
+        sums are taken apart into three limbs and put together as Python integers.
+        """
+        dots = [[0] * len(self.counts) for _ in range(3)]
+        for rows in torch.split(torch.arange(len(self.counts)), max(1, _TILE // self.sums.shape[1])):
+            c, sums = (centroids.values[rows].double() * GRID).long(), self.sums[rows]
+            for limb in range(3):
+                part = sums >> (_LIMB * limb) if limb == 2 else sums >> (_LIMB * limb) & (2**_LIMB - 1)
+                dots[limb][int(rows[0]) : int(rows[-1]) + 1] = (c * part).sum(1).tolist()
+        low, rest = self.squares.tolist()
+        own = centroids.squares.long().tolist()
+        return [
+            (b << _LOW) + a - 2 * (d0 + (d1 << _LIMB) + (d2 << 2 * _LIMB)) + n * s
+            for a, b, d0, d1, d2, n, s in zip(low, rest, *dots, self.counts.tolist(), own, strict=True)
+        ]
 
 
-def finish(centroids: Tensor, stats: Stats, step: int, *, spherical: bool = False) -> tuple[Tensor, int]:
-    """New grid centroids, (K, D), and how many empty clusters were given a part of another one."""
+def finish(
+    centroids: Tensor, stats: Stats, spreads: Sequence[int], step: int, *, spherical: bool = False
+) -> tuple[Tensor, int]:
+    """New grid centroids, (K, D), and how many empty clusters were given a part of another one.
+
+    Args:
+        spreads: of `stats` around `centroids`.
+        step: number of the update, from which the repair of empty clusters draws.
+    """
     counts = stats.counts.clamp(min=1)[:, None]
     means = torch.div(2 * stats.sums + counts, 2 * counts, rounding_mode="floor")  # nearest grid point, halves upwards
     new = torch.where(stats.counts[:, None] > 0, to_grid(means.double() / GRID), centroids)
     if spherical:
         new = _normalise(new)
-    repaired = _split_largest(new, stats, step)
+    repaired = _split_largest(new, stats.counts.tolist(), spreads, step)
     return (_normalise(new) if spherical and repaired else new), repaired
 
 
@@ -209,14 +229,13 @@ def _normalise(c: Tensor) -> Tensor:
     return torch.where(norms > 0, to_grid(c.double() / norms.clamp(min=1 / GRID)), c)
 
 
-def _split_largest(new: Tensor, stats: Stats, step: int) -> int:
+def _split_largest(new: Tensor, counts: Sequence[int], spreads: Sequence[int], step: int) -> int:
     """Moves each empty centroid, in place, next to that of the largest cluster that still has unequal rows.
 
     The large cluster keeps its mean, so inertia cannot rise. The offset points in a direction drawn from (step, label)
     and is small against the spread, so about half of the rows prefer the moved centroid; the largest counts as half
     from then on.
     """
-    counts, spreads = stats.counts.tolist(), stats.spreads.tolist()
     largest = [(-n, label) for label, n in enumerate(counts) if n > 1 and spreads[label] > 0]
     heapq.heapify(largest)
     repaired, dim = 0, new.shape[1]
@@ -224,7 +243,7 @@ def _split_largest(new: Tensor, stats: Stats, step: int) -> int:
         if not largest:
             break
         size, source = largest[0]
-        root_mean_square = math.sqrt(spreads[source] * INERTIA_UNIT / counts[source])
+        root_mean_square = math.sqrt(spreads[source] / counts[source]) / GRID
         length = max(1, round(root_mean_square * GRID / (4 * dim))) / GRID
         bits = np.unpackbits(
             np.frombuffer(hashlib.shake_256(f"{step}/{empty}".encode()).digest(dim // 8 + 1), np.uint8)
@@ -237,33 +256,3 @@ def _split_largest(new: Tensor, stats: Stats, step: int) -> int:
         else:
             heapq.heappop(largest)
     return repaired
-
-
-def draw(limit: int, *key: int) -> int:
-    """An integer in [0, limit), a function of the key alone: no generator, so no state and no library version."""
-    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=24).digest()
-    return int.from_bytes(digest, "big") % limit
-
-
-def accept(rows: Tensor, weights: Sequence[int], draws: Sequence[int], at_most: int) -> list[int]:
-    """Which of m candidates become centroids, as ascending positions, so that their law is that of k-means++.
-
-    Candidates were drawn in proportion to their squared distances `weights` before this round. Taken in order, each is
-    kept with probability (distance by now) / (distance then), so the kept one follows the distances by now, as if the
-    distances of all rows had been updated after every single choice.
-
-    Args:
-        draws: for each candidate an integer drawn from [0, weight).
-        at_most: no more are accepted than this.
-    """
-    squares = exact_square(rows)
-    between = to_inertia((squares[:, None] + squares - 2 * exact_dot(rows, rows)).long()).cpu().numpy()  # (m, m)
-    now = np.asarray(weights, dtype=np.int64)
-    accepted: list[int] = []
-    for i, drawn in enumerate(draws):
-        if len(accepted) == at_most:
-            break
-        if drawn < int(now[i]):
-            accepted.append(i)
-            now = np.minimum(now, between[i])
-    return accepted

@@ -5,9 +5,12 @@ from __future__ import annotations
 from grappa_dist.report.content import (
     BadRow,
     Clustering,
+    ClusterSample,
+    ContactSheet,
     Gallery,
     Hit,
     LabelFree,
+    Nesting,
     ReportContent,
     ScoreRow,
     size_histogram,
@@ -17,10 +20,13 @@ from grappa_dist.report.tables import console_table
 
 __all__ = [
     "BadRow",
+    "ClusterSample",
     "Clustering",
+    "ContactSheet",
     "Gallery",
     "Hit",
     "LabelFree",
+    "Nesting",
     "ReportContent",
     "ScoreRow",
     "console_table",

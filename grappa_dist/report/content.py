@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,6 +77,36 @@ class Clustering:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Nesting:
+    """How nested the partition of `fine` clusters is in that of `coarse` ones; shares of rows."""
+
+    coarse: int
+    fine: int
+    nestedness: float  # rows whose coarse cluster is the majority one of their fine cluster
+    chance: float  # the same when coarse labels are permuted over rows
+    rows: int  # that it was computed on
+    of: int  # rows that there are
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterSample:
+    """A cluster with some of its images."""
+
+    pick: Literal["largest", "median", "drawn"]  # why this one
+    label: int
+    size: int
+    images: list[bytes]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContactSheet:
+    """Sample clusters of one partition."""
+
+    k: int
+    clusters: list[ClusterSample]
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReportContent:
     """All that the page shows."""
 
@@ -87,6 +117,8 @@ class ReportContent:
     entropy: dict[str, list[float]] = field(default_factory=dict)  # fusion: (L,) mean entropy / log N, 1 = uniform
     sets: list[str] = field(default_factory=list)  # the N adaptor sets, "k=64", ...
     clusterings: list[Clustering] = field(default_factory=list)
+    nestings: list[Nesting] = field(default_factory=list)  # of consecutive K; [] with one K
+    sheets: list[ContactSheet] = field(default_factory=list)
     curves: dict[str, list[dict[str, float]]] = field(default_factory=dict)  # job: [{"step", "loss", ...}]
     galleries: list[Gallery] = field(default_factory=list)
     bad_rows: list[BadRow] = field(default_factory=list)

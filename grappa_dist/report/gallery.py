@@ -12,7 +12,7 @@ from grappa_dist.report.scores import ordered
 MOST_GALLERIES = 96  # in the page
 MOST_HITS = 5  # of a model
 MOST_MODELS = 16  # of a query
-MOST_BYTES = 48 * 2**20  # of images, all together
+MOST_BYTES = 48 * 2**20  # of images in the page, all together
 _MAGIC = {b"\xff\xd8\xff": "jpeg", b"\x89PNG": "png", b"GIF8": "gif"}
 
 
@@ -55,13 +55,13 @@ def _format(image: bytes) -> str | None:
     return next((name for magic, name in _MAGIC.items() if image.startswith(magic)), None)
 
 
-def galleries(items: Sequence[Gallery]) -> str:
+def galleries(items: Sequence[Gallery], images: Images) -> str:
     """All galleries as markup: one fold a task, the first one open."""
     by_task: dict[str | None, list[Gallery]] = {}
     for item in items:
         by_task.setdefault(item.task, []).append(item)
     share = max(1, MOST_GALLERIES // len(by_task))
-    images, folds, shown = Images(), [], 0
+    folds, shown = [], 0
     for place, (task, group) in enumerate(list(by_task.items())[:MOST_GALLERIES]):
         cards = "".join(_card(images, item) for item in group[:share])
         shown += len(group[:share])
@@ -73,7 +73,7 @@ def galleries(items: Sequence[Gallery]) -> str:
         )
     left = len(items) - shown
     rest = f'<p class="note">{plural(left, "more query", "more queries")} left out.</p>' if left else ""
-    return images.definitions() + "".join(folds) + rest
+    return "".join(folds) + rest
 
 
 def _card(images: Images, item: Gallery) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from grappa_dist.report.attention import attention_section
 from grappa_dist.report.content import ReportContent, ScoreRow
+from grappa_dist.report.gallery import Images
 from grappa_dist.report.headline import headline_section
 from grappa_dist.report.markup import text
 from grappa_dist.report.sections import (
@@ -50,11 +51,12 @@ def _json_row(row: ScoreRow) -> dict[str, str | int | float | None]:
 
 def page(content: ReportContent) -> str:
     """The whole page as HTML."""
+    images = Images()  # one store, so that an image that several sections show is in the page once
     sections = [
         ("scores", "Retrieval scores", headline_section(content)),
-        ("galleries", "Galleries", gallery_section(content)),
+        ("galleries", "Galleries", gallery_section(content, images)),
         ("attention", "Attention", attention_section(content)),
-        ("clusterings", "Clusterings", clustering_section(content)),
+        ("clusterings", "Clusterings", clustering_section(content, images)),
         ("training", "Training", curve_section(content)),
         ("label-free", "Without labels", label_free_section(content)),
         ("bad-images", "Bad images", bad_section(content)),
@@ -76,5 +78,5 @@ def page(content: ReportContent) -> str:
         f"<title>{title}</title><style>{STYLE}</style></head><body>"
         f"<header>{MARK}<div><h1>{title}</h1>"
         "<p>One image-search model for many tasks, adapted without labels.</p></div></header>"
-        f'<nav aria-label="Sections">{links}</nav><main>{aside}{body}</main></body></html>\n'
+        f'<nav aria-label="Sections">{links}</nav><main>{aside}{body}{images.definitions()}</main></body></html>\n'
     )

@@ -6,8 +6,9 @@ import math
 from collections import Counter
 
 from grappa_dist.report.content import Clustering, LabelFree, ReportContent
-from grappa_dist.report.gallery import galleries
+from grappa_dist.report.gallery import Images, galleries
 from grappa_dist.report.markup import absent, number, percent, plural, table, text
+from grappa_dist.report.partitions import contact_sheets, nesting_table
 from grappa_dist.report.plots import COLOURS, Axes, Series, bar_chart, grid, line_chart
 from grappa_dist.report.scores import ordered
 
@@ -19,7 +20,7 @@ _CLOCKS = {"step", "epoch", "time_s", "seconds"}  # keys of a curve that only sa
 _NAMES = {"loss": "Loss", "accuracy": "Accuracy", "lr": "Learning rate", "images_per_s": "Images per second"}
 
 
-def gallery_section(content: ReportContent) -> str:
+def gallery_section(content: ReportContent, images: Images) -> str:
     if not content.galleries:
         return ""
     judged = any(hit.correct is not None for g in content.galleries for hits in g.results.values() for hit in hits)
@@ -29,18 +30,20 @@ def gallery_section(content: ReportContent) -> str:
         else "The collection has no labels, so nothing is marked as right or wrong."
     )
     lead = f"Each model's nearest images, best first, with their cosine similarity to the query. {marks}"
-    return f'<p class="lead">{lead}</p>' + galleries(content.galleries)
+    return f'<p class="lead">{lead}</p>' + galleries(content.galleries, images)
 
 
-def clustering_section(content: ReportContent) -> str:
+def clustering_section(content: ReportContent, images: Images) -> str:
+    agreement = nesting_table(content) + contact_sheets(content, images)
     if not content.clusterings:
-        return ""
+        return agreement
     items = sorted(content.clusterings, key=lambda c: c.k)
     lead = (
         '<p class="lead">k-means groups the frozen backbone\'s features into K clusters; the cluster of an image is '
         "its pseudo-label. A small K is a coarse view of the collection, a large one tells near-duplicates apart.</p>"
     )
-    return lead + grid([_inertia(items), _size_lines(items)]) + _cluster_table(items) + _size_charts(items)
+    charts = grid([_inertia(items), _size_lines(items)])
+    return lead + charts + _cluster_table(items) + _size_charts(items) + agreement
 
 
 def _inertia(items: list[Clustering]) -> str:

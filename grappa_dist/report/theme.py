@@ -154,6 +154,11 @@ gap:12px 24px}
 .hit i{position:absolute;top:-5px;right:-5px;width:17px;height:17px;border-radius:50%;
 font:700 11px/17px system-ui,sans-serif;color:var(--on);background:var(--right)}
 .hit.wrong i{background:var(--wrong)}
+.strips{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,440px),1fr));gap:14px 26px}
+.strip p{margin:0 0 5px;font-size:13px;font-weight:600}
+.strip small{font-weight:400;color:var(--muted);margin-left:.5em}
+.shots{display:grid;grid-template-columns:repeat(6,1fr);gap:7px}
+.shots .tile{box-shadow:0 0 0 1px var(--rule)}
 """
 
 _SMALL = """

@@ -19,6 +19,7 @@ from grappa_dist.artifacts import Artifact, RowArrays, Store, write_json
 from grappa_dist.config import EmbedConfig
 from grappa_dist.data.loader import load_or_skip, read_batches
 from grappa_dist.data.shards import ImageShards, Shard
+from grappa_dist.ops.exact import to_grid
 from grappa_dist.stages.modelling import ModelSpec, backbone_settings, built, pixels_of, preprocess_of
 from grappa_dist.stages.run import Run
 
@@ -109,7 +110,7 @@ def embed_rows(
         padded[: len(pixels)] = pixels
         with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
             z = model(to_images(padded, device)).float()[: len(pixels)]
-        unit = F.normalize(z, dim=1)
+        unit = to_grid(F.normalize(z, dim=1))  # what is stored is what k-means and k-NN compare, bit for bit
         part = rows[start : start + len(pixels)]
         unit[[i for i, row in enumerate(part.tolist()) if row in reasons]] = 0
         yield slice(start, start + len(pixels)), unit.cpu().numpy(), reasons

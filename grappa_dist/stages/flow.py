@@ -18,6 +18,7 @@ class Flow:
     test: ImageShards  # the training images where there are no others
     features: tuple[Artifact, ...]  # of the training images, by the frozen backbone
     labels: Mapping[int, Artifact]  # by K
+    partitions: Artifact  # how these labels agree, and samples of their clusters
     adaptors: Mapping[int, Artifact]
     fusions: Mapping[str, Artifact]  # by variant, without the average, which is not trained
     models: Mapping[str, ModelSpec]  # all that are evaluated, by their name in the table

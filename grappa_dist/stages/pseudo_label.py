@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
-from grappa_dist.artifacts import Artifact, RowArrays, Store, write_json
+from grappa_dist.artifacts import Artifact, RowArrays, Store, replacing, write_json
 from grappa_dist.config import ClusteringConfig
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.dist.jobs import Job
 from grappa_dist.dist.search import Rows
-from grappa_dist.dist.sharded_kmeans import KMeansResult, sharded_kmeans
+from grappa_dist.dist.sharded_kmeans import KMeansResult, Progress, kmeans
+from grappa_dist.dist.share import Share, join_rows
 from grappa_dist.dist.workers import RankContext
 from grappa_dist.report.content import size_histogram
 from grappa_dist.stages.run import Run
 
-STATS_FILE, CENTROIDS_FILE = "stats.json", "centroids.npy"
+STATS_FILE, CENTROIDS_FILE, PROGRESS_FILE = "stats.json", "centroids.npy", "progress.safetensors"
 LADDER_SETS = 8
 
 
@@ -84,35 +89,66 @@ def label_ranks(context: RankContext, job: LabelJob) -> None:
         [_good(job, i) for i in shards],
         [job.shard_names[i] for i in shards],
     )
+    share = join_rows(comm, rows, device=context.device)
     for number, (k, artifact) in enumerate(job.labels.items()):
         if artifact.complete:  # a restart finds the K that were done
             continue
-
-        def show(iteration: int, inertia: float, k: int = k, number: int = number) -> None:
-            phase = f"K={k} ({number + 1}/{len(job.labels)}) iteration {iteration}, inertia {inertia:.1f}"
-            context.report({"phase": phase})
-            context.raise_if_stopping()
-
-        context.report({"phase": f"K={k} ({number + 1}/{len(job.labels)}) initialisation"})
-        result = sharded_kmeans(
-            comm,
-            rows,
-            k,
-            iterations=job.clustering.iterations,
-            seed=job.seed,
-            spherical=job.clustering.spherical,
-            tolerance=job.clustering.tolerance,
-            on_iteration=show,
-            device=context.device,
-        )
+        name = f"K={k} ({number + 1}/{len(job.labels)})"
+        context.report({"phase": f"{name} initialisation"})
+        result = _cluster(context, job, share, artifact, name)
         folder = artifact.begin()
         for shard, labels in zip(shards, result.labels, strict=True):
             np.save(folder / rows_file(shard), labels)
         comm.barrier()
         if comm.rank == 0:
             _save(folder, k, result)
+            (folder / PROGRESS_FILE).unlink(missing_ok=True)
             artifact.commit()
         comm.barrier()
+
+
+def _cluster(context: RankContext, job: LabelJob, share: Share, artifact: Artifact, name: str) -> KMeansResult:
+    """One k-means, from its last saved update if there is one; rank 0 saves every update."""
+    path = artifact.begin() / PROGRESS_FILE
+    progress = _load_progress(path)
+    agreed = {int(n) for n in share.gather(torch.tensor([len(progress.inertia) if progress else -1]))}
+    if len(agreed) > 1:
+        raise RuntimeError(f"{path}: ranks found it after {sorted(agreed)} updates")
+
+    def show(iteration: int, inertia: float) -> None:
+        context.report({"phase": f"{name} iteration {iteration}, inertia {inertia:.1f}"})
+        context.raise_if_stopping()
+
+    def save(progress: Progress) -> None:
+        if context.comm.rank == 0:
+            _save_progress(path, progress)
+
+    how = job.clustering
+    return kmeans(
+        share,
+        artifact.settings["num_labels"],
+        iterations=how.iterations,
+        seed=job.seed,
+        spherical=how.spherical,
+        tolerance=how.tolerance,
+        on_iteration=show,
+        resume=progress,
+        on_update=save,
+    )
+
+
+def _save_progress(path: Path, progress: Progress) -> None:
+    figures = {"inertia": json.dumps(progress.inertia), "repaired": str(progress.repaired)}
+    with replacing(path) as temporary:
+        save_file({"centroids": progress.centroids}, temporary, figures)
+
+
+def _load_progress(path: Path) -> Progress | None:
+    if not path.exists():
+        return None
+    with safe_open(path, "np") as file:
+        figures = file.metadata()
+        return Progress(file.get_tensor("centroids"), tuple(json.loads(figures["inertia"])), int(figures["repaired"]))
 
 
 def own_shards(starts: Sequence[int], rank: int, size: int) -> range:
@@ -153,5 +189,6 @@ def _save(folder: Path, k: int, result: KMeansResult) -> None:
         "empty_left": result.empty_left,
         "singletons_share": float((counts == 1).mean()),
         "exact_share": result.exact_share,
+        "searched_share": result.searched_share,
     }
     write_json(folder / STATS_FILE, stats)

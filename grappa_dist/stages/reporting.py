@@ -16,11 +16,21 @@ from grappa_dist.config import Config
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.data.transforms import decode
 from grappa_dist.observe import duration, read_events
-from grappa_dist.report import Clustering, Gallery, Hit, ReportContent, write_report
+from grappa_dist.report import (
+    Clustering,
+    ClusterSample,
+    ContactSheet,
+    Gallery,
+    Hit,
+    Nesting,
+    ReportContent,
+    write_report,
+)
 from grappa_dist.report.content import BadRow, LabelFree, ScoreRow
 from grappa_dist.stages.embed import bad_reasons
 from grappa_dist.stages.evaluate import INSIGHT_FILE, SCORES_FILE, Truth, load_truth
 from grappa_dist.stages.flow import Flow
+from grappa_dist.stages.partitions import PARTITIONS_FILE
 from grappa_dist.stages.pseudo_label import STATS_FILE
 from grappa_dist.stages.run import Run
 
@@ -74,6 +84,7 @@ def _score_row(model: str, row: Mapping[str, Any]) -> ScoreRow:
 
 def _content(run: Run, flow: Flow, rows: list[ScoreRow]) -> ReportContent:
     insights = {m: json.loads((a.path / INSIGHT_FILE).read_text()) for m, a in flow.insights.items()}
+    partitions = json.loads((flow.partitions.path / PARTITIONS_FILE).read_text())
     return ReportContent(
         title=run.config.name,
         rows=rows,
@@ -82,6 +93,8 @@ def _content(run: Run, flow: Flow, rows: list[ScoreRow]) -> ReportContent:
         entropy={m: i["entropy"] for m, i in insights.items() if "entropy" in i},
         sets=[f"k={k}" for k in flow.adaptors],
         clusterings=[Clustering(**json.loads((a.path / STATS_FILE).read_text())) for a in flow.labels.values()],
+        nestings=[Nesting(**nesting) for nesting in partitions["nestings"]],
+        sheets=[ContactSheet(k=s["k"], clusters=_samples(flow.train, s["clusters"])) for s in partitions["sheets"]],
         curves={a.kind.split("/")[1]: _curve(a) for a in [*flow.adaptors.values(), *flow.fusions.values()]},
         galleries=list(_galleries(flow, insights)),
         bad_rows=[*_bad(flow.train, flow.features), *_bad_test(flow)],
@@ -145,6 +158,15 @@ def _galleries(flow: Flow, insights: Mapping[str, Any]) -> Iterator[Gallery]:
 def _hit(images: ImageShards, truth: Truth, label: int, hit: Mapping[str, Any]) -> Hit:
     correct = None if label < 0 else bool(truth.labels[hit["row"]] == label)
     return Hit(image=_thumbnail(images, hit["row"]), score=hit["score"], correct=correct)
+
+
+def _samples(images: ImageShards, clusters: Sequence[Mapping[str, Any]]) -> list[ClusterSample]:
+    return [
+        ClusterSample(
+            pick=c["pick"], label=c["label"], size=c["size"], images=[_thumbnail(images, row) for row in c["rows"]]
+        )
+        for c in clusters
+    ]
 
 
 def _thumbnail(images: ImageShards, row: int) -> bytes:

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -9,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from grappa_dist.ops import kmeans
-from grappa_dist.ops.exact import GRID, to_grid
-from grappa_dist.ops.kmeans import Centroids, Stats, accept, assign, draw, finish, float_error, nearest_in_floats
+from grappa_dist.ops.exact import GRID, exact_square, to_grid
+from grappa_dist.ops.kmeans import Centroids, Stats, assign, finish, float_error, nearest_in_floats
 
 
 def unit_rows(num: int, dim: int, seed: int = 0) -> Tensor:
@@ -27,8 +25,12 @@ def squares_in_integers(x: Tensor, c: Tensor) -> np.ndarray:
 
 def stats_of(x: Tensor, c: Tensor) -> Stats:
     stats = Stats.zeros(len(c), c.shape[1])
-    stats.add_(x, assign(x, Centroids.of(c)))
+    stats.add_(x, exact_square(x), assign(x, Centroids.of(c)).labels)
     return stats
+
+
+def finished(c: Tensor, stats: Stats, step: int = 0, *, spherical: bool = False) -> tuple[Tensor, int]:
+    return finish(c, stats, stats.spreads(Centroids.of(c)), step, spherical=spherical)
 
 
 def near_ties(dim: int) -> tuple[Tensor, Tensor]:
@@ -109,29 +111,53 @@ def test_stats_add_in_any_order_and_to_the_sums_of_python() -> None:
     x, c = unit_rows(30, 5), unit_rows(4, 5, seed=1)
     whole, parts = stats_of(x, c), Stats.zeros(4, 5)
     for block in reversed(torch.split(x, 7)):
-        parts.add_(block, assign(block, Centroids.of(c)))
-    assert torch.equal(parts.sums, whole.sums)
-    assert torch.equal(parts.spreads, whole.spreads)
+        parts.add_(block, exact_square(block), assign(block, Centroids.of(c)).labels)
+    assert all(torch.equal(a, b) for a, b in zip(parts.tensors, whole.tensors, strict=True))
     labels = squares_in_integers(x, c).argmin(1)
     assert whole.sums.tolist() == [integers(x)[labels == k].sum(0).tolist() for k in range(4)]
-    assert whole.inertia == sum(math.ceil(d / 2**21) for d in squares_in_integers(x, c).min(1).tolist())
+
+
+def test_rows_taken_away_again_leave_no_trace() -> None:
+    x, c = unit_rows(30, 5), unit_rows(4, 5, seed=1)
+    stats = stats_of(x, c)
+    gone = x[:11]
+    stats.add_(gone, exact_square(gone), assign(gone, Centroids.of(c)).labels, sign=-1)
+    assert all(torch.equal(a, b) for a, b in zip(stats.tensors, stats_of(x[11:], c).tensors, strict=True))
+
+
+@pytest.mark.parametrize("dim", [1, 5, 192, 2048])
+def test_spreads_from_sums_are_those_of_integer_arithmetic_over_rows(dim: int) -> None:
+    x, c = unit_rows(60, dim), unit_rows(7, dim, seed=1)
+    squares = squares_in_integers(x, c)
+    labels = squares.argmin(1)
+    expected = [sum(squares[labels == k, k].tolist()) for k in range(7)]
+    assert stats_of(x, c).spreads(Centroids.of(c)) == expected
+
+
+def test_spreads_hold_where_64_bits_would_not() -> None:
+    row = to_grid(torch.tensor([[0.6, -0.8]]))
+    stats, num = stats_of(row, row), 2**33
+    many = Stats(*(t * num for t in stats.tensors))
+    other = to_grid(torch.tensor([[-0.6, 0.8]]))
+    assert many.spreads(Centroids.of(row)) == [0]
+    assert many.spreads(Centroids.of(other)) == [num * int(squares_in_integers(row, other)[0, 0])]
 
 
 def test_means_are_the_nearest_grid_points_and_halves_go_up() -> None:
-    stats = Stats(torch.tensor([2, 2, 3]), torch.tensor([[3], [-3], [-4]]), torch.zeros(3, dtype=torch.int64))
-    means, repaired = finish(torch.zeros(3, 1), stats, 0)
+    stats = Stats(torch.tensor([2, 2, 3]), torch.tensor([[3], [-3], [-4]]), torch.zeros(2, 3, dtype=torch.int64))
+    means, repaired = finish(torch.zeros(3, 1), stats, [0, 0, 0], 0)
     assert integers(means).tolist() == [[2], [-1], [-1]]
     assert repaired == 0
 
 
 def test_a_mean_of_equal_rows_is_that_row() -> None:
     row = unit_rows(1, 192)
-    assert torch.equal(finish(row, stats_of(row.repeat(7, 1), row), 0)[0], row)
+    assert torch.equal(finished(row, stats_of(row.repeat(7, 1), row))[0], row)
 
 
 def test_spherical_means_are_unit_rows_on_the_grid() -> None:
     x, c = unit_rows(40, 12), unit_rows(3, 12, seed=1)
-    means, _ = finish(c, stats_of(x, c), 0, spherical=True)
+    means, _ = finished(c, stats_of(x, c), spherical=True)
     assert torch.equal(means, to_grid(means))
     assert torch.allclose(means.double().norm(dim=1), torch.ones(3, dtype=torch.float64), atol=1e-6)
 
@@ -141,57 +167,23 @@ def test_an_empty_cluster_takes_rows_of_the_largest_that_has_unequal_ones() -> N
     counts = torch.tensor([12, 20, 0, 0])
     sums = torch.stack([torch.from_numpy(integers(r)).sum(0) for r in (spread, equal, spread[:0], spread[:0])])
     centroids = torch.cat([to_grid(spread.mean(0, keepdim=True)), equal[:1], torch.zeros(2, 3)])
-    stats = Stats(counts, sums, torch.tensor([2**27, 0, 0, 0]))
-    new, repaired = finish(centroids, stats, step=3)
+    stats, spreads = Stats(counts, sums, torch.zeros(2, 4, dtype=torch.int64)), [2**48, 0, 0, 0]
+    new, repaired = finish(centroids, stats, spreads, step=3)
     assert repaired == 2
-    assert torch.equal(new[:2], finish(centroids, Stats(counts, sums, stats.spreads * 0), step=3)[0][:2])
+    assert torch.equal(new[:2], finish(centroids, stats, [0] * 4, step=3)[0][:2])
     assert 0 < (new[2] - new[0]).norm() < 0.3
     assert 0 < (new[3] - new[0]).norm() < 0.3
-    shared = stats_of(spread, new)
+    shared, unshared = stats_of(spread, new), stats_of(spread, new[:2])
     assert (shared.counts[[0, 2, 3]] > 0).sum() >= 2
-    assert shared.inertia < stats_of(spread, new[:2]).inertia
-    assert torch.equal(finish(centroids, stats, step=3)[0], new)
-    later = [finish(centroids, stats, step=step)[0] for step in range(4, 9)]
+    assert sum(shared.spreads(Centroids.of(new))) < sum(unshared.spreads(Centroids.of(new[:2])))
+    assert torch.equal(finish(centroids, stats, spreads, step=3)[0], new)
+    later = [finish(centroids, stats, spreads, step=step)[0] for step in range(4, 9)]
     assert not all(torch.equal(other, new) for other in later)  # another step tries another direction
 
 
 def test_clusters_of_equal_rows_are_not_split() -> None:
     row = unit_rows(1, 3)
     c = row.repeat(3, 1)
-    new, repaired = finish(c, stats_of(row.repeat(9, 1), c), 0)
+    new, repaired = finished(c, stats_of(row.repeat(9, 1), c))
     assert repaired == 0
     assert torch.equal(new, c)
-
-
-def test_draws_are_the_same_on_every_machine_and_cover_their_range() -> None:
-    assert [draw(10**18, 0, 64, j) for j in range(3)] == [51017153478879224, 118348137470695837, 749094768012719914]
-    assert {draw(5, 1, 2, j) for j in range(100)} == set(range(5))
-    assert draw(1, 7, 8, 9) == 0
-
-
-def test_accepted_candidates_follow_the_law_of_one_draw_at_a_time() -> None:
-    rows = to_grid(torch.tensor([[0.0], [0.05], [0.4], [0.9], [-0.6]]))
-    squares = (squares_in_integers(rows, rows) // 2**21).tolist()
-    weights = squares[0]  # row 0 is a centroid already
-    wanted: dict[tuple[int, int], float] = {}
-    for a in range(1, 5):
-        now = [min(w, s) for w, s in zip(weights, squares[a], strict=True)]
-        for b in range(5):
-            wanted[a, b] = weights[a] / sum(weights) * now[b] / sum(now)
-    rng, trials = np.random.default_rng(0), 6000
-    found: dict[tuple[int, int], int] = {}
-    for _ in range(trials):
-        drawn = rng.choice(5, size=40, p=np.array(weights) / sum(weights)).tolist()
-        kept = accept(rows[drawn], [weights[i] for i in drawn], [int(rng.integers(weights[i])) for i in drawn], 2)
-        pair = (drawn[kept[0]], drawn[kept[1]])
-        found[pair] = found.get(pair, 0) + 1
-    for pair, p in wanted.items():
-        assert abs(found.get(pair, 0) - trials * p) <= 4 * math.sqrt(trials * p * (1 - p)) + 1
-
-
-def test_a_candidate_is_accepted_once_and_no_more_than_asked() -> None:
-    rows = unit_rows(3, 4)
-    weights = [2**26] * 6
-    assert accept(torch.cat([rows, rows]), weights, [0] * 6, 6) == [0, 1, 2]
-    assert accept(torch.cat([rows, rows]), weights, [0] * 6, 2) == [0, 1]
-    assert accept(rows, weights[:3], [2**26 - 1] * 3, 3)[0] == 0  # the first of a round always is

@@ -12,7 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from grappa_dist.report import BadRow, Clustering, Gallery, Hit, LabelFree, ReportContent, ScoreRow, write_report
+from grappa_dist.report import (
+    BadRow,
+    Clustering,
+    Gallery,
+    Hit,
+    LabelFree,
+    ReportContent,
+    ScoreRow,
+    write_report,
+)
+from tests.report.test_partitions import nesting, sheet
 
 EVIL = "</style><script>alert('x')</script>\"'&\x00\ud800\u202e"
 VOID = {"meta", "wbr"}  # tags of HTML that are never closed; those of SVG close themselves
@@ -54,6 +64,8 @@ def full(word: str = "cars") -> ReportContent:
         entropy={"neighbours": [1.0, 0.72]},
         sets=["k=4", "k=16"],
         clusterings=[clustering(4), clustering(16)],
+        nestings=[nesting(4, 16)],
+        sheets=[sheet(4), sheet(16)],
         curves={f"adapt k=4 {word}": [{"step": i, "loss": 1 / (i + 1), "odd" + word: 1.0} for i in range(5)]},
         galleries=[gallery(word, word, True), gallery("birds", word, False)],
         bad_rows=[BadRow(shard=f"{word}.tar", key=word, reason=word)],
@@ -211,6 +223,7 @@ def test_values_that_are_not_finite_break_nothing(tmp_path: Path) -> None:
         attention={"neighbours": {"all": [[nan, 1.0], [0.0, inf]], "ragged": [[1.0], [0.5, 0.5]], "none": []}},
         entropy={"neighbours": [nan, 0.5], "transforms": [nan]},
         clusterings=[broken, replace(broken, k=5, inertia=[], sizes=[])],
+        nestings=[replace(nesting(4, 5), nestedness=nan, chance=nan)],
         curves={
             "fuse neighbours": [{"step": 0, "loss": nan}, {"step": 1, "loss": 1e300}, {"step": nan, "loss": 5e-324}],
             "adapt k=4": [{"step": 0, "loss": nan}],

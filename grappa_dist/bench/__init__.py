@@ -1,0 +1,1 @@
+"""What launch/bench.py measures: ratios against judges, from one run on one machine."""

@@ -1,0 +1,40 @@
+"""What a measurement ran on, without which its numbers say nothing."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from grappa_dist.dist.judges import faiss_version
+
+
+def machine(threads: int) -> dict[str, str]:
+    """The lines of a header, by name."""
+    load = os.getloadavg()[0]
+    return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "processor": f"{_processor()}, {cores()} cores, load {load:.1f} at the start",
+        "threads": f"{threads} per process",
+        "versions": f"python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}, "
+        f"{faiss_version()}",
+    }
+
+
+def cores() -> int:
+    """Those this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _processor() -> str:
+    path = Path("/proc/cpuinfo")
+    if path.exists():
+        for line in path.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,72 @@
+"""Seconds of wall clock and of CPU, peak memory, and the order in which sides take turns."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+T = TypeVar("T")
+
+CAN_WATCH_MEMORY = sys.platform == "linux"  # reads /proc
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One side's runs of the same work."""
+
+    runs: tuple[float, ...]  # seconds of each
+    cpu_runs: tuple[float, ...]  # CPU seconds of each, over all threads
+
+    @property
+    def seconds(self) -> float:
+        return statistics.median(self.runs)
+
+    @property
+    def cpu(self) -> float:
+        """Over `seconds`, how many cores it kept busy: shows what takes more threads than it was given, or waits."""
+        return statistics.median(self.cpu_runs)
+
+    def and_then(self, other: Timing) -> Timing:
+        return Timing(self.runs + other.runs, self.cpu_runs + other.cpu_runs)
+
+
+def timed(work: Callable[[], T]) -> tuple[T, Timing]:
+    wall, cpu = time.perf_counter(), time.process_time()
+    result = work()
+    return result, Timing((time.perf_counter() - wall,), (time.process_time() - cpu,))
+
+
+def turns(sides: Sequence[str], repeats: int) -> Iterator[list[str]]:
+    """Each round's order: forwards, backwards, ..., so that a machine that slows down slows all sides alike."""
+    for repeat in range(repeats):
+        yield list(sides) if repeat % 2 == 0 else list(reversed(sides))
+
+
+def anonymous_bytes() -> int:
+    """What this process holds itself; pages of mapped files are the kernel's to drop."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("RssAnon")) * 1024
+
+
+@contextmanager
+def watched_memory() -> Iterator[list[int]]:
+    """The most bytes that this process has held so far, as the one entry of a list, looked at every millisecond."""
+    peak, over = [anonymous_bytes()], threading.Event()
+
+    def look() -> None:
+        while not over.wait(0.001):
+            peak[0] = max(peak[0], anonymous_bytes())
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        over.set()
+        thread.join()

@@ -1,0 +1,108 @@
+"""faiss's own k-means, the judge of ours in launch/bench.py: from the same first centroids to labels.
+
+`faiss.Kmeans(use_super_kmeans=True)` is no judge: faiss 1.15 accepts the field and runs plain k-means (only inverted
+files read it). What prunes is the class `faiss.SuperKmeans`, and that takes no initial centroids: it always starts from
+rows that it draws itself. So all sides start from the rows that it draws.
+
+Shapes: P rows, K centroids, D dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+
+PLAIN, SUPER = "faiss.Kmeans", "faiss.SuperKmeans"
+SUPER_MIN_DIM = 32  # its first products take 16 dimensions, which must be at most half of them
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What faiss found, and what it needed for it."""
+
+    centroids: np.ndarray  # (K, D) float32, after the last update
+    labels: np.ndarray  # (P,) int64, nearest to `centroids`
+    objectives: list[float]  # before each update, summed by faiss in float32; one per iteration that it ran
+
+
+Judge = Callable[[np.ndarray, np.ndarray, int, int], Judgement]
+"""(rows (P, D), initial centroids (K, D), iterations, seed) -> Judgement."""
+
+
+def judges() -> dict[str, Judge]:
+    """The judges that the installed faiss has, by name."""
+    return {PLAIN: _plain, **({SUPER: _super} if hasattr(_faiss(), "SuperKmeans") else {})}
+
+
+def set_threads(threads: int) -> None:
+    _faiss().omp_set_num_threads(threads)
+
+
+def faiss_version() -> str:
+    faiss = _faiss()
+    found = []
+    for name in ("faiss-cpu", "faiss-gpu"):
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            continue
+    return f"{found[0] if found else f'faiss {faiss.__version__}'} ({faiss.get_compile_options().strip()})"
+
+
+def starting_rows(num_rows: int, num_labels: int, seed: int) -> np.ndarray:
+    """Positions (K,) of the distinct rows that faiss draws as its first centroids at a seed."""
+    faiss = _faiss()
+    order = np.empty(num_rows, dtype=np.int32)
+    faiss.rand_perm(faiss.swig_ptr(order), num_rows, seed + 1)
+    return order[:num_labels].astype(np.int64)
+
+
+def seed_by_faiss(rows: np.ndarray, num_labels: int, seed: int) -> np.ndarray:
+    """faiss's k-means++ centroids, (K, D): each row is drawn after a look at all rows, so the time grows with P K D."""
+    faiss = _faiss()
+    drawing = faiss.ClusteringInitialization(rows.shape[1], num_labels)
+    drawing.method, drawing.seed = faiss.ClusteringInitMethod_KMEANS_PLUS_PLUS, seed
+    centroids = np.empty((num_labels, rows.shape[1]), dtype=np.float32)
+    drawing.init_centroids(len(rows), faiss.swig_ptr(rows), faiss.swig_ptr(centroids))
+    return centroids
+
+
+def nearest_labels(rows: np.ndarray, centroids: np.ndarray) -> np.ndarray:
+    """Labels (P,) by float32 search."""
+    return _faiss().knn(rows, centroids, 1)[1][:, 0]
+
+
+def _plain(rows: np.ndarray, initial: np.ndarray, iterations: int, seed: int) -> Judgement:
+    faiss = _faiss()
+    kmeans = faiss.Kmeans(
+        rows.shape[1], len(initial), niter=iterations, nredo=1, spherical=False, **_all_rows(rows, seed)
+    )
+    kmeans.train(rows, init_centroids=initial)
+    _, labels = kmeans.index.search(rows, 1)  # training leaves the last centroids in the index, but no labels for them
+    return Judgement(kmeans.centroids, labels[:, 0], kmeans.obj.tolist())
+
+
+def _super(rows: np.ndarray, initial: np.ndarray, iterations: int, seed: int) -> Judgement:
+    faiss = _faiss()
+    if not np.array_equal(initial, rows[starting_rows(len(rows), len(initial), seed)]):
+        raise ValueError(f"{SUPER} starts from the rows that starting_rows names, found other initial centroids")
+    kmeans = faiss.SuperKmeans(rows.shape[1], len(initial), niter=iterations, **_all_rows(rows, seed))
+    kmeans.train(rows)
+    _, labels = kmeans.assign(rows)
+    return Judgement(kmeans.centroids, labels, kmeans.obj.tolist())
+
+
+def _all_rows(rows: np.ndarray, seed: int) -> dict[str, Any]:
+    """No subsampling: faiss would train on 256 rows per centroid."""
+    return {"max_points_per_centroid": len(rows), "min_points_per_centroid": 1, "seed": seed}
+
+
+def _faiss() -> Any:
+    """Untyped, because its type stubs lack half of what the judges need."""
+    import faiss
+
+    return faiss

@@ -1,0 +1,61 @@
+"""The rows of one rank, and what all ranks know about the rows of all.
+
+Ranks hold the rows in rank order, so a row's place among all rows does not depend on the split. Every number that
+travels is an integer.
+
+Shapes: P rows of one block, D dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from grappa_dist.dist.comm import Comm
+from grappa_dist.dist.search import Rows, raise_together, wire_device
+
+BLOCK_ROWS = 4096  # rows worked on at once: some of a core's cache
+
+
+@dataclass(frozen=True)
+class Share:
+    """The rows of this rank, and what all ranks know about the rows of all."""
+
+    comm: Comm
+    rows: Rows
+    dim: int
+    first: int  # place of this rank's first row among all
+    num_good: int  # over all ranks
+    block_rows: int
+    device: torch.device
+    plain: tuple[bool, ...]  # which of the rank's shards need no preparation
+
+    def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Positions (P,) among the rank's rows, in host memory, and grid rows (P, D) on the device."""
+        return ((positions, x.to(self.device)) for positions, x in self.rows.blocks(self.block_rows, self.plain))
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks, any integer type; `tensor` may serve as room for it."""
+        return self.comm.sum_(tensor.to(wire_device(self.comm))).to(tensor.device)
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        return [part.to(tensor.device) for part in self.comm.gather(tensor.to(wire_device(self.comm)))]
+
+
+def join_rows(comm: Comm, rows: Rows, *, block_rows: int = BLOCK_ROWS, device: torch.device) -> Share:
+    """This rank's share, once every rank's rows are fit for it."""
+    if block_rows < 1:
+        raise ValueError(f"block_rows must be at least 1, got {block_rows}")
+    raise_together(comm, rows.problem(block_rows))
+    dim = rows.shards[0].shape[1] if rows.shards else 0
+    facts = torch.tensor([[len(rows), rows.num_good, dim]], device=wire_device(comm))
+    table = torch.cat(comm.gather(facts)).cpu()  # (ranks, 3)
+    dims = sorted({int(d) for d in table[:, 2]} - {0})
+    if len(dims) > 1:
+        raise ValueError(f"rows must have the same dimension on every rank, found {dims}")
+    first, num_good = int(table[: comm.rank, 0].sum()), int(table[:, 1].sum())
+    plain = rows.plain(block_rows)
+    return Share(comm, rows, dims[0] if dims else 0, first, num_good, block_rows, device, plain)

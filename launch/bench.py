@@ -1,0 +1,84 @@
+"""Measures what the documentation claims about speed: ratios against judges, from one run on one machine.
+
+python launch/bench.py kmeans --rows 20000 --num-labels 64 1024 --threads 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if importlib.util.find_spec("grappa_dist") is None:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from grappa_dist.artifacts import write_json
+from grappa_dist.bench.arguments import OneLineParser
+from grappa_dist.bench.kmeans import DRAWN_DIM, DRAWN_ROWS, KMeansSettings, measure_kmeans
+from grappa_dist.bench.machine import machine
+from grappa_dist.bench.table import as_json, as_text
+
+KMEANS = """k-means of ours against faiss.Kmeans and faiss.SuperKmeans: the same rows, first centroids, updates and
+threads, until every row has its label. Prints seconds, and ratios (judge / ours: above 1, ours is faster); then the
+time of k-means++, what more workers gain, and what one worker holds in memory. Progress goes to stderr."""
+
+EXAMPLE = """example, a minute or two:
+  python launch/bench.py kmeans --rows 20000 --num-labels 64 1024 --init both --repeats 2 --json kmeans.json
+
+The machine should do nothing else: where `CPU s` is far below seconds x threads, a side was kept waiting, and only the
+ratio of CPU seconds says something."""
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="kmeans")
+    kmeans = commands.add_parser(
+        "kmeans",
+        help="against faiss",
+        description=KMEANS,
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = kmeans.add_argument
+    add("--rows", type=int, metavar="N", help=f"default: {DRAWN_ROWS} drawn ones, or all of --features")
+    add("--dim", type=int, metavar="D", help=f"dimensions of drawn rows; default: {DRAWN_DIM}")
+    add("--num-labels", type=int, nargs="+", default=[256, 4096, 16384], metavar="K", help="default: %(default)s")
+    add("--iterations", type=int, default=10, metavar="N", help="updates of the centroids; default: %(default)s")
+    add("--threads", type=int, default=2, metavar="N", help="of every side alike; default: %(default)s")
+    add("--features", type=Path, metavar="DIR_OR_NPY", help="real rows: a .npy file, or a folder with any")
+    add("--workers", type=int, default=2, metavar="N", help="against one, a thread each; 1: leave out; default: 2")
+    add("--scaling-labels", type=int, nargs="+", metavar="K", help="for --workers; default: the middle --num-labels")
+    add("--repeats", type=int, default=1, metavar="N", help="in alternating order, medians; default: %(default)s")
+    add("--init", choices=("none", "ours", "both"), default="ours", help="whose k-means++ to time; default: ours")
+    add("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
+    add("--json", type=Path, metavar="FILE", help="all numbers, also of single runs")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    asked = vars(arguments().parse_args(argv))
+    path, _ = asked.pop("json"), asked.pop("command")
+    asked["num_labels"] = tuple(asked["num_labels"])
+    asked["scaling_labels"] = tuple(asked["scaling_labels"]) if asked["scaling_labels"] else None
+    try:
+        settings = KMeansSettings(**asked)
+        header = machine(settings.threads)
+        findings = measure_kmeans(settings, lambda line: print(f"bench: {line}", file=sys.stderr, flush=True))
+        print(as_text(header, findings))
+        if path is not None:
+            write_json(path, as_json(header, findings))
+    except (ValueError, OSError) as error:
+        print(f"bench: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("bench: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaves through what ends workers and removes files
+    sys.exit(main())

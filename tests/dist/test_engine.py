@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from grappa_dist.dist.comm import Comm
+from grappa_dist.dist.engine import Engine
+from grappa_dist.ops.lars import Lars
+from tests.models import tiny
+from tests.processes import run_ranks
+
+pytest.importorskip("deepspeed")
+STEPS, CPU = 4, torch.device("cpu")
+
+
+def small_model() -> nn.Module:
+    """Frozen, then matrices, a norm and biases that learn."""
+    model = nn.Sequential(nn.Linear(4, 5), nn.GELU(), nn.Linear(5, 6), nn.LayerNorm(6), nn.Linear(6, 2))
+    tiny.fill(model, seed=2, scale=0.5)
+    model[0].requires_grad_(False)
+    return model
+
+
+def optimizer_of(kind: str, model: nn.Module) -> torch.optim.Optimizer:
+    learning = [p for p in model.parameters() if p.requires_grad]
+    if kind == "adam":
+        return torch.optim.Adam(learning, lr=1e-2, weight_decay=1e-3)
+    return Lars(learning, lr=0.5, weight_decay=1e-3)
+
+
+def batch(step: int) -> Tensor:
+    return torch.randn(7, 4, generator=torch.Generator().manual_seed(step))
+
+
+def rate(step: int, kind: str) -> float:
+    return (1e-2 if kind == "adam" else 5.0) * (1 - step / STEPS)
+
+
+def alone(kind: str) -> dict[str, Tensor]:
+    """The whole batch, and nothing but torch."""
+    model = small_model()
+    optimizer = optimizer_of(kind, model)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        (model(batch(step)).square().sum() / 7).backward()
+        for group in optimizer.param_groups:
+            group["lr"] = rate(step, kind)
+        optimizer.step()
+    return model.state_dict()
+
+
+def through_the_engine(comm: Comm, kind: str, sizes: tuple[int, ...], times: int) -> list[dict[str, Tensor]]:
+    """A rank with its share of every batch; `times` engines, one after the other."""
+    results = []
+    for _ in range(times):
+        model = small_model()
+        engine = Engine(model, optimizer_of(kind, model), comm, CPU)
+        for step in range(STEPS):
+            share = batch(step).split(list(sizes))[comm.rank]
+            loss = engine.forward(share).square().sum() * (comm.size / 7)
+            engine.backward(loss)
+            engine.step(rate(step, kind))
+        engine.close()
+        results.append(model.state_dict())
+    return results
+
+
+@pytest.mark.parametrize("sizes", [(7,), (5, 2), (7, 0)])
+@pytest.mark.parametrize("kind", ["adam", "lars"])
+def test_an_optimizer_through_the_engine_is_the_bare_one_on_the_whole_batch(kind: str, sizes: tuple[int, ...]) -> None:
+    expected = alone(kind)
+    assert not torch.allclose(expected["4.weight"], small_model().state_dict()["4.weight"], atol=1e-3)
+    results = run_ranks(through_the_engine, len(sizes), kind, sizes, 1)
+    for (found,) in results:
+        for name, tensor in found.items():
+            torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-6)  # sums in another order
+            assert torch.equal(tensor, results[0][0][name])
+    assert torch.equal(results[0][0]["0.weight"], small_model().state_dict()["0.weight"])
+
+
+def test_two_engines_one_after_the_other_give_the_same() -> None:
+    for first, second in run_ranks(through_the_engine, 2, "adam", (4, 3), 2):
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def gradients_by_parts(comm: Comm) -> list[Tensor]:
+    model = small_model()
+    engine = Engine(model, optimizer_of("adam", model), comm, CPU)
+    whole = []
+    for parts in ([7], [3, 4], [1] * 7, [7, 0]):
+        chunks = batch(0).split(parts)
+        for i, chunk in enumerate(chunks):
+            engine.backward(engine.forward(chunk).square().sum() * (comm.size / 7), last=i == len(parts) - 1)
+        whole.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+        engine.step(0.0)
+        assert not any(p.grad is not None and p.grad.any() for p in model.parameters())
+    engine.close()
+    return whole
+
+
+def test_gradients_add_up_until_the_last_one_and_are_cleared_by_the_step() -> None:
+    for results in run_ranks(gradients_by_parts, 2):
+        for found in results:
+            torch.testing.assert_close(found, results[0], rtol=1e-5, atol=1e-6)
+        assert results[0].abs().sum() > 0
+
+
+def steps_of_sgd(comm: Comm, scales: tuple[float, ...]) -> list[Tensor]:
+    changes = []
+    for scale in scales:
+        model = small_model()
+        learning = [p for p in model.parameters() if p.requires_grad]
+        engine = Engine(model, torch.optim.SGD(learning, lr=1.0), comm, CPU)
+        before = torch.nn.utils.parameters_to_vector(learning).detach()
+        engine.backward(engine.forward(batch(0)).square().sum() * scale)
+        engine.step(1e-3 / scale)
+        engine.close()
+        changes.append(torch.nn.utils.parameters_to_vector(learning).detach() - before)
+    return changes
+
+
+def test_gradients_are_not_clipped() -> None:
+    """Some versions of DeepSpeed clip at a norm of 1 unless they are told not to."""
+    ((small, large),) = run_ranks(steps_of_sgd, 1, (2.0**-10, 2.0**10))
+    assert small.norm() > 0
+    torch.testing.assert_close(small, large)

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from grappa_dist.dist.comm import Comm
+from grappa_dist.dist.search import Rows, largest, nearest, raise_together
+from grappa_dist.ops.exact import GRID, exact_dot, exact_square, to_grid
+from grappa_dist.ops.kmeans import float_error
+from tests.processes import run_ranks
+
+
+def unit_rows(num: int, dim: int, seed: int = 0) -> np.ndarray:
+    rows: np.ndarray = F.normalize(torch.randn(num, dim, generator=torch.Generator().manual_seed(seed)), dim=1).numpy()
+    return rows
+
+
+def two_shards() -> Rows:
+    good = [np.array([True, False, True, True, False]), np.array([], dtype=bool), np.array([False, True, True])]
+    return Rows([unit_rows(5, 4), np.zeros((0, 4), np.float32), unit_rows(3, 4, seed=1)], good, ["a", "b", "c"])
+
+
+@pytest.mark.parametrize("num", [1, 25])  # faiss takes another path for few queries
+@pytest.mark.parametrize("dim", [3, 48, 768])
+def test_faiss_proposes_best_first_within_the_error_bound(num: int, dim: int) -> None:
+    x, y = to_grid(torch.from_numpy(unit_rows(num, dim))), to_grid(torch.from_numpy(unit_rows(60, dim, seed=1)))
+    dots = exact_dot(x, y)
+    squares = exact_square(x)[:, None] + exact_square(y) - 2 * dots
+    for search, exact, size, sign in ((nearest, squares, 4.01, 1), (largest, dots, 1.01, -1)):
+        values, index = search(x, y, 60)
+        assert (values.double() - exact.gather(1, index) / GRID**2).abs().max() < float_error(dim, size)
+        assert (sign * values).diff(dim=1).min() >= 0
+        assert torch.equal(index.sort(dim=1).values, torch.arange(60).expand(num, 60))
+
+
+def test_blocks_give_every_good_row_once_whatever_their_size() -> None:
+    rows = two_shards()
+    whole = to_grid(torch.from_numpy(np.concatenate(rows.shards)))
+    for size in (1, 2, 3, 100):
+        places, parts = zip(*rows.blocks(size), strict=True)
+        assert torch.cat(places).tolist() == [0, 2, 3, 6, 7]
+        assert torch.equal(torch.cat(parts), whole[torch.cat(places)])
+    assert (len(rows), rows.num_good) == (8, 5)
+
+
+def test_rows_are_taken_by_position_across_shards() -> None:
+    rows = two_shards()
+    whole = to_grid(torch.from_numpy(np.concatenate(rows.shards)))
+    assert torch.equal(rows.take(torch.tensor([7, 0, 4, 5, 0])), whole[[7, 0, 4, 5, 0]])
+
+
+@pytest.mark.parametrize(
+    ("value", "words"), [(np.nan, "c: row 2 has a NaN"), (np.inf, "c: row 2 has a NaN"), (3.0, "c: row 2 has norm 3")]
+)
+def test_a_row_that_is_no_unit_row_is_named(value: float, words: str) -> None:
+    rows = two_shards()
+    rows.shards[2][2] = [0, value, 0, 0]
+    for size in (1, 2, 100):
+        assert words in rows.problem(size)
+
+
+def test_a_bad_row_may_hold_anything() -> None:
+    rows = two_shards()
+    rows.shards[0][1] = np.nan
+    assert rows.problem(2) == ""
+
+
+def test_shards_of_another_form_are_named() -> None:
+    fine, good = unit_rows(2, 4), np.ones(2, dtype=bool)
+    assert "shard 1: rows have 3 dimensions" in Rows([fine, fine[:, :3]], [good, good]).problem(9)
+    assert "shard 0: rows must be" in Rows([fine.astype(np.float64)], [good]).problem(9)
+    assert "shard 0: good must be (2,) bool" in Rows([fine], [good[:1]]).problem(9)
+
+
+def complain(comm: Comm, problems: list[str]) -> str:
+    try:
+        raise_together(comm, problems[comm.rank])
+    except ValueError as error:
+        return str(error)
+    return "fine"
+
+
+def test_a_problem_of_one_rank_is_raised_on_all() -> None:
+    assert run_ranks(complain, 3, ["", "row 7 of x: naïve", "other"]) == ["row 7 of x: naïve"] * 3
+    assert run_ranks(complain, 2, ["", ""]) == ["fine"] * 2

@@ -1,0 +1,63 @@
+"""The command line of the benchmark: what it refuses, in one line, and what it writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from launch.bench import main
+
+TINY = ["kmeans", "--rows", "400", "--dim", "32", "--num-labels", "5", "--iterations", "2", "--threads", "1"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ([], "the following arguments are required: kmeans"),
+        (["knn"], "invalid choice: 'knn'"),
+        (["kmeans", "--rows", "many"], "invalid int value: 'many'"),
+        (["kmeans", "--speed"], "unrecognized arguments: --speed"),
+        ([*TINY, "--rows", "5"], "--num-labels must be from 1 to less than the number of rows, 5, got 5"),
+        ([*TINY, "--dim", "8"], "--dim must be at least 32, got 8"),
+        ([*TINY, "--iterations", "0"], "--iterations must be at least 1, got 0"),
+        ([*TINY, "--features", "rows.npy"], "--dim is that of the rows of --features"),
+        (["kmeans", "--features", "nowhere"], "nowhere is no .npy file and no folder with any"),
+        ([*TINY, "--scaling-labels", "400"], "--scaling-labels must be from 1 to less than"),
+    ],
+)
+def test_a_wrong_call_is_refused_in_one_line(argv: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        status = main(argv)
+    except SystemExit as left:  # as argparse does
+        status = int(left.code or 0)
+    printed = capsys.readouterr()
+    lines = [line for line in printed.err.splitlines() if line != "bench: rows"]  # that one is progress
+    assert (status, printed.out, len(lines)) == (2, "", 1)
+    assert said in lines[0]
+
+
+def test_a_run_prints_a_table_and_writes_the_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "kmeans.json"
+    assert main([*TINY, "--workers", "1", "--init", "none", "--repeats", "2", "--json", str(path)]) == 0
+    printed = capsys.readouterr()
+    assert "K=5: ours" in printed.out
+    assert all(line.startswith("bench: ") for line in printed.err.splitlines())
+    written = json.loads(path.read_text())
+    assert written["rows"] == {
+        "source": "drawn: 400 rows, 8 tasks > 60 classes > 8 sub-classes, seed 0",
+        "rows": 400,
+        "dim": 32,
+    }
+    assert written["scaling"] == written["seeding"] == []
+    assert np.isfinite(written["kmeans"][0]["ratio_to_faster_judge"])
+    assert {len(side["runs_s"]) for side in written["kmeans"][0]["sides"]} == {2}
+
+
+def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["kmeans", "--help"])
+    assert left.value.code == 0
+    assert "python launch/bench.py kmeans --rows" in capsys.readouterr().out
