@@ -61,10 +61,9 @@ def _nestings(task: PartitionsTask, labels: Mapping[int, RowArrays]) -> Iterator
     """Every K against the next finer one, on the same rows for all of them."""
     settings = task.artifact.settings
     total = next(iter(labels.values())).starts[-1]
-    rows = np.arange(total)
-    if total > settings["most_rows"]:
-        draw = generator("rows of nestedness", settings["seed"])
-        rows = np.sort(draw.choice(total, settings["most_rows"], replace=False))
+    draw = generator("rows of nestedness", settings["seed"])
+    sample = total > settings["most_rows"]
+    rows = np.sort(draw.choice(total, settings["most_rows"], replace=False)) if sample else np.arange(total)
     for k, finer in pairwise(labels):
         coarse, fine = labels[k].take(rows), labels[finer].take(rows)
         draws = generator("nestedness by chance", settings["seed"], k, finer)

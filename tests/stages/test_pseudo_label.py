@@ -1,10 +1,25 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
 
+from grappa_dist.artifacts import Artifact, RowArrays, Store
 from grappa_dist.config import ClusteringConfig
-from grappa_dist.stages.pseudo_label import ladder, num_labels, own_shards
+from grappa_dist.dist.comm import Comm
+from grappa_dist.dist.workers import RankContext, Stopped
+from grappa_dist.stages.pseudo_label import (
+    PROGRESS_FILE,
+    LabelJob,
+    label_ranks,
+    labels_of,
+    ladder,
+    num_labels,
+    own_shards,
+    rows_file,
+)
 
 
 @pytest.mark.parametrize(
@@ -74,3 +89,42 @@ def test_ranks_have_about_as_many_rows_each(ranks: int) -> None:
 def test_shards_of_billions_of_rows_are_shared_out_exactly() -> None:
     starts = np.cumsum([0] + [2**40] * 6).tolist()
     assert [list(own_shards(starts, rank, 3)) for rank in range(3)] == [[0, 1], [2, 3], [4, 5]]
+
+
+def label_job(folder: Path, store: Store) -> LabelJob:
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((300, 8)).astype(np.float32)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    np.save(folder / "rows.npy", rows)
+    features = RowArrays((str(folder / "rows.npy"),), (0, 300))
+    clustering = ClusteringConfig(num_labels=(12,), iterations=8)
+    labels = {12: labels_of(store, clustering, 0, 12, [])}
+    return LabelJob(features, ("shard",), np.array([5, 70]), labels, clustering, 0)
+
+
+def context(stop_after: int | None, heard: list[str]) -> RankContext:
+    def report(status: dict[str, str]) -> None:
+        heard.append(status["phase"])
+
+    return RankContext(Comm(), torch.device("cpu"), report, lambda: stop_after is not None and len(heard) > stop_after)
+
+
+def files_of(artifact: Artifact) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in artifact.path.iterdir() if p.name != "manifest.json"}
+
+
+def test_a_stopped_clustering_goes_on_from_its_last_update_to_the_same_files(tmp_path: Path) -> None:
+    whole, stopped = (label_job(tmp_path, Store(tmp_path / name)) for name in ("whole", "stopped"))
+    label_ranks(context(None, []), whole)
+    with pytest.raises(Stopped):
+        label_ranks(context(4, []), stopped)  # the initialisation and three iterations were reported
+    artifact = stopped.labels[12]
+    assert (artifact.begin() / PROGRESS_FILE).exists()
+    assert not artifact.complete
+    heard: list[str] = []
+    label_ranks(context(None, heard), stopped)
+    assert [phase.split(",")[0] for phase in heard[1:3]] == ["K=12 (1/1) iteration 3", "K=12 (1/1) iteration 4"]
+    found, expected = files_of(artifact), files_of(whole.labels[12])
+    assert set(found) == {"stats.json", "centroids.npy", rows_file(0)}
+    assert found[rows_file(0)] == expected[rows_file(0)]
+    assert found["centroids.npy"] == expected["centroids.npy"]
