@@ -28,7 +28,6 @@ def scratch(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         try:
             os.posix_fallocate(file.fileno(), 0, num_bytes)  # a full disk is an error here, not a crash at some write
         except OSError as error:
-            raise OSError(
-                error.errno, f"{tempfile.gettempdir()}: no room for {num_bytes} bytes of bounds (TMPDIR names another)"
-            ) from error
+            where = f"{tempfile.gettempdir()} (TMPDIR names another folder)"
+            raise OSError(error.errno, f"{where}: {num_bytes} bytes of scratch: {error.strerror}") from error
         return torch.from_numpy(np.memmap(file, dtype=numbers, mode="r+", shape=shape))

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from grappa_dist.dist.comm import Comm
-from grappa_dist.ops.exact import GRID, to_grid
+from grappa_dist.ops.exact import GRID, LARGEST, to_grid
 from grappa_dist.ops.kmeans import NORM_LIMIT, nearest_in_floats
 from grappa_dist.ops.knn import largest_in_floats
 
@@ -146,13 +146,14 @@ class Rows:
 
 def _on_grid(rows: np.ndarray) -> bool:
     scaled = rows * np.float32(GRID)  # exact, a power of two
-    return bool((np.rint(scaled) == scaled).all())
+    return bool(((np.rint(scaled) == scaled) & (np.abs(scaled) <= GRID)).all())
 
 
 def row_problem(rows: np.ndarray, good: np.ndarray) -> tuple[int, str] | None:
     """Position and fault of the first row that is not finite or not of about unit norm at most."""
     norms = np.linalg.norm(rows.astype(np.float64), axis=1)  # NaN and infinity survive
-    bad = np.flatnonzero(good & ~(norms <= NORM_LIMIT))
+    fit = (norms <= NORM_LIMIT) & (np.abs(rows).max(axis=1, initial=0) <= LARGEST)
+    bad = np.flatnonzero(good & ~fit)
     if not len(bad):
         return None
     first = int(bad[0])

@@ -9,7 +9,7 @@ Shapes: P rows of one block, K centroids, D dimensions.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,14 +22,15 @@ from grappa_dist.dist.scratch import scratch
 from grappa_dist.dist.search import Rows, nearest, row_problem
 from grappa_dist.dist.sharded_seeding import seed_centroids
 from grappa_dist.dist.share import BLOCK_ROWS, Share, join_rows
-from grappa_dist.ops.bounds import Bounds, Drift, GroupedCentroids, Groups, reassign
+from grappa_dist.dist.threads import side_by_side
+from grappa_dist.ops.bounds import Bounds, Drift, GroupedCentroids, Groups, Moves, reassign
 from grappa_dist.ops.exact import GRID, exact_square, to_grid
 from grappa_dist.ops.kmeans import Centroids, Stats, finish
 
 SQUARE_UNIT = 1 / GRID**2  # of exact squared distances
 FEW_LABELS = 512  # so few are searched in one go
 GROUP_SIZE = 128  # centroids per bound, at least, on the average
-DIMENSIONS_PER_BOUND = 8  # bounds per row take at most this part of the row's own memory
+DIMENSIONS_PER_BOUND = 8  # of a row for each of its lower bounds, at least
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,11 @@ def kmeans(
         start = seed_centroids(share, num_labels, seed) if initial is None else _checked_initial(initial, shape)
         resume = Progress(start.cpu().numpy(), ())
         on_update(resume)
+    elif resume.centroids.shape != (num_labels, share.dim) or len(resume.inertia) > iterations:
+        raise ValueError(
+            f"resume has {resume.centroids.shape} centroids after {len(resume.inertia)} updates, "
+            f"expected {(num_labels, share.dim)} after at most {iterations}"
+        )
     return _Lloyd(share, iterations, spherical, tolerance, on_iteration, on_update).run(resume)
 
 
@@ -126,7 +132,7 @@ class _Lloyd:
             if step == self.iterations or (step and inertia[-2] - inertia[-1] < self.tolerance * inertia[-2]):
                 break
             updated, splits = finish(centroids, passes.stats, spreads, step, spherical=self.spherical)
-            if torch.equal(updated, centroids):
+            if not splits and torch.equal(updated, centroids):
                 break  # every further step would be this one
             centroids, repaired = updated, repaired + splits
             self.on_update(Progress(centroids.cpu().numpy(), tuple(inertia), repaired))
@@ -182,26 +188,35 @@ class LloydPasses:
         grouped = GroupedCentroids.of(centroids, self.groups)
         drift = Drift.between(self.centroids, centroids, self.groups) if self.number else None
         change = Stats.zeros(len(centroids), centroids.shape[1], self.share.device)
-        first = 0
-        for _, x in self.share.blocks():
+
+        def work(block: tuple[int, Tensor]) -> tuple[Moves, Tensor, Tensor]:
+            first, x = block
             kept = self.bounds.part(slice(first, first + len(x)))
             bounds = kept.to(self.share.device)
             if drift:
                 bounds.shift_(drift)
             moves = reassign(x, grouped, bounds, nearest)
             kept.copy_(bounds)
+            return moves, x[moves.rows], bounds.squares[moves.rows]
+
+        for moves, x, squares in side_by_side(work, self._blocks(), self.share.threads):
             if len(moves.rows):
-                moved, squares = x[moves.rows], bounds.squares[moves.rows]
-                change.add_(moved, squares, moves.after)
+                change.add_(x, squares, moves.after)
                 if drift:
-                    change.add_(moved, squares, moves.before, sign=-1)
-            first += len(x)
+                    change.add_(x, squares, moves.before, sign=-1)
             self.undecided += moves.undecided
             self.searched += moves.searched
         self.centroids, self.number = centroids, self.number + 1
         for kept_sum, of_ranks in zip(self.stats.tensors, change.tensors, strict=True):
             kept_sum.add_(self.share.total(of_ranks))
         return grouped.whole
+
+    def _blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """Place of the first row among the good ones, and grid rows (P, D)."""
+        first = 0
+        for _, x in self.share.blocks():
+            yield first, x
+            first += len(x)
 
     def labels(self) -> list[np.ndarray]:
         """Of the rank's rows by shard, (P,) int32, -1 for bad rows."""

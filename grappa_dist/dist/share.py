@@ -33,6 +33,11 @@ class Share:
     device: torch.device
     plain: tuple[bool, ...]  # which of the rank's shards need no preparation
 
+    @property
+    def threads(self) -> int:
+        """How many blocks are worked on side by side; a GPU has threads of its own."""
+        return 1 if self.device.type == "cuda" else torch.get_num_threads()
+
     def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Positions (P,) among the rank's rows, in host memory, and grid rows (P, D) on the device."""
         return ((positions, x.to(self.device)) for positions, x in self.rows.blocks(self.block_rows, self.plain))

@@ -19,7 +19,8 @@ GRID = 2**24
 """Steps of the grid in 1; a dot product of two grid rows counts in units of 1 / GRID**2."""
 
 _CACHE = 2**17  # elements
-_EXCESS = 2**-12  # rounding of a norm may lift a value above 1 by less than this; a larger value is of no unit row
+LARGEST = 1 + 2**-12
+"""Rounding of a norm may lift a value above 1 by less than this; a larger value is of no unit row."""
 
 
 def to_grid(x: Tensor) -> Tensor:
@@ -27,7 +28,7 @@ def to_grid(x: Tensor) -> Tensor:
     x = x.detach() if x.dtype == torch.float64 else x.detach().float()
     if not bool(torch.isfinite(x).all()):
         raise ValueError(f"to_grid: {int((~torch.isfinite(x)).sum())} values are NaN or infinite, all must be finite")
-    if x.numel() and float(x.abs().max()) > 1 + _EXCESS:
+    if x.numel() and float(x.abs().max()) > LARGEST:
         raise ValueError(f"to_grid: found a value of size {float(x.abs().max()):.6g}, unit rows have none above 1")
     # Scaling by a power of two is exact, so the rounding to the grid is the only one, in float32 as in float64.
     return ((x * GRID).round().clamp(-GRID, GRID) / GRID).float()
@@ -43,7 +44,7 @@ def exact_dot(x: Tensor, c: Tensor) -> Tensor:
 
 def exact_square(x: Tensor) -> Tensor:
     """Squared norms of grid rows (n, D): (n,) float64 integers, in units of 1 / GRID**2."""
-    parts = [part.double().mul_(GRID).square_().sum(1) for part in torch.split(x, cached_rows(x))]
+    parts = [(part.double() * GRID).square_().sum(1) for part in torch.split(x, cached_rows(x))]
     return torch.cat(parts)
 
 

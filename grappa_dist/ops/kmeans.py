@@ -139,7 +139,7 @@ def pair_dots(x: Tensor, y: Tensor, columns: Tensor) -> Tensor:
     """Exact dot products of each grid row x[i] with y[columns[i]], (P,) float64 integers, in units of 2**-48."""
     size = cached_rows(x)
     parts = [
-        rows.double().mul_(y[some]).sum(1)
+        (rows.double() * y[some]).sum(1)
         for rows, some in zip(torch.split(x, size), torch.split(columns, size), strict=True)
     ]
     return torch.cat(parts).mul_(GRID**2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,14 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from grappa_dist.artifacts import Artifact, RowArrays, Store, replacing, write_json
 from grappa_dist.config import ClusteringConfig
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.dist.jobs import Job
-from grappa_dist.dist.search import Rows
+from grappa_dist.dist.search import Rows, raise_together
 from grappa_dist.dist.sharded_kmeans import KMeansResult, Progress, kmeans
 from grappa_dist.dist.share import Share, join_rows
 from grappa_dist.dist.workers import RankContext
@@ -110,10 +111,11 @@ def label_ranks(context: RankContext, job: LabelJob) -> None:
 def _cluster(context: RankContext, job: LabelJob, share: Share, artifact: Artifact, name: str) -> KMeansResult:
     """One k-means, from its last saved update if there is one; rank 0 saves every update."""
     path = artifact.begin() / PROGRESS_FILE
-    progress = _load_progress(path)
-    agreed = {int(n) for n in share.gather(torch.tensor([len(progress.inertia) if progress else -1]))}
-    if len(agreed) > 1:
-        raise RuntimeError(f"{path}: ranks found it after {sorted(agreed)} updates")
+    progress, problem = _load_progress(path)
+    raise_together(context.comm, problem)
+    seen = {int(n) for n in share.gather(torch.tensor([_digest(progress)]))}
+    if len(seen) > 1:
+        raise RuntimeError(f"{path}: ranks read different contents")
 
     def show(iteration: int, inertia: float) -> None:
         context.report({"phase": f"{name} iteration {iteration}, inertia {inertia:.1f}"})
@@ -143,12 +145,25 @@ def _save_progress(path: Path, progress: Progress) -> None:
         save_file({"centroids": progress.centroids}, temporary, figures)
 
 
-def _load_progress(path: Path) -> Progress | None:
+def _load_progress(path: Path) -> tuple[Progress | None, str]:
+    """What was saved, if anything, and what is wrong with it."""
     if not path.exists():
-        return None
-    with safe_open(path, "np") as file:
-        figures = file.metadata()
-        return Progress(file.get_tensor("centroids"), tuple(json.loads(figures["inertia"])), int(figures["repaired"]))
+        return None, ""
+    try:
+        with safe_open(path, "np") as file:
+            figures = file.metadata()
+            inertia, repaired = tuple(json.loads(figures["inertia"])), int(figures["repaired"])
+            return Progress(file.get_tensor("centroids"), inertia, repaired), ""
+    except SafetensorError as error:
+        return None, f"{path} is damaged ({error}); delete it to begin this K again"
+
+
+def _digest(progress: Progress | None) -> int:
+    """63 bits that tell one state from another."""
+    if progress is None:
+        return 0
+    known = json.dumps([progress.inertia, progress.repaired]).encode() + progress.centroids.tobytes()
+    return int.from_bytes(hashlib.blake2b(known, digest_size=8).digest(), "big") >> 1
 
 
 def own_shards(starts: Sequence[int], rank: int, size: int) -> range:

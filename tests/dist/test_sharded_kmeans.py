@@ -11,7 +11,8 @@ import torch.nn.functional as F
 
 from grappa_dist.dist.comm import Comm
 from grappa_dist.dist.search import Rows
-from grappa_dist.dist.sharded_kmeans import KMeansResult, Progress, sharded_kmeans
+from grappa_dist.dist.sharded_kmeans import KMeansResult, LloydPasses, Progress, sharded_kmeans
+from grappa_dist.dist.share import join_rows
 from grappa_dist.ops.exact import GRID, to_grid
 from tests.processes import run_ranks
 
@@ -42,6 +43,7 @@ CASES: dict[str, tuple[np.ndarray, dict[str, Any]]] = {
     "one dimension": (np.linspace(-1, 1, 101, dtype=np.float32)[:, None], {"num_labels": 10, "iterations": 8}),
     "one label": (clustered(30, 3, 3), {"num_labels": 1, "iterations": 3}),
     "equal starts": (clustered(200, 6, 5), {"num_labels": 8, "iterations": 12, "initial": START}),
+    "groups": (clustered(1500, 32, 300), {"num_labels": 600, "iterations": 6}),
     "no iteration": (clustered(30, 3, 3), {"num_labels": 5, "iterations": 0}),
 }
 
@@ -177,7 +179,7 @@ def test_callback_and_tolerance_follow_inertia(alone: dict[str, KMeansResult]) -
     assert before - last < 0.02 * before
 
 
-@pytest.mark.parametrize("name", ["clusters", "equal starts", "exact ties", "spherical"])
+@pytest.mark.parametrize("name", ["clusters", "equal starts", "exact ties", "spherical", "groups"])
 def test_a_run_resumed_after_any_update_ends_as_if_it_had_not_stopped(
     alone: dict[str, KMeansResult], name: str
 ) -> None:
@@ -192,6 +194,39 @@ def test_a_run_resumed_after_any_update_ends_as_if_it_had_not_stopped(
         assert np.array_equal(np.concatenate(resumed.labels), np.concatenate(alone[name].labels))
         assert resumed.inertia == alone[name].inertia
         assert resumed.empty_repaired == alone[name].empty_repaired
+
+
+def test_many_labels_are_searched_by_groups() -> None:
+    x, settings = CASES["groups"]
+    share = join_rows(Comm(), part_of(x, 0, len(x)), device=torch.device("cpu"))
+    passes = LloydPasses.over(share, to_grid(torch.from_numpy(x[: settings["num_labels"]])))
+    assert len(passes.groups.members) > 1
+
+
+def test_a_value_a_little_above_one_counts_alike_in_any_shard_and_memory() -> None:
+    x = np.array([[1 + 2**-13], [1], [0.5], [-0.5], [0.2]], np.float32)
+    good = np.array([True, True, True, True, False])
+    fixed = x.copy()
+    fixed.flags.writeable = False
+    found = [
+        sharded_kmeans(Comm(), Rows(shards, flags), 2, initial=x[[1, 3]])
+        for shards, flags in (([x], [good]), ([x[:4], x[4:]], [good[:4], good[4:]]), ([fixed], [good]))
+    ]
+    assert len({tuple(result.inertia) for result in found}) == 1
+
+
+def test_a_value_of_no_unit_row_is_refused() -> None:
+    rows = Rows([np.array([[0.5], [1.004]], np.float32)], [np.ones(2, dtype=bool)])
+    with pytest.raises(ValueError, match=r"shard 0: row 1 has norm 1\.004"):
+        sharded_kmeans(Comm(), rows, 1)
+
+
+def test_a_resume_of_another_run_is_refused() -> None:
+    rows = Rows([clustered(9, 4, 3)], [np.ones(9, dtype=bool)])
+    with pytest.raises(ValueError, match=r"resume has \(2, 4\) centroids after 0 updates, expected \(3, 4\)"):
+        sharded_kmeans(Comm(), rows, 3, resume=Progress(np.zeros((2, 4), np.float32), ()))
+    with pytest.raises(ValueError, match="after at most 1"):
+        sharded_kmeans(Comm(), rows, 3, iterations=1, resume=Progress(np.zeros((3, 4), np.float32), (5, 4)))
 
 
 def test_bounds_spare_most_distances_once_centroids_settle() -> None:

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from grappa_dist.ops import bounds
 from grappa_dist.ops.bounds import Bounds, Drift, GroupedCentroids, Groups, Moves, reassign
 from grappa_dist.ops.exact import GRID, exact_square, to_grid
-from grappa_dist.ops.kmeans import Search, float_error, nearest_in_floats
+from grappa_dist.ops.kmeans import Centroids, Search, float_error, nearest_in_floats
 
 
 def unit_rows(num: int, dim: int, seed: int = 0) -> Tensor:
@@ -44,25 +45,25 @@ def walk(c: Tensor, steps: int) -> list[Tensor]:
     return path
 
 
-def check(x: Tensor, c: Tensor, groups: Groups, bounds: Bounds) -> None:
+def check(x: Tensor, c: Tensor, groups: Groups, known: Bounds) -> None:
     """Labels are those of integer arithmetic, and bounds are true."""
     exact = squares(x, c)
-    labels = bounds.labels.long()
+    labels = known.labels.long()
     assert labels.tolist() == exact.argmin(1).tolist()
     distances = torch.from_numpy(np.sqrt(exact.astype(np.float64))) / GRID
-    assert bool((bounds.upper >= distances.gather(1, labels[:, None])[:, 0]).all())
+    assert bool((known.upper >= distances.gather(1, labels[:, None])[:, 0]).all())
     distances.scatter_(1, labels[:, None], math.inf)
     for g, members in enumerate(groups.members):
-        assert bool((bounds.lower[:, g] <= distances[:, members].min(1).values).all())
+        assert bool((known.lower[:, g] <= distances[:, members].min(1).values).all())
 
 
 def follow(x: Tensor, path: list[Tensor], groups: Groups, search: Search = nearest_in_floats) -> list[Moves]:
-    bounds, found = unknown(x, groups), []
+    known, found = unknown(x, groups), list[Moves]()
     for step, c in enumerate(path):
         if step:
-            bounds.shift_(Drift.between(path[step - 1], c, groups))
-        found.append(reassign(x, GroupedCentroids.of(c, groups), bounds, search))
-        check(x, c, groups, bounds)
+            known.shift_(Drift.between(path[step - 1], c, groups))
+        found.append(reassign(x, GroupedCentroids.of(c, groups), known, search))
+        check(x, c, groups, known)
     return found
 
 
@@ -83,7 +84,7 @@ def test_near_ties_and_equal_centroids_go_to_the_lowest_index(num_groups: int) -
 
 
 @pytest.mark.parametrize("num_groups", [1, 5])
-def test_float_noise_within_the_bound_changes_no_label(num_groups: int) -> None:
+def test_float_noise_within_the_bound_changes_no_label(num_groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
     x, c = unit_rows(150, 24), unit_rows(30, 24, seed=1)
     generator, error = torch.Generator().manual_seed(5), float_error(24, 4.0)
 
@@ -93,7 +94,23 @@ def test_float_noise_within_the_bound_changes_no_label(num_groups: int) -> None:
         best = (distances + noise).topk(t, largest=False)
         return best.values.float(), best.indices
 
+    def low(x: Tensor, squares: Tensor, centroids: Centroids, labels: Tensor) -> Tensor:
+        away = x.double() - centroids.values[labels].double()
+        return (away.square().sum(1) - error * 0.7).float()
+
+    monkeypatch.setattr(bounds, "_distances", low)
     follow(x, walk(c, 6), Groups.around(c, num_groups), noisy)
+
+
+def test_many_tiny_steps_do_not_outrun_the_bounds() -> None:
+    generator = torch.Generator().manual_seed(3)
+    base = unit_rows(1, 16)
+    x, c = (to_grid(base + 1e-5 * torch.randn(num, 16, generator=generator)) for num in (120, 20))
+    path = [c]
+    for _ in range(30):
+        steps = torch.randint(-3, 4, c.shape, generator=generator)
+        path.append(to_grid(path[-1] + steps / GRID))
+    follow(x, path, Groups.around(c, 4))
 
 
 def test_moves_say_what_changed() -> None:
