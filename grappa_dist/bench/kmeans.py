@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +31,8 @@ from grappa_dist.dist.judges import (
 )
 from grappa_dist.dist.search import Rows
 from grappa_dist.dist.sharded_kmeans import sharded_kmeans
+from grappa_dist.dist.sharded_seeding import seed_centroids
+from grappa_dist.dist.share import join_rows
 
 OURS = "ours"
 SAME_OBJECTIVE = 1e-3  # sides whose objectives differ by a larger share did not do the same work
@@ -90,6 +92,7 @@ class Side:
     objective: float  # sum of squared distances to the own centroids, in float64 for all sides alike
     start: float  # that of the initial centroids, as the side itself says
     exact_share: float | None = None  # of ours: assignments that floats alone could not decide
+    searched_share: float | None = None  # of ours: distances that bounds did not spare
 
 
 @dataclass(frozen=True)
@@ -196,8 +199,7 @@ def _compare(rows: np.ndarray, num_labels: int, settings: KMeansSettings, tell: 
 def _joined(before: Side | None, side: Side) -> Side:
     if before is None:
         return side
-    timing = before.timing.and_then(side.timing)
-    return Side(side.name, timing, side.iterations, side.objective, side.start, side.exact_share)
+    return replace(side, timing=before.timing.and_then(side.timing))
 
 
 def _run(name: str, rows: np.ndarray, initial: np.ndarray, *counts: int) -> Side:
@@ -208,7 +210,8 @@ def _run(name: str, rows: np.ndarray, initial: np.ndarray, *counts: int) -> Side
             lambda: sharded_kmeans(Comm(), shares, len(initial), iterations=iterations, initial=initial, tolerance=0.0)
         )
         objective = squared_error(rows, found.centroids, found.labels[0])
-        return Side(name, timing, len(found.inertia) - 1, objective, found.inertia[0], found.exact_share)
+        shares_of = (found.exact_share, found.searched_share)
+        return Side(name, timing, len(found.inertia) - 1, objective, found.inertia[0], *shares_of)
     judge = judges()[name]
     said, timing = timed(lambda: judge(rows, initial, iterations, seed))
     objective = squared_error(rows, said.centroids, said.labels)
@@ -223,13 +226,10 @@ def _warm_up(rows: np.ndarray, seed: int) -> None:
 
 
 def _seed(rows: np.ndarray, num_labels: int, settings: KMeansSettings, tell: Tell) -> Seeding:
-    """Our seeding is what a run without updates takes longer than one that is given the same centroids."""
-    shares = Rows([rows], [np.ones(len(rows), dtype=bool)])
     tell(f"K={num_labels}: our k-means++")
-    seeded, whole = timed(lambda: sharded_kmeans(Comm(), shares, num_labels, iterations=0, seed=settings.seed))
-    given = seeded.centroids
-    _, rest = timed(lambda: sharded_kmeans(Comm(), shares, num_labels, iterations=0, initial=given))
-    ours = (max(0.0, whole.seconds - rest.seconds), squared_error(rows, given, seeded.labels[0]))
+    share = join_rows(Comm(), Rows([rows], [np.ones(len(rows), dtype=bool)]), device=torch.device("cpu"))
+    seeded, own = timed(lambda: seed_centroids(share, num_labels, settings.seed).numpy())
+    ours = (own.seconds, squared_error(rows, seeded, nearest_labels(rows, seeded)))
     if settings.init != "both":
         return Seeding(num_labels, *ours)
     tell(f"K={num_labels}: k-means++ of faiss")

@@ -35,7 +35,8 @@ def aligned_header(header: dict[str, str]) -> str:
 
 
 def _comparison(found: Comparison) -> str:
-    titles = ["seconds", "judge/ours", "CPU s", "CPU ratio", "updates", "objective", "ours worse by", "decided exactly"]
+    titles = ["seconds", "judge/ours", "CPU s", "CPU ratio", "updates", "objective", "ours worse by"]
+    titles += ["decided exactly", "searched"]
     lines = [[f"K={found.num_labels}", *titles], _line(found, found.ours)]
     lines += [_line(found, judge) for judge in found.judges]
     flagged = [judge.name for judge in found.judges if abs(found.difference(judge)) > SAME_OBJECTIVE]
@@ -60,6 +61,7 @@ def _line(found: Comparison, side: Side) -> list[str]:
         f"{side.objective:.6g}",
         _NONE if own else f"{found.difference(side):+.4%}",
         _NONE if side.exact_share is None else f"{side.exact_share:.3%}",
+        _NONE if side.searched_share is None else f"{side.searched_share:.1%}",
     ]
 
 
@@ -117,6 +119,7 @@ def _comparison_json(found: Comparison) -> dict[str, Any]:
     return {
         "num_labels": found.num_labels,
         "exact_share": found.ours.exact_share,
+        "searched_share": found.ours.searched_share,
         "sides": [_side_json(side) for side in (found.ours, *found.judges)],
         "ratio": {judge.name: found.ratio(judge) for judge in found.judges},
         "cpu_ratio": {judge.name: found.cpu_ratio(judge) for judge in found.judges},

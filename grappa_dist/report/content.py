@@ -74,6 +74,7 @@ class Clustering:
     empty_left: int
     singletons_share: float  # clusters of one image, as a share of all K
     exact_share: float  # rows whose nearest centroid was settled by exact scores, as a share of all rows
+    searched_share: float = 1.0  # distances that were computed, as a share of all; bounds spared the others
 
 
 @dataclass(frozen=True, kw_only=True)

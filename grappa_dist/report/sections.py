@@ -82,6 +82,7 @@ def _cluster_table(items: list[Clustering]) -> str:
         "empty, repaired",
         "empty, left",
         "exact",
+        "searched",
     ]
     body = [
         [
@@ -94,13 +95,15 @@ def _cluster_table(items: list[Clustering]) -> str:
             f"{c.empty_repaired:,}",
             f"{c.empty_left:,}",
             f"{percent(c.exact_share, 2)} %",
+            f"{percent(c.searched_share)} %",
         ]
         for c in items
     ]
     note = (
         '<p class="note">Median and largest are in images a cluster. Imbalance is 1 when all clusters are of one size. '
         "Singletons are clusters of one image. Empty clusters get a new centroid while iterating; those left at the "
-        "end train nothing. Exact: rows with centroids too close for floating point, settled by exact arithmetic.</p>"
+        "end train nothing. Exact: rows with centroids too close for floating point, settled by exact arithmetic. "
+        "Searched: distances that were computed, of all between rows and centroids; bounds spared the others.</p>"
     )
     return table(head, body) + note
 
