@@ -8,8 +8,8 @@ from torch import Tensor
 
 from grappa_dist.ops import knn
 from grappa_dist.ops.exact import GRID, to_grid
-from grappa_dist.ops.kmeans import float_error
 from grappa_dist.ops.knn import Block, Neighbours, extend, largest_in_floats, merge, to_scores
+from grappa_dist.ops.proposals import float_error
 
 
 def unit_rows(num: int, dim: int, seed: int = 0) -> Tensor:
