@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -81,7 +82,7 @@ def fill(job: ShardJob, count: Callable[[int], None], stopped: Callable[[], bool
                 raise Stopped
             tar.add(number, members(content.data, content.suffix, row.label, row.task))
             if content.bad is not None:
-                bad[content.bad] += 1
+                bad[_kind(content.bad)] += 1
                 named.append(f"{row.said} does not decode; it keeps row {number}")
             count(1)
         filled = Filled(job.folder, job.number, tar.finish(), bad, tuple(named[:_NAMED]))
@@ -94,6 +95,11 @@ def fill(job: ShardJob, count: Callable[[int], None], stopped: Callable[[], bool
 
 def _content(row: Row, image_size: int | None) -> Encoded:
     return encoded(row.place.read(), row.suffix, image_size)
+
+
+def _kind(reason: str) -> str:
+    """A reason without what is told of one file alone: numbers, and the name of an object."""
+    return re.sub(r"\d+", "#", re.sub(r" <[^>]*>", "", reason))
 
 
 def _commit(filled: Filled, desk: Path) -> None:
