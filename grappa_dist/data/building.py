@@ -104,6 +104,7 @@ def begin(building: Building) -> None:
         fcntl.flock(building.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ValueError(f"{partial}: another run is writing here; expected one at a time") from None
+    _compare(plan, partial)  # again: another run may have begun, and ended, before the lock was ours
     if not (partial / COMMITTED).is_file():
         write_json(making / _PLAN, {"plan": plan.fingerprint, "settings": plan.settings})
     for left in making.glob("unfinished-*"):
