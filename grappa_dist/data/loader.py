@@ -56,9 +56,10 @@ def load_or_skip(
     """What `make` makes of each row, (B, *shape), and why for the rows that do not decode; those stay black."""
     pixels = np.zeros((len(rows), *shape), dtype=np.uint8)
     reasons: dict[int, str] = {}
-    for line, row in zip(pixels, map(int, rows), strict=True):
+    numbers = [int(row) for row in rows]
+    for line, row, data in zip(pixels, numbers, shards.images(numbers), strict=True):
         try:
-            image = decode(shards.image_bytes(row))
+            image = decode(data)
         except BadImage as error:
             reasons[row] = str(error)
         else:
