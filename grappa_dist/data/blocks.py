@@ -16,12 +16,13 @@ from grappa_dist.data.cache import BlockCache, CacheSettings
 from grappa_dist.data.remote import RemoteFile, RemoteObject
 
 BLOCK = 4 * 2**20  # bytes: a request's latency is small beside it
+_ALONE = 3  # images of a block that are fetched alone: about what the whole block costs in latency and bytes
 _AHEAD = 2  # blocks fetched beyond one that was read in sequence
 
 
 class _State(Enum):
     UNSEEN = auto()
-    TOUCHED = auto()  # one image of it was read
+    TOUCHED = auto()  # images of it were read alone
     WHOLE = auto()  # it went to the cache
     LOST = auto()  # it went there and was evicted before half of it was read: the cache is too small for whole blocks
 
@@ -32,6 +33,7 @@ class _Seen:
 
     state: _State = _State.UNSEEN
     used: int = 0  # bytes read of it since it came to this state
+    alone: int = 0  # images read alone since it was touched
 
 
 @lru_cache(maxsize=8)
@@ -52,8 +54,8 @@ def open_blocks(about: RemoteObject, settings: CacheSettings) -> BlockFile:
 class BlockFile:
     """Reads like an OpenFile, and is safe from many threads.
 
-    The first image read from a block is fetched alone: a neighbour drawn for a pair may be all that is ever wanted of
-    its block. A second one fetches the block whole, and blocks fetched in sequence bring the next ones with them. A
+    The first images read from a block are fetched alone: a neighbour drawn for a pair may be all that is ever wanted of
+    its block. A further one fetches the block whole, and blocks fetched in sequence bring the next ones with them. A
     block that left the cache with less than half of it read is read image by image until that much is made up for: with
     a cache that is too small, requests are many, but at most three times the bytes asked for are read.
     """
@@ -107,9 +109,10 @@ class BlockFile:
         """Whether the next image of a block that is not kept is fetched without the rest of it."""
         seen, half = self._seen[number], self._length(number) // 2
         if seen.state is _State.TOUCHED:
-            return False
+            seen.alone += 1
+            return seen.alone <= _ALONE
         if seen.state is _State.UNSEEN or seen.used >= half:  # or it was gone only after it had served
-            seen.state, seen.used = _State.TOUCHED, 0
+            seen.state, seen.used, seen.alone = _State.TOUCHED, 0, 1
         elif seen.state is _State.WHOLE:
             seen.state, seen.used = _State.LOST, 0
         return True
