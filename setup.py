@@ -16,17 +16,25 @@ REQUIRED = [
     "pydantic>=2.6",  # config: unknown keys refused, values checked
     "pyyaml>=6.0",
     "safetensors>=0.4.3",  # weights without pickle
+    "fsspec>=2024.6",  # remote shards: one interface to all stores (torch needs it as well)
+    "aiohttp>=3.9",  # fsspec's http(s) (ray[default] needs it as well)
     "huggingface-hub>=0.23",  # where timm's weights are cached: asked before a download is tried
 ]
 EXTRAS = {
     "cpu": ["faiss-cpu>=1.9"],  # nearest-neighbour search; exactly one of cpu and gpu
     "gpu": ["faiss-gpu>=1.9"],
     "benchmarks": ["scipy>=1.11"],  # make_shards --benchmark: the annotations of Cars and Flowers are MATLAB files
+    "s3": ["s3fs>=2024.6"],  # s3://; brings botocore, which few need, hence an extra
+    "gs": ["gcsfs>=2024.6"],  # gs://
     "dev": [
         "pytest>=8.0",
         "pytest-timeout>=2.3",
         "hypothesis>=6.100",
         "pytorch-metric-learning>=2.5",  # judge of the metrics
+        "s3fs>=2024.6",
+        "moto[s3]>=5.0",  # an S3 protocol server for the tests, as a process on loopback
+        "flask>=2.3",  # what that server runs in; moto[server] would bring all of AWS
+        "flask-cors>=4.0",
         "ruff>=0.9",
         "mypy>=1.14",
         "types-PyYAML",

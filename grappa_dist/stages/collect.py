@@ -13,6 +13,7 @@ from grappa_dist.artifacts import Artifact, Store
 from grappa_dist.config import DataConfig, Resources
 from grappa_dist.data.cache import CacheSettings
 from grappa_dist.data.randomness import permutation
+from grappa_dist.data.remote import is_remote
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.data.writer import ShardWriter
 from grappa_dist.dist.workers import SUBMITTED_JOB
@@ -88,6 +89,11 @@ def has_drawn(data: DataConfig, store: Store) -> bool:
 
 def run_root(out: str | None, name: str) -> Path:
     """The run directory, absolute; warns of one in the temporary folder of a submitted job, which Ray removes."""
+    if out is not None and is_remote(out):
+        raise ValueError(
+            f"out={out}: artefacts are renamed, locked and memory-mapped; expected a folder on a file system that all "
+            "nodes share (shards may be remote, and a finished run can be copied to a store)"
+        )
     root = Path(out or f"runs/{name}").absolute()
     if SUBMITTED_JOB in os.environ and root.is_relative_to(Path.cwd()):
         print(

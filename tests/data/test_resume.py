@@ -19,6 +19,8 @@ from grappa_dist.data.index import ROW
 from grappa_dist.data.order import EpochOrder
 from grappa_dist.data.remote import TRAFFIC
 from grappa_dist.data.shards import ImageShards
+from grappa_dist.data.writer import ShardWriter
+from tests.conftest import Bucket
 from tests.stores import Answer, Door, door_to
 
 NUM_SHARDS, ROWS, IMAGE = 1000, 10_000, 3_000
@@ -79,6 +81,7 @@ def test_the_first_batch_after_a_random_step_of_ten_million_rows_comes_soon_and_
     t = int(np.random.default_rng(rank).integers(1_000, NUM_SHARDS * ROWS // BATCH))
     before = TRAFFIC.bytes, TRAFFIC.requests
     web.requests.clear()
+    web.latency_s = 0.02  # of every request, as to a store in the same region
 
     start = time.perf_counter()
     shards = ImageShards.open([f"{web.url}/d"], tmp_path / "index", settings)
@@ -103,3 +106,29 @@ def test_the_first_batch_after_a_random_step_of_ten_million_rows_comes_soon_and_
         f"{len(web.requests)} requests with headers; {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10} MiB"
     )
     assert seconds < 5
+
+
+def test_requests_in_flight_make_random_images_come_faster(bucket: Bucket, tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "f", rows_per_shard=100) as writer:
+        draw = np.random.default_rng(0)
+        for _ in range(400):
+            writer.write(draw.bytes(30_000), "jpg")
+    where = bucket.upload(tmp_path / "f")
+    rows = draw.permutation(400)[:128].tolist()
+    bucket.door.latency_s = 0.02
+    seconds = {}
+    for in_flight in (1, 4, 16, 64):
+        shards = ImageShards.open([where], tmp_path / "index", CacheSettings(max_bytes=0, in_flight=in_flight))
+        assert len(list(shards.images(range(0, 400, 100)))) == 4  # opens all shards
+        start = time.perf_counter()
+        assert len(list(shards.images(rows))) == len(rows)
+        seconds[in_flight] = time.perf_counter() - start
+    rates = ", ".join(f"{n} in flight {len(rows) / s:.0f}/s" for n, s in seconds.items())
+    print(f"\nimages of 30 kB by range requests to S3, 20 ms each: {rates}")
+    shards = ImageShards.open([where], tmp_path / "index", CacheSettings(str(tmp_path / "cache"), 2**28, 16))
+    bucket.door.requests.clear()
+    start = time.perf_counter()
+    assert len(list(shards.images(range(400)))) == 400
+    took = time.perf_counter() - start
+    print(f"read through: {400 / took:.0f}/s, {len(bucket.door.requests)} requests")
+    assert seconds[1] > 2 * seconds[16]  # on idle cores far more: here the server is the limit

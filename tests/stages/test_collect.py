@@ -107,3 +107,8 @@ def test_a_run_lies_where_it_is_told_or_below_runs(monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     assert run_root(None, "demo") == tmp_path / "runs" / "demo"
     assert run_root("x", "demo") == tmp_path / "x"
+
+
+def test_a_run_directory_on_a_store_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"out=s3://b/runs: .*expected a folder on a file system"):
+        run_root("s3://b/runs", "demo")
