@@ -167,6 +167,7 @@ class Resources(Section):
 class Config(Section):
     name: str
     out: str | None = None  # the run directory; null: runs/<name>
+    mirror: Annotated[str, Field(pattern="^(s3|gs)://")] | None = None  # a store that keeps what is finished
     seed: Annotated[int, Field(ge=0)] = 0
     notes: tuple[str, ...] = ()  # shown in the report, e.g. what the backbone was trained with
     data: DataConfig
@@ -252,6 +253,8 @@ def _describe(problem: Mapping[str, Any]) -> str:
         return f"unknown key {where}; {hint}"
     if problem["type"] == "missing":
         return f"{where} is missing"
+    if where == "mirror":
+        return f"{where}={problem['input']!r}: must be s3://<bucket>/<prefix> or gs://<bucket>/<prefix>"
     if problem["type"] == "string_pattern_mismatch":
         return f"{where}={problem['input']!r}: must be <module>:<function>, or timm:<model> for a backbone"
     message = problem["msg"].removeprefix("Value error, ").replace("tuple", "list")

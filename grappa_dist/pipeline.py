@@ -24,6 +24,7 @@ from grappa_dist.stages.embed import bad_rows, embed, feature_rows, features_of
 from grappa_dist.stages.evaluate import Evaluation, evaluate, insight_of, scores_of, truth_of
 from grappa_dist.stages.flow import Flow
 from grappa_dist.stages.fuse import fuse, fusion_of
+from grappa_dist.stages.mirror import mirrored
 from grappa_dist.stages.modelling import ModelSpec
 from grappa_dist.stages.partitions import judge_partitions, partitions_of
 from grappa_dist.stages.pseudo_label import label_rows, labels_of, num_labels, pseudo_label
@@ -110,8 +111,13 @@ def _run(context: Run) -> tuple[Path, list[ScoreRow]]:
             draw_collection(config.data, collection_of(store, config.data))
     train, test = open_images(config.data, store, config.resources)
     flow = lay_out(config, store, train, test)
-    _announce(console, flow)
+    with mirrored(config.mirror, flow, console):
+        _announce(console, flow)
+        return _make(context, flow)
 
+
+def _make(context: Run, flow: Flow) -> tuple[Path, list[ScoreRow]]:
+    config, store, console, train = context.config, context.store, context.console, flow.train
     embed(context, train, flow.models["backbone"], flow.features)
     bad = bad_rows(train, flow.features)
     pseudo_label(context, flow.labels, feature_rows(train, flow.features), train, bad)

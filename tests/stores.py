@@ -67,6 +67,11 @@ def door_to(backend: Backend) -> Iterator[Door]:
         disable_nagle_algorithm = True
         wbufsize = -1  # the whole answer in one write
 
+        def handle_expect_100(self) -> bool:
+            super().handle_expect_100()
+            self.wfile.flush()
+            return True
+
         def answer(self) -> None:
             given = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             time.sleep(door.latency_s)
@@ -137,7 +142,7 @@ def upstream(port: int) -> Backend:
     def answer(method: str, path: str, headers: dict[str, str], body: bytes) -> Answer:
         if not hasattr(local, "connection"):
             local.connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-        kept = {name: value for name, value in headers.items() if name.lower() != "connection"}
+        kept = {name: value for name, value in headers.items() if name.lower() not in ("connection", "expect")}
         local.connection.request(method, path, body, kept)
         response = local.connection.getresponse()
         data = response.read()

@@ -102,7 +102,7 @@ def list_tars(entry: str) -> list[RemoteObject]:
         return objects_at([url])
     else:
         found = _attempt(url, "listing", lambda fs, path: fs.ls(path, detail=True), missing=[])
-    fs, _ = _store(url)
+    fs, _ = store_of(url)
     infos = {fs.unstrip_protocol(info["name"]): info for info in found if info["type"] == "file"}
     tars = sorted(name for name in infos if name.endswith(".tar"))
     if any(infos[name].get("size") is None for name in tars):  # an HTML listing has names alone
@@ -153,7 +153,7 @@ class RemoteFile:
         """The library's file, which refuses another version where the store can (If-Match)."""
         with self._lock:
             if self._file is None:
-                fs, path = _store(self.about.url)
+                fs, path = store_of(self.about.url)
                 if is_http(self.about.url):
                     found = fs.info(path)
                     strong = {"headers": {"If-Match": found["ETag"]}} if found.get("ETag", "").startswith('"') else {}
@@ -179,8 +179,8 @@ def _attempt(url: str, what: str, ask: Callable[[Any, str], Result], **missing: 
     """
     for attempt in range(_ATTEMPTS):
         try:
-            return ask(*_store(url))
-        except _library_errors() as error:
+            return ask(*store_of(url))
+        except library_errors() as error:
             if isinstance(error, ValueError) and str(error).startswith(url):
                 raise
             cause = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error
@@ -198,7 +198,7 @@ def _attempt(url: str, what: str, ask: Callable[[Any, str], Result], **missing: 
     raise AssertionError("the last attempt returns or raises")
 
 
-def _store(url: str) -> tuple[Any, str]:
+def store_of(url: str) -> tuple[Any, str]:
     """fsspec's file system of a URL, one per process, and the path in it."""
     from fsspec.config import conf
     from fsspec.core import url_to_fs
@@ -215,7 +215,7 @@ def _store(url: str) -> tuple[Any, str]:
     return found
 
 
-def _library_errors() -> tuple[type[BaseException], ...]:
+def library_errors() -> tuple[type[BaseException], ...]:
     """What reading may raise: the libraries' own kinds share no ancestor, and only those in use are loaded."""
     kinds = [("aiohttp", "ClientError"), ("botocore.exceptions", "BotoCoreError")]
     kinds += [("botocore.exceptions", "ClientError"), ("gcsfs.retry", "HttpError")]

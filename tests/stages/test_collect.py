@@ -110,5 +110,5 @@ def test_a_run_lies_where_it_is_told_or_below_runs(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_run_directory_on_a_store_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"out=s3://b/runs: .*expected a folder on a file system"):
+    with pytest.raises(ValueError, match=r"out=s3://b/runs: .*expected a folder on a file system.*mirror=s3://b/runs"):
         run_root("s3://b/runs", "demo")

@@ -1,0 +1,137 @@
+"""The copy of a run on an object store: nothing half done counts, and a run elsewhere goes on from it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from grappa_dist import pipeline
+from grappa_dist.artifacts import Artifact, Store
+from grappa_dist.config import Config
+from grappa_dist.stages.collect import open_images
+from grappa_dist.stages.mirror import Mirror, artifacts_of
+from tests.conftest import Bucket
+from tests.stages import tiny
+
+
+def artifact_in(root: Path, number: int = 0, *, made: bool = True) -> Artifact:
+    artifact = Store(root).artifact(f"labels/k={number}", {"number": number}, {})
+    if made:
+        folder = artifact.begin()
+        (folder / "deep" / "er").mkdir(parents=True)
+        for name, size in (("rows-0.npy", 1000 * number + 1), ("empty.bin", 0), ("deep/er/x.json", 7)):
+            (folder / name).write_bytes(bytes([number]) * size)
+        artifact.commit()
+    return artifact
+
+
+def contents(artifact: Artifact) -> dict[str, bytes]:
+    files = (path for path in artifact.path.rglob("*") if path.is_file())
+    return {str(path.relative_to(artifact.path)): path.read_bytes() for path in files}
+
+
+def test_what_was_copied_comes_back_file_by_file_and_the_manifest_is_written_last(
+    bucket: Bucket, tmp_path: Path
+) -> None:
+    bucket.allow_writing()
+    made = [artifact_in(tmp_path / "a", number) for number in range(3)]
+    unfinished = artifact_in(tmp_path / "a", 3, made=False)
+    unfinished.begin()
+    Mirror(f"{bucket.url}/runs/x").save([*made, unfinished])
+    writes = [r.path.split("?")[0].rpartition("/")[2] for r in bucket.door.requests if r.method in ("PUT", "POST")]
+    assert [at for at, name in enumerate(writes) if name == "manifest.json"] == [3, 7, 11]
+    assert not any("k=3" in key for key in bucket.names())
+
+    elsewhere = [artifact_in(tmp_path / "b", number, made=False) for number in range(4)]
+    assert len(Mirror(f"{bucket.url}/runs/x/").fetch(elsewhere)) == 3
+    for here, there in zip(made, elsewhere, strict=False):
+        there.check()
+        assert contents(here) == contents(there)
+    assert not elsewhere[3].complete
+    bucket.door.requests.clear()
+    again = Mirror(f"{bucket.url}/runs/x")
+    again.save(made)
+    assert again.fetch(elsewhere) == []
+    assert [r.method for r in bucket.door.requests] == ["GET"]  # one listing
+
+
+def test_a_copy_without_its_manifest_does_not_count_and_is_made_again(bucket: Bucket, tmp_path: Path) -> None:
+    bucket.allow_writing()
+    made, mirror = artifact_in(tmp_path / "a", 2), Mirror(bucket.url)
+    bucket.door.refuse = lambda method, path: 403 if method == "PUT" and "manifest" in path else None
+    with pytest.raises(ValueError, match=rf"mirror={bucket.url}: cannot be used \(labels/k=2.*written\): Permission"):
+        mirror.save([made])
+    assert len(bucket.names()) == 3
+    absent = artifact_in(tmp_path / "b", 2, made=False)
+    assert Mirror(bucket.url).fetch([absent]) == []
+    bucket.door.refuse = lambda method, path: None
+    mirror.save([made])
+    assert Mirror(bucket.url).fetch([absent]) == [absent]
+
+
+def test_a_copy_that_was_damaged_is_refused_and_does_not_appear(bucket: Bucket, tmp_path: Path) -> None:
+    bucket.allow_writing()
+    made = artifact_in(tmp_path / "a", 2)
+    Mirror(bucket.url).save([made])
+    bucket.put(f"{made.name}/rows-0.npy", b"short")
+    absent = artifact_in(tmp_path / "b", 2, made=False)
+    with pytest.raises(ValueError, match=r"rows-0\.npy: 5 bytes, its manifest says 2001; remove .*manifest\.json"):
+        Mirror(bucket.url).fetch([absent])
+    bucket.client.delete_object(Bucket=bucket.name, Key=f"{made.name}/rows-0.npy")
+    with pytest.raises(ValueError, match=r"cannot be used \(labels/k=2.*rows-0\.npy read\)"):
+        Mirror(bucket.url).fetch([absent])
+    manifest = json.dumps({"files": {"../../outside": 3}}).encode()
+    bucket.put(f"{made.name}/manifest.json", manifest)
+    with pytest.raises(ValueError, match=r"names '\.\./\.\./outside', outside of its folder"):
+        Mirror(bucket.url).fetch([absent])
+    assert not absent.complete
+
+
+def settings_on(bucket: Bucket, folder: Path) -> Config:
+    """Images and the mirror of a tiny run in one bucket."""
+    local = tiny.write_shards(folder / "images")
+    paths = [bucket.upload(Path(path), f"images/{number}/") for number, path in enumerate(local)]
+    settings = tiny.config(paths, adapt={"epochs": 1}, resources={"cache_dir": str(folder / "cache")})
+    return settings.model_copy(update={"mirror": f"{bucket.url}/runs/tiny"})
+
+
+def test_a_run_that_lost_its_directory_goes_on_from_the_store_and_does_nothing_again(
+    bucket: Bucket, tmp_path: Path
+) -> None:
+    bucket.allow_writing()
+    settings, here = settings_on(bucket, tmp_path), tiny.Here()
+    pipeline._run(tiny.run_in(settings, tmp_path / "run", here))
+    assert "k=6" in here.asked
+    report = (tmp_path / "run" / "report" / "report.html").read_bytes()
+    latest = json.loads(bucket.client.get_object(Bucket=bucket.name, Key="runs/tiny/latest.json")["Body"].read())
+    assert f"runs/tiny/{latest['report']}/report.html" in bucket.names()
+    assert f"runs/tiny/{latest['model']}/model.safetensors" in bucket.names()
+
+    shutil.rmtree(tmp_path / "run")
+    again = tiny.Here()
+    pipeline._run(tiny.run_in(settings, tmp_path / "elsewhere", again))
+    assert again.asked == []
+    assert (tmp_path / "elsewhere" / "report" / "report.html").read_bytes() == report
+    train, _ = open_images(settings.data, Store(tmp_path / "elsewhere"))
+    for artifact in artifacts_of(pipeline.lay_out(settings, Store(tmp_path / "elsewhere"), train, None)):
+        artifact.check()
+
+
+def test_a_store_that_cannot_be_written_to_fails_the_run_at_its_end_and_loses_nothing(
+    bucket: Bucket, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bucket.allow_writing()
+    settings = settings_on(bucket, tmp_path)
+    bucket.door.refuse = lambda method, path: None if method in ("GET", "HEAD") else 403
+    with pytest.raises(ValueError, match=r"mirror=s3://.*written.*PermissionError"):
+        pipeline._run(tiny.run_in(settings, tmp_path / "run", tiny.Here()))
+    assert "warning: mirror=s3://" in capsys.readouterr().err
+    assert (tmp_path / "run" / "report" / "report.html").is_file()
+    bucket.door.refuse = lambda method, path: None
+    again = tiny.Here()
+    pipeline._run(tiny.run_in(settings, tmp_path / "run", again))
+    assert again.asked == []
+    assert "runs/tiny/latest.json" in bucket.names()
