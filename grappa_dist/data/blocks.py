@@ -95,6 +95,8 @@ class BlockFile:
         kept = self._cache.read(self._key(number), start - first, end - start)
         with self._lock:
             seen = self._seen[number]
+            if kept is None and seen.state is _State.WHOLE:  # it may have come in between
+                kept = self._cache.read(self._key(number), start - first, end - start)
             alone = kept is None and number not in self._under_way and self._is_read_alone(number)
             if kept is not None:
                 seen.state = _State.WHOLE
@@ -149,7 +151,13 @@ class BlockFile:
             wanted = [n for n in following if n not in self._under_way and self._seen[n].state in new]
         for n in wanted:
             if not self._cache.has(self._key(n)):
-                fetchers(self._settings).submit(self._whole, n)  # an error shows when the block itself is wanted
+                fetchers(self._settings).submit(self._bring, n)  # an error shows when the block itself is wanted
+
+    def _bring(self, number: int) -> None:
+        with self._lock:
+            if self._seen[number].state is _State.WHOLE:  # several readers asked for it
+                return
+        self._whole(number)
 
     def _length(self, number: int) -> int:
         return min(BLOCK, self.about.size - number * BLOCK)

@@ -93,6 +93,16 @@ def test_threads_that_want_one_block_fetch_it_once(web: Door, tmp_path: Path) ->
     assert web.ranges().count((0, BLOCK - 1)) == 1
 
 
+def test_many_threads_that_read_through_take_each_block_once(web: Door, tmp_path: Path) -> None:
+    file = open_file(web, tmp_path, 2**26)
+    with ThreadPoolExecutor(8) as pool:
+        for at, data in zip(PLACES, pool.map(lambda at: file.read(at, IMAGE), PLACES), strict=True):
+            assert data == DATA[at : at + IMAGE]
+    whole = [span for span in web.ranges() if span[0] % BLOCK == 0 and span[1] - span[0] > IMAGE]
+    assert len(whole) == len(set(whole)) <= NUM_BLOCKS
+    assert sent(web) < 1.1 * len(DATA)
+
+
 def test_an_error_of_a_block_fails_every_reader_that_waits_for_it_and_the_next_one_asks_again(
     web: Door, tmp_path: Path
 ) -> None:
