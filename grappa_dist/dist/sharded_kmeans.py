@@ -31,7 +31,7 @@ from grappa_dist.ops.proposals import Centroids
 
 SQUARE_UNIT = 1 / GRID**2  # of exact squared distances
 FEW_LABELS = 512  # so few are searched in one go
-GROUP_SIZE = 128  # centroids per bound, at least, on the average
+GROUP_SIZE = 256  # centroids per bound, at least, on the average
 DIMENSIONS_PER_BOUND = 8  # of a row for each of its lower bounds, at least
 
 

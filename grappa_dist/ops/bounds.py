@@ -156,19 +156,20 @@ class _Block:
 
 def _open_rows(x: Tensor, centroids: GroupedCentroids, bounds: Bounds) -> _Block:
     """Rows with a group that may hold a nearer centroid, also after a look at how far their own one is now."""
+    proposer = centroids.whole.proposer
     rows = _most_or_these((bounds.lower <= bounds.upper[:, None]).any(1))
     some, own, squares = _pick(x, rows), bounds.labels[rows].long(), bounds.squares[rows]
-    norms = squares / GRID**2
-    if not len(rows) or int(own.min()) < 0 or len(centroids.parts) == 1:  # the search of the only group finds the own
-        base = torch.minimum(norms, bounds.upper[rows].double().square())
-        unknown = torch.full_like(norms, math.inf)
-        return _Block(rows, some, squares, own, unknown, centroids.whole.proposer.rows(some, squares, base))
+    first_time = bool((own < 0).any())
+    if first_time or len(centroids.parts) == 1:  # the search of the only group finds the own
+        base = squares / GRID**2 if first_time else bounds.upper[rows].double().square()
+        prepared = proposer.rows(some, squares, base, bounded=not first_time)
+        return _Block(rows, some, squares, own, torch.full_like(squares, math.inf), prepared)
     pairs = (torch.arange(len(rows), device=x.device), own)
     distances = pair_squares(some, squares, centroids.whole, pairs) / GRID**2
     bounds.upper[rows] = _root(distances, 1 + _SLACK)
     still = _most_or_these((bounds.lower[rows] <= bounds.upper[rows, None]).any(1))
     some, squares, distances = _pick(some, still), squares[still], distances[still]
-    prepared = centroids.whole.proposer.rows(some, squares, distances)
+    prepared = proposer.rows(some, squares, distances, bounded=True)
     return _Block(rows[still], some, squares, own[still], distances, prepared)
 
 

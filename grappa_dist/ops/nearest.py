@@ -17,6 +17,7 @@ from torch import Tensor
 from grappa_dist.ops.exact import GRID, cached_rows, exact_dot, exact_square
 from grappa_dist.ops.proposals import Centroids
 
+_FARTHEST = 4.125  # no two rows of norm at most 1 + 2**-7 are at a larger squared distance
 _TILE = 2**23  # elements of the largest float64 table made at once
 
 
@@ -43,7 +44,8 @@ def assign(
         return Assignment(torch.zeros(0, dtype=torch.int64, device=x.device), x.new_zeros(0, dtype=torch.float64))
     squares = exact_square(x) if squares is None else squares
     reach = torch.full_like(squares, math.inf) if within is None else within
-    prepared = centroids.proposer.rows(x, squares, torch.minimum(squares / GRID**2, reach))
+    base = squares / GRID**2 if within is None else within.clamp(max=_FARTHEST)
+    prepared = centroids.proposer.rows(x, squares, base, bounded=within is not None)
     found = centroids.proposer.nearest(prepared, centroids, min(centroids.proposer.places, len(centroids.values)))
     reach = torch.minimum(reach, found.distances[:, 0].double() + found.error)
     possible = found.distances.double() - found.error <= reach[:, None]  # (P, t)

@@ -102,6 +102,7 @@ class PreparedRows:
     form: Tensor  # (P or some more, E): spare rows at the end make the number of rows a multiple of `step`
     base: Tensor  # (P,) float32, the squared distance from which the form makes others be counted
     norm: float  # the largest |x|
+    bounded: bool  # no nearest centroid is farther than the base
     step: int = 1
 
     def pick(self, rows: Tensor) -> PreparedRows:
@@ -123,7 +124,7 @@ class Proposals:
     error: float
     """The nearest estimate is off by no more than this. No other one, nor the last one as an estimate of those that
     were not proposed, lies further above the true squared distance. Where places are free, those that were not proposed
-    are not the nearest."""
+    are not the nearest; and where rows are bounded and the second place is free, nor is the first."""
 
 
 class Proposer(Protocol):
@@ -135,12 +136,13 @@ class Proposer(Protocol):
 
     def centroids(self, values: Tensor, squares: Tensor) -> Centroids: ...
 
-    def rows(self, x: Tensor, squares: Tensor, base: Tensor) -> PreparedRows:
+    def rows(self, x: Tensor, squares: Tensor, base: Tensor, *, bounded: bool) -> PreparedRows:
         """Prepares grid rows with their exact squared norms (P,) float64 in units of 2**-48.
 
         Args:
             base: (P,) float64 squared distances about as large as that of the nearest centroid: estimates near them are
                 the sharpest.
+            bounded: the base is at least that distance, so centroids farther away need no second proposal beside them.
         """
 
     def nearest(self, rows: PreparedRows, centroids: Centroids, t: int) -> Proposals: ...
@@ -161,8 +163,8 @@ class FloatProposer:
     def centroids(self, values: Tensor, squares: Tensor) -> Centroids:
         return Centroids(values, squares, norm_of(squares), self, values)
 
-    def rows(self, x: Tensor, squares: Tensor, base: Tensor) -> PreparedRows:
-        return PreparedRows(x, base.float(), norm_of(squares))
+    def rows(self, x: Tensor, squares: Tensor, base: Tensor, *, bounded: bool) -> PreparedRows:
+        return PreparedRows(x, base.float(), norm_of(squares), bounded)
 
     def nearest(self, rows: PreparedRows, centroids: Centroids, t: int) -> Proposals:
         distances, labels = self.search(rows.form, centroids.form, t)
@@ -191,9 +193,9 @@ class HalfProposer:
         form = _form(values, squares / (-2 * GRID**2), 0)
         return Centroids(values, squares, norm_of(squares), self, form, self.left_out(values))
 
-    def rows(self, x: Tensor, squares: Tensor, base: Tensor) -> PreparedRows:
+    def rows(self, x: Tensor, squares: Tensor, base: Tensor, *, bounded: bool) -> PreparedRows:
         form = _spare_rows(_form(x, (base - squares / GRID**2) / 2, 1), _ROW_STEP)
-        return PreparedRows(form, base.float(), norm_of(squares), _ROW_STEP)
+        return PreparedRows(form, base.float(), norm_of(squares), bounded, _ROW_STEP)
 
     def nearest(self, rows: PreparedRows, centroids: Centroids, t: int) -> Proposals:
         error, targets = self._error(rows, centroids), _spare_rows(centroids.form, _COLUMN_STEP)
@@ -201,7 +203,7 @@ class HalfProposer:
         found = []
         for tile, base in zip(rows.form.split(size), rows.base.split(size), strict=True):
             products = (tile @ targets.T)[: len(base), : len(centroids.form)]
-            found.append(_best_columns(products.float(), t, error))
+            found.append(_best_columns(products.float(), t, error, bounded=rows.bounded))
         scores, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
         largest = _largest(scores[:, 0])
         # Scores below -largest round more coarsely than the error allows for; so they count as no less than that.
@@ -244,35 +246,36 @@ def _largest(scores: Tensor) -> float:
     return max(_NEAR, float(scores.abs().max()))
 
 
-def _best_columns(table: Tensor, t: int, error: float) -> tuple[Tensor, Tensor]:
-    """The largest entries per row, (P, t), descending, and their columns: two, and more where these are near.
+def _best_columns(table: Tensor, t: int, error: float, *, bounded: bool) -> tuple[Tensor, Tensor]:
+    """The largest entries per row, (P, t), descending, and their columns: as many as may matter. Uses the table up.
 
-    Further places of a row stay free, at -inf, once an entry lies so far below the first that those after it cannot be
-    the largest true score. Uses the table up.
+    Places of a row stay free, at -inf, once an entry lies so far below the first that no later one can be the largest
+    true score; the second at the earliest, or, where true scores of 0 or more are known to exist, once entries lie so
+    far below 0.
 
     Args:
         error: of an entry, beside the rounding to bfloat16.
+        bounded: the largest true score of each row, in this table or elsewhere, is at least 0.
     """
-    columns = torch.zeros((len(table), t), dtype=torch.int64, device=table.device)
     values = torch.full((len(table), t), -math.inf, device=table.device)
-    gap, rows = 0.0, None
+    columns = torch.zeros((len(table), t), dtype=torch.int64, device=table.device)
+    rows, floor = torch.arange(len(table), device=table.device), values[:, 0]
     for place in range(t):
         found = _argmax(table)[:, None]
         best = table.gather(1, found)
-        if rows is None:
-            values[:, place : place + 1], columns[:, place : place + 1] = best, found
-        else:
-            values[rows, place], columns[rows, place] = best[:, 0], found[:, 0]
-        if place == t - 1:
-            break
-        table.scatter_(1, found, -math.inf)
+        values[:, place].index_copy_(0, rows, best[:, 0])
+        columns[:, place].index_copy_(0, rows, found[:, 0])
         if place == 0:
             gap = 2 * (error + _HALF * _largest(best)) * (1 + 2 * _HALF)
-            continue
-        near = (best[:, 0] >= (values[:, 0] if rows is None else values[rows, 0]) - gap).nonzero()[:, 0]
-        if not len(near):
+            floor = values[:, 0] - gap
+            near = (best[:, 0] >= -gap).nonzero()[:, 0] if bounded else None
+        else:
+            near = (best[:, 0] >= floor[rows]).nonzero()[:, 0]
+        if place == t - 1 or (near is not None and not len(near)):
             break
-        rows, table = near if rows is None else rows[near], table.index_select(0, near)
+        if near is not None and len(near) < len(rows):
+            rows, table, found = rows[near], table.index_select(0, near), found[near]
+        table.scatter_(1, found, -math.inf)
     return values, columns
 
 

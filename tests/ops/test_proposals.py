@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -35,21 +36,30 @@ def half(x: Tensor) -> HalfProposer:
 def test_estimates_keep_to_the_error_they_state(dim: int) -> None:
     for x, c in cases(dim):
         exact, squares = exact_squares(x, c), exact_square(x)
-        bases = (squares / GRID**2, exact.min(1).values, exact.max(1).values, torch.zeros(len(x), dtype=torch.float64))
+        least, most = exact.min(1).values, exact.max(1).values
+        bases = [(squares / GRID**2, False), (least, False), (most, False), (torch.zeros_like(least), False)]
+        bases += [(least, True), ((least + most) / 2, True), (least / 2, True)]
         for proposer in (FloatProposer(), half(x)):
-            for base in bases:
-                rows = proposer.rows(x, squares, base)
+            for base, bounded in bases:
+                rows = proposer.rows(x, squares, base, bounded=bounded)
                 found = proposer.nearest(rows, Centroids.of(c, proposer), min(6, len(c)))
-                check(found, exact)
+                check(found, exact, base if bounded else None)
 
 
-def check(found: proposals.Proposals, exact: Tensor) -> None:
+def check(found: proposals.Proposals, exact: Tensor, bound: Tensor | None) -> None:
     nearest = exact.min(1).values
     estimates = found.distances.double()
     true = exact.gather(1, found.labels)
     assert (estimates[:, 0] - true[:, 0]).abs().max() <= found.error
     free = estimates.isinf()
-    assert not free[:, : min(2, free.shape[1])].any()
+    assert not free[:, 0].any()
+    if bound is None:
+        assert not free[:, : min(2, free.shape[1])].any()
+    elif free.shape[1] > 1:
+        assert bool((nearest > bound)[free[:, 1]].all())  # a nearest one within the bound has a second beside it
+        exact, estimates, free = exact[~free[:, 1]], estimates[~free[:, 1]], free[~free[:, 1]]
+        found = replace(found, labels=found.labels[found.distances[:, 1].isfinite()])
+        nearest, true = exact.min(1).values, exact.gather(1, found.labels)
     assert bool((estimates[:, 1:] >= estimates[:, :-1]).all())
     assert bool((estimates - found.error <= true)[~free].all())
     proposed = torch.zeros(exact.shape, dtype=torch.bool)
@@ -66,7 +76,7 @@ def test_bfloat16_is_sharpest_near_the_base() -> None:
     proposer, squares, exact = half(x), exact_square(x), exact_squares(x, c)
     errors = []
     for base in (exact.min(1).values, squares / GRID**2 + 6):
-        found = proposer.nearest(proposer.rows(x, squares, base), Centroids.of(c, proposer), 2)
+        found = proposer.nearest(proposer.rows(x, squares, base, bounded=False), Centroids.of(c, proposer), 2)
         errors.append((found.distances[:, 0] - exact.gather(1, found.labels[:, :1])[:, 0]).abs().max())
     assert errors[0] < errors[1] / 2
 
@@ -76,7 +86,10 @@ def test_picked_rows_and_centroids_give_the_estimates_they_had() -> None:
     some, labels = torch.tensor([0, 7, 8, 299]), torch.tensor([3, 4, 48])
     proposers: list[Proposer] = [FloatProposer(), half(x)]
     for proposer in proposers:
-        rows, centroids = proposer.rows(x, exact_square(x), exact_square(x) / GRID**2), Centroids.of(c, proposer)
+        rows, centroids = (
+            proposer.rows(x, exact_square(x), exact_square(x) / GRID**2, bounded=False),
+            Centroids.of(c, proposer),
+        )
         whole = proposer.nearest(rows, centroids.pick(labels), 2)
         picked = proposer.nearest(rows.pick(some), centroids.pick(labels), 2)
         assert torch.equal(picked.labels, whole.labels[some])
@@ -86,7 +99,10 @@ def test_picked_rows_and_centroids_give_the_estimates_they_had() -> None:
 def test_tiles_do_not_change_estimates(monkeypatch: pytest.MonkeyPatch) -> None:
     x, c = unit_rows(400, 20), unit_rows(50, 20, seed=1)
     proposer = half(x)
-    rows, centroids = proposer.rows(x, exact_square(x), exact_square(x) / GRID**2), Centroids.of(c, proposer)
+    rows, centroids = (
+        proposer.rows(x, exact_square(x), exact_square(x) / GRID**2, bounded=False),
+        Centroids.of(c, proposer),
+    )
     whole = proposer.nearest(rows, centroids, 2)
     monkeypatch.setattr(proposals, "_CACHED_TILE", 64)
     cut = proposer.nearest(rows, centroids, 2)
