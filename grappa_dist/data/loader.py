@@ -10,14 +10,13 @@ from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
+from grappa_dist.data.decoding import BadImage, Picture, Pixels, open_picture
 from grappa_dist.data.shards import ImageShards
-from grappa_dist.data.transforms import BadImage, Pixels, decode
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
-Make = Callable[[Image.Image, int], Pixels]  # image and row id -> the pixels of that row, all of one shape
+Make = Callable[[Picture, int], Pixels]  # image and row id -> the pixels of that row, all of one shape
 
 
 def read_batches(
@@ -58,11 +57,9 @@ def load_or_skip(
     reasons: dict[int, str] = {}
     for line, row in zip(pixels, map(int, rows), strict=True):
         try:
-            image = decode(shards.image_bytes(row))
+            line[...] = make(open_picture(shards.image_bytes(row)), row)
         except BadImage as error:
             reasons[row] = str(error)
-        else:
-            line[...] = make(image, row)
     return pixels, reasons
 
 

@@ -12,13 +12,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 
 from grappa_dist.artifacts import RowArrays, sync_folder, write_json
 from grappa_dist.config import FuseConfig
 from grappa_dist.data.loader import load_images, read_batches
 from grappa_dist.data.randomness import generator
-from grappa_dist.data.transforms import Preprocess, view_generator
+from grappa_dist.data.transforms import Picture, Preprocess, view_generator
 from grappa_dist.dist.sharded_knn import sharded_knn
 from grappa_dist.dist.workers import RankContext
 from grappa_dist.models import Grappa
@@ -61,9 +60,11 @@ class Pairs:
 
         def read(at: int) -> Pixels:
             rows = order.batch_share(at, batch, comm.rank, comm.size)
-            partners = self._partners(rows, epoch, graph)
-            views = (self._views(rows, epoch, 0), self._views(partners, epoch, 1))
-            return np.concatenate(views)
+            if graph is None:  # both views of an image that is read and decoded once
+                return self._views(rows, epoch, (0, 1))
+            return np.concatenate(
+                [self._views(rows, epoch, (0,)), self._views(self._partners(rows, epoch, graph), epoch, (1,))]
+            )
 
         self._batches = read_batches(range(t, self._per_epoch), read, threads=self._training.decode_threads)
 
@@ -79,14 +80,16 @@ class Pairs:
             self._batches.close()
             self._batches = None
 
-    def _views(self, rows: NDArray[np.int64], epoch: int, view: int) -> Pixels:
+    def _views(self, rows: NDArray[np.int64], epoch: int, views: tuple[int, ...]) -> Pixels:
+        """Some views of each row, (views x B, S, S, 3): the first views of all rows, then the next ones."""
         side, seed = self._preprocess.image_size, self._training.seed
 
-        def make(image: Image.Image, row: int) -> Pixels:
-            rng = view_generator(seed, epoch, row, view)
-            return self._preprocess.augment(image, rng, self._settings.min_crop_area)
+        def make(image: Picture, row: int) -> Pixels:
+            rngs = [view_generator(seed, epoch, row, view) for view in views]
+            return self._preprocess.views(image, rngs, self._settings.min_crop_area)
 
-        return load_images(self._training.images, rows, make, (side, side, 3))
+        pixels = load_images(self._training.images, rows, make, (len(views), side, side, 3))
+        return np.ascontiguousarray(pixels.swapaxes(0, 1)).reshape(-1, side, side, 3)
 
     def _partners(self, rows: NDArray[np.int64], epoch: int, graph: RowArrays | None) -> NDArray[np.int64]:
         """One of each row's neighbours, by (seed, epoch, row); the row itself without a graph or a neighbour."""
