@@ -51,6 +51,7 @@ def arguments() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="kmeans|data")
     kmeans_arguments(commands)
     data_arguments(commands)
+    return parser
 
 
 def kmeans_arguments(commands: Any) -> None:

@@ -147,7 +147,7 @@ def _compare(images: ImageShards, view: str, settings: DataSettings, tell: Tell)
             if repeat:
                 runs[name] = runs[name].and_then(timing) if name in runs else timing
     work.close()
-    return ViewFindings(view, {name: Speed(name, work.rows, timing) for name, timing in runs.items()})
+    return ViewFindings(view, {name: Speed(name, work.rows, runs[name]) for name in sides})
 
 
 def _timed(work: Callable[[], int], rows: int) -> Timing:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from grappa_dist.artifacts import Artifact, RowArrays, Store, write_json
 from grappa_dist.config import EmbedConfig
 from grappa_dist.data.loader import load_or_skip, read_batches
+from grappa_dist.data.probe import pixels_class
 from grappa_dist.data.shards import ImageShards, Shard
 from grappa_dist.ops.exact import to_grid
 from grappa_dist.stages.modelling import ModelSpec, backbone_settings, built, pixels_of, preprocess_of
@@ -45,7 +46,7 @@ class EmbedTask:
 
 def features_of(store: Store, spec: ModelSpec, embed: EmbedConfig, images: ImageShards) -> tuple[Artifact, ...]:
     """One artefact per shard, so that new shards alone are embedded."""
-    settings = {"backbone": backbone_settings(spec.backbone), **embed.model_dump()}
+    settings = {"backbone": backbone_settings(spec.backbone), **embed.model_dump(), "pixels": pixels_class()}
 
     def of(shard: Shard) -> Artifact:
         kind = f"features/{spec.name}/{shard.name.removesuffix('.tar')}"
