@@ -109,7 +109,7 @@ def _indexed(tar: Path, index_dir: Path | None) -> _Found:
     index_dir = index_dir.absolute()
     stat = tar.stat()
     state = {"path": str(tar), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-    note = index_dir / f"{hashlib.sha256(str(tar).encode()).hexdigest()[:32]}.json"
+    note = index_dir / f"{hashlib.sha256(os.fsencode(tar)).hexdigest()[:32]}.json"
     if note.is_file():
         content = read_json(note)
         if content["state"] == state:

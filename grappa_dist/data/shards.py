@@ -14,8 +14,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from grappa_dist.data.decoding import BadImage
 from grappa_dist.data.discovery import find_shards
-from grappa_dist.data.index import IMAGE_SUFFIXES, ROW, OpenFile, Shard, index_shard, key_at, split_name
+from grappa_dist.data.index import (
+    DAMAGED,
+    IMAGE_SUFFIXES,
+    REFUSED,
+    ROW,
+    OpenFile,
+    Shard,
+    index_shard,
+    key_at,
+    refusal,
+    split_name,
+)
 
 __all__ = ["IMAGE_SUFFIXES", "ROW", "ImageShards", "Shard", "index_shard", "split_name"]
 
@@ -83,16 +95,24 @@ class ImageShards:
         return rows
 
     def image_bytes(self, row: int) -> bytes:
-        """The image file of a row, as it lies in the tar."""
+        """The image file of a row, as it lies in the tar.
+
+        Raises:
+            BadImage: the index says why the row has none.
+        """
         shard, position = self.locate(row)
         place = self.index(shard)[position]
+        if why := refusal(place):
+            raise BadImage(f"{why} (byte {place['offset']})")
+        if int(place["offset"]) + int(place["size"]) > self.shards[shard].bytes:
+            raise BadImage("cut off: the shard ends inside it")
         return self._read(shard, int(place["offset"]), int(place["size"]))
 
     def labels(self, row: int) -> dict[str, Any] | None:
         """The JSON member of a row, or None without one; for evaluation only."""
         shard, position = self.locate(row)
         place = self.index(shard)[position]
-        if not place["json_size"]:
+        if not place["json_size"] or int(place["json_offset"]) + int(place["json_size"]) > self.shards[shard].bytes:
             return None
         text = self._read(shard, int(place["json_offset"]), int(place["json_size"]))
         try:
@@ -104,16 +124,22 @@ class ImageShards:
         return labels
 
     def key(self, row: int) -> str:
-        """The name of a row in its tar, without suffix."""
+        """The name of a row in its tar, without suffix; "" for the place from which on a tar is damaged."""
         shard, position = self.locate(row)
         rows = self.index(shard)
-        start = 0 if position == 0 else int(rows["offset"][position - 1]) + int(rows["size"][position - 1])
+        if refusal(rows[position]) == REFUSED[DAMAGED]:
+            return ""
+        before = position - 1
+        while before >= 0 and refusal(rows[before]):  # such a row does not tell where it ends
+            before -= 1
+        start = 0 if before < 0 else int(rows["offset"][before]) + int(rows["size"][before])
         with open(self.shards[shard].path, "rb") as file:
             return key_at(file, start, int(rows["offset"][position]))
 
     def where(self, row: int) -> str:
         """Shard and key of a row, for messages."""
-        return f"{self.shards[self.locate(row)[0]].path}: image {self.key(row)!r}"
+        key = self.key(row)
+        return self.shards[self.locate(row)[0]].path + (f": image {key!r}" if key else "")
 
     def _read(self, shard: int, offset: int, size: int) -> bytes:
         about = self.shards[shard]

@@ -195,6 +195,7 @@ def _facts(run: Run, flow: Flow) -> dict[str, str]:
             seconds[event["stage"]] = seconds.get(event["stage"], 0.0) + event["seconds"]
     facts = {
         "images": f"{len(flow.train)} training, {len(flow.test)} test",
+        "members of the tars that are no images": f"{_ignored(flow.train)} training, {_ignored(flow.test)} test",
         "backbone": run.config.backbone.name,
         "seed": str(run.config.seed),
         "time by stage (all attempts)": ", ".join(f"{stage} {duration(s)}" for stage, s in seconds.items()),
@@ -204,6 +205,10 @@ def _facts(run: Run, flow: Flow) -> dict[str, str]:
     made = {"labels": flow.labels.values(), "adaptors": flow.adaptors.values(), "fusions": flow.fusions.values()}
     facts |= {name: ", ".join(a.name for a in group) for name, group in made.items()}
     return facts | {"model": flow.model.name}
+
+
+def _ignored(images: ImageShards) -> int:
+    return sum(shard.ignored for shard in images.shards)
 
 
 def _installed(name: str) -> bool:
