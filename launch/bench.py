@@ -18,7 +18,7 @@ if importlib.util.find_spec("grappa_dist") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from grappa_dist.artifacts import write_json
-from grappa_dist.bench import data
+from grappa_dist.bench import data, data_table
 from grappa_dist.bench.arguments import OneLineParser
 from grappa_dist.bench.kmeans import DRAWN_DIM, DRAWN_ROWS, KMeansSettings, measure_kmeans
 from grappa_dist.bench.machine import machine
@@ -114,7 +114,7 @@ def run_data(asked: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     settings = data.DataSettings(**asked)
     header = machine(settings.threads, "pillow", "simplejpeg", "webdataset")
     findings = data.measure_data(settings, tell)
-    return data.as_text(header, findings), data.as_json(header, findings)
+    return data_table.as_text(header, findings), data_table.as_json(header, findings)
 
 
 def tell(line: str) -> None:

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,6 @@ import torch
 from PIL import Image
 
 from grappa_dist.bench.photos import drawn_shards, users_shards
-from grappa_dist.bench.table import aligned, aligned_header
 from grappa_dist.bench.timing import Timing, turns
 from grappa_dist.data.decoding import BadImage, Picture, Pixels, decode, open_picture
 from grappa_dist.data.loader import load_or_skip, read_batches
@@ -208,7 +208,11 @@ class _Work:
         return self._spread(self.by_ours)
 
     def jpeg(self) -> int:
-        return self._spread(lambda data, row: open_picture(data).pixels())
+        def read(data: bytes, row: int) -> None:
+            with suppress(BadImage):
+                open_picture(data).pixels()
+
+        return self._spread(read)
 
     def by_ours(self, data: bytes, row: int) -> Pixels:
         try:
@@ -259,45 +263,3 @@ class _Work:
 
 def _image_of(sample: dict[str, Any]) -> bytes:
     return next(bytes(sample[suffix]) for suffix in IMAGE_SUFFIXES if suffix in sample)
-
-
-def as_text(header: dict[str, str], findings: DataFindings) -> str:
-    settings = findings.settings
-    about = f"{settings.image_size} px, batches of {settings.batch}, medians of {settings.repeats} runs"
-    blocks = [aligned_header({**header, "images": findings.source, "views": about})]
-    return "\n\n".join([*blocks, *map(_view_text, findings.views)])
-
-
-def _view_text(found: ViewFindings) -> str:
-    lines = [[f"{found.view} views", "images/s", "images/CPU s", "ours/judge", "by CPU"]]
-    for name, speed in found.speeds.items():
-        own = name == OURS
-        ratios = ["-", "-"] if own else [f"{found.ratio(name):.2f}", f"{found.cpu_ratio(name):.2f}"]
-        lines.append([name, f"{speed.images_per_s:.0f}", f"{speed.images_per_cpu_s:.0f}", *ratios])
-    return f"{aligned(lines)}\n{found.verdict}"
-
-
-def as_json(header: dict[str, str], findings: DataFindings) -> dict[str, Any]:
-    return {
-        "machine": header,
-        "images": findings.source,
-        "views": [
-            {
-                "view": found.view,
-                "sides": [
-                    {
-                        "name": speed.name,
-                        "images": speed.rows,
-                        "runs_s": speed.timing.runs,
-                        "cpu_runs_s": speed.timing.cpu_runs,
-                        "images_per_s": speed.images_per_s,
-                        "images_per_cpu_s": speed.images_per_cpu_s,
-                    }
-                    for speed in found.speeds.values()
-                ],
-                "ratio": {judge: found.ratio(judge) for judge in found.speeds if judge != OURS},
-                "cpu_ratio": {judge: found.cpu_ratio(judge) for judge in found.speeds if judge != OURS},
-            }
-            for found in findings.views
-        ],
-    }
