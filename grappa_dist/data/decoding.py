@@ -19,7 +19,7 @@ from PIL import Image
 
 Pixels = NDArray[np.uint8]
 MAX_PIXELS = 64 * 2**20  # more is taken for a decompression bomb
-MAX_SCANS = 500  # of a JPEG: each is a pass over all of its pixels, and costs the file a few bytes only
+MAX_SCANNED = 16 * MAX_PIXELS  # pixels times scans of a JPEG: a scan goes over all pixels, and may cost few bytes
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # by content; files of the web often carry another format's suffix
 # Readers let through whatever their parsers meet. Not MemoryError: it tells of the machine, and the row may be good.
 _UNREADABLE = (
@@ -46,6 +46,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_LYING = tuple(_UPRIGHT[orientation] for orientation in (5, 6, 7, 8))
 _TURN: dict[Image.Transpose, Callable[[Pixels], Pixels]] = {  # views, nothing is copied
     Image.Transpose.FLIP_LEFT_RIGHT: lambda x: x[:, ::-1],
     Image.Transpose.ROTATE_180: lambda x: x[::-1, ::-1],
@@ -95,22 +96,19 @@ def open_picture(data: bytes) -> Picture:
     header = _plain_jpeg(data)
     if header is None:
         return Picture.of(decode(data))
-    width, height, turned = header
-    _refuse_bomb(width, height)
+    width, height, scans, turned = header
+    _refuse_bomb(width, height, scans)
     turn = _turn_of(data) if turned else None
-    if turn in (_UPRIGHT[5], _UPRIGHT[6], _UPRIGHT[7], _UPRIGHT[8]):
-        width, height = height, width
 
     def read(shrink: int) -> Pixels:
-        least = {} if shrink == 1 else {"min_width": -(-lying[0] // shrink), "min_height": -(-lying[1] // shrink)}
+        least = {} if shrink == 1 else {"min_width": -(-width // shrink), "min_height": -(-height // shrink)}
         try:
             pixels: Pixels = simplejpeg.decode_jpeg(data, min_factor=shrink, **least)
         except ValueError:  # damaged, perhaps in a way that Pillow forgives
             return np.array(decode(data))
         return pixels if turn is None else _TURN[turn](pixels)
 
-    lying = header[:2]
-    return Picture(width, height, read)
+    return Picture(height, width, read) if turn in _LYING else Picture(width, height, read)
 
 
 def decode(data: bytes) -> Image.Image:
@@ -123,9 +121,7 @@ def decode(data: bytes) -> Image.Image:
         raise BadImage("empty file")
     try:
         image = Image.open(BytesIO(data), formats=FORMATS)
-        _refuse_bomb(*image.size)
-        if data[:2] == _JPEG and data.count(_SCAN) > MAX_SCANS:
-            raise BadImage(f"a JPEG of more than {MAX_SCANS} scans")
+        _refuse_bomb(*image.size, scans=data.count(_SCAN) if data[:2] == _JPEG else 1)
         image.load()
         return to_rgb(upright(image))
     except BadImage:
@@ -135,13 +131,15 @@ def decode(data: bytes) -> Image.Image:
         raise BadImage(f"{type(error).__name__}: {reason}") from None
 
 
-def _refuse_bomb(width: int, height: int) -> None:
+def _refuse_bomb(width: int, height: int, scans: int) -> None:
     if not 0 < width * height <= MAX_PIXELS:
         raise BadImage(f"{width} x {height} pixels; from 1 to {MAX_PIXELS} are decoded")
+    if width * height * scans > MAX_SCANNED:
+        raise BadImage(f"{scans} scans of {width} x {height} pixels; {MAX_SCANNED} in all are decoded at most")
 
 
-def _plain_jpeg(data: bytes) -> tuple[int, int, bool] | None:
-    """Width and height as they lie in the file, and whether metadata may turn them; None: a file for Pillow.
+def _plain_jpeg(data: bytes) -> tuple[int, int, int, bool] | None:
+    """Width and height as they lie in the file, scans, and whether metadata may turn it; None: a file for Pillow.
 
     Plain are grey and three-channel files of 8 bits by Huffman coding, baseline or progressive.
     """
@@ -155,7 +153,7 @@ def _plain_jpeg(data: bytes) -> tuple[int, int, bool] | None:
                 return None
             kind, width, height, channels = frame
             one_scan = kind != _PROGRESSIVE and data[at + 4] == channels  # counting costs a tenth of the decoding
-            return (width, height, turned) if one_scan or data.count(_SCAN) <= MAX_SCANS else None
+            return width, height, 1 if one_scan else data.count(_SCAN), turned
         if marker in _SOF and at + 10 <= len(data):
             bits, height, width, channels = struct.unpack_from(">BHHB", data, at + 4)
             if bits != 8 or channels not in (1, 3):

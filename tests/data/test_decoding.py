@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from grappa_dist.data.decoding import MAX_SCANS, BadImage, _plain_jpeg, decode, open_picture
+from grappa_dist.data.decoding import MAX_PIXELS, BadImage, _plain_jpeg, decode, open_picture
 
 
 def encoded(image: Image.Image, format: str, **options: Any) -> bytes:
@@ -174,9 +174,13 @@ def test_other_files_go_to_pillow_whatever_their_name() -> None:
 
 
 def test_a_jpeg_of_endless_scans_is_refused_before_it_is_decoded() -> None:
-    data = encoded(picture(64, 64), "JPEG", progressive=True)
+    forged = bytearray(encoded(picture(16, 16), "JPEG", progressive=True))
+    frame = forged.index(b"\xff\xc2")
+    forged[frame + 5 : frame + 9] = struct.pack(">HH", MAX_PIXELS // 4096, 4096)
+    data = bytes(forged)
+    assert open_picture(data).width == 4096  # ten scans of as many pixels are fine
     last = data.rindex(b"\xff\xda")
-    bomb = data[:-2] + data[last:-2] * MAX_SCANS + data[-2:]
+    bomb = data[:-2] + data[last:-2] * 9 + data[-2:]
     for read in (decode, open_picture):
         with pytest.raises(BadImage, match="scans"):
             read(bomb)
