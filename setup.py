@@ -22,6 +22,7 @@ REQUIRED = [
 EXTRAS = {
     "cpu": ["faiss-cpu>=1.9"],  # nearest-neighbour search; exactly one of cpu and gpu
     "gpu": ["faiss-gpu>=1.9"],
+    "benchmarks": ["scipy>=1.11"],  # make_shards --benchmark: the annotations of Cars and Flowers are MATLAB files
     "dev": [
         "pytest>=8.0",
         "pytest-timeout>=2.3",
@@ -30,6 +31,7 @@ EXTRAS = {
         "ruff>=0.9",
         "mypy>=1.14",
         "types-PyYAML",
+        "scipy>=1.11",  # as in benchmarks
     ],
 }
 

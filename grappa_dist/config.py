@@ -162,6 +162,9 @@ class Resources(Section):
     max_restarts: Annotated[int, Field(ge=0)] = 3  # of one job or shard, after its process died
     collective_timeout_s: Annotated[float, Field(gt=0)] = 600.0
     num_cpus: Count | None = None  # size of a local cluster that we start; null: all
+    cache_dir: str | None = None  # blocks of remote shards; null: grappa-cache-<uid> in a node's temporary folder
+    cache_bytes: Annotated[int, Field(ge=0)] = 16 * 2**30  # of all processes of a node together; 0: keep nothing
+    requests_in_flight: Count = 16  # to remote shards, of one process
 
 
 class Config(Section):

@@ -108,7 +108,7 @@ def _run(context: Run) -> tuple[Path, list[ScoreRow]]:
     if not has_drawn(config.data, store):
         with console.stage("collect", f"drawing the collection {config.data.collection}"):
             draw_collection(config.data, collection_of(store, config.data))
-    train, test = open_images(config.data, store)
+    train, test = open_images(config.data, store, config.resources)
     flow = lay_out(config, store, train, test)
     _announce(console, flow)
 

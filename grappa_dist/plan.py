@@ -28,7 +28,7 @@ def _table(config: Config, root: Path) -> str:
     store = Store(root)
     lines = [f"run directory  {root}", f"workers        {_workers(config.resources)}"]
     if has_drawn(config.data, store):
-        train, test = open_images(config.data, store, write_index=False)
+        train, test = open_images(config.data, store, config.resources, write_index=False)
         flow: Flow | None = lay_out(config, store, train, test)
         sizes = {"train": len(train), "test": len(test) if test else len(train)}
     else:

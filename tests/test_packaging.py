@@ -48,5 +48,5 @@ def test_a_user_gets_neither_the_tools_of_development_nor_faiss_unasked(wheel: P
         (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         metadata = Parser().parsestr(archive.read(name).decode())
     asked = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
-    assert [line for line in asked if line.startswith(("pytest", "mypy", "ruff", "faiss"))] == []
-    assert {"cpu", "gpu", "dev"} == set(metadata.get_all("Provides-Extra", []))
+    assert [line for line in asked if line.startswith(("pytest", "mypy", "ruff", "faiss", "scipy"))] == []
+    assert {"cpu", "gpu", "benchmarks", "dev"} == set(metadata.get_all("Provides-Extra", []))

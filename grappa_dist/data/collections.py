@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import time
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Literal
 
-from PIL import Image
-
-from grappa_dist.data.loader import read_batches
+from grappa_dist.data.building import Building, bad_files, build
+from grappa_dist.data.planning import Limits, plan_folder
+from grappa_dist.data.progress import Progress, Tell, duration
 from grappa_dist.data.randomness import permutation
-from grappa_dist.data.sources import Columns, Item, csv_items, folder_items, open_source
-from grappa_dist.data.transforms import BadImage, decode
-from grappa_dist.data.writer import ShardWriter
+from grappa_dist.data.sources import Columns, Item, Source, csv_items, folder_items, open_source
 
 SPLITS = ("train", "test")
 
@@ -31,39 +27,101 @@ class CollectionConfig:
     task: str | None = None  # one name for all images of every pair
     split: Literal["classes", "column", "none"] = "classes"
     image_size: int | None = None  # shorter side of what is larger; None copies the files as they are
-    images_per_shard: int = 1000
+    images_per_shard: int | None = None  # None: 1000, or any number where shard_bytes is given
+    shard_bytes: int | None = None  # a tar is at most so large
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.split not in ("classes", "column", "none"):
             raise ValueError(f"split must be classes, column or none, got {self.split!r}")
-        for name in ("image_size", "images_per_shard"):
+        for name in ("image_size", "images_per_shard", "shard_bytes"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0, got {self.seed}")
 
+    @property
+    def limits(self) -> Limits:
+        rows = self.images_per_shard
+        return Limits(1000 if rows is None and self.shard_bytes is None else rows, self.shard_bytes)
 
-def make_shards(
-    pairs: Sequence[tuple[str | None, str]], out: Path, cfg: CollectionConfig, *, tell: Callable[[str], None]
-) -> str:
-    """Table of what is in OUT/train and OUT/test, which it writes from pairs of (CSV or None, images).
 
-    Args:
-        tell: hears a line about progress now and then.
-    """
-    splits = split_items(_items(pairs, cfg), cfg.split)
+@dataclass(frozen=True)
+class Work:
+    """Who writes, and who hears of it; nothing of this changes what is written."""
+
+    workers: int = 1
+    tell: Tell = lambda line: None  # lines that stay
+    renew: Tell | None = None  # on a terminal: a line that replaces the one before
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise ValueError(f"workers must be at least 1, got {self.workers}")
+
+    def progress(self, images: int, shards: int) -> Progress:
+        if self.renew is None:
+            return Progress(images, shards, self.tell)
+        return Progress(images, shards, self.renew, interval_s=0.5)
+
+
+def make_shards(pairs: Sequence[tuple[str | None, str]], out: Path, cfg: CollectionConfig, work: Work) -> str:
+    """Table of what is in OUT/train and OUT/test, which it writes from pairs of (CSV or None, images)."""
+    sources = [(csv, open_source(images)) for csv, images in pairs]
+    items = _items(sources, cfg)
+    skipped = sum((source.skipped for _, source in sources), Counter())
+    return write_items(items, out, cfg, work=work, skipped=skipped)
+
+
+def write_items(items: Sequence[Item], out: Path, cfg: CollectionConfig, *, work: Work, skipped: Counter[str]) -> str:
+    """Table of what is in OUT/train and OUT/test, which it writes from the items."""
+    began = time.monotonic()
+    splits = split_items(items, cfg.split)
     for split in SPLITS:
         if not splits[split] and (out / split).exists():
             raise ValueError(f"{out / split}: exists, but these images have no {split} part; choose another folder")
-    for split in SPLITS:
-        if splits[split]:
-            _write(splits[split], out / split, cfg, tell)
+    plans = [
+        plan_folder((out / split).absolute(), _in_order(splits[split], split, cfg.seed), cfg.limits, cfg.image_size)
+        for split in SPLITS
+        if splits[split]
+    ]
+    buildings = build(plans, work.workers, tell=work.tell, progress=work.progress)
+    for line in summary(buildings, skipped, time.monotonic() - began):
+        work.tell(line)
     return table(splits)
 
 
-def _items(pairs: Sequence[tuple[str | None, str]], cfg: CollectionConfig) -> list[Item]:
+def _in_order(items: Sequence[Item], split: str, seed: int) -> Sequence[Item]:
+    """The train rows are mixed, the test rows keep their order."""
+    if split != "train":
+        return items
+    return [items[i] for i in permutation(len(items), "order of a collection", seed).tolist()]
+
+
+def summary(buildings: Sequence[Building], skipped: Counter[str], seconds: float) -> list[str]:
+    """What was written, and what was not, as lines."""
+    lines = []
+    for building in buildings:
+        items, folder = building.plan.items, building.plan.folder
+        size = sum(tar.stat().st_size for tar in folder.glob("*.tar"))
+        classes = len({(item.task, item.label) for item in items if item.label is not None})
+        done = "was finished before, with these images" if building.reused else "written"
+        lines.append(
+            f"{folder}: {len(items):,} images, {classes:,} classes, {len({item.task for item in items}):,} tasks, "
+            f"{building.plan.shards:,} shards, {size:,} bytes; {done}"
+        )
+    for reason, number in skipped.most_common():
+        lines.append(f"left out: {number:,} files, {reason}")
+    bad = bad_files(buildings)
+    lines += [
+        f"kept as they are, for they do not decode: {number:,} files, {why}" for why, number in bad.most_common(8)
+    ]
+    if len(bad) > 8:
+        lines.append(f"kept as they are: {sum(bad.values()):,} files in all, for {len(bad):,} reasons")
+    return [*lines, f"took {duration(seconds)}"]
+
+
+def _items(sources: Sequence[tuple[str | None, Source]], cfg: CollectionConfig) -> list[Item]:
     columns = Columns(
         label=cfg.label_column or "fine",
         label_required=cfg.split == "classes" or cfg.label_column is not None,
@@ -72,12 +130,11 @@ def _items(pairs: Sequence[tuple[str | None, str]], cfg: CollectionConfig) -> li
         task_name=cfg.task,
     )
     items: list[Item] = []
-    for csv, images in pairs:
-        source = open_source(images)
+    for csv, source in sources:
         if csv is not None:
             items += csv_items(csv, source, columns)
         elif cfg.split == "column":
-            raise ValueError(f"{images}: --split column needs a CSV with a column 'split'")
+            raise ValueError(f"{source.path}: --split column needs a CSV with a column 'split'")
         else:
             items += folder_items(source, cfg.task, labelled=cfg.split == "classes")
     return items
@@ -108,46 +165,6 @@ def _side_of(item: Item) -> str:
     if item.split not in SPLITS:
         raise ValueError(f"{item.said}: split is {item.split!r}; expected {' or '.join(SPLITS)}")
     return item.split
-
-
-def _write(items: Sequence[Item], folder: Path, cfg: CollectionConfig, tell: Callable[[str], None]) -> None:
-    """Shards of one split; the train rows are mixed, the test rows keep their order."""
-    if folder.name == "train":
-        items = [items[i] for i in permutation(len(items), "order of a collection", cfg.seed).tolist()]
-    threads, told = min(8, os.cpu_count() or 1), time.monotonic()
-    with ShardWriter(folder, rows_per_shard=cfg.images_per_shard) as writer:
-        contents = read_batches(items, lambda item: _content(item, cfg.image_size), threads=threads)
-        for item, (data, suffix, good) in zip(items, contents, strict=True):
-            row = writer.write(data, suffix, item.label, None if item.label is None else item.task)
-            if not good:
-                tell(f"{folder.name}: {item.said} does not decode; it keeps row {row}")
-            if time.monotonic() - told > 5:
-                told = time.monotonic()
-                tell(f"{folder.name}: {row + 1:,} of {len(items):,} images")
-    done = "was finished before, with these images" if writer.reused else "written"
-    tell(f"{folder}: {len(items):,} images in {len(writer.shards):,} shards, {done}")
-
-
-def _content(item: Item, image_size: int | None) -> tuple[bytes, str, bool]:
-    """Bytes and suffix to be written, and whether the image decodes where that was tried."""
-    data = item.source.read(item.name)
-    if image_size is None:
-        return data, item.suffix, True
-    try:
-        image = decode(data)
-    except BadImage:
-        return data, item.suffix, False
-    scale = image_size / min(image.size)
-    if scale >= 1:
-        return data, item.suffix, True
-    width, height = (max(image_size, round(side * scale)) for side in image.size)
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-    buffer = BytesIO()
-    if item.suffix == "png":
-        image.save(buffer, "PNG")
-        return buffer.getvalue(), "png", True
-    image.save(buffer, "JPEG", quality=95)
-    return buffer.getvalue(), "jpg", True
 
 
 def table(splits: dict[str, list[Item]]) -> str:

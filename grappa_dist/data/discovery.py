@@ -7,20 +7,27 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
 
+from grappa_dist.data.cache import CacheSettings
 from grappa_dist.data.index import IMAGE_SUFFIXES, Shard, entry, index_shard, shard_of, write_json, write_rows
+from grappa_dist.data.remote import RemoteObject, is_remote
+from grappa_dist.data.remote_index import RemoteRows, committed_indexes, index_remote, list_remote
 
 COMMITTED = "index.json"  # written last beside finished shards
-_Found = tuple[Shard, "str | NDArray[Any]"]
+Index = str | RemoteRows | NDArray[Any]  # a .npy of ROW, one that is fetched when it is wanted, or the rows
+_Found = tuple[Shard, Index]
 
 
-def find_shards(paths: Sequence[str | os.PathLike[str]], index_dir: Path | None) -> list[_Found]:
+def find_shards(
+    paths: Sequence[str | os.PathLike[str]], index_dir: Path | None, cache: CacheSettings | None = None
+) -> list[_Found]:
     """Shards that `paths` name, each with its index file, or, without a folder for such files, with its rows.
 
     Raises:
@@ -28,17 +35,22 @@ def find_shards(paths: Sequence[str | os.PathLike[str]], index_dir: Path | None)
     """
     if isinstance(paths, (str, os.PathLike)):
         raise ValueError(f"shards: expected a list of paths, got {paths!r}")
-    tars = [tar for path in paths for tar in _tars(str(path))]
-    for tar, times in Counter(tars).items():
+    tars = [tar for path in paths for tar in _named(str(path))]
+    for said, times in Counter(map(_said, tars)).items():
         if times > 1:
-            raise ValueError(f"shards: {tar} is named {times} times; expected once")
-    committed = {folder: committed_index(folder) for folder in {tar.parent for tar in tars}}
+            raise ValueError(f"shards: {said} is named {times} times; expected once")
+    local = {tar.parent for tar in tars if isinstance(tar, Path)}
+    committed = {folder: committed_index(folder) for folder in local}
+    far = [tar for tar in tars if isinstance(tar, RemoteObject)]
+    whole = [str(path).rstrip("/") for path in paths if is_remote(str(path))]
+    remote = committed_indexes(far, whole, index_dir, COMMITTED)
+    settings = cache or CacheSettings()
 
-    def find(tar: Path) -> _Found:
+    def find(tar: Path | RemoteObject) -> _Found:
+        if isinstance(tar, RemoteObject):
+            return remote.get(tar.url) or _indexed(tar, index_dir, lambda: index_remote(tar, settings))
         known = committed[tar.parent]
-        if known is not None:
-            return known[tar.name]
-        return _indexed(tar, index_dir)
+        return _indexed(tar, index_dir, lambda: index_shard(tar)) if known is None else known[tar.name]
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         found = list(pool.map(find, tars))
@@ -51,10 +63,25 @@ def find_shards(paths: Sequence[str | os.PathLike[str]], index_dir: Path | None)
     return found
 
 
+def _said(tar: Path | RemoteObject) -> str:
+    return tar.url if isinstance(tar, RemoteObject) else str(tar)
+
+
+def _named(path: str) -> Sequence[Path | RemoteObject]:
+    """The tars that one entry names, sorted."""
+    if not is_remote(path):
+        return _tars(path)
+    found = list_remote(path, COMMITTED)
+    if not found:
+        raise ValueError(
+            f"shards: nothing at {path}; expected a folder of .tar objects, a .tar, a pattern such as DIR/*.tar or a "
+            "range such as DIR/shard-{000..127}.tar"
+        )
+    return found
+
+
 def _tars(path: str) -> list[Path]:
     """Absolute paths of the tars that one entry names, sorted."""
-    if "://" in path:
-        raise ValueError(f"shards: {path} is remote; expected a folder or a pattern on a mounted file system")
     if os.path.isdir(path):
         tars: Iterable[str] = (str(tar) for tar in Path(path).glob("*.tar"))
     else:
@@ -101,26 +128,34 @@ def committed_index(folder: Path) -> dict[str, tuple[Shard, str]] | None:
     }
 
 
-def _indexed(tar: Path, index_dir: Path | None) -> _Found:
-    """The shard of a tar with its index, reused while path, size and time of change agree."""
+def _indexed(
+    tar: Path | RemoteObject, index_dir: Path | None, index: Callable[[], tuple[NDArray[Any], Shard]]
+) -> _Found:
+    """The shard of a tar with its index, reused while path, size and time of change or version agree."""
     if index_dir is None:
-        rows, shard = index_shard(tar)
+        rows, shard = index()
         return shard, rows
     index_dir = index_dir.absolute()
-    stat = tar.stat()
-    state = {"path": str(tar), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-    note = index_dir / f"{hashlib.sha256(os.fsencode(tar)).hexdigest()[:32]}.json"
+    said, state = _said(tar), _state(tar)
+    note = index_dir / f"{hashlib.sha256(os.fsencode(said)).hexdigest()[:32]}.json"
     if note.is_file():
         content = read_json(note)
         if content["state"] == state:
-            shard = shard_of(content["shard"], str(tar), note)
+            shard = replace(shard_of(content["shard"], said, note), version=str(state.get("version", "")))
             if (rows_path := _rows_path(index_dir, shard)).is_file():
                 return shard, str(rows_path)
-    rows, shard = index_shard(tar)
+    rows, shard = index()
     index_dir.mkdir(parents=True, exist_ok=True)
     write_rows(_rows_path(index_dir, shard), rows)
     write_json(note, {"state": state, "shard": entry(shard)})
     return shard, str(_rows_path(index_dir, shard))
+
+
+def _state(tar: Path | RemoteObject) -> dict[str, str | int]:
+    if isinstance(tar, RemoteObject):
+        return {"path": tar.url, "size": tar.size, "version": tar.version}
+    stat = tar.stat()
+    return {"path": str(tar), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
 
 
 def _rows_path(index_dir: Path, shard: Shard) -> Path:

@@ -10,7 +10,7 @@ import tarfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +41,7 @@ class Shard:
     bytes: int
     fingerprint: str  # sha256 of the tar
     ignored: int = 0  # members that are neither an image nor the JSON of one
+    version: str = ""  # of a remote tar: its ETag when it was found
 
 
 def split_name(name: str) -> tuple[str, str] | None:
@@ -54,12 +55,12 @@ def index_shard(path: str | os.PathLike[str]) -> tuple[NDArray[Any], Shard]:
     path = Path(path)
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
-        rows, ignored = _scan(file, path)
+        rows, ignored = scan(file, path)
         fingerprint = _sha256(file)
     return rows, Shard(path.name, str(path.absolute()), len(rows), size, fingerprint, ignored)
 
 
-def _scan(file: BinaryIO, path: Path) -> tuple[NDArray[Any], int]:
+def scan(file: IO[bytes], path: Path | str) -> tuple[NDArray[Any], int]:
     """Places of a tar's images in file order, (P,) of ROW, and how many other members it has.
 
     What cannot be used keeps a row, which says why. A tar that is damaged further on ends with such a row.
@@ -97,7 +98,7 @@ class DamagedTar(ValueError):
         self.offset = offset
 
 
-def members_of(file: BinaryIO, path: Path) -> Iterator[tarfile.TarInfo]:
+def members_of(file: IO[bytes], path: Path | str) -> Iterator[tarfile.TarInfo]:
     """Headers of a plain tar, to its end.
 
     Raises:
@@ -164,7 +165,7 @@ class OpenFile:
             os.close(self.fd)
 
 
-def key_at(file: BinaryIO, start: int, offset: int) -> str:
+def key_at(file: IO[bytes], start: int, offset: int) -> str:
     """Key of the member whose data begin at `offset`; `start` is the end of any member before it.
 
     Reading forward from a member's end meets the extra headers of a long name in their order.
@@ -203,10 +204,10 @@ def write_json(path: Path, value: object) -> None:
 
 def entry(shard: Shard) -> dict[str, Any]:
     """A shard's line in an index file: all but where it lies."""
-    return {key: value for key, value in asdict(shard).items() if key != "path"}
+    return {key: value for key, value in asdict(shard).items() if key not in ("path", "version")}
 
 
-def shard_of(line: Mapping[str, Any], path: str, where: Path) -> Shard:
+def shard_of(line: Mapping[str, Any], path: str, where: Path | str) -> Shard:
     """The shard that a line of the index file `where` describes."""
     try:
         return Shard(

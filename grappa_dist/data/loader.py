@@ -55,9 +55,12 @@ def load_or_skip(
     """What `make` makes of each row, (B, *shape), and why for the rows that do not decode; those stay black."""
     pixels = np.zeros((len(rows), *shape), dtype=np.uint8)
     reasons: dict[int, str] = {}
-    for line, row in zip(pixels, map(int, rows), strict=True):
+    numbers = [int(row) for row in rows]
+    for line, row, data in zip(pixels, numbers, shards.images(numbers), strict=True):
         try:
-            line[...] = make(open_picture(shards.image_bytes(row)), row)
+            if isinstance(data, BadImage):
+                raise data
+            line[...] = make(open_picture(data), row)
         except BadImage as error:
             reasons[row] = str(error)
     return pixels, reasons

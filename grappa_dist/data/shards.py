@@ -5,17 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from grappa_dist.data.blocks import BlockFile, ReadAt, fetchers, open_blocks
+from grappa_dist.data.cache import CacheSettings
 from grappa_dist.data.decoding import BadImage
-from grappa_dist.data.discovery import find_shards
+from grappa_dist.data.discovery import Index, find_shards
 from grappa_dist.data.index import (
     DAMAGED,
     IMAGE_SUFFIXES,
@@ -28,6 +31,8 @@ from grappa_dist.data.index import (
     refusal,
     split_name,
 )
+from grappa_dist.data.remote import RemoteObject, is_remote
+from grappa_dist.data.remote_index import RemoteRows
 
 __all__ = ["IMAGE_SUFFIXES", "ROW", "ImageShards", "Shard", "index_shard", "split_name"]
 
@@ -37,9 +42,21 @@ def _open(path: str, fingerprint: str) -> OpenFile:
     return OpenFile(path)
 
 
+_FETCHING = [threading.Lock() for _ in range(64)]  # by shard: threads that want the same index wait for one fetch
+
+
+def _rows_of(index: Index, shard: Shard) -> NDArray[Any]:
+    if isinstance(index, RemoteRows):
+        with _FETCHING[hash(index.url) % len(_FETCHING)]:
+            return _map(index, shard)
+    return index if isinstance(index, np.ndarray) else _map(index, shard)
+
+
 @lru_cache(maxsize=256)  # each map holds a descriptor
-def _map(path: str, fingerprint: str) -> NDArray[Any]:
-    rows: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+def _map(index: str | RemoteRows, shard: Shard) -> NDArray[Any]:
+    if isinstance(index, RemoteRows):
+        return index.load(shard)
+    rows: NDArray[Any] = np.load(index, mmap_mode="r", allow_pickle=False)
     return rows
 
 
@@ -48,17 +65,22 @@ class ImageShards:
     """Handle on shards of images: small, picklable, and read from any thread or process."""
 
     shards: tuple[Shard, ...]
-    indexes: tuple[str | NDArray[Any], ...] = field(compare=False, repr=False)  # per shard: a .npy of ROW, or the rows
+    indexes: tuple[Index, ...] = field(compare=False, repr=False)
+    cache: CacheSettings = field(default=CacheSettings(), compare=False, repr=False)  # of what is read from remote ones
 
     @staticmethod
-    def open(paths: Sequence[str | os.PathLike[str]], index_dir: str | os.PathLike[str] | None) -> ImageShards:
-        """The shards of folders, tars or glob patterns, in that order and by name within each.
+    def open(
+        paths: Sequence[str | os.PathLike[str]],
+        index_dir: str | os.PathLike[str] | None,
+        cache: CacheSettings = CacheSettings(),  # noqa: B008 - frozen
+    ) -> ImageShards:
+        """The shards of folders, tars or glob patterns, here or on a remote store, in that order and by name in each.
 
         A folder that the writer finished brings its index; other tars are indexed into `index_dir` once, or, with None,
         into memory and nothing is written.
         """
-        found = find_shards(paths, None if index_dir is None else Path(index_dir))
-        return ImageShards(tuple(shard for shard, _ in found), tuple(index for _, index in found))
+        found = find_shards(paths, None if index_dir is None else Path(index_dir), cache)
+        return ImageShards(tuple(shard for shard, _ in found), tuple(index for _, index in found), cache)
 
     @cached_property
     def starts(self) -> NDArray[np.int64]:
@@ -69,6 +91,10 @@ class ImageShards:
     def fingerprint(self) -> str:
         """One name for the content of all shards in their order."""
         return hashlib.sha256("\n".join(shard.fingerprint for shard in self.shards).encode()).hexdigest()
+
+    @cached_property
+    def _any_remote(self) -> bool:
+        return any(is_remote(shard.path) for shard in self.shards)
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -87,7 +113,7 @@ class ImageShards:
     def index(self, shard: int) -> NDArray[Any]:
         """Places of one shard's images, (P,) of ROW, mapped from its index file."""
         index = self.indexes[shard]
-        rows = _map(index, self.shards[shard].fingerprint) if isinstance(index, str) else index
+        rows = _rows_of(index, self.shards[shard])
         if len(rows) != self.shards[shard].rows or rows.dtype != ROW:
             raise ValueError(
                 f"{index}: {len(rows)} rows of index, but {self.shards[shard].path} has {self.shards[shard].rows}"
@@ -107,6 +133,18 @@ class ImageShards:
         if int(place["offset"]) + int(place["size"]) > self.shards[shard].bytes:
             raise BadImage("cut off: the shard ends inside it")
         return self._read(shard, int(place["offset"]), int(place["size"]))
+
+    def images(self, rows: Iterable[int]) -> Iterator[bytes | BadImage]:
+        """The image files of some rows, or why one is bad, in their order; remote ones are asked for side by side."""
+        if self._any_remote:
+            return fetchers(self.cache).map(self._image_or_why, rows)
+        return map(self._image_or_why, rows)
+
+    def _image_or_why(self, row: int) -> bytes | BadImage:
+        try:
+            return self.image_bytes(row)
+        except BadImage as why:
+            return why
 
     def labels(self, row: int) -> dict[str, Any] | None:
         """The JSON member of a row, or None without one; for evaluation only."""
@@ -133,8 +171,12 @@ class ImageShards:
         while before >= 0 and refusal(rows[before]):  # such a row does not tell where it ends
             before -= 1
         start = 0 if before < 0 else int(rows["offset"][before]) + int(rows["size"][before])
+        offset = int(rows["offset"][position])
+        opened = self._file(shard)
+        if isinstance(opened, BlockFile):
+            return key_at(cast(IO[bytes], ReadAt(opened)), start, offset)
         with open(self.shards[shard].path, "rb") as file:
-            return key_at(file, start, int(rows["offset"][position]))
+            return key_at(file, start, offset)
 
     def where(self, row: int) -> str:
         """Shard and key of a row, for messages."""
@@ -142,5 +184,10 @@ class ImageShards:
         return self.shards[self.locate(row)[0]].path + (f": image {key!r}" if key else "")
 
     def _read(self, shard: int, offset: int, size: int) -> bytes:
+        return self._file(shard).read(offset, size)
+
+    def _file(self, shard: int) -> OpenFile | BlockFile:
         about = self.shards[shard]
-        return _open(about.path, about.fingerprint).read(offset, size)
+        if is_remote(about.path):
+            return open_blocks(RemoteObject(about.path, about.bytes, about.version), self.cache)
+        return _open(about.path, about.fingerprint)

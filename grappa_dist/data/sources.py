@@ -4,24 +4,47 @@ from __future__ import annotations
 
 import csv
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
+from sys import intern
+from typing import NamedTuple, Protocol
 
 from grappa_dist.data.index import IMAGE_SUFFIXES, OpenFile, members_of
 
 FILE_COLUMN = "file"
 
 
+class Place(NamedTuple):
+    """Where the bytes of an image lie; a size below 0 means the whole file."""
+
+    path: str
+    offset: int = 0
+    size: int = -1
+
+    def read(self) -> bytes:
+        if self.size < 0:
+            return Path(self.path).read_bytes()
+        return _open(self.path).read(self.offset, self.size)
+
+
+@lru_cache(maxsize=64)
+def _open(path: str) -> OpenFile:
+    return OpenFile(path)
+
+
 class Source(Protocol):
     """Files by name."""
 
     path: Path
+    skipped: Counter[str]  # by reason: what is there but cannot be taken
 
     def names(self) -> list[str]: ...
     def has(self, name: str) -> bool: ...
-    def read(self, name: str) -> bytes: ...
+    def place(self, name: str) -> Place: ...
+    def size(self, name: str) -> int: ...
 
 
 class TarSource:
@@ -29,10 +52,14 @@ class TarSource:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.skipped: Counter[str] = Counter()
+        self._places: dict[str, tuple[int, int]] = {}
         with path.open("rb") as file:
-            members = [member for member in members_of(file, path) if member.isreg() and not member.issparse()]
-        self._places = {member.name.removeprefix("./"): (member.offset_data, member.size) for member in members}
-        self._file = OpenFile(path)
+            for member in members_of(file, path):
+                if member.isreg() and not member.issparse():
+                    self._places[member.name.removeprefix("./")] = (member.offset_data, member.size)
+                else:
+                    self.skipped["a link or special file in a tar"] += not member.isdir()
 
     def names(self) -> list[str]:
         return sorted(self._places)
@@ -40,8 +67,11 @@ class TarSource:
     def has(self, name: str) -> bool:
         return name in self._places
 
-    def read(self, name: str) -> bytes:
-        return self._file.read(*self._places[name])
+    def place(self, name: str) -> Place:
+        return Place(str(self.path), *self._places[name])
+
+    def size(self, name: str) -> int:
+        return self._places[name][1]
 
 
 class FolderSource:
@@ -49,16 +79,21 @@ class FolderSource:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.skipped: Counter[str] = Counter()
 
     def names(self) -> list[str]:
-        files = (Path(folder, name) for folder, _, names in os.walk(self.path, followlinks=True) for name in names)
-        return sorted(file.relative_to(self.path).as_posix() for file in files)
+        start = len(os.path.join(self.path, ""))
+        walk = os.walk(self.path, followlinks=True)
+        return sorted(os.path.join(folder, name)[start:] for folder, _, names in walk for name in names)
 
     def has(self, name: str) -> bool:
-        return (self.path / name).is_file()
+        return os.path.isfile(os.path.join(self.path, name))
 
-    def read(self, name: str) -> bytes:
-        return (self.path / name).read_bytes()
+    def place(self, name: str) -> Place:
+        return Place(os.path.join(self.path, name))
+
+    def size(self, name: str) -> int:
+        return os.stat(os.path.join(self.path, name)).st_size
 
 
 def open_source(path: str) -> Source:
@@ -71,22 +106,32 @@ def open_source(path: str) -> Source:
     raise ValueError(f"{path}: does not exist; expected a tar or a folder of images")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Item:
-    """One image to be written."""
+    """One image to be written: there may be 10^7 of them, so they share what they can."""
 
     source: Source = field(repr=False)
     name: str
     label: str | None
     task: str
-    split: str | None  # what the CSV says
-    said: str  # where the image was named, for messages
+    split: str | None = None  # train or test, where that is known: from a CSV, or from a benchmark's lists
+    listed: str | None = None  # the file that names the image
+    line: int = 0
+
+    @property
+    def said(self) -> str:
+        """Where the image was named, for messages."""
+        return f"{self.source.path}: {self.name}" if self.listed is None else f"{self.listed} line {self.line}"
 
     @property
     def suffix(self) -> str:
         suffix = image_suffix(self.name)
         assert suffix is not None, f"{self.name} was taken without an image's suffix"
         return suffix
+
+    @property
+    def place(self) -> Place:
+        return self.source.place(self.name)
 
 
 def image_suffix(name: str) -> str | None:
@@ -112,7 +157,8 @@ def csv_items(path: str, source: Source, columns: Columns) -> list[Item]:
         raise ValueError(f"{path}: does not exist; expected a CSV with a column {FILE_COLUMN!r}")
     items: list[Item] = []
     names: set[str] = set()
-    for said, row in _csv_rows(path, columns):
+    for line, row in _csv_rows(path, columns):
+        said = f"{path} line {line}"
         name = row[FILE_COLUMN].removeprefix("./")
         if image_suffix(name) is None:
             raise ValueError(f"{said}: {name!r} has no image suffix; expected {', '.join(IMAGE_SUFFIXES)}")
@@ -123,14 +169,15 @@ def csv_items(path: str, source: Source, columns: Columns) -> list[Item]:
         names.add(name)
         label = None if columns.label is None else row.get(columns.label)
         task = columns.task_name or row[columns.task]
-        items.append(Item(source, name, label, task, row[columns.split] if columns.split else None, said))
+        split = intern(row[columns.split]) if columns.split else None
+        items.append(Item(source, name, label and intern(label), intern(task), split, path, line))
     if not items:
         raise ValueError(f"{path}: no rows")
     return items
 
 
-def _csv_rows(path: str, columns: Columns) -> Iterator[tuple[str, dict[str, str]]]:
-    """Rows with where they stand; the columns that must be there are there and filled."""
+def _csv_rows(path: str, columns: Columns) -> Iterator[tuple[int, dict[str, str]]]:
+    """Rows with their lines; the columns that must be there are there and filled."""
     with open(path, newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
         try:
@@ -143,7 +190,7 @@ def _csv_rows(path: str, columns: Columns) -> Iterator[tuple[str, dict[str, str]
                 for column in needed:
                     if not row[column].strip():
                         raise ValueError(f"{said}: column {column!r} is empty")
-                yield said, row
+                yield reader.line_num, row
         except (csv.Error, UnicodeDecodeError) as error:
             raise ValueError(f"{path}: not a CSV in UTF-8: {error}") from None
 
@@ -174,12 +221,10 @@ def folder_items(source: Source, task: str | None, *, labelled: bool) -> list[It
     Args:
         task: by default the name of the folder or tar.
     """
-    names = [
-        name for name in source.names() if image_suffix(name) and not any(p.startswith(".") for p in name.split("/"))
-    ]
+    names = [name for name in source.names() if _is_taken(name, source.skipped)]
     if not names:
         raise ValueError(f"{source.path}: no images; expected files ending in {', '.join(IMAGE_SUFFIXES)}")
-    labels = {name: name.partition("/")[0] if "/" in name else None for name in names}
+    labels = {name: intern(name.partition("/")[0]) if "/" in name else None for name in names}
     flat = [name for name, label in labels.items() if label is None]
     if flat and (labelled or len(flat) < len(names)):
         raise ValueError(
@@ -190,4 +235,15 @@ def folder_items(source: Source, task: str | None, *, labelled: bool) -> list[It
             f"{source.path}: one class folder, {labels[names[0]]!r}; expected two or more, a CSV, or --split none"
         )
     task = task or source.path.name.removesuffix(".tar")
-    return [Item(source, name, labels[name], task, None, f"{source.path}: {name}") for name in names]
+    return [Item(source, name, labels[name], task) for name in names]
+
+
+def _is_taken(name: str, skipped: Counter[str]) -> bool:
+    """Whether a file is a visible image; counts why not."""
+    if any(part.startswith(".") for part in name.split("/")):
+        skipped["hidden"] += 1
+    elif image_suffix(name) is None:
+        skipped[f"no image suffix: {os.path.splitext(name)[1].lower() or 'none'}"] += 1
+    else:
+        return True
+    return False

@@ -6,12 +6,57 @@ import json
 import os
 import shutil
 import tarfile
+from collections.abc import Iterable
 from io import BytesIO
 from pathlib import Path
 from types import TracebackType
 
 from grappa_dist.data.discovery import COMMITTED, committed_index
 from grappa_dist.data.index import IMAGE_SUFFIXES, INDEX_VERSION, Shard, entry, index_shard, write_json, write_rows
+
+Member = tuple[str, bytes]  # suffix and content
+
+
+def members(image: bytes, suffix: str, label: str | None, task: str | None) -> list[Member]:
+    """What a row consists of: its image, and its JSON where label or task is given."""
+    found = [(suffix.lower(), image)]
+    if label is not None or task is not None:
+        found.append(("json", json.dumps({"label": label, "task": task}, ensure_ascii=False).encode()))
+    return found
+
+
+def member_bytes(size: int) -> int:
+    """Bytes that a member of `size` bytes takes in a tar."""
+    return 512 + -(-size // 512) * 512
+
+
+class TarShard:
+    """One tar that is being filled; `finish` gives its index and what it is."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows = 0
+        self._tar = tarfile.open(path, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+
+    def add(self, row: int, row_members: Iterable[Member]) -> None:
+        for ending, data in row_members:
+            member = tarfile.TarInfo(f"{row:09d}.{ending}")  # time, owner and group are 0 in a new one
+            member.size = len(data)
+            self._tar.addfile(member, BytesIO(data))
+        self.rows += 1
+
+    def finish(self) -> Shard:
+        """The shard, whose bytes are on disk and whose index lies beside it."""
+        self._tar.close()
+        with self.path.open("rb") as file:
+            os.fsync(file.fileno())
+        rows, shard = index_shard(self.path)
+        assert len(rows) == self.rows, "the index lost a row"
+        write_rows(self.path.with_name(f"{shard.name}.npy"), rows)
+        return shard
+
+    def close(self) -> None:
+        self._tar.close()
 
 
 class ShardWriter:
@@ -38,7 +83,7 @@ class ShardWriter:
         self.rows = 0
         self.reused = False
         self._partial = self.folder.with_name(f".{self.folder.name}.{os.getpid()}.{os.urandom(4).hex()}.partial")
-        self._tar: tarfile.TarFile | None = None
+        self._tar: TarShard | None = None
         self._rows_here = self._bytes_here = 0
 
     def __enter__(self) -> ShardWriter:
@@ -52,18 +97,13 @@ class ShardWriter:
         """Appends an image, and its JSON member where label or task is given; returns its row id in this folder."""
         if suffix.lower() not in IMAGE_SUFFIXES:
             raise ValueError(f"image {self.rows}: suffix {suffix!r}; expected one of {', '.join(IMAGE_SUFFIXES)}")
-        members = [(suffix.lower(), image)]
-        if label is not None or task is not None:
-            members.append(("json", json.dumps({"label": label, "task": task}, ensure_ascii=False).encode()))
-        size = sum(512 + -(-len(data) // 512) * 512 for _, data in members)
+        row_members = members(image, suffix, label, task)
+        size = sum(member_bytes(len(data)) for _, data in row_members)
         if self._is_full(size):
             self._close_shard()
         if self._tar is None:
-            self._tar = tarfile.open(self._path(), "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
-        for ending, data in members:
-            member = tarfile.TarInfo(f"{self.rows:09d}.{ending}")  # time, owner and group are 0 in a new one
-            member.size = len(data)
-            self._tar.addfile(member, BytesIO(data))
+            self._tar = TarShard(self._partial / f"{self.prefix}-{len(self.shards):06d}.tar")
+        self._tar.add(self.rows, row_members)
         self.rows += 1
         self._rows_here += 1
         self._bytes_here += size
@@ -74,19 +114,11 @@ class ShardWriter:
         too_large = self.max_bytes is not None and self._rows_here > 0 and self._bytes_here + size > self.max_bytes
         return too_many or too_large
 
-    def _path(self) -> Path:
-        return self._partial / f"{self.prefix}-{len(self.shards):06d}.tar"
-
     def _close_shard(self) -> None:
         if self._tar is None:
             return
-        self._tar.close()
+        shard = self._tar.finish()
         self._tar = None
-        with self._path().open("rb") as file:
-            os.fsync(file.fileno())
-        rows, shard = index_shard(self._path())
-        assert len(rows) == self._rows_here, "the index lost a row"
-        write_rows(self._partial / f"{shard.name}.npy", rows)
         if self._finished is not None:
             known = self._finished.get(shard.name)
             if known is None or known[0].fingerprint != shard.fingerprint:

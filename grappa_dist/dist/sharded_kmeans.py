@@ -9,8 +9,9 @@ Shapes: P rows of one block, K centroids, D dimensions.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -19,13 +20,14 @@ from torch import Tensor
 
 from grappa_dist.dist.comm import Comm
 from grappa_dist.dist.scratch import scratch
-from grappa_dist.dist.search import Rows, nearest, row_problem
+from grappa_dist.dist.search import Rows, row_problem
 from grappa_dist.dist.sharded_seeding import seed_centroids
-from grappa_dist.dist.share import BLOCK_ROWS, Share, join_rows
+from grappa_dist.dist.share import BLOCK_ROWS, RowBlock, Share, join_rows
 from grappa_dist.dist.threads import side_by_side
 from grappa_dist.ops.bounds import Bounds, Drift, GroupedCentroids, Groups, Moves, reassign
-from grappa_dist.ops.exact import GRID, exact_square, to_grid
-from grappa_dist.ops.kmeans import Centroids, Stats, finish
+from grappa_dist.ops.exact import GRID, to_grid
+from grappa_dist.ops.kmeans import Stats, finish
+from grappa_dist.ops.proposals import Centroids
 
 SQUARE_UNIT = 1 / GRID**2  # of exact squared distances
 FEW_LABELS = 512  # so few are searched in one go
@@ -175,48 +177,40 @@ class LloydPasses:
             labels=scratch((num,), torch.int32).fill_(-1),
             upper=scratch((num,), torch.float32).fill_(math.inf),
             lower=scratch((num, len(groups.members)), torch.float32).fill_(-math.inf),
-            squares=scratch((num,), torch.float64),
+            squares=share.squares,
         )
-        first = 0
-        for _, x in share.blocks():
-            bounds.squares[first : first + len(x)] = exact_square(x)
-            first += len(x)
         return LloydPasses(share, groups, bounds, Stats.zeros(num_labels, dim, share.device), centroids)
 
     def advance(self, centroids: Tensor) -> Centroids:
         """Labels and stats for these centroids."""
-        grouped = GroupedCentroids.of(centroids, self.groups)
+        grouped = GroupedCentroids.of(centroids, self.groups, self.share.proposer)
         drift = Drift.between(self.centroids, centroids, self.groups) if self.number else None
         change = Stats.zeros(len(centroids), centroids.shape[1], self.share.device)
 
-        def work(block: tuple[int, Tensor]) -> tuple[Moves, Tensor, Tensor]:
-            first, x = block
-            kept = self.bounds.part(slice(first, first + len(x)))
+        adding = Lock()
+
+        def work(block: RowBlock) -> Moves:
+            kept = self.bounds.part(block.places)
             bounds = kept.to(self.share.device)
             if drift:
                 bounds.shift_(drift)
-            moves = reassign(x, grouped, bounds, nearest)
+            moves = reassign(block.x, grouped, bounds)
             kept.copy_(bounds)
-            return moves, x[moves.rows], bounds.squares[moves.rows]
-
-        for moves, x, squares in side_by_side(work, self._blocks(), self.share.threads):
             if len(moves.rows):
-                change.add_(x, squares, moves.after)
-                if drift:
-                    change.add_(x, squares, moves.before, sign=-1)
+                x, squares = block.x.index_select(0, moves.rows), bounds.squares[moves.rows]
+                with adding:
+                    change.add_(x, squares, moves.after)
+                    if drift:
+                        change.add_(x, squares, moves.before, sign=-1)
+            return moves
+
+        for moves in side_by_side(work, self.share.row_blocks(), self.share.threads):
             self.undecided += moves.undecided
             self.searched += moves.searched
         self.centroids, self.number = centroids, self.number + 1
         for kept_sum, of_ranks in zip(self.stats.tensors, change.tensors, strict=True):
             kept_sum.add_(self.share.total(of_ranks))
         return grouped.whole
-
-    def _blocks(self) -> Iterator[tuple[int, Tensor]]:
-        """Place of the first row among the good ones, and grid rows (P, D)."""
-        first = 0
-        for _, x in self.share.blocks():
-            yield first, x
-            first += len(x)
 
     def labels(self) -> list[np.ndarray]:
         """Of the rank's rows by shard, (P,) int32, -1 for bad rows."""

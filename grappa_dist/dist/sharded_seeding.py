@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from grappa_dist.dist.scratch import scratch
-from grappa_dist.dist.search import nearest
-from grappa_dist.dist.share import Share
-from grappa_dist.ops.kmeans import Centroids, assign
-from grappa_dist.ops.seeding import accept, draw, to_weights
+from grappa_dist.dist.share import RowBlock, Share
+from grappa_dist.dist.threads import side_by_side
+from grappa_dist.ops.nearest import assign
+from grappa_dist.ops.proposals import Centroids
+from grappa_dist.ops.seeding import accept, draw, from_weights, to_weights
 
 _CANDIDATES = 2048  # of one round at most: their distances to each other are a square table
 _FAR = 2**62  # above any squared distance
@@ -70,10 +71,17 @@ def _rows_at(share: Share, weights: Tensor, targets: list[int]) -> tuple[list[tu
 
 def _lower(share: Share, weights: Tensor, centroids: Tensor) -> None:
     """Lowers the rows' weights, in place, to their squared distance from the nearest of the new centroids."""
-    prepared = Centroids.of(centroids)
-    for positions, x in share.blocks():
-        squares = to_weights(assign(x, prepared, nearest).squares).cpu()
-        weights[positions] = torch.minimum(weights[positions], squares)
+    prepared = Centroids.of(centroids, share.proposer)
+
+    def work(block: RowBlock) -> tuple[Tensor, Tensor]:
+        known = weights[block.positions].to(block.x.device)
+        found = assign(block.x, prepared, squares=block.squares, within=from_weights(known))
+        near = (found.labels >= 0).nonzero()[:, 0]
+        lower = torch.minimum(known[near], to_weights(found.squares[near].long()))
+        return block.positions[near.cpu()], lower.cpu()
+
+    for positions, lower in side_by_side(work, share.row_blocks(), share.threads):
+        weights[positions] = lower
 
 
 def _lowest_rows_left(share: Share, places: list[int], num: int) -> Tensor:

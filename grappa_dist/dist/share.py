@@ -15,9 +15,23 @@ import torch
 from torch import Tensor
 
 from grappa_dist.dist.comm import Comm
-from grappa_dist.dist.search import Rows, raise_together, wire_device
+from grappa_dist.dist.scratch import scratch
+from grappa_dist.dist.search import Rows, halves_pay, nearest, raise_together, wire_device
+from grappa_dist.dist.threads import side_by_side
+from grappa_dist.ops.exact import exact_square
+from grappa_dist.ops.proposals import FloatProposer, HalfProposer, Proposer
 
 BLOCK_ROWS = 4096  # rows worked on at once: some of a core's cache
+
+
+@dataclass(frozen=True)
+class RowBlock:
+    """Some good rows of a rank."""
+
+    positions: Tensor  # (P,) among the rank's rows, in host memory
+    places: slice  # among its good rows
+    x: Tensor  # (P, D) grid rows
+    squares: Tensor  # (P,) float64, exact |x|^2
 
 
 @dataclass(frozen=True)
@@ -32,6 +46,8 @@ class Share:
     block_rows: int
     device: torch.device
     plain: tuple[bool, ...]  # which of the rank's shards need no preparation
+    squares: Tensor  # (good rows,) float64 scratch, exact |x|^2 in units of 2**-48
+    proposer: Proposer
 
     @property
     def threads(self) -> int:
@@ -41,6 +57,14 @@ class Share:
     def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Positions (P,) among the rank's rows, in host memory, and grid rows (P, D) on the device."""
         return ((positions, x.to(self.device)) for positions, x in self.rows.blocks(self.block_rows, self.plain))
+
+    def row_blocks(self) -> Iterator[RowBlock]:
+        """The good rows by blocks, on the device."""
+        first = 0
+        for positions, x in self.blocks():
+            places = slice(first, first + len(x))
+            yield RowBlock(positions, places, x, self.squares[places].to(self.device))
+            first += len(x)
 
     def total(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, any integer type; `tensor` may serve as room for it."""
@@ -63,4 +87,19 @@ def join_rows(comm: Comm, rows: Rows, *, block_rows: int = BLOCK_ROWS, device: t
         raise ValueError(f"rows must have the same dimension on every rank, found {dims}")
     first, num_good = int(table[: comm.rank, 0].sum()), int(table[:, 1].sum())
     plain = rows.plain(block_rows)
-    return Share(comm, rows, dims[0] if dims else 0, first, num_good, block_rows, device, plain)
+    squares, proposer = _measured(rows, (block_rows, plain), device)
+    return Share(comm, rows, dims[0] if dims else 0, first, num_good, block_rows, device, plain, squares, proposer)
+
+
+def _measured(rows: Rows, blocks: tuple[int, tuple[bool, ...]], device: torch.device) -> tuple[Tensor, Proposer]:
+    """The rows' exact squared norms, and the faster way to propose centroids to them on this machine."""
+    halves = halves_pay(device)
+
+    def measure(x: Tensor) -> tuple[Tensor, float]:
+        return exact_square(x), HalfProposer.left_out(x) if halves else 0.0
+
+    squares, first, rest = scratch((rows.num_good,), torch.float64), 0, 0.0
+    for of_block, left_out in side_by_side(measure, (x for _, x in rows.blocks(*blocks)), torch.get_num_threads()):
+        squares[first : first + len(of_block)] = of_block
+        first, rest = first + len(of_block), max(rest, left_out)
+    return squares, HalfProposer(rest) if halves else FloatProposer(nearest)

@@ -16,12 +16,14 @@ Result = TypeVar("Result")
 def side_by_side(function: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
     """Results in the order of the items, of which at most two per thread are held at a time.
 
-    Inside, torch and faiss compute with one thread; the numbers of threads around it stay as they were.
+    Until the last result is taken, torch and faiss compute with one thread here too: a caller that shares its work
+    among threads would wait for cores that are busy.
     """
     if threads == 1:
         yield from map(function, items)
         return
     before = torch.get_num_threads()
+    torch.set_num_threads(1)
     waiting: deque[Future[Result]] = deque()
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:

@@ -12,18 +12,22 @@ Shapes: P rows of one block, M of them open, K centroids, G groups, D dimensions
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from grappa_dist.ops.exact import GRID, cached_rows, exact_square
-from grappa_dist.ops.kmeans import Centroids, Search, best_of_all, float_error, nearest_in_floats, pair_dots
+from grappa_dist.ops.exact import GRID, exact_square
+from grappa_dist.ops.nearest import best_of_all, nearest_of_pairs, pair_squares
+from grappa_dist.ops.proposals import Centroids, PreparedRows, Proposer, nearest_in_floats
 
 _SLACK = 2.0**-20  # per update of a bound: more than its roundings, distances being at most about 2
 _GROUP_STEPS = 5
-_PROPOSALS = 2  # per group
+_PLACES = 3  # proposals of each of many groups
 _MOST = 0.75  # of the rows: then all are searched, which is faster than picking them out
+
+_Pairs = tuple[Tensor, Tensor]  # positions of rows, and labels
 
 
 @dataclass(frozen=True)
@@ -104,13 +108,11 @@ class GroupedCentroids:
     whole: Centroids
     groups: Groups
     parts: tuple[Centroids, ...]
-    norm: float  # the largest
 
     @staticmethod
-    def of(values: Tensor, groups: Groups) -> GroupedCentroids:
-        whole = Centroids.of(values)
-        parts = tuple(Centroids(values[m], whole.squares[m]) for m in groups.members)
-        return GroupedCentroids(whole, groups, parts, math.sqrt(float(whole.squares.max())) / GRID)
+    def of(values: Tensor, groups: Groups, proposer: Proposer | None = None) -> GroupedCentroids:
+        whole = Centroids.of(values, proposer)
+        return GroupedCentroids(whole, groups, tuple(whole.pick(m) for m in groups.members))
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ class Moves:
     searched: int  # distances computed in floats
 
 
-def reassign(x: Tensor, centroids: GroupedCentroids, bounds: Bounds, search: Search = nearest_in_floats) -> Moves:
+def reassign(x: Tensor, centroids: GroupedCentroids, bounds: Bounds) -> Moves:
     """Sets the label of each grid row to its nearest centroid, a tie to the lowest index, and its bounds, in place."""
     none = torch.zeros(0, dtype=torch.int64, device=x.device)
     if not len(x):
@@ -132,7 +134,7 @@ def reassign(x: Tensor, centroids: GroupedCentroids, bounds: Bounds, search: Sea
     block = _open_rows(x, centroids, bounds)
     if not len(block.rows):
         return Moves(none, none, none, 0, 0)
-    proposals = _propose(block, centroids, bounds.lower[block.rows] <= bounds.upper[block.rows, None], search)
+    proposals = _propose(block, centroids, (bounds.lower[block.rows] <= bounds.upper[block.rows, None]).T.contiguous())
     nearest = _decide(block, centroids, proposals)
     _rebound(bounds, block, proposals, nearest, centroids.groups)
     changed = (nearest.labels != block.own).nonzero()[:, 0]
@@ -148,24 +150,26 @@ class _Block:
     x: Tensor  # (M, D)
     squares: Tensor  # (M,) float64, exact |x|^2
     own: Tensor  # (M,) int64, the label so far, -1 on the first pass
-    own_distances: Tensor  # (M,) float32, squared, to that centroid; infinite where nobody has looked
-    error: float  # of a squared distance in floats
+    own_distances: Tensor  # (M,) float64, squared and exact, to that centroid; infinite where nobody has looked
+    prepared: PreparedRows
 
 
 def _open_rows(x: Tensor, centroids: GroupedCentroids, bounds: Bounds) -> _Block:
     """Rows with a group that may hold a nearer centroid, also after a look at how far their own one is now."""
-    norm = math.sqrt(float(bounds.squares.max())) / GRID
-    error = float_error(x.shape[1], (norm + centroids.norm) ** 2)
     rows = _most_or_these((bounds.lower <= bounds.upper[:, None]).any(1))
-    some, own = _rows_of(x, rows), bounds.labels[rows].long()
+    some, own, squares = _pick(x, rows), bounds.labels[rows].long(), bounds.squares[rows]
+    norms = squares / GRID**2
     if not len(rows) or int(own.min()) < 0 or len(centroids.parts) == 1:  # the search of the only group finds the own
-        unknown = torch.full((len(rows),), math.inf, device=x.device)
-        return _Block(rows, some, bounds.squares[rows], own, unknown, error)
-    distances = _distances(some, bounds.squares[rows], centroids.whole, own)
-    bounds.upper[rows] = _root(distances.double() + error, 1 + _SLACK)
+        base = torch.minimum(norms, bounds.upper[rows].double().square())
+        unknown = torch.full_like(norms, math.inf)
+        return _Block(rows, some, squares, own, unknown, centroids.whole.proposer.rows(some, squares, base))
+    pairs = (torch.arange(len(rows), device=x.device), own)
+    distances = pair_squares(some, squares, centroids.whole, pairs) / GRID**2
+    bounds.upper[rows] = _root(distances, 1 + _SLACK)
     still = _most_or_these((bounds.lower[rows] <= bounds.upper[rows, None]).any(1))
-    rows = rows[still]
-    return _Block(rows, _rows_of(some, still), bounds.squares[rows], own[still], distances[still], error)
+    some, squares, distances = _pick(some, still), squares[still], distances[still]
+    prepared = centroids.whole.proposer.rows(some, squares, distances)
+    return _Block(rows[still], some, squares, own[still], distances, prepared)
 
 
 def _most_or_these(wanted: Tensor) -> Tensor:
@@ -174,38 +178,49 @@ def _most_or_these(wanted: Tensor) -> Tensor:
     return torch.arange(len(wanted), device=wanted.device) if len(rows) > _MOST * len(wanted) else rows
 
 
-def _distances(x: Tensor, squares: Tensor, centroids: Centroids, labels: Tensor) -> Tensor:
-    """Squared distance of each row to one centroid, (M,), in floats."""
-    size = cached_rows(x)
-    dots = [(a * centroids.values[b]).sum(1) for a, b in zip(x.split(size), labels.split(size), strict=True)]
-    return ((squares + centroids.squares[labels]) / GRID**2).float() - 2 * torch.cat(dots)
-
-
 @dataclass(frozen=True)
 class _Proposals:
-    """The two float-nearest centroids of every open group of every open row; infinitely far where not searched."""
+    """What estimates say of every open group of every open row."""
 
-    open: Tensor  # (M, G) bool
-    distances: Tensor  # (M, 2, G) float32, squared
-    labels: Tensor  # (M, 2, G) int64
+    open: Tensor  # (G, M) bool
+    distances: Tensor  # (2, G, M) float32, squared, of the nearest two centroids; infinite where there is none
+    labels: Tensor  # (2, G, M) int64, theirs
+    others: list[tuple[Tensor, Tensor, Tensor]]  # further centroids that may be as near as their group's first: rows,
+    # labels, distances
+    crowded: list[tuple[int, Tensor, Tensor]]  # groups that may hold such centroids which were not proposed: rows, and
+    # distances that those exceed
+    error: float  # as Proposals.error
     searched: int
 
 
-def _propose(block: _Block, centroids: GroupedCentroids, open_groups: Tensor, search: Search) -> _Proposals:
-    shape = (len(block.x), _PROPOSALS, open_groups.shape[1])
+def _propose(block: _Block, centroids: GroupedCentroids, open_groups: Tensor) -> _Proposals:
+    shape = (2, *open_groups.shape)
     distances = torch.full(shape, math.inf, device=block.x.device)
     labels = torch.zeros(shape, dtype=torch.int64, device=block.x.device)
-    searched = 0
+    most = centroids.whole.proposer.places if len(centroids.parts) == 1 else _PLACES
+    others, crowded, error, searched = [], [], 0.0, 0
     for g, (members, part) in enumerate(zip(centroids.groups.members, centroids.parts, strict=True)):
-        rows = _most_or_these(open_groups[:, g])
+        rows = _most_or_these(open_groups[g])
         if not len(rows):
             continue
-        open_groups[rows, g] = True
-        t = min(_PROPOSALS, len(members))
-        distances[rows, :t, g], places = search(_rows_of(block.x, rows), part.values, t)
-        labels[rows, :t, g] = members[places]
-        searched += len(rows) * len(members)
-    return _Proposals(open_groups, distances, labels, searched)
+        open_groups[g, rows] = True
+        found = part.proposer.nearest(block.prepared.pick(rows), part, min(most, len(members)))
+        for place in range(min(2, len(members))):
+            distances[place, g].index_copy_(0, rows, found.distances[:, place])
+            labels[place, g].index_copy_(0, rows, members[found.labels[:, place]])
+        near = found.distances <= _reach(found.distances[:, 0], block.own_distances[rows], found.error)[:, None]
+        of_rows, places = near[:, 2:].nonzero().unbind(1)
+        places += 2
+        others.append((rows[of_rows], members[found.labels[of_rows, places]], found.distances[of_rows, places]))
+        if near.shape[1] < len(members) and len(full := near[:, -1].nonzero()[:, 0]):
+            crowded.append((g, rows[full], found.distances[full, -1]))
+        error, searched = max(error, found.error), searched + len(rows) * len(members)
+    return _Proposals(open_groups, distances, labels, others, crowded, error, searched)
+
+
+def _reach(nearest: Tensor, own: Tensor, error: float) -> Tensor:
+    """Estimates above this are not those of a nearest centroid, (M,) float32."""
+    return ((torch.minimum(nearest.double() + error, own) + error) * (1 + _SLACK)).float()
 
 
 @dataclass(frozen=True)
@@ -216,61 +231,59 @@ class _Nearest:
 
 
 def _decide(block: _Block, centroids: GroupedCentroids, proposals: _Proposals) -> _Nearest:
-    """Floats decide where only one centroid can be the nearest, exact distances where more can."""
-    known = block.own_distances.isfinite()
-    is_own = (proposals.labels == block.own[:, None, None]) & known[:, None, None]
-    rivals = torch.where(is_own, math.inf, proposals.distances)  # (M, 2, G)
-    best, place = rivals.flatten(1).min(1)
-    reach = torch.minimum(best, block.own_distances).double() + 2 * block.error  # farther ones cannot be nearest
-    contenders = rivals.double() <= reach[:, None, None]
-    own_contends = known & (block.own_distances <= reach)
-    thirds = proposals.distances[:, 1].double() <= reach[:, None]  # (M, G): one more of the group may be as near
-    labels = proposals.labels.flatten(1).gather(1, place[:, None])[:, 0]
-    labels = torch.where(known & (block.own_distances <= best), block.own, labels)
-    above = torch.minimum(best, block.own_distances).double() + block.error
-    open_rows = ((contenders.sum((1, 2)) + own_contends > 1) | thirds.any(1)).nonzero()[:, 0]
-    if len(open_rows):
-        stay = open_rows[own_contends[open_rows]]
-        pairs = [(stay, block.own[stay])]
-        some = contenders[open_rows]
-        pairs.append((open_rows[some.nonzero()[:, 0]], proposals.labels[open_rows][some]))
-        pairs += _thirds(block, centroids, thirds)
-        labels[open_rows], above[open_rows] = _exact_nearest(block, centroids.whole, open_rows, pairs)
-    return _Nearest(labels, above, len(open_rows))
+    """Estimates decide where only one centroid can be the nearest, exact distances where more can."""
+    is_own = (proposals.labels == block.own) & block.own_distances.isfinite()
+    rivals = proposals.distances.masked_fill(is_own, math.inf).flatten(0, 1)  # (2 G, M)
+    best, place = rivals.min(0)
+    above = torch.minimum(best.double() + proposals.error, block.own_distances)  # the nearest is no farther
+    reach = _reach(best, block.own_distances, proposals.error)
+    contenders = rivals <= reach
+    stay = block.own_distances <= above
+    others = [
+        (rows[near], labels[near]) for rows, labels, d in proposals.others if len(near := _within(d, reach, rows))
+    ]
+    crowded = [(g, rows[near]) for g, rows, d in proposals.crowded if len(near := _within(d, reach, rows))]
+    num = contenders.sum(0) + stay
+    for rows in (*(rows for rows, _ in others), *(rows for _, rows in crowded)):
+        num[rows] += 2
+    labels = torch.where(stay, block.own, proposals.labels.flatten(0, 1).gather(0, place[None])[0])
+    undecided = (num > 1).nonzero()[:, 0]
+    if len(undecided):
+        staying = undecided[stay[undecided]]
+        places, some = contenders[:, undecided].nonzero().unbind(1)
+        rows = undecided[some]
+        pairs = [(staying, block.own[staying]), (rows, proposals.labels.flatten(0, 1)[places, rows])]
+        pairs += [*others, *_nearest_of_crowds(block, centroids, crowded)]
+        exact = nearest_of_pairs(block.x, block.squares, centroids.whole, _joined(pairs))
+        labels[undecided], above[undecided] = exact.labels[undecided], exact.squares[undecided] / GRID**2
+    return _Nearest(labels, above, len(undecided))
 
 
-def _thirds(block: _Block, centroids: GroupedCentroids, thirds: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """The exact nearest of a group, where more of it than were proposed may be nearest: rows and labels."""
-    found = []
-    for g in thirds.any(0).nonzero()[:, 0].tolist():
-        members, rows = centroids.groups.members[g], thirds[:, g].nonzero()[:, 0]
-        if len(members) > _PROPOSALS:
-            found.append((rows, members[best_of_all(block.x[rows], centroids.parts[g])[0]]))
-    return found
+def _nearest_of_crowds(
+    block: _Block, centroids: GroupedCentroids, crowded: list[tuple[int, Tensor]]
+) -> Iterator[_Pairs]:
+    """The exact nearest of a group, where more of it than were proposed may be nearest."""
+    for g, rows in crowded:
+        yield rows, centroids.groups.members[g][best_of_all(block.x[rows], centroids.parts[g])[0]]
 
 
-def _exact_nearest(
-    block: _Block, centroids: Centroids, open_rows: Tensor, pairs: list[tuple[Tensor, Tensor]]
-) -> tuple[Tensor, Tensor]:
-    """Of each open row the nearest of the centroids it is paired with, the lowest of equal ones, and its distance."""
+def _within(distances: Tensor, reach: Tensor, rows: Tensor) -> Tensor:
+    return (distances <= reach[rows]).nonzero()[:, 0]
+
+
+def _joined(pairs: list[_Pairs]) -> _Pairs:
     rows, labels = (torch.cat(column) for column in zip(*pairs, strict=True))
-    scores = 2 * pair_dots(block.x[rows], centroids.values, labels) - centroids.squares[labels]
-    distances = (block.squares[rows] - scores) / GRID**2  # exact: a power of two
-    best = torch.full_like(block.squares, math.inf).scatter_reduce_(0, rows, distances, "amin")
-    tied = distances == best[rows]
-    most = torch.iinfo(torch.int64).max
-    nearest = torch.full_like(block.own, most).scatter_reduce_(0, rows[tied], labels[tied], "amin")
-    return nearest[open_rows], best[open_rows]
+    return rows, labels
 
 
 def _rebound(bounds: Bounds, block: _Block, proposals: _Proposals, nearest: _Nearest, groups: Groups) -> None:
     """Writes the new labels and bounds of the open rows."""
-    first_is_own = proposals.labels[:, 0] == nearest.labels[:, None]
-    others = torch.where(first_is_own, proposals.distances[:, 1], proposals.distances[:, 0]).double()
-    lower = torch.where(proposals.open, _root(others - block.error, 1 - _SLACK), bounds.lower[block.rows])
+    others = torch.where(proposals.labels[0] == nearest.labels, proposals.distances[1], proposals.distances[0])
+    least = _root(others.double() - proposals.error, 1 - _SLACK).T
+    lower = torch.where(proposals.open.T, least, bounds.lower[block.rows])
     left = ((nearest.labels != block.own) & block.own_distances.isfinite()).nonzero()[:, 0]
     old = groups.of[block.own[left]]  # the old centroid is now one of the others
-    gone = _root(block.own_distances[left].double() - block.error, 1 - _SLACK)
+    gone = _root(block.own_distances[left], 1 - _SLACK)
     lower[left, old] = torch.minimum(lower[left, old], gone)
     bounds.lower[block.rows] = lower
     bounds.labels[block.rows] = nearest.labels.int()
@@ -282,8 +295,6 @@ def _root(squares: Tensor, slack: float) -> Tensor:
     return (squares.clamp(min=0).sqrt() * slack).float()
 
 
-def _rows_of(x: Tensor, rows: Tensor) -> Tensor:
-    """x[rows], without a copy where the rows are all of them in order."""
-    if len(rows) == len(x) and (not len(x) or bool((rows[1:] > rows[:-1]).all())):
-        return x
-    return x[rows]
+def _pick(x: Tensor, rows: Tensor) -> Tensor:
+    """x[rows]; all of x itself where the rows, which ascend, are all."""
+    return x if len(rows) == len(x) else x.index_select(0, rows)

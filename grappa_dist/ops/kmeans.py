@@ -1,11 +1,8 @@
-"""k-means whose result is the same on any number of workers: floats propose, integers decide.
+"""The sums of k-means, and new centroids from them: integers, which may be added in any order.
 
-Rows and centroids lie on the grid of ops/exact.py, so squared distances are integers and a nearest centroid is a fact,
-not an outcome of rounding. A float32 search proposes a few centroids per row; where its error bound leaves more than
-one of them possible, exact scores decide, and ties go to the lowest index. Sums over rows are int64, so they may be
-added in any order.
+Which centroid is the nearest of a row is decided in ops/nearest.py and ops/bounds.py.
 
-Shapes: P rows of one block, K centroids, D dimensions, t proposals per row.
+Shapes: P rows of one block, K centroids, D dimensions.
 """
 
 from __future__ import annotations
@@ -13,151 +10,22 @@ from __future__ import annotations
 import hashlib
 import heapq
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from grappa_dist.ops.exact import GRID, cached_rows, exact_dot, exact_square, to_grid
+from grappa_dist.ops.exact import GRID, cached_rows, exact_square, to_grid
+from grappa_dist.ops.proposals import Centroids
 
 NORM_LIMIT = 1 + 2**-7
 """Rows are unit rows, give or take this much: the integers below are sized for it."""
 
 _LOW, _LOW_BITS = 24, 2**24 - 1  # where a sum of squares is cut in two
 _LIMB = 20  # bits of a sum that fit beside a 24-bit factor and 2**19 dimensions
-_PROPOSALS = 4
-_TILE = 2**23  # elements of the largest float64 table made at once
-
-Search = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
-"""(rows, targets, t) -> float32 values (P, t), best first, and target indices (P, t)."""
-
-
-def float_error(dim: int, size: float) -> float:
-    """How far a float32 dot product or squared distance over `dim` dimensions may lie from the true one.
-
-    In any order, n float32 operations err by at most n u / (1 - n u) times the sum of their terms' absolute values,
-    u = 2**-24. That is `size`: |x||c| for a dot product, (|x| + |c|)^2 for a squared distance, be it summed directly or
-    as |x|^2 + |c|^2 - 2 x.c; no term goes through more than dim + 4 operations.
-    """
-    steps = (dim + 4) * 2.0**-24
-    if steps >= 0.5:
-        raise ValueError(f"rows of {dim} dimensions leave float32 without an error bound, fewer than 2**23 are needed")
-    return steps / (1 - steps) * size
-
-
-def best_in_floats(x: Tensor, num_targets: int, table: Callable[[Tensor], Tensor], t: int) -> tuple[Tensor, Tensor]:
-    """The t largest entries per row of a float32 table, (P, t), descending, and their columns, made tile by tile.
-
-    Only true float32 products keep the error bound, so TF32 and bf16 shortcuts are off inside.
-
-    Args:
-        table: (rows, num_targets) from some rows of x.
-    """
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        parts = [table(rows).topk(t, dim=1) for rows in torch.split(x, max(1, _TILE // max(1, num_targets)))]
-    finally:
-        torch.set_float32_matmul_precision(precision)
-    if not parts:
-        return x.new_empty((0, t)), torch.empty((0, t), dtype=torch.int64, device=x.device)
-    return torch.cat([p.values for p in parts]), torch.cat([p.indices for p in parts])
-
-
-def nearest_in_floats(x: Tensor, c: Tensor, t: int) -> tuple[Tensor, Tensor]:
-    """The t smallest squared distances in float32, (P, t), ascending, and their indices: a search without faiss."""
-    squares = c.square().sum(1)
-
-    def closeness(rows: Tensor) -> Tensor:
-        return -(rows.square().sum(1, keepdim=True) + squares - 2 * (rows @ c.T))  # (rows, K)
-
-    values, indices = best_in_floats(x, len(c), closeness, t)
-    return -values, indices
-
-
-@dataclass(frozen=True)
-class Centroids:
-    """Grid centroids with what every block needs of them."""
-
-    values: Tensor  # (K, D) float32 on the grid
-    squares: Tensor  # (K,) float64, exact |c|^2 in units of 2**-48
-
-    @staticmethod
-    def of(values: Tensor) -> Centroids:
-        squares = torch.cat([exact_square(v) for v in torch.split(values, max(1, _TILE // values.shape[1]))])
-        return Centroids(values, squares)
-
-
-@dataclass(frozen=True)
-class Assignment:
-    labels: Tensor  # (P,) int64
-    squares: Tensor  # (P,) int64, exact squared distance to the own centroid, in units of 2**-48
-    undecided: int  # rows the floats left open
-
-
-def assign(x: Tensor, centroids: Centroids, search: Search = nearest_in_floats) -> Assignment:
-    """Nearest centroid of each grid row, exactly; a tie goes to the lowest index.
-
-    A centroid whose float distance exceeds the best one by more than twice the error bound cannot be the nearest. When
-    the last proposal is still within that gap, centroids beyond the proposals may be too, and all of them are tried.
-    """
-    t = min(_PROPOSALS, len(centroids.values))
-    if not len(x):
-        empty = torch.zeros(0, dtype=torch.int64, device=x.device)
-        return Assignment(empty, empty, 0)
-    distances, proposed = search(x, centroids.values, t)
-    squares = exact_square(x)  # (P,)
-    norms = [math.sqrt(float(s.max())) / GRID for s in (squares, centroids.squares)]
-    gap = 2 * float_error(x.shape[1], sum(norms) ** 2)
-    possible = distances.double() <= distances[:, :1].double() + gap  # (P, t), a prefix of each row
-    cut = possible[:, -1] if t < len(centroids.values) else torch.zeros_like(possible[:, -1])
-    labels = proposed[:, 0].clone()
-    scores = _scores(x, centroids, labels)  # (P,) float64: 2 x.c - |c|^2
-    for column in range(1, t):
-        rows = (possible[:, column] & ~cut).nonzero()[:, 0]
-        if len(rows):
-            rivals = proposed[rows, column]
-            rival_scores = _scores(x[rows], centroids, rivals)
-            tied = (rival_scores == scores[rows]) & (rivals < labels[rows])
-            won = (rival_scores > scores[rows]) | tied
-            labels[rows[won]], scores[rows[won]] = rivals[won], rival_scores[won]
-    rows = cut.nonzero()[:, 0]
-    if len(rows):
-        labels[rows], scores[rows] = best_of_all(x[rows], centroids)
-    undecided = int(possible[:, 1].sum()) if t > 1 else 0
-    return Assignment(labels, (squares - scores).long(), undecided)
-
-
-def _scores(x: Tensor, centroids: Centroids, labels: Tensor) -> Tensor:
-    """Exact 2 x.c - |c|^2 of each row with one centroid, (P,) float64, in units of 2**-48."""
-    return 2 * pair_dots(x, centroids.values, labels) - centroids.squares[labels]
-
-
-def pair_dots(x: Tensor, y: Tensor, columns: Tensor) -> Tensor:
-    """Exact dot products of each grid row x[i] with y[columns[i]], (P,) float64 integers, in units of 2**-48."""
-    size = cached_rows(x)
-    parts = [
-        (rows.double() * y[some]).sum(1)
-        for rows, some in zip(torch.split(x, size), torch.split(columns, size), strict=True)
-    ]
-    return torch.cat(parts).mul_(GRID**2)
-
-
-def best_of_all(x: Tensor, centroids: Centroids) -> tuple[Tensor, Tensor]:
-    """Best centroid per row by exact scores with all of them, (P,), and the scores, (P,) float64."""
-    columns = max(1, min(len(centroids.values), _TILE // x.shape[1]))
-    labels = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-    scores = torch.full((len(x),), -math.inf, dtype=torch.float64, device=x.device)
-    for start in range(0, len(centroids.values), columns):
-        some = slice(start, start + columns)
-        for rows in torch.split(torch.arange(len(x), device=x.device), max(1, _TILE // columns)):
-            table = 2 * exact_dot(x[rows], centroids.values[some]) - centroids.squares[some]
-            best, index = table.max(1).values, table.argmax(1)  # argmax: the first of equal ones
-            won = best > scores[rows]  # strictly, so that a tie stays with the earlier columns
-            labels[rows[won]], scores[rows[won]] = index[won] + start, best[won]
-    return labels, scores
+_TILE = 2**23  # elements of the largest table made at once
 
 
 @dataclass(frozen=True)
@@ -181,7 +49,7 @@ class Stats:
         """Adds grid rows with their exact squared norms in place, or takes them away with sign -1."""
         squares = squares.long()
         self.counts.add_(torch.bincount(labels, minlength=len(self.counts)), alpha=sign)
-        self.sums.index_add_(0, labels, (x * GRID).long(), alpha=sign)
+        _add_rows_(self.sums, x, labels, sign)
         self.squares[0].index_add_(0, labels, squares & _LOW_BITS, alpha=sign)
         self.squares[1].index_add_(0, labels, squares >> _LOW, alpha=sign)
 
@@ -205,6 +73,17 @@ class Stats:
         ]
 
 
+def _add_rows_(sums: Tensor, x: Tensor, labels: Tensor, sign: int) -> None:
+    """Adds grid rows to int64 sums. Float64 adds them many times as fast and, up to 2**29 rows, exactly too."""
+    if len(x) < len(sums):  # too few rows to pay for a table of their own
+        sums.index_add_(0, labels, (x * GRID).long(), alpha=sign)
+        return
+    block = torch.zeros(sums.shape, dtype=torch.float64, device=x.device)
+    for rows, their in zip(x.split(cached_rows(x)), labels.split(cached_rows(x)), strict=True):
+        block.index_add_(0, their, rows.double())
+    sums.add_(block.mul_(GRID).long(), alpha=sign)
+
+
 def finish(
     centroids: Tensor, stats: Stats, spreads: Sequence[int], step: int, *, spherical: bool = False
 ) -> tuple[Tensor, int]:
@@ -216,7 +95,7 @@ def finish(
     """
     counts = stats.counts.clamp(min=1)[:, None]
     means = torch.div(2 * stats.sums + counts, 2 * counts, rounding_mode="floor")  # nearest grid point, halves upwards
-    new = torch.where(stats.counts[:, None] > 0, to_grid(means.double() / GRID), centroids)
+    new = torch.where(stats.counts[:, None] > 0, (means.double() / GRID).float(), centroids)  # nothing to round
     if spherical:
         new = _normalise(new)
     repaired = _split_largest(new, stats.counts.tolist(), spreads, step)

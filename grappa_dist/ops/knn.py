@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from grappa_dist.ops.exact import GRID, exact_dot, exact_square
-from grappa_dist.ops.kmeans import Search, best_in_floats, float_error, pair_dots
+from grappa_dist.ops.nearest import pair_dots
+from grappa_dist.ops.proposals import Search, best_in_floats, float_error
 
 _SLACK = 8  # proposals beyond k: near-ties at the end of a list mostly fit in
 _TILE = 2**23  # elements of the largest float64 table made at once
@@ -98,12 +99,10 @@ def _rescored(queries: Block, targets: Block, proposed: Tensor, possible: Tensor
     """The possible ones among the proposals with exact scores, (P, t), without the queries themselves."""
     possible = possible & (targets.ids[proposed] != queries.ids[:, None])
     found = Neighbours.none(len(proposed), proposed.shape[1], proposed.device)
-    pairs = possible.nonzero()  # (pairs, 2): query, place
-    for some in torch.split(pairs, max(1, _TILE // queries.rows.shape[1])):
-        row, place = some.unbind(1)
-        column = proposed[row, place]
-        found.scores[row, place] = pair_dots(queries.rows[row], targets.rows, column)
-        found.ids[row, place] = targets.ids[column]
+    row, place = possible.nonzero().unbind(1)
+    column = proposed[row, place]
+    found.scores[row, place] = pair_dots(queries.rows, targets.rows, (row, column))
+    found.ids[row, place] = targets.ids[column]
     return found
 
 

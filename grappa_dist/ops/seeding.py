@@ -24,6 +24,11 @@ def to_weights(squares: Tensor) -> Tensor:
     return -((-squares) >> _SHIFT)
 
 
+def from_weights(weights: Tensor) -> Tensor:
+    """The largest squared distances, float64, that have these weights or lower ones."""
+    return weights.double() / 2**27
+
+
 def draw(limit: int, *key: int) -> int:
     """An integer in [0, limit), a function of the key alone: no generator, so no state and no library version."""
     digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=24).digest()

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from grappa_dist.artifacts import Artifact, Store
-from grappa_dist.config import DataConfig
+from grappa_dist.config import DataConfig, Resources
+from grappa_dist.data.cache import CacheSettings
 from grappa_dist.data.randomness import permutation
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.data.writer import ShardWriter
@@ -39,16 +40,20 @@ def draw_collection(data: DataConfig, artifact: Artifact) -> None:
     artifact.commit()
 
 
-def open_images(data: DataConfig, store: Store, *, write_index: bool = True) -> tuple[ImageShards, ImageShards | None]:
+def open_images(
+    data: DataConfig, store: Store, where: Resources | None = None, *, write_index: bool = True
+) -> tuple[ImageShards, ImageShards | None]:
     """Training and test images; test is None where there are none, and the training images are looked at instead."""
     index = store.root / "index" if write_index else None
+    where = where or Resources()
+    cache = CacheSettings(where.cache_dir, where.cache_bytes, where.requests_in_flight)
     if data.collection:
         folder = collection_of(store, data).path
         return ImageShards.open([folder / "train"], index), ImageShards.open([folder / "test"], index)
-    train = ImageShards.open(data.train, index)
+    train = ImageShards.open(data.train, index, cache)
     if not len(train):
         raise ValueError(f"data.train={list(data.train)}: the shards hold no images (jpg, jpeg, png, webp)")
-    return train, ImageShards.open(data.test, index) if data.test else None
+    return train, ImageShards.open(data.test, index, cache) if data.test else None
 
 
 def collection_sizes(data: DataConfig) -> dict[str, int]:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from grappa_dist.dist.comm import Comm
 from grappa_dist.dist.search import Rows, largest, nearest, raise_together
 from grappa_dist.ops.exact import GRID, exact_dot, exact_square, to_grid
-from grappa_dist.ops.kmeans import float_error
+from grappa_dist.ops.proposals import float_error
 from tests.processes import run_ranks
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from grappa_dist.config import BackboneConfig
-from grappa_dist.data.collections import CollectionConfig, make_shards
+from grappa_dist.data.collections import CollectionConfig, Work, make_shards
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.ops.metrics import retrieval_scores
 from grappa_dist.stages.embed import Embedding, embed_rows
@@ -28,7 +28,7 @@ def test_the_frozen_backbone_scores_what_it_is_known_to_score(tmp_path: Path, mo
     monkeypatch.syspath_prepend(str(Path(shared) / "backbones"))
     data = Path(shared) / "data" / "images"
     pairs = [(str(data / f"{task}.csv"), str(data / f"{task}.tar")) for task in EXPECTED]
-    make_shards(pairs, tmp_path, CollectionConfig(), tell=lambda _: None)
+    make_shards(pairs, tmp_path, CollectionConfig(), Work())
     images = ImageShards.open([tmp_path / "test"], None)
     backbone = build_backbone(
         BackboneConfig(name="clamped_vit_tiny:create", kwargs={"image_size": 128}, image_size=128, resize="squash")

@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grappa_dist.ops import kmeans
 from grappa_dist.ops.exact import GRID, exact_square, to_grid
-from grappa_dist.ops.kmeans import Centroids, Stats, assign, finish, float_error, nearest_in_floats
+from grappa_dist.ops.kmeans import Stats, finish
+from grappa_dist.ops.nearest import assign
+from grappa_dist.ops.proposals import Centroids
 
 
 def unit_rows(num: int, dim: int, seed: int = 0) -> Tensor:
@@ -31,80 +32,6 @@ def stats_of(x: Tensor, c: Tensor) -> Stats:
 
 def finished(c: Tensor, stats: Stats, step: int = 0, *, spherical: bool = False) -> tuple[Tensor, int]:
     return finish(c, stats, stats.spreads(Centroids.of(c)), step, spherical=spherical)
-
-
-def near_ties(dim: int) -> tuple[Tensor, Tensor]:
-    """Rows about midway between centroids that differ by a few steps of the grid, and centroids that are equal."""
-    c = unit_rows(6, dim)
-    moved = c + torch.randint(-2, 3, c.shape, generator=torch.Generator().manual_seed(1)) / GRID
-    centroids = to_grid(torch.cat([c, moved.clamp(-1, 1), c[:2], c[:2], c[:2]]))
-    return to_grid(torch.cat([unit_rows(20, dim, seed=2), centroids, (centroids[:6] + centroids[6:12]) / 2])), centroids
-
-
-@pytest.mark.parametrize("dim", [1, 2, 7, 192])
-def test_labels_and_distances_are_those_of_integer_arithmetic(dim: int) -> None:
-    for x, c in (
-        near_ties(dim),
-        (unit_rows(50, dim), unit_rows(9, dim, seed=3)),
-        (unit_rows(3, dim), unit_rows(1, dim)),
-    ):
-        found, wanted = assign(x, Centroids.of(c)), squares_in_integers(x, c)
-        assert found.labels.tolist() == wanted.argmin(1).tolist()  # argmin: the first of equal ones
-        assert found.squares.tolist() == wanted.min(1).tolist()
-
-
-def test_float_noise_within_the_bound_changes_no_label() -> None:
-    x, c = near_ties(32)
-    error = float_error(32, 4.0)
-    generator = torch.Generator().manual_seed(5)
-
-    def noisy(x: Tensor, c: Tensor, t: int) -> tuple[Tensor, Tensor]:
-        distances = torch.cdist(x.double(), c.double()).square()
-        noise = (torch.rand(distances.shape, generator=generator, dtype=torch.float64) * 2 - 1) * error * 0.7
-        best = (distances + noise).topk(t, largest=False)
-        return best.values.float(), best.indices
-
-    exact = assign(x, Centroids.of(c))
-    for _ in range(10):
-        found = assign(x, Centroids.of(c), noisy)
-        assert torch.equal(found.labels, exact.labels)
-        assert torch.equal(found.squares, exact.squares)
-    assert exact.undecided > 10
-
-
-def test_rows_far_from_any_tie_are_decided_by_floats() -> None:
-    c = torch.eye(5)
-    assert assign(c.repeat(3, 1), Centroids.of(c)).undecided == 0
-
-
-def test_more_equal_centroids_than_proposals_still_give_the_lowest_index() -> None:
-    c = torch.cat([unit_rows(3, 8, seed=1), unit_rows(1, 8).repeat(20, 1)])
-    found = assign(unit_rows(1, 8).repeat(4, 1), Centroids.of(c))
-    assert found.labels.tolist() == [3] * 4
-    assert found.squares.tolist() == [0] * 4
-
-
-def test_tiles_do_not_change_an_assignment(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, c = near_ties(16)
-    whole = assign(x, Centroids.of(c))
-    for tile in (1, 40, 100):
-        monkeypatch.setattr(kmeans, "_TILE", tile)
-        cut = assign(x, Centroids.of(c))
-        assert torch.equal(cut.labels, whole.labels)
-        assert torch.equal(cut.squares, whole.squares)
-
-
-def test_no_rows_have_no_labels() -> None:
-    found = assign(torch.zeros(0, 4), Centroids.of(unit_rows(3, 4)))
-    assert (len(found.labels), len(found.squares), found.undecided) == (0, 0, 0)
-    assert nearest_in_floats(torch.zeros(0, 4), unit_rows(3, 4), 2)[0].shape == (0, 2)
-
-
-def test_the_float_error_of_real_searches_is_within_the_bound() -> None:
-    x, c = unit_rows(40, 768), unit_rows(30, 768, seed=1)
-    floats, index = nearest_in_floats(x, c, 30)
-    exact = torch.from_numpy(squares_in_integers(x, c)).double() / GRID**2
-    assert (floats.double() - exact.gather(1, index)).abs().max() < float_error(768, 4.001)
 
 
 def test_stats_add_in_any_order_and_to_the_sums_of_python() -> None:

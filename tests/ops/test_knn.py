@@ -8,7 +8,6 @@ from torch import Tensor
 
 from grappa_dist.ops import knn
 from grappa_dist.ops.exact import GRID, to_grid
-from grappa_dist.ops.kmeans import float_error
 from grappa_dist.ops.knn import (
     Block,
     Neighbours,
@@ -19,6 +18,7 @@ from grappa_dist.ops.knn import (
     to_scores,
     without_duplicates,
 )
+from grappa_dist.ops.proposals import float_error
 
 
 def unit_rows(num: int, dim: int, seed: int = 0) -> Tensor:

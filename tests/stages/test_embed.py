@@ -15,6 +15,7 @@ from grappa_dist.artifacts import Artifact, Store
 from grappa_dist.config import Config
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.data.transforms import decode
+from grappa_dist.stages.collect import open_images
 from grappa_dist.stages.embed import (
     Embedding,
     bad_reasons,
@@ -26,6 +27,7 @@ from grappa_dist.stages.embed import (
     to_images,
 )
 from grappa_dist.stages.modelling import ModelSpec, build, pixels_of, preprocess_of
+from tests.conftest import Bucket
 from tests.data.test_decoding import encoded, png_header
 from tests.data.test_decoding import picture as drawn
 from tests.data.test_shards import write_tar
@@ -173,3 +175,21 @@ def test_names_of_features_tell_model_shard_and_batch_size(settings: Config, tmp
     assert len(same) == len(tiny.SIZES)
     adapted = ModelSpec("k=1", settings.backbone, 4, (tiny.random_adaptors(store, settings, 1),))
     assert not same & (names(spec, 9) | names(adapted, 8))
+
+
+def test_features_of_shards_on_s3_are_the_same_artefacts_with_the_same_bytes(
+    settings: Config, tmp_path: Path, bucket: Bucket
+) -> None:
+    _, _, features = embed_in(tmp_path / "local", settings)
+    paths = [bucket.upload(Path(path), f"images/{number}/") for number, path in enumerate(settings.data.train)]
+    settings = tiny.config(paths, resources={"cache_dir": str(tmp_path / "cache"), "requests_in_flight": 4})
+    images, _ = open_images(settings.data, Store(tmp_path / "remote"), settings.resources)
+    run, spec = tiny.run_in(settings, tmp_path / "remote", tiny.Here()), ModelSpec("backbone", settings.backbone)
+    remote = features_of(run.store, spec, settings.embed, images)
+    embed(run, images, spec, remote)
+    assert [artifact.name for artifact in remote] == [artifact.name for artifact in features]
+    for one, other in zip(remote, features, strict=True):
+        assert (one.path / "rows.npy").read_bytes() == (other.path / "rows.npy").read_bytes()
+    assert bad_rows(images, remote).tolist() == [tiny.BAD]
+    assert bucket.door.sent(".tar") < 2 * sum(shard.bytes for shard in images.shards)
+    assert any((tmp_path / "cache").iterdir())

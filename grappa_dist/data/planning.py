@@ -1,0 +1,124 @@
+"""What the shards of a folder will hold, decided before any is written. Shapes: n images in the order of rows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from grappa_dist.data.cuts import cut
+from grappa_dist.data.encoding import encoded, encoder
+from grappa_dist.data.filling import Row, ShardJob
+from grappa_dist.data.loader import read_batches
+from grappa_dist.data.randomness import permutation
+from grappa_dist.data.sources import Item
+from grappa_dist.data.writer import member_bytes, members
+
+_CHUNK = 1024
+_THREADS = 16  # asking for sizes waits for the file system only
+_SAMPLED = 2048  # images that are re-encoded to learn their size, over all tasks
+_SAMPLED_PER_TASK = 64
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Where a shard ends."""
+
+    rows: int | None
+    bytes: int | None
+
+
+@dataclass(frozen=True)
+class FolderPlan:
+    """The shards of a folder: the same plan makes the same bytes, in any number of processes."""
+
+    folder: Path
+    items: Sequence[Item]
+    starts: Sequence[int]  # first row of every shard and, last, n
+    image_size: int | None
+    settings: dict[str, Any]
+    fingerprint: str
+
+    @property
+    def shards(self) -> int:
+        return len(self.starts) - 1
+
+    def job(self, number: int, partial: Path) -> ShardJob:
+        first, end = self.starts[number], self.starts[number + 1]
+        rows = [_row(item) for item in self.items[first:end]]
+        return ShardJob(str(partial), number, first, rows, self.image_size)
+
+
+def plan_folder(folder: Path, items: Sequence[Item], limits: Limits, image_size: int | None) -> FolderPlan:
+    """The shards that hold the items in their order."""
+    sizes = file_sizes(items)
+    starts = cut(_row_sizes(items, sizes, limits, image_size), limits.rows, limits.bytes)
+    settings = {
+        "images": len(items),
+        "images_per_shard": limits.rows,
+        "shard_bytes": limits.bytes,
+        "image_size": image_size,
+        "encoder": None if image_size is None else encoder(),
+    }
+    digest = hashlib.sha256(json.dumps([settings, starts]).encode())
+    for item, size in zip(items, sizes, strict=True):
+        line = f"{item.name}\0{item.task}\0{item.label}\0{size}\n"
+        digest.update(line.encode(errors="surrogateescape"))
+    return FolderPlan(folder, items, starts, image_size, settings, digest.hexdigest())
+
+
+def file_sizes(items: Sequence[Item]) -> NDArray[np.int64]:
+    """Bytes of every file as it lies there, (n,)."""
+    chunks = [items[at : at + _CHUNK] for at in range(0, len(items), _CHUNK)]
+    sizes = np.zeros(len(items), dtype=np.int64)
+    found = read_batches(chunks, lambda chunk: [item.source.size(item.name) for item in chunk], threads=_THREADS)
+    for at, chunk in enumerate(found):
+        sizes[at * _CHUNK : at * _CHUNK + len(chunk)] = chunk
+    return sizes
+
+
+def _row_sizes(
+    items: Sequence[Item], sizes: NDArray[np.int64], limits: Limits, image_size: int | None
+) -> Iterator[int]:
+    """Bytes of every row in its tar: exact for copies, the mean of a sample of the task where images are re-encoded."""
+    if limits.bytes is None:
+        return iter([0] * len(items))
+    if image_size is not None:
+        means = _sampled_sizes(items, image_size)
+        return (_in_tar(item, means[item.task]) for item in items)
+    return (_in_tar(item, int(size)) for item, size in zip(items, sizes, strict=True))
+
+
+def _in_tar(item: Item, size: int) -> int:
+    (_, _), *others = members(b"", item.suffix, item.label, _task_of(item))
+    return member_bytes(size) + sum(member_bytes(len(data)) for _, data in others)
+
+
+def _sampled_sizes(items: Sequence[Item], image_size: int) -> dict[str, int]:
+    """Mean bytes of a re-encoded image, by task."""
+    of_task: dict[str, list[int]] = defaultdict(list)
+    for number, item in enumerate(items):
+        of_task[item.task].append(number)
+    each = max(1, min(_SAMPLED_PER_TASK, _SAMPLED // max(1, len(of_task))))
+    means = {}
+    for task, numbers in of_task.items():
+        drawn = [items[numbers[i]] for i in permutation(len(numbers), "sizes of re-encoded images")[:each].tolist()]
+        files = read_batches(drawn, lambda item: encoded(item.place.read(), item.suffix, image_size).data, threads=4)
+        means[task] = sum(map(len, files)) // len(drawn)
+    return means
+
+
+def _row(item: Item) -> Row:
+    return Row(item.place, item.suffix, item.label, _task_of(item), item.said)
+
+
+def _task_of(item: Item) -> str | None:
+    """The task goes into the JSON with a label only."""
+    return None if item.label is None else item.task

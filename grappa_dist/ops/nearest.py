@@ -1,0 +1,104 @@
+"""The nearest centroid of a row as a fact: a fast proposer narrows the choice, exact integers decide.
+
+Rows and centroids lie on the grid of ops/exact.py, so squared distances are integers and a nearest centroid is not an
+outcome of rounding. Ties go to the lowest index.
+
+Shapes: P rows of one block, K centroids, D dimensions, t proposals per row.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from grappa_dist.ops.exact import GRID, cached_rows, exact_dot, exact_square
+from grappa_dist.ops.proposals import Centroids
+
+_TILE = 2**23  # elements of the largest float64 table made at once
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Nearest centroids of some rows; label -1 and an infinite distance where none lies within reach."""
+
+    labels: Tensor  # (P,) int64
+    squares: Tensor  # (P,) float64, exact squared distance, in units of 2**-48
+
+
+def assign(
+    x: Tensor, centroids: Centroids, *, squares: Tensor | None = None, within: Tensor | None = None
+) -> Assignment:
+    """Nearest centroid of each grid row, exactly.
+
+    Where the last proposal may be the nearest, centroids that were not proposed may be too, and all of them are tried.
+
+    Args:
+        squares: (P,) float64, exact |x|^2, where they are known.
+        within: (P,) float64 squared distances; centroids further away than that need not be found.
+    """
+    if not len(x):
+        return Assignment(torch.zeros(0, dtype=torch.int64, device=x.device), x.new_zeros(0, dtype=torch.float64))
+    squares = exact_square(x) if squares is None else squares
+    reach = torch.full_like(squares, math.inf) if within is None else within
+    prepared = centroids.proposer.rows(x, squares, torch.minimum(squares / GRID**2, reach))
+    found = centroids.proposer.nearest(prepared, centroids, min(centroids.proposer.places, len(centroids.values)))
+    reach = torch.minimum(reach, found.distances[:, 0].double() + found.error)
+    possible = found.distances.double() - found.error <= reach[:, None]  # (P, t)
+    crowded = possible[:, -1] & (found.labels.shape[1] < len(centroids.values))
+    rows, places = (possible & ~crowded[:, None]).nonzero().unbind(1)
+    nearest = nearest_of_pairs(x, squares, centroids, (rows, found.labels[rows, places]))
+    rows = crowded.nonzero()[:, 0]
+    if len(rows):
+        nearest.labels[rows], scores = best_of_all(x[rows], centroids)
+        nearest.squares[rows] = squares[rows] - scores
+    return nearest
+
+
+def nearest_of_pairs(x: Tensor, squares: Tensor, centroids: Centroids, pairs: tuple[Tensor, Tensor]) -> Assignment:
+    """Of each row the exactly nearest of the centroids that it is paired with.
+
+    Args:
+        squares: (P,) float64, exact |x|^2.
+        pairs: rows and labels, in any order; a row may be in several or in none.
+    """
+    rows, labels = pairs
+    distances = pair_squares(x, squares, centroids, pairs)
+    best = torch.full_like(squares, math.inf).scatter_reduce_(0, rows, distances, "amin")
+    tied = distances == best[rows]
+    most = torch.iinfo(torch.int64).max
+    nearest = torch.full((len(x),), most, device=x.device).scatter_reduce_(0, rows[tied], labels[tied], "amin")
+    return Assignment(nearest.masked_fill_(nearest == most, -1), best)
+
+
+def pair_squares(x: Tensor, squares: Tensor, centroids: Centroids, pairs: tuple[Tensor, Tensor]) -> Tensor:
+    """Exact squared distances between rows and centroids, (pairs,) float64 integers, in units of 2**-48."""
+    rows, labels = pairs
+    return squares[rows] + centroids.squares[labels] - 2 * pair_dots(x, centroids.values, pairs)
+
+
+def pair_dots(x: Tensor, y: Tensor, pairs: tuple[Tensor, Tensor]) -> Tensor:
+    """Exact dot products of grid rows x[i] and y[j], (pairs,) float64 integers, in units of 2**-48."""
+    size = cached_rows(x)
+    parts = [
+        (x.index_select(0, i).double() * y.index_select(0, j)).sum(1)
+        for i, j in zip(*(places.split(size) for places in pairs), strict=True)
+    ]
+    return torch.cat(parts).mul_(GRID**2)
+
+
+def best_of_all(x: Tensor, centroids: Centroids) -> tuple[Tensor, Tensor]:
+    """Best centroid per row by exact scores with all of them, (P,), and the scores, (P,) float64."""
+    columns = max(1, min(len(centroids.values), _TILE // x.shape[1]))
+    labels = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+    scores = torch.full((len(x),), -math.inf, dtype=torch.float64, device=x.device)
+    for start in range(0, len(centroids.values), columns):
+        some = slice(start, start + columns)
+        for rows in torch.split(torch.arange(len(x), device=x.device), max(1, _TILE // columns)):
+            table = 2 * exact_dot(x[rows], centroids.values[some]) - centroids.squares[some]
+            best, index = table.max(1).values, table.argmax(1)  # argmax: the first of equal ones
+            won = best > scores[rows]  # strictly, so that a tie stays with the earlier columns
+            labels[rows[won]], scores[rows[won]] = index[won] + start, best[won]
+    return labels, scores

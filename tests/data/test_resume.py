@@ -1,0 +1,105 @@
+"""A made-up store of ten million rows: what the first batch after a random step costs, in time and in bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+import resource
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from grappa_dist.data.cache import CacheSettings
+from grappa_dist.data.index import ROW
+from grappa_dist.data.order import EpochOrder
+from grappa_dist.data.remote import TRAFFIC
+from grappa_dist.data.shards import ImageShards
+from tests.stores import Answer, Door, door_to
+
+NUM_SHARDS, ROWS, IMAGE = 1000, 10_000, 3_000
+STRIDE = 512 + 3072  # a header and an image in blocks of a tar
+SHARD_BYTES = ROWS * STRIDE + 10_240
+BATCH = 256
+
+
+def image(shard: int, row: int) -> bytes:
+    return hashlib.sha256(f"{shard} {row}".encode()).digest() * (IMAGE // 32) + bytes(IMAGE % 32)
+
+
+def content(shard: int, first: int, last: int) -> bytes:
+    """Bytes of a tar that is nowhere: made as they are asked for."""
+    rows = range(first // STRIDE, last // STRIDE + 1)
+    whole = b"".join(bytes(512) + image(shard, row) + bytes(STRIDE - 512 - IMAGE) for row in rows)
+    return whole[first - rows[0] * STRIDE :][: last + 1 - first]
+
+
+def made_up() -> tuple[bytes, bytes]:
+    """The index of the folder, and that of each of its shards."""
+    lines = [
+        {"name": f"s-{n:06d}.tar", "rows": ROWS, "bytes": SHARD_BYTES, "fingerprint": f"{n:064x}", "ignored": 0}
+        for n in range(NUM_SHARDS)
+    ]
+    rows = np.zeros(ROWS, dtype=ROW)
+    rows["offset"], rows["size"] = np.arange(ROWS) * STRIDE + 512, IMAGE
+    file = io.BytesIO()
+    np.save(file, rows, allow_pickle=False)
+    return json.dumps({"version": 1, "shards": lines}).encode(), file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def web() -> Iterator[Door]:
+    listing, rows = made_up()
+
+    def answer(method: str, path: str, headers: dict[str, str], _: bytes) -> Answer:
+        if path.endswith(("index.json", ".npy")):
+            return 200, {}, listing if path.endswith("index.json") else rows
+        number = int(path[-10:-4])
+        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", headers.get("Range", ""))
+        if method == "HEAD" or asked is None:
+            return 200, {"ETag": f'"{number}"', "Content-Length": str(SHARD_BYTES)}, b""
+        first, last = int(asked[1]), int(asked[2])
+        span = {"ETag": f'"{number}"', "Content-Range": f"bytes {first}-{last}/{SHARD_BYTES}"}
+        return 206, span, content(number, first, last)
+
+    with door_to(answer) as door:
+        yield door
+
+
+@pytest.mark.parametrize(("rank", "ranks"), [(0, 1), (2, 3)])
+def test_the_first_batch_after_a_random_step_of_ten_million_rows_comes_soon_and_reads_little(
+    web: Door, tmp_path: Path, rank: int, ranks: int
+) -> None:
+    settings = CacheSettings(str(tmp_path / "cache"), 2**30, 16)
+    ImageShards.open([f"{web.url}/d"], tmp_path / "index", settings)  # the driver of the run that was stopped
+    t = int(np.random.default_rng(rank).integers(1_000, NUM_SHARDS * ROWS // BATCH))
+    before = TRAFFIC.bytes, TRAFFIC.requests
+    web.requests.clear()
+
+    start = time.perf_counter()
+    shards = ImageShards.open([f"{web.url}/d"], tmp_path / "index", settings)
+    opened = time.perf_counter() - start
+    order = EpochOrder(shards, np.array([3, 10**6]), seed=1, epoch=2)
+    rows = order.batch_share(t, BATCH, rank, ranks).tolist()
+    data = list(shards.images(rows))
+    seconds = time.perf_counter() - start
+
+    assert len(shards) == 10**7
+    places = [shards.locate(row) for row in rows]
+    assert data == [image(shard, row) for shard, row in places]
+    wanted = len(rows) * IMAGE
+    indexes = len({shard for shard, _ in places}) * (ROWS * ROW.itemsize + 128)
+    listing = web.sent("index.json")
+    tars = web.sent(".tar")
+    assert wanted <= tars < 1.01 * wanted  # no block was read for one image
+    assert TRAFFIC.bytes - before[0] <= tars + indexes + listing
+    print(
+        f"\nstep {t}, rank {rank} of {ranks}: {seconds:.2f} s ({opened:.2f} s to open), {len(rows)} images; read: "
+        f"{tars} of images, {indexes} of row indexes, {listing} of the listing; {TRAFFIC.requests - before[1]} reads, "
+        f"{len(web.requests)} requests with headers; {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10} MiB"
+    )
+    assert seconds < 5
