@@ -33,7 +33,8 @@ format: $(READY) ## formats and sorts imports
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY) ## k-means against faiss: speed, scaling, memory (long; the machine should do nothing else)
+bench: $(READY) ## reading against webdataset, k-means against faiss (long; the machine should do nothing else)
+	$(BIN)/python launch/bench.py data
 	$(BIN)/python launch/bench.py kmeans
 
 wheel: $(READY) ## a wheel in wheels/

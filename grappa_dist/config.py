@@ -119,6 +119,8 @@ class FuseConfig(Section):
     loss_scale: Rate = 0.024  # "scaling" of the Barlow Twins code
     neighbours: Count = 5  # k of the k-NN graph
     refresh: bool = True  # rebuild the graph every epoch, else once
+    duplicate_cosine: Annotated[float, Field(gt=0, le=1)] = 0.999  # neighbours above it count as near-duplicates
+    skip_duplicates: bool = False  # and are no neighbours: the k nearest others of the 2k nearest are
     lars_learning_rate: Rate = 0.5  # the recipe of the paper
     lars_weight_decay: Rate = 1e-3
     adam_learning_rate: Rate = 1e-3  # the second recipe: Adam without decay
@@ -129,7 +131,8 @@ class FuseConfig(Section):
     def of_variant(self, variant: str) -> dict[str, Any]:
         """The settings that decide the result of one variant."""
         other = "lars_" if variant.endswith("-adam") else "adam_"
-        neighbours = () if variant.startswith("neighbours") else ("neighbours", "refresh")
+        of_graph = ("neighbours", "refresh", "duplicate_cosine", "skip_duplicates")
+        neighbours = () if variant.startswith("neighbours") else of_graph
         left_out = {"checkpoint_steps", "variants", "micro_batch", *neighbours}  # the loss is exact for any micro batch
         return {k: v for k, v in self.model_dump(mode="json").items() if k not in left_out and not k.startswith(other)}
 

@@ -1,6 +1,7 @@
 """Measures what the documentation claims about speed: ratios against judges, from one run on one machine.
 
 python launch/bench.py kmeans --rows 20000 --num-labels 64 1024 --threads 2
+python launch/bench.py data --rows 512 --threads 2
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 if importlib.util.find_spec("grappa_dist") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from grappa_dist.artifacts import write_json
+from grappa_dist.bench import data, data_table
 from grappa_dist.bench.arguments import OneLineParser
 from grappa_dist.bench.kmeans import DRAWN_DIM, DRAWN_ROWS, KMeansSettings, measure_kmeans
 from grappa_dist.bench.machine import machine
@@ -32,9 +35,26 @@ The machine should do nothing else: where `CPU s` is far below seconds x threads
 ratio of CPU seconds says something."""
 
 
+DATA = """Reading, decoding and cropping images: ours against a plain webdataset + DataLoader loop (by Pillow, and by
+our own decoding) and against decoding alone, from memory. The same images, crops and number of threads or processes.
+Prints images/s and ratios (ours / judge: above 1, ours is faster), for the augmented crops of training and for test
+views."""
+
+DATA_EXAMPLE = """example, half a minute:
+  python launch/bench.py data --rows 512 --repeats 1 --json data.json
+
+`images/CPU s` is what one core gives to a side, whatever else the machine does."""
+
+
 def arguments() -> argparse.ArgumentParser:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="kmeans")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="kmeans|data")
+    kmeans_arguments(commands)
+    data_arguments(commands)
+    return parser
+
+
+def kmeans_arguments(commands: Any) -> None:
     kmeans = commands.add_parser(
         "kmeans",
         help="against faiss",
@@ -55,21 +75,60 @@ def arguments() -> argparse.ArgumentParser:
     add("--init", choices=("none", "ours", "both"), default="ours", help="whose k-means++ to time; default: ours")
     add("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
     add("--json", type=Path, metavar="FILE", help="all numbers, also of single runs")
-    return parser
+
+
+def data_arguments(commands: Any) -> None:
+    reading = commands.add_parser(
+        "data",
+        help="against webdataset + DataLoader",
+        description=DATA,
+        epilog=DATA_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = reading.add_argument
+    add("--shards", nargs="+", metavar="DIR_OR_TAR", help="real images; default: drawn ones")
+    add("--rows", type=int, default=1024, metavar="N", help="drawn images; default: %(default)s")
+    add("--width", type=int, default=500, metavar="PX", help="of drawn images; default: %(default)s")
+    add("--height", type=int, default=375, metavar="PX", help="of drawn images; default: %(default)s")
+    add("--image-size", type=int, default=224, metavar="PX", help="side of a view; default: %(default)s")
+    add("--batch", type=int, default=64, metavar="N", help="default: %(default)s")
+    add("--threads", type=int, default=2, metavar="N", help="threads or processes of a side; default: %(default)s")
+    add("--views", nargs="+", choices=(data.AUGMENTED, data.TEST), default=[data.AUGMENTED, data.TEST])
+    add("--repeats", type=int, default=3, metavar="N", help="in alternating order, medians; default: %(default)s")
+    add("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
+    add("--json", type=Path, metavar="FILE", help="all numbers, also of single runs")
+
+
+def run_kmeans(asked: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    asked["num_labels"] = tuple(asked["num_labels"])
+    asked["scaling_labels"] = tuple(asked["scaling_labels"]) if asked["scaling_labels"] else None
+    settings = KMeansSettings(**asked)
+    header = machine(settings.threads)
+    findings = measure_kmeans(settings, tell)
+    return as_text(header, findings), as_json(header, findings)
+
+
+def run_data(asked: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    asked["views"] = tuple(asked["views"])
+    asked["shards"] = tuple(asked["shards"]) if asked["shards"] else None
+    settings = data.DataSettings(**asked)
+    header = machine(settings.threads, "pillow", "simplejpeg", "webdataset")
+    findings = data.measure_data(settings, tell)
+    return data_table.as_text(header, findings), data_table.as_json(header, findings)
+
+
+def tell(line: str) -> None:
+    print(f"bench: {line}", file=sys.stderr, flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     asked = vars(arguments().parse_args(argv))
-    path, _ = asked.pop("json"), asked.pop("command")
-    asked["num_labels"] = tuple(asked["num_labels"])
-    asked["scaling_labels"] = tuple(asked["scaling_labels"]) if asked["scaling_labels"] else None
+    path, command = asked.pop("json"), asked.pop("command")
     try:
-        settings = KMeansSettings(**asked)
-        header = machine(settings.threads)
-        findings = measure_kmeans(settings, lambda line: print(f"bench: {line}", file=sys.stderr, flush=True))
-        print(as_text(header, findings))
+        text, numbers = {"kmeans": run_kmeans, "data": run_data}[command](asked)
+        print(text)
         if path is not None:
-            write_json(path, as_json(header, findings))
+            write_json(path, numbers)
     except (ValueError, OSError) as error:
         print(f"bench: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

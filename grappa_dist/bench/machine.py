@@ -6,6 +6,7 @@ import os
 import platform
 import shlex
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +15,19 @@ import torch
 from grappa_dist.dist.judges import faiss_version
 
 
-def machine(threads: int) -> dict[str, str]:
-    """The lines of a header, by name."""
+def machine(threads: int, *libraries: str) -> dict[str, str]:
+    """The lines of a header, by name; `libraries` whose versions are told instead of faiss's."""
     load = os.getloadavg()[0]
     return {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "processor": f"{_processor()}, {cores()} cores, load {load:.1f} at the start",
         "threads": f"{threads} per process",
-        "versions": f"python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}, "
-        f"{faiss_version()}",
+        "versions": ", ".join(
+            [
+                f"python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}",
+                *([f"{name} {version(name)}" for name in libraries] or [faiss_version()]),
+            ]
+        ),
     }
 
 

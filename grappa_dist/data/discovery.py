@@ -137,7 +137,7 @@ def _indexed(
         return shard, rows
     index_dir = index_dir.absolute()
     said, state = _said(tar), _state(tar)
-    note = index_dir / f"{hashlib.sha256(said.encode()).hexdigest()[:32]}.json"
+    note = index_dir / f"{hashlib.sha256(os.fsencode(said)).hexdigest()[:32]}.json"
     if note.is_file():
         content = read_json(note)
         if content["state"] == state:

@@ -21,6 +21,14 @@ INDEX_VERSION = 1
 _NAME = re.compile(r"^((?:.*/)?[^/.]+)\.([^/]*)$", re.DOTALL)  # WebDataset's grouping: the first dot of the base name
 _BLOCK = 512
 _LARGEST = 2**32 - 1
+# Why a row is bad already by its place in the tar: told by `json_offset`, where a JSON member cannot begin, and no size
+REFUSED = {
+    1: "a second image of its key, which names one image",
+    2: "a link or a sparse file, no plain file",
+    3: f"more than {_LARGEST} bytes",
+    4: "the shard is damaged or cut off from here on, and what follows is lost",
+}
+_SECOND, _LINK, _LARGE, DAMAGED = REFUSED
 
 
 @dataclass(frozen=True)
@@ -53,27 +61,48 @@ def index_shard(path: str | os.PathLike[str]) -> tuple[NDArray[Any], Shard]:
 
 
 def scan(file: IO[bytes], path: Path | str) -> tuple[NDArray[Any], int]:
-    """Places of a tar's images in file order, (P,) of ROW, and how many other members it has."""
+    """Places of a tar's images in file order, (P,) of ROW, and how many other members it has.
+
+    What cannot be used keeps a row, which says why. A tar that is damaged further on ends with such a row.
+    """
     images: dict[str, tuple[int, int]] = {}
     texts: dict[str, tuple[int, int]] = {}
+    refused: list[tuple[int, int, int, int]] = []
     ignored = 0
-    for member in members_of(file, path):
-        named = None if member.isdir() else split_name(member.name)
-        found = None if named is None else {"json": texts}.get(named[1], images if _is_image(named[1]) else None)
-        if named is not None and found is not None:
-            found[_new_key(found, named[0], member, path)] = (member.offset_data, member.size)
-        else:
-            ignored += not member.isdir()
+    try:
+        for member in members_of(file, path):
+            key, suffix = (None if member.isdir() else split_name(member.name)) or ("", "")
+            why = _why_refused(images, key, member) if _is_image(suffix) else 0
+            if why:
+                refused.append((member.offset_data, 0, why, 0))
+            elif _is_image(suffix):
+                images[key] = (member.offset_data, member.size)
+            elif suffix == "json" and not _why_refused(texts, key, member):
+                texts[key] = (member.offset_data, member.size)
+            else:
+                ignored += not member.isdir()
+    except DamagedTar as error:
+        if not images and not refused:
+            raise
+        refused.append((error.offset, 0, DAMAGED, 0))
     empty = (0, 0)
-    places = sorted((*image, *texts.get(key, empty)) for key, image in images.items())
+    places = sorted([*((*image, *texts.get(key, empty)) for key, image in images.items()), *refused])
     return np.array(places, dtype=ROW), ignored + sum(key not in images for key in texts)
+
+
+class DamagedTar(ValueError):
+    """A file that is no plain tar, or is none from some byte on."""
+
+    def __init__(self, path: Path | str, offset: int, reason: str) -> None:
+        super().__init__(f"{path}: not a plain tar, or cut off or damaged, at byte {offset}: {reason}")
+        self.offset = offset
 
 
 def members_of(file: IO[bytes], path: Path | str) -> Iterator[tarfile.TarInfo]:
     """Headers of a plain tar, to its end.
 
     Raises:
-        ValueError: it is another kind of file, or cut off or damaged anywhere but inside a member's data.
+        DamagedTar: it is another kind of file, or cut off or damaged anywhere but inside a member's data.
     """
     offset = 0
     try:
@@ -82,29 +111,29 @@ def members_of(file: IO[bytes], path: Path | str) -> Iterator[tarfile.TarInfo]:
                 yield member
                 offset = tar.offset
     except (tarfile.TarError, EOFError) as error:
-        raise ValueError(f"{path}: not a plain tar, or cut off, at byte {offset}: {error}") from None
+        raise DamagedTar(path, offset, str(error)) from None
     # tarfile takes any nonsense after the first member for the end; the real end is a block of zeros
     file.seek(offset)
     if file.read(_BLOCK) != bytes(_BLOCK):
-        raise ValueError(
-            f"{path}: cut off or damaged at byte {offset}, where a header or the end mark of a tar should be"
-        )
+        raise DamagedTar(path, offset, "a header or the end mark of a tar should be there")
 
 
 def _is_image(suffix: str) -> bool:
     return suffix in IMAGE_SUFFIXES
 
 
-def _new_key(found: Mapping[str, object], key: str, member: tarfile.TarInfo, path: Path | str) -> str:
-    """The key, after checking that the member is a plain file and the first of its kind under this key."""
+def _why_refused(found: Mapping[str, object], key: str, member: tarfile.TarInfo) -> int:
+    """0, or by REFUSED why a member cannot be used: the first one of a key counts."""
     if key in found:
-        kind = "JSON member" if member.name.lower().endswith(".json") else "image"
-        raise ValueError(f"{path}: key {key!r} has a second {kind}, {member.name!r}; a key names one image")
+        return _SECOND
     if not member.isreg() or member.issparse():
-        raise ValueError(f"{path}: member {member.name!r} is a link or a sparse file; write it as a plain file")
-    if member.size > _LARGEST:
-        raise ValueError(f"{path}: member {member.name!r} has {member.size} bytes; at most {_LARGEST} are read")
-    return key
+        return _LINK
+    return _LARGE if member.size > _LARGEST else 0
+
+
+def refusal(place: Any) -> str:
+    """Why a row of an index is bad by its place in the tar; "" where nothing speaks against it."""
+    return "" if place["json_size"] else REFUSED.get(int(place["json_offset"]), "")
 
 
 def _sha256(file: BinaryIO) -> str:
@@ -170,7 +199,7 @@ def write_rows(path: Path, rows: NDArray[Any]) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    write_atomic(path, lambda file: file.write((json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()))
+    write_atomic(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
 
 
 def entry(shard: Shard) -> dict[str, Any]:

@@ -10,14 +10,13 @@ from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
+from grappa_dist.data.decoding import BadImage, Picture, Pixels, open_picture
 from grappa_dist.data.shards import ImageShards
-from grappa_dist.data.transforms import BadImage, Pixels, decode
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
-Make = Callable[[Image.Image, int], Pixels]  # image and row id -> the pixels of that row, all of one shape
+Make = Callable[[Picture, int], Pixels]  # image and row id -> the pixels of that row, all of one shape
 
 
 def read_batches(
@@ -59,11 +58,11 @@ def load_or_skip(
     numbers = [int(row) for row in rows]
     for line, row, data in zip(pixels, numbers, shards.images(numbers), strict=True):
         try:
-            image = decode(data)
+            if isinstance(data, BadImage):
+                raise data
+            line[...] = make(open_picture(data), row)
         except BadImage as error:
             reasons[row] = str(error)
-        else:
-            line[...] = make(image, row)
     return pixels, reasons
 
 

@@ -17,8 +17,20 @@ from numpy.typing import NDArray
 
 from grappa_dist.data.blocks import BlockFile, ReadAt, fetchers, open_blocks
 from grappa_dist.data.cache import CacheSettings
+from grappa_dist.data.decoding import BadImage
 from grappa_dist.data.discovery import Index, find_shards
-from grappa_dist.data.index import IMAGE_SUFFIXES, ROW, OpenFile, Shard, index_shard, key_at, split_name
+from grappa_dist.data.index import (
+    DAMAGED,
+    IMAGE_SUFFIXES,
+    REFUSED,
+    ROW,
+    OpenFile,
+    Shard,
+    index_shard,
+    key_at,
+    refusal,
+    split_name,
+)
 from grappa_dist.data.remote import RemoteObject, is_remote
 from grappa_dist.data.remote_index import RemoteRows
 
@@ -109,22 +121,36 @@ class ImageShards:
         return rows
 
     def image_bytes(self, row: int) -> bytes:
-        """The image file of a row, as it lies in the tar."""
+        """The image file of a row, as it lies in the tar.
+
+        Raises:
+            BadImage: the index says why the row has none.
+        """
         shard, position = self.locate(row)
         place = self.index(shard)[position]
+        if why := refusal(place):
+            raise BadImage(f"{why} (byte {place['offset']})")
+        if int(place["offset"]) + int(place["size"]) > self.shards[shard].bytes:
+            raise BadImage("cut off: the shard ends inside it")
         return self._read(shard, int(place["offset"]), int(place["size"]))
 
-    def images(self, rows: Iterable[int]) -> Iterator[bytes]:
-        """The image files of some rows, in their order; remote ones are asked for side by side."""
+    def images(self, rows: Iterable[int]) -> Iterator[bytes | BadImage]:
+        """The image files of some rows, or why one is bad, in their order; remote ones are asked for side by side."""
         if self._any_remote:
-            return fetchers(self.cache).map(self.image_bytes, rows)
-        return map(self.image_bytes, rows)
+            return fetchers(self.cache).map(self._image_or_why, rows)
+        return map(self._image_or_why, rows)
+
+    def _image_or_why(self, row: int) -> bytes | BadImage:
+        try:
+            return self.image_bytes(row)
+        except BadImage as why:
+            return why
 
     def labels(self, row: int) -> dict[str, Any] | None:
         """The JSON member of a row, or None without one; for evaluation only."""
         shard, position = self.locate(row)
         place = self.index(shard)[position]
-        if not place["json_size"]:
+        if not place["json_size"] or int(place["json_offset"]) + int(place["json_size"]) > self.shards[shard].bytes:
             return None
         text = self._read(shard, int(place["json_offset"]), int(place["json_size"]))
         try:
@@ -136,10 +162,15 @@ class ImageShards:
         return labels
 
     def key(self, row: int) -> str:
-        """The name of a row in its tar, without suffix."""
+        """The name of a row in its tar, without suffix; "" for the place from which on a tar is damaged."""
         shard, position = self.locate(row)
         rows = self.index(shard)
-        start = 0 if position == 0 else int(rows["offset"][position - 1]) + int(rows["size"][position - 1])
+        if refusal(rows[position]) == REFUSED[DAMAGED]:
+            return ""
+        before = position - 1
+        while before >= 0 and refusal(rows[before]):  # such a row does not tell where it ends
+            before -= 1
+        start = 0 if before < 0 else int(rows["offset"][before]) + int(rows["size"][before])
         offset = int(rows["offset"][position])
         opened = self._file(shard)
         if isinstance(opened, BlockFile):
@@ -149,7 +180,8 @@ class ImageShards:
 
     def where(self, row: int) -> str:
         """Shard and key of a row, for messages."""
-        return f"{self.shards[self.locate(row)[0]].path}: image {self.key(row)!r}"
+        key = self.key(row)
+        return self.shards[self.locate(row)[0]].path + (f": image {key!r}" if key else "")
 
     def _read(self, shard: int, offset: int, size: int) -> bytes:
         return self._file(shard).read(offset, size)

@@ -12,7 +12,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from grappa_dist.ops.exact import GRID, exact_dot, exact_square
@@ -130,3 +132,15 @@ def _scored_in_full(best: Neighbours, queries: Block, targets: Block) -> Neighbo
 def to_scores(best: Neighbours) -> Tensor:
     """Inner products as float32, (P, k), rounded once from the exact ones."""
     return (best.scores / GRID**2).float()
+
+
+def are_duplicates(ids: NDArray[np.int64], scores: NDArray[np.float32], cosine: float) -> NDArray[np.bool_]:
+    """Which neighbours of a list are near-duplicates of their query, (P, k): those above a cosine."""
+    return (ids >= 0) & (scores > np.float32(cosine))
+
+
+def without_duplicates(ids: NDArray[np.int64], scores: NDArray[np.float32], cosine: float, k: int) -> NDArray[np.int64]:
+    """The k best neighbours of each longer list that are no near-duplicates, (P, k); id -1 where there are fewer."""
+    kept = np.where(are_duplicates(ids, scores, cosine), -1, ids)
+    order = np.argsort(kept < 0, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(kept, order, axis=1)

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -24,7 +23,7 @@ from grappa_dist.data.loader import load_images, read_batches
 from grappa_dist.data.order import EpochOrder
 from grappa_dist.data.randomness import generator
 from grappa_dist.data.shards import ImageShards
-from grappa_dist.data.transforms import view_generator
+from grappa_dist.data.transforms import Picture, view_generator
 from grappa_dist.dist.engine import Engine
 from grappa_dist.dist.jobs import Job
 from grappa_dist.dist.train import Schedule, train
@@ -191,7 +190,7 @@ class AdaptObjective:
             epoch, t = divmod(at, per_epoch)
             rows = orders[epoch].batch_share(t, training.global_batch, comm.rank, comm.size)
 
-            def make(image: Image.Image, row: int) -> NDArray[np.uint8]:
+            def make(image: Picture, row: int) -> NDArray[np.uint8]:
                 rng = view_generator(training.seed, epoch, row, 0)
                 return self._preprocess.augment(image, rng, self._job.adapt.min_crop_area)
 

@@ -6,7 +6,9 @@ Shapes: P rows of one shard, B the padded batch, S pixels a side, D channels.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,12 +20,15 @@ from torch import Tensor, nn
 from grappa_dist.artifacts import Artifact, RowArrays, Store, write_json
 from grappa_dist.config import EmbedConfig
 from grappa_dist.data.loader import load_or_skip, read_batches
+from grappa_dist.data.probe import pixels_class
 from grappa_dist.data.shards import ImageShards, Shard
 from grappa_dist.ops.exact import to_grid
 from grappa_dist.stages.modelling import ModelSpec, backbone_settings, built, pixels_of, preprocess_of
 from grappa_dist.stages.run import Run
 
 ROWS_FILE, BAD_FILE = "rows.npy", "bad.json"
+LOOK_S = 5.0  # between two looks at how many of the finished shards' rows are bad
+FIRST_BAD = 3  # of them, named in the error
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ class EmbedTask:
 
 def features_of(store: Store, spec: ModelSpec, embed: EmbedConfig, images: ImageShards) -> tuple[Artifact, ...]:
     """One artefact per shard, so that new shards alone are embedded."""
-    settings = {"backbone": backbone_settings(spec.backbone), **embed.model_dump()}
+    settings = {"backbone": backbone_settings(spec.backbone), **embed.model_dump(), "pixels": pixels_class()}
 
     def of(shard: Shard) -> Artifact:
         kind = f"features/{spec.name}/{shard.name.removesuffix('.tar')}"
@@ -58,7 +63,7 @@ def embed(run: Run, images: ImageShards, spec: ModelSpec, features: Sequence[Art
     """Embeds the shards that have no features yet, one task per shard, on all workers.
 
     Raises:
-        ValueError: more than data.max_bad_share of the rows do not decode.
+        ValueError: more than data.max_bad_share of the rows are bad.
     """
     missing = list({a: i for i, a in enumerate(features) if not a.complete}.values())  # equal shards share one
     if missing:
@@ -68,8 +73,15 @@ def embed(run: Run, images: ImageShards, spec: ModelSpec, features: Sequence[Art
         with run.console.stage("embed", what):
             how = Embedding(run.config.embed.batch_size, run.config.resources.decode_threads)
             tasks = [EmbedTask(images, i, spec, features[i], how) for i in missing]
-            run.runner.map(embed_shard, tasks, run.console.counter(f"embed {spec.name}", len(missing), rows))
-    check_bad_share(images, bad_rows(images, features), run.config.data.max_bad_share)
+            counter = run.console.counter(f"embed {spec.name}", len(missing), rows)
+            watch = _Watch(images, features, run.config.data.max_bad_share)
+
+            def done(count: int) -> None:
+                counter(count)
+                watch.look()
+
+            run.runner.map(embed_shard, tasks, done)
+    check_bad_share(images, bad_reasons(images, features), run.config.data.max_bad_share)
 
 
 def embed_shard(device: torch.device, task: EmbedTask) -> None:
@@ -127,23 +139,49 @@ def feature_rows(images: ImageShards, features: Sequence[Artifact]) -> RowArrays
 
 
 def bad_reasons(images: ImageShards, features: Sequence[Artifact]) -> dict[int, str]:
-    """Why rows do not decode, by row id."""
+    """Why rows are bad, by row id."""
     reasons: dict[int, str] = {}
     for shard, artifact in enumerate(features):
-        first = images.shard_rows(shard).start
-        found = json.loads((artifact.path / BAD_FILE).read_text())
-        reasons |= {first + int(position): why for position, why in found.items()}
+        reasons |= _bad_of(images, shard, artifact)
     return reasons
 
 
+def _bad_of(images: ImageShards, shard: int, artifact: Artifact) -> dict[int, str]:
+    first = images.shard_rows(shard).start
+    found = json.loads((artifact.path / BAD_FILE).read_text())
+    return {first + int(position): why for position, why in found.items()}
+
+
 def bad_rows(images: ImageShards, features: Sequence[Artifact]) -> NDArray[np.int64]:
-    """Sorted ids of the rows that do not decode."""
+    """Sorted ids of the rows that are bad."""
     return np.array(sorted(bad_reasons(images, features)), dtype=np.int64)
 
 
-def check_bad_share(images: ImageShards, bad: NDArray[np.int64], limit: float) -> None:
-    if len(bad) > limit * len(images):
-        raise ValueError(
-            f"{len(bad)} of {len(images)} images do not decode, the first is {images.where(int(bad[0]))}; "
-            f"data.max_bad_share={limit} allows {limit * len(images):.0f}"
-        )
+class _Watch:
+    """Stops a run as soon as it is certain that too many rows are bad, not days later when all are embedded."""
+
+    def __init__(self, images: ImageShards, features: Sequence[Artifact], limit: float) -> None:
+        self._images, self._limit = images, limit
+        self._left = dict(enumerate(features))
+        self._bad: dict[int, str] = {}
+        self._looked = time.monotonic()
+
+    def look(self) -> None:
+        if time.monotonic() - self._looked < LOOK_S:
+            return
+        self._looked = time.monotonic()
+        for shard in [shard for shard, artifact in self._left.items() if artifact.complete]:
+            self._bad |= _bad_of(self._images, shard, self._left.pop(shard))
+        check_bad_share(self._images, self._bad, self._limit)
+
+
+def check_bad_share(images: ImageShards, bad: Mapping[int, str], limit: float) -> None:
+    if len(bad) <= limit * len(images):
+        return
+    kinds = Counter(why.partition(":")[0].partition(" (")[0] for why in bad.values()).most_common(3)
+    first = "; ".join(f"{images.where(row)}: {bad[row]}" for row in sorted(bad)[:FIRST_BAD])
+    raise ValueError(
+        f"embed: {len(bad)} of {len(images)} images are bad ({', '.join(f'{n} x {why}' for why, n in kinds)}), "
+        f"data.max_bad_share={limit} allows {limit * len(images):.0f}. The first: {first}. "
+        "Mend or leave out these shards, or raise data.max_bad_share: bad images take no part in anything"
+    )

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from grappa_dist.artifacts import Artifact, RowArrays, Store, write_json
@@ -21,7 +20,7 @@ from grappa_dist.config import Config, EvaluateConfig
 from grappa_dist.data.loader import Make, load_images
 from grappa_dist.data.randomness import generator
 from grappa_dist.data.shards import ImageShards
-from grappa_dist.data.transforms import view_generator
+from grappa_dist.data.transforms import Picture, view_generator
 from grappa_dist.models import Grappa
 from grappa_dist.ops.metrics import retrieval_scores
 from grappa_dist.stages.embed import to_images
@@ -225,10 +224,10 @@ class _Look:
             pixels = load_images(self._task.images, part, make, (side, side, 3))
             yield part, self._model(to_images(pixels, self._device)).float()
 
-    def _plain(self, image: Image.Image, row: int) -> NDArray[np.uint8]:
+    def _plain(self, image: Picture, row: int) -> NDArray[np.uint8]:
         return self._preprocess.test(image)
 
-    def _augmented(self, image: Image.Image, row: int) -> NDArray[np.uint8]:
+    def _augmented(self, image: Picture, row: int) -> NDArray[np.uint8]:
         return self._preprocess.augment(image, view_generator(self._seed, 0, row, VIEW), VIEW_CROP_AREA)
 
     def _scores_of(self, query: int, rows: NDArray[np.int64]) -> NDArray[np.float32]:

@@ -12,16 +12,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 
 from grappa_dist.artifacts import RowArrays, sync_folder, write_json
 from grappa_dist.config import FuseConfig
 from grappa_dist.data.loader import load_images, read_batches
 from grappa_dist.data.randomness import generator
-from grappa_dist.data.transforms import Preprocess, view_generator
+from grappa_dist.data.transforms import Picture, Preprocess, view_generator
 from grappa_dist.dist.sharded_knn import sharded_knn
 from grappa_dist.dist.workers import RankContext
 from grappa_dist.models import Grappa
+from grappa_dist.ops.knn import are_duplicates, without_duplicates
 from grappa_dist.stages.adapt import TrainingImages
 from grappa_dist.stages.embed import Embedding, embed_rows
 from grappa_dist.stages.pseudo_label import own_shards, rows_file
@@ -61,9 +61,11 @@ class Pairs:
 
         def read(at: int) -> Pixels:
             rows = order.batch_share(at, batch, comm.rank, comm.size)
-            partners = self._partners(rows, epoch, graph)
-            views = (self._views(rows, epoch, 0), self._views(partners, epoch, 1))
-            return np.concatenate(views)
+            if graph is None:  # both views of an image that is read and decoded once
+                return self._views(rows, epoch, (0, 1))
+            return np.concatenate(
+                [self._views(rows, epoch, (0,)), self._views(self._partners(rows, epoch, graph), epoch, (1,))]
+            )
 
         self._batches = read_batches(range(t, self._per_epoch), read, threads=self._training.decode_threads)
 
@@ -79,14 +81,16 @@ class Pairs:
             self._batches.close()
             self._batches = None
 
-    def _views(self, rows: NDArray[np.int64], epoch: int, view: int) -> Pixels:
+    def _views(self, rows: NDArray[np.int64], epoch: int, views: tuple[int, ...]) -> Pixels:
+        """Some views of each row, (views x B, S, S, 3): the first views of all rows, then the next ones."""
         side, seed = self._preprocess.image_size, self._training.seed
 
-        def make(image: Image.Image, row: int) -> Pixels:
-            rng = view_generator(seed, epoch, row, view)
-            return self._preprocess.augment(image, rng, self._settings.min_crop_area)
+        def make(image: Picture, row: int) -> Pixels:
+            rngs = [view_generator(seed, epoch, row, view) for view in views]
+            return self._preprocess.views(image, rngs, self._settings.min_crop_area)
 
-        return load_images(self._training.images, rows, make, (side, side, 3))
+        pixels = load_images(self._training.images, rows, make, (len(views), side, side, 3))
+        return np.ascontiguousarray(pixels.swapaxes(0, 1)).reshape(-1, side, side, 3)
 
     def _partners(self, rows: NDArray[np.int64], epoch: int, graph: RowArrays | None) -> NDArray[np.int64]:
         """One of each row's neighbours, by (seed, epoch, row); the row itself without a graph or a neighbour."""
@@ -110,14 +114,17 @@ class Pairs:
             ids, features = self._embed_own(shards, partial)
             self._context.raise_if_stopping()
             self._context.report({"phase": f"epoch {epoch}: k-NN graph"})
-            near, _ = sharded_knn(comm, features, ids, self._settings.neighbours, device=self._context.device)
+            near, copies = self._neighbours_of(features, ids)
             for shard in shards:
                 rows = images.shard_rows(shard)
                 table = np.full((len(rows), near.shape[1]), -1, dtype=np.int64)
                 inside = (ids >= rows.start) & (ids < rows.stop)
                 table[ids[inside] - rows.start] = near[inside]
                 np.save(partial / rows_file(shard), table)
-            self._commit(epoch, ids, near, partial, folder)
+            self._describe(partial, ids, near, {"epoch": epoch, **self._duplicates(near, copies)})
+            if comm.rank == 0:
+                os.rename(partial, folder)
+                sync_folder(folder.parent)
         comm.barrier()
         return RowArrays(
             tuple(str(folder / rows_file(i)) for i in range(len(images.shards))), tuple(images.starts.tolist())
@@ -141,19 +148,45 @@ class Pairs:
                 features[first + place.start : first + place.stop] = unit
         return ids, np.zeros(shape, dtype=np.float32) if features is None else features
 
-    def _commit(self, epoch: int, ids: NDArray[np.int64], near: NDArray[np.int64], partial: Path, folder: Path) -> None:
-        """Rank 0 makes the graph appear in one rename, with how often neighbours share each pseudo-label."""
-        comm = self._context.comm
+    def _neighbours_of(
+        self, features: NDArray[np.float32], ids: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Row ids of each own row's neighbours, and which of its k nearest are near-duplicates, both (P, k).
+
+        Cosines are exact and rounded once, so what counts as one does not depend on ranks.
+        """
+        k, cosine = self._settings.neighbours, self._settings.duplicate_cosine
+        asked = 2 * k if self._settings.skip_duplicates else k
+        near, scores = sharded_knn(self._context.comm, features, ids, asked, device=self._context.device)
+        copies = are_duplicates(near[:, :k], scores[:, :k], cosine)
+        return (without_duplicates(near, scores, cosine, k) if self._settings.skip_duplicates else near), copies
+
+    def _duplicates(self, near: NDArray[np.int64], copies: NDArray[np.bool_]) -> dict[str, float]:
+        """How many of all rows have near-duplicates among their k nearest, and how many have no neighbour left."""
+        counts = [len(near), int(copies.any(1).sum()), int(copies.sum()), int((near < 0).all(1).sum())]
+        rows, with_copies, pairs, alone = self._sum(counts)
+        return {
+            "duplicate_cosine": self._settings.duplicate_cosine,
+            "rows_with_duplicates_share": with_copies / max(1, rows),
+            "duplicate_pairs": pairs,
+            "rows_without_neighbour": alone,
+        }
+
+    def _sum(self, counts: list[int]) -> list[int]:
+        return self._context.comm.sum_(torch.tensor(counts, device=self._context.device)).tolist()
+
+    def _describe(
+        self, partial: Path, ids: NDArray[np.int64], near: NDArray[np.int64], figures: dict[str, float]
+    ) -> None:
+        """Rank 0 writes what is said of the graph: also how often neighbours share each pseudo-label."""
         valid = near >= 0
         shares = {}
         for k, labels in self._labels.items():
             same = (labels.take(near.clip(0).ravel()).reshape(near.shape) == labels.take(ids)[:, None]) & valid
-            counts = comm.sum_(torch.tensor([int(same.sum()), int(valid.sum())], device=self._context.device)).tolist()
+            counts = self._sum([int(same.sum()), int(valid.sum())])
             shares[f"k={k}"] = counts[0] / max(1, counts[1])
-        comm.barrier()
-        if comm.rank == 0:
+        self._context.comm.barrier()
+        if self._context.comm.rank == 0:
             for scratch in partial.glob("features-*.npy"):
                 scratch.unlink()
-            write_json(partial / "statistics.json", {"epoch": epoch, "neighbours_share_pseudo_label": shares})
-            os.rename(partial, folder)
-            sync_folder(folder.parent)
+            write_json(partial / "statistics.json", {**figures, "neighbours_share_pseudo_label": shares})

@@ -115,11 +115,15 @@ def _view_figures(insights: Mapping[str, Any]) -> Iterator[LabelFree]:
 
 
 def _neighbour_figures(flow: Flow) -> Iterator[LabelFree]:
-    """How often neighbours in the fused model's last graph share a pseudo-label."""
+    """How often neighbours in the fused model's last graph share a pseudo-label, and how often they are copies."""
     for variant, artifact in flow.fusions.items():
         graphs = sorted(artifact.path.glob("knn/epoch-*/statistics.json"), key=lambda p: int(p.parent.name[6:]))
         if graphs:
-            shares = json.loads(graphs[-1].read_text())["neighbours_share_pseudo_label"]
+            statistics = json.loads(graphs[-1].read_text())
+            figure = f"images with a near-duplicate (cosine above {statistics['duplicate_cosine']}) among the nearest"
+            copies = statistics["rows_with_duplicates_share"]
+            yield LabelFree(model=variant, figure=figure, value=copies, queries=len(flow.train))
+            shares = statistics["neighbours_share_pseudo_label"]
             for name, value in shares.items():
                 figure = f"neighbours share the {name} pseudo-label"
                 yield LabelFree(model=variant, figure=figure, value=value, queries=len(flow.train))
@@ -195,6 +199,7 @@ def _facts(run: Run, flow: Flow) -> dict[str, str]:
             seconds[event["stage"]] = seconds.get(event["stage"], 0.0) + event["seconds"]
     facts = {
         "images": f"{len(flow.train)} training, {len(flow.test)} test",
+        "members of the tars that are no images": f"{_ignored(flow.train)} training, {_ignored(flow.test)} test",
         "backbone": run.config.backbone.name,
         "seed": str(run.config.seed),
         "time by stage (all attempts)": ", ".join(f"{stage} {duration(s)}" for stage, s in seconds.items()),
@@ -204,6 +209,10 @@ def _facts(run: Run, flow: Flow) -> dict[str, str]:
     made = {"labels": flow.labels.values(), "adaptors": flow.adaptors.values(), "fusions": flow.fusions.values()}
     facts |= {name: ", ".join(a.name for a in group) for name, group in made.items()}
     return facts | {"model": flow.model.name}
+
+
+def _ignored(images: ImageShards) -> int:
+    return sum(shard.ignored for shard in images.shards)
 
 
 def _installed(name: str) -> bool:

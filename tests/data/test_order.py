@@ -113,3 +113,32 @@ def test_wrong_settings_are_refused_by_name() -> None:
         EpochOrder(shards, np.array([], dtype=np.int64), seed=-1, epoch=0)
     with pytest.raises(ValueError, match="rank"):
         EpochOrder(shards, np.array([], dtype=np.int64), seed=0, epoch=0).batch_share(0, 2, 2, 2)
+
+
+def batch_of_rows(order: EpochOrder, batch_size: int) -> np.ndarray:
+    """Which batch of the epoch each row is in, (n,)."""
+    found = np.empty(order.num_rows, dtype=np.int64)
+    for t in range(order.batches(batch_size)):
+        found[order.batch(t, batch_size)] = t
+    return found
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_order_is_as_good_as_a_full_shuffle_at_the_default_settings(seed: int) -> None:
+    shards, none, size = shards_of(*[1024] * 64), np.array([], dtype=np.int64), 128
+    chance = size / len(shards)  # that two rows are in one batch
+    orders = [EpochOrder(shards, none, seed=seed, epoch=epoch) for epoch in (0, 1)]
+    place = np.argsort(epoch_of(orders[0], size))
+    assert abs(np.corrcoef(np.arange(len(place)), place)[0, 1]) < 0.03  # rank correlation with the stored order
+    first, second = (batch_of_rows(order, size) for order in orders)
+    assert (first[1:] == first[:-1]).mean() < 1.5 * chance  # rows stored side by side
+    shards_in_batch = [len(np.unique(orders[0].batch(t, size) // 1024)) for t in range(8)]
+    assert np.mean(shards_in_batch) > 0.9 * 64 * (1 - (1 - 1 / 64) ** size)  # what chance gives
+    both = np.unique(np.stack([first, second]), axis=1, return_counts=True)[1]
+    assert (both * (both - 1)).sum() / (len(shards) * size) == pytest.approx(chance, rel=0.1)  # together once more
+
+
+def test_one_stream_and_a_small_window_are_no_shuffle() -> None:
+    shards, none = shards_of(*[1024] * 64), np.array([], dtype=np.int64)
+    near = batch_of_rows(EpochOrder(shards, none, seed=0, epoch=0, streams=1, window=256), 128)
+    assert (near[1:] == near[:-1]).mean() > 100 * 128 / len(shards)

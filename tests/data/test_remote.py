@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from grappa_dist.data.cache import CacheSettings
+from grappa_dist.data.decoding import BadImage
 from grappa_dist.data.remote import RemoteFile, list_tars, objects_at
 from grappa_dist.data.shards import ImageShards
 from tests.conftest import Bucket
@@ -142,12 +143,22 @@ def test_a_shard_that_changed_between_runs_is_refused_or_indexed_again(
         ImageShards.open([where], None, cache)
 
 
-def test_a_tar_cut_off_on_the_store_is_refused_with_the_place(bucket: Bucket, tmp_path: Path) -> None:
+def test_a_tar_cut_off_on_the_store_keeps_what_is_whole_and_one_without_a_header_is_refused(
+    bucket: Bucket, tmp_path: Path
+) -> None:
     whole = write_tar(tmp_path / "t.tar", {"a.jpg": b"a" * 700, "b.jpg": b"b" * 10}).read_bytes()
-    for length in (0, 511, 512, 1536, 2100, 2560):
+    for length in (0, 511):
         bucket.put("t.tar", whole[:length])
         with pytest.raises(ValueError, match=r"^s3://.*/t\.tar: .*at byte \d+"):
             ImageShards.open([f"{bucket.url}/t.tar"], None)
+    for length, good in ((512, 0), (1536, 1), (2050, 1), (2100, 2), (2560, 2)):
+        bucket.put("t.tar", whole[:length])
+        shards = ImageShards.open([f"{bucket.url}/t.tar"], None)
+        found = list(shards.images(range(len(shards))))
+        assert found[:good] == [b"a" * 700, b"b" * 10][:good]
+        assert all(isinstance(why, BadImage) for why in found[good:])
+        assert "what follows is lost" in str(found[-1])
+        assert shards.key(len(shards) - 1) == ""
 
 
 def test_what_is_not_there_is_said(bucket: Bucket, web: Door) -> None:

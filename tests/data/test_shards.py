@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,8 @@ import numpy as np
 import pytest
 import webdataset
 
+from grappa_dist.data.decoding import BadImage
+from grappa_dist.data.index import DAMAGED, REFUSED
 from grappa_dist.data.shards import ROW, ImageShards, index_shard
 from grappa_dist.data.writer import ShardWriter
 
@@ -88,40 +91,85 @@ def test_json_may_come_first_later_or_never_and_lone_json_is_no_row(tmp_path: Pa
     assert [shards.labels(row) for row in range(3)] == [None, {"label": "x"}, None]
 
 
-def test_a_key_with_two_images_is_refused(tmp_path: Path) -> None:
-    for names in (["k.jpg", "k.jpg"], ["k.jpg", "k.png"]):
-        tar = write_tar(tmp_path / "t.tar", [(name, b"x") for name in names])
-        with pytest.raises(ValueError, match=r"t\.tar: key 'k' has a second image"):
-            index_shard(tar)
-    with pytest.raises(ValueError, match="second JSON"):
-        index_shard(write_tar(tmp_path / "t.tar", [("k.json", b"{}"), ("k.json", b"{}")]))
+def bad_rows(folder: Path) -> list[tuple[str, str]]:
+    """(key, why) of the rows whose image cannot be had."""
+    shards, found = ImageShards.open([folder], None), []
+    for row in range(len(shards)):
+        try:
+            shards.image_bytes(row)
+        except BadImage as error:
+            found.append((shards.key(row), str(error)))
+    return found
 
 
-def test_a_link_in_place_of_an_image_is_refused(tmp_path: Path) -> None:
+def test_of_two_images_of_a_key_the_second_is_a_bad_row(tmp_path: Path) -> None:
+    members = [("j.jpg", b"j"), ("k.jpg", b"1"), ("k.json", b"{}"), ("k.jpg", b"2" * 2000), ("k.png", b"3")]
+    write_tar(tmp_path / "t.tar", [*members, ("k.json", b"[]"), ("l.jpg", b"l")])
+    found = bad_rows(tmp_path)
+    assert [key for key, _ in found] == ["k", "k"]
+    assert all("second image of its key" in why for _, why in found)
+    shards = ImageShards.open([tmp_path], None)
+    assert [shards.key(row) for row in range(5)] == ["j", "k", "k", "k", "l"]
+    assert (shards.image_bytes(1), shards.image_bytes(4)) == (b"1", b"l")
+    assert [shards.labels(row) for row in range(5)] == [None, {}, None, None, None]
+    assert shards.shards[0].ignored == 1  # the second JSON member
+
+
+def test_a_link_in_place_of_an_image_is_a_bad_row(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "t.tar", "w") as tar:
-        link = tarfile.TarInfo("a.jpg")
-        link.type, link.linkname = tarfile.LNKTYPE, "b.jpg"
-        tar.addfile(link)
-    with pytest.raises(ValueError, match=r"'a\.jpg' is a link"):
-        index_shard(tmp_path / "t.tar")
+        for kind in (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.FIFOTYPE):
+            link = tarfile.TarInfo(f"a{kind.decode()}.jpg")
+            link.type, link.linkname = kind, "/etc/passwd"
+            tar.addfile(link)
+    assert [key for key, why in bad_rows(tmp_path) if "link" in why] == ["a1", "a2", "a6"]
 
 
-def test_a_tar_cut_anywhere_is_refused_with_the_place(tmp_path: Path) -> None:
-    whole = write_tar(tmp_path / "t.tar", {"a.jpg": b"a" * 700, "b.jpg": b"b" * 10}).read_bytes()
-    end = 512 + 1024 + 512 + 512  # of the last member
-    for length in [0, 1, 511, 512, 600, 1535, 1536, 1537, 2047, 2048, 2100, end - 1, end, end + 511]:
-        (tmp_path / "t.tar").write_bytes(whole[:length])
+def test_a_tar_cut_anywhere_keeps_what_is_whole_and_a_row_for_what_is_lost(tmp_path: Path) -> None:
+    tar = write_tar(tmp_path / "t.tar", {"a.jpg": b"a" * 700, "b.jpg": b"b" * 10, "b.json": b"{}"})
+    whole, end = tar.read_bytes(), 512 + 1024 + 512 + 512 + 512 + 512  # of the last member
+    for length in (0, 1, 511):
+        tar.write_bytes(whole[:length])
         with pytest.raises(ValueError, match=r"t\.tar: .*at byte \d+"):
-            index_shard(tmp_path / "t.tar")
-    (tmp_path / "t.tar").write_bytes(whole[: end + 512])
-    assert len(index_shard(tmp_path / "t.tar")[0]) == 2
+            ImageShards.open([tmp_path], None)
+    for length in range(512, end + 512, 37):
+        tar.write_bytes(whole[:length])
+        shards, bad = ImageShards.open([tmp_path], None), bad_rows(tmp_path)
+        good = [shards.image_bytes(row) for row in range(len(shards) - len(bad))]
+        assert good == [b"a" * 700, b"b" * 10][: (length >= 512 + 700) + (length >= 512 + 1024 + 512 + 10)]
+        assert bad[-1][0] == ""
+        assert "what follows is lost" in bad[-1][1]
+        assert [why for _, why in bad[:-1]] in ([], ["cut off: the shard ends inside it"])
+        assert [shards.labels(row) for row in range(len(good))] in ([], [None], [None, None], [None, {}])
+    tar.write_bytes(whole[: end + 512])
+    assert bad_rows(tmp_path) == []
+
+
+def test_a_tar_damaged_inside_keeps_the_images_before_the_damage(tmp_path: Path) -> None:
+    tar = write_tar(tmp_path / "t.tar", {f"{i}.jpg": bytes([i]) * 100 for i in range(9)})
+    data = bytearray(tar.read_bytes())
+    data[5 * 1024 : 5 * 1024 + 512] = b"?" * 512
+    tar.write_bytes(data)
+    assert bad_rows(tmp_path) == [("", f"{REFUSED[DAMAGED]} (byte 5120)")]
+    assert len(ImageShards.open([tmp_path], None)) == 6
+
+
+def test_names_need_not_be_utf8(tmp_path: Path) -> None:
+    tar = os.fsencode(tmp_path) + b"/t\xff\xfe.tar"
+    with tarfile.open(tar, "w", format=tarfile.GNU_FORMAT, encoding="latin-1") as file:
+        member = tarfile.TarInfo("caf\xe9")
+        member.name, member.size = "caf\xe9.jpg", 1
+        file.addfile(member, io.BytesIO(b"x"))
+    for _ in range(2):  # indexed, then found again
+        shards = ImageShards.open([tmp_path], tmp_path / "index")
+        assert shards.image_bytes(0) == b"x"
+        assert shards.key(0).encode(errors="surrogateescape") == b"caf\xe9"
+        assert "caf" in shards.where(0)
 
 
 def test_garbage_and_compressed_tars_are_refused(tmp_path: Path) -> None:
-    whole = write_tar(tmp_path / "t.tar", {"a.jpg": b"a" * 700, "b.jpg": b"b"}).read_bytes()
     with tarfile.open(tmp_path / "z.tar", "w:gz") as tar:
         tar.addfile(tarfile.TarInfo("a.jpg"))
-    for data in (b"no tar" * 500, (tmp_path / "z.tar").read_bytes(), whole[:1536] + b"x" * 2000, whole + b"")[:3]:
+    for data in (b"no tar" * 500, (tmp_path / "z.tar").read_bytes()):
         (tmp_path / "t.tar").write_bytes(data)
         with pytest.raises(ValueError, match=r"t\.tar.*byte"):
             index_shard(tmp_path / "t.tar")

@@ -16,9 +16,12 @@ TINY = ["kmeans", "--rows", "400", "--dim", "32", "--num-labels", "5", "--iterat
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        ([], "the following arguments are required: kmeans"),
+        ([], "the following arguments are required: kmeans|data"),
         (["knn"], "invalid choice: 'knn'"),
         (["kmeans", "--rows", "many"], "invalid int value: 'many'"),
+        (["data", "--threads", "0"], "--threads must be at least 1, got 0"),
+        (["data", "--views", "both"], "invalid choice: 'both'"),
+        (["data", "--shards", "nowhere"], "nothing at nowhere"),
         (["kmeans", "--speed"], "unrecognized arguments: --speed"),
         ([*TINY, "--rows", "5"], "--num-labels must be from 1 to less than the number of rows, 5, got 5"),
         ([*TINY, "--dim", "8"], "--dim must be at least 32, got 8"),
@@ -34,7 +37,9 @@ def test_a_wrong_call_is_refused_in_one_line(argv: list[str], said: str, capsys:
     except SystemExit as left:  # as argparse does
         status = int(left.code or 0)
     printed = capsys.readouterr()
-    lines = [line for line in printed.err.splitlines() if line != "bench: rows"]  # that one is progress
+    lines = [
+        line for line in printed.err.splitlines() if line not in ("bench: rows", "bench: images")
+    ]  # that one is progress
     assert (status, printed.out, len(lines)) == (2, "", 1)
     assert said in lines[0]
 
@@ -54,6 +59,16 @@ def test_a_run_prints_a_table_and_writes_the_numbers(tmp_path: Path, capsys: pyt
     assert written["scaling"] == written["seeding"] == []
     assert np.isfinite(written["kmeans"][0]["ratio_to_faster_judge"])
     assert {len(side["runs_s"]) for side in written["kmeans"][0]["sides"]} == {2}
+
+
+def test_a_run_on_images_prints_a_table_and_writes_the_numbers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "data.json"
+    small = ["--rows", "8", "--width", "40", "--height", "30", "--image-size", "8", "--views", "test"]
+    assert main(["data", *small, "--threads", "1", "--repeats", "1", "--json", str(path)]) == 0
+    assert "test: ours" in capsys.readouterr().out
+    assert [found["view"] for found in json.loads(path.read_text())["views"]] == ["test"]
 
 
 def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:

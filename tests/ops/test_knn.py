@@ -8,7 +8,16 @@ from torch import Tensor
 
 from grappa_dist.ops import knn
 from grappa_dist.ops.exact import GRID, to_grid
-from grappa_dist.ops.knn import Block, Neighbours, extend, largest_in_floats, merge, to_scores
+from grappa_dist.ops.knn import (
+    Block,
+    Neighbours,
+    are_duplicates,
+    extend,
+    largest_in_floats,
+    merge,
+    to_scores,
+    without_duplicates,
+)
 from grappa_dist.ops.proposals import float_error
 
 
@@ -102,3 +111,11 @@ def test_empty_blocks_change_nothing() -> None:
     assert torch.equal(extend(found, x, none).ids, found.ids)
     assert extend(Neighbours.none(0, 3), none, x).ids.shape == (0, 3)
     assert largest_in_floats(none.rows, x.rows, 2)[0].shape == (0, 2)
+
+
+def test_neighbours_above_the_cosine_leave_the_list_and_the_next_ones_move_up() -> None:
+    ids = np.array([[4, 5, 6, 7], [1, 2, 3, 4], [8, -1, -1, -1], [1, 2, 3, 9]])
+    scores = np.array([[1, 0.9, 0.8, 0.7], [1, 1, 1, 1], [0.5, *3 * [-np.inf]], [0.4, 0.3, 0.2, 0.1]], dtype=np.float32)
+    assert are_duplicates(ids, scores, 0.999).sum(1).tolist() == [1, 4, 0, 0]
+    assert without_duplicates(ids, scores, 0.999, 2).tolist() == [[5, 6], [-1, -1], [8, -1], [1, 2]]
+    assert without_duplicates(ids, scores, 1.0, 2).tolist() == [[4, 5], [1, 2], [8, -1], [1, 2]]

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import json
 import re
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from grappa_dist.artifacts import Artifact, Store
 from grappa_dist.config import Config
@@ -26,6 +28,9 @@ from grappa_dist.stages.embed import (
 )
 from grappa_dist.stages.modelling import ModelSpec, build, pixels_of, preprocess_of
 from tests.conftest import Bucket
+from tests.data.test_decoding import encoded, png_header
+from tests.data.test_decoding import picture as drawn
+from tests.data.test_shards import write_tar
 from tests.stages import tiny
 
 
@@ -109,10 +114,53 @@ def test_features_do_not_depend_on_what_else_is_in_the_padded_batch(settings: Co
 def test_too_many_bad_images_name_the_first(tmp_path: Path) -> None:
     paths = tiny.write_shards(tmp_path / "images", (9, 11), bad=(12, 17))
     strict = tiny.config(paths, data={"max_bad_share": 0.09})
-    first = "part-1/part1-000000.tar: image '000000003'"
-    with pytest.raises(ValueError, match=rf"2 of 20 images do not decode.*{re.escape(first)}.*max_bad_share=0\.09"):
+    said = rf"2 of 20 images are bad \(2 x .*=0\.09 allows 2.*{re.escape('part-1/part1-000000.tar: image ')}'000000003'"
+    with pytest.raises(ValueError, match=said):
         embed_in(tmp_path / "run", strict)
     embed_in(tmp_path / "run", tiny.config(paths, data={"max_bad_share": 0.1}))
+
+
+def dirty_members() -> list[tuple[str, bytes]]:
+    image, exif = drawn(60, 40), Image.Exif()
+    exif[0x0112] = 6
+    jpeg = encoded(image, "JPEG")
+    good = {
+        "cmyk.jpg": encoded(image.convert("CMYK"), "JPEG"),
+        "deep.png": encoded(Image.fromarray(np.full((9, 9), 40_000, np.uint16)), "PNG"),
+        "palette.png": encoded(image.convert("P"), "PNG"),
+        "moving.webp": encoded(image, "WEBP", save_all=True, append_images=[image.rotate(90)]),
+        "turned.jpg": encoded(image, "JPEG", exif=exif),
+        "wrong suffix.jpg": encoded(image, "PNG"),
+        "caf\udce9.jpg": jpeg,
+        "k.jpg": jpeg,
+        "notes.txt": b"no image by its suffix",
+        "k.tiff": b"nor this",
+    }
+    bad = {"empty.jpg": b"", "cut.jpg": jpeg[:500], "page.jpg": b"<html>404</html>", "bomb.png": png_header(9000, 9000)}
+    return [*good.items(), *bad.items(), ("k.jpg", jpeg), ("last.jpg", jpeg)]
+
+
+def test_dirt_is_kept_as_bad_rows_with_shard_and_key_and_stops_nothing(tmp_path: Path) -> None:
+    write_tar(tmp_path / "images" / "dirty.tar", dirty_members(), tarfile.GNU_FORMAT)
+    whole = (tmp_path / "images" / "dirty.tar").read_bytes()
+    (tmp_path / "images" / "dirty.tar").write_bytes(whole[: whole.rindex(encoded(drawn(60, 40), "JPEG")) + 600])
+    settings = tiny.config([str(tmp_path / "images")], data={"max_bad_share": 0.5})
+    _, images, features = embed_in(tmp_path / "run", settings)
+    found = {images.key(row): why for row, why in bad_reasons(images, features).items()}
+    assert list(found) == ["empty", "cut", "page", "bomb", "k", "last", ""]
+    assert (len(images), images.shards[0].ignored) == (15, 2)
+    reasons = ("empty file", "runcated", "identify", "pixels", "second", "cut off", "lost")
+    assert all(said in why for said, why in zip(reasons, found.values(), strict=True)), found
+    with pytest.raises(ValueError, match=r"7 of 15 images are bad .*dirty\.tar: image 'empty': empty file; .*'cut': "):
+        embed_in(tmp_path / "run", tiny.config([str(tmp_path / "images")], data={"max_bad_share": 0.4}))
+
+
+def test_a_run_stops_as_soon_as_too_many_are_certain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("grappa_dist.stages.embed.LOOK_S", 0.0)
+    paths = tiny.write_shards(tmp_path / "images", (4, 4, 4, 4), bad=(0, 5))
+    with pytest.raises(ValueError, match="2 of 16 images are bad"):
+        embed_in(tmp_path / "run", tiny.config(paths, data={"max_bad_share": 0.1}))
+    assert len(list((tmp_path / "run").glob("features/backbone/*/bad.json"))) == 2
 
 
 def test_names_of_features_tell_model_shard_and_batch_size(settings: Config, tmp_path: Path) -> None:

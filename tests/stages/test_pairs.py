@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from grappa_dist.artifacts import RowArrays, Store
 from grappa_dist.config import Config
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.data.transforms import decode, view_generator
+from grappa_dist.data.writer import ShardWriter
 from grappa_dist.dist.comm import Comm
 from grappa_dist.models import Grappa
 from grappa_dist.stages.embed import Embedding
@@ -116,6 +119,56 @@ def test_a_row_without_neighbours_is_its_own_partner(settings: Config, tmp_path:
     lonely = RowArrays((str(path),), (0, 3))
     assert pairs._partners(np.array([2, 1, 0]), 0, lonely).tolist() == [2, 0, 0]
     assert pairs._partners(np.array([], dtype=np.int64), 0, lonely).tolist() == []
+
+
+COPIES = (1, 1, 2, 1, 9, 1)  # of each of six pictures: alone, twice, and more often than 2k
+
+
+def write_copies(folder: Path) -> list[str]:
+    pictures = [tiny.picture(i, seed=i) for i, count in enumerate(COPIES) for _ in range(count)]
+    for part in range(3):
+        with ShardWriter(folder / f"part-{part}", rows_per_shard=None) as writer:
+            for encoded in pictures[part * 6 : part * 6 + 6]:
+                writer.write(encoded, "png")
+    return [str(folder / f"part-{part}") for part in range(3)]
+
+
+def graph_of_copies(comm: Comm, folder: Path, skip: bool) -> tuple[np.ndarray, dict[str, Any]]:
+    settings = tiny.config(sorted(map(str, (folder / "images").iterdir())), fuse={"skip_duplicates": skip})
+    images = ImageShards.open(settings.data.train, None)
+    sets = (tiny.random_adaptors(Store(folder), settings, 1),)
+    model = build(ModelSpec("k=1", settings.backbone, settings.adapt.bottleneck, sets), tiny.CPU)
+    assert isinstance(model, Grappa)
+    pairs = Pairs(
+        tiny.Watcher().context(comm),
+        tiny.training_images(settings, images, bad=()),
+        model,
+        preprocess_of(build_backbone(settings.backbone).pixels),
+        settings=settings.fuse,
+        neighbours=True,
+        embedding=Embedding(settings.embed.batch_size, 1),
+        labels={},
+        folder=folder / f"knn-{comm.size}-{skip}",
+    )
+    graph = pairs._graph(0)
+    statistics = json.loads((folder / f"knn-{comm.size}-{skip}" / "epoch-0" / "statistics.json").read_text())
+    return graph.take(np.arange(len(images))), statistics
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_copies_are_counted_and_skipped_where_asked_for_on_any_number_of_ranks(tmp_path: Path, skip: bool) -> None:
+    write_copies(tmp_path / "images")
+    picture = np.repeat(np.arange(len(COPIES)), COPIES)  # of each row
+    near, statistics = graph_of_copies(Comm(), tmp_path, skip)
+    copies = (picture[near] == picture[:, None]) & (near >= 0)
+    assert statistics["rows_with_duplicates_share"] == pytest.approx(11 / 15)
+    assert statistics["duplicate_pairs"] == 2 + 9 * 3
+    assert statistics["rows_without_neighbour"] == (9 if skip else 0)  # their 2k nearest are copies too
+    assert copies.sum() == (0 if skip else 2 + 9 * 3)
+    assert [(near[row] >= 0).sum() for row in range(4)] == [3, 3, 3, 3]
+    for seen, said in run_ranks(graph_of_copies, 3, tmp_path, skip, timeout_s=400):
+        np.testing.assert_array_equal(seen, near)
+        assert said == statistics
 
 
 def graph_on(comm: Comm, settings: Config, folder: Path) -> np.ndarray:

@@ -1,0 +1,201 @@
+"""From the bytes of a file to upright RGB pixels. Shapes: H, W of an image.
+
+Plain JPEG files go to the fast decoder, all others, and all that it complains of, to Pillow, whose verdict counts. Both
+are libjpeg-turbo for JPEG and give the same pixels at full scale, to the bit (tests/data/test_decoding.py).
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from io import BytesIO
+
+import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
+from PIL import Image
+
+Pixels = NDArray[np.uint8]
+MAX_PIXELS = 64 * 2**20  # more is taken for a decompression bomb
+MAX_SCANNED = 16 * MAX_PIXELS  # pixels times scans of a JPEG: a scan goes over all pixels, and may cost few bytes
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # by content; files of the web often carry another format's suffix
+# Readers let through whatever their parsers meet. Not MemoryError: it tells of the machine, and the row may be good.
+_UNREADABLE = (
+    *(
+        OSError,
+        ValueError,
+        SyntaxError,
+        EOFError,
+        LookupError,
+        ArithmeticError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+    ),
+    *(AssertionError, struct.error, zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning),
+)
+_ORIENTATION = 0x0112  # EXIF
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_LYING = tuple(_UPRIGHT[orientation] for orientation in (5, 6, 7, 8))
+_TURN: dict[Image.Transpose, Callable[[Pixels], Pixels]] = {  # views, nothing is copied
+    Image.Transpose.FLIP_LEFT_RIGHT: lambda x: x[:, ::-1],
+    Image.Transpose.ROTATE_180: lambda x: x[::-1, ::-1],
+    Image.Transpose.FLIP_TOP_BOTTOM: lambda x: x[::-1],
+    Image.Transpose.TRANSPOSE: lambda x: x.swapaxes(0, 1),
+    Image.Transpose.ROTATE_270: lambda x: x.swapaxes(0, 1)[:, ::-1],
+    Image.Transpose.TRANSVERSE: lambda x: x.swapaxes(0, 1)[::-1, ::-1],
+    Image.Transpose.ROTATE_90: lambda x: x.swapaxes(0, 1)[::-1],
+}
+_JPEG, _SCAN = b"\xff\xd8", b"\xff\xda"
+_SOF, _PROGRESSIVE, _SOS, _APP1 = (0xC0, 0xC1, 0xC2), 0xC2, 0xDA, 0xE1  # JPEG markers
+
+
+class BadImage(ValueError):
+    """The bytes are no image that we read; the message says why."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image whose size is known and whose pixels are decoded when asked for."""
+
+    width: int  # upright
+    height: int
+    _read: Callable[[int], Pixels]
+
+    def pixels(self, shrink: int = 1) -> Pixels:
+        """Upright RGB pixels, (H, W, 3); with `shrink` 2, 4 or 8 perhaps fewer, by no larger a factor.
+
+        Raises:
+            BadImage: the file does not decode.
+        """
+        return self._read(shrink)
+
+    @staticmethod
+    def of(image: Image.Image) -> Picture:
+        """The picture of an image in memory."""
+        pixels = np.array(to_rgb(image))
+        return Picture(image.width, image.height, lambda shrink: pixels)
+
+
+def open_picture(data: bytes) -> Picture:
+    """The image in a file, of an animation the first frame; a plain JPEG file is not decoded yet.
+
+    Raises:
+        BadImage: for bytes that give none.
+    """
+    header = _plain_jpeg(data)
+    if header is None:
+        return Picture.of(decode(data))
+    width, height, scans, turned = header
+    _refuse_bomb(width, height, scans)
+    turn = _turn_of(data) if turned else None
+
+    def read(shrink: int) -> Pixels:
+        least = {} if shrink == 1 else {"min_width": -(-width // shrink), "min_height": -(-height // shrink)}
+        try:
+            pixels: Pixels = simplejpeg.decode_jpeg(data, min_factor=shrink, **least)
+        except ValueError:  # damaged, perhaps in a way that Pillow forgives
+            return np.array(decode(data))
+        return pixels if turn is None else _TURN[turn](pixels)
+
+    return Picture(height, width, read) if turn in _LYING else Picture(width, height, read)
+
+
+def decode(data: bytes) -> Image.Image:
+    """The RGB image in a file, upright, by Pillow; of an animation the first frame.
+
+    Raises:
+        BadImage: for any bytes that do not give one.
+    """
+    if not data:
+        raise BadImage("empty file")
+    try:
+        image = Image.open(BytesIO(data), formats=FORMATS)
+        _refuse_bomb(*image.size, scans=data.count(_SCAN) if data[:2] == _JPEG else 1)
+        image.load()
+        return to_rgb(upright(image))
+    except BadImage:
+        raise
+    except _UNREADABLE as error:
+        reason = " ".join(str(error).split()) or "no message"
+        raise BadImage(f"{type(error).__name__}: {reason}") from None
+
+
+def _refuse_bomb(width: int, height: int, scans: int) -> None:
+    if not 0 < width * height <= MAX_PIXELS:
+        raise BadImage(f"{width} x {height} pixels; from 1 to {MAX_PIXELS} are decoded")
+    if width * height * scans > MAX_SCANNED:
+        raise BadImage(f"{scans} scans of {width} x {height} pixels; {MAX_SCANNED} in all are decoded at most")
+
+
+def _plain_jpeg(data: bytes) -> tuple[int, int, int, bool] | None:
+    """Width and height as they lie in the file, scans, and whether metadata may turn it; None: a file for Pillow.
+
+    Plain are grey and three-channel files of 8 bits by Huffman coding, baseline or progressive.
+    """
+    if data[:2] != _JPEG:
+        return None
+    at, turned, frame = 2, False, None
+    while at + 4 < len(data) and data[at] == 0xFF:
+        marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
+        if marker == _SOS:
+            if frame is None:
+                return None
+            kind, width, height, channels = frame
+            one_scan = kind != _PROGRESSIVE and data[at + 4] == channels  # counting costs a tenth of the decoding
+            return width, height, 1 if one_scan else data.count(_SCAN), turned
+        if marker in _SOF and at + 10 <= len(data):
+            bits, height, width, channels = struct.unpack_from(">BHHB", data, at + 4)
+            if bits != 8 or channels not in (1, 3):
+                return None
+            frame = (marker, width, height, channels)
+        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # another way of coding
+            return None
+        turned = turned or marker == _APP1
+        at += 2 + length
+    return None
+
+
+def _turn_of(data: bytes) -> Image.Transpose | None:
+    """How EXIF data (or their twin in XMP) say that a JPEG is to be turned: Pillow reads the header alone."""
+    try:
+        return _transpose_of(Image.open(BytesIO(data), formats=("JPEG",)))
+    except _UNREADABLE as error:
+        raise BadImage(f"{type(error).__name__}: {' '.join(str(error).split())}") from None
+
+
+def _transpose_of(image: Image.Image) -> Image.Transpose | None:
+    try:
+        return _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
+    except _UNREADABLE:  # broken EXIF leaves the pixels as good as they are
+        return None
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The image turned as its EXIF data say."""
+    method = _transpose_of(image)
+    return image if method is None else image.transpose(method)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The image in RGB: 16 bit scaled to 8, what is transparent on white."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I"):  # 16 bit grey, which a plain conversion would clip at 255
+        grey = np.asarray(image).astype(np.int64) >> 8
+        return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
+    if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
