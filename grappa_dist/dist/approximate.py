@@ -22,7 +22,7 @@ from grappa_dist.dist.row_labels import Passes, RowLabels, Settled, exactly
 from grappa_dist.dist.sampling import Draw
 from grappa_dist.dist.search import Rows, nearest
 from grappa_dist.dist.sharded_kmeans import Progress, kmeans
-from grappa_dist.dist.share import Share, join_rows
+from grappa_dist.dist.share import BLOCK_ROWS, Share
 from grappa_dist.dist.threads import side_by_side
 from grappa_dist.ops.kmeans import Centroids, finish
 from grappa_dist.ops.probing import Lists, assign_probed
@@ -36,9 +36,12 @@ Work = Callable[[tuple[Tensor, Tensor]], Settled]
 
 def lists_of(centroids: Tensor) -> Lists:
     """The centroids (K, D) in about sqrt(K) lists of near ones."""
-    rows = Rows([centroids.cpu().numpy()], [np.ones(len(centroids), dtype=bool)], ["centroids"])
-    alone = join_rows(Comm(), rows, device=centroids.device)
-    found = kmeans(alone, max(1, isqrt(len(centroids))), iterations=LIST_UPDATES)
+    values, num = centroids.cpu().numpy(), isqrt(len(centroids))
+    rows = Rows([values], [np.ones(len(values), dtype=bool)])
+    # Not by join_rows: a repaired centroid may be a little longer than a row may.
+    alone = Share(Comm(), rows, values.shape[1], 0, len(values), BLOCK_ROWS, centroids.device, plain=(True,))
+    heads = values[np.arange(num) * len(values) // num]  # those of two levels lie in order: one of each family
+    found = kmeans(alone, num, iterations=LIST_UPDATES, resume=Progress(heads, ()))
     owners = torch.from_numpy(found.labels[0]).long().to(centroids.device)
     return Lists.of(Centroids.of(centroids), torch.from_numpy(found.centroids).to(centroids.device), owners)
 

@@ -133,8 +133,9 @@ def _starts(families: Families, num_labels: int, seed: int) -> Tensor:
     numbers = torch.tensor(families.children).diff()
     first = torch.tensor(families.children[:-1])
     centroids = torch.zeros(num_labels, share.dim, device=share.device)
-    keys, groups = scratch((len(share.rows),), torch.int64), scratch((len(share.rows),), torch.int32)
-    squares = scratch((len(share.rows),), torch.int64).fill_(_FAR)
+    num_rows = (len(share.rows),)
+    keys, groups = scratch(num_rows, torch.int64), scratch(num_rows, torch.int32).fill_(-1)
+    squares = scratch(num_rows, torch.int64).fill_(_FAR)
     present, at_once = torch.zeros_like(numbers), (numbers > 0).long()
     for number in itertools.count():
         _race(families, squares, (keys, groups), (seed, num_labels, _SEEDING, number))

@@ -15,7 +15,7 @@ from grappa_dist.dist.share import Share
 
 PIECE = 2**18  # rows looked at at once
 _PLACE_BITS = 48
-_TABLE_BITS = 20  # of the counts of all groups' digits
+_TABLE_BITS = 20  # of the counts of all groups' digits, at most
 _MAX_DIGIT, _MIN_DIGIT = 16, 4
 
 Pieces = Callable[[], Iterator[tuple[Tensor, Tensor]]]
@@ -80,7 +80,8 @@ def _select(share: Share, pieces: Pieces, wanted: Tensor, bits: int) -> tuple[Te
         sizes += torch.bincount(g, minlength=num)
     left = torch.minimum(wanted, share.total(sizes))
     none, prefix, tied = left <= 0, torch.zeros_like(left), torch.zeros_like(left)
-    step = min(_MAX_DIGIT, max(_MIN_DIGIT, _TABLE_BITS - max(1, num).bit_length()))
+    room = min(_TABLE_BITS, share.num_good.bit_length() + 2)
+    step = min(_MAX_DIGIT, max(_MIN_DIGIT, room - num.bit_length()))
     while bits:
         width = min(step, bits)
         bits -= width

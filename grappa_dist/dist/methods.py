@@ -43,7 +43,7 @@ class Method:
     tolerance: float = 0.0
     spherical: bool = False
     sample_rows_per_cluster: int = 64
-    probes: int = 16
+    probes: int = 8
     balance: float | None = None  # largest cluster as a multiple of n / K
     restarts: int = 1
 
@@ -157,6 +157,8 @@ class _Run:
                 self.kept.pop(self._name(part))
             self._keep("refined", start)
         fit, passes = refine(self.share, self.method.probes, start, self._updates("refined"))
+        if self.method.choice.assignment == "exact":
+            return self._labelled(fit, len(fit.inertia) - 1)
         told = self.share.total(torch.tensor([passes.undecided, passes.searched]))
         return self._told(fit, len(fit.inertia) - 1, passes.rows, told.tolist())
 

@@ -31,9 +31,9 @@ def row_hashes(places: Tensor, *key: int) -> Tensor:
 def race_keys(hashes: Tensor, weights: Tensor) -> Tensor:
     """(P,) int64 in [0, 2**RACE_BITS): the rows with the lowest keys are drawn in proportion to their weights.
 
-    Each row waits for an exponential time with its weight as the rate, so the first to come are those that draws without
-    replacement would take (Efraimidis and Spirakis, 2006). The logarithm is a table with straight lines in between: the
-    key is an integer function of integers.
+    Each row waits for an exponential time with its weight as the rate, so the first to come are those that draws
+    without replacement would take (Efraimidis and Spirakis, 2006). The logarithm is a table with straight lines in
+    between: the key is an integer function of integers.
 
     Args:
         hashes: of `row_hashes`.
