@@ -49,6 +49,7 @@ def balance_labels(share: Share, rows: RowLabels, centroids: Tensor, largest: in
     A cluster that has more keeps its nearest ones. The others apply to the nearest cluster that has room, which takes
     the nearest of them as far as it goes; then those left apply to the next, until all have a place.
     """
+    assert largest * len(centroids) >= share.num_good, "there must be room for all"
     counts = rows.counts(share, len(centroids))
     moved = int((counts - largest).clamp(min=0).sum())
     if not moved:

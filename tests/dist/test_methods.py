@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -209,7 +210,7 @@ def test_a_row_meets_only_the_centroids_of_its_own_coarse_cluster() -> None:
     kinds = distances(to_grid(torch.from_numpy(fine[0].centroids)).numpy(), heads).argmin(1)
     assert (np.diff(kinds) >= 0).all()  # first centroids are rows, in the order of their families
     assert np.abs(np.bincount(kinds, minlength=len(heads)) - 30 * sizes / sizes.sum()).max() <= 1
-    for before, after in zip(fine, fine[1:], strict=False):
+    for before, after in pairwise(fine):
         squares = distances(good, before.centroids)
         squares[coarse[:, None] != kinds] = 2**62
         labels, integers = squares.argmin(1), (to_grid(torch.from_numpy(good)).double() * GRID).long().numpy()

@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from grappa_dist.ops.exact import GRID, to_grid
+from grappa_dist.ops.kmeans import Centroids, assign
+from grappa_dist.ops.probing import Lists, assign_probed, nearest_exactly
+
+
+def unit_rows(num: int, dim: int, seed: int) -> torch.Tensor:
+    return to_grid(F.normalize(torch.randn(num, dim, generator=torch.Generator().manual_seed(seed)), dim=1))
+
+
+def naive(x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    a, b = ((t.double() * GRID).long() for t in (x, c))
+    return (a[:, None] - b).square().sum(2)
+
+
+@pytest.mark.parametrize("num", [1, 7, 5000])
+def test_the_nearest_come_in_order_and_ties_by_index(num: int) -> None:
+    x, c = unit_rows(60, 6, 0), unit_rows(max(1, num // 2), 6, 1)
+    c = torch.cat([c, c])[:num]  # every centroid twice
+    t = min(5, num)
+    labels, squares = nearest_exactly(x, Centroids.of(c), t)
+    table = naive(x, c)
+    order = table.argsort(dim=1, stable=True)[:, :t]
+    assert torch.equal(labels, order)
+    assert torch.equal(squares, table.gather(1, order))
+
+
+def test_no_row_has_no_nearest() -> None:
+    labels, squares = nearest_exactly(unit_rows(0, 4, 0), Centroids.of(unit_rows(3, 4, 1)), 2)
+    assert labels.shape == squares.shape == (0, 2)
+
+
+@pytest.mark.parametrize("probes", [1, 2, 5, 50])
+def test_a_row_gets_the_nearest_centroid_of_its_lists(probes: int) -> None:
+    x, c, heads = unit_rows(200, 5, 0), unit_rows(40, 5, 1), unit_rows(7, 5, 2)
+    c = torch.cat([c, c])
+    owners = torch.randint(0, 6, (80,), generator=torch.Generator().manual_seed(3))  # no centroid has the last head
+    lists = Lists.of(Centroids.of(c), heads, owners)
+    assert len(lists.members) == 6
+    probed = assign_probed(x, lists, probes)
+    near = naive(x, heads[:6]).argsort(dim=1, stable=True)[:, :probes]
+    allowed = (owners[None, :, None] == near[:, None, :]).any(2)
+    table = torch.where(allowed, naive(x, c), 2**62)
+    assert torch.equal(probed.found.squares, table.min(1).values)
+    first = (table == table.min(1, keepdim=True).values).int().argmax(1)
+    assert torch.equal(probed.found.labels, first)
+    assert probed.searched == 200 * 6 + int(allowed.sum())
+
+
+def test_all_lists_give_the_exact_assignment() -> None:
+    x, c = unit_rows(100, 5, 0), Centroids.of(unit_rows(30, 5, 1))
+    lists = Lists.of(c, unit_rows(4, 5, 2), torch.arange(30) % 4)
+    assert torch.equal(assign_probed(x, lists, 4).found.labels, assign(x, c).labels)
