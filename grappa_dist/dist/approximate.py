@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import isqrt
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,12 +21,12 @@ from grappa_dist.dist.comm import Comm
 from grappa_dist.dist.lloyd import Updates, lloyd
 from grappa_dist.dist.row_labels import Passes, RowLabels, Settled, exactly
 from grappa_dist.dist.sampling import Draw
-from grappa_dist.dist.search import Rows, nearest
+from grappa_dist.dist.search import Rows
 from grappa_dist.dist.sharded_kmeans import Progress, kmeans
 from grappa_dist.dist.share import BLOCK_ROWS, Share
 from grappa_dist.dist.threads import side_by_side
 from grappa_dist.ops.kmeans import Centroids, finish
-from grappa_dist.ops.probing import Lists, assign_probed
+from grappa_dist.ops.probing import Lists, Propose, assign_probed
 
 LIST_UPDATES = 5  # of the k-means that makes the lists
 AGREEMENT_ROWS = 4096  # compared with the exact assignment; 0.98 of them is known to 0.2 points
@@ -49,13 +50,38 @@ def lists_of(centroids: Tensor) -> Lists:
 def through_lists(centroids: Tensor, probes: int) -> Work:
     """The search for the nearest centroid of each row of a share's block in its `probes` nearest lists."""
     lists = lists_of(centroids)
+    propose = None if centroids.is_cuda else inverted_file(lists, probes)
 
     def work(block: tuple[Tensor, Tensor]) -> Settled:
         positions, x = block
-        probed = assign_probed(x, lists, probes, nearest)
+        probed = assign_probed(x, lists, probes, propose)
         return Settled(positions, x, probed.found, probed.searched)
 
     return work
+
+
+def inverted_file(lists: Lists, probes: int) -> Propose:
+    """A search of a row's lists in floats, by faiss's inverted file over the centroids."""
+    import faiss
+
+    heads, values = lists.heads.values.numpy(), np.ascontiguousarray(lists.whole.values.numpy())
+    coarse = faiss.IndexFlatL2(heads.shape[1])
+    coarse.add(heads)
+    owners = np.empty(len(values), dtype=np.int64)
+    for i, members in enumerate(lists.members):
+        owners[members.numpy()] = i
+    index: Any = faiss.IndexIVFFlat(coarse, heads.shape[1], len(heads))
+    index.is_trained, index.nprobe = True, min(probes, len(heads))
+    ids = np.arange(len(values))  # named, as all of these: a pointer keeps nothing alive
+    index.add_core(len(values), faiss.swig_ptr(values), faiss.swig_ptr(ids), faiss.swig_ptr(owners))
+
+    def propose(x: Tensor, probed: Tensor, t: int) -> tuple[Tensor, Tensor]:
+        faiss.omp_set_num_threads(torch.get_num_threads())
+        unused = np.zeros(probed.shape, np.float32)  # distances to the heads, which an index without residuals ignores
+        distances, found = index.search_preassigned(x.numpy(), t, probed.numpy(), unused)
+        return torch.from_numpy(distances), torch.from_numpy(found)
+
+    return propose
 
 
 def refine(share: Share, probes: int, start: Progress, how: Updates) -> tuple[Progress, Passes]:

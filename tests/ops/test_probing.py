@@ -4,9 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from grappa_dist.dist.approximate import inverted_file
 from grappa_dist.ops.exact import GRID, to_grid
 from grappa_dist.ops.kmeans import Centroids, assign
-from grappa_dist.ops.probing import Lists, assign_probed, nearest_exactly
+from grappa_dist.ops.probing import Lists, Propose, assign_probed, nearest_exactly
 
 
 def unit_rows(num: int, dim: int, seed: int) -> torch.Tensor:
@@ -35,14 +36,33 @@ def test_no_row_has_no_nearest() -> None:
     assert labels.shape == squares.shape == (0, 2)
 
 
-@pytest.mark.parametrize("probes", [1, 2, 5, 50])
-def test_a_row_gets_the_nearest_centroid_of_its_lists(probes: int) -> None:
-    x, c, heads = unit_rows(200, 5, 0), unit_rows(40, 5, 1), unit_rows(7, 5, 2)
-    c = torch.cat([c, c])
-    owners = torch.randint(0, 6, (80,), generator=torch.Generator().manual_seed(3))  # no centroid has the last head
+def floats(lists: Lists) -> Propose:
+    """Every pair in float32, moved by up to a third of what the error bound allows."""
+
+    def propose(x: torch.Tensor, probed: torch.Tensor, t: int) -> tuple[torch.Tensor, torch.Tensor]:
+        owners = torch.empty(len(lists.whole.values), dtype=torch.int64)
+        for i, members in enumerate(lists.members):
+            owners[members] = i
+        allowed = (owners[None, :, None] == probed[:, None, :]).any(2)
+        table = (x[:, None] - lists.whole.values).square().sum(2)
+        table += (torch.rand(table.shape, generator=torch.Generator().manual_seed(0)) - 0.5) * 4 * 2.0**-24
+        values, found = torch.where(allowed, table, torch.inf).topk(t, dim=1, largest=False)
+        return values, torch.where(values.isfinite(), found, -1)
+
+    return propose
+
+
+@pytest.mark.parametrize("proposals", ["none", "floats", "faiss"])
+@pytest.mark.parametrize("copies", [1, 2, 6])  # more equal centroids than are proposed
+@pytest.mark.parametrize("probes", [1, 2, 50])
+def test_a_row_gets_the_nearest_centroid_of_its_lists(probes: int, copies: int, proposals: str) -> None:
+    x, c, heads = unit_rows(200, 5, 0), unit_rows(20, 5, 1).repeat(copies, 1), unit_rows(7, 5, 2)
+    owners = torch.randint(0, 6, (len(c),), generator=torch.Generator().manual_seed(3))  # no centroid has the last head
     lists = Lists.of(Centroids.of(c), heads, owners)
     assert len(lists.members) == 6
-    probed = assign_probed(x, lists, probes)
+    ways = {"none": None, "floats": floats(lists), "faiss": inverted_file(lists, probes)}
+    propose = ways[proposals]
+    probed = assign_probed(x, lists, probes, propose)
     near = naive(x, heads[:6]).argsort(dim=1, stable=True)[:, :probes]
     allowed = (owners[None, :, None] == near[:, None, :]).any(2)
     table = torch.where(allowed, naive(x, c), 2**62)
