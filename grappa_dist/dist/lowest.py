@@ -13,7 +13,7 @@ from torch import Tensor
 
 from grappa_dist.dist.share import Share
 
-PIECE = 2**18  # rows looked at at once
+PIECE = 2**16  # rows looked at at once, by integers alone
 _PLACE_BITS = 48
 _TABLE_BITS = 20  # of the counts of all groups' digits, at most
 _MAX_DIGIT, _MIN_DIGIT = 16, 4
