@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from grappa_dist.dist import balance, hierarchical, lowest, row_labels
 from grappa_dist.dist.comm import Comm
 from grappa_dist.dist.methods import Clustering, Method, Told, cluster
 from grappa_dist.dist.sharded_kmeans import Progress, sharded_kmeans
@@ -100,6 +101,14 @@ def test_ranks_and_blocks_change_no_bit_of_any_method(alone: dict[str, Clusterin
         for found in ranks:
             assert np.array_equal(found[name].result.centroids, expected.result.centroids), name
             assert figures(found[name]) == figures(expected), name
+
+
+def test_pieces_of_any_size_change_no_bit(alone: dict[str, Clustering], monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (balance, hierarchical, lowest, row_labels):
+        monkeypatch.setattr(module, "PIECE", 13)
+    for name, found in run_cases(Comm(), 100).items():
+        assert np.array_equal(np.concatenate(found.result.labels), np.concatenate(alone[name].result.labels)), name
+        assert figures(found) == figures(alone[name]), name
 
 
 def test_labels_counts_and_inertia_belong_together(alone: dict[str, Clustering]) -> None:
