@@ -80,6 +80,12 @@ class ClusteringConfig(Section):
     iterations: Count = 20
     tolerance: Rate = 0.0  # stop when the inertia improves by less than this share; 0: never
     spherical: bool = False  # re-normalise means (ours; the paper's k-means does not)
+    method: Literal["auto", "exact", "sampled", "hierarchical", "approximate"] = "auto"  # auto: by cost, and says so
+    assignment: Literal["auto", "exact", "approximate"] = "auto"  # of the final labels where the method is not exact
+    sample_rows_per_cluster: Count = 64  # of `sampled`: centroids are fitted to K times as many rows
+    probes: Count = 8  # lists of near centroids that a row looks into where it is not compared with all
+    balance: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = None  # largest cluster, in mean sizes n / K
+    restarts: Count = 1  # with other seeds; the lowest inertia wins
 
     @model_validator(mode="after")
     def _distinct(self) -> ClusteringConfig:

@@ -37,7 +37,7 @@ def lay_out(config: Config, store: Store, train: ImageShards, test: ImageShards 
     frozen = ModelSpec("backbone", config.backbone)
     features = features_of(store, frozen, config.embed, train)
     ks = num_labels(config.clustering, len(train))
-    labels = {k: labels_of(store, config.clustering, config.seed, k, features) for k in ks}
+    labels = {k: labels_of(store, config.clustering, config.seed, k, features, num_rows=len(train)) for k in ks}
     adaptors = {
         k: adaptors_of(store, config.backbone, config.adapt, config.data, config.seed, labels[k]) for k in labels
     }

@@ -13,7 +13,7 @@ from grappa_dist.pipeline import lay_out
 from grappa_dist.stages.adapt import steps_per_epoch
 from grappa_dist.stages.collect import collection_sizes, has_drawn, open_images
 from grappa_dist.stages.flow import Flow
-from grappa_dist.stages.pseudo_label import num_labels
+from grappa_dist.stages.pseudo_label import choices_in_words, num_labels
 
 ADAM_COPIES = 4  # parameter, gradient and two moments
 
@@ -37,6 +37,8 @@ def _table(config: Config, root: Path) -> str:
     ks = num_labels(config.clustering, sizes["train"])
     for name, text, artifacts in _stages(config, flow, sizes, ks):
         lines.append(f"{name:<14} {text}; {_reuse(artifacts)}")
+        if name == "pseudo_label":
+            lines += [f"{'':<14} {line}" for line in choices_in_words(config.clustering, ks, sizes["train"])]
     return "\n".join([*lines, *_costs(config, sizes["train"], ks)])
 
 

@@ -167,3 +167,13 @@ def test_other_settings_have_other_fingerprints() -> None:
     ]
     assert len(set(different)) == len(different)
     assert all(re.fullmatch("[0-9a-f]{10}", name) for name in different)
+
+
+@pytest.mark.parametrize(
+    "override", ["clustering.balance=0.9", "clustering.method=fast", "clustering.probes=0", "clustering.restarts=0"]
+)
+def test_impossible_clusterings_are_refused_by_name(tmp_path: Path, override: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("name: a\ndata: {train: x}\nbackbone: {name: 'timm:vit'}\n")
+    with pytest.raises(ValueError, match=override.replace("fast", "'fast'")):
+        load(path, [override])

@@ -1,6 +1,6 @@
 """Float searches on what this machine has, and the rows a rank holds.
 
-A search only proposes (ops/kmeans.py, ops/knn.py decide), so which library answers, with how many threads, cannot
+A search only proposes (ops/nearest.py, ops/knn.py decide), so which library answers, with how many threads, cannot
 change a result: faiss on the CPU, faiss on a GPU where it was built for one, torch on a GPU where it was not.
 """
 

@@ -24,10 +24,11 @@ from grappa_dist.dist.search import Rows, row_problem
 from grappa_dist.dist.sharded_seeding import seed_centroids
 from grappa_dist.dist.share import BLOCK_ROWS, RowBlock, Share, join_rows
 from grappa_dist.dist.threads import side_by_side
-from grappa_dist.ops.bounds import Bounds, Drift, GroupedCentroids, Groups, Moves, reassign
+from grappa_dist.ops.bounds import Bounds, Drift, Groups
 from grappa_dist.ops.exact import GRID, to_grid
 from grappa_dist.ops.kmeans import Stats, finish
 from grappa_dist.ops.proposals import Centroids
+from grappa_dist.ops.reassign import GroupedCentroids, Moves, reassign
 
 SQUARE_UNIT = 1 / GRID**2  # of exact squared distances
 FEW_LABELS = 512  # so few are searched in one go

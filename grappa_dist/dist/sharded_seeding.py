@@ -11,12 +11,11 @@ from torch import Tensor
 from grappa_dist.dist.scratch import scratch
 from grappa_dist.dist.share import RowBlock, Share
 from grappa_dist.dist.threads import side_by_side
-from grappa_dist.ops.nearest import assign
+from grappa_dist.ops.nearest import FAR, assign
 from grappa_dist.ops.proposals import Centroids
 from grappa_dist.ops.seeding import accept, draw, from_weights, to_weights
 
 _CANDIDATES = 2048  # of one round at most: their distances to each other are a square table
-_FAR = 2**62  # above any squared distance
 
 
 def seed_centroids(share: Share, num_labels: int, seed: int) -> Tensor:
@@ -44,7 +43,7 @@ def seed_centroids(share: Share, num_labels: int, seed: int) -> Tensor:
         tests = [draw(w, seed, num_labels, j, 1) for j, (_, w) in enumerate(found, start=drawn)]
         kept = accept(candidates, [w for _, w in found], tests, num_labels - len(places))
         if not places:
-            weights[weights > 0] = _FAR
+            weights[weights > 0] = FAR
         drawn += num
         places += [found[i][0] for i in kept]
         parts.append(candidates[kept])
@@ -77,7 +76,7 @@ def _lower(share: Share, weights: Tensor, centroids: Tensor) -> None:
         known = weights[block.positions].to(block.x.device)
         found = assign(block.x, prepared, squares=block.squares, within=from_weights(known))
         near = (found.labels >= 0).nonzero()[:, 0]
-        lower = torch.minimum(known[near], to_weights(found.squares[near].long()))
+        lower = torch.minimum(known[near], to_weights(found.squares[near]))
         return block.positions[near.cpu()], lower.cpu()
 
     for positions, lower in side_by_side(work, share.row_blocks(), share.threads):

@@ -1,6 +1,6 @@
 """The sums of k-means, and new centroids from them: integers, which may be added in any order.
 
-Which centroid is the nearest of a row is decided in ops/nearest.py and ops/bounds.py.
+Which centroid is the nearest of a row is decided in ops/nearest.py and ops/reassign.py.
 
 Shapes: P rows of one block, K centroids, D dimensions.
 """

@@ -9,7 +9,7 @@ Shapes: P rows of one block, K centroids, D dimensions, t proposals per row.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,16 +17,20 @@ from torch import Tensor
 from grappa_dist.ops.exact import GRID, cached_rows, exact_dot, exact_square
 from grappa_dist.ops.proposals import Centroids
 
+FAR = 2**62
+"""Above any squared distance."""
+
 _FARTHEST = 4.125  # no two rows of norm at most 1 + 2**-7 are at a larger squared distance
 _TILE = 2**23  # elements of the largest float64 table made at once
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """Nearest centroids of some rows; label -1 and an infinite distance where none lies within reach."""
+    """Nearest centroids of some rows; label -1 and distance `FAR` where none lies within reach."""
 
     labels: Tensor  # (P,) int64
-    squares: Tensor  # (P,) float64, exact squared distance, in units of 2**-48
+    squares: Tensor  # (P,) int64, exact squared distance, in units of 2**-48
+    undecided: int = 0  # rows that estimates left open
 
 
 def assign(
@@ -41,7 +45,8 @@ def assign(
         within: (P,) float64 squared distances; centroids further away than that need not be found.
     """
     if not len(x):
-        return Assignment(torch.zeros(0, dtype=torch.int64, device=x.device), x.new_zeros(0, dtype=torch.float64))
+        none = torch.zeros(0, dtype=torch.int64, device=x.device)
+        return Assignment(none, none)
     squares = exact_square(x) if squares is None else squares
     reach = torch.full_like(squares, math.inf) if within is None else within
     base = squares / GRID**2 if within is None else within.clamp(max=_FARTHEST)
@@ -55,8 +60,8 @@ def assign(
     rows = crowded.nonzero()[:, 0]
     if len(rows):
         nearest.labels[rows], scores = best_of_all(x[rows], centroids)
-        nearest.squares[rows] = squares[rows] - scores
-    return nearest
+        nearest.squares[rows] = (squares[rows] - scores).long()
+    return replace(nearest, undecided=int((possible.sum(1) > 1).sum()))
 
 
 def nearest_of_pairs(x: Tensor, squares: Tensor, centroids: Centroids, pairs: tuple[Tensor, Tensor]) -> Assignment:
@@ -72,7 +77,7 @@ def nearest_of_pairs(x: Tensor, squares: Tensor, centroids: Centroids, pairs: tu
     tied = distances == best[rows]
     most = torch.iinfo(torch.int64).max
     nearest = torch.full((len(x),), most, device=x.device).scatter_reduce_(0, rows[tied], labels[tied], "amin")
-    return Assignment(nearest.masked_fill_(nearest == most, -1), best)
+    return Assignment(nearest.masked_fill_(nearest == most, -1), best.clamp_(max=FAR).long())
 
 
 def pair_squares(x: Tensor, squares: Tensor, centroids: Centroids, pairs: tuple[Tensor, Tensor]) -> Tensor:

@@ -75,6 +75,16 @@ class Clustering:
     singletons_share: float  # clusters of one image, as a share of all K
     exact_share: float  # rows whose nearest centroid was settled by exact scores, as a share of all rows
     searched_share: float = 1.0  # distances that were computed, as a share of all; bounds spared the others
+    method: str = "exact"  # or sampled, hierarchical, approximate
+    reason: str = ""  # why this method
+    updates: int | None = None  # of the K centroids; None: one less than entries of `inertia`
+    sampled_share: float = 1.0  # rows that the centroids were fitted to
+    agreement: float | None = None  # rows whose label is the exact one, as a share of those compared; None: all are
+    agreement_rows: int = 0  # that were compared
+    bound: int | None = None  # images that a cluster may have
+    moved: int = 0  # images that the bound moved to another cluster
+    unbalanced_inertia: float | None = None  # before that
+    restarts: list[float] = field(default_factory=list)  # inertia of each, where there were several
 
 
 @dataclass(frozen=True, kw_only=True)

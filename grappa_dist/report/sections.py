@@ -8,6 +8,7 @@ from collections import Counter
 from grappa_dist.report.content import Clustering, LabelFree, ReportContent
 from grappa_dist.report.gallery import Images, galleries
 from grappa_dist.report.markup import absent, number, percent, plural, table, text
+from grappa_dist.report.methods import method_table
 from grappa_dist.report.partitions import contact_sheets, nesting_table
 from grappa_dist.report.plots import COLOURS, Axes, Series, bar_chart, grid, line_chart
 from grappa_dist.report.scores import ordered
@@ -43,7 +44,7 @@ def clustering_section(content: ReportContent, images: Images) -> str:
         "its pseudo-label. A small K is a coarse view of the collection, a large one tells near-duplicates apart.</p>"
     )
     charts = grid([_inertia(items), _size_lines(items)])
-    return lead + charts + _cluster_table(items) + _size_charts(items) + agreement
+    return lead + charts + _cluster_table(items) + method_table(items) + _size_charts(items) + agreement
 
 
 def _inertia(items: list[Clustering]) -> str:
@@ -87,7 +88,7 @@ def _cluster_table(items: list[Clustering]) -> str:
     body = [
         [
             f"k={c.k}",
-            str(len(c.inertia)),
+            str(len(c.inertia) if c.updates is None else c.updates + 1),
             number(c.median),
             f"{c.largest:,}",
             number(round(c.imbalance, 2)),

@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from grappa_dist.artifacts import Artifact, RowArrays, Store, replacing, write_json
+from grappa_dist.artifacts import Artifact, RowArrays, Store, write_json
 from grappa_dist.config import ClusteringConfig
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.dist.jobs import Job
+from grappa_dist.dist.methods import Clustering, Method, Told, Trail, cluster
 from grappa_dist.dist.search import Rows, raise_together
-from grappa_dist.dist.sharded_kmeans import KMeansResult, Progress, kmeans
 from grappa_dist.dist.share import Share, join_rows
 from grappa_dist.dist.workers import RankContext
+from grappa_dist.ops.choice import Choice, Size, choose
 from grappa_dist.report.content import size_histogram
 from grappa_dist.stages.run import Run
+from grappa_dist.stages.trail import digest, load_trail, save_trail
 
 STATS_FILE, CENTROIDS_FILE, PROGRESS_FILE = "stats.json", "centroids.npy", "progress.safetensors"
 LADDER_SETS = 8
+LEAST_AGREEMENT = 0.95  # of labels found through lists with the exact ones; below, a warning
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,27 @@ def num_labels(config: ClusteringConfig, num_rows: int) -> tuple[int, ...]:
     return config.num_labels
 
 
-def labels_of(store: Store, config: ClusteringConfig, seed: int, num: int, features: Sequence[Artifact]) -> Artifact:
-    settings = {**config.model_dump(exclude={"num_labels"}), "num_labels": num, "seed": seed}
-    return store.artifact(f"labels/k={num}", settings, {f"shard {i}": a for i, a in enumerate(features)})
+def choice_of(config: ClusteringConfig, num: int, num_rows: int) -> Choice:
+    """How K = `num` labels are found for so many images, and why."""
+    return choose(config.method, config.assignment, Size(num_rows, num, config.iterations, config.probes))
+
+
+def labels_of(
+    store: Store, config: ClusteringConfig, seed: int, num: int, features: Sequence[Artifact], *, num_rows: int
+) -> Artifact:
+    """Its settings are those that this method heeds, `auto` settled: another way to write the same is the same."""
+    choice = choice_of(config, num, num_rows)
+    settings: dict[str, object] = {name: getattr(config, name) for name in ("iterations", "tolerance", "spherical")}
+    if choice.name != "exact":  # flat k-means, one restart and no bound go without saying
+        settings |= {"method": choice.name, "assignment": choice.assignment}
+    if choice.name == "sampled":
+        settings["sample_rows_per_cluster"] = config.sample_rows_per_cluster
+    if "approximate" in (choice.name, choice.assignment):
+        settings["probes"] = config.probes
+    settings |= {"balance": config.balance} if config.balance is not None else {}
+    settings |= {"restarts": config.restarts} if config.restarts > 1 else {}
+    inputs = {f"shard {i}": a for i, a in enumerate(features)}
+    return store.artifact(f"labels/k={num}", {**settings, "num_labels": num, "seed": seed}, inputs)
 
 
 def pseudo_label(
@@ -78,7 +97,43 @@ def pseudo_label(
     ranks = min(run.runner.num_workers, len(images.shards))
     what = f"K = {', '.join(map(str, missing))}, {len(images)} rows in {ranks} workers"
     with run.console.stage("pseudo_label", what):
+        for line in choices_in_words(run.config.clustering, list(missing), len(images)):
+            run.console.say(f"pseudo_label: {line}")
         run.runner.run_jobs([Job("pseudo_label", label_ranks, job, ranks)])
+        for k, artifact in missing.items():
+            for line in shortcuts_in_words(json.loads((artifact.path / STATS_FILE).read_text())):
+                run.console.say(f"pseudo_label: k={k}: {line}")
+
+
+def choices_in_words(config: ClusteringConfig, nums: Sequence[int], num_rows: int) -> list[str]:
+    """A line per method: its K, and why it is that of the largest of them."""
+    methods: dict[str, list[int]] = {}
+    for num in sorted(nums):
+        methods.setdefault(choice_of(config, num, num_rows).name, []).append(num)
+    return [
+        f"K = {', '.join(map(str, ks))}: {name} ({choice_of(config, ks[-1], num_rows).reason})"
+        for name, ks in methods.items()
+    ]
+
+
+def shortcuts_in_words(stats: Mapping[str, Any]) -> list[str]:
+    """What the shortcuts of one clustering came to, none where it took none."""
+    lines = []
+    if stats["sampled_share"] < 1:
+        lines.append(f"centroids were fitted to a sample of {100 * stats['sampled_share']:.3g} % of the rows")
+    agreement = stats["agreement"]
+    if agreement is not None:
+        rows = stats["agreement_rows"]
+        lines.append(f"labels agree with the exact ones on {100 * agreement:.2f} % of {rows} rows drawn")
+        if agreement < LEAST_AGREEMENT:
+            lines[-1] += f", WARNING: less than {100 * LEAST_AGREEMENT:.0f} %, raise clustering.probes"
+    if stats["bound"] is not None:
+        more = stats["inertia"][-1] - stats["unbalanced_inertia"]
+        lines.append(
+            f"{stats['moved']} rows moved, no cluster has more than {stats['bound']}; "
+            f"inertia {stats['inertia'][-1]:.6g}, of which {more:.3g} for that"
+        )
+    return lines
 
 
 def label_ranks(context: RankContext, job: LabelJob) -> None:
@@ -96,74 +151,44 @@ def label_ranks(context: RankContext, job: LabelJob) -> None:
             continue
         name = f"K={k} ({number + 1}/{len(job.labels)})"
         context.report({"phase": f"{name} initialisation"})
-        result = _cluster(context, job, share, artifact, name)
+        found = _cluster(context, job, share, artifact, name)
         folder = artifact.begin()
-        for shard, labels in zip(shards, result.labels, strict=True):
+        for shard, labels in zip(shards, found.result.labels, strict=True):
             np.save(folder / rows_file(shard), labels)
         comm.barrier()
         if comm.rank == 0:
-            _save(folder, k, result)
+            _save(folder, k, found, _method(job, k).choice)
             (folder / PROGRESS_FILE).unlink(missing_ok=True)
             artifact.commit()
         comm.barrier()
 
 
-def _cluster(context: RankContext, job: LabelJob, share: Share, artifact: Artifact, name: str) -> KMeansResult:
-    """One k-means, from its last saved update if there is one; rank 0 saves every update."""
+def _cluster(context: RankContext, job: LabelJob, share: Share, artifact: Artifact, name: str) -> Clustering:
+    """One clustering, from its last saved update if there is one; rank 0 saves every update."""
     path = artifact.begin() / PROGRESS_FILE
-    progress, problem = _load_progress(path)
+    trail, problem = load_trail(path)
     raise_together(context.comm, problem)
-    seen = {int(n) for n in share.gather(torch.tensor([_digest(progress)]))}
+    seen = {int(n) for n in share.gather(torch.tensor([digest(trail)]))}
     if len(seen) > 1:
         raise RuntimeError(f"{path}: ranks read different contents")
 
-    def show(iteration: int, inertia: float) -> None:
-        context.report({"phase": f"{name} iteration {iteration}, inertia {inertia:.1f}"})
+    def show(part: str, iteration: int, inertia: float) -> None:
+        context.report({"phase": f"{name} {part}iteration {iteration}, inertia {inertia:.1f}"})
         context.raise_if_stopping()
 
-    def save(progress: Progress) -> None:
+    def save(trail: Trail) -> None:
         if context.comm.rank == 0:
-            _save_progress(path, progress)
+            save_trail(path, trail)
 
+    num = artifact.settings["num_labels"]
+    method = _method(job, num)
+    return cluster(share, num, method, seed=job.seed, trail=trail, told=Told(show, save))
+
+
+def _method(job: LabelJob, num: int) -> Method:
     how = job.clustering
-    return kmeans(
-        share,
-        artifact.settings["num_labels"],
-        iterations=how.iterations,
-        seed=job.seed,
-        spherical=how.spherical,
-        tolerance=how.tolerance,
-        on_iteration=show,
-        resume=progress,
-        on_update=save,
-    )
-
-
-def _save_progress(path: Path, progress: Progress) -> None:
-    figures = {"inertia": json.dumps(progress.inertia), "repaired": str(progress.repaired)}
-    with replacing(path) as temporary:
-        save_file({"centroids": progress.centroids}, temporary, figures)
-
-
-def _load_progress(path: Path) -> tuple[Progress | None, str]:
-    """What was saved, if anything, and what is wrong with it."""
-    if not path.exists():
-        return None, ""
-    try:
-        with safe_open(path, "np") as file:
-            figures = file.metadata()
-            inertia, repaired = tuple(json.loads(figures["inertia"])), int(figures["repaired"])
-            return Progress(file.get_tensor("centroids"), inertia, repaired), ""
-    except SafetensorError as error:
-        return None, f"{path} is damaged ({error}); delete it to begin this K again"
-
-
-def _digest(progress: Progress | None) -> int:
-    """63 bits that tell one state from another."""
-    if progress is None:
-        return 0
-    known = json.dumps([progress.inertia, progress.repaired]).encode() + progress.centroids.tobytes()
-    return int.from_bytes(hashlib.blake2b(known, digest_size=8).digest(), "big") >> 1
+    same = ("iterations", "tolerance", "spherical", "sample_rows_per_cluster", "probes", "balance", "restarts")
+    return Method(choice=choice_of(how, num, job.features.starts[-1]), **{key: getattr(how, key) for key in same})
 
 
 def own_shards(starts: Sequence[int], rank: int, size: int) -> range:
@@ -190,9 +215,10 @@ def _good(job: LabelJob, shard: int) -> np.ndarray:
     return good
 
 
-def _save(folder: Path, k: int, result: KMeansResult) -> None:
-    counts = result.counts
+def _save(folder: Path, k: int, found: Clustering, choice: Choice) -> None:
+    result, counts = found.result, found.result.counts
     np.save(folder / CENTROIDS_FILE, result.centroids)
+    agreement, balanced = found.agreement, found.balanced
     stats = {
         "k": k,
         "inertia": result.inertia,
@@ -205,5 +231,15 @@ def _save(folder: Path, k: int, result: KMeansResult) -> None:
         "singletons_share": float((counts == 1).mean()),
         "exact_share": result.exact_share,
         "searched_share": result.searched_share,
+        "method": choice.name,
+        "reason": choice.reason,
+        "updates": found.updates,
+        "sampled_share": found.sampled_rows / int(counts.sum()),
+        "agreement": agreement.share if agreement else None,
+        "agreement_rows": agreement.rows if agreement else 0,
+        "bound": balanced.largest if balanced else None,
+        "moved": balanced.moved if balanced else 0,
+        "unbalanced_inertia": found.unbalanced_inertia,
+        "restarts": list(found.restarts),
     }
     write_json(folder / STATS_FILE, stats)

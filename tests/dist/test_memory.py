@@ -160,7 +160,9 @@ def stage(config: Config, root: Path, runner: Watching, images: ImageShards, fea
     store = Store(root)
     with watched() as seen:
         numbers = num_labels(config.clustering, len(images))
-        labels = {k: labels_of(store, config.clustering, config.seed, k, features) for k in numbers}
+        labels = {
+            k: labels_of(store, config.clustering, config.seed, k, features, num_rows=len(images)) for k in numbers
+        }
         run = Run(config, store, runner, Console())  # type: ignore[arg-type]
         pseudo_label(run, labels, feature_rows(images, features), images, bad_rows(images, features))
     assert all((artifact.path / STATS_FILE).exists() for artifact in labels.values())

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from grappa_dist.ops import nearest
 from grappa_dist.ops.exact import GRID, exact_square, to_grid
-from grappa_dist.ops.nearest import assign, nearest_of_pairs, pair_dots, pair_squares
+from grappa_dist.ops.nearest import FAR, assign, nearest_of_pairs, pair_dots, pair_squares
 from grappa_dist.ops.proposals import Centroids, FloatProposer, HalfProposer, Proposer, float_error
 
 
@@ -121,4 +121,4 @@ def test_of_pairs_the_nearest_wins_and_the_lowest_of_equal_ones() -> None:
     found = nearest_of_pairs(x, exact_square(x), Centroids.of(c), pairs)
     exact = squares_in_integers(x, c)
     assert found.labels.tolist() == [0, 3, -1, 1 if exact[3, 1] <= exact[3, 2] else 2]
-    assert found.squares.tolist() == [exact[0, 0], exact[1, 3], float("inf"), min(exact[3, 1], exact[3, 2])]
+    assert found.squares.tolist() == [exact[0, 0], exact[1, 3], FAR, min(exact[3, 1], exact[3, 2])]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,15 +12,19 @@ from grappa_dist.artifacts import Artifact, RowArrays, Store
 from grappa_dist.config import ClusteringConfig
 from grappa_dist.dist.comm import Comm
 from grappa_dist.dist.workers import RankContext, Stopped
+from grappa_dist.report.content import Clustering
 from grappa_dist.stages.pseudo_label import (
     PROGRESS_FILE,
     LabelJob,
+    choice_of,
+    choices_in_words,
     label_ranks,
     labels_of,
     ladder,
     num_labels,
     own_shards,
     rows_file,
+    shortcuts_in_words,
 )
 
 
@@ -92,14 +97,14 @@ def test_shards_of_billions_of_rows_are_shared_out_exactly() -> None:
     assert [list(own_shards(starts, rank, 3)) for rank in range(3)] == [[0, 1], [2, 3], [4, 5]]
 
 
-def label_job(folder: Path, store: Store) -> LabelJob:
+def label_job(folder: Path, store: Store, **settings: Any) -> LabelJob:
     rng = np.random.default_rng(0)
     rows = rng.standard_normal((300, 8)).astype(np.float32)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     np.save(folder / "rows.npy", rows)
     features = RowArrays((str(folder / "rows.npy"),), (0, 300))
-    clustering = ClusteringConfig(num_labels=(12,), iterations=8)
-    labels = {12: labels_of(store, clustering, 0, 12, [])}
+    clustering = ClusteringConfig(num_labels=(12,), iterations=8, **settings)
+    labels = {12: labels_of(store, clustering, 0, 12, [], num_rows=300)}
     return LabelJob(features, ("shard",), np.array([5, 70]), labels, clustering, 0)
 
 
@@ -114,17 +119,29 @@ def files_of(artifact: Artifact) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in artifact.path.iterdir() if p.name != "manifest.json"}
 
 
-def test_a_stopped_clustering_goes_on_from_its_last_update_to_the_same_files(tmp_path: Path) -> None:
-    whole, stopped = (label_job(tmp_path, Store(tmp_path / name)) for name in ("whole", "stopped"))
+WAYS: dict[str, tuple[dict[str, Any], int]] = {  # settings, and reports before the stop
+    "exact": ({}, 4),  # the initialisation and three iterations
+    "restarts": ({"restarts": 2, "balance": 1.2}, 14),
+    "sampled": ({"method": "sampled", "sample_rows_per_cluster": 9}, 4),
+    "hierarchical": ({"method": "hierarchical"}, 12),
+    "approximate": ({"method": "approximate", "assignment": "approximate", "probes": 1}, 21),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_stopped_clustering_goes_on_from_its_last_update_to_the_same_files(tmp_path: Path, way: str) -> None:
+    settings, stop_after = WAYS[way]
+    whole, stopped = (label_job(tmp_path, Store(tmp_path / name), **settings) for name in ("whole", "stopped"))
     label_ranks(context(None, []), whole)
+    before: list[str] = []
     with pytest.raises(Stopped):
-        label_ranks(context(4, []), stopped)  # the initialisation and three iterations were reported
+        label_ranks(context(stop_after, before), stopped)
     artifact = stopped.labels[12]
     assert (artifact.begin() / PROGRESS_FILE).exists()
     assert not artifact.complete
     heard: list[str] = []
     label_ranks(context(None, heard), stopped)
-    assert [phase.split(",")[0] for phase in heard[1:3]] == ["K=12 (1/1) iteration 3", "K=12 (1/1) iteration 4"]
+    assert heard[1] == before[-1]  # what it was told last was of an update not saved yet
     found, expected = files_of(artifact), files_of(whole.labels[12])
     assert set(found) == {"stats.json", "centroids.npy", rows_file(0)}
     assert found[rows_file(0)] == expected[rows_file(0)]
@@ -133,6 +150,7 @@ def test_a_stopped_clustering_goes_on_from_its_last_update_to_the_same_files(tmp
     for figure in ("exact_share", "searched_share"):  # of the passes made, which a resume makes fewer of
         del stats[figure], as_before[figure]
     assert stats == as_before
+    assert Clustering(**json.loads(found["stats.json"])).method == stats["method"]  # the report takes them
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
@@ -140,3 +158,54 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     (job.labels[12].begin() / PROGRESS_FILE).write_bytes(b"half")
     with pytest.raises(ValueError, match=rf"{PROGRESS_FILE} is damaged .*; delete it"):
         label_ranks(context(None, []), job)
+
+
+def name_of(tmp_path: Path, num_rows: int = 300, **settings: Any) -> str:
+    return labels_of(Store(tmp_path), ClusteringConfig(**settings), 0, 12, [], num_rows=num_rows).fingerprint
+
+
+def test_only_what_the_method_heeds_names_the_labels(tmp_path: Path) -> None:
+    plain = name_of(tmp_path)
+    for same in ({"method": "exact"}, {"probes": 3}, {"sample_rows_per_cluster": 3}, {"assignment": "approximate"}):
+        assert name_of(tmp_path, **same) == plain
+    sampled = name_of(tmp_path, method="sampled")
+    assert name_of(tmp_path, method="sampled", assignment="exact", probes=3) == sampled
+    others = [
+        {"balance": 2.0},
+        {"restarts": 2},
+        {"method": "hierarchical"},
+        {"method": "approximate"},
+        {"method": "approximate", "probes": 3},
+        {"method": "sampled", "sample_rows_per_cluster": 3},
+        {"method": "sampled", "assignment": "approximate"},
+    ]
+    names = [plain, sampled, *(name_of(tmp_path, **other) for other in others)]
+    assert len(set(names)) == len(names)
+
+
+def test_auto_has_the_name_of_what_it_chose(tmp_path: Path) -> None:
+    num_rows = 10**12
+    chosen = choice_of(ClusteringConfig(), 12, num_rows)
+    assert chosen.name != "exact"
+    assert name_of(tmp_path, num_rows) == name_of(tmp_path, num_rows, method=chosen.name, assignment=chosen.assignment)
+
+
+def test_exact_labels_keep_the_name_they_had_before_there_were_methods(tmp_path: Path) -> None:
+    settings = labels_of(Store(tmp_path), ClusteringConfig(), 0, 12, [], num_rows=300).settings
+    assert settings == {"iterations": 20, "tolerance": 0.0, "spherical": False, "num_labels": 12, "seed": 0}
+
+
+def test_choices_and_shortcuts_are_said_in_words(tmp_path: Path) -> None:
+    lines = choices_in_words(ClusteringConfig(), (10**6, 256, 4096), 10**8)
+    assert lines[0].startswith("K = 256, 4096: exact (exact k-means takes 8.6e+12 pairs")
+    assert lines[1].startswith("K = 1000000: approximate (exact k-means would take 2.1e+15 pairs")
+    job = label_job(tmp_path, Store(tmp_path / "run"), method="sampled", sample_rows_per_cluster=5,
+                    assignment="approximate", probes=1, balance=1.1)  # fmt: skip
+    label_ranks(context(None, []), job)
+    stats = json.loads(files_of(job.labels[12])["stats.json"])
+    said = shortcuts_in_words(stats)
+    assert said[0] == f"centroids were fitted to a sample of {100 * 60 / 298:.3g} % of the rows"
+    assert said[1].startswith("labels agree with the exact ones on")
+    assert "298 rows drawn, WARNING: less than 95 %, raise clustering.probes" in said[1]
+    assert said[2].startswith(f"{stats['moved']} rows moved, no cluster has more than 28; inertia")
+    assert 0 < stats["largest"] <= 28

@@ -1,0 +1,163 @@
+"""Labels and distances of this rank's rows, by position and outside of the process's own memory; passes that set them.
+
+Shapes: n rows of this rank, P of one block, K centroids, D dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from grappa_dist.dist.lowest import PIECE
+from grappa_dist.dist.scratch import scratch
+from grappa_dist.dist.share import Share
+from grappa_dist.dist.threads import side_by_side
+from grappa_dist.ops.exact import exact_square, to_grid
+from grappa_dist.ops.kmeans import Stats
+from grappa_dist.ops.nearest import Assignment, assign
+from grappa_dist.ops.proposals import Centroids
+
+_LIMB = 24  # bits of a squared distance that are summed apart, so that 2**36 rows fit
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class RowLabels:
+    """Of all rows of this rank, by position."""
+
+    labels: Tensor  # (n,) int32, -1 for bad rows and before the first pass
+    squares: Tensor  # (n,) int64, exact squared distance to the centroid of the label, in units of 2**-48
+
+    @staticmethod
+    def of(share: Share) -> RowLabels:
+        num = (len(share.rows),)
+        return RowLabels(scratch(num, torch.int32).fill_(-1), scratch(num, torch.int64))
+
+    def by_shard(self, share: Share) -> list[np.ndarray]:
+        """(P,) int32 each, views."""
+        ends = np.cumsum([len(shard) for shard in share.rows.shards])
+        return np.split(self.labels.numpy(), ends[:-1].tolist()) if len(ends) else []
+
+    def counts(self, share: Share, num_labels: int) -> Tensor:
+        """Rows of all ranks per label, (K,) int64."""
+        counts = torch.zeros(num_labels, dtype=torch.int64)
+        for labels, _ in self._pieces():
+            counts += torch.bincount(labels.long(), minlength=num_labels)
+        return share.total(counts)
+
+    def inertia(self, share: Share) -> int:
+        """Sum of the squared distances of the rows of all ranks, exact, in units of 2**-48."""
+        limbs = torch.zeros(2, dtype=torch.int64)
+        for _, squares in self._pieces():
+            limbs += torch.stack([(squares & (2**_LIMB - 1)).sum(), (squares >> _LIMB).sum()])
+        low, high = share.total(limbs).tolist()
+        return int(low) + (int(high) << _LIMB)
+
+    def _pieces(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for start in range(0, len(self.labels), PIECE):
+            labels, squares = self.labels[start : start + PIECE], self.squares[start : start + PIECE]
+            yield labels[labels >= 0], squares[labels >= 0]
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What was found for some rows."""
+
+    positions: Tensor  # (P,) in host memory
+    x: Tensor  # (P, D) grid rows
+    found: Assignment
+    searched: int  # distances computed
+
+
+@dataclass
+class Passes:
+    """Passes over a share's rows, and sums that only moved rows change."""
+
+    share: Share
+    rows: RowLabels
+    stats: Stats  # of all ranks
+    undecided: int = 0  # of this rank in the last pass, as is `searched`
+    searched: int = 0
+
+    @staticmethod
+    def over(share: Share, num_labels: int) -> Passes:
+        return Passes(share, RowLabels.of(share), Stats.zeros(num_labels, share.dim, share.device))
+
+    def advance(self, work: Callable[[Item], Settled], items: Iterable[Item]) -> None:
+        """Labels, distances and stats by what `work` finds for each item."""
+        change = Stats.zeros(len(self.stats.counts), self.share.dim, self.share.device)
+        self.undecided = self.searched = 0
+        for settled in side_by_side(work, items, self.share.threads):
+            _add_moves(change, self.rows, settled)
+            _keep(self.rows, settled)
+            self.undecided += settled.found.undecided
+            self.searched += settled.searched
+        for kept, of_ranks in zip(self.stats.tensors, change.tensors, strict=True):
+            kept.add_(self.share.total(of_ranks))
+
+
+def label_rows(share: Share, work: Callable[[Item], Settled], items: Iterable[Item]) -> tuple[RowLabels, Tensor]:
+    """Labels by what `work` finds, without sums; and of all ranks the undecided rows and the distances computed."""
+    rows, told = RowLabels.of(share), torch.zeros(2, dtype=torch.int64)
+    for settled in side_by_side(work, items, share.threads):
+        _keep(rows, settled)
+        told += torch.tensor([settled.found.undecided, settled.searched])
+    return rows, share.total(told)
+
+
+def exactly(share: Share, centroids: Tensor) -> Callable[[tuple[Tensor, Tensor]], Settled]:
+    """The search for the nearest centroid of each row of a share's block."""
+    prepared = Centroids.of(centroids, share.proposer)
+
+    def work(block: tuple[Tensor, Tensor]) -> Settled:
+        positions, x = block
+        return Settled(positions, x, assign(x, prepared), len(x) * len(centroids))
+
+    return work
+
+
+def _keep(rows: RowLabels, settled: Settled) -> None:
+    rows.labels[settled.positions] = settled.found.labels.int().cpu()
+    rows.squares[settled.positions] = settled.found.squares.cpu()
+
+
+def _add_moves(change: Stats, rows: RowLabels, settled: Settled) -> None:
+    after, before = settled.found.labels, rows.labels[settled.positions].long().to(settled.x.device)
+    moved = (before != after).nonzero()[:, 0]
+    if len(moved):
+        x = settled.x[moved]
+        squares = exact_square(x)
+        change.add_(x, squares, after[moved])
+        left = (before[moved] >= 0).nonzero()[:, 0]
+        if len(left):
+            change.add_(x[left], squares[left], before[moved][left], sign=-1)
+
+
+def rows_at(share: Share, positions: Tensor) -> Tensor:
+    """Grid rows (P, D) on the device at some ascending positions of this rank."""
+    starts = np.cumsum([0, *(len(shard) for shard in share.rows.shards)])
+    wanted = positions.numpy()
+    edges = np.searchsorted(wanted, starts)
+    parts = [torch.zeros(0, share.dim)] if not len(wanted) else []
+    for i in np.flatnonzero(edges[1:] > edges[:-1]).tolist():
+        rows = torch.from_numpy(share.rows.shards[i][wanted[edges[i] : edges[i + 1]] - starts[i]])
+        parts.append(rows if share.plain[i] else to_grid(rows))
+    x = torch.cat(parts) if len(parts) != 1 else parts[0]
+    return x.to(share.device)
+
+
+def good_pieces(share: Share) -> Iterator[Tensor]:
+    """Positions of the good rows, ascending, piece by piece; no row is read."""
+    first = 0
+    for good in share.rows.good:
+        for start in range(0, len(good), PIECE):
+            positions = np.flatnonzero(good[start : start + PIECE]) + (first + start)
+            if len(positions):
+                yield torch.from_numpy(positions)
+        first += len(good)

@@ -1,0 +1,78 @@
+"""Which way to cluster, and why: a function of the numbers of rows, labels and updates alone, never of the machine.
+
+The choice changes the labels, so it must be the same wherever the run goes on. The dimension is left out for a reason
+of its own: artefacts are named before a backbone is built.
+
+Shapes: n rows, K labels, I updates, C = sqrt(K) coarse clusters and as many lists, p probes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import isqrt
+from typing import Literal
+
+Name = Literal["exact", "sampled", "hierarchical", "approximate"]
+Assignment = Literal["exact", "approximate"]
+
+PAIRS = 5 * 10**13
+"""Pairs of row and centroid that `auto` spends on one part: about a day of one core at 5 x 10^8 a second."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """What the cost depends on."""
+
+    rows: int
+    labels: int
+    iterations: int
+    probes: int
+
+    def fit_pairs(self, name: Name, sample_rows: int = 0) -> int:
+        """Pairs of row and centroid that a fit compares, bounds left aside.
+
+        exact: n K (I + 1). hierarchical: n C (I + 1) for either level. approximate: the same, then per update n C heads
+        and n p K / C centroids. sampled: m K (I + 1) for m sampled rows.
+        """
+        passes, level = self.iterations + 1, self.rows * isqrt(self.labels)
+        two_levels = 2 * level * passes
+        return {
+            "exact": self.rows * self.labels * passes,
+            "sampled": sample_rows * self.labels * passes,
+            "hierarchical": two_levels,
+            "approximate": two_levels + level * (1 + self.probes) * passes,
+        }[name]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How one K is clustered."""
+
+    name: Name
+    assignment: Assignment  # of all rows, once the centroids stand
+    reason: str
+
+
+def choose(method: Name | Literal["auto"], assignment: Assignment | Literal["auto"], size: Size) -> Choice:
+    """Settles what is `auto`: the method of lowest inertia whose fit is affordable, the assignment likewise."""
+    name, reason = _method(method, size)
+    if name == "exact":
+        return Choice(name, "exact", reason)
+    once = size.rows * size.labels
+    if assignment != "auto":
+        return Choice(name, assignment, f"{reason}; clustering.assignment is {assignment}")
+    if once <= PAIRS:
+        return Choice(name, "exact", f"{reason}; exact labels at the end take {once:.1e} pairs")
+    return Choice(name, "approximate", f"{reason}; exact labels at the end would take {once:.1e} pairs")
+
+
+def _method(method: Name | Literal["auto"], size: Size) -> tuple[Name, str]:
+    if method != "auto":
+        return method, f"clustering.method is {method}"
+    exact, lists, levels = (size.fit_pairs(name) for name in ("exact", "approximate", "hierarchical"))
+    if exact <= PAIRS:
+        return "exact", f"exact k-means takes {exact:.1e} pairs of row and centroid, at most {PAIRS:.0e} are spent"
+    too_dear = f"exact k-means would take {exact:.1e} pairs of row and centroid, more than {PAIRS:.0e}"
+    if lists <= PAIRS:
+        return "approximate", f"{too_dear}; two levels and updates through lists take {lists:.1e}"
+    return "hierarchical", f"{too_dear}, and updates through lists {lists:.1e}; two levels take {levels:.1e}"

@@ -1,0 +1,64 @@
+"""Numbers drawn for rows: a function of a key and the row's place among all, of no generator's state.
+
+Shapes: P rows.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from grappa_dist.ops.seeding import draw
+
+HASH_BITS = 52
+RACE_BITS = 62
+_CELL_BITS, _FRACTION_BITS = 12, 26  # of a hash: cell of the table, place in the cell
+_UNIT, _SHIFT = 56, 20  # waiting times count in 2**-_UNIT; the table's entries are multiples of 2**_SHIFT of it
+_WEIGHT_SHIFT = 14  # of weights in units of 2**-27: below 2**16 then, so that keys keep some bits
+
+
+def row_hashes(places: Tensor, *key: int) -> Tensor:
+    """(P,) int64 in [0, 2**HASH_BITS), as good as independent for different places and for different keys."""
+    secret = np.uint64(draw(2**64, *key))
+    return torch.from_numpy(
+        (_mix(_mix(places.numpy().astype(np.uint64)) ^ secret) >> np.uint64(64 - HASH_BITS)).view(np.int64)
+    )
+
+
+def race_keys(hashes: Tensor, weights: Tensor) -> Tensor:
+    """(P,) int64 in [0, 2**RACE_BITS): the rows with the lowest keys are drawn in proportion to their weights.
+
+    Each row waits for an exponential time with its weight as the rate, so the first to come are those that draws
+    without replacement would take (Efraimidis and Spirakis, 2006). The logarithm is a table with straight lines in
+    between: the key is an integer function of integers.
+
+    Args:
+        hashes: of `row_hashes`.
+        weights: (P,) int64, at least 1, as of `ops.seeding.to_weights`.
+    """
+    cells = hashes >> (HASH_BITS - _CELL_BITS)
+    fraction = (hashes >> (HASH_BITS - _CELL_BITS - _FRACTION_BITS)) & (2**_FRACTION_BITS - 1)
+    steps = (_WAITS[cells + 1] - _WAITS[cells]) * fraction
+    times = (_WAITS[cells] << _SHIFT) + (steps >> (_FRACTION_BITS - _SHIFT))
+    return times // (weights >> _WEIGHT_SHIFT).clamp(min=1)
+
+
+def _waiting_times() -> Tensor:
+    """-log(1 - v) at the cells' edges, (cells + 1,); the last cell, which is infinitely long, ends one further."""
+    cells = 2**_CELL_BITS
+    times = [-math.log1p(-i / cells) for i in range(cells)]
+    return torch.tensor([round(t * 2 ** (_UNIT - _SHIFT)) for t in (*times, times[-1] + 1)])
+
+
+_WAITS = _waiting_times()
+
+
+def _mix(z: np.ndarray) -> np.ndarray:
+    """The finalizer of SplitMix64 (Steele, Lea and Flood, 2014), which maps 64 bits one to one; products wrap."""
+    z = z + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))

@@ -1,0 +1,226 @@
+"""A pass of Lloyd's iterations that searches only where the nearest centroid can have changed.
+
+Bounds (ops/bounds.py) only spare work: labels are those of `assign`, decided on exact integers, whatever the groups are
+and whatever estimates said.
+
+Shapes: P rows of one block, M of them open, K centroids, G groups, D dimensions, t proposals.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from grappa_dist.ops.bounds import SLACK, Bounds, Groups
+from grappa_dist.ops.exact import GRID
+from grappa_dist.ops.nearest import best_of_all, nearest_of_pairs, pair_squares
+from grappa_dist.ops.proposals import Centroids, PreparedRows, Proposer
+
+_PLACES = 3  # proposals of each of many groups
+_MOST = 0.75  # of the rows: then all are searched, which is faster than picking them out
+
+_Pairs = tuple[Tensor, Tensor]  # positions of rows, and labels
+
+
+@dataclass(frozen=True)
+class GroupedCentroids:
+    """The centroids of one pass, each group in one piece."""
+
+    whole: Centroids
+    groups: Groups
+    parts: tuple[Centroids, ...]
+
+    @staticmethod
+    def of(values: Tensor, groups: Groups, proposer: Proposer | None = None) -> GroupedCentroids:
+        whole = Centroids.of(values, proposer)
+        return GroupedCentroids(whole, groups, tuple(whole.pick(m) for m in groups.members))
+
+
+@dataclass(frozen=True)
+class Moves:
+    """Rows whose label changed, and how the labels were found."""
+
+    rows: Tensor  # (m,) positions in the block
+    before: Tensor  # (m,) int64, -1 on the first pass
+    after: Tensor  # (m,) int64
+    undecided: int  # rows that estimates left open
+    searched: int  # distances estimated
+
+
+def reassign(x: Tensor, centroids: GroupedCentroids, bounds: Bounds) -> Moves:
+    """Sets the label of each grid row to its nearest centroid, a tie to the lowest index, and its bounds, in place."""
+    none = torch.zeros(0, dtype=torch.int64, device=x.device)
+    if not len(x):
+        return Moves(none, none, none, 0, 0)
+    block = _open_rows(x, centroids, bounds)
+    if not len(block.rows):
+        return Moves(none, none, none, 0, 0)
+    proposals = _propose(block, centroids, (bounds.lower[block.rows] <= bounds.upper[block.rows, None]).T.contiguous())
+    nearest = _decide(block, centroids, proposals)
+    _rebound(bounds, block, proposals, nearest, centroids.groups)
+    changed = (nearest.labels != block.own).nonzero()[:, 0]
+    moved = (t[changed] for t in (block.rows, block.own, nearest.labels))
+    return Moves(*moved, nearest.undecided, proposals.searched)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """The rows of a block that may change their label."""
+
+    rows: Tensor  # (M,) positions in the block
+    x: Tensor  # (M, D)
+    squares: Tensor  # (M,) float64, exact |x|^2
+    own: Tensor  # (M,) int64, the label so far, -1 on the first pass
+    own_distances: Tensor  # (M,) float64, squared and exact, to that centroid; infinite where nobody has looked
+    prepared: PreparedRows
+
+
+def _open_rows(x: Tensor, centroids: GroupedCentroids, bounds: Bounds) -> _Block:
+    """Rows with a group that may hold a nearer centroid, also after a look at how far their own one is now."""
+    proposer = centroids.whole.proposer
+    rows = _most_or_these((bounds.lower <= bounds.upper[:, None]).any(1))
+    some, own, squares = _pick(x, rows), bounds.labels[rows].long(), bounds.squares[rows]
+    first_time = bool((own < 0).any())
+    if first_time or len(centroids.parts) == 1:  # the search of the only group finds the own
+        base = squares / GRID**2 if first_time else bounds.upper[rows].double().square()
+        prepared = proposer.rows(some, squares, base, bounded=not first_time)
+        return _Block(rows, some, squares, own, torch.full_like(squares, math.inf), prepared)
+    in_order = torch.arange(len(rows), device=x.device)
+    distances = pair_squares(some, squares, centroids.whole, (in_order, own)) / GRID**2
+    bounds.upper[rows] = _root(distances, 1 + SLACK)
+    still = _most_or_these((bounds.lower[rows] <= bounds.upper[rows, None]).any(1))
+    some, squares, distances = _pick(some, still), squares[still], distances[still]
+    prepared = proposer.rows(some, squares, distances, bounded=True)
+    return _Block(rows[still], some, squares, own[still], distances, prepared)
+
+
+def _most_or_these(wanted: Tensor) -> Tensor:
+    """Positions of the rows wanted; of all rows where most are."""
+    rows = wanted.nonzero()[:, 0]
+    return torch.arange(len(wanted), device=wanted.device) if len(rows) > _MOST * len(wanted) else rows
+
+
+@dataclass(frozen=True)
+class _Proposals:
+    """What estimates say of every open group of every open row."""
+
+    open: Tensor  # (G, M) bool
+    distances: Tensor  # (2, G, M) float32, squared, of the nearest two centroids; infinite where there is none
+    labels: Tensor  # (2, G, M) int64, theirs
+    others: list[tuple[Tensor, Tensor, Tensor]]  # further centroids that may be as near as their group's first: rows,
+    # labels, distances
+    crowded: list[tuple[int, Tensor, Tensor]]  # groups that may hold such centroids which were not proposed: rows, and
+    # distances that those exceed
+    error: float  # as Proposals.error
+    searched: int
+
+
+def _propose(block: _Block, centroids: GroupedCentroids, open_groups: Tensor) -> _Proposals:
+    shape = (2, *open_groups.shape)
+    distances = torch.full(shape, math.inf, device=block.x.device)
+    labels = torch.zeros(shape, dtype=torch.int64, device=block.x.device)
+    most = centroids.whole.proposer.places if len(centroids.parts) == 1 else _PLACES
+    others, crowded, error, searched = [], [], 0.0, 0
+    for g, (members, part) in enumerate(zip(centroids.groups.members, centroids.parts, strict=True)):
+        rows = _most_or_these(open_groups[g])
+        if not len(rows):
+            continue
+        open_groups[g, rows] = True
+        found = part.proposer.nearest(block.prepared.pick(rows), part, min(most, len(members)))
+        for place in range(min(2, len(members))):
+            distances[place, g].index_copy_(0, rows, found.distances[:, place])
+            labels[place, g].index_copy_(0, rows, members[found.labels[:, place]])
+        near = found.distances <= _reach(found.distances[:, 0], block.own_distances[rows], found.error)[:, None]
+        of_rows, places = near[:, 2:].nonzero().unbind(1)
+        places += 2
+        others.append((rows[of_rows], members[found.labels[of_rows, places]], found.distances[of_rows, places]))
+        if near.shape[1] < len(members) and len(full := near[:, -1].nonzero()[:, 0]):
+            crowded.append((g, rows[full], found.distances[full, -1]))
+        error, searched = max(error, found.error), searched + len(rows) * len(members)
+    return _Proposals(open_groups, distances, labels, others, crowded, error, searched)
+
+
+def _reach(nearest: Tensor, own: Tensor, error: float) -> Tensor:
+    """Estimates above this are not those of a nearest centroid, (M,) float32."""
+    return ((torch.minimum(nearest.double() + error, own) + error) * (1 + SLACK)).float()
+
+
+@dataclass(frozen=True)
+class _Nearest:
+    labels: Tensor  # (M,) int64, exact
+    above: Tensor  # (M,) float64, at least the squared distance
+    undecided: int
+
+
+def _decide(block: _Block, centroids: GroupedCentroids, proposals: _Proposals) -> _Nearest:
+    """Estimates decide where only one centroid can be the nearest, exact distances where more can."""
+    is_own = (proposals.labels == block.own) & block.own_distances.isfinite()
+    rivals = proposals.distances.masked_fill(is_own, math.inf).flatten(0, 1)  # (2 G, M)
+    best, place = rivals.min(0)
+    above = torch.minimum(best.double() + proposals.error, block.own_distances)  # the nearest is no farther
+    reach = _reach(best, block.own_distances, proposals.error)
+    contenders = rivals <= reach
+    stay = block.own_distances <= above
+    others = [
+        (rows[near], labels[near]) for rows, labels, d in proposals.others if len(near := _within(d, reach, rows))
+    ]
+    crowded = [(g, rows[near]) for g, rows, d in proposals.crowded if len(near := _within(d, reach, rows))]
+    num = contenders.sum(0) + stay
+    for rows in (*(rows for rows, _ in others), *(rows for _, rows in crowded)):
+        num[rows] += 2
+    labels = torch.where(stay, block.own, proposals.labels.flatten(0, 1).gather(0, place[None])[0])
+    undecided = (num > 1).nonzero()[:, 0]
+    if len(undecided):
+        staying = undecided[stay[undecided]]
+        places, some = contenders[:, undecided].nonzero().unbind(1)
+        rows = undecided[some]
+        pairs = [(staying, block.own[staying]), (rows, proposals.labels.flatten(0, 1)[places, rows])]
+        pairs += [*others, *_nearest_of_crowds(block, centroids, crowded)]
+        exact = nearest_of_pairs(block.x, block.squares, centroids.whole, _joined(pairs))
+        labels[undecided], above[undecided] = exact.labels[undecided], exact.squares[undecided].double() / GRID**2
+    return _Nearest(labels, above, len(undecided))
+
+
+def _nearest_of_crowds(
+    block: _Block, centroids: GroupedCentroids, crowded: list[tuple[int, Tensor]]
+) -> Iterator[_Pairs]:
+    """The exact nearest of a group, where more of it than were proposed may be nearest."""
+    for g, rows in crowded:
+        yield rows, centroids.groups.members[g][best_of_all(block.x[rows], centroids.parts[g])[0]]
+
+
+def _within(distances: Tensor, reach: Tensor, rows: Tensor) -> Tensor:
+    return (distances <= reach[rows]).nonzero()[:, 0]
+
+
+def _joined(pairs: list[_Pairs]) -> _Pairs:
+    rows, labels = (torch.cat(column) for column in zip(*pairs, strict=True))
+    return rows, labels
+
+
+def _rebound(bounds: Bounds, block: _Block, proposals: _Proposals, nearest: _Nearest, groups: Groups) -> None:
+    """Writes the new labels and bounds of the open rows."""
+    others = torch.where(proposals.labels[0] == nearest.labels, proposals.distances[1], proposals.distances[0])
+    least = _root(others.double() - proposals.error, 1 - SLACK).T
+    lower = torch.where(proposals.open.T, least, bounds.lower[block.rows])
+    left = ((nearest.labels != block.own) & block.own_distances.isfinite()).nonzero()[:, 0]
+    old = groups.of[block.own[left]]  # the old centroid is now one of the others
+    gone = _root(block.own_distances[left], 1 - SLACK)
+    lower[left, old] = torch.minimum(lower[left, old], gone)
+    bounds.lower[block.rows] = lower
+    bounds.labels[block.rows] = nearest.labels.int()
+    bounds.upper[block.rows] = _root(nearest.above, 1 + SLACK)
+
+
+def _root(squares: Tensor, slack: float) -> Tensor:
+    """Distances, float32, on the safe side of the rounding."""
+    return (squares.clamp(min=0).sqrt() * slack).float()
+
+
+def _pick(x: Tensor, rows: Tensor) -> Tensor:
+    """x[rows]; all of x itself where the rows, which ascend, are all."""
+    return x if len(rows) == len(x) else x.index_select(0, rows)
