@@ -1,7 +1,7 @@
 """Which centroids may be the nearest: proposed by arithmetic that is fast and knows by how much it can be wrong.
 
 A proposer estimates squared distances and states a bound of its error; whoever asked decides exactly among what the
-bound leaves open (ops/nearest.py, ops/reassign.py). So how a proposer computes is a matter of speed, never of the result.
+bound leaves open (ops/nearest.py, ops/reassign.py). How a proposer computes is a matter of speed, never of the result.
 
 Shapes: P rows, K centroids, D dimensions, t proposals per row at most.
 """

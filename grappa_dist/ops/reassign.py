@@ -63,7 +63,7 @@ def reassign(x: Tensor, centroids: GroupedCentroids, bounds: Bounds) -> Moves:
     nearest = _decide(block, centroids, proposals)
     _rebound(bounds, block, proposals, nearest, centroids.groups)
     changed = (nearest.labels != block.own).nonzero()[:, 0]
-    moved = (t[changed] for t in (block.rows, block.own, nearest.labels))
+    moved = (block.rows[changed], block.own[changed], nearest.labels[changed])
     return Moves(*moved, nearest.undecided, proposals.searched)
 
 

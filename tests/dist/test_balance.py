@@ -27,7 +27,7 @@ def balanced(comm: Comm, block_rows: int) -> dict[str, tuple[list[np.ndarray], i
     found = {}
     for name, (x, c, largest) in CASES.items():
         share, centroids = share_of(comm, x, block_rows), to_grid(torch.from_numpy(c.copy()))
-        rows, _ = label_rows(share, exactly(centroids), share.blocks())
+        rows, _ = label_rows(share, exactly(share, centroids), share.blocks())
         done = balance_labels(share, rows, centroids, largest)
         found[name] = (rows.by_shard(share), done.moved, rows.inertia(share))
     return found
