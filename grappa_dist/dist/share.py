@@ -21,7 +21,7 @@ from grappa_dist.dist.threads import side_by_side
 from grappa_dist.ops.exact import exact_square
 from grappa_dist.ops.proposals import FloatProposer, HalfProposer, Proposer
 
-BLOCK_ROWS = 4096  # rows worked on at once: some of a core's cache
+BLOCK_ROWS = 8192  # rows worked on at once: enough that their products outweigh the calls around them
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,6 @@ NORM_LIMIT = 1 + 2**-7
 """Rows are unit rows, give or take this much: the integers below are sized for it."""
 
 _LOW, _LOW_BITS = 24, 2**24 - 1  # where a sum of squares is cut in two
-_LIMB = 20  # bits of a sum that fit beside a 24-bit factor and 2**19 dimensions
-_TILE = 2**23  # elements of the largest table made at once
 
 
 @dataclass(frozen=True)
@@ -56,21 +54,34 @@ class Stats:
     def spreads(self, centroids: Centroids) -> list[int]:
         """Per cluster the summed squared distances of its rows to its centroid, exact, in units of 2**-48.
 
-        sum |x - c|^2 = sum |x|^2 - 2 c . sum x + n |c|^2: no row is read again. The products exceed 64 bits, so the
-        sums are taken apart into three limbs and put together as Python integers.
+        sum |x - c|^2 = sum |x|^2 - 2 c . sum x + n |c|^2: no row is read again.
         """
-        dots = [[0] * len(self.counts) for _ in range(3)]
-        for rows in torch.split(torch.arange(len(self.counts)), max(1, _TILE // self.sums.shape[1])):
-            c, sums = (centroids.values[rows].double() * GRID).long(), self.sums[rows]
-            for limb in range(3):
-                part = sums >> (_LIMB * limb) if limb == 2 else sums >> (_LIMB * limb) & (2**_LIMB - 1)
-                dots[limb][int(rows[0]) : int(rows[-1]) + 1] = (c * part).sum(1).tolist()
         low, rest = self.squares.tolist()
         own = centroids.squares.long().tolist()
+        dots = _long_dots(centroids.values, self.sums)
         return [
-            (b << _LOW) + a - 2 * (d0 + (d1 << _LIMB) + (d2 << 2 * _LIMB)) + n * s
-            for a, b, d0, d1, d2, n, s in zip(low, rest, *dots, self.counts.tolist(), own, strict=True)
+            (b << _LOW) + a - 2 * dot + n * s
+            for a, b, dot, n, s in zip(low, rest, dots, self.counts.tolist(), own, strict=True)
         ]
+
+
+def _long_dots(c: Tensor, sums: Tensor) -> list[int]:
+    """Exact dot products of grid rows (K, D) with int64 rows, in units of 2**-24.
+
+    They may exceed 64 bits. So the int64 rows are cut into pieces of as many bits as leave room for a product with 25
+    bits and its sum over D, and what the pieces give is put together as Python integers.
+    """
+    width = 62 - 25 - math.ceil(math.log2(c.shape[1] + 1))
+    pieces = int(sums.abs().max()).bit_length() // width + 1
+    dots = [0] * len(c)
+    for piece in range(pieces):
+        shift, last = width * piece, piece == pieces - 1
+        parts = [
+            ((some.double() * GRID).long() * (row >> shift if last else row >> shift & (2**width - 1))).sum(1)
+            for some, row in zip(c.split(cached_rows(c)), sums.split(cached_rows(c)), strict=True)
+        ]
+        dots = [dot + (part << shift) for dot, part in zip(dots, torch.cat(parts).tolist(), strict=True)]
+    return dots
 
 
 def _add_rows_(sums: Tensor, x: Tensor, labels: Tensor, sign: int) -> None:

@@ -23,7 +23,7 @@ _CACHED_TILE = 2**20  # of products in bfloat16: few enough to stay in a core's 
 _HALF = 2.0**-8  # rounding to bfloat16 errs by this share at most
 _DIGITS = _HALF**2  # the same for a sum of two bfloat16
 _ROW_STEP, _COLUMN_STEP = 128, 32  # shapes of products are multiples of these
-_NEAR = 0.125  # scores up to this size are rounded as this one
+_NEAR = 2.0**-5  # scores up to this size are rounded as this one
 _EXTRA = 4  # columns beside the dimensions: two digits for each of two offsets
 
 Search = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
@@ -122,9 +122,10 @@ class Proposals:
     distances: Tensor  # (P, t) float32, squared, ascending
     labels: Tensor  # (P, t) int64
     error: float
-    """The nearest estimate is off by no more than this. No other one, nor the last one as an estimate of those that
-    were not proposed, lies further above the true squared distance. Where places are free, those that were not proposed
-    are not the nearest; and where rows are bounded and the second place is free, nor is the first."""
+    """The nearest estimate is off by no more than this (of bounded rows: if it is of a centroid within the base). No other
+    one, nor the last one as an estimate of those that were not proposed, lies further above the true squared distance.
+    Where places are free, those that were not proposed are not the nearest; and where rows are bounded and the second
+    place is free, nor is the first."""
 
 
 class Proposer(Protocol):
@@ -206,9 +207,9 @@ class HalfProposer:
             products = (tile @ targets.T)[: len(base), : len(centroids.form)]
             found.append(_best_columns(products.float(), t, error, bounded=rows.bounded))
         scores, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
-        largest = _largest(scores[:, 0])
-        # Scores below -largest round more coarsely than the error allows for; so they count as no less than that.
-        scores = torch.where(scores.isinf(), scores, scores.clamp(min=-largest))
+        largest = _largest(scores[:, 0], error, bounded=rows.bounded)
+        # Scores below -largest round more coarsely than the error allows for: what is beyond it is added to them.
+        scores = torch.where(scores < -largest, (1 - _HALF) * scores - _HALF * largest, scores)
         distances = rows.base[:, None] - 2 * scores
         rounding = 2.0**-22 * (float(rows.base.max()) + 2 * largest)  # of base and of the difference
         return Proposals(distances, labels, 2 * (error + _HALF * largest) + rounding)
@@ -243,8 +244,9 @@ def _spare_rows(form: Tensor, step: int) -> Tensor:
     return torch.cat([form, form.new_zeros(spare, form.shape[1])]) if spare else form
 
 
-def _largest(scores: Tensor) -> float:
-    return max(_NEAR, float(scores.abs().max()))
+def _largest(scores: Tensor, error: float, *, bounded: bool) -> float:
+    """The size of the largest first score that matters: where rows are bounded, those below 0 are of no nearest one."""
+    return max(_NEAR, 8 * error, float(scores.max()), 0.0 if bounded else -float(scores.min()))
 
 
 def _best_columns(table: Tensor, t: int, error: float, *, bounded: bool) -> tuple[Tensor, Tensor]:
@@ -267,7 +269,7 @@ def _best_columns(table: Tensor, t: int, error: float, *, bounded: bool) -> tupl
         values[:, place].index_copy_(0, rows, best[:, 0])
         columns[:, place].index_copy_(0, rows, found[:, 0])
         if place == 0:
-            gap = 2 * (error + _HALF * _largest(best)) * (1 + 2 * _HALF)
+            gap = 2 * (error + _HALF * _largest(best, error, bounded=bounded)) * (1 + 2 * _HALF)
             floor = values[:, 0] - gap
             near = (best[:, 0] >= -gap).nonzero()[:, 0] if bounded else None
         else:
