@@ -130,15 +130,17 @@ class Rows:
             for s, good in zip(self.shards, self.good, strict=True)
         )
 
-    def blocks(self, block_rows: int, plain: Sequence[bool] = ()) -> Iterator[tuple[Tensor, Tensor]]:
+    def blocks(self, block_rows: int, plain: Sequence[bool] = (), threads: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         """Positions (P,) int64 among the rank's rows and grid rows (P, D), good ones only, by blocks of one shard.
 
-        Blocks of plain shards are views: a memory map is read where somebody looks at it, and only there.
+        Blocks of plain shards are views: a memory map is read where somebody looks at it, and only there. Blocks of a
+        shard are of about the same size, and as many as share out evenly over the threads.
         """
         first = 0
         for i, (shard, good) in enumerate(zip(self.shards, self.good, strict=True)):
-            for start in range(0, len(shard), block_rows):
-                rows, places = shard[start : start + block_rows], np.flatnonzero(good[start : start + block_rows])
+            step = _even_step(len(shard), block_rows, threads)
+            for start in range(0, len(shard), step):
+                rows, places = shard[start : start + step], np.flatnonzero(good[start : start + step])
                 if len(places):
                     as_it_lies = plain and plain[i] and rows.flags.writeable  # torch takes no read-only memory
                     x = torch.from_numpy(rows) if as_it_lies else to_grid(torch.from_numpy(np.asarray(rows)[places]))
@@ -170,6 +172,12 @@ class Rows:
                 if found:
                     return f"{name}: row {start + found[0]} {found[1]}"
         return ""
+
+
+def _even_step(num: int, most: int, threads: int) -> int:
+    """Rows of a block, so that the blocks are a multiple of the threads where there are several."""
+    blocks = -(-num // most)
+    return -(-num // (-(-blocks // threads) * threads)) if blocks > 1 else most
 
 
 def _on_grid(rows: np.ndarray) -> bool:

@@ -56,7 +56,8 @@ class Share:
 
     def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Positions (P,) among the rank's rows, in host memory, and grid rows (P, D) on the device."""
-        return ((positions, x.to(self.device)) for positions, x in self.rows.blocks(self.block_rows, self.plain))
+        blocks = self.rows.blocks(self.block_rows, self.plain, self.threads)
+        return ((positions, x.to(self.device)) for positions, x in blocks)
 
     def row_blocks(self) -> Iterator[RowBlock]:
         """The good rows by blocks, on the device."""

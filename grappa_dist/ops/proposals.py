@@ -122,10 +122,10 @@ class Proposals:
     distances: Tensor  # (P, t) float32, squared, ascending
     labels: Tensor  # (P, t) int64
     error: float
-    """The nearest estimate is off by no more than this (of bounded rows: if it is of a centroid within the base). No other
-    one, nor the last one as an estimate of those that were not proposed, lies further above the true squared distance.
-    Where places are free, those that were not proposed are not the nearest; and where rows are bounded and the second
-    place is free, nor is the first."""
+    """The nearest estimate is off by no more than this (of bounded rows: if it is of a centroid within the base). No
+    other one, nor the last one as an estimate of those that were not proposed, lies further above the true squared
+    distance. Where places are free, those that were not proposed are not the nearest; and where rows are bounded and
+    the second place is free, nor is the first."""
 
 
 class Proposer(Protocol):

@@ -38,8 +38,9 @@ def test_faiss_proposes_best_first_within_the_error_bound(num: int, dim: int) ->
 def test_blocks_give_every_good_row_once_whatever_their_size() -> None:
     rows = two_shards()
     whole = to_grid(torch.from_numpy(np.concatenate(rows.shards)))
-    for size in (1, 2, 3, 100):
-        places, parts = zip(*rows.blocks(size), strict=True)
+    for size, threads in ((1, 1), (2, 1), (2, 3), (3, 2), (100, 2)):
+        places, parts = zip(*rows.blocks(size, threads=threads), strict=True)
+        assert max(map(len, parts)) <= size
         assert torch.cat(places).tolist() == [0, 2, 3, 6, 7]
         assert torch.equal(torch.cat(parts), whole[torch.cat(places)])
     assert (len(rows), rows.num_good) == (8, 5)
