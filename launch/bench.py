@@ -1,6 +1,7 @@
 """Measures what the documentation claims about speed: ratios against judges, from one run on one machine.
 
 python launch/bench.py kmeans --rows 20000 --num-labels 64 1024 --threads 2
+python launch/bench.py methods --rows 20000 --num-labels 1024
 python launch/bench.py data --rows 512 --threads 2
 """
 
@@ -18,7 +19,7 @@ if importlib.util.find_spec("grappa_dist") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from grappa_dist.artifacts import write_json
-from grappa_dist.bench import data, data_table
+from grappa_dist.bench import data, data_table, methods
 from grappa_dist.bench.arguments import OneLineParser
 from grappa_dist.bench.kmeans import DRAWN_DIM, DRAWN_ROWS, KMeansSettings, measure_kmeans
 from grappa_dist.bench.machine import machine
@@ -35,6 +36,12 @@ The machine should do nothing else: where `CPU s` is far below seconds x threads
 ratio of CPU seconds says something."""
 
 
+METHODS = """The methods of `clustering.method` against exact k-means: time, seeding included, and what they cost in
+inertia and labels, on the same drawn rows; and exact k-means with a bound on the size of clusters."""
+
+METHODS_EXAMPLE = """example, half a minute:
+  python launch/bench.py methods --rows 20000 --num-labels 1024 --probes 4 --json methods.json"""
+
 DATA = """Reading, decoding and cropping images: ours against a plain webdataset + DataLoader loop (by Pillow, and by
 our own decoding) and against decoding alone, from memory. The same images, crops and number of threads or processes.
 Prints images/s and ratios (ours / judge: above 1, ours is faster), for the augmented crops of training and for test
@@ -48,8 +55,9 @@ DATA_EXAMPLE = """example, half a minute:
 
 def arguments() -> argparse.ArgumentParser:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="kmeans|data")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="kmeans|methods|data")
     kmeans_arguments(commands)
+    methods_arguments(commands)
     data_arguments(commands)
     return parser
 
@@ -75,6 +83,26 @@ def kmeans_arguments(commands: Any) -> None:
     add("--init", choices=("none", "ours", "both"), default="ours", help="whose k-means++ to time; default: ours")
     add("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
     add("--json", type=Path, metavar="FILE", help="all numbers, also of single runs")
+
+
+def methods_arguments(commands: Any) -> None:
+    ways = commands.add_parser(
+        "methods",
+        help="shortcuts against exact k-means",
+        description=METHODS,
+        epilog=METHODS_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = ways.add_argument
+    add("--rows", type=int, default=60_000, metavar="N", help="default: %(default)s")
+    add("--dim", type=int, default=128, metavar="D", help="default: %(default)s")
+    add("--num-labels", type=int, default=4096, metavar="K", help="default: %(default)s")
+    add("--iterations", type=int, default=10, metavar="N", help="updates of the centroids; default: %(default)s")
+    add("--probes", type=int, nargs="+", default=[4, 8, 16], metavar="N", help="of lists; default: %(default)s")
+    add("--sample-rows-per-cluster", type=int, default=4, metavar="N", help="default: %(default)s")
+    add("--balance", type=float, default=1.5, metavar="B", help="of one more exact run; default: %(default)s")
+    add("--threads", type=int, default=2, metavar="N", help="default: %(default)s")
+    add("--json", type=Path, metavar="FILE", help="all numbers")
 
 
 def data_arguments(commands: Any) -> None:
@@ -108,6 +136,13 @@ def run_kmeans(asked: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     return as_text(header, findings), as_json(header, findings)
 
 
+def run_methods(asked: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    settings = methods.MethodsSettings(**{**asked, "probes": tuple(asked["probes"])})
+    header = machine(settings.threads)
+    ways = methods.measure_methods(settings, tell)
+    return methods.as_text(header, settings, ways), methods.as_json(header, settings, ways)
+
+
 def run_data(asked: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     asked["views"] = tuple(asked["views"])
     asked["shards"] = tuple(asked["shards"]) if asked["shards"] else None
@@ -125,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked = vars(arguments().parse_args(argv))
     path, command = asked.pop("json"), asked.pop("command")
     try:
-        text, numbers = {"kmeans": run_kmeans, "data": run_data}[command](asked)
+        text, numbers = {"kmeans": run_kmeans, "methods": run_methods, "data": run_data}[command](asked)
         print(text)
         if path is not None:
             write_json(path, numbers)

@@ -1,21 +1,18 @@
 """The ways to cluster against exact k-means: time and inertia on the same drawn rows, seeding included.
 
-python -m grappa_dist.bench.methods --rows 60000 --dim 128 --num-labels 4096 --threads 1
-
 Shapes: P rows, K centroids, D dimensions.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
-from grappa_dist.bench.arguments import OneLineParser
-from grappa_dist.bench.machine import machine
+from grappa_dist.bench.kmeans import Tell
 from grappa_dist.bench.rows import drawn_rows
 from grappa_dist.bench.table import aligned, aligned_header
 from grappa_dist.bench.timing import Timing, timed
@@ -35,74 +32,106 @@ WAYS: tuple[tuple[Name, Assignment], ...] = (
 )
 
 
-def arguments() -> argparse.ArgumentParser:
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--rows", type=int, default=60_000, metavar="N", help="default: %(default)s")
-    add("--dim", type=int, default=128, metavar="D", help="default: %(default)s")
-    add("--num-labels", type=int, default=4096, metavar="K", help="default: %(default)s")
-    add("--iterations", type=int, default=10, metavar="N", help="updates of the centroids; default: %(default)s")
-    add("--probes", type=int, nargs="+", default=[4, 8, 16], metavar="N", help="of lists; default: %(default)s")
-    add("--sample-rows-per-cluster", type=int, default=4, metavar="N", help="default: %(default)s")
-    add("--balance", type=float, default=1.5, metavar="B", help="of one more exact run; default: %(default)s")
-    add("--threads", type=int, default=2, metavar="N", help="default: %(default)s")
-    return parser
+@dataclass(frozen=True)
+class MethodsSettings:
+    """What to measure."""
+
+    rows: int
+    dim: int
+    num_labels: int
+    iterations: int
+    probes: tuple[int, ...]
+    sample_rows_per_cluster: int
+    balance: float
+    threads: int
+
+    def check(self) -> None:
+        """Raises a ValueError that names the flag."""
+        for name in ("rows", "dim", "iterations", "sample_rows_per_cluster", "threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        if not 1 <= self.num_labels <= self.rows:
+            raise ValueError(f"--num-labels must be from 1 to the number of rows, {self.rows}, got {self.num_labels}")
+        if min(self.probes) < 1:
+            raise ValueError(f"--probes must be at least 1, got {min(self.probes)}")
+        if self.balance < 1:
+            raise ValueError(f"--balance must be at least 1, got {self.balance}")
 
 
-def measure(asked: argparse.Namespace) -> list[tuple[str, Clustering, Timing]]:
-    """Name, result and time of every way."""
-    torch.set_num_threads(asked.threads)
-    rows = drawn_rows(asked.rows, asked.dim, 0)
+@dataclass(frozen=True)
+class Way:
+    """What one way to cluster did."""
+
+    title: str
+    clustering: Clustering
+    timing: Timing
+
+
+def measure_methods(settings: MethodsSettings, tell: Tell) -> list[Way]:
+    """Every way, exact k-means first."""
+    settings.check()
+    torch.set_num_threads(settings.threads)
+    tell("rows")
+    rows = drawn_rows(settings.rows, settings.dim, 0)
     share = join_rows(Comm(), Rows([rows], [np.ones(len(rows), dtype=bool)]), device=torch.device("cpu"))
-    found = []
+    ways = []
     for name, assignment in WAYS:
         through_lists = "approximate" in (name, assignment)
-        for probes in asked.probes if through_lists else asked.probes[:1]:
+        for probes in settings.probes if through_lists else settings.probes[:1]:
             title = f"{name}, {assignment} labels" + (f", {probes} probes" if through_lists else "")
-            found.append((title, *_run(share, asked, Choice(name, assignment, ""), probes=probes)))
-    bounded = _run(share, asked, Choice("exact", "exact", ""), balance=asked.balance)
-    return [*found, (f"exact, balance {asked.balance:g}", *bounded)]
+            tell(title)
+            ways.append(_run(share, settings, title, _method(settings, Choice(name, assignment, ""), probes)))
+    title = f"exact, balance {settings.balance:g}"
+    tell(title)
+    return [*ways, _run(share, settings, title, _method(settings, Choice("exact", "exact", ""), 1, settings.balance))]
 
 
-def _run(
-    share: Share, asked: argparse.Namespace, choice: Choice, *, probes: int = 1, balance: float | None = None
-) -> tuple[Clustering, Timing]:
-    method = Method(
+def _method(settings: MethodsSettings, choice: Choice, probes: int, balance: float | None = None) -> Method:
+    return Method(
         choice=choice,
-        iterations=asked.iterations,
-        sample_rows_per_cluster=asked.sample_rows_per_cluster,
+        iterations=settings.iterations,
+        sample_rows_per_cluster=settings.sample_rows_per_cluster,
         probes=probes,
         balance=balance,
     )
-    return timed(lambda: cluster(share, asked.num_labels, method))
 
 
-def as_text(found: Sequence[tuple[str, Clustering, Timing]]) -> str:
-    best = found[0][1].result.inertia[-1]
+def _run(share: Share, settings: MethodsSettings, title: str, method: Method) -> Way:
+    return Way(title, *timed(lambda: cluster(share, settings.num_labels, method)))
+
+
+def as_json(header: dict[str, str], settings: MethodsSettings, ways: Sequence[Way]) -> dict[str, Any]:
+    return {"machine": header, "settings": vars(settings), "methods": [_figures(way, ways[0]) for way in ways]}
+
+
+def _figures(way: Way, exact: Way) -> dict[str, Any]:
+    result, agreement = way.clustering.result, way.clustering.agreement
+    return {
+        "name": way.title,
+        "seconds": way.timing.seconds,
+        "cpu_seconds": way.timing.cpu,
+        "inertia_over_exact": result.inertia[-1] / exact.clustering.result.inertia[-1] - 1,
+        "fitted_share": way.clustering.sampled_rows / int(result.counts.sum()),
+        "exact_labels_share": 1.0 if agreement is None else agreement.share,
+        "largest": int(result.counts.max()),
+    }
+
+
+def as_text(header: dict[str, str], settings: MethodsSettings, ways: Sequence[Way]) -> str:
+    shape = f"{settings.rows} drawn rows, {settings.dim} dimensions"
+    size = f"K={settings.num_labels}, {settings.iterations} updates"
     lines = [["", "seconds", "CPU s", "inertia over exact", "fitted to", "exact labels", "largest"]]
-    for title, clustering, timing in found:
-        result, agreement = clustering.result, clustering.agreement
+    for way in ways:
+        found = _figures(way, ways[0])
         lines.append(
             [
-                title,
-                f"{timing.seconds:.1f}",
-                f"{timing.cpu:.1f}",
-                f"{result.inertia[-1] / best - 1:+.2%}",
-                f"{clustering.sampled_rows / result.counts.sum():.0%}",
-                "100%" if agreement is None else f"{agreement.share:.2%}",
-                str(result.counts.max()),
+                way.title,
+                f"{found['seconds']:.1f}",
+                f"{found['cpu_seconds']:.1f}",
+                f"{found['inertia_over_exact']:+.2%}",
+                f"{found['fitted_share']:.0%}",
+                f"{found['exact_labels_share']:.2%}",
+                str(found["largest"]),
             ]
         )
-    return aligned(lines)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    asked = arguments().parse_args(argv)
-    shape = f"{asked.rows} drawn rows, {asked.dim} dimensions, K={asked.num_labels}, {asked.iterations} updates"
-    print(aligned_header({**machine(asked.threads), "rows": shape}))
-    print(as_text(measure(asked)))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return aligned_header({**header, "rows": f"{shape}, {size}"}) + "\n\n" + aligned(lines)

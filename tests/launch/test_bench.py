@@ -16,9 +16,13 @@ TINY = ["kmeans", "--rows", "400", "--dim", "32", "--num-labels", "5", "--iterat
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        ([], "the following arguments are required: kmeans|data"),
+        ([], "the following arguments are required: kmeans|methods|data"),
         (["knn"], "invalid choice: 'knn'"),
         (["kmeans", "--rows", "many"], "invalid int value: 'many'"),
+        (
+            ["methods", "--rows", "50", "--num-labels", "51"],
+            "--num-labels must be from 1 to the number of rows, 50",
+        ),
         (["data", "--threads", "0"], "--threads must be at least 1, got 0"),
         (["data", "--views", "both"], "invalid choice: 'both'"),
         (["data", "--shards", "nowhere"], "nothing at nowhere"),
