@@ -16,7 +16,7 @@ Name = Literal["exact", "sampled", "hierarchical", "approximate"]
 Assignment = Literal["exact", "approximate"]
 
 PAIRS = 5 * 10**13
-"""Pairs of row and centroid that `auto` spends on one part: about a day of one core at 5 x 10^8 a second."""
+"""Pairs of row and centroid that `auto` spends on one part: about a day and a half of one core (docs/scale.md)."""
 
 
 @dataclass(frozen=True)
