@@ -51,6 +51,7 @@ def lists_of(centroids: Tensor) -> Lists:
         block_rows=BLOCK_ROWS,
         device=centroids.device,
         plain=(True,),
+        threads=torch.get_num_threads(),
         squares=exact_square(centroids).cpu(),
         proposer=FloatProposer(nearest),
     )

@@ -6,6 +6,7 @@ change a result: faiss on the CPU, faiss on a GPU where it was built for one, to
 
 from __future__ import annotations
 
+import platform
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from grappa_dist.ops.knn import largest_in_floats
 from grappa_dist.ops.proposals import nearest_in_floats
 
 _GRID_ROWS = 128  # looked at in a core's cache
+_KNOWN_SUMS = ("x86_64", "AMD64")
 _TRIED_ROWS = 2048  # in the trial of bfloat16
 
 
@@ -46,9 +48,10 @@ def halves_pay(device: torch.device) -> bool:
     """Whether products in bfloat16, with their sums in float32, are the faster ones here.
 
     Asked of the machine itself, since a processor without them imitates them, slowly. A GPU keeps to float32: its sums
-    of bfloat16 products may be shortened on the way, and no bound of ours has been held against that.
+    of bfloat16 products may be shortened on the way, and no bound of ours has been held against that; nor do processors
+    other than those of x86 round each sum to the nearest float32.
     """
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    if device.type != "cpu" or platform.machine() not in _KNOWN_SUMS or not torch.backends.mkldnn.is_available():
         return False
     x, c = torch.ones(_TRIED_ROWS, 384), torch.ones(256, 384)
     return 1.3 * _seconds(x.bfloat16(), c.bfloat16()) < _seconds(x, c)
@@ -175,7 +178,7 @@ class Rows:
 
 
 def _even_step(num: int, most: int, threads: int) -> int:
-    """Rows of a block, so that the blocks are a multiple of the threads where there are several."""
+    """Rows of a block, so that the blocks are about a multiple of the threads where there are several."""
     blocks = -(-num // most)
     return -(-num // (-(-blocks // threads) * threads)) if blocks > 1 else most
 

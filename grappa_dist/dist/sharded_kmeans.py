@@ -55,7 +55,7 @@ class KMeansResult:
     inertia: list[float]  # sum of squared distances before each update, then that of the returned labels
     empty_repaired: int  # empty clusters given a part of another, over all iterations
     empty_left: int  # labels without a row
-    exact_share: float  # of all assignments, those that floats alone could not decide; depends on ranks and blocks
+    exact_share: float  # of all assignments, those left open by estimates; depends on ranks, blocks and machine
     searched_share: float  # of all distances to all centroids, those that bounds did not spare; likewise
 
 

@@ -46,13 +46,9 @@ class Share:
     block_rows: int
     device: torch.device
     plain: tuple[bool, ...]  # which of the rank's shards need no preparation
+    threads: int  # so many blocks are worked on side by side; a GPU has threads of its own
     squares: Tensor  # (good rows,) float64 scratch, exact |x|^2 in units of 2**-48
     proposer: Proposer
-
-    @property
-    def threads(self) -> int:
-        """How many blocks are worked on side by side; a GPU has threads of its own."""
-        return 1 if self.device.type == "cuda" else torch.get_num_threads()
 
     def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Positions (P,) among the rank's rows, in host memory, and grid rows (P, D) on the device."""
@@ -88,11 +84,14 @@ def join_rows(comm: Comm, rows: Rows, *, block_rows: int = BLOCK_ROWS, device: t
         raise ValueError(f"rows must have the same dimension on every rank, found {dims}")
     first, num_good = int(table[: comm.rank, 0].sum()), int(table[:, 1].sum())
     plain = rows.plain(block_rows)
-    squares, proposer = _measured(rows, (block_rows, plain), device)
-    return Share(comm, rows, dims[0] if dims else 0, first, num_good, block_rows, device, plain, squares, proposer)
+    threads = 1 if device.type == "cuda" else torch.get_num_threads()
+    squares, proposer = _measured(rows, (block_rows, plain, threads), device)
+    return Share(
+        comm, rows, dims[0] if dims else 0, first, num_good, block_rows, device, plain, threads, squares, proposer
+    )
 
 
-def _measured(rows: Rows, blocks: tuple[int, tuple[bool, ...]], device: torch.device) -> tuple[Tensor, Proposer]:
+def _measured(rows: Rows, blocks: tuple[int, tuple[bool, ...], int], device: torch.device) -> tuple[Tensor, Proposer]:
     """The rows' exact squared norms, and the faster way to propose centroids to them on this machine."""
     halves = halves_pay(device)
 

@@ -31,7 +31,7 @@ class Stats:
     """What some rows say about the centroids; adds up over rows, and rows may be taken away again."""
 
     counts: Tensor  # (K,) int64
-    sums: Tensor  # (K, D) int64, in units of 2**-24: 2**38 unit rows fit
+    sums: Tensor  # (K, D) int64, in units of 2**-24: 2**37 unit rows fit
     squares: Tensor  # (2, K) int64, sum of |x|^2 in units of 2**-48: low 24 bits of the rows' values, and the rest
 
     @staticmethod
@@ -139,7 +139,7 @@ def _split_largest(new: Tensor, counts: Sequence[int], spreads: Sequence[int], s
             np.frombuffer(hashlib.shake_256(f"{step}/{empty}".encode()).digest(dim // 8 + 1), np.uint8)
         )
         signs = torch.from_numpy(bits[:dim].astype(np.float64) * 2 - 1).to(new.device)
-        new[empty] = to_grid(new[source].double() + length * signs)
+        new[empty] = to_grid((new[source].double() + length * signs).clamp(-1, 1))
         repaired += 1
         if -size // 2 > 1:
             heapq.heapreplace(largest, (-(-size // 2), source))

@@ -50,7 +50,7 @@ def assign(
     squares = exact_square(x) if squares is None else squares
     reach = torch.full_like(squares, math.inf) if within is None else within
     base = squares / GRID**2 if within is None else within.clamp(max=_FARTHEST)
-    prepared = centroids.proposer.rows(x, squares, base, bounded=within is not None)
+    prepared = centroids.proposer.rows(x, squares, base, within_base=within is not None)
     found = centroids.proposer.nearest(prepared, centroids, min(centroids.proposer.places, len(centroids.values)))
     reach = torch.minimum(reach, found.distances[:, 0].double() + found.error)
     possible = found.distances.double() - found.error <= reach[:, None]  # (P, t)

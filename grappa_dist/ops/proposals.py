@@ -21,9 +21,10 @@ from grappa_dist.ops.exact import GRID, cached_rows, exact_square
 _TILE = 2**23  # elements of the largest float32 table made at once
 _CACHED_TILE = 2**20  # of products in bfloat16: few enough to stay in a core's cache
 _HALF = 2.0**-8  # rounding to bfloat16 errs by this share at most
-_DIGITS = _HALF**2  # the same for a sum of two bfloat16
-_ROW_STEP, _COLUMN_STEP = 128, 32  # shapes of products are multiples of these
-_NEAR = 2.0**-5  # scores up to this size are rounded as this one
+_TWO_DIGITS = _HALF**2  # the same for a sum of two bfloat16
+# oneDNN compiles a kernel for every new shape, which takes as long as the product: shapes are multiples of these
+_ROW_STEP, _COLUMN_STEP = 128, 32
+_LEAST_SCALE = 2.0**-5  # scores up to this size are rounded as this one
 _EXTRA = 4  # columns beside the dimensions: two digits for each of two offsets
 
 Search = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
@@ -102,7 +103,7 @@ class PreparedRows:
     form: Tensor  # (P or some more, E): spare rows at the end make the number of rows a multiple of `step`
     base: Tensor  # (P,) float32, the squared distance from which the form makes others be counted
     norm: float  # the largest |x|
-    bounded: bool  # no nearest centroid is farther than the base
+    within_base: bool  # only centroids within the base matter
     step: int = 1
 
     def pick(self, rows: Tensor) -> PreparedRows:
@@ -122,10 +123,10 @@ class Proposals:
     distances: Tensor  # (P, t) float32, squared, ascending
     labels: Tensor  # (P, t) int64
     error: float
-    """The nearest estimate is off by no more than this (of bounded rows: if it is of a centroid within the base). No
-    other one, nor the last one as an estimate of those that were not proposed, lies further above the true squared
-    distance. Where places are free, those that were not proposed are not the nearest; and where rows are bounded and
-    the second place is free, nor is the first."""
+    """The nearest estimate is off by no more than this (where only centroids within the base matter: if it is of one of
+    these). No other one, nor the last one as an estimate of those that were not proposed, lies further above the true
+    squared distance. Where places are free, those that were not proposed are not the nearest; and where only centroids
+    within the base matter and the second place is free, there are none."""
 
 
 class Proposer(Protocol):
@@ -137,13 +138,13 @@ class Proposer(Protocol):
 
     def centroids(self, values: Tensor, squares: Tensor) -> Centroids: ...
 
-    def rows(self, x: Tensor, squares: Tensor, base: Tensor, *, bounded: bool) -> PreparedRows:
+    def rows(self, x: Tensor, squares: Tensor, base: Tensor, *, within_base: bool) -> PreparedRows:
         """Prepares grid rows with their exact squared norms (P,) float64 in units of 2**-48.
 
         Args:
             base: (P,) float64 squared distances about as large as that of the nearest centroid: estimates near them are
                 the sharpest.
-            bounded: the base is at least that distance, so centroids farther away need no second proposal beside them.
+            within_base: only centroids at most so far away matter.
         """
 
     def nearest(self, rows: PreparedRows, centroids: Centroids, t: int) -> Proposals: ...
@@ -164,8 +165,8 @@ class FloatProposer:
     def centroids(self, values: Tensor, squares: Tensor) -> Centroids:
         return Centroids(values, squares, norm_of(squares), self, values)
 
-    def rows(self, x: Tensor, squares: Tensor, base: Tensor, *, bounded: bool) -> PreparedRows:
-        return PreparedRows(x, base.float(), norm_of(squares), bounded)
+    def rows(self, x: Tensor, squares: Tensor, base: Tensor, *, within_base: bool) -> PreparedRows:
+        return PreparedRows(x, base.float(), norm_of(squares), within_base)
 
     def nearest(self, rows: PreparedRows, centroids: Centroids, t: int) -> Proposals:
         distances, labels = self.search(rows.form, centroids.form, t)
@@ -195,9 +196,9 @@ class HalfProposer:
         form = _form(values, squares / (-2 * GRID**2), 0)
         return Centroids(values, squares, norm_of(squares), self, form, self.left_out(values))
 
-    def rows(self, x: Tensor, squares: Tensor, base: Tensor, *, bounded: bool) -> PreparedRows:
-        form = _spare_rows(_form(x, (base - squares / GRID**2) / 2, 1), _ROW_STEP)
-        return PreparedRows(form, base.float(), norm_of(squares), bounded, _ROW_STEP)
+    def rows(self, x: Tensor, squares: Tensor, base: Tensor, *, within_base: bool) -> PreparedRows:
+        form = _form(x, (base - squares / GRID**2) / 2, 1, _ROW_STEP)
+        return PreparedRows(form, base.float(), norm_of(squares), within_base, _ROW_STEP)
 
     def nearest(self, rows: PreparedRows, centroids: Centroids, t: int) -> Proposals:
         error, targets = self._error(rows, centroids), _spare_rows(centroids.form, _COLUMN_STEP)
@@ -205,78 +206,79 @@ class HalfProposer:
         found = []
         for tile, base in zip(rows.form.split(size), rows.base.split(size), strict=True):
             products = (tile @ targets.T)[: len(base), : len(centroids.form)]
-            found.append(_best_columns(products.float(), t, error, bounded=rows.bounded))
+            found.append(_best_columns(products.float(), t, error, within_base=rows.within_base))
         scores, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
-        largest = _largest(scores[:, 0], error, bounded=rows.bounded)
-        # Scores below -largest round more coarsely than the error allows for: what is beyond it is added to them.
-        scores = torch.where(scores < -largest, (1 - _HALF) * scores - _HALF * largest, scores)
+        scale = _score_scale(scores[:, 0], error, within_base=rows.within_base)
+        # Scores below -scale round more coarsely than the error allows for: what is beyond it is added to them.
+        scores = torch.where(scores < -scale, (1 - _HALF) * scores - _HALF * scale, scores)
         distances = rows.base[:, None] - 2 * scores
-        rounding = 2.0**-22 * (float(rows.base.max()) + 2 * largest)  # of base and of the difference
-        return Proposals(distances, labels, 2 * (error + _HALF * largest) + rounding)
+        rounding = 2.0**-22 * (float(rows.base.max()) + 2 * scale)  # of base and of the difference
+        return Proposals(distances, labels, 2 * (error + _HALF * scale) + rounding)
 
     def _error(self, rows: PreparedRows, centroids: Centroids) -> float:
         """Of a score before its own rounding."""
         x, c = rows.norm + self.rest, centroids.norm + centroids.rest
         offsets = c**2 / 2 + (x**2 + float(rows.base.max())) / 2
-        rounded = self.rest * c + x * centroids.rest + _DIGITS * offsets
+        rounded = self.rest * c + x * centroids.rest + _TWO_DIGITS * offsets
         return rounded + float_error(rows.form.shape[1], x * c + 2 * offsets)
 
 
-def _form(values: Tensor, offset: Tensor, place: int) -> Tensor:
+def _form(values: Tensor, offset: Tensor, place: int, step: int = 1) -> Tensor:
     """(n, D + 4) in bfloat16: the values; two digits of the offset, from column D + 2 place; and ones for the other's.
 
-    So a product of two such forms with unlike places is that of the values plus both offsets.
+    So a product of two such forms with unlike places is that of the values plus both offsets. Rows of zeros make their
+    number a multiple of `step`.
     """
-    dim = values.shape[1]
-    form = torch.empty(len(values), dim + _EXTRA, dtype=torch.bfloat16, device=values.device)
-    form[:, :dim], form[:, dim:] = values, 1
+    num, dim = values.shape
+    form = torch.empty(num + -num % step, dim + _EXTRA, dtype=torch.bfloat16, device=values.device)
+    form[:num, :dim], form[:num, dim:], form[num:] = values, 1, 0
     first = offset.bfloat16()
-    form[:, dim + 2 * place], form[:, dim + 2 * place + 1] = first, offset - first.double()
+    column = dim + 2 * place
+    form[:num, column], form[:num, column + 1] = first, offset - first.double()
     return form
 
 
 def _spare_rows(form: Tensor, step: int) -> Tensor:
-    """The form with rows of zeros that make their number a multiple of `step`.
-
-    oneDNN compiles a kernel for every new shape, which takes longer than the product itself: shapes must be few.
-    """
+    """The form with rows of zeros that make their number a multiple of `step`."""
     spare = -len(form) % step
     return torch.cat([form, form.new_zeros(spare, form.shape[1])]) if spare else form
 
 
-def _largest(scores: Tensor, error: float, *, bounded: bool) -> float:
-    """The size of the largest first score that matters: where rows are bounded, those below 0 are of no nearest one."""
-    return max(_NEAR, 8 * error, float(scores.max()), 0.0 if bounded else -float(scores.min()))
+def _score_scale(scores: Tensor, error: float, *, within_base: bool) -> float:
+    """The size of the largest first score that matters: where only centroids within the base do, those are above 0.
+
+    Never so small that scores which are off by the gap of `_best_columns` could leave it.
+    """
+    return max(_LEAST_SCALE, 8 * error, float(scores.max()), 0.0 if within_base else -float(scores.min()))
 
 
-def _best_columns(table: Tensor, t: int, error: float, *, bounded: bool) -> tuple[Tensor, Tensor]:
+def _best_columns(table: Tensor, t: int, error: float, *, within_base: bool) -> tuple[Tensor, Tensor]:
     """The largest entries per row, (P, t), descending, and their columns: as many as may matter. Uses the table up.
 
     Places of a row stay free, at -inf, once an entry lies so far below the first that no later one can be the largest
-    true score; the second at the earliest, or, where true scores of 0 or more are known to exist, once entries lie so
-    far below 0.
+    true score; the second at the earliest, or, where only true scores of 0 or more matter, once entries lie so far
+    below 0.
 
     Args:
         error: of an entry, beside the rounding to bfloat16.
-        bounded: the largest true score of each row, in this table or elsewhere, is at least 0.
     """
     values = torch.full((len(table), t), -math.inf, device=table.device)
     columns = torch.zeros((len(table), t), dtype=torch.int64, device=table.device)
-    rows, floor = torch.arange(len(table), device=table.device), values[:, 0]
+    rows, cutoff = torch.arange(len(table), device=table.device), values[:, 0]
     for place in range(t):
         found = _argmax(table)[:, None]
         best = table.gather(1, found)
         values[:, place].index_copy_(0, rows, best[:, 0])
         columns[:, place].index_copy_(0, rows, found[:, 0])
-        if place == 0:
-            gap = 2 * (error + _HALF * _largest(best, error, bounded=bounded)) * (1 + 2 * _HALF)
-            floor = values[:, 0] - gap
-            near = (best[:, 0] >= -gap).nonzero()[:, 0] if bounded else None
-        else:
-            near = (best[:, 0] >= floor[rows]).nonzero()[:, 0]
-        if place == t - 1 or (near is not None and not len(near)):
+        if place == t - 1:
             break
-        if near is not None and len(near) < len(rows):
+        if place == 0:
+            gap = 2 * (error + _HALF * _score_scale(best, error, within_base=within_base)) * (1 + 2 * _HALF)
+            cutoff = (best[:, 0] - gap).clamp(min=-gap) if within_base else best[:, 0] - gap
+        near = (best[:, 0] >= cutoff[rows]).nonzero()[:, 0]
+        if not len(near):
+            break
+        if len(near) < len(rows):
             rows, table, found = rows[near], table.index_select(0, near), found[near]
         table.scatter_(1, found, -math.inf)
     return values, columns

@@ -87,14 +87,14 @@ def _open_rows(x: Tensor, centroids: GroupedCentroids, bounds: Bounds) -> _Block
     first_time = bool((own < 0).any())
     if first_time or len(centroids.parts) == 1:  # the search of the only group finds the own
         base = squares / GRID**2 if first_time else bounds.upper[rows].double().square()
-        prepared = proposer.rows(some, squares, base, bounded=not first_time)
+        prepared = proposer.rows(some, squares, base, within_base=not first_time)
         return _Block(rows, some, squares, own, torch.full_like(squares, math.inf), prepared)
     in_order = torch.arange(len(rows), device=x.device)
     distances = pair_squares(some, squares, centroids.whole, (in_order, own)) / GRID**2
     bounds.upper[rows] = _root(distances, 1 + SLACK)
     still = _most_or_these((bounds.lower[rows] <= bounds.upper[rows, None]).any(1))
     some, squares, distances = _pick(some, still), squares[still], distances[still]
-    prepared = proposer.rows(some, squares, distances, bounded=True)
+    prepared = proposer.rows(some, squares, distances, within_base=True)
     return _Block(rows[still], some, squares, own[still], distances, prepared)
 
 

@@ -114,3 +114,13 @@ def test_clusters_of_equal_rows_are_not_split() -> None:
     new, repaired = finished(c, stats_of(row.repeat(9, 1), c))
     assert repaired == 0
     assert torch.equal(new, c)
+
+
+def test_a_cluster_near_an_axis_is_split_inside_of_the_grid() -> None:
+    rows = to_grid(torch.tensor([[-0.9922, 0.1247], [-0.9922, -0.1247]]))
+    counts, sums = torch.tensor([2, 0]), torch.stack([torch.from_numpy(integers(rows)).sum(0), torch.zeros(2)]).long()
+    stats = Stats(counts, sums, torch.zeros(2, 2, dtype=torch.int64))
+    new, repaired = finish(rows[:1].repeat(2, 1), stats, [2**50, 0], 0)
+    assert repaired == 1
+    assert float(new.abs().max()) <= 1
+    assert not torch.equal(new[0], new[1])
