@@ -25,6 +25,7 @@ from grappa_dist.bench.photos import drawn_shards, users_shards
 from grappa_dist.bench.timing import Timing, turns
 from grappa_dist.data.decoding import BadImage, Picture, Pixels, decode, open_picture
 from grappa_dist.data.loader import load_or_skip, read_batches
+from grappa_dist.data.progress import Tell
 from grappa_dist.data.shards import IMAGE_SUFFIXES, ImageShards
 from grappa_dist.data.transforms import Preprocess, draw_crop, view_generator
 
@@ -38,8 +39,6 @@ OURS, PLAIN, SAME, ALONE, JPEG = (
 AUGMENTED, TEST = "augmented", "test"
 MIN_CROP_AREA = 0.25
 _TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
-
-Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)

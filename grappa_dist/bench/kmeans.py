@@ -10,7 +10,6 @@ Shapes: P rows, K centroids, D dimensions.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,6 +19,7 @@ import torch
 from grappa_dist.bench.rows import CLASSES, SUBCLASSES, TASKS, drawn_rows, read_rows, squared_error
 from grappa_dist.bench.scaling import Memory, Scaling, measure_memory, measure_scaling
 from grappa_dist.bench.timing import CAN_WATCH_MEMORY, Timing, timed, turns
+from grappa_dist.data.progress import Tell
 from grappa_dist.dist.comm import Comm
 from grappa_dist.dist.judges import (
     SUPER_MIN_DIM,
@@ -39,8 +39,6 @@ SAME_OBJECTIVE = 1e-3  # sides whose objectives differ by a larger share did not
 _SAME_START = 1e-3  # faiss adds up in float32
 _WARM_UP_ROWS = 1024
 DRAWN_ROWS, DRAWN_DIM = 133_339, 384  # of the unlabelled images of four real tasks, by a small ViT
-
-Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)

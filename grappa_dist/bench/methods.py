@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from grappa_dist.bench.kmeans import Tell
 from grappa_dist.bench.rows import drawn_rows
 from grappa_dist.bench.table import aligned, aligned_header
 from grappa_dist.bench.timing import Timing, timed
+from grappa_dist.data.progress import Tell
 from grappa_dist.dist.comm import Comm
 from grappa_dist.dist.methods import Clustering, Method, cluster
 from grappa_dist.dist.search import Rows
