@@ -19,7 +19,7 @@ from torch import Tensor
 
 from grappa_dist.ops.exact import GRID, exact_dot, exact_square
 from grappa_dist.ops.nearest import pair_dots
-from grappa_dist.ops.proposals import Search, best_in_floats, float_error
+from grappa_dist.ops.proposals import Search, best_in_floats, float_error, norm_of
 
 _SLACK = 8  # proposals beyond k: near-ties at the end of a list mostly fit in
 _TILE = 2**23  # elements of the largest float64 table made at once
@@ -79,8 +79,8 @@ def extend(best: Neighbours, queries: Block, targets: Block, search: Search = la
         return best
     t = min(m, k + 1 + _SLACK)
     floats, proposed = search(queries.rows, targets.rows, t)
-    sizes = [math.sqrt(float(exact_square(rows).max())) / GRID for rows in (queries.rows, targets.rows)]
-    error = float_error(queries.rows.shape[1], math.prod(sizes))
+    norms = [norm_of(exact_square(rows)) for rows in (queries.rows, targets.rows)]
+    error = float_error(queries.rows.shape[1], math.prod(norms))
     floor = best.scores[:, -1] / GRID**2 - error  # (P,)
     if t > k:
         floor = torch.maximum(floor, floats[:, k].double() - 2 * error)

@@ -9,16 +9,15 @@ Shapes: P rows of one block, K centroids, L lists, D dimensions, p probes.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from grappa_dist.ops.exact import GRID, exact_dot, exact_square
-from grappa_dist.ops.nearest import FAR, Assignment, assign, pair_squares
-from grappa_dist.ops.proposals import Centroids, float_error
+from grappa_dist.ops.exact import exact_dot, exact_square
+from grappa_dist.ops.nearest import FAR, Assignment, assign, nearest_of_pairs
+from grappa_dist.ops.proposals import Centroids, float_error, norm_of
 
 PROPOSALS = 4  # centroids per row that floats propose
 Propose = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
@@ -93,21 +92,16 @@ def assign_probed(x: Tensor, lists: Lists, probes: int, propose: Propose | None 
     if propose is None or not len(x):
         return Probed(_search_lists(x, lists, probed), searched)
     distances, proposed = propose(x, probed, PROPOSALS)  # (P, t)
-    norms = [math.sqrt(float(s.max())) / GRID for s in (exact_square(x), lists.whole.squares)]
-    gap = 2 * float_error(x.shape[1], sum(norms) ** 2)
+    squares = exact_square(x)
+    gap = 2 * float_error(x.shape[1], (norm_of(squares) + lists.whole.norm) ** 2)
     possible = (distances.double() <= distances[:, :1].double() + gap) & (proposed >= 0)
-    labels = proposed[:, 0].clone()
-    squares = _exact_squares(x, lists.whole, labels)
-    for column in range(1, PROPOSALS - 1):
-        rows = possible[:, column].nonzero()[:, 0]
-        rivals = proposed[rows, column]
-        theirs = _exact_squares(x[rows], lists.whole, rivals)
-        _take_closer(labels, squares, rows, (rivals, theirs))
+    rows, places = possible[:, :-1].nonzero().unbind(1)
+    nearest = nearest_of_pairs(x, squares, lists.whole, (rows, proposed[rows, places]))
     more = possible[:, -1].nonzero()[:, 0]  # as near as the floats can tell, and there may be others
     if len(more):
         found = _search_lists(x[more], lists, probed[more])
-        labels[more], squares[more] = found.labels, found.squares
-    return Probed(Assignment(labels, squares, int(possible[:, 1].sum())), searched)
+        nearest.labels[more], nearest.squares[more] = found.labels, found.squares
+    return Probed(replace(nearest, undecided=int(possible[:, 1].sum())), searched)
 
 
 def _search_lists(x: Tensor, lists: Lists, probed: Tensor) -> Assignment:
@@ -130,11 +124,3 @@ def _take_closer(labels: Tensor, squares: Tensor, rows: Tensor, rivals: tuple[Te
     new, theirs = rivals
     closer = (theirs < squares[rows]) | ((theirs == squares[rows]) & (new < labels[rows]))
     labels[rows[closer]], squares[rows[closer]] = new[closer], theirs[closer]
-
-
-def _exact_squares(x: Tensor, centroids: Centroids, labels: Tensor) -> Tensor:
-    """Squared distance of each row to one centroid, (P,) int64."""
-    if not len(x):
-        return torch.zeros(0, dtype=torch.int64, device=x.device)
-    pairs = (torch.arange(len(x), device=x.device), labels)
-    return pair_squares(x, exact_square(x), centroids, pairs).long()
