@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from grappa_dist.dist.comm import Comm
-from grappa_dist.dist.lloyd import Updates, lloyd
+from grappa_dist.dist.lloyd import Progress, Updates, lloyd
 from grappa_dist.dist.row_labels import Passes, RowLabels, Settled, exactly
 from grappa_dist.dist.sampling import Draw
 from grappa_dist.dist.search import Rows, nearest
-from grappa_dist.dist.sharded_kmeans import Progress, kmeans
+from grappa_dist.dist.sharded_kmeans import kmeans
 from grappa_dist.dist.share import BLOCK_ROWS, Share
 from grappa_dist.dist.threads import side_by_side
 from grappa_dist.ops.exact import exact_square
@@ -102,8 +102,9 @@ def refine(share: Share, probes: int, start: Progress, how: Updates) -> tuple[Pr
     """Lloyd's iterations with assignment through lists, and the passes with the labels of the last centroids."""
     passes = Passes.over(share, len(start.centroids))
 
-    def advance(centroids: Tensor) -> None:
+    def advance(centroids: Tensor) -> Centroids:
         passes.advance(through_lists(centroids, probes), share.blocks())
+        return Centroids.of(centroids)
 
     def finish_all(centroids: Tensor, spreads: list[int], step: int) -> tuple[Tensor, int]:
         return finish(centroids, passes.stats, spreads, step, spherical=how.spherical)

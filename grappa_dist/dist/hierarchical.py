@@ -17,11 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grappa_dist.dist.lloyd import Updates, lloyd
+from grappa_dist.dist.lloyd import Progress, Updates, lloyd
 from grappa_dist.dist.lowest import PIECE, lowest
 from grappa_dist.dist.row_labels import Passes, Settled, exactly, label_rows, rows_at
 from grappa_dist.dist.scratch import scratch
-from grappa_dist.dist.sharded_kmeans import Progress
 from grappa_dist.dist.share import Share
 from grappa_dist.dist.threads import side_by_side
 from grappa_dist.ops.hashing import RACE_BITS, race_keys, row_hashes
@@ -92,8 +91,10 @@ def fit_in_families(
         how.on_update(start)
     passes = Passes.over(share, num_labels)
 
-    def advance(centroids: Tensor) -> None:
-        passes.advance(_inside(families, Centroids.of(centroids, families.share.proposer)), families.blocks())
+    def advance(centroids: Tensor) -> Centroids:
+        prepared = Centroids.of(centroids, share.proposer)
+        passes.advance(_inside(families, prepared), families.blocks())
+        return prepared
 
     def finish_each(centroids: Tensor, spreads: list[int], step: int) -> tuple[Tensor, int]:
         new, repaired = centroids.clone(), 0

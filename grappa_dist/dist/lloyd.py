@@ -1,4 +1,4 @@
-"""Lloyd's iterations around any pass: those of the methods that shorten the assignment.
+"""Lloyd's iterations around any pass: exact ones with bounds, and those that shorten the assignment.
 
 Shapes: K centroids, D dimensions.
 """
@@ -7,16 +7,36 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from grappa_dist.dist.row_labels import Passes
-from grappa_dist.dist.sharded_kmeans import SQUARE_UNIT, Progress
+from grappa_dist.dist.share import Share
+from grappa_dist.ops.exact import GRID
+from grappa_dist.ops.kmeans import Stats
 from grappa_dist.ops.proposals import Centroids
 
+SQUARE_UNIT = 1 / GRID**2  # of exact squared distances
 Finish = Callable[[Tensor, list[int], int], tuple[Tensor, int]]
 """(centroids (K, D), spreads, step) -> new centroids and how many empty clusters were repaired."""
+
+
+class Passes(Protocol):
+    """What passes over a share's rows keep."""
+
+    share: Share
+    stats: Stats  # of all ranks, by the labels of the last pass
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where Lloyd's iterations stand after an update: enough to go on from, with the result of an unbroken run."""
+
+    centroids: np.ndarray  # (K, D) float32, after the update
+    inertia: tuple[int, ...]  # exact, before each update, in units of 2**-48
+    repaired: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,25 +50,27 @@ class Updates:
     on_update: Callable[[Progress], None]
 
 
-def lloyd(passes: Passes, advance: Callable[[Tensor], None], finish: Finish, start: Progress, how: Updates) -> Progress:
+def lloyd(
+    passes: Passes, advance: Callable[[Tensor], Centroids], finish: Finish, start: Progress, how: Updates
+) -> Progress:
     """The last centroids, with their inertia as the last entry; the passes hold the labels that belong to them.
 
     Args:
-        advance: makes `passes` those of some centroids.
+        advance: makes `passes` those of some centroids, which it returns prepared.
         start: where to go on from, as `how.on_update` was told.
     """
     centroids = torch.from_numpy(start.centroids).to(passes.share.device)
     inertia, repaired = list(start.inertia), start.repaired
     for step in range(len(inertia), how.iterations + 1):
-        advance(centroids)
-        spreads = passes.stats.spreads(Centroids.of(centroids))
+        prepared = advance(centroids)
+        spreads = passes.stats.spreads(prepared)
         inertia.append(sum(spreads))
         how.on_iteration(step, inertia[-1] * SQUARE_UNIT)
         if step == how.iterations or (step and inertia[-2] - inertia[-1] < how.tolerance * inertia[-2]):
             break
         updated, splits = finish(centroids, spreads, step)
         if not splits and torch.equal(updated, centroids):
-            break
+            break  # every further step would be this one
         centroids, repaired = updated, repaired + splits
         how.on_update(Progress(centroids.cpu().numpy(), tuple(inertia), repaired))
     return Progress(centroids.cpu().numpy(), tuple(inertia), repaired)

@@ -18,10 +18,10 @@ import torch
 from grappa_dist.dist.approximate import Agreement, agreement, refine, through_lists
 from grappa_dist.dist.balance import Balanced, balance_labels, largest_size
 from grappa_dist.dist.hierarchical import fit_in_families
-from grappa_dist.dist.lloyd import Updates
+from grappa_dist.dist.lloyd import SQUARE_UNIT, Progress, Updates
 from grappa_dist.dist.row_labels import RowLabels, Settled, exactly, label_rows
 from grappa_dist.dist.sampling import sampled_share
-from grappa_dist.dist.sharded_kmeans import SQUARE_UNIT, KMeansResult, Progress, kmeans
+from grappa_dist.dist.sharded_kmeans import KMeansResult, kmeans
 from grappa_dist.dist.share import Share
 from grappa_dist.ops.choice import Choice
 from grappa_dist.ops.exact import exact_square

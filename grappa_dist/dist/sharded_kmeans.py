@@ -19,30 +19,21 @@ import torch
 from torch import Tensor
 
 from grappa_dist.dist.comm import Comm
+from grappa_dist.dist.lloyd import SQUARE_UNIT, Progress, Updates, lloyd
 from grappa_dist.dist.scratch import scratch
 from grappa_dist.dist.search import Rows, row_problem
 from grappa_dist.dist.sharded_seeding import seed_centroids
 from grappa_dist.dist.share import BLOCK_ROWS, RowBlock, Share, join_rows
 from grappa_dist.dist.threads import side_by_side
 from grappa_dist.ops.bounds import Bounds, Drift, Groups
-from grappa_dist.ops.exact import GRID, to_grid
+from grappa_dist.ops.exact import to_grid
 from grappa_dist.ops.kmeans import Stats, finish
 from grappa_dist.ops.proposals import Centroids
 from grappa_dist.ops.reassign import GroupedCentroids, Moves, reassign
 
-SQUARE_UNIT = 1 / GRID**2  # of exact squared distances
 FEW_LABELS = 512  # so few are searched in one go
 GROUP_SIZE = 256  # centroids per bound, at least, on the average
 DIMENSIONS_PER_BOUND = 8  # of a row for each of its lower bounds, at least
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where Lloyd's iterations stand after an update: enough to go on from, with the result of an unbroken run."""
-
-    centroids: np.ndarray  # (K, D) float32, after the update
-    inertia: tuple[int, ...]  # exact, before each update, in units of 2**-48
-    repaired: int = 0
 
 
 @dataclass(frozen=True)
@@ -98,60 +89,37 @@ def kmeans(
     """
     if not 1 <= num_labels <= share.num_good:
         raise ValueError(f"num_labels must be from 1 to the number of good rows, {share.num_good}, got {num_labels}")
+    shape = (num_labels, share.dim)
     if resume is None:
-        shape = (num_labels, share.dim)
         start = seed_centroids(share, num_labels, seed) if initial is None else _checked_initial(initial, shape)
         resume = Progress(start.cpu().numpy(), ())
         on_update(resume)
-    elif resume.centroids.shape != (num_labels, share.dim) or len(resume.inertia) > iterations:
+    _check_resume(resume, shape, iterations)
+    how = Updates(
+        iterations=iterations,
+        tolerance=tolerance,
+        spherical=spherical,
+        on_iteration=on_iteration,
+        on_update=on_update,
+    )
+    return _iterated(share, resume, how)
+
+
+def _check_resume(resume: Progress, shape: tuple[int, int], iterations: int) -> None:
+    if resume.centroids.shape != shape or len(resume.inertia) > iterations:
         raise ValueError(
             f"resume has {resume.centroids.shape} centroids after {len(resume.inertia)} updates, "
-            f"expected {(num_labels, share.dim)} after at most {iterations}"
+            f"expected {shape} after at most {iterations}"
         )
-    return _Lloyd(share, iterations, spherical, tolerance, on_iteration, on_update).run(resume)
 
 
-@dataclass(frozen=True)
-class _Lloyd:
-    """Lloyd's iterations over a share."""
+def _iterated(share: Share, start: Progress, how: Updates) -> KMeansResult:
+    passes = LloydPasses.over(share, torch.from_numpy(start.centroids).to(share.device))
 
-    share: Share
-    iterations: int
-    spherical: bool
-    tolerance: float
-    on_iteration: Callable[[int, float], None]
-    on_update: Callable[[Progress], None]
+    def finish_all(centroids: Tensor, spreads: list[int], step: int) -> tuple[Tensor, int]:
+        return finish(centroids, passes.stats, spreads, step, spherical=how.spherical)
 
-    def run(self, progress: Progress) -> KMeansResult:
-        share = self.share
-        centroids = torch.from_numpy(progress.centroids).to(share.device)
-        inertia, repaired = list(progress.inertia), progress.repaired
-        passes = LloydPasses.over(share, centroids)
-        for step in range(len(inertia), self.iterations + 1):
-            whole = passes.advance(centroids)
-            spreads = passes.stats.spreads(whole)
-            inertia.append(sum(spreads))
-            self.on_iteration(step, inertia[-1] * SQUARE_UNIT)
-            if step == self.iterations or (step and inertia[-2] - inertia[-1] < self.tolerance * inertia[-2]):
-                break
-            updated, splits = finish(centroids, passes.stats, spreads, step, spherical=self.spherical)
-            if not splits and torch.equal(updated, centroids):
-                break  # every further step would be this one
-            centroids, repaired = updated, repaired + splits
-            self.on_update(Progress(centroids.cpu().numpy(), tuple(inertia), repaired))
-        counts = passes.stats.counts.cpu().numpy()
-        searched, undecided = (int(share.total(torch.tensor(n))) for n in (passes.searched, passes.undecided))
-        decisions = share.num_good * passes.number
-        return KMeansResult(
-            centroids=centroids.cpu().numpy(),
-            labels=passes.labels(),
-            counts=counts,
-            inertia=[i * SQUARE_UNIT for i in inertia],
-            empty_repaired=repaired,
-            empty_left=int((counts == 0).sum()),
-            exact_share=undecided / decisions,
-            searched_share=searched / (decisions * len(centroids)),
-        )
+    return passes.result(lloyd(passes, passes.advance, finish_all, start, how))
 
 
 @dataclass
@@ -212,6 +180,22 @@ class LloydPasses:
         for kept_sum, of_ranks in zip(self.stats.tensors, change.tensors, strict=True):
             kept_sum.add_(self.share.total(of_ranks))
         return grouped.whole
+
+    def result(self, last: Progress) -> KMeansResult:
+        """What has come of it, given the centroids of the last pass."""
+        counts = self.stats.counts.cpu().numpy()
+        searched, undecided = (int(self.share.total(torch.tensor(n))) for n in (self.searched, self.undecided))
+        decisions = self.share.num_good * self.number
+        return KMeansResult(
+            centroids=last.centroids,
+            labels=self.labels(),
+            counts=counts,
+            inertia=[i * SQUARE_UNIT for i in last.inertia],
+            empty_repaired=last.repaired,
+            empty_left=int((counts == 0).sum()),
+            exact_share=undecided / decisions,
+            searched_share=searched / (decisions * len(last.centroids)),
+        )
 
     def labels(self) -> list[np.ndarray]:
         """Of the rank's rows by shard, (P,) int32, -1 for bad rows."""

@@ -10,8 +10,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from grappa_dist.artifacts import replacing
+from grappa_dist.dist.lloyd import Progress
 from grappa_dist.dist.methods import Trail
-from grappa_dist.dist.sharded_kmeans import Progress
 
 
 def save_trail(path: Path, trail: Trail) -> None:

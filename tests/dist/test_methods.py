@@ -10,8 +10,9 @@ import torch
 
 from grappa_dist.dist import balance, hierarchical, lowest, row_labels
 from grappa_dist.dist.comm import Comm
+from grappa_dist.dist.lloyd import Progress
 from grappa_dist.dist.methods import Clustering, Method, Told, cluster
-from grappa_dist.dist.sharded_kmeans import Progress, sharded_kmeans
+from grappa_dist.dist.sharded_kmeans import sharded_kmeans
 from grappa_dist.dist.share import Share, join_rows
 from grappa_dist.ops.choice import Choice
 from grappa_dist.ops.exact import GRID, to_grid

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from grappa_dist.dist.comm import Comm
+from grappa_dist.dist.lloyd import Progress
 from grappa_dist.dist.search import Rows
-from grappa_dist.dist.sharded_kmeans import KMeansResult, LloydPasses, Progress, sharded_kmeans
+from grappa_dist.dist.sharded_kmeans import KMeansResult, LloydPasses, sharded_kmeans
 from grappa_dist.dist.share import join_rows
 from grappa_dist.ops.exact import GRID, to_grid
 from tests.processes import run_ranks
