@@ -11,7 +11,7 @@ import argparse
 import importlib.util
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,15 +62,17 @@ def arguments() -> argparse.ArgumentParser:
     return parser
 
 
+def _command(commands: Any, name: str, short: str, long: tuple[str, str]) -> Callable[..., Any]:
+    """Adds a command with its description and example; what adds arguments to it."""
+    description, epilog = long
+    form = argparse.RawDescriptionHelpFormatter
+    parser = commands.add_parser(name, help=short, description=description, epilog=epilog, formatter_class=form)
+    add: Callable[..., Any] = parser.add_argument
+    return add
+
+
 def kmeans_arguments(commands: Any) -> None:
-    kmeans = commands.add_parser(
-        "kmeans",
-        help="against faiss",
-        description=KMEANS,
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = kmeans.add_argument
+    add = _command(commands, "kmeans", "against faiss", (KMEANS, EXAMPLE))
     add("--rows", type=int, metavar="N", help=f"default: {DRAWN_ROWS} drawn ones, or all of --features")
     add("--dim", type=int, metavar="D", help=f"dimensions of drawn rows; default: {DRAWN_DIM}")
     add("--num-labels", type=int, nargs="+", default=[256, 4096, 16384], metavar="K", help="default: %(default)s")
@@ -86,14 +88,7 @@ def kmeans_arguments(commands: Any) -> None:
 
 
 def methods_arguments(commands: Any) -> None:
-    ways = commands.add_parser(
-        "methods",
-        help="shortcuts against exact k-means",
-        description=METHODS,
-        epilog=METHODS_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = ways.add_argument
+    add = _command(commands, "methods", "shortcuts against exact k-means", (METHODS, METHODS_EXAMPLE))
     add("--rows", type=int, default=60_000, metavar="N", help="default: %(default)s")
     add("--dim", type=int, default=128, metavar="D", help="default: %(default)s")
     add("--num-labels", type=int, default=4096, metavar="K", help="default: %(default)s")
@@ -106,14 +101,7 @@ def methods_arguments(commands: Any) -> None:
 
 
 def data_arguments(commands: Any) -> None:
-    reading = commands.add_parser(
-        "data",
-        help="against webdataset + DataLoader",
-        description=DATA,
-        epilog=DATA_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = reading.add_argument
+    add = _command(commands, "data", "against webdataset + DataLoader", (DATA, DATA_EXAMPLE))
     add("--shards", nargs="+", metavar="DIR_OR_TAR", help="real images; default: drawn ones")
     add("--rows", type=int, default=1024, metavar="N", help="drawn images; default: %(default)s")
     add("--width", type=int, default=500, metavar="PX", help="of drawn images; default: %(default)s")
