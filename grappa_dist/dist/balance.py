@@ -16,10 +16,10 @@ from math import ceil
 import torch
 from torch import Tensor
 
-from grappa_dist.dist.lowest import PIECE, lowest
-from grappa_dist.dist.row_labels import RowLabels, rows_at
+from grappa_dist.dist.lowest import lowest
+from grappa_dist.dist.row_labels import RowLabels
 from grappa_dist.dist.scratch import scratch
-from grappa_dist.dist.share import Share
+from grappa_dist.dist.share import PIECE, Share
 from grappa_dist.dist.threads import side_by_side
 from grappa_dist.ops.probing import nearest_exactly
 from grappa_dist.ops.proposals import Centroids
@@ -99,7 +99,7 @@ class _Round:
 
         def work(first: int) -> tuple[slice, Tensor, Tensor]:
             some = slice(first, min(num, first + share.block_rows))
-            near, far = nearest_exactly(rows_at(share, positions[some]), known, t)
+            near, far = nearest_exactly(share.read(positions[some]), known, t)
             return some, vacant[near.cpu()].int(), far.cpu()
 
         for some, near, far in side_by_side(work, range(0, num, share.block_rows), share.threads):

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from grappa_dist.dist.lloyd import Progress, Updates, lloyd
-from grappa_dist.dist.lowest import PIECE, lowest
-from grappa_dist.dist.row_labels import Passes, Settled, exactly, label_rows, rows_at
+from grappa_dist.dist.lowest import lowest
+from grappa_dist.dist.row_labels import Passes, Settled, exactly, label_rows
 from grappa_dist.dist.scratch import scratch
-from grappa_dist.dist.share import Share
+from grappa_dist.dist.share import PIECE, Share
 from grappa_dist.dist.threads import side_by_side
 from grappa_dist.ops.hashing import RACE_BITS, race_keys, row_hashes
 from grappa_dist.ops.hierarchy import apportion
@@ -114,7 +114,7 @@ def _inside(families: Families, centroids: Centroids) -> Callable[[tuple[int, Te
 
     def work(block: tuple[int, Tensor]) -> Settled:
         i, positions = block
-        x = rows_at(families.share, positions)
+        x = families.share.read(positions)
         first, part = parts[i]
         found = assign(x, part)
         return Settled(positions, x, replace(found, labels=found.labels + first), len(x) * len(part.values))
@@ -176,7 +176,7 @@ def _drawn_rows(families: Families, groups: Tensor, keys: Tensor, at_once: Tenso
     rows = torch.zeros(int(drawn.sum()), share.dim, device=share.device)
     slots = before[owners] + torch.arange(len(owners)) - (own.cumsum(0) - own)[owners]
     order = positions.argsort()
-    rows[slots[order]] = rows_at(share, positions[order]) + 0.0  # no -0.0: it would not survive a sum over ranks
+    rows[slots[order]] = share.read(positions[order]) + 0.0  # no -0.0: it would not survive a sum over ranks
     return drawn, share.total(rows)
 
 
@@ -190,7 +190,7 @@ def _lower(families: Families, squares: Tensor, centroids: Tensor, new: tuple[Te
 
     def work(block: tuple[int, Tensor]) -> tuple[Tensor, Tensor]:
         i, positions = block
-        return positions, assign(rows_at(families.share, positions), parts[i]).squares.cpu()
+        return positions, assign(families.share.read(positions), parts[i]).squares.cpu()
 
     blocks = (block for block in families.blocks() if block[0] in parts)
     for positions, found in side_by_side(work, blocks, families.share.threads):

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grappa_dist.dist.share import Share
+from grappa_dist.dist.share import PIECE, Share
 
-PIECE = 2**16  # rows looked at at once, by integers alone
 _PLACE_BITS = 48
 _TABLE_BITS = 20  # of the counts of all groups' digits, at most
 _MAX_DIGIT, _MIN_DIGIT = 16, 4

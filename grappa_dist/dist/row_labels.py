@@ -13,11 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grappa_dist.dist.lowest import PIECE
 from grappa_dist.dist.scratch import scratch
-from grappa_dist.dist.share import Share
+from grappa_dist.dist.share import PIECE, Share
 from grappa_dist.dist.threads import side_by_side
-from grappa_dist.ops.exact import exact_square, to_grid
+from grappa_dist.ops.exact import exact_square
 from grappa_dist.ops.kmeans import Stats
 from grappa_dist.ops.nearest import Assignment, assign
 from grappa_dist.ops.proposals import Centroids
@@ -137,27 +136,3 @@ def _add_moves(change: Stats, rows: RowLabels, settled: Settled) -> None:
         left = (before[moved] >= 0).nonzero()[:, 0]
         if len(left):
             change.add_(x[left], squares[left], before[moved][left], sign=-1)
-
-
-def rows_at(share: Share, positions: Tensor) -> Tensor:
-    """Grid rows (P, D) on the device at some ascending positions of this rank."""
-    starts = np.cumsum([0, *(len(shard) for shard in share.rows.shards)])
-    wanted = positions.numpy()
-    edges = np.searchsorted(wanted, starts)
-    parts = [torch.zeros(0, share.dim)] if not len(wanted) else []
-    for i in np.flatnonzero(edges[1:] > edges[:-1]).tolist():
-        rows = torch.from_numpy(share.rows.shards[i][wanted[edges[i] : edges[i + 1]] - starts[i]])
-        parts.append(rows if share.plain[i] else to_grid(rows))
-    x = torch.cat(parts) if len(parts) != 1 else parts[0]
-    return x.to(share.device)
-
-
-def good_pieces(share: Share) -> Iterator[Tensor]:
-    """Positions of the good rows, ascending, piece by piece; no row is read."""
-    first = 0
-    for good in share.rows.good:
-        for start in range(0, len(good), PIECE):
-            positions = np.flatnonzero(good[start : start + PIECE]) + (first + start)
-            if len(positions):
-                yield torch.from_numpy(positions)
-        first += len(good)

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from grappa_dist.dist.lowest import Cut, lowest
-from grappa_dist.dist.row_labels import good_pieces, rows_at
 from grappa_dist.dist.scratch import scratch
 from grappa_dist.dist.search import Rows
 from grappa_dist.dist.share import Share, join_rows
@@ -33,7 +32,7 @@ class Draw:
     def of(share: Share, num: int, *key: int) -> Draw:
         groups = scratch((len(share.rows),), torch.int32).fill_(-1)
         hashes = scratch((len(share.rows),), torch.int64)
-        for positions in good_pieces(share):
+        for positions in share.good_positions():
             groups[positions] = 0
             hashes[positions] = row_hashes(positions + share.first, *key)
         cut = lowest(share, groups, hashes, torch.tensor([num]), bits=HASH_BITS)
@@ -44,13 +43,13 @@ class Draw:
         for positions in self._positions():
             for some in torch.split(positions, self.share.block_rows):
                 if len(some):
-                    yield some, rows_at(self.share, some)
+                    yield some, self.share.read(some)
 
     def __len__(self) -> int:
         return sum(map(len, self._positions()))
 
     def _positions(self) -> Iterator[Tensor]:
-        for positions in good_pieces(self.share):
+        for positions in self.share.good_positions():
             places = positions + self.share.first
             yield positions[self.cut.takes(self.groups[positions], self.hashes[positions], places)]
 

@@ -11,7 +11,8 @@ import platform
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -140,29 +141,52 @@ class Rows:
             for s, good in zip(self.shards, self.good, strict=True)
         )
 
-    def blocks(self, block_rows: int, plain: Sequence[bool] = (), threads: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-        """Positions (P,) int64 among the rank's rows and grid rows (P, D), good ones only, by blocks of one shard.
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """Position of the first row of every shard and, last, the number of rows."""
+        return np.cumsum([0, *(len(shard) for shard in self.shards)])
 
-        Blocks of plain shards are views: a memory map is read where somebody looks at it, and only there. Blocks of a
-        shard are of about the same size, and as many as share out evenly over the threads.
+    def positions(self, block_rows: int, threads: int = 1) -> Iterator[Tensor]:
+        """Positions of the good rows among the rank's rows, ascending, (P,) int64 by blocks; no row is read.
+
+        Blocks are of about the same size, span shards, and are as many as share out evenly over the threads.
         """
-        first = 0
-        for i, (shard, good) in enumerate(zip(self.shards, self.good, strict=True)):
-            step = _even_step(len(shard), block_rows, threads)
-            for start in range(0, len(shard), step):
-                rows, places = shard[start : start + step], np.flatnonzero(good[start : start + step])
-                if len(places):
-                    as_it_lies = plain and plain[i] and rows.flags.writeable  # torch takes no read-only memory
-                    x = torch.from_numpy(rows) if as_it_lies else to_grid(torch.from_numpy(np.asarray(rows)[places]))
-                    yield torch.from_numpy(places + (first + start)), x
-            first += len(shard)
+        step = _even_step(self.num_good, block_rows, threads)
+        left = np.zeros(0, dtype=np.int64)
+        for first, good in zip(self.starts.tolist(), self.good, strict=False):
+            for start in range(0, len(good), step):
+                found = np.flatnonzero(good[start : start + step]) + (first + start)
+                left = np.concatenate([left, found])
+                if len(left) >= step:
+                    yield torch.from_numpy(left[:step])
+                    left = left[step:]
+        if len(left):
+            yield torch.from_numpy(left)
+
+    def at(self, positions: Tensor, plain: Sequence[bool] = ()) -> Tensor:
+        """Grid rows (P, D) at some ascending positions, at least one.
+
+        Neighbours in one plain shard are a view: a memory map is read where somebody looks at it, and only there.
+        """
+        wanted = positions.numpy()
+        first, last = (np.searchsorted(self.starts, wanted[[0, -1]], side="right") - 1).tolist()
+        edges = np.searchsorted(wanted, self.starts[first : last + 2]).tolist()
+        parts = []
+        for i, (a, b) in enumerate(pairwise(edges), start=first):
+            if b > a:
+                rows = _some(self.shards[i], wanted[a:b] - self.starts[i])
+                parts.append(rows if plain and plain[i] else to_grid(rows))
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def blocks(self, block_rows: int, plain: Sequence[bool] = (), threads: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        """The good rows by blocks: positions (P,) as above, and grid rows (P, D)."""
+        return ((positions, self.at(positions, plain)) for positions in self.positions(block_rows, threads))
 
     def take(self, positions: Tensor) -> Tensor:
         """Grid rows at some positions, (m, D)."""
-        starts = np.cumsum([0, *(len(shard) for shard in self.shards)])
         wanted = positions.cpu().numpy()
-        owners = np.searchsorted(starts, wanted, side="right") - 1
-        rows = [self.shards[s][p - starts[s]] for s, p in zip(owners.tolist(), wanted.tolist(), strict=True)]
+        owners = np.searchsorted(self.starts, wanted, side="right") - 1
+        rows = [self.shards[s][p - self.starts[s]] for s, p in zip(owners.tolist(), wanted.tolist(), strict=True)]
         return to_grid(torch.from_numpy(np.stack(rows))) + 0.0  # no -0.0: it would not survive a sum over ranks
 
     def problem(self, block_rows: int) -> str:
@@ -182,6 +206,13 @@ class Rows:
                 if found:
                     return f"{name}: row {start + found[0]} {found[1]}"
         return ""
+
+
+def _some(shard: np.ndarray, rows: np.ndarray) -> Tensor:
+    """Rows of a shard, (P, D); a view where they are neighbours."""
+    together = rows[-1] - rows[0] == len(rows) - 1
+    some = shard[rows[0] : rows[-1] + 1] if together else shard[rows]
+    return torch.from_numpy(some if some.flags.writeable else np.array(some))  # torch takes no read-only memory
 
 
 def _even_step(num: int, most: int, threads: int) -> int:

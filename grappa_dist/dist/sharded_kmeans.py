@@ -163,10 +163,10 @@ class LloydPasses:
             bounds = kept.to(self.share.device)
             if drift:
                 bounds.shift_(drift)
-            moves = reassign(block.x, grouped, bounds)
+            moves = reassign(block.take, grouped, bounds)
             kept.copy_(bounds)
             if len(moves.rows):
-                x, squares = block.x.index_select(0, moves.rows), bounds.squares[moves.rows]
+                x, squares = block.take(moves.rows), bounds.squares[moves.rows]
                 with adding:
                     change.add_(x, squares, moves.after)
                     if drift:

@@ -27,7 +27,7 @@ def seed_centroids(share: Share, num_labels: int, seed: int) -> Tensor:
     lowest rows not chosen fill up.
     """
     weights = scratch((len(share.rows),), torch.int64)
-    for positions, _ in share.blocks():
+    for positions in share.good_positions():
         weights[positions] = 1  # the first centroid is any good row
     places: list[int] = []
     parts: list[Tensor] = []
@@ -73,8 +73,9 @@ def _lower(share: Share, weights: Tensor, centroids: Tensor) -> None:
     prepared = Centroids.of(centroids, share.proposer)
 
     def work(block: RowBlock) -> tuple[Tensor, Tensor]:
-        known = weights[block.positions].to(block.x.device)
-        found = assign(block.x, prepared, squares=block.squares, within=from_weights(known))
+        x = block.x
+        known = weights[block.positions].to(x.device)
+        found = assign(x, prepared, squares=block.squares, within=from_weights(known))
         near = (found.labels >= 0).nonzero()[:, 0]
         lower = torch.minimum(known[near], to_weights(found.squares[near]))
         return block.positions[near.cpu()], lower.cpu()
@@ -86,7 +87,7 @@ def _lower(share: Share, weights: Tensor, centroids: Tensor) -> None:
 def _lowest_rows_left(share: Share, places: list[int], num: int) -> Tensor:
     """The lowest good rows of all ranks that were not chosen, (num, D)."""
     left = torch.zeros(len(share.rows), dtype=torch.bool)
-    for positions, _ in share.blocks():
+    for positions in share.good_positions():
         left[positions] = True
     last = share.first + len(left)
     left[[p - share.first for p in places if share.first <= p < last]] = False

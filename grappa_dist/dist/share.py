@@ -8,7 +8,7 @@ Shapes: P rows of one block, D dimensions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -22,16 +22,26 @@ from grappa_dist.ops.exact import exact_square
 from grappa_dist.ops.proposals import FloatProposer, HalfProposer, Proposer
 
 BLOCK_ROWS = 8192  # rows worked on at once: enough that their products outweigh the calls around them
+PIECE = 2**16  # rows looked at at once, by integers alone
 
 
 @dataclass(frozen=True)
 class RowBlock:
-    """Some good rows of a rank."""
+    """Some good rows of a rank, read when they are asked for."""
 
     positions: Tensor  # (P,) among the rank's rows, in host memory
     places: slice  # among its good rows
-    x: Tensor  # (P, D) grid rows
     squares: Tensor  # (P,) float64, exact |x|^2
+    read: Callable[[Tensor], Tensor]  # ascending positions -> grid rows on the device
+
+    def take(self, rows: Tensor) -> Tensor:
+        """Grid rows (m, D) at ascending places in the block."""
+        return self.read(self.positions[rows.cpu()])
+
+    @property
+    def x(self) -> Tensor:
+        """All of them, (P, D)."""
+        return self.read(self.positions)
 
 
 @dataclass(frozen=True)
@@ -50,18 +60,27 @@ class Share:
     squares: Tensor  # (good rows,) float64 scratch, exact |x|^2 in units of 2**-48
     proposer: Proposer
 
+    def read(self, positions: Tensor) -> Tensor:
+        """Grid rows (P, D) on the device at some ascending positions among the rank's rows."""
+        if not len(positions):
+            return torch.zeros(0, self.dim, device=self.device)
+        return self.rows.at(positions, self.plain).to(self.device)
+
     def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Positions (P,) among the rank's rows, in host memory, and grid rows (P, D) on the device."""
-        blocks = self.rows.blocks(self.block_rows, self.plain, self.threads)
-        return ((positions, x.to(self.device)) for positions, x in blocks)
+        return ((block.positions, block.x) for block in self.row_blocks())
+
+    def good_positions(self) -> Iterator[Tensor]:
+        """Positions of the good rows, ascending, piece by piece; no row is read."""
+        return self.rows.positions(PIECE)
 
     def row_blocks(self) -> Iterator[RowBlock]:
-        """The good rows by blocks, on the device."""
+        """The good rows by blocks."""
         first = 0
-        for positions, x in self.blocks():
-            places = slice(first, first + len(x))
-            yield RowBlock(positions, places, x, self.squares[places].to(self.device))
-            first += len(x)
+        for positions in self.rows.positions(self.block_rows, self.threads):
+            places = slice(first, first + len(positions))
+            yield RowBlock(positions, places, self.squares[places].to(self.device), self.read)
+            first += len(positions)
 
     def total(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, any integer type; `tensor` may serve as room for it."""

@@ -9,7 +9,7 @@ Shapes: P rows of one block, M of them open, K centroids, G groups, D dimensions
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,7 @@ from grappa_dist.ops.proposals import Centroids, PreparedRows, Proposer
 _PLACES = 3  # proposals of each of many groups
 _MOST = 0.75  # of the rows: then all are searched, which is faster than picking them out
 
+Take = Callable[[Tensor], Tensor]
 _Pairs = tuple[Tensor, Tensor]  # positions of rows, and labels
 
 
@@ -51,13 +52,15 @@ class Moves:
     searched: int  # distances estimated
 
 
-def reassign(x: Tensor, centroids: GroupedCentroids, bounds: Bounds) -> Moves:
-    """Sets the label of each grid row to its nearest centroid, a tie to the lowest index, and its bounds, in place."""
-    none = torch.zeros(0, dtype=torch.int64, device=x.device)
-    if not len(x):
-        return Moves(none, none, none, 0, 0)
-    block = _open_rows(x, centroids, bounds)
+def reassign(take: Take, centroids: GroupedCentroids, bounds: Bounds) -> Moves:
+    """Sets the label of each grid row to its nearest centroid, a tie to the lowest index, and its bounds, in place.
+
+    Args:
+        take: the block's grid rows (m, D) at ascending places; asked for those alone that may change their label.
+    """
+    block = _open_rows(take, centroids, bounds)
     if not len(block.rows):
+        none = torch.zeros(0, dtype=torch.int64, device=bounds.labels.device)
         return Moves(none, none, none, 0, 0)
     proposals = _propose(block, centroids, (bounds.lower[block.rows] <= bounds.upper[block.rows, None]).T.contiguous())
     nearest = _decide(block, centroids, proposals)
@@ -79,17 +82,17 @@ class _Block:
     prepared: PreparedRows
 
 
-def _open_rows(x: Tensor, centroids: GroupedCentroids, bounds: Bounds) -> _Block:
+def _open_rows(take: Take, centroids: GroupedCentroids, bounds: Bounds) -> _Block:
     """Rows with a group that may hold a nearer centroid, also after a look at how far their own one is now."""
     proposer = centroids.whole.proposer
     rows = _most_or_these((bounds.lower <= bounds.upper[:, None]).any(1))
-    some, own, squares = _pick(x, rows), bounds.labels[rows].long(), bounds.squares[rows]
+    some, own, squares = take(rows), bounds.labels[rows].long(), bounds.squares[rows]
     first_time = bool((own < 0).any())
     if first_time or len(centroids.parts) == 1:  # the search of the only group finds the own
         base = squares / GRID**2 if first_time else bounds.upper[rows].double().square()
         prepared = proposer.rows(some, squares, base, within_base=not first_time)
         return _Block(rows, some, squares, own, torch.full_like(squares, math.inf), prepared)
-    in_order = torch.arange(len(rows), device=x.device)
+    in_order = torch.arange(len(rows), device=rows.device)
     distances = pair_squares(some, squares, centroids.whole, (in_order, own)) / GRID**2
     bounds.upper[rows] = _root(distances, 1 + SLACK)
     still = _most_or_these((bounds.lower[rows] <= bounds.upper[rows, None]).any(1))

@@ -21,6 +21,7 @@ import pytest
 from grappa_dist.artifacts import Artifact, Store
 from grappa_dist.config import Config, Resources
 from grappa_dist.data.shards import ImageShards, Shard
+from grappa_dist.dist import share
 from grappa_dist.dist.comm import Comm
 from grappa_dist.dist.jobs import Job, Runner
 from grappa_dist.dist.search import Rows
@@ -38,9 +39,10 @@ FEW, MANY = 20_000, 160_000
 NUM_LABELS = (16, 32)
 MORE = (MANY - FEW) // RANKS  # rows of a rank
 SHARE = MORE * (1 + 4 + 8 + 8)  # a flag, a label, and while seeding a weight and a running sum
-BLOCK = BLOCK_ROWS * DIM * (4 + 8 + 8)  # a block as it was read, on the grid and in exact numbers
+ROW_IN_BLOCK = DIM * (4 + 8 + 8)  # as it was read, on the grid and in exact numbers
+BLOCK = BLOCK_ROWS * ROW_IN_BLOCK
 DRIVER = 1_000_000  # less than the new rows' labels of both K; measured: 0.1 to 0.3 MB
-SHARD_ROWS = 2000  # a block is of one shard
+SHARD_ROWS = 2000
 M_MMAP_THRESHOLD = -3  # of malloc.h
 RESOURCES = Resources(workers=RANKS, num_cpus=RANKS, gpus_per_worker=0, max_restarts=0, collective_timeout_s=60)
 
@@ -190,5 +192,7 @@ def test_eight_times_the_rows_leave_the_driver_as_it_was_and_give_each_rank_its_
     (driver, *ranks), (more_driver, *more_ranks) = taken[FEW], taken[MANY]
     assert len(ranks) == len(more_ranks) == RANKS
     assert more_driver - driver < DRIVER < (MANY - FEW) * 4 * len(NUM_LABELS)
+    bound = SHARE + share.BLOCK_ROWS * ROW_IN_BLOCK
+    assert bound < MORE * DIM * 4  # it would not let the rows pass
     for before, after in zip(ranks, more_ranks, strict=True):
-        assert after - before < SHARE + BLOCK
+        assert after - before < bound

@@ -46,6 +46,18 @@ def test_blocks_give_every_good_row_once_whatever_their_size() -> None:
     assert (len(rows), rows.num_good) == (8, 5)
 
 
+def test_small_shards_share_blocks_of_even_size() -> None:
+    rows = Rows([unit_rows(3, 4, seed=i) for i in range(40)], [np.ones(3, dtype=bool) for _ in range(40)])
+    assert [len(p) for p in rows.positions(50)] == [40, 40, 40]
+    assert [len(p) for p in rows.positions(50, threads=2)] == [30, 30, 30, 30]
+
+
+def test_neighbouring_rows_of_a_shard_that_needs_no_preparation_are_not_copied() -> None:
+    shard = to_grid(torch.from_numpy(unit_rows(6, 4))).numpy()
+    rows = Rows([shard], [np.ones(6, dtype=bool)])
+    assert np.shares_memory(rows.at(torch.arange(2, 5), rows.plain(10)).numpy(), shard)
+
+
 def test_rows_are_taken_by_position_across_shards() -> None:
     rows = two_shards()
     whole = to_grid(torch.from_numpy(np.concatenate(rows.shards)))
