@@ -79,6 +79,7 @@ def kmeans_arguments(commands: Any) -> None:
     add("--iterations", type=int, default=10, metavar="N", help="updates of the centroids; default: %(default)s")
     add("--threads", type=int, default=2, metavar="N", help="of every side alike; default: %(default)s")
     add("--features", type=Path, metavar="DIR_OR_NPY", help="real rows: a .npy file, or a folder with any")
+    add("--shard-rows", type=int, default=1000, metavar="N", help="of the shards that ours reads; default: %(default)s")
     add("--workers", type=int, default=2, metavar="N", help="against one, a thread each; 1: leave out; default: 2")
     add("--scaling-labels", type=int, nargs="+", metavar="K", help="for --workers; default: the middle --num-labels")
     add("--repeats", type=int, default=1, metavar="N", help="in alternating order, medians; default: %(default)s")

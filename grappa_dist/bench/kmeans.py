@@ -16,7 +16,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from grappa_dist.bench.rows import CLASSES, SUBCLASSES, TASKS, drawn_rows, read_rows, squared_error
+from grappa_dist.bench.rows import (
+    CLASSES,
+    SHARD_ROWS,
+    SUBCLASSES,
+    TASKS,
+    drawn_rows,
+    in_shards,
+    read_rows,
+    squared_error,
+)
 from grappa_dist.bench.scaling import Memory, Scaling, measure_memory, measure_scaling
 from grappa_dist.bench.timing import CAN_WATCH_MEMORY, Timing, timed, turns
 from grappa_dist.data.progress import Tell
@@ -29,7 +38,6 @@ from grappa_dist.dist.judges import (
     set_threads,
     starting_rows,
 )
-from grappa_dist.dist.search import Rows
 from grappa_dist.dist.sharded_kmeans import sharded_kmeans
 from grappa_dist.dist.sharded_seeding import seed_centroids
 from grappa_dist.dist.share import join_rows
@@ -54,15 +62,17 @@ class KMeansSettings:
     workers: int = 2
     scaling_labels: tuple[int, ...] | None = None  # default: the middle one of num_labels
     repeats: int = 1
+    shard_rows: int = SHARD_ROWS  # ours takes the rows in shards, as a run has them
     init: str = OURS  # of whom seeding is timed: none, ours, both
     seed: int = 0
 
     def check(self) -> None:
-        wanted = {"rows": 2, "dim": SUPER_MIN_DIM, "iterations": 1, "threads": 1, "workers": 1, "repeats": 1, "seed": 0}
+        wanted = {"rows": 2, "dim": SUPER_MIN_DIM, "iterations": 1, "threads": 1, "workers": 1, "shard_rows": 1}
+        wanted |= {"repeats": 1, "seed": 0}
         for name, least in wanted.items():
             value = getattr(self, name)
             if value is not None and value < least:
-                raise ValueError(f"--{name} must be at least {least}, got {value}")
+                raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
         if self.features is not None and self.dim is not None:
             raise ValueError("--dim is that of the rows of --features; give one of the two")
 
@@ -184,7 +194,7 @@ def _compare(rows: np.ndarray, num_labels: int, settings: KMeansSettings, tell: 
     for repeat, order in enumerate(turns([OURS, *judges()], settings.repeats)):
         for name in order:
             tell(f"K={num_labels}, run {repeat + 1} of {settings.repeats}: {name}")
-            side = _run(name, rows, initial, updates, settings.seed)
+            side = _run(name, rows, initial, updates, settings.seed, settings.shard_rows)
             updates = min(updates, side.iterations) if name == OURS else updates
             found[name] = _joined(found.get(name), side)
     ours = found.pop(OURS)
@@ -201,13 +211,13 @@ def _joined(before: Side | None, side: Side) -> Side:
 
 
 def _run(name: str, rows: np.ndarray, initial: np.ndarray, *counts: int) -> Side:
-    iterations, seed = counts
+    iterations, seed, shard_rows = counts
     if name == OURS:
-        shares = Rows([rows], [np.ones(len(rows), dtype=bool)])
+        shares = in_shards(rows, shard_rows)
         found, timing = timed(
             lambda: sharded_kmeans(Comm(), shares, len(initial), iterations=iterations, initial=initial, tolerance=0.0)
         )
-        objective = squared_error(rows, found.centroids, found.labels[0])
+        objective = squared_error(rows, found.centroids, np.concatenate(found.labels))
         shares_of = (found.exact_share, found.searched_share)
         return Side(name, timing, len(found.inertia) - 1, objective, found.inertia[0], *shares_of)
     judge = judges()[name]
@@ -220,12 +230,12 @@ def _warm_up(rows: np.ndarray, seed: int) -> None:
     """Loads libraries and starts threads before any clock runs."""
     few = rows[:_WARM_UP_ROWS]
     for name in [OURS, *judges()]:
-        _run(name, few, few[starting_rows(len(few), 1, seed)], 1, seed)
+        _run(name, few, few[starting_rows(len(few), 1, seed)], 1, seed, len(few))
 
 
 def _seed(rows: np.ndarray, num_labels: int, settings: KMeansSettings, tell: Tell) -> Seeding:
     tell(f"K={num_labels}: our k-means++")
-    share = join_rows(Comm(), Rows([rows], [np.ones(len(rows), dtype=bool)]), device=torch.device("cpu"))
+    share = join_rows(Comm(), in_shards(rows, settings.shard_rows), device=torch.device("cpu"))
     seeded, own = timed(lambda: seed_centroids(share, num_labels, settings.seed).numpy())
     ours = (own.seconds, squared_error(rows, seeded, nearest_labels(rows, seeded)))
     if settings.init != "both":

@@ -9,16 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
-from grappa_dist.bench.rows import drawn_rows
+from grappa_dist.bench.rows import drawn_rows, in_shards
 from grappa_dist.bench.table import aligned, aligned_header
 from grappa_dist.bench.timing import Timing, timed
 from grappa_dist.data.progress import Tell
 from grappa_dist.dist.comm import Comm
 from grappa_dist.dist.methods import Clustering, Method, cluster
-from grappa_dist.dist.search import Rows
 from grappa_dist.dist.share import Share, join_rows
 from grappa_dist.ops.choice import Assignment, Choice, Name
 
@@ -73,7 +71,7 @@ def measure_methods(settings: MethodsSettings, tell: Tell) -> list[Way]:
     torch.set_num_threads(settings.threads)
     tell("rows")
     rows = drawn_rows(settings.rows, settings.dim, 0)
-    share = join_rows(Comm(), Rows([rows], [np.ones(len(rows), dtype=bool)]), device=torch.device("cpu"))
+    share = join_rows(Comm(), in_shards(rows), device=torch.device("cpu"))
     ways = []
     for name, assignment in WAYS:
         through_lists = "approximate" in (name, assignment)

@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from grappa_dist.dist.search import Rows
 from grappa_dist.ops.exact import to_grid
 
 TASKS, CLASSES, SUBCLASSES = 8, 60, 8  # of all, of a task, of a class
 _SHARES = (0.2, 0.2, 0.2, 0.15, 0.25)  # of a row's energy: what all rows share, its task, class, sub-class, itself
+SHARD_ROWS = 1000  # of a shard that make_shards.py writes by default
 _BLOCK = 8192
 
 
@@ -76,6 +78,12 @@ def _read(file: Path, dim: int | None) -> np.ndarray:
 def _on_grid(rows: np.ndarray) -> np.ndarray:
     """All sides are given these values, so none gains by rounding."""
     return to_grid(torch.from_numpy(rows)).numpy()
+
+
+def in_shards(rows: np.ndarray, shard_rows: int = SHARD_ROWS) -> Rows:
+    """The rows as a run holds them: in shards, none of them bad."""
+    shards = [rows[start : start + shard_rows] for start in range(0, len(rows), shard_rows)]
+    return Rows(shards, [np.ones(len(shard), dtype=bool) for shard in shards])
 
 
 def squared_error(rows: np.ndarray, centroids: np.ndarray, labels: np.ndarray) -> float:
