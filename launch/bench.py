@@ -2,6 +2,7 @@
 
 python launch/bench.py kmeans --rows 20000 --num-labels 64 1024 --threads 2
 python launch/bench.py methods --rows 20000 --num-labels 1024
+python launch/bench.py assign --rows 100000 --num-labels 4096
 python launch/bench.py data --rows 512 --threads 2
 """
 
@@ -19,7 +20,7 @@ if importlib.util.find_spec("grappa_dist") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from grappa_dist.artifacts import write_json
-from grappa_dist.bench import data, data_table, methods
+from grappa_dist.bench import assign, data, data_table, methods
 from grappa_dist.bench.arguments import OneLineParser
 from grappa_dist.bench.kmeans import DRAWN_DIM, DRAWN_ROWS, KMeansSettings, measure_kmeans
 from grappa_dist.bench.machine import machine
@@ -42,6 +43,13 @@ inertia and labels, on the same drawn rows; and exact k-means with a bound on th
 METHODS_EXAMPLE = """example, half a minute:
   python launch/bench.py methods --rows 20000 --num-labels 1024 --probes 4 --json methods.json"""
 
+ASSIGN = """One assignment of all rows to their nearest centroids, exact, against float32 matrix products and argmin in
+torch: on a CPU, or on a GPU, where one kernel makes products and their largest at once. Prints the ratio (judge / ours:
+above 1, ours is faster) and what share of the machine's arithmetic limit ours reaches."""
+
+ASSIGN_EXAMPLE = """example, on a GPU:
+  python launch/bench.py assign --device cuda --rows 1000000 --num-labels 131072"""
+
 DATA = """Reading, decoding and cropping images: ours against a plain webdataset + DataLoader loop (by Pillow, and by
 our own decoding) and against decoding alone, from memory. The same images, crops and number of threads or processes.
 Prints images/s and ratios (ours / judge: above 1, ours is faster), for the augmented crops of training and for test
@@ -55,9 +63,10 @@ DATA_EXAMPLE = """example, half a minute:
 
 def arguments() -> argparse.ArgumentParser:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="kmeans|methods|data")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="kmeans|methods|assign|data")
     kmeans_arguments(commands)
     methods_arguments(commands)
+    assign_arguments(commands)
     data_arguments(commands)
     return parser
 
@@ -101,6 +110,17 @@ def methods_arguments(commands: Any) -> None:
     add("--json", type=Path, metavar="FILE", help="all numbers")
 
 
+def assign_arguments(commands: Any) -> None:
+    add = _command(commands, "assign", "against torch's matmul + argmin", (ASSIGN, ASSIGN_EXAMPLE))
+    add("--rows", type=int, default=133_339, metavar="N", help="default: %(default)s")
+    add("--dim", type=int, default=384, metavar="D", help="default: %(default)s")
+    add("--num-labels", type=int, default=4096, metavar="K", help="default: %(default)s")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
+    add("--threads", type=int, default=2, metavar="N", help="on a CPU; default: %(default)s")
+    add("--repeats", type=int, default=3, metavar="N", help="in alternating order, the fastest; default: %(default)s")
+    add("--json", type=Path, metavar="FILE", help="all numbers")
+
+
 def data_arguments(commands: Any) -> None:
     add = _command(commands, "data", "against webdataset + DataLoader", (DATA, DATA_EXAMPLE))
     add("--shards", nargs="+", metavar="DIR_OR_TAR", help="real images; default: drawn ones")
@@ -132,6 +152,13 @@ def run_methods(asked: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     return methods.as_text(header, settings, ways), methods.as_json(header, settings, ways)
 
 
+def run_assign(asked: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    settings = assign.AssignSettings(**asked)
+    header = machine(settings.threads, *(["triton"] if settings.device == "cuda" else []))
+    found = assign.measure_assign(settings, tell)
+    return assign.as_text(header, settings, found), assign.as_json(header, settings, found)
+
+
 def run_data(asked: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     asked["views"] = tuple(asked["views"])
     asked["shards"] = tuple(asked["shards"]) if asked["shards"] else None
@@ -145,11 +172,14 @@ def tell(line: str) -> None:
     print(f"bench: {line}", file=sys.stderr, flush=True)
 
 
+RUN = {"kmeans": run_kmeans, "methods": run_methods, "assign": run_assign, "data": run_data}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     asked = vars(arguments().parse_args(argv))
     path, command = asked.pop("json"), asked.pop("command")
     try:
-        text, numbers = {"kmeans": run_kmeans, "methods": run_methods, "data": run_data}[command](asked)
+        text, numbers = RUN[command](asked)
         print(text)
         if path is not None:
             write_json(path, numbers)

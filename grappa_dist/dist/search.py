@@ -6,9 +6,6 @@ change a result: faiss on the CPU, faiss on a GPU where it was built for one, to
 
 from __future__ import annotations
 
-import math
-import platform
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -27,8 +24,6 @@ from grappa_dist.ops.knn import largest_in_floats
 from grappa_dist.ops.proposals import nearest_in_floats
 
 _GRID_ROWS = 128  # looked at in a core's cache
-_KNOWN_SUMS = ("x86_64", "AMD64")
-_TRIED_ROWS, _TRIALS = 2048, 12  # of bfloat16
 
 
 def nearest(x: Tensor, targets: Tensor, t: int) -> tuple[Tensor, Tensor]:
@@ -43,36 +38,6 @@ def largest(x: Tensor, targets: Tensor, t: int) -> tuple[Tensor, Tensor]:
     if x.is_cuda and not _faiss_gpus():
         return largest_in_floats(x, targets, t)
     return _faiss_search(x, targets, t, "METRIC_INNER_PRODUCT")
-
-
-@cache
-def halves_pay(device: torch.device) -> bool:
-    """Whether products in bfloat16, with their sums in float32, are the faster ones here.
-
-    Asked of the machine itself, since a processor without them imitates them, slowly. A GPU keeps to float32: its sums
-    of bfloat16 products may be shortened on the way, and no bound of ours has been held against that; nor do processors
-    other than those of x86 round each sum to the nearest float32.
-    """
-    if device.type != "cpu" or platform.machine() not in _KNOWN_SUMS or not torch.backends.mkldnn.is_available():
-        return False
-    x, c = torch.ones(_TRIED_ROWS, 384), torch.ones(256, 384)
-    full = half = math.inf
-    for _ in range(_TRIALS):  # some of them may be disturbed by what else the machine does
-        half = min(half, _seconds(x.bfloat16(), c.bfloat16()))
-        full = min(full, _seconds(x, c))
-        if 1.3 * half < full:
-            return True
-    return False
-
-
-def _seconds(x: Tensor, c: Tensor) -> float:
-    """Of one matrix product, the better of two."""
-    taken = []
-    for _ in range(2):
-        start = time.perf_counter()
-        x @ c.T
-        taken.append(time.perf_counter() - start)
-    return min(taken)
 
 
 def _faiss_search(x: Tensor, targets: Tensor, t: int, metric: str) -> tuple[Tensor, Tensor]:

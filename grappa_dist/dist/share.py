@@ -16,10 +16,12 @@ from torch import Tensor
 
 from grappa_dist.dist.comm import Comm
 from grappa_dist.dist.scratch import scratch
-from grappa_dist.dist.search import Rows, halves_pay, nearest, raise_together, wire_device
+from grappa_dist.dist.search import Rows, nearest, raise_together, wire_device
 from grappa_dist.dist.threads import side_by_side
+from grappa_dist.dist.trial import half_proposer, halves_pay
 from grappa_dist.ops.exact import exact_square
-from grappa_dist.ops.proposals import FloatProposer, HalfProposer, Proposer
+from grappa_dist.ops.halves import HalfProposer
+from grappa_dist.ops.proposals import FloatProposer, Proposer
 
 BLOCK_ROWS = 8192  # rows worked on at once: enough that their products outweigh the calls around them
 PIECE = 2**16  # rows looked at at once, by integers alone
@@ -121,4 +123,4 @@ def _measured(rows: Rows, blocks: tuple[int, tuple[bool, ...], int], device: tor
     for of_block, left_out in side_by_side(measure, (x for _, x in rows.blocks(*blocks)), torch.get_num_threads()):
         squares[first : first + len(of_block)] = of_block
         first, rest = first + len(of_block), max(rest, left_out)
-    return squares, HalfProposer(rest) if halves else FloatProposer(nearest)
+    return squares, half_proposer(device, rest) if halves else FloatProposer(nearest)

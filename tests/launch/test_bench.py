@@ -16,7 +16,7 @@ TINY = ["kmeans", "--rows", "400", "--dim", "32", "--num-labels", "5", "--iterat
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        ([], "the following arguments are required: kmeans|methods|data"),
+        ([], "the following arguments are required: kmeans|methods|assign|data"),
         (["knn"], "invalid choice: 'knn'"),
         (["kmeans", "--rows", "many"], "invalid int value: 'many'"),
         (

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from grappa_dist.ops import nearest
 from grappa_dist.ops.exact import GRID, exact_square, to_grid
+from grappa_dist.ops.halves import HalfProposer
 from grappa_dist.ops.nearest import FAR, assign, nearest_of_pairs, pair_dots, pair_squares
-from grappa_dist.ops.proposals import Centroids, FloatProposer, HalfProposer, Proposer, float_error
+from grappa_dist.ops.proposals import Centroids, FloatProposer, Proposer, float_error
 
 
 def unit_rows(num: int, dim: int, seed: int = 0) -> Tensor:

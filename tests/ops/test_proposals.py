@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grappa_dist.ops import proposals
+from grappa_dist.ops import halves, proposals
 from grappa_dist.ops.exact import GRID, exact_dot, exact_square, to_grid
-from grappa_dist.ops.proposals import Centroids, FloatProposer, HalfProposer, Proposer, float_error, nearest_in_floats
+from grappa_dist.ops.halves import HalfProposer
+from grappa_dist.ops.proposals import Centroids, FloatProposer, Proposer, float_error, nearest_in_floats
 
 
 def unit_rows(num: int, dim: int, seed: int = 0) -> Tensor:
@@ -105,7 +106,7 @@ def test_tiles_do_not_change_estimates(monkeypatch: pytest.MonkeyPatch) -> None:
         Centroids.of(c, proposer),
     )
     whole = proposer.nearest(rows, centroids, 2)
-    monkeypatch.setattr(proposals, "_CACHED_TILE", 64)
+    monkeypatch.setattr(halves, "_CACHED_TILE", 64)
     cut = proposer.nearest(rows, centroids, 2)
     assert torch.equal(cut.labels, whole.labels)
     assert torch.allclose(cut.distances, whole.distances)

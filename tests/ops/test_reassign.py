@@ -11,7 +11,8 @@ from torch import Tensor
 
 from grappa_dist.ops.bounds import Bounds, Drift, Groups
 from grappa_dist.ops.exact import GRID, exact_square, to_grid
-from grappa_dist.ops.proposals import FloatProposer, HalfProposer, Proposer, float_error
+from grappa_dist.ops.halves import HalfProposer
+from grappa_dist.ops.proposals import FloatProposer, Proposer, float_error
 from grappa_dist.ops.reassign import GroupedCentroids, Moves, reassign
 
 
