@@ -40,7 +40,7 @@ EXTRAS = {
         "mypy>=1.14",
         "types-PyYAML",
         "scipy>=1.11",  # as in benchmarks
-        # its interpreter runs the GPU kernel's tests on a CPU; no pin, since torch for GPUs brings the one that suits it
+        # its interpreter runs the GPU kernel's tests; not pinned, since torch for GPUs brings the one that suits it
         "triton>=3.2; platform_system == 'Linux' and platform_machine == 'x86_64'",
     ],
 }
