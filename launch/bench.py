@@ -1,9 +1,7 @@
 """Measures what the documentation claims about speed: ratios against judges, from one run on one machine.
 
 python launch/bench.py kmeans --rows 20000 --num-labels 64 1024 --threads 2
-python launch/bench.py methods --rows 20000 --num-labels 1024
-python launch/bench.py assign --rows 100000 --num-labels 4096
-python launch/bench.py data --rows 512 --threads 2
+python launch/bench.py data --help
 """
 
 from __future__ import annotations
@@ -12,174 +10,28 @@ import argparse
 import importlib.util
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 if importlib.util.find_spec("grappa_dist") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from grappa_dist.artifacts import write_json
-from grappa_dist.bench import assign, data, data_table, methods
 from grappa_dist.bench.arguments import OneLineParser
-from grappa_dist.bench.kmeans import DRAWN_DIM, DRAWN_ROWS, KMeansSettings, measure_kmeans
-from grappa_dist.bench.machine import machine
-from grappa_dist.bench.table import as_json, as_text
-
-KMEANS = """k-means of ours against faiss.Kmeans and faiss.SuperKmeans: the same rows, first centroids, updates and
-threads, until every row has its label. Prints seconds, and ratios (judge / ours: above 1, ours is faster); then the
-time of k-means++, what more workers gain, and what one worker holds in memory. Progress goes to stderr."""
-
-EXAMPLE = """example, a minute or two:
-  python launch/bench.py kmeans --rows 20000 --num-labels 64 1024 --init both --repeats 2 --json kmeans.json
-
-The machine should do nothing else: where `CPU s` is far below seconds x threads, a side was kept waiting, and only the
-ratio of CPU seconds says something."""
-
-
-METHODS = """The methods of `clustering.method` against exact k-means: time, seeding included, and what they cost in
-inertia and labels, on the same drawn rows; and exact k-means with a bound on the size of clusters."""
-
-METHODS_EXAMPLE = """example, half a minute:
-  python launch/bench.py methods --rows 20000 --num-labels 1024 --probes 4 --json methods.json"""
-
-ASSIGN = """One assignment of all rows to their nearest centroids, exact, against float32 matrix products and argmin in
-torch: on a CPU, or on a GPU, where one kernel makes products and their largest at once. Prints the ratio (judge / ours:
-above 1, ours is faster) and what share of the machine's arithmetic limit ours reaches."""
-
-ASSIGN_EXAMPLE = """example, on a GPU:
-  python launch/bench.py assign --device cuda --rows 1000000 --num-labels 131072"""
-
-DATA = """Reading, decoding and cropping images: ours against a plain webdataset + DataLoader loop (by Pillow, and by
-our own decoding) and against decoding alone, from memory. The same images, crops and number of threads or processes.
-Prints images/s and ratios (ours / judge: above 1, ours is faster), for the augmented crops of training and for test
-views."""
-
-DATA_EXAMPLE = """example, half a minute:
-  python launch/bench.py data --rows 512 --repeats 1 --json data.json
-
-`images/CPU s` is what one core gives to a side, whatever else the machine does."""
-
-
-def arguments() -> argparse.ArgumentParser:
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="kmeans|methods|assign|data")
-    kmeans_arguments(commands)
-    methods_arguments(commands)
-    assign_arguments(commands)
-    data_arguments(commands)
-    return parser
-
-
-def _command(commands: Any, name: str, short: str, long: tuple[str, str]) -> Callable[..., Any]:
-    """Adds a command with its description and example; what adds arguments to it."""
-    description, epilog = long
-    form = argparse.RawDescriptionHelpFormatter
-    parser = commands.add_parser(name, help=short, description=description, epilog=epilog, formatter_class=form)
-    add: Callable[..., Any] = parser.add_argument
-    return add
-
-
-def kmeans_arguments(commands: Any) -> None:
-    add = _command(commands, "kmeans", "against faiss", (KMEANS, EXAMPLE))
-    add("--rows", type=int, metavar="N", help=f"default: {DRAWN_ROWS} drawn ones, or all of --features")
-    add("--dim", type=int, metavar="D", help=f"dimensions of drawn rows; default: {DRAWN_DIM}")
-    add("--num-labels", type=int, nargs="+", default=[256, 4096, 16384], metavar="K", help="default: %(default)s")
-    add("--iterations", type=int, default=10, metavar="N", help="updates of the centroids; default: %(default)s")
-    add("--threads", type=int, default=2, metavar="N", help="of every side alike; default: %(default)s")
-    add("--features", type=Path, metavar="DIR_OR_NPY", help="real rows: a .npy file, or a folder with any")
-    add("--shard-rows", type=int, default=1000, metavar="N", help="of the shards that ours reads; default: %(default)s")
-    add("--workers", type=int, default=2, metavar="N", help="against one, a thread each; 1: leave out; default: 2")
-    add("--scaling-labels", type=int, nargs="+", metavar="K", help="for --workers; default: the middle --num-labels")
-    add("--repeats", type=int, default=1, metavar="N", help="in alternating order, medians; default: %(default)s")
-    add("--init", choices=("none", "ours", "both"), default="ours", help="whose k-means++ to time; default: ours")
-    add("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
-    add("--json", type=Path, metavar="FILE", help="all numbers, also of single runs")
-
-
-def methods_arguments(commands: Any) -> None:
-    add = _command(commands, "methods", "shortcuts against exact k-means", (METHODS, METHODS_EXAMPLE))
-    add("--rows", type=int, default=60_000, metavar="N", help="default: %(default)s")
-    add("--dim", type=int, default=128, metavar="D", help="default: %(default)s")
-    add("--num-labels", type=int, default=4096, metavar="K", help="default: %(default)s")
-    add("--iterations", type=int, default=10, metavar="N", help="updates of the centroids; default: %(default)s")
-    add("--probes", type=int, nargs="+", default=[4, 8, 16], metavar="N", help="of lists; default: %(default)s")
-    add("--sample-rows-per-cluster", type=int, default=4, metavar="N", help="default: %(default)s")
-    add("--balance", type=float, default=1.5, metavar="B", help="of one more exact run; default: %(default)s")
-    add("--threads", type=int, default=2, metavar="N", help="default: %(default)s")
-    add("--json", type=Path, metavar="FILE", help="all numbers")
-
-
-def assign_arguments(commands: Any) -> None:
-    add = _command(commands, "assign", "against torch's matmul + argmin", (ASSIGN, ASSIGN_EXAMPLE))
-    add("--rows", type=int, default=133_339, metavar="N", help="default: %(default)s")
-    add("--dim", type=int, default=384, metavar="D", help="default: %(default)s")
-    add("--num-labels", type=int, default=4096, metavar="K", help="default: %(default)s")
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
-    add("--threads", type=int, default=2, metavar="N", help="on a CPU; default: %(default)s")
-    add("--repeats", type=int, default=3, metavar="N", help="in alternating order, the fastest; default: %(default)s")
-    add("--json", type=Path, metavar="FILE", help="all numbers")
-
-
-def data_arguments(commands: Any) -> None:
-    add = _command(commands, "data", "against webdataset + DataLoader", (DATA, DATA_EXAMPLE))
-    add("--shards", nargs="+", metavar="DIR_OR_TAR", help="real images; default: drawn ones")
-    add("--rows", type=int, default=1024, metavar="N", help="drawn images; default: %(default)s")
-    add("--width", type=int, default=500, metavar="PX", help="of drawn images; default: %(default)s")
-    add("--height", type=int, default=375, metavar="PX", help="of drawn images; default: %(default)s")
-    add("--image-size", type=int, default=224, metavar="PX", help="side of a view; default: %(default)s")
-    add("--batch", type=int, default=64, metavar="N", help="default: %(default)s")
-    add("--threads", type=int, default=2, metavar="N", help="threads or processes of a side; default: %(default)s")
-    add("--views", nargs="+", choices=(data.AUGMENTED, data.TEST), default=[data.AUGMENTED, data.TEST])
-    add("--repeats", type=int, default=3, metavar="N", help="in alternating order, medians; default: %(default)s")
-    add("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
-    add("--json", type=Path, metavar="FILE", help="all numbers, also of single runs")
-
-
-def run_kmeans(asked: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    asked["num_labels"] = tuple(asked["num_labels"])
-    asked["scaling_labels"] = tuple(asked["scaling_labels"]) if asked["scaling_labels"] else None
-    settings = KMeansSettings(**asked)
-    header = machine(settings.threads)
-    findings = measure_kmeans(settings, tell)
-    return as_text(header, findings), as_json(header, findings)
-
-
-def run_methods(asked: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    settings = methods.MethodsSettings(**{**asked, "probes": tuple(asked["probes"])})
-    header = machine(settings.threads)
-    ways = methods.measure_methods(settings, tell)
-    return methods.as_text(header, settings, ways), methods.as_json(header, settings, ways)
-
-
-def run_assign(asked: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    settings = assign.AssignSettings(**asked)
-    header = machine(settings.threads, *(["triton"] if settings.device == "cuda" else []))
-    found = assign.measure_assign(settings, tell)
-    return assign.as_text(header, settings, found), assign.as_json(header, settings, found)
-
-
-def run_data(asked: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    asked["views"] = tuple(asked["views"])
-    asked["shards"] = tuple(asked["shards"]) if asked["shards"] else None
-    settings = data.DataSettings(**asked)
-    header = machine(settings.threads, "pillow", "simplejpeg", "webdataset")
-    findings = data.measure_data(settings, tell)
-    return data_table.as_text(header, findings), data_table.as_json(header, findings)
+from grappa_dist.bench.commands import COMMANDS, add_commands
 
 
 def tell(line: str) -> None:
     print(f"bench: {line}", file=sys.stderr, flush=True)
 
 
-RUN = {"kmeans": run_kmeans, "methods": run_methods, "assign": run_assign, "data": run_data}
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    asked = vars(arguments().parse_args(argv))
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_commands(parser)
+    asked = vars(parser.parse_args(argv))
     path, command = asked.pop("json"), asked.pop("command")
     try:
-        text, numbers = RUN[command](asked)
+        text, numbers = COMMANDS[command].run(asked, tell)
         print(text)
         if path is not None:
             write_json(path, numbers)
