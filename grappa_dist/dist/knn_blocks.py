@@ -78,6 +78,18 @@ class Blocks:
         facts = self.facts[number]
         return Side.of(self.block(number), halves=self.halves, norm=facts.norm, rest=facts.rest)
 
+    def rows_at(self, places: Tensor) -> Block:
+        """Some rows in host memory, by ascending positions."""
+        some = places.numpy()
+        rows = torch.from_numpy(self.features[some]).reshape(-1, self.dim)
+        plain = all(facts.plain for facts in self.facts)
+        return Block(rows if plain else to_grid(rows), torch.from_numpy(self.ids[some]))
+
+    @property
+    def largest(self) -> tuple[float, float]:
+        """The largest norm of own rows, and the largest norm of what bfloat16 leaves out; 0 for no rows."""
+        return max((f.norm for f in self.facts), default=0.0), max((f.rest for f in self.facts), default=0.0)
+
     def _places(self, number: int) -> slice:
         return slice(number * self.step, (number + 1) * self.step)
 

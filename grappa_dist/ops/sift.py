@@ -30,7 +30,6 @@ _TABLE_ROWS, _TABLE_COLUMNS = 512, 2048  # of estimates: few enough to stay in a
 _STEP = 64  # rows are filled up to multiples of it: oneDNN compiles a kernel for every new shape
 _SAMPLE = 512  # targets that tell a first floor
 _CROWD = 16  # more than a 16th of a table is too much to be looked at pair by pair
-_HALF = 2.0**-8  # rounding to bfloat16 errs by this share at most
 _LEAST = 2.0**-20  # floors below it let everything through: bits of negative numbers do not compare as the numbers do
 
 
@@ -166,7 +165,7 @@ class _Search:
             for rows in unknown.split(_TABLE_ROWS):
                 table = (a.form[rows] @ sample.T).float()
                 least = table.topk(self.k + 1, dim=1).values[:, -1].double()
-                floors[rows] = least - _rounding(a.form) * least.abs() - 2 * error
+                floors[rows] = least - 2 * error - _rounding(a.form)
         return floors
 
     def _through(self, rows: slice, columns: slice, floors: list[Tensor]) -> _Through | None:
@@ -231,9 +230,8 @@ class _Search:
         kth = np.full(len(values), -np.inf, np.float32)
         is_kth = place == self.k - 1
         kth[first[is_kth]] = values[is_kth]  # at the first of each row
-        slack = gap + 2 * _rounding(self.a.form) * (self.a.norm * self.b.norm + gap) + 2.0**-22
         mask = np.empty(len(values), dtype=bool)
-        mask[order] = values >= kth[first] - np.float32(slack)
+        mask[order] = values >= kth[first] - np.float32(gap + 2 * _rounding(self.a.form) + 2.0**-22)
         return mask & (view.estimates >= least)
 
 
@@ -275,8 +273,8 @@ def _filled(some: slice) -> slice:
 
 
 def _rounding(form: Tensor) -> float:
-    """By what share rounding to the form's type may be off."""
-    return _HALF if form.dtype == torch.bfloat16 else 0.0
+    """How far rounding to the form's type may move a score: half a step of its numbers between 1 and 2."""
+    return 2.0**-8 if form.dtype == torch.bfloat16 else 0.0
 
 
 def _bits(table: Tensor) -> NDArray[Any]:
