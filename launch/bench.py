@@ -3,6 +3,7 @@
 python launch/bench.py kmeans --rows 20000 --num-labels 64 1024 --threads 2
 python launch/bench.py methods --rows 20000 --num-labels 1024
 python launch/bench.py data --rows 512 --threads 2
+python launch/bench.py knn --rows 20000 --neighbours 10
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ if importlib.util.find_spec("grappa_dist") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from grappa_dist.artifacts import write_json
-from grappa_dist.bench import data, data_table, methods
+from grappa_dist.bench import data, data_table, knn, methods
 from grappa_dist.bench.arguments import OneLineParser
 from grappa_dist.bench.kmeans import DRAWN_DIM, DRAWN_ROWS, KMeansSettings, measure_kmeans
 from grappa_dist.bench.machine import machine
@@ -52,13 +53,22 @@ DATA_EXAMPLE = """example, half a minute:
 
 `images/CPU s` is what one core gives to a side, whatever else the machine does."""
 
+KNN = """The exact k-NN graph against brute-force searches by faiss: the same rows, neighbours and threads, in turns. With
+--approximate also the graph through lists, with the recall it measures of itself and the one found here. Prints
+seconds, CPU seconds, and how many times as long as ours each side took (above 1, ours is faster)."""
+
+KNN_EXAMPLE = """examples, a minute, and ten:
+  python launch/bench.py knn --rows 20000 --neighbours 10 --workers 2
+  python launch/bench.py knn --approximate --rows 200000 --judges faiss.knn --repeats 1 --json knn.json"""
+
 
 def arguments() -> argparse.ArgumentParser:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="kmeans|methods|data")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="kmeans|methods|data|knn")
     kmeans_arguments(commands)
     methods_arguments(commands)
     data_arguments(commands)
+    knn_arguments(commands)
     return parser
 
 
@@ -115,6 +125,30 @@ def data_arguments(commands: Any) -> None:
     add("--json", type=Path, metavar="FILE", help="all numbers, also of single runs")
 
 
+def knn_arguments(commands: Any) -> None:
+    add = _command(commands, "knn", "against brute force", (KNN, KNN_EXAMPLE))
+    add("--rows", type=int, metavar="N", help="default: 20000, 200000 with --approximate, or all of --features")
+    add("--dim", type=int, default=384, metavar="D", help="of drawn rows; default: %(default)s")
+    add("--neighbours", type=int, nargs="+", default=[10], metavar="K", help="default: %(default)s")
+    add("--approximate", action="store_true", help="also the graph through lists")
+    add("--recall-floor", type=float, default=0.95, metavar="R", help="of it; default: %(default)s")
+    add("--judges", nargs="+", choices=list(knn.JUDGES), default=list(knn.JUDGES))
+    add("--threads", type=int, default=2, metavar="N", help="of every side alike; default: %(default)s")
+    add("--workers", type=int, default=1, metavar="N", help="of a thread each, against one of N threads; default: 1")
+    add("--features", type=Path, metavar="DIR_OR_NPY", help="real rows: a .npy file, or a folder with any")
+    add("--repeats", type=int, default=3, metavar="N", help="in alternating order, medians; default: %(default)s")
+    add("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
+    add("--json", type=Path, metavar="FILE", help="all numbers, also of single runs")
+
+
+def run_knn(asked: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    asked["neighbours"], asked["judges"] = tuple(asked["neighbours"]), tuple(asked["judges"])
+    settings = knn.KnnSettings(**asked)
+    header = machine(settings.threads)
+    findings = knn.measure_knn(settings, tell)
+    return knn.as_text(header, findings), knn.as_json(header, findings)
+
+
 def run_kmeans(asked: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     asked["num_labels"] = tuple(asked["num_labels"])
     asked["scaling_labels"] = tuple(asked["scaling_labels"]) if asked["scaling_labels"] else None
@@ -148,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked = vars(arguments().parse_args(argv))
     path, command = asked.pop("json"), asked.pop("command")
     try:
-        text, numbers = {"kmeans": run_kmeans, "methods": run_methods, "data": run_data}[command](asked)
+        text, numbers = {"kmeans": run_kmeans, "methods": run_methods, "data": run_data, "knn": run_knn}[command](asked)
         print(text)
         if path is not None:
             write_json(path, numbers)

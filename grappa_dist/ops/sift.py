@@ -161,7 +161,7 @@ class _Search:
         floors = best.scores[:, -1] / GRID**2 - error
         unknown = torch.isinf(floors).nonzero()[:, 0]
         sample = b.form[: len(b)][:: max(1, len(b) // max(_SAMPLE, 8 * (self.k + 1)))]
-        if len(sample) > self.k:
+        if len(unknown) and len(sample) > self.k:
             for rows in unknown.split(_TABLE_ROWS):
                 table = (a.form[rows] @ sample.T).float()
                 least = table.topk(self.k + 1, dim=1).values[:, -1].double()
