@@ -53,8 +53,8 @@ DATA_EXAMPLE = """example, half a minute:
 
 `images/CPU s` is what one core gives to a side, whatever else the machine does."""
 
-KNN = """The exact k-NN graph against brute-force searches by faiss: the same rows, neighbours and threads, in turns. With
---approximate also the graph through lists, with the recall it measures of itself and the one found here. Prints
+KNN = """The exact k-NN graph against brute-force searches by faiss: the same rows, neighbours and threads, in turns.
+With --approximate also the graph through lists, with the recall it measures of itself and the one found here. Prints
 seconds, CPU seconds, and how many times as long as ours each side took (above 1, ours is faster)."""
 
 KNN_EXAMPLE = """examples, a minute, and ten:

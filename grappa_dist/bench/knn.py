@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ from grappa_dist.dist.sharded_knn import sharded_knn
 
 EXACT, APPROXIMATE = "exact", "approximate"
 ALONE, SEVERAL = "1 worker", "workers of 1 thread"
-JUDGES: dict[str, Callable[[np.ndarray, int, int], np.ndarray]] = {
+Judge = Callable[[np.ndarray, int, int], np.ndarray]
+JUDGES: dict[str, Judge] = {
     "faiss.knn": brute_force_knn,
     "faiss.IndexFlatIP": flat_index_knn,
 }
@@ -112,7 +114,9 @@ def measure_knn(settings: KnnSettings, tell: Tell) -> KnnFindings:
         rows, source = read_rows(settings.features, settings.rows)
     else:
         rows = drawn_rows(num, settings.dim, settings.seed)
-        source = f"drawn: {num} rows, {TASKS} tasks > {CLASSES} classes > {SUBCLASSES} sub-classes, seed {settings.seed}"
+        source = (
+            f"drawn: {num} rows, {TASKS} tasks > {CLASSES} classes > {SUBCLASSES} sub-classes, seed {settings.seed}"
+        )
     comparisons = [_compare(rows, k, settings, tell) for k in settings.neighbours]
     scaling = _scale(rows, settings, tell) if settings.workers > 1 else {}
     return KnnFindings(source, (len(rows), rows.shape[1]), settings, comparisons, scaling)
@@ -120,8 +124,9 @@ def measure_knn(settings: KnnSettings, tell: Tell) -> KnnFindings:
 
 def _compare(rows: np.ndarray, k: int, settings: KnnSettings, tell: Tell) -> Comparison:
     work = _Work(k, settings)
-    sides = {EXACT: work.exact, **({APPROXIMATE: work.approximate} if settings.approximate else {})}
-    sides |= {name: lambda rows, name=name: JUDGES[name](rows, k + 1, settings.threads) for name in settings.judges}
+    sides: dict[str, Callable[[np.ndarray], np.ndarray]] = {EXACT: work.exact}
+    sides |= {APPROXIMATE: work.approximate} if settings.approximate else {}
+    sides |= {name: partial(work.judge, JUDGES[name]) for name in settings.judges}
     for run in sides.values():  # loads libraries, and lets them choose their ways
         run(rows[:_WARM_UP_ROWS])
     runs: dict[str, Timing] = {}
@@ -129,7 +134,7 @@ def _compare(rows: np.ndarray, k: int, settings: KnnSettings, tell: Tell) -> Com
     for repeat, order in enumerate(turns(list(sides), settings.repeats), start=1):
         for name in order:
             tell(f"k={k}, run {repeat} of {settings.repeats}: {name}")
-            lists[name], timing = timed(lambda run=sides[name]: run(rows))
+            lists[name], timing = timed(partial(sides[name], rows))
             runs[name] = runs[name].and_then(timing) if name in runs else timing
     some = np.linspace(0, len(rows) - 1, min(len(rows), _COMPARED_ROWS)).astype(np.int64)
     true = lists[EXACT][some]
@@ -153,6 +158,9 @@ class _Work:
         self.recall = graph.recall
         return graph.ids
 
+    def judge(self, search: Judge, rows: np.ndarray) -> np.ndarray:
+        return search(rows, self._k + 1, self._settings.threads)  # of which one is the row itself
+
 
 def _found(ids: np.ndarray, true: np.ndarray, rows: np.ndarray) -> float:
     """The share of the true neighbours among those found, a row itself left out."""
@@ -162,7 +170,8 @@ def _found(ids: np.ndarray, true: np.ndarray, rows: np.ndarray) -> float:
 
 def _scale(rows: np.ndarray, settings: KnnSettings, tell: Tell) -> dict[str, Timing]:
     """The exact search by one worker with as many threads as there are workers, and by these with one thread each."""
-    k, found = settings.neighbours[0], {}
+    k = settings.neighbours[0]
+    found: dict[str, Timing] = {}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.npy"
         np.save(file, rows)
@@ -198,7 +207,8 @@ def as_text(header: dict[str, str], findings: KnnFindings) -> str:
         num = findings.settings.workers
         blocks.append(
             f"exact, k={findings.settings.neighbours[0]}: {num} {SEVERAL} {several.seconds:.3f} s, {ALONE} of {num} "
-            f"threads {one.seconds:.3f} s: {one.seconds / several.seconds:.2f}x ({several.cpu:.3f} and {one.cpu:.3f} s of CPU)"
+            f"threads {one.seconds:.3f} s: {one.seconds / several.seconds:.2f}x "
+            f"({several.cpu:.3f} and {one.cpu:.3f} s of CPU)"
         )
     return "\n\n".join(blocks)
 
@@ -211,10 +221,14 @@ def _table(found: Comparison) -> str:
         ratios = [f"{r(name, side.name):.2f}" for name in ours for r in (found.ratio, found.cpu_ratio)]
         lines.append([side.name, f"{side.timing.seconds:.3f}", f"{side.timing.cpu:.3f}", *ratios, f"{side.found:.2%}"])
     told = found.recall
-    notes = [] if told is None else [
-        f"approximate: {told.probes} of {told.lists} lists, {told.searched_share:.2%} of all pairs, measured recall "
-        f"{told.recall:.2%} on {told.sample_rows} rows, widened {told.widened} times"
-    ]
+    notes = (
+        []
+        if told is None
+        else [
+            f"approximate: {told.probes} of {told.lists} lists, {told.searched_share:.2%} of all pairs, "
+            f"measured recall {told.recall:.2%} on {told.recall_rows} rows, widened {told.widened} times"
+        ]
+    )
     return "\n".join([aligned(lines), *notes])
 
 

@@ -1,7 +1,7 @@
 """Rows of all ranks in lists of near ones, for a search that looks into a few lists only.
 
-Heads are a k-means of the rows, fitted to a sample; a row belongs to the list of its nearest head and looks into those of
-its p nearest. All of it is decided on integers, so it is a function of the rows and the same on any number of ranks.
+Heads are a k-means of the rows, fitted to a sample; a row belongs to the list of its nearest head and looks into those
+of its p nearest. All of it is decided on integers, so it is a function of the rows and the same on any number of ranks.
 
 Shapes: P rows of this rank, L lists, D dimensions, p probes.
 """

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from grappa_dist.dist.search import halves_pay, on_grid
 from grappa_dist.dist.threads import side_by_side
 from grappa_dist.ops.exact import exact_square, to_grid
@@ -71,7 +73,9 @@ class Blocks:
         rows = self.features[some]
         plain = bool(self.facts) and number < len(self) and self.facts[number].plain and rows.flags.writeable
         x = torch.from_numpy(rows if plain else np.array(rows)).reshape(-1, self.dim)
-        return Block((x if plain else to_grid(x)).to(self.device), torch.from_numpy(np.array(self.ids[some])).to(self.device))
+        return Block(
+            (x if plain else to_grid(x)).to(self.device), torch.from_numpy(np.array(self.ids[some])).to(self.device)
+        )
 
     def side(self, number: int) -> Side:
         """One block as it is multiplied, on a CPU."""

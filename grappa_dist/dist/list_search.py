@@ -39,7 +39,7 @@ class _Piece:
 
 @dataclass(frozen=True)
 class ListSearch:
-    """The search through lists on one of the ranks: lists are gathered some at a time, and serve everybody's queries."""
+    """The search through lists on one of the ranks: lists are gathered some at a time, for everybody's queries."""
 
     blocks: Blocks
     coarse: Coarse
@@ -117,7 +117,8 @@ class ListSearch:
             [torch.split(t, c) for t, c in zip(share.gather(tensor), counts, strict=True)]
             for tensor in (mine.rows, mine.ids)
         )
-        return [Block(torch.cat(r), torch.cat(i)) for r, i in zip(zip(*rows), zip(*ids), strict=True)]
+        of_pieces = zip(zip(*rows, strict=True), zip(*ids, strict=True), strict=True)
+        return [Block(torch.cat(r), torch.cat(i)) for r, i in of_pieces]
 
 
 def _by_list(lists: Tensor, num_lists: int) -> tuple[Tensor, ...]:

@@ -20,8 +20,8 @@ from grappa_dist.dist.knn_blocks import Blocks
 from grappa_dist.dist.list_search import ListSearch
 from grappa_dist.dist.sampling import Draw
 from grappa_dist.dist.search import Rows, wire_device
-from grappa_dist.dist.share import join_rows
 from grappa_dist.dist.sharded_knn import join_blocks, sharded_knn
+from grappa_dist.dist.share import Share, join_rows
 from grappa_dist.dist.threads import side_by_side
 from grappa_dist.ops.knn import Block, Neighbours, merge, to_scores
 from grappa_dist.ops.proposals import true_products
@@ -36,7 +36,7 @@ class Recall:
     """What an approximate graph found, and at what cost."""
 
     recall: float  # share of the k nearest of the sample's rows that are in their lists; 1 where the search was exact
-    sample_rows: int
+    recall_rows: int
     lists: int
     probes: int
     searched_share: float  # of all pairs of rows

@@ -127,7 +127,12 @@ class _Ring:
         if len(mine.ids):
             Found(torch.arange(len(mine.ids)), back).into(self.best[number])
 
-    def _each(self, work: Callable[..., Sequence[Sequence[Found]]], tasks: Sequence[tuple[int, ...]], lists: list[Neighbours]) -> None:
+    def _each(
+        self,
+        work: Callable[..., Sequence[Sequence[Found]]],
+        tasks: Sequence[tuple[int, ...]],
+        lists: list[Neighbours],
+    ) -> None:
         """Works on tuples of blocks side by side, and takes what was found into the lists of each of them.
 
         A task sees the lists as they were when it was handed out, which may cost it time but nothing else.

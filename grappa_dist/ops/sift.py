@@ -152,7 +152,7 @@ class _Search:
                 yield slice(row, min(rows, len(self.a))), slice(column, min(columns, len(self.b)))
 
     def _floors(self, a: Side, b: Side, best: Neighbours) -> Tensor:
-        """(P,) float64: estimates that lie below, before they are rounded, belong to nothing that enters the row's list.
+        """(P,) float64: estimates that lie below, before they are rounded, belong to nothing for the row's list.
 
         By the k-th exact score so far; where there is none, by the (k + 1)-th of some of the targets, of which one may
         be the row itself.
@@ -188,7 +188,7 @@ class _Search:
         return through.pick(ids[0][row] != ids[1][column])
 
     def _crowded(self, rows: slice, columns: slice, found: tuple[list[Found], list[Found]]) -> None:
-        """A table in which too much may matter: by a search for some proposals a row, and all of it where it must be."""
+        """A table in which too much may matter: some proposals a row, and all of it where these do not settle it."""
         self._extend(found[0], (self.a, rows, self.best), (self.b, columns))
         if self.within:  # rows of the table that are columns as well have been served
             columns = slice(max(columns.start, rows.stop), columns.stop)
@@ -196,9 +196,7 @@ class _Search:
         elif self.back is not None:
             self._extend(found[1], (self.b, columns, self.back), (self.a, rows))
 
-    def _extend(
-        self, found: list[Found], queries: tuple[Side, slice, Neighbours], targets: tuple[Side, slice]
-    ) -> None:
+    def _extend(self, found: list[Found], queries: tuple[Side, slice, Neighbours], targets: tuple[Side, slice]) -> None:
         (a, rows, best), (b, columns) = queries, targets
         if rows.start < rows.stop:
             none = Neighbours.none(rows.stop - rows.start, self.k)
@@ -212,10 +210,9 @@ class _Search:
             views = [_Through.all_of(views)]
         gap = 2 * self.a.error(self.b)
         kept = [self._worth(view, f, gap) for view, f in zip(views, floors, strict=False)]
-        needed = np.concatenate(kept).reshape(-1, len(through.rows)).any(0)
-        places = np.flatnonzero(needed)
+        places = np.flatnonzero(np.logical_or.reduce(np.concatenate(kept).reshape(-1, len(through.rows))))
         pairs = torch.from_numpy(through.rows[places]), torch.from_numpy(through.columns[places])
-        scores = np.zeros(len(needed))
+        scores = np.zeros(len(through.rows))
         scores[places] = pair_dots(self.a.block.rows, self.b.block.rows, pairs).numpy()
         for view, mask, target, out in zip(views, kept, (self.b, self.a), found, strict=False):
             all_scores = np.concatenate([scores, scores]) if self.within else scores
@@ -283,7 +280,7 @@ def _bits(table: Tensor) -> NDArray[Any]:
 
 
 def _bits_of_floors(floors: Tensor, dtype: torch.dtype) -> NDArray[Any]:
-    """Rounded as estimates are, which keeps their order; so low in place of negative ones that all compare as larger."""
+    """Rounded as estimates are, which keeps their order; in place of negative ones so low that all is larger."""
     bits = _bits(floors.to(dtype))
     if dtype == torch.bfloat16:
         bits[(floors < _LEAST).numpy()] = np.iinfo(np.int16).min
