@@ -135,6 +135,7 @@ def knn_arguments(commands: Any) -> None:
     add("--judges", nargs="+", choices=list(knn.JUDGES), default=list(knn.JUDGES))
     add("--threads", type=int, default=2, metavar="N", help="of every side alike; default: %(default)s")
     add("--workers", type=int, default=1, metavar="N", help="of a thread each, against one of N threads; default: 1")
+    add("--epoch", action="store_true", help="also what an epoch of fusion costs beside the graph")
     add("--features", type=Path, metavar="DIR_OR_NPY", help="real rows: a .npy file, or a folder with any")
     add("--repeats", type=int, default=3, metavar="N", help="in alternating order, medians; default: %(default)s")
     add("--seed", type=int, default=0, metavar="N", help="default: %(default)s")

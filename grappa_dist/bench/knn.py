@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from grappa_dist.bench.epoch import AT, EpochCost, measure_epoch
 from grappa_dist.bench.processes import run_workers
 from grappa_dist.bench.rows import CLASSES, SUBCLASSES, TASKS, drawn_rows, read_rows
 from grappa_dist.bench.table import aligned, aligned_header
@@ -52,6 +53,7 @@ class KnnSettings:
     judges: tuple[str, ...] = tuple(JUDGES)
     threads: int = 2
     workers: int = 1
+    epoch: bool = False
     features: Path | None = None
     repeats: int = 3
     seed: int = 0
@@ -103,6 +105,12 @@ class KnnFindings:
     settings: KnnSettings
     comparisons: list[Comparison]
     scaling: dict[str, Timing]  # of the exact search by one worker with all threads, and by workers of one
+    epoch: EpochCost | None = None
+
+    @property
+    def pairs_per_cpu_s(self) -> float:
+        """Pairs of rows that the exact search settles in a CPU second, each for both of its rows."""
+        return self.shape[0] ** 2 / 2 / self.comparisons[0].sides[EXACT].timing.cpu
 
 
 def measure_knn(settings: KnnSettings, tell: Tell) -> KnnFindings:
@@ -119,7 +127,11 @@ def measure_knn(settings: KnnSettings, tell: Tell) -> KnnFindings:
         )
     comparisons = [_compare(rows, k, settings, tell) for k in settings.neighbours]
     scaling = _scale(rows, settings, tell) if settings.workers > 1 else {}
-    return KnnFindings(source, (len(rows), rows.shape[1]), settings, comparisons, scaling)
+    epoch = None
+    if settings.epoch:
+        tell("an epoch beside it")
+        epoch = measure_epoch(settings.repeats)
+    return KnnFindings(source, (len(rows), rows.shape[1]), settings, comparisons, scaling, epoch)
 
 
 def _compare(rows: np.ndarray, k: int, settings: KnnSettings, tell: Tell) -> Comparison:
@@ -210,6 +222,13 @@ def as_text(header: dict[str, str], findings: KnnFindings) -> str:
             f"threads {one.seconds:.3f} s: {one.seconds / several.seconds:.2f}x "
             f"({several.cpu:.3f} and {one.cpu:.3f} s of CPU)"
         )
+    if findings.epoch is not None:
+        search, both = findings.epoch.shares(findings.pairs_per_cpu_s)
+        blocks.append(
+            f"exact: {findings.pairs_per_cpu_s:.3g} pairs a CPU second; fused ViT-S/16: {findings.epoch.embed:.3f} "
+            f"CPU s to embed an image, {findings.epoch.step:.3f} the step of a pair\nso at {AT:.0e} images search is "
+            f"{search:.2%} of an epoch, embedding and search {both:.1%}"
+        )
     return "\n\n".join(blocks)
 
 
@@ -255,5 +274,7 @@ def as_json(header: dict[str, str], findings: KnnFindings) -> dict[str, Any]:
             }
             for found in findings.comparisons
         ],
+        "pairs_per_cpu_s": findings.pairs_per_cpu_s,
+        "epoch": None if findings.epoch is None else vars(findings.epoch),
         "scaling": {name: {"runs_s": t.runs, "cpu_runs_s": t.cpu_runs} for name, t in findings.scaling.items()},
     }

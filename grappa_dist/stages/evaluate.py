@@ -187,7 +187,7 @@ class _Look:
         return {"view_finds_source": found / max(1, len(rows)), "view_queries": len(rows)}
 
     def neighbours_agree(self) -> dict[str, Any]:
-        """How often the nearest among up to GALLERY_ROWS rows of all tasks share task and label; nothing without labels."""
+        """How often the nearest of up to GALLERY_ROWS rows share task and label; nothing without labels."""
         rows = self._sample(self._good, GALLERY_ROWS)
         labels, tasks = self._truth.labels[rows], self._truth.tasks[rows]
         if not (labels >= 0).any():
