@@ -125,6 +125,8 @@ class FuseConfig(Section):
     loss_scale: Rate = 0.024  # "scaling" of the Barlow Twins code
     neighbours: Count = 5  # k of the k-NN graph
     refresh: bool = True  # rebuild the graph every epoch, else once
+    graph: Literal["auto", "exact", "approximate"] = "auto"  # auto: exact up to a million images
+    recall_floor: Annotated[float, Field(ge=0, lt=1)] = 0.9  # of true neighbours, what an approximate graph must find
     duplicate_cosine: Annotated[float, Field(gt=0, le=1)] = 0.999  # neighbours above it count as near-duplicates
     skip_duplicates: bool = False  # and are no neighbours: the k nearest others of the 2k nearest are
     lars_learning_rate: Rate = 0.5  # the recipe of the paper
@@ -136,10 +138,12 @@ class FuseConfig(Section):
 
     def of_variant(self, variant: str) -> dict[str, Any]:
         """The settings that decide the result of one variant."""
-        other = "lars_" if variant.endswith("-adam") else "adam_"
-        of_graph = ("neighbours", "refresh", "duplicate_cosine", "skip_duplicates")
+        other, defaults = "lars_" if variant.endswith("-adam") else "adam_", type(self).model_fields
+        of_graph = ("neighbours", "refresh", "graph", "recall_floor", "duplicate_cosine", "skip_duplicates")
         neighbours = () if variant.startswith("neighbours") else of_graph
         left_out = {"checkpoint_steps", "variants", "micro_batch", *neighbours}  # the loss is exact for any micro batch
+        if (self.graph, self.recall_floor) == (defaults["graph"].default, defaults["recall_floor"].default):
+            left_out |= {"graph", "recall_floor"}  # fusions from before there was a choice keep their names
         return {k: v for k, v in self.model_dump(mode="json").items() if k not in left_out and not k.startswith(other)}
 
     @model_validator(mode="after")

@@ -13,6 +13,7 @@ from grappa_dist.pipeline import lay_out
 from grappa_dist.stages.adapt import steps_per_epoch
 from grappa_dist.stages.collect import collection_sizes, has_drawn, open_images
 from grappa_dist.stages.flow import Flow
+from grappa_dist.stages.graph import graph_kind
 from grappa_dist.stages.pseudo_label import choices_in_words, num_labels
 
 ADAM_COPIES = 4  # parameter, gradient and two moments
@@ -59,7 +60,10 @@ def _stages(
     yield "adapt", what, list(flow.adaptors.values()) if flow else []
     trained = [v for v in config.fuse.variants if v != "average"]
     what = f"{', '.join(trained) or 'nothing to train'}; one job each on all workers, {fuse_steps} steps of "
-    yield "fuse", what + f"{config.fuse.global_batch} pairs", list(flow.fusions.values()) if flow else []
+    what += f"{config.fuse.global_batch} pairs"
+    if any(v.startswith("neighbours") for v in trained):
+        what += f", {graph_kind(config.fuse, sizes['train'])} k-NN graph"
+    yield "fuse", what, list(flow.fusions.values()) if flow else []
     models = 1 + len(ks) + len(config.fuse.variants)
     scores = list(flow.scores.values()) if flow else []
     yield "evaluate", f"{models} models on {sizes['test']} images", scores

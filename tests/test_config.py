@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from grappa_dist.config import AdaptConfig, Config, DataConfig, fingerprint, load
+from grappa_dist.config import AdaptConfig, Config, DataConfig, FuseConfig, fingerprint, load
 
 ROOT = Path(__file__).parents[1]
 SMALL: dict[str, Any] = {"name": "x", "data": {"train": "shards"}, "backbone": {"name": "timm:vit_tiny"}}
@@ -177,3 +177,12 @@ def test_impossible_clusterings_are_refused_by_name(tmp_path: Path, override: st
     path.write_text("name: a\ndata: {train: x}\nbackbone: {name: 'timm:vit'}\n")
     with pytest.raises(ValueError, match=override.replace("fast", "'fast'")):
         load(path, [override])
+
+
+def test_how_the_graph_is_searched_names_other_fusions_only_where_it_is_not_the_default() -> None:
+    plain = FuseConfig()
+    assert not {"graph", "recall_floor"} & set(plain.of_variant("neighbours"))
+    assert plain.model_copy(update={"graph": "approximate"}).of_variant("neighbours")["recall_floor"] == 0.9
+    other = plain.model_copy(update={"recall_floor": 0.5})
+    assert other.of_variant("neighbours-adam")["recall_floor"] == 0.5
+    assert other.of_variant("transforms") == plain.of_variant("transforms")

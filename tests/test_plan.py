@@ -34,7 +34,9 @@ def test_a_plan_names_every_stage_with_its_steps_and_writes_nothing(tmp_path: Pa
     assert "40 training images" in lines["embed"]
     assert "K = 4, 8" in lines["pseudo_label"]
     assert "2 jobs of 1 ranks, 21 steps of 16 images" in lines["adapt"]
-    assert "transforms, neighbours; one job each on all workers, 12 steps of 16 pairs" in lines["fuse"]
+    assert (
+        "transforms, neighbours; one job each on all workers, 12 steps of 16 pairs, exact k-NN graph" in lines["fuse"]
+    )
     assert "6 models on 40 images" in lines["evaluate"]
     for stage, number in {"embed": 4, "pseudo_label": 2, "partitions": 1, "adapt": 2, "fuse": 2}.items():
         assert f"0 of {number} reused" in lines[stage]

@@ -71,11 +71,11 @@ class Comm:
             dist.broadcast(tensor, source)
         return tensor
 
-    def shift(self, tensor: Tensor) -> Tensor:
-        """The previous rank's tensor while ours goes to the next one; the first dimension may differ between ranks."""
-        if self.size == 1:
+    def shift(self, tensor: Tensor, by: int = 1) -> Tensor:
+        """The tensor of the rank `by` before ours while ours goes as far ahead; the first dimension may differ."""
+        if by % self.size == 0:
             return tensor
-        after, before = (self.rank + 1) % self.size, (self.rank - 1) % self.size
+        after, before = (self.rank + by) % self.size, (self.rank - by) % self.size
         length = torch.zeros(1, dtype=torch.int64, device=tensor.device)
         self._exchange(torch.tensor([len(tensor)], device=tensor.device), after, length, before)
         received = tensor.new_empty((int(length), *tensor.shape[1:]))

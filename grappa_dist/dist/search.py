@@ -102,7 +102,7 @@ class Rows:
     def plain(self, block_rows: int) -> tuple[bool, ...]:
         """Whether a shard can be used as it lies there: all of its rows are good, and on the grid."""
         return tuple(
-            bool(good.all()) and all(_on_grid(s[i : i + block_rows]) for i in range(0, len(s), block_rows))
+            bool(good.all()) and all(on_grid(s[i : i + block_rows]) for i in range(0, len(s), block_rows))
             for s, good in zip(self.shards, self.good, strict=True)
         )
 
@@ -186,7 +186,8 @@ def _even_step(num: int, most: int, threads: int) -> int:
     return -(-num // (-(-blocks // threads) * threads)) if blocks > 1 else most
 
 
-def _on_grid(rows: np.ndarray) -> bool:
+def on_grid(rows: np.ndarray) -> bool:
+    """Whether rows (P, D) float32 need no rounding to the grid."""
     return all(_few_on_grid(rows[i : i + _GRID_ROWS]) for i in range(0, len(rows), _GRID_ROWS))
 
 

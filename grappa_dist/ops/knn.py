@@ -66,13 +66,23 @@ class Block:
         return Block(rows[order], ids[order])
 
 
-def extend(best: Neighbours, queries: Block, targets: Block, search: Search = largest_in_floats) -> Neighbours:
+def extend(
+    best: Neighbours,
+    queries: Block,
+    targets: Block,
+    search: Search = largest_in_floats,
+    *,
+    least: Tensor | None = None,
+) -> Neighbours:
     """The list over all targets so far, this block included; a row is not its own neighbour.
 
     A target whose float score lies more than twice the error bound below the (k + 1)-th of the block, of which one may
     be the query itself, is none of the block's k best; one that lies more than the bound below the k-th exact score so
     far is none of the list's. All others are scored exactly. When the last proposal is among them, targets beyond the
     proposals may be too, and the whole block is scored.
+
+    Args:
+        least: (P,) float64 exact scores below which targets need not be found, where more is known than `best` tells.
     """
     k, m = best.ids.shape[1], len(targets.ids)
     if not m or not len(queries.ids):
@@ -81,7 +91,7 @@ def extend(best: Neighbours, queries: Block, targets: Block, search: Search = la
     floats, proposed = search(queries.rows, targets.rows, t)
     norms = [norm_of(exact_square(rows)) for rows in (queries.rows, targets.rows)]
     error = float_error(queries.rows.shape[1], math.prod(norms))
-    floor = best.scores[:, -1] / GRID**2 - error  # (P,)
+    floor = (best.scores[:, -1] if least is None else least) / GRID**2 - error  # (P,)
     if t > k:
         floor = torch.maximum(floor, floats[:, k].double() - 2 * error)
     possible = floats.double() >= floor[:, None]  # (P, t), a prefix of each row

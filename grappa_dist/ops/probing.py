@@ -17,7 +17,7 @@ from torch import Tensor
 
 from grappa_dist.ops.exact import exact_dot, exact_square
 from grappa_dist.ops.nearest import FAR, Assignment, assign, nearest_of_pairs
-from grappa_dist.ops.proposals import Centroids, float_error, norm_of
+from grappa_dist.ops.proposals import Centroids, Search, float_error, nearest_in_floats, norm_of
 
 PROPOSALS = 4  # centroids per row that floats propose
 Propose = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
@@ -53,6 +53,23 @@ def _nearest_of(x: Tensor, centroids: Centroids, t: int) -> tuple[Tensor, Tensor
             order = squares.argsort(dim=1, stable=True)[:, :t]
             labels, squares = labels.gather(1, order), squares.gather(1, order)
     return labels, squares
+
+
+def nearest_set(x: Tensor, centroids: Centroids, t: int, search: Search = nearest_in_floats) -> Tensor:
+    """The t nearest centroids of each grid row as a set, (P, t) in no order; of equal ones those of lower index.
+
+    Floats settle it where the t-th and the next one lie clearly apart, `nearest_exactly` does elsewhere.
+    """
+    num, dim = centroids.values.shape
+    if t >= num or not len(x):
+        return torch.arange(num, device=x.device)[:t].expand(len(x), -1)
+    distances, found = search(x, centroids.values, t + 1)
+    error = float_error(dim, (norm_of(exact_square(x)) + centroids.norm) ** 2)
+    chosen = found[:, :t].clone()
+    close = (distances[:, t].double() - distances[:, t - 1].double() <= 2 * error).nonzero()[:, 0]
+    if len(close):
+        chosen[close] = nearest_exactly(x[close], centroids, t)[0]
+    return chosen
 
 
 @dataclass(frozen=True)

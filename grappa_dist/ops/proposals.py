@@ -9,7 +9,8 @@ Shapes: P rows, K centroids, D dimensions, t proposals per row at most.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -37,20 +38,25 @@ def float_error(dim: int, size: float) -> float:
     return steps / (1 - steps) * size
 
 
+@contextmanager
+def true_products() -> Iterator[None]:
+    """Products of float32 are what they say: shortcuts by TF32 and bfloat16, which keep no error bound, are off."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def best_in_floats(x: Tensor, num_targets: int, table: Callable[[Tensor], Tensor], t: int) -> tuple[Tensor, Tensor]:
     """The t largest entries per row of a float32 table, (P, t), descending, and their columns, made tile by tile.
-
-    Only true float32 products keep the error bound, so TF32 and bf16 shortcuts are off inside.
 
     Args:
         table: (rows, num_targets) from some rows of x.
     """
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
+    with true_products():
         parts = [table(rows).topk(t, dim=1) for rows in torch.split(x, max(1, _TILE // max(1, num_targets)))]
-    finally:
-        torch.set_float32_matmul_precision(precision)
     if not parts:
         return x.new_empty((0, t)), torch.empty((0, t), dtype=torch.int64, device=x.device)
     return torch.cat([p.values for p in parts]), torch.cat([p.indices for p in parts])

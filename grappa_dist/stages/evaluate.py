@@ -21,6 +21,8 @@ from grappa_dist.data.loader import Make, load_images
 from grappa_dist.data.randomness import generator
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.data.transforms import Picture, view_generator
+from grappa_dist.dist.comm import Comm
+from grappa_dist.dist.sharded_knn import sharded_knn
 from grappa_dist.models import Grappa
 from grappa_dist.ops.metrics import retrieval_scores
 from grappa_dist.stages.embed import to_images
@@ -32,6 +34,7 @@ SCORES_FILE, INSIGHT_FILE = "scores.json", "insight.json"
 BATCH = 64  # images at a time where a model is looked at
 GALLERY_ROWS = 20_000  # images that views and gallery queries are searched among, at most
 ATTENTION_IMAGES = 128  # per task
+NEIGHBOURS = 5  # of each image, of which it is told how many share its task and its label
 VIEW, VIEW_CROP_AREA = 2, 0.25  # training uses views 0 and 1
 
 
@@ -84,7 +87,8 @@ def insight_of(
     store: Store, truth: Artifact, model: str, settings: EvaluateConfig, seed: int, features: Sequence[Artifact]
 ) -> Artifact:
     inputs = {"truth": truth, **{f"shard {i}": a for i, a in enumerate(features)}}
-    return store.artifact(f"insight/{model}", {**settings.model_dump(exclude={"export"}), "seed": seed}, inputs)
+    told = {**settings.model_dump(exclude={"export"}), "seed": seed, "neighbours": NEIGHBOURS}
+    return store.artifact(f"insight/{model}", told, inputs)
 
 
 def evaluate(
@@ -160,7 +164,7 @@ def _insight(task: ModelTask, truth: Truth, device: torch.device) -> dict[str, A
     """Does an augmented view find its source, which images are near, how are the sets weighed."""
     look = _Look(task, truth, built(task.spec, device), device)
     attention = look.attention() if task.spec.fusion is not None else {}
-    return {**look.views_find_sources(), "galleries": look.galleries(), **attention}
+    return {**look.views_find_sources(), **look.neighbours_agree(), "galleries": look.galleries(), **attention}
 
 
 class _Look:
@@ -181,6 +185,23 @@ class _Look:
         for part, z in self._features(rows, self._augmented):
             found += int((gallery[(z @ base.T).argmax(1).cpu().numpy()] == part).sum())
         return {"view_finds_source": found / max(1, len(rows)), "view_queries": len(rows)}
+
+    def neighbours_agree(self) -> dict[str, Any]:
+        """How often the nearest of up to GALLERY_ROWS rows share task and label; nothing without labels."""
+        rows = self._sample(self._good, GALLERY_ROWS)
+        labels, tasks = self._truth.labels[rows], self._truth.tasks[rows]
+        if not (labels >= 0).any():
+            return {}
+        near, _ = sharded_knn(Comm(), self._task.features.take(rows), np.arange(len(rows)), NEIGHBOURS)
+        valid = near >= 0
+        labelled = valid & (labels >= 0)[:, None]
+        same_task = valid & (tasks[near] == tasks[:, None])
+        same_label = labelled & (labels[near] == labels[:, None])
+        return {
+            "neighbours_share_task": int(same_task.sum()) / max(1, int(valid.sum())),
+            "neighbours_share_label": int(same_label.sum()) / max(1, int(labelled.sum())),
+            "neighbour_queries": len(rows),
+        }
 
     def galleries(self) -> list[dict[str, Any]]:
         """Some queries of every task and their nearest among up to GALLERY_ROWS rows of the task, as row ids."""

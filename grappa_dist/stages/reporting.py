@@ -28,7 +28,7 @@ from grappa_dist.report import (
 )
 from grappa_dist.report.content import BadRow, LabelFree, ScoreRow
 from grappa_dist.stages.embed import bad_reasons
-from grappa_dist.stages.evaluate import INSIGHT_FILE, SCORES_FILE, Truth, load_truth
+from grappa_dist.stages.evaluate import INSIGHT_FILE, NEIGHBOURS, SCORES_FILE, Truth, load_truth
 from grappa_dist.stages.flow import Flow
 from grappa_dist.stages.partitions import PARTITIONS_FILE
 from grappa_dist.stages.pseudo_label import STATS_FILE
@@ -112,6 +112,14 @@ def _view_figures(insights: Mapping[str, Any]) -> Iterator[LabelFree]:
             value=insight["view_finds_source"],
             queries=insight["view_queries"],
         )
+        for what in ("task", "label"):  # only where there are labels: these figures are none of training
+            if f"neighbours_share_{what}" in insight:
+                yield LabelFree(
+                    model=model,
+                    figure=f"test images and their {NEIGHBOURS} nearest share the {what}",
+                    value=insight[f"neighbours_share_{what}"],
+                    queries=insight["neighbour_queries"],
+                )
 
 
 def _neighbour_figures(flow: Flow) -> Iterator[LabelFree]:
@@ -123,6 +131,11 @@ def _neighbour_figures(flow: Flow) -> Iterator[LabelFree]:
             figure = f"images with a near-duplicate (cosine above {statistics['duplicate_cosine']}) among the nearest"
             copies = statistics["rows_with_duplicates_share"]
             yield LabelFree(model=variant, figure=figure, value=copies, queries=len(flow.train))
+            if statistics.get("graph") == "approximate":
+                recall, rows = statistics["recall"], statistics["recall_rows"]
+                yield LabelFree(
+                    model=variant, figure="true neighbours in the approximate graph", value=recall, queries=rows
+                )
             shares = statistics["neighbours_share_pseudo_label"]
             for name, value in shares.items():
                 figure = f"neighbours share the {name} pseudo-label"

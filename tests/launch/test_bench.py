@@ -16,8 +16,11 @@ TINY = ["kmeans", "--rows", "400", "--dim", "32", "--num-labels", "5", "--iterat
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        ([], "the following arguments are required: kmeans|methods|assign|data"),
-        (["knn"], "invalid choice: 'knn'"),
+        ([], "the following arguments are required: kmeans|methods|assign|data|knn"),
+        (["graph"], "invalid choice: 'graph'"),
+        (["knn", "--neighbours", "0"], "--neighbours must be at least 1, got 0"),
+        (["knn", "--recall-floor", "1"], "--recall-floor must be from 0 to less than 1, got 1.0"),
+        (["knn", "--workers", "0"], "--workers must be at least 1, got 0"),
         (["kmeans", "--rows", "many"], "invalid int value: 'many'"),
         (
             ["methods", "--rows", "50", "--num-labels", "51"],

@@ -13,7 +13,7 @@ from grappa_dist.config import Config
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.ops.metrics import retrieval_scores
 from grappa_dist.stages.embed import bad_rows, embed, feature_rows, features_of
-from grappa_dist.stages.evaluate import Evaluation, evaluate, insight_of, load_truth, scores_of, truth_of
+from grappa_dist.stages.evaluate import NEIGHBOURS, Evaluation, evaluate, insight_of, load_truth, scores_of, truth_of
 from grappa_dist.stages.modelling import ModelSpec
 from tests.stages import tiny
 
@@ -93,6 +93,7 @@ def test_images_without_labels_have_no_scores_but_insight(tmp_path: Path) -> Non
     insight = json.loads((evaluation.insights["average"].path / "insight.json").read_text())
     assert 0 <= insight["view_finds_source"] <= 1
     assert insight["view_queries"] == 6
+    assert "neighbours_share_label" not in insight
     shown = {g["query"] for g in insight["galleries"]} | {h["row"] for g in insight["galleries"] for h in g["hits"]}
     assert not shown & set(bad.tolist())
 
@@ -120,3 +121,17 @@ def test_every_model_is_looked_at_on_the_same_images(labelled: Evaluation) -> No
         for a in labelled.insights.values()
     ]
     assert queries[0] == queries[1]
+
+
+def test_neighbours_among_labelled_images_tell_how_many_share_task_and_label(labelled: Evaluation) -> None:
+    truth = load_truth(labelled.truth)
+    insight = json.loads((labelled.insights["backbone"].path / "insight.json").read_text())
+    rows = np.delete(np.arange(tiny.NUM_ROWS), tiny.BAD)
+    cosines = (lambda z: z.astype(np.float64) @ z.T)(labelled.features["backbone"].take(rows))
+    np.fill_diagonal(cosines, -np.inf)
+    near = rows[np.argsort(-cosines, kind="stable")[:, :NEIGHBOURS]]
+    same_task = truth.tasks[near] == truth.tasks[rows, None]
+    same_label = (truth.labels[near] == truth.labels[rows, None])[truth.labels[rows] >= 0]
+    assert insight["neighbours_share_task"] == pytest.approx(same_task.mean())
+    assert insight["neighbours_share_label"] == pytest.approx(same_label.mean())
+    assert insight["neighbour_queries"] == len(rows)

@@ -150,7 +150,7 @@ def graph_of_copies(comm: Comm, folder: Path, skip: bool) -> tuple[np.ndarray, d
         labels={},
         folder=folder / f"knn-{comm.size}-{skip}",
     )
-    graph = pairs._graph(0)
+    graph = pairs._graphs.of(0)
     statistics = json.loads((folder / f"knn-{comm.size}-{skip}" / "epoch-0" / "statistics.json").read_text())
     return graph.take(np.arange(len(images))), statistics
 

@@ -1,0 +1,280 @@
+"""The k-NN graph against brute-force searches by faiss: the same rows, neighbours and threads.
+
+Ours leaves out the row itself and decides ties by row id, the judges do neither. Each run is of all rows among
+themselves. How many of the true neighbours a side found is counted on some of the rows.
+
+Shapes: P rows, D dimensions, k neighbours.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from grappa_dist.bench.epoch import AT, EpochCost, measure_epoch
+from grappa_dist.bench.processes import run_workers
+from grappa_dist.bench.rows import CLASSES, SUBCLASSES, TASKS, drawn_rows, read_rows
+from grappa_dist.bench.table import aligned, aligned_header
+from grappa_dist.bench.timing import Timing, timed, turns
+from grappa_dist.data.progress import Tell
+from grappa_dist.dist.comm import Comm
+from grappa_dist.dist.knn_judges import brute_force_knn, flat_index_knn
+from grappa_dist.dist.listed_knn import Recall, listed_knn
+from grappa_dist.dist.sharded_knn import sharded_knn
+
+EXACT, APPROXIMATE = "exact", "approximate"
+ALONE, SEVERAL = "1 worker", "workers of 1 thread"
+Judge = Callable[[np.ndarray, int, int], np.ndarray]
+JUDGES: dict[str, Judge] = {
+    "faiss.knn": brute_force_knn,
+    "faiss.IndexFlatIP": flat_index_knn,
+}
+_WARM_UP_ROWS = 2048
+_COMPARED_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class KnnSettings:
+    """What `bench.py knn` was asked for."""
+
+    rows: int | None = None
+    dim: int = 384
+    neighbours: tuple[int, ...] = (10,)
+    approximate: bool = False
+    recall_floor: float = 0.95
+    judges: tuple[str, ...] = tuple(JUDGES)
+    threads: int = 2
+    workers: int = 1
+    epoch: bool = False
+    features: Path | None = None
+    repeats: int = 3
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raises a ValueError that names the flag."""
+        wanted = {"rows": 2, "dim": 1, "threads": 1, "workers": 1, "repeats": 1, "seed": 0}
+        for name, least in wanted.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"--{name} must be at least {least}, got {value}")
+        if min(self.neighbours) < 1:
+            raise ValueError(f"--neighbours must be at least 1, got {min(self.neighbours)}")
+        if not 0 <= self.recall_floor < 1:
+            raise ValueError(f"--recall-floor must be from 0 to less than 1, got {self.recall_floor}")
+
+
+@dataclass(frozen=True)
+class Side:
+    """How one side searched, so many times."""
+
+    name: str
+    timing: Timing
+    found: float  # share of the true neighbours
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All sides at one k."""
+
+    neighbours: int
+    sides: dict[str, Side]
+    recall: Recall | None  # what the approximate graph says of itself
+
+    def ratio(self, ours: str, judge: str) -> float:
+        return self.sides[judge].timing.seconds / self.sides[ours].timing.seconds
+
+    def cpu_ratio(self, ours: str, judge: str) -> float:
+        """The same in CPU seconds, which a busy machine disturbs less."""
+        return self.sides[judge].timing.cpu / self.sides[ours].timing.cpu
+
+
+@dataclass(frozen=True)
+class KnnFindings:
+    """All that was measured."""
+
+    source: str
+    shape: tuple[int, int]
+    settings: KnnSettings
+    comparisons: list[Comparison]
+    scaling: dict[str, Timing]  # of the exact search by one worker with all threads, and by workers of one
+    epoch: EpochCost | None = None
+
+    @property
+    def pairs_per_cpu_s(self) -> float:
+        """Pairs of rows that the exact search settles in a CPU second, each for both of its rows."""
+        return self.shape[0] ** 2 / 2 / self.comparisons[0].sides[EXACT].timing.cpu
+
+
+def measure_knn(settings: KnnSettings, tell: Tell) -> KnnFindings:
+    settings.check()
+    torch.set_num_threads(settings.threads)
+    tell("rows")
+    num = settings.rows or (200_000 if settings.approximate else 20_000)
+    if settings.features is not None:
+        rows, source = read_rows(settings.features, settings.rows)
+    else:
+        rows = drawn_rows(num, settings.dim, settings.seed)
+        source = (
+            f"drawn: {num} rows, {TASKS} tasks > {CLASSES} classes > {SUBCLASSES} sub-classes, seed {settings.seed}"
+        )
+    comparisons = [_compare(rows, k, settings, tell) for k in settings.neighbours]
+    scaling = _scale(rows, settings, tell) if settings.workers > 1 else {}
+    epoch = None
+    if settings.epoch:
+        tell("an epoch beside it")
+        epoch = measure_epoch(settings.repeats)
+    return KnnFindings(source, (len(rows), rows.shape[1]), settings, comparisons, scaling, epoch)
+
+
+def _compare(rows: np.ndarray, k: int, settings: KnnSettings, tell: Tell) -> Comparison:
+    work = _Work(k, settings)
+    sides: dict[str, Callable[[np.ndarray], np.ndarray]] = {EXACT: work.exact}
+    sides |= {APPROXIMATE: work.approximate} if settings.approximate else {}
+    sides |= {name: partial(work.judge, JUDGES[name]) for name in settings.judges}
+    for run in sides.values():  # loads libraries, and lets them choose their ways
+        run(rows[:_WARM_UP_ROWS])
+    runs: dict[str, Timing] = {}
+    lists: dict[str, np.ndarray] = {}
+    for repeat, order in enumerate(turns(list(sides), settings.repeats), start=1):
+        for name in order:
+            tell(f"k={k}, run {repeat} of {settings.repeats}: {name}")
+            lists[name], timing = timed(partial(sides[name], rows))
+            runs[name] = runs[name].and_then(timing) if name in runs else timing
+    some = np.linspace(0, len(rows) - 1, min(len(rows), _COMPARED_ROWS)).astype(np.int64)
+    true = lists[EXACT][some]
+    found = {name: _found(lists[name][some], true, some) for name in sides}
+    return Comparison(k, {name: Side(name, runs[name], found[name]) for name in sides}, work.recall)
+
+
+class _Work:
+    """Ours at one k."""
+
+    def __init__(self, k: int, settings: KnnSettings) -> None:
+        self._k, self._settings = k, settings
+        self.recall: Recall | None = None
+
+    def exact(self, rows: np.ndarray) -> np.ndarray:
+        return sharded_knn(Comm(), rows, np.arange(len(rows)), self._k)[0]
+
+    def approximate(self, rows: np.ndarray) -> np.ndarray:
+        floor, seed = self._settings.recall_floor, self._settings.seed
+        graph = listed_knn(Comm(), rows, np.arange(len(rows)), self._k, floor=floor, seed=seed)
+        self.recall = graph.recall
+        return graph.ids
+
+    def judge(self, search: Judge, rows: np.ndarray) -> np.ndarray:
+        return search(rows, self._k + 1, self._settings.threads)  # of which one is the row itself
+
+
+def _found(ids: np.ndarray, true: np.ndarray, rows: np.ndarray) -> float:
+    """The share of the true neighbours among those found, a row itself left out."""
+    hits = sum(len(np.intersect1d(a[a != row], b[b >= 0])) for a, b, row in zip(ids, true, rows, strict=True))
+    return hits / max(1, int((true >= 0).sum()))
+
+
+def _scale(rows: np.ndarray, settings: KnnSettings, tell: Tell) -> dict[str, Timing]:
+    """The exact search by one worker with as many threads as there are workers, and by these with one thread each."""
+    k = settings.neighbours[0]
+    found: dict[str, Timing] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "rows.npy"
+        np.save(file, rows)
+        for order in turns([ALONE, SEVERAL], settings.repeats):
+            for name in order:
+                tell(f"ring: {name}")
+                size, threads = (1, settings.workers) if name == ALONE else (settings.workers, 1)
+                told = run_workers(_clock, size, file, k, threads)
+                slowest = Timing((max(wall for wall, _ in told),), (sum(cpu for _, cpu in told),))
+                found[name] = found[name].and_then(slowest) if name in found else slowest
+    return found
+
+
+def _clock(comm: Comm, file: Path, k: int, threads: int) -> tuple[float, float]:
+    """Wall and CPU seconds of this worker, libraries loaded and rows in the page cache."""
+    torch.set_num_threads(threads)
+    mapped = np.load(file, mmap_mode="c")
+    first, after = (rank * len(mapped) // comm.size for rank in (comm.rank, comm.rank + 1))
+    own, ids = mapped[first:after], np.arange(first, after)
+    float(own.sum())
+    sharded_knn(comm, own[:_WARM_UP_ROWS], ids[:_WARM_UP_ROWS], k)
+    comm.barrier()
+    wall, cpu = time.perf_counter(), time.process_time()
+    sharded_knn(comm, own, ids, k)
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def as_text(header: dict[str, str], findings: KnnFindings) -> str:
+    blocks = [aligned_header({**header, "rows": f"{findings.source}, {findings.shape[1]} dimensions"})]
+    blocks += [_table(found) for found in findings.comparisons]
+    if findings.scaling:
+        one, several = findings.scaling[ALONE], findings.scaling[SEVERAL]
+        num = findings.settings.workers
+        blocks.append(
+            f"exact, k={findings.settings.neighbours[0]}: {num} {SEVERAL} {several.seconds:.3f} s, {ALONE} of {num} "
+            f"threads {one.seconds:.3f} s: {one.seconds / several.seconds:.2f}x "
+            f"({several.cpu:.3f} and {one.cpu:.3f} s of CPU)"
+        )
+    if findings.epoch is not None:
+        search, both = findings.epoch.shares(findings.pairs_per_cpu_s)
+        blocks.append(
+            f"exact: {findings.pairs_per_cpu_s:.3g} pairs a CPU second; fused ViT-S/16: {findings.epoch.embed:.3f} "
+            f"CPU s to embed an image, {findings.epoch.step:.3f} the step of a pair\nso at {AT:.0e} images search is "
+            f"{search:.2%} of an epoch, embedding and search {both:.1%}"
+        )
+    return "\n\n".join(blocks)
+
+
+def _table(found: Comparison) -> str:
+    ours = [name for name in (EXACT, APPROXIMATE) if name in found.sides]
+    titles = ["seconds", "CPU s", *(f"/ {name}{of}" for name in ours for of in ("", ", CPU")), "found"]
+    lines = [[f"k={found.neighbours}", *titles]]
+    for side in found.sides.values():
+        ratios = [f"{r(name, side.name):.2f}" for name in ours for r in (found.ratio, found.cpu_ratio)]
+        lines.append([side.name, f"{side.timing.seconds:.3f}", f"{side.timing.cpu:.3f}", *ratios, f"{side.found:.2%}"])
+    told = found.recall
+    notes = (
+        []
+        if told is None
+        else [
+            f"approximate: {told.probes} of {told.lists} lists, {told.searched_share:.2%} of all pairs, "
+            f"measured recall {told.recall:.2%} on {told.recall_rows} rows, widened {told.widened} times"
+        ]
+    )
+    return "\n".join([aligned(lines), *notes])
+
+
+def as_json(header: dict[str, str], findings: KnnFindings) -> dict[str, Any]:
+    return {
+        "machine": header,
+        "rows": {"source": findings.source, "rows": findings.shape[0], "dim": findings.shape[1]},
+        "knn": [
+            {
+                "neighbours": found.neighbours,
+                "sides": [
+                    {
+                        "name": side.name,
+                        "runs_s": side.timing.runs,
+                        "cpu_runs_s": side.timing.cpu_runs,
+                        "seconds": side.timing.seconds,
+                        "found_share": side.found,
+                        "ratio_to_exact": found.ratio(EXACT, side.name),
+                        "cpu_ratio_to_exact": found.cpu_ratio(EXACT, side.name),
+                    }
+                    for side in found.sides.values()
+                ],
+                "recall": None if found.recall is None else vars(found.recall),
+            }
+            for found in findings.comparisons
+        ],
+        "pairs_per_cpu_s": findings.pairs_per_cpu_s,
+        "epoch": None if findings.epoch is None else vars(findings.epoch),
+        "scaling": {name: {"runs_s": t.runs, "cpu_runs_s": t.cpu_runs} for name, t in findings.scaling.items()},
+    }

@@ -1,0 +1,147 @@
+"""An approximate k-NN graph whose recall is measured: a row is compared with the rows of its p nearest lists, exactly.
+
+p is as large as a sample says that it must be, and what the graph has found of the true neighbours is measured on
+another sample. The graph is a function of the rows, k, the floor and the seed: the same bits on any number of ranks.
+
+Shapes: P rows of this rank, m rows of a sample, L lists, D dimensions, k neighbours, p probes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from grappa_dist.dist.coarse import Coarse
+from grappa_dist.dist.comm import Comm
+from grappa_dist.dist.knn_blocks import Blocks
+from grappa_dist.dist.list_search import ListSearch
+from grappa_dist.dist.sampling import Draw
+from grappa_dist.dist.search import Rows, wire_device
+from grappa_dist.dist.sharded_knn import join_blocks, sharded_knn
+from grappa_dist.dist.share import Share, join_rows
+from grappa_dist.dist.threads import side_by_side
+from grappa_dist.ops.knn import Block, Neighbours, merge, to_scores
+from grappa_dist.ops.proposals import true_products
+from grappa_dist.ops.sift import MOST_ROWS, Found, Side, search_one_way
+
+SAMPLE_ROWS = 1024  # compared with all rows; half of them choose p, half measure recall
+_SAMPLE = 6  # names the draw
+
+
+@dataclass(frozen=True)
+class Recall:
+    """What an approximate graph found, and at what cost."""
+
+    recall: float  # share of the k nearest of the sample's rows that are in their lists; 1 where the search was exact
+    recall_rows: int
+    lists: int
+    probes: int
+    searched_share: float  # of all pairs of rows
+    widened: int  # times that more probes were needed than the sample had said
+
+    @staticmethod
+    def exact() -> Recall:
+        return Recall(1.0, 0, 1, 1, 1.0, 0)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """The lists of this rank's rows, and what they are worth."""
+
+    ids: np.ndarray  # (P, k) int64, -1 where there is none
+    scores: np.ndarray  # (P, k) float32, -inf where there is none
+    recall: Recall
+
+
+def listed_knn(
+    comm: Comm,
+    features: np.ndarray,
+    ids: np.ndarray,
+    k: int,
+    *,
+    floor: float,
+    seed: int,
+    halves: bool | None = None,
+) -> Graph:
+    """As `sharded_knn`, but of each row's candidates only: the rows of its p nearest lists.
+
+    Where recall stays below the floor p grows; where p would be half of the lists, the search is exact.
+
+    Args:
+        floor: least share of true neighbours that must be found, below 1.
+        seed: of the samples.
+    """
+    cpu = torch.device("cpu")
+    blocks = join_blocks(comm, features, ids, k, block_rows=MOST_ROWS, device=cpu, halves=halves)
+    share = join_rows(comm, Rows([features], [np.ones(len(features), dtype=bool)]), device=cpu)
+    if not share.num_good:
+        return Graph(*sharded_knn(comm, features, ids, k, halves=halves), Recall.exact())
+    coarse = Coarse.of(share, seed)
+    with true_products():
+        choosing, measuring = Sample.two_of(share, blocks, (k, seed))
+        probes, widened = choosing.probes_for(coarse, ids, floor + (1 - floor) / 4), 0
+        while 2 * probes < len(coarse):
+            found, searched = ListSearch.of(blocks, coarse, k).run(probes)
+            recall = measuring.recall(comm, ids, found.ids)
+            if recall >= floor:
+                told = Recall(recall, len(measuring.ids), len(coarse), probes, searched, widened)
+                return Graph(found.ids.numpy(), to_scores(found).numpy(), told)
+            probes, widened = 2 * probes, widened + 1
+    exact = replace(Recall.exact(), lists=len(coarse), probes=len(coarse), widened=widened)
+    return Graph(*sharded_knn(comm, features, ids, k, halves=halves), exact)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Some rows of all ranks, the same on all of them, with their true neighbours."""
+
+    rows: Tensor  # (m, D)
+    ids: Tensor  # (m,)
+    near: Tensor  # (m, k) ids, -1 where there is none
+
+    @staticmethod
+    def two_of(share: Share, blocks: Blocks, what: tuple[int, int]) -> tuple[Sample, Sample]:
+        """Two disjoint samples, by (k, seed)."""
+        k, seed = what
+        draw = Draw.of(share, min(SAMPLE_ROWS, share.num_good), seed, k, _SAMPLE)
+        parts = list(draw.blocks())
+        own = torch.cat([p for p, _ in parts]) if parts else torch.zeros(0, dtype=torch.int64)
+        x = torch.cat([x for _, x in parts]) if parts else torch.zeros(0, share.dim)
+        rows = torch.cat(share.gather(x))
+        ids = torch.cat(share.gather(torch.from_numpy(blocks.ids)[own]))
+        queries, best = Side.of(Block(rows, ids), halves=blocks.halves), Neighbours.none(len(ids), k)
+
+        def work(item: tuple[int, Neighbours]) -> list[Found]:
+            return search_one_way(queries, blocks.side(item[0]), item[1])
+
+        handed = ((i, Neighbours(best.scores.clone(), best.ids)) for i in range(len(blocks)))
+        for found in side_by_side(work, handed, torch.get_num_threads()):
+            for part in found:
+                part.into(best)
+        whole = Neighbours.none(len(ids), k)
+        for scores, near in zip(share.gather(best.scores), share.gather(best.ids), strict=True):
+            whole = merge(whole, Neighbours(scores, near))
+        halves = [slice(part, None, 2) for part in (0, 1)]
+        first, second = (Sample(rows[half], ids[half], whole.ids[half]) for half in halves)
+        return first, second if len(second.ids) else first
+
+    def probes_for(self, coarse: Coarse, own_ids: np.ndarray, recall: float) -> int:
+        """The least number of lists that finds so large a share of the sample's neighbours."""
+        real = self.near >= 0
+        if not bool(real.any()):
+            return 1
+        needed = coarse.rank_of(self.rows, coarse.lists_of(self.near.numpy(), own_ids))[real].sort().values + 1
+        return int(needed[min(len(needed), max(1, -int(-recall * len(needed) // 1))) - 1])
+
+    def recall(self, comm: Comm, own_ids: np.ndarray, found: Tensor) -> float:
+        """The share of true neighbours among those found for own rows (P, k), of all ranks."""
+        wanted = self.ids.numpy()
+        here = np.flatnonzero(np.isin(wanted, own_ids))
+        lists = found[torch.from_numpy(np.searchsorted(own_ids, wanted[here]))]
+        true = self.near[torch.from_numpy(here)]
+        hits = ((true[:, :, None] == lists[:, None]).any(2) & (true >= 0)).sum()
+        told = comm.sum_(torch.stack([hits, (true >= 0).sum()]).to(wire_device(comm))).tolist()
+        return float(told[0] / told[1]) if told[1] else 1.0

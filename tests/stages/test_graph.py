@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from grappa_dist.artifacts import RowArrays
+from grappa_dist.config import Config, FuseConfig
+from grappa_dist.dist.comm import Comm
+from grappa_dist.stages.graph import EXACT_ROWS, graph_kind, own_batches
+from tests.processes import run_ranks
+from tests.stages import tiny
+from tests.stages.test_pairs import pairs_of
+
+
+@pytest.mark.parametrize("good", [[5], [0, 17, 0, 1, 64, 3], [1000, 1], [0], []])
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_every_batch_is_embedded_by_one_rank_and_all_have_as_many(good: Sequence[int], size: int) -> None:
+    batch = 8
+    parts = [own_batches(good, batch, rank, size) for rank in range(size)]
+    seen = [(part.shard, row) for of_rank in parts for part in of_rank for row in range(part.first, part.after)]
+    assert seen == [(shard, row) for shard, count in enumerate(good) for row in range(count)]
+    batches = [sum(-(-(part.after - part.first) // batch) for part in of_rank) for of_rank in parts]
+    assert max(batches) - min(batches) <= 1
+    assert all(part.first % batch == 0 for of_rank in parts for part in of_rank)
+
+
+def test_how_neighbours_are_found_depends_on_the_setting_and_the_number_of_rows_alone() -> None:
+    assert [graph_kind(FuseConfig(), n) for n in (1, EXACT_ROWS, EXACT_ROWS + 1)] == ["exact", "exact", "approximate"]
+    assert graph_kind(FuseConfig(graph="exact"), 10**9) == "exact"
+    assert graph_kind(FuseConfig(graph="approximate"), 3) == "approximate"
+
+
+def settings_of(shards: Sequence[str]) -> Config:
+    return tiny.config(shards, fuse={"graph": "approximate", "recall_floor": 0.5})
+
+
+def approximate_graph(comm: Comm, shards: Sequence[str], folder: Path) -> tuple[np.ndarray, dict[str, float]]:
+    pairs = pairs_of(settings_of(shards), folder, comm, neighbours=True)
+    graph: RowArrays = pairs._graphs.of(0)
+    told = json.loads((folder / f"knn-{comm.size}" / "epoch-0" / "statistics.json").read_text())
+    return graph.take(np.arange(tiny.NUM_ROWS)), told
+
+
+def test_two_ranks_share_a_shard_and_an_approximate_graph_tells_its_recall(tmp_path: Path) -> None:
+    shards = tiny.write_shards(tmp_path / "images", sizes=(tiny.NUM_ROWS,))
+    alone, told = approximate_graph(Comm(), shards, tmp_path)
+    assert told["graph"] == "approximate"
+    assert 0.5 <= told["recall"] <= 1
+    assert told["recall_rows"] == 0 or told["lists"] > told["probes"] >= 1
+    assert (alone[tiny.BAD] == -1).all()
+    for seen, said in run_ranks(approximate_graph, 2, shards, tmp_path, timeout_s=400):
+        np.testing.assert_array_equal(seen, alone)
+        assert said == told
