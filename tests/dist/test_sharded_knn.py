@@ -42,7 +42,8 @@ def run_cases(comm: Comm, block_rows: int) -> dict[str, tuple[np.ndarray, np.nda
     results = {}
     for name, (x, k) in CASES.items():
         n = len(x)
-        edges = {1: [0, n], 2: [0, 1, n], 3: [0, n // 4, n // 4, n]}[comm.size]  # a single row, no row
+        few = {1: [0, n], 2: [0, 1, n], 3: [0, n // 4, n // 4, n], 4: [0, n // 5, n // 2, n // 2 + 1, n]}
+        edges = few[comm.size]  # a single row, no row
         own = slice(edges[comm.rank], edges[comm.rank + 1])
         results[name] = sharded_knn(comm, x[own], ids_of(x)[own], k, block_rows=block_rows)
     return results
@@ -59,7 +60,7 @@ def brute_force(x: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     return ids, best
 
 
-@pytest.mark.parametrize(("size", "block_rows"), [(1, 10**6), (1, 13), (2, 32), (3, 7), (3, 1000)])
+@pytest.mark.parametrize(("size", "block_rows"), [(1, 10**6), (1, 13), (2, 32), (3, 1000), (4, 11)])
 def test_the_graph_is_that_of_brute_force_bit_for_bit(size: int, block_rows: int) -> None:
     found = [run_cases(Comm(), block_rows)] if size == 1 else run_ranks(run_cases, size, block_rows)
     for name, (x, k) in CASES.items():
