@@ -3,6 +3,7 @@
 python launch/bench.py kmeans --rows 20000 --num-labels 64 1024 --threads 2
 python launch/bench.py methods --rows 20000 --num-labels 1024
 python launch/bench.py data --rows 512 --threads 2
+python launch/bench.py fuse --repeats 9
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ if importlib.util.find_spec("grappa_dist") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from grappa_dist.artifacts import write_json
-from grappa_dist.bench import data, data_table, methods
+from grappa_dist.bench import data, data_table, fuse, fuse_table, methods
 from grappa_dist.bench.arguments import OneLineParser
 from grappa_dist.bench.kmeans import DRAWN_DIM, DRAWN_ROWS, KMeansSettings, measure_kmeans
 from grappa_dist.bench.machine import machine
@@ -53,12 +54,22 @@ DATA_EXAMPLE = """example, half a minute:
 `images/CPU s` is what one core gives to a side, whatever else the machine does."""
 
 
+FUSE = """The adaptors and their fusion against a literal Algorithm 1 of the paper, once with all adapted outputs in one
+tensor and once set by set: time forward and forward+backward (gradients of the input, Q and K; adaptors are frozen),
+what is kept for the backward pass, and the same for whole blocks. Ratios are judge / ours, of the fastest run of each
+side."""
+
+FUSE_EXAMPLE = """example, half a minute:
+  python launch/bench.py fuse --repeats 9 --json fuse.json"""
+
+
 def arguments() -> argparse.ArgumentParser:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="kmeans|methods|data")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="kmeans|methods|data|fuse")
     kmeans_arguments(commands)
     methods_arguments(commands)
     data_arguments(commands)
+    fuse_arguments(commands)
     return parser
 
 
@@ -115,6 +126,19 @@ def data_arguments(commands: Any) -> None:
     add("--json", type=Path, metavar="FILE", help="all numbers, also of single runs")
 
 
+def fuse_arguments(commands: Any) -> None:
+    add = _command(commands, "fuse", "against a literal Algorithm 1", (FUSE, FUSE_EXAMPLE))
+    add("--batch", type=int, default=16, metavar="B", help="images; default: %(default)s")
+    add("--tokens", type=int, default=197, metavar="T", help="default: %(default)s")
+    add("--dim", type=int, default=384, metavar="D", help="default: %(default)s")
+    add("--sets", type=int, default=8, metavar="N", help="default: %(default)s")
+    add("--bottleneck", type=int, default=64, metavar="H", help="default: %(default)s")
+    add("--depth", type=int, default=2, metavar="N", help="whole blocks; default: %(default)s")
+    add("--repeats", type=int, default=5, metavar="N", help="in alternating order, the fastest; default: %(default)s")
+    add("--threads", type=int, default=2, metavar="N", help="default: %(default)s")
+    add("--json", type=Path, metavar="FILE", help="all numbers, also of single runs")
+
+
 def run_kmeans(asked: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     asked["num_labels"] = tuple(asked["num_labels"])
     asked["scaling_labels"] = tuple(asked["scaling_labels"]) if asked["scaling_labels"] else None
@@ -140,6 +164,13 @@ def run_data(asked: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     return data_table.as_text(header, findings), data_table.as_json(header, findings)
 
 
+def run_fuse(asked: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    settings = fuse.FuseSettings(**asked)
+    header = machine(settings.threads, "timm")
+    findings = fuse.measure_fuse(settings, tell)
+    return fuse_table.as_text(header, settings, findings), fuse_table.as_json(header, settings, findings)
+
+
 def tell(line: str) -> None:
     print(f"bench: {line}", file=sys.stderr, flush=True)
 
@@ -148,7 +179,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked = vars(arguments().parse_args(argv))
     path, command = asked.pop("json"), asked.pop("command")
     try:
-        text, numbers = {"kmeans": run_kmeans, "methods": run_methods, "data": run_data}[command](asked)
+        text, numbers = {"kmeans": run_kmeans, "methods": run_methods, "data": run_data, "fuse": run_fuse}[command](
+            asked
+        )
         print(text)
         if path is not None:
             write_json(path, numbers)
