@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from grappa_dist.artifacts import Artifact, Store
-from grappa_dist.config import Config, Resources
+from grappa_dist.config import UNTRAINED, Config, Resources
 from grappa_dist.models.backbone import check_name
 from grappa_dist.pipeline import lay_out
 from grappa_dist.stages.adapt import steps_per_epoch
@@ -57,7 +57,7 @@ def _stages(
         f"{len(ks)} jobs of {where.adapt_ranks} ranks, {adapt_steps} steps of {config.adapt.global_batch} images each"
     )
     yield "adapt", what, list(flow.adaptors.values()) if flow else []
-    trained = [v for v in config.fuse.variants if v != "average"]
+    trained = [v for v in config.fuse.variants if v not in UNTRAINED]
     what = f"{', '.join(trained) or 'nothing to train'}; one job each on all workers, {fuse_steps} steps of "
     yield "fuse", what + f"{config.fuse.global_batch} pairs", list(flow.fusions.values()) if flow else []
     models = 1 + len(ks) + len(config.fuse.variants)

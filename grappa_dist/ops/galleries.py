@@ -46,9 +46,12 @@ def set_weights(shares: Tensor, k: int = NEIGHBOURS) -> Tensor:
     gallery that does not tell the sets apart leaves them even, and a large one that does picks the best. Neighbourhoods
     overlap: n images count as n / k.
     """
+    num_sets, images = shares.shape
+    if images == 0:
+        return torch.full((num_sets,), 1 / num_sets)
     means = shares.double().mean(1)
     behind = shares[means.argmax()].double() - shares.double()  # (N, n)
-    error = behind.std(1, correction=0) * (k / max(1, shares.shape[1])) ** 0.5
+    error = behind.std(1, correction=0) * (k / images) ** 0.5
     z = behind.mean(1) / error.clamp_min(1e-12)
     weights = torch.exp(-z.square() / 2)
     return (weights / weights.sum()).float()

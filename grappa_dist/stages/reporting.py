@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from grappa_dist.artifacts import Artifact, Store
-from grappa_dist.config import Config
+from grappa_dist.config import UNTRAINED, Config
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.data.transforms import decode
 from grappa_dist.observe import duration, read_events
@@ -28,11 +28,12 @@ from grappa_dist.report import (
 )
 from grappa_dist.report.content import BadRow, LabelFree, ScoreRow
 from grappa_dist.stages.embed import bad_reasons
-from grappa_dist.stages.evaluate import INSIGHT_FILE, SCORES_FILE, Truth, load_truth
+from grappa_dist.stages.evaluate import INSIGHT_FILE, SCORES_FILE
 from grappa_dist.stages.flow import Flow
 from grappa_dist.stages.partitions import PARTITIONS_FILE
 from grappa_dist.stages.pseudo_label import STATS_FILE
 from grappa_dist.stages.run import Run
+from grappa_dist.stages.truth import Truth, load_truth
 
 THUMBNAIL_PX = 112
 TRACKED = ("torch", "timm", "deepspeed", "ray", "webdataset", "grappa_dist")
@@ -59,7 +60,7 @@ def score_rows(flow: Flow) -> list[ScoreRow]:
     for model, artifact in flow.scores.items():
         rows += [_score_row(model, row) for row in json.loads((artifact.path / SCORES_FILE).read_text())]
     sets = [row for row in rows if row["model"].startswith("k=")]
-    fused = [row for row in rows if row["model"] in flow.fusions or row["model"] == "average"]
+    fused = [row for row in rows if row["model"] in flow.fusions or row["model"] in UNTRAINED]
     plain = [row for row in rows if row not in fused]
     return [*plain, *best_sets(sets), *fused]
 
