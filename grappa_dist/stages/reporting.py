@@ -11,6 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from grappa_dist.artifacts import Artifact, Store
 from grappa_dist.config import UNTRAINED, Config
 from grappa_dist.data.shards import ImageShards
@@ -85,6 +87,7 @@ def _score_row(model: str, row: Mapping[str, Any]) -> ScoreRow:
 
 def _content(run: Run, flow: Flow, rows: list[ScoreRow]) -> ReportContent:
     insights = {m: json.loads((a.path / INSIGHT_FILE).read_text()) for m, a in flow.insights.items()}
+    decays = {v: _by_step(a, "decay_to_gradient") for v, a in flow.fusions.items()}
     partitions = json.loads((flow.partitions.path / PARTITIONS_FILE).read_text())
     return ReportContent(
         title=run.config.name,
@@ -92,6 +95,8 @@ def _content(run: Run, flow: Flow, rows: list[ScoreRow]) -> ReportContent:
         label_free=[*_view_figures(insights), *_neighbour_figures(flow)],
         attention={m: i["attention"] for m, i in insights.items() if "attention" in i},
         entropy={m: i["entropy"] for m, i in insights.items() if "entropy" in i},
+        shares={v: _by_step(a, "attention") for v, a in flow.fusions.items()},
+        decay={v: [float(x) for x in np.median(d, 0)] for v, d in decays.items() if d},
         sets=[f"k={k}" for k in flow.adaptors],
         clusterings=[Clustering(**json.loads((a.path / STATS_FILE).read_text())) for a in flow.labels.values()],
         nestings=[Nesting(**nesting) for nesting in partitions["nestings"]],
@@ -143,6 +148,15 @@ def _curve(artifact: Artifact) -> list[dict[str, float]]:
                 point[figure] = sum(layers) / len(layers)
         points.append(point)
     return points
+
+
+def _by_step(artifact: Artifact, figure: str) -> list[list[float]]:
+    """The numbered values of a figure, a list for every step that has them."""
+    steps = []
+    for event in read_events(artifact.path / "metrics.jsonl"):
+        numbered = {int(k.rpartition(".")[2]): v for k, v in event.items() if re.fullmatch(rf"{figure}\.\d+", k)}
+        steps += [[numbered[i] for i in sorted(numbered)]] if event["name"] == "step" and numbered else []
+    return steps
 
 
 def _galleries(flow: Flow, insights: Mapping[str, Any]) -> Iterator[Gallery]:

@@ -149,6 +149,7 @@ def test_the_first_graph_is_the_same_to_the_bit_on_any_number_of_ranks(world: Wo
 def test_figures_of_the_attention_do_not_depend_on_ranks_or_micro_batch(world: World) -> None:
     folder, _ = world
     names = [f"{figure}.{layer}" for figure in ("entropy", "decay_to_gradient") for layer in range(2)]
+    names += [f"attention.{i}" for i in range(3)]
 
     def figures(out: str) -> np.ndarray:
         events = tiny.steps_of(job_in(folder, out, "transforms").artifact.path)
@@ -157,6 +158,7 @@ def test_figures_of_the_attention_do_not_depend_on_ranks_or_micro_batch(world: W
     alone = figures("1")
     assert (alone[:, :2] > 0).all()
     assert (alone[:, :2] <= 1).all()
+    np.testing.assert_allclose(alone[:, 4:].sum(1), 1, rtol=1e-6)
     for out in ("2", "3", "1-micro", "2-micro"):
         np.testing.assert_allclose(figures(out), alone, rtol=2e-3, atol=1e-5)
 
