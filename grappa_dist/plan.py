@@ -94,6 +94,11 @@ def _costs(config: Config, num_rows: int, ks: tuple[int, ...], dim: int = 384) -
         f"{_size(4 * ADAM_COPIES * dim * max(ks))}, projector with momentum {_size(12 * projector)}, "
         f"correlation matrix {_size(4 * config.fuse.projector[-1] ** 2)}"
     )
+    sums = projector + 2 * config.fuse.projector[-1] ** 2  # gradients; the matrix and its gradient
+    yield (
+        f"fuse traffic   a step sends and receives about {_size(8 * sums)} per rank where there are several: the sums of "
+        "the projector's gradients, of the correlation matrix and of its gradient, in a ring"
+    )
 
 
 def _size(num_bytes: float) -> str:

@@ -174,5 +174,5 @@ def _apart(sides: dict[str, _Side]) -> float:
         out = side.forward(*leaves)
         grads = torch.autograd.grad(out, [*leaves, *side.learning], side.grad)
         of_x, of_y = (grads[0], grads[0]) if name == OURS else (grads[0] + grads[1], grads[0] + grads[2])  # h = x + y
-        results.append([out, of_x, of_y, *grads[len(leaves) :]])
+        results.append([out.detach(), of_x, of_y, *grads[len(leaves) :]])
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(*results, strict=True))

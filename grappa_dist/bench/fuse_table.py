@@ -7,7 +7,6 @@ from typing import Any
 
 from grappa_dist.bench.fuse import OURS, Found, FuseFindings, FuseSettings
 from grappa_dist.bench.table import aligned, aligned_header
-from grappa_dist.bench.timing import Timing
 
 _MIB = 2**20
 
@@ -23,29 +22,43 @@ def as_text(header: dict[str, str], settings: FuseSettings, findings: FuseFindin
 
 
 def _side_by_side(title: str, found: Sequence[Found]) -> str:
-    lines = [[title, "forward, ms", "ratio", "forward+backward, ms", "ratio", "kept, MiB", "ratio"]]
-    ours = next(f for f in found if f.name == OURS)
+    heads = [
+        title,
+        "forward, ms",
+        "ratio",
+        "CPU ratio",
+        "forward+backward, ms",
+        "ratio",
+        "CPU ratio",
+        "kept, MiB",
+        "ratio",
+    ]
+    lines, ours = [heads], next(f for f in found if f.name == OURS)
     for side in found:
-        ratios = _ratios(side, ours)
-        numbers = (1000 * _least(side.forward), 1000 * _least(side.both), side.kept / _MIB)
-        cells = [
-            c
-            for n, r in zip(numbers, ratios.values(), strict=True)
-            for c in (f"{n:.1f}", "" if side is ours else f"{r:.2f}")
-        ]
-        lines.append([side.name, *cells])
+        ratio = {name: "" if side is ours else f"{value:.2f}" for name, value in _ratios(side, ours).items()}
+        lines.append(
+            [
+                side.name,
+                f"{1000 * min(side.forward.runs):.1f}",
+                ratio["forward"],
+                ratio["forward_cpu"],
+                f"{1000 * min(side.both.runs):.1f}",
+                ratio["forward_backward"],
+                ratio["forward_backward_cpu"],
+                f"{side.kept / _MIB:.1f}",
+                ratio["kept"],
+            ]
+        )
     return aligned(lines)
-
-
-def _least(timing: Timing) -> float:
-    return min(timing.runs)
 
 
 def _ratios(side: Found, ours: Found) -> dict[str, float]:
     """A judge over ours: above 1, ours is faster or keeps less."""
     return {
-        "forward": _least(side.forward) / _least(ours.forward),
-        "forward_backward": _least(side.both) / _least(ours.both),
+        "forward": min(side.forward.runs) / min(ours.forward.runs),
+        "forward_cpu": min(side.forward.cpu_runs) / min(ours.forward.cpu_runs),
+        "forward_backward": min(side.both.runs) / min(ours.both.runs),
+        "forward_backward_cpu": min(side.both.cpu_runs) / min(ours.both.cpu_runs),
         "kept": side.kept / max(1, ours.kept),
     }
 
@@ -58,6 +71,8 @@ def as_json(header: dict[str, str], settings: FuseSettings, findings: FuseFindin
                 "name": f.name,
                 "forward_s": f.forward.runs,
                 "forward_backward_s": f.both.runs,
+                "forward_cpu_s": f.forward.cpu_runs,
+                "forward_backward_cpu_s": f.both.cpu_runs,
                 "kept_bytes": f.kept,
                 "ratio": _ratios(f, ours),
             }

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -82,6 +84,39 @@ def test_an_optimizer_through_the_engine_is_the_bare_one_on_the_whole_batch(kind
 def test_two_engines_one_after_the_other_give_the_same() -> None:
     for first, second in run_ranks(through_the_engine, 2, "adam", (4, 3), 2):
         assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def lars_on_flat_pieces(comm: Comm, settings: dict[str, Any]) -> str:
+    """What DeepSpeed's own partitions make of LARS: what it says in place of an update."""
+    import deepspeed
+
+    model = small_model()
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer_of("lars", model),
+        dist_init_required=False,
+        config={"train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True, **settings},
+    )
+    kind = next(model.parameters()).dtype
+    engine.backward(engine(batch(0).to(kind)).float().square().sum())
+    with pytest.raises(ValueError, match="use ZeRO stage 0") as refused:
+        engine.step()
+    engine.destroy()
+    return str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"zero_optimization": {"stage": 1}},
+        {"zero_optimization": {"stage": 2}},
+        {"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}},
+    ],
+)
+def test_lars_refuses_parameters_that_the_engine_has_flattened(settings: dict[str, Any]) -> None:
+    refusals = run_ranks(lars_on_flat_pieces, 1, settings)
+    assert all("Lars: parameters must keep their shapes" in said for said in refusals)
 
 
 def gradients_by_parts(comm: Comm) -> list[Tensor]:
