@@ -96,8 +96,8 @@ def _costs(config: Config, num_rows: int, ks: tuple[int, ...], dim: int = 384) -
     )
     sums = projector + 2 * config.fuse.projector[-1] ** 2  # gradients; the matrix and its gradient
     yield (
-        f"fuse traffic   a step sends and receives about {_size(8 * sums)} per rank where there are several: the sums of "
-        "the projector's gradients, of the correlation matrix and of its gradient, in a ring"
+        f"fuse traffic   a step sends and receives about {_size(8 * sums)} per rank where there are several: "
+        "the sums of the projector's gradients, of the correlation matrix and of its gradient, in a ring"
     )
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from grappa_dist.dist.comm import Comm
-from grappa_dist.dist.engine import Engine
+from grappa_dist.dist.engine import Engine, _deepspeed
 from grappa_dist.ops.lars import Lars
 from tests.models import tiny
 from tests.processes import run_ranks
@@ -88,8 +88,7 @@ def test_two_engines_one_after_the_other_give_the_same() -> None:
 
 def lars_on_flat_pieces(comm: Comm, settings: dict[str, Any]) -> str:
     """What DeepSpeed's own partitions make of LARS: what it says in place of an update."""
-    import deepspeed
-
+    deepspeed = _deepspeed(CPU)
     model = small_model()
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
     engine, *_ = deepspeed.initialize(
