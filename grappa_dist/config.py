@@ -110,9 +110,14 @@ class AdaptConfig(Section):
 
 
 class FuseConfig(Section):
-    """Training of the fusion. A variant is pairs of `transforms` or `neighbours`, by LARS (the paper) or `-adam`."""
+    """The fusion. A trained variant is pairs of `transforms` or `neighbours`, by LARS (the paper) or `-adam`.
 
-    variants: tuple[Literal["average", "transforms", "neighbours", "transforms-adam", "neighbours-adam"], ...] = (
+    Not trained are `average`, and `gallery`: sets weighed for each gallery by its local structure (ours).
+    """
+
+    variants: tuple[
+        Literal["average", "gallery", "transforms", "neighbours", "transforms-adam", "neighbours-adam"], ...
+    ] = (
         "average",
         "transforms",
         "neighbours",
@@ -151,6 +156,9 @@ class FuseConfig(Section):
         if len(set(self.variants)) < len(self.variants) or not self.variants:
             raise ValueError(f"fuse.variants must be distinct and not empty, got {list(self.variants)}")
         return self
+
+
+UNTRAINED = ("average", "gallery")
 
 
 class EvaluateConfig(Section):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from grappa_dist.artifacts import Artifact, replacing, write_json
 from grappa_dist.data.transforms import to_rgb, upright
 from grappa_dist.models import Grappa, create_backbone
+from grappa_dist.ops.galleries import set_weights, transitivity
 from grappa_dist.stages.modelling import ModelSpec, build, preprocess_of
 
 FORMAT = 1
@@ -27,11 +28,13 @@ class RetrievalModel(nn.Module):
     """Images to unit embeddings; frozen.
 
     `transform` is the exact test transform (PIL image -> (3, S, S) in [0, 1]); normalisation happens inside the model.
+    Weights are folded for speed, which changes results by rounding alone; `grappa` holds them as they were trained.
     """
 
     def __init__(self, grappa: Grappa, sets: list[str]) -> None:
         super().__init__()
         self.grappa, self.sets = grappa.requires_grad_(False).eval(), sets
+        self.grappa.fold()
         preprocess = preprocess_of(grappa.backbone.pixels)
 
         def transform(image: Image.Image) -> Tensor:
@@ -53,6 +56,40 @@ class RetrievalModel(nn.Module):
         """How each layer weighs the adaptor sets for each image, (B, L, N); `sets` names them."""
         self.grappa(images)
         return self.grappa.last_attention()
+
+    @torch.no_grad()
+    def condition(self, gallery: Iterable[Tensor]) -> Tensor:
+        """Weighs the adaptor sets by the images that will be searched, from now on; the weights (N,), as `sets`.
+
+        Every image is embedded by each set alone, and the sets in whose features neighbours of neighbours are
+        neighbours gain weight (ops/galleries.py). Embed queries and gallery after it, and anew whenever it was called.
+        A learned attention is multiplied by the weights.
+
+        Args:
+            gallery: batches of images, RGB in [0, 1], (b, 3, S, S) each; a sample of some thousands will do.
+
+        Raises:
+            ValueError: the gallery has less than three images, which have no structure.
+        """
+        features: list[list[Tensor]] = [[] for _ in self.sets]
+        try:
+            for images in gallery:
+                for found, alone in zip(features, torch.eye(len(self.sets)), strict=True):
+                    self.grappa.weigh(alone)
+                    found.append(self(images))
+        finally:
+            self.weigh(None)
+        count = sum(map(len, features[0]))
+        if count < 3:
+            raise ValueError(f"condition: the gallery has {count} images, it needs three at least")
+        weights = set_weights(torch.stack([transitivity(torch.cat(z)).cpu() for z in features]))
+        self.weigh(weights)
+        return weights
+
+    def weigh(self, weights: Tensor | None) -> None:
+        """Weighs the adaptor sets as said, (N,), for all images alike; None: as exported."""
+        self.grappa.weigh(weights)
+        self.grappa.fold()
 
 
 def export_model(spec: ModelSpec, sets: list[str], artifact: Artifact) -> None:

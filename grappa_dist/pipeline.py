@@ -6,12 +6,12 @@ says what would be made.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from grappa_dist.artifacts import Artifact, Store
-from grappa_dist.config import Config
+from grappa_dist.artifacts import Artifact, RowArrays, Store
+from grappa_dist.config import UNTRAINED, Config
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.dist.jobs import Runner
 from grappa_dist.dist.workers import Cluster
@@ -21,15 +21,17 @@ from grappa_dist.report.content import ScoreRow
 from grappa_dist.stages.adapt import adapt, adaptors_of
 from grappa_dist.stages.collect import collection_of, draw_collection, has_drawn, open_images
 from grappa_dist.stages.embed import bad_rows, embed, feature_rows, features_of
-from grappa_dist.stages.evaluate import Evaluation, evaluate, insight_of, scores_of, truth_of
+from grappa_dist.stages.evaluate import Evaluation, evaluate, insight_of, scores_of
 from grappa_dist.stages.flow import Flow
 from grappa_dist.stages.fuse import fuse, fusion_of
+from grappa_dist.stages.galleries import galleries_of, weigh_galleries
 from grappa_dist.stages.mirror import mirrored
 from grappa_dist.stages.modelling import ModelSpec
 from grappa_dist.stages.partitions import judge_partitions, partitions_of
 from grappa_dist.stages.pseudo_label import label_rows, labels_of, num_labels, pseudo_label
 from grappa_dist.stages.reporting import report, report_of
 from grappa_dist.stages.run import Run
+from grappa_dist.stages.truth import truth_of
 
 
 def lay_out(config: Config, store: Store, train: ImageShards, test: ImageShards | None) -> Flow:
@@ -42,20 +44,19 @@ def lay_out(config: Config, store: Store, train: ImageShards, test: ImageShards 
         k: adaptors_of(store, config.backbone, config.adapt, config.data, config.seed, labels[k]) for k in labels
     }
     sets = list(adaptors.values())
-    trained = [v for v in config.fuse.variants if v != "average" and len(sets) > 1]  # one set has nothing to weigh
+    trained = [v for v in config.fuse.variants if v not in UNTRAINED and len(sets) > 1]  # one set has nothing to weigh
     fusions: dict[str, Artifact] = {
         v: fusion_of(store, v, config.backbone, config.fuse, config.data, config.seed, sets) for v in trained
     }
     models = _models(config, adaptors, fusions)
     images = test or train
-    test_features = {m: features_of(store, spec, config.embed, images) for m, spec in models.items()}
     truth = truth_of(store, images, labelled=test is not None)
+    models, galleries = _with_galleries(config, store, models, truth, images)
+    test_features = {m: features_of(store, spec, config.embed, images) for m, spec in models.items()}
     scores = {m: scores_of(store, truth, m, f) for m, f in test_features.items()}
     insights = {m: insight_of(store, truth, m, config.evaluate, config.seed, f) for m, f in test_features.items()}
     made_of = {**{f"scores {m}": a for m, a in scores.items()}, **{f"insight {m}": a for m, a in insights.items()}}
     partitions = partitions_of(store, config.seed, labels)
-    export = models[config.exported]
-    settings = {"backbone": config.backbone.name, "sets": list(ks), "variant": export.name}
     return Flow(
         train=train,
         test=images,
@@ -67,11 +68,17 @@ def lay_out(config: Config, store: Store, train: ImageShards, test: ImageShards 
         models=models,
         test_features=test_features,
         truth=truth,
+        galleries=galleries,
         scores=scores,
         insights=insights,
         report=report_of(store, config, {**made_of, "partitions": partitions}),
-        model=store.artifact("models/" + export.name, settings, export.inputs),
+        model=_exported(config, store, models[config.exported], ks),
     )
+
+
+def _exported(config: Config, store: Store, spec: ModelSpec, ks: Sequence[int]) -> Artifact:
+    settings = {"backbone": config.backbone.name, "sets": list(ks), "variant": spec.name}
+    return store.artifact("models/" + spec.name, settings, spec.inputs)
 
 
 def _models(config: Config, adaptors: Mapping[int, Artifact], fusions: Mapping[str, Artifact]) -> dict[str, ModelSpec]:
@@ -82,6 +89,17 @@ def _models(config: Config, adaptors: Mapping[int, Artifact], fusions: Mapping[s
         **{f"k={k}": replace(fused, name=f"k={k}", adaptors=(a,)) for k, a in adaptors.items()},
         **{v: replace(fused, name=v, fusion=fusions.get(v)) for v in config.fuse.variants},
     }
+
+
+def _with_galleries(
+    config: Config, store: Store, models: dict[str, ModelSpec], truth: Artifact, images: ImageShards
+) -> tuple[dict[str, ModelSpec], Artifact | None]:
+    """The models, where one weighs its sets by galleries, and what it weighs them by."""
+    if "gallery" not in models:
+        return models, None
+    sets = {m: features_of(store, spec, config.embed, images) for m, spec in models.items() if m.startswith("k=")}
+    galleries = galleries_of(store, config.seed, truth, sets)
+    return {**models, "gallery": replace(models["gallery"], galleries=galleries)}, galleries
 
 
 def run(config: Config, root: Path) -> tuple[Path, list[ScoreRow]]:
@@ -126,20 +144,26 @@ def _make(context: Run, flow: Flow) -> tuple[Path, list[ScoreRow]]:
     adapt(context, flow.adaptors, flow.labels, train, bad)
     fuse(context, flow.fusions, list(flow.adaptors.values()), labels, train, bad)
 
-    for name, spec in flow.models.items():
-        embed(context, flow.test, spec, flow.test_features[name])
-    evaluation = Evaluation(
-        flow.truth,
-        {m: feature_rows(flow.test, f) for m, f in flow.test_features.items()},
-        flow.scores,
-        flow.insights,
-    )
-    evaluate(context, flow.test, bad_rows(flow.test, flow.test_features["backbone"]), flow.models, evaluation)
+    features = {m: feature_rows(flow.test, f) for m, f in flow.test_features.items()}
+    for name in sorted(flow.models, key=lambda name: flow.models[name].galleries is not None):  # these see the others'
+        if flow.models[name].galleries is not None:
+            _weigh(context, flow, features)
+        embed(context, flow.test, flow.models[name], flow.test_features[name])
+    bad = bad_rows(flow.test, flow.test_features["backbone"])
+    evaluate(context, flow.test, bad, flow.models, Evaluation(flow.truth, features, flow.scores, flow.insights))
     if not flow.model.complete:
         with console.stage("export", config.exported):
             export_model(flow.models[config.exported], [f"k={k}" for k in flow.adaptors], flow.model)
     store.publish("model", flow.model)
     return report(context, flow)
+
+
+def _weigh(context: Run, flow: Flow, features: Mapping[str, RowArrays]) -> None:
+    """Weighs the adaptor sets for each task's gallery."""
+    assert flow.galleries is not None
+    sets = {f"k={k}": features[f"k={k}"] for k in flow.adaptors}
+    bad = bad_rows(flow.test, flow.test_features["backbone"])
+    weigh_galleries(context, flow.test, flow.truth, sets, bad, flow.galleries)
 
 
 def _announce(console: Console, flow: Flow) -> None:

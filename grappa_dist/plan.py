@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from grappa_dist.artifacts import Artifact, Store
-from grappa_dist.config import Config, Resources
+from grappa_dist.config import UNTRAINED, Config, Resources
 from grappa_dist.models.backbone import check_name
 from grappa_dist.pipeline import lay_out
 from grappa_dist.stages.adapt import steps_per_epoch
@@ -58,7 +58,7 @@ def _stages(
         f"{len(ks)} jobs of {where.adapt_ranks} ranks, {adapt_steps} steps of {config.adapt.global_batch} images each"
     )
     yield "adapt", what, list(flow.adaptors.values()) if flow else []
-    trained = [v for v in config.fuse.variants if v != "average"]
+    trained = [v for v in config.fuse.variants if v not in UNTRAINED]
     what = f"{', '.join(trained) or 'nothing to train'}; one job each on all workers, {fuse_steps} steps of "
     what += f"{config.fuse.global_batch} pairs"
     if any(v.startswith("neighbours") for v in trained):
@@ -97,6 +97,11 @@ def _costs(config: Config, num_rows: int, ks: tuple[int, ...], dim: int = 384) -
         f"k-NN graph {_size(8 * config.fuse.neighbours * num_rows)} an epoch; per rank: largest classifier with Adam "
         f"{_size(4 * ADAM_COPIES * dim * max(ks))}, projector with momentum {_size(12 * projector)}, "
         f"correlation matrix {_size(4 * config.fuse.projector[-1] ** 2)}"
+    )
+    sums = projector + 2 * config.fuse.projector[-1] ** 2  # gradients; the matrix and its gradient
+    yield (
+        f"fuse traffic   a step sends and receives about {_size(8 * sums)} per rank where there are several: "
+        "the sums of the projector's gradients, of the correlation matrix and of its gradient, in a ring"
     )
 
 

@@ -85,7 +85,7 @@ WRONG = [
     ("clustering.num_labels=[8, 4, 8]", "clustering.num_labels must be distinct and not empty, got [8, 4, 8]"),
     ("clustering.num_labels=[]", "clustering.num_labels must be distinct and not empty, got []"),
     ("fuse.variants=[average, average]", "fuse.variants must be distinct and not empty, got ['average', 'average']"),
-    ("fuse.variants=[mean]", "fuse.variants.0='mean': Input should be 'average', 'transforms'"),
+    ("fuse.variants=[mean]", "fuse.variants.0='mean': Input should be 'average', 'gallery'"),
     ("evaluate.export=oracle", "evaluate.export='oracle' is not one of fuse.variants ['average', 'transforms', 'neigh"),
     (
         "data.collection=a.b:c",

@@ -14,6 +14,7 @@ from grappa_dist.artifacts import Artifact, Store
 from grappa_dist.config import BackboneConfig
 from grappa_dist.export import CONFIG_FILE, RetrievalModel, export_model, load_model
 from grappa_dist.models import Grappa, create_backbone
+from grappa_dist.ops.galleries import set_weights, transitivity
 from grappa_dist.stages.modelling import ADAPTORS_FILE, FUSION_FILE, ModelSpec, build
 from tests.models import tiny
 
@@ -76,12 +77,48 @@ def test_a_loaded_model_is_the_built_one_in_unit_rows(num_sets: int, fused: bool
         assert (attention.std() > 0) == (fused and num_sets > 1)
 
 
-def test_a_model_is_exported_bit_for_bit(tmp_path: Path) -> None:
-    spec, artifact = exported(tmp_path)
+@pytest.mark.parametrize(("num_sets", "fused"), [(3, True), (3, False), (1, True)])
+def test_weights_are_exported_bit_for_bit_and_folding_them_changes_rounding_alone(
+    num_sets: int, fused: bool, tmp_path: Path
+) -> None:
+    spec, artifact = exported(tmp_path, num_sets, fused)
     expected = build(spec, torch.device("cpu"))
     model = load_model(artifact.path)
-    assert torch.equal(model.grappa(images(3)), expected(images(3)))
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(model.grappa.state_dict()[name], tensor), name
+    torch.testing.assert_close(model.grappa(images(3)), expected(images(3)), rtol=1e-5, atol=1e-5)
     assert model.grappa.backbone.pixels == expected.backbone.pixels  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_model_conditioned_on_a_gallery_weighs_its_sets_by_their_features_there(fused: bool, tmp_path: Path) -> None:
+    _, artifact = exported(tmp_path, 3, fused)
+    model, gallery = load_model(artifact.path), torch.rand(40, 3, SIZE, SIZE)
+    before = model(gallery)
+    alone = []
+    for i in range(3):
+        model.weigh(torch.eye(3)[i])
+        alone.append(model(gallery))
+    expected = set_weights(torch.stack([transitivity(z) for z in alone]))
+    assert expected.std() > 0
+    model.weigh(None)
+    assert torch.equal(model(gallery), before)
+    weights = model.condition(gallery.split(17))
+    torch.testing.assert_close(weights, expected)
+    assert not torch.allclose(model(gallery), before, atol=1e-4)
+    if not fused:
+        torch.testing.assert_close(model.attention(gallery), weights.expand(40, 2, 3))
+    model.weigh(None)
+    assert torch.equal(model(gallery), before)
+
+
+def test_a_gallery_without_structure_is_refused_and_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    _, artifact = exported(tmp_path)
+    model = load_model(artifact.path)
+    before = model(images(2))
+    with pytest.raises(ValueError, match="the gallery has 2 images, it needs three"):
+        model.condition([images(2)])
+    assert torch.equal(model(images(2)), before)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "I;16"])

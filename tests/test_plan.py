@@ -42,6 +42,16 @@ def test_a_plan_names_every_stage_with_its_steps_and_writes_nothing(tmp_path: Pa
         assert f"0 of {number} reused" in lines[stage]
 
 
+def test_a_plan_prices_the_projector_in_memory_and_traffic(tmp_path: Path) -> None:
+    shards = tiny.write_shards(tmp_path / "images")
+    settings = tiny.config(shards, **{**SECTIONS, "fuse": {**SECTIONS["fuse"], "projector": (8192, 8192, 8192)}})
+    lines = lines_of(settings, tmp_path / "run")
+    projector = 384 * 8192 + 2 * 8192**2  # the paper's, 137 million parameters
+    assert f"projector with momentum {12 * projector / 2**30:.1f} GiB" in lines["rough bytes"]
+    assert "correlation matrix 256 MiB" in lines["rough bytes"]
+    assert f"about {8 * (projector + 2 * 8192**2) / 2**30:.1f} GiB per rank" in lines["fuse traffic"]
+
+
 def test_a_plan_tells_what_is_reused(tmp_path: Path) -> None:
     settings = tiny.config(tiny.write_shards(tmp_path / "images"), **SECTIONS)
     root = tmp_path / "run"

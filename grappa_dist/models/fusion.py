@@ -4,8 +4,7 @@ Shapes: B images, T tokens, D channels, N adaptor sets, H bottleneck, L layers.
 
 The layer wraps any block and never opens it. With x and y the two halves of the block's output h = x + y, the paper's
 U_i = A_i(h) + y and out = sum_i alpha_i U_i + x equal h + sum_i alpha_i A_i(h), since alpha sums to one; and y adds the
-same number to all N logits, which softmax ignores. The mean over tokens commutes with the up-projection, so no
-B x N x T x D tensor is ever made.
+same number to all N logits, which softmax ignores. The arithmetic is in ops/fused_adaptors.py.
 """
 
 from __future__ import annotations
@@ -15,11 +14,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grappa_dist.models.adaptors import Adaptors
 from grappa_dist.models.backbone import Backbone
+from grappa_dist.ops.fused_adaptors import Scores, fused_adaptors
 
 
 class Attention(nn.Module):
@@ -37,11 +36,6 @@ class Attention(nn.Module):
         self.query.uniform_(-bound, bound, generator=generator)
         self.key.uniform_(-bound, bound, generator=generator)
 
-    def forward(self, h: Tensor, adapted: Tensor) -> Tensor:
-        """Weights (B, N) from the pooled tokens h (B, D) and the pooled adaptor outputs (B, N, D)."""
-        queries = F.linear(F.linear(h, self.query), self.key.T)  # (Q h) . (K a) = (K^T Q h) . a
-        return (torch.einsum("bd,bnd->bn", queries, adapted) / math.sqrt(h.shape[-1])).softmax(-1)
-
 
 class GrappaLayer(nn.Module):
     """A block followed by N adaptors and, with `attention`, their fusion; without it they are averaged.
@@ -49,30 +43,67 @@ class GrappaLayer(nn.Module):
     With N = 1 this is the layer of step 2 (M + P_i): one code path, so a fused model of one set is that model exactly.
     """
 
+    prior: Tensor | None
+    folded_up: Tensor | None
+    folded_bias: Tensor | None
+    folded_product: Tensor | None
+
     def __init__(self, block: nn.Module, adaptors: Adaptors, attention: Attention | None) -> None:
         super().__init__()
         self.block, self.adaptors, self.attention = block, adaptors, attention
+        for name in ("prior", "folded_up", "folded_bias", "folded_product"):
+            self.register_buffer(name, None, persistent=False)
         self.alpha: Tensor | None = None  # (B, N) of the last forward, detached
 
     def forward(self, tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(B, T, D) -> (B, T, D); further arguments go to the block."""
         h: Tensor = self.block(tokens, *args, **kwargs)
         own = self.adaptors
-        a = F.gelu(F.linear(h, own.down_weight, own.down_bias))  # (B, T, N*H)
-        alpha = self._weights(h, a)  # (B, N)
-        self.alpha = alpha.detach()
-        if own.num_sets > 1:
-            a = a * alpha.repeat_interleave(own.bottleneck, 1).unsqueeze(1)
-        return h + torch.matmul(a, own.up_weight) + torch.matmul(alpha, own.up_bias).unsqueeze(1)
+        if self.folded_up is not None and self.folded_bias is not None:
+            out, _ = fused_adaptors(h, (own.down_weight, own.down_bias, self.folded_up, self.folded_bias), Scores())
+            self.alpha = self._constant().expand(len(h), -1)
+            return out
+        weights = (own.down_weight, own.down_bias, own.up_weight, own.up_bias)
+        out, self.alpha = fused_adaptors(h, weights, self._scores())
+        return out
 
-    def _weights(self, h: Tensor, a: Tensor) -> Tensor:
+    def _scores(self) -> Scores:
+        if self._weighs_alike:
+            return Scores(prior=self.prior)
+        assert self.attention is not None
+        if self.folded_product is not None:
+            return Scores(product=self.folded_product, prior=self.prior)
+        return Scores(self.attention.query, self.attention.key, prior=self.prior)
+
+    @property
+    def _weighs_alike(self) -> bool:
+        """Whether alpha is the same for all images."""
+        return self.attention is None or self.adaptors.num_sets == 1
+
+    def _constant(self) -> Tensor:
+        """alpha where it is the same for all images, (N,)."""
+        even = self.adaptors.up_bias.new_zeros(self.adaptors.num_sets)
+        return (even if self.prior is None else even + self.prior).softmax(-1)
+
+    @torch.no_grad()
+    def weigh(self, weights: Tensor | None) -> None:
+        """Multiplies the attention by `weights` (N,), not all zero, before it is made to sum to one; None: by nothing.
+
+        Without attention they are, made to sum to one, the attention.
+        """
+        self.folded_up = self.folded_bias = self.folded_product = None
+        self.prior = None if weights is None else weights.to(self.adaptors.up_bias).log()
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """For inference with the weights as they are: sets weighed alike become one wide set, K and Q one matrix."""
         own = self.adaptors
-        if self.attention is None or own.num_sets == 1:
-            return h.new_full((len(h), own.num_sets), 1 / own.num_sets)
-        pooled = a.mean(1).view(len(a), own.num_sets, own.bottleneck)
-        up = own.up_weight.view(own.num_sets, own.bottleneck, own.dim)
-        adapted = torch.einsum("bnh,nhd->bnd", pooled, up) + own.up_bias  # pool(A_i(h))
-        return self.attention(h.mean(1), adapted)
+        if self._weighs_alike:
+            alpha = self._constant()
+            self.folded_up = own.up_weight * alpha.repeat_interleave(own.bottleneck).unsqueeze(1)
+            self.folded_bias = (alpha @ own.up_bias).unsqueeze(0)
+        elif self.attention is not None:
+            self.folded_product = self.attention.key.T @ self.attention.query
 
 
 class Grappa(nn.Module):
@@ -92,6 +123,28 @@ class Grappa(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.backbone(images)
+
+    def weigh(self, weights: Tensor | None) -> None:
+        """Weighs the N adaptor sets in every layer, for all images alike, beside the attention if there is any.
+
+        Args:
+            weights: (N,), at least 0, not all 0; one set alone is the model of that set. None: as trained.
+
+        Raises:
+            ValueError: they are of another number of sets, or no weights.
+        """
+        sets = self.layers[0].adaptors.num_sets
+        if weights is not None and (
+            weights.shape != (sets,) or not bool((weights >= 0).all() and weights.isfinite().all() and weights.any())
+        ):
+            raise ValueError(f"weights must be {sets} numbers of at least 0, not all 0, got {weights.tolist()}")
+        for layer in self.layers:
+            layer.weigh(weights)
+
+    def fold(self) -> None:
+        """Makes inference cheaper, equal to rounding, until `weigh`; weights must not change afterwards."""
+        for layer in self.layers:
+            layer.fold()
 
     def last_attention(self) -> Tensor:
         """Weights of the last forward, (B, L, N)."""

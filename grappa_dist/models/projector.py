@@ -22,6 +22,7 @@ class GlobalBatchNorm(nn.Module):
         self.eps = eps
 
     def forward(self, z: Tensor, allsum: AllSum) -> Tensor:
+        z = z.to(torch.promote_types(z.dtype, torch.float32))  # bf16 cannot count past 256
         size = allsum(z.new_tensor(float(len(z))))
         mean = allsum(z.sum(0)) / size
         var = allsum((z - mean).square().sum(0)) / size

@@ -51,13 +51,30 @@ def _variant(content: ReportContent, variant: str) -> str:
     entropy = content.entropy.get(variant, [])
     groups = content.attention.get(variant, {})
     shown = {name: values for name, values in list(groups.items())[:MOST_GROUPS] if values}
-    said = sentences(read_attention(groups, entropy, content.sets))
+    said = sentences(read_attention(groups, entropy, content.sets, content.decay.get(variant, [])))
+    said += _drift(content.shares.get(variant, []), content.sets)
     maps = _maps(shown, content.sets) if shown else ""
     hidden = len(groups) - len(shown)
     maps += f'<p class="note">{hidden} more groups not shown.</p>' if hidden else ""
     if maps and uniform(entropy):
         maps = f'<details class="fold"><summary>Its maps, close to blank</summary>{maps}</details>'
     return f"<h3>{text(variant, 40)}</h3>{said}{maps}"
+
+
+def _drift(shares: list[list[float]], sets: list[str]) -> str:
+    """How the mean attention of each set moved in training."""
+    steps = [step for step in shares if len(step) == len(sets) > 1]
+    if len(steps) < 2:
+        return ""
+    numbers = range(1, len(steps) + 1)
+    lines = [Series(name, numbers, [step[i] for step in steps]) for i, name in enumerate(sets)]
+    axes = Axes(
+        title="Attention of each set, step by step",
+        x_label="step of training",
+        y_label="mean share",
+        note="Mean over layers and over the training images of a step. Lines that stay together are an average.",
+    )
+    return grid([line_chart(lines, axes)])
 
 
 def _maps(groups: dict[str, list[list[float]]], sets: list[str]) -> str:

@@ -126,6 +126,10 @@ class ReportContent:
     label_free: list[LabelFree] = field(default_factory=list)
     attention: dict[str, dict[str, list[list[float]]]] = field(default_factory=dict)  # fusion, group: (L, N) mean
     entropy: dict[str, list[float]] = field(default_factory=dict)  # fusion: (L,) mean entropy / log N, 1 = uniform
+    shares: dict[str, list[list[float]]] = field(default_factory=dict)  # fusion: (steps, N) mean attention in training
+    decay: dict[str, list[float]] = field(
+        default_factory=dict
+    )  # fusion: (L,) decay over gradient of Q and K in training
     sets: list[str] = field(default_factory=list)  # the N adaptor sets, "k=64", ...
     clusterings: list[Clustering] = field(default_factory=list)
     nestings: list[Nesting] = field(default_factory=list)  # of consecutive K; [] with one K

@@ -29,6 +29,11 @@ _WORDS = (
         "the best of the k=K rows for each task, chosen with its labels: what picking one set could reach at most.",
     ),
     ("average", "all adaptor sets in one model, each with the same weight. Nothing is learned."),
+    (
+        "gallery",
+        "all sets, weighed alike for all images of a task, by how often neighbours of neighbours are neighbours "
+        "there. Nothing is learned, no label is read.",
+    ),
     ("transforms", "all sets, weighed for each image by attention that was trained on two views of one image."),
     (
         "neighbours",

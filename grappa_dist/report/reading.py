@@ -6,6 +6,7 @@ Shapes: L layers, N adaptor sets.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -100,9 +101,16 @@ def _learned(scores: Scores) -> Sentence | None:
     )
 
 
-def read_attention(groups: dict[str, list[list[float]]], entropy: list[float], sets: list[str]) -> list[Sentence]:
-    """Whether a fusion's attention left the uniform one, what each group leans on, and whether groups differ."""
+def read_attention(
+    groups: dict[str, list[list[float]]], entropy: list[float], sets: list[str], decay: Sequence[float] = ()
+) -> list[Sentence]:
+    """Whether a fusion's attention left the uniform one, what kept it, what each group leans on, how groups differ.
+
+    Args:
+        decay: of every layer, weight decay over gradient of Q and K in training, as norms.
+    """
     said = [("In short", _uniformity(entropy))] if entropy else []
+    said += _held_back(entropy, decay)
     alike = {name: a for name, a in groups.items() if len({len(row) for row in a}) == 1}
     means = {name: np.asarray(a, dtype=np.float64) for name, a in alike.items()}  # (L, N)
     means = {name: a for name, a in means.items() if a.size and np.isfinite(a).all()}
@@ -127,6 +135,36 @@ def read_attention(groups: dict[str, list[list[float]]], entropy: list[float], s
             )
         )
     return said
+
+
+def _held_back(entropy: list[float], decay: Sequence[float]) -> list[Sentence]:
+    """The layers that are uniform, and whether decay was stronger than the gradient there."""
+    flat = [i for i, e in enumerate(entropy) if e > UNIFORM]
+    known = [decay[i] for i in flat if i < len(decay) and math.isfinite(decay[i])]
+    if not flat or len(known) < len(flat):
+        return []
+    layers = f"attention is uniform in {_layers(flat)}"
+    if max(known) <= 1:
+        return [
+            ("Why", f"{layers}; decay of Q and K did not exceed their gradient there, so it is not what holds them.")
+        ]
+    over = [i for i, ratio in zip(flat, known, strict=True) if ratio > 1]
+    ratios = [decay[i] for i in over]
+    times = f"{min(ratios):.2g} to {max(ratios):.2g} times" if len(over) > 1 else f"{ratios[0]:.2g} times"
+    where = "" if over == flat else f" (in {_layers(over)})"
+    return [("Why", f"{layers}: decay of Q and K exceeds their gradient by {times}{where}, in the median step.")]
+
+
+def _layers(indices: list[int]) -> str:
+    """Layers by number, from 1, consecutive ones as a range."""
+    runs: list[list[int]] = []
+    for i in indices:
+        if runs and i == runs[-1][-1] + 1:
+            runs[-1].append(i)
+        else:
+            runs.append([i])
+    parts = [str(r[0] + 1) if len(r) == 1 else f"{r[0] + 1} to {r[-1] + 1}" for r in runs]
+    return ("layer " if len(indices) == 1 else "layers ") + ", ".join(parts)
 
 
 def uniform(entropy: list[float]) -> bool:

@@ -14,7 +14,7 @@ from grappa_dist.report.content import ScoreRow
 
 Metric = Literal["r_precision", "map_at_r", "recall_at_1"]
 BACKBONE, ORACLE, AVERAGE = "backbone", "oracle", "average"
-FUSIONS = (AVERAGE, "transforms", "neighbours")
+FUSIONS = (AVERAGE, "gallery", "transforms", "neighbours")
 _GROUPS = {BACKBONE: 0, "set": 1, ORACLE: 2, "fusion": 3, "other": 4}
 
 

@@ -23,6 +23,7 @@ from grappa_dist.data.loader import load_or_skip, read_batches
 from grappa_dist.data.probe import pixels_class
 from grappa_dist.data.shards import ImageShards, Shard
 from grappa_dist.ops.exact import to_grid
+from grappa_dist.stages.galleries import by_gallery
 from grappa_dist.stages.modelling import ModelSpec, backbone_settings, built, pixels_of, preprocess_of
 from grappa_dist.stages.run import Run
 
@@ -95,9 +96,10 @@ def embed_shard(device: torch.device, task: EmbedTask) -> None:
     folder = artifact.begin()
     features = np.zeros((len(rows), int(model.embed_dim)), dtype=np.float32)  # type: ignore[arg-type]
     reasons: dict[int, str] = {}
-    for place, unit, bad in embed_rows(model, task.images, rows, device=device, how=task.how):
-        features[place] = unit
-        reasons |= bad
+    for part in by_gallery(task.spec, model, rows):
+        for place, unit, bad in embed_rows(model, task.images, part, device=device, how=task.how):
+            features[part[place] - own.start] = unit
+            reasons |= bad
     np.save(folder / ROWS_FILE, features)
     write_json(folder / BAD_FILE, {str(row - own.start): why for row, why in reasons.items()})
     artifact.commit()

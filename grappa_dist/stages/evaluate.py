@@ -5,7 +5,6 @@ Shapes: n rows, D channels, L layers, N adaptor sets.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,10 +25,11 @@ from grappa_dist.dist.sharded_knn import sharded_knn
 from grappa_dist.models import Grappa
 from grappa_dist.ops.metrics import retrieval_scores
 from grappa_dist.stages.embed import to_images
+from grappa_dist.stages.galleries import by_gallery
 from grappa_dist.stages.modelling import ModelSpec, built, pixels_of, preprocess_of
 from grappa_dist.stages.run import Run
+from grappa_dist.stages.truth import Truth, load_truth, note_truth
 
-TRUTH_TASKS, TRUTH_LABELS, TRUTH_NAMES = "tasks.npy", "labels.npy", "names.json"
 SCORES_FILE, INSIGHT_FILE = "scores.json", "insight.json"
 BATCH = 64  # images at a time where a model is looked at
 GALLERY_ROWS = 20_000  # images that views and gallery queries are searched among, at most
@@ -62,23 +62,6 @@ class ModelTask:
     config: Config
 
 
-@dataclass(frozen=True)
-class Truth:
-    """Task and label of every row, for evaluation only; label -1: none."""
-
-    tasks: NDArray[np.int64]
-    labels: NDArray[np.int64]
-    task_names: list[str]
-    label_names: list[str]
-
-    def rows(self, task: int) -> NDArray[np.int64]:
-        return np.flatnonzero(self.tasks == task)
-
-
-def truth_of(store: Store, images: ImageShards, *, labelled: bool) -> Artifact:
-    return store.artifact("truth", {"labelled": labelled}, {"images": images.fingerprint})
-
-
 def scores_of(store: Store, truth: Artifact, model: str, features: Sequence[Artifact]) -> Artifact:
     return store.artifact(f"scores/{model}", {}, {"truth": truth, **{f"shard {i}": a for i, a in enumerate(features)}})
 
@@ -103,35 +86,9 @@ def evaluate(
     ]
     if tasks:
         with run.console.stage("evaluate", f"{len(tasks)} models on {len(images)} images"):
-            if not truth.complete:
-                run.runner.map(read_truth, [(images, truth)])
+            note_truth(run, images, truth)
             looks = len(tasks) * run.config.evaluate.view_queries
             run.runner.map(evaluate_model, tasks, run.console.counter("models", len(tasks), looks))
-
-
-def read_truth(device: torch.device, task: tuple[ImageShards, Artifact]) -> None:
-    """Collects the JSON members: the only place that reads them."""
-    images, artifact = task
-    folder, labelled = artifact.begin(), bool(artifact.settings["labelled"])
-    tasks, labels = np.zeros(len(images), np.int64), np.full(len(images), -1, np.int64)
-    task_ids: dict[str, int] = {}
-    label_ids: dict[tuple[str, str], int] = {}
-    for row in range(len(images)):
-        member = (images.labels(row) if labelled else None) or {}
-        name = str(member.get("task") or "all")
-        tasks[row] = task_ids.setdefault(name, len(task_ids))
-        if member.get("label") is not None:
-            labels[row] = label_ids.setdefault((name, str(member["label"])), len(label_ids))
-    np.save(folder / TRUTH_TASKS, tasks)
-    np.save(folder / TRUTH_LABELS, labels)
-    write_json(folder / TRUTH_NAMES, {"tasks": list(task_ids), "labels": [label for _, label in label_ids]})
-    artifact.commit()
-
-
-def load_truth(artifact: Artifact) -> Truth:
-    names = json.loads((artifact.path / TRUTH_NAMES).read_text())
-    tasks, labels = (np.load(artifact.path / f, mmap_mode="r", allow_pickle=False) for f in (TRUTH_TASKS, TRUTH_LABELS))
-    return Truth(tasks, labels, names["tasks"], names["labels"])
 
 
 def evaluate_model(device: torch.device, task: ModelTask) -> None:
@@ -163,7 +120,7 @@ def _scores(task: ModelTask, truth: Truth) -> list[dict[str, Any]]:
 def _insight(task: ModelTask, truth: Truth, device: torch.device) -> dict[str, Any]:
     """Does an augmented view find its source, which images are near, how are the sets weighed."""
     look = _Look(task, truth, built(task.spec, device), device)
-    attention = look.attention() if task.spec.fusion is not None else {}
+    attention = look.attention() if task.spec.weighs else {}
     return {**look.views_find_sources(), **look.neighbours_agree(), "galleries": look.galleries(), **attention}
 
 
@@ -240,10 +197,11 @@ class _Look:
     def _features(self, rows: NDArray[np.int64], make: Make) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
         """Rows and their features z (b, D), by batches."""
         side = self._preprocess.image_size
-        for start in range(0, len(rows), BATCH):
-            part = rows[start : start + BATCH]
-            pixels = load_images(self._task.images, part, make, (side, side, 3))
-            yield part, self._model(to_images(pixels, self._device)).float()
+        for own in by_gallery(self._task.spec, self._model, rows):
+            for start in range(0, len(own), BATCH):
+                part = own[start : start + BATCH]
+                pixels = load_images(self._task.images, part, make, (side, side, 3))
+                yield part, self._model(to_images(pixels, self._device)).float()
 
     def _plain(self, image: Picture, row: int) -> NDArray[np.uint8]:
         return self._preprocess.test(image)

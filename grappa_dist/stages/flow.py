@@ -24,6 +24,7 @@ class Flow:
     models: Mapping[str, ModelSpec]  # all that are evaluated, by their name in the table
     test_features: Mapping[str, tuple[Artifact, ...]]
     truth: Artifact
+    galleries: Artifact | None  # weights of the sets for each task, where a variant asks for them
     scores: Mapping[str, Artifact]
     insights: Mapping[str, Artifact]
     report: Artifact

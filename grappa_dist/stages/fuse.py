@@ -164,6 +164,7 @@ class FuseObjective:
             folder=folder / "knn",
         )
         self._entropy = torch.zeros(len(self.grappa.layers), dtype=torch.float64)
+        self._shares = torch.zeros(len(job.adaptors), dtype=torch.float64)
 
     def begin(self, step: int) -> None:
         self._pairs.begin(step)
@@ -183,8 +184,10 @@ class FuseObjective:
         count = len(images) / 2
         figures = {"images": count, "loss": loss * count}
         figures |= {f"entropy.{i}": float(e) / 2 for i, e in enumerate(self._entropy)}
+        figures |= {f"attention.{i}": float(share) / 2 for i, share in enumerate(self._shares)}
         figures |= {f"decay_to_gradient.{i}": ratio * count for i, ratio in enumerate(self._decay_ratios())}
         self._entropy.zero_()
+        self._shares.zero_()
         return figures
 
     def close(self) -> None:
@@ -196,8 +199,9 @@ class FuseObjective:
         return loss * self._job.fuse.loss_scale
 
     def _watch(self) -> None:
-        """Adds the entropy of the attention, as a share of log N, over the images just seen."""
+        """Adds entropies, as shares of log N, and mean weights over layers, of the images just seen."""
         alpha = self.grappa.last_attention().double()  # (b, L, N)
+        self._shares += alpha.mean(1).sum(0).cpu()
         sets = alpha.shape[-1]
         if sets > 1:
             entropy = -(alpha * alpha.clamp_min(1e-30).log()).sum(-1) / np.log(sets)

@@ -29,11 +29,18 @@ class ModelSpec:
     bottleneck: int = 0
     adaptors: tuple[Artifact, ...] = ()
     fusion: Artifact | None = None  # None with several sets: their average
+    galleries: Artifact | None = None  # weights of the sets for the images of each task
 
     @property
     def inputs(self) -> dict[str, Artifact]:
         sets = {f"adaptors {i}": artifact for i, artifact in enumerate(self.adaptors)}
-        return sets | ({"fusion": self.fusion} if self.fusion else {})
+        more = {"fusion": self.fusion, "galleries": self.galleries}
+        return sets | {name: artifact for name, artifact in more.items() if artifact}
+
+    @property
+    def weighs(self) -> bool:
+        """Whether the sets do not always weigh the same."""
+        return self.fusion is not None or self.galleries is not None
 
 
 def backbone_settings(config: BackboneConfig) -> dict[str, Any]:
@@ -76,7 +83,7 @@ _latest: dict[tuple[Any, ...], nn.Module] = {}
 
 def built(spec: ModelSpec, device: torch.device) -> nn.Module:
     """`build`, keeping the last model: a worker embeds many shards with one."""
-    key = (spec.backbone.model_dump_json(), spec.bottleneck, spec.adaptors, spec.fusion, str(device))
+    key = (spec.backbone.model_dump_json(), spec.bottleneck, spec.adaptors, spec.fusion, spec.galleries, str(device))
     if key not in _latest:
         _latest.clear()
         _latest[key] = build(spec, device)

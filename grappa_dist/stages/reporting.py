@@ -11,8 +11,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from grappa_dist.artifacts import Artifact, Store
-from grappa_dist.config import Config
+from grappa_dist.config import UNTRAINED, Config
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.data.transforms import decode
 from grappa_dist.observe import duration, read_events
@@ -28,11 +30,12 @@ from grappa_dist.report import (
 )
 from grappa_dist.report.content import BadRow, LabelFree, ScoreRow
 from grappa_dist.stages.embed import bad_reasons
-from grappa_dist.stages.evaluate import INSIGHT_FILE, NEIGHBOURS, SCORES_FILE, Truth, load_truth
+from grappa_dist.stages.evaluate import INSIGHT_FILE, NEIGHBOURS, SCORES_FILE
 from grappa_dist.stages.flow import Flow
 from grappa_dist.stages.partitions import PARTITIONS_FILE
 from grappa_dist.stages.pseudo_label import STATS_FILE
 from grappa_dist.stages.run import Run
+from grappa_dist.stages.truth import Truth, load_truth
 
 THUMBNAIL_PX = 112
 TRACKED = ("torch", "timm", "deepspeed", "ray", "webdataset", "grappa_dist")
@@ -59,7 +62,7 @@ def score_rows(flow: Flow) -> list[ScoreRow]:
     for model, artifact in flow.scores.items():
         rows += [_score_row(model, row) for row in json.loads((artifact.path / SCORES_FILE).read_text())]
     sets = [row for row in rows if row["model"].startswith("k=")]
-    fused = [row for row in rows if row["model"] in flow.fusions or row["model"] == "average"]
+    fused = [row for row in rows if row["model"] in flow.fusions or row["model"] in UNTRAINED]
     plain = [row for row in rows if row not in fused]
     return [*plain, *best_sets(sets), *fused]
 
@@ -84,6 +87,7 @@ def _score_row(model: str, row: Mapping[str, Any]) -> ScoreRow:
 
 def _content(run: Run, flow: Flow, rows: list[ScoreRow]) -> ReportContent:
     insights = {m: json.loads((a.path / INSIGHT_FILE).read_text()) for m, a in flow.insights.items()}
+    decays = {v: _by_step(a, "decay_to_gradient") for v, a in flow.fusions.items()}
     partitions = json.loads((flow.partitions.path / PARTITIONS_FILE).read_text())
     return ReportContent(
         title=run.config.name,
@@ -91,6 +95,8 @@ def _content(run: Run, flow: Flow, rows: list[ScoreRow]) -> ReportContent:
         label_free=[*_view_figures(insights), *_neighbour_figures(flow)],
         attention={m: i["attention"] for m, i in insights.items() if "attention" in i},
         entropy={m: i["entropy"] for m, i in insights.items() if "entropy" in i},
+        shares={v: _by_step(a, "attention") for v, a in flow.fusions.items()},
+        decay={v: [float(x) for x in np.median(d, 0)] for v, d in decays.items() if d},
         sets=[f"k={k}" for k in flow.adaptors],
         clusterings=[Clustering(**json.loads((a.path / STATS_FILE).read_text())) for a in flow.labels.values()],
         nestings=[Nesting(**nesting) for nesting in partitions["nestings"]],
@@ -155,6 +161,15 @@ def _curve(artifact: Artifact) -> list[dict[str, float]]:
                 point[figure] = sum(layers) / len(layers)
         points.append(point)
     return points
+
+
+def _by_step(artifact: Artifact, figure: str) -> list[list[float]]:
+    """The numbered values of a figure, a list for every step that has them."""
+    steps = []
+    for event in read_events(artifact.path / "metrics.jsonl"):
+        numbered = {int(k.rpartition(".")[2]): v for k, v in event.items() if re.fullmatch(rf"{figure}\.\d+", k)}
+        steps += [[numbered[i] for i in sorted(numbered)]] if event["name"] == "step" and numbered else []
+    return steps
 
 
 def _galleries(flow: Flow, insights: Mapping[str, Any]) -> Iterator[Gallery]:

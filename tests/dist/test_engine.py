@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from grappa_dist.dist.comm import Comm
-from grappa_dist.dist.engine import Engine
+from grappa_dist.dist.engine import Engine, _deepspeed
 from grappa_dist.ops.lars import Lars
 from tests.models import tiny
 from tests.processes import run_ranks
@@ -82,6 +84,40 @@ def test_an_optimizer_through_the_engine_is_the_bare_one_on_the_whole_batch(kind
 def test_two_engines_one_after_the_other_give_the_same() -> None:
     for first, second in run_ranks(through_the_engine, 2, "adam", (4, 3), 2):
         assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+PARTITIONED: tuple[dict[str, Any], ...] = (
+    {"zero_optimization": {"stage": 1}},
+    {"zero_optimization": {"stage": 2}},
+    {"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}},
+)
+
+
+def lars_on_flat_pieces(comm: Comm) -> list[str]:
+    """What LARS says in place of an update of what DeepSpeed's partitions made of the parameters."""
+    deepspeed, refusals = _deepspeed(CPU), []
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
+    for settings in PARTITIONED:
+        model = small_model()
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer_of("lars", model),
+            dist_init_required=False,
+            config={"train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True, **settings},
+        )
+        images = batch(0).to(next(model.parameters()).dtype)
+        engine.backward(engine(images).float().square().sum())
+        with pytest.raises(ValueError, match="use ZeRO stage 0") as refused:
+            engine.step()
+        engine.destroy()
+        refusals.append(str(refused.value))
+    return refusals
+
+
+def test_lars_refuses_what_zero_and_bfloat16_partitions_have_flattened() -> None:
+    (refusals,) = run_ranks(lars_on_flat_pieces, 1)
+    assert len(refusals) == len(PARTITIONED)
+    assert all("Lars: parameters must keep their shapes" in said for said in refusals)
 
 
 def gradients_by_parts(comm: Comm) -> list[Tensor]:

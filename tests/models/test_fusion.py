@@ -114,6 +114,112 @@ def test_gradients_of_the_attention_pass_gradcheck() -> None:
     assert torch.autograd.gradcheck(out, (*inputs, random(2, 3, DIM).requires_grad_()))
 
 
+def test_frozen_adaptors_have_the_same_gradients_of_input_query_and_key() -> None:
+    whole, frozen = Judge(4).layer(nn.Identity()), Judge(4).layer(nn.Identity())
+    frozen.adaptors.requires_grad_(False)
+    tokens, weights = random(3, 5, DIM, dtype=torch.float32), random(3, 5, DIM, seed=1, dtype=torch.float32)
+    found = []
+    for layer in (whole, frozen):
+        given = tokens.clone().requires_grad_()
+        (layer(given) * weights).sum().backward()
+        assert layer.attention is not None
+        found.append([given.grad, layer.attention.query.grad, layer.attention.key.grad])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert all(p.grad is None for p in frozen.adaptors.parameters())
+
+
+def test_the_backward_pass_keeps_one_tensor_of_the_bottlenecks_and_no_larger_one() -> None:
+    layer, kept = Judge(8).layer(nn.Identity()), {}
+    layer.adaptors.requires_grad_(False)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
+        layer(random(3, 50, DIM, dtype=torch.float32).requires_grad_())
+    owned = {p.data_ptr() for p in layer.parameters()}
+    sizes = sorted(t.numel() for pointer, t in kept.items() if pointer not in owned)
+    assert sizes[-1] == 3 * 50 * 8 * BOTTLENECK
+    assert sum(sizes[:-1]) < 500
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_under_autocast_output_and_gradients_are_those_of_float32_to_bfloat16s_precision(frozen: bool) -> None:
+    results = []
+    for autocast in (False, True):
+        layer = Judge(4).layer(nn.Identity())
+        layer.adaptors.requires_grad_(not frozen)
+        tokens = random(3, 7, DIM, dtype=torch.float32).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = layer(tokens)
+        assert out.dtype == torch.float32
+        (out * random(3, 7, DIM, seed=1, dtype=torch.float32)).sum().backward()
+        assert layer.alpha is not None
+        grads = [p.grad for p in layer.parameters() if p.grad is not None]
+        assert all(g.dtype == torch.float32 for g in grads)
+        results.append([out.detach(), layer.alpha, tokens.grad, *grads])
+    assert len(results[0]) == (5 if frozen else 9)
+    for exact, found in zip(*results, strict=True):
+        assert (found - exact).norm() <= 0.03 * exact.norm()
+
+
+def test_tokens_in_bfloat16_stay_in_bfloat16() -> None:
+    layer = Judge(3).layer(nn.Identity())
+    tokens = random(2, 5, DIM, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = layer(tokens.bfloat16())
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), layer(tokens), rtol=0.05, atol=0.05)
+
+
+def test_tokens_may_lie_in_any_order_in_memory() -> None:
+    layer = Judge(3).layer(nn.Identity())
+    tokens = random(2, 5, DIM, dtype=torch.float32)
+    turned = tokens.transpose(0, 1).contiguous().transpose(0, 1)
+    assert torch.equal(layer(turned), layer(tokens))
+    with torch.no_grad():
+        assert torch.equal(layer(turned), layer(tokens))
+
+
+@pytest.mark.parametrize("attention", [False, True])
+@pytest.mark.parametrize("num_sets", [1, 2, 8])
+def test_a_folded_layer_is_the_layer_to_rounding(num_sets: int, attention: bool) -> None:
+    layer, tokens = Judge(num_sets).double().layer(nn.Identity(), attention), random(3, 5, DIM)
+    for weights in (None, torch.arange(1.0, num_sets + 1)):
+        layer.weigh(weights)
+        with torch.no_grad():
+            expected, alpha = layer(tokens), layer.alpha
+            layer.fold()
+            torch.testing.assert_close(layer(tokens), expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(layer.alpha, alpha)
+
+
+@pytest.mark.parametrize("attention", [False, True])
+def test_a_weight_for_one_set_alone_makes_the_model_of_that_set(attention: bool) -> None:
+    single, images = trained("timm", 1, attention=False), torch.rand(2, 3, 32, 32)
+    for i, layer in enumerate(single.layers):
+        tiny.fill(layer.adaptors, seed=i + 20)
+    fused = grappa("timm", 3, attention)
+    fused.load_adaptors(
+        [trained("timm", 1).adaptor_tensors(), single.adaptor_tensors(), trained("timm", 1).adaptor_tensors()]
+    )
+    without = fused(images)
+    fused.weigh(torch.tensor([0.0, 2.0, 0.0]))
+    torch.testing.assert_close(fused(images), single(images))
+    assert fused.last_attention()[:, :, 1].eq(1).all()
+    fused.weigh(None)
+    assert torch.equal(fused(images), without)
+
+
+def test_equal_weights_change_nothing() -> None:
+    model, images = trained("timm", 3), torch.rand(2, 3, 32, 32)
+    expected = model(images)
+    model.weigh(torch.full((3,), 5.0))
+    torch.testing.assert_close(model(images), expected)
+
+
+@pytest.mark.parametrize("weights", [[1.0, 1.0], [0.0, 0.0, 0.0], [1.0, -1.0, 1.0], [1.0, float("nan"), 1.0]])
+def test_what_are_no_weights_of_the_sets_is_refused(weights: list[float]) -> None:
+    with pytest.raises(ValueError, match="weights must be 3 numbers of at least 0, not all 0, got"):
+        grappa("timm", 3).weigh(torch.tensor(weights))
+
+
 def test_one_set_with_attention_is_one_set_without_bit_for_bit() -> None:
     block, judge, tokens = plain_block(), Judge(1), random(2, 5, DIM, dtype=torch.float32)
     assert torch.equal(judge.layer(block)(tokens), judge.layer(block, attention=False)(tokens))

@@ -38,6 +38,14 @@ def test_global_batch_norm_is_torchs_batch_norm_on_one_process(num: int, dim: in
     torch.testing.assert_close(ours.bias.grad, theirs.bias.grad)
 
 
+def test_a_batch_in_bfloat16_is_normalised_by_float32_statistics() -> None:
+    norm, z = GlobalBatchNorm(4), rows(600, 4).bfloat16()  # more rows than bfloat16 can count
+    with torch.autocast("cpu", torch.bfloat16):
+        found = norm(z, alone)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, norm(z.float(), alone))
+
+
 def test_a_batch_of_one_row_is_all_bias() -> None:  # torch's refuses it
     norm = GlobalBatchNorm(4)
     tiny.fill(norm, seed=1)

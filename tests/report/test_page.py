@@ -62,6 +62,8 @@ def full(word: str = "cars") -> ReportContent:
         label_free=[LabelFree(model="backbone", figure=f"view finds {word}", value=0.8, queries=9)],
         attention={"neighbours": {g: [[0.5, 0.5], [0.2, 0.8]] for g in ("all", word, "birds")}},
         entropy={"neighbours": [1.0, 0.72]},
+        shares={"neighbours": [[0.5, 0.5], [0.4, 0.6], [0.3, 0.7]]},
+        decay={"neighbours": [12.0, 0.5]},
         sets=["k=4", "k=16"],
         clusterings=[clustering(4), clustering(16)],
         nestings=[nesting(4, 16)],
@@ -162,6 +164,37 @@ def test_uniform_attention_is_said_to_equal_the_average(tmp_path: Path) -> None:
     html = render(ReportContent(title="t", attention=even, entropy={"neighbours": [0.9991] * 3}), tmp_path)
     assert "equals the average" in html
     assert "equals the average" not in render(full(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("entropy", "decay", "said"),
+    [
+        (
+            [1.0, 1.0, 0.7, 0.995],
+            [7.0, 60.0, 9.0, 8.0],
+            "layers 1 to 2, 4: decay of Q and K exceeds {} 7 to 60 times, in",
+        ),
+        ([1.0, 1.0], [0.5, 3.0], "layers 1 to 2: decay of Q and K exceeds {} 3 times (in layer 2)"),
+        ([0.5, 1.0], [9.0, 0.2], "layer 2; decay of Q and K did not exceed their gradient there"),
+    ],
+)
+def test_uniform_layers_are_a_finding_with_their_decay_over_gradient(
+    entropy: list[float], decay: list[float], said: str, tmp_path: Path
+) -> None:
+    content = ReportContent(title="t", entropy={"neighbours": entropy}, decay={"neighbours": decay})
+    assert "attention is uniform in " + said.format("their gradient by") in render(content, tmp_path)
+
+
+def test_layers_that_are_not_uniform_need_no_reason(tmp_path: Path) -> None:
+    content = ReportContent(title="t", entropy={"neighbours": [0.5, 0.6]}, decay={"neighbours": [9.0, 9.0]})
+    assert "exceeds their gradient" not in render(content, tmp_path)
+
+
+def test_the_change_of_attention_in_training_is_drawn_for_each_set(tmp_path: Path) -> None:
+    html = render(full(), tmp_path)
+    assert "Attention of each set, step by step" in html
+    once = replace(full(), shares={"neighbours": [[0.5, 0.5]]})
+    assert "step by step" not in render(once, tmp_path)
 
 
 @pytest.mark.parametrize("name", [f.name for f in fields(ReportContent) if f.name != "title"])

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from grappa_dist.artifacts import Artifact, Store
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.dist.comm import Comm
+from grappa_dist.observe import read_events
 from grappa_dist.stages.embed import Embedding
 from grappa_dist.stages.fuse import FuseJob, FuseObjective, fusion_of, train_fusion
 from grappa_dist.stages.modelling import FUSION_FILE
@@ -73,6 +74,15 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, lis
     return folder, {size: run_ranks(fuse_all_ways, size, folder, timeout_s=400) for size in (1, 2, 3)}
 
 
+def fuse_until(comm: Comm, job: FuseJob, kill_after: int | None) -> None:
+    watcher = tiny.Watcher(kill_after=kill_after)
+    if kill_after is None:
+        train_fusion(watcher.context(comm), job)
+    else:
+        with pytest.raises(tiny.Killed):
+            train_fusion(watcher.context(comm), job)
+
+
 World = tuple[Path, dict[int, list[dict[str, Any]]]]
 
 
@@ -125,6 +135,22 @@ def test_a_job_killed_in_the_second_epoch_reuses_its_graph_and_ends_with_the_sam
     assert losses(folder, f"{size}-killed", "neighbours") == losses(folder, str(size), "neighbours")
 
 
+def test_a_job_killed_on_two_ranks_then_on_one_goes_on_on_three_with_the_same_losses(world: World) -> None:
+    folder, _ = world
+    job = job_in(folder, "moving", "neighbours")
+    for ranks, kill_after in ((2, STOP + 1), (1, 2 * STOP), (3, None)):
+        run_ranks(fuse_until, ranks, job, kill_after, timeout_s=400)
+    begins = [e for e in read_events(job.artifact.path / "metrics.jsonl") if e["name"] == "begins"]
+    assert [e["ranks"] for e in begins] == [2, 1, 3]
+    assert [e["at_step"] for e in begins] == [0, 3, 6]  # of the last checkpoint before each kill
+    np.testing.assert_allclose(
+        losses(folder, "moving", "neighbours"), losses(folder, "1", "neighbours"), rtol=0, atol=1e-5
+    )
+    ours, alone = (load_file(job_in(folder, out, "neighbours").artifact.path / FUSION_FILE) for out in ("moving", "1"))
+    for name, tensor in alone.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=0, atol=1e-3)
+
+
 def graph(folder: Path, out: str, epoch: int) -> np.ndarray:
     tables = sorted((job_in(folder, out, "neighbours").artifact.path / "knn" / f"epoch-{epoch}").glob("rows-*.npy"))
     return np.concatenate([np.load(table) for table in tables])
@@ -149,6 +175,7 @@ def test_the_first_graph_is_the_same_to_the_bit_on_any_number_of_ranks(world: Wo
 def test_figures_of_the_attention_do_not_depend_on_ranks_or_micro_batch(world: World) -> None:
     folder, _ = world
     names = [f"{figure}.{layer}" for figure in ("entropy", "decay_to_gradient") for layer in range(2)]
+    names += [f"attention.{i}" for i in range(3)]
 
     def figures(out: str) -> np.ndarray:
         events = tiny.steps_of(job_in(folder, out, "transforms").artifact.path)
@@ -157,6 +184,7 @@ def test_figures_of_the_attention_do_not_depend_on_ranks_or_micro_batch(world: W
     alone = figures("1")
     assert (alone[:, :2] > 0).all()
     assert (alone[:, :2] <= 1).all()
+    np.testing.assert_allclose(alone[:, 4:].sum(1), 1, rtol=1e-6)
     for out in ("2", "3", "1-micro", "2-micro"):
         np.testing.assert_allclose(figures(out), alone, rtol=2e-3, atol=1e-5)
 

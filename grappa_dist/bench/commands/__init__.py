@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from grappa_dist.bench.commands import assign, data, kmeans, knn, methods
+from grappa_dist.bench.commands import assign, data, fuse, kmeans, knn, methods
 from grappa_dist.data.progress import Tell
 
 
@@ -22,7 +22,14 @@ class Command(Protocol):
         """Measures; the findings as text and as JSON. A ValueError names the flag that is wrong."""
 
 
-COMMANDS: dict[str, Command] = {"kmeans": kmeans, "methods": methods, "assign": assign, "data": data, "knn": knn}
+COMMANDS: dict[str, Command] = {
+    "kmeans": kmeans,
+    "methods": methods,
+    "assign": assign,
+    "data": data,
+    "knn": knn,
+    "fuse": fuse,
+}
 
 
 def add_commands(parser: argparse.ArgumentParser) -> None:

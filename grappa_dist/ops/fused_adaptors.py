@@ -1,0 +1,162 @@
+"""N bottleneck adaptors and their fusion on a block's output, forward and backward, without a B x N x T x D tensor.
+
+out = h + sum_i alpha_i A_i(h), A_i(h) = up_i(GELU(down_i(h))), Algorithm 1 of Almazan et al., ECCV 2022.
+Shapes: B images, T tokens, D channels, N sets, H bottleneck; F = N * H, the bottlenecks side by side.
+
+The mean over tokens commutes with the up-projection, so the attention needs the pooled GELU alone. For the backward
+pass one (B, T, F) tensor is kept, what enters the GELU; the GELU itself is computed again, which is cheap. `h` is kept
+only where the down-projection learns (step 2 of the paper).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Weights = tuple[Tensor, Tensor, Tensor, Tensor]  # down (F, D) and (F,), up (F, D) and (N, D)
+_gelu_, _gelu_backward = torch.ops.aten.gelu_.default, torch.ops.aten.gelu_backward.default
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What weighs the sets: Q and K (D, D), or their product K^T Q, or neither for equal scores; and a prior (N,)."""
+
+    query: Tensor | None = None
+    key: Tensor | None = None
+    prior: Tensor | None = None  # logarithms, added to the scores
+    product: Tensor | None = None
+
+
+def attention(pooled: Tensor, gelu: Tensor, up: Tensor, up_bias: Tensor, scores: Scores) -> Tensor:
+    """alpha (B, N) = softmax_i( (Q h) . (K A_i) / sqrt(D) + prior_i ), Eq. (3), of pooled h and pooled A_i.
+
+    Args:
+        pooled: the mean of h over tokens, (B, D).
+        gelu: the mean of GELU(down(h)) over tokens, (B, F).
+    """
+    num_sets, dim = up_bias.shape
+    turned = _turned(pooled, scores)
+    if turned is None:
+        logits = pooled.new_zeros((len(pooled), num_sets))
+    else:
+        within = (F.linear(turned, up) * gelu).view(-1, num_sets, len(up) // num_sets).sum(-1)
+        logits = (within + F.linear(turned, up_bias)) / math.sqrt(dim)
+    return (logits if scores.prior is None else logits + scores.prior).softmax(-1)
+
+
+def _turned(pooled: Tensor, scores: Scores) -> Tensor | None:
+    """K^T Q h, (B, D), whose products with A_i are those of Q h with K A_i."""
+    if scores.product is not None:
+        return F.linear(pooled, scores.product)
+    if scores.query is None or scores.key is None:
+        return None
+    return F.linear(F.linear(pooled, scores.query), scores.key.T)
+
+
+def fused_adaptors(h: Tensor, weights: Weights, scores: Scores) -> tuple[Tensor, Tensor]:
+    """The output (B, T, D) in the type of h, and the weights alpha (B, N), detached.
+
+    Under autocast the two large products run in its type, everything that is pooled in that of Q and K.
+    """
+    h, kind = h.contiguous(), h.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else h.dtype
+    inputs = (h, *weights, scores.query, scores.key, scores.prior)
+    with torch.autocast(kind, enabled=False):
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+            out: tuple[Tensor, Tensor] = _Fused.apply(dtype, *inputs)  # type: ignore[no-untyped-call]
+            return out
+        down, down_bias, *_ = weights
+        a = _gelu_(F.linear(h.to(dtype), down.to(dtype), down_bias.to(dtype)))
+        alpha, _ = _weigh(h, a, weights, scores)
+        return _add_up(h, a, alpha, weights), alpha
+
+
+def _weigh(h: Tensor, a: Tensor, weights: Weights, scores: Scores) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """alpha and what it was made of, the pooled h (B, D) and the pooled GELU (B, F)."""
+    *_, up, up_bias = weights
+    pooled = h.mean(1, dtype=up.dtype), a.mean(1, dtype=up.dtype)
+    return attention(*pooled, up, up_bias, scores), pooled
+
+
+def _add_up(h: Tensor, a: Tensor, alpha: Tensor, weights: Weights) -> Tensor:
+    """h + sum_i alpha_i (up_i a_i + b_i), (B, T, D); overwrites `a`."""
+    *_, up, up_bias = weights
+    if len(up_bias) > 1:
+        a *= _over_bottlenecks(alpha, len(up)).to(a.dtype)
+    return _plus_product(h + (alpha @ up_bias).to(h.dtype).unsqueeze(1), a, up.to(a.dtype))
+
+
+def _plus_product(total: Tensor, a: Tensor, matrix: Tensor) -> Tensor:
+    """total + a @ matrix, in place of `total`, (B, T, D)."""
+    if total.dtype == a.dtype:
+        total.view(-1, total.shape[-1]).addmm_(a.view(-1, a.shape[-1]), matrix)
+        return total
+    return total.add_(a @ matrix)
+
+
+def _over_bottlenecks(alpha: Tensor, width: int) -> Tensor:
+    """(B, N) -> (B, 1, F)."""
+    return alpha.repeat_interleave(width // alpha.shape[1], 1).unsqueeze(1)
+
+
+class _Fused(torch.autograd.Function):
+    """Gradients of everything that needs them; alpha is an output without gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, h: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+        weights, scores = rest[:4], Scores(*rest[4:])
+        down, down_bias, *_ = weights
+        z = F.linear(h.to(dtype), down.to(dtype), down_bias.to(dtype))  # (B, T, F)
+        a = F.gelu(z)
+        alpha, pooled = _weigh(h, a, weights, scores)  # type: ignore[arg-type]
+        out = _add_up(h, a, alpha, weights)  # type: ignore[arg-type]
+        ctx.save_for_backward(z, alpha, *pooled, h if ctx.needs_input_grad[2] else None, *rest)
+        ctx.tokens, ctx.h_dtype = h.shape[1], h.dtype
+        ctx.mark_non_differentiable(alpha)
+        return out, alpha
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        z, alpha, pooled_h, pooled_a, h, down, _, up, up_bias, *scored = ctx.saved_tensors
+        out_grad = grads[0].contiguous()
+        flat = out_grad.to(z.dtype).view(-1, len(down[0]))
+        grad_a = (flat @ up.to(z.dtype).T).view_as(z)  # as if alpha were one
+        a, summed = F.gelu(z), out_grad.sum(1, dtype=up.dtype)
+        wide = _over_bottlenecks(alpha, len(up)).to(z.dtype)
+        up_grad = (a * wide).view(-1, len(up)).T @ flat if ctx.needs_input_grad[4] else None
+        per_unit = a.mul_(grad_a).sum(1, dtype=up.dtype)
+        grad_alpha = per_unit.view(*alpha.shape, -1).sum(-1) + F.linear(summed, up_bias)
+        leaves = (pooled_h, pooled_a, up, up_bias, *scored)
+        small = _attention_grads(leaves, grad_alpha, [True, True, *ctx.needs_input_grad[4:]])
+        grad_a.mul_(wide).add_((small[1] / ctx.tokens).to(z.dtype).unsqueeze(1))
+        grad_z = _gelu_backward(grad_a, z)
+        grad_h = None
+        if ctx.needs_input_grad[1]:
+            grad_h = out_grad + (small[0] / ctx.tokens).to(ctx.h_dtype).unsqueeze(1)
+            grad_h = _plus_product(grad_h, grad_z, down.to(z.dtype))
+        down_grad = grad_z.view(-1, len(down)).T @ h.to(z.dtype).view(-1, h.shape[-1]) if h is not None else None
+        down_bias_grad = grad_z.sum((0, 1), dtype=down.dtype) if ctx.needs_input_grad[3] else None
+        up_grad = None if up_grad is None else up_grad.to(up.dtype) + small[2]
+        up_bias_grad = alpha.T @ summed + small[3] if ctx.needs_input_grad[5] else None
+        down_grad = None if down_grad is None else down_grad.to(down.dtype)
+        return None, grad_h, down_grad, down_bias_grad, up_grad, up_bias_grad, *small[4:]
+
+
+def _attention_grads(leaves: tuple[Tensor | None, ...], grad: Tensor, needed: list[bool]) -> list[Tensor | Any]:
+    """Gradients of alpha's (B, N) inputs, zeros or None where there is none: by autograd, as all of it is pooled."""
+    with torch.enable_grad():
+        fresh = [t if t is None else t.detach().requires_grad_(n) for t, n in zip(leaves, needed, strict=True)]
+        pooled_h, pooled_a, up, up_bias, query, key, prior = fresh
+        alpha = attention(pooled_h, pooled_a, up, up_bias, Scores(query, key, prior))  # type: ignore[arg-type]
+    wanted = [t for t in fresh if t is not None and t.requires_grad]
+    if not alpha.requires_grad:
+        found = {id(t): torch.zeros_like(t) for t in wanted}
+    else:
+        given = torch.autograd.grad(alpha, wanted, grad, allow_unused=True, materialize_grads=True)
+        found = {id(t): g for t, g in zip(wanted, given, strict=True)}
+    return [None if t is None else found.get(id(t)) for t in fresh]

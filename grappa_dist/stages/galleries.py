@@ -1,0 +1,101 @@
+"""galleries: features of every adaptor set -> for each task the weights of the sets, told from its images alone.
+
+A task's images are the gallery that is searched. Nothing is read of the labels but the task that an image belongs to.
+Shapes: n rows, N adaptor sets.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from grappa_dist.artifacts import Artifact, RowArrays, Store, write_json
+from grappa_dist.data.randomness import generator
+from grappa_dist.data.shards import ImageShards
+from grappa_dist.models import Grappa
+from grappa_dist.ops.galleries import NEIGHBOURS, set_weights, transitivity
+from grappa_dist.stages.modelling import ModelSpec
+from grappa_dist.stages.run import Run
+from grappa_dist.stages.truth import TRUTH_TASKS, load_truth, note_truth
+
+GALLERIES_FILE = "galleries.json"
+MOST_IMAGES = 20_000  # of a gallery are looked at
+
+
+@dataclass(frozen=True)
+class GalleriesTask:
+    """What weighing the sets needs."""
+
+    truth: Artifact
+    features: Mapping[str, RowArrays]  # by adaptor set
+    bad: NDArray[np.int64]
+    seed: int
+    artifact: Artifact
+
+
+def galleries_of(store: Store, seed: int, truth: Artifact, features: Mapping[str, Sequence[Artifact]]) -> Artifact:
+    inputs = {f"{name} shard {i}": a for name, shards in features.items() for i, a in enumerate(shards)}
+    return store.artifact("galleries", {"neighbours": NEIGHBOURS, "seed": seed}, {"truth": truth, **inputs})
+
+
+def weigh_galleries(
+    run: Run, images: ImageShards, truth: Artifact, features: Mapping[str, RowArrays], bad: NDArray[np.int64],
+    artifact: Artifact,
+) -> None:  # fmt: skip
+    """Weighs the sets for every task, and says so before anything is evaluated with them."""
+    if artifact.complete:
+        return
+    with run.console.stage("galleries", f"{len(features)} adaptor sets on {len(images)} images"):
+        note_truth(run, images, truth)
+        run.runner.map(weigh_sets, [GalleriesTask(truth, features, bad, run.config.seed, artifact)])
+    for name, found in load_galleries(artifact).items():
+        said = zip(features, found["weights"], found["transitivity"], strict=True)
+        text = ", ".join(f"{model} {weight:.2f} ({share:.3f})" for model, weight, share in said)
+        run.console.event("gallery", task=name, sets=list(features), **found)
+        run.console.say(f"gallery {name}: weights of the sets (and their transitivity): {text}")
+
+
+def weigh_sets(device: torch.device, task: GalleriesTask) -> None:
+    """Transitivity and weights of all sets in every task: galleries.json, and a copy of the rows' tasks."""
+    truth, folder = load_truth(task.truth), task.artifact.begin()
+    found = {}
+    for number, name in enumerate(truth.task_names):
+        rows = np.setdiff1d(truth.rows(number), task.bad)
+        draw = generator("gallery", task.seed, number)
+        rows = np.sort(draw.choice(rows, MOST_IMAGES, replace=False)) if len(rows) > MOST_IMAGES else rows
+        shares = torch.stack(
+            [transitivity(torch.from_numpy(f.take(rows)).to(device)).cpu() for f in task.features.values()]
+        )
+        found[name] = {
+            "images": len(rows),
+            "transitivity": shares.mean(1).nan_to_num().tolist(),
+            "weights": set_weights(shares).tolist(),
+        }
+    np.save(folder / TRUTH_TASKS, truth.tasks)
+    write_json(folder / GALLERIES_FILE, found)
+    task.artifact.commit()
+
+
+def load_galleries(artifact: Artifact) -> dict[str, dict[str, list[float]]]:
+    """By task: transitivity and weights, (N,) each; in the order of task numbers."""
+    found: dict[str, dict[str, list[float]]] = json.loads((artifact.path / GALLERIES_FILE).read_text())
+    return found
+
+
+def by_gallery(spec: ModelSpec, model: nn.Module, rows: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+    """The rows in parts, the model weighing its sets for the gallery of each part; all at once where it has none."""
+    if spec.galleries is None:
+        yield rows
+        return
+    assert isinstance(model, Grappa)
+    weights = [torch.tensor(g["weights"]) for g in load_galleries(spec.galleries).values()]
+    tasks = np.load(spec.galleries.path / TRUTH_TASKS, mmap_mode="r", allow_pickle=False)[rows]
+    for task in np.unique(tasks).tolist():
+        model.weigh(weights[task])
+        yield rows[tasks == task]

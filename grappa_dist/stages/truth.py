@@ -1,0 +1,64 @@
+"""truth: the JSON members of the images -> task and label of every row, for evaluation only. Shapes: n rows."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from grappa_dist.artifacts import Artifact, Store, write_json
+from grappa_dist.data.shards import ImageShards
+from grappa_dist.stages.run import Run
+
+TRUTH_TASKS, TRUTH_LABELS, TRUTH_NAMES = "tasks.npy", "labels.npy", "names.json"
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Task and label of every row, for evaluation only; label -1: none."""
+
+    tasks: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    task_names: list[str]
+    label_names: list[str]
+
+    def rows(self, task: int) -> NDArray[np.int64]:
+        return np.flatnonzero(self.tasks == task)
+
+
+def truth_of(store: Store, images: ImageShards, *, labelled: bool) -> Artifact:
+    return store.artifact("truth", {"labelled": labelled}, {"images": images.fingerprint})
+
+
+def note_truth(run: Run, images: ImageShards, truth: Artifact) -> None:
+    """Reads tasks and labels, once."""
+    if not truth.complete:
+        run.runner.map(read_truth, [(images, truth)])
+
+
+def read_truth(device: torch.device, task: tuple[ImageShards, Artifact]) -> None:
+    """Collects the JSON members: the only place that reads them."""
+    images, artifact = task
+    folder, labelled = artifact.begin(), bool(artifact.settings["labelled"])
+    tasks, labels = np.zeros(len(images), np.int64), np.full(len(images), -1, np.int64)
+    task_ids: dict[str, int] = {}
+    label_ids: dict[tuple[str, str], int] = {}
+    for row in range(len(images)):
+        member = (images.labels(row) if labelled else None) or {}
+        name = str(member.get("task") or "all")
+        tasks[row] = task_ids.setdefault(name, len(task_ids))
+        if member.get("label") is not None:
+            labels[row] = label_ids.setdefault((name, str(member["label"])), len(label_ids))
+    np.save(folder / TRUTH_TASKS, tasks)
+    np.save(folder / TRUTH_LABELS, labels)
+    write_json(folder / TRUTH_NAMES, {"tasks": list(task_ids), "labels": [label for _, label in label_ids]})
+    artifact.commit()
+
+
+def load_truth(artifact: Artifact) -> Truth:
+    names = json.loads((artifact.path / TRUTH_NAMES).read_text())
+    tasks, labels = (np.load(artifact.path / f, mmap_mode="r", allow_pickle=False) for f in (TRUTH_TASKS, TRUTH_LABELS))
+    return Truth(tasks, labels, names["tasks"], names["labels"])
