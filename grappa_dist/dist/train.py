@@ -8,22 +8,20 @@ import os
 import socket
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from grappa_dist.artifacts import replacing
+from grappa_dist.dist.checkpoints import RowShard, load_checkpoint, save_checkpoint
 from grappa_dist.dist.engine import Engine
 from grappa_dist.dist.workers import RankContext
 from grappa_dist.observe import Events
-
-KEEP_CHECKPOINTS = 2
 
 
 class Objective(Protocol):
@@ -37,6 +35,14 @@ class Objective(Protocol):
     def backward(self, engine: Engine, step: int) -> dict[str, float]:
         """This rank's sums of figures, which add over ranks; `images` and `loss` (times images) are among them."""
         ...
+
+
+class Beside(Protocol):
+    """What is trained beside the engine, its rows spread over the ranks; `step` follows every `backward`."""
+
+    def step(self, learning_rate: float) -> None: ...
+
+    def shard(self) -> RowShard: ...
 
 
 @dataclass(frozen=True)
@@ -54,37 +60,46 @@ def train(
     *,
     folder: Path,
     job: str,
+    beside: Mapping[str, Beside] = MappingProxyType({}),
 ) -> bool:
     """Trains from the newest checkpoint in `folder` to the end; False when it was asked to stop and saved its state.
+
+    `beside`, by name, is trained outside the engine.
 
     Raises:
         ArithmeticError: the loss is not finite, naming the step.
     """
-    start = load_checkpoint(folder, objective.module, optimizer)
-    starts = {int(s) for s in context.comm.gather(torch.tensor([start], device=context.device))}
-    if len(starts) > 1:  # a file system that shows files late; another attempt will see them
-        raise RuntimeError(f"{job}: ranks found checkpoints of different steps, {sorted(starts)}")
+    shards = {name: part.shard() for name, part in beside.items()}
+    start = _agreed(context, load_checkpoint(folder, objective.module, optimizer, shards), job)
     engine = Engine(objective.module, optimizer, context.comm, context.device)
     log = _Log(context, folder / "metrics.jsonl", start, schedule.steps, job)
     try:
+        if start < schedule.steps:
+            objective.begin(start)
         for step in range(start, schedule.steps):
-            if step == start:
-                objective.begin(step)
             figures, stop = _reduce(context, objective.backward(engine, step))
             if not math.isfinite(figures["loss"]):
                 raise ArithmeticError(f"{job}: the loss is {figures['loss']} at step {step}; nothing was updated")
-            rate = schedule.learning_rate(step)
+            done, rate = step + 1, schedule.learning_rate(step)
             engine.step(rate)
+            for part in beside.values():
+                part.step(rate)
             log.step(step, rate, figures)
-            done = step + 1
             if (done % schedule.checkpoint_steps == 0 or stop) and done < schedule.steps:
-                save_checkpoint(context, folder, done, objective.module, optimizer)
+                save_checkpoint(context, folder, done, objective.module, optimizer, shards)
             if stop and done < schedule.steps:
                 return False
         return True
     finally:
         log.close()
         engine.close()
+
+
+def _agreed(context: RankContext, start: int, job: str) -> int:
+    starts = {int(s) for s in context.comm.gather(torch.tensor([start], device=context.device))}
+    if len(starts) > 1:  # a file system that shows files late; another attempt will see them
+        raise RuntimeError(f"{job}: ranks found checkpoints of different steps, {sorted(starts)}")
+    return start
 
 
 def _reduce(context: RankContext, sums: dict[str, float]) -> tuple[dict[str, float], bool]:
@@ -132,40 +147,3 @@ def _forget(path: Path, start: int) -> None:
         kept = [line for line in lines if json.loads(line).get("step", 0) < start]
         with replacing(path) as temporary:
             temporary.write_text("".join(kept))
-
-
-def save_checkpoint(
-    context: RankContext, folder: Path, step: int, module: nn.Module, optimizer: torch.optim.Optimizer
-) -> None:
-    """Trainable parameters and optimizer state of `step` finished steps, by rank 0; loads on any number of ranks."""
-    if context.comm.rank == 0:
-        tensors = {name: p.detach().cpu() for name, p in _trainable(module).items()}
-        for name, p in _trainable(module).items():
-            tensors |= {f"{name}|{key}": v.cpu() for key, v in optimizer.state[p].items() if isinstance(v, Tensor)}
-        with replacing(folder / "checkpoints" / f"step-{step:09d}.safetensors") as temporary:
-            save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata={"step": str(step)})
-        for old in _checkpoints(folder)[:-KEEP_CHECKPOINTS]:
-            old.unlink()
-    context.comm.barrier()
-
-
-def load_checkpoint(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Loads the newest checkpoint, if any; the number of steps that it has behind it."""
-    found = _checkpoints(folder)
-    if not found:
-        return 0
-    with safe_open(found[-1], framework="pt") as file, torch.no_grad():
-        saved = set(file.keys())
-        for name, p in _trainable(module).items():
-            p.copy_(file.get_tensor(name))
-            state = {key.split("|")[1]: file.get_tensor(key) for key in saved if key.startswith(f"{name}|")}
-            optimizer.state[p] = {k: v if v.ndim == 0 else v.to(p.device) for k, v in state.items()}
-        return int(file.metadata()["step"])
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    return sorted((folder / "checkpoints").glob("step-*.safetensors"))
-
-
-def _trainable(module: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in module.named_parameters() if p.requires_grad}

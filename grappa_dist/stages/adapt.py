@@ -12,10 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from safetensors.torch import save_file
-from torch import Tensor, nn
 
 from grappa_dist.artifacts import Artifact, RowArrays, Store, replacing
 from grappa_dist.config import AdaptConfig, BackboneConfig, DataConfig
@@ -24,13 +22,13 @@ from grappa_dist.data.order import EpochOrder
 from grappa_dist.data.randomness import generator
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.data.transforms import Picture, view_generator
+from grappa_dist.dist.classifier import Classifier
 from grappa_dist.dist.engine import Engine
 from grappa_dist.dist.jobs import Job
 from grappa_dist.dist.train import Schedule, train
 from grappa_dist.dist.workers import RankContext
 from grappa_dist.models import Grappa
 from grappa_dist.ops.schedules import cosine
-from grappa_dist.ops.softmax import norm_softmax_sum
 from grappa_dist.stages.embed import to_images
 from grappa_dist.stages.modelling import ADAPTORS_FILE, backbone_settings, build_backbone, preprocess_of
 from grappa_dist.stages.pseudo_label import CENTROIDS_FILE, label_rows
@@ -146,22 +144,12 @@ def train_adaptors(context: RankContext, job: AdaptJob) -> None:
             config.checkpoint_steps,
             lambda step: config.learning_rate * cosine(step, steps, min(config.warmup_steps, steps - 1)),
         )
-        if train(context, objective, optimizer, schedule, folder=folder, job=job.name) and context.comm.rank == 0:
+        beside = {"classifier": objective.classifier}
+        done = train(context, objective, optimizer, schedule, folder=folder, job=job.name, beside=beside)
+        if done and context.comm.rank == 0:
             with replacing(folder / ADAPTORS_FILE) as temporary:
                 save_file(objective.grappa.adaptor_tensors(), temporary)
             job.artifact.commit(discard=["checkpoints"])
-
-
-class _Trained(nn.Module):
-    """What the engine holds: the adapted ViT and the throw-away classifier. Called with images, it gives features."""
-
-    def __init__(self, grappa: Grappa, num_labels: int) -> None:
-        super().__init__()
-        self.grappa = grappa
-        self.classifier = nn.Parameter(torch.empty(num_labels, grappa.embed_dim))  # (K, D)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.grappa(images)
 
 
 class AdaptObjective:
@@ -173,12 +161,18 @@ class AdaptObjective:
         self._preprocess = preprocess_of(backbone.pixels)
         self.grappa = Grappa(backbone, 1, job.adapt.bottleneck, attention=False)
         self.grappa.trainable_adaptors()
-        module = _Trained(self.grappa, job.num_labels)
         draws = torch.Generator().manual_seed(torch_seed("adaptors", job.training.seed, job.num_labels))
         for layer in self.grappa.layers:
             layer.adaptors.initialise(draws)
-        start_classifier(module.classifier, job.centroids, draws)
-        self.module = module.to(context.device)
+        self.module = self.grappa.to(context.device)
+        self.classifier = Classifier(
+            context.comm,
+            context.device,
+            (job.num_labels, self.grappa.embed_dim),
+            gamma=job.adapt.gamma,
+            weight_decay=job.adapt.weight_decay,
+        )
+        self.classifier.start(job.centroids, draws)
         self._batches: Generator[tuple[NDArray[np.uint8], NDArray[np.int64]], None, None] | None = None
 
     def begin(self, step: int) -> None:
@@ -203,36 +197,18 @@ class AdaptObjective:
     def backward(self, engine: Engine, step: int) -> dict[str, float]:
         assert self._batches is not None
         pixels, rows = next(self._batches)
-        job, comm, weight = self._job, self._context.comm, self.module.classifier
-        labels = torch.from_numpy(job.labels.take(rows).astype(np.int64)).to(self._context.device)
-        z = engine.forward(to_images(pixels, self._context.device))
-        total = norm_softmax_sum(z, weight, labels, job.adapt.gamma)
+        comm, device = self._context.comm, self._context.device
+        labels = torch.from_numpy(self._job.labels.take(rows).astype(np.int64)).to(device)
+        z = engine.forward(to_images(pixels, device))
+        total, correct = self.classifier.score(z, labels)
         # The engine averages gradients over ranks, whose shares are uneven: a rank's loss weighs size / global rows.
-        images = comm.sum_(torch.tensor([len(rows)], dtype=torch.int64, device=self._context.device)).item()
+        images = comm.sum_(torch.tensor([len(rows)], dtype=torch.int64, device=device)).item()
         engine.backward(total * (comm.size / images))
-        return {"images": len(rows), "loss": total.item(), "accuracy": _num_correct(z, weight, labels)}
+        return {"images": len(rows), "loss": total.item(), "accuracy": correct.item()}
 
     def close(self) -> None:
         if self._batches is not None:
             self._batches.close()
-
-
-@torch.no_grad()
-def start_classifier(classifier: Tensor, centroids: Path | None, draws: torch.Generator) -> None:
-    """Fills the classifier (K, D) with unit rows: the directions of the partition's centroids, or random ones.
-
-    The length matters although the cosine ignores it: Adam moves every entry by about the learning rate, so long rows
-    hardly turn, and the adaptors would bend the features towards classes that stay where chance put them.
-    """
-    start = torch.randn(classifier.shape, generator=draws)
-    if centroids is not None:
-        start = torch.from_numpy(np.load(centroids, allow_pickle=False))
-    classifier.copy_(F.normalize(start, dim=1))
-
-
-@torch.no_grad()
-def _num_correct(z: Tensor, weight: Tensor, labels: Tensor) -> float:
-    return float(((z @ F.normalize(weight, dim=1).T).argmax(1) == labels).sum()) if len(z) else 0.0
 
 
 def torch_seed(purpose: str, *numbers: int) -> int:

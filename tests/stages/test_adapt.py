@@ -68,13 +68,13 @@ class Poisoned(AdaptObjective):
     def begin(self, step: int) -> None:
         super().begin(step)
         if self._context.comm.rank == self._context.comm.size - 1:
-            self.module.classifier.data.fill_(torch.nan)
+            self.classifier.state.rows.fill_(torch.nan)
 
 
 def poisoned(comm: Comm, job: AdaptJob) -> dict[str, Any]:
     context = tiny.Watcher().context(comm)
     objective = Poisoned(context, job)
-    before = {name: p.clone() for name, p in objective.module.named_parameters() if name != "classifier"}
+    before = {name: p.clone() for name, p in objective.module.named_parameters()}
     optimizer = torch.optim.Adam([p for p in objective.module.parameters() if p.requires_grad])
     schedule = Schedule(STEPS, 5, lambda step: 1e-3)
     with pytest.raises(ArithmeticError) as error:
@@ -190,10 +190,10 @@ def test_a_diverging_job_names_itself_and_the_step(world: World, size: int) -> N
     assert all(f"at step {done};" in rank["huge"] for rank in found[size])
 
 
-def test_training_moves_the_adaptors_and_the_classifier_alone(world: World) -> None:
+def test_training_moves_the_adaptors_alone(world: World) -> None:
     folder, _ = world
     moved, left = run_ranks(only_adaptors_move, 1, job_in(folder, "moves"), timeout_s=400)[0]
-    assert all("adaptors" in name or name == "classifier" for name in moved)
+    assert all("adaptors" in name for name in moved)
     assert {name for name in left if "adaptors" in name} == set()
     assert any("patch_embed" in name for name in left)
 
@@ -227,7 +227,7 @@ def test_the_classifier_starts_as_unit_rows_along_the_centroids_where_there_are_
     job = job_in(folder, "fresh")
 
     def start(job: AdaptJob) -> np.ndarray:
-        found: np.ndarray = AdaptObjective(tiny.Watcher().context(Comm()), job).module.classifier.detach().numpy()
+        found: np.ndarray = AdaptObjective(tiny.Watcher().context(Comm()), job).classifier.state.rows.numpy()
         return found
 
     expected = centroids / np.linalg.norm(centroids, axis=1, keepdims=True)
