@@ -106,7 +106,27 @@ class AdaptConfig(Section):
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     classifier: Literal["centroids", "random"] = "centroids"  # where the throw-away classifier starts
     min_crop_area: Area = 0.25  # random resized crop
+    clip_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None  # of the gradient of a set's adaptors
     checkpoint_steps: Count = 50
+    sets_per_job: Count | Literal["auto"] = 1  # trained together, on images decoded once; auto: by measured rates
+    micro_batch: Count | None = None  # images at a time per rank; null: a rank's whole share of the global batch
+    activation_checkpointing: bool = False  # less memory for a second forward pass
+    zero_stage: int = 0  # of DeepSpeed: 1 cuts up the adaptors' optimizer state over the ranks, 2 gradients too
+
+    def of_result(self) -> dict[str, Any]:
+        """The settings that decide what a set becomes."""
+        where = {"checkpoint_steps", "sets_per_job", "micro_batch", "activation_checkpointing", "zero_stage"}
+        settings = self.model_dump(mode="json", exclude=where)
+        return {k: v for k, v in settings.items() if k != "clip_norm" or v is not None}
+
+    @model_validator(mode="after")
+    def _zero_stage(self) -> AdaptConfig:
+        if self.zero_stage not in (0, 1, 2):
+            raise ValueError(
+                f"adapt.zero_stage={self.zero_stage}: must be 0, 1 or 2; stage 3 would cut up the frozen backbone as "
+                "well and gather it again for every layer of every step, to save memory that adaptors hardly take"
+            )
+        return self
 
 
 class FuseConfig(Section):

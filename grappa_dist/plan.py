@@ -10,10 +10,10 @@ from grappa_dist.artifacts import Artifact, Store
 from grappa_dist.config import Config, Resources
 from grappa_dist.models.backbone import check_name
 from grappa_dist.pipeline import lay_out
-from grappa_dist.stages.adapt import steps_per_epoch
 from grappa_dist.stages.collect import collection_sizes, has_drawn, open_images
 from grappa_dist.stages.flow import Flow
 from grappa_dist.stages.pseudo_label import choices_in_words, num_labels
+from grappa_dist.stages.training import steps_per_epoch
 
 ADAM_COPIES = 4  # parameter, gradient and two moments
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from grappa_dist.artifacts import replacing, sync_folder
 from grappa_dist.dist.workers import RankContext
+from grappa_dist.dist.zero import State
 
 KEEP_CHECKPOINTS = 2
 ENGINE_FILE = "engine.safetensors"
@@ -51,7 +52,7 @@ def save_checkpoint(
     folder: Path,
     step: int,
     module: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    state: State,
     shards: Mapping[str, RowShard] | None = None,
 ) -> None:
     """Trainable parameters and optimizer state of `step` finished steps, and this rank's rows of `shards`.
@@ -63,7 +64,7 @@ def save_checkpoint(
     if context.comm.rank == 0:
         shutil.rmtree(partial, ignore_errors=True)  # a killed attempt may have had other ranks, and so other files
         partial.mkdir(parents=True)
-        _write(partial / ENGINE_FILE, _replicated(module, optimizer), {"step": str(step)})
+        _write(partial / ENGINE_FILE, _replicated(module, state), {"step": str(step)})
     context.comm.barrier()
     for name, shard in (shards or {}).items():
         for first, end in shard.ranges():
@@ -118,10 +119,10 @@ def _load_rows(checkpoint: Path, name: str, shard: RowShard) -> None:
         raise ValueError(f"{checkpoint} has no row {reached} of {name}; remove it to go on from the one before")
 
 
-def _replicated(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _replicated(module: nn.Module, state: State) -> dict[str, Tensor]:
     tensors = {name: p.detach().cpu() for name, p in _trainable(module).items()}
     for name, p in _trainable(module).items():
-        tensors |= {f"{name}|{key}": v.cpu() for key, v in optimizer.state[p].items() if isinstance(v, Tensor)}
+        tensors |= {f"{name}|{key}": v.cpu() for key, v in state[p].items() if isinstance(v, Tensor)}
     return tensors
 
 

@@ -13,11 +13,6 @@ from torch import Tensor, nn
 from grappa_dist.dist.comm import Comm
 from grappa_dist.dist.zero import State, fragments, gather_state, scatter_state
 
-WHY_NOT_STAGE_3 = (
-    "stage 3 would cut up the frozen backbone as well and gather it again for every layer of every step, "
-    "to save memory that adaptors hardly take"
-)
-
 
 class Engine:
     """A module and its optimizer under DeepSpeed. Trainable parameters are replicated and their gradients averaged.
@@ -106,7 +101,7 @@ class Engine:
 
 def _check_zero(stage: int, optimizer: torch.optim.Optimizer) -> None:
     if stage not in (1, 2):
-        raise ValueError(f"zero_stage={stage}: must be 0, 1 or 2; {WHY_NOT_STAGE_3}")
+        raise ValueError(f"zero_stage={stage}: must be 0, 1 or 2; stage 3 would cut up the frozen backbone as well")
     if not isinstance(optimizer, torch.optim.Adam):
         raise ValueError(f"zero_stage={stage}: {type(optimizer).__name__} needs whole tensors, which ZeRO cuts up")
 

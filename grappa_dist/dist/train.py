@@ -8,7 +8,7 @@ import os
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -22,6 +22,9 @@ from grappa_dist.dist.checkpoints import RowShard, load_checkpoint, save_checkpo
 from grappa_dist.dist.engine import Engine
 from grappa_dist.dist.workers import RankContext
 from grappa_dist.observe import Events
+
+NAMED = 5  # images, in a message
+RECENT = 20  # steps that speed and waiting are averaged over
 
 
 class Objective(Protocol):
@@ -61,17 +64,19 @@ def train(
     folder: Path,
     job: str,
     beside: Mapping[str, Beside] = MappingProxyType({}),
+    zero_stage: int = 0,
+    suspects: Callable[[], Sequence[str]] = tuple,
 ) -> bool:
     """Trains from the newest checkpoint in `folder` to the end; False when it was asked to stop and saved its state.
 
-    `beside`, by name, is trained outside the engine.
+    `beside`, by name, is trained outside the engine. `suspects` names images that may be why a loss is not finite.
 
     Raises:
-        ArithmeticError: the loss is not finite, naming the step.
+        ArithmeticError: the loss is not finite, naming the step and images.
     """
     shards = {name: part.shard() for name, part in beside.items()}
     start = _agreed(context, load_checkpoint(folder, objective.module, optimizer, shards), job)
-    engine = Engine(objective.module, optimizer, context.comm, context.device)
+    engine = Engine(objective.module, optimizer, context.comm, context.device, zero_stage=zero_stage)
     log = _Log(context, folder / "metrics.jsonl", start, schedule.steps, job)
     try:
         if start < schedule.steps:
@@ -79,20 +84,26 @@ def train(
         for step in range(start, schedule.steps):
             figures, stop = _reduce(context, objective.backward(engine, step))
             if not math.isfinite(figures["loss"]):
-                raise ArithmeticError(f"{job}: the loss is {figures['loss']} at step {step}; nothing was updated")
+                raise ArithmeticError(f"{job}: {_not_finite(figures['loss'], step, suspects())}")
             done, rate = step + 1, schedule.learning_rate(step)
             engine.step(rate)
             for part in beside.values():
                 part.step(rate)
             log.step(step, rate, figures)
-            if (done % schedule.checkpoint_steps == 0 or stop) and done < schedule.steps:
-                save_checkpoint(context, folder, done, objective.module, optimizer, shards)
-            if stop and done < schedule.steps:
-                return False
+            if done < schedule.steps and (stop or done % schedule.checkpoint_steps == 0):
+                save_checkpoint(context, folder, done, objective.module, engine.state(), shards)
+                if stop:
+                    return False
         return True
     finally:
         log.close()
         engine.close()
+
+
+def _not_finite(loss: float, step: int, suspects: Sequence[str]) -> str:
+    named = f"; images of that step: {', '.join(suspects[:NAMED])}" if suspects else ""
+    more = f" and {len(suspects) - NAMED} more" if len(suspects) > NAMED else ""
+    return f"the loss is {loss} at step {step}; nothing was updated{named}{more}"
 
 
 def _agreed(context: RankContext, start: int, job: str) -> int:
@@ -117,7 +128,7 @@ class _Log:
 
     def __init__(self, context: RankContext, path: Path, start: int, steps: int, job: str) -> None:
         self._context, self._steps, self._job = context, steps, job
-        self._times: deque[tuple[float, float]] = deque([(time.monotonic(), 0.0)], maxlen=21)
+        self._recent: deque[tuple[float, float, float]] = deque([(time.monotonic(), 0.0, 0.0)], maxlen=RECENT + 1)
         self._events = None
         if context.comm.rank == 0:
             _forget(path, start)
@@ -125,15 +136,17 @@ class _Log:
             self._events("begins", at_step=start, ranks=context.comm.size, host=socket.gethostname(), pid=os.getpid())
 
     def step(self, step: int, rate: float, figures: dict[str, float]) -> None:
-        self._times.append((time.monotonic(), figures["images"]))
-        elapsed = self._times[-1][0] - self._times[0][0]
-        speed = sum(images for _, images in list(self._times)[1:]) / max(elapsed, 1e-9)
-        left = (self._steps - step - 1) * elapsed / (len(self._times) - 1)
+        waited_s = figures.pop("waited_s", None)
+        self._recent.append((time.monotonic(), figures["images"], waited_s or 0.0))
+        recent = list(self._recent)[1:]
+        elapsed = max(recent[-1][0] - self._recent[0][0], 1e-9)
+        speed = sum(images for _, images, _ in recent) / elapsed
+        waits = {} if waited_s is None else {"data_wait_share": round(sum(w for _, _, w in recent) / elapsed, 3)}
         if self._events:
-            self._events("step", step=step, lr=rate, images_per_s=round(speed, 1), **figures)
-        self._context.report(
-            {"done": step + 1, "of": self._steps, "loss": figures["loss"], "images_per_s": speed, "left_s": left}
-        )
+            self._events("step", step=step, lr=rate, images_per_s=round(speed, 1), **waits, **figures)
+        left = (self._steps - step - 1) * elapsed / len(recent)
+        status = {"loss": figures["loss"], "images_per_s": speed, **waits, "left_s": left}
+        self._context.report({"done": step + 1, "of": self._steps, **status})
 
     def close(self) -> None:
         if self._events:

@@ -69,7 +69,7 @@ def gather_state(zero: Any, comm: Comm) -> State:
             found[parameter] = {}
             for key, value in pieces[piece].items():
                 if value.ndim == 0:
-                    found[parameter][key] = value
+                    found[parameter][key] = value.clone()
                     continue
                 whole = torch.zeros(parameter.numel(), dtype=value.dtype, device=value.device)
                 if parameter in own:

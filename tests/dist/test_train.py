@@ -84,7 +84,7 @@ def test_a_checkpoint_brings_parameters_and_optimizer_back_to_the_bit(tmp_path: 
     for _ in range(3):
         step(module, optimizer)
     saved = state_of(module, optimizer)
-    save_checkpoint(Watcher().context(Comm()), tmp_path, 3, module, optimizer)
+    save_checkpoint(Watcher().context(Comm()), tmp_path, 3, module, optimizer.state)
     other = Part(1)
     frozen, restored = other.frozen.clone(), optimizer_of(name, other)
     assert load_checkpoint(tmp_path, other, restored) == 3
@@ -109,7 +109,7 @@ def test_two_checkpoints_are_kept_and_a_half_written_one_is_no_checkpoint(tmp_pa
     module = Part(0)
     optimizer = optimizer_of("adam", module)
     for step in (2, 9, 10, 100):
-        save_checkpoint(Watcher().context(Comm()), tmp_path, step, module, optimizer)
+        save_checkpoint(Watcher().context(Comm()), tmp_path, step, module, optimizer.state)
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["step-000000010", "step-000000100"]
     (tmp_path / "checkpoints" / ".step-000000200.partial").mkdir()
