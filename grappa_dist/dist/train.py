@@ -74,8 +74,7 @@ def train(
     engine = Engine(objective.module, optimizer, context.comm, context.device)
     log = _Log(context, folder / "metrics.jsonl", start, schedule.steps, job)
     try:
-        if start < schedule.steps:
-            objective.begin(start)
+        objective.begin(start)
         for step in range(start, schedule.steps):
             figures, stop = _reduce(context, objective.backward(engine, step))
             if not math.isfinite(figures["loss"]):
