@@ -105,6 +105,7 @@ class AdaptConfig(Section):
     weight_decay: Rate = 1e-3  # L2 added to the gradient (Adam, not AdamW)
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     classifier: Literal["centroids", "random"] = "centroids"  # where the throw-away classifier starts
+    sampled_classes: Area = 1.0  # share of the classes that images are told apart from in a step; 1: all
     min_crop_area: Area = 0.25  # random resized crop
     checkpoint_steps: Count = 50
 

@@ -22,7 +22,7 @@ from grappa_dist.data.order import EpochOrder
 from grappa_dist.data.randomness import generator
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.data.transforms import Picture, view_generator
-from grappa_dist.dist.classifier import Classifier
+from grappa_dist.dist.classifier import Classifier, ClassifierSettings
 from grappa_dist.dist.engine import Engine
 from grappa_dist.dist.jobs import Job
 from grappa_dist.dist.train import Schedule, train
@@ -85,9 +85,10 @@ def data_settings(data: DataConfig) -> dict[str, object]:
 def adaptors_of(
     store: Store, backbone: BackboneConfig, adapt: AdaptConfig, data: DataConfig, seed: int, labels: Artifact
 ) -> Artifact:
+    all_classes = {"sampled_classes"} if adapt.sampled_classes == 1 else set()  # goes without saying
     settings = {
         "backbone": backbone_settings(backbone),
-        "adapt": adapt.model_dump(exclude={"checkpoint_steps"}),
+        "adapt": adapt.model_dump(exclude={"checkpoint_steps", *all_classes}),
         "data": data_settings(data),
         "seed": seed,
     }
@@ -169,8 +170,7 @@ class AdaptObjective:
             context.comm,
             context.device,
             (job.num_labels, self.grappa.embed_dim),
-            gamma=job.adapt.gamma,
-            weight_decay=job.adapt.weight_decay,
+            classifier_settings(job.adapt, torch_seed("classes", job.training.seed, job.num_labels)),
         )
         self.classifier.start(job.centroids, draws)
         self._batches: Generator[tuple[NDArray[np.uint8], NDArray[np.int64]], None, None] | None = None
@@ -199,6 +199,7 @@ class AdaptObjective:
         pixels, rows = next(self._batches)
         comm, device = self._context.comm, self._context.device
         labels = torch.from_numpy(self._job.labels.take(rows).astype(np.int64)).to(device)
+        self.classifier.begin(step, labels)
         z = engine.forward(to_images(pixels, device))
         total, correct = self.classifier.score(z, labels)
         # The engine averages gradients over ranks, whose shares are uneven: a rank's loss weighs size / global rows.
@@ -209,6 +210,10 @@ class AdaptObjective:
     def close(self) -> None:
         if self._batches is not None:
             self._batches.close()
+
+
+def classifier_settings(adapt: AdaptConfig, seed: int) -> ClassifierSettings:
+    return ClassifierSettings(adapt.gamma, adapt.weight_decay, adapt.sampled_classes, seed)
 
 
 def torch_seed(purpose: str, *numbers: int) -> int:
