@@ -105,6 +105,7 @@ class AdaptConfig(Section):
     weight_decay: Rate = 1e-3  # L2 added to the gradient (Adam, not AdamW)
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     classifier: Literal["centroids", "random"] = "centroids"  # where the throw-away classifier starts
+    sampled_classes: Area = 1.0  # share of the classes that images are told apart from in a step; 1: all
     min_crop_area: Area = 0.25  # random resized crop
     clip_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None  # of the gradient of a set's adaptors
     checkpoint_steps: Count = 50
@@ -116,8 +117,9 @@ class AdaptConfig(Section):
     def of_result(self) -> dict[str, Any]:
         """The settings that decide what a set becomes."""
         where = {"checkpoint_steps", "sets_per_job", "micro_batch", "activation_checkpointing", "zero_stage"}
+        goes_without_saying = {"clip_norm": None, "sampled_classes": 1.0}
         settings = self.model_dump(mode="json", exclude=where)
-        return {k: v for k, v in settings.items() if k != "clip_norm" or v is not None}
+        return {k: v for k, v in settings.items() if (k, v) not in goes_without_saying.items()}
 
     @model_validator(mode="after")
     def _zero_stage(self) -> AdaptConfig:

@@ -69,18 +69,15 @@ def train(
 ) -> bool:
     """Trains from the newest checkpoint in `folder` to the end; False when it was asked to stop and saved its state.
 
-    `beside`, by name, is trained outside the engine. `suspects` names images that may be why a loss is not finite.
-
-    Raises:
-        ArithmeticError: the loss is not finite, naming the step and images.
+    `beside`, by name, is trained outside the engine. An ArithmeticError names step and `suspects`, images that may be
+    why a loss is not finite.
     """
     shards = {name: part.shard() for name, part in beside.items()}
     start = _agreed(context, load_checkpoint(folder, objective.module, optimizer, shards), job)
     engine = Engine(objective.module, optimizer, context.comm, context.device, zero_stage=zero_stage)
     log = _Log(context, folder / "metrics.jsonl", start, schedule.steps, job)
     try:
-        if start < schedule.steps:
-            objective.begin(start)
+        objective.begin(start)
         for step in range(start, schedule.steps):
             figures, stop = _reduce(context, objective.backward(engine, step))
             if not math.isfinite(figures["loss"]):

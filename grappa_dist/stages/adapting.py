@@ -16,7 +16,7 @@ from torch import Tensor
 
 from grappa_dist.config import AdaptConfig, BackboneConfig
 from grappa_dist.data.loader import read_batches
-from grappa_dist.dist.classifier import Classifier
+from grappa_dist.dist.classifier import Classifier, ClassifierSettings
 from grappa_dist.dist.engine import Engine
 from grappa_dist.dist.train import Schedule, train
 from grappa_dist.dist.workers import RankContext
@@ -98,10 +98,10 @@ class AdaptObjective:
         for index, one in enumerate(job.sets):  # as if it were alone: a set's start is its own
             draws = torch.Generator().manual_seed(torch_seed("adaptors", job.training.seed, one.num_labels))
             self.model.initialise(index, draws)
+            of_classes = torch_seed("classes", job.training.seed, one.num_labels)
+            settings = ClassifierSettings(config.gamma, config.weight_decay, config.sampled_classes, of_classes)
             shape = (one.num_labels, self.model.embed_dim)
-            classifier = Classifier(
-                context.comm, context.device, shape, gamma=config.gamma, weight_decay=config.weight_decay
-            )
+            classifier = Classifier(context.comm, context.device, shape, settings)
             classifier.start(one.centroids, draws)
             self.classifiers.append(classifier)
         self.module = self.model.to(context.device)
@@ -138,13 +138,23 @@ class AdaptObjective:
         sums = torch.zeros(len(sets), 2, dtype=torch.float64, device=self._context.device)  # loss, accuracy
         self._at_fault = []
         images, parts = self._parts(count)
+        labels = [self._labels(one) for one in sets]
+        for classifier, of_set in zip(self.classifiers, labels, strict=True):
+            classifier.begin(step, of_set)
         for number, part in enumerate(parts):
             z = engine.forward(to_images(pixels[part], self._context.device))  # (S, b, D)
-            losses = self._score(z, self._rows[part], sums)
+            losses = self._score(z, [of_set[part] for of_set in labels], sums)
             # The engine averages gradients over ranks, whose shares are uneven: a loss weighs size / global rows.
             engine.backward(losses * (self._context.comm.size / images), last=number == len(parts) - 1)
             self._at_fault.append(~z.detach().isfinite().all(2).all(0))
-        norms = self._clip(engine)
+        return self._figures(sums, waited_s, self._clip(engine))
+
+    def _labels(self, one: AdaptSet) -> Tensor:
+        return torch.from_numpy(one.labels.take(self._rows).astype(np.int64)).to(self._context.device)
+
+    def _figures(self, sums: Tensor, waited_s: float, norms: list[float]) -> dict[str, float]:
+        """This rank's sums: means over the sets and, where there are several, also each set's by itself."""
+        count, sets = len(self._rows), self._job.sets
         figures = {"images": float(count), "waited_s": waited_s * count}
         figures |= {name: float(sums[:, i].mean()) for i, name in enumerate(("loss", "accuracy"))}
         figures |= {"gradient_norm": count * sum(norms) / len(norms)} if norms else {}
@@ -159,12 +169,11 @@ class AdaptObjective:
         size = self._job.adapt.micro_batch or max(counts)
         return sum(counts), [slice(start, start + size) for start in range(0, max(counts), size)]
 
-    def _score(self, z: Tensor, rows: Rows, sums: Tensor) -> Tensor:
+    def _score(self, z: Tensor, labels: list[Tensor], sums: Tensor) -> Tensor:
         """The sum of the sets' losses, (S, b, D) -> a scalar; adds each set's loss and hits to `sums`."""
         total = z.new_zeros(())
-        for index, (one, classifier) in enumerate(zip(self._job.sets, self.classifiers, strict=True)):
-            labels = torch.from_numpy(one.labels.take(rows).astype(np.int64)).to(z.device)
-            loss, correct = classifier.score(z[index], labels)
+        for index, classifier in enumerate(self.classifiers):
+            loss, correct = classifier.score(z[index], labels[index])
             sums[index] += torch.stack([loss.detach(), correct]).to(sums)
             total = total + loss
         return total
