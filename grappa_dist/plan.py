@@ -10,6 +10,7 @@ from grappa_dist.artifacts import Artifact, Store
 from grappa_dist.config import Config, Resources
 from grappa_dist.models.backbone import check_name
 from grappa_dist.pipeline import lay_out
+from grappa_dist.stages.adapt_plan import adapt_in_words, jobs_in_words
 from grappa_dist.stages.collect import collection_sizes, has_drawn, open_images
 from grappa_dist.stages.flow import Flow
 from grappa_dist.stages.pseudo_label import choices_in_words, num_labels
@@ -39,13 +40,14 @@ def _table(config: Config, root: Path) -> str:
         lines.append(f"{name:<14} {text}; {_reuse(artifacts)}")
         if name == "pseudo_label":
             lines += [f"{'':<14} {line}" for line in choices_in_words(config.clustering, ks, sizes["train"])]
+        if name == "adapt":
+            lines += [f"{'':<14} {line}" for line in adapt_in_words(config, len(ks))]
     return "\n".join([*lines, *_costs(config, sizes["train"], ks)])
 
 
 def _stages(
     config: Config, flow: Flow | None, sizes: dict[str, int], ks: tuple[int, ...]
 ) -> Iterable[tuple[str, str, list[Artifact]]]:
-    where = config.resources
     adapt_steps = config.adapt.epochs * steps_per_epoch(sizes["train"], config.adapt.global_batch)
     fuse_steps = config.fuse.epochs * steps_per_epoch(sizes["train"], config.fuse.global_batch)
     features = list(flow.features) if flow else []
@@ -53,9 +55,7 @@ def _stages(
     yield "pseudo_label", f"K = {', '.join(map(str, ks))}; one job", list(flow.labels.values()) if flow else []
     what = "how consecutive K agree, sample clusters of each; one task"
     yield "partitions", what, [flow.partitions] if flow else []
-    what = (
-        f"{len(ks)} jobs of {where.adapt_ranks} ranks, {adapt_steps} steps of {config.adapt.global_batch} images each"
-    )
+    what = f"{jobs_in_words(config, len(ks))}, {adapt_steps} steps of {config.adapt.global_batch} images each"
     yield "adapt", what, list(flow.adaptors.values()) if flow else []
     trained = [v for v in config.fuse.variants if v != "average"]
     what = f"{', '.join(trained) or 'nothing to train'}; one job each on all workers, {fuse_steps} steps of "

@@ -10,6 +10,7 @@ from grappa_dist.config import Config
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.pipeline import lay_out
 from grappa_dist.plan import plan
+from tests.models import tiny as models
 from tests.stages import tiny
 
 SECTIONS: dict[str, Any] = {
@@ -38,6 +39,31 @@ def test_a_plan_names_every_stage_with_its_steps_and_writes_nothing(tmp_path: Pa
     assert "6 models on 40 images" in lines["evaluate"]
     for stage, number in {"embed": 4, "pseudo_label": 2, "partitions": 1, "adapt": 2, "fuse": 2}.items():
         assert f"0 of {number} reused" in lines[stage]
+
+
+def test_a_plan_tells_what_waits_for_what_and_the_memory_of_a_step(tmp_path: Path) -> None:
+    paths = tiny.write_shards(tmp_path / "images")
+    timm = {"name": "timm:vit_tiny_patch16_224", "kwargs": models.TIMM_KWARGS, "image_size": 32}
+
+    def text(**sections: Any) -> str:
+        return plan(tiny.config(paths, **{**SECTIONS, **sections}), tmp_path / "run")
+
+    said = text(backbone=timm)
+    assert "on 2 workers: 2 jobs of 1 rank, all at once" in said
+    (line,) = (line for line in said.splitlines() if "activations in float32" in line)
+    assert "MiB an image and set" in line
+    assert "a rank for 16 images and 1 set (" in line
+    several = {"sets_per_job": 2, "micro_batch": 5}
+    said = text(backbone=timm, adapt=several, resources={"adapt_ranks": 2})
+    assert "2 sets in 1 jobs of 2 ranks, 21 steps" in said
+    assert "a rank for 5 images and 2 sets (" in said
+    assert "2 sets in jobs of 1 ranks, as many to a job as measured rates say" in text(adapt={"sets_per_job": "auto"})
+
+
+def test_more_ranks_than_workers_are_refused_by_the_plan(tmp_path: Path) -> None:
+    settings = tiny.config(tiny.write_shards(tmp_path / "images"), resources={"adapt_ranks": 3}, **SECTIONS)
+    with pytest.raises(ValueError, match=r"resources\.adapt_ranks=3 is more than the 2 workers: 1 missing"):
+        plan(settings, tmp_path / "run")
 
 
 def test_a_plan_tells_what_is_reused(tmp_path: Path) -> None:

@@ -46,19 +46,6 @@ def shared_out(items: Sequence[Item], per_group: int) -> list[tuple[Item, ...]]:
     return [tuple(items[a:b]) for a, b in pairwise(bounds)]
 
 
-def room(nodes: Sequence[tuple[float, float]], cpus: float, gpus: float) -> int:
-    """How many workers of so many CPUs and GPUs the nodes hold; a worker lies on one node.
-
-    Args:
-        nodes: CPUs and GPUs of each.
-    """
-    slack = 1e-9  # fractions of a GPU add up to a whole one
-    if cpus <= 0 and gpus <= 0:
-        raise ValueError("a worker must need a CPU or a GPU")
-    fits = [[int(have / need + slack) for have, need in zip(node, (cpus, gpus), strict=True) if need] for node in nodes]
-    return sum(min(counts) for counts in fits)
-
-
 def choose(nodes: Sequence[Hashable], ranks: int) -> list[int] | None:
     """Which free workers the next job takes, in their order; None where there are too few.
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grappa_dist.ops.placement import Rates, choose, in_words, room, sets_per_job, shared_out, waves
+from grappa_dist.ops.placement import Rates, choose, in_words, sets_per_job, shared_out, waves
 
 NODES = st.lists(st.integers(0, 9), min_size=1, max_size=6).filter(any)
 RANKS = st.integers(1, 12)
@@ -79,25 +79,6 @@ def test_a_group_of_nothing_and_a_job_without_workers_are_refused() -> None:
         shared_out([1], 0)
     with pytest.raises(ValueError, match="at least one worker, got 0"):
         choose(["a"], 0)
-    with pytest.raises(ValueError, match="a CPU or a GPU"):
-        room([(1, 1)], 0, 0)
-
-
-@pytest.mark.parametrize(
-    ("nodes", "cpus", "gpus", "expected"),
-    [
-        ([(2, 0), (2, 0)], 4, 0, 0),  # four CPUs in all, and none of the nodes has them
-        ([(8, 0), (3, 0), (4, 0)], 4, 0, 3),
-        ([(8, 4), (64, 2), (2, 8)], 2, 1, 7),
-        ([(4, 1)], 1, 0.1, 4),
-        ([(100, 1)], 1, 0.1, 10),
-        ([], 1, 0, 0),
-    ],
-)
-def test_a_worker_needs_its_share_on_one_node(
-    nodes: list[tuple[float, float]], cpus: float, gpus: float, expected: int
-) -> None:
-    assert room(nodes, cpus, gpus) == expected
 
 
 @pytest.mark.parametrize(
