@@ -16,7 +16,8 @@ from grappa_dist.stages.flow import Flow
 from grappa_dist.stages.pseudo_label import choices_in_words, num_labels
 from grappa_dist.stages.training import steps_per_epoch
 
-ADAM_COPIES = 4  # parameter, gradient and two moments
+CLASSIFIER_PRODUCTS = 4  # of images and classes: scores, pull, scores again, gradient
+CORE_FLOPS = 5e10  # a core's rate in the classifier, Adam included; measured, docs/scale.md
 
 
 def plan(config: Config, root: Path) -> str:
@@ -42,7 +43,7 @@ def _table(config: Config, root: Path) -> str:
             lines += [f"{'':<14} {line}" for line in choices_in_words(config.clustering, ks, sizes["train"])]
         if name == "adapt":
             lines += [f"{'':<14} {line}" for line in adapt_in_words(config, len(ks))]
-    return "\n".join([*lines, *_costs(config, sizes["train"], ks)])
+    return "\n".join([*lines, *_costs(config, sizes["train"], ks), _classifier(config, max(ks))])
 
 
 def _stages(
@@ -90,9 +91,23 @@ def _costs(config: Config, num_rows: int, ks: tuple[int, ...], dim: int = 384) -
     yield (
         f"rough bytes    (at {dim} channels) features {_size(4 * dim * num_rows)}, "
         f"labels {_size(4 * len(ks) * num_rows)}, "
-        f"k-NN graph {_size(8 * config.fuse.neighbours * num_rows)} an epoch; per rank: largest classifier with Adam "
-        f"{_size(4 * ADAM_COPIES * dim * max(ks))}, projector with momentum {_size(12 * projector)}, "
+        f"k-NN graph {_size(8 * config.fuse.neighbours * num_rows)} an epoch; "
+        f"per rank: projector with momentum {_size(12 * projector)}, "
         f"correlation matrix {_size(4 * config.fuse.projector[-1] ** 2)}"
+    )
+
+
+def _classifier(config: Config, num_labels: int, dim: int = 384) -> str:
+    """What the largest classifier takes of one rank of its job."""
+    ranks, adapt = config.resources.adapt_ranks, config.adapt
+    rows = -(-num_labels // ranks)
+    taking_part = rows * adapt.sampled_classes
+    flops = CLASSIFIER_PRODUCTS * 2 * adapt.global_batch * taking_part * dim
+    sampled = f"; {adapt.sampled_classes:.0%} of them in a step" if adapt.sampled_classes < 1 else ""
+    return (
+        f"classifier     (at {dim} channels) of K = {num_labels}: {rows} classes a rank{sampled}; rows and Adam "
+        f"{_size(4 * (3 * dim + 1) * rows)} a rank, a step {flops / 1e9:.3g} GFLOP a rank, "
+        f"{flops / CORE_FLOPS:.2g} s of a CPU core"
     )
 
 

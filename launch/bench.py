@@ -3,6 +3,7 @@
 python launch/bench.py kmeans --rows 20000 --num-labels 64 1024 --threads 2
 python launch/bench.py methods --rows 20000 --num-labels 1024
 python launch/bench.py data --rows 512 --threads 2
+python launch/bench.py adapt --classes 100000
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ if importlib.util.find_spec("grappa_dist") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from grappa_dist.artifacts import write_json
-from grappa_dist.bench import data, data_table, methods
+from grappa_dist.bench import data, data_table, methods, packing, softmax
 from grappa_dist.bench.arguments import OneLineParser
 from grappa_dist.bench.kmeans import DRAWN_DIM, DRAWN_ROWS, KMeansSettings, measure_kmeans
 from grappa_dist.bench.machine import machine
-from grappa_dist.bench.table import as_json, as_text
+from grappa_dist.bench.table import aligned_header, as_json, as_text
 
 KMEANS = """k-means of ours against faiss.Kmeans and faiss.SuperKmeans: the same rows, first centroids, updates and
 threads, until every row has its label. Prints seconds, and ratios (judge / ours: above 1, ours is faster); then the
@@ -52,13 +53,24 @@ DATA_EXAMPLE = """example, half a minute:
 
 `images/CPU s` is what one core gives to a side, whatever else the machine does."""
 
+ADAPT = """softmax: the classifier of step 2, its gradients and Adam, against one that materialises the logits: ours in
+chunks of classes, in chunks and spread over ranks, and with sampled classes. Prints seconds of a step and the memory
+that it takes beside weights, gradient and state of Adam. packing: several adaptor sets in one job against as many jobs
+one after the other, decoding included."""
+
+ADAPT_EXAMPLE = """example, a minute:
+  python launch/bench.py adapt --classes 100000 --repeats 1 --json adapt.json
+
+A million classes of 384 channels take some 11 GB with materialised logits."""
+
 
 def arguments() -> argparse.ArgumentParser:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="kmeans|methods|data")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="kmeans|methods|data|adapt")
     kmeans_arguments(commands)
     methods_arguments(commands)
     data_arguments(commands)
+    adapt_arguments(commands)
     return parser
 
 
@@ -115,6 +127,24 @@ def data_arguments(commands: Any) -> None:
     add("--json", type=Path, metavar="FILE", help="all numbers, also of single runs")
 
 
+def adapt_arguments(commands: Any) -> None:
+    add = _command(commands, "adapt", "against materialised logits", (ADAPT, ADAPT_EXAMPLE))
+    add("--classes", type=int, default=1_000_000, metavar="K", help="default: %(default)s")
+    add("--dim", type=int, default=384, metavar="D", help="default: %(default)s")
+    add("--batch", type=int, default=128, metavar="B", help="default: %(default)s")
+    add("--sampled", type=float, default=0.1, metavar="SHARE", help="of the classes; default: %(default)s")
+    add("--ranks", type=int, default=2, metavar="N", help="that share the classes; 1: leave out; default: 2")
+    add("--threads", type=int, default=2, metavar="N", help="of a side, all ranks together; default: %(default)s")
+    add("--steps", type=int, default=2, metavar="N", help="timed ones of a run; default: %(default)s")
+    add("--repeats", type=int, default=2, metavar="N", help="in alternating order, medians; default: %(default)s")
+    add("--sections", nargs="+", choices=("softmax", "packing"), default=["softmax", "packing"], help="default: both")
+    add("--sets", type=int, default=8, metavar="N", help="packing: adaptor sets; default: %(default)s")
+    add("--backbone", default="vit_small_patch16_224", metavar="TIMM", help="packing; default: %(default)s")
+    add("--image-size", type=int, default=96, metavar="PX", help="packing: side of an image; default: %(default)s")
+    add("--images", type=int, default=32, metavar="N", help="packing: of a step; default: %(default)s")
+    add("--json", type=Path, metavar="FILE", help="all numbers, also of single runs")
+
+
 def run_kmeans(asked: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     asked["num_labels"] = tuple(asked["num_labels"])
     asked["scaling_labels"] = tuple(asked["scaling_labels"]) if asked["scaling_labels"] else None
@@ -140,6 +170,24 @@ def run_data(asked: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     return data_table.as_text(header, findings), data_table.as_json(header, findings)
 
 
+def run_adapt(asked: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    sections, of_packing = asked.pop("sections"), ("sets", "backbone", "image_size", "images")
+    shared = {name: asked[name] for name in ("threads", "steps", "repeats")}
+    packs = packing.PackingSettings(**shared, **{name: asked.pop(name) for name in of_packing})
+    classes = softmax.SoftmaxSettings(**asked)
+    header = machine(classes.threads, "deepspeed")
+    texts, numbers = [aligned_header(header)], dict[str, Any](machine=header)
+    if "softmax" in sections:
+        sides = softmax.measure_softmax(classes, tell)
+        texts.append(softmax.as_text(classes, sides))
+        numbers["softmax"] = softmax.as_json(classes, sides)
+    if "packing" in sections:
+        found = packing.measure_packing(packs, tell)
+        texts.append(packing.as_text(packs, found))
+        numbers["packing"] = packing.as_json(packs, found)
+    return "\n\n".join(texts), numbers
+
+
 def tell(line: str) -> None:
     print(f"bench: {line}", file=sys.stderr, flush=True)
 
@@ -148,7 +196,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked = vars(arguments().parse_args(argv))
     path, command = asked.pop("json"), asked.pop("command")
     try:
-        text, numbers = {"kmeans": run_kmeans, "methods": run_methods, "data": run_data}[command](asked)
+        runs = {"kmeans": run_kmeans, "methods": run_methods, "data": run_data, "adapt": run_adapt}
+        text, numbers = runs[command](asked)
         print(text)
         if path is not None:
             write_json(path, numbers)

@@ -35,6 +35,7 @@ def test_a_plan_names_every_stage_with_its_steps_and_writes_nothing(tmp_path: Pa
     assert "40 training images" in lines["embed"]
     assert "K = 4, 8" in lines["pseudo_label"]
     assert "2 jobs of 1 ranks, 21 steps of 16 images" in lines["adapt"]
+    assert "of K = 8: 8 classes a rank; rows and Adam 36 KiB a rank" in lines["classifier"]
     assert "transforms, neighbours; one job each on all workers, 12 steps of 16 pairs" in lines["fuse"]
     assert "6 models on 40 images" in lines["evaluate"]
     for stage, number in {"embed": 4, "pseudo_label": 2, "partitions": 1, "adapt": 2, "fuse": 2}.items():
@@ -82,6 +83,14 @@ def test_a_plan_tells_what_is_reused(tmp_path: Path) -> None:
 def test_a_plan_opens_with_every_setting(tmp_path: Path) -> None:
     settings = tiny.config(tiny.write_shards(tmp_path / "images"), **SECTIONS)
     assert plan(settings, tmp_path / "run").startswith(settings.yaml())
+
+
+def test_a_plan_tells_what_a_classifier_takes_of_a_rank(tmp_path: Path) -> None:
+    sections = {**SECTIONS, "clustering": {"num_labels": (4, 37)}, "resources": {"adapt_ranks": 2}}
+    settings = tiny.config(tiny.write_shards(tmp_path / "images"), **sections, adapt={"sampled_classes": 0.5})
+    said = lines_of(settings, tmp_path / "run")["classifier"]
+    assert "of K = 37: 19 classes a rank; 50% of them in a step; rows and Adam 86 KiB a rank" in said
+    assert "a step 0.000467 GFLOP a rank" in said  # 8 x 16 images x 9.5 classes x 384
 
 
 def test_a_collection_is_planned_without_drawing_it(tmp_path: Path) -> None:

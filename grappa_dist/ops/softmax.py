@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_CHUNK_BYTES = {"cpu": 2 * 2**20, "cuda": 256 * 2**20}  # of a chunk's rows and logits: a cache, or enough for a GPU
+_CPU_CHUNK_BYTES, _GPU_CHUNK_BYTES = 8 * 2**20, 256 * 2**20  # of a chunk's rows and logits: a cache; work for a GPU
 _EPS = 1e-12  # as F.normalize
 
 
@@ -94,7 +94,8 @@ def image_gradient(unit_gradient: Tensor, z: Tensor) -> Tensor:
 
 def chunks(num_classes: int, num_images: int, dim: int, device: str) -> Iterator[slice]:
     """Consecutive classes, so many at a time that their rows and logits fit what is fast on the kind of device."""
-    step = max(64, _CHUNK_BYTES.get(device, _CHUNK_BYTES["cuda"]) // (4 * (num_images + dim)))
+    chunk_bytes = _CPU_CHUNK_BYTES if device == "cpu" else _GPU_CHUNK_BYTES
+    step = max(64, chunk_bytes // (4 * (num_images + dim)))
     return (slice(start, min(start + step, num_classes)) for start in range(0, num_classes, step))
 
 
