@@ -193,6 +193,7 @@ class Resources(Section):
     cache_dir: str | None = None  # blocks of remote shards; null: grappa-cache-<uid> in a node's temporary folder
     cache_bytes: Annotated[int, Field(ge=0)] = 16 * 2**30  # of all processes of a node together; 0: keep nothing
     requests_in_flight: Count = 16  # to remote shards, of one process
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()  # also told the figures of adaptor jobs
 
 
 class Config(Section):

@@ -20,6 +20,7 @@ from torch import nn
 from grappa_dist.artifacts import replacing
 from grappa_dist.dist.checkpoints import RowShard, load_checkpoint, save_checkpoint
 from grappa_dist.dist.engine import Engine
+from grappa_dist.dist.trackers import Tracker
 from grappa_dist.dist.workers import RankContext
 from grappa_dist.observe import Events
 
@@ -55,6 +56,14 @@ class Schedule:
     learning_rate: Callable[[int], float]
 
 
+@dataclass(frozen=True)
+class Watch:
+    """What names images that may be why a loss is not finite, on all ranks, and who hears of every step, on rank 0."""
+
+    suspects: Callable[[], Sequence[str]] = tuple
+    trackers: Callable[[], Sequence[Tracker]] = tuple
+
+
 def train(
     context: RankContext,
     objective: Objective,
@@ -65,23 +74,23 @@ def train(
     job: str,
     beside: Mapping[str, Beside] = MappingProxyType({}),
     zero_stage: int = 0,
-    suspects: Callable[[], Sequence[str]] = tuple,
+    watch: Watch = Watch(),
 ) -> bool:
     """Trains from the newest checkpoint in `folder` to the end; False when it was asked to stop and saved its state.
 
-    `beside`, by name, is trained outside the engine. An ArithmeticError names step and `suspects`, images that may be
-    why a loss is not finite.
+    `beside`, by name, is trained outside the engine. An ArithmeticError names the step, and
+    images, where the loss is not finite.
     """
     shards = {name: part.shard() for name, part in beside.items()}
     start = _agreed(context, load_checkpoint(folder, objective.module, optimizer, shards), job)
     engine = Engine(objective.module, optimizer, context.comm, context.device, zero_stage=zero_stage)
-    log = _Log(context, folder / "metrics.jsonl", start, schedule.steps, job)
+    log = _Log(context, folder / "metrics.jsonl", (start, schedule.steps), job, watch)
     try:
         objective.begin(start)
         for step in range(start, schedule.steps):
             figures, stop = _reduce(context, objective.backward(engine, step))
             if not math.isfinite(figures["loss"]):
-                raise ArithmeticError(f"{job}: {_not_finite(figures['loss'], step, suspects())}")
+                raise ArithmeticError(f"{job}: {_not_finite(figures['loss'], step, watch.suspects())}")
             done, rate = step + 1, schedule.learning_rate(step)
             engine.step(rate)
             for part in beside.values():
@@ -123,11 +132,13 @@ def _reduce(context: RankContext, sums: dict[str, float]) -> tuple[dict[str, flo
 class _Log:
     """Rank 0 writes metrics.jsonl; every rank 0 status goes to whoever watches the job."""
 
-    def __init__(self, context: RankContext, path: Path, start: int, steps: int, job: str) -> None:
-        self._context, self._steps, self._job = context, steps, job
+    def __init__(self, context: RankContext, path: Path, span: tuple[int, int], job: str, watch: Watch) -> None:
+        self._context, self._job, (start, self._steps) = context, job, span
+        self._trackers: Sequence[Tracker] = ()
         self._recent: deque[tuple[float, float, float]] = deque([(time.monotonic(), 0.0, 0.0)], maxlen=RECENT + 1)
         self._events = None
         if context.comm.rank == 0:
+            self._trackers = watch.trackers()
             _forget(path, start)
             self._events = Events(path, job=job)
             self._events("begins", at_step=start, ranks=context.comm.size, host=socket.gethostname(), pid=os.getpid())
@@ -141,11 +152,15 @@ class _Log:
         waits = {} if waited_s is None else {"data_wait_share": round(sum(w for _, _, w in recent) / elapsed, 3)}
         if self._events:
             self._events("step", step=step, lr=rate, images_per_s=round(speed, 1), **waits, **figures)
+        for tracker in self._trackers:
+            tracker.log(step, {"lr": rate, "images_per_s": speed, **waits, **figures})
         left = (self._steps - step - 1) * elapsed / len(recent)
         status = {"loss": figures["loss"], "images_per_s": speed, **waits, "left_s": left}
         self._context.report({"done": step + 1, "of": self._steps, **status})
 
     def close(self) -> None:
+        for tracker in self._trackers:
+            tracker.close()
         if self._events:
             self._events.close()
 

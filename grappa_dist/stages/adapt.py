@@ -15,6 +15,7 @@ from grappa_dist.artifacts import Artifact, Store
 from grappa_dist.config import AdaptConfig, BackboneConfig, DataConfig
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.dist.jobs import Job
+from grappa_dist.dist.trackers import check_trackers
 from grappa_dist.ops.placement import Rates, in_words, sets_per_job, waves
 from grappa_dist.stages.adapting import AdaptJob, train_adaptors
 from grappa_dist.stages.modelling import backbone_settings
@@ -54,10 +55,11 @@ def adapt(
     sets = [one for one in sets if not one.artifact.complete]
     if not sets:
         return
+    check_trackers(config.resources.trackers)
     training = TrainingImages(
         images, bad, config.data, config.adapt.global_batch, config.seed, config.resources.decode_threads
     )
-    whole = AdaptJob(tuple(sets), training, config.backbone, config.adapt)
+    whole = AdaptJob(tuple(sets), training, config.backbone, config.adapt, config.resources.trackers)
     with run.console.stage("adapt", f"{len(sets)} adaptor sets of {whole.num_steps} steps"):
         jobs = [replace(whole, sets=members) for members in group(sets, _per_job(run, whole))]
         ranks = config.resources.adapt_ranks

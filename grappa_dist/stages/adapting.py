@@ -18,7 +18,8 @@ from grappa_dist.config import AdaptConfig, BackboneConfig
 from grappa_dist.data.loader import read_batches
 from grappa_dist.dist.classifier import Classifier, ClassifierSettings
 from grappa_dist.dist.engine import Engine
-from grappa_dist.dist.train import Schedule, train
+from grappa_dist.dist.trackers import trackers_of
+from grappa_dist.dist.train import Schedule, Watch, train
 from grappa_dist.dist.workers import RankContext
 from grappa_dist.models import PackedGrappa
 from grappa_dist.ops.schedules import cosine
@@ -36,6 +37,7 @@ class AdaptJob:
     training: TrainingImages
     backbone: BackboneConfig
     adapt: AdaptConfig
+    trackers: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -54,6 +56,7 @@ def train_adaptors(context: RankContext, job: AdaptJob) -> None:
     comm.barrier()
     if all(one.artifact.complete for one in job.sets):
         return
+    root = job.sets[0].artifact.root
     with ExitStack() as stack:
         objective = AdaptObjective(context, job)
         stack.callback(objective.close)
@@ -66,7 +69,7 @@ def train_adaptors(context: RankContext, job: AdaptJob) -> None:
             job=job.name,
             beside=objective.beside,
             zero_stage=config.zero_stage,
-            suspects=objective.suspects,
+            watch=Watch(objective.suspects, lambda: trackers_of(job.trackers, root, job.name)),
         )
         if done and comm.rank == 0:
             finish(job.sets, [objective.model.adaptor_tensors(i) for i in range(len(job.sets))])
