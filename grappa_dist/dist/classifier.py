@@ -25,7 +25,7 @@ from grappa_dist.ops.row_adam import RowState, adam_step
 from grappa_dist.ops.softmax import Scores, add_scores, chunks, class_gradient, image_gradient, no_scores
 
 _START_ROWS = 4096  # drawn or read at a time
-_HASHED_ROWS = 2**18
+_HASHED_ROWS = 2**16
 
 
 @dataclass(frozen=True)

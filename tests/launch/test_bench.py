@@ -16,7 +16,7 @@ TINY = ["kmeans", "--rows", "400", "--dim", "32", "--num-labels", "5", "--iterat
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        ([], "the following arguments are required: kmeans|methods|data"),
+        ([], "the following arguments are required: kmeans|methods|data|adapt"),
         (["knn"], "invalid choice: 'knn'"),
         (["kmeans", "--rows", "many"], "invalid int value: 'many'"),
         (
@@ -26,6 +26,7 @@ TINY = ["kmeans", "--rows", "400", "--dim", "32", "--num-labels", "5", "--iterat
         (["data", "--threads", "0"], "--threads must be at least 1, got 0"),
         (["data", "--views", "both"], "invalid choice: 'both'"),
         (["data", "--shards", "nowhere"], "nothing at nowhere"),
+        (["adapt", "--classes", "0"], "--classes must be at least 1, got 0"),
         (["kmeans", "--speed"], "unrecognized arguments: --speed"),
         ([*TINY, "--rows", "5"], "--num-labels must be from 1 to less than the number of rows, 5, got 5"),
         ([*TINY, "--dim", "8"], "--dim must be at least 32, got 8"),
