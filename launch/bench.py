@@ -175,6 +175,8 @@ def run_adapt(asked: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     shared = {name: asked[name] for name in ("threads", "steps", "repeats")}
     packs = packing.PackingSettings(**shared, **{name: asked.pop(name) for name in of_packing})
     classes = softmax.SoftmaxSettings(**asked)
+    classes.check()
+    packs.check()
     header = machine(classes.threads, "deepspeed")
     texts, numbers = [aligned_header(header)], dict[str, Any](machine=header)
     if "softmax" in sections:

@@ -27,6 +27,7 @@ TINY = ["kmeans", "--rows", "400", "--dim", "32", "--num-labels", "5", "--iterat
         (["data", "--views", "both"], "invalid choice: 'both'"),
         (["data", "--shards", "nowhere"], "nothing at nowhere"),
         (["adapt", "--classes", "0"], "--classes must be at least 1, got 0"),
+        (["adapt", "--sets", "0"], "--sets must be at least 1, got 0"),
         (["kmeans", "--speed"], "unrecognized arguments: --speed"),
         ([*TINY, "--rows", "5"], "--num-labels must be from 1 to less than the number of rows, 5, got 5"),
         ([*TINY, "--dim", "8"], "--dim must be at least 32, got 8"),
