@@ -19,7 +19,8 @@ def save(folder: Path, step: int, parts: list[tuple[int, int]]) -> None:
     """What ranks with these row ranges write, all of them played by one."""
     shards = {f"set.{i}": RowShard(a, {"rows": ALL_ROWS[a:b], "steps": STEPS[a:b]}) for i, (a, b) in enumerate(parts)}
     module = nn.Linear(2, 1)
-    save_checkpoint(Watcher().context(Comm()), folder, step, module, torch.optim.Adam(module.parameters()).state, shards)
+    state = torch.optim.Adam(module.parameters()).state
+    save_checkpoint(Watcher().context(Comm()), folder, step, module, state, shards)
     for path in (folder / "checkpoints" / f"step-{step:09d}").glob("set.*"):
         path.rename(path.with_name("classifier." + path.name.split(".", 2)[2]))
 
