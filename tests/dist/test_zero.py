@@ -98,7 +98,7 @@ def test_any_stage_is_the_bare_optimizer_on_the_whole_batch_through_two_ranks_th
     found: dict[int, list[float]] = {stage: [] for stage in (0, 1, 2)}
     saved: dict[int, Saved] = {}
     for size, first in ((2, 0), (1, 2), (3, 4)):
-        ranks = run_ranks(train_at_all_stages, size, range(first, first + 2), saved, clip)
+        ranks = run_ranks(train_at_all_stages, size, range(first, first + 2), saved, clip, timeout_s=400)
         for stage, (values, state) in ranks[0].items():
             found[stage] += values
             saved[stage] = state
@@ -129,7 +129,7 @@ def goes_on_in_parts(comm: Comm, stage: int) -> tuple[bool, int, int]:
 
 def test_on_the_same_ranks_a_resumed_run_has_the_same_bits_and_ranks_hold_equal_parts() -> None:
     whole = sum(p.numel() for p in learning(small_model()).values())
-    for found in zip(*run_ranks(goes_on_to_the_bit_in_parts, 2), strict=True):
+    for found in zip(*run_ranks(goes_on_to_the_bit_in_parts, 2, timeout_s=400), strict=True):
         assert [same for same, _, _ in found] == [True, True]
         assert sum(own for _, own, _ in found) == whole
         assert whole / 2 <= found[0][2] == found[1][2] <= whole / 2 + 2  # pieces are padded

@@ -132,8 +132,8 @@ def test_a_pack_stopped_on_two_ranks_under_zero_goes_on_alone_and_on_three_ranks
     job = job_in(folder, "stopped", zero_stage=1)
     steps = packs.pack_folder(job.sets) / "checkpoints"
     assert [path.name for path in sorted(steps.iterdir())] == ["step-000000002", "step-000000004"]
-    run_ranks(run_stopped_at, 1, job_in(folder, "stopped", zero_stage=2), 5)
-    run_ranks(run_stopped_at, 3, job_in(folder, "stopped"), None)
+    run_ranks(run_stopped_at, 1, job_in(folder, "stopped", zero_stage=2), 5, timeout_s=400)
+    run_ranks(run_stopped_at, 3, job_in(folder, "stopped"), None, timeout_s=400)
     for k in KS:
         close(weights(folder, "stopped", k), weights(folder, "alone", k))
 
@@ -151,10 +151,10 @@ def test_a_killed_pack_is_taken_up_as_it_was_whatever_the_settings_say_and_ends_
     folder: Path,
 ) -> None:
     job = job_in(folder, "killed")
-    run_ranks(run_killed, 1, job, 5)
+    run_ranks(run_killed, 1, job, 5, timeout_s=400)
     assert packs.group(job.sets, 1) == [job.sets]
     assert packs.group(job.sets[:2], 1) == [(job.sets[0],), (job.sets[1],)]  # a pack that lacks a member is none
-    run_ranks(run, 1, job)
+    run_ranks(run, 1, job, timeout_s=400)
     for one, straight in zip(job.sets, job_in(folder, "packed-1").sets, strict=True):
         ours, theirs = ((a.path / ADAPTORS_FILE).read_bytes() for a in (one.artifact, straight.artifact))
         assert ours == theirs
@@ -229,5 +229,5 @@ def test_a_loss_that_is_not_finite_names_the_images_whose_features_are_not(folde
     rows = [job.training.order(0).batch_share(0, tiny.BATCH, rank, 2)[1] for rank in range(2)]
     named = ", ".join(f"{row} ({job.training.images.where(row)})" for row in sorted(rows))
     said = f"k=3+k=4+k=5: the loss is nan at step 0; nothing was updated; images of that step: {named}"
-    assert run_ranks(said_when_broken, 2, job) == [said, said]
+    assert run_ranks(said_when_broken, 2, job, timeout_s=400) == [said, said]
     assert "image '" in said
