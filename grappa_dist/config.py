@@ -105,8 +105,30 @@ class AdaptConfig(Section):
     weight_decay: Rate = 1e-3  # L2 added to the gradient (Adam, not AdamW)
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     classifier: Literal["centroids", "random"] = "centroids"  # where the throw-away classifier starts
+    sampled_classes: Area = 1.0  # share of the classes that images are told apart from in a step; 1: all
     min_crop_area: Area = 0.25  # random resized crop
+    clip_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None  # of the gradient of a set's adaptors
     checkpoint_steps: Count = 50
+    sets_per_job: Count | Literal["auto"] = 1  # trained together, on images decoded once; auto: by measured rates
+    micro_batch: Count | None = None  # images at a time per rank; null: a rank's whole share of the global batch
+    activation_checkpointing: bool = False  # less memory for a second forward pass
+    zero_stage: int = 0  # of DeepSpeed: 1 cuts up the adaptors' optimizer state over the ranks, 2 gradients too
+
+    def of_result(self) -> dict[str, Any]:
+        """The settings that decide what a set becomes."""
+        where = {"checkpoint_steps", "sets_per_job", "micro_batch", "activation_checkpointing", "zero_stage"}
+        goes_without_saying = {"clip_norm": None, "sampled_classes": 1.0}
+        settings = self.model_dump(mode="json", exclude=where)
+        return {k: v for k, v in settings.items() if (k, v) not in goes_without_saying.items()}
+
+    @model_validator(mode="after")
+    def _zero_stage(self) -> AdaptConfig:
+        if self.zero_stage not in (0, 1, 2):
+            raise ValueError(
+                f"adapt.zero_stage={self.zero_stage}: must be 0, 1 or 2; stage 3 would cut up the frozen backbone as "
+                "well and gather it again for every layer of every step, to save memory that adaptors hardly take"
+            )
+        return self
 
 
 class FuseConfig(Section):
@@ -183,6 +205,7 @@ class Resources(Section):
     cache_dir: str | None = None  # blocks of remote shards; null: grappa-cache-<uid> in a node's temporary folder
     cache_bytes: Annotated[int, Field(ge=0)] = 16 * 2**30  # of all processes of a node together; 0: keep nothing
     requests_in_flight: Count = 16  # to remote shards, of one process
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()  # also told the figures of adaptor jobs
 
 
 class Config(Section):

@@ -119,6 +119,8 @@ def _figures(status: Mapping[str, Any]) -> str:
         parts.append(f"loss {status['loss']:.3f}")
     if status.get("images_per_s"):
         parts.append(f"{status['images_per_s']:.0f} img/s")
+    if "data_wait_share" in status:
+        parts.append(f"{status['data_wait_share']:.0%} waiting for data")
     if status.get("left_s") is not None:
         parts.append(f"{duration(status['left_s'])} left")
     return " ".join(parts)

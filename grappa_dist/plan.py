@@ -10,13 +10,15 @@ from grappa_dist.artifacts import Artifact, Store
 from grappa_dist.config import UNTRAINED, Config, Resources
 from grappa_dist.models.backbone import check_name
 from grappa_dist.pipeline import lay_out
-from grappa_dist.stages.adapt import steps_per_epoch
+from grappa_dist.stages.adapt_plan import adapt_in_words, jobs_in_words
 from grappa_dist.stages.collect import collection_sizes, has_drawn, open_images
 from grappa_dist.stages.flow import Flow
 from grappa_dist.stages.graph import graph_kind
 from grappa_dist.stages.pseudo_label import choices_in_words, num_labels
+from grappa_dist.stages.training import steps_per_epoch
 
-ADAM_COPIES = 4  # parameter, gradient and two moments
+CLASSIFIER_PRODUCTS = 4  # of images and classes: scores, pull, scores again, gradient
+CORE_FLOPS = 5e10  # a core's rate in the classifier, Adam included; measured, docs/scale.md
 
 
 def plan(config: Config, root: Path) -> str:
@@ -40,13 +42,14 @@ def _table(config: Config, root: Path) -> str:
         lines.append(f"{name:<14} {text}; {_reuse(artifacts)}")
         if name == "pseudo_label":
             lines += [f"{'':<14} {line}" for line in choices_in_words(config.clustering, ks, sizes["train"])]
-    return "\n".join([*lines, *_costs(config, sizes["train"], ks)])
+        if name == "adapt":
+            lines += [f"{'':<14} {line}" for line in adapt_in_words(config, len(ks))]
+    return "\n".join([*lines, *_costs(config, sizes["train"], ks), _classifier(config, max(ks))])
 
 
 def _stages(
     config: Config, flow: Flow | None, sizes: dict[str, int], ks: tuple[int, ...]
 ) -> Iterable[tuple[str, str, list[Artifact]]]:
-    where = config.resources
     adapt_steps = config.adapt.epochs * steps_per_epoch(sizes["train"], config.adapt.global_batch)
     fuse_steps = config.fuse.epochs * steps_per_epoch(sizes["train"], config.fuse.global_batch)
     features = list(flow.features) if flow else []
@@ -54,9 +57,7 @@ def _stages(
     yield "pseudo_label", f"K = {', '.join(map(str, ks))}; one job", list(flow.labels.values()) if flow else []
     what = "how consecutive K agree, sample clusters of each; one task"
     yield "partitions", what, [flow.partitions] if flow else []
-    what = (
-        f"{len(ks)} jobs of {where.adapt_ranks} ranks, {adapt_steps} steps of {config.adapt.global_batch} images each"
-    )
+    what = f"{jobs_in_words(config, len(ks))}, {adapt_steps} steps of {config.adapt.global_batch} images each"
     yield "adapt", what, list(flow.adaptors.values()) if flow else []
     trained = [v for v in config.fuse.variants if v not in UNTRAINED]
     what = f"{', '.join(trained) or 'nothing to train'}; one job each on all workers, {fuse_steps} steps of "
@@ -94,14 +95,28 @@ def _costs(config: Config, num_rows: int, ks: tuple[int, ...], dim: int = 384) -
     yield (
         f"rough bytes    (at {dim} channels) features {_size(4 * dim * num_rows)}, "
         f"labels {_size(4 * len(ks) * num_rows)}, "
-        f"k-NN graph {_size(8 * config.fuse.neighbours * num_rows)} an epoch; per rank: largest classifier with Adam "
-        f"{_size(4 * ADAM_COPIES * dim * max(ks))}, projector with momentum {_size(12 * projector)}, "
+        f"k-NN graph {_size(8 * config.fuse.neighbours * num_rows)} an epoch; "
+        f"per rank: projector with momentum {_size(12 * projector)}, "
         f"correlation matrix {_size(4 * config.fuse.projector[-1] ** 2)}"
     )
     sums = projector + 2 * config.fuse.projector[-1] ** 2  # gradients; the matrix and its gradient
     yield (
         f"fuse traffic   a step sends and receives about {_size(8 * sums)} per rank where there are several: "
         "the sums of the projector's gradients, of the correlation matrix and of its gradient, in a ring"
+    )
+
+
+def _classifier(config: Config, num_labels: int, dim: int = 384) -> str:
+    """What the largest classifier takes of one rank of its job."""
+    ranks, adapt = config.resources.adapt_ranks, config.adapt
+    rows = -(-num_labels // ranks)
+    taking_part = rows * adapt.sampled_classes
+    flops = CLASSIFIER_PRODUCTS * 2 * adapt.global_batch * taking_part * dim
+    sampled = f"; {adapt.sampled_classes:.0%} of them in a step" if adapt.sampled_classes < 1 else ""
+    return (
+        f"classifier     (at {dim} channels) of K = {num_labels}: {rows} classes a rank{sampled}; rows and Adam "
+        f"{_size(4 * (3 * dim + 1) * rows)} a rank, a step {flops / 1e9:.3g} GFLOP a rank, "
+        f"{flops / CORE_FLOPS:.2g} s of a CPU core"
     )
 
 

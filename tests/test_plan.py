@@ -10,6 +10,7 @@ from grappa_dist.config import Config
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.pipeline import lay_out
 from grappa_dist.plan import plan
+from tests.models import tiny as models
 from tests.stages import tiny
 
 SECTIONS: dict[str, Any] = {
@@ -34,6 +35,7 @@ def test_a_plan_names_every_stage_with_its_steps_and_writes_nothing(tmp_path: Pa
     assert "40 training images" in lines["embed"]
     assert "K = 4, 8" in lines["pseudo_label"]
     assert "2 jobs of 1 ranks, 21 steps of 16 images" in lines["adapt"]
+    assert "of K = 8: 8 classes a rank; rows and Adam 36 KiB a rank" in lines["classifier"]
     assert (
         "transforms, neighbours; one job each on all workers, 12 steps of 16 pairs, exact k-NN graph" in lines["fuse"]
     )
@@ -52,6 +54,31 @@ def test_a_plan_prices_the_projector_in_memory_and_traffic(tmp_path: Path) -> No
     assert f"about {8 * (projector + 2 * 8192**2) / 2**30:.1f} GiB per rank" in lines["fuse traffic"]
 
 
+def test_a_plan_tells_what_waits_for_what_and_the_memory_of_a_step(tmp_path: Path) -> None:
+    paths = tiny.write_shards(tmp_path / "images")
+    timm = {"name": "timm:vit_tiny_patch16_224", "kwargs": models.TIMM_KWARGS, "image_size": 32}
+
+    def text(**sections: Any) -> str:
+        return plan(tiny.config(paths, **{**SECTIONS, **sections}), tmp_path / "run")
+
+    said = text(backbone=timm)
+    assert "on 2 workers: 2 jobs of 1 rank, all at once" in said
+    (line,) = (line for line in said.splitlines() if "activations in float32" in line)
+    assert "MiB an image and set" in line
+    assert "a rank for 16 images and 1 set (" in line
+    several = {"sets_per_job": 2, "micro_batch": 5}
+    said = text(backbone=timm, adapt=several, resources={"adapt_ranks": 2})
+    assert "2 sets in 1 jobs of 2 ranks, 21 steps" in said
+    assert "a rank for 5 images and 2 sets (" in said
+    assert "2 sets in jobs of 1 ranks, as many to a job as measured rates say" in text(adapt={"sets_per_job": "auto"})
+
+
+def test_more_ranks_than_workers_are_refused_by_the_plan(tmp_path: Path) -> None:
+    settings = tiny.config(tiny.write_shards(tmp_path / "images"), resources={"adapt_ranks": 3}, **SECTIONS)
+    with pytest.raises(ValueError, match=r"resources\.adapt_ranks=3 is more than the 2 workers: 1 missing"):
+        plan(settings, tmp_path / "run")
+
+
 def test_a_plan_tells_what_is_reused(tmp_path: Path) -> None:
     settings = tiny.config(tiny.write_shards(tmp_path / "images"), **SECTIONS)
     root = tmp_path / "run"
@@ -68,6 +95,14 @@ def test_a_plan_tells_what_is_reused(tmp_path: Path) -> None:
 def test_a_plan_opens_with_every_setting(tmp_path: Path) -> None:
     settings = tiny.config(tiny.write_shards(tmp_path / "images"), **SECTIONS)
     assert plan(settings, tmp_path / "run").startswith(settings.yaml())
+
+
+def test_a_plan_tells_what_a_classifier_takes_of_a_rank(tmp_path: Path) -> None:
+    sections = {**SECTIONS, "clustering": {"num_labels": (4, 37)}, "resources": {"adapt_ranks": 2}}
+    settings = tiny.config(tiny.write_shards(tmp_path / "images"), **sections, adapt={"sampled_classes": 0.5})
+    said = lines_of(settings, tmp_path / "run")["classifier"]
+    assert "of K = 37: 19 classes a rank; 50% of them in a step; rows and Adam 86 KiB a rank" in said
+    assert "a step 0.000467 GFLOP a rank" in said  # 8 x 16 images x 9.5 classes x 384
 
 
 def test_a_collection_is_planned_without_drawing_it(tmp_path: Path) -> None:

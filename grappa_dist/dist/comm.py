@@ -52,6 +52,12 @@ class Comm:
             dist.all_reduce(tensor)
         return tensor
 
+    def max_(self, tensor: Tensor) -> Tensor:
+        """Entry by entry the largest over ranks, in place, no gradient."""
+        if self.size > 1:
+            dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return tensor
+
     def gather(self, tensor: Tensor) -> list[Tensor]:
         """Every rank's tensor, in rank order; the first dimension may differ between ranks."""
         if self.size == 1:

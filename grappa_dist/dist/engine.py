@@ -4,19 +4,36 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from grappa_dist.dist.comm import Comm
+from grappa_dist.dist.zero import State, fragments, gather_state, scatter_state
 
 
 class Engine:
-    """A module and its optimizer under DeepSpeed. Trainable parameters are replicated and their gradients averaged."""
+    """A module and its optimizer under DeepSpeed. Trainable parameters are replicated and their gradients averaged.
 
-    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, comm: Comm, device: torch.device) -> None:
+    With `zero_stage` 1 the optimizer's state is cut into a part for each rank, with 2 the averaged gradients as well.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        comm: Comm,
+        device: torch.device,
+        *,
+        zero_stage: int = 0,
+    ) -> None:
         deepspeed = _deepspeed(device)
+        state: State = dict(optimizer.state)  # whole tensors, from a checkpoint
+        if zero_stage:
+            _check_zero(zero_stage, optimizer)
+            optimizer.state.clear()
         deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False)
         self._engine, self.optimizer, _, _ = deepspeed.initialize(
             model=module,
@@ -27,11 +44,13 @@ class Engine:
                 "train_micro_batch_size_per_gpu": 1,
                 "gradient_accumulation_steps": 1,
                 "gradient_clipping": 0.0,  # the default of some versions clips at 1
-                "zero_optimization": {"stage": 0},
+                "zero_optimization": {"stage": zero_stage},
                 "steps_per_print": 2**31,
             },
         )
-        self._device = device
+        self._device, self._comm, self._zero = device, comm, bool(zero_stage)
+        if self._zero:
+            scatter_state(self.optimizer, state)
 
     def forward(self, images: Tensor) -> Tensor:
         """The module's output in fp32; on a GPU it runs in bf16 around fp32 parameters."""
@@ -49,8 +68,42 @@ class Engine:
             group["lr"] = learning_rate
         self._engine.step()
 
+    @torch.no_grad()
+    def clip(self, groups: Sequence[Sequence[nn.Parameter]], max_norm: float) -> list[float]:
+        """Scales the averaged gradients of each group to a norm of `max_norm` at most; the norms before, by group.
+
+        To be called between the last `backward` and `step`; all ranks call it.
+        """
+        gradients = self._gradients()
+        squares = [[g.float().square().sum() for p in group for g in gradients.get(p, [])] for group in groups]
+        totals = torch.stack([torch.stack(s).sum() if s else torch.zeros((), device=self._device) for s in squares])
+        norms = (self._comm.sum_(totals) if self._zero else totals).sqrt()
+        for group, norm in zip(groups, norms, strict=True):
+            factor = (max_norm / norm.clamp_min(1e-30)).clamp_max(1.0)
+            for gradient in (g for p in group for g in gradients.get(p, [])):
+                gradient.mul_(factor)
+        return [float(norm) for norm in norms]
+
+    def _gradients(self) -> dict[nn.Parameter, list[Tensor]]:
+        """This rank's averaged gradients: whole, or under ZeRO its fragments."""
+        if not self._zero:
+            learning = (p for group in self.optimizer.param_groups for p in group["params"])
+            return {p: [p.grad] for p in learning if p.grad is not None}
+        return {f.parameter: [f.gradient] for f in fragments(self.optimizer) if f.gradient is not None}
+
+    def state(self) -> State:
+        """What the optimizer knows of each parameter, as whole tensors; all ranks call it."""
+        return gather_state(self.optimizer, self._comm) if self._zero else self.optimizer.state
+
     def close(self) -> None:
         self._engine.destroy()
+
+
+def _check_zero(stage: int, optimizer: torch.optim.Optimizer) -> None:
+    if stage not in (1, 2):
+        raise ValueError(f"zero_stage={stage}: must be 0, 1 or 2; stage 3 would cut up the frozen backbone as well")
+    if not isinstance(optimizer, torch.optim.Adam):
+        raise ValueError(f"zero_stage={stage}: {type(optimizer).__name__} needs whole tensors, which ZeRO cuts up")
 
 
 def _deepspeed(device: torch.device) -> Any:

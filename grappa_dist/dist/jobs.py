@@ -14,6 +14,7 @@ from typing import Any
 from grappa_dist.config import Resources
 from grappa_dist.dist.workers import Cluster
 from grappa_dist.observe import Terminated
+from grappa_dist.ops.placement import choose
 
 POLL_S = 0.5
 STATUS_S = 5.0
@@ -132,7 +133,7 @@ class Runner:
     def _start(self, job: Job, free: list[Any]) -> _Running:
         import ray
 
-        workers = [free.pop(0) for _ in range(max(1, job.ranks))]
+        workers = self._take(free, max(1, job.ranks))
         if not job.ranks:
             return _Running(job, workers, [workers[0].run.remote(job.function, job.spec)])
         asked = workers[0].free_address.remote()
@@ -146,6 +147,12 @@ class Runner:
             for rank, w in enumerate(workers)
         ]
         return _Running(job, workers, refs)
+
+    def _take(self, free: list[Any], ranks: int) -> list[Any]:
+        """The workers for a job, of one node where one has enough of them; they leave `free`."""
+        chosen = choose([self.cluster.node_of(worker) for worker in free], ranks)
+        assert chosen is not None, "a job starts when enough workers are free"
+        return [free.pop(i) for i in reversed(chosen)][::-1]
 
     def _outcome(self, running: _Running) -> Any:
         """None while it runs, its results, or why it failed: bad input on any rank before the dead links it causes."""

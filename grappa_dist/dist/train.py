@@ -8,22 +8,24 @@ import os
 import socket
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from grappa_dist.artifacts import replacing
+from grappa_dist.dist.checkpoints import RowShard, load_checkpoint, save_checkpoint
 from grappa_dist.dist.engine import Engine
+from grappa_dist.dist.trackers import Tracker
 from grappa_dist.dist.workers import RankContext
 from grappa_dist.observe import Events
 
-KEEP_CHECKPOINTS = 2
+NAMED = 5  # images, in a message
+RECENT = 20  # steps that speed and waiting are averaged over
 
 
 class Objective(Protocol):
@@ -39,11 +41,27 @@ class Objective(Protocol):
         ...
 
 
+class Beside(Protocol):
+    """What is trained beside the engine, its rows spread over the ranks; `step` follows every `backward`."""
+
+    def step(self, learning_rate: float) -> None: ...
+
+    def shard(self) -> RowShard: ...
+
+
 @dataclass(frozen=True)
 class Schedule:
     steps: int
     checkpoint_steps: int
     learning_rate: Callable[[int], float]
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What names images that may be why a loss is not finite, on all ranks, and who hears of every step, on rank 0."""
+
+    suspects: Callable[[], Sequence[str]] = tuple
+    trackers: Callable[[], Sequence[Tracker]] = tuple
 
 
 def train(
@@ -54,37 +72,51 @@ def train(
     *,
     folder: Path,
     job: str,
+    beside: Mapping[str, Beside] = MappingProxyType({}),
+    zero_stage: int = 0,
+    watch: Watch = Watch(),
 ) -> bool:
     """Trains from the newest checkpoint in `folder` to the end; False when it was asked to stop and saved its state.
 
-    Raises:
-        ArithmeticError: the loss is not finite, naming the step.
+    `beside`, by name, is trained outside the engine. An ArithmeticError names the step, and
+    images, where the loss is not finite.
     """
-    start = load_checkpoint(folder, objective.module, optimizer)
-    starts = {int(s) for s in context.comm.gather(torch.tensor([start], device=context.device))}
-    if len(starts) > 1:  # a file system that shows files late; another attempt will see them
-        raise RuntimeError(f"{job}: ranks found checkpoints of different steps, {sorted(starts)}")
-    engine = Engine(objective.module, optimizer, context.comm, context.device)
-    log = _Log(context, folder / "metrics.jsonl", start, schedule.steps, job)
+    shards = {name: part.shard() for name, part in beside.items()}
+    start = _agreed(context, load_checkpoint(folder, objective.module, optimizer, shards), job)
+    engine = Engine(objective.module, optimizer, context.comm, context.device, zero_stage=zero_stage)
+    log = _Log(context, folder / "metrics.jsonl", (start, schedule.steps), job, watch)
     try:
+        objective.begin(start)
         for step in range(start, schedule.steps):
-            if step == start:
-                objective.begin(step)
             figures, stop = _reduce(context, objective.backward(engine, step))
             if not math.isfinite(figures["loss"]):
-                raise ArithmeticError(f"{job}: the loss is {figures['loss']} at step {step}; nothing was updated")
-            rate = schedule.learning_rate(step)
+                raise ArithmeticError(f"{job}: {_not_finite(figures['loss'], step, watch.suspects())}")
+            done, rate = step + 1, schedule.learning_rate(step)
             engine.step(rate)
+            for part in beside.values():
+                part.step(rate)
             log.step(step, rate, figures)
-            done = step + 1
-            if (done % schedule.checkpoint_steps == 0 or stop) and done < schedule.steps:
-                save_checkpoint(context, folder, done, objective.module, optimizer)
-            if stop and done < schedule.steps:
-                return False
+            if done < schedule.steps and (stop or done % schedule.checkpoint_steps == 0):
+                save_checkpoint(context, folder, done, objective.module, engine.state(), shards)
+                if stop:
+                    return False
         return True
     finally:
         log.close()
         engine.close()
+
+
+def _not_finite(loss: float, step: int, suspects: Sequence[str]) -> str:
+    named = f"; images of that step: {', '.join(suspects[:NAMED])}" if suspects else ""
+    more = f" and {len(suspects) - NAMED} more" if len(suspects) > NAMED else ""
+    return f"the loss is {loss} at step {step}; nothing was updated{named}{more}"
+
+
+def _agreed(context: RankContext, start: int, job: str) -> int:
+    starts = {int(s) for s in context.comm.gather(torch.tensor([start], device=context.device))}
+    if len(starts) > 1:  # a file system that shows files late; another attempt will see them
+        raise RuntimeError(f"{job}: ranks found checkpoints of different steps, {sorted(starts)}")
+    return start
 
 
 def _reduce(context: RankContext, sums: dict[str, float]) -> tuple[dict[str, float], bool]:
@@ -100,27 +132,35 @@ def _reduce(context: RankContext, sums: dict[str, float]) -> tuple[dict[str, flo
 class _Log:
     """Rank 0 writes metrics.jsonl; every rank 0 status goes to whoever watches the job."""
 
-    def __init__(self, context: RankContext, path: Path, start: int, steps: int, job: str) -> None:
-        self._context, self._steps, self._job = context, steps, job
-        self._times: deque[tuple[float, float]] = deque([(time.monotonic(), 0.0)], maxlen=21)
+    def __init__(self, context: RankContext, path: Path, span: tuple[int, int], job: str, watch: Watch) -> None:
+        self._context, self._job, (start, self._steps) = context, job, span
+        self._trackers: Sequence[Tracker] = ()
+        self._recent: deque[tuple[float, float, float]] = deque([(time.monotonic(), 0.0, 0.0)], maxlen=RECENT + 1)
         self._events = None
         if context.comm.rank == 0:
+            self._trackers = watch.trackers()
             _forget(path, start)
             self._events = Events(path, job=job)
             self._events("begins", at_step=start, ranks=context.comm.size, host=socket.gethostname(), pid=os.getpid())
 
     def step(self, step: int, rate: float, figures: dict[str, float]) -> None:
-        self._times.append((time.monotonic(), figures["images"]))
-        elapsed = self._times[-1][0] - self._times[0][0]
-        speed = sum(images for _, images in list(self._times)[1:]) / max(elapsed, 1e-9)
-        left = (self._steps - step - 1) * elapsed / (len(self._times) - 1)
+        waited_s = figures.pop("waited_s", None)
+        self._recent.append((time.monotonic(), figures["images"], waited_s or 0.0))
+        recent = list(self._recent)[1:]
+        elapsed = max(recent[-1][0] - self._recent[0][0], 1e-9)
+        speed = sum(images for _, images, _ in recent) / elapsed
+        waits = {} if waited_s is None else {"data_wait_share": round(sum(w for _, _, w in recent) / elapsed, 3)}
         if self._events:
-            self._events("step", step=step, lr=rate, images_per_s=round(speed, 1), **figures)
-        self._context.report(
-            {"done": step + 1, "of": self._steps, "loss": figures["loss"], "images_per_s": speed, "left_s": left}
-        )
+            self._events("step", step=step, lr=rate, images_per_s=round(speed, 1), **waits, **figures)
+        for tracker in self._trackers:
+            tracker.log(step, {"lr": rate, "images_per_s": speed, **waits, **figures})
+        left = (self._steps - step - 1) * elapsed / len(recent)
+        status = {"loss": figures["loss"], "images_per_s": speed, **waits, "left_s": left}
+        self._context.report({"done": step + 1, "of": self._steps, **status})
 
     def close(self) -> None:
+        for tracker in self._trackers:
+            tracker.close()
         if self._events:
             self._events.close()
 
@@ -132,40 +172,3 @@ def _forget(path: Path, start: int) -> None:
         kept = [line for line in lines if json.loads(line).get("step", 0) < start]
         with replacing(path) as temporary:
             temporary.write_text("".join(kept))
-
-
-def save_checkpoint(
-    context: RankContext, folder: Path, step: int, module: nn.Module, optimizer: torch.optim.Optimizer
-) -> None:
-    """Trainable parameters and optimizer state of `step` finished steps, by rank 0; loads on any number of ranks."""
-    if context.comm.rank == 0:
-        tensors = {name: p.detach().cpu() for name, p in _trainable(module).items()}
-        for name, p in _trainable(module).items():
-            tensors |= {f"{name}|{key}": v.cpu() for key, v in optimizer.state[p].items() if isinstance(v, Tensor)}
-        with replacing(folder / "checkpoints" / f"step-{step:09d}.safetensors") as temporary:
-            save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata={"step": str(step)})
-        for old in _checkpoints(folder)[:-KEEP_CHECKPOINTS]:
-            old.unlink()
-    context.comm.barrier()
-
-
-def load_checkpoint(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Loads the newest checkpoint, if any; the number of steps that it has behind it."""
-    found = _checkpoints(folder)
-    if not found:
-        return 0
-    with safe_open(found[-1], framework="pt") as file, torch.no_grad():
-        saved = set(file.keys())
-        for name, p in _trainable(module).items():
-            p.copy_(file.get_tensor(name))
-            state = {key.split("|")[1]: file.get_tensor(key) for key in saved if key.startswith(f"{name}|")}
-            optimizer.state[p] = {k: v if v.ndim == 0 else v.to(p.device) for k, v in state.items()}
-        return int(file.metadata()["step"])
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    return sorted((folder / "checkpoints").glob("step-*.safetensors"))
-
-
-def _trainable(module: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in module.named_parameters() if p.requires_grad}

@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +133,7 @@ class Cluster:
     resources: Resources
     owned: Path | None = None  # temp folder of a local cluster that is ours to end
     _workers: list[Any] | None = None
+    _node_of: dict[Any, str] = field(default_factory=dict)
 
     def workers(self) -> list[Any]:
         """The worker actors, all up.
@@ -145,6 +146,10 @@ class Cluster:
             self._workers = [self.start_worker() for _ in range(self._count())]
             self._wait(self._workers)
         return self._workers
+
+    def node_of(self, worker: Any) -> str:
+        """The node that a worker lies on, so that the ranks of a job can be neighbours."""
+        return self._node_of[worker]
 
     def replace(self, worker: Any) -> Any:
         """A fresh worker in the place of one that died or must end."""
@@ -251,10 +256,10 @@ class Cluster:
 
         began = time.monotonic()
         pending = [w.ready.remote() for w in workers]
-        done, late = ray.wait(pending, num_returns=len(pending), timeout=PLACEMENT_TIMEOUT_S)
+        _, late = ray.wait(pending, num_returns=len(pending), timeout=PLACEMENT_TIMEOUT_S)
         if late:
             raise ValueError(
                 f"{len(late)} of {len(workers)} workers did not start within {time.monotonic() - began:.0f} s; "
                 "are other jobs holding the cluster's CPUs or GPUs?"
             )
-        ray.get(done)
+        self._node_of |= zip(workers, ray.get(pending), strict=True)

@@ -3,6 +3,17 @@
 from grappa_dist.models.adaptors import Adaptors
 from grappa_dist.models.backbone import Backbone, Pixels, create_backbone
 from grappa_dist.models.fusion import Attention, Grappa, GrappaLayer
+from grappa_dist.models.packed import PackedGrappa
 from grappa_dist.models.projector import Projector
 
-__all__ = ["Adaptors", "Attention", "Backbone", "Grappa", "GrappaLayer", "Pixels", "Projector", "create_backbone"]
+__all__ = [
+    "Adaptors",
+    "Attention",
+    "Backbone",
+    "Grappa",
+    "GrappaLayer",
+    "PackedGrappa",
+    "Pixels",
+    "Projector",
+    "create_backbone",
+]

@@ -1,87 +1,29 @@
-"""adapt: images + one partition P_i -> the adaptor set of P_i (step 2 of the paper); N such jobs, each its own world.
+"""adapt: images + one partition P_i -> the adaptor set of P_i (step 2 of the paper).
 
-Shapes: B images of this rank, S pixels a side, K classes, D channels.
+Each job is a world of its own, jobs run side by side as far as the workers go, and a job trains one set or several.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
-from safetensors.torch import save_file
-from torch import Tensor, nn
 
-from grappa_dist.artifacts import Artifact, RowArrays, Store, replacing
+from grappa_dist.artifacts import Artifact, Store
 from grappa_dist.config import AdaptConfig, BackboneConfig, DataConfig
-from grappa_dist.data.loader import load_images, read_batches
-from grappa_dist.data.order import EpochOrder
-from grappa_dist.data.randomness import generator
 from grappa_dist.data.shards import ImageShards
-from grappa_dist.data.transforms import Picture, view_generator
-from grappa_dist.dist.engine import Engine
 from grappa_dist.dist.jobs import Job
-from grappa_dist.dist.train import Schedule, train
-from grappa_dist.dist.workers import RankContext
-from grappa_dist.models import Grappa
-from grappa_dist.ops.schedules import cosine
-from grappa_dist.ops.softmax import norm_softmax_sum
-from grappa_dist.stages.embed import to_images
-from grappa_dist.stages.modelling import ADAPTORS_FILE, backbone_settings, build_backbone, preprocess_of
+from grappa_dist.dist.trackers import check_trackers
+from grappa_dist.ops.placement import Rates, in_words, sets_per_job, waves
+from grappa_dist.stages.adapting import AdaptJob, train_adaptors
+from grappa_dist.stages.modelling import backbone_settings
+from grappa_dist.stages.packs import AdaptSet, commit_trained, group
 from grappa_dist.stages.pseudo_label import CENTROIDS_FILE, label_rows
+from grappa_dist.stages.rates import measure_rates
 from grappa_dist.stages.run import Run
-
-
-@dataclass(frozen=True)
-class TrainingImages:
-    """The images of a training job and their order: the same global batches on any number of ranks."""
-
-    images: ImageShards
-    bad: NDArray[np.int64]
-    data: DataConfig
-    global_batch: int
-    seed: int
-    decode_threads: int
-
-    def order(self, epoch: int) -> EpochOrder:
-        data = self.data
-        return EpochOrder(
-            self.images, self.bad, seed=self.seed, epoch=epoch, streams=data.streams, window=data.shuffle_window
-        )
-
-    def steps_per_epoch(self) -> int:
-        return steps_per_epoch(len(self.images) - len(self.bad), self.global_batch)
-
-
-@dataclass(frozen=True)
-class AdaptJob:
-    """What every rank of an adaptor job is told."""
-
-    num_labels: int
-    labels: RowArrays
-    training: TrainingImages
-    backbone: BackboneConfig
-    adapt: AdaptConfig
-    artifact: Artifact
-    centroids: Path | None = None  # (K, D) of the partition, where the classifier starts; None: at random
-
-    @property
-    def name(self) -> str:
-        return f"k={self.num_labels}"
-
-
-def steps_per_epoch(num_rows: int, global_batch: int) -> int:
-    return -(-num_rows // global_batch)
-
-
-def data_settings(data: DataConfig) -> dict[str, object]:
-    """The settings of data that decide which rows are in a batch."""
-    return data.model_dump(include={"streams", "shuffle_window"})
+from grappa_dist.stages.training import TrainingImages, data_settings
 
 
 def adaptors_of(
@@ -89,7 +31,7 @@ def adaptors_of(
 ) -> Artifact:
     settings = {
         "backbone": backbone_settings(backbone),
-        "adapt": adapt.model_dump(exclude={"checkpoint_steps"}),
+        "adapt": adapt.of_result(),
         "data": data_settings(data),
         "seed": seed,
     }
@@ -103,138 +45,43 @@ def adapt(
     images: ImageShards,
     bad: NDArray[np.int64],
 ) -> None:
-    """Trains every adaptor set that does not exist yet, side by side as far as the workers go."""
+    """Trains every adaptor set that does not exist yet, several in a job and jobs side by side as asked for."""
     config = run.config
-    missing = [k for k, artifact in adaptors.items() if not artifact.complete]
-    if not missing:
+    sets = []
+    for k in [k for k, artifact in adaptors.items() if not artifact.complete]:
+        centroids = labels[k].path / CENTROIDS_FILE if config.adapt.classifier == "centroids" else None
+        sets.append(AdaptSet(k, label_rows(labels[k], images), adaptors[k], centroids))
+    commit_trained(sets)
+    sets = [one for one in sets if not one.artifact.complete]
+    if not sets:
         return
+    check_trackers(config.resources.trackers)
     training = TrainingImages(
         images, bad, config.data, config.adapt.global_batch, config.seed, config.resources.decode_threads
     )
-    jobs = []
-    for k in missing:
-        centroids = labels[k].path / CENTROIDS_FILE if config.adapt.classifier == "centroids" else None
-        rows = label_rows(labels[k], images)
-        jobs.append(AdaptJob(k, rows, training, config.backbone, config.adapt, adaptors[k], centroids))
-    ranks = config.resources.adapt_ranks
-    side_by_side = max(1, run.runner.num_workers // ranks)
-    steps = config.adapt.epochs * training.steps_per_epoch()
-    what = f"{len(jobs)} adaptor sets of {steps} steps, {min(side_by_side, len(jobs))} at a time on {ranks} ranks each"
-    with run.console.stage("adapt", what):
+    whole = AdaptJob(tuple(sets), training, config.backbone, config.adapt, config.resources.trackers)
+    with run.console.stage("adapt", f"{len(sets)} adaptor sets of {whole.num_steps} steps"):
+        jobs = [replace(whole, sets=members) for members in group(sets, _per_job(run, whole))]
+        ranks = config.resources.adapt_ranks
+        workers = range(run.runner.num_workers)
+        run.console.say(f"adapt: {in_words(waves(len(jobs), [0] * len(workers), ranks), [0] * len(workers), ranks)}")
         run.runner.run_jobs(
             [Job(job.name, train_adaptors, job, ranks) for job in jobs],
             lambda name: run.console.say(f"adapt: {name} is trained"),
         )
 
 
-def train_adaptors(context: RankContext, job: AdaptJob) -> None:
-    """One rank of one adaptor job: builds, trains, and rank 0 saves."""
-    if job.artifact.complete:
-        return
-    config, folder = job.adapt, job.artifact.begin()
-    with ExitStack() as stack:
-        objective = AdaptObjective(context, job)
-        stack.callback(objective.close)
-        optimizer = torch.optim.Adam(  # weight decay is L2 added to the gradient: the paper's Adam, not AdamW
-            [p for p in objective.module.parameters() if p.requires_grad],
-            lr=config.learning_rate,
-            weight_decay=config.weight_decay,
-        )
-        steps = config.epochs * job.training.steps_per_epoch()
-        schedule = Schedule(
-            steps,
-            config.checkpoint_steps,
-            lambda step: config.learning_rate * cosine(step, steps, min(config.warmup_steps, steps - 1)),
-        )
-        if train(context, objective, optimizer, schedule, folder=folder, job=job.name) and context.comm.rank == 0:
-            with replacing(folder / ADAPTORS_FILE) as temporary:
-                save_file(objective.grappa.adaptor_tensors(), temporary)
-            job.artifact.commit(discard=["checkpoints"])
-
-
-class _Trained(nn.Module):
-    """What the engine holds: the adapted ViT and the throw-away classifier. Called with images, it gives features."""
-
-    def __init__(self, grappa: Grappa, num_labels: int) -> None:
-        super().__init__()
-        self.grappa = grappa
-        self.classifier = nn.Parameter(torch.empty(num_labels, grappa.embed_dim))  # (K, D)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.grappa(images)
-
-
-class AdaptObjective:
-    """Norm-softmax classification of one partition, Eq. (2)."""
-
-    def __init__(self, context: RankContext, job: AdaptJob) -> None:
-        self._context, self._job = context, job
-        backbone = build_backbone(job.backbone)
-        self._preprocess = preprocess_of(backbone.pixels)
-        self.grappa = Grappa(backbone, 1, job.adapt.bottleneck, attention=False)
-        self.grappa.trainable_adaptors()
-        module = _Trained(self.grappa, job.num_labels)
-        draws = torch.Generator().manual_seed(torch_seed("adaptors", job.training.seed, job.num_labels))
-        for layer in self.grappa.layers:
-            layer.adaptors.initialise(draws)
-        start_classifier(module.classifier, job.centroids, draws)
-        self.module = module.to(context.device)
-        self._batches: Generator[tuple[NDArray[np.uint8], NDArray[np.int64]], None, None] | None = None
-
-    def begin(self, step: int) -> None:
-        training, size = self._job.training, self._preprocess.image_size
-        per_epoch = training.steps_per_epoch()
-        comm = self._context.comm
-
-        def read(at: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-            epoch, t = divmod(at, per_epoch)
-            rows = orders[epoch].batch_share(t, training.global_batch, comm.rank, comm.size)
-
-            def make(image: Picture, row: int) -> NDArray[np.uint8]:
-                rng = view_generator(training.seed, epoch, row, 0)
-                return self._preprocess.augment(image, rng, self._job.adapt.min_crop_area)
-
-            return load_images(training.images, rows, make, (size, size, 3)), rows
-
-        orders = [training.order(epoch) for epoch in range(self._job.adapt.epochs)]
-        last = self._job.adapt.epochs * per_epoch
-        self._batches = read_batches(range(step, last), read, threads=training.decode_threads)
-
-    def backward(self, engine: Engine, step: int) -> dict[str, float]:
-        assert self._batches is not None
-        pixels, rows = next(self._batches)
-        job, comm, weight = self._job, self._context.comm, self.module.classifier
-        labels = torch.from_numpy(job.labels.take(rows).astype(np.int64)).to(self._context.device)
-        z = engine.forward(to_images(pixels, self._context.device))
-        total = norm_softmax_sum(z, weight, labels, job.adapt.gamma)
-        # The engine averages gradients over ranks, whose shares are uneven: a rank's loss weighs size / global rows.
-        images = comm.sum_(torch.tensor([len(rows)], dtype=torch.int64, device=self._context.device)).item()
-        engine.backward(total * (comm.size / images))
-        return {"images": len(rows), "loss": total.item(), "accuracy": _num_correct(z, weight, labels)}
-
-    def close(self) -> None:
-        if self._batches is not None:
-            self._batches.close()
-
-
-@torch.no_grad()
-def start_classifier(classifier: Tensor, centroids: Path | None, draws: torch.Generator) -> None:
-    """Fills the classifier (K, D) with unit rows: the directions of the partition's centroids, or random ones.
-
-    The length matters although the cosine ignores it: Adam moves every entry by about the learning rate, so long rows
-    hardly turn, and the adaptors would bend the features towards classes that stay where chance put them.
-    """
-    start = torch.randn(classifier.shape, generator=draws)
-    if centroids is not None:
-        start = torch.from_numpy(np.load(centroids, allow_pickle=False))
-    classifier.copy_(F.normalize(start, dim=1))
-
-
-@torch.no_grad()
-def _num_correct(z: Tensor, weight: Tensor, labels: Tensor) -> float:
-    return float(((z @ F.normalize(weight, dim=1).T).argmax(1) == labels).sum()) if len(z) else 0.0
-
-
-def torch_seed(purpose: str, *numbers: int) -> int:
-    """A seed named by what it is for."""
-    return int(generator(purpose, *numbers).integers(2**62))
+def _per_job(run: Run, whole: AdaptJob) -> int:
+    """How many sets a job trains that has not begun: as asked for, or by rates measured on one worker."""
+    asked, num_sets = whole.adapt.sets_per_job, len(whole.sets)
+    if asked != "auto" or num_sets == 1:
+        return num_sets if asked == "auto" else asked
+    rates: Rates = run.runner.map(measure_rates, [whole])[0]
+    slots = max(1, run.runner.num_workers // run.config.resources.adapt_ranks)
+    chosen = sets_per_job(num_sets, slots, rates)
+    run.console.event("sets_per_job", chosen=chosen, slots=slots, **vars(rates))
+    run.console.say(
+        f"adapt: {chosen} sets to a job: an image takes {1e3 * rates.decode_s:.1f} ms to decode, "
+        f"{1e3 * rates.shared_s:.1f} ms once and {1e3 * rates.set_s:.1f} ms a set to train, {slots} jobs at a time"
+    )
+    return chosen

@@ -27,11 +27,11 @@ from grappa_dist.models import Grappa, Projector
 from grappa_dist.ops.lars import Lars
 from grappa_dist.ops.losses import barlow_twins
 from grappa_dist.ops.schedules import cosine
-from grappa_dist.stages.adapt import TrainingImages, data_settings, torch_seed
 from grappa_dist.stages.embed import Embedding, to_images
 from grappa_dist.stages.modelling import ADAPTORS_FILE, FUSION_FILE, backbone_settings, build_backbone, preprocess_of
 from grappa_dist.stages.pairs import Pairs
 from grappa_dist.stages.run import Run
+from grappa_dist.stages.training import TrainingImages, data_settings, torch_seed
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ from grappa_dist.dist.sharded_knn import sharded_knn
 from grappa_dist.dist.workers import RankContext
 from grappa_dist.models import Grappa
 from grappa_dist.ops.knn import are_duplicates, without_duplicates
-from grappa_dist.stages.adapt import TrainingImages
 from grappa_dist.stages.embed import Embedding, embed_rows
 from grappa_dist.stages.pseudo_label import own_shards, rows_file
+from grappa_dist.stages.training import TrainingImages
 
 EXACT_ROWS = 10**6  # up to so many `auto` is exact (docs/scale.md)
 

@@ -18,9 +18,9 @@ from grappa_dist.data.randomness import generator
 from grappa_dist.data.transforms import Picture, Preprocess, view_generator
 from grappa_dist.dist.workers import RankContext
 from grappa_dist.models import Grappa
-from grappa_dist.stages.adapt import TrainingImages
 from grappa_dist.stages.embed import Embedding
 from grappa_dist.stages.graph import Graphs
+from grappa_dist.stages.training import TrainingImages
 
 Pixels = NDArray[np.uint8]
 

@@ -16,7 +16,7 @@ TINY = ["kmeans", "--rows", "400", "--dim", "32", "--num-labels", "5", "--iterat
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        ([], "the following arguments are required: kmeans|methods|assign|data|knn|fuse"),
+        ([], "the following arguments are required: kmeans|methods|assign|data|knn|fuse|adapt"),
         (["graph"], "invalid choice: 'graph'"),
         (["knn", "--neighbours", "0"], "--neighbours must be at least 1, got 0"),
         (["knn", "--recall-floor", "1"], "--recall-floor must be from 0 to less than 1, got 1.0"),
@@ -29,6 +29,8 @@ TINY = ["kmeans", "--rows", "400", "--dim", "32", "--num-labels", "5", "--iterat
         (["data", "--threads", "0"], "--threads must be at least 1, got 0"),
         (["data", "--views", "both"], "invalid choice: 'both'"),
         (["data", "--shards", "nowhere"], "nothing at nowhere"),
+        (["adapt", "--classes", "0"], "--classes must be at least 1, got 0"),
+        (["adapt", "--sets", "0"], "--sets must be at least 1, got 0"),
         (["kmeans", "--speed"], "unrecognized arguments: --speed"),
         ([*TINY, "--rows", "5"], "--num-labels must be from 1 to less than the number of rows, 5, got 5"),
         ([*TINY, "--dim", "8"], "--dim must be at least 32, got 8"),

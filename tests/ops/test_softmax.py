@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from grappa_dist.dist.comm import Comm
-from grappa_dist.ops.softmax import norm_softmax, norm_softmax_sum
+from grappa_dist.ops import softmax
+from grappa_dist.ops.softmax import add_scores, class_gradient, no_scores, norm_softmax, norm_softmax_sum
 from tests import reference
 from tests.processes import run_ranks
 
@@ -29,6 +33,70 @@ def test_loss_and_gradients_equal_the_reference(num: int, dim: int, classes: int
 def test_gradients_pass_gradcheck() -> None:
     z, weight, labels = batch(4, 3, 5)
     assert torch.autograd.gradcheck(lambda z, w: norm_softmax(z, w, labels, 7.0), (z, weight))
+
+
+def dense_sum(z: Tensor, weight: Tensor, labels: Tensor, gamma: float) -> Tensor:
+    cosines = nn.functional.normalize(z, dim=1) @ nn.functional.normalize(weight, dim=1).T
+    return nn.functional.cross_entropy(gamma * cosines, labels, reduction="sum")
+
+
+def with_gradients(loss: Tensor, z: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    return (loss, *torch.autograd.grad(3 * loss, (z, weight)))
+
+
+@pytest.mark.parametrize("classes", [1, 2, 63, 64, 65, 128, 200])
+@pytest.mark.parametrize("num", [1, 9])
+def test_chunks_of_classes_change_nothing_but_rounding(num: int, classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(softmax, "_CPU_CHUNK_BYTES", 1)  # so, the least: 64 classes
+    z, weight, labels = batch(num, 5, classes)
+    weight = torch.cat([weight[: classes // 2], weight[: classes - classes // 2]]).detach().requires_grad_()  # twice
+    labels[:6] = (torch.tensor([0, 63, 64, 127, 128, classes - 1]) % classes)[:num]
+    z = z.detach()[torch.arange(num) // 2 * 2].requires_grad_()  # rows twice as well
+    found = with_gradients(norm_softmax_sum(z, weight, labels, 16.0), z, weight)
+    torch.testing.assert_close(found, with_gradients(dense_sum(z, weight, labels, 16.0), z, weight))
+
+
+def test_gradients_of_several_chunks_pass_gradcheck(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(softmax, "_CPU_CHUNK_BYTES", 1)
+    z, weight, labels = batch(3, 2, 130)
+    assert torch.autograd.gradcheck(lambda z, w: norm_softmax(z, w, labels, 7.0), (z, weight))
+
+
+def test_scores_of_disjoint_classes_add_up_in_any_order_and_from_any_scale() -> None:
+    z, weight, labels = (t.detach() for t in batch(4, 5, 90))
+    unit, gamma = nn.functional.normalize(z, dim=1), 900.0  # exp of which is no number
+    parts = [slice(50, 90), slice(0, 1), slice(1, 50)]
+    scores = no_scores(unit)
+    for part in parts:
+        scores = add_scores(scores, unit, weight[part], labels - part.start, gamma)
+    loss = (scores.log_total - scores.target).sum()
+    torch.testing.assert_close(loss, dense_sum(z, weight, labels, gamma))
+    learning = weight.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(dense_sum(z, learning, labels, gamma), learning)
+    for part in parts:
+        found = class_gradient(unit, weight[part], labels - part.start, scores.log_total, gamma)
+        torch.testing.assert_close(found, expected[part])
+
+
+def test_the_logits_are_never_held_as_a_whole() -> None:
+    """The largest tensors that a backward pass makes are the gradients."""
+    classes, dim, num = 40_000, 8, 256
+    z, weight = torch.randn(num, dim).requires_grad_(), torch.randn(classes, dim).requires_grad_()
+    sizes = list[int]()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            sizes.extend(
+                t.untyped_storage().nbytes()
+                for t in (out if isinstance(out, tuple) else (out,))
+                if isinstance(t, Tensor)
+            )
+            return out
+
+    with Watch():
+        norm_softmax_sum(z, weight, torch.randint(classes, (num,)), 16.0).backward()
+    assert max(sizes) < 4 * num * classes / 4
 
 
 def test_lengths_of_features_and_class_vectors_do_not_matter() -> None:

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from grappa_dist.artifacts import Store
+from grappa_dist.artifacts import Artifact, Store
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.dist.comm import Comm
 from grappa_dist.dist.train import Schedule, train
-from grappa_dist.stages.adapt import AdaptJob, AdaptObjective, adaptors_of, train_adaptors
+from grappa_dist.stages.adapt import adaptors_of
+from grappa_dist.stages.adapting import AdaptJob, AdaptObjective, train_adaptors
 from grappa_dist.stages.modelling import ADAPTORS_FILE, build_backbone
+from grappa_dist.stages.packs import AdaptSet, begin
 from tests.processes import run_ranks
 from tests.stages import tiny
 
@@ -28,7 +30,16 @@ def job_in(folder: Path, out: str, **adapt: Any) -> AdaptJob:
     parent = store.artifact("labels/k=4", {}, {})
     artifact = adaptors_of(store, settings.backbone, settings.adapt, settings.data, settings.seed, parent)
     labels = tiny.labels_in(folder / "labels", images, 4)
-    return AdaptJob(4, labels, tiny.training_images(settings, images), settings.backbone, settings.adapt, artifact)
+    one = AdaptSet(4, labels, artifact)
+    return AdaptJob((one,), tiny.training_images(settings, images), settings.backbone, settings.adapt)
+
+
+def artifact_of(folder: Path, out: str, **adapt: Any) -> Artifact:
+    return job_in(folder, out, **adapt).sets[0].artifact
+
+
+def with_set(job: AdaptJob, **changes: Any) -> AdaptJob:
+    return replace(job, sets=(replace(job.sets[0], **changes),))
 
 
 def adapt_all_ways(comm: Comm, folder: Path) -> dict[str, Any]:
@@ -42,7 +53,7 @@ def adapt_all_ways(comm: Comm, folder: Path) -> dict[str, Any]:
 
     stop_after = STOP if comm.rank == comm.size - 1 else None  # one rank is asked, all must stop
     train_adaptors(tiny.Watcher(stop_after=stop_after).context(comm), stopped)
-    found["stopped at"] = len(tiny.steps_of(stopped.artifact.partial))
+    found["stopped at"] = len(tiny.steps_of(stopped.sets[0].artifact.partial))
     if comm.size == 1:  # what was stopped on two ranks goes on alone
         train_adaptors(tiny.Watcher().context(comm), stopped)
 
@@ -68,17 +79,17 @@ class Poisoned(AdaptObjective):
     def begin(self, step: int) -> None:
         super().begin(step)
         if self._context.comm.rank == self._context.comm.size - 1:
-            self.module.classifier.data.fill_(torch.nan)
+            self.classifiers[0].state.rows.fill_(torch.nan)
 
 
 def poisoned(comm: Comm, job: AdaptJob) -> dict[str, Any]:
     context = tiny.Watcher().context(comm)
     objective = Poisoned(context, job)
-    before = {name: p.clone() for name, p in objective.module.named_parameters() if name != "classifier"}
+    before = {name: p.clone() for name, p in objective.module.named_parameters()}
     optimizer = torch.optim.Adam([p for p in objective.module.parameters() if p.requires_grad])
     schedule = Schedule(STEPS, 5, lambda step: 1e-3)
     with pytest.raises(ArithmeticError) as error:
-        train(context, objective, optimizer, schedule, folder=job.artifact.begin(), job=job.name)
+        train(context, objective, optimizer, schedule, folder=begin(job.sets), job=job.name)
     objective.close()
     after = dict(objective.module.named_parameters())
     return {"poisoned": str(error.value), "untouched": all(torch.equal(p, after[n]) for n, p in before.items())}
@@ -94,7 +105,14 @@ def only_adaptors_move(comm: Comm, job: AdaptJob) -> tuple[set[str], set[str]]:
     objective = AdaptObjective(context, job)
     before = {name: t.clone() for name, t in objective.module.state_dict().items()}
     optimizer = torch.optim.Adam([p for p in objective.module.parameters() if p.requires_grad], weight_decay=1e-3)
-    train(context, objective, optimizer, Schedule(3, 5, lambda step: 1e-3), folder=job.artifact.begin(), job=job.name)
+    train(
+        context,
+        objective,
+        optimizer,
+        Schedule(3, 5, lambda step: 1e-3),
+        folder=job.sets[0].artifact.begin(),
+        job=job.name,
+    )
     objective.close()
     moved = {name for name, t in objective.module.state_dict().items() if not torch.equal(t, before[name])}
     return moved, before.keys() - moved
@@ -111,11 +129,11 @@ World = tuple[Path, dict[int, list[dict[str, Any]]]]
 
 
 def losses(folder: Path, out: str) -> list[float]:
-    return tiny.losses_of(job_in(folder, out).artifact.path)
+    return tiny.losses_of(artifact_of(folder, out).path)
 
 
 def weights(folder: Path, out: str) -> bytes:
-    return (job_in(folder, out).artifact.path / ADAPTORS_FILE).read_bytes()
+    return (artifact_of(folder, out).path / ADAPTORS_FILE).read_bytes()
 
 
 def test_the_losses_do_not_depend_on_the_number_of_ranks(world: World) -> None:
@@ -160,14 +178,14 @@ def test_a_job_stopped_on_two_ranks_goes_on_alone_with_the_same_losses(world: Wo
     folder, found = world
     job = job_in(folder, "2-stopped")
     assert [rank["stopped at"] for rank in found[2]] == [STOP + 1] * 2
-    assert not job.artifact.complete
+    assert not job.sets[0].artifact.complete
     run_ranks(go_on_alone, 1, job, timeout_s=400)
     np.testing.assert_allclose(losses(folder, "2-stopped"), losses(folder, "2-straight"), rtol=0, atol=1e-5)
 
 
 def test_a_finished_set_holds_nothing_but_weights_and_log(world: World) -> None:
     folder, _ = world
-    files = tiny.files_below(job_in(folder, "2-killed").artifact.path)
+    files = tiny.files_below(artifact_of(folder, "2-killed").path)
     assert set(files) == {"adaptors.safetensors", "metrics.jsonl", "manifest.json"}
 
 
@@ -178,23 +196,23 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all_before_the_update(world
         assert "k=4" in rank["poisoned"]
         assert "step 0" in rank["poisoned"]
         assert rank["untouched"]
-    assert tiny.steps_of(job_in(folder, f"{size}-poisoned").artifact.partial) == []
+    assert tiny.steps_of(artifact_of(folder, f"{size}-poisoned").partial) == []
 
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_diverging_job_names_itself_and_the_step(world: World, size: int) -> None:
     folder, found = world
-    done = len(tiny.steps_of(job_in(folder, f"{size}-huge", learning_rate=1e30, checkpoint_steps=1).artifact.partial))
+    done = len(tiny.steps_of(artifact_of(folder, f"{size}-huge", learning_rate=1e30, checkpoint_steps=1).partial))
     assert 1 <= done < STEPS
     assert {rank["huge"].split(":")[0] for rank in found[size]} == {"k=4"}
     assert all(f"at step {done};" in rank["huge"] for rank in found[size])
 
 
-def test_training_moves_the_adaptors_and_the_classifier_alone(world: World) -> None:
+def test_training_moves_the_adaptors_alone(world: World) -> None:
     folder, _ = world
     moved, left = run_ranks(only_adaptors_move, 1, job_in(folder, "moves"), timeout_s=400)[0]
-    assert all("adaptors" in name or name == "classifier" for name in moved)
-    assert {name for name in left if "adaptors" in name} == set()
+    assert all(".sets." in name for name in moved)
+    assert {name for name in left if ".sets." in name} == set()
     assert any("patch_embed" in name for name in left)
 
 
@@ -204,7 +222,7 @@ def test_a_fresh_adaptor_set_is_the_backbone_bit_for_bit(world: World) -> None:
     objective = AdaptObjective(tiny.Watcher().context(Comm()), job)
     images = torch.rand(5, 3, tiny.SIZE_PX, tiny.SIZE_PX, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        assert torch.equal(objective.grappa(images), build_backbone(job.backbone)(images))
+        assert torch.equal(objective.model(images)[0], build_backbone(job.backbone)(images))
 
 
 def test_the_start_of_a_set_depends_on_seed_and_number_of_labels(world: World) -> None:
@@ -213,11 +231,11 @@ def test_the_start_of_a_set_depends_on_seed_and_number_of_labels(world: World) -
     other = replace(job, training=replace(job.training, seed=1))
 
     def down(job: AdaptJob) -> torch.Tensor:
-        return AdaptObjective(tiny.Watcher().context(Comm()), job).grappa.layers[0].adaptors.down_weight.detach()
+        return AdaptObjective(tiny.Watcher().context(Comm()), job).model.adaptors(0)[0].down_weight.detach()
 
     assert torch.equal(down(job), down(job))
     assert not torch.equal(down(job), down(other))
-    assert not torch.equal(down(job), down(replace(job, num_labels=5)))
+    assert not torch.equal(down(job), down(with_set(job, num_labels=5)))
 
 
 def test_the_classifier_starts_as_unit_rows_along_the_centroids_where_there_are_any(world: World) -> None:
@@ -227,9 +245,9 @@ def test_the_classifier_starts_as_unit_rows_along_the_centroids_where_there_are_
     job = job_in(folder, "fresh")
 
     def start(job: AdaptJob) -> np.ndarray:
-        found: np.ndarray = AdaptObjective(tiny.Watcher().context(Comm()), job).module.classifier.detach().numpy()
+        found: np.ndarray = AdaptObjective(tiny.Watcher().context(Comm()), job).classifiers[0].state.rows.numpy()
         return found
 
     expected = centroids / np.linalg.norm(centroids, axis=1, keepdims=True)
-    np.testing.assert_allclose(start(replace(job, centroids=folder / "centroids.npy")), expected, atol=1e-6)
+    np.testing.assert_allclose(start(with_set(job, centroids=folder / "centroids.npy")), expected, atol=1e-6)
     np.testing.assert_allclose(np.linalg.norm(start(job), axis=1), 1, atol=1e-6)

@@ -22,9 +22,9 @@ from grappa_dist.dist.jobs import Job
 from grappa_dist.dist.workers import RankContext
 from grappa_dist.models import Grappa
 from grappa_dist.observe import Console, Events, read_events
-from grappa_dist.stages.adapt import TrainingImages
 from grappa_dist.stages.modelling import ADAPTORS_FILE, build_backbone
 from grappa_dist.stages.run import Run
+from grappa_dist.stages.training import TrainingImages
 from tests.processes import run_ranks
 
 SIZES = (13, 1, 17, 9)

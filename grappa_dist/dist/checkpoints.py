@@ -1,0 +1,139 @@
+"""Checkpoints of training: a folder that appears by one rename, and loads on any number of ranks.
+
+    checkpoints/step-000000050/
+      engine.safetensors              what every rank has alike, written by rank 0
+      <name>.<first>-<end>.safetensors    rows of what is spread over the ranks, written by whoever holds them
+
+Shapes: the first dimension of a shard's tensors is its rows.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from grappa_dist.artifacts import replacing, sync_folder
+from grappa_dist.dist.workers import RankContext
+from grappa_dist.dist.zero import State
+
+KEEP_CHECKPOINTS = 2
+ENGINE_FILE = "engine.safetensors"
+_FILE_BYTES = 256 * 2**20  # of rows: serialising makes a copy of a file's tensors
+
+
+@dataclass(frozen=True)
+class RowShard:
+    """The rows [first, first + len) of tensors that all ranks hold together, in memory of their owner."""
+
+    first: int
+    tensors: Mapping[str, Tensor]
+
+    @property
+    def end(self) -> int:
+        return self.first + len(next(iter(self.tensors.values())))
+
+    def ranges(self) -> Iterator[tuple[int, int]]:
+        """Rows of one file each, as [first, end)."""
+        row_bytes = sum(t[:1].numel() * t.element_size() for t in self.tensors.values())
+        step = max(1, _FILE_BYTES // max(row_bytes, 1))
+        return ((start, min(start + step, self.end)) for start in range(self.first, self.end, step))
+
+
+def save_checkpoint(
+    context: RankContext,
+    folder: Path,
+    step: int,
+    module: nn.Module,
+    state: State,
+    shards: Mapping[str, RowShard] | None = None,
+) -> None:
+    """Trainable parameters and optimizer state of `step` finished steps, and this rank's rows of `shards`.
+
+    The checkpoint appears when all ranks have written their part; the oldest goes then.
+    """
+    done = folder / "checkpoints" / f"step-{step:09d}"
+    partial = done.with_name(f".{done.name}.partial")
+    if context.comm.rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)  # a killed attempt may have had other ranks, and so other files
+        partial.mkdir(parents=True)
+        _write(partial / ENGINE_FILE, _replicated(module, state), {"step": str(step)})
+    context.comm.barrier()
+    for name, shard in (shards or {}).items():
+        for first, end in shard.ranges():
+            rows = {key: t[first - shard.first : end - shard.first].cpu() for key, t in shard.tensors.items()}
+            _write(partial / f"{name}.{first:012d}-{end:012d}.safetensors", rows, {})
+    context.comm.barrier()
+    if context.comm.rank == 0:
+        os.rename(partial, done)
+        sync_folder(done.parent)
+        for old in _checkpoints(folder)[:-KEEP_CHECKPOINTS]:
+            shutil.rmtree(old.rename(old.with_name(f".{old.name}.old")))  # never half of one under its name
+    context.comm.barrier()
+
+
+def load_checkpoint(
+    folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, shards: Mapping[str, RowShard] | None = None
+) -> int:
+    """Loads the newest checkpoint, if any, into module, optimizer and shards; the number of steps behind it."""
+    found = _checkpoints(folder)
+    if not found:
+        return 0
+    with safe_open(found[-1] / ENGINE_FILE, framework="pt") as file, torch.no_grad():
+        saved = set(file.keys())
+        for name, p in _trainable(module).items():
+            p.copy_(file.get_tensor(name))
+            state = {key.split("|")[1]: file.get_tensor(key) for key in saved if key.startswith(f"{name}|")}
+            optimizer.state[p] = {k: v if v.ndim == 0 else v.to(p.device) for k, v in state.items()}
+        step = int(file.metadata()["step"])
+    for name, shard in (shards or {}).items():
+        _load_rows(found[-1], name, shard)
+    return step
+
+
+@torch.no_grad()
+def _load_rows(checkpoint: Path, name: str, shard: RowShard) -> None:
+    """Fills a rank's rows from whichever files have them.
+
+    Raises:
+        ValueError: no file has some of the rows.
+    """
+    reached = shard.first
+    for path in sorted(checkpoint.glob(f"{name}.*-*.safetensors")):
+        first, end = (int(number) for number in path.suffixes[-2].removeprefix(".").split("-"))
+        low, high = max(first, reached), min(end, shard.end)
+        if low != reached or low >= high:
+            continue
+        with safe_open(path, framework="pt") as file:
+            for key, tensor in shard.tensors.items():
+                tensor[low - shard.first : high - shard.first] = file.get_slice(key)[low - first : high - first]
+        reached = high
+    if reached < shard.end:
+        raise ValueError(f"{checkpoint} has no row {reached} of {name}; remove it to go on from the one before")
+
+
+def _replicated(module: nn.Module, state: State) -> dict[str, Tensor]:
+    tensors = {name: p.detach().cpu() for name, p in _trainable(module).items()}
+    for name, p in _trainable(module).items():
+        tensors |= {f"{name}|{key}": v.cpu() for key, v in state[p].items() if isinstance(v, Tensor)}
+    return tensors
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    with replacing(path) as temporary:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata=metadata)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted((folder / "checkpoints").glob("step-*[0-9]"))
+
+
+def _trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}

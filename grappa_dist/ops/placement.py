@@ -1,0 +1,123 @@
+"""Which jobs there are, which workers they get, and what waits for what: arithmetic, without Ray.
+
+Shapes: W workers on nodes; J jobs of R ranks, a worker each; N adaptor sets, S of them in a job.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TypeVar
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A job, by its number, and its workers, by theirs."""
+
+    job: int
+    workers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Seconds an image of one worker: what a job does once for all of its sets, and once for each."""
+
+    decode_s: float
+    shared_s: float  # patch embedding and the first block
+    set_s: float
+    overlap: bool  # decoding runs beside the training (a GPU trains) or takes its time (CPUs do both)
+
+    def image_s(self, num_sets: int) -> float:
+        """Seconds an image in a job of so many sets."""
+        train_s = self.shared_s + num_sets * self.set_s
+        return max(self.decode_s, train_s) if self.overlap else self.decode_s + train_s
+
+
+def shared_out(items: Sequence[Item], per_group: int) -> list[tuple[Item, ...]]:
+    """As few groups of at most `per_group` as can be, in order, of sizes that differ by one at most."""
+    if per_group < 1:
+        raise ValueError(f"a group must hold at least one item, got {per_group}")
+    count = -(-len(items) // per_group)
+    bounds = [len(items) * i // count for i in range(count + 1)] if count else []
+    return [tuple(items[a:b]) for a, b in pairwise(bounds)]
+
+
+def choose(nodes: Sequence[Hashable], ranks: int) -> list[int] | None:
+    """Which free workers the next job takes, in their order; None where there are too few.
+
+    On one node if any has enough of them, the one that is left with the fewest; else on the nodes with the most, so
+    that it spans as few as can be.
+
+    Args:
+        nodes: the node of each free worker.
+    """
+    if ranks < 1:
+        raise ValueError(f"a job needs at least one worker, got {ranks}")
+    if len(nodes) < ranks:
+        return None
+    free = Counter(nodes)
+    enough = [node for node in free if free[node] >= ranks]  # in order of appearance, as are ties below
+    by_preference = [min(enough, key=lambda n: free[n])] if enough else sorted(free, key=lambda n: -free[n])
+    place = {node: i for i, node in enumerate(by_preference)}
+    candidates = sorted((i for i, node in enumerate(nodes) if node in place), key=lambda i: place[nodes[i]])
+    return sorted(candidates[:ranks])
+
+
+def waves(num_jobs: int, nodes: Sequence[Hashable], ranks: int) -> list[list[Placed]]:
+    """What runs at once, wave after wave, if all jobs take as long: as few waves as can be.
+
+    Raises:
+        ValueError: a job has more ranks than there are workers, so it would wait for ever.
+    """
+    check_capacity(len(nodes), ranks)
+    jobs, planned = list(range(num_jobs)), list[list[Placed]]()
+    while jobs:
+        free, wave = list(range(len(nodes))), list[Placed]()
+        while jobs and (chosen := choose([nodes[i] for i in free], ranks)) is not None:
+            wave.append(Placed(jobs.pop(0), tuple(free[i] for i in chosen)))
+            free = [worker for i, worker in enumerate(free) if i not in chosen]
+        planned.append(wave)
+    return planned
+
+
+def check_capacity(workers: int, ranks: int) -> None:
+    """Raises ValueError where a job of so many ranks can never run."""
+    if ranks > workers:
+        raise ValueError(
+            f"resources.adapt_ranks={ranks} is more than the {workers} worker{'s' * (workers != 1)}: "
+            f"{ranks - workers} missing; lower it, or raise resources.workers"
+        )
+
+
+def sets_per_job(num_sets: int, slots: int, rates: Rates) -> int:
+    """How many sets a job should train for all of them to be done soonest, where so many jobs run side by side.
+
+    Of equally fast numbers the lowest: small jobs lose less when one dies.
+    """
+
+    def seconds(per_job: int) -> float:
+        jobs = -(-num_sets // per_job)
+        return -(-jobs // slots) * rates.image_s(per_job)
+
+    fastest = min(seconds(s) for s in range(1, num_sets + 1))
+    return next(s for s in range(1, num_sets + 1) if seconds(s) <= fastest * (1 + 1e-9))
+
+
+def in_words(planned: Sequence[Sequence[Placed]], nodes: Sequence[Hashable], ranks: int) -> str:
+    """The plan in a line."""
+    if not planned:
+        return "nothing to place"
+    sizes = [len(wave) for wave in planned]
+    alike = f"{sizes[0]} at a time" if len(set(sizes[:-1])) <= 1 else "as workers go"
+    order = "one after the other" if sizes[0] == 1 and len(sizes) > 1 else alike if len(sizes) > 1 else "all at once"
+    rest = f", {sizes[-1]} in the last" if sizes[-1] != sizes[0] else ""
+    wide = sum(len({nodes[w] for w in placed.workers}) > 1 for wave in planned for placed in wave)
+    idle = len(nodes) - sizes[0] * ranks
+    told = f"{sum(sizes)} job{'s' * (sum(sizes) > 1)} of {ranks} rank{'s' * (ranks > 1)}, {order}{rest}"
+    told += f", in {len(sizes)} waves" if len(sizes) > 1 else ""
+    told += f"; {wide} span nodes" if wide else ""
+    return told + (f"; {idle} of {len(nodes)} workers idle" if idle else "")

@@ -1,0 +1,63 @@
+"""What adapt would do, in words, before anything runs: jobs, what waits for what, and the memory of a step."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import torch
+
+from grappa_dist.config import Config, Resources
+from grappa_dist.models import PackedGrappa
+from grappa_dist.models.packed import activation_bytes
+from grappa_dist.ops.placement import check_capacity, in_words, waves
+from grappa_dist.stages.modelling import build_backbone
+
+
+def jobs_in_words(config: Config, num_sets: int) -> str:
+    per_job, ranks = config.adapt.sets_per_job, config.resources.adapt_ranks
+    if per_job == "auto":
+        return f"{num_sets} sets in jobs of {ranks} ranks, as many to a job as measured rates say"
+    packed = f"{num_sets} sets in " if per_job > 1 else ""
+    return f"{packed}{-(-num_sets // per_job)} jobs of {ranks} ranks"
+
+
+def adapt_in_words(config: Config, num_sets: int) -> Iterator[str]:
+    """What waits for what, where the number of workers is known; the activations of a step, where timm knows the model.
+
+    Raises:
+        ValueError: a job has more ranks than there are workers.
+    """
+    per_job, ranks = config.adapt.sets_per_job, config.resources.adapt_ranks
+    workers = known_workers(config.resources)
+    if workers is not None:
+        check_capacity(workers, ranks)
+    if workers is not None and per_job != "auto":
+        nodes = ["all"] * workers
+        yield f"on {workers} workers: {in_words(waves(-(-num_sets // per_job), nodes, ranks), nodes, ranks)}"
+    if config.backbone.name.startswith("timm:"):
+        yield _memory_in_words(config, 1 if per_job == "auto" else min(per_job, num_sets))
+
+
+def known_workers(where: Resources) -> int | None:
+    """How many workers there will be, as far as this machine can say without starting Ray."""
+    if where.workers != "auto":
+        return where.workers
+    if os.environ.get("RAY_ADDRESS") or (where.gpus_per_worker != 0 and torch.cuda.is_available()):
+        return None
+    return max(1, (where.num_cpus or os.cpu_count() or 1) // where.cpus_per_worker)
+
+
+def _memory_in_words(config: Config, num_sets: int) -> str:
+    """Activations between forward and backward, counted on a model without weights."""
+    adapt = config.adapt
+    with torch.device("meta"):
+        backbone = build_backbone(config.backbone, pretrained=False)
+        model = PackedGrappa(backbone, 1, adapt.bottleneck, recompute=adapt.activation_checkpointing)
+    each = activation_bytes(model, backbone.pixels.image_size)
+    at_once = adapt.micro_batch or -(-adapt.global_batch // config.resources.adapt_ranks)
+    total = each * at_once * num_sets / 2**30
+    return (
+        f"activations in float32: {each / 2**20:.1f} MiB an image and set, {total:.1f} GiB a rank for {at_once} images "
+        f"and {num_sets} set{'s' * (num_sets > 1)} (adapt.micro_batch and adapt.activation_checkpointing lower it)"
+    )

@@ -1,0 +1,78 @@
+"""How fast one worker decodes and trains, measured on a few images, so that `auto` can say how many sets share a job.
+
+Only where things run follows from these figures, never what is computed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from grappa_dist.data.loader import read_batches
+from grappa_dist.data.transforms import Preprocess
+from grappa_dist.models import PackedGrappa
+from grappa_dist.ops.placement import Rates
+from grappa_dist.stages.adapting import AdaptJob
+from grappa_dist.stages.embed import to_images
+from grappa_dist.stages.modelling import build_backbone, preprocess_of
+from grappa_dist.stages.training import augmented, torch_seed
+
+CPU_IMAGES, GPU_IMAGES, REPEATS = 8, 128, 3
+
+
+def measure_rates(device: torch.device, job: AdaptJob) -> Rates:
+    """Seconds an image of this worker, on the images of the first step; a task of one worker."""
+    gpu = device.type == "cuda"
+    rows = job.training.order(0).batch_share(0, job.training.global_batch, 0, 1)[: GPU_IMAGES if gpu else CPU_IMAGES]
+    backbone = build_backbone(job.backbone)
+    preprocess = preprocess_of(backbone.pixels)
+    pixels = augmented(job.training, preprocess, rows, epoch=0, area=job.adapt.min_crop_area)
+    decode_s = _seconds(lambda: _decode(job, preprocess, rows.tolist())) / len(rows)
+    images = to_images(pixels, device)
+    one_s, two_s = (_train_s(job, count, images) / len(rows) for count in (1, 2))
+    set_s = max(two_s - one_s, 0.05 * one_s)  # timings of a busy machine may come out the wrong way round
+    return Rates(decode_s, max(one_s - set_s, 0.0), set_s, overlap=gpu)
+
+
+def _decode(job: AdaptJob, preprocess: Preprocess, rows: list[int]) -> None:
+    """All rows, by as many threads as a job has."""
+    training, threads = job.training, job.training.decode_threads
+    parts = [rows[start::threads] for start in range(threads)]
+
+    def read(part: list[int]) -> int:
+        return len(augmented(training, preprocess, part, epoch=0, area=job.adapt.min_crop_area))
+
+    for _ in read_batches(parts, read, threads=threads):
+        pass
+
+
+def _train_s(job: AdaptJob, num_sets: int, images: torch.Tensor) -> float:
+    """Seconds of a forward and backward pass."""
+    model = PackedGrappa(
+        build_backbone(job.backbone), num_sets, job.adapt.bottleneck, recompute=job.adapt.activation_checkpointing
+    ).to(images.device)
+    for index in range(num_sets):
+        model.initialise(index, torch.Generator(images.device).manual_seed(torch_seed("rates", index)))
+        for parameter in model.parameters_of(index):
+            parameter.requires_grad_(True)
+
+    def step() -> None:
+        with torch.autocast("cuda", torch.bfloat16, enabled=images.device.type == "cuda"):
+            model(images).float().square().mean().backward()
+        if images.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return _seconds(step)
+
+
+def _seconds(work: Callable[[], None]) -> float:
+    """The least of a few times, after one that warms up."""
+    work()
+    times = []
+    for _ in range(REPEATS):
+        began = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - began)
+    return min(times)

@@ -1,0 +1,69 @@
+"""What a training job reads: the images of global batches, the same rows and crops on any number of ranks.
+
+Shapes: B images of this rank, S pixels a side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from grappa_dist.config import DataConfig
+from grappa_dist.data.loader import load_images
+from grappa_dist.data.order import EpochOrder
+from grappa_dist.data.randomness import generator
+from grappa_dist.data.shards import ImageShards
+from grappa_dist.data.transforms import Picture, Preprocess, view_generator
+
+Pixels = NDArray[np.uint8]
+Rows = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class TrainingImages:
+    """The images of a training job and their order: the same global batches on any number of ranks."""
+
+    images: ImageShards
+    bad: NDArray[np.int64]
+    data: DataConfig
+    global_batch: int
+    seed: int
+    decode_threads: int
+
+    def order(self, epoch: int) -> EpochOrder:
+        data = self.data
+        return EpochOrder(
+            self.images, self.bad, seed=self.seed, epoch=epoch, streams=data.streams, window=data.shuffle_window
+        )
+
+    def steps_per_epoch(self) -> int:
+        return steps_per_epoch(len(self.images) - len(self.bad), self.global_batch)
+
+
+def steps_per_epoch(num_rows: int, global_batch: int) -> int:
+    return -(-num_rows // global_batch)
+
+
+def data_settings(data: DataConfig) -> dict[str, object]:
+    """The settings of data that decide which rows are in a batch."""
+    return data.model_dump(include={"streams", "shuffle_window"})
+
+
+def augmented(
+    training: TrainingImages, preprocess: Preprocess, rows: Sequence[int] | Rows, *, epoch: int, area: float
+) -> Pixels:
+    """A random crop of each row, of at least `area` of its image, as it is in that epoch: (B, S, S, 3)."""
+    size = preprocess.image_size
+
+    def make(image: Picture, row: int) -> Pixels:
+        return preprocess.augment(image, view_generator(training.seed, epoch, row, 0), area)
+
+    return load_images(training.images, rows, make, (size, size, 3))
+
+
+def torch_seed(purpose: str, *numbers: int) -> int:
+    """A seed named by what it is for."""
+    return int(generator(purpose, *numbers).integers(2**62))

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from grappa_dist.bench import softmax
+from grappa_dist.bench.softmax import (
+    CHUNKED,
+    MATERIALISED,
+    SAMPLED_STEP,
+    SHARDED_STEP,
+    SoftmaxSettings,
+    as_json,
+    as_text,
+    measure_softmax,
+)
+from grappa_dist.dist.comm import Comm
+
+SMALL = SoftmaxSettings(classes=20_000, dim=8, batch=64, sampled=0.1, ranks=2, threads=2, steps=1, repeats=1)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # two that wait for each other on a busy machine take a hundred times as long
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_every_side_is_timed_and_materialised_logits_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def here(work: Any, size: int, *args: Any) -> list[Any]:
+        return [work(Comm(), *args)] * size
+
+    monkeypatch.setattr(softmax, "run_workers", here)  # no processes of their own
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    told = list[str]()
+    sides = measure_softmax(SMALL, told.append)
+    assert len(told) == len(sides) == 6
+    found = {side["name"]: side for side in as_json(SMALL, sides)["sides"]}
+    assert all(len(side["runs_s"]) == 1 and side["seconds"] > 0 for side in found.values())
+    assert found[MATERIALISED]["extra_bytes"] > SMALL.logit_bytes
+    assert found[CHUNKED]["judge"] == MATERIALISED
+    assert found[SAMPLED_STEP]["judge"] != MATERIALISED
+    lines = as_text(SMALL, sides).splitlines()
+    assert sum(SHARDED_STEP in line for line in lines) == 1
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [({"classes": 0}, "--classes must be"), ({"sampled": 1.0}, "--sampled must"), ({"ranks": 3}, "--threads must be")],
+)
+def test_settings_that_cannot_be_measured_are_refused(changed: dict[str, float], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        SoftmaxSettings(**{**vars(SMALL), **changed}).check()  # type: ignore[arg-type]

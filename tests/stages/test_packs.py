@@ -1,0 +1,233 @@
+"""Several adaptor sets in one job: each is what it would be alone, and none is lost when the job ends early."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from grappa_dist.artifacts import Artifact, Store
+from grappa_dist.data.shards import ImageShards
+from grappa_dist.dist.comm import Comm
+from grappa_dist.observe import read_events
+from grappa_dist.stages import packs
+from grappa_dist.stages.adapt import adapt, adaptors_of
+from grappa_dist.stages.adapting import AdaptJob, train_adaptors
+from grappa_dist.stages.modelling import ADAPTORS_FILE
+from grappa_dist.stages.packs import AdaptSet
+from grappa_dist.stages.pseudo_label import rows_file
+from tests.models import tiny as tiny_models
+from tests.processes import run_ranks
+from tests.stages import tiny
+
+KS = (3, 4, 5)
+CLIP = 0.05  # of gradients whose norms are about 0.1 to 0.5: it scales, and each set by another factor
+SETTINGS: dict[str, Any] = {"clip_norm": CLIP, "epochs": 3, "checkpoint_steps": 2}
+
+
+def job_in(folder: Path, out: str, ks: tuple[int, ...] = KS, **adapt: Any) -> AdaptJob:
+    paths = [str(path) for path in sorted((folder / "images").iterdir())]
+    settings = tiny.config(paths, adapt={**SETTINGS, **adapt})
+    images, store, sets = ImageShards.open(paths, None), Store(folder / out), []
+    for k in ks:
+        parent = store.artifact(f"labels/k={k}", {}, {})
+        artifact = adaptors_of(store, settings.backbone, settings.adapt, settings.data, settings.seed, parent)
+        sets.append(AdaptSet(k, tiny.labels_in(folder / f"labels-{k}", images, k), artifact))
+    return AdaptJob(tuple(sets), tiny.training_images(settings, images), settings.backbone, settings.adapt)
+
+
+def run(comm: Comm, job: AdaptJob, **watched: Any) -> None:
+    train_adaptors(tiny.Watcher(**watched).context(comm), job)
+
+
+def train_all_ways(comm: Comm, folder: Path) -> None:
+    """Packed in one job on these ranks, and in a world of one also each set alone."""
+    run(comm, job_in(folder, f"packed-{comm.size}"))
+    if comm.size == 1:
+        for k in KS:
+            run(comm, job_in(folder, "alone", (k,)))
+        run(comm, job_in(folder, "unclipped", clip_norm=None))
+        run(comm, job_in(folder, "sparing", micro_batch=3, activation_checkpointing=True))
+    else:
+        run(comm, job_in(folder, "zero", micro_batch=5, zero_stage=2))
+        stopped = job_in(folder, "stopped", zero_stage=1)
+        run(comm, stopped, stop_after=3 if comm.rank == 1 else None)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("packs")
+    tiny.write_shards(folder / "images")
+    for size in (1, 2):
+        run_ranks(train_all_ways, size, folder, timeout_s=400)
+    return folder
+
+
+def weights(folder: Path, out: str, k: int, **adapt: Any) -> dict[str, torch.Tensor]:
+    (one,) = job_in(folder, out, (k,), **adapt).sets
+    assert one.artifact.complete
+    return load_file(one.artifact.path / ADAPTORS_FILE)
+
+
+def close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():  # sums in another order, which Adam's first steps enlarge where gradients vanish
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("k", KS)
+@pytest.mark.parametrize("out", ["packed-1", "packed-2", "sparing", "zero"])
+def test_a_packed_set_is_the_set_trained_alone(folder: Path, out: str, k: int) -> None:
+    close(weights(folder, out, k), weights(folder, "alone", k))
+
+
+@pytest.mark.parametrize("k", KS)
+def test_a_packed_set_leaves_the_log_that_it_would_leave_alone(folder: Path, k: int) -> None:
+    logs = []
+    for out in ("packed-1", "alone"):
+        (one,) = job_in(folder, out, (k,)).sets
+        logs.append([e for e in read_events(one.artifact.path / "metrics.jsonl") if e["name"] == "step"])
+    packed, alone = logs
+    assert len(packed) == 3 * tiny.STEPS_PER_EPOCH
+    for found, expected in zip(packed, alone, strict=True):
+        assert found.keys() == expected.keys()
+        assert found["job"] == f"k={k}"
+        assert 0 <= found["data_wait_share"] <= 1
+        for name in ("step", "lr", "images", "loss", "accuracy", "gradient_norm"):
+            assert found[name] == pytest.approx(expected[name], rel=1e-4), name
+
+
+def test_clipping_bounds_each_set_by_itself(folder: Path) -> None:
+    (_, one, _) = job_in(folder, "packed-1").sets
+    norms = [e["gradient_norm"] for e in tiny.steps_of(one.artifact.path)]
+    assert max(norms) > 2 * CLIP
+    unclipped = weights(folder, "unclipped", 4, clip_norm=None)
+    assert any(not torch.allclose(t, unclipped[n], atol=1e-3) for n, t in weights(folder, "packed-1", 4).items())
+
+
+def test_a_pack_leaves_nothing_but_its_sets(folder: Path) -> None:
+    for out in ("packed-1", "packed-2"):
+        assert list((folder / out / "packs").iterdir()) == []
+        for one in job_in(folder, out).sets:
+            assert set(tiny.files_below(one.artifact.path)) == {
+                "adaptors.safetensors",
+                "metrics.jsonl",
+                "manifest.json",
+            }
+
+
+def test_how_a_set_is_trained_does_not_name_it(folder: Path) -> None:
+    names = {one.artifact.name for one in job_in(folder, "names").sets}
+    for where in ({"sets_per_job": 8}, {"micro_batch": 1}, {"activation_checkpointing": True}, {"zero_stage": 2}):
+        assert {one.artifact.name for one in job_in(folder, "names", **where).sets} == names
+    assert names.isdisjoint(one.artifact.name for one in job_in(folder, "names", clip_norm=1.0).sets)
+
+
+def test_a_pack_stopped_on_two_ranks_under_zero_goes_on_alone_and_on_three_ranks(folder: Path) -> None:
+    job = job_in(folder, "stopped", zero_stage=1)
+    steps = packs.pack_folder(job.sets) / "checkpoints"
+    assert [path.name for path in sorted(steps.iterdir())] == ["step-000000002", "step-000000004"]
+    run_ranks(run_stopped_at, 1, job_in(folder, "stopped", zero_stage=2), 5, timeout_s=400)
+    run_ranks(run_stopped_at, 3, job_in(folder, "stopped"), None, timeout_s=400)
+    for k in KS:
+        close(weights(folder, "stopped", k), weights(folder, "alone", k))
+
+
+def run_stopped_at(comm: Comm, job: AdaptJob, step: int | None) -> None:
+    run(comm, job, stop_after=step)
+
+
+def run_killed(comm: Comm, job: AdaptJob, step: int) -> None:
+    with pytest.raises(tiny.Killed):
+        run(comm, job, kill_after=step)
+
+
+def test_a_killed_pack_is_taken_up_as_it_was_whatever_the_settings_say_and_ends_with_the_same_bytes(
+    folder: Path,
+) -> None:
+    job = job_in(folder, "killed")
+    run_ranks(run_killed, 1, job, 5, timeout_s=400)
+    assert packs.group(job.sets, 1) == [job.sets]
+    assert packs.group(job.sets[:2], 1) == [(job.sets[0],), (job.sets[1],)]  # a pack that lacks a member is none
+    run_ranks(run, 1, job, timeout_s=400)
+    for one, straight in zip(job.sets, job_in(folder, "packed-1").sets, strict=True):
+        ours, theirs = ((a.path / ADAPTORS_FILE).read_bytes() for a in (one.artifact, straight.artifact))
+        assert ours == theirs
+
+
+def test_a_kill_between_two_commits_loses_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = job_in(folder, "commits")
+    commits = []
+    real = Artifact.commit
+
+    def once(artifact: Artifact, discard: Any = ()) -> None:
+        if commits:
+            raise tiny.Killed
+        commits.append(artifact)
+        real(artifact, discard)
+
+    begun = packs.begin(job.sets)
+    (begun / packs.LOG_FILE).write_text("")
+    tensors = [weights(folder, "packed-1", k) for k in KS]
+    monkeypatch.setattr(Artifact, "commit", once)
+    with pytest.raises(tiny.Killed):
+        packs.finish(job.sets, tensors)
+    monkeypatch.undo()
+    assert [one.artifact.complete for one in job.sets] == [True, False, False]
+    packs.commit_trained(job.sets)
+    assert all(one.artifact.complete for one in job.sets)
+    assert not begun.exists()
+
+
+@pytest.mark.parametrize(("asked", "names"), [(1, ["k=3", "k=5"]), (2, ["k=3+k=5"]), ("auto", ["k=3+k=5"])])
+def test_only_missing_sets_are_trained_in_jobs_of_the_size_asked_for(
+    folder: Path, tmp_path: Path, asked: int | str, names: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = [str(path) for path in sorted((folder / "images").iterdir())]
+    settings = tiny.config(paths, adapt={"epochs": 1, "sets_per_job": asked, "classifier": "random"})
+    here = tiny.Here(num_workers=1)
+    run_of = tiny.run_in(settings, tmp_path, here)
+    images, labels, adaptors = ImageShards.open(paths, None), {}, {}
+    for k in KS:
+        labels[k] = run_of.store.artifact(f"labels/k={k}", {}, {})
+        for shard, path in enumerate(tiny.labels_in(tmp_path / f"rows-{k}", images, k).paths):
+            np.save(labels[k].begin() / rows_file(shard), np.load(path))
+        labels[k].commit()
+        adaptors[k] = adaptors_of(run_of.store, settings.backbone, settings.adapt, settings.data, 0, labels[k])
+    adaptors[4].begin()
+    adaptors[4].commit()
+    adapt(run_of, adaptors, labels, images, np.array([tiny.BAD]))
+    assert [name for name in here.asked if name != "measure_rates"] == names
+    assert all(artifact.complete for artifact in adaptors.values())
+    said = capsys.readouterr().err
+    assert ("2 sets to a job: an image takes" in said) == (asked == "auto")
+    assert f"{len(names)} job" in said
+
+
+def broken(dim: int, depth: int) -> torch.nn.Module:
+    """Gives features that are not finite for the second image of a batch."""
+    model: Any = tiny_models.create(dim, depth)
+    where = torch.zeros(tiny.BATCH, 1, 1).index_fill(0, torch.tensor(1), torch.nan)
+    model.patch_embed.register_forward_hook(lambda module, given, tokens: tokens + where[: len(tokens)])
+    return model  # type: ignore[no-any-return]
+
+
+def said_when_broken(comm: Comm, job: AdaptJob) -> str:
+    with pytest.raises(ArithmeticError) as error:
+        run(comm, job)
+    return str(error.value)
+
+
+def test_a_loss_that_is_not_finite_names_the_images_whose_features_are_not(folder: Path) -> None:
+    job = job_in(folder, "nan")
+    job = replace(job, backbone=job.backbone.model_copy(update={"name": "tests.stages.test_packs:broken"}))
+    rows = [job.training.order(0).batch_share(0, tiny.BATCH, rank, 2)[1] for rank in range(2)]
+    named = ", ".join(f"{row} ({job.training.images.where(row)})" for row in sorted(rows))
+    said = f"k=3+k=4+k=5: the loss is nan at step 0; nothing was updated; images of that step: {named}"
+    assert run_ranks(said_when_broken, 2, job, timeout_s=400) == [said, said]
+    assert "image '" in said
