@@ -17,6 +17,16 @@ from grappa_dist.dist.preflight import Checks, Facts, answered, problems, token_
 from grappa_dist.dist.workers import Worker
 
 SURVEY_TIMEOUT_S = 60.0  # a storage that hangs must not hang the run
+START_ATTEMPTS = 3  # Ray may place a worker on a node of whose death it has not heard
+
+
+@dataclass(frozen=True)
+class _Start:
+    """A worker on its way."""
+
+    ready: Any  # the call that it answers once it is up
+    since: float
+    attempt: int = 1
 
 
 @dataclass
@@ -32,7 +42,7 @@ class Cluster:
     _gpus: float = 0.0  # per worker, of the nodes at the start: CPU nodes that outlive all others change nothing
     _begun: bool = False
     _node_of: dict[Any, str] | None = None  # workers that are up, and the ids of their nodes
-    _arriving: dict[Any, tuple[Any, float]] = field(default_factory=dict)  # started: the call that answers, since when
+    _arriving: dict[Any, _Start] = field(default_factory=dict)
 
     def workers(self) -> list[Any]:
         """The worker actors that are up.
@@ -98,14 +108,14 @@ class Cluster:
         if not self._arriving:
             return []
         assert self._node_of is not None
-        refs = {ref: worker for worker, (ref, _) in self._arriving.items()}
+        refs = {start.ready: worker for worker, start in self._arriving.items()}
         ready, _ = ray.wait(list(refs), num_returns=len(refs), timeout=timeout_s)
         up: dict[Any, str] = {}
         for ref in ready:
             try:
                 up[refs[ref]] = ray.get(ref)
             except ray.exceptions.RayError as error:
-                self._give_up([refs[ref]], f"a worker cannot start: {str(error).strip().splitlines()[-1]}")
+                self._start_again(refs[ref], str(error).strip().splitlines()[-1])
         self._give_up_late(set(up))
         trouble = self._check(up)
         if trouble:
@@ -138,23 +148,35 @@ class Cluster:
         return fitting(nodes, self.resources, self._gpus)
 
     def _start(self, count: int) -> None:
+        for _ in range(count):
+            worker = self._new_worker()
+            self._arriving[worker] = _Start(worker.ready.remote(), time.monotonic())
+
+    def _start_again(self, worker: Any, why: str) -> None:
+        failed = self._arriving[worker]
+        if failed.attempt == START_ATTEMPTS:
+            self._give_up([worker], f"a worker cannot start: {why}")
+            return
+        del self._arriving[worker]
+        fresh = self._new_worker()
+        self._arriving[fresh] = _Start(fresh.ready.remote(), failed.since, failed.attempt + 1)
+
+    def _new_worker(self) -> Any:
         import ray
 
         actor: Any = ray.remote(concurrency_groups={"control": 2})(Worker)  # type: ignore[call-overload]
         where = self.resources
         threads = where.cpus_per_worker if where.threads == "auto" else where.threads
-        options = actor.options(
+        return actor.options(
             num_cpus=where.cpus_per_worker,
             num_gpus=self._gpus,
             runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}},
-        )
-        for _ in range(count):
-            worker = options.remote(threads, self._gpus)
-            self._arriving[worker] = (worker.ready.remote(), time.monotonic())
+        ).remote(threads, self._gpus)
 
     def _give_up_late(self, up: set[Any]) -> None:
         """Who is late; with elastic also, at once, who was meant for a node that turns out to be gone."""
-        late = {w: now - since for w, (_, since) in self._arriving.items() if w not in up for now in [time.monotonic()]}
+        now = time.monotonic()
+        late = {worker: now - start.since for worker, start in self._arriving.items() if worker not in up}
         limit = self.resources.placement_timeout_s
         over = [worker for worker, age in late.items() if age > limit]
         if over:
