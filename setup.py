@@ -40,6 +40,7 @@ EXTRAS = {
         "mypy>=1.14",
         "types-PyYAML",
         "scipy>=1.11",  # as in benchmarks
+        "kubernetes-validate>=1.33",  # schemas of Kubernetes, which cluster/kubernetes is held to; brings jsonschema
     ],
 }
 
