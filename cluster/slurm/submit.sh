@@ -8,15 +8,18 @@ fi
 code=$(cd "$(dirname "$0")/../.." && pwd)
 settings=$1
 shift
-# shellcheck source=cluster/slurm/settings.sh
-. "$code/cluster/slurm/settings.sh" # the defaults
-# shellcheck disable=SC1090
-. "$settings"
-
 fail() {
   echo "$settings: $*" >&2
   exit 2
 }
+# shellcheck source=cluster/slurm/settings.sh
+. "$code/cluster/slurm/settings.sh" # the defaults
+known=" $(compgen -v | tr '\n' ' ') COMMAND known name "
+# shellcheck disable=SC1090
+. "$settings"
+for name in $(compgen -v -X '!*[A-Z]*'); do # a misspelt name must not pass for none; export what is for the program
+  case "$known $(compgen -e | tr '\n' ' ') " in *" $name "*) ;; *) fail "$name: no such setting" ;; esac
+done
 case $RUN_DIR in /*) ;; *) fail "RUN_DIR=$RUN_DIR must be an absolute path on storage that all nodes see" ;; esac
 case $NODE_LOSS in requeue | stay) ;; *) fail "NODE_LOSS=$NODE_LOSS must be requeue or stay" ;; esac
 [ -n "${COMMAND+set}" ] || [ -f "$CONFIG" ] || [ -f "$code/$CONFIG" ] || fail "CONFIG=$CONFIG: no such file"

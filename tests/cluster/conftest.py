@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,21 @@ from tests.cluster import machines, slurm
 from tests.cluster.machines import Bench
 from tests.cluster.slurm import Slurm
 from tests.e2e.runs import ROOT
+
+
+FIGURES: list[str] = []
+
+
+@pytest.fixture
+def figure() -> Callable[[str, float], None]:
+    """Keeps a measured time for the end of the session's output."""
+    return lambda what, seconds: FIGURES.append(f"{what}: {seconds:.1f} s")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if FIGURES:
+        terminalreporter.section("measured")
+        terminalreporter.write_line("\n".join(FIGURES))
 
 
 @pytest.fixture(scope="session")

@@ -96,6 +96,13 @@ class Slurm:
         daemon = ["slurmctld", "-c"] if machine.number == 0 else ["slurmd", "-N", machine.name]
         machine.output(*daemon, env=self.environment)
 
+    def bring_back(self, machine: Machine) -> None:
+        """Switches a dead machine on again."""
+        machine.reboot()
+        self.start_on(machine)
+        self.bench[0].run("scontrol", "update", f"NodeName={machine.name}", "State=RESUME", env=self.environment)
+        self.wait_for(lambda: not {"down", "down*"} & set(self.states()), "no dead nodes", patience_s=60)
+
     @property
     def environment(self) -> dict[str, str]:
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH", "RAY_"))}
