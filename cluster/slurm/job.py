@@ -1,0 +1,256 @@
+"""What a Slurm job does on its first node: Ray on all nodes as job steps, the program beside them, an orderly end.
+
+    job.py [options] -- <command of a Ray node> -- <flags of ray start> -- <program>
+
+Exit status: the program's; 75 when the nodes did not come up. The job is put back into the queue when the time limit
+was near and the program has saved its state (143), and when a node was lost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Callable, Container, Dict, List, Optional
+
+NOT_STARTED, KILLED, SAVED = 75, 137, 143
+POLL_S = 0.2
+END_S = 20.0  # for the nodes to end and to keep their logs; then Slurm ends them
+CUT_OFF_S = 10.0  # for a program whose nodes are gone
+
+
+class NotStarted(Exception):
+    """The nodes did not come up, or the job was told to end before they had."""
+
+
+class Step:
+    """`srun` of a Ray node on some nodes: a log, what the nodes said, and an end when its standard input is closed."""
+
+    def __init__(self, name: str, nodes: List[str], command: List[str], log: Path) -> None:
+        self.name, self.log = name, log
+        self.said: Dict[str, str] = {}
+        size = ["--nodes=%d" % len(nodes), "--ntasks=%d" % len(nodes), "--ntasks-per-node=1"]
+        size += ["--nodelist=" + ",".join(nodes), "--cpus-per-task=" + os.environ["SLURM_CPUS_PER_TASK"]]
+        srun = ["srun", "--overlap", "--label", "--no-kill", "--kill-on-bad-exit=0", "--job-name=ray-" + name, *size]
+        self.process = subprocess.Popen(
+            [*srun, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        with open(self.log, "a") as log:
+            for line in self.process.stdout:
+                log.write(line)
+                log.flush()
+                for key, value in re.findall(r"(\w+)=(\S+)", line.partition("node: ")[2]):
+                    self.said[key] = value
+
+    @property
+    def lives(self) -> bool:
+        return self.process.poll() is None
+
+    def release(self) -> None:
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.close()
+        except OSError:
+            pass  # it has ended
+
+    def end(self, patience_s: float) -> None:
+        """Waits for it, then makes Slurm end it."""
+        for number in (None, signal.SIGTERM, signal.SIGKILL):
+            if number is not None:
+                say("step %s does not end: %s" % (self.name, number.name))
+                self.process.send_signal(number)
+            try:
+                self.process.wait(timeout=patience_s)
+                break
+            except subprocess.TimeoutExpired:
+                patience_s = 5.0
+        self.reader.join(timeout=5)
+
+
+class Cluster:
+    """Ray on all nodes of the job."""
+
+    def __init__(self, nodes: List[str], node_command: List[str], ray_flags: List[str], logs: Path) -> None:
+        self.nodes, self.logs = nodes, logs
+        self.command, self.flags = node_command, ray_flags
+        self.steps: List[Step] = []
+
+    def start(self, deadline: float, stopped: Callable[[], bool]) -> str:
+        """Ray's address, once all nodes have joined.
+
+        Raises:
+            NotStarted: a step ended, the deadline passed, or `stopped`.
+        """
+        head = self._step("head", self.nodes[:1], [])
+        self._await(lambda: "address" in head.said, deadline, stopped)
+        if self.nodes[1:]:
+            self._step("workers", self.nodes[1:], ["--address", head.said["address"]])
+        self._await(lambda: self.alive == len(self.nodes), deadline, stopped)
+        return head.said["address"]
+
+    def _step(self, name: str, nodes: List[str], arguments: List[str]) -> Step:
+        keep = ["--keep-logs", str(self.logs)]
+        command = [*self.command, *keep, *arguments, "--", *self.flags]
+        self.steps.append(Step(name, nodes, command, self.logs / (name + ".log")))
+        return self.steps[-1]
+
+    def _await(self, happened: Callable[[], bool], deadline: float, stopped: Callable[[], bool]) -> None:
+        while not happened():
+            if stopped():
+                raise NotStarted("told to end")
+            lost = self.lost()
+            if lost:
+                raise NotStarted(lost)
+            if time.monotonic() > deadline:
+                raise NotStarted("%d of %d nodes have joined in time; see %s" % (self.alive, len(self.nodes), self.logs))
+            time.sleep(POLL_S)
+
+    @property
+    def alive(self) -> int:
+        return int(self.steps[0].said.get("alive", 0))
+
+    def lost(self, of: Optional[int] = None) -> str:
+        """Why the cluster is not what it was, or nothing; `of`: so many nodes have been there."""
+        for step in self.steps:
+            if "failed" in step.said and not of:
+                return "Ray failed on %s; the log is %s" % (step.said["failed"], step.log)
+            if not step.lives:
+                return "step %s has ended; its log is %s" % (step.name, step.log)
+        return "%d of %d nodes are alive" % (self.alive, of) if of and self.alive < of else ""
+
+    @property
+    def lives(self) -> bool:
+        return self.steps[0].lives
+
+    def end(self) -> None:
+        for step in self.steps:
+            step.release()
+        for step in self.steps:
+            step.end(END_S)
+
+
+class Job:
+    """The program, and what is to become of it when a signal comes or a node goes."""
+
+    def __init__(self, given: argparse.Namespace, cluster: Cluster) -> None:
+        self.given, self.cluster = given, cluster
+        self.why = ""  # the program was asked to save and end
+        self.requeue_on: Container[int] = ()  # exit statuses of the program
+
+    def listen(self) -> None:
+        signal.signal(signal.SIGUSR1, lambda *_: self.ask("the time limit is near", (SAVED, KILLED)))
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self.ask("told to end", ()))
+
+    def ask(self, why: str, requeue_on: Container[int]) -> None:
+        if not self.why:
+            self.why, self.requeue_on = why, requeue_on
+
+    def run(self, program: List[str]) -> int:
+        try:
+            address = self.cluster.start(time.monotonic() + self.given.start_s, lambda: bool(self.why))
+        except NotStarted as error:
+            say("the nodes did not start: %s" % error)
+            return SAVED if self.why else NOT_STARTED
+        say("%d nodes are up, RAY_ADDRESS=%s" % (len(self.cluster.nodes), address))
+        environment = {"RAY_AUTH_MODE": "disabled", **os.environ, "RAY_ADDRESS": address}
+        process = subprocess.Popen(program, env=environment, stdin=subprocess.DEVNULL)
+        status = self._follow(process)
+        say("the program ended with %d" % status)
+        return status
+
+    def _follow(self, process: "subprocess.Popen[bytes]") -> int:
+        """The program's exit status, negative signals as a shell says them."""
+        asked: Optional[float] = None
+        known = len(self.cluster.nodes)
+        while process.poll() is None:
+            lost = self.cluster.lost(known)
+            if lost and self.given.node_loss == "stay" and self.cluster.lives:
+                if self.cluster.alive < known:
+                    say("%s; going on" % lost)
+                    known = self.cluster.alive
+            elif lost:
+                self.ask(lost, range(1, 256))
+            if self.why and asked is None:
+                say("%s: asking the program to save and end" % self.why)
+                process.terminate()
+                asked = time.monotonic()
+            patience_s = self.given.save_s if self.cluster.lives else CUT_OFF_S
+            if asked is not None and time.monotonic() > asked + patience_s:
+                say("the program did not end within %g s" % patience_s)
+                process.kill()
+                process.wait()
+            time.sleep(POLL_S)
+        status = process.returncode
+        return 128 - status if status < 0 else status
+
+
+def put_back(given: argparse.Namespace) -> None:
+    """Puts the job back into the queue, which ends this process."""
+    job, times = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", 0))
+    if times >= given.max_requeues:
+        say("not put back into the queue: %d times are enough (MAX_REQUEUES)" % times)
+        return
+    say("putting the job back into the queue, time %d" % (times + 1))
+    if subprocess.run(["scontrol", "requeue", job]).returncode:
+        say("Slurm refuses; submit the job again, and it goes on from what is saved")
+    else:
+        time.sleep(30)
+
+
+def say(text: str) -> None:
+    print("%s job.py: %s" % (time.strftime("%F %T"), text), flush=True)
+
+
+def main() -> int:
+    options, node_command, ray_flags, program = split(sys.argv[1:], 4)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--logs", type=Path, required=True)
+    parser.add_argument("--start-s", type=float, required=True)
+    parser.add_argument("--save-s", type=float, required=True)
+    parser.add_argument("--node-loss", choices=["requeue", "stay"], required=True)
+    parser.add_argument("--max-requeues", type=int, required=True)
+    given = parser.parse_args(options)
+    given.logs.mkdir(parents=True, exist_ok=True)
+    nodes = subprocess.check_output(["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]], text=True).split()
+    first = os.environ.get("SLURMD_NODENAME", nodes[0])  # where the program and so the head must be
+    nodes = [first, *(node for node in nodes if node != first)]
+    cluster = Cluster(nodes, node_command, ray_flags, given.logs)
+    job = Job(given, cluster)
+    job.listen()
+    say("start %s on %s" % (os.environ.get("SLURM_RESTART_COUNT", "0"), ", ".join(nodes)))
+    try:
+        status = job.run(program)
+    finally:
+        cluster.end()
+    say("the nodes have ended; exit status %d" % status)
+    if status in job.requeue_on:
+        put_back(given)
+    return status
+
+
+def split(arguments: List[str], parts: int) -> List[List[str]]:
+    """The first `parts` lists that lie between --; the last keeps its own."""
+    found: List[List[str]] = [[]]
+    for argument in arguments:
+        if argument == "--" and len(found) < parts:
+            found.append([])
+        else:
+            found[-1].append(argument)
+    assert len(found) == parts, "see the head of this file"
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

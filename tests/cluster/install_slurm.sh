@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Installs Slurm and munge from the distribution's packages (Debian, Ubuntu), for the tests; starts no service.
+set -euo pipefail
+if command -v slurmctld slurmd munged sbatch >/dev/null; then
+  exit 0
+fi
+[ "$(id -u)" = 0 ] || { echo "$0: needs root" >&2; exit 1; }
+command -v apt-get >/dev/null || { echo "$0: needs apt-get" >&2; exit 1; }
+export DEBIAN_FRONTEND=noninteractive
+apt-get update -qq
+apt-get install -y -qq --no-install-recommends \
+  slurmctld slurmd slurm-client slurm-wlm-basic-plugins munge iproute2 util-linux procps
