@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import re
 import shutil
@@ -120,6 +121,24 @@ def test_pods_have_what_training_needs(rendered: dict[str, list[dict[str, Any]]]
         assert mounts["/dev/shm"]["emptyDir"]["medium"] == "Memory"
         assert mounts["/mnt/grappa"]["persistentVolumeClaim"]["claimName"] == settings()["claim"]
         assert spec["securityContext"]["runAsNonRoot"]
+
+
+def test_lost_nodes_are_noticed_as_fast_as_where_we_start_ray_ourselves(
+    rendered: dict[str, list[dict[str, Any]]],
+) -> None:
+    program = ast.parse((ROOT / "cluster" / "ray_node.py").read_text())
+    ours = next(
+        ast.literal_eval(node.value)
+        for node in program.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "ENVIRONMENT"
+    )
+    head, workers = groups(only(rendered["job"]))
+    given: dict[str, str] = {}
+    for group in (head, workers):
+        given |= {entry["name"]: entry["value"] for entry in group["template"]["spec"]["containers"][0]["env"]}
+    expected = {name: value for name, value in ours.items() if "health_check" in name or "reconnect" in name}
+    assert len(expected) == 4
+    assert {name: given.get(name) for name in expected} == expected
 
 
 def test_a_job_cleans_up_and_only_a_queued_one_waits(rendered: dict[str, list[dict[str, Any]]]) -> None:
