@@ -117,7 +117,11 @@ class Cluster:
             except ray.exceptions.RayError as error:
                 self._start_again(refs[ref], str(error).strip().splitlines()[-1])
         self._give_up_late(set(up))
+        if not self._begun and len(up) < len(self._arriving):  # at the start all nodes are checked together
+            return []
         trouble = self._check(up)
+        if trouble and not self._begun:
+            raise ValueError(trouble)
         if trouble:
             self._give_up([worker for worker, node in up.items() if node in self._refused], trouble)
         passed = {worker: node for worker, node in up.items() if node not in self._refused}
@@ -193,10 +197,8 @@ class Cluster:
         for worker in workers:
             ray.kill(worker)
             del self._arriving[worker]
-        if not self._begun:
-            raise ValueError(why)
         if not (self.resources.elastic and self.size):
-            raise RuntimeError(why)
+            raise RuntimeError(why) if self._begun else ValueError(why)
         self.tell(f"workers: {why}; going on with {self.size}")
 
     def _check(self, up: dict[Any, str]) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,9 @@ import torch
 from grappa_dist.dist.comm import Comm, process_group
 from grappa_dist.dist.preflight import Checks, Facts, node_name, survey
 
+LOOK_S = 3.0
+CUT_OFF_TRIES = 4  # of LOOK_S each and LOOK_S apart: about when the head, too, gives up a node that it cannot reach
+CUT_OFF_STATUS = 75
 Place = tuple[int, int, str]  # rank, size, address of rank 0
 
 
@@ -44,6 +49,7 @@ class Worker:
         self._threads, self._gpus = threads, gpus
         self._status: dict[str, Any] = {}
         self._stop = threading.Event()
+        threading.Thread(target=_end_when_cut_off, args=(_head_address(),), daemon=True).start()
 
     def ready(self) -> str:
         """The node's id, once the process is up and has imported what jobs need."""
@@ -99,6 +105,29 @@ class Worker:
         import faiss
 
         faiss.omp_set_num_threads(self._threads)
+
+
+def _head_address() -> tuple[str, int]:
+    import ray
+
+    host, port = ray.get_runtime_context().gcs_address.rsplit(":", 1)
+    return str(host).strip("[]"), int(port)
+
+
+def _end_when_cut_off(head: tuple[str, int]) -> None:
+    """Ends this process when nothing reaches the head any more: it would hold its GPU, and write beside its successor.
+
+    Ray itself takes minutes to see that packets vanish. A busy head counts as reached: its kernel answers.
+    """
+    missed = 0  # in a row, not a time: this process itself may have been held up
+    while missed < CUT_OFF_TRIES:
+        try:
+            socket.create_connection(head, LOOK_S).close()
+            missed = 0
+        except OSError:
+            missed += 1
+        time.sleep(LOOK_S)
+    os._exit(CUT_OFF_STATUS)
 
 
 def _node_address() -> str:

@@ -36,14 +36,14 @@ def workers_of(machine: Machine) -> set[int]:
     return {pid for pid, line in machine.processes().items() if line.startswith("ray::Worker")}
 
 
-def lose(pipeline: Pipeline, machine: Machine, action: str, job: str) -> float:
-    """Cuts off or crashes a machine in the middle of a job; seconds until the driver has noticed."""
+def lose(pipeline: Pipeline, machine: Machine, action: str, job: str) -> tuple[float, float]:
+    """Cuts off or crashes a machine in the middle of a job: when, and how many seconds until the driver noticed."""
     pipeline.wait_for(lambda: runs.last_step(pipeline.run, job) >= 10)
     failures = len(pipeline.events("job_failed"))
     at = time.time()
     machine.cut() if action == "cut" else machine.crash()
     pipeline.wait_for(lambda: len(pipeline.events("job_failed")) > failures)
-    return float(str(pipeline.events("job_failed")[-1]["t"])) - at
+    return at, float(str(pipeline.events("job_failed")[-1]["t"])) - at
 
 
 @pytest.mark.parametrize("action", ["cut", "crash"])
@@ -61,7 +61,7 @@ def test_a_run_survives_the_loss_of_a_machine_in_adapt_and_of_another_in_fuse(
                 pipeline.wait_for(lambda job=job: runs.last_step(pipeline.run, job) >= 0)
                 before = {machine.name: workers_of(machine) for machine in workers[:lost]}
                 assert all(before.values())
-                noticed = lose(pipeline, workers[lost], action, job)
+                lost_at, noticed = lose(pipeline, workers[lost], action, job)
                 figure(f"{action} in {job}: noticed after", noticed)
                 assert noticed < NOTICED_S
                 failed = pipeline.events("job_failed")[-1]
@@ -69,6 +69,9 @@ def test_a_run_survives_the_loss_of_a_machine_in_adapt_and_of_another_in_fuse(
                 begun = pipeline.events("job_begins")[-1]
                 assert (begun["job"], begun["ranks"]) == (failed["job"], left)
                 figure(f"{action} in {job}: goes on after", float(str(begun["t"])) - float(str(failed["t"])) + noticed)
+                if action == "cut":  # its workers are out of reach, and end by themselves
+                    pipeline.wait_for(lambda machine=workers[lost]: not workers_of(machine), patience_s=30)
+                    figure(f"{action} in {job}: no worker left on the machine after", time.time() - lost_at)
                 for machine in workers[:lost]:
                     assert not before[machine.name] & workers_of(machine), f"survivors on {machine.name}"
             assert pipeline.ends() == 0, pipeline.log.read_text()[-3000:]
@@ -76,25 +79,20 @@ def test_a_run_survives_the_loss_of_a_machine_in_adapt_and_of_another_in_fuse(
                 starts = [e["at_step"] for e in runs.metrics(pipeline.run, job) if e["name"] == "begins"]
                 assert int(str(starts[-1])) > 0, f"{job} began again from nothing"
             assert (pipeline.run / "report" / "report.html").exists()
-            if action == "cut":
-                began = time.monotonic()
-                while any(workers_of(machine) for machine in workers[1:]):
-                    assert time.monotonic() - began < 60, "workers that are cut off go on"
-                    time.sleep(0.5)
     finally:
         for machine in workers[1:]:
             machine.reboot()
 
 
 def test_without_elastic_a_lost_machine_ends_the_run_with_an_error_that_says_so(bench: Bench, folder: Path) -> None:
-    config = write_config(folder, resources={"placement_timeout_s": 10})
+    config = write_config(folder, resources={"placement_timeout_s": 45})
     head, *workers = [bench[number] for number in range(4)]
     try:
         with ray_on(head, workers) as (address, _), pipeline_on(head, address, config, folder / "run") as pipeline:
             lose(pipeline, workers[2], "crash", "adaptors/k=4")
-            assert pipeline.ends(60) == 1
+            assert pipeline.ends(150) == 1
             said = pipeline.log.read_text().splitlines()[-1]
-            assert "error: 1 of 3 workers did not start within 10 s" in said
+            assert "error: 1 of 3 workers did not start within 45 s" in said
             assert "or is a node gone?" in said
             assert list(pipeline.run.glob("adaptors/k=4-*.partial/checkpoints/*"))
     finally:
