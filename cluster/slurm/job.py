@@ -21,8 +21,9 @@ from typing import Callable, Container, Dict, List, Optional
 
 NOT_STARTED, KILLED, SAVED = 75, 137, 143
 POLL_S = 0.2
-END_S = 20.0  # for the nodes to end and to keep their logs; then Slurm ends them
-CUT_OFF_S = 10.0  # for a program whose nodes are gone
+END_S, LOST_END_S = 20.0, 10.0  # for the nodes to end and to keep their logs; the latter if one of them is gone
+LOST_S = 30.0  # for a program that has lost a node: what ran elsewhere saves at its next step
+CUT_OFF_S = 3.0  # for a program that has lost its head: it can do no more
 
 
 class NotStarted(Exception):
@@ -65,16 +66,12 @@ class Step:
             pass  # it has ended
 
     def end(self, patience_s: float) -> None:
-        """Waits for it, then makes Slurm end it."""
-        for number in (None, signal.SIGTERM, signal.SIGKILL):
-            if number is not None:
-                say("step %s does not end: %s" % (self.name, number.name))
-                self.process.send_signal(number)
-            try:
-                self.process.wait(timeout=patience_s)
-                break
-            except subprocess.TimeoutExpired:
-                patience_s = 5.0
+        """Waits for it. What is left then, on a dead node say, is ended by Slurm with the job."""
+        try:
+            self.process.wait(timeout=patience_s)
+        except subprocess.TimeoutExpired:
+            say("step %s has not ended after %g s and is left to Slurm" % (self.name, patience_s))
+            self.process.kill()
         self.reader.join(timeout=5)
 
 
@@ -136,8 +133,9 @@ class Cluster:
     def end(self) -> None:
         for step in self.steps:
             step.release()
+        end = time.monotonic() + (LOST_END_S if self.alive < len(self.nodes) else END_S)
         for step in self.steps:
-            step.end(END_S)
+            step.end(max(1.0, end - time.monotonic()))
 
 
 class Job:
@@ -186,7 +184,7 @@ class Job:
                 say("%s: asking the program to save and end" % self.why)
                 process.terminate()
                 asked = time.monotonic()
-            patience_s = self.given.save_s if self.cluster.lives else CUT_OFF_S
+            patience_s = (LOST_S if lost else self.given.save_s) if self.cluster.lives else CUT_OFF_S
             if asked is not None and time.monotonic() > asked + patience_s:
                 say("the program did not end within %g s" % patience_s)
                 process.kill()
@@ -197,7 +195,7 @@ class Job:
 
 
 def put_back(given: argparse.Namespace) -> None:
-    """Puts the job back into the queue, which ends this process."""
+    """Puts the job back into the queue; Slurm asks no more than that this process ends."""
     job, times = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", 0))
     if times >= given.max_requeues:
         say("not put back into the queue: %d times are enough (MAX_REQUEUES)" % times)
@@ -205,8 +203,6 @@ def put_back(given: argparse.Namespace) -> None:
     say("putting the job back into the queue, time %d" % (times + 1))
     if subprocess.run(["scontrol", "requeue", job]).returncode:
         say("Slurm refuses; submit the job again, and it goes on from what is saved")
-    else:
-        time.sleep(30)
 
 
 def say(text: str) -> None:

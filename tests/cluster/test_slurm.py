@@ -75,17 +75,19 @@ def test_after_a_node_died_the_job_starts_again_without_it_and_resumes(
 ) -> None:
     write_config(folder, **LONG)
     job = submit(cluster, folder)
-    job.reaches("adaptors/k=4", 25)  # the checkpoint is at 20
+    for adaptors in ("adaptors/k=4", "adaptors/k=6"):
+        job.reaches(adaptors, 25)  # the checkpoint is at 20
     bench[2].crash()
     figure("from a node's death to its notice", job.says("1 of 2 nodes are alive: asking the program"))
     try:
         figure("from there to the job being put back", job.says("putting the job back into the queue"))
         cluster.command("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=dead")  # or after SlurmdTimeout
-        cluster.skip_the_pause(job.number)
+        figure("from there to its leaving the nodes", cluster.skip_the_pause(job.number))
+        figure("from there to its second start, without Slurm's pause", job.says("start 1 on n1, n3"))
         assert job.ends() == ("COMPLETED", 0), job.everything()
-        assert "start 1 on n1, n3" in job.log
-        started, *resumed = _resumed_at(job, "adaptors/k=4")
-        assert started == 0
+        begun = [_resumed_at(job, adaptors) for adaptors in ("adaptors/k=4", "adaptors/k=6")]
+        assert [steps[0] for steps in begun] == [0, 0]
+        resumed = [step for steps in begun for step in steps[1:]]  # the one on the dead node, from a checkpoint
         assert resumed
         assert all(step >= 20 for step in resumed)
         assert cluster.left_behind([1, 3]) == {}
