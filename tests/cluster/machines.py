@@ -83,7 +83,9 @@ class Machine:
                 # ended by the kernel if we are: no machine outlives the tests
                 ["setpriv", "--pdeathsig=KILL", "unshare", *flags, "bash", "-c", BOOT, "boot", *arguments]
                 + [str(path) for path in self.bench.shared],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
             )
         end = time.monotonic() + BOOT_S
         while not (self.tmp / ".booted").exists():
