@@ -213,7 +213,8 @@ class Cluster:
         wrong = {node: problems(versions(), [facts], self.checks.worker_bytes) for node, facts in found.items()}
         self._refused = {*self._refused, *wrong} - {node for node, trouble in wrong.items() if not trouble}
         self.facts |= {node: facts for node, facts in found.items() if not wrong[node]}
-        trouble = problems(versions(), list(found.values()), self.checks.worker_bytes)
+        in_order = sorted(found.values(), key=lambda facts: facts.node)
+        trouble = problems(versions(), in_order, self.checks.worker_bytes)
         return f"preflight: {'; '.join(trouble)}" if trouble else ""
 
 
