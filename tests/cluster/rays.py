@@ -16,6 +16,7 @@ from grappa_dist.observe import read_events
 from tests.cluster.machines import Machine
 from tests.e2e.runs import ROOT
 
+START_ATTEMPTS = 3
 START_S = 300.0  # imports on a machine that does other things as well
 
 
@@ -43,6 +44,12 @@ class Node:
             assert time.monotonic() < end, f"{words}: not said by {self.machine.name}: {self.lines[-5:]}"
             time.sleep(0.05)
 
+    def joins(self) -> bool:
+        """Whether it comes up, once that is known."""
+        while self.process.poll() is None and not any("node: address=" in line for line in self.lines):
+            time.sleep(0.05)
+        return self.process.poll() is None
+
     def end(self) -> None:
         assert self.process.stdin is not None
         self.process.stdin.close()
@@ -63,6 +70,18 @@ def start_node(machine: Machine, cpus: int, address: str | None = None, **variab
     return node
 
 
+def start_worker_node(machine: Machine, address: str, **variables: str) -> Node:
+    """A node that has joined; a raylet that was too slow is tried again."""
+    for _ in range(START_ATTEMPTS - 1):
+        node = start_node(machine, 1, address, **variables)
+        if node.joins():
+            return node
+        node.end()
+    node = start_node(machine, 1, address, **variables)
+    node.says("node: address=")
+    return node
+
+
 def environment(**variables: str) -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "PYTEST"))}
     return {**kept, "PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **variables}
@@ -75,9 +94,10 @@ def ray_on(head: Machine, workers: Sequence[Machine], **variables: str) -> Itera
         first = start_node(head, 0, **variables)
         stack.callback(first.end)
         address = first.says("node: address=").split("address=")[1].split()[0]
-        nodes = [start_node(machine, 1, address, **variables) for machine in workers]
-        for node in nodes:
-            stack.callback(node.end)
+        nodes = []
+        for machine in workers:  # one by one: Ray gives a raylet 30 s to start, which is little where all start at once
+            nodes.append(start_worker_node(machine, address, **variables))
+            stack.callback(nodes[-1].end)
         first.says(f"node: alive={len(workers) + 1}")
         yield address, nodes
 
