@@ -134,7 +134,9 @@ def own_address(given: argparse.Namespace) -> tuple[str, int]:
         addresses = dict(interfaces())
         if given.interface not in addresses:
             have = ", ".join(f"{name} ({address})" for name, address in addresses.items())
-            raise ValueError(f"interface {given.interface} has no IPv4 address on {socket.gethostname()}; there are {have}")
+            raise ValueError(
+                f"interface {given.interface} has no IPv4 address on {socket.gethostname()}; there are {have}"
+            )
         host = addresses[given.interface]
     elif given.address:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # sends nothing; asks which way a packet goes
@@ -184,7 +186,9 @@ def ray_command(given: argparse.Namespace, host: str, port: int) -> list[str]:
             f"in /dev/shm on {socket.gethostname()}; make one smaller or the other larger"
         )
     if len(str(given.temp_dir)) > LONGEST_TEMP_DIR or not given.temp_dir.is_absolute():
-        raise ValueError(f"{given.temp_dir} must be absolute and at most {LONGEST_TEMP_DIR} characters: sockets lie below it")
+        raise ValueError(
+            f"{given.temp_dir} must be absolute and at most {LONGEST_TEMP_DIR} characters: sockets lie below it"
+        )
     ray = Path(sys.executable).with_name("ray")
     command = [str(ray) if ray.exists() else "ray", "start", "--block", "--log-color=false", "--disable-usage-stats"]
     command += [f"--node-ip-address={host}", f"--num-cpus={given.cpus}", f"--object-store-memory={store}"]

@@ -110,7 +110,9 @@ class Cluster:
             if lost:
                 raise NotStarted(lost)
             if time.monotonic() > deadline:
-                raise NotStarted("%d of %d nodes have joined in time; see %s" % (self.alive, len(self.nodes), self.logs))
+                raise NotStarted(
+                    "%d of %d nodes have joined in time; see %s" % (self.alive, len(self.nodes), self.logs)
+                )
             time.sleep(POLL_S)
 
     @property
@@ -219,7 +221,9 @@ def main() -> int:
     parser.add_argument("--max-requeues", type=int, required=True)
     given = parser.parse_args(options)
     given.logs.mkdir(parents=True, exist_ok=True)
-    nodes = subprocess.check_output(["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]], text=True).split()
+    nodes = subprocess.check_output(
+        ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]], text=True
+    ).split()
     first = os.environ.get("SLURMD_NODENAME", nodes[0])  # where the program and so the head must be
     nodes = [first, *(node for node in nodes if node != first)]
     cluster = Cluster(nodes, node_command, ray_flags, given.logs)

@@ -12,7 +12,6 @@ from tests.cluster.machines import Bench
 from tests.cluster.slurm import Slurm
 from tests.e2e.runs import ROOT
 
-
 FIGURES: list[str] = []
 
 

@@ -1,7 +1,7 @@
 """Several machines on one box: each has its own network, process, mount, host name and IPC namespaces.
 
-A machine has an address on a private bridge, its own /tmp and /dev/shm, and sees the rest of the box's files. Nothing is
-named globally and nothing touches the box's network: when a machine's first process ends, all of it is gone.
+A machine has an address on a private bridge, its own /tmp and /dev/shm, and sees the rest of the box's files. Nothing
+is named globally and nothing touches the box's network: when a machine's first process ends, all of it is gone.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ hostname "$name"
 mount --make-rprivate /
 mount --bind "$hosts" /etc/hosts
 for path; do  # what machines share; what lies below /tmp would be covered by the machine's own
-  case $path in "$tmp"/*) mkdir -p "$folder/tmp/${path#"$tmp"/}"; mount --bind "$path" "$folder/tmp/${path#"$tmp"/}";; esac
+  own=$folder/tmp/${path#"$tmp"/}
+  case $path in "$tmp"/*) mkdir -p "$own"; mount --bind "$path" "$own" ;; esac
 done
 mount --rbind "$folder/tmp" /tmp
 mount -t tmpfs -o size=2g,mode=1777 shm /dev/shm
@@ -83,7 +84,9 @@ class Machine:
                 # ended by the kernel if we are: no machine outlives the tests
                 ["setpriv", "--pdeathsig=KILL", "unshare", *flags, "bash", "-c", BOOT, "boot", *arguments]
                 + [str(path) for path in self.bench.shared],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
             )
         end = time.monotonic() + BOOT_S
         while not (self.tmp / ".booted").exists():
