@@ -70,7 +70,7 @@ def start(given: argparse.Namespace, folder: Path) -> str:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     try:
         head = start_node(given, folder, 0, [])
-        address = await_in(folder / "node-0.log", r"node: address=(\S+)", [head])
+        address = await_in(folder / "node-0.log", r"node: head=(\S+)", [head])
         workers = [start_node(given, folder, number, ["--address", address]) for number in range(1, given.nodes)]
         await_in(folder / "node-0.log", f"node: alive={given.nodes}", [head, *workers])
     except BaseException:
