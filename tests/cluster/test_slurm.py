@@ -191,3 +191,20 @@ def test_a_job_may_go_on_with_the_nodes_that_are_left(cluster: Slurm, bench: Ben
     finally:
         cluster.bring_back(bench[2])
     assert job.ends() == ("COMPLETED", 0), job.everything()
+
+
+@pytest.mark.matrix
+def test_after_the_first_node_died_slurm_starts_the_job_again(cluster: Slurm, bench: Bench, folder: Path) -> None:
+    program = f"COMMAND=(bash -c 'until [ -e {folder}/go ]; do sleep 0.2; done')"
+    job = submit(cluster, folder, program, flags=("--exclude=n3",))
+    job.says("2 nodes are up")
+    bench[1].crash()
+    try:
+        cluster.command("scontrol", "update", "NodeName=n1", "State=DOWN", "Reason=dead")  # or after SlurmdTimeout
+        cluster.wait_for(lambda: not cluster.left_behind([2]), "a clean worker node", patience_s=60)
+        cluster.wait_for(lambda: cluster.job(job.number).get("Restarts") == "1", "a requeued job", patience_s=60)
+    finally:
+        cluster.bring_back(bench[1])
+    (folder / "go").touch()
+    cluster.skip_the_pause(job.number)
+    assert job.ends() == ("COMPLETED", 0), job.everything()
