@@ -140,10 +140,10 @@ class Slurm:
             time.sleep(0.2)
         return time.monotonic() - began
 
-    def skip_the_pause(self, job: str) -> float:
+    def skip_the_pause(self, job: str, *changes: str) -> float:
         """Slurm lets a requeued job wait for two minutes, and an operator need not; seconds until it waits."""
         took = self.wait_for(lambda: self.state(job) == "PENDING", f"job {job} waits to start again")
-        self.command("scontrol", "update", f"JobId={job}", "StartTime=now")
+        self.command("scontrol", "update", f"JobId={job}", "StartTime=now", *changes)
         return took
 
     def left_behind(self, numbers: Sequence[int]) -> dict[str, list[str]]:

@@ -105,8 +105,7 @@ def test_before_the_time_limit_the_job_saves_and_goes_on_in_its_next_life(
     figure("from there to the job being put back", job.says("putting the job back into the queue"))
     saved = runs.last_step(job.run, "adaptors/k=4")
     assert saved > 0
-    cluster.command("scontrol", "update", f"JobId={job.number}", "TimeLimit=30")
-    cluster.skip_the_pause(job.number)
+    cluster.skip_the_pause(job.number, "TimeLimit=30")
     job.says("start 1 on")
     job.reaches("adaptors/k=4", saved + 2)
     assert _resumed_at(job, "adaptors/k=4")[:2] == [0, saved + 1], job.everything()
