@@ -47,7 +47,7 @@ def missing() -> str:
     lacking = [tool for tool in TOOLS if shutil.which(tool) is None]
     if lacking:
         return f"needs {', '.join(lacking)} (packages iproute2 and util-linux)"
-    try_all = "mount -t tmpfs none /mnt && ip link add a type veth peer name b && ip link add c type bridge"
+    try_all = "mount -t tmpfs none /mnt && ip link add veth0 type veth peer name veth1 && ip link add br0 type bridge"
     unshare = ["unshare", "--net", "--mount", "--uts", "--ipc", "--pid", "--fork", "--mount-proc"]
     tried = subprocess.run([*unshare, "sh", "-c", try_all], capture_output=True, text=True)
     return "" if tried.returncode == 0 else f"namespaces are not allowed here: {tried.stderr.strip()}"
