@@ -2,8 +2,9 @@
 
 It ends on SIGTERM or SIGINT, when Ray ends, and with --until-eof when its standard input is closed. Then every process
 below it is ended by its pid, Ray's logs are kept if told where, and the temporary folder is removed. On standard output
-it says `node: address=<host:port>` once Ray is up, and a head says `node: alive=<n>` whenever the number of living
-nodes changes. Needs Linux; everything is in the standard library but the `ray` that it starts.
+a head says at once `node: head=<host:port>`, where others may already be sent, and `node: alive=<n>` whenever the
+number of living nodes changes; every node says `node: up=<host>` or `node: failed=<host>`. Needs Linux; everything is
+in the standard library but the `ray` that it starts.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from pathlib import Path
 STARTED = "Ray runtime started."
 LONGEST_TEMP_DIR = 40  # Ray's sockets lie 60 to 65 characters below it, and the system allows 107 in all
 GRACE_S = 5.0
+STALE_S = 60.0  # a younger folder may be about to be locked
 LOG_BYTES = 4 * 2**20  # kept of one log file of Ray's
 PR_SET_CHILD_SUBREAPER = 36
 SIOCGIFADDR = 0x8915
@@ -70,14 +72,19 @@ def main() -> int:
         host, port = own_address(given)
         command = ray_command(given, host, port)
         remove_stale(given.temp_dir)
-        given.temp_dir.mkdir(parents=True)
-        (given.temp_dir / "pid").write_text(str(os.getpid()))
+        make_folder(given.temp_dir)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         print(f"node: failed={socket.gethostname()}", flush=True)
         return 2
     try:
-        return run(given, command, f"{host}:{port}", ended)
+        if given.until_eof:
+            threading.Thread(target=await_eof, args=(ended,), daemon=True).start()
+        if given.address:
+            await_head(given.address, ended)
+        else:
+            print(f"node: head={host}:{port}", flush=True)
+        return 0 if ended.is_set() else run(given, command, f"{host}:{port}", ended)
     finally:
         end_descendants()
         if given.keep_logs:
@@ -88,8 +95,6 @@ def main() -> int:
 def run(given: argparse.Namespace, command: list[str], address: str, ended: threading.Event) -> int:
     """Ray's exit status, or 0 when the node was told to end."""
     environment = {**ENVIRONMENT, **interface_of(address.split(":")[0]), **os.environ}
-    if given.until_eof:
-        threading.Thread(target=await_eof, args=(ended,), daemon=True).start()
     ray = subprocess.Popen(
         command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -99,7 +104,7 @@ def run(given: argparse.Namespace, command: list[str], address: str, ended: thre
     while ray.poll() is None and not ended.wait(0.2):
         if up.is_set() and not watching:
             watching = True
-            print(f"node: address={given.address or address} host={socket.gethostname()}", flush=True)
+            print(f"node: up={socket.gethostname()}", flush=True)
             if given.address is None:
                 watcher = str(Path(__file__).with_name("ray_watch.py"))
                 subprocess.Popen([sys.executable, watcher, address], env=environment, stdin=subprocess.DEVNULL)
@@ -114,6 +119,16 @@ def await_eof(ended: threading.Event) -> None:
     while os.read(0, 1024):
         pass
     ended.set()
+
+
+def await_head(address: str, ended: threading.Event) -> None:
+    """Returns when the head answers, so that nodes may be started together."""
+    host, port = address.split(":")
+    while not ended.is_set():
+        with contextlib.suppress(OSError):
+            socket.create_connection((host, int(port)), timeout=2).close()
+            return
+        ended.wait(0.2)
 
 
 def relay(ray: subprocess.Popen[str], up: threading.Event) -> None:
@@ -134,7 +149,9 @@ def own_address(given: argparse.Namespace) -> tuple[str, int]:
         addresses = dict(interfaces())
         if given.interface not in addresses:
             have = ", ".join(f"{name} ({address})" for name, address in addresses.items())
-            raise ValueError(f"interface {given.interface} has no IPv4 address on {socket.gethostname()}; there are {have}")
+            raise ValueError(
+                f"interface {given.interface} has no IPv4 address on {socket.gethostname()}; there are {have}"
+            )
         host = addresses[given.interface]
     elif given.address:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # sends nothing; asks which way a packet goes
@@ -184,7 +201,9 @@ def ray_command(given: argparse.Namespace, host: str, port: int) -> list[str]:
             f"in /dev/shm on {socket.gethostname()}; make one smaller or the other larger"
         )
     if len(str(given.temp_dir)) > LONGEST_TEMP_DIR or not given.temp_dir.is_absolute():
-        raise ValueError(f"{given.temp_dir} must be absolute and at most {LONGEST_TEMP_DIR} characters: sockets lie below it")
+        raise ValueError(
+            f"{given.temp_dir} must be absolute and at most {LONGEST_TEMP_DIR} characters: sockets lie below it"
+        )
     ray = Path(sys.executable).with_name("ray")
     command = [str(ray) if ray.exists() else "ray", "start", "--block", "--log-color=false", "--disable-usage-stats"]
     command += [f"--node-ip-address={host}", f"--num-cpus={given.cpus}", f"--object-store-memory={store}"]
@@ -207,17 +226,26 @@ def num_bytes(text: str) -> int:
     return int(number) * unit
 
 
+def make_folder(temp_dir: Path) -> int:
+    """Makes the temporary folder; a lock that is held as long as this process lives tells it from one left behind."""
+    temp_dir.mkdir(parents=True)
+    lock = os.open(temp_dir / "lock", os.O_CREAT | os.O_RDWR)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    return lock
+
+
 def remove_stale(temp_dir: Path) -> None:
-    """Removes what a node that was killed has left: folders of ours beside this one whose process is gone."""
+    """Removes what nodes that were killed have left: folders of ours named like this one that nobody holds."""
     stem = temp_dir.name.rstrip("0123456789")
     for folder in temp_dir.parent.glob(f"{stem}[0-9]*") if stem != temp_dir.name else ():
-        with contextlib.suppress(OSError, ValueError):
-            if folder.stat().st_uid == os.getuid() and not alive(int((folder / "pid").read_text())):
-                shutil.rmtree(folder, ignore_errors=True)
-
-
-def alive(pid: int) -> bool:
-    return Path(f"/proc/{pid}").exists()
+        with contextlib.suppress(OSError):
+            if folder.stat().st_uid == os.getuid() and time.time() - folder.stat().st_mtime > STALE_S:
+                lock = os.open(folder / "lock", os.O_RDWR)
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(folder, ignore_errors=True)
+                finally:
+                    os.close(lock)
 
 
 def end_descendants() -> None:

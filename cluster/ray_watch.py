@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 
@@ -11,7 +12,7 @@ POLL_S = 1.0
 
 
 def main() -> None:
-    ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR", configure_logging=True)
+    ray.init(address=sys.argv[1], log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)
     said = -1
     while True:
         count = sum(bool(node["Alive"]) for node in ray.nodes())

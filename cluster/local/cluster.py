@@ -1,7 +1,7 @@
-"""Several Ray nodes on this machine, for trying out what happens on many: own processes, ports and folders, one address.
+"""Several Ray nodes on this machine, to try out what happens on many: own processes, ports and folders, one address.
 
   python cluster/local/cluster.py run --nodes 3 -- python launch/full_pipeline.py --config configs/demo.yaml
-  eval "$(python cluster/local/cluster.py start --nodes 3)"     # sets RAY_ADDRESS in this shell
+  eval "$(python cluster/local/cluster.py start --nodes 3)"     # sets RAY_ADDRESS and its token
   python cluster/local/cluster.py stop
 
 `run` starts the nodes, runs a command with RAY_ADDRESS set, ends the nodes and exits with the command's status. `start`
@@ -15,6 +15,7 @@ import contextlib
 import json
 import os
 import re
+import secrets
 import shutil
 import signal
 import subprocess
@@ -44,7 +45,7 @@ def parse() -> argparse.Namespace:
         command.add_argument("--cpus", type=int, default=1, help="CPUs that Ray believes each to have (default: 1)")
         command.add_argument("--gpus", type=int, default=0, help="likewise for GPUs; real ones are shared (default: 0)")
         command.add_argument("--object-store", default="256M", help="shared memory of each (default: 256M)")
-        command.add_argument("--interface", default="lo", help="network interface (default: lo, this machine alone)")
+        command.add_argument("--interface", default="lo", help="network interface (default: lo)")
     for command in (start, stop):
         command.add_argument("--name", default="local", help="to have several at once (default: local)")
     run.add_argument("program", nargs="+", metavar="-- program", help="what to run")
@@ -65,9 +66,11 @@ def start(given: argparse.Namespace, folder: Path) -> str:
         folder.mkdir(mode=0o700)
     except FileExistsError:
         raise Failed(f"{folder} is there: nodes run, or were not stopped; see `stop`") from None
+    if os.environ.setdefault("RAY_AUTH_MODE", "token") == "token":  # Ray listens on all interfaces
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     try:
         head = start_node(given, folder, 0, [])
-        address = await_in(folder / "node-0.log", r"node: address=(\S+)", [head])
+        address = await_in(folder / "node-0.log", r"node: head=(\S+)", [head])
         workers = [start_node(given, folder, number, ["--address", address]) for number in range(1, given.nodes)]
         await_in(folder / "node-0.log", f"node: alive={given.nodes}", [head, *workers])
     except BaseException:
@@ -139,7 +142,7 @@ def run(given: argparse.Namespace) -> int:
         signal.signal(number, forward)
     address = start(given, folder)
     try:
-        environment = {"RAY_AUTH_MODE": "disabled", **os.environ, "RAY_ADDRESS": address}
+        environment = {**os.environ, "RAY_ADDRESS": address}
         program = subprocess.Popen(given.program, env=environment, start_new_session=True)
         status = program.wait()
     finally:
@@ -160,7 +163,8 @@ def main() -> int:
     except Failed as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"export RAY_ADDRESS={address} RAY_AUTH_MODE=disabled")
+    words = {name: os.environ[name] for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN") if name in os.environ}
+    print("export", *(f"{name}={value}" for name, value in {"RAY_ADDRESS": address, **words}.items()))
     return 0
 
 

@@ -9,15 +9,17 @@ was near and the program has saved its state (143), and when a node was lost.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
+import secrets
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Container
 from pathlib import Path
-from typing import Callable, Container, Dict, List, Optional
 
 NOT_STARTED, KILLED, SAVED = 75, 137, 143
 POLL_S = 0.2
@@ -33,10 +35,10 @@ class NotStarted(Exception):
 class Step:
     """`srun` of a Ray node on some nodes: a log, what the nodes said, and an end when its standard input is closed."""
 
-    def __init__(self, name: str, nodes: List[str], command: List[str], log: Path) -> None:
+    def __init__(self, name: str, nodes: list[str], command: list[str], log: Path) -> None:
         self.name, self.log = name, log
-        self.said: Dict[str, str] = {}
-        size = ["--nodes=%d" % len(nodes), "--ntasks=%d" % len(nodes), "--ntasks-per-node=1"]
+        self.said: dict[str, str] = {}
+        size = [f"--nodes={len(nodes)}", f"--ntasks={len(nodes)}", "--ntasks-per-node=1"]
         size += ["--nodelist=" + ",".join(nodes), "--cpus-per-task=" + os.environ["SLURM_CPUS_PER_TASK"]]
         srun = ["srun", "--overlap", "--label", "--no-kill", "--kill-on-bad-exit=0", "--job-name=ray-" + name, *size]
         self.process = subprocess.Popen(
@@ -60,17 +62,15 @@ class Step:
 
     def release(self) -> None:
         assert self.process.stdin is not None
-        try:
+        with contextlib.suppress(OSError):  # it has ended
             self.process.stdin.close()
-        except OSError:
-            pass  # it has ended
 
     def end(self, patience_s: float) -> None:
         """Waits for it. What is left then, on a dead node say, is ended by Slurm with the job."""
         try:
             self.process.wait(timeout=patience_s)
         except subprocess.TimeoutExpired:
-            say("step %s has not ended after %g s and is left to Slurm" % (self.name, patience_s))
+            say(f"step {self.name} has not ended after {patience_s:.0f} s and is left to Slurm")
             self.process.kill()
         self.reader.join(timeout=5)
 
@@ -78,10 +78,10 @@ class Step:
 class Cluster:
     """Ray on all nodes of the job."""
 
-    def __init__(self, nodes: List[str], node_command: List[str], ray_flags: List[str], logs: Path) -> None:
+    def __init__(self, nodes: list[str], node_command: list[str], ray_flags: list[str], logs: Path) -> None:
         self.nodes, self.logs = nodes, logs
         self.command, self.flags = node_command, ray_flags
-        self.steps: List[Step] = []
+        self.steps: list[Step] = []
 
     def start(self, deadline: float, stopped: Callable[[], bool]) -> str:
         """Ray's address, once all nodes have joined.
@@ -90,13 +90,15 @@ class Cluster:
             NotStarted: a step ended, the deadline passed, or `stopped`.
         """
         head = self._step("head", self.nodes[:1], [])
-        self._await(lambda: "address" in head.said, deadline, stopped)
+        self._await(
+            lambda: "head" in head.said, deadline, stopped
+        )  # where it will be; workers that cannot start say so
         if self.nodes[1:]:
-            self._step("workers", self.nodes[1:], ["--address", head.said["address"]])
+            self._step("workers", self.nodes[1:], ["--address", head.said["head"]])
         self._await(lambda: self.alive == len(self.nodes), deadline, stopped)
-        return head.said["address"]
+        return head.said["head"]
 
-    def _step(self, name: str, nodes: List[str], arguments: List[str]) -> Step:
+    def _step(self, name: str, nodes: list[str], arguments: list[str]) -> Step:
         keep = ["--keep-logs", str(self.logs)]
         command = [*self.command, *keep, *arguments, "--", *self.flags]
         self.steps.append(Step(name, nodes, command, self.logs / (name + ".log")))
@@ -110,21 +112,21 @@ class Cluster:
             if lost:
                 raise NotStarted(lost)
             if time.monotonic() > deadline:
-                raise NotStarted("%d of %d nodes have joined in time; see %s" % (self.alive, len(self.nodes), self.logs))
+                raise NotStarted(f"{self.alive} of {len(self.nodes)} nodes have joined in time; see {self.logs}")
             time.sleep(POLL_S)
 
     @property
     def alive(self) -> int:
         return int(self.steps[0].said.get("alive", 0))
 
-    def lost(self, of: Optional[int] = None) -> str:
+    def lost(self, of: int | None = None) -> str:
         """Why the cluster is not what it was, or nothing; `of`: so many nodes have been there."""
         for step in self.steps:
             if "failed" in step.said and not of:
-                return "Ray failed on %s; the log is %s" % (step.said["failed"], step.log)
+                return f"Ray failed on {step.said['failed']}; the log is {step.log}"
             if not step.lives:
-                return "step %s has ended; its log is %s" % (step.name, step.log)
-        return "%d of %d nodes are alive" % (self.alive, of) if of and self.alive < of else ""
+                return f"step {step.name} has ended; its log is {step.log}"
+        return f"{self.alive} of {of} nodes are alive" if of and self.alive < of else ""
 
     @property
     def lives(self) -> bool:
@@ -155,38 +157,38 @@ class Job:
         if not self.why:
             self.why, self.requeue_on = why, requeue_on
 
-    def run(self, program: List[str]) -> int:
+    def run(self, program: list[str]) -> int:
         try:
             address = self.cluster.start(time.monotonic() + self.given.start_s, lambda: bool(self.why))
         except NotStarted as error:
-            say("the nodes did not start: %s" % error)
+            say(f"the nodes did not start: {error}")
             return SAVED if self.why else NOT_STARTED
-        say("%d nodes are up, RAY_ADDRESS=%s" % (len(self.cluster.nodes), address))
-        environment = {"RAY_AUTH_MODE": "disabled", **os.environ, "RAY_ADDRESS": address}
+        say(f"{len(self.cluster.nodes)} nodes are up, RAY_ADDRESS={address}")
+        environment = {**os.environ, "RAY_ADDRESS": address}
         process = subprocess.Popen(program, env=environment, stdin=subprocess.DEVNULL)
         status = self._follow(process)
-        say("the program ended with %d" % status)
+        say(f"the program ended with {status}")
         return status
 
-    def _follow(self, process: "subprocess.Popen[bytes]") -> int:
+    def _follow(self, process: subprocess.Popen[bytes]) -> int:
         """The program's exit status, negative signals as a shell says them."""
-        asked: Optional[float] = None
+        asked: float | None = None
         known = len(self.cluster.nodes)
         while process.poll() is None:
             lost = self.cluster.lost(known)
             if lost and self.given.node_loss == "stay" and self.cluster.lives:
                 if self.cluster.alive < known:
-                    say("%s; going on" % lost)
+                    say(f"{lost}; going on")
                     known = self.cluster.alive
             elif lost:
                 self.ask(lost, range(1, 256))
             if self.why and asked is None:
-                say("%s: asking the program to save and end" % self.why)
+                say(f"{self.why}: asking the program to save and end")
                 process.terminate()
                 asked = time.monotonic()
             patience_s = (LOST_S if lost else self.given.save_s) if self.cluster.lives else CUT_OFF_S
             if asked is not None and time.monotonic() > asked + patience_s:
-                say("the program did not end within %g s" % patience_s)
+                say(f"the program did not end within {patience_s:g} s")
                 process.kill()
                 process.wait()
             time.sleep(POLL_S)
@@ -198,15 +200,15 @@ def put_back(given: argparse.Namespace) -> None:
     """Puts the job back into the queue; Slurm asks no more than that this process ends."""
     job, times = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", 0))
     if times >= given.max_requeues:
-        say("not put back into the queue: %d times are enough (MAX_REQUEUES)" % times)
+        say(f"not put back into the queue: {times} times are enough (MAX_REQUEUES)")
         return
-    say("putting the job back into the queue, time %d" % (times + 1))
+    say(f"putting the job back into the queue, time {times + 1}")
     if subprocess.run(["scontrol", "requeue", job]).returncode:
         say("Slurm refuses; submit the job again, and it goes on from what is saved")
 
 
 def say(text: str) -> None:
-    print("%s job.py: %s" % (time.strftime("%F %T"), text), flush=True)
+    print(f"{time.strftime('%F %T')} job.py: {text}", flush=True)
 
 
 def main() -> int:
@@ -219,26 +221,30 @@ def main() -> int:
     parser.add_argument("--max-requeues", type=int, required=True)
     given = parser.parse_args(options)
     given.logs.mkdir(parents=True, exist_ok=True)
-    nodes = subprocess.check_output(["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]], text=True).split()
+    if os.environ.setdefault("RAY_AUTH_MODE", "token") == "token":  # else others on these nodes can run code as us
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    nodes = subprocess.check_output(
+        ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]], text=True
+    ).split()
     first = os.environ.get("SLURMD_NODENAME", nodes[0])  # where the program and so the head must be
     nodes = [first, *(node for node in nodes if node != first)]
     cluster = Cluster(nodes, node_command, ray_flags, given.logs)
     job = Job(given, cluster)
     job.listen()
-    say("start %s on %s" % (os.environ.get("SLURM_RESTART_COUNT", "0"), ", ".join(nodes)))
+    say(f"start {os.environ.get('SLURM_RESTART_COUNT', 0)} on {', '.join(nodes)}")
     try:
         status = job.run(program)
     finally:
         cluster.end()
-    say("the nodes have ended; exit status %d" % status)
+    say(f"the nodes have ended; exit status {status}")
     if status in job.requeue_on:
         put_back(given)
     return status
 
 
-def split(arguments: List[str], parts: int) -> List[List[str]]:
+def split(arguments: list[str], parts: int) -> list[list[str]]:
     """The first `parts` lists that lie between --; the last keeps its own."""
-    found: List[List[str]] = [[]]
+    found: list[list[str]] = [[]]
     for argument in arguments:
         if argument == "--" and len(found) < parts:
             found.append([])

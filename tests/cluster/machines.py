@@ -1,7 +1,7 @@
 """Several machines on one box: each has its own network, process, mount, host name and IPC namespaces.
 
-A machine has an address on a private bridge, its own /tmp and /dev/shm, and sees the rest of the box's files. Nothing is
-named globally and nothing touches the box's network: when a machine's first process ends, all of it is gone.
+A machine has an address on a private bridge, its own /tmp and /dev/shm, and sees the rest of the box's files. Nothing
+is named globally and nothing touches the box's network: when a machine's first process ends, all of it is gone.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ hostname "$name"
 mount --make-rprivate /
 mount --bind "$hosts" /etc/hosts
 for path; do  # what machines share; what lies below /tmp would be covered by the machine's own
-  case $path in "$tmp"/*) mkdir -p "$folder/tmp/${path#"$tmp"/}"; mount --bind "$path" "$folder/tmp/${path#"$tmp"/}";; esac
+  own=$folder/tmp/${path#"$tmp"/}
+  case $path in "$tmp"/*) mkdir -p "$own"; mount --bind "$path" "$own" ;; esac
 done
 mount --rbind "$folder/tmp" /tmp
 mount -t tmpfs -o size=2g,mode=1777 shm /dev/shm
@@ -46,7 +47,9 @@ def missing() -> str:
     lacking = [tool for tool in TOOLS if shutil.which(tool) is None]
     if lacking:
         return f"needs {', '.join(lacking)} (packages iproute2 and util-linux)"
-    tried = subprocess.run(["unshare", "--net", "--mount", "--pid", "--fork", "true"], capture_output=True, text=True)
+    try_all = "mount -t tmpfs none /mnt && ip link add veth0 type veth peer name veth1 && ip link add br0 type bridge"
+    unshare = ["unshare", "--net", "--mount", "--uts", "--ipc", "--pid", "--fork", "--mount-proc"]
+    tried = subprocess.run([*unshare, "sh", "-c", try_all], capture_output=True, text=True)
     return "" if tried.returncode == 0 else f"namespaces are not allowed here: {tried.stderr.strip()}"
 
 

@@ -54,10 +54,11 @@ def test_run_keeps_the_commands_status_and_leaves_nothing(folder: Path) -> None:
 
 def test_start_and_stop_and_a_stop_that_kills_no_stranger(folder: Path) -> None:
     environment = _environment(folder)
-    started = subprocess.run([sys.executable, PROGRAM, "start"], env=environment, text=True, capture_output=True)
+    start = [sys.executable, PROGRAM, "start", "--nodes", "1"]
+    started = subprocess.run(start, env=environment, text=True, capture_output=True)
     assert started.returncode == 0, started.stderr
     assert started.stdout.startswith("export RAY_ADDRESS=127.0.0.1:")
-    again = subprocess.run([sys.executable, PROGRAM, "start"], env=environment, text=True, capture_output=True)
+    again = subprocess.run(start, env=environment, text=True, capture_output=True)
     assert again.returncode == 2
     assert "see `stop`" in again.stderr
     stranger = subprocess.Popen(["sleep", "60"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -15,20 +16,18 @@ from tests.e2e import runs
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 Figure = Callable[[str, float], None]
-LONG = {"adapt": {"epochs": 400, "checkpoint_steps": 20}}  # long enough to be met in the middle
+LONG = {"adapt": {"epochs": 150, "checkpoint_steps": 20}}  # long enough to be met in the middle
 SHOW = """
-import json, os, socket, sys, time
+import json, os, socket, sys
 import ray
 ray.init(address="auto", log_to_driver=False)
-gpus = {node["NodeName"]: node["Resources"].get("GPU", 0) for node in ray.nodes()}
-share = {"num_gpus": 1} if sum(gpus.values()) else {"num_cpus": 1}
-@ray.remote(scheduling_strategy="SPREAD", **share)
-def where():
-    time.sleep(1)
-    names = "CUDA_VISIBLE_DEVICES", "GLOO_SOCKET_IFNAME"
-    return [socket.gethostname(), *(os.environ.get(name) for name in names)]
-print("SHOW", json.dumps([sorted(ray.get([where.remote() for _ in range(4)])), sorted(gpus.values())]))
-sys.exit(int(sys.argv[1]))
+@ray.remote(num_gpus=1, num_cpus=0, scheduling_strategy="SPREAD")
+class Holder:
+    def where(self):
+        return [socket.gethostname(), os.environ["CUDA_VISIBLE_DEVICES"], os.environ["GLOO_SOCKET_IFNAME"]]
+holders = [Holder.remote() for _ in range(4)]  # all at once: each holds a GPU of its own
+print("SHOW", json.dumps(sorted(ray.get([holder.where.remote() for holder in holders]))))
+sys.exit(7)
 """
 
 
@@ -106,8 +105,7 @@ def test_before_the_time_limit_the_job_saves_and_goes_on_in_its_next_life(
     figure("from there to the job being put back", job.says("putting the job back into the queue"))
     saved = runs.last_step(job.run, "adaptors/k=4")
     assert saved > 0
-    cluster.command("scontrol", "update", f"JobId={job.number}", "TimeLimit=30")
-    cluster.skip_the_pause(job.number)
+    cluster.skip_the_pause(job.number, "TimeLimit=30")
     job.says("start 1 on")
     job.reaches("adaptors/k=4", saved + 2)
     assert _resumed_at(job, "adaptors/k=4")[:2] == [0, saved + 1], job.everything()
@@ -173,10 +171,10 @@ def test_a_node_that_cannot_start_ends_the_job_at_once(
 @pytest.mark.matrix
 def test_every_node_offers_the_gpus_that_slurm_gave_it(cluster: Slurm, folder: Path) -> None:
     (folder / "show.py").write_text(SHOW)
-    job = submit(cluster, folder, "GPUS_PER_NODE=2", f"COMMAND=(python {folder}/show.py 7)")
+    job = submit(cluster, folder, "GPUS_PER_NODE=2", f"COMMAND=(python {folder}/show.py)")
     assert job.ends() == ("FAILED", 7), job.everything()
     shown = [[host, gpu, "eth0"] for host in ("n1", "n2") for gpu in ("0", "1")]
-    assert f"SHOW {[shown, [2.0, 2.0]]}".replace("'", '"') in job.log, job.everything()
+    assert f"SHOW {json.dumps(shown)}" in job.log, job.everything()
 
 
 @pytest.mark.matrix
@@ -191,4 +189,21 @@ def test_a_job_may_go_on_with_the_nodes_that_are_left(cluster: Slurm, bench: Ben
         job.says("the program ended with 0")
     finally:
         cluster.bring_back(bench[2])
+    assert job.ends() == ("COMPLETED", 0), job.everything()
+
+
+@pytest.mark.matrix
+def test_after_the_first_node_died_slurm_starts_the_job_again(cluster: Slurm, bench: Bench, folder: Path) -> None:
+    program = f"COMMAND=(bash -c 'until [ -e {folder}/go ]; do sleep 0.2; done')"
+    job = submit(cluster, folder, program, flags=("--exclude=n3",))
+    job.says("2 nodes are up")
+    bench[1].crash()
+    try:
+        cluster.command("scontrol", "update", "NodeName=n1", "State=DOWN", "Reason=dead")  # or after SlurmdTimeout
+        cluster.wait_for(lambda: not cluster.left_behind([2]), "a clean worker node", patience_s=60)
+        cluster.wait_for(lambda: cluster.job(job.number).get("Restarts") == "1", "a requeued job", patience_s=60)
+    finally:
+        cluster.bring_back(bench[1])
+    (folder / "go").touch()
+    cluster.skip_the_pause(job.number)
     assert job.ends() == ("COMPLETED", 0), job.everything()
