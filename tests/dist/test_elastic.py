@@ -19,7 +19,7 @@ from grappa_dist.dist.jobs import Job, Runner
 from grappa_dist.dist.preflight import Checks, versions
 from grappa_dist.dist.workers import RankContext
 
-RESOURCES = Resources(cpus_per_worker=1, placement_timeout_s=60, collective_timeout_s=120)
+RESOURCES = Resources(cpus_per_worker=1, placement_timeout_s=200, collective_timeout_s=120)
 
 
 @pytest.fixture(scope="module")
@@ -113,17 +113,17 @@ def test_a_job_goes_on_with_fewer_ranks_and_nodes_that_join_serve_the_next_stage
 def test_without_elastic_a_lost_node_is_an_error_within_a_bounded_time(machines: Any, tmp_path: Path) -> None:
     nodes = [add(machines), add(machines)]
     machines.wait_for_nodes()
-    fixed = RESOURCES.model_copy(update={"placement_timeout_s": 8.0})
-    cluster = Cluster(fixed)
-    runner = Runner(cluster, fixed)
+    cluster = Cluster(RESOURCES)
+    runner = Runner(cluster, RESOURCES)
     try:
         assert runner.num_workers == 2
+        cluster.resources = RESOURCES.model_copy(update={"placement_timeout_s": 8.0})  # too little for starting above
         removal = remove_once(machines, nodes[0], tmp_path / "begun-0-1")
         began = time.monotonic()
-        with pytest.raises(RuntimeError, match=r"1 of 2 workers did not start within 8 s; .*is a node gone\?"):
+        with pytest.raises(RuntimeError, match=r"[12] of 2 workers did not start within 8 s; .*is a node gone\?"):
             runner.run_jobs([Job("sums", sum_until_told, str(tmp_path), 2)])
         removal.join()
-        assert time.monotonic() - began < 8 + 40  # noticed in a few seconds, then the time that placing may take
+        assert time.monotonic() - began < 8 + 60  # noticed in a few seconds, then the time that placing may take
     finally:
         cluster.close()
         machines.remove_node(nodes[1])
