@@ -16,6 +16,7 @@ from grappa_dist.observe import read_events
 from tests.cluster.machines import Machine
 from tests.e2e.runs import ROOT
 
+HEAD_PORT = 20000  # ray_node.py takes the first free one from here on, and each machine has its own
 START_ATTEMPTS = 3
 START_S = 300.0  # imports on a machine that does other things as well
 
@@ -46,7 +47,7 @@ class Node:
 
     def joins(self) -> bool:
         """Whether it comes up, once that is known."""
-        while self.process.poll() is None and not any("node: address=" in line for line in self.lines):
+        while self.process.poll() is None and not any("node: up=" in line for line in self.lines):
             time.sleep(0.05)
         return self.process.poll() is None
 
@@ -78,7 +79,7 @@ def start_worker_node(machine: Machine, address: str, **variables: str) -> Node:
             return node
         node.end()
     node = start_node(machine, 1, address, **variables)
-    node.says("node: address=")
+    node.says("node: up=")
     return node
 
 
@@ -93,7 +94,8 @@ def ray_on(head: Machine, workers: Sequence[Machine], **variables: str) -> Itera
     with ExitStack() as stack:
         first = start_node(head, 0, **variables)
         stack.callback(first.end)
-        address = first.says("node: address=").split("address=")[1].split()[0]
+        first.says("node: up=")
+        address = f"{head.address}:{HEAD_PORT}"
         nodes = []
         for machine in workers:  # one by one: Ray gives a raylet 30 s to start, which is little where all start at once
             nodes.append(start_worker_node(machine, address, **variables))
