@@ -50,11 +50,10 @@ def read_unless(flag: str) -> None:
 
 
 def sum_until_told(context: RankContext, folder: str) -> tuple[int, int]:
-    """Sums over ranks until a file says that it is enough; the first attempt waits for the death of a rank."""
-    attempt = len(list(Path(folder).glob("begun-*-0")))
-    (Path(folder) / f"begun-{attempt}-{context.comm.rank}").touch()
+    """Sums over ranks until the node is removed: the attempt that this hits cannot end well, the next one does."""
+    (Path(folder) / f"begun-{context.comm.size}-{context.comm.rank}").touch()
     while True:
-        enough = torch.tensor([int(attempt > 0)])
+        enough = torch.tensor([int((Path(folder) / "removed").exists())])
         if int(context.comm.sum_(enough)):
             return context.comm.size, os.getpid()
         time.sleep(0.05)
@@ -62,10 +61,11 @@ def sum_until_told(context: RankContext, folder: str) -> tuple[int, int]:
 
 def remove_once(machines: Any, node: Any, marker: Path) -> threading.Thread:
     def remove() -> None:
-        end = time.monotonic() + 60
+        end = time.monotonic() + 300
         while not marker.exists() and time.monotonic() < end:
             time.sleep(0.05)
         machines.remove_node(node, allow_graceful=False)
+        (marker.parent / "removed").touch()
 
     thread = threading.Thread(target=remove)
     thread.start()
@@ -86,7 +86,7 @@ def test_a_job_goes_on_with_fewer_ranks_and_nodes_that_join_serve_the_next_stage
         assert [facts.versions for facts in cluster.facts.values()] == [versions()] * 2  # each node answered
         assert list((tmp_path / "run").iterdir()) == []
 
-        removal = remove_once(machines, nodes[0], tmp_path / "begun-0-1")
+        removal = remove_once(machines, nodes[0], tmp_path / "begun-2-1")
         results = runner.run_jobs([Job("sums", sum_until_told, str(tmp_path), 2)])["sums"]
         removal.join()
         assert [size for size, _ in results] == [1]
@@ -118,7 +118,7 @@ def test_without_elastic_a_lost_node_is_an_error_within_a_bounded_time(machines:
     try:
         assert runner.num_workers == 2
         cluster.resources = RESOURCES.model_copy(update={"placement_timeout_s": 8.0})  # too little for starting above
-        removal = remove_once(machines, nodes[0], tmp_path / "begun-0-1")
+        removal = remove_once(machines, nodes[0], tmp_path / "begun-2-1")
         began = time.monotonic()
         with pytest.raises(RuntimeError, match=r"[12] of 2 workers did not start within 8 s; .*is a node gone\?"):
             runner.run_jobs([Job("sums", sum_until_told, str(tmp_path), 2)])
