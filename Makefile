@@ -5,7 +5,7 @@ FAISS ?= cpu
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: help demo test test-fast check format bench wheel clean
+.PHONY: help demo test test-fast test-cluster test-cluster-fast check format bench wheel clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -23,6 +23,12 @@ test: $(READY) ## all tests that need no GPU and no cluster
 
 test-fast: $(READY) ## the tests without those that run the whole pipeline
 	$(BIN)/python -m pytest -q -m 'not cluster and not e2e'
+
+test-cluster: $(READY) ## tests on several machines in namespaces, 10 minutes; needs root, and Slurm: tests/cluster/install_slurm.sh
+	$(BIN)/python -m pytest -q -m cluster tests/cluster
+
+test-cluster-fast: $(READY) ## those of them that are run on every push
+	$(BIN)/python -m pytest -q -m 'cluster and not matrix' tests/cluster
 
 check: $(READY) ## lint, format and types
 	$(BIN)/ruff check .

@@ -42,6 +42,7 @@ EXTRAS = {
         "scipy>=1.11",  # as in benchmarks
         # its interpreter runs the GPU kernel's tests; not pinned, since torch for GPUs brings the one that suits it
         "triton>=3.2; platform_system == 'Linux' and platform_machine == 'x86_64'",
+        "kubernetes-validate>=1.33",  # schemas of Kubernetes, which cluster/kubernetes is held to; brings jsonschema
     ],
 }
 

@@ -8,22 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from grappa_dist.artifacts import Artifact, RowArrays, Store
 from grappa_dist.config import UNTRAINED, Config
 from grappa_dist.data.shards import ImageShards
+from grappa_dist.dist.cluster import Cluster
 from grappa_dist.dist.jobs import Runner
-from grappa_dist.dist.workers import Cluster
+from grappa_dist.dist.preflight import Checks, table
 from grappa_dist.export import export_model
 from grappa_dist.observe import Console, Events
 from grappa_dist.report.content import ScoreRow
 from grappa_dist.stages.adapt import adapt, adaptors_of
-from grappa_dist.stages.collect import collection_of, draw_collection, has_drawn, open_images
+from grappa_dist.stages.collect import collection_of, draw_collection, has_drawn, open_images, read_a_little
 from grappa_dist.stages.embed import bad_rows, embed, feature_rows, features_of
 from grappa_dist.stages.evaluate import Evaluation, evaluate, insight_of, scores_of
 from grappa_dist.stages.flow import Flow
-from grappa_dist.stages.fuse import fuse, fusion_of
+from grappa_dist.stages.fuse import fuse, fusion_of, least_bytes
 from grappa_dist.stages.galleries import galleries_of, weigh_galleries
 from grappa_dist.stages.mirror import mirrored
 from grappa_dist.stages.modelling import ModelSpec
@@ -112,7 +114,7 @@ def run(config: Config, root: Path) -> tuple[Path, list[ScoreRow]]:
     store = Store(root)
     with store.lock():
         console = Console(Events(root / "events.jsonl"))
-        cluster = Cluster(config.resources)
+        cluster = Cluster(config.resources, tell=console.say)
         runner = Runner(cluster, config.resources, on_status=console.jobs, on_event=console.event)
         context = Run(config, store, runner, console)
         try:
@@ -129,9 +131,39 @@ def _run(context: Run) -> tuple[Path, list[ScoreRow]]:
             draw_collection(config.data, collection_of(store, config.data))
     train, test = open_images(config.data, store, config.resources)
     flow = lay_out(config, store, train, test)
+    context.runner.require(checks_of(config, store, flow))
     with mirrored(config.mirror, flow, console):
         _announce(console, flow)
         return _make(context, flow)
+
+
+def checks_of(config: Config, store: Store, flow: Flow) -> Checks:
+    """What the nodes are asked before the first stage that needs workers; a run that reuses everything asks none."""
+    trained = [artifact for artifact in flow.fusions.values() if not artifact.complete]
+    need = least_bytes(config.fuse) if trained else 0
+    return Checks(store.root.absolute(), partial(read_a_little, flow.train, flow.test), need)
+
+
+def check(config: Config, root: Path) -> str:
+    """Starts the workers, looks whether every node can take part, and ends them; a line per node.
+
+    Raises:
+        ValueError: something is missing, saying what and where.
+    """
+    store = Store(root)
+    cluster = Cluster(config.resources, Checks(root.absolute(), _nothing))
+    if has_drawn(config.data, store):
+        train, test = open_images(config.data, store, config.resources, write_index=False)
+        cluster.checks = checks_of(config, store, lay_out(config, store, train, test))
+    try:
+        count = len(cluster.workers())
+        return f"{table(cluster.facts.values())}\n{count} workers can start"
+    finally:
+        cluster.close()
+
+
+def _nothing() -> None:
+    """There is no data to read before a collection is drawn."""
 
 
 def _make(context: Run, flow: Flow) -> tuple[Path, list[ScoreRow]]:

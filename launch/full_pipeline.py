@@ -25,6 +25,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--config", required=True, help="a YAML file, e.g. configs/demo.yaml")
     parser.add_argument("--out", help="the run directory (default: `out` of the config, else runs/<name>)")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and the plan; touch nothing")
+    parser.add_argument("--check", action="store_true", help="start the workers, check every node, end; make nothing")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. adapt.epochs=1")
     return parser.parse_intermixed_args()  # settings may stand among the options
 
@@ -45,12 +46,16 @@ def main() -> int:
 
             print(plan(config, root))
             return 0
-        from grappa_dist.pipeline import run
+        from grappa_dist.pipeline import check, run
+
+        if arguments.check:
+            print(check(config, root))
+            return 0
         from grappa_dist.report import console_table
 
         report, rows = run(config, root)
     except ValueError as error:
-        return _fail(error, None if arguments.dry_run else root, CONFIG_ERROR)
+        return _fail(error, None if arguments.dry_run or arguments.check else root, CONFIG_ERROR)
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         return 130

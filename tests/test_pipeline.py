@@ -177,6 +177,16 @@ def test_a_run_does_every_stage_once(finished: Finished) -> None:
     assert asked == [*models, *adapted, *models * 3, "read_truth", *["evaluate_model"] * 4]
 
 
+def test_the_nodes_are_asked_for_what_is_still_to_be_made(tmp_path: Path, shards: list[str]) -> None:
+    for variants, need in ((("average",), False), (("average", "neighbours"), True)):
+        settings = tiny.config(shards, fuse={"variants": variants})
+        flow = lay_out(settings, Store(tmp_path), ImageShards.open(settings.data.train, None), None)
+        checks = pipeline.checks_of(settings, Store(tmp_path), flow)
+        assert checks.root == tmp_path
+        assert (checks.worker_bytes > 0) == need
+        checks.read_data()
+
+
 def test_a_run_without_labels_has_no_rows_and_its_report_says_so(finished: Finished) -> None:
     root, _, _ = finished
     assert json.loads((root / "report" / "metrics.json").read_text()) == {"rows": []}

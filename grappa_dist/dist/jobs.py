@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from grappa_dist.config import Resources
-from grappa_dist.dist.workers import Cluster
+from grappa_dist.dist.cluster import Cluster
+from grappa_dist.dist.preflight import Checks
 from grappa_dist.observe import Terminated
 from grappa_dist.ops.placement import choose
 
@@ -68,9 +69,13 @@ class Runner:
         finally:
             signal.signal(signal.SIGTERM, before)
 
+    def require(self, checks: Checks) -> None:
+        """What every node must pass before it works."""
+        self.cluster.checks = checks
+
     @property
     def num_workers(self) -> int:
-        return len(self.cluster.workers())
+        return len(self.cluster.gather())
 
     def map(
         self,
@@ -89,7 +94,7 @@ class Runner:
         return self._run(jobs, done)
 
     def _run(self, jobs: Sequence[Job], done: Callable[[str], None]) -> dict[str, Any]:
-        self.cluster.workers()
+        self.cluster.gather()
         self._watching = True
         try:
             return self._watch(jobs, done)
@@ -102,15 +107,17 @@ class Runner:
         waiting, attempts = deque(jobs), dict.fromkeys((j.name for j in jobs), 0)
         free, running, results = list(self.cluster.workers()), list[_Running](), dict[str, Any]()
         for job in jobs:
-            if job.ranks > len(free):
+            if job.ranks > len(free) and not self.resources.elastic:
                 raise ValueError(f"{job.name} needs {job.ranks} workers, there are {len(free)}")
         shown = time.monotonic()
         while waiting or running:
             if self._terminate.is_set():
                 self._stop(running)
-            while waiting and len(free) >= max(1, waiting[0].ranks):
+            free += self.cluster.arrived(timeout_s=0 if running else POLL_S)
+            while waiting and len(free) >= self._ranks(waiting[0]):
                 running.append(self._start(waiting.popleft(), free))
-            ray.wait([ref for r in running for ref in r.refs], timeout=POLL_S)
+            if running:
+                ray.wait([ref for r in running for ref in r.refs], timeout=POLL_S)
             for r in list(running):
                 outcome = self._outcome(r)
                 if outcome is None:
@@ -119,7 +126,7 @@ class Runner:
                 if isinstance(outcome, BaseException):
                     attempts[r.job.name] += 1
                     self._failed(r.job, outcome, attempts[r.job.name])
-                    free += [self.cluster.replace(worker) for worker in r.workers]  # survivors may sit in a collective
+                    self.cluster.replace(r.workers)  # all of them: survivors may sit in a collective
                     waiting.appendleft(r.job)
                 else:
                     free += r.workers
@@ -130,10 +137,14 @@ class Runner:
                 shown = time.monotonic()
         return results
 
+    def _ranks(self, job: Job) -> int:
+        """Workers that a job takes; with elastic no more than there will be."""
+        return max(1, min(job.ranks, self.cluster.size) if self.resources.elastic else job.ranks)
+
     def _start(self, job: Job, free: list[Any]) -> _Running:
         import ray
 
-        workers = self._take(free, max(1, job.ranks))
+        workers = self._take(free, self._ranks(job))
         if not job.ranks:
             return _Running(job, workers, [workers[0].run.remote(job.function, job.spec)])
         asked = workers[0].free_address.remote()
@@ -141,9 +152,11 @@ class Runner:
             address = ray.get(asked)
         except ray.exceptions.RayError:  # it died while it had nothing to do: an attempt like any other
             return _Running(job, workers, [asked])
-        self.on_event("job_begins", job=job.name, ranks=job.ranks)
+        self.on_event("job_begins", job=job.name, ranks=len(workers))
         refs = [
-            w.run_rank.remote(job.function, job.spec, (rank, job.ranks, address), self.resources.collective_timeout_s)
+            w.run_rank.remote(
+                job.function, job.spec, (rank, len(workers), address), self.resources.collective_timeout_s
+            )
             for rank, w in enumerate(workers)
         ]
         return _Running(job, workers, refs)

@@ -1,29 +1,24 @@
-"""Worker processes that live as long as the run: Ray places, watches and replaces them; jobs and tasks come and go."""
+"""A worker process, which lives as long as the run while jobs and tasks come and go."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import shutil
-import signal
 import socket
-import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from grappa_dist.config import Resources
 from grappa_dist.dist.comm import Comm, process_group
+from grappa_dist.dist.preflight import Checks, Facts, node_name, survey
 
-PLACEMENT_TIMEOUT_S = 300.0
-CONNECT_TIMEOUT_S = 5.0
-SUBMITTED_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by `ray job submit`
+LOOK_S = 3.0
+CUT_OFF_TRIES = 4  # of LOOK_S each and LOOK_S apart: about when the head, too, gives up a node that it cannot reach
+CUT_OFF_STATUS = 75
 Place = tuple[int, int, str]  # rank, size, address of rank 0
 
 
@@ -54,10 +49,17 @@ class Worker:
         self._threads, self._gpus = threads, gpus
         self._status: dict[str, Any] = {}
         self._stop = threading.Event()
+        threading.Thread(target=_end_when_cut_off, args=(_head_address(),), daemon=True).start()
 
     def ready(self) -> str:
-        """The node's address, once the process is up and has imported what jobs need."""
-        return _node_address()
+        """The node's id, once the process is up and has imported what jobs need."""
+        import ray
+
+        return str(ray.get_runtime_context().get_node_id())
+
+    def survey(self, checks: Checks, token: Path, workers: int) -> Facts:
+        """What this node says of itself, when `workers` of ours share it."""
+        return survey(checks, token, node_name(_node_address()), workers=workers, gpu=bool(self._gpus))
 
     def free_address(self) -> str:
         """host:port for a process group whose rank 0 is here."""
@@ -105,161 +107,30 @@ class Worker:
         faiss.omp_set_num_threads(self._threads)
 
 
+def _head_address() -> tuple[str, int]:
+    import ray
+
+    host, port = ray.get_runtime_context().gcs_address.rsplit(":", 1)
+    return str(host).strip("[]"), int(port)
+
+
+def _end_when_cut_off(head: tuple[str, int]) -> None:
+    """Ends this process when nothing reaches the head any more: it would hold its GPU, and write beside its successor.
+
+    Ray itself takes minutes to see that packets vanish. A busy head counts as reached: its kernel answers.
+    """
+    missed = 0  # in a row, not a time: this process itself may have been held up
+    while missed < CUT_OFF_TRIES:
+        try:
+            socket.create_connection(head, LOOK_S).close()
+            missed = 0
+        except OSError:
+            missed += 1
+        time.sleep(LOOK_S)
+    os._exit(CUT_OFF_STATUS)
+
+
 def _node_address() -> str:
     import ray
 
     return str(ray.util.get_node_ip_address())
-
-
-def check_faiss() -> None:
-    if importlib.util.find_spec("faiss") is None:
-        raise ValueError("faiss is not installed; install grappa-dist[cpu], or grappa-dist[gpu] where there are GPUs")
-
-
-def check_answers(address: str) -> None:
-    """Raises ValueError when nobody listens at host:port, which Ray itself would wait minutes for."""
-    host, colon, port = address.removeprefix("ray://").rpartition(":")
-    if colon and port.isdigit():
-        try:
-            socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
-        except OSError as error:
-            raise ValueError(f"RAY_ADDRESS={address} does not answer: {error.strerror or error}") from None
-
-
-@dataclass
-class Cluster:
-    """A connection to Ray, started on first use: a run that reuses everything starts none."""
-
-    resources: Resources
-    owned: Path | None = None  # temp folder of a local cluster that is ours to end
-    _workers: list[Any] | None = None
-    _node_of: dict[Any, str] = field(default_factory=dict)
-
-    def workers(self) -> list[Any]:
-        """The worker actors, all up.
-
-        Raises:
-            ValueError: the cluster cannot hold them, saying what is missing.
-        """
-        if self._workers is None:
-            self._connect()
-            self._workers = [self.start_worker() for _ in range(self._count())]
-            self._wait(self._workers)
-        return self._workers
-
-    def node_of(self, worker: Any) -> str:
-        """The node that a worker lies on, so that the ranks of a job can be neighbours."""
-        return self._node_of[worker]
-
-    def replace(self, worker: Any) -> Any:
-        """A fresh worker in the place of one that died or must end."""
-        import ray
-
-        ray.kill(worker)
-        fresh = self.start_worker()
-        self._wait([fresh])
-        assert self._workers is not None
-        self._workers[self._workers.index(worker)] = fresh
-        return fresh
-
-    def start_worker(self) -> Any:
-        import ray
-
-        actor: Any = ray.remote(concurrency_groups={"control": 2})(Worker)  # type: ignore[call-overload]
-        threads = self.resources.cpus_per_worker if self.resources.threads == "auto" else self.resources.threads
-        return actor.options(
-            num_cpus=self.resources.cpus_per_worker,
-            num_gpus=self._gpus_per_worker(),
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}},
-        ).remote(threads, self._gpus_per_worker())
-
-    def close(self) -> None:
-        """Ends our workers, and the local cluster if it is ours."""
-        ray = sys.modules.get("ray")
-        if ray is None or not ray.is_initialized():
-            return
-        for worker in self._workers or []:
-            ray.kill(worker)
-        self._workers = None
-        ray.shutdown()
-        if self.owned:
-            shutil.rmtree(self.owned, ignore_errors=True)
-
-    def _connect(self) -> None:
-        import ray
-
-        if ray.is_initialized():
-            return
-        check_faiss()
-        handler = signal.getsignal(signal.SIGTERM)  # ray.init puts its own in place
-        try:
-            self._init(ray)
-        finally:
-            if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGTERM, handler)
-
-    def _init(self, ray: Any) -> None:
-        paths = os.pathsep.join(dict.fromkeys(p or os.getcwd() for p in sys.path if "site-packages" not in p))
-        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
-        if os.environ.get("RAY_ADDRESS"):
-            submitted = SUBMITTED_JOB in os.environ  # then its runtime environment is set, and its folder importable
-            environment = None if submitted else {"env_vars": {"PYTHONPATH": paths}}
-            check_answers(os.environ["RAY_ADDRESS"])
-            ray.init(address=os.environ["RAY_ADDRESS"], runtime_env=environment, **quiet)
-            return
-        os.environ.setdefault(
-            "RAY_AUTH_MODE", "disabled"
-        )  # or Ray writes a token that later clusters of this user want
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        os.environ["PYTHONPATH"] = paths
-        self.owned = Path(tempfile.mkdtemp(prefix="grappa-", dir="/tmp"))  # short: sockets live in it
-        ray.init(
-            address="local",
-            num_cpus=self.resources.num_cpus,
-            include_dashboard=False,
-            object_store_memory=2**28,  # big arrays go through storage
-            _temp_dir=str(self.owned),
-            **quiet,
-        )
-
-    def _count(self) -> int:
-        import ray
-
-        have = ray.cluster_resources()
-        gpus = self._gpus_per_worker()
-        cpus = self.resources.cpus_per_worker
-        if self.resources.workers != "auto":
-            count = self.resources.workers
-        elif gpus:
-            count = int(have.get("GPU", 0) / gpus)
-        else:
-            count = max(1, int(have.get("CPU", 0) / cpus))
-        for name, need in (("CPU", count * cpus), ("GPU", count * gpus)):
-            if need > have.get(name, 0):
-                raise ValueError(
-                    f"{count} workers need {need:g} {name}, the Ray cluster has {have.get(name, 0):g}; "
-                    f"lower resources.workers or resources.{name.lower()}s_per_worker"
-                )
-        if count < self.resources.adapt_ranks:
-            raise ValueError(f"resources.adapt_ranks={self.resources.adapt_ranks} is more than the {count} workers")
-        return count
-
-    def _gpus_per_worker(self) -> float:
-        import ray
-
-        if self.resources.gpus_per_worker != "auto":
-            return self.resources.gpus_per_worker
-        return 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
-
-    def _wait(self, workers: list[Any]) -> None:
-        import ray
-
-        began = time.monotonic()
-        pending = [w.ready.remote() for w in workers]
-        _, late = ray.wait(pending, num_returns=len(pending), timeout=PLACEMENT_TIMEOUT_S)
-        if late:
-            raise ValueError(
-                f"{len(late)} of {len(workers)} workers did not start within {time.monotonic() - began:.0f} s; "
-                "are other jobs holding the cluster's CPUs or GPUs?"
-            )
-        self._node_of |= zip(workers, ray.get(pending), strict=True)

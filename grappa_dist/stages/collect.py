@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
@@ -12,11 +13,12 @@ from typing import Any
 from grappa_dist.artifacts import Artifact, Store
 from grappa_dist.config import DataConfig, Resources
 from grappa_dist.data.cache import CacheSettings
+from grappa_dist.data.decoding import BadImage
 from grappa_dist.data.randomness import permutation
 from grappa_dist.data.remote import is_remote
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.data.writer import ShardWriter
-from grappa_dist.dist.workers import SUBMITTED_JOB
+from grappa_dist.dist.connection import SUBMITTED_JOB
 
 ROWS_PER_SHARD = 256
 
@@ -55,6 +57,14 @@ def open_images(
     if not len(train):
         raise ValueError(f"data.train={list(data.train)}: the shards hold no images (jpg, jpeg, png, webp)")
     return train, ImageShards.open(data.test, index, cache) if data.test else None
+
+
+def read_a_little(train: ImageShards, test: ImageShards) -> None:
+    """Reads the first and the last image of both, or raises what is in the way; a bad image is not."""
+    for images in (train, test):
+        for row in {0, len(images) - 1} - {-1}:
+            with contextlib.suppress(BadImage):
+                images.image_bytes(row)
 
 
 def collection_sizes(data: DataConfig) -> dict[str, int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,12 @@ def fusion_of(
         "seed": seed,
     }
     return store.artifact(f"fusion/{variant}", settings, {f"adaptors {i}": a for i, a in enumerate(sets)})
+
+
+def least_bytes(fuse: FuseConfig) -> int:
+    """Memory that every rank of a fusion job needs, whatever the backbone: projector, its gradient and momentum, C."""
+    weights = sum(before * after for before, after in pairwise(fuse.projector))
+    return 4 * (3 * weights + fuse.projector[-1] ** 2)
 
 
 def fuse(

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from grappa_dist.config import Resources
+from grappa_dist.dist.cluster import Cluster
 from grappa_dist.dist.jobs import Job, Runner
-from grappa_dist.dist.workers import Cluster, RankContext
+from grappa_dist.dist.workers import RankContext
 from grappa_dist.observe import Terminated
 
 RESOURCES = Resources(workers=2, num_cpus=2, max_restarts=2, collective_timeout_s=60)

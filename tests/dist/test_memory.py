@@ -22,11 +22,12 @@ from grappa_dist.artifacts import Artifact, Store
 from grappa_dist.config import Config, Resources
 from grappa_dist.data.shards import ImageShards, Shard
 from grappa_dist.dist import share
+from grappa_dist.dist.cluster import Cluster
 from grappa_dist.dist.comm import Comm
 from grappa_dist.dist.jobs import Job, Runner
 from grappa_dist.dist.search import Rows
 from grappa_dist.dist.sharded_kmeans import sharded_kmeans
-from grappa_dist.dist.workers import Cluster, RankContext
+from grappa_dist.dist.workers import RankContext
 from grappa_dist.observe import Console
 from grappa_dist.stages.embed import BAD_FILE, ROWS_FILE, bad_rows, feature_rows
 from grappa_dist.stages.pseudo_label import STATS_FILE, labels_of, num_labels, pseudo_label

@@ -17,7 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
+from grappa_dist.dist.jobs import STOP_GRACE_S
 from tests.e2e import runs
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
@@ -40,7 +42,7 @@ def _free_ports(count: int) -> list[int]:
     return ports
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def dashboard() -> Iterator[str]:
     """A head node of our own, with its own ports and temp folder; ended by its process group, not by `ray stop`."""
     port, dashboard_port, client_port, agent_port = _free_ports(4)
@@ -81,20 +83,80 @@ def _wait_until_it_answers(url: str, head: subprocess.Popen[bytes]) -> None:
             time.sleep(0.5)
 
 
+def _submit(dashboard: str, out: Path, *settings: str, options: tuple[str, ...] = ()) -> list[str]:
+    program = ["python", "launch/full_pipeline.py", "--config", "configs/demo.yaml", "--out", str(out)]
+    environment = ["--runtime-env", "cluster/runtime_env.yaml", "--working-dir", "."]
+    return [
+        RAY,
+        "job",
+        "submit",
+        "--address",
+        dashboard,
+        *environment,
+        *options,
+        "--",
+        *program,
+        *runs.SMALL,
+        *settings,
+    ]
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, cwd=runs.ROOT, env=_environment(), text=True, capture_output=True, timeout=runs.PATIENCE_S
+    )
+
+
+def _job(dashboard: str, name: str) -> dict[str, str]:
+    """What the cluster says of a job."""
+    with urllib.request.urlopen(f"{dashboard}/api/jobs/{name}", timeout=10) as answer:
+        return dict(json.load(answer))
+
+
 def test_the_pipeline_runs_as_a_submitted_job(dashboard: str, tmp_path: Path) -> None:
+    """On a head of two CPUs with a worker on each: the driver takes none, or there would be no place for both."""
     out = tmp_path / "run"
     settings = ["adapt.epochs=1", "fuse.epochs=1", "clustering.num_labels=[8]", "data.collection_kwargs={scale: 0.1}"]
-    program = ["python", "launch/full_pipeline.py", "--config", "configs/demo.yaml", "--out", str(out)]
-    environment = _environment()
-    submit = [RAY, "job", "submit", "--address", dashboard, "--working-dir", "."]
-    ended = subprocess.run(
-        [*submit, "--", *program, *runs.SMALL, *settings],
-        cwd=runs.ROOT,
-        env=environment,
-        text=True,
-        capture_output=True,
-        timeout=runs.PATIENCE_S,
-    )
+    ended = _run(_submit(dashboard, out, *settings, "resources.workers=2"))
     assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-2000:]
     assert "succeeded" in ended.stdout + ended.stderr
     assert json.loads((out / "report" / "metrics.json").read_text())["rows"]
+
+
+def test_exit_status_and_error_of_a_failing_job_are_in_its_message(dashboard: str, tmp_path: Path) -> None:
+    ended = _run(_submit(dashboard, tmp_path / "run", "resources.workers=9", options=("--submission-id", "too-wide")))
+    assert ended.returncode == 1
+    job = _job(dashboard, "too-wide")
+    assert job["status"] == "FAILED"
+    assert "exit code 2" in job["message"]
+    assert "error: 9 workers need 9 CPU, the Ray cluster has 2; lower resources.workers" in job["message"]
+    assert "Traceback" not in job["message"]
+
+
+def test_a_stopped_job_has_saved_its_state(dashboard: str, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    settings = ["clustering.num_labels=[8]", "data.collection_kwargs={scale: 0.1}"]
+    endless = ["adapt.epochs=10000", "adapt.checkpoint_steps=1000000"]  # no checkpoint but that of the stop
+    options = ("--no-wait", "--submission-id", "stopped")
+    started = _run(_submit(dashboard, out, *settings, *endless, options=options))
+    assert started.returncode == 0, started.stderr
+    end = time.monotonic() + runs.PATIENCE_S
+    while runs.last_step(out, "adaptors/k=8") < 3:
+        job = _job(dashboard, "stopped")
+        assert job["status"] in ("PENDING", "RUNNING"), job["message"]
+        assert time.monotonic() < end
+        time.sleep(0.2)
+    assert list(out.glob("adaptors/*/checkpoints/*")) == []
+    stopped = _run([RAY, "job", "stop", "--address", dashboard, "stopped"])
+    assert stopped.returncode == 0, stopped.stderr
+    assert _job(dashboard, "stopped")["status"] == "STOPPED"
+    (saved,) = out.glob("adaptors/*/checkpoints/*")
+    assert int(saved.stem.removeprefix("step-")) == runs.last_step(out, "adaptors/k=8") + 1
+    logs = _run([RAY, "job", "logs", "--address", dashboard, "stopped"]).stdout
+    assert "terminated; state is saved" in logs
+
+
+def test_what_is_sent_with_a_job_is_small_and_a_stop_leaves_time_to_save() -> None:
+    settings = yaml.safe_load((runs.ROOT / "cluster" / "runtime_env.yaml").read_text())
+    assert {"/.git", "/runs", "/shards"} <= set(settings["excludes"])
+    assert float(settings["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"]) > STOP_GRACE_S + 10

@@ -15,6 +15,7 @@ from grappa_dist.stages.collect import (
     draw_collection,
     has_drawn,
     open_images,
+    read_a_little,
     run_root,
 )
 from tests.stages import tiny
@@ -112,3 +113,13 @@ def test_a_run_lies_where_it_is_told_or_below_runs(monkeypatch: pytest.MonkeyPat
 def test_a_run_directory_on_a_store_is_refused() -> None:
     with pytest.raises(ValueError, match=r"out=s3://b/runs: .*expected a folder on a file system.*mirror=s3://b/runs"):
         run_root("s3://b/runs", "demo")
+
+
+def test_a_little_is_read_of_both_ends_and_a_bad_image_is_no_obstacle(tmp_path: Path) -> None:
+    last = sum(tiny.SIZES) - 1
+    whole, torn = (tiny.write_shards(tmp_path / name, bad=(0, last)) for name in ("whole", "torn"))
+    train, test = (ImageShards.open(paths, tmp_path / "index") for paths in (whole, torn))
+    next(Path(torn[-1]).glob("*.tar")).unlink()
+    read_a_little(train, train)
+    with pytest.raises(FileNotFoundError, match="torn"):
+        read_a_little(train, test)

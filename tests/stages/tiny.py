@@ -19,6 +19,7 @@ from grappa_dist.data.shards import ImageShards
 from grappa_dist.data.writer import ShardWriter
 from grappa_dist.dist.comm import Comm
 from grappa_dist.dist.jobs import Job
+from grappa_dist.dist.preflight import Checks
 from grappa_dist.dist.workers import RankContext
 from grappa_dist.models import Grappa
 from grappa_dist.observe import Console, Events, read_events
@@ -168,6 +169,10 @@ class Here:
 
     num_workers: int = 2
     asked: list[str] = field(default_factory=list)
+    checks: list[Checks] = field(default_factory=list)
+
+    def require(self, checks: Checks) -> None:
+        self.checks.append(checks)
 
     def map(self, function: Any, tasks: Sequence[Any], done: Callable[[int], None] = lambda count: None) -> list[Any]:
         self.asked += [function.__name__] * len(tasks)

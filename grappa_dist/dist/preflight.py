@@ -1,0 +1,195 @@
+"""Looks, before any work, whether every node can take part: same versions, same storage, room for the plan.
+
+Each node states facts (`survey`), in a process that is up already; `problems` compares them, without Ray.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import socket
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module, metadata, util
+from pathlib import Path
+from uuid import uuid4
+
+import torch
+
+PACKAGES = ("torch", "ray", "deepspeed", "faiss")
+LATE_FILE_S = 5.0  # a network file system may show a new file this late
+NAMED = 3  # nodes named for one problem
+
+
+@dataclass(frozen=True)
+class Checks:
+    """What a run needs of every node."""
+
+    root: Path  # the run directory
+    read_data: Callable[[], None]  # reads a little of the images, or raises what is in the way
+    worker_bytes: int = 0  # memory that one worker needs at the least
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What one node says of itself; a reason is "" where nothing is in the way."""
+
+    node: str
+    versions: Mapping[str, str] = field(default_factory=dict)
+    storage: str = ""  # why the run directory is not the driver's, or cannot be written
+    data: str = ""  # why the images cannot be read
+    gpu: str = ""  # why the GPU that a worker was given cannot be used
+    memory_bytes: int = 0  # that is free for one worker: of its GPU, else its part of the node's
+
+
+def node_name(address: str) -> str:
+    return f"{socket.gethostname()} ({address})"
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Version of everything that must agree; "missing" where it cannot be imported. Imports none of it."""
+    found = {name: _version(name) for name in PACKAGES}
+    return {"python": platform.python_version(), **found, "grappa_dist": _own_version()}
+
+
+def _version(name: str) -> str:
+    if util.find_spec(name) is None:
+        return "missing"
+    for distribution in (name, f"{name}-cpu", f"{name}-gpu"):
+        try:
+            return metadata.version(distribution).partition("+")[0]  # builds for CPU and GPU work together
+        except metadata.PackageNotFoundError:
+            continue
+    return str(import_module(name).__version__).partition("+")[0]
+
+
+def _own_version() -> str:
+    """A digest of our sources: a stale copy on one node may well have the same number."""
+    folder = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
+    return f"sources {digest.hexdigest()[:8]}"
+
+
+def survey(checks: Checks, token: Path, name: str, *, workers: int, gpu: bool) -> Facts:
+    """The facts of the node that this process runs on, `workers` of which share its memory."""
+    usable = gpu and torch.cuda.is_available()
+    why = f"torch {torch.__version__} sees no GPU here, though Ray has given one" if gpu and not usable else ""
+    free = torch.cuda.mem_get_info()[0] if usable else free_memory() // workers
+    return Facts(name, versions(), _storage(checks.root, token, name), _data(checks), why, free)
+
+
+def _storage(root: Path, token: Path, name: str) -> str:
+    """Reads what the driver wrote and writes an answer beside it."""
+    try:
+        said = _late(lambda: (token / "driver").read_text())
+        (token / _file_of(name)).write_text(said)
+    except FileNotFoundError:
+        return f"the run directory {root} is not the one that the driver writes to; put --out on storage that all share"
+    except OSError as error:
+        return f"the run directory {root} cannot be used: {error.strerror or error}"
+    return ""
+
+
+def _file_of(name: str) -> str:
+    return "node-" + hashlib.sha256(name.encode()).hexdigest()[:16]
+
+
+def _late(read: Callable[[], str]) -> str:
+    """What `read` returns, once the file is there."""
+    end = time.monotonic() + LATE_FILE_S
+    while True:
+        try:
+            return read()
+        except FileNotFoundError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.2)
+
+
+def _data(checks: Checks) -> str:
+    try:
+        checks.read_data()
+    except (OSError, ValueError, ImportError) as error:
+        return f"images cannot be read: {' '.join(str(error).split()) or type(error).__name__}"
+    return ""
+
+
+def free_memory() -> int:
+    """Bytes that processes here can still take: of the machine, or of the container's limit where that is less."""
+    free = int(os.sysconf("SC_AVPHYS_PAGES")) * int(os.sysconf("SC_PAGE_SIZE"))
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                free = int(line.split()[1]) * 1024
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        if limit != "max":
+            free = min(free, int(limit) - int(Path("/sys/fs/cgroup/memory.current").read_text()))
+    except OSError:  # not Linux, or no such limits
+        pass
+    return free
+
+
+@contextmanager
+def token_in(root: Path) -> Iterator[Path]:
+    """A folder in the run directory with a word of the driver in it; gone afterwards."""
+    token = root / f".preflight-{uuid4().hex[:12]}"
+    try:
+        token.mkdir(parents=True)
+        (token / "driver").write_text(token.name)
+    except OSError as error:
+        raise ValueError(f"the run directory {root} cannot be written: {error.strerror or error}") from None
+    try:
+        yield token
+    finally:
+        shutil.rmtree(token, ignore_errors=True)
+
+
+def answered(token: Path, facts: Facts) -> Facts:
+    """The facts, with the driver's look at what the node wrote."""
+    if facts.storage:
+        return facts
+    try:
+        said = _late(lambda: (token / _file_of(facts.node)).read_text())
+    except OSError:
+        said = ""
+    why = "" if said == token.name else f"the driver does not see what it writes to {token.parent}"
+    return Facts(facts.node, facts.versions, why, facts.data, facts.gpu, facts.memory_bytes)
+
+
+def problems(own_versions: Mapping[str, str], nodes: Sequence[Facts], worker_bytes: int) -> list[str]:
+    """One line per kind of trouble, saying where it is; none where all is well."""
+    where: dict[str, list[str]] = defaultdict(list)
+    for facts in nodes:
+        for name, version in facts.versions.items():
+            if version != own_versions[name]:
+                where[f"{name} {version}, the driver has {own_versions[name]}"].append(facts.node)
+        for trouble in (facts.storage, facts.data, facts.gpu):
+            if trouble:
+                where[trouble].append(facts.node)
+        if facts.memory_bytes < worker_bytes and not facts.gpu:
+            need, free = (f"{size / 2**30:.1f} GiB" for size in (worker_bytes, facts.memory_bytes))
+            where[f"a worker needs {need} of memory at least, {free} is free"].append(facts.node)
+    return [f"{_names(found)}: {trouble}" for trouble, found in where.items()]
+
+
+def _names(nodes: Sequence[str]) -> str:
+    more = f" and {len(nodes) - NAMED} more" if len(nodes) > NAMED else ""
+    return ", ".join(nodes[:NAMED]) + more
+
+
+def table(nodes: Iterable[Facts]) -> str:
+    """A line per node, for people."""
+    lines = []
+    for facts in nodes:
+        said = ", ".join(f"{name} {version}" for name, version in facts.versions.items())
+        lines.append(f"{facts.node}: {said}; {facts.memory_bytes / 2**30:.1f} GiB free for each worker")
+    return "\n".join(lines)

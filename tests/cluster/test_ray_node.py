@@ -1,0 +1,59 @@
+"""cluster/ray_node.py without a Ray: what it refuses, what it removes, which address it takes."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cluster import ray_node
+from tests.e2e.runs import ROOT
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--object-store", "1000G"], "does not fit"),
+        (["--object-store", "much"], "--object-store=much must be a number of bytes"),
+        (["--interface", "nosuch0"], "interface nosuch0 has no IPv4 address"),
+        (["--temp-dir", f"/tmp/{'x' * 40}"], "at most 40 characters"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_ray_starts(flags: list[str], said: str) -> None:
+    command = [sys.executable, str(ROOT / "cluster" / "ray_node.py"), "--cpus", "1", "--temp-dir", "/tmp/never", *flags]
+    ended = subprocess.run(command, text=True, capture_output=True, timeout=60)
+    assert ended.returncode == 2
+    assert said in ended.stderr
+    assert "node: failed=" in ended.stdout
+    assert not Path("/tmp/never").exists()
+
+
+def test_only_folders_that_nobody_holds_are_removed(tmp_path: Path) -> None:
+    held = ray_node.make_folder(tmp_path / "grappa-1")
+    os.close(ray_node.make_folder(tmp_path / "grappa-2"))  # its process has ended
+    os.close(ray_node.make_folder(tmp_path / "grappa-3"))  # likewise, just now
+    (tmp_path / "grappa-4").mkdir()  # not of ours: it has no lock
+    for number in (1, 2, 4):
+        os.utime(tmp_path / f"grappa-{number}", (time.time() - 100,) * 2)
+    ray_node.remove_stale(tmp_path / "grappa-5")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["grappa-1", "grappa-3", "grappa-4"]
+    os.close(held)
+
+
+def test_the_interface_of_an_address_is_found_by_name() -> None:
+    assert dict(ray_node.interfaces())["lo"] == "127.0.0.1"
+    assert ray_node.interface_of("127.0.0.1") == {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+    assert ray_node.interface_of("198.51.100.1") == {}
+
+
+def test_a_taken_port_is_passed_over() -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert ray_node.free_port(port) > port

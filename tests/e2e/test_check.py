@@ -1,0 +1,31 @@
+"""The preflight alone, as a person calls it."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from grappa_dist.dist.preflight import versions
+from tests.e2e import runs
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+
+
+def test_check_says_what_the_nodes_have_and_makes_nothing(tmp_path: Path) -> None:
+    ended = runs.run(tmp_path / "run", "--check")
+    assert ended.returncode == 0, ended.stderr
+    (node, count) = ended.stdout.splitlines()
+    assert ", ".join(f"{name} {version}" for name, version in versions().items()) in node
+    assert count == "2 workers can start"
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_check_refuses_what_does_not_fit_in_one_line(tmp_path: Path) -> None:
+    ended: subprocess.CompletedProcess[str] = runs.run(tmp_path / "run", "--check", "resources.workers=9")
+    assert ended.returncode == 2
+    assert ended.stdout == ""
+    assert ended.stderr.splitlines() == [
+        "error: 9 workers need 9 CPU, the Ray cluster has 2; lower resources.workers or resources.cpus_per_worker"
+    ]
