@@ -8,8 +8,8 @@ from pathlib import Path
 
 from grappa_dist.artifacts import Artifact, Store
 from grappa_dist.config import UNTRAINED, Config, Resources
+from grappa_dist.layout import lay_out
 from grappa_dist.models.backbone import check_name
-from grappa_dist.pipeline import lay_out
 from grappa_dist.stages.adapt_plan import adapt_in_words, jobs_in_words
 from grappa_dist.stages.collect import collection_sizes, has_drawn, open_images
 from grappa_dist.stages.flow import Flow

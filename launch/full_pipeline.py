@@ -8,11 +8,13 @@ import importlib.util
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
 if importlib.util.find_spec("grappa_dist") is None:  # from a checkout or a job's working directory, not installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 CONFIG_ERROR, TERMINATED = 2, 143
+STAGES = ("embed", "pseudo_label", "adapt", "fuse")
 
 
 def parse() -> argparse.Namespace:
@@ -26,6 +28,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", help="the run directory (default: `out` of the config, else runs/<name>)")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and the plan; touch nothing")
     parser.add_argument("--check", action="store_true", help="start the workers, check every node, end; make nothing")
+    parser.add_argument("--until", choices=STAGES, help="end after this stage, without a report")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. adapt.epochs=1")
     return parser.parse_intermixed_args()  # settings may stand among the options
 
@@ -36,7 +39,7 @@ def main() -> int:
     arguments = parse()
     root: Path | None = None
     try:
-        from grappa_dist.config import load
+        from grappa_dist.config_file import load
         from grappa_dist.stages.collect import run_root
 
         config = load(arguments.config, arguments.overrides)
@@ -51,9 +54,7 @@ def main() -> int:
         if arguments.check:
             print(check(config, root))
             return 0
-        from grappa_dist.report import console_table
-
-        report, rows = run(config, root)
+        found = run(config, root, arguments.until)
     except ValueError as error:
         return _fail(error, None if arguments.dry_run or arguments.check else root, CONFIG_ERROR)
     except KeyboardInterrupt:
@@ -64,6 +65,16 @@ def main() -> int:
     except Terminated:
         print("terminated; state is saved, run the same command again to go on", file=sys.stderr)
         return TERMINATED
+    return _tell(found, root, arguments.until)
+
+
+def _tell(found: tuple[Path, Any] | None, root: Path, until: str | None) -> int:
+    from grappa_dist.report import console_table
+
+    if found is None:
+        print(f"done up to {until}; the same command without --until goes on")
+        return 0
+    report, rows = found
     print(console_table(rows))
     print(f"report  {report / 'report.html'}\nmodel   {root / 'model'}")
     return 0

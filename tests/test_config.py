@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import yaml
 
-from grappa_dist.config import AdaptConfig, Config, DataConfig, FuseConfig, fingerprint, load
+from grappa_dist.config import AdaptConfig, Config, DataConfig, FuseConfig, fingerprint
+from grappa_dist.config_file import load
 
 ROOT = Path(__file__).parents[1]
 SMALL: dict[str, Any] = {"name": "x", "data": {"train": "shards"}, "backbone": {"name": "timm:vit_tiny"}}

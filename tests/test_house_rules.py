@@ -15,14 +15,16 @@ STAGES = {"dist", "models", "data", "ops", "artifacts", "report", "observe", "co
 MAY_IMPORT: dict[str, set[str]] = {  # of ours, beside itself
     **{part: set() for part in ("ops", "report", "config", "observe", "_compat")},
     "artifacts": {"config"},
+    "config_file": {"config"},
     "data": {"artifacts", "config"},
     "models": {"ops", "_compat"},
     "dist": {"ops", "artifacts", "observe", "config"},
     "demo": {"data", "models", "ops", "_compat"},
     "stages": STAGES,
     "export": {*STAGES, "stages"},
-    "pipeline": {*STAGES, "stages", "export"},
-    "plan": {*STAGES, "stages", "pipeline"},
+    "layout": {*STAGES, "stages"},
+    "pipeline": {*STAGES, "stages", "layout", "export"},
+    "plan": {*STAGES, "stages", "layout"},
     "bench": {*STAGES, "stages", "export"},
     "__init__": {"export"},
 }

@@ -13,7 +13,7 @@ from grappa_dist import pipeline
 from grappa_dist.artifacts import Artifact, Store
 from grappa_dist.config import Config
 from grappa_dist.data.shards import ImageShards
-from grappa_dist.pipeline import lay_out
+from grappa_dist.layout import lay_out
 from grappa_dist.stages.flow import Flow
 from tests.stages import tiny
 

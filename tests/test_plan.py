@@ -8,7 +8,7 @@ import pytest
 from grappa_dist.artifacts import Store
 from grappa_dist.config import Config
 from grappa_dist.data.shards import ImageShards
-from grappa_dist.pipeline import lay_out
+from grappa_dist.layout import lay_out
 from grappa_dist.plan import plan
 from tests.models import tiny as models
 from tests.stages import tiny

@@ -46,6 +46,14 @@ def test_a_run_leaves_scores_of_every_model_on_every_task(finished: Path) -> Non
         assert row["queries"] > 0
 
 
+def test_a_run_can_end_after_a_stage_and_go_on_later(tmp_path: Path) -> None:
+    ended = runs.run(tmp_path, "--until", "pseudo_label")
+    assert ended.returncode == 0, ended.stderr
+    assert "done up to pseudo_label" in ended.stdout
+    assert len(list((tmp_path / "labels").glob("k=*"))) == 2
+    assert not (tmp_path / "adaptors").exists()
+
+
 def test_steps_of_two_adaptor_jobs_overlap_in_time(finished: Path) -> None:
     spans = [
         [float(str(e["t"])) for e in runs.metrics(finished, f"adaptors/k={k}") if e["name"] == "step"] for k in (8, 24)

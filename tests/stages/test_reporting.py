@@ -9,7 +9,7 @@ import pytest
 
 from grappa_dist.artifacts import Store
 from grappa_dist.data.shards import ImageShards
-from grappa_dist.pipeline import lay_out
+from grappa_dist.layout import lay_out
 from grappa_dist.stages.flow import Flow
 from grappa_dist.stages.reporting import best_sets, score_rows
 from tests.stages import tiny

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from grappa_dist.config import load
+from grappa_dist.config_file import load
 from grappa_dist.data.benchmarks import readers
 from grappa_dist.data.benchmarks.gathering import find, gather
 from grappa_dist.data.benchmarks.listing import Listed, halved
