@@ -30,6 +30,11 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         raise ValueError(f"config {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise ValueError(f"config {path} must be a mapping of sections, got {type(tree).__name__}")
+    return read(tree, overrides)
+
+
+def read(tree: dict[str, Any], overrides: Iterable[str] = ()) -> Config:
+    """The config of a tree of settings, with overrides, which are written into it; errors as of `load`."""
     for override in overrides:
         _set(tree, override)
     try:

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from grappa_dist.artifacts import Artifact, replacing, write_json
 from grappa_dist.data.transforms import to_rgb, upright
-from grappa_dist.models import Grappa, create_backbone
+from grappa_dist.models import Grappa
 from grappa_dist.ops.galleries import set_weights, transitivity
-from grappa_dist.stages.modelling import ModelSpec, build, preprocess_of
-
-FORMAT = 1
-CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+from grappa_dist.stages.modelling import CONFIG_FILE, FORMAT, WEIGHTS_FILE, ModelSpec, build, load_grappa, preprocess_of
 
 
 class RetrievalModel(nn.Module):
@@ -120,17 +115,5 @@ def load_model(run_or_model_dir: str | Path) -> RetrievalModel:
     Raises:
         ValueError: the directory holds no model, or one of an unknown format.
     """
-    folder = Path(run_or_model_dir)
-    folder = folder / "model" if (folder / "model" / CONFIG_FILE).is_file() else folder
-    if not (folder / CONFIG_FILE).is_file():
-        raise ValueError(
-            f"{run_or_model_dir} holds no model: expected {CONFIG_FILE}, or model/{CONFIG_FILE} of a finished run"
-        )
-    config = json.loads((folder / CONFIG_FILE).read_text())
-    if config.get("format") != FORMAT:
-        raise ValueError(f"{folder / CONFIG_FILE}: format {config.get('format')!r}, this version reads {FORMAT}")
-    pixels: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config["pixels"].items()}
-    backbone = create_backbone(config["backbone"]["name"], config["backbone"]["kwargs"], pixels, pretrained=False)
-    grappa = Grappa(backbone, len(config["sets"]), config["bottleneck"], attention=config["attention"])
-    grappa.load_state_dict(load_file(folder / WEIGHTS_FILE))
+    grappa, config = load_grappa(Path(run_or_model_dir))
     return RetrievalModel(grappa, config["sets"])

@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 import grappa_dist
 from grappa_dist.artifacts import Artifact, Store
 from grappa_dist.config import BackboneConfig
-from grappa_dist.export import CONFIG_FILE, RetrievalModel, export_model, load_model
+from grappa_dist.export import RetrievalModel, export_model, load_model
 from grappa_dist.models import Grappa, create_backbone
 from grappa_dist.ops.galleries import set_weights, transitivity
-from grappa_dist.stages.modelling import ADAPTORS_FILE, FUSION_FILE, ModelSpec, build
+from grappa_dist.stages.modelling import ADAPTORS_FILE, CONFIG_FILE, FUSION_FILE, ModelSpec, build
 from tests.models import tiny
 
 SIZE, BOTTLENECK = 32, 3

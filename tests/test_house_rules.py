@@ -22,6 +22,8 @@ MAY_IMPORT: dict[str, set[str]] = {  # of ours, beside itself
     "demo": {"data", "models", "ops", "_compat"},
     "stages": STAGES,
     "export": {*STAGES, "stages"},
+    "exits": {"observe"},
+    "embedding": {*STAGES, "stages", "config_file"},
     "layout": {*STAGES, "stages"},
     "pipeline": {*STAGES, "stages", "layout", "export"},
     "plan": {*STAGES, "stages", "layout"},

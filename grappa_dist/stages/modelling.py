@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,6 +19,8 @@ from grappa_dist.data.transforms import Preprocess
 from grappa_dist.models import Backbone, Grappa, Pixels, create_backbone
 
 ADAPTORS_FILE, FUSION_FILE = "adaptors.safetensors", "grappa.safetensors"
+FORMAT = 1  # of an exported model
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -30,12 +33,14 @@ class ModelSpec:
     adaptors: tuple[Artifact, ...] = ()
     fusion: Artifact | None = None  # None with several sets: their average
     galleries: Artifact | None = None  # weights of the sets for the images of each task
+    exported: Path | None = None  # an exported model instead, and
+    weights: str = ""  # the hash of its weights
 
     @property
-    def inputs(self) -> dict[str, Artifact]:
+    def inputs(self) -> dict[str, Artifact | str]:
         sets = {f"adaptors {i}": artifact for i, artifact in enumerate(self.adaptors)}
-        more = {"fusion": self.fusion, "galleries": self.galleries}
-        return sets | {name: artifact for name, artifact in more.items() if artifact}
+        more = {"fusion": self.fusion, "galleries": self.galleries, "weights": self.weights}
+        return {**sets, **{name: given for name, given in more.items() if given}}
 
     @property
     def weighs(self) -> bool:
@@ -68,6 +73,8 @@ def build_backbone(config: BackboneConfig, *, pretrained: bool = True) -> Backbo
 
 def build(spec: ModelSpec, device: torch.device) -> nn.Module:
     """The model of a description, frozen, on the device."""
+    if spec.exported is not None:
+        return load_grappa(spec.exported)[0].requires_grad_(False).eval().to(device)
     backbone = build_backbone(spec.backbone)
     if not spec.adaptors:
         return backbone.to(device)
@@ -78,12 +85,50 @@ def build(spec: ModelSpec, device: torch.device) -> nn.Module:
     return model.requires_grad_(False).eval().to(device)
 
 
+def exported_spec(run_or_model_dir: Path) -> ModelSpec:
+    """The description of an exported model.
+
+    Raises:
+        ValueError: the directory holds no model, or one of an unknown format.
+    """
+    folder, config = exported_config(run_or_model_dir)
+    backbone = BackboneConfig(name=config["backbone"]["name"], kwargs=config["backbone"]["kwargs"])
+    path = folder / WEIGHTS_FILE
+    weights = _sha256(str(path), path.stat().st_mtime_ns)
+    return ModelSpec(config["variant"], backbone, exported=folder.resolve(), weights=weights)
+
+
+def exported_config(run_or_model_dir: Path) -> tuple[Path, dict[str, Any]]:
+    """The directory of an exported model, given that or its run's, and what it says of itself."""
+    folder = run_or_model_dir
+    folder = folder / "model" if (folder / "model" / CONFIG_FILE).is_file() else folder
+    if not (folder / CONFIG_FILE).is_file():
+        raise ValueError(
+            f"{run_or_model_dir} holds no model: expected {CONFIG_FILE}, or model/{CONFIG_FILE} of a finished run"
+        )
+    config: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text())
+    if config.get("format") != FORMAT:
+        raise ValueError(f"{folder / CONFIG_FILE}: format {config.get('format')!r}, this version reads {FORMAT}")
+    return folder, config
+
+
+def load_grappa(run_or_model_dir: Path) -> tuple[Grappa, dict[str, Any]]:
+    """The weights of an exported model in their place, and what it says of itself."""
+    folder, config = exported_config(run_or_model_dir)
+    pixels: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config["pixels"].items()}
+    backbone = create_backbone(config["backbone"]["name"], config["backbone"]["kwargs"], pixels, pretrained=False)
+    grappa = Grappa(backbone, len(config["sets"]), config["bottleneck"], attention=config["attention"])
+    grappa.load_state_dict(load_file(folder / WEIGHTS_FILE))
+    return grappa, config
+
+
 _latest: dict[tuple[Any, ...], nn.Module] = {}
 
 
 def built(spec: ModelSpec, device: torch.device) -> nn.Module:
     """`build`, keeping the last model: a worker embeds many shards with one."""
-    key = (spec.backbone.model_dump_json(), spec.bottleneck, spec.adaptors, spec.fusion, spec.galleries, str(device))
+    sets = (spec.bottleneck, spec.adaptors, spec.fusion, spec.galleries)
+    key = (spec.backbone.model_dump_json(), *sets, spec.weights, str(device))
     if key not in _latest:
         _latest.clear()
         _latest[key] = build(spec, device)

@@ -1,0 +1,108 @@
+"""Embeds any shards with an exported model: what a search index is filled with.
+
+Shapes: P rows of one shard, D channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from grappa_dist.artifacts import Artifact, Store, write_json
+from grappa_dist.config import Config
+from grappa_dist.config_file import read
+from grappa_dist.data.cache import CacheSettings
+from grappa_dist.data.shards import ImageShards, Shard
+from grappa_dist.dist.cluster import Cluster
+from grappa_dist.dist.jobs import Runner
+from grappa_dist.observe import Console, Events
+from grappa_dist.stages.embed import BAD_FILE, ROWS_FILE, embed, features_of
+from grappa_dist.stages.modelling import ModelSpec, exported_spec
+from grappa_dist.stages.run import Run
+
+KEYS_FILE, LIST_FILE = "keys.json", "embeddings.json"
+
+
+@dataclass(frozen=True)
+class KeysTask:
+    images: ImageShards
+    shard: int
+    artifact: Artifact
+
+
+def embed_images(model: Path, paths: Sequence[str], out: Path, overrides: Iterable[str] = ()) -> Path:
+    """Embeds the images of some shards; the list of what there is then, `embeddings.json` in `out`.
+
+    Per shard it names `rows`, unit rows (P, D) float32, and `keys`, the images' keys in the same order; and `bad`, the
+    positions whose image does not decode, with the reason: their rows are zero.
+
+    Args:
+        model: a run directory, or that of an exported model.
+        overrides: `key=value` of the sections embed, resources and data.
+
+    Raises:
+        ValueError: there is no such model, or a path or setting is wrong, saying which.
+    """
+    spec = exported_spec(model)
+    data = {"train": tuple(paths)}
+    config = read({"name": "embeddings", "data": data, "backbone": {"name": spec.backbone.name}}, overrides)
+    store = Store(out)
+    with store.lock():
+        console = Console(Events(out / "events.jsonl"))
+        cluster = Cluster(config.resources, tell=console.say)
+        runner = Runner(cluster, config.resources, on_status=console.jobs, on_event=console.event)
+        try:
+            with runner.terminating():
+                return _embed(Run(config, store, runner, console), spec)
+        finally:
+            cluster.close()
+
+
+def _embed(run: Run, spec: ModelSpec) -> Path:
+    images = _open(run.config, run.store)
+    features = features_of(run.store, spec, run.config.embed, images)
+    embed(run, images, spec, features)
+    keys = [
+        run.store.artifact(f"keys/{s.name.removesuffix('.tar')}", {}, {"shard": s.fingerprint}) for s in images.shards
+    ]
+    missing = {artifact: i for i, artifact in enumerate(keys) if not artifact.complete}
+    if missing:
+        with run.console.stage("keys", f"of {len(missing)} shards"):
+            run.runner.map(write_keys, [KeysTask(images, i, artifact) for artifact, i in missing.items()])
+    shards = [
+        {
+            "shard": shard.name,
+            "images": shard.rows,
+            "rows": f"{of_rows.name}/{ROWS_FILE}",
+            "keys": f"{of_keys.name}/{KEYS_FILE}",
+            "bad": f"{of_rows.name}/{BAD_FILE}",
+        }
+        for shard, of_rows, of_keys in zip(images.shards, features, keys, strict=True)
+    ]
+    found = run.store.root / LIST_FILE
+    write_json(found, {"model": spec.name, "model_sha256": spec.weights, "images": len(images), "shards": shards})
+    return found
+
+
+def _keys_of(store: Store, shard: Shard) -> Artifact:
+    return store.artifact(f"keys/{shard.name.removesuffix('.tar')}", {}, {"shard": shard.fingerprint})
+
+
+def _open(config: Config, store: Store) -> ImageShards:
+    where = config.resources
+    cache = CacheSettings(where.cache_dir, where.cache_bytes, where.requests_in_flight)
+    images = ImageShards.open(config.data.train, store.root / "index", cache)
+    if not len(images):
+        raise ValueError(f"--images {' '.join(config.data.train)}: the shards hold no images (jpg, jpeg, png, webp)")
+    return images
+
+
+def write_keys(device: torch.device, task: KeysTask) -> None:
+    """The keys of one shard's images, in the order of its rows."""
+    if not task.artifact.complete:
+        folder = task.artifact.begin()
+        write_json(folder / KEYS_FILE, [task.images.key(row) for row in task.images.shard_rows(task.shard)])
+        task.artifact.commit()

@@ -1,0 +1,40 @@
+"""Embeds images with an adapted model, on any number of workers: a file of unit rows and one of keys per shard."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from pathlib import Path
+
+if importlib.util.find_spec("grappa_dist") is None:  # from a checkout or a job's working directory, not installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from grappa_dist.exits import STATUSES, Ending
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="Runs on the Ray cluster of RAY_ADDRESS, else on a local one. Shards that were embedded before are "
+        f"reused, so new ones alone take time. {STATUSES}",
+    )
+    parser.add_argument("--model", required=True, help="a run directory, or an exported model's")
+    parser.add_argument("--images", required=True, nargs="+", help="folders of shards, tars or patterns; also s3://")
+    parser.add_argument("--out", required=True, help="the folder for the embeddings")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of embed, resources and data.max_bad_share")
+    return parser.parse_intermixed_args()
+
+
+def work(asked: argparse.Namespace, ending: Ending) -> None:
+    from grappa_dist.embedding import embed_images
+    from grappa_dist.stages.collect import run_root
+
+    ending.log_dir = root = run_root(asked.out, "embeddings")
+    found = embed_images(Path(asked.model), asked.images, root, asked.overrides)
+    print(f"embeddings  {found}")
+
+
+if __name__ == "__main__":
+    asked, ending = parse(), Ending()
+    sys.exit(ending.of(lambda: work(asked, ending)))
