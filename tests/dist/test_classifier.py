@@ -68,7 +68,7 @@ def every_way(comm: Comm, folder: Path) -> dict[str, Any]:
     one_step(saved, comm, 0)
     optimizer = torch.optim.Adam(nothing.parameters())
     save_checkpoint(
-        Watcher().context(comm), folder / str(comm.size), 1, nothing, optimizer, {"classifier": saved.shard()}
+        Watcher().context(comm), folder / str(comm.size), 1, nothing, optimizer.state, {"classifier": saved.shard()}
     )
     found["saved"] = {name: whole(comm, t) for name, t in saved.state.tensors().items()}
     return found
