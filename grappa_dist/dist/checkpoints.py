@@ -87,7 +87,7 @@ def load_checkpoint(
     if not found:
         return 0
     with safe_open(found[-1] / ENGINE_FILE, framework="pt") as file, torch.no_grad():
-        saved = set(file.keys())
+        saved = sorted(file.keys())  # one order on all ranks: gathering a state sums it entry by entry
         for name, p in _trainable(module).items():
             p.copy_(file.get_tensor(name))
             state = {key.split("|")[1]: file.get_tensor(key) for key in saved if key.startswith(f"{name}|")}

@@ -67,7 +67,7 @@ def gather_state(zero: Any, comm: Comm) -> State:
     for piece, group in zip(zero.single_partition_of_fp32_groups, zero.bit16_groups, strict=True):
         for parameter in group:
             found[parameter] = {}
-            for key, value in pieces[piece].items():
+            for key, value in sorted(pieces[piece].items()):  # ranks may have got to know them in different orders
                 if value.ndim == 0:
                     found[parameter][key] = value.clone()
                     continue

@@ -91,6 +91,7 @@ def test_a_checkpoint_brings_parameters_and_optimizer_back_to_the_bit(tmp_path: 
     found = state_of(other, restored)
     assert found.keys() == saved.keys()
     assert all(torch.equal(found[key], saved[key]) and found[key].dtype == saved[key].dtype for key in saved)
+    assert all(list(known) == sorted(known) for known in restored.state.values())  # alike on all ranks
     assert torch.equal(other.frozen, frozen)
     step(module, optimizer)
     step(other, restored)

@@ -135,6 +135,18 @@ def test_on_the_same_ranks_a_resumed_run_has_the_same_bits_and_ranks_hold_equal_
         assert whole / 2 <= found[0][2] == found[1][2] <= whole / 2 + 2  # pieces are padded
 
 
+def goes_on_from_states_in_other_orders(comm: Comm) -> tuple[Saved, ...]:
+    saved = train(comm, 1, range(2), None, None)[1]
+    turned = {name: dict(reversed(tensors.items())) for name, tensors in saved.items()}
+    return tuple(train(comm, 1, range(2, 4), way, None)[1] for way in (saved, turned if comm.rank else saved))
+
+
+def test_ranks_gather_the_same_state_in_whatever_order_they_hold_it() -> None:
+    for same, turned in run_ranks(goes_on_from_states_in_other_orders, 2, timeout_s=400):
+        for name, tensors in same.items():
+            assert all(torch.equal(tensor, turned[name][key]) for key, tensor in tensors.items()), name
+
+
 def test_stage_three_is_refused_with_the_reason() -> None:
     model = small_model()
     with pytest.raises(ValueError, match="must be 0, 1 or 2; stage 3 would cut up the frozen backbone"):
