@@ -5,21 +5,21 @@ Each job is a world of its own, jobs run side by side as far as the workers go, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from grappa_dist.artifacts import Artifact, Store
-from grappa_dist.config import AdaptConfig, BackboneConfig, DataConfig
+from grappa_dist.config import AdaptConfig, BackboneConfig, Config, DataConfig
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.dist.jobs import Job
 from grappa_dist.dist.trackers import check_trackers
 from grappa_dist.ops.placement import Rates, in_words, sets_per_job, waves
 from grappa_dist.stages.adapting import AdaptJob, train_adaptors
 from grappa_dist.stages.modelling import backbone_settings
-from grappa_dist.stages.packs import AdaptSet, commit_trained, group
+from grappa_dist.stages.packs import AdaptSet, commit_saved, group, not_begun
 from grappa_dist.stages.pseudo_label import CENTROIDS_FILE, label_rows
 from grappa_dist.stages.rates import measure_rates
 from grappa_dist.stages.run import Run
@@ -47,21 +47,18 @@ def adapt(
 ) -> None:
     """Trains every adaptor set that does not exist yet, several in a job and jobs side by side as asked for."""
     config = run.config
-    sets = []
-    for k in [k for k, artifact in adaptors.items() if not artifact.complete]:
-        centroids = labels[k].path / CENTROIDS_FILE if config.adapt.classifier == "centroids" else None
-        sets.append(AdaptSet(k, label_rows(labels[k], images), adaptors[k], centroids))
-    commit_trained(sets)
-    sets = [one for one in sets if not one.artifact.complete]
-    if not sets:
+    sets = [_set(config, k, labels[k], adaptors[k], images) for k in adaptors]  # all: a pack may lack one only
+    commit_saved(sets)
+    missing = [one for one in sets if not one.artifact.complete]
+    if not missing:
         return
     check_trackers(config.resources.trackers)
     training = TrainingImages(
         images, bad, config.data, config.adapt.global_batch, config.seed, config.resources.decode_threads
     )
-    whole = AdaptJob(tuple(sets), training, config.backbone, config.adapt, config.resources.trackers)
-    with run.console.stage("adapt", f"{len(sets)} adaptor sets of {whole.num_steps} steps"):
-        jobs = [replace(whole, sets=members) for members in group(sets, _per_job(run, whole))]
+    whole = AdaptJob(tuple(missing), training, config.backbone, config.adapt, config.resources.trackers)
+    with run.console.stage("adapt", f"{len(missing)} adaptor sets of {whole.num_steps} steps"):
+        jobs = [replace(whole, sets=members) for members in group(sets, _per_job(run, whole, not_begun(sets)))]
         ranks = config.resources.adapt_ranks
         workers = range(run.runner.num_workers)
         run.console.say(f"adapt: {in_words(waves(len(jobs), [0] * len(workers), ranks), [0] * len(workers), ranks)}")
@@ -69,14 +66,22 @@ def adapt(
             [Job(job.name, train_adaptors, job, ranks) for job in jobs],
             lambda name: run.console.say(f"adapt: {name} is trained"),
         )
+        commit_saved(sets)  # removes what is left of packs whose sets went on in other jobs
 
 
-def _per_job(run: Run, whole: AdaptJob) -> int:
-    """How many sets a job trains that has not begun: as asked for, or by rates measured on one worker."""
-    asked, num_sets = whole.adapt.sets_per_job, len(whole.sets)
-    if asked != "auto" or num_sets == 1:
-        return num_sets if asked == "auto" else asked
-    rates: Rates = run.runner.map(measure_rates, [whole])[0]
+def _set(config: Config, k: int, labels: Artifact, adaptors: Artifact, images: ImageShards) -> AdaptSet:
+    centroids = labels.path / CENTROIDS_FILE if config.adapt.classifier == "centroids" else None
+    return AdaptSet(k, label_rows(labels, images), adaptors, centroids)
+
+
+def _per_job(run: Run, whole: AdaptJob, fresh: Sequence[AdaptSet]) -> int:
+    """How many of the sets that have not begun a job trains: as asked for, or by rates measured on one worker."""
+    asked, num_sets = whole.adapt.sets_per_job, len(fresh)
+    if asked != "auto":
+        return asked
+    if num_sets < 2:
+        return 1
+    rates: Rates = run.runner.map(measure_rates, [replace(whole, sets=tuple(fresh))])[0]
     slots = max(1, run.runner.num_workers // run.config.resources.adapt_ranks)
     chosen = sets_per_job(num_sets, slots, rates)
     run.console.event("sets_per_job", chosen=chosen, slots=slots, **vars(rates))

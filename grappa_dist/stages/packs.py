@@ -63,22 +63,35 @@ def begin(sets: Sequence[AdaptSet]) -> Path:
     return folder
 
 
+def packed(sets: Sequence[AdaptSet]) -> list[tuple[AdaptSet, ...]]:
+    """The groups that have a folder below packs/ and all of whose members are among `sets`, finished or not."""
+    known = {s.artifact.name: s for s in sets}
+    paths = sorted(sets[0].artifact.root.glob(f"packs/*/{PACK_FILE}")) if sets else []
+    groups = [json.loads(path.read_text())["sets"] for path in paths]
+    return [tuple(known[name] for name in names) for names in groups if all(name in known for name in names)]
+
+
 def begun(sets: Sequence[AdaptSet]) -> list[tuple[AdaptSet, ...]]:
-    """The groups among unfinished sets that have checkpoints, as they were packed."""
-    left = {s.artifact.name: s for s in sets}
-    groups = list[tuple[AdaptSet, ...]]()
-    for path in sorted(sets[0].artifact.root.glob(f"packs/*/{PACK_FILE}")) if sets else ():
-        names = json.loads(path.read_text())["sets"]
-        if all(name in left for name in names) and _has_checkpoint(path.parent):
-            groups.append(tuple(left.pop(name) for name in names))
-    return groups + [(s,) for s in left.values() if _has_checkpoint(s.artifact.partial)]
+    """The groups that lack a set and have checkpoints, as they were packed; no set is in two of them."""
+    groups, taken = list[tuple[AdaptSet, ...]](), set[str]()
+    for members in [*packed(sets), *((s,) for s in sets)]:
+        names = {s.artifact.name for s in members}
+        lacks = any(not s.artifact.complete for s in members)
+        if lacks and not names & taken and _has_checkpoint(pack_folder(members)):
+            groups.append(members)
+            taken |= names
+    return groups
+
+
+def not_begun(sets: Sequence[AdaptSet]) -> list[AdaptSet]:
+    """The sets that are neither finished nor in a group that has begun."""
+    taken = {s.artifact.name for of_job in begun(sets) for s in of_job}
+    return [s for s in sets if not s.artifact.complete and s.artifact.name not in taken]
 
 
 def group(sets: Sequence[AdaptSet], per_job: int) -> list[tuple[AdaptSet, ...]]:
-    """The sets of each job: groups that have begun, then the others, at most `per_job` together."""
-    old = begun(sets)
-    taken = {s.artifact.name for of_job in old for s in of_job}
-    return old + shared_out([s for s in sets if s.artifact.name not in taken], per_job)
+    """The sets of each job: groups that have begun, then the others that are missing, at most `per_job` together."""
+    return begun(sets) + shared_out(not_begun(sets), per_job)
 
 
 def _has_checkpoint(folder: Path) -> bool:
@@ -88,7 +101,7 @@ def _has_checkpoint(folder: Path) -> bool:
 def finish(sets: Sequence[AdaptSet], adaptors: Sequence[Mapping[str, Tensor]]) -> None:
     """Saves every set of a job that is trained, then commits one after the other.
 
-    All files are there before the first set is committed, so `commit_trained` can go on from a kill in between.
+    All files are there before the first set is committed, so `commit_saved` can go on from a kill in between.
     """
     for number, one in enumerate(sets):
         if one.artifact.complete:
@@ -102,12 +115,29 @@ def finish(sets: Sequence[AdaptSet], adaptors: Sequence[Mapping[str, Tensor]]) -
 
 
 def commit_trained(sets: Sequence[AdaptSet]) -> None:
-    """Commits the sets whose weights are saved: that happens last of all."""
+    """Commits the sets of a job and removes its folder, if the weights of all are saved: that happens last of all.
+
+    If those of one are not, the job has to go on from its checkpoints, and for that it needs all of its sets.
+    """
+    if not all(one.artifact.complete or (one.artifact.partial / ADAPTORS_FILE).exists() for one in sets):
+        return
     for one in sets:
-        if not one.artifact.complete and (one.artifact.partial / ADAPTORS_FILE).exists():
+        if not one.artifact.complete:
             one.artifact.commit(discard=["checkpoints"])
-    if len(sets) > 1 and all(one.artifact.complete for one in sets):
-        shutil.rmtree(pack_folder(sets), ignore_errors=True)
+    if len(sets) > 1:
+        folder = pack_folder(sets)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # the name of the pack goes last
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def commit_saved(sets: Sequence[AdaptSet]) -> None:
+    """Commits what jobs saved before they were killed, among all sets of a run, finished ones too."""
+    for members in packed(sets):
+        commit_trained(members)
+    goes_on = {s.artifact.name for members in begun(sets) if len(members) > 1 for s in members}
+    for one in sets:
+        if one.artifact.name not in goes_on:
+            commit_trained([one])
 
 
 def _write_log(source: Path, target: Path, one: AdaptSet) -> None:
