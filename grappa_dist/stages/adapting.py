@@ -25,7 +25,7 @@ from grappa_dist.models import PackedGrappa
 from grappa_dist.ops.schedules import cosine
 from grappa_dist.stages.embed import to_images
 from grappa_dist.stages.modelling import build_backbone, preprocess_of
-from grappa_dist.stages.packs import AdaptSet, begin, commit_trained, figure, finish
+from grappa_dist.stages.packs import AdaptSet, begin, commit_trained, figure, finish, pack_folder
 from grappa_dist.stages.training import Pixels, Rows, TrainingImages, augmented, torch_seed
 
 
@@ -51,10 +51,7 @@ class AdaptJob:
 def train_adaptors(context: RankContext, job: AdaptJob) -> None:
     """One rank of one job: builds, trains, and rank 0 saves."""
     config, comm = job.adapt, context.comm
-    if comm.rank == 0:
-        commit_trained(job.sets)
-    comm.barrier()
-    if all(one.artifact.complete for one in job.sets):
+    if _is_done(context, job):
         return
     root = job.sets[0].artifact.root
     with ExitStack() as stack:
@@ -65,7 +62,7 @@ def train_adaptors(context: RankContext, job: AdaptJob) -> None:
             objective,
             _optimizer(objective, config),
             _schedule(job),
-            folder=begin(job.sets),
+            folder=pack_folder(job.sets),
             job=job.name,
             beside=objective.beside,
             zero_stage=config.zero_stage,
@@ -73,6 +70,17 @@ def train_adaptors(context: RankContext, job: AdaptJob) -> None:
         )
         if done and comm.rank == 0:
             finish(job.sets, [objective.model.adaptor_tensors(i) for i in range(len(job.sets))])
+
+
+def _is_done(context: RankContext, job: AdaptJob) -> bool:
+    """Whether all sets are complete, as rank 0 finds: other nodes may see files late. If not, the folder is there."""
+    done = torch.zeros(1, device=context.device)
+    if context.comm.rank == 0:
+        commit_trained(job.sets)
+        done.fill_(all(one.artifact.complete for one in job.sets))
+        if not done:
+            begin(job.sets)
+    return bool(context.comm.broadcast(done, 0))
 
 
 def _optimizer(objective: AdaptObjective, config: AdaptConfig) -> torch.optim.Optimizer:

@@ -15,7 +15,7 @@ from grappa_dist.artifacts import Artifact, Store
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.dist.comm import Comm
 from grappa_dist.observe import read_events
-from grappa_dist.stages import packs
+from grappa_dist.stages import adapting, packs
 from grappa_dist.stages.adapt import adapt, adaptors_of
 from grappa_dist.stages.adapting import AdaptJob, train_adaptors
 from grappa_dist.stages.modelling import ADAPTORS_FILE
@@ -207,6 +207,23 @@ def test_only_missing_sets_are_trained_in_jobs_of_the_size_asked_for(
     said = capsys.readouterr().err
     assert ("2 sets to a job: an image takes" in said) == (asked == "auto")
     assert f"{len(names)} job" in said
+
+
+def run_with_late_files(comm: Comm, job: AdaptJob) -> bool:
+    """Rank 1 sees none of rank 0's files yet, and must not write any."""
+    with pytest.MonkeyPatch.context() as patch:
+        if comm.rank == 1:
+            patch.setattr(Artifact, "complete", property(lambda artifact: False))
+            patch.setattr(packs, "begin", None)
+            patch.setattr(adapting, "begin", None)
+        run(comm, job)
+    comm.barrier()  # rank 0 commits after the other is done
+    return all(one.artifact.complete for one in job.sets)
+
+
+def test_rank_zero_alone_says_whether_a_job_is_done(folder: Path) -> None:
+    for out, epochs in (("packed-2", 3), ("late", 1)):
+        assert run_ranks(run_with_late_files, 2, job_in(folder, out, epochs=epochs), timeout_s=60) == [True, True]
 
 
 def broken(dim: int, depth: int) -> torch.nn.Module:
