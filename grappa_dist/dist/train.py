@@ -79,7 +79,7 @@ def train(
     """Trains from the newest checkpoint in `folder` to the end; False when it was asked to stop and saved its state.
 
     `beside`, by name, is trained outside the engine. An ArithmeticError names the step, and
-    images, where the loss is not finite.
+    images, where the loss or another figure is not finite.
     """
     shards = {name: part.shard() for name, part in beside.items()}
     start = _agreed(context, load_checkpoint(folder, objective.module, optimizer, shards), job)
@@ -89,8 +89,8 @@ def train(
         objective.begin(start)
         for step in range(start, schedule.steps):
             figures, stop = _reduce(context, objective.backward(engine, step))
-            if not math.isfinite(figures["loss"]):
-                raise ArithmeticError(f"{job}: {_not_finite(figures['loss'], step, watch.suspects())}")
+            if not all(map(math.isfinite, figures.values())):
+                raise ArithmeticError(f"{job}: {_not_finite(figures, step, watch.suspects())}")
             done, rate = step + 1, schedule.learning_rate(step)
             engine.step(rate)
             for part in beside.values():
@@ -106,10 +106,15 @@ def train(
         engine.close()
 
 
-def _not_finite(loss: float, step: int, suspects: Sequence[str]) -> str:
+def _not_finite(figures: Mapping[str, float], step: int, suspects: Sequence[str]) -> str:
+    """Which figures are to blame: losses before what follows from them, those of single sets before their mean."""
+    wrong = {name: value for name, value in figures.items() if not math.isfinite(value)}
+    wrong = {name: value for name, value in wrong.items() if name.split(" ")[0] == "loss"} or wrong
+    wrong = {name: value for name, value in wrong.items() if " " in name} or wrong
+    said = ", ".join(f"{name} is {value}" for name, value in wrong.items())
     named = f"; images of that step: {', '.join(suspects[:NAMED])}" if suspects else ""
     more = f" and {len(suspects) - NAMED} more" if len(suspects) > NAMED else ""
-    return f"the loss is {loss} at step {step}; nothing was updated{named}{more}"
+    return f"{said} at step {step}; nothing was updated{named}{more}"
 
 
 def _agreed(context: RankContext, start: int, job: str) -> int:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from grappa_dist.artifacts import Artifact, Store
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.dist.comm import Comm
+from grappa_dist.dist.engine import Engine
 from grappa_dist.observe import read_events
 from grappa_dist.stages import adapting, packs
 from grappa_dist.stages.adapt import adapt, adaptors_of
@@ -234,6 +235,27 @@ def broken(dim: int, depth: int) -> torch.nn.Module:
     return model  # type: ignore[no-any-return]
 
 
+def said_when_a_gradient_overflows(comm: Comm, job: AdaptJob) -> str:
+    """The middle set's gradient becomes infinite once its loss, a finite one, is known."""
+    clip = Engine.clip
+
+    def overflowing(engine: Engine, groups: Any, max_norm: float) -> list[float]:
+        groups[1][0].grad.fill_(torch.inf)
+        return clip(engine, groups, max_norm)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "clip", overflowing)
+        with pytest.raises(ArithmeticError) as error:
+            run(comm, job)
+    return str(error.value)
+
+
+def test_a_gradient_that_is_not_finite_names_its_set_before_anything_is_updated(folder: Path) -> None:
+    (said,) = run_ranks(said_when_a_gradient_overflows, 1, job_in(folder, "overflow"), timeout_s=400)
+    assert said.startswith("k=3+k=4+k=5: gradient_norm k=4 is inf at step 0; nothing was updated; images of that step:")
+    assert said.endswith(" more")
+
+
 def said_when_broken(comm: Comm, job: AdaptJob) -> str:
     with pytest.raises(ArithmeticError) as error:
         run(comm, job)
@@ -245,6 +267,7 @@ def test_a_loss_that_is_not_finite_names_the_images_whose_features_are_not(folde
     job = replace(job, backbone=job.backbone.model_copy(update={"name": "tests.stages.test_packs:broken"}))
     rows = [job.training.order(0).batch_share(0, tiny.BATCH, rank, 2)[1] for rank in range(2)]
     named = ", ".join(f"{row} ({job.training.images.where(row)})" for row in sorted(rows))
-    said = f"k=3+k=4+k=5: the loss is nan at step 0; nothing was updated; images of that step: {named}"
+    losses = ", ".join(f"loss k={k} is nan" for k in KS)
+    said = f"k=3+k=4+k=5: {losses} at step 0; nothing was updated; images of that step: {named}"
     assert run_ranks(said_when_broken, 2, job, timeout_s=400) == [said, said]
     assert "image '" in said
