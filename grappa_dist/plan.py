@@ -10,7 +10,7 @@ from grappa_dist.artifacts import Artifact, Store
 from grappa_dist.config import UNTRAINED, Config, Resources
 from grappa_dist.layout import lay_out
 from grappa_dist.models.backbone import check_name
-from grappa_dist.stages.adapt_plan import adapt_in_words, jobs_in_words
+from grappa_dist.stages.adapt_plan import adapt_in_words, jobs_in_words, known_workers, ranks_of
 from grappa_dist.stages.collect import collection_sizes, has_drawn, open_images
 from grappa_dist.stages.flow import Flow
 from grappa_dist.stages.graph import graph_kind
@@ -108,7 +108,7 @@ def _costs(config: Config, num_rows: int, ks: tuple[int, ...], dim: int = 384) -
 
 def _classifier(config: Config, num_labels: int, dim: int = 384) -> str:
     """What the largest classifier takes of one rank of its job."""
-    ranks, adapt = config.resources.adapt_ranks, config.adapt
+    ranks, adapt = ranks_of(config.resources, known_workers(config.resources)), config.adapt
     rows = -(-num_labels // ranks)
     taking_part = rows * adapt.sampled_classes
     flops = CLASSIFIER_PRODUCTS * 2 * adapt.global_batch * taking_part * dim

@@ -70,13 +70,21 @@ def test_a_plan_tells_what_waits_for_what_and_the_memory_of_a_step(tmp_path: Pat
     said = text(backbone=timm, adapt=several, resources={"adapt_ranks": 2})
     assert "2 sets in 1 jobs of 2 ranks, 21 steps" in said
     assert "a rank for 5 images and 2 sets (" in said
-    assert "2 sets in jobs of 1 ranks, as many to a job as measured rates say" in text(adapt={"sets_per_job": "auto"})
+    said = text(backbone=timm, adapt={"sets_per_job": "auto"})
+    assert "2 sets in jobs of 1 ranks, as many to a job as measured rates say" in said
+    assert "; counted for one set, of which auto may put several in a job" in said
 
 
 def test_more_ranks_than_workers_are_refused_by_the_plan(tmp_path: Path) -> None:
     settings = tiny.config(tiny.write_shards(tmp_path / "images"), resources={"adapt_ranks": 3}, **SECTIONS)
     with pytest.raises(ValueError, match=r"resources\.adapt_ranks=3 is more than the 2 workers: 1 missing"):
         plan(settings, tmp_path / "run")
+
+
+def test_with_elastic_jobs_are_planned_with_the_workers_that_there_are(tmp_path: Path) -> None:
+    where = {"adapt_ranks": 3, "elastic": True}
+    said = plan(tiny.config(tiny.write_shards(tmp_path / "images"), resources=where, **SECTIONS), tmp_path / "run")
+    assert "on 2 workers: 2 jobs of 2 ranks, one after the other, in 2 waves" in said
 
 
 def test_a_plan_tells_what_is_reused(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from grappa_dist.config import Resources
+from grappa_dist.ops.placement import check_capacity
 
 
 def room(nodes: Iterable[Mapping[str, Any]], cpus: float, gpus: float) -> int:
@@ -33,7 +34,7 @@ def planned(nodes: Iterable[Mapping[str, Any]], resources: Resources) -> int:
     """Workers to start on these nodes.
 
     Raises:
-        ValueError: they do not fit; not with resources.elastic, as long as one does.
+        ValueError: they do not fit, or are fewer than a job has ranks; not with resources.elastic, as long as one does.
     """
     nodes = [node for node in nodes if node["Alive"]]
     need = {"CPU": resources.cpus_per_worker, "GPU": gpus_per_worker(nodes, resources)}
@@ -42,8 +43,8 @@ def planned(nodes: Iterable[Mapping[str, Any]], resources: Resources) -> int:
     if fit < count and not (resources.elastic and fit):
         raise ValueError(_lack(nodes, count, need, fit))
     count = min(count, fit)
-    if count < resources.adapt_ranks and not resources.elastic:
-        raise ValueError(f"resources.adapt_ranks={resources.adapt_ranks} is more than the {count} workers")
+    if not resources.elastic:
+        check_capacity(count, resources.adapt_ranks)
     return count
 
 

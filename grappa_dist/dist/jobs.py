@@ -15,7 +15,7 @@ from grappa_dist.config import Resources
 from grappa_dist.dist.cluster import Cluster
 from grappa_dist.dist.preflight import Checks
 from grappa_dist.observe import Terminated
-from grappa_dist.ops.placement import choose
+from grappa_dist.ops.placement import check_capacity, choose
 
 POLL_S = 0.5
 STATUS_S = 5.0
@@ -106,9 +106,8 @@ class Runner:
 
         waiting, attempts = deque(jobs), dict.fromkeys((j.name for j in jobs), 0)
         free, running, results = list(self.cluster.workers()), list[_Running](), dict[str, Any]()
-        for job in jobs:
-            if job.ranks > len(free) and not self.resources.elastic:
-                raise ValueError(f"{job.name} needs {job.ranks} workers, there are {len(free)}")
+        if not self.resources.elastic:
+            check_capacity(len(free), max((job.ranks for job in jobs), default=0))
         shown = time.monotonic()
         while waiting or running:
             if self._terminate.is_set():

@@ -15,14 +15,6 @@ Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
-class Placed:
-    """A job, by its number, and its workers, by theirs."""
-
-    job: int
-    workers: tuple[int, ...]
-
-
-@dataclass(frozen=True)
 class Rates:
     """Seconds an image of one worker: what a job does once for all of its sets, and once for each."""
 
@@ -67,21 +59,15 @@ def choose(nodes: Sequence[Hashable], ranks: int) -> list[int] | None:
     return sorted(candidates[:ranks])
 
 
-def waves(num_jobs: int, nodes: Sequence[Hashable], ranks: int) -> list[list[Placed]]:
-    """What runs at once, wave after wave, if all jobs take as long: as few waves as can be.
+def waves(num_jobs: int, workers: int, ranks: int) -> list[int]:
+    """How many jobs run at once, wave after wave, if all take as long.
 
     Raises:
         ValueError: a job has more ranks than there are workers, so it would wait for ever.
     """
-    check_capacity(len(nodes), ranks)
-    jobs, planned = list(range(num_jobs)), list[list[Placed]]()
-    while jobs:
-        free, wave = list(range(len(nodes))), list[Placed]()
-        while jobs and (chosen := choose([nodes[i] for i in free], ranks)) is not None:
-            wave.append(Placed(jobs.pop(0), tuple(free[i] for i in chosen)))
-            free = [worker for i, worker in enumerate(free) if i not in chosen]
-        planned.append(wave)
-    return planned
+    check_capacity(workers, ranks)
+    full, rest = divmod(num_jobs, workers // ranks)
+    return [workers // ranks] * full + [rest] * (rest > 0)
 
 
 def check_capacity(workers: int, ranks: int) -> None:
@@ -107,17 +93,19 @@ def sets_per_job(num_sets: int, slots: int, rates: Rates) -> int:
     return next(s for s in range(1, num_sets + 1) if seconds(s) <= fastest * (1 + 1e-9))
 
 
-def in_words(planned: Sequence[Sequence[Placed]], nodes: Sequence[Hashable], ranks: int) -> str:
-    """The plan in a line."""
-    if not planned:
+def in_words(num_jobs: int, workers: int, ranks: int) -> str:
+    """What runs at once and what waits for what, in a line.
+
+    Raises:
+        ValueError: a job has more ranks than there are workers.
+    """
+    sizes = waves(num_jobs, workers, ranks)
+    if not sizes:
         return "nothing to place"
-    sizes = [len(wave) for wave in planned]
-    alike = f"{sizes[0]} at a time" if len(set(sizes[:-1])) <= 1 else "as workers go"
-    order = "one after the other" if sizes[0] == 1 and len(sizes) > 1 else alike if len(sizes) > 1 else "all at once"
+    several = "one after the other" if sizes[0] == 1 else f"{sizes[0]} at a time"
+    order = several if len(sizes) > 1 else "all at once"
     rest = f", {sizes[-1]} in the last" if sizes[-1] != sizes[0] else ""
-    wide = sum(len({nodes[w] for w in placed.workers}) > 1 for wave in planned for placed in wave)
-    idle = len(nodes) - sizes[0] * ranks
-    told = f"{sum(sizes)} job{'s' * (sum(sizes) > 1)} of {ranks} rank{'s' * (ranks > 1)}, {order}{rest}"
+    idle = workers - sizes[0] * ranks
+    told = f"{num_jobs} job{'s' * (num_jobs > 1)} of {ranks} rank{'s' * (ranks > 1)}, {order}{rest}"
     told += f", in {len(sizes)} waves" if len(sizes) > 1 else ""
-    told += f"; {wide} span nodes" if wide else ""
-    return told + (f"; {idle} of {len(nodes)} workers idle" if idle else "")
+    return told + (f"; {idle} of {workers} workers idle" if idle else "")

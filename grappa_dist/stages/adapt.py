@@ -16,7 +16,8 @@ from grappa_dist.config import AdaptConfig, BackboneConfig, Config, DataConfig
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.dist.jobs import Job
 from grappa_dist.dist.trackers import check_trackers
-from grappa_dist.ops.placement import Rates, in_words, sets_per_job, waves
+from grappa_dist.ops.placement import Rates, in_words, sets_per_job
+from grappa_dist.stages.adapt_plan import ranks_of
 from grappa_dist.stages.adapting import AdaptJob, train_adaptors
 from grappa_dist.stages.modelling import backbone_settings
 from grappa_dist.stages.packs import AdaptSet, commit_saved, group, not_begun
@@ -59,11 +60,10 @@ def adapt(
     whole = AdaptJob(tuple(missing), training, config.backbone, config.adapt, config.resources.trackers)
     with run.console.stage("adapt", f"{len(missing)} adaptor sets of {whole.num_steps} steps"):
         jobs = [replace(whole, sets=members) for members in group(sets, _per_job(run, whole, not_begun(sets)))]
-        ranks = config.resources.adapt_ranks
-        workers = range(run.runner.num_workers)
-        run.console.say(f"adapt: {in_words(waves(len(jobs), [0] * len(workers), ranks), [0] * len(workers), ranks)}")
+        workers = run.runner.num_workers
+        run.console.say(f"adapt: {in_words(len(jobs), workers, ranks_of(config.resources, workers))}")
         run.runner.run_jobs(
-            [Job(job.name, train_adaptors, job, ranks) for job in jobs],
+            [Job(job.name, train_adaptors, job, config.resources.adapt_ranks) for job in jobs],
             lambda name: run.console.say(f"adapt: {name} is trained"),
         )
         commit_saved(sets)  # removes what is left of packs whose sets went on in other jobs
@@ -82,7 +82,8 @@ def _per_job(run: Run, whole: AdaptJob, fresh: Sequence[AdaptSet]) -> int:
     if num_sets < 2:
         return 1
     rates: Rates = run.runner.map(measure_rates, [replace(whole, sets=tuple(fresh))])[0]
-    slots = max(1, run.runner.num_workers // run.config.resources.adapt_ranks)
+    workers = run.runner.num_workers
+    slots = max(1, workers // ranks_of(run.config.resources, workers))
     chosen = sets_per_job(num_sets, slots, rates)
     run.console.event("sets_per_job", chosen=chosen, slots=slots, **vars(rates))
     run.console.say(

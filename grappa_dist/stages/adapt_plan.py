@@ -10,12 +10,17 @@ import torch
 from grappa_dist.config import Config, Resources
 from grappa_dist.models import PackedGrappa
 from grappa_dist.models.packed import activation_bytes
-from grappa_dist.ops.placement import check_capacity, in_words, waves
+from grappa_dist.ops.placement import check_capacity, in_words
 from grappa_dist.stages.modelling import build_backbone
 
 
+def ranks_of(where: Resources, workers: int | None) -> int:
+    """Ranks of an adaptor job on so many workers; with elastic no more than there are."""
+    return max(1, min(where.adapt_ranks, workers)) if where.elastic and workers is not None else where.adapt_ranks
+
+
 def jobs_in_words(config: Config, num_sets: int) -> str:
-    per_job, ranks = config.adapt.sets_per_job, config.resources.adapt_ranks
+    per_job, ranks = config.adapt.sets_per_job, ranks_of(config.resources, known_workers(config.resources))
     if per_job == "auto":
         return f"{num_sets} sets in jobs of {ranks} ranks, as many to a job as measured rates say"
     packed = f"{num_sets} sets in " if per_job > 1 else ""
@@ -28,15 +33,16 @@ def adapt_in_words(config: Config, num_sets: int) -> Iterator[str]:
     Raises:
         ValueError: a job has more ranks than there are workers.
     """
-    per_job, ranks = config.adapt.sets_per_job, config.resources.adapt_ranks
-    workers = known_workers(config.resources)
+    per_job, workers = config.adapt.sets_per_job, known_workers(config.resources)
+    ranks = ranks_of(config.resources, workers)
     if workers is not None:
         check_capacity(workers, ranks)
     if workers is not None and per_job != "auto":
-        nodes = ["all"] * workers
-        yield f"on {workers} workers: {in_words(waves(-(-num_sets // per_job), nodes, ranks), nodes, ranks)}"
+        yield f"on {workers} workers: {in_words(-(-num_sets // per_job), workers, ranks)}"
     if config.backbone.name.startswith("timm:"):
-        yield _memory_in_words(config, 1 if per_job == "auto" else min(per_job, num_sets))
+        auto = per_job == "auto"
+        said = _memory_in_words(config, 1 if per_job == "auto" else min(per_job, num_sets), ranks)
+        yield f"{said}; counted for one set, of which auto may put several in a job" if auto else said
 
 
 def known_workers(where: Resources) -> int | None:
@@ -48,14 +54,14 @@ def known_workers(where: Resources) -> int | None:
     return max(1, (where.num_cpus or os.cpu_count() or 1) // where.cpus_per_worker)
 
 
-def _memory_in_words(config: Config, num_sets: int) -> str:
+def _memory_in_words(config: Config, num_sets: int, ranks: int) -> str:
     """Activations between forward and backward, counted on a model without weights."""
     adapt = config.adapt
     with torch.device("meta"):
         backbone = build_backbone(config.backbone, pretrained=False)
         model = PackedGrappa(backbone, 1, adapt.bottleneck, recompute=adapt.activation_checkpointing)
     each = activation_bytes(model, backbone.pixels.image_size)
-    at_once = adapt.micro_batch or -(-adapt.global_batch // config.resources.adapt_ranks)
+    at_once = adapt.micro_batch or -(-adapt.global_batch // ranks)
     total = each * at_once * num_sets / 2**30
     return (
         f"activations in float32: {each / 2**20:.1f} MiB an image and set, {total:.1f} GiB a rank for {at_once} images "

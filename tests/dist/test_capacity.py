@@ -44,7 +44,7 @@ def test_as_many_workers_as_there_is_room_for_but_no_more_than_asked() -> None:
             {"workers": 3, "cpus_per_worker": 2},
             r"3 workers of 2 CPU and 0 GPU do not fit: there is room for 2 \(host3 3 CPU 0 GPU, host3 3 CPU 0 GPU\)",
         ),
-        ([node(2)], {"adapt_ranks": 3}, r"resources\.adapt_ranks=3 is more than the 2 workers"),
+        ([node(2)], {"adapt_ranks": 3}, r"resources\.adapt_ranks=3 is more than the 2 workers: 1 missing"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(nodes: list[dict[str, Any]], settings: dict[str, Any], said: str) -> None:

@@ -216,7 +216,7 @@ def test_what_the_cluster_cannot_hold_is_refused_at_once(cluster: Cluster, setti
 
 
 def test_a_job_of_more_ranks_than_workers_is_refused(runner: Runner) -> None:
-    with pytest.raises(ValueError, match=r"wide needs 3 workers, there are 2"):
+    with pytest.raises(ValueError, match=r"adapt_ranks=3 is more than the 2 workers: 1 missing"):
         runner.run_jobs([Job("wide", sum_of_ranks, (-1, ""), 3)])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,10 +63,10 @@ def dies(comm: Comm, job: Job, name: str, call: int) -> None:
             job.function(tiny.Watcher().context(comm), job.spec)
 
 
-def adapt_in(root: Path, here: tiny.Here, **settings: Any) -> dict[int, Artifact]:
+def adapt_in(root: Path, here: tiny.Here, where: Mapping[str, Any] = {}, **settings: Any) -> dict[int, Artifact]:
     """The stage on the shards beside `root`."""
     paths = [str(path) for path in sorted((root.parent / "images").iterdir())]
-    config = tiny.config(paths, adapt={**SETTINGS, **settings})
+    config = tiny.config(paths, adapt={**SETTINGS, **settings}, resources=where)
     run_of, images = tiny.run_in(config, root, here), ImageShards.open(paths, None)
     labels, adaptors = dict[int, Artifact](), dict[int, Artifact]()
     for k in KS:
@@ -127,3 +127,14 @@ def test_auto_counts_only_sets_that_have_not_begun(straight: dict[int, Artifact]
         adapt_in(root, Killing(num_workers=1, at=("save", 1)))
     adapt_in(root, here, sets_per_job="auto")
     assert here.asked == ["k=3+k=4"]  # and no rates are measured for nothing
+
+
+def test_with_elastic_fewer_workers_than_ranks_train_all_sets(
+    straight: dict[int, Artifact], capsys: pytest.CaptureFixture[str]
+) -> None:
+    here, where = tiny.Here(num_workers=1), {"adapt_ranks": 2, "elastic": True}
+    adaptors = adapt_in(straight[3].root.parent / "elastic", here, where, sets_per_job="auto")
+    assert all(artifact.complete for artifact in adaptors.values())
+    said = capsys.readouterr().err
+    assert ", 1 jobs at a time" in said
+    assert "of 1 rank, " in said
