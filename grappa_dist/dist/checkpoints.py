@@ -1,7 +1,7 @@
 """Checkpoints of training: a folder that appears by one rename, and loads on any number of ranks.
 
     checkpoints/step-000000050/
-      engine.safetensors              what every rank has alike, written by rank 0
+      engine.safetensors              what every rank has alike, and the list of the other files, written by rank 0
       <name>.<first>-<end>.safetensors    rows of what is spread over the ranks, written by whoever holds them
 
 Shapes: the first dimension of a shard's tensors is its rows.
@@ -9,9 +9,10 @@ Shapes: the first dimension of a shard's tensors is its rows.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,17 +62,20 @@ def save_checkpoint(
     """
     done = folder / "checkpoints" / f"step-{step:09d}"
     partial = done.with_name(f".{done.name}.partial")
+    files = _files_of_all(context, shards or {})
     if context.comm.rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)  # a killed attempt may have had other ranks, and so other files
-        partial.mkdir(parents=True)
-        _write(partial / ENGINE_FILE, _replicated(module, state), {"step": str(step)})
+        for left in done.parent.glob(".step-*"):  # by killed attempts; nobody writes before the barrier below
+            shutil.rmtree(left, ignore_errors=True)
+        partial.mkdir(parents=True, exist_ok=True)
+        _write(partial / ENGINE_FILE, _replicated(module, state), {"step": str(step), "files": json.dumps(files)})
     context.comm.barrier()
     for name, shard in (shards or {}).items():
         for first, end in shard.ranges():
             rows = {key: t[first - shard.first : end - shard.first].cpu() for key, t in shard.tensors.items()}
-            _write(partial / f"{name}.{first:012d}-{end:012d}.safetensors", rows, {})
+            _write(partial / _file_name(name, first, end), rows, {})
     context.comm.barrier()
     if context.comm.rank == 0:
+        sync_folder(partial)
         os.rename(partial, done)
         sync_folder(done.parent)
         for old in _checkpoints(folder)[:-KEEP_CHECKPOINTS]:
@@ -87,26 +91,41 @@ def load_checkpoint(
     if not found:
         return 0
     with safe_open(found[-1] / ENGINE_FILE, framework="pt") as file, torch.no_grad():
+        on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
         saved = sorted(file.keys())  # one order on all ranks: gathering a state sums it entry by entry
         for name, p in _trainable(module).items():
             p.copy_(file.get_tensor(name))
             state = {key.split("|")[1]: file.get_tensor(key) for key in saved if key.startswith(f"{name}|")}
-            optimizer.state[p] = {k: v if v.ndim == 0 else v.to(p.device) for k, v in state.items()}
-        step = int(file.metadata()["step"])
+            optimizer.state[p] = {k: v.to(p.device) if v.ndim or on_device else v for k, v in state.items()}
+        step, files = int(file.metadata()["step"]), json.loads(file.metadata()["files"])
     for name, shard in (shards or {}).items():
-        _load_rows(found[-1], name, shard)
+        _load_rows(found[-1], [file for file in files if file.startswith(f"{name}.")], name, shard)
     return step
 
 
+def _files_of_all(context: RankContext, shards: Mapping[str, RowShard]) -> list[str]:
+    """The names of all ranks' files: what a straggler of an earlier attempt adds is not among them."""
+    files = list[str]()
+    for name, shard in shards.items():
+        own = torch.tensor(list(shard.ranges()), dtype=torch.int64, device=context.device).reshape(-1, 2)
+        ranges = torch.cat(context.comm.gather(own)).tolist()
+        files += [_file_name(name, first, end) for first, end in ranges]
+    return files
+
+
+def _file_name(shard: str, first: int, end: int) -> str:
+    return f"{shard}.{first:012d}-{end:012d}.safetensors"
+
+
 @torch.no_grad()
-def _load_rows(checkpoint: Path, name: str, shard: RowShard) -> None:
-    """Fills a rank's rows from whichever files have them.
+def _load_rows(checkpoint: Path, files: Sequence[str], name: str, shard: RowShard) -> None:
+    """Fills a rank's rows from whichever of the files have them.
 
     Raises:
         ValueError: no file has some of the rows.
     """
     reached = shard.first
-    for path in sorted(checkpoint.glob(f"{name}.*-*.safetensors")):
+    for path in (checkpoint / file for file in sorted(files)):
         first, end = (int(number) for number in path.suffixes[-2].removeprefix(".").split("-"))
         low, high = max(first, reached), min(end, shard.end)
         if low != reached or low >= high:

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from grappa_dist.dist import checkpoints
@@ -15,14 +19,37 @@ ALL_ROWS = torch.arange(23 * 4, dtype=torch.float32).reshape(23, 4)
 STEPS = torch.arange(23, dtype=torch.int32)
 
 
+@dataclass(frozen=True)
+class Played(Comm):
+    """One of several ranks, played by threads: they gather and meet as processes do."""
+
+    meeting: threading.Barrier = field(default_factory=lambda: threading.Barrier(1))
+    given: dict[int, Tensor] = field(default_factory=dict)
+
+    def barrier(self) -> None:
+        self.meeting.wait(20)
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        self.given[self.rank] = tensor
+        self.barrier()
+        found = [self.given[rank] for rank in range(self.size)]
+        self.barrier()
+        return found
+
+
 def save(folder: Path, step: int, parts: list[tuple[int, int]]) -> None:
-    """What ranks with these row ranges write, all of them played by one."""
-    shards = {f"set.{i}": RowShard(a, {"rows": ALL_ROWS[a:b], "steps": STEPS[a:b]}) for i, (a, b) in enumerate(parts)}
+    """What ranks with these row ranges write."""
     module = nn.Linear(2, 1)
     state = torch.optim.Adam(module.parameters()).state
-    save_checkpoint(Watcher().context(Comm()), folder, step, module, state, shards)
-    for path in (folder / "checkpoints" / f"step-{step:09d}").glob("set.*"):
-        path.rename(path.with_name("classifier." + path.name.split(".", 2)[2]))
+
+    def one(comm: Comm) -> None:
+        a, b = parts[comm.rank]
+        shards = {"classifier": RowShard(a, {"rows": ALL_ROWS[a:b], "steps": STEPS[a:b]})}
+        save_checkpoint(Watcher().context(comm), folder, step, module, state, shards)
+
+    meeting, given = threading.Barrier(len(parts)), dict[int, Tensor]()
+    with ThreadPoolExecutor(len(parts)) as ranks:
+        list(ranks.map(one, [Played(rank, len(parts), meeting, given) for rank in range(len(parts))]))
 
 
 def load(folder: Path, first: int, end: int) -> tuple[int, dict[str, Tensor]]:
@@ -76,3 +103,41 @@ def test_a_checkpoint_under_its_name_is_whole(tmp_path: Path, monkeypatch: pytes
         save(tmp_path, 5, [(0, 23)])
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [".step-000000005.partial"]
     assert load(tmp_path, 0, 23)[0] == 0
+
+
+def test_what_killed_attempts_left_goes_with_the_next_checkpoint(tmp_path: Path) -> None:
+    for name in (".step-000000037.partial", ".step-000000002.old"):
+        (tmp_path / "checkpoints" / name / "deep").mkdir(parents=True)
+    save(tmp_path, 50, [(0, 11), (11, 23)])
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000000050"]
+
+
+def test_a_file_of_a_straggler_with_other_rows_is_not_read(tmp_path: Path) -> None:
+    save(tmp_path, 5, [(0, 11), (11, 23)])
+    wrong = {"rows": torch.full((23, 4), -1.0), "steps": torch.zeros(23, dtype=torch.int32)}
+    save_file(wrong, tmp_path / "checkpoints" / "step-000000005" / "classifier.000000000000-000000000023.safetensors")
+    save_file(wrong, tmp_path / "checkpoints" / "step-000000005" / "classifier.000000000000-000000000005.safetensors")
+    assert torch.equal(load(tmp_path, 0, 23)[1]["rows"], ALL_ROWS)
+
+
+def test_a_checkpoint_is_on_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced = list[str]()
+    monkeypatch.setattr(checkpoints, "sync_folder", lambda path: synced.append(path.name))
+    save(tmp_path, 5, [(0, 23)])
+    assert synced == [".step-000000005.partial", "checkpoints"]
+
+
+@pytest.mark.parametrize(("setting", "device"), [("capturable", "meta"), ("fused", "meta"), (None, "cpu")])
+def test_numbers_of_an_optimizer_go_where_it_wants_them(tmp_path: Path, setting: str | None, device: str) -> None:
+    module = nn.Linear(2, 1)
+    optimizer = torch.optim.Adam(module.parameters())
+    module(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    save_checkpoint(Watcher().context(Comm()), tmp_path, 1, module, optimizer.state)
+    other = nn.Linear(2, 1, device="meta")  # stands for a GPU
+    restored = torch.optim.Adam(other.parameters())
+    restored.param_groups[0] |= {setting: True} if setting else {}
+    load_checkpoint(tmp_path, other, restored)
+    for known in restored.state.values():
+        assert known["step"].device.type == device
+        assert known["exp_avg"].device.type == "meta"
