@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+_RUN_CHARACTERS = 64  # of the run directory's name; an id may have 128 together with the job's
+
 
 class Tracker(Protocol):
     """Hears of a job's steps from rank 0; a resumed job says steps again that it had said before it was killed."""
@@ -42,7 +44,7 @@ class WeightsAndBiases:
     def __init__(self, folder: Path, job: str) -> None:
         import wandb
 
-        name = f"{folder.resolve().name}-{job}".replace("/", "-").replace("=", "-").replace("+", "-")
+        name = f"{folder.resolve().name[-_RUN_CHARACTERS:]}-{job}".replace("/", "-").replace("=", "-").replace("+", "-")
         self._run = wandb.init(project=folder.resolve().name, name=job, id=name, resume="allow", dir=str(folder))
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
@@ -85,7 +87,7 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def trackers_of(names: Sequence[str], folder: Path, job: str) -> list[Tracker]:
-    """What hears of a job's steps.
+    """What hears of a job's steps. Its name is used for a folder and an id, so it should be short and its own.
 
     Raises:
         ValueError: a package is not installed.

@@ -9,6 +9,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -84,8 +85,10 @@ def train(
     shards = {name: part.shard() for name, part in beside.items()}
     start = _agreed(context, load_checkpoint(folder, objective.module, optimizer, shards), job)
     engine = Engine(objective.module, optimizer, context.comm, context.device, zero_stage=zero_stage)
-    log = _Log(context, folder / "metrics.jsonl", (start, schedule.steps), job, watch)
-    try:
+    with ExitStack() as stack:
+        stack.callback(engine.close)
+        log = _Log(context, folder / "metrics.jsonl", (start, schedule.steps), job, watch)
+        stack.callback(log.close)
         objective.begin(start)
         for step in range(start, schedule.steps):
             figures, stop = _reduce(context, objective.backward(engine, step))
@@ -101,9 +104,6 @@ def train(
                 if stop:
                     return False
         return True
-    finally:
-        log.close()
-        engine.close()
 
 
 def _not_finite(figures: Mapping[str, float], step: int, suspects: Sequence[str]) -> str:
@@ -164,8 +164,13 @@ class _Log:
         self._context.report({"done": step + 1, "of": self._steps, **status})
 
     def close(self) -> None:
+        """One that cannot say goodbye is noted: the training is done, or has an error of its own to tell."""
         for tracker in self._trackers:
-            tracker.close()
+            try:
+                tracker.close()
+            except Exception as error:
+                if self._events:
+                    self._events("tracker_failed", tracker=type(tracker).__name__, reason=str(error))
         if self._events:
             self._events.close()
 

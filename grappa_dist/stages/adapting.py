@@ -25,7 +25,7 @@ from grappa_dist.models import PackedGrappa
 from grappa_dist.ops.schedules import cosine
 from grappa_dist.stages.embed import to_images
 from grappa_dist.stages.modelling import build_backbone, preprocess_of
-from grappa_dist.stages.packs import AdaptSet, begin, commit_trained, figure, finish, pack_folder
+from grappa_dist.stages.packs import AdaptSet, begin, commit_trained, figure, finish, pack_folder, short_name
 from grappa_dist.stages.training import Pixels, Rows, TrainingImages, augmented, torch_seed
 
 
@@ -66,7 +66,7 @@ def train_adaptors(context: RankContext, job: AdaptJob) -> None:
             job=job.name,
             beside=objective.beside,
             zero_stage=config.zero_stage,
-            watch=Watch(objective.suspects, lambda: trackers_of(job.trackers, root, job.name)),
+            watch=Watch(objective.suspects, lambda: trackers_of(job.trackers, root, short_name(job.sets))),
         )
         if done and comm.rank == 0:
             finish(job.sets, [objective.model.adaptor_tensors(i) for i in range(len(job.sets))])

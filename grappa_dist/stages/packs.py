@@ -52,6 +52,13 @@ def pack_folder(sets: Sequence[AdaptSet]) -> Path:
     return sets[0].artifact.root / "packs" / fingerprint([s.artifact.name for s in sets])
 
 
+def short_name(sets: Sequence[AdaptSet]) -> str:
+    """A job's name of a few dozen characters at most, which no job of other sets or settings has."""
+    more = f"+{len(sets) - 1}" if len(sets) > 1 else ""
+    which = fingerprint([s.artifact.name for s in sets]) if more else sets[0].artifact.fingerprint
+    return f"{sets[0].name}{more}-{which}"
+
+
 def begin(sets: Sequence[AdaptSet]) -> Path:
     """The job's folder; what an earlier attempt left there is kept."""
     if len(sets) == 1:

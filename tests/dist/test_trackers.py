@@ -65,6 +65,13 @@ def test_a_resumed_job_replaces_what_it_says_again(recorder: Recorder, tmp_path:
     assert call == ((str(tmp_path / "tensorboard" / "k=4"),), {"purge_step": 5})
 
 
+def test_an_id_keeps_to_the_characters_that_the_server_takes(recorder: Recorder, tmp_path: Path) -> None:
+    trackers_of(["wandb"], tmp_path / ("long" * 50), "k=256+31-0123456789")
+    ((_, given),) = recorder.named("init")
+    assert given["id"].endswith("long-k-256-31-0123456789")
+    assert len(given["id"]) <= 128
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_package_that_is_not_installed_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from grappa_dist.dist.checkpoints import load_checkpoint, save_checkpoint
 from grappa_dist.dist.comm import Comm
 from grappa_dist.dist.engine import Engine
-from grappa_dist.dist.train import Schedule, train
+from grappa_dist.dist.train import Schedule, Watch, train
+from grappa_dist.observe import read_events
 from grappa_dist.ops.lars import Lars
 from tests.processes import run_ranks
 from tests.stages.tiny import Killed, Watcher, losses_of, steps_of
@@ -97,6 +98,43 @@ def test_a_checkpoint_brings_parameters_and_optimizer_back_to_the_bit(tmp_path: 
     step(other, restored)
     after = state_of(module, optimizer)
     assert all(torch.equal(tensor, after[key]) for key, tensor in state_of(other, restored).items())
+
+
+class Sulking:
+    """A tracker that cannot be closed, and perhaps not told either."""
+
+    def __init__(self, mute: bool) -> None:
+        self._mute = mute
+
+    def log(self, step: int, figures: Any) -> None:
+        if self._mute:
+            raise ZeroDivisionError("the training's own error")
+
+    def close(self) -> None:
+        raise OSError("no server")
+
+
+def train_with_a_tracker_that_fails(comm: Comm, folder: Path, mute: bool) -> tuple[str, int]:
+    """What the training raised, and how many engines were left open."""
+    closed, close, said = list[Engine](), Engine.close, ""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "close", lambda engine: (closed.append(engine), close(engine)))
+        objective, schedule = Regression(comm), Schedule(2, 2, lambda step: 0.1)
+        optimizer, watch = optimizer_of("adam", objective.module), Watch(trackers=lambda: [Sulking(mute)])
+        try:
+            train(Watcher().context(comm), objective, optimizer, schedule, folder=folder, job="job", watch=watch)
+        except Exception as error:
+            said = str(error)
+    return said, 1 - len(closed)
+
+
+@pytest.mark.parametrize(("mute", "said"), [(True, "the training's own error"), (False, "")])
+def test_a_tracker_that_cannot_be_closed_hides_no_error_and_keeps_no_engine_open(
+    tmp_path: Path, mute: bool, said: str
+) -> None:
+    assert run_ranks(train_with_a_tracker_that_fails, 1, tmp_path, mute) == [(said, 0)]
+    (noted,) = (e for e in read_events(tmp_path / "metrics.jsonl") if e["name"] == "tracker_failed")
+    assert (noted["tracker"], noted["reason"]) == ("Sulking", "no server")
 
 
 def test_without_a_checkpoint_training_starts_at_step_zero(tmp_path: Path) -> None:

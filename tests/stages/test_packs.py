@@ -122,6 +122,16 @@ def test_a_pack_leaves_nothing_but_its_sets(folder: Path) -> None:
             }
 
 
+def test_the_short_name_of_a_job_is_its_own_and_fits_a_folder(folder: Path) -> None:
+    many = job_in(folder, "names", (3,)).sets[0]
+    sets = [replace(many, num_labels=k, artifact=replace(many.artifact, kind=f"adaptors/k={k}")) for k in range(64)]
+    names = {packs.short_name(sets[:count]) for count in (1, 2, 64)}
+    names |= {packs.short_name(job_in(folder, "names", (3,), clip_norm=clip).sets) for clip in (None, 1.0)}
+    assert len(names) == 5
+    assert all(len(name) < 64 for name in names)
+    assert packs.short_name(sets[:1]) == f"k=0-{many.artifact.fingerprint}"
+
+
 def test_how_a_set_is_trained_does_not_name_it(folder: Path) -> None:
     names = {one.artifact.name for one in job_in(folder, "names").sets}
     for where in ({"sets_per_job": 8}, {"micro_batch": 1}, {"activation_checkpointing": True}, {"zero_stage": 2}):
