@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from grappa_dist.bench.processes import run_workers
 from grappa_dist.bench.table import aligned
-from grappa_dist.bench.timing import CAN_WATCH_MEMORY, Timing, anonymous_bytes, timed, turns, watched_memory
+from grappa_dist.bench.timing import CAN_WATCH_MEMORY, Timing, held_bytes, timed, turns, watched_memory
 from grappa_dist.data.progress import Tell
 from grappa_dist.dist.classifier import Classifier, ClassifierSettings
 from grappa_dist.dist.comm import Comm
@@ -116,7 +116,7 @@ def _measured(comm: Comm, name: str, settings: SoftmaxSettings) -> tuple[list[Ti
     torch.set_num_threads(settings.threads // comm.size)
     step = _SIDES[name](comm, settings)
     step(0)  # loads libraries, and touches what stays
-    before = anonymous_bytes()
+    before = held_bytes()  # what the step freed, it will take again
     with watched_memory() as peak:
         timings = [timed(lambda at=at: step(at))[1] for at in range(1, settings.steps + 1)]  # type: ignore[misc]
     return timings, peak[0] - before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import statistics
 import sys
 import threading
@@ -52,6 +53,14 @@ def anonymous_bytes() -> int:
     """What this process holds itself; pages of mapped files are the kernel's to drop."""
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) for line in status if line.startswith("RssAnon")) * 1024
+
+
+def held_bytes() -> int:
+    """`anonymous_bytes` without what the allocator keeps of freed memory, where it can be told to give that back."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc
+    if trim is not None:
+        trim(0)
+    return anonymous_bytes()
 
 
 @contextmanager

@@ -51,6 +51,20 @@ def test_every_side_is_timed_and_materialised_logits_are_seen(monkeypatch: pytes
     assert sum(SHARDED_STEP in line for line in lines) == 1
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_what_the_allocator_kept_of_the_first_step_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    count = 3 * 2**20
+
+    def step(at: int) -> None:
+        for _ in range(20):  # the first ones teach the allocator to keep such blocks
+            torch.ones(count).add_(1)
+
+    monkeypatch.setitem(softmax._SIDES, "keeping", lambda comm, settings: step)
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    _, growth = softmax._measured(Comm(), "keeping", SMALL)
+    assert growth > 0.9 * 4 * count
+
+
 @pytest.mark.parametrize(
     ("changed", "said"),
     [({"classes": 0}, "--classes must be"), ({"sampled": 1.0}, "--sampled must"), ({"ranks": 3}, "--threads must be")],
