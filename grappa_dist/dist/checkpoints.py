@@ -128,7 +128,7 @@ def _load_rows(checkpoint: Path, files: Sequence[str], name: str, shard: RowShar
     for path in (checkpoint / file for file in sorted(files)):
         first, end = (int(number) for number in path.suffixes[-2].removeprefix(".").split("-"))
         low, high = max(first, reached), min(end, shard.end)
-        if low != reached or low >= high:
+        if low != reached or low >= high or not path.exists():
             continue
         with safe_open(path, framework="pt") as file:
             for key, tensor in shard.tensors.items():
