@@ -78,12 +78,16 @@ class Cluster:
         """
         self.workers()
         assert self._node_of is not None
-        alive = {node["NodeID"] for node in _alive()}
-        lost = [worker for worker, node in self._node_of.items() if node not in alive]
+        lost = self.lost()
         if lost or self.resources.elastic:
             self.replace(lost)
         self._settle()
         return list(self._node_of)
+
+    def lost(self) -> list[Any]:
+        """The workers that were up on nodes which are gone."""
+        alive = {node["NodeID"] for node in _alive()}
+        return [worker for worker, node in (self._node_of or {}).items() if node not in alive]
 
     def replace(self, workers: Sequence[Any]) -> None:
         """Ends workers that died or must end, and starts others in their place: they show in `arrived`."""

@@ -41,6 +41,7 @@ class _Running:
     job: Job
     workers: list[Any]
     refs: list[Any]
+    begun: bool = True  # False where its first worker turned out to be dead before it was given anything to do
 
 
 @dataclass
@@ -124,9 +125,9 @@ class Runner:
                     continue
                 running.remove(r)
                 if isinstance(outcome, BaseException):
-                    attempts[r.job.name] += 1
+                    attempts[r.job.name] += r.begun
                     self._failed(r.job, outcome, attempts[r.job.name])
-                    self.cluster.replace(r.workers)  # all of them: survivors may sit in a collective
+                    free = self._replace(r.workers, free)  # all of them: survivors may sit in a collective
                     waiting.appendleft(r.job)
                 else:
                     free += r.workers
@@ -150,8 +151,8 @@ class Runner:
         asked = workers[0].free_address.remote()
         try:
             address = ray.get(asked)
-        except ray.exceptions.RayError:  # it died while it had nothing to do: an attempt like any other
-            return _Running(job, workers, [asked])
+        except ray.exceptions.RayError:  # it died while it had nothing to do, and Ray may not know of its node yet
+            return _Running(job, workers, [asked], begun=False)
         self.on_event("job_begins", job=job.name, ranks=len(workers))
         refs = [
             w.run_rank.remote(
@@ -166,6 +167,12 @@ class Runner:
         chosen = choose([self.cluster.node_of(worker) for worker in free], ranks)
         assert chosen is not None, "a job starts when enough workers are free"
         return [free.pop(i) for i in reversed(chosen)][::-1]
+
+    def _replace(self, workers: list[Any], free: list[Any]) -> list[Any]:
+        """Starts others for the workers of a job that failed, and for idle ones whose node is gone; who is free then."""
+        lost = set(self.cluster.lost())
+        self.cluster.replace([*workers, *(worker for worker in free if worker in lost)])
+        return [worker for worker in free if worker not in lost]
 
     def _outcome(self, running: _Running) -> Any:
         """None while it runs, its results, or why it failed: bad input on any rank before the dead links it causes."""

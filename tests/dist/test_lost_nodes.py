@@ -1,0 +1,64 @@
+"""What a run does when a node with idle workers dies, and when it is told to end while workers are on their way."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+
+from grappa_dist.config import Resources
+from grappa_dist.dist.cluster import Cluster
+from grappa_dist.dist.jobs import Job, Runner
+from tests.dist.standins import Ray, Ref, Worker
+
+
+def answer(ref: Ref) -> Any:
+    """What ends on node a goes on for ever on node b."""
+    if ref.method == "free_address":
+        return f"{ref.worker.node}:1"
+    if ref.method == "ready":
+        return ref.worker.node
+    return None if ref.worker.node == "b" else "done"
+
+
+def started(ray: Ray, monkeypatch: pytest.MonkeyPatch, workers: list[Worker], **settings: Any) -> Cluster:
+    """A cluster with these workers up; new ones come up on node a."""
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    cluster = Cluster(Resources(placement_timeout_s=5, **settings))
+    cluster._begun, cluster._node_of = True, {worker: worker.node for worker in workers}
+    monkeypatch.setattr(cluster, "connect", lambda: None, raising=False)
+    monkeypatch.setattr(cluster, "_new_worker", lambda: Worker("a"))
+    return cluster
+
+
+@pytest.mark.parametrize("elastic", [False, True])
+@pytest.mark.parametrize("ranks", [0, 1])
+def test_a_dead_nodes_idle_workers_are_given_no_job(monkeypatch: pytest.MonkeyPatch, elastic: bool, ranks: int) -> None:
+    ray, waits = Ray("ab", answer), iter(range(10**6))
+
+    def die_later(_: float) -> None:
+        if next(waits) == 4:
+            ray.dead.add("b")
+
+    ray.each_wait = die_later
+    workers = [Worker("b") for _ in range(8)]
+    cluster = started(ray, monkeypatch, workers, elastic=elastic, max_restarts=1)
+    failed: list[dict[str, Any]] = []
+    runner = Runner(
+        cluster, cluster.resources, on_event=lambda name, **f: failed.append(f) if name == "job_failed" else None
+    )
+    assert runner.run_jobs([Job("one", print, None, ranks)]) == {"one": ["done"] if ranks else "done"}
+    assert [event["attempt"] for event in failed] == [1]
+    assert sum(bool({"run", "run_rank"} & set(worker.asked)) for worker in workers) == 1
+    assert all("killed" in worker.asked for worker in workers)
+    assert {cluster.node_of(worker) for worker in cluster.workers()} == {"a"}
+    assert cluster.size == 8
+
+
+def test_a_start_on_a_worker_whose_death_is_not_known_yet_is_no_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = Ray("ab", answer, dead={"b"}, unnoticed={"b"})
+    workers = [Worker("b") for _ in range(4)]
+    cluster = started(ray, monkeypatch, workers, max_restarts=0)
+    assert Runner(cluster, cluster.resources).run_jobs([Job("one", print, None, 1)]) == {"one": ["done"]}
+    assert ["run_rank" in worker.asked for worker in workers] == [False] * 4
