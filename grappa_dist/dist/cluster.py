@@ -15,6 +15,7 @@ from grappa_dist.dist.capacity import fitting, gpus_per_worker, planned
 from grappa_dist.dist.connection import connect
 from grappa_dist.dist.preflight import Checks, Facts, answered, problems, token_in, versions
 from grappa_dist.dist.workers import Worker
+from grappa_dist.observe import Terminated
 
 SURVEY_TIMEOUT_S = 60.0  # a storage that hangs must not hang the run
 START_ATTEMPTS = 3  # Ray may place a worker on a node of whose death it has not heard
@@ -36,6 +37,7 @@ class Cluster:
     resources: Resources
     checks: Checks | None = None  # what every node must pass before it works
     tell: Callable[[str], None] = lambda text: None
+    stopping: Callable[[], bool] = lambda: False  # whether to give up waiting: SIGTERM has come
     owned: Path | None = None  # temp folder of a local cluster that is ours to end
     facts: dict[str, Facts] = field(default_factory=dict)  # of the nodes that passed, by node id
     _refused: set[str] = field(default_factory=set)  # nodes that joined later and did not pass
@@ -44,14 +46,24 @@ class Cluster:
     _node_of: dict[Any, str] | None = None  # workers that are up, and the ids of their nodes
     _arriving: dict[Any, _Start] = field(default_factory=dict)
 
+    def connect(self) -> None:
+        """Connects to Ray unless that is done; starts no workers.
+
+        Raises:
+            ValueError: nobody answers at RAY_ADDRESS, or it runs other versions.
+            Terminated: SIGTERM came meanwhile.
+        """
+        self.owned = connect(self.resources) or self.owned
+
     def workers(self) -> list[Any]:
         """The worker actors that are up.
 
         Raises:
             ValueError: the cluster cannot hold them or a node cannot take part, saying what is missing.
+            Terminated: `stopping` before they are up.
         """
         if self._node_of is None:
-            self.owned = connect(self.resources) or self.owned
+            self.connect()
             nodes = _alive()
             self._gpus = gpus_per_worker(nodes, self.resources)
             self._start(planned(nodes, self.resources))
@@ -75,6 +87,7 @@ class Cluster:
 
         Raises:
             RuntimeError: there is no room for the replacements within placement_timeout_s; with elastic, for none.
+            Terminated: `stopping` before they are up.
         """
         self.workers()
         assert self._node_of is not None
@@ -154,6 +167,8 @@ class Cluster:
     def _settle(self) -> None:
         """Waits until nobody is on their way any more."""
         while self._arriving:
+            if self.stopping():
+                raise Terminated
             self.arrived(timeout_s=1.0)
 
     def _room(self) -> int:

@@ -61,7 +61,7 @@ class Runner:
 
         def handle(*_: object) -> None:
             self._terminate.set()
-            if not self._watching:  # no job runs: nothing has to be saved
+            if not self._watching:  # else it is looked for: what a handler raises while Ray waits may be lost
                 raise Terminated
 
         before = signal.signal(signal.SIGTERM, handle)
@@ -70,13 +70,27 @@ class Runner:
         finally:
             signal.signal(signal.SIGTERM, before)
 
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """While inside, SIGTERM is noted and looked for; at the latest the end raises Terminated."""
+        self.cluster.connect()  # where Ray listens to it
+        self.cluster.stopping = self._terminate.is_set
+        self._watching = True
+        try:
+            yield
+        finally:
+            self._watching = False
+        if self._terminate.is_set():
+            raise Terminated
+
     def require(self, checks: Checks) -> None:
         """What every node must pass before it works."""
         self.cluster.checks = checks
 
     @property
     def num_workers(self) -> int:
-        return len(self.cluster.gather())
+        with self._watched():
+            return len(self.cluster.gather())
 
     def map(
         self,
@@ -95,12 +109,9 @@ class Runner:
         return self._run(jobs, done)
 
     def _run(self, jobs: Sequence[Job], done: Callable[[str], None]) -> dict[str, Any]:
-        self.cluster.gather()
-        self._watching = True
-        try:
+        with self._watched():
+            self.cluster.gather()
             return self._watch(jobs, done)
-        finally:
-            self._watching = False
 
     def _watch(self, jobs: Sequence[Job], done: Callable[[str], None]) -> dict[str, Any]:
         import ray
@@ -169,7 +180,7 @@ class Runner:
         return [free.pop(i) for i in reversed(chosen)][::-1]
 
     def _replace(self, workers: list[Any], free: list[Any]) -> list[Any]:
-        """Starts others for the workers of a job that failed, and for idle ones whose node is gone; who is free then."""
+        """Starts others for the workers of a job that failed, and for idle ones of lost nodes; who is free then."""
         lost = set(self.cluster.lost())
         self.cluster.replace([*workers, *(worker for worker in free if worker in lost)])
         return [worker for worker in free if worker not in lost]

@@ -1,4 +1,4 @@
-"""A stand-in for Ray, so that what happens when nodes die is tested in no time: each call ends by a rule of the test."""
+"""A stand-in for Ray, so that the death of nodes is tested in no time: each call ends by a rule of the test."""
 
 from __future__ import annotations
 

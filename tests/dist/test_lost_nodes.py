@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
+import subprocess
 import sys
+import threading
+import time
 from typing import Any
 
 import pytest
@@ -10,6 +16,7 @@ import pytest
 from grappa_dist.config import Resources
 from grappa_dist.dist.cluster import Cluster
 from grappa_dist.dist.jobs import Job, Runner
+from grappa_dist.observe import Terminated
 from tests.dist.standins import Ray, Ref, Worker
 
 
@@ -27,7 +34,7 @@ def started(ray: Ray, monkeypatch: pytest.MonkeyPatch, workers: list[Worker], **
     monkeypatch.setitem(sys.modules, "ray", ray)
     cluster = Cluster(Resources(placement_timeout_s=5, **settings))
     cluster._begun, cluster._node_of = True, {worker: worker.node for worker in workers}
-    monkeypatch.setattr(cluster, "connect", lambda: None, raising=False)
+    monkeypatch.setattr(cluster, "connect", lambda: None)
     monkeypatch.setattr(cluster, "_new_worker", lambda: Worker("a"))
     return cluster
 
@@ -62,3 +69,62 @@ def test_a_start_on_a_worker_whose_death_is_not_known_yet_is_no_attempt(monkeypa
     cluster = started(ray, monkeypatch, workers, max_restarts=0)
     assert Runner(cluster, cluster.resources).run_jobs([Job("one", print, None, 1)]) == {"one": ["done"]}
     assert ["run_rank" in worker.asked for worker in workers] == [False] * 4
+
+
+def swallow(ray: Ray, monkeypatch: pytest.MonkeyPatch, seconds_of_waiting: float) -> None:
+    """Makes waiting lose what a signal handler raises, as Ray's compiled code may, and stand still, as it does."""
+
+    def wait(timeout_s: float) -> None:
+        with contextlib.suppress(Terminated):
+            time.sleep(min(timeout_s, 0.2))
+        assert time.monotonic() < end, "still waiting"
+
+    end = time.monotonic() + seconds_of_waiting
+    ray.each_wait = wait
+
+
+@pytest.mark.parametrize("call", ["run_jobs", "num_workers"])
+def test_sigterm_while_a_worker_cannot_be_placed_ends_the_run(monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    ray = Ray("a", lambda ref: None)
+    swallow(ray, monkeypatch, 10)
+    cluster = started(ray, monkeypatch, [], max_restarts=0)
+    cluster.resources = cluster.resources.model_copy(update={"placement_timeout_s": 300.0})
+    cluster._start(1)
+    runner = Runner(cluster, cluster.resources)
+    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM))
+    began = time.monotonic()
+    timer.start()
+    with pytest.raises(Terminated), runner.terminating():
+        runner.num_workers if call == "num_workers" else runner.run_jobs([Job("one", print, None, 1)])
+    assert time.monotonic() - began < 0.5 + 5
+
+
+def test_sigterm_that_comes_with_the_last_result_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = Ray("a", answer)
+    cluster = started(ray, monkeypatch, [Worker("a")])
+    runner = Runner(cluster, cluster.resources)
+    with pytest.raises(Terminated), runner.terminating():
+        runner.run_jobs([Job("one", print, None, 1)], lambda name: os.kill(os.getpid(), signal.SIGTERM))
+
+
+def test_sigterm_while_ray_starts_is_ours_though_ray_listens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process of its own: ray.init puts its handler in place, which calls sys.exit."""
+    program = """
+import os, signal, sys, ray
+from grappa_dist.config import Resources
+from grappa_dist.dist.cluster import Cluster
+from grappa_dist.dist.jobs import Runner
+from grappa_dist.exits import Ending
+def init(**_):
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    os.kill(os.getpid(), signal.SIGTERM)
+ray.init = init
+runner = Runner(Cluster(Resources()), Resources())
+def work():
+    with runner.terminating():
+        print(runner.num_workers)
+sys.exit(Ending().of(work))
+"""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    ended = subprocess.run([sys.executable, "-c", program], text=True, capture_output=True)
+    assert ended.returncode == 143, ended.stderr
