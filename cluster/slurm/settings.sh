@@ -38,7 +38,7 @@ LAUNCH=()                        # put before every Python of ours, e.g. (apptai
 # The nodes. Empty: found out on each node.
 INTERFACE=                       # network interface, e.g. ib0
 TEMP_ROOT=/tmp                   # on each node, a short name
-SPILL_DIR=                       # for objects that do not fit into the store; default: below TEMP_ROOT
+SPILL_DIR=                       # where objects go that do not fit into the store; default: below TEMP_ROOT
 OBJECT_STORE=1G                  # shared memory of Ray on each node; big arrays do not go through it
 RAY_FLAGS=()                     # further flags of `ray start`
 
