@@ -171,6 +171,16 @@ class Cluster:
                 raise Terminated
             self.arrived(timeout_s=1.0)
 
+    def _await(self, refs: list[Any], patience_s: float) -> None:
+        """Waits until all have ended, as long as patience lasts."""
+        import ray
+
+        end = time.monotonic() + patience_s
+        while refs and (left := end - time.monotonic()) > 0:
+            if self.stopping():
+                raise Terminated
+            _, refs = ray.wait(refs, num_returns=len(refs), timeout=min(1.0, left))
+
     def _room(self) -> int:
         nodes = [node for node in _alive() if node["NodeID"] not in self._refused]
         return fitting(nodes, self.resources, self._gpus)
@@ -232,8 +242,9 @@ class Cluster:
             return ""
         sharing = [*up.values(), *(self._node_of or {}).values()]
         with token_in(self.checks.root) as token:
-            asked = {n: w.survey.remote(self.checks, token, sharing.count(n)) for n, w in first.items()}
-            found = {node: answered(token, _facts(node, ref)) for node, ref in asked.items()}
+            asked = {n: w.survey.remote(self.checks, token, n, sharing.count(n)) for n, w in first.items()}
+            self._await(list(asked.values()), SURVEY_TIMEOUT_S)  # all at once: several may hang
+            found = {node: answered(token, node, _facts(node, ref)) for node, ref in asked.items()}
         wrong = {node: problems(versions(), [facts], self.checks.worker_bytes) for node, facts in found.items()}
         self._refused = {*self._refused, *wrong} - {node for node, trouble in wrong.items() if not trouble}
         self.facts |= {node: facts for node, facts in found.items() if not wrong[node]}
@@ -246,7 +257,7 @@ def _facts(node: str, ref: Any) -> Facts:
     import ray
 
     try:
-        facts: Facts = ray.get(ref, timeout=SURVEY_TIMEOUT_S)
+        facts: Facts = ray.get(ref, timeout=0)
         return facts
     except ray.exceptions.GetTimeoutError:
         why = f"no answer within {SURVEY_TIMEOUT_S:.0f} s; does its storage hang?"

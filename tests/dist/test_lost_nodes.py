@@ -9,13 +9,16 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from grappa_dist.config import Resources
+from grappa_dist.dist import cluster as cluster_module
 from grappa_dist.dist.cluster import Cluster
 from grappa_dist.dist.jobs import Job, Runner
+from grappa_dist.dist.preflight import Checks
 from grappa_dist.observe import Terminated
 from tests.dist.standins import Ray, Ref, Worker
 
@@ -112,6 +115,7 @@ def test_sigterm_while_ray_starts_is_ours_though_ray_listens(monkeypatch: pytest
     program = """
 import os, signal, sys, ray
 from grappa_dist.config import Resources
+from grappa_dist.dist import cluster as cluster_module
 from grappa_dist.dist.cluster import Cluster
 from grappa_dist.dist.jobs import Runner
 from grappa_dist.exits import Ending
@@ -128,3 +132,32 @@ sys.exit(Ending().of(work))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     ended = subprocess.run([sys.executable, "-c", program], text=True, capture_output=True)
     assert ended.returncode == 143, ended.stderr
+
+
+def test_nodes_whose_storage_hangs_are_awaited_together(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(cluster_module, "SURVEY_TIMEOUT_S", 1.0)
+    ray = Ray("abcd", lambda ref: ref.worker.node if ref.method == "ready" else None)
+    ray.each_wait = lambda timeout_s: time.sleep(min(timeout_s, 0.1))
+    nodes = iter("abcd")
+    cluster = started(ray, monkeypatch, [])
+    monkeypatch.setattr(cluster, "_new_worker", lambda: Worker(next(nodes)))
+    cluster._begun, cluster.checks = False, Checks(tmp_path, print)
+    cluster._start(4)
+    began = time.monotonic()
+    with pytest.raises(
+        ValueError, match=r"^preflight: a, b, c and 1 more: no answer within 1 s; does its storage hang\?$"
+    ):
+        cluster._settle()
+    assert time.monotonic() - began < 2
+
+
+def test_sigterm_while_storage_hangs_ends_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    ray = Ray("a", lambda ref: ref.worker.node if ref.method == "ready" else None)
+    swallow(ray, monkeypatch, 10)
+    cluster = started(ray, monkeypatch, [])
+    cluster.checks = Checks(tmp_path, print)
+    cluster._start(1)
+    runner = Runner(cluster, cluster.resources)
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    with pytest.raises(Terminated), runner.terminating():
+        print(runner.num_workers)
