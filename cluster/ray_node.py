@@ -180,11 +180,11 @@ def interfaces() -> Iterator[tuple[str, str]]:
 
 
 def interface_of(host: str) -> dict[str, str]:
-    """Which interface collectives take. Gloo needs exactly one name, and what it guesses is often the loopback."""
+    """Which interface collectives take. Gloo needs exactly one name, and what it guesses is often the loopback;
+    to NCCL a name without = is a prefix.
+    """
     name = next((name for name, address in interfaces() if address == host), None)
-    return (
-        {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": f"={name}"} if name else {}
-    )  # without =, NCCL's is a prefix
+    return {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": f"={name}"} if name else {}
 
 
 def free_port(first: int) -> int:
