@@ -14,7 +14,7 @@ import socket
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module, metadata, util
@@ -153,7 +153,8 @@ def _left_in_container(group: Path) -> float:
 
 @contextmanager
 def token_in(root: Path) -> Iterator[Path]:
-    """A folder in the run directory with a word of the driver in it; gone afterwards."""
+    """A folder in the run directory with a word of the driver in it; gone afterwards, as is what was made for it."""
+    made = [folder for folder in (root, *root.parents) if not folder.exists()]
     token = root / f".preflight-{uuid4().hex[:12]}"
     try:
         token.mkdir(parents=True)
@@ -164,6 +165,9 @@ def token_in(root: Path) -> Iterator[Path]:
         yield token
     finally:
         shutil.rmtree(token, ignore_errors=True)
+        with suppress(OSError):  # something else lies in it by now
+            for folder in made:
+                folder.rmdir()
 
 
 def answered(token: Path, node: str, facts: Facts) -> Facts:

@@ -112,7 +112,13 @@ def test_a_node_that_shares_everything_has_nothing_in_the_way(tmp_path: Path) ->
         assert answered(token, "id", facts) == facts
         assert (facts.storage, facts.data, facts.gpu) == ("", "", "")
         assert 0 < facts.memory_bytes <= free_memory()
-    assert list(root.iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_somebody_else_uses_meanwhile_stays(tmp_path: Path) -> None:
+    with token_in(tmp_path / "runs" / "new"):
+        (tmp_path / "runs" / "other").mkdir()
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["other"]
 
 
 def test_a_node_with_a_run_directory_of_its_own_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
