@@ -1,7 +1,7 @@
 """Runs one Ray node in the foreground, with ports and a temporary folder of its own, and leaves nothing of it behind.
 
 It ends on SIGTERM or SIGINT, when Ray ends, and with --until-eof when its standard input is closed. Then every process
-below it is ended by its pid, Ray's logs are kept if told where, and the temporary folder is removed. On standard output
+below it is ended by its pid, Ray's logs are kept if told where, and its folders are removed. On standard output
 a head says at once `node: head=<host:port>`, where others may already be sent, and `node: alive=<n>` whenever the
 number of living nodes changes; every node says `node: up=<host>` or `node: failed=<host>`. Needs Linux; everything is
 in the standard library but the `ray` that it starts.
@@ -55,7 +55,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--temp-dir", type=Path, required=True, help="short, on this machine; removed at the end")
     parser.add_argument("--interface", help="network interface, e.g. ib0; default: the one that leads to the head")
     parser.add_argument("--object-store", default="1G", help="bytes of shared memory, or with K, M, G (default: 1G)")
-    parser.add_argument("--spill-dir", help="where objects go that do not fit; default: the temporary folder")
+    parser.add_argument(
+        "--spill-dir", type=Path, help="objects that do not fit go below it; default: the temporary folder"
+    )
     parser.add_argument("--keep-logs", type=Path, help="Ray's logs are copied into <here>/<host> at the end")
     parser.add_argument("--until-eof", action="store_true", help="end when standard input is closed")
     parser.add_argument("ray_flags", nargs="*", help="further flags of `ray start`, after --")
@@ -70,9 +72,12 @@ def main() -> int:
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # what loses its parent becomes our child
     try:
         host, port = own_address(given)
+        folders = [given.temp_dir]
+        if given.spill_dir:  # perhaps on storage that all nodes see
+            given.spill_dir /= f"{socket.gethostname()}-{given.temp_dir.name}"
+            folders.append(given.spill_dir)
         command = ray_command(given, host, port)
-        remove_stale(given.temp_dir)
-        make_folder(given.temp_dir)
+        make_folders(folders)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         print(f"node: failed={socket.gethostname()}", flush=True)
@@ -89,7 +94,8 @@ def main() -> int:
         end_descendants()
         if given.keep_logs:
             keep_logs(given.temp_dir, given.keep_logs / socket.gethostname())
-        shutil.rmtree(given.temp_dir, ignore_errors=True)
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def run(given: argparse.Namespace, command: list[str], address: str, ended: threading.Event) -> int:
@@ -174,9 +180,11 @@ def interfaces() -> Iterator[tuple[str, str]]:
 
 
 def interface_of(host: str) -> dict[str, str]:
-    """Which interface collectives take. Gloo needs exactly one name, and what it guesses is often the loopback."""
+    """Which interface collectives take. Gloo needs exactly one name, and what it guesses is often the loopback;
+    to NCCL a name without = is a prefix.
+    """
     name = next((name for name, address in interfaces() if address == host), None)
-    return {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": name} if name else {}
+    return {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": f"={name}"} if name else {}
 
 
 def free_port(first: int) -> int:
@@ -226,9 +234,24 @@ def num_bytes(text: str) -> int:
     return int(number) * unit
 
 
+def make_folders(folders: list[Path]) -> None:
+    """Makes all of them or none."""
+    for number, folder in enumerate(folders):
+        try:
+            remove_stale(folder)
+            make_folder(folder)
+        except OSError:
+            for made in folders[:number]:
+                shutil.rmtree(made, ignore_errors=True)
+            raise
+
+
 def make_folder(temp_dir: Path) -> int:
-    """Makes the temporary folder; a lock that is held as long as this process lives tells it from one left behind."""
-    temp_dir.mkdir(parents=True)
+    """Makes a folder that is removed at the end; a lock that this process holds tells it from one left behind.
+
+    Nobody else may look into it: Ray lets all users read and write what it makes below.
+    """
+    temp_dir.mkdir(mode=0o700, parents=True)
     lock = os.open(temp_dir / "lock", os.O_CREAT | os.O_RDWR)
     fcntl.flock(lock, fcntl.LOCK_EX)
     return lock

@@ -58,8 +58,12 @@ def folder_of(name: str) -> Path:
     return Path(tempfile.gettempdir()) / f"grappa-{os.getuid()}-{name}"
 
 
-def start(given: argparse.Namespace, folder: Path) -> str:
-    """The address, once all nodes are up; what was started is ended if one does not come up."""
+def start(given: argparse.Namespace, folder: Path, lifeline: int = subprocess.DEVNULL) -> str:
+    """The address, once all nodes are up; what was started is ended if one does not come up.
+
+    Args:
+        lifeline: the reading end of a pipe, if nodes are to end when nobody holds the writing end any more.
+    """
     if given.nodes < 1 or given.cpus < 1:
         raise Failed("--nodes and --cpus must be at least 1")
     try:
@@ -69,9 +73,10 @@ def start(given: argparse.Namespace, folder: Path) -> str:
     if os.environ.setdefault("RAY_AUTH_MODE", "token") == "token":  # Ray listens on all interfaces
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     try:
-        head = start_node(given, folder, 0, [])
+        head = start_node(given, folder, 0, lifeline, [])
         address = await_in(folder / "node-0.log", r"node: head=(\S+)", [head])
-        workers = [start_node(given, folder, number, ["--address", address]) for number in range(1, given.nodes)]
+        join = ["--address", address]
+        workers = [start_node(given, folder, number, lifeline, join) for number in range(1, given.nodes)]
         await_in(folder / "node-0.log", f"node: alive={given.nodes}", [head, *workers])
     except BaseException:
         stop(folder)
@@ -79,13 +84,16 @@ def start(given: argparse.Namespace, folder: Path) -> str:
     return address
 
 
-def start_node(given: argparse.Namespace, folder: Path, number: int, arguments: list[str]) -> subprocess.Popen[bytes]:
+def start_node(
+    given: argparse.Namespace, folder: Path, number: int, lifeline: int, arguments: list[str]
+) -> subprocess.Popen[bytes]:
     command = [sys.executable, str(NODE), "--cpus", str(given.cpus), "--gpus", str(given.gpus)]
     command += ["--object-store", given.object_store, "--interface", given.interface]
     command += ["--temp-dir", str(folder / f"n{number}"), *arguments]
+    command += ["--until-eof"] * (lifeline != subprocess.DEVNULL)
     with open(folder / f"node-{number}.log", "w") as output:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            command, stdin=lifeline, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
     with open(folder / "nodes.jsonl", "a") as nodes:
         nodes.write(json.dumps({"pid": process.pid, "began": began(process.pid)}) + "\n")
@@ -129,18 +137,21 @@ def stop(folder: Path) -> int:
 
 
 def run(given: argparse.Namespace) -> int:
-    """The program's exit status; SIGTERM and Ctrl-C reach it, and the nodes end after it."""
+    """The program's exit status; SIGTERM, Ctrl-C and a closed terminal reach it, and the nodes end after it."""
     folder = folder_of(f"run{os.getpid()}")
     program: subprocess.Popen[bytes] | None = None
 
     def forward(number: int, _: object) -> None:
         if program is None:
             raise Failed("told to end")
-        program.send_signal(number)
+        program.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, forward)
-    address = start(given, folder)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+        signal.signal(signal.SIGHUP, forward)
+    lifeline, _ = os.pipe()  # the other end stays open, in this process alone, until this process ends
+    address = start(given, folder, lifeline)
     try:
         environment = {**os.environ, "RAY_ADDRESS": address}
         program = subprocess.Popen(given.program, env=environment, start_new_session=True)

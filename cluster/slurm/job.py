@@ -41,6 +41,7 @@ class Step:
         size = [f"--nodes={len(nodes)}", f"--ntasks={len(nodes)}", "--ntasks-per-node=1"]
         size += ["--nodelist=" + ",".join(nodes), "--cpus-per-task=" + os.environ["SLURM_CPUS_PER_TASK"]]
         srun = ["srun", "--overlap", "--label", "--no-kill", "--kill-on-bad-exit=0", "--job-name=ray-" + name, *size]
+        srun.append("--export=ALL")  # else nothing, where a site or the submission says --export=NONE
         self.process = subprocess.Popen(
             [*srun, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
@@ -180,6 +181,7 @@ class Job:
                 if self.cluster.alive < known:
                     say(f"{lost}; going on")
                     known = self.cluster.alive
+                lost = ""  # no reason to hurry, should the time limit come
             elif lost:
                 self.ask(lost, range(1, 256))
             if self.why and asked is None:

@@ -15,6 +15,7 @@ from grappa_dist.dist.capacity import fitting, gpus_per_worker, planned
 from grappa_dist.dist.connection import connect
 from grappa_dist.dist.preflight import Checks, Facts, answered, problems, token_in, versions
 from grappa_dist.dist.workers import Worker
+from grappa_dist.observe import Terminated
 
 SURVEY_TIMEOUT_S = 60.0  # a storage that hangs must not hang the run
 START_ATTEMPTS = 3  # Ray may place a worker on a node of whose death it has not heard
@@ -36,6 +37,7 @@ class Cluster:
     resources: Resources
     checks: Checks | None = None  # what every node must pass before it works
     tell: Callable[[str], None] = lambda text: None
+    stopping: Callable[[], bool] = lambda: False  # whether to give up waiting: SIGTERM has come
     owned: Path | None = None  # temp folder of a local cluster that is ours to end
     facts: dict[str, Facts] = field(default_factory=dict)  # of the nodes that passed, by node id
     _refused: set[str] = field(default_factory=set)  # nodes that joined later and did not pass
@@ -44,14 +46,24 @@ class Cluster:
     _node_of: dict[Any, str] | None = None  # workers that are up, and the ids of their nodes
     _arriving: dict[Any, _Start] = field(default_factory=dict)
 
+    def connect(self) -> None:
+        """Connects to Ray unless that is done; starts no workers.
+
+        Raises:
+            ValueError: nobody answers at RAY_ADDRESS, or it runs other versions.
+            Terminated: SIGTERM came meanwhile.
+        """
+        self.owned = connect(self.resources) or self.owned
+
     def workers(self) -> list[Any]:
         """The worker actors that are up.
 
         Raises:
             ValueError: the cluster cannot hold them or a node cannot take part, saying what is missing.
+            Terminated: `stopping` before they are up.
         """
         if self._node_of is None:
-            self.owned = connect(self.resources) or self.owned
+            self.connect()
             nodes = _alive()
             self._gpus = gpus_per_worker(nodes, self.resources)
             self._start(planned(nodes, self.resources))
@@ -75,15 +87,20 @@ class Cluster:
 
         Raises:
             RuntimeError: there is no room for the replacements within placement_timeout_s; with elastic, for none.
+            Terminated: `stopping` before they are up.
         """
         self.workers()
         assert self._node_of is not None
-        alive = {node["NodeID"] for node in _alive()}
-        lost = [worker for worker, node in self._node_of.items() if node not in alive]
+        lost = self.lost()
         if lost or self.resources.elastic:
             self.replace(lost)
         self._settle()
         return list(self._node_of)
+
+    def lost(self) -> list[Any]:
+        """The workers that were up on nodes which are gone."""
+        alive = {node["NodeID"] for node in _alive()}
+        return [worker for worker, node in (self._node_of or {}).items() if node not in alive]
 
     def replace(self, workers: Sequence[Any]) -> None:
         """Ends workers that died or must end, and starts others in their place: they show in `arrived`."""
@@ -150,7 +167,19 @@ class Cluster:
     def _settle(self) -> None:
         """Waits until nobody is on their way any more."""
         while self._arriving:
+            if self.stopping():
+                raise Terminated
             self.arrived(timeout_s=1.0)
+
+    def _await(self, refs: list[Any], patience_s: float) -> None:
+        """Waits until all have ended, as long as patience lasts."""
+        import ray
+
+        end = time.monotonic() + patience_s
+        while refs and (left := end - time.monotonic()) > 0:
+            if self.stopping():
+                raise Terminated
+            _, refs = ray.wait(refs, num_returns=len(refs), timeout=min(1.0, left))
 
     def _room(self) -> int:
         nodes = [node for node in _alive() if node["NodeID"] not in self._refused]
@@ -213,8 +242,9 @@ class Cluster:
             return ""
         sharing = [*up.values(), *(self._node_of or {}).values()]
         with token_in(self.checks.root) as token:
-            asked = {n: w.survey.remote(self.checks, token, sharing.count(n)) for n, w in first.items()}
-            found = {node: answered(token, _facts(node, ref)) for node, ref in asked.items()}
+            asked = {n: w.survey.remote(self.checks, token, n, sharing.count(n)) for n, w in first.items()}
+            self._await(list(asked.values()), SURVEY_TIMEOUT_S)  # all at once: several may hang
+            found = {node: answered(token, node, _facts(node, ref)) for node, ref in asked.items()}
         wrong = {node: problems(versions(), [facts], self.checks.worker_bytes) for node, facts in found.items()}
         self._refused = {*self._refused, *wrong} - {node for node, trouble in wrong.items() if not trouble}
         self.facts |= {node: facts for node, facts in found.items() if not wrong[node]}
@@ -227,7 +257,7 @@ def _facts(node: str, ref: Any) -> Facts:
     import ray
 
     try:
-        facts: Facts = ray.get(ref, timeout=SURVEY_TIMEOUT_S)
+        facts: Facts = ray.get(ref, timeout=0)
         return facts
     except ray.exceptions.GetTimeoutError:
         why = f"no answer within {SURVEY_TIMEOUT_S:.0f} s; does its storage hang?"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from grappa_dist.config import Resources
+from grappa_dist.observe import Terminated
 
 CONNECT_TIMEOUT_S = 5.0
 SUBMITTED_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by `ray job submit`
@@ -28,7 +30,7 @@ def check_answers(address: str) -> None:
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if colon and port.isdigit():
         try:
-            socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
+            socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
         except OSError as error:
             raise ValueError(f"RAY_ADDRESS={address} does not answer: {error.strerror or error}") from None
 
@@ -38,6 +40,7 @@ def connect(resources: Resources) -> Path | None:
 
     Raises:
         ValueError: nobody answers at RAY_ADDRESS, or it runs other versions of Ray or Python.
+        Terminated: SIGTERM came meanwhile.
     """
     import ray
 
@@ -50,6 +53,8 @@ def connect(resources: Resources) -> Path | None:
             return _start(ray, resources)
         _join(ray)
         return None
+    except SystemExit:  # of Ray's own handler
+        raise Terminated from None
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)
@@ -81,12 +86,16 @@ def _start(ray: Any, resources: Resources) -> Path:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ["PYTHONPATH"] = _paths()
     owned = Path(tempfile.mkdtemp(prefix="grappa-", dir="/tmp"))  # short: sockets live in it
-    ray.init(
-        address="local",
-        num_cpus=resources.num_cpus,
-        include_dashboard=False,
-        object_store_memory=2**28,  # big arrays go through storage
-        _temp_dir=str(owned),
-        **_quiet(),
-    )
+    try:
+        ray.init(
+            address="local",
+            num_cpus=resources.num_cpus,
+            include_dashboard=False,
+            object_store_memory=2**28,  # big arrays go through storage
+            _temp_dir=str(owned),
+            **_quiet(),
+        )
+    except SystemExit:
+        shutil.rmtree(owned, ignore_errors=True)
+        raise
     return owned

@@ -41,6 +41,7 @@ class _Running:
     job: Job
     workers: list[Any]
     refs: list[Any]
+    begun: bool = True  # False where its first worker turned out to be dead before it was given anything to do
 
 
 @dataclass
@@ -60,7 +61,7 @@ class Runner:
 
         def handle(*_: object) -> None:
             self._terminate.set()
-            if not self._watching:  # no job runs: nothing has to be saved
+            if not self._watching:  # else it is looked for: what a handler raises while Ray waits may be lost
                 raise Terminated
 
         before = signal.signal(signal.SIGTERM, handle)
@@ -69,13 +70,27 @@ class Runner:
         finally:
             signal.signal(signal.SIGTERM, before)
 
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """While inside, SIGTERM is noted and looked for; at the latest the end raises Terminated."""
+        self.cluster.connect()  # where Ray listens to it
+        self.cluster.stopping = self._terminate.is_set
+        self._watching = True
+        try:
+            yield
+        finally:
+            self._watching = False
+        if self._terminate.is_set():
+            raise Terminated
+
     def require(self, checks: Checks) -> None:
         """What every node must pass before it works."""
         self.cluster.checks = checks
 
     @property
     def num_workers(self) -> int:
-        return len(self.cluster.gather())
+        with self._watched():
+            return len(self.cluster.gather())
 
     def map(
         self,
@@ -94,12 +109,9 @@ class Runner:
         return self._run(jobs, done)
 
     def _run(self, jobs: Sequence[Job], done: Callable[[str], None]) -> dict[str, Any]:
-        self.cluster.gather()
-        self._watching = True
-        try:
+        with self._watched():
+            self.cluster.gather()
             return self._watch(jobs, done)
-        finally:
-            self._watching = False
 
     def _watch(self, jobs: Sequence[Job], done: Callable[[str], None]) -> dict[str, Any]:
         import ray
@@ -123,9 +135,9 @@ class Runner:
                     continue
                 running.remove(r)
                 if isinstance(outcome, BaseException):
-                    attempts[r.job.name] += 1
+                    attempts[r.job.name] += r.begun
                     self._failed(r.job, outcome, attempts[r.job.name])
-                    self.cluster.replace(r.workers)  # all of them: survivors may sit in a collective
+                    free = self._replace(r.workers, free)  # all of them: survivors may sit in a collective
                     waiting.appendleft(r.job)
                 else:
                     free += r.workers
@@ -149,8 +161,8 @@ class Runner:
         asked = workers[0].free_address.remote()
         try:
             address = ray.get(asked)
-        except ray.exceptions.RayError:  # it died while it had nothing to do: an attempt like any other
-            return _Running(job, workers, [asked])
+        except ray.exceptions.RayError:  # it died while it had nothing to do, and Ray may not know of its node yet
+            return _Running(job, workers, [asked], begun=False)
         self.on_event("job_begins", job=job.name, ranks=len(workers))
         refs = [
             w.run_rank.remote(
@@ -165,6 +177,12 @@ class Runner:
         chosen = choose([self.cluster.node_of(worker) for worker in free], ranks)
         assert chosen is not None, "a job starts when enough workers are free"
         return [free.pop(i) for i in reversed(chosen)][::-1]
+
+    def _replace(self, workers: list[Any], free: list[Any]) -> list[Any]:
+        """Starts others for the workers of a job that failed, and for idle ones of lost nodes; who is free then."""
+        lost = set(self.cluster.lost())
+        self.cluster.replace([*workers, *(worker for worker in free if worker in lost)])
+        return [worker for worker in free if worker not in lost]
 
     def _outcome(self, running: _Running) -> Any:
         """None while it runs, its results, or why it failed: bad input on any rank before the dead links it causes."""

@@ -6,6 +6,7 @@ Each node states facts (`survey`), in a process that is up already; `problems` c
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import platform
 import shutil
@@ -13,7 +14,7 @@ import socket
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module, metadata, util
@@ -74,24 +75,29 @@ def _own_version() -> str:
     """A digest of our sources: a stale copy on one node may well have the same number."""
     folder = Path(__file__).parents[1]
     digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.py")):
+    for path in sorted(path for path in folder.rglob("*.py") if path.is_file()):  # not an editor's broken link
         digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
     return f"sources {digest.hexdigest()[:8]}"
 
 
-def survey(checks: Checks, token: Path, name: str, *, workers: int, gpu: bool) -> Facts:
-    """The facts of the node that this process runs on, `workers` of which share its memory."""
+def survey(checks: Checks, token: Path, node: str, name: str, *, workers: int, gpu: bool) -> Facts:
+    """The facts of the node that this process runs on, `workers` of which share its memory.
+
+    Args:
+        node: tells it from all others; several may be on one host.
+        name: for people.
+    """
     usable = gpu and torch.cuda.is_available()
     why = f"torch {torch.__version__} sees no GPU here, though Ray has given one" if gpu and not usable else ""
     free = torch.cuda.mem_get_info()[0] if usable else free_memory() // workers
-    return Facts(name, versions(), _storage(checks.root, token, name), _data(checks), why, free)
+    return Facts(name, versions(), _storage(checks.root, token, node), _data(checks), why, free)
 
 
-def _storage(root: Path, token: Path, name: str) -> str:
+def _storage(root: Path, token: Path, node: str) -> str:
     """Reads what the driver wrote and writes an answer beside it."""
     try:
         said = _late(lambda: (token / "driver").read_text())
-        (token / _file_of(name)).write_text(said)
+        (token / _file_of(node)).write_text(said)
     except FileNotFoundError:
         return f"the run directory {root} is not the one that the driver writes to; put --out on storage that all share"
     except OSError as error:
@@ -99,8 +105,8 @@ def _storage(root: Path, token: Path, name: str) -> str:
     return ""
 
 
-def _file_of(name: str) -> str:
-    return "node-" + hashlib.sha256(name.encode()).hexdigest()[:16]
+def _file_of(node: str) -> str:
+    return "node-" + hashlib.sha256(node.encode()).hexdigest()[:16]
 
 
 def _late(read: Callable[[], str]) -> str:
@@ -130,17 +136,25 @@ def free_memory() -> int:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 free = int(line.split()[1]) * 1024
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        if limit != "max":
-            free = min(free, int(limit) - int(Path("/sys/fs/cgroup/memory.current").read_text()))
+        free = int(min(free, _left_in_container(Path("/sys/fs/cgroup"))))
     except OSError:  # not Linux, or no such limits
         pass
     return free
 
 
+def _left_in_container(group: Path) -> float:
+    """Bytes up to the control group's limit; files that it has read count against it, but are let go for the asking."""
+    limit = (group / "memory.max").read_text().strip()
+    if limit == "max":
+        return math.inf
+    kinds = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    return int(limit) - int((group / "memory.current").read_text()) + int(kinds.get("inactive_file", 0))
+
+
 @contextmanager
 def token_in(root: Path) -> Iterator[Path]:
-    """A folder in the run directory with a word of the driver in it; gone afterwards."""
+    """A folder in the run directory with a word of the driver in it; gone afterwards, as is what was made for it."""
+    made = [folder for folder in (root, *root.parents) if not folder.exists()]
     token = root / f".preflight-{uuid4().hex[:12]}"
     try:
         token.mkdir(parents=True)
@@ -151,14 +165,17 @@ def token_in(root: Path) -> Iterator[Path]:
         yield token
     finally:
         shutil.rmtree(token, ignore_errors=True)
+        with suppress(OSError):  # something else lies in it by now
+            for folder in made:
+                folder.rmdir()
 
 
-def answered(token: Path, facts: Facts) -> Facts:
+def answered(token: Path, node: str, facts: Facts) -> Facts:
     """The facts, with the driver's look at what the node wrote."""
     if facts.storage:
         return facts
     try:
-        said = _late(lambda: (token / _file_of(facts.node)).read_text())
+        said = _late(lambda: (token / _file_of(node)).read_text())
     except OSError:
         said = ""
     why = "" if said == token.name else f"the driver does not see what it writes to {token.parent}"

@@ -57,9 +57,10 @@ class Worker:
 
         return str(ray.get_runtime_context().get_node_id())
 
-    def survey(self, checks: Checks, token: Path, workers: int) -> Facts:
-        """What this node says of itself, when `workers` of ours share it."""
-        return survey(checks, token, node_name(_node_address()), workers=workers, gpu=bool(self._gpus))
+    def survey(self, checks: Checks, token: Path, node: str, workers: int) -> Facts:
+        """What this node, of that id, says of itself, when `workers` of ours share it."""
+        name = node_name(_node_address())
+        return survey(checks, token, node, name, workers=workers, gpu=bool(self._gpus))
 
     def free_address(self) -> str:
         """host:port for a process group whose rank 0 is here."""

@@ -24,7 +24,6 @@ from tests.e2e.runs import ROOT
 UNITS = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 HEALTHY = "import sys, urllib.request as u; sys.exit(b'success' not in u.urlopen(sys.argv[1], timeout=5).read())"
 GENERATED = {"block": "true", "metrics-export-port": "8080", "dashboard-agent-listen-port": "52365"}
-SMALL = {"object-store-memory": "100000000"}  # the box is small; KubeRay leaves it to Ray
 
 
 def num_bytes(quantity: str) -> int:
@@ -55,7 +54,7 @@ def variables(pod: Mapping[str, Any]) -> dict[str, str]:
 
 def start_command(group: Mapping[str, Any], head: str) -> str:
     limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
-    flags = {**GENERATED, "num-cpus": str(limits["cpu"]), "memory": str(num_bytes(limits["memory"])), **SMALL}
+    flags = {**GENERATED, "num-cpus": str(limits["cpu"]), "memory": str(num_bytes(limits["memory"]))}
     if "nvidia.com/gpu" in limits:
         flags["num-gpus"] = str(limits["nvidia.com/gpu"])
     flags |= group["rayStartParams"]

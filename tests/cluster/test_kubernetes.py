@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ast
 import copy
+import os
 import re
+import shlex
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ import yaml
 from grappa_dist.dist.jobs import STOP_GRACE_S
 from tests.cluster import manifests
 from tests.cluster.dockerfile import complaints, instructions
+from tests.cluster.kuberay import num_bytes
 from tests.cluster.manifests import FOLDER, groups, pods
 from tests.e2e.runs import ROOT
 
@@ -96,6 +100,7 @@ def test_every_setting_arrives(tmp_path: Path) -> None:
         "memory": "13Gi",
         "shm": "17Gi",
         "scratch": "19Gi",
+        "object_store": "290000000",
         "storage": "23Gi",
     }
     file.write_text("\n".join(f"{name}={value}" for name, value in other.items()))
@@ -121,6 +126,35 @@ def test_pods_have_what_training_needs(rendered: dict[str, list[dict[str, Any]]]
         assert mounts["/dev/shm"]["emptyDir"]["medium"] == "Memory"
         assert mounts["/mnt/grappa"]["persistentVolumeClaim"]["claimName"] == settings()["claim"]
         assert spec["securityContext"]["runAsNonRoot"]
+        assert spec["terminationGracePeriodSeconds"] > STOP_GRACE_S
+        store = int(group["rayStartParams"]["object-store-memory"])
+        assert 2 * store <= num_bytes(mounts["/dev/shm"]["emptyDir"]["sizeLimit"])
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root for processes of its own to look among")
+def test_before_a_pod_ends_the_program_is_asked_and_ranks_are_awaited(
+    rendered: dict[str, list[dict[str, Any]]],
+) -> None:
+    head, workers = (
+        group["template"]["spec"]["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][-1]
+        for group in groups(only(rendered["job"]))
+    )
+    script = f"""
+    (exec -a 'python /opt/grappa/launch/full_pipeline.py --out x' sleep 60) & program=$!
+    (exec -a '/bin/sh -c python /opt/grappa/launch/full_pipeline.py --out x' sleep 60) & shell=$!
+    (exec -a 'ray::Worker.run_rank' sleep 1.5) & rank=$!
+    (exec -a 'ray::IDLE' sleep 60) & idle=$!
+    sleep 0.3
+    kill -0 $rank && bash -c {shlex.quote(workers)} && kill -0 $rank || echo rank ended
+    bash -c {shlex.quote(head)}
+    kill -0 $idle && kill -0 $shell && echo others live
+    wait $program; echo program $?
+    """
+    command = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "bash", "-c", script]
+    ended = subprocess.run(command, text=True, capture_output=True, timeout=30)
+    if "unshare" in ended.stderr:
+        pytest.skip(f"no namespaces here: {ended.stderr.strip()}")
+    assert ended.stdout.splitlines() == ["rank ended", "others live", "program 143"]
 
 
 def test_lost_nodes_are_noticed_as_fast_as_where_we_start_ray_ourselves(
@@ -144,6 +178,7 @@ def test_lost_nodes_are_noticed_as_fast_as_where_we_start_ray_ourselves(
 def test_a_job_cleans_up_and_only_a_queued_one_waits(rendered: dict[str, list[dict[str, Any]]]) -> None:
     job, queued = only(rendered["job"]), only(rendered["queued-job"])
     assert job["spec"]["shutdownAfterJobFinishes"]
+    assert job["spec"]["ttlSecondsAfterFinished"] == 0  # it would keep the pods, and their GPUs
     assert not job["spec"]["rayClusterSpec"]["enableInTreeAutoscaling"]
     assert "suspend" not in job["spec"]
     assert queued["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": settings()["queue"]}

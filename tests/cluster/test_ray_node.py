@@ -45,9 +45,32 @@ def test_only_folders_that_nobody_holds_are_removed(tmp_path: Path) -> None:
     os.close(held)
 
 
+def test_folders_are_for_their_owner_alone_and_all_made_or_none(tmp_path: Path) -> None:
+    ray_node.make_folders([tmp_path / "grappa-1", tmp_path / "spill" / "n1-grappa-1"])
+    assert [oct((tmp_path / f).stat().st_mode)[-3:] for f in ("grappa-1", "spill/n1-grappa-1")] == ["700"] * 2
+    with pytest.raises(FileExistsError):
+        ray_node.make_folders([tmp_path / "grappa-2", tmp_path / "spill" / "n1-grappa-1"])
+    assert not (tmp_path / "grappa-2").exists()
+
+
+def test_nothing_stays_below_the_spill_folder(tmp_path: Path) -> None:
+    temp_dir = Path(f"/tmp/gn{os.getpid()}")
+    (tmp_path / "ray").write_text(
+        '#!/bin/sh\necho "$@"\nfor i; do case $i in *spilling*) touch "${i#*=}/x"; esac; done\n'
+    )
+    (tmp_path / "ray").chmod(0o755)
+    (tmp_path / "python").symlink_to(sys.executable)  # beside which a node looks for its ray
+    command = [str(tmp_path / "python"), str(ROOT / "cluster" / "ray_node.py"), "--cpus", "1", "--object-store", "1M"]
+    command += ["--temp-dir", str(temp_dir), "--spill-dir", str(tmp_path / "spill"), "--interface", "lo"]
+    ended = subprocess.run(command, text=True, capture_output=True, timeout=60)
+    assert f"--object-spilling-directory={tmp_path}/spill/{socket.gethostname()}-{temp_dir.name}" in ended.stdout
+    assert list((tmp_path / "spill").iterdir()) == []
+    assert not temp_dir.exists()
+
+
 def test_the_interface_of_an_address_is_found_by_name() -> None:
     assert dict(ray_node.interfaces())["lo"] == "127.0.0.1"
-    assert ray_node.interface_of("127.0.0.1") == {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+    assert ray_node.interface_of("127.0.0.1") == {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "=lo"}
     assert ray_node.interface_of("198.51.100.1") == {}
 
 

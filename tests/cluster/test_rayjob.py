@@ -16,6 +16,7 @@ from tests.cluster.test_faults import write_config
 
 pytestmark = [pytest.mark.cluster, pytest.mark.matrix, pytest.mark.timeout(600)]
 SMALL = {"workers": 2, "gpus": 0, "cpus": 1, "memory": "2Gi", "shm": "256Mi", "interface": "eth0", "claim": "tests"}
+SMALL |= {"object_store": 10**8}
 
 
 def job_of(folder: Path, **settings: object) -> dict[str, Any]:

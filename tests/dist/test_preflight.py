@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import platform
+import socket
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from grappa_dist.dist import preflight
+from grappa_dist.dist.connection import check_answers
 from grappa_dist.dist.preflight import Checks, Facts, answered, free_memory, problems, survey, token_in, versions
 
 OURS = {"python": "3.11.7", "torch": "2.13.0"}
@@ -69,23 +71,63 @@ def test_other_sources_are_another_version(tmp_path: Path, monkeypatch: pytest.M
     assert digest_of("a = 1") == digest_of("a = 1") != digest_of("a = 2")
 
 
+def test_what_an_editor_leaves_beside_the_sources_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "grappa_dist" / "dist").mkdir(parents=True)
+    monkeypatch.setattr(preflight, "__file__", str(tmp_path / "grappa_dist" / "dist" / "preflight.py"))
+    (tmp_path / "grappa_dist" / "ops.py").write_text("a = 1")
+    before = preflight._own_version()
+    (tmp_path / "grappa_dist" / ".#ops.py").symlink_to("me@host.123:456")
+    assert preflight._own_version() == before
+
+
+def test_two_nodes_on_one_host_answer_each_for_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "LATE_FILE_S", 0.0)
+    with token_in(tmp_path) as token:
+        facts = survey(Checks(tmp_path, nothing), token, "first", "host", workers=1, gpu=False)
+        assert answered(token, "first", facts).storage == ""
+        assert "the driver does not see" in answered(token, "second", facts).storage
+
+
+def test_files_in_the_page_cache_take_no_memory_of_a_container(tmp_path: Path) -> None:
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("900\n")
+    (tmp_path / "memory.stat").write_text("anon 100\nfile 800\ninactive_file 700\nactive_file 100\n")
+    assert preflight._left_in_container(tmp_path) == 800
+    (tmp_path / "memory.max").write_text("max\n")
+    assert preflight._left_in_container(tmp_path) > 2**60
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6 here")
+def test_a_head_of_ipv6_answers() -> None:
+    with socket.create_server(("::1", 0), family=socket.AF_INET6) as server:
+        check_answers(f"[::1]:{server.getsockname()[1]}")
+
+
 def test_a_node_that_shares_everything_has_nothing_in_the_way(tmp_path: Path) -> None:
     root = tmp_path / "runs" / "new"
     with token_in(root) as token:
-        facts = survey(Checks(root, nothing), token, "here", workers=2, gpu=False)
-        assert answered(token, facts) == facts
+        facts = survey(Checks(root, nothing), token, "id", "here", workers=2, gpu=False)
+        assert answered(token, "id", facts) == facts
         assert (facts.storage, facts.data, facts.gpu) == ("", "", "")
         assert 0 < facts.memory_bytes <= free_memory()
-    assert list(root.iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_somebody_else_uses_meanwhile_stays(tmp_path: Path) -> None:
+    with token_in(tmp_path / "runs" / "new"):
+        (tmp_path / "runs" / "other").mkdir()
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["other"]
 
 
 def test_a_node_with_a_run_directory_of_its_own_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "LATE_FILE_S", 0.0)
     with token_in(tmp_path / "drivers") as token:
         elsewhere = tmp_path / "nodes" / token.name
-        facts = survey(Checks(tmp_path / "nodes", nothing), elsewhere, "far", workers=1, gpu=False)
+        facts = survey(Checks(tmp_path / "nodes", nothing), elsewhere, "id", "far", workers=1, gpu=False)
         assert "is not the one that the driver writes to" in facts.storage
-        assert answered(token, facts) == facts
+        assert answered(token, "id", facts) == facts
 
 
 def test_what_only_the_node_sees_of_its_own_writing_is_found_out(
@@ -96,9 +138,9 @@ def test_what_only_the_node_sees_of_its_own_writing_is_found_out(
         overlay = tmp_path / "overlay"  # reads what the driver wrote, keeps what it writes
         overlay.mkdir()
         (overlay / "driver").write_text((token / "driver").read_text())
-        facts = survey(Checks(tmp_path, nothing), overlay, "far", workers=1, gpu=False)
+        facts = survey(Checks(tmp_path, nothing), overlay, "id", "far", workers=1, gpu=False)
         assert facts.storage == ""
-        assert "the driver does not see" in answered(token, facts).storage
+        assert "the driver does not see" in answered(token, "id", facts).storage
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become another user")
@@ -110,7 +152,7 @@ def test_a_run_directory_that_a_node_may_not_write_is_found_out(tmp_path: Path) 
         (token / "driver").chmod(0o644)
         os.seteuid(65534)
         try:
-            facts = survey(Checks(tmp_path, nothing), token, "far", workers=1, gpu=False)
+            facts = survey(Checks(tmp_path, nothing), token, "id", "far", workers=1, gpu=False)
         finally:
             os.seteuid(0)
     assert facts.storage == f"the run directory {tmp_path} cannot be used: Permission denied"
@@ -135,7 +177,7 @@ def test_a_run_directory_that_cannot_be_made_is_an_error_of_the_driver(tmp_path:
 )
 def test_data_that_a_node_cannot_read_is_one_line(tmp_path: Path, read: Callable[[], None], said: str) -> None:
     with token_in(tmp_path) as token:
-        facts = survey(Checks(tmp_path, read), token, "far", workers=1, gpu=False)
+        facts = survey(Checks(tmp_path, read), token, "id", "far", workers=1, gpu=False)
     assert facts.data.startswith("images cannot be read: ")
     assert said in facts.data
     assert "\n" not in facts.data
@@ -144,5 +186,5 @@ def test_data_that_a_node_cannot_read_is_one_line(tmp_path: Path, read: Callable
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_torch_does_not_see_is_found_out(tmp_path: Path) -> None:
     with token_in(tmp_path) as token:
-        facts = survey(Checks(tmp_path, nothing), token, "far", workers=1, gpu=True)
+        facts = survey(Checks(tmp_path, nothing), token, "id", "far", workers=1, gpu=True)
     assert "sees no GPU here, though Ray has given one" in facts.gpu

@@ -1,0 +1,163 @@
+"""What a run does when a node with idle workers dies, and when it is told to end while workers are on their way."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grappa_dist.config import Resources
+from grappa_dist.dist import cluster as cluster_module
+from grappa_dist.dist.cluster import Cluster
+from grappa_dist.dist.jobs import Job, Runner
+from grappa_dist.dist.preflight import Checks
+from grappa_dist.observe import Terminated
+from tests.dist.standins import Ray, Ref, Worker
+
+
+def answer(ref: Ref) -> Any:
+    """What ends on node a goes on for ever on node b."""
+    if ref.method == "free_address":
+        return f"{ref.worker.node}:1"
+    if ref.method == "ready":
+        return ref.worker.node
+    return None if ref.worker.node == "b" else "done"
+
+
+def started(ray: Ray, monkeypatch: pytest.MonkeyPatch, workers: list[Worker], **settings: Any) -> Cluster:
+    """A cluster with these workers up; new ones come up on node a."""
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    cluster = Cluster(Resources(placement_timeout_s=5, **settings))
+    cluster._begun, cluster._node_of = True, {worker: worker.node for worker in workers}
+    monkeypatch.setattr(cluster, "connect", lambda: None)
+    monkeypatch.setattr(cluster, "_new_worker", lambda: Worker("a"))
+    return cluster
+
+
+@pytest.mark.parametrize("elastic", [False, True])
+@pytest.mark.parametrize("ranks", [0, 1])
+def test_a_dead_nodes_idle_workers_are_given_no_job(monkeypatch: pytest.MonkeyPatch, elastic: bool, ranks: int) -> None:
+    ray, waits = Ray("ab", answer), iter(range(10**6))
+
+    def die_later(_: float) -> None:
+        if next(waits) == 4:
+            ray.dead.add("b")
+
+    ray.each_wait = die_later
+    workers = [Worker("b") for _ in range(8)]
+    cluster = started(ray, monkeypatch, workers, elastic=elastic, max_restarts=1)
+    failed: list[dict[str, Any]] = []
+    runner = Runner(
+        cluster, cluster.resources, on_event=lambda name, **f: failed.append(f) if name == "job_failed" else None
+    )
+    assert runner.run_jobs([Job("one", print, None, ranks)]) == {"one": ["done"] if ranks else "done"}
+    assert [event["attempt"] for event in failed] == [1]
+    assert sum(bool({"run", "run_rank"} & set(worker.asked)) for worker in workers) == 1
+    assert all("killed" in worker.asked for worker in workers)
+    assert {cluster.node_of(worker) for worker in cluster.workers()} == {"a"}
+    assert cluster.size == 8
+
+
+def test_a_start_on_a_worker_whose_death_is_not_known_yet_is_no_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = Ray("ab", answer, dead={"b"}, unnoticed={"b"})
+    workers = [Worker("b") for _ in range(4)]
+    cluster = started(ray, monkeypatch, workers, max_restarts=0)
+    assert Runner(cluster, cluster.resources).run_jobs([Job("one", print, None, 1)]) == {"one": ["done"]}
+    assert ["run_rank" in worker.asked for worker in workers] == [False] * 4
+
+
+def swallow(ray: Ray, monkeypatch: pytest.MonkeyPatch, seconds_of_waiting: float) -> None:
+    """Makes waiting lose what a signal handler raises, as Ray's compiled code may, and stand still, as it does."""
+
+    def wait(timeout_s: float) -> None:
+        with contextlib.suppress(Terminated):
+            time.sleep(min(timeout_s, 0.2))
+        assert time.monotonic() < end, "still waiting"
+
+    end = time.monotonic() + seconds_of_waiting
+    ray.each_wait = wait
+
+
+@pytest.mark.parametrize("call", ["run_jobs", "num_workers"])
+def test_sigterm_while_a_worker_cannot_be_placed_ends_the_run(monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    ray = Ray("a", lambda ref: None)
+    swallow(ray, monkeypatch, 10)
+    cluster = started(ray, monkeypatch, [], max_restarts=0)
+    cluster.resources = cluster.resources.model_copy(update={"placement_timeout_s": 300.0})
+    cluster._start(1)
+    runner = Runner(cluster, cluster.resources)
+    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM))
+    began = time.monotonic()
+    timer.start()
+    with pytest.raises(Terminated), runner.terminating():
+        runner.num_workers if call == "num_workers" else runner.run_jobs([Job("one", print, None, 1)])
+    assert time.monotonic() - began < 0.5 + 5
+
+
+def test_sigterm_that_comes_with_the_last_result_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = Ray("a", answer)
+    cluster = started(ray, monkeypatch, [Worker("a")])
+    runner = Runner(cluster, cluster.resources)
+    with pytest.raises(Terminated), runner.terminating():
+        runner.run_jobs([Job("one", print, None, 1)], lambda name: os.kill(os.getpid(), signal.SIGTERM))
+
+
+def test_sigterm_while_ray_starts_is_ours_though_ray_listens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process of its own: ray.init puts its handler in place, which calls sys.exit."""
+    program = """
+import os, signal, sys, ray
+from grappa_dist.config import Resources
+from grappa_dist.dist import cluster as cluster_module
+from grappa_dist.dist.cluster import Cluster
+from grappa_dist.dist.jobs import Runner
+from grappa_dist.exits import Ending
+def init(**_):
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    os.kill(os.getpid(), signal.SIGTERM)
+ray.init = init
+runner = Runner(Cluster(Resources()), Resources())
+def work():
+    with runner.terminating():
+        print(runner.num_workers)
+sys.exit(Ending().of(work))
+"""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    ended = subprocess.run([sys.executable, "-c", program], text=True, capture_output=True)
+    assert ended.returncode == 143, ended.stderr
+
+
+def test_nodes_whose_storage_hangs_are_awaited_together(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(cluster_module, "SURVEY_TIMEOUT_S", 1.0)
+    ray = Ray("abcd", lambda ref: ref.worker.node if ref.method == "ready" else None)
+    ray.each_wait = lambda timeout_s: time.sleep(min(timeout_s, 0.1))
+    nodes = iter("abcd")
+    cluster = started(ray, monkeypatch, [])
+    monkeypatch.setattr(cluster, "_new_worker", lambda: Worker(next(nodes)))
+    cluster._begun, cluster.checks = False, Checks(tmp_path, print)
+    cluster._start(4)
+    began = time.monotonic()
+    with pytest.raises(
+        ValueError, match=r"^preflight: a, b, c and 1 more: no answer within 1 s; does its storage hang\?$"
+    ):
+        cluster._settle()
+    assert time.monotonic() - began < 2
+
+
+def test_sigterm_while_storage_hangs_ends_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    ray = Ray("a", lambda ref: ref.worker.node if ref.method == "ready" else None)
+    swallow(ray, monkeypatch, 10)
+    cluster = started(ray, monkeypatch, [])
+    cluster.checks = Checks(tmp_path, print)
+    cluster._start(1)
+    runner = Runner(cluster, cluster.resources)
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    with pytest.raises(Terminated), runner.terminating():
+        print(runner.num_workers)
