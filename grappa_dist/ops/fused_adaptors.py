@@ -65,7 +65,7 @@ def fused_adaptors(h: Tensor, weights: Weights, scores: Scores) -> tuple[Tensor,
     """
     h, kind = h.contiguous(), h.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else h.dtype
-    inputs = (h, *weights, scores.query, scores.key, scores.prior)
+    inputs = (h, *weights, scores.query, scores.key, scores.prior, scores.product)
     with torch.autocast(kind, enabled=False):
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
             out: tuple[Tensor, Tensor] = _Fused.apply(dtype, *inputs)  # type: ignore[no-untyped-call]
@@ -151,8 +151,8 @@ def _attention_grads(leaves: tuple[Tensor | None, ...], grad: Tensor, needed: li
     """Gradients of alpha's (B, N) inputs, zeros or None where there is none: by autograd, as all of it is pooled."""
     with torch.enable_grad():
         fresh = [t if t is None else t.detach().requires_grad_(n) for t, n in zip(leaves, needed, strict=True)]
-        pooled_h, pooled_a, up, up_bias, query, key, prior = fresh
-        alpha = attention(pooled_h, pooled_a, up, up_bias, Scores(query, key, prior))  # type: ignore[arg-type]
+        pooled_h, pooled_a, up, up_bias, *scored = fresh
+        alpha = attention(pooled_h, pooled_a, up, up_bias, Scores(*scored))  # type: ignore[arg-type]
     wanted = [t for t in fresh if t is not None and t.requires_grad]
     if not alpha.requires_grad:
         found = {id(t): torch.zeros_like(t) for t in wanted}

@@ -191,6 +191,23 @@ def test_a_folded_layer_is_the_layer_to_rounding(num_sets: int, attention: bool)
 
 
 @pytest.mark.parametrize("attention", [False, True])
+@pytest.mark.parametrize("num_sets", [1, 3])
+def test_a_folded_layer_is_the_layer_also_where_its_input_learns(num_sets: int, attention: bool) -> None:
+    layer = Judge(num_sets).double().layer(nn.Identity(), attention).requires_grad_(False)
+    for weights in (None, torch.arange(1.0, num_sets + 1)):
+        layer.weigh(weights)
+        found = []
+        for _ in range(2):  # as it is, then folded
+            tokens = random(3, 5, DIM).requires_grad_()
+            out = layer(tokens)
+            (out * random(3, 5, DIM, seed=1)).sum().backward()
+            found.append([out.detach(), layer.alpha, tokens.grad])
+            layer.fold()
+        for plain, folded in zip(*found, strict=True):
+            torch.testing.assert_close(folded, plain, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("attention", [False, True])
 def test_a_weight_for_one_set_alone_makes_the_model_of_that_set(attention: bool) -> None:
     single, images = trained("timm", 1, attention=False), torch.rand(2, 3, 32, 32)
     for i, layer in enumerate(single.layers):
