@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 Weights = tuple[Tensor, Tensor, Tensor, Tensor]  # down (F, D) and (F,), up (F, D) and (N, D)
 _gelu_, _gelu_backward = torch.ops.aten.gelu_.default, torch.ops.aten.gelu_backward.default
@@ -121,6 +122,7 @@ class _Fused(torch.autograd.Function):
         return out, alpha
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         z, alpha, pooled_h, pooled_a, h, down, _, up, up_bias, *scored = ctx.saved_tensors
         out_grad = grads[0].contiguous()

@@ -114,6 +114,14 @@ def test_gradients_of_the_attention_pass_gradcheck() -> None:
     assert torch.autograd.gradcheck(out, (*inputs, random(2, 3, DIM).requires_grad_()))
 
 
+def test_a_second_derivative_is_refused_as_there_is_none() -> None:
+    tokens = random(2, 3, DIM).requires_grad_()
+    out = Judge(3).double().layer(nn.Identity())(tokens)
+    (grad,) = torch.autograd.grad(out.square().sum(), tokens, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.square().sum().backward()
+
+
 def test_frozen_adaptors_have_the_same_gradients_of_input_query_and_key() -> None:
     whole, frozen = Judge(4).layer(nn.Identity()), Judge(4).layer(nn.Identity())
     frozen.adaptors.requires_grad_(False)
