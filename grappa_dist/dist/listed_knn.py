@@ -1,7 +1,8 @@
 """An approximate k-NN graph whose recall is measured: a row is compared with the rows of its p nearest lists, exactly.
 
 p is as large as a sample says that it must be, and what the graph has found of the true neighbours is measured on
-another sample. The graph is a function of the rows, k, the floor and the seed: the same bits on any number of ranks.
+another sample. The graph is a function of the rows, k, the floor and the seed: the same bits on any number of ranks, as
+long as their row ids ascend from rank to rank.
 
 Shapes: P rows of this rank, m rows of a sample, L lists, D dimensions, k neighbours, p probes.
 """
@@ -71,11 +72,17 @@ def listed_knn(
     Where recall stays below the floor p grows; where p would be half of the lists, the search is exact.
 
     Args:
+        ids: row ids (P,) int64, ascending on a rank and from rank to rank: samples and lists go by the place of a row
+            among those of all ranks, which is then the same for any number of ranks.
         floor: least share of true neighbours that must be found, below 1.
         seed: of the samples.
+
+    Raises:
+        ValueError: on all ranks, where ids do not ascend so, or one rank's rows are unfit.
     """
     cpu = torch.device("cpu")
     blocks = join_blocks(comm, features, ids, k, block_rows=MOST_ROWS, device=cpu, halves=halves)
+    _check_order(comm, ids)
     share = join_rows(comm, Rows([features], [np.ones(len(features), dtype=bool)]), device=cpu)
     if not share.num_good:
         return Graph(*sharded_knn(comm, features, ids, k, halves=halves), Recall.exact())
@@ -92,6 +99,19 @@ def listed_knn(
             probes, widened = 2 * probes, widened + 1
     exact = replace(Recall.exact(), lists=len(coarse), probes=len(coarse), widened=widened)
     return Graph(*sharded_knn(comm, features, ids, k, halves=halves), exact)
+
+
+def _check_order(comm: Comm, ids: np.ndarray) -> None:
+    """Raises on all ranks where one begins below the end of those before it."""
+    edges = torch.from_numpy(ids[[0, -1]] if len(ids) else ids[:0]).to(wire_device(comm))
+    last, of = -1, 0
+    for rank, ends in enumerate(comm.gather(edges)):
+        first, after = ends.tolist() or (last + 1, last)
+        if first <= last:
+            raise ValueError(
+                f"row ids must ascend from rank to rank: rank {of} ends with {last}, rank {rank} begins with {first}"
+            )
+        last, of = (after, rank) if len(ends) else (last, of)
 
 
 @dataclass(frozen=True)

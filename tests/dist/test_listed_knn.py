@@ -89,6 +89,22 @@ def test_no_rows_at_all_give_an_empty_graph() -> None:
     assert graph(Comm(), np.zeros((0, 4), np.float32), slice(None)).ids.shape == (0, K)
 
 
+def out_of_order(comm: Comm, edges: list[tuple[int, int]]) -> str:
+    x = CASES["drawn"]()
+    try:
+        graph(comm, x, slice(*edges[comm.rank]))
+    except ValueError as problem:
+        return str(problem)
+    return ""
+
+
+def test_ranks_whose_row_ids_do_not_ascend_are_refused_together() -> None:
+    found = run_ranks(out_of_order, 3, [(300, 900), (0, 0), (0, 300)])
+    first, last = (int(ids_of(CASES["drawn"]())[i]) for i in (0, -1))
+    wanted = f"row ids must ascend from rank to rank: rank 0 ends with {last}, rank 2 begins with {first}"
+    assert found == [wanted] * 3
+
+
 def test_a_list_longer_than_a_block_is_searched_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     x = CASES["drawn"]()
     whole = graph(Comm(), x, slice(None))
