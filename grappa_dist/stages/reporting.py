@@ -131,13 +131,12 @@ def _view_figures(insights: Mapping[str, Any]) -> Iterator[LabelFree]:
 def _neighbour_figures(flow: Flow) -> Iterator[LabelFree]:
     """How often neighbours in the fused model's last graph share a pseudo-label, and how often they are copies."""
     for variant, artifact in flow.fusions.items():
-        graphs = sorted(artifact.path.glob("knn/epoch-*/statistics.json"), key=lambda p: int(p.parent.name[6:]))
-        if graphs:
-            statistics = json.loads(graphs[-1].read_text())
+        statistics = _last_graph(artifact)
+        if statistics:
             figure = f"images with a near-duplicate (cosine above {statistics['duplicate_cosine']}) among the nearest"
             copies = statistics["rows_with_duplicates_share"]
             yield LabelFree(model=variant, figure=figure, value=copies, queries=len(flow.train))
-            if statistics.get("graph") == "approximate":
+            if statistics.get("graph") == "approximate" and statistics["recall_rows"]:
                 recall, rows = statistics["recall"], statistics["recall_rows"]
                 yield LabelFree(
                     model=variant, figure="true neighbours in the approximate graph", value=recall, queries=rows
@@ -146,6 +145,27 @@ def _neighbour_figures(flow: Flow) -> Iterator[LabelFree]:
             for name, value in shares.items():
                 figure = f"neighbours share the {name} pseudo-label"
                 yield LabelFree(model=variant, figure=figure, value=value, queries=len(flow.train))
+
+
+def _last_graph(artifact: Artifact) -> dict[str, Any]:
+    """What is said of the graph of the last epoch; nothing where there is none."""
+    graphs = sorted(artifact.path.glob("knn/epoch-*/statistics.json"), key=lambda p: int(p.parent.name[6:]))
+    statistics: dict[str, Any] = json.loads(graphs[-1].read_text()) if graphs else {}
+    return statistics
+
+
+def _graph_facts(flow: Flow) -> Iterator[tuple[str, str]]:
+    """How neighbours were found where that was to be through lists."""
+    for variant, artifact in flow.fusions.items():
+        told = _last_graph(artifact)
+        if told.get("graph") != "approximate":
+            continue
+        if told["recall_rows"]:
+            error = f" ± {told['recall_error']:.4f}" if "recall_error" in told else ""
+            how = f"through {told['probes']} of {told['lists']} lists, recall {told['recall']:.4f}{error}"
+        else:
+            how = "exactly: lists did not reach fuse.recall_floor"
+        yield f"neighbours of {variant} in the last epoch were searched", how
 
 
 def _curve(artifact: Artifact) -> list[dict[str, float]]:
@@ -236,7 +256,7 @@ def _facts(run: Run, flow: Flow) -> dict[str, str]:
     }
     made = {"labels": flow.labels.values(), "adaptors": flow.adaptors.values(), "fusions": flow.fusions.values()}
     facts |= {name: ", ".join(a.name for a in group) for name, group in made.items()}
-    return facts | {"model": flow.model.name}
+    return facts | dict(_graph_facts(flow)) | {"model": flow.model.name}
 
 
 def _ignored(images: ImageShards) -> int:
