@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import platform
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -96,7 +97,7 @@ def _content(run: Run, flow: Flow, rows: list[ScoreRow]) -> ReportContent:
         attention={m: i["attention"] for m, i in insights.items() if "attention" in i},
         entropy={m: i["entropy"] for m, i in insights.items() if "entropy" in i},
         shares={v: _by_step(a, "attention") for v, a in flow.fusions.items()},
-        decay={v: [float(x) for x in np.median(d, 0)] for v, d in decays.items() if d},
+        decay={v: [_median(layer) for layer in zip(*d, strict=True)] for v, d in decays.items() if d},
         sets=[f"k={k}" for k in flow.adaptors],
         clusterings=[Clustering(**json.loads((a.path / STATS_FILE).read_text())) for a in flow.labels.values()],
         nestings=[Nesting(**nesting) for nesting in partitions["nestings"]],
@@ -176,11 +177,17 @@ def _curve(artifact: Artifact) -> list[dict[str, float]]:
             continue
         point = {k: v for k, v in event.items() if k in ("step", "loss", "accuracy", "lr", "images_per_s")}
         for figure in ("entropy", "decay_to_gradient"):
-            layers = [v for k, v in event.items() if re.fullmatch(rf"{figure}\.\d+", k)]
+            layers = [v for k, v in event.items() if re.fullmatch(rf"{figure}\.\d+", k) and math.isfinite(v)]
             if layers:
                 point[figure] = sum(layers) / len(layers)
         points.append(point)
     return points
+
+
+def _median(values: Sequence[float]) -> float:
+    """Of those that are known; NaN where none is."""
+    known = [v for v in values if math.isfinite(v)]
+    return float(np.median(known)) if known else math.nan
 
 
 def _by_step(artifact: Artifact, figure: str) -> list[list[float]]:
