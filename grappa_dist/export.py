@@ -74,7 +74,7 @@ class RetrievalModel(nn.Module):
         try:
             for images in gallery:
                 for found, alone in zip(features, torch.eye(len(self.sets)), strict=True):
-                    self.grappa.weigh(alone)
+                    self.weigh(alone)
                     found.append(self(images))
         finally:
             self.weigh(None)

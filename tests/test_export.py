@@ -105,7 +105,11 @@ def test_a_model_conditioned_on_a_gallery_weighs_its_sets_by_their_features_ther
     assert expected.std() > 0
     model.weigh(None)
     assert torch.equal(model(gallery), before)
+    ran = list[int]()  # bottlenecks of every forward pass
+    hook = model.grappa.register_forward_hook(lambda g, *_: ran.append(len(g.layers[0].folded_down)))
     weights = model.condition(gallery.split(17))
+    hook.remove()
+    assert ran == 3 * 3 * [BOTTLENECK]  # of one set alone
     torch.testing.assert_close(weights, expected)
     assert not torch.allclose(model(gallery), before, atol=1e-4)
     if not fused:

@@ -20,7 +20,8 @@ def as_text(header: dict[str, str], settings: FuseSettings, findings: FuseFindin
     titles = {"adaptors and fusion alone": findings.layer, f"{s.depth} whole ViT blocks": findings.model}
     blocks = [aligned_header({**header, "sizes": sizes, "devices": device})]
     blocks += [_side_by_side(title, found) for title, found in titles.items()]
-    end = f"ours and literal differ by at most {findings.apart:.1e} of the largest value, in output and gradients (float32)"
+    apart = f"{findings.apart:.1e} of the largest value"
+    end = f"ours and literal differ by at most {apart}, in output and gradients (float32)"
     return "\n\n".join([*blocks, end])
 
 

@@ -199,6 +199,23 @@ def test_a_folded_layer_is_the_layer_to_rounding(num_sets: int, attention: bool)
 
 
 @pytest.mark.parametrize("attention", [False, True])
+@pytest.mark.parametrize("weights", [[0.0, 1.0, 0.0], [2.0, 0.0, 1.0]])
+def test_a_folded_layer_leaves_out_what_weighs_nothing(weights: list[float], attention: bool) -> None:
+    layer, tokens = Judge(3).double().layer(nn.Identity(), attention), random(3, 5, DIM)
+    layer.weigh(torch.tensor(weights))
+    with torch.no_grad():
+        expected = layer(tokens)
+        layer.fold()
+        torch.testing.assert_close(layer(tokens), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(layer.alpha[0] > 0, torch.tensor(weights) > 0)
+    wide = sum(w > 0 for w in weights) * BOTTLENECK
+    if wide == BOTTLENECK or not attention:
+        assert layer.folded_down.shape == layer.folded_up.shape == (wide, DIM)
+    layer.weigh(None)
+    assert layer.folded_down is layer.folded_down_bias is None
+
+
+@pytest.mark.parametrize("attention", [False, True])
 @pytest.mark.parametrize("num_sets", [1, 3])
 def test_a_folded_layer_is_the_layer_also_where_its_input_learns(num_sets: int, attention: bool) -> None:
     layer = Judge(num_sets).double().layer(nn.Identity(), attention).requires_grad_(False)
