@@ -167,6 +167,8 @@ class FuseConfig(Section):
         left_out = {"checkpoint_steps", "variants", "micro_batch", *neighbours}  # the loss is exact for any micro batch
         if (self.graph, self.recall_floor) == (defaults["graph"].default, defaults["recall_floor"].default):
             left_out |= {"graph", "recall_floor"}  # fusions from before there was a choice keep their names
+        if self.graph == "exact":
+            left_out.add("recall_floor")  # which it does not look at
         return {k: v for k, v in self.model_dump(mode="json").items() if k not in left_out and not k.startswith(other)}
 
     @model_validator(mode="after")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from grappa_dist.artifacts import Artifact, replacing, write_json
 from grappa_dist.data.transforms import to_rgb, upright
 from grappa_dist.models import Grappa
 from grappa_dist.ops.galleries import set_weights, transitivity
+from grappa_dist.stages.galleries import load_galleries
 from grappa_dist.stages.modelling import CONFIG_FILE, FORMAT, WEIGHTS_FILE, ModelSpec, build, load_grappa, preprocess_of
 
 
@@ -24,11 +25,14 @@ class RetrievalModel(nn.Module):
 
     `transform` is the exact test transform (PIL image -> (3, S, S) in [0, 1]); normalisation happens inside the model.
     Weights are folded for speed, which changes results by rounding alone; `grappa` holds them as they were trained.
+    `galleries` has the weights (N,) of the sets for each task of the run, where the variant is `gallery`: such a model
+    is the average of its sets until `weigh(galleries[task])`, or `condition`, says which gallery is searched.
     """
 
-    def __init__(self, grappa: Grappa, sets: list[str]) -> None:
+    def __init__(self, grappa: Grappa, sets: list[str], galleries: Mapping[str, Tensor] | None = None) -> None:
         super().__init__()
         self.grappa, self.sets = grappa.requires_grad_(False).eval(), sets
+        self.galleries = dict(galleries or {})
         self.grappa.fold()
         preprocess = preprocess_of(grappa.backbone.pixels)
 
@@ -70,7 +74,7 @@ class RetrievalModel(nn.Module):
         try:
             for images in gallery:
                 for found, alone in zip(features, torch.eye(len(self.sets)), strict=True):
-                    self.grappa.weigh(alone)
+                    self.weigh(alone)
                     found.append(self(images))
         finally:
             self.weigh(None)
@@ -103,6 +107,8 @@ def export_model(spec: ModelSpec, sets: list[str], artifact: Artifact) -> None:
         "bottleneck": spec.bottleneck,
         "attention": spec.fusion is not None,
     }
+    if spec.galleries is not None:
+        config["galleries"] = {task: found["weights"] for task, found in load_galleries(spec.galleries).items()}
     write_json(folder / CONFIG_FILE, config)
     artifact.commit()
 
@@ -116,4 +122,5 @@ def load_model(run_or_model_dir: str | Path) -> RetrievalModel:
         ValueError: the directory holds no model, or one of an unknown format.
     """
     grappa, config = load_grappa(Path(run_or_model_dir))
-    return RetrievalModel(grappa, config["sets"])
+    galleries = {task: torch.tensor(weights) for task, weights in config.get("galleries", {}).items()}
+    return RetrievalModel(grappa, config["sets"], galleries)

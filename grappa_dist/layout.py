@@ -85,5 +85,5 @@ def _with_galleries(
     if "gallery" not in models:
         return models, None
     sets = {m: features_of(store, spec, config.embed, images) for m, spec in models.items() if m.startswith("k=")}
-    galleries = galleries_of(store, config.seed, truth, sets)
+    galleries = galleries_of(store, config.seed, config.fuse.duplicate_cosine, truth, sets)
     return {**models, "gallery": replace(models["gallery"], galleries=galleries)}, galleries

@@ -56,7 +56,7 @@ def run(config: Config, root: Path, until: str | None = None) -> tuple[Path, lis
             cluster.close()
 
 
-def _run(context: Run, until: str | None) -> tuple[Path, list[ScoreRow]] | None:
+def _run(context: Run, until: str | None = None) -> tuple[Path, list[ScoreRow]] | None:
     config, store, console = context.config, context.store, context.console
     if not has_drawn(config.data, store):
         with console.stage("collect", f"drawing the collection {config.data.collection}"):

@@ -187,3 +187,6 @@ def test_how_the_graph_is_searched_names_other_fusions_only_where_it_is_not_the_
     other = plain.model_copy(update={"recall_floor": 0.5})
     assert other.of_variant("neighbours-adam")["recall_floor"] == 0.5
     assert other.of_variant("transforms") == plain.of_variant("transforms")
+    exact = plain.model_copy(update={"graph": "exact"}), other.model_copy(update={"graph": "exact"})
+    assert exact[0].of_variant("neighbours") == exact[1].of_variant("neighbours")  # it has no floor to reach
+    assert exact[0].of_variant("neighbours")["graph"] == "exact"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,12 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import grappa_dist
-from grappa_dist.artifacts import Artifact, Store
+from grappa_dist.artifacts import Artifact, Store, write_json
 from grappa_dist.config import BackboneConfig
 from grappa_dist.export import RetrievalModel, export_model, load_model
 from grappa_dist.models import Grappa, create_backbone
 from grappa_dist.ops.galleries import set_weights, transitivity
+from grappa_dist.stages.galleries import GALLERIES_FILE
 from grappa_dist.stages.modelling import ADAPTORS_FILE, CONFIG_FILE, FUSION_FILE, ModelSpec, build
 from tests.models import tiny
 
@@ -103,13 +105,36 @@ def test_a_model_conditioned_on_a_gallery_weighs_its_sets_by_their_features_ther
     assert expected.std() > 0
     model.weigh(None)
     assert torch.equal(model(gallery), before)
+    ran = list[int]()  # bottlenecks of every forward pass
+    hook = model.grappa.register_forward_hook(lambda g, *_: ran.append(len(g.layers[0].folded_down)))
     weights = model.condition(gallery.split(17))
+    hook.remove()
+    assert ran == 3 * 3 * [BOTTLENECK]  # of one set alone
     torch.testing.assert_close(weights, expected)
     assert not torch.allclose(model(gallery), before, atol=1e-4)
     if not fused:
         torch.testing.assert_close(model.attention(gallery), weights.expand(40, 2, 3))
     model.weigh(None)
     assert torch.equal(model(gallery), before)
+
+
+def test_a_gallery_model_is_exported_as_the_average_with_the_weights_of_each_gallery(tmp_path: Path) -> None:
+    spec, store = fake_run(tmp_path, 3, fused=False), Store(tmp_path)
+    galleries, artifact = store.artifact("galleries", {}, {}), store.artifact("models/gallery", {}, {})
+    weights = {"birds": [0.5, 0.25, 0.25], "food": [0.0, 0.0, 1.0]}
+    write_json(galleries.begin() / GALLERIES_FILE, {t: {"weights": w, "images": 9} for t, w in weights.items()})
+    galleries.commit()
+    export_model(replace(spec, name="gallery", galleries=galleries), ["a", "b", "c"], artifact)
+    model = load_model(artifact.path)
+    assert {task: w.tolist() for task, w in model.galleries.items()} == weights
+    torch.testing.assert_close(model.attention(images(2)), torch.full((2, 2, 3), 1 / 3))
+    for task, w in weights.items():
+        model.weigh(model.galleries[task])
+        torch.testing.assert_close(model.attention(images(2)), torch.tensor(w).expand(2, 2, 3))
+
+
+def test_a_model_of_another_variant_knows_no_galleries(tmp_path: Path) -> None:
+    assert load_model(exported(tmp_path)[1].path).galleries == {}
 
 
 def test_a_gallery_without_structure_is_refused_and_leaves_the_model_as_it_was(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """What an epoch of fusion costs per image beside its graph: CPU seconds to embed an image, and of the step of a pair.
 
+A step goes forward twice where a rank's pairs come in several micro-batches, and once where they are one.
+
 The model is the fused ViT-S/16 at 224 pixels, of random weights. Decoding, projector and loss are left out of the step,
 so the graph's share of an epoch comes out too large rather than too small.
 """
@@ -17,7 +19,7 @@ from grappa_dist.models import Grappa
 from grappa_dist.models.backbone import create_backbone
 
 SETS, BOTTLENECK, MICRO_BATCH = 8, 64, 16
-EMBED, STEP = "embed", "step"
+EMBED, STEP, WHOLE = "embed", "step", "whole"
 AT = 10**6  # images that shares are told for
 
 
@@ -27,11 +29,12 @@ class EpochCost:
 
     embed: float  # of an image
     step: float  # of a pair: both images forward, and forward and backward again
+    whole: float  # of a pair whose rank has one micro-batch: both images forward and backward
 
-    def shares(self, pairs_per_cpu_s: float, num: int = AT) -> tuple[float, float]:
+    def shares(self, pairs_per_cpu_s: float, num: int = AT, *, accumulates: bool = True) -> tuple[float, float]:
         """Of an epoch of `num` images: search, and embedding and search together; by arithmetic."""
         search = num / 2 / pairs_per_cpu_s  # per image
-        whole = self.step + self.embed + search
+        whole = (self.step if accumulates else self.whole) + self.embed + search
         return search / whole, (self.embed + search) / whole
 
 
@@ -45,16 +48,20 @@ def measure_epoch(repeats: int) -> EpochCost:
         with torch.inference_mode():
             model(images)
 
+    def whole() -> None:
+        model(images).square().sum().backward()
+
     def step() -> None:
         with torch.no_grad():
             model(images)
-        model(images).square().sum().backward()
+        whole()
 
-    work: dict[str, Callable[[], None]] = {EMBED: embed, STEP: step}
-    best = {EMBED: float("inf"), STEP: float("inf")}
+    work: dict[str, Callable[[], None]] = {EMBED: embed, STEP: step, WHOLE: whole}
+    best = dict.fromkeys(work, float("inf"))
     for order in turns(list(work), repeats + 1):  # the first is a warm-up, and never the fastest
         for name in order:
             before = time.process_time()
             work[name]()
             best[name] = min(best[name], time.process_time() - before)
-    return EpochCost(best[EMBED] / MICRO_BATCH, best[STEP] / (MICRO_BATCH / 2))
+    pairs = MICRO_BATCH / 2
+    return EpochCost(best[EMBED] / MICRO_BATCH, best[STEP] / pairs, best[WHOLE] / pairs)

@@ -1,5 +1,7 @@
 """The Grappa layer against a literal Algorithm 1: time of both directions, and what the backward pass keeps.
 
+On a GPU all sides run under autocast to bfloat16, as training does there.
+
 Shapes: B images, T tokens, D channels, N adaptor sets, H bottleneck.
 """
 
@@ -33,12 +35,15 @@ class FuseSettings:
     depth: int = 2  # blocks of the whole model
     repeats: int = 5
     threads: int = 2
+    device: str = "cpu"
 
     def check(self) -> None:
         """Raises a ValueError that names the flag."""
         for name, value in vars(self).items():
-            if value < 1:
+            if name != "device" and value < 1:
                 raise ValueError(f"--{name} must be at least 1, got {value}")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device cuda: torch sees no GPU here")
         if self.dim % 64:
             raise ValueError(f"--dim must be a multiple of 64, the width of a head, got {self.dim}")
 
@@ -82,14 +87,14 @@ def drawn_layer(settings: FuseSettings, draws: torch.Generator) -> tuple[Adaptor
     with torch.no_grad():
         adaptors.up_weight.normal_(0, 1 / math.sqrt(settings.bottleneck), generator=draws)
         adaptors.up_bias.normal_(0, 0.1, generator=draws)
-    return adaptors.requires_grad_(False), attention
+    return adaptors.requires_grad_(False).to(settings.device), attention.to(settings.device)
 
 
 @dataclass(frozen=True)
 class _Side:
     """A forward pass, what it is a function of, and the gradient of its output."""
 
-    forward: Callable[..., Tensor]
+    module: Callable[..., Tensor]
     given: Sequence[Tensor]  # fresh leaves are made of them for every run
     learning: Sequence[Tensor]
     grad: Tensor
@@ -97,12 +102,17 @@ class _Side:
     def leaves(self) -> list[Tensor]:
         return [t.detach().clone().requires_grad_() for t in self.given]
 
+    def forward(self, *leaves: Tensor) -> Tensor:
+        """As it is measured."""
+        with torch.autocast(self.grad.device.type, torch.bfloat16, enabled=self.grad.is_cuda):
+            return self.module(*leaves)
+
 
 def _alone(
     settings: FuseSettings, adaptors: Adaptors, attention: Attention, draws: torch.Generator
 ) -> dict[str, _Side]:
     shape = (settings.batch, settings.tokens, settings.dim)
-    x, y, grad = (torch.randn(shape, generator=draws) for _ in range(3))
+    x, y, grad = (torch.randn(shape, generator=draws).to(settings.device) for _ in range(3))
     learning = list(attention.parameters())
     literal = LiteralAdaptors(adaptors, attention)
     return {
@@ -117,8 +127,9 @@ def _model(
 ) -> dict[str, _Side]:
     """Pre-norm ViT blocks with the same layer after each."""
     shape = {"embed_dim": settings.dim, "num_heads": settings.dim // 64, "depth": settings.depth}
-    blocks = create_backbone("timm:vit_small_patch16_224", shape, {}, pretrained=False).blocks
-    tokens, grad = (torch.randn(settings.batch, settings.tokens, settings.dim, generator=draws) for _ in range(2))
+    blocks = create_backbone("timm:vit_small_patch16_224", shape, {}, pretrained=False).blocks.to(settings.device)
+    sizes = (settings.batch, settings.tokens, settings.dim)
+    tokens, grad = (torch.randn(sizes, generator=draws).to(settings.device) for _ in range(2))
     literal = LiteralAdaptors(adaptors, attention)
     stacks = {
         OURS: nn.Sequential(*(GrappaLayer(block, adaptors, attention) for block in blocks)),
@@ -146,7 +157,9 @@ def _run(side: _Side, backward: bool) -> Timing:
     def work() -> None:
         out = side.forward(*leaves)
         if backward:
-            torch.autograd.grad(out, [*leaves, *side.learning], side.grad)
+            torch.autograd.grad(out, [*leaves, *side.learning], side.grad.to(out.dtype))
+        if side.grad.is_cuda:
+            torch.cuda.synchronize()
 
     return timed(work)[1]
 
@@ -168,10 +181,11 @@ def kept_bytes(side: _Side) -> int:
 
 
 def _apart(sides: dict[str, _Side]) -> float:
+    """Of ours and a literal layer, both in float32."""
     results = []
     for name in (OURS, LISTED):
         side, leaves = sides[name], sides[name].leaves()
-        out = side.forward(*leaves)
+        out = side.module(*leaves)
         grads = torch.autograd.grad(out, [*leaves, *side.learning], side.grad)
         of_x, of_y = (grads[0], grads[0]) if name == OURS else (grads[0] + grads[1], grads[0] + grads[2])  # h = x + y
         results.append([out.detach(), of_x, of_y, *grads[len(leaves) :]])

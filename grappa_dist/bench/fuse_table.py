@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from grappa_dist.bench.fuse import OURS, Found, FuseFindings, FuseSettings
 from grappa_dist.bench.table import aligned, aligned_header
 
@@ -13,11 +15,13 @@ _MIB = 2**20
 
 def as_text(header: dict[str, str], settings: FuseSettings, findings: FuseFindings) -> str:
     s = settings
+    device = "CPU alone" if s.device == "cpu" else f"{torch.cuda.get_device_name()}, bfloat16 by autocast"
     sizes = f"B={s.batch}, T={s.tokens}, D={s.dim}, N={s.sets}, H={s.bottleneck}"
     titles = {"adaptors and fusion alone": findings.layer, f"{s.depth} whole ViT blocks": findings.model}
-    blocks = [aligned_header({**header, "sizes": sizes, "devices": "CPU alone"})]
+    blocks = [aligned_header({**header, "sizes": sizes, "devices": device})]
     blocks += [_side_by_side(title, found) for title, found in titles.items()]
-    end = f"ours and literal differ by at most {findings.apart:.1e} of the largest value, in output and gradients"
+    apart = f"{findings.apart:.1e} of the largest value"
+    end = f"ours and literal differ by at most {apart}, in output and gradients (float32)"
     return "\n\n".join([*blocks, end])
 
 

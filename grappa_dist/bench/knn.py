@@ -165,8 +165,8 @@ class _Work:
         return sharded_knn(Comm(), rows, np.arange(len(rows)), self._k)[0]
 
     def approximate(self, rows: np.ndarray) -> np.ndarray:
-        floor, seed = self._settings.recall_floor, self._settings.seed
-        graph = listed_knn(Comm(), rows, np.arange(len(rows)), self._k, floor=floor, seed=seed)
+        floor, key = self._settings.recall_floor, (self._settings.seed, 0)
+        graph = listed_knn(Comm(), rows, np.arange(len(rows)), self._k, floor=floor, key=key)
         self.recall = graph.recall
         return graph.ids
 
@@ -223,12 +223,7 @@ def as_text(header: dict[str, str], findings: KnnFindings) -> str:
             f"({several.cpu:.3f} and {one.cpu:.3f} s of CPU)"
         )
     if findings.epoch is not None:
-        search, both = findings.epoch.shares(findings.pairs_per_cpu_s)
-        blocks.append(
-            f"exact: {findings.pairs_per_cpu_s:.3g} pairs a CPU second; fused ViT-S/16: {findings.epoch.embed:.3f} "
-            f"CPU s to embed an image, {findings.epoch.step:.3f} the step of a pair\nso at {AT:.0e} images search is "
-            f"{search:.2%} of an epoch, embedding and search {both:.1%}"
-        )
+        blocks.append(_epoch(findings.epoch, findings.pairs_per_cpu_s))
     return "\n\n".join(blocks)
 
 
@@ -245,10 +240,22 @@ def _table(found: Comparison) -> str:
         if told is None
         else [
             f"approximate: {told.probes} of {told.lists} lists, {told.searched_share:.2%} of all pairs, "
-            f"measured recall {told.recall:.2%} on {told.recall_rows} rows, widened {told.widened} times"
+            f"measured recall {told.recall:.2%} on {told.recall_rows} rows, standard error {told.recall_error:.2%}, "
+            f"widened {told.widened} times"
         ]
     )
     return "\n".join([aligned(lines), *notes])
+
+
+def _epoch(cost: EpochCost, pairs_per_cpu_s: float) -> str:
+    lines = [
+        f"exact: {pairs_per_cpu_s:.3g} pairs a CPU second; fused ViT-S/16: {cost.embed:.3f} CPU s to embed an image, "
+        f"the step of a pair {cost.step:.3f} in several micro-batches and {cost.whole:.3f} in one"
+    ]
+    for name, accumulates in (("several", True), ("one", False)):
+        search, both = cost.shares(pairs_per_cpu_s, accumulates=accumulates)
+        lines.append(f"so at {AT:.0e} images, {name}: search {search:.2%} of an epoch, embedding and search {both:.1%}")
+    return "\n".join(lines)
 
 
 def as_json(header: dict[str, str], findings: KnnFindings) -> dict[str, Any]:

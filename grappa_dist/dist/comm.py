@@ -59,17 +59,33 @@ class Comm:
         return tensor
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
-        """Every rank's tensor, in rank order; the first dimension may differ between ranks."""
+        """Every rank's tensor, in rank order; the first dimension may differ between ranks.
+
+        At most twice what there is travels and is held: ranks are padded to the longest one where that is no more, and
+        speak one after the other where lengths are more uneven.
+        """
         if self.size == 1:
             return [tensor]
         lengths = [torch.zeros(1, dtype=torch.int64, device=tensor.device) for _ in range(self.size)]
         dist.all_gather(lengths, torch.tensor([len(tensor)], device=tensor.device))
-        longest = max(int(n) for n in lengths)
+        sizes = [int(n) for n in lengths]
+        longest = max(sizes)
+        if longest * self.size > 2 * sum(sizes):
+            return self._in_turn(tensor, sizes)
         padded = tensor.new_zeros((longest, *tensor.shape[1:]))
         padded[: len(tensor)] = tensor
         received = [torch.empty_like(padded) for _ in range(self.size)]
         dist.all_gather(received, padded)
-        return [part[: int(n)] for part, n in zip(received, lengths, strict=True)]
+        return [part[:n] for part, n in zip(received, sizes, strict=True)]
+
+    def _in_turn(self, tensor: Tensor, sizes: list[int]) -> list[Tensor]:
+        """Each rank that has something tells all others, into one piece of memory."""
+        parts = list(tensor.new_empty((sum(sizes), *tensor.shape[1:])).split(sizes))
+        parts[self.rank].copy_(tensor)
+        for source, part in enumerate(parts):
+            if len(part):
+                dist.broadcast(part, source)
+        return parts
 
     def broadcast(self, tensor: Tensor, source: int) -> Tensor:
         """The source rank's tensor, written into `tensor` on every rank."""

@@ -37,6 +37,9 @@ class Attention(nn.Module):
         self.key.uniform_(-bound, bound, generator=generator)
 
 
+_FOLDED = ("folded_down", "folded_down_bias", "folded_up", "folded_bias", "folded_product")
+
+
 class GrappaLayer(nn.Module):
     """A block followed by N adaptors and, with `attention`, their fusion; without it they are averaged.
 
@@ -44,6 +47,8 @@ class GrappaLayer(nn.Module):
     """
 
     prior: Tensor | None
+    folded_down: Tensor | None
+    folded_down_bias: Tensor | None
     folded_up: Tensor | None
     folded_bias: Tensor | None
     folded_product: Tensor | None
@@ -51,16 +56,18 @@ class GrappaLayer(nn.Module):
     def __init__(self, block: nn.Module, adaptors: Adaptors, attention: Attention | None) -> None:
         super().__init__()
         self.block, self.adaptors, self.attention = block, adaptors, attention
-        for name in ("prior", "folded_up", "folded_bias", "folded_product"):
+        for name in ("prior", *_FOLDED):
             self.register_buffer(name, None, persistent=False)
+        self._alone = False  # whether all sets but one weigh nothing
         self.alpha: Tensor | None = None  # (B, N) of the last forward, detached
 
     def forward(self, tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(B, T, D) -> (B, T, D); further arguments go to the block."""
         h: Tensor = self.block(tokens, *args, **kwargs)
         own = self.adaptors
-        if self.folded_up is not None and self.folded_bias is not None:
-            out, _ = fused_adaptors(h, (own.down_weight, own.down_bias, self.folded_up, self.folded_bias), Scores())
+        folded = (self.folded_down, self.folded_down_bias, self.folded_up, self.folded_bias)
+        if folded[0] is not None:
+            out, _ = fused_adaptors(h, folded, Scores())  # type: ignore[arg-type]  # all of them or none
             self.alpha = self._constant().expand(len(h), -1)
             return out
         weights = (own.down_weight, own.down_bias, own.up_weight, own.up_bias)
@@ -91,16 +98,24 @@ class GrappaLayer(nn.Module):
 
         Without attention they are, made to sum to one, the attention.
         """
-        self.folded_up = self.folded_bias = self.folded_product = None
+        for name in _FOLDED:
+            setattr(self, name, None)
         self.prior = None if weights is None else weights.to(self.adaptors.up_bias).log()
+        self._alone = weights is not None and int(weights.count_nonzero()) == 1
 
     @torch.no_grad()
     def fold(self) -> None:
-        """For inference with the weights as they are: sets weighed alike become one wide set, K and Q one matrix."""
+        """For inference with the weights as they are: sets weighed alike become one wide set, K and Q one matrix.
+
+        Of the wide set, what weighs nothing is left out.
+        """
         own = self.adaptors
-        if self._weighs_alike:
+        if self._weighs_alike or self._alone:
             alpha = self._constant()
-            self.folded_up = own.up_weight * alpha.repeat_interleave(own.bottleneck).unsqueeze(1)
+            wide = alpha.repeat_interleave(own.bottleneck)
+            kept = wide.nonzero().flatten() if bool((alpha == 0).any()) else slice(None)  # a slice copies nothing
+            self.folded_down, self.folded_down_bias = own.down_weight[kept].detach(), own.down_bias[kept].detach()
+            self.folded_up = own.up_weight[kept] * wide[kept].unsqueeze(1)
             self.folded_bias = (alpha @ own.up_bias).unsqueeze(0)
         elif self.attention is not None:
             self.folded_product = self.attention.key.T @ self.attention.query

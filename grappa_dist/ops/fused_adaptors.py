@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 Weights = tuple[Tensor, Tensor, Tensor, Tensor]  # down (F, D) and (F,), up (F, D) and (N, D)
 _gelu_, _gelu_backward = torch.ops.aten.gelu_.default, torch.ops.aten.gelu_backward.default
@@ -65,7 +66,7 @@ def fused_adaptors(h: Tensor, weights: Weights, scores: Scores) -> tuple[Tensor,
     """
     h, kind = h.contiguous(), h.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else h.dtype
-    inputs = (h, *weights, scores.query, scores.key, scores.prior)
+    inputs = (h, *weights, scores.query, scores.key, scores.prior, scores.product)
     with torch.autocast(kind, enabled=False):
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
             out: tuple[Tensor, Tensor] = _Fused.apply(dtype, *inputs)  # type: ignore[no-untyped-call]
@@ -121,6 +122,7 @@ class _Fused(torch.autograd.Function):
         return out, alpha
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         z, alpha, pooled_h, pooled_a, h, down, _, up, up_bias, *scored = ctx.saved_tensors
         out_grad = grads[0].contiguous()
@@ -151,8 +153,8 @@ def _attention_grads(leaves: tuple[Tensor | None, ...], grad: Tensor, needed: li
     """Gradients of alpha's (B, N) inputs, zeros or None where there is none: by autograd, as all of it is pooled."""
     with torch.enable_grad():
         fresh = [t if t is None else t.detach().requires_grad_(n) for t, n in zip(leaves, needed, strict=True)]
-        pooled_h, pooled_a, up, up_bias, query, key, prior = fresh
-        alpha = attention(pooled_h, pooled_a, up, up_bias, Scores(query, key, prior))  # type: ignore[arg-type]
+        pooled_h, pooled_a, up, up_bias, *scored = fresh
+        alpha = attention(pooled_h, pooled_a, up, up_bias, Scores(*scored))  # type: ignore[arg-type]
     wanted = [t for t in fresh if t is not None and t.requires_grad]
     if not alpha.requires_grad:
         found = {id(t): torch.zeros_like(t) for t in wanted}

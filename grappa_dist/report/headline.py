@@ -32,7 +32,8 @@ _WORDS = (
     (
         "gallery",
         "all sets, weighed alike for all images of a task, by how often neighbours of neighbours are neighbours "
-        "there. Nothing is learned, no label is read.",
+        "there. Nothing is learned and no label is read, but it sees the test images that are searched, and which task "
+        "each belongs to; no other row but the oracle does.",
     ),
     ("transforms", "all sets, weighed for each image by attention that was trained on two views of one image."),
     (

@@ -138,10 +138,10 @@ def read_attention(
 
 
 def _held_back(entropy: list[float], decay: Sequence[float]) -> list[Sentence]:
-    """The layers that are uniform, and whether decay was stronger than the gradient there."""
-    flat = [i for i, e in enumerate(entropy) if e > UNIFORM]
-    known = [decay[i] for i in flat if i < len(decay) and math.isfinite(decay[i])]
-    if not flat or len(known) < len(flat):
+    """The layers that are uniform and had a gradient, and whether decay was stronger than that there."""
+    flat = [i for i, e in enumerate(entropy) if e > UNIFORM and i < len(decay) and math.isfinite(decay[i])]
+    known = [decay[i] for i in flat]
+    if not flat:
         return []
     layers = f"attention is uniform in {_layers(flat)}"
     if max(known) <= 1:

@@ -5,6 +5,7 @@ Shapes: B images of this rank, S pixels a side, L layers, N sets, D channels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -192,7 +193,8 @@ class FuseObjective:
         figures = {"images": count, "loss": loss * count}
         figures |= {f"entropy.{i}": float(e) / 2 for i, e in enumerate(self._entropy)}
         figures |= {f"attention.{i}": float(share) / 2 for i, share in enumerate(self._shares)}
-        figures |= {f"decay_to_gradient.{i}": ratio * count for i, ratio in enumerate(self._decay_ratios())}
+        ratios = self._decay_ratios() if count else [0.0] * len(self.grappa.layers)  # a NaN of no images would spread
+        figures |= {f"decay_to_gradient.{i}": ratio * count for i, ratio in enumerate(ratios)}
         self._entropy.zero_()
         self._shares.zero_()
         return figures
@@ -215,12 +217,15 @@ class FuseObjective:
             self._entropy += entropy.sum(0).cpu()
 
     def _decay_ratios(self) -> list[float]:
-        """|weight decay| over |gradient| of Q and K by layer: above one, decay alone moves the attention."""
+        """|weight decay| over |gradient| of Q and K by layer: above one, decay alone moves the attention.
+
+        NaN where there is no gradient: the loss does not depend on that layer's attention, which tells of no balance.
+        """
         decay = 0.0 if self._job.variant.endswith("-adam") else self._job.fuse.lars_weight_decay
         ratios = []
         for layer in self.grappa.layers:
             parameters = list(layer.attention.parameters()) if layer.attention is not None else []
             norm = sum(float(p.detach().square().sum()) for p in parameters) ** 0.5
             gradient = sum(float(p.grad.square().sum()) for p in parameters if p.grad is not None) ** 0.5
-            ratios.append(decay * norm / gradient if gradient else 0.0)
+            ratios.append(decay * norm / gradient if gradient else math.nan)
         return ratios

@@ -19,7 +19,7 @@ from grappa_dist.artifacts import Artifact, RowArrays, Store, write_json
 from grappa_dist.data.randomness import generator
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.models import Grappa
-from grappa_dist.ops.galleries import NEIGHBOURS, set_weights, transitivity
+from grappa_dist.ops.galleries import NEIGHBOURS, effective_rank, set_weights, transitivity
 from grappa_dist.stages.modelling import ModelSpec
 from grappa_dist.stages.run import Run
 from grappa_dist.stages.truth import TRUTH_TASKS, load_truth, note_truth
@@ -36,12 +36,21 @@ class GalleriesTask:
     features: Mapping[str, RowArrays]  # by adaptor set
     bad: NDArray[np.int64]
     seed: int
+    copies: float  # cosine above which images are no neighbours
     artifact: Artifact
 
 
-def galleries_of(store: Store, seed: int, truth: Artifact, features: Mapping[str, Sequence[Artifact]]) -> Artifact:
+def galleries_of(
+    store: Store, seed: int, copies: float, truth: Artifact, features: Mapping[str, Sequence[Artifact]]
+) -> Artifact:  # fmt: skip
+    """The artefact of the weights.
+
+    Args:
+        copies: `fuse.duplicate_cosine`.
+    """
     inputs = {f"{name} shard {i}": a for name, shards in features.items() for i, a in enumerate(shards)}
-    return store.artifact("galleries", {"neighbours": NEIGHBOURS, "seed": seed}, {"truth": truth, **inputs})
+    settings = {"neighbours": NEIGHBOURS, "most_images": MOST_IMAGES, "duplicate_cosine": copies, "seed": seed}
+    return store.artifact("galleries", settings, {"truth": truth, **inputs})
 
 
 def weigh_galleries(
@@ -53,29 +62,34 @@ def weigh_galleries(
         return
     with run.console.stage("galleries", f"{len(features)} adaptor sets on {len(images)} images"):
         note_truth(run, images, truth)
-        run.runner.map(weigh_sets, [GalleriesTask(truth, features, bad, run.config.seed, artifact)])
+        config = run.config
+        task = GalleriesTask(truth, features, bad, config.seed, config.fuse.duplicate_cosine, artifact)
+        run.runner.map(weigh_sets, [task])
     for name, found in load_galleries(artifact).items():
-        said = zip(features, found["weights"], found["transitivity"], strict=True)
-        text = ", ".join(f"{model} {weight:.2f} ({share:.3f})" for model, weight, share in said)
+        said = zip(features, found["weights"], found["transitivity"], found["effective_rank"], strict=True)
+        text = ", ".join(f"{model} {weight:.2f} ({share:.3f}, {rank:.1f})" for model, weight, share, rank in said)
         run.console.event("gallery", task=name, sets=list(features), **found)
-        run.console.say(f"gallery {name}: weights of the sets (and their transitivity): {text}")
+        run.console.say(f"gallery {name}: weights of the sets (transitivity, effective rank): {text}")
 
 
 def weigh_sets(device: torch.device, task: GalleriesTask) -> None:
-    """Transitivity and weights of all sets in every task: galleries.json, and a copy of the rows' tasks."""
+    """Transitivity, effective rank and weights of all sets in every task: galleries.json; and a copy of the tasks."""
     truth, folder = load_truth(task.truth), task.artifact.begin()
     found = {}
     for number, name in enumerate(truth.task_names):
         rows = np.setdiff1d(truth.rows(number), task.bad)
         draw = generator("gallery", task.seed, number)
         rows = np.sort(draw.choice(rows, MOST_IMAGES, replace=False)) if len(rows) > MOST_IMAGES else rows
-        shares = torch.stack(
-            [transitivity(torch.from_numpy(f.take(rows)).to(device)).cpu() for f in task.features.values()]
-        )
+        shares, ranks = [], []
+        for features in task.features.values():
+            z = torch.from_numpy(features.take(rows)).to(device)
+            shares.append(transitivity(z, copies=task.copies).cpu())
+            ranks.append(round(effective_rank(z), 2))
         found[name] = {
             "images": len(rows),
-            "transitivity": shares.mean(1).nan_to_num().tolist(),
-            "weights": set_weights(shares).tolist(),
+            "transitivity": torch.stack(shares).mean(1).nan_to_num().tolist(),
+            "effective_rank": ranks,
+            "weights": set_weights(torch.stack(shares)).tolist(),
         }
     np.save(folder / TRUTH_TASKS, truth.tasks)
     write_json(folder / GALLERIES_FILE, found)
@@ -83,7 +97,7 @@ def weigh_sets(device: torch.device, task: GalleriesTask) -> None:
 
 
 def load_galleries(artifact: Artifact) -> dict[str, dict[str, list[float]]]:
-    """By task: transitivity and weights, (N,) each; in the order of task numbers."""
+    """By task: transitivity, effective rank and weights, (N,) each; in the order of task numbers."""
     found: dict[str, dict[str, list[float]]] = json.loads((artifact.path / GALLERIES_FILE).read_text())
     return found
 

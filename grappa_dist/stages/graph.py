@@ -104,14 +104,16 @@ class Graphs:
         ids, features = self._embed_own(folder)
         self._context.raise_if_stopping()
         self._context.report({"phase": f"epoch {epoch}: {kind} k-NN graph"})
-        graph = self._search(kind, features, ids)
+        graph = self._search(epoch, features, ids)
         k, cosine = self._settings.neighbours, self._settings.duplicate_cosine
         copies = are_duplicates(graph.ids[:, :k], graph.scores[:, :k], cosine)
         near = without_duplicates(graph.ids, graph.scores, cosine, k) if self._settings.skip_duplicates else graph.ids
         self._write(folder, ids, near)
         found: dict[str, Any] = {"epoch": epoch, "graph": kind, **asdict(graph.recall)}
         if kind == "approximate":
-            self._context.report({"phase": f"epoch {epoch}: k-NN graph with recall {graph.recall.recall:.3f}"})
+            recall = graph.recall
+            said = "exact" if recall.searched == "exact" else f"{recall.recall:.3f} ± {recall.recall_error:.3f}"
+            self._context.report({"phase": f"epoch {epoch}: k-NN graph with recall {said}"})
         self._describe(folder, ids, near, {**found, **self._duplicates(near, copies)})
 
     def _embed_own(self, folder: Path) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
@@ -139,15 +141,21 @@ class Graphs:
         rows = self._training.images.shard_rows(shard)
         return np.setdiff1d(np.arange(rows.start, rows.stop), self._training.bad, assume_unique=True)
 
-    def _search(
-        self, kind: Literal["exact", "approximate"], features: NDArray[np.float32], ids: NDArray[np.int64]
-    ) -> Graph:
+    def _search(self, epoch: int, features: NDArray[np.float32], ids: NDArray[np.int64]) -> Graph:
         """Scores are exact and rounded once, so what counts as a near-duplicate does not depend on ranks."""
-        comm = self._context.comm
+        comm, kind = self._context.comm, graph_kind(self._settings, len(self._training.images))
         asked = self._settings.neighbours * (2 if self._settings.skip_duplicates else 1)
         if kind == "exact":
             return Graph(*sharded_knn(comm, features, ids, asked, device=self._context.device), Recall.exact())
-        return listed_knn(comm, features, ids, asked, floor=self._settings.recall_floor, seed=self._training.seed)
+        return listed_knn(
+            comm,
+            features,
+            ids,
+            asked,
+            floor=self._settings.recall_floor,
+            key=(self._training.seed, epoch),
+            tell=lambda text: self._context.report({"phase": f"epoch {epoch}: {text}"}),
+        )
 
     def _write(self, folder: Path, ids: NDArray[np.int64], near: NDArray[np.int64]) -> None:
         """A table for each shard, to which every rank that has rows of it writes these."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import platform
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -96,7 +97,7 @@ def _content(run: Run, flow: Flow, rows: list[ScoreRow]) -> ReportContent:
         attention={m: i["attention"] for m, i in insights.items() if "attention" in i},
         entropy={m: i["entropy"] for m, i in insights.items() if "entropy" in i},
         shares={v: _by_step(a, "attention") for v, a in flow.fusions.items()},
-        decay={v: [float(x) for x in np.median(d, 0)] for v, d in decays.items() if d},
+        decay={v: [_median(layer) for layer in zip(*d, strict=True)] for v, d in decays.items() if d},
         sets=[f"k={k}" for k in flow.adaptors],
         clusterings=[Clustering(**json.loads((a.path / STATS_FILE).read_text())) for a in flow.labels.values()],
         nestings=[Nesting(**nesting) for nesting in partitions["nestings"]],
@@ -131,13 +132,12 @@ def _view_figures(insights: Mapping[str, Any]) -> Iterator[LabelFree]:
 def _neighbour_figures(flow: Flow) -> Iterator[LabelFree]:
     """How often neighbours in the fused model's last graph share a pseudo-label, and how often they are copies."""
     for variant, artifact in flow.fusions.items():
-        graphs = sorted(artifact.path.glob("knn/epoch-*/statistics.json"), key=lambda p: int(p.parent.name[6:]))
-        if graphs:
-            statistics = json.loads(graphs[-1].read_text())
+        statistics = _last_graph(artifact)
+        if statistics:
             figure = f"images with a near-duplicate (cosine above {statistics['duplicate_cosine']}) among the nearest"
             copies = statistics["rows_with_duplicates_share"]
             yield LabelFree(model=variant, figure=figure, value=copies, queries=len(flow.train))
-            if statistics.get("graph") == "approximate":
+            if statistics.get("graph") == "approximate" and statistics["recall_rows"]:
                 recall, rows = statistics["recall"], statistics["recall_rows"]
                 yield LabelFree(
                     model=variant, figure="true neighbours in the approximate graph", value=recall, queries=rows
@@ -148,6 +148,27 @@ def _neighbour_figures(flow: Flow) -> Iterator[LabelFree]:
                 yield LabelFree(model=variant, figure=figure, value=value, queries=len(flow.train))
 
 
+def _last_graph(artifact: Artifact) -> dict[str, Any]:
+    """What is said of the graph of the last epoch; nothing where there is none."""
+    graphs = sorted(artifact.path.glob("knn/epoch-*/statistics.json"), key=lambda p: int(p.parent.name[6:]))
+    statistics: dict[str, Any] = json.loads(graphs[-1].read_text()) if graphs else {}
+    return statistics
+
+
+def _graph_facts(flow: Flow) -> Iterator[tuple[str, str]]:
+    """How neighbours were found where that was to be through lists."""
+    for variant, artifact in flow.fusions.items():
+        told = _last_graph(artifact)
+        if told.get("graph") != "approximate":
+            continue
+        if told["recall_rows"]:
+            error = f" ± {told['recall_error']:.4f}" if "recall_error" in told else ""
+            how = f"through {told['probes']} of {told['lists']} lists, recall {told['recall']:.4f}{error}"
+        else:
+            how = "exactly: lists did not reach fuse.recall_floor"
+        yield f"neighbours of {variant} in the last epoch were searched", how
+
+
 def _curve(artifact: Artifact) -> list[dict[str, float]]:
     """Steps with loss, accuracy, rates and, for fusions, the mean entropy of the attention over layers."""
     points = []
@@ -156,11 +177,17 @@ def _curve(artifact: Artifact) -> list[dict[str, float]]:
             continue
         point = {k: v for k, v in event.items() if k in ("step", "loss", "accuracy", "lr", "images_per_s")}
         for figure in ("entropy", "decay_to_gradient"):
-            layers = [v for k, v in event.items() if re.fullmatch(rf"{figure}\.\d+", k)]
+            layers = [v for k, v in event.items() if re.fullmatch(rf"{figure}\.\d+", k) and math.isfinite(v)]
             if layers:
                 point[figure] = sum(layers) / len(layers)
         points.append(point)
     return points
+
+
+def _median(values: Sequence[float]) -> float:
+    """Of those that are known; NaN where none is."""
+    known = [v for v in values if math.isfinite(v)]
+    return float(np.median(known)) if known else math.nan
 
 
 def _by_step(artifact: Artifact, figure: str) -> list[list[float]]:
@@ -236,7 +263,7 @@ def _facts(run: Run, flow: Flow) -> dict[str, str]:
     }
     made = {"labels": flow.labels.values(), "adaptors": flow.adaptors.values(), "fusions": flow.fusions.values()}
     facts |= {name: ", ".join(a.name for a in group) for name, group in made.items()}
-    return facts | {"model": flow.model.name}
+    return facts | dict(_graph_facts(flow)) | {"model": flow.model.name}
 
 
 def _ignored(images: ImageShards) -> int:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -68,3 +70,17 @@ def _modules(adaptors, attention):  # type: ignore[no-untyped-def]
 def test_a_wrong_setting_is_named(name: str, value: int) -> None:
     with pytest.raises(ValueError, match=f"--{name} must be"):
         FuseSettings(**{**vars(TINY), name: value}).check()
+
+
+def test_without_a_gpu_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"^--device cuda: torch sees no GPU here$"):
+        measure_fuse(replace(TINY, device="cuda"), lambda line: None)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_is_measured_in_bfloat16_and_compared_in_float32() -> None:
+    settings = replace(TINY, device="cuda")
+    findings = measure_fuse(settings, lambda line: None)
+    assert findings.apart < 1e-4
+    assert "bfloat16" in as_text({"command": "here"}, settings, findings)

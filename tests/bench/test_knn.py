@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from grappa_dist.bench.epoch import EpochCost
 from grappa_dist.bench.knn import APPROXIMATE, EXACT, KnnSettings, as_json, as_text, measure_knn
 
 TINY = KnnSettings(rows=400, dim=16, neighbours=(3, 30), approximate=True, recall_floor=0.8, threads=1, repeats=1)
@@ -30,3 +31,12 @@ def test_every_side_is_measured_on_the_same_rows() -> None:
 def test_a_wrong_setting_is_named(name: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} must be"):
         replace(TINY, **{name: value}).check()  # type: ignore[arg-type]
+
+
+def test_the_share_of_embedding_depends_on_whether_a_step_goes_forward_twice() -> None:
+    forward, backward = 0.1, 0.092
+    cost = EpochCost(forward, 2 * (2 * forward + backward), 2 * (forward + backward))
+    assert cost.shares(1e30) == pytest.approx((0, 1 / 6.84))
+    assert cost.shares(1e30, accumulates=False) == pytest.approx((0, 1 / 4.84))
+    search, both = cost.shares(10**6, num=10**6, accumulates=False)
+    assert (search, both) == pytest.approx((0.5 / 0.984, 0.6 / 0.984))

@@ -57,6 +57,20 @@ def test_rows_travel_whole_and_in_order_between_uneven_ranks(size: int) -> None:
             assert found[f"from {source}"].tolist() == [source, source]
 
 
+def gathered_storage(comm: Comm, sizes: tuple[int, ...]) -> tuple[list[Tensor], int]:
+    parts = comm.gather(torch.full((sizes[comm.rank], 2), comm.rank, dtype=torch.int64))
+    held = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in parts}
+    return [part.clone() for part in parts], sum(held.values())
+
+
+@pytest.mark.parametrize("sizes", [(1000, 0, 0), (0, 3, 1000), (10, 9, 10), (0, 0, 0)])
+def test_at_most_twice_what_there_is_travels_however_uneven_the_ranks(sizes: tuple[int, ...]) -> None:
+    for parts, held in run_ranks(gathered_storage, 3, sizes):
+        assert held <= 2 * 16 * sum(sizes)
+        for rank, (part, size) in enumerate(zip(parts, sizes, strict=True)):
+            assert torch.equal(part, torch.full((size, 2), rank))
+
+
 def share_of_a_loss(comm: Comm, values: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     own = values[comm.rank].requires_grad_()
     total = comm.allsum(own.square().sum(0))

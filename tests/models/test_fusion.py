@@ -114,6 +114,14 @@ def test_gradients_of_the_attention_pass_gradcheck() -> None:
     assert torch.autograd.gradcheck(out, (*inputs, random(2, 3, DIM).requires_grad_()))
 
 
+def test_a_second_derivative_is_refused_as_there_is_none() -> None:
+    tokens = random(2, 3, DIM).requires_grad_()
+    out = Judge(3).double().layer(nn.Identity())(tokens)
+    (grad,) = torch.autograd.grad(out.square().sum(), tokens, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.square().sum().backward()
+
+
 def test_frozen_adaptors_have_the_same_gradients_of_input_query_and_key() -> None:
     whole, frozen = Judge(4).layer(nn.Identity()), Judge(4).layer(nn.Identity())
     frozen.adaptors.requires_grad_(False)
@@ -188,6 +196,40 @@ def test_a_folded_layer_is_the_layer_to_rounding(num_sets: int, attention: bool)
             layer.fold()
             torch.testing.assert_close(layer(tokens), expected, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(layer.alpha, alpha)
+
+
+@pytest.mark.parametrize("attention", [False, True])
+@pytest.mark.parametrize("weights", [[0.0, 1.0, 0.0], [2.0, 0.0, 1.0]])
+def test_a_folded_layer_leaves_out_what_weighs_nothing(weights: list[float], attention: bool) -> None:
+    layer, tokens = Judge(3).double().layer(nn.Identity(), attention), random(3, 5, DIM)
+    layer.weigh(torch.tensor(weights))
+    with torch.no_grad():
+        expected = layer(tokens)
+        layer.fold()
+        torch.testing.assert_close(layer(tokens), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(layer.alpha[0] > 0, torch.tensor(weights) > 0)
+    wide = sum(w > 0 for w in weights) * BOTTLENECK
+    if wide == BOTTLENECK or not attention:
+        assert layer.folded_down.shape == layer.folded_up.shape == (wide, DIM)
+    layer.weigh(None)
+    assert layer.folded_down is layer.folded_down_bias is None
+
+
+@pytest.mark.parametrize("attention", [False, True])
+@pytest.mark.parametrize("num_sets", [1, 3])
+def test_a_folded_layer_is_the_layer_also_where_its_input_learns(num_sets: int, attention: bool) -> None:
+    layer = Judge(num_sets).double().layer(nn.Identity(), attention).requires_grad_(False)
+    for weights in (None, torch.arange(1.0, num_sets + 1)):
+        layer.weigh(weights)
+        found = []
+        for _ in range(2):  # as it is, then folded
+            tokens = random(3, 5, DIM).requires_grad_()
+            out = layer(tokens)
+            (out * random(3, 5, DIM, seed=1)).sum().backward()
+            found.append([out.detach(), layer.alpha, tokens.grad])
+            layer.fold()
+        for plain, folded in zip(*found, strict=True):
+            torch.testing.assert_close(folded, plain, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("attention", [False, True])

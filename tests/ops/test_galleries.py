@@ -6,18 +6,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from grappa_dist.ops import galleries
-from grappa_dist.ops.galleries import set_weights, transitivity
+from grappa_dist.ops.galleries import effective_rank, set_weights, transitivity
 
 
 def unit(num: int, dim: int = 6, seed: int = 0) -> Tensor:
     return F.normalize(torch.randn(num, dim, generator=torch.Generator().manual_seed(seed)), dim=1)
 
 
-def naive(z: Tensor, k: int) -> list[float]:
+def naive(z: Tensor, k: int, copies: float = 1.1) -> list[float]:
     k = min(k, len(z) - 1)
     near = []
     for i, row in enumerate(z):
-        scores = [(-float(row @ other), j) for j, other in enumerate(z) if j != i]
+        scores = [(-float(row @ other), j) for j, other in enumerate(z) if j != i and float(row @ other) <= copies]
         near.append({j for _, j in sorted(scores)[:k]})
     return [sum(len(near[i] & near[j]) for j in near[i]) / k**2 if k else 0.0 for i in range(len(z))]
 
@@ -33,10 +33,31 @@ def test_transitivity_is_that_of_the_neighbours_one_by_one(
 
 
 def test_clusters_of_k_plus_one_images_are_as_transitive_as_can_be_and_scattered_ones_are_not() -> None:
-    k, noise = 4, 0.01 * unit(40, 40, seed=1)
+    k, noise = 4, 0.1 * unit(40, 40, seed=1)
     clustered = F.normalize(unit(8, 40).repeat_interleave(k + 1, 0) + noise, dim=1)
     assert transitivity(clustered, k).tolist() == pytest.approx([(k - 1) / k] * 40)
     assert transitivity(unit(400, 40), k).mean() < 0.3
+
+
+def test_near_copies_are_no_neighbours() -> None:
+    z = F.normalize(torch.cat([unit(30), unit(30)[:20] + 1e-3 * unit(20, seed=1), unit(1).expand(9, -1)]), dim=1)
+    found = transitivity(z, 4, 0.999)
+    assert found.tolist() == pytest.approx(naive(z, 4, 0.999))
+    assert transitivity(z, 4, 2.0).mean() > found.mean() + 0.1
+
+
+@pytest.mark.parametrize("points", [1, 2])
+def test_a_set_that_has_collapsed_to_a_few_points_is_not_transitive(points: int) -> None:
+    z = F.normalize(unit(points).repeat_interleave(100, 0) + 1e-5 * unit(100 * points, seed=1), dim=1)
+    assert transitivity(z).max() == 0 if points == 1 else transitivity(z).mean() < 0.2
+    assert effective_rank(unit(1).expand(100, -1)) == 0
+
+
+def test_the_effective_rank_counts_directions_of_even_variance() -> None:
+    z = torch.cat([torch.eye(6), -torch.eye(6)])
+    assert effective_rank(z) == pytest.approx(6)
+    assert effective_rank(z[:, :1] * torch.ones(1, 4)) == pytest.approx(1)
+    assert effective_rank(z[:1]) == effective_rank(z[:0]) == 0
 
 
 def test_no_images_at_all_have_no_transitivity() -> None:

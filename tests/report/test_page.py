@@ -175,6 +175,7 @@ def test_uniform_attention_is_said_to_equal_the_average(tmp_path: Path) -> None:
             "layers 1 to 2, 4: decay of Q and K exceeds {} 7 to 60 times, in",
         ),
         ([1.0, 1.0], [0.5, 3.0], "layers 1 to 2: decay of Q and K exceeds {} 3 times (in layer 2)"),
+        ([1.0, 1.0, 1.0], [math.nan, 2.0, 0.5], "layers 2 to 3: decay of Q and K exceeds {} 2 times (in layer 2)"),
         ([0.5, 1.0], [9.0, 0.2], "layer 2; decay of Q and K did not exceed their gradient there"),
     ],
 )
@@ -183,6 +184,10 @@ def test_uniform_layers_are_a_finding_with_their_decay_over_gradient(
 ) -> None:
     content = ReportContent(title="t", entropy={"neighbours": entropy}, decay={"neighbours": decay})
     assert "attention is uniform in " + said.format("their gradient by") in render(content, tmp_path)
+
+
+def test_the_words_say_what_the_gallery_variant_gets_to_see(tmp_path: Path) -> None:
+    assert "it sees the test images that are searched, and which task each belongs to" in render(full(), tmp_path)
 
 
 def test_layers_that_are_not_uniform_need_no_reason(tmp_path: Path) -> None:

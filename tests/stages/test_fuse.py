@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,7 @@ from safetensors.torch import load_file
 from grappa_dist.artifacts import Artifact, Store
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.dist.comm import Comm
-from grappa_dist.models import Projector
+from grappa_dist.models import Attention, Projector
 from grappa_dist.observe import read_events
 from grappa_dist.stages.embed import Embedding
 from grappa_dist.stages.fuse import FuseJob, FuseObjective, fusion_of, least_bytes, train_fusion
@@ -188,6 +190,17 @@ def test_figures_of_the_attention_do_not_depend_on_ranks_or_micro_batch(world: W
     np.testing.assert_allclose(alone[:, 4:].sum(1), 1, rtol=1e-6)
     for out in ("2", "3", "1-micro", "2-micro"):
         np.testing.assert_allclose(figures(out), alone, rtol=2e-3, atol=1e-5)
+
+
+def test_where_attention_has_no_gradient_the_share_of_decay_is_unknown() -> None:
+    layers = [SimpleNamespace(attention=Attention(2)) for _ in range(3)]
+    for layer, gradient in zip(layers, (None, 0.0, 0.5), strict=True):
+        for parameter in layer.attention.parameters():
+            parameter.data.fill_(1.0)
+            parameter.grad = None if gradient is None else torch.full((2, 2), gradient)
+    job = SimpleNamespace(variant="transforms", fuse=SimpleNamespace(lars_weight_decay=0.25))
+    found = FuseObjective._decay_ratios(SimpleNamespace(grappa=SimpleNamespace(layers=layers), _job=job))
+    assert found == pytest.approx([math.nan, math.nan, 0.5], nan_ok=True)
 
 
 def test_a_finished_fusion_keeps_its_graphs_but_no_scratch(world: World) -> None:

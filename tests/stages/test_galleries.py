@@ -13,7 +13,8 @@ from grappa_dist.config import Config
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.models import Grappa
 from grappa_dist.observe import read_events
-from grappa_dist.ops.galleries import set_weights, transitivity
+from grappa_dist.ops.galleries import effective_rank, set_weights, transitivity
+from grappa_dist.stages import galleries as stage
 from grappa_dist.stages.embed import Embedding, bad_rows, embed, embed_rows, feature_rows, features_of
 from grappa_dist.stages.galleries import galleries_of, load_galleries, weigh_galleries
 from grappa_dist.stages.modelling import ModelSpec, build
@@ -42,7 +43,7 @@ class World:
         self.bad = bad_rows(self.images, features["k=1"])
         self.rows = {name: feature_rows(self.images, f) for name, f in features.items()}
         truth = truth_of(self.run.store, self.images, labelled=True)
-        self.galleries = galleries_of(self.run.store, 0, truth, features)
+        self.galleries = galleries_of(self.run.store, 0, 0.999, truth, features)
         for _ in range(2):  # the second time does nothing
             weigh_galleries(self.run, self.images, truth, self.rows, self.bad, self.galleries)
 
@@ -68,9 +69,18 @@ def test_each_task_is_a_gallery_of_its_own_without_bad_rows(world: World) -> Non
         shares = torch.stack([transitivity(torch.from_numpy(f.take(rows))) for f in world.rows.values()])
         assert gallery["images"] == len(rows)
         assert gallery["weights"] == pytest.approx(set_weights(shares).tolist())
+        ranks = [effective_rank(torch.from_numpy(f.take(rows))) for f in world.rows.values()]
+        assert gallery["effective_rank"] == pytest.approx(ranks, abs=0.01)
         assert gallery["transitivity"] == pytest.approx(shares.mean(1).tolist())
     assert found["even"]["weights"] != found["odd"]["weights"]
     assert world.here.asked.count("weigh_sets") == world.here.asked.count("read_truth") == 1
+
+
+def test_what_the_weights_depend_on_names_them(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, truth = world.run.store, truth_of(world.run.store, world.images, labelled=True)
+    names = {galleries_of(store, 0, copies, truth, {}).name for copies in (0.999, 0.9)}
+    monkeypatch.setattr(stage, "MOST_IMAGES", 10)
+    assert len(names | {galleries_of(store, 0, 0.999, truth, {}).name}) == 3
 
 
 def test_the_figure_is_logged_before_anything_is_evaluated(world: World) -> None:

@@ -50,7 +50,8 @@ def test_two_ranks_share_a_shard_and_an_approximate_graph_tells_its_recall(tmp_p
     alone, told = approximate_graph(Comm(), shards, tmp_path)
     assert told["graph"] == "approximate"
     assert 0.5 <= told["recall"] <= 1
-    assert told["recall_rows"] == 0 or told["lists"] > told["probes"] >= 1
+    assert told["searched"] == ("lists" if told["recall_rows"] else "exact")
+    assert told["searched"] == "exact" or told["lists"] > told["probes"] >= 1
     assert (alone[tiny.BAD] == -1).all()
     for seen, said in run_ranks(approximate_graph, 2, shards, tmp_path, timeout_s=400):
         np.testing.assert_array_equal(seen, alone)

@@ -11,7 +11,7 @@ from grappa_dist.artifacts import Store
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.layout import lay_out
 from grappa_dist.stages.flow import Flow
-from grappa_dist.stages.reporting import best_sets, score_rows
+from grappa_dist.stages.reporting import _graph_facts, _neighbour_figures, best_sets, score_rows
 from tests.stages import tiny
 
 FIGURES = ("r_precision", "map_at_r", "recall_at_1")
@@ -71,3 +71,18 @@ def test_a_report_is_named_by_what_it_shows(tmp_path: Path, change: str) -> None
     images = flow.train
     names = {lay_out(c, Store(tmp_path), images, None).report.name for c in (settings, settings, other)}
     assert len(names) == 2
+
+
+def test_a_graph_that_fell_back_to_an_exact_search_says_so_in_place_of_a_recall(tmp_path: Path) -> None:
+    flow, about = scored(tmp_path, SCORES), "neighbours of neighbours in the last epoch were searched"
+    told = {"graph": "approximate", "probes": 3, "lists": 9, "duplicate_cosine": 0.9, "rows_with_duplicates_share": 0.1}
+    lists = {"searched": "lists", "recall": 0.93, "recall_error": 0.005, "recall_rows": 512}
+    exact = {"searched": "exact", "recall": 1.0, "recall_error": 0.0, "recall_rows": 0}
+    said = ["through 3 of 9 lists, recall 0.9300 ± 0.0050", "exactly: lists did not reach fuse.recall_floor"]
+    for epoch, found in enumerate((lists, exact)):
+        folder = flow.fusions["neighbours"].path / f"knn/epoch-{epoch}"
+        folder.mkdir(parents=True)
+        (folder / "statistics.json").write_text(json.dumps({**told, **found, "neighbours_share_pseudo_label": {}}))
+        shown = [f["value"] for f in _neighbour_figures(flow) if f["figure"].startswith("true neighbours")]
+        assert shown == ([0.93] if epoch == 0 else [])
+        assert dict(_graph_facts(flow)) == {about: said[epoch]}
