@@ -5,7 +5,7 @@ FAISS ?= cpu
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: help demo test test-fast test-cluster test-cluster-fast check format bench wheel clean
+.PHONY: help demo test test-fast test-long test-cluster test-cluster-fast check format bench wheel clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -18,17 +18,20 @@ $(READY): setup.py constraints.txt
 demo: $(READY) ## the whole pipeline on a small collection that the program draws: table, report and model in runs/demo
 	$(BIN)/python launch/full_pipeline.py --config configs/demo.yaml --out runs/demo
 
-test: $(READY) ## all tests that need no GPU and no cluster
-	$(BIN)/python -m pytest -q -m 'not cluster'
+test: $(READY) ## the tests that need no GPU and no cluster
+	$(BIN)/python -m pytest -q -m 'not cluster and not long'
 
 test-fast: $(READY) ## the tests without those that run the whole pipeline
-	$(BIN)/python -m pytest -q -m 'not cluster and not e2e'
+	$(BIN)/python -m pytest -q -m 'not cluster and not e2e and not long'
+
+test-long: $(READY) ## tests that take too long for every push: jobs killed at random steps, ten seeds
+	$(BIN)/python -m pytest -q -m 'long and not cluster'
 
 test-cluster: $(READY) ## tests on several machines in namespaces, 10 minutes; needs root, and Slurm: tests/cluster/install_slurm.sh
 	$(BIN)/python -m pytest -q -m cluster tests/cluster
 
 test-cluster-fast: $(READY) ## those of them that are run on every push
-	$(BIN)/python -m pytest -q -m 'cluster and not matrix' tests/cluster
+	$(BIN)/python -m pytest -q -m 'cluster and not long' tests/cluster
 
 check: $(READY) ## lint, format and types
 	$(BIN)/ruff check .

@@ -14,7 +14,7 @@ from tests.cluster.rays import Pipeline, pipeline_on, ray_on
 from tests.e2e import runs
 from tests.stages import tiny
 
-pytestmark = [pytest.mark.cluster, pytest.mark.matrix, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(900)]
 NOTICED_S = 30.0
 LONG = {"epochs": 150, "checkpoint_steps": 5}  # of three steps each
 

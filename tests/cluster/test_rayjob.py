@@ -14,7 +14,7 @@ from tests.cluster import kuberay, manifests
 from tests.cluster.machines import Bench
 from tests.cluster.test_faults import write_config
 
-pytestmark = [pytest.mark.cluster, pytest.mark.matrix, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(600)]
 SMALL = {"workers": 2, "gpus": 0, "cpus": 1, "memory": "2Gi", "shm": "256Mi", "interface": "eth0", "claim": "tests"}
 SMALL |= {"object_store": 10**8}
 

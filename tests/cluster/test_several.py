@@ -18,7 +18,7 @@ from tests.cluster.rays import environment, pipeline_on, ray_on
 from tests.cluster.test_faults import write_config
 from tests.e2e.runs import ROOT, metrics
 
-pytestmark = [pytest.mark.cluster, pytest.mark.matrix, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(900)]
 
 
 def digests(run: Path, pattern: str) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""cluster/slurm on a real Slurm of several machines. What `matrix` marks takes minutes and is not run on every push."""
+"""cluster/slurm on a real Slurm of several machines. What `long` marks takes minutes and is not run on every push."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_after_a_node_died_the_job_starts_again_without_it_and_resumes(
         cluster.bring_back(bench[2])
 
 
-@pytest.mark.matrix
+@pytest.mark.long
 def test_before_the_time_limit_the_job_saves_and_goes_on_in_its_next_life(
     cluster: Slurm, folder: Path, figure: Figure
 ) -> None:
@@ -114,7 +114,7 @@ def test_before_the_time_limit_the_job_saves_and_goes_on_in_its_next_life(
     cluster.wait_for(lambda: not cluster.left_behind([1, 2, 3]), "clean nodes", patience_s=30)
 
 
-@pytest.mark.matrix
+@pytest.mark.long
 def test_a_job_told_to_save_and_end_does_and_is_not_requeued(cluster: Slurm, folder: Path) -> None:
     write_config(folder, **LONG)
     job = submit(cluster, folder, "NODES=1")
@@ -126,7 +126,7 @@ def test_a_job_told_to_save_and_end_does_and_is_not_requeued(cluster: Slurm, fol
     assert cluster.left_behind([1, 2, 3]) == {}
 
 
-@pytest.mark.matrix
+@pytest.mark.long
 def test_two_jobs_on_one_node_do_not_meet(cluster: Slurm, folder: Path) -> None:
     jobs = []
     for name in ("one", "two"):
@@ -141,7 +141,7 @@ def test_two_jobs_on_one_node_do_not_meet(cluster: Slurm, folder: Path) -> None:
     assert cluster.left_behind([1]) == {}
 
 
-@pytest.mark.matrix
+@pytest.mark.long
 def test_a_pipeline_on_three_nodes_succeeds(cluster: Slurm, folder: Path) -> None:
     write_config(folder, resources={"adapt_ranks": 3})
     job = submit(cluster, folder, "NODES=3")
@@ -150,7 +150,7 @@ def test_a_pipeline_on_three_nodes_succeeds(cluster: Slurm, folder: Path) -> Non
     assert cluster.left_behind([1, 2, 3]) == {}
 
 
-@pytest.mark.matrix
+@pytest.mark.long
 def test_a_node_that_cannot_start_ends_the_job_at_once(
     cluster: Slurm, bench: Bench, folder: Path, figure: Figure
 ) -> None:
@@ -169,7 +169,7 @@ def test_a_node_that_cannot_start_ends_the_job_at_once(
         (bench[2].tmp / "scratch").unlink()
 
 
-@pytest.mark.matrix
+@pytest.mark.long
 def test_every_node_offers_the_gpus_that_slurm_gave_it(cluster: Slurm, folder: Path) -> None:
     (folder / "show.py").write_text(SHOW)
     job = submit(cluster, folder, "GPUS_PER_NODE=2", f"COMMAND=(python {folder}/show.py)")
@@ -178,7 +178,7 @@ def test_every_node_offers_the_gpus_that_slurm_gave_it(cluster: Slurm, folder: P
     assert f"SHOW {json.dumps(shown)}" in job.log, job.everything()
 
 
-@pytest.mark.matrix
+@pytest.mark.long
 def test_a_job_may_go_on_with_the_nodes_that_are_left(cluster: Slurm, bench: Bench, folder: Path) -> None:
     program = f"COMMAND=(bash -c 'until [ -e {folder}/go ]; do sleep 0.2; done')"
     job = submit(cluster, folder, "NODE_LOSS=stay", program, flags=("--nodelist=n1,n2",))
@@ -193,7 +193,7 @@ def test_a_job_may_go_on_with_the_nodes_that_are_left(cluster: Slurm, bench: Ben
     assert job.ends() == ("COMPLETED", 0), job.everything()
 
 
-@pytest.mark.matrix
+@pytest.mark.long
 def test_after_the_first_node_died_slurm_starts_the_job_again(cluster: Slurm, bench: Bench, folder: Path) -> None:
     program = f"COMMAND=(bash -c 'until [ -e {folder}/go ]; do sleep 0.2; done')"
     job = submit(cluster, folder, program, flags=("--exclude=n3",))

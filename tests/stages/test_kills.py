@@ -77,6 +77,6 @@ def test_a_job_killed_at_a_random_step_ends_with_the_same_bytes(tmp_path: Path) 
     ends_with_the_same_bytes(tmp_path, range(2))
 
 
-@pytest.mark.e2e
+@pytest.mark.long
 def test_a_job_killed_at_a_random_step_ends_with_the_same_bytes_for_ten_seeds(tmp_path: Path) -> None:
     ends_with_the_same_bytes(tmp_path, range(2, 12))
