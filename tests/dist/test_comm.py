@@ -32,6 +32,7 @@ def travel(comm: Comm) -> dict[str, Any]:
     found["ring"] = ring
     found["strided ring"] = comm.shift(rows.T.contiguous().T)
     found["sum"] = comm.sum_(torch.tensor([2**40 + comm.rank, 1]))
+    found["largest"] = comm.max_(torch.tensor([-torch.inf if comm.rank else 2.0, float(comm.rank), -torch.inf]))
     found["sum of none"] = comm.sum_(torch.zeros(0, 3))
     for source in range(comm.size):
         found[f"from {source}"] = comm.broadcast(torch.full((2,), float(comm.rank)), source)
@@ -52,6 +53,7 @@ def test_rows_travel_whole_and_in_order_between_uneven_ranks(size: int) -> None:
             assert torch.equal(rows, shares[(rank - step) % size])
         assert torch.equal(found["strided ring"], shares[(rank - 1) % size])
         assert found["sum"].tolist() == [size * 2**40 + sum(range(size)), size]
+        assert found["largest"].tolist() == [2, size - 1, -torch.inf]
         assert found["sum of none"].shape == (0, 3)
         for source in range(size):
             assert found[f"from {source}"].tolist() == [source, source]
@@ -100,5 +102,6 @@ def test_a_world_of_one_needs_no_process_group_and_copies_nothing() -> None:
     assert comm.gather(rows)[0] is rows
     assert comm.shift(rows) is rows
     assert comm.sum_(rows) is rows
+    assert comm.max_(rows) is rows
     assert comm.broadcast(rows, 0) is rows
     comm.barrier()

@@ -216,6 +216,13 @@ def test_training_moves_the_adaptors_alone(world: World) -> None:
     assert any("patch_embed" in name for name in left)
 
 
+def test_sampled_classes_make_another_set_and_all_classes_go_without_saying(world: World) -> None:
+    folder, _ = world
+    plain, sampled = job_in(folder, "names").artifact, job_in(folder, "names", sampled_classes=0.5).artifact
+    assert "sampled_classes" not in dict(plain.settings["adapt"])  # so, the name of sets made before it was a setting
+    assert sampled.fingerprint != plain.fingerprint
+
+
 def test_a_fresh_adaptor_set_is_the_backbone_bit_for_bit(world: World) -> None:
     folder, _ = world
     job = job_in(folder, "fresh")
