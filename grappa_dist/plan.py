@@ -18,7 +18,7 @@ from grappa_dist.stages.pseudo_label import choices_in_words, num_labels
 from grappa_dist.stages.training import steps_per_epoch
 
 CLASSIFIER_PRODUCTS = 4  # of images and classes: scores, pull, scores again, gradient
-CORE_FLOPS = 5e10  # a core's rate in the classifier, Adam included: assumed; `launch/bench.py adapt` measures steps
+CORE_FLOPS = 3.7e10  # a core's rate in the classifier, Adam included; measured, docs/scale.md
 
 
 def plan(config: Config, root: Path) -> str:
