@@ -24,7 +24,7 @@ test: $(READY) ## the tests that need no GPU and no cluster
 test-fast: $(READY) ## the tests without those that run the whole pipeline
 	$(BIN)/python -m pytest -q -m 'not cluster and not e2e and not long'
 
-test-long: $(READY) ## tests that take too long for every push: jobs killed at random steps, ten seeds
+test-long: $(READY) ## tests that take too long for every push: jobs killed at random steps by ten seeds, local clusters, five ranks, ...
 	$(BIN)/python -m pytest -q -m 'long and not cluster'
 
 test-cluster: $(READY) ## tests on several machines in namespaces, 10 minutes; needs root, and Slurm: tests/cluster/install_slurm.sh

@@ -13,7 +13,7 @@ import pytest
 
 from tests.e2e.runs import ROOT
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]
 PROGRAM = str(ROOT / "cluster" / "local" / "cluster.py")
 COUNT = "import ray, sys; ray.init(address='auto'); sys.exit(10 + sum(n['Alive'] for n in ray.nodes()))"
 

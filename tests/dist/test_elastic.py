@@ -109,6 +109,7 @@ def test_a_job_goes_on_with_fewer_ranks_and_nodes_that_join_serve_the_next_stage
             machines.remove_node(node)
 
 
+@pytest.mark.long
 def test_without_elastic_a_lost_node_is_an_error_within_a_bounded_time(machines: Any, tmp_path: Path) -> None:
     nodes = [add(machines), add(machines)]
     machines.wait_for_nodes()

@@ -93,7 +93,9 @@ def figures(found: Clustering) -> tuple[Any, ...]:
     return (*said, *rest, found.restarts)
 
 
-@pytest.mark.parametrize(("size", "block_rows"), [(1, 50), (2, 17), (3, 1000), (5, 64)])
+@pytest.mark.parametrize(
+    ("size", "block_rows"), [(1, 50), (2, 17), (3, 1000), pytest.param(5, 64, marks=pytest.mark.long)]
+)
 def test_ranks_and_blocks_change_no_bit_of_any_method(alone: dict[str, Clustering], size: int, block_rows: int) -> None:
     ranks = [run_cases(Comm(), block_rows)] if size == 1 else run_ranks(run_cases, size, block_rows)
     for name, expected in alone.items():

@@ -22,6 +22,7 @@ def test_check_says_what_the_nodes_have_and_makes_nothing(tmp_path: Path) -> Non
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 def test_check_refuses_what_does_not_fit_in_one_line(tmp_path: Path) -> None:
     ended: subprocess.CompletedProcess[str] = runs.run(tmp_path / "run", "--check", "resources.workers=9")
     assert ended.returncode == 2

@@ -123,6 +123,7 @@ def test_the_pipeline_runs_as_a_submitted_job(dashboard: str, tmp_path: Path) ->
     assert json.loads((out / "report" / "metrics.json").read_text())["rows"]
 
 
+@pytest.mark.long
 def test_exit_status_and_error_of_a_failing_job_are_in_its_message(dashboard: str, tmp_path: Path) -> None:
     ended = _run(_submit(dashboard, tmp_path / "run", "resources.workers=9", options=("--submission-id", "too-wide")))
     assert ended.returncode == 1
