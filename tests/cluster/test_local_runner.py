@@ -51,13 +51,19 @@ def pids(file: Path) -> list[int]:
     return [int(line) for line in file.read_text().split()] if file.exists() else []
 
 
+def _hears_hangups() -> None:
+    """As from a terminal, also where the tests themselves run under nohup."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 @pytest.fixture
 def runner(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A run on two nodes whose program has begun."""
     (tmp_path / "node.py").write_text(NODE)
     command = [sys.executable, "-c", RUN, str(tmp_path / "node.py"), "run", "--nodes", "2", "--"]
     variables = {**os.environ, "NOTES": str(tmp_path), "TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([*command, sys.executable, "-c", PROGRAM], env=variables)
+    program = [*command, sys.executable, "-c", PROGRAM]
+    process = subprocess.Popen(program, env=variables, preexec_fn=_hears_hangups)
     wait_for(lambda: pids(tmp_path / "program") and len(pids(tmp_path / "node")) == 2)
     yield process
     for pid in [*pids(tmp_path / "program"), *pids(tmp_path / "node")]:
