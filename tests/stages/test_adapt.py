@@ -218,7 +218,8 @@ def test_training_moves_the_adaptors_alone(world: World) -> None:
 
 def test_sampled_classes_make_another_set_and_all_classes_go_without_saying(world: World) -> None:
     folder, _ = world
-    plain, sampled = job_in(folder, "names").artifact, job_in(folder, "names", sampled_classes=0.5).artifact
+    jobs = (job_in(folder, "names"), job_in(folder, "names", sampled_classes=0.5))
+    plain, sampled = (job.sets[0].artifact for job in jobs)
     assert "sampled_classes" not in dict(plain.settings["adapt"])  # so, the name of sets made before it was a setting
     assert sampled.fingerprint != plain.fingerprint
 
