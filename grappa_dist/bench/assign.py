@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grappa_dist.bench.arguments import check_device, check_positive
 from grappa_dist.bench.rows import drawn_rows, in_shards
 from grappa_dist.bench.table import aligned, aligned_header
 from grappa_dist.bench.timing import Timing, timed, turns
@@ -42,13 +43,10 @@ class AssignSettings:
 
     def check(self) -> None:
         """Raises a ValueError that names the flag."""
-        for name in ("rows", "dim", "num_labels", "threads", "repeats"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        check_positive(self, "rows", "dim", "num_labels", "threads", "repeats")
         if self.num_labels > self.rows:
             raise ValueError(f"--num-labels must be at most the number of rows, {self.rows}, got {self.num_labels}")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("--device cuda: torch sees no GPU here")
+        check_device(self.device)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from grappa_dist.bench.arguments import check_least
 from grappa_dist.bench.photos import drawn_shards, users_shards
 from grappa_dist.bench.timing import Timing, turns
 from grappa_dist.data.decoding import BadImage, Picture, Pixels, decode, open_picture
@@ -57,19 +58,7 @@ class DataSettings:
     seed: int = 0
 
     def check(self) -> None:
-        wanted = {
-            "rows": 1,
-            "width": 1,
-            "height": 1,
-            "image_size": 1,
-            "batch": 1,
-            "threads": 1,
-            "repeats": 1,
-            "seed": 0,
-        }
-        for name, least in wanted.items():
-            if (value := getattr(self, name)) < least:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+        check_least(self, rows=1, width=1, height=1, image_size=1, batch=1, threads=1, repeats=1, seed=0)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from grappa_dist.bench.arguments import check_device, check_positive
 from grappa_dist.bench.literal import LiteralAdaptors, LiteralLayer
 from grappa_dist.bench.timing import Timing, timed, turns
 from grappa_dist.data.progress import Tell
@@ -39,11 +40,8 @@ class FuseSettings:
 
     def check(self) -> None:
         """Raises a ValueError that names the flag."""
-        for name, value in vars(self).items():
-            if name != "device" and value < 1:
-                raise ValueError(f"--{name} must be at least 1, got {value}")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("--device cuda: torch sees no GPU here")
+        check_positive(self, *(name for name in vars(self) if name != "device"))
+        check_device(self.device)
         if self.dim % 64:
             raise ValueError(f"--dim must be a multiple of 64, the width of a head, got {self.dim}")
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from grappa_dist.bench.arguments import check_least
 from grappa_dist.bench.rows import (
     CLASSES,
     SHARD_ROWS,
@@ -67,12 +68,8 @@ class KMeansSettings:
     seed: int = 0
 
     def check(self) -> None:
-        wanted = {"rows": 2, "dim": SUPER_MIN_DIM, "iterations": 1, "threads": 1, "workers": 1, "shard_rows": 1}
-        wanted |= {"repeats": 1, "seed": 0}
-        for name, least in wanted.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+        check_least(self, rows=2, dim=SUPER_MIN_DIM)
+        check_least(self, iterations=1, threads=1, workers=1, shard_rows=1, repeats=1, seed=0)
         if self.features is not None and self.dim is not None:
             raise ValueError("--dim is that of the rows of --features; give one of the two")
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from grappa_dist.bench.arguments import check_least
 from grappa_dist.bench.epoch import AT, EpochCost, measure_epoch
 from grappa_dist.bench.processes import run_workers
 from grappa_dist.bench.rows import CLASSES, SUBCLASSES, TASKS, drawn_rows, read_rows
@@ -60,11 +61,7 @@ class KnnSettings:
 
     def check(self) -> None:
         """Raises a ValueError that names the flag."""
-        wanted = {"rows": 2, "dim": 1, "threads": 1, "workers": 1, "repeats": 1, "seed": 0}
-        for name, least in wanted.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"--{name} must be at least {least}, got {value}")
+        check_least(self, rows=2, dim=1, threads=1, workers=1, repeats=1, seed=0)
         if min(self.neighbours) < 1:
             raise ValueError(f"--neighbours must be at least 1, got {min(self.neighbours)}")
         if not 0 <= self.recall_floor < 1:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from grappa_dist.bench.arguments import check_positive
 from grappa_dist.bench.rows import drawn_rows, in_shards
 from grappa_dist.bench.table import aligned, aligned_header
 from grappa_dist.bench.timing import Timing, timed
@@ -45,9 +46,7 @@ class MethodsSettings:
 
     def check(self) -> None:
         """Raises a ValueError that names the flag."""
-        for name in ("rows", "dim", "iterations", "sample_rows_per_cluster", "threads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        check_positive(self, "rows", "dim", "iterations", "sample_rows_per_cluster", "threads")
         if not 1 <= self.num_labels <= self.rows:
             raise ValueError(f"--num-labels must be from 1 to the number of rows, {self.rows}, got {self.num_labels}")
         if min(self.probes) < 1:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from grappa_dist.artifacts import RowArrays, Store
+from grappa_dist.bench.arguments import check_positive
 from grappa_dist.bench.photos import drawn_shards
 from grappa_dist.bench.processes import run_workers
 from grappa_dist.bench.table import aligned
@@ -50,9 +51,7 @@ class PackingSettings:
 
     def check(self) -> None:
         """Raises a ValueError that names the flag."""
-        for name in ("sets", "image_size", "images", "threads", "steps", "repeats"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        check_positive(self, "sets", "image_size", "images", "threads", "steps", "repeats")
 
 
 def measure_packing(settings: PackingSettings, tell: Tell) -> dict[str, Timing]:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from grappa_dist.bench.arguments import check_positive
 from grappa_dist.bench.processes import run_workers
 from grappa_dist.bench.table import aligned
 from grappa_dist.bench.timing import CAN_WATCH_MEMORY, Timing, held_bytes, timed, turns, watched_memory
@@ -51,9 +52,7 @@ class SoftmaxSettings:
 
     def check(self) -> None:
         """Raises a ValueError that names the flag."""
-        for name in ("classes", "dim", "batch", "ranks", "threads", "steps", "repeats"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
+        check_positive(self, "classes", "dim", "batch", "ranks", "threads", "steps", "repeats")
         if not 0 < self.sampled < 1:
             raise ValueError(f"--sampled must be between 0 and 1, got {self.sampled}")
         if self.threads % self.ranks:
