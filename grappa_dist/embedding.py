@@ -12,16 +12,12 @@ from pathlib import Path
 import torch
 
 from grappa_dist.artifacts import Artifact, Store, write_json
-from grappa_dist.config import Config
 from grappa_dist.config_file import read
-from grappa_dist.data.cache import CacheSettings
 from grappa_dist.data.shards import ImageShards, Shard
-from grappa_dist.dist.cluster import Cluster
-from grappa_dist.dist.jobs import Runner
-from grappa_dist.observe import Console, Events
+from grappa_dist.stages.collect import cache_of
 from grappa_dist.stages.embed import BAD_FILE, ROWS_FILE, embed, features_of
 from grappa_dist.stages.modelling import ModelSpec, exported_spec
-from grappa_dist.stages.run import Run
+from grappa_dist.stages.run import Run, running
 
 KEYS_FILE, LIST_FILE = "keys.json", "embeddings.json"
 
@@ -49,20 +45,15 @@ def embed_images(model: Path, paths: Sequence[str], out: Path, overrides: Iterab
     spec = exported_spec(model)
     data = {"train": tuple(paths)}
     config = read({"name": "embeddings", "data": data, "backbone": {"name": spec.backbone.name}}, overrides)
-    store = Store(out)
-    with store.lock():
-        console = Console(Events(out / "events.jsonl"))
-        cluster = Cluster(config.resources, tell=console.say)
-        runner = Runner(cluster, config.resources, on_status=console.jobs, on_event=console.event)
-        try:
-            with runner.terminating():
-                return _embed(Run(config, store, runner, console), spec)
-        finally:
-            cluster.close()
+    with running(config, out) as run:
+        return _embed(run, spec)
 
 
 def _embed(run: Run, spec: ModelSpec) -> Path:
-    images = _open(run.config, run.store)
+    paths = run.config.data.train
+    images = ImageShards.open(paths, run.store.root / "index", cache_of(run.config.resources))
+    if not len(images):
+        raise ValueError(f"--images {' '.join(paths)}: the shards hold no images (jpg, jpeg, png, webp)")
     features = features_of(run.store, spec, run.config.embed, images)
     embed(run, images, spec, features)
     keys = [
@@ -89,15 +80,6 @@ def _embed(run: Run, spec: ModelSpec) -> Path:
 
 def _keys_of(store: Store, shard: Shard) -> Artifact:
     return store.artifact(f"keys/{shard.name.removesuffix('.tar')}", {}, {"shard": shard.fingerprint})
-
-
-def _open(config: Config, store: Store) -> ImageShards:
-    where = config.resources
-    cache = CacheSettings(where.cache_dir, where.cache_bytes, where.requests_in_flight)
-    images = ImageShards.open(config.data.train, store.root / "index", cache)
-    if not len(images):
-        raise ValueError(f"--images {' '.join(config.data.train)}: the shards hold no images (jpg, jpeg, png, webp)")
-    return images
 
 
 def write_keys(device: torch.device, task: KeysTask) -> None:

@@ -13,11 +13,10 @@ from pathlib import Path
 from grappa_dist.artifacts import RowArrays, Store
 from grappa_dist.config import Config
 from grappa_dist.dist.cluster import Cluster
-from grappa_dist.dist.jobs import Runner
 from grappa_dist.dist.preflight import Checks, table
 from grappa_dist.export import export_model
 from grappa_dist.layout import lay_out
-from grappa_dist.observe import Console, Events
+from grappa_dist.observe import Console
 from grappa_dist.report.content import ScoreRow
 from grappa_dist.stages.adapt import adapt
 from grappa_dist.stages.collect import collection_of, draw_collection, has_drawn, open_images, read_a_little
@@ -30,7 +29,7 @@ from grappa_dist.stages.mirror import mirrored
 from grappa_dist.stages.partitions import judge_partitions
 from grappa_dist.stages.pseudo_label import label_rows, pseudo_label
 from grappa_dist.stages.reporting import report
-from grappa_dist.stages.run import Run
+from grappa_dist.stages.run import Run, running
 
 
 def run(config: Config, root: Path, until: str | None = None) -> tuple[Path, list[ScoreRow]] | None:
@@ -43,17 +42,8 @@ def run(config: Config, root: Path, until: str | None = None) -> tuple[Path, lis
         ValueError: a setting or an input is wrong, saying which and what would be right.
         Terminated: SIGTERM came; what was running has saved its state.
     """
-    store = Store(root)
-    with store.lock():
-        console = Console(Events(root / "events.jsonl"))
-        cluster = Cluster(config.resources, tell=console.say)
-        runner = Runner(cluster, config.resources, on_status=console.jobs, on_event=console.event)
-        context = Run(config, store, runner, console)
-        try:
-            with context.runner.terminating():
-                return _run(context, until)
-        finally:
-            cluster.close()
+    with running(config, root) as context:
+        return _run(context, until)
 
 
 def _run(context: Run, until: str | None = None) -> tuple[Path, list[ScoreRow]] | None:

@@ -40,9 +40,10 @@ def adapt_in_words(config: Config, num_sets: int) -> Iterator[str]:
     if workers is not None and per_job != "auto":
         yield f"on {workers} workers: {in_words(-(-num_sets // per_job), workers, ranks)}"
     if config.backbone.name.startswith("timm:"):
-        auto = per_job == "auto"
-        said = _memory_in_words(config, 1 if per_job == "auto" else min(per_job, num_sets), ranks)
-        yield f"{said}; counted for one set, of which auto may put several in a job" if auto else said
+        if per_job == "auto":
+            yield f"{_memory_in_words(config, 1, ranks)}; counted for one set, of which auto may put several in a job"
+        else:
+            yield _memory_in_words(config, min(per_job, num_sets), ranks)
 
 
 def known_workers(where: Resources) -> int | None:

@@ -48,8 +48,7 @@ def open_images(
 ) -> tuple[ImageShards, ImageShards | None]:
     """Training and test images; test is None where there are none, and the training images are looked at instead."""
     index = store.root / "index" if write_index else None
-    where = where or Resources()
-    cache = CacheSettings(where.cache_dir, where.cache_bytes, where.requests_in_flight)
+    cache = cache_of(where or Resources())
     if data.collection:
         folder = collection_of(store, data).path
         return ImageShards.open([folder / "train"], index), ImageShards.open([folder / "test"], index)
@@ -65,6 +64,10 @@ def read_a_little(train: ImageShards, test: ImageShards) -> None:
         for row in {0, len(images) - 1} - {-1}:
             with contextlib.suppress(BadImage):
                 images.image_bytes(row)
+
+
+def cache_of(where: Resources) -> CacheSettings:
+    return CacheSettings(where.cache_dir, where.cache_bytes, where.requests_in_flight)
 
 
 def collection_sizes(data: DataConfig) -> dict[str, int]:

@@ -104,7 +104,7 @@ class Graphs:
         ids, features = self._embed_own(folder)
         self._context.raise_if_stopping()
         self._context.report({"phase": f"epoch {epoch}: {kind} k-NN graph"})
-        graph = self._search(epoch, features, ids)
+        graph = self._search(epoch, kind, features, ids)
         k, cosine = self._settings.neighbours, self._settings.duplicate_cosine
         copies = are_duplicates(graph.ids[:, :k], graph.scores[:, :k], cosine)
         near = without_duplicates(graph.ids, graph.scores, cosine, k) if self._settings.skip_duplicates else graph.ids
@@ -141,9 +141,9 @@ class Graphs:
         rows = self._training.images.shard_rows(shard)
         return np.setdiff1d(np.arange(rows.start, rows.stop), self._training.bad, assume_unique=True)
 
-    def _search(self, epoch: int, features: NDArray[np.float32], ids: NDArray[np.int64]) -> Graph:
+    def _search(self, epoch: int, kind: str, features: NDArray[np.float32], ids: NDArray[np.int64]) -> Graph:
         """Scores are exact and rounded once, so what counts as a near-duplicate does not depend on ranks."""
-        comm, kind = self._context.comm, graph_kind(self._settings, len(self._training.images))
+        comm = self._context.comm
         asked = self._settings.neighbours * (2 if self._settings.skip_duplicates else 1)
         if kind == "exact":
             return Graph(*sharded_knn(comm, features, ids, asked, device=self._context.device), Recall.exact())
