@@ -6,6 +6,7 @@ are libjpeg-turbo for JPEG and give the same pixels at full scale, to the bit (t
 
 from __future__ import annotations
 
+import re
 import struct
 import zlib
 from collections.abc import Callable
@@ -127,7 +128,8 @@ def decode(data: bytes) -> Image.Image:
     except BadImage:
         raise
     except _UNREADABLE as error:
-        reason = " ".join(str(error).split()) or "no message"
+        said = re.sub(r" at 0x[0-9a-f]+", "", str(error))  # an address would differ from run to run
+        reason = " ".join(said.split()) or "no message"
         raise BadImage(f"{type(error).__name__}: {reason}") from None
 
 

@@ -86,7 +86,11 @@ def save_checkpoint(
 def load_checkpoint(
     folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, shards: Mapping[str, RowShard] | None = None
 ) -> int:
-    """Loads the newest checkpoint, if any, into module, optimizer and shards; the number of steps behind it."""
+    """Loads the newest checkpoint, if any, into module, optimizer and shards; the number of steps behind it.
+
+    Raises:
+        ValueError: the checkpoint is of another version, or some of its rows are missing.
+    """
     found = _checkpoints(folder)
     if not found:
         return 0
@@ -97,7 +101,10 @@ def load_checkpoint(
             p.copy_(file.get_tensor(name))
             state = {key.split("|")[1]: file.get_tensor(key) for key in saved if key.startswith(f"{name}|")}
             optimizer.state[p] = {k: v.to(p.device) if v.ndim or on_device else v for k, v in state.items()}
-        step, files = int(file.metadata()["step"]), json.loads(file.metadata()["files"])
+        said = file.metadata() or {}
+    if not {"step", "files"} <= said.keys():
+        raise ValueError(f"{found[-1]} was not written by this version of grappa_dist; remove it to train anew")
+    step, files = int(said["step"]), json.loads(said["files"])
     for name, shard in (shards or {}).items():
         _load_rows(found[-1], [file for file in files if file.startswith(f"{name}.")], name, shard)
     return step

@@ -120,6 +120,12 @@ def test_text_and_formats_that_are_not_read_are_bad() -> None:
             decode(data)
 
 
+def test_a_reason_is_the_same_in_every_run() -> None:
+    with pytest.raises(BadImage) as found:
+        decode(b"<html>404</html>")
+    assert str(found.value) == "UnidentifiedImageError: cannot identify image file <_io.BytesIO object>"
+
+
 PLAIN: dict[str, dict[str, Any]] = {
     "4:4:4": {"subsampling": 0, "quality": 95},
     "4:2:2": {"subsampling": 1},

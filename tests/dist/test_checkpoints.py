@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from grappa_dist.dist import checkpoints
@@ -103,6 +103,14 @@ def test_a_checkpoint_under_its_name_is_whole(tmp_path: Path, monkeypatch: pytes
         save(tmp_path, 5, [(0, 23)])
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [".step-000000005.partial"]
     assert load(tmp_path, 0, 23)[0] == 0
+
+
+def test_a_checkpoint_of_another_version_is_refused_by_name(tmp_path: Path) -> None:
+    save(tmp_path, 5, [(0, 23)])
+    file = tmp_path / "checkpoints" / "step-000000005" / checkpoints.ENGINE_FILE
+    save_file(load_file(file), file, metadata={"step": "5"})
+    with pytest.raises(ValueError, match=r"step-000000005 was not written by this version.*remove it"):
+        load(tmp_path, 0, 23)
 
 
 def test_what_killed_attempts_left_goes_with_the_next_checkpoint(tmp_path: Path) -> None:
