@@ -73,9 +73,14 @@ def begin(sets: Sequence[AdaptSet]) -> Path:
 def packed(sets: Sequence[AdaptSet]) -> list[tuple[AdaptSet, ...]]:
     """The groups that have a folder below packs/ and all of whose members are among `sets`, finished or not."""
     known = {s.artifact.name: s for s in sets}
-    paths = sorted(sets[0].artifact.root.glob(f"packs/*/{PACK_FILE}")) if sets else []
-    groups = [json.loads(path.read_text())["sets"] for path in paths]
+    groups = pack_members(sets[0].artifact.root).values() if sets else []
     return [tuple(known[name] for name in names) for names in groups if all(name in known for name in names)]
+
+
+def pack_members(root: Path) -> dict[str, tuple[str, ...]]:
+    """The names of the artefacts that each folder below packs/ becomes."""
+    paths = sorted(root.glob(f"packs/*/{PACK_FILE}"))
+    return {path.parent.name: tuple(json.loads(path.read_text())["sets"]) for path in paths}
 
 
 def begun(sets: Sequence[AdaptSet]) -> list[tuple[AdaptSet, ...]]:
