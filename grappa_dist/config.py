@@ -211,7 +211,7 @@ class Resources(Section):
 class Config(Section):
     name: str
     out: str | None = None  # the run directory; null: runs/<name>
-    mirror: Annotated[str, Field(pattern="^(s3|gs)://")] | None = None  # a store that keeps what is finished
+    mirror: Annotated[str, Field(pattern="^(s3|gs)://")] | None = None  # a store that keeps artefacts and checkpoints
     seed: Annotated[int, Field(ge=0)] = 0
     notes: tuple[str, ...] = ()  # shown in the report, e.g. what the backbone was trained with
     data: DataConfig

@@ -105,7 +105,7 @@ def run_root(out: str | None, name: str) -> Path:
     if out is not None and is_remote(out):
         raise ValueError(
             f"out={out}: artefacts are renamed, locked and memory-mapped; expected a folder on a file system that all "
-            f"nodes share, with mirror={out} beside it to keep what is finished on the store"
+            f"nodes share, with mirror={out} beside it to keep artefacts and checkpoints on the store"
         )
     root = Path(out or f"runs/{name}").absolute()
     if SUBMITTED_JOB in os.environ and root.is_relative_to(Path.cwd()):
