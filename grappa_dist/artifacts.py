@@ -152,8 +152,10 @@ class RowArrays:
         """The values at some row ids, (B, ...)."""
         shards = np.searchsorted(self.starts, rows, side="right") - 1
         values = np.empty((len(rows), *self.shard(0).shape[1:]), self.shard(0).dtype)
-        for shard in np.unique(shards).tolist():
-            inside = shards == shard
+        order = np.argsort(shards, kind="stable")
+        edges = np.flatnonzero(np.diff(shards[order], prepend=-1))  # where the next shard's rows begin
+        for inside in np.split(order, edges[1:]) if len(rows) else ():
+            shard = int(shards[inside[0]])
             values[inside] = self.shard(shard)[rows[inside] - self.starts[shard]]
         return values
 

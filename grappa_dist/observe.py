@@ -71,9 +71,11 @@ class Console:
         self.say(f"{name}: {what}")
         self.event("stage_begins", stage=name)
         began = time.monotonic()
-        yield
-        self.say(f"{name}: done in {duration(time.monotonic() - began)}")
-        self.event("stage_ends", stage=name, seconds=round(time.monotonic() - began, 3))
+        try:
+            yield
+            self.say(f"{name}: done in {duration(time.monotonic() - began)}")
+        finally:  # an attempt that fails took its time too
+            self.event("stage_ends", stage=name, seconds=round(time.monotonic() - began, 3))
 
     def jobs(self, status: Mapping[str, Mapping[str, Any]]) -> None:
         """One line with all running jobs side by side; each status is also an event."""

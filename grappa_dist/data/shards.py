@@ -60,6 +60,10 @@ def _map(index: str | RemoteRows, shard: Shard) -> NDArray[Any]:
     return rows
 
 
+class BadLabels(ValueError):
+    """The JSON member of an image cannot be used; the message names shard and key."""
+
+
 @dataclass(frozen=True)
 class ImageShards:
     """Handle on shards of images: small, picklable, and read from any thread or process."""
@@ -98,6 +102,10 @@ class ImageShards:
 
     def __len__(self) -> int:
         return int(self.starts[-1])
+
+    def part(self, shard: int) -> ImageShards:
+        """One shard by itself, its rows counted from 0: what a task needs that reads no other."""
+        return ImageShards((self.shards[shard],), (self.indexes[shard],), self.cache)
 
     def shard_rows(self, shard: int) -> range:
         """Row ids of one shard."""
@@ -147,7 +155,11 @@ class ImageShards:
             return why
 
     def labels(self, row: int) -> dict[str, Any] | None:
-        """The JSON member of a row, or None without one; for evaluation only."""
+        """The JSON member of a row, or None without one; for evaluation only.
+
+        Raises:
+            BadLabels: it is no JSON object.
+        """
         shard, position = self.locate(row)
         place = self.index(shard)[position]
         if not place["json_size"] or int(place["json_offset"]) + int(place["json_size"]) > self.shards[shard].bytes:
@@ -156,9 +168,9 @@ class ImageShards:
         try:
             labels = json.loads(text)
         except ValueError as error:
-            raise ValueError(f"{self.where(row)}: its JSON member does not parse: {error}") from None
+            raise BadLabels(f"{self.where(row)}: its JSON member does not parse: {error}") from None
         if not isinstance(labels, dict):
-            raise ValueError(f"{self.where(row)}: its JSON member is {type(labels).__name__}, expected an object")
+            raise BadLabels(f"{self.where(row)}: its JSON member is {type(labels).__name__}, expected an object")
         return labels
 
     def key(self, row: int) -> str:

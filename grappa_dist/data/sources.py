@@ -224,9 +224,9 @@ def folder_items(source: Source, task: str | None, *, labelled: bool) -> list[It
     names = [name for name in source.names() if _is_taken(name, source.skipped)]
     if not names:
         raise ValueError(f"{source.path}: no images; expected files ending in {', '.join(IMAGE_SUFFIXES)}")
-    labels = {name: intern(name.partition("/")[0]) if "/" in name else None for name in names}
+    labels: dict[str, str | None] = {name: intern(name.partition("/")[0]) if "/" in name else None for name in names}
     flat = [name for name, label in labels.items() if label is None]
-    if flat and (labelled or len(flat) < len(names)):
+    if flat and labelled:
         raise ValueError(
             f"{source.path}: {flat[0]!r} lies in no class folder; expected CLASS/FILE, or a CSV, or --split none"
         )
@@ -234,6 +234,8 @@ def folder_items(source: Source, task: str | None, *, labelled: bool) -> list[It
         raise ValueError(
             f"{source.path}: one class folder, {labels[names[0]]!r}; expected two or more, a CSV, or --split none"
         )
+    if flat:  # a pile with subfolders, whose names need not be classes
+        labels = dict.fromkeys(names)
     task = task or source.path.name.removesuffix(".tar")
     return [Item(source, name, labels[name], task) for name in names]
 

@@ -42,8 +42,8 @@ class Embedding:
 
 @dataclass(frozen=True)
 class EmbedTask:
-    images: ImageShards
-    shard: int
+    images: ImageShards  # the shard alone
+    first: int  # row id of its first image
     spec: ModelSpec
     artifact: Artifact
     how: Embedding
@@ -73,7 +73,7 @@ def embed(run: Run, images: ImageShards, spec: ModelSpec, features: Sequence[Art
         what = f"{spec.name}, {rows} images in {len(missing)} shards" + (f", {reused} reused" if reused else "")
         with run.console.stage("embed", what):
             how = Embedding(run.config.embed.batch_size, run.config.resources.decode_threads)
-            tasks = [EmbedTask(images, i, spec, features[i], how) for i in missing]
+            tasks = [EmbedTask(images.part(i), images.shard_rows(i).start, spec, features[i], how) for i in missing]
             counter = run.console.counter(f"embed {spec.name}", len(missing), rows)
             watch = _Watch(images, features, run.config.data.max_bad_share)
 
@@ -91,17 +91,17 @@ def embed_shard(device: torch.device, task: EmbedTask) -> None:
     if artifact.complete:
         return
     model = built(task.spec, device)
-    own = task.images.shard_rows(task.shard)
-    rows = np.arange(own.start, own.stop)
+    rows = np.arange(len(task.images)) + task.first
     folder = artifact.begin()
     features = np.zeros((len(rows), int(model.embed_dim)), dtype=np.float32)  # type: ignore[arg-type]
     reasons: dict[int, str] = {}
     for part in by_gallery(task.spec, model, rows):
-        for place, unit, bad in embed_rows(model, task.images, part, device=device, how=task.how):
-            features[part[place] - own.start] = unit
+        inside = part - task.first
+        for place, unit, bad in embed_rows(model, task.images, inside, device=device, how=task.how):
+            features[inside[place]] = unit
             reasons |= bad
     np.save(folder / ROWS_FILE, features)
-    write_json(folder / BAD_FILE, {str(row - own.start): why for row, why in reasons.items()})
+    write_json(folder / BAD_FILE, {str(row): why for row, why in reasons.items()})
     artifact.commit()
 
 

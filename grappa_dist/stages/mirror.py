@@ -88,7 +88,8 @@ def mirrored(url: str | None, flow: Flow, console: Console) -> Iterator[None]:
         stop.set()
         copier.join()
     save()  # raises what went wrong
-    mirror.point({"report": flow.report.name, "model": flow.model.name})
+    if flow.report.complete and flow.model.complete:  # not after a run that was to end before them
+        mirror.point({"report": flow.report.name, "model": flow.model.name})
 
 
 def _copy(save: Callable[[], None], stop: threading.Event, console: Console) -> None:

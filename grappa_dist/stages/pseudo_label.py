@@ -26,6 +26,7 @@ from grappa_dist.stages.trail import digest, load_trail, save_trail
 
 STATS_FILE, CENTROIDS_FILE, PROGRESS_FILE = "stats.json", "centroids.npy", "progress.safetensors"
 LADDER_SETS = 8
+FINEST = 17  # power of two of the largest K for `auto`
 LEAST_AGREEMENT = 0.95  # of labels found through lists with the exact ones; below, a warning
 
 
@@ -42,8 +43,11 @@ class LabelJob:
 
 
 def ladder(num_rows: int) -> tuple[int, ...]:
-    """K for `auto`: powers of two from 256 to about the number of images, at most 8 of them, evenly spread."""
-    top = max(1, int(np.floor(np.log2(max(2.0, 0.99 * num_rows)))))
+    """K for `auto`: powers of two from 256 to about the number of images, at most 8 of them, evenly spread.
+
+    None is above the finest of the paper: what K = millions costs in memory and time, one should ask for.
+    """
+    top = min(int(np.log2(max(1.0, num_rows if num_rows < 3 else 0.99 * num_rows))), FINEST)
     low = min(8, top)
     exponents = np.linspace(low, top, min(LADDER_SETS, top - low + 1))
     return tuple(dict.fromkeys(int(2 ** round(e)) for e in exponents))
