@@ -19,7 +19,14 @@ from grappa_dist.layout import lay_out
 from grappa_dist.observe import Console
 from grappa_dist.report.content import ScoreRow
 from grappa_dist.stages.adapt import adapt
-from grappa_dist.stages.collect import collection_of, draw_collection, has_drawn, open_images, read_a_little
+from grappa_dist.stages.collect import (
+    collection_of,
+    draw_collection,
+    ends_of,
+    has_drawn,
+    open_images,
+    read_a_little,
+)
 from grappa_dist.stages.embed import bad_rows, embed, feature_rows
 from grappa_dist.stages.evaluate import Evaluation, evaluate
 from grappa_dist.stages.flow import Flow
@@ -51,7 +58,7 @@ def _run(context: Run, until: str | None = None) -> tuple[Path, list[ScoreRow]] 
     if not has_drawn(config.data, store):
         with console.stage("collect", f"drawing the collection {config.data.collection}"):
             draw_collection(config.data, collection_of(store, config.data))
-    train, test = open_images(config.data, store, config.resources)
+    train, test = open_images(config.data, store, config.resources, say=console.say)
     flow = lay_out(config, store, train, test)
     context.runner.require(checks_of(config, store, flow))
     with mirrored(config.mirror, flow, console):
@@ -66,7 +73,7 @@ def checks_of(config: Config, store: Store, flow: Flow) -> Checks:
     """What the nodes are asked before the first stage that needs workers; a run that reuses everything asks none."""
     trained = [artifact for artifact in flow.fusions.values() if not artifact.complete]
     need = least_bytes(config.fuse) if trained else 0
-    return Checks(store.root.absolute(), partial(read_a_little, flow.train, flow.test), need)
+    return Checks(store.root.absolute(), partial(read_a_little, ends_of(flow.train, flow.test)), need)
 
 
 def check(config: Config, root: Path) -> str:

@@ -6,6 +6,7 @@ import glob
 import hashlib
 import json
 import os
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,34 +24,44 @@ from grappa_dist.data.remote_index import RemoteRows, committed_indexes, index_r
 COMMITTED = "index.json"  # written last beside finished shards
 Index = str | RemoteRows | NDArray[Any]  # a .npy of ROW, one that is fetched when it is wanted, or the rows
 _Found = tuple[Shard, Index]
+Progress = Callable[[int], object]
+
+
+def _nobody(count: int) -> None:
+    """Hears nothing."""
 
 
 def find_shards(
-    paths: Sequence[str | os.PathLike[str]], index_dir: Path | None, cache: CacheSettings | None = None
+    paths: Sequence[str | os.PathLike[str]],
+    index_dir: Path | None,
+    cache: CacheSettings | None = None,
+    *,
+    write: bool = True,
+    tell: Progress = _nobody,
 ) -> list[_Found]:
-    """Shards that `paths` name, each with its index file, or, without a folder for such files, with its rows.
+    """Shards that `paths` name, each with its index file, or, where there is none and none may be written, its rows.
+
+    Args:
+        index_dir: where indexes of tars lie that brought none; None: nowhere.
+        write: whether missing ones are put there.
+        tell: hears how many tars had to be read for want of an index.
 
     Raises:
         ValueError: nothing is there, no shard has an image, or a shard is damaged or not what its index describes.
     """
-    if isinstance(paths, (str, os.PathLike)):
-        raise ValueError(f"shards: expected a list of paths, got {paths!r}")
-    tars = [tar for path in paths for tar in _named(str(path))]
-    for said, times in Counter(map(_said, tars)).items():
-        if times > 1:
-            raise ValueError(f"shards: {said} is named {times} times; expected once")
+    tars = _all_tars(paths)
     local = {tar.parent for tar in tars if isinstance(tar, Path)}
     committed = {folder: committed_index(folder) for folder in local}
     far = [tar for tar in tars if isinstance(tar, RemoteObject)]
     whole = [str(path).rstrip("/") for path in paths if is_remote(str(path))]
-    remote = committed_indexes(far, whole, index_dir, COMMITTED)
-    settings = cache or CacheSettings()
+    remote = committed_indexes(far, whole, index_dir if write else None, COMMITTED)
+    settings, missing = cache or CacheSettings(), _Missing(index_dir, write, tell)
 
     def find(tar: Path | RemoteObject) -> _Found:
         if isinstance(tar, RemoteObject):
-            return remote.get(tar.url) or _indexed(tar, index_dir, lambda: index_remote(tar, settings))
+            return remote.get(tar.url) or missing.of(tar, lambda: index_remote(tar, settings))
         known = committed[tar.parent]
-        return _indexed(tar, index_dir, lambda: index_shard(tar)) if known is None else known[tar.name]
+        return missing.of(tar, lambda: index_shard(tar)) if known is None else known[tar.name]
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         found = list(pool.map(find, tars))
@@ -61,6 +72,16 @@ def find_shards(
             f"expected members <key>.{'|'.join(IMAGE_SUFFIXES)}"
         )
     return found
+
+
+def _all_tars(paths: Sequence[str | os.PathLike[str]]) -> list[Path | RemoteObject]:
+    if isinstance(paths, (str, os.PathLike)):
+        raise ValueError(f"shards: expected a list of paths, got {paths!r}")
+    tars = [tar for path in paths for tar in _named(str(path))]
+    for said, times in Counter(map(_said, tars)).items():
+        if times > 1:
+            raise ValueError(f"shards: {said} is named {times} times; expected once")
+    return tars
 
 
 def _said(tar: Path | RemoteObject) -> str:
@@ -128,27 +149,41 @@ def committed_index(folder: Path) -> dict[str, tuple[Shard, str]] | None:
     }
 
 
-def _indexed(
-    tar: Path | RemoteObject, index_dir: Path | None, index: Callable[[], tuple[NDArray[Any], Shard]]
-) -> _Found:
-    """The shard of a tar with its index, reused while path, size and time of change or version agree."""
-    if index_dir is None:
-        rows, shard = index()
-        return shard, rows
-    index_dir = index_dir.absolute()
-    said, state = _said(tar), _state(tar)
-    note = index_dir / f"{hashlib.sha256(os.fsencode(said)).hexdigest()[:32]}.json"
-    if note.is_file():
-        content = read_json(note)
-        if content["state"] == state:
-            shard = replace(shard_of(content["shard"], said, note), version=str(state.get("version", "")))
-            if (rows_path := _rows_path(index_dir, shard)).is_file():
-                return shard, str(rows_path)
-    rows, shard = index()
-    index_dir.mkdir(parents=True, exist_ok=True)
-    write_rows(_rows_path(index_dir, shard), rows)
-    write_json(note, {"state": state, "shard": entry(shard)})
-    return shard, str(_rows_path(index_dir, shard))
+class _Missing:
+    """Indexes of tars that brought none: read from where they were written, else made."""
+
+    def __init__(self, index_dir: Path | None, write: bool, tell: Progress) -> None:
+        self._folder = None if index_dir is None else index_dir.absolute()
+        self._write, self._tell = write, tell
+        self._lock, self._made = threading.Lock(), 0
+
+    def of(self, tar: Path | RemoteObject, make: Callable[[], tuple[NDArray[Any], Shard]]) -> _Found:
+        """The shard of a tar with its index, reused while path, size and time of change or version agree."""
+        said, state = _said(tar), _state(tar)
+        if self._folder is None:
+            rows, shard = self._make(make)
+            return shard, rows
+        note = self._folder / f"{hashlib.sha256(os.fsencode(said)).hexdigest()[:32]}.json"
+        if note.is_file():
+            content = read_json(note)
+            if content["state"] == state:
+                shard = replace(shard_of(content["shard"], said, note), version=str(state.get("version", "")))
+                if (rows_path := _rows_path(self._folder, shard)).is_file():
+                    return shard, str(rows_path)
+        rows, shard = self._make(make)
+        if not self._write:
+            return shard, rows
+        self._folder.mkdir(parents=True, exist_ok=True)
+        write_rows(_rows_path(self._folder, shard), rows)
+        write_json(note, {"state": state, "shard": entry(shard)})
+        return shard, str(_rows_path(self._folder, shard))
+
+    def _make(self, make: Callable[[], tuple[NDArray[Any], Shard]]) -> tuple[NDArray[Any], Shard]:
+        made = make()
+        with self._lock:
+            self._made += 1
+            self._tell(self._made)
+        return made
 
 
 def _state(tar: Path | RemoteObject) -> dict[str, str | int]:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from grappa_dist.data.blocks import BlockFile, ReadAt, fetchers, open_blocks
 from grappa_dist.data.cache import CacheSettings
 from grappa_dist.data.decoding import BadImage
-from grappa_dist.data.discovery import Index, find_shards
+from grappa_dist.data.discovery import Index, Progress, find_shards
 from grappa_dist.data.index import (
     DAMAGED,
     IMAGE_SUFFIXES,
@@ -77,13 +77,19 @@ class ImageShards:
         paths: Sequence[str | os.PathLike[str]],
         index_dir: str | os.PathLike[str] | None,
         cache: CacheSettings = CacheSettings(),  # noqa: B008 - frozen
+        *,
+        write: bool = True,
+        tell: Progress = lambda count: None,
     ) -> ImageShards:
         """The shards of folders, tars or glob patterns, here or on a remote store, in that order and by name in each.
 
-        A folder that the writer finished brings its index; other tars are indexed into `index_dir` once, or, with None,
-        into memory and nothing is written.
+        A folder that the writer finished brings its index; other tars are read from end to end and indexed into
+        `index_dir` once, or, with None or without `write`, into memory and nothing is written.
+
+        Args:
+            tell: hears how many tars had to be read.
         """
-        found = find_shards(paths, None if index_dir is None else Path(index_dir), cache)
+        found = find_shards(paths, None if index_dir is None else Path(index_dir), cache, write=write, tell=tell)
         return ImageShards(tuple(shard for shard, _ in found), tuple(index for _, index in found), cache)
 
     @cached_property

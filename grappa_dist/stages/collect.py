@@ -6,7 +6,8 @@ import contextlib
 import importlib
 import os
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from grappa_dist.data.writer import ShardWriter
 from grappa_dist.dist.connection import SUBMITTED_JOB
 
 ROWS_PER_SHARD = 256
+INDEXING_S = 5.0  # between two lines about tars that have to be read
 
 
 def collection_of(store: Store, data: DataConfig) -> Artifact:
@@ -44,24 +46,48 @@ def draw_collection(data: DataConfig, artifact: Artifact) -> None:
 
 
 def open_images(
-    data: DataConfig, store: Store, where: Resources | None = None, *, write_index: bool = True
+    data: DataConfig,
+    store: Store,
+    where: Resources | None = None,
+    *,
+    write_index: bool = True,
+    say: Callable[[str], None] = lambda text: None,
 ) -> tuple[ImageShards, ImageShards | None]:
-    """Training and test images; test is None where there are none, and the training images are looked at instead."""
-    index = store.root / "index" if write_index else None
-    cache = cache_of(where or Resources())
+    """Training and test images; test is None where there are none, and the training images are looked at instead.
+
+    Args:
+        say: hears now and then how many tars that brought no index have been read.
+    """
+    index, cache, heard = store.root / "index", cache_of(where or Resources()), time.monotonic()
+
+    def tell(count: int) -> None:
+        nonlocal heard
+        if time.monotonic() - heard > INDEXING_S:
+            heard = time.monotonic()
+            say(f"collect: {count} tars without an index read to the end")
+
     if data.collection:
         folder = collection_of(store, data).path
         return ImageShards.open([folder / "train"], index), ImageShards.open([folder / "test"], index)
-    train = ImageShards.open(data.train, index, cache)
+    train = ImageShards.open(data.train, index, cache, write=write_index, tell=tell)
     if not len(train):
         raise ValueError(f"data.train={list(data.train)}: the shards hold no images (jpg, jpeg, png, webp)")
-    return train, ImageShards.open(data.test, index, cache) if data.test else None
+    return train, ImageShards.open(data.test, index, cache, write=write_index, tell=tell) if data.test else None
 
 
-def read_a_little(train: ImageShards, test: ImageShards) -> None:
-    """Reads the first and the last image of both, or raises what is in the way; a bad image is not."""
-    for images in (train, test):
-        for row in {0, len(images) - 1} - {-1}:
+def ends_of(*collections: ImageShards) -> tuple[ImageShards, ...]:
+    """The shards of the first and of the last image of each: few enough to be sent to every node."""
+    return tuple(
+        images.part(shard)
+        for images in collections
+        for shard in sorted({images.locate(row)[0] for row in (0, len(images) - 1)})
+    )
+
+
+def read_a_little(parts: Iterable[ImageShards]) -> None:
+    """Reads the first and the last image of each, or raises what is in the way; a bad image is not."""
+    for images in parts:
+        for row in {0, len(images) - 1}:
             with contextlib.suppress(BadImage):
                 images.image_bytes(row)
 

@@ -10,9 +10,10 @@ import torch
 from numpy.typing import NDArray
 
 from grappa_dist.artifacts import Artifact, Store, write_json
-from grappa_dist.data.shards import ImageShards
+from grappa_dist.data.shards import BadLabels, ImageShards
 from grappa_dist.stages.run import Run
 
+FIRST_UNREADABLE = 100  # of the JSON members that do not parse, kept by name
 TRUTH_TASKS, TRUTH_LABELS, TRUTH_NAMES = "tasks.npy", "labels.npy", "names.json"
 
 
@@ -34,9 +35,15 @@ def truth_of(store: Store, images: ImageShards, *, labelled: bool) -> Artifact:
 
 
 def note_truth(run: Run, images: ImageShards, truth: Artifact) -> None:
-    """Reads tasks and labels, once."""
-    if not truth.complete:
-        run.runner.map(read_truth, [(images, truth)])
+    """Reads tasks and labels, once; says which cannot be read."""
+    if truth.complete:
+        return
+    run.runner.map(read_truth, [(images, truth)])
+    unreadable = json.loads((truth.path / TRUTH_NAMES).read_text())["unreadable"]
+    if unreadable["images"]:
+        run.console.say(
+            f"evaluate: warning: {unreadable['images']} images count as without a label: {unreadable['first'][0]}"
+        )
 
 
 def read_truth(device: torch.device, task: tuple[ImageShards, Artifact]) -> None:
@@ -46,15 +53,22 @@ def read_truth(device: torch.device, task: tuple[ImageShards, Artifact]) -> None
     tasks, labels = np.zeros(len(images), np.int64), np.full(len(images), -1, np.int64)
     task_ids: dict[str, int] = {}
     label_ids: dict[tuple[str, str], int] = {}
+    unreadable = list[str]()
     for row in range(len(images)):
-        member = (images.labels(row) if labelled else None) or {}
+        try:
+            member = (images.labels(row) if labelled else None) or {}
+        except BadLabels as why:
+            unreadable.append(str(why))
+            member = {}
         name = str(member.get("task") or "all")
         tasks[row] = task_ids.setdefault(name, len(task_ids))
         if member.get("label") is not None:
             labels[row] = label_ids.setdefault((name, str(member["label"])), len(label_ids))
     np.save(folder / TRUTH_TASKS, tasks)
     np.save(folder / TRUTH_LABELS, labels)
-    write_json(folder / TRUTH_NAMES, {"tasks": list(task_ids), "labels": [label for _, label in label_ids]})
+    names = {"tasks": list(task_ids), "labels": [label for _, label in label_ids]}
+    bad = {"images": len(unreadable), "first": unreadable[:FIRST_UNREADABLE]}
+    write_json(folder / TRUTH_NAMES, {**names, "unreadable": bad})
     artifact.commit()
 
 

@@ -9,10 +9,12 @@ import pytest
 from grappa_dist.artifacts import Store
 from grappa_dist.config import DataConfig
 from grappa_dist.data.shards import ImageShards
+from grappa_dist.stages import collect
 from grappa_dist.stages.collect import (
     collection_of,
     collection_sizes,
     draw_collection,
+    ends_of,
     has_drawn,
     open_images,
     read_a_little,
@@ -98,6 +100,30 @@ def test_shards_of_the_user_are_opened_and_indexed_below_the_run(tmp_path: Path)
     assert any((tmp_path / "run" / "index").iterdir())
 
 
+def test_a_tar_without_an_index_is_read_once_also_when_nothing_may_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = tiny.write_shards(tmp_path / "images", (4, 5), bad=())
+    for path in paths:
+        (Path(path) / "index.json").unlink()
+    monkeypatch.setattr(collect, "INDEXING_S", 0)
+    store, data, said = Store(tmp_path / "run"), DataConfig(train=tuple(paths)), list[str]()
+    first, _ = open_images(data, store, say=said.append)
+    assert said == [f"collect: {count} tars without an index read to the end" for count in (1, 2)]
+    again, _ = open_images(data, store, write_index=False, say=said.append)
+    assert again == first
+    assert len(said) == 2
+
+
+def test_what_every_node_reads_first_is_two_shards_at_most(tmp_path: Path) -> None:
+    images = ImageShards.open(tiny.write_shards(tmp_path, (3, 2, 5, 1)), None)
+    first, last = ends_of(images)
+    assert [part.shards[0] for part in (first, last)] == [images.shards[0], images.shards[3]]
+    assert [len(part) for part in (first, last)] == [3, 1]
+    assert [last.image_bytes(0), first.image_bytes(2)] == [images.image_bytes(10), images.image_bytes(2)]
+    assert len(ends_of(images.part(2))) == 1
+
+
 def test_shards_without_an_image_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"nothing at .*empty"):
@@ -120,6 +146,6 @@ def test_a_little_is_read_of_both_ends_and_a_bad_image_is_no_obstacle(tmp_path: 
     whole, torn = (tiny.write_shards(tmp_path / name, bad=(0, last)) for name in ("whole", "torn"))
     train, test = (ImageShards.open(paths, tmp_path / "index") for paths in (whole, torn))
     next(Path(torn[-1]).glob("*.tar")).unlink()
-    read_a_little(train, train)
+    read_a_little(ends_of(train, train))
     with pytest.raises(FileNotFoundError, match="torn"):
-        read_a_little(train, test)
+        read_a_little(ends_of(train, test))

@@ -78,7 +78,7 @@ def test_a_copy_that_was_damaged_is_refused_and_does_not_appear(bucket: Bucket, 
     Mirror(bucket.url).save([made])
     bucket.put(f"{made.name}/rows-0.npy", b"short")
     absent = artifact_in(tmp_path / "b", 2, made=False)
-    with pytest.raises(ValueError, match=r"rows-0\.npy: 5 bytes, its manifest says 2001; remove .*manifest\.json"):
+    with pytest.raises(ValueError, match=r"rows-0\.npy: 5 bytes, .*manifest.json says 2001; remove .*manifest\.json"):
         Mirror(bucket.url).fetch([absent])
     bucket.client.delete_object(Bucket=bucket.name, Key=f"{made.name}/rows-0.npy")
     with pytest.raises(ValueError, match=r"cannot be used \(labels/k=2.*rows-0\.npy read\)"):
@@ -118,6 +118,13 @@ def test_a_run_that_lost_its_directory_goes_on_from_the_store_and_does_nothing_a
     train, _ = open_images(settings.data, Store(tmp_path / "elsewhere"))
     for artifact in artifacts_of(pipeline.lay_out(settings, Store(tmp_path / "elsewhere"), train, None)):
         artifact.check()
+
+
+def test_a_run_that_was_to_end_early_names_no_report(bucket: Bucket, tmp_path: Path) -> None:
+    bucket.allow_writing()
+    pipeline._run(tiny.run_in(settings_on(bucket, tmp_path), tmp_path / "run", tiny.Here()), "embed")
+    assert any(name.endswith("rows.npy") for name in bucket.names())
+    assert "runs/tiny/latest.json" not in bucket.names()
 
 
 def test_a_store_that_cannot_be_written_to_fails_the_run_at_its_end_and_loses_nothing(
