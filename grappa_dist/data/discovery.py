@@ -65,13 +65,17 @@ def find_shards(
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         found = list(pool.map(find, tars))
-    if not any(shard.rows for shard, _ in found):
-        ignored = sum(shard.ignored for shard, _ in found)
+    _check_images([shard for shard, _ in found], paths)
+    return found
+
+
+def _check_images(shards: Sequence[Shard], paths: Sequence[str | os.PathLike[str]]) -> None:
+    if not any(shard.rows for shard in shards):
+        ignored = sum(shard.ignored for shard in shards)
         raise ValueError(
-            f"shards: no images in {', '.join(map(str, paths))} ({len(tars)} tars, {ignored} other members); "
+            f"shards: no images in {', '.join(map(str, paths))} ({len(shards)} tars, {ignored} other members); "
             f"expected members <key>.{'|'.join(IMAGE_SUFFIXES)}"
         )
-    return found
 
 
 def _all_tars(paths: Sequence[str | os.PathLike[str]]) -> list[Path | RemoteObject]:
