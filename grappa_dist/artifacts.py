@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -24,6 +24,8 @@ from numpy.typing import NDArray
 from grappa_dist.config import fingerprint
 
 MANIFEST = "manifest.json"
+SEEN_S = 90.0  # network file systems remember for 60 s at most, by default, that something was not there
+LOOK_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,13 @@ class Artifact:
         self.partial.mkdir(parents=True, exist_ok=True)
         return self.partial
 
-    def commit(self, discard: Sequence[str] = ()) -> None:
-        """Drops `discard`ed patterns (checkpoints, say), writes the manifest; one rename makes the artefact appear."""
+    def commit(self, discard: Sequence[str] = (), expected: Sequence[str] = ()) -> None:
+        """Drops `discard`ed patterns (checkpoints, say), writes the manifest; one rename makes the artefact appear.
+
+        Args:
+            expected: files that other machines wrote, which may be seen here some time later.
+        """
+        _wait((self.partial / name for name in expected), SEEN_S)
         for pattern in (*discard, MANIFEST, "**/.*"):  # also what a killed attempt left half done
             for path in list(self.partial.glob(pattern)):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -90,6 +97,24 @@ class Artifact:
             if found != size:
                 state = "is missing" if found is None else f"has {found} bytes, its manifest says {size}"
                 raise ValueError(f"{path} {state}; remove {self.path} to have it made again")
+
+
+def wait_until_seen(artifacts: Iterable[Artifact], timeout_s: float = SEEN_S) -> None:
+    """Waits for what other machines have finished: a network file system may show it here some time later.
+
+    Raises:
+        TimeoutError: one of them is still not here.
+    """
+    _wait((artifact.path / MANIFEST for artifact in artifacts), timeout_s)
+
+
+def _wait(paths: Iterable[Path], timeout_s: float) -> None:
+    until = time.monotonic() + timeout_s
+    for path in paths:
+        while not path.exists():
+            if time.monotonic() > until:
+                raise TimeoutError(f"{path} was written on another machine and is not seen here after {timeout_s:g} s")
+            time.sleep(LOOK_S)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from grappa_dist.artifacts import Artifact, Store, write_json
+from grappa_dist.artifacts import Artifact, Store, wait_until_seen, write_json
 from grappa_dist.config_file import read
 from grappa_dist.data.shards import ImageShards, Shard
 from grappa_dist.stages.collect import cache_of
@@ -56,13 +56,12 @@ def _embed(run: Run, spec: ModelSpec) -> Path:
         raise ValueError(f"--images {' '.join(paths)}: the shards hold no images (jpg, jpeg, png, webp)")
     features = features_of(run.store, spec, run.config.embed, images)
     embed(run, images, spec, features)
-    keys = [
-        run.store.artifact(f"keys/{s.name.removesuffix('.tar')}", {}, {"shard": s.fingerprint}) for s in images.shards
-    ]
+    keys = [_keys_of(run.store, shard) for shard in images.shards]
     missing = {artifact: i for i, artifact in enumerate(keys) if not artifact.complete}
     if missing:
         with run.console.stage("keys", f"of {len(missing)} shards"):
             run.runner.map(write_keys, [KeysTask(images, i, artifact) for artifact, i in missing.items()])
+            wait_until_seen(missing)
     shards = [
         {
             "shard": shard.name,

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import json
+import threading
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from grappa_dist.artifacts import MANIFEST, Artifact, RowArrays, Store, replacing, write_json
+from grappa_dist.artifacts import MANIFEST, Artifact, RowArrays, Store, replacing, wait_until_seen, write_json
 
 
 def artifact(root: Path, **settings: object) -> Artifact:
@@ -86,6 +87,24 @@ def test_a_file_that_went_missing_or_changed_its_size_is_named(content: str | No
 def test_what_is_not_finished_cannot_be_checked(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"is not finished: it has no {MANIFEST}"):
         artifact(tmp_path).check()
+
+
+def test_what_another_machine_finishes_is_waited_for_and_named_if_it_never_comes(tmp_path: Path) -> None:
+    late = Store(tmp_path).artifact("late", {}, {})
+    late.begin()
+    threading.Timer(0.2, late.commit).start()
+    wait_until_seen([late])
+    assert late.complete
+    with pytest.raises(TimeoutError, match=r"never-.*manifest.json.*not seen here after 0.1 s"):
+        wait_until_seen([late, Store(tmp_path).artifact("never", {}, {})], 0.1)
+
+
+def test_a_commit_waits_for_the_files_that_others_write(tmp_path: Path) -> None:
+    artifact = Store(tmp_path).artifact("x", {}, {})
+    folder = artifact.begin()
+    threading.Timer(0.2, lambda: (folder / "rows-1.npy").write_bytes(b"x")).start()
+    artifact.commit(expected=["rows-1.npy"])
+    assert json.loads((artifact.path / "manifest.json").read_text())["files"] == {"rows-1.npy": 1}
 
 
 def test_the_fingerprint_tells_settings_inputs_and_kind_and_not_the_place(tmp_path: Path) -> None:

@@ -35,6 +35,11 @@ class RankContext:
     report: Callable[[dict[str, Any]], None]  # status for whoever watches
     stop_requested: Callable[[], bool]  # save and return
 
+    def of_rank_0(self, says: bool) -> bool:
+        """What rank 0 says, on all ranks: ask so what lies on storage, which other nodes may see some time later."""
+        flag = torch.tensor([says], dtype=torch.int64, device=self.device)
+        return bool(self.comm.broadcast(flag, 0))
+
     def raise_if_stopping(self) -> None:
         """Raises Stopped on all ranks when any of them was asked to stop; all ranks call it at the same point."""
         flag = torch.tensor([self.stop_requested()], dtype=torch.int64, device=self.device)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from grappa_dist.artifacts import Artifact, RowArrays, Store, write_json
+from grappa_dist.artifacts import Artifact, RowArrays, Store, wait_until_seen, write_json
 from grappa_dist.config import EmbedConfig
 from grappa_dist.data.loader import load_or_skip, read_batches
 from grappa_dist.data.probe import pixels_class
@@ -82,6 +82,7 @@ def embed(run: Run, images: ImageShards, spec: ModelSpec, features: Sequence[Art
                 watch.look()
 
             run.runner.map(embed_shard, tasks, done)
+            wait_until_seen(features)
     check_bad_share(images, bad_reasons(images, features), run.config.data.max_bad_share)
 
 

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from grappa_dist.artifacts import Artifact, RowArrays, Store, write_json
+from grappa_dist.artifacts import Artifact, RowArrays, Store, wait_until_seen, write_json
 from grappa_dist.config import Config, EvaluateConfig
 from grappa_dist.data.loader import Make, load_images
 from grappa_dist.data.randomness import generator
@@ -89,6 +89,7 @@ def evaluate(
             note_truth(run, images, truth)
             looks = len(tasks) * run.config.evaluate.view_queries
             run.runner.map(evaluate_model, tasks, run.console.counter("models", len(tasks), looks))
+            wait_until_seen(artifact for task in tasks for artifact in (task.scores, task.insight))
 
 
 def evaluate_model(device: torch.device, task: ModelTask) -> None:

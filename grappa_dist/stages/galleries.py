@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from grappa_dist.artifacts import Artifact, RowArrays, Store, write_json
+from grappa_dist.artifacts import Artifact, RowArrays, Store, wait_until_seen, write_json
 from grappa_dist.data.randomness import generator
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.models import Grappa
@@ -65,6 +65,7 @@ def weigh_galleries(
         config = run.config
         task = GalleriesTask(truth, features, bad, config.seed, config.fuse.duplicate_cosine, artifact)
         run.runner.map(weigh_sets, [task])
+        wait_until_seen([artifact])
     for name, found in load_galleries(artifact).items():
         said = zip(features, found["weights"], found["transitivity"], found["effective_rank"], strict=True)
         text = ", ".join(f"{model} {weight:.2f} ({share:.3f}, {rank:.1f})" for model, weight, share, rank in said)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from grappa_dist.artifacts import Artifact, RowArrays, Store, write_json
+from grappa_dist.artifacts import Artifact, RowArrays, Store, wait_until_seen, write_json
 from grappa_dist.data.randomness import generator
 from grappa_dist.ops.partitions import chance_nestedness, nestedness
 from grappa_dist.stages.run import Run
@@ -47,6 +47,7 @@ def judge_partitions(run: Run, artifact: Artifact, labels: Mapping[int, RowArray
     if not artifact.complete:
         with run.console.stage("partitions", f"how K = {', '.join(map(str, labels))} agree, and samples of each"):
             run.runner.map(judge, [PartitionsTask(labels, artifact)])
+            wait_until_seen([artifact])
 
 
 def judge(device: torch.device, task: PartitionsTask) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from grappa_dist.artifacts import Artifact, RowArrays, Store, write_json
+from grappa_dist.artifacts import Artifact, RowArrays, Store, wait_until_seen, write_json
 from grappa_dist.config import ClusteringConfig
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.dist.jobs import Job
@@ -104,6 +104,7 @@ def pseudo_label(
         for line in choices_in_words(run.config.clustering, list(missing), len(images)):
             run.console.say(f"pseudo_label: {line}")
         run.runner.run_jobs([Job("pseudo_label", label_ranks, job, ranks)])
+        wait_until_seen(missing.values())
         for k, artifact in missing.items():
             for line in shortcuts_in_words(json.loads((artifact.path / STATS_FILE).read_text())):
                 run.console.say(f"pseudo_label: k={k}: {line}")
@@ -151,7 +152,7 @@ def label_ranks(context: RankContext, job: LabelJob) -> None:
     )
     share = join_rows(comm, rows, device=context.device)
     for number, (k, artifact) in enumerate(job.labels.items()):
-        if artifact.complete:  # a restart finds the K that were done
+        if context.of_rank_0(artifact.complete):  # a restart finds the K that were done
             continue
         name = f"K={k} ({number + 1}/{len(job.labels)})"
         context.report({"phase": f"{name} initialisation"})
@@ -163,7 +164,7 @@ def label_ranks(context: RankContext, job: LabelJob) -> None:
         if comm.rank == 0:
             _save(folder, k, found, _method(job, k).choice)
             (folder / PROGRESS_FILE).unlink(missing_ok=True)
-            artifact.commit()
+            artifact.commit(expected=[rows_file(shard) for shard in range(len(job.shard_names))])
         comm.barrier()
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from grappa_dist.artifacts import Artifact, Store, write_json
+from grappa_dist.artifacts import Artifact, Store, wait_until_seen, write_json
 from grappa_dist.data.shards import BadLabels, ImageShards
 from grappa_dist.stages.run import Run
 
@@ -39,6 +39,7 @@ def note_truth(run: Run, images: ImageShards, truth: Artifact) -> None:
     if truth.complete:
         return
     run.runner.map(read_truth, [(images, truth)])
+    wait_until_seen([truth])
     unreadable = json.loads((truth.path / TRUTH_NAMES).read_text())["unreadable"]
     if unreadable["images"]:
         run.console.say(
