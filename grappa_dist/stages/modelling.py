@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
+import os
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -49,13 +51,33 @@ class ModelSpec:
 
 
 def backbone_settings(config: BackboneConfig) -> dict[str, Any]:
-    """What identifies the backbone: its settings, with a checkpoint file told by content, not by place."""
+    """What identifies the backbone: its settings, with a checkpoint file and one's own module told by content.
+
+    Raises:
+        ValueError: the checkpoint or the module is not there.
+    """
     settings = config.model_dump(mode="json", exclude={"checkpoint"})
+    module = config.name.partition(":")[0]
+    if module != "timm":
+        source = _source_of(module, config.name)
+        settings["source_sha256"] = _sha256(source, os.stat(source).st_mtime_ns)
     if config.checkpoint:
         if not Path(config.checkpoint).is_file():
             raise ValueError(f"backbone.checkpoint={config.checkpoint!r} does not exist")
         settings["checkpoint_sha256"] = _sha256(config.checkpoint, Path(config.checkpoint).stat().st_mtime_ns)
     return settings
+
+
+@lru_cache
+def _source_of(module: str, name: str) -> str:
+    """The file of a module, which is not imported."""
+    try:
+        spec = importlib.util.find_spec(module)
+    except ModuleNotFoundError:  # of a package that it is in
+        spec = None
+    if spec is None or spec.origin is None or not Path(spec.origin).is_file():
+        raise ValueError(f"backbone.name={name}: there is no module {module!r}; is its folder on PYTHONPATH?")
+    return spec.origin
 
 
 @lru_cache

@@ -53,9 +53,21 @@ def test_a_checkpoint_is_told_by_its_content_and_not_by_its_place(tmp_path: Path
     settings = [backbone_settings(OWN.model_copy(update={"checkpoint": str(path)})) for path in (first, copy, other)]
     assert settings[0] == settings[1] != settings[2]
     assert str(tmp_path) not in str(settings)
-    assert backbone_settings(OWN) == OWN.model_dump(mode="json", exclude={"checkpoint"})
+    assert set(settings[0]) - set(backbone_settings(OWN)) == {"checkpoint_sha256"}
     with pytest.raises(ValueError, match=r"backbone\.checkpoint='nowhere' does not exist"):
         backbone_settings(OWN.model_copy(update={"checkpoint": "nowhere"}))
+
+
+def test_a_backbone_of_ones_own_is_told_by_its_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "my_vit.py").write_text("raise AssertionError('not imported to be named')\n")
+    first = backbone_settings(BackboneConfig(name="my_vit:create"))
+    assert backbone_settings(BackboneConfig(name="my_vit:create")) == first
+    (tmp_path / "my_vit.py").write_text("raise AssertionError('another source')\n")
+    assert backbone_settings(BackboneConfig(name="my_vit:create")) != first
+    for name in ("no_such_vit", "no_such_package.vit"):
+        with pytest.raises(ValueError, match=f"backbone.name={name}:create: there is no module '{name}'.*PYTHONPATH"):
+            backbone_settings(BackboneConfig(name=f"{name}:create"))
 
 
 def test_settings_that_are_null_are_the_backbones_own() -> None:
