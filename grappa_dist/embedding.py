@@ -29,7 +29,9 @@ class KeysTask:
     artifact: Artifact
 
 
-def embed_images(model: Path, paths: Sequence[str], out: Path, overrides: Iterable[str] = ()) -> Path:
+def embed_images(
+    model: Path, paths: Sequence[str], out: Path, overrides: Iterable[str] = (), *, gallery: str | None = None
+) -> Path:
     """Embeds the images of some shards; the list of what there is then, `embeddings.json` in `out`.
 
     Per shard it names `rows`, unit rows (P, D) float32, and `keys`, the images' keys in the same order; and `bad`, the
@@ -38,14 +40,17 @@ def embed_images(model: Path, paths: Sequence[str], out: Path, overrides: Iterab
     Args:
         model: a run directory, or that of an exported model.
         overrides: `key=value` of the sections embed, resources and data.
+        gallery: which task's weights of the sets are taken, of a model that weighs them by galleries.
 
     Raises:
         ValueError: there is no such model, or a path or setting is wrong, saying which.
     """
-    spec = exported_spec(model)
+    spec = exported_spec(model, gallery)
     data = {"train": tuple(paths)}
     config = read({"name": "embeddings", "data": data, "backbone": {"name": spec.backbone.name}}, overrides)
     with running(config, out) as run:
+        if spec.name == "gallery" and gallery is None:
+            run.console.say("warning: the model weighs its sets by galleries and none was named: this is their average")
         return _embed(run, spec)
 
 

@@ -21,6 +21,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--model", required=True, help="a run directory, or an exported model's")
     parser.add_argument("--images", required=True, nargs="+", help="folders of shards, tars or patterns; also s3://")
+    parser.add_argument("--gallery", help="of a model of the variant gallery: the task whose weights are taken")
     parser.add_argument("--out", required=True, help="the folder for the embeddings")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of embed, resources and data.max_bad_share")
     return parser.parse_intermixed_args()
@@ -31,7 +32,7 @@ def work(asked: argparse.Namespace, ending: Ending) -> None:
     from grappa_dist.stages.collect import run_root
 
     ending.log_dir = root = run_root(asked.out, "embeddings")
-    found = embed_images(Path(asked.model), asked.images, root, asked.overrides)
+    found = embed_images(Path(asked.model), asked.images, root, asked.overrides, gallery=asked.gallery)
     print(f"embeddings  {found}")
 
 

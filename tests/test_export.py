@@ -17,7 +17,7 @@ from grappa_dist.export import RetrievalModel, export_model, load_model
 from grappa_dist.models import Grappa, create_backbone
 from grappa_dist.ops.galleries import set_weights, transitivity
 from grappa_dist.stages.galleries import GALLERIES_FILE
-from grappa_dist.stages.modelling import ADAPTORS_FILE, CONFIG_FILE, FUSION_FILE, ModelSpec, build
+from grappa_dist.stages.modelling import ADAPTORS_FILE, CONFIG_FILE, FUSION_FILE, ModelSpec, build, exported_spec
 from tests.models import tiny
 
 SIZE, BOTTLENECK = 32, 3
@@ -131,6 +131,22 @@ def test_a_gallery_model_is_exported_as_the_average_with_the_weights_of_each_gal
     for task, w in weights.items():
         model.weigh(model.galleries[task])
         torch.testing.assert_close(model.attention(images(2)), torch.tensor(w).expand(2, 2, 3))
+
+
+def test_a_description_of_a_gallery_model_takes_the_weights_of_the_gallery_it_names(tmp_path: Path) -> None:
+    spec, store = fake_run(tmp_path, 3, fused=False), Store(tmp_path)
+    galleries, artifact = store.artifact("galleries", {}, {}), store.artifact("models/gallery", {}, {})
+    write_json(galleries.begin() / GALLERIES_FILE, {"birds": {"weights": [0.5, 0.5, 0.0]}})
+    galleries.commit()
+    export_model(replace(spec, name="gallery", galleries=galleries), ["a", "b", "c"], artifact)
+    named, plain = exported_spec(artifact.path, "birds"), exported_spec(artifact.path)
+    assert named.inputs != plain.inputs
+    given, model = images(2), load_model(artifact.path)
+    model.weigh(model.galleries["birds"])
+    found = torch.nn.functional.normalize(build(named, torch.device("cpu"))(given), dim=1)
+    torch.testing.assert_close(found, model(given), atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="no weights for the gallery 'cars'; it has birds"):
+        exported_spec(artifact.path, "cars")
 
 
 def test_a_model_of_another_variant_knows_no_galleries(tmp_path: Path) -> None:

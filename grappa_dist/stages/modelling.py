@@ -37,11 +37,13 @@ class ModelSpec:
     galleries: Artifact | None = None  # weights of the sets for the images of each task
     exported: Path | None = None  # an exported model instead, and
     weights: str = ""  # the hash of its weights
+    weighed: tuple[float, ...] = ()  # and how it weighs its sets, where that is not as exported
 
     @property
     def inputs(self) -> dict[str, Artifact | str]:
         sets = {f"adaptors {i}": artifact for i, artifact in enumerate(self.adaptors)}
         more = {"fusion": self.fusion, "galleries": self.galleries, "weights": self.weights}
+        more["weighed"] = json.dumps(self.weighed) if self.weighed else ""
         return {**sets, **{name: given for name, given in more.items() if given}}
 
     @property
@@ -96,7 +98,10 @@ def build_backbone(config: BackboneConfig, *, pretrained: bool = True) -> Backbo
 def build(spec: ModelSpec, device: torch.device) -> nn.Module:
     """The model of a description, frozen, on the device."""
     if spec.exported is not None:
-        return load_grappa(spec.exported)[0].requires_grad_(False).eval().to(device)
+        exported = load_grappa(spec.exported)[0].requires_grad_(False).eval()
+        if spec.weighed:
+            exported.weigh(torch.tensor(spec.weighed))
+        return exported.to(device)
     backbone = build_backbone(spec.backbone)
     if not spec.adaptors:
         return backbone.to(device)
@@ -107,17 +112,25 @@ def build(spec: ModelSpec, device: torch.device) -> nn.Module:
     return model.requires_grad_(False).eval().to(device)
 
 
-def exported_spec(run_or_model_dir: Path) -> ModelSpec:
+def exported_spec(run_or_model_dir: Path, gallery: str | None = None) -> ModelSpec:
     """The description of an exported model.
 
+    Args:
+        gallery: the task of the run whose weights of the sets are taken; None: as exported, which for the variant
+            `gallery` is the average.
+
     Raises:
-        ValueError: the directory holds no model, or one of an unknown format.
+        ValueError: the directory holds no model, one of an unknown format, or one without weights for that gallery.
     """
     folder, config = exported_config(run_or_model_dir)
     backbone = BackboneConfig(name=config["backbone"]["name"], kwargs=config["backbone"]["kwargs"])
     path = folder / WEIGHTS_FILE
     weights = _sha256(str(path), path.stat().st_mtime_ns)
-    return ModelSpec(config["variant"], backbone, exported=folder.resolve(), weights=weights)
+    known: dict[str, list[float]] = config.get("galleries", {})
+    if gallery is not None and gallery not in known:
+        raise ValueError(f"{folder} has no weights for the gallery {gallery!r}; it has {', '.join(known) or 'none'}")
+    weighed = tuple(known[gallery]) if gallery is not None else ()
+    return ModelSpec(config["variant"], backbone, exported=folder.resolve(), weights=weights, weighed=weighed)
 
 
 def exported_config(run_or_model_dir: Path) -> tuple[Path, dict[str, Any]]:
@@ -150,7 +163,7 @@ _latest: dict[tuple[Any, ...], nn.Module] = {}
 def built(spec: ModelSpec, device: torch.device) -> nn.Module:
     """`build`, keeping the last model: a worker embeds many shards with one."""
     sets = (spec.bottleneck, spec.adaptors, spec.fusion, spec.galleries)
-    key = (spec.backbone.model_dump_json(), *sets, spec.weights, str(device))
+    key = (spec.backbone.model_dump_json(), *sets, spec.weights, spec.weighed, str(device))
     if key not in _latest:
         _latest.clear()
         _latest[key] = build(spec, device)
