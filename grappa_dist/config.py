@@ -185,6 +185,7 @@ class EvaluateConfig(Section):
     gallery_queries: Annotated[int, Field(ge=0)] = 4  # per task, shown in the report
     gallery_hits: Count = 5
     view_queries: Annotated[int, Field(ge=0)] = 512  # images whose augmented view must find its source
+    train_images: Count = 20_000  # without data.test: so many training images, in whole shards, are looked at instead
     export: str | None = None  # the fusion variant that becomes the model; null: the last of fuse.variants
 
 

@@ -36,7 +36,7 @@ def lay_out(config: Config, store: Store, train: ImageShards, test: ImageShards 
         v: fusion_of(store, v, config.backbone, config.fuse, config.data, config.seed, sets) for v in trained
     }
     models = _models(config, adaptors, fusions)
-    images = test or train
+    images = test or train.some(config.evaluate.train_images, config.seed)
     truth = truth_of(store, images, labelled=test is not None)
     models, galleries = _with_galleries(config, store, models, truth, images)
     test_features = {m: features_of(store, spec, config.embed, images) for m, spec in models.items()}

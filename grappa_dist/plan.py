@@ -32,8 +32,9 @@ def _table(config: Config, root: Path) -> str:
     lines = [f"run directory  {root}", f"workers        {_workers(config.resources)}"]
     if has_drawn(config.data, store):
         train, test = open_images(config.data, store, config.resources, write_index=False)
-        flow: Flow | None = lay_out(config, store, train, test)
-        sizes = {"train": len(train), "test": len(test) if test else len(train)}
+        laid_out = lay_out(config, store, train, test)
+        flow: Flow | None = laid_out
+        sizes = {"train": len(train), "test": len(laid_out.test)}
     else:
         flow, sizes = None, collection_sizes(config.data)
         lines.append(f"collect        {config.data.collection} draws {sizes['train']} + {sizes['test']} images")

@@ -31,6 +31,16 @@ def flow_of(root: Path, shards: Sequence[str], seed: int = 0, **sections: Mappin
     return lay_out(settings, Store(root), ImageShards.open(settings.data.train, None), None)
 
 
+def test_without_test_images_some_training_images_are_looked_at_by_every_model(
+    tmp_path: Path, shards: list[str]
+) -> None:
+    flow = flow_of(tmp_path, shards, evaluate={"train_images": 10})
+    assert 10 <= len(flow.test) < len(flow.train)
+    assert {len(features) for features in flow.test_features.values()} == {len(flow.test.shards)}
+    assert set(flow.test_features["backbone"]) < set(flow.features)  # nothing is embedded twice
+    assert flow_of(tmp_path, shards, evaluate={"train_images": tiny.NUM_ROWS}).test == flow.train
+
+
 def stages_of(flow: Flow) -> dict[str, set[str]]:
     """Names of the artefacts of every stage."""
 

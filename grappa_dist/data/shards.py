@@ -31,6 +31,7 @@ from grappa_dist.data.index import (
     refusal,
     split_name,
 )
+from grappa_dist.data.randomness import permutation
 from grappa_dist.data.remote import RemoteObject, is_remote
 from grappa_dist.data.remote_index import RemoteRows
 
@@ -112,6 +113,15 @@ class ImageShards:
     def part(self, shard: int) -> ImageShards:
         """One shard by itself, its rows counted from 0: what a task needs that reads no other."""
         return ImageShards((self.shards[shard],), (self.indexes[shard],), self.cache)
+
+    def some(self, rows: int, seed: int) -> ImageShards:
+        """Whole shards, drawn by the seed, with at least so many rows; all of them where there are no more."""
+        if len(self) <= rows:
+            return self
+        order = permutation(len(self.shards), "some shards", seed)
+        enough = int(np.searchsorted(np.cumsum(np.diff(self.starts)[order]), rows)) + 1
+        chosen = sorted(order[:enough].tolist())
+        return ImageShards(tuple(self.shards[i] for i in chosen), tuple(self.indexes[i] for i in chosen), self.cache)
 
     def shard_rows(self, shard: int) -> range:
         """Row ids of one shard."""

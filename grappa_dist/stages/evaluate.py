@@ -70,7 +70,7 @@ def insight_of(
     store: Store, truth: Artifact, model: str, settings: EvaluateConfig, seed: int, features: Sequence[Artifact]
 ) -> Artifact:
     inputs = {"truth": truth, **{f"shard {i}": a for i, a in enumerate(features)}}
-    told = {**settings.model_dump(exclude={"export"}), "seed": seed, "neighbours": NEIGHBOURS}
+    told = {**settings.model_dump(exclude={"export", "train_images"}), "seed": seed, "neighbours": NEIGHBOURS}
     return store.artifact(f"insight/{model}", told, inputs)
 
 

@@ -15,7 +15,7 @@ class Flow:
     """Every artefact of a run, in the order in which they are made."""
 
     train: ImageShards
-    test: ImageShards  # the training images where there are no others
+    test: ImageShards  # where there are no others, some of the training images
     features: tuple[Artifact, ...]  # of the training images, by the frozen backbone
     labels: Mapping[int, Artifact]  # by K
     partitions: Artifact  # how these labels agree, and samples of their clusters

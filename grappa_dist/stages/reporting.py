@@ -243,7 +243,7 @@ def _bad(images: ImageShards, features: Sequence[Artifact]) -> Iterator[BadRow]:
 
 
 def _bad_test(flow: Flow) -> Iterator[BadRow]:
-    if flow.test is not flow.train:
+    if flow.truth.settings["labelled"]:  # else they are training images
         yield from _bad(flow.test, flow.test_features["backbone"])
 
 

@@ -325,3 +325,18 @@ def test_json_that_does_not_parse_names_shard_and_key(tmp_path: Path) -> None:
     for row, key in enumerate(("a/k", "b")):
         with pytest.raises(ValueError, match=f"t.tar: image '{key}': its JSON"):
             shards.labels(row)
+
+
+def test_some_shards_are_whole_ones_drawn_by_the_seed_with_enough_rows(tmp_path: Path) -> None:
+    for number, rows in enumerate((4, 2, 3, 9, 1, 5)):
+        write_folder(tmp_path / f"{number}", rows)
+    images = ImageShards.open([tmp_path / f"{number}" for number in range(6)], None)
+    assert images.some(24, 0) is images
+    drawn = {seed: images.some(6, seed) for seed in range(20)}
+    assert len({some.shards for some in drawn.values()}) > 3
+    for some in drawn.values():
+        assert 6 <= len(some) <= 6 + 8
+        assert [shard for shard in images.shards if shard in some.shards] == list(some.shards)  # in their order
+        for shard, index in zip(some.shards, some.indexes, strict=True):
+            assert index == images.indexes[images.shards.index(shard)]
+    assert images.some(6, 3) == drawn[3]
