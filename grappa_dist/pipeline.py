@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
-from grappa_dist.artifacts import RowArrays, Store
+from grappa_dist.artifacts import Artifact, RowArrays, Store
 from grappa_dist.config import Config
 from grappa_dist.dist.cluster import Cluster
 from grappa_dist.dist.preflight import Checks, table
@@ -32,7 +32,7 @@ from grappa_dist.stages.evaluate import Evaluation, evaluate
 from grappa_dist.stages.flow import Flow
 from grappa_dist.stages.fuse import fuse, least_bytes
 from grappa_dist.stages.galleries import weigh_galleries
-from grappa_dist.stages.mirror import mirrored
+from grappa_dist.stages.mirror import artifacts_of, mirrored
 from grappa_dist.stages.partitions import judge_partitions
 from grappa_dist.stages.pseudo_label import label_rows, pseudo_label
 from grappa_dist.stages.reporting import report
@@ -77,19 +77,25 @@ def checks_of(config: Config, store: Store, flow: Flow) -> Checks:
 
 
 def check(config: Config, root: Path) -> str:
-    """Starts the workers, looks whether every node can take part, and ends them; a line per node.
+    """Looks whether what the run has made is whole, and starts the workers to see whether every node can take part.
+
+    A line per node.
 
     Raises:
-        ValueError: something is missing, saying what and where.
+        ValueError: something is missing or damaged, saying what and where.
     """
-    store = Store(root)
+    store, made = Store(root), list[Artifact]()
     cluster = Cluster(config.resources, Checks(root.absolute(), _nothing))
     if has_drawn(config.data, store):
         train, test = open_images(config.data, store, config.resources, write_index=False)
-        cluster.checks = checks_of(config, store, lay_out(config, store, train, test))
+        flow = lay_out(config, store, train, test)
+        cluster.checks = checks_of(config, store, flow)
+        made = [artifact for artifact in artifacts_of(flow) if artifact.complete]
+        for artifact in made:
+            artifact.check()
     try:
         count = len(cluster.workers())
-        return f"{table(cluster.facts.values())}\n{count} workers can start"
+        return f"{table(cluster.facts.values())}\n{count} workers can start; {len(made)} artefacts are there and whole"
     finally:
         cluster.close()
 

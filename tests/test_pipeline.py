@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -98,6 +99,20 @@ def test_a_changed_setting_makes_anew_what_depends_on_it(
             assert len(after[stage] & before[stage]) == untouched, stage
         else:
             assert not after[stage] & before[stage], stage
+
+
+def test_a_check_names_a_file_that_is_no_longer_what_its_manifest_says(
+    tmp_path: Path, shards: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = tiny.config(shards)
+    pipeline._run(tiny.run_in(settings, tmp_path, tiny.Here()), "pseudo_label")
+    workers = SimpleNamespace(workers=lambda: [1, 2], facts={}, close=lambda: None)
+    monkeypatch.setattr(pipeline, "Cluster", lambda *_: workers)
+    assert pipeline.check(settings, tmp_path).endswith("2 workers can start; 7 artefacts are there and whole")
+    (cut,) = tmp_path.glob("labels/k=4-*/centroids.npy")
+    cut.write_bytes(cut.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"centroids.npy has \d+ bytes, its manifest says \d+; remove"):
+        pipeline.check(settings, tmp_path)
 
 
 def test_a_changed_seed_keeps_the_features_alone(tmp_path: Path, shards: list[str]) -> None:
