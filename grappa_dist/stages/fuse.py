@@ -21,11 +21,13 @@ from grappa_dist.artifacts import Artifact, RowArrays, Store, replacing
 from grappa_dist.config import BackboneConfig, DataConfig, FuseConfig
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.dist.accumulate import accumulate
+from grappa_dist.dist.correlation import penalty_of
 from grappa_dist.dist.engine import Engine
 from grappa_dist.dist.jobs import Job
 from grappa_dist.dist.train import Schedule, train
 from grappa_dist.dist.workers import RankContext
 from grappa_dist.models import Grappa, Projector
+from grappa_dist.ops.correlation import rows_are_cheaper
 from grappa_dist.ops.lars import Lars
 from grappa_dist.ops.losses import barlow_twins
 from grappa_dist.ops.schedules import cosine
@@ -70,10 +72,16 @@ def fusion_of(
     return store.artifact(f"fusion/{variant}", settings, {f"adaptors {i}": a for i, a in enumerate(sets)})
 
 
-def least_bytes(fuse: FuseConfig) -> int:
-    """Memory that every rank of a fusion job needs, whatever the backbone: projector, its gradient and momentum, C."""
+def least_bytes(fuse: FuseConfig, ranks: int | None) -> int:
+    """Memory that every rank of a fusion job needs, whatever the backbone: projector, its gradient and momentum, C.
+
+    Args:
+        ranks: None where it is not known yet.
+    """
     weights = sum(before * after for before, after in pairwise(fuse.projector))
-    return 4 * (3 * weights + fuse.projector[-1] ** 2)
+    width = fuse.projector[-1]
+    by_rows = rows_are_cheaper(fuse.global_batch, width, ranks or 2)
+    return 4 * (3 * weights + width**2 // ((ranks or width) if by_rows else 1))
 
 
 def fuse(
@@ -160,6 +168,7 @@ class FuseObjective:
                 layer.attention.initialise(draws)
         projector.initialise(draws)
         self.module = FusionModule(self.grappa, projector).to(context.device)
+        self._penalty = penalty_of(context.comm, job.fuse.global_batch, job.fuse.projector[-1])
         self._pairs = Pairs(
             context,
             job.training,
@@ -204,8 +213,8 @@ class FuseObjective:
 
     def _loss(self, za: Tensor, zb: Tensor) -> Tensor:
         allsum, project = self._context.comm.allsum, self.module.projector
-        loss = barlow_twins(project(za, allsum), project(zb, allsum), self._job.fuse.beta, allsum)
-        return loss * self._job.fuse.loss_scale
+        ga, gb = project(za, allsum), project(zb, allsum)
+        return self._job.fuse.loss_scale * barlow_twins(ga, gb, self._job.fuse.beta, allsum, penalty=self._penalty)
 
     def _watch(self) -> None:
         """Adds entropies, as shares of log N, and mean weights over layers, of the images just seen."""
