@@ -24,7 +24,7 @@ from grappa_dist.dist.accumulate import accumulate
 from grappa_dist.dist.correlation import penalty_of
 from grappa_dist.dist.engine import Engine
 from grappa_dist.dist.jobs import Job
-from grappa_dist.dist.train import Schedule, train
+from grappa_dist.dist.train import Schedule, Watch, train
 from grappa_dist.dist.workers import RankContext
 from grappa_dist.models import Grappa, Projector
 from grappa_dist.ops.correlation import rows_are_cheaper
@@ -134,10 +134,12 @@ def train_fusion(context: RankContext, job: FuseJob) -> None:
         )
         warmup = min(config.warmup_steps, steps - 1)
         schedule = Schedule(steps, config.checkpoint_steps, lambda step: peak * cosine(step, steps, warmup))
-        if train(context, objective, optimizer, schedule, folder=folder, job=job.variant) and context.comm.rank == 0:
+        watch = Watch(before_checkpoint=objective.save)
+        done = train(context, objective, optimizer, schedule, folder=folder, job=job.variant, watch=watch)
+        if done and context.comm.rank == 0:
             with replacing(folder / FUSION_FILE) as temporary:
                 save_file(objective.grappa.attention_tensors(), temporary)
-            job.artifact.commit(discard=["checkpoints", "knn/*.partial"])
+            job.artifact.commit(discard=["checkpoints", "knn/*.partial", "knn/features-*"])
 
 
 class FusionModule(nn.Module):
@@ -208,10 +210,14 @@ class FuseObjective:
         self._shares.zero_()
         return figures
 
+    def save(self, step: int) -> None:
+        self._pairs.save(step)
+
     def close(self) -> None:
         self._pairs.close()
 
     def _loss(self, za: Tensor, zb: Tensor) -> Tensor:
+        self._pairs.keep(za)
         allsum, project = self._context.comm.allsum, self.module.projector
         ga, gb = project(za, allsum), project(zb, allsum)
         return self._job.fuse.loss_scale * barlow_twins(ga, gb, self._job.fuse.beta, allsum, penalty=self._penalty)
