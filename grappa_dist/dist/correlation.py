@@ -21,18 +21,20 @@ from grappa_dist.ops.losses import Penalty
 
 def penalty_of(comm: Comm, batch: int, dim: int) -> Penalty:
     """The cheaper way for batches of up to so many pairs over all ranks; all ranks choose alike."""
-    function = _ByRows if rows_are_cheaper(batch, dim, comm.size) else _Whole
+    return by_rows_penalty(comm) if rows_are_cheaper(batch, dim, comm.size) else whole_penalty(comm)
 
-    def penalty(a: Tensor, b: Tensor, beta: float) -> Tensor:
-        value: Tensor = function.apply(a, b, beta, comm)  # type: ignore[no-untyped-call]
-        return value
 
-    return penalty
+def whole_penalty(comm: Comm) -> Penalty:
+    """C on every rank, summed in a ring."""
+    return lambda a, b, beta: _Whole.apply(a, b, beta, comm)  # type: ignore[no-untyped-call]
+
+
+def by_rows_penalty(comm: Comm) -> Penalty:
+    """On every rank the rows of C that are its own; what travels is pairs and their gradients."""
+    return lambda a, b, beta: _ByRows.apply(a, b, beta, comm)  # type: ignore[no-untyped-call]
 
 
 class _Whole(torch.autograd.Function):
-    """C on every rank."""
-
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, beta: float, comm: Comm) -> Tensor:
         c = comm.sum_(a.T @ b)
@@ -50,12 +52,10 @@ class _Whole(torch.autograd.Function):
 
 
 class _ByRows(torch.autograd.Function):
-    """A rank's rows of C need its columns of all first views, and all second views."""
-
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, beta: float, comm: Comm) -> Tensor:
         blocks = [block_of(a.shape[1], rank, comm.size) for rank in range(comm.size)]
-        own = blocks[comm.rank]
+        own = blocks[comm.rank]  # its rows of C are of these columns of all first views, and all of the second ones
         parts = comm.gather(b)
         sizes = [len(part) for part in parts]
         second = torch.cat(parts)  # (B, D)

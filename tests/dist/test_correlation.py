@@ -6,15 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from grappa_dist.dist import correlation
 from grappa_dist.dist.comm import Comm
-from grappa_dist.dist.correlation import penalty_of
+from grappa_dist.dist.correlation import by_rows_penalty, penalty_of, whole_penalty
 from grappa_dist.models import Projector
-from grappa_dist.ops.losses import Penalty, barlow_twins
+from grappa_dist.ops.losses import barlow_twins
 from tests.processes import run_ranks
 
 BETA = 0.05
-WAYS = {"whole": correlation._Whole, "rows": correlation._ByRows}
+WAYS = {"whole": whole_penalty, "rows": by_rows_penalty}
 SHARES = [(6,), (4, 3), (6, 0), (1, 6), (5, 0, 3), (1, 1, 1)]
 
 
@@ -25,17 +24,13 @@ def views(num: int, dim: int, dtype: torch.dtype = torch.float64) -> tuple[Tenso
     return za.to(dtype), (3 * zb + 1).to(dtype)
 
 
-def forced(comm: Comm, way: str) -> Penalty:
-    return lambda a, b, beta: WAYS[way].apply(a, b, beta, comm)
-
-
 def gradients(comm: Comm, sizes: tuple[int, ...], dim: int, dtype: torch.dtype) -> dict[str, list[Tensor]]:
     """Value and gradients of this rank's pairs, by every way; in bfloat16 under autocast, as on a GPU."""
     found = {}
     for way in WAYS:
         za, zb = (z.split(list(sizes))[comm.rank].clone().requires_grad_() for z in views(sum(sizes), dim, dtype))
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            loss = barlow_twins(za, zb, BETA, comm.allsum, penalty=forced(comm, way))
+            loss = barlow_twins(za, zb, BETA, comm.allsum, penalty=WAYS[way](comm))
         found[way] = [loss.detach(), *torch.autograd.grad(3 * loss, (za, zb))]
     return found
 
@@ -78,7 +73,7 @@ def projected(comm: Comm, sizes: tuple[int, ...], way: str | None) -> dict[str, 
     projector = Projector(5, (6, 7)).double()
     projector.initialise(torch.Generator().manual_seed(3))
     za, zb = (z.split(list(sizes))[comm.rank].clone().requires_grad_() for z in views(sum(sizes), 5))
-    penalty = None if way is None else forced(comm, way)
+    penalty = None if way is None else WAYS[way](comm)
     loss = barlow_twins(projector(za, comm.allsum), projector(zb, comm.allsum), BETA, comm.allsum, penalty=penalty)
     loss.backward()
     weights = {name: comm.sum_(p.grad.clone()) / comm.size for name, p in projector.named_parameters()}
