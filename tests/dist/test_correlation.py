@@ -102,3 +102,27 @@ def test_all_ranks_cut_the_matrix_up_where_it_is_wider_than_the_batch() -> None:
     assert "_Whole" in chosen(Comm(), 4, 64)
     assert all("_ByRows" in name for name in run_ranks(chosen, 2, 4, 64))
     assert all("_Whole" in name for name in run_ranks(chosen, 2, 64, 4))
+
+
+def kept(comm: Comm, way: str, num: int, dim: int) -> int:
+    """Numbers that are held from the forward pass to the backward pass, inputs left out."""
+    a, b = (z.float().requires_grad_() for z in views(num, dim))
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() // 4
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        value = WAYS[way](comm)(a, b, BETA)
+    given = {z.untyped_storage().data_ptr() for z in (a, b)}
+    assert value.requires_grad
+    return sum(size for pointer, size in sizes.items() if pointer not in given)
+
+
+def test_one_matrix_is_kept_and_by_rows_a_part_of_it() -> None:
+    num, dim = 3, 50
+    assert kept(Comm(), "whole", num, dim) == dim**2
+    both = 2 * num  # pairs of two ranks
+    for found in run_ranks(kept, 2, "rows", num, dim):
+        assert found == dim**2 // 2 + both * dim + both * dim // 2
