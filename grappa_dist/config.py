@@ -170,7 +170,7 @@ class FuseConfig(Section):
             left_out |= {"graph", "recall_floor"}  # fusions from before there was a choice keep their names
         if self.graph == "exact":
             left_out.add("recall_floor")  # which it does not look at
-        if self.graph_features == "fresh" or not variant.startswith("neighbours"):
+        if self.graph_features == "fresh" or "neighbours" in left_out:
             left_out.add("graph_features")
         return {k: v for k, v in self.model_dump(mode="json").items() if k not in left_out and not k.startswith(other)}
 
