@@ -19,6 +19,7 @@ from grappa_dist.layout import lay_out
 from grappa_dist.observe import Console
 from grappa_dist.report.content import ScoreRow
 from grappa_dist.stages.adapt import adapt
+from grappa_dist.stages.adapt_plan import known_workers
 from grappa_dist.stages.collect import (
     collection_of,
     draw_collection,
@@ -72,7 +73,7 @@ def _run(context: Run, until: str | None = None) -> tuple[Path, list[ScoreRow]] 
 def checks_of(config: Config, store: Store, flow: Flow) -> Checks:
     """What the nodes are asked before the first stage that needs workers; a run that reuses everything asks none."""
     trained = [artifact for artifact in flow.fusions.values() if not artifact.complete]
-    need = least_bytes(config.fuse) if trained else 0
+    need = least_bytes(config.fuse, known_workers(config.resources)) if trained else 0
     return Checks(store.root.absolute(), partial(read_a_little, ends_of(flow.train, flow.test)), need)
 
 

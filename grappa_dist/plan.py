@@ -10,6 +10,7 @@ from grappa_dist.artifacts import Artifact, Store
 from grappa_dist.config import UNTRAINED, Config, Resources
 from grappa_dist.layout import lay_out
 from grappa_dist.models.backbone import check_name
+from grappa_dist.ops.correlation import by_rows, rows_are_cheaper, whole
 from grappa_dist.stages.adapt_plan import adapt_in_words, jobs_in_words, known_workers, ranks_of
 from grappa_dist.stages.collect import collection_sizes, has_drawn, open_images
 from grappa_dist.stages.flow import Flow
@@ -100,10 +101,21 @@ def _costs(config: Config, num_rows: int, ks: tuple[int, ...], dim: int = 384) -
         f"per rank: projector with momentum {_size(12 * projector)}, "
         f"correlation matrix {_size(4 * config.fuse.projector[-1] ** 2)}"
     )
-    sums = projector + 2 * config.fuse.projector[-1] ** 2  # gradients; the matrix and its gradient
-    yield (
-        f"fuse traffic   a step sends and receives about {_size(8 * sums)} per rank where there are several: "
-        "the sums of the projector's gradients, of the correlation matrix and of its gradient, in a ring"
+    yield _fuse_traffic(config, projector)
+
+
+def _fuse_traffic(config: Config, projector: int) -> str:
+    """What a step of a fusion sends, on the ranks that are known of, else on two."""
+    batch, width = config.fuse.global_batch, config.fuse.projector[-1]
+    ranks = max(2, known_workers(config.resources) or 2)
+    cut = rows_are_cheaper(batch, width, ranks)
+    cost = by_rows(batch, width, ranks) if cut else whole(batch, width, ranks)
+    gradients = 2 * (ranks - 1) / ranks * projector
+    of_matrix = "pairs for rows of the correlation matrix and their gradients" if cut else "the correlation matrix"
+    return (
+        f"fuse traffic   on {ranks} ranks a step sends and receives about {_size(4 * (gradients + cost.sent))} each: "
+        f"the projector's gradients {_size(4 * gradients)}, {of_matrix} {_size(4 * cost.sent)}; for that matrix, "
+        f"{'cut up by rows' if cut else 'whole on every rank'}, a rank holds {_size(4 * cost.held)}"
     )
 
 

@@ -51,7 +51,15 @@ def test_a_plan_prices_the_projector_in_memory_and_traffic(tmp_path: Path) -> No
     projector = 384 * 8192 + 2 * 8192**2  # the paper's, 137 million parameters
     assert f"projector with momentum {12 * projector / 2**30:.1f} GiB" in lines["rough bytes"]
     assert "correlation matrix 256 MiB" in lines["rough bytes"]
-    assert f"about {8 * (projector + 2 * 8192**2) / 2**30:.1f} GiB per rank" in lines["fuse traffic"]
+    pairs = 8 * (16 * 8192 + 8 * 8192) // 2  # of 16 pairs, all second views and half of the first, there and back
+    assert (
+        f"on 2 ranks a step sends and receives about {(4 * projector + pairs) / 2**20:.0f} MiB each"
+        in (lines["fuse traffic"])
+    )
+    assert f"and their gradients {pairs / 2**10:.0f} KiB" in lines["fuse traffic"]
+    assert "cut up by rows, a rank holds 131 MiB" in lines["fuse traffic"]  # half of the matrix, and pairs
+    small = lines_of(tiny.config(shards, **{**SECTIONS, "fuse": {**SECTIONS["fuse"], "projector": (8, 8)}}), tmp_path)
+    assert "whole on every rank, a rank holds 256 B" in small["fuse traffic"]
 
 
 def test_a_plan_tells_what_waits_for_what_and_the_memory_of_a_step(tmp_path: Path) -> None:

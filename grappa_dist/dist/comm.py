@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import datetime
+import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -86,6 +87,16 @@ class Comm:
             if len(part):
                 dist.broadcast(part, source)
         return parts
+
+    def exchange(self, parts: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+        """Part r goes to rank r; what every rank has for us, in rank order, of these shapes."""
+        if self.size == 1:
+            return list(parts)
+        sent = torch.cat([part.reshape(-1) for part in parts])
+        counts = [math.prod(shape) for shape in shapes]
+        received = sent.new_empty(sum(counts))
+        dist.all_to_all_single(received, sent, counts, [part.numel() for part in parts])
+        return [part.view(shape) for part, shape in zip(received.split(counts), shapes, strict=True)]
 
     def broadcast(self, tensor: Tensor, source: int) -> Tensor:
         """The source rank's tensor, written into `tensor` on every rank."""

@@ -59,10 +59,11 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Watch:
-    """What names images that may be why a loss is not finite, on all ranks, and who hears of every step, on rank 0."""
+    """Who is asked, and who hears, of what happens."""
 
-    suspects: Callable[[], Sequence[str]] = tuple
-    trackers: Callable[[], Sequence[Tracker]] = tuple
+    suspects: Callable[[], Sequence[str]] = tuple  # images that may be why a loss is not finite, on all ranks
+    trackers: Callable[[], Sequence[Tracker]] = tuple  # hear of every step, on rank 0
+    before_checkpoint: Callable[[int], None] = lambda step: None  # puts on storage what else one of so many steps needs
 
 
 def train(
@@ -100,6 +101,7 @@ def train(
                 part.step(rate)
             log.step(step, rate, figures)
             if done < schedule.steps and (stop or done % schedule.checkpoint_steps == 0):
+                watch.before_checkpoint(done)
                 save_checkpoint(context, folder, done, objective.module, engine.state(), shards)
                 if stop:
                     return False

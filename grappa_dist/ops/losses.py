@@ -7,8 +7,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+AllSum = Callable[[Tensor], Tensor]
+Penalty = Callable[[Tensor, Tensor, float], Tensor]
 
-def barlow_twins(za: Tensor, zb: Tensor, beta: float, allsum: Callable[[Tensor], Tensor] = lambda t: t) -> Tensor:
+
+def barlow_twins(
+    za: Tensor, zb: Tensor, beta: float, allsum: AllSum = lambda t: t, *, penalty: Penalty | None = None
+) -> Tensor:
     """Eq. (4) on the global batch, a scalar that is the same on every rank.
 
     Ranks may hold uneven shares, one of them none (0, D); the za and zb of every rank must need gradients all the same,
@@ -17,6 +22,8 @@ def barlow_twins(za: Tensor, zb: Tensor, beta: float, allsum: Callable[[Tensor],
     Args:
         za, zb: (B, D), row i of both from one pair; computed in float32 at least, whatever autocast says.
         allsum: adds over ranks and lets gradients through (see dist/comm.py).
+        penalty: Eq. (4) of C = A^T B over all ranks, from a rank's A and B (B, D) and beta, where C itself is to be
+            made otherwise (see dist/correlation.py).
     """
     if za.shape != zb.shape or za.ndim != 2:
         raise ValueError(f"barlow_twins: za {tuple(za.shape)} and zb {tuple(zb.shape)} must both be (B, D), row by row")
@@ -30,7 +37,12 @@ def barlow_twins(za: Tensor, zb: Tensor, beta: float, allsum: Callable[[Tensor],
         return (z - mean) / torch.sqrt(var + 1e-5)
 
     with torch.autocast(za.device.type, enabled=False):
-        c = allsum(standardise(za).T @ standardise(zb)) / size  # (D, D)
-        on = (1 - torch.diagonal(c)).square().sum()
-        off = c.square().fill_diagonal_(0).sum()  # D = 8192 makes c 256 MiB: no further copies of it
+        a, b = standardise(za) / size, standardise(zb)
+        return _penalty(a, b, beta, allsum) if penalty is None else penalty(a, b, beta)
+
+
+def _penalty(a: Tensor, b: Tensor, beta: float, allsum: AllSum) -> Tensor:
+    c = allsum(a.T @ b)  # (D, D)
+    on = (1 - torch.diagonal(c)).square().sum()
+    off = c.square().fill_diagonal_(0).sum()  # D = 8192 makes c 256 MiB: no further copies of it
     return on + beta * off

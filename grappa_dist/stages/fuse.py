@@ -21,11 +21,13 @@ from grappa_dist.artifacts import Artifact, RowArrays, Store, replacing
 from grappa_dist.config import BackboneConfig, DataConfig, FuseConfig
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.dist.accumulate import accumulate
+from grappa_dist.dist.correlation import penalty_of
 from grappa_dist.dist.engine import Engine
 from grappa_dist.dist.jobs import Job
-from grappa_dist.dist.train import Schedule, train
+from grappa_dist.dist.train import Schedule, Watch, train
 from grappa_dist.dist.workers import RankContext
 from grappa_dist.models import Grappa, Projector
+from grappa_dist.ops.correlation import rows_are_cheaper
 from grappa_dist.ops.lars import Lars
 from grappa_dist.ops.losses import barlow_twins
 from grappa_dist.ops.schedules import cosine
@@ -70,10 +72,16 @@ def fusion_of(
     return store.artifact(f"fusion/{variant}", settings, {f"adaptors {i}": a for i, a in enumerate(sets)})
 
 
-def least_bytes(fuse: FuseConfig) -> int:
-    """Memory that every rank of a fusion job needs, whatever the backbone: projector, its gradient and momentum, C."""
+def least_bytes(fuse: FuseConfig, ranks: int | None) -> int:
+    """Memory that every rank of a fusion job needs, whatever the backbone: projector, its gradient and momentum, C.
+
+    Args:
+        ranks: None where it is not known yet.
+    """
     weights = sum(before * after for before, after in pairwise(fuse.projector))
-    return 4 * (3 * weights + fuse.projector[-1] ** 2)
+    width = fuse.projector[-1]
+    by_rows = rows_are_cheaper(fuse.global_batch, width, ranks or 2)
+    return 4 * (3 * weights + width**2 // ((ranks or width) if by_rows else 1))
 
 
 def fuse(
@@ -126,10 +134,12 @@ def train_fusion(context: RankContext, job: FuseJob) -> None:
         )
         warmup = min(config.warmup_steps, steps - 1)
         schedule = Schedule(steps, config.checkpoint_steps, lambda step: peak * cosine(step, steps, warmup))
-        if train(context, objective, optimizer, schedule, folder=folder, job=job.variant) and context.comm.rank == 0:
+        watch = Watch(before_checkpoint=objective.save)
+        done = train(context, objective, optimizer, schedule, folder=folder, job=job.variant, watch=watch)
+        if done and context.comm.rank == 0:
             with replacing(folder / FUSION_FILE) as temporary:
                 save_file(objective.grappa.attention_tensors(), temporary)
-            job.artifact.commit(discard=["checkpoints", "knn/*.partial"])
+            job.artifact.commit(discard=["checkpoints", "knn/*.partial", "knn/features-*"])
 
 
 class FusionModule(nn.Module):
@@ -160,6 +170,7 @@ class FuseObjective:
                 layer.attention.initialise(draws)
         projector.initialise(draws)
         self.module = FusionModule(self.grappa, projector).to(context.device)
+        self._penalty = penalty_of(context.comm, job.fuse.global_batch, job.fuse.projector[-1])
         self._pairs = Pairs(
             context,
             job.training,
@@ -199,13 +210,17 @@ class FuseObjective:
         self._shares.zero_()
         return figures
 
+    def save(self, step: int) -> None:
+        self._pairs.save(step)
+
     def close(self) -> None:
         self._pairs.close()
 
     def _loss(self, za: Tensor, zb: Tensor) -> Tensor:
+        self._pairs.keep(za)
         allsum, project = self._context.comm.allsum, self.module.projector
-        loss = barlow_twins(project(za, allsum), project(zb, allsum), self._job.fuse.beta, allsum)
-        return loss * self._job.fuse.loss_scale
+        ga, gb = project(za, allsum), project(zb, allsum)
+        return self._job.fuse.loss_scale * barlow_twins(ga, gb, self._job.fuse.beta, allsum, penalty=self._penalty)
 
     def _watch(self) -> None:
         """Adds entropies, as shares of log N, and mean weights over layers, of the images just seen."""

@@ -19,7 +19,10 @@ from grappa_dist.stages.packs import PACK_FILE, pack_members
 from grappa_dist.stages.remote_folder import RemoteFolder, each
 
 STATE = "state.json"
-_USED = ("progress.safetensors", "knn/epoch-*[0-9]/*", "checkpoints/step-*[0-9]/*", PACK_FILE, "metrics.jsonl")
+_USED = (  # in this order: what belongs to a checkpoint is there before it, so it is listed after it
+    *("progress.safetensors", "checkpoints/step-*[0-9]/*"),
+    *("knn/epoch-*[0-9]/*", "knn/features-*[0-9]/*", PACK_FILE, "metrics.jsonl"),
+)
 _PROGRESS = ("progress.safetensors", "checkpoints/")  # without any of these a restart begins anew
 
 
@@ -102,7 +105,7 @@ class WorkMirror:
 
 
 def _usable(folder: Path) -> list[str]:
-    """The files that a restart can use; of the checkpoints those of the newest. The log is last: it may say more."""
+    """The files that a restart can use; of the checkpoints those of the newest."""
     newest = sorted(folder.glob("checkpoints/step-*[0-9]"))[-1:]
     found = [path for pattern in _USED for path in sorted(folder.glob(pattern)) if path.is_file()]
     return [

@@ -156,9 +156,12 @@ def _last_graph(artifact: Artifact) -> dict[str, Any]:
 
 
 def _graph_facts(flow: Flow) -> Iterator[tuple[str, str]]:
-    """How neighbours were found where that was to be through lists."""
+    """How neighbours were found where that was to be through lists, and in which features where not in fresh ones."""
     for variant, artifact in flow.fusions.items():
         told = _last_graph(artifact)
+        if told.get("features") == "reused":
+            how = "reused from the training pass of the epoch before, of augmented images"
+            yield f"features for the neighbours of {variant}", how
         if told.get("graph") != "approximate":
             continue
         if told["recall_rows"]:

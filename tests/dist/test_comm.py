@@ -34,6 +34,9 @@ def travel(comm: Comm) -> dict[str, Any]:
     found["sum"] = comm.sum_(torch.tensor([2**40 + comm.rank, 1]))
     found["largest"] = comm.max_(torch.tensor([-torch.inf if comm.rank else 2.0, float(comm.rank), -torch.inf]))
     found["sum of none"] = comm.sum_(torch.zeros(0, 3))
+    shapes = [(source, 3 - comm.rank) for source in range(comm.size)]  # rank r sends r rows, of 3 - s columns to rank s
+    own = torch.arange(3 * comm.rank).view(comm.rank, 3) + 10 * comm.rank
+    found["exchanged"] = comm.exchange([own[:, : 3 - target] for target in range(comm.size)], shapes)
     for source in range(comm.size):
         found[f"from {source}"] = comm.broadcast(torch.full((2,), float(comm.rank)), source)
     comm.barrier()
@@ -55,6 +58,8 @@ def test_rows_travel_whole_and_in_order_between_uneven_ranks(size: int) -> None:
         assert found["sum"].tolist() == [size * 2**40 + sum(range(size)), size]
         assert found["largest"].tolist() == [2, size - 1, -torch.inf]
         assert found["sum of none"].shape == (0, 3)
+        for source, part in enumerate(found["exchanged"]):
+            assert torch.equal(part, (torch.arange(3 * source).view(source, 3) + 10 * source)[:, : 3 - rank])
         for source in range(size):
             assert found[f"from {source}"].tolist() == [source, source]
 
@@ -104,4 +109,5 @@ def test_a_world_of_one_needs_no_process_group_and_copies_nothing() -> None:
     assert comm.sum_(rows) is rows
     assert comm.max_(rows) is rows
     assert comm.broadcast(rows, 0) is rows
+    assert comm.exchange([rows], [(3, 2)])[0] is rows
     comm.barrier()

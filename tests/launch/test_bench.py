@@ -29,6 +29,7 @@ TINY = ["kmeans", "--rows", "400", "--dim", "32", "--num-labels", "5", "--iterat
         (["data", "--threads", "0"], "--threads must be at least 1, got 0"),
         (["data", "--views", "both"], "invalid choice: 'both'"),
         (["data", "--shards", "nowhere"], "nothing at nowhere"),
+        (["fuse", "--ranks", "1"], "--ranks must be at least 2, got 1"),
         (["adapt", "--classes", "0"], "--classes must be at least 1, got 0"),
         (["adapt", "--sets", "0"], "--sets must be at least 1, got 0"),
         (["kmeans", "--speed"], "unrecognized arguments: --speed"),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,17 @@ import pytest
 from grappa_dist.artifacts import Store
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.layout import lay_out
+from grappa_dist.observe import Events
 from grappa_dist.stages.flow import Flow
-from grappa_dist.stages.reporting import _graph_facts, _neighbour_figures, best_sets, score_rows
+from grappa_dist.stages.reporting import (
+    _by_step,
+    _curve,
+    _graph_facts,
+    _median,
+    _neighbour_figures,
+    best_sets,
+    score_rows,
+)
 from tests.stages import tiny
 
 FIGURES = ("r_precision", "map_at_r", "recall_at_1")
@@ -86,3 +96,26 @@ def test_a_graph_that_fell_back_to_an_exact_search_says_so_in_place_of_a_recall(
         shown = [f["value"] for f in _neighbour_figures(flow) if f["figure"].startswith("true neighbours")]
         assert shown == ([0.93] if epoch == 0 else [])
         assert dict(_graph_facts(flow)) == {about: said[epoch]}
+
+
+def test_a_graph_of_reused_features_says_so(tmp_path: Path) -> None:
+    flow = scored(tmp_path, SCORES)
+    folder = flow.fusions["neighbours"].path / "knn" / "epoch-1"
+    folder.mkdir(parents=True)
+    for features, said in (("fresh", []), ("reused", ["features for the neighbours of neighbours"])):
+        (folder / "statistics.json").write_text(json.dumps({"graph": "exact", "features": features}))
+        assert [about for about, _ in _graph_facts(flow)] == said
+
+
+def test_entropy_and_decay_are_read_from_the_log_by_layer_and_unknown_ratios_are_left_out(tmp_path: Path) -> None:
+    artifact = scored(tmp_path, SCORES).fusions["neighbours"]
+    events = Events(artifact.begin() / "metrics.jsonl", job="neighbours")
+    for step, ratio in enumerate((1.0, 9.0, 2.0)):
+        layers = {"decay_to_gradient.0": math.nan, "decay_to_gradient.1": ratio, "entropy.0": 1.0, "entropy.1": 0.5}
+        events("step", step=step, loss=3.0, **layers)
+    events.close()
+    artifact.commit()
+    by_layer = list(zip(*_by_step(artifact, "decay_to_gradient"), strict=True))
+    assert [_median(layer) for layer in by_layer] == pytest.approx([math.nan, 2.0], nan_ok=True)
+    assert _by_step(artifact, "entropy") == [[1.0, 0.5]] * 3
+    assert [(p["decay_to_gradient"], p["entropy"]) for p in _curve(artifact)] == [(1.0, 0.75), (9.0, 0.75), (2.0, 0.75)]
