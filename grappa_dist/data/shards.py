@@ -147,7 +147,7 @@ class ImageShards:
             return why
 
     def labels(self, row: int) -> dict[str, Any] | None:
-        """The JSON member of a row, or None without one; for evaluation only."""
+        """The JSON member of a row, or None without one; only `stages/truth.py` asks for it."""
         shard, position = self.locate(row)
         place = self.index(shard)[position]
         if not place["json_size"] or int(place["json_offset"]) + int(place["json_size"]) > self.shards[shard].bytes:
