@@ -18,6 +18,7 @@ from grappa_dist.layout import lay_out
 from grappa_dist.stages.adapt import adaptors_of
 from grappa_dist.stages.flow import Flow
 from grappa_dist.stages.fuse import fusion_of
+from grappa_dist.stages.mirror import artifacts_of
 from tests.stages import tiny
 
 BOTH = {"variants": ("average", "transforms", "neighbours")}
@@ -159,6 +160,7 @@ def test_rows_to_compare_with_rename_nothing_else(tmp_path: Path, shards: list[s
     assert plain.supervision is None
     assert more.supervision is not None
     assert list(more.supervision.trained) == ["supervised-set", "supervised"]
+    assert {a for a in more.supervision if a is not None} <= set(artifacts_of(more))  # copied to a mirror as well
 
 
 def test_artefacts_have_the_names_that_they_had_before_there_were_rows_to_compare_with() -> None:

@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from grappa_dist.config import RANDOM
 from grappa_dist.models import Adaptors, Grappa
 from grappa_dist.stages.training import torch_seed
 
 
 def num_random(variant: str, num_partitions: int) -> int:
     """Sets of a variant that start at random: one, as many as there are partitions, or none."""
-    return {"random-one": 1, "random-all": num_partitions}.get(variant, 0)
+    one, several = RANDOM
+    return {one: 1, several: num_partitions}.get(variant, 0)
 
 
 def start_at_random(model: Grappa, seed: int) -> None:

@@ -59,9 +59,7 @@ class SupervisedJob:
         return self.adapt.epochs * self.training.steps_per_epoch()
 
 
-def supervised_fusion_of(
-    store: Store, config: Config, labels: Artifact, sets: Sequence[Artifact]
-) -> Artifact:  # fmt: skip
+def supervised_fusion_of(store: Store, config: Config, labels: Artifact, sets: Sequence[Artifact]) -> Artifact:
     """The artefact of the supervised fusion: no setting of `fuse` enters it."""
     settings = {
         "backbone": backbone_settings(config.backbone),

@@ -82,9 +82,7 @@ def _by_shard(images: ImageShards, labels: NDArray[np.int64]) -> str:
     return "; ".join(said[:NAMED]) + more
 
 
-def name_classes(
-    run: Run, truth: Artifact, features: RowArrays, bad: NDArray[np.int64], artifact: Artifact
-) -> None:  # fmt: skip
+def name_classes(run: Run, truth: Artifact, features: RowArrays, bad: NDArray[np.int64], artifact: Artifact) -> None:
     """Numbers the classes of the rows that can be read, once."""
     if not artifact.complete:
         with run.console.stage("true_labels", f"classes of {features.starts[-1]} training images"):
