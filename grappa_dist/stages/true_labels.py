@@ -64,7 +64,7 @@ def read_true_labels(run: Run, images: ImageShards, truth: Artifact, classes: Ar
 def _too_few(images: ImageShards, labels: NDArray[np.int64], classes: int) -> str:
     return (
         f'{ASKED_BY} needs the labels of at least two classes, from members <key>.json with "label" beside the '
-        f"training images; found {classes} on {int((labels >= 0).sum())} of {len(labels)} images: "
+        f"training images; found {classes} classes on {int((labels >= 0).sum())} of {len(labels)} images: "
         f"{_by_shard(images, labels)}"
     )
 
