@@ -103,7 +103,10 @@ def test_how_many_take_no_part_is_said_with_the_first_of_them(
 @pytest.mark.parametrize(
     ("label", "words"),
     [
-        (lambda row: None, r"found 0 classes on 0 of 40 images: 13 of 13 lack one, the first is .*part-0.*; 1 of 1 lack one"),
+        (
+            lambda row: None,
+            r"found 0 classes on 0 of 40 images: 13 of 13 lack one, the first is .*part-0.*; 1 of 1 lack one",
+        ),
         (lambda row: "only" if row == 6 else None, r"found 1 classes on 1 of 40 images: 12 of 13 lack one"),
     ],
 )
