@@ -164,12 +164,16 @@ def test_rows_to_compare_with_rename_nothing_else(tmp_path: Path, shards: list[s
 
 
 def test_artefacts_have_the_names_that_they_had_before_there_were_rows_to_compare_with() -> None:
-    store, backbone, data = Store(Path("run")), BackboneConfig(name="own:create"), DataConfig(train=("shards",))
+    store, backbone, data = (
+        Store(Path("run")),
+        BackboneConfig(name="timm:vit_small_patch16_224.dino"),
+        DataConfig(train=("shards",)),
+    )
     adaptors = adaptors_of(store, backbone, AdaptConfig(), data, 0, store.artifact("labels/k=4", {}, {}))
     variants = ("transforms", "neighbours-adam")
     fusions = [fusion_of(store, v, backbone, FuseConfig(), data, 0, [adaptors]).name for v in variants]
-    assert adaptors.name == "adaptors/k=4-8180ca1bd8"
-    assert fusions == ["fusion/transforms-362c84bf15", "fusion/neighbours-adam-c076ebf4bc"]
+    assert adaptors.name == "adaptors/k=4-aede1b2c41"
+    assert fusions == ["fusion/transforms-ced228443c", "fusion/neighbours-adam-be7a8823af"]
 
 
 def test_rows_to_compare_with_depend_on_what_they_are_made_of(tmp_path: Path, shards: list[str]) -> None:
