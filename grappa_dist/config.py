@@ -109,12 +109,13 @@ class AdaptConfig(Section):
     micro_batch: Count | None = None  # images at a time per rank; null: a rank's whole share of the global batch
     activation_checkpointing: bool = False  # less memory for a second forward pass
     zero_stage: int = 0  # of DeepSpeed: 1 cuts up the adaptors' optimizer state over the ranks, 2 gradients too
+    supervised: bool = False  # one set more, on the labels of the training images: a row to compare with, nothing else
 
     def of_result(self) -> dict[str, Any]:
         """The settings that decide what a set becomes."""
         where = {"checkpoint_steps", "sets_per_job", "micro_batch", "activation_checkpointing", "zero_stage"}
         goes_without_saying = {"clip_norm": None, "sampled_classes": 1.0}
-        settings = self.model_dump(mode="json", exclude=where)
+        settings = self.model_dump(mode="json", exclude={*where, "supervised"})
         return {k: v for k, v in settings.items() if (k, v) not in goes_without_saying.items()}
 
     @model_validator(mode="after")
@@ -130,11 +131,23 @@ class AdaptConfig(Section):
 class FuseConfig(Section):
     """The fusion. A trained variant is pairs of `transforms` or `neighbours`, by LARS (the paper) or `-adam`.
 
-    Not trained are `average`, and `gallery`: sets weighed for each gallery by its local structure (ours).
+    Not trained are `average`, and `gallery`: sets weighed for each gallery by its local structure (ours). To compare
+    with are RANDOM, whose adaptors start at random and learn from pairs alone, and SUPERVISED, which sees labels.
     """
 
     variants: tuple[
-        Literal["average", "gallery", "transforms", "neighbours", "transforms-adam", "neighbours-adam"], ...
+        Literal[
+            "average",
+            "gallery",
+            "transforms",
+            "neighbours",
+            "transforms-adam",
+            "neighbours-adam",
+            "random-one",
+            "random-all",
+            "supervised",
+        ],
+        ...,
     ] = (
         "average",
         "transforms",
@@ -164,13 +177,13 @@ class FuseConfig(Section):
         """The settings that decide the result of one variant."""
         other, defaults = "lars_" if variant.endswith("-adam") else "adam_", type(self).model_fields
         of_graph = ("neighbours", "refresh", "graph", "recall_floor", "duplicate_cosine", "skip_duplicates")
-        neighbours = () if variant.startswith("neighbours") else of_graph
+        neighbours = () if seeks_neighbours(variant) else of_graph
         left_out = {"checkpoint_steps", "variants", "micro_batch", *neighbours}  # the loss is exact for any micro batch
         if (self.graph, self.recall_floor) == (defaults["graph"].default, defaults["recall_floor"].default):
             left_out |= {"graph", "recall_floor"}  # fusions from before there was a choice keep their names
         if self.graph == "exact":
             left_out.add("recall_floor")  # which it does not look at
-        if self.graph_features == "fresh" or "neighbours" in left_out:
+        if self.graph_features == "fresh" or not seeks_neighbours(variant):
             left_out.add("graph_features")
         return {k: v for k, v in self.model_dump(mode="json").items() if k not in left_out and not k.startswith(other)}
 
@@ -188,6 +201,14 @@ class FuseConfig(Section):
 
 
 UNTRAINED = ("average", "gallery")
+RANDOM = ("random-one", "random-all")  # M+A_1 and M* of the paper: one set, or as many as there are partitions
+SUPERVISED = "supervised"  # attention over the sets, trained with the labels of the training images
+SUPERVISED_SET = "supervised-set"  # and one set that is: adapt.supervised
+
+
+def seeks_neighbours(variant: str) -> bool:
+    """Whether a fusion variant learns from images and their neighbours."""
+    return variant.startswith("neighbours") or variant in RANDOM
 
 
 class EvaluateConfig(Section):
@@ -195,7 +216,7 @@ class EvaluateConfig(Section):
     gallery_hits: Count = 5
     view_queries: Annotated[int, Field(ge=0)] = 512  # images whose augmented view must find its source
     train_images: Count = 20_000  # without data.test: so many training images, in whole shards, are looked at instead
-    export: str | None = None  # the fusion variant that becomes the model; null: the last of fuse.variants
+    export: str | None = None  # the fusion variant that becomes the model; null: the last (RANDOM, SUPERVISED aside)
 
 
 class Resources(Section):
@@ -243,8 +264,9 @@ class Config(Section):
 
     @property
     def exported(self) -> str:
-        """The fusion variant that becomes the model."""
-        return self.evaluate.export or self.fuse.variants[-1]
+        """The fusion variant that becomes the model: if not told, the last that is not there to compare with."""
+        own = [v for v in self.fuse.variants if v not in (*RANDOM, SUPERVISED)]
+        return self.evaluate.export or (own or self.fuse.variants)[-1]
 
     def yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

@@ -91,7 +91,7 @@ class RetrievalModel(nn.Module):
         self.grappa.fold()
 
 
-def export_model(spec: ModelSpec, sets: list[str], artifact: Artifact) -> None:
+def export_model(spec: ModelSpec, artifact: Artifact) -> None:
     """Writes the model's weights, backbone included, and what is needed to build it again."""
     grappa = build(spec, torch.device("cpu"))
     assert isinstance(grappa, Grappa)
@@ -101,11 +101,11 @@ def export_model(spec: ModelSpec, sets: list[str], artifact: Artifact) -> None:
     config = {
         "format": FORMAT,
         "variant": spec.name,
-        "sets": sets,
+        "sets": spec.sets,
         "backbone": {"name": spec.backbone.name, "kwargs": spec.backbone.kwargs},
         "pixels": asdict(grappa.backbone.pixels),
         "bottleneck": spec.bottleneck,
-        "attention": spec.fusion is not None,
+        "attention": spec.attends,
     }
     if spec.galleries is not None:
         config["galleries"] = {task: found["weights"] for task, found in load_galleries(spec.galleries).items()}

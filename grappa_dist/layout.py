@@ -6,18 +6,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from grappa_dist.artifacts import Artifact, Store
-from grappa_dist.config import UNTRAINED, Config
+from grappa_dist.config import RANDOM, SUPERVISED, SUPERVISED_SET, UNTRAINED, Config
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.stages.adapt import adaptors_of
 from grappa_dist.stages.embed import features_of
 from grappa_dist.stages.evaluate import insight_of, scores_of
-from grappa_dist.stages.flow import Flow
+from grappa_dist.stages.flow import Flow, Supervision
 from grappa_dist.stages.fuse import fusion_of
 from grappa_dist.stages.galleries import galleries_of
 from grappa_dist.stages.modelling import ModelSpec
 from grappa_dist.stages.partitions import partitions_of
 from grappa_dist.stages.pseudo_label import labels_of, num_labels
+from grappa_dist.stages.random_sets import num_random
 from grappa_dist.stages.reporting import report_of
+from grappa_dist.stages.supervise import supervised_fusion_of
+from grappa_dist.stages.true_labels import true_labels_of
 from grappa_dist.stages.truth import truth_of
 
 
@@ -31,11 +34,9 @@ def lay_out(config: Config, store: Store, train: ImageShards, test: ImageShards 
         k: adaptors_of(store, config.backbone, config.adapt, config.data, config.seed, labels[k]) for k in labels
     }
     sets = list(adaptors.values())
-    trained = [v for v in config.fuse.variants if v not in UNTRAINED and len(sets) > 1]  # one set has nothing to weigh
-    fusions: dict[str, Artifact] = {
-        v: fusion_of(store, v, config.backbone, config.fuse, config.data, config.seed, sets) for v in trained
-    }
-    models = _models(config, adaptors, fusions)
+    supervision = _supervision(config, store, train, features, sets)
+    fusions = _fusions(config, store, sets, supervision)
+    models = _models(config, adaptors, fusions, supervision)
     images = test or train.some(config.evaluate.train_images, config.seed)
     truth = truth_of(store, images, labelled=test is not None)
     models, galleries = _with_galleries(config, store, models, truth, images)
@@ -47,6 +48,7 @@ def lay_out(config: Config, store: Store, train: ImageShards, test: ImageShards 
     return Flow(
         train=train,
         test=images,
+        supervision=supervision,
         features=features,
         labels=labels,
         partitions=partitions,
@@ -64,18 +66,61 @@ def lay_out(config: Config, store: Store, train: ImageShards, test: ImageShards 
 
 
 def _exported(config: Config, store: Store, spec: ModelSpec, ks: Sequence[int]) -> Artifact:
-    settings = {"backbone": config.backbone.name, "sets": list(ks), "variant": spec.name}
+    sets = spec.sets if spec.own_sets else list(ks)
+    settings = {"backbone": config.backbone.name, "sets": sets, "variant": spec.name}
     return store.artifact("models/" + spec.name, settings, spec.inputs)
 
 
-def _models(config: Config, adaptors: Mapping[int, Artifact], fusions: Mapping[str, Artifact]) -> dict[str, ModelSpec]:
+def _fusions(
+    config: Config, store: Store, sets: Sequence[Artifact], supervision: Supervision | None
+) -> dict[str, Artifact]:
+    """The fusions that are trained, by variant; one set has nothing to weigh."""
+    fusions: dict[str, Artifact] = {}
+    for variant in config.fuse.variants:
+        same = (store, variant, config.backbone, config.fuse, config.data, config.seed)
+        own = num_random(variant, len(sets))
+        if own:
+            fusions[variant] = fusion_of(*same, [], {"bottleneck": config.adapt.bottleneck, "num_sets": own})
+        elif variant not in (*UNTRAINED, SUPERVISED) and len(sets) > 1:
+            fusions[variant] = fusion_of(*same, sets)
+    if supervision is not None and supervision.fusion is not None:
+        fusions[SUPERVISED] = supervision.fusion
+    return fusions
+
+
+def _supervision(
+    config: Config, store: Store, train: ImageShards, features: Sequence[Artifact], sets: Sequence[Artifact]
+) -> Supervision | None:
+    fused = SUPERVISED in config.fuse.variants and len(sets) > 1
+    if not config.adapt.supervised and not fused:
+        return None
+    truth = truth_of(store, train, labelled=True)
+    classes = true_labels_of(store, truth, features)
+    where = (store, config.backbone, config.adapt, config.data, config.seed)
+    adaptors = adaptors_of(*where, classes, name=SUPERVISED_SET) if config.adapt.supervised else None
+    return Supervision(truth, classes, adaptors, supervised_fusion_of(store, config, classes, sets) if fused else None)
+
+
+def _models(
+    config: Config,
+    adaptors: Mapping[int, Artifact],
+    fusions: Mapping[str, Artifact],
+    supervision: Supervision | None,
+) -> dict[str, ModelSpec]:
     """All models that are evaluated, in the order of the table."""
     fused = ModelSpec("", config.backbone, config.adapt.bottleneck, tuple(adaptors.values()))
-    return {
+    models: dict[str, ModelSpec] = {
         "backbone": ModelSpec("backbone", config.backbone),
         **{f"k={k}": replace(fused, name=f"k={k}", adaptors=(a,)) for k, a in adaptors.items()},
         **{v: replace(fused, name=v, fusion=fusions.get(v)) for v in config.fuse.variants},
     }
+    for variant in RANDOM:
+        if variant in models:
+            own = num_random(variant, len(adaptors))
+            models[variant] = replace(models[variant], adaptors=(), own_sets=own)
+    if supervision is not None and supervision.adaptors is not None:
+        models[SUPERVISED_SET] = replace(fused, name=SUPERVISED_SET, adaptors=(supervision.adaptors,))
+    return models
 
 
 def _with_galleries(

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from grappa_dist.artifacts import Artifact, RowArrays, Store
-from grappa_dist.config import Config
+from grappa_dist.config import SUPERVISED, Config
 from grappa_dist.dist.cluster import Cluster
 from grappa_dist.dist.preflight import Checks, table
 from grappa_dist.export import export_model
@@ -38,6 +38,8 @@ from grappa_dist.stages.partitions import judge_partitions
 from grappa_dist.stages.pseudo_label import label_rows, pseudo_label
 from grappa_dist.stages.reporting import report
 from grappa_dist.stages.run import Run, running
+from grappa_dist.stages.supervise import adapt_supervised, fuse_supervised
+from grappa_dist.stages.true_labels import name_classes, read_true_labels
 
 
 def run(config: Config, root: Path, until: str | None = None) -> tuple[Path, list[ScoreRow]] | None:
@@ -72,8 +74,8 @@ def _run(context: Run, until: str | None = None) -> tuple[Path, list[ScoreRow]] 
 
 def checks_of(config: Config, store: Store, flow: Flow) -> Checks:
     """What the nodes are asked before the first stage that needs workers; a run that reuses everything asks none."""
-    trained = [artifact for artifact in flow.fusions.values() if not artifact.complete]
-    need = least_bytes(config.fuse, known_workers(config.resources)) if trained else 0
+    on_pairs = [a for variant, a in flow.fusions.items() if variant != SUPERVISED and not a.complete]
+    need = least_bytes(config.fuse, known_workers(config.resources)) if on_pairs else 0
     return Checks(store.root.absolute(), partial(read_a_little, ends_of(flow.train, flow.test)), need)
 
 
@@ -108,6 +110,9 @@ def _nothing() -> None:
 def _stages(context: Run, flow: Flow) -> Iterator[str]:
     """Makes what is missing, stage by stage; the name of each that is done."""
     config, store, console, train = context.config, context.store, context.console, flow.train
+    labelled = flow.supervision
+    if labelled is not None:
+        read_true_labels(context, train, labelled.truth, labelled.classes)
     embed(context, train, flow.models["backbone"], flow.features)
     yield "embed"
 
@@ -118,9 +123,15 @@ def _stages(context: Run, flow: Flow) -> Iterator[str]:
     yield "pseudo_label"
 
     adapt(context, flow.adaptors, flow.labels, train, bad)
+    if labelled is not None:
+        name_classes(context, labelled.truth, feature_rows(train, flow.features), bad, labelled.classes)
+        if labelled.adaptors is not None:
+            adapt_supervised(context, labelled.adaptors, labelled.classes, train)
     yield "adapt"
 
     fuse(context, flow.fusions, list(flow.adaptors.values()), labels, train, bad)
+    if labelled is not None and labelled.fusion is not None:
+        fuse_supervised(context, labelled.fusion, list(flow.adaptors.values()), labelled.classes, train)
     yield "fuse"
 
     features = {m: feature_rows(flow.test, f) for m, f in flow.test_features.items()}
@@ -132,7 +143,7 @@ def _stages(context: Run, flow: Flow) -> Iterator[str]:
     evaluate(context, flow.test, bad, flow.models, Evaluation(flow.truth, features, flow.scores, flow.insights))
     if not flow.model.complete:
         with console.stage("export", config.exported):
-            export_model(flow.models[config.exported], [f"k={k}" for k in flow.adaptors], flow.model)
+            export_model(flow.models[config.exported], flow.model)
     store.publish("model", flow.model)
     yield "evaluate"
 
@@ -148,6 +159,8 @@ def _weigh(context: Run, flow: Flow, features: Mapping[str, RowArrays]) -> None:
 def _announce(console: Console, flow: Flow) -> None:
     groups = (flow.labels, flow.adaptors, flow.fusions, flow.scores)
     made = [*flow.features, *(artifact for group in groups for artifact in group.values())]
+    if flow.supervision is not None and flow.supervision.adaptors is not None:
+        made.append(flow.supervision.adaptors)
     reused = sum(artifact.complete for artifact in made)
     console.say(
         f"{len(flow.train)} training and {len(flow.test)} test images; K = {', '.join(map(str, flow.labels))}; "

@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from grappa_dist.artifacts import Artifact, Store
-from grappa_dist.config import UNTRAINED, Config, Resources
+from grappa_dist.config import SUPERVISED, SUPERVISED_SET, UNTRAINED, Config, Resources, seeks_neighbours
 from grappa_dist.layout import lay_out
 from grappa_dist.models.backbone import check_name
 from grappa_dist.ops.correlation import by_rows, rows_are_cheaper, whole
@@ -61,13 +61,14 @@ def _stages(
     yield "partitions", what, [flow.partitions] if flow else []
     what = f"{jobs_in_words(config, len(ks))}, {adapt_steps} steps of {config.adapt.global_batch} images each"
     yield "adapt", what, list(flow.adaptors.values()) if flow else []
-    trained = [v for v in config.fuse.variants if v not in UNTRAINED]
+    yield from _supervision(config, flow, ks, adapt_steps)
+    trained = [v for v in config.fuse.variants if v not in (*UNTRAINED, SUPERVISED)]
     what = f"{', '.join(trained) or 'nothing to train'}; one job each on all workers, {fuse_steps} steps of "
     what += f"{config.fuse.global_batch} pairs"
-    if any(v.startswith("neighbours") for v in trained):
+    if any(map(seeks_neighbours, trained)):
         what += f", {graph_kind(config.fuse, sizes['train'])} k-NN graph"
-    yield "fuse", what, list(flow.fusions.values()) if flow else []
-    models = 1 + len(ks) + len(config.fuse.variants)
+    yield "fuse", what, [a for v, a in flow.fusions.items() if v != SUPERVISED] if flow else []
+    models = 1 + len(ks) + len(config.fuse.variants) + config.adapt.supervised
     scores = list(flow.scores.values()) if flow else []
     yield "evaluate", f"{models} models on {sizes['test']} images", scores
     yield (
@@ -81,6 +82,27 @@ def _workers(where: Resources) -> str:
     gpus = "a GPU where there are GPUs" if where.gpus_per_worker == "auto" else f"{where.gpus_per_worker:g} GPU"
     count = "as many as the cluster holds" if where.workers == "auto" else str(where.workers)
     return f"{count}, each with {where.cpus_per_worker} CPU and {gpus}"
+
+
+def _supervision(
+    config: Config, flow: Flow | None, ks: tuple[int, ...], steps: int
+) -> Iterable[tuple[str, str, list[Artifact]]]:
+    """What sees the labels of the training images; their number is known when they have been read."""
+    made = flow.supervision if flow else None
+    jobs = {
+        SUPERVISED_SET: (config.adapt.supervised, f"{ranks_of(config.resources, known_workers(config.resources))}"),
+        SUPERVISED: (SUPERVISED in config.fuse.variants and len(ks) > 1, "all"),
+    }
+    if any(asked for asked, _ in jobs.values()):
+        yield (
+            "true_labels",
+            "labels of the training images, read before anything else; one task",
+            ([made.truth, made.classes] if made else []),
+        )
+    for name, (asked, ranks) in jobs.items():
+        if asked:
+            what = f"with labels of the training images: one job on {ranks} ranks, at most {steps} steps"
+            yield name, f"{what} of {config.adapt.global_batch} images", [made.trained[name]] if made else []
 
 
 def _reuse(artifacts: list[Artifact]) -> str:

@@ -121,6 +121,13 @@ def test_a_missing_key_is_named(tmp_path: Path) -> None:
         config(tmp_path, {"name": "x", "data": {"train": "shards"}})
 
 
+def test_a_row_to_compare_with_becomes_the_model_only_where_it_is_asked_for_or_alone(tmp_path: Path) -> None:
+    variants = "fuse.variants=[average, neighbours, random-all, supervised]"
+    assert config(tmp_path, SMALL, (variants,)).exported == "neighbours"
+    assert config(tmp_path, SMALL, (variants, "evaluate.export=random-all")).exported == "random-all"
+    assert config(tmp_path, SMALL, ("fuse.variants=[random-one, supervised]",)).exported == "supervised"
+
+
 @pytest.mark.parametrize("tree", [None, [1, 2], "text"])
 def test_a_file_that_holds_no_sections_is_refused(tree: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"config\.yaml must be a mapping of sections, got \w+$"):

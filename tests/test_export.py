@@ -50,7 +50,7 @@ def fake_run(root: Path, num_sets: int = 2, fused: bool = True) -> ModelSpec:
 def exported(root: Path, num_sets: int = 2, fused: bool = True) -> tuple[ModelSpec, Artifact]:
     spec = fake_run(root, num_sets, fused)
     artifact = Store(root).artifact("models/neighbours", {}, spec.inputs)
-    export_model(spec, [f"k={i}" for i in range(num_sets)], artifact)
+    export_model(spec, artifact)
     Store(root).publish("model", artifact)
     return spec, artifact
 
@@ -124,7 +124,7 @@ def test_a_gallery_model_is_exported_as_the_average_with_the_weights_of_each_gal
     weights = {"birds": [0.5, 0.25, 0.25], "food": [0.0, 0.0, 1.0]}
     write_json(galleries.begin() / GALLERIES_FILE, {t: {"weights": w, "images": 9} for t, w in weights.items()})
     galleries.commit()
-    export_model(replace(spec, name="gallery", galleries=galleries), ["a", "b", "c"], artifact)
+    export_model(replace(spec, name="gallery", galleries=galleries), artifact)
     model = load_model(artifact.path)
     assert {task: w.tolist() for task, w in model.galleries.items()} == weights
     torch.testing.assert_close(model.attention(images(2)), torch.full((2, 2, 3), 1 / 3))
@@ -138,7 +138,7 @@ def test_a_description_of_a_gallery_model_takes_the_weights_of_the_gallery_it_na
     galleries, artifact = store.artifact("galleries", {}, {}), store.artifact("models/gallery", {}, {})
     write_json(galleries.begin() / GALLERIES_FILE, {"birds": {"weights": [0.5, 0.5, 0.0]}})
     galleries.commit()
-    export_model(replace(spec, name="gallery", galleries=galleries), ["a", "b", "c"], artifact)
+    export_model(replace(spec, name="gallery", galleries=galleries), artifact)
     named, plain = exported_spec(artifact.path, "birds"), exported_spec(artifact.path)
     assert named.inputs != plain.inputs
     given, model = images(2), load_model(artifact.path)

@@ -10,12 +10,16 @@ from typing import Any
 
 import pytest
 
+import grappa_dist
 from grappa_dist import pipeline
 from grappa_dist.artifacts import Artifact, Store
-from grappa_dist.config import Config
+from grappa_dist.config import AdaptConfig, BackboneConfig, Config, DataConfig, FuseConfig
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.layout import lay_out
+from grappa_dist.stages.adapt import adaptors_of
 from grappa_dist.stages.flow import Flow
+from grappa_dist.stages.fuse import fusion_of
+from grappa_dist.stages.mirror import artifacts_of
 from tests.stages import tiny
 
 BOTH = {"variants": ("average", "transforms", "neighbours")}
@@ -168,6 +172,63 @@ def test_naming_the_artefacts_writes_nothing(tmp_path: Path, shards: list[str]) 
     assert not (tmp_path / "run").exists()
 
 
+ROWS = ("random-one", "random-all", "supervised")
+
+
+def test_rows_to_compare_with_rename_nothing_else(tmp_path: Path, shards: list[str]) -> None:
+    plain = flow_of(tmp_path, shards)
+    more = flow_of(tmp_path, shards, adapt={"supervised": True}, fuse={"variants": (*BOTH["variants"], *ROWS)})
+    before, after = stages_of(plain), stages_of(more)
+    assert all(before[stage] <= after[stage] for stage in ALL if stage != "report")  # which shows the config
+    assert set(more.fusions) - set(plain.fusions) == set(ROWS)
+    assert list(more.models)[-4:] == [*ROWS, "supervised-set"]
+    assert plain.supervision is None
+    assert more.supervision is not None
+    assert list(more.supervision.trained) == ["supervised-set", "supervised"]
+    assert {a for a in more.supervision if a is not None} <= set(artifacts_of(more))  # copied to a mirror as well
+
+
+def test_artefacts_have_the_names_that_they_had_before_there_were_rows_to_compare_with() -> None:
+    store, backbone, data = (
+        Store(Path("run")),
+        BackboneConfig(name="timm:vit_small_patch16_224.dino"),
+        DataConfig(train=("shards",)),
+    )
+    adaptors = adaptors_of(store, backbone, AdaptConfig(), data, 0, store.artifact("labels/k=4", {}, {}))
+    variants = ("transforms", "neighbours-adam")
+    fusions = [fusion_of(store, v, backbone, FuseConfig(), data, 0, [adaptors]).name for v in variants]
+    assert adaptors.name == "adaptors/k=4-aede1b2c41"
+    assert fusions == ["fusion/transforms-ced228443c", "fusion/neighbours-adam-be7a8823af"]
+
+
+def test_rows_to_compare_with_depend_on_what_they_are_made_of(tmp_path: Path, shards: list[str]) -> None:
+    def names(**sections: Any) -> dict[str, str]:
+        sections["fuse"] = {"variants": ROWS, **sections.get("fuse", {})}
+        sections["adapt"] = {"supervised": True, **sections.get("adapt", {})}
+        flow = flow_of(tmp_path, shards, evaluate={"export": None}, **sections)
+        assert flow.supervision is not None
+        return {name: a.name for name, a in {**flow.fusions, **flow.supervision.trained}.items()}
+
+    plain = names()
+
+    def changed(**sections: Any) -> set[str]:
+        return {name for name, value in names(**sections).items() if value != plain[name]}
+
+    assert changed(adapt={"gamma": 20.0}) == {"supervised-set", "supervised"}
+    assert changed(adapt={"bottleneck": 8}) == {"supervised-set", *ROWS}
+    assert changed(fuse={"beta": 0.01}) == changed(fuse={"neighbours": 2}) == {"random-one", "random-all"}
+    assert changed(fuse={"adam_learning_rate": 1.0}) == set()
+    assert changed(clustering={"iterations": 9}) == {"supervised"}
+    assert changed(clustering={"num_labels": (4, 6, 8)}) == {"supervised", "random-all"}
+
+
+def test_with_one_partition_there_is_a_random_set_and_no_supervised_fusion(tmp_path: Path, shards: list[str]) -> None:
+    flow = flow_of(tmp_path, shards, clustering={"num_labels": (4,)}, fuse={"variants": ("average", *ROWS)})
+    assert set(flow.fusions) == {"random-one", "random-all"}
+    assert flow.supervision is None
+    assert flow.models["random-all"].sets == ["random 1"]
+
+
 def test_more_labels_than_images_are_refused(tmp_path: Path, shards: list[str]) -> None:
     with pytest.raises(ValueError, match=r"clustering\.num_labels=41 is more than the 40 training images"):
         flow_of(tmp_path, shards, clustering={"num_labels": (41,)})
@@ -253,3 +314,32 @@ def test_artefacts_of_a_run_are_whole(finished: Finished) -> None:
     for artifact in [*flow.features, *flow.labels.values(), *flow.adaptors.values(), *flow.scores.values(), flow.model]:
         artifact.check()
     assert not list(root.rglob("*.partial"))
+
+
+@pytest.mark.long
+def test_a_run_with_all_rows_to_compare_with_scores_them_and_says_which_saw_labels(tmp_path: Path) -> None:
+    train = tiny.write_shards(
+        tmp_path / "train", label=lambda row: None if row % 7 == 0 else f"{row % 5}", task=lambda row: f"t{row % 2}"
+    )
+    test = tiny.write_shards(tmp_path / "test", (9, 12), bad=(), label=lambda row: f"{row % 4}", seed=1)
+    settings = tiny.config(
+        train,
+        data={"train": train, "test": test, "streams": 4, "max_bad_share": 0.05},
+        adapt={"epochs": 1, "supervised": True},
+        fuse={"variants": ("average", *ROWS), "epochs": 1},
+        evaluate={"export": "random-all"},
+    )
+    here = tiny.Here()
+    pipeline._run(tiny.run_in(settings, tmp_path / "run", here))
+    assert here.asked[0] == "read_truth"  # a run that lacks labels ends at once
+    assert [name for name in here.asked if name in (*ROWS, "supervised-set")] == ["supervised-set", *ROWS]
+    rows = json.loads((tmp_path / "run" / "report" / "metrics.json").read_text())["rows"]
+    assert [row["model"] for row in rows] == ["backbone", "k=4", "k=6", "oracle", "average", *ROWS, "supervised-set"]
+    page = (tmp_path / "run" / "report" / "report.html").read_text()
+    assert "supervised-set and supervised: trained with the labels of the training images (10 classes of 33" in page
+    assert "random 2" in page  # a set of random-all, in its attention
+    model = grappa_dist.load_model(tmp_path / "run")
+    assert model.sets == ["random 1", "random 2"]
+    again = tiny.Here()
+    pipeline._run(tiny.run_in(settings, tmp_path / "run", again))
+    assert again.asked == []

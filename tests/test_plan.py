@@ -44,6 +44,24 @@ def test_a_plan_names_every_stage_with_its_steps_and_writes_nothing(tmp_path: Pa
         assert f"0 of {number} reused" in lines[stage]
 
 
+def test_a_plan_names_the_jobs_of_rows_to_compare_with(tmp_path: Path) -> None:
+    rows = ("average", "random-one", "random-all", "supervised")
+    settings = tiny.config(
+        tiny.write_shards(tmp_path / "images"),
+        clustering={"num_labels": (4, 8)},
+        adapt={"supervised": True},
+        fuse={"variants": rows},
+    )
+    lines = lines_of(settings, tmp_path / "run")
+    assert lines["fuse"].startswith("random-one, random-all; one job each on all workers, 12 steps of 16 pairs, exact")
+    assert "0 of 2 reused" in lines["fuse"]
+    assert "labels of the training images, read before anything else; one task; 0 of 2 reused" in lines["true_labels"]
+    for name, ranks in {"supervised-set": "1", "supervised": "all"}.items():
+        assert f"one job on {ranks} ranks, at most 21 steps of 16 images; 0 of 1 reused" in lines[name]
+    assert "8 models on 40 images" in lines["evaluate"]
+    assert not {"true_labels", "supervised-set"} & set(lines_of(tiny.config(settings.data.train), tmp_path / "run"))
+
+
 def test_a_plan_prices_the_projector_in_memory_and_traffic(tmp_path: Path) -> None:
     shards = tiny.write_shards(tmp_path / "images")
     settings = tiny.config(shards, **{**SECTIONS, "fuse": {**SECTIONS["fuse"], "projector": (8192, 8192, 8192)}})

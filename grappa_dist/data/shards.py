@@ -171,7 +171,7 @@ class ImageShards:
             return why
 
     def labels(self, row: int) -> dict[str, Any] | None:
-        """The JSON member of a row, or None without one; for evaluation only.
+        """The JSON member of a row, or None without one; only `stages/truth.py` asks for it.
 
         Raises:
             BadLabels: it is no JSON object.

@@ -34,6 +34,14 @@ class Adaptors(nn.Module):
         self.up_weight.zero_()
         self.up_bias.zero_()
 
+    @torch.no_grad()
+    def randomise(self, generator: torch.Generator) -> None:
+        """The default init of a linear layer for both halves, nothing zero: one that is to learn without labels."""
+        self.initialise(generator)
+        bound = 1 / math.sqrt(self.bottleneck)
+        self.up_weight.uniform_(-bound, bound, generator=generator)
+        self.up_bias.uniform_(-bound, bound, generator=generator)
+
     def tensors(self, index: int) -> dict[str, Tensor]:
         """Adaptor `index` in the layout of two linear layers: down (H, D), (H,) and up (D, H), (D,)."""
         part = slice(index * self.bottleneck, (index + 1) * self.bottleneck)

@@ -215,9 +215,11 @@ class Grappa(nn.Module):
         for layer in self.layers:
             layer.adaptors.requires_grad_(True)
 
-    def trainable_attention(self) -> None:
-        """Step 3: gradients for Q and K alone."""
+    def trainable_attention(self, *, and_adaptors: bool = False) -> None:
+        """Step 3: gradients for Q and K alone, or for the adaptors as well."""
         self.requires_grad_(False)
+        for layer in self.layers:
+            layer.adaptors.requires_grad_(and_adaptors)
         for layer in self.layers:
             if layer.attention is not None:
                 layer.attention.requires_grad_(True)

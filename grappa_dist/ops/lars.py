@@ -28,16 +28,21 @@ def adapted_gradient(param: Tensor, grad: Tensor, *, eta: float, weight_decay: f
 
 
 class Lars(torch.optim.Optimizer):
-    """Layer-wise adaptive rate scaling. A trust ratio belongs to a whole tensor: flattened ones are refused."""
+    """Layer-wise adaptive rate scaling. A trust ratio belongs to a whole tensor: flattened ones are refused.
+
+    A group of parameters may say `sets`: so many tensors lie in each of its parameters, one after the other along the
+    first dimension, and each has its own ratio; and `biases`: its parameters are biases, whatever their dimensions.
+    """
 
     def __init__(
         self, params: Any, lr: float, *, momentum: float = 0.9, eta: float = 1e-3, weight_decay: float = 0.0
     ) -> None:
-        for name, value in {"lr": lr, "momentum": momentum, "eta": eta, "weight_decay": weight_decay}.items():
+        settings = {"lr": lr, "momentum": momentum, "eta": eta, "weight_decay": weight_decay}
+        for name, value in settings.items():
             if not value >= 0:
                 raise ValueError(f"Lars: {name} must be at least 0, got {value}")
         self._shapes: list[list[torch.Size]] = []  # of every group, as the model has them
-        super().__init__(params, {"lr": lr, "momentum": momentum, "eta": eta, "weight_decay": weight_decay})
+        super().__init__(params, {**settings, "sets": 1, "biases": False})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -65,9 +70,20 @@ class Lars(torch.optim.Optimizer):
         return loss
 
     def _update(self, param: Tensor, group: dict[str, Any]) -> None:
-        grad = adapted_gradient(param, param.grad, eta=group["eta"], weight_decay=group["weight_decay"])  # type: ignore[arg-type]
+        assert param.grad is not None
         state = self.state[param]
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(param)
-        state["momentum"].mul_(group["momentum"]).add_(grad)
+        state["momentum"].mul_(group["momentum"]).add_(_gradient(param, param.grad, group))
         param.add_(state["momentum"], alpha=-group["lr"])
+
+
+def _gradient(param: Tensor, grad: Tensor, group: dict[str, Any]) -> Tensor:
+    """The gradient as momentum gathers it, same shape."""
+    if group["biases"]:
+        return grad
+    eta, decay, sets = group["eta"], group["weight_decay"], group["sets"]
+    if sets == 1:
+        return adapted_gradient(param, grad, eta=eta, weight_decay=decay)
+    parts = zip(param.chunk(sets), grad.chunk(sets), strict=True)
+    return torch.cat([adapted_gradient(p, g, eta=eta, weight_decay=decay) for p, g in parts])

@@ -51,9 +51,10 @@ def _variant(content: ReportContent, variant: str) -> str:
     entropy = content.entropy.get(variant, [])
     groups = content.attention.get(variant, {})
     shown = {name: values for name, values in list(groups.items())[:MOST_GROUPS] if values}
-    said = sentences(read_attention(groups, entropy, content.sets, content.decay.get(variant, [])))
-    said += _drift(content.shares.get(variant, []), content.sets)
-    maps = _maps(shown, content.sets) if shown else ""
+    sets = content.own_sets.get(variant, content.sets)
+    said = sentences(read_attention(groups, entropy, sets, content.decay.get(variant, [])))
+    said += _drift(content.shares.get(variant, []), sets)
+    maps = _maps(shown, sets) if shown else ""
     hidden = len(groups) - len(shown)
     maps += f'<p class="note">{hidden} more groups not shown.</p>' if hidden else ""
     if maps and uniform(entropy):

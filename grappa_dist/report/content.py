@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 class ScoreRow(TypedDict):
     """Retrieval of one model on one task; fractions in [0, 1]."""
 
-    model: str  # "backbone", "k=<K>", "oracle", "average", "transforms", "neighbours", or "<fusion>-<recipe>"
+    model: str  # "backbone", "k=<K>", "oracle", a fusion, "<fusion>-<recipe>", or a row to compare with
     task: str
     queries: int
     r_precision: float
@@ -131,6 +131,7 @@ class ReportContent:
         default_factory=dict
     )  # fusion: (L,) decay over gradient of Q and K in training
     sets: list[str] = field(default_factory=list)  # the N adaptor sets, "k=64", ...
+    own_sets: dict[str, list[str]] = field(default_factory=dict)  # fusion: its sets, where it has others
     clusterings: list[Clustering] = field(default_factory=list)
     nestings: list[Nesting] = field(default_factory=list)  # of consecutive K; [] with one K
     sheets: list[ContactSheet] = field(default_factory=list)

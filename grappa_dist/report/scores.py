@@ -15,15 +15,19 @@ from grappa_dist.report.content import ScoreRow
 Metric = Literal["r_precision", "map_at_r", "recall_at_1"]
 BACKBONE, ORACLE, AVERAGE = "backbone", "oracle", "average"
 FUSIONS = (AVERAGE, "gallery", "transforms", "neighbours")
-_GROUPS = {BACKBONE: 0, "set": 1, ORACLE: 2, "fusion": 3, "other": 4}
+RANDOM = ("random-one", "random-all")
+SUPERVISED = ("supervised-set", "supervised")
+_GROUPS = {BACKBONE: 0, "set": 1, ORACLE: 2, "fusion": 3, "random": 4, "supervised": 5, "other": 6}
 
 
 def kind(model: str) -> str:
-    """The family of a model: "backbone", "set", "oracle", "fusion" or "other"."""
+    """The family of a model: "backbone", "set", "oracle", "fusion", "random", "supervised" or "other"."""
     if model in (BACKBONE, ORACLE):
         return model
     if model.startswith("k=") and model[2:].isdecimal():
         return "set"
+    if model in (*RANDOM, *SUPERVISED):
+        return "random" if model in RANDOM else "supervised"
     return "fusion" if model.split("-")[0] in FUSIONS else "other"
 
 
@@ -37,6 +41,8 @@ def ordered(models: Iterable[str]) -> list[str]:
             within = int(model[2:])
         elif family == "fusion":
             within = FUSIONS.index(model.split("-")[0])
+        elif family in ("random", "supervised"):
+            within = (*RANDOM, *SUPERVISED).index(model)
         return _GROUPS[family], within, model
 
     return sorted(set(models), key=rank)
@@ -78,8 +84,9 @@ class Scores:
         return self.value(model, task) - self.value(over, task)
 
     def best(self, task: str | None, metric: Metric = "r_precision") -> set[str]:
-        """The models on top, at the precision a table prints. The oracle does not compete: it repeats a set."""
-        shown = {m: round(100 * self.value(m, task, metric), 1) for m in self.models if m != ORACLE}
+        """The models on top, at the precision a table prints; what saw labels, the oracle too, does not compete."""
+        rivals = [m for m in self.models if m != ORACLE and m not in SUPERVISED]
+        shown = {m: round(100 * self.value(m, task, metric), 1) for m in rivals}
         top = max((v for v in shown.values() if math.isfinite(v)), default=math.nan)
         return {m for m, v in shown.items() if v == top}
 

@@ -11,7 +11,7 @@ from grappa_dist.report.markup import absent, number, percent, plural, table, te
 from grappa_dist.report.methods import method_table
 from grappa_dist.report.partitions import contact_sheets, nesting_table
 from grappa_dist.report.plots import COLOURS, Axes, Series, bar_chart, grid, line_chart
-from grappa_dist.report.scores import ordered
+from grappa_dist.report.scores import SUPERVISED, ordered
 
 MOST_BAD_ROWS = 100
 MOST_CLUSTERINGS = 24  # histograms
@@ -118,14 +118,14 @@ def _size_charts(items: list[Clustering]) -> str:
 
 
 def curve_section(content: ReportContent) -> str:
-    """Curves by kind of job, since the losses of adaptor sets and of fusions are not comparable."""
+    """Curves by kind of job, since losses against classes and losses of pairs are not comparable."""
     curves = {job: points for job, points in content.curves.items() if points}
     if not curves:
         return ""
-    kinds = {
-        "Adaptor sets": {job: points for job, points in curves.items() if "k=" in job},
-        "Fusion and other jobs": {job: points for job, points in curves.items() if "k=" not in job},
-    }
+    kinds: dict[str, dict[str, list[dict[str, float]]]] = {}
+    for job, points in curves.items():
+        name = "With labels, to compare with" if job in SUPERVISED else "Fusion and other jobs"
+        kinds.setdefault("Adaptor sets" if "k=" in job else name, {})[job] = points
     return "".join(_kind_of_job(name, jobs) for name, jobs in kinds.items() if jobs)
 
 

@@ -28,15 +28,24 @@ from grappa_dist.stages.training import TrainingImages, data_settings
 
 
 def adaptors_of(
-    store: Store, backbone: BackboneConfig, adapt: AdaptConfig, data: DataConfig, seed: int, labels: Artifact
+    store: Store,
+    backbone: BackboneConfig,
+    adapt: AdaptConfig,
+    data: DataConfig,
+    seed: int,
+    labels: Artifact,
+    *,
+    name: str = "",
 ) -> Artifact:
+    """The artefact of the set of a partition, or one of another name."""
     settings = {
         "backbone": backbone_settings(backbone),
         "adapt": adapt.of_result(),
         "data": data_settings(data),
         "seed": seed,
     }
-    return store.artifact(labels.kind.replace("labels/", "adaptors/"), settings, {"labels": labels})
+    kind = f"adaptors/{name or labels.kind.removeprefix('labels/')}"
+    return store.artifact(kind, settings, {"labels": labels})
 
 
 def adapt(
@@ -47,8 +56,13 @@ def adapt(
     bad: NDArray[np.int64],
 ) -> None:
     """Trains every adaptor set that does not exist yet, several in a job and jobs side by side as asked for."""
+    sets = [_set(run.config, k, labels[k], adaptors[k], images) for k in adaptors]  # all: a pack may lack one only
+    train_sets(run, sets, images, bad)
+
+
+def train_sets(run: Run, sets: Sequence[AdaptSet], images: ImageShards, bad: NDArray[np.int64]) -> None:
+    """Trains those of the sets that are missing on all images but the rows `bad`."""
     config = run.config
-    sets = [_set(config, k, labels[k], adaptors[k], images) for k in adaptors]  # all: a pack may lack one only
     commit_saved(sets)
     missing = [one for one in sets if not one.artifact.complete]
     if not missing:

@@ -4,10 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from grappa_dist.artifacts import Artifact
+from grappa_dist.config import SUPERVISED, SUPERVISED_SET
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.stages.modelling import ModelSpec
+
+
+class Supervision(NamedTuple):
+    """What reads the labels of the training images, and what is trained with them."""
+
+    truth: Artifact  # as their JSON members say
+    classes: Artifact  # by number, in the form of a partition
+    adaptors: Artifact | None  # the supervised set
+    fusion: Artifact | None  # the supervised fusion
+
+    @property
+    def trained(self) -> dict[str, Artifact]:
+        """What saw the labels, by its name in the table."""
+        both = {SUPERVISED_SET: self.adaptors, SUPERVISED: self.fusion}
+        return {name: artifact for name, artifact in both.items() if artifact is not None}
 
 
 @dataclass(frozen=True)
@@ -16,6 +33,7 @@ class Flow:
 
     train: ImageShards
     test: ImageShards  # where there are no others, some of the training images
+    supervision: Supervision | None  # where a row to compare with asks for labels of the training images
     features: tuple[Artifact, ...]  # of the training images, by the frozen backbone
     labels: Mapping[int, Artifact]  # by K
     partitions: Artifact  # how these labels agree, and samples of their clusters

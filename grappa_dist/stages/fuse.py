@@ -5,12 +5,12 @@ Shapes: B images of this rank, S pixels a side, L layers, N sets, D channels.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from grappa_dist.artifacts import Artifact, RowArrays, Store, replacing
-from grappa_dist.config import BackboneConfig, DataConfig, FuseConfig
+from grappa_dist.config import SUPERVISED, BackboneConfig, DataConfig, FuseConfig, seeks_neighbours
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.dist.accumulate import accumulate
 from grappa_dist.dist.correlation import penalty_of
@@ -32,17 +32,26 @@ from grappa_dist.ops.lars import Lars
 from grappa_dist.ops.losses import barlow_twins
 from grappa_dist.ops.schedules import cosine
 from grappa_dist.stages.embed import Embedding, to_images
-from grappa_dist.stages.modelling import ADAPTORS_FILE, FUSION_FILE, backbone_settings, build_backbone, preprocess_of
+from grappa_dist.stages.modelling import (
+    ADAPTORS_FILE,
+    FUSION_FILE,
+    backbone_settings,
+    build_backbone,
+    preprocess_of,
+    save_own_sets,
+)
 from grappa_dist.stages.pairs import Pairs
+from grappa_dist.stages.random_sets import lars_groups, num_random, start_at_random
 from grappa_dist.stages.run import Run
 from grappa_dist.stages.training import TrainingImages, data_settings, torch_seed
+from grappa_dist.stages.watching import AttentionWatch
 
 
 @dataclass(frozen=True)
 class FuseJob:
     """What every rank of a fusion job is told."""
 
-    variant: str  # transforms, neighbours; "-adam": the second recipe
+    variant: str  # transforms, neighbours; "-adam": the second recipe; random-one, random-all
     adaptors: tuple[Artifact, ...]
     labels: Mapping[int, RowArrays]  # to tell how often neighbours share a pseudo-label
     training: TrainingImages
@@ -51,6 +60,7 @@ class FuseJob:
     fuse: FuseConfig
     embedding: Embedding
     artifact: Artifact
+    random_sets: int = 0  # sets that start at random and learn too, in place of `adaptors`
 
 
 def fusion_of(
@@ -61,13 +71,19 @@ def fusion_of(
     data: DataConfig,
     seed: int,
     sets: Sequence[Artifact],
+    own: Mapping[str, int] = MappingProxyType({}),
 ) -> Artifact:
-    """The artefact of one variant."""
+    """The artefact of one variant.
+
+    Args:
+        own: what its own sets are like, in place of `sets`.
+    """
     settings = {
         "backbone": backbone_settings(backbone),
         "fuse": fuse.of_variant(variant),
         "data": data_settings(data),
         "seed": seed,
+        **own,
     }
     return store.artifact(f"fusion/{variant}", settings, {f"adaptors {i}": a for i, a in enumerate(sets)})
 
@@ -92,16 +108,17 @@ def fuse(
     images: ImageShards,
     bad: np.ndarray,
 ) -> None:
-    """Trains every variant that does not exist yet, one after the other, each on all workers."""
+    """Trains every variant on pairs that does not exist yet, one after the other, each on all workers."""
     config = run.config
     threads = config.resources.decode_threads
     training = TrainingImages(images, bad, config.data, config.fuse.global_batch, config.seed, threads)
     for variant, artifact in fusions.items():
-        if artifact.complete:
+        if artifact.complete or variant == SUPERVISED:
             continue
+        at_random = num_random(variant, len(adaptors))
         job = FuseJob(
             variant,
-            tuple(adaptors),
+            () if at_random else tuple(adaptors),
             labels,
             training,
             config.backbone,
@@ -109,6 +126,7 @@ def fuse(
             config.fuse,
             Embedding(config.embed.batch_size, threads),
             artifact,
+            at_random,
         )
         steps = config.fuse.epochs * training.steps_per_epoch()
         with run.console.stage("fuse", f"{variant}, {steps} steps on {run.runner.num_workers} ranks"):
@@ -130,7 +148,7 @@ def train_fusion(context: RankContext, job: FuseJob) -> None:
         optimizer = (
             torch.optim.Adam(parameters, lr=peak)
             if adam
-            else Lars(parameters, lr=peak, weight_decay=config.lars_weight_decay)
+            else Lars(lars_groups(objective.module), lr=peak, weight_decay=config.lars_weight_decay)
         )
         warmup = min(config.warmup_steps, steps - 1)
         schedule = Schedule(steps, config.checkpoint_steps, lambda step: peak * cosine(step, steps, warmup))
@@ -139,6 +157,8 @@ def train_fusion(context: RankContext, job: FuseJob) -> None:
         if done and context.comm.rank == 0:
             with replacing(folder / FUSION_FILE) as temporary:
                 save_file(objective.grappa.attention_tensors(), temporary)
+            if job.random_sets:
+                save_own_sets(objective.grappa, folder)
             job.artifact.commit(discard=["checkpoints", "knn/*.partial", "knn/features-*"])
 
 
@@ -160,9 +180,13 @@ class FuseObjective:
         self._context, self._job = context, job
         backbone = build_backbone(job.backbone)
         preprocess = preprocess_of(backbone.pixels)
-        self.grappa = Grappa(backbone, len(job.adaptors), job.bottleneck, attention=True)
-        self.grappa.load_adaptors([load_file(a.path / ADAPTORS_FILE) for a in job.adaptors])
-        self.grappa.trainable_attention()
+        num_sets = job.random_sets or len(job.adaptors)
+        self.grappa = Grappa(backbone, num_sets, job.bottleneck, attention=job.random_sets != 1)
+        if job.random_sets:
+            start_at_random(self.grappa, job.training.seed)
+        else:
+            self.grappa.load_adaptors([load_file(a.path / ADAPTORS_FILE) for a in job.adaptors])
+        self.grappa.trainable_attention(and_adaptors=job.random_sets > 0)
         projector = Projector(backbone.embed_dim, job.fuse.projector)
         draws = torch.Generator().manual_seed(torch_seed("fusion", job.training.seed))
         for layer in self.grappa.layers:
@@ -177,13 +201,12 @@ class FuseObjective:
             self.grappa,
             preprocess,
             settings=job.fuse,
-            neighbours=job.variant.startswith("neighbours"),
+            neighbours=seeks_neighbours(job.variant),
             embedding=job.embedding,
             labels=job.labels,
             folder=folder / "knn",
         )
-        self._entropy = torch.zeros(len(self.grappa.layers), dtype=torch.float64)
-        self._shares = torch.zeros(len(job.adaptors), dtype=torch.float64)
+        self._watch = AttentionWatch(self.grappa)
 
     def begin(self, step: int) -> None:
         self._pairs.begin(step)
@@ -198,17 +221,11 @@ class FuseObjective:
             images,
             lambda za, zb: self._loss(za, zb),
             micro_batch=self._job.fuse.micro_batch,
-            after=self._watch,
+            after=self._watch.add,
         )
         count = len(images) / 2
-        figures = {"images": count, "loss": loss * count}
-        figures |= {f"entropy.{i}": float(e) / 2 for i, e in enumerate(self._entropy)}
-        figures |= {f"attention.{i}": float(share) / 2 for i, share in enumerate(self._shares)}
-        ratios = self._decay_ratios() if count else [0.0] * len(self.grappa.layers)  # a NaN of no images would spread
-        figures |= {f"decay_to_gradient.{i}": ratio * count for i, ratio in enumerate(ratios)}
-        self._entropy.zero_()
-        self._shares.zero_()
-        return figures
+        decay = 0.0 if self._job.variant.endswith("-adam") else self._job.fuse.lars_weight_decay
+        return {"images": count, "loss": loss * count, **self._watch.take(2, decay, count)}
 
     def save(self, step: int) -> None:
         self._pairs.save(step)
@@ -221,26 +238,3 @@ class FuseObjective:
         allsum, project = self._context.comm.allsum, self.module.projector
         ga, gb = project(za, allsum), project(zb, allsum)
         return self._job.fuse.loss_scale * barlow_twins(ga, gb, self._job.fuse.beta, allsum, penalty=self._penalty)
-
-    def _watch(self) -> None:
-        """Adds entropies, as shares of log N, and mean weights over layers, of the images just seen."""
-        alpha = self.grappa.last_attention().double()  # (b, L, N)
-        self._shares += alpha.mean(1).sum(0).cpu()
-        sets = alpha.shape[-1]
-        if sets > 1:
-            entropy = -(alpha * alpha.clamp_min(1e-30).log()).sum(-1) / np.log(sets)
-            self._entropy += entropy.sum(0).cpu()
-
-    def _decay_ratios(self) -> list[float]:
-        """|weight decay| over |gradient| of Q and K by layer: above one, decay alone moves the attention.
-
-        NaN where there is no gradient: the loss does not depend on that layer's attention, which tells of no balance.
-        """
-        decay = 0.0 if self._job.variant.endswith("-adam") else self._job.fuse.lars_weight_decay
-        ratios = []
-        for layer in self.grappa.layers:
-            parameters = list(layer.attention.parameters()) if layer.attention is not None else []
-            norm = sum(float(p.detach().square().sum()) for p in parameters) ** 0.5
-            gradient = sum(float(p.grad.square().sum()) for p in parameters if p.grad is not None) ** 0.5
-            ratios.append(decay * norm / gradient if gradient else math.nan)
-        return ratios

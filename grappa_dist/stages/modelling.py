@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
-from grappa_dist.artifacts import Artifact
+from grappa_dist.artifacts import Artifact, replacing
 from grappa_dist.config import BackboneConfig
 from grappa_dist.data.transforms import Preprocess
 from grappa_dist.models import Backbone, Grappa, Pixels, create_backbone
@@ -34,6 +34,7 @@ class ModelSpec:
     bottleneck: int = 0
     adaptors: tuple[Artifact, ...] = ()
     fusion: Artifact | None = None  # None with several sets: their average
+    own_sets: int = 0  # adaptor sets that learned with the fusion and lie in its artefact, in place of `adaptors`
     galleries: Artifact | None = None  # weights of the sets for the images of each task
     exported: Path | None = None  # an exported model instead, and
     weights: str = ""  # the hash of its weights
@@ -47,9 +48,20 @@ class ModelSpec:
         return {**sets, **{name: given for name, given in more.items() if given}}
 
     @property
+    def sets(self) -> list[str]:
+        """What the adaptor sets are called: by their partitions, or by number where they began at random."""
+        own = [f"random {number}" for number in range(1, self.own_sets + 1)]
+        return own or [artifact.kind.removeprefix("adaptors/") for artifact in self.adaptors]
+
+    @property
+    def attends(self) -> bool:
+        """Whether there is a learned attention; a set that was trained alone has none."""
+        return self.fusion is not None and self.own_sets != 1
+
+    @property
     def weighs(self) -> bool:
         """Whether the sets do not always weigh the same."""
-        return self.fusion is not None or self.galleries is not None
+        return self.attends or self.galleries is not None
 
 
 def backbone_settings(config: BackboneConfig) -> dict[str, Any]:
@@ -103,13 +115,34 @@ def build(spec: ModelSpec, device: torch.device) -> nn.Module:
             exported.weigh(torch.tensor(spec.weighed))
         return exported.to(device)
     backbone = build_backbone(spec.backbone)
-    if not spec.adaptors:
+    if not spec.sets:
         return backbone.to(device)
-    model = Grappa(backbone, len(spec.adaptors), spec.bottleneck, attention=spec.fusion is not None)
-    model.load_adaptors([load_file(a.path / ADAPTORS_FILE) for a in spec.adaptors])
+    model = Grappa(backbone, len(spec.sets), spec.bottleneck, attention=spec.attends)
+    model.load_adaptors(_load_sets(spec))
     if spec.fusion:
         model.load_attention(load_file(spec.fusion.path / FUSION_FILE))
     return model.requires_grad_(False).eval().to(device)
+
+
+def _load_sets(spec: ModelSpec) -> list[dict[str, Tensor]]:
+    if not spec.own_sets or spec.fusion is None:
+        return [load_file(a.path / ADAPTORS_FILE) for a in spec.adaptors]
+    sets: list[dict[str, Tensor]] = [{} for _ in range(spec.own_sets)]
+    for name, tensor in load_file(spec.fusion.path / ADAPTORS_FILE).items():
+        _, index, rest = name.split(".", 2)
+        sets[int(index)][rest] = tensor
+    return sets
+
+
+def save_own_sets(model: Grappa, folder: Path) -> None:
+    """All sets of a model in one file, for `ModelSpec.own_sets`."""
+    tensors = {
+        f"sets.{index}.{name}": tensor
+        for index in range(model.layers[0].adaptors.num_sets)
+        for name, tensor in model.adaptor_tensors(index).items()
+    }
+    with replacing(folder / ADAPTORS_FILE) as temporary:
+        save_file(tensors, temporary)
 
 
 def exported_spec(run_or_model_dir: Path, gallery: str | None = None) -> ModelSpec:

@@ -34,10 +34,11 @@ class AdaptSet:
     labels: RowArrays
     artifact: Artifact
     centroids: Path | None = None  # (K, D) of the partition, where the classifier starts; None: at random
+    title: str = ""  # where it is no partition
 
     @property
     def name(self) -> str:
-        return f"k={self.num_labels}"
+        return self.title or f"k={self.num_labels}"
 
 
 def figure(name: str, of: AdaptSet) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from grappa_dist.artifacts import Artifact, Store
-from grappa_dist.config import UNTRAINED, Config
+from grappa_dist.config import Config
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.data.transforms import decode
 from grappa_dist.observe import duration, read_events
@@ -36,6 +36,7 @@ from grappa_dist.stages.flow import Flow
 from grappa_dist.stages.partitions import PARTITIONS_FILE
 from grappa_dist.stages.pseudo_label import STATS_FILE
 from grappa_dist.stages.run import Run
+from grappa_dist.stages.true_labels import class_counts
 from grappa_dist.stages.truth import Truth, load_truth
 
 THUMBNAIL_PX = 112
@@ -63,9 +64,8 @@ def score_rows(flow: Flow) -> list[ScoreRow]:
     for model, artifact in flow.scores.items():
         rows += [_score_row(model, row) for row in json.loads((artifact.path / SCORES_FILE).read_text())]
     sets = [row for row in rows if row["model"].startswith("k=")]
-    fused = [row for row in rows if row["model"] in flow.fusions or row["model"] in UNTRAINED]
-    plain = [row for row in rows if row not in fused]
-    return [*plain, *best_sets(sets), *fused]
+    frozen = [row for row in rows if row["model"] == "backbone"]
+    return [*frozen, *sets, *best_sets(sets), *(row for row in rows if row not in (*frozen, *sets))]
 
 
 def best_sets(sets: Sequence[ScoreRow]) -> Iterator[ScoreRow]:
@@ -99,16 +99,32 @@ def _content(run: Run, flow: Flow, rows: list[ScoreRow]) -> ReportContent:
         shares={v: _by_step(a, "attention") for v, a in flow.fusions.items()},
         decay={v: [_median(layer) for layer in zip(*d, strict=True)] for v, d in decays.items() if d},
         sets=[f"k={k}" for k in flow.adaptors],
+        own_sets={m: spec.sets for m, spec in flow.models.items() if spec.own_sets},
         clusterings=[Clustering(**json.loads((a.path / STATS_FILE).read_text())) for a in flow.labels.values()],
         nestings=[Nesting(**nesting) for nesting in partitions["nestings"]],
         sheets=[ContactSheet(k=s["k"], clusters=_samples(flow.train, s["clusters"])) for s in partitions["sheets"]],
-        curves={a.kind.split("/")[1]: _curve(a) for a in [*flow.adaptors.values(), *flow.fusions.values()]},
+        curves={a.kind.split("/")[1]: _curve(a) for a in _trained(flow)},
         galleries=list(_galleries(flow, insights)),
         bad_rows=[*_bad(flow.train, flow.features), *_bad_test(flow)],
         facts=_facts(run, flow),
         config_yaml=run.config.yaml(),
-        notes=list(run.config.notes),
+        notes=[*run.config.notes, *_who_saw_labels(flow)],
     )
+
+
+def _trained(flow: Flow) -> list[Artifact]:
+    labelled = flow.supervision.trained.values() if flow.supervision else []
+    return list(dict.fromkeys([*flow.adaptors.values(), *flow.fusions.values(), *labelled]))
+
+
+def _who_saw_labels(flow: Flow) -> Iterator[str]:
+    if flow.supervision is not None:
+        found = class_counts(flow.supervision.classes)
+        yield (
+            f"{' and '.join(flow.supervision.trained)}: trained with the labels of the training images "
+            f"({found['classes']:,} classes of {found['labelled']:,} images, of {found['images']:,}). "
+            "No other row was trained with a label."
+        )
 
 
 def _view_figures(insights: Mapping[str, Any]) -> Iterator[LabelFree]:
@@ -266,6 +282,8 @@ def _facts(run: Run, flow: Flow) -> dict[str, str]:
     }
     made = {"labels": flow.labels.values(), "adaptors": flow.adaptors.values(), "fusions": flow.fusions.values()}
     facts |= {name: ", ".join(a.name for a in group) for name, group in made.items()}
+    labelled = flow.supervision.trained.items() if flow.supervision else ()
+    facts |= {f"with labels: {name}": artifact.name for name, artifact in labelled}
     return facts | dict(_graph_facts(flow)) | {"model": flow.model.name}
 
 

@@ -1,4 +1,7 @@
-"""truth: the JSON members of the images -> task and label of every row, for evaluation only. Shapes: n rows."""
+"""truth: the JSON members of the images -> task and label of every row. Shapes: n rows.
+
+Of test images they are for evaluation; of training images they are read where rows to compare with ask for them.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ TRUTH_TASKS, TRUTH_LABELS, TRUTH_NAMES = "tasks.npy", "labels.npy", "names.json"
 
 @dataclass(frozen=True)
 class Truth:
-    """Task and label of every row, for evaluation only; label -1: none."""
+    """Task and label of every row; label -1: none."""
 
     tasks: NDArray[np.int64]
     labels: NDArray[np.int64]

@@ -78,3 +78,14 @@ def test_a_task_without_queries_and_a_missing_row_show_a_dash() -> None:
 
 def test_a_table_without_a_backbone_has_no_gains() -> None:
     assert "gained" not in console_table([row("average", "a", 0.5)])
+
+
+def test_rows_trained_with_labels_are_named_come_last_and_do_not_compete() -> None:
+    values = {"supervised": 0.9, "supervised-set": 0.8, "random-all": 0.3, "random-one": 0.2, "average": 0.5}
+    table = console_table([row(model, "t", value) for model, value in values.items()])
+    block = table.split("\n\nrecall@1")[0]
+    names = [line.split()[0] for line in block.splitlines()[2:] if line]
+    assert names == ["average", "random-one", "random-all", "supervised-set", "supervised"]
+    assert [line.split()[0] for line in block.splitlines()[1:] if "*" in line] == ["average"]
+    assert table.endswith("Trained with labels, out of competition: supervised-set, supervised. No other row was.")
+    assert "Trained with labels" not in console_table([row("average", "t", 0.5)])

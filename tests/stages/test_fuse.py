@@ -18,6 +18,7 @@ from grappa_dist.observe import read_events
 from grappa_dist.stages.embed import Embedding
 from grappa_dist.stages.fuse import FuseJob, FuseObjective, fusion_of, least_bytes, train_fusion
 from grappa_dist.stages.modelling import FUSION_FILE
+from grappa_dist.stages.watching import decay_ratios
 from tests.processes import run_ranks
 from tests.stages import tiny
 
@@ -198,8 +199,7 @@ def test_where_attention_has_no_gradient_the_share_of_decay_is_unknown() -> None
         for parameter in layer.attention.parameters():
             parameter.data.fill_(1.0)
             parameter.grad = None if gradient is None else torch.full((2, 2), gradient)
-    job = SimpleNamespace(variant="transforms", fuse=SimpleNamespace(lars_weight_decay=0.25))
-    found = FuseObjective._decay_ratios(SimpleNamespace(grappa=SimpleNamespace(layers=layers), _job=job))
+    found = decay_ratios(SimpleNamespace(layers=layers), 0.25)
     assert found == pytest.approx([math.nan, math.nan, 0.5], nan_ok=True)
 
 

@@ -1,0 +1,211 @@
+"""supervise: two rows that see the labels of the training images, to compare a method without labels with.
+
+The supervised set (Table 3 of the paper) is step 2 on the true classes in place of a partition. The supervised fusion
+(Table 5) is attention over the N sets of the partitions, trained to tell the true classes apart: the recipe is that of
+step 2 as well, as the paper names none; Q and K learn where an adaptor set would. No pairs, no projector.
+
+Shapes: B images of this rank, b of a micro-batch, N sets, D channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from grappa_dist.artifacts import Artifact, RowArrays, Store, replacing
+from grappa_dist.config import SUPERVISED, SUPERVISED_SET, AdaptConfig, BackboneConfig, Config
+from grappa_dist.data.loader import read_batches
+from grappa_dist.data.shards import ImageShards
+from grappa_dist.dist.classifier import Classifier, ClassifierSettings
+from grappa_dist.dist.engine import Engine
+from grappa_dist.dist.jobs import Job
+from grappa_dist.dist.train import Schedule, Watch, train
+from grappa_dist.dist.workers import RankContext
+from grappa_dist.models import Grappa
+from grappa_dist.ops.schedules import cosine
+from grappa_dist.stages.adapt import train_sets
+from grappa_dist.stages.embed import to_images
+from grappa_dist.stages.modelling import ADAPTORS_FILE, FUSION_FILE, backbone_settings, build_backbone, preprocess_of
+from grappa_dist.stages.packs import AdaptSet
+from grappa_dist.stages.pseudo_label import CENTROIDS_FILE, label_rows
+from grappa_dist.stages.run import Run
+from grappa_dist.stages.training import Pixels, Rows, TrainingImages, augmented, data_settings, torch_seed
+from grappa_dist.stages.true_labels import class_counts, without_class
+from grappa_dist.stages.watching import AttentionWatch
+
+
+@dataclass(frozen=True)
+class SupervisedJob:
+    """What every rank of the supervised fusion is told."""
+
+    adaptors: tuple[Artifact, ...]
+    labels: RowArrays  # -1: none
+    num_classes: int
+    centroids: Path | None  # (K, D), where the classifier starts; None: at random
+    training: TrainingImages  # those with a label
+    backbone: BackboneConfig
+    adapt: AdaptConfig
+    artifact: Artifact
+
+    @property
+    def num_steps(self) -> int:
+        return self.adapt.epochs * self.training.steps_per_epoch()
+
+
+def supervised_fusion_of(store: Store, config: Config, labels: Artifact, sets: Sequence[Artifact]) -> Artifact:
+    """The artefact of the supervised fusion: no setting of `fuse` enters it."""
+    settings = {
+        "backbone": backbone_settings(config.backbone),
+        "adapt": config.adapt.of_result(),
+        "data": data_settings(config.data),
+        "seed": config.seed,
+    }
+    return store.artifact(
+        f"fusion/{SUPERVISED}", settings, {"labels": labels, **{f"adaptors {i}": a for i, a in enumerate(sets)}}
+    )
+
+
+def adapt_supervised(run: Run, adaptors: Artifact, labels: Artifact, images: ImageShards) -> None:
+    """Trains the supervised set, by a job like those of the partitions."""
+    if not adaptors.complete:
+        classes = class_counts(labels)["classes"]
+        one = AdaptSet(classes, label_rows(labels, images), adaptors, _start(run.config, labels), SUPERVISED_SET)
+        train_sets(run, [one], images, without_class(labels, images))
+
+
+def fuse_supervised(
+    run: Run, fusion: Artifact, adaptors: Sequence[Artifact], labels: Artifact, images: ImageShards
+) -> None:
+    """Trains the supervised fusion, by one job on all workers."""
+    if fusion.complete:
+        return
+    config, classes = run.config, class_counts(labels)["classes"]
+    training = TrainingImages(
+        images,
+        without_class(labels, images),
+        config.data,
+        config.adapt.global_batch,
+        config.seed,
+        config.resources.decode_threads,
+    )
+    rows, start = label_rows(labels, images), _start(config, labels)
+    job = SupervisedJob(tuple(adaptors), rows, classes, start, training, config.backbone, config.adapt, fusion)
+    ranks = run.runner.num_workers
+    with run.console.stage("fuse", f"{SUPERVISED}, {classes} classes, {job.num_steps} steps on {ranks} ranks"):
+        run.runner.run_jobs([Job(SUPERVISED, train_supervised_fusion, job, ranks)])
+
+
+def _start(config: Config, labels: Artifact) -> Path | None:
+    return labels.path / CENTROIDS_FILE if config.adapt.classifier == "centroids" else None
+
+
+def train_supervised_fusion(context: RankContext, job: SupervisedJob) -> None:
+    """One rank: builds, trains, and rank 0 saves Q and K; the classifier is thrown away."""
+    if job.artifact.complete:
+        return
+    config, steps, folder = job.adapt, job.num_steps, job.artifact.begin()
+    warmup = min(config.warmup_steps, steps - 1)
+    peak = config.learning_rate
+    with ExitStack() as stack:
+        objective = SupervisedObjective(context, job)
+        stack.callback(objective.close)
+        optimizer = torch.optim.Adam(objective.learning, lr=peak, weight_decay=config.weight_decay)
+        done = train(
+            context,
+            objective,
+            optimizer,
+            Schedule(steps, config.checkpoint_steps, lambda step: peak * cosine(step, steps, warmup)),
+            folder=folder,
+            job=SUPERVISED,
+            beside={"classifier": objective.classifier},
+            watch=Watch(objective.suspects),
+        )
+        if done and context.comm.rank == 0:
+            with replacing(folder / FUSION_FILE) as temporary:
+                save_file(objective.module.attention_tensors(), temporary)
+            job.artifact.commit(discard=["checkpoints"])
+
+
+class SupervisedObjective:
+    """Norm-softmax, Eq. (2), of fused features against the true classes, of which Q and K learn."""
+
+    def __init__(self, context: RankContext, job: SupervisedJob) -> None:
+        self._context, self._job, config, seed = context, job, job.adapt, job.training.seed
+        backbone = build_backbone(job.backbone)
+        self._preprocess = preprocess_of(backbone.pixels)
+        self.module = Grappa(backbone, len(job.adaptors), config.bottleneck, attention=True)
+        self.module.load_adaptors([load_file(a.path / ADAPTORS_FILE) for a in job.adaptors])
+        self.module.trainable_attention()
+        draws = torch.Generator().manual_seed(torch_seed("fusion", seed))  # the start of all fusions
+        for layer in self.module.layers:
+            assert layer.attention is not None
+            layer.attention.initialise(draws)
+        self.module.to(context.device)
+        self.learning = [p for p in self.module.parameters() if p.requires_grad]
+        of_classes = torch_seed("classes", seed, job.num_classes)
+        settings = ClassifierSettings(config.gamma, config.weight_decay, config.sampled_classes, of_classes)
+        self.classifier = Classifier(context.comm, context.device, (job.num_classes, backbone.embed_dim), settings)
+        self.classifier.start(job.centroids, draws)
+        self._watch = AttentionWatch(self.module)
+        self._batches: Generator[tuple[Pixels, Rows], None, None] | None = None
+        self._rows: Rows = np.empty(0, dtype=np.int64)  # of the last step
+
+    def begin(self, step: int) -> None:
+        training, comm, area = self._job.training, self._context.comm, self._job.adapt.min_crop_area
+        per_epoch = training.steps_per_epoch()
+        orders = [training.order(epoch) for epoch in range(self._job.adapt.epochs)]
+
+        def read(at: int) -> tuple[Pixels, Rows]:
+            epoch, t = divmod(at, per_epoch)
+            rows = orders[epoch].batch_share(t, training.global_batch, comm.rank, comm.size)
+            return augmented(training, self._preprocess, rows, epoch=epoch, area=area), rows
+
+        self._batches = read_batches(range(step, self._job.num_steps), read, threads=training.decode_threads)
+
+    def backward(self, engine: Engine, step: int) -> dict[str, float]:
+        assert self._batches is not None
+        comm, device = self._context.comm, self._context.device
+        pixels, self._rows = next(self._batches)
+        labels = torch.from_numpy(self._job.labels.take(self._rows).astype(np.int64)).to(device)
+        counts = [int(n) for n in comm.gather(torch.tensor([len(self._rows)], device=device))]
+        size = self._job.adapt.micro_batch
+        size = size if isinstance(size, int) else max(counts)
+        starts = range(0, max(counts), size)  # as many micro-batches on each rank, the last ones may be empty
+        sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, accuracy
+        self.classifier.begin(step, labels)
+        for start in starts:
+            part = slice(start, start + size)
+            loss = self._score(engine, to_images(pixels[part], device), labels[part], sums)
+            # The engine averages gradients over ranks, whose shares are uneven: a loss weighs size / global rows.
+            engine.backward(loss * (comm.size / sum(counts)), last=start == starts[-1])
+        most, count = self._job.adapt.clip_norm, float(len(self._rows))
+        norms = engine.clip([self.learning], most) if most else []
+        figures = {"images": count, "loss": float(sums[0]), "accuracy": float(sums[1])}
+        if norms:
+            figures["gradient_norm"] = count * norms[0]
+        return figures | self._watch.take(1, self._job.adapt.weight_decay, count)
+
+    def _score(self, engine: Engine, images: Tensor, labels: Tensor, sums: Tensor) -> Tensor:
+        """The summed loss of a micro-batch; adds it and the hits to `sums`."""
+        z = engine.forward(images)  # (b, D)
+        if len(images):
+            self._watch.add()
+        loss, correct = self.classifier.score(z, labels)
+        sums += torch.stack([loss.detach(), correct]).to(sums)
+        return loss
+
+    def suspects(self) -> list[str]:
+        """The images of the last step, of all ranks."""
+        rows = torch.cat(self._context.comm.gather(torch.from_numpy(self._rows).to(self._context.device)))
+        return [f"{row} ({self._job.training.images.where(row)})" for row in sorted(rows.tolist())]
+
+    def close(self) -> None:
+        if self._batches is not None:
+            self._batches.close()
