@@ -174,15 +174,13 @@ class FuseConfig(Section):
     checkpoint_steps: Count = 20
 
     def of_variant(self, variant: str) -> dict[str, Any]:
-        """The settings that decide the result of one variant."""
-        other, defaults = "lars_" if variant.endswith("-adam") else "adam_", type(self).model_fields
+        """The settings that decide the result of one variant, once `graph` is settled."""
+        other = "lars_" if variant.endswith("-adam") else "adam_"
         of_graph = ("neighbours", "refresh", "graph", "recall_floor", "duplicate_cosine", "skip_duplicates")
         neighbours = () if seeks_neighbours(variant) else of_graph
         left_out = {"checkpoint_steps", "variants", "micro_batch", *neighbours}  # the loss is exact for any micro batch
-        if (self.graph, self.recall_floor) == (defaults["graph"].default, defaults["recall_floor"].default):
-            left_out |= {"graph", "recall_floor"}  # fusions from before there was a choice keep their names
-        if self.graph == "exact":
-            left_out.add("recall_floor")  # which it does not look at
+        if self.graph != "approximate":
+            left_out |= {"graph", "recall_floor"}  # an exact graph goes without saying
         if self.graph_features == "fresh" or not seeks_neighbours(variant):
             left_out.add("graph_features")
         return {k: v for k, v in self.model_dump(mode="json").items() if k not in left_out and not k.startswith(other)}

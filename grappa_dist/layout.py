@@ -14,6 +14,7 @@ from grappa_dist.stages.evaluate import insight_of, scores_of
 from grappa_dist.stages.flow import Flow, Supervision
 from grappa_dist.stages.fuse import fusion_of
 from grappa_dist.stages.galleries import galleries_of
+from grappa_dist.stages.graph import graph_kind
 from grappa_dist.stages.modelling import ModelSpec
 from grappa_dist.stages.partitions import partitions_of
 from grappa_dist.stages.pseudo_label import labels_of, num_labels
@@ -35,7 +36,7 @@ def lay_out(config: Config, store: Store, train: ImageShards, test: ImageShards 
     }
     sets = list(adaptors.values())
     supervision = _supervision(config, store, train, features, sets)
-    fusions = _fusions(config, store, sets, supervision)
+    fusions = _fusions(config, store, len(train), sets, supervision)
     models = _models(config, adaptors, fusions, supervision)
     images = test or train.some(config.evaluate.train_images, config.seed)
     truth = truth_of(store, images, labelled=test is not None)
@@ -71,17 +72,24 @@ def _exported(config: Config, store: Store, spec: ModelSpec, ks: Sequence[int]) 
     return store.artifact("models/" + spec.name, settings, spec.inputs)
 
 
+def on_pairs(config: Config, num_sets: int) -> list[str]:
+    """The variants that a job trains on pairs of images; a single set of a partition has nothing to weigh."""
+    trained = [v for v in config.fuse.variants if v not in (*UNTRAINED, SUPERVISED)]
+    return [v for v in trained if num_sets > 1 or num_random(v, num_sets)]
+
+
 def _fusions(
-    config: Config, store: Store, sets: Sequence[Artifact], supervision: Supervision | None
+    config: Config, store: Store, num_rows: int, sets: Sequence[Artifact], supervision: Supervision | None
 ) -> dict[str, Artifact]:
-    """The fusions that are trained, by variant; one set has nothing to weigh."""
+    """The fusions that are trained, by variant."""
     fusions: dict[str, Artifact] = {}
-    for variant in config.fuse.variants:
-        same = (store, variant, config.backbone, config.fuse, config.data, config.seed)
+    settled = config.fuse.model_copy(update={"graph": graph_kind(config.fuse, num_rows)})
+    for variant in on_pairs(config, len(sets)):
+        same = (store, variant, config.backbone, settled, config.data, config.seed)
         own = num_random(variant, len(sets))
         if own:
             fusions[variant] = fusion_of(*same, [], {"bottleneck": config.adapt.bottleneck, "num_sets": own})
-        elif variant not in (*UNTRAINED, SUPERVISED) and len(sets) > 1:
+        else:
             fusions[variant] = fusion_of(*same, sets)
     if supervision is not None and supervision.fusion is not None:
         fusions[SUPERVISED] = supervision.fusion

@@ -7,8 +7,8 @@ from itertools import pairwise
 from pathlib import Path
 
 from grappa_dist.artifacts import Artifact, Store
-from grappa_dist.config import SUPERVISED, SUPERVISED_SET, UNTRAINED, Config, Resources, seeks_neighbours
-from grappa_dist.layout import lay_out
+from grappa_dist.config import SUPERVISED, SUPERVISED_SET, Config, Resources, seeks_neighbours
+from grappa_dist.layout import lay_out, on_pairs
 from grappa_dist.models.backbone import check_name
 from grappa_dist.ops.correlation import by_rows, rows_are_cheaper, whole
 from grappa_dist.stages.adapt_plan import adapt_in_words, jobs_in_words, known_workers, ranks_of
@@ -19,6 +19,7 @@ from grappa_dist.stages.pseudo_label import choices_in_words, num_labels
 from grappa_dist.stages.training import steps_per_epoch
 
 CLASSIFIER_PRODUCTS = 4  # of images and classes: scores, pull, scores again, gradient
+KMEANS_BYTES = 56  # of an entry of a centroid, at most; docs/scale.md
 CORE_FLOPS = 3.7e10  # a core's rate in the classifier, Adam included; measured, docs/scale.md
 
 
@@ -53,7 +54,6 @@ def _stages(
     config: Config, flow: Flow | None, sizes: dict[str, int], ks: tuple[int, ...]
 ) -> Iterable[tuple[str, str, list[Artifact]]]:
     adapt_steps = config.adapt.epochs * steps_per_epoch(sizes["train"], config.adapt.global_batch)
-    fuse_steps = config.fuse.epochs * steps_per_epoch(sizes["train"], config.fuse.global_batch)
     features = list(flow.features) if flow else []
     yield "embed", f"{sizes['train']} training images, a task per shard", features
     yield "pseudo_label", f"K = {', '.join(map(str, ks))}; one job", list(flow.labels.values()) if flow else []
@@ -62,12 +62,7 @@ def _stages(
     what = f"{jobs_in_words(config, len(ks))}, {adapt_steps} steps of {config.adapt.global_batch} images each"
     yield "adapt", what, list(flow.adaptors.values()) if flow else []
     yield from _supervision(config, flow, ks, adapt_steps)
-    trained = [v for v in config.fuse.variants if v not in (*UNTRAINED, SUPERVISED)]
-    what = f"{', '.join(trained) or 'nothing to train'}; one job each on all workers, {fuse_steps} steps of "
-    what += f"{config.fuse.global_batch} pairs"
-    if any(map(seeks_neighbours, trained)):
-        what += f", {graph_kind(config.fuse, sizes['train'])} k-NN graph"
-    yield "fuse", what, [a for v, a in flow.fusions.items() if v != SUPERVISED] if flow else []
+    yield "fuse", _fuse(config, ks, sizes["train"]), _on_pairs(flow) if flow else []
     models = 1 + len(ks) + len(config.fuse.variants) + config.adapt.supervised
     scores = list(flow.scores.values()) if flow else []
     yield "evaluate", f"{models} models on {sizes['test']} images", scores
@@ -76,6 +71,21 @@ def _stages(
         f"report/report.html, report/metrics.json, model/ ({config.exported})",
         ([flow.report, flow.model] if flow else []),
     )
+
+
+def _fuse(config: Config, ks: tuple[int, ...], num_rows: int) -> str:
+    trained = on_pairs(config, len(ks))
+    if not trained:
+        return "nothing to train on pairs"
+    steps = config.fuse.epochs * steps_per_epoch(num_rows, config.fuse.global_batch)
+    what = f"{', '.join(trained)}; one job each on all workers, {steps} steps of {config.fuse.global_batch} pairs"
+    if any(map(seeks_neighbours, trained)):
+        what += f", {graph_kind(config.fuse, num_rows)} k-NN graph"
+    return what
+
+
+def _on_pairs(flow: Flow) -> list[Artifact]:
+    return [artifact for variant, artifact in flow.fusions.items() if variant != SUPERVISED]
 
 
 def _workers(where: Resources) -> str:
@@ -121,9 +131,11 @@ def _costs(config: Config, num_rows: int, ks: tuple[int, ...], dim: int = 384) -
         f"labels {_size(4 * len(ks) * num_rows)}, "
         f"k-NN graph {_size(8 * config.fuse.neighbours * num_rows)} an epoch; "
         f"per rank: projector with momentum {_size(12 * projector)}, "
-        f"correlation matrix {_size(4 * config.fuse.projector[-1] ** 2)}"
+        f"correlation matrix {_size(4 * config.fuse.projector[-1] ** 2)}; "
+        f"per worker: k-means of K = {max(ks)} {_size(KMEANS_BYTES * max(ks) * dim)}"
     )
-    yield _fuse_traffic(config, projector)
+    if on_pairs(config, len(ks)):
+        yield _fuse_traffic(config, projector)
 
 
 def _fuse_traffic(config: Config, projector: int) -> str:

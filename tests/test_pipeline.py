@@ -119,6 +119,15 @@ def test_a_check_names_a_file_that_is_no_longer_what_its_manifest_says(
         pipeline.check(settings, tmp_path)
 
 
+def test_a_fusion_is_named_by_the_graph_that_auto_settles_on(tmp_path: Path, shards: list[str]) -> None:
+    def named(**settings: Any) -> str:
+        fuse = {"variants": ("neighbours",), **settings}
+        return flow_of(tmp_path, shards, fuse=fuse, evaluate={"export": "neighbours"}).fusions["neighbours"].name
+
+    assert len({named(), named(graph="exact"), named(recall_floor=0.5), named(graph="exact", recall_floor=0.5)}) == 1
+    assert len({named(), named(graph="approximate"), named(graph="approximate", recall_floor=0.5)}) == 3
+
+
 def test_a_changed_seed_keeps_the_features_alone(tmp_path: Path, shards: list[str]) -> None:
     before, after = (stages_of(flow_of(tmp_path, shards, seed)) for seed in (0, 1))
     assert [stage for stage in ALL if after[stage] == before[stage]] == ["features"]

@@ -156,3 +156,14 @@ def test_a_plan_with_more_labels_than_images_is_refused(tmp_path: Path) -> None:
     settings = tiny.config(tiny.write_shards(tmp_path / "images"), clustering={"num_labels": (4, 64)})
     with pytest.raises(ValueError, match=r"clustering\.num_labels=64"):
         plan(settings, tmp_path / "run")
+
+
+def test_a_plan_trains_no_fusion_of_a_single_set_and_tells_the_memory_of_k_means(tmp_path: Path) -> None:
+    shards = tiny.write_shards(tmp_path / "images")
+    one = tiny.config(shards, clustering={"num_labels": (4,)}, fuse={"variants": ("average", "neighbours")})
+    said = plan(one, tmp_path / "run")
+    assert "fuse           nothing to train on pairs" in said
+    assert "fuse traffic" not in said
+    assert f"k-means of K = 4 {56 * 4 * 384 // 1024} KiB" in said
+    several = one.model_copy(update={"clustering": one.clustering.model_copy(update={"num_labels": (4, 6)})})
+    assert "fuse           neighbours; one job each" in plan(several, tmp_path / "run")

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from grappa_dist.artifacts import Artifact, RowArrays, Store, replacing
+from grappa_dist.artifacts import Artifact, RowArrays, Store, replacing, wait_until_seen
 from grappa_dist.config import SUPERVISED, BackboneConfig, DataConfig, FuseConfig, seeks_neighbours
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.dist.accumulate import accumulate
@@ -131,11 +131,12 @@ def fuse(
         steps = config.fuse.epochs * training.steps_per_epoch()
         with run.console.stage("fuse", f"{variant}, {steps} steps on {run.runner.num_workers} ranks"):
             run.runner.run_jobs([Job(variant, train_fusion, job, run.runner.num_workers)])
+            wait_until_seen([artifact])
 
 
 def train_fusion(context: RankContext, job: FuseJob) -> None:
     """One rank of a fusion job: builds, trains, and rank 0 saves Q and K; the projector is thrown away."""
-    if job.artifact.complete:
+    if context.of_rank_0(job.artifact.complete):
         return
     config, folder = job.fuse, job.artifact.begin()
     steps = config.epochs * job.training.steps_per_epoch()

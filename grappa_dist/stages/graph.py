@@ -5,7 +5,9 @@ Shapes: P good rows of this rank, k neighbours, b rows of a padded batch.
 
 from __future__ import annotations
 
+import json
 import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +29,7 @@ from grappa_dist.stages.pseudo_label import own_shards, rows_file
 from grappa_dist.stages.reused import PassedFeatures
 from grappa_dist.stages.training import TrainingImages
 
+SAVE_S = 60.0  # between two notes of how far the features of a graph are
 EXACT_ROWS = 10**6  # up to so many `auto` is exact (docs/scale.md)
 
 
@@ -67,6 +70,16 @@ def own_batches(good: Sequence[int], batch: int, rank: int, size: int) -> list[P
     return parts
 
 
+def _begun(path: Path, note: Path, shape: tuple[int, int]) -> tuple[NDArray[np.float32], int]:
+    """A map of features, and how many of its rows an attempt that was stopped has left there."""
+    if path.exists() and note.exists():
+        features: NDArray[np.float32] = np.lib.format.open_memmap(path, mode="r+")
+        if features.shape == shape:
+            return features, int(json.loads(note.read_text()))
+    note.unlink(missing_ok=True)
+    return np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape), 0
+
+
 class Graphs:
     """Makes the graph of every epoch, by all ranks of a job together; one that is there is kept for whoever resumes."""
 
@@ -89,7 +102,7 @@ class Graphs:
         """Row ids of the neighbours of every row, (n, k) int64 by shard, -1 where there is none."""
         images = self._training.images
         folder, partial = self._folder / f"epoch-{epoch}", self._folder / f"epoch-{epoch}.partial"
-        if not folder.exists():
+        if not self._context.of_rank_0(folder.exists()):
             self._make(epoch, partial)
             if self._context.comm.rank == 0:
                 os.rename(partial, folder)
@@ -138,14 +151,23 @@ class Graphs:
         shape = (len(ids), self._model.embed_dim)
         if not len(ids):
             return ids, np.zeros(shape, dtype=np.float32)
-        path = folder / f"features-{comm.rank}.npy"
-        features: NDArray[np.float32] = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
-        first = 0
+        name = f"features-{comm.rank}-of-{comm.size}"
+        features, done = _begun(folder / f"{name}.npy", folder / f"{name}.json", shape)
+        first, saved = 0, time.monotonic()
         for some in own:
+            left = some[max(0, done - first) :]  # whole batches are done
+            start = first + len(some) - len(left)
             for place, unit, _ in embed_rows(
-                self._model, images, some, device=self._context.device, how=self._embedding
+                self._model, images, left, device=self._context.device, how=self._embedding
             ):
-                features[first + place.start : first + place.stop] = unit
+                features[start + place.start : start + place.stop] = unit
+                stopping = self._context.stop_requested()
+                if stopping or time.monotonic() - saved > SAVE_S:
+                    features.flush()  # type: ignore[attr-defined]  # a map of a file
+                    write_json(folder / f"{name}.json", start + place.stop)
+                    saved = time.monotonic()
+                if stopping:
+                    return ids, features  # what all ranks ask next raises
             first += len(some)
         return ids, features
 
@@ -212,6 +234,6 @@ class Graphs:
             shares[f"k={k}"] = counts[0] / max(1, counts[1])
         self._context.comm.barrier()
         if self._context.comm.rank == 0:
-            for scratch in folder.glob("features-*.npy"):
+            for scratch in folder.glob("features-*"):
                 scratch.unlink()
             write_json(folder / "statistics.json", {**figures, "neighbours_share_pseudo_label": shares})

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from grappa_dist.artifacts import Artifact, RowArrays, Store, replacing
+from grappa_dist.artifacts import Artifact, RowArrays, Store, replacing, wait_until_seen
 from grappa_dist.config import SUPERVISED, SUPERVISED_SET, AdaptConfig, BackboneConfig, Config
 from grappa_dist.data.loader import read_batches
 from grappa_dist.data.shards import ImageShards
@@ -100,6 +100,7 @@ def fuse_supervised(
     ranks = run.runner.num_workers
     with run.console.stage("fuse", f"{SUPERVISED}, {classes} classes, {job.num_steps} steps on {ranks} ranks"):
         run.runner.run_jobs([Job(SUPERVISED, train_supervised_fusion, job, ranks)])
+        wait_until_seen([fusion])
 
 
 def _start(config: Config, labels: Artifact) -> Path | None:
@@ -108,7 +109,7 @@ def _start(config: Config, labels: Artifact) -> Path | None:
 
 def train_supervised_fusion(context: RankContext, job: SupervisedJob) -> None:
     """One rank: builds, trains, and rank 0 saves Q and K; the classifier is thrown away."""
-    if job.artifact.complete:
+    if context.of_rank_0(job.artifact.complete):
         return
     config, steps, folder = job.adapt, job.num_steps, job.artifact.begin()
     warmup = min(config.warmup_steps, steps - 1)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,8 @@ class Regression:
         own = slice(self._comm.rank, None, self._comm.size)
         loss = (engine.forward(x[own]) - y[own]).square().sum()
         engine.backward(loss * self._comm.size / 6)
-        return {"images": len(x[own]), "loss": loss.item()}
+        undefined = {"decay_to_gradient.0": math.nan}  # which stops nothing
+        return {"images": len(x[own]), "loss": loss.item(), **undefined}
 
 
 def optimizer_of(name: str, module: nn.Module) -> torch.optim.Optimizer:

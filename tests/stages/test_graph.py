@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +12,9 @@ import pytest
 from grappa_dist.artifacts import RowArrays
 from grappa_dist.config import Config, FuseConfig
 from grappa_dist.dist.comm import Comm
+from grappa_dist.dist.workers import Stopped
+from grappa_dist.stages import graph as graph_module
+from grappa_dist.stages.embed import embed_rows
 from grappa_dist.stages.graph import EXACT_ROWS, graph_kind, own_batches
 from tests.processes import run_ranks
 from tests.stages import tiny
@@ -56,3 +61,33 @@ def test_two_ranks_share_a_shard_and_an_approximate_graph_tells_its_recall(tmp_p
     for seen, said in run_ranks(approximate_graph, 2, shards, tmp_path, timeout_s=400):
         np.testing.assert_array_equal(seen, alone)
         assert said == told
+
+
+def test_a_graph_that_was_stopped_while_it_embedded_goes_on_with_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings_of(tiny.write_shards(tmp_path / "images"))
+    asked, embedded = list[bool](), list[int]()
+
+    def counted(model: Any, images: Any, rows: np.ndarray, **how: Any) -> Iterator[Any]:
+        for place, unit, bad in embed_rows(model, images, rows, **how):
+            embedded.append(len(unit))
+            yield place, unit, bad
+
+    def stop_requested() -> bool:
+        asked.append(True)
+        return len(asked) > 2
+
+    monkeypatch.setattr(graph_module, "embed_rows", counted)
+    stopped = pairs_of(settings, tmp_path / "a", Comm(), neighbours=True)._graphs
+    stopped._context = replace(stopped._context, stop_requested=stop_requested)
+    with pytest.raises(Stopped):
+        stopped.of(0)
+    first = sum(embedded)
+    assert 0 < first < tiny.NUM_ROWS - 1
+    resumed = pairs_of(settings, tmp_path / "a", Comm(), neighbours=True)._graphs.of(0)
+    assert sum(embedded) == tiny.NUM_ROWS - 1  # the bad row is in none, and no row in both
+    straight = pairs_of(settings, tmp_path / "b", Comm(), neighbours=True)._graphs.of(0)
+    every = np.arange(tiny.NUM_ROWS)
+    np.testing.assert_array_equal(resumed.take(every), straight.take(every))
+    assert not list((tmp_path / "a").rglob("features-*"))
