@@ -106,7 +106,7 @@ class AdaptConfig(Section):
     clip_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None  # of the gradient of a set's adaptors
     checkpoint_steps: Count = 50
     sets_per_job: Count | Literal["auto"] = 1  # trained together, on images decoded once; auto: by measured rates
-    micro_batch: Count | None = None  # images at a time per rank; null: a rank's whole share of the global batch
+    micro_batch: Count | Literal["auto"] | None = None  # images at a time per rank; null: its share; auto: what fits
     activation_checkpointing: bool = False  # less memory for a second forward pass
     zero_stage: int = 0  # of DeepSpeed: 1 cuts up the adaptors' optimizer state over the ranks, 2 gradients too
 
