@@ -200,6 +200,7 @@ class Resources(Section):
     max_restarts: Annotated[int, Field(ge=0)] = 3  # of one job or shard, after its process died
     elastic: bool = False  # go on with fewer workers where some are gone or missing, and take nodes that join
     placement_timeout_s: Annotated[float, Field(gt=0)] = 300.0  # how long a worker may take to find room and start
+    compile: Literal["never", "auto"] = "never"  # torch.compile for adaptor jobs; auto: on a GPU where it pays
     collective_timeout_s: Annotated[float, Field(gt=0)] = 600.0
     num_cpus: Count | None = None  # size of a local cluster that we start; null: all
     cache_dir: str | None = None  # blocks of remote shards; null: grappa-cache-<uid> in a node's temporary folder

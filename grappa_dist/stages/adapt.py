@@ -61,7 +61,7 @@ def adapt(
     )
     whole = AdaptJob(tuple(missing), training, config.backbone, config.adapt, config.resources.trackers)
     with run.console.stage("adapt", f"{len(missing)} adaptor sets of {whole.num_steps} steps"):
-        whole = replace(whole, sharing=run.runner.sharing)
+        whole = replace(whole, sharing=run.runner.sharing, compiled=config.resources.compile == "auto")
         jobs = [replace(whole, sets=members) for members in group(sets, _per_job(run, whole, not_begun(sets)))]
         workers = run.runner.num_workers
         run.console.say(f"adapt: {in_words(len(jobs), workers, ranks_of(config.resources, workers))}")

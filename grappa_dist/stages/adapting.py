@@ -24,6 +24,7 @@ from grappa_dist.dist.workers import RankContext
 from grappa_dist.models import PackedGrappa
 from grappa_dist.ops.room import even_size
 from grappa_dist.ops.schedules import cosine
+from grappa_dist.stages.compiling import compile_if_it_wins
 from grappa_dist.stages.embed import to_images
 from grappa_dist.stages.fitting import fitted, usable_bytes
 from grappa_dist.stages.modelling import build_backbone, preprocess_of
@@ -41,6 +42,7 @@ class AdaptJob:
     adapt: AdaptConfig
     trackers: tuple[str, ...] = ()
     sharing: int = 1  # workers of a node, at the most: of its memory each may take its part
+    compiled: bool = False  # if that pays
 
     @property
     def name(self) -> str:
@@ -126,6 +128,9 @@ class AdaptObjective:
             parameter.requires_grad_(True)
         self.settled = {"last_block": self.model.whole_because or "class token alone"}  # for the job's log
         self._micro_batch = self._images_at_a_time()
+        if job.compiled:
+            images = self._micro_batch or -(-config.global_batch // context.comm.size)
+            self.settled["compile"] = compile_if_it_wins(self.model, images)
         self._batches: Generator[tuple[Pixels, Rows], None, None] | None = None
         self._rows: Rows = np.empty(0, dtype=np.int64)  # of the last step
         self._at_fault: list[Tensor] = []  # which of them have features that are not finite

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from grappa_dist.ops.room import Room
 from grappa_dist.stages import adapting, packs
 from grappa_dist.stages.adapt import FEW, _most_sets, adapt, adaptors_of
 from grappa_dist.stages.adapting import AdaptJob, train_adaptors
+from grappa_dist.stages.compiling import compile_if_it_wins
 from grappa_dist.stages.modelling import ADAPTORS_FILE
 from grappa_dist.stages.packs import AdaptSet
 from grappa_dist.stages.pseudo_label import rows_file
@@ -32,6 +34,7 @@ from tests.stages import tiny
 KS = (3, 4, 5)
 CLIP = 0.05  # of gradients whose norms are about 0.1 to 0.5: it scales, and each set by another factor
 SCANT = 200_000  # bytes, for a few images of three sets and their classifiers
+TIMES = iter((2.0, 1.0))  # seconds, of a plain pass and of a compiled one
 SETTINGS: dict[str, Any] = {"clip_norm": CLIP, "epochs": 3, "checkpoint_steps": 2}
 
 
@@ -61,6 +64,9 @@ def train_all_ways(comm: Comm, folder: Path) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(adapting, "usable_bytes", lambda device, sharing: SCANT)
             run(comm, job_in(folder, "fitted", micro_batch="auto"))
+            cheap = partial(compile_if_it_wins, backend="aot_eager", measure=lambda work: next(TIMES), halves=False)
+            patch.setattr(adapting, "compile_if_it_wins", cheap)
+            run(comm, replace(job_in(folder, "compiled", micro_batch=5), compiled=True))
     else:
         run(comm, job_in(folder, "zero", micro_batch=5, zero_stage=2))
         stopped = job_in(folder, "stopped", zero_stage=1)
@@ -89,7 +95,7 @@ def close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> 
 
 
 @pytest.mark.parametrize("k", KS)
-@pytest.mark.parametrize("out", ["packed-1", "packed-2", "sparing", "fitted", "zero"])
+@pytest.mark.parametrize("out", ["packed-1", "packed-2", "sparing", "fitted", "compiled", "zero"])
 def test_a_packed_set_is_the_set_trained_alone(folder: Path, out: str, k: int) -> None:
     close(weights(folder, out, k), weights(folder, "alone", k))
 
@@ -117,6 +123,15 @@ def test_the_log_says_how_many_images_at_a_time_and_why(folder: Path) -> None:
     assert begins["micro_batch_because"] == "0.00 GiB may be used, an image takes 0.1 MiB"
     assert begins["last_block"] == "TransformerEncoderLayer with NoneType is not known"
     assert not (one.artifact.path / "checkpoints").exists()
+
+
+def test_a_compiled_job_says_so_and_one_without_a_gpu_says_why_not(folder: Path) -> None:
+    (one,) = job_in(folder, "compiled", (3,)).sets
+    begins = next(event for event in read_events(one.artifact.path / "metrics.jsonl") if event["name"] == "begins")
+    assert begins["compile"] == "compiled; 5 images take 1000.0 ms compiled, 2000.0 ms plain"
+    context = tiny.Watcher().context(Comm())
+    plain = adapting.AdaptObjective(context, replace(job_in(folder, "names"), compiled=True))
+    assert plain.settled["compile"] == "not compiled: no GPU"
 
 
 def test_clipping_bounds_each_set_by_itself(folder: Path) -> None:
