@@ -106,7 +106,7 @@ class AdaptConfig(Section):
     clip_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None  # of the gradient of a set's adaptors
     checkpoint_steps: Count = 50
     sets_per_job: Count | Literal["auto"] = 1  # trained together, on images decoded once; auto: by measured rates
-    micro_batch: Count | None = None  # images at a time per rank; null: a rank's whole share of the global batch
+    micro_batch: Count | Literal["auto"] | None = None  # images at a time per rank; null: its share; auto: what fits
     activation_checkpointing: bool = False  # less memory for a second forward pass
     zero_stage: int = 0  # of DeepSpeed: 1 cuts up the adaptors' optimizer state over the ranks, 2 gradients too
     supervised: bool = False  # one set more, on the labels of the training images: a row to compare with, nothing else
@@ -229,6 +229,7 @@ class Resources(Section):
     max_restarts: Annotated[int, Field(ge=0)] = 3  # of one job or shard, after its process died
     elastic: bool = False  # go on with fewer workers where some are gone or missing, and take nodes that join
     placement_timeout_s: Annotated[float, Field(gt=0)] = 300.0  # how long a worker may take to find room and start
+    compile: Literal["never", "auto"] = "never"  # torch.compile for adaptor jobs; auto: on a GPU where it pays
     collective_timeout_s: Annotated[float, Field(gt=0)] = 600.0
     num_cpus: Count | None = None  # size of a local cluster that we start; null: all
     cache_dir: str | None = None  # blocks of remote shards; null: grappa-cache-<uid> in a node's temporary folder

@@ -92,6 +92,13 @@ class Runner:
         with self._watched():
             return len(self.cluster.gather())
 
+    @property
+    def sharing(self) -> int:
+        """Workers on the node that has the most of them."""
+        with self._watched():
+            nodes = [self.cluster.node_of(worker) for worker in self.cluster.gather()]
+        return max(map(nodes.count, nodes), default=1)
+
     def map(
         self,
         function: Callable[[Any, Any], Any],

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Protocol
@@ -65,6 +65,7 @@ class Watch:
     suspects: Callable[[], Sequence[str]] = tuple  # images that may be why a loss is not finite, on all ranks
     trackers: Callable[[], Sequence[Tracker]] = tuple  # hear of every step, on rank 0
     before_checkpoint: Callable[[int], None] = lambda step: None  # puts on storage what else one of so many steps needs
+    settled: Mapping[str, str] = field(default_factory=dict)  # what was found out about how to train, for the log
 
 
 def train(
@@ -149,7 +150,8 @@ class _Log:
             self._trackers = watch.trackers()
             _forget(path, start)
             self._events = Events(path, job=job)
-            self._events("begins", at_step=start, ranks=context.comm.size, host=socket.gethostname(), pid=os.getpid())
+            where = {"ranks": context.comm.size, "host": socket.gethostname(), "pid": os.getpid()}
+            self._events("begins", at_step=start, **where, **watch.settled)
 
     def step(self, step: int, rate: float, figures: dict[str, float]) -> None:
         waited_s = figures.pop("waited_s", None)

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from grappa_dist.models.adaptors import Adaptors
 from grappa_dist.models.backbone import Backbone
+from grappa_dist.models.last_block import last_block
 
 
 class PackedLayer(nn.Module):
@@ -65,13 +66,28 @@ class PackedLayer(nn.Module):
 
 class PackedGrappa(nn.Module):
     """A frozen backbone with S adaptor sets side by side, as step 2 trains them: RGB in [0, 1] (B, 3, P, P) -> features
-    (S, B, D), those of the model of each set. `blocks` of the backbone are wrapped in place, never opened."""
+    (S, B, D), those of the model of each set. `blocks` of the backbone are wrapped in place, never opened but the last.
 
-    def __init__(self, backbone: Backbone, num_sets: int, bottleneck: int, *, recompute: bool = False) -> None:
+    Args:
+        recompute: activations, in the backward pass.
+        class_token_only: the last block gives that token alone, if features are its and the block is known.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        num_sets: int,
+        bottleneck: int,
+        *,
+        recompute: bool = False,
+        class_token_only: bool = True,
+    ) -> None:
         super().__init__()
         self.backbone, self.num_sets, self.embed_dim = backbone, num_sets, backbone.embed_dim
+        *blocks, last = backbone.blocks
+        last, self.whole_because = last_block(backbone) if class_token_only else (last, "asked for")
         self.requires_grad_(False)
-        for index, block in enumerate(list(backbone.blocks)):
+        for index, block in enumerate([*blocks, last]):
             layer = PackedLayer(block, num_sets, backbone.embed_dim, bottleneck, first=index == 0)
             layer.recompute = recompute
             backbone.blocks[index] = layer

@@ -79,18 +79,22 @@ def check_capacity(workers: int, ranks: int) -> None:
         )
 
 
-def sets_per_job(num_sets: int, slots: int, rates: Rates) -> int:
+def sets_per_job(num_sets: int, slots: int, rates: Rates, most: int | None = None) -> int:
     """How many sets a job should train for all of them to be done soonest, where so many jobs run side by side.
 
     Of equally fast numbers the lowest: small jobs lose less when one dies.
+
+    Args:
+        most: sets that a job's memory holds.
     """
+    numbers = range(1, min(num_sets, most or num_sets) + 1)
 
     def seconds(per_job: int) -> float:
         jobs = -(-num_sets // per_job)
         return -(-jobs // slots) * rates.image_s(per_job)
 
-    fastest = min(seconds(s) for s in range(1, num_sets + 1))
-    return next(s for s in range(1, num_sets + 1) if seconds(s) <= fastest * (1 + 1e-9))
+    fastest = min(map(seconds, numbers))
+    return next(s for s in numbers if seconds(s) <= fastest * (1 + 1e-9))
 
 
 def in_words(num_jobs: int, workers: int, ranks: int) -> str:

@@ -16,15 +16,17 @@ from grappa_dist.config import AdaptConfig, BackboneConfig, Config, DataConfig
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.dist.jobs import Job
 from grappa_dist.dist.trackers import check_trackers
-from grappa_dist.ops.placement import Rates, in_words, sets_per_job
+from grappa_dist.ops.placement import in_words, sets_per_job
 from grappa_dist.stages.adapt_plan import ranks_of
 from grappa_dist.stages.adapting import AdaptJob, train_adaptors
 from grappa_dist.stages.modelling import backbone_settings
 from grappa_dist.stages.packs import AdaptSet, commit_saved, group, not_begun
 from grappa_dist.stages.pseudo_label import CENTROIDS_FILE, label_rows
-from grappa_dist.stages.rates import measure_rates
+from grappa_dist.stages.rates import Measured, measure_rates
 from grappa_dist.stages.run import Run
 from grappa_dist.stages.training import TrainingImages, data_settings
+
+FEW = 8  # images at a time, which a pack must have room for at the least
 
 
 def adaptors_of(
@@ -73,6 +75,7 @@ def train_sets(run: Run, sets: Sequence[AdaptSet], images: ImageShards, bad: NDA
     )
     whole = AdaptJob(tuple(missing), training, config.backbone, config.adapt, config.resources.trackers)
     with run.console.stage("adapt", f"{len(missing)} adaptor sets of {whole.num_steps} steps"):
+        whole = replace(whole, sharing=run.runner.sharing, compiled=config.resources.compile == "auto")
         jobs = [replace(whole, sets=members) for members in group(sets, _per_job(run, whole, not_begun(sets)))]
         workers = run.runner.num_workers
         run.console.say(f"adapt: {in_words(len(jobs), workers, ranks_of(config.resources, workers))}")
@@ -89,19 +92,28 @@ def _set(config: Config, k: int, labels: Artifact, adaptors: Artifact, images: I
 
 
 def _per_job(run: Run, whole: AdaptJob, fresh: Sequence[AdaptSet]) -> int:
-    """How many of the sets that have not begun a job trains: as asked for, or by rates measured on one worker."""
+    """How many of the sets that have not begun a job trains: as asked for, or by what is measured on one worker."""
     asked, num_sets = whole.adapt.sets_per_job, len(fresh)
     if asked != "auto":
         return asked
     if num_sets < 2:
         return 1
-    rates: Rates = run.runner.map(measure_rates, [replace(whole, sets=tuple(fresh))])[0]
-    workers = run.runner.num_workers
-    slots = max(1, workers // ranks_of(run.config.resources, workers))
-    chosen = sets_per_job(num_sets, slots, rates)
-    run.console.event("sets_per_job", chosen=chosen, slots=slots, **vars(rates))
+    found: Measured = run.runner.map(measure_rates, [replace(whole, sets=tuple(fresh))])[0]
+    workers, rates = run.runner.num_workers, found.rates
+    ranks = ranks_of(run.config.resources, workers)
+    slots, most = max(1, workers // ranks), _most_sets(whole.adapt, fresh, found, ranks)
+    chosen = sets_per_job(num_sets, slots, rates, most)
+    run.console.event("sets_per_job", chosen=chosen, slots=slots, most=most, **vars(rates), **vars(found.room))
     run.console.say(
         f"adapt: {chosen} sets to a job: an image takes {1e3 * rates.decode_s:.1f} ms to decode, "
         f"{1e3 * rates.shared_s:.1f} ms once and {1e3 * rates.set_s:.1f} ms a set to train, {slots} jobs at a time"
+        + (f"; a worker's memory holds {most} sets" if most < num_sets else "")
     )
     return chosen
+
+
+def _most_sets(adapt: AdaptConfig, fresh: Sequence[AdaptSet], found: Measured, ranks: int) -> int:
+    """How many sets one worker's memory holds: activations, and its part of the classifiers with their Adam."""
+    whole_share = -(-adapt.global_batch // ranks)
+    images = min(whole_share, FEW if adapt.micro_batch == "auto" else adapt.micro_batch or whole_share)
+    return found.room.sets([12 * found.channels * one.num_labels // ranks for one in fresh], images)

@@ -62,9 +62,14 @@ def _memory_in_words(config: Config, num_sets: int, ranks: int) -> str:
         backbone = build_backbone(config.backbone, pretrained=False)
         model = PackedGrappa(backbone, 1, adapt.bottleneck, recompute=adapt.activation_checkpointing)
     each = activation_bytes(model, backbone.pixels.image_size)
-    at_once = adapt.micro_batch or -(-adapt.global_batch // ranks)
+    share = -(-adapt.global_batch // ranks)
+    auto = adapt.micro_batch == "auto"
+    at_once = adapt.micro_batch if isinstance(adapt.micro_batch, int) else share
     total = each * at_once * num_sets / 2**30
+    fewer = "; adapt.micro_batch=auto takes fewer at a time where that does not fit" if auto else ""
+    whole = f"all tokens ({model.whole_because})" if model.whole_because else "the class token alone"
     return (
         f"activations in float32: {each / 2**20:.1f} MiB an image and set, {total:.1f} GiB a rank for {at_once} images "
         f"and {num_sets} set{'s' * (num_sets > 1)} (adapt.micro_batch and adapt.activation_checkpointing lower it)"
+        f"{fewer}; the last block computes {whole}"
     )

@@ -22,8 +22,11 @@ from grappa_dist.dist.trackers import trackers_of
 from grappa_dist.dist.train import Schedule, Watch, train
 from grappa_dist.dist.workers import RankContext
 from grappa_dist.models import PackedGrappa
+from grappa_dist.ops.room import even_size
 from grappa_dist.ops.schedules import cosine
+from grappa_dist.stages.compiling import compile_if_it_wins
 from grappa_dist.stages.embed import to_images
+from grappa_dist.stages.fitting import fitted, usable_bytes
 from grappa_dist.stages.modelling import build_backbone, preprocess_of
 from grappa_dist.stages.packs import AdaptSet, begin, commit_trained, figure, finish, pack_folder, short_name
 from grappa_dist.stages.training import Pixels, Rows, TrainingImages, augmented, torch_seed
@@ -38,6 +41,8 @@ class AdaptJob:
     backbone: BackboneConfig
     adapt: AdaptConfig
     trackers: tuple[str, ...] = ()
+    sharing: int = 1  # workers of a node, at the most: of its memory each may take its part
+    compiled: bool = False  # if that pays
 
     @property
     def name(self) -> str:
@@ -66,7 +71,11 @@ def train_adaptors(context: RankContext, job: AdaptJob) -> None:
             job=job.name,
             beside=objective.beside,
             zero_stage=config.zero_stage,
-            watch=Watch(objective.suspects, lambda: trackers_of(job.trackers, root, short_name(job.sets))),
+            watch=Watch(
+                objective.suspects,
+                lambda: trackers_of(job.trackers, root, short_name(job.sets)),
+                settled=objective.settled,
+            ),
         )
         if done and comm.rank == 0:
             finish(job.sets, [objective.model.adaptor_tensors(i) for i in range(len(job.sets))])
@@ -119,9 +128,27 @@ class AdaptObjective:
         self._learning = [self.model.parameters_of(index) for index in range(len(job.sets))]
         for parameter in (p for of_set in self._learning for p in of_set):
             parameter.requires_grad_(True)
+        self.settled = {"last_block": self.model.whole_because or "class token alone"}  # for the job's log
+        self._micro_batch = self._images_at_a_time()
+        if job.compiled:
+            images = self._micro_batch or -(-config.global_batch // context.comm.size)
+            self.settled["compile"] = compile_if_it_wins(self.model, images)
         self._batches: Generator[tuple[Pixels, Rows], None, None] | None = None
         self._rows: Rows = np.empty(0, dtype=np.int64)  # of the last step
         self._at_fault: list[Tensor] = []  # which of them have features that are not finite
+
+    def _images_at_a_time(self) -> int | None:
+        """As asked for, or as many as fit beside the classifiers; None: all of a rank's share."""
+        asked, job, context = self._job.adapt.micro_batch, self._job, self._context
+        if asked != "auto":
+            return asked
+        usable = usable_bytes(context.device, job.sharing)
+        if context.device.type == "cpu":  # which gives a tensor its memory when it is first written to
+            usable -= sum(t.nbytes for c in self.classifiers for t in c.shard().tensors.values())
+        found = fitted(context, self.model, pack_folder(job.sets), job.adapt.global_batch, usable)
+        self.settled |= {"micro_batch": str(found.images), "micro_batch_because": found.why}
+        context.report({"phase": f"at most {found.images} images at a time ({found.why})"})
+        return found.images
 
     @property
     def beside(self) -> dict[str, Classifier]:
@@ -175,9 +202,10 @@ class AdaptObjective:
         return figures
 
     def _parts(self, count: int) -> tuple[int, list[slice]]:
-        """The images of all ranks, and this rank's micro-batches: as many on each rank, the last ones may be empty."""
+        """The images of all ranks, and this rank's micro-batches, of even sizes: as many as on any other rank, the last
+        ones may be empty."""
         counts = [int(n) for n in self._context.comm.gather(torch.tensor([count], device=self._context.device))]
-        size = self._job.adapt.micro_batch or max(counts)
+        size = even_size(max(counts), self._micro_batch or max(counts))
         return sum(counts), [slice(start, start + size) for start in range(0, max(counts), size)]
 
     def _score(self, z: Tensor, labels: list[Tensor], sums: Tensor) -> Tensor:

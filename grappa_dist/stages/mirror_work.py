@@ -20,10 +20,10 @@ from grappa_dist.stages.remote_folder import RemoteFolder, each
 
 STATE = "state.json"
 _USED = (  # in this order: what belongs to a checkpoint is there before it, so it is listed after it
-    *("progress.safetensors", "checkpoints/step-*[0-9]/*"),
+    *("progress.safetensors", "checkpoints/step-*[0-9]/*", "checkpoints/*.json"),
     *("knn/epoch-*[0-9]/*", "knn/features-*[0-9]/*", PACK_FILE, "metrics.jsonl"),
 )
-_PROGRESS = ("progress.safetensors", "checkpoints/")  # without any of these a restart begins anew
+_PROGRESS = ("progress.safetensors", "checkpoints/step-")  # without any of these a restart begins anew
 
 
 @dataclass(frozen=True)

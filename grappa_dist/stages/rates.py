@@ -1,4 +1,5 @@
-"""How fast one worker decodes and trains, measured on a few images, so that `auto` can say how many sets share a job.
+"""How fast one worker decodes and trains, measured on a few images, and what that takes of its memory, so that `auto`
+can say how many sets share a job.
 
 Only where things run follows from these figures, never what is computed.
 """
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -14,16 +16,26 @@ from grappa_dist.data.loader import read_batches
 from grappa_dist.data.transforms import Preprocess
 from grappa_dist.models import PackedGrappa
 from grappa_dist.ops.placement import Rates
+from grappa_dist.ops.room import Room
 from grappa_dist.stages.adapting import AdaptJob
 from grappa_dist.stages.embed import to_images
+from grappa_dist.stages.fitting import room, usable_bytes
 from grappa_dist.stages.modelling import build_backbone, preprocess_of
 from grappa_dist.stages.training import augmented, torch_seed
 
 CPU_IMAGES, GPU_IMAGES, REPEATS = 8, 128, 3
 
 
-def measure_rates(device: torch.device, job: AdaptJob) -> Rates:
-    """Seconds an image of this worker, on the images of the first step; a task of one worker."""
+@dataclass(frozen=True)
+class Measured:
+    rates: Rates
+    room: Room  # of one adaptor set
+    channels: int  # D
+
+
+def measure_rates(device: torch.device, job: AdaptJob) -> Measured:
+    """Seconds and bytes an image of this worker, on the images of the first step; a task of one worker."""
+    usable = usable_bytes(device, job.sharing)  # before anything is there
     gpu = device.type == "cuda"
     rows = job.training.order(0).batch_share(0, job.training.global_batch, 0, 1)[: GPU_IMAGES if gpu else CPU_IMAGES]
     backbone = build_backbone(job.backbone)
@@ -31,9 +43,11 @@ def measure_rates(device: torch.device, job: AdaptJob) -> Rates:
     pixels = augmented(job.training, preprocess, rows, epoch=0, area=job.adapt.min_crop_area)
     decode_s = _seconds(lambda: _decode(job, preprocess, rows.tolist())) / len(rows)
     images = to_images(pixels, device)
-    one_s, two_s = (_train_s(job, count, images) / len(rows) for count in (1, 2))
+    one, two = (_model(job, count, device) for count in (1, 2))
+    one_s, two_s = (_train_s(model, images) / len(rows) for model in (one, two))
     set_s = max(two_s - one_s, 0.05 * one_s)  # timings of a busy machine may come out the wrong way round
-    return Rates(decode_s, max(one_s - set_s, 0.0), set_s, overlap=gpu)
+    rates = Rates(decode_s, max(one_s - set_s, 0.0), set_s, overlap=gpu)
+    return Measured(rates, room(one, usable), one.embed_dim)
 
 
 def _decode(job: AdaptJob, preprocess: Preprocess, rows: list[int]) -> None:
@@ -48,15 +62,19 @@ def _decode(job: AdaptJob, preprocess: Preprocess, rows: list[int]) -> None:
         pass
 
 
-def _train_s(job: AdaptJob, num_sets: int, images: torch.Tensor) -> float:
-    """Seconds of a forward and backward pass."""
+def _model(job: AdaptJob, num_sets: int, device: torch.device) -> PackedGrappa:
     model = PackedGrappa(
         build_backbone(job.backbone), num_sets, job.adapt.bottleneck, recompute=job.adapt.activation_checkpointing
-    ).to(images.device)
+    ).to(device)
     for index in range(num_sets):
-        model.initialise(index, torch.Generator(images.device).manual_seed(torch_seed("rates", index)))
+        model.initialise(index, torch.Generator(device).manual_seed(torch_seed("rates", index)))
         for parameter in model.parameters_of(index):
             parameter.requires_grad_(True)
+    return model
+
+
+def _train_s(model: PackedGrappa, images: torch.Tensor) -> float:
+    """Seconds of a forward and backward pass."""
 
     def step() -> None:
         with torch.autocast("cuda", torch.bfloat16, enabled=images.device.type == "cuda"):

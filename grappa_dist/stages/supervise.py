@@ -29,6 +29,7 @@ from grappa_dist.dist.jobs import Job
 from grappa_dist.dist.train import Schedule, Watch, train
 from grappa_dist.dist.workers import RankContext
 from grappa_dist.models import Grappa
+from grappa_dist.ops.room import even_size
 from grappa_dist.ops.schedules import cosine
 from grappa_dist.stages.adapt import train_sets
 from grappa_dist.stages.embed import to_images
@@ -52,6 +53,7 @@ class SupervisedJob:
     training: TrainingImages  # those with a label
     backbone: BackboneConfig
     adapt: AdaptConfig
+    micro_batch: int  # images at a time per rank: that of the other fusions, which have as many sets
     artifact: Artifact
 
     @property
@@ -96,7 +98,8 @@ def fuse_supervised(
         config.resources.decode_threads,
     )
     rows, start = label_rows(labels, images), _start(config, labels)
-    job = SupervisedJob(tuple(adaptors), rows, classes, start, training, config.backbone, config.adapt, fusion)
+    models = (config.backbone, config.adapt, config.fuse.micro_batch)
+    job = SupervisedJob(tuple(adaptors), rows, classes, start, training, *models, fusion)
     ranks = run.runner.num_workers
     with run.console.stage("fuse", f"{SUPERVISED}, {classes} classes, {job.num_steps} steps on {ranks} ranks"):
         run.runner.run_jobs([Job(SUPERVISED, train_supervised_fusion, job, ranks)])
@@ -176,8 +179,7 @@ class SupervisedObjective:
         pixels, self._rows = next(self._batches)
         labels = torch.from_numpy(self._job.labels.take(self._rows).astype(np.int64)).to(device)
         counts = [int(n) for n in comm.gather(torch.tensor([len(self._rows)], device=device))]
-        size = self._job.adapt.micro_batch
-        size = size if isinstance(size, int) else max(counts)
+        size = even_size(max(counts), self._job.micro_batch)
         starts = range(0, max(counts), size)  # as many micro-batches on each rank, the last ones may be empty
         sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, accuracy
         self.classifier.begin(step, labels)

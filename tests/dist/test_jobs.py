@@ -136,6 +136,7 @@ def test_a_task_whose_process_dies_is_tried_again(runner: Runner, told: Told, tm
     assert runner.map(die_once, [(n, marker) for n in range(4)]) == [0, 10, 20, 30]
     assert [event["job"] for event in told.of("job_failed")] == ["die_once 1"]
     assert runner.num_workers == 2
+    assert runner.sharing == 2
 
 
 @pytest.mark.parametrize("victim", [0, 1])

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from grappa_dist.models import Backbone, Grappa, PackedGrappa, Pixels, create_backbone
 from grappa_dist.models.packed import PackedLayer, activation_bytes
@@ -163,6 +164,18 @@ def test_bytes_counted_without_computing_are_those_of_real_tensors(num_sets: int
     assert activation_bytes(meta, 32) == pytest.approx(found, rel=0.25)  # attention is another kernel there
 
 
+class Counted(TorchFunctionMode):
+    """How often attention was computed by torch's fused kernels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += func is nn.functional.scaled_dot_product_attention
+        return func(*args, **(kwargs or {}))
+
+
 FAMILIES = {  # what each has that the others lack
     "DINO": "vit_small_patch16_224",
     "DINOv2 (registers, layer scale)": "vit_small_patch14_reg4_dinov2",
@@ -196,3 +209,29 @@ def test_any_family_starts_at_timms_own_features_and_all_its_adaptors_learn(fami
     assert not torch.allclose(z[0], z[1], atol=1e-3)
     z.square().sum().backward()
     assert all(g.abs().sum() > 0 for index in range(2) for g in gradients(model, index))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_familys_attention_is_fused_and_gives_what_plain_attention_gives(family: str) -> None:
+    name = FAMILIES[family]
+    size = 28 if "patch14" in name else 32
+    found = list[list[Tensor]]()
+    for fused in (True, False):
+        base = create_backbone(f"timm:{name}", {**tiny.TIMM_KWARGS, "img_size": size}, {}, pretrained=False)
+        tiny.fill(base, seed=3)
+        for module in base.modules():
+            if hasattr(module, "fused_attn"):
+                assert module.fused_attn  # as timm has it
+                module.fused_attn = fused
+        model = PackedGrappa(base, 2, BOTTLENECK, class_token_only=fused).double()
+        for index in range(2):
+            for i, adaptors in enumerate(model.adaptors(index)):
+                tiny.fill(adaptors, seed=10 * index + i)
+                adaptors.requires_grad_(True)
+        with Counted() as counted:
+            z = model(images_of(2, size).double())
+        assert counted.calls >= len(model.layers) if fused else counted.calls == 0
+        (z * torch.linspace(-1, 1, z.shape[-1])).sum().backward()
+        found.append([z, *gradients(model, 0), *gradients(model, 1)])
+    for fused_one, plain in zip(*found, strict=True):
+        torch.testing.assert_close(fused_one, plain, rtol=1e-9, atol=1e-10)

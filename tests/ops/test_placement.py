@@ -98,6 +98,12 @@ def test_the_number_of_sets_in_a_job_follows_from_rates_and_workers(
     assert sets_per_job(num_sets, slots, rates) == expected
 
 
+def test_a_job_trains_no_more_sets_than_its_memory_holds() -> None:
+    rates = Rates(1.0, 0.1, 0.5, overlap=False)  # one decode for all
+    assert [sets_per_job(8, 1, rates, most) for most in (1, 3, 4, 8, 20)] == [1, 3, 4, 8, 8]
+    assert sets_per_job(8, 8, rates, 5) == 1
+
+
 @settings(max_examples=100, deadline=None)
 @given(
     st.integers(1, 12),

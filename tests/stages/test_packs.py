@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,24 @@ from grappa_dist.data.shards import ImageShards
 from grappa_dist.dist.comm import Comm
 from grappa_dist.dist.engine import Engine
 from grappa_dist.observe import read_events
+from grappa_dist.ops.placement import Rates
+from grappa_dist.ops.room import Room
 from grappa_dist.stages import adapting, packs
-from grappa_dist.stages.adapt import adapt, adaptors_of
+from grappa_dist.stages.adapt import FEW, _most_sets, adapt, adaptors_of
 from grappa_dist.stages.adapting import AdaptJob, train_adaptors
+from grappa_dist.stages.compiling import compile_if_it_wins
 from grappa_dist.stages.modelling import ADAPTORS_FILE
 from grappa_dist.stages.packs import AdaptSet
 from grappa_dist.stages.pseudo_label import rows_file
+from grappa_dist.stages.rates import Measured
 from tests.models import tiny as tiny_models
 from tests.processes import run_ranks
 from tests.stages import tiny
 
 KS = (3, 4, 5)
 CLIP = 0.05  # of gradients whose norms are about 0.1 to 0.5: it scales, and each set by another factor
+SCANT = 1_000_000  # bytes, for three images of three sets, beside their classifiers
+TIMES = iter((2.0, 1.0))  # seconds, of a plain pass and of a compiled one
 SETTINGS: dict[str, Any] = {"clip_norm": CLIP, "epochs": 3, "checkpoint_steps": 2}
 
 
@@ -54,6 +61,12 @@ def train_all_ways(comm: Comm, folder: Path) -> None:
             run(comm, job_in(folder, "alone", (k,)))
         run(comm, job_in(folder, "unclipped", clip_norm=None))
         run(comm, job_in(folder, "sparing", micro_batch=3, activation_checkpointing=True))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(adapting, "usable_bytes", lambda device, sharing: SCANT)
+            run(comm, job_in(folder, "fitted", micro_batch="auto"))
+            cheap = partial(compile_if_it_wins, backend="aot_eager", measure=lambda work: next(TIMES), halves=False)
+            patch.setattr(adapting, "compile_if_it_wins", cheap)
+            run(comm, replace(job_in(folder, "compiled", micro_batch=5), compiled=True))
     else:
         run(comm, job_in(folder, "zero", micro_batch=5, zero_stage=2))
         stopped = job_in(folder, "stopped", zero_stage=1)
@@ -82,7 +95,7 @@ def close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> 
 
 
 @pytest.mark.parametrize("k", KS)
-@pytest.mark.parametrize("out", ["packed-1", "packed-2", "sparing", "zero"])
+@pytest.mark.parametrize("out", ["packed-1", "packed-2", "sparing", "fitted", "compiled", "zero"])
 def test_a_packed_set_is_the_set_trained_alone(folder: Path, out: str, k: int) -> None:
     close(weights(folder, out, k), weights(folder, "alone", k))
 
@@ -101,6 +114,24 @@ def test_a_packed_set_leaves_the_log_that_it_would_leave_alone(folder: Path, k: 
         assert 0 <= found["data_wait_share"] <= 1
         for name in ("step", "lr", "images", "loss", "accuracy", "gradient_norm"):
             assert found[name] == pytest.approx(expected[name], rel=1e-4), name
+
+
+def test_the_log_says_how_many_images_at_a_time_and_why(folder: Path) -> None:
+    (one,) = job_in(folder, "fitted", (3,)).sets
+    (begins,) = [event for event in read_events(one.artifact.path / "metrics.jsonl") if event["name"] == "begins"]
+    assert begins["micro_batch"] == "3"
+    assert begins["micro_batch_because"] == "0.00 GiB may be used, an image takes 0.2 MiB"
+    assert begins["last_block"] == "TransformerEncoderLayer with NoneType is not known"
+    assert not (one.artifact.path / "checkpoints").exists()
+
+
+def test_a_compiled_job_says_so_and_one_without_a_gpu_says_why_not(folder: Path) -> None:
+    (one,) = job_in(folder, "compiled", (3,)).sets
+    begins = next(event for event in read_events(one.artifact.path / "metrics.jsonl") if event["name"] == "begins")
+    assert begins["compile"] == "compiled; 5 images take 1000.0 ms compiled, 2000.0 ms plain"
+    context = tiny.Watcher().context(Comm())
+    plain = adapting.AdaptObjective(context, replace(job_in(folder, "names"), compiled=True))
+    assert plain.settled["compile"] == "not compiled: no GPU"
 
 
 def test_clipping_bounds_each_set_by_itself(folder: Path) -> None:
@@ -134,7 +165,13 @@ def test_the_short_name_of_a_job_is_its_own_and_fits_a_folder(folder: Path) -> N
 
 def test_how_a_set_is_trained_does_not_name_it(folder: Path) -> None:
     names = {one.artifact.name for one in job_in(folder, "names").sets}
-    for where in ({"sets_per_job": 8}, {"micro_batch": 1}, {"activation_checkpointing": True}, {"zero_stage": 2}):
+    for where in (
+        {"sets_per_job": 8},
+        {"micro_batch": 1},
+        {"micro_batch": "auto"},
+        {"activation_checkpointing": True},
+        {"zero_stage": 2},
+    ):
         assert {one.artifact.name for one in job_in(folder, "names", **where).sets} == names
     assert names.isdisjoint(one.artifact.name for one in job_in(folder, "names", clip_norm=1.0).sets)
 
@@ -218,6 +255,21 @@ def test_only_missing_sets_are_trained_in_jobs_of_the_size_asked_for(
     said = capsys.readouterr().err
     assert ("2 sets to a job: an image takes" in said) == (asked == "auto")
     assert f"{len(names)} job" in said
+
+
+def test_how_many_sets_memory_holds_follows_from_the_images_at_a_time_and_the_classes(folder: Path) -> None:
+    job = job_in(folder, "names")
+    found = Measured(Rates(1.0, 0.1, 0.5, overlap=False), Room(2_000, 100), channels=10)
+
+    def most(ranks: int, **settings: Any) -> int:
+        return _most_sets(job.adapt.model_copy(update=settings), job.sets, found, ranks)
+
+    assert most(1) == 1  # 16 images of one set are 1600 bytes
+    assert most(2) == 1  # 8 of two are 1600 too, and a rank's rows of their 5 + 4 classes 540
+    assert most(4) == 3
+    assert most(1, micro_batch=2) == 2
+    assert most(1, micro_batch="auto") == most(1, micro_batch=FEW) == 1
+    assert most(4, micro_batch="auto") == 3
 
 
 def run_with_late_files(comm: Comm, job: AdaptJob) -> bool:

@@ -41,7 +41,7 @@ def label(row: int) -> str | None:
     return None if row in UNLABELLED else f"group {row % tiny.GROUPS}"
 
 
-def job_in(folder: Path, out: str, **adapt: Any) -> SupervisedJob:
+def job_in(folder: Path, out: str, micro_batch: int = 64, **adapt: Any) -> SupervisedJob:
     paths = [str(path) for path in sorted((folder / "images").iterdir())]
     settings, images = tiny.config(paths, adapt={**SETTINGS, **adapt}), ImageShards.open(paths, None)
     store = Store(folder / "run")
@@ -55,6 +55,7 @@ def job_in(folder: Path, out: str, **adapt: Any) -> SupervisedJob:
         training=TrainingImages(images, without_class(classes, images), settings.data, tiny.BATCH, settings.seed, 1),
         backbone=settings.backbone,
         adapt=settings.adapt,
+        micro_batch=micro_batch,
         artifact=supervised_fusion_of(Store(folder / out), settings, classes, sets),
     )
 

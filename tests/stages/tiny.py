@@ -168,6 +168,7 @@ class Here:
     """A Runner without Ray: tasks in this process, jobs on real ranks; counts what it was asked to do."""
 
     num_workers: int = 2
+    sharing: int = 2
     asked: list[str] = field(default_factory=list)
     checks: list[Checks] = field(default_factory=list)
 

@@ -6,17 +6,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from grappa_dist.bench import packing, softmax
+from grappa_dist.bench import last_block, packing, softmax
 from grappa_dist.bench.machine import machine
 from grappa_dist.bench.table import aligned_header
 from grappa_dist.data.progress import Tell
 
+SECTIONS = ("softmax", "packing", "last-block")
 SHORT = "against materialised logits"
 DESCRIPTION = """\
 softmax: the classifier of step 2, its gradients and Adam, against one that materialises the logits: ours in
 chunks of classes, in chunks and spread over ranks, and with sampled classes. Prints seconds of a step and the memory
 that it takes beside weights, gradient and state of Adam. packing: several adaptor sets in one job against as many jobs
-one after the other, decoding included."""
+one after the other, decoding included. last-block: a step of the model with the last block for the class token alone
+against the whole block."""
 EXAMPLE = """example, a minute:
   python launch/bench.py adapt --classes 100000 --repeats 1 --json adapt.json
 
@@ -32,11 +34,11 @@ def arguments(add: Callable[..., Any]) -> None:
     add("--threads", type=int, default=2, metavar="N", help="of a side, all ranks together; default: %(default)s")
     add("--steps", type=int, default=2, metavar="N", help="timed ones of a run; default: %(default)s")
     add("--repeats", type=int, default=2, metavar="N", help="in alternating order, medians; default: %(default)s")
-    add("--sections", nargs="+", choices=("softmax", "packing"), default=["softmax", "packing"], help="default: both")
-    add("--sets", type=int, default=8, metavar="N", help="packing: adaptor sets; default: %(default)s")
-    add("--backbone", default="vit_small_patch16_224", metavar="TIMM", help="packing; default: %(default)s")
-    add("--image-size", type=int, default=96, metavar="PX", help="packing: side of an image; default: %(default)s")
-    add("--images", type=int, default=32, metavar="N", help="packing: of a step; default: %(default)s")
+    add("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="default: all")
+    add("--sets", type=int, default=8, metavar="N", help="adaptor sets, but of softmax; default: %(default)s")
+    add("--backbone", default="vit_small_patch16_224", metavar="TIMM", help="but of softmax; default: %(default)s")
+    add("--image-size", type=int, default=96, metavar="PX", help="but of softmax: side; default: %(default)s")
+    add("--images", type=int, default=32, metavar="N", help="but of softmax: of a step; default: %(default)s")
     add("--json", type=Path, metavar="FILE", help="all numbers, also of single runs")
 
 
@@ -57,4 +59,8 @@ def run(asked: dict[str, Any], tell: Tell) -> tuple[str, dict[str, Any]]:
         found = packing.measure_packing(packs, tell)
         texts.append(packing.as_text(packs, found))
         numbers["packing"] = packing.as_json(packs, found)
+    if "last-block" in sections:
+        steps = last_block.measure_last_block(packs, tell)
+        texts.append(last_block.as_text(packs, steps))
+        numbers["last_block"] = last_block.as_json(packs, steps)
     return "\n\n".join(texts), numbers

@@ -1,0 +1,133 @@
+"""A training step of adaptor sets with the last block for the class token alone against the whole block.
+
+Forward, backward and Adam of the adaptors on one batch in memory: no decoding, no classifier, which are the same on
+both sides. Both take turns in one process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from grappa_dist.bench.packing import PackingSettings
+from grappa_dist.bench.table import aligned
+from grappa_dist.bench.timing import Timing, timed, turns
+from grappa_dist.data.progress import Tell
+from grappa_dist.models import PackedGrappa, create_backbone
+from grappa_dist.models.packed import activation_bytes
+
+SHORT, WHOLE = "class token alone", "whole"
+BOTTLENECK = 64
+
+
+@dataclass(frozen=True)
+class Side:
+    timing: Timing  # of a step
+    activation_bytes: int  # kept between forward and backward, of an image and all sets
+    difference: float  # of its gradients from those of the whole block, as a share of the largest, in the first step
+
+
+def measure_last_block(settings: PackingSettings, tell: Tell) -> dict[str, Side]:
+    """Raises a ValueError where the last block of that backbone stays whole."""
+    tell(f"the last block of {settings.backbone}")
+    before = torch.get_num_threads()
+    torch.set_num_threads(settings.threads)
+    try:
+        return _measured(settings)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _measured(settings: PackingSettings) -> dict[str, Side]:
+    models = {name: _model(settings, class_token_only=name == SHORT) for name in (SHORT, WHOLE)}
+    if models[SHORT].whole_because:
+        raise ValueError(f"--backbone {settings.backbone}: {models[SHORT].whole_because}")
+    draws = torch.Generator().manual_seed(0)
+    images = torch.rand(settings.images, 3, settings.image_size, settings.image_size, generator=draws)
+    steps = {name: _step(model, images) for name, model in models.items()}
+    gradients = {name: step() for name, step in steps.items()}  # this also warms up
+    timings: dict[str, Timing] = {}
+    for order in turns(list(steps), settings.repeats):
+        for name in order:
+            for _ in range(settings.steps):
+                _, timing = timed(steps[name])
+                timings[name] = timings[name].and_then(timing) if name in timings else timing
+    largest = gradients[WHOLE].abs().max()
+    return {
+        name: Side(
+            timings[name],
+            activation_bytes(model, settings.image_size),
+            float((gradients[name] - gradients[WHOLE]).abs().max() / largest),
+        )
+        for name, model in models.items()
+    }
+
+
+def _model(settings: PackingSettings, *, class_token_only: bool) -> PackedGrappa:
+    """Both sides have the same weights, adaptors that do something among them."""
+    draws = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        pixels = {"image_size": settings.image_size}
+        backbone = create_backbone(f"timm:{settings.backbone}", {}, pixels, pretrained=False)
+    model = PackedGrappa(backbone, settings.sets, BOTTLENECK, class_token_only=class_token_only)
+    for index in range(settings.sets):
+        model.initialise(index, draws)
+        for parameter in model.parameters_of(index):
+            parameter.data += 0.01 * torch.randn(parameter.shape, generator=draws)
+            parameter.requires_grad_(True)
+    return model
+
+
+def _step(model: PackedGrappa, images: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """A step that gives the gradients it went by."""
+    learning = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(learning, lr=1e-3)
+    weights = torch.linspace(-1, 1, model.embed_dim)  # a norm's output has the same squares whatever the adaptors do
+
+    def step() -> torch.Tensor:
+        optimizer.zero_grad()
+        (model(images) * weights).mean().backward()
+        optimizer.step()
+        return torch.cat([p.grad.flatten() for p in learning if p.grad is not None])
+
+    return step
+
+
+def as_json(settings: PackingSettings, found: dict[str, Side]) -> dict[str, Any]:
+    short, whole = found[SHORT], found[WHOLE]
+    return {
+        "settings": vars(settings),
+        "sides": [
+            {
+                "name": n,
+                "runs_s": s.timing.runs,
+                "cpu_runs_s": s.timing.cpu_runs,
+                "activation_bytes": s.activation_bytes,
+            }
+            for n, s in found.items()
+        ],
+        "ratio": min(whole.timing.runs) / min(short.timing.runs),
+        "cpu_ratio": min(whole.timing.cpu_runs) / min(short.timing.cpu_runs),
+        "activation_ratio": whole.activation_bytes / short.activation_bytes,
+        "gradient_difference": short.difference,
+    }
+
+
+def as_text(settings: PackingSettings, found: dict[str, Side]) -> str:
+    ratios = as_json(settings, found)
+    lines: list[Sequence[str]] = [["last block", "s a step", "CPU s", "MiB kept of an image"]]
+    lines += [
+        [n, f"{min(s.timing.runs):.3f}", f"{min(s.timing.cpu_runs):.3f}", f"{s.activation_bytes / 2**20:.1f}"]
+        for n, s in found.items()
+    ]
+    size = f"{settings.sets} sets of {settings.backbone} at {settings.image_size} px, {settings.images} images a step"
+    notes = [
+        f"{size}; the least of {settings.repeats} x {settings.steps} steps",
+        f"whole: {ratios['ratio']:.3f}x the class token alone ({ratios['cpu_ratio']:.3f}x by CPU), "
+        f"{ratios['activation_ratio']:.3f}x its activations; gradients differ by {ratios['gradient_difference']:.1e}",
+    ]
+    return "\n".join([aligned(lines), *notes])

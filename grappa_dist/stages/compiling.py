@@ -1,0 +1,91 @@
+"""torch.compile for the layers that learn, where a trial on this GPU shows the same values and less time.
+
+Compiled kernels are chosen by timings, so the last bits of a run with them are not promised to be those of another.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from grappa_dist.models import PackedGrappa
+
+GAIN, ROUNDS = 1.05, 5  # it must be so much faster, in the least of so many passes
+FURTHER, ROUNDING = 2.0, 1e-5  # than plain bfloat16 from float32, at the most; and of the largest value, in any case
+Measure = Callable[[Callable[[], object]], float]
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """Features and gradients of a forward and backward pass."""
+
+    values: list[Tensor]
+
+    def distance(self, other: _Pass) -> float:
+        """The largest difference in any of them, as a share of the largest of its values."""
+        pairs = zip(self.values, other.values, strict=True)
+        return max(float((a - b).abs().max() / b.abs().max().clamp_min(1e-30)) for a, b in pairs)
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """The least of a few times."""
+    times = []
+    for _ in range(ROUNDS):
+        began = time.perf_counter()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def compile_if_it_wins(
+    model: PackedGrappa, images: int, *, backend: str = "inductor", measure: Measure = seconds, halves: bool = True
+) -> str:
+    """Compiles the layers if that pays for so many images at a time; what was found, to be told.
+
+    To be called before there is an engine, whose hooks would see the trial's gradients.
+
+    Args:
+        halves: train in bfloat16 around float32 parameters, as the engine does on a GPU.
+    """
+    size, device = model.backbone.pixels.image_size, model.backbone.mean.device
+    if device.type != "cuda" and backend == "inductor":
+        return "not compiled: no GPU"
+    noise = torch.rand(images, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
+    right, plain = _pass(model, noise, halves=False), _pass(model, noise, halves=halves)
+    plain_s = measure(lambda: _pass(model, noise, halves=halves))
+    torch.compiler.reset()  # graphs of earlier jobs count against a limit, past which nothing is compiled
+    try:
+        for layer in model.layers:
+            layer.compile(backend=backend)
+        found = _pass(model, noise, halves=halves)
+        allowed = max(FURTHER * plain.distance(right), ROUNDING)
+        why = "" if found.distance(right) <= allowed else f"off by {found.distance(right):.1e}, {allowed:.1e} allowed"
+        compiled_s = measure(lambda: _pass(model, noise, halves=halves))
+        if not why and GAIN * compiled_s > plain_s:
+            why = "not faster"
+        told = f"{images} images take {1e3 * compiled_s:.1f} ms compiled, {1e3 * plain_s:.1f} ms plain"
+    except Exception as error:  # whatever a compiler may raise: then it is not used
+        why, told = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}", ""
+    if why:
+        for layer in model.layers:
+            layer._compiled_call_impl = None
+    return "; ".join(part for part in ("compiled" if not why else f"not compiled: {why}", told) if part)
+
+
+def _pass(model: PackedGrappa, images: Tensor, *, halves: bool) -> _Pass:
+    """As a step of training, with a loss that weighs every feature of an image differently; leaves no gradients."""
+    learning = [p for p in model.parameters() if p.requires_grad]
+    try:
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=halves):
+            z = model(images).float()
+        (z * torch.linspace(-1, 1, z.shape[-1], device=z.device)).sum().backward()
+        return _Pass([z.detach(), *(p.grad.clone() for p in learning if p.grad is not None)])
+    finally:
+        for parameter in learning:
+            parameter.grad = None

@@ -1,0 +1,122 @@
+"""How many images a rank trains on at a time where `adapt.micro_batch` is `auto`: as many as its memory holds.
+
+Free memory differs from run to run, and the number moves the last bits of a sum. So it is kept beside the checkpoints:
+a job that goes on, on as many ranks, goes on with it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from grappa_dist.artifacts import write_json
+from grappa_dist.dist.preflight import free_memory
+from grappa_dist.dist.workers import RankContext
+from grappa_dist.models import PackedGrappa
+from grappa_dist.models.packed import activation_bytes
+from grappa_dist.ops.room import Room
+
+GPU_SHARE, CPU_SHARE = 0.8, 0.5  # of what is free; on a CPU images wait in memory too, and nobody says when it is full
+AT_WORK = 6  # a layer going forward or backward takes as much as so many keep: 4.5 to 6 were seen
+FILE = "checkpoints/micro_batch.json"
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """How many images at a time, the same on all ranks, and how that was found."""
+
+    images: int
+    why: str
+
+
+def usable_bytes(device: torch.device, sharing: int) -> int:
+    """Of this worker's memory, what training may take.
+
+    Args:
+        sharing: the workers of this node. A GPU is nobody else's.
+    """
+    if device.type != "cuda":
+        return int(CPU_SHARE * free_memory() / sharing)
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, to be used again
+    return int(GPU_SHARE * (torch.cuda.mem_get_info(device)[0] + kept))
+
+
+def room(model: PackedGrappa, usable: int) -> Room:
+    """What an image takes: what is kept between forward and backward, and a layer in the middle of its work."""
+    size, layers = model.backbone.pixels.image_size, model.layers
+    asked = [layer.recompute for layer in layers]
+    with torch.autocast("cuda", torch.bfloat16, enabled=model.backbone.mean.is_cuda):
+        kept = activation_bytes(model, size)
+        for layer in layers:
+            layer.recompute = False
+        of_layer = activation_bytes(model, size) // max(len(layers) - 1, 1)
+    for layer, recompute in zip(layers, asked, strict=True):
+        layer.recompute = recompute
+    return Room(usable, kept + AT_WORK * of_layer)
+
+
+def fitted(context: RankContext, model: PackedGrappa, folder: Path, most: int, usable: int) -> Fitted:
+    """Images at a time, from 1 to `most`; all ranks call it, and before there is an engine.
+
+    Raises:
+        ValueError: not one image fits a GPU.
+    """
+    comm, before = context.comm, _of_before(folder, context.comm.size) if context.comm.rank == 0 else 0
+    before = int(comm.broadcast(torch.tensor([before], device=context.device), 0))
+    found = room(model, usable)
+    images, why = before, f"as when the job began on {comm.size} ranks"
+    if not before:
+        images = found.images(most)
+        why = f"{usable / 2**30:.2f} GiB may be used, an image takes {found.image_bytes / 2**20:.1f} MiB"
+    if context.device.type == "cuda":
+        tried = largest_that_runs(images, lambda count: _train_pass(model, count))
+        why += f"; {images} were too many" if tried < images else ""
+        images = tried
+    of_all = [int(n) for n in comm.gather(torch.tensor([images], device=context.device))]
+    if comm.rank == 0:
+        (folder / FILE).parent.mkdir(parents=True, exist_ok=True)
+        write_json(folder / FILE, {"images": min(of_all), "ranks": comm.size})
+    return Fitted(min(of_all), why if min(of_all) == images else f"another rank has room for {min(of_all)} only")
+
+
+def _of_before(folder: Path, ranks: int) -> int:
+    """What the job began with on as many ranks; 0: nothing."""
+    path = folder / FILE
+    kept = json.loads(path.read_text()) if path.exists() else {"ranks": 0}
+    return int(kept["images"]) if kept["ranks"] == ranks else 0
+
+
+def largest_that_runs(images: int, run: Callable[[int], None]) -> int:
+    """`images`, halved until `run` has memory enough.
+
+    Raises:
+        ValueError: not one image fits.
+    """
+    while True:
+        try:
+            run(images)
+            return images
+        except torch.OutOfMemoryError as error:
+            if images == 1:
+                raise ValueError(
+                    "adapt.micro_batch=auto: not one image fits the GPU's memory; lower adapt.sets_per_job, or set "
+                    f"adapt.activation_checkpointing=true ({str(error).splitlines()[0]})"
+                ) from None
+        images = -(-images // 2)  # here, where nothing holds what the failed run had
+
+
+def _train_pass(model: PackedGrappa, images: int) -> None:
+    """Forward and backward, as the engine does it, with nothing to show for it."""
+    size, device = model.backbone.pixels.image_size, model.backbone.mean.device
+    torch.cuda.empty_cache()
+    try:
+        with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+            z = model(torch.zeros(images, 3, size, size, device=device))
+        z.float().sum().backward()
+    finally:
+        for parameter in model.parameters():
+            parameter.grad = None
