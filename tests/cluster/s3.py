@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 from tests.cluster.machines import Machine
 from tests.cluster.rays import environment
 
@@ -60,6 +62,8 @@ class S3:
 @contextmanager
 def s3_on(machine: Machine, log: Path) -> Iterator[S3]:
     """The server, empty at first; requests are noted in `log`."""
+    for package in ("s3fs", "moto", "boto3", "flask"):
+        pytest.importorskip(package, reason=f"{package} is not installed: there is no S3 here")
     with open(log, "w") as file:
         command = [sys.executable, "-c", SERVER, "-H", machine.address, "-p", str(PORT)]
         process = machine.popen(command, env=environment(), stdout=file, stderr=subprocess.STDOUT)

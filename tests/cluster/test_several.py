@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -21,8 +22,9 @@ from tests.stages import tiny
 pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(900)]
 Figure = Callable[..., None]
 SETS = (4, 6, 9)
+DEMO = ROOT / "configs" / "demo.yaml"
 SHORT = {"epochs": 4, "checkpoint_steps": 5}
-SEEDS_APART = 0.0  # points of R-Precision between the highest and the lowest of three seeds on one machine, see docs
+SEEDS_APART = 0.22  # points of R-Precision between three seeds on one machine, where they lie closest
 
 
 def on_three(bench: Bench, config: Path, run: Path, **variables: str) -> float:
@@ -92,8 +94,6 @@ def test_shards_on_an_s3_server_give_what_they_give_on_a_shared_path(
     bench: Bench, three: tuple[Path, Path], shared: Path, folder: Path, figure: Figure
 ) -> None:
     """From the images to the scores, to the bit; and each machine has read its part from the server."""
-    pytest.importorskip("moto", reason="moto is not installed: there is no S3 server")
-    pytest.importorskip("s3fs", reason="s3fs is not installed: nothing is read from s3:// here")
     _, run = three
     with s3_on(bench[0], folder / "s3.log") as s3:
         s3.upload(shared / "shards", "images")
@@ -110,18 +110,34 @@ def test_shards_on_an_s3_server_give_what_they_give_on_a_shared_path(
     assert scores(folder / "run") == scores(run)
 
 
-def test_the_demo_on_three_machines_scores_as_on_one(bench: Bench, folder: Path, figure: Figure) -> None:
-    """All of configs/demo.yaml but its number of workers; seeds move these scores more, see docs/clusters.md."""
-    settings = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
-    settings["resources"]["workers"] = 3
-    config = folder / "demo.yaml"
-    config.write_text(yaml.safe_dump(settings))
-    figure("demo on three machines", on_three(bench, config, folder / "three"))
-    assert hosts(folder / "three", tuple(settings["clustering"]["num_labels"])) == {"n1", "n2", "n3"}
-    on_one_machine(config, folder / "one", "resources.workers=2", "resources.num_cpus=2")
-    assert digests(folder / "one", *CLUSTERED) == digests(folder / "three", *CLUSTERED)
-    three, one = scores(folder / "three"), scores(folder / "one")
-    assert three.keys() == one.keys()
-    apart = {key: abs(three[key] - one[key]) for key in one}
-    figure("demo: R-Precision on three machines and on one differs by at most", max(apart.values()), "points")
-    assert max(apart.values()) <= SEEDS_APART
+@pytest.fixture(scope="module")
+def demo(storage: Path) -> Path:
+    """The run directory of configs/demo.yaml on one machine."""
+    run = Path(tempfile.mkdtemp(prefix="demo-", dir=storage)) / "run"
+    on_one_machine(DEMO, run, "resources.num_cpus=2")
+    return run
+
+
+@pytest.mark.parametrize(("where", "adapt_ranks"), [("path", 1), ("s3", 3)])
+def test_the_demo_on_three_machines_scores_as_on_one(
+    bench: Bench, demo: Path, folder: Path, figure: Figure, where: str, adapt_ranks: int
+) -> None:
+    """A machine for each adaptor set, then all three for one after the other; the fusion on three ranks, not two."""
+    settings = yaml.safe_load(DEMO.read_text())
+    settings["resources"] |= {"workers": 3, "adapt_ranks": adapt_ranks}
+    config, run, what = folder / "demo.yaml", folder / "run", f"demo on three machines, {where}, {adapt_ranks} ranks"
+    with s3_on(bench[0], folder / "s3.log") if where == "s3" else nullcontext() as s3:
+        if s3:
+            s3.upload(next(demo.glob("collection-*")), "images")
+            settings["data"] |= {"collection": None, "train": ["s3://images/train"], "test": ["s3://images/test"]}
+        config.write_text(yaml.safe_dump(settings))
+        figure(what, on_three(bench, config, run, **(s3.variables if s3 else {})))
+        assert s3 is None or all(s3.ranges_sent()[machine.address] for machine in bench.machines[1:])
+    if adapt_ranks == 1:
+        assert hosts(run, tuple(settings["clustering"]["num_labels"])) == {"n1", "n2", "n3"}
+    assert digests(run, *CLUSTERED) == digests(demo, *CLUSTERED)
+    found, expected = scores(run), scores(demo)
+    assert found.keys() == expected.keys()
+    apart = max(abs(found[key] - expected[key]) for key in expected)
+    figure(f"{what}: R-Precision differs from one machine's by at most", apart, "points")
+    assert apart <= SEEDS_APART
