@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -39,10 +39,10 @@ def on_three(bench: Bench, config: Path, run: Path, **variables: str) -> float:
     return took
 
 
-def hosts(run: Path, num_labels: tuple[int, ...]) -> set[str]:
-    """Where the adaptor sets have been trained."""
-    begun = [next(e for e in metrics(run, f"adaptors/k={k}") if e["name"] == "begins") for k in num_labels]
-    return {str(event["host"]) for event in begun}
+def begun(run: Path, num_labels: Sequence[int], what: str) -> set[str]:
+    """`host` of rank 0, or number of `ranks`, with which the adaptor sets have been trained."""
+    events = [next(e for e in metrics(run, f"adaptors/k={k}") if e["name"] == "begins") for k in num_labels]
+    return {str(event[what]) for event in events}
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_partitions_and_graph_of_three_machines_are_those_of_one_to_the_bit(
     three: tuple[Path, Path], folder: Path
 ) -> None:
     config, run = three
-    assert hosts(run, SETS) == {"n1", "n2", "n3"}  # each set on a machine of its own
+    assert begun(run, SETS, "host") == {"n1", "n2", "n3"}  # each set on a machine of its own
 
     # The same features and adaptor sets, all else made anew by one worker.
     one = folder / "one"
@@ -103,7 +103,7 @@ def test_shards_on_an_s3_server_give_what_they_give_on_a_shared_path(
         figure("tiny pipeline on three machines, shards on S3", took)
         sent = s3.ranges_sent()
     assert all(sent[machine.address] > 0 for machine in bench.machines[1:]), sent
-    assert hosts(folder / "run", SETS) == {"n1", "n2", "n3"}
+    assert begun(folder / "run", SETS, "host") == {"n1", "n2", "n3"}
     made = (*CLUSTERED, "adaptors/*/*.safetensors", "fusion/*/grappa.safetensors")
     assert digests(folder / "run", *made) == digests(run, *made)
     assert graph(folder / "run") == graph(run)
@@ -133,9 +133,13 @@ def test_the_demo_on_three_machines_scores_as_on_one(
         config.write_text(yaml.safe_dump(settings))
         figure(what, on_three(bench, config, run, **(s3.variables if s3 else {})))
         assert s3 is None or all(s3.ranges_sent()[machine.address] for machine in bench.machines[1:])
-    if adapt_ranks == 1:
-        assert hosts(run, tuple(settings["clustering"]["num_labels"])) == {"n1", "n2", "n3"}
+    sets = settings["clustering"]["num_labels"]
+    assert begun(run, sets, "ranks") == {str(adapt_ranks)}
+    assert adapt_ranks > 1 or begun(run, sets, "host") == {"n1", "n2", "n3"}
     assert digests(run, *CLUSTERED) == digests(demo, *CLUSTERED)
+    for job in (*(f"adaptors/k={k}" for k in sets), "fusion/neighbours"):
+        by = max(abs(a / b - 1) for a, b in zip(losses(run, job), losses(demo, job), strict=True))
+        figure(f"{what}: a loss of {job} differs from one machine's by at most", by, "of it")
     found, expected = scores(run), scores(demo)
     assert found.keys() == expected.keys()
     apart = max(abs(found[key] - expected[key]) for key in expected)
