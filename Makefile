@@ -27,7 +27,7 @@ test-fast: $(READY) ## the tests without those that run the whole pipeline
 test-long: $(READY) ## tests that take too long for every push: jobs killed at random steps by ten seeds, local clusters, five ranks, ...
 	$(BIN)/python -m pytest -q -m 'long and not cluster'
 
-test-cluster: $(READY) ## tests on several machines in namespaces, 10 minutes; needs root, and Slurm: tests/cluster/install_slurm.sh
+test-cluster: $(READY) ## tests on several machines in namespaces, about 40 minutes on 2 cores; needs root, and Slurm: tests/cluster/install_slurm.sh
 	$(BIN)/python -m pytest -q -m cluster tests/cluster
 
 test-cluster-fast: $(READY) ## those of them that are run on every push

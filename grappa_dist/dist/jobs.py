@@ -40,8 +40,17 @@ class Job:
 class _Running:
     job: Job
     workers: list[Any]
-    refs: list[Any]
-    begun: bool = True  # False where its first worker turned out to be dead before it was given anything to do
+    refs: list[Any]  # one call of each worker: whether it is there, then the work
+    pending: list[Any]  # those of them that had not ended when they were last looked at
+    begun: bool = False  # whether all were there, and have been given the work
+
+
+@dataclass
+class _Tries:
+    """Of one job."""
+
+    attempts: int = 0  # in which it was given to its workers and failed
+    in_vain: int = 0  # starts since then that found a worker dead which had nothing to do
 
 
 @dataclass
@@ -123,7 +132,7 @@ class Runner:
     def _watch(self, jobs: Sequence[Job], done: Callable[[str], None]) -> dict[str, Any]:
         import ray
 
-        waiting, attempts = deque(jobs), dict.fromkeys((j.name for j in jobs), 0)
+        waiting, tries = deque(jobs), {job.name: _Tries() for job in jobs}
         free, running, results = list(self.cluster.workers()), list[_Running](), dict[str, Any]()
         if not self.resources.elastic:
             check_capacity(len(free), max((job.ranks for job in jobs), default=0))
@@ -135,15 +144,14 @@ class Runner:
             while waiting and len(free) >= self._ranks(waiting[0]):
                 running.append(self._start(waiting.popleft(), free))
             if running:
-                ray.wait([ref for r in running for ref in r.refs], timeout=POLL_S)
+                ray.wait([ref for r in running for ref in r.pending], timeout=POLL_S)
             for r in list(running):
                 outcome = self._outcome(r)
                 if outcome is None:
                     continue
                 running.remove(r)
                 if isinstance(outcome, BaseException):
-                    attempts[r.job.name] += r.begun
-                    self._failed(r.job, outcome, attempts[r.job.name])
+                    self._failed(r, outcome, tries[r.job.name])
                     free = self._replace(r.workers, free)  # all of them: survivors may sit in a collective
                     waiting.appendleft(r.job)
                 else:
@@ -160,24 +168,24 @@ class Runner:
         return max(1, min(job.ranks, self.cluster.size) if self.resources.elastic else job.ranks)
 
     def _start(self, job: Job, free: list[Any]) -> _Running:
-        import ray
-
+        """Asks its workers whether they are there: one may have died idle, on a node that Ray still takes for alive."""
         workers = self._take(free, self._ranks(job))
-        if not job.ranks:
-            return _Running(job, workers, [workers[0].run.remote(job.function, job.spec)])
-        asked = workers[0].free_address.remote()
-        try:
-            address = ray.get(asked)
-        except ray.exceptions.RayError:  # it died while it had nothing to do, and Ray may not know of its node yet
-            return _Running(job, workers, [asked], begun=False)
-        self.on_event("job_begins", job=job.name, ranks=len(workers))
-        refs = [
-            w.run_rank.remote(
-                job.function, job.spec, (rank, len(workers), address), self.resources.collective_timeout_s
-            )
-            for rank, w in enumerate(workers)
-        ]
-        return _Running(job, workers, refs)
+        asked = [worker.free_address.remote() for worker in workers]
+        return _Running(job, workers, asked, asked)
+
+    def _give(self, running: _Running, address: str) -> None:
+        """Gives a job to workers that are there."""
+        job, workers = running.job, running.workers
+        if job.ranks:
+            self.on_event("job_begins", job=job.name, ranks=len(workers))
+            timeout_s = self.resources.collective_timeout_s
+            running.refs = [
+                worker.run_rank.remote(job.function, job.spec, (rank, len(workers), address), timeout_s)
+                for rank, worker in enumerate(workers)
+            ]
+        else:
+            running.refs = [workers[0].run.remote(job.function, job.spec)]
+        running.begun, running.pending = True, running.refs
 
     def _take(self, free: list[Any], ranks: int) -> list[Any]:
         """The workers for a job, of one node where one has enough of them; they leave `free`."""
@@ -195,23 +203,38 @@ class Runner:
         """None while it runs, its results, or why it failed: bad input on any rank before the dead links it causes."""
         import ray
 
-        finished, pending = ray.wait(running.refs, num_returns=len(running.refs), timeout=0)
+        finished, running.pending = ray.wait(running.refs, num_returns=len(running.refs), timeout=0)
         errors = _errors(finished)
-        if errors and pending:  # the rank at fault may speak last; one that sits in a collective never does
+        if errors and running.pending:  # the rank at fault may speak last; one that sits in a collective never does
             errors = _errors(ray.wait(running.refs, num_returns=len(running.refs), timeout=ERROR_GRACE_S)[0])
         if errors:
             return next((e for e in errors if _is_final(e, running.job)), errors[0])
-        return None if pending else ray.get(running.refs)
+        if running.pending:
+            return None
+        answers = ray.get(running.refs)
+        if running.begun:
+            return answers
+        self._give(running, address=answers[0])
+        return None
 
-    def _failed(self, job: Job, error: BaseException, attempts: int) -> None:
+    def _failed(self, running: _Running, error: BaseException, tries: _Tries) -> None:
         """Raises when another attempt makes no sense."""
-        cause = getattr(error, "cause", None)
+        job, cause = running.job, getattr(error, "cause", None)
         if cause is not None and _is_final(error, job):
             raise cause from error
+        if running.begun:
+            tries.attempts, tries.in_vain = tries.attempts + 1, 0
+        else:
+            tries.in_vain += 1
         reason = (str(cause or error).strip() or type(cause or error).__name__).splitlines()[-1]
-        self.on_event("job_failed", job=job.name, attempt=attempts, reason=reason)
-        if attempts > self.resources.max_restarts:
-            raise RuntimeError(f"{job.name} failed {attempts} times, last with: {reason}") from error
+        self.on_event("job_failed", job=job.name, attempt=tries.attempts, reason=reason)
+        if tries.attempts > self.resources.max_restarts:
+            raise RuntimeError(f"{job.name} failed {tries.attempts} times, last with: {reason}") from error
+        if tries.in_vain > self.resources.max_restarts + self.cluster.size:  # each may have been on a lost node, once
+            raise RuntimeError(
+                f"{job.name} cannot begin: {tries.in_vain} times in a row a worker had died before it was given "
+                f"anything to do, last with: {reason}"
+            ) from error
 
     def _statuses(self, running: Sequence[_Running]) -> dict[str, Any]:
         import ray

@@ -15,10 +15,10 @@ from tests.e2e.runs import ROOT
 FIGURES: list[str] = []
 
 
-@pytest.fixture
-def figure() -> Callable[[str, float], None]:
-    """Keeps a measured time for the end of the session's output."""
-    return lambda what, seconds: FIGURES.append(f"{what}: {seconds:.1f} s")
+@pytest.fixture(scope="session")
+def figure() -> Callable[..., None]:
+    """Keeps a measured number, of seconds unless said otherwise, for the end of the session's output."""
+    return lambda what, value, unit="s": FIGURES.append(f"{what}: {value:.3g} {unit}")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +12,15 @@ import yaml
 
 from tests.cluster.machines import Bench, Machine
 from tests.cluster.rays import Pipeline, pipeline_on, ray_on
+from tests.cluster.sameness import CLUSTERED, digests, losses, on_one_machine
 from tests.e2e import runs
 from tests.stages import tiny
 
 pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(900)]
 NOTICED_S = 30.0
 LONG = {"epochs": 150, "checkpoint_steps": 5}  # of three steps each
+SETS = (4, 6)
+NEXT = 20  # losses that other ranks do not change by more than 1e-5 of each
 
 
 def write_config(folder: Path, **sections: dict[str, object]) -> Path:
@@ -46,13 +50,27 @@ def lose(pipeline: Pipeline, machine: Machine, action: str, job: str) -> tuple[f
     return at, float(str(pipeline.events("job_failed")[-1]["t"])) - at
 
 
+@pytest.fixture(scope="module")
+def undisturbed(storage: Path) -> Path:
+    """The run directory of one worker on one machine, to which nothing has happened."""
+    folder = Path(tempfile.mkdtemp(prefix="undisturbed-", dir=storage))
+    config = write_config(folder, resources={"adapt_ranks": 1}, clustering={"num_labels": SETS})
+    on_one_machine(config, folder / "run", "resources.num_cpus=1")
+    return folder / "run"
+
+
+def resumed_at(run: Path, job: str) -> list[int]:
+    """The step at which each attempt of a job began."""
+    return [int(str(event["at_step"])) for event in runs.metrics(run, job) if event["name"] == "begins"]
+
+
 @pytest.mark.parametrize("action", ["cut", "crash"])
 def test_a_run_survives_the_loss_of_a_machine_in_adapt_and_of_another_in_fuse(
-    bench: Bench, folder: Path, figure: Callable[[str, float], None], action: str
+    bench: Bench, folder: Path, figure: Callable[..., None], action: str, undisturbed: Path
 ) -> None:
-    """Three workers, then two, then one."""
+    """Three workers, then two, then one; the partitions are those of an undisturbed run, the losses nearly."""
     config = write_config(
-        folder, resources={"elastic": True, "placement_timeout_s": 60}, clustering={"num_labels": (4, 6)}
+        folder, resources={"elastic": True, "placement_timeout_s": 60}, clustering={"num_labels": SETS}
     )
     head, *workers = [bench[number] for number in range(4)]
     try:
@@ -76,12 +94,40 @@ def test_a_run_survives_the_loss_of_a_machine_in_adapt_and_of_another_in_fuse(
                     assert not before[machine.name] & workers_of(machine), f"survivors on {machine.name}"
             assert pipeline.ends() == 0, pipeline.log.read_text()[-3000:]
             for job in ("adaptors/k=4", "fusion/neighbours"):
-                starts = [e["at_step"] for e in runs.metrics(pipeline.run, job) if e["name"] == "begins"]
-                assert int(str(starts[-1])) > 0, f"{job} began again from nothing"
+                resumed = resumed_at(pipeline.run, job)[-1]
+                assert resumed > 0, f"{job} began again from nothing"
+                found, expected = losses(pipeline.run, job), losses(undisturbed, job)
+                assert found[: resumed + NEXT] == pytest.approx(expected[: resumed + NEXT], rel=1e-5)
+                apart = max(abs(a / b - 1) for a, b in zip(found, expected, strict=True))
+                figure(f"{action} in {job}: a loss differs from an undisturbed run's by at most", apart, "of it")
+            assert digests(pipeline.run, *CLUSTERED) == digests(undisturbed, *CLUSTERED)
             assert (pipeline.run / "report" / "report.html").exists()
     finally:
         for machine in workers[1:]:
             machine.reboot()
+
+
+def test_a_job_of_one_rank_whose_machine_is_lost_ends_elsewhere_with_the_same_bytes(
+    bench: Bench, folder: Path, undisturbed: Path
+) -> None:
+    resources = {"elastic": True, "placement_timeout_s": 60, "adapt_ranks": 1}
+    config = write_config(
+        folder, resources=resources, clustering={"num_labels": SETS}, fuse={**LONG, "variants": ("average",)}
+    )
+    head, *workers = [bench[number] for number in range(4)]
+    with ray_on(head, workers) as (address, _), pipeline_on(head, address, config, folder / "run") as pipeline:
+        pipeline.wait_for(lambda: runs.last_step(pipeline.run, "adaptors/k=4") >= 0)
+        first = next(str(e["host"]) for e in runs.metrics(pipeline.run, "adaptors/k=4") if e["name"] == "begins")
+        try:
+            lose(pipeline, bench[int(first.removeprefix("n"))], "crash", "adaptors/k=4")
+            assert pipeline.ends() == 0, pipeline.log.read_text()[-3000:]
+        finally:
+            bench[int(first.removeprefix("n"))].reboot()
+    began = resumed_at(pipeline.run, "adaptors/k=4")
+    assert len(began) == 2
+    assert began[1] > 0
+    adaptors = "adaptors/*/*.safetensors"
+    assert digests(pipeline.run, adaptors) == digests(undisturbed, adaptors)
 
 
 def test_without_elastic_a_lost_machine_ends_the_run_with_an_error_that_says_so(bench: Bench, folder: Path) -> None:
@@ -94,7 +140,7 @@ def test_without_elastic_a_lost_machine_ends_the_run_with_an_error_that_says_so(
             said = pipeline.log.read_text().splitlines()[-1]
             assert "error: 1 of 3 workers did not start within 45 s" in said
             assert "or is a node gone?" in said
-            assert list(pipeline.run.glob("adaptors/k=4-*.partial/checkpoints/*"))
+            assert list(pipeline.run.glob("adaptors/k=4-*.partial/checkpoints/step-*"))
     finally:
         workers[2].reboot()
 

@@ -131,6 +131,15 @@ def test_pods_have_what_training_needs(rendered: dict[str, list[dict[str, Any]]]
         assert 2 * store <= num_bytes(mounts["/dev/shm"]["emptyDir"]["sizeLimit"])
 
 
+@pytest.mark.parametrize("folder", OVERLAYS)
+def test_collectives_take_exactly_one_interface(rendered: dict[str, list[dict[str, Any]]], folder: str) -> None:
+    """Gloo knows whole names alone; to NCCL a name without = is a prefix."""
+    (container,) = groups(only(rendered[folder]))[1]["template"]["spec"]["containers"]
+    given = {entry["name"]: entry["value"] for entry in container["env"]}
+    name = settings()["interface"]
+    assert (given["GLOO_SOCKET_IFNAME"], given["NCCL_SOCKET_IFNAME"]) == (name, f"={name}")
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root for processes of its own to look among")
 def test_before_a_pod_ends_the_program_is_asked_and_ranks_are_awaited(
     rendered: dict[str, list[dict[str, Any]]],

@@ -122,7 +122,7 @@ def test_a_job_told_to_save_and_end_does_and_is_not_requeued(cluster: Slurm, fol
     cluster.command("scancel", "--batch", "--signal=TERM", job.number)
     assert job.ends() == ("FAILED", 143), job.everything()
     assert "state is saved" in job.log
-    assert list((job.run / "adaptors").glob("k=*.partial/checkpoints/*.safetensors"))
+    assert list((job.run / "adaptors").glob("k=*.partial/checkpoints/step-*/engine.safetensors"))
     assert cluster.left_behind([1, 2, 3]) == {}
 
 

@@ -55,6 +55,7 @@ class Ray:
     answer: Callable[[Ref], Any]
     dead: set[str] = field(default_factory=set)  # their workers' calls fail
     unnoticed: set[str] = field(default_factory=set)  # dead, but still shown as alive
+    last_words: set[str] = field(default_factory=set)  # methods that their workers answer before they die
     each_wait: Callable[[float], None] = lambda timeout_s: None
     exceptions: ClassVar[Any] = SimpleNamespace(RayError=RayError, GetTimeoutError=GetTimeoutError)
 
@@ -73,7 +74,7 @@ class Ray:
     def get(self, asked: Any, timeout: float | None = None) -> Any:
         if isinstance(asked, list):
             return [self.get(ref) for ref in asked]
-        if asked.worker.node in self.dead:
+        if self._lost(asked):
             raise RayError("The actor died because its node has died.")
         if self.answer(asked) is None:
             raise GetTimeoutError(f"{asked.method} has not ended")
@@ -83,4 +84,7 @@ class Ray:
         worker.asked.append("killed")
 
     def _ended(self, ref: Ref) -> bool:
-        return ref.worker.node in self.dead or self.answer(ref) is not None
+        return self._lost(ref) or self.answer(ref) is not None
+
+    def _lost(self, ref: Ref) -> bool:
+        return ref.worker.node in self.dead and ref.method not in self.last_words

@@ -147,11 +147,17 @@ def test_a_job_whose_rank_dies_restarts_whole_and_ends(runner: Runner, told: Tol
     assert len(told.of("job_begins")) == 2
 
 
-def test_a_job_starts_on_fresh_workers_where_idle_ones_have_died(runner: Runner, told: Told) -> None:
+def test_a_job_or_task_starts_on_fresh_workers_where_idle_ones_have_died_and_no_attempt_is_counted(
+    cluster: Cluster, told: Told
+) -> None:
+    runner = Runner(cluster, RESOURCES.model_copy(update={"max_restarts": 0}), on_event=told)
     for pid in {result[2] for result in runner.map(square, list(range(6)))}:
         os.kill(pid, signal.SIGKILL)
     assert runner.run_jobs([Job("late", sum_of_ranks, (-1, ""), 2)]) == {"late": [(0, 3), (1, 3)]}
-    assert [event["job"] for event in told.of("job_failed")] == ["late"]
+    assert [(event["job"], event["attempt"]) for event in told.of("job_failed")] == [("late", 0)]
+    os.kill(runner.map(square, [1])[0][2], signal.SIGKILL)
+    assert runner.map(square, [3, 4])[1][0] == 16
+    assert [event["attempt"] for event in told.of("job_failed")] == [0, 0]
 
 
 def test_jobs_run_side_by_side_and_one_that_dies_takes_no_other_with_it(

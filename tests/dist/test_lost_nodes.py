@@ -18,7 +18,7 @@ from grappa_dist.config import Resources
 from grappa_dist.dist import cluster as cluster_module
 from grappa_dist.dist.cluster import Cluster
 from grappa_dist.dist.jobs import Job, Runner
-from grappa_dist.dist.preflight import Checks
+from grappa_dist.dist.preflight import Checks, versions
 from grappa_dist.observe import Terminated
 from tests.dist.standins import Ray, Ref, Worker
 
@@ -34,6 +34,7 @@ def answer(ref: Ref) -> Any:
 
 def started(ray: Ray, monkeypatch: pytest.MonkeyPatch, workers: list[Worker], **settings: Any) -> Cluster:
     """A cluster with these workers up; new ones come up on node a."""
+    versions()  # is remembered; a stand-in has no version
     monkeypatch.setitem(sys.modules, "ray", ray)
     cluster = Cluster(Resources(placement_timeout_s=5, **settings))
     cluster._begun, cluster._node_of = True, {worker: worker.node for worker in workers}
@@ -66,12 +67,43 @@ def test_a_dead_nodes_idle_workers_are_given_no_job(monkeypatch: pytest.MonkeyPa
     assert cluster.size == 8
 
 
-def test_a_start_on_a_worker_whose_death_is_not_known_yet_is_no_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("ranks", [0, 1, 3])
+def test_a_start_on_workers_whose_death_is_not_known_yet_is_no_attempt(
+    monkeypatch: pytest.MonkeyPatch, ranks: int
+) -> None:
+    """A task's as well as a job's, and whichever of the job's ranks would have been there."""
     ray = Ray("ab", answer, dead={"b"}, unnoticed={"b"})
-    workers = [Worker("b") for _ in range(4)]
+    workers = [*(Worker("a") for _ in range(max(0, ranks - 1))), *(Worker("b") for _ in range(4))]
     cluster = started(ray, monkeypatch, workers, max_restarts=0)
-    assert Runner(cluster, cluster.resources).run_jobs([Job("one", print, None, 1)]) == {"one": ["done"]}
-    assert ["run_rank" in worker.asked for worker in workers] == [False] * 4
+    monkeypatch.setattr(cluster, "node_of", lambda worker: "alike")  # else the job goes where there is room for it
+    results = Runner(cluster, cluster.resources).run_jobs([Job("one", print, None, ranks)])
+    assert results == {"one": ["done"] * ranks if ranks else "done"}
+    assert not any({"run", "run_rank"} & set(worker.asked) for worker in workers if worker.node == "b")
+
+
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_workers_that_die_again_and_again_before_they_are_given_anything_end_the_run(
+    monkeypatch: pytest.MonkeyPatch, ranks: int
+) -> None:
+    """No attempt is counted, but there is an end."""
+    ray = Ray("ab", answer, dead={"b"}, unnoticed={"b"})
+    cluster = started(ray, monkeypatch, [Worker("b") for _ in range(3)], max_restarts=2)
+    ups = iter(range(10**6))
+
+    def restarted() -> Worker:
+        assert next(ups) < 100, "for ever"
+        return Worker("b")
+
+    monkeypatch.setattr(cluster, "_new_worker", restarted)
+    ray.last_words = {"ready"}
+    failed: list[dict[str, Any]] = []
+    runner = Runner(
+        cluster, cluster.resources, on_event=lambda name, **f: failed.append(f) if name == "job_failed" else None
+    )
+    said = r"one cannot begin: 6 times in a row a worker had died before it was given anything to do, last with: .+died"
+    with pytest.raises(RuntimeError, match=said):
+        runner.run_jobs([Job("one", print, None, ranks)])
+    assert [event["attempt"] for event in failed] == [0] * 6
 
 
 def swallow(ray: Ray, monkeypatch: pytest.MonkeyPatch, seconds_of_waiting: float) -> None:
