@@ -151,7 +151,7 @@ class Runner:
                     continue
                 running.remove(r)
                 if isinstance(outcome, BaseException):
-                    self._failed(r, outcome, tries[r.job.name])
+                    self._failed(r, outcome, tries[r.job.name], running)
                     free = self._replace(r.workers, free)  # all of them: survivors may sit in a collective
                     waiting.appendleft(r.job)
                 else:
@@ -217,8 +217,17 @@ class Runner:
         self._give(running, address=answers[0])
         return None
 
-    def _failed(self, running: _Running, error: BaseException, tries: _Tries) -> None:
-        """Raises when another attempt makes no sense."""
+    def _failed(
+        self, running: _Running, error: BaseException, tries: _Tries, others: Sequence[_Running] = ()
+    ) -> None:  # fmt: skip
+        """Raises when another attempt makes no sense, once the others have saved their state."""
+        try:
+            self._count(running, error, tries)
+        except Exception:
+            self._ask_to_stop(others)
+            raise
+
+    def _count(self, running: _Running, error: BaseException, tries: _Tries) -> None:
         job, cause = running.job, getattr(error, "cause", None)
         if cause is not None and _is_final(error, job):
             raise cause from error
@@ -251,6 +260,11 @@ class Runner:
         return statuses
 
     def _stop(self, running: Sequence[_Running]) -> None:
+        self._ask_to_stop(running)
+        raise Terminated
+
+    def _ask_to_stop(self, running: Sequence[_Running]) -> None:
+        """Returns when the jobs have stopped, or have had the time to."""
         import ray
 
         self.on_event("stopping", jobs=[r.job.name for r in running])
@@ -260,7 +274,6 @@ class Runner:
         refs = [ref for r in running if r.job.ranks for ref in r.refs]
         if refs:
             ray.wait(refs, num_returns=len(refs), timeout=STOP_GRACE_S)
-        raise Terminated
 
 
 def _errors(finished: Sequence[Any]) -> list[BaseException]:
@@ -277,6 +290,10 @@ def _errors(finished: Sequence[Any]) -> list[BaseException]:
 
 
 def _is_final(error: BaseException, job: Job) -> bool:
-    """Whether trying again would not help: what a rank raised by itself, not a dead process or the links it cut."""
+    """Whether trying again would not help: what a rank raised by itself, not a dead process or the links it cut.
+
+    Nor what a file system or a store did, which may do better next time.
+    """
     cause = getattr(error, "cause", None)
-    return cause is not None and not (job.ranks > 1 and isinstance(cause, RuntimeError | OSError))
+    passing = (OSError, RuntimeError) if job.ranks > 1 else OSError
+    return cause is not None and not isinstance(cause, passing)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import threading
@@ -87,6 +88,18 @@ def always_die(device: torch.device, folder: str) -> None:
 
 def refuse(device: torch.device, number: int) -> None:
     raise AssertionError
+
+
+def read_stale(device: torch.device, marker: str) -> str:
+    if once(marker):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+    return "read"
+
+
+def refuse_once_seen(context: RankContext, marker: str) -> None:
+    while not Path(marker).exists():
+        time.sleep(0.02)
+    raise ValueError("adapt: loss is nan")
 
 
 def lose_link(context: RankContext, spec: None) -> None:
@@ -187,6 +200,12 @@ def test_an_error_of_ours_in_a_task_is_not_tried_again(runner: Runner, told: Tol
     assert told.of("job_failed") == []
 
 
+def test_a_task_that_storage_failed_is_tried_again(runner: Runner, told: Told, tmp_path: Path) -> None:
+    assert runner.map(read_stale, [str(tmp_path / "once")]) == ["read"]
+    (failed,) = told.of("job_failed")
+    assert "Stale file handle" in failed["reason"]
+
+
 def test_an_error_without_words_is_told_by_its_name(cluster: Cluster, told: Told) -> None:
     runner = Runner(cluster, RESOURCES.model_copy(update={"max_restarts": 0}), on_event=told)
     with pytest.raises(RuntimeError, match=r"links failed 1 times, last with: ConnectionError$"):
@@ -225,6 +244,18 @@ def test_what_the_cluster_cannot_hold_is_refused_at_once(cluster: Cluster, setti
 def test_a_job_of_more_ranks_than_workers_is_refused(runner: Runner) -> None:
     with pytest.raises(ValueError, match=r"adapt_ranks=3 is more than the 2 workers: 1 missing"):
         runner.run_jobs([Job("wide", sum_of_ranks, (-1, ""), 3)])
+
+
+def test_a_job_that_fails_for_good_lets_the_others_save_their_state(
+    cluster: Cluster, runner: Runner, told: Told, tmp_path: Path
+) -> None:
+    marker = str(tmp_path / "runs")
+    jobs = [Job("long", wait_for_stop, marker, 1), Job("wrong", refuse_once_seen, marker, 1)]
+    with pytest.raises(ValueError, match="loss is nan"):
+        runner.run_jobs(jobs)
+    assert Path(f"{marker}.saved").exists()
+    assert [event["jobs"] for event in told.of("stopping")] == [["long"]]
+    cluster.replace(list(cluster.workers()))  # which stay asked to stop
 
 
 def test_sigterm_lets_jobs_save_their_state(runner: Runner, tmp_path: Path) -> None:
