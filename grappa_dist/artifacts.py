@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from grappa_dist.config import fingerprint
+from grappa_dist.files import sync, write_json
 
 MANIFEST = "manifest.json"
 SEEN_S = 90.0  # network file systems remember for 60 s at most, by default, that something was not there
@@ -81,10 +82,10 @@ class Artifact:
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
         for name in files:
-            _sync(self.partial / name)
+            sync(self.partial / name)
         write_json(self.partial / MANIFEST, manifest)
         os.rename(self.partial, self.path)
-        sync_folder(self.path.parent)
+        sync(self.path.parent)
 
     def check(self) -> None:
         """Raises ValueError when a file of the manifest is missing or has another size."""
@@ -188,42 +189,3 @@ class RowArrays:
 @lru_cache(maxsize=512)  # each map holds a descriptor
 def _map(path: str) -> NDArray[Any]:
     return np.load(path, mmap_mode="c", allow_pickle=False)  # torch takes no read-only memory; the file stays as it is
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place, whole and synced, when the block ends without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield temporary
-        with open(temporary, "rb+") as handle:
-            os.fsync(handle.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # some writers make private files; others share this storage
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def write_json(path: Path, value: Any) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, sort_keys=False) + "\n")
-
-
-def sync_folder(path: Path) -> None:
-    """Makes a rename inside `path` survive a power cut."""
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from grappa_dist.artifacts import MANIFEST, Artifact, RowArrays, Store, replacing, wait_until_seen, write_json
+from grappa_dist.artifacts import MANIFEST, Artifact, RowArrays, Store, wait_until_seen
+from grappa_dist.files import replacing, write_json
 
 
 def artifact(root: Path, **settings: object) -> Artifact:

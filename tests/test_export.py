@@ -11,9 +11,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import grappa_dist
-from grappa_dist.artifacts import Artifact, Store, write_json
+from grappa_dist.artifacts import Artifact, Store
 from grappa_dist.config import BackboneConfig
 from grappa_dist.export import RetrievalModel, export_model, load_model
+from grappa_dist.files import write_json
 from grappa_dist.models import Grappa, create_backbone
 from grappa_dist.ops.galleries import set_weights, transitivity
 from grappa_dist.stages.galleries import GALLERIES_FILE

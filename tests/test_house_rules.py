@@ -11,14 +11,14 @@ TREES = {
     for path in sorted((ROOT / folder).rglob("*.py"))
 }
 DISTRIBUTED = ("ray", "deepspeed", "torch.distributed", "faiss")
-STAGES = {"dist", "models", "data", "ops", "artifacts", "report", "observe", "config"}
+STAGES = {"dist", "models", "data", "ops", "artifacts", "files", "report", "observe", "config"}
 MAY_IMPORT: dict[str, set[str]] = {  # of ours, beside itself
-    **{part: set() for part in ("ops", "report", "config", "observe", "_compat")},
-    "artifacts": {"config"},
+    **{part: set() for part in ("ops", "report", "config", "observe", "files", "_compat")},
+    "artifacts": {"config", "files"},
     "config_file": {"config"},
-    "data": {"artifacts", "config"},
+    "data": {"artifacts", "files", "config"},
     "models": {"ops", "_compat"},
-    "dist": {"ops", "artifacts", "observe", "config"},
+    "dist": {"ops", "artifacts", "files", "observe", "config"},
     "demo": {"data", "models", "ops", "_compat"},
     "stages": STAGES,
     "export": {*STAGES, "stages"},

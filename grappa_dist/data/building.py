@@ -14,10 +14,11 @@ from typing import Any
 
 from grappa_dist.data.discovery import COMMITTED, committed_index, read_json
 from grappa_dist.data.filling import MAKING, Filled, ShardJob, already_filled
-from grappa_dist.data.index import INDEX_VERSION, entry, write_json
+from grappa_dist.data.index import INDEX_VERSION, entry
 from grappa_dist.data.planning import FolderPlan
 from grappa_dist.data.processes import fill_all
 from grappa_dist.data.progress import Progress, Tell
+from grappa_dist.files import write_json
 
 _PLAN = "plan.json"
 _TOLD_BAD = 20  # undecodable files that are named while they are met

@@ -17,9 +17,10 @@ from typing import Any
 from numpy.typing import NDArray
 
 from grappa_dist.data.cache import CacheSettings
-from grappa_dist.data.index import IMAGE_SUFFIXES, Shard, entry, index_shard, shard_of, write_json, write_rows
+from grappa_dist.data.index import IMAGE_SUFFIXES, Shard, entry, index_shard, shard_of, write_rows
 from grappa_dist.data.remote import RemoteObject, is_remote
 from grappa_dist.data.remote_index import RemoteRows, committed_indexes, index_remote, list_remote
+from grappa_dist.files import write_json
 
 COMMITTED = "index.json"  # written last beside finished shards
 Index = str | RemoteRows | NDArray[Any]  # a .npy of ROW, one that is fetched when it is wanted, or the rows

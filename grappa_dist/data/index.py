@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import tarfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
+
+from grappa_dist.files import replacing
 
 ROW = np.dtype([("offset", "<u8"), ("size", "<u4"), ("json_offset", "<u8"), ("json_size", "<u4")])  # 24 bytes an image
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
@@ -180,26 +181,9 @@ def key_at(file: IO[bytes], start: int, offset: int) -> str:
     raise ValueError(f"{file.name}: no member begins at byte {offset}; the shard changed after it was indexed")
 
 
-def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Writes a file that appears complete or not at all; whoever renames last wins."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}.partial")
-    try:
-        with partial.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
 def write_rows(path: Path, rows: NDArray[Any]) -> None:
-    write_atomic(path, lambda file: np.save(file, rows, allow_pickle=False))
-
-
-def write_json(path: Path, value: object) -> None:
-    write_atomic(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        np.save(file, rows, allow_pickle=False)
 
 
 def entry(shard: Shard) -> dict[str, Any]:

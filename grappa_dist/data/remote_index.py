@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from grappa_dist.data.blocks import fetchers
 from grappa_dist.data.cache import CacheSettings
-from grappa_dist.data.index import ROW, Shard, scan, shard_of, write_atomic, write_json
+from grappa_dist.data.index import ROW, Shard, scan, shard_of
 from grappa_dist.data.remote import (
     RemoteFile,
     RemoteObject,
@@ -29,6 +29,7 @@ from grappa_dist.data.remote import (
     list_tars,
     objects_at,
 )
+from grappa_dist.files import replacing, write_json
 
 _PIECE = 8 * 2**20  # bytes of one request while a tar is read through
 _PIECES_AHEAD = 2
@@ -56,8 +57,8 @@ class RemoteRows:
                 )
             if self.local is None:
                 return rows
-            Path(self.local).parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(Path(self.local), lambda file: file.write(data))
+            with replacing(Path(self.local)) as temporary:
+                temporary.write_bytes(data)
         kept: NDArray[Any] = np.load(self.local, mmap_mode="r", allow_pickle=False)
         return kept
 
@@ -224,5 +225,4 @@ def _check_committed(
                 "and the index beside it is the same; the shard changed after indexing"
             )
     if note is not None and (merged := {**before, **now}) != before:
-        note.parent.mkdir(parents=True, exist_ok=True)
         write_json(note, merged)

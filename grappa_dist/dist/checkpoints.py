@@ -21,9 +21,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from grappa_dist.artifacts import replacing, sync_folder
 from grappa_dist.dist.workers import RankContext
 from grappa_dist.dist.zero import State
+from grappa_dist.files import replacing, sync
 
 KEEP_CHECKPOINTS = 2
 ENGINE_FILE = "engine.safetensors"
@@ -75,9 +75,9 @@ def save_checkpoint(
             _write(partial / _file_name(name, first, end), rows, {})
     context.comm.barrier()
     if context.comm.rank == 0:
-        sync_folder(partial)
+        sync(partial)
         os.rename(partial, done)
-        sync_folder(done.parent)
+        sync(done.parent)
         for old in _checkpoints(folder)[:-KEEP_CHECKPOINTS]:
             shutil.rmtree(old.rename(old.with_name(f".{old.name}.old")))  # never half of one under its name
     context.comm.barrier()

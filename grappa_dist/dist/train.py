@@ -18,11 +18,11 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from grappa_dist.artifacts import replacing
 from grappa_dist.dist.checkpoints import RowShard, load_checkpoint, save_checkpoint
 from grappa_dist.dist.engine import Engine
 from grappa_dist.dist.trackers import Tracker
 from grappa_dist.dist.workers import RankContext
+from grappa_dist.files import replacing
 from grappa_dist.observe import Events
 
 NAMED = 5  # images, in a message

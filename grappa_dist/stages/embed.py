@@ -17,11 +17,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from grappa_dist.artifacts import Artifact, RowArrays, Store, wait_until_seen, write_json
+from grappa_dist.artifacts import Artifact, RowArrays, Store, wait_until_seen
 from grappa_dist.config import EmbedConfig
 from grappa_dist.data.loader import load_or_skip, read_batches
 from grappa_dist.data.probe import pixels_class
 from grappa_dist.data.shards import ImageShards, Shard
+from grappa_dist.files import write_json
 from grappa_dist.ops.exact import to_grid
 from grappa_dist.stages.galleries import by_gallery
 from grappa_dist.stages.modelling import ModelSpec, backbone_settings, built, pixels_of, preprocess_of

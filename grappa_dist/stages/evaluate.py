@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from grappa_dist.artifacts import Artifact, RowArrays, Store, wait_until_seen, write_json
+from grappa_dist.artifacts import Artifact, RowArrays, Store, wait_until_seen
 from grappa_dist.config import Config, EvaluateConfig
 from grappa_dist.data.loader import Make, load_images
 from grappa_dist.data.randomness import generator
@@ -22,6 +22,7 @@ from grappa_dist.data.shards import ImageShards
 from grappa_dist.data.transforms import Picture, view_generator
 from grappa_dist.dist.comm import Comm
 from grappa_dist.dist.sharded_knn import sharded_knn
+from grappa_dist.files import write_json
 from grappa_dist.models import Grappa
 from grappa_dist.ops.metrics import retrieval_scores
 from grappa_dist.stages.embed import to_images

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from grappa_dist.artifacts import write_json
 from grappa_dist.dist.preflight import free_memory
 from grappa_dist.dist.workers import RankContext
+from grappa_dist.files import write_json
 from grappa_dist.models import PackedGrappa
 from grappa_dist.models.packed import activation_bytes
 from grappa_dist.ops.room import Room

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from grappa_dist.artifacts import Artifact, RowArrays, Store, replacing, wait_until_seen
+from grappa_dist.artifacts import Artifact, RowArrays, Store, wait_until_seen
 from grappa_dist.config import SUPERVISED, BackboneConfig, DataConfig, FuseConfig, seeks_neighbours
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.dist.accumulate import accumulate
@@ -26,6 +26,7 @@ from grappa_dist.dist.engine import Engine
 from grappa_dist.dist.jobs import Job
 from grappa_dist.dist.train import Schedule, Watch, train
 from grappa_dist.dist.workers import RankContext
+from grappa_dist.files import replacing
 from grappa_dist.models import Grappa, Projector
 from grappa_dist.ops.correlation import rows_are_cheaper
 from grappa_dist.ops.lars import Lars

@@ -15,9 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from grappa_dist.artifacts import Artifact, RowArrays, Store, wait_until_seen, write_json
+from grappa_dist.artifacts import Artifact, RowArrays, Store, wait_until_seen
 from grappa_dist.data.randomness import generator
 from grappa_dist.data.shards import ImageShards
+from grappa_dist.files import write_json
 from grappa_dist.models import Grappa
 from grappa_dist.ops.galleries import NEIGHBOURS, effective_rank, set_weights, transitivity
 from grappa_dist.stages.modelling import ModelSpec

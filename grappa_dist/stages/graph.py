@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from grappa_dist.artifacts import RowArrays, sync_folder, write_json
+from grappa_dist.artifacts import RowArrays
 from grappa_dist.config import FuseConfig
 from grappa_dist.dist.listed_knn import Graph, Recall, listed_knn
 from grappa_dist.dist.sharded_knn import sharded_knn
 from grappa_dist.dist.workers import RankContext
+from grappa_dist.files import sync, write_json
 from grappa_dist.models import Grappa
 from grappa_dist.ops.knn import are_duplicates, without_duplicates
 from grappa_dist.stages.embed import Embedding, embed_rows
@@ -106,7 +107,7 @@ class Graphs:
             self._make(epoch, partial)
             if self._context.comm.rank == 0:
                 os.rename(partial, folder)
-                sync_folder(folder.parent)
+                sync(folder.parent)
         if self._passed is not None and self._context.comm.rank == 0:
             self._passed.drop(epoch - 1)
         self._context.comm.barrier()

@@ -15,9 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from grappa_dist.artifacts import Artifact, replacing
+from grappa_dist.artifacts import Artifact
 from grappa_dist.config import BackboneConfig
 from grappa_dist.data.transforms import Preprocess
+from grappa_dist.files import replacing
 from grappa_dist.models import Backbone, Grappa, Pixels, create_backbone
 
 ADAPTORS_FILE, FUSION_FILE = "adaptors.safetensors", "grappa.safetensors"

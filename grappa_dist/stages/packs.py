@@ -17,8 +17,9 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from grappa_dist.artifacts import Artifact, RowArrays, replacing, write_json
+from grappa_dist.artifacts import Artifact, RowArrays
 from grappa_dist.config import fingerprint
+from grappa_dist.files import replacing, write_json
 from grappa_dist.observe import read_events
 from grappa_dist.ops.placement import shared_out
 from grappa_dist.stages.modelling import ADAPTORS_FILE

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from grappa_dist.artifacts import Artifact, RowArrays, Store, wait_until_seen, write_json
+from grappa_dist.artifacts import Artifact, RowArrays, Store, wait_until_seen
 from grappa_dist.config import ClusteringConfig
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.dist.jobs import Job
@@ -19,6 +19,7 @@ from grappa_dist.dist.methods import Clustering, Method, Told, Trail, cluster
 from grappa_dist.dist.search import Rows, raise_together
 from grappa_dist.dist.share import Share, join_rows
 from grappa_dist.dist.workers import RankContext
+from grappa_dist.files import write_json
 from grappa_dist.ops.choice import Choice, Size, choose
 from grappa_dist.report.content import size_histogram
 from grappa_dist.stages.run import Run

@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from grappa_dist.artifacts import sync_folder
 from grappa_dist.data.remote import check_url, library_errors, store_of
+from grappa_dist.files import sync
 
 _IN_FLIGHT = 8
 
@@ -72,7 +72,7 @@ class RemoteFolder:
                     "have it made again"
                 )
         os.rename(fresh, target)
-        sync_folder(target.parent)
+        sync(target.parent)
 
     def _at(self, name: str) -> str:
         return f"{self._path}/{name}"

@@ -25,9 +25,9 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from grappa_dist.artifacts import replacing, write_json
 from grappa_dist.dist.search import raise_together
 from grappa_dist.dist.workers import RankContext
+from grappa_dist.files import replacing, write_json
 from grappa_dist.ops.exact import to_grid
 from grappa_dist.stages.training import TrainingImages
 

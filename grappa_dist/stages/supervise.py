@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from grappa_dist.artifacts import Artifact, RowArrays, Store, replacing, wait_until_seen
+from grappa_dist.artifacts import Artifact, RowArrays, Store, wait_until_seen
 from grappa_dist.config import SUPERVISED, SUPERVISED_SET, AdaptConfig, BackboneConfig, Config
 from grappa_dist.data.loader import read_batches
 from grappa_dist.data.shards import ImageShards
@@ -28,6 +28,7 @@ from grappa_dist.dist.engine import Engine
 from grappa_dist.dist.jobs import Job
 from grappa_dist.dist.train import Schedule, Watch, train
 from grappa_dist.dist.workers import RankContext
+from grappa_dist.files import replacing
 from grappa_dist.models import Grappa
 from grappa_dist.ops.room import even_size
 from grappa_dist.ops.schedules import cosine

@@ -9,9 +9,9 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from grappa_dist.artifacts import replacing
 from grappa_dist.dist.lloyd import Progress
 from grappa_dist.dist.methods import Trail
+from grappa_dist.files import replacing
 
 
 def save_trail(path: Path, trail: Trail) -> None:

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from grappa_dist.artifacts import Artifact, Store, wait_until_seen, write_json
+from grappa_dist.artifacts import Artifact, Store, wait_until_seen
 from grappa_dist.data.shards import BadLabels, ImageShards
+from grappa_dist.files import write_json
 from grappa_dist.stages.run import Run
 
 FIRST_UNREADABLE = 100  # of the JSON members that do not parse, kept by name

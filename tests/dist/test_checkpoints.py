@@ -130,7 +130,7 @@ def test_a_file_of_a_straggler_with_other_rows_is_not_read(tmp_path: Path) -> No
 
 def test_a_checkpoint_is_on_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced = list[str]()
-    monkeypatch.setattr(checkpoints, "sync_folder", lambda path: synced.append(path.name))
+    monkeypatch.setattr(checkpoints, "sync", lambda path: synced.append(path.name))
     save(tmp_path, 5, [(0, 23)])
     assert synced == [".step-000000005.partial", "checkpoints"]
 
