@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from grappa_dist.config import AdaptConfig, BackboneConfig
-from grappa_dist.data.loader import read_batches
 from grappa_dist.dist.classifier import Classifier, ClassifierSettings
 from grappa_dist.dist.engine import Engine
 from grappa_dist.dist.trackers import trackers_of
@@ -29,7 +28,7 @@ from grappa_dist.stages.embed import to_images
 from grappa_dist.stages.fitting import fitted, usable_bytes
 from grappa_dist.stages.modelling import build_backbone, preprocess_of
 from grappa_dist.stages.packs import AdaptSet, begin, commit_trained, figure, finish, pack_folder, short_name
-from grappa_dist.stages.training import Pixels, Rows, TrainingImages, augmented, torch_seed
+from grappa_dist.stages.training import Pixels, Rows, TrainingImages, augmented_batches, torch_seed
 
 
 @dataclass(frozen=True)
@@ -156,16 +155,9 @@ class AdaptObjective:
         return {f"classifier-{s.num_labels}": c for s, c in zip(self._job.sets, self.classifiers, strict=True)}
 
     def begin(self, step: int) -> None:
-        training, comm = self._job.training, self._context.comm
-        per_epoch, area = training.steps_per_epoch(), self._job.adapt.min_crop_area
-
-        def read(at: int) -> tuple[Pixels, Rows]:
-            epoch, t = divmod(at, per_epoch)
-            rows = orders[epoch].batch_share(t, training.global_batch, comm.rank, comm.size)
-            return augmented(training, self._preprocess, rows, epoch=epoch, area=area), rows
-
-        orders = [training.order(epoch) for epoch in range(self._job.adapt.epochs)]
-        self._batches = read_batches(range(step, self._job.num_steps), read, threads=training.decode_threads)
+        job = self._job
+        steps, area = range(step, job.num_steps), job.adapt.min_crop_area
+        self._batches = augmented_batches(job.training, self._preprocess, self._context.comm, steps, area)
 
     def backward(self, engine: Engine, step: int) -> dict[str, float]:
         assert self._batches is not None

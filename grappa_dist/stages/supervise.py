@@ -21,7 +21,6 @@ from torch import Tensor
 
 from grappa_dist.artifacts import Artifact, RowArrays, Store, wait_until_seen
 from grappa_dist.config import SUPERVISED, SUPERVISED_SET, AdaptConfig, BackboneConfig, Config
-from grappa_dist.data.loader import read_batches
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.dist.classifier import Classifier, ClassifierSettings
 from grappa_dist.dist.engine import Engine
@@ -38,7 +37,7 @@ from grappa_dist.stages.modelling import ADAPTORS_FILE, FUSION_FILE, backbone_se
 from grappa_dist.stages.packs import AdaptSet
 from grappa_dist.stages.pseudo_label import CENTROIDS_FILE, label_rows
 from grappa_dist.stages.run import Run
-from grappa_dist.stages.training import Pixels, Rows, TrainingImages, augmented, data_settings, torch_seed
+from grappa_dist.stages.training import Pixels, Rows, TrainingImages, augmented_batches, data_settings, torch_seed
 from grappa_dist.stages.true_labels import class_counts, without_class
 from grappa_dist.stages.watching import AttentionWatch
 
@@ -163,16 +162,9 @@ class SupervisedObjective:
         self._rows: Rows = np.empty(0, dtype=np.int64)  # of the last step
 
     def begin(self, step: int) -> None:
-        training, comm, area = self._job.training, self._context.comm, self._job.adapt.min_crop_area
-        per_epoch = training.steps_per_epoch()
-        orders = [training.order(epoch) for epoch in range(self._job.adapt.epochs)]
-
-        def read(at: int) -> tuple[Pixels, Rows]:
-            epoch, t = divmod(at, per_epoch)
-            rows = orders[epoch].batch_share(t, training.global_batch, comm.rank, comm.size)
-            return augmented(training, self._preprocess, rows, epoch=epoch, area=area), rows
-
-        self._batches = read_batches(range(step, self._job.num_steps), read, threads=training.decode_threads)
+        job = self._job
+        steps, area = range(step, job.num_steps), job.adapt.min_crop_area
+        self._batches = augmented_batches(job.training, self._preprocess, self._context.comm, steps, area)
 
     def backward(self, engine: Engine, step: int) -> dict[str, float]:
         assert self._batches is not None

@@ -5,18 +5,19 @@ Shapes: B images of this rank, S pixels a side.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from grappa_dist.config import DataConfig
-from grappa_dist.data.loader import load_images
+from grappa_dist.data.loader import load_images, read_batches
 from grappa_dist.data.order import EpochOrder
 from grappa_dist.data.randomness import generator
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.data.transforms import Picture, Preprocess, view_generator
+from grappa_dist.dist.comm import Comm
 
 Pixels = NDArray[np.uint8]
 Rows = NDArray[np.int64]
@@ -62,6 +63,21 @@ def augmented(
         return preprocess.augment(image, view_generator(training.seed, epoch, row, 0), area)
 
     return load_images(training.images, rows, make, (size, size, 3))
+
+
+def augmented_batches(
+    training: TrainingImages, preprocess: Preprocess, comm: Comm, steps: range, area: float
+) -> Generator[tuple[Pixels, Rows], None, None]:
+    """This rank's crops and row ids of some steps, read ahead; steps are counted through all epochs."""
+    per_epoch = training.steps_per_epoch()
+    orders = {epoch: training.order(epoch) for epoch in {step // per_epoch for step in steps}}
+
+    def read(step: int) -> tuple[Pixels, Rows]:
+        epoch, t = divmod(step, per_epoch)
+        rows = orders[epoch].batch_share(t, training.global_batch, comm.rank, comm.size)
+        return augmented(training, preprocess, rows, epoch=epoch, area=area), rows
+
+    return read_batches(steps, read, threads=training.decode_threads)
 
 
 def torch_seed(purpose: str, *numbers: int) -> int:
