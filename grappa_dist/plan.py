@@ -19,6 +19,7 @@ from grappa_dist.stages.pseudo_label import choices_in_words, num_labels
 from grappa_dist.stages.training import steps_per_epoch
 
 CLASSIFIER_PRODUCTS = 4  # of images and classes: scores, pull, scores again, gradient
+DIM = 384  # channels that sizes are told for: the backbone is not built for a plan
 KMEANS_BYTES = 56  # of an entry of a centroid, at most; docs/scale.md
 CORE_FLOPS = 3.7e10  # a core's rate in the classifier, Adam included; measured, docs/scale.md
 
@@ -65,7 +66,8 @@ def _stages(
     yield "fuse", _fuse(config, ks, sizes["train"]), _on_pairs(flow) if flow else []
     models = 1 + len(ks) + len(config.fuse.variants) + config.adapt.supervised
     scores = list(flow.scores.values()) if flow else []
-    yield "evaluate", f"{models} models on {sizes['test']} images", scores
+    what = f"{models} models on {sizes['test']} images, {_size(4 * DIM * models * sizes['test'])} of features"
+    yield "evaluate", what, scores
     yield (
         "report, model",
         f"report/report.html, report/metrics.json, model/ ({config.exported})",
@@ -122,8 +124,8 @@ def _reuse(artifacts: list[Artifact]) -> str:
     return "all reused" if done == len(artifacts) else f"{done} of {len(artifacts)} reused"
 
 
-def _costs(config: Config, num_rows: int, ks: tuple[int, ...], dim: int = 384) -> Iterable[str]:
-    """Rough sizes at a stated dimension: the backbone is not built for a plan."""
+def _costs(config: Config, num_rows: int, ks: tuple[int, ...], dim: int = DIM) -> Iterable[str]:
+    """Rough sizes at a stated dimension."""
     widths = [dim, *config.fuse.projector]
     projector = sum(a * b for a, b in pairwise(widths))
     yield (
@@ -153,7 +155,7 @@ def _fuse_traffic(config: Config, projector: int) -> str:
     )
 
 
-def _classifier(config: Config, num_labels: int, dim: int = 384) -> str:
+def _classifier(config: Config, num_labels: int, dim: int = DIM) -> str:
     """What the largest classifier takes of one rank of its job."""
     ranks, adapt = ranks_of(config.resources, known_workers(config.resources)), config.adapt
     rows = -(-num_labels // ranks)
