@@ -70,9 +70,9 @@ class Artifact:
         for pattern in (*discard, MANIFEST, "**/.*"):  # also what a killed attempt left half done
             for path in list(self.partial.glob(pattern)):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        files = {
-            str(p.relative_to(self.partial)): p.stat().st_size for p in sorted(self.partial.rglob("*")) if p.is_file()
-        }
+        found = {p.relative_to(self.partial).as_posix() for p in self.partial.rglob("*") if p.is_file()}
+        names = sorted(found | set(expected))  # what others wrote may be there and not be listed yet
+        files = {name: (self.partial / name).stat().st_size for name in names}
         manifest = {
             "kind": self.kind,
             "fingerprint": self.fingerprint,

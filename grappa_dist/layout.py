@@ -36,7 +36,7 @@ def lay_out(config: Config, store: Store, train: ImageShards, test: ImageShards 
     }
     sets = list(adaptors.values())
     supervision = _supervision(config, store, train, features, sets)
-    fusions = _fusions(config, store, len(train), sets, supervision)
+    fusions = _fusions(config, store, len(train), features, sets, supervision)
     models = _models(config, adaptors, fusions, supervision)
     images = test or train.some(config.evaluate.train_images, config.seed)
     truth = truth_of(store, images, labelled=test is not None)
@@ -79,7 +79,12 @@ def on_pairs(config: Config, num_sets: int) -> list[str]:
 
 
 def _fusions(
-    config: Config, store: Store, num_rows: int, sets: Sequence[Artifact], supervision: Supervision | None
+    config: Config,
+    store: Store,
+    num_rows: int,
+    features: Sequence[Artifact],
+    sets: Sequence[Artifact],
+    supervision: Supervision | None,
 ) -> dict[str, Artifact]:
     """The fusions that are trained, by variant."""
     fusions: dict[str, Artifact] = {}
@@ -88,9 +93,10 @@ def _fusions(
         same = (store, variant, config.backbone, settled, config.data, config.seed)
         own = num_random(variant, len(sets))
         if own:
-            fusions[variant] = fusion_of(*same, [], {"bottleneck": config.adapt.bottleneck, "num_sets": own})
+            shards = {f"shard {i}": a for i, a in enumerate(features)}
+            fusions[variant] = fusion_of(*same, shards, {"bottleneck": config.adapt.bottleneck, "num_sets": own})
         else:
-            fusions[variant] = fusion_of(*same, sets)
+            fusions[variant] = fusion_of(*same, {f"adaptors {i}": a for i, a in enumerate(sets)})
     if supervision is not None and supervision.fusion is not None:
         fusions[SUPERVISED] = supervision.fusion
     return fusions

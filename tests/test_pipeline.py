@@ -205,16 +205,16 @@ def test_artefacts_have_the_names_that_they_had_before_there_were_rows_to_compar
     )
     adaptors = adaptors_of(store, backbone, AdaptConfig(), data, 0, store.artifact("labels/k=4", {}, {}))
     variants = ("transforms", "neighbours-adam")
-    fusions = [fusion_of(store, v, backbone, FuseConfig(), data, 0, [adaptors]).name for v in variants]
+    fusions = [fusion_of(store, v, backbone, FuseConfig(), data, 0, {"adaptors 0": adaptors}).name for v in variants]
     assert adaptors.name == "adaptors/k=4-aede1b2c41"
     assert fusions == ["fusion/transforms-ced228443c", "fusion/neighbours-adam-be7a8823af"]
 
 
 def test_rows_to_compare_with_depend_on_what_they_are_made_of(tmp_path: Path, shards: list[str]) -> None:
-    def names(**sections: Any) -> dict[str, str]:
+    def names(images: Sequence[str] = shards, **sections: Any) -> dict[str, str]:
         sections["fuse"] = {"variants": ROWS, **sections.get("fuse", {})}
         sections["adapt"] = {"supervised": True, **sections.get("adapt", {})}
-        flow = flow_of(tmp_path, shards, evaluate={"export": None}, **sections)
+        flow = flow_of(tmp_path, images, evaluate={"export": None}, **sections)
         assert flow.supervision is not None
         return {name: a.name for name, a in {**flow.fusions, **flow.supervision.trained}.items()}
 
@@ -228,6 +228,7 @@ def test_rows_to_compare_with_depend_on_what_they_are_made_of(tmp_path: Path, sh
     assert changed(fuse={"beta": 0.01}) == changed(fuse={"neighbours": 2}) == {"random-one", "random-all"}
     assert changed(fuse={"adam_learning_rate": 1.0}) == set()
     assert changed(clustering={"iterations": 9}) == {"supervised"}
+    assert changed(embed={"batch_size": 9}) == changed(images=shards[:-1]) == set(plain)
     assert changed(clustering={"num_labels": (4, 6, 8)}) == {"supervised", "random-all"}
 
 

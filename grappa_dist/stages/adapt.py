@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from grappa_dist.artifacts import Artifact, Store
+from grappa_dist.artifacts import Artifact, Store, wait_until_seen
 from grappa_dist.config import AdaptConfig, BackboneConfig, Config, DataConfig
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.dist.jobs import Job
@@ -83,6 +83,7 @@ def train_sets(run: Run, sets: Sequence[AdaptSet], images: ImageShards, bad: NDA
             [Job(job.name, train_adaptors, job, config.resources.adapt_ranks) for job in jobs],
             lambda name: run.console.say(f"adapt: {name} is trained"),
         )
+        wait_until_seen(one.artifact for one in missing)
         commit_saved(sets)  # removes what is left of packs whose sets went on in other jobs
 
 

@@ -87,7 +87,7 @@ def evaluate(
     ]
     if tasks:
         with run.console.stage("evaluate", f"{len(tasks)} models on {len(images)} images"):
-            note_truth(run, images, truth)
+            note_truth(run, images, truth, "evaluate")
             looks = len(tasks) * run.config.evaluate.view_queries
             run.runner.map(evaluate_model, tasks, run.console.counter("models", len(tasks), looks))
             wait_until_seen(artifact for task in tasks for artifact in (task.scores, task.insight))

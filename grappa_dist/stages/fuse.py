@@ -71,13 +71,14 @@ def fusion_of(
     fuse: FuseConfig,
     data: DataConfig,
     seed: int,
-    sets: Sequence[Artifact],
+    inputs: Mapping[str, Artifact],
     own: Mapping[str, int] = MappingProxyType({}),
 ) -> Artifact:
     """The artefact of one variant.
 
     Args:
-        own: what its own sets are like, in place of `sets`.
+        inputs: the adaptor sets, which tell of the images; without any, what else does.
+        own: what its own sets are like, where it has its own.
     """
     settings = {
         "backbone": backbone_settings(backbone),
@@ -86,7 +87,7 @@ def fusion_of(
         "seed": seed,
         **own,
     }
-    return store.artifact(f"fusion/{variant}", settings, {f"adaptors {i}": a for i, a in enumerate(sets)})
+    return store.artifact(f"fusion/{variant}", settings, inputs)
 
 
 def least_bytes(fuse: FuseConfig, ranks: int | None) -> int:

@@ -62,7 +62,7 @@ def weigh_galleries(
     if artifact.complete:
         return
     with run.console.stage("galleries", f"{len(features)} adaptor sets on {len(images)} images"):
-        note_truth(run, images, truth)
+        note_truth(run, images, truth, "galleries")
         config = run.config
         task = GalleriesTask(truth, features, bad, config.seed, config.fuse.duplicate_cosine, artifact)
         run.runner.map(weigh_sets, [task])

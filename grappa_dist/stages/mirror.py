@@ -31,11 +31,11 @@ class Mirror:
     def __init__(self, url: str) -> None:
         self.remote = RemoteFolder(url)
         self.found = self.remote.names()
-        self._complete = {name.removesuffix(f"/{MANIFEST}") for name in self.found if name.endswith(f"/{MANIFEST}")}
+        self.complete = {name.removesuffix(f"/{MANIFEST}") for name in self.found if name.endswith(f"/{MANIFEST}")}
 
     def fetch(self, artifacts: Iterable[Artifact]) -> list[Artifact]:
         """Brings what the store has and the run directory lacks; each appears by one rename."""
-        wanted = [a for a in artifacts if a.name in self._complete and not a.complete]
+        wanted = [a for a in artifacts if a.name in self.complete and not a.complete]
         for artifact in wanted:
             manifest = f"{artifact.name}/{MANIFEST}"
             sizes: dict[str, int] = json.loads(self.remote.read(manifest))["files"]
@@ -47,11 +47,11 @@ class Mirror:
     def save(self, artifacts: Iterable[Artifact]) -> None:
         """Copies what is finished and not there yet, each with its manifest last."""
         for artifact in artifacts:
-            if artifact.name not in self._complete and artifact.complete:
+            if artifact.name not in self.complete and artifact.complete:
                 files: dict[str, int] = json.loads((artifact.path / MANIFEST).read_text())["files"]
                 each(files, partial(self._put, artifact))
                 self._put(artifact, MANIFEST)
-                self._complete.add(artifact.name)
+                self.complete.add(artifact.name)
 
     def point(self, latest: Mapping[str, str]) -> None:
         """Says which report and model are the latest, in one object."""
@@ -77,7 +77,7 @@ def mirrored(url: str | None, flow: Flow, console: Console) -> Iterator[None]:
 
     def save() -> None:
         mirror.save(artifacts)
-        work.save()
+        work.save(mirror.complete)
 
     stop = threading.Event()
     copier = threading.Thread(target=_copy, args=(save, stop, console), name="mirror")
@@ -99,7 +99,10 @@ def _copy(save: Callable[[], None], stop: threading.Event, console: Console) -> 
         last = stop.wait(_PERIOD_S)
         try:
             save()
-        except ValueError as error:  # the run goes on; what is missing is tried again, and fails it at its end
+        except (
+            ValueError,
+            OSError,
+        ) as error:  # the run goes on; what fails at its end ends it
             console.say(f"warning: {error}")
 
 

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -45,9 +46,13 @@ class RemoteFolder:
         self._call(f"{name} written", lambda: self._fs.put_file(str(path), self._at(name)))
 
     def remove(self, names: Iterable[str]) -> None:
-        """One after the other, in this order."""
+        """One after the other, in this order; those that are not there are no error."""
         for name in names:
-            self._call(f"{name} removed", partial(self._fs.rm_file, self._at(name)))
+            self._call(f"{name} removed", partial(self._remove, name))
+
+    def _remove(self, name: str) -> None:
+        with suppress(FileNotFoundError):
+            self._fs.rm_file(self._at(name))
 
     def fetch(self, objects: Mapping[str, str], sizes: Mapping[str, int], target: Path, *, said_by: str) -> None:
         """A folder of files, each from its object; it appears by one rename.

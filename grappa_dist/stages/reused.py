@@ -25,7 +25,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from grappa_dist.dist.search import raise_together
+from grappa_dist.dist.search import raise_together, said_by_rank_0
 from grappa_dist.dist.workers import RankContext
 from grappa_dist.files import replacing, write_json
 from grappa_dist.ops.exact import to_grid
@@ -65,7 +65,8 @@ class PassedFeatures:
             ValueError: features of earlier steps of the epoch are not there.
         """
         epoch = step // self._per_epoch
-        self._on = epoch + 1 < self._epochs and not (self._folder / f"epoch-{epoch + 1}").exists()
+        there = self._context.of_rank_0((self._folder / f"epoch-{epoch + 1}").exists())
+        self._on = epoch + 1 < self._epochs and not there
         self._since, self._rows, self._features = step, [], []
         self._parts = self._parts_of(epoch, step) if self._on else []
 
@@ -125,7 +126,8 @@ class PassedFeatures:
     def _parts_of(self, epoch: int, end: int) -> list[Part]:
         """The parts of an epoch up to a step, which they must reach; later ones are of an attempt that was killed."""
         path, reached = self._folder_of(epoch) / INDEX_FILE, epoch * self._per_epoch
-        told = [Part(**part) for part in json.loads(path.read_text())] if path.exists() else []
+        here = path.read_text() if self._context.comm.rank == 0 and path.exists() else "[]"
+        told = [Part(**part) for part in json.loads(said_by_rank_0(self._context.comm, here))]
         parts = [part for part in told if part.end <= end]
         for part in parts:
             if part.first == reached:
@@ -135,7 +137,7 @@ class PassedFeatures:
         return parts
 
     def _remedy(self) -> str:
-        return f"remove {self._folder.parent} to train this fusion from its start"
+        return f"remove {self._folder.parent}, and its copy on a mirror, to train this fusion from its start"
 
 
 def _gathered(

@@ -52,7 +52,7 @@ def read_true_labels(run: Run, images: ImageShards, truth: Artifact, classes: Ar
     if classes.complete:
         return
     with run.console.stage("true_labels", f"{ASKED_BY} asks for the labels of {len(images)} training images"):
-        note_truth(run, images, truth)
+        note_truth(run, images, truth, "true_labels")
         labels = load_truth(truth).labels
         found = len(np.unique(labels[labels >= 0]))
         if found < 2:

@@ -38,8 +38,8 @@ def truth_of(store: Store, images: ImageShards, *, labelled: bool) -> Artifact:
     return store.artifact("truth", {"labelled": labelled}, {"images": images.fingerprint})
 
 
-def note_truth(run: Run, images: ImageShards, truth: Artifact) -> None:
-    """Reads tasks and labels, once; says which cannot be read."""
+def note_truth(run: Run, images: ImageShards, truth: Artifact, stage: str) -> None:
+    """Reads tasks and labels, once; says which cannot be read, for the stage that asks."""
     if truth.complete:
         return
     run.runner.map(read_truth, [(images, truth)])
@@ -47,7 +47,7 @@ def note_truth(run: Run, images: ImageShards, truth: Artifact) -> None:
     unreadable = json.loads((truth.path / TRUTH_NAMES).read_text())["unreadable"]
     if unreadable["images"]:
         run.console.say(
-            f"evaluate: warning: {unreadable['images']} images count as without a label: {unreadable['first'][0]}"
+            f"{stage}: warning: {unreadable['images']} images count as without a label: {unreadable['first'][0]}"
         )
 
 

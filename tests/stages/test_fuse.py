@@ -40,7 +40,15 @@ def job_in(folder: Path, out: str, variant: str, **fuse: Any) -> FuseJob:
         bottleneck=settings.adapt.bottleneck,
         fuse=settings.fuse,
         embedding=Embedding(settings.embed.batch_size, 1),
-        artifact=fusion_of(store, variant, settings.backbone, settings.fuse, settings.data, settings.seed, sets),
+        artifact=fusion_of(
+            store,
+            variant,
+            settings.backbone,
+            settings.fuse,
+            settings.data,
+            settings.seed,
+            {f"set {i}": a for i, a in enumerate(sets)},
+        ),
     )
 
 

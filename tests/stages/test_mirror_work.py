@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -15,7 +16,7 @@ from grappa_dist import pipeline
 from grappa_dist.artifacts import Artifact, Store
 from grappa_dist.dist.comm import Comm
 from grappa_dist.dist.jobs import Job
-from grappa_dist.stages.mirror_work import STATE, WorkMirror
+from grappa_dist.stages.mirror_work import ASIDE, STATE, WorkMirror
 from grappa_dist.stages.modelling import ADAPTORS_FILE
 from grappa_dist.stages.packs import PACK_FILE
 from grappa_dist.stages.remote_folder import RemoteFolder
@@ -79,19 +80,19 @@ def test_another_machine_gets_the_newest_checkpoint_and_what_else_a_restart_can_
     mirror = mirror_of(bucket, tmp_path / "a")
     for step in (5, 6):
         work_until(first, step)
-        mirror.save()
+        mirror.save(())
     assert mirror_of(bucket, tmp_path / "b").fetch() == [f"{first.name}.partial"]
     assert contents(artifacts_in(tmp_path / "b")[0].partial) == of_restart(6)
     assert len(bucket.names()) == 5  # state.json and four copies: none of step 5
     bucket.door.requests.clear()
-    mirror.save()
+    mirror.save(())
     assert not bucket.door.requests  # nothing has changed
 
 
 def test_a_folder_that_was_begun_here_is_left_alone(bucket: Bucket, tmp_path: Path) -> None:
     bucket.allow_writing()
     work_until(artifacts_in(tmp_path / "a")[0], 5)
-    mirror_of(bucket, tmp_path / "a").save()
+    mirror_of(bucket, tmp_path / "a").save(())
     here = work_until(artifacts_in(tmp_path / "b")[0], 2)
     before = contents(here)
     assert mirror_of(bucket, tmp_path / "b").fetch() == []
@@ -102,7 +103,7 @@ def test_a_copy_is_whole_whatever_request_was_the_last(bucket: Bucket, tmp_path:
     bucket.allow_writing()
     artifact = artifacts_in(tmp_path / "a")[0]
     work_until(artifact, 5)
-    mirror_of(bucket, tmp_path / "a").save()
+    mirror_of(bucket, tmp_path / "a").save(())
     for step, allowed in enumerate((*range(6), 100), start=6):
         work_until(artifact, step)
         bucket.door.requests.clear()
@@ -111,7 +112,7 @@ def test_a_copy_is_whole_whatever_request_was_the_last(bucket: Bucket, tmp_path:
         )
         mirror = mirror_of(bucket, tmp_path / "a")
         with suppress(ValueError):
-            mirror.save()
+            mirror.save(())
         bucket.door.refuse = lambda method, path: None
         there = tmp_path / f"b{step}"
         assert mirror_of(bucket, there).fetch() == [f"{artifact.name}.partial"]
@@ -122,38 +123,63 @@ def test_a_copy_is_whole_whatever_request_was_the_last(bucket: Bucket, tmp_path:
     assert len(bucket.names()) == 5  # and nothing is left of those that were cut off
 
 
-def test_a_checkpoint_that_goes_while_it_is_copied_is_no_error(bucket: Bucket, tmp_path: Path) -> None:
+def test_a_checkpoint_that_goes_while_it_is_copied_is_copied_all_the_same(bucket: Bucket, tmp_path: Path) -> None:
     bucket.allow_writing()
     artifact = artifacts_in(tmp_path / "a")[0]
     folder = work_until(artifact, 5)
-    mirror = mirror_of(bucket, tmp_path / "a")
 
-    def lose(method: str, path: str) -> int | None:
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        return 403 if method in WRITES else None
+    def lose(method: str, path: str) -> None:
+        if method in WRITES:
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+            (folder / "metrics.jsonl").write_text("")
 
-    bucket.door.refuse = lose
-    mirror.save()
+    bucket.door.refuse = lose  # type: ignore[assignment]
+    mirror_of(bucket, tmp_path / "a").save(())
     bucket.door.refuse = lambda method, path: None
-    assert not any(name.endswith(STATE) for name in bucket.names())
-    work_until(artifact, 6)
-    mirror.save()
+    assert not (tmp_path / "a" / ASIDE).exists()
     assert mirror_of(bucket, tmp_path / "b").fetch() == [f"{artifact.name}.partial"]
+    assert contents(artifacts_in(tmp_path / "b")[0].partial) == of_restart(5)
 
 
-def test_what_is_finished_leaves_nothing_and_is_not_fetched(bucket: Bucket, tmp_path: Path) -> None:
+def test_checkpoints_that_come_and_go_leave_the_mirror_running(bucket: Bucket, tmp_path: Path) -> None:
+    bucket.allow_writing()
+    artifact = artifacts_in(tmp_path / "a")[0]
+    folder, stop = work_until(artifact, 5), threading.Event()
+
+    def churn() -> None:
+        for step in range(6, 250):
+            if not stop.is_set():
+                work_until(artifact, step)
+
+    trainer = threading.Thread(target=churn)
+    trainer.start()
+    mirror = mirror_of(bucket, tmp_path / "a")
+    for _ in range(12):
+        with suppress(FileNotFoundError):
+            mirror.save(())
+    stop.set()
+    trainer.join()
+    mirror.save(())
+    newest = max(int(path.name[5:]) for path in (folder / "checkpoints").glob("step-*"))
+    assert mirror_of(bucket, tmp_path / "b").fetch() == [f"{artifact.name}.partial"]
+    assert contents(artifacts_in(tmp_path / "b")[0].partial) == of_restart(newest)
+
+
+def test_copies_go_when_the_store_has_what_is_finished_and_not_before(bucket: Bucket, tmp_path: Path) -> None:
     bucket.allow_writing()
     artifact = artifacts_in(tmp_path / "a")[0]
     folder = work_until(artifact, 5)
     mirror = mirror_of(bucket, tmp_path / "a")
-    mirror.save()
+    mirror.save(())
     elsewhere = artifacts_in(tmp_path / "b")[0]
     elsewhere.begin()
     elsewhere.commit()
     assert mirror_of(bucket, tmp_path / "b").fetch() == []
     shutil.rmtree(folder / "checkpoints")
     artifact.commit()
-    mirror.save()
+    mirror.save(())
+    assert mirror_of(bucket, tmp_path / "c").fetch() == [f"{artifact.name}.partial"]
+    mirror.save({artifact.name})
     assert bucket.names() == []
 
 
@@ -165,12 +191,12 @@ def test_jobs_of_several_sets_are_copied_by_their_folder(bucket: Bucket, tmp_pat
     pack.parent.mkdir()
     (tmp_path / "moved").rename(pack)
     (pack / PACK_FILE).write_text(json.dumps({"sets": [first.name, second.name]}))
-    mirror_of(bucket, tmp_path / "a").save()
+    mirror_of(bucket, tmp_path / "a").save(())
     assert mirror_of(bucket, tmp_path / "b").fetch() == ["packs/0123456789"]
     remote = RemoteFolder(f"{bucket.url}/runs/x")
     stranger = WorkMirror(remote, remote.names(), [third])
     assert stranger.fetch() == []
-    stranger.save()
+    stranger.save(())
     assert mirror_of(bucket, tmp_path / "c").fetch() == ["packs/0123456789"]  # a run of other sets let it be
 
 

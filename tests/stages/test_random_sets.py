@@ -54,7 +54,7 @@ def job_in(folder: Path, out: str, variant: str) -> FuseJob:
         bottleneck=BOTTLENECK,
         fuse=settings.fuse,
         embedding=Embedding(settings.embed.batch_size, 1),
-        artifact=fusion_of(store, variant, settings.backbone, settings.fuse, settings.data, 0, [], own),
+        artifact=fusion_of(store, variant, settings.backbone, settings.fuse, settings.data, 0, {}, own),
         random_sets=own["num_sets"],
     )
 

@@ -26,9 +26,9 @@ def test_an_image_whose_json_member_is_broken_counts_as_without_a_label(
     monkeypatch.setattr(ImageShards, "labels", broken)
     run = tiny.run_in(settings, tmp_path / "run", tiny.Here())
     artifact = truth_of(run.store, images, labelled=True)
-    note_truth(run, images, artifact)
+    note_truth(run, images, artifact, "evaluate")
     truth = load_truth(artifact)
     assert {row for row in range(len(images)) if truth.labels[row] < 0} == {3, 7}
     assert "2 images count as without a label: image 3: its JSON member does not parse" in capsys.readouterr().err
-    note_truth(run, images, artifact)
+    note_truth(run, images, artifact, "evaluate")
     assert not capsys.readouterr().err
