@@ -80,6 +80,8 @@ def test_after_a_node_died_the_job_starts_again_without_it_and_resumes(
     figure("from a node's death to its notice", job.says("1 of 2 nodes are alive: asking the program"))
     try:
         figure("from there to the job being put back", job.says("putting the job back into the queue"))
+        # which is said before Slurm is asked; a node that goes down in between would start the job by itself
+        cluster.wait_for(lambda: cluster.state(job.number) != "RUNNING", f"job {job.number} is put back")
         cluster.command("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=dead")  # or after SlurmdTimeout
         figure("from there to its leaving the nodes", cluster.skip_the_pause(job.number))
         job.says("start 1 on n1, n3")
