@@ -15,7 +15,7 @@ class Room:
 
     def images(self, most: int) -> int:
         """How many images at a time, from 1 to `most`."""
-        return max(1, min(most, self.usable_bytes // max(self.image_bytes, 1)))
+        return max(1, min(most, self.usable_bytes // self.image_bytes)) if self.image_bytes else most
 
     def sets(self, set_bytes: Sequence[int], images: int) -> int:
         """How many sets a job may train, at least 1, on so many images at a time.

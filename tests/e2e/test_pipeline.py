@@ -106,6 +106,7 @@ def test_killed_workers_and_a_killed_driver_change_no_byte_of_the_result(finishe
     assert runs.weights(out) == runs.weights(finished)
 
 
+@pytest.mark.long
 def test_sigterm_saves_state_and_the_next_run_goes_on(finished: Path, tmp_path: Path) -> None:
     out = _without_training(finished, tmp_path / "terminated")
     with runs.running(out) as driver:

@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.shared, pytest.mark.timeout(900)]
 
 
 @pytest.mark.parametrize(
-    "task", [task if task == "cub100" else pytest.param(task, marks=pytest.mark.long) for task in EXPECTED]
+    "task", [task if task == "eth80" else pytest.param(task, marks=pytest.mark.long) for task in EXPECTED]
 )
 def test_the_frozen_backbone_scores_what_it_is_known_to_score(
     task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
