@@ -28,17 +28,13 @@ _Found = tuple[Shard, Index]
 Progress = Callable[[int], object]
 
 
-def _nobody(count: int) -> None:
-    """Hears nothing."""
-
-
 def find_shards(
     paths: Sequence[str | os.PathLike[str]],
     index_dir: Path | None,
     cache: CacheSettings | None = None,
     *,
     write: bool = True,
-    tell: Progress = _nobody,
+    tell: Progress = lambda count: None,
 ) -> list[_Found]:
     """Shards that `paths` name, each with its index file, or, where there is none and none may be written, its rows.
 

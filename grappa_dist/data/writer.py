@@ -13,7 +13,7 @@ from types import TracebackType
 
 from grappa_dist.data.discovery import COMMITTED, committed_index
 from grappa_dist.data.index import IMAGE_SUFFIXES, INDEX_VERSION, Shard, entry, index_shard, write_rows
-from grappa_dist.files import write_json
+from grappa_dist.files import sync, write_json
 
 Member = tuple[str, bytes]  # suffix and content
 
@@ -49,8 +49,7 @@ class TarShard:
     def finish(self) -> Shard:
         """The shard, whose bytes are on disk and whose index lies beside it."""
         self._tar.close()
-        with self.path.open("rb") as file:
-            os.fsync(file.fileno())
+        sync(self.path)
         rows, shard = index_shard(self.path)
         assert len(rows) == self.rows, "the index lost a row"
         write_rows(self.path.with_name(f"{shard.name}.npy"), rows)

@@ -82,13 +82,13 @@ def train_adaptors(context: RankContext, job: AdaptJob) -> None:
 
 def _is_done(context: RankContext, job: AdaptJob) -> bool:
     """Whether all sets are complete, as rank 0 finds: other nodes may see files late. If not, the folder is there."""
-    done = torch.zeros(1, device=context.device)
+    done = False
     if context.comm.rank == 0:
         commit_trained(job.sets)
-        done.fill_(all(one.artifact.complete for one in job.sets))
+        done = all(one.artifact.complete for one in job.sets)
         if not done:
             begin(job.sets)
-    return bool(context.comm.broadcast(done, 0))
+    return context.of_rank_0(done)
 
 
 def _optimizer(objective: AdaptObjective, config: AdaptConfig) -> torch.optim.Optimizer:
