@@ -25,8 +25,7 @@ KEYS_FILE, LIST_FILE = "keys.json", "embeddings.json"
 
 @dataclass(frozen=True)
 class KeysTask:
-    images: ImageShards
-    shard: int
+    images: ImageShards  # the shard alone
     artifact: Artifact
 
 
@@ -66,7 +65,7 @@ def _embed(run: Run, spec: ModelSpec) -> Path:
     missing = {artifact: i for i, artifact in enumerate(keys) if not artifact.complete}
     if missing:
         with run.console.stage("keys", f"of {len(missing)} shards"):
-            run.runner.map(write_keys, [KeysTask(images, i, artifact) for artifact, i in missing.items()])
+            run.runner.map(write_keys, [KeysTask(images.part(i), artifact) for artifact, i in missing.items()])
             wait_until_seen(missing)
     shards = [
         {
@@ -91,5 +90,5 @@ def write_keys(device: torch.device, task: KeysTask) -> None:
     """The keys of one shard's images, in the order of its rows."""
     if not task.artifact.complete:
         folder = task.artifact.begin()
-        write_json(folder / KEYS_FILE, [task.images.key(row) for row in task.images.shard_rows(task.shard)])
+        write_json(folder / KEYS_FILE, [task.images.key(row) for row in range(len(task.images))])
         task.artifact.commit()
