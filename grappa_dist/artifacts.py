@@ -188,4 +188,7 @@ class RowArrays:
 
 @lru_cache(maxsize=512)  # each map holds a descriptor
 def _map(path: str) -> NDArray[Any]:
-    return np.load(path, mmap_mode="c", allow_pickle=False)  # torch takes no read-only memory; the file stays as it is
+    mapped = np.load(
+        path, mmap_mode="c", allow_pickle=False
+    )  # torch takes no read-only memory; the file stays as it is
+    return np.asarray(mapped)  # slicing a plain array is ten times as fast as slicing a numpy.memmap

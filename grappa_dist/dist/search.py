@@ -21,7 +21,7 @@ from grappa_dist.dist.comm import Comm
 from grappa_dist.ops.exact import GRID, LARGEST, to_grid
 from grappa_dist.ops.kmeans import NORM_LIMIT
 from grappa_dist.ops.knn import largest_in_floats
-from grappa_dist.ops.proposals import nearest_in_floats
+from grappa_dist.ops.proposals import joined, nearest_in_floats
 
 _GRID_ROWS = 128  # looked at in a core's cache
 
@@ -136,7 +136,11 @@ class Rows:
             yield torch.from_numpy(left)
 
     def at(self, positions: Tensor, plain: Sequence[bool] = ()) -> Tensor:
-        """Grid rows (P, D) at some ascending positions, at least one.
+        """Grid rows (P, D) at some ascending positions, at least one."""
+        return joined(self.pieces(positions, plain))
+
+    def pieces(self, positions: Tensor, plain: Sequence[bool] = ()) -> list[Tensor]:
+        """The same shard by shard: each (p, D), in order.
 
         Neighbours in one plain shard are a view: a memory map is read where somebody looks at it, and only there.
         """
@@ -148,7 +152,7 @@ class Rows:
             if b > a:
                 rows = _some(self.shards[i], wanted[a:b] - self.starts[i])
                 parts.append(rows if plain and plain[i] else to_grid(rows))
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+        return parts
 
     def blocks(self, block_rows: int, plain: Sequence[bool] = (), threads: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         """The good rows by blocks: positions (P,) as above, and grid rows (P, D)."""

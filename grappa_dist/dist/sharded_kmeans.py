@@ -28,7 +28,7 @@ from grappa_dist.dist.threads import side_by_side
 from grappa_dist.ops.bounds import Bounds, Drift, Groups
 from grappa_dist.ops.exact import to_grid
 from grappa_dist.ops.kmeans import Stats, finish
-from grappa_dist.ops.proposals import Centroids
+from grappa_dist.ops.proposals import Centroids, joined
 from grappa_dist.ops.reassign import GroupedCentroids, Moves, reassign
 
 FEW_LABELS = 512  # so few are searched in one go
@@ -166,7 +166,7 @@ class LloydPasses:
             moves = reassign(block.take, grouped, bounds)
             kept.copy_(bounds)
             if len(moves.rows):
-                x, squares = block.take(moves.rows), bounds.squares[moves.rows]
+                x, squares = joined(block.take(moves.rows)), bounds.squares[moves.rows]
                 with adding:
                     change.add_(x, squares, moves.after)
                     if drift:

@@ -21,9 +21,9 @@ from grappa_dist.dist.threads import side_by_side
 from grappa_dist.dist.trial import half_proposer, halves_pay
 from grappa_dist.ops.exact import exact_square
 from grappa_dist.ops.halves import HalfProposer
-from grappa_dist.ops.proposals import FloatProposer, Proposer
+from grappa_dist.ops.proposals import FloatProposer, Proposer, joined
 
-BLOCK_ROWS = 8192  # rows worked on at once: enough that their products outweigh the calls around them
+BLOCK_ROWS = 16384  # rows worked on at once: enough that their products outweigh the calls around them
 PIECE = 2**16  # rows looked at at once, by integers alone
 
 
@@ -34,16 +34,16 @@ class RowBlock:
     positions: Tensor  # (P,) among the rank's rows, in host memory
     places: slice  # among its good rows
     squares: Tensor  # (P,) float64, exact |x|^2
-    read: Callable[[Tensor], Tensor]  # ascending positions -> grid rows on the device
+    read: Callable[[Tensor], list[Tensor]]  # ascending positions -> grid rows on the device, in pieces
 
-    def take(self, rows: Tensor) -> Tensor:
-        """Grid rows (m, D) at ascending places in the block."""
+    def take(self, rows: Tensor) -> list[Tensor]:
+        """Grid rows at ascending places in the block: pieces (p, D) in order, which nobody has copied together yet."""
         return self.read(self.positions[rows.cpu()])
 
     @property
     def x(self) -> Tensor:
         """All of them, (P, D)."""
-        return self.read(self.positions)
+        return joined(self.read(self.positions))
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,14 @@ class Share:
 
     def read(self, positions: Tensor) -> Tensor:
         """Grid rows (P, D) on the device at some ascending positions among the rank's rows."""
+        return joined(self.pieces(positions))
+
+    def pieces(self, positions: Tensor) -> list[Tensor]:
+        """The same in pieces (p, D), in order; a GPU gets them in one."""
         if not len(positions):
-            return torch.zeros(0, self.dim, device=self.device)
-        return self.rows.at(positions, self.plain).to(self.device)
+            return [torch.zeros(0, self.dim, device=self.device)]
+        pieces = self.rows.pieces(positions, self.plain)
+        return pieces if self.device.type == "cpu" else [joined(pieces).to(self.device)]
 
     def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Positions (P,) among the rank's rows, in host memory, and grid rows (P, D) on the device."""
@@ -81,7 +86,7 @@ class Share:
         first = 0
         for positions in self.rows.positions(self.block_rows, self.threads):
             places = slice(first, first + len(positions))
-            yield RowBlock(positions, places, self.squares[places].to(self.device), self.read)
+            yield RowBlock(positions, places, self.squares[places].to(self.device), self.pieces)
             first += len(positions)
 
     def total(self, tensor: Tensor) -> Tensor:

@@ -89,7 +89,7 @@ def keeps_its_word(proposer: Proposer, x: Tensor, c: Tensor) -> bool:
 
 def _proposing(proposer: Proposer, x: Tensor, c: Tensor) -> Callable[[], Proposals]:
     centroids, squares = Centroids.of(c, proposer), exact_square(x)
-    rows = proposer.rows(x, squares, squares / GRID**2, within_base=False)
+    rows = proposer.rows([x], squares, squares / GRID**2, within_base=False)
     return lambda: proposer.nearest(rows, centroids, min(proposer.places, len(c)))
 
 

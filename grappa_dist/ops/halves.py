@@ -6,6 +6,7 @@ Shapes: P rows, K centroids, D dimensions, t proposals per row at most.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from grappa_dist.ops.exact import GRID, cached_rows
 from grappa_dist.ops.proposals import Centroids, PreparedRows, Proposals, float_error, norm_of
 
-_CACHED_TILE = 2**20  # of products in bfloat16: few enough to stay in a core's cache
+_CACHED_TILE = 2**21  # of products in bfloat16: few enough to stay in a core's cache
 _HALF = 2.0**-8  # rounding to bfloat16 errs by this share at most
 _TWO_DIGITS = _HALF**2  # the same for a sum of two bfloat16
 # oneDNN compiles a kernel for every new shape, which takes as long as the product: shapes are multiples of these
@@ -44,11 +45,11 @@ class HalfProposer:
         return math.sqrt(largest) * (1 + (x.shape[1] + 4) * 2.0**-23)  # above what float32 may have lost
 
     def centroids(self, values: Tensor, squares: Tensor) -> Centroids:
-        form = _form(values, squares / (-2 * GRID**2), 0)
+        form = _form([values], squares / (-2 * GRID**2), 0)
         return Centroids(values, squares, norm_of(squares), self, form, self.left_out(values))
 
-    def rows(self, x: Tensor, squares: Tensor, base: Tensor, *, within_base: bool) -> PreparedRows:
-        form = _form(x, (base - squares / GRID**2) / 2, 1, _ROW_STEP)
+    def rows(self, pieces: Sequence[Tensor], squares: Tensor, base: Tensor, *, within_base: bool) -> PreparedRows:
+        form = _form(pieces, (base - squares / GRID**2) / 2, 1, _ROW_STEP)
         return PreparedRows(form, base.float(), norm_of(squares), within_base, _ROW_STEP)
 
     def nearest(self, rows: PreparedRows, centroids: Centroids, t: int) -> Proposals:
@@ -98,15 +99,18 @@ class FusedProposer(HalfProposer):
         return Proposals(distances, labels[:, :t], 2 * error + rounding)
 
 
-def _form(values: Tensor, offset: Tensor, place: int, step: int = 1) -> Tensor:
-    """(n, D + 4) in bfloat16: the values; two digits of the offset, from column D + 2 place; and ones for the other's.
+def _form(pieces: Sequence[Tensor], offset: Tensor, place: int, step: int = 1) -> Tensor:
+    """(n, D + 4) in bfloat16: the values, which come in pieces; two digits of the offset, from column D + 2 place; and
+    ones for the other's.
 
     So a product of two such forms with unlike places is that of the values plus both offsets. Rows of zeros make their
     number a multiple of `step`.
     """
-    num, dim = values.shape
-    form = torch.empty(num + -num % step, dim + _EXTRA, dtype=torch.bfloat16, device=values.device)
-    form[:num, :dim], form[:num, dim:], form[num:] = values, 1, 0
+    num, dim = len(offset), pieces[0].shape[1]
+    form = torch.empty(num + -num % step, dim + _EXTRA, dtype=torch.bfloat16, device=offset.device)
+    form[:num, dim:], form[num:] = 1, 0
+    for values, place_of in zip(pieces, form[:num, :dim].split([len(p) for p in pieces]), strict=True):
+        place_of.copy_(values)
     first = offset.bfloat16()
     column = dim + 2 * place
     form[:num, column], form[:num, column + 1] = first, offset - first.double()

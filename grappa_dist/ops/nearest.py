@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from grappa_dist.ops.exact import GRID, cached_rows, exact_dot, exact_square
-from grappa_dist.ops.proposals import Centroids
+from grappa_dist.ops.proposals import Centroids, float_error, norm_of
 
 FAR = 2**62
 """Above any squared distance."""
@@ -50,7 +50,7 @@ def assign(
     squares = exact_square(x) if squares is None else squares
     reach = torch.full_like(squares, math.inf) if within is None else within
     base = squares / GRID**2 if within is None else within.clamp(max=_FARTHEST)
-    prepared = centroids.proposer.rows(x, squares, base, within_base=within is not None)
+    prepared = centroids.proposer.rows([x], squares, base, within_base=within is not None)
     found = centroids.proposer.nearest(prepared, centroids, min(centroids.proposer.places, len(centroids.values)))
     reach = torch.minimum(reach, found.distances[:, 0].double() + found.error)
     possible = found.distances.double() - found.error <= reach[:, None]  # (P, t)
@@ -80,6 +80,26 @@ def nearest_of_pairs(x: Tensor, squares: Tensor, centroids: Centroids, pairs: tu
     return Assignment(nearest.masked_fill_(nearest == most, -1), best.clamp_(max=FAR).long())
 
 
+def decided(x: Tensor, squares: Tensor, centroids: Centroids, pairs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """As `nearest_of_pairs`, for rows that are all in some pair, but of the distance only what it does not exceed.
+
+    That is (P,) labels and (P,) float64 squared distances. Products in float32 settle nearly all rows at a third of the
+    cost of exact ones, which settle the rest.
+    """
+    rows, labels = pairs
+    products = _dots(x, centroids.values, pairs, torch.float32).double()
+    distances = (squares[rows] + centroids.squares[labels]) / GRID**2 - 2 * products
+    error = 2 * float_error(x.shape[1], norm_of(squares) * centroids.norm) + 2.0**-48
+    best = torch.full_like(squares, math.inf).scatter_reduce_(0, rows, distances, "amin")
+    possible = (distances <= best[rows] + 2 * error).nonzero()[:, 0]
+    rows, labels = rows[possible], labels[possible]
+    nearest = torch.zeros_like(squares, dtype=torch.int64).scatter_(0, rows, labels)
+    several = torch.bincount(rows, minlength=len(x)) > 1
+    some = several[rows].nonzero()[:, 0]
+    exact = nearest_of_pairs(x, squares, centroids, (rows[some], labels[some]))
+    return torch.where(several, exact.labels, nearest), best + error
+
+
 def pair_squares(x: Tensor, squares: Tensor, centroids: Centroids, pairs: tuple[Tensor, Tensor]) -> Tensor:
     """Exact squared distances between rows and centroids, (pairs,) float64 integers, in units of 2**-48."""
     rows, labels = pairs
@@ -88,12 +108,16 @@ def pair_squares(x: Tensor, squares: Tensor, centroids: Centroids, pairs: tuple[
 
 def pair_dots(x: Tensor, y: Tensor, pairs: tuple[Tensor, Tensor]) -> Tensor:
     """Exact dot products of grid rows x[i] and y[j], (pairs,) float64 integers, in units of 2**-48."""
+    return _dots(x, y, pairs, torch.float64).mul_(GRID**2)
+
+
+def _dots(x: Tensor, y: Tensor, pairs: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
     size = cached_rows(x)
     parts = [
-        (x.index_select(0, i).double() * y.index_select(0, j)).sum(1)
+        (x.index_select(0, i).to(dtype) * y.index_select(0, j)).sum(1)
         for i, j in zip(*(places.split(size) for places in pairs), strict=True)
     ]
-    return torch.cat(parts).mul_(GRID**2)
+    return torch.cat(parts)
 
 
 def best_of_all(x: Tensor, centroids: Centroids) -> tuple[Tensor, Tensor]:

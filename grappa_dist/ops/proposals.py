@@ -9,7 +9,7 @@ Shapes: P rows, K centroids, D dimensions, t proposals per row at most.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -137,16 +137,22 @@ class Proposer(Protocol):
 
     def centroids(self, values: Tensor, squares: Tensor) -> Centroids: ...
 
-    def rows(self, x: Tensor, squares: Tensor, base: Tensor, *, within_base: bool) -> PreparedRows:
+    def rows(self, pieces: Sequence[Tensor], squares: Tensor, base: Tensor, *, within_base: bool) -> PreparedRows:
         """Prepares grid rows with their exact squared norms (P,) float64 in units of 2**-48.
 
         Args:
+            pieces: the rows, (p, D) each, in order.
             base: (P,) float64 squared distances about as large as that of the nearest centroid: estimates near them are
                 the sharpest.
             within_base: only centroids at most so far away matter.
         """
 
     def nearest(self, rows: PreparedRows, centroids: Centroids, t: int) -> Proposals: ...
+
+
+def joined(pieces: Sequence[Tensor]) -> Tensor:
+    """Rows in one piece, at least one piece given; a single one is not copied."""
+    return torch.cat(list(pieces)) if len(pieces) > 1 else pieces[0]
 
 
 def norm_of(squares: Tensor) -> float:
@@ -164,8 +170,8 @@ class FloatProposer:
     def centroids(self, values: Tensor, squares: Tensor) -> Centroids:
         return Centroids(values, squares, norm_of(squares), self, values)
 
-    def rows(self, x: Tensor, squares: Tensor, base: Tensor, *, within_base: bool) -> PreparedRows:
-        return PreparedRows(x, base.float(), norm_of(squares), within_base)
+    def rows(self, pieces: Sequence[Tensor], squares: Tensor, base: Tensor, *, within_base: bool) -> PreparedRows:
+        return PreparedRows(joined(pieces), base.float(), norm_of(squares), within_base)
 
     def nearest(self, rows: PreparedRows, centroids: Centroids, t: int) -> Proposals:
         distances, labels = self.search(rows.form, centroids.form, t)

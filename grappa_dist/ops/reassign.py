@@ -9,21 +9,23 @@ Shapes: P rows of one block, M of them open, K centroids, G groups, D dimensions
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from grappa_dist.ops.bounds import SLACK, Bounds, Groups
 from grappa_dist.ops.exact import GRID
-from grappa_dist.ops.nearest import best_of_all, nearest_of_pairs, pair_squares
-from grappa_dist.ops.proposals import Centroids, PreparedRows, Proposer
+from grappa_dist.ops.nearest import best_of_all, decided, pair_squares
+from grappa_dist.ops.proposals import Centroids, PreparedRows, Proposer, joined
 
 _PLACES = 3  # proposals of each of many groups
 _MOST = 0.75  # of the rows: then all are searched, which is faster than picking them out
 
-Take = Callable[[Tensor], Tensor]
+Take = Callable[[Tensor], Sequence[Tensor]]
+"""Ascending places of a block -> its grid rows there, in pieces (p, D)."""
 _Pairs = tuple[Tensor, Tensor]  # positions of rows, and labels
 
 
@@ -56,7 +58,7 @@ def reassign(take: Take, centroids: GroupedCentroids, bounds: Bounds) -> Moves:
     """Sets the label of each grid row to its nearest centroid, a tie to the lowest index, and its bounds, in place.
 
     Args:
-        take: the block's grid rows (m, D) at ascending places; asked for those alone that may change their label.
+        take: the block's grid rows; asked for those alone that may change their label.
     """
     block = _open_rows(take, centroids, bounds)
     if not len(block.rows):
@@ -75,7 +77,7 @@ class _Block:
     """The rows of a block that may change their label."""
 
     rows: Tensor  # (M,) positions in the block
-    x: Tensor  # (M, D)
+    at: Callable[[Tensor], Tensor]  # some ascending ones of these -> grid rows (m, D)
     squares: Tensor  # (M,) float64, exact |x|^2
     own: Tensor  # (M,) int64, the label so far, -1 on the first pass
     own_distances: Tensor  # (M,) float64, squared and exact, to that centroid; infinite where nobody has looked
@@ -86,19 +88,24 @@ def _open_rows(take: Take, centroids: GroupedCentroids, bounds: Bounds) -> _Bloc
     """Rows with a group that may hold a nearer centroid, also after a look at how far their own one is now."""
     proposer = centroids.whole.proposer
     rows = _most_or_these((bounds.lower <= bounds.upper[:, None]).any(1))
-    some, own, squares = take(rows), bounds.labels[rows].long(), bounds.squares[rows]
+    pieces, own, squares = take(rows), bounds.labels[rows].long(), bounds.squares[rows]
     first_time = bool((own < 0).any())
     if first_time or len(centroids.parts) == 1:  # the search of the only group finds the own
         base = squares / GRID**2 if first_time else bounds.upper[rows].double().square()
-        prepared = proposer.rows(some, squares, base, within_base=not first_time)
-        return _Block(rows, some, squares, own, torch.full_like(squares, math.inf), prepared)
+        prepared = proposer.rows(pieces, squares, base, within_base=not first_time)
+
+        def again(some: Tensor) -> Tensor:  # those that estimates leave open are few
+            return joined(take(rows[some]))
+
+        return _Block(rows, again, squares, own, torch.full_like(squares, math.inf), prepared)
+    some = joined(pieces)
     in_order = torch.arange(len(rows), device=rows.device)
     distances = pair_squares(some, squares, centroids.whole, (in_order, own)) / GRID**2
     bounds.upper[rows] = _root(distances, 1 + SLACK)
     still = _most_or_these((bounds.lower[rows] <= bounds.upper[rows, None]).any(1))
     some, squares, distances = _pick(some, still), squares[still], distances[still]
-    prepared = proposer.rows(some, squares, distances, within_base=True)
-    return _Block(rows[still], some, squares, own[still], distances, prepared)
+    prepared = proposer.rows([some], squares, distances, within_base=True)
+    return _Block(rows[still], partial(some.index_select, 0), squares, own[still], distances, prepared)
 
 
 def _most_or_these(wanted: Tensor) -> Tensor:
@@ -124,8 +131,8 @@ class _Proposals:
 
 def _propose(block: _Block, centroids: GroupedCentroids, open_groups: Tensor) -> _Proposals:
     shape = (2, *open_groups.shape)
-    distances = torch.full(shape, math.inf, device=block.x.device)
-    labels = torch.zeros(shape, dtype=torch.int64, device=block.x.device)
+    distances = torch.full(shape, math.inf, device=block.rows.device)
+    labels = torch.zeros(shape, dtype=torch.int64, device=block.rows.device)
     most = centroids.whole.proposer.places if len(centroids.parts) == 1 else _PLACES
     others, crowded, error, searched = [], [], 0.0, 0
     for g, (members, part) in enumerate(zip(centroids.groups.members, centroids.parts, strict=True)):
@@ -183,8 +190,10 @@ def _decide(block: _Block, centroids: GroupedCentroids, proposals: _Proposals) -
         rows = undecided[some]
         pairs = [(staying, block.own[staying]), (rows, proposals.labels.flatten(0, 1)[places, rows])]
         pairs += [*others, *_nearest_of_crowds(block, centroids, crowded)]
-        exact = nearest_of_pairs(block.x, block.squares, centroids.whole, _joined(pairs))
-        labels[undecided], above[undecided] = exact.labels[undecided], exact.squares[undecided].double() / GRID**2
+        rows, rivals_there = (torch.cat(column) for column in zip(*pairs, strict=True))
+        of_undecided = (torch.searchsorted(undecided, rows), rivals_there)
+        rivalry = (block.at(undecided), block.squares[undecided], centroids.whole, of_undecided)
+        labels[undecided], above[undecided] = decided(*rivalry)
     return _Nearest(labels, above, len(undecided))
 
 
@@ -193,16 +202,11 @@ def _nearest_of_crowds(
 ) -> Iterator[_Pairs]:
     """The exact nearest of a group, where more of it than were proposed may be nearest."""
     for g, rows in crowded:
-        yield rows, centroids.groups.members[g][best_of_all(block.x[rows], centroids.parts[g])[0]]
+        yield rows, centroids.groups.members[g][best_of_all(block.at(rows), centroids.parts[g])[0]]
 
 
 def _within(distances: Tensor, reach: Tensor, rows: Tensor) -> Tensor:
     return (distances <= reach[rows]).nonzero()[:, 0]
-
-
-def _joined(pairs: list[_Pairs]) -> _Pairs:
-    rows, labels = (torch.cat(column) for column in zip(*pairs, strict=True))
-    return rows, labels
 
 
 def _rebound(bounds: Bounds, block: _Block, proposals: _Proposals, nearest: _Nearest, groups: Groups) -> None:

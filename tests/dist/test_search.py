@@ -58,6 +58,15 @@ def test_neighbouring_rows_of_a_shard_that_needs_no_preparation_are_not_copied()
     assert np.shares_memory(rows.at(torch.arange(2, 5), rows.plain(10)).numpy(), shard)
 
 
+def test_rows_of_several_shards_come_in_pieces_that_are_not_copied_either() -> None:
+    shards = [to_grid(torch.from_numpy(unit_rows(n, 4, seed=n))).numpy() for n in (3, 1, 4)]
+    rows = Rows(shards, [np.ones(len(s), dtype=bool) for s in shards])
+    pieces = rows.pieces(torch.arange(1, 7), rows.plain(10))
+    assert [len(p) for p in pieces] == [2, 1, 3]
+    assert all(np.shares_memory(p.numpy(), s) for p, s in zip(pieces, shards, strict=True))
+    assert torch.equal(rows.at(torch.arange(1, 7)), torch.cat(pieces))
+
+
 def test_rows_are_taken_by_position_across_shards() -> None:
     rows = two_shards()
     whole = to_grid(torch.from_numpy(np.concatenate(rows.shards)))

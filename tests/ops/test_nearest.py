@@ -9,7 +9,7 @@ from torch import Tensor
 from grappa_dist.ops import nearest
 from grappa_dist.ops.exact import GRID, exact_square, to_grid
 from grappa_dist.ops.halves import HalfProposer
-from grappa_dist.ops.nearest import FAR, assign, nearest_of_pairs, pair_dots, pair_squares
+from grappa_dist.ops.nearest import FAR, assign, decided, nearest_of_pairs, pair_dots, pair_squares
 from grappa_dist.ops.proposals import Centroids, FloatProposer, Proposer, float_error
 
 
@@ -123,3 +123,18 @@ def test_of_pairs_the_nearest_wins_and_the_lowest_of_equal_ones() -> None:
     exact = squares_in_integers(x, c)
     assert found.labels.tolist() == [0, 3, -1, 1 if exact[3, 1] <= exact[3, 2] else 2]
     assert found.squares.tolist() == [exact[0, 0], exact[1, 3], FAR, min(exact[3, 1], exact[3, 2])]
+
+
+@pytest.mark.parametrize("dim", [1, 16, 384])
+def test_pairs_are_decided_as_by_exact_distances_and_no_row_is_further_than_said(dim: int) -> None:
+    x, c = unit_rows(60, dim), unit_rows(20, dim, seed=1)
+    shaken = c + torch.randint(-1, 2, c.shape, generator=torch.Generator().manual_seed(2)) / GRID
+    c = to_grid(torch.cat([c, c[:5], shaken.clamp(-1, 1)]))  # equal ones, and ties that float32 does not see
+    rows = torch.cat([torch.arange(60), torch.randint(0, 60, (900,), generator=torch.Generator().manual_seed(3))])
+    pairs = (rows, torch.randint(0, len(c), rows.shape, generator=torch.Generator().manual_seed(4)))
+    exact = nearest_of_pairs(x, exact_square(x), Centroids.of(c), pairs)
+    labels, above = decided(x, exact_square(x), Centroids.of(c), pairs)
+    assert torch.equal(labels, exact.labels)
+    over = above - exact.squares.double() / GRID**2
+    assert bool((over >= 0).all())
+    assert float(over.max()) < 4 * float_error(dim, 2.01)

@@ -42,7 +42,7 @@ def test_estimates_keep_to_the_error_they_state(dim: int) -> None:
         bases += [(least, True), ((least + most) / 2, True), (least / 2, True)]
         for proposer in (FloatProposer(), half(x)):
             for base, within_base in bases:
-                rows = proposer.rows(x, squares, base, within_base=within_base)
+                rows = proposer.rows([x], squares, base, within_base=within_base)
                 found = proposer.nearest(rows, Centroids.of(c, proposer), min(6, len(c)))
                 check(found, exact, base if within_base else None)
 
@@ -78,7 +78,7 @@ def test_bfloat16_is_sharpest_near_the_base() -> None:
     proposer, squares, exact = half(x), exact_square(x), exact_squares(x, c)
     errors = []
     for base in (exact.min(1).values, squares / GRID**2 + 6):
-        found = proposer.nearest(proposer.rows(x, squares, base, within_base=False), Centroids.of(c, proposer), 2)
+        found = proposer.nearest(proposer.rows([x], squares, base, within_base=False), Centroids.of(c, proposer), 2)
         errors.append((found.distances[:, 0] - exact.gather(1, found.labels[:, :1])[:, 0]).abs().max())
     assert errors[0] < errors[1] / 2
 
@@ -89,7 +89,7 @@ def test_picked_rows_and_centroids_give_the_estimates_they_had() -> None:
     proposers: list[Proposer] = [FloatProposer(), half(x)]
     for proposer in proposers:
         rows, centroids = (
-            proposer.rows(x, exact_square(x), exact_square(x) / GRID**2, within_base=False),
+            proposer.rows([x], exact_square(x), exact_square(x) / GRID**2, within_base=False),
             Centroids.of(c, proposer),
         )
         whole = proposer.nearest(rows, centroids.pick(labels), 2)
@@ -102,7 +102,7 @@ def test_tiles_do_not_change_estimates(monkeypatch: pytest.MonkeyPatch) -> None:
     x, c = unit_rows(400, 20), unit_rows(50, 20, seed=1)
     proposer = half(x)
     rows, centroids = (
-        proposer.rows(x, exact_square(x), exact_square(x) / GRID**2, within_base=False),
+        proposer.rows([x], exact_square(x), exact_square(x) / GRID**2, within_base=False),
         Centroids.of(c, proposer),
     )
     whole = proposer.nearest(rows, centroids, 2)

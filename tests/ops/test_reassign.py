@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 
 import numpy as np
 import pytest
@@ -64,7 +63,7 @@ def follow(x: Tensor, path: list[Tensor], groups: Groups, proposer: Proposer | N
     for step, c in enumerate(path):
         if step:
             known.shift_(Drift.between(path[step - 1], c, groups))
-        found.append(reassign(partial(torch.index_select, x, 0), GroupedCentroids.of(c, groups, proposer), known))
+        found.append(reassign(lambda rows: x[rows].split(7), GroupedCentroids.of(c, groups, proposer), known))
         check(x, c, groups, known)
     return found
 
@@ -147,5 +146,5 @@ def test_no_rows_make_no_moves() -> None:
     c = unit_rows(3, 4)
     groups = Groups.around(c, 2)
     x = torch.zeros(0, 4)
-    moves = reassign(partial(torch.index_select, x, 0), GroupedCentroids.of(c, groups), unknown(x, groups))
+    moves = reassign(lambda rows: [x[rows]], GroupedCentroids.of(c, groups), unknown(x, groups))
     assert (len(moves.rows), moves.searched) == (0, 0)

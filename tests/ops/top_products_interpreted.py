@@ -48,7 +48,7 @@ def test_fused_estimates_keep_to_the_error_they_state(dim: int) -> None:
         least, most = exact.min(1).values, exact.max(1).values
         for base in (exact_square(x) / GRID**2, least, most, (least + most) / 2):
             for within_base in (False, True):
-                rows = proposer.rows(x, exact_square(x), base, within_base=within_base)
+                rows = proposer.rows([x], exact_square(x), base, within_base=within_base)
                 found = proposer.nearest(rows, Centroids.of(c, proposer), min(3, len(c)))
                 check(found, exact, base if within_base else None)
 
