@@ -16,8 +16,9 @@ from grappa_dist.bench.rows import drawn_rows, in_shards
 from grappa_dist.bench.table import aligned, aligned_header
 from grappa_dist.bench.timing import Timing, timed
 from grappa_dist.data.progress import Tell
+from grappa_dist.dist.clustering import Wanted, cluster
 from grappa_dist.dist.comm import Comm
-from grappa_dist.dist.methods import Clustering, Method, cluster
+from grappa_dist.dist.methods import Clustering, Method
 from grappa_dist.dist.share import Share, join_rows
 from grappa_dist.ops.choice import Assignment, Choice, Name
 
@@ -94,7 +95,7 @@ def _method(settings: MethodsSettings, choice: Choice, probes: int, balance: flo
 
 
 def _run(share: Share, settings: MethodsSettings, title: str, method: Method) -> Way:
-    return Way(title, *timed(lambda: cluster(share, settings.num_labels, method)))
+    return Way(title, *timed(lambda: cluster(share, Wanted(settings.num_labels, method))))
 
 
 def as_json(header: dict[str, str], settings: MethodsSettings, ways: Sequence[Way]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ Shapes: K centroids, D dimensions.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -39,6 +39,10 @@ class Progress:
     repaired: int = 0
 
 
+Steps = Generator[Tensor, Centroids, Progress]
+"""Yields the centroids of each pass, is sent them prepared when the pass is over, and returns where it all ends."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Updates:
     """How often centroids are updated, and who is told."""
@@ -59,10 +63,22 @@ def lloyd(
         advance: makes `passes` those of some centroids, which it returns prepared.
         start: where to go on from, as `how.on_update` was told.
     """
+    iterations = lloyd_steps(passes, finish, start, how)
+    try:
+        centroids = next(iterations)
+        while True:
+            centroids = iterations.send(advance(centroids))
+    except StopIteration as end:
+        last: Progress = end.value
+        return last
+
+
+def lloyd_steps(passes: Passes, finish: Finish, start: Progress, how: Updates) -> Steps:
+    """The same for a caller who makes the passes."""
     centroids = torch.from_numpy(start.centroids).to(passes.share.device)
     inertia, repaired = list(start.inertia), start.repaired
     for step in range(len(inertia), how.iterations + 1):
-        prepared = advance(centroids)
+        prepared = yield centroids
         spreads = passes.stats.spreads(prepared)
         inertia.append(sum(spreads))
         how.on_iteration(step, inertia[-1] * SQUARE_UNIT)

@@ -1,4 +1,4 @@
-"""The ways to cluster, from exact k-means to shortcuts for many rows and labels; restarts and a bound on sizes.
+"""The ways to cluster, from exact k-means to shortcuts for many rows and labels, and a bound on sizes.
 
 All give the same bits on any number of ranks, for any split of the rows and any size of blocks, and go on from what
 `on_update` was told last to the same end.
@@ -21,18 +21,17 @@ from grappa_dist.dist.hierarchical import fit_in_families
 from grappa_dist.dist.lloyd import SQUARE_UNIT, Progress, Updates
 from grappa_dist.dist.row_labels import RowLabels, Settled, exactly, label_rows
 from grappa_dist.dist.sampling import sampled_share
-from grappa_dist.dist.sharded_kmeans import KMeansResult, kmeans
+from grappa_dist.dist.sharded_kmeans import Fit, KMeansResult, begin, end_together
 from grappa_dist.dist.share import Share
 from grappa_dist.ops.choice import Choice
 from grappa_dist.ops.exact import exact_square
 from grappa_dist.ops.nearest import Assignment, pair_squares
 from grappa_dist.ops.proposals import Centroids
-from grappa_dist.ops.seeding import draw
 
 Trail = Mapping[str, Progress]
 """Where the parts of a method stand; enough to go on from."""
 
-_RESTART, _SAMPLE, _COARSE = 0, 1, 4  # name draws
+_SAMPLE = 1  # names draws
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,46 +69,9 @@ class Told:
     on_update: Callable[[Trail], None] = lambda trail: None
 
 
-def cluster(
-    share: Share,
-    num_labels: int,
-    method: Method,
-    *,
-    seed: int = 0,
-    trail: Trail | None = None,
-    told: Told | None = None,
-) -> Clustering:
-    """The clustering of lowest inertia among the restarts, the first of equal ones.
-
-    Args:
-        trail: what `told.on_update` was told last, to go on from there.
-    """
-    told, kept = told or Told(), dict(trail or {})
-    if not 1 <= num_labels <= share.num_good:
-        raise ValueError(f"num_labels must be from 1 to the number of good rows, {share.num_good}, got {num_labels}")
-    runs = [
-        _Run(share, num_labels, method, draw(2**63, seed, number, _RESTART) if number else seed, number, kept, told)
-        for number in range(method.restarts)  # the first has the seed itself, so one restart is none
-    ]
-    if method.restarts == 1:
-        return runs[0].cluster()
-    found: dict[int, Clustering] = {}
-    for run in runs:
-        if run.done not in kept:
-            found = {run.number: run.cluster()}
-            inertia = round(found[run.number].result.inertia[-1] / SQUARE_UNIT)
-            kept[run.done] = Progress(np.zeros((0, share.dim), np.float32), (inertia,))
-            _keep_only(kept, _best(kept, runs[: run.number + 1]))
-            told.on_update(kept)
-    best = _best(kept, runs)
-    if best.number not in found:  # only the passes after its last update are made again
-        found[best.number] = best.cluster()
-    return replace(found[best.number], restarts=tuple(kept[run.done].inertia[0] * SQUARE_UNIT for run in runs))
-
-
 @dataclass(frozen=True)
-class _Run:
-    """One restart."""
+class Restart:
+    """One run of a method, of which there may be several with other seeds."""
 
     share: Share
     num_labels: int
@@ -132,12 +94,19 @@ class _Run:
         }
         return ways[self.method.choice.name]()
 
-    def _exact(self) -> Clustering:
-        result = self._kmeans(self.share, "fit", self.num_labels)
+    def begin_exact(self) -> Fit:
+        """Plain k-means before its first pass."""
+        return self._fit(self.share, "fit", self.num_labels)
+
+    def end_exact(self, result: KMeansResult) -> Clustering:
+        """What it comes to once the passes are over."""
         found = Clustering(result=result, updates=len(result.inertia) - 1, sampled_rows=self.share.num_good)
         if self.method.balance is None:
             return found
         return self._balanced(found, _own_distances(self.share, result))
+
+    def _exact(self) -> Clustering:
+        return self.end_exact(self._kmeans(self.share, "fit", self.num_labels))
 
     def _sampled(self) -> Clustering:
         num = self.num_labels * self.method.sample_rows_per_cluster
@@ -173,8 +142,11 @@ class _Run:
         return fit_in_families(self.share, heads.centroids, self.num_labels, seed=self.seed, start=start, how=how)
 
     def _kmeans(self, share: Share, part: str, num_labels: int) -> KMeansResult:
+        return next(end_together([self._fit(share, part, num_labels)])).result()
+
+    def _fit(self, share: Share, part: str, num_labels: int) -> Fit:
         how = self._updates(part)
-        return kmeans(
+        return begin(
             share,
             num_labels,
             iterations=how.iterations,
@@ -246,16 +218,6 @@ class _Run:
             on_iteration=lambda iteration, inertia: self.told.on_iteration(several + name, iteration, inertia),
             on_update=lambda progress: self._keep(part, progress),
         )
-
-
-def _best(kept: Trail, runs: list[_Run]) -> _Run:
-    return min(runs, key=lambda run: (kept[run.done].inertia[0], run.number))
-
-
-def _keep_only(kept: dict[str, Progress], best: _Run) -> None:
-    """Forgets the centroids of all other restarts."""
-    for key in [k for k in kept if not k.endswith("/done") and not k.startswith(f"{best.number}/")]:
-        del kept[key]
 
 
 def _own_distances(share: Share, result: KMeansResult) -> RowLabels:

@@ -8,10 +8,8 @@ Shapes: P rows of one block, K centroids, D dimensions.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -19,21 +17,14 @@ import torch
 from torch import Tensor
 
 from grappa_dist.dist.comm import Comm
-from grappa_dist.dist.lloyd import SQUARE_UNIT, Progress, Updates, lloyd
-from grappa_dist.dist.scratch import scratch
+from grappa_dist.dist.lloyd import SQUARE_UNIT, Progress, Steps, Updates, lloyd_steps
+from grappa_dist.dist.passes import LloydPasses, advance_together
 from grappa_dist.dist.search import Rows, row_problem
 from grappa_dist.dist.sharded_seeding import seed_centroids
-from grappa_dist.dist.share import BLOCK_ROWS, RowBlock, Share, join_rows
-from grappa_dist.dist.threads import side_by_side
-from grappa_dist.ops.bounds import Bounds, Drift, Groups
+from grappa_dist.dist.share import BLOCK_ROWS, Share, join_rows
 from grappa_dist.ops.exact import to_grid
-from grappa_dist.ops.kmeans import Stats, finish
-from grappa_dist.ops.proposals import Centroids, joined
-from grappa_dist.ops.reassign import GroupedCentroids, Moves, reassign
-
-FEW_LABELS = 512  # so few are searched in one go
-GROUP_SIZE = 256  # centroids per bound, at least, on the average
-DIMENSIONS_PER_BOUND = 8  # of a row for each of its lower bounds, at least
+from grappa_dist.ops.kmeans import finish
+from grappa_dist.ops.proposals import Centroids
 
 
 @dataclass(frozen=True)
@@ -63,7 +54,59 @@ def sharded_kmeans(
     return kmeans(join_rows(comm, rows, block_rows=block_rows, device=torch.device(device)), num_labels, **settings)
 
 
-def kmeans(
+def kmeans(share: Share, num_labels: int, **settings: Any) -> KMeansResult:
+    """k-means by itself, with the settings of `begin`."""
+    return next(end_together([begin(share, num_labels, **settings)])).result()
+
+
+def end_together(fits: Sequence[Fit]) -> Iterator[Fit]:
+    """Goes on with all fits of one share side by side, and gives each when it ends: a pass over the rows serves all."""
+    under_way = list(fits)
+    while under_way:
+        prepared = advance_together([(fit.passes, fit.wanted) for fit in under_way])
+        for fit, centroids in zip(under_way, prepared, strict=True):
+            fit.go_on(centroids)
+        ended = [fit for fit in under_way if fit.last]
+        under_way = [fit for fit in under_way if not fit.last]
+        yield from ended
+
+
+@dataclass(eq=False)
+class Fit:
+    """A k-means under way: it waits for a pass with the centroids that it wants, until it has ended."""
+
+    passes: LloydPasses
+    steps: Steps
+    wanted: Tensor  # (K, D)
+    last: Progress | None = None  # once it has ended
+
+    def go_on(self, prepared: Centroids) -> None:
+        """After the pass that was wanted."""
+        try:
+            self.wanted = self.steps.send(prepared)
+        except StopIteration as end:
+            self.last = end.value
+
+    def result(self) -> KMeansResult:
+        """What has come of it."""
+        passes, last = self.passes, self.last
+        assert last is not None
+        counts = passes.stats.counts.cpu().numpy()
+        searched, undecided = (int(passes.share.total(torch.tensor(n))) for n in (passes.searched, passes.undecided))
+        decisions = passes.share.num_good * passes.number
+        return KMeansResult(
+            centroids=last.centroids,
+            labels=passes.labels(),
+            counts=counts,
+            inertia=[i * SQUARE_UNIT for i in last.inertia],
+            empty_repaired=last.repaired,
+            empty_left=int((counts == 0).sum()),
+            exact_share=undecided / decisions,
+            searched_share=searched / (decisions * len(last.centroids)),
+        )
+
+
+def begin(
     share: Share,
     num_labels: int,
     *,
@@ -75,8 +118,8 @@ def kmeans(
     initial: np.ndarray | None = None,
     resume: Progress | None = None,
     on_update: Callable[[Progress], None] = lambda progress: None,
-) -> KMeansResult:
-    """k-means++, then Lloyd. All ranks call it with the same settings.
+) -> Fit:
+    """k-means++, and then Lloyd's iterations before their first pass. All ranks call it with the same settings.
 
     Args:
         iterations: updates of the centroids at most; fewer when they no longer move.
@@ -102,7 +145,7 @@ def kmeans(
         on_iteration=on_iteration,
         on_update=on_update,
     )
-    return _iterated(share, resume, how)
+    return _iterating(share, resume, how)
 
 
 def _check_resume(resume: Progress, shape: tuple[int, int], iterations: int) -> None:
@@ -113,99 +156,14 @@ def _check_resume(resume: Progress, shape: tuple[int, int], iterations: int) -> 
         )
 
 
-def _iterated(share: Share, start: Progress, how: Updates) -> KMeansResult:
+def _iterating(share: Share, start: Progress, how: Updates) -> Fit:
     passes = LloydPasses.over(share, torch.from_numpy(start.centroids).to(share.device))
 
     def finish_all(centroids: Tensor, spreads: list[int], step: int) -> tuple[Tensor, int]:
         return finish(centroids, passes.stats, spreads, step, spherical=how.spherical)
 
-    return passes.result(lloyd(passes, passes.advance, finish_all, start, how))
-
-
-@dataclass
-class LloydPasses:
-    """Passes over a share's rows that keep what they learn: bounds per row, and sums that only moved rows change."""
-
-    share: Share
-    groups: Groups
-    bounds: Bounds  # of the good rows, in their order
-    stats: Stats  # of all ranks
-    centroids: Tensor  # of the last pass
-    number: int = 0
-    undecided: int = 0  # of this rank, as is `searched`
-    searched: int = 0
-
-    @staticmethod
-    def over(share: Share, centroids: Tensor) -> LloydPasses:
-        num_labels, dim = centroids.shape
-        few = num_labels <= FEW_LABELS
-        num_groups = 1 if few else min(num_labels // GROUP_SIZE, dim // DIMENSIONS_PER_BOUND)
-        groups = Groups.around(centroids, num_groups)
-        num = share.rows.num_good
-        bounds = Bounds(
-            labels=scratch((num,), torch.int32).fill_(-1),
-            upper=scratch((num,), torch.float32).fill_(math.inf),
-            lower=scratch((num, len(groups.members)), torch.float32).fill_(-math.inf),
-            squares=share.squares,
-        )
-        return LloydPasses(share, groups, bounds, Stats.zeros(num_labels, dim, share.device), centroids)
-
-    def advance(self, centroids: Tensor) -> Centroids:
-        """Labels and stats for these centroids."""
-        grouped = GroupedCentroids.of(centroids, self.groups, self.share.proposer)
-        drift = Drift.between(self.centroids, centroids, self.groups) if self.number else None
-        change = Stats.zeros(len(centroids), centroids.shape[1], self.share.device)
-
-        adding = Lock()
-
-        def work(block: RowBlock) -> Moves:
-            kept = self.bounds.part(block.places)
-            bounds = kept.to(self.share.device)
-            if drift:
-                bounds.shift_(drift)
-            moves = reassign(block.take, grouped, bounds)
-            kept.copy_(bounds)
-            if len(moves.rows):
-                x, squares = joined(block.take(moves.rows)), bounds.squares[moves.rows]
-                with adding:
-                    change.add_(x, squares, moves.after)
-                    if drift:
-                        change.add_(x, squares, moves.before, sign=-1)
-            return moves
-
-        for moves in side_by_side(work, self.share.row_blocks(), self.share.threads):
-            self.undecided += moves.undecided
-            self.searched += moves.searched
-        self.centroids, self.number = centroids, self.number + 1
-        for kept_sum, of_ranks in zip(self.stats.tensors, change.tensors, strict=True):
-            kept_sum.add_(self.share.total(of_ranks))
-        return grouped.whole
-
-    def result(self, last: Progress) -> KMeansResult:
-        """What has come of it, given the centroids of the last pass."""
-        counts = self.stats.counts.cpu().numpy()
-        searched, undecided = (int(self.share.total(torch.tensor(n))) for n in (self.searched, self.undecided))
-        decisions = self.share.num_good * self.number
-        return KMeansResult(
-            centroids=last.centroids,
-            labels=self.labels(),
-            counts=counts,
-            inertia=[i * SQUARE_UNIT for i in last.inertia],
-            empty_repaired=last.repaired,
-            empty_left=int((counts == 0).sum()),
-            exact_share=undecided / decisions,
-            searched_share=searched / (decisions * len(last.centroids)),
-        )
-
-    def labels(self) -> list[np.ndarray]:
-        """Of the rank's rows by shard, (P,) int32, -1 for bad rows."""
-        parts, first = [], 0
-        for good in self.share.rows.good:
-            part = np.full(len(good), -1, dtype=np.int32)
-            part[good] = self.bounds.labels[first : first + int(good.sum())].numpy()
-            parts.append(part)
-            first += int(good.sum())
-        return parts
+    steps = lloyd_steps(passes, finish_all, start, how)
+    return Fit(passes, steps, next(steps))
 
 
 def _checked_initial(initial: np.ndarray, shape: tuple[int, int]) -> Tensor:

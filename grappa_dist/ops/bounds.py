@@ -22,6 +22,15 @@ SLACK = 2.0**-20
 """Per update of a bound: more than its roundings, distances being at most about 2."""
 
 _GROUP_STEPS = 5
+_FEW_LABELS = 512  # so few are searched in one go
+_GROUP_SIZE = 256  # centroids per bound, at least, on the average
+_DIMENSIONS_PER_BOUND = 8  # of a row for each of its lower bounds, at least
+
+
+def num_bounds(num_labels: int, dim: int) -> int:
+    """Lower bounds G that are kept for each row of `dim` dimensions, one per group of centroids."""
+    few = num_labels <= _FEW_LABELS
+    return 1 if few else max(1, min(num_labels // _GROUP_SIZE, dim // _DIMENSIONS_PER_BOUND))
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,15 @@ import torch
 from grappa_dist.artifacts import Artifact, RowArrays, Store, wait_until_seen
 from grappa_dist.config import ClusteringConfig
 from grappa_dist.data.shards import ImageShards
+from grappa_dist.dist.clustering import Wanted, cluster, cluster_together, shares_passes
 from grappa_dist.dist.jobs import Job
-from grappa_dist.dist.methods import Clustering, Method, Told, Trail, cluster
+from grappa_dist.dist.methods import Clustering, Method, Told, Trail
 from grappa_dist.dist.search import Rows, raise_together
 from grappa_dist.dist.share import Share, join_rows
 from grappa_dist.dist.workers import RankContext
 from grappa_dist.files import write_json
 from grappa_dist.ops.choice import Choice, Size, choose
+from grappa_dist.ops.together import groups
 from grappa_dist.report.content import size_histogram
 from grappa_dist.stages.run import Run
 from grappa_dist.stages.trail import digest, load_trail, save_trail
@@ -152,25 +154,47 @@ def label_ranks(context: RankContext, job: LabelJob) -> None:
         [job.shard_names[i] for i in shards],
     )
     share = join_rows(comm, rows, device=context.device)
-    for number, (k, artifact) in enumerate(job.labels.items()):
-        if context.of_rank_0(artifact.complete):  # a restart finds the K that were done
-            continue
-        name = f"K={k} ({number + 1}/{len(job.labels)})"
-        context.report({"phase": f"{name} initialisation"})
-        found = _cluster(context, job, share, artifact, name)
-        folder = artifact.begin()
-        for shard, labels in zip(shards, found.result.labels, strict=True):
-            np.save(folder / rows_file(shard), labels)
-        comm.barrier()
-        if comm.rank == 0:
-            _save(folder, k, found, _method(job, k).choice)
-            (folder / PROGRESS_FILE).unlink(missing_ok=True)
-            artifact.commit(expected=[rows_file(shard) for shard in range(len(job.shard_names))])
-        comm.barrier()
+    missing = [k for k, artifact in job.labels.items() if not context.of_rank_0(artifact.complete)]  # after a restart
+    for group in _at_once(job, missing, share.dim):
+        for k, found in _clusterings(context, job, share, group):
+            _commit(context, job, k, dict(zip(shards, found.result.labels, strict=True)), found)
 
 
-def _cluster(context: RankContext, job: LabelJob, share: Share, artifact: Artifact, name: str) -> Clustering:
+def _at_once(job: LabelJob, nums: Sequence[int], dim: int) -> list[list[int]]:
+    """The K in the order in which they are made, and those of which passes over the rows serve several."""
+    shared = [k for k in nums if shares_passes(_method(job, k))]
+    return [*groups(shared, dim), *([k] for k in nums if k not in shared)]
+
+
+def _clusterings(
+    context: RankContext, job: LabelJob, share: Share, group: Sequence[int]
+) -> Iterator[tuple[int, Clustering]]:
+    wanted = (_wanted(context, job, share, k) for k in group)
+    if len(group) == 1:
+        yield group[0], cluster(share, next(wanted))
+        return
+    for place, found in cluster_together(share, wanted):
+        yield group[place], found
+
+
+def _commit(context: RankContext, job: LabelJob, k: int, labels: Mapping[int, np.ndarray], found: Clustering) -> None:
+    """Every rank writes the labels of its shards, rank 0 the rest."""
+    artifact, comm = job.labels[k], context.comm
+    folder = artifact.begin()
+    for shard, of_rows in labels.items():
+        np.save(folder / rows_file(shard), of_rows)
+    comm.barrier()
+    if comm.rank == 0:
+        _save(folder, k, found, _method(job, k).choice)
+        (folder / PROGRESS_FILE).unlink(missing_ok=True)
+        artifact.commit(expected=[rows_file(shard) for shard in range(len(job.shard_names))])
+    comm.barrier()
+
+
+def _wanted(context: RankContext, job: LabelJob, share: Share, k: int) -> Wanted:
     """One clustering, from its last saved update if there is one; rank 0 saves every update."""
+    artifact, name = job.labels[k], f"K={k} ({list(job.labels).index(k) + 1}/{len(job.labels)})"
+    context.report({"phase": f"{name} initialisation"})
     path = artifact.begin() / PROGRESS_FILE
     trail, problem = load_trail(path)
     raise_together(context.comm, problem)
@@ -186,9 +210,7 @@ def _cluster(context: RankContext, job: LabelJob, share: Share, artifact: Artifa
         if context.comm.rank == 0:
             save_trail(path, trail)
 
-    num = artifact.settings["num_labels"]
-    method = _method(job, num)
-    return cluster(share, num, method, seed=job.seed, trail=trail, told=Told(show, save))
+    return Wanted(k, _method(job, k), seed=job.seed, trail=trail or {}, told=Told(show, save))
 
 
 def _method(job: LabelJob, num: int) -> Method:

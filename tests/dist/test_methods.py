@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from grappa_dist.dist import balance, hierarchical, lowest, row_labels
+from grappa_dist.dist.clustering import Wanted, cluster
 from grappa_dist.dist.comm import Comm
 from grappa_dist.dist.lloyd import Progress
-from grappa_dist.dist.methods import Clustering, Method, Told, cluster
+from grappa_dist.dist.methods import Clustering, Method, Told
 from grappa_dist.dist.sharded_kmeans import sharded_kmeans
 from grappa_dist.dist.share import Share, join_rows
 from grappa_dist.ops.choice import Choice
@@ -66,7 +67,7 @@ def share_of(comm: Comm, x: np.ndarray, block_rows: int) -> Share:
 
 def run_cases(comm: Comm, block_rows: int) -> dict[str, Clustering]:
     return {
-        name: cluster(share_of(comm, ROWS[rows], block_rows), num, how, seed=3)
+        name: cluster(share_of(comm, ROWS[rows], block_rows), Wanted(num, how, seed=3))
         for name, (rows, num, how) in CASES.items()
     }
 
@@ -170,7 +171,7 @@ def test_a_shortcut_comes_near_the_exact_objective() -> None:
     x = clustered(4000, 16, 80)
     share = share_of(Comm(), x, 4096)
     found = {
-        name: cluster(share, 400, method(name, iterations=8, sample_rows_per_cluster=6)).result.inertia[-1]
+        name: cluster(share, Wanted(400, method(name, iterations=8, sample_rows_per_cluster=6))).result.inertia[-1]
         for name in ("exact", "approximate", "hierarchical", "sampled")
     }
     assert found["approximate"] < 1.05 * found["exact"]
@@ -180,7 +181,7 @@ def test_a_shortcut_comes_near_the_exact_objective() -> None:
 
 def test_lists_mostly_agree_with_the_exact_assignment(alone: dict[str, Clustering]) -> None:
     share = share_of(Comm(), clustered(5000, 16, 300), 4096)
-    found = cluster(share, 900, method("hierarchical", "approximate"))
+    found = cluster(share, Wanted(900, method("hierarchical", "approximate")))
     assert found.agreement is not None
     assert found.agreement.share >= 0.98
     assert found.agreement.rows == 4096
@@ -201,10 +202,10 @@ RESUMED = [name for name in CASES if "one row" not in name and name != "sampled,
 def test_a_run_resumed_after_any_update_ends_as_if_it_had_not_stopped(alone: dict[str, Clustering], name: str) -> None:
     rows, num, how = CASES[name]
     share, saved = share_of(Comm(), ROWS[rows], 100), list[dict[str, Progress]]()
-    cluster(share, num, how, seed=3, told=Told(on_update=lambda trail: saved.append(dict(trail))))
+    cluster(share, Wanted(num, how, seed=3, told=Told(on_update=lambda trail: saved.append(dict(trail)))))
     assert saved
     for trail in saved[:: max(1, len(saved) // 8)] + saved[-1:]:
-        again = cluster(share, num, how, seed=3, trail=trail)
+        again = cluster(share, Wanted(num, how, seed=3, trail=trail))
         assert np.array_equal(again.result.centroids, alone[name].result.centroids)
         assert np.array_equal(np.concatenate(again.result.labels), np.concatenate(alone[name].result.labels))
         assert figures(again) == figures(alone[name])
@@ -213,7 +214,9 @@ def test_a_run_resumed_after_any_update_ends_as_if_it_had_not_stopped(alone: dic
 def test_a_row_meets_only_the_centroids_of_its_own_coarse_cluster() -> None:
     x = clustered(300, 6, 20)
     share, saved = share_of(Comm(), x, 64), list[dict[str, Progress]]()
-    cluster(share, 30, method("hierarchical", iterations=3), told=Told(on_update=lambda t: saved.append(dict(t))))
+    cluster(
+        share, Wanted(30, method("hierarchical", iterations=3), told=Told(on_update=lambda t: saved.append(dict(t))))
+    )
     heads = saved[-1]["0/coarse"].centroids
     fine = [trail["0/fine"] for trail in saved if "0/fine" in trail]
     good = x[good_rows(x)]
@@ -235,4 +238,4 @@ def test_a_row_meets_only_the_centroids_of_its_own_coarse_cluster() -> None:
 
 def test_more_labels_than_rows_are_refused() -> None:
     with pytest.raises(ValueError, match="num_labels must be from 1 to the number of good rows, 1, got 2"):
-        cluster(share_of(Comm(), ROWS["one row"], 8), 2, method("hierarchical"))
+        cluster(share_of(Comm(), ROWS["one row"], 8), Wanted(2, method("hierarchical")))

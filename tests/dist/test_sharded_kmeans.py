@@ -11,8 +11,9 @@ import torch.nn.functional as F
 
 from grappa_dist.dist.comm import Comm
 from grappa_dist.dist.lloyd import Progress
+from grappa_dist.dist.passes import LloydPasses
 from grappa_dist.dist.search import Rows
-from grappa_dist.dist.sharded_kmeans import KMeansResult, LloydPasses, sharded_kmeans
+from grappa_dist.dist.sharded_kmeans import KMeansResult, sharded_kmeans
 from grappa_dist.dist.share import join_rows
 from grappa_dist.ops.exact import GRID, to_grid
 from tests.processes import run_ranks

@@ -100,14 +100,14 @@ def test_shards_of_billions_of_rows_are_shared_out_exactly() -> None:
     assert [list(own_shards(starts, rank, 3)) for rank in range(3)] == [[0, 1], [2, 3], [4, 5]]
 
 
-def label_job(folder: Path, store: Store, **settings: Any) -> LabelJob:
+def label_job(folder: Path, store: Store, nums: tuple[int, ...] = (12,), **settings: Any) -> LabelJob:
     rng = np.random.default_rng(0)
     rows = rng.standard_normal((300, 8)).astype(np.float32)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     np.save(folder / "rows.npy", rows)
     features = RowArrays((str(folder / "rows.npy"),), (0, 300))
-    clustering = ClusteringConfig(num_labels=(12,), iterations=8, **settings)
-    labels = {12: labels_of(store, clustering, 0, 12, [], num_rows=300)}
+    clustering = ClusteringConfig(num_labels=nums, iterations=8, **settings)
+    labels = {num: labels_of(store, clustering, 0, num, [], num_rows=300) for num in nums}
     return LabelJob(features, ("shard",), np.array([5, 70]), labels, clustering, 0)
 
 
@@ -154,6 +154,24 @@ def test_a_stopped_clustering_goes_on_from_its_last_update_to_the_same_files(tmp
         del stats[figure], as_before[figure]
     assert stats == as_before
     assert Clustering(**json.loads(found["stats.json"])).method == stats["method"]  # the report takes them
+
+
+@pytest.mark.parametrize("stop_after", [1, 4, 8, 15])
+def test_several_numbers_of_labels_are_fitted_at_once_and_end_as_alone(tmp_path: Path, stop_after: int) -> None:
+    nums = (12, 3, 5)
+    job = label_job(tmp_path, Store(tmp_path / "at once"), nums)
+    heard: list[str] = []
+    with pytest.raises(Stopped):
+        label_ranks(context(stop_after, heard), job)
+    label_ranks(context(None, heard), job)
+    first = [said.split(" (")[0] for said in heard if "iteration 2" in said]
+    assert first[:2] == ["K=3", "K=5"]  # in turns, and before the largest
+    for num in nums:
+        alone = label_job(tmp_path, Store(tmp_path / f"alone {num}"), (num,))
+        label_ranks(context(None, []), alone)
+        found, expected = files_of(job.labels[num]), files_of(alone.labels[num])
+        assert found[rows_file(0)] == expected[rows_file(0)]
+        assert found["centroids.npy"] == expected["centroids.npy"]
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:

@@ -1,0 +1,116 @@
+"""Passes of exact k-means over the rows of a rank, for one number of labels or for several at once.
+
+Shapes: P rows of one block, K centroids, D dimensions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from threading import Lock
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from grappa_dist.dist.scratch import scratch
+from grappa_dist.dist.share import RowBlock, Share
+from grappa_dist.dist.threads import side_by_side
+from grappa_dist.ops.bounds import Bounds, Drift, Groups, num_bounds
+from grappa_dist.ops.kmeans import Stats
+from grappa_dist.ops.proposals import Centroids, joined
+from grappa_dist.ops.reassign import GroupedCentroids, Moves, reassign
+
+
+def advance_together(wanted: Sequence[tuple[LloydPasses, Tensor]]) -> list[Centroids]:
+    """Makes each of several clusterings of one share the one by these centroids, reading the rows once for all."""
+    share = wanted[0][0].share
+    assert all(kept.share is share for kept, _ in wanted)
+    passes = [_Pass.of(kept, centroids) for kept, centroids in wanted]
+
+    def work(block: RowBlock) -> list[Moves]:
+        return [one.over(block) for one in passes]
+
+    for found in side_by_side(work, share.row_blocks(), share.threads):
+        for one, moves in zip(passes, found, strict=True):
+            one.kept.undecided += moves.undecided
+            one.kept.searched += moves.searched
+    for one in passes:
+        one.end()
+    return [one.grouped.whole for one in passes]
+
+
+@dataclass
+class LloydPasses:
+    """Passes over a share's rows that keep what they learn: bounds per row, and sums that only moved rows change."""
+
+    share: Share
+    groups: Groups
+    bounds: Bounds  # of the good rows, in their order
+    stats: Stats  # of all ranks
+    centroids: Tensor  # of the last pass
+    number: int = 0
+    undecided: int = 0  # of this rank, as is `searched`
+    searched: int = 0
+
+    @staticmethod
+    def over(share: Share, centroids: Tensor) -> LloydPasses:
+        num_labels, dim = centroids.shape
+        groups = Groups.around(centroids, num_bounds(num_labels, dim))
+        num = share.rows.num_good
+        bounds = Bounds(
+            labels=scratch((num,), torch.int32).fill_(-1),
+            upper=scratch((num,), torch.float32).fill_(math.inf),
+            lower=scratch((num, len(groups.members)), torch.float32).fill_(-math.inf),
+            squares=share.squares,
+        )
+        return LloydPasses(share, groups, bounds, Stats.zeros(num_labels, dim, share.device), centroids)
+
+    def labels(self) -> list[np.ndarray]:
+        """Of the rank's rows by shard, (P,) int32, -1 for bad rows."""
+        parts, first = [], 0
+        for good in self.share.rows.good:
+            part = np.full(len(good), -1, dtype=np.int32)
+            part[good] = self.bounds.labels[first : first + int(good.sum())].numpy()
+            parts.append(part)
+            first += int(good.sum())
+        return parts
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One pass of one clustering: labels, bounds and sums by new centroids."""
+
+    kept: LloydPasses
+    grouped: GroupedCentroids
+    drift: Drift | None  # of the centroids since the last pass, if there was one
+    change: Stats  # of this rank's sums
+    adding: Lock = field(default_factory=Lock)
+
+    @staticmethod
+    def of(kept: LloydPasses, centroids: Tensor) -> _Pass:
+        grouped = GroupedCentroids.of(centroids, kept.groups, kept.share.proposer)
+        drift = Drift.between(kept.centroids, centroids, kept.groups) if kept.number else None
+        num_labels, dim = centroids.shape
+        return _Pass(kept, grouped, drift, Stats.zeros(num_labels, dim, kept.share.device))
+
+    def over(self, block: RowBlock) -> Moves:
+        kept = self.kept.bounds.part(block.places)
+        bounds = kept.to(self.kept.share.device)
+        if self.drift:
+            bounds.shift_(self.drift)
+        moves = reassign(block.take, self.grouped, bounds)
+        kept.copy_(bounds)
+        if len(moves.rows):
+            x, squares = joined(block.take(moves.rows)), bounds.squares[moves.rows]
+            with self.adding:
+                self.change.add_(x, squares, moves.after)
+                if self.drift:
+                    self.change.add_(x, squares, moves.before, sign=-1)
+        return moves
+
+    def end(self) -> None:
+        self.kept.centroids, self.kept.number = self.grouped.whole.values, self.kept.number + 1
+        for kept, of_ranks in zip(self.kept.stats.tensors, self.change.tensors, strict=True):
+            kept.add_(self.kept.share.total(of_ranks))
