@@ -34,7 +34,7 @@ def advance_together(wanted: Sequence[tuple[LloydPasses, Tensor]]) -> list[Centr
 
     for found in side_by_side(work, share.row_blocks(), share.threads):
         for one, moves in zip(passes, found, strict=True):
-            one.kept.undecided += moves.undecided
+            one.kept.by_integers += moves.by_integers
             one.kept.searched += moves.searched
     for one in passes:
         one.end()
@@ -51,8 +51,8 @@ class LloydPasses:
     stats: Stats  # of all ranks
     centroids: Tensor  # of the last pass
     number: int = 0
-    undecided: int = 0  # of this rank, as is `searched`
-    searched: int = 0
+    by_integers: int = 0  # rows of this rank that no float could settle, over all passes
+    searched: int = 0  # distances that it estimated
 
     @staticmethod
     def over(share: Share, centroids: Tensor) -> LloydPasses:

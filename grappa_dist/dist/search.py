@@ -107,11 +107,8 @@ class Rows:
         return sum(int(good.sum()) for good in self.good)
 
     def plain(self, block_rows: int) -> tuple[bool, ...]:
-        """Whether a shard can be used as it lies there: all of its rows are good, and on the grid."""
-        return tuple(
-            bool(good.all()) and all(on_grid(s[i : i + block_rows]) for i in range(0, len(s), block_rows))
-            for s, good in zip(self.shards, self.good, strict=True)
-        )
+        """Whether a shard can be used as it lies there: all of its rows are on the grid, good or not."""
+        return tuple(all(on_grid(s[i : i + block_rows]) for i in range(0, len(s), block_rows)) for s in self.shards)
 
     @cached_property
     def starts(self) -> np.ndarray:

@@ -8,7 +8,7 @@ Shapes: P rows of one block, K centroids, D dimensions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +37,7 @@ class KMeansResult:
     inertia: list[float]  # sum of squared distances before each update, then that of the returned labels
     empty_repaired: int  # empty clusters given a part of another, over all iterations
     empty_left: int  # labels without a row
-    exact_share: float  # of all assignments, those left open by estimates; depends on ranks, blocks and machine
+    exact_share: float  # of all assignments, those that took integers; depends on ranks, blocks and machine
     searched_share: float  # of all distances to all centroids, those that bounds did not spare; likewise
 
 
@@ -59,16 +59,20 @@ def kmeans(share: Share, num_labels: int, **settings: Any) -> KMeansResult:
     return next(end_together([begin(share, num_labels, **settings)])).result()
 
 
-def end_together(fits: Sequence[Fit]) -> Iterator[Fit]:
-    """Goes on with all fits of one share side by side, and gives each when it ends: a pass over the rows serves all."""
-    under_way = list(fits)
-    while under_way:
-        prepared = advance_together([(fit.passes, fit.wanted) for fit in under_way])
-        for fit, centroids in zip(under_way, prepared, strict=True):
+def end_together(fits: list[Fit]) -> Iterator[Fit]:
+    """Goes on with all fits of one share side by side, and gives each when it ends: a pass over the rows serves all.
+
+    Uses the list up, so that what has ended need not stay in memory until the last one does.
+    """
+    while fits:
+        prepared = advance_together([(fit.passes, fit.wanted) for fit in fits])
+        for fit, centroids in zip(fits, prepared, strict=True):
             fit.go_on(centroids)
-        ended = [fit for fit in under_way if fit.last]
-        under_way = [fit for fit in under_way if not fit.last]
-        yield from ended
+        ended = [fit for fit in fits if fit.last]
+        fits[:] = [fit for fit in fits if not fit.last]
+        del prepared, fit
+        while ended:
+            yield ended.pop(0)
 
 
 @dataclass(eq=False)
@@ -92,7 +96,8 @@ class Fit:
         passes, last = self.passes, self.last
         assert last is not None
         counts = passes.stats.counts.cpu().numpy()
-        searched, undecided = (int(passes.share.total(torch.tensor(n))) for n in (passes.searched, passes.undecided))
+        told = passes.share.total(torch.tensor([passes.by_integers, passes.searched]))
+        by_integers, searched = told.tolist()
         decisions = passes.share.num_good * passes.number
         return KMeansResult(
             centroids=last.centroids,
@@ -101,7 +106,7 @@ class Fit:
             inertia=[i * SQUARE_UNIT for i in last.inertia],
             empty_repaired=last.repaired,
             empty_left=int((counts == 0).sum()),
-            exact_share=undecided / decisions,
+            exact_share=by_integers / decisions,
             searched_share=searched / (decisions * len(last.centroids)),
         )
 

@@ -80,11 +80,20 @@ def nearest_of_pairs(x: Tensor, squares: Tensor, centroids: Centroids, pairs: tu
     return Assignment(nearest.masked_fill_(nearest == most, -1), best.clamp_(max=FAR).long())
 
 
-def decided(x: Tensor, squares: Tensor, centroids: Centroids, pairs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """As `nearest_of_pairs`, for rows that are all in some pair, but of the distance only what it does not exceed.
+@dataclass(frozen=True)
+class Decided:
+    """Nearest centroids of some rows, and of their distances only a bound."""
 
-    That is (P,) labels and (P,) float64 squared distances. Products in float32 settle nearly all rows at a third of the
-    cost of exact ones, which settle the rest.
+    labels: Tensor  # (P,) int64, exact
+    above: Tensor  # (P,) float64, at least the squared distance
+    by_integers: Tensor  # (P,) bool, rows that float32 left open
+
+
+def decide_pairs(x: Tensor, squares: Tensor, centroids: Centroids, pairs: tuple[Tensor, Tensor]) -> Decided:
+    """As `nearest_of_pairs`, for rows that are all in some pair, at a third of the cost.
+
+    Products in float32 settle nearly all rows: those with one centroid only within the error of the nearest. Exact
+    ones settle the rest.
     """
     rows, labels = pairs
     products = _dots(x, centroids.values, pairs, torch.float32).double()
@@ -97,7 +106,7 @@ def decided(x: Tensor, squares: Tensor, centroids: Centroids, pairs: tuple[Tenso
     several = torch.bincount(rows, minlength=len(x)) > 1
     some = several[rows].nonzero()[:, 0]
     exact = nearest_of_pairs(x, squares, centroids, (rows[some], labels[some]))
-    return torch.where(several, exact.labels, nearest), best + error
+    return Decided(torch.where(several, exact.labels, nearest), best + error, several)
 
 
 def pair_squares(x: Tensor, squares: Tensor, centroids: Centroids, pairs: tuple[Tensor, Tensor]) -> Tensor:

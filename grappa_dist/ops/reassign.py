@@ -18,7 +18,7 @@ from torch import Tensor
 
 from grappa_dist.ops.bounds import SLACK, Bounds, Groups
 from grappa_dist.ops.exact import GRID
-from grappa_dist.ops.nearest import best_of_all, decided, pair_squares
+from grappa_dist.ops.nearest import best_of_all, decide_pairs, pair_squares
 from grappa_dist.ops.proposals import Centroids, PreparedRows, Proposer, joined
 
 _PLACES = 3  # proposals of each of many groups
@@ -50,7 +50,7 @@ class Moves:
     rows: Tensor  # (m,) positions in the block
     before: Tensor  # (m,) int64, -1 on the first pass
     after: Tensor  # (m,) int64
-    undecided: int  # rows that estimates left open
+    by_integers: int  # rows that no float could settle
     searched: int  # distances estimated
 
 
@@ -69,7 +69,7 @@ def reassign(take: Take, centroids: GroupedCentroids, bounds: Bounds) -> Moves:
     _rebound(bounds, block, proposals, nearest, centroids.groups)
     changed = (nearest.labels != block.own).nonzero()[:, 0]
     moved = (block.rows[changed], block.own[changed], nearest.labels[changed])
-    return Moves(*moved, nearest.undecided, proposals.searched)
+    return Moves(*moved, nearest.by_integers, proposals.searched)
 
 
 @dataclass(frozen=True)
@@ -163,11 +163,11 @@ def _reach(nearest: Tensor, own: Tensor, error: float) -> Tensor:
 class _Nearest:
     labels: Tensor  # (M,) int64, exact
     above: Tensor  # (M,) float64, at least the squared distance
-    undecided: int
+    by_integers: int
 
 
 def _decide(block: _Block, centroids: GroupedCentroids, proposals: _Proposals) -> _Nearest:
-    """Estimates decide where only one centroid can be the nearest, exact distances where more can."""
+    """Estimates decide where only one centroid can be the nearest; sharper ones, then integers, where more can."""
     is_own = (proposals.labels == block.own) & block.own_distances.isfinite()
     rivals = proposals.distances.masked_fill(is_own, math.inf).flatten(0, 1)  # (2 G, M)
     best, place = rivals.min(0)
@@ -192,9 +192,14 @@ def _decide(block: _Block, centroids: GroupedCentroids, proposals: _Proposals) -
         pairs += [*others, *_nearest_of_crowds(block, centroids, crowded)]
         rows, rivals_there = (torch.cat(column) for column in zip(*pairs, strict=True))
         of_undecided = (torch.searchsorted(undecided, rows), rivals_there)
-        rivalry = (block.at(undecided), block.squares[undecided], centroids.whole, of_undecided)
-        labels[undecided], above[undecided] = decided(*rivalry)
-    return _Nearest(labels, above, len(undecided))
+        found = decide_pairs(block.at(undecided), block.squares[undecided], centroids.whole, of_undecided)
+        labels[undecided] = found.labels
+        above[undecided] = torch.minimum(above[undecided], found.above)
+        by_integers = found.by_integers
+        for _, rows in crowded:
+            by_integers[torch.searchsorted(undecided, rows)] = True
+        return _Nearest(labels, above, int(by_integers.sum()))
+    return _Nearest(labels, above, 0)
 
 
 def _nearest_of_crowds(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +14,7 @@ from grappa_dist.dist.comm import Comm
 from grappa_dist.dist.lloyd import Progress
 from grappa_dist.dist.methods import Clustering, Method, Told
 from grappa_dist.dist.search import Rows
+from grappa_dist.dist.sharded_kmeans import begin, end_together
 from grappa_dist.dist.share import RowBlock, Share, join_rows
 from grappa_dist.ops.choice import Choice
 from tests.dist.test_sharded_kmeans import clustered, cuts, part_of
@@ -59,6 +61,16 @@ def test_they_end_at_different_times_and_each_is_given_when_it_does() -> None:
     iterations = {3: 5, 40: 1, 7: 3}
     wanted = [Wanted(num, exact(iterations=n)) for num, n in iterations.items()]
     assert [place for place, _ in cluster_together(share_of(Comm()), wanted)] == [1, 2, 0]
+
+
+def test_what_has_ended_is_let_go_while_others_go_on() -> None:
+    share = share_of(Comm())
+    fits = [begin(share, num, iterations=n) for num, n in ((3, 5), (40, 1), (7, 3))]
+    kept = [weakref.ref(fit.passes) for fit in fits]
+    given = end_together(fits)
+    del fits
+    left = [(len(next(given).result().centroids), [passes() is not None for passes in kept]) for _ in range(3)]
+    assert left == [(40, [True, False, True]), (7, [True, False, False]), (3, [False, False, False])]
 
 
 def test_one_stopped_in_the_middle_goes_on_beside_others() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from grappa_dist.ops import nearest
 from grappa_dist.ops.exact import GRID, exact_square, to_grid
 from grappa_dist.ops.halves import HalfProposer
-from grappa_dist.ops.nearest import FAR, assign, decided, nearest_of_pairs, pair_dots, pair_squares
+from grappa_dist.ops.nearest import FAR, assign, decide_pairs, nearest_of_pairs, pair_dots, pair_squares
 from grappa_dist.ops.proposals import Centroids, FloatProposer, Proposer, float_error
 
 
@@ -133,8 +133,9 @@ def test_pairs_are_decided_as_by_exact_distances_and_no_row_is_further_than_said
     rows = torch.cat([torch.arange(60), torch.randint(0, 60, (900,), generator=torch.Generator().manual_seed(3))])
     pairs = (rows, torch.randint(0, len(c), rows.shape, generator=torch.Generator().manual_seed(4)))
     exact = nearest_of_pairs(x, exact_square(x), Centroids.of(c), pairs)
-    labels, above = decided(x, exact_square(x), Centroids.of(c), pairs)
-    assert torch.equal(labels, exact.labels)
-    over = above - exact.squares.double() / GRID**2
+    found = decide_pairs(x, exact_square(x), Centroids.of(c), pairs)
+    assert torch.equal(found.labels, exact.labels)
+    assert 0 < int(found.by_integers.sum()) < len(x) or dim == 1
+    over = found.above - exact.squares.double() / GRID**2
     assert bool((over >= 0).all())
     assert float(over.max()) < 4 * float_error(dim, 2.01)

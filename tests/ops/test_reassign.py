@@ -139,7 +139,7 @@ def test_centroids_that_stand_still_are_not_searched_again() -> None:
 
 def test_rows_far_from_any_tie_are_decided_by_floats() -> None:
     c = torch.eye(5)
-    assert [m.undecided for m in follow(c.repeat(3, 1), [c], Groups.around(c, 2))] == [0]
+    assert [m.by_integers for m in follow(c.repeat(3, 1), [c], Groups.around(c, 2))] == [0]
 
 
 def test_no_rows_make_no_moves() -> None:
