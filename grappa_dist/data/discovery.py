@@ -17,12 +17,12 @@ from typing import Any
 from numpy.typing import NDArray
 
 from grappa_dist.data.cache import CacheSettings
-from grappa_dist.data.index import IMAGE_SUFFIXES, Shard, entry, index_shard, shard_of, write_rows
+from grappa_dist.data.checksums import check_newer
+from grappa_dist.data.index import COMMITTED, IMAGE_SUFFIXES, Shard, entry, index_shard, shard_of, write_rows
 from grappa_dist.data.remote import RemoteObject, is_remote
 from grappa_dist.data.remote_index import RemoteRows, committed_indexes, index_remote, list_remote
 from grappa_dist.files import write_json
 
-COMMITTED = "index.json"  # written last beside finished shards
 Index = str | RemoteRows | NDArray[Any]  # a .npy of ROW, one that is fetched when it is wanted, or the rows
 _Found = tuple[Shard, Index]
 Progress = Callable[[int], object]
@@ -58,7 +58,10 @@ def find_shards(
         if isinstance(tar, RemoteObject):
             return remote.get(tar.url) or missing.of(tar, lambda: index_remote(tar, settings))
         known = committed[tar.parent]
-        return missing.of(tar, lambda: index_shard(tar)) if known is None else known[tar.name]
+        if known is None:
+            return missing.of(tar, lambda: index_shard(tar))
+        check_newer(tar, known[tar.name][0], index_dir, write=write)
+        return known[tar.name]
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         found = list(pool.map(find, tars))

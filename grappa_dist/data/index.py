@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from grappa_dist.files import replacing
 
 ROW = np.dtype([("offset", "<u8"), ("size", "<u4"), ("json_offset", "<u8"), ("json_size", "<u4")])  # 24 bytes an image
+COMMITTED = "index.json"  # written last beside finished shards
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 INDEX_VERSION = 1
 _NAME = re.compile(r"^((?:.*/)?[^/.]+)\.([^/]*)$", re.DOTALL)  # WebDataset's grouping: the first dot of the base name
@@ -57,7 +58,7 @@ def index_shard(path: str | os.PathLike[str]) -> tuple[NDArray[Any], Shard]:
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         rows, ignored = scan(file, path)
-        fingerprint = _sha256(file)
+        fingerprint = sha256_of(file)
     return rows, Shard(path.name, str(path.absolute()), len(rows), size, fingerprint, ignored)
 
 
@@ -137,7 +138,8 @@ def refusal(place: Any) -> str:
     return "" if place["json_size"] else REFUSED.get(int(place["json_offset"]), "")
 
 
-def _sha256(file: BinaryIO) -> str:
+def sha256_of(file: BinaryIO) -> str:
+    """Of all bytes of a file."""
     file.seek(0)
     digest = hashlib.sha256()
     while block := file.read(1 << 22):

@@ -11,8 +11,8 @@ from io import BytesIO
 from pathlib import Path
 from types import TracebackType
 
-from grappa_dist.data.discovery import COMMITTED, committed_index
-from grappa_dist.data.index import IMAGE_SUFFIXES, INDEX_VERSION, Shard, entry, index_shard, write_rows
+from grappa_dist.data.discovery import committed_index
+from grappa_dist.data.index import COMMITTED, IMAGE_SUFFIXES, INDEX_VERSION, Shard, entry, index_shard, write_rows
 from grappa_dist.files import sync, write_json
 
 Member = tuple[str, bytes]  # suffix and content
