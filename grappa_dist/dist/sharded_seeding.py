@@ -22,9 +22,9 @@ def seed_centroids(share: Share, num_labels: int, seed: int) -> Tensor:
     """k-means++ centroids, (K, D): each a row drawn in proportion to its squared distance from those before it.
 
     A round draws up to half as many candidates as there are centroids and thins them out so that their law is that of
-    one draw at a time (`accept`). So the rows are read some 3 log(K) times instead of K times, by matrix products.
-    Draws are integers below an integer total, located in the order of all rows. When no row is left at a distance, the
-    lowest rows not chosen fill up.
+    one draw at a time (`accept`). So the rows are read some 3 log K + K / 2048 times instead of K times, by matrix
+    products. Draws are integers below an integer total, located in the order of all rows. When no row is left at a
+    distance, the lowest rows not chosen fill up.
     """
     weights = scratch((len(share.rows),), torch.int64)
     for positions in share.good_positions():

@@ -47,6 +47,7 @@ CASES: dict[str, tuple[np.ndarray, dict[str, Any]]] = {
     "equal starts": (clustered(200, 6, 5), {"num_labels": 8, "iterations": 12, "initial": START}),
     "groups": (clustered(1500, 32, 300), {"num_labels": 600, "iterations": 6}),
     "no iteration": (clustered(30, 3, 3), {"num_labels": 5, "iterations": 0}),
+    "2048 dimensions": (clustered(90, 2048, 6), {"num_labels": 7, "iterations": 3}),
 }
 
 
@@ -203,6 +204,18 @@ def test_many_labels_are_searched_by_groups() -> None:
     share = join_rows(Comm(), part_of(x, 0, len(x)), device=torch.device("cpu"))
     passes = LloydPasses.over(share, to_grid(torch.from_numpy(x[: settings["num_labels"]])))
     assert len(passes.groups.members) > 1
+
+
+def test_more_pairs_of_row_and_centroid_than_32_bits_count_are_all_told_apart() -> None:
+    num, num_labels = 66_000, 33_000
+    assert num * num_labels > 2**31
+    x = clustered(num, 16, num)
+    result = sharded_kmeans(
+        Comm(), Rows([x], [np.ones(num, dtype=bool)]), num_labels, iterations=0, initial=x[-num_labels:]
+    )
+    some = np.random.default_rng(0).choice(num, 200, replace=False)
+    exact = distances(x[some], to_grid(torch.from_numpy(x[-num_labels:])).numpy())
+    assert result.labels[0][some].tolist() == exact.argmin(1).tolist()
 
 
 def test_a_value_a_little_above_one_counts_alike_in_any_shard_and_memory() -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from grappa_dist.stages.pseudo_label import (
     rows_file,
     shortcuts_in_words,
 )
+from tests.processes import run_ranks
 
 
 @pytest.mark.parametrize(
@@ -104,11 +107,15 @@ def label_job(folder: Path, store: Store, nums: tuple[int, ...] = (12,), **setti
     rng = np.random.default_rng(0)
     rows = rng.standard_normal((300, 8)).astype(np.float32)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    np.save(folder / "rows.npy", rows)
-    features = RowArrays((str(folder / "rows.npy"),), (0, 300))
+    starts = (0, 100, 100, 137, 138, 300)  # uneven, one shard empty
+    paths = tuple(str(folder / f"rows-{i}.npy") for i in range(len(starts) - 1))
+    for path, first, after in zip(paths, starts, starts[1:], strict=False):
+        np.save(path, rows[first:after])
+    features = RowArrays(paths, starts)
     clustering = ClusteringConfig(num_labels=nums, iterations=8, **settings)
     labels = {num: labels_of(store, clustering, 0, num, [], num_rows=300) for num in nums}
-    return LabelJob(features, ("shard",), np.array([5, 70]), labels, clustering, 0)
+    names = tuple(f"shard {i}" for i in range(len(paths)))
+    return LabelJob(features, names, np.array([5, 70]), labels, clustering, 0)
 
 
 def context(stop_after: int | None, heard: list[str]) -> RankContext:
@@ -146,8 +153,8 @@ def test_a_stopped_clustering_goes_on_from_its_last_update_to_the_same_files(tmp
     label_ranks(context(None, heard), stopped)
     assert heard[1] == before[-1]  # what it was told last was of an update not saved yet
     found, expected = files_of(artifact), files_of(whole.labels[12])
-    assert set(found) == {"stats.json", "centroids.npy", rows_file(0)}
-    assert found[rows_file(0)] == expected[rows_file(0)]
+    assert set(found) == {"stats.json", "centroids.npy", *map(rows_file, range(5))}
+    assert all(found[rows_file(i)] == expected[rows_file(i)] for i in range(5))
     assert found["centroids.npy"] == expected["centroids.npy"]
     stats, as_before = (json.loads(files["stats.json"]) for files in (found, expected))
     for figure in ("exact_share", "searched_share"):  # of the passes made, which a resume makes fewer of
@@ -170,8 +177,36 @@ def test_several_numbers_of_labels_are_fitted_at_once_and_end_as_alone(tmp_path:
         alone = label_job(tmp_path, Store(tmp_path / f"alone {num}"), (num,))
         label_ranks(context(None, []), alone)
         found, expected = files_of(job.labels[num]), files_of(alone.labels[num])
-        assert found[rows_file(0)] == expected[rows_file(0)]
-        assert found["centroids.npy"] == expected["centroids.npy"]
+        assert set(found) == set(expected)
+        assert all(found[name] == expected[name] for name in found if name != "stats.json")
+
+
+def label(comm: Comm, job: LabelJob, killed_after: int | None) -> None:
+    """A rank of the job; the last rank kills itself after so many reports."""
+    heard = 0
+
+    def report(status: dict[str, str]) -> None:
+        nonlocal heard
+        heard += 1
+        if comm.rank == comm.size - 1 and heard == killed_after:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    label_ranks(RankContext(comm, torch.device("cpu"), report, lambda: False), job)
+
+
+@pytest.mark.parametrize("killed_after", [4, 9])
+def test_killed_ranks_and_other_ranks_that_go_on_change_no_byte(tmp_path: Path, killed_after: int) -> None:
+    nums = (3, 5, 12)
+    killed, whole = (label_job(tmp_path, Store(tmp_path / name), nums) for name in ("killed", "whole"))
+    with pytest.raises(RuntimeError, match="rank 1 of 2 died without a word"):
+        run_ranks(label, 2, killed, killed_after)
+    assert any((artifact.begin() / PROGRESS_FILE).exists() for artifact in killed.labels.values())
+    run_ranks(label, 3, killed, None)
+    run_ranks(label, 1, whole, None)
+    for num in nums:
+        found, expected = files_of(killed.labels[num]), files_of(whole.labels[num])
+        assert set(found) == set(expected)
+        assert all(found[name] == expected[name] for name in found if name != "stats.json")
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
