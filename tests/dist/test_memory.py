@@ -36,7 +36,7 @@ from tests.processes import run_ranks
 from tests.stages import tiny
 
 DIM, BLOCK_ROWS, RANKS = 64, 2048, 2
-FEW, MANY = 20_000, 160_000
+FEW, MANY = 30_000, 240_000
 NUM_LABELS = (16, 32)
 MORE = (MANY - FEW) // RANKS  # rows of a rank
 SHARE = MORE * (1 + 4 + 8 + 8)  # a flag, a label, and while seeding a weight and a running sum
