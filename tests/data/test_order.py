@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from grappa_dist.data.decoding import BadImage
 from grappa_dist.data.order import EpochOrder
 from grappa_dist.data.shards import ROW, ImageShards, Shard
+from tests.data.test_shards import write_tar
 
 
 def shards_of(*sizes: int) -> ImageShards:
@@ -55,6 +59,36 @@ def test_a_batch_does_not_depend_on_the_batches_drawn_before_it() -> None:
         resumed = EpochOrder(shards, bad, seed=1, epoch=2, streams=8, window=16)
         assert np.array_equal(resumed.batch(t, 30), whole[t])
         assert np.array_equal(read_through.batch(t, 30), whole[t])
+
+
+def test_an_epoch_resumed_on_other_numbers_of_ranks_reads_exactly_the_rows_that_are_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for shard, rows in enumerate((50, 0, 1, 200)):
+        write_tar(tmp_path / f"{shard}.tar", {f"{row:04d}.jpg": b"%d/%d" % (shard, row) for row in range(rows)})
+    read: list[bytes] = []
+    images = ImageShards.images
+
+    def recorded(self: ImageShards, rows: Sequence[int]) -> Iterator[bytes | BadImage]:
+        for data in images(self, rows):
+            read.append(data if isinstance(data, bytes) else b"")
+            yield data
+
+    monkeypatch.setattr(ImageShards, "images", recorded)
+    of_parts: list[set[bytes]] = []
+    for ranks, steps in ((3, range(4)), (1, range(4, 6)), (2, range(6, 9))):
+        read.clear()
+        for rank in range(ranks):  # each opens the shards and the order anew, as a process does
+            shards = ImageShards.open([tmp_path], tmp_path / "index")
+            order = EpochOrder(shards, np.array([3, 60]), seed=1, epoch=2, streams=8, window=16)
+            assert order.batches(30) == 9
+            for t in steps:
+                list(shards.images(order.batch_share(t, 30, rank, ranks).tolist()))
+        of_parts.append(set(read))
+        assert len(read) == len(of_parts[-1])  # none twice
+    good = {b"%d/%d" % shards.locate(row) for row in range(251)} - {b"%d/%d" % shards.locate(row) for row in (3, 60)}
+    assert set.union(*of_parts) == good
+    assert sum(map(len, of_parts)) == len(good)
 
 
 def test_a_rank_reads_its_own_streams_only_and_each_nearly_in_order() -> None:

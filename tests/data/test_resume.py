@@ -20,7 +20,10 @@ from grappa_dist.data.order import EpochOrder
 from grappa_dist.data.remote import TRAFFIC
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.data.writer import ShardWriter
+from grappa_dist.dist.comm import Comm
 from tests.conftest import Bucket
+from tests.dist.test_memory import watched
+from tests.processes import run_ranks
 from tests.stores import Answer, Door, door_to
 
 NUM_SHARDS, ROWS, IMAGE = 1000, 10_000, 3_000
@@ -40,26 +43,32 @@ def content(shard: int, first: int, last: int) -> bytes:
     return whole[first - rows[0] * STRIDE :][: last + 1 - first]
 
 
-def made_up() -> tuple[bytes, bytes]:
-    """The index of the folder, and that of each of its shards."""
+def listing_of(num_shards: int) -> bytes:
     lines = [
         {"name": f"s-{n:06d}.tar", "rows": ROWS, "bytes": SHARD_BYTES, "fingerprint": f"{n:064x}", "ignored": 0}
-        for n in range(NUM_SHARDS)
+        for n in range(num_shards)
     ]
+    return json.dumps({"version": 1, "shards": lines}).encode()
+
+
+def row_index() -> bytes:
+    """That of each shard."""
     rows = np.zeros(ROWS, dtype=ROW)
     rows["offset"], rows["size"] = np.arange(ROWS) * STRIDE + 512, IMAGE
     file = io.BytesIO()
     np.save(file, rows, allow_pickle=False)
-    return json.dumps({"version": 1, "shards": lines}).encode(), file.getvalue()
+    return file.getvalue()
 
 
 @pytest.fixture(scope="module")
 def web() -> Iterator[Door]:
-    listing, rows = made_up()
+    listing, one_shard, rows = listing_of(NUM_SHARDS), listing_of(1), row_index()
 
     def answer(method: str, path: str, headers: dict[str, str], _: bytes) -> Answer:
-        if path.endswith(("index.json", ".npy")):
-            return 200, {}, listing if path.endswith("index.json") else rows
+        if path.endswith("index.json"):
+            return 200, {}, one_shard if path.startswith("/one/") else listing
+        if path.endswith(".npy"):
+            return 200, {}, rows
         number = int(path[-10:-4])
         asked = re.fullmatch(r"bytes=(\d+)-(\d+)", headers.get("Range", ""))
         if method == "HEAD" or asked is None:
@@ -106,6 +115,25 @@ def test_the_first_batch_after_a_random_step_of_ten_million_rows_comes_soon_and_
         f"{len(web.requests)} requests with headers; {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10} MiB"
     )
     assert seconds < 5
+
+
+def taken_by_a_reader(comm: Comm, url: str, folder: Path) -> tuple[int, int]:
+    """Rows in the index, and the bytes that opening it and reading ten batches takes beside what is mapped."""
+    settings = CacheSettings(str(folder / "cache"), 2**28, 8)
+    with watched() as seen:
+        shards = ImageShards.open([url], folder / "index", settings)
+        order = EpochOrder(shards, np.zeros(0, dtype=np.int64), seed=1, epoch=0)
+        for t in range(10):
+            assert len(list(shards.images(order.batch(t, 64).tolist()))) in (63, 64)
+    return len(shards), seen.rise
+
+
+def test_a_reader_takes_no_more_memory_for_ten_million_rows_than_for_ten_thousand(web: Door, tmp_path: Path) -> None:
+    web.latency_s = 0.0
+    found = dict(run_ranks(taken_by_a_reader, 1, f"{web.url}/{f}", tmp_path / f)[0] for f in ("one", "d"))
+    print(f"\nbytes taken by rows: {found}")
+    # Row indexes that are on their way come on top, some 32 at a time, and 3 kB a shard; not their 240 MB.
+    assert found[10**7] - found[10**4] < 10**7 * ROW.itemsize / 5
 
 
 def test_requests_in_flight_make_random_images_come_faster(bucket: Bucket, tmp_path: Path) -> None:
