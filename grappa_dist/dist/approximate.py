@@ -19,7 +19,7 @@ from torch import Tensor
 
 from grappa_dist.dist.comm import Comm
 from grappa_dist.dist.lloyd import Progress, Updates, lloyd
-from grappa_dist.dist.row_labels import Passes, RowLabels, Settled, exactly
+from grappa_dist.dist.row_labels import LabelPasses, RowLabels, Settled, exactly
 from grappa_dist.dist.sampling import Draw
 from grappa_dist.dist.search import Rows, nearest
 from grappa_dist.dist.sharded_kmeans import kmeans
@@ -98,9 +98,9 @@ def inverted_file(lists: Lists, probes: int) -> Propose:
     return propose
 
 
-def refine(share: Share, probes: int, start: Progress, how: Updates) -> tuple[Progress, Passes]:
+def refine(share: Share, probes: int, start: Progress, how: Updates) -> tuple[Progress, LabelPasses]:
     """Lloyd's iterations with assignment through lists, and the passes with the labels of the last centroids."""
-    passes = Passes.over(share, len(start.centroids))
+    passes = LabelPasses.over(share, len(start.centroids))
 
     def advance(centroids: Tensor) -> Centroids:
         passes.advance(through_lists(centroids, probes), share.blocks())

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from grappa_dist.dist.lloyd import Progress, Updates, lloyd
 from grappa_dist.dist.lowest import lowest
-from grappa_dist.dist.row_labels import Passes, Settled, exactly, label_rows
+from grappa_dist.dist.row_labels import LabelPasses, Settled, exactly, label_rows
 from grappa_dist.dist.scratch import scratch
 from grappa_dist.dist.share import PIECE, Share
 from grappa_dist.dist.threads import side_by_side
@@ -89,7 +89,7 @@ def fit_in_families(
     if start is None:
         start = Progress(_starts(families, num_labels, seed).cpu().numpy(), ())
         how.on_update(start)
-    passes = Passes.over(share, num_labels)
+    passes = LabelPasses.over(share, num_labels)
 
     def advance(centroids: Tensor) -> Centroids:
         prepared = Centroids.of(centroids, share.proposer)

@@ -23,7 +23,7 @@ from grappa_dist.ops.proposals import Centroids, joined
 from grappa_dist.ops.reassign import GroupedCentroids, Moves, reassign
 
 
-def advance_together(wanted: Sequence[tuple[LloydPasses, Tensor]]) -> list[Centroids]:
+def advance_together(wanted: Sequence[tuple[BoundedPasses, Tensor]]) -> list[Centroids]:
     """Makes each of several clusterings of one share the one by these centroids, reading the rows once for all."""
     share = wanted[0][0].share
     assert all(kept.share is share for kept, _ in wanted)
@@ -42,7 +42,7 @@ def advance_together(wanted: Sequence[tuple[LloydPasses, Tensor]]) -> list[Centr
 
 
 @dataclass
-class LloydPasses:
+class BoundedPasses:
     """Passes over a share's rows that keep what they learn: bounds per row, and sums that only moved rows change."""
 
     share: Share
@@ -55,7 +55,7 @@ class LloydPasses:
     searched: int = 0  # distances that it estimated
 
     @staticmethod
-    def over(share: Share, centroids: Tensor) -> LloydPasses:
+    def over(share: Share, centroids: Tensor) -> BoundedPasses:
         num_labels, dim = centroids.shape
         groups = Groups.around(centroids, num_bounds(num_labels, dim))
         num = share.rows.num_good
@@ -65,7 +65,7 @@ class LloydPasses:
             lower=scratch((num, len(groups.members)), torch.float32).fill_(-math.inf),
             squares=share.squares,
         )
-        return LloydPasses(share, groups, bounds, Stats.zeros(num_labels, dim, share.device), centroids)
+        return BoundedPasses(share, groups, bounds, Stats.zeros(num_labels, dim, share.device), centroids)
 
     def labels(self) -> list[np.ndarray]:
         """Of the rank's rows by shard, (P,) int32, -1 for bad rows."""
@@ -82,14 +82,14 @@ class LloydPasses:
 class _Pass:
     """One pass of one clustering: labels, bounds and sums by new centroids."""
 
-    kept: LloydPasses
+    kept: BoundedPasses
     grouped: GroupedCentroids
     drift: Drift | None  # of the centroids since the last pass, if there was one
     change: Stats  # of this rank's sums
     adding: Lock = field(default_factory=Lock)
 
     @staticmethod
-    def of(kept: LloydPasses, centroids: Tensor) -> _Pass:
+    def of(kept: BoundedPasses, centroids: Tensor) -> _Pass:
         grouped = GroupedCentroids.of(centroids, kept.groups, kept.share.proposer)
         drift = Drift.between(kept.centroids, centroids, kept.groups) if kept.number else None
         num_labels, dim = centroids.shape

@@ -75,8 +75,8 @@ class Settled:
 
 
 @dataclass
-class Passes:
-    """Passes over a share's rows, and sums that only moved rows change."""
+class LabelPasses:
+    """Passes by any search: labels, distances, and sums that only moved rows change."""
 
     share: Share
     rows: RowLabels
@@ -85,8 +85,8 @@ class Passes:
     searched: int = 0
 
     @staticmethod
-    def over(share: Share, num_labels: int) -> Passes:
-        return Passes(share, RowLabels.of(share), Stats.zeros(num_labels, share.dim, share.device))
+    def over(share: Share, num_labels: int) -> LabelPasses:
+        return LabelPasses(share, RowLabels.of(share), Stats.zeros(num_labels, share.dim, share.device))
 
     def advance(self, work: Callable[[Item], Settled], items: Iterable[Item]) -> None:
         """Labels, distances and stats by what `work` finds for each item."""

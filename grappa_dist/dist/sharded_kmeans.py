@@ -18,7 +18,7 @@ from torch import Tensor
 
 from grappa_dist.dist.comm import Comm
 from grappa_dist.dist.lloyd import SQUARE_UNIT, Progress, Steps, Updates, lloyd_steps
-from grappa_dist.dist.passes import LloydPasses, advance_together
+from grappa_dist.dist.passes import BoundedPasses, advance_together
 from grappa_dist.dist.search import Rows, row_problem
 from grappa_dist.dist.sharded_seeding import seed_centroids
 from grappa_dist.dist.share import BLOCK_ROWS, Share, join_rows
@@ -79,7 +79,7 @@ def end_together(fits: list[Fit]) -> Iterator[Fit]:
 class Fit:
     """A k-means under way: it waits for a pass with the centroids that it wants, until it has ended."""
 
-    passes: LloydPasses
+    passes: BoundedPasses
     steps: Steps
     wanted: Tensor  # (K, D)
     last: Progress | None = None  # once it has ended
@@ -162,7 +162,7 @@ def _check_resume(resume: Progress, shape: tuple[int, int], iterations: int) -> 
 
 
 def _iterating(share: Share, start: Progress, how: Updates) -> Fit:
-    passes = LloydPasses.over(share, torch.from_numpy(start.centroids).to(share.device))
+    passes = BoundedPasses.over(share, torch.from_numpy(start.centroids).to(share.device))
 
     def finish_all(centroids: Tensor, spreads: list[int], step: int) -> tuple[Tensor, int]:
         return finish(centroids, passes.stats, spreads, step, spherical=how.spherical)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from grappa_dist.dist.comm import Comm
 from grappa_dist.dist.lloyd import Progress
-from grappa_dist.dist.passes import LloydPasses
+from grappa_dist.dist.passes import BoundedPasses
 from grappa_dist.dist.search import Rows
 from grappa_dist.dist.sharded_kmeans import KMeansResult, sharded_kmeans
 from grappa_dist.dist.share import join_rows
@@ -202,7 +202,7 @@ def test_a_run_resumed_after_any_update_ends_as_if_it_had_not_stopped(
 def test_many_labels_are_searched_by_groups() -> None:
     x, settings = CASES["groups"]
     share = join_rows(Comm(), part_of(x, 0, len(x)), device=torch.device("cpu"))
-    passes = LloydPasses.over(share, to_grid(torch.from_numpy(x[: settings["num_labels"]])))
+    passes = BoundedPasses.over(share, to_grid(torch.from_numpy(x[: settings["num_labels"]])))
     assert len(passes.groups.members) > 1
 
 
