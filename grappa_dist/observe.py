@@ -125,4 +125,6 @@ def _figures(status: Mapping[str, Any]) -> str:
         parts.append(f"{status['data_wait_share']:.0%} waiting for data")
     if status.get("left_s") is not None:
         parts.append(f"{duration(status['left_s'])} left")
+    if "trackers_off" in status:
+        parts.append(f"({', '.join(status['trackers_off'])} failed and hears no more; why is in metrics.jsonl)")
     return " ".join(parts)

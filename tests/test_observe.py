@@ -65,3 +65,8 @@ def test_a_console_without_events_only_talks(capsys: pytest.CaptureFixture[str])
 )
 def test_a_duration_is_short(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_the_console_says_which_tracker_is_off(capsys: pytest.CaptureFixture[str]) -> None:
+    Console().jobs({"k=4": {"done": 3, "of": 9, "loss": 1.5, "trackers_off": ["Mlflow"]}})
+    assert "k=4: 3/9 loss 1.500 (Mlflow failed and hears no more; why is in metrics.jsonl)" in capsys.readouterr().err
