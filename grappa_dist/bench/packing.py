@@ -49,6 +49,7 @@ class PackingSettings:
     steps: int
     repeats: int
     device: str = "cpu"
+    compiled: bool = False  # of the step alone: layers, if that pays
 
     def check(self) -> None:
         """Raises a ValueError that names the flag."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from grappa_dist.bench.limit import arithmetic_limit, wait_for
@@ -57,12 +58,11 @@ def _measured(comm: Comm, settings: PackingSettings) -> StepFindings:
     device = torch.device(settings.device)
     with group_of_one(device) as comm:
         model = learning_model(settings).to(device)
-        told = compile_if_it_wins(model, settings.images)
+        told = compile_if_it_wins(model, settings.images) if settings.compiled else "not compiled"
         learning = [p for p in model.parameters() if p.requires_grad]
         engine = Engine(model, adam(learning, _RATE), comm, device)
         images, weights = made_up_images(settings), torch.linspace(-1, 1, model.embed_dim, device=device)
-        types = set[torch.dtype]()
-        model.layers[0].register_forward_hook(lambda layer, given, made: types.add(made.dtype))
+        types = types_of_products(model)
 
         def step() -> None:
             engine.backward((engine.forward(images) * weights).mean())
@@ -71,11 +71,22 @@ def _measured(comm: Comm, settings: PackingSettings) -> StepFindings:
 
         step()  # loads what it needs
         (dtype,) = types
-        runs = [timed(step)[1] for _ in range(settings.steps * settings.repeats)]
         limit = arithmetic_limit(device, dtype)
+        runs = [timed(step)[1] for _ in range(settings.steps * settings.repeats)]
+        limit = max(limit, arithmetic_limit(device, dtype))  # other work may slow down either
         engine.close()
     timing = Timing(tuple(r.seconds for r in runs), tuple(r.cpu for r in runs))
     return StepFindings(timing, step_operations(settings), limit, str(dtype).removeprefix("torch."), told)
+
+
+def types_of_products(model: nn.Module) -> set[torch.dtype]:
+    """Fills up with the types that the model's first convolution or linear layer computes in.
+
+    No layer as a whole tells: the sum of its input and output has the wider type of both.
+    """
+    first, types = next(m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)), set[torch.dtype]()
+    first.register_forward_hook(lambda layer, given, made: types.add(made.dtype))
+    return types
 
 
 def made_up_images(settings: PackingSettings) -> torch.Tensor:

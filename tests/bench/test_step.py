@@ -1,10 +1,22 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from grappa_dist.bench.packing import PackingSettings
-from grappa_dist.bench.step import BOTTLENECK, StepFindings, as_json, as_text, measure_step, step_operations
+from grappa_dist.bench.step import (
+    BOTTLENECK,
+    StepFindings,
+    as_json,
+    as_text,
+    learning_model,
+    made_up_images,
+    measure_step,
+    step_operations,
+    types_of_products,
+)
 from grappa_dist.bench.timing import Timing
+from grappa_dist.ops.precision import forward_precision
 
 TINY = PackingSettings(sets=2, backbone="vit_tiny_patch16_224", image_size=64, images=3, threads=1, steps=2, repeats=1)
 DIM, DEPTH, PATCH = 192, 12, 16
@@ -33,9 +45,18 @@ def test_a_step_is_timed_and_held_against_the_limit_of_its_type() -> None:
     figures = as_json(TINY, found)
     assert len(figures["runs_s"]) == 2
     assert figures["dtype"] == "float32"
-    assert figures["compiled"] == "not compiled: no GPU"
+    assert figures["compiled"] == "not compiled"
     assert figures["images_per_s"] == pytest.approx(3 / min(figures["runs_s"]))
     assert 0 < figures["of_limit"] < 1
+
+
+@pytest.mark.parametrize(("halves", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_the_type_is_that_of_products_and_not_of_their_sums(halves: bool, expected: torch.dtype) -> None:
+    model = learning_model(TINY)
+    types = types_of_products(model)
+    with forward_precision(torch.device("cpu"), halves=halves):
+        model(made_up_images(TINY))
+    assert types == {expected}
 
 
 def test_the_share_is_of_the_fastest_step() -> None:

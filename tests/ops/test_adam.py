@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import nn
 
 from grappa_dist.ops.adam import adam, is_fused
+from grappa_dist.ops.row_adam import BETA1, BETA2, EPS
 
 
 @pytest.mark.parametrize(("kind", "fused"), [("cuda", True), ("cuda:1", True), ("cpu", False), ("meta", False)])
@@ -36,3 +38,10 @@ def test_decay_is_added_to_the_gradient() -> None:
     weight.grad = torch.zeros(1)
     optimizer.step()
     assert float(weight.detach()) == pytest.approx(3.5, abs=1e-4)
+
+
+def test_adaptors_and_classes_have_the_betas_and_the_eps_that_the_settings_tell() -> None:
+    of_adaptors = adam([nn.Parameter(torch.ones(1))], 0.1).defaults
+    assert (*of_adaptors["betas"], of_adaptors["eps"]) == (BETA1, BETA2, EPS) == (0.9, 0.999, 1e-8)
+    told = (Path(__file__).parents[2] / "docs" / "settings.md").read_text()
+    assert "Betas 0.9 and 0.999, eps 1e-8, for adaptors and classifier alike" in told

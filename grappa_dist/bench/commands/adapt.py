@@ -43,11 +43,12 @@ def arguments(add: Callable[..., Any]) -> None:
     add("--image-size", type=int, default=96, metavar="PX", help="but of softmax: side; default: %(default)s")
     add("--images", type=int, default=32, metavar="N", help="but of softmax: of a step; default: %(default)s")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="but of softmax; default: %(default)s")
+    add("--compiled", action="store_true", help="of step, on a GPU: layers, as resources.compile=auto would")
     add("--json", type=Path, metavar="FILE", help="all numbers, also of single runs")
 
 
 def run(asked: dict[str, Any], tell: Tell) -> tuple[str, dict[str, Any]]:
-    sections, of_packing = asked.pop("sections"), ("sets", "backbone", "image_size", "images", "device")
+    sections, of_packing = asked.pop("sections"), ("sets", "backbone", "image_size", "images", "device", "compiled")
     shared = {name: asked[name] for name in ("threads", "steps", "repeats")}
     packs = packing.PackingSettings(**shared, **{name: asked.pop(name) for name in of_packing})
     classes = softmax.SoftmaxSettings(**asked)
