@@ -32,6 +32,7 @@ EXTRAS = {
         "pytest-timeout>=2.3",
         "hypothesis>=6.100",
         "pytorch-metric-learning>=2.5",  # judge of the metrics
+        "tensorboard>=2.15",  # reads back the event files that a job writes
         "s3fs>=2024.6",
         "moto[s3]>=5.0",  # an S3 protocol server for the tests, as a process on loopback
         "flask>=2.3",  # what that server runs in; moto[server] would bring all of AWS

@@ -56,6 +56,7 @@ class Console:
     def __init__(self, events: Events | None = None) -> None:
         self._events = events
         self._began = time.monotonic()
+        self._off: set[tuple[str, str]] = set()  # trackers of jobs, of which it was said
 
     def say(self, text: str) -> None:
         minutes, seconds = divmod(int(time.monotonic() - self._began), 60)
@@ -78,10 +79,13 @@ class Console:
             self.event("stage_ends", stage=name, seconds=round(time.monotonic() - began, 3))
 
     def jobs(self, status: Mapping[str, Mapping[str, Any]]) -> None:
-        """One line with all running jobs side by side; each status is also an event."""
+        """One line with all running jobs side by side, each status an event too; a tracker that failed is told once."""
         known = {name: figures for name, figures in status.items() if figures}
         for name, figures in known.items():
             self.event("progress", job=name, **figures)
+            for off in {(name, tracker) for tracker in figures.get("trackers_off", ())} - self._off:
+                self._off.add(off)
+                self.say(f"{name}: {off[1]} failed and hears no more; its error is in the job's metrics.jsonl")
         if known:
             self.say(" | ".join(f"{name}: {_figures(figures)}" for name, figures in known.items()))
 

@@ -65,3 +65,13 @@ def test_a_console_without_events_only_talks(capsys: pytest.CaptureFixture[str])
 )
 def test_a_duration_is_short(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_the_console_says_once_of_each_job_which_tracker_is_off(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console()
+    for done in (3, 4):
+        status = {"done": done, "of": 9, "trackers_off": ["Mlflow"]}
+        console.jobs({"k=4": status, "k=5": status, "k=6": {"done": 1, "of": 9}})
+    said = capsys.readouterr().err
+    assert [said.count(f"k={k}: Mlflow failed and hears no more") for k in (4, 5, 6)] == [1, 1, 0]
+    assert "k=4: 4/9 | k=5: 4/9 | k=6: 1/9" in said

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,10 @@ from grappa_dist.artifacts import Store
 from grappa_dist.config import Config
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.layout import lay_out
+from grappa_dist.models import PackedGrappa
 from grappa_dist.plan import plan
+from grappa_dist.stages.fitting import room
+from grappa_dist.stages.modelling import build_backbone
 from tests.models import tiny as models
 from tests.stages import tiny
 
@@ -90,7 +94,6 @@ def test_a_plan_tells_what_waits_for_what_and_the_memory_of_a_step(tmp_path: Pat
     said = text(backbone=timm)
     assert "on 2 workers: 2 jobs of 1 rank, all at once" in said
     (line,) = (line for line in said.splitlines() if "activations in float32" in line)
-    assert "MiB an image and set" in line
     assert "a rank for 16 images and 1 set (" in line
     several = {"sets_per_job": 2, "micro_batch": 5}
     said = text(backbone=timm, adapt=several, resources={"adapt_ranks": 2})
@@ -99,6 +102,29 @@ def test_a_plan_tells_what_waits_for_what_and_the_memory_of_a_step(tmp_path: Pat
     said = text(backbone=timm, adapt={"sets_per_job": "auto"})
     assert "2 sets in jobs of 1 ranks, as many to a job as measured rates say" in said
     assert "; counted for one set, of which auto may put several in a job" in said
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_plan_prices_an_image_as_the_choice_of_the_micro_batch_does(tmp_path: Path, recompute: bool) -> None:
+    timm = {"name": "timm:vit_tiny_patch16_224", "kwargs": {"depth": 4}, "image_size": 224}
+    adapt = {"activation_checkpointing": recompute, "sets_per_job": 2}
+    settings = tiny.config(tiny.write_shards(tmp_path / "images"), **SECTIONS, backbone=timm, adapt=adapt)
+    (line,) = (line for line in plan(settings, tmp_path).splitlines() if "activations in float32" in line)
+
+    def takes(recompute: bool) -> int:  # a model of real tensors
+        backbone = build_backbone(settings.backbone, pretrained=False)
+        return room(PackedGrappa(backbone, 1, settings.adapt.bottleneck, recompute=recompute), 1).image_bytes
+
+    found = re.search(
+        rf": (\S+) MiB an image and set \((\S+) with{'out' * recompute} adapt\.activation_checkpointing\), (\S+) GiB",
+        line,
+    )
+    assert found is not None
+    each, other, total = map(float, found.groups())
+    assert each == pytest.approx(takes(recompute) / 2**20, rel=0.05)  # a decimal; without values other kernels count
+    assert other == pytest.approx(takes(not recompute) / 2**20, rel=0.05)
+    assert abs(each - other) > 1
+    assert total == pytest.approx(2 * 16 * each / 2**10, abs=0.06)
 
 
 def test_more_ranks_than_workers_are_refused_by_the_plan(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from grappa_dist.bench.arguments import check_device, check_positive
+from grappa_dist.bench.limit import arithmetic_limit, wait_for
 from grappa_dist.bench.rows import drawn_rows, in_shards
 from grappa_dist.bench.table import aligned, aligned_header
 from grappa_dist.bench.timing import Timing, timed, turns
@@ -27,7 +28,6 @@ from grappa_dist.ops.proposals import Centroids, FloatProposer
 
 OURS, JUDGE = "ours", "matmul + argmin"
 _TILE = 2**28  # products that the judge makes at once
-_LARGE = {"cpu": 2048, "cuda": 8192}  # side of the product that measures the limit
 
 
 @dataclass(frozen=True)
@@ -83,13 +83,13 @@ def measure_assign(settings: AssignSettings, tell: Tell) -> AssignFindings:
     for repeat, order in enumerate(turns(list(sides), settings.repeats)):
         for name in order:
             tell(f"run {repeat + 1} of {settings.repeats}: {name}")
-            _, timing = timed(lambda side=sides[name]: _finished(side()))  # type: ignore[misc]
+            _, timing = timed(lambda side=sides[name]: _finished(side))  # type: ignore[misc]
             timings[name] = timings[name].and_then(timing) if name in timings else timing
     dtype = torch.float32 if isinstance(share.proposer, FloatProposer) else torch.bfloat16
     operations = 2.0 * settings.rows * settings.num_labels * settings.dim
     same = float((labels[OURS] == labels[JUDGE]).float().mean())
     name, of_type = type(share.proposer).__name__, str(dtype).removeprefix("torch.")
-    return AssignFindings(timings, name, of_type, _limit(device, dtype), operations, same)
+    return AssignFindings(timings, name, of_type, arithmetic_limit(device, dtype), operations, same)
 
 
 def _ours(share: Share, x: Tensor, c: Tensor) -> Tensor:
@@ -104,17 +104,8 @@ def _judge(x: Tensor, c: Tensor) -> Tensor:
     return torch.cat([(rows @ c.T - half).argmax(1) for rows in x.split(max(1, _TILE // len(c)))])
 
 
-def _finished(result: Tensor) -> None:
-    if result.is_cuda:
-        torch.cuda.synchronize()
-
-
-def _limit(device: torch.device, dtype: torch.dtype) -> float:
-    side = _LARGE[device.type]
-    a = torch.ones(side, side, device=device, dtype=dtype)
-    a @ a  # compiles or loads what it needs
-    runs = [timed(lambda: _finished(a @ a))[1].seconds for _ in range(5)]
-    return 2.0 * side**3 / min(runs)
+def _finished(side: Callable[[], Tensor]) -> None:
+    wait_for(side().device)
 
 
 def as_json(header: dict[str, str], settings: AssignSettings, found: AssignFindings) -> dict[str, Any]:

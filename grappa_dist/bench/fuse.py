@@ -19,6 +19,7 @@ from grappa_dist.bench.literal import LiteralAdaptors, LiteralLayer
 from grappa_dist.bench.timing import Timing, timed, turns
 from grappa_dist.data.progress import Tell
 from grappa_dist.models import Adaptors, Attention, GrappaLayer, create_backbone
+from grappa_dist.ops.precision import forward_precision
 
 OURS, STACKED, LISTED = "ours", "literal, stacked", "literal, set by set"
 SIDES = (OURS, STACKED, LISTED)
@@ -102,7 +103,7 @@ class _Side:
 
     def forward(self, *leaves: Tensor) -> Tensor:
         """As it is measured."""
-        with torch.autocast(self.grad.device.type, torch.bfloat16, enabled=self.grad.is_cuda):
+        with forward_precision(self.grad.device):
             return self.module(*leaves)
 
 

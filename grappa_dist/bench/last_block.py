@@ -12,15 +12,18 @@ from typing import Any
 
 import torch
 
+from grappa_dist.bench.limit import wait_for
 from grappa_dist.bench.packing import PackingSettings
+from grappa_dist.bench.step import learning_model, made_up_images
 from grappa_dist.bench.table import aligned
 from grappa_dist.bench.timing import Timing, timed, turns
 from grappa_dist.data.progress import Tell
-from grappa_dist.models import PackedGrappa, create_backbone
+from grappa_dist.models import PackedGrappa
 from grappa_dist.models.packed import activation_bytes
+from grappa_dist.ops.adam import adam
+from grappa_dist.ops.precision import forward_precision
 
 SHORT, WHOLE = "class token alone", "whole"
-BOTTLENECK = 64
 
 
 @dataclass(frozen=True)
@@ -42,11 +45,12 @@ def measure_last_block(settings: PackingSettings, tell: Tell) -> dict[str, Side]
 
 
 def _measured(settings: PackingSettings) -> dict[str, Side]:
-    models = {name: _model(settings, class_token_only=name == SHORT) for name in (SHORT, WHOLE)}
+    device = torch.device(settings.device)
+    sides = (SHORT, WHOLE)  # of the same weights
+    models = {name: learning_model(settings, class_token_only=name == SHORT).to(device) for name in sides}
     if models[SHORT].whole_because:
         raise ValueError(f"--backbone {settings.backbone}: {models[SHORT].whole_because}")
-    draws = torch.Generator().manual_seed(0)
-    images = torch.rand(settings.images, 3, settings.image_size, settings.image_size, generator=draws)
+    images = made_up_images(settings)
     steps = {name: _step(model, images) for name, model in models.items()}
     gradients = {name: step() for name, step in steps.items()}  # this also warms up
     timings: dict[str, Timing] = {}
@@ -66,32 +70,20 @@ def _measured(settings: PackingSettings) -> dict[str, Side]:
     }
 
 
-def _model(settings: PackingSettings, *, class_token_only: bool) -> PackedGrappa:
-    """Both sides have the same weights, adaptors that do something among them."""
-    draws = torch.Generator().manual_seed(0)
-    with torch.random.fork_rng(devices=()):
-        torch.manual_seed(0)
-        pixels = {"image_size": settings.image_size}
-        backbone = create_backbone(f"timm:{settings.backbone}", {}, pixels, pretrained=False)
-    model = PackedGrappa(backbone, settings.sets, BOTTLENECK, class_token_only=class_token_only)
-    for index in range(settings.sets):
-        model.initialise(index, draws)
-        for parameter in model.parameters_of(index):
-            parameter.data += 0.01 * torch.randn(parameter.shape, generator=draws)
-            parameter.requires_grad_(True)
-    return model
-
-
 def _step(model: PackedGrappa, images: torch.Tensor) -> Callable[[], torch.Tensor]:
     """A step that gives the gradients it went by."""
     learning = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(learning, lr=1e-3)
-    weights = torch.linspace(-1, 1, model.embed_dim)  # a norm's output has the same squares whatever the adaptors do
+    optimizer = adam(learning, 1e-3)
+    # a norm's output has the same squares whatever the adaptors do
+    weights = torch.linspace(-1, 1, model.embed_dim, device=images.device)
 
     def step() -> torch.Tensor:
         optimizer.zero_grad()
-        (model(images) * weights).mean().backward()
+        with forward_precision(images.device):
+            z = model(images)
+        (z.float() * weights).mean().backward()
         optimizer.step()
+        wait_for(images.device)
         return torch.cat([p.grad.flatten() for p in learning if p.grad is not None])
 
     return step
@@ -124,9 +116,8 @@ def as_text(settings: PackingSettings, found: dict[str, Side]) -> str:
         [n, f"{min(s.timing.runs):.3f}", f"{min(s.timing.cpu_runs):.3f}", f"{s.activation_bytes / 2**20:.1f}"]
         for n, s in found.items()
     ]
-    size = f"{settings.sets} sets of {settings.backbone} at {settings.image_size} px, {settings.images} images a step"
     notes = [
-        f"{size}; the least of {settings.repeats} x {settings.steps} steps",
+        f"{settings.in_words}; the least of {settings.repeats} x {settings.steps} steps",
         f"whole: {ratios['ratio']:.3f}x the class token alone ({ratios['cpu_ratio']:.3f}x by CPU), "
         f"{ratios['activation_ratio']:.3f}x its activations; gradients differ by {ratios['gradient_difference']:.1e}",
     ]

@@ -6,7 +6,6 @@ outside of the clock, although a packed job does it once.
 
 from __future__ import annotations
 
-import socket
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,18 +16,19 @@ import numpy as np
 import torch
 
 from grappa_dist.artifacts import RowArrays, Store
-from grappa_dist.bench.arguments import check_positive
+from grappa_dist.bench.arguments import check_device, check_positive
 from grappa_dist.bench.photos import drawn_shards
-from grappa_dist.bench.processes import run_workers
+from grappa_dist.bench.processes import group_of_one, run_workers
 from grappa_dist.bench.table import aligned
 from grappa_dist.bench.timing import Timing, timed, turns
 from grappa_dist.config import AdaptConfig, BackboneConfig, DataConfig
 from grappa_dist.data.progress import Tell
 from grappa_dist.data.shards import ImageShards
-from grappa_dist.dist.comm import Comm, process_group
+from grappa_dist.dist.comm import Comm
 from grappa_dist.dist.engine import Engine
 from grappa_dist.dist.workers import RankContext
 from grappa_dist.models import create_backbone
+from grappa_dist.ops.adam import adam
 from grappa_dist.stages.adapting import AdaptJob, AdaptObjective
 from grappa_dist.stages.packs import AdaptSet
 from grappa_dist.stages.training import TrainingImages
@@ -48,10 +48,18 @@ class PackingSettings:
     threads: int
     steps: int
     repeats: int
+    device: str = "cpu"
+    compiled: bool = False  # of the step alone: layers, if that pays
 
     def check(self) -> None:
         """Raises a ValueError that names the flag."""
         check_positive(self, "sets", "image_size", "images", "threads", "steps", "repeats")
+        check_device(self.device)
+
+    @property
+    def in_words(self) -> str:
+        where = f"at {self.image_size} px, {self.images} images a step on {self.device}"
+        return f"{self.sets} sets of {self.backbone} {where}"
 
 
 def measure_packing(settings: PackingSettings, tell: Tell) -> dict[str, Timing]:
@@ -72,11 +80,8 @@ def untrained(name: str, image_size: int) -> torch.nn.Module:
 
 def _measured(comm: Comm, settings: PackingSettings, folder: Path) -> dict[str, Timing]:
     torch.set_num_threads(settings.threads)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
     found: dict[str, Timing] = {}
-    with process_group(0, 1, address):
+    with group_of_one(torch.device(settings.device)):
         whole = _job(settings, folder)
         jobs = {PACKED: [whole], ALONE: [_of_one(whole, index) for index in range(settings.sets)]}
         sides = {name: [_steps(job, settings) for job in of_side] for name, of_side in jobs.items()}
@@ -121,10 +126,10 @@ def _labels(folder: Path, images: ImageShards, num_labels: int) -> RowArrays:
 
 def _steps(job: AdaptJob, settings: PackingSettings) -> Callable[[], None]:
     """What does the next steps of a job; one is done before, which loads what it needs."""
-    comm, device = Comm(), torch.device("cpu")
+    comm, device = Comm(), torch.device(settings.device)
     objective = AdaptObjective(RankContext(comm, device, lambda status: None, lambda: False), job)
     learning = [p for p in objective.module.parameters() if p.requires_grad]
-    engine = Engine(objective.module, torch.optim.Adam(learning), comm, device)
+    engine = Engine(objective.module, adam(learning, 1e-3), comm, device)
     at = 0
 
     def steps(count: int = settings.steps) -> None:
@@ -157,9 +162,8 @@ def as_text(settings: PackingSettings, found: dict[str, Timing]) -> str:
     ratios = as_json(settings, found)
     lines: list[Sequence[str]] = [["packing", "s a step of all sets", "CPU s"]]
     lines += [[name, f"{min(t.runs):.2f}", f"{min(t.cpu_runs):.2f}"] for name, t in found.items()]
-    size = f"{settings.sets} sets of {settings.backbone} at {settings.image_size} px, {settings.images} images a step"
     notes = [
-        f"{size}; the least of {settings.repeats} runs of {settings.steps} steps",
+        f"{settings.in_words}; the least of {settings.repeats} runs of {settings.steps} steps",
         f"packed: {ratios['ratio']:.2f}x one after the other ({ratios['cpu_ratio']:.2f}x by CPU)",
     ]
     return "\n".join([aligned(lines), *notes])

@@ -76,6 +76,13 @@ def _run(  # one argument per thing that a spawned process is given
 
 
 @contextmanager
+def group_of_one(device: torch.device) -> Iterator[Comm]:
+    """A process group of this process alone, which the training engine wants."""
+    with process_group(0, 1, _free_address(), backend="nccl" if device.type == "cuda" else "gloo") as comm:
+        yield comm
+
+
+@contextmanager
 def _interrupts_ignored() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:

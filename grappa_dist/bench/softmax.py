@@ -8,7 +8,7 @@ Shapes: B images, D channels, K classes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -75,6 +75,7 @@ class Side:
     timing: Timing
     growth: int
     gradient_bytes: int  # of these, the classes' gradient
+    rank_bytes: int = 0  # the most that one rank held in a step: weights, Adam and all of the above
 
     @property
     def extra(self) -> int:
@@ -95,30 +96,39 @@ def measure_softmax(settings: SoftmaxSettings, tell: Tell) -> list[Side]:
             tell(f"{settings.classes} classes, {name}")
             side = _of_ranks(name, settings)
             if name in found:
-                side = Side(name, found[name].timing.and_then(side.timing), side.growth, side.gradient_bytes)
+                side = replace(side, timing=found[name].timing.and_then(side.timing))
             found[name] = side
     return [found[name] for name in names]
 
 
 def _of_ranks(name: str, settings: SoftmaxSettings) -> Side:
     ranks = run_workers(_measured, settings.ranks if name == SHARDED_STEP else 1, name, settings)
-    steps = zip(*(timings for timings, _ in ranks), strict=True)
+    steps = zip(*(rank.timings for rank in ranks), strict=True)
     slowest = [Timing((max(t.seconds for t in step),), (sum(t.cpu for t in step),)) for step in steps]
     timing = slowest[0]
     for further in slowest[1:]:
         timing = timing.and_then(further)
     keeps_gradient = name in (MATERIALISED, CHUNKED, MATERIALISED_STEP)
-    return Side(name, timing, sum(growth for _, growth in ranks), settings.gradient_bytes if keeps_gradient else 0)
+    gradient_bytes = settings.gradient_bytes if keeps_gradient else 0
+    return Side(name, timing, sum(r.growth for r in ranks), gradient_bytes, max(r.kept + r.growth for r in ranks))
 
 
-def _measured(comm: Comm, name: str, settings: SoftmaxSettings) -> tuple[list[Timing], int]:
+@dataclass(frozen=True)
+class _OfRank:
+    timings: list[Timing]
+    kept: int  # bytes between two steps: weights and Adam, and libraries that the first step loads
+    growth: int  # beyond that, within a step
+
+
+def _measured(comm: Comm, name: str, settings: SoftmaxSettings) -> _OfRank:
     torch.set_num_threads(settings.threads // comm.size)
+    empty = held_bytes()
     step = _SIDES[name](comm, settings)
     step(0)  # loads libraries, and touches what stays
     before = held_bytes()  # what the step freed, it will take again
     with watched_memory() as peak:
         timings = [timed(lambda at=at: step(at))[1] for at in range(1, settings.steps + 1)]  # type: ignore[misc]
-    return timings, peak[0] - before
+    return _OfRank(timings, before - empty, peak[0] - before)
 
 
 def _batch(settings: SoftmaxSettings, step: int) -> tuple[Tensor, Tensor]:
@@ -198,6 +208,7 @@ def _figures(side: Side, sides: Sequence[Side]) -> dict[str, Any]:
         "cpu_seconds": side.timing.cpu,
         "growth_bytes": side.growth,
         "extra_bytes": side.extra,
+        "rank_bytes": side.rank_bytes,
         "judge": None if judge is None else judge.name,
         "ratio": None if judge is None else judge.timing.seconds / side.timing.seconds,
         "cpu_ratio": None if judge is None else judge.timing.cpu / side.timing.cpu,
@@ -206,19 +217,21 @@ def _figures(side: Side, sides: Sequence[Side]) -> dict[str, Any]:
 
 
 def as_text(settings: SoftmaxSettings, sides: Sequence[Side]) -> str:
-    titles = ["seconds", "CPU s", "faster than judge", "in CPU s", "MiB beside", "of judge", "of one B x K"]
+    titles = ["seconds", "CPU s", "faster than judge", "in CPU s"]
+    titles += ["MiB beside", "of judge", "of one B x K", "MiB a rank"]
     lines = [["softmax", *titles]]
     for side in sides:
         found = _figures(side, sides)
         ratios = [f"{found[name]:.2f}" if found["judge"] else "-" for name in ("ratio", "cpu_ratio")]
         memory = [f"{side.extra / _MIB:.0f}", f"{found['extra_ratio']:.3f}" if found["judge"] else "-"]
-        one = f"{side.extra / settings.logit_bytes:.3f}"
-        lines.append([side.name, f"{side.timing.seconds:.2f}", f"{side.timing.cpu:.2f}", *ratios, *memory, one])
+        memory += [f"{side.extra / settings.logit_bytes:.3f}", f"{side.rank_bytes / _MIB:.0f}"]
+        lines.append([side.name, f"{side.timing.seconds:.2f}", f"{side.timing.cpu:.2f}", *ratios, *memory])
     threads = settings.threads // settings.ranks
     notes = [
         f"K={settings.classes}, D={settings.dim}, B={settings.batch}; a step; sampled {settings.sampled:.0%} is held "
         f"against chunked with all classes; sharded: {settings.ranks} ranks together, {threads} threads each",
         "MiB beside: peak beyond weights, their gradient and Adam's state; one matrix of logits, B x K, has "
-        f"{settings.logit_bytes / _MIB:.0f} MiB",
+        f"{settings.logit_bytes / _MIB:.0f} MiB; MiB a rank: all that the largest rank holds at its peak, weights and "
+        "Adam among it",
     ]
     return "\n".join([aligned(lines), *notes])

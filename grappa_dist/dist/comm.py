@@ -131,16 +131,24 @@ class Comm:
 def process_group(
     rank: int, size: int, address: str, *, backend: str = "gloo", timeout_s: float = 600.0
 ) -> Iterator[Comm]:
-    """A process group at `address` ("host:port"), ended with a barrier: no rank leaves while another still talks."""
+    """A process group at `address` ("host:port"), ended with a barrier: no rank leaves while another still talks.
+
+    Raises:
+        ConnectionError: the ranks do not meet there, as where another process has taken the port in the meantime; at
+            another address they may.
+    """
     host, port = address.rsplit(":", 1)
     os.environ.update(MASTER_ADDR=host, MASTER_PORT=port, RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK="0")
-    dist.init_process_group(
-        backend,
-        rank=rank,
-        world_size=size,
-        timeout=datetime.timedelta(seconds=timeout_s),
-        init_method=f"tcp://{address}",
-    )
+    try:
+        dist.init_process_group(
+            backend,
+            rank=rank,
+            world_size=size,
+            timeout=datetime.timedelta(seconds=timeout_s),
+            init_method=f"tcp://{address}",
+        )
+    except dist.DistNetworkError as error:
+        raise ConnectionError(f"no process group at {address}: {str(error).splitlines()[0]}") from error
     try:
         yield Comm(rank, size)
         dist.barrier()

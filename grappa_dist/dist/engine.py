@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from grappa_dist.dist.comm import Comm
 from grappa_dist.dist.zero import State, fragments, gather_state, scatter_state
+from grappa_dist.ops.precision import forward_precision
 
 
 class Engine:
     """A module and its optimizer under DeepSpeed. Trainable parameters are replicated and their gradients averaged.
 
     With `zero_stage` 1 the optimizer's state is cut into a part for each rank, with 2 the averaged gradients as well.
+    `halves`: see `forward_precision`.
     """
 
     def __init__(
@@ -28,6 +30,7 @@ class Engine:
         device: torch.device,
         *,
         zero_stage: int = 0,
+        halves: bool | None = None,
     ) -> None:
         deepspeed = _deepspeed(device)
         state: State = dict(optimizer.state)  # whole tensors, from a checkpoint
@@ -36,7 +39,7 @@ class Engine:
             optimizer.state.clear()
         deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False)
         self._engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=module,
+            model=_InPrecision(module, device, halves),
             optimizer=optimizer,  # ours: the "Adam" of DeepSpeed's config is AdamW, and LARS needs whole tensors
             dist_init_required=False,
             config={
@@ -53,9 +56,9 @@ class Engine:
             scatter_state(self.optimizer, state)
 
     def forward(self, images: Tensor) -> Tensor:
-        """The module's output in fp32; on a GPU it runs in bf16 around fp32 parameters."""
-        with torch.autocast("cuda", torch.bfloat16, enabled=self._device.type == "cuda"):
-            return self._engine(images).float()
+        """The module's output in fp32."""
+        found: Tensor = self._engine(images)
+        return found
 
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
         """Adds gradients; after the `last` one of a step they are averaged over the ranks."""
@@ -97,6 +100,19 @@ class Engine:
 
     def close(self) -> None:
         self._engine.destroy()
+
+
+class _InPrecision(nn.Module):
+    """A module that enters its precision itself: an autocast around DeepSpeed's engine would end at its door."""
+
+    def __init__(self, module: nn.Module, device: torch.device, halves: bool | None) -> None:
+        super().__init__()
+        self.module, self._device, self._halves = module, device, halves
+
+    def forward(self, images: Tensor) -> Tensor:
+        with forward_precision(self._device, halves=self._halves):
+            found: Tensor = self.module(images).float()
+        return found
 
 
 def _check_zero(stage: int, optimizer: torch.optim.Optimizer) -> None:

@@ -3,19 +3,57 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
+from grappa_dist.config import fingerprint
+
 _RUN_CHARACTERS = 64  # of the run directory's name; an id may have 128 together with the job's
+_MLFLOW_TAG = "grappa_job"
 
 
 class Tracker(Protocol):
-    """Hears of a job's steps from rank 0; a resumed job says steps again that it had said before it was killed."""
+    """Hears of a job's steps from rank 0; a resumed job says steps again that it had said before it was killed.
+
+    It opens at the first step that it hears of, so a server that is away shows there.
+    """
 
     def log(self, step: int, figures: Mapping[str, float]) -> None: ...
 
     def close(self) -> None: ...
+
+
+class Audience:
+    """The trackers of a job. One that fails is told of once, with its error, and hears no more; training goes on."""
+
+    def __init__(self, trackers: Sequence[Tracker], failed: Callable[[str, str], None]) -> None:
+        self._listening, self._failed = list(trackers), failed
+        self.left: list[str] = []  # the names of those that hear no more
+
+    def log(self, step: int, figures: Mapping[str, float]) -> None:
+        for tracker in list(self._listening):
+            try:
+                tracker.log(step, figures)
+            except Exception as error:  # whatever a package may raise: it is not what is trained
+                self._listening.remove(tracker)
+                self.left.append(type(tracker).__name__)
+                self._tell(tracker, error)
+                with suppress(Exception):  # one error is enough
+                    tracker.close()
+
+    def close(self) -> None:
+        for tracker in self._listening:
+            try:
+                tracker.close()
+            except Exception as error:
+                self._tell(tracker, error)
+
+    def _tell(self, tracker: Tracker, error: Exception) -> None:
+        self._failed(type(tracker).__name__, f"{type(error).__name__}: {error}")
 
 
 class TensorBoard:
@@ -42,34 +80,60 @@ class WeightsAndBiases:
     """A run named by the job, in the project named by the run directory; server and key are the environment's."""
 
     def __init__(self, folder: Path, job: str) -> None:
-        import wandb
-
-        name = f"{folder.resolve().name[-_RUN_CHARACTERS:]}-{job}".replace("/", "-").replace("=", "-").replace("+", "-")
-        self._run = wandb.init(project=folder.resolve().name, name=job, id=name, resume="allow", dir=str(folder))
+        self._folder, self._job = folder, job
+        self._run: Any = None
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
+        if self._run is None:
+            import wandb
+
+            project = self._folder.resolve().name
+            name = f"{project[-_RUN_CHARACTERS:]}-{self._job}".replace("/", "-").replace("=", "-").replace("+", "-")
+            self._run = wandb.init(project=project, name=self._job, id=name, resume="allow", dir=str(self._folder))
         self._run.log(dict(figures), step=step)
 
     def close(self) -> None:
-        self._run.finish()
+        if self._run is not None:
+            self._run.finish()
 
 
 class Mlflow:
-    """A run named by the job, in the experiment named by the run directory; the server is that of the environment."""
+    """A run of the job's own, restarts included, in the experiment named by the run directory.
+
+    The server is that of the environment. A restarted job finds its run by a tag, made of run directory and job.
+    Unless the environment says otherwise, a server that does not answer holds a step up for half a minute, once.
+    """
 
     def __init__(self, folder: Path, job: str) -> None:
-        import mlflow
-
-        self._mlflow = mlflow
-        mlflow.set_experiment(folder.resolve().name)
-        mlflow.start_run(run_name=job)
+        self._folder, self._job = folder.resolve(), job
+        self._client: Any = None
+        self._run_id = ""
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
+        if self._client is None:
+            self._open()
+        from mlflow.entities import Metric
+
         allowed = {"".join(c if c.isalnum() or c in "_-./ " else "-" for c in k): v for k, v in figures.items()}
-        self._mlflow.log_metrics(allowed, step=step)
+        now = int(time.time() * 1000)
+        self._client.log_batch(self._run_id, [Metric(name, value, now, step) for name, value in allowed.items()])
+
+    def _open(self) -> None:
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")  # seconds
+        import mlflow
+
+        client, key = mlflow.MlflowClient(), fingerprint([str(self._folder), self._job])
+        experiment = mlflow.set_experiment(self._folder.name).experiment_id
+        found = client.search_runs([experiment], f"tags.{_MLFLOW_TAG} = '{key}'", max_results=1)
+        if found:
+            client.update_run(found[0].info.run_id, status="RUNNING")
+        run = found[0] if found else client.create_run(experiment, run_name=self._job, tags={_MLFLOW_TAG: key})
+        self._client, self._run_id = client, run.info.run_id
 
     def close(self) -> None:
-        self._mlflow.end_run()
+        if self._client is not None:
+            self._client.set_terminated(self._run_id)
 
 
 _KINDS: Mapping[str, Callable[[Path, str], Any]] = {

@@ -20,7 +20,7 @@ from torch import nn
 
 from grappa_dist.dist.checkpoints import RowShard, load_checkpoint, save_checkpoint
 from grappa_dist.dist.engine import Engine
-from grappa_dist.dist.trackers import Tracker
+from grappa_dist.dist.trackers import Audience, Tracker
 from grappa_dist.dist.workers import RankContext
 from grappa_dist.files import replacing
 from grappa_dist.observe import Events
@@ -143,15 +143,14 @@ class _Log:
 
     def __init__(self, context: RankContext, path: Path, span: tuple[int, int], job: str, watch: Watch) -> None:
         self._context, self._job, (start, self._steps) = context, job, span
-        self._trackers: Sequence[Tracker] = ()
         self._recent: deque[tuple[float, float, float]] = deque([(time.monotonic(), 0.0, 0.0)], maxlen=RECENT + 1)
-        self._events = None
+        self._events, self._audience = None, None
         if context.comm.rank == 0:
-            self._trackers = watch.trackers()
             _forget(path, start)
             self._events = Events(path, job=job)
             where = {"ranks": context.comm.size, "host": socket.gethostname(), "pid": os.getpid()}
             self._events("begins", at_step=start, **where, **watch.settled)
+            self._audience = Audience(watch.trackers(), self._tracker_failed)
 
     def step(self, step: int, rate: float, figures: dict[str, float]) -> None:
         waited_s = figures.pop("waited_s", None)
@@ -162,22 +161,23 @@ class _Log:
         waits = {} if waited_s is None else {"data_wait_share": round(sum(w for _, _, w in recent) / elapsed, 3)}
         if self._events:
             self._events("step", step=step, lr=rate, images_per_s=round(speed, 1), **waits, **figures)
-        for tracker in self._trackers:
-            tracker.log(step, {"lr": rate, "images_per_s": speed, **waits, **figures})
+        if self._audience:
+            self._audience.log(step, {"lr": rate, "images_per_s": speed, **waits, **figures})
         left = (self._steps - step - 1) * elapsed / len(recent)
-        status = {"loss": figures["loss"], "images_per_s": speed, **waits, "left_s": left}
+        status: dict[str, object] = {"loss": figures["loss"], "images_per_s": speed, **waits, "left_s": left}
+        if self._audience and self._audience.left:
+            status["trackers_off"] = self._audience.left
         self._context.report({"done": step + 1, "of": self._steps, **status})
 
     def close(self) -> None:
-        """One that cannot say goodbye is noted: the training is done, or has an error of its own to tell."""
-        for tracker in self._trackers:
-            try:
-                tracker.close()
-            except Exception as error:
-                if self._events:
-                    self._events("tracker_failed", tracker=type(tracker).__name__, reason=str(error))
+        if self._audience:
+            self._audience.close()
         if self._events:
             self._events.close()
+
+    def _tracker_failed(self, tracker: str, reason: str) -> None:
+        if self._events:
+            self._events("tracker_failed", tracker=tracker, reason=reason)
 
 
 def _forget(path: Path, start: int) -> None:

@@ -9,8 +9,8 @@ import torch
 
 from grappa_dist.config import Config, Resources
 from grappa_dist.models import PackedGrappa
-from grappa_dist.models.packed import activation_bytes
 from grappa_dist.ops.placement import check_capacity, in_words
+from grappa_dist.stages.fitting import image_bytes
 from grappa_dist.stages.modelling import build_backbone
 
 
@@ -56,12 +56,12 @@ def known_workers(where: Resources) -> int | None:
 
 
 def _memory_in_words(config: Config, num_sets: int, ranks: int) -> str:
-    """Activations between forward and backward, counted on a model without weights."""
+    """What an image takes of a rank in a step, counted on a model without weights as `fitting` does on the real one."""
     adapt = config.adapt
     with torch.device("meta"):
-        backbone = build_backbone(config.backbone, pretrained=False)
-        model = PackedGrappa(backbone, 1, adapt.bottleneck, recompute=adapt.activation_checkpointing)
-    each = activation_bytes(model, backbone.pixels.image_size)
+        model = PackedGrappa(build_backbone(config.backbone, pretrained=False), 1, adapt.bottleneck)
+    sparing = adapt.activation_checkpointing
+    each, other = (image_bytes(model, recompute=recompute) for recompute in (sparing, not sparing))
     share = -(-adapt.global_batch // ranks)
     auto = adapt.micro_batch == "auto"
     at_once = adapt.micro_batch if isinstance(adapt.micro_batch, int) else share
@@ -69,7 +69,8 @@ def _memory_in_words(config: Config, num_sets: int, ranks: int) -> str:
     fewer = "; adapt.micro_batch=auto takes fewer at a time where that does not fit" if auto else ""
     whole = f"all tokens ({model.whole_because})" if model.whole_because else "the class token alone"
     return (
-        f"activations in float32: {each / 2**20:.1f} MiB an image and set, {total:.1f} GiB a rank for {at_once} images "
-        f"and {num_sets} set{'s' * (num_sets > 1)} (adapt.micro_batch and adapt.activation_checkpointing lower it)"
+        f"activations in float32, those of a layer at work among them: {each / 2**20:.1f} MiB an image and set "
+        f"({other / 2**20:.1f} with{'out' * sparing} adapt.activation_checkpointing), {total:.1f} GiB a rank for "
+        f"{at_once} images and {num_sets} set{'s' * (num_sets > 1)} (adapt.micro_batch lowers it)"
         f"{fewer}; the last block computes {whole}"
     )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from grappa_dist.models import PackedGrappa
+from grappa_dist.ops.precision import forward_precision
 
 GAIN, ROUNDS = 1.05, 5  # it must be so much faster, in the least of so many passes
 FURTHER, ROUNDING = 2.0, 1e-5  # than plain bfloat16 from float32, at the most; and of the largest value, in any case
@@ -47,14 +48,19 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def compile_if_it_wins(
-    model: PackedGrappa, images: int, *, backend: str = "inductor", measure: Measure = seconds, halves: bool = True
+    model: PackedGrappa,
+    images: int,
+    *,
+    backend: str = "inductor",
+    measure: Measure = seconds,
+    halves: bool | None = None,
 ) -> str:
     """Compiles the layers if that pays for so many images at a time; what was found, to be told.
 
     To be called before there is an engine, whose hooks would see the trial's gradients.
 
     Args:
-        halves: train in bfloat16 around float32 parameters, as the engine does on a GPU.
+        halves: see `forward_precision`.
     """
     size, device = model.backbone.pixels.image_size, model.backbone.mean.device
     if device.type != "cuda" and backend == "inductor":
@@ -82,12 +88,13 @@ def compile_if_it_wins(
     return "; ".join(part for part in ("compiled" if not why else f"not compiled: {why}", told) if part)
 
 
-def _pass(model: PackedGrappa, images: Tensor, *, halves: bool) -> _Pass:
+def _pass(model: PackedGrappa, images: Tensor, *, halves: bool | None) -> _Pass:
     """As a step of training, with a loss that weighs every feature of an image differently; leaves no gradients."""
     learning = [p for p in model.parameters() if p.requires_grad]
     try:
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=halves):
-            z = model(images).float()
+        with forward_precision(images.device, halves=halves):
+            z = model(images)
+        z = z.float()
         (z * torch.linspace(-1, 1, z.shape[-1], device=z.device)).sum().backward()
         return _Pass([z.detach(), *(p.grad.clone() for p in learning if p.grad is not None)])
     finally:

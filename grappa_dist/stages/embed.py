@@ -24,6 +24,7 @@ from grappa_dist.data.probe import pixels_class
 from grappa_dist.data.shards import ImageShards, Shard
 from grappa_dist.files import write_json
 from grappa_dist.ops.exact import to_grid
+from grappa_dist.ops.precision import forward_precision
 from grappa_dist.stages.galleries import by_gallery
 from grappa_dist.stages.modelling import ModelSpec, backbone_settings, built, pixels_of, preprocess_of
 from grappa_dist.stages.run import Run
@@ -124,7 +125,7 @@ def embed_rows(
     for start, (pixels, reasons) in zip(starts, batches, strict=True):
         padded = np.zeros((how.batch_size, *shape), dtype=np.uint8)
         padded[: len(pixels)] = pixels
-        with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+        with forward_precision(device):
             z = model(to_images(padded, device)).float()[: len(pixels)]
         unit = to_grid(F.normalize(z, dim=1))  # what is stored is what k-means and k-NN compare, bit for bit
         part = rows[start : start + len(pixels)]

@@ -18,6 +18,7 @@ from grappa_dist.dist.workers import RankContext
 from grappa_dist.files import write_json
 from grappa_dist.models import PackedGrappa
 from grappa_dist.models.packed import activation_bytes
+from grappa_dist.ops.precision import forward_precision
 from grappa_dist.ops.room import Room
 
 GPU_SHARE, CPU_SHARE = 0.8, 0.5  # of what is free; on a CPU images wait in memory too, and nobody says when it is full
@@ -46,17 +47,29 @@ def usable_bytes(device: torch.device, sharing: int) -> int:
 
 
 def room(model: PackedGrappa, usable: int) -> Room:
-    """What an image takes: what is kept between forward and backward, and a layer in the middle of its work."""
-    size, layers = model.backbone.pixels.image_size, model.layers
-    asked = [layer.recompute for layer in layers]
-    with torch.autocast("cuda", torch.bfloat16, enabled=model.backbone.mean.is_cuda):
-        kept = activation_bytes(model, size)
-        for layer in layers:
-            layer.recompute = False
-        of_layer = activation_bytes(model, size) // max(len(layers) - 1, 1)
-    for layer, recompute in zip(layers, asked, strict=True):
-        layer.recompute = recompute
-    return Room(usable, kept + AT_WORK * of_layer)
+    return Room(usable, image_bytes(model, recompute=model.layers[0].recompute))
+
+
+def image_bytes(model: PackedGrappa, *, recompute: bool) -> int:
+    """What an image takes: what is kept between forward and backward, and a layer in the middle of its work.
+
+    Counted by calling the model; on the meta device nothing is computed.
+    """
+    kept = _kept_bytes(model, recompute=False)
+    of_layer = kept // max(len(model.layers) - 1, 1)
+    return (_kept_bytes(model, recompute=True) if recompute else kept) + AT_WORK * of_layer
+
+
+def _kept_bytes(model: PackedGrappa, *, recompute: bool) -> int:
+    asked = [layer.recompute for layer in model.layers]
+    try:
+        for layer in model.layers:
+            layer.recompute = recompute
+        with forward_precision(model.backbone.mean.device):
+            return activation_bytes(model, model.backbone.pixels.image_size)
+    finally:
+        for layer, before in zip(model.layers, asked, strict=True):
+            layer.recompute = before
 
 
 def fitted(context: RankContext, model: PackedGrappa, folder: Path, most: int, usable: int) -> Fitted:
@@ -114,7 +127,7 @@ def _train_pass(model: PackedGrappa, images: int) -> None:
     size, device = model.backbone.pixels.image_size, model.backbone.mean.device
     torch.cuda.empty_cache()
     try:
-        with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+        with forward_precision(device):
             z = model(torch.zeros(images, 3, size, size, device=device))
         z.float().sum().backward()
     finally:

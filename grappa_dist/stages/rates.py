@@ -16,6 +16,7 @@ from grappa_dist.data.loader import read_batches
 from grappa_dist.data.transforms import Preprocess
 from grappa_dist.models import PackedGrappa
 from grappa_dist.ops.placement import Rates
+from grappa_dist.ops.precision import forward_precision
 from grappa_dist.ops.room import Room
 from grappa_dist.stages.adapting import AdaptJob
 from grappa_dist.stages.embed import to_images
@@ -77,8 +78,9 @@ def _train_s(model: PackedGrappa, images: torch.Tensor) -> float:
     """Seconds of a forward and backward pass."""
 
     def step() -> None:
-        with torch.autocast("cuda", torch.bfloat16, enabled=images.device.type == "cuda"):
-            model(images).float().square().mean().backward()
+        with forward_precision(images.device):
+            z = model(images)
+        z.float().square().mean().backward()
         if images.device.type == "cuda":
             torch.cuda.synchronize()
 

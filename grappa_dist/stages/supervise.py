@@ -4,20 +4,18 @@ The supervised set (Table 3 of the paper) is step 2 on the true classes in place
 (Table 5) is attention over the N sets of the partitions, trained to tell the true classes apart: the recipe is that of
 step 2 as well, as the paper names none; Q and K learn where an adaptor set would. No pairs, no projector.
 
-Shapes: B images of this rank, b of a micro-batch, N sets, D channels.
+Shapes: N sets, D channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from grappa_dist.artifacts import Artifact, RowArrays, Store, wait_until_seen
 from grappa_dist.config import SUPERVISED, SUPERVISED_SET, AdaptConfig, BackboneConfig, Config
@@ -29,15 +27,15 @@ from grappa_dist.dist.train import Schedule, Watch, train
 from grappa_dist.dist.workers import RankContext
 from grappa_dist.files import replacing
 from grappa_dist.models import Grappa
-from grappa_dist.ops.room import even_size
+from grappa_dist.ops.adam import adam
 from grappa_dist.ops.schedules import cosine
 from grappa_dist.stages.adapt import train_sets
-from grappa_dist.stages.embed import to_images
+from grappa_dist.stages.classifying import Classes, Classifying
 from grappa_dist.stages.modelling import ADAPTORS_FILE, FUSION_FILE, backbone_settings, build_backbone, preprocess_of
 from grappa_dist.stages.packs import AdaptSet
 from grappa_dist.stages.pseudo_label import CENTROIDS_FILE, label_rows
 from grappa_dist.stages.run import Run
-from grappa_dist.stages.training import Pixels, Rows, TrainingImages, augmented_batches, data_settings, torch_seed
+from grappa_dist.stages.training import TrainingImages, data_settings, torch_seed
 from grappa_dist.stages.true_labels import class_counts, without_class
 from grappa_dist.stages.watching import AttentionWatch
 
@@ -120,7 +118,7 @@ def train_supervised_fusion(context: RankContext, job: SupervisedJob) -> None:
     with ExitStack() as stack:
         objective = SupervisedObjective(context, job)
         stack.callback(objective.close)
-        optimizer = torch.optim.Adam(objective.learning, lr=peak, weight_decay=config.weight_decay)
+        optimizer = adam(objective.learning, peak, config.weight_decay)
         done = train(
             context,
             objective,
@@ -137,13 +135,12 @@ def train_supervised_fusion(context: RankContext, job: SupervisedJob) -> None:
             job.artifact.commit(discard=["checkpoints"])
 
 
-class SupervisedObjective:
+class SupervisedObjective(Classifying):
     """Norm-softmax, Eq. (2), of fused features against the true classes, of which Q and K learn."""
 
     def __init__(self, context: RankContext, job: SupervisedJob) -> None:
-        self._context, self._job, config, seed = context, job, job.adapt, job.training.seed
+        self._job, config, seed = job, job.adapt, job.training.seed
         backbone = build_backbone(job.backbone)
-        self._preprocess = preprocess_of(backbone.pixels)
         self.module = Grappa(backbone, len(job.adaptors), config.bottleneck, attention=True)
         self.module.load_adaptors([load_file(a.path / ADAPTORS_FILE) for a in job.adaptors])
         self.module.trainable_attention()
@@ -157,51 +154,15 @@ class SupervisedObjective:
         settings = ClassifierSettings(config.gamma, config.weight_decay, config.sampled_classes, of_classes)
         self.classifier = Classifier(context.comm, context.device, (job.num_classes, backbone.embed_dim), settings)
         self.classifier.start(job.centroids, draws)
+        images, classes = (job.training, preprocess_of(backbone.pixels)), [Classes(job.labels, self.classifier)]
+        super().__init__(context, images, classes, config)
         self._watch = AttentionWatch(self.module)
-        self._batches: Generator[tuple[Pixels, Rows], None, None] | None = None
-        self._rows: Rows = np.empty(0, dtype=np.int64)  # of the last step
-
-    def begin(self, step: int) -> None:
-        job = self._job
-        steps, area = range(step, job.num_steps), job.adapt.min_crop_area
-        self._batches = augmented_batches(job.training, self._preprocess, self._context.comm, steps, area)
 
     def backward(self, engine: Engine, step: int) -> dict[str, float]:
-        assert self._batches is not None
-        comm, device = self._context.comm, self._context.device
-        pixels, self._rows = next(self._batches)
-        labels = torch.from_numpy(self._job.labels.take(self._rows).astype(np.int64)).to(device)
-        counts = [int(n) for n in comm.gather(torch.tensor([len(self._rows)], device=device))]
-        size = even_size(max(counts), self._job.micro_batch)
-        starts = range(0, max(counts), size)  # as many micro-batches on each rank, the last ones may be empty
-        sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, accuracy
-        self.classifier.begin(step, labels)
-        for start in starts:
-            part = slice(start, start + size)
-            loss = self._score(engine, to_images(pixels[part], device), labels[part], sums)
-            # The engine averages gradients over ranks, whose shares are uneven: a loss weighs size / global rows.
-            engine.backward(loss * (comm.size / sum(counts)), last=start == starts[-1])
-        most, count = self._job.adapt.clip_norm, float(len(self._rows))
+        sums = self.gradients(engine, step, self._job.micro_batch, self._watch.add)
+        most, count = self._job.adapt.clip_norm, float(sums.images)
         norms = engine.clip([self.learning], most) if most else []
-        figures = {"images": count, "loss": float(sums[0]), "accuracy": float(sums[1])}
-        if norms:
-            figures["gradient_norm"] = count * norms[0]
+        loss, correct = sums.of_sets[0].tolist()
+        figures = {"images": count, "loss": loss, "accuracy": correct, "waited_s": sums.waited_s * count}
+        figures |= {"gradient_norm": count * norms[0]} if norms else {}
         return figures | self._watch.take(1, self._job.adapt.weight_decay, count)
-
-    def _score(self, engine: Engine, images: Tensor, labels: Tensor, sums: Tensor) -> Tensor:
-        """The summed loss of a micro-batch; adds it and the hits to `sums`."""
-        z = engine.forward(images)  # (b, D)
-        if len(images):
-            self._watch.add()
-        loss, correct = self.classifier.score(z, labels)
-        sums += torch.stack([loss.detach(), correct]).to(sums)
-        return loss
-
-    def suspects(self) -> list[str]:
-        """The images of the last step, of all ranks."""
-        rows = torch.cat(self._context.comm.gather(torch.from_numpy(self._rows).to(self._context.device)))
-        return [f"{row} ({self._job.training.images.where(row)})" for row in sorted(rows.tolist())]
-
-    def close(self) -> None:
-        if self._batches is not None:
-            self._batches.close()

@@ -11,6 +11,7 @@ from grappa_dist.bench import softmax
 from grappa_dist.bench.softmax import (
     CHUNKED,
     MATERIALISED,
+    MATERIALISED_STEP,
     SAMPLED_STEP,
     SHARDED_STEP,
     SoftmaxSettings,
@@ -47,6 +48,8 @@ def test_every_side_is_timed_and_materialised_logits_are_seen(monkeypatch: pytes
     assert found[MATERIALISED]["extra_bytes"] > SMALL.logit_bytes
     assert found[CHUNKED]["judge"] == MATERIALISED
     assert found[SAMPLED_STEP]["judge"] != MATERIALISED
+    step = 4 * SMALL.classes * SMALL.dim * 3  # weights and Adam
+    assert found[MATERIALISED_STEP]["rank_bytes"] > step + found[MATERIALISED_STEP]["extra_bytes"]
     lines = as_text(SMALL, sides).splitlines()
     assert sum(SHARDED_STEP in line for line in lines) == 1
 
@@ -61,8 +64,7 @@ def test_what_the_allocator_kept_of_the_first_step_counts(monkeypatch: pytest.Mo
 
     monkeypatch.setitem(softmax._SIDES, "keeping", lambda comm, settings: step)
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
-    _, growth = softmax._measured(Comm(), "keeping", SMALL)
-    assert growth > 0.9 * 4 * count
+    assert softmax._measured(Comm(), "keeping", SMALL).growth > 0.9 * 4 * count
 
 
 @pytest.mark.parametrize(

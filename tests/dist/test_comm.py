@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import socket
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from grappa_dist.dist.comm import Comm
+from grappa_dist.dist.comm import Comm, process_group
 from tests.processes import run_ranks
 
 SIZES = {2: (0, 4), 3: (3, 0, 1)}
@@ -111,3 +112,15 @@ def test_a_world_of_one_needs_no_process_group_and_copies_nothing() -> None:
     assert comm.broadcast(rows, 0) is rows
     assert comm.exchange([rows], [(3, 2)])[0] is rows
     comm.barrier()
+
+
+def test_a_port_that_is_taken_is_an_error_of_the_connection_that_names_it() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with (
+            pytest.raises(ConnectionError, match=rf"^no process group at {address}: .*in use"),
+            process_group(0, 1, address),
+        ):
+            pass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -204,6 +205,27 @@ def test_a_task_that_storage_failed_is_tried_again(runner: Runner, told: Told, t
     assert runner.map(read_stale, [str(tmp_path / "once")]) == ["read"]
     (failed,) = told.of("job_failed")
     assert "Stale file handle" in failed["reason"]
+
+
+def test_a_job_of_one_rank_whose_port_was_taken_is_tried_again_at_another_address(
+    runner: Runner, told: Told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "died").touch()  # so that no rank dies
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        given, give = list[str](), Runner._give
+
+        def give_at_first_what_is_taken(runner: Runner, running: Any, address: str) -> None:
+            host = address.rsplit(":", 1)[0]
+            given.append(address if given else f"{host}:{taken.getsockname()[1]}")
+            give(runner, running, given[-1])
+
+        monkeypatch.setattr(Runner, "_give", give_at_first_what_is_taken)
+        assert runner.run_jobs([Job("alone", sum_of_ranks, (0, str(tmp_path / "died")), 1)]) == {"alone": [(0, 1)]}
+    (failed,) = told.of("job_failed")
+    assert failed["reason"].startswith(f"no process group at {given[0]}: ")
+    assert given[1] != given[0]
 
 
 def test_an_error_without_words_is_told_by_its_name(cluster: Cluster, told: Told) -> None:

@@ -102,41 +102,60 @@ def test_a_checkpoint_brings_parameters_and_optimizer_back_to_the_bit(tmp_path: 
     assert all(torch.equal(tensor, after[key]) for key, tensor in state_of(other, restored).items())
 
 
-class Sulking:
-    """A tracker that cannot be closed, and perhaps not told either."""
+class Listening:
+    """A tracker that notes the steps it hears of."""
 
-    def __init__(self, mute: bool) -> None:
-        self._mute = mute
+    def __init__(self) -> None:
+        self.steps = list[int]()
 
     def log(self, step: int, figures: Any) -> None:
-        if self._mute:
-            raise ZeroDivisionError("the training's own error")
+        self.steps.append(step)
+
+    def close(self) -> None:
+        self.steps.append(-1)
+
+
+class Sulking(Listening):
+    """A tracker that cannot be closed, nor told anything from a step on."""
+
+    def __init__(self, mute_from: int) -> None:
+        super().__init__()
+        self._mute_from = mute_from
+
+    def log(self, step: int, figures: Any) -> None:
+        super().log(step, figures)
+        if step >= self._mute_from:
+            raise TimeoutError("the server is away")
 
     def close(self) -> None:
         raise OSError("no server")
 
 
-def train_with_a_tracker_that_fails(comm: Comm, folder: Path, mute: bool) -> tuple[str, int]:
-    """What the training raised, and how many engines were left open."""
-    closed, close, said = list[Engine](), Engine.close, ""
+def train_with_trackers_that_fail(comm: Comm, folder: Path) -> dict[str, Any]:
+    """How training went that has a good tracker between two bad ones, one of which fails only when it is closed."""
+    closed, close, watcher = list[Engine](), Engine.close, Watcher()
+    trackers = [Sulking(1), Listening(), Sulking(99)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Engine, "close", lambda engine: (closed.append(engine), close(engine)))
-        objective, schedule = Regression(comm), Schedule(2, 2, lambda step: 0.1)
-        optimizer, watch = optimizer_of("adam", objective.module), Watch(trackers=lambda: [Sulking(mute)])
-        try:
-            train(Watcher().context(comm), objective, optimizer, schedule, folder=folder, job="job", watch=watch)
-        except Exception as error:
-            said = str(error)
-    return said, 1 - len(closed)
+        objective, schedule = Regression(comm), Schedule(4, 2, lambda step: 0.1)
+        optimizer, watch = optimizer_of("adam", objective.module), Watch(trackers=lambda: trackers)
+        done = train(watcher.context(comm), objective, optimizer, schedule, folder=folder, job="job", watch=watch)
+    off = [status.get("trackers_off") for status in watcher.statuses]
+    return {"done": done, "heard": [t.steps for t in trackers], "engines closed": len(closed), "off": off}
 
 
-@pytest.mark.parametrize(("mute", "said"), [(True, "the training's own error"), (False, "")])
-def test_a_tracker_that_cannot_be_closed_hides_no_error_and_keeps_no_engine_open(
-    tmp_path: Path, mute: bool, said: str
-) -> None:
-    assert run_ranks(train_with_a_tracker_that_fails, 1, tmp_path, mute) == [(said, 0)]
-    (noted,) = (e for e in read_events(tmp_path / "metrics.jsonl") if e["name"] == "tracker_failed")
-    assert (noted["tracker"], noted["reason"]) == ("Sulking", "no server")
+def test_a_tracker_that_fails_is_told_of_once_and_switched_off_while_training_goes_on(tmp_path: Path) -> None:
+    (found,) = run_ranks(train_with_trackers_that_fail, 1, tmp_path)
+    assert found == {
+        "done": True,
+        "heard": [[0, 1], [0, 1, 2, 3, -1], [0, 1, 2, 3]],
+        "engines closed": 1,
+        "off": [None, ["Sulking"], ["Sulking"], ["Sulking"]],
+    }
+    noted = [e for e in read_events(tmp_path / "metrics.jsonl") if e["name"] == "tracker_failed"]
+    assert [e["reason"] for e in noted] == ["TimeoutError: the server is away", "OSError: no server"]
+    assert {e["tracker"] for e in noted} == {"Sulking"}
+    assert len(steps_of(tmp_path)) == 4
 
 
 def test_without_a_checkpoint_training_starts_at_step_zero(tmp_path: Path) -> None:

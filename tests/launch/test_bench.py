@@ -32,6 +32,7 @@ TINY = ["kmeans", "--rows", "400", "--dim", "32", "--num-labels", "5", "--iterat
         (["fuse", "--ranks", "1"], "--ranks must be at least 2, got 1"),
         (["adapt", "--classes", "0"], "--classes must be at least 1, got 0"),
         (["adapt", "--sets", "0"], "--sets must be at least 1, got 0"),
+        (["adapt", "--sections", "step", "--device", "tpu"], "invalid choice: 'tpu'"),
         (["kmeans", "--speed"], "unrecognized arguments: --speed"),
         ([*TINY, "--rows", "5"], "--num-labels must be from 1 to less than the number of rows, 5, got 5"),
         ([*TINY, "--dim", "8"], "--dim must be at least 32, got 8"),

@@ -12,6 +12,7 @@ from grappa_dist.artifacts import Artifact, Store
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.dist.comm import Comm
 from grappa_dist.dist.train import Schedule, train
+from grappa_dist.observe import read_events
 from grappa_dist.stages.adapt import adaptors_of
 from grappa_dist.stages.adapting import AdaptJob, AdaptObjective, train_adaptors
 from grappa_dist.stages.modelling import ADAPTORS_FILE, build_backbone
@@ -181,6 +182,8 @@ def test_a_job_stopped_on_two_ranks_goes_on_alone_with_the_same_losses(world: Wo
     assert not job.sets[0].artifact.complete
     run_ranks(go_on_alone, 1, job, timeout_s=400)
     np.testing.assert_allclose(losses(folder, "2-stopped"), losses(folder, "2-straight"), rtol=0, atol=1e-5)
+    begins = [e for e in read_events(job.sets[0].artifact.path / "metrics.jsonl") if e["name"] == "begins"]
+    assert [(e["ranks"], e["at_step"]) for e in begins] == [(2, 0), (1, STOP + 1)]
 
 
 def test_a_finished_set_holds_nothing_but_weights_and_log(world: World) -> None:

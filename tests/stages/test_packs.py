@@ -184,6 +184,14 @@ def test_a_pack_stopped_on_two_ranks_under_zero_goes_on_alone_and_on_three_ranks
     run_ranks(run_stopped_at, 3, job_in(folder, "stopped"), None, timeout_s=400)
     for k in KS:
         close(weights(folder, "stopped", k), weights(folder, "alone", k))
+    assert begins(job) == [(2, 0), (1, 4), (3, 6)]
+
+
+def begins(job: AdaptJob) -> list[tuple[int, int]]:
+    """Ranks and first step of every attempt at a finished job, as each of its sets tells them."""
+    logs = [[e for e in read_events(s.artifact.path / "metrics.jsonl") if e["name"] == "begins"] for s in job.sets]
+    (found,) = {tuple((event["ranks"], event["at_step"]) for event in log) for log in logs}
+    return list(found)
 
 
 def run_stopped_at(comm: Comm, job: AdaptJob, step: int | None) -> None:

@@ -6,23 +6,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from grappa_dist.bench import last_block, packing, softmax
+from grappa_dist.bench import last_block, packing, softmax, step
 from grappa_dist.bench.machine import machine
 from grappa_dist.bench.table import aligned_header
 from grappa_dist.data.progress import Tell
 
-SECTIONS = ("softmax", "packing", "last-block")
+SECTIONS = ("softmax", "packing", "last-block", "step")
 SHORT = "against materialised logits"
 DESCRIPTION = """\
 softmax: the classifier of step 2, its gradients and Adam, against one that materialises the logits: ours in
-chunks of classes, in chunks and spread over ranks, and with sampled classes. Prints seconds of a step and the memory
-that it takes beside weights, gradient and state of Adam. packing: several adaptor sets in one job against as many jobs
-one after the other, decoding included. last-block: a step of the model with the last block for the class token alone
-against the whole block."""
+chunks of classes, in chunks and spread over ranks, and with sampled classes. Prints seconds of a step, the memory
+that it takes beside weights, gradient and state of Adam, and all that a rank holds. packing: several adaptor sets in
+one job against as many jobs one after the other, decoding included. last-block: a step of the model with the last block
+for the class token alone against the whole block. step: a step of the model, its images/s and its share of the
+arithmetic limit of this machine, measured in the same run. The last three run on a GPU with --device cuda, in
+bfloat16."""
 EXAMPLE = """example, a minute:
   python launch/bench.py adapt --classes 100000 --repeats 1 --json adapt.json
 
-A million classes of 384 channels take some 11 GB with materialised logits."""
+A million classes of 384 channels take some 11 GB with materialised logits. On a GPU:
+  python launch/bench.py adapt --sections step --device cuda --image-size 224 --images 512 --steps 10"""
 
 
 def arguments(add: Callable[..., Any]) -> None:
@@ -39,11 +42,13 @@ def arguments(add: Callable[..., Any]) -> None:
     add("--backbone", default="vit_small_patch16_224", metavar="TIMM", help="but of softmax; default: %(default)s")
     add("--image-size", type=int, default=96, metavar="PX", help="but of softmax: side; default: %(default)s")
     add("--images", type=int, default=32, metavar="N", help="but of softmax: of a step; default: %(default)s")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="but of softmax; default: %(default)s")
+    add("--compiled", action="store_true", help="of step, on a GPU: layers, as resources.compile=auto would")
     add("--json", type=Path, metavar="FILE", help="all numbers, also of single runs")
 
 
 def run(asked: dict[str, Any], tell: Tell) -> tuple[str, dict[str, Any]]:
-    sections, of_packing = asked.pop("sections"), ("sets", "backbone", "image_size", "images")
+    sections, of_packing = asked.pop("sections"), ("sets", "backbone", "image_size", "images", "device", "compiled")
     shared = {name: asked[name] for name in ("threads", "steps", "repeats")}
     packs = packing.PackingSettings(**shared, **{name: asked.pop(name) for name in of_packing})
     classes = softmax.SoftmaxSettings(**asked)
@@ -51,16 +56,18 @@ def run(asked: dict[str, Any], tell: Tell) -> tuple[str, dict[str, Any]]:
     packs.check()
     header = machine(classes.threads, "deepspeed")
     texts, numbers = [aligned_header(header)], dict[str, Any](machine=header)
+    of_packs = {
+        "packing": (packing, packing.measure_packing),
+        "last-block": (last_block, last_block.measure_last_block),
+        "step": (step, step.measure_step),
+    }
     if "softmax" in sections:
         sides = softmax.measure_softmax(classes, tell)
         texts.append(softmax.as_text(classes, sides))
         numbers["softmax"] = softmax.as_json(classes, sides)
-    if "packing" in sections:
-        found = packing.measure_packing(packs, tell)
-        texts.append(packing.as_text(packs, found))
-        numbers["packing"] = packing.as_json(packs, found)
-    if "last-block" in sections:
-        steps = last_block.measure_last_block(packs, tell)
-        texts.append(last_block.as_text(packs, steps))
-        numbers["last_block"] = last_block.as_json(packs, steps)
+    for name, (section, measure) in of_packs.items():
+        if name in sections:
+            found: Any = measure(packs, tell)
+            texts.append(section.as_text(packs, found))
+            numbers[name.replace("-", "_")] = section.as_json(packs, found)
     return "\n\n".join(texts), numbers
