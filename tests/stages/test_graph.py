@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,8 @@ from grappa_dist.stages.graph import EXACT_ROWS, graph_kind, own_batches
 from tests.processes import run_ranks
 from tests.stages import tiny
 from tests.stages.test_pairs import pairs_of
+
+SLOW_S = 1.0  # a batch on the slow rank
 
 
 @pytest.mark.parametrize("good", [[5], [0, 17, 0, 1, 64, 3], [1000, 1], [0], []])
@@ -61,6 +64,26 @@ def test_two_ranks_share_a_shard_and_an_approximate_graph_tells_its_recall(tmp_p
     for seen, said in run_ranks(approximate_graph, 2, shards, tmp_path, timeout_s=400):
         np.testing.assert_array_equal(seen, alone)
         assert said == told
+
+
+def graph_with_a_slow_rank(comm: Comm, shards: Sequence[str], folder: Path) -> np.ndarray:
+    def slow(*args: Any, **how: Any) -> Iterator[Any]:
+        for found in embed_rows(*args, **how):
+            time.sleep(SLOW_S if comm.rank else 0)
+            yield found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graph_module, "embed_rows", slow)
+        graph = pairs_of(tiny.config(shards), folder, comm, neighbours=True)._graphs.of(0)
+    return graph.take(np.arange(tiny.NUM_ROWS))
+
+
+def test_a_rank_that_embeds_for_longer_than_a_collective_waits_is_waited_for(tmp_path: Path) -> None:
+    shards = tiny.write_shards(tmp_path / "images")
+    alone = graph_with_a_slow_rank(Comm(), shards, tmp_path)
+    wait_s = 3.5 * SLOW_S  # rank 1 has four batches
+    for seen in run_ranks(graph_with_a_slow_rank, 2, shards, tmp_path, collective_s=wait_s):
+        np.testing.assert_array_equal(seen, alone)
 
 
 def test_a_graph_that_was_stopped_while_it_embedded_goes_on_with_the_rest(
