@@ -115,6 +115,7 @@ class Graphs:
         if not self._context.of_rank_0(folder.exists()):
             self._make(epoch, partial)
             if self._context.comm.rank == 0:
+                sync(partial)
                 os.rename(partial, folder)
                 sync(folder.parent)
         if self._passed is not None and self._context.comm.rank == 0:
@@ -205,10 +206,12 @@ class Graphs:
         )
 
     def _write(self, folder: Path, ids: NDArray[np.int64], near: NDArray[np.int64]) -> None:
-        """A table for each shard, to which every rank that has rows of it writes these."""
+        """A table for each shard, to which every rank that has rows of it writes these; all of it on the disk."""
         images, comm = self._training.images, self._context.comm
         for shard in own_shards(images.starts.tolist(), comm.rank, comm.size):
-            np.save(folder / rows_file(shard), np.full((images.shards[shard].rows, near.shape[1]), -1, dtype=np.int64))
+            path = folder / rows_file(shard)
+            np.save(path, np.full((images.shards[shard].rows, near.shape[1]), -1, dtype=np.int64))
+            sync(path)
         comm.barrier()
         owners = np.searchsorted(images.starts, ids, side="right") - 1
         for shard in np.unique(owners).tolist():
@@ -222,6 +225,7 @@ class Graphs:
                 header = os.path.getsize(path) - images.shards[shard].rows * table[0].nbytes
                 handle.seek(header + int(places[0]) * table[0].nbytes)
                 handle.write(table.tobytes())
+            sync(path)  # what one machine syncs is what it wrote itself
 
     def _duplicates(self, near: NDArray[np.int64], copies: NDArray[np.bool_]) -> dict[str, float]:
         """How many of all rows have near-duplicates among their k nearest, and how many have no neighbour left."""

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -114,3 +115,28 @@ def test_a_graph_that_was_stopped_while_it_embedded_goes_on_with_the_rest(
     every = np.arange(tiny.NUM_ROWS)
     np.testing.assert_array_equal(resumed.take(every), straight.take(every))
     assert not list((tmp_path / "a").rglob("features-*"))
+
+
+def test_a_graph_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = tiny.config(tiny.write_shards(tmp_path / "images", bad=range(13, 14)))  # a shard without a good row
+    synced, not_synced = dict[int, tuple[int, int]](), list[str]()
+    rename = os.rename
+
+    def state(at: os.stat_result) -> tuple[int, int]:
+        return at.st_mtime_ns, at.st_size
+
+    def fsync(handle: int) -> None:
+        synced[os.fstat(handle).st_ino] = state(os.fstat(handle))
+
+    def renamed(source: Path, target: Path) -> None:
+        for path in (source, *source.iterdir()):
+            if synced.get(path.stat().st_ino) != state(path.stat()):
+                not_synced.append(path.name)
+        rename(source, target)
+
+    graphs = pairs_of(settings, tmp_path, Comm(), neighbours=True)._graphs
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "rename", renamed)
+    graphs.of(0)
+    assert len(synced) > len(tiny.SIZES)
+    assert not_synced == []
