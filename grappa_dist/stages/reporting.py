@@ -18,7 +18,7 @@ from grappa_dist.artifacts import Artifact, Store
 from grappa_dist.config import Config
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.data.transforms import decode
-from grappa_dist.observe import duration, read_events
+from grappa_dist.observe import EVENTS_FILE, duration, read_events
 from grappa_dist.report import (
     Clustering,
     ClusterSample,
@@ -268,7 +268,7 @@ def _bad_test(flow: Flow) -> Iterator[BadRow]:
 
 def _facts(run: Run, flow: Flow) -> dict[str, str]:
     seconds: dict[str, float] = {}
-    for event in read_events(run.store.root / "events.jsonl"):
+    for event in read_events(run.store.root / EVENTS_FILE):
         if event["name"] == "stage_ends":
             seconds[event["stage"]] = seconds.get(event["stage"], 0.0) + event["seconds"]
     facts = {
