@@ -214,7 +214,8 @@ class FuseObjective:
         )
         count = len(images) / 2
         decay = 0.0 if self._job.variant.endswith("-adam") else self._job.fuse.lars_weight_decay
-        return {"images": count, "loss": loss * count, **self._watch.take(2, decay, count)}
+        figures = {"images": count, "loss": loss * count, "waited_s": self._pairs.waited_s * count}
+        return {**figures, **self._watch.take(2, decay, count)}
 
     def save(self, step: int) -> None:
         self._pairs.save(step)

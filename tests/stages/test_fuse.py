@@ -201,6 +201,12 @@ def test_figures_of_the_attention_do_not_depend_on_ranks_or_micro_batch(world: W
         np.testing.assert_allclose(figures(out), alone, rtol=2e-3, atol=1e-5)
 
 
+def test_every_step_says_how_long_it_waited_for_data(world: World) -> None:
+    shares = [event["data_wait_share"] for event in tiny.steps_of(job_in(world[0], "2", "neighbours").artifact.path)]
+    assert len(shares) == STEPS
+    assert all(0 <= share <= 1 for share in shares)
+
+
 def test_where_attention_has_no_gradient_the_share_of_decay_is_unknown() -> None:
     layers = [SimpleNamespace(attention=Attention(2)) for _ in range(3)]
     for layer, gradient in zip(layers, (None, 0.0, 0.5), strict=True):
