@@ -135,7 +135,7 @@ def train_fusion(context: RankContext, job: FuseJob) -> None:
         stack.callback(objective.close)
         parameters = [p for p in objective.module.parameters() if p.requires_grad]
         optimizer = (
-            torch.optim.Adam(parameters, lr=peak)
+            torch.optim.Adam(parameters, lr=peak, fused=context.device.type == "cuda" or None)
             if adam
             else Lars(lars_groups(objective.module), lr=peak, weight_decay=config.lars_weight_decay)
         )
