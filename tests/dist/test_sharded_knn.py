@@ -44,7 +44,9 @@ def ids_of(x: np.ndarray) -> np.ndarray:
 Results = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
-def run_cases(comm: Comm, block_rows: int, copies: bool | None = None, kept_bytes: int | None = None) -> Results:
+def run_cases(
+    comm: Comm, block_rows: int, copies: bool | None = None, kept_bytes: int | None = None, device: str = "cpu"
+) -> Results:
     results = {}
     for name, (x, k) in CASES.items():
         n = len(x)
@@ -54,7 +56,9 @@ def run_cases(comm: Comm, block_rows: int, copies: bool | None = None, kept_byte
         with pytest.MonkeyPatch.context() as patch:
             if kept_bytes is not None:
                 patch.setattr(knn_blocks, "KEPT_BYTES", kept_bytes)
-            results[name] = sharded_knn(comm, x[own], ids_of(x)[own], k, block_rows=block_rows, copies=copies)
+            results[name] = sharded_knn(
+                comm, x[own], ids_of(x)[own], k, block_rows=block_rows, copies=copies, device=device
+            )
     return results
 
 
@@ -79,6 +83,12 @@ def test_the_graph_is_that_of_brute_force_bit_for_bit(size: int, block_rows: int
 def test_so_it_is_where_every_block_visits_every_rank(size: int, block_rows: int, kept_bytes: int | None) -> None:
     how = (block_rows, True, kept_bytes)
     check([run_cases(Comm(), *how)] if size == 1 else run_ranks(run_cases, size, *how))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kept_bytes", [None, 0])
+def test_so_it_is_on_a_gpu(kept_bytes: int | None) -> None:
+    check([run_cases(Comm(), 13, None, kept_bytes, "cuda")])
 
 
 def check(found: Sequence[Results]) -> None:
