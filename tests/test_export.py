@@ -107,8 +107,8 @@ def test_an_exported_model_is_built_folded_for_bulk_embedding_which_changes_roun
         plain.weigh(torch.tensor(weighed))
     wide = not fused or 1.0 in weighed  # one set of all, or one alone; else an attention of one matrix
     for layer in bulk.layers:
-        assert (layer.folded_up is not None) == wide
-        assert (layer.folded_product is not None) == (not wide)
+        assert (layer.wide is not None) == wide
+        assert (layer.product is not None) == (not wide)
     with torch.inference_mode():
         torch.testing.assert_close(bulk(images(3)), plain(images(3)), rtol=1e-5, atol=1e-5)
 
@@ -127,7 +127,7 @@ def test_a_model_conditioned_on_a_gallery_weighs_its_sets_by_their_features_ther
     model.weigh(None)
     assert torch.equal(model(gallery), before)
     ran = list[int]()  # bottlenecks of every forward pass
-    hook = model.grappa.register_forward_hook(lambda g, *_: ran.append(len(g.layers[0].folded_down)))
+    hook = model.grappa.register_forward_hook(lambda g, *_: ran.append(len(g.layers[0].wide.down)))
     weights = model.condition(gallery.split(17))
     hook.remove()
     assert ran == 3 * 3 * [BOTTLENECK]  # of one set alone
