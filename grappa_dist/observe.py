@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+EVENTS_FILE = "events.jsonl"  # of a run, in its directory
 COUNTER_S = 2.0  # between two lines of a counter
 
 

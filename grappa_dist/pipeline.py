@@ -31,7 +31,8 @@ from grappa_dist.stages.collect import (
 from grappa_dist.stages.embed import bad_rows, embed, feature_rows
 from grappa_dist.stages.evaluate import Evaluation, evaluate
 from grappa_dist.stages.flow import Flow
-from grappa_dist.stages.fuse import fuse, least_bytes
+from grappa_dist.stages.fuse import fuse
+from grappa_dist.stages.fuse_plan import least_bytes
 from grappa_dist.stages.galleries import weigh_galleries
 from grappa_dist.stages.mirror import artifacts_of, mirrored
 from grappa_dist.stages.partitions import judge_partitions

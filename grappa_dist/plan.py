@@ -14,6 +14,7 @@ from grappa_dist.ops.correlation import by_rows, rows_are_cheaper, whole
 from grappa_dist.stages.adapt_plan import adapt_in_words, jobs_in_words, known_workers, ranks_of
 from grappa_dist.stages.collect import collection_sizes, has_drawn, open_images
 from grappa_dist.stages.flow import Flow
+from grappa_dist.stages.fuse_plan import projector_bytes
 from grappa_dist.stages.graph import graph_kind
 from grappa_dist.stages.pseudo_label import choices_in_words, num_labels
 from grappa_dist.stages.training import steps_per_epoch
@@ -132,7 +133,7 @@ def _costs(config: Config, num_rows: int, ks: tuple[int, ...], dim: int = DIM) -
         f"rough bytes    (at {dim} channels) features {_size(4 * dim * num_rows)}, "
         f"labels {_size(4 * len(ks) * num_rows)}, "
         f"k-NN graph {_size(8 * config.fuse.neighbours * num_rows)} an epoch; "
-        f"per rank: projector with momentum {_size(12 * projector)}, "
+        f"per rank: projector, gradients and momentum {_size(projector_bytes(projector))}, "
         f"correlation matrix {_size(4 * config.fuse.projector[-1] ** 2)}; "
         f"per worker: k-means of K = {max(ks)} {_size(KMEANS_BYTES * max(ks) * dim)}"
     )

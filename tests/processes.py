@@ -29,11 +29,16 @@ def free_address() -> str:
         return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
-def run_ranks(fn: Callable[..., Any], size: int, *args: Any, timeout_s: float = 120.0) -> list[Any]:
+def run_ranks(
+    fn: Callable[..., Any], size: int, *args: Any, timeout_s: float = 120.0, collective_s: float | None = None
+) -> list[Any]:
     """What `fn(comm, *args)` returns on each of `size` ranks, in rank order.
 
     `fn` is a function of a module; `args` and the results can be pickled. The first rank that fails ends the others,
     and its traceback is in the error. A rank computes on one thread.
+
+    Args:
+        collective_s: how long a rank waits for the others; by default as long as all of it may take.
     """
     address, job = (
         free_address(),
@@ -41,7 +46,9 @@ def run_ranks(fn: Callable[..., Any], size: int, *args: Any, timeout_s: float = 
     )  # plain pickle: tensors by value, no shared memory left over
     pipes = [_CONTEXT.Pipe(duplex=False) for _ in range(size)]
     ranks = [
-        _CONTEXT.Process(target=_run_rank, args=(rank, size, address, job, writer, dict(os.environ), timeout_s))
+        _CONTEXT.Process(
+            target=_run_rank, args=(rank, size, address, job, writer, dict(os.environ), collective_s or timeout_s)
+        )
         for rank, (_, writer) in enumerate(pipes)
     ]
     try:
@@ -79,7 +86,7 @@ def _collect(readers: list[Connection], deadline: float) -> list[Any]:
 
 
 def _run_rank(
-    rank: int, size: int, address: str, job: bytes, writer: Connection, environ: dict[str, str], timeout_s: float
+    rank: int, size: int, address: str, job: bytes, writer: Connection, environ: dict[str, str], wait_s: float
 ) -> None:
     os.environ.clear()  # the server's is as old as the server
     os.environ.update(environ)
@@ -88,7 +95,7 @@ def _run_rank(
     torch.set_num_threads(1)
     try:
         fn, args = pickle.loads(job)
-        with process_group(rank, size, address, timeout_s=timeout_s) as comm:
+        with process_group(rank, size, address, timeout_s=wait_s) as comm:
             try:
                 result = fn(comm, *args)
             except BaseException:

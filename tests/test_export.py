@@ -93,6 +93,26 @@ def test_weights_are_exported_bit_for_bit_and_folding_them_changes_rounding_alon
     assert model.grappa.backbone.pixels == expected.backbone.pixels  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("weighed", [(), (0.2, 0.8, 0.0), (0.0, 1.0, 0.0)])
+@pytest.mark.parametrize("fused", [True, False])
+def test_an_exported_model_is_built_folded_for_bulk_embedding_which_changes_rounding_alone(
+    fused: bool, weighed: tuple[float, ...], tmp_path: Path
+) -> None:
+    spec, artifact = exported(tmp_path, 3, fused)
+    bulk = build(replace(exported_spec(artifact.path), weighed=weighed), torch.device("cpu"))
+    plain = build(spec, torch.device("cpu"))
+    assert isinstance(bulk, Grappa)
+    assert isinstance(plain, Grappa)
+    if weighed:
+        plain.weigh(torch.tensor(weighed))
+    wide = not fused or 1.0 in weighed  # one set of all, or one alone; else an attention of one matrix
+    for layer in bulk.layers:
+        assert (layer.wide is not None) == wide
+        assert (layer.product is not None) == (not wide)
+    with torch.inference_mode():
+        torch.testing.assert_close(bulk(images(3)), plain(images(3)), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_model_conditioned_on_a_gallery_weighs_its_sets_by_their_features_there(fused: bool, tmp_path: Path) -> None:
     _, artifact = exported(tmp_path, 3, fused)
@@ -107,7 +127,7 @@ def test_a_model_conditioned_on_a_gallery_weighs_its_sets_by_their_features_ther
     model.weigh(None)
     assert torch.equal(model(gallery), before)
     ran = list[int]()  # bottlenecks of every forward pass
-    hook = model.grappa.register_forward_hook(lambda g, *_: ran.append(len(g.layers[0].folded_down)))
+    hook = model.grappa.register_forward_hook(lambda g, *_: ran.append(len(g.layers[0].wide.down)))
     weights = model.condition(gallery.split(17))
     hook.remove()
     assert ran == 3 * 3 * [BOTTLENECK]  # of one set alone

@@ -71,7 +71,7 @@ def test_a_plan_prices_the_projector_in_memory_and_traffic(tmp_path: Path) -> No
     settings = tiny.config(shards, **{**SECTIONS, "fuse": {**SECTIONS["fuse"], "projector": (8192, 8192, 8192)}})
     lines = lines_of(settings, tmp_path / "run")
     projector = 384 * 8192 + 2 * 8192**2  # the paper's, 137 million parameters
-    assert f"projector with momentum {12 * projector / 2**30:.1f} GiB" in lines["rough bytes"]
+    assert f"projector, gradients and momentum {16 * projector / 2**30:.1f} GiB" in lines["rough bytes"]
     assert "correlation matrix 256 MiB" in lines["rough bytes"]
     pairs = 8 * (16 * 8192 + 8 * 8192) // 2  # of 16 pairs, all second views and half of the first, there and back
     assert (

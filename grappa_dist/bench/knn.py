@@ -8,8 +8,6 @@ Shapes: P rows, D dimensions, k neighbours.
 
 from __future__ import annotations
 
-import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +19,7 @@ import torch
 
 from grappa_dist.bench.arguments import check_least
 from grappa_dist.bench.epoch import AT, EpochCost, measure_epoch
-from grappa_dist.bench.processes import run_workers
+from grappa_dist.bench.knn_scaling import Judge, Scaling, measure_scaling, scaling_text
 from grappa_dist.bench.rows import CLASSES, SUBCLASSES, TASKS, drawn_rows, read_rows
 from grappa_dist.bench.table import aligned, aligned_header
 from grappa_dist.bench.timing import Timing, timed, turns
@@ -32,8 +30,6 @@ from grappa_dist.dist.listed_knn import Recall, listed_knn
 from grappa_dist.dist.sharded_knn import sharded_knn
 
 EXACT, APPROXIMATE = "exact", "approximate"
-ALONE, SEVERAL = "1 worker", "workers of 1 thread"
-Judge = Callable[[np.ndarray, int, int], np.ndarray]
 JUDGES: dict[str, Judge] = {
     "faiss.knn": brute_force_knn,
     "faiss.IndexFlatIP": flat_index_knn,
@@ -101,7 +97,7 @@ class KnnFindings:
     shape: tuple[int, int]
     settings: KnnSettings
     comparisons: list[Comparison]
-    scaling: dict[str, Timing]  # of the exact search by one worker with all threads, and by workers of one
+    scaling: dict[str, Timing]  # of the exact search by one worker, by several, and of the judges; on as many cores
     epoch: EpochCost | None = None
 
     @property
@@ -123,7 +119,11 @@ def measure_knn(settings: KnnSettings, tell: Tell) -> KnnFindings:
             f"drawn: {num} rows, {TASKS} tasks > {CLASSES} classes > {SUBCLASSES} sub-classes, seed {settings.seed}"
         )
     comparisons = [_compare(rows, k, settings, tell) for k in settings.neighbours]
-    scaling = _scale(rows, settings, tell) if settings.workers > 1 else {}
+    scaling = {}
+    if settings.workers > 1:
+        judges = {name: JUDGES[name] for name in settings.judges}
+        how = Scaling(settings.neighbours[0], settings.workers, settings.repeats)
+        scaling = measure_scaling(rows, how, judges, tell)
     epoch = None
     if settings.epoch:
         tell("an epoch beside it")
@@ -177,48 +177,11 @@ def _found(ids: np.ndarray, true: np.ndarray, rows: np.ndarray) -> float:
     return hits / max(1, int((true >= 0).sum()))
 
 
-def _scale(rows: np.ndarray, settings: KnnSettings, tell: Tell) -> dict[str, Timing]:
-    """The exact search by one worker with as many threads as there are workers, and by these with one thread each."""
-    k = settings.neighbours[0]
-    found: dict[str, Timing] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "rows.npy"
-        np.save(file, rows)
-        for order in turns([ALONE, SEVERAL], settings.repeats):
-            for name in order:
-                tell(f"ring: {name}")
-                size, threads = (1, settings.workers) if name == ALONE else (settings.workers, 1)
-                told = run_workers(_clock, size, file, k, threads)
-                slowest = Timing((max(wall for wall, _ in told),), (sum(cpu for _, cpu in told),))
-                found[name] = found[name].and_then(slowest) if name in found else slowest
-    return found
-
-
-def _clock(comm: Comm, file: Path, k: int, threads: int) -> tuple[float, float]:
-    """Wall and CPU seconds of this worker, libraries loaded and rows in the page cache."""
-    torch.set_num_threads(threads)
-    mapped = np.load(file, mmap_mode="c")
-    first, after = (rank * len(mapped) // comm.size for rank in (comm.rank, comm.rank + 1))
-    own, ids = mapped[first:after], np.arange(first, after)
-    float(own.sum())
-    sharded_knn(comm, own[:_WARM_UP_ROWS], ids[:_WARM_UP_ROWS], k)
-    comm.barrier()
-    wall, cpu = time.perf_counter(), time.process_time()
-    sharded_knn(comm, own, ids, k)
-    return time.perf_counter() - wall, time.process_time() - cpu
-
-
 def as_text(header: dict[str, str], findings: KnnFindings) -> str:
     blocks = [aligned_header({**header, "rows": f"{findings.source}, {findings.shape[1]} dimensions"})]
     blocks += [_table(found) for found in findings.comparisons]
     if findings.scaling:
-        one, several = findings.scaling[ALONE], findings.scaling[SEVERAL]
-        num = findings.settings.workers
-        blocks.append(
-            f"exact, k={findings.settings.neighbours[0]}: {num} {SEVERAL} {several.seconds:.3f} s, {ALONE} of {num} "
-            f"threads {one.seconds:.3f} s: {one.seconds / several.seconds:.2f}x "
-            f"({several.cpu:.3f} and {one.cpu:.3f} s of CPU)"
-        )
+        blocks.append(scaling_text(findings.scaling, findings.settings.neighbours[0], findings.settings.workers))
     if findings.epoch is not None:
         blocks.append(_epoch(findings.epoch, findings.pairs_per_cpu_s))
     return "\n\n".join(blocks)

@@ -33,6 +33,24 @@ class _AllSum(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
+class Sum:
+    """A sum over ranks that has begun."""
+
+    tensor: Tensor
+    work: dist.Work | None  # None in a world of one
+
+    def ready(self) -> bool:
+        """Whether every rank has given its part, so that there is nothing to wait for."""
+        return self.work is None or self.work.is_completed()
+
+    def total(self) -> Tensor:
+        """The sum, once it is there."""
+        if self.work is not None:
+            self.work.wait()
+        return self.tensor
+
+
+@dataclass(frozen=True)
 class Comm:
     """The ranks of one job, seen from one of them. Without a process group it is a world of one."""
 
@@ -52,6 +70,10 @@ class Comm:
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def begin_sum(self, tensor: Tensor) -> Sum:
+        """As `sum_`, while this rank does something else that needs no other rank."""
+        return Sum(tensor, dist.all_reduce(tensor, async_op=True) if self.size > 1 else None)
 
     def max_(self, tensor: Tensor) -> Tensor:
         """Entry by entry the largest over ranks, in place, no gradient."""

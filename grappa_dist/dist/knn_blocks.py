@@ -20,6 +20,7 @@ from grappa_dist.ops.knn import Block
 from grappa_dist.ops.proposals import norm_of
 from grappa_dist.ops.sift import MOST_ROWS, Side
 
+KEPT_BYTES = 2**31  # of own blocks on a device; those beyond are read again for every block that they meet
 _BLOCKS = 8  # of a rank, at least, so that threads have equal shares
 _LEAST_ROWS = 1024  # of a block that is made for that reason alone
 
@@ -35,7 +36,7 @@ class _Facts:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Own rows by blocks of about one size, each read and put on the grid when asked for."""
+    """Own rows by blocks of about one size, each read and put on the grid when asked for, or kept as it is then."""
 
     features: np.ndarray  # (P, D) float32
     ids: np.ndarray  # (P,) int64, ascending
@@ -44,6 +45,7 @@ class Blocks:
     device: torch.device
     halves: bool
     facts: tuple[_Facts, ...] = ()
+    kept: tuple[Block, ...] = ()  # the first ones
 
     @staticmethod
     def of(
@@ -54,12 +56,15 @@ class Blocks:
         *,
         device: torch.device,
         halves: bool | None,
+        keep: bool,
     ) -> Blocks:
+        """Blocks whose facts are known, or, to `keep`, as many of them on the device as `KEPT_BYTES` hold."""
         step = min(block_rows, MOST_ROWS, max(_LEAST_ROWS, -(-len(ids) // _BLOCKS)))
         pays = products_pay(device) if halves is None else halves
         blocks = Blocks(features, ids, dim, step, device, pays)
-        if device.type == "cuda":
-            return blocks
+        if keep:
+            most = KEPT_BYTES // (4 * step * dim)
+            return replace(blocks, kept=tuple(blocks.block(i) for i in range(min(len(blocks), most))))
         facts = side_by_side(blocks._look, range(len(blocks)), torch.get_num_threads())
         return replace(blocks, facts=tuple(facts))
 
@@ -71,13 +76,14 @@ class Blocks:
 
     def block(self, number: int) -> Block:
         """One block on the device; an empty one beyond the last."""
+        if number < len(self.kept):
+            return self.kept[number]
         some = self._places(number)
         rows = self.features[some]
         plain = bool(self.facts) and number < len(self) and self.facts[number].plain and rows.flags.writeable
         x = torch.from_numpy(rows if plain else np.array(rows)).reshape(-1, self.dim)
-        return Block(
-            (x if plain else to_grid(x)).to(self.device), torch.from_numpy(np.array(self.ids[some])).to(self.device)
-        )
+        x = x.to(self.device)
+        return Block(x if plain else to_grid(x), torch.from_numpy(np.array(self.ids[some])).to(self.device))
 
     def side(self, number: int) -> Side:
         """One block as it is multiplied, on a CPU."""

@@ -32,6 +32,7 @@ def sharded_knn(
     block_rows: int = MOST_ROWS,
     device: torch.device | str = "cpu",
     halves: bool | None = None,
+    copies: bool | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k nearest other rows of each own row: row ids (P, k) int64 and inner products (P, k) float32, best first.
 
@@ -42,12 +43,15 @@ def sharded_knn(
         ids: their row ids (P,) int64, ascending, different over all ranks.
         block_rows: rows that travel, and rows compared with them, at most; memory, not the result, depends on it.
         halves: estimates in bfloat16; by default where they pay.
+        copies: every block visits every rank, and a pair of rows is compared on both sides; by default on a GPU.
     """
-    own = join_blocks(comm, features, ids, k, block_rows=block_rows, device=torch.device(device), halves=halves)
+    device = torch.device(device)
+    copies = device.type == "cuda" if copies is None else copies
+    own = join_blocks(comm, features, ids, k, block_rows=block_rows, device=device, halves=halves, keep=copies)
     best = [Neighbours.none(own.size(i), k, device) for i in range(len(own))]
     ring = _Ring(comm, own, best, k)
     with true_products():
-        (ring.by_copies if own.device.type == "cuda" else ring.by_pairs)()
+        (ring.by_copies if copies else ring.by_pairs)()
     return as_arrays(best, k)
 
 
@@ -60,12 +64,13 @@ def join_blocks(
     block_rows: int,
     device: torch.device,
     halves: bool | None,
+    keep: bool = False,
 ) -> Blocks:
     """This rank's rows by blocks, once every rank's rows are fit for a search."""
     if k < 1 or block_rows < 1:
         raise ValueError(f"k and block_rows must be at least 1, got {k} and {block_rows}")
     raise_together(comm, _problem(features, ids, block_rows))
-    return Blocks.of(features, ids, _dimension(comm, features), block_rows, device=device, halves=halves)
+    return Blocks.of(features, ids, _dimension(comm, features), block_rows, device=device, halves=halves, keep=keep)
 
 
 def as_arrays(best: Sequence[Neighbours], k: int) -> tuple[np.ndarray, np.ndarray]:

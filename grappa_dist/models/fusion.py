@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from grappa_dist.models.adaptors import Adaptors
 from grappa_dist.models.backbone import Backbone
-from grappa_dist.ops.fused_adaptors import Scores, fused_adaptors
+from grappa_dist.ops.fused_adaptors import Scores, Weights, fused_adaptors
 
 
 class Attention(nn.Module):
@@ -37,7 +37,29 @@ class Attention(nn.Module):
         self.key.uniform_(-bound, bound, generator=generator)
 
 
-_FOLDED = ("folded_down", "folded_down_bias", "folded_up", "folded_bias", "folded_product")
+class WideSet(nn.Module):
+    """Sets that weigh alike for all images, as one: their F' bottlenecks that weigh anything. It lies in no file."""
+
+    down: Tensor  # (F', D)
+    down_bias: Tensor  # (F',)
+    up: Tensor  # (F', D)
+    up_bias: Tensor  # (1, D)
+
+    def __init__(self, adaptors: Adaptors, alpha: Tensor) -> None:
+        super().__init__()
+        wide = alpha.repeat_interleave(adaptors.bottleneck)
+        kept = wide.nonzero().flatten() if bool((alpha == 0).any()) else slice(None)  # a slice copies nothing
+        self._add("down", adaptors.down_weight[kept].detach())
+        self._add("down_bias", adaptors.down_bias[kept].detach())
+        self._add("up", adaptors.up_weight[kept] * wide[kept].unsqueeze(1))
+        self._add("up_bias", (alpha @ adaptors.up_bias).unsqueeze(0))
+
+    def _add(self, name: str, tensor: Tensor) -> None:
+        self.register_buffer(name, tensor, persistent=False)
+
+    @property
+    def weights(self) -> Weights:
+        return self.down, self.down_bias, self.up, self.up_bias
 
 
 class GrappaLayer(nn.Module):
@@ -47,17 +69,15 @@ class GrappaLayer(nn.Module):
     """
 
     prior: Tensor | None
-    folded_down: Tensor | None
-    folded_down_bias: Tensor | None
-    folded_up: Tensor | None
-    folded_bias: Tensor | None
-    folded_product: Tensor | None
+    wide: WideSet | None  # by `fold`, where all images weigh the sets alike
+    product: Tensor | None  # K^T Q, by `fold`, where they do not
 
     def __init__(self, block: nn.Module, adaptors: Adaptors, attention: Attention | None) -> None:
         super().__init__()
         self.block, self.adaptors, self.attention = block, adaptors, attention
-        for name in ("prior", *_FOLDED):
-            self.register_buffer(name, None, persistent=False)
+        self.register_buffer("prior", None, persistent=False)
+        self.register_buffer("product", None, persistent=False)
+        self.register_module("wide", None)
         self._alone = False  # whether all sets but one weigh nothing
         self.alpha: Tensor | None = None  # (B, N) of the last forward, detached
 
@@ -65,9 +85,8 @@ class GrappaLayer(nn.Module):
         """(B, T, D) -> (B, T, D); further arguments go to the block."""
         h: Tensor = self.block(tokens, *args, **kwargs)
         own = self.adaptors
-        folded = (self.folded_down, self.folded_down_bias, self.folded_up, self.folded_bias)
-        if folded[0] is not None:
-            out, _ = fused_adaptors(h, folded, Scores())  # type: ignore[arg-type]  # all of them or none
+        if self.wide is not None:
+            out, _ = fused_adaptors(h, self.wide.weights, Scores())
             self.alpha = self._constant().expand(len(h), -1)
             return out
         weights = (own.down_weight, own.down_bias, own.up_weight, own.up_bias)
@@ -78,8 +97,8 @@ class GrappaLayer(nn.Module):
         if self._weighs_alike:
             return Scores(prior=self.prior)
         assert self.attention is not None
-        if self.folded_product is not None:
-            return Scores(product=self.folded_product, prior=self.prior)
+        if self.product is not None:
+            return Scores(product=self.product, prior=self.prior)
         return Scores(self.attention.query, self.attention.key, prior=self.prior)
 
     @property
@@ -98,8 +117,7 @@ class GrappaLayer(nn.Module):
 
         Without attention they are, made to sum to one, the attention.
         """
-        for name in _FOLDED:
-            setattr(self, name, None)
+        self.wide = self.product = None
         self.prior = None if weights is None else weights.to(self.adaptors.up_bias).log()
         self._alone = weights is not None and int(weights.count_nonzero()) == 1
 
@@ -109,16 +127,10 @@ class GrappaLayer(nn.Module):
 
         Of the wide set, what weighs nothing is left out.
         """
-        own = self.adaptors
         if self._weighs_alike or self._alone:
-            alpha = self._constant()
-            wide = alpha.repeat_interleave(own.bottleneck)
-            kept = wide.nonzero().flatten() if bool((alpha == 0).any()) else slice(None)  # a slice copies nothing
-            self.folded_down, self.folded_down_bias = own.down_weight[kept].detach(), own.down_bias[kept].detach()
-            self.folded_up = own.up_weight[kept] * wide[kept].unsqueeze(1)
-            self.folded_bias = (alpha @ own.up_bias).unsqueeze(0)
+            self.wide = WideSet(self.adaptors, self._constant())
         elif self.attention is not None:
-            self.folded_product = self.attention.key.T @ self.attention.query
+            self.product = self.attention.key.T @ self.attention.query
 
 
 class Grappa(nn.Module):

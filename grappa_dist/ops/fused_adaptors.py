@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -105,6 +105,34 @@ def _over_bottlenecks(alpha: Tensor, width: int) -> Tensor:
     return alpha.repeat_interleave(width // alpha.shape[1], 1).unsqueeze(1)
 
 
+class _Inputs(NamedTuple):
+    """A value for each input of `_Fused`: whether it needs a gradient, or the gradient."""
+
+    dtype: Any
+    h: Any
+    down: Any
+    down_bias: Any
+    up: Any
+    up_bias: Any
+    query: Any
+    key: Any
+    prior: Any
+    product: Any
+
+
+class _Leaves(NamedTuple):
+    """The inputs of `attention`, or their gradients."""
+
+    pooled: Tensor
+    gelu: Tensor
+    up: Tensor
+    up_bias: Tensor
+    query: Tensor | None
+    key: Tensor | None
+    prior: Tensor | None
+    product: Tensor | None
+
+
 class _Fused(torch.autograd.Function):
     """Gradients of everything that needs them; alpha is an output without gradient."""
 
@@ -116,7 +144,7 @@ class _Fused(torch.autograd.Function):
         a = F.gelu(z)
         alpha, pooled = _weigh(h, a, weights, scores)  # type: ignore[arg-type]
         out = _add_up(h, a, alpha, weights)  # type: ignore[arg-type]
-        ctx.save_for_backward(z, alpha, *pooled, h if ctx.needs_input_grad[2] else None, *rest)
+        ctx.save_for_backward(z, alpha, *pooled, h if _Inputs(*ctx.needs_input_grad).down else None, *rest)
         ctx.tokens, ctx.h_dtype = h.shape[1], h.dtype
         ctx.mark_non_differentiable(alpha)
         return out, alpha
@@ -125,40 +153,43 @@ class _Fused(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         z, alpha, pooled_h, pooled_a, h, down, _, up, up_bias, *scored = ctx.saved_tensors
+        needs = _Inputs(*ctx.needs_input_grad)
         out_grad = grads[0].contiguous()
         flat = out_grad.to(z.dtype).view(-1, len(down[0]))
         grad_a = (flat @ up.to(z.dtype).T).view_as(z)  # as if alpha were one
         a, summed = F.gelu(z), out_grad.sum(1, dtype=up.dtype)
         wide = _over_bottlenecks(alpha, len(up)).to(z.dtype)
-        up_grad = (a * wide).view(-1, len(up)).T @ flat if ctx.needs_input_grad[4] else None
+        up_grad = (a * wide).view(-1, len(up)).T @ flat if needs.up else None
         per_unit = a.mul_(grad_a).sum(1, dtype=up.dtype)
         grad_alpha = per_unit.view(*alpha.shape, -1).sum(-1) + F.linear(summed, up_bias)
-        leaves = (pooled_h, pooled_a, up, up_bias, *scored)
-        small = _attention_grads(leaves, grad_alpha, [True, True, *ctx.needs_input_grad[4:]])
-        grad_a.mul_(wide).add_((small[1] / ctx.tokens).to(z.dtype).unsqueeze(1))
+        small = _attention_grads(_Leaves(pooled_h, pooled_a, up, up_bias, *scored), grad_alpha, needs)
+        grad_a.mul_(wide).add_((small.gelu / ctx.tokens).to(z.dtype).unsqueeze(1))
         grad_z = _gelu_backward(grad_a, z)
         grad_h = None
-        if ctx.needs_input_grad[1]:
-            grad_h = out_grad + (small[0] / ctx.tokens).to(ctx.h_dtype).unsqueeze(1)
+        if needs.h:
+            grad_h = out_grad + (small.pooled / ctx.tokens).to(ctx.h_dtype).unsqueeze(1)
             grad_h = _plus_product(grad_h, grad_z, down.to(z.dtype))
-        down_grad = grad_z.view(-1, len(down)).T @ h.to(z.dtype).view(-1, h.shape[-1]) if h is not None else None
-        down_bias_grad = grad_z.sum((0, 1), dtype=down.dtype) if ctx.needs_input_grad[3] else None
-        up_grad = None if up_grad is None else up_grad.to(up.dtype) + small[2]
-        up_bias_grad = alpha.T @ summed + small[3] if ctx.needs_input_grad[5] else None
+        down_grad = grad_z.view(-1, len(down)).T @ h.to(z.dtype).view(-1, h.shape[-1]) if needs.down else None
+        down_bias_grad = grad_z.sum((0, 1), dtype=down.dtype) if needs.down_bias else None
+        up_grad = None if up_grad is None else up_grad.to(up.dtype) + small.up
+        up_bias_grad = alpha.T @ summed + small.up_bias if needs.up_bias else None
         down_grad = None if down_grad is None else down_grad.to(down.dtype)
-        return None, grad_h, down_grad, down_bias_grad, up_grad, up_bias_grad, *small[4:]
+        of_scores = (small.query, small.key, small.prior, small.product)
+        return _Inputs(None, grad_h, down_grad, down_bias_grad, up_grad, up_bias_grad, *of_scores)
 
 
-def _attention_grads(leaves: tuple[Tensor | None, ...], grad: Tensor, needed: list[bool]) -> list[Tensor | Any]:
+def _attention_grads(leaves: _Leaves, grad: Tensor, needs: _Inputs) -> _Leaves:
     """Gradients of alpha's (B, N) inputs, zeros or None where there is none: by autograd, as all of it is pooled."""
+    needed = (True, True, needs.up, needs.up_bias, needs.query, needs.key, needs.prior, needs.product)
     with torch.enable_grad():
-        fresh = [t if t is None else t.detach().requires_grad_(n) for t, n in zip(leaves, needed, strict=True)]
-        pooled_h, pooled_a, up, up_bias, *scored = fresh
-        alpha = attention(pooled_h, pooled_a, up, up_bias, Scores(*scored))  # type: ignore[arg-type]
+        copies = [t if t is None else t.detach().requires_grad_(n) for t, n in zip(leaves, needed, strict=True)]
+        fresh = _Leaves(*copies)  # type: ignore[arg-type]  # those that may be None are
+        scores = Scores(fresh.query, fresh.key, fresh.prior, fresh.product)
+        alpha = attention(fresh.pooled, fresh.gelu, fresh.up, fresh.up_bias, scores)
     wanted = [t for t in fresh if t is not None and t.requires_grad]
     if not alpha.requires_grad:
         found = {id(t): torch.zeros_like(t) for t in wanted}
     else:
         given = torch.autograd.grad(alpha, wanted, grad, allow_unused=True, materialize_grads=True)
         found = {id(t): g for t, g in zip(wanted, given, strict=True)}
-    return [None if t is None else found.get(id(t)) for t in fresh]
+    return _Leaves(*[None if t is None else found.get(id(t)) for t in fresh])  # type: ignore[arg-type]

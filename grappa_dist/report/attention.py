@@ -6,13 +6,14 @@ Shapes: L layers, N adaptor sets.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
 from grappa_dist.report.content import ReportContent
 from grappa_dist.report.heat import heat_map, saturation
 from grappa_dist.report.markup import absent, sentences, text
-from grappa_dist.report.plots import Axes, Series, grid, line_chart
+from grappa_dist.report.plots import COLOURS, Axes, Series, grid, line_chart
 from grappa_dist.report.reading import read_attention, uniform
 
 MOST_GROUPS = 24  # maps of one fusion
@@ -53,7 +54,7 @@ def _variant(content: ReportContent, variant: str) -> str:
     shown = {name: values for name, values in list(groups.items())[:MOST_GROUPS] if values}
     sets = content.own_sets.get(variant, content.sets)
     said = sentences(read_attention(groups, entropy, sets, content.decay.get(variant, [])))
-    said += _drift(content.shares.get(variant, []), sets)
+    said += _in_training(content, variant, sets)
     maps = _maps(shown, sets) if shown else ""
     hidden = len(groups) - len(shown)
     maps += f'<p class="note">{hidden} more groups not shown.</p>' if hidden else ""
@@ -62,20 +63,25 @@ def _variant(content: ReportContent, variant: str) -> str:
     return f"<h3>{text(variant, 40)}</h3>{said}{maps}"
 
 
-def _drift(shares: list[list[float]], sets: list[str]) -> str:
-    """How the mean attention of each set moved in training."""
-    steps = [step for step in shares if len(step) == len(sets) > 1]
+def _in_training(content: ReportContent, variant: str, sets: list[str]) -> str:
+    """How the mean attention of each set, and the entropy of each layer, moved."""
+    shares = [step for step in content.shares.get(variant, []) if len(step) == len(sets) > 1]
+    entropies = content.entropies.get(variant, [])
+    note = "Mean over layers and over the training images of a step. Lines that stay together are an average."
+    charts = _drift(shares, sets, Axes(title="Attention of each set, step by step", y_label="mean share", note=note))
+    layers = [f"layer {i}" for i in range(1, 1 + (len(entropies[0]) if entropies else 0))]
+    title = "Entropy of each layer, step by step"
+    charts += _drift(entropies, layers, Axes(title=title, y_label="entropy / log N", note="1 is uniform attention."))
+    return grid(charts) if charts else ""
+
+
+def _drift(steps: list[list[float]], names: list[str], axes: Axes) -> list[str]:
+    """A line for each name over the steps of training, (steps, names); none of a single step."""
     if len(steps) < 2:
-        return ""
+        return []
     numbers = range(1, len(steps) + 1)
-    lines = [Series(name, numbers, [step[i] for step in steps]) for i, name in enumerate(sets)]
-    axes = Axes(
-        title="Attention of each set, step by step",
-        x_label="step of training",
-        y_label="mean share",
-        note="Mean over layers and over the training images of a step. Lines that stay together are an average.",
-    )
-    return grid([line_chart(lines, axes)])
+    lines = [Series(name, numbers, [step[i] for step in steps], i, i >= COLOURS) for i, name in enumerate(names)]
+    return [line_chart(lines, replace(axes, x_label="step of training"))]
 
 
 def _maps(groups: dict[str, list[list[float]]], sets: list[str]) -> str:

@@ -126,6 +126,7 @@ class ReportContent:
     label_free: list[LabelFree] = field(default_factory=list)
     attention: dict[str, dict[str, list[list[float]]]] = field(default_factory=dict)  # fusion, group: (L, N) mean
     entropy: dict[str, list[float]] = field(default_factory=dict)  # fusion: (L,) mean entropy / log N, 1 = uniform
+    entropies: dict[str, list[list[float]]] = field(default_factory=dict)  # fusion: (steps, L), so in training
     shares: dict[str, list[list[float]]] = field(default_factory=dict)  # fusion: (steps, N) mean attention in training
     decay: dict[str, list[float]] = field(
         default_factory=dict

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 
@@ -28,7 +27,6 @@ from grappa_dist.dist.train import Schedule, Watch, train
 from grappa_dist.dist.workers import RankContext
 from grappa_dist.files import replacing
 from grappa_dist.models import Grappa, Projector
-from grappa_dist.ops.correlation import rows_are_cheaper
 from grappa_dist.ops.lars import Lars
 from grappa_dist.ops.losses import barlow_twins
 from grappa_dist.ops.schedules import cosine
@@ -90,18 +88,6 @@ def fusion_of(
     return store.artifact(f"fusion/{variant}", settings, inputs)
 
 
-def least_bytes(fuse: FuseConfig, ranks: int | None) -> int:
-    """Memory that every rank of a fusion job needs, whatever the backbone: projector, its gradient and momentum, C.
-
-    Args:
-        ranks: None where it is not known yet.
-    """
-    weights = sum(before * after for before, after in pairwise(fuse.projector))
-    width = fuse.projector[-1]
-    by_rows = rows_are_cheaper(fuse.global_batch, width, ranks or 2)
-    return 4 * (3 * weights + width**2 // ((ranks or width) if by_rows else 1))
-
-
 def fuse(
     run: Run,
     fusions: Mapping[str, Artifact],
@@ -149,7 +135,7 @@ def train_fusion(context: RankContext, job: FuseJob) -> None:
         stack.callback(objective.close)
         parameters = [p for p in objective.module.parameters() if p.requires_grad]
         optimizer = (
-            torch.optim.Adam(parameters, lr=peak)
+            torch.optim.Adam(parameters, lr=peak, fused=context.device.type == "cuda" or None)
             if adam
             else Lars(lars_groups(objective.module), lr=peak, weight_decay=config.lars_weight_decay)
         )
@@ -228,7 +214,8 @@ class FuseObjective:
         )
         count = len(images) / 2
         decay = 0.0 if self._job.variant.endswith("-adam") else self._job.fuse.lars_weight_decay
-        return {"images": count, "loss": loss * count, **self._watch.take(2, decay, count)}
+        figures = {"images": count, "loss": loss * count, "waited_s": self._pairs.waited_s * count}
+        return {**figures, **self._watch.take(2, decay, count)}
 
     def save(self, step: int) -> None:
         self._pairs.save(step)

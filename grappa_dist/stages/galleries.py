@@ -20,6 +20,7 @@ from grappa_dist.data.randomness import generator
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.files import write_json
 from grappa_dist.models import Grappa
+from grappa_dist.observe import EVENTS_FILE, read_events
 from grappa_dist.ops.galleries import NEIGHBOURS, effective_rank, set_weights, transitivity
 from grappa_dist.stages.modelling import ModelSpec
 from grappa_dist.stages.run import Run
@@ -59,18 +60,26 @@ def weigh_galleries(
     artifact: Artifact,
 ) -> None:  # fmt: skip
     """Weighs the sets for every task, and says so before anything is evaluated with them."""
-    if artifact.complete:
-        return
-    with run.console.stage("galleries", f"{len(features)} adaptor sets on {len(images)} images"):
-        note_truth(run, images, truth, "galleries")
-        config = run.config
-        task = GalleriesTask(truth, features, bad, config.seed, config.fuse.duplicate_cosine, artifact)
-        run.runner.map(weigh_sets, [task])
-        wait_until_seen([artifact])
+    if not artifact.complete:
+        with run.console.stage("galleries", f"{len(features)} adaptor sets on {len(images)} images"):
+            note_truth(run, images, truth, "galleries")
+            config = run.config
+            task = GalleriesTask(truth, features, bad, config.seed, config.fuse.duplicate_cosine, artifact)
+            run.runner.map(weigh_sets, [task])
+            wait_until_seen([artifact])
+    _tell(run, list(features), artifact)
+
+
+def _tell(run: Run, sets: Sequence[str], artifact: Artifact) -> None:
+    """What the log does not say yet of the weights: an attempt may have ended after it made them."""
+    events = read_events(run.store.root / EVENTS_FILE)
+    told = {(e.get("artifact"), e["task"]) for e in events if e["name"] == "gallery"}
     for name, found in load_galleries(artifact).items():
-        said = zip(features, found["weights"], found["transitivity"], found["effective_rank"], strict=True)
+        if (artifact.name, name) in told:
+            continue
+        said = zip(sets, found["weights"], found["transitivity"], found["effective_rank"], strict=True)
         text = ", ".join(f"{model} {weight:.2f} ({share:.3f}, {rank:.1f})" for model, weight, share, rank in said)
-        run.console.event("gallery", task=name, sets=list(features), **found)
+        run.console.event("gallery", artifact=artifact.name, task=name, sets=list(sets), **found)
         run.console.say(f"gallery {name}: weights of the sets (transitivity, effective rank): {text}")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from grappa_dist.artifacts import RowArrays
 from grappa_dist.config import FuseConfig
 from grappa_dist.dist.listed_knn import Graph, Recall, listed_knn
+from grappa_dist.dist.long_work import until_all_are_done
 from grappa_dist.dist.sharded_knn import sharded_knn
 from grappa_dist.dist.workers import RankContext
 from grappa_dist.files import sync, write_json
@@ -73,12 +74,20 @@ def own_batches(good: Sequence[int], batch: int, rank: int, size: int) -> list[P
 
 def _begun(path: Path, note: Path, shape: tuple[int, int]) -> tuple[NDArray[np.float32], int]:
     """A map of features, and how many of its rows an attempt that was stopped has left there."""
+    if not shape[0]:  # which no map can have
+        return np.zeros(shape, dtype=np.float32), 0
     if path.exists() and note.exists():
         features: NDArray[np.float32] = np.lib.format.open_memmap(path, mode="r+")
         if features.shape == shape:
             return features, int(json.loads(note.read_text()))
     note.unlink(missing_ok=True)
     return np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape), 0
+
+
+def _note(features: NDArray[np.float32], reached: int, note: Path) -> None:
+    if isinstance(features, np.memmap):
+        features.flush()
+        write_json(note, reached)
 
 
 class Graphs:
@@ -106,6 +115,7 @@ class Graphs:
         if not self._context.of_rank_0(folder.exists()):
             self._make(epoch, partial)
             if self._context.comm.rank == 0:
+                sync(partial)
                 os.rename(partial, folder)
                 sync(folder.parent)
         if self._passed is not None and self._context.comm.rank == 0:
@@ -119,7 +129,6 @@ class Graphs:
         folder.mkdir(parents=True, exist_ok=True)
         kind = graph_kind(self._settings, len(self._training.images))
         ids, features = self._features(epoch, folder)
-        self._context.raise_if_stopping()
         self._context.report({"phase": f"epoch {epoch}: {kind} k-NN graph"})
         graph = self._search(epoch, kind, features, ids)
         k, cosine = self._settings.neighbours, self._settings.duplicate_cosine
@@ -149,28 +158,32 @@ class Graphs:
         parts = own_batches((np.diff(images.starts) - bad_of).tolist(), batch, comm.rank, comm.size)
         own = [self._good_of(part.shard)[part.first : part.after] for part in parts]
         ids = np.concatenate([*own, np.zeros(0, dtype=np.int64)])
-        shape = (len(ids), self._model.embed_dim)
-        if not len(ids):
-            return ids, np.zeros(shape, dtype=np.float32)
         name = f"features-{comm.rank}-of-{comm.size}"
-        features, done = _begun(folder / f"{name}.npy", folder / f"{name}.json", shape)
-        first, saved = 0, time.monotonic()
-        for some in own:
-            left = some[max(0, done - first) :]  # whole batches are done
-            start = first + len(some) - len(left)
-            for place, unit, _ in embed_rows(
-                self._model, images, left, device=self._context.device, how=self._embedding
-            ):
-                features[start + place.start : start + place.stop] = unit
-                stopping = self._context.stop_requested()
-                if stopping or time.monotonic() - saved > SAVE_S:
-                    features.flush()  # type: ignore[attr-defined]  # a map of a file
-                    write_json(folder / f"{name}.json", start + place.stop)
-                    saved = time.monotonic()
-                if stopping:
-                    return ids, features  # what all ranks ask next raises
-            first += len(some)
+        features, done = _begun(folder / f"{name}.npy", folder / f"{name}.json", (len(ids), self._model.embed_dim))
+        until_all_are_done(self._context, self._embed(own, features, done, folder / f"{name}.json"))
         return ids, features
+
+    def _embed(
+        self, own: Sequence[NDArray[np.int64]], features: NDArray[np.float32], done: int, note: Path
+    ) -> Generator[None, None, None]:
+        """Fills in features by batches, after those of the first `done` rows, and notes from time to time how many."""
+        first, reached, saved = 0, done, time.monotonic()
+        try:
+            for some in own:
+                left = some[max(0, done - first) :]  # whole batches are done
+                start = first + len(some) - len(left)
+                for place, unit, _ in embed_rows(
+                    self._model, self._training.images, left, device=self._context.device, how=self._embedding
+                ):
+                    features[start + place.start : start + place.stop] = unit
+                    reached = start + place.stop
+                    if time.monotonic() - saved > SAVE_S:
+                        _note(features, reached, note)
+                        saved = time.monotonic()
+                    yield
+                first += len(some)
+        finally:
+            _note(features, reached, note)
 
     def _good_of(self, shard: int) -> NDArray[np.int64]:
         rows = self._training.images.shard_rows(shard)
@@ -193,10 +206,12 @@ class Graphs:
         )
 
     def _write(self, folder: Path, ids: NDArray[np.int64], near: NDArray[np.int64]) -> None:
-        """A table for each shard, to which every rank that has rows of it writes these."""
+        """A table for each shard, to which every rank that has rows of it writes these; all of it on the disk."""
         images, comm = self._training.images, self._context.comm
         for shard in own_shards(images.starts.tolist(), comm.rank, comm.size):
-            np.save(folder / rows_file(shard), np.full((images.shards[shard].rows, near.shape[1]), -1, dtype=np.int64))
+            path = folder / rows_file(shard)
+            np.save(path, np.full((images.shards[shard].rows, near.shape[1]), -1, dtype=np.int64))
+            sync(path)
         comm.barrier()
         owners = np.searchsorted(images.starts, ids, side="right") - 1
         for shard in np.unique(owners).tolist():
@@ -210,6 +225,7 @@ class Graphs:
                 header = os.path.getsize(path) - images.shards[shard].rows * table[0].nbytes
                 handle.seek(header + int(places[0]) * table[0].nbytes)
                 handle.write(table.tobytes())
+            sync(path)  # what one machine syncs is what it wrote itself
 
     def _duplicates(self, near: NDArray[np.int64], copies: NDArray[np.bool_]) -> dict[str, float]:
         """How many of all rows have near-duplicates among their k nearest, and how many have no neighbour left."""

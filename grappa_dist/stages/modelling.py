@@ -109,11 +109,12 @@ def build_backbone(config: BackboneConfig, *, pretrained: bool = True) -> Backbo
 
 
 def build(spec: ModelSpec, device: torch.device) -> nn.Module:
-    """The model of a description, frozen, on the device."""
+    """The model of a description, frozen, on the device; an exported one folded, as nothing changes it any more."""
     if spec.exported is not None:
         exported = load_grappa(spec.exported)[0].requires_grad_(False).eval()
         if spec.weighed:
             exported.weigh(torch.tensor(spec.weighed))
+        exported.fold()
         return exported.to(device)
     backbone = build_backbone(spec.backbone)
     if not spec.sets:

@@ -5,6 +5,7 @@ Shapes: B anchors of this rank, S pixels a side, k neighbours.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Generator, Mapping
 from pathlib import Path
 
@@ -58,6 +59,7 @@ class Pairs:
         self._per_epoch = training.steps_per_epoch()
         self._batches: Generator[tuple[Rows, Pixels], None, None] | None = None
         self._anchors: Rows = np.zeros(0, dtype=np.int64)  # of the step last asked for
+        self.waited_s = 0.0  # for the pixels of that step
 
     def begin(self, step: int) -> None:
         """Readies the pairs from a step to the end of its epoch."""
@@ -86,7 +88,9 @@ class Pairs:
         elif self._passed is not None and self._passed.full(step):
             self._passed.save(step)
         assert self._batches is not None
+        began = time.perf_counter()
         self._anchors, pixels = next(self._batches)
+        self.waited_s = time.perf_counter() - began
         return pixels
 
     def keep(self, z: Tensor) -> None:

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import platform
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from grappa_dist.artifacts import Artifact, Store
 from grappa_dist.config import Config
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.data.transforms import decode
-from grappa_dist.observe import duration, read_events
+from grappa_dist.observe import EVENTS_FILE, duration, read_events
 from grappa_dist.report import (
     Clustering,
     ClusterSample,
@@ -33,9 +29,11 @@ from grappa_dist.report.content import BadRow, LabelFree, ScoreRow
 from grappa_dist.stages.embed import bad_reasons
 from grappa_dist.stages.evaluate import INSIGHT_FILE, NEIGHBOURS, SCORES_FILE
 from grappa_dist.stages.flow import Flow
+from grappa_dist.stages.graph_figures import graph_facts, neighbour_figures
 from grappa_dist.stages.partitions import PARTITIONS_FILE
 from grappa_dist.stages.pseudo_label import STATS_FILE
 from grappa_dist.stages.run import Run
+from grappa_dist.stages.training_figures import by_step, curve, job_of, median, waiting_facts
 from grappa_dist.stages.true_labels import class_counts
 from grappa_dist.stages.truth import Truth, load_truth
 
@@ -88,22 +86,23 @@ def _score_row(model: str, row: Mapping[str, Any]) -> ScoreRow:
 
 def _content(run: Run, flow: Flow, rows: list[ScoreRow]) -> ReportContent:
     insights = {m: json.loads((a.path / INSIGHT_FILE).read_text()) for m, a in flow.insights.items()}
-    decays = {v: _by_step(a, "decay_to_gradient") for v, a in flow.fusions.items()}
+    decays = {v: by_step(a, "decay_to_gradient") for v, a in flow.fusions.items()}
     partitions = json.loads((flow.partitions.path / PARTITIONS_FILE).read_text())
     return ReportContent(
         title=run.config.name,
         rows=rows,
-        label_free=[*_view_figures(insights), *_neighbour_figures(flow)],
+        label_free=[*_view_figures(insights), *neighbour_figures(flow.fusions, len(flow.train))],
         attention={m: i["attention"] for m, i in insights.items() if "attention" in i},
         entropy={m: i["entropy"] for m, i in insights.items() if "entropy" in i},
-        shares={v: _by_step(a, "attention") for v, a in flow.fusions.items()},
-        decay={v: [_median(layer) for layer in zip(*d, strict=True)] for v, d in decays.items() if d},
+        shares={v: by_step(a, "attention") for v, a in flow.fusions.items()},
+        entropies={v: by_step(a, "entropy") for v, a in flow.fusions.items()},
+        decay={v: [median(layer) for layer in zip(*d, strict=True)] for v, d in decays.items() if d},
         sets=[f"k={k}" for k in flow.adaptors],
         own_sets={m: spec.sets for m, spec in flow.models.items() if spec.own_sets},
         clusterings=[Clustering(**json.loads((a.path / STATS_FILE).read_text())) for a in flow.labels.values()],
         nestings=[Nesting(**nesting) for nesting in partitions["nestings"]],
         sheets=[ContactSheet(k=s["k"], clusters=_samples(flow.train, s["clusters"])) for s in partitions["sheets"]],
-        curves={a.kind.split("/")[1]: _curve(a) for a in _trained(flow)},
+        curves={job_of(a): curve(a) for a in _trained(flow)},
         galleries=list(_galleries(flow, insights)),
         bad_rows=[*_bad(flow.train, flow.features), *_bad_test(flow)],
         facts=_facts(run, flow),
@@ -143,79 +142,6 @@ def _view_figures(insights: Mapping[str, Any]) -> Iterator[LabelFree]:
                     value=insight[f"neighbours_share_{what}"],
                     queries=insight["neighbour_queries"],
                 )
-
-
-def _neighbour_figures(flow: Flow) -> Iterator[LabelFree]:
-    """How often neighbours in the fused model's last graph share a pseudo-label, and how often they are copies."""
-    for variant, artifact in flow.fusions.items():
-        statistics = _last_graph(artifact)
-        if statistics:
-            figure = f"images with a near-duplicate (cosine above {statistics['duplicate_cosine']}) among the nearest"
-            copies = statistics["rows_with_duplicates_share"]
-            yield LabelFree(model=variant, figure=figure, value=copies, queries=len(flow.train))
-            if statistics.get("graph") == "approximate" and statistics["recall_rows"]:
-                recall, rows = statistics["recall"], statistics["recall_rows"]
-                yield LabelFree(
-                    model=variant, figure="true neighbours in the approximate graph", value=recall, queries=rows
-                )
-            shares = statistics["neighbours_share_pseudo_label"]
-            for name, value in shares.items():
-                figure = f"neighbours share the {name} pseudo-label"
-                yield LabelFree(model=variant, figure=figure, value=value, queries=len(flow.train))
-
-
-def _last_graph(artifact: Artifact) -> dict[str, Any]:
-    """What is said of the graph of the last epoch; nothing where there is none."""
-    graphs = sorted(artifact.path.glob("knn/epoch-*/statistics.json"), key=lambda p: int(p.parent.name[6:]))
-    statistics: dict[str, Any] = json.loads(graphs[-1].read_text()) if graphs else {}
-    return statistics
-
-
-def _graph_facts(flow: Flow) -> Iterator[tuple[str, str]]:
-    """How neighbours were found where that was to be through lists, and in which features where not in fresh ones."""
-    for variant, artifact in flow.fusions.items():
-        told = _last_graph(artifact)
-        if told.get("features") == "reused":
-            how = "reused from the training pass of the epoch before, of augmented images"
-            yield f"features for the neighbours of {variant}", how
-        if told.get("graph") != "approximate":
-            continue
-        if told["recall_rows"]:
-            error = f" ± {told['recall_error']:.4f}" if "recall_error" in told else ""
-            how = f"through {told['probes']} of {told['lists']} lists, recall {told['recall']:.4f}{error}"
-        else:
-            how = "exactly: lists did not reach fuse.recall_floor"
-        yield f"neighbours of {variant} in the last epoch were searched", how
-
-
-def _curve(artifact: Artifact) -> list[dict[str, float]]:
-    """Steps with loss, accuracy, rates and, for fusions, the mean entropy of the attention over layers."""
-    points = []
-    for event in read_events(artifact.path / "metrics.jsonl"):
-        if event["name"] != "step":
-            continue
-        point = {k: v for k, v in event.items() if k in ("step", "loss", "accuracy", "lr", "images_per_s")}
-        for figure in ("entropy", "decay_to_gradient"):
-            layers = [v for k, v in event.items() if re.fullmatch(rf"{figure}\.\d+", k) and math.isfinite(v)]
-            if layers:
-                point[figure] = sum(layers) / len(layers)
-        points.append(point)
-    return points
-
-
-def _median(values: Sequence[float]) -> float:
-    """Of those that are known; NaN where none is."""
-    known = [v for v in values if math.isfinite(v)]
-    return float(np.median(known)) if known else math.nan
-
-
-def _by_step(artifact: Artifact, figure: str) -> list[list[float]]:
-    """The numbered values of a figure, a list for every step that has them."""
-    steps = []
-    for event in read_events(artifact.path / "metrics.jsonl"):
-        numbered = {int(k.rpartition(".")[2]): v for k, v in event.items() if re.fullmatch(rf"{figure}\.\d+", k)}
-        steps += [[numbered[i] for i in sorted(numbered)]] if event["name"] == "step" and numbered else []
-    return steps
 
 
 def _galleries(flow: Flow, insights: Mapping[str, Any]) -> Iterator[Gallery]:
@@ -268,7 +194,7 @@ def _bad_test(flow: Flow) -> Iterator[BadRow]:
 
 def _facts(run: Run, flow: Flow) -> dict[str, str]:
     seconds: dict[str, float] = {}
-    for event in read_events(run.store.root / "events.jsonl"):
+    for event in read_events(run.store.root / EVENTS_FILE):
         if event["name"] == "stage_ends":
             seconds[event["stage"]] = seconds.get(event["stage"], 0.0) + event["seconds"]
     facts = {
@@ -284,7 +210,8 @@ def _facts(run: Run, flow: Flow) -> dict[str, str]:
     facts |= {name: ", ".join(a.name for a in group) for name, group in made.items()}
     labelled = flow.supervision.trained.items() if flow.supervision else ()
     facts |= {f"with labels: {name}": artifact.name for name, artifact in labelled}
-    return facts | dict(_graph_facts(flow)) | {"model": flow.model.name}
+    facts |= waiting_facts(_trained(flow))
+    return facts | dict(graph_facts(flow.fusions)) | {"model": flow.model.name}
 
 
 def _ignored(images: ImageShards) -> int:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
+from grappa_dist.dist.long_work import until_all_are_done
 from grappa_dist.dist.search import raise_together, said_by_rank_0
 from grappa_dist.dist.workers import RankContext
 from grappa_dist.files import replacing, write_json
@@ -102,6 +103,7 @@ class PassedFeatures:
 
         Raises:
             ValueError: on all ranks, where a part is missing, or a row is not there once.
+            Stopped: on all ranks, when any was asked to stop.
         """
         comm, num = self._context.comm, len(self._training.images)
         lowest, end = (num * r // comm.size for r in (comm.rank, comm.rank + 1))
@@ -110,11 +112,12 @@ class PassedFeatures:
         files = [folder / part.file(rank) for part in parts for rank in range(part.ranks)]
         absent = [file for file in files if not file.exists()]
         raise_together(comm, f"{absent[0]} is missing; {self._remedy()}" if absent else "")
-        features, seen = _gathered(files, ids, path)
-        wrong = ids[seen != 1]
+        own = _Own(ids, path)
+        until_all_are_done(self._context, own.take(files))
+        wrong = ids[own.seen != 1]
         problem = f"{folder} has not one feature each of {len(wrong)} rows, row {wrong[0]} first" if len(wrong) else ""
         raise_together(comm, f"{problem}; {self._remedy()}" if problem else "")
-        return ids, features
+        return ids, own.features
 
     def drop(self, epoch: int) -> None:
         """Once the graph that needed them is there; by rank 0 alone."""
@@ -140,24 +143,28 @@ class PassedFeatures:
         return f"remove {self._folder.parent}, and its copy on a mirror, to train this fusion from its start"
 
 
-def _gathered(
-    files: Sequence[Path], ids: NDArray[np.int64], path: Path
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """The features of some rows (P, D), mapped from `path`, and how often each row was found, (P,)."""
-    seen, features = np.zeros(len(ids), dtype=np.int64), np.zeros((0, 0), dtype=np.float32)
-    for file in files:
-        with safe_open(file, framework="numpy") as part:
-            rows, table = part.get_tensor("rows"), part.get_slice("features")
-            if not len(features):
-                shape = (len(ids), table.get_shape()[1])
-                features = _mapped(path, shape)
-            first, after = np.searchsorted(rows, [ids[0], ids[-1] + 1]) if len(ids) else (0, 0)
-            if first < after:
-                places = np.searchsorted(ids, rows[first:after])
-                assert np.array_equal(ids[places], rows[first:after]), f"{file} holds a bad row"
-                features[places] = table[first:after]
-                np.add.at(seen, places, 1)
-    return features, seen
+class _Own:
+    """The features of some rows (P, D), in a map once they are taken, and how often each row was found, (P,)."""
+
+    def __init__(self, ids: NDArray[np.int64], path: Path) -> None:
+        self._ids, self._path = ids, path
+        self.seen, self.features = np.zeros(len(ids), dtype=np.int64), np.zeros((0, 0), dtype=np.float32)
+
+    def take(self, files: Sequence[Path]) -> Generator[None, None, None]:
+        """What the files have of them, one file after the other."""
+        ids = self._ids
+        for file in files:
+            with safe_open(file, framework="numpy") as part:
+                rows, table = part.get_tensor("rows"), part.get_slice("features")
+                if not len(self.features):
+                    self.features = _mapped(self._path, (len(ids), table.get_shape()[1]))
+                first, after = np.searchsorted(rows, [ids[0], ids[-1] + 1]) if len(ids) else (0, 0)
+                if first < after:
+                    places = np.searchsorted(ids, rows[first:after])
+                    assert np.array_equal(ids[places], rows[first:after]), f"{file} holds a bad row"
+                    self.features[places] = table[first:after]
+                    np.add.at(self.seen, places, 1)
+            yield
 
 
 def _mapped(path: Path, shape: tuple[int, int]) -> NDArray[np.float32]:

@@ -11,7 +11,7 @@ from grappa_dist.artifacts import Store
 from grappa_dist.config import Config
 from grappa_dist.dist.cluster import Cluster
 from grappa_dist.dist.jobs import Runner
-from grappa_dist.observe import Console, Events
+from grappa_dist.observe import EVENTS_FILE, Console, Events
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ def running(config: Config, root: Path) -> Iterator[Run]:
     """
     store = Store(root)
     with store.lock():
-        console = Console(Events(root / "events.jsonl"))
+        console = Console(Events(root / EVENTS_FILE))
         cluster = Cluster(config.resources, tell=console.say)
         runner = Runner(cluster, config.resources, on_status=console.jobs, on_event=console.event)
         try:

@@ -6,6 +6,7 @@ import pytest
 
 from grappa_dist.bench.epoch import EpochCost
 from grappa_dist.bench.knn import APPROXIMATE, EXACT, KnnSettings, as_json, as_text, measure_knn
+from grappa_dist.bench.knn_scaling import ALONE, SEVERAL
 
 TINY = KnnSettings(rows=400, dim=16, neighbours=(3, 30), approximate=True, recall_floor=0.8, threads=1, repeats=1)
 
@@ -23,6 +24,16 @@ def test_every_side_is_measured_on_the_same_rows() -> None:
         assert 0.7 < sides[APPROXIMATE]["found_share"] <= 1.0
         assert found["recall"]["recall"] >= 0.8
     assert len(told) == 1 + 2 * 4
+
+
+def test_several_workers_are_held_against_one_and_against_every_judge_on_as_many_threads() -> None:
+    findings = measure_knn(replace(TINY, neighbours=(3,), approximate=False, workers=2), lambda text: None)
+    text, numbers = as_text({}, findings), as_json({}, findings)
+    assert set(numbers["scaling"]) == {ALONE, SEVERAL, "faiss.knn", "faiss.IndexFlatIP"}
+    several = findings.scaling[SEVERAL].seconds
+    for name in (ALONE, "faiss.knn", "faiss.IndexFlatIP"):
+        seconds = findings.scaling[name].seconds
+        assert f"{name} of 2 threads {seconds:.3f} s: {seconds / several:.2f}x" in text
 
 
 @pytest.mark.parametrize(

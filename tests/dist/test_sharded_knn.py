@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from grappa_dist.dist import knn_blocks
 from grappa_dist.dist.comm import Comm
 from grappa_dist.dist.sharded_knn import sharded_knn
 from grappa_dist.ops.exact import GRID, to_grid
@@ -38,14 +41,24 @@ def ids_of(x: np.ndarray) -> np.ndarray:
     return np.arange(len(x), dtype=np.int64) * 3 + 2**40
 
 
-def run_cases(comm: Comm, block_rows: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+Results = dict[str, tuple[np.ndarray, np.ndarray]]
+
+
+def run_cases(
+    comm: Comm, block_rows: int, copies: bool | None = None, kept_bytes: int | None = None, device: str = "cpu"
+) -> Results:
     results = {}
     for name, (x, k) in CASES.items():
         n = len(x)
         few = {1: [0, n], 2: [0, 1, n], 3: [0, n // 4, n // 4, n], 4: [0, n // 5, n // 2, n // 2 + 1, n]}
         edges = few[comm.size]  # a single row, no row
         own = slice(edges[comm.rank], edges[comm.rank + 1])
-        results[name] = sharded_knn(comm, x[own], ids_of(x)[own], k, block_rows=block_rows)
+        with pytest.MonkeyPatch.context() as patch:
+            if kept_bytes is not None:
+                patch.setattr(knn_blocks, "KEPT_BYTES", kept_bytes)
+            results[name] = sharded_knn(
+                comm, x[own], ids_of(x)[own], k, block_rows=block_rows, copies=copies, device=device
+            )
     return results
 
 
@@ -62,13 +75,46 @@ def brute_force(x: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize(("size", "block_rows"), [(1, 10**6), (1, 13), (2, 32), (3, 1000), (4, 11)])
 def test_the_graph_is_that_of_brute_force_bit_for_bit(size: int, block_rows: int) -> None:
-    found = [run_cases(Comm(), block_rows)] if size == 1 else run_ranks(run_cases, size, block_rows)
+    check([run_cases(Comm(), block_rows)] if size == 1 else run_ranks(run_cases, size, block_rows))
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize(("block_rows", "kept_bytes"), [(10**6, None), (13, None), (13, 4 * 16 * 13 * 2), (32, 0)])
+def test_so_it_is_where_every_block_visits_every_rank(size: int, block_rows: int, kept_bytes: int | None) -> None:
+    how = (block_rows, True, kept_bytes)
+    check([run_cases(Comm(), *how)] if size == 1 else run_ranks(run_cases, size, *how))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kept_bytes", [None, 0])
+def test_so_it_is_on_a_gpu(kept_bytes: int | None) -> None:
+    check([run_cases(Comm(), 13, None, kept_bytes, "cuda")])
+
+
+def check(found: Sequence[Results]) -> None:
     for name, (x, k) in CASES.items():
         ids, scores = (np.concatenate([results[name][part] for results in found]) for part in (0, 1))
         wanted_ids, wanted_scores = brute_force(x, k)
         assert np.array_equal(ids, wanted_ids), name
         assert np.array_equal(scores, wanted_scores), name
         assert (ids.dtype, scores.dtype) == (np.int64, np.float32)
+
+
+def test_blocks_are_read_once_while_what_is_kept_has_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, ids = unit_rows(30, 8), np.arange(30)
+    read = list[int]()
+
+    def counted(rows: torch.Tensor) -> torch.Tensor:
+        read.append(len(rows))
+        return to_grid(rows)
+
+    monkeypatch.setattr(knn_blocks, "to_grid", counted)
+    sharded_knn(Comm(), x, ids, 3, block_rows=10, copies=True)
+    assert read == [10] * 3
+    read.clear()
+    monkeypatch.setattr(knn_blocks, "KEPT_BYTES", 2 * 10 * 8 * 4 + 1)  # two of three
+    sharded_knn(Comm(), x, ids, 3, block_rows=10, copies=True)
+    assert read == [10] * (2 + 1 + 3)  # the third as one that travels, and for each of them
 
 
 def test_no_rows_at_all_give_an_empty_graph() -> None:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from grappa_dist.observe import read_events
@@ -88,6 +88,39 @@ def kill_rank_zero(out: Path, job: str) -> None:
     """SIGKILL for the worker process that runs rank 0 of a job."""
     begun = [e for e in metrics(out, job) if e["name"] == "begins"]
     os.kill(int(str(begun[-1]["pid"])), signal.SIGKILL)
+
+
+def embeds_for_graph(out: Path, variant: str, epoch: int, rank: int) -> bool:
+    """Whether a rank embeds its share for the k-NN graph of an epoch: it has room for it, and has not noted its end."""
+    name = f"{variant}-*.partial/knn/epoch-{epoch}.partial/features-{rank}-of-*"
+    found = {path.suffix for path in (out / "fusion").glob(name)}
+    return ".npy" in found and ".json" not in found
+
+
+def kill_rank_one(driver: subprocess.Popen[str], out: Path, job: str) -> None:
+    """SIGKILL for the worker process that runs the other rank of a job on all of two workers."""
+    begun = [e for e in metrics(out, job) if e["name"] == "begins"]
+    workers = {pid for pid in _below(driver.pid) if _title(pid).startswith("ray::Worker")}
+    (other,) = workers - {int(str(begun[-1]["pid"]))}
+    os.kill(other, signal.SIGKILL)
+
+
+def _below(pid: int) -> Iterator[int]:
+    """All processes that a process has begun, and those that these have."""
+    parents: dict[int, int] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has just ended
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    found = {pid}
+    while more := {child for child, parent in parents.items() if parent in found} - found:
+        found |= more
+        yield from more
+
+
+def _title(pid: int) -> str:
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    return ""
 
 
 def weights(out: Path) -> dict[str, str]:

@@ -89,11 +89,14 @@ def test_killed_workers_and_a_killed_driver_change_no_byte_of_the_result(finishe
     with runs.running(out) as driver:  # a worker in the middle of adapt, then the driver itself
         runs.wait_for(lambda: runs.last_step(out, "adaptors/k=8") >= 25, driver)  # the checkpoint is at 20
         runs.kill_rank_zero(out, "adaptors/k=8")
-        runs.wait_for(lambda: runs.last_step(out, "fusion/neighbours") >= 5, driver)  # the checkpoint is at 4
+        runs.wait_for(lambda: runs.embeds_for_graph(out, "neighbours", epoch=1, rank=1), driver)
+        runs.kill_rank_one(driver, out, "fusion/neighbours")
+        assert runs.embeds_for_graph(out, "neighbours", epoch=1, rank=1)  # it was at it when it was killed
+        runs.wait_for(lambda: runs.last_step(out, "fusion/neighbours") >= 7, driver)  # step 6 is the first of epoch 1
         driver.send_signal(signal.SIGKILL)
         driver.wait(timeout=30)
     with runs.running(out) as driver:  # one of two ranks of fuse; the other sits in a collective
-        runs.wait_for(lambda: runs.last_step(out, "fusion/neighbours") >= 10, driver)
+        runs.wait_for(lambda: runs.last_step(out, "fusion/neighbours") >= 12, driver)
         runs.kill_rank_zero(out, "fusion/neighbours")
         assert driver.stdout is not None
         output = driver.stdout.read()
@@ -101,7 +104,7 @@ def test_killed_workers_and_a_killed_driver_change_no_byte_of_the_result(finishe
     begun = [e for e in runs.metrics(out, "fusion/neighbours") if e["name"] == "begins"]
     started, *resumed = [int(str(e["at_step"])) for e in begun]
     assert started == 0
-    assert len(resumed) == 2
+    assert len(resumed) == 3
     assert all(step >= 4 and step % 4 == 0 for step in resumed)  # from a checkpoint, not from the beginning
     assert runs.weights(out) == runs.weights(finished)
 

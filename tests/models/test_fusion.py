@@ -207,9 +207,9 @@ def test_a_folded_layer_leaves_out_what_weighs_nothing(weights: list[float], att
     torch.testing.assert_close(layer.alpha[0] > 0, torch.tensor(weights) > 0)
     wide = sum(w > 0 for w in weights) * BOTTLENECK
     if wide == BOTTLENECK or not attention:
-        assert layer.folded_down.shape == layer.folded_up.shape == (wide, DIM)
+        assert layer.wide.down.shape == layer.wide.up.shape == (wide, DIM)
     layer.weigh(None)
-    assert layer.folded_down is layer.folded_down_bias is None
+    assert layer.wide is layer.product is None
 
 
 @pytest.mark.parametrize("attention", [False, True])

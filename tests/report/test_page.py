@@ -63,6 +63,7 @@ def full(word: str = "cars") -> ReportContent:
         attention={"neighbours": {g: [[0.5, 0.5], [0.2, 0.8]] for g in ("all", word, "birds")}},
         entropy={"neighbours": [1.0, 0.72]},
         shares={"neighbours": [[0.5, 0.5], [0.4, 0.6], [0.3, 0.7]]},
+        entropies={"neighbours": [[1.0, 0.9], [1.0, 0.8], [1.0, 0.72]]},
         decay={"neighbours": [12.0, 0.5]},
         sets=["k=4", "k=16"],
         clusterings=[clustering(4), clustering(16)],
@@ -195,10 +196,12 @@ def test_layers_that_are_not_uniform_need_no_reason(tmp_path: Path) -> None:
     assert "exceeds their gradient" not in render(content, tmp_path)
 
 
-def test_the_change_of_attention_in_training_is_drawn_for_each_set(tmp_path: Path) -> None:
+def test_the_change_of_attention_in_training_is_drawn_for_each_set_and_layer(tmp_path: Path) -> None:
     html = render(full(), tmp_path)
     assert "Attention of each set, step by step" in html
-    once = replace(full(), shares={"neighbours": [[0.5, 0.5]]})
+    _, _, of_layers = html.partition("Entropy of each layer, step by step")
+    assert "layer 2" in of_layers
+    once = replace(full(), shares={"neighbours": [[0.5, 0.5]]}, entropies={"neighbours": [[1.0, 0.9]]})
     assert "step by step" not in render(once, tmp_path)
 
 

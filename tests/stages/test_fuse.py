@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from grappa_dist.artifacts import Artifact, Store
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.dist.comm import Comm
-from grappa_dist.models import Attention, Projector
+from grappa_dist.models import Attention
 from grappa_dist.observe import read_events
 from grappa_dist.stages.embed import Embedding
-from grappa_dist.stages.fuse import FuseJob, FuseObjective, fusion_of, least_bytes, train_fusion
+from grappa_dist.stages.fuse import FuseJob, FuseObjective, fusion_of, train_fusion
 from grappa_dist.stages.modelling import FUSION_FILE
 from grappa_dist.stages.watching import decay_ratios
 from tests.processes import run_ranks
@@ -201,6 +201,12 @@ def test_figures_of_the_attention_do_not_depend_on_ranks_or_micro_batch(world: W
         np.testing.assert_allclose(figures(out), alone, rtol=2e-3, atol=1e-5)
 
 
+def test_every_step_says_how_long_it_waited_for_data(world: World) -> None:
+    shares = [event["data_wait_share"] for event in tiny.steps_of(job_in(world[0], "2", "neighbours").artifact.path)]
+    assert len(shares) == STEPS
+    assert all(0 <= share <= 1 for share in shares)
+
+
 def test_where_attention_has_no_gradient_the_share_of_decay_is_unknown() -> None:
     layers = [SimpleNamespace(attention=Attention(2)) for _ in range(3)]
     for layer, gradient in zip(layers, (None, 0.0, 0.5), strict=True):
@@ -216,12 +222,3 @@ def test_a_finished_fusion_keeps_its_graphs_but_no_scratch(world: World) -> None
     tables = {f"knn/epoch-{e}/rows-{s:06d}.npy" for e in range(4) for s in range(len(tiny.SIZES))}
     statistics = {f"knn/epoch-{e}/statistics.json" for e in range(4)}
     assert set(files) == {"grappa.safetensors", "metrics.jsonl", "manifest.json", *tables, *statistics}
-
-
-@pytest.mark.parametrize(("widths", "ranks", "parts"), [((40,), 2, 2), ((24, 40), 1, 1), ((32, 32, 16), 8, 1)])
-def test_a_fusion_needs_no_less_memory_than_is_said(widths: tuple[int, ...], ranks: int, parts: int) -> None:
-    settings = tiny.config(["shards"], fuse={"projector": widths})
-    trained = sum(linear.weight.numel() for linear in Projector(1000, widths).linears[1:])  # the first hangs on the ViT
-    weight_gradient_momentum, correlations = 3 * 4 * trained, 4 * widths[-1] ** 2
-    assert least_bytes(settings.fuse, ranks) == weight_gradient_momentum + correlations // parts
-    assert least_bytes(settings.fuse, None) <= weight_gradient_momentum + correlations

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,12 +14,13 @@ from grappa_dist.artifacts import Artifact
 from grappa_dist.config import Config
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.models import Grappa
-from grappa_dist.observe import read_events
+from grappa_dist.observe import EVENTS_FILE, Console, Events, read_events
 from grappa_dist.ops.galleries import effective_rank, set_weights, transitivity
 from grappa_dist.stages import galleries as stage
 from grappa_dist.stages.embed import Embedding, bad_rows, embed, embed_rows, feature_rows, features_of
 from grappa_dist.stages.galleries import galleries_of, load_galleries, weigh_galleries
 from grappa_dist.stages.modelling import ModelSpec, build
+from grappa_dist.stages.run import Run
 from grappa_dist.stages.truth import truth_of
 from tests.stages import tiny
 
@@ -105,6 +108,16 @@ def test_every_image_is_embedded_with_the_weights_of_its_gallery(world: World) -
     assert not found[tiny.BAD].any()
 
 
+def killed_before_the_log_says_so(run: Run) -> Run:
+    class Silent(Console):
+        def event(self, name: str, **figures: Any) -> None:
+            if name == "gallery" and figures["task"] == "odd":
+                raise tiny.Killed
+            super().event(name, **figures)
+
+    return replace(run, console=Silent(Events(run.store.root / EVENTS_FILE)))
+
+
 def test_a_run_with_the_variant_scores_it_and_shows_its_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -113,7 +126,17 @@ def test_a_run_with_the_variant_scores_it_and_shows_its_weights(
     settings = tiny.config(shards, adapt={"epochs": 1}, fuse=fuse).model_copy(
         update={"data": tiny.config(shards).data.model_copy(update={"test": tuple(shards)})}
     )
-    folder, rows = pipeline._run(tiny.run_in(settings, tmp_path / "run", tiny.Here()))
+    with pytest.raises(tiny.Killed):
+        pipeline._run(killed_before_the_log_says_so(tiny.run_in(settings, tmp_path / "run", tiny.Here())))
+    assert list((tmp_path / "run").glob("galleries-*/manifest.json"))
+    assert not (tmp_path / "run" / "scores").exists()
+    for _ in range(2):  # the second time says nothing again
+        folder, rows = pipeline._run(tiny.run_in(settings, tmp_path / "run", tiny.Here()))
+    events = list(read_events(tmp_path / "run" / EVENTS_FILE))
+    told = [(number, e["task"]) for number, e in enumerate(events) if e["name"] == "gallery"]
+    assert [task for _, task in told] == ["even", "odd"]
+    evaluated = [n for n, e in enumerate(events) if e["name"] == "stage_begins" and e["stage"] == "evaluate"]
+    assert max(number for number, _ in told) < min(evaluated)
     assert {r["task"] for r in rows if r["model"] == "gallery"} == {"even", "odd"}
     (galleries,) = (tmp_path / "run").glob("galleries-*")
     weights = {name: g["weights"] for name, g in json.loads((galleries / "galleries.json").read_text()).items()}

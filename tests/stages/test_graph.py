@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +21,8 @@ from grappa_dist.stages.graph import EXACT_ROWS, graph_kind, own_batches
 from tests.processes import run_ranks
 from tests.stages import tiny
 from tests.stages.test_pairs import pairs_of
+
+SLOW_S = 1.0  # a batch on the slow rank
 
 
 @pytest.mark.parametrize("good", [[5], [0, 17, 0, 1, 64, 3], [1000, 1], [0], []])
@@ -63,6 +67,26 @@ def test_two_ranks_share_a_shard_and_an_approximate_graph_tells_its_recall(tmp_p
         assert said == told
 
 
+def graph_with_a_slow_rank(comm: Comm, shards: Sequence[str], folder: Path) -> np.ndarray:
+    def slow(*args: Any, **how: Any) -> Iterator[Any]:
+        for found in embed_rows(*args, **how):
+            time.sleep(SLOW_S if comm.rank else 0)
+            yield found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graph_module, "embed_rows", slow)
+        graph = pairs_of(tiny.config(shards), folder, comm, neighbours=True)._graphs.of(0)
+    return graph.take(np.arange(tiny.NUM_ROWS))
+
+
+def test_a_rank_that_embeds_for_longer_than_a_collective_waits_is_waited_for(tmp_path: Path) -> None:
+    shards = tiny.write_shards(tmp_path / "images")
+    alone = graph_with_a_slow_rank(Comm(), shards, tmp_path)
+    wait_s = 3.5 * SLOW_S  # rank 1 has four batches
+    for seen in run_ranks(graph_with_a_slow_rank, 2, shards, tmp_path, collective_s=wait_s):
+        np.testing.assert_array_equal(seen, alone)
+
+
 def test_a_graph_that_was_stopped_while_it_embedded_goes_on_with_the_rest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -91,3 +115,28 @@ def test_a_graph_that_was_stopped_while_it_embedded_goes_on_with_the_rest(
     every = np.arange(tiny.NUM_ROWS)
     np.testing.assert_array_equal(resumed.take(every), straight.take(every))
     assert not list((tmp_path / "a").rglob("features-*"))
+
+
+def test_a_graph_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = tiny.config(tiny.write_shards(tmp_path / "images", bad=range(13, 14)))  # a shard without a good row
+    synced, not_synced = dict[int, tuple[int, int]](), list[str]()
+    rename = os.rename
+
+    def state(at: os.stat_result) -> tuple[int, int]:
+        return at.st_mtime_ns, at.st_size
+
+    def fsync(handle: int) -> None:
+        synced[os.fstat(handle).st_ino] = state(os.fstat(handle))
+
+    def renamed(source: Path, target: Path) -> None:
+        for path in (source, *source.iterdir()):
+            if synced.get(path.stat().st_ino) != state(path.stat()):
+                not_synced.append(path.name)
+        rename(source, target)
+
+    graphs = pairs_of(settings, tmp_path, Comm(), neighbours=True)._graphs
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "rename", renamed)
+    graphs.of(0)
+    assert len(synced) > len(tiny.SIZES)
+    assert not_synced == []

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from grappa_dist.data.transforms import decode, view_generator
 from grappa_dist.data.writer import ShardWriter
 from grappa_dist.dist.comm import Comm
 from grappa_dist.models import Grappa
-from grappa_dist.stages.embed import Embedding
+from grappa_dist.stages import graph as graph_module
+from grappa_dist.stages.embed import Embedding, embed_rows
 from grappa_dist.stages.modelling import ModelSpec, build, build_backbone, preprocess_of
 from grappa_dist.stages.pairs import Pairs
 from tests.processes import run_ranks
@@ -185,3 +186,34 @@ def test_the_graph_is_the_same_to_the_bit_on_any_number_of_ranks(settings: Confi
     assert np.isin(alone[good], good).all()
     for seen in run_ranks(graph_on, 5, settings, tmp_path, timeout_s=400):  # one rank has no shard
         np.testing.assert_array_equal(seen, alone)
+
+
+@pytest.mark.parametrize("refresh", [True, False])
+def test_a_static_graph_is_made_once_and_gives_the_partners_of_every_epoch(
+    settings: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refresh: bool
+) -> None:
+    settings = settings.model_copy(update={"fuse": settings.fuse.model_copy(update={"refresh": refresh})})
+    pairs = pairs_of(settings, tmp_path, Comm(), neighbours=True)
+    embedded, seen, partners_of = list[int](), list[tuple[int, RowArrays]](), pairs._partners
+
+    def counted(model: Grappa, images: ImageShards, rows: np.ndarray, **how: Any) -> Iterator[Any]:
+        embedded.append(len(rows))
+        return embed_rows(model, images, rows, **how)
+
+    def watched(rows: np.ndarray, epoch: int, graph: RowArrays | None) -> np.ndarray:
+        assert graph is not None
+        seen.append((epoch, graph))
+        return partners_of(rows, epoch, graph)
+
+    monkeypatch.setattr(graph_module, "embed_rows", counted)
+    monkeypatch.setattr(pairs, "_partners", watched)
+    for step in range(3 * tiny.STEPS_PER_EPOCH):
+        pairs.at(step)
+    pairs.close()
+    epochs = range(3) if refresh else range(1)
+    assert sum(embedded) == len(epochs) * (tiny.NUM_ROWS - 1)
+    assert sorted(path.name for path in (tmp_path / "knn-1").iterdir()) == [f"epoch-{e}" for e in epochs]
+    assert {epoch for epoch, _ in seen} == set(range(3))
+    for epoch, graph in seen:
+        made = tmp_path / "knn-1" / f"epoch-{epoch if refresh else 0}"
+        assert {Path(path).parent for path in graph.paths} == {made}

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,9 @@ from grappa_dist.data.shards import ImageShards
 from grappa_dist.layout import lay_out
 from grappa_dist.observe import Events
 from grappa_dist.stages.flow import Flow
-from grappa_dist.stages.reporting import (
-    _by_step,
-    _curve,
-    _graph_facts,
-    _median,
-    _neighbour_figures,
-    best_sets,
-    score_rows,
-)
+from grappa_dist.stages.graph_figures import graph_facts, neighbour_figures
+from grappa_dist.stages.reporting import best_sets, score_rows
+from grappa_dist.stages.training_figures import by_step, curve, median, waiting_facts
 from tests.stages import tiny
 
 FIGURES = ("r_precision", "map_at_r", "recall_at_1")
@@ -84,7 +79,7 @@ def test_a_report_is_named_by_what_it_shows(tmp_path: Path, change: str) -> None
 
 
 def test_a_graph_that_fell_back_to_an_exact_search_says_so_in_place_of_a_recall(tmp_path: Path) -> None:
-    flow, about = scored(tmp_path, SCORES), "neighbours of neighbours in the last epoch were searched"
+    flow, about = scored(tmp_path, SCORES), "neighbours of neighbours were searched"
     told = {"graph": "approximate", "probes": 3, "lists": 9, "duplicate_cosine": 0.9, "rows_with_duplicates_share": 0.1}
     lists = {"searched": "lists", "recall": 0.93, "recall_error": 0.005, "recall_rows": 512}
     exact = {"searched": "exact", "recall": 1.0, "recall_error": 0.0, "recall_rows": 0}
@@ -93,9 +88,11 @@ def test_a_graph_that_fell_back_to_an_exact_search_says_so_in_place_of_a_recall(
         folder = flow.fusions["neighbours"].path / f"knn/epoch-{epoch}"
         folder.mkdir(parents=True)
         (folder / "statistics.json").write_text(json.dumps({**told, **found, "neighbours_share_pseudo_label": {}}))
-        shown = [f["value"] for f in _neighbour_figures(flow) if f["figure"].startswith("true neighbours")]
+        shown = [f["value"] for f in neighbour_figures(flow.fusions, 40) if f["figure"].startswith("true neighbours")]
         assert shown == ([0.93] if epoch == 0 else [])
-        assert dict(_graph_facts(flow)) == {about: said[epoch]}
+    assert dict(graph_facts(flow.fusions)) == {about: f"epoch 1 {said[0]}; epoch 2 {said[1]}"}
+    shutil.rmtree(flow.fusions["neighbours"].path / "knn/epoch-0")
+    assert dict(graph_facts(flow.fusions)) == {about: said[1]}
 
 
 def test_a_graph_of_reused_features_says_so(tmp_path: Path) -> None:
@@ -104,7 +101,7 @@ def test_a_graph_of_reused_features_says_so(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     for features, said in (("fresh", []), ("reused", ["features for the neighbours of neighbours"])):
         (folder / "statistics.json").write_text(json.dumps({"graph": "exact", "features": features}))
-        assert [about for about, _ in _graph_facts(flow)] == said
+        assert [about for about, _ in graph_facts(flow.fusions)] == said
 
 
 def test_entropy_and_decay_are_read_from_the_log_by_layer_and_unknown_ratios_are_left_out(tmp_path: Path) -> None:
@@ -115,7 +112,20 @@ def test_entropy_and_decay_are_read_from_the_log_by_layer_and_unknown_ratios_are
         events("step", step=step, loss=3.0, **layers)
     events.close()
     artifact.commit()
-    by_layer = list(zip(*_by_step(artifact, "decay_to_gradient"), strict=True))
-    assert [_median(layer) for layer in by_layer] == pytest.approx([math.nan, 2.0], nan_ok=True)
-    assert _by_step(artifact, "entropy") == [[1.0, 0.5]] * 3
-    assert [(p["decay_to_gradient"], p["entropy"]) for p in _curve(artifact)] == [(1.0, 0.75), (9.0, 0.75), (2.0, 0.75)]
+    by_layer = list(zip(*by_step(artifact, "decay_to_gradient"), strict=True))
+    assert [median(layer) for layer in by_layer] == pytest.approx([math.nan, 2.0], nan_ok=True)
+    assert by_step(artifact, "entropy") == [[1.0, 0.5]] * 3
+    assert [(p["decay_to_gradient"], p["entropy"]) for p in curve(artifact)] == [(1.0, 0.75), (9.0, 0.75), (2.0, 0.75)]
+
+
+def test_the_share_of_time_that_jobs_waited_for_data_is_told_of_those_that_say_so(tmp_path: Path) -> None:
+    flow = scored(tmp_path, SCORES)
+    assert waiting_facts(flow.adaptors.values()) == {}
+    for artifact, shares in zip(flow.adaptors.values(), ((0.0, 0.1, 0.2), (0.5,)), strict=True):
+        events = Events(artifact.begin() / "metrics.jsonl")
+        events("begins", at_step=0)
+        for step, share in enumerate(shares):
+            events("step", step=step, loss=1.0, data_wait_share=share)
+        events.close()
+        artifact.commit()
+    assert waiting_facts(flow.adaptors.values()) == {"waiting for data": "k=4 10.0%, k=8 50.0%"}
