@@ -27,8 +27,10 @@ from grappa_dist.dist.train import Schedule, Watch, train
 from grappa_dist.dist.workers import RankContext
 from grappa_dist.files import replacing
 from grappa_dist.models import Grappa, Projector
+from grappa_dist.ops.adam import adam
 from grappa_dist.ops.lars import Lars
 from grappa_dist.ops.losses import barlow_twins
+from grappa_dist.ops.precision import forward_precision
 from grappa_dist.ops.schedules import cosine
 from grappa_dist.stages.embed import Embedding, to_images
 from grappa_dist.stages.modelling import (
@@ -128,15 +130,15 @@ def train_fusion(context: RankContext, job: FuseJob) -> None:
         return
     config, folder = job.fuse, job.artifact.begin()
     steps = config.epochs * job.training.steps_per_epoch()
-    adam = job.variant.endswith("-adam")
-    peak = config.adam_learning_rate if adam else config.lars_learning_rate
+    by_adam = job.variant.endswith("-adam")
+    peak = config.adam_learning_rate if by_adam else config.lars_learning_rate
     with ExitStack() as stack:
         objective = FuseObjective(context, job, folder)
         stack.callback(objective.close)
         parameters = [p for p in objective.module.parameters() if p.requires_grad]
         optimizer = (
-            torch.optim.Adam(parameters, lr=peak, fused=context.device.type == "cuda" or None)
-            if adam
+            adam(parameters, peak)
+            if by_adam
             else Lars(lars_groups(objective.module), lr=peak, weight_decay=config.lars_weight_decay)
         )
         warmup = min(config.warmup_steps, steps - 1)
@@ -226,5 +228,6 @@ class FuseObjective:
     def _loss(self, za: Tensor, zb: Tensor) -> Tensor:
         self._pairs.keep(za)
         allsum, project = self._context.comm.allsum, self.module.projector
-        ga, gb = project(za, allsum), project(zb, allsum)
+        with forward_precision(self._context.device):
+            ga, gb = project(za, allsum).float(), project(zb, allsum).float()
         return self._job.fuse.loss_scale * barlow_twins(ga, gb, self._job.fuse.beta, allsum, penalty=self._penalty)
