@@ -105,9 +105,7 @@ class _Pass:
         if len(moves.rows):
             x, squares = joined(block.take(moves.rows)), bounds.squares[moves.rows]
             with self.adding:
-                self.change.add_(x, squares, moves.after)
-                if self.drift:
-                    self.change.add_(x, squares, moves.before, sign=-1)
+                self.change.add_(x, squares, moves.after, moves.before if self.drift else None)
         return moves
 
     def end(self) -> None:

@@ -130,9 +130,6 @@ def _add_moves(change: Stats, rows: RowLabels, settled: Settled) -> None:
     after, before = settled.found.labels, rows.labels[settled.positions].long().to(settled.x.device)
     moved = (before != after).nonzero()[:, 0]
     if len(moved):
+        first_time = bool((before[moved] < 0).any())  # then it is that of all rows of the block
         x = settled.x[moved]
-        squares = exact_square(x)
-        change.add_(x, squares, after[moved])
-        left = (before[moved] >= 0).nonzero()[:, 0]
-        if len(left):
-            change.add_(x[left], squares[left], before[moved][left], sign=-1)
+        change.add_(x, exact_square(x), after[moved], None if first_time else before[moved])

@@ -121,11 +121,15 @@ def _measured(rows: Rows, blocks: tuple[int, tuple[bool, ...], int], device: tor
     """The rows' exact squared norms, and the faster way to propose centroids to them on this machine."""
     halves = halves_pay(device)
 
-    def measure(x: Tensor) -> tuple[Tensor, float]:
-        return exact_square(x), HalfProposer.left_out(x) if halves else 0.0
+    block_rows, plain, threads = blocks
+
+    def measure(positions: Tensor) -> tuple[Tensor, float]:
+        pieces = rows.pieces(positions, plain)
+        rest = max(map(HalfProposer.left_out, pieces)) if halves else 0.0
+        return torch.cat([exact_square(x) for x in pieces]), rest
 
     squares, first, rest = scratch((rows.num_good,), torch.float64), 0, 0.0
-    for of_block, left_out in side_by_side(measure, (x for _, x in rows.blocks(*blocks)), torch.get_num_threads()):
+    for of_block, left_out in side_by_side(measure, rows.positions(block_rows, threads), torch.get_num_threads()):
         squares[first : first + len(of_block)] = of_block
         first, rest = first + len(of_block), max(rest, left_out)
     return squares, half_proposer(device, rest) if halves else FloatProposer(nearest)

@@ -28,7 +28,7 @@ _LOW, _LOW_BITS = 24, 2**24 - 1  # where a sum of squares is cut in two
 
 @dataclass(frozen=True)
 class Stats:
-    """What some rows say about the centroids; adds up over rows, and rows may be taken away again."""
+    """What some rows say about the centroids; adds up over rows, and rows may change from one to another."""
 
     counts: Tensor  # (K,) int64
     sums: Tensor  # (K, D) int64, in units of 2**-24: 2**37 unit rows fit
@@ -43,13 +43,15 @@ class Stats:
     def tensors(self) -> tuple[Tensor, ...]:
         return self.counts, self.sums, self.squares
 
-    def add_(self, x: Tensor, squares: Tensor, labels: Tensor, sign: int = 1) -> None:
-        """Adds grid rows with their exact squared norms in place, or takes them away with sign -1."""
+    def add_(self, x: Tensor, squares: Tensor, labels: Tensor, leaving: Tensor | None = None) -> None:
+        """Adds grid rows with their exact squared norms in place; and takes them away from the labels they leave."""
         squares = squares.long()
-        self.counts.add_(torch.bincount(labels, minlength=len(self.counts)), alpha=sign)
-        _add_rows_(self.sums, x, labels, sign)
-        self.squares[0].index_add_(0, labels, squares & _LOW_BITS, alpha=sign)
-        self.squares[1].index_add_(0, labels, squares >> _LOW, alpha=sign)
+        signed = [(labels, 1)] if leaving is None else [(labels, 1), (leaving, -1)]
+        _add_rows_(self.sums, x, signed)
+        for their, sign in signed:
+            self.counts.add_(torch.bincount(their, minlength=len(self.counts)), alpha=sign)
+            self.squares[0].index_add_(0, their, squares & _LOW_BITS, alpha=sign)
+            self.squares[1].index_add_(0, their, squares >> _LOW, alpha=sign)
 
     def spreads(self, centroids: Centroids) -> list[int]:
         """Per cluster the summed squared distances of its rows to its centroid, exact, in units of 2**-48.
@@ -84,15 +86,23 @@ def _long_dots(c: Tensor, sums: Tensor) -> list[int]:
     return dots
 
 
-def _add_rows_(sums: Tensor, x: Tensor, labels: Tensor, sign: int) -> None:
-    """Adds grid rows to int64 sums. Float64 adds them many times as fast and, up to 2**29 rows, exactly too."""
+def _add_rows_(sums: Tensor, x: Tensor, signed: Sequence[tuple[Tensor, int]]) -> None:
+    """Adds grid rows to int64 sums by labels, or takes them away from others by sign.
+
+    Float64 adds them many times as fast and, up to 2**29 rows, exactly too.
+    """
     if len(x) < len(sums):  # too few rows to pay for a table of their own
-        sums.index_add_(0, labels, (x * GRID).long(), alpha=sign)
+        values = (x * GRID).long()
+        for labels, sign in signed:
+            sums.index_add_(0, labels, values, alpha=sign)
         return
     block = torch.zeros(sums.shape, dtype=torch.float64, device=x.device)
-    for rows, their in zip(x.split(cached_rows(x)), labels.split(cached_rows(x)), strict=True):
-        block.index_add_(0, their, rows.double())
-    sums.add_(block.mul_(GRID).long(), alpha=sign)
+    size = cached_rows(x)
+    for some in (slice(start, start + size) for start in range(0, len(x), size)):
+        values = x[some].double()
+        for labels, sign in signed:
+            block.index_add_(0, labels[some], values, alpha=sign)
+    sums.add_(block.mul_(GRID).long())
 
 
 def finish(

@@ -44,12 +44,16 @@ def test_stats_add_in_any_order_and_to_the_sums_of_python() -> None:
     assert whole.sums.tolist() == [integers(x)[labels == k].sum(0).tolist() for k in range(4)]
 
 
-def test_rows_taken_away_again_leave_no_trace() -> None:
-    x, c = unit_rows(30, 5), unit_rows(4, 5, seed=1)
-    stats = stats_of(x, c)
-    gone = x[:11]
-    stats.add_(gone, exact_square(gone), assign(gone, Centroids.of(c)).labels, sign=-1)
-    assert all(torch.equal(a, b) for a, b in zip(stats.tensors, stats_of(x[11:], c).tensors, strict=True))
+@pytest.mark.parametrize("num_labels", [4, 11, 40])  # as many rows as labels pay for a table, fewer do not
+def test_rows_that_change_their_label_leave_no_trace_at_the_old_one(num_labels: int) -> None:
+    x, draws = unit_rows(30, 5), torch.Generator().manual_seed(0)
+    before, after = torch.randint(0, num_labels, (2, 30), generator=draws)
+    after[11:] = before[11:]
+    stats, expected = Stats.zeros(num_labels, 5), Stats.zeros(num_labels, 5)
+    stats.add_(x, exact_square(x), before)
+    stats.add_(x[:11], exact_square(x[:11]), after[:11], before[:11])
+    expected.add_(x, exact_square(x), after)
+    assert all(torch.equal(a, b) for a, b in zip(stats.tensors, expected.tensors, strict=True))
 
 
 @pytest.mark.parametrize("dim", [1, 5, 192, 2048])
