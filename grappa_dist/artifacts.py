@@ -188,7 +188,6 @@ class RowArrays:
 
 @lru_cache(maxsize=512)  # each map holds a descriptor
 def _map(path: str) -> NDArray[Any]:
-    mapped = np.load(
-        path, mmap_mode="c", allow_pickle=False
-    )  # torch takes no read-only memory; the file stays as it is
-    return np.asarray(mapped)  # slicing a plain array is ten times as fast as slicing a numpy.memmap
+    # Torch takes no read-only memory; with "c" the file stays as it is all the same. Slicing a plain array is ten times
+    # as fast as slicing a numpy.memmap.
+    return np.asarray(np.load(path, mmap_mode="c", allow_pickle=False))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 EVENTS_FILE = "events.jsonl"  # of a run, in its directory
+METRICS_FILE = "metrics.jsonl"  # of a training job, in its folder
 COUNTER_S = 2.0  # between two lines of a counter
 
 
@@ -86,7 +87,7 @@ class Console:
             self.event("progress", job=name, **figures)
             for off in {(name, tracker) for tracker in figures.get("trackers_off", ())} - self._off:
                 self._off.add(off)
-                self.say(f"{name}: {off[1]} failed and hears no more; its error is in the job's metrics.jsonl")
+                self.say(f"{name}: {off[1]} failed and hears no more; its error is in the job's {METRICS_FILE}")
         if known:
             self.say(" | ".join(f"{name}: {_figures(figures)}" for name, figures in known.items()))
 

@@ -10,12 +10,13 @@ from grappa_dist.data.index import COMMITTED, Shard, sha256_of
 from grappa_dist.files import write_json
 
 
-def check_newer(tar: Path, described: Shard, notes: Path | None, *, write: bool) -> None:
+def check_newer(tar: Path, described: Shard, indexed_ns: int, notes: Path | None, *, write: bool) -> None:
     """Holds a shard that is newer than the index beside it against the checksum there.
 
     A copy may well be newer, so time alone says nothing; but it says where to look, and only there all bytes are read.
 
     Args:
+        indexed_ns: when that index was written.
         notes: where it is noted that a shard was found unchanged, so that it is read once; None: nowhere.
         write: whether notes may be added.
 
@@ -23,7 +24,7 @@ def check_newer(tar: Path, described: Shard, notes: Path | None, *, write: bool)
         ValueError: the bytes are not those that were indexed.
     """
     stat = tar.stat()
-    if stat.st_mtime_ns <= (tar.parent / COMMITTED).stat().st_mtime_ns:
+    if stat.st_mtime_ns <= indexed_ns:
         return
     state = f"{tar}\n{stat.st_size}\n{stat.st_mtime_ns}\n{described.fingerprint}"
     note = None if notes is None else notes / f"{hashlib.sha256(os.fsencode(state)).hexdigest()[:32]}.unchanged.json"

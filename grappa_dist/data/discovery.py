@@ -49,6 +49,7 @@ def find_shards(
     tars = _all_tars(paths)
     local = {tar.parent for tar in tars if isinstance(tar, Path)}
     committed = {folder: committed_index(folder) for folder in local}
+    indexed_ns = {folder: (folder / COMMITTED).stat().st_mtime_ns for folder, known in committed.items() if known}
     far = [tar for tar in tars if isinstance(tar, RemoteObject)]
     whole = [str(path).rstrip("/") for path in paths if is_remote(str(path))]
     remote = committed_indexes(far, whole, index_dir if write else None, COMMITTED)
@@ -60,7 +61,7 @@ def find_shards(
         known = committed[tar.parent]
         if known is None:
             return missing.of(tar, lambda: index_shard(tar))
-        check_newer(tar, known[tar.name][0], index_dir, write=write)
+        check_newer(tar, known[tar.name][0], indexed_ns[tar.parent], index_dir, write=write)
         return known[tar.name]
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:

@@ -8,8 +8,9 @@ import re
 import tarfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -138,13 +139,10 @@ def refusal(place: Any) -> str:
     return "" if place["json_size"] else REFUSED.get(int(place["json_offset"]), "")
 
 
-def sha256_of(file: BinaryIO) -> str:
+def sha256_of(file: BufferedReader) -> str:
     """Of all bytes of a file."""
     file.seek(0)
-    digest = hashlib.sha256()
-    while block := file.read(1 << 22):
-        digest.update(block)
-    return digest.hexdigest()
+    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class OpenFile:

@@ -73,10 +73,8 @@ def cluster(share: Share, wanted: Wanted) -> Clustering:
 
 
 def _first_run(share: Share, wanted: Wanted) -> Restart:
-    num = wanted.num_labels
-    if not 1 <= num <= share.num_good:
-        raise ValueError(f"num_labels must be from 1 to the number of good rows, {share.num_good}, got {num}")
-    return Restart(share, num, wanted.method, wanted.seed, 0, dict(wanted.trail), wanted.told)
+    share.check_labels(wanted.num_labels)
+    return Restart(share, wanted.num_labels, wanted.method, wanted.seed, 0, dict(wanted.trail), wanted.told)
 
 
 def _best(kept: Trail, runs: list[Restart]) -> Restart:

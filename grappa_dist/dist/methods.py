@@ -21,7 +21,7 @@ from grappa_dist.dist.hierarchical import fit_in_families
 from grappa_dist.dist.lloyd import SQUARE_UNIT, Progress, Updates
 from grappa_dist.dist.row_labels import RowLabels, Settled, exactly, label_rows
 from grappa_dist.dist.sampling import sampled_share
-from grappa_dist.dist.sharded_kmeans import Fit, KMeansResult, begin, end_together
+from grappa_dist.dist.sharded_kmeans import Fit, KMeansResult, begin, end_alone
 from grappa_dist.dist.share import Share
 from grappa_dist.ops.choice import Choice
 from grappa_dist.ops.exact import exact_square
@@ -142,7 +142,7 @@ class Restart:
         return fit_in_families(self.share, heads.centroids, self.num_labels, seed=self.seed, start=start, how=how)
 
     def _kmeans(self, share: Share, part: str, num_labels: int) -> KMeansResult:
-        return next(end_together([self._fit(share, part, num_labels)])).result()
+        return end_alone(self._fit(share, part, num_labels))
 
     def _fit(self, share: Share, part: str, num_labels: int) -> Fit:
         how = self._updates(part)

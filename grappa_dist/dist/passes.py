@@ -96,12 +96,12 @@ class _Pass:
         return _Pass(kept, grouped, drift, Stats.zeros(num_labels, dim, kept.share.device))
 
     def over(self, block: RowBlock) -> Moves:
-        kept = self.kept.bounds.part(block.places)
-        bounds = kept.to(self.kept.share.device)
+        part = self.kept.bounds.part(block.places)
+        bounds = part.to(self.kept.share.device)
         if self.drift:
             bounds.shift_(self.drift)
         moves = reassign(block.take, self.grouped, bounds)
-        kept.copy_(bounds)
+        part.copy_(bounds)
         if len(moves.rows):
             x, squares = joined(block.take(moves.rows)), bounds.squares[moves.rows]
             with self.adding:
@@ -110,5 +110,4 @@ class _Pass:
 
     def end(self) -> None:
         self.kept.centroids, self.kept.number = self.grouped.whole.values, self.kept.number + 1
-        for kept, of_ranks in zip(self.kept.stats.tensors, self.change.tensors, strict=True):
-            kept.add_(self.kept.share.total(of_ranks))
+        self.kept.stats.add_changes_(self.change, self.kept.share.total)

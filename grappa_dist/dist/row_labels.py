@@ -97,8 +97,7 @@ class LabelPasses:
             _keep(self.rows, settled)
             self.undecided += settled.found.undecided
             self.searched += settled.searched
-        for kept, of_ranks in zip(self.stats.tensors, change.tensors, strict=True):
-            kept.add_(self.share.total(of_ranks))
+        self.stats.add_changes_(change, self.share.total)
 
 
 def label_rows(share: Share, work: Callable[[Item], Settled], items: Iterable[Item]) -> tuple[RowLabels, Tensor]:

@@ -56,7 +56,12 @@ def sharded_kmeans(
 
 def kmeans(share: Share, num_labels: int, **settings: Any) -> KMeansResult:
     """k-means by itself, with the settings of `begin`."""
-    return next(end_together([begin(share, num_labels, **settings)])).result()
+    return end_alone(begin(share, num_labels, **settings))
+
+
+def end_alone(fit: Fit) -> KMeansResult:
+    """Goes on with one fit until it ends."""
+    return next(end_together([fit])).result()
 
 
 def end_together(fits: list[Fit]) -> Iterator[Fit]:
@@ -135,8 +140,7 @@ def begin(
         resume: what `on_update` was told last, to go on from there.
         on_update: told what a later call can resume from, after the initialisation and after every update.
     """
-    if not 1 <= num_labels <= share.num_good:
-        raise ValueError(f"num_labels must be from 1 to the number of good rows, {share.num_good}, got {num_labels}")
+    share.check_labels(num_labels)
     shape = (num_labels, share.dim)
     if resume is None:
         start = seed_centroids(share, num_labels, seed) if initial is None else _checked_initial(initial, shape)

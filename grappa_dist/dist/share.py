@@ -89,6 +89,11 @@ class Share:
             yield RowBlock(positions, places, self.squares[places].to(self.device), self.pieces)
             first += len(positions)
 
+    def check_labels(self, num: int) -> None:
+        """Raises where the rows of all ranks cannot have so many labels."""
+        if not 1 <= num <= self.num_good:
+            raise ValueError(f"num_labels must be from 1 to the number of good rows, {self.num_good}, got {num}")
+
     def total(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, any integer type; `tensor` may serve as room for it."""
         return self.comm.sum_(tensor.to(wire_device(self.comm))).to(tensor.device)

@@ -23,7 +23,7 @@ from grappa_dist.dist.engine import Engine
 from grappa_dist.dist.trackers import Audience, Tracker
 from grappa_dist.dist.workers import RankContext
 from grappa_dist.files import replacing
-from grappa_dist.observe import Events
+from grappa_dist.observe import METRICS_FILE, Events
 
 NAMED = 5  # images, in a message
 MAY_BE_UNDEFINED = "decay_to_gradient"  # NaN where there is no gradient: nothing is wrong with the model then
@@ -90,7 +90,7 @@ def train(
     engine = Engine(objective.module, optimizer, context.comm, context.device, zero_stage=zero_stage)
     with ExitStack() as stack:
         stack.callback(engine.close)
-        log = _Log(context, folder / "metrics.jsonl", (start, schedule.steps), job, watch)
+        log = _Log(context, folder / METRICS_FILE, (start, schedule.steps), job, watch)
         stack.callback(log.close)
         objective.begin(start)
         for step in range(start, schedule.steps):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,6 +52,11 @@ class Stats:
             self.counts.add_(torch.bincount(their, minlength=len(self.counts)), alpha=sign)
             self.squares[0].index_add_(0, their, squares & _LOW_BITS, alpha=sign)
             self.squares[1].index_add_(0, their, squares >> _LOW, alpha=sign)
+
+    def add_changes_(self, change: Stats, allsum: Callable[[Tensor], Tensor]) -> None:
+        """Adds, in place, what the rows of all ranks have changed, given this rank's part."""
+        for kept, of_rank in zip(self.tensors, change.tensors, strict=True):
+            kept.add_(allsum(of_rank))
 
     def spreads(self, centroids: Centroids) -> list[int]:
         """Per cluster the summed squared distances of its rows to its centroid, exact, in units of 2**-48.

@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 
 from grappa_dist.artifacts import Artifact
+from grappa_dist.observe import METRICS_FILE
 from grappa_dist.stages.packs import PACK_FILE, pack_members
 from grappa_dist.stages.remote_folder import RemoteFolder, each
 
@@ -26,7 +27,7 @@ STATE = "state.json"
 ASIDE = ".mirror"  # in the run directory: links to what is being copied, which stay when it goes
 _USED = (  # in this order: what belongs to a checkpoint is there before it, and features go when their graph is there
     *("progress.safetensors", "checkpoints/step-*[0-9]/*", "checkpoints/*.json"),
-    *("knn/features-*[0-9]/*", "knn/epoch-*[0-9]/*", PACK_FILE, "metrics.jsonl"),
+    *("knn/features-*[0-9]/*", "knn/epoch-*[0-9]/*", PACK_FILE, METRICS_FILE),
 )
 _PROGRESS = ("progress.safetensors", "checkpoints/step-")  # without any of these a restart begins anew
 _TRIES = 5  # to list a folder while checkpoints come and go

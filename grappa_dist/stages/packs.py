@@ -20,11 +20,11 @@ from torch import Tensor
 from grappa_dist.artifacts import Artifact, RowArrays
 from grappa_dist.config import fingerprint
 from grappa_dist.files import replacing, write_json
-from grappa_dist.observe import read_events
+from grappa_dist.observe import METRICS_FILE, read_events
 from grappa_dist.ops.placement import shared_out
 from grappa_dist.stages.modelling import ADAPTORS_FILE
 
-PACK_FILE, LOG_FILE = "pack.json", "metrics.jsonl"
+PACK_FILE = "pack.json"
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def finish(sets: Sequence[AdaptSet], adaptors: Sequence[Mapping[str, Tensor]]) -
             continue
         folder = one.artifact.begin()
         if len(sets) > 1:
-            _write_log(pack_folder(sets) / LOG_FILE, folder / LOG_FILE, one)
+            _write_log(pack_folder(sets) / METRICS_FILE, folder / METRICS_FILE, one)
         with replacing(folder / ADAPTORS_FILE) as temporary:
             save_file(dict(adaptors[number]), temporary)
     commit_trained(sets)

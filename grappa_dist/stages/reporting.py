@@ -33,7 +33,7 @@ from grappa_dist.stages.graph_figures import graph_facts, neighbour_figures
 from grappa_dist.stages.partitions import PARTITIONS_FILE
 from grappa_dist.stages.pseudo_label import STATS_FILE
 from grappa_dist.stages.run import Run
-from grappa_dist.stages.training_figures import by_step, curve, job_of, median, waiting_facts
+from grappa_dist.stages.training_figures import Steps, by_step, curve, job_of, median, steps_of, waiting_facts
 from grappa_dist.stages.true_labels import class_counts
 from grappa_dist.stages.truth import Truth, load_truth
 
@@ -86,7 +86,9 @@ def _score_row(model: str, row: Mapping[str, Any]) -> ScoreRow:
 
 def _content(run: Run, flow: Flow, rows: list[ScoreRow]) -> ReportContent:
     insights = {m: json.loads((a.path / INSIGHT_FILE).read_text()) for m, a in flow.insights.items()}
-    decays = {v: by_step(a, "decay_to_gradient") for v, a in flow.fusions.items()}
+    logs = {job_of(a): steps_of(a) for a in _trained(flow)}
+    fused = {v: logs[job_of(a)] for v, a in flow.fusions.items()}
+    decays = {v: by_step(steps, "decay_to_gradient") for v, steps in fused.items()}
     partitions = json.loads((flow.partitions.path / PARTITIONS_FILE).read_text())
     return ReportContent(
         title=run.config.name,
@@ -94,18 +96,18 @@ def _content(run: Run, flow: Flow, rows: list[ScoreRow]) -> ReportContent:
         label_free=[*_view_figures(insights), *neighbour_figures(flow.fusions, len(flow.train))],
         attention={m: i["attention"] for m, i in insights.items() if "attention" in i},
         entropy={m: i["entropy"] for m, i in insights.items() if "entropy" in i},
-        shares={v: by_step(a, "attention") for v, a in flow.fusions.items()},
-        entropies={v: by_step(a, "entropy") for v, a in flow.fusions.items()},
+        shares={v: by_step(steps, "attention") for v, steps in fused.items()},
+        entropies={v: by_step(steps, "entropy") for v, steps in fused.items()},
         decay={v: [median(layer) for layer in zip(*d, strict=True)] for v, d in decays.items() if d},
         sets=[f"k={k}" for k in flow.adaptors],
         own_sets={m: spec.sets for m, spec in flow.models.items() if spec.own_sets},
         clusterings=[Clustering(**json.loads((a.path / STATS_FILE).read_text())) for a in flow.labels.values()],
         nestings=[Nesting(**nesting) for nesting in partitions["nestings"]],
         sheets=[ContactSheet(k=s["k"], clusters=_samples(flow.train, s["clusters"])) for s in partitions["sheets"]],
-        curves={job_of(a): curve(a) for a in _trained(flow)},
+        curves={job: curve(steps) for job, steps in logs.items()},
         galleries=list(_galleries(flow, insights)),
         bad_rows=[*_bad(flow.train, flow.features), *_bad_test(flow)],
-        facts=_facts(run, flow),
+        facts=_facts(run, flow, logs),
         config_yaml=run.config.yaml(),
         notes=[*run.config.notes, *_who_saw_labels(flow)],
     )
@@ -192,7 +194,7 @@ def _bad_test(flow: Flow) -> Iterator[BadRow]:
         yield from _bad(flow.test, flow.test_features["backbone"])
 
 
-def _facts(run: Run, flow: Flow) -> dict[str, str]:
+def _facts(run: Run, flow: Flow, logs: Mapping[str, Steps]) -> dict[str, str]:
     seconds: dict[str, float] = {}
     for event in read_events(run.store.root / EVENTS_FILE):
         if event["name"] == "stage_ends":
@@ -210,7 +212,7 @@ def _facts(run: Run, flow: Flow) -> dict[str, str]:
     facts |= {name: ", ".join(a.name for a in group) for name, group in made.items()}
     labelled = flow.supervision.trained.items() if flow.supervision else ()
     facts |= {f"with labels: {name}": artifact.name for name, artifact in labelled}
-    facts |= waiting_facts(_trained(flow))
+    facts |= waiting_facts(logs)
     return facts | dict(graph_facts(flow.fusions)) | {"model": flow.model.name}
 
 

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from grappa_dist.artifacts import Artifact
-from grappa_dist.observe import read_events
+from grappa_dist.observe import METRICS_FILE, read_events
 
-LOG_FILE = "metrics.jsonl"
+Steps = Sequence[Mapping[str, Any]]
 
 
-def curve(artifact: Artifact) -> list[dict[str, float]]:
+def steps_of(artifact: Artifact) -> Steps:
+    """All that the job's log says of its steps."""
+    return [event for event in read_events(artifact.path / METRICS_FILE) if event["name"] == "step"]
+
+
+def curve(steps: Steps) -> list[dict[str, float]]:
     """Steps with loss, accuracy, rates and, for fusions, the mean entropy of the attention over layers."""
     points = []
-    for event in read_events(artifact.path / LOG_FILE):
-        if event["name"] != "step":
-            continue
+    for event in steps:
         point = {k: v for k, v in event.items() if k in ("step", "loss", "accuracy", "lr", "images_per_s")}
         for figure in ("entropy", "decay_to_gradient"):
             layers = [v for k, v in event.items() if re.fullmatch(rf"{figure}\.\d+", k) and math.isfinite(v)]
@@ -35,22 +39,21 @@ def median(values: Sequence[float]) -> float:
     return float(np.median(known)) if known else math.nan
 
 
-def by_step(artifact: Artifact, figure: str) -> list[list[float]]:
+def by_step(steps: Steps, figure: str) -> list[list[float]]:
     """The numbered values of a figure, a list for every step that has them."""
-    steps = []
-    for event in read_events(artifact.path / LOG_FILE):
+    found = []
+    for event in steps:
         numbered = {int(k.rpartition(".")[2]): v for k, v in event.items() if re.fullmatch(rf"{figure}\.\d+", k)}
-        steps += [[numbered[i] for i in sorted(numbered)]] if event["name"] == "step" and numbered else []
-    return steps
+        found += [[numbered[i] for i in sorted(numbered)]] if numbered else []
+    return found
 
 
-def waiting_facts(trained: Iterable[Artifact]) -> dict[str, str]:
+def waiting_facts(logs: Mapping[str, Steps]) -> dict[str, str]:
     """Which share of their time the jobs waited for data, in the mean of their steps."""
     said = []
-    for artifact in trained:
-        events = read_events(artifact.path / LOG_FILE)
-        shares = [e["data_wait_share"] for e in events if e["name"] == "step" and "data_wait_share" in e]
-        said += [f"{job_of(artifact)} {np.mean(shares):.1%}"] if shares else []
+    for job, steps in logs.items():
+        shares = [step["data_wait_share"] for step in steps if "data_wait_share" in step]
+        said += [f"{job} {np.mean(shares):.1%}"] if shares else []
     return {"waiting for data": ", ".join(said)} if said else {}
 
 

@@ -15,7 +15,7 @@ from grappa_dist.artifacts import Artifact
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.dist.comm import Comm
 from grappa_dist.dist.jobs import Job
-from grappa_dist.observe import read_events
+from grappa_dist.observe import METRICS_FILE, read_events
 from grappa_dist.stages import packs
 from grappa_dist.stages.adapt import adapt, adaptors_of
 from grappa_dist.stages.modelling import ADAPTORS_FILE
@@ -103,7 +103,7 @@ def test_a_kill_while_a_pack_is_saved_loses_no_step_and_leaves_no_folder(
         adapt_in(root, Killing(num_workers=1, at=at))
     for k, artifact in adapt_in(root, here, sets_per_job=1).items():
         assert (artifact.path / ADAPTORS_FILE).read_bytes() == (straight[k].path / ADAPTORS_FILE).read_bytes()
-        events = read_events(artifact.path / packs.LOG_FILE)
+        events = read_events(artifact.path / METRICS_FILE)
         assert [event["at_step"] for event in events if event["name"] == "begins"] == begins
     assert here.asked == asked
     assert list((root / "packs").iterdir()) == []

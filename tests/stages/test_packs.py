@@ -16,7 +16,7 @@ from grappa_dist.artifacts import Artifact, Store
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.dist.comm import Comm
 from grappa_dist.dist.engine import Engine
-from grappa_dist.observe import read_events
+from grappa_dist.observe import METRICS_FILE, read_events
 from grappa_dist.ops.placement import Rates
 from grappa_dist.ops.room import Room
 from grappa_dist.stages import adapting, packs
@@ -228,7 +228,7 @@ def test_a_kill_between_two_commits_loses_nothing(folder: Path, monkeypatch: pyt
         real(artifact, discard)
 
     begun = packs.begin(job.sets)
-    (begun / packs.LOG_FILE).write_text("")
+    (begun / METRICS_FILE).write_text("")
     tensors = [weights(folder, "packed-1", k) for k in KS]
     monkeypatch.setattr(Artifact, "commit", once)
     with pytest.raises(tiny.Killed):

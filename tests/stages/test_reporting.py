@@ -16,7 +16,7 @@ from grappa_dist.observe import Events
 from grappa_dist.stages.flow import Flow
 from grappa_dist.stages.graph_figures import graph_facts, neighbour_figures
 from grappa_dist.stages.reporting import best_sets, score_rows
-from grappa_dist.stages.training_figures import by_step, curve, median, waiting_facts
+from grappa_dist.stages.training_figures import Steps, by_step, curve, job_of, median, steps_of, waiting_facts
 from tests.stages import tiny
 
 FIGURES = ("r_precision", "map_at_r", "recall_at_1")
@@ -112,15 +112,20 @@ def test_entropy_and_decay_are_read_from_the_log_by_layer_and_unknown_ratios_are
         events("step", step=step, loss=3.0, **layers)
     events.close()
     artifact.commit()
-    by_layer = list(zip(*by_step(artifact, "decay_to_gradient"), strict=True))
+    steps = steps_of(artifact)
+    by_layer = list(zip(*by_step(steps, "decay_to_gradient"), strict=True))
     assert [median(layer) for layer in by_layer] == pytest.approx([math.nan, 2.0], nan_ok=True)
-    assert by_step(artifact, "entropy") == [[1.0, 0.5]] * 3
-    assert [(p["decay_to_gradient"], p["entropy"]) for p in curve(artifact)] == [(1.0, 0.75), (9.0, 0.75), (2.0, 0.75)]
+    assert by_step(steps, "entropy") == [[1.0, 0.5]] * 3
+    assert [(p["decay_to_gradient"], p["entropy"]) for p in curve(steps)] == [(1.0, 0.75), (9.0, 0.75), (2.0, 0.75)]
+
+
+def logs(flow: Flow) -> dict[str, Steps]:
+    return {job_of(artifact): steps_of(artifact) for artifact in flow.adaptors.values()}
 
 
 def test_the_share_of_time_that_jobs_waited_for_data_is_told_of_those_that_say_so(tmp_path: Path) -> None:
     flow = scored(tmp_path, SCORES)
-    assert waiting_facts(flow.adaptors.values()) == {}
+    assert waiting_facts(logs(flow)) == {}
     for artifact, shares in zip(flow.adaptors.values(), ((0.0, 0.1, 0.2), (0.5,)), strict=True):
         events = Events(artifact.begin() / "metrics.jsonl")
         events("begins", at_step=0)
@@ -128,4 +133,4 @@ def test_the_share_of_time_that_jobs_waited_for_data_is_told_of_those_that_say_s
             events("step", step=step, loss=1.0, data_wait_share=share)
         events.close()
         artifact.commit()
-    assert waiting_facts(flow.adaptors.values()) == {"waiting for data": "k=4 10.0%, k=8 50.0%"}
+    assert waiting_facts(logs(flow)) == {"waiting for data": "k=4 10.0%, k=8 50.0%"}
