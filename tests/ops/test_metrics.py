@@ -42,6 +42,24 @@ def test_exact_ties_are_broken_by_row_id(seed: int) -> None:
         assert retrieval_scores(z, labels, block_rows=block_rows) == pytest.approx(expected, abs=1e-11)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_scores_closer_than_the_error_of_float32_are_told_apart(seed: int) -> None:
+    draws = torch.Generator().manual_seed(seed)
+    z = F.normalize(features(1, 64, seed), dim=1) + 2.0**-22 * torch.randn(60, 64, generator=draws)
+    labels = torch.randint(6, (60,), generator=draws)
+    grid = to_grid(F.normalize(z.double(), dim=1))
+    in_floats, exactly = grid @ grid.T, exact_dot(grid, grid)
+    assert not torch.equal(in_floats.argsort(dim=1), exactly.argsort(dim=1))
+    for block_rows in (1, 17, None):
+        assert retrieval_scores(z, labels, block_rows=block_rows) == pytest.approx(judge(z, labels), abs=1e-11)
+
+
+def test_classes_of_unlike_sizes_are_scored_together() -> None:
+    labels = torch.cat([torch.zeros(70, dtype=torch.int64), torch.arange(40) // 2 + 1])
+    z = features(21, 5)[labels] + features(110, 5, seed=1)
+    assert retrieval_scores(z, labels) == pytest.approx(judge(z, labels), abs=1e-11)
+
+
 def test_ties_go_to_the_lower_row_by_hand() -> None:
     z = torch.ones(4, 2)
     scores = retrieval_scores(z, torch.tensor([5, 5, 8, 5]))
