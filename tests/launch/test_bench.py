@@ -16,7 +16,7 @@ TINY = ["kmeans", "--rows", "400", "--dim", "32", "--num-labels", "5", "--iterat
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        ([], "the following arguments are required: kmeans|methods|assign|data|knn|fuse|adapt|evaluate"),
+        ([], "the following arguments are required: kmeans|methods|assign|data|knn|fuse|adapt|embed|evaluate"),
         (["graph"], "invalid choice: 'graph'"),
         (["knn", "--neighbours", "0"], "--neighbours must be at least 1, got 0"),
         (["knn", "--recall-floor", "1"], "--recall-floor must be from 0 to less than 1, got 1.0"),
@@ -30,6 +30,7 @@ TINY = ["kmeans", "--rows", "400", "--dim", "32", "--num-labels", "5", "--iterat
         (["data", "--views", "both"], "invalid choice: 'both'"),
         (["data", "--shards", "nowhere"], "nothing at nowhere"),
         (["fuse", "--ranks", "1"], "--ranks must be at least 2, got 1"),
+        (["embed", "--threads", "0"], "--threads must be at least 1, got 0"),
         (["evaluate", "--rows", "1"], "--rows must be at least 2, got 1"),
         (["adapt", "--classes", "0"], "--classes must be at least 1, got 0"),
         (["adapt", "--sets", "0"], "--sets must be at least 1, got 0"),

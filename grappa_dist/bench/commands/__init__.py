@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from grappa_dist.bench.commands import adapt, assign, data, evaluate, fuse, kmeans, knn, methods
+from grappa_dist.bench.commands import adapt, assign, data, embed, evaluate, fuse, kmeans, knn, methods
 from grappa_dist.data.progress import Tell
 
 
@@ -30,6 +30,7 @@ COMMANDS: dict[str, Command] = {
     "knn": knn,
     "fuse": fuse,
     "adapt": adapt,
+    "embed": embed,
     "evaluate": evaluate,
 }
 
