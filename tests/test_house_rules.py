@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # of ours, beside itself
     "layout": {*STAGES, "stages"},
     "pipeline": {*STAGES, "stages", "layout", "export"},
     "plan": {*STAGES, "stages", "layout"},
-    "bench": {*STAGES, "stages", "export"},
+    "bench": {*STAGES, "stages", "export", "pipeline", "config_file", "_compat"},
     "__init__": {"export"},
 }
 

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from grappa_dist.bench.commands import adapt, assign, data, embed, evaluate, fuse, kmeans, knn, methods
+from grappa_dist.bench.commands import adapt, assign, data, embed, evaluate, fuse, kmeans, knn, methods, pipeline
 from grappa_dist.data.progress import Tell
 
 
@@ -32,6 +32,7 @@ COMMANDS: dict[str, Command] = {
     "adapt": adapt,
     "embed": embed,
     "evaluate": evaluate,
+    "pipeline": pipeline,
 }
 
 
