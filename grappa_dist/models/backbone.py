@@ -171,15 +171,17 @@ def _timm_from_file(name: str, kwargs: Mapping[str, Any], checkpoint: str) -> nn
     """The model with a file's weights, which timm renames and resizes as it does with downloaded ones."""
     import timm
 
-    def create(pretrained: bool) -> nn.Module:
+    def create(**given: Any) -> Any:
         torch.manual_seed(0)
-        overlay = {"file": checkpoint} if pretrained else None
-        return timm.create_model(name, pretrained=pretrained, pretrained_cfg_overlay=overlay, num_classes=0, **kwargs)
+        return timm.create_model(name, num_classes=0, **given, **kwargs)
 
     with torch.random.fork_rng(devices=()):
-        untouched = create(False)
+        untouched = create(pretrained=False)
         try:
-            model = create(True)
+            # Not as {"file": ...}: older versions of timm unpickle that whatever it runs
+            weights = timm.models.load_state_dict(checkpoint, weights_only=True)
+            model = create(pretrained=True, pretrained_cfg_overlay={"state_dict": weights})
+            del model.pretrained_cfg["state_dict"]  # a copy of all weights
         except _MISFITS as error:
             raise _misfit(checkpoint, error) from error
     # timm lets missing weights pass where it drops a classifier: what still is as the seed made it was never loaded
@@ -187,7 +189,8 @@ def _timm_from_file(name: str, kwargs: Mapping[str, Any], checkpoint: str) -> nn
     left = [key for (key, a), b in pairs if a.ndim > 1 and torch.equal(a, b) and (a != a.flatten()[0]).any()]
     if left:
         raise _misfit(checkpoint, f"it has no {', '.join(left[:3])}" + ", ..." * (len(left) > 3))
-    return model
+    loaded: nn.Module = model
+    return loaded
 
 
 def _weights_reachable(name: str) -> bool:

@@ -79,6 +79,23 @@ def test_a_file_of_something_else_is_refused(name: str, suffix: str, tmp_path: P
     refused(f"backbone.checkpoint='{path}' does not fit", name, kwargs, checkpoint=str(path))
 
 
+class Hostile:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.marker,)
+
+
+@pytest.mark.parametrize("name", [tiny.TIMM, OWN])
+def test_a_checkpoint_that_would_run_code_runs_none(name: str, tmp_path: Path) -> None:
+    path, marker = tmp_path / "weights.pth", tmp_path / "it ran"
+    torch.save({"state_dict": Hostile(marker)}, path)
+    kwargs = tiny.TIMM_KWARGS if name == tiny.TIMM else {}
+    refused(f"backbone.checkpoint='{path}' does not fit", name, kwargs, checkpoint=str(path))
+    assert not marker.exists()
+
+
 @pytest.mark.parametrize("wrong", [{"depth": 1}, {"depth": 3}, {"embed_dim": 12}])
 def test_weights_of_another_timm_model_are_refused(wrong: dict[str, int], tmp_path: Path) -> None:
     """timm itself passes over missing weights where it drops a classifier, and leaves a random block."""
