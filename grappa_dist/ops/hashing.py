@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,11 +20,11 @@ _WEIGHT_SHIFT = 14  # of weights in units of 2**-27: below 2**16 then, so that k
 
 
 def row_hashes(places: Tensor, *key: int) -> Tensor:
-    """(P,) int64 in [0, 2**HASH_BITS), as good as independent for different places and for different keys."""
-    secret = np.uint64(draw(2**64, *key))
-    return torch.from_numpy(
-        (_mix(_mix(places.numpy().astype(np.uint64)) ^ secret) >> np.uint64(64 - HASH_BITS)).view(np.int64)
-    )
+    """(P,) int64 in [0, 2**HASH_BITS), as good as independent for different places and for different keys.
+
+    Computed on the device of `places` (P,) int64.
+    """
+    return _shifted(_mix(_mix(places) ^ _signed(draw(2**64, *key))), 64 - HASH_BITS)
 
 
 def race_keys(hashes: Tensor, weights: Tensor) -> Tensor:
@@ -56,9 +55,19 @@ def _waiting_times() -> Tensor:
 _WAITS = _waiting_times()
 
 
-def _mix(z: np.ndarray) -> np.ndarray:
+def _mix(z: Tensor) -> Tensor:
     """The finalizer of SplitMix64 (Steele, Lea and Flood, 2014), which maps 64 bits one to one; products wrap."""
-    z = z + np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
+    z = z + _signed(0x9E3779B97F4A7C15)
+    z = (z ^ _shifted(z, 30)) * _signed(0xBF58476D1CE4E5B9)
+    z = (z ^ _shifted(z, 27)) * _signed(0x94D049BB133111EB)
+    return z ^ _shifted(z, 31)
+
+
+def _signed(bits: int) -> int:
+    """The int64 of 64 bits."""
+    return bits - 2**64 if bits >= 2**63 else bits
+
+
+def _shifted(z: Tensor, by: int) -> Tensor:
+    """To the right, with zeros from the left, where torch repeats the sign."""
+    return (z >> by) & (2 ** (64 - by) - 1)
