@@ -20,17 +20,23 @@ from pathlib import Path
 if importlib.util.find_spec("grappa_dist") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from grappa_dist.data.benchmarks.gathering import gather
-from grappa_dist.data.collections import CollectionConfig, Work, make_shards, write_items
-from grappa_dist.data.cuts import parse_bytes
-from grappa_dist.data.processes import WorkerDied
+from grappa_dist.data.making.benchmarks.gathering import gather
+from grappa_dist.data.making.collection import CollectionConfig, Work, make_shards, write_items
+from grappa_dist.data.making.cuts import parse_bytes
+from grappa_dist.data.making.workers import WorkerDied
 from grappa_dist.data.progress import Console
+
+
+def local_folder(text: str) -> Path:
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text}: expected a local folder; upload it once it is finished")
+    return Path(text)
 
 
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="gets train/ and, with a test half, test/"
+        "--out", type=local_folder, required=True, metavar="DIR", help="gets train/ and, with a test half, test/"
     )
     _add_images(parser.add_argument_group("one's own images"))
     _add_benchmark(parser.add_argument_group("a published benchmark, from the original folders of its data sets"))
@@ -48,14 +54,13 @@ def _add_images(group: argparse._ArgumentGroup) -> None:
         help="columns file, fine (label) and dataset (task); one for each --images, or none at all",
     )
     group.add_argument("--label-column", metavar="NAME", help="default: fine")
-    group.add_argument("--task-column", default="dataset", metavar="NAME", help="default: %(default)s")
+    group.add_argument("--task-column", metavar="NAME", help="default: dataset")
     group.add_argument(
         "--task", metavar="NAME", help="one task for all images; default: the column, or the folder's name"
     )
     group.add_argument(
         "--split",
         choices=("classes", "column", "none"),
-        default="classes",
         help="classes (default): the first half of each task's sorted classes, rounded up, trains; "
         "column: what the CSV's column `split` says, train or test; none: all images train, labels are optional",
     )
@@ -67,7 +72,6 @@ def _add_benchmark(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--part",
         choices=("mrt", "zeroshot"),
-        default="mrt",
         help="mrt (default): aircraft, cars, cub, flowers, food101, products; zeroshot: dtd, eurosat, pets, test only",
     )
     group.add_argument("--only", metavar="NAME,NAME", help="some of the data sets")
@@ -97,12 +101,14 @@ def _add_shards(group: argparse._ArgumentGroup) -> None:
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuses options that do not go together."""
     if args.benchmark:
-        if args.images or args.csv or args.root is None:
-            parser.error("--benchmark takes --root, and neither --images nor --csv")
+        if args.root is None:
+            parser.error("--benchmark takes --root")
+        if any((args.images, args.csv, args.task, args.split, args.label_column, args.task_column)):
+            parser.error("--images, --csv, --task, --split and columns are for one's own images, not for --benchmark")
     elif not args.images:
         parser.error("expected --images, or --benchmark with --root")
-    elif args.root or args.only or args.strict:
-        parser.error("--root, --only and --strict belong to --benchmark")
+    elif args.root or args.only or args.strict or args.part:
+        parser.error("--root, --part, --only and --strict belong to --benchmark")
     if args.csv and len(args.csv) != len(args.images):
         parser.error(f"{len(args.csv)} --csv but {len(args.images)} --images; expected as many, or no --csv")
 
@@ -111,9 +117,9 @@ def make(args: argparse.Namespace, console: Console) -> str:
     """Table of what was written."""
     cfg = CollectionConfig(
         label_column=args.label_column,
-        task_column=args.task_column,
+        task_column=args.task_column or "dataset",
         task=args.task,
-        split="column" if args.benchmark else args.split,
+        split="column" if args.benchmark else args.split or "classes",
         image_size=args.image_size,
         images_per_shard=args.images_per_shard,
         shard_bytes=None if args.shard_bytes is None else parse_bytes(args.shard_bytes),
@@ -122,7 +128,7 @@ def make(args: argparse.Namespace, console: Console) -> str:
     work = Work(args.workers, console.tell, console.renew if console.is_terminal else None)
     if args.benchmark:
         only = args.only.split(",") if args.only else None
-        items, skipped = gather(args.root, args.part, only, strict=args.strict, tell=console.tell)
+        items, skipped = gather(args.root, args.part or "mrt", only, strict=args.strict, tell=console.tell)
         return write_items(items, args.out, cfg, work=work, skipped=skipped)
     return make_shards(list(zip(args.csv or [None] * len(args.images), args.images, strict=True)), args.out, cfg, work)
 
@@ -137,6 +143,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, WorkerDied) as error:
         console.tell(f"make_shards: {' '.join(str(error).split())}")
         return 1 if isinstance(error, WorkerDied) else 2
+    except SystemExit:  # of the signals below
+        console.tell("make_shards: stopped; the same command goes on from the shards that are finished")
+        raise
     return 0
 
 

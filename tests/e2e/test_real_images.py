@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from grappa_dist.config import BackboneConfig
-from grappa_dist.data.collections import CollectionConfig, Work, make_shards
+from grappa_dist.data.making.collection import CollectionConfig, Work, make_shards
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.ops.metrics import retrieval_scores
 from grappa_dist.stages.embed import Embedding, embed_rows

@@ -241,3 +241,68 @@ def test_the_four_real_tasks_split_as_published(tmp_path: Path, capsys: pytest.C
         "omniglot_small": ["121", "2420", "121", "2420"],
         "all": ["252", "9573", "251", "9870"],
     }
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--images", "s3://bucket/images"], "s3://bucket/images: expected a local tar or folder"),
+        (["--images", "here", "--images", "here"], "here: named twice"),
+        (["--images", "here", "--images", "there/here"], "both would be the task 'here'"),
+    ],
+)
+def test_images_that_cannot_be_meant_so_are_refused(
+    argv: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("here", "there/here"):
+        write_images(tmp_path, f"{folder}/a/1.png", f"{folder}/b/2.png")
+    assert said in refused(capsys, *argv, "--out", "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--images", "here", "--out", "s3://bucket/out"], "s3://bucket/out: expected a local folder"),
+        (["--benchmark", "mrt", "--root", ".", "--out", "out", "--task", "x"], "for one's own images"),
+        (["--benchmark", "mrt", "--root", ".", "--out", "out", "--split", "none"], "for one's own images"),
+        (["--images", "here", "--out", "out", "--part", "mrt"], "belong to --benchmark"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(
+    argv: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(argv)
+    assert left.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_folders_of_one_name_may_be_one_task_by_wish(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_images(tmp_path, "here/1.png", "there/here/2.png")
+    argv = ["--images", str(tmp_path / "here"), "--images", str(tmp_path / "there/here"), "--task", "both"]
+    assert main([*argv, "--split", "none", "--out", str(tmp_path / "out")]) == 0
+    assert len(rows_of(tmp_path / "out" / "train")) == 2
+
+
+def test_links_to_nothing_pipes_and_loops_are_left_out_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_images(tmp_path, "pile/1.png", "pile/deep/2.png", "elsewhere/3.png")
+    pile = tmp_path / "pile"
+    os.mkfifo(pile / "pipe.png")
+    (pile / "gone.png").symlink_to(tmp_path / "nothing.png")
+    (pile / "deep" / "loop").symlink_to(pile)
+    (pile / "linked").symlink_to(tmp_path / "elsewhere")
+    assert main(["--images", str(pile), "--split", "none", "--out", str(tmp_path / "out")]) == 0
+    assert len(rows_of(tmp_path / "out" / "train")) == 3
+    said = capsys.readouterr().err
+    assert "left out: 2 files, a link to nothing, a pipe or another special file" in said
+    assert "left out: 1 files, a link to a folder that holds it" in said
+
+
+def test_a_class_folder_that_is_not_utf8_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_images(tmp_path, "pile/a/1.png", os.fsdecode(b"pile/caf\xe9/2.png"))
+    said = refused(capsys, "--images", tmp_path / "pile", "--out", tmp_path / "out")
+    assert r"b'caf\xe9' is not UTF-8; rename it" in said

@@ -7,19 +7,20 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from grappa_dist.config_file import load
-from grappa_dist.data.benchmarks import readers
-from grappa_dist.data.benchmarks.gathering import find, gather
-from grappa_dist.data.benchmarks.listing import Listed, halved
-from grappa_dist.data.benchmarks.mrt import MRT, chosen, comparison, counts, differences
+from grappa_dist.data.making.benchmarks import readers
+from grappa_dist.data.making.benchmarks.gathering import find, gather
+from grappa_dist.data.making.benchmarks.listing import Listed, halved, mat_variable
+from grappa_dist.data.making.benchmarks.mrt import MRT, chosen, comparison, counts, differences
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.plan import plan
 from launch.make_shards import main
-from tests.data.benchmarks import layouts
+from tests.data.making.benchmarks import layouts
 
-CONFIG = Path(__file__).parents[3] / "configs" / "mrt.yaml"
+CONFIG = Path(__file__).parents[4] / "configs" / "mrt.yaml"
 
 pytest.importorskip("scipy", reason="the annotations of Cars and Flowers are MATLAB files")
 
@@ -251,7 +252,7 @@ def test_without_scipy_the_error_says_which_file_needs_it(tmp_path: Path, monkey
     ("argv", "said"),
     [
         (["--benchmark", "mrt"], "--benchmark takes --root"),
-        (["--benchmark", "mrt", "--root", "x", "--images", "y"], "neither --images nor --csv"),
+        (["--benchmark", "mrt", "--root", "x", "--images", "y"], "for one's own images"),
         (["--images", "y", "--strict"], "belong to --benchmark"),
         ([], "expected --images, or --benchmark with --root"),
     ],
@@ -267,3 +268,13 @@ def test_options_that_do_not_go_together_are_refused(
 def test_a_data_set_that_is_not_of_the_part_is_refused(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--benchmark", "mrt", "--root", str(root), "--only", "cub,pets", "--out", "out"]) == 2
     assert "'pets' is no data set of mrt; expected some of aircraft, cars" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["cut", "overwritten"])
+def test_a_damaged_matlab_file_is_refused_by_its_name(damage: str, tmp_path: Path) -> None:
+    path = tmp_path / "labels.mat"
+    layouts.write_mat(path, compressed=True, labels=np.arange(200))
+    whole, middle = path.read_bytes(), path.stat().st_size // 2
+    path.write_bytes(whole[:middle] + (b"" if damage == "cut" else b"\xff" * 8 + whole[middle + 8 :]))
+    with pytest.raises(ValueError, match=f"{path}: not a MATLAB file that scipy reads"):
+        mat_variable(path, "labels")

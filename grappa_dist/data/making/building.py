@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from grappa_dist.data.discovery import committed_index, read_json
-from grappa_dist.data.filling import MAKING, Filled, ShardJob, already_filled
 from grappa_dist.data.index import COMMITTED, INDEX_VERSION, entry
-from grappa_dist.data.planning import FolderPlan
-from grappa_dist.data.processes import fill_all
+from grappa_dist.data.making.filling import MAKING, Filled, ShardJob, already_filled
+from grappa_dist.data.making.planning import FolderPlan
+from grappa_dist.data.making.workers import fill_all
 from grappa_dist.data.progress import Progress, Tell
 from grappa_dist.files import write_json
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from grappa_dist.data.sources import image_suffix
+from grappa_dist.data.making.sources import image_suffix
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,6 @@ def mat_variable(path: Path, name: str) -> NDArray[Any]:
     """A variable of a MATLAB file, as an array of one dimension."""
     try:
         from scipy.io import loadmat
-        from scipy.io.matlab import MatReadError
     except ImportError:
         raise ValueError(
             f"{path}: a MATLAB file, and reading it needs scipy, which is not installed; "
@@ -85,7 +84,7 @@ def mat_variable(path: Path, name: str) -> NDArray[Any]:
         ) from None
     try:
         content = loadmat(path, squeeze_me=True)
-    except (ValueError, TypeError, NotImplementedError, MatReadError) as error:
+    except Exception as error:  # of a damaged file, whatever scipy stumbles over: zlib.error, IndexError, ...
         raise ValueError(f"{path}: not a MATLAB file that scipy reads: {' '.join(str(error).split())}") from None
     if name not in content:
         has = ", ".join(key for key in content if not key.startswith("__"))

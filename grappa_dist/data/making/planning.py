@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from grappa_dist.data.cuts import cut
-from grappa_dist.data.encoding import encoded, encoder
-from grappa_dist.data.filling import Row, ShardJob
 from grappa_dist.data.loader import read_batches
+from grappa_dist.data.making.cuts import cut
+from grappa_dist.data.making.encoding import encoded, encoder
+from grappa_dist.data.making.filling import Row, ShardJob
+from grappa_dist.data.making.sources import Item
 from grappa_dist.data.randomness import permutation
-from grappa_dist.data.sources import Item
 from grappa_dist.data.writer import member_bytes, members
 
 _CHUNK = 1024

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from sys import intern
 
-from grappa_dist.data.benchmarks.listing import Listed
-from grappa_dist.data.benchmarks.mrt import DataSet, chosen, comparison, counts, differences
+from grappa_dist.data.making.benchmarks.listing import Listed
+from grappa_dist.data.making.benchmarks.mrt import DataSet, chosen, comparison, counts, differences
+from grappa_dist.data.making.sources import FolderSource, Item, image_suffix
 from grappa_dist.data.progress import Tell
-from grappa_dist.data.sources import FolderSource, Item, image_suffix
 
 _DEPTH = 2  # levels below the root at which a data set may lie
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from grappa_dist.data.benchmarks.listing import (
+from grappa_dist.data.making.benchmarks.listing import (
     Listed,
     all_test,
     class_id,

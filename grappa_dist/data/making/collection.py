@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -9,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from grappa_dist.data.building import Building, bad_files, build
-from grappa_dist.data.planning import Limits, plan_folder
+from grappa_dist.data.making.building import Building, bad_files, build
+from grappa_dist.data.making.planning import Limits, plan_folder
+from grappa_dist.data.making.sources import Columns, Item, Source, csv_items, folder_items, open_source, task_name
 from grappa_dist.data.progress import Progress, Tell, duration
 from grappa_dist.data.randomness import permutation
-from grappa_dist.data.sources import Columns, Item, Source, csv_items, folder_items, open_source
 
 SPLITS = ("train", "test")
 
@@ -68,7 +69,9 @@ class Work:
 def make_shards(pairs: Sequence[tuple[str | None, str]], out: Path, cfg: CollectionConfig, work: Work) -> str:
     """Table of what is in OUT/train and OUT/test, which it writes from pairs of (CSV or None, images)."""
     sources = [(csv, open_source(images)) for csv, images in pairs]
+    _check_tasks([source.path for csv, source in sources if csv is None], cfg.task)
     items = _items(sources, cfg)
+    _check_names(items)
     skipped = sum((source.skipped for _, source in sources), Counter())
     return write_items(items, out, cfg, work=work, skipped=skipped)
 
@@ -89,6 +92,31 @@ def write_items(items: Sequence[Item], out: Path, cfg: CollectionConfig, *, work
     for line in summary(buildings, skipped, time.monotonic() - began):
         work.tell(line)
     return table(splits)
+
+
+def _check_tasks(paths: Sequence[Path], task: str | None) -> None:
+    """Images without a CSV are each of one task, by the name of their folder or tar."""
+    for number, path in enumerate(paths):
+        if path.resolve() in [other.resolve() for other in paths[:number]]:
+            raise ValueError(f"{path}: named twice")
+        alike = [other for other in paths[:number] if task_name(other) == task_name(path)]
+        if task is None and alike:
+            raise ValueError(
+                f"{alike[0]} and {path}: both would be the task {task_name(path)!r}; rename one, or give --task to both"
+            )
+
+
+def _check_names(items: Sequence[Item]) -> None:
+    """Labels and tasks are written as UTF-8; names of files may be anything."""
+    for label, task in {(item.label, item.task) for item in items}:
+        for name in (label or "", task):
+            try:
+                name.encode()
+            except UnicodeEncodeError:
+                first = next(item for item in items if name in (item.label, item.task))
+                raise ValueError(
+                    f"{os.fsencode(first.said)!r}: the class or task {os.fsencode(name)!r} is not UTF-8; rename it"
+                ) from None
 
 
 def _in_order(items: Sequence[Item], split: str, seed: int) -> Sequence[Item]:

@@ -17,13 +17,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from grappa_dist.data import filling
-from grappa_dist.data.collections import CollectionConfig, Work, make_shards
-from grappa_dist.data.encoding import Encoded
-from grappa_dist.data.filling import Row
+from grappa_dist.data.making import filling
+from grappa_dist.data.making.collection import CollectionConfig, Work, make_shards
+from grappa_dist.data.making.encoding import Encoded
+from grappa_dist.data.making.filling import Row
 from grappa_dist.data.shards import ImageShards
 
-SCRIPT = Path(__file__).parents[2] / "launch" / "make_shards.py"
+SCRIPT = Path(__file__).parents[3] / "launch" / "make_shards.py"
 
 
 def noise(size: int, seed: int, kind: str = "JPEG") -> bytes:

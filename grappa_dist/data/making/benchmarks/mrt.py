@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from grappa_dist.data.benchmarks import readers
-from grappa_dist.data.benchmarks.listing import Listed
+from grappa_dist.data.making.benchmarks import readers
+from grappa_dist.data.making.benchmarks.listing import Listed
 
 Counts = tuple[int, int, int, int]  # train classes, train images, test classes, test images
 COUNTED = ("train classes", "train images", "test classes", "test images")

@@ -75,7 +75,7 @@ class TarSource:
 
 
 class FolderSource:
-    """The files below a folder."""
+    """The files below a folder, also behind links."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -83,8 +83,21 @@ class FolderSource:
 
     def names(self) -> list[str]:
         start = len(os.path.join(self.path, ""))
-        walk = os.walk(self.path, followlinks=True)
-        return sorted(os.path.join(folder, name)[start:] for folder, _, names in walk for name in names)
+        return sorted(name[start:] for name in self._below(str(self.path), ()))
+
+    def _below(self, folder: str, above: tuple[str, ...]) -> Iterator[str]:
+        """Paths of files; `above` are the real paths of the folders that hold this one, to which a link may lead."""
+        above = (*above, os.path.realpath(folder))
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.is_file():
+                    yield entry.path
+                elif not entry.is_dir():
+                    self.skipped["a link to nothing, a pipe or another special file"] += 1
+                elif entry.is_symlink() and os.path.realpath(entry.path) in above:
+                    self.skipped["a link to a folder that holds it"] += 1
+                else:
+                    yield from self._below(entry.path, above)
 
     def has(self, name: str) -> bool:
         return os.path.isfile(os.path.join(self.path, name))
@@ -98,6 +111,8 @@ class FolderSource:
 
 def open_source(path: str) -> Source:
     """The files at a path, a tar or a folder."""
+    if "://" in path:
+        raise ValueError(f"{path}: expected a local tar or folder; fetch it first")
     found = Path(path).absolute()
     if found.is_dir():
         return FolderSource(found)
@@ -236,8 +251,13 @@ def folder_items(source: Source, task: str | None, *, labelled: bool) -> list[It
         )
     if flat:  # a pile with subfolders, whose names need not be classes
         labels = dict.fromkeys(names)
-    task = task or source.path.name.removesuffix(".tar")
+    task = task or task_name(source.path)
     return [Item(source, name, labels[name], task) for name in names]
+
+
+def task_name(path: Path) -> str:
+    """The task of the images of a folder or tar that nothing else names."""
+    return path.name.removesuffix(".tar")
 
 
 def _is_taken(name: str, skipped: Counter[str]) -> bool:

@@ -25,11 +25,11 @@ def write_text(path: Path, lines: Sequence[str]) -> None:
     path.write_text("".join(f"{line}\n" for line in lines))
 
 
-def write_mat(path: Path, **variables: Any) -> None:
+def write_mat(path: Path, *, compressed: bool = False, **variables: Any) -> None:
     from scipy.io import savemat
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    savemat(path, variables)
+    savemat(path, variables, do_compression=compressed)
 
 
 def annotations(fields: Sequence[str], rows: Sequence[Sequence[Any]]) -> Any:

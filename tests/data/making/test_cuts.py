@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grappa_dist.data.cuts import cut, parse_bytes, tar_size
+from grappa_dist.data.making.cuts import cut, parse_bytes, tar_size
 from grappa_dist.data.writer import member_bytes
 
 
