@@ -39,7 +39,11 @@ class Objective(Protocol):
     def begin(self, step: int) -> None: ...
 
     def backward(self, engine: Engine, step: int) -> dict[str, float]:
-        """This rank's sums of figures, which add over ranks; `images` and `loss` (times images) are among them."""
+        """This rank's sums of figures, which add over ranks.
+
+        `images`, `loss` and `gradient_norm` (both times images) are among them: a gradient may be no number although
+        the loss is one, and nothing is updated where a figure is not finite.
+        """
         ...
 
 
@@ -82,8 +86,8 @@ def train(
 ) -> bool:
     """Trains from the newest checkpoint in `folder` to the end; False when it was asked to stop and saved its state.
 
-    `beside`, by name, is trained outside the engine. An ArithmeticError names the step, and
-    images, where the loss or another figure is not finite.
+    `beside`, by name, is trained outside the engine; what it learns from must be finite where the loss is. An
+    ArithmeticError names the step, and images, where the loss, a norm of the gradient or another figure is not finite.
     """
     shards = {name: part.shard() for name, part in beside.items()}
     start = _agreed(context, load_checkpoint(folder, objective.module, optimizer, shards), job)

@@ -144,20 +144,16 @@ class AdaptObjective(Classifying):
 
     def backward(self, engine: Engine, step: int) -> dict[str, float]:
         sums = self.gradients(engine, step, self._micro_batch)
-        return self._figures(sums, self._clip(engine))
+        # Each set by itself, so that a set does not feel its neighbours.
+        return self._figures(sums, engine.clip(self._learning, self._job.adapt.clip_norm))
 
     def _figures(self, sums: Sums, norms: list[float]) -> dict[str, float]:
         """This rank's sums: means over the sets and, where there are several, also each set's by itself."""
         count, sets = sums.images, self._job.sets
         figures = {"images": float(count), "waited_s": sums.waited_s * count}
         figures |= {name: float(sums.of_sets[:, i].mean()) for i, name in enumerate(("loss", "accuracy"))}
-        figures |= {"gradient_norm": count * sum(norms) / len(norms)} if norms else {}
+        figures["gradient_norm"] = count * sum(norms) / len(norms)
         for index, one in enumerate(sets if len(sets) > 1 else ()):
             figures |= {figure(name, one): float(sums.of_sets[index, i]) for i, name in enumerate(("loss", "accuracy"))}
-            figures |= {figure("gradient_norm", one): count * norms[index]} if norms else {}
+            figures[figure("gradient_norm", one)] = count * norms[index]
         return figures
-
-    def _clip(self, engine: Engine) -> list[float]:
-        """Scales each set's gradient by itself, so that a set does not feel its neighbours; norms before, by set."""
-        most = self._job.adapt.clip_norm
-        return engine.clip(self._learning, most) if most else []

@@ -215,9 +215,10 @@ class FuseObjective:
             after=self._watch.add,
         )
         count = len(images) / 2
+        (norm,) = engine.clip([[p for p in self.module.parameters() if p.requires_grad]], None)
         decay = 0.0 if self._job.variant.endswith("-adam") else self._job.fuse.lars_weight_decay
-        figures = {"images": count, "loss": loss * count, "waited_s": self._pairs.waited_s * count}
-        return {**figures, **self._watch.take(2, decay, count)}
+        figures = {"loss": loss * count, "gradient_norm": norm * count, "waited_s": self._pairs.waited_s * count}
+        return {"images": count, **figures, **self._watch.take(2, decay, count)}
 
     def save(self, step: int) -> None:
         self._pairs.save(step)

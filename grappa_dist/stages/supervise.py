@@ -160,9 +160,9 @@ class SupervisedObjective(Classifying):
 
     def backward(self, engine: Engine, step: int) -> dict[str, float]:
         sums = self.gradients(engine, step, self._job.micro_batch, self._watch.add)
-        most, count = self._job.adapt.clip_norm, float(sums.images)
-        norms = engine.clip([self.learning], most) if most else []
+        count = float(sums.images)
+        (norm,) = engine.clip([self.learning], self._job.adapt.clip_norm)
         loss, correct = sums.of_sets[0].tolist()
-        figures = {"images": count, "loss": loss, "accuracy": correct, "waited_s": sums.waited_s * count}
-        figures |= {"gradient_norm": count * norms[0]} if norms else {}
+        figures = {"images": count, "loss": loss, "accuracy": correct, "gradient_norm": norm * count}
+        figures["waited_s"] = sums.waited_s * count
         return figures | self._watch.take(1, self._job.adapt.weight_decay, count)
