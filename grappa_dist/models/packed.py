@@ -20,7 +20,6 @@ from grappa_dist.models.adaptors import Adaptors
 from grappa_dist.models.backbone import Backbone
 from grappa_dist.models.last_block import last_block
 
-
 FEWEST_COMPILED = 2  # images: for none and for one, torch.compile would make graphs apart, of which it has a limit
 
 

@@ -12,6 +12,7 @@ from grappa_dist.models import PackedGrappa
 from grappa_dist.ops.placement import check_capacity, in_words
 from grappa_dist.stages.fitting import image_bytes
 from grappa_dist.stages.modelling import build_backbone
+from grappa_dist.stages.training import rank_share
 
 
 def ranks_of(where: Resources, workers: int | None) -> int:
@@ -62,7 +63,7 @@ def _memory_in_words(config: Config, num_sets: int, ranks: int) -> str:
         model = PackedGrappa(build_backbone(config.backbone, pretrained=False), 1, adapt.bottleneck)
     sparing = adapt.activation_checkpointing
     each, other = (image_bytes(model, recompute=recompute) for recompute in (sparing, not sparing))
-    share = -(-adapt.global_batch // ranks)
+    share = rank_share(adapt.global_batch, ranks, config.data.streams)
     auto = adapt.micro_batch == "auto"
     at_once = adapt.micro_batch if isinstance(adapt.micro_batch, int) else share
     total = each * at_once * num_sets / 2**30

@@ -18,6 +18,7 @@ from grappa_dist.dist.train import Schedule, Watch, train
 from grappa_dist.dist.workers import RankContext
 from grappa_dist.models import PackedGrappa
 from grappa_dist.ops.adam import adam
+from grappa_dist.ops.room import even_size
 from grappa_dist.ops.schedules import cosine
 from grappa_dist.stages.classifying import Classes, Classifying, Sums
 from grappa_dist.stages.compiling import compile_if_it_wins
@@ -121,8 +122,8 @@ class AdaptObjective(Classifying):
         self.settled = {"last_block": self.model.whole_because or "class token alone"}  # for the job's log
         self._micro_batch = self._images_at_a_time()
         if job.compiled:
-            images = self._micro_batch or -(-config.global_batch // context.comm.size)
-            self.settled["compile"] = compile_if_it_wins(self.model, images)
+            share = job.training.rank_share(context.comm.size)
+            self.settled["compile"] = compile_if_it_wins(self.model, even_size(share, self._micro_batch or share))
 
     def _images_at_a_time(self) -> int | None:
         """As asked for, or as many as fit beside the classifiers; None: all of a rank's share."""
@@ -132,7 +133,8 @@ class AdaptObjective(Classifying):
         usable = usable_bytes(context.device, job.sharing)
         if context.device.type == "cpu":  # which gives a tensor its memory when it is first written to
             usable -= sum(t.nbytes for c in self.classifiers for t in c.shard().tensors.values())
-        found = fitted(context, self.model, pack_folder(job.sets), job.adapt.global_batch, usable)
+        share = job.training.rank_share(context.comm.size)
+        found = fitted(context, self.model, pack_folder(job.sets), share, usable)
         self.settled |= {"micro_batch": str(found.images), "micro_batch_because": found.why}
         context.report({"phase": f"at most {found.images} images at a time ({found.why})"})
         return found.images

@@ -135,6 +135,35 @@ def test_a_compiled_job_says_so_and_one_without_a_gpu_says_why_not(folder: Path)
     assert plain.settled["compile"] == "not compiled: no GPU"
 
 
+def images_at_a_time(comm: Comm, job: AdaptJob) -> list[Any]:
+    """The most that is asked for, and what torch.compile is tried with."""
+    seen, fit = list[Any](), adapting.fitted
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adapting, "usable_bytes", lambda device, sharing: SCANT)
+        patch.setattr(
+            adapting, "fitted", lambda c, model, folder, most, usable: fit(c, model, folder, *note(most), usable)
+        )
+        patch.setattr(adapting, "compile_if_it_wins", lambda model, images: note(images) and "not compiled")
+
+        def note(images: int) -> list[int]:
+            seen.append(images)
+            return [images]
+
+        adapting.AdaptObjective(tiny.Watcher().context(comm), job)
+    return seen
+
+
+def test_no_more_images_are_tried_than_a_rank_has_of_a_step(folder: Path) -> None:
+    auto = replace(job_in(folder, "tried", micro_batch="auto"), compiled=True)
+    whole, some = (replace(job_in(folder, "tried", micro_batch=m), compiled=True) for m in (None, 7))
+    assert tiny.BATCH == 16
+    assert images_at_a_time(Comm(), whole) == [16]
+    assert images_at_a_time(Comm(), some) == [6]  # three parts of even size
+    assert run_ranks(images_at_a_time, 2, auto) == [[8, 3]] * 2  # three fit: eight are 3 + 3 + 2
+    assert run_ranks(images_at_a_time, 2, whole) == [[8]] * 2
+    assert run_ranks(images_at_a_time, 2, some) == [[4]] * 2
+
+
 def test_clipping_bounds_each_set_by_itself(folder: Path) -> None:
     (_, one, _) = job_in(folder, "packed-1").sets
     norms = [e["gradient_norm"] for e in tiny.steps_of(one.artifact.path)]
@@ -268,10 +297,11 @@ def test_only_missing_sets_are_trained_in_jobs_of_the_size_asked_for(
 
 def test_how_many_sets_memory_holds_follows_from_the_images_at_a_time_and_the_classes(folder: Path) -> None:
     job = job_in(folder, "names")
+    job = replace(job, training=replace(job.training, data=job.training.data.model_copy(update={"streams": 16})))
     found = Measured(Rates(1.0, 0.1, 0.5, overlap=False), Room(2_000, 100), channels=10)
 
     def most(ranks: int, **settings: Any) -> int:
-        return _most_sets(job.adapt.model_copy(update=settings), job.sets, found, ranks)
+        return _most_sets(replace(job, adapt=job.adapt.model_copy(update=settings)), found, ranks)
 
     assert most(1) == 1  # 16 images of one set are 1600 bytes
     assert most(2) == 1  # 8 of two are 1600 too, and a rank's rows of their 5 + 4 classes 540
