@@ -23,7 +23,7 @@ from grappa_dist.ops.schedules import cosine
 from grappa_dist.stages.classifying import Classes, Classifying, Sums
 from grappa_dist.stages.compiling import compile_if_it_wins
 from grappa_dist.stages.fitting import fitted, usable_bytes
-from grappa_dist.stages.modelling import build_backbone, preprocess_of
+from grappa_dist.stages.modelling import build_backbone, forget_built, preprocess_of
 from grappa_dist.stages.packs import AdaptSet, begin, commit_trained, figure, finish, pack_folder, short_name
 from grappa_dist.stages.training import TrainingImages, torch_seed
 
@@ -54,6 +54,7 @@ def train_adaptors(context: RankContext, job: AdaptJob) -> None:
     config, comm = job.adapt, context.comm
     if _is_done(context, job):
         return
+    forget_built()
     root = job.sets[0].artifact.root
     with ExitStack() as stack:
         objective = AdaptObjective(context, job)

@@ -38,6 +38,7 @@ from grappa_dist.stages.modelling import (
     FUSION_FILE,
     backbone_settings,
     build_backbone,
+    forget_built,
     preprocess_of,
     save_own_sets,
 )
@@ -128,6 +129,7 @@ def train_fusion(context: RankContext, job: FuseJob) -> None:
     """One rank of a fusion job: builds, trains, and rank 0 saves Q and K; the projector is thrown away."""
     if context.of_rank_0(job.artifact.complete):
         return
+    forget_built()
     config, folder = job.fuse, job.artifact.begin()
     steps = config.epochs * job.training.steps_per_epoch()
     by_adam = job.variant.endswith("-adam")

@@ -205,6 +205,11 @@ def built(spec: ModelSpec, device: torch.device) -> nn.Module:
     return _latest[key]
 
 
+def forget_built() -> None:
+    """Lets go of the model that `built` keeps: what trains next wants its memory."""
+    _latest.clear()
+
+
 def pixels_of(model: nn.Module) -> Pixels:
     backbone = model.backbone if isinstance(model, Grappa) else model
     assert isinstance(backbone, Backbone)

@@ -21,7 +21,7 @@ from grappa_dist.ops.room import Room
 from grappa_dist.stages.adapting import AdaptJob
 from grappa_dist.stages.embed import to_images
 from grappa_dist.stages.fitting import room, tried, usable_bytes
-from grappa_dist.stages.modelling import build_backbone, preprocess_of
+from grappa_dist.stages.modelling import build_backbone, forget_built, preprocess_of
 from grappa_dist.stages.training import augmented, torch_seed
 
 CPU_IMAGES, GPU_IMAGES, REPEATS = 8, 128, 3
@@ -36,6 +36,7 @@ class Measured:
 
 def measure_rates(device: torch.device, job: AdaptJob) -> Measured:
     """Seconds and bytes an image of this worker, on the images of the first step; a task of one worker."""
+    forget_built()
     usable = usable_bytes(device, job.sharing)  # before anything is there
     gpu, asked = device.type == "cuda", job.adapt.micro_batch
     most = min(GPU_IMAGES if gpu else CPU_IMAGES, asked if isinstance(asked, int) else job.training.global_batch)

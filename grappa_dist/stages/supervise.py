@@ -31,7 +31,14 @@ from grappa_dist.ops.adam import adam
 from grappa_dist.ops.schedules import cosine
 from grappa_dist.stages.adapt import train_sets
 from grappa_dist.stages.classifying import Classes, Classifying
-from grappa_dist.stages.modelling import ADAPTORS_FILE, FUSION_FILE, backbone_settings, build_backbone, preprocess_of
+from grappa_dist.stages.modelling import (
+    ADAPTORS_FILE,
+    FUSION_FILE,
+    backbone_settings,
+    build_backbone,
+    forget_built,
+    preprocess_of,
+)
 from grappa_dist.stages.packs import AdaptSet
 from grappa_dist.stages.pseudo_label import CENTROIDS_FILE, label_rows
 from grappa_dist.stages.run import Run
@@ -112,6 +119,7 @@ def train_supervised_fusion(context: RankContext, job: SupervisedJob) -> None:
     """One rank: builds, trains, and rank 0 saves Q and K; the classifier is thrown away."""
     if context.of_rank_0(job.artifact.complete):
         return
+    forget_built()
     config, steps, folder = job.adapt, job.num_steps, job.artifact.begin()
     warmup = min(config.warmup_steps, steps - 1)
     peak = config.learning_rate

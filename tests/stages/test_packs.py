@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +19,7 @@ from grappa_dist.data.shards import ImageShards
 from grappa_dist.dist.comm import Comm
 from grappa_dist.dist.engine import Engine
 from grappa_dist.dist.train import NAMED
+from grappa_dist.dist.workers import let_go
 from grappa_dist.observe import METRICS_FILE, read_events
 from grappa_dist.ops.placement import Rates
 from grappa_dist.ops.room import Room
@@ -24,7 +27,7 @@ from grappa_dist.stages import adapting, packs
 from grappa_dist.stages.adapt import FEW, _most_sets, adapt, adaptors_of
 from grappa_dist.stages.adapting import AdaptJob, train_adaptors
 from grappa_dist.stages.compiling import compile_if_it_wins
-from grappa_dist.stages.modelling import ADAPTORS_FILE
+from grappa_dist.stages.modelling import ADAPTORS_FILE, ModelSpec, built
 from grappa_dist.stages.packs import AdaptSet
 from grappa_dist.stages.pseudo_label import rows_file
 from grappa_dist.stages.rates import Measured
@@ -373,6 +376,34 @@ def test_a_gradient_that_is_not_finite_stops_all_ranks_before_the_update_and_spo
     steps = tiny.steps_of(job.sets[1].artifact.path)
     assert len(steps) == 3 * tiny.STEPS_PER_EPOCH
     assert all(0 < step["gradient_norm"] < 10 for step in steps)
+
+
+def left_of_a_job(comm: Comm, job: AdaptJob) -> tuple[set[str], set[str]]:
+    """What lives of the parts of a job that is over, and of the model that the worker embedded with: before and after
+    the worker lets go, where the collector does not run by itself."""
+    parts, init = dict[str, weakref.ref[Any]](), adapting.AdaptObjective.__init__
+
+    def watched(objective: adapting.AdaptObjective, *given: Any) -> None:
+        init(objective, *given)
+        parts["model"], parts["rows"] = weakref.ref(objective.model), weakref.ref(objective.classifiers[0].state.rows)
+
+    parts["embedding"] = weakref.ref(built(ModelSpec("backbone", job.backbone), tiny.CPU))
+    gc.disable()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adapting.AdaptObjective, "__init__", watched)
+        run(comm, job)
+    before = {name for name, part in parts.items() if part() is not None}
+    let_go()
+    return before, {name for name, part in parts.items() if part() is not None}
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1])
+def test_a_job_that_is_over_and_the_model_of_embedding_leave_no_memory_taken(folder: Path, zero_stage: int) -> None:
+    job = job_in(folder, f"over-{zero_stage}", zero_stage=zero_stage, epochs=1)
+    ((before, after),) = run_ranks(left_of_a_job, 1, job, timeout_s=400)
+    assert "model" in before  # which the engine holds; else there is nothing to let go
+    assert "embedding" not in before
+    assert after == set()
 
 
 def said_when_broken(comm: Comm, job: AdaptJob) -> str:
