@@ -14,6 +14,7 @@ import torch
 
 from grappa_dist.data.loader import read_batches
 from grappa_dist.data.transforms import Preprocess
+from grappa_dist.dist.workers import let_go
 from grappa_dist.models import PackedGrappa
 from grappa_dist.ops.placement import Rates
 from grappa_dist.ops.precision import forward_precision
@@ -47,7 +48,8 @@ def measure_rates(device: torch.device, job: AdaptJob) -> Measured:
     decode_s = _seconds(lambda: _decode(job, preprocess, rows.tolist())) / len(rows)
     images = to_images(augmented(job.training, preprocess, rows, epoch=0, area=job.adapt.min_crop_area), device)
     two_s = _train_s(model, images) / len(rows)
-    del model  # its memory is the next one's
+    del model
+    let_go()  # its memory is the next one's
     model = _model(job, 1, device)
     one_s = _train_s(model, images) / len(rows)
     set_s = max(two_s - one_s, 0.05 * one_s)  # timings of a busy machine may come out the wrong way round

@@ -387,7 +387,10 @@ def left_of_a_job(comm: Comm, job: AdaptJob) -> tuple[set[str], set[str]]:
         init(objective, *given)
         parts["model"], parts["rows"] = weakref.ref(objective.model), weakref.ref(objective.classifiers[0].state.rows)
 
-    parts["embedding"] = weakref.ref(built(ModelSpec("backbone", job.backbone), tiny.CPU))
+    embedding = built(ModelSpec("backbone", job.backbone), tiny.CPU)
+    embedding.itself = [embedding]  # type: ignore[assignment]  # as some are held by what they are made of
+    parts["embedding"] = weakref.ref(embedding)
+    del embedding
     gc.disable()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(adapting.AdaptObjective, "__init__", watched)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,12 @@ def measured(
     folder: Path, patch: pytest.MonkeyPatch, usable: int, runs_with: int = 99, **adapt: Any
 ) -> tuple[list[tuple[int, int]], rates.Measured]:
     """Sets and images of the passes that are timed, where `usable` bytes seem free and fewer images may run."""
-    timed = list[tuple[int, int]]()
+    timed, before = list[tuple[int, int]](), list[weakref.ref[PackedGrappa]]()
 
     def seconds(model: PackedGrappa, images: torch.Tensor) -> float:
+        assert all(ref() is None for ref in before)  # one model after the other
+        model.itself = [model]  # as some are held by what they are made of
+        before.append(weakref.ref(model))
         timed.append((model.num_sets, len(images)))
         return 3.0 * model.num_sets * len(images)
 
