@@ -51,9 +51,16 @@ def known_workers(where: Resources) -> int | None:
     """How many workers there will be, as far as this machine can say without starting Ray."""
     if where.workers != "auto":
         return where.workers
-    if os.environ.get("RAY_ADDRESS") or (where.gpus_per_worker != 0 and torch.cuda.is_available()):
+    if os.environ.get("RAY_ADDRESS") or may_have_gpus(where):
         return None
     return max(1, (where.num_cpus or os.cpu_count() or 1) // where.cpus_per_worker)
+
+
+def may_have_gpus(where: Resources) -> bool:
+    """Whether workers have GPUs, or might where this machine cannot say."""
+    if where.gpus_per_worker != "auto":
+        return where.gpus_per_worker > 0
+    return bool(os.environ.get("RAY_ADDRESS")) or torch.cuda.is_available()
 
 
 def _memory_in_words(config: Config, num_sets: int, ranks: int) -> str:

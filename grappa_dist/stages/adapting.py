@@ -22,7 +22,7 @@ from grappa_dist.ops.room import even_size
 from grappa_dist.ops.schedules import cosine
 from grappa_dist.stages.classifying import Classes, Classifying, Sums
 from grappa_dist.stages.compiling import compile_if_it_wins
-from grappa_dist.stages.fitting import fitted, usable_bytes
+from grappa_dist.stages.fitting import adapt_advice, fitted, naming_lack_of_memory, usable_bytes
 from grappa_dist.stages.modelling import build_backbone, forget_built, preprocess_of
 from grappa_dist.stages.packs import AdaptSet, begin, commit_trained, figure, finish, pack_folder, short_name
 from grappa_dist.stages.training import TrainingImages, torch_seed
@@ -56,7 +56,7 @@ def train_adaptors(context: RankContext, job: AdaptJob) -> None:
         return
     forget_built()
     root = job.sets[0].artifact.root
-    with ExitStack() as stack:
+    with naming_lack_of_memory(job.name, adapt_advice(config)), ExitStack() as stack:
         objective = AdaptObjective(context, job)
         stack.callback(objective.close)
         learning = [p for p in objective.module.parameters() if p.requires_grad]

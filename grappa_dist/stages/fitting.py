@@ -7,12 +7,14 @@ a job that goes on, on as many ranks, goes on with it.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from grappa_dist.config import AdaptConfig
 from grappa_dist.dist.preflight import free_memory
 from grappa_dist.dist.workers import RankContext
 from grappa_dist.files import write_json
@@ -133,6 +135,35 @@ def largest_that_runs(images: int, run: Callable[[int], None]) -> int:
                     f"tried: give 1), or set adapt.activation_checkpointing=true ({str(error).splitlines()[0]})"
                 ) from None
         images = -(-images // 2)  # here, where nothing holds what the failed run had
+
+
+@contextmanager
+def naming_lack_of_memory(job: str, advice: str) -> Iterator[None]:
+    """Another attempt would lack the same memory, so a rank that runs out of a GPU's ends its job, and for good.
+
+    Raises:
+        ValueError: in place of torch's error, with `advice` on which settings to change.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        told = str(error).splitlines()[0]
+        raise ValueError(f"{job}: a step does not fit the GPU's memory: {advice} ({told})") from None
+
+
+def adapt_advice(adapt: AdaptConfig) -> str:
+    """What takes less memory in a step of adapt than what is asked for."""
+    ways = [] if adapt.micro_batch == "auto" else ["adapt.micro_batch=auto"]
+    ways += [] if adapt.activation_checkpointing else ["adapt.activation_checkpointing=true"]
+    ways += ["a lower adapt.sets_per_job"] if adapt.sets_per_job != 1 else []
+    ways += ["a higher resources.adapt_ranks"]
+    asked = "null, all of a rank's share at once" if adapt.micro_batch is None else adapt.micro_batch
+    return f"adapt.micro_batch is {asked}; try {' or '.join(ways)}"
+
+
+def fuse_advice(micro_batch: int) -> str:
+    """As `adapt_advice`, for steps of a fusion."""
+    return f"lower fuse.micro_batch={micro_batch}"
 
 
 def _train_pass(model: PackedGrappa, images: int) -> None:

@@ -33,6 +33,7 @@ from grappa_dist.ops.losses import barlow_twins
 from grappa_dist.ops.precision import forward_precision
 from grappa_dist.ops.schedules import cosine
 from grappa_dist.stages.embed import Embedding, to_images
+from grappa_dist.stages.fitting import fuse_advice, naming_lack_of_memory
 from grappa_dist.stages.modelling import (
     ADAPTORS_FILE,
     FUSION_FILE,
@@ -134,7 +135,7 @@ def train_fusion(context: RankContext, job: FuseJob) -> None:
     steps = config.epochs * job.training.steps_per_epoch()
     by_adam = job.variant.endswith("-adam")
     peak = config.adam_learning_rate if by_adam else config.lars_learning_rate
-    with ExitStack() as stack:
+    with naming_lack_of_memory(job.variant, fuse_advice(config.micro_batch)), ExitStack() as stack:
         objective = FuseObjective(context, job, folder)
         stack.callback(objective.close)
         parameters = [p for p in objective.module.parameters() if p.requires_grad]

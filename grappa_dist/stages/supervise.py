@@ -31,6 +31,7 @@ from grappa_dist.ops.adam import adam
 from grappa_dist.ops.schedules import cosine
 from grappa_dist.stages.adapt import train_sets
 from grappa_dist.stages.classifying import Classes, Classifying
+from grappa_dist.stages.fitting import fuse_advice, naming_lack_of_memory
 from grappa_dist.stages.modelling import (
     ADAPTORS_FILE,
     FUSION_FILE,
@@ -123,7 +124,7 @@ def train_supervised_fusion(context: RankContext, job: SupervisedJob) -> None:
     config, steps, folder = job.adapt, job.num_steps, job.artifact.begin()
     warmup = min(config.warmup_steps, steps - 1)
     peak = config.learning_rate
-    with ExitStack() as stack:
+    with naming_lack_of_memory(SUPERVISED, fuse_advice(job.micro_batch)), ExitStack() as stack:
         objective = SupervisedObjective(context, job)
         stack.callback(objective.close)
         optimizer = adam(objective.learning, peak, config.weight_decay)

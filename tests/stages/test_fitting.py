@@ -8,11 +8,21 @@ from pathlib import Path
 import pytest
 import torch
 
+from grappa_dist.config import AdaptConfig
 from grappa_dist.dist.comm import Comm
 from grappa_dist.models import Backbone, PackedGrappa, Pixels
 from grappa_dist.models.packed import activation_bytes
 from grappa_dist.stages import fitting
-from grappa_dist.stages.fitting import Fitted, fitted, largest_that_runs, room, usable_bytes
+from grappa_dist.stages.fitting import (
+    Fitted,
+    adapt_advice,
+    fitted,
+    fuse_advice,
+    largest_that_runs,
+    naming_lack_of_memory,
+    room,
+    usable_bytes,
+)
 from tests.models import tiny as tiny_models
 from tests.processes import run_ranks
 from tests.stages import tiny
@@ -64,6 +74,22 @@ def test_where_not_one_image_fits_the_error_says_what_to_change() -> None:
     with pytest.raises(ValueError, match=r"not one image fits .* lower adapt\.sets_per_job.*allocate 2 GiB") as caught:
         limited(0, [])
     assert "\n" not in str(caught.value)
+
+
+def test_an_error_for_lack_of_memory_names_settings_and_any_other_is_left_as_it_is() -> None:
+    settings = AdaptConfig(micro_batch="auto", activation_checkpointing=True, sets_per_job=2)
+    for error, advice, said in (
+        (
+            "CUDA is full\nas ever",
+            adapt_advice(settings),
+            r"is auto; try a lower adapt\.sets_per_job or .* \(CUDA is full\)",
+        ),
+        ("full", fuse_advice(64), r"lower fuse\.micro_batch=64 \(full\)"),
+    ):
+        with pytest.raises(ValueError, match=rf"^some: .* {said}$"), naming_lack_of_memory("some", advice):
+            raise torch.OutOfMemoryError(error)
+    with pytest.raises(RuntimeError, match="a kernel is missing"), naming_lack_of_memory("some", "advice"):
+        raise RuntimeError("a kernel is missing")
 
 
 def test_another_error_is_not_taken_for_a_lack_of_memory() -> None:

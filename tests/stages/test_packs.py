@@ -20,6 +20,7 @@ from grappa_dist.dist.comm import Comm
 from grappa_dist.dist.engine import Engine
 from grappa_dist.dist.train import NAMED
 from grappa_dist.dist.workers import let_go
+from grappa_dist.models import PackedGrappa
 from grappa_dist.observe import METRICS_FILE, read_events
 from grappa_dist.ops.placement import Rates
 from grappa_dist.ops.room import Room
@@ -407,6 +408,29 @@ def test_a_job_that_is_over_and_the_model_of_embedding_leave_no_memory_taken(fol
     assert "model" in before  # which the engine holds; else there is nothing to let go
     assert "embedding" not in before
     assert after == set()
+
+
+def run_out_of_memory(comm: Comm, job: AdaptJob) -> None:
+    """On the last rank, in its second pass; the others wait for its gradients."""
+    forward, passes = PackedGrappa.forward, list[int]()
+
+    def limited(model: PackedGrappa, images: torch.Tensor) -> torch.Tensor:
+        passes.append(len(images))
+        if len(passes) == 2 and comm.rank == comm.size - 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. GPU 0 has a total capacity of 79.10 GiB\nand much more")
+        return forward(model, images)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PackedGrappa, "forward", limited)
+        run(comm, job)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_lack_of_memory_ends_a_job_with_the_settings_that_take_less(folder: Path, size: int) -> None:
+    asked = "micro_batch is null, all of a rank's share at once; try adapt.micro_batch=auto or adapt.activation_ch"
+    found = rf"ValueError: k=3: a step does not fit the GPU's memory: adapt\.{asked}.*total capacity of 79\.10 GiB\)$"
+    with pytest.raises(RuntimeError, match=rf"(?m)rank {size - 1} of {size} failed[\s\S]*{found}"):
+        run_ranks(run_out_of_memory, size, job_in(folder, f"scant-{size}", (3,)), timeout_s=60)
 
 
 def said_when_broken(comm: Comm, job: AdaptJob) -> str:
