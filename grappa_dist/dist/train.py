@@ -24,6 +24,7 @@ from grappa_dist.dist.trackers import Audience, Tracker
 from grappa_dist.dist.workers import RankContext
 from grappa_dist.files import replacing
 from grappa_dist.observe import METRICS_FILE, Events
+from grappa_dist.ops.schedules import cosine
 
 NAMED = 5  # images, in a message
 MAY_BE_UNDEFINED = "decay_to_gradient"  # NaN where there is no gradient: nothing is wrong with the model then
@@ -61,6 +62,12 @@ class Schedule:
     checkpoint_steps: int
     learning_rate: Callable[[int], float]
 
+    @classmethod
+    def falling(cls, steps: int, checkpoint_steps: int, *, peak: float, warmup_steps: int) -> Schedule:
+        """A learning rate that rises to `peak` and falls along a cosine."""
+        warmup = min(warmup_steps, steps - 1)
+        return cls(steps, checkpoint_steps, lambda step: peak * cosine(step, steps, warmup))
+
 
 @dataclass(frozen=True)
 class Watch:
@@ -94,7 +101,7 @@ def train(
     engine = Engine(objective.module, optimizer, context.comm, context.device, zero_stage=zero_stage)
     with ExitStack() as stack:
         stack.callback(engine.close)
-        log = _Log(context, folder / METRICS_FILE, (start, schedule.steps), job, watch)
+        log = _Log(context, folder / METRICS_FILE, job, watch, start=start, steps=schedule.steps)
         stack.callback(log.close)
         objective.begin(start)
         for step in range(start, schedule.steps):
@@ -145,8 +152,8 @@ def _reduce(context: RankContext, sums: dict[str, float]) -> tuple[dict[str, flo
 class _Log:
     """Rank 0 writes metrics.jsonl; every rank 0 status goes to whoever watches the job."""
 
-    def __init__(self, context: RankContext, path: Path, span: tuple[int, int], job: str, watch: Watch) -> None:
-        self._context, self._job, (start, self._steps) = context, job, span
+    def __init__(self, context: RankContext, path: Path, job: str, watch: Watch, *, start: int, steps: int) -> None:
+        self._context, self._job, self._steps = context, job, steps
         self._recent: deque[tuple[float, float, float]] = deque([(time.monotonic(), 0.0, 0.0)], maxlen=RECENT + 1)
         self._events, self._audience = None, None
         if context.comm.rank == 0:

@@ -74,7 +74,7 @@ def train_sets(run: Run, sets: Sequence[AdaptSet], images: ImageShards, bad: NDA
         images, bad, config.data, config.adapt.global_batch, config.seed, config.resources.decode_threads
     )
     whole = AdaptJob(tuple(missing), training, config.backbone, config.adapt, config.resources.trackers)
-    with run.console.stage("adapt", f"{len(missing)} adaptor sets of {whole.num_steps} steps"):
+    with run.console.stage("adapt", f"{len(missing)} adaptor sets of {training.num_steps(config.adapt.epochs)} steps"):
         whole = replace(whole, sharing=run.runner.sharing, compiled=config.resources.compile == "auto")
         jobs = [replace(whole, sets=members) for members in group(sets, _per_job(run, whole, not_begun(sets)))]
         workers = run.runner.num_workers

@@ -43,6 +43,9 @@ class TrainingImages:
     def steps_per_epoch(self) -> int:
         return steps_per_epoch(len(self.images) - len(self.bad), self.global_batch)
 
+    def num_steps(self, epochs: int) -> int:
+        return epochs * self.steps_per_epoch()
+
     def rank_share(self, ranks: int) -> int:
         return rank_share(self.global_batch, ranks, self.data.streams)
 
