@@ -133,7 +133,7 @@ def test_the_log_says_how_many_images_at_a_time_and_why(folder: Path) -> None:
 def test_a_compiled_job_says_so_and_one_without_a_gpu_says_why_not(folder: Path) -> None:
     (one,) = job_in(folder, "compiled", (3,)).sets
     begins = next(event for event in read_events(one.artifact.path / "metrics.jsonl") if event["name"] == "begins")
-    assert begins["compile"] == "compiled; 5 images take 1000.0 ms compiled, 2000.0 ms plain"
+    assert begins["compile"] == "compiled; 4 images take 1000.0 ms compiled, 2000.0 ms plain"
     context = tiny.Watcher().context(Comm())
     plain = adapting.AdaptObjective(context, replace(job_in(folder, "names"), compiled=True))
     assert plain.settled["compile"] == "not compiled: no GPU"
