@@ -11,7 +11,7 @@ from grappa_dist.config import SUPERVISED, SUPERVISED_SET, Config, Resources, se
 from grappa_dist.layout import lay_out, on_pairs
 from grappa_dist.models.backbone import check_name
 from grappa_dist.ops.correlation import by_rows, rows_are_cheaper, whole
-from grappa_dist.stages.adapt_plan import adapt_in_words, jobs_in_words, known_workers, ranks_of
+from grappa_dist.stages.adapt_plan import adapt_in_words, jobs_in_words, known_workers, may_have_gpus, ranks_of
 from grappa_dist.stages.collect import collection_sizes, has_drawn, open_images
 from grappa_dist.stages.flow import Flow
 from grappa_dist.stages.fuse_plan import projector_bytes
@@ -163,10 +163,10 @@ def _classifier(config: Config, num_labels: int, dim: int = DIM) -> str:
     taking_part = rows * adapt.sampled_classes
     flops = CLASSIFIER_PRODUCTS * 2 * adapt.global_batch * taking_part * dim
     sampled = f"; {adapt.sampled_classes:.0%} of them in a step" if adapt.sampled_classes < 1 else ""
+    time = "" if may_have_gpus(config.resources) else f", {flops / CORE_FLOPS:.2g} s of a CPU core"
     return (
         f"classifier     (at {dim} channels) of K = {num_labels}: {rows} classes a rank{sampled}; rows and Adam "
-        f"{_size(4 * (3 * dim + 1) * rows)} a rank, a step {flops / 1e9:.3g} GFLOP a rank, "
-        f"{flops / CORE_FLOPS:.2g} s of a CPU core"
+        f"{_size(4 * (3 * dim + 1) * rows)} a rank, a step {flops / 1e9:.3g} GFLOP a rank{time}"
     )
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from grappa_dist.artifacts import Store
 from grappa_dist.config import Config
@@ -163,6 +164,25 @@ def test_a_plan_tells_what_a_classifier_takes_of_a_rank(tmp_path: Path) -> None:
     said = lines_of(settings, tmp_path / "run")["classifier"]
     assert "of K = 37: 19 classes a rank; 50% of them in a step; rows and Adam 86 KiB a rank" in said
     assert "a step 0.000467 GFLOP a rank" in said  # 8 x 16 images x 9.5 classes x 384
+
+
+def test_a_plan_gives_seconds_of_a_core_only_where_workers_have_no_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = tiny.config(tiny.write_shards(tmp_path / "images"), **SECTIONS)
+
+    def said(gpus: int | str) -> bool:
+        where = settings.resources.model_copy(update={"gpus_per_worker": gpus})
+        lines = lines_of(settings.model_copy(update={"resources": where}), tmp_path / "run")
+        return lines["classifier"].endswith(" s of a CPU core")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    for here in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda here=here: here)
+        assert (said(0), said(1), said("auto")) == (True, False, not here)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("RAY_ADDRESS", "elsewhere:6379")
+    assert (said(0), said("auto")) == (True, False)
 
 
 def test_a_collection_is_planned_without_drawing_it(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import torch
 
 from grappa_dist.artifacts import RowArrays, Store
 from grappa_dist.bench.arguments import check_device, check_positive
+from grappa_dist.bench.limit import wait_for
 from grappa_dist.bench.photos import drawn_shards
 from grappa_dist.bench.processes import group_of_one, run_workers
 from grappa_dist.bench.table import aligned
@@ -142,6 +143,7 @@ def _steps(job: AdaptJob, settings: PackingSettings) -> Callable[[], None]:
             for classifier in objective.classifiers:
                 classifier.step(1e-3)
             at += 1
+        wait_for(device)
         objective.close()
 
     steps(1)

@@ -51,7 +51,8 @@ class Engine:
                 "steps_per_print": 2**31,
             },
         )
-        self._device, self._comm, self._zero = device, comm, bool(zero_stage)
+        self._comm, self._zero = comm, bool(zero_stage)
+        self._nothing = torch.zeros((), dtype=torch.float64, device=device)  # of a gradient that lies with other ranks
         if self._zero:
             scatter_state(self.optimizer, state)
 
@@ -72,20 +73,22 @@ class Engine:
         self._engine.step()
 
     @torch.no_grad()
-    def clip(self, groups: Sequence[Sequence[nn.Parameter]], max_norm: float) -> list[float]:
-        """Scales the averaged gradients of each group to a norm of `max_norm` at most; the norms before, by group.
+    def clip(self, groups: Sequence[Sequence[nn.Parameter]], max_norm: float | None) -> list[float]:
+        """The norms of the averaged gradients, by group; scales each group's to `max_norm` at most, if one is given.
 
         To be called between the last `backward` and `step`; all ranks call it.
         """
         gradients = self._gradients()
-        squares = [[g.float().square().sum() for p in group for g in gradients.get(p, [])] for group in groups]
-        totals = torch.stack([torch.stack(s).sum() if s else torch.zeros((), device=self._device) for s in squares])
-        norms = (self._comm.sum_(totals) if self._zero else totals).sqrt()
-        for group, norm in zip(groups, norms, strict=True):
-            factor = (max_norm / norm.clamp_min(1e-30)).clamp_max(1.0)
-            for gradient in (g for p in group for g in gradients.get(p, [])):
-                gradient.mul_(factor)
-        return [float(norm) for norm in norms]
+        own = [[g for p in group for g in gradients.get(p, [])] for group in groups]
+        squares = [torch.stack(torch._foreach_norm(g)).double().square().sum() if g else self._nothing for g in own]
+        norms = (self._comm.sum_(torch.stack(squares)) if self._zero else torch.stack(squares)).sqrt()
+        if max_norm is not None:
+            factors = (max_norm / norms.clamp_min(1e-30)).clamp_max(1.0).float()
+            for of_group, factor in zip(own, factors, strict=True):
+                if of_group:
+                    torch._foreach_mul_(of_group, factor)
+        found: list[float] = norms.tolist()
+        return found
 
     def _gradients(self) -> dict[nn.Parameter, list[Tensor]]:
         """This rank's averaged gradients: whole, or under ZeRO its fragments."""

@@ -24,6 +24,7 @@ from grappa_dist.dist.trackers import Audience, Tracker
 from grappa_dist.dist.workers import RankContext
 from grappa_dist.files import replacing
 from grappa_dist.observe import METRICS_FILE, Events
+from grappa_dist.ops.schedules import cosine
 
 NAMED = 5  # images, in a message
 MAY_BE_UNDEFINED = "decay_to_gradient"  # NaN where there is no gradient: nothing is wrong with the model then
@@ -39,7 +40,11 @@ class Objective(Protocol):
     def begin(self, step: int) -> None: ...
 
     def backward(self, engine: Engine, step: int) -> dict[str, float]:
-        """This rank's sums of figures, which add over ranks; `images` and `loss` (times images) are among them."""
+        """This rank's sums of figures, which add over ranks.
+
+        `images`, `loss` and `gradient_norm` (both times images) are among them: a gradient may be no number although
+        the loss is one, and nothing is updated where a figure is not finite.
+        """
         ...
 
 
@@ -56,6 +61,12 @@ class Schedule:
     steps: int
     checkpoint_steps: int
     learning_rate: Callable[[int], float]
+
+    @classmethod
+    def falling(cls, steps: int, checkpoint_steps: int, *, peak: float, warmup_steps: int) -> Schedule:
+        """A learning rate that rises to `peak` and falls along a cosine."""
+        warmup = min(warmup_steps, steps - 1)
+        return cls(steps, checkpoint_steps, lambda step: peak * cosine(step, steps, warmup))
 
 
 @dataclass(frozen=True)
@@ -82,15 +93,15 @@ def train(
 ) -> bool:
     """Trains from the newest checkpoint in `folder` to the end; False when it was asked to stop and saved its state.
 
-    `beside`, by name, is trained outside the engine. An ArithmeticError names the step, and
-    images, where the loss or another figure is not finite.
+    `beside`, by name, is trained outside the engine; what it learns from must be finite where the loss is. An
+    ArithmeticError names the step, and images, where the loss, a norm of the gradient or another figure is not finite.
     """
     shards = {name: part.shard() for name, part in beside.items()}
     start = _agreed(context, load_checkpoint(folder, objective.module, optimizer, shards), job)
     engine = Engine(objective.module, optimizer, context.comm, context.device, zero_stage=zero_stage)
     with ExitStack() as stack:
         stack.callback(engine.close)
-        log = _Log(context, folder / METRICS_FILE, (start, schedule.steps), job, watch)
+        log = _Log(context, folder / METRICS_FILE, job, watch, start=start, steps=schedule.steps)
         stack.callback(log.close)
         objective.begin(start)
         for step in range(start, schedule.steps):
@@ -141,8 +152,8 @@ def _reduce(context: RankContext, sums: dict[str, float]) -> tuple[dict[str, flo
 class _Log:
     """Rank 0 writes metrics.jsonl; every rank 0 status goes to whoever watches the job."""
 
-    def __init__(self, context: RankContext, path: Path, span: tuple[int, int], job: str, watch: Watch) -> None:
-        self._context, self._job, (start, self._steps) = context, job, span
+    def __init__(self, context: RankContext, path: Path, job: str, watch: Watch, *, start: int, steps: int) -> None:
+        self._context, self._job, self._steps = context, job, steps
         self._recent: deque[tuple[float, float, float]] = deque([(time.monotonic(), 0.0, 0.0)], maxlen=RECENT + 1)
         self._events, self._audience = None, None
         if context.comm.rank == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import threading
@@ -85,12 +86,15 @@ class Worker:
         rank, size, address = place
         device = self._device()
         backend = "nccl" if device.type == "cuda" else "gloo"
-        with process_group(rank, size, address, backend=backend, timeout_s=timeout_s) as comm:
-            context = RankContext(comm, device, self._report, self._stop.is_set)
-            try:
-                return function(context, job)
-            except Stopped:
-                return None
+        try:
+            with process_group(rank, size, address, backend=backend, timeout_s=timeout_s) as comm:
+                context = RankContext(comm, device, self._report, self._stop.is_set)
+                try:
+                    return function(context, job)
+                except Stopped:
+                    return None
+        finally:
+            let_go()
 
     def status(self) -> dict[str, Any]:
         return self._status
@@ -111,6 +115,14 @@ class Worker:
         import faiss
 
         faiss.omp_set_num_threads(self._threads)
+
+
+def let_go() -> None:
+    """Frees what a finished job has left: an engine and its module hold each other until Python's collector runs, which
+    counts objects and not the bytes that they have on a GPU."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def _head_address() -> tuple[str, int]:

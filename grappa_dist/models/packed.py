@@ -20,6 +20,8 @@ from grappa_dist.models.adaptors import Adaptors
 from grappa_dist.models.backbone import Backbone
 from grappa_dist.models.last_block import last_block
 
+FEWEST_COMPILED = 2  # images: for none and for one, torch.compile would make graphs apart, of which it has a limit
+
 
 class PackedLayer(nn.Module):
     """A block and, behind it, one adaptor of each of the S sets: out_s = h_s + A_s(h_s)."""
@@ -29,18 +31,30 @@ class PackedLayer(nn.Module):
         self.block, self.first = block, first
         self.sets = nn.ModuleList(Adaptors(1, dim, bottleneck) for _ in range(num_sets))
         self.recompute = False  # activations in the backward pass, instead of keeping them
+        self.compiled: Callable[..., Tensor] | None = None  # `compute`, for batches of several images
 
     def forward(self, tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(S*B, T, D), of the first layer (B, T, D), -> (S*B, T, D); further arguments go to the block."""
-        run: Callable[..., Tensor] = self._part if self.first else self._go_on
-        if self.recompute and torch.is_grad_enabled():
-            found: Tensor = checkpoint(run, tokens, *args, use_reentrant=False, **kwargs)
-            return found
-        return run(tokens, *args, **kwargs)
+        images = len(tokens) if self.first else len(tokens) // len(self.sets)
+        compute = self.compiled if self.compiled is not None and images >= FEWEST_COMPILED else self.compute
+        return compute(tokens, *args, **kwargs)
 
-    def _part(self, tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        with torch.no_grad():  # nothing that learns lies before the first adaptor
+    def compute(self, tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As `forward`, never compiled."""
+        if not self.first:
+            return self._kept(self._go_on, tokens, *args, **kwargs)
+        with torch.no_grad():  # nothing that learns lies before the first adaptor, so there is nothing to recompute
             h: Tensor = self.block(tokens, *args, **kwargs)
+        return self._kept(self._part, h)
+
+    def _kept(self, run: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """What `run` gives, whose activations are kept for the backward pass, or recomputed in it."""
+        if self.recompute and torch.is_grad_enabled():
+            found: Tensor = checkpoint(run, *args, use_reentrant=False, **kwargs)
+            return found
+        return run(*args, **kwargs)
+
+    def _part(self, h: Tensor) -> Tensor:
         down = torch.cat([a.down_weight for a in self._adaptors])  # (S*H, D): one matmul for all sets
         a = F.gelu(F.linear(h, down, torch.cat([a.down_bias for a in self._adaptors])))
         count, width = len(self.sets), self._adaptors[0].bottleneck

@@ -74,7 +74,7 @@ def train_sets(run: Run, sets: Sequence[AdaptSet], images: ImageShards, bad: NDA
         images, bad, config.data, config.adapt.global_batch, config.seed, config.resources.decode_threads
     )
     whole = AdaptJob(tuple(missing), training, config.backbone, config.adapt, config.resources.trackers)
-    with run.console.stage("adapt", f"{len(missing)} adaptor sets of {whole.num_steps} steps"):
+    with run.console.stage("adapt", f"{len(missing)} adaptor sets of {training.num_steps(config.adapt.epochs)} steps"):
         whole = replace(whole, sharing=run.runner.sharing, compiled=config.resources.compile == "auto")
         jobs = [replace(whole, sets=members) for members in group(sets, _per_job(run, whole, not_begun(sets)))]
         workers = run.runner.num_workers
@@ -99,10 +99,11 @@ def _per_job(run: Run, whole: AdaptJob, fresh: Sequence[AdaptSet]) -> int:
         return asked
     if num_sets < 2:
         return 1
-    found: Measured = run.runner.map(measure_rates, [replace(whole, sets=tuple(fresh))])[0]
+    whole = replace(whole, sets=tuple(fresh))
+    found: Measured = run.runner.map(measure_rates, [whole])[0]
     workers, rates = run.runner.num_workers, found.rates
     ranks = ranks_of(run.config.resources, workers)
-    slots, most = max(1, workers // ranks), _most_sets(whole.adapt, fresh, found, ranks)
+    slots, most = max(1, workers // ranks), _most_sets(whole, found, ranks)
     chosen = sets_per_job(num_sets, slots, rates, most)
     run.console.event("sets_per_job", chosen=chosen, slots=slots, most=most, **vars(rates), **vars(found.room))
     run.console.say(
@@ -113,8 +114,8 @@ def _per_job(run: Run, whole: AdaptJob, fresh: Sequence[AdaptSet]) -> int:
     return chosen
 
 
-def _most_sets(adapt: AdaptConfig, fresh: Sequence[AdaptSet], found: Measured, ranks: int) -> int:
-    """How many sets one worker's memory holds: activations, and its part of the classifiers with their Adam."""
-    whole_share = -(-adapt.global_batch // ranks)
-    images = min(whole_share, FEW if adapt.micro_batch == "auto" else adapt.micro_batch or whole_share)
-    return found.room.sets([12 * found.channels * one.num_labels // ranks for one in fresh], images)
+def _most_sets(whole: AdaptJob, found: Measured, ranks: int) -> int:
+    """How many of the sets one worker's memory holds: activations, and its part of the classifiers with their Adam."""
+    share, asked = whole.training.rank_share(ranks), whole.adapt.micro_batch
+    images = min(share, FEW if asked == "auto" else asked or share)
+    return found.room.sets([12 * found.channels * one.num_labels // ranks for one in whole.sets], images)

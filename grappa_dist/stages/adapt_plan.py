@@ -12,6 +12,7 @@ from grappa_dist.models import PackedGrappa
 from grappa_dist.ops.placement import check_capacity, in_words
 from grappa_dist.stages.fitting import image_bytes
 from grappa_dist.stages.modelling import build_backbone
+from grappa_dist.stages.training import rank_share
 
 
 def ranks_of(where: Resources, workers: int | None) -> int:
@@ -50,9 +51,16 @@ def known_workers(where: Resources) -> int | None:
     """How many workers there will be, as far as this machine can say without starting Ray."""
     if where.workers != "auto":
         return where.workers
-    if os.environ.get("RAY_ADDRESS") or (where.gpus_per_worker != 0 and torch.cuda.is_available()):
+    if os.environ.get("RAY_ADDRESS") or may_have_gpus(where):
         return None
     return max(1, (where.num_cpus or os.cpu_count() or 1) // where.cpus_per_worker)
+
+
+def may_have_gpus(where: Resources) -> bool:
+    """Whether workers have GPUs, or might where this machine cannot say."""
+    if where.gpus_per_worker != "auto":
+        return where.gpus_per_worker > 0
+    return bool(os.environ.get("RAY_ADDRESS")) or torch.cuda.is_available()
 
 
 def _memory_in_words(config: Config, num_sets: int, ranks: int) -> str:
@@ -62,7 +70,7 @@ def _memory_in_words(config: Config, num_sets: int, ranks: int) -> str:
         model = PackedGrappa(build_backbone(config.backbone, pretrained=False), 1, adapt.bottleneck)
     sparing = adapt.activation_checkpointing
     each, other = (image_bytes(model, recompute=recompute) for recompute in (sparing, not sparing))
-    share = -(-adapt.global_batch // ranks)
+    share = rank_share(adapt.global_batch, ranks, config.data.streams)
     auto = adapt.micro_batch == "auto"
     at_once = adapt.micro_batch if isinstance(adapt.micro_batch, int) else share
     total = each * at_once * num_sets / 2**30

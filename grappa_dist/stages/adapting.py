@@ -11,18 +11,18 @@ from dataclasses import dataclass
 import torch
 
 from grappa_dist.config import AdaptConfig, BackboneConfig
-from grappa_dist.dist.classifier import Classifier, ClassifierSettings
+from grappa_dist.dist.classifier import Classifier
 from grappa_dist.dist.engine import Engine
 from grappa_dist.dist.trackers import trackers_of
 from grappa_dist.dist.train import Schedule, Watch, train
 from grappa_dist.dist.workers import RankContext
 from grappa_dist.models import PackedGrappa
 from grappa_dist.ops.adam import adam
-from grappa_dist.ops.schedules import cosine
-from grappa_dist.stages.classifying import Classes, Classifying, Sums
+from grappa_dist.ops.room import even_size
+from grappa_dist.stages.classifying import Classes, Classifying, Sums, classifier_for
 from grappa_dist.stages.compiling import compile_if_it_wins
-from grappa_dist.stages.fitting import fitted, usable_bytes
-from grappa_dist.stages.modelling import build_backbone, preprocess_of
+from grappa_dist.stages.fitting import adapt_advice, fitted, naming_lack_of_memory, usable_bytes
+from grappa_dist.stages.modelling import build_backbone, forget_built, preprocess_of
 from grappa_dist.stages.packs import AdaptSet, begin, commit_trained, figure, finish, pack_folder, short_name
 from grappa_dist.stages.training import TrainingImages, torch_seed
 
@@ -43,18 +43,15 @@ class AdaptJob:
     def name(self) -> str:
         return "+".join(one.name for one in self.sets)
 
-    @property
-    def num_steps(self) -> int:
-        return self.adapt.epochs * self.training.steps_per_epoch()
-
 
 def train_adaptors(context: RankContext, job: AdaptJob) -> None:
     """One rank of one job: builds, trains, and rank 0 saves."""
-    config, comm = job.adapt, context.comm
+    config, comm, steps = job.adapt, context.comm, job.training.num_steps(job.adapt.epochs)
     if _is_done(context, job):
         return
+    forget_built()
     root = job.sets[0].artifact.root
-    with ExitStack() as stack:
+    with naming_lack_of_memory(job.name, adapt_advice(config)), ExitStack() as stack:
         objective = AdaptObjective(context, job)
         stack.callback(objective.close)
         learning = [p for p in objective.module.parameters() if p.requires_grad]
@@ -62,7 +59,9 @@ def train_adaptors(context: RankContext, job: AdaptJob) -> None:
             context,
             objective,
             adam(learning, config.learning_rate, config.weight_decay),
-            _schedule(job),
+            Schedule.falling(
+                steps, config.checkpoint_steps, peak=config.learning_rate, warmup_steps=config.warmup_steps
+            ),
             folder=pack_folder(job.sets),
             job=job.name,
             beside=objective.beside,
@@ -88,12 +87,6 @@ def _is_done(context: RankContext, job: AdaptJob) -> bool:
     return context.of_rank_0(done)
 
 
-def _schedule(job: AdaptJob) -> Schedule:
-    config, steps = job.adapt, job.num_steps
-    warmup = min(config.warmup_steps, steps - 1)
-    return Schedule(steps, config.checkpoint_steps, lambda step: config.learning_rate * cosine(step, steps, warmup))
-
-
 class AdaptObjective(Classifying):
     """Norm-softmax classification of a partition, Eq. (2), or of several side by side: the sum of their losses, in
     which no set's part touches what another learns."""
@@ -102,27 +95,27 @@ class AdaptObjective(Classifying):
         self._job, config = job, job.adapt
         backbone = build_backbone(job.backbone)
         self.model = PackedGrappa(backbone, len(job.sets), config.bottleneck, recompute=config.activation_checkpointing)
-        self.classifiers = []
-        for index, one in enumerate(job.sets):  # as if it were alone: a set's start is its own
-            draws = torch.Generator().manual_seed(torch_seed("adaptors", job.training.seed, one.num_labels))
-            self.model.initialise(index, draws)
-            of_classes = torch_seed("classes", job.training.seed, one.num_labels)
-            settings = ClassifierSettings(config.gamma, config.weight_decay, config.sampled_classes, of_classes)
-            shape = (one.num_labels, self.model.embed_dim)
-            classifier = Classifier(context.comm, context.device, shape, settings)
-            classifier.start(one.centroids, draws)
-            self.classifiers.append(classifier)
+        self.classifiers = [self._started(context, index) for index in range(len(job.sets))]
         classes = [Classes(one.labels, c) for one, c in zip(job.sets, self.classifiers, strict=True)]
-        super().__init__(context, (job.training, preprocess_of(backbone.pixels)), classes, config)
+        super().__init__(context, config, job.training, preprocess_of(backbone.pixels), classes=classes)
         self.module = self.model.to(context.device)
         self._learning = [self.model.parameters_of(index) for index in range(len(job.sets))]
         for parameter in (p for of_set in self._learning for p in of_set):
             parameter.requires_grad_(True)
         self.settled = {"last_block": self.model.whole_because or "class token alone"}  # for the job's log
+        self._share = job.training.rank_share(context.comm.size)  # images of a step, at the most
         self._micro_batch = self._images_at_a_time()
         if job.compiled:
-            images = self._micro_batch or -(-config.global_batch // context.comm.size)
-            self.settled["compile"] = compile_if_it_wins(self.model, images)
+            at_a_time = even_size(self._share, self._micro_batch or self._share)
+            self.settled["compile"] = compile_if_it_wins(self.model, at_a_time)
+
+    def _started(self, context: RankContext, index: int) -> Classifier:
+        """Starts a set as if it were alone, its adaptors and then, by further draws, its classifier."""
+        one, seed = self._job.sets[index], self._job.training.seed
+        draws = torch.Generator().manual_seed(torch_seed("adaptors", seed, one.num_labels))
+        self.model.initialise(index, draws)
+        shape = (one.num_labels, self.model.embed_dim)
+        return classifier_for(context, self._job.adapt, shape, seed=seed, centroids=one.centroids, draws=draws)
 
     def _images_at_a_time(self) -> int | None:
         """As asked for, or as many as fit beside the classifiers; None: all of a rank's share."""
@@ -132,7 +125,7 @@ class AdaptObjective(Classifying):
         usable = usable_bytes(context.device, job.sharing)
         if context.device.type == "cpu":  # which gives a tensor its memory when it is first written to
             usable -= sum(t.nbytes for c in self.classifiers for t in c.shard().tensors.values())
-        found = fitted(context, self.model, pack_folder(job.sets), job.adapt.global_batch, usable)
+        found = fitted(context, self.model, pack_folder(job.sets), self._share, usable)
         self.settled |= {"micro_batch": str(found.images), "micro_batch_because": found.why}
         context.report({"phase": f"at most {found.images} images at a time ({found.why})"})
         return found.images
@@ -144,20 +137,16 @@ class AdaptObjective(Classifying):
 
     def backward(self, engine: Engine, step: int) -> dict[str, float]:
         sums = self.gradients(engine, step, self._micro_batch)
-        return self._figures(sums, self._clip(engine))
+        # Each set by itself, so that a set does not feel its neighbours.
+        return self._figures(sums, engine.clip(self._learning, self._job.adapt.clip_norm))
 
     def _figures(self, sums: Sums, norms: list[float]) -> dict[str, float]:
         """This rank's sums: means over the sets and, where there are several, also each set's by itself."""
         count, sets = sums.images, self._job.sets
         figures = {"images": float(count), "waited_s": sums.waited_s * count}
         figures |= {name: float(sums.of_sets[:, i].mean()) for i, name in enumerate(("loss", "accuracy"))}
-        figures |= {"gradient_norm": count * sum(norms) / len(norms)} if norms else {}
+        figures["gradient_norm"] = count * sum(norms) / len(norms)
         for index, one in enumerate(sets if len(sets) > 1 else ()):
             figures |= {figure(name, one): float(sums.of_sets[index, i]) for i, name in enumerate(("loss", "accuracy"))}
-            figures |= {figure("gradient_norm", one): count * norms[index]} if norms else {}
+            figures[figure("gradient_norm", one)] = count * norms[index]
         return figures
-
-    def _clip(self, engine: Engine) -> list[float]:
-        """Scales each set's gradient by itself, so that a set does not feel its neighbours; norms before, by set."""
-        most = self._job.adapt.clip_norm
-        return engine.clip(self._learning, most) if most else []

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,12 +17,29 @@ from torch import Tensor
 from grappa_dist.artifacts import RowArrays
 from grappa_dist.config import AdaptConfig
 from grappa_dist.data.transforms import Preprocess
-from grappa_dist.dist.classifier import Classifier
+from grappa_dist.dist.classifier import Classifier, ClassifierSettings
 from grappa_dist.dist.engine import Engine
 from grappa_dist.dist.workers import RankContext
 from grappa_dist.ops.room import even_size
 from grappa_dist.stages.embed import to_images
-from grappa_dist.stages.training import Pixels, Rows, TrainingImages, augmented_batches
+from grappa_dist.stages.training import Pixels, Rows, TrainingImages, augmented_batches, torch_seed
+
+
+def classifier_for(
+    context: RankContext,
+    config: AdaptConfig,
+    shape: tuple[int, int],
+    *,
+    seed: int,
+    centroids: Path | None,
+    draws: torch.Generator,
+) -> Classifier:
+    """The classifier of K classes of D channels, `shape`, where it starts: at the centroids, or where `draws` say."""
+    of_classes = torch_seed("classes", seed, shape[0])
+    settings = ClassifierSettings(config.gamma, config.weight_decay, config.sampled_classes, of_classes)
+    classifier = Classifier(context.comm, context.device, shape, settings)
+    classifier.start(centroids, draws)
+    return classifier
 
 
 @dataclass(frozen=True)
@@ -47,12 +65,14 @@ class Classifying:
     def __init__(
         self,
         context: RankContext,
-        images: tuple[TrainingImages, Preprocess],
-        classes: Sequence[Classes],
         config: AdaptConfig,
+        training: TrainingImages,
+        preprocess: Preprocess,
+        *,
+        classes: Sequence[Classes],
     ) -> None:
-        self._context, (self._training, self._preprocess), self._classes = context, images, classes
-        self._steps, self._area = config.epochs * self._training.steps_per_epoch(), config.min_crop_area
+        self._context, self._training, self._preprocess, self._classes = context, training, preprocess, classes
+        self._steps, self._area = training.num_steps(config.epochs), config.min_crop_area
         self._batches: Generator[tuple[Pixels, Rows], None, None] | None = None
         self._rows: Rows = np.empty(0, dtype=np.int64)  # of the last step
         self._at_fault: list[Tensor] = []  # which of them have features that are not finite

@@ -30,9 +30,10 @@ class _Pass:
     values: list[Tensor]
 
     def distance(self, other: _Pass) -> float:
-        """The largest difference in any of them, as a share of the largest of its values."""
+        """The largest difference in any of them, as a share of the largest of its values; NaN where any is."""
         pairs = zip(self.values, other.values, strict=True)
-        return max(float((a - b).abs().max() / b.abs().max().clamp_min(1e-30)) for a, b in pairs)
+        shares = [(a - b).abs().max() / b.abs().max().clamp_min(1e-30) for a, b in pairs]
+        return float(torch.stack(shares).max())  # Python's max would drop a NaN that is not its first
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -72,7 +73,7 @@ def compile_if_it_wins(
         right, plain = _pass(model, few, halves=False), _pass(model, few, halves=halves)
         plain_s = measure(lambda: _pass(model, noise, halves=halves))
         for layer in model.layers:
-            layer.compile(backend=backend)
+            layer.compiled = torch.compile(layer.compute, backend=backend)
         found = _pass(model, few, halves=halves)
         allowed = max(FURTHER * plain.distance(right), ROUNDING)
         why = "" if found.distance(right) <= allowed else f"off by {found.distance(right):.1e}, {allowed:.1e} allowed"
@@ -84,7 +85,7 @@ def compile_if_it_wins(
         why, told = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}", ""
     if why:
         for layer in model.layers:
-            layer._compiled_call_impl = None
+            layer.compiled = None
     return "; ".join(part for part in ("compiled" if not why else f"not compiled: {why}", told) if part)
 
 

@@ -135,7 +135,10 @@ def embed_rows(
 
 def to_images(pixels: NDArray[np.uint8], device: torch.device) -> Tensor:
     """(B, S, S, 3) bytes -> (B, 3, S, S) floats in [0, 1] on the device."""
-    return torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).float() / 255
+    own = torch.from_numpy(pixels)
+    if device.type == "cuda":  # from pinned memory the copy runs while the CPU goes on
+        own = own.pin_memory()
+    return own.to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 255
 
 
 def feature_rows(images: ImageShards, features: Sequence[Artifact]) -> RowArrays:

@@ -7,19 +7,21 @@ a job that goes on, on as many ranks, goes on with it.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from grappa_dist.config import AdaptConfig
 from grappa_dist.dist.preflight import free_memory
 from grappa_dist.dist.workers import RankContext
 from grappa_dist.files import write_json
 from grappa_dist.models import PackedGrappa
 from grappa_dist.models.packed import activation_bytes
 from grappa_dist.ops.precision import forward_precision
-from grappa_dist.ops.room import Room
+from grappa_dist.ops.room import Room, even_size
 
 GPU_SHARE, CPU_SHARE = 0.8, 0.5  # of what is free; on a CPU images wait in memory too, and nobody says when it is full
 AT_WORK = 6  # a layer going forward or backward takes as much as so many keep: 4.5 to 6 were seen
@@ -73,7 +75,11 @@ def _kept_bytes(model: PackedGrappa, *, recompute: bool) -> int:
 
 
 def fitted(context: RankContext, model: PackedGrappa, folder: Path, most: int, usable: int) -> Fitted:
-    """Images at a time, from 1 to `most`; all ranks call it, and before there is an engine.
+    """Images at a time, of the fewest parts of even size that `most` fall into; all ranks call it, and before there is
+    an engine.
+
+    Args:
+        most: images of a rank in a step.
 
     Raises:
         ValueError: not one image fits a GPU.
@@ -81,14 +87,12 @@ def fitted(context: RankContext, model: PackedGrappa, folder: Path, most: int, u
     comm, before = context.comm, _of_before(folder, context.comm.size) if context.comm.rank == 0 else 0
     before = int(comm.broadcast(torch.tensor([before], device=context.device), 0))
     found = room(model, usable)
-    images, why = before, f"as when the job began on {comm.size} ranks"
+    expected, why = before, f"as when the job began on {comm.size} ranks"
     if not before:
-        images = found.images(most)
+        expected = even_size(most, found.images(most))
         why = f"{usable / 2**30:.2f} GiB may be used, an image takes {found.image_bytes / 2**20:.1f} MiB"
-    if context.device.type == "cuda":
-        tried = largest_that_runs(images, lambda count: _train_pass(model, count))
-        why += f"; {images} were too many" if tried < images else ""
-        images = tried
+    images = tried(model, expected)
+    why += f"; {expected} were too many" if images < expected else ""
     of_all = [int(n) for n in comm.gather(torch.tensor([images], device=context.device))]
     if comm.rank == 0:
         (folder / FILE).parent.mkdir(parents=True, exist_ok=True)
@@ -101,6 +105,17 @@ def _of_before(folder: Path, ranks: int) -> int:
     path = folder / FILE
     kept = json.loads(path.read_text()) if path.exists() else {"ranks": 0}
     return int(kept["images"]) if kept["ranks"] == ranks else 0
+
+
+def tried(model: PackedGrappa, images: int) -> int:
+    """So many images at a time, or as many as a GPU has memory for when it comes to it; a CPU says nothing.
+
+    Raises:
+        ValueError: not one image fits a GPU.
+    """
+    if model.backbone.mean.device.type != "cuda":
+        return images
+    return largest_that_runs(images, lambda count: _train_pass(model, count))
 
 
 def largest_that_runs(images: int, run: Callable[[int], None]) -> int:
@@ -116,10 +131,39 @@ def largest_that_runs(images: int, run: Callable[[int], None]) -> int:
         except torch.OutOfMemoryError as error:
             if images == 1:
                 raise ValueError(
-                    "adapt.micro_batch=auto: not one image fits the GPU's memory; lower adapt.sets_per_job, or set "
-                    f"adapt.activation_checkpointing=true ({str(error).splitlines()[0]})"
+                    "not one image fits the GPU's memory; lower adapt.sets_per_job (where it is auto, two sets are "
+                    f"tried: give 1), or set adapt.activation_checkpointing=true ({str(error).splitlines()[0]})"
                 ) from None
         images = -(-images // 2)  # here, where nothing holds what the failed run had
+
+
+@contextmanager
+def naming_lack_of_memory(job: str, advice: str) -> Iterator[None]:
+    """Another attempt would lack the same memory, so a rank that runs out of a GPU's ends its job, and for good.
+
+    Raises:
+        ValueError: in place of torch's error, with `advice` on which settings to change.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        told = str(error).splitlines()[0]
+        raise ValueError(f"{job}: a step does not fit the GPU's memory: {advice} ({told})") from None
+
+
+def adapt_advice(adapt: AdaptConfig) -> str:
+    """What takes less memory in a step of adapt than what is asked for."""
+    ways = [] if adapt.micro_batch == "auto" else ["adapt.micro_batch=auto"]
+    ways += [] if adapt.activation_checkpointing else ["adapt.activation_checkpointing=true"]
+    ways += ["a lower adapt.sets_per_job"] if adapt.sets_per_job != 1 else []
+    ways += ["a higher resources.adapt_ranks"]
+    asked = "null, all of a rank's share at once" if adapt.micro_batch is None else adapt.micro_batch
+    return f"adapt.micro_batch is {asked}; try {' or '.join(ways)}"
+
+
+def fuse_advice(micro_batch: int) -> str:
+    """As `adapt_advice`, for steps of a fusion."""
+    return f"lower fuse.micro_batch={micro_batch}"
 
 
 def _train_pass(model: PackedGrappa, images: int) -> None:

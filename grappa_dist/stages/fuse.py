@@ -31,13 +31,14 @@ from grappa_dist.ops.adam import adam
 from grappa_dist.ops.lars import Lars
 from grappa_dist.ops.losses import barlow_twins
 from grappa_dist.ops.precision import forward_precision
-from grappa_dist.ops.schedules import cosine
 from grappa_dist.stages.embed import Embedding, to_images
+from grappa_dist.stages.fitting import fuse_advice, naming_lack_of_memory
 from grappa_dist.stages.modelling import (
     ADAPTORS_FILE,
     FUSION_FILE,
     backbone_settings,
     build_backbone,
+    forget_built,
     preprocess_of,
     save_own_sets,
 )
@@ -118,7 +119,7 @@ def fuse(
             artifact,
             at_random,
         )
-        steps = config.fuse.epochs * training.steps_per_epoch()
+        steps = training.num_steps(config.fuse.epochs)
         with run.console.stage("fuse", f"{variant}, {steps} steps on {run.runner.num_workers} ranks"):
             run.runner.run_jobs([Job(variant, train_fusion, job, run.runner.num_workers)])
             wait_until_seen([artifact])
@@ -128,11 +129,12 @@ def train_fusion(context: RankContext, job: FuseJob) -> None:
     """One rank of a fusion job: builds, trains, and rank 0 saves Q and K; the projector is thrown away."""
     if context.of_rank_0(job.artifact.complete):
         return
+    forget_built()
     config, folder = job.fuse, job.artifact.begin()
-    steps = config.epochs * job.training.steps_per_epoch()
+    steps = job.training.num_steps(config.epochs)
     by_adam = job.variant.endswith("-adam")
     peak = config.adam_learning_rate if by_adam else config.lars_learning_rate
-    with ExitStack() as stack:
+    with naming_lack_of_memory(job.variant, fuse_advice(config.micro_batch)), ExitStack() as stack:
         objective = FuseObjective(context, job, folder)
         stack.callback(objective.close)
         parameters = [p for p in objective.module.parameters() if p.requires_grad]
@@ -141,8 +143,7 @@ def train_fusion(context: RankContext, job: FuseJob) -> None:
             if by_adam
             else Lars(lars_groups(objective.module), lr=peak, weight_decay=config.lars_weight_decay)
         )
-        warmup = min(config.warmup_steps, steps - 1)
-        schedule = Schedule(steps, config.checkpoint_steps, lambda step: peak * cosine(step, steps, warmup))
+        schedule = Schedule.falling(steps, config.checkpoint_steps, peak=peak, warmup_steps=config.warmup_steps)
         watch = Watch(before_checkpoint=objective.save)
         done = train(context, objective, optimizer, schedule, folder=folder, job=job.variant, watch=watch)
         if done and context.comm.rank == 0:
@@ -215,9 +216,10 @@ class FuseObjective:
             after=self._watch.add,
         )
         count = len(images) / 2
+        (norm,) = engine.clip([[p for p in self.module.parameters() if p.requires_grad]], None)
         decay = 0.0 if self._job.variant.endswith("-adam") else self._job.fuse.lars_weight_decay
-        figures = {"images": count, "loss": loss * count, "waited_s": self._pairs.waited_s * count}
-        return {**figures, **self._watch.take(2, decay, count)}
+        figures = {"loss": loss * count, "gradient_norm": norm * count, "waited_s": self._pairs.waited_s * count}
+        return {"images": count, **figures, **self._watch.take(2, decay, count)}
 
     def save(self, step: int) -> None:
         self._pairs.save(step)

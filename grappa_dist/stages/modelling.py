@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from grappa_dist.artifacts import Artifact
 from grappa_dist.config import BackboneConfig
 from grappa_dist.data.transforms import Preprocess
+from grappa_dist.dist.workers import let_go
 from grappa_dist.files import replacing
 from grappa_dist.models import Backbone, Grappa, Pixels, create_backbone
 
@@ -200,9 +201,16 @@ def built(spec: ModelSpec, device: torch.device) -> nn.Module:
     sets = (spec.bottleneck, spec.adaptors, spec.fusion, spec.galleries)
     key = (spec.backbone.model_dump_json(), *sets, spec.weights, spec.weighed, str(device))
     if key not in _latest:
-        _latest.clear()
+        forget_built()
         _latest[key] = build(spec, device)
     return _latest[key]
+
+
+def forget_built() -> None:
+    """Lets go of the model that `built` keeps: what comes next wants its memory."""
+    if _latest:
+        _latest.clear()
+        let_go()  # some backbones hold themselves
 
 
 def pixels_of(model: nn.Module) -> Pixels:

@@ -14,14 +14,15 @@ import torch
 
 from grappa_dist.data.loader import read_batches
 from grappa_dist.data.transforms import Preprocess
+from grappa_dist.dist.workers import let_go
 from grappa_dist.models import PackedGrappa
 from grappa_dist.ops.placement import Rates
 from grappa_dist.ops.precision import forward_precision
 from grappa_dist.ops.room import Room
 from grappa_dist.stages.adapting import AdaptJob
 from grappa_dist.stages.embed import to_images
-from grappa_dist.stages.fitting import room, usable_bytes
-from grappa_dist.stages.modelling import build_backbone, preprocess_of
+from grappa_dist.stages.fitting import room, tried, usable_bytes
+from grappa_dist.stages.modelling import build_backbone, forget_built, preprocess_of
 from grappa_dist.stages.training import augmented, torch_seed
 
 CPU_IMAGES, GPU_IMAGES, REPEATS = 8, 128, 3
@@ -36,19 +37,24 @@ class Measured:
 
 def measure_rates(device: torch.device, job: AdaptJob) -> Measured:
     """Seconds and bytes an image of this worker, on the images of the first step; a task of one worker."""
+    forget_built()
     usable = usable_bytes(device, job.sharing)  # before anything is there
-    gpu = device.type == "cuda"
-    rows = job.training.order(0).batch_share(0, job.training.global_batch, 0, 1)[: GPU_IMAGES if gpu else CPU_IMAGES]
-    backbone = build_backbone(job.backbone)
-    preprocess = preprocess_of(backbone.pixels)
-    pixels = augmented(job.training, preprocess, rows, epoch=0, area=job.adapt.min_crop_area)
+    gpu, asked = device.type == "cuda", job.adapt.micro_batch
+    most = min(GPU_IMAGES if gpu else CPU_IMAGES, asked if isinstance(asked, int) else job.training.global_batch)
+    model = _model(job, 2, device)
+    rows = job.training.order(0).batch_share(0, job.training.global_batch, 0, 1)
+    rows = rows[: tried(model, room(model, usable).images(min(most, len(rows))))]
+    preprocess = preprocess_of(model.backbone.pixels)
     decode_s = _seconds(lambda: _decode(job, preprocess, rows.tolist())) / len(rows)
-    images = to_images(pixels, device)
-    one, two = (_model(job, count, device) for count in (1, 2))
-    one_s, two_s = (_train_s(model, images) / len(rows) for model in (one, two))
+    images = to_images(augmented(job.training, preprocess, rows, epoch=0, area=job.adapt.min_crop_area), device)
+    two_s = _train_s(model, images) / len(rows)
+    del model
+    let_go()  # its memory is the next one's
+    model = _model(job, 1, device)
+    one_s = _train_s(model, images) / len(rows)
     set_s = max(two_s - one_s, 0.05 * one_s)  # timings of a busy machine may come out the wrong way round
     rates = Rates(decode_s, max(one_s - set_s, 0.0), set_s, overlap=gpu)
-    return Measured(rates, room(one, usable), one.embed_dim)
+    return Measured(rates, room(model, usable), model.embed_dim)
 
 
 def _decode(job: AdaptJob, preprocess: Preprocess, rows: list[int]) -> None:

@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 from grappa_dist.artifacts import Artifact, RowArrays, Store, wait_until_seen
 from grappa_dist.config import SUPERVISED, SUPERVISED_SET, AdaptConfig, BackboneConfig, Config
 from grappa_dist.data.shards import ImageShards
-from grappa_dist.dist.classifier import Classifier, ClassifierSettings
 from grappa_dist.dist.engine import Engine
 from grappa_dist.dist.jobs import Job
 from grappa_dist.dist.train import Schedule, Watch, train
@@ -28,10 +27,17 @@ from grappa_dist.dist.workers import RankContext
 from grappa_dist.files import replacing
 from grappa_dist.models import Grappa
 from grappa_dist.ops.adam import adam
-from grappa_dist.ops.schedules import cosine
 from grappa_dist.stages.adapt import train_sets
-from grappa_dist.stages.classifying import Classes, Classifying
-from grappa_dist.stages.modelling import ADAPTORS_FILE, FUSION_FILE, backbone_settings, build_backbone, preprocess_of
+from grappa_dist.stages.classifying import Classes, Classifying, classifier_for
+from grappa_dist.stages.fitting import fuse_advice, naming_lack_of_memory
+from grappa_dist.stages.modelling import (
+    ADAPTORS_FILE,
+    FUSION_FILE,
+    backbone_settings,
+    build_backbone,
+    forget_built,
+    preprocess_of,
+)
 from grappa_dist.stages.packs import AdaptSet
 from grappa_dist.stages.pseudo_label import CENTROIDS_FILE, label_rows
 from grappa_dist.stages.run import Run
@@ -53,10 +59,6 @@ class SupervisedJob:
     adapt: AdaptConfig
     micro_batch: int  # images at a time per rank: that of the other fusions, which have as many sets
     artifact: Artifact
-
-    @property
-    def num_steps(self) -> int:
-        return self.adapt.epochs * self.training.steps_per_epoch()
 
 
 def supervised_fusion_of(store: Store, config: Config, labels: Artifact, sets: Sequence[Artifact]) -> Artifact:
@@ -95,11 +97,19 @@ def fuse_supervised(
         config.seed,
         config.resources.decode_threads,
     )
-    rows, start = label_rows(labels, images), _start(config, labels)
-    models = (config.backbone, config.adapt, config.fuse.micro_batch)
-    job = SupervisedJob(tuple(adaptors), rows, classes, start, training, *models, fusion)
-    ranks = run.runner.num_workers
-    with run.console.stage("fuse", f"{SUPERVISED}, {classes} classes, {job.num_steps} steps on {ranks} ranks"):
+    job = SupervisedJob(
+        adaptors=tuple(adaptors),
+        labels=label_rows(labels, images),
+        num_classes=classes,
+        centroids=_start(config, labels),
+        training=training,
+        backbone=config.backbone,
+        adapt=config.adapt,
+        micro_batch=config.fuse.micro_batch,
+        artifact=fusion,
+    )
+    ranks, steps = run.runner.num_workers, training.num_steps(config.adapt.epochs)
+    with run.console.stage("fuse", f"{SUPERVISED}, {classes} classes, {steps} steps on {ranks} ranks"):
         run.runner.run_jobs([Job(SUPERVISED, train_supervised_fusion, job, ranks)])
         wait_until_seen([fusion])
 
@@ -112,10 +122,10 @@ def train_supervised_fusion(context: RankContext, job: SupervisedJob) -> None:
     """One rank: builds, trains, and rank 0 saves Q and K; the classifier is thrown away."""
     if context.of_rank_0(job.artifact.complete):
         return
-    config, steps, folder = job.adapt, job.num_steps, job.artifact.begin()
-    warmup = min(config.warmup_steps, steps - 1)
-    peak = config.learning_rate
-    with ExitStack() as stack:
+    forget_built()
+    config, folder, peak = job.adapt, job.artifact.begin(), job.adapt.learning_rate
+    steps = job.training.num_steps(config.epochs)
+    with naming_lack_of_memory(SUPERVISED, fuse_advice(job.micro_batch)), ExitStack() as stack:
         objective = SupervisedObjective(context, job)
         stack.callback(objective.close)
         optimizer = adam(objective.learning, peak, config.weight_decay)
@@ -123,7 +133,7 @@ def train_supervised_fusion(context: RankContext, job: SupervisedJob) -> None:
             context,
             objective,
             optimizer,
-            Schedule(steps, config.checkpoint_steps, lambda step: peak * cosine(step, steps, warmup)),
+            Schedule.falling(steps, config.checkpoint_steps, peak=peak, warmup_steps=config.warmup_steps),
             folder=folder,
             job=SUPERVISED,
             beside={"classifier": objective.classifier},
@@ -150,19 +160,17 @@ class SupervisedObjective(Classifying):
             layer.attention.initialise(draws)
         self.module.to(context.device)
         self.learning = [p for p in self.module.parameters() if p.requires_grad]
-        of_classes = torch_seed("classes", seed, job.num_classes)
-        settings = ClassifierSettings(config.gamma, config.weight_decay, config.sampled_classes, of_classes)
-        self.classifier = Classifier(context.comm, context.device, (job.num_classes, backbone.embed_dim), settings)
-        self.classifier.start(job.centroids, draws)
-        images, classes = (job.training, preprocess_of(backbone.pixels)), [Classes(job.labels, self.classifier)]
-        super().__init__(context, images, classes, config)
+        shape = (job.num_classes, backbone.embed_dim)
+        self.classifier = classifier_for(context, config, shape, seed=seed, centroids=job.centroids, draws=draws)
+        classes = [Classes(job.labels, self.classifier)]
+        super().__init__(context, config, job.training, preprocess_of(backbone.pixels), classes=classes)
         self._watch = AttentionWatch(self.module)
 
     def backward(self, engine: Engine, step: int) -> dict[str, float]:
         sums = self.gradients(engine, step, self._job.micro_batch, self._watch.add)
-        most, count = self._job.adapt.clip_norm, float(sums.images)
-        norms = engine.clip([self.learning], most) if most else []
+        count = float(sums.images)
+        (norm,) = engine.clip([self.learning], self._job.adapt.clip_norm)
         loss, correct = sums.of_sets[0].tolist()
-        figures = {"images": count, "loss": loss, "accuracy": correct, "waited_s": sums.waited_s * count}
-        figures |= {"gradient_norm": count * norms[0]} if norms else {}
+        figures = {"images": count, "loss": loss, "accuracy": correct, "gradient_norm": norm * count}
+        figures["waited_s"] = sums.waited_s * count
         return figures | self._watch.take(1, self._job.adapt.weight_decay, count)

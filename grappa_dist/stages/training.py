@@ -43,9 +43,23 @@ class TrainingImages:
     def steps_per_epoch(self) -> int:
         return steps_per_epoch(len(self.images) - len(self.bad), self.global_batch)
 
+    def num_steps(self, epochs: int) -> int:
+        return epochs * self.steps_per_epoch()
+
+    def rank_share(self, ranks: int) -> int:
+        return rank_share(self.global_batch, ranks, self.data.streams)
+
 
 def steps_per_epoch(num_rows: int, global_batch: int) -> int:
     return -(-num_rows // global_batch)
+
+
+def rank_share(global_batch: int, ranks: int, streams: int) -> int:
+    """The most images of a batch that one of so many ranks may have: it has every R-th stream, and streams whole."""
+    rounds, rest = divmod(global_batch, streams)
+    of_first = np.arange(streams) % ranks == 0  # rank 0, which has as many streams as any
+    before = np.concatenate([[0], np.cumsum(np.tile(of_first, 2))])
+    return int(rounds * of_first.sum() + (before[rest : rest + streams] - before[:streams]).max())
 
 
 def data_settings(data: DataConfig) -> dict[str, object]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import signal
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -125,6 +127,19 @@ def refuse_on_rank(context: RankContext, spec: tuple[int, str]) -> None:
     context.comm.sum_(torch.zeros(1))
 
 
+_left: list[weakref.ref[torch.nn.Module]] = []
+
+
+def leave_cycle(context: RankContext, spec: None) -> bool:
+    """Leaves a model that only the collector frees, which shall not run by itself; whether the last one is there."""
+    there = any(ref() is not None for ref in _left)
+    gc.disable()
+    model = torch.nn.Linear(3, 3)
+    model.whole = [model]
+    _left.append(weakref.ref(model))
+    return there
+
+
 def wait_for_stop(context: RankContext, marker: str) -> str:
     context.report({"done": 1})
     Path(marker).touch()
@@ -182,6 +197,11 @@ def test_jobs_run_side_by_side_and_one_that_dies_takes_no_other_with_it(
     assert results == {name: [(0, 1)] for name in specs}
     assert [event["job"] for event in told.of("job_begins")].count("lives") == 1
     assert [event["job"] for event in told.of("job_failed")] == ["dies"]
+
+
+def test_nothing_of_a_job_is_left_when_the_next_one_begins(runner: Runner) -> None:
+    left = [runner.run_jobs([Job("cycle", leave_cycle, None, 2)])["cycle"] for _ in range(2)]
+    assert left == [[False, False]] * 2
 
 
 @pytest.mark.parametrize("rank", [0, 1])

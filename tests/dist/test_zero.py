@@ -77,6 +77,32 @@ def train(comm: Comm, stage: int, steps: range, saved: Saved | None, clip: float
     return losses, found
 
 
+def norms_of_gradients(comm: Comm) -> list[tuple[list[float], bool]]:
+    """At every stage, of two groups of parameters; and whether a step leaves the gradients as they were."""
+    found = []
+    for stage in (0, 1, 2):
+        model = small_model()
+        engine = Engine(model, torch.optim.Adam(learning(model).values()), comm, CPU, zero_stage=stage)
+        engine.backward(engine.forward(batch(0).split(SHARES[comm.size])[comm.rank]).square().sum() * (comm.size / 7))
+        before = {p: [g.clone() for g in gradients] for p, gradients in engine._gradients().items()}
+        norms = engine.clip(groups(model), None)
+        after = engine._gradients()
+        found.append((norms, all(torch.equal(g, h) for p in before for g, h in zip(before[p], after[p], strict=True))))
+        engine.close()
+    return found
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_without_a_bound_gradients_are_measured_and_left_alone_at_any_stage(size: int) -> None:
+    model = small_model()
+    (model(batch(0)).square().sum() / 7).backward()
+    expected = [float(torch.cat([p.grad.flatten() for p in g if p.grad is not None]).norm()) for g in groups(model)]
+    for of_rank in run_ranks(norms_of_gradients, size):
+        for norms, untouched in of_rank:
+            assert norms == pytest.approx(expected, rel=1e-5)
+            assert untouched
+
+
 def close(found: Saved, expected: Saved) -> None:
     assert found.keys() == expected.keys()
     for name, tensors in found.items():

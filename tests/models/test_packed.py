@@ -107,6 +107,17 @@ def test_the_first_block_and_the_patches_see_each_image_once() -> None:
     assert seen == {"patch_embed": 3, "blocks.0.block": 3, "blocks.1.block": 12}
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_recomputing_computes_nothing_again_that_has_no_gradient(recompute: bool) -> None:
+    model, runs = packed(backbone("timm"), 2, recompute), {"blocks.0.block": 0, "blocks.1.block": 0}
+    for part in runs:
+        model.backbone.model.get_submodule(part).register_forward_hook(
+            lambda module, given, out, part=part: runs.update({part: runs[part] + 1})
+        )
+    model(images_of(3)).sum().backward()
+    assert runs == {"blocks.0.block": 1, "blocks.1.block": 1 + recompute}
+
+
 def test_the_start_of_a_set_does_not_depend_on_the_others() -> None:
     many, one = PackedGrappa(backbone("own"), 3, BOTTLENECK), PackedGrappa(backbone("own"), 1, BOTTLENECK)
     for index in range(3):

@@ -17,6 +17,7 @@ from grappa_dist.stages.adapt import adaptors_of
 from grappa_dist.stages.adapting import AdaptJob, AdaptObjective, train_adaptors
 from grappa_dist.stages.modelling import ADAPTORS_FILE, build_backbone
 from grappa_dist.stages.packs import AdaptSet, begin
+from grappa_dist.stages.training import rank_share
 from tests.processes import run_ranks
 from tests.stages import tiny
 
@@ -158,6 +159,19 @@ def test_a_global_batch_has_the_same_rows_on_any_number_of_ranks(world: World) -
                 parts = [images.order(epoch).batch_share(t, tiny.BATCH, rank, size) for rank in range(size)]
                 assert sorted(np.concatenate(parts)) == sorted(whole)
         assert sorted(seen) == [row for row in range(tiny.NUM_ROWS) if row != tiny.BAD]
+
+
+@pytest.mark.parametrize("streams", [1, 4, 7, 16])
+def test_no_rank_has_more_of_a_batch_than_its_share(world: World, streams: int) -> None:
+    folder, _ = world
+    images = job_in(folder, "rows").training
+    images = replace(images, data=images.data.model_copy(update={"streams": streams}))
+    for ranks in (1, 2, 3, 5):
+        places = [[(start + i) % streams % ranks for i in range(tiny.BATCH)] for start in range(streams)]
+        assert images.rank_share(ranks) == max(of_batch.count(rank) for of_batch in places for rank in range(ranks))
+        for t, rank in np.ndindex(images.steps_per_epoch(), ranks):
+            assert len(images.order(0).batch_share(t, tiny.BATCH, rank, ranks)) <= images.rank_share(ranks)
+    assert rank_share(128, 4, 128) == 32
 
 
 @pytest.mark.parametrize("size", [1, 2])

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from grappa_dist.models import Backbone, PackedGrappa, Pixels
 from grappa_dist.stages.compiling import compile_if_it_wins, seconds
@@ -42,7 +43,7 @@ def said_to_take(*times: float) -> Callable[[Callable[[], object]], float]:
 
 
 def is_compiled(packed: PackedGrappa) -> set[bool]:
-    return {layer._compiled_call_impl is not None for layer in packed.layers}
+    return {layer.compiled is not None for layer in packed.layers}
 
 
 @pytest.mark.parametrize(("recompute", "timm"), [(False, True), (True, False)])
@@ -86,6 +87,37 @@ def test_a_compiler_that_computes_something_else_is_not_used() -> None:
     told = compile_if_it_wins(packed, 2, backend=wrong, measure=said_to_take(2.0, 1.0), halves=False)  # type: ignore[arg-type]
     assert told.startswith("not compiled: off by ")
     assert is_compiled(packed) == {False}
+
+
+def test_a_compiler_that_makes_one_gradient_nan_is_not_used() -> None:
+    """Not the first of the values that are compared, which Python's max alone would see."""
+
+    class Spoilt(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+            return torch.full_like(gradients[0], torch.nan)
+
+    def wrong(graph: Any, inputs: Any) -> Any:
+        learning = max(i for i, given in enumerate(inputs) if isinstance(given, torch.nn.Parameter))
+        return lambda *given: graph(*given[:learning], Spoilt.apply(given[learning]), *given[learning + 1 :])
+
+    packed = model(timm=False)
+    told = compile_if_it_wins(packed, 2, backend=wrong, measure=said_to_take(2.0, 1.0), halves=False)  # type: ignore[arg-type]
+    assert told.startswith("not compiled: off by nan, 1.0e-05 allowed")
+    assert is_compiled(packed) == {False}
+
+
+def test_batches_of_any_size_need_no_graph_beyond_those_of_the_trial() -> None:
+    packed = model()
+    compile_if_it_wins(packed, 12, backend="aot_eager", measure=said_to_take(2.0, 1.0), halves=False)
+    before = counters["stats"]["unique_graphs"]
+    for images in (11, 1, 2, 0, 5):
+        gradients(packed, images)
+    assert counters["stats"]["unique_graphs"] == before > 0
 
 
 def test_in_halves_it_may_be_as_far_from_float32_as_plain_halves_are() -> None:

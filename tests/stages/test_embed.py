@@ -39,6 +39,17 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Config:
     return tiny.config(tiny.write_shards(tmp_path_factory.mktemp("images")))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_images_on_a_gpu_are_those_that_were_given_whatever_becomes_of_their_memory() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 224, 224, 3), dtype=np.uint8)
+    found = []
+    for part in np.split(pixels.copy(), 8):
+        found.append(to_images(part, torch.device("cuda")))
+        part.fill(0)
+    as_bytes = (torch.cat(found).cpu() * 255).round().byte().permute(0, 2, 3, 1)
+    assert torch.equal(as_bytes, torch.from_numpy(pixels))
+
+
 def embed_in(root: Path, settings: Config) -> tuple[tiny.Here, ImageShards, tuple[Artifact, ...]]:
     images, here = ImageShards.open(settings.data.train, None), tiny.Here()
     run, spec = tiny.run_in(settings, root, here), ModelSpec("backbone", settings.backbone)

@@ -8,11 +8,21 @@ from pathlib import Path
 import pytest
 import torch
 
+from grappa_dist.config import AdaptConfig
 from grappa_dist.dist.comm import Comm
 from grappa_dist.models import Backbone, PackedGrappa, Pixels
 from grappa_dist.models.packed import activation_bytes
 from grappa_dist.stages import fitting
-from grappa_dist.stages.fitting import Fitted, fitted, largest_that_runs, room, usable_bytes
+from grappa_dist.stages.fitting import (
+    Fitted,
+    adapt_advice,
+    fitted,
+    fuse_advice,
+    largest_that_runs,
+    naming_lack_of_memory,
+    room,
+    usable_bytes,
+)
 from tests.models import tiny as tiny_models
 from tests.processes import run_ranks
 from tests.stages import tiny
@@ -66,6 +76,22 @@ def test_where_not_one_image_fits_the_error_says_what_to_change() -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_an_error_for_lack_of_memory_names_settings_and_any_other_is_left_as_it_is() -> None:
+    settings = AdaptConfig(micro_batch="auto", activation_checkpointing=True, sets_per_job=2)
+    for error, advice, said in (
+        (
+            "CUDA is full\nas ever",
+            adapt_advice(settings),
+            r"is auto; try a lower adapt\.sets_per_job or .* \(CUDA is full\)",
+        ),
+        ("full", fuse_advice(64), r"lower fuse\.micro_batch=64 \(full\)"),
+    ):
+        with pytest.raises(ValueError, match=rf"^some: .* {said}$"), naming_lack_of_memory("some", advice):
+            raise torch.OutOfMemoryError(error)
+    with pytest.raises(RuntimeError, match="a kernel is missing"), naming_lack_of_memory("some", "advice"):
+        raise RuntimeError("a kernel is missing")
+
+
 def test_another_error_is_not_taken_for_a_lack_of_memory() -> None:
     def run(images: int) -> None:
         raise RuntimeError("a kernel is missing")
@@ -88,13 +114,13 @@ def uneven(comm: Comm, folder: Path, usable: int) -> Fitted:
 def test_ranks_agree_on_what_fits_all_and_a_job_goes_on_with_it(tmp_path: Path) -> None:
     image = room(model(), 1).image_bytes
     first, second = run_ranks(uneven, 2, tmp_path, 20 * image)
-    assert (first.images, second.images) == (10, 10)
+    assert (first.images, second.images) == (10, 10)  # 64 in parts of 20 at most are 16 each, of 10 at most 10
     assert first.why == "another rank has room for 10 only"
     assert second.why.endswith(f"an image takes {image / 2**20:.1f} MiB")
     assert json.loads((tmp_path / fitting.FILE).read_text()) == {"images": 10, "ranks": 2}
     again, _ = run_ranks(uneven, 2, tmp_path, 60 * image)
     assert again == Fitted(10, "as when the job began on 2 ranks")
     (alone,) = run_ranks(uneven, 1, tmp_path, 60 * image)
-    assert alone.images == 60
+    assert alone.images == 32  # two parts, if 60 fit
     assert uneven(Comm(), tmp_path / "roomy", 10**6 * image).images == 64
     assert uneven(Comm(), tmp_path / "full", 0).images == 1

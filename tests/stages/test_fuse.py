@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from grappa_dist.artifacts import Artifact, Store
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.dist.comm import Comm
+from grappa_dist.dist.engine import Engine
 from grappa_dist.models import Attention
 from grappa_dist.observe import read_events
 from grappa_dist.stages.embed import Embedding
@@ -84,6 +85,35 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, lis
     tiny.write_shards(folder / "images")
     job_in(folder, "prepare", "transforms")  # adaptors and labels, before several ranks want them
     return folder, {size: run_ranks(fuse_all_ways, size, folder, timeout_s=400) for size in (1, 2, 3)}
+
+
+def said_when_a_gradient_is_nan(comm: Comm, job: FuseJob) -> str:
+    """One rank's gradient of the projector is NaN in the second step, and the loss is not; then it goes on well."""
+    backward, passes = Engine.backward, list[torch.Tensor]()
+
+    def poisoned(engine: Engine, loss: torch.Tensor, *, last: bool = True) -> None:
+        passes.append(loss)
+        backward(engine, loss, last=last)
+        if len(passes) == 2 and comm.rank == comm.size - 1:
+            engine.optimizer.param_groups[0]["params"][-1].grad.fill_(torch.nan)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "backward", poisoned)
+        with pytest.raises(ArithmeticError) as error:
+            train_fusion(tiny.Watcher().context(comm), job)
+    train_fusion(tiny.Watcher().context(comm), job)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_gradient_that_is_not_finite_stops_all_ranks_before_the_update(world: World, size: int) -> None:
+    folder, _ = world
+    job = job_in(folder, f"{size}-poisoned", "transforms", checkpoint_steps=1)
+    for said in run_ranks(said_when_a_gradient_is_nan, size, job, timeout_s=400):
+        assert said == "transforms: gradient_norm is nan at step 1; nothing was updated"
+    steps = tiny.steps_of(job.artifact.path)
+    np.testing.assert_allclose([s["loss"] for s in steps], losses(folder, "1", "transforms"), rtol=0, atol=1e-5)
+    assert all(step["gradient_norm"] > 0 for step in steps)
 
 
 def fuse_until(comm: Comm, job: FuseJob, kill_after: int | None) -> None:

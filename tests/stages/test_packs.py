@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +18,9 @@ from grappa_dist.artifacts import Artifact, Store
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.dist.comm import Comm
 from grappa_dist.dist.engine import Engine
+from grappa_dist.dist.train import NAMED
+from grappa_dist.dist.workers import let_go
+from grappa_dist.models import PackedGrappa
 from grappa_dist.observe import METRICS_FILE, read_events
 from grappa_dist.ops.placement import Rates
 from grappa_dist.ops.room import Room
@@ -23,7 +28,7 @@ from grappa_dist.stages import adapting, packs
 from grappa_dist.stages.adapt import FEW, _most_sets, adapt, adaptors_of
 from grappa_dist.stages.adapting import AdaptJob, train_adaptors
 from grappa_dist.stages.compiling import compile_if_it_wins
-from grappa_dist.stages.modelling import ADAPTORS_FILE
+from grappa_dist.stages.modelling import ADAPTORS_FILE, ModelSpec, built
 from grappa_dist.stages.packs import AdaptSet
 from grappa_dist.stages.pseudo_label import rows_file
 from grappa_dist.stages.rates import Measured
@@ -128,10 +133,39 @@ def test_the_log_says_how_many_images_at_a_time_and_why(folder: Path) -> None:
 def test_a_compiled_job_says_so_and_one_without_a_gpu_says_why_not(folder: Path) -> None:
     (one,) = job_in(folder, "compiled", (3,)).sets
     begins = next(event for event in read_events(one.artifact.path / "metrics.jsonl") if event["name"] == "begins")
-    assert begins["compile"] == "compiled; 5 images take 1000.0 ms compiled, 2000.0 ms plain"
+    assert begins["compile"] == "compiled; 4 images take 1000.0 ms compiled, 2000.0 ms plain"
     context = tiny.Watcher().context(Comm())
     plain = adapting.AdaptObjective(context, replace(job_in(folder, "names"), compiled=True))
     assert plain.settled["compile"] == "not compiled: no GPU"
+
+
+def images_at_a_time(comm: Comm, job: AdaptJob) -> list[Any]:
+    """The most that is asked for, and what torch.compile is tried with."""
+    seen, fit = list[Any](), adapting.fitted
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adapting, "usable_bytes", lambda device, sharing: SCANT)
+        patch.setattr(
+            adapting, "fitted", lambda c, model, folder, most, usable: fit(c, model, folder, *note(most), usable)
+        )
+        patch.setattr(adapting, "compile_if_it_wins", lambda model, images: note(images) and "not compiled")
+
+        def note(images: int) -> list[int]:
+            seen.append(images)
+            return [images]
+
+        adapting.AdaptObjective(tiny.Watcher().context(comm), job)
+    return seen
+
+
+def test_no_more_images_are_tried_than_a_rank_has_of_a_step(folder: Path) -> None:
+    auto = replace(job_in(folder, "tried", micro_batch="auto"), compiled=True)
+    whole, some = (replace(job_in(folder, "tried", micro_batch=m), compiled=True) for m in (None, 7))
+    assert tiny.BATCH == 16
+    assert images_at_a_time(Comm(), whole) == [16]
+    assert images_at_a_time(Comm(), some) == [6]  # three parts of even size
+    assert run_ranks(images_at_a_time, 2, auto) == [[8, 3]] * 2  # three fit: eight are 3 + 3 + 2
+    assert run_ranks(images_at_a_time, 2, whole) == [[8]] * 2
+    assert run_ranks(images_at_a_time, 2, some) == [[4]] * 2
 
 
 def test_clipping_bounds_each_set_by_itself(folder: Path) -> None:
@@ -267,10 +301,11 @@ def test_only_missing_sets_are_trained_in_jobs_of_the_size_asked_for(
 
 def test_how_many_sets_memory_holds_follows_from_the_images_at_a_time_and_the_classes(folder: Path) -> None:
     job = job_in(folder, "names")
+    job = replace(job, training=replace(job.training, data=job.training.data.model_copy(update={"streams": 16})))
     found = Measured(Rates(1.0, 0.1, 0.5, overlap=False), Room(2_000, 100), channels=10)
 
     def most(ranks: int, **settings: Any) -> int:
-        return _most_sets(job.adapt.model_copy(update=settings), job.sets, found, ranks)
+        return _most_sets(replace(job, adapt=job.adapt.model_copy(update=settings)), found, ranks)
 
     assert most(1) == 1  # 16 images of one set are 1600 bytes
     assert most(2) == 1  # 8 of two are 1600 too, and a rank's rows of their 5 + 4 classes 540
@@ -306,24 +341,96 @@ def broken(dim: int, depth: int) -> torch.nn.Module:
 
 
 def said_when_a_gradient_overflows(comm: Comm, job: AdaptJob) -> str:
-    """The middle set's gradient becomes infinite once its loss, a finite one, is known."""
-    clip = Engine.clip
+    """On one rank the middle set's gradient of the third step is infinite, its loss is not; then it goes on well."""
+    backward, passes = Engine.backward, list[torch.Tensor]()
 
-    def overflowing(engine: Engine, groups: Any, max_norm: float) -> list[float]:
-        groups[1][0].grad.fill_(torch.inf)
-        return clip(engine, groups, max_norm)
+    def overflowing(engine: Engine, loss: torch.Tensor, *, last: bool = True) -> None:
+        passes.append(loss)
+        weight = engine.optimizer.param_groups[0]["params"][4]  # four are the first set's
+        hook = weight.register_hook(lambda gradient: torch.full_like(gradient, torch.inf))
+        if len(passes) != 3 or comm.rank != comm.size - 1:
+            hook.remove()
+        backward(engine, loss, last=last)
+        hook.remove()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Engine, "clip", overflowing)
+        patch.setattr(Engine, "backward", overflowing)
         with pytest.raises(ArithmeticError) as error:
             run(comm, job)
+    run(comm, job)
     return str(error.value)
 
 
-def test_a_gradient_that_is_not_finite_names_its_set_before_anything_is_updated(folder: Path) -> None:
-    (said,) = run_ranks(said_when_a_gradient_overflows, 1, job_in(folder, "overflow"), timeout_s=400)
-    assert said.startswith("k=3+k=4+k=5: gradient_norm k=4 is inf at step 0; nothing was updated; images of that step:")
-    assert said.endswith(" more")
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_gradient_that_is_not_finite_stops_all_ranks_before_the_update_and_spoils_no_checkpoint(
+    folder: Path, size: int
+) -> None:
+    job = job_in(folder, f"overflow-{size}", clip_norm=None)  # whose checkpoints are of two steps each
+    rows = job.training.order(0).batch_share(2, tiny.BATCH, 0, 1)
+    named = ", ".join(f"{row} ({job.training.images.where(row)})" for row in sorted(rows)[:NAMED])
+    found = run_ranks(said_when_a_gradient_overflows, size, job, timeout_s=400)
+    for said in found:
+        assert said.startswith("k=3+k=4+k=5: gradient_norm k=4 is inf at step 2; nothing was updated; images of that")
+        assert f"images of that step: {named} and {len(rows) - NAMED} more" in said
+    for k in KS:
+        close(weights(folder, f"overflow-{size}", k, clip_norm=None), weights(folder, "unclipped", k, clip_norm=None))
+    steps = tiny.steps_of(job.sets[1].artifact.path)
+    assert len(steps) == 3 * tiny.STEPS_PER_EPOCH
+    assert all(0 < step["gradient_norm"] < 10 for step in steps)
+
+
+def left_of_a_job(comm: Comm, job: AdaptJob) -> tuple[set[str], set[str]]:
+    """What lives of the parts of a job that is over, and of the model that the worker embedded with: before and after
+    the worker lets go, where the collector does not run by itself."""
+    parts, init = dict[str, weakref.ref[Any]](), adapting.AdaptObjective.__init__
+
+    def watched(objective: adapting.AdaptObjective, *given: Any) -> None:
+        init(objective, *given)
+        parts["model"], parts["rows"] = weakref.ref(objective.model), weakref.ref(objective.classifiers[0].state.rows)
+
+    embedding = built(ModelSpec("backbone", job.backbone), tiny.CPU)
+    embedding.itself = [embedding]  # type: ignore[assignment]  # as some are held by what they are made of
+    parts["embedding"] = weakref.ref(embedding)
+    del embedding
+    gc.disable()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adapting.AdaptObjective, "__init__", watched)
+        run(comm, job)
+    before = {name for name, part in parts.items() if part() is not None}
+    let_go()
+    return before, {name for name, part in parts.items() if part() is not None}
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1])
+def test_a_job_that_is_over_and_the_model_of_embedding_leave_no_memory_taken(folder: Path, zero_stage: int) -> None:
+    job = job_in(folder, f"over-{zero_stage}", zero_stage=zero_stage, epochs=1)
+    ((before, after),) = run_ranks(left_of_a_job, 1, job, timeout_s=400)
+    assert "model" in before  # which the engine holds; else there is nothing to let go
+    assert "embedding" not in before
+    assert after == set()
+
+
+def run_out_of_memory(comm: Comm, job: AdaptJob) -> None:
+    """On the last rank, in its second pass; the others wait for its gradients."""
+    forward, passes = PackedGrappa.forward, list[int]()
+
+    def limited(model: PackedGrappa, images: torch.Tensor) -> torch.Tensor:
+        passes.append(len(images))
+        if len(passes) == 2 and comm.rank == comm.size - 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. GPU 0 has a total capacity of 79.10 GiB\nand much more")
+        return forward(model, images)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PackedGrappa, "forward", limited)
+        run(comm, job)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_lack_of_memory_ends_a_job_with_the_settings_that_take_less(folder: Path, size: int) -> None:
+    asked = "micro_batch is null, all of a rank's share at once; try adapt.micro_batch=auto or adapt.activation_ch"
+    found = rf"ValueError: k=3: a step does not fit the GPU's memory: adapt\.{asked}.*total capacity of 79\.10 GiB\)$"
+    with pytest.raises(RuntimeError, match=rf"(?m)rank {size - 1} of {size} failed[\s\S]*{found}"):
+        run_ranks(run_out_of_memory, size, job_in(folder, f"scant-{size}", (3,)), timeout_s=60)
 
 
 def said_when_broken(comm: Comm, job: AdaptJob) -> str:
