@@ -13,7 +13,8 @@ import torch
 
 from grappa_dist.artifacts import Artifact, Store, wait_until_seen
 from grappa_dist.config_file import read
-from grappa_dist.data.shards import ImageShards, Shard
+from grappa_dist.data.index import Shard
+from grappa_dist.data.shards import ImageShards
 from grappa_dist.files import write_json
 from grappa_dist.stages.collect import cache_of
 from grappa_dist.stages.embed import BAD_FILE, ROWS_FILE, embed, features_of

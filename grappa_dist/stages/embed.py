@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from grappa_dist.artifacts import Artifact, RowArrays, Store, wait_until_seen
 from grappa_dist.config import EmbedConfig
+from grappa_dist.data.index import Shard
 from grappa_dist.data.loader import load_or_skip, read_batches
 from grappa_dist.data.probe import pixels_class
-from grappa_dist.data.shards import ImageShards, Shard
+from grappa_dist.data.shards import ImageShards
 from grappa_dist.files import write_json
 from grappa_dist.ops.exact import to_grid
 from grappa_dist.ops.precision import forward_precision

@@ -12,8 +12,8 @@ from typing import Any
 
 from grappa_dist.artifacts import Artifact, Store
 from grappa_dist.config import Config
+from grappa_dist.data.decoding import decode
 from grappa_dist.data.shards import ImageShards
-from grappa_dist.data.transforms import decode
 from grappa_dist.observe import EVENTS_FILE, duration, read_events
 from grappa_dist.report import (
     Clustering,

@@ -12,11 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from grappa_dist.config import DataConfig
+from grappa_dist.data.decoding import Picture
 from grappa_dist.data.loader import load_images, read_batches
 from grappa_dist.data.order import EpochOrder
 from grappa_dist.data.randomness import generator
 from grappa_dist.data.shards import ImageShards
-from grappa_dist.data.transforms import Picture, Preprocess, view_generator
+from grappa_dist.data.transforms import Preprocess, view_generator
 from grappa_dist.dist.comm import Comm
 
 Pixels = NDArray[np.uint8]

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grappa_dist.data.decoding import BadImage
+from grappa_dist.data.index import ROW, Shard
 from grappa_dist.data.order import EpochOrder
-from grappa_dist.data.shards import ROW, ImageShards, Shard
+from grappa_dist.data.shards import ImageShards
 from tests.data.test_shards import write_tar
 
 

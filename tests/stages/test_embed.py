@@ -13,8 +13,8 @@ from PIL import Image
 
 from grappa_dist.artifacts import Artifact, Store
 from grappa_dist.config import Config
+from grappa_dist.data.decoding import decode
 from grappa_dist.data.shards import ImageShards
-from grappa_dist.data.transforms import decode
 from grappa_dist.stages.collect import open_images
 from grappa_dist.stages.embed import (
     Embedding,
