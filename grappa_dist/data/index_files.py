@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from grappa_dist.data.index import ROW, OpenFile, Shard, refusal, shard_of
 
+REMADE = "; remove it, and it is made or fetched again"
 # What numpy's reader of headers may raise
 _UNREADABLE = (ValueError, EOFError, TypeError, SyntaxError, RecursionError, MemoryError, tokenize.TokenError)
 
@@ -38,8 +39,11 @@ def read_index(text: bytes, where: Path | str) -> list[Shard]:
     return shards
 
 
-def read_rows(file: IO[bytes], shard: Shard, where: str) -> NDArray[Any]:
+def read_rows(file: IO[bytes], shard: Shard, where: str, *, remedy: str = "") -> NDArray[Any]:
     """The rows that an index file `where` has of a shard, (P,) of ROW: mapped if it is a local file, else in memory.
+
+    Args:
+        remedy: what may be done about a file that is refused, as the end of the message.
 
     Raises:
         ValueError: it is no such file, or that of another shard as far as its length tells.
@@ -49,13 +53,13 @@ def read_rows(file: IO[bytes], shard: Shard, where: str) -> NDArray[Any]:
         shape, _, dtype = np.lib.format.read_array_header_1_0(file)
     except _UNREADABLE as error:
         said = " ".join(str(error).split())[:200]
-        raise ValueError(f"{where}: not an index of a shard: {type(error).__name__}: {said}") from None
+        raise ValueError(f"{where}: not an index of a shard: {type(error).__name__}: {said}{remedy}") from None
     start = file.tell()
     size = file.seek(0, os.SEEK_END) - start
     if dtype != ROW or shape != (shard.rows,) or size != shard.rows * ROW.itemsize:
         raise ValueError(
             f"{where}: an array of {dtype}, shape {shape}, in {size} bytes, but {shard.path} needs {shard.rows} rows "
-            f"of {ROW.itemsize} bytes; it is cut off, or the index of another shard"
+            f"of {ROW.itemsize} bytes; it is cut off, or the index of another shard{remedy}"
         )
     if isinstance(file, BufferedReader):
         return np.memmap(file, dtype=ROW, mode="r", offset=start, shape=shape)

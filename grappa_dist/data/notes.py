@@ -89,7 +89,7 @@ class Notes:
         try:
             content = read_json(path)
         except ValueError as error:
-            raise _broken(path, str(error)) from None
+            raise _broken(path, str(error).removeprefix(f"{path}: ")) from None
         if not isinstance(content, dict):
             raise _broken(path, f"a {type(content).__name__}, expected an object")
         return path, content

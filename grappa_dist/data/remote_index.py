@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from grappa_dist.data.blocks import fetchers
 from grappa_dist.data.cache import CacheSettings
 from grappa_dist.data.index import COMMITTED, Shard, scan
-from grappa_dist.data.index_files import read_index, read_rows
+from grappa_dist.data.index_files import REMADE, read_index, read_rows
 from grappa_dist.data.notes import Notes
 from grappa_dist.data.remote import (
     RemoteFile,
@@ -59,7 +59,7 @@ class RemoteRows:
             with replacing(Path(self.local)) as temporary:
                 temporary.write_bytes(data)
         with open(self.local, "rb") as file:
-            return read_rows(file, shard, self.local)
+            return read_rows(file, shard, self.local, remedy=REMADE)
 
 
 def index_remote(about: RemoteObject, settings: CacheSettings) -> tuple[NDArray[Any], Shard]:

@@ -20,7 +20,7 @@ from grappa_dist.data.cache import CacheSettings
 from grappa_dist.data.decoding import BadImage
 from grappa_dist.data.discovery import Index, Progress, find_shards
 from grappa_dist.data.index import DAMAGED, REFUSED, OpenFile, Shard, refusal
-from grappa_dist.data.index_files import check_places, read_rows
+from grappa_dist.data.index_files import REMADE, check_places, read_rows
 from grappa_dist.data.randomness import permutation
 from grappa_dist.data.remote import RemoteObject, is_remote
 from grappa_dist.data.remote_index import RemoteRows
@@ -47,9 +47,10 @@ def _map(index: str | RemoteRows, shard: Shard) -> NDArray[Any]:
     if isinstance(index, RemoteRows):
         return index.load(shard)
     with open(index, "rb") as file:
+        if index != f"{shard.path}.npy":  # it is named by the fingerprint of its tar
+            return read_rows(file, shard, index, remedy=REMADE)
         rows = read_rows(file, shard, index)
-    if index == f"{shard.path}.npy":  # others are named by the fingerprint of their tar
-        check_places(rows, shard, _open(shard), index)
+    check_places(rows, shard, _open(shard), index)
     return rows
 
 

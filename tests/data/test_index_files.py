@@ -159,5 +159,7 @@ def test_a_damaged_note_is_refused_by_name_and_one_of_another_version_is_made_ag
             with pytest.raises(ValueError, match=rf"{note.name}: a damaged note: .*; remove it"):
                 ImageShards.open([entry], index, settings)
         note.write_text('{"shard-000000.tar": ["a"]}')
-        with pytest.raises(ValueError, match=r"seen\.json: a damaged note: 'shard-000000\.tar' has \['a'\], expected a"):
+        with pytest.raises(
+            ValueError, match=r"seen\.json: a damaged note: 'shard-000000\.tar' has \['a'\], expected a"
+        ):
             ImageShards.open([f"{door.url}/f"], index, settings)
