@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import tarfile
 from collections import Counter
@@ -19,9 +18,10 @@ from grappa_dist.data.index import index_shard, scan
 from grappa_dist.data.remote_index import _Stream
 from grappa_dist.data.shards import ImageShards
 from tests.data.test_shards import write_tar
+from tests.mutations import mutations
 
 Damage = Callable[[bytearray, np.random.Generator], bytearray]
-MUTATIONS = int(os.environ.get("GRAPPA_MUTATIONS", "300"))  # of each kind and format
+MUTATIONS = mutations(300)
 BLOCK = 512
 LIMIT_S = 20.0  # of one tar; milliseconds are usual
 
