@@ -10,9 +10,13 @@ from grappa_dist.data.notes import Notes
 
 
 def local_state(tar: Path) -> dict[str, str | int]:
-    """What changes with the bytes of a file: many a tool sets `mtime` back to what it was elsewhere, none `ctime`."""
+    """What changes with the bytes of a file: many a tool sets `mtime` back to what it was elsewhere, none `ctime`.
+
+    A link has a `ctime` of its own: it may be turned to an older file.
+    """
     stat = tar.stat()
-    return {"path": str(tar), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "ctime_ns": stat.st_ctime_ns}
+    ctime_ns = max(stat.st_ctime_ns, tar.lstat().st_ctime_ns)
+    return {"path": str(tar), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "ctime_ns": ctime_ns}
 
 
 def check_unchanged(

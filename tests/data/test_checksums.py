@@ -67,6 +67,23 @@ def test_an_old_file_moved_over_a_shard_is_refused_though_it_is_older_than_the_i
             ImageShards.open([tar.parent], notes)
 
 
+def test_a_link_that_is_turned_to_another_shard_is_refused(tmp_path: Path) -> None:
+    other = tmp_path / "other.tar"
+    tar = folder(tmp_path) / "shard-000000.tar"
+    changed = bytearray(tar.read_bytes())
+    changed[600] ^= 1
+    other.write_bytes(changed)
+    (tar.parent / "index.json").touch()  # so both files are older
+    tar.rename(tmp_path / "first.tar")
+    tar.symlink_to(tmp_path / "first.tar")
+    ImageShards.open([tar.parent], None)
+    os.utime(tar.parent / "index.json", ns=(other.stat().st_ctime_ns,) * 2)
+    tar.unlink()
+    tar.symlink_to(other)
+    with pytest.raises(ValueError, match=r"shard-000000\.tar: its bytes are no longer those"):
+        ImageShards.open([tar.parent], None)
+
+
 def test_a_copy_that_was_found_good_is_held_against_its_checksum_again_when_any_time_of_it_changes(
     tmp_path: Path,
 ) -> None:
