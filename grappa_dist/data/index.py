@@ -33,7 +33,7 @@ _LARGEST = 2**32 - 1
 COMMITTED = "index.json"  # written last beside finished shards
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 INDEX_VERSION = 1
-_FIRST_NAMES = 20  # of misnamed images of a shard, kept to be told
+_FIRST_NAMES, _NAME_LENGTH = 20, 300  # of misnamed images of a shard, kept to be told
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 
 
@@ -105,7 +105,7 @@ def scan(file: IO[bytes], path: Path | str, size: int) -> Scan:
     images: dict[str, tuple[int, int]] = {}
     texts: dict[str, tuple[int, int]] = {}
     refused: list[tuple[int, int, int, int]] = []
-    others: list[tuple[str, str]] = []  # key and name of further images of a key, as far as suffixes say
+    others: dict[str, list[str]] = {}  # names of further images of a key, as far as suffixes say
     damage: list[tuple[int, int, int, int]] = []  # one row at most, the last
     ignored = behind = 0
     try:
@@ -119,7 +119,7 @@ def scan(file: IO[bytes], path: Path | str, size: int) -> Scan:
             elif suffix == "json" and not _why_refused(texts, key, member):
                 texts[key] = (member.offset_data, member.size)
             elif _is_image(suffix.rpartition(".")[2]):
-                others.append((key, member.name))
+                others.setdefault(key, []).append(member.name)
             else:
                 ignored += not member.isdir()
     except DamagedTar as error:
@@ -129,9 +129,9 @@ def scan(file: IO[bytes], path: Path | str, size: int) -> Scan:
         damage = [(error.offset, 0, DAMAGED, 0)]
     empty = (0, 0)
     places = sorted([*((*image, *texts.get(key, empty)) for key, image in images.items()), *refused])
-    misnamed = [name for key, name in others if key not in images]
-    ignored += sum(key not in images for key in texts) + len(others) - len(misnamed)
-    lost = Lost(behind, len(misnamed), tuple(misnamed[:_FIRST_NAMES]))
+    misnamed = [name for key, names in others.items() if key not in images for name in names]
+    ignored += sum(key not in images for key in texts) + sum(map(len, others.values())) - len(misnamed)
+    lost = Lost(behind, len(misnamed), tuple(name[:_NAME_LENGTH] for name in misnamed[:_FIRST_NAMES]))
     return Scan(np.array(places + damage, dtype=ROW), ignored, lost)
 
 

@@ -17,7 +17,7 @@ from typing import IO
 
 _BLOCK = 512
 _EXTENDED = 2**20  # bytes of an extended header at most: it holds a name and some attributes
-_PAX = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE)
+_PAX = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
 _LONG = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 _SPARSE = "GNU.sparse."  # what begins the keys of pax records of a sparse file
 _KEYS = ("path", "size", _SPARSE, f"{_SPARSE}name")  # what is kept of pax records
@@ -63,10 +63,10 @@ def members_of(file: IO[bytes], path: Path | str, size: int | None = None, start
         DamagedTar: it is another kind of file, or cut off or damaged.
     """
     end = os.fstat(file.fileno()).st_size if size is None else size
-    at, common = start, dict[str, str]()
+    at = start
     while True:
         try:
-            found = _next_member(file, at, end, common)
+            found = _next_member(file, at, end)
         except _Damage as error:
             raise DamagedTar(path, at, str(error), cut=error.cut) from None
         if found is None:
@@ -78,11 +78,10 @@ def members_of(file: IO[bytes], path: Path | str, size: int | None = None, start
         at = after
 
 
-def _next_member(file: IO[bytes], at: int, end: int, common: dict[str, str]) -> tuple[TarInfo, int] | None:
+def _next_member(file: IO[bytes], at: int, end: int) -> tuple[TarInfo, int] | None:
     """The member whose headers begin at `at`, and where the next ones do; None at the end mark.
 
-    Args:
-        common: pax records of all members from here on, which a global header adds to.
+    Global headers, which hold comments, are passed over: one name for all files would be none.
     """
     own: dict[str, str] = {}
     first = at
@@ -93,15 +92,13 @@ def _next_member(file: IO[bytes], at: int, end: int, common: dict[str, str]) -> 
                 raise _Damage("the tar ends after an extended header")
             return None
         at += _BLOCK
-        if header.type not in (*_PAX, *_LONG):
-            return _with_records(file, header, block, at, end, common | own)
+        if header.type not in (*_PAX, *_LONG, tarfile.XGLTYPE):
+            return _with_records(file, header, block, at, end, own)
         if header.size > _EXTENDED:
             raise _Damage(f"an extended header of {header.size} bytes; {_EXTENDED} are read at most")
         data = _read(file, at, header.size, end)
         at += _blocks(header.size)
-        if header.type == tarfile.XGLTYPE:
-            common.update(_records(data))
-        elif header.type in _PAX:
+        if header.type in _PAX:
             own = _records(data) | own  # of two that say the same, the first one counts
         elif header.type == tarfile.GNUTYPE_LONGNAME:
             own.setdefault("path", _text(data.partition(b"\0")[0]))

@@ -200,6 +200,15 @@ def test_a_tar_is_damaged_from_a_header_on_that_cannot_be_true_here_and_on_a_sto
             assert rows_of_stream(tar) == rows_of_file(tmp_path / "t.tar")
 
 
+def test_a_long_name_for_all_members_is_none_and_costs_nothing(tmp_path: Path) -> None:
+    record = b"%d path=" % 2**20
+    everyone = header("g", 2**20, tarfile.XGLTYPE) + record + b"n" * (2**20 - len(record) - 7) + b".x.jpg\n"
+    tar = everyone + b"".join(header(f"{row}.jpg", 0) for row in range(3000)) + bytes(2 * BLOCK)
+    (tmp_path / "t.tar").write_bytes(tar)
+    with time_limit():
+        assert index_shard(tmp_path / "t.tar")[1].rows == 3000
+
+
 def test_headers_of_headers_without_end_cost_no_more_than_their_bytes(tmp_path: Path) -> None:
     for many in (header("x", 0, tarfile.XHDTYPE) * 5000, header("x", len(DIGITS), tarfile.XHDTYPE) + DIGITS):
         (tmp_path / "t.tar").write_bytes(member("a.jpg") + many + member("c.jpg") + bytes(2 * BLOCK))
