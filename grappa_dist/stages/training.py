@@ -49,6 +49,11 @@ def steps_per_epoch(num_rows: int, global_batch: int) -> int:
     return -(-num_rows // global_batch)
 
 
+def data_settings(data: DataConfig) -> dict[str, object]:
+    """The settings of data that decide which rows are in a batch."""
+    return data.model_dump(include={"streams", "shuffle_window"})
+
+
 def idle_in_words(data: DataConfig, ranks: int) -> str:
     """What is said of a training job with more ranks than there are streams to read; "" of another."""
     if ranks <= data.streams:
@@ -58,11 +63,6 @@ def idle_in_words(data: DataConfig, ranks: int) -> str:
         f"{ranks - data.streams} ranks have no images; at least data.streams={ranks} would give all of them some "
         "(it changes the order of the images, so the result), or ask for fewer ranks"
     )
-
-
-def data_settings(data: DataConfig) -> dict[str, object]:
-    """The settings of data that decide which rows are in a batch."""
-    return data.model_dump(include={"streams", "shuffle_window"})
 
 
 def augmented(
