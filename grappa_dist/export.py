@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from grappa_dist.artifacts import Artifact
-from grappa_dist.data.transforms import to_rgb, upright
+from grappa_dist.data.decoding import to_rgb, upright
 from grappa_dist.files import replacing, write_json
 from grappa_dist.models import Grappa
 from grappa_dist.ops.galleries import set_weights, transitivity

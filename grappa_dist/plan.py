@@ -17,7 +17,7 @@ from grappa_dist.stages.flow import Flow
 from grappa_dist.stages.fuse_plan import projector_bytes
 from grappa_dist.stages.graph import graph_kind
 from grappa_dist.stages.pseudo_label import choices_in_words, num_labels
-from grappa_dist.stages.training import steps_per_epoch
+from grappa_dist.stages.training import idle_in_words, steps_per_epoch
 
 CLASSIFIER_PRODUCTS = 4  # of images and classes: scores, pull, scores again, gradient
 DIM = 384  # channels that sizes are told for: the backbone is not built for a plan
@@ -49,7 +49,15 @@ def _table(config: Config, root: Path) -> str:
             lines += [f"{'':<14} {line}" for line in choices_in_words(config.clustering, ks, sizes["train"])]
         if name == "adapt":
             lines += [f"{'':<14} {line}" for line in adapt_in_words(config, len(ks))]
+        if idle := idle_in_words(config.data, _ranks_of(name, config.resources)):
+            lines.append(f"{'':<14} {idle}")
     return "\n".join([*lines, *_costs(config, sizes["train"], ks), _classifier(config, max(ks))])
+
+
+def _ranks_of(stage: str, where: Resources) -> int:
+    """Ranks of a job of a stage that trains, as far as they are known; else 0."""
+    workers = known_workers(where)
+    return {"adapt": ranks_of(where, workers), "fuse": workers or 0}.get(stage, 0)
 
 
 def _stages(

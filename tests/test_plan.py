@@ -49,6 +49,18 @@ def test_a_plan_names_every_stage_with_its_steps_and_writes_nothing(tmp_path: Pa
         assert f"0 of {number} reused" in lines[stage]
 
 
+def test_a_plan_warns_of_ranks_that_would_have_no_images(tmp_path: Path) -> None:
+    paths = tiny.write_shards(tmp_path / "images")
+    settings = tiny.config(paths, data={"streams": 3}, resources={"workers": 5, "adapt_ranks": 4}, **SECTIONS)
+    said = re.findall(
+        r"warning: (\d+) ranks, but data.streams=3, .*: (\d+) ranks have no images; at least data.streams=(\d+)",
+        plan(settings, tmp_path / "run"),
+    )
+    assert said == [("4", "1", "4"), ("5", "2", "5")]
+    assert "warning" not in plan(settings.model_copy(update={"data": settings.data.model_copy(update={"streams": 5})}),
+                                 tmp_path / "run")  # fmt: skip
+
+
 def test_a_plan_names_the_jobs_of_rows_to_compare_with(tmp_path: Path) -> None:
     rows = ("average", "random-one", "random-all", "supervised")
     settings = tiny.config(

@@ -25,9 +25,10 @@ from grappa_dist.bench.arguments import check_least
 from grappa_dist.bench.photos import drawn_shards, users_shards
 from grappa_dist.bench.timing import Timing, turns
 from grappa_dist.data.decoding import BadImage, Picture, Pixels, decode, open_picture
+from grappa_dist.data.index import IMAGE_SUFFIXES
 from grappa_dist.data.loader import load_or_skip, read_batches
 from grappa_dist.data.progress import Tell
-from grappa_dist.data.shards import IMAGE_SUFFIXES, ImageShards
+from grappa_dist.data.shards import ImageShards
 from grappa_dist.data.transforms import Preprocess, draw_crop, view_generator
 
 OURS, PLAIN, SAME, ALONE, JPEG = (

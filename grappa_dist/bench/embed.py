@@ -26,8 +26,9 @@ from grappa_dist.bench.photos import drawn_shards, users_shards
 from grappa_dist.bench.step import types_of_products
 from grappa_dist.bench.table import aligned, aligned_header
 from grappa_dist.bench.timing import Timing, timed, turns
+from grappa_dist.data.index import IMAGE_SUFFIXES
 from grappa_dist.data.progress import Tell
-from grappa_dist.data.shards import IMAGE_SUFFIXES, ImageShards
+from grappa_dist.data.shards import ImageShards
 from grappa_dist.models import Backbone, create_backbone
 from grappa_dist.ops.precision import forward_precision
 from grappa_dist.stages.embed import Embedding, embed_rows

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import glob
-import hashlib
-import json
 import os
 import threading
 from collections import Counter
@@ -17,14 +15,17 @@ from typing import Any
 from numpy.typing import NDArray
 
 from grappa_dist.data.cache import CacheSettings
-from grappa_dist.data.checksums import check_newer
-from grappa_dist.data.index import COMMITTED, IMAGE_SUFFIXES, Shard, entry, index_shard, shard_of, write_rows
+from grappa_dist.data.checksums import check_unchanged, local_state
+from grappa_dist.data.index import COMMITTED, IMAGE_SUFFIXES, Shard, index_shard, version_of, write_rows
+from grappa_dist.data.index_files import read_index
+from grappa_dist.data.losses import in_words
+from grappa_dist.data.notes import Notes, State
 from grappa_dist.data.remote import RemoteObject, is_remote
 from grappa_dist.data.remote_index import RemoteRows, committed_indexes, index_remote, list_remote
-from grappa_dist.files import write_json
 
+Tar = Path | RemoteObject
 Index = str | RemoteRows | NDArray[Any]  # a .npy of ROW, one that is fetched when it is wanted, or the rows
-_Found = tuple[Shard, Index]
+IndexedShard = tuple[Shard, Index]
 Progress = Callable[[int], object]
 
 
@@ -35,34 +36,34 @@ def find_shards(
     *,
     write: bool = True,
     tell: Progress = lambda count: None,
-) -> list[_Found]:
+) -> list[IndexedShard]:
     """Shards that `paths` name, each with its index file, or, where there is none and none may be written, its rows.
 
     Args:
-        index_dir: where indexes of tars lie that brought none; None: nowhere.
+        index_dir: where indexes of tars lie that brought none, and notes of what was checked; None: nowhere.
         write: whether missing ones are put there.
-        tell: hears how many tars had to be read for want of an index.
+        tell: hears how many tars had to be read, for want of an index or since they are newer than theirs.
 
     Raises:
         ValueError: nothing is there, no shard has an image, or a shard is damaged or not what its index describes.
     """
-    tars = _all_tars(paths)
-    local = {tar.parent for tar in tars if isinstance(tar, Path)}
-    committed = {folder: committed_index(folder) for folder in local}
-    indexed_ns = {folder: (folder / COMMITTED).stat().st_mtime_ns for folder, known in committed.items() if known}
+    tars = _list_tars(paths)
+    notes = Notes(None if index_dir is None else index_dir.absolute(), write)
+    folders = {tar.parent: _LocalIndex(tar.parent) for tar in tars if isinstance(tar, Path)}
     far = [tar for tar in tars if isinstance(tar, RemoteObject)]
     whole = [str(path).rstrip("/") for path in paths if is_remote(str(path))]
-    remote = committed_indexes(far, whole, index_dir if write else None, COMMITTED)
-    settings, missing = cache or CacheSettings(), _Missing(index_dir, write, tell)
+    remote = committed_indexes(far, whole, notes)
+    settings, indexer = cache or CacheSettings(), _Indexer(notes, tell)
 
-    def find(tar: Path | RemoteObject) -> _Found:
+    def find(tar: Tar) -> IndexedShard:
         if isinstance(tar, RemoteObject):
-            return remote.get(tar.url) or missing.of(tar, lambda: index_remote(tar, settings))
-        known = committed[tar.parent]
-        if known is None:
-            return missing.of(tar, lambda: index_shard(tar))
-        check_newer(tar, known[tar.name][0], indexed_ns[tar.parent], index_dir, write=write)
-        return known[tar.name]
+            return remote.get(tar.url) or indexer.indexed(tar, lambda: index_remote(tar, settings))
+        folder = folders[tar.parent]
+        if folder.shards is None:
+            return indexer.indexed(tar, lambda: index_shard(tar))
+        shard, rows = folder.shard(tar)
+        check_unchanged(tar, shard, folder.written_ns, notes, tell=indexer.tell_one_more)
+        return replace(shard, version=version_of(tar.stat())), rows
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         found = list(pool.map(find, tars))
@@ -75,56 +76,61 @@ def _check_images(shards: Sequence[Shard], paths: Sequence[str | os.PathLike[str
         ignored = sum(shard.ignored for shard in shards)
         raise ValueError(
             f"shards: no images in {', '.join(map(str, paths))} ({len(shards)} tars, {ignored} other members); "
-            f"expected members <key>.{'|'.join(IMAGE_SUFFIXES)}"
+            f"expected members <key>.{'|'.join(IMAGE_SUFFIXES)}{''.join(f'; {line}' for line in in_words(shards))}"
         )
 
 
-def _all_tars(paths: Sequence[str | os.PathLike[str]]) -> list[Path | RemoteObject]:
+def _list_tars(paths: Sequence[str | os.PathLike[str]]) -> list[Tar]:
+    """The tars that all entries name, in their order."""
     if isinstance(paths, (str, os.PathLike)):
         raise ValueError(f"shards: expected a list of paths, got {paths!r}")
-    tars = [tar for path in paths for tar in _named(str(path))]
-    for said, times in Counter(map(_said, tars)).items():
+    tars = [tar for path in paths for tar in _tars_of(str(path))]
+    for address, times in Counter(map(_address, tars)).items():
         if times > 1:
-            raise ValueError(f"shards: {said} is named {times} times; expected once")
+            raise ValueError(f"shards: {address} is named {times} times; expected once")
     return tars
 
 
-def _said(tar: Path | RemoteObject) -> str:
+def _address(tar: Tar) -> str:
     return tar.url if isinstance(tar, RemoteObject) else str(tar)
 
 
-def _named(path: str) -> Sequence[Path | RemoteObject]:
+def _state(tar: Tar) -> State:
+    if isinstance(tar, RemoteObject):
+        return {"path": tar.url, "size": tar.size, "version": tar.version}
+    return {**local_state(tar), "version": version_of(tar.stat())}
+
+
+def _tars_of(entry: str) -> Sequence[Tar]:
     """The tars that one entry names, sorted."""
-    if not is_remote(path):
-        return _tars(path)
-    found = list_remote(path, COMMITTED)
+    if not is_remote(entry):
+        return _local_tars(entry)
+    found = list_remote(entry)
     if not found:
         raise ValueError(
-            f"shards: nothing at {path}; expected a folder of .tar objects, a .tar, a pattern such as DIR/*.tar or a "
+            f"shards: nothing at {entry}; expected a folder of .tar objects, a .tar, a pattern such as DIR/*.tar or a "
             "range such as DIR/shard-{000..127}.tar"
         )
     return found
 
 
-def _tars(path: str) -> list[Path]:
-    """Absolute paths of the tars that one entry names, sorted."""
-    if os.path.isdir(path):
-        tars: Iterable[str] = (str(tar) for tar in Path(path).glob("*.tar"))
+def _local_tars(entry: str) -> list[Path]:
+    """Absolute paths of the tars that one entry names, sorted; a pattern names what ends in .tar."""
+    if os.path.isdir(entry):
+        tars: Iterable[str] = (str(tar) for tar in Path(entry).glob("*.tar"))
+    elif os.path.isfile(entry):
+        tars = [entry]
     else:
-        tars = [path] if os.path.isfile(path) else glob.glob(path, recursive=True)
+        tars = (path for path in glob.glob(entry, recursive=True) if path.endswith(".tar"))
     found = sorted(Path(os.path.abspath(tar)) for tar in tars)
     if not found:
         raise ValueError(
-            f"shards: nothing at {path}; expected a folder of .tar files, a .tar file or a pattern such as DIR/*.tar"
+            f"shards: nothing at {entry}; expected a folder of .tar files, a .tar file or a pattern such as DIR/*.tar"
         )
+    for tar in found:
+        if not tar.is_file():
+            raise ValueError(f"shards: {tar} is no file, or a link to none; expected a tar")
     return found
-
-
-def read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from None
 
 
 def committed_index(folder: Path) -> dict[str, tuple[Shard, str]] | None:
@@ -136,11 +142,8 @@ def committed_index(folder: Path) -> dict[str, tuple[Shard, str]] | None:
     where = folder / COMMITTED
     if not where.is_file():
         return None
-    content = read_json(where)
-    if not isinstance(content, dict) or not isinstance(content.get("shards"), list):
-        raise ValueError(f"{where}: not an index of shards; expected an object with a list `shards`")
-    shards = [shard_of(line, "", where) for line in content["shards"]]
-    sizes = {tar.name: tar.stat().st_size for tar in folder.glob("*.tar")}
+    shards = read_index(where.read_bytes(), where)
+    sizes = {tar.name: tar.stat().st_size for tar in folder.glob("*.tar") if tar.is_file()}
     described = {shard.name: shard.bytes for shard in shards}
     for name in sorted(sizes.keys() | described.keys()):
         if sizes.get(name) != described.get(name):
@@ -148,55 +151,52 @@ def committed_index(folder: Path) -> dict[str, tuple[Shard, str]] | None:
             raise ValueError(
                 f"{folder / name}: its size is {has} but {where} says {said}; the shards changed after indexing"
             )
-    return {
-        shard.name: (shard_of(entry(shard), str(folder / shard.name), where), str(folder / f"{shard.name}.npy"))
-        for shard in shards
-    }
+    return {s.name: (replace(s, path=str(folder / s.name)), str(folder / f"{s.name}.npy")) for s in shards}
 
 
-class _Missing:
+class _LocalIndex:
+    """The index that a writer left beside the tars of a folder.
+
+    Attributes:
+        shards: None where there is no such index.
+        written_ns: when it was written, which was after the tars.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.shards, self._where = committed_index(folder), folder / COMMITTED
+        self.written_ns = 0 if self.shards is None else self._where.stat().st_mtime_ns
+
+    def shard(self, tar: Path) -> tuple[Shard, str]:
+        known = {} if self.shards is None else self.shards
+        if tar.name not in known:
+            raise ValueError(f"shards: {tar} is none of the shards of {self._where}; expected one of these, or all")
+        return known[tar.name]
+
+
+class _Indexer:
     """Indexes of tars that brought none: read from where they were written, else made."""
 
-    def __init__(self, index_dir: Path | None, write: bool, tell: Progress) -> None:
-        self._folder = None if index_dir is None else index_dir.absolute()
-        self._write, self._tell = write, tell
-        self._lock, self._made = threading.Lock(), 0
+    def __init__(self, notes: Notes, tell: Progress) -> None:
+        self._notes, self._tell = notes, tell
+        self._lock, self._count = threading.Lock(), 0
 
-    def of(self, tar: Path | RemoteObject, make: Callable[[], tuple[NDArray[Any], Shard]]) -> _Found:
-        """The shard of a tar with its index, reused while path, size and time of change or version agree."""
-        said, state = _said(tar), _state(tar)
-        if self._folder is None:
-            rows, shard = self._make(make)
+    def indexed(self, tar: Tar, make: Callable[[], tuple[NDArray[Any], Shard]]) -> IndexedShard:
+        """The shard of a tar with its index, reused while the tar is in the same state."""
+        address, state = _address(tar), _state(tar)
+        known = self._notes.indexed(address, state)
+        kept = None if known is None else self._notes.rows_path(known)
+        if known is not None and kept is not None and kept.is_file():
+            return known, str(kept)
+        rows, shard = make()
+        self.tell_one_more()
+        kept = self._notes.rows_path(shard)
+        if kept is None or not self._notes.writes:
             return shard, rows
-        note = self._folder / f"{hashlib.sha256(os.fsencode(said)).hexdigest()[:32]}.json"
-        if note.is_file():
-            content = read_json(note)
-            if content["state"] == state:
-                shard = replace(shard_of(content["shard"], said, note), version=str(state.get("version", "")))
-                if (rows_path := _rows_path(self._folder, shard)).is_file():
-                    return shard, str(rows_path)
-        rows, shard = self._make(make)
-        if not self._write:
-            return shard, rows
-        self._folder.mkdir(parents=True, exist_ok=True)
-        write_rows(_rows_path(self._folder, shard), rows)
-        write_json(note, {"state": state, "shard": entry(shard)})
-        return shard, str(_rows_path(self._folder, shard))
+        write_rows(kept, rows)
+        self._notes.note_indexed(address, state, shard)
+        return shard, str(kept)
 
-    def _make(self, make: Callable[[], tuple[NDArray[Any], Shard]]) -> tuple[NDArray[Any], Shard]:
-        made = make()
+    def tell_one_more(self) -> None:
         with self._lock:
-            self._made += 1
-            self._tell(self._made)
-        return made
-
-
-def _state(tar: Path | RemoteObject) -> dict[str, str | int]:
-    if isinstance(tar, RemoteObject):
-        return {"path": tar.url, "size": tar.size, "version": tar.version}
-    stat = tar.stat()
-    return {"path": str(tar), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-
-
-def _rows_path(index_dir: Path, shard: Shard) -> Path:
-    return index_dir / f"{shard.fingerprint[:32]}.npy"
+            self._count += 1
+            self._tell(self._count)

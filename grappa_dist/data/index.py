@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -15,23 +15,38 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from grappa_dist.data.tars import DamagedTar, members_of, split_name
 from grappa_dist.files import replacing
 
-ROW = np.dtype([("offset", "<u8"), ("size", "<u4"), ("json_offset", "<u8"), ("json_size", "<u4")])  # 24 bytes an image
-COMMITTED = "index.json"  # written last beside finished shards
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-INDEX_VERSION = 1
-_NAME = re.compile(r"^((?:.*/)?[^/.]+)\.([^/]*)$", re.DOTALL)  # WebDataset's grouping: the first dot of the base name
-_BLOCK = 512
-_LARGEST = 2**32 - 1
-# Why a row is bad already by its place in the tar: told by `json_offset`, where a JSON member cannot begin, and no size
-REFUSED = {
+# 24 bytes an image. Without JSON `json_size` is 0. A row whose image cannot be had has no `size`, no `json_size`, and
+# in `json_offset` why, by REFUSED; its `offset` is that of the member's data, or of the damage.
+ROW = np.dtype([("offset", "<u8"), ("size", "<u4"), ("json_offset", "<u8"), ("json_size", "<u4")])
+REFUSED = {  # numbers at which no JSON member can begin: the first block of a tar is a header
     1: "a second image of its key, which names one image",
     2: "a link or a sparse file, no plain file",
-    3: f"more than {_LARGEST} bytes",
+    3: f"more than {2**32 - 1} bytes",
     4: "the shard is damaged or cut off from here on, and what follows is lost",
 }
 _SECOND, _LINK, _LARGE, DAMAGED = REFUSED
+_LARGEST = 2**32 - 1
+COMMITTED = "index.json"  # written last beside finished shards
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+INDEX_VERSION = 1
+_FIRST_NAMES, _NAME_LENGTH = 20, 300  # of misnamed images of a shard, kept to be told
+_FINGERPRINT = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Lost:
+    """Images of a tar that have no row."""
+
+    behind: int = 0  # behind a damage: an estimate
+    misnamed: int = 0  # whose name has another dot before its suffix, and whose key has no image
+    names: tuple[str, ...] = ()  # the first of these
+
+    @property
+    def images(self) -> int:
+        return self.behind + self.misnamed
 
 
 @dataclass(frozen=True)
@@ -44,36 +59,56 @@ class Shard:
     bytes: int
     fingerprint: str  # sha256 of the tar
     ignored: int = 0  # members that are neither an image nor the JSON of one
-    version: str = ""  # of a remote tar: its ETag when it was found
+    version: str = ""  # when it was found: of a remote tar its ETag, of a local one its time of change
+    lost: Lost = Lost()
 
 
-def split_name(name: str) -> tuple[str, str] | None:
-    """(key, lower-case suffix) of a member, or None where the name has none."""
-    match = _NAME.match(name)
-    return (match[1], match[2].lower()) if match else None
+@dataclass(frozen=True)
+class Scan:
+    """What a tar has: places of its images in file order, (P,) of ROW, how many other members, and what is lost."""
+
+    rows: NDArray[Any]
+    ignored: int
+    lost: Lost
+
+
+def version_of(stat: os.stat_result) -> str:
+    """What tells a local file from a later one of its name: whole seconds, which every file system keeps."""
+    return str(stat.st_mtime_ns // 10**9)
 
 
 def index_shard(path: str | os.PathLike[str]) -> tuple[NDArray[Any], Shard]:
     """Places of a tar's images in file order, (P,) of ROW, and the shard they make."""
     path = Path(path)
     with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        rows, ignored = scan(file, path)
+        stat = os.fstat(file.fileno())
+        found = scan(file, path, stat.st_size)
         fingerprint = sha256_of(file)
-    return rows, Shard(path.name, str(path.absolute()), len(rows), size, fingerprint, ignored)
+    return found.rows, Shard(
+        path.name,
+        str(path.absolute()),
+        len(found.rows),
+        stat.st_size,
+        fingerprint,
+        found.ignored,
+        version_of(stat),
+        found.lost,
+    )
 
 
-def scan(file: IO[bytes], path: Path | str) -> tuple[NDArray[Any], int]:
-    """Places of a tar's images in file order, (P,) of ROW, and how many other members it has.
+def scan(file: IO[bytes], path: Path | str, size: int) -> Scan:
+    """What a tar of so many bytes has.
 
     What cannot be used keeps a row, which says why. A tar that is damaged further on ends with such a row.
     """
     images: dict[str, tuple[int, int]] = {}
     texts: dict[str, tuple[int, int]] = {}
     refused: list[tuple[int, int, int, int]] = []
-    ignored = 0
+    others: dict[str, list[str]] = {}  # names of further images of a key, as far as suffixes say
+    damage: list[tuple[int, int, int, int]] = []  # one row at most, the last
+    ignored = behind = 0
     try:
-        for member in members_of(file, path):
+        for member in members_of(file, path, size):
             key, suffix = (None if member.isdir() else split_name(member.name)) or ("", "")
             why = _why_refused(images, key, member) if _is_image(suffix) else 0
             if why:
@@ -82,43 +117,35 @@ def scan(file: IO[bytes], path: Path | str) -> tuple[NDArray[Any], int]:
                 images[key] = (member.offset_data, member.size)
             elif suffix == "json" and not _why_refused(texts, key, member):
                 texts[key] = (member.offset_data, member.size)
+            elif _is_image(suffix.rpartition(".")[2]):
+                others.setdefault(key, []).append(member.name)
             else:
                 ignored += not member.isdir()
     except DamagedTar as error:
         if not images and not refused:
             raise
-        refused.append((error.offset, 0, DAMAGED, 0))
+        behind = _behind(error, [*images.values()], size)
+        damage = [(error.offset, 0, DAMAGED, 0)]
     empty = (0, 0)
     places = sorted([*((*image, *texts.get(key, empty)) for key, image in images.items()), *refused])
-    return np.array(places, dtype=ROW), ignored + sum(key not in images for key in texts)
+    misnamed = [name for key, names in others.items() if key not in images for name in names]
+    ignored += sum(key not in images for key in texts) + sum(map(len, others.values())) - len(misnamed)
+    lost = Lost(behind, len(misnamed), tuple(name[:_NAME_LENGTH] for name in misnamed[:_FIRST_NAMES]))
+    return Scan(np.array(places + damage, dtype=ROW), ignored, lost)
 
 
-class DamagedTar(ValueError):
-    """A file that is no plain tar, or is none from some byte on."""
+def _behind(damage: DamagedTar, images: list[tuple[int, int]], size: int) -> int:
+    """About how many images are lost behind a damage: its bytes over those of an image so far.
 
-    def __init__(self, path: Path | str, offset: int, reason: str) -> None:
-        super().__init__(f"{path}: not a plain tar, or cut off or damaged, at byte {offset}: {reason}")
-        self.offset = offset
-
-
-def members_of(file: IO[bytes], path: Path | str) -> Iterator[tarfile.TarInfo]:
-    """Headers of a plain tar, to its end.
-
-    Raises:
-        DamagedTar: it is another kind of file, or cut off or damaged anywhere but inside a member's data.
+    What a file that ends inside a member would have gone on with nobody knows: as much again is presumed.
     """
-    offset = 0
-    try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
-                yield member
-                offset = tar.offset
-    except (tarfile.TarError, EOFError) as error:
-        raise DamagedTar(path, offset, str(error)) from None
-    # tarfile takes any nonsense after the first member for the end; the real end is a block of zeros
-    file.seek(offset)
-    if file.read(_BLOCK) != bytes(_BLOCK):
-        raise DamagedTar(path, offset, "a header or the end mark of a tar should be there")
+    if not images:
+        return 0
+    whole = [(offset, length) for offset, length in images if offset + length <= size]
+    end = max((offset + length for offset, length in whole), default=0)
+    each = end / len(whole) if whole else size
+    lost = (size - (end if damage.cut else damage.offset)) / each if each else 0
+    return max(round(lost), len(images) if damage.cut else 0)
 
 
 def _is_image(suffix: str) -> bool:
@@ -146,15 +173,31 @@ def sha256_of(file: BufferedReader) -> str:
 
 
 class OpenFile:
-    """A descriptor that closes when the last reader lets go of it, so a bounded cache may forget it at any time."""
+    """A descriptor that closes when the last reader lets go of it, so a bounded cache may forget it at any time.
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = str(path)
+    Args:
+        listed: size and version that the file had when it was listed, and must have at every read; None: any.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], listed: tuple[int, str] | None = None) -> None:
+        self.path, self._listed = str(path), listed
         self.fd = os.open(path, os.O_RDONLY)
 
     def read(self, offset: int, size: int) -> bytes:
-        """The bytes at a place; safe from many threads."""
+        """The bytes at a place; safe from many threads.
+
+        Raises:
+            ValueError: they are not all there, or the file is no longer the one that was listed.
+        """
         data = os.pread(self.fd, size, offset)
+        stat = os.fstat(self.fd)
+        now = (stat.st_size, version_of(stat))
+        if self._listed is not None and now != self._listed:
+            raise ValueError(
+                f"{self.path}: its size and time of change (s) are {now[0]}, {now[1]}, but were {self._listed[0]}, "
+                f"{self._listed[1]} when the run listed it; the file changed after it was indexed (a copy on another "
+                "node needs the same time: cp -p, rsync -t)"
+            )
         if len(data) != size:
             raise ValueError(
                 f"{self.path}: {len(data)} of {size} bytes at {offset}; the file changed after it was indexed"
@@ -166,43 +209,36 @@ class OpenFile:
             os.close(self.fd)
 
 
-def key_at(file: IO[bytes], start: int, offset: int) -> str:
-    """Key of the member whose data begin at `offset`; `start` is the end of any member before it.
-
-    Reading forward from a member's end meets the extra headers of a long name in their order.
-    """
-    file.seek(-(-start // _BLOCK) * _BLOCK)
-    with tarfile.open(fileobj=file, mode="r:") as tar:
-        for member in tar:
-            if member.offset_data == offset:
-                named = split_name(member.name)
-                assert named is not None, f"{member.name} was indexed without a key"
-                return named[0]
-    raise ValueError(f"{file.name}: no member begins at byte {offset}; the shard changed after it was indexed")
-
-
 def write_rows(path: Path, rows: NDArray[Any]) -> None:
     with replacing(path) as temporary, open(temporary, "wb") as file:
         np.save(file, rows, allow_pickle=False)
 
 
 def entry(shard: Shard) -> dict[str, Any]:
-    """A shard's line in an index file: all but where it lies."""
-    return {key: value for key, value in asdict(shard).items() if key not in ("path", "version")}
+    """A shard's line in an index file: all but where it lies, and what is lost where something is."""
+    line = {key: value for key, value in asdict(shard).items() if key not in ("path", "version")}
+    return line if shard.lost.images else {key: value for key, value in line.items() if key != "lost"}
 
 
-def shard_of(line: Mapping[str, Any], path: str, where: Path | str) -> Shard:
-    """The shard that a line of the index file `where` describes."""
+def shard_of(line: Any, path: str, where: Path | str) -> Shard:
+    """The shard that a line of the index file `where` describes.
+
+    Raises:
+        ValueError: the line is not as `entry` makes it. A name is no path, and a fingerprint names files of ours.
+    """
+    names: tuple[Any, ...] = ()
+    counts: tuple[Any, ...] = ()
     try:
-        return Shard(
-            str(line["name"]),
-            path,
-            int(line["rows"]),
-            int(line["bytes"]),
-            str(line["fingerprint"]),
-            int(line["ignored"]),
-        )
-    except (KeyError, TypeError, ValueError):
+        lost = line.get("lost", {"behind": 0, "misnamed": 0, "names": []})
+        names = (line["name"], line["fingerprint"], *lost["names"])
+        counts = (line["rows"], line["bytes"], line["ignored"], lost["behind"], lost["misnamed"])
+    except (AttributeError, KeyError, TypeError):
+        pass
+    right = bool(names) and all(type(name) is str for name in names) and all(type(n) is int and n >= 0 for n in counts)
+    if not right or names[0] in ("", ".", "..") or {"/", "\0"} & set(names[0]) or not _FINGERPRINT.fullmatch(names[1]):
         raise ValueError(
-            f"{where}: not an index of shards; each needs name, rows, bytes, fingerprint, ignored"
-        ) from None
+            f"{where}: not an index of shards; each needs a name without /, rows, bytes and ignored from 0 on, and a "
+            f"fingerprint of 64 hex digits, got {line!r:.300}"
+        )
+    rows, size, ignored, behind, misnamed = counts
+    return Shard(names[0], path, rows, size, names[1], ignored, lost=Lost(behind, misnamed, tuple(names[2:])))

@@ -18,6 +18,11 @@ class EpochOrder:
     sequentially: rows move only inside windows. The epoch takes one row of each stream in turn. Memory does not grow
     with n: a row id is computed from its place in the epoch.
 
+    Ten good rows, three streams, windows of two: the streams hold the rows 0-3, 4-6 and 7-9 of the shuffled shards, so
+    positions 0-3, 0-2 and 0-2. Place 7 of the epoch is of stream 7 % 3 = 1, position 7 // 3 = 2, thus in window 1 of
+    that stream, which has position 2 alone: row 4 + 2 = 6. Place 4 is of stream 1, position 1, in window 0, whose
+    shuffle puts 0 or 1 there: row 4 or 5. A batch is a run of places; of two ranks, one serves streams 0 and 2.
+
     Args:
         bad: rows that do not decode, sorted row ids; they appear in no batch.
     """

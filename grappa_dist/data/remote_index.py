@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
@@ -13,12 +12,13 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any, cast
 
-import numpy as np
 from numpy.typing import NDArray
 
 from grappa_dist.data.blocks import fetchers
 from grappa_dist.data.cache import CacheSettings
-from grappa_dist.data.index import ROW, Shard, scan, shard_of
+from grappa_dist.data.index import COMMITTED, Shard, scan
+from grappa_dist.data.index_files import REMADE, read_index, read_rows
+from grappa_dist.data.notes import Notes
 from grappa_dist.data.remote import (
     RemoteFile,
     RemoteObject,
@@ -29,7 +29,7 @@ from grappa_dist.data.remote import (
     list_tars,
     objects_at,
 )
-from grappa_dist.files import replacing, write_json
+from grappa_dist.files import replacing
 
 _PIECE = 8 * 2**20  # bytes of one request while a tar is read through
 _PIECES_AHEAD = 2
@@ -48,37 +48,28 @@ class RemoteRows:
             data = fetch_whole(self.url)
             if data is None:
                 raise ValueError(f"{self.url}: not there; {shard.path} was indexed with it")
-            rows = _parse(data, self.url)
-            end = int((rows["offset"] + rows["size"]).max(initial=0))
-            if len(rows) != shard.rows or end > shard.bytes:
+            rows = read_rows(io.BytesIO(data), shard, self.url)
+            if (end := int((rows["offset"] + rows["size"]).max(initial=0))) > shard.bytes:
                 raise ValueError(
-                    f"{self.url}: {len(rows)} rows that end at byte {end}, but {shard.path} has {shard.rows} in "
-                    f"{shard.bytes} bytes; it is the index of another shard"
+                    f"{self.url}: its rows end at byte {end}, but {shard.path} has {shard.bytes}; it is the index of "
+                    "another shard"
                 )
             if self.local is None:
                 return rows
             with replacing(Path(self.local)) as temporary:
                 temporary.write_bytes(data)
-        kept: NDArray[Any] = np.load(self.local, mmap_mode="r", allow_pickle=False)
-        return kept
-
-
-def _parse(data: bytes, url: str) -> NDArray[Any]:
-    try:
-        rows: NDArray[Any] = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{url}: not an index of a shard: {error}") from None
-    if rows.dtype != ROW or rows.ndim != 1:
-        raise ValueError(f"{url}: not an index of a shard: an array of {rows.dtype}, expected {ROW}")
-    return rows
+        with open(self.local, "rb") as file:
+            return read_rows(file, shard, self.local, remedy=REMADE)
 
 
 def index_remote(about: RemoteObject, settings: CacheSettings) -> tuple[NDArray[Any], Shard]:
     """Places of a remote tar's images in file order, (P,) of ROW, and the shard they make; the tar is read once."""
     stream = _Stream(_pieces(about, settings))
-    rows, ignored = scan(cast(IO[bytes], stream), about.url)
-    fingerprint = stream.finish()
-    return rows, Shard(about.name, about.url, len(rows), about.size, fingerprint, ignored, about.version)
+    found = scan(cast(IO[bytes], stream), about.url, about.size)
+    fingerprint, rows = stream.finish(), found.rows
+    return rows, Shard(
+        about.name, about.url, len(rows), about.size, fingerprint, found.ignored, about.version, found.lost
+    )
 
 
 def _pieces(about: RemoteObject, settings: CacheSettings) -> Iterator[bytes]:
@@ -143,33 +134,26 @@ class _Stream(io.RawIOBase):
         return self._digest.hexdigest()
 
 
-def committed_remote(folder: str, name: str) -> dict[str, tuple[Shard, str]] | None:
+def committed_remote(folder: str) -> dict[str, tuple[Shard, str]] | None:
     """Shards by name with the URLs of their index files, as a writer left them; None where there is no such index."""
-    where = f"{folder}/{name}"
+    where = f"{folder}/{COMMITTED}"
     text = fetch_whole(where)
     if text is None:
         return None
-    try:
-        content = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{where}: not JSON: {error}") from None
-    if not isinstance(content, dict) or not isinstance(content.get("shards"), list):
-        raise ValueError(f"{where}: not an index of shards; expected an object with a list `shards`")
-    shards = [shard_of(line, "", where) for line in content["shards"]]
-    return {s.name: (replace(s, path=f"{folder}/{s.name}"), f"{folder}/{s.name}.npy") for s in shards}
+    return {s.name: (replace(s, path=f"{folder}/{s.name}"), f"{folder}/{s.name}.npy") for s in read_index(text, where)}
 
 
-def list_remote(entry: str, index_name: str) -> list[RemoteObject]:
+def list_remote(entry: str) -> list[RemoteObject]:
     """The tars that one entry names; a folder on http(s) has those of its index, or of its HTML listing."""
     if is_folder(entry) and is_http(entry):
-        known = committed_remote(check_url(entry), index_name)
+        known = committed_remote(check_url(entry))
         if known is not None:
             return objects_at(shard.path for shard, _ in known.values())
     return list_tars(entry)
 
 
 def committed_indexes(
-    tars: Sequence[RemoteObject], whole: Sequence[str], index_dir: Path | None, index_name: str
+    tars: Sequence[RemoteObject], whole: Sequence[str], notes: Notes
 ) -> dict[str, tuple[Shard, RemoteRows]]:
     """Shard and index of the tars, by URL, that have an index beside them.
 
@@ -181,30 +165,30 @@ def committed_indexes(
         folders.setdefault(tar.folder, []).append(tar)
     result = {}
     for folder, found in folders.items():
-        known = committed_remote(folder, index_name)
+        known = committed_remote(folder)
         if known is None:
             continue
         gone = known.keys() - {tar.name for tar in found} if folder in whole else set()
         for name in sorted(gone):
             raise ValueError(f"{folder}/{name}: missing, but the index beside it has it; the shards changed")
-        _check_committed(folder, known, found, index_dir)
+        _check_committed(folder, known, found, notes)
         for tar in found:
             shard, rows = known[tar.name]
-            local = None if index_dir is None else str(index_dir.absolute() / f"{shard.fingerprint[:32]}.npy")
+            kept = notes.rows_path(shard)
+            local = str(kept) if kept is not None and notes.writes else None
             result[tar.url] = (replace(shard, version=tar.version), RemoteRows(rows, local))
     return result
 
 
 def _check_committed(
-    folder: str, known: dict[str, tuple[Shard, str]], found: Sequence[RemoteObject], index_dir: Path | None
+    folder: str, known: dict[str, tuple[Shard, str]], found: Sequence[RemoteObject], notes: Notes
 ) -> None:
     """Holds the objects of a folder against its index, and against what an earlier run saw there.
 
     Raises:
         ValueError: an object is new, has another size, or has changed under an index that has not.
     """
-    note = None if index_dir is None else index_dir / f"{hashlib.sha256(folder.encode()).hexdigest()[:32]}.seen.json"
-    before = json.loads(note.read_bytes()) if note is not None and note.is_file() else {}
+    before = notes.seen(folder)
     now = {}
     for about in found:
         shard = known[about.name][0] if about.name in known else None
@@ -214,15 +198,12 @@ def _check_committed(
                 f"{about.url}: its size is {about.size} but the index beside it says {said}; "
                 "the shards changed after indexing"
             )
-        now[about.name] = [shard.fingerprint, about.version]
-        if (
-            about.name in before
-            and before[about.name][0] == shard.fingerprint
-            and before[about.name] != now[about.name]
-        ):
+        now[about.name] = (shard.fingerprint, about.version)
+        fingerprint, version = before.get(about.name, now[about.name])
+        if fingerprint == shard.fingerprint and version != about.version:
             raise ValueError(
-                f"{about.url}: its version is {about.version} but was {before[about.name][1]} in an earlier run, "
+                f"{about.url}: its version is {about.version} but was {version} in an earlier run, "
                 "and the index beside it is the same; the shard changed after indexing"
             )
-    if note is not None and (merged := {**before, **now}) != before:
-        write_json(note, merged)
+    if (merged := {**before, **now}) != before:
+        notes.note_seen(folder, merged)

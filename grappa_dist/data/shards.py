@@ -19,28 +19,17 @@ from grappa_dist.data.blocks import BlockFile, ReadAt, fetchers, open_blocks
 from grappa_dist.data.cache import CacheSettings
 from grappa_dist.data.decoding import BadImage
 from grappa_dist.data.discovery import Index, Progress, find_shards
-from grappa_dist.data.index import (
-    DAMAGED,
-    IMAGE_SUFFIXES,
-    REFUSED,
-    ROW,
-    OpenFile,
-    Shard,
-    index_shard,
-    key_at,
-    refusal,
-    split_name,
-)
+from grappa_dist.data.index import DAMAGED, REFUSED, OpenFile, Shard, refusal
+from grappa_dist.data.index_files import REMADE, check_places, read_rows
 from grappa_dist.data.randomness import permutation
 from grappa_dist.data.remote import RemoteObject, is_remote
 from grappa_dist.data.remote_index import RemoteRows
-
-__all__ = ["IMAGE_SUFFIXES", "ROW", "ImageShards", "Shard", "index_shard", "split_name"]
+from grappa_dist.data.tars import key_at
 
 
 @lru_cache(maxsize=128)
-def _open(path: str, fingerprint: str) -> OpenFile:
-    return OpenFile(path)
+def _open(shard: Shard) -> OpenFile:
+    return OpenFile(shard.path, (shard.bytes, shard.version) if shard.version else None)
 
 
 _FETCHING = [threading.Lock() for _ in range(64)]  # by shard: threads that want the same index wait for one fetch
@@ -57,7 +46,11 @@ def _rows_of(index: Index, shard: Shard) -> NDArray[Any]:
 def _map(index: str | RemoteRows, shard: Shard) -> NDArray[Any]:
     if isinstance(index, RemoteRows):
         return index.load(shard)
-    rows: NDArray[Any] = np.load(index, mmap_mode="r", allow_pickle=False)
+    with open(index, "rb") as file:
+        if index != f"{shard.path}.npy":  # it is named by the fingerprint of its tar
+            return read_rows(file, shard, index, remedy=REMADE)
+        rows = read_rows(file, shard, index)
+    check_places(rows, shard, _open(shard), index)
     return rows
 
 
@@ -136,13 +129,7 @@ class ImageShards:
 
     def index(self, shard: int) -> NDArray[Any]:
         """Places of one shard's images, (P,) of ROW, mapped from its index file."""
-        index = self.indexes[shard]
-        rows = _rows_of(index, self.shards[shard])
-        if len(rows) != self.shards[shard].rows or rows.dtype != ROW:
-            raise ValueError(
-                f"{index}: {len(rows)} rows of index, but {self.shards[shard].path} has {self.shards[shard].rows}"
-            )
-        return rows
+        return _rows_of(self.indexes[shard], self.shards[shard])
 
     def image_bytes(self, row: int) -> bytes:
         """The image file of a row, as it lies in the tar.
@@ -202,9 +189,9 @@ class ImageShards:
         offset = int(rows["offset"][position])
         opened = self._file(shard)
         if isinstance(opened, BlockFile):
-            return key_at(cast(IO[bytes], ReadAt(opened)), start, offset)
+            return key_at(cast(IO[bytes], ReadAt(opened)), self.shards[shard].bytes, start, offset)
         with open(self.shards[shard].path, "rb") as file:
-            return key_at(file, start, offset)
+            return key_at(file, self.shards[shard].bytes, start, offset)
 
     def where(self, row: int) -> str:
         """Shard and key of a row, for messages."""
@@ -218,4 +205,4 @@ class ImageShards:
         about = self.shards[shard]
         if is_remote(about.path):
             return open_blocks(RemoteObject(about.path, about.bytes, about.version), self.cache)
-        return _open(about.path, about.fingerprint)
+        return _open(about)

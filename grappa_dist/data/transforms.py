@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from grappa_dist.data.decoding import BadImage, Picture, Pixels, decode, to_rgb, upright
+from grappa_dist.data.decoding import Picture, Pixels
 from grappa_dist.data.randomness import generator
 
 INTERPOLATIONS = {
@@ -29,8 +29,6 @@ _LONG = 8  # from this aspect on, an image is not resized outside its crop
 # torch has these for bytes, some six times as fast as Pillow and within one grey level of it
 _TORCH = ("bilinear", "bicubic")
 _STEEPEST = 64  # torch's weights have 16 bits: too few to average more rows than this into one
-
-__all__ = ["BadImage", "Picture", "Pixels", "Preprocess", "decode", "to_rgb", "upright", "view_generator"]
 
 
 def view_generator(seed: int, epoch: int, row: int, view: int) -> np.random.Generator:

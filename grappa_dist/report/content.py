@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypedDict
+from typing import Literal, NotRequired, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,11 +34,12 @@ class LabelFree(TypedDict):
 
 
 class BadRow(TypedDict):
-    """A row that did not decode and was left out of everything."""
+    """A row that did not decode, or images that have no row: left out of everything."""
 
     shard: str
     key: str
     reason: str
+    images: NotRequired[int]  # 1 where it is not said
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -180,13 +180,15 @@ def _share(item: LabelFree | None) -> str:
 def bad_section(content: ReportContent) -> str:
     if not content.bad_rows:
         return ""
-    reasons = Counter(row["reason"].partition(" (byte ")[0][:200] for row in content.bad_rows).most_common(10)
+    counts = Counter[str]()
+    for row in content.bad_rows:
+        counts[row["reason"].partition(" (byte ")[0][:200]] += row.get("images", 1)
     first = f" The first {MOST_BAD_ROWS} are listed." if len(content.bad_rows) > MOST_BAD_ROWS else ""
     lead = (
-        f'<p class="lead">{plural(len(content.bad_rows), "image")} could not be read and took no part in '
+        f'<p class="lead">{plural(counts.total(), "image")} could not be read and took no part in '
         f"clustering, training or evaluation.{first}</p>"
     )
-    why = table(["reason", "images"], [[text(reason, 200), f"{count:,}"] for reason, count in reasons])
+    why = table(["reason", "images"], [[text(reason, 200), f"{count:,}"] for reason, count in counts.most_common(10)])
     body = [[text(row["key"]), text(row["shard"]), text(row["reason"])] for row in content.bad_rows[:MOST_BAD_ROWS]]
     listing = table(["key", "shard", "reason"], body, numeric=False)
     return f'{lead}{why}<details class="fold"><summary>The images</summary>{listing}</details>'

@@ -24,7 +24,7 @@ from grappa_dist.stages.packs import AdaptSet, commit_saved, group, not_begun
 from grappa_dist.stages.pseudo_label import CENTROIDS_FILE, label_rows
 from grappa_dist.stages.rates import Measured, measure_rates
 from grappa_dist.stages.run import Run
-from grappa_dist.stages.training import TrainingImages, data_settings
+from grappa_dist.stages.training import TrainingImages, data_settings, idle_in_words
 
 FEW = 8  # images at a time, which a pack must have room for at the least
 
@@ -78,7 +78,10 @@ def train_sets(run: Run, sets: Sequence[AdaptSet], images: ImageShards, bad: NDA
         whole = replace(whole, sharing=run.runner.sharing, compiled=config.resources.compile == "auto")
         jobs = [replace(whole, sets=members) for members in group(sets, _per_job(run, whole, not_begun(sets)))]
         workers = run.runner.num_workers
-        run.console.say(f"adapt: {in_words(len(jobs), workers, ranks_of(config.resources, workers))}")
+        ranks = ranks_of(config.resources, workers)
+        run.console.say(f"adapt: {in_words(len(jobs), workers, ranks)}")
+        if idle := idle_in_words(config.data, ranks):
+            run.console.say(f"adapt: {idle}")
         run.runner.run_jobs(
             [Job(job.name, train_adaptors, job, config.resources.adapt_ranks) for job in jobs],
             lambda name: run.console.say(f"adapt: {name} is trained"),

@@ -15,6 +15,7 @@ from grappa_dist.artifacts import Artifact, Store
 from grappa_dist.config import DataConfig, Resources
 from grappa_dist.data.cache import CacheSettings
 from grappa_dist.data.decoding import BadImage
+from grappa_dist.data.losses import in_words
 from grappa_dist.data.randomness import permutation
 from grappa_dist.data.remote import is_remote
 from grappa_dist.data.shards import ImageShards
@@ -56,7 +57,7 @@ def open_images(
     """Training and test images; test is None where there are none, and the training images are looked at instead.
 
     Args:
-        say: hears now and then how many tars that brought no index have been read.
+        say: hears now and then how many tars had to be read to the end, and which images are lost in them.
     """
     index, cache, heard = store.root / "index", cache_of(where or Resources()), time.monotonic()
 
@@ -64,15 +65,18 @@ def open_images(
         nonlocal heard
         if time.monotonic() - heard > INDEXING_S:
             heard = time.monotonic()
-            say(f"collect: {count} tars without an index read to the end")
+            say(f"collect: {count} tars without an index, or newer than theirs, read to the end")
 
     if data.collection:
         folder = collection_of(store, data).path
         return ImageShards.open([folder / "train"], index), ImageShards.open([folder / "test"], index)
     train = ImageShards.open(data.train, index, cache, write=write_index, tell=tell)
+    test = ImageShards.open(data.test, index, cache, write=write_index, tell=tell) if data.test else None
+    for line in in_words([*train.shards, *(test.shards if test else ())]):
+        say(f"warning: {line}")
     if not len(train):
         raise ValueError(f"data.train={list(data.train)}: the shards hold no images (jpg, jpeg, png, webp)")
-    return train, ImageShards.open(data.test, index, cache, write=write_index, tell=tell) if data.test else None
+    return train, test
 
 
 def ends_of(*collections: ImageShards) -> tuple[ImageShards, ...]:

@@ -19,9 +19,11 @@ from torch import Tensor, nn
 
 from grappa_dist.artifacts import Artifact, RowArrays, Store, wait_until_seen
 from grappa_dist.config import EmbedConfig
+from grappa_dist.data.index import Shard
 from grappa_dist.data.loader import load_or_skip, read_batches
+from grappa_dist.data.losses import in_words, lost_images
 from grappa_dist.data.probe import pixels_class
-from grappa_dist.data.shards import ImageShards, Shard
+from grappa_dist.data.shards import ImageShards
 from grappa_dist.files import write_json
 from grappa_dist.ops.exact import to_grid
 from grappa_dist.ops.precision import forward_precision
@@ -66,8 +68,9 @@ def embed(run: Run, images: ImageShards, spec: ModelSpec, features: Sequence[Art
     """Embeds the shards that have no features yet, one task per shard, on all workers.
 
     Raises:
-        ValueError: more than data.max_bad_share of the rows are bad.
+        ValueError: more than data.max_bad_share of the images are bad or lost.
     """
+    check_bad_share(images, {}, run.config.data.max_bad_share)  # what is lost is known before any is embedded
     missing = list({a: i for i, a in enumerate(features) if not a.complete}.values())  # equal shards share one
     if missing:
         rows = sum(images.shards[i].rows for i in missing)
@@ -184,12 +187,21 @@ class _Watch:
 
 
 def check_bad_share(images: ImageShards, bad: Mapping[int, str], limit: float) -> None:
-    if len(bad) <= limit * len(images):
+    """Holds the rows known to be bad, and the images that have no row, against the share that is allowed.
+
+    Raises:
+        ValueError: they are more.
+    """
+    lost = lost_images(images.shards)
+    count, total = len(bad) + lost, len(images) + lost
+    if count <= limit * total:
         return
     kinds = Counter(why.partition(":")[0].partition(" (")[0] for why in bad.values()).most_common(3)
     first = "; ".join(f"{images.where(row)}: {bad[row]}" for row in sorted(bad)[:FIRST_BAD])
+    said = [f"{n} x {why}" for why, n in kinds] + [f"about {lost} have no row"] * (lost > 0)
     raise ValueError(
-        f"embed: {len(bad)} of {len(images)} images are bad ({', '.join(f'{n} x {why}' for why, n in kinds)}), "
-        f"data.max_bad_share={limit} allows {limit * len(images):.0f}. The first: {first}. "
+        f"embed: {count} of {total} images are bad ({', '.join(said)}), "
+        f"data.max_bad_share={limit} allows {limit * total:.0f}. "
+        f"The first: {'; '.join([first] * bool(bad) + list(in_words(images.shards)))}. "
         "Mend or leave out these shards, or raise data.max_bad_share: bad images take no part in anything"
     )

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from grappa_dist.artifacts import Artifact, RowArrays, Store, wait_until_seen
 from grappa_dist.config import Config, EvaluateConfig
+from grappa_dist.data.decoding import Picture
 from grappa_dist.data.loader import Make, load_images
 from grappa_dist.data.randomness import generator
 from grappa_dist.data.shards import ImageShards
-from grappa_dist.data.transforms import Picture, view_generator
+from grappa_dist.data.transforms import view_generator
 from grappa_dist.dist.comm import Comm
 from grappa_dist.dist.sharded_knn import sharded_knn
 from grappa_dist.files import write_json

@@ -45,7 +45,7 @@ from grappa_dist.stages.modelling import (
 from grappa_dist.stages.pairs import Pairs
 from grappa_dist.stages.random_sets import lars_groups, num_random, start_at_random
 from grappa_dist.stages.run import Run
-from grappa_dist.stages.training import TrainingImages, data_settings, torch_seed
+from grappa_dist.stages.training import TrainingImages, data_settings, idle_in_words, torch_seed
 from grappa_dist.stages.watching import AttentionWatch
 
 
@@ -119,9 +119,11 @@ def fuse(
             artifact,
             at_random,
         )
-        steps = training.num_steps(config.fuse.epochs)
-        with run.console.stage("fuse", f"{variant}, {steps} steps on {run.runner.num_workers} ranks"):
-            run.runner.run_jobs([Job(variant, train_fusion, job, run.runner.num_workers)])
+        ranks, steps = run.runner.num_workers, training.num_steps(config.fuse.epochs)
+        with run.console.stage("fuse", f"{variant}, {steps} steps on {ranks} ranks"):
+            if idle := idle_in_words(config.data, ranks):
+                run.console.say(f"fuse: {idle}")
+            run.runner.run_jobs([Job(variant, train_fusion, job, ranks)])
             wait_until_seen([artifact])
 
 

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from grappa_dist.artifacts import RowArrays
 from grappa_dist.config import FuseConfig
+from grappa_dist.data.decoding import Picture
 from grappa_dist.data.loader import load_images, read_batches
 from grappa_dist.data.randomness import generator
-from grappa_dist.data.transforms import Picture, Preprocess, view_generator
+from grappa_dist.data.transforms import Preprocess, view_generator
 from grappa_dist.dist.workers import RankContext
 from grappa_dist.models import Grappa
 from grappa_dist.stages.embed import Embedding

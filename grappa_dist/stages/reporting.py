@@ -12,8 +12,9 @@ from typing import Any
 
 from grappa_dist.artifacts import Artifact, Store
 from grappa_dist.config import Config
+from grappa_dist.data.decoding import decode
+from grappa_dist.data.losses import losses_of
 from grappa_dist.data.shards import ImageShards
-from grappa_dist.data.transforms import decode
 from grappa_dist.observe import EVENTS_FILE, duration, read_events
 from grappa_dist.report import (
     Clustering,
@@ -187,6 +188,8 @@ def _bad(images: ImageShards, features: Sequence[Artifact]) -> Iterator[BadRow]:
     for row, reason in sorted(bad_reasons(images, features).items()):
         shard, _ = images.locate(row)
         yield BadRow(shard=images.shards[shard].name, key=images.key(row), reason=reason)
+    for loss in losses_of(images.shards):
+        yield BadRow(shard=loss.shard.name, key=loss.key, reason=loss.reason, images=loss.images)
 
 
 def _bad_test(flow: Flow) -> Iterator[BadRow]:

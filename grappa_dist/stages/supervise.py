@@ -41,7 +41,7 @@ from grappa_dist.stages.modelling import (
 from grappa_dist.stages.packs import AdaptSet
 from grappa_dist.stages.pseudo_label import CENTROIDS_FILE, label_rows
 from grappa_dist.stages.run import Run
-from grappa_dist.stages.training import TrainingImages, data_settings, torch_seed
+from grappa_dist.stages.training import TrainingImages, data_settings, idle_in_words, torch_seed
 from grappa_dist.stages.true_labels import class_counts, without_class
 from grappa_dist.stages.watching import AttentionWatch
 
@@ -110,6 +110,8 @@ def fuse_supervised(
     )
     ranks, steps = run.runner.num_workers, training.num_steps(config.adapt.epochs)
     with run.console.stage("fuse", f"{SUPERVISED}, {classes} classes, {steps} steps on {ranks} ranks"):
+        if idle := idle_in_words(config.data, ranks):
+            run.console.say(f"fuse: {idle}")
         run.runner.run_jobs([Job(SUPERVISED, train_supervised_fusion, job, ranks)])
         wait_until_seen([fusion])
 

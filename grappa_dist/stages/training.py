@@ -12,11 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from grappa_dist.config import DataConfig
+from grappa_dist.data.decoding import Picture
 from grappa_dist.data.loader import load_images, read_batches
 from grappa_dist.data.order import EpochOrder
 from grappa_dist.data.randomness import generator
 from grappa_dist.data.shards import ImageShards
-from grappa_dist.data.transforms import Picture, Preprocess, view_generator
+from grappa_dist.data.transforms import Preprocess, view_generator
 from grappa_dist.dist.comm import Comm
 
 Pixels = NDArray[np.uint8]
@@ -65,6 +66,17 @@ def rank_share(global_batch: int, ranks: int, streams: int) -> int:
 def data_settings(data: DataConfig) -> dict[str, object]:
     """The settings of data that decide which rows are in a batch."""
     return data.model_dump(include={"streams", "shuffle_window"})
+
+
+def idle_in_words(data: DataConfig, ranks: int) -> str:
+    """What is said of a training job with more ranks than there are streams to read; "" of another."""
+    if ranks <= data.streams:
+        return ""
+    return (
+        f"warning: {ranks} ranks, but data.streams={data.streams}, and a rank reads whole streams: "
+        f"{ranks - data.streams} ranks have no images; at least data.streams={ranks} would give all of them some "
+        "(it changes the order of the images, so the result), or ask for fewer ranks"
+    )
 
 
 def augmented(

@@ -33,8 +33,7 @@ def test_a_shard_of_the_same_size_with_other_bytes_is_refused(tmp_path: Path) ->
 
 
 def test_a_copy_that_is_newer_is_read_once_and_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    copy = Path(shutil.copytree(folder(tmp_path), tmp_path / "copy"))
-    make_newer(copy / "shard-000000.tar")
+    copy = Path(shutil.copytree(folder(tmp_path), tmp_path / "copy"))  # with the times of the originals
     read: list[str] = []
     sha256_of = checksums.sha256_of
     monkeypatch.setattr(checksums, "sha256_of", lambda file: read.append(Path(file.name).name) or sha256_of(file))
@@ -42,7 +41,58 @@ def test_a_copy_that_is_newer_is_read_once_and_taken(tmp_path: Path, monkeypatch
     assert read == []
     for _ in range(2):
         assert ImageShards.open([copy], tmp_path / "notes").fingerprint == before.fingerprint
-    assert read == ["shard-000000.tar"]
+    assert sorted(read) == ["shard-000000.tar", "shard-000001.tar"]  # side by side, in any order
     make_newer(copy / "shard-000001.tar")
+    ImageShards.open([copy], tmp_path / "notes", write=False)
+    ImageShards.open([copy], tmp_path / "notes")
+    assert sorted(read)[1:] == ["shard-000001.tar"] * 3
+    later = (copy / "shard-000001.tar").stat().st_mtime_ns
+    os.utime(copy / "index.json", ns=(later, later))  # who copied them vouches for them: touch index.json
     ImageShards.open([copy], None)
-    assert sorted(read) == ["shard-000000.tar", "shard-000000.tar", "shard-000001.tar"]  # side by side, in any order
+    ImageShards.open([copy], tmp_path / "notes")
+    assert len(read) == 4
+
+
+def test_an_old_file_moved_over_a_shard_is_refused_though_it_is_older_than_the_index(tmp_path: Path) -> None:
+    tar = folder(tmp_path) / "shard-000000.tar"
+    changed = bytearray(tar.read_bytes())
+    changed[600] ^= 1
+    other = tmp_path / "old.tar"
+    other.write_bytes(changed)
+    os.utime(other, (10**9, 10**9))
+    ImageShards.open([tar.parent], tmp_path / "notes")
+    other.replace(tar)
+    for notes in (None, tmp_path / "notes"):
+        with pytest.raises(ValueError, match=r"shard-000000\.tar: its bytes are no longer those"):
+            ImageShards.open([tar.parent], notes)
+
+
+def test_a_link_that_is_turned_to_another_shard_is_refused(tmp_path: Path) -> None:
+    other = tmp_path / "other.tar"
+    tar = folder(tmp_path) / "shard-000000.tar"
+    changed = bytearray(tar.read_bytes())
+    changed[600] ^= 1
+    other.write_bytes(changed)
+    (tar.parent / "index.json").touch()  # so both files are older
+    tar.rename(tmp_path / "first.tar")
+    tar.symlink_to(tmp_path / "first.tar")
+    ImageShards.open([tar.parent], None)
+    os.utime(tar.parent / "index.json", ns=(other.stat().st_ctime_ns,) * 2)
+    tar.unlink()
+    tar.symlink_to(other)
+    with pytest.raises(ValueError, match=r"shard-000000\.tar: its bytes are no longer those"):
+        ImageShards.open([tar.parent], None)
+
+
+def test_a_copy_that_was_found_good_is_held_against_its_checksum_again_when_any_time_of_it_changes(
+    tmp_path: Path,
+) -> None:
+    copy = Path(shutil.copytree(folder(tmp_path), tmp_path / "copy"))
+    ImageShards.open([copy], tmp_path / "notes")
+    tar = copy / "shard-000001.tar"
+    before, changed = tar.stat(), bytearray(tar.read_bytes())
+    changed[600] ^= 1
+    tar.write_bytes(changed)
+    os.utime(tar, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(ValueError, match=r"shard-000001\.tar: its bytes are no longer those"):
+        ImageShards.open([copy], tmp_path / "notes")

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grappa_dist.data.decoding import BadImage
+from grappa_dist.data.index import ROW, Shard
 from grappa_dist.data.order import EpochOrder
-from grappa_dist.data.shards import ROW, ImageShards, Shard
+from grappa_dist.data.shards import ImageShards
 from tests.data.test_shards import write_tar
 
 
@@ -49,6 +50,15 @@ def test_every_good_row_appears_once_an_epoch_and_ranks_partition_its_batches(
     for t, batch in enumerate(batches):
         shares = [order.batch_share(t, batch_size, rank, ranks).tolist() for rank in range(ranks)]
         assert sorted(row for share in shares for row in share) == sorted(batch.tolist())
+
+
+def test_the_example_of_the_docstring_holds() -> None:
+    order = EpochOrder(shards_of(10), np.array([], dtype=np.int64), seed=0, epoch=0, streams=3, window=2)
+    rows = order.batch(0, 10).tolist()
+    assert rows[7] == 6
+    assert rows[4] in (4, 5)
+    assert [set(rows[stream::3]) for stream in range(3)] == [{0, 1, 2, 3}, {4, 5, 6}, {7, 8, 9}]
+    assert sorted(order.batch_share(0, 10, 0, 2).tolist()) == [0, 1, 2, 3, 7, 8, 9]
 
 
 def test_a_batch_does_not_depend_on_the_batches_drawn_before_it() -> None:

@@ -15,8 +15,8 @@ import pytest
 import webdataset
 
 from grappa_dist.data.decoding import BadImage
-from grappa_dist.data.index import DAMAGED, REFUSED
-from grappa_dist.data.shards import ROW, ImageShards, index_shard
+from grappa_dist.data.index import DAMAGED, REFUSED, ROW, index_shard
+from grappa_dist.data.shards import ImageShards
 from grappa_dist.data.writer import ShardWriter
 
 
@@ -340,3 +340,18 @@ def test_some_shards_are_whole_ones_drawn_by_the_seed_with_enough_rows(tmp_path:
         for shard, index in zip(some.shards, some.indexes, strict=True):
             assert index == images.indexes[images.shards.index(shard)]
     assert images.some(6, 3) == drawn[3]
+
+
+@pytest.mark.parametrize("with_index", [True, False])
+def test_a_shard_replaced_in_the_middle_of_a_run_is_refused(tmp_path: Path, with_index: bool) -> None:
+    write_folder(tmp_path / "f", 4, rows_per_shard=2)
+    if not with_index:
+        (tmp_path / "f" / "index.json").unlink()
+    shards = ImageShards.open([tmp_path / "f"], None)
+    assert shards.image_bytes(0) == b"\0"
+    for name, row in (("shard-000000.tar", 1), ("shard-000001.tar", 3)):  # open already, and not yet
+        tar = tmp_path / "f" / name
+        tar.write_bytes(tar.read_bytes()[::-1])
+        os.utime(tar, (10**9, 10**9))
+        with pytest.raises(ValueError, match=rf"{name}: its size and time .* 10240, 1000000000, but were 10240, \d+ "):
+            shards.image_bytes(row)

@@ -20,7 +20,8 @@ import pytest
 
 from grappa_dist.artifacts import Artifact, Store
 from grappa_dist.config import Config, Resources
-from grappa_dist.data.shards import ImageShards, Shard
+from grappa_dist.data.index import Shard
+from grappa_dist.data.shards import ImageShards
 from grappa_dist.dist import share
 from grappa_dist.dist.cluster import Cluster
 from grappa_dist.dist.comm import Comm

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 import zlib
 from dataclasses import fields, replace
@@ -227,6 +228,13 @@ def test_huge_inputs_stay_bounded(tmp_path: Path) -> None:
     assert "more queries left out" in html
     assert "mean of about 625 values" in html
     assert len(html) < 2_000_000
+
+
+def test_images_that_have_no_row_are_counted_among_the_bad_ones(tmp_path: Path) -> None:
+    bad = [BadRow(shard="s.tar", key="a", reason="empty"), BadRow(shard="s.tar", key="", reason="lost", images=497)]
+    html = render(ReportContent(title="t", bad_rows=bad), tmp_path)
+    assert "498 images could not be read" in html
+    assert re.search(r"lost<(?:(?!<tr).)*>497<", html)
 
 
 def test_an_image_that_comes_up_often_is_stored_once(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from PIL import Image
 
 from grappa_dist.artifacts import Artifact, Store
 from grappa_dist.config import Config
+from grappa_dist.data.decoding import decode
 from grappa_dist.data.shards import ImageShards
-from grappa_dist.data.transforms import decode
 from grappa_dist.stages.collect import open_images
 from grappa_dist.stages.embed import (
     Embedding,
@@ -155,15 +155,32 @@ def test_dirt_is_kept_as_bad_rows_with_shard_and_key_and_stops_nothing(tmp_path:
     write_tar(tmp_path / "images" / "dirty.tar", dirty_members(), tarfile.GNU_FORMAT)
     whole = (tmp_path / "images" / "dirty.tar").read_bytes()
     (tmp_path / "images" / "dirty.tar").write_bytes(whole[: whole.rindex(encoded(drawn(60, 40), "JPEG")) + 600])
-    settings = tiny.config([str(tmp_path / "images")], data={"max_bad_share": 0.5})
+    settings = tiny.config([str(tmp_path / "images")], data={"max_bad_share": 0.75})
     _, images, features = embed_in(tmp_path / "run", settings)
     found = {images.key(row): why for row, why in bad_reasons(images, features).items()}
     assert list(found) == ["empty", "cut", "page", "bomb", "k", "last", ""]
     assert (len(images), images.shards[0].ignored) == (15, 2)
     reasons = ("empty file", "runcated", "identify", "pixels", "second", "cut off", "lost")
     assert all(said in why for said, why in zip(reasons, found.values(), strict=True)), found
-    with pytest.raises(ValueError, match=r"7 of 15 images are bad .*dirty\.tar: image 'empty': empty file; .*'cut': "):
-        embed_in(tmp_path / "run", tiny.config([str(tmp_path / "images")], data={"max_bad_share": 0.4}))
+    said = r"20 of 28 images are bad .*about 13 have no row.*dirty\.tar: image 'empty': empty file; .*'cut': "
+    with pytest.raises(ValueError, match=said):
+        embed_in(tmp_path / "run", tiny.config([str(tmp_path / "images")], data={"max_bad_share": 0.7}))
+
+
+def test_images_without_a_row_count_as_bad_before_any_is_embedded(tmp_path: Path) -> None:
+    jpeg = encoded(drawn(60, 40), "JPEG")
+    misnamed = {f"IMG.{number}.jpg": jpeg for number in range(3)}
+    write_tar(tmp_path / "images" / "a.tar", {**{f"{row}.jpg": jpeg for row in range(9)}, **misnamed})
+    cut = write_tar(tmp_path / "images" / "b.tar", {f"{row}.jpg": jpeg for row in range(9)})
+    cut.write_bytes(cut.read_bytes()[: (len(jpeg) // 512 + 2) * 512 * 4 + 600])  # four images, and five rows and one
+    strict = tiny.config([str(tmp_path / "images")], data={"max_bad_share": 0.4})
+    said = r"8 of 23 images are bad \(about 8 have no row\).*: about 5 .*b\.tar: .*; 3 .*rename 'IMG\.0\.jpg' to "
+    with pytest.raises(ValueError, match=said):
+        embed_in(tmp_path / "run", tiny.config([str(tmp_path / "images")], data={"max_bad_share": 0.3}))
+    assert not list((tmp_path / "run").glob("features/*"))
+    with pytest.raises(ValueError, match=r"10 of 23 images are bad \(1 x .*, about 8 have no row\), .*allows 9\. "):
+        embed_in(tmp_path / "run", strict)
+    embed_in(tmp_path / "run", tiny.config([str(tmp_path / "images")], data={"max_bad_share": 0.5}))
 
 
 def test_a_run_stops_as_soon_as_too_many_are_certain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from grappa_dist.data.discovery import committed_index, read_json
+from grappa_dist.data.discovery import committed_index
 from grappa_dist.data.index import COMMITTED, INDEX_VERSION, entry
 from grappa_dist.data.making.filling import MAKING, Filled, ShardJob, already_filled
 from grappa_dist.data.making.planning import FolderPlan
 from grappa_dist.data.making.workers import fill_all
+from grappa_dist.data.notes import read_json
 from grappa_dist.data.progress import Progress, Tell
 from grappa_dist.files import write_json
 

@@ -7,7 +7,7 @@ from io import BytesIO
 
 from PIL import Image, features
 
-from grappa_dist.data.transforms import BadImage, decode
+from grappa_dist.data.decoding import BadImage, decode
 
 QUALITY = 95
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grappa_dist.data.discovery import read_json
 from grappa_dist.data.index import Shard, entry, shard_of
 from grappa_dist.data.loader import read_batches
 from grappa_dist.data.making.encoding import Encoded, encoded
 from grappa_dist.data.making.sources import Place
+from grappa_dist.data.notes import read_json
 from grappa_dist.data.writer import TarShard, members
 from grappa_dist.files import write_json
 

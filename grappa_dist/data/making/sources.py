@@ -12,7 +12,8 @@ from pathlib import Path
 from sys import intern
 from typing import NamedTuple, Protocol
 
-from grappa_dist.data.index import IMAGE_SUFFIXES, OpenFile, members_of
+from grappa_dist.data.index import IMAGE_SUFFIXES, OpenFile
+from grappa_dist.data.tars import members_of
 
 FILE_COLUMN = "file"
 
