@@ -9,23 +9,23 @@ Shapes: P rows of one block, M of them open, K centroids, G groups, D dimensions
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from grappa_dist.ops.bounds import SLACK, Bounds, Groups
+from grappa_dist.ops.bounds import Bounds, Groups, rooted
 from grappa_dist.ops.exact import GRID
+from grappa_dist.ops.moves import Moves, Take, most_or_these
 from grappa_dist.ops.nearest import best_of_all, decide_pairs, pair_squares
-from grappa_dist.ops.proposals import Centroids, PreparedRows, Proposer, joined
+from grappa_dist.ops.one_group import reassign_among_all
+from grappa_dist.ops.proposals import SLACK, Centroids, PreparedRows, Proposer, joined
+
+__all__ = ["GroupedCentroids", "Moves", "Take", "reassign"]
 
 _PLACES = 3  # proposals of each of many groups
-_MOST = 0.75  # of the rows: then all are searched, which is faster than picking them out
-
-Take = Callable[[Tensor], Sequence[Tensor]]
-"""Ascending places of a block -> its grid rows there, in pieces (p, D)."""
 _Pairs = tuple[Tensor, Tensor]  # positions of rows, and labels
 
 
@@ -43,27 +43,17 @@ class GroupedCentroids:
         return GroupedCentroids(whole, groups, tuple(whole.pick(m) for m in groups.members))
 
 
-@dataclass(frozen=True)
-class Moves:
-    """Rows whose label changed, and how the labels were found."""
-
-    rows: Tensor  # (m,) positions in the block
-    before: Tensor  # (m,) int64, -1 on the first pass
-    after: Tensor  # (m,) int64
-    by_integers: int  # rows that no float could settle
-    searched: int  # distances estimated
-
-
 def reassign(take: Take, centroids: GroupedCentroids, bounds: Bounds) -> Moves:
     """Sets the label of each grid row to its nearest centroid, a tie to the lowest index, and its bounds, in place.
 
     Args:
         take: the block's grid rows; asked for those alone that may change their label.
     """
+    if len(centroids.parts) == 1:
+        return reassign_among_all(take, centroids.whole, bounds)
     block = _open_rows(take, centroids, bounds)
     if not len(block.rows):
-        none = torch.zeros(0, dtype=torch.int64, device=bounds.labels.device)
-        return Moves(none, none, none, 0, 0)
+        return Moves.none(block.rows.device)
     proposals = _propose(block, centroids, (bounds.lower[block.rows] <= bounds.upper[block.rows, None]).T.contiguous())
     nearest = _decide(block, centroids, proposals)
     _rebound(bounds, block, proposals, nearest, centroids.groups)
@@ -87,7 +77,7 @@ class _Block:
 def _open_rows(take: Take, centroids: GroupedCentroids, bounds: Bounds) -> _Block:
     """Rows with a group that may hold a nearer centroid, also after a look at how far their own one is now."""
     proposer = centroids.whole.proposer
-    rows = _most_or_these((bounds.lower <= bounds.upper[:, None]).any(1))
+    rows = most_or_these((bounds.lower <= bounds.upper[:, None]).any(1))
     pieces, own, squares = take(rows), bounds.labels[rows].long(), bounds.squares[rows]
     first_time = bool((own < 0).any())
     if first_time or len(centroids.parts) == 1:  # the search of the only group finds the own
@@ -101,17 +91,11 @@ def _open_rows(take: Take, centroids: GroupedCentroids, bounds: Bounds) -> _Bloc
     some = joined(pieces)
     in_order = torch.arange(len(rows), device=rows.device)
     distances = pair_squares(some, squares, centroids.whole, (in_order, own)) / GRID**2
-    bounds.upper[rows] = _root(distances, 1 + SLACK)
-    still = _most_or_these((bounds.lower[rows] <= bounds.upper[rows, None]).any(1))
+    bounds.upper[rows] = rooted(distances, 1 + SLACK)
+    still = most_or_these((bounds.lower[rows] <= bounds.upper[rows, None]).any(1))
     some, squares, distances = _pick(some, still), squares[still], distances[still]
     prepared = proposer.rows([some], squares, distances, within_base=True)
     return _Block(rows[still], partial(some.index_select, 0), squares, own[still], distances, prepared)
-
-
-def _most_or_these(wanted: Tensor) -> Tensor:
-    """Positions of the rows wanted; of all rows where most are."""
-    rows = wanted.nonzero()[:, 0]
-    return torch.arange(len(wanted), device=wanted.device) if len(rows) > _MOST * len(wanted) else rows
 
 
 @dataclass(frozen=True)
@@ -136,7 +120,7 @@ def _propose(block: _Block, centroids: GroupedCentroids, open_groups: Tensor) ->
     most = centroids.whole.proposer.places if len(centroids.parts) == 1 else _PLACES
     others, crowded, error, searched = [], [], 0.0, 0
     for g, (members, part) in enumerate(zip(centroids.groups.members, centroids.parts, strict=True)):
-        rows = _most_or_these(open_groups[g])
+        rows = most_or_these(open_groups[g])
         if not len(rows):
             continue
         open_groups[g, rows] = True
@@ -217,20 +201,15 @@ def _within(distances: Tensor, reach: Tensor, rows: Tensor) -> Tensor:
 def _rebound(bounds: Bounds, block: _Block, proposals: _Proposals, nearest: _Nearest, groups: Groups) -> None:
     """Writes the new labels and bounds of the open rows."""
     others = torch.where(proposals.labels[0] == nearest.labels, proposals.distances[1], proposals.distances[0])
-    least = _root(others.double() - proposals.error, 1 - SLACK).T
+    least = rooted(others.double() - proposals.error, 1 - SLACK).T
     lower = torch.where(proposals.open.T, least, bounds.lower[block.rows])
     left = ((nearest.labels != block.own) & block.own_distances.isfinite()).nonzero()[:, 0]
     old = groups.of[block.own[left]]  # the old centroid is now one of the others
-    gone = _root(block.own_distances[left], 1 - SLACK)
+    gone = rooted(block.own_distances[left], 1 - SLACK)
     lower[left, old] = torch.minimum(lower[left, old], gone)
     bounds.lower[block.rows] = lower
     bounds.labels[block.rows] = nearest.labels.int()
-    bounds.upper[block.rows] = _root(nearest.above, 1 + SLACK)
-
-
-def _root(squares: Tensor, slack: float) -> Tensor:
-    """Distances, float32, on the safe side of the rounding."""
-    return (squares.clamp(min=0).sqrt() * slack).float()
+    bounds.upper[block.rows] = rooted(nearest.above, 1 + SLACK)
 
 
 def _pick(x: Tensor, rows: Tensor) -> Tensor:
