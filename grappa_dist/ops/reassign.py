@@ -1,7 +1,16 @@
 """A pass of Lloyd's iterations that searches only where the nearest centroid can have changed.
 
 Bounds (ops/bounds.py) only spare work: labels are those of `assign`, decided on exact integers, whatever the groups are
-and whatever estimates said.
+and whatever estimates said. With one group of centroids a pass is that of ops/one_group.py. With several, a row is in
+one of five cases:
+
+1. No lower bound is below its upper bound: nothing of it is read, its label stays.
+2. The exact distance to its own centroid, which is computed first, is below all lower bounds: its label stays too.
+3. Nobody has looked yet, on the first pass: there is no own centroid (label -1, at an infinite distance), and all
+   groups are open.
+4. Of the own centroid and those that were proposed by open groups, estimates leave one: that is the nearest.
+5. They leave several: sharper products, then integers decide between these. A group of which even the last proposal may
+   be the nearest is a crowd: any of its centroids may be it, and all of them are compared exactly.
 
 Shapes: P rows of one block, M of them open, K centroids, G groups, D dimensions, t proposals.
 """
@@ -25,7 +34,7 @@ from grappa_dist.ops.proposals import SLACK, Centroids, PreparedRows, Proposer, 
 
 __all__ = ["GroupedCentroids", "Moves", "Take", "reassign"]
 
-_PLACES = 3  # proposals of each of many groups
+_PLACES = 3  # proposals of each group
 _Pairs = tuple[Tensor, Tensor]  # positions of rows, and labels
 
 
@@ -55,7 +64,7 @@ def reassign(take: Take, centroids: GroupedCentroids, bounds: Bounds) -> Moves:
     if not len(block.rows):
         return Moves.none(block.rows.device)
     proposals = _propose(block, centroids, (bounds.lower[block.rows] <= bounds.upper[block.rows, None]).T.contiguous())
-    nearest = _decide(block, centroids, proposals)
+    nearest = _who_wins(block, centroids, _who_may_win(block, proposals))
     _rebound(bounds, block, proposals, nearest, centroids.groups)
     changed = (nearest.labels != block.own).nonzero()[:, 0]
     moved = (block.rows[changed], block.own[changed], nearest.labels[changed])
@@ -79,15 +88,10 @@ def _open_rows(take: Take, centroids: GroupedCentroids, bounds: Bounds) -> _Bloc
     proposer = centroids.whole.proposer
     rows = most_or_these((bounds.lower <= bounds.upper[:, None]).any(1))
     pieces, own, squares = take(rows), bounds.labels[rows].long(), bounds.squares[rows]
-    first_time = bool((own < 0).any())
-    if first_time or len(centroids.parts) == 1:  # the search of the only group finds the own
-        base = squares / GRID**2 if first_time else bounds.upper[rows].double().square()
-        prepared = proposer.rows(pieces, squares, base, within_base=not first_time)
-
-        def again(some: Tensor) -> Tensor:  # those that estimates leave open are few
-            return joined(take(rows[some]))
-
-        return _Block(rows, again, squares, own, torch.full_like(squares, math.inf), prepared)
+    if bool((own < 0).any()):
+        nowhere = torch.full_like(squares, math.inf)
+        prepared = proposer.rows(pieces, squares, squares / GRID**2, within_base=False)
+        return _Block(rows, lambda some: joined(take(rows[some])), squares, own, nowhere, prepared)
     some = joined(pieces)
     in_order = torch.arange(len(rows), device=rows.device)
     distances = pair_squares(some, squares, centroids.whole, (in_order, own)) / GRID**2
@@ -117,14 +121,13 @@ def _propose(block: _Block, centroids: GroupedCentroids, open_groups: Tensor) ->
     shape = (2, *open_groups.shape)
     distances = torch.full(shape, math.inf, device=block.rows.device)
     labels = torch.zeros(shape, dtype=torch.int64, device=block.rows.device)
-    most = centroids.whole.proposer.places if len(centroids.parts) == 1 else _PLACES
     others, crowded, error, searched = [], [], 0.0, 0
     for g, (members, part) in enumerate(zip(centroids.groups.members, centroids.parts, strict=True)):
         rows = most_or_these(open_groups[g])
         if not len(rows):
             continue
         open_groups[g, rows] = True
-        found = part.proposer.nearest(block.prepared.pick(rows), part, min(most, len(members)))
+        found = part.proposer.nearest(block.prepared.pick(rows), part, min(_PLACES, len(members)))
         for place in range(min(2, len(members))):
             distances[place, g].index_copy_(0, rows, found.distances[:, place])
             labels[place, g].index_copy_(0, rows, members[found.labels[:, place]])
@@ -144,46 +147,61 @@ def _reach(nearest: Tensor, own: Tensor, error: float) -> Tensor:
 
 
 @dataclass(frozen=True)
+class _Contenders:
+    """Which centroids may be the nearest."""
+
+    first: Tensor  # (M,) int64, the own one where it may be it, else the nearest by estimates
+    above: Tensor  # (M,) float64, at least the squared distance of the nearest
+    undecided: Tensor  # (m,) the rows for which there are others
+    pairs: list[_Pairs]  # theirs, all but the crowds
+    crowds: list[tuple[int, Tensor]]  # groups, and their rows
+
+
+def _who_may_win(block: _Block, proposals: _Proposals) -> _Contenders:
+    """Cases 4 and 5 told apart, by estimates and the exact distance to the own centroid."""
+    is_own = (proposals.labels == block.own) & block.own_distances.isfinite()
+    rivals = proposals.distances.masked_fill(is_own, math.inf).flatten(0, 1)  # (2 G, M)
+    labels = proposals.labels.flatten(0, 1)
+    best, place = rivals.min(0)
+    above = torch.minimum(best.double() + proposals.error, block.own_distances)  # the nearest is no farther
+    reach = _reach(best, block.own_distances, proposals.error)
+    near, stay = rivals <= reach, block.own_distances <= above
+    further = [(rows[some], of[some]) for rows, of, d in proposals.others if len(some := _within(d, reach, rows))]
+    crowds = [(g, rows[some]) for g, rows, d in proposals.crowded if len(some := _within(d, reach, rows))]
+    num = near.sum(0) + stay
+    for rows in (*(rows for rows, _ in further), *(rows for _, rows in crowds)):
+        num[rows] += 2
+    first = torch.where(stay, block.own, labels.gather(0, place[None])[0])
+    undecided = (num > 1).nonzero()[:, 0]
+    staying = undecided[stay[undecided]]
+    places, some = near[:, undecided].nonzero().unbind(1)
+    rows = undecided[some]
+    pairs = [(staying, block.own[staying]), (rows, labels[places, rows]), *further]
+    return _Contenders(first, above, undecided, pairs, crowds)
+
+
+@dataclass(frozen=True)
 class _Nearest:
     labels: Tensor  # (M,) int64, exact
     above: Tensor  # (M,) float64, at least the squared distance
     by_integers: int
 
 
-def _decide(block: _Block, centroids: GroupedCentroids, proposals: _Proposals) -> _Nearest:
-    """Estimates decide where only one centroid can be the nearest; sharper ones, then integers, where more can."""
-    is_own = (proposals.labels == block.own) & block.own_distances.isfinite()
-    rivals = proposals.distances.masked_fill(is_own, math.inf).flatten(0, 1)  # (2 G, M)
-    best, place = rivals.min(0)
-    above = torch.minimum(best.double() + proposals.error, block.own_distances)  # the nearest is no farther
-    reach = _reach(best, block.own_distances, proposals.error)
-    contenders = rivals <= reach
-    stay = block.own_distances <= above
-    others = [
-        (rows[near], labels[near]) for rows, labels, d in proposals.others if len(near := _within(d, reach, rows))
-    ]
-    crowded = [(g, rows[near]) for g, rows, d in proposals.crowded if len(near := _within(d, reach, rows))]
-    num = contenders.sum(0) + stay
-    for rows in (*(rows for rows, _ in others), *(rows for _, rows in crowded)):
-        num[rows] += 2
-    labels = torch.where(stay, block.own, proposals.labels.flatten(0, 1).gather(0, place[None])[0])
-    undecided = (num > 1).nonzero()[:, 0]
-    if len(undecided):
-        staying = undecided[stay[undecided]]
-        places, some = contenders[:, undecided].nonzero().unbind(1)
-        rows = undecided[some]
-        pairs = [(staying, block.own[staying]), (rows, proposals.labels.flatten(0, 1)[places, rows])]
-        pairs += [*others, *_nearest_of_crowds(block, centroids, crowded)]
-        rows, rivals_there = (torch.cat(column) for column in zip(*pairs, strict=True))
-        of_undecided = (torch.searchsorted(undecided, rows), rivals_there)
-        found = decide_pairs(block.at(undecided), block.squares[undecided], centroids.whole, of_undecided)
-        labels[undecided] = found.labels
-        above[undecided] = torch.minimum(above[undecided], found.above)
-        by_integers = found.by_integers
-        for _, rows in crowded:
-            by_integers[torch.searchsorted(undecided, rows)] = True
-        return _Nearest(labels, above, int(by_integers.sum()))
-    return _Nearest(labels, above, 0)
+def _who_wins(block: _Block, centroids: GroupedCentroids, contenders: _Contenders) -> _Nearest:
+    """Decides case 5, exactly."""
+    labels, above, undecided = contenders.first, contenders.above, contenders.undecided
+    if not len(undecided):
+        return _Nearest(labels, above, 0)
+    pairs = [*contenders.pairs, *_nearest_of_crowds(block, centroids, contenders.crowds)]
+    rows, of_rows = (torch.cat(column) for column in zip(*pairs, strict=True))
+    x, squares = block.at(undecided), block.squares[undecided]
+    found = decide_pairs(x, squares, centroids.whole, (torch.searchsorted(undecided, rows), of_rows))
+    labels[undecided] = found.labels
+    above[undecided] = torch.minimum(above[undecided], found.above)
+    by_integers = found.by_integers
+    for _, rows in contenders.crowds:
+        by_integers[torch.searchsorted(undecided, rows)] = True
+    return _Nearest(labels, above, int(by_integers.sum()))
 
 
 def _nearest_of_crowds(
@@ -199,7 +217,11 @@ def _within(distances: Tensor, reach: Tensor, rows: Tensor) -> Tensor:
 
 
 def _rebound(bounds: Bounds, block: _Block, proposals: _Proposals, nearest: _Nearest, groups: Groups) -> None:
-    """Writes the new labels and bounds of the open rows."""
+    """Writes the new labels and bounds of the open rows.
+
+    By (1) to (3) of `Proposals` no other centroid of an open group is nearer than d - error, d being the estimate of
+    its nearest other one; SLACK covers what far distances have been rounded by.
+    """
     others = torch.where(proposals.labels[0] == nearest.labels, proposals.distances[1], proposals.distances[0])
     least = rooted(others.double() - proposals.error, 1 - SLACK).T
     lower = torch.where(proposals.open.T, least, bounds.lower[block.rows])
