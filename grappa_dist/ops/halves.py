@@ -70,7 +70,7 @@ class HalfProposer:
     def _gaps(self, rows: PreparedRows, centroids: Centroids) -> Gaps:
         """Pair by pair where a table of all pairs is small beside the products."""
         error = self._error(rows, centroids)
-        if len(centroids.form) > min(_MOST_PAIRED, len(rows.base)):
+        if centroids.is_part or len(centroids.form) > min(_MOST_PAIRED, len(rows.base)):
             return Gaps(error)
         values, left_out = centroids.apart
         pairs = self.rest * values + (rows.norm + self.rest) * left_out + 2 * self._adding(rows, centroids)

@@ -113,6 +113,7 @@ class Centroids:
     proposer: Proposer
     form: Tensor  # (K, E), as the proposer multiplies them
     rest: float = 0.0  # the largest norm of what the form leaves out
+    is_part: bool = False  # of others; then too few rows come by to pay for a table of all pairs
 
     @staticmethod
     def of(values: Tensor, proposer: Proposer | None = None) -> Centroids:
@@ -128,7 +129,7 @@ class Centroids:
     def pick(self, labels: Tensor) -> Centroids:
         """Some of them."""
         values, squares, form = (t.index_select(0, labels) for t in (self.values, self.squares, self.form))
-        return replace(self, values=values, squares=squares, form=form)
+        return replace(self, values=values, squares=squares, form=form, is_part=True)
 
 
 def _distances(x: Tensor, squares: Tensor) -> Tensor:
