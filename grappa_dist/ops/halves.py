@@ -187,9 +187,9 @@ def _best_columns(table: _Table, t: int, gaps: Gaps, *, within_base: bool) -> tu
     far below 0. The last place stands for later scores too.
     """
     best, first = table.take_largest()
-    rows, place_of = torch.arange(len(best), device=best.device), best.new_full((t, len(best)), -math.inf)
-    columns, contenders = first.new_zeros(place_of.shape), torch.zeros_like(place_of, dtype=torch.bool)
-    place_of[0], columns[0], contenders[0] = best, first, True
+    rows, values = torch.arange(len(best), device=best.device), best.new_full((t, len(best)), -math.inf)
+    columns, contenders = first.new_zeros(values.shape), torch.zeros_like(values, dtype=torch.bool)
+    values[0], columns[0], contenders[0] = best, first, True
     cutoff = best - gaps.to_any(best, first)
     if within_base:
         most = _score_scale(best, gaps.error, within_base=True)
@@ -202,12 +202,12 @@ def _best_columns(table: _Table, t: int, gaps: Gaps, *, within_base: bool) -> tu
             table = table.pick(near)
             rows, first, best, cutoff = (x.index_select(0, near) for x in (rows, first, best, cutoff))
         scores, found = table.take_largest()
-        place_of[place].index_copy_(0, rows, scores)
+        values[place].index_copy_(0, rows, scores)
         columns[place].index_copy_(0, rows, found)
         near = (scores >= cutoff).nonzero()[:, 0]
         of_near = (x.index_select(0, near) for x in (scores, found, best, first))
         contenders[place, rows[near]] = True if place == t - 1 else _within(gaps, *of_near)
-    return place_of, columns, contenders
+    return values, columns, contenders
 
 
 def _within(gaps: Gaps, scores: Tensor, columns: Tensor, best: Tensor, first: Tensor) -> Tensor:

@@ -128,9 +128,8 @@ def decide_rivals(x: Tensor, squares: Tensor, centroids: Centroids, rivals: Riva
         squares: (P,) float64, exact |x|^2.
     """
     first, rows, labels = rivals.first, rivals.rows, rivals.labels
-    further = (centroids.squares[labels] - centroids.squares[first[rows]]) / GRID**2 + 2 * _differences(
-        x, centroids, rivals
-    )
+    products = _differences(x, centroids, rivals)
+    further = (centroids.squares[labels] - centroids.squares[first[rows]]) / GRID**2 + 2 * products
     # The rounding of c_i - c_j counts as one more operation, for which float_error has room.
     error = 2 * float_error(x.shape[1], norm_of(squares) * 2 * centroids.norm) + 2.0**-48
     least = torch.zeros_like(squares).scatter_reduce_(0, rows, further, "amin")  # the first one's is 0, exactly
