@@ -23,6 +23,7 @@ from grappa_dist.ops.kmeans import NORM_LIMIT
 from grappa_dist.ops.knn import largest_in_floats
 from grappa_dist.ops.proposals import joined, nearest_in_floats
 
+_RUN = 32  # rows of a run of neighbours, on the average: fewer are copied together rather than viewed one by one
 _GRID_ROWS = 128  # looked at in a core's cache
 
 
@@ -137,19 +138,36 @@ class Rows:
         return joined(self.pieces(positions, plain))
 
     def pieces(self, positions: Tensor, plain: Sequence[bool] = ()) -> list[Tensor]:
-        """The same shard by shard: each (p, D), in order.
+        """The same in pieces (p, D), in order.
 
-        Neighbours in one plain shard are a view: a memory map is read where somebody looks at it, and only there.
+        Neighbours in one plain shard are a view: a memory map is read where somebody looks at it, and only there. A bad
+        row now and then only makes more views; rows that are mostly no neighbours are copied, once, into one piece.
         """
         wanted = positions.numpy()
         first, last = (np.searchsorted(self.starts, wanted[[0, -1]], side="right") - 1).tolist()
-        edges = np.searchsorted(wanted, self.starts[first : last + 2]).tolist()
+        edges = np.searchsorted(wanted, self.starts[first : last + 2])  # in `wanted`, of each shard
+        breaks = np.flatnonzero(np.diff(wanted) != 1) + 1
+        if len(breaks) * _RUN > len(wanted):
+            return [self._copied(wanted, first, edges, plain)]
+        cuts = np.unique(np.concatenate([edges, breaks]))
+        shards = np.searchsorted(self.starts, wanted[cuts[:-1]], side="right") - 1
         parts = []
-        for i, (a, b) in enumerate(pairwise(edges), start=first):
-            if b > a:
-                rows = _some(self.shards[i], wanted[a:b] - self.starts[i])
-                parts.append(rows if plain and plain[i] else to_grid(rows))
+        for i, a, b in zip(shards.tolist(), cuts[:-1].tolist(), cuts[1:].tolist(), strict=True):
+            start = int(wanted[a] - self.starts[i])
+            rows = _tensor(self.shards[i][start : start + b - a])
+            parts.append(rows if plain and plain[i] else to_grid(rows))
         return parts
+
+    def _copied(self, wanted: np.ndarray, first: int, edges: np.ndarray, plain: Sequence[bool]) -> Tensor:
+        """Grid rows (P, D) in one piece, those from an edge to the next from shard `first` and so on."""
+        found = np.empty((len(wanted), self.shards[first].shape[1]), dtype=np.float32)
+        for i, (a, b) in enumerate(pairwise(edges.tolist()), start=first):
+            if b > a:
+                some = wanted[a:b] - self.starts[i]
+                np.take(self.shards[i], some, axis=0, out=found[a:b], mode="clip")  # another mode would copy twice
+                if not (plain and plain[i]):
+                    found[a:b] = to_grid(torch.from_numpy(found[a:b])).numpy()
+        return torch.from_numpy(found)
 
     def blocks(self, block_rows: int, plain: Sequence[bool] = (), threads: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         """The good rows by blocks: positions (P,) as above, and grid rows (P, D)."""
@@ -181,11 +199,8 @@ class Rows:
         return ""
 
 
-def _some(shard: np.ndarray, rows: np.ndarray) -> Tensor:
-    """Rows of a shard, (P, D); a view where they are neighbours."""
-    together = rows[-1] - rows[0] == len(rows) - 1
-    some = shard[rows[0] : rows[-1] + 1] if together else shard[rows]
-    return torch.from_numpy(some if some.flags.writeable else np.array(some))  # torch takes no read-only memory
+def _tensor(rows: np.ndarray) -> Tensor:
+    return torch.from_numpy(rows if rows.flags.writeable else np.array(rows))  # torch takes no read-only memory
 
 
 def _even_step(num: int, most: int, threads: int) -> int:

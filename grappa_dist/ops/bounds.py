@@ -16,10 +16,7 @@ import torch
 from torch import Tensor
 
 from grappa_dist.ops.exact import GRID, exact_square
-from grappa_dist.ops.proposals import nearest_in_floats
-
-SLACK = 2.0**-20
-"""Per update of a bound: more than its roundings, distances being at most about 2."""
+from grappa_dist.ops.proposals import SLACK, nearest_in_floats
 
 _GROUP_STEPS = 5
 _FEW_LABELS = 512  # so few are searched in one go
@@ -88,6 +85,11 @@ class Bounds:
         self.lower.sub_(drift.groups)
 
 
+def rooted(squares: Tensor, slack: float) -> Tensor:
+    """Distances from squared ones, float32, on the safe side of all roundings by a slack near 1."""
+    return (squares.clamp(min=0).sqrt() * slack).float()
+
+
 @dataclass(frozen=True)
 class Drift:
     """How far centroids have moved at most, float32, with room for the rounding of what it is added to."""
@@ -100,5 +102,6 @@ class Drift:
         moved = torch.cat(
             [exact_square(b.double() - a.double()) for a, b in zip(old.split(4096), new.split(4096), strict=True)]
         )
+        # Per update: more than the roundings of a bound, distances being at most about 2.
         own = (moved.sqrt() / GRID * (1 + SLACK) + SLACK).float()
         return Drift(own, groups.largest(own))

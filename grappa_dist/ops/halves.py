@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from grappa_dist.ops.exact import GRID, cached_rows
-from grappa_dist.ops.proposals import Centroids, PreparedRows, Proposals, float_error, norm_of
+from grappa_dist.ops.gaps import HALF, Gaps
+from grappa_dist.ops.proposals import SLACK, Centroids, PreparedRows, Proposals, float_error, norm_of
 
 _CACHED_TILE = 2**21  # of products in bfloat16: few enough to stay in a core's cache
-_HALF = 2.0**-8  # rounding to bfloat16 errs by this share at most
-_TWO_DIGITS = _HALF**2  # the same for a sum of two bfloat16
+_MOST_PAIRED = 512  # centroids, for which a table of all pairs is made
 # oneDNN compiles a kernel for every new shape, which takes as long as the product: shapes are multiples of these
 _ROW_STEP, _COLUMN_STEP = 128, 32
 _LEAST_SCALE = 2.0**-5  # scores up to this size are rounded as this one
@@ -53,26 +53,39 @@ class HalfProposer:
         return PreparedRows(form, base.float(), norm_of(squares), within_base, _ROW_STEP)
 
     def nearest(self, rows: PreparedRows, centroids: Centroids, t: int) -> Proposals:
-        error, targets = self._error(rows, centroids), _spare_rows(centroids.form, _COLUMN_STEP)
+        gaps, targets = self._gaps(rows, centroids), _spare_rows(centroids.form, _COLUMN_STEP)
         size = max(1, _CACHED_TILE // len(targets) // _ROW_STEP) * _ROW_STEP
         found = []
         for tile, base in zip(rows.form.split(size), rows.base.split(size), strict=True):
-            products = (tile @ targets.T)[: len(base), : len(centroids.form)]
-            found.append(_best_columns(products.float(), t, error, within_base=rows.within_base))
-        scores, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
-        scale = _score_scale(scores[:, 0], error, within_base=rows.within_base)
+            table = _Table.of((tile @ targets.T)[: len(base)], len(centroids.form))
+            found.append(_best_columns(table, t, gaps, within_base=rows.within_base))
+        scores, labels, contenders = (torch.cat(parts, 1) for parts in zip(*found, strict=True))  # (t, P)
+        scale = _score_scale(scores[0], gaps.error, within_base=rows.within_base)
         # Scores below -scale round more coarsely than the error allows for: what is beyond it is added to them.
-        scores = torch.where(scores < -scale, (1 - _HALF) * scores - _HALF * scale, scores)
-        distances = rows.base[:, None] - 2 * scores
-        rounding = 2.0**-22 * (float(rows.base.max()) + 2 * scale)  # of base and of the difference
-        return Proposals(distances, labels, 2 * (error + _HALF * scale) + rounding)
+        scores = torch.where(scores < -scale, (1 - HALF) * scores - HALF * scale, scores)
+        distances = rows.base - 2 * scores
+        rounding = 2.0**-22 * (float(rows.base.max()) + 2 * scale)  # of base and of the difference, up to scale
+        return Proposals(distances.T, labels.T, 2 * (gaps.error + HALF * scale) + rounding, contenders.T)
+
+    def _gaps(self, rows: PreparedRows, centroids: Centroids) -> Gaps:
+        """Pair by pair where a table of all pairs is small beside the products."""
+        error = self._error(rows, centroids)
+        if centroids.is_part or len(centroids.form) > min(_MOST_PAIRED, len(rows.base)):
+            return Gaps(error)
+        values, left_out = centroids.apart
+        pairs = self.rest * values + (rows.norm + self.rest) * left_out + 2 * self._adding(rows, centroids)
+        return Gaps(error, pairs * (1 + SLACK))
 
     def _error(self, rows: PreparedRows, centroids: Centroids) -> float:
         """Of a score before its own rounding."""
         x, c = rows.norm + self.rest, centroids.norm + centroids.rest
+        return self.rest * c + x * centroids.rest + self._adding(rows, centroids)
+
+    def _adding(self, rows: PreparedRows, centroids: Centroids) -> float:
+        """The part of it that offsets and adding up have."""
+        x, c = rows.norm + self.rest, centroids.norm + centroids.rest
         offsets = c**2 / 2 + (x**2 + float(rows.base.max())) / 2
-        rounded = self.rest * c + x * centroids.rest + _TWO_DIGITS * offsets
-        return rounded + self.sums * float_error(rows.form.shape[1], x * c + 2 * offsets)
+        return HALF**2 * offsets + self.sums * float_error(rows.form.shape[1], x * c + 2 * offsets)
 
 
 @dataclass(frozen=True)
@@ -131,38 +144,71 @@ def _score_scale(scores: Tensor, error: float, *, within_base: bool) -> float:
     return max(_LEAST_SCALE, 8 * error, float(scores.max()), 0.0 if within_base else -float(scores.min()))
 
 
-def _best_columns(table: Tensor, t: int, error: float, *, within_base: bool) -> tuple[Tensor, Tensor]:
-    """The largest entries per row, (P, t), descending, and their columns: as many as may matter. Uses the table up.
+@dataclass(frozen=True)
+class _Table:
+    """Scores that were rounded to bfloat16, and where they were.
 
-    Places of a row stay free, at -inf, once an entry lies so far below the first that no later one can be the largest
-    true score; the second at the earliest, or, where only true scores of 0 or more matter, once entries lie so far
-    below 0.
-
-    Args:
-        error: of an entry, beside the rounding to bfloat16.
+    A float32 has 16 bits more than a bfloat16. An entry's column is written there, which changes no order but that of
+    equal scores: so the largest entry says which one it is, and a plain maximum is three times as fast as an argmax.
     """
-    values = torch.full((len(table), t), -math.inf, device=table.device)
-    columns = torch.zeros((len(table), t), dtype=torch.int64, device=table.device)
-    rows, cutoff = torch.arange(len(table), device=table.device), values[:, 0]
-    for place in range(t):
-        found = _argmax(table)[:, None]
-        best = table.gather(1, found)
-        values[:, place].index_copy_(0, rows, best[:, 0])
-        columns[:, place].index_copy_(0, rows, found[:, 0])
-        if place == t - 1:
-            break
-        if place == 0:
-            gap = 2 * (error + _HALF * _score_scale(best, error, within_base=within_base)) * (1 + 2 * _HALF)
-            cutoff = (best[:, 0] - gap).clamp(min=-gap) if within_base else best[:, 0] - gap
-        near = (best[:, 0] >= cutoff[rows]).nonzero()[:, 0]
+
+    entries: Tensor  # (P, columns) float32
+    named: bool  # there are too many columns for 16 bits otherwise
+
+    @staticmethod
+    def of(products: Tensor, num: int) -> _Table:
+        """Of products in bfloat16, of which the first `num` columns count. The others spare maxima a ragged end."""
+        entries, width = products.float(), products.shape[1]
+        if width <= 2**16:
+            columns = torch.arange(width, dtype=torch.int32, device=entries.device)
+            entries.view(torch.int32).bitwise_or_(columns)
+        entries[:, num:] = -math.inf
+        return _Table(entries, width <= 2**16)
+
+    def take_largest(self) -> tuple[Tensor, Tensor]:
+        """The largest score of each row and its column, (P,), which are left out from now on."""
+        if self.named:
+            largest = self.entries.amax(1).view(torch.int32)
+            scores, columns = (largest & -(2**16)).view(torch.float32), (largest & 2**16 - 1).long()
+        else:
+            scores, columns = self.entries.max(1)
+        self.entries.scatter_(1, columns[:, None], -math.inf)
+        return scores, columns
+
+    def pick(self, rows: Tensor) -> _Table:
+        return _Table(self.entries.index_select(0, rows), self.named)
+
+
+def _best_columns(table: _Table, t: int, gaps: Gaps, *, within_base: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest scores per row, (t, P), descending, their columns, and which of them may be the nearest's.
+
+    Uses the table up. Places of a row stay free, at -inf, once a score lies so far below the first that no later one
+    can be the nearest's; the second at the earliest, or, where only true scores of 0 or more matter, once scores lie so
+    far below 0. The last place stands for later scores too.
+    """
+    best, first = table.take_largest()
+    rows, values = torch.arange(len(best), device=best.device), best.new_full((t, len(best)), -math.inf)
+    columns, contenders = first.new_zeros(values.shape), torch.zeros_like(values, dtype=torch.bool)
+    values[0], columns[0], contenders[0] = best, first, True
+    cutoff = best - gaps.to_any(best, first)
+    if within_base:
+        most = _score_scale(best, gaps.error, within_base=True)
+        cutoff = cutoff.clamp(min=-2 * (gaps.error + HALF * most) * (1 + 2 * HALF))
+    near = (best >= cutoff).nonzero()[:, 0] if within_base else rows
+    for place in range(1, t):
         if not len(near):
             break
         if len(near) < len(rows):
-            rows, table, found = rows[near], table.index_select(0, near), found[near]
-        table.scatter_(1, found, -math.inf)
-    return values, columns
+            table = table.pick(near)
+            rows, first, best, cutoff = (x.index_select(0, near) for x in (rows, first, best, cutoff))
+        scores, found = table.take_largest()
+        values[place].index_copy_(0, rows, scores)
+        columns[place].index_copy_(0, rows, found)
+        near = (scores >= cutoff).nonzero()[:, 0]
+        of_near = (x.index_select(0, near) for x in (scores, found, best, first))
+        contenders[place, rows[near]] = True if place == t - 1 else _within(gaps, *of_near)
+    return values, columns, contenders
 
 
-def _argmax(table: Tensor) -> Tensor:
-    """Column of the largest entry per row; on a CPU numpy's is several times as fast as torch's."""
-    return table.argmax(1) if table.is_cuda else torch.from_numpy(table.numpy().argmax(1))
+def _within(gaps: Gaps, scores: Tensor, columns: Tensor, best: Tensor, first: Tensor) -> Tensor:
+    return scores >= best - gaps.to(columns, best, first)

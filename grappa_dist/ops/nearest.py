@@ -109,6 +109,57 @@ def decide_pairs(x: Tensor, squares: Tensor, centroids: Centroids, pairs: tuple[
     return Decided(torch.where(several, exact.labels, nearest), best + error, several)
 
 
+@dataclass(frozen=True)
+class Rivals:
+    """For each row a centroid that is probably the nearest, and others that may be nearer."""
+
+    first: Tensor  # (P,) int64
+    rows: Tensor  # (pairs,) int64, in any order; faster where neighbours come together
+    labels: Tensor  # (pairs,) int64, never the row's first
+
+
+def decide_rivals(x: Tensor, squares: Tensor, centroids: Centroids, rivals: Rivals) -> tuple[Tensor, Tensor]:
+    """Of each row the exactly nearest of its first centroid and its rivals, (P,), and which rows float32 left open.
+
+    |x - c_j|^2 - |x - c_i|^2 = |c_j|^2 - |c_i|^2 + 2 x.(c_i - c_j): one product for two centroids, in which what they
+    have in common is gone before anything is rounded.
+
+    Args:
+        squares: (P,) float64, exact |x|^2.
+    """
+    first, rows, labels = rivals.first, rivals.rows, rivals.labels
+    products = _differences(x, centroids, rivals)
+    further = (centroids.squares[labels] - centroids.squares[first[rows]]) / GRID**2 + 2 * products
+    # The rounding of c_i - c_j counts as one more operation, for which float_error has room.
+    error = 2 * float_error(x.shape[1], norm_of(squares) * 2 * centroids.norm) + 2.0**-48
+    least = torch.zeros_like(squares).scatter_reduce_(0, rows, further, "amin")  # the first one's is 0, exactly
+    first_near, near = least >= -2 * error, further <= least[rows] + 2 * error
+    unsure = first_near.long().scatter_add_(0, rows, near.long()) > 1
+    nearest = torch.where(first_near, first, first.scatter(0, rows[near], labels[near]))
+    mine, some = (unsure & first_near).nonzero()[:, 0], (near & unsure[rows]).nonzero()[:, 0]
+    pairs = (torch.cat([mine, rows[some]]), torch.cat([first[mine], labels[some]]))
+    exact = nearest_of_pairs(x, squares, centroids, pairs)
+    return torch.where(unsure, exact.labels, nearest), unsure
+
+
+def _differences(x: Tensor, centroids: Centroids, rivals: Rivals) -> Tensor:
+    """x.(c_i - c_j) of each row with its first centroid i and a rival j, (pairs,) float64 of float32 sums."""
+    size, c = cached_rows(x), centroids.values
+    parts = []
+    for rows, labels in zip(rivals.rows.split(size), rivals.labels.split(size), strict=True):
+        apart = c.index_select(0, rivals.first[rows]).sub_(c.index_select(0, labels))
+        parts.append(apart.mul_(_some(x, rows)).sum(1))
+    return torch.cat(parts).double()
+
+
+def _some(x: Tensor, rows: Tensor) -> Tensor:
+    """x[rows], at least one; a view where they are neighbours in order."""
+    first, num = int(rows[0]), len(rows)
+    if int(rows[-1]) - first == num - 1 and bool((rows.diff() == 1).all()):
+        return x[first : first + num]
+    return x.index_select(0, rows)
+
+
 def pair_squares(x: Tensor, squares: Tensor, centroids: Centroids, pairs: tuple[Tensor, Tensor]) -> Tensor:
     """Exact squared distances between rows and centroids, (pairs,) float64 integers, in units of 2**-48."""
     rows, labels = pairs

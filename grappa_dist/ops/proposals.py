@@ -12,12 +12,17 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
+from threading import Lock
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from grappa_dist.ops.exact import GRID, exact_square
+
+SLACK = 2.0**-20
+"""A share that exceeds what a few operations in float32 round away, be it of an estimate or of a bound."""
 
 _TILE = 2**23  # elements of the largest float32 table made at once
 
@@ -38,15 +43,40 @@ def float_error(dim: int, size: float) -> float:
     return steps / (1 - steps) * size
 
 
+class _Highest:
+    """Who needs the precision of products as it is set by `true_products`: it is one for all threads."""
+
+    def __init__(self) -> None:
+        self.lock, self.users, self.before = Lock(), 0, ""
+
+    def enter(self) -> None:
+        with self.lock:
+            if not self.users:
+                self.before = torch.get_float32_matmul_precision()
+                torch.set_float32_matmul_precision("highest")
+            self.users += 1
+
+    def leave(self) -> None:
+        with self.lock:
+            self.users -= 1
+            if not self.users:
+                torch.set_float32_matmul_precision(self.before)
+
+
+_highest = _Highest()
+
+
 @contextmanager
 def true_products() -> Iterator[None]:
-    """Products of float32 are what they say: shortcuts by TF32 and bfloat16, which keep no error bound, are off."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    """Products of float32 are what they say: shortcuts by TF32 and bfloat16, which keep no error bound, are off.
+
+    Several threads may be inside; what was set before is set again when the last one leaves.
+    """
+    _highest.enter()
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        _highest.leave()
 
 
 def best_in_floats(x: Tensor, num_targets: int, table: Callable[[Tensor], Tensor], t: int) -> tuple[Tensor, Tensor]:
@@ -83,16 +113,32 @@ class Centroids:
     proposer: Proposer
     form: Tensor  # (K, E), as the proposer multiplies them
     rest: float = 0.0  # the largest norm of what the form leaves out
+    is_part: bool = False  # of others; then too few rows come by to pay for a table of all pairs
 
     @staticmethod
     def of(values: Tensor, proposer: Proposer | None = None) -> Centroids:
         squares = torch.cat([exact_square(v) for v in values.split(max(1, _TILE // values.shape[1]))])
         return (proposer or FloatProposer()).centroids(values, squares)
 
+    @cached_property
+    def apart(self) -> tuple[Tensor, Tensor]:
+        """At least the distances between any two, and between what the form leaves out of them, (K, K) float32."""
+        rests = self.values - self.form[:, : self.values.shape[1]].float()  # rounds nothing, and lies on the grid
+        return _distances(self.values, self.squares), _distances(rests, exact_square(rests))
+
     def pick(self, labels: Tensor) -> Centroids:
         """Some of them."""
         values, squares, form = (t.index_select(0, labels) for t in (self.values, self.squares, self.form))
-        return replace(self, values=values, squares=squares, form=form)
+        return replace(self, values=values, squares=squares, form=form, is_part=True)
+
+
+def _distances(x: Tensor, squares: Tensor) -> Tensor:
+    """At least the distances between any two of some grid rows, (K, K) float32, by products in float32."""
+    with true_products():
+        dots = x @ x.T
+    error = float_error(x.shape[1], norm_of(squares) ** 2)
+    both = (squares[:, None] + squares) / GRID**2
+    return ((both - 2 * (dots.double() - error)).clamp(min=0).sqrt() * (1 + SLACK)).float()
 
 
 @dataclass(frozen=True)
@@ -117,15 +163,37 @@ class PreparedRows:
 
 @dataclass(frozen=True)
 class Proposals:
-    """The nearest centroids of each row by estimates; infinitely far in places left free."""
+    """The nearest centroids of each row by estimates; infinitely far in places left free.
 
-    distances: Tensor  # (P, t) float32, squared, ascending
+    With e the error, d_p and D_p the estimated and the true squared distance of the centroid in place p of a row, and D
+    the least true one of those that were not proposed:
+
+        (1) |d_0 - D_0| <= e;
+        (2) d_p - e <= D_p for every place p that is not free;
+        (3) d_p - e <= D for the last of these places;
+        (4) D > min_p D_p where a place is free: what was not proposed is not the nearest.
+
+    Where only centroids within the base matter, (1) and (4) hold for rows that have one within it, and rows with a free
+    second place have none. Places whose d_p is far above d_0 may break (2) and (3) by less than SLACK d_p, which is the
+    rounding of d_p itself: a bound that is made of them must allow for it.
+    """
+
+    distances: Tensor  # (P, t) float32, squared, ascending: d
     labels: Tensor  # (P, t) int64
     error: float
-    """The nearest estimate is off by no more than this (where only centroids within the base matter: if it is of one of
-    these). No other one, nor the last one as an estimate of those that were not proposed, lies further above the true
-    squared distance. Where places are free, those that were not proposed are not the nearest; and where only centroids
-    within the base matter and the second place is free, there are none."""
+    contenders: Tensor | None = None  # (P, t) bool, where more is known than (1) to (3) say: which may be the nearest
+
+    @property
+    def possible(self) -> Tensor:
+        """Which may be the nearest, (P, t) bool; in the last place: whether that or one not proposed may be."""
+        if self.contenders is not None:
+            return self.contenders
+        return self.distances <= within_reach(self.distances[:, 0].double() + self.error, self.error)[:, None]
+
+
+def within_reach(nearest: Tensor, error: float) -> Tensor:
+    """Estimates above this are not those of a centroid that is as near as (P,) float64, (P,) float32."""
+    return ((nearest + error) * (1 + SLACK)).float()
 
 
 class Proposer(Protocol):

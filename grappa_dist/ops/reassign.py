@@ -1,7 +1,16 @@
 """A pass of Lloyd's iterations that searches only where the nearest centroid can have changed.
 
 Bounds (ops/bounds.py) only spare work: labels are those of `assign`, decided on exact integers, whatever the groups are
-and whatever estimates said.
+and whatever estimates said. With one group of centroids a pass is that of ops/one_group.py. With several, a row is in
+one of five cases:
+
+1. No lower bound is below its upper bound: nothing of it is read, its label stays.
+2. The exact distance to its own centroid, which is computed first, is below all lower bounds: its label stays too.
+3. Nobody has looked yet, on the first pass: there is no own centroid (label -1, at an infinite distance), and all
+   groups are open.
+4. Of the own centroid and those that were proposed by open groups, estimates leave one: that is the nearest.
+5. They leave several: sharper products, then integers decide between these. A group of which even the last proposal may
+   be the nearest is a crowd: any of its centroids may be it, and all of them are compared exactly.
 
 Shapes: P rows of one block, M of them open, K centroids, G groups, D dimensions, t proposals.
 """
@@ -9,23 +18,23 @@ Shapes: P rows of one block, M of them open, K centroids, G groups, D dimensions
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from grappa_dist.ops.bounds import SLACK, Bounds, Groups
+from grappa_dist.ops.bounds import Bounds, Groups, rooted
 from grappa_dist.ops.exact import GRID
+from grappa_dist.ops.moves import Moves, Take, most_or_these
 from grappa_dist.ops.nearest import best_of_all, decide_pairs, pair_squares
-from grappa_dist.ops.proposals import Centroids, PreparedRows, Proposer, joined
+from grappa_dist.ops.one_group import reassign_among_all
+from grappa_dist.ops.proposals import SLACK, Centroids, PreparedRows, Proposer, joined
 
-_PLACES = 3  # proposals of each of many groups
-_MOST = 0.75  # of the rows: then all are searched, which is faster than picking them out
+__all__ = ["GroupedCentroids", "Moves", "Take", "reassign"]
 
-Take = Callable[[Tensor], Sequence[Tensor]]
-"""Ascending places of a block -> its grid rows there, in pieces (p, D)."""
+_PLACES = 3  # proposals of each group
 _Pairs = tuple[Tensor, Tensor]  # positions of rows, and labels
 
 
@@ -43,29 +52,19 @@ class GroupedCentroids:
         return GroupedCentroids(whole, groups, tuple(whole.pick(m) for m in groups.members))
 
 
-@dataclass(frozen=True)
-class Moves:
-    """Rows whose label changed, and how the labels were found."""
-
-    rows: Tensor  # (m,) positions in the block
-    before: Tensor  # (m,) int64, -1 on the first pass
-    after: Tensor  # (m,) int64
-    by_integers: int  # rows that no float could settle
-    searched: int  # distances estimated
-
-
 def reassign(take: Take, centroids: GroupedCentroids, bounds: Bounds) -> Moves:
     """Sets the label of each grid row to its nearest centroid, a tie to the lowest index, and its bounds, in place.
 
     Args:
         take: the block's grid rows; asked for those alone that may change their label.
     """
+    if len(centroids.parts) == 1:
+        return reassign_among_all(take, centroids.whole, bounds)
     block = _open_rows(take, centroids, bounds)
     if not len(block.rows):
-        none = torch.zeros(0, dtype=torch.int64, device=bounds.labels.device)
-        return Moves(none, none, none, 0, 0)
+        return Moves.none(block.rows.device)
     proposals = _propose(block, centroids, (bounds.lower[block.rows] <= bounds.upper[block.rows, None]).T.contiguous())
-    nearest = _decide(block, centroids, proposals)
+    nearest = _who_wins(block, centroids, _who_may_win(block, proposals))
     _rebound(bounds, block, proposals, nearest, centroids.groups)
     changed = (nearest.labels != block.own).nonzero()[:, 0]
     moved = (block.rows[changed], block.own[changed], nearest.labels[changed])
@@ -87,31 +86,20 @@ class _Block:
 def _open_rows(take: Take, centroids: GroupedCentroids, bounds: Bounds) -> _Block:
     """Rows with a group that may hold a nearer centroid, also after a look at how far their own one is now."""
     proposer = centroids.whole.proposer
-    rows = _most_or_these((bounds.lower <= bounds.upper[:, None]).any(1))
+    rows = most_or_these((bounds.lower <= bounds.upper[:, None]).any(1))
     pieces, own, squares = take(rows), bounds.labels[rows].long(), bounds.squares[rows]
-    first_time = bool((own < 0).any())
-    if first_time or len(centroids.parts) == 1:  # the search of the only group finds the own
-        base = squares / GRID**2 if first_time else bounds.upper[rows].double().square()
-        prepared = proposer.rows(pieces, squares, base, within_base=not first_time)
-
-        def again(some: Tensor) -> Tensor:  # those that estimates leave open are few
-            return joined(take(rows[some]))
-
-        return _Block(rows, again, squares, own, torch.full_like(squares, math.inf), prepared)
+    if bool((own < 0).any()):
+        nowhere = torch.full_like(squares, math.inf)
+        prepared = proposer.rows(pieces, squares, squares / GRID**2, within_base=False)
+        return _Block(rows, lambda some: joined(take(rows[some])), squares, own, nowhere, prepared)
     some = joined(pieces)
     in_order = torch.arange(len(rows), device=rows.device)
     distances = pair_squares(some, squares, centroids.whole, (in_order, own)) / GRID**2
-    bounds.upper[rows] = _root(distances, 1 + SLACK)
-    still = _most_or_these((bounds.lower[rows] <= bounds.upper[rows, None]).any(1))
+    bounds.upper[rows] = rooted(distances, 1 + SLACK)
+    still = most_or_these((bounds.lower[rows] <= bounds.upper[rows, None]).any(1))
     some, squares, distances = _pick(some, still), squares[still], distances[still]
     prepared = proposer.rows([some], squares, distances, within_base=True)
     return _Block(rows[still], partial(some.index_select, 0), squares, own[still], distances, prepared)
-
-
-def _most_or_these(wanted: Tensor) -> Tensor:
-    """Positions of the rows wanted; of all rows where most are."""
-    rows = wanted.nonzero()[:, 0]
-    return torch.arange(len(wanted), device=wanted.device) if len(rows) > _MOST * len(wanted) else rows
 
 
 @dataclass(frozen=True)
@@ -133,14 +121,13 @@ def _propose(block: _Block, centroids: GroupedCentroids, open_groups: Tensor) ->
     shape = (2, *open_groups.shape)
     distances = torch.full(shape, math.inf, device=block.rows.device)
     labels = torch.zeros(shape, dtype=torch.int64, device=block.rows.device)
-    most = centroids.whole.proposer.places if len(centroids.parts) == 1 else _PLACES
     others, crowded, error, searched = [], [], 0.0, 0
     for g, (members, part) in enumerate(zip(centroids.groups.members, centroids.parts, strict=True)):
-        rows = _most_or_these(open_groups[g])
+        rows = most_or_these(open_groups[g])
         if not len(rows):
             continue
         open_groups[g, rows] = True
-        found = part.proposer.nearest(block.prepared.pick(rows), part, min(most, len(members)))
+        found = part.proposer.nearest(block.prepared.pick(rows), part, min(_PLACES, len(members)))
         for place in range(min(2, len(members))):
             distances[place, g].index_copy_(0, rows, found.distances[:, place])
             labels[place, g].index_copy_(0, rows, members[found.labels[:, place]])
@@ -160,46 +147,61 @@ def _reach(nearest: Tensor, own: Tensor, error: float) -> Tensor:
 
 
 @dataclass(frozen=True)
+class _Contenders:
+    """Which centroids may be the nearest."""
+
+    first: Tensor  # (M,) int64, the own one where it may be it, else the nearest by estimates
+    above: Tensor  # (M,) float64, at least the squared distance of the nearest
+    undecided: Tensor  # (m,) the rows for which there are others
+    pairs: list[_Pairs]  # theirs, all but the crowds
+    crowds: list[tuple[int, Tensor]]  # groups, and their rows
+
+
+def _who_may_win(block: _Block, proposals: _Proposals) -> _Contenders:
+    """Cases 4 and 5 told apart, by estimates and the exact distance to the own centroid."""
+    is_own = (proposals.labels == block.own) & block.own_distances.isfinite()
+    rivals = proposals.distances.masked_fill(is_own, math.inf).flatten(0, 1)  # (2 G, M)
+    labels = proposals.labels.flatten(0, 1)
+    best, place = rivals.min(0)
+    above = torch.minimum(best.double() + proposals.error, block.own_distances)  # the nearest is no farther
+    reach = _reach(best, block.own_distances, proposals.error)
+    near, stay = rivals <= reach, block.own_distances <= above
+    further = [(rows[some], of[some]) for rows, of, d in proposals.others if len(some := _within(d, reach, rows))]
+    crowds = [(g, rows[some]) for g, rows, d in proposals.crowded if len(some := _within(d, reach, rows))]
+    num = near.sum(0) + stay
+    for rows in (*(rows for rows, _ in further), *(rows for _, rows in crowds)):
+        num[rows] += 2
+    first = torch.where(stay, block.own, labels.gather(0, place[None])[0])
+    undecided = (num > 1).nonzero()[:, 0]
+    staying = undecided[stay[undecided]]
+    places, some = near[:, undecided].nonzero().unbind(1)
+    rows = undecided[some]
+    pairs = [(staying, block.own[staying]), (rows, labels[places, rows]), *further]
+    return _Contenders(first, above, undecided, pairs, crowds)
+
+
+@dataclass(frozen=True)
 class _Nearest:
     labels: Tensor  # (M,) int64, exact
     above: Tensor  # (M,) float64, at least the squared distance
     by_integers: int
 
 
-def _decide(block: _Block, centroids: GroupedCentroids, proposals: _Proposals) -> _Nearest:
-    """Estimates decide where only one centroid can be the nearest; sharper ones, then integers, where more can."""
-    is_own = (proposals.labels == block.own) & block.own_distances.isfinite()
-    rivals = proposals.distances.masked_fill(is_own, math.inf).flatten(0, 1)  # (2 G, M)
-    best, place = rivals.min(0)
-    above = torch.minimum(best.double() + proposals.error, block.own_distances)  # the nearest is no farther
-    reach = _reach(best, block.own_distances, proposals.error)
-    contenders = rivals <= reach
-    stay = block.own_distances <= above
-    others = [
-        (rows[near], labels[near]) for rows, labels, d in proposals.others if len(near := _within(d, reach, rows))
-    ]
-    crowded = [(g, rows[near]) for g, rows, d in proposals.crowded if len(near := _within(d, reach, rows))]
-    num = contenders.sum(0) + stay
-    for rows in (*(rows for rows, _ in others), *(rows for _, rows in crowded)):
-        num[rows] += 2
-    labels = torch.where(stay, block.own, proposals.labels.flatten(0, 1).gather(0, place[None])[0])
-    undecided = (num > 1).nonzero()[:, 0]
-    if len(undecided):
-        staying = undecided[stay[undecided]]
-        places, some = contenders[:, undecided].nonzero().unbind(1)
-        rows = undecided[some]
-        pairs = [(staying, block.own[staying]), (rows, proposals.labels.flatten(0, 1)[places, rows])]
-        pairs += [*others, *_nearest_of_crowds(block, centroids, crowded)]
-        rows, rivals_there = (torch.cat(column) for column in zip(*pairs, strict=True))
-        of_undecided = (torch.searchsorted(undecided, rows), rivals_there)
-        found = decide_pairs(block.at(undecided), block.squares[undecided], centroids.whole, of_undecided)
-        labels[undecided] = found.labels
-        above[undecided] = torch.minimum(above[undecided], found.above)
-        by_integers = found.by_integers
-        for _, rows in crowded:
-            by_integers[torch.searchsorted(undecided, rows)] = True
-        return _Nearest(labels, above, int(by_integers.sum()))
-    return _Nearest(labels, above, 0)
+def _who_wins(block: _Block, centroids: GroupedCentroids, contenders: _Contenders) -> _Nearest:
+    """Decides case 5, exactly."""
+    labels, above, undecided = contenders.first, contenders.above, contenders.undecided
+    if not len(undecided):
+        return _Nearest(labels, above, 0)
+    pairs = [*contenders.pairs, *_nearest_of_crowds(block, centroids, contenders.crowds)]
+    rows, of_rows = (torch.cat(column) for column in zip(*pairs, strict=True))
+    x, squares = block.at(undecided), block.squares[undecided]
+    found = decide_pairs(x, squares, centroids.whole, (torch.searchsorted(undecided, rows), of_rows))
+    labels[undecided] = found.labels
+    above[undecided] = torch.minimum(above[undecided], found.above)
+    by_integers = found.by_integers
+    for _, rows in contenders.crowds:
+        by_integers[torch.searchsorted(undecided, rows)] = True
+    return _Nearest(labels, above, int(by_integers.sum()))
 
 
 def _nearest_of_crowds(
@@ -215,22 +217,21 @@ def _within(distances: Tensor, reach: Tensor, rows: Tensor) -> Tensor:
 
 
 def _rebound(bounds: Bounds, block: _Block, proposals: _Proposals, nearest: _Nearest, groups: Groups) -> None:
-    """Writes the new labels and bounds of the open rows."""
+    """Writes the new labels and bounds of the open rows.
+
+    By (1) to (3) of `Proposals` no other centroid of an open group is nearer than d - error, d being the estimate of
+    its nearest other one; SLACK covers what far distances have been rounded by.
+    """
     others = torch.where(proposals.labels[0] == nearest.labels, proposals.distances[1], proposals.distances[0])
-    least = _root(others.double() - proposals.error, 1 - SLACK).T
+    least = rooted(others.double() - proposals.error, 1 - SLACK).T
     lower = torch.where(proposals.open.T, least, bounds.lower[block.rows])
     left = ((nearest.labels != block.own) & block.own_distances.isfinite()).nonzero()[:, 0]
     old = groups.of[block.own[left]]  # the old centroid is now one of the others
-    gone = _root(block.own_distances[left], 1 - SLACK)
+    gone = rooted(block.own_distances[left], 1 - SLACK)
     lower[left, old] = torch.minimum(lower[left, old], gone)
     bounds.lower[block.rows] = lower
     bounds.labels[block.rows] = nearest.labels.int()
-    bounds.upper[block.rows] = _root(nearest.above, 1 + SLACK)
-
-
-def _root(squares: Tensor, slack: float) -> Tensor:
-    """Distances, float32, on the safe side of the rounding."""
-    return (squares.clamp(min=0).sqrt() * slack).float()
+    bounds.upper[block.rows] = rooted(nearest.above, 1 + SLACK)
 
 
 def _pick(x: Tensor, rows: Tensor) -> Tensor:

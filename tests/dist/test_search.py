@@ -67,6 +67,33 @@ def test_rows_of_several_shards_come_in_pieces_that_are_not_copied_either() -> N
     assert torch.equal(rows.at(torch.arange(1, 7)), torch.cat(pieces))
 
 
+def test_a_bad_row_now_and_then_copies_nothing() -> None:
+    shards = [to_grid(torch.from_numpy(unit_rows(n, 4, seed=n))).numpy() for n in (100, 90, 1, 120)]
+    rows = Rows(shards, [np.ones(len(s), dtype=bool) for s in shards])
+    for shard, good in zip(shards, rows.good, strict=True):
+        good[len(good) // 2] = len(good) == 1
+        shard[~good] = 9  # not of the grid's size, but nobody takes it
+    plain = (True,) * 4
+    (positions,) = rows.positions(1000)
+    pieces = rows.pieces(positions, plain)
+    assert [len(p) for p in pieces] == [50, 49, 45, 44, 1, 60, 59]
+    assert all(any(np.shares_memory(p.numpy(), s) for s in shards) for p in pieces)
+    assert torch.equal(torch.cat(pieces), torch.from_numpy(np.concatenate(shards))[positions])
+
+
+@pytest.mark.parametrize("plain", [(), (True, False, True)])
+def test_scattered_rows_come_in_one_copy(plain: tuple[bool, ...]) -> None:
+    shards = [unit_rows(n, 4, seed=n) for n in (30, 40, 50)]
+    for shard in (shards[0], shards[2]):
+        shard[:] = to_grid(torch.from_numpy(shard)).numpy()
+    shards[1].flags.writeable = False
+    rows = Rows(shards, [np.ones(len(s), dtype=bool) for s in shards])
+    whole = to_grid(torch.from_numpy(np.concatenate(shards)))
+    for positions in (torch.arange(0, 120, 2), torch.tensor([3, 29, 70, 119]), torch.tensor([5, 31, 33])):
+        (found,) = rows.pieces(positions, plain)
+        assert torch.equal(found, whole[positions])
+
+
 def test_rows_are_taken_by_position_across_shards() -> None:
     rows = two_shards()
     whole = to_grid(torch.from_numpy(np.concatenate(rows.shards)))

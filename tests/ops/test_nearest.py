@@ -9,7 +9,16 @@ from torch import Tensor
 from grappa_dist.ops import nearest
 from grappa_dist.ops.exact import GRID, exact_square, to_grid
 from grappa_dist.ops.halves import HalfProposer
-from grappa_dist.ops.nearest import FAR, assign, decide_pairs, nearest_of_pairs, pair_dots, pair_squares
+from grappa_dist.ops.nearest import (
+    FAR,
+    Rivals,
+    assign,
+    decide_pairs,
+    decide_rivals,
+    nearest_of_pairs,
+    pair_dots,
+    pair_squares,
+)
 from grappa_dist.ops.proposals import Centroids, FloatProposer, Proposer, float_error
 
 
@@ -139,3 +148,33 @@ def test_pairs_are_decided_as_by_exact_distances_and_no_row_is_further_than_said
     over = found.above - exact.squares.double() / GRID**2
     assert bool((over >= 0).all())
     assert float(over.max()) < 4 * float_error(dim, 2.01)
+
+
+@pytest.mark.parametrize("dim", [1, 16, 384])
+def test_rivals_are_decided_as_by_exact_distances(dim: int) -> None:
+    x, c = unit_rows(60, dim), unit_rows(20, dim, seed=1)
+    draws = torch.Generator().manual_seed(2)
+    shaken = c + torch.randint(-1, 2, c.shape, generator=draws) / GRID
+    c = to_grid(torch.cat([c, c[:5], -c[:3], shaken.clamp(-1, 1)]))  # equal ones, and ties that float32 does not see
+    first = torch.randint(0, len(c), (60,), generator=draws)
+    for rows in (torch.arange(60), torch.arange(60).flip(0), torch.randint(0, 60, (900,), generator=draws)):
+        labels = torch.randint(0, len(c), rows.shape, generator=draws)
+        rows, labels = rows[labels != first[rows]], labels[labels != first[rows]]
+        pairs = (torch.cat([torch.arange(60), rows]), torch.cat([first, labels]))
+        exact = nearest_of_pairs(x, exact_square(x), Centroids.of(c), pairs)
+        found, unsure = decide_rivals(x, exact_square(x), Centroids.of(c), Rivals(first, rows, labels))
+        assert torch.equal(found, exact.labels)
+        assert int(unsure.sum()) < len(x) or dim == 1
+    assert bool(unsure.any())
+
+
+def test_a_rival_that_differs_by_one_step_of_the_grid_is_told_from_the_first() -> None:
+    x = unit_rows(40, 64)
+    c = to_grid(torch.cat([0.9 * x, 0.9 * x]))
+    c[torch.arange(40), torch.arange(40)] += 1 / GRID
+    for first, other in ((0, 40), (40, 0)):
+        rivals = Rivals(torch.arange(40) + first, torch.arange(40), torch.arange(40) + other)
+        found, unsure = decide_rivals(x, exact_square(x), Centroids.of(c), rivals)
+        assert bool(unsure.all())
+        near = squares_in_integers(x, c)[np.arange(40)[:, None], np.arange(40)[:, None] + [0, 40]]
+        assert found.tolist() == (np.arange(40) + 40 * near.argmin(1)).tolist()

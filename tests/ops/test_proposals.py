@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from threading import Barrier
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor
 from grappa_dist.ops import halves, proposals
 from grappa_dist.ops.exact import GRID, exact_dot, exact_square, to_grid
 from grappa_dist.ops.halves import HalfProposer
-from grappa_dist.ops.proposals import Centroids, FloatProposer, Proposer, float_error, nearest_in_floats
+from grappa_dist.ops.proposals import Centroids, FloatProposer, Proposer, float_error, nearest_in_floats, true_products
 
 
 def unit_rows(num: int, dim: int, seed: int = 0) -> Tensor:
@@ -127,3 +129,42 @@ def test_the_float_error_of_real_searches_is_within_the_bound() -> None:
 
 def test_a_search_of_no_rows_finds_nothing() -> None:
     assert nearest_in_floats(torch.zeros(0, 4), unit_rows(3, 4), 2)[0].shape == (0, 2)
+
+
+def test_columns_beyond_sixteen_bits_and_ragged_ends_are_found() -> None:
+    for num, dim in ((70_001, 3), (1, 5), (33, 5)):
+        x, c = unit_rows(20, dim), unit_rows(num, dim, seed=1)
+        x = torch.cat([x, c[-3:]])
+        exact, proposer = exact_squares(x, c), half(x)
+        least = exact.min(1).values
+        rows = proposer.rows([x], exact_square(x), least, within_base=False)
+        found = proposer.nearest(rows, Centroids.of(c, proposer), min(6, num))
+        assert bool(((found.distances[:, 0].double() - least).abs() <= found.error).all())
+        above = found.distances - found.error > exact.gather(1, found.labels)
+        assert not bool((above & found.distances.isfinite()).any())
+        assert not num > 1 or bool((found.labels.diff(dim=1)[:, 0] != 0).all())
+
+
+def test_products_stay_true_in_a_thread_while_others_come_and_go() -> None:
+    before, meet = torch.get_float32_matmul_precision(), Barrier(2)
+
+    def stay() -> str:
+        with true_products():
+            meet.wait()  # the other one is inside too
+            meet.wait()  # it has left
+            return torch.get_float32_matmul_precision()
+
+    def go() -> None:
+        with true_products():
+            meet.wait()
+        meet.wait()
+
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            for first, second in ((stay, go), (go, stay)):
+                found = [pool.submit(first), pool.submit(second)]
+                assert {one.result() for one in found} == {"highest", None}
+                assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)

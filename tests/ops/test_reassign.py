@@ -90,6 +90,15 @@ def test_near_ties_and_equal_centroids_go_to_the_lowest_index(num_groups: int) -
         follow(x, [c, c.flip(0), c], Groups.around(c, num_groups), proposer)
 
 
+@pytest.mark.parametrize("num_groups", [1, 3])
+def test_crowds_of_equal_centroids_are_larger_than_all_proposals(num_groups: int) -> None:
+    c = torch.cat([unit_rows(3, 16, seed=1), unit_rows(1, 16).repeat(12, 1), unit_rows(1, 16).repeat(9, 1)])
+    c = to_grid(c + torch.randint(0, 2, c.shape, generator=torch.Generator().manual_seed(2)) / GRID)
+    x = torch.cat([unit_rows(20, 16, seed=3), unit_rows(1, 16).repeat(15, 1)])
+    for proposer in proposers(x):
+        follow(x, [c, c.flip(0)], Groups.around(c, num_groups), proposer)
+
+
 @pytest.mark.parametrize("num_groups", [1, 5])
 def test_float_noise_within_the_bound_changes_no_label(num_groups: int) -> None:
     x, c = unit_rows(150, 24), unit_rows(30, 24, seed=1)
