@@ -24,7 +24,6 @@ from grappa_dist.dist.sampling import Draw
 from grappa_dist.dist.search import Rows, nearest
 from grappa_dist.dist.sharded_kmeans import kmeans
 from grappa_dist.dist.share import BLOCK_ROWS, Share
-from grappa_dist.dist.threads import side_by_side
 from grappa_dist.ops.exact import exact_square
 from grappa_dist.ops.kmeans import finish
 from grappa_dist.ops.probing import Lists, Propose, assign_probed
@@ -129,7 +128,7 @@ def agreement(share: Share, rows: RowLabels, centroids: Tensor, seed: int) -> Ag
     """Measured on up to `AGREEMENT_ROWS` rows of all ranks, by comparing them with every centroid."""
     draw = Draw.of(share, AGREEMENT_ROWS, seed, len(centroids), _AGREEMENT)
     told = torch.zeros(4, dtype=torch.int64)  # 4,096 squared distances add up to less than 2**63
-    for settled in side_by_side(exactly(share, centroids), draw.blocks(), share.threads):
+    for settled in share.each(exactly(share, centroids), draw.blocks()):
         same = rows.labels[settled.positions] == settled.found.labels.cpu()
         ours, exact = rows.squares[settled.positions].sum(), settled.found.squares.sum().cpu()
         told += torch.stack([torch.tensor(len(same)), same.sum(), ours, exact])

@@ -22,7 +22,6 @@ from grappa_dist.dist.lowest import lowest
 from grappa_dist.dist.row_labels import LabelPasses, Settled, exactly, label_rows
 from grappa_dist.dist.scratch import scratch
 from grappa_dist.dist.share import PIECE, Share
-from grappa_dist.dist.threads import side_by_side
 from grappa_dist.ops.hashing import RACE_BITS, race_keys, row_hashes
 from grappa_dist.ops.hierarchy import apportion
 from grappa_dist.ops.kmeans import Stats, finish
@@ -193,5 +192,5 @@ def _lower(families: Families, squares: Tensor, centroids: Tensor, new: tuple[Te
         return positions, assign(families.share.read(positions), parts[i]).squares.cpu()
 
     blocks = (block for block in families.blocks() if block[0] in parts)
-    for positions, found in side_by_side(work, blocks, families.share.threads):
+    for positions, found in families.share.each(work, blocks):
         squares[positions] = torch.minimum(squares[positions], found)

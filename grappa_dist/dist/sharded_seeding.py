@@ -10,7 +10,6 @@ from torch import Tensor
 
 from grappa_dist.dist.scratch import scratch
 from grappa_dist.dist.share import RowBlock, Share
-from grappa_dist.dist.threads import side_by_side
 from grappa_dist.ops.nearest import FAR, assign
 from grappa_dist.ops.proposals import Centroids
 from grappa_dist.ops.seeding import accept, draw, from_weights, to_weights
@@ -80,7 +79,7 @@ def _lower(share: Share, weights: Tensor, centroids: Tensor) -> None:
         lower = torch.minimum(known[near], to_weights(found.squares[near]))
         return block.positions[near.cpu()], lower.cpu()
 
-    for positions, lower in side_by_side(work, share.row_blocks(), share.threads):
+    for positions, lower in share.each(work, share.row_blocks()):
         weights[positions] = lower
 
 

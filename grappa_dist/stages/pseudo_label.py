@@ -153,7 +153,7 @@ def label_ranks(context: RankContext, job: LabelJob) -> None:
         [_good(job, i) for i in shards],
         [job.shard_names[i] for i in shards],
     )
-    share = join_rows(comm, rows, device=context.device)
+    share = join_rows(comm, rows, device=context.device, stop_requested=context.stop_requested)
     missing = [k for k, artifact in job.labels.items() if not context.of_rank_0(artifact.complete)]  # after a restart
     for group in _at_once(job, missing, share.dim):
         for k, found in _clusterings(context, job, share, group):
@@ -204,7 +204,6 @@ def _wanted(context: RankContext, job: LabelJob, share: Share, k: int) -> Wanted
 
     def show(part: str, iteration: int, inertia: float) -> None:
         context.report({"phase": f"{name} {part}iteration {iteration}, inertia {inertia:.1f}"})
-        context.raise_if_stopping()
 
     def save(trail: Trail) -> None:
         if context.comm.rank == 0:
