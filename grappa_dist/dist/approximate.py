@@ -22,7 +22,7 @@ from grappa_dist.dist.lloyd import Progress, Updates, lloyd
 from grappa_dist.dist.row_labels import LabelPasses, RowLabels, Settled, exactly
 from grappa_dist.dist.sampling import Draw
 from grappa_dist.dist.search import Rows, nearest
-from grappa_dist.dist.sharded_kmeans import kmeans
+from grappa_dist.dist.sharded_kmeans import KMeans, kmeans
 from grappa_dist.dist.share import BLOCK_ROWS, Share
 from grappa_dist.ops.exact import exact_square
 from grappa_dist.ops.kmeans import finish
@@ -55,7 +55,7 @@ def lists_of(centroids: Tensor) -> Lists:
         proposer=FloatProposer(nearest),
     )
     heads = values[np.arange(num) * len(values) // num]  # those of two levels lie in order: one of each family
-    found = kmeans(alone, num, iterations=LIST_UPDATES, resume=Progress(heads, ()))
+    found = kmeans(alone, num, KMeans(iterations=LIST_UPDATES, resume=Progress(heads, ())))
     owners = torch.from_numpy(found.labels[0]).long().to(centroids.device)
     return Lists.of(Centroids.of(centroids), torch.from_numpy(found.centroids).to(centroids.device), owners)
 

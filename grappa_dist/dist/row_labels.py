@@ -99,7 +99,7 @@ class LabelPasses:
         self.stats.add_changes_(change, self.share.total)
 
 
-def label_rows(share: Share, work: Callable[[Item], Settled], items: Iterable[Item]) -> tuple[RowLabels, Tensor]:
+def find_labels(share: Share, work: Callable[[Item], Settled], items: Iterable[Item]) -> tuple[RowLabels, Tensor]:
     """Labels by what `work` finds, without sums; and of all ranks the undecided rows and the distances computed."""
     rows, told = RowLabels.of(share), torch.zeros(2, dtype=torch.int64)
     for settled in share.each(work, items):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from grappa_dist.stages.run import Run
 from grappa_dist.stages.trail import digest, load_trail, save_trail
 
 STATS_FILE, CENTROIDS_FILE, PROGRESS_FILE = "stats.json", "centroids.npy", "progress.safetensors"
+SEEDING_SAVE_S = 30.0  # from one save of an initialisation that is under way to the next: rounds may be many and short
 LADDER_SETS = 8
 FINEST = 17  # power of two of the largest K for `auto`
 LEAST_AGREEMENT = 0.95  # of labels found through lists with the exact ones; below, a warning
@@ -192,7 +195,7 @@ def _commit(context: RankContext, job: LabelJob, k: int, labels: Mapping[int, np
 
 
 def _wanted(context: RankContext, job: LabelJob, share: Share, k: int) -> Wanted:
-    """One clustering, from its last saved update if there is one; rank 0 saves every update."""
+    """One clustering, from its last saved update if there is one."""
     artifact, name = job.labels[k], f"K={k} ({list(job.labels).index(k) + 1}/{len(job.labels)})"
     context.report({"phase": f"{name} initialisation"})
     path = artifact.begin() / PROGRESS_FILE
@@ -202,14 +205,28 @@ def _wanted(context: RankContext, job: LabelJob, share: Share, k: int) -> Wanted
     if len(seen) > 1:
         raise RuntimeError(f"{path}: ranks read different contents")
 
+    def show_seeding(part: str, found: int, wanted: int) -> None:
+        context.report({"phase": f"{name} {part}seeding {found:,} of {wanted:,}"})
+
     def show(part: str, iteration: int, inertia: float) -> None:
         context.report({"phase": f"{name} {part}iteration {iteration}, inertia {inertia:.1f}"})
 
-    def save(trail: Trail) -> None:
-        if context.comm.rank == 0:
-            save_trail(path, trail)
+    told = Told(on_iteration=show, on_seeding=show_seeding, on_update=_saver(path, context.comm.rank))
+    return Wanted(k, _method(job, k), seed=job.seed, trail=trail or {}, told=told)
 
-    return Wanted(k, _method(job, k), seed=job.seed, trail=trail or {}, told=Told(show, save))
+
+def _saver(path: Path, rank: int) -> Callable[[Trail], None]:
+    """Saves every update, and the initialisation now and then; on rank 0."""
+    last = -math.inf
+
+    def save(trail: Trail) -> None:
+        nonlocal last
+        seeding = any(progress.seeded for progress in trail.values())
+        if rank == 0 and not (seeding and time.monotonic() - last < SEEDING_SAVE_S):
+            save_trail(path, trail)
+            last = time.monotonic()
+
+    return save
 
 
 def _method(job: LabelJob, num: int) -> Method:

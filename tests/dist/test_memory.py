@@ -26,7 +26,7 @@ from grappa_dist.dist.cluster import Cluster
 from grappa_dist.dist.comm import Comm
 from grappa_dist.dist.jobs import Job, Runner
 from grappa_dist.dist.search import Rows
-from grappa_dist.dist.sharded_kmeans import sharded_kmeans
+from grappa_dist.dist.sharded_kmeans import KMeans, sharded_kmeans
 from grappa_dist.dist.workers import RankContext
 from grappa_dist.observe import Console
 from grappa_dist.stages.embed import BAD_FILE, ROWS_FILE, bad_rows, feature_rows
@@ -110,7 +110,7 @@ def peaks(comm: Comm, folder: Path) -> dict[int, int]:
         own = mapped[comm.rank * num // comm.size : (comm.rank + 1) * num // comm.size]
         with watched() as seen:
             rows = Rows([own], [np.ones(len(own), dtype=bool)])
-            sharded_kmeans(comm, rows, 16, iterations=2, block_rows=BLOCK_ROWS)
+            sharded_kmeans(comm, rows, 16, KMeans(iterations=2), block_rows=BLOCK_ROWS)
         assert seen.looks > 20
         found[num] = seen.rise
     return found

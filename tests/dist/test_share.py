@@ -8,7 +8,7 @@ import torch
 
 from grappa_dist.dist.comm import Comm
 from grappa_dist.dist.search import Rows
-from grappa_dist.dist.sharded_kmeans import kmeans
+from grappa_dist.dist.sharded_kmeans import KMeans, kmeans
 from grappa_dist.dist.share import RowBlock, Share, join_rows
 from grappa_dist.dist.threads import side_by_side
 from grappa_dist.dist.workers import Stopped
@@ -36,7 +36,7 @@ def one_slow_rank(comm: Comm) -> list[float]:
     if comm.rank == comm.size - 1:
         blocks = share.row_blocks
         object.__setattr__(share, "row_blocks", lambda: map(slowly, blocks()))
-    return kmeans(share, 1, iterations=0).inertia
+    return kmeans(share, 1, KMeans(iterations=0)).inertia
 
 
 def test_a_rank_whose_pass_takes_longer_than_a_collective_waits_holds_the_others_up_and_no_more() -> None:

@@ -13,8 +13,10 @@ import torch
 from grappa_dist.artifacts import Artifact, RowArrays, Store
 from grappa_dist.config import ClusteringConfig
 from grappa_dist.dist.comm import Comm
+from grappa_dist.dist.lloyd import Progress
 from grappa_dist.dist.workers import RankContext, Stopped
 from grappa_dist.report.content import Clustering
+from grappa_dist.stages import pseudo_label
 from grappa_dist.stages.pseudo_label import (
     PROGRESS_FILE,
     LabelJob,
@@ -28,6 +30,7 @@ from grappa_dist.stages.pseudo_label import (
     rows_file,
     shortcuts_in_words,
 )
+from grappa_dist.stages.trail import load_trail, save_trail
 from tests.processes import run_ranks
 
 
@@ -130,14 +133,22 @@ def files_of(artifact: Artifact) -> dict[str, bytes]:
 
 
 WAYS: dict[str, tuple[dict[str, Any], int]] = {  # settings, and reports before the stop
-    "exact": ({}, 4),  # the initialisation and three iterations
-    "restarts": ({"restarts": 2, "balance": 1.2}, 14),
-    "sampled": ({"method": "sampled", "sample_rows_per_cluster": 9}, 4),
-    "hierarchical": ({"method": "hierarchical"}, 12),
-    "approximate": ({"method": "approximate", "assignment": "approximate", "probes": 1}, 21),
+    "exact": ({}, 12),  # the initialisation and some iterations
+    "seeding": ({}, 5),
+    "restarts": ({"restarts": 2, "balance": 1.2}, 30),
+    "seeding of a restart": ({"restarts": 2}, 23),
+    "sampled": ({"method": "sampled", "sample_rows_per_cluster": 9}, 13),
+    "hierarchical": ({"method": "hierarchical"}, 15),
+    "approximate": ({"method": "approximate", "assignment": "approximate", "probes": 1}, 24),
 }
 
 
+@pytest.fixture
+def every_round_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pseudo_label, "SEEDING_SAVE_S", 0.0)
+
+
+@pytest.mark.usefixtures("every_round_saved")
 @pytest.mark.parametrize("way", WAYS)
 def test_a_stopped_clustering_goes_on_from_its_last_update_to_the_same_files(tmp_path: Path, way: str) -> None:
     settings, stop_after = WAYS[way]
@@ -164,7 +175,25 @@ def test_a_stopped_clustering_goes_on_from_its_last_update_to_the_same_files(tmp
     assert Clustering(**json.loads(found["stats.json"])).method == stats["method"]  # the report takes them
 
 
-@pytest.mark.parametrize("stop_after", [1, 4, 8, 15])
+def test_seeding_is_told_and_stops_and_is_saved_now_and_then(tmp_path: Path) -> None:
+    job, heard = label_job(tmp_path, Store(tmp_path / "run")), list[str]()
+    with pytest.raises(Stopped):
+        label_ranks(context(4, heard), job)
+    assert heard == ["K=12 (1/1) initialisation", *(f"K=12 (1/1) seeding {found} of 12" for found in (1, 2, 3, 4))]
+    trail, problem = load_trail(job.labels[12].begin() / PROGRESS_FILE)
+    saved = trail["0/fit"].seeded
+    assert (problem, saved and len(saved.places)) == ("", 1)  # rounds that follow within half a minute are not saved
+
+
+def test_a_job_asked_to_stop_before_it_begins_makes_no_pass(tmp_path: Path) -> None:
+    job, heard = label_job(tmp_path, Store(tmp_path / "run"), (12, 3)), list[str]()
+    with pytest.raises(Stopped):
+        label_ranks(context(0, heard), job)
+    assert heard == ["K=3 (2/2) initialisation"]
+
+
+@pytest.mark.parametrize("stop_after", [1, 4, 8, 15, 30])
+@pytest.mark.usefixtures("every_round_saved")
 def test_several_numbers_of_labels_are_fitted_at_once_and_end_as_alone(tmp_path: Path, stop_after: int) -> None:
     nums = (12, 3, 5)
     job = label_job(tmp_path, Store(tmp_path / "at once"), nums)
@@ -195,7 +224,7 @@ def label(comm: Comm, job: LabelJob, killed_after: int | None) -> None:
     label_ranks(RankContext(comm, torch.device("cpu"), report, lambda: False), job)
 
 
-@pytest.mark.parametrize("killed_after", [4, 9])
+@pytest.mark.parametrize("killed_after", [4, 24])
 def test_killed_ranks_and_other_ranks_that_go_on_change_no_byte(tmp_path: Path, killed_after: int) -> None:
     nums = (3, 5, 12)
     killed, whole = (label_job(tmp_path, Store(tmp_path / name), nums) for name in ("killed", "whole"))
@@ -214,6 +243,16 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     job = label_job(tmp_path, Store(tmp_path / "run"))
     (job.labels[12].begin() / PROGRESS_FILE).write_bytes(b"half")
     with pytest.raises(ValueError, match=rf"{PROGRESS_FILE} is damaged .*; delete it"):
+        label_ranks(context(None, []), job)
+
+
+@pytest.mark.parametrize(("value", "fault"), [(np.nan, "is not finite"), (0.1, "is off the grid")])
+def test_a_checkpoint_with_numbers_that_no_update_makes_is_named(tmp_path: Path, value: float, fault: str) -> None:
+    job = label_job(tmp_path, Store(tmp_path / "run"))
+    centroids = np.full((12, 8), 0.25, np.float32)
+    centroids[3, 1] = value
+    save_trail(job.labels[12].begin() / PROGRESS_FILE, {"0/fit": Progress(centroids, (7,))})
+    with pytest.raises(ValueError, match=rf"{PROGRESS_FILE} is damaged \(0/fit: centroid 3 {fault}.*; delete it"):
         label_ranks(context(None, []), job)
 
 
