@@ -301,8 +301,11 @@ def refused(comm: Comm, fault: str) -> str:
         own[6, 2] = np.nan
     elif comm.rank == 1 and fault == "dimension":
         dim = 3
+    elif comm.rank == 1 and fault == "no dimension":
+        dim = 0
+    masks = [] if comm.rank == 1 and fault == "masks" else [good]
     try:
-        sharded_kmeans(comm, Rows([own[:, :dim]], [good], [f"rows-{comm.rank}.npy"]), num_labels)
+        sharded_kmeans(comm, Rows([own[:, :dim]], masks, [f"rows-{comm.rank}.npy"]), num_labels)
     except ValueError as error:
         return str(error)
     return "accepted"
@@ -314,6 +317,8 @@ def refused(comm: Comm, fault: str) -> str:
         ("labels", "num_labels must be from 1 to the number of good rows, 18, got 19"),
         ("nan", "rows-1.npy: row 6 has a NaN or infinite value"),
         ("dimension", "same dimension on every rank, found [3, 4]"),
+        ("no dimension", "rows-1.npy: rows must have at least one dimension, found (10, 0)"),
+        ("masks", "there must be a mask of good rows for each of the 1 shards, got 0"),
     ],
 )
 def test_impossible_input_is_refused_on_every_rank(fault: str, words: str) -> None:
