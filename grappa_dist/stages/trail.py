@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,22 @@ from grappa_dist.dist.lloyd import Progress
 from grappa_dist.dist.methods import Trail
 from grappa_dist.dist.sharded_seeding import Seeded
 from grappa_dist.files import replacing
+
+SEEDING_SAVE_S = 30.0  # from one save of an initialisation that is under way to the next: rounds may be many and short
+
+
+def saver(path: Path, rank: int) -> Callable[[Trail], None]:
+    """Saves every update, and the initialisation now and then; on rank 0."""
+    last = -math.inf
+
+    def save(trail: Trail) -> None:
+        nonlocal last
+        seeding = any(progress.seeded for progress in trail.values())
+        if rank == 0 and not (seeding and time.monotonic() - last < SEEDING_SAVE_S):
+            save_trail(path, trail)
+            last = time.monotonic()
+
+    return save
 
 
 def save_trail(path: Path, trail: Trail) -> None:

@@ -30,7 +30,8 @@ from grappa_dist.dist.sharded_kmeans import KMeans, sharded_kmeans
 from grappa_dist.dist.workers import RankContext
 from grappa_dist.observe import Console
 from grappa_dist.stages.embed import BAD_FILE, ROWS_FILE, bad_rows, feature_rows
-from grappa_dist.stages.pseudo_label import STATS_FILE, labels_of, num_labels, pseudo_label
+from grappa_dist.stages.label_stats import STATS_FILE
+from grappa_dist.stages.pseudo_label import labels_of, num_labels, pseudo_label
 from grappa_dist.stages.run import Run
 from tests.processes import run_ranks
 from tests.stages import tiny

@@ -11,15 +11,18 @@ import pytest
 import torch
 
 from grappa_dist.artifacts import Artifact, RowArrays, Store
-from grappa_dist.config import ClusteringConfig
+from grappa_dist.config import BackboneConfig, ClusteringConfig, Config, DataConfig
+from grappa_dist.data.shards import ImageShards, Shard
 from grappa_dist.dist.comm import Comm
 from grappa_dist.dist.lloyd import Progress
 from grappa_dist.dist.workers import RankContext, Stopped
 from grappa_dist.report.content import Clustering
-from grappa_dist.stages import pseudo_label
+from grappa_dist.stages import trail
+from grappa_dist.stages.label_stats import shortcuts_in_words
 from grappa_dist.stages.pseudo_label import (
     PROGRESS_FILE,
     LabelJob,
+    check_good_rows,
     choice_of,
     choices_in_words,
     label_ranks,
@@ -27,11 +30,12 @@ from grappa_dist.stages.pseudo_label import (
     ladder,
     num_labels,
     own_shards,
+    pseudo_label,
     rows_file,
-    shortcuts_in_words,
 )
 from grappa_dist.stages.trail import load_trail, save_trail
 from tests.processes import run_ranks
+from tests.stages.tiny import Here, run_in
 
 
 @pytest.mark.parametrize(
@@ -70,6 +74,27 @@ def test_the_labels_asked_for_are_taken_in_their_order() -> None:
 def test_more_labels_than_images_are_refused() -> None:
     with pytest.raises(ValueError, match=r"clustering\.num_labels=9 is more than the 8 training images"):
         num_labels(ClusteringConfig(num_labels=(2, 9, 4)), 8)
+
+
+def test_more_labels_than_good_images_are_refused_by_the_settings_name() -> None:
+    auto, asked = ClusteringConfig(), ClusteringConfig(num_labels=(4, 9))
+    words = r"^clustering\.num_labels=auto has K=256, but 60 of the 300 training images are bad and 240 are left: "
+    with pytest.raises(ValueError, match=words + r"give numbers up to 240, such as \[128\]$"):
+        check_good_rows(auto, num_labels(auto, 300), 300, 60)
+    with pytest.raises(ValueError, match=r"^clustering\.num_labels=\[4, 9\] has K=9, but 2 of the 10 .* 8 are left:"):
+        check_good_rows(asked, (4, 9), 10, 2)
+    with pytest.raises(ValueError, match="0 are left: there is nothing to cluster"):
+        check_good_rows(asked, (4, 9), 10, 10)
+    check_good_rows(asked, (4, 9), 10, 1)
+
+
+def test_bad_images_are_counted_before_any_worker_is_asked(tmp_path: Path) -> None:
+    settings = Config(name="few", data=DataConfig(train=("none",)), backbone=BackboneConfig(name="no:backbone"))
+    job, here = label_job(tmp_path, Store(tmp_path), (256,)), Here()
+    images = ImageShards(tuple(Shard(name, "", n, 0, name) for name, n in (("a", 200), ("b", 100))), ())
+    with pytest.raises(ValueError, match=r"^clustering\.num_labels=auto has K=256, but 60 of the 300"):
+        pseudo_label(run_in(settings, tmp_path, here), job.labels, job.features, images, np.arange(60))
+    assert here.asked == []
 
 
 SIZES = [
@@ -145,7 +170,7 @@ WAYS: dict[str, tuple[dict[str, Any], int]] = {  # settings, and reports before 
 
 @pytest.fixture
 def every_round_saved(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pseudo_label, "SEEDING_SAVE_S", 0.0)
+    monkeypatch.setattr(trail, "SEEDING_SAVE_S", 0.0)
 
 
 @pytest.mark.usefixtures("every_round_saved")
@@ -180,8 +205,8 @@ def test_seeding_is_told_and_stops_and_is_saved_now_and_then(tmp_path: Path) -> 
     with pytest.raises(Stopped):
         label_ranks(context(4, heard), job)
     assert heard == ["K=12 (1/1) initialisation", *(f"K=12 (1/1) seeding {found} of 12" for found in (1, 2, 3, 4))]
-    trail, problem = load_trail(job.labels[12].begin() / PROGRESS_FILE)
-    saved = trail["0/fit"].seeded
+    found, problem = load_trail(job.labels[12].begin() / PROGRESS_FILE)
+    saved = found["0/fit"].seeded
     assert (problem, saved and len(saved.places)) == ("", 1)  # rounds that follow within half a minute are not saved
 
 
