@@ -188,7 +188,7 @@ def test_callback_and_tolerance_follow_inertia(alone: dict[str, KMeansResult]) -
 
 
 @pytest.mark.parametrize("name", ["clusters", "equal starts", "exact ties", "spherical", "groups"])
-def test_a_run_resumed_from_any_progress_ends_as_if_it_had_not_stopped(
+def test_a_run_resumed_after_any_update_ends_as_if_it_had_not_stopped(
     alone: dict[str, KMeansResult], name: str
 ) -> None:
     x, settings = CASES[name]
