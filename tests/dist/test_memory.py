@@ -182,7 +182,7 @@ def drive(comm: Comm, folder: Path) -> dict[int, list[int]]:
     cluster = Cluster(RESOURCES)
     try:
         runner, found = Watching(Runner(cluster, RESOURCES)), {}
-        for number, num in enumerate((FEW, FEW, MANY)):  # the first time also loads libraries
+        for number, num in enumerate((MANY, FEW, MANY)):  # the first loads libraries and makes room for small objects
             found[num] = stage(config, folder / f"run-{number}", runner, *inputs[num])
         return found
     finally:
