@@ -74,7 +74,7 @@ class ClusteringConfig(Section):
 
     num_labels: tuple[Count, ...] | Literal["auto"] = "auto"  # K_1..K_N; auto: powers of two from 256 to n or 2^17
     iterations: Count = 20
-    tolerance: Rate = 0.0  # stop when the inertia improves by less than this share; 0: never
+    tolerance: Annotated[float, Field(ge=0, lt=1)] = 0.0  # stop when inertia improves by less than this share; 0: never
     spherical: bool = False  # re-normalise means (ours; the paper's k-means does not)
     method: Literal["auto", "exact", "sampled", "hierarchical", "approximate"] = "auto"  # auto: by cost, and says so
     assignment: Literal["auto", "exact", "approximate"] = "auto"  # of the final labels where the method is not exact

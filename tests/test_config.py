@@ -76,6 +76,7 @@ WRONG = [
     ("adapt.min_crop_area=0", "adapt.min_crop_area=0: Input should be greater than 0"),
     ("fuse.min_crop_area=1.5", "fuse.min_crop_area=1.5: Input should be less than or equal to 1"),
     ("fuse.global_batch=1", "fuse.global_batch=1: Input should be greater than or equal to 2"),
+    ("clustering.tolerance=1", "clustering.tolerance=1: Input should be less than 1"),
     ("data.max_bad_share=2", "data.max_bad_share=2: Input should be less than or equal to 1"),
     ("data.train=5", "data.train.0=5: Input should be a valid string"),
     ("data=3", "data=3: Input should be a valid dictionary"),

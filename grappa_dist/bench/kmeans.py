@@ -39,7 +39,7 @@ from grappa_dist.dist.judges import (
     set_threads,
     starting_rows,
 )
-from grappa_dist.dist.sharded_kmeans import sharded_kmeans
+from grappa_dist.dist.sharded_kmeans import KMeans, sharded_kmeans
 from grappa_dist.dist.sharded_seeding import seed_centroids
 from grappa_dist.dist.share import join_rows
 
@@ -212,7 +212,7 @@ def _run(name: str, rows: np.ndarray, initial: np.ndarray, *counts: int) -> Side
     if name == OURS:
         shares = in_shards(rows, shard_rows)
         found, timing = timed(
-            lambda: sharded_kmeans(Comm(), shares, len(initial), iterations=iterations, initial=initial, tolerance=0.0)
+            lambda: sharded_kmeans(Comm(), shares, len(initial), KMeans(iterations=iterations, initial=initial))
         )
         objective = squared_error(rows, found.centroids, np.concatenate(found.labels))
         shares_of = (found.exact_share, found.searched_share)

@@ -15,7 +15,7 @@ from grappa_dist.bench.processes import run_workers
 from grappa_dist.bench.timing import Timing, anonymous_bytes, turns, watched_memory
 from grappa_dist.dist.comm import Comm
 from grappa_dist.dist.search import Rows
-from grappa_dist.dist.sharded_kmeans import sharded_kmeans
+from grappa_dist.dist.sharded_kmeans import KMeans, sharded_kmeans
 
 MORE_ROWS = 8
 _MEMORY_ITERATIONS = 2
@@ -77,21 +77,21 @@ def _clock(comm: Comm, file: Path, starts: np.ndarray, iterations: int) -> tuple
     own = mapped[comm.rank * len(mapped) // comm.size : (comm.rank + 1) * len(mapped) // comm.size]
     float(own.sum())  # reads every page, so that no side waits for the disk
     warm_up = Rows([own[:_WARM_UP_ROWS]], [np.ones(len(own[:_WARM_UP_ROWS]), dtype=bool)])
-    sharded_kmeans(comm, warm_up, 2, iterations=1)
+    sharded_kmeans(comm, warm_up, 2, KMeans(iterations=1))
     rows = Rows([own], [np.ones(len(own), dtype=bool)])
     comm.barrier()
     wall, cpu = time.perf_counter(), time.process_time()
-    sharded_kmeans(comm, rows, len(initial), iterations=iterations, initial=initial)
+    sharded_kmeans(comm, rows, len(initial), KMeans(iterations=iterations, initial=initial))
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
 def _growth(comm: Comm, file: Path, num_labels: int, times: int) -> int:
     mapped = np.load(file, mmap_mode="r")
     few = mapped[:_WARM_UP_ROWS]
-    sharded_kmeans(comm, Rows([few], [np.ones(len(few), dtype=bool)]), 2, iterations=1)  # loads libraries
+    sharded_kmeans(comm, Rows([few], [np.ones(len(few), dtype=bool)]), 2, KMeans(iterations=1))  # loads libraries
     good = np.ones(len(mapped), dtype=bool)
     rows = Rows([mapped] * times, [good] * times)  # the same file again: pages of it are not counted anyway
     before = anonymous_bytes()
     with watched_memory() as peak:
-        sharded_kmeans(comm, rows, num_labels, iterations=_MEMORY_ITERATIONS)
+        sharded_kmeans(comm, rows, num_labels, KMeans(iterations=_MEMORY_ITERATIONS))
     return peak[0] - before

@@ -22,9 +22,8 @@ from grappa_dist.dist.lloyd import Progress, Updates, lloyd
 from grappa_dist.dist.row_labels import LabelPasses, RowLabels, Settled, exactly
 from grappa_dist.dist.sampling import Draw
 from grappa_dist.dist.search import Rows, nearest
-from grappa_dist.dist.sharded_kmeans import kmeans
+from grappa_dist.dist.sharded_kmeans import KMeans, kmeans
 from grappa_dist.dist.share import BLOCK_ROWS, Share
-from grappa_dist.dist.threads import side_by_side
 from grappa_dist.ops.exact import exact_square
 from grappa_dist.ops.kmeans import finish
 from grappa_dist.ops.probing import Lists, Propose, assign_probed
@@ -56,7 +55,7 @@ def lists_of(centroids: Tensor) -> Lists:
         proposer=FloatProposer(nearest),
     )
     heads = values[np.arange(num) * len(values) // num]  # those of two levels lie in order: one of each family
-    found = kmeans(alone, num, iterations=LIST_UPDATES, resume=Progress(heads, ()))
+    found = kmeans(alone, num, KMeans(iterations=LIST_UPDATES, resume=Progress(heads, ())))
     owners = torch.from_numpy(found.labels[0]).long().to(centroids.device)
     return Lists.of(Centroids.of(centroids), torch.from_numpy(found.centroids).to(centroids.device), owners)
 
@@ -129,7 +128,7 @@ def agreement(share: Share, rows: RowLabels, centroids: Tensor, seed: int) -> Ag
     """Measured on up to `AGREEMENT_ROWS` rows of all ranks, by comparing them with every centroid."""
     draw = Draw.of(share, AGREEMENT_ROWS, seed, len(centroids), _AGREEMENT)
     told = torch.zeros(4, dtype=torch.int64)  # 4,096 squared distances add up to less than 2**63
-    for settled in side_by_side(exactly(share, centroids), draw.blocks(), share.threads):
+    for settled in share.each(exactly(share, centroids), draw.blocks()):
         same = rows.labels[settled.positions] == settled.found.labels.cpu()
         ours, exact = rows.squares[settled.positions].sum(), settled.found.squares.sum().cpu()
         told += torch.stack([torch.tensor(len(same)), same.sum(), ours, exact])

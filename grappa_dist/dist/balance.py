@@ -20,7 +20,6 @@ from grappa_dist.dist.lowest import lowest
 from grappa_dist.dist.row_labels import RowLabels
 from grappa_dist.dist.scratch import scratch
 from grappa_dist.dist.share import PIECE, Share
-from grappa_dist.dist.threads import side_by_side
 from grappa_dist.ops.probing import nearest_exactly
 from grappa_dist.ops.proposals import Centroids
 
@@ -102,7 +101,7 @@ class _Round:
             near, far = nearest_exactly(share.read(positions[some]), known, t)
             return some, vacant[near.cpu()].int(), far.cpu()
 
-        for some, near, far in side_by_side(work, range(0, num, share.block_rows), share.threads):
+        for some, near, far in share.each(work, range(0, num, share.block_rows)):
             labels[some], squares[some] = near, far
         all_rows = (len(rows.labels),)
         asked, keys = scratch(all_rows, torch.int32).fill_(-1), scratch(all_rows, torch.int64)

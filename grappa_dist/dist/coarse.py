@@ -18,7 +18,7 @@ from torch import Tensor
 from grappa_dist.dist.row_labels import exactly
 from grappa_dist.dist.sampling import sampled_share
 from grappa_dist.dist.search import nearest
-from grappa_dist.dist.sharded_kmeans import kmeans
+from grappa_dist.dist.sharded_kmeans import KMeans, kmeans
 from grappa_dist.dist.share import Share
 from grappa_dist.dist.threads import side_by_side
 from grappa_dist.ops.exact import exact_dot
@@ -49,7 +49,7 @@ class Coarse:
         """The lists of a share without bad rows, of which all ranks together have at least one."""
         num = num_lists_of(share.num_good)
         sample = sampled_share(share, num * _FIT_ROWS, seed, num, _FIT)
-        fit = kmeans(sample, num, iterations=_FIT_UPDATES, seed=seed)
+        fit = kmeans(sample, num, KMeans(iterations=_FIT_UPDATES, seed=seed))
         heads = Centroids.of(torch.from_numpy(fit.centroids))
         labels = torch.zeros(len(share.rows), dtype=torch.int32)
         for settled in side_by_side(exactly(share, heads.values), share.blocks(), share.threads):

@@ -19,10 +19,9 @@ from torch import Tensor
 
 from grappa_dist.dist.lloyd import Progress, Updates, lloyd
 from grappa_dist.dist.lowest import lowest
-from grappa_dist.dist.row_labels import LabelPasses, Settled, exactly, label_rows
+from grappa_dist.dist.row_labels import LabelPasses, Settled, exactly, find_labels
 from grappa_dist.dist.scratch import scratch
 from grappa_dist.dist.share import PIECE, Share
-from grappa_dist.dist.threads import side_by_side
 from grappa_dist.ops.hashing import RACE_BITS, race_keys, row_hashes
 from grappa_dist.ops.hierarchy import apportion
 from grappa_dist.ops.kmeans import Stats, finish
@@ -84,7 +83,7 @@ def fit_in_families(
         heads: coarse centroids (C, D); rows belong to the nearest one.
         start: where to go on from, as `how.on_update` was told.
     """
-    coarse = label_rows(share, exactly(share, torch.from_numpy(heads).to(share.device)), share.blocks())[0].labels
+    coarse = find_labels(share, exactly(share, torch.from_numpy(heads).to(share.device)), share.blocks())[0].labels
     families = Families.of(share, coarse, len(heads), num_labels)
     if start is None:
         start = Progress(_starts(families, num_labels, seed).cpu().numpy(), ())
@@ -142,7 +141,7 @@ def _starts(families: Families, num_labels: int, seed: int) -> Tensor:
         drawn, rows = _drawn_rows(families, groups, keys, at_once)
         slots = torch.cat([first[i] + present[i] + torch.arange(int(n)) for i, n in enumerate(drawn)])
         centroids[slots] = rows
-        _lower(families, squares, centroids, (first + present, drawn))
+        _lower_squares(families, squares, centroids, (first + present, drawn))
         present += drawn
         at_once = torch.minimum(numbers - present, torch.where(drawn > 0, present, 0))
         if not bool(at_once.any()):
@@ -180,7 +179,7 @@ def _drawn_rows(families: Families, groups: Tensor, keys: Tensor, at_once: Tenso
     return drawn, share.total(rows)
 
 
-def _lower(families: Families, squares: Tensor, centroids: Tensor, new: tuple[Tensor, Tensor]) -> None:
+def _lower_squares(families: Families, squares: Tensor, centroids: Tensor, new: tuple[Tensor, Tensor]) -> None:
     """Lowers the rows' squared distances, in place, to those to the new centroids of their family."""
     parts = {
         i: Centroids.of(centroids[a : a + n], families.share.proposer)
@@ -193,5 +192,5 @@ def _lower(families: Families, squares: Tensor, centroids: Tensor, new: tuple[Te
         return positions, assign(families.share.read(positions), parts[i]).squares.cpu()
 
     blocks = (block for block in families.blocks() if block[0] in parts)
-    for positions, found in side_by_side(work, blocks, families.share.threads):
+    for positions, found in families.share.each(work, blocks):
         squares[positions] = torch.minimum(squares[positions], found)

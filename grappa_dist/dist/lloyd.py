@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from grappa_dist.dist.search import on_grid
+from grappa_dist.dist.sharded_seeding import Seeded
 from grappa_dist.dist.share import Share
 from grappa_dist.ops.exact import GRID
 from grappa_dist.ops.kmeans import Stats
@@ -32,11 +34,22 @@ class Passes(Protocol):
 
 @dataclass(frozen=True)
 class Progress:
-    """Where Lloyd's iterations stand after an update: enough to go on from, with the result of an unbroken run."""
+    """Where k-means stands after an update, or before the first one: enough to go on from, with the same result."""
 
-    centroids: np.ndarray  # (K, D) float32, after the update
+    centroids: np.ndarray  # (K, D) float32, after the update; (0, D) while the initialisation is under way
     inertia: tuple[int, ...]  # exact, before each update, in units of 2**-48
     repaired: int = 0
+    seeded: Seeded | None = None  # how far the initialisation is, while it is under way
+
+    def problem(self) -> str:
+        """What is wrong with the centroids, "" when nothing is: exact arithmetic needs values on the grid."""
+        if self.centroids.ndim != 2 or self.centroids.dtype != np.float32:
+            return f"centroids must be (K, D) float32, found {self.centroids.shape} {self.centroids.dtype}"
+        if on_grid(self.centroids):
+            return ""
+        wrong = next(i for i, row in enumerate(self.centroids) if not on_grid(row[None]))
+        finite = np.isfinite(self.centroids[wrong]).all()
+        return f"centroid {wrong} " + ("is off the grid of exact arithmetic" if finite else "is not finite")
 
 
 Steps = Generator[Tensor, Centroids, Progress]
@@ -47,11 +60,17 @@ Steps = Generator[Tensor, Centroids, Progress]
 class Updates:
     """How often centroids are updated, and who is told."""
 
-    iterations: int
-    tolerance: float
-    spherical: bool
-    on_iteration: Callable[[int, float], None]
-    on_update: Callable[[Progress], None]
+    iterations: int = 20  # updates at most; fewer when centroids no longer move
+    tolerance: float = 0.0  # stop when an update lowers inertia by less than this share of it; 0: never
+    spherical: bool = False  # centroids are normalised after every update
+    on_iteration: Callable[[int, float], None] = lambda iteration, inertia: None  # updates so far, what they led to
+    on_update: Callable[[Progress], None] = lambda progress: None  # what a later call can go on from
+
+    def __post_init__(self) -> None:
+        if self.iterations < 0:
+            raise ValueError(f"iterations must be at least 0, got {self.iterations}")
+        if not 0 <= self.tolerance < 1:
+            raise ValueError(f"tolerance must be at least 0 and below 1, got {self.tolerance}")
 
 
 def lloyd(
@@ -82,7 +101,7 @@ def lloyd_steps(passes: Passes, finish: Finish, start: Progress, how: Updates) -
         spreads = passes.stats.spreads(prepared)
         inertia.append(sum(spreads))
         how.on_iteration(step, inertia[-1] * SQUARE_UNIT)
-        if step == how.iterations or (step and inertia[-2] - inertia[-1] < how.tolerance * inertia[-2]):
+        if step == how.iterations or (step and _at_rest(inertia[-2], inertia[-1], how.tolerance)):
             break
         updated, splits = finish(centroids, spreads, step)
         if not splits and torch.equal(updated, centroids):
@@ -90,3 +109,8 @@ def lloyd_steps(passes: Passes, finish: Finish, start: Progress, how: Updates) -
         centroids, repaired = updated, repaired + splits
         how.on_update(Progress(centroids.cpu().numpy(), tuple(inertia), repaired))
     return Progress(centroids.cpu().numpy(), tuple(inertia), repaired)
+
+
+def _at_rest(before: int, now: int, tolerance: float) -> bool:
+    """Whether inertia fell by too little; it may even rise where means are normalised."""
+    return tolerance > 0 and before - now < tolerance * before

@@ -2,40 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import closing
+from typing import TypeVar
 
 import torch
 
+from grappa_dist.dist.comm import Comm
+from grappa_dist.dist.search import wire_device
 from grappa_dist.dist.workers import RankContext, Stopped
 
 _END = object()
 
+Piece = TypeVar("Piece")
+
 
 def until_all_are_done(context: RankContext, work: Generator[None, None, None]) -> None:
-    """Does this rank's work, piece by piece, and returns when every rank has done its own; all ranks call it together.
+    """Does this rank's work, piece by piece, and returns when every rank has done its own, as `beside_others`."""
+    for _ in beside_others(context.comm, work, context.stop_requested):
+        pass
+
+
+def beside_others(
+    comm: Comm, pieces: Generator[Piece, None, None], stop_requested: Callable[[], bool]
+) -> Generator[Piece, None, None]:
+    """This rank's pieces of work; ends when those of every rank have. All ranks call it, and use it up, together.
 
     A rank that waits in one collective gives up after `resources.collective_timeout_s`, however well the others get on.
     So ranks add up how many are through over and over, beside their work: a round lasts as long as the slowest piece
     of it, whoever still works never waits, and whoever is through waits for one round at a time.
 
     Args:
-        work: gives back control after every piece; it is closed when this returns or raises.
+        pieces: does a piece of the work each time it is asked; it is closed when this ends or raises.
+        stop_requested: asked once a round.
 
     Raises:
-        Stopped: on all ranks, when any was asked to stop.
+        Stopped: on all ranks, after the pieces under way, when any was asked to stop.
     """
-    done = False
-    with closing(work):
+    device, done = wire_device(comm), False
+    with closing(pieces):
         while True:
-            flags = torch.tensor([done, context.stop_requested()], dtype=torch.int64, device=context.device)
-            told = context.comm.begin_sum(flags)
+            told = comm.begin_sum(torch.tensor([done, stop_requested()], dtype=torch.int64, device=device))
             while not done:
-                done = next(work, _END) is _END
+                piece = next(pieces, _END)
+                if piece is _END:
+                    done = True
+                else:
+                    yield piece  # type: ignore[misc]
                 if told.ready():
                     break
             through, stopping = told.total().tolist()
             if stopping:
                 raise Stopped
-            if through == context.comm.size:
+            if through == comm.size:
                 return

@@ -18,10 +18,10 @@ import torch
 from grappa_dist.dist.approximate import Agreement, agreement, refine, through_lists
 from grappa_dist.dist.balance import Balanced, balance_labels, largest_size
 from grappa_dist.dist.hierarchical import fit_in_families
-from grappa_dist.dist.lloyd import SQUARE_UNIT, Progress, Updates
-from grappa_dist.dist.row_labels import RowLabels, Settled, exactly, label_rows
+from grappa_dist.dist.lloyd import SQUARE_UNIT, Progress
+from grappa_dist.dist.row_labels import RowLabels, Settled, exactly, find_labels
 from grappa_dist.dist.sampling import sampled_share
-from grappa_dist.dist.sharded_kmeans import Fit, KMeansResult, begin, end_alone
+from grappa_dist.dist.sharded_kmeans import Fit, KMeans, KMeansResult, begin, end_alone
 from grappa_dist.dist.share import Share
 from grappa_dist.ops.choice import Choice
 from grappa_dist.ops.exact import exact_square
@@ -66,6 +66,7 @@ class Told:
     """Who is told how it goes."""
 
     on_iteration: Callable[[str, int, float], None] = lambda part, iteration, inertia: None
+    on_seeding: Callable[[str, int, int], None] = lambda part, found, wanted: None  # first centroids of a part
     on_update: Callable[[Trail], None] = lambda trail: None
 
 
@@ -126,7 +127,7 @@ class Restart:
             for part in ("coarse", "fine"):
                 self.kept.pop(self._name(part))
             self._keep("refined", start)
-        fit, passes = refine(self.share, self.method.probes, start, self._updates("refined"))
+        fit, passes = refine(self.share, self.method.probes, start, self._how("refined"))
         if self.method.choice.assignment == "exact":
             return self._labelled(fit, len(fit.inertia) - 1)
         told = self.share.total(torch.tensor([passes.undecided, passes.searched]))
@@ -138,32 +139,21 @@ class Restart:
         if heads is None or start is None:  # all of the coarse ones' updates are over when there are fine ones
             num = isqrt(self.num_labels)
             heads = Progress(self._kmeans(self.share, "coarse", num).centroids, ())
-        how = self._updates("fine")
+        how = self._how("fine")
         return fit_in_families(self.share, heads.centroids, self.num_labels, seed=self.seed, start=start, how=how)
 
     def _kmeans(self, share: Share, part: str, num_labels: int) -> KMeansResult:
         return end_alone(self._fit(share, part, num_labels))
 
     def _fit(self, share: Share, part: str, num_labels: int) -> Fit:
-        how = self._updates(part)
-        return begin(
-            share,
-            num_labels,
-            iterations=how.iterations,
-            seed=self.seed,
-            spherical=how.spherical,
-            tolerance=how.tolerance,
-            on_iteration=how.on_iteration,
-            resume=self.kept.get(self._name(part)),
-            on_update=how.on_update,
-        )
+        return begin(share, num_labels, self._how(part))
 
     def _labelled(self, fit: Progress, updates: int) -> Clustering:
         """All rows by their nearest centroid, exactly or through lists."""
         centroids = torch.from_numpy(fit.centroids).to(self.share.device)
         exact = self.method.choice.assignment == "exact"
         work = exactly(self.share, centroids) if exact else through_lists(centroids, self.method.probes)
-        rows, told = label_rows(self.share, work, self.share.blocks())
+        rows, told = find_labels(self.share, work, self.share.blocks())
         fit = replace(fit, inertia=(*fit.inertia, rows.inertia(self.share)))
         return self._told(fit, updates, rows, told.tolist())
 
@@ -208,14 +198,21 @@ class Restart:
         self.kept[self._name(part)] = progress
         self.told.on_update(self.kept)
 
-    def _updates(self, part: str) -> Updates:
-        how, several = self.method, f"restart {self.number + 1}, " if self.method.restarts > 1 else ""
-        name = "" if part == "fit" else f"{part} "
-        return Updates(
-            iterations=how.iterations,
-            tolerance=how.tolerance,
-            spherical=how.spherical,
-            on_iteration=lambda iteration, inertia: self.told.on_iteration(several + name, iteration, inertia),
+    def _words(self, part: str) -> str:
+        """What a person is told of it, before what happens there."""
+        several = f"restart {self.number + 1}, " if self.method.restarts > 1 else ""
+        return several + ("" if part == "fit" else f"{part} ")
+
+    def _how(self, part: str) -> KMeans:
+        method, told, words = self.method, self.told, self._words(part)
+        return KMeans(
+            iterations=method.iterations,
+            tolerance=method.tolerance,
+            spherical=method.spherical,
+            seed=self.seed,
+            resume=self.kept.get(self._name(part)),
+            on_seeding=lambda found, wanted: told.on_seeding(words, found, wanted),
+            on_iteration=lambda iteration, inertia: told.on_iteration(words, iteration, inertia),
             on_update=lambda progress: self._keep(part, progress),
         )
 
@@ -232,4 +229,4 @@ def _own_distances(share: Share, result: KMeansResult) -> RowLabels:
         squares = pair_squares(x, exact_square(x), centroids, pairs)
         return Settled(positions, x, Assignment(own, squares.long()), 0)
 
-    return label_rows(share, work, share.blocks())[0]
+    return find_labels(share, work, share.blocks())[0]

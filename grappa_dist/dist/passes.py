@@ -16,7 +16,6 @@ from torch import Tensor
 
 from grappa_dist.dist.scratch import scratch
 from grappa_dist.dist.share import RowBlock, Share
-from grappa_dist.dist.threads import side_by_side
 from grappa_dist.ops.bounds import Bounds, Drift, Groups, num_bounds
 from grappa_dist.ops.kmeans import Stats
 from grappa_dist.ops.proposals import Centroids, joined
@@ -32,7 +31,7 @@ def advance_together(wanted: Sequence[tuple[BoundedPasses, Tensor]]) -> list[Cen
     def work(block: RowBlock) -> list[Moves]:
         return [one.over(block) for one in passes]
 
-    for found in side_by_side(work, share.row_blocks(), share.threads):
+    for found in share.each(work, share.row_blocks()):
         for one, moves in zip(passes, found, strict=True):
             one.kept.by_integers += moves.by_integers
             one.kept.searched += moves.searched

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from grappa_dist.dist.scratch import scratch
 from grappa_dist.dist.share import PIECE, Share
-from grappa_dist.dist.threads import side_by_side
 from grappa_dist.ops.exact import exact_square
 from grappa_dist.ops.kmeans import Stats
 from grappa_dist.ops.nearest import Assignment, assign
@@ -92,7 +91,7 @@ class LabelPasses:
         """Labels, distances and stats by what `work` finds for each item."""
         change = Stats.zeros(len(self.stats.counts), self.share.dim, self.share.device)
         self.undecided = self.searched = 0
-        for settled in side_by_side(work, items, self.share.threads):
+        for settled in self.share.each(work, items):
             _add_moves(change, self.rows, settled)
             _keep(self.rows, settled)
             self.undecided += settled.found.undecided
@@ -100,10 +99,10 @@ class LabelPasses:
         self.stats.add_changes_(change, self.share.total)
 
 
-def label_rows(share: Share, work: Callable[[Item], Settled], items: Iterable[Item]) -> tuple[RowLabels, Tensor]:
+def find_labels(share: Share, work: Callable[[Item], Settled], items: Iterable[Item]) -> tuple[RowLabels, Tensor]:
     """Labels by what `work` finds, without sums; and of all ranks the undecided rows and the distances computed."""
     rows, told = RowLabels.of(share), torch.zeros(2, dtype=torch.int64)
-    for settled in side_by_side(work, items, share.threads):
+    for settled in share.each(work, items):
         _keep(rows, settled)
         told += torch.tensor([settled.found.undecided, settled.searched])
     return rows, share.total(told)

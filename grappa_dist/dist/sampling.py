@@ -68,4 +68,6 @@ def sampled_share(share: Share, num: int, *key: int) -> Share:
         rows[first : first + len(positions)] = x.cpu()
         first += len(positions)
     drawn = Rows([rows.numpy()], [np.ones(len(rows), dtype=bool)], ["the sample"])
-    return join_rows(share.comm, drawn, block_rows=share.block_rows, device=share.device)
+    return join_rows(
+        share.comm, drawn, block_rows=share.block_rows, device=share.device, stop_requested=share.stop_requested
+    )

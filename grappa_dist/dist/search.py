@@ -182,11 +182,15 @@ class Rows:
 
     def problem(self, block_rows: int) -> str:
         """What is wrong with the rows, naming shard and row; "" when nothing is."""
+        if len(self.good) != len(self.shards):
+            return f"there must be a mask of good rows for each of the {len(self.shards)} shards, got {len(self.good)}"
         for i, (shard, good) in enumerate(zip(self.shards, self.good, strict=True)):
             name = self.names[i] if self.names else f"shard {i}"
             if shard.ndim != 2 or shard.dtype != np.float32:
                 return f"{name}: rows must be (rows, dimensions) float32, found {shard.shape} {shard.dtype}"
-            if not shard.shape[1] or shard.shape[1] != self.shards[0].shape[1]:
+            if not shard.shape[1]:
+                return f"{name}: rows must have at least one dimension, found {shard.shape}"
+            if shard.shape[1] != self.shards[0].shape[1]:
                 return (
                     f"{name}: rows have {shard.shape[1]} dimensions, those of the first shard {self.shards[0].shape[1]}"
                 )

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from grappa_dist.dist.comm import Comm
 from grappa_dist.dist.lloyd import SQUARE_UNIT, Progress, Steps, Updates, lloyd_steps
 from grappa_dist.dist.passes import BoundedPasses, advance_together
 from grappa_dist.dist.search import Rows, row_problem
-from grappa_dist.dist.sharded_seeding import seed_centroids
+from grappa_dist.dist.sharded_seeding import Seeded, seed_centroids
 from grappa_dist.dist.share import BLOCK_ROWS, Share, join_rows
 from grappa_dist.ops.exact import to_grid
 from grappa_dist.ops.kmeans import finish
@@ -41,22 +40,32 @@ class KMeansResult:
     searched_share: float  # of all distances to all centroids, those that bounds did not spare; likewise
 
 
+@dataclass(frozen=True, kw_only=True)
+class KMeans(Updates):
+    """How to make one k-means; all ranks say the same."""
+
+    seed: int = 0
+    initial: np.ndarray | None = None  # centroids (K, D) to start from instead of k-means++
+    resume: Progress | None = None  # what `on_update` was told last, to go on from there
+    on_seeding: Callable[[int, int], None] = lambda found, wanted: None  # first centroids, after every round
+
+
 def sharded_kmeans(
     comm: Comm,
     rows: Rows,
     num_labels: int,
+    how: KMeans | None = None,
     *,
     block_rows: int = BLOCK_ROWS,
     device: torch.device | str = "cpu",
-    **settings: Any,
 ) -> KMeansResult:
-    """k-means of the good rows of all ranks, as `kmeans` with its settings. All ranks call it with the same ones."""
-    return kmeans(join_rows(comm, rows, block_rows=block_rows, device=torch.device(device)), num_labels, **settings)
+    """k-means of the good rows of all ranks, as `kmeans`. All ranks call it with the same settings."""
+    return kmeans(join_rows(comm, rows, block_rows=block_rows, device=torch.device(device)), num_labels, how)
 
 
-def kmeans(share: Share, num_labels: int, **settings: Any) -> KMeansResult:
-    """k-means by itself, with the settings of `begin`."""
-    return end_alone(begin(share, num_labels, **settings))
+def kmeans(share: Share, num_labels: int, how: KMeans | None = None) -> KMeansResult:
+    """k-means by itself."""
+    return end_alone(begin(share, num_labels, how or KMeans()))
 
 
 def end_alone(fit: Fit) -> KMeansResult:
@@ -70,11 +79,11 @@ def end_together(fits: list[Fit]) -> Iterator[Fit]:
     Uses the list up, so that what has ended need not stay in memory until the last one does.
     """
     while fits:
-        prepared = advance_together([(fit.passes, fit.wanted) for fit in fits])
+        prepared = advance_together([(fit.passes, fit.centroids) for fit in fits])
         for fit, centroids in zip(fits, prepared, strict=True):
-            fit.go_on(centroids)
-        ended = [fit for fit in fits if fit.last]
-        fits[:] = [fit for fit in fits if not fit.last]
+            fit.after_pass(centroids)
+        ended = [fit for fit in fits if fit.end]
+        fits[:] = [fit for fit in fits if not fit.end]
         del prepared, fit
         while ended:
             yield ended.pop(0)
@@ -82,83 +91,75 @@ def end_together(fits: list[Fit]) -> Iterator[Fit]:
 
 @dataclass(eq=False)
 class Fit:
-    """A k-means under way: it waits for a pass with the centroids that it wants, until it has ended."""
+    """A k-means under way: it waits for a pass over the rows with its centroids, until it has ended."""
 
     passes: BoundedPasses
     steps: Steps
-    wanted: Tensor  # (K, D)
-    last: Progress | None = None  # once it has ended
+    centroids: Tensor  # (K, D) of the pass that comes next
+    end: Progress | None = None  # once there is no other pass to make
 
-    def go_on(self, prepared: Centroids) -> None:
-        """After the pass that was wanted."""
+    def after_pass(self, prepared: Centroids) -> None:
+        """Updates the centroids, which the pass has prepared, or ends."""
         try:
-            self.wanted = self.steps.send(prepared)
-        except StopIteration as end:
-            self.last = end.value
+            self.centroids = self.steps.send(prepared)
+        except StopIteration as stop:
+            self.end = stop.value
 
     def result(self) -> KMeansResult:
         """What has come of it."""
-        passes, last = self.passes, self.last
-        assert last is not None
+        passes, end = self.passes, self.end
+        assert end is not None
         counts = passes.stats.counts.cpu().numpy()
         told = passes.share.total(torch.tensor([passes.by_integers, passes.searched]))
         by_integers, searched = told.tolist()
         decisions = passes.share.num_good * passes.number
         return KMeansResult(
-            centroids=last.centroids,
+            centroids=end.centroids,
             labels=passes.labels(),
             counts=counts,
-            inertia=[i * SQUARE_UNIT for i in last.inertia],
-            empty_repaired=last.repaired,
+            inertia=[i * SQUARE_UNIT for i in end.inertia],
+            empty_repaired=end.repaired,
             empty_left=int((counts == 0).sum()),
             exact_share=by_integers / decisions,
-            searched_share=searched / (decisions * len(last.centroids)),
+            searched_share=searched / (decisions * len(end.centroids)),
         )
 
 
-def begin(
-    share: Share,
-    num_labels: int,
-    *,
-    iterations: int = 20,
-    seed: int = 0,
-    spherical: bool = False,
-    tolerance: float = 0.0,
-    on_iteration: Callable[[int, float], None] = lambda iteration, inertia: None,
-    initial: np.ndarray | None = None,
-    resume: Progress | None = None,
-    on_update: Callable[[Progress], None] = lambda progress: None,
-) -> Fit:
+def begin(share: Share, num_labels: int, how: KMeans) -> Fit:
     """k-means++, and then Lloyd's iterations before their first pass. All ranks call it with the same settings.
 
-    Args:
-        iterations: updates of the centroids at most; fewer when they no longer move.
-        spherical: centroids are normalised after every update.
-        tolerance: stop when an iteration lowers inertia by less than this share of it; 0 never does.
-        on_iteration: told the number of updates so far and the inertia they led to.
-        initial: centroids (K, D) to start from instead of k-means++.
-        resume: what `on_update` was told last, to go on from there.
-        on_update: told what a later call can resume from, after the initialisation and after every update.
+    `how.on_update` is told after every round of the initialisation, after all of it, and after every update.
+
+    Raises:
+        ValueError: there are not so many good rows, or `how.initial` or `how.resume` do not fit.
+        Stopped: on all ranks, when any was asked to stop.
     """
     share.check_labels(num_labels)
-    shape = (num_labels, share.dim)
-    if resume is None:
-        start = seed_centroids(share, num_labels, seed) if initial is None else _checked_initial(initial, shape)
-        resume = Progress(start.cpu().numpy(), ())
-        on_update(resume)
-    _check_resume(resume, shape, iterations)
-    how = Updates(
-        iterations=iterations,
-        tolerance=tolerance,
-        spherical=spherical,
-        on_iteration=on_iteration,
-        on_update=on_update,
-    )
-    return _iterating(share, resume, how)
+    shape, start = (num_labels, share.dim), how.resume
+    if start is not None:
+        _check_resume(start, shape, how.iterations)
+    if start is None or start.seeded:
+        start = Progress(_first_centroids(share, shape, how).cpu().numpy(), ())
+        how.on_update(start)
+    return _iterating(share, start, how)
+
+
+def _first_centroids(share: Share, shape: tuple[int, int], how: KMeans) -> Tensor:
+    if how.initial is not None:
+        return _checked_initial(how.initial, shape)
+
+    def told(seeded: Seeded) -> None:
+        how.on_seeding(len(seeded.places), shape[0])
+        how.on_update(Progress(np.zeros((0, shape[1]), np.float32), (), seeded=seeded))
+
+    seeded = how.resume.seeded if how.resume else None
+    return seed_centroids(share, shape[0], how.seed, resume=seeded, on_round=told)
 
 
 def _check_resume(resume: Progress, shape: tuple[int, int], iterations: int) -> None:
-    if resume.centroids.shape != shape or len(resume.inertia) > iterations:
+    if problem := resume.problem():
+        raise ValueError(f"resume: {problem}")
+    if (resume.centroids.shape != shape and not resume.seeded) or len(resume.inertia) > iterations:
         raise ValueError(
             f"resume has {resume.centroids.shape} centroids after {len(resume.inertia)} updates, "
             f"expected {shape} after at most {iterations}"

@@ -8,13 +8,15 @@ Shapes: P rows of one block, D dimensions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from grappa_dist.dist.comm import Comm
+from grappa_dist.dist.long_work import beside_others
 from grappa_dist.dist.scratch import scratch
 from grappa_dist.dist.search import Rows, nearest, raise_together, wire_device
 from grappa_dist.dist.threads import side_by_side
@@ -25,6 +27,14 @@ from grappa_dist.ops.proposals import FloatProposer, Proposer, joined
 
 BLOCK_ROWS = 16384  # rows worked on at once: enough that their products outweigh the calls around them
 PIECE = 2**16  # rows looked at at once, by integers alone
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def never() -> bool:
+    """Nobody asks to stop."""
+    return False
 
 
 @dataclass(frozen=True)
@@ -61,6 +71,18 @@ class Share:
     threads: int  # so many blocks are worked on side by side; a GPU has threads of its own
     squares: Tensor  # (good rows,) float64 scratch, exact |x|^2 in units of 2**-48
     proposer: Proposer
+    stop_requested: Callable[[], bool] = never  # of this rank
+
+    def each(self, work: Callable[[Item], Result], items: Iterable[Item]) -> Generator[Result, None, None]:
+        """What `work` makes of this rank's items, in their order; ends when all ranks have done theirs.
+
+        All ranks call it together, for a pass over their rows. None of them meets another inside of it, so one that is
+        slower than the others may take its time.
+
+        Raises:
+            Stopped: on all ranks, between two items, when any was asked to stop.
+        """
+        return beside_others(self.comm, side_by_side(work, items, self.threads), self.stop_requested)
 
     def read(self, positions: Tensor) -> Tensor:
         """Grid rows (P, D) on the device at some ascending positions among the rank's rows."""
@@ -102,7 +124,14 @@ class Share:
         return [part.to(tensor.device) for part in self.comm.gather(tensor.to(wire_device(self.comm)))]
 
 
-def join_rows(comm: Comm, rows: Rows, *, block_rows: int = BLOCK_ROWS, device: torch.device) -> Share:
+def join_rows(
+    comm: Comm,
+    rows: Rows,
+    *,
+    block_rows: int = BLOCK_ROWS,
+    device: torch.device,
+    stop_requested: Callable[[], bool] = never,
+) -> Share:
     """This rank's share, once every rank's rows are fit for it."""
     if block_rows < 1:
         raise ValueError(f"block_rows must be at least 1, got {block_rows}")
@@ -116,17 +145,28 @@ def join_rows(comm: Comm, rows: Rows, *, block_rows: int = BLOCK_ROWS, device: t
     first, num_good = int(table[: comm.rank, 0].sum()), int(table[:, 1].sum())
     plain = rows.plain(block_rows)
     threads = 1 if device.type == "cuda" else torch.get_num_threads()
-    squares, proposer = _measured(rows, (block_rows, plain, threads), device)
+    squares, proposer = _measured(rows, device, block_rows=block_rows, plain=plain, threads=threads)
     return Share(
-        comm, rows, dims[0] if dims else 0, first, num_good, block_rows, device, plain, threads, squares, proposer
+        comm=comm,
+        rows=rows,
+        dim=dims[0] if dims else 0,
+        first=first,
+        num_good=num_good,
+        block_rows=block_rows,
+        device=device,
+        plain=plain,
+        threads=threads,
+        squares=squares,
+        proposer=proposer,
+        stop_requested=stop_requested,
     )
 
 
-def _measured(rows: Rows, blocks: tuple[int, tuple[bool, ...], int], device: torch.device) -> tuple[Tensor, Proposer]:
+def _measured(
+    rows: Rows, device: torch.device, *, block_rows: int, plain: tuple[bool, ...], threads: int
+) -> tuple[Tensor, Proposer]:
     """The rows' exact squared norms, and the faster way to propose centroids to them on this machine."""
     halves = halves_pay(device)
-
-    block_rows, plain, threads = blocks
 
     def measure(positions: Tensor) -> tuple[Tensor, float]:
         pieces = rows.pieces(positions, plain)

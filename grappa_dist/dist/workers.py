@@ -41,12 +41,6 @@ class RankContext:
         flag = torch.tensor([says], dtype=torch.int64, device=self.device)
         return bool(self.comm.broadcast(flag, 0))
 
-    def raise_if_stopping(self) -> None:
-        """Raises Stopped on all ranks when any of them was asked to stop; all ranks call it at the same point."""
-        flag = torch.tensor([self.stop_requested()], dtype=torch.int64, device=self.device)
-        if int(self.comm.sum_(flag)):
-            raise Stopped
-
 
 class Worker:
     """One process with its share of CPUs and perhaps a GPU: a Ray actor that answers status and stop while it works."""

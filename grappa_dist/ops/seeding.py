@@ -13,6 +13,8 @@ from torch import Tensor
 
 from grappa_dist.ops.exact import exact_dot, exact_square
 
+_TABLE = 2048  # candidates of which distances to each other are a square table
+_SHARE = 64  # a round adds at most this share of the centroids, where that is more than a table of candidates
 _SHIFT = 21  # from units of 2**-48 to units of 2**-27
 
 
@@ -35,6 +37,14 @@ def draw(limit: int, *key: int) -> int:
     return int.from_bytes(digest, "big") % limit
 
 
+def candidates_of(num: int, missing: int) -> int:
+    """How many rows a round draws when there are `num` centroids and `missing` are still to be found.
+
+    More of them make fewer rounds; those that lie near to each other are drawn in vain.
+    """
+    return max(1, min(num // 2, missing, max(_TABLE, num // _SHARE)))
+
+
 def accept(rows: Tensor, weights: Sequence[int], draws: Sequence[int], at_most: int) -> list[int]:
     """Which of m candidates become centroids, as ascending positions, so that their law is that of k-means++.
 
@@ -47,13 +57,24 @@ def accept(rows: Tensor, weights: Sequence[int], draws: Sequence[int], at_most: 
         at_most: no more are accepted than this.
     """
     squares = exact_square(rows)
-    between = to_weights((squares[:, None] + squares - 2 * exact_dot(rows, rows)).long()).cpu().numpy()  # (m, m)
-    now = np.asarray(weights, dtype=np.int64)
     accepted: list[int] = []
-    for i, drawn in enumerate(draws):
-        if len(accepted) == at_most:
-            break
-        if drawn < int(now[i]):
-            accepted.append(i)
-            now = np.minimum(now, between[i])
+    for first in range(0, len(rows), _TABLE):  # so no table has more than this many rows and columns
+        block = range(first, min(first + _TABLE, len(rows)))
+        now = np.asarray(weights[block.start : block.stop], dtype=np.int64)
+        for start in range(0, len(accepted), _TABLE):
+            now = np.minimum(now, _between(rows, squares, block, accepted[start : start + _TABLE]).min(1))
+        between = _between(rows, squares, block, block)
+        for i in block:
+            if len(accepted) == at_most:
+                return accepted
+            if draws[i] < int(now[i - first]):
+                accepted.append(i)
+                now = np.minimum(now, between[i - first])
     return accepted
+
+
+def _between(rows: Tensor, squares: Tensor, some: Sequence[int], others: Sequence[int]) -> np.ndarray:
+    """Weights (a, b) of some candidates by their distances from others."""
+    a, b = list(some), list(others)
+    table = squares[a][:, None] + squares[b] - 2 * exact_dot(rows[a], rows[b])
+    return to_weights(table.long()).cpu().numpy()

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,21 +14,19 @@ from grappa_dist.config import ClusteringConfig
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.dist.clustering import Wanted, cluster, cluster_together, shares_passes
 from grappa_dist.dist.jobs import Job
-from grappa_dist.dist.methods import Clustering, Method, Told, Trail
+from grappa_dist.dist.methods import Clustering, Method, Told
 from grappa_dist.dist.search import Rows, raise_together
 from grappa_dist.dist.share import Share, join_rows
 from grappa_dist.dist.workers import RankContext
-from grappa_dist.files import write_json
 from grappa_dist.ops.choice import Choice, Size, choose
 from grappa_dist.ops.together import groups
-from grappa_dist.report.content import size_histogram
+from grappa_dist.stages.label_stats import STATS_FILE, shortcuts_in_words, write_stats
 from grappa_dist.stages.run import Run
-from grappa_dist.stages.trail import digest, load_trail, save_trail
+from grappa_dist.stages.trail import digest, load_trail, saver
 
-STATS_FILE, CENTROIDS_FILE, PROGRESS_FILE = "stats.json", "centroids.npy", "progress.safetensors"
+CENTROIDS_FILE, PROGRESS_FILE = "centroids.npy", "progress.safetensors"
 LADDER_SETS = 8
 FINEST = 17  # power of two of the largest K for `auto`
-LEAST_AGREEMENT = 0.95  # of labels found through lists with the exact ones; below, a warning
 
 
 @dataclass(frozen=True)
@@ -69,6 +65,18 @@ def num_labels(config: ClusteringConfig, num_rows: int) -> tuple[int, ...]:
     return config.num_labels
 
 
+def check_good_rows(config: ClusteringConfig, nums: Iterable[int], num_rows: int, num_bad: int) -> None:
+    """Raises ValueError where a K is larger than the number of images that are left without the bad ones."""
+    good = num_rows - num_bad
+    if max(nums) > good:
+        asked = "auto" if config.num_labels == "auto" else list(config.num_labels)
+        right = f"give numbers up to {good}, such as {list(ladder(good))}" if good else "there is nothing to cluster"
+        raise ValueError(
+            f"clustering.num_labels={asked} has K={max(nums)}, but {num_bad} of the {num_rows} training images are bad "
+            f"and {good} are left: {right}"
+        )
+
+
 def choice_of(config: ClusteringConfig, num: int, num_rows: int) -> Choice:
     """How K = `num` labels are found for so many images, and why."""
     return choose(config.method, config.assignment, Size(num_rows, num, config.iterations, config.probes))
@@ -99,6 +107,7 @@ def pseudo_label(
     missing = {k: artifact for k, artifact in labels.items() if not artifact.complete}
     if not missing:
         return
+    check_good_rows(run.config.clustering, missing, len(images), len(bad))
     names = tuple(shard.name for shard in images.shards)
     job = LabelJob(features, names, bad, missing, run.config.clustering, run.config.seed)
     ranks = min(run.runner.num_workers, len(images.shards))
@@ -124,26 +133,6 @@ def choices_in_words(config: ClusteringConfig, nums: Sequence[int], num_rows: in
     ]
 
 
-def shortcuts_in_words(stats: Mapping[str, Any]) -> list[str]:
-    """What the shortcuts of one clustering came to, none where it took none."""
-    lines = []
-    if stats["sampled_share"] < 1:
-        lines.append(f"centroids were fitted to a sample of {100 * stats['sampled_share']:.3g} % of the rows")
-    agreement = stats["agreement"]
-    if agreement is not None:
-        rows = stats["agreement_rows"]
-        lines.append(f"labels agree with the exact ones on {100 * agreement:.2f} % of {rows} rows drawn")
-        if agreement < LEAST_AGREEMENT:
-            lines[-1] += f", WARNING: less than {100 * LEAST_AGREEMENT:.0f} %, raise clustering.probes"
-    if stats["bound"] is not None:
-        more = stats["inertia"][-1] - stats["unbalanced_inertia"]
-        lines.append(
-            f"{stats['moved']} rows moved, no cluster has more than {stats['bound']}; "
-            f"inertia {stats['inertia'][-1]:.6g}, of which {more:.3g} for that"
-        )
-    return lines
-
-
 def label_ranks(context: RankContext, job: LabelJob) -> None:
     """One rank: maps its shards' features and takes part in every k-means; rank 0 commits."""
     comm = context.comm
@@ -153,7 +142,7 @@ def label_ranks(context: RankContext, job: LabelJob) -> None:
         [_good(job, i) for i in shards],
         [job.shard_names[i] for i in shards],
     )
-    share = join_rows(comm, rows, device=context.device)
+    share = join_rows(comm, rows, device=context.device, stop_requested=context.stop_requested)
     missing = [k for k, artifact in job.labels.items() if not context.of_rank_0(artifact.complete)]  # after a restart
     for group in _at_once(job, missing, share.dim):
         for k, found in _clusterings(context, job, share, group):
@@ -185,14 +174,15 @@ def _commit(context: RankContext, job: LabelJob, k: int, labels: Mapping[int, np
         np.save(folder / rows_file(shard), of_rows)
     comm.barrier()
     if comm.rank == 0:
-        _save(folder, k, found, _method(job, k).choice)
+        np.save(folder / CENTROIDS_FILE, found.result.centroids)
+        write_stats(folder, k, found, _method(job, k).choice)
         (folder / PROGRESS_FILE).unlink(missing_ok=True)
         artifact.commit(expected=[rows_file(shard) for shard in range(len(job.shard_names))])
     comm.barrier()
 
 
 def _wanted(context: RankContext, job: LabelJob, share: Share, k: int) -> Wanted:
-    """One clustering, from its last saved update if there is one; rank 0 saves every update."""
+    """One clustering, from its last saved update if there is one."""
     artifact, name = job.labels[k], f"K={k} ({list(job.labels).index(k) + 1}/{len(job.labels)})"
     context.report({"phase": f"{name} initialisation"})
     path = artifact.begin() / PROGRESS_FILE
@@ -202,15 +192,14 @@ def _wanted(context: RankContext, job: LabelJob, share: Share, k: int) -> Wanted
     if len(seen) > 1:
         raise RuntimeError(f"{path}: ranks read different contents")
 
+    def show_seeding(part: str, found: int, wanted: int) -> None:
+        context.report({"phase": f"{name} {part}seeding {found:,} of {wanted:,}"})
+
     def show(part: str, iteration: int, inertia: float) -> None:
         context.report({"phase": f"{name} {part}iteration {iteration}, inertia {inertia:.1f}"})
-        context.raise_if_stopping()
 
-    def save(trail: Trail) -> None:
-        if context.comm.rank == 0:
-            save_trail(path, trail)
-
-    return Wanted(k, _method(job, k), seed=job.seed, trail=trail or {}, told=Told(show, save))
+    told = Told(on_iteration=show, on_seeding=show_seeding, on_update=saver(path, context.comm.rank))
+    return Wanted(k, _method(job, k), seed=job.seed, trail=trail or {}, told=told)
 
 
 def _method(job: LabelJob, num: int) -> Method:
@@ -241,33 +230,3 @@ def _good(job: LabelJob, shard: int) -> np.ndarray:
     good = np.ones(after - first, dtype=bool)
     good[job.bad[(job.bad >= first) & (job.bad < after)] - first] = False
     return good
-
-
-def _save(folder: Path, k: int, found: Clustering, choice: Choice) -> None:
-    result, counts = found.result, found.result.counts
-    np.save(folder / CENTROIDS_FILE, result.centroids)
-    agreement, balanced = found.agreement, found.balanced
-    stats = {
-        "k": k,
-        "inertia": result.inertia,
-        "sizes": size_histogram(counts),
-        "largest": int(counts.max()),
-        "median": float(np.median(counts)),
-        "imbalance": float(k * np.square(counts.astype(float)).sum() / counts.sum() ** 2),
-        "empty_repaired": result.empty_repaired,
-        "empty_left": result.empty_left,
-        "singletons_share": float((counts == 1).mean()),
-        "exact_share": result.exact_share,
-        "searched_share": result.searched_share,
-        "method": choice.name,
-        "reason": choice.reason,
-        "updates": found.updates,
-        "sampled_share": found.sampled_rows / int(counts.sum()),
-        "agreement": agreement.share if agreement else None,
-        "agreement_rows": agreement.rows if agreement else 0,
-        "bound": balanced.largest if balanced else None,
-        "moved": balanced.moved if balanced else 0,
-        "unbalanced_inertia": found.unbalanced_inertia,
-        "restarts": list(found.restarts),
-    }
-    write_json(folder / STATS_FILE, stats)

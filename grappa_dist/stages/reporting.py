@@ -31,8 +31,8 @@ from grappa_dist.stages.embed import bad_reasons
 from grappa_dist.stages.evaluate import INSIGHT_FILE, NEIGHBOURS, SCORES_FILE
 from grappa_dist.stages.flow import Flow
 from grappa_dist.stages.graph_figures import graph_facts, neighbour_figures
+from grappa_dist.stages.label_stats import STATS_FILE
 from grappa_dist.stages.partitions import PARTITIONS_FILE
-from grappa_dist.stages.pseudo_label import STATS_FILE
 from grappa_dist.stages.run import Run
 from grappa_dist.stages.training_figures import Steps, by_step, curve, job_of, median, steps_of, waiting_facts
 from grappa_dist.stages.true_labels import class_counts

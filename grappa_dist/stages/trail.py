@@ -1,46 +1,84 @@
-"""The file from which a stopped clustering goes on: where each of its parts stood after the last update."""
+"""The file from which a stopped clustering goes on: where each of its parts stood."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from grappa_dist.dist.lloyd import Progress
 from grappa_dist.dist.methods import Trail
+from grappa_dist.dist.sharded_seeding import Seeded
 from grappa_dist.files import replacing
+
+SEEDING_SAVE_S = 30.0  # from one save of an initialisation that is under way to the next: rounds may be many and short
+
+
+def saver(path: Path, rank: int) -> Callable[[Trail], None]:
+    """Saves every update, and the initialisation now and then; on rank 0."""
+    last = -math.inf
+
+    def save(trail: Trail) -> None:
+        nonlocal last
+        seeding = any(progress.seeded for progress in trail.values())
+        if rank == 0 and not (seeding and time.monotonic() - last < SEEDING_SAVE_S):
+            save_trail(path, trail)
+            last = time.monotonic()
+
+    return save
 
 
 def save_trail(path: Path, trail: Trail) -> None:
-    tensors = {part: progress.centroids for part, progress in trail.items()}
-    figures = {part: json.dumps([progress.inertia, progress.repaired]) for part, progress in trail.items()}
+    tensors = {part: _tensor(progress) for part, progress in trail.items()}
+    figures = {part: json.dumps(_figures(progress)) for part, progress in trail.items()}
     with replacing(path) as temporary:
         save_file(tensors, temporary, figures)
+
+
+def _tensor(progress: Progress) -> np.ndarray:
+    """Centroids; or the places of the rows that are to be some, from which the rows are read again."""
+    return progress.centroids if progress.seeded is None else np.array(progress.seeded.places, dtype=np.int64)
+
+
+def _figures(progress: Progress) -> list[Any]:
+    return [progress.inertia, progress.repaired, *([progress.seeded.drawn] if progress.seeded else [])]
 
 
 def load_trail(path: Path) -> tuple[Trail, str]:
     """What was saved, if anything, and what is wrong with it."""
     if not path.exists():
         return {}, ""
+    trail = dict[str, Progress]()
     try:
         with safe_open(path, "np") as file:
-            figures = {part: json.loads(text) for part, text in file.metadata().items()}
-            return {
-                part: Progress(file.get_tensor(part), tuple(inertia), repaired)
-                for part, (inertia, repaired) in figures.items()
-            }, ""
+            for part, text in file.metadata().items():
+                trail[part] = _progress(file.get_tensor(part), *json.loads(text))
+                if problem := trail[part].problem():
+                    return {}, f"{path} is damaged ({part}: {problem}); delete it to begin this K again"
     except SafetensorError as error:
         return {}, f"{path} is damaged ({error}); delete it to begin this K again"
+    return trail, ""
+
+
+def _progress(tensor: np.ndarray, inertia: list[int], repaired: int, drawn: int | None = None) -> Progress:
+    if drawn is None:
+        return Progress(tensor, tuple(inertia), repaired)
+    return Progress(np.zeros((0, 0), np.float32), (), seeded=Seeded(tuple(tensor.tolist()), drawn))
 
 
 def digest(trail: Trail) -> int:
     """63 bits that tell one state from another."""
     state = hashlib.blake2b(digest_size=8)
     for part in sorted(trail):
-        progress = trail[part]
-        state.update(json.dumps([part, progress.inertia, progress.repaired, progress.centroids.shape]).encode())
-        state.update(progress.centroids.tobytes())
+        progress, tensor = trail[part], _tensor(trail[part])
+        state.update(json.dumps([part, *_figures(progress), tensor.shape]).encode())
+        state.update(tensor.tobytes())
     return int.from_bytes(state.digest(), "big") >> 1

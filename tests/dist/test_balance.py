@@ -6,7 +6,7 @@ import torch
 
 from grappa_dist.dist.balance import balance_labels, largest_size
 from grappa_dist.dist.comm import Comm
-from grappa_dist.dist.row_labels import exactly, label_rows
+from grappa_dist.dist.row_labels import exactly, find_labels
 from grappa_dist.ops.exact import to_grid
 from tests.dist.test_methods import share_of
 from tests.dist.test_sharded_kmeans import clustered, distances, good_rows, lattice
@@ -27,7 +27,7 @@ def balanced(comm: Comm, block_rows: int) -> dict[str, tuple[list[np.ndarray], i
     found = {}
     for name, (x, c, largest) in CASES.items():
         share, centroids = share_of(comm, x, block_rows), to_grid(torch.from_numpy(c.copy()))
-        rows, _ = label_rows(share, exactly(share, centroids), share.blocks())
+        rows, _ = find_labels(share, exactly(share, centroids), share.blocks())
         done = balance_labels(share, rows, centroids, largest)
         found[name] = (rows.by_shard(share), done.moved, rows.inertia(share))
     return found

@@ -14,9 +14,10 @@ from grappa_dist.dist.comm import Comm
 from grappa_dist.dist.lloyd import Progress
 from grappa_dist.dist.methods import Clustering, Method, Told
 from grappa_dist.dist.search import Rows
-from grappa_dist.dist.sharded_kmeans import begin, end_together
+from grappa_dist.dist.sharded_kmeans import KMeans, begin, end_together
 from grappa_dist.dist.share import RowBlock, Share, join_rows
 from grappa_dist.ops.choice import Choice
+from grappa_dist.ops.exact import to_grid
 from tests.dist.test_sharded_kmeans import clustered, cuts, part_of
 from tests.processes import run_ranks
 
@@ -65,7 +66,7 @@ def test_they_end_at_different_times_and_each_is_given_when_it_does() -> None:
 
 def test_what_has_ended_is_let_go_while_others_go_on() -> None:
     share = share_of(Comm())
-    fits = [begin(share, num, iterations=n) for num, n in ((3, 5), (40, 1), (7, 3))]
+    fits = [begin(share, num, KMeans(iterations=n)) for num, n in ((3, 5), (40, 1), (7, 3))]
     kept = [weakref.ref(fit.passes) for fit in fits]
     given = end_together(fits)
     del fits
@@ -86,7 +87,8 @@ def test_one_stopped_in_the_middle_goes_on_beside_others() -> None:
 def test_a_pass_over_the_rows_serves_all(monkeypatch: pytest.MonkeyPatch) -> None:
     x = clustered(400, 8, 400)
     share = join_rows(Comm(), Rows([x], [np.ones(len(x), dtype=bool)]), device=torch.device("cpu"))
-    started = [Wanted(num, exact(), trail={"0/fit": Progress(x[:num].copy(), ())}) for num in (5, 9, 20)]
+    starts = to_grid(torch.from_numpy(x)).numpy()
+    started = [Wanted(num, exact(), trail={"0/fit": Progress(starts[:num], ())}) for num in (5, 9, 20)]
     passes, row_blocks = Counter[str](), Share.row_blocks
 
     def counted(self: Share) -> Iterator[RowBlock]:

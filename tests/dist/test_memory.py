@@ -27,11 +27,12 @@ from grappa_dist.dist.cluster import Cluster
 from grappa_dist.dist.comm import Comm
 from grappa_dist.dist.jobs import Job, Runner
 from grappa_dist.dist.search import Rows
-from grappa_dist.dist.sharded_kmeans import sharded_kmeans
+from grappa_dist.dist.sharded_kmeans import KMeans, sharded_kmeans
 from grappa_dist.dist.workers import RankContext
 from grappa_dist.observe import Console
 from grappa_dist.stages.embed import BAD_FILE, ROWS_FILE, bad_rows, feature_rows
-from grappa_dist.stages.pseudo_label import STATS_FILE, labels_of, num_labels, pseudo_label
+from grappa_dist.stages.label_stats import STATS_FILE
+from grappa_dist.stages.pseudo_label import labels_of, num_labels, pseudo_label
 from grappa_dist.stages.run import Run
 from tests.processes import run_ranks
 from tests.stages import tiny
@@ -111,7 +112,7 @@ def peaks(comm: Comm, folder: Path) -> dict[int, int]:
         own = mapped[comm.rank * num // comm.size : (comm.rank + 1) * num // comm.size]
         with watched() as seen:
             rows = Rows([own], [np.ones(len(own), dtype=bool)])
-            sharded_kmeans(comm, rows, 16, iterations=2, block_rows=BLOCK_ROWS)
+            sharded_kmeans(comm, rows, 16, KMeans(iterations=2), block_rows=BLOCK_ROWS)
         assert seen.looks > 20
         found[num] = seen.rise
     return found
@@ -182,7 +183,7 @@ def drive(comm: Comm, folder: Path) -> dict[int, list[int]]:
     cluster = Cluster(RESOURCES)
     try:
         runner, found = Watching(Runner(cluster, RESOURCES)), {}
-        for number, num in enumerate((FEW, FEW, MANY)):  # the first time also loads libraries
+        for number, num in enumerate((MANY, FEW, MANY)):  # the first loads libraries and makes room for small objects
             found[num] = stage(config, folder / f"run-{number}", runner, *inputs[num])
         return found
     finally:

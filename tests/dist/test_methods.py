@@ -13,7 +13,7 @@ from grappa_dist.dist.clustering import Wanted, cluster
 from grappa_dist.dist.comm import Comm
 from grappa_dist.dist.lloyd import Progress
 from grappa_dist.dist.methods import Clustering, Method, Told
-from grappa_dist.dist.sharded_kmeans import sharded_kmeans
+from grappa_dist.dist.sharded_kmeans import KMeans, sharded_kmeans
 from grappa_dist.dist.share import Share, join_rows
 from grappa_dist.ops.choice import Choice
 from grappa_dist.ops.exact import GRID, to_grid
@@ -131,7 +131,7 @@ def test_labels_counts_and_inertia_belong_together(alone: dict[str, Clustering])
 
 def test_exact_is_the_flat_kmeans(alone: dict[str, Clustering]) -> None:
     x = ROWS["clusters"]
-    flat = sharded_kmeans(Comm(), part_of(x, 0, len(x)), 24, iterations=4, seed=3)
+    flat = sharded_kmeans(Comm(), part_of(x, 0, len(x)), 24, KMeans(iterations=4, seed=3))
     assert np.array_equal(alone["exact"].result.centroids, flat.centroids)
     assert alone["exact"].result.inertia == flat.inertia
 

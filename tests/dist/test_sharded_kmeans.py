@@ -13,8 +13,8 @@ from grappa_dist.dist.comm import Comm
 from grappa_dist.dist.lloyd import Progress
 from grappa_dist.dist.passes import BoundedPasses
 from grappa_dist.dist.search import Rows
-from grappa_dist.dist.sharded_kmeans import KMeansResult, sharded_kmeans
-from grappa_dist.dist.share import join_rows
+from grappa_dist.dist.sharded_kmeans import KMeans, KMeansResult, sharded_kmeans
+from grappa_dist.dist.share import BLOCK_ROWS, join_rows
 from grappa_dist.ops.exact import GRID, to_grid
 from tests.processes import run_ranks
 
@@ -70,12 +70,17 @@ def part_of(x: np.ndarray, first: int, last: int) -> Rows:
     return Rows([x[a:b] for a, b in edges], [good_rows(x)[a:b] for a, b in edges])
 
 
+def fit(comm: Comm, rows: Rows, settings: dict[str, Any], *, block_rows: int = BLOCK_ROWS, **more: Any) -> KMeansResult:
+    how = {**settings, **more}
+    return sharded_kmeans(comm, rows, how.pop("num_labels"), KMeans(**how), block_rows=block_rows)
+
+
 def run_cases(comm: Comm, block_rows: int) -> dict[str, KMeansResult]:
     results = {}
     for name, (x, settings) in CASES.items():
         edges = cuts(len(x), comm.size)
         rows = part_of(x, edges[comm.rank], edges[comm.rank + 1])
-        results[name] = sharded_kmeans(comm, rows, seed=3, block_rows=block_rows, **settings)
+        results[name] = fit(comm, rows, settings, seed=3, block_rows=block_rows)
     return results
 
 
@@ -123,7 +128,7 @@ def distances(x: np.ndarray, centroids: np.ndarray) -> np.ndarray:
 def test_every_iteration_is_that_of_integer_arithmetic() -> None:
     x = clustered(300, 6, 8)
     centroids = to_grid(torch.from_numpy(x[:10])).numpy()
-    result = sharded_kmeans(Comm(), Rows([x], [np.ones(300, dtype=bool)]), 10, iterations=5, initial=centroids)
+    result = sharded_kmeans(Comm(), Rows([x], [np.ones(300, dtype=bool)]), 10, KMeans(iterations=5, initial=centroids))
     rows = (to_grid(torch.from_numpy(x)).double() * GRID).long()
     for _ in range(5):
         labels = distances(x, centroids).argmin(1)
@@ -151,8 +156,8 @@ def test_equal_starts_are_told_apart_by_repairs(alone: dict[str, KMeansResult]) 
 def test_the_objective_is_that_of_faiss_from_the_same_start() -> None:
     x = clustered(2000, 16, 40)
     rows = Rows([x], [np.ones(len(x), dtype=bool)])
-    start = sharded_kmeans(Comm(), rows, 50, iterations=0).centroids
-    ours = sharded_kmeans(Comm(), rows, 50, iterations=10, initial=start)
+    start = sharded_kmeans(Comm(), rows, 50, KMeans(iterations=0)).centroids
+    ours = sharded_kmeans(Comm(), rows, 50, KMeans(iterations=10, initial=start))
     theirs = faiss.Kmeans(16, 50, niter=10, max_points_per_centroid=10**9, min_points_per_centroid=1)
     theirs.train(x, init_centroids=start)
     objective = float(theirs.index.search(x, 1)[0].sum())
@@ -162,11 +167,11 @@ def test_the_objective_is_that_of_faiss_from_the_same_start() -> None:
 def test_seeding_is_as_good_as_that_of_faiss_and_better_than_random_rows() -> None:
     x = clustered(2000, 16, 40)
     rows = Rows([x], [np.ones(len(x), dtype=bool)])
-    starts = [sharded_kmeans(Comm(), rows, 40, iterations=0, seed=seed) for seed in range(5)]
+    starts = [sharded_kmeans(Comm(), rows, 40, KMeans(iterations=0, seed=seed)) for seed in range(5)]
     seeded = [r.inertia[-1] for r in starts]
     assert len(set(seeded)) == 5
     chosen = [x[np.random.default_rng(seed).permutation(len(x))[:40]] for seed in range(5)]
-    random = [sharded_kmeans(Comm(), rows, 40, iterations=0, initial=c).inertia[-1] for c in chosen]
+    random = [sharded_kmeans(Comm(), rows, 40, KMeans(iterations=0, initial=c)).inertia[-1] for c in chosen]
     assert np.mean(seeded) < 0.9 * np.mean(random)
 
 
@@ -174,7 +179,7 @@ def test_callback_and_tolerance_follow_inertia(alone: dict[str, KMeansResult]) -
     x, settings = CASES["early stop"]
     heard: list[tuple[int, float]] = []
     rows = part_of(x, 0, len(x))
-    result = sharded_kmeans(Comm(), rows, seed=3, on_iteration=lambda i, value: heard.append((i, value)), **settings)
+    result = fit(Comm(), rows, settings, seed=3, on_iteration=lambda i, value: heard.append((i, value)))
     assert [value for _, value in heard] == result.inertia == alone["early stop"].inertia
     assert [i for i, _ in heard] == list(range(len(result.inertia)))
     assert 3 <= len(result.inertia) < 31
@@ -189,10 +194,12 @@ def test_a_run_resumed_after_any_update_ends_as_if_it_had_not_stopped(
     x, settings = CASES[name]
     saved: list[Progress] = []
     rows = part_of(x, 0, len(x))
-    sharded_kmeans(Comm(), rows, seed=3, on_update=saved.append, **settings)
-    assert len(saved) >= 4
-    for progress in saved[:3]:
-        resumed = sharded_kmeans(Comm(), rows, seed=99, resume=progress, **settings)
+    fit(Comm(), rows, settings, seed=3, on_update=saved.append)
+    updates = [progress for progress in saved if not progress.seeded]
+    assert len(updates) >= 4
+    for progress in (*saved[:2], *updates[:3]):
+        seed = 3 if progress.seeded else 99  # which nothing is drawn from any more
+        resumed = fit(Comm(), rows, settings, seed=seed, resume=progress)
         assert np.array_equal(resumed.centroids, alone[name].centroids)
         assert np.array_equal(np.concatenate(resumed.labels), np.concatenate(alone[name].labels))
         assert resumed.inertia == alone[name].inertia
@@ -211,7 +218,7 @@ def test_more_pairs_of_row_and_centroid_than_32_bits_count_are_all_told_apart() 
     assert num * num_labels > 2**31
     x = clustered(num, 16, num)
     result = sharded_kmeans(
-        Comm(), Rows([x], [np.ones(num, dtype=bool)]), num_labels, iterations=0, initial=x[-num_labels:]
+        Comm(), Rows([x], [np.ones(num, dtype=bool)]), num_labels, KMeans(iterations=0, initial=x[-num_labels:])
     )
     some = np.random.default_rng(0).choice(num, 200, replace=False)
     exact = distances(x[some], to_grid(torch.from_numpy(x[-num_labels:])).numpy())
@@ -224,7 +231,7 @@ def test_a_value_a_little_above_one_counts_alike_in_any_shard_and_memory() -> No
     fixed = x.copy()
     fixed.flags.writeable = False
     found = [
-        sharded_kmeans(Comm(), Rows(shards, flags), 2, initial=x[[1, 3]])
+        sharded_kmeans(Comm(), Rows(shards, flags), 2, KMeans(initial=x[[1, 3]]))
         for shards, flags in (([x], [good]), ([x[:4], x[4:]], [good[:4], good[4:]]), ([fixed], [good]))
     ]
     assert len({tuple(result.inertia) for result in found}) == 1
@@ -239,14 +246,47 @@ def test_a_value_of_no_unit_row_is_refused() -> None:
 def test_a_resume_of_another_run_is_refused() -> None:
     rows = Rows([clustered(9, 4, 3)], [np.ones(9, dtype=bool)])
     with pytest.raises(ValueError, match=r"resume has \(2, 4\) centroids after 0 updates, expected \(3, 4\)"):
-        sharded_kmeans(Comm(), rows, 3, resume=Progress(np.zeros((2, 4), np.float32), ()))
+        sharded_kmeans(Comm(), rows, 3, KMeans(resume=Progress(np.zeros((2, 4), np.float32), ())))
     with pytest.raises(ValueError, match="after at most 1"):
-        sharded_kmeans(Comm(), rows, 3, iterations=1, resume=Progress(np.zeros((3, 4), np.float32), (5, 4)))
+        sharded_kmeans(Comm(), rows, 3, KMeans(iterations=1, resume=Progress(np.zeros((3, 4), np.float32), (5, 4))))
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (np.nan, "centroid 1 is not finite"),
+        (np.inf, "centroid 1 is not finite"),
+        (0.1, "centroid 1 is off the grid"),
+        (2.0, "centroid 1 is off the grid"),
+    ],
+)
+def test_a_resume_with_numbers_that_no_update_makes_is_refused(value: float, words: str) -> None:
+    x = clustered(9, 4, 3)
+    centroids = to_grid(torch.from_numpy(x[:3])).numpy()
+    centroids[1, 2] = value
+    with pytest.raises(ValueError, match=f"resume: {words}"):
+        sharded_kmeans(Comm(), Rows([x], [np.ones(9, dtype=bool)]), 3, KMeans(resume=Progress(centroids, ())))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"iterations": -1}, {"tolerance": 1.0}, {"tolerance": -0.1}, {"tolerance": np.nan}]
+)
+def test_settings_that_make_no_sense_are_named(settings: dict[str, Any]) -> None:
+    (name,) = settings
+    with pytest.raises(ValueError, match=f"^{name} must be at least 0"):
+        KMeans(**settings)
+
+
+def test_without_tolerance_all_updates_are_made_also_where_inertia_rises() -> None:
+    x = clustered(30, 3, 4) * np.linspace(0.1, 1, 30, dtype=np.float32)[:, None]  # far from means of norm 1
+    result = fit(Comm(), Rows([x], [np.ones(30, dtype=bool)]), {"num_labels": 3}, spherical=True, iterations=8)
+    assert result.inertia[1] > result.inertia[0]
+    assert len(result.inertia) > 2  # it went on after that
 
 
 def test_bounds_spare_most_distances_once_centroids_settle() -> None:
     x = clustered(6000, 64, 600)
-    result = sharded_kmeans(Comm(), Rows([x], [np.ones(len(x), dtype=bool)]), 1024, iterations=12)
+    result = sharded_kmeans(Comm(), Rows([x], [np.ones(len(x), dtype=bool)]), 1024, KMeans(iterations=12))
     assert result.searched_share < 0.5
 
 
@@ -261,8 +301,11 @@ def refused(comm: Comm, fault: str) -> str:
         own[6, 2] = np.nan
     elif comm.rank == 1 and fault == "dimension":
         dim = 3
+    elif comm.rank == 1 and fault == "no dimension":
+        dim = 0
+    masks = [] if comm.rank == 1 and fault == "masks" else [good]
     try:
-        sharded_kmeans(comm, Rows([own[:, :dim]], [good], [f"rows-{comm.rank}.npy"]), num_labels)
+        sharded_kmeans(comm, Rows([own[:, :dim]], masks, [f"rows-{comm.rank}.npy"]), num_labels)
     except ValueError as error:
         return str(error)
     return "accepted"
@@ -274,6 +317,8 @@ def refused(comm: Comm, fault: str) -> str:
         ("labels", "num_labels must be from 1 to the number of good rows, 18, got 19"),
         ("nan", "rows-1.npy: row 6 has a NaN or infinite value"),
         ("dimension", "same dimension on every rank, found [3, 4]"),
+        ("no dimension", "rows-1.npy: rows must have at least one dimension, found (10, 0)"),
+        ("masks", "there must be a mask of good rows for each of the 1 shards, got 0"),
     ],
 )
 def test_impossible_input_is_refused_on_every_rank(fault: str, words: str) -> None:
@@ -284,4 +329,4 @@ def test_impossible_input_is_refused_on_every_rank(fault: str, words: str) -> No
 def test_initial_centroids_of_another_shape_are_refused() -> None:
     rows = Rows([clustered(9, 4, 3)], [np.ones(9, dtype=bool)])
     with pytest.raises(ValueError, match=r"initial centroids must be \(3, 4\), found \(2, 4\)"):
-        sharded_kmeans(Comm(), rows, 3, initial=np.zeros((2, 4), np.float32))
+        sharded_kmeans(Comm(), rows, 3, KMeans(initial=np.zeros((2, 4), np.float32)))

@@ -3,12 +3,14 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from grappa_dist.ops import seeding
 from grappa_dist.ops.exact import GRID, to_grid
-from grappa_dist.ops.seeding import accept, draw, to_weights
+from grappa_dist.ops.seeding import accept, candidates_of, draw, to_weights
 
 
 def unit_rows(num: int, dim: int) -> Tensor:
@@ -57,3 +59,31 @@ def test_a_candidate_is_accepted_once_and_no_more_than_asked() -> None:
     assert accept(torch.cat([rows, rows]), weights, [0] * 6, 6) == [0, 1, 2]
     assert accept(torch.cat([rows, rows]), weights, [0] * 6, 2) == [0, 1]
     assert accept(rows, weights[:3], [2**26 - 1] * 3, 3)[0] == 0  # the first of a round always is
+
+
+def test_many_candidates_are_thinned_out_block_by_block_to_the_same_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = unit_rows(60, 3)
+    weights = np.random.default_rng(0).integers(1, 2**28, 60).tolist()
+    draws = [draw(w, 0, i) for i, w in enumerate(weights)]
+    for at_most in (60, 11, 5):
+        expected = accept(rows, weights, draws, at_most)
+        for table in (1, 7, 59):
+            monkeypatch.setattr(seeding, "_TABLE", table)
+            assert accept(rows, weights, draws, at_most) == expected
+        monkeypatch.undo()
+    assert 11 < len(accept(rows, weights, draws, 60)) < 60
+
+
+def test_a_round_draws_half_a_table_or_a_share_of_the_centroids() -> None:
+    few = [candidates_of(num, 10**6) for num in (0, 1, 2, 3, 100, 4096, 5000, 131_072 + 63)]
+    assert few == [1, 1, 1, 1, 50, 2048, 2048, 2048]
+    assert candidates_of(131_072 + 64, 10**6) == 2049
+    assert candidates_of(640_000, 10**6) == 10_000
+    assert [candidates_of(100, 7), candidates_of(640_000, 1)] == [7, 1]
+
+
+def test_a_million_centroids_take_some_two_hundred_rounds() -> None:
+    num, rounds = 1, 1
+    while num < 10**6:
+        num, rounds = num + candidates_of(num, 10**6 - num), rounds + 1
+    assert 200 < rounds < 230  # where all candidates are kept

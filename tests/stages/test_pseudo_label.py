@@ -11,13 +11,18 @@ import pytest
 import torch
 
 from grappa_dist.artifacts import Artifact, RowArrays, Store
-from grappa_dist.config import ClusteringConfig
+from grappa_dist.config import BackboneConfig, ClusteringConfig, Config, DataConfig
+from grappa_dist.data.shards import ImageShards, Shard
 from grappa_dist.dist.comm import Comm
+from grappa_dist.dist.lloyd import Progress
 from grappa_dist.dist.workers import RankContext, Stopped
 from grappa_dist.report.content import Clustering
+from grappa_dist.stages import trail
+from grappa_dist.stages.label_stats import shortcuts_in_words
 from grappa_dist.stages.pseudo_label import (
     PROGRESS_FILE,
     LabelJob,
+    check_good_rows,
     choice_of,
     choices_in_words,
     label_ranks,
@@ -25,10 +30,12 @@ from grappa_dist.stages.pseudo_label import (
     ladder,
     num_labels,
     own_shards,
+    pseudo_label,
     rows_file,
-    shortcuts_in_words,
 )
+from grappa_dist.stages.trail import load_trail, save_trail
 from tests.processes import run_ranks
+from tests.stages.tiny import Here, run_in
 
 
 @pytest.mark.parametrize(
@@ -67,6 +74,27 @@ def test_the_labels_asked_for_are_taken_in_their_order() -> None:
 def test_more_labels_than_images_are_refused() -> None:
     with pytest.raises(ValueError, match=r"clustering\.num_labels=9 is more than the 8 training images"):
         num_labels(ClusteringConfig(num_labels=(2, 9, 4)), 8)
+
+
+def test_more_labels_than_good_images_are_refused_by_the_settings_name() -> None:
+    auto, asked = ClusteringConfig(), ClusteringConfig(num_labels=(4, 9))
+    words = r"^clustering\.num_labels=auto has K=256, but 60 of the 300 training images are bad and 240 are left: "
+    with pytest.raises(ValueError, match=words + r"give numbers up to 240, such as \[128\]$"):
+        check_good_rows(auto, num_labels(auto, 300), 300, 60)
+    with pytest.raises(ValueError, match=r"^clustering\.num_labels=\[4, 9\] has K=9, but 2 of the 10 .* 8 are left:"):
+        check_good_rows(asked, (4, 9), 10, 2)
+    with pytest.raises(ValueError, match="0 are left: there is nothing to cluster"):
+        check_good_rows(asked, (4, 9), 10, 10)
+    check_good_rows(asked, (4, 9), 10, 1)
+
+
+def test_bad_images_are_counted_before_any_worker_is_asked(tmp_path: Path) -> None:
+    settings = Config(name="few", data=DataConfig(train=("none",)), backbone=BackboneConfig(name="no:backbone"))
+    job, here = label_job(tmp_path, Store(tmp_path), (256,)), Here()
+    images = ImageShards(tuple(Shard(name, "", n, 0, name) for name, n in (("a", 200), ("b", 100))), ())
+    with pytest.raises(ValueError, match=r"^clustering\.num_labels=auto has K=256, but 60 of the 300"):
+        pseudo_label(run_in(settings, tmp_path, here), job.labels, job.features, images, np.arange(60))
+    assert here.asked == []
 
 
 SIZES = [
@@ -130,19 +158,28 @@ def files_of(artifact: Artifact) -> dict[str, bytes]:
 
 
 WAYS: dict[str, tuple[dict[str, Any], int]] = {  # settings, and reports before the stop
-    "exact": ({}, 4),  # the initialisation and three iterations
-    "restarts": ({"restarts": 2, "balance": 1.2}, 14),
-    "sampled": ({"method": "sampled", "sample_rows_per_cluster": 9}, 4),
-    "hierarchical": ({"method": "hierarchical"}, 12),
-    "approximate": ({"method": "approximate", "assignment": "approximate", "probes": 1}, 21),
+    "exact": ({}, 12),  # the initialisation and some iterations
+    "seeding": ({}, 5),
+    "restarts": ({"restarts": 2, "balance": 1.2}, 30),
+    "seeding of a restart": ({"restarts": 2}, 23),
+    "sampled": ({"method": "sampled", "sample_rows_per_cluster": 9}, 13),
+    "hierarchical": ({"method": "hierarchical"}, 15),
+    "approximate": ({"method": "approximate", "assignment": "approximate", "probes": 1}, 24),
 }
 
 
+@pytest.fixture
+def every_round_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trail, "SEEDING_SAVE_S", 0.0)
+
+
+@pytest.mark.usefixtures("every_round_saved")
 @pytest.mark.parametrize("way", WAYS)
 def test_a_stopped_clustering_goes_on_from_its_last_update_to_the_same_files(tmp_path: Path, way: str) -> None:
     settings, stop_after = WAYS[way]
     whole, stopped = (label_job(tmp_path, Store(tmp_path / name), **settings) for name in ("whole", "stopped"))
-    label_ranks(context(None, []), whole)
+    unbroken: list[str] = []
+    label_ranks(context(None, unbroken), whole)
     before: list[str] = []
     with pytest.raises(Stopped):
         label_ranks(context(stop_after, before), stopped)
@@ -151,7 +188,7 @@ def test_a_stopped_clustering_goes_on_from_its_last_update_to_the_same_files(tmp
     assert not artifact.complete
     heard: list[str] = []
     label_ranks(context(None, heard), stopped)
-    assert heard[1] == before[-1]  # what it was told last was of an update not saved yet
+    assert heard[1:] == unbroken[len(before) :]  # the update that it was told of last had been saved
     found, expected = files_of(artifact), files_of(whole.labels[12])
     assert set(found) == {"stats.json", "centroids.npy", *map(rows_file, range(5))}
     assert all(found[rows_file(i)] == expected[rows_file(i)] for i in range(5))
@@ -163,7 +200,25 @@ def test_a_stopped_clustering_goes_on_from_its_last_update_to_the_same_files(tmp
     assert Clustering(**json.loads(found["stats.json"])).method == stats["method"]  # the report takes them
 
 
-@pytest.mark.parametrize("stop_after", [1, 4, 8, 15])
+def test_seeding_is_told_and_stops_and_is_saved_now_and_then(tmp_path: Path) -> None:
+    job, heard = label_job(tmp_path, Store(tmp_path / "run")), list[str]()
+    with pytest.raises(Stopped):
+        label_ranks(context(4, heard), job)
+    assert heard == ["K=12 (1/1) initialisation", *(f"K=12 (1/1) seeding {found} of 12" for found in (1, 2, 3, 4))]
+    found, problem = load_trail(job.labels[12].begin() / PROGRESS_FILE)
+    saved = found["0/fit"].seeded
+    assert (problem, saved and len(saved.places)) == ("", 1)  # rounds that follow within half a minute are not saved
+
+
+def test_a_job_asked_to_stop_before_it_begins_makes_no_pass(tmp_path: Path) -> None:
+    job, heard = label_job(tmp_path, Store(tmp_path / "run"), (12, 3)), list[str]()
+    with pytest.raises(Stopped):
+        label_ranks(context(0, heard), job)
+    assert heard == ["K=3 (2/2) initialisation"]
+
+
+@pytest.mark.parametrize("stop_after", [1, 4, 8, 15, 30])
+@pytest.mark.usefixtures("every_round_saved")
 def test_several_numbers_of_labels_are_fitted_at_once_and_end_as_alone(tmp_path: Path, stop_after: int) -> None:
     nums = (12, 3, 5)
     job = label_job(tmp_path, Store(tmp_path / "at once"), nums)
@@ -194,7 +249,7 @@ def label(comm: Comm, job: LabelJob, killed_after: int | None) -> None:
     label_ranks(RankContext(comm, torch.device("cpu"), report, lambda: False), job)
 
 
-@pytest.mark.parametrize("killed_after", [4, 9])
+@pytest.mark.parametrize("killed_after", [4, 24])
 def test_killed_ranks_and_other_ranks_that_go_on_change_no_byte(tmp_path: Path, killed_after: int) -> None:
     nums = (3, 5, 12)
     killed, whole = (label_job(tmp_path, Store(tmp_path / name), nums) for name in ("killed", "whole"))
@@ -213,6 +268,16 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     job = label_job(tmp_path, Store(tmp_path / "run"))
     (job.labels[12].begin() / PROGRESS_FILE).write_bytes(b"half")
     with pytest.raises(ValueError, match=rf"{PROGRESS_FILE} is damaged .*; delete it"):
+        label_ranks(context(None, []), job)
+
+
+@pytest.mark.parametrize(("value", "fault"), [(np.nan, "is not finite"), (0.1, "is off the grid")])
+def test_a_checkpoint_with_numbers_that_no_update_makes_is_named(tmp_path: Path, value: float, fault: str) -> None:
+    job = label_job(tmp_path, Store(tmp_path / "run"))
+    centroids = np.full((12, 8), 0.25, np.float32)
+    centroids[3, 1] = value
+    save_trail(job.labels[12].begin() / PROGRESS_FILE, {"0/fit": Progress(centroids, (7,))})
+    with pytest.raises(ValueError, match=rf"{PROGRESS_FILE} is damaged \(0/fit: centroid 3 {fault}.*; delete it"):
         label_ranks(context(None, []), job)
 
 
