@@ -171,7 +171,10 @@ class RowArrays:
         rows: NDArray[Any] = _map(self.paths[index])
         expected = self.starts[index + 1] - self.starts[index]
         if len(rows) != expected:
-            raise ValueError(f"{self.paths[index]} has {len(rows)} rows, its shard has {expected}")
+            raise ValueError(
+                f"{self.paths[index]} has {len(rows)} rows, its shard has {expected}; "
+                "remove its folder to have it made anew"
+            )
         return rows
 
     def take(self, rows: NDArray[np.int64]) -> NDArray[Any]:

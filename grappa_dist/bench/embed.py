@@ -138,7 +138,7 @@ def _judge(model: Backbone, images: ImageShards, settings: EmbedSettings) -> Ten
     transform = create_transform(**resolve_model_data_config(vit))
     paths = [shard.path for shard in images.shards]
     dataset = webdataset.WebDataset(paths, shardshuffle=False, empty_check=False).map(
-        lambda sample: (sample["__key__"], transform(_image_of(sample)))
+        lambda sample: (f"{sample['__url__']} {sample['__key__']}", transform(_image_of(sample)))
     )
     workers = min(settings.threads, len(paths))
     loader = torch.utils.data.DataLoader(dataset, batch_size=settings.batch, num_workers=workers)
@@ -147,7 +147,7 @@ def _judge(model: Backbone, images: ImageShards, settings: EmbedSettings) -> Ten
         with torch.inference_mode(), forward_precision(device):
             z = vit.forward_head(vit.forward_features(batch.to(device)), pre_logits=True)
         found.update(zip(keys, F.normalize(z.float(), dim=1).cpu(), strict=True))
-    return torch.stack([found[images.key(row)] for row in range(len(images))])
+    return torch.stack([found[f"{paths[images.locate(row)[0]]} {images.key(row)}"] for row in range(len(images))])
 
 
 def _alone(model: Backbone, batch: Tensor, rows: int) -> Tensor:

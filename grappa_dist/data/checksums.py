@@ -37,6 +37,8 @@ def check_unchanged(
     state = local_state(tar)
     if max(int(state["mtime_ns"]), int(state["ctime_ns"])) <= indexed_ns:
         return
+    if notes.folder is not None and not notes.write:
+        return  # a plan, say, which leaves the reading to the run that can note it
     checked = {**state, "fingerprint": described.fingerprint}
     if notes.is_unchanged(str(tar), checked):
         return

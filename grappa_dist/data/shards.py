@@ -170,7 +170,7 @@ class ImageShards:
         text = self._read(shard, int(place["json_offset"]), int(place["json_size"]))
         try:
             labels = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BadLabels(f"{self.where(row)}: its JSON member does not parse: {error}") from None
         if not isinstance(labels, dict):
             raise BadLabels(f"{self.where(row)}: its JSON member is {type(labels).__name__}, expected an object")

@@ -18,8 +18,9 @@ from grappa_dist.dist.scratch import scratch
 from grappa_dist.dist.share import RowBlock, Share
 from grappa_dist.ops.bounds import Bounds, Drift, Groups, num_bounds
 from grappa_dist.ops.kmeans import Stats
+from grappa_dist.ops.moves import Moves
 from grappa_dist.ops.proposals import Centroids, joined
-from grappa_dist.ops.reassign import GroupedCentroids, Moves, reassign
+from grappa_dist.ops.reassign import GroupedCentroids, reassign
 
 
 def advance_together(wanted: Sequence[tuple[BoundedPasses, Tensor]]) -> list[Centroids]:

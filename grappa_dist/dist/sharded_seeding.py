@@ -17,6 +17,8 @@ from grappa_dist.ops.nearest import FAR, assign
 from grappa_dist.ops.proposals import Centroids
 from grappa_dist.ops.seeding import accept, candidates_of, draw, from_weights, to_weights
 
+_RESUMED_AT_ONCE = 2**14  # centroids of before, compared with all rows; as many as a round of a million finds
+
 
 @dataclass(frozen=True)
 class Seeded:
@@ -55,7 +57,8 @@ def seed_centroids(
         weights.check_places(resume, num_labels)
         seeded, parts = resume, [_rows_at(share, torch.tensor(resume.places))]
         weights.fill(FAR)
-        weights.lower(parts[0])
+        for part in parts[0].split(_RESUMED_AT_ONCE):
+            weights.lower(part)
     while len(seeded.places) < num_labels:
         totals = weights.totals()
         if not sum(totals):

@@ -169,6 +169,8 @@ def _timm(name: str, kwargs: Mapping[str, Any], checkpoint: str | None, pretrain
 
 def _timm_from_file(name: str, kwargs: Mapping[str, Any], checkpoint: str) -> nn.Module:
     """The model with a file's weights, which timm renames and resizes as it does with downloaded ones."""
+    if checkpoint.endswith(".npz"):
+        raise _misfit(checkpoint, "an .npz file; convert it to .safetensors")
     import timm
 
     def create(**given: Any) -> Any:

@@ -17,12 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grappa_dist.ops.exact import exact_square, to_grid
+from grappa_dist.ops.exact import exact_dot, exact_square, to_grid
 from grappa_dist.ops.nearest import pair_dots
 from grappa_dist.ops.proposals import float_error, norm_of, true_products
 
 _TABLE = 2**24  # scores of a block
 _SPARE = 8  # candidates above k that are asked for at first
+_MANY = 16  # times k, and of the gallery a part as large, are too many candidates
 _UNIT = 2**40  # a query's metric in [0, 1] as an integer: they add in any order, and 2**23 of them fit in int64
 
 
@@ -97,7 +98,10 @@ class _Gallery:
 
 def _relevance(gallery: _Gallery, queries: Tensor, k: int) -> Tensor:
     """Which of a query's t nearest are of its class, best first: (b, t), of which the first k are certain."""
-    scores, columns = _candidates(gallery, queries, k)
+    candidates = _candidates(gallery, queries, k)
+    if candidates is None:
+        return gallery.classes[_nearest_exactly(gallery, queries, k)] == gallery.classes[queries, None]
+    scores, columns = candidates
     relevant = gallery.classes[columns] == gallery.classes[queries, None]
     # Scores that follow each other within the error form a chain. Between chains the order is certain, and within one
     # it matters only where relevant and irrelevant ones mix.
@@ -114,8 +118,11 @@ def _relevance(gallery: _Gallery, queries: Tensor, k: int) -> Tensor:
     return relevant
 
 
-def _candidates(gallery: _Gallery, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """All that may be among the k nearest of each query: float32 scores (b, t), best first, and columns (b, t)."""
+def _candidates(gallery: _Gallery, queries: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
+    """All that may be among the k nearest of each query: float32 scores (b, t), best first, and columns (b, t).
+
+    None where these are many, as of features that have collapsed: then exact scores of all take less time.
+    """
     with true_products():
         scores = gallery.rows[queries] @ gallery.rows.T
     scores[torch.arange(len(queries), device=scores.device), queries] = -torch.inf
@@ -123,8 +130,18 @@ def _candidates(gallery: _Gallery, queries: Tensor, k: int) -> tuple[Tensor, Ten
     found = scores.topk(min(k + _SPARE, most), dim=1)
     floor = found.values[:, k - 1 : k] - 2 * gallery.error
     if found.values.shape[1] < most and bool((found.values[:, -1:] >= floor).any()):
-        found = scores.topk(min(int((scores >= floor).sum(1).max()), most), dim=1)
+        count = int((scores >= floor).sum(1).max())
+        if count > max(_MANY * k, len(scores[0]) // _MANY):
+            return None
+        found = scores.topk(min(count, most), dim=1)
     return found.values, found.indices
+
+
+def _nearest_exactly(gallery: _Gallery, queries: Tensor, k: int) -> Tensor:
+    """The k best columns by exact scores with all, best first, a tie to the lower column, without the query: (b, k)."""
+    scores = exact_dot(gallery.rows[queries], gallery.rows)
+    scores[torch.arange(len(queries), device=scores.device), queries] = -torch.inf
+    return scores.argsort(dim=1, descending=True, stable=True)[:, :k]
 
 
 def _lexsort(*keys: Tensor) -> Tensor:

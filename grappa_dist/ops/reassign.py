@@ -32,8 +32,6 @@ from grappa_dist.ops.nearest import best_of_all, decide_pairs, pair_squares
 from grappa_dist.ops.one_group import reassign_among_all
 from grappa_dist.ops.proposals import SLACK, Centroids, PreparedRows, Proposer, joined
 
-__all__ = ["GroupedCentroids", "Moves", "Take", "reassign"]
-
 _PLACES = 3  # proposals of each group
 _Pairs = tuple[Tensor, Tensor]  # positions of rows, and labels
 

@@ -15,6 +15,7 @@ from grappa_dist.ops.exact import exact_dot, exact_square
 
 _TABLE = 2048  # candidates of which distances to each other are a square table
 _SHARE = 64  # a round adds at most this share of the centroids, where that is more than a table of candidates
+LARGER_ROUNDS_ABOVE = _TABLE * _SHARE  # centroids
 _SHIFT = 21  # from units of 2**-48 to units of 2**-27
 
 

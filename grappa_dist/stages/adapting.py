@@ -103,10 +103,10 @@ class AdaptObjective(Classifying):
         for parameter in (p for of_set in self._learning for p in of_set):
             parameter.requires_grad_(True)
         self.settled = {"last_block": self.model.whole_because or "class token alone"}  # for the job's log
-        self._share = job.training.rank_share(context.comm.size)  # images of a step, at the most
+        self._most_images = job.training.rank_share(context.comm.size)  # images of a step, at the most
         self._micro_batch = self._images_at_a_time()
         if job.compiled:
-            at_a_time = even_size(self._share, self._micro_batch or self._share)
+            at_a_time = even_size(self._most_images, self._micro_batch or self._most_images)
             self.settled["compile"] = compile_if_it_wins(self.model, at_a_time)
 
     def _started(self, context: RankContext, index: int) -> Classifier:
@@ -125,7 +125,7 @@ class AdaptObjective(Classifying):
         usable = usable_bytes(context.device, job.sharing)
         if context.device.type == "cpu":  # which gives a tensor its memory when it is first written to
             usable -= sum(t.nbytes for c in self.classifiers for t in c.shard().tensors.values())
-        found = fitted(context, self.model, pack_folder(job.sets), self._share, usable)
+        found = fitted(context, self.model, pack_folder(job.sets), self._most_images, usable)
         self.settled |= {"micro_batch": str(found.images), "micro_batch_because": found.why}
         context.report({"phase": f"at most {found.images} images at a time ({found.why})"})
         return found.images

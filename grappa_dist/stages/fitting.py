@@ -163,7 +163,7 @@ def adapt_advice(adapt: AdaptConfig) -> str:
 
 def fuse_advice(micro_batch: int) -> str:
     """As `adapt_advice`, for steps of a fusion."""
-    return f"lower fuse.micro_batch={micro_batch}"
+    return f"lower fuse.micro_batch={micro_batch}" if micro_batch > 1 else "fuse fewer sets, or use a smaller backbone"
 
 
 def _train_pass(model: PackedGrappa, images: int) -> None:

@@ -63,7 +63,7 @@ def load_trail(path: Path) -> tuple[Trail, str]:
                 trail[part] = _progress(file.get_tensor(part), *json.loads(text))
                 if problem := trail[part].problem():
                     return {}, f"{path} is damaged ({part}: {problem}); delete it to begin this K again"
-    except SafetensorError as error:
+    except (SafetensorError, ValueError, TypeError, AttributeError) as error:  # or what another program has written
         return {}, f"{path} is damaged ({error}); delete it to begin this K again"
     return trail, ""
 

@@ -43,14 +43,15 @@ def test_a_copy_that_is_newer_is_read_once_and_taken(tmp_path: Path, monkeypatch
         assert ImageShards.open([copy], tmp_path / "notes").fingerprint == before.fingerprint
     assert sorted(read) == ["shard-000000.tar", "shard-000001.tar"]  # side by side, in any order
     make_newer(copy / "shard-000001.tar")
-    ImageShards.open([copy], tmp_path / "notes", write=False)
+    ImageShards.open([copy], tmp_path / "notes", write=False)  # a plan leaves it to the run, which can note it
+    assert len(read) == 2
     ImageShards.open([copy], tmp_path / "notes")
-    assert sorted(read)[1:] == ["shard-000001.tar"] * 3
+    assert sorted(read)[1:] == ["shard-000001.tar"] * 2
     later = (copy / "shard-000001.tar").stat().st_mtime_ns
     os.utime(copy / "index.json", ns=(later, later))  # who copied them vouches for them: touch index.json
     ImageShards.open([copy], None)
     ImageShards.open([copy], tmp_path / "notes")
-    assert len(read) == 4
+    assert len(read) == 3
 
 
 def test_an_old_file_moved_over_a_shard_is_refused_though_it_is_older_than_the_index(tmp_path: Path) -> None:

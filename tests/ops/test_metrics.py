@@ -54,6 +54,16 @@ def test_scores_closer_than_the_error_of_float32_are_told_apart(seed: int) -> No
         assert retrieval_scores(z, labels, block_rows=block_rows) == pytest.approx(judge(z, labels), abs=1e-11)
 
 
+def test_features_that_have_collapsed_are_scored_by_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("scored pair by pair")
+
+    monkeypatch.setattr("grappa_dist.ops.metrics.pair_dots", refuse)
+    z = torch.ones(300, 16) + 1e-6 * features(300, 16)
+    labels = random_labels(300, 100)
+    assert retrieval_scores(z, labels) == pytest.approx(judge(z, labels), abs=1e-11)
+
+
 def test_classes_of_unlike_sizes_are_scored_together() -> None:
     labels = torch.cat([torch.zeros(70, dtype=torch.int64), torch.arange(40) // 2 + 1])
     z = features(21, 5)[labels] + features(110, 5, seed=1)

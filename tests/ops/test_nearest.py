@@ -156,7 +156,7 @@ def test_rivals_are_decided_as_by_exact_distances(dim: int) -> None:
     draws = torch.Generator().manual_seed(2)
     shaken = c + torch.randint(-1, 2, c.shape, generator=draws) / GRID
     c = to_grid(torch.cat([c, c[:5], -c[:3], shaken.clamp(-1, 1)]))  # equal ones, and ties that float32 does not see
-    first = torch.randint(0, len(c), (60,), generator=draws)
+    first, left_open = torch.randint(0, len(c), (60,), generator=draws), 0
     for rows in (torch.arange(60), torch.arange(60).flip(0), torch.randint(0, 60, (900,), generator=draws)):
         labels = torch.randint(0, len(c), rows.shape, generator=draws)
         rows, labels = rows[labels != first[rows]], labels[labels != first[rows]]
@@ -165,7 +165,8 @@ def test_rivals_are_decided_as_by_exact_distances(dim: int) -> None:
         found, unsure = decide_rivals(x, exact_square(x), Centroids.of(c), Rivals(first, rows, labels))
         assert torch.equal(found, exact.labels)
         assert int(unsure.sum()) < len(x) or dim == 1
-    assert bool(unsure.any())
+        left_open += int(unsure.sum())
+    assert left_open
 
 
 def test_a_rival_that_differs_by_one_step_of_the_grid_is_told_from_the_first() -> None:

@@ -11,8 +11,9 @@ from torch import Tensor
 from grappa_dist.ops.bounds import Bounds, Drift, Groups
 from grappa_dist.ops.exact import GRID, exact_square, to_grid
 from grappa_dist.ops.halves import HalfProposer
+from grappa_dist.ops.moves import Moves
 from grappa_dist.ops.proposals import FloatProposer, Proposer, float_error
-from grappa_dist.ops.reassign import GroupedCentroids, Moves, reassign
+from grappa_dist.ops.reassign import GroupedCentroids, reassign
 
 
 def unit_rows(num: int, dim: int, seed: int = 0) -> Tensor:

@@ -20,7 +20,7 @@ EXAMPLE = """example, half a minute:
 
 
 def arguments(add: Callable[..., Any]) -> None:
-    add("--shards", nargs="+", metavar="DIR_OR_TAR", help="real images; default: drawn ones")
+    add("--shards", nargs="+", metavar="DIR_OR_TAR", help="real images, all of which decode; default: drawn ones")
     add("--rows", type=int, default=512, metavar="N", help="drawn images; default: %(default)s")
     add("--backbone", default="vit_small_patch16_224", metavar="NAME", help="of timm; default: %(default)s")
     add("--batch", type=int, default=64, metavar="N", help="default: %(default)s")

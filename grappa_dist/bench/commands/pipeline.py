@@ -22,7 +22,7 @@ EXAMPLE = """example, five minutes:
 
 def arguments(add: Callable[..., Any]) -> None:
     add("--config", type=Path, default=Path("configs/demo.yaml"), metavar="FILE", help="default: %(default)s")
-    add("--threads", type=int, default=2, metavar="N", help="of the script; default: %(default)s")
+    add("--threads", type=int, default=2, metavar="N", help="of the script, and workers of ours; default: %(default)s")
     add("--json", type=Path, metavar="FILE", help="all numbers")
     add("overrides", nargs="*", metavar="key=value", help="of the config, e.g. adapt.epochs=1")
 
