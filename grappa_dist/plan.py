@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -51,7 +51,7 @@ def _table(config: Config, root: Path) -> str:
             lines += [f"{'':<14} {line}" for line in adapt_in_words(config, len(ks))]
         if idle := idle_in_words(config.data, _ranks_of(name, config.resources)):
             lines.append(f"{'':<14} {idle}")
-    return "\n".join([*lines, *_costs(config, sizes["train"], ks), _classifier(config, max(ks))])
+    return "\n".join([*lines, *_costs(config, sizes["train"], ks), _classifiers(config, ks)])
 
 
 def _ranks_of(stage: str, where: Resources) -> int:
@@ -164,17 +164,18 @@ def _fuse_traffic(config: Config, projector: int) -> str:
     )
 
 
-def _classifier(config: Config, num_labels: int, dim: int = DIM) -> str:
-    """What the largest classifier takes of one rank of its job."""
+def _classifiers(config: Config, ks: Sequence[int], dim: int = DIM) -> str:
+    """What the largest classifiers that a job may have take of one of its ranks."""
     ranks, adapt = ranks_of(config.resources, known_workers(config.resources)), config.adapt
-    rows = -(-num_labels // ranks)
+    of_a_job = sorted(ks, reverse=True)[: 1 if adapt.sets_per_job == "auto" else adapt.sets_per_job]
+    rows = sum(-(-num_labels // ranks) for num_labels in of_a_job)
     taking_part = rows * adapt.sampled_classes
     flops = CLASSIFIER_PRODUCTS * 2 * adapt.global_batch * taking_part * dim
     sampled = f"; {adapt.sampled_classes:.0%} of them in a step" if adapt.sampled_classes < 1 else ""
     time = "" if may_have_gpus(config.resources) else f", {flops / CORE_FLOPS:.2g} s of a CPU core"
     return (
-        f"classifier     (at {dim} channels) of K = {num_labels}: {rows} classes a rank{sampled}; rows and Adam "
-        f"{_size(4 * (3 * dim + 1) * rows)} a rank, a step {flops / 1e9:.3g} GFLOP a rank{time}"
+        f"classifier     (at {dim} channels) of K = {', '.join(map(str, of_a_job))}: {rows} classes a rank{sampled}; "
+        f"rows and Adam {_size(4 * (3 * dim + 1) * rows)} a rank, a step {flops / 1e9:.3g} GFLOP a rank{time}"
     )
 
 

@@ -178,6 +178,12 @@ def test_a_plan_tells_what_a_classifier_takes_of_a_rank(tmp_path: Path) -> None:
     assert "a step 0.000467 GFLOP a rank" in said  # 8 x 16 images x 9.5 classes x 384
 
 
+def test_a_plan_adds_up_the_classifiers_of_sets_that_share_a_job(tmp_path: Path) -> None:
+    sections = {**SECTIONS, "clustering": {"num_labels": (4, 37, 9)}, "adapt": {"sets_per_job": 2}}
+    settings = tiny.config(tiny.write_shards(tmp_path / "images"), **sections)
+    assert "of K = 37, 9: 46 classes a rank" in lines_of(settings, tmp_path / "run")["classifier"]
+
+
 def test_a_plan_gives_seconds_of_a_core_only_where_workers_have_no_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
