@@ -10,7 +10,7 @@ import torch
 from grappa_dist.config import Config, Resources
 from grappa_dist.models import PackedGrappa
 from grappa_dist.ops.placement import check_capacity, in_words
-from grappa_dist.stages.fitting import image_bytes
+from grappa_dist.stages.fitting import image_bytes, in_caches
 from grappa_dist.stages.modelling import build_backbone
 from grappa_dist.stages.training import rank_share
 
@@ -72,7 +72,8 @@ def _memory_in_words(config: Config, num_sets: int, ranks: int) -> str:
     each, other = (image_bytes(model, recompute=recompute) for recompute in (sparing, not sparing))
     share = rank_share(adapt.global_batch, ranks, config.data.streams)
     auto = adapt.micro_batch == "auto"
-    at_once = adapt.micro_batch if isinstance(adapt.micro_batch, int) else share
+    unless_asked = share if auto or may_have_gpus(config.resources) else in_caches(share, num_sets)
+    at_once = adapt.micro_batch if isinstance(adapt.micro_batch, int) else unless_asked
     total = each * at_once * num_sets / 2**30
     fewer = "; adapt.micro_batch=auto takes fewer at a time where that does not fit" if auto else ""
     whole = f"all tokens ({model.whole_because})" if model.whole_because else "the class token alone"

@@ -21,7 +21,7 @@ from grappa_dist.ops.adam import adam
 from grappa_dist.ops.room import even_size
 from grappa_dist.stages.classifying import Classes, Classifying, Sums, classifier_for
 from grappa_dist.stages.compiling import compile_if_it_wins
-from grappa_dist.stages.fitting import adapt_advice, fitted, naming_lack_of_memory, usable_bytes
+from grappa_dist.stages.fitting import adapt_advice, fitted, in_caches, naming_lack_of_memory, usable_bytes
 from grappa_dist.stages.modelling import build_backbone, forget_built, preprocess_of
 from grappa_dist.stages.packs import AdaptSet, begin, commit_trained, figure, finish, pack_folder, short_name
 from grappa_dist.stages.training import TrainingImages, torch_seed
@@ -120,6 +120,8 @@ class AdaptObjective(Classifying):
     def _images_at_a_time(self) -> int | None:
         """As asked for, or as many as fit beside the classifiers; None: all of a rank's share."""
         asked, job, context = self._job.adapt.micro_batch, self._job, self._context
+        if asked is None and context.device.type == "cpu":
+            return in_caches(self._most_images, len(job.sets))
         if asked != "auto":
             return asked
         usable = usable_bytes(context.device, job.sharing)

@@ -74,6 +74,14 @@ def _kept_bytes(model: PackedGrappa, *, recompute: bool) -> int:
             layer.recompute = before
 
 
+def in_caches(images: int, num_sets: int) -> int:
+    """Images at a time on a CPU: with all sets together as many activations as one set alone has.
+
+    Larger tensors leave the caches and are asked of the system anew each time: 8 sets were a third slower.
+    """
+    return -(-images // num_sets)
+
+
 def fitted(context: RankContext, model: PackedGrappa, folder: Path, most: int, usable: int) -> Fitted:
     """Images at a time, of the fewest parts of even size that `most` fall into; all ranks call it, and before there is
     an engine.

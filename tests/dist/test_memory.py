@@ -190,6 +190,7 @@ def drive(comm: Comm, folder: Path) -> dict[int, list[int]]:
         cluster.close()
 
 
+@pytest.mark.long
 def test_eight_times_the_rows_leave_the_driver_as_it_was_and_give_each_rank_its_share(tmp_path: Path) -> None:
     (taken,) = run_ranks(drive, 1, tmp_path, timeout_s=200)
     (driver, *ranks), (more_driver, *more_ranks) = taken[FEW], taken[MANY]
