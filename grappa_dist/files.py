@@ -27,6 +27,19 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def parse_json(text: bytes, where: Path | str) -> Any:
+    """Raises ValueError with the place `where` the text is from."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not JSON: {error}") from None
+
+
+def read_json(path: Path) -> Any:
+    """As `parse_json`."""
+    return parse_json(path.read_bytes(), path)
+
+
 def write_json(path: Path, value: Any) -> None:
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1) + "\n")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from grappa_dist.bench.arguments import check_device, check_positive
 from grappa_dist.bench.limit import arithmetic_limit, wait_for
 from grappa_dist.bench.rows import drawn_rows, in_shards
 from grappa_dist.bench.table import aligned, aligned_header
-from grappa_dist.bench.timing import Timing, timed, turns
+from grappa_dist.bench.timing import Timing, in_turns
 from grappa_dist.data.progress import Tell
 from grappa_dist.dist.comm import Comm
 from grappa_dist.dist.share import Share, join_rows
@@ -79,12 +80,8 @@ def measure_assign(settings: AssignSettings, tell: Tell) -> AssignFindings:
     x = torch.from_numpy(rows).to(device)
     c = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[: settings.num_labels].to(device)]
     sides: dict[str, Callable[[], Tensor]] = {OURS: lambda: _ours(share, x, c), JUDGE: lambda: _judge(x, c)}
-    labels, timings = {name: side() for name, side in sides.items()}, dict[str, Timing]()  # the first run warms up
-    for repeat, order in enumerate(turns(list(sides), settings.repeats)):
-        for name in order:
-            tell(f"run {repeat + 1} of {settings.repeats}: {name}")
-            _, timing = timed(lambda side=sides[name]: _finished(side))  # type: ignore[misc]
-            timings[name] = timings[name].and_then(timing) if name in timings else timing
+    labels = {name: side() for name, side in sides.items()}  # the first run warms up
+    _, timings = in_turns({name: partial(_finished, side) for name, side in sides.items()}, settings.repeats, tell)
     dtype = torch.float32 if isinstance(share.proposer, FloatProposer) else torch.bfloat16
     operations = 2.0 * settings.rows * settings.num_labels * settings.dim
     same = float((labels[OURS] == labels[JUDGE]).float().mean())

@@ -22,10 +22,9 @@ import torch
 from PIL import Image
 
 from grappa_dist.bench.arguments import check_least
-from grappa_dist.bench.photos import drawn_shards, users_shards
+from grappa_dist.bench.photos import drawn_shards, image_of, users_shards
 from grappa_dist.bench.timing import Timing, turns
 from grappa_dist.data.decoding import BadImage, Picture, Pixels, decode, open_picture
-from grappa_dist.data.index import IMAGE_SUFFIXES
 from grappa_dist.data.loader import load_or_skip, read_batches
 from grappa_dist.data.progress import Tell
 from grappa_dist.data.shards import ImageShards
@@ -184,7 +183,7 @@ class _Work:
 
         paths = [shard.path for shard in self._images.shards]
         dataset = webdataset.WebDataset(paths, shardshuffle=False, empty_check=False).map(
-            lambda sample: one(_image_of(sample), self._row_of[sample["__key__"]])
+            lambda sample: one(image_of(sample), self._row_of[sample["__key__"]])
         )
         workers = min(self._settings.threads, len(paths))
         loader = torch.utils.data.DataLoader(
@@ -248,7 +247,3 @@ class _Work:
         threads = self._settings.threads
         with ThreadPoolExecutor(threads) as pool:
             return sum(pool.map(all_of, [range(first, self.rows, threads) for first in range(threads)]))
-
-
-def _image_of(sample: dict[str, Any]) -> bytes:
-    return next(bytes(sample[suffix]) for suffix in IMAGE_SUFFIXES if suffix in sample)

@@ -22,11 +22,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from grappa_dist.bench.arguments import check_device, check_least
 from grappa_dist.bench.limit import arithmetic_limit, wait_for
-from grappa_dist.bench.photos import drawn_shards, users_shards
+from grappa_dist.bench.photos import drawn_shards, image_of, users_shards
 from grappa_dist.bench.step import types_of_products
 from grappa_dist.bench.table import aligned, aligned_header
-from grappa_dist.bench.timing import Timing, timed, turns
-from grappa_dist.data.index import IMAGE_SUFFIXES
+from grappa_dist.bench.timing import Timing, in_turns
 from grappa_dist.data.progress import Tell
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.models import Backbone, create_backbone
@@ -103,13 +102,7 @@ def _measured(images: ImageShards, source: str, settings: EmbedSettings, tell: T
         JUDGE: lambda: _judge(model, images, settings),
         ALONE: lambda: _alone(model, batch, len(images)),
     }
-    timings: dict[str, Timing] = {}
-    features: dict[str, Tensor] = {}
-    for repeat, order in enumerate(turns(list(sides), settings.repeats)):
-        for name in order:
-            tell(f"run {repeat + 1} of {settings.repeats}: {name}")
-            features[name], timing = timed(sides[name])
-            timings[name] = timings[name].and_then(timing) if name in timings else timing
+    features, timings = in_turns(sides, settings.repeats, tell)
     agreement = float((features[OURS] * features[JUDGE]).sum(1).min())
     reached = len(images) * _operations(model, size) / timings[OURS].seconds
     return EmbedFindings(source, len(images), timings, agreement, reached / limit, str(dtype).removeprefix("torch."))
@@ -138,7 +131,7 @@ def _judge(model: Backbone, images: ImageShards, settings: EmbedSettings) -> Ten
     transform = create_transform(**resolve_model_data_config(vit))
     paths = [shard.path for shard in images.shards]
     dataset = webdataset.WebDataset(paths, shardshuffle=False, empty_check=False).map(
-        lambda sample: (f"{sample['__url__']} {sample['__key__']}", transform(_image_of(sample)))
+        lambda sample: (f"{sample['__url__']} {sample['__key__']}", transform(_decoded(sample)))
     )
     workers = min(settings.threads, len(paths))
     loader = torch.utils.data.DataLoader(dataset, batch_size=settings.batch, num_workers=workers)
@@ -164,9 +157,8 @@ def _operations(model: Backbone, size: int) -> float:
     return float(counter.get_total_flops())
 
 
-def _image_of(sample: dict[str, Any]) -> Image.Image:
-    data = next(sample[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample)
-    return Image.open(io.BytesIO(data)).convert("RGB")
+def _decoded(sample: dict[str, Any]) -> Image.Image:
+    return Image.open(io.BytesIO(image_of(sample))).convert("RGB")
 
 
 def as_text(header: dict[str, str], settings: EmbedSettings, found: EmbedFindings) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from grappa_dist.data.index import IMAGE_SUFFIXES
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.data.writer import ShardWriter
 
@@ -47,3 +49,8 @@ def users_shards(paths: Sequence[str]) -> tuple[ImageShards, str]:
     shards = ImageShards.open(list(paths), None)
     total = sum(int(shards.index(i)["size"].sum()) for i in range(len(shards.shards)))
     return shards, f"real: {len(shards)} images of {total / len(shards) / 1024:.0f} KiB in {len(shards.shards)} tars"
+
+
+def image_of(sample: Mapping[str, Any]) -> bytes:
+    """The image of a sample as webdataset gives it."""
+    return next(bytes(sample[suffix]) for suffix in IMAGE_SUFFIXES if suffix in sample)

@@ -193,6 +193,8 @@ class PaperScript:
                 logits = config.gamma * F.normalize(model(images), dim=1) @ F.normalize(rows, dim=1).T
                 optimizer.zero_grad()
                 F.cross_entropy(logits, labels[numbers]).backward()
+                if config.clip_norm is not None:
+                    nn.utils.clip_grad_norm_(learning[1:], config.clip_norm)
                 optimizer.step()
                 schedule.step()
         return [adaptor.requires_grad_(False) for adaptor in adaptors]

@@ -8,7 +8,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
@@ -48,6 +48,19 @@ def timed(work: Callable[[], T]) -> tuple[T, Timing]:
 def _cpu_s() -> float:
     spent = os.times()
     return time.process_time() + spent.children_user + spent.children_system
+
+
+def in_turns(
+    sides: Mapping[str, Callable[[], T]], repeats: int, tell: Callable[[str], None]
+) -> tuple[dict[str, T], dict[str, Timing]]:
+    """What every side gave last, and all of its runs."""
+    results, timings = dict[str, T](), dict[str, Timing]()
+    for repeat, order in enumerate(turns(list(sides), repeats)):
+        for name in order:
+            tell(f"run {repeat + 1} of {repeats}: {name}")
+            results[name], timing = timed(sides[name])
+            timings[name] = timings[name].and_then(timing) if name in timings else timing
+    return results, timings
 
 
 def turns(sides: Sequence[str], repeats: int) -> Iterator[list[str]]:

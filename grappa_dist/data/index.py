@@ -190,19 +190,23 @@ class OpenFile:
             ValueError: they are not all there, or the file is no longer the one that was listed.
         """
         data = os.pread(self.fd, size, offset)
-        stat = os.fstat(self.fd)
-        now = (stat.st_size, version_of(stat))
-        if self._listed is not None and now != self._listed:
-            raise ValueError(
-                f"{self.path}: its size and time of change (s) are {now[0]}, {now[1]}, but were {self._listed[0]}, "
-                f"{self._listed[1]} when the run listed it; the file changed after it was indexed (a copy on another "
-                "node needs the same time: cp -p, rsync -t)"
-            )
+        if self._listed is not None:
+            self._compare(self._listed)
         if len(data) != size:
             raise ValueError(
                 f"{self.path}: {len(data)} of {size} bytes at {offset}; the file changed after it was indexed"
             )
         return data
+
+    def _compare(self, listed: tuple[int, str]) -> None:
+        stat = os.fstat(self.fd)
+        now = (stat.st_size, version_of(stat))
+        if now != listed:
+            raise ValueError(
+                f"{self.path}: its size and time of change (s) are {now[0]}, {now[1]}, but were {listed[0]}, "
+                f"{listed[1]} when the run listed it; the file changed after it was indexed (a copy on another "
+                "node needs the same time: cp -p, rsync -t)"
+            )
 
     def __del__(self) -> None:
         if hasattr(self, "fd"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tarfile
 import tokenize
@@ -14,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from grappa_dist.data.index import ROW, OpenFile, Shard, refusal, shard_of
+from grappa_dist.files import parse_json
 
 REMADE = "; remove it, and it is made or fetched again"
 # What numpy's reader of headers may raise
@@ -26,10 +26,7 @@ def read_index(text: bytes, where: Path | str) -> list[Shard]:
     Raises:
         ValueError: it is no such file.
     """
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not JSON: {error}") from None
+    content = parse_json(text, where)
     if not isinstance(content, dict) or not isinstance(content.get("shards"), list):
         raise ValueError(f"{where}: not an index of shards; expected an object with a list `shards`")
     shards = [shard_of(line, "", where) for line in content["shards"]]

@@ -7,7 +7,6 @@ checksum, and the versions of the objects of a remote folder that has an index.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -15,18 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from grappa_dist.data.index import Shard, entry, shard_of
-from grappa_dist.files import write_json
+from grappa_dist.files import read_json, write_json
 
 State = Mapping[str, str | int]  # of a tar: what changes whenever its bytes do, as far as its store tells
 Seen = Mapping[str, tuple[str, str]]  # name of an object -> fingerprint in the index beside it, and version
 READER = 2  # raise it when the same tar gives other rows, or something else is kept of it
-
-
-def read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON: {error}") from None
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,8 @@ from grappa_dist.data.index import COMMITTED, INDEX_VERSION, entry
 from grappa_dist.data.making.filling import MAKING, Filled, ShardJob, already_filled
 from grappa_dist.data.making.planning import FolderPlan
 from grappa_dist.data.making.workers import fill_all
-from grappa_dist.data.notes import read_json
 from grappa_dist.data.progress import Progress, Tell
-from grappa_dist.files import write_json
+from grappa_dist.files import read_json, write_json
 
 _PLAN = "plan.json"
 _TOLD_BAD = 20  # undecodable files that are named while they are met

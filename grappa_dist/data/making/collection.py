@@ -96,13 +96,15 @@ def write_items(items: Sequence[Item], out: Path, cfg: CollectionConfig, *, work
 
 def _check_tasks(paths: Sequence[Path], task: str | None) -> None:
     """Images without a CSV are each of one task, by the name of their folder or tar."""
-    for number, path in enumerate(paths):
-        if path.resolve() in [other.resolve() for other in paths[:number]]:
+    real, first = set[Path](), dict[str, Path]()
+    for path in paths:
+        if path.resolve() in real:
             raise ValueError(f"{path}: named twice")
-        alike = [other for other in paths[:number] if task_name(other) == task_name(path)]
-        if task is None and alike:
+        real.add(path.resolve())
+        alike = first.setdefault(task_name(path), path)
+        if task is None and alike is not path:
             raise ValueError(
-                f"{alike[0]} and {path}: both would be the task {task_name(path)!r}; rename one, or give --task to both"
+                f"{alike} and {path}: both would be the task {task_name(path)!r}; rename one, or give --task to both"
             )
 
 

@@ -15,9 +15,8 @@ from grappa_dist.data.index import Shard, entry, shard_of
 from grappa_dist.data.loader import read_batches
 from grappa_dist.data.making.encoding import Encoded, encoded
 from grappa_dist.data.making.sources import Place
-from grappa_dist.data.notes import read_json
 from grappa_dist.data.writer import TarShard, members
-from grappa_dist.files import write_json
+from grappa_dist.files import read_json, write_json
 
 MAKING = "making"  # what only a folder in the making holds: notes of its finished shards, unfinished ones, its plan
 _THREADS = 2  # one reads while the other decodes; more work side by side is the business of processes
