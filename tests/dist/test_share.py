@@ -45,6 +45,19 @@ def test_a_rank_whose_pass_takes_longer_than_a_collective_waits_holds_the_others
     assert first == last
 
 
+def one_slow_look(comm: Comm) -> int:
+    own = clustered(10 * BLOCKS if comm.rank else 3, 4, 5)
+    rows = Rows([own], [np.ones(len(own), dtype=bool)])
+    if comm.rank:
+        scan = rows.scan
+        object.__setattr__(rows, "scan", lambda part: time.sleep(0.5) or scan(part))
+    return join_rows(comm, rows, block_rows=10, device=torch.device("cpu")).num_good
+
+
+def test_a_rank_whose_look_at_its_rows_takes_long_holds_the_others_up_and_no_more() -> None:
+    assert run_ranks(one_slow_look, 2, collective_s=WAIT_S) == [10 * BLOCKS + 3] * 2
+
+
 def stopped_in_a_pass(comm: Comm) -> tuple[bool, list[int]]:
     done = list[int]()
     last = comm.rank == comm.size - 1
