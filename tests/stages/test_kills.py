@@ -15,7 +15,7 @@ import pytest
 
 from grappa_dist.stages.modelling import ADAPTORS_FILE
 from tests.stages import tiny
-from tests.stages.test_packs import job_in
+from tests.stages.packed import job_in
 
 KS = (3, 4)
 STEPS, CHECKPOINT_STEPS = 9, 3
