@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -70,15 +69,6 @@ def run_cases(comm: Comm, block_rows: int) -> dict[str, Clustering]:
         name: cluster(share_of(comm, ROWS[rows], block_rows), Wanted(num, how, seed=3))
         for name, (rows, num, how) in CASES.items()
     }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """As a rank of `run_ranks` has: threads that wait for each other double the time of work this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
