@@ -11,6 +11,8 @@ from grappa_dist.ops.exact import GRID, exact_dot, exact_square, to_grid
 from grappa_dist.ops.proposals import float_error
 from tests.processes import run_ranks
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 
 def unit_rows(num: int, dim: int, seed: int = 0) -> np.ndarray:
     rows: np.ndarray = F.normalize(torch.randn(num, dim, generator=torch.Generator().manual_seed(seed)), dim=1).numpy()

@@ -4,6 +4,7 @@ import time
 from dataclasses import replace
 
 import numpy as np
+import pytest
 import torch
 
 from grappa_dist.dist.comm import Comm
@@ -14,6 +15,8 @@ from grappa_dist.dist.threads import side_by_side
 from grappa_dist.dist.workers import Stopped
 from tests.dist.test_sharded_kmeans import clustered
 from tests.processes import run_ranks
+
+pytestmark = pytest.mark.usefixtures("two_threads")
 
 WAIT_S = 3.0  # of one collective
 BLOCKS = 8  # of the last rank, each of which takes it long
