@@ -72,7 +72,7 @@ def _stages(
     what = f"{jobs_in_words(config, len(ks))}, {adapt_steps} steps of {config.adapt.global_batch} images each"
     yield "adapt", what, list(flow.adaptors.values()) if flow else []
     yield from _supervision(config, flow, ks, adapt_steps)
-    yield "fuse", _fuse(config, ks, sizes["train"]), _on_pairs(flow) if flow else []
+    yield "fuse", _fuse(config, ks, sizes["train"]), list(flow.on_pairs.values()) if flow else []
     models = 1 + len(ks) + len(config.fuse.variants) + config.adapt.supervised
     scores = list(flow.scores.values()) if flow else []
     what = f"{models} models on {sizes['test']} images, {_size(4 * DIM * models * sizes['test'])} of features"
@@ -93,10 +93,6 @@ def _fuse(config: Config, ks: tuple[int, ...], num_rows: int) -> str:
     if any(map(seeks_neighbours, trained)):
         what += f", {graph_kind(config.fuse, num_rows)} k-NN graph"
     return what
-
-
-def _on_pairs(flow: Flow) -> list[Artifact]:
-    return [artifact for variant, artifact in flow.fusions.items() if variant != SUPERVISED]
 
 
 def _workers(where: Resources) -> str:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from grappa_dist.artifacts import Artifact, RowArrays, Store, wait_until_seen
-from grappa_dist.config import SUPERVISED, BackboneConfig, DataConfig, FuseConfig, seeks_neighbours
+from grappa_dist.config import BackboneConfig, DataConfig, FuseConfig, seeks_neighbours
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.dist.accumulate import accumulate
 from grappa_dist.dist.correlation import penalty_of
@@ -104,7 +104,7 @@ def fuse(
     threads = config.resources.decode_threads
     training = TrainingImages(images, bad, config.data, config.fuse.global_batch, config.seed, threads)
     for variant, artifact in fusions.items():
-        if artifact.complete or variant == SUPERVISED:
+        if artifact.complete:
             continue
         at_random = num_random(variant, len(adaptors))
         job = FuseJob(
