@@ -10,7 +10,7 @@ import torch
 from grappa_dist.config import Config, Resources
 from grappa_dist.models import PackedGrappa
 from grappa_dist.ops.placement import check_capacity, in_words
-from grappa_dist.stages.fitting import image_bytes, in_caches
+from grappa_dist.stages.fitting import image_bytes, images_at_a_time
 from grappa_dist.stages.modelling import build_backbone
 from grappa_dist.stages.training import rank_share
 
@@ -71,11 +71,11 @@ def _memory_in_words(config: Config, num_sets: int, ranks: int) -> str:
     sparing = adapt.activation_checkpointing
     each, other = (image_bytes(model, recompute=recompute) for recompute in (sparing, not sparing))
     share = rank_share(adapt.global_batch, ranks, config.data.streams)
-    auto = adapt.micro_batch == "auto"
-    unless_asked = share if auto or may_have_gpus(config.resources) else in_caches(share, num_sets)
-    at_once = adapt.micro_batch if isinstance(adapt.micro_batch, int) else unless_asked
+    at_once, fewer = share, "; adapt.micro_batch=auto takes fewer at a time where that does not fit"
+    if adapt.micro_batch != "auto":
+        on_gpu = may_have_gpus(config.resources)
+        at_once, fewer = images_at_a_time(adapt.micro_batch, share, num_sets, on_gpu=on_gpu), ""
     total = each * at_once * num_sets / 2**30
-    fewer = "; adapt.micro_batch=auto takes fewer at a time where that does not fit" if auto else ""
     whole = f"all tokens ({model.whole_because})" if model.whole_because else "the class token alone"
     return (
         f"activations in float32, those of a layer at work among them: {each / 2**20:.1f} MiB an image and set "

@@ -81,10 +81,8 @@ class Classifying:
         steps = range(step, self._steps)
         self._batches = augmented_batches(self._training, self._preprocess, self._context.comm, steps, self._area)
 
-    def gradients(
-        self, engine: Engine, step: int, micro_batch: int | None, seen: Callable[[], None] = lambda: None
-    ) -> Sums:
-        """Those of the next images, in micro-batches of so many at most; None: all of a rank at once.
+    def gradients(self, engine: Engine, step: int, micro_batch: int, seen: Callable[[], None] = lambda: None) -> Sums:
+        """Those of the next images, in micro-batches of so many at most.
 
         Args:
             seen: called after a forward pass of some images, to look at the model.
@@ -111,11 +109,11 @@ class Classifying:
             self._at_fault.append(~z.detach().isfinite().all(2).all(0))
         return sums
 
-    def _parts(self, count: int, micro_batch: int | None) -> tuple[int, list[slice]]:
+    def _parts(self, count: int, micro_batch: int) -> tuple[int, list[slice]]:
         """The images of all ranks, and this rank's micro-batches, of even sizes: as many as on any other rank, the last
         ones may be empty."""
         counts = [int(n) for n in self._context.comm.gather(torch.tensor([count], device=self._context.device))]
-        size = even_size(max(counts), micro_batch or max(counts))
+        size = even_size(max(counts), micro_batch)
         return sum(counts), [slice(start, start + size) for start in range(0, max(counts), size)]
 
     def _score(self, z: Tensor, labels: Sequence[Tensor], sums: Tensor) -> Tensor:
