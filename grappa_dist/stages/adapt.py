@@ -19,6 +19,7 @@ from grappa_dist.dist.trackers import check_trackers
 from grappa_dist.ops.placement import in_words, sets_per_job
 from grappa_dist.stages.adapt_plan import ranks_of
 from grappa_dist.stages.adapting import AdaptJob, train_adaptors
+from grappa_dist.stages.fitting import images_at_a_time
 from grappa_dist.stages.modelling import backbone_settings
 from grappa_dist.stages.packs import AdaptSet, commit_saved, group, not_begun
 from grappa_dist.stages.pseudo_label import CENTROIDS_FILE, label_rows
@@ -120,5 +121,9 @@ def _per_job(run: Run, whole: AdaptJob, fresh: Sequence[AdaptSet]) -> int:
 def _most_sets(whole: AdaptJob, found: Measured, ranks: int) -> int:
     """How many of the sets one worker's memory holds: activations, and its part of the classifiers with their Adam."""
     share, asked = whole.training.rank_share(ranks), whole.adapt.micro_batch
-    images = min(share, FEW if asked == "auto" else asked or share)
+    asked = FEW if asked == "auto" else asked
+
+    def images(num_sets: int) -> int:
+        return images_at_a_time(asked, share, num_sets, on_gpu=found.on_gpu)
+
     return found.room.sets([12 * found.channels * one.num_labels // ranks for one in whole.sets], images)

@@ -34,6 +34,10 @@ class Measured:
     room: Room  # of one adaptor set
     channels: int  # D
 
+    @property
+    def on_gpu(self) -> bool:
+        return self.rates.overlap
+
 
 def measure_rates(device: torch.device, job: AdaptJob) -> Measured:
     """Seconds and bytes an image of this worker, on the images of the first step; a task of one worker."""
