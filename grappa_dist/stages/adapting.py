@@ -144,10 +144,8 @@ class AdaptObjective(Classifying):
     def _figures(self, sums: Sums, norms: list[float]) -> dict[str, float]:
         """This rank's sums: means over the sets and, where there are several, also each set's by itself."""
         count, sets = sums.images, self._job.sets
-        figures = {"images": float(count), "waited_s": sums.waited_s * count}
-        figures |= {name: float(sums.of_sets[:, i].mean()) for i, name in enumerate(("loss", "accuracy"))}
-        figures["gradient_norm"] = count * sum(norms) / len(norms)
-        for index, one in enumerate(sets if len(sets) > 1 else ()):
-            figures |= {figure(name, one): float(sums.of_sets[index, i]) for i, name in enumerate(("loss", "accuracy"))}
-            figures[figure("gradient_norm", one)] = count * norms[index]
+        figures = sums.figures | {"gradient_norm": count * sum(norms) / len(norms)}
+        for one, (loss, correct), norm in zip(sets, sums.of_sets.tolist(), norms, strict=True) if len(sets) > 1 else ():
+            own = {"loss": loss, "accuracy": correct, "gradient_norm": norm * count}
+            figures |= {figure(name, one): value for name, value in own.items()}
         return figures

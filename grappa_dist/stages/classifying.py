@@ -58,6 +58,12 @@ class Sums:
     of_sets: Tensor  # (S, 2) float64: losses, and how many are classified right
     waited_s: float  # for data
 
+    @property
+    def figures(self) -> dict[str, float]:
+        """What the log is told of them: losses and hits in the mean of the sets, and the wait times images."""
+        loss, correct = self.of_sets.mean(0).tolist()
+        return {"images": self.images, "waited_s": self.waited_s * self.images, "loss": loss, "accuracy": correct}
+
 
 class Classifying:
     """Norm-softmax, Eq. (2), of the S sets of a model, each against classes of its own, on augmented images."""

@@ -170,9 +170,6 @@ class SupervisedObjective(Classifying):
 
     def backward(self, engine: Engine, step: int) -> dict[str, float]:
         sums = self.gradients(engine, step, self._job.micro_batch, self._watch.add)
-        count = float(sums.images)
         (norm,) = engine.clip([self.learning], self._job.adapt.clip_norm)
-        loss, correct = sums.of_sets[0].tolist()
-        figures = {"images": count, "loss": loss, "accuracy": correct, "gradient_norm": norm * count}
-        figures["waited_s"] = sums.waited_s * count
-        return figures | self._watch.take(1, self._job.adapt.weight_decay, count)
+        attention = self._watch.take(1, self._job.adapt.weight_decay, sums.images)
+        return sums.figures | {"gradient_norm": norm * sums.images} | attention
