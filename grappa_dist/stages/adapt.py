@@ -19,10 +19,11 @@ from grappa_dist.dist.trackers import check_trackers
 from grappa_dist.ops.placement import in_words, sets_per_job
 from grappa_dist.stages.adapt_plan import ranks_of
 from grappa_dist.stages.adapting import AdaptJob, train_adaptors
+from grappa_dist.stages.classifying import starting_centroids
 from grappa_dist.stages.fitting import images_at_a_time
 from grappa_dist.stages.modelling import backbone_settings
 from grappa_dist.stages.packs import AdaptSet, commit_saved, group, not_begun
-from grappa_dist.stages.pseudo_label import CENTROIDS_FILE, label_rows
+from grappa_dist.stages.pseudo_label import label_rows
 from grappa_dist.stages.rates import Measured, measure_rates
 from grappa_dist.stages.run import Run
 from grappa_dist.stages.training import TrainingImages, data_settings, idle_in_words
@@ -71,9 +72,7 @@ def train_sets(run: Run, sets: Sequence[AdaptSet], images: ImageShards, bad: NDA
     if not missing:
         return
     check_trackers(config.resources.trackers)
-    training = TrainingImages(
-        images, bad, config.data, config.adapt.global_batch, config.seed, config.resources.decode_threads
-    )
+    training = TrainingImages.of(config, images, bad, config.adapt.global_batch)
     whole = AdaptJob(tuple(missing), training, config.backbone, config.adapt, config.resources.trackers)
     with run.console.stage("adapt", f"{len(missing)} adaptor sets of {training.num_steps(config.adapt.epochs)} steps"):
         whole = replace(whole, sharing=run.runner.sharing, compiled=config.resources.compile == "auto")
@@ -92,8 +91,7 @@ def train_sets(run: Run, sets: Sequence[AdaptSet], images: ImageShards, bad: NDA
 
 
 def _set(config: Config, k: int, labels: Artifact, adaptors: Artifact, images: ImageShards) -> AdaptSet:
-    centroids = labels.path / CENTROIDS_FILE if config.adapt.classifier == "centroids" else None
-    return AdaptSet(k, label_rows(labels, images), adaptors, centroids)
+    return AdaptSet(k, label_rows(labels, images), adaptors, starting_centroids(config.adapt, labels))
 
 
 def _per_job(run: Run, whole: AdaptJob, fresh: Sequence[AdaptSet]) -> int:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grappa_dist.artifacts import RowArrays
+from grappa_dist.artifacts import Artifact, RowArrays
 from grappa_dist.config import AdaptConfig
 from grappa_dist.data.transforms import Preprocess
 from grappa_dist.dist.classifier import Classifier, ClassifierSettings
@@ -22,7 +22,13 @@ from grappa_dist.dist.engine import Engine
 from grappa_dist.dist.workers import RankContext
 from grappa_dist.ops.room import even_size
 from grappa_dist.stages.embed import to_images
+from grappa_dist.stages.pseudo_label import CENTROIDS_FILE
 from grappa_dist.stages.training import Pixels, Rows, TrainingImages, augmented_batches, torch_seed
+
+
+def starting_centroids(config: AdaptConfig, labels: Artifact) -> Path | None:
+    """The file of the centroids (K, D) that the classifier of a partition starts from; None: it starts at random."""
+    return labels.path / CENTROIDS_FILE if config.classifier == "centroids" else None
 
 
 def classifier_for(

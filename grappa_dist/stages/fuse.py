@@ -101,8 +101,7 @@ def fuse(
 ) -> None:
     """Trains every variant on pairs that does not exist yet, one after the other, each on all workers."""
     config = run.config
-    threads = config.resources.decode_threads
-    training = TrainingImages(images, bad, config.data, config.fuse.global_batch, config.seed, threads)
+    training = TrainingImages.of(config, images, bad, config.fuse.global_batch)
     for variant, artifact in fusions.items():
         if artifact.complete:
             continue
@@ -115,7 +114,7 @@ def fuse(
             config.backbone,
             config.adapt.bottleneck,
             config.fuse,
-            Embedding(config.embed.batch_size, threads),
+            Embedding(config.embed.batch_size, training.decode_threads),
             artifact,
             at_random,
         )

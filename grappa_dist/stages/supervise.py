@@ -28,7 +28,7 @@ from grappa_dist.files import replacing
 from grappa_dist.models import Grappa
 from grappa_dist.ops.adam import adam
 from grappa_dist.stages.adapt import train_sets
-from grappa_dist.stages.classifying import Classes, Classifying, classifier_for
+from grappa_dist.stages.classifying import Classes, Classifying, classifier_for, starting_centroids
 from grappa_dist.stages.fitting import fuse_advice, naming_lack_of_memory
 from grappa_dist.stages.modelling import (
     ADAPTORS_FILE,
@@ -39,7 +39,7 @@ from grappa_dist.stages.modelling import (
     preprocess_of,
 )
 from grappa_dist.stages.packs import AdaptSet
-from grappa_dist.stages.pseudo_label import CENTROIDS_FILE, label_rows
+from grappa_dist.stages.pseudo_label import label_rows
 from grappa_dist.stages.run import Run
 from grappa_dist.stages.training import TrainingImages, data_settings, idle_in_words, torch_seed
 from grappa_dist.stages.true_labels import class_counts, without_class
@@ -78,7 +78,8 @@ def adapt_supervised(run: Run, adaptors: Artifact, labels: Artifact, images: Ima
     """Trains the supervised set, by a job like those of the partitions."""
     if not adaptors.complete:
         classes = class_counts(labels)["classes"]
-        one = AdaptSet(classes, label_rows(labels, images), adaptors, _start(run.config, labels), SUPERVISED_SET)
+        start = starting_centroids(run.config.adapt, labels)
+        one = AdaptSet(classes, label_rows(labels, images), adaptors, start, SUPERVISED_SET)
         train_sets(run, [one], images, without_class(labels, images))
 
 
@@ -89,19 +90,12 @@ def fuse_supervised(
     if fusion.complete:
         return
     config, classes = run.config, class_counts(labels)["classes"]
-    training = TrainingImages(
-        images,
-        without_class(labels, images),
-        config.data,
-        config.adapt.global_batch,
-        config.seed,
-        config.resources.decode_threads,
-    )
+    training = TrainingImages.of(config, images, without_class(labels, images), config.adapt.global_batch)
     job = SupervisedJob(
         adaptors=tuple(adaptors),
         labels=label_rows(labels, images),
         num_classes=classes,
-        centroids=_start(config, labels),
+        centroids=starting_centroids(config.adapt, labels),
         training=training,
         backbone=config.backbone,
         adapt=config.adapt,
@@ -114,10 +108,6 @@ def fuse_supervised(
             run.console.say(f"fuse: {idle}")
         run.runner.run_jobs([Job(SUPERVISED, train_supervised_fusion, job, ranks)])
         wait_until_seen([fusion])
-
-
-def _start(config: Config, labels: Artifact) -> Path | None:
-    return labels.path / CENTROIDS_FILE if config.adapt.classifier == "centroids" else None
 
 
 def train_supervised_fusion(context: RankContext, job: SupervisedJob) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from grappa_dist.config import DataConfig
+from grappa_dist.config import Config, DataConfig
 from grappa_dist.data.decoding import Picture
 from grappa_dist.data.loader import load_images, read_batches
 from grappa_dist.data.order import EpochOrder
@@ -34,6 +34,11 @@ class TrainingImages:
     global_batch: int
     seed: int
     decode_threads: int
+
+    @staticmethod
+    def of(config: Config, images: ImageShards, bad: NDArray[np.int64], global_batch: int) -> TrainingImages:
+        """All images but the rows `bad`, in batches of so many over all ranks."""
+        return TrainingImages(images, bad, config.data, global_batch, config.seed, config.resources.decode_threads)
 
     def order(self, epoch: int) -> EpochOrder:
         data = self.data
