@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from grappa_dist.artifacts import Artifact, RowArrays, Store, wait_until_seen
+from grappa_dist.artifacts import Artifact, RowArrays, Store, numbered, wait_until_seen
 from grappa_dist.config import SUPERVISED, SUPERVISED_SET, AdaptConfig, BackboneConfig, Config
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.dist.engine import Engine
@@ -69,9 +69,7 @@ def supervised_fusion_of(store: Store, config: Config, labels: Artifact, sets: S
         "data": data_settings(config.data),
         "seed": config.seed,
     }
-    return store.artifact(
-        f"fusion/{SUPERVISED}", settings, {"labels": labels, **{f"adaptors {i}": a for i, a in enumerate(sets)}}
-    )
+    return store.artifact(f"fusion/{SUPERVISED}", settings, {"labels": labels, **numbered("adaptors", sets)})
 
 
 def adapt_supervised(run: Run, adaptors: Artifact, labels: Artifact, images: ImageShards) -> None:
