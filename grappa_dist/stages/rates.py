@@ -6,7 +6,6 @@ Only where things run follows from these figures, never what is computed.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ import torch
 
 from grappa_dist.data.loader import read_batches
 from grappa_dist.data.transforms import Preprocess
+from grappa_dist.dist.trial import least_seconds
 from grappa_dist.dist.workers import let_go
 from grappa_dist.models import PackedGrappa
 from grappa_dist.ops.placement import Rates
@@ -91,8 +91,6 @@ def _train_s(model: PackedGrappa, images: torch.Tensor) -> float:
         with forward_precision(images.device):
             z = model(images)
         z.float().square().mean().backward()
-        if images.device.type == "cuda":
-            torch.cuda.synchronize()
 
     return _seconds(step)
 
@@ -100,9 +98,4 @@ def _train_s(model: PackedGrappa, images: torch.Tensor) -> float:
 def _seconds(work: Callable[[], None]) -> float:
     """The least of a few times, after one that warms up."""
     work()
-    times = []
-    for _ in range(REPEATS):
-        began = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - began)
-    return min(times)
+    return least_seconds(work, REPEATS)
