@@ -205,14 +205,12 @@ class FuseObjective:
         self._pairs.begin(step)
 
     def backward(self, engine: Engine, step: int) -> dict[str, float]:
-        images = to_images(
-            self._pairs.at(step), self._context.device
-        )  # (2B, 3, S, S): all first views, then all second
+        images = to_images(self._pairs.at(step), self._context.device)  # (2B, 3, S, S): first views, then second ones
         loss = accumulate(
             engine,
             self.module,
             images,
-            lambda za, zb: self._loss(za, zb),
+            self._loss,
             micro_batch=self._job.fuse.micro_batch,
             after=self._watch.add,
         )
