@@ -19,7 +19,6 @@ from grappa_dist.layout import lay_out
 from grappa_dist.observe import Console
 from grappa_dist.report.content import ScoreRow
 from grappa_dist.stages.adapt import adapt
-from grappa_dist.stages.adapt_plan import known_workers
 from grappa_dist.stages.collect import (
     collection_of,
     draw_collection,
@@ -30,6 +29,7 @@ from grappa_dist.stages.collect import (
 )
 from grappa_dist.stages.embed import bad_rows, embed, feature_rows
 from grappa_dist.stages.evaluate import Evaluation, evaluate
+from grappa_dist.stages.expected_workers import known_workers
 from grappa_dist.stages.flow import Flow
 from grappa_dist.stages.fuse import fuse
 from grappa_dist.stages.fuse_plan import least_bytes

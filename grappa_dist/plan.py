@@ -11,8 +11,9 @@ from grappa_dist.config import SUPERVISED, SUPERVISED_SET, Config, Resources, se
 from grappa_dist.layout import lay_out, on_pairs
 from grappa_dist.models.backbone import check_name
 from grappa_dist.ops.correlation import by_rows, rows_are_cheaper, whole
-from grappa_dist.stages.adapt_plan import adapt_in_words, jobs_in_words, known_workers, may_have_gpus, ranks_of
+from grappa_dist.stages.adapt_plan import adapt_in_words, jobs_in_words
 from grappa_dist.stages.collect import collection_sizes, has_drawn, open_images
+from grappa_dist.stages.expected_workers import known_workers, may_have_gpus, ranks_of
 from grappa_dist.stages.flow import Flow
 from grappa_dist.stages.fuse_plan import projector_bytes
 from grappa_dist.stages.graph import graph_kind

@@ -17,9 +17,9 @@ from grappa_dist.data.shards import ImageShards
 from grappa_dist.dist.jobs import Job
 from grappa_dist.dist.trackers import check_trackers
 from grappa_dist.ops.placement import in_words, sets_per_job
-from grappa_dist.stages.adapt_plan import ranks_of
 from grappa_dist.stages.adapting import AdaptJob, train_adaptors
 from grappa_dist.stages.classifying import starting_centroids
+from grappa_dist.stages.expected_workers import ranks_of
 from grappa_dist.stages.fitting import images_at_a_time
 from grappa_dist.stages.modelling import backbone_settings
 from grappa_dist.stages.packs import AdaptSet, commit_saved, group, not_begun
