@@ -16,7 +16,7 @@ from grappa_dist.config import AdaptConfig, BackboneConfig, Config, DataConfig
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.dist.jobs import Job
 from grappa_dist.dist.trackers import check_trackers
-from grappa_dist.ops.placement import in_words, sets_per_job
+from grappa_dist.ops.placement import placement_in_words, sets_per_job
 from grappa_dist.stages.adapting import AdaptJob, train_adaptors
 from grappa_dist.stages.classifying import starting_centroids
 from grappa_dist.stages.expected_workers import ranks_of
@@ -79,7 +79,7 @@ def train_sets(run: Run, sets: Sequence[AdaptSet], images: ImageShards, bad: NDA
         jobs = [replace(whole, sets=members) for members in group(sets, _per_job(run, whole, not_begun(sets)))]
         workers = run.runner.num_workers
         ranks = ranks_of(config.resources, workers)
-        run.console.say(f"adapt: {in_words(len(jobs), workers, ranks)}")
+        run.console.say(f"adapt: {placement_in_words(len(jobs), workers, ranks)}")
         if idle := idle_in_words(config.data, ranks):
             run.console.say(f"adapt: {idle}")
         run.runner.run_jobs(

@@ -8,7 +8,7 @@ import torch
 
 from grappa_dist.config import Config
 from grappa_dist.models import PackedGrappa
-from grappa_dist.ops.placement import check_capacity, in_words
+from grappa_dist.ops.placement import check_capacity, placement_in_words
 from grappa_dist.stages.expected_workers import known_workers, may_have_gpus, ranks_of
 from grappa_dist.stages.fitting import image_bytes, images_at_a_time
 from grappa_dist.stages.modelling import build_backbone
@@ -34,7 +34,7 @@ def adapt_in_words(config: Config, num_sets: int) -> Iterator[str]:
     if workers is not None:
         check_capacity(workers, ranks)
     if workers is not None and per_job != "auto":
-        yield f"on {workers} workers: {in_words(-(-num_sets // per_job), workers, ranks)}"
+        yield f"on {workers} workers: {placement_in_words(-(-num_sets // per_job), workers, ranks)}"
     if config.backbone.name.startswith("timm:"):
         if per_job == "auto":
             yield f"{_memory_in_words(config, 1, ranks)}; counted for one set, of which auto may put several in a job"

@@ -15,7 +15,7 @@ from grappa_dist.artifacts import Artifact, Store
 from grappa_dist.config import DataConfig, Resources
 from grappa_dist.data.cache import CacheSettings
 from grappa_dist.data.decoding import BadImage
-from grappa_dist.data.losses import in_words
+from grappa_dist.data.losses import losses_in_words
 from grappa_dist.data.randomness import permutation
 from grappa_dist.data.remote import is_remote
 from grappa_dist.data.shards import ImageShards
@@ -72,7 +72,7 @@ def open_images(
         return ImageShards.open([folder / "train"], index), ImageShards.open([folder / "test"], index)
     train = ImageShards.open(data.train, index, cache, write=write_index, tell=tell)
     test = ImageShards.open(data.test, index, cache, write=write_index, tell=tell) if data.test else None
-    for line in in_words([*train.shards, *(test.shards if test else ())]):
+    for line in losses_in_words([*train.shards, *(test.shards if test else ())]):
         say(f"warning: {line}")
     if not len(train):
         raise ValueError(f"data.train={list(data.train)}: the shards hold no images (jpg, jpeg, png, webp)")
