@@ -22,7 +22,7 @@ from grappa_dist.stages.classifying import starting_centroids
 from grappa_dist.stages.expected_workers import ranks_of
 from grappa_dist.stages.fitting import images_at_a_time
 from grappa_dist.stages.modelling import backbone_settings
-from grappa_dist.stages.packs import AdaptSet, commit_saved, group, not_begun
+from grappa_dist.stages.packs import AdaptSet, commit_leftovers, fresh, group
 from grappa_dist.stages.pseudo_label import label_rows
 from grappa_dist.stages.rates import Measured, measure_rates
 from grappa_dist.stages.run import Run
@@ -67,7 +67,7 @@ def adapt(
 def train_sets(run: Run, sets: Sequence[AdaptSet], images: ImageShards, bad: NDArray[np.int64]) -> None:
     """Trains those of the sets that are missing on all images but the rows `bad`."""
     config = run.config
-    commit_saved(sets)
+    commit_leftovers(sets)
     missing = [one for one in sets if not one.artifact.complete]
     if not missing:
         return
@@ -76,7 +76,7 @@ def train_sets(run: Run, sets: Sequence[AdaptSet], images: ImageShards, bad: NDA
     whole = AdaptJob(tuple(missing), training, config.backbone, config.adapt, config.resources.trackers)
     with run.console.stage("adapt", f"{len(missing)} adaptor sets of {training.num_steps(config.adapt.epochs)} steps"):
         whole = replace(whole, sharing=run.runner.sharing, compiled=config.resources.compile == "auto")
-        jobs = [replace(whole, sets=members) for members in group(sets, _per_job(run, whole, not_begun(sets)))]
+        jobs = [replace(whole, sets=members) for members in group(sets, _per_job(run, whole, fresh(sets)))]
         workers = run.runner.num_workers
         ranks = ranks_of(config.resources, workers)
         run.console.say(f"adapt: {placement_in_words(len(jobs), workers, ranks)}")
@@ -87,21 +87,21 @@ def train_sets(run: Run, sets: Sequence[AdaptSet], images: ImageShards, bad: NDA
             lambda name: run.console.say(f"adapt: {name} is trained"),
         )
         wait_until_seen(one.artifact for one in missing)
-        commit_saved(sets)  # removes what is left of packs whose sets went on in other jobs
+        commit_leftovers(sets)  # removes what is left of packs whose sets went on in other jobs
 
 
 def _set(config: Config, k: int, labels: Artifact, adaptors: Artifact, images: ImageShards) -> AdaptSet:
     return AdaptSet(k, label_rows(labels, images), adaptors, starting_centroids(config.adapt, labels))
 
 
-def _per_job(run: Run, whole: AdaptJob, fresh: Sequence[AdaptSet]) -> int:
-    """How many of the sets that have not begun a job trains: as asked for, or by what is measured on one worker."""
-    asked, num_sets = whole.adapt.sets_per_job, len(fresh)
+def _per_job(run: Run, whole: AdaptJob, sets: Sequence[AdaptSet]) -> int:
+    """How many of some fresh sets share a job: as asked for, or by what is measured on one worker."""
+    asked, num_sets = whole.adapt.sets_per_job, len(sets)
     if asked != "auto":
         return asked
     if num_sets < 2:
         return 1
-    whole = replace(whole, sets=tuple(fresh))
+    whole = replace(whole, sets=tuple(sets))
     found: Measured = run.runner.map(measure_rates, [whole])[0]
     workers, rates = run.runner.num_workers, found.rates
     ranks = ranks_of(run.config.resources, workers)
