@@ -167,6 +167,11 @@ class RowArrays:
     paths: tuple[str, ...]
     starts: tuple[int, ...]  # first row id of every shard and, last, the number of rows
 
+    @staticmethod
+    def of(paths: Iterable[Path], starts: NDArray[np.int64]) -> RowArrays:
+        """The files of the shards, in order, and their first row ids and, last, the number of rows."""
+        return RowArrays(tuple(map(str, paths)), tuple(starts.tolist()))
+
     def shard(self, index: int) -> NDArray[Any]:
         """The rows of one shard, (P, ...).
 

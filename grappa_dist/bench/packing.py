@@ -120,9 +120,9 @@ def _job(settings: PackingSettings, folder: Path) -> AdaptJob:
 def _labels(folder: Path, images: ImageShards, num_labels: int) -> RowArrays:
     paths = []
     for shard in range(len(images.shards)):
-        paths.append(str(folder / f"labels-{num_labels}-{shard}.npy"))
+        paths.append(folder / f"labels-{num_labels}-{shard}.npy")
         np.save(paths[-1], (np.array(images.shard_rows(shard)) % num_labels).astype(np.int32))
-    return RowArrays(tuple(paths), tuple(images.starts.tolist()))
+    return RowArrays.of(paths, images.starts)
 
 
 def _steps(job: AdaptJob, settings: PackingSettings) -> Callable[[], None]:

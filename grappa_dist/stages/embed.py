@@ -146,7 +146,7 @@ def to_images(pixels: NDArray[np.uint8], device: torch.device) -> Tensor:
 
 def feature_rows(images: ImageShards, features: Sequence[Artifact]) -> RowArrays:
     """The features of all rows, memory-mapped."""
-    return RowArrays(tuple(str(a.path / ROWS_FILE) for a in features), tuple(images.starts.tolist()))
+    return RowArrays.of((artifact.path / ROWS_FILE for artifact in features), images.starts)
 
 
 def bad_reasons(images: ImageShards, features: Sequence[Artifact]) -> dict[int, str]:
