@@ -36,7 +36,10 @@ class _Facts:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Own rows by blocks of about one size, each read and put on the grid when asked for, or kept as it is then."""
+    """The rows of one rank, cut into blocks of about one size.
+
+    A block is read and put on the grid whenever it is asked for; the first ones may be kept on the device instead.
+    """
 
     features: np.ndarray  # (P, D) float32
     ids: np.ndarray  # (P,) int64, ascending

@@ -150,10 +150,10 @@ def largest_that_runs(images: int, run: Callable[[int], None]) -> int:
 
 @contextmanager
 def naming_lack_of_memory(job: str, advice: str) -> Iterator[None]:
-    """Another attempt would lack the same memory, so a rank that runs out of a GPU's ends its job, and for good.
+    """Ends a job for good when a rank runs out of a GPU's memory: another attempt would run out of it as well.
 
     Raises:
-        ValueError: in place of torch's error, with `advice` on which settings to change.
+        ValueError: in place of torch's error, which would be tried again; with `advice` on which settings to change.
     """
     try:
         yield
