@@ -21,12 +21,11 @@ from grappa_dist.stages.adapting import AdaptJob, train_adaptors
 from grappa_dist.stages.classifying import starting_centroids
 from grappa_dist.stages.expected_workers import ranks_of
 from grappa_dist.stages.fitting import images_at_a_time
-from grappa_dist.stages.modelling import backbone_settings
 from grappa_dist.stages.packs import AdaptSet, commit_leftovers, fresh, group
 from grappa_dist.stages.pseudo_label import label_rows
 from grappa_dist.stages.rates import Measured, measure_rates
 from grappa_dist.stages.run import Run
-from grappa_dist.stages.training import TrainingImages, data_settings, idle_in_words
+from grappa_dist.stages.training import TrainingImages, idle_in_words, trained_by
 
 FEW = 8  # images at a time, which a pack must have room for at the least
 
@@ -42,12 +41,7 @@ def adaptors_of(
     name: str = "",
 ) -> Artifact:
     """The artefact of the set of a partition, or one of another name."""
-    settings = {
-        "backbone": backbone_settings(backbone),
-        "adapt": adapt.of_result(),
-        "data": data_settings(data),
-        "seed": seed,
-    }
+    settings = trained_by(backbone, data, seed, adapt=adapt.of_result())
     kind = f"adaptors/{name or labels.kind.removeprefix('labels/')}"
     return store.artifact(kind, settings, {"labels": labels})
 

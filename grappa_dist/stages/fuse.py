@@ -36,7 +36,6 @@ from grappa_dist.stages.fitting import fuse_advice, naming_lack_of_memory
 from grappa_dist.stages.modelling import (
     ADAPTORS_FILE,
     FUSION_FILE,
-    backbone_settings,
     build_backbone,
     forget_built,
     preprocess_of,
@@ -45,7 +44,7 @@ from grappa_dist.stages.modelling import (
 from grappa_dist.stages.pairs import Pairs
 from grappa_dist.stages.random_sets import lars_groups, num_random, start_at_random
 from grappa_dist.stages.run import Run
-from grappa_dist.stages.training import TrainingImages, data_settings, idle_in_words, torch_seed
+from grappa_dist.stages.training import TrainingImages, idle_in_words, torch_seed, trained_by
 from grappa_dist.stages.watching import AttentionWatch
 
 
@@ -81,13 +80,7 @@ def fusion_of(
         inputs: the adaptor sets, which tell of the images; without any, what else does.
         own: what its own sets are like, where it has its own.
     """
-    settings = {
-        "backbone": backbone_settings(backbone),
-        "fuse": fuse.of_variant(variant),
-        "data": data_settings(data),
-        "seed": seed,
-        **own,
-    }
+    settings = {**trained_by(backbone, data, seed, fuse=fuse.of_variant(variant)), **own}
     return store.artifact(f"fusion/{variant}", settings, inputs)
 
 
@@ -107,16 +100,16 @@ def fuse(
             continue
         at_random = num_random(variant, len(adaptors))
         job = FuseJob(
-            variant,
-            () if at_random else tuple(adaptors),
-            labels,
-            training,
-            config.backbone,
-            config.adapt.bottleneck,
-            config.fuse,
-            Embedding(config.embed.batch_size, training.decode_threads),
-            artifact,
-            at_random,
+            variant=variant,
+            adaptors=() if at_random else tuple(adaptors),
+            labels=labels,
+            training=training,
+            backbone=config.backbone,
+            bottleneck=config.adapt.bottleneck,
+            fuse=config.fuse,
+            embedding=Embedding(config.embed.batch_size, training.decode_threads),
+            artifact=artifact,
+            random_sets=at_random,
         )
         ranks, steps = run.runner.num_workers, training.num_steps(config.fuse.epochs)
         with run.console.stage("fuse", f"{variant}, {steps} steps on {ranks} ranks"):

@@ -33,7 +33,6 @@ from grappa_dist.stages.fitting import fuse_advice, naming_lack_of_memory
 from grappa_dist.stages.modelling import (
     ADAPTORS_FILE,
     FUSION_FILE,
-    backbone_settings,
     build_backbone,
     forget_built,
     preprocess_of,
@@ -41,7 +40,7 @@ from grappa_dist.stages.modelling import (
 from grappa_dist.stages.packs import AdaptSet
 from grappa_dist.stages.pseudo_label import label_rows
 from grappa_dist.stages.run import Run
-from grappa_dist.stages.training import TrainingImages, data_settings, idle_in_words, torch_seed
+from grappa_dist.stages.training import TrainingImages, idle_in_words, torch_seed, trained_by
 from grappa_dist.stages.true_labels import class_counts, without_class
 from grappa_dist.stages.watching import AttentionWatch
 
@@ -63,12 +62,7 @@ class SupervisedJob:
 
 def supervised_fusion_of(store: Store, config: Config, labels: Artifact, sets: Sequence[Artifact]) -> Artifact:
     """The artefact of the supervised fusion: no setting of `fuse` enters it."""
-    settings = {
-        "backbone": backbone_settings(config.backbone),
-        "adapt": config.adapt.of_result(),
-        "data": data_settings(config.data),
-        "seed": config.seed,
-    }
+    settings = trained_by(config.backbone, config.data, config.seed, adapt=config.adapt.of_result())
     return store.artifact(f"fusion/{SUPERVISED}", settings, {"labels": labels, **numbered("adaptors", sets)})
 
 
