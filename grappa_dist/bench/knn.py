@@ -25,7 +25,7 @@ from grappa_dist.bench.table import aligned, aligned_header
 from grappa_dist.bench.timing import Timing, timed, turns
 from grappa_dist.data.progress import Tell
 from grappa_dist.dist.comm import Comm
-from grappa_dist.dist.knn_judges import brute_force_knn, flat_index_knn
+from grappa_dist.dist.judges import brute_force_knn, flat_index_knn
 from grappa_dist.dist.listed_knn import Recall, listed_knn
 from grappa_dist.dist.sharded_knn import sharded_knn
 
