@@ -21,7 +21,7 @@ from grappa_dist.bench.limit import wait_for
 from grappa_dist.bench.photos import drawn_shards
 from grappa_dist.bench.processes import group_of_one, run_workers
 from grappa_dist.bench.table import aligned
-from grappa_dist.bench.timing import Timing, timed, turns
+from grappa_dist.bench.timing import Timing, add_run, timed, turns
 from grappa_dist.config import AdaptConfig, BackboneConfig, DataConfig
 from grappa_dist.data.progress import Tell
 from grappa_dist.data.shards import ImageShards
@@ -90,7 +90,7 @@ def _measured(comm: Comm, settings: PackingSettings, folder: Path) -> dict[str, 
             for name in order:
                 _, timing = timed(lambda name=name: [step() for step in sides[name]])  # type: ignore[misc]
                 per_step = Timing((timing.seconds / settings.steps,), (timing.cpu / settings.steps,))
-                found[name] = found[name].and_then(per_step) if name in found else per_step
+                add_run(found, name, per_step)
     return found
 
 
