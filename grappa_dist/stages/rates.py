@@ -36,6 +36,7 @@ class Measured:
 
     @property
     def on_gpu(self) -> bool:
+        """Whether a GPU trains: beside one, and only there, decoding takes nothing of the time."""
         return self.rates.overlap
 
 
