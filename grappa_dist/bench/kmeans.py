@@ -10,6 +10,7 @@ Shapes: P rows, K centroids, D dimensions.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -39,6 +40,7 @@ from grappa_dist.dist.judges import (
     set_threads,
     starting_rows,
 )
+from grappa_dist.dist.oversampling import oversampled_centroids
 from grappa_dist.dist.sharded_kmeans import KMeans, sharded_kmeans
 from grappa_dist.dist.sharded_seeding import seed_centroids
 from grappa_dist.dist.share import join_rows
@@ -125,14 +127,19 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class Drawn:
+    """First centroids: seconds, and the sum of squared distances to the nearest of them."""
+
+    seconds: float
+    objective: float
+
+
+@dataclass(frozen=True)
 class Seeding:
-    """k-means++ at one K: seconds, and the sum of squared distances to the nearest of the centroids it drew."""
+    """First centroids at one K, drawn in several ways."""
 
     num_labels: int
-    ours: float
-    ours_objective: float
-    faiss: float | None = None
-    faiss_objective: float | None = None
+    ways: dict[str, Drawn]
 
 
 @dataclass(frozen=True)
@@ -231,13 +238,16 @@ def _warm_up(rows: np.ndarray, seed: int) -> None:
 
 
 def _seed(rows: np.ndarray, num_labels: int, settings: KMeansSettings, tell: Tell) -> Seeding:
-    tell(f"K={num_labels}: our k-means++")
     share = join_rows(Comm(), in_shards(rows, settings.shard_rows), device=torch.device("cpu"))
-    seeded, own = timed(lambda: seed_centroids(share, num_labels, settings.seed).numpy())
-    ours = (own.seconds, squared_error(rows, seeded, nearest_labels(rows, seeded)))
-    if settings.init != "both":
-        return Seeding(num_labels, *ours)
-    tell(f"K={num_labels}: k-means++ of faiss")
-    theirs, timing = timed(lambda: seed_by_faiss(rows, num_labels, settings.seed))
-    objective = squared_error(rows, theirs, nearest_labels(rows, theirs))
-    return Seeding(num_labels, *ours, timing.seconds, objective)
+    ways: dict[str, Callable[[], np.ndarray]] = {
+        "k-means++": lambda: seed_centroids(share, num_labels, settings.seed).numpy(),
+        "k-means||": lambda: oversampled_centroids(share, num_labels, settings.seed).numpy(),
+    }
+    if settings.init == "both":
+        ways["k-means++ of faiss"] = lambda: seed_by_faiss(rows, num_labels, settings.seed)
+    found = {}
+    for name, draw in ways.items():
+        tell(f"K={num_labels}: {name}")
+        centroids, timing = timed(draw)
+        found[name] = Drawn(timing.seconds, squared_error(rows, centroids, nearest_labels(rows, centroids)))
+    return Seeding(num_labels, found)

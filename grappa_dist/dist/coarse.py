@@ -20,7 +20,6 @@ from grappa_dist.dist.sampling import sampled_share
 from grappa_dist.dist.search import nearest
 from grappa_dist.dist.sharded_kmeans import KMeans, kmeans
 from grappa_dist.dist.share import Share
-from grappa_dist.dist.threads import side_by_side
 from grappa_dist.ops.exact import exact_dot
 from grappa_dist.ops.probing import nearest_set
 from grappa_dist.ops.proposals import Centroids
@@ -52,7 +51,7 @@ class Coarse:
         fit = kmeans(sample, num, KMeans(iterations=_FIT_UPDATES, seed=seed))
         heads = Centroids.of(torch.from_numpy(fit.centroids))
         labels = torch.zeros(len(share.rows), dtype=torch.int32)
-        for settled in side_by_side(exactly(share, heads.values), share.blocks(), share.threads):
+        for settled in share.each(exactly(share, heads.values), share.blocks()):
             labels[settled.positions] = settled.found.labels.int()
         counts = torch.bincount(labels, minlength=num)
         return Coarse(share, heads, labels, torch.stack(share.gather(counts[None])).reshape(-1, num))
@@ -68,7 +67,7 @@ class Coarse:
             positions, x = block
             return positions, nearest_set(x, self.heads, probed.shape[1], nearest).int()
 
-        for positions, lists in side_by_side(work, self.share.blocks(), self.share.threads):
+        for positions, lists in self.share.each(work, self.share.blocks()):
             probed[positions] = lists
         return probed
 

@@ -210,6 +210,7 @@ class Restart:
             tolerance=method.tolerance,
             spherical=method.spherical,
             seed=self.seed,
+            init=method.choice.init,
             resume=self.kept.get(self._name(part)),
             on_seeding=lambda found, wanted: told.on_seeding(words, found, wanted),
             on_iteration=lambda iteration, inertia: told.on_iteration(words, iteration, inertia),

@@ -16,42 +16,54 @@ from grappa_dist.dist.lowest import Cut, lowest
 from grappa_dist.dist.scratch import scratch
 from grappa_dist.dist.search import Rows
 from grappa_dist.dist.share import Share, join_rows
-from grappa_dist.ops.hashing import HASH_BITS, row_hashes
+from grappa_dist.ops.hashing import HASH_BITS, RACE_BITS, race_keys, row_hashes
 
 
 @dataclass(frozen=True)
 class Draw:
-    """`num` good rows of all ranks: those with the lowest hashes of (key, place among all rows)."""
+    """`num` good rows of all ranks: those with the lowest keys, which are hashes of (key, place among all rows)."""
 
     share: Share
-    groups: Tensor  # (n,) int32, 0 for good rows, else -1
-    hashes: Tensor  # (n,) int64
+    groups: Tensor  # (n,) int32, 0 for rows that may be drawn, else -1
+    keys: Tensor  # (n,) int64
     cut: Cut
 
     @staticmethod
-    def of(share: Share, num: int, *key: int) -> Draw:
+    def of(share: Share, num: int, *key: int, weights: Tensor | None = None) -> Draw:
+        """All of them alike; or without replacement by `weights` (n,) int64, of which those of 0 are never drawn."""
         groups = scratch((len(share.rows),), torch.int32).fill_(-1)
-        hashes = scratch((len(share.rows),), torch.int64)
+        keys = scratch((len(share.rows),), torch.int64)
+        largest = 0 if weights is None else _largest(share, weights)
         for positions in share.good_positions():
-            groups[positions] = 0
-            hashes[positions] = row_hashes(positions + share.first, *key)
-        cut = lowest(share, groups, hashes, torch.tensor([num]), bits=HASH_BITS)
-        return Draw(share, groups, hashes, cut)
+            hashes = row_hashes(positions + share.first, *key)
+            if weights is None:
+                groups[positions], keys[positions] = 0, hashes
+            else:
+                groups[positions] = torch.where(weights[positions] > 0, 0, -1).int()
+                keys[positions] = race_keys(hashes, weights[positions], largest)
+        bits = HASH_BITS if weights is None else RACE_BITS
+        return Draw(share, groups, keys, lowest(share, groups, keys, torch.tensor([num]), bits=bits))
 
     def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Positions (P,) of this rank's, ascending, and grid rows (P, D) on the device."""
-        for positions in self._positions():
+        for positions in self.positions():
             for some in torch.split(positions, self.share.block_rows):
                 if len(some):
                     yield some, self.share.read(some)
 
-    def __len__(self) -> int:
-        return sum(map(len, self._positions()))
-
-    def _positions(self) -> Iterator[Tensor]:
+    def positions(self) -> Iterator[Tensor]:
+        """Of this rank's, ascending, piece by piece; no row is read."""
         for positions in self.share.good_positions():
             places = positions + self.share.first
-            yield positions[self.cut.takes(self.groups[positions], self.hashes[positions], places)]
+            yield positions[self.cut.takes(self.groups[positions], self.keys[positions], places)]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.positions()))
+
+
+def _largest(share: Share, weights: Tensor) -> int:
+    own = weights.max() if len(weights) else torch.tensor(0)
+    return int(torch.cat(share.gather(own[None])).max())
 
 
 def sampled_share(share: Share, num: int, *key: int) -> Share:
@@ -62,12 +74,17 @@ def sampled_share(share: Share, num: int, *key: int) -> Share:
     if num >= share.num_good:
         return share
     draw = Draw.of(share, num, *key)
-    rows = scratch((len(draw), share.dim), torch.float32)
+    return copied_share(share, (x for _, x in draw.blocks()), len(draw))
+
+
+def copied_share(share: Share, pieces: Iterator[Tensor], num: int) -> Share:
+    """A share of `num` of the rows (P, D) of each rank, copied as `sampled_share` does."""
+    rows = scratch((num, share.dim), torch.float32)
     first = 0
-    for positions, x in draw.blocks():
-        rows[first : first + len(positions)] = x.cpu()
-        first += len(positions)
-    drawn = Rows([rows.numpy()], [np.ones(len(rows), dtype=bool)], ["the sample"])
+    for x in pieces:
+        rows[first : first + len(x)] = x.cpu()
+        first += len(x)
+    copy = Rows([rows.numpy()], [np.ones(num, dtype=bool)], ["the sample"])
     return join_rows(
-        share.comm, drawn, block_rows=share.block_rows, device=share.device, stop_requested=share.stop_requested
+        share.comm, copy, block_rows=share.block_rows, device=share.device, stop_requested=share.stop_requested
     )

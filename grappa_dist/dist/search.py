@@ -93,6 +93,15 @@ def raise_together(comm: Comm, problem: str) -> None:
 
 
 @dataclass(frozen=True)
+class Scanned:
+    """What a look at some rows of a shard found."""
+
+    shard: int
+    problem: str  # the first row at fault, "" for none
+    plain: bool  # they can be used as they lie there: all are on the grid, good or not
+
+
+@dataclass(frozen=True)
 class Rows:
     """The rows of one rank: unit rows in (memory-mapped) shards, in the order of the job's list of shards."""
 
@@ -106,10 +115,6 @@ class Rows:
     @property
     def num_good(self) -> int:
         return sum(int(good.sum()) for good in self.good)
-
-    def plain(self, block_rows: int) -> tuple[bool, ...]:
-        """Whether a shard can be used as it lies there: all of its rows are on the grid, good or not."""
-        return tuple(all(on_grid(s[i : i + block_rows]) for i in range(0, len(s), block_rows)) for s in self.shards)
 
     @cached_property
     def starts(self) -> np.ndarray:
@@ -141,7 +146,7 @@ class Rows:
         into one piece.
 
         Args:
-            plain: as `plain` gave them; by default all rows are put on the grid.
+            plain: of each shard whether it lies on the grid as it is; by default all rows are put there.
         """
         wanted = positions.numpy()
         breaks = np.flatnonzero(np.diff(wanted) != 1) + 1
@@ -179,12 +184,12 @@ class Rows:
                     found[a:b] = to_grid(torch.from_numpy(found[a:b])).numpy()
         return torch.from_numpy(found)
 
-    def problem(self, block_rows: int) -> str:
-        """What is wrong with the rows, naming shard and row; "" when nothing is."""
+    def problem(self) -> str:
+        """What is wrong with the shapes of a shard, naming it; "" when nothing is. No row is read."""
         if len(self.good) != len(self.shards):
             return f"there must be a mask of good rows for each of the {len(self.shards)} shards, got {len(self.good)}"
         for i, (shard, good) in enumerate(zip(self.shards, self.good, strict=True)):
-            name = self.names[i] if self.names else f"shard {i}"
+            name = self._name(i)
             if shard.ndim != 2 or shard.dtype != np.float32:
                 return f"{name}: rows must be (rows, dimensions) float32, found {shard.shape} {shard.dtype}"
             if not shard.shape[1]:
@@ -195,11 +200,24 @@ class Rows:
                 )
             if good.shape != (len(shard),) or good.dtype != np.bool_:
                 return f"{name}: good must be ({len(shard)},) bool, found {good.shape} {good.dtype}"
-            for start in range(0, len(shard), block_rows):
-                found = row_problem(shard[start : start + block_rows], good[start : start + block_rows])
-                if found:
-                    return f"{name}: row {start + found[0]} {found[1]}"
         return ""
+
+    def parts(self, block_rows: int) -> Iterator[tuple[int, slice]]:
+        """Shards and some of their rows, good or not, in order."""
+        for i, shard in enumerate(self.shards):
+            for start in range(0, len(shard), block_rows):
+                yield i, slice(start, min(len(shard), start + block_rows))
+
+    def scan(self, part: tuple[int, slice]) -> Scanned:
+        """Looks at every row of one of `parts`."""
+        i, some = part
+        rows = self.shards[i][some]
+        found = row_problem(rows, self.good[i][some])
+        problem = f"{self._name(i)}: row {some.start + found[0]} {found[1]}" if found else ""
+        return Scanned(i, problem, plain=not problem and on_grid(rows))
+
+    def _name(self, shard: int) -> str:
+        return self.names[shard] if self.names else f"shard {shard}"
 
 
 def as_tensor(rows: np.ndarray) -> Tensor:

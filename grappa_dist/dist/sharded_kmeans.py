@@ -17,10 +17,12 @@ from torch import Tensor
 
 from grappa_dist.dist.comm import Comm
 from grappa_dist.dist.lloyd import SQUARE_UNIT, Progress, Steps, Updates, lloyd_steps
+from grappa_dist.dist.oversampling import oversampled_centroids
 from grappa_dist.dist.passes import BoundedPasses, advance_together
 from grappa_dist.dist.search import Rows, row_problem
 from grappa_dist.dist.sharded_seeding import Seeded, seed_centroids
 from grappa_dist.dist.share import BLOCK_ROWS, Share, join_rows
+from grappa_dist.ops.choice import Init
 from grappa_dist.ops.exact import to_grid
 from grappa_dist.ops.kmeans import finish
 from grappa_dist.ops.proposals import Centroids
@@ -45,9 +47,10 @@ class KMeans(Updates):
     """How to make one k-means; all ranks say the same."""
 
     seed: int = 0
-    initial: np.ndarray | None = None  # centroids (K, D) to start from instead of k-means++
+    init: Init = "k-means++"  # how first centroids are found
+    initial: np.ndarray | None = None  # first centroids (K, D) that are given instead
     resume: Progress | None = None  # what `on_update` was told last, to go on from there
-    on_seeding: Callable[[int, int], None] = lambda found, wanted: None  # first centroids, after every round
+    on_seeding: Callable[[int, int], None] = lambda found, wanted: None  # rows drawn to start from, after every round
 
 
 def sharded_kmeans(
@@ -126,7 +129,7 @@ class Fit:
 
 
 def begin(share: Share, num_labels: int, how: KMeans) -> Fit:
-    """k-means++, and then Lloyd's iterations before their first pass. All ranks call it with the same settings.
+    """First centroids, and then Lloyd's iterations before their first pass. All ranks call it with the same settings.
 
     `how.on_update` is told after every round of the initialisation, after all of it, and after every update.
 
@@ -148,12 +151,13 @@ def _first_centroids(share: Share, shape: tuple[int, int], how: KMeans) -> Tenso
     if how.initial is not None:
         return _checked_initial(how.initial, shape)
 
-    def told(seeded: Seeded) -> None:
-        how.on_seeding(len(seeded.places), shape[0])
+    def told(seeded: Seeded, wanted: int) -> None:
+        how.on_seeding(len(seeded.places), wanted)
         how.on_update(Progress(np.zeros((0, shape[1]), np.float32), (), seeded=seeded))
 
     seeded = how.resume.seeded if how.resume else None
-    return seed_centroids(share, shape[0], how.seed, resume=seeded, on_round=told)
+    first_centroids = seed_centroids if how.init == "k-means++" else oversampled_centroids
+    return first_centroids(share, shape[0], how.seed, resume=seeded, on_round=told)
 
 
 def _check_resume(resume: Progress, shape: tuple[int, int], iterations: int) -> None:

@@ -9,7 +9,7 @@ Shapes: P rows of one block, D dimensions.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -135,7 +135,8 @@ def join_rows(
     """This rank's share, once every rank's rows are fit for it."""
     if block_rows < 1:
         raise ValueError(f"block_rows must be at least 1, got {block_rows}")
-    raise_together(comm, rows.problem(block_rows))
+    raise_together(comm, rows.problem())
+    plain = _scanned(comm, rows, block_rows, stop_requested)
     dim = rows.shards[0].shape[1] if rows.shards else 0
     facts = torch.tensor([[len(rows), rows.num_good, dim]], device=wire_device(comm))
     table = torch.cat(comm.gather(facts)).cpu()  # (ranks, 3)
@@ -143,10 +144,7 @@ def join_rows(
     if len(dims) > 1:
         raise ValueError(f"rows must have the same dimension on every rank, found {dims}")
     first, num_good = int(table[: comm.rank, 0].sum()), int(table[:, 1].sum())
-    plain = rows.plain(block_rows)
-    threads = 1 if device.type == "cuda" else torch.get_num_threads()
-    squares, proposer = _measured(rows, device, block_rows=block_rows, plain=plain, threads=threads)
-    return Share(
+    share = Share(
         comm=comm,
         rows=rows,
         dim=dims[0] if dims else 0,
@@ -155,26 +153,38 @@ def join_rows(
         block_rows=block_rows,
         device=device,
         plain=plain,
-        threads=threads,
-        squares=squares,
-        proposer=proposer,
+        threads=1 if device.type == "cuda" else torch.get_num_threads(),
+        squares=scratch((rows.num_good,), torch.float64),
+        proposer=FloatProposer(nearest),
         stop_requested=stop_requested,
     )
+    return replace(share, proposer=_measure(share))
 
 
-def _measured(
-    rows: Rows, device: torch.device, *, block_rows: int, plain: tuple[bool, ...], threads: int
-) -> tuple[Tensor, Proposer]:
-    """The rows' exact squared norms, and the faster way to propose centroids to them on this machine."""
-    halves = halves_pay(device)
+def _scanned(comm: Comm, rows: Rows, block_rows: int, stop_requested: Callable[[], bool]) -> tuple[bool, ...]:
+    """Which shards are plain, once every rank has looked at all of its rows and none has found one at fault."""
+    problem, plain = "", [True] * len(rows.shards)
+    scans = side_by_side(rows.scan, rows.parts(block_rows), torch.get_num_threads())
+    for scanned in beside_others(comm, scans, stop_requested):
+        problem = problem or scanned.problem
+        plain[scanned.shard] &= scanned.plain
+    raise_together(comm, problem)
+    return tuple(plain)
+
+
+def _measure(share: Share) -> Proposer:
+    """Fills in the rows' exact squared norms; the faster way to propose centroids to them on this machine."""
+    halves = halves_pay(share.device)
 
     def measure(positions: Tensor) -> tuple[Tensor, float]:
-        pieces = rows.pieces(positions, plain)
+        pieces = share.rows.pieces(positions, share.plain)
         rest = max(map(HalfProposer.left_out, pieces)) if halves else 0.0
         return torch.cat([exact_square(x) for x in pieces]), rest
 
-    squares, first, rest = scratch((rows.num_good,), torch.float64), 0, 0.0
-    for of_block, left_out in side_by_side(measure, rows.positions(block_rows, threads), torch.get_num_threads()):
-        squares[first : first + len(of_block)] = of_block
+    positions = share.rows.positions(share.block_rows, share.threads)
+    measured = side_by_side(measure, positions, torch.get_num_threads())
+    first, rest = 0, 0.0
+    for of_block, left_out in beside_others(share.comm, measured, share.stop_requested):
+        share.squares[first : first + len(of_block)] = of_block
         first, rest = first + len(of_block), max(rest, left_out)
-    return squares, half_proposer(device, rest) if halves else FloatProposer(nearest)
+    return half_proposer(share.device, rest) if halves else share.proposer

@@ -14,9 +14,15 @@ from typing import Literal
 
 Name = Literal["exact", "sampled", "hierarchical", "approximate"]
 Assignment = Literal["exact", "approximate"]
+Init = Literal["k-means++", "k-means||"]
+FLAT: tuple[Name, ...] = ("exact", "sampled")
+"""Methods that fit all centroids at once, not on two levels."""
 
 PAIRS = 5 * 10**13
 """Pairs of row and centroid that `auto` spends on one part: about a day and a half of one core (docs/scale.md)."""
+
+PLUS_PLUS_LABELS = 2**17
+"""Most centroids that `auto` draws by k-means++, which reads the rows the more often the more there are."""
 
 
 @dataclass(frozen=True)
@@ -51,19 +57,38 @@ class Choice:
     name: Name
     assignment: Assignment  # of all rows, once the centroids stand
     reason: str
+    init: Init = "k-means++"  # of the flat fit: of all centroids, or of the coarse ones where there are two levels
 
 
-def choose(method: Name | Literal["auto"], assignment: Assignment | Literal["auto"], size: Size) -> Choice:
+def choose(
+    method: Name | Literal["auto"],
+    assignment: Assignment | Literal["auto"],
+    init: Init | Literal["auto"],
+    size: Size,
+) -> Choice:
     """Settles what is `auto`: the method of lowest inertia whose fit is affordable, the assignment likewise."""
     name, reason = _method(method, size)
+    assigned, because = _assignment(name, assignment, size)
+    found = _init(init, size.labels if name in FLAT else isqrt(size.labels))
+    started = "; first centroids by k-means||" if found == "k-means||" else ""
+    return Choice(name, assigned, reason + because + started, found)
+
+
+def _assignment(name: Name, assignment: Assignment | Literal["auto"], size: Size) -> tuple[Assignment, str]:
     if name == "exact":
-        return Choice(name, "exact", reason)
+        return "exact", ""
     once = size.rows * size.labels
     if assignment != "auto":
-        return Choice(name, assignment, f"{reason}; clustering.assignment is {assignment}")
+        return assignment, f"; clustering.assignment is {assignment}"
     if once <= PAIRS:
-        return Choice(name, "exact", f"{reason}; exact labels at the end take {once:.1e} pairs")
-    return Choice(name, "approximate", f"{reason}; exact labels at the end would take {once:.1e} pairs")
+        return "exact", f"; exact labels at the end take {once:.1e} pairs"
+    return "approximate", f"; exact labels at the end would take {once:.1e} pairs"
+
+
+def _init(init: Init | Literal["auto"], labels: int) -> Init:
+    if init != "auto":
+        return init
+    return "k-means++" if labels <= PLUS_PLUS_LABELS else "k-means||"
 
 
 def _method(method: Name | Literal["auto"], size: Size) -> tuple[Name, str]:

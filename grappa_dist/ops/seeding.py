@@ -16,6 +16,7 @@ from grappa_dist.ops.exact import exact_dot, exact_square
 _TABLE = 2048  # candidates of which distances to each other are a square table
 _SHARE = 64  # a round adds at most this share of the centroids, where that is more than a table of candidates
 LARGER_ROUNDS_ABOVE = _TABLE * _SHARE  # centroids
+OVERSAMPLING_ROUNDS = 5  # of k-means||, after its first row
 _SHIFT = 21  # from units of 2**-48 to units of 2**-27
 
 
@@ -44,6 +45,15 @@ def candidates_of(num: int, missing: int) -> int:
     More of them make fewer rounds; those that lie near to each other are drawn in vain.
     """
     return max(1, min(num // 2, missing, max(_TABLE, num // _SHARE)))
+
+
+def oversampled_at_once(num_labels: int) -> int:
+    """How many rows each round of k-means|| draws: all together 2.5 times as many as there are centroids to be.
+
+    Of its paper's factors 0.1 to 10 per centroid (Bahmani et al., 2012, section 5) this is the least with which five
+    rounds are more than enough.
+    """
+    return -(-num_labels // 2)
 
 
 def accept(rows: Tensor, weights: Sequence[int], draws: Sequence[int], at_most: int) -> list[int]:

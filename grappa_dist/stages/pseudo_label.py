@@ -18,7 +18,7 @@ from grappa_dist.dist.methods import Clustering, Method, Told
 from grappa_dist.dist.search import Rows, raise_together
 from grappa_dist.dist.share import Share, join_rows
 from grappa_dist.dist.workers import RankContext
-from grappa_dist.ops.choice import Choice, Size, choose
+from grappa_dist.ops.choice import FLAT, Choice, Size, choose
 from grappa_dist.ops.seeding import LARGER_ROUNDS_ABOVE
 from grappa_dist.ops.together import groups
 from grappa_dist.stages.label_stats import STATS_FILE, shortcuts_in_words, write_stats
@@ -80,7 +80,7 @@ def check_good_rows(config: ClusteringConfig, nums: Iterable[int], num_rows: int
 
 def choice_of(config: ClusteringConfig, num: int, num_rows: int) -> Choice:
     """How K = `num` labels are found for so many images, and why."""
-    return choose(config.method, config.assignment, Size(num_rows, num, config.iterations, config.probes))
+    return choose(config.method, config.assignment, config.init, Size(num_rows, num, config.iterations, config.probes))
 
 
 def labels_of(
@@ -97,7 +97,9 @@ def labels_of(
         settings["probes"] = config.probes
     settings |= {"balance": config.balance} if config.balance is not None else {}
     settings |= {"restarts": config.restarts} if config.restarts > 1 else {}
-    if choice.name in ("exact", "sampled") and num > LARGER_ROUNDS_ABOVE:
+    if choice.init == "k-means||":
+        settings["init"] = choice.init
+    elif choice.name in FLAT and num > LARGER_ROUNDS_ABOVE:
         settings["seeding"] = "larger rounds"  # which find other first centroids than those of one size
     inputs = {f"shard {i}": a for i, a in enumerate(features)}
     return store.artifact(f"labels/k={num}", {**settings, "num_labels": num, "seed": seed}, inputs)

@@ -7,7 +7,7 @@ import pytest
 from grappa_dist.data.index import Lost
 from grappa_dist.data.losses import losses_in_words, losses_of, lost_images
 from grappa_dist.data.shards import ImageShards
-from tests.data.test_shards import write_tar
+from tests.data.written import write_tar
 
 
 def lost_in(folder: Path, data: bytes) -> tuple[int, Lost]:

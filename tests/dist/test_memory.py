@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ from grappa_dist.artifacts import Artifact, Store
 from grappa_dist.config import Config, Resources
 from grappa_dist.data.index import Shard
 from grappa_dist.data.shards import ImageShards
-from grappa_dist.dist import share
+from grappa_dist.dist import lowest, share
 from grappa_dist.dist.cluster import Cluster
 from grappa_dist.dist.comm import Comm
 from grappa_dist.dist.jobs import Job, Runner
@@ -30,6 +30,7 @@ from grappa_dist.dist.search import Rows
 from grappa_dist.dist.sharded_kmeans import KMeans, sharded_kmeans
 from grappa_dist.dist.workers import RankContext
 from grappa_dist.observe import Console
+from grappa_dist.ops.choice import Init
 from grappa_dist.stages.embed import BAD_FILE, ROWS_FILE, bad_rows, feature_rows
 from grappa_dist.stages.label_stats import STATS_FILE
 from grappa_dist.stages.pseudo_label import labels_of, num_labels, pseudo_label
@@ -104,25 +105,27 @@ def watched() -> Iterator[Seen]:
         thread.join()
 
 
-def peaks(comm: Comm, folder: Path) -> dict[int, int]:
+def peaks(comm: Comm, folder: Path, init: Init) -> dict[int, int]:
     """The bytes that this rank takes for k-means, seeding included, by number of rows."""
     found = {}
+    share.PIECE = lowest.PIECE = BLOCK_ROWS  # pieces that a rank of few rows fills too
     for num in (FEW, FEW, MANY):  # the first time also loads libraries
         mapped = np.load(folder / f"{num}.npy", mmap_mode="r")
         own = mapped[comm.rank * num // comm.size : (comm.rank + 1) * num // comm.size]
         with watched() as seen:
             rows = Rows([own], [np.ones(len(own), dtype=bool)])
-            sharded_kmeans(comm, rows, 16, KMeans(iterations=2), block_rows=BLOCK_ROWS)
+            sharded_kmeans(comm, rows, 16, KMeans(iterations=2, init=init), block_rows=BLOCK_ROWS)
         assert seen.looks > 20
         found[num] = seen.rise
     return found
 
 
-def test_memory_of_k_means_grows_by_labels_and_not_by_rows(tmp_path: Path) -> None:
+@pytest.mark.parametrize("init", get_args(Init))
+def test_memory_of_k_means_grows_by_labels_and_not_by_rows(tmp_path: Path, init: Init) -> None:
     for num in (FEW, MANY):
         write_rows(tmp_path / f"{num}.npy", num)
     assert SHARE + BLOCK < MORE * DIM * 4 / 4  # the bound would not let the rows pass
-    for rank in run_ranks(peaks, RANKS, tmp_path, timeout_s=400):
+    for rank in run_ranks(peaks, RANKS, tmp_path, init, timeout_s=400):
         assert rank[MANY] - rank[FEW] < SHARE + BLOCK
 
 

@@ -11,6 +11,8 @@ from grappa_dist.ops.exact import GRID, exact_dot, exact_square, to_grid
 from grappa_dist.ops.proposals import float_error
 from tests.processes import run_ranks
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 
 def unit_rows(num: int, dim: int, seed: int = 0) -> np.ndarray:
     rows: np.ndarray = F.normalize(torch.randn(num, dim, generator=torch.Generator().manual_seed(seed)), dim=1).numpy()
@@ -56,14 +58,14 @@ def test_small_shards_share_blocks_of_even_size() -> None:
 def test_neighbouring_rows_of_a_shard_that_needs_no_preparation_are_not_copied() -> None:
     shard = to_grid(torch.from_numpy(unit_rows(6, 4))).numpy()
     rows = Rows([shard], [np.ones(6, dtype=bool)])
-    (found,) = rows.pieces(torch.arange(2, 5), rows.plain(10))
+    (found,) = rows.pieces(torch.arange(2, 5), (True,))
     assert np.shares_memory(found.numpy(), shard)
 
 
 def test_rows_of_several_shards_come_in_pieces_that_are_not_copied_either() -> None:
     shards = [to_grid(torch.from_numpy(unit_rows(n, 4, seed=n))).numpy() for n in (3, 1, 4)]
     rows = Rows(shards, [np.ones(len(s), dtype=bool) for s in shards])
-    pieces = rows.pieces(torch.arange(1, 7), rows.plain(10))
+    pieces = rows.pieces(torch.arange(1, 7), (True,) * 3)
     assert [len(p) for p in pieces] == [2, 1, 3]
     assert all(np.shares_memory(p.numpy(), s) for p, s in zip(pieces, shards, strict=True))
     assert torch.equal(torch.cat(rows.pieces(torch.arange(1, 7))), torch.cat(pieces))
@@ -102,6 +104,10 @@ def test_rows_are_taken_by_position_across_shards() -> None:
     assert torch.equal(rows.take(torch.tensor([7, 0, 4, 5, 0])), whole[[7, 0, 4, 5, 0]])
 
 
+def problems(rows: Rows, block_rows: int) -> list[str]:
+    return [rows.scan(part).problem for part in rows.parts(block_rows)]
+
+
 @pytest.mark.parametrize(
     ("value", "words"), [(np.nan, "c: row 2 has a NaN"), (np.inf, "c: row 2 has a NaN"), (3.0, "c: row 2 has norm 3")]
 )
@@ -109,20 +115,29 @@ def test_a_row_that_is_no_unit_row_is_named(value: float, words: str) -> None:
     rows = two_shards()
     rows.shards[2][2] = [0, value, 0, 0]
     for size in (1, 2, 100):
-        assert words in rows.problem(size)
+        (problem,) = filter(None, problems(rows, size))
+        assert problem.startswith(words)
+
+
+def test_a_part_is_plain_where_all_of_its_rows_are_on_the_grid() -> None:
+    shard = to_grid(torch.from_numpy(unit_rows(9, 4))).numpy()
+    shard[4] = unit_rows(1, 4)
+    rows = Rows([shard], [np.ones(9, dtype=bool)])
+    assert [rows.scan(part).plain for part in rows.parts(3)] == [True, False, True]
 
 
 def test_a_bad_row_may_hold_anything() -> None:
     rows = two_shards()
     rows.shards[0][1] = np.nan
-    assert rows.problem(2) == ""
+    assert rows.problem() == ""
+    assert problems(rows, 2) == [""] * 5
 
 
 def test_shards_of_another_form_are_named() -> None:
     fine, good = unit_rows(2, 4), np.ones(2, dtype=bool)
-    assert "shard 1: rows have 3 dimensions" in Rows([fine, fine[:, :3]], [good, good]).problem(9)
-    assert "shard 0: rows must be" in Rows([fine.astype(np.float64)], [good]).problem(9)
-    assert "shard 0: good must be (2,) bool" in Rows([fine], [good[:1]]).problem(9)
+    assert "shard 1: rows have 3 dimensions" in Rows([fine, fine[:, :3]], [good, good]).problem()
+    assert "shard 0: rows must be" in Rows([fine.astype(np.float64)], [good]).problem()
+    assert "shard 0: good must be (2,) bool" in Rows([fine], [good[:1]]).problem()
 
 
 def complain(comm: Comm, problems: list[str]) -> str:

@@ -29,7 +29,9 @@ def share_of(comm: Comm, x: np.ndarray) -> Share:
 def rounds_of(name: str) -> tuple[np.ndarray, list[Seeded]]:
     """Centroids of a seeding that nothing interrupts, and what it said after each round."""
     (x, num), said = CASES[name], list[Seeded]()
-    return seed_centroids(share_of(Comm(), x), num, 5, on_round=said.append).numpy(), said
+    return seed_centroids(
+        share_of(Comm(), x), num, 5, on_round=lambda seeded, wanted: said.append(seeded)
+    ).numpy(), said
 
 
 def resumed(comm: Comm, name: str, said: list[Seeded]) -> list[np.ndarray]:

@@ -4,6 +4,7 @@ import time
 from dataclasses import replace
 
 import numpy as np
+import pytest
 import torch
 
 from grappa_dist.dist.comm import Comm
@@ -14,6 +15,8 @@ from grappa_dist.dist.threads import side_by_side
 from grappa_dist.dist.workers import Stopped
 from tests.dist.test_sharded_kmeans import clustered
 from tests.processes import run_ranks
+
+pytestmark = pytest.mark.usefixtures("two_threads")
 
 WAIT_S = 3.0  # of one collective
 BLOCKS = 8  # of the last rank, each of which takes it long
@@ -43,6 +46,19 @@ def test_a_rank_whose_pass_takes_longer_than_a_collective_waits_holds_the_others
     assert 0.5 * BLOCKS > WAIT_S  # the seeding has such a pass, and so has the assignment
     first, last = run_ranks(one_slow_rank, 2, collective_s=WAIT_S)
     assert first == last
+
+
+def one_slow_look(comm: Comm) -> int:
+    own = clustered(10 * BLOCKS if comm.rank else 3, 4, 5)
+    rows = Rows([own], [np.ones(len(own), dtype=bool)])
+    if comm.rank:
+        scan = rows.scan
+        object.__setattr__(rows, "scan", lambda part: time.sleep(0.5) or scan(part))
+    return join_rows(comm, rows, block_rows=10, device=torch.device("cpu")).num_good
+
+
+def test_a_rank_whose_look_at_its_rows_takes_long_holds_the_others_up_and_no_more() -> None:
+    assert run_ranks(one_slow_look, 2, collective_s=WAIT_S) == [10 * BLOCKS + 3] * 2
 
 
 def stopped_in_a_pass(comm: Comm) -> tuple[bool, list[int]]:

@@ -160,6 +160,7 @@ def files_of(artifact: Artifact) -> dict[str, bytes]:
 WAYS: dict[str, tuple[dict[str, Any], int]] = {  # settings, and reports before the stop
     "exact": ({}, 12),  # the initialisation and some iterations
     "seeding": ({}, 5),
+    "k-means||": ({"init": "k-means||"}, 5),
     "restarts": ({"restarts": 2, "balance": 1.2}, 30),
     "seeding of a restart": ({"restarts": 2}, 23),
     "sampled": ({"method": "sampled", "sample_rows_per_cluster": 9}, 13),
@@ -293,6 +294,7 @@ def test_only_what_the_method_heeds_names_the_labels(tmp_path: Path) -> None:
     assert name_of(tmp_path, method="sampled", assignment="exact", probes=3) == sampled
     others = [
         {"balance": 2.0},
+        {"init": "k-means||"},
         {"restarts": 2},
         {"method": "hierarchical"},
         {"method": "approximate"},

@@ -15,7 +15,7 @@ SHORT = "against faiss"
 DESCRIPTION = """\
 k-means of ours against faiss.Kmeans and faiss.SuperKmeans: the same rows, first centroids, updates and
 threads, until every row has its label. Prints seconds, and ratios (judge / ours: above 1, ours is faster); then the
-time of k-means++, what more workers gain, and what one worker holds in memory. Progress goes to stderr."""
+time of drawing first centroids, what more workers gain, and what a worker holds in memory. Progress goes to stderr."""
 EXAMPLE = """example, a minute or two:
   python launch/bench.py kmeans --rows 20000 --num-labels 64 1024 --init both --repeats 2 --json kmeans.json
 
@@ -34,7 +34,7 @@ def arguments(add: Callable[..., Any]) -> None:
     add("--workers", type=int, default=2, metavar="N", help="against one, a thread each; 1: leave out; default: 2")
     add("--scaling-labels", type=int, nargs="+", metavar="K", help="for --workers; default: the middle --num-labels")
     add("--repeats", type=int, default=1, metavar="N", help="in alternating order, medians; default: %(default)s")
-    add("--init", choices=("none", "ours", "both"), default="ours", help="whose k-means++ to time; default: ours")
+    add("--init", choices=("none", "ours", "both"), default="ours", help="whose first centroids to time; default: ours")
     add("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
     add("--json", type=Path, metavar="FILE", help="all numbers, also of single runs")
 
