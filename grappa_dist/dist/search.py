@@ -21,7 +21,7 @@ from grappa_dist.dist.comm import Comm
 from grappa_dist.ops.exact import GRID, LARGEST, to_grid
 from grappa_dist.ops.kmeans import NORM_LIMIT
 from grappa_dist.ops.knn import largest_in_floats
-from grappa_dist.ops.proposals import joined, nearest_in_floats
+from grappa_dist.ops.proposals import nearest_in_floats
 
 _RUN = 32  # rows of a run of neighbours, on the average: fewer are copied together rather than viewed one by one
 _GRID_ROWS = 128  # looked at in a core's cache
@@ -138,33 +138,43 @@ class Rows:
         if len(left):
             yield torch.from_numpy(left)
 
-    def at(self, positions: Tensor, plain: Sequence[bool] = ()) -> Tensor:
-        """Grid rows (P, D) at some ascending positions, at least one."""
-        return joined(self.pieces(positions, plain))
-
     def pieces(self, positions: Tensor, plain: Sequence[bool] = ()) -> list[Tensor]:
-        """The same in pieces (p, D), in order.
+        """Grid rows at some ascending positions, at least one: pieces (p, D), in order.
 
-        Neighbours in one plain shard are a view: a memory map is read where somebody looks at it, and only there. A bad
-        row now and then only makes more views; rows that are mostly no neighbours are copied, once, into one piece.
+        Rows that lie side by side in one plain shard are a view: a memory map is read where somebody looks at it, and
+        only there. A bad row now and then only makes more views; rows of which few lie side by side are copied, once,
+        into one piece.
+
+        Args:
+            plain: of each shard whether it lies on the grid as it is; by default all rows are put there.
         """
         wanted = positions.numpy()
-        first, last = (np.searchsorted(self.starts, wanted[[0, -1]], side="right") - 1).tolist()
-        edges = np.searchsorted(wanted, self.starts[first : last + 2])  # in `wanted`, of each shard
         breaks = np.flatnonzero(np.diff(wanted) != 1) + 1
         if len(breaks) * _RUN > len(wanted):
-            return [self._copied(wanted, first, edges, plain)]
-        cuts = np.unique(np.concatenate([edges, breaks]))
+            return [self._copied(wanted, plain)]
+        cuts = np.unique(np.concatenate([self._edges(wanted)[1], breaks]))
         shards = np.searchsorted(self.starts, wanted[cuts[:-1]], side="right") - 1
         parts = []
         for i, a, b in zip(shards.tolist(), cuts[:-1].tolist(), cuts[1:].tolist(), strict=True):
             start = int(wanted[a] - self.starts[i])
-            rows = _tensor(self.shards[i][start : start + b - a])
+            rows = as_tensor(self.shards[i][start : start + b - a])
             parts.append(rows if plain and plain[i] else to_grid(rows))
         return parts
 
-    def _copied(self, wanted: np.ndarray, first: int, edges: np.ndarray, plain: Sequence[bool]) -> Tensor:
-        """Grid rows (P, D) in one piece, those from an edge to the next from shard `first` and so on."""
+    def take(self, positions: Tensor) -> Tensor:
+        """Grid rows at some positions in any order, at least one, (m, D): a copy."""
+        wanted, places = np.unique(positions.cpu().numpy(), return_inverse=True)
+        rows = self._copied(wanted, ())[torch.from_numpy(places)]
+        return rows + 0.0  # no -0.0: it would not survive a sum over ranks
+
+    def _edges(self, wanted: np.ndarray) -> tuple[int, np.ndarray]:
+        """The first shard that ascending positions lie in, and where those of it, and of each shard after, begin."""
+        first, last = (np.searchsorted(self.starts, wanted[[0, -1]], side="right") - 1).tolist()
+        return first, np.searchsorted(wanted, self.starts[first : last + 2])
+
+    def _copied(self, wanted: np.ndarray, plain: Sequence[bool]) -> Tensor:
+        """Grid rows (P, D) at ascending positions, in one piece."""
+        first, edges = self._edges(wanted)
         found = np.empty((len(wanted), self.shards[first].shape[1]), dtype=np.float32)
         for i, (a, b) in enumerate(pairwise(edges.tolist()), start=first):
             if b > a:
@@ -173,17 +183,6 @@ class Rows:
                 if not (plain and plain[i]):
                     found[a:b] = to_grid(torch.from_numpy(found[a:b])).numpy()
         return torch.from_numpy(found)
-
-    def blocks(self, block_rows: int, plain: Sequence[bool] = (), threads: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-        """The good rows by blocks: positions (P,) as above, and grid rows (P, D)."""
-        return ((positions, self.at(positions, plain)) for positions in self.positions(block_rows, threads))
-
-    def take(self, positions: Tensor) -> Tensor:
-        """Grid rows at some positions, (m, D)."""
-        wanted = positions.cpu().numpy()
-        owners = np.searchsorted(self.starts, wanted, side="right") - 1
-        rows = [self.shards[s][p - self.starts[s]] for s, p in zip(owners.tolist(), wanted.tolist(), strict=True)]
-        return to_grid(torch.from_numpy(np.stack(rows))) + 0.0  # no -0.0: it would not survive a sum over ranks
 
     def problem(self) -> str:
         """What is wrong with the shapes of a shard, naming it; "" when nothing is. No row is read."""
@@ -221,8 +220,9 @@ class Rows:
         return self.names[shard] if self.names else f"shard {shard}"
 
 
-def _tensor(rows: np.ndarray) -> Tensor:
-    return torch.from_numpy(rows if rows.flags.writeable else np.array(rows))  # torch takes no read-only memory
+def as_tensor(rows: np.ndarray) -> Tensor:
+    """The same memory; a copy where it is read-only, which torch does not take."""
+    return torch.from_numpy(rows if rows.flags.writeable else np.array(rows))
 
 
 def _even_step(num: int, most: int, threads: int) -> int:

@@ -63,7 +63,7 @@ def join_blocks(
     *,
     block_rows: int,
     device: torch.device,
-    halves: bool | None,
+    halves: bool | None = None,
     keep: bool = False,
 ) -> Blocks:
     """This rank's rows by blocks, once every rank's rows are fit for a search."""

@@ -121,9 +121,7 @@ class Graphs:
         if self._passed is not None and self._context.comm.rank == 0:
             self._passed.drop(epoch - 1)
         self._context.comm.barrier()
-        return RowArrays(
-            tuple(str(folder / rows_file(i)) for i in range(len(images.shards))), tuple(images.starts.tolist())
-        )
+        return RowArrays.of((folder / rows_file(i) for i in range(len(images.shards))), images.starts)
 
     def _make(self, epoch: int, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)

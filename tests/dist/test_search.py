@@ -41,7 +41,8 @@ def test_blocks_give_every_good_row_once_whatever_their_size() -> None:
     rows = two_shards()
     whole = to_grid(torch.from_numpy(np.concatenate(rows.shards)))
     for size, threads in ((1, 1), (2, 1), (2, 3), (3, 2), (100, 2)):
-        places, parts = zip(*rows.blocks(size, threads=threads), strict=True)
+        places = list(rows.positions(size, threads))
+        parts = [torch.cat(rows.pieces(positions)) for positions in places]
         assert max(map(len, parts)) <= size
         assert torch.cat(places).tolist() == [0, 2, 3, 6, 7]
         assert torch.equal(torch.cat(parts), whole[torch.cat(places)])
@@ -57,7 +58,8 @@ def test_small_shards_share_blocks_of_even_size() -> None:
 def test_neighbouring_rows_of_a_shard_that_needs_no_preparation_are_not_copied() -> None:
     shard = to_grid(torch.from_numpy(unit_rows(6, 4))).numpy()
     rows = Rows([shard], [np.ones(6, dtype=bool)])
-    assert np.shares_memory(rows.at(torch.arange(2, 5), (True,)).numpy(), shard)
+    (found,) = rows.pieces(torch.arange(2, 5), (True,))
+    assert np.shares_memory(found.numpy(), shard)
 
 
 def test_rows_of_several_shards_come_in_pieces_that_are_not_copied_either() -> None:
@@ -66,7 +68,7 @@ def test_rows_of_several_shards_come_in_pieces_that_are_not_copied_either() -> N
     pieces = rows.pieces(torch.arange(1, 7), (True,) * 3)
     assert [len(p) for p in pieces] == [2, 1, 3]
     assert all(np.shares_memory(p.numpy(), s) for p, s in zip(pieces, shards, strict=True))
-    assert torch.equal(rows.at(torch.arange(1, 7)), torch.cat(pieces))
+    assert torch.equal(torch.cat(rows.pieces(torch.arange(1, 7))), torch.cat(pieces))
 
 
 def test_a_bad_row_now_and_then_copies_nothing() -> None:

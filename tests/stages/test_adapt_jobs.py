@@ -53,8 +53,9 @@ def test_how_many_sets_memory_holds_follows_from_the_images_at_a_time_and_the_cl
         return _most_sets(replace(job, adapt=job.adapt.model_copy(update=settings)), found, ranks)
 
     assert most(1) == 1  # 16 images of one set are 1600 bytes
-    assert most(2) == 1  # 8 of two are 1600 too, and a rank's rows of their 5 + 4 classes 540
+    assert most(2) == 3  # 3 of three, of which together about as many go at a time as of one: 900, and their rows 720
     assert most(4) == 3
+    assert most(2, micro_batch=8) == 1  # 8 of two are 1600 too, and a rank's rows of their 5 + 4 classes 540
     assert most(1, micro_batch=2) == 2
     assert most(1, micro_batch="auto") == most(1, micro_batch=FEW) == 1
     assert most(4, micro_batch="auto") == 3
