@@ -20,8 +20,9 @@ from torch import Tensor
 from grappa_dist.dist.comm import Comm
 from grappa_dist.dist.lloyd import Progress, Updates, lloyd
 from grappa_dist.dist.row_labels import LabelPasses, RowLabels, Settled, exactly
+from grappa_dist.dist.rows import Rows
 from grappa_dist.dist.sampling import Draw
-from grappa_dist.dist.search import Rows, nearest
+from grappa_dist.dist.search import nearest
 from grappa_dist.dist.sharded_kmeans import KMeans, kmeans
 from grappa_dist.dist.share import BLOCK_ROWS, Share
 from grappa_dist.ops.exact import exact_square

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grappa_dist.dist.search import as_tensor, on_grid
+from grappa_dist.dist.rows import as_tensor, on_grid
 from grappa_dist.dist.threads import side_by_side
 from grappa_dist.dist.trial import products_pay
 from grappa_dist.ops.exact import exact_square, to_grid

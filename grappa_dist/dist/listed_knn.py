@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from grappa_dist.dist.coarse import Coarse
-from grappa_dist.dist.comm import Comm
+from grappa_dist.dist.comm import Comm, wire_device
 from grappa_dist.dist.knn_blocks import Blocks
 from grappa_dist.dist.list_search import ListSearch
+from grappa_dist.dist.rows import Rows
 from grappa_dist.dist.sampling import Draw
-from grappa_dist.dist.search import Rows, wire_device
 from grappa_dist.dist.sharded_knn import join_blocks, sharded_knn
 from grappa_dist.dist.share import Share, join_rows
 from grappa_dist.dist.threads import side_by_side

@@ -8,8 +8,7 @@ from typing import TypeVar
 
 import torch
 
-from grappa_dist.dist.comm import Comm
-from grappa_dist.dist.search import wire_device
+from grappa_dist.dist.comm import Comm, wire_device
 from grappa_dist.dist.workers import RankContext, Stopped
 
 _END = object()

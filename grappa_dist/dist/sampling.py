@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from grappa_dist.dist.lowest import Cut, lowest
+from grappa_dist.dist.rows import Rows
 from grappa_dist.dist.scratch import scratch
-from grappa_dist.dist.search import Rows
 from grappa_dist.dist.share import Share, join_rows
 from grappa_dist.ops.hashing import HASH_BITS, RACE_BITS, race_keys, row_hashes
 

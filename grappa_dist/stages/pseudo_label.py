@@ -13,9 +13,10 @@ from grappa_dist.artifacts import Artifact, RowArrays, Store, wait_until_seen
 from grappa_dist.config import ClusteringConfig
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.dist.clustering import Wanted, cluster, cluster_together, shares_passes
+from grappa_dist.dist.comm import raise_together
 from grappa_dist.dist.jobs import Job
 from grappa_dist.dist.methods import Clustering, Method, Told
-from grappa_dist.dist.search import Rows, raise_together
+from grappa_dist.dist.rows import Rows
 from grappa_dist.dist.share import Share, join_rows
 from grappa_dist.dist.workers import RankContext
 from grappa_dist.ops.choice import FLAT, Choice, Size, choose

@@ -26,7 +26,7 @@ from grappa_dist.dist import lowest, share
 from grappa_dist.dist.cluster import Cluster
 from grappa_dist.dist.comm import Comm
 from grappa_dist.dist.jobs import Job, Runner
-from grappa_dist.dist.search import Rows
+from grappa_dist.dist.rows import Rows
 from grappa_dist.dist.sharded_kmeans import KMeans, sharded_kmeans
 from grappa_dist.dist.workers import RankContext
 from grappa_dist.observe import Console

@@ -12,7 +12,7 @@ from grappa_dist.dist import oversampling, row_weights
 from grappa_dist.dist.comm import Comm
 from grappa_dist.dist.oversampling import oversampled_centroids
 from grappa_dist.dist.row_weights import RowWeights
-from grappa_dist.dist.search import Rows
+from grappa_dist.dist.rows import Rows
 from grappa_dist.dist.sharded_seeding import Seeded, draw_centroids, seed_centroids
 from grappa_dist.dist.share import Share, join_rows
 from grappa_dist.ops.exact import GRID, to_grid

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from grappa_dist.dist.comm import Comm
-from grappa_dist.dist.search import Rows
+from grappa_dist.dist.rows import Rows
 from grappa_dist.dist.sharded_kmeans import KMeans, kmeans
 from grappa_dist.dist.share import RowBlock, Share, join_rows
 from grappa_dist.dist.threads import side_by_side
