@@ -34,9 +34,10 @@ from grappa_dist.stages.flow import Flow
 from grappa_dist.stages.fuse import fuse
 from grappa_dist.stages.fuse_plan import least_bytes
 from grappa_dist.stages.galleries import weigh_galleries
+from grappa_dist.stages.label_files import label_rows
 from grappa_dist.stages.mirror import artifacts_of, mirrored
 from grappa_dist.stages.partitions import judge_partitions
-from grappa_dist.stages.pseudo_label import label_rows, pseudo_label
+from grappa_dist.stages.pseudo_label import pseudo_label
 from grappa_dist.stages.reporting import report
 from grappa_dist.stages.run import Run, running
 from grappa_dist.stages.supervise import adapt_supervised, fuse_supervised

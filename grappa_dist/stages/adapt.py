@@ -21,8 +21,8 @@ from grappa_dist.stages.adapting import AdaptJob, train_adaptors
 from grappa_dist.stages.classifying import starting_centroids
 from grappa_dist.stages.expected_workers import ranks_of
 from grappa_dist.stages.fitting import images_at_a_time
+from grappa_dist.stages.label_files import label_rows
 from grappa_dist.stages.packs import AdaptSet, commit_leftovers, fresh, group
-from grappa_dist.stages.pseudo_label import label_rows
 from grappa_dist.stages.rates import Measured, measure_rates
 from grappa_dist.stages.run import Run
 from grappa_dist.stages.training import TrainingImages, idle_in_words, trained_by

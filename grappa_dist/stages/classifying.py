@@ -22,7 +22,7 @@ from grappa_dist.dist.engine import Engine
 from grappa_dist.dist.workers import RankContext
 from grappa_dist.ops.room import even_size
 from grappa_dist.stages.embed import to_images
-from grappa_dist.stages.pseudo_label import CENTROIDS_FILE
+from grappa_dist.stages.label_files import CENTROIDS_FILE
 from grappa_dist.stages.training import Pixels, Rows, TrainingImages, augmented_batches, torch_seed
 
 

@@ -27,7 +27,7 @@ from grappa_dist.files import sync, write_json
 from grappa_dist.models import Grappa
 from grappa_dist.ops.knn import are_duplicates, without_duplicates
 from grappa_dist.stages.embed import Embedding, embed_rows
-from grappa_dist.stages.pseudo_label import own_shards, rows_file
+from grappa_dist.stages.label_files import own_shards, rows_file
 from grappa_dist.stages.reused import PassedFeatures
 from grappa_dist.stages.training import TrainingImages
 

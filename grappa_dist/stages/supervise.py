@@ -30,6 +30,7 @@ from grappa_dist.ops.adam import adam
 from grappa_dist.stages.adapt import train_sets
 from grappa_dist.stages.classifying import Classes, Classifying, classifier_for, starting_centroids
 from grappa_dist.stages.fitting import fuse_advice, naming_lack_of_memory
+from grappa_dist.stages.label_files import label_rows
 from grappa_dist.stages.modelling import (
     ADAPTORS_FILE,
     FUSION_FILE,
@@ -38,7 +39,6 @@ from grappa_dist.stages.modelling import (
     preprocess_of,
 )
 from grappa_dist.stages.packs import AdaptSet
-from grappa_dist.stages.pseudo_label import label_rows
 from grappa_dist.stages.run import Run
 from grappa_dist.stages.training import TrainingImages, idle_in_words, torch_seed, trained_by
 from grappa_dist.stages.true_labels import class_counts, without_class

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from grappa_dist.artifacts import Artifact, RowArrays, Store, numbered, wait_until_seen
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.files import write_json
+from grappa_dist.stages.label_files import CENTROIDS_FILE, label_rows, rows_file
 from grappa_dist.stages.label_stats import STATS_FILE
-from grappa_dist.stages.pseudo_label import CENTROIDS_FILE, label_rows, rows_file
 from grappa_dist.stages.run import Run
 from grappa_dist.stages.truth import load_truth, note_truth
 

@@ -13,7 +13,7 @@ from grappa_dist.data.shards import ImageShards
 from grappa_dist.ops.placement import Rates
 from grappa_dist.ops.room import Room
 from grappa_dist.stages.adapt import FEW, _most_sets, adapt, adaptors_of
-from grappa_dist.stages.pseudo_label import rows_file
+from grappa_dist.stages.label_files import rows_file
 from grappa_dist.stages.rates import Measured
 from tests.stages import tiny
 from tests.stages.packed import KS, job_in
