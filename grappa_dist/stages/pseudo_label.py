@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from grappa_dist.artifacts import Artifact, RowArrays, Store, wait_until_seen
+from grappa_dist.artifacts import Artifact, RowArrays, Store, numbered, wait_until_seen
 from grappa_dist.config import ClusteringConfig
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.dist.clustering import Wanted, cluster, cluster_together, shares_passes
@@ -103,7 +103,7 @@ def labels_of(
         settings["init"] = choice.init
     elif choice.name in FLAT and num > LARGER_ROUNDS_ABOVE:
         settings["seeding"] = "larger rounds"  # which find other first centroids than those of one size
-    inputs = {f"shard {i}": a for i, a in enumerate(features)}
+    inputs = numbered("shard", features)
     return store.artifact(f"labels/k={num}", {**settings, "num_labels": num, "seed": seed}, inputs)
 
 
