@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from grappa_dist.artifacts import Store
+from grappa_dist.artifacts import LOCK, Store
 from grappa_dist.config import Config
 from grappa_dist.dist.cluster import Cluster
 from grappa_dist.dist.jobs import Runner
@@ -30,7 +31,7 @@ def running(config: Config, root: Path) -> Iterator[Run]:
         ValueError: the directory cannot be written to, or another run writes to it.
         Terminated: SIGTERM came; what was running has saved its state.
     """
-    store = Store(root)
+    store, new = Store(root), [path for path in (root, *root.parents) if not path.exists()]
     with store.lock():
         console = Console(Events(root / EVENTS_FILE))
         cluster = Cluster(config.resources, tell=console.say)
@@ -38,5 +39,20 @@ def running(config: Config, root: Path) -> Iterator[Run]:
         try:
             with runner.terminating():
                 yield Run(config, store, runner, console)
+        except ValueError:
+            _remove_unused(root, new)
+            raise
         finally:
             cluster.close()
+
+
+def _remove_unused(root: Path, new: Sequence[Path]) -> None:
+    """Removes the folders that a run made for itself, if it was refused before it had begun anything."""
+    begun = {path.name for path in root.iterdir()} - {LOCK, EVENTS_FILE} or (root / EVENTS_FILE).stat().st_size
+    if begun or root not in new:
+        return
+    with contextlib.suppress(OSError):  # somebody else put something there meanwhile
+        (root / EVENTS_FILE).unlink()
+        (root / LOCK).unlink()
+        for path in new:
+            path.rmdir()
