@@ -30,6 +30,7 @@ def instead_of(entry: str) -> str:
     if image is None:
         return ""
     folder = os.path.normpath(entry)
+    folder = f"./{folder}" if folder.startswith("-") else folder
     out = f"{folder if os.path.basename(folder) not in ('.', '..') else os.path.abspath(folder)}-shards"
     command = f"python launch/make_shards.py --images {shlex.quote(folder)} --split none --out {shlex.quote(out)}"
     return (
