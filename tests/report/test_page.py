@@ -242,9 +242,8 @@ def test_bad_images_are_listed_by_the_names_of_their_files_where_these_are_known
     html = render(ReportContent(title="t", bad_rows=[*bad, BadRow(shard="s.tar", key="7", reason="cut")]), tmp_path)
     assert "b/&lt;i&gt;\N{REPLACEMENT CHARACTER}\N{REPLACEMENT CHARACTER}.jpg" in html
     assert re.search(r"<th[^>]*>file<", html)
-    assert not re.search(
-        r"<th[^>]*>file<", render(ReportContent(title="t", bad_rows=[bad[0] | {"file": ""}]), tmp_path)
-    )
+    nameless = render(ReportContent(title="t", bad_rows=[BadRow(shard="s.tar", key="7", reason="cut")]), tmp_path)
+    assert not re.search(r"<th[^>]*>file<", nameless)
 
 
 def test_an_image_that_comes_up_often_is_stored_once(tmp_path: Path) -> None:

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from grappa_dist.pipeline import run
-from grappa_dist.stages.run import running
+from grappa_dist.stages.run import Run, running
 from tests.stages import tiny
 
 
@@ -17,17 +18,23 @@ def test_a_run_that_is_refused_before_it_begins_leaves_no_folder(tmp_path: Path)
     assert [path.name for path in tmp_path.iterdir()] == ["photos"]
 
 
-def test_what_was_there_and_what_was_begun_stays(tmp_path: Path) -> None:
-    settings = tiny.config(["nowhere"])
+def end_with(error: Exception, root: Path, begin: Callable[[Run], object] = lambda run: None) -> None:
+    with running(tiny.config(["nowhere"]), root) as context:
+        begin(context)
+        raise error
+
+
+def test_what_was_there_what_was_begun_and_what_is_no_mistake_of_the_input_stays(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
-    for name in ("there", "begun", "made"):
-        with pytest.raises(ValueError, match="wrong"), running(settings, tmp_path / name) as context:
-            if name == "begun":
-                context.console.event("stage_begins")
-            if name == "made":
-                (tmp_path / "made" / "index").mkdir()
-            raise ValueError("wrong")
-    assert {path.name for path in tmp_path.iterdir()} >= {"there", "begun", "made"}
-    with pytest.raises(RuntimeError, match="not of the input"), running(settings, tmp_path / "other"):
-        raise RuntimeError("not of the input")
-    assert (tmp_path / "other").is_dir()
+    wrong = ValueError("wrong")
+    with pytest.raises(ValueError, match="wrong"):
+        end_with(wrong, tmp_path / "there")
+    with pytest.raises(ValueError, match="wrong"):
+        end_with(wrong, tmp_path / "begun", lambda run: run.console.event("stage_begins"))
+    with pytest.raises(ValueError, match="wrong"):
+        end_with(wrong, tmp_path / "made", lambda run: (run.store.root / "index").mkdir())
+    with pytest.raises(RuntimeError, match="ours"):
+        end_with(RuntimeError("ours"), tmp_path / "other")
+    with pytest.raises(ValueError, match="wrong"):
+        end_with(wrong, tmp_path / "gone" / "run")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["begun", "made", "other", "there"]
