@@ -166,7 +166,11 @@ def test_the_readmes_search_of_a_folder_finds_the_file(
     (tmp_path / "query.jpg").write_bytes(tiny.picture(4))
     images = ["embed.py", "--model", "runs/mine", "--images", "photos", "--out", "embeddings/photos"]
     wrong = subprocess.run(
-        [sys.executable, ROOT / "launch" / images[0], *images[1:]], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, ROOT / "launch" / images[0], *images[1:]],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert wrong.returncode == 2
     assert wrong.stderr.count("python launch/make_shards.py --images photos --split none --out photos-shards") == 1
