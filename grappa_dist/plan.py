@@ -11,9 +11,10 @@ from grappa_dist.config import SUPERVISED, SUPERVISED_SET, Config, Resources, se
 from grappa_dist.layout import lay_out, on_pairs
 from grappa_dist.models.backbone import check_name
 from grappa_dist.ops.correlation import by_rows, rows_are_cheaper, whole
-from grappa_dist.stages.adapt_plan import adapt_in_words, jobs_in_words, known_workers, may_have_gpus, ranks_of
+from grappa_dist.stages.adapt_plan import adapt_in_words, jobs_in_words
 from grappa_dist.stages.collect import collection_sizes, has_drawn, open_images
 from grappa_dist.stages.embed import check_bad_share
+from grappa_dist.stages.expected_workers import known_workers, may_have_gpus, ranks_of
 from grappa_dist.stages.flow import Flow
 from grappa_dist.stages.fuse_plan import projector_bytes
 from grappa_dist.stages.graph import graph_kind
@@ -77,7 +78,7 @@ def _stages(
     what = f"{jobs_in_words(config, len(ks))}, {adapt_steps} steps of {config.adapt.global_batch} images each"
     yield "adapt", what, list(flow.adaptors.values()) if flow else []
     yield from _supervision(config, flow, ks, adapt_steps)
-    yield "fuse", _fuse(config, ks, sizes["train"]), _on_pairs(flow) if flow else []
+    yield "fuse", _fuse(config, ks, sizes["train"]), list(flow.on_pairs.values()) if flow else []
     models = 1 + len(ks) + len(config.fuse.variants) + config.adapt.supervised
     scores = list(flow.scores.values()) if flow else []
     what = f"{models} models on {sizes['test']} images, {_size(4 * DIM * models * sizes['test'])} of features"
@@ -98,10 +99,6 @@ def _fuse(config: Config, ks: tuple[int, ...], num_rows: int) -> str:
     if any(map(seeks_neighbours, trained)):
         what += f", {graph_kind(config.fuse, num_rows)} k-NN graph"
     return what
-
-
-def _on_pairs(flow: Flow) -> list[Artifact]:
-    return [artifact for variant, artifact in flow.fusions.items() if variant != SUPERVISED]
 
 
 def _workers(where: Resources) -> str:
@@ -138,17 +135,17 @@ def _reuse(artifacts: list[Artifact]) -> str:
     return "all reused" if done == len(artifacts) else f"{done} of {len(artifacts)} reused"
 
 
-def _costs(config: Config, num_rows: int, ks: tuple[int, ...], dim: int = DIM) -> Iterable[str]:
-    """Rough sizes at a stated dimension."""
-    widths = [dim, *config.fuse.projector]
+def _costs(config: Config, num_rows: int, ks: tuple[int, ...]) -> Iterable[str]:
+    """Rough sizes at DIM channels."""
+    widths = [DIM, *config.fuse.projector]
     projector = sum(a * b for a, b in pairwise(widths))
     yield (
-        f"rough bytes    (at {dim} channels) features {_size(4 * dim * num_rows)}, "
+        f"rough bytes    (at {DIM} channels) features {_size(4 * DIM * num_rows)}, "
         f"labels {_size(4 * len(ks) * num_rows)}, "
         f"k-NN graph {_size(8 * config.fuse.neighbours * num_rows)} an epoch; "
         f"per rank: projector, gradients and momentum {_size(projector_bytes(projector))}, "
         f"correlation matrix {_size(4 * config.fuse.projector[-1] ** 2)}; "
-        f"per worker: k-means of K = {max(ks)} {_size(KMEANS_BYTES * max(ks) * dim)}"
+        f"per worker: k-means of K = {max(ks)} {_size(KMEANS_BYTES * max(ks) * DIM)}"
     )
     if on_pairs(config, len(ks)):
         yield _fuse_traffic(config, projector)
@@ -169,18 +166,18 @@ def _fuse_traffic(config: Config, projector: int) -> str:
     )
 
 
-def _classifiers(config: Config, ks: Sequence[int], dim: int = DIM) -> str:
+def _classifiers(config: Config, ks: Sequence[int]) -> str:
     """What the largest classifiers that a job may have take of one of its ranks."""
     ranks, adapt = ranks_of(config.resources, known_workers(config.resources)), config.adapt
     of_a_job = sorted(ks, reverse=True)[: 1 if adapt.sets_per_job == "auto" else adapt.sets_per_job]
     rows = sum(-(-num_labels // ranks) for num_labels in of_a_job)
     taking_part = rows * adapt.sampled_classes
-    flops = CLASSIFIER_PRODUCTS * 2 * adapt.global_batch * taking_part * dim
+    flops = CLASSIFIER_PRODUCTS * 2 * adapt.global_batch * taking_part * DIM
     sampled = f"; {adapt.sampled_classes:.0%} of them in a step" if adapt.sampled_classes < 1 else ""
     time = "" if may_have_gpus(config.resources) else f", {flops / CORE_FLOPS:.2g} s of a CPU core"
     return (
-        f"classifier     (at {dim} channels) of K = {', '.join(map(str, of_a_job))}: {rows} classes a rank{sampled}; "
-        f"rows and Adam {_size(4 * (3 * dim + 1) * rows)} a rank, a step {flops / 1e9:.3g} GFLOP a rank{time}"
+        f"classifier     (at {DIM} channels) of K = {', '.join(map(str, of_a_job))}: {rows} classes a rank{sampled}; "
+        f"rows and Adam {_size(4 * (3 * DIM + 1) * rows)} a rank, a step {flops / 1e9:.3g} GFLOP a rank{time}"
     )
 
 
