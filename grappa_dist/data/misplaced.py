@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shlex
 from collections import deque
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from grappa_dist.data.making.encoding import TAKEN
 
 _LOOKED_AT = 10_000  # entries below a folder, at most
 _SHOWN = 3
+_IN_THE_MAKING = re.compile(r".*/\.[^/]+\.partial(?=/|$)")
 
 
 def instead_of(entry: str) -> str:
@@ -21,7 +23,7 @@ def instead_of(entry: str) -> str:
         return ""
     files = _files(entry)
     below = sorted({os.path.dirname(path) for path in files if path.endswith(".tar")})
-    if making := [path for path in below if os.path.basename(path).startswith(".")]:
+    if making := [match[0] for path in below if (match := _IN_THE_MAKING.match(path))]:
         return f"; {making[0]} is in the making: run the command that began it again, and it is finished"
     if below:
         more = f" and {len(below) - _SHOWN} more" if len(below) > _SHOWN else ""
