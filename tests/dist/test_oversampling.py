@@ -165,7 +165,7 @@ def test_every_round_adds_half_as_many_rows_as_there_are_labels() -> None:
 )
 def test_a_resume_of_another_initialisation_is_refused(wrong: Seeded) -> None:
     x, num = CASES["clusters"]
-    with pytest.raises(ValueError, match="resume has .* candidates"):
+    with pytest.raises(ValueError, match=r"resume has .* candidates"):
         oversampled_centroids(share_of(Comm(), x), num, 5, resume=wrong)
 
 
