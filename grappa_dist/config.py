@@ -72,7 +72,7 @@ class EmbedConfig(Section):
 class ClusteringConfig(Section):
     """Pseudo-labels: k-means with N numbers of clusters."""
 
-    num_labels: tuple[Count, ...] | Literal["auto"] = "auto"  # K_1..K_N; auto: powers of two from 256 to n or 2^17
+    num_labels: tuple[Count, ...] | Literal["auto"] = "auto"  # K_1..K_N; auto: powers of two up to n or 2^17
     iterations: Count = 20
     tolerance: Annotated[float, Field(ge=0, lt=1)] = 0.0  # stop when inertia improves by less than this share; 0: never
     spherical: bool = False  # re-normalise means (ours; the paper's k-means does not)

@@ -32,7 +32,7 @@ from grappa_dist.stages.embed import bad_rows, embed, feature_rows
 from grappa_dist.stages.evaluate import Evaluation, evaluate
 from grappa_dist.stages.flow import Flow
 from grappa_dist.stages.fuse import fuse
-from grappa_dist.stages.fuse_plan import least_bytes
+from grappa_dist.stages.fuse_plan import least_bytes, unfused_in_words
 from grappa_dist.stages.galleries import weigh_galleries
 from grappa_dist.stages.mirror import artifacts_of, mirrored
 from grappa_dist.stages.partitions import judge_partitions
@@ -67,6 +67,8 @@ def _run(context: Run, until: str | None = None) -> tuple[Path, list[ScoreRow]] 
     context.runner.require(checks_of(config, store, flow))
     with mirrored(config.mirror, flow, console):
         _announce(console, flow)
+        if unfused := unfused_in_words(config.fuse, len(flow.labels)):
+            console.say(f"fuse: {unfused}")
         for stage in _stages(context, flow):
             if stage == until:
                 return None

@@ -14,7 +14,7 @@ from grappa_dist.ops.correlation import by_rows, rows_are_cheaper, whole
 from grappa_dist.stages.adapt_plan import adapt_in_words, jobs_in_words, known_workers, may_have_gpus, ranks_of
 from grappa_dist.stages.collect import collection_sizes, has_drawn, open_images
 from grappa_dist.stages.flow import Flow
-from grappa_dist.stages.fuse_plan import projector_bytes
+from grappa_dist.stages.fuse_plan import projector_bytes, unfused_in_words
 from grappa_dist.stages.graph import graph_kind
 from grappa_dist.stages.pseudo_label import choices_in_words, num_labels
 from grappa_dist.stages.training import idle_in_words, steps_per_epoch
@@ -44,7 +44,8 @@ def _table(config: Config, root: Path) -> str:
         lines.append(f"collect        {config.data.collection} draws {sizes['train']} + {sizes['test']} images")
     ks = num_labels(config.clustering, sizes["train"])
     for name, text, artifacts in _stages(config, flow, sizes, ks):
-        lines.append(f"{name:<14} {text}; {_reuse(artifacts)}")
+        makes = name != "fuse" or bool(on_pairs(config, len(ks)))
+        lines.append(f"{name:<14} {text}; {_reuse(artifacts)}" if makes else f"{name:<14} {text}")
         if name == "pseudo_label":
             lines += [f"{'':<14} {line}" for line in choices_in_words(config.clustering, ks, sizes["train"])]
         if name == "adapt":
@@ -85,14 +86,14 @@ def _stages(
 
 
 def _fuse(config: Config, ks: tuple[int, ...], num_rows: int) -> str:
-    trained = on_pairs(config, len(ks))
+    trained, unfused = on_pairs(config, len(ks)), unfused_in_words(config.fuse, len(ks))
     if not trained:
-        return "nothing to train on pairs"
+        return unfused or "nothing to train: none of fuse.variants learns from pairs"
     steps = config.fuse.epochs * steps_per_epoch(num_rows, config.fuse.global_batch)
     what = f"{', '.join(trained)}; one job each on all workers, {steps} steps of {config.fuse.global_batch} pairs"
     if any(map(seeks_neighbours, trained)):
         what += f", {graph_kind(config.fuse, num_rows)} k-NN graph"
-    return what
+    return f"{what}; {unfused}" if unfused else what
 
 
 def _on_pairs(flow: Flow) -> list[Artifact]:

@@ -226,8 +226,14 @@ def test_a_plan_trains_no_fusion_of_a_single_set_and_tells_the_memory_of_k_means
     shards = tiny.write_shards(tmp_path / "images")
     one = tiny.config(shards, clustering={"num_labels": (4,)}, fuse={"variants": ("average", "neighbours")})
     said = plan(one, tmp_path / "run")
-    assert "fuse           nothing to train on pairs" in said
+    words = "one adaptor set only, so there is nothing to fuse: average, neighbours will score as that set does ("
+    assert re.search(r"^fuse {11}" + re.escape(words) + r"clustering\.num_labels with two K or more .*\)$", said, re.M)
     assert "fuse traffic" not in said
     assert f"k-means of K = 4 {56 * 4 * 384 // 1024} KiB" in said
     several = one.model_copy(update={"clustering": one.clustering.model_copy(update={"num_labels": (4, 6)})})
     assert "fuse           neighbours; one job each" in plan(several, tmp_path / "run")
+    untrained = several.model_copy(update={"fuse": several.fuse.model_copy(update={"variants": ("average",)})})
+    assert "fuse           nothing to train: none of fuse.variants learns from pairs\n" in plan(untrained, tmp_path)
+    beside = one.model_copy(update={"fuse": one.fuse.model_copy(update={"variants": ("average", "random-all")})})
+    assert "to fuse: average will score as that set does" in lines_of(beside, tmp_path / "run")["fuse"]
+    assert "0 of 1 reused" in lines_of(beside, tmp_path / "run")["fuse"]

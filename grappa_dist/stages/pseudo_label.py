@@ -28,6 +28,7 @@ from grappa_dist.stages.trail import digest, load_trail, saver
 CENTROIDS_FILE, PROGRESS_FILE = "centroids.npy", "progress.safetensors"
 LADDER_SETS = 8
 FINEST = 17  # power of two of the largest K for `auto`
+COARSEST, STEPS_BELOW = 8, 3  # of its smallest K: the paper's, or as many steps below the largest
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,12 @@ class LabelJob:
 def ladder(num_rows: int) -> tuple[int, ...]:
     """K for `auto`: powers of two from 256 to about the number of images, at most 8 of them, evenly spread.
 
-    None is above the finest of the paper: what K = millions costs in memory and time, one should ask for.
+    None is above the finest of the paper: what K = millions costs in memory and time, one should ask for. Few images
+    begin below 256, at an eighth of the largest K: a fusion needs sets that differ, and from 8 images a label to about
+    one is what the paper's larger K span.
     """
     top = min(int(np.log2(max(1.0, num_rows if num_rows < 3 else 0.99 * num_rows))), FINEST)
-    low = min(8, top)
+    low = max(min(1, top), min(COARSEST, top - STEPS_BELOW))
     exponents = np.linspace(low, top, min(LADDER_SETS, top - low + 1))
     return tuple(dict.fromkeys(int(2 ** round(e)) for e in exponents))
 
