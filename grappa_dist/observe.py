@@ -19,6 +19,18 @@ class Terminated(BaseException):
     """SIGTERM arrived; what was running has saved its state."""
 
 
+class Interrupted(Terminated):
+    """Ctrl-C was pressed.
+
+    Args:
+        saved: whether what was running has saved its state; not where it was pressed again.
+    """
+
+    def __init__(self, *, saved: bool) -> None:
+        super().__init__()
+        self.saved = saved
+
+
 class Events:
     """Appends events to a JSONL file: {"t": unix seconds, "stage", "job", "name", ...figures}."""
 
