@@ -37,7 +37,7 @@ from grappa_dist.stages.galleries import weigh_galleries
 from grappa_dist.stages.mirror import artifacts_of, mirrored
 from grappa_dist.stages.partitions import judge_partitions
 from grappa_dist.stages.pseudo_label import label_rows, pseudo_label
-from grappa_dist.stages.reporting import report
+from grappa_dist.stages.reporting import bad_in_words, report
 from grappa_dist.stages.run import Run, running
 from grappa_dist.stages.supervise import adapt_supervised, fuse_supervised
 from grappa_dist.stages.true_labels import name_classes, read_true_labels
@@ -67,12 +67,14 @@ def _run(context: Run, until: str | None = None) -> tuple[Path, list[ScoreRow]] 
     context.runner.require(checks_of(config, store, flow))
     with mirrored(config.mirror, flow, console):
         _announce(console, flow)
-        if unfused := unfused_in_words(config.fuse, len(flow.labels)):
-            console.say(f"fuse: {unfused}")
+        _tell(console, unfused_in_words(config.fuse, len(flow.labels)))
         for stage in _stages(context, flow):
             if stage == until:
+                _tell(console, bad_in_words(flow, reported=False))
                 return None
-        return report(context, flow)
+        found = report(context, flow)
+        _tell(console, bad_in_words(flow, reported=True))
+        return found
 
 
 def checks_of(config: Config, store: Store, flow: Flow) -> Checks:
@@ -157,6 +159,11 @@ def _weigh(context: Run, flow: Flow, features: Mapping[str, RowArrays]) -> None:
     sets = {f"k={k}": features[f"k={k}"] for k in flow.adaptors}
     bad = bad_rows(flow.test, flow.test_features["backbone"])
     weigh_galleries(context, flow.test, flow.truth, sets, bad, flow.galleries)
+
+
+def _tell(console: Console, text: str) -> None:
+    if text:
+        console.say(text)
 
 
 def _announce(console: Console, flow: Flow) -> None:

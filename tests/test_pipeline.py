@@ -309,11 +309,17 @@ def test_the_report_lists_the_bad_image(finished: Finished) -> None:
     assert "UnidentifiedImageError" in page
 
 
-def test_a_second_run_does_nothing(finished: Finished) -> None:
+def test_a_second_run_does_nothing_but_tell_of_the_bad_image_again(
+    finished: Finished, capsys: pytest.CaptureFixture[str]
+) -> None:
     root, settings, _ = finished
     before, here = tiny.files_below(root), tiny.Here()
     pipeline._run(tiny.run_in(settings, root, here))
     assert here.asked == []
+    said = "bad images, which take part in nothing: 1 of 40 training images; "
+    assert said + "the report lists them with reasons" in capsys.readouterr().err
+    pipeline._run(tiny.run_in(settings, root, here), until="embed")
+    assert said + "features/backbone/*/bad.json list them with reasons" in capsys.readouterr().err
     after = tiny.files_below(root)
     assert {path for path in after if after[path] != before.get(path)} <= {"events.jsonl"}
 

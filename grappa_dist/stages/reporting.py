@@ -13,7 +13,7 @@ from typing import Any
 from grappa_dist.artifacts import Artifact, Store
 from grappa_dist.config import Config
 from grappa_dist.data.decoding import decode
-from grappa_dist.data.losses import losses_of
+from grappa_dist.data.losses import losses_of, lost_images
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.observe import EVENTS_FILE, duration, read_events
 from grappa_dist.report import (
@@ -184,6 +184,21 @@ def _thumbnail(images: ImageShards, row: int) -> bytes:
     return buffer.getvalue()
 
 
+def bad_in_words(flow: Flow, *, reported: bool) -> str:
+    """How many images could not be used, and where one reads which and why; "" where all could.
+
+    Args:
+        reported: whether there is a report; else the training images alone have been looked at.
+    """
+    groups = {"training": (flow.train, flow.features)}
+    if reported and _has_test(flow):
+        groups["test"] = (flow.test, flow.test_features["backbone"])
+    counts = {name: len(bad_reasons(*group)) + lost_images(group[0].shards) for name, group in groups.items()}
+    said = [f"{count} of {len(groups[name][0])} {name} images" for name, count in counts.items() if count]
+    where = "the report lists" if reported else "features/backbone/*/bad.json list"
+    return f"bad images, which take part in nothing: {' and '.join(said)}; {where} them with reasons" if said else ""
+
+
 def _bad(images: ImageShards, features: Sequence[Artifact]) -> Iterator[BadRow]:
     for row, reason in sorted(bad_reasons(images, features).items()):
         shard, _ = images.locate(row)
@@ -193,8 +208,12 @@ def _bad(images: ImageShards, features: Sequence[Artifact]) -> Iterator[BadRow]:
 
 
 def _bad_test(flow: Flow) -> Iterator[BadRow]:
-    if flow.truth.settings["labelled"]:  # else they are training images
+    if _has_test(flow):  # else they are training images
         yield from _bad(flow.test, flow.test_features["backbone"])
+
+
+def _has_test(flow: Flow) -> bool:
+    return bool(flow.truth.settings["labelled"])
 
 
 def _facts(run: Run, flow: Flow, logs: Mapping[str, Steps]) -> dict[str, str]:
