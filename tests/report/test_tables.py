@@ -24,12 +24,20 @@ def table(tasks: list[str]) -> str:
 def test_the_best_of_a_task_is_marked_and_the_oracle_does_not_compete() -> None:
     block = table(["cars"]).split("\n\nR-Precision gained")[0]
     marked = [line for line in block.splitlines()[1:] if "*" in line]
-    assert [line.split() for line in marked] == [["k=1024", "42.0/21.0*"]]
+    assert [line.split() for line in marked] == [["k=1024", "42.0*/21.0"]]
+
+
+def test_a_perfect_score_and_its_star_fit_their_column() -> None:
+    perfect = [{**row("backbone", f"t{i}", 1.0), "map_at_r": 1.0} for i in range(6)]
+    text = console_table(perfect)  # type: ignore[arg-type]
+    assert text.startswith("R-Precision / MAP@R, percent (* best R-Precision of its column)\n")
+    assert text.count("100.0*/100.0") == 7
+    assert max(map(len, text.splitlines())) <= 120
 
 
 def test_ties_at_the_precision_shown_are_all_marked() -> None:
     text = console_table([row("backbone", "t", 0.40001), row("average", "t", 0.40002), row("k=2", "t", 0.1)])
-    assert text.count("40.0/20.0*") == 2
+    assert text.count("40.0*/20.0") == 2
 
 
 def test_models_go_from_the_backbone_over_sets_by_size_to_fusions() -> None:
@@ -73,7 +81,7 @@ def test_a_task_without_queries_and_a_missing_row_show_a_dash() -> None:
     text = console_table(rows)
     assert "nan" not in text
     assert "–" in text
-    assert "50.0/25.0*" in text
+    assert "50.0*/25.0" in text
 
 
 def test_a_table_without_a_backbone_has_no_gains() -> None:
