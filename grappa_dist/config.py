@@ -268,6 +268,11 @@ class Config(Section):
         own = [v for v in self.fuse.variants if v not in (*RANDOM, SUPERVISED)]
         return self.evaluate.export or (own or self.fuse.variants)[-1]
 
+    @property
+    def has_test(self) -> bool:
+        """Whether there are test images; else training images are looked at in their place."""
+        return bool(self.data.test or self.data.collection)
+
     def yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 

@@ -124,6 +124,11 @@ class Console:
         return done
 
 
+def counted(count: int, one: str) -> str:
+    """Such as "1 rank" or "2 ranks"."""
+    return f"{count} {one}{'s' * (count != 1)}"
+
+
 def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes}m{rest:02d}s" if minutes else f"{seconds:.1f}s"

@@ -16,7 +16,7 @@ from grappa_dist.dist.cluster import Cluster
 from grappa_dist.dist.preflight import Checks, table
 from grappa_dist.export import export_model
 from grappa_dist.layout import lay_out
-from grappa_dist.observe import Console
+from grappa_dist.observe import Console, counted
 from grappa_dist.report.content import ScoreRow
 from grappa_dist.stages.adapt import adapt
 from grappa_dist.stages.adapt_plan import known_workers
@@ -66,7 +66,7 @@ def _run(context: Run, until: str | None = None) -> tuple[Path, list[ScoreRow]] 
     flow = lay_out(config, store, train, test)
     context.runner.require(checks_of(config, store, flow))
     with mirrored(config.mirror, flow, console):
-        _announce(console, flow)
+        _announce(console, flow, has_test=config.has_test)
         _tell(console, unfused_in_words(config.fuse, len(flow.labels)))
         for stage in _stages(context, flow):
             if stage == until:
@@ -166,13 +166,16 @@ def _tell(console: Console, text: str) -> None:
         console.say(text)
 
 
-def _announce(console: Console, flow: Flow) -> None:
+def _announce(console: Console, flow: Flow, *, has_test: bool) -> None:
     groups = (flow.labels, flow.adaptors, flow.fusions, flow.scores)
     made = [*flow.features, *(artifact for group in groups for artifact in group.values())]
     if flow.supervision is not None and flow.supervision.adaptors is not None:
         made.append(flow.supervision.adaptors)
     reused = sum(artifact.complete for artifact in made)
+    tested = f"and {counted(len(flow.test), 'test image')}"
+    if not has_test:
+        tested = f"and no test set: {len(flow.test)} of them are looked at in its place"
     console.say(
-        f"{len(flow.train)} training and {len(flow.test)} test images; K = {', '.join(map(str, flow.labels))}; "
+        f"{counted(len(flow.train), 'training image')} {tested}; K = {', '.join(map(str, flow.labels))}; "
         f"{reused} of {len(made)} artefacts are there and reused"
     )

@@ -10,6 +10,7 @@ from grappa_dist.artifacts import Artifact, Store
 from grappa_dist.config import SUPERVISED, SUPERVISED_SET, Config, Resources, seeks_neighbours
 from grappa_dist.layout import lay_out, on_pairs
 from grappa_dist.models.backbone import check_name
+from grappa_dist.observe import counted
 from grappa_dist.ops.correlation import by_rows, rows_are_cheaper, whole
 from grappa_dist.stages.adapt_plan import adapt_in_words, jobs_in_words, known_workers, may_have_gpus, ranks_of
 from grappa_dist.stages.collect import collection_sizes, has_drawn, open_images
@@ -76,7 +77,8 @@ def _stages(
     yield "fuse", _fuse(config, ks, sizes["train"]), _on_pairs(flow) if flow else []
     models = 1 + len(ks) + len(config.fuse.variants) + config.adapt.supervised
     scores = list(flow.scores.values()) if flow else []
-    what = f"{models} models on {sizes['test']} images, {_size(4 * DIM * models * sizes['test'])} of features"
+    looked_at = "images" if config.has_test else "training images, as there is no data.test"
+    what = f"{models} models on {sizes['test']} {looked_at}, {_size(4 * DIM * models * sizes['test'])} of features"
     yield "evaluate", what, scores
     yield (
         "report, model",
@@ -110,10 +112,10 @@ def _supervision(
     config: Config, flow: Flow | None, ks: tuple[int, ...], steps: int
 ) -> Iterable[tuple[str, str, list[Artifact]]]:
     """What sees the labels of the training images; their number is known when they have been read."""
-    made = flow.supervision if flow else None
+    made, where = flow.supervision if flow else None, config.resources
     jobs = {
-        SUPERVISED_SET: (config.adapt.supervised, f"{ranks_of(config.resources, known_workers(config.resources))}"),
-        SUPERVISED: (SUPERVISED in config.fuse.variants and len(ks) > 1, "all"),
+        SUPERVISED_SET: (config.adapt.supervised, counted(ranks_of(where, known_workers(where)), "rank")),
+        SUPERVISED: (SUPERVISED in config.fuse.variants and len(ks) > 1, "all ranks"),
     }
     if any(asked for asked, _ in jobs.values()):
         yield (
@@ -123,7 +125,7 @@ def _supervision(
         )
     for name, (asked, ranks) in jobs.items():
         if asked:
-            what = f"with labels of the training images: one job on {ranks} ranks, at most {steps} steps"
+            what = f"with labels of the training images: one job on {ranks}, at most {steps} steps"
             yield name, f"{what} of {config.adapt.global_batch} images", [made.trained[name]] if made else []
 
 

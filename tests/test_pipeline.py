@@ -287,7 +287,8 @@ def test_a_run_without_labels_has_no_rows_and_its_report_says_so(finished: Finis
     root, _, _ = finished
     assert json.loads((root / "report" / "metrics.json").read_text()) == {"rows": []}
     page = (root / "report" / "report.html").read_text().lower()
-    assert "no labels" in page
+    assert "there is no test set (data.test), so the models were looked at on training images" in page
+    assert "40 training, no test set: 40 of these were looked at" in page
     assert "augmented view finds its source" in page
 
 
@@ -316,8 +317,10 @@ def test_a_second_run_does_nothing_but_tell_of_the_bad_image_again(
     before, here = tiny.files_below(root), tiny.Here()
     pipeline._run(tiny.run_in(settings, root, here))
     assert here.asked == []
+    told = capsys.readouterr().err
+    assert "40 training images and no test set: 40 of them are looked at in its place; K = 4, 6" in told
     said = "bad images, which take part in nothing: 1 of 40 training images; "
-    assert said + "the report lists them with reasons" in capsys.readouterr().err
+    assert said + "the report lists them with reasons" in told
     pipeline._run(tiny.run_in(settings, root, here), until="embed")
     assert said + "features/backbone/*/bad.json list them with reasons" in capsys.readouterr().err
     after = tiny.files_below(root)

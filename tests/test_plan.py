@@ -39,12 +39,12 @@ def test_a_plan_names_every_stage_with_its_steps_and_writes_nothing(tmp_path: Pa
     assert not (tmp_path / "run").exists()
     assert "40 training images" in lines["embed"]
     assert "K = 4, 8" in lines["pseudo_label"]
-    assert "2 jobs of 1 ranks, 21 steps of 16 images" in lines["adapt"]
+    assert "2 jobs of 1 rank, 21 steps of 16 images" in lines["adapt"]
     assert "of K = 8: 8 classes a rank; rows and Adam 36 KiB a rank" in lines["classifier"]
     assert (
         "transforms, neighbours; one job each on all workers, 12 steps of 16 pairs, exact k-NN graph" in lines["fuse"]
     )
-    assert "6 models on 40 images" in lines["evaluate"]
+    assert "6 models on 40 training images, as there is no data.test, 360 KiB of features" in lines["evaluate"]
     for stage, number in {"embed": 4, "pseudo_label": 2, "partitions": 1, "adapt": 2, "fuse": 2}.items():
         assert f"0 of {number} reused" in lines[stage]
 
@@ -73,9 +73,9 @@ def test_a_plan_names_the_jobs_of_rows_to_compare_with(tmp_path: Path) -> None:
     assert lines["fuse"].startswith("random-one, random-all; one job each on all workers, 12 steps of 16 pairs, exact")
     assert "0 of 2 reused" in lines["fuse"]
     assert "labels of the training images, read before anything else; one task; 0 of 2 reused" in lines["true_labels"]
-    for name, ranks in {"supervised-set": "1", "supervised": "all"}.items():
-        assert f"one job on {ranks} ranks, at most 21 steps of 16 images; 0 of 1 reused" in lines[name]
-    assert "8 models on 40 images" in lines["evaluate"]
+    for name, ranks in {"supervised-set": "1 rank", "supervised": "all ranks"}.items():
+        assert f"one job on {ranks}, at most 21 steps of 16 images; 0 of 1 reused" in lines[name]
+    assert "8 models on 40 training images" in lines["evaluate"]
     assert not {"true_labels", "supervised-set"} & set(lines_of(tiny.config(settings.data.train), tmp_path / "run"))
 
 
@@ -110,10 +110,10 @@ def test_a_plan_tells_what_waits_for_what_and_the_memory_of_a_step(tmp_path: Pat
     assert "a rank for 16 images and 1 set (" in line
     several = {"sets_per_job": 2, "micro_batch": 5}
     said = text(backbone=timm, adapt=several, resources={"adapt_ranks": 2})
-    assert "2 sets in 1 jobs of 2 ranks, 21 steps" in said
+    assert "2 sets in 1 job of 2 ranks, 21 steps" in said
     assert "a rank for 5 images and 2 sets (" in said
     said = text(backbone=timm, adapt={"sets_per_job": "auto"})
-    assert "2 sets in jobs of 1 ranks, as many to a job as measured rates say" in said
+    assert "2 sets in jobs of 1 rank, as many to a job as measured rates say" in said
     assert "; counted for one set, of which auto may put several in a job" in said
 
 

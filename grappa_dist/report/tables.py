@@ -17,10 +17,12 @@ MEAN = "mean"
 _UNSEEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")  # what a terminal could act on or not show
 
 
-def console_table(rows: list[ScoreRow]) -> str:
+def console_table(rows: list[ScoreRow], *, has_test: bool = True) -> str:
     """The scores as aligned text: R-Precision / MAP@R, the gain over the backbone, recall@1; `*` marks the best."""
+    if not rows and not has_test:
+        return "No test set, so no retrieval scores: see the report's label-free figures, of training images."
     if not rows:
-        return "No labels in the test set, so no retrieval scores: see the label-free figures of the report."
+        return "No labels in the test set, so no retrieval scores: see the report's label-free figures, of its images."
     scores = Scores.of(rows)
 
     def pair(model: str, task: str | None) -> str:

@@ -16,6 +16,7 @@ from grappa_dist.config import AdaptConfig, BackboneConfig, Config, DataConfig
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.dist.jobs import Job
 from grappa_dist.dist.trackers import check_trackers
+from grappa_dist.observe import counted
 from grappa_dist.ops.placement import in_words, sets_per_job
 from grappa_dist.stages.adapt_plan import ranks_of
 from grappa_dist.stages.adapting import AdaptJob, train_adaptors
@@ -74,7 +75,8 @@ def train_sets(run: Run, sets: Sequence[AdaptSet], images: ImageShards, bad: NDA
         images, bad, config.data, config.adapt.global_batch, config.seed, config.resources.decode_threads
     )
     whole = AdaptJob(tuple(missing), training, config.backbone, config.adapt, config.resources.trackers)
-    with run.console.stage("adapt", f"{len(missing)} adaptor sets of {training.num_steps(config.adapt.epochs)} steps"):
+    what = f"{counted(len(missing), 'adaptor set')} of {training.num_steps(config.adapt.epochs)} steps"
+    with run.console.stage("adapt", what):
         whole = replace(whole, sharing=run.runner.sharing, compiled=config.resources.compile == "auto")
         jobs = [replace(whole, sets=members) for members in group(sets, _per_job(run, whole, not_begun(sets)))]
         workers = run.runner.num_workers

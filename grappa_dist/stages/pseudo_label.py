@@ -18,6 +18,7 @@ from grappa_dist.dist.methods import Clustering, Method, Told
 from grappa_dist.dist.search import Rows, raise_together
 from grappa_dist.dist.share import Share, join_rows
 from grappa_dist.dist.workers import RankContext
+from grappa_dist.observe import counted
 from grappa_dist.ops.choice import FLAT, Choice, Size, choose
 from grappa_dist.ops.seeding import LARGER_ROUNDS_ABOVE
 from grappa_dist.ops.together import groups
@@ -119,7 +120,7 @@ def pseudo_label(
     names = tuple(shard.name for shard in images.shards)
     job = LabelJob(features, names, bad, missing, run.config.clustering, run.config.seed)
     ranks = min(run.runner.num_workers, len(images.shards))
-    what = f"K = {', '.join(map(str, missing))}, {len(images)} rows in {ranks} workers"
+    what = f"K = {', '.join(map(str, missing))}, {len(images)} rows in {counted(ranks, 'worker')}"
     with run.console.stage("pseudo_label", what):
         for line in choices_in_words(run.config.clustering, list(missing), len(images)):
             run.console.say(f"pseudo_label: {line}")

@@ -94,6 +94,7 @@ def _content(run: Run, flow: Flow, rows: list[ScoreRow]) -> ReportContent:
     return ReportContent(
         title=run.config.name,
         rows=rows,
+        has_test=_has_test(flow),
         label_free=[*_view_figures(insights), *neighbour_figures(flow.fusions, len(flow.train))],
         attention={m: i["attention"] for m, i in insights.items() if "attention" in i},
         entropy={m: i["entropy"] for m, i in insights.items() if "entropy" in i},
@@ -221,9 +222,11 @@ def _facts(run: Run, flow: Flow, logs: Mapping[str, Steps]) -> dict[str, str]:
     for event in read_events(run.store.root / EVENTS_FILE):
         if event["name"] == "stage_ends":
             seconds[event["stage"]] = seconds.get(event["stage"], 0.0) + event["seconds"]
+    tested = f"{len(flow.test)} test" if _has_test(flow) else ""
+    ignored = [f"{_ignored(flow.train)} training", *([f"{_ignored(flow.test)} test"] if tested else [])]
     facts = {
-        "images": f"{len(flow.train)} training, {len(flow.test)} test",
-        "members of the tars that are no images": f"{_ignored(flow.train)} training, {_ignored(flow.test)} test",
+        "images": f"{len(flow.train)} training, {tested or f'no test set: {len(flow.test)} of these were looked at'}",
+        "members of the tars that are no images": ", ".join(ignored),
         "backbone": run.config.backbone.name,
         "seed": str(run.config.seed),
         "time by stage (all attempts)": ", ".join(f"{stage} {duration(s)}" for stage, s in seconds.items()),

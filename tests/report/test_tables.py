@@ -52,6 +52,13 @@ def test_gains_over_the_backbone_are_signed_points() -> None:
     assert "-5.0" in gains
 
 
+def test_gains_are_the_differences_of_the_scores_shown() -> None:
+    text = console_table([row("backbone", "t", 0.58251), row("average", "t", 0.58249)])
+    assert "58.3*/29.1" in text
+    assert "58.2/29.1" in text
+    assert text.split("gained over")[1].split("recall")[0].split()[-2:] == ["average", "-0.1"]
+
+
 def test_six_tasks_with_long_names_fit_a_terminal_and_columns_line_up() -> None:
     lines = table([f"a_task_with_quite_a_long_name_{i}" for i in range(6)]).splitlines()
     assert max(map(len, lines)) <= 120
@@ -66,7 +73,8 @@ def test_many_tasks_go_below_each_other() -> None:
 
 
 def test_no_rows_give_a_sentence() -> None:
-    assert "No labels" in console_table([])
+    assert "No labels in the test set" in console_table([])
+    assert console_table([], has_test=False).startswith("No test set, so no retrieval scores")
 
 
 def test_control_characters_of_a_task_never_reach_the_terminal() -> None:
