@@ -35,6 +35,7 @@ from grappa_dist.stages.fuse import fuse
 from grappa_dist.stages.fuse_plan import least_bytes, unfused_in_words
 from grappa_dist.stages.galleries import weigh_galleries
 from grappa_dist.stages.mirror import artifacts_of, mirrored
+from grappa_dist.stages.modelling import build_backbone
 from grappa_dist.stages.partitions import judge_partitions
 from grappa_dist.stages.pseudo_label import label_rows, pseudo_label
 from grappa_dist.stages.reporting import bad_in_words, report
@@ -90,8 +91,9 @@ def check(config: Config, root: Path) -> str:
     A line per node.
 
     Raises:
-        ValueError: something is missing or damaged, saying what and where.
+        ValueError: something is missing or damaged, saying what and where, or the backbone cannot be built.
     """
+    build_backbone(config.backbone, pretrained=False)
     store, made = Store(root), list[Artifact]()
     cluster = Cluster(config.resources, Checks(root.absolute(), _nothing))
     if has_drawn(config.data, store):

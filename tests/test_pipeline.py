@@ -239,6 +239,15 @@ def test_with_one_partition_there_is_a_random_set_and_no_supervised_fusion(tmp_p
     assert flow.models["random-all"].sets == ["random 1"]
 
 
+def test_a_check_refuses_an_image_size_before_any_worker_starts(
+    tmp_path: Path, shards: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "Cluster", lambda *_: pytest.fail("workers start"))
+    backbone = {"name": "tests.models.tiny:create", "image_size": 20}
+    with pytest.raises(ValueError, match=r"backbone\.image_size=20 .* do not reach the last 4 of 20 pixels; .*=16$"):
+        pipeline.check(tiny.config(shards, backbone=backbone), tmp_path)
+
+
 def test_more_labels_than_images_are_refused(tmp_path: Path, shards: list[str]) -> None:
     with pytest.raises(ValueError, match=r"clustering\.num_labels=41 is more than the 40 training images"):
         flow_of(tmp_path, shards, clustering={"num_labels": (41,)})
