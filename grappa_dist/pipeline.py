@@ -35,7 +35,7 @@ from grappa_dist.stages.fuse import fuse
 from grappa_dist.stages.fuse_plan import least_bytes, unfused_in_words
 from grappa_dist.stages.galleries import weigh_galleries
 from grappa_dist.stages.mirror import artifacts_of, mirrored
-from grappa_dist.stages.modelling import build_backbone
+from grappa_dist.stages.modelling import build_backbone, check_ready
 from grappa_dist.stages.partitions import judge_partitions
 from grappa_dist.stages.pseudo_label import label_rows, pseudo_label
 from grappa_dist.stages.reporting import bad_in_words, report
@@ -65,6 +65,8 @@ def _run(context: Run, until: str | None = None) -> tuple[Path, list[ScoreRow]] 
             draw_collection(config.data, collection_of(store, config.data))
     train, test = open_images(config.data, store, config.resources, say=console.say)
     flow = lay_out(config, store, train, test)
+    if not all(features.complete for features in flow.features):
+        check_ready(config.backbone)
     context.runner.require(checks_of(config, store, flow))
     with mirrored(config.mirror, flow, console):
         _announce(console, flow, has_test=config.has_test)
@@ -94,6 +96,7 @@ def check(config: Config, root: Path) -> str:
         ValueError: something is missing or damaged, saying what and where, or the backbone cannot be built.
     """
     build_backbone(config.backbone, pretrained=False)
+    check_ready(config.backbone)
     store, made = Store(root), list[Artifact]()
     cluster = Cluster(config.resources, Checks(root.absolute(), _nothing))
     if has_drawn(config.data, store):

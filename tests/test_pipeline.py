@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import urllib.error
+import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +14,7 @@ import pytest
 
 import grappa_dist
 from grappa_dist import pipeline
+from grappa_dist._compat import declare_torchvision_ops
 from grappa_dist.artifacts import Artifact, Store
 from grappa_dist.config import AdaptConfig, BackboneConfig, Config, DataConfig, FuseConfig
 from grappa_dist.data.shards import ImageShards
@@ -20,6 +23,7 @@ from grappa_dist.stages.adapt import adaptors_of
 from grappa_dist.stages.flow import Flow
 from grappa_dist.stages.fuse import fusion_of
 from grappa_dist.stages.mirror import artifacts_of
+from grappa_dist.stages.modelling import check_ready
 from tests.stages import tiny
 
 BOTH = {"variants": ("average", "transforms", "neighbours")}
@@ -246,6 +250,29 @@ def test_a_check_refuses_an_image_size_before_any_worker_starts(
     backbone = {"name": "tests.models.tiny:create", "image_size": 20}
     with pytest.raises(ValueError, match=r"backbone\.image_size=20 .* do not reach the last 4 of 20 pixels; .*=16$"):
         pipeline.check(tiny.config(shards, backbone=backbone), tmp_path)
+
+
+def test_weights_that_cannot_be_had_are_missed_before_any_worker_is_asked(
+    tmp_path: Path, shards: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(request: urllib.request.Request, timeout: float) -> None:
+        raise urllib.error.URLError("no network")
+
+    declare_torchvision_ops()
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    settings = tiny.config(shards, backbone={"name": "timm:vit_small_patch16_224.dino", "kwargs": {}})
+    here = tiny.Here()
+    with pytest.raises(
+        ValueError, match=r"the weights of backbone\.name=timm:vit_small_patch16_224\.dino are not in the"
+    ):
+        pipeline._run(tiny.run_in(settings, tmp_path / "run", here))
+    assert here.asked == []
+    monkeypatch.setenv("RAY_ADDRESS", "elsewhere:6379")  # whose machines have caches of their own
+    check_ready(settings.backbone)
 
 
 def test_more_labels_than_images_are_refused(tmp_path: Path, shards: list[str]) -> None:

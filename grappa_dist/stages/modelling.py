@@ -21,6 +21,7 @@ from grappa_dist.data.transforms import Preprocess
 from grappa_dist.dist.workers import let_go
 from grappa_dist.files import replacing
 from grappa_dist.models import Backbone, Grappa, Pixels, check_image_size, create_backbone
+from grappa_dist.models.backbone import check_name, check_weights
 
 ADAPTORS_FILE, FUSION_FILE = "adaptors.safetensors", "grappa.safetensors"
 FORMAT = 1  # of an exported model
@@ -114,6 +115,17 @@ def build_backbone(config: BackboneConfig, *, pretrained: bool = True) -> Backbo
     found = create_backbone(config.name, config.kwargs, pixels, checkpoint=config.checkpoint, pretrained=pretrained)
     check_image_size(found, config.name, config.kwargs)
     return found
+
+
+def check_ready(config: BackboneConfig) -> None:
+    """Looks for the weights before workers start, where these are on this machine.
+
+    Raises:
+        ValueError: they are not in the cache and cannot be downloaded.
+    """
+    if config.checkpoint is None and not os.environ.get("RAY_ADDRESS"):  # other machines have caches of their own
+        check_name(config.name)
+        check_weights(config.name)
 
 
 def build(spec: ModelSpec, device: torch.device) -> nn.Module:

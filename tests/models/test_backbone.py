@@ -27,11 +27,12 @@ def saved(model: nn.Module, path: Path) -> str:
     return str(path)
 
 
-def refused(words: str, name: str, kwargs: dict[str, Any] | None = None, **options: Any) -> None:
-    """Is refused in one line that has the words."""
+def refused(words: str, name: str, kwargs: dict[str, Any] | None = None, **options: Any) -> str:
+    """Is refused in one line that has the words, and returned."""
     with pytest.raises(ValueError, match=re.escape(words)) as caught:
         create_backbone(name, kwargs or {}, {}, **options)
     assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 def test_an_unknown_timm_model_is_refused_with_names_near_it() -> None:
@@ -76,7 +77,10 @@ def test_a_file_of_something_else_is_refused(name: str, suffix: str, tmp_path: P
     path = tmp_path / f"weights{suffix}"
     path.write_bytes(b"hello, these are no weights")
     kwargs = tiny.TIMM_KWARGS if name == tiny.TIMM else {}
-    refused(f"backbone.checkpoint='{path}' does not fit", name, kwargs, checkpoint=str(path))
+    words = (
+        f"backbone.checkpoint='{path}' cannot be read as weights: expected an undamaged .safetensors file, or a PyTorch"
+    )
+    assert "weights_only" not in refused(words, name, kwargs, checkpoint=str(path))
 
 
 class Hostile:
@@ -92,7 +96,7 @@ def test_a_checkpoint_that_would_run_code_runs_none(name: str, tmp_path: Path) -
     path, marker = tmp_path / "weights.pth", tmp_path / "it ran"
     torch.save({"state_dict": Hostile(marker)}, path)
     kwargs = tiny.TIMM_KWARGS if name == tiny.TIMM else {}
-    refused(f"backbone.checkpoint='{path}' does not fit", name, kwargs, checkpoint=str(path))
+    refused(f"backbone.checkpoint='{path}' cannot be read as weights", name, kwargs, checkpoint=str(path))
     assert not marker.exists()
 
 
