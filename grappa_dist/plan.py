@@ -13,6 +13,7 @@ from grappa_dist.models.backbone import check_name
 from grappa_dist.observe import counted
 from grappa_dist.ops.correlation import by_rows, rows_are_cheaper, whole
 from grappa_dist.stages.adapt_plan import adapt_in_words, jobs_in_words, known_workers, may_have_gpus, ranks_of
+from grappa_dist.stages.backbone_plan import backbone_in_words, known_width
 from grappa_dist.stages.collect import collection_sizes, has_drawn, open_images
 from grappa_dist.stages.flow import Flow
 from grappa_dist.stages.fuse_plan import projector_bytes, unfused_in_words
@@ -21,7 +22,7 @@ from grappa_dist.stages.pseudo_label import choices_in_words, num_labels
 from grappa_dist.stages.training import idle_in_words, steps_per_epoch
 
 CLASSIFIER_PRODUCTS = 4  # of images and classes: scores, pull, scores again, gradient
-DIM = 384  # channels that sizes are told for: the backbone is not built for a plan
+DIM = 384  # channels that sizes are told for where the backbone's are not known: one's own is not built for a plan
 KMEANS_BYTES = 56  # of an entry of a centroid, at most; docs/scale.md
 CORE_FLOPS = 3.7e10  # a core's rate in the classifier, Adam included; measured, docs/scale.md
 
@@ -35,6 +36,7 @@ def plan(config: Config, root: Path) -> str:
 def _table(config: Config, root: Path) -> str:
     store = Store(root)
     lines = [f"run directory  {root}", f"workers        {_workers(config.resources)}"]
+    lines += [f"backbone       {line}" for line in backbone_in_words(config.backbone)]
     if has_drawn(config.data, store):
         train, test = open_images(config.data, store, config.resources, write_index=False)
         laid_out = lay_out(config, store, train, test)
@@ -44,7 +46,8 @@ def _table(config: Config, root: Path) -> str:
         flow, sizes = None, collection_sizes(config.data)
         lines.append(f"collect        {config.data.collection} draws {sizes['train']} + {sizes['test']} images")
     ks = num_labels(config.clustering, sizes["train"])
-    for name, text, artifacts in _stages(config, flow, sizes, ks):
+    dim = known_width(config.backbone, flow.features if flow else ()) or DIM
+    for name, text, artifacts in _stages(config, flow, sizes, ks, dim):
         makes = name != "fuse" or bool(on_pairs(config, len(ks)))
         lines.append(f"{name:<14} {text}; {_reuse(artifacts)}" if makes else f"{name:<14} {text}")
         if name == "pseudo_label":
@@ -53,7 +56,7 @@ def _table(config: Config, root: Path) -> str:
             lines += [f"{'':<14} {line}" for line in adapt_in_words(config, len(ks))]
         if idle := idle_in_words(config.data, _ranks_of(name, config.resources)):
             lines.append(f"{'':<14} {idle}")
-    return "\n".join([*lines, *_costs(config, sizes["train"], ks), _classifiers(config, ks)])
+    return "\n".join([*lines, *_costs(config, sizes["train"], ks, dim), _classifiers(config, ks, dim)])
 
 
 def _ranks_of(stage: str, where: Resources) -> int:
@@ -63,7 +66,7 @@ def _ranks_of(stage: str, where: Resources) -> int:
 
 
 def _stages(
-    config: Config, flow: Flow | None, sizes: dict[str, int], ks: tuple[int, ...]
+    config: Config, flow: Flow | None, sizes: dict[str, int], ks: tuple[int, ...], dim: int
 ) -> Iterable[tuple[str, str, list[Artifact]]]:
     adapt_steps = config.adapt.epochs * steps_per_epoch(sizes["train"], config.adapt.global_batch)
     features = list(flow.features) if flow else []
@@ -78,7 +81,7 @@ def _stages(
     models = 1 + len(ks) + len(config.fuse.variants) + config.adapt.supervised
     scores = list(flow.scores.values()) if flow else []
     looked_at = "images" if config.has_test else "training images, as there is no data.test"
-    what = f"{models} models on {sizes['test']} {looked_at}, {_size(4 * DIM * models * sizes['test'])} of features"
+    what = f"{models} models on {sizes['test']} {looked_at}, {_size(4 * dim * models * sizes['test'])} of features"
     yield "evaluate", what, scores
     yield (
         "report, model",
@@ -136,7 +139,7 @@ def _reuse(artifacts: list[Artifact]) -> str:
     return "all reused" if done == len(artifacts) else f"{done} of {len(artifacts)} reused"
 
 
-def _costs(config: Config, num_rows: int, ks: tuple[int, ...], dim: int = DIM) -> Iterable[str]:
+def _costs(config: Config, num_rows: int, ks: tuple[int, ...], dim: int) -> Iterable[str]:
     """Rough sizes at a stated dimension."""
     widths = [dim, *config.fuse.projector]
     projector = sum(a * b for a, b in pairwise(widths))
@@ -167,7 +170,7 @@ def _fuse_traffic(config: Config, projector: int) -> str:
     )
 
 
-def _classifiers(config: Config, ks: Sequence[int], dim: int = DIM) -> str:
+def _classifiers(config: Config, ks: Sequence[int], dim: int) -> str:
     """What the largest classifiers that a job may have take of one of its ranks."""
     ranks, adapt = ranks_of(config.resources, known_workers(config.resources)), config.adapt
     of_a_job = sorted(ks, reverse=True)[: 1 if adapt.sets_per_job == "auto" else adapt.sets_per_job]

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -157,12 +158,34 @@ def test_a_plan_tells_what_is_reused(tmp_path: Path) -> None:
     root = tmp_path / "run"
     flow = lay_out(settings, Store(root), ImageShards.open(settings.data.train, None), None)
     for artifact in (*flow.features, flow.labels[8]):
-        artifact.begin()
+        np.save(artifact.begin() / "rows.npy", np.zeros((1, 16), dtype=np.float32))
         artifact.commit()
     lines = lines_of(settings, root)
     assert "all reused" in lines["embed"]
     assert "1 of 2 reused" in lines["pseudo_label"]
     assert "0 of 2 reused" in lines["adapt"]
+
+
+def test_a_plan_tells_sizes_for_the_channels_that_are_known(tmp_path: Path) -> None:
+    paths = tiny.write_shards(tmp_path / "images")
+    timm = {"name": "timm:vit_tiny_patch16_224", "kwargs": models.TIMM_KWARGS, "image_size": 32}
+    lines = lines_of(tiny.config(paths, **SECTIONS, backbone=timm), tmp_path / "run")
+    said = "timm:vit_tiny_patch16_224: 24 channels; image_size=32, resize=crop, interpolation=bicubic"
+    assert lines["backbone"] == said
+    assert lines["rough bytes"].startswith("(at 24 channels) features 4 KiB,")
+    assert lines["classifier"].startswith("(at 24 channels)")
+    own = tiny.config(paths, **SECTIONS)
+    assert lines_of(own, tmp_path / "run")["rough bytes"].startswith("(at 384 channels)")
+    flow = lay_out(own, Store(tmp_path / "run"), ImageShards.open(own.data.train, None), None)
+    np.save(flow.features[0].begin() / "rows.npy", np.zeros((1, 16), dtype=np.float32))
+    flow.features[0].commit()
+    assert lines_of(own, tmp_path / "run")["rough bytes"].startswith("(at 16 channels)")
+
+
+def test_a_plan_refuses_an_image_size_that_a_model_of_timm_does_not_take(tmp_path: Path) -> None:
+    timm = {"name": "timm:vit_tiny_patch16_224", "kwargs": {}, "image_size": 100}
+    with pytest.raises(ValueError, match=r"backbone\.image_size=100 .* such as backbone\.image_size=96$"):
+        plan(tiny.config(tiny.write_shards(tmp_path / "images"), **SECTIONS, backbone=timm), tmp_path / "run")
 
 
 def test_a_plan_opens_with_every_setting(tmp_path: Path) -> None:
