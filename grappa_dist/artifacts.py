@@ -100,6 +100,11 @@ class Artifact:
                 raise ValueError(f"{path} {state}; remove {self.path} to have it made again")
 
 
+def numbered(role: str, artifacts: Iterable[Artifact]) -> dict[str, Artifact]:
+    """Several inputs of one role, by names in their order: "shard 0", "shard 1", ..."""
+    return {f"{role} {i}": artifact for i, artifact in enumerate(artifacts)}
+
+
 def wait_until_seen(artifacts: Iterable[Artifact], timeout_s: float = SEEN_S) -> None:
     """Waits for what other machines have finished: a network file system may show it here some time later.
 
@@ -161,6 +166,11 @@ class RowArrays:
 
     paths: tuple[str, ...]
     starts: tuple[int, ...]  # first row id of every shard and, last, the number of rows
+
+    @staticmethod
+    def of(paths: Iterable[Path], starts: NDArray[np.int64]) -> RowArrays:
+        """The files of the shards, in order, and their first row ids and, last, the number of rows."""
+        return RowArrays(tuple(map(str, paths)), tuple(starts.tolist()))
 
     def shard(self, index: int) -> NDArray[Any]:
         """The rows of one shard, (P, ...).

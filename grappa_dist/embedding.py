@@ -14,7 +14,7 @@ import torch
 from grappa_dist.artifacts import Artifact, Store, wait_until_seen
 from grappa_dist.config_file import read
 from grappa_dist.data.index import Shard
-from grappa_dist.data.losses import in_words
+from grappa_dist.data.losses import losses_in_words
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.files import write_json
 from grappa_dist.stages.collect import cache_of
@@ -61,7 +61,7 @@ def _embed(run: Run, spec: ModelSpec) -> Path:
     images = ImageShards.open(paths, run.store.root / "index", cache_of(run.config.resources))
     if not len(images):
         raise ValueError(f"--images {' '.join(paths)}: the shards hold no images (jpg, jpeg, png, webp)")
-    for line in in_words(images.shards):
+    for line in losses_in_words(images.shards):
         run.console.say(f"warning: {line}")
     features = features_of(run.store, spec, run.config.embed, images)
     embed(run, images, spec, features)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from grappa_dist.artifacts import Artifact, Store
+from grappa_dist.artifacts import Artifact, Store, numbered
 from grappa_dist.config import RANDOM, SUPERVISED, SUPERVISED_SET, UNTRAINED, Config
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.stages.adapt import adaptors_of
@@ -93,10 +93,10 @@ def _fusions(
         same = (store, variant, config.backbone, settled, config.data, config.seed)
         own = num_random(variant, len(sets))
         if own:
-            shards = {f"shard {i}": a for i, a in enumerate(features)}
-            fusions[variant] = fusion_of(*same, shards, {"bottleneck": config.adapt.bottleneck, "num_sets": own})
+            like = {"bottleneck": config.adapt.bottleneck, "num_sets": own}
+            fusions[variant] = fusion_of(*same, numbered("shard", features), like)
         else:
-            fusions[variant] = fusion_of(*same, {f"adaptors {i}": a for i, a in enumerate(sets)})
+            fusions[variant] = fusion_of(*same, numbered("adaptors", sets))
     if supervision is not None and supervision.fusion is not None:
         fusions[SUPERVISED] = supervision.fusion
     return fusions

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from grappa_dist.artifacts import Artifact, RowArrays, Store
-from grappa_dist.config import SUPERVISED, Config
+from grappa_dist.config import Config
 from grappa_dist.dist.cluster import Cluster
 from grappa_dist.dist.preflight import Checks, table
 from grappa_dist.export import export_model
@@ -19,7 +19,6 @@ from grappa_dist.layout import lay_out
 from grappa_dist.observe import Console, counted
 from grappa_dist.report.content import ScoreRow
 from grappa_dist.stages.adapt import adapt
-from grappa_dist.stages.adapt_plan import known_workers
 from grappa_dist.stages.collect import (
     collection_of,
     draw_collection,
@@ -30,14 +29,16 @@ from grappa_dist.stages.collect import (
 )
 from grappa_dist.stages.embed import bad_rows, embed, feature_rows
 from grappa_dist.stages.evaluate import Evaluation, evaluate
+from grappa_dist.stages.expected_workers import known_workers
 from grappa_dist.stages.flow import Flow
 from grappa_dist.stages.fuse import fuse
 from grappa_dist.stages.fuse_plan import least_bytes, unfused_in_words
 from grappa_dist.stages.galleries import weigh_galleries
+from grappa_dist.stages.label_files import label_rows
 from grappa_dist.stages.mirror import artifacts_of, mirrored
 from grappa_dist.stages.modelling import build_backbone, check_ready
 from grappa_dist.stages.partitions import judge_partitions
-from grappa_dist.stages.pseudo_label import label_rows, pseudo_label
+from grappa_dist.stages.pseudo_label import pseudo_label
 from grappa_dist.stages.reporting import bad_in_words, report
 from grappa_dist.stages.run import Run, running
 from grappa_dist.stages.supervise import adapt_supervised, fuse_supervised
@@ -82,8 +83,8 @@ def _run(context: Run, until: str | None = None) -> tuple[Path, list[ScoreRow]] 
 
 def checks_of(config: Config, store: Store, flow: Flow) -> Checks:
     """What the nodes are asked before the first stage that needs workers; a run that reuses everything asks none."""
-    on_pairs = [a for variant, a in flow.fusions.items() if variant != SUPERVISED and not a.complete]
-    need = least_bytes(config.fuse, known_workers(config.resources)) if on_pairs else 0
+    fuses = not all(artifact.complete for artifact in flow.on_pairs.values())
+    need = least_bytes(config.fuse, known_workers(config.resources)) if fuses else 0
     return Checks(store.root.absolute(), partial(read_a_little, ends_of(flow.train, flow.test)), need)
 
 
@@ -139,7 +140,7 @@ def _stages(context: Run, flow: Flow) -> Iterator[str]:
             adapt_supervised(context, labelled.adaptors, labelled.classes, train)
     yield "adapt"
 
-    fuse(context, flow.fusions, list(flow.adaptors.values()), labels, train, bad)
+    fuse(context, flow.on_pairs, list(flow.adaptors.values()), labels, train, bad)
     if labelled is not None and labelled.fusion is not None:
         fuse_supervised(context, labelled.fusion, list(flow.adaptors.values()), labelled.classes, train)
     yield "fuse"

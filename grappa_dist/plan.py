@@ -12,9 +12,10 @@ from grappa_dist.layout import lay_out, on_pairs
 from grappa_dist.models.backbone import check_name
 from grappa_dist.observe import counted
 from grappa_dist.ops.correlation import by_rows, rows_are_cheaper, whole
-from grappa_dist.stages.adapt_plan import adapt_in_words, jobs_in_words, known_workers, may_have_gpus, ranks_of
+from grappa_dist.stages.adapt_plan import adapt_in_words, jobs_in_words
 from grappa_dist.stages.backbone_plan import backbone_in_words, known_width
 from grappa_dist.stages.collect import collection_sizes, has_drawn, open_images
+from grappa_dist.stages.expected_workers import known_workers, may_have_gpus, ranks_of
 from grappa_dist.stages.flow import Flow
 from grappa_dist.stages.fuse_plan import projector_bytes, unfused_in_words
 from grappa_dist.stages.graph import graph_kind
@@ -77,7 +78,7 @@ def _stages(
     what = f"{jobs_in_words(config, len(ks))}, {adapt_steps} steps of {config.adapt.global_batch} images each"
     yield "adapt", what, list(flow.adaptors.values()) if flow else []
     yield from _supervision(config, flow, ks, adapt_steps)
-    yield "fuse", _fuse(config, ks, sizes["train"]), _on_pairs(flow) if flow else []
+    yield "fuse", _fuse(config, ks, sizes["train"]), list(flow.on_pairs.values()) if flow else []
     models = 1 + len(ks) + len(config.fuse.variants) + config.adapt.supervised
     scores = list(flow.scores.values()) if flow else []
     looked_at = "images" if config.has_test else "training images, as there is no data.test"
@@ -99,10 +100,6 @@ def _fuse(config: Config, ks: tuple[int, ...], num_rows: int) -> str:
     if any(map(seeks_neighbours, trained)):
         what += f", {graph_kind(config.fuse, num_rows)} k-NN graph"
     return f"{what}; {unfused}" if unfused else what
-
-
-def _on_pairs(flow: Flow) -> list[Artifact]:
-    return [artifact for variant, artifact in flow.fusions.items() if variant != SUPERVISED]
 
 
 def _workers(where: Resources) -> str:

@@ -29,7 +29,7 @@ def parse() -> argparse.Namespace:
 
 def work(asked: argparse.Namespace, ending: Ending) -> None:
     from grappa_dist.embedding import embed_images
-    from grappa_dist.stages.collect import run_root
+    from grappa_dist.stages.run import run_root
 
     ending.log_dir = root = run_root(asked.out, "embeddings")
     found = embed_images(Path(asked.model), asked.images, root, asked.overrides, gallery=asked.gallery)

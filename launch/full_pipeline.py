@@ -35,7 +35,7 @@ def parse() -> argparse.Namespace:
 
 def work(asked: argparse.Namespace, ending: Ending) -> None:
     from grappa_dist.config_file import load
-    from grappa_dist.stages.collect import run_root
+    from grappa_dist.stages.run import run_root
 
     config = load(asked.config, asked.overrides)
     root = run_root(asked.out or config.out, config.name)

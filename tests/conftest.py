@@ -7,8 +7,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.stores import Door, door_to, s3_server, upstream
+
+THREADS = torch.get_num_threads()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """As a rank or a worker of one CPU has, and whatever the module before has set.
+
+    Threads that wait for each other take several times as long over tensors this small, most of all on a busy machine.
+    """
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(THREADS)
+
+
+@pytest.fixture(scope="module")
+def two_threads(one_thread: None) -> None:
+    """For modules on what computes side by side."""
+    torch.set_num_threads(2)
 
 
 @dataclass

@@ -20,7 +20,7 @@ from grappa_dist.dist.comm import process_group
 # Forked from a server that has imported torch and started no thread, a rank is up in a tenth of a second, and unlike a
 # plain fork it inherits nothing of the test session.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed"])
+_CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "tests.preloaded"])
 
 
 def free_address() -> str:

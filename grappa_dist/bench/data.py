@@ -23,7 +23,7 @@ from PIL import Image
 
 from grappa_dist.bench.arguments import check_least
 from grappa_dist.bench.photos import drawn_shards, image_of, users_shards
-from grappa_dist.bench.timing import Timing, turns
+from grappa_dist.bench.timing import Timing, add_run, turns
 from grappa_dist.data.decoding import BadImage, Picture, Pixels, decode, open_picture
 from grappa_dist.data.loader import load_or_skip, read_batches
 from grappa_dist.data.progress import Tell
@@ -133,7 +133,7 @@ def _compare(images: ImageShards, view: str, settings: DataSettings, tell: Tell)
             tell(f"{view}, {'warm-up' if repeat == 0 else f'run {repeat} of {settings.repeats}'}: {name}")
             timing = _timed(sides[name], work.rows)
             if repeat:
-                runs[name] = runs[name].and_then(timing) if name in runs else timing
+                add_run(runs, name, timing)
     work.close()
     return ViewFindings(view, {name: Speed(name, work.rows, runs[name]) for name in sides})
 

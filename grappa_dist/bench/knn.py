@@ -22,10 +22,10 @@ from grappa_dist.bench.epoch import AT, EpochCost, measure_epoch
 from grappa_dist.bench.knn_scaling import Judge, Scaling, measure_scaling, scaling_text
 from grappa_dist.bench.rows import CLASSES, SUBCLASSES, TASKS, drawn_rows, read_rows
 from grappa_dist.bench.table import aligned, aligned_header
-from grappa_dist.bench.timing import Timing, timed, turns
+from grappa_dist.bench.timing import Timing, in_turns
 from grappa_dist.data.progress import Tell
 from grappa_dist.dist.comm import Comm
-from grappa_dist.dist.knn_judges import brute_force_knn, flat_index_knn
+from grappa_dist.dist.judges import brute_force_knn, flat_index_knn
 from grappa_dist.dist.listed_knn import Recall, listed_knn
 from grappa_dist.dist.sharded_knn import sharded_knn
 
@@ -138,13 +138,8 @@ def _compare(rows: np.ndarray, k: int, settings: KnnSettings, tell: Tell) -> Com
     sides |= {name: partial(work.judge, JUDGES[name]) for name in settings.judges}
     for run in sides.values():  # loads libraries, and lets them choose their ways
         run(rows[:_WARM_UP_ROWS])
-    runs: dict[str, Timing] = {}
-    lists: dict[str, np.ndarray] = {}
-    for repeat, order in enumerate(turns(list(sides), settings.repeats), start=1):
-        for name in order:
-            tell(f"k={k}, run {repeat} of {settings.repeats}: {name}")
-            lists[name], timing = timed(partial(sides[name], rows))
-            runs[name] = runs[name].and_then(timing) if name in runs else timing
+    of_all = {name: partial(run, rows) for name, run in sides.items()}
+    lists, runs = in_turns(of_all, settings.repeats, lambda text: tell(f"k={k}, {text}"))
     some = np.linspace(0, len(rows) - 1, min(len(rows), _COMPARED_ROWS)).astype(np.int64)
     true = lists[EXACT][some]
     found = {name: _found(lists[name][some], true, some) for name in sides}

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from grappa_dist.bench.processes import run_workers
-from grappa_dist.bench.timing import Timing, turns
+from grappa_dist.bench.timing import Timing, add_run, turns
 from grappa_dist.data.progress import Tell
 from grappa_dist.dist.comm import Comm
 from grappa_dist.dist.sharded_knn import sharded_knn
@@ -46,7 +46,7 @@ def measure_scaling(rows: np.ndarray, how: Scaling, judges: Mapping[str, Judge],
                 size, threads = (how.workers, 1) if name == SEVERAL else (1, how.workers)
                 told = run_workers(_clock, size, file, how.neighbours, threads, judges.get(name))
                 slowest = Timing((max(wall for wall, _ in told),), (sum(cpu for _, cpu in told),))
-                found[name] = found[name].and_then(slowest) if name in found else slowest
+                add_run(found, name, slowest)
     return found
 
 

@@ -16,7 +16,7 @@ from grappa_dist.bench.limit import wait_for
 from grappa_dist.bench.packing import PackingSettings
 from grappa_dist.bench.step import learning_model, made_up_images
 from grappa_dist.bench.table import aligned
-from grappa_dist.bench.timing import Timing, timed, turns
+from grappa_dist.bench.timing import Timing, add_run, timed, turns
 from grappa_dist.data.progress import Tell
 from grappa_dist.models import PackedGrappa
 from grappa_dist.models.packed import activation_bytes
@@ -58,7 +58,7 @@ def _measured(settings: PackingSettings) -> dict[str, Side]:
         for name in order:
             for _ in range(settings.steps):
                 _, timing = timed(steps[name])
-                timings[name] = timings[name].and_then(timing) if name in timings else timing
+                add_run(timings, name, timing)
     largest = gradients[WHOLE].abs().max()
     return {
         name: Side(

@@ -21,7 +21,7 @@ from grappa_dist.bench.limit import wait_for
 from grappa_dist.bench.photos import drawn_shards
 from grappa_dist.bench.processes import group_of_one, run_workers
 from grappa_dist.bench.table import aligned
-from grappa_dist.bench.timing import Timing, timed, turns
+from grappa_dist.bench.timing import Timing, add_run, timed, turns
 from grappa_dist.config import AdaptConfig, BackboneConfig, DataConfig
 from grappa_dist.data.progress import Tell
 from grappa_dist.data.shards import ImageShards
@@ -90,7 +90,7 @@ def _measured(comm: Comm, settings: PackingSettings, folder: Path) -> dict[str, 
             for name in order:
                 _, timing = timed(lambda name=name: [step() for step in sides[name]])  # type: ignore[misc]
                 per_step = Timing((timing.seconds / settings.steps,), (timing.cpu / settings.steps,))
-                found[name] = found[name].and_then(per_step) if name in found else per_step
+                add_run(found, name, per_step)
     return found
 
 
@@ -120,9 +120,9 @@ def _job(settings: PackingSettings, folder: Path) -> AdaptJob:
 def _labels(folder: Path, images: ImageShards, num_labels: int) -> RowArrays:
     paths = []
     for shard in range(len(images.shards)):
-        paths.append(str(folder / f"labels-{num_labels}-{shard}.npy"))
+        paths.append(folder / f"labels-{num_labels}-{shard}.npy")
         np.save(paths[-1], (np.array(images.shard_rows(shard)) % num_labels).astype(np.int32))
-    return RowArrays(tuple(paths), tuple(images.starts.tolist()))
+    return RowArrays.of(paths, images.starts)
 
 
 def _steps(job: AdaptJob, settings: PackingSettings) -> Callable[[], None]:

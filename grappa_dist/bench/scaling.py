@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from grappa_dist.bench.processes import run_workers
-from grappa_dist.bench.timing import Timing, anonymous_bytes, turns, watched_memory
+from grappa_dist.bench.timing import Timing, add_run, anonymous_bytes, turns, watched_memory
 from grappa_dist.dist.comm import Comm
-from grappa_dist.dist.search import Rows
+from grappa_dist.dist.rows import Rows
 from grappa_dist.dist.sharded_kmeans import KMeans, sharded_kmeans
 
 MORE_ROWS = 8
@@ -59,7 +59,7 @@ def measure_scaling(file: Path, starts: np.ndarray, iterations: int, *, workers:
             size = 1 if side == "one" else workers
             ranks = run_workers(_clock, size, file, starts, iterations)
             slowest = Timing((max(wall for wall, _ in ranks),), (sum(cpu for _, cpu in ranks),))
-            found[size] = found[size].and_then(slowest) if size in found else slowest
+            add_run(found, size, slowest)
     return Scaling(len(starts), workers, found[1], found[workers])
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 T = TypeVar("T")
+Name = TypeVar("Name")  # of a side, or what else tells it from others
 
 CAN_WATCH_MEMORY = sys.platform == "linux"  # reads /proc
 
@@ -59,8 +60,13 @@ def in_turns(
         for name in order:
             tell(f"run {repeat + 1} of {repeats}: {name}")
             results[name], timing = timed(sides[name])
-            timings[name] = timings[name].and_then(timing) if name in timings else timing
+            add_run(timings, name, timing)
     return results, timings
+
+
+def add_run(timings: dict[Name, Timing], side: Name, timing: Timing) -> None:
+    """Adds a run to those of its side."""
+    timings[side] = timings[side].and_then(timing) if side in timings else timing
 
 
 def turns(sides: Sequence[str], repeats: int) -> Iterator[list[str]]:

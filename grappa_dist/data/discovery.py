@@ -18,7 +18,7 @@ from grappa_dist.data.cache import CacheSettings
 from grappa_dist.data.checksums import check_unchanged, local_state
 from grappa_dist.data.index import COMMITTED, IMAGE_SUFFIXES, Shard, index_shard, version_of, write_rows
 from grappa_dist.data.index_files import read_index
-from grappa_dist.data.losses import in_words
+from grappa_dist.data.losses import losses_in_words
 from grappa_dist.data.notes import Notes, State
 from grappa_dist.data.remote import RemoteObject, is_remote
 from grappa_dist.data.remote_index import RemoteRows, committed_indexes, index_remote, list_remote
@@ -74,9 +74,10 @@ def find_shards(
 def _check_images(shards: Sequence[Shard], paths: Sequence[str | os.PathLike[str]]) -> None:
     if not any(shard.rows for shard in shards):
         ignored = sum(shard.ignored for shard in shards)
+        lost = "".join(f"; {line}" for line in losses_in_words(shards))
         raise ValueError(
             f"shards: no images in {', '.join(map(str, paths))} ({len(shards)} tars, {ignored} other members); "
-            f"expected members <key>.{'|'.join(IMAGE_SUFFIXES)}{''.join(f'; {line}' for line in in_words(shards))}"
+            f"expected members <key>.{'|'.join(IMAGE_SUFFIXES)}{lost}"
         )
 
 

@@ -20,8 +20,9 @@ from torch import Tensor
 from grappa_dist.dist.comm import Comm
 from grappa_dist.dist.lloyd import Progress, Updates, lloyd
 from grappa_dist.dist.row_labels import LabelPasses, RowLabels, Settled, exactly
+from grappa_dist.dist.rows import Rows
 from grappa_dist.dist.sampling import Draw
-from grappa_dist.dist.search import Rows, nearest
+from grappa_dist.dist.search import nearest
 from grappa_dist.dist.sharded_kmeans import KMeans, kmeans
 from grappa_dist.dist.share import BLOCK_ROWS, Share
 from grappa_dist.ops.exact import exact_square
@@ -117,7 +118,6 @@ class Agreement:
 
     rows: int
     same: int
-    excess: float  # by what share the squared distances of these rows exceed the exact ones
 
     @property
     def share(self) -> float:
@@ -127,10 +127,8 @@ class Agreement:
 def agreement(share: Share, rows: RowLabels, centroids: Tensor, seed: int) -> Agreement:
     """Measured on up to `AGREEMENT_ROWS` rows of all ranks, by comparing them with every centroid."""
     draw = Draw.of(share, AGREEMENT_ROWS, seed, len(centroids), _AGREEMENT)
-    told = torch.zeros(4, dtype=torch.int64)  # 4,096 squared distances add up to less than 2**63
+    told = torch.zeros(2, dtype=torch.int64)
     for settled in share.each(exactly(share, centroids), draw.blocks()):
         same = rows.labels[settled.positions] == settled.found.labels.cpu()
-        ours, exact = rows.squares[settled.positions].sum(), settled.found.squares.sum().cpu()
-        told += torch.stack([torch.tensor(len(same)), same.sum(), ours, exact])
-    num, same_rows, ours_sum, exact_sum = share.total(told).tolist()
-    return Agreement(num, same_rows, ours_sum / exact_sum - 1 if exact_sum else 0.0)
+        told += torch.stack([torch.tensor(len(same)), same.sum()])
+    return Agreement(*share.total(told).tolist())

@@ -68,7 +68,7 @@ class Families:
                 yield i, self.order[start : min(after, start + self.share.block_rows)]
 
     def of_children(self) -> Iterator[tuple[int, slice]]:
-        """The coarse clusters that have children, and their labels."""
+        """Each coarse cluster that has sub-clusters, and the labels of these."""
         for i, (first, after) in enumerate(zip(self.children, self.children[1:], strict=False)):
             if after > first:
                 yield i, slice(first, after)

@@ -1,4 +1,5 @@
-"""faiss's own k-means, the judge of ours in launch/bench.py: from the same first centroids to labels.
+"""faiss alone, as the judge in launch/bench.py: its k-means, from the same first centroids to labels, and its searches
+for all nearest neighbours. Nothing else may use them.
 
 `faiss.Kmeans(use_super_kmeans=True)` is no judge: faiss 1.15 accepts the field and runs plain k-means (only inverted
 files read it). What prunes is the class `faiss.SuperKmeans`, and that takes no initial centroids: it always starts from
@@ -74,6 +75,22 @@ def seed_by_faiss(rows: np.ndarray, num_labels: int, seed: int) -> np.ndarray:
 def nearest_labels(rows: np.ndarray, centroids: np.ndarray) -> np.ndarray:
     """Labels (P,) by float32 search."""
     return _faiss().knn(rows, centroids, 1)[1][:, 0]
+
+
+def brute_force_knn(rows: np.ndarray, k: int, threads: int) -> np.ndarray:
+    """The k nearest rows of each row, itself among them, by faiss.knn: indices (P, k)."""
+    set_threads(threads)
+    found: np.ndarray = _faiss().knn(rows, rows, k, metric=_faiss().METRIC_INNER_PRODUCT)[1]
+    return found
+
+
+def flat_index_knn(rows: np.ndarray, k: int, threads: int) -> np.ndarray:
+    """The same by an IndexFlatIP, which is filled within the call."""
+    set_threads(threads)
+    index = _faiss().IndexFlatIP(rows.shape[1])
+    index.add(rows)
+    found: np.ndarray = index.search(rows, k)[1]
+    return found
 
 
 def _plain(rows: np.ndarray, initial: np.ndarray, iterations: int, seed: int) -> Judgement:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grappa_dist.dist.search import on_grid
+from grappa_dist.dist.rows import as_tensor, on_grid
 from grappa_dist.dist.threads import side_by_side
 from grappa_dist.dist.trial import products_pay
 from grappa_dist.ops.exact import exact_square, to_grid
@@ -36,7 +36,10 @@ class _Facts:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Own rows by blocks of about one size, each read and put on the grid when asked for, or kept as it is then."""
+    """The rows of one rank, cut into blocks of about one size.
+
+    A block is read and put on the grid whenever it is asked for; the first ones may be kept on the device instead.
+    """
 
     features: np.ndarray  # (P, D) float32
     ids: np.ndarray  # (P,) int64, ascending
@@ -79,10 +82,8 @@ class Blocks:
         if number < len(self.kept):
             return self.kept[number]
         some = self._places(number)
-        rows = self.features[some]
-        plain = bool(self.facts) and number < len(self) and self.facts[number].plain and rows.flags.writeable
-        x = torch.from_numpy(rows if plain else np.array(rows)).reshape(-1, self.dim)
-        x = x.to(self.device)
+        plain = number < len(self.facts) and self.facts[number].plain
+        x = as_tensor(self.features[some]).reshape(-1, self.dim).to(self.device)
         return Block(x if plain else to_grid(x), torch.from_numpy(np.array(self.ids[some])).to(self.device))
 
     def side(self, number: int) -> Side:

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from grappa_dist.dist.coarse import Coarse
-from grappa_dist.dist.comm import Comm
+from grappa_dist.dist.comm import Comm, wire_device
 from grappa_dist.dist.knn_blocks import Blocks
 from grappa_dist.dist.list_search import ListSearch
+from grappa_dist.dist.rows import Rows
 from grappa_dist.dist.sampling import Draw
-from grappa_dist.dist.search import Rows, wire_device
 from grappa_dist.dist.sharded_knn import join_blocks, sharded_knn
 from grappa_dist.dist.share import Share, join_rows
 from grappa_dist.dist.threads import side_by_side
@@ -77,7 +77,6 @@ def listed_knn(
     *,
     floor: float,
     key: tuple[int, int],
-    halves: bool | None = None,
     tell: Callable[[str], None] = lambda text: None,
 ) -> Graph:
     """As `sharded_knn`, but of each row's candidates only: the rows of its p nearest lists.
@@ -97,7 +96,7 @@ def listed_knn(
             and there are more rows than are compared exactly.
     """
     cpu = torch.device("cpu")
-    blocks = join_blocks(comm, features, ids, k, block_rows=MOST_ROWS, device=cpu, halves=halves)
+    blocks = join_blocks(comm, features, ids, k, block_rows=MOST_ROWS, device=cpu)
     _check_order(comm, ids)
     share = join_rows(comm, Rows([features], [np.ones(len(features), dtype=bool)]), device=cpu)
     told = Recall.exact()
@@ -107,7 +106,7 @@ def listed_knn(
             return Graph(found.ids.numpy(), to_scores(found).numpy(), last)
         _allow_exact(share.num_good, floor, last, tell)
         told = replace(told, lists=last.lists, probes=last.lists, widened=last.widened)
-    return Graph(*sharded_knn(comm, features, ids, k, halves=halves), told)
+    return Graph(*sharded_knn(comm, features, ids, k), told)
 
 
 def _through_lists(

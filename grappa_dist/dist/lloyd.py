@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grappa_dist.dist.search import on_grid
+from grappa_dist.dist.rows import on_grid
 from grappa_dist.dist.sharded_seeding import Seeded
 from grappa_dist.dist.share import Share
 from grappa_dist.ops.exact import GRID

@@ -8,8 +8,7 @@ from typing import TypeVar
 
 import torch
 
-from grappa_dist.dist.comm import Comm
-from grappa_dist.dist.search import wire_device
+from grappa_dist.dist.comm import Comm, wire_device
 from grappa_dist.dist.workers import RankContext, Stopped
 
 _END = object()
@@ -29,12 +28,13 @@ def beside_others(
     """This rank's pieces of work; ends when those of every rank have. All ranks call it, and use it up, together.
 
     A rank that waits in one collective gives up after `resources.collective_timeout_s`, however well the others get on.
-    So ranks add up how many are through over and over, beside their work: a round lasts as long as the slowest piece
-    of it, whoever still works never waits, and whoever is through waits for one round at a time.
+    So the ranks add up, over and over and in the background, how many of them have done all of their pieces. A rank
+    that has pieces left works on while such a sum is under way, and begins the next one after the piece in which it
+    came. A rank that has none left waits for the sum, which takes no longer than the slowest piece of the others.
 
     Args:
         pieces: does a piece of the work each time it is asked; it is closed when this ends or raises.
-        stop_requested: asked once a round.
+        stop_requested: asked before each sum.
 
     Raises:
         Stopped: on all ranks, after the pieces under way, when any was asked to stop.

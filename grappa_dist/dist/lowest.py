@@ -23,7 +23,7 @@ Pieces = Callable[[], Iterator[tuple[Tensor, Tensor]]]
 
 @dataclass(frozen=True)
 class Cut:
-    """Which rows are taken: those up to a key and, of that very key, up to a place."""
+    """Which rows of each group are taken: those with a lower key, and those with that very key up to a place."""
 
     keys: Tensor  # (G,) int64, -1 where none is taken
     places: Tensor  # (G,) int64

@@ -43,7 +43,8 @@ def advance_together(wanted: Sequence[tuple[BoundedPasses, Tensor]]) -> list[Cen
 
 @dataclass
 class BoundedPasses:
-    """Passes over a share's rows that keep what they learn: bounds per row, and sums that only moved rows change."""
+    """An exact k-means between its passes over the rows: labels, bounds of distances that spare most of the search, and
+    what the rows of a label add up to, which only rows that change their label change."""
 
     share: Share
     groups: Groups

@@ -1,4 +1,4 @@
-"""Labels and distances of this rank's rows, by position and outside of the process's own memory; passes that set them.
+"""The labels of this rank's rows with their distances to the centroids, and the passes over the rows that set them.
 
 Shapes: n rows of this rank, P of one block, K centroids, D dimensions.
 """
@@ -27,7 +27,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class RowLabels:
-    """Of all rows of this rank, by position."""
+    """Of all rows of this rank, by position; in scratch, outside of the process's own memory."""
 
     labels: Tensor  # (n,) int32, -1 for bad rows and before the first pass
     squares: Tensor  # (n,) int64, exact squared distance to the centroid of the label, in units of 2**-48
@@ -65,7 +65,7 @@ class RowLabels:
 
 @dataclass(frozen=True)
 class Settled:
-    """What was found for some rows."""
+    """Some rows, and the nearest centroids that a search found for them."""
 
     positions: Tensor  # (P,) in host memory
     x: Tensor  # (P, D) grid rows
@@ -75,7 +75,10 @@ class Settled:
 
 @dataclass
 class LabelPasses:
-    """Passes by any search: labels, distances, and sums that only moved rows change."""
+    """A clustering between its passes over the rows, by any search: labels, and what the rows of a label add up to.
+
+    The sums are not made anew in each pass: rows that change their label are taken from one sum and added to another.
+    """
 
     share: Share
     rows: RowLabels
@@ -100,7 +103,8 @@ class LabelPasses:
 
 
 def find_labels(share: Share, work: Callable[[Item], Settled], items: Iterable[Item]) -> tuple[RowLabels, Tensor]:
-    """Labels by what `work` finds, without sums; and of all ranks the undecided rows and the distances computed."""
+    """Labels as `work` finds them, in one pass that adds nothing up; and of all ranks, (2,), how many rows floats left
+    undecided and how many distances were computed."""
     rows, told = RowLabels.of(share), torch.zeros(2, dtype=torch.int64)
     for settled in share.each(work, items):
         _keep(rows, settled)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from grappa_dist.dist.lowest import Cut, lowest
+from grappa_dist.dist.rows import Rows
 from grappa_dist.dist.scratch import scratch
-from grappa_dist.dist.search import Rows
 from grappa_dist.dist.share import Share, join_rows
 from grappa_dist.ops.hashing import HASH_BITS, RACE_BITS, race_keys, row_hashes
 
@@ -33,13 +33,14 @@ class Draw:
         """All of them alike; or without replacement by `weights` (n,) int64, of which those of 0 are never drawn."""
         groups = scratch((len(share.rows),), torch.int32).fill_(-1)
         keys = scratch((len(share.rows),), torch.int64)
+        largest = 0 if weights is None else _largest(share, weights)
         for positions in share.good_positions():
             hashes = row_hashes(positions + share.first, *key)
             if weights is None:
                 groups[positions], keys[positions] = 0, hashes
             else:
                 groups[positions] = torch.where(weights[positions] > 0, 0, -1).int()
-                keys[positions] = race_keys(hashes, weights[positions])
+                keys[positions] = race_keys(hashes, weights[positions], largest)
         bits = HASH_BITS if weights is None else RACE_BITS
         return Draw(share, groups, keys, lowest(share, groups, keys, torch.tensor([num]), bits=bits))
 
@@ -58,6 +59,11 @@ class Draw:
 
     def __len__(self) -> int:
         return sum(map(len, self.positions()))
+
+
+def _largest(share: Share, weights: Tensor) -> int:
+    own = weights.max() if len(weights) else torch.tensor(0)
+    return int(torch.cat(share.gather(own[None])).max())
 
 
 def sampled_share(share: Share, num: int, *key: int) -> Share:

@@ -1,4 +1,4 @@
-"""Float searches on what this machine has, and the rows a rank holds.
+"""Float searches on what this machine has.
 
 A search only proposes (ops/nearest.py, ops/knn.py decide), so which library answers, with how many threads, cannot
 change a result: faiss on the CPU, faiss on a GPU where it was built for one, torch on a GPU where it was not.
@@ -6,25 +6,14 @@ change a result: faiss on the CPU, faiss on a GPU where it was built for one, to
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cache, cached_property
-from itertools import pairwise
+from functools import cache
 from typing import Any
 
-import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from grappa_dist.dist.comm import Comm
-from grappa_dist.ops.exact import GRID, LARGEST, to_grid
-from grappa_dist.ops.kmeans import NORM_LIMIT
 from grappa_dist.ops.knn import largest_in_floats
-from grappa_dist.ops.proposals import joined, nearest_in_floats
-
-_RUN = 32  # rows of a run of neighbours, on the average: fewer are copied together rather than viewed one by one
-_GRID_ROWS = 128  # looked at in a core's cache
+from grappa_dist.ops.proposals import nearest_in_floats
 
 
 def nearest(x: Tensor, targets: Tensor, t: int) -> tuple[Tensor, Tensor]:
@@ -68,189 +57,3 @@ def _gpu_resources() -> Any:
     import faiss
 
     return faiss.StandardGpuResources()
-
-
-def wire_device(comm: Comm) -> torch.device:
-    """Where a tensor must live to travel between the ranks: NCCL only takes those of a GPU."""
-    if comm.size > 1 and dist.get_backend() == "nccl":
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
-
-
-def said_by_rank_0(comm: Comm, text: str) -> str:
-    """The text of rank 0, on all ranks; other nodes may see its files some time later."""
-    own = text.encode() if comm.rank == 0 else b""
-    parts = comm.gather(torch.tensor(list(own), dtype=torch.uint8, device=wire_device(comm)))
-    return bytes(parts[0].tolist()).decode()
-
-
-def raise_together(comm: Comm, problem: str) -> None:
-    """Raises the first rank's problem on every rank, so that none waits for one that has given up; "" is none."""
-    text = torch.tensor(list(problem.encode()), dtype=torch.uint8, device=wire_device(comm))
-    for part in comm.gather(text):
-        if len(part):
-            raise ValueError(bytes(part.tolist()).decode())
-
-
-@dataclass(frozen=True)
-class Scanned:
-    """What a look at some rows of a shard found."""
-
-    shard: int
-    problem: str  # the first row at fault, "" for none
-    plain: bool  # they can be used as they lie there: all are on the grid, good or not
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The rows of one rank: unit rows in (memory-mapped) shards, in the order of the job's list of shards."""
-
-    shards: Sequence[np.ndarray]  # each (P, D) float32
-    good: Sequence[np.ndarray]  # each (P,) bool; the others keep their place but take no part
-    names: Sequence[str] = ()  # of the shards, for errors; by default their position
-
-    def __len__(self) -> int:
-        return sum(len(shard) for shard in self.shards)
-
-    @property
-    def num_good(self) -> int:
-        return sum(int(good.sum()) for good in self.good)
-
-    @cached_property
-    def starts(self) -> np.ndarray:
-        """Position of the first row of every shard and, last, the number of rows."""
-        return np.cumsum([0, *(len(shard) for shard in self.shards)])
-
-    def positions(self, block_rows: int, threads: int = 1) -> Iterator[Tensor]:
-        """Positions of the good rows among the rank's rows, ascending, (P,) int64 by blocks; no row is read.
-
-        Blocks are of about the same size, span shards, and are as many as share out evenly over the threads.
-        """
-        step = _even_step(self.num_good, block_rows, threads)
-        left = np.zeros(0, dtype=np.int64)
-        for first, good in zip(self.starts.tolist(), self.good, strict=False):
-            for start in range(0, len(good), step):
-                found = np.flatnonzero(good[start : start + step]) + (first + start)
-                left = np.concatenate([left, found])
-                if len(left) >= step:
-                    yield torch.from_numpy(left[:step])
-                    left = left[step:]
-        if len(left):
-            yield torch.from_numpy(left)
-
-    def at(self, positions: Tensor, plain: Sequence[bool] = ()) -> Tensor:
-        """Grid rows (P, D) at some ascending positions, at least one."""
-        return joined(self.pieces(positions, plain))
-
-    def pieces(self, positions: Tensor, plain: Sequence[bool] = ()) -> list[Tensor]:
-        """The same in pieces (p, D), in order.
-
-        Neighbours in one plain shard are a view: a memory map is read where somebody looks at it, and only there. A bad
-        row now and then only makes more views; rows that are mostly no neighbours are copied, once, into one piece.
-        """
-        wanted = positions.numpy()
-        first, last = (np.searchsorted(self.starts, wanted[[0, -1]], side="right") - 1).tolist()
-        edges = np.searchsorted(wanted, self.starts[first : last + 2])  # in `wanted`, of each shard
-        breaks = np.flatnonzero(np.diff(wanted) != 1) + 1
-        if len(breaks) * _RUN > len(wanted):
-            return [self._copied(wanted, first, edges, plain)]
-        cuts = np.unique(np.concatenate([edges, breaks]))
-        shards = np.searchsorted(self.starts, wanted[cuts[:-1]], side="right") - 1
-        parts = []
-        for i, a, b in zip(shards.tolist(), cuts[:-1].tolist(), cuts[1:].tolist(), strict=True):
-            start = int(wanted[a] - self.starts[i])
-            rows = _tensor(self.shards[i][start : start + b - a])
-            parts.append(rows if plain and plain[i] else to_grid(rows))
-        return parts
-
-    def _copied(self, wanted: np.ndarray, first: int, edges: np.ndarray, plain: Sequence[bool]) -> Tensor:
-        """Grid rows (P, D) in one piece, those from an edge to the next from shard `first` and so on."""
-        found = np.empty((len(wanted), self.shards[first].shape[1]), dtype=np.float32)
-        for i, (a, b) in enumerate(pairwise(edges.tolist()), start=first):
-            if b > a:
-                some = wanted[a:b] - self.starts[i]
-                np.take(self.shards[i], some, axis=0, out=found[a:b], mode="clip")  # another mode would copy twice
-                if not (plain and plain[i]):
-                    found[a:b] = to_grid(torch.from_numpy(found[a:b])).numpy()
-        return torch.from_numpy(found)
-
-    def blocks(self, block_rows: int, plain: Sequence[bool] = (), threads: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-        """The good rows by blocks: positions (P,) as above, and grid rows (P, D)."""
-        return ((positions, self.at(positions, plain)) for positions in self.positions(block_rows, threads))
-
-    def take(self, positions: Tensor) -> Tensor:
-        """Grid rows at some positions, (m, D)."""
-        wanted = positions.cpu().numpy()
-        owners = np.searchsorted(self.starts, wanted, side="right") - 1
-        rows = [self.shards[s][p - self.starts[s]] for s, p in zip(owners.tolist(), wanted.tolist(), strict=True)]
-        return to_grid(torch.from_numpy(np.stack(rows))) + 0.0  # no -0.0: it would not survive a sum over ranks
-
-    def problem(self) -> str:
-        """What is wrong with the shapes of a shard, naming it; "" when nothing is. No row is read."""
-        if len(self.good) != len(self.shards):
-            return f"there must be a mask of good rows for each of the {len(self.shards)} shards, got {len(self.good)}"
-        for i, (shard, good) in enumerate(zip(self.shards, self.good, strict=True)):
-            name = self._name(i)
-            if shard.ndim != 2 or shard.dtype != np.float32:
-                return f"{name}: rows must be (rows, dimensions) float32, found {shard.shape} {shard.dtype}"
-            if not shard.shape[1]:
-                return f"{name}: rows must have at least one dimension, found {shard.shape}"
-            if shard.shape[1] != self.shards[0].shape[1]:
-                return (
-                    f"{name}: rows have {shard.shape[1]} dimensions, those of the first shard {self.shards[0].shape[1]}"
-                )
-            if good.shape != (len(shard),) or good.dtype != np.bool_:
-                return f"{name}: good must be ({len(shard)},) bool, found {good.shape} {good.dtype}"
-        return ""
-
-    def parts(self, block_rows: int) -> Iterator[tuple[int, slice]]:
-        """Shards and some of their rows, good or not, in order."""
-        for i, shard in enumerate(self.shards):
-            for start in range(0, len(shard), block_rows):
-                yield i, slice(start, min(len(shard), start + block_rows))
-
-    def scan(self, part: tuple[int, slice]) -> Scanned:
-        """Looks at every row of one of `parts`."""
-        i, some = part
-        rows = self.shards[i][some]
-        found = row_problem(rows, self.good[i][some])
-        problem = f"{self._name(i)}: row {some.start + found[0]} {found[1]}" if found else ""
-        return Scanned(i, problem, plain=not problem and on_grid(rows))
-
-    def _name(self, shard: int) -> str:
-        return self.names[shard] if self.names else f"shard {shard}"
-
-
-def _tensor(rows: np.ndarray) -> Tensor:
-    return torch.from_numpy(rows if rows.flags.writeable else np.array(rows))  # torch takes no read-only memory
-
-
-def _even_step(num: int, most: int, threads: int) -> int:
-    """Rows of a block, so that the blocks are about a multiple of the threads where there are several."""
-    blocks = -(-num // most)
-    return -(-num // (-(-blocks // threads) * threads)) if blocks > 1 else most
-
-
-def on_grid(rows: np.ndarray) -> bool:
-    """Whether rows (P, D) float32 need no rounding to the grid."""
-    return all(_few_on_grid(rows[i : i + _GRID_ROWS]) for i in range(0, len(rows), _GRID_ROWS))
-
-
-def _few_on_grid(rows: np.ndarray) -> bool:
-    scaled = rows * np.float32(GRID)  # exact, a power of two
-    return bool((np.rint(scaled) == scaled).all() and np.abs(scaled).max(initial=0) <= GRID)
-
-
-def row_problem(rows: np.ndarray, good: np.ndarray) -> tuple[int, str] | None:
-    """Position and fault of the first row that is not finite or not of about unit norm at most."""
-    squares = np.einsum("ij,ij->i", rows, rows)  # NaN and infinity survive
-    doubtful = np.flatnonzero(good & ~(squares <= 1 + 2**-12))  # no value of another row is above LARGEST
-    exact = rows[doubtful].astype(np.float64)
-    norms = np.linalg.norm(exact, axis=1)
-    bad = np.flatnonzero(~((norms <= NORM_LIMIT) & (np.abs(exact).max(axis=1, initial=0) <= LARGEST)))
-    if not len(bad):
-        return None
-    first, norm = int(doubtful[bad[0]]), norms[bad[0]]
-    if not np.isfinite(norm):
-        return first, "has a NaN or infinite value, features must be finite"
-    return first, f"has norm {norm:.6g}, features must be unit rows"

@@ -19,7 +19,7 @@ from grappa_dist.dist.comm import Comm
 from grappa_dist.dist.lloyd import SQUARE_UNIT, Progress, Steps, Updates, lloyd_steps
 from grappa_dist.dist.oversampling import oversampled_centroids
 from grappa_dist.dist.passes import BoundedPasses, advance_together
-from grappa_dist.dist.search import Rows, row_problem
+from grappa_dist.dist.rows import Rows, row_problem
 from grappa_dist.dist.sharded_seeding import Seeded, seed_centroids
 from grappa_dist.dist.share import BLOCK_ROWS, Share, join_rows
 from grappa_dist.ops.choice import Init

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grappa_dist.dist.comm import Comm
+from grappa_dist.dist.comm import Comm, raise_together, wire_device
 from grappa_dist.dist.knn_blocks import Blocks
-from grappa_dist.dist.search import largest, raise_together, row_problem, wire_device
+from grappa_dist.dist.rows import row_problem
+from grappa_dist.dist.search import largest
 from grappa_dist.dist.threads import side_by_side
 from grappa_dist.ops.knn import Block, Neighbours, extend, to_scores
 from grappa_dist.ops.proposals import true_products
@@ -63,7 +64,7 @@ def join_blocks(
     *,
     block_rows: int,
     device: torch.device,
-    halves: bool | None,
+    halves: bool | None = None,
     keep: bool = False,
 ) -> Blocks:
     """This rank's rows by blocks, once every rank's rows are fit for a search."""

@@ -15,10 +15,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from grappa_dist.dist.comm import Comm
+from grappa_dist.dist.comm import Comm, raise_together, wire_device
 from grappa_dist.dist.long_work import beside_others
+from grappa_dist.dist.rows import Rows
 from grappa_dist.dist.scratch import scratch
-from grappa_dist.dist.search import Rows, nearest, raise_together, wire_device
+from grappa_dist.dist.search import nearest
 from grappa_dist.dist.threads import side_by_side
 from grappa_dist.dist.trial import half_proposer, halves_pay
 from grappa_dist.ops.exact import exact_square

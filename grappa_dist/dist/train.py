@@ -71,7 +71,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Watch:
-    """Who is asked, and who hears, of what happens."""
+    """What the loop asks, and whom it tells."""
 
     suspects: Callable[[], Sequence[str]] = tuple  # images that may be why a loss is not finite, on all ranks
     trackers: Callable[[], Sequence[Tracker]] = tuple  # hear of every step, on rank 0
@@ -150,7 +150,7 @@ def _reduce(context: RankContext, sums: dict[str, float]) -> tuple[dict[str, flo
 
 
 class _Log:
-    """Rank 0 writes metrics.jsonl; every rank 0 status goes to whoever watches the job."""
+    """Rank 0 writes metrics.jsonl and tells the trackers; every rank reports its status, of which rank 0's is shown."""
 
     def __init__(self, context: RankContext, path: Path, job: str, watch: Watch, *, start: int, steps: int) -> None:
         self._context, self._job, self._steps = context, job, steps

@@ -21,7 +21,7 @@ from grappa_dist.ops.halves import FusedProposer, HalfProposer
 from grappa_dist.ops.proposals import Centroids, FloatProposer, Proposals, Proposer
 
 _KNOWN_SUMS = ("x86_64", "AMD64")
-_TRIED_ROWS, _TRIALS = 2048, 12
+_TRIED_ROWS, _TRIALS, _RUNS = 2048, 12, 2
 _GPU_ROWS, _GPU_CENTROIDS, _DIM = 16384, 4096, 384
 _GAIN = 1.3  # what is less sharp must be so much faster
 
@@ -49,8 +49,8 @@ def products_pay(device: torch.device) -> bool:
     halves = x.bfloat16(), c.bfloat16().T
     full = half = math.inf
     for _ in range(_TRIALS):  # some of them may be disturbed by what else the machine does
-        half = min(half, _seconds(lambda: halves[0] @ halves[1]))
-        full = min(full, _seconds(lambda: x @ c.T))
+        half = min(half, least_seconds(lambda: halves[0] @ halves[1], _RUNS))
+        full = min(full, least_seconds(lambda: x @ c.T, _RUNS))
         if _GAIN * half < full:
             return True
     return False
@@ -72,7 +72,7 @@ def fused_pays(device: torch.device) -> bool:
             return False
     except Exception:  # whatever a compiler for another GPU may raise: then it is not used
         return False
-    fast, sharp = (min(_seconds(_proposing(way, x, c)) for _ in range(3)) for way in (fused, floats))
+    fast, sharp = (least_seconds(_proposing(way, x, c), 3 * _RUNS) for way in (fused, floats))
     return _GAIN * fast < sharp
 
 
@@ -93,10 +93,10 @@ def _proposing(proposer: Proposer, x: Tensor, c: Tensor) -> Callable[[], Proposa
     return lambda: proposer.nearest(rows, centroids, min(proposer.places, len(c)))
 
 
-def _seconds(work: Callable[[], object]) -> float:
-    """Of one run, the better of two."""
+def least_seconds(work: Callable[[], object], runs: int) -> float:
+    """Of the fastest of so many runs, each until a GPU has done what it was asked for."""
     taken = []
-    for _ in range(2):
+    for _ in range(runs):
         start = time.perf_counter()
         work()
         if torch.cuda.is_available():

@@ -18,9 +18,8 @@ class Adaptors(nn.Module):
     def __init__(self, num_sets: int, dim: int, bottleneck: int) -> None:
         super().__init__()
         self.num_sets, self.dim, self.bottleneck = num_sets, dim, bottleneck
-        self.down_weight = nn.Parameter(
-            torch.full((num_sets * bottleneck, dim), math.nan)
-        )  # NaN until initialised or loaded
+        # NaN until initialised or loaded
+        self.down_weight = nn.Parameter(torch.full((num_sets * bottleneck, dim), math.nan))
         self.down_bias = nn.Parameter(torch.full((num_sets * bottleneck,), math.nan))
         self.up_weight = nn.Parameter(torch.zeros(num_sets * bottleneck, dim))
         self.up_bias = nn.Parameter(torch.zeros(num_sets, dim))

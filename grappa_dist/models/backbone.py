@@ -68,9 +68,7 @@ class Backbone(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         x = (images - self.mean) / self.std
         model: Any = self.model
-        if hasattr(model, "forward_features") and hasattr(
-            model, "forward_head"
-        ):  # timm: registers, poolings, extra norms
+        if hasattr(model, "forward_features") and hasattr(model, "forward_head"):  # timm: registers, poolings, norms
             return model.forward_head(model.forward_features(x), pre_logits=True)
         tokens = model.patch_embed(x)
         for block in model.blocks:

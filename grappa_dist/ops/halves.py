@@ -106,18 +106,21 @@ class FusedProposer(HalfProposer):
         scores, labels = top_products(rows.form[: len(rows.base)], centroids.form)
         distances = rows.base[:, None] - 2 * scores[:, :t]
         error = self._error(rows, centroids)
-        rounding = 2.0**-22 * (
-            float(rows.base.max()) + 2 * float(scores[:, 0].abs().max()) + error
-        )  # of the difference
+        largest = float(rows.base.max()) + 2 * float(scores[:, 0].abs().max()) + error
+        rounding = 2.0**-22 * largest  # of the difference
         return Proposals(distances, labels[:, :t], 2 * error + rounding)
 
 
 def _form(pieces: Sequence[Tensor], offset: Tensor, place: int, step: int = 1) -> Tensor:
-    """(n, D + 4) in bfloat16: the values, which come in pieces; two digits of the offset, from column D + 2 place; and
-    ones for the other's.
+    """One side of a matrix product in bfloat16 that also adds an offset for each row of either side, (n, D + 4).
 
-    So a product of two such forms with unlike places is that of the values plus both offsets. Rows of zeros make their
-    number a multiple of `step`.
+    The first D columns are the values. Two of the others, from D + 2 `place` on, are the row's offset as a sum of two
+    bfloat16 numbers; the two that are left are ones, which meet the offset of the other side: that has the other place,
+    0 or 1. Rows of zeros at the end make their number a multiple of `step`.
+
+    Args:
+        pieces: the values (p, D), which come in pieces.
+        offset: (n,).
     """
     num, dim = len(offset), pieces[0].shape[1]
     form = torch.empty(num + -num % step, dim + _EXTRA, dtype=torch.bfloat16, device=offset.device)

@@ -16,7 +16,7 @@ HASH_BITS = 52
 RACE_BITS = 62
 _CELL_BITS, _FRACTION_BITS = 12, 26  # of a hash: cell of the table, place in the cell
 _UNIT, _SHIFT = 56, 20  # waiting times count in 2**-_UNIT; the table's entries are multiples of 2**_SHIFT of it
-_WEIGHT_SHIFT = 14  # of weights in units of 2**-27: below 2**16 then, so that keys keep some bits
+_WEIGHT_BITS = 16  # that are kept of the largest weight, so that keys keep some
 
 
 def row_hashes(places: Tensor, *key: int) -> Tensor:
@@ -27,7 +27,7 @@ def row_hashes(places: Tensor, *key: int) -> Tensor:
     return _shifted(_mix(_mix(places) ^ _signed(draw(2**64, *key))), 64 - HASH_BITS)
 
 
-def race_keys(hashes: Tensor, weights: Tensor) -> Tensor:
+def race_keys(hashes: Tensor, weights: Tensor, largest: int = 2**29) -> Tensor:
     """(P,) int64 in [0, 2**RACE_BITS): the rows with the lowest keys are drawn in proportion to their weights.
 
     Each row waits for an exponential time with its weight as the rate, so the first to come are those that draws
@@ -36,13 +36,14 @@ def race_keys(hashes: Tensor, weights: Tensor) -> Tensor:
 
     Args:
         hashes: of `row_hashes`.
-        weights: (P,) int64, at least 1, as of `ops.seeding.to_weights`.
+        weights: (P,) int64, at least 1.
+        largest: at least all of them, those of other calls too; by default the largest of `ops.seeding.to_weights`.
     """
     cells = hashes >> (HASH_BITS - _CELL_BITS)
     fraction = (hashes >> (HASH_BITS - _CELL_BITS - _FRACTION_BITS)) & (2**_FRACTION_BITS - 1)
     steps = (_WAITS[cells + 1] - _WAITS[cells]) * fraction
     times = (_WAITS[cells] << _SHIFT) + (steps >> (_FRACTION_BITS - _SHIFT))
-    return times // (weights >> _WEIGHT_SHIFT).clamp(min=1)
+    return times // (weights >> max(0, largest.bit_length() - _WEIGHT_BITS)).clamp(min=1)
 
 
 def _waiting_times() -> Tensor:

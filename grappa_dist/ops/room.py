@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 
 @dataclass(frozen=True)
@@ -17,21 +18,16 @@ class Room:
         """How many images at a time, from 1 to `most`."""
         return max(1, min(most, self.usable_bytes // self.image_bytes)) if self.image_bytes else most
 
-    def sets(self, set_bytes: Sequence[int], images: int) -> int:
-        """How many sets a job may train, at least 1, on so many images at a time.
-
-        Whichever sets they are: those that take most are counted first.
+    def sets(self, set_bytes: Sequence[int], images: Callable[[int], int]) -> int:
+        """How many sets a job may train, at least 1, whichever sets they are: those that take most count first.
 
         Args:
             set_bytes: what each set takes whatever the batch: its classifier's part of a rank.
+            images: how many are trained on at a time by a job of so many sets.
         """
-        left, count = self.usable_bytes, 0
-        for own in sorted(set_bytes, reverse=True):
-            left -= own + images * self.image_bytes
-            if left < 0:
-                break
-            count += 1
-        return max(1, count)
+        largest = accumulate(sorted(set_bytes, reverse=True))  # what the first set takes, the first two, ...
+        taken = (own + num * images(num) * self.image_bytes for num, own in enumerate(largest, start=1))
+        return max((num for num, size in enumerate(taken, start=1) if size <= self.usable_bytes), default=1)
 
 
 def even_size(count: int, most: int) -> int:

@@ -11,7 +11,8 @@ from grappa_dist.ops.bounds import num_bounds
 
 
 def groups(nums: Sequence[int], dim: int) -> list[list[int]]:
-    """The numbers of labels by what is fitted at the same time, largest group members first come first served.
+    """The numbers of labels in groups that are fitted at the same time: from the largest on, each joins the first group
+    that has room for it.
 
     A group needs no more memory than the largest K of all needs alone, as it has no more centroids; and its bounds take
     at most half as much scratch as the rows themselves, or what the largest K takes if that is more.

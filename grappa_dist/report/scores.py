@@ -16,7 +16,7 @@ Metric = Literal["r_precision", "map_at_r", "recall_at_1"]
 BACKBONE, ORACLE, AVERAGE = "backbone", "oracle", "average"
 FUSIONS = (AVERAGE, "gallery", "transforms", "neighbours")
 RANDOM = ("random-one", "random-all")
-SUPERVISED = ("supervised-set", "supervised")
+SAW_LABELS = ("supervised-set", "supervised")
 _GROUPS = {BACKBONE: 0, "set": 1, ORACLE: 2, "fusion": 3, "random": 4, "supervised": 5, "other": 6}
 
 
@@ -26,7 +26,7 @@ def kind(model: str) -> str:
         return model
     if model.startswith("k=") and model[2:].isdecimal():
         return "set"
-    if model in (*RANDOM, *SUPERVISED):
+    if model in (*RANDOM, *SAW_LABELS):
         return "random" if model in RANDOM else "supervised"
     return "fusion" if model.split("-")[0] in FUSIONS else "other"
 
@@ -42,7 +42,7 @@ def ordered(models: Iterable[str]) -> list[str]:
         elif family == "fusion":
             within = FUSIONS.index(model.split("-")[0])
         elif family in ("random", "supervised"):
-            within = (*RANDOM, *SUPERVISED).index(model)
+            within = (*RANDOM, *SAW_LABELS).index(model)
         return _GROUPS[family], within, model
 
     return sorted(set(models), key=rank)
@@ -85,7 +85,7 @@ class Scores:
 
     def best(self, task: str | None, metric: Metric = "r_precision") -> set[str]:
         """The models on top, at the precision a table prints; what saw labels, the oracle too, does not compete."""
-        rivals = [m for m in self.models if m != ORACLE and m not in SUPERVISED]
+        rivals = [m for m in self.models if m != ORACLE and m not in SAW_LABELS]
         shown = {m: round(100 * self.value(m, task, metric), 1) for m in rivals}
         top = max((v for v in shown.values() if math.isfinite(v)), default=math.nan)
         return {m for m, v in shown.items() if v == top}

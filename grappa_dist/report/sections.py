@@ -11,7 +11,7 @@ from grappa_dist.report.markup import absent, number, percent, plural, table, te
 from grappa_dist.report.methods import method_table
 from grappa_dist.report.partitions import contact_sheets, nesting_table
 from grappa_dist.report.plots import COLOURS, Axes, Series, bar_chart, grid, line_chart
-from grappa_dist.report.scores import SUPERVISED, ordered
+from grappa_dist.report.scores import SAW_LABELS, ordered
 
 MOST_BAD_ROWS = 100
 MOST_CLUSTERINGS = 24  # histograms
@@ -124,7 +124,7 @@ def curve_section(content: ReportContent) -> str:
         return ""
     kinds: dict[str, dict[str, list[dict[str, float]]]] = {}
     for job, points in curves.items():
-        name = "With labels, to compare with" if job in SUPERVISED else "Fusion and other jobs"
+        name = "With labels, to compare with" if job in SAW_LABELS else "Fusion and other jobs"
         kinds.setdefault("Adaptor sets" if "k=" in job else name, {})[job] = points
     return "".join(_kind_of_job(name, jobs) for name, jobs in kinds.items() if jobs)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from grappa_dist.report.content import ScoreRow
 from grappa_dist.report.markup import MISSING, percent, points, text
-from grappa_dist.report.scores import BACKBONE, SUPERVISED, Metric, Scores, kind
+from grappa_dist.report.scores import BACKBONE, SAW_LABELS, Metric, Scores, kind
 
 WIDTH = 120  # characters of a terminal
 COLUMNS = 7  # six tasks and their mean side by side, more go below
@@ -42,7 +42,7 @@ def console_table(rows: list[ScoreRow], *, has_test: bool = True) -> str:
     if BACKBONE in scores.models:
         blocks.append(_block("R-Precision gained over the backbone, points", scores, gain))
     blocks.append(_block("recall@1, percent (* best of its column)", scores, recall))
-    labelled = [m for m in SUPERVISED if m in scores.models]
+    labelled = [m for m in SAW_LABELS if m in scores.models]
     if labelled:
         blocks.append(f"Trained with labels, out of competition: {', '.join(labelled)}. No other row was.")
     return "\n\n".join(blocks)

@@ -17,15 +17,16 @@ from grappa_dist.data.shards import ImageShards
 from grappa_dist.dist.jobs import Job
 from grappa_dist.dist.trackers import check_trackers
 from grappa_dist.observe import counted
-from grappa_dist.ops.placement import in_words, sets_per_job
-from grappa_dist.stages.adapt_plan import ranks_of
+from grappa_dist.ops.placement import placement_in_words, sets_per_job
 from grappa_dist.stages.adapting import AdaptJob, train_adaptors
-from grappa_dist.stages.modelling import backbone_settings
-from grappa_dist.stages.packs import AdaptSet, commit_saved, group, not_begun
-from grappa_dist.stages.pseudo_label import CENTROIDS_FILE, label_rows
+from grappa_dist.stages.classifying import starting_centroids
+from grappa_dist.stages.expected_workers import ranks_of
+from grappa_dist.stages.fitting import images_at_a_time
+from grappa_dist.stages.label_files import label_rows
+from grappa_dist.stages.packs import AdaptSet, commit_leftovers, fresh, group
 from grappa_dist.stages.rates import Measured, measure_rates
 from grappa_dist.stages.run import Run
-from grappa_dist.stages.training import TrainingImages, data_settings, idle_in_words
+from grappa_dist.stages.training import TrainingImages, idle_in_words, trained_by
 
 FEW = 8  # images at a time, which a pack must have room for at the least
 
@@ -41,12 +42,7 @@ def adaptors_of(
     name: str = "",
 ) -> Artifact:
     """The artefact of the set of a partition, or one of another name."""
-    settings = {
-        "backbone": backbone_settings(backbone),
-        "adapt": adapt.of_result(),
-        "data": data_settings(data),
-        "seed": seed,
-    }
+    settings = trained_by(backbone, data, seed, adapt=adapt.of_result())
     kind = f"adaptors/{name or labels.kind.removeprefix('labels/')}"
     return store.artifact(kind, settings, {"labels": labels})
 
@@ -66,22 +62,20 @@ def adapt(
 def train_sets(run: Run, sets: Sequence[AdaptSet], images: ImageShards, bad: NDArray[np.int64]) -> None:
     """Trains those of the sets that are missing on all images but the rows `bad`."""
     config = run.config
-    commit_saved(sets)
+    commit_leftovers(sets)
     missing = [one for one in sets if not one.artifact.complete]
     if not missing:
         return
     check_trackers(config.resources.trackers)
-    training = TrainingImages(
-        images, bad, config.data, config.adapt.global_batch, config.seed, config.resources.decode_threads
-    )
+    training = TrainingImages.of(config, images, bad, config.adapt.global_batch)
     whole = AdaptJob(tuple(missing), training, config.backbone, config.adapt, config.resources.trackers)
     what = f"{counted(len(missing), 'adaptor set')} of {training.num_steps(config.adapt.epochs)} steps"
     with run.console.stage("adapt", what):
         whole = replace(whole, sharing=run.runner.sharing, compiled=config.resources.compile == "auto")
-        jobs = [replace(whole, sets=members) for members in group(sets, _per_job(run, whole, not_begun(sets)))]
+        jobs = [replace(whole, sets=members) for members in group(sets, _per_job(run, whole, fresh(sets)))]
         workers = run.runner.num_workers
         ranks = ranks_of(config.resources, workers)
-        run.console.say(f"adapt: {in_words(len(jobs), workers, ranks)}")
+        run.console.say(f"adapt: {placement_in_words(len(jobs), workers, ranks)}")
         if idle := idle_in_words(config.data, ranks):
             run.console.say(f"adapt: {idle}")
         run.runner.run_jobs(
@@ -89,22 +83,21 @@ def train_sets(run: Run, sets: Sequence[AdaptSet], images: ImageShards, bad: NDA
             lambda name: run.console.say(f"adapt: {name} is trained"),
         )
         wait_until_seen(one.artifact for one in missing)
-        commit_saved(sets)  # removes what is left of packs whose sets went on in other jobs
+        commit_leftovers(sets)  # removes what is left of packs whose sets went on in other jobs
 
 
 def _set(config: Config, k: int, labels: Artifact, adaptors: Artifact, images: ImageShards) -> AdaptSet:
-    centroids = labels.path / CENTROIDS_FILE if config.adapt.classifier == "centroids" else None
-    return AdaptSet(k, label_rows(labels, images), adaptors, centroids)
+    return AdaptSet(k, label_rows(labels, images), adaptors, starting_centroids(config.adapt, labels))
 
 
-def _per_job(run: Run, whole: AdaptJob, fresh: Sequence[AdaptSet]) -> int:
-    """How many of the sets that have not begun a job trains: as asked for, or by what is measured on one worker."""
-    asked, num_sets = whole.adapt.sets_per_job, len(fresh)
+def _per_job(run: Run, whole: AdaptJob, sets: Sequence[AdaptSet]) -> int:
+    """How many of some fresh sets share a job: as asked for, or by what is measured on one worker."""
+    asked, num_sets = whole.adapt.sets_per_job, len(sets)
     if asked != "auto":
         return asked
     if num_sets < 2:
         return 1
-    whole = replace(whole, sets=tuple(fresh))
+    whole = replace(whole, sets=tuple(sets))
     found: Measured = run.runner.map(measure_rates, [whole])[0]
     workers, rates = run.runner.num_workers, found.rates
     ranks = ranks_of(run.config.resources, workers)
@@ -122,5 +115,9 @@ def _per_job(run: Run, whole: AdaptJob, fresh: Sequence[AdaptSet]) -> int:
 def _most_sets(whole: AdaptJob, found: Measured, ranks: int) -> int:
     """How many of the sets one worker's memory holds: activations, and its part of the classifiers with their Adam."""
     share, asked = whole.training.rank_share(ranks), whole.adapt.micro_batch
-    images = min(share, FEW if asked == "auto" else asked or share)
+    asked = FEW if asked == "auto" else asked
+
+    def images(num_sets: int) -> int:
+        return images_at_a_time(asked, share, num_sets, on_gpu=found.on_gpu)
+
     return found.room.sets([12 * found.channels * one.num_labels // ranks for one in whole.sets], images)

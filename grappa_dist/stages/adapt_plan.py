@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import torch
 
-from grappa_dist.config import Config, Resources
+from grappa_dist.config import Config
 from grappa_dist.models import PackedGrappa
 from grappa_dist.observe import counted
-from grappa_dist.ops.placement import check_capacity, in_words
-from grappa_dist.stages.fitting import image_bytes, in_caches
+from grappa_dist.ops.placement import check_capacity, placement_in_words
+from grappa_dist.stages.expected_workers import known_workers, may_have_gpus, ranks_of
+from grappa_dist.stages.fitting import image_bytes, images_at_a_time
 from grappa_dist.stages.modelling import build_backbone
 from grappa_dist.stages.training import rank_share
-
-
-def ranks_of(where: Resources, workers: int | None) -> int:
-    """Ranks of an adaptor job on so many workers; with elastic no more than there are."""
-    return max(1, min(where.adapt_ranks, workers)) if where.elastic and workers is not None else where.adapt_ranks
 
 
 def jobs_in_words(config: Config, num_sets: int) -> str:
@@ -40,28 +35,12 @@ def adapt_in_words(config: Config, num_sets: int) -> Iterator[str]:
     if workers is not None:
         check_capacity(workers, ranks)
     if workers is not None and per_job != "auto":
-        yield f"on {workers} workers: {in_words(-(-num_sets // per_job), workers, ranks)}"
+        yield f"on {workers} workers: {placement_in_words(-(-num_sets // per_job), workers, ranks)}"
     if config.backbone.name.startswith("timm:"):
         if per_job == "auto":
             yield f"{_memory_in_words(config, 1, ranks)}; counted for one set, of which auto may put several in a job"
         else:
             yield _memory_in_words(config, min(per_job, num_sets), ranks)
-
-
-def known_workers(where: Resources) -> int | None:
-    """How many workers there will be, as far as this machine can say without starting Ray."""
-    if where.workers != "auto":
-        return where.workers
-    if os.environ.get("RAY_ADDRESS") or may_have_gpus(where):
-        return None
-    return max(1, (where.num_cpus or os.cpu_count() or 1) // where.cpus_per_worker)
-
-
-def may_have_gpus(where: Resources) -> bool:
-    """Whether workers have GPUs, or might where this machine cannot say."""
-    if where.gpus_per_worker != "auto":
-        return where.gpus_per_worker > 0
-    return bool(os.environ.get("RAY_ADDRESS")) or torch.cuda.is_available()
 
 
 def _memory_in_words(config: Config, num_sets: int, ranks: int) -> str:
@@ -72,11 +51,11 @@ def _memory_in_words(config: Config, num_sets: int, ranks: int) -> str:
     sparing = adapt.activation_checkpointing
     each, other = (image_bytes(model, recompute=recompute) for recompute in (sparing, not sparing))
     share = rank_share(adapt.global_batch, ranks, config.data.streams)
-    auto = adapt.micro_batch == "auto"
-    unless_asked = share if auto or may_have_gpus(config.resources) else in_caches(share, num_sets)
-    at_once = adapt.micro_batch if isinstance(adapt.micro_batch, int) else unless_asked
+    at_once, fewer = share, "; adapt.micro_batch=auto takes fewer at a time where that does not fit"
+    if adapt.micro_batch != "auto":
+        on_gpu = may_have_gpus(config.resources)
+        at_once, fewer = images_at_a_time(adapt.micro_batch, share, num_sets, on_gpu=on_gpu), ""
     total = each * at_once * num_sets / 2**30
-    fewer = "; adapt.micro_batch=auto takes fewer at a time where that does not fit" if auto else ""
     whole = f"all tokens ({model.whole_because})" if model.whole_because else "the class token alone"
     return (
         f"activations in float32, those of a layer at work among them: {each / 2**20:.1f} MiB an image and set "

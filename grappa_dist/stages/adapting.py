@@ -21,7 +21,7 @@ from grappa_dist.ops.adam import adam
 from grappa_dist.ops.room import even_size
 from grappa_dist.stages.classifying import Classes, Classifying, Sums, classifier_for
 from grappa_dist.stages.compiling import compile_if_it_wins
-from grappa_dist.stages.fitting import adapt_advice, fitted, in_caches, naming_lack_of_memory, usable_bytes
+from grappa_dist.stages.fitting import adapt_advice, fitted, images_at_a_time, naming_lack_of_memory, usable_bytes
 from grappa_dist.stages.modelling import build_backbone, forget_built, preprocess_of
 from grappa_dist.stages.packs import AdaptSet, begin, commit_trained, figure, finish, pack_folder, short_name
 from grappa_dist.stages.training import TrainingImages, torch_seed
@@ -106,7 +106,7 @@ class AdaptObjective(Classifying):
         self._most_images = job.training.rank_share(context.comm.size)  # images of a step, at the most
         self._micro_batch = self._images_at_a_time()
         if job.compiled:
-            at_a_time = even_size(self._most_images, self._micro_batch or self._most_images)
+            at_a_time = even_size(self._most_images, self._micro_batch)
             self.settled["compile"] = compile_if_it_wins(self.model, at_a_time)
 
     def _started(self, context: RankContext, index: int) -> Classifier:
@@ -117,15 +117,14 @@ class AdaptObjective(Classifying):
         shape = (one.num_labels, self.model.embed_dim)
         return classifier_for(context, self._job.adapt, shape, seed=seed, centroids=one.centroids, draws=draws)
 
-    def _images_at_a_time(self) -> int | None:
-        """As asked for, or as many as fit beside the classifiers; None: all of a rank's share."""
+    def _images_at_a_time(self) -> int:
+        """As asked for, or as many as fit beside the classifiers."""
         asked, job, context = self._job.adapt.micro_batch, self._job, self._context
-        if asked is None and context.device.type == "cpu":
-            return in_caches(self._most_images, len(job.sets))
+        on_gpu = context.device.type == "cuda"
         if asked != "auto":
-            return asked
+            return images_at_a_time(asked, self._most_images, len(job.sets), on_gpu=on_gpu)
         usable = usable_bytes(context.device, job.sharing)
-        if context.device.type == "cpu":  # which gives a tensor its memory when it is first written to
+        if not on_gpu:  # which gives a tensor its memory when it is first written to
             usable -= sum(t.nbytes for c in self.classifiers for t in c.shard().tensors.values())
         found = fitted(context, self.model, pack_folder(job.sets), self._most_images, usable)
         self.settled |= {"micro_batch": str(found.images), "micro_batch_because": found.why}
@@ -145,10 +144,8 @@ class AdaptObjective(Classifying):
     def _figures(self, sums: Sums, norms: list[float]) -> dict[str, float]:
         """This rank's sums: means over the sets and, where there are several, also each set's by itself."""
         count, sets = sums.images, self._job.sets
-        figures = {"images": float(count), "waited_s": sums.waited_s * count}
-        figures |= {name: float(sums.of_sets[:, i].mean()) for i, name in enumerate(("loss", "accuracy"))}
-        figures["gradient_norm"] = count * sum(norms) / len(norms)
-        for index, one in enumerate(sets if len(sets) > 1 else ()):
-            figures |= {figure(name, one): float(sums.of_sets[index, i]) for i, name in enumerate(("loss", "accuracy"))}
-            figures[figure("gradient_norm", one)] = count * norms[index]
+        figures = sums.figures | {"gradient_norm": count * sum(norms) / len(norms)}
+        for one, (loss, correct), norm in zip(sets, sums.of_sets.tolist(), norms, strict=True) if len(sets) > 1 else ():
+            own = {"loss": loss, "accuracy": correct, "gradient_norm": norm * count}
+            figures |= {figure(name, one): value for name, value in own.items()}
         return figures

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grappa_dist.artifacts import RowArrays
+from grappa_dist.artifacts import Artifact, RowArrays
 from grappa_dist.config import AdaptConfig
 from grappa_dist.data.transforms import Preprocess
 from grappa_dist.dist.classifier import Classifier, ClassifierSettings
@@ -22,7 +22,13 @@ from grappa_dist.dist.engine import Engine
 from grappa_dist.dist.workers import RankContext
 from grappa_dist.ops.room import even_size
 from grappa_dist.stages.embed import to_images
+from grappa_dist.stages.label_files import CENTROIDS_FILE
 from grappa_dist.stages.training import Pixels, Rows, TrainingImages, augmented_batches, torch_seed
+
+
+def starting_centroids(config: AdaptConfig, labels: Artifact) -> Path | None:
+    """The file of the centroids (K, D) that the classifier of a partition starts from; None: it starts at random."""
+    return labels.path / CENTROIDS_FILE if config.classifier == "centroids" else None
 
 
 def classifier_for(
@@ -58,6 +64,12 @@ class Sums:
     of_sets: Tensor  # (S, 2) float64: losses, and how many are classified right
     waited_s: float  # for data
 
+    @property
+    def figures(self) -> dict[str, float]:
+        """What the log is told of them: losses and hits in the mean of the sets, and the wait times images."""
+        loss, correct = self.of_sets.mean(0).tolist()
+        return {"images": self.images, "waited_s": self.waited_s * self.images, "loss": loss, "accuracy": correct}
+
 
 class Classifying:
     """Norm-softmax, Eq. (2), of the S sets of a model, each against classes of its own, on augmented images."""
@@ -81,10 +93,8 @@ class Classifying:
         steps = range(step, self._steps)
         self._batches = augmented_batches(self._training, self._preprocess, self._context.comm, steps, self._area)
 
-    def gradients(
-        self, engine: Engine, step: int, micro_batch: int | None, seen: Callable[[], None] = lambda: None
-    ) -> Sums:
-        """Those of the next images, in micro-batches of so many at most; None: all of a rank at once.
+    def gradients(self, engine: Engine, step: int, micro_batch: int, seen: Callable[[], None] = lambda: None) -> Sums:
+        """Those of the next images, in micro-batches of so many at most.
 
         Args:
             seen: called after a forward pass of some images, to look at the model.
@@ -111,11 +121,11 @@ class Classifying:
             self._at_fault.append(~z.detach().isfinite().all(2).all(0))
         return sums
 
-    def _parts(self, count: int, micro_batch: int | None) -> tuple[int, list[slice]]:
+    def _parts(self, count: int, micro_batch: int) -> tuple[int, list[slice]]:
         """The images of all ranks, and this rank's micro-batches, of even sizes: as many as on any other rank, the last
         ones may be empty."""
         counts = [int(n) for n in self._context.comm.gather(torch.tensor([count], device=self._context.device))]
-        size = even_size(max(counts), micro_batch or max(counts))
+        size = even_size(max(counts), micro_batch)
         return sum(counts), [slice(start, start + size) for start in range(0, max(counts), size)]
 
     def _score(self, z: Tensor, labels: Sequence[Tensor], sums: Tensor) -> Tensor:

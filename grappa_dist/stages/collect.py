@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import os
-import sys
 import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 from grappa_dist.artifacts import Artifact, Store
 from grappa_dist.config import DataConfig, Resources
 from grappa_dist.data.cache import CacheSettings
 from grappa_dist.data.decoding import BadImage
-from grappa_dist.data.losses import in_words
+from grappa_dist.data.losses import losses_in_words
 from grappa_dist.data.randomness import permutation
-from grappa_dist.data.remote import is_remote
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.data.writer import ShardWriter
-from grappa_dist.dist.connection import SUBMITTED_JOB
 
 ROWS_PER_SHARD = 256
 INDEXING_S = 5.0  # between two lines about tars that have to be read
@@ -72,7 +67,7 @@ def open_images(
         return ImageShards.open([folder / "train"], index), ImageShards.open([folder / "test"], index)
     train = ImageShards.open(data.train, index, cache, write=write_index, tell=tell)
     test = ImageShards.open(data.test, index, cache, write=write_index, tell=tell) if data.test else None
-    for line in in_words([*train.shards, *(test.shards if test else ())]):
+    for line in losses_in_words([*train.shards, *(test.shards if test else ())]):
         say(f"warning: {line}")
     if not len(train):
         raise ValueError(f"data.train={list(data.train)}: the shards hold no images (jpg, jpeg, png, webp)")
@@ -128,19 +123,3 @@ def _module(data: DataConfig) -> Any:
 
 def has_drawn(data: DataConfig, store: Store) -> bool:
     return data.collection is None or collection_of(store, data).complete
-
-
-def run_root(out: str | None, name: str) -> Path:
-    """The run directory, absolute; warns of one in the temporary folder of a submitted job, which Ray removes."""
-    if out is not None and is_remote(out):
-        raise ValueError(
-            f"out={out}: artefacts are renamed, locked and memory-mapped; expected a folder on a file system that all "
-            f"nodes share, with mirror={out} beside it to keep artefacts and checkpoints on the store"
-        )
-    root = Path(out or f"runs/{name}").absolute()
-    if SUBMITTED_JOB in os.environ and root.is_relative_to(Path.cwd()):
-        print(
-            f"warning: {root} lies in the job's temporary folder and goes with it; give --out an absolute path",
-            file=sys.stderr,
-        )
-    return root

@@ -5,22 +5,20 @@ Compiled kernels are chosen by timings, so the last bits of a run with them are 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from grappa_dist.dist.trial import least_seconds
 from grappa_dist.models import PackedGrappa
 from grappa_dist.ops.precision import forward_precision
 
 GAIN, ROUNDS = 1.05, 5  # it must be so much faster, in the least of so many passes
 FURTHER, ROUNDING = 2.0, 1e-5  # than plain bfloat16 from float32, at the most; and of the largest value, in any case
+COMPARED = 8  # images, in features and gradients
 Measure = Callable[[Callable[[], object]], float]
-
-
-COMPARED = 8  # images
 
 
 @dataclass(frozen=True)
@@ -38,14 +36,7 @@ class _Pass:
 
 def seconds(work: Callable[[], object]) -> float:
     """The least of a few times."""
-    times = []
-    for _ in range(ROUNDS):
-        began = time.perf_counter()
-        work()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
-    return min(times)
+    return least_seconds(work, ROUNDS)
 
 
 def compile_if_it_wins(

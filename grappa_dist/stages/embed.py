@@ -21,7 +21,7 @@ from grappa_dist.artifacts import Artifact, RowArrays, Store, wait_until_seen
 from grappa_dist.config import EmbedConfig
 from grappa_dist.data.index import Shard
 from grappa_dist.data.loader import load_or_skip, read_batches
-from grappa_dist.data.losses import in_words, lost_images
+from grappa_dist.data.losses import losses_in_words, lost_images
 from grappa_dist.data.probe import pixels_class
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.files import write_json
@@ -148,7 +148,7 @@ def to_images(pixels: NDArray[np.uint8], device: torch.device) -> Tensor:
 
 def feature_rows(images: ImageShards, features: Sequence[Artifact]) -> RowArrays:
     """The features of all rows, memory-mapped."""
-    return RowArrays(tuple(str(a.path / ROWS_FILE) for a in features), tuple(images.starts.tolist()))
+    return RowArrays.of((artifact.path / ROWS_FILE for artifact in features), images.starts)
 
 
 def bad_reasons(images: ImageShards, features: Sequence[Artifact]) -> dict[int, str]:
@@ -204,6 +204,6 @@ def check_bad_share(images: ImageShards, bad: Mapping[int, str], limit: float) -
     raise ValueError(
         f"embed: {count} of {total} images are bad ({', '.join(said)}), "
         f"data.max_bad_share={limit} allows {limit * total:.0f}. "
-        f"The first: {'; '.join([first] * bool(bad) + list(in_words(images.shards)))}. "
+        f"The first: {'; '.join([first] * bool(bad) + list(losses_in_words(images.shards)))}. "
         "Mend or leave out these shards, or raise data.max_bad_share: bad images take no part in anything"
     )

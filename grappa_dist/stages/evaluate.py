@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from grappa_dist.artifacts import Artifact, RowArrays, Store, wait_until_seen
+from grappa_dist.artifacts import Artifact, RowArrays, Store, numbered, wait_until_seen
 from grappa_dist.config import Config, EvaluateConfig
 from grappa_dist.data.decoding import Picture
 from grappa_dist.data.loader import Make, load_images
@@ -65,13 +65,13 @@ class ModelTask:
 
 
 def scores_of(store: Store, truth: Artifact, model: str, features: Sequence[Artifact]) -> Artifact:
-    return store.artifact(f"scores/{model}", {}, {"truth": truth, **{f"shard {i}": a for i, a in enumerate(features)}})
+    return store.artifact(f"scores/{model}", {}, {"truth": truth, **numbered("shard", features)})
 
 
 def insight_of(
     store: Store, truth: Artifact, model: str, settings: EvaluateConfig, seed: int, features: Sequence[Artifact]
 ) -> Artifact:
-    inputs = {"truth": truth, **{f"shard {i}": a for i, a in enumerate(features)}}
+    inputs = {"truth": truth, **numbered("shard", features)}
     told = {**settings.model_dump(exclude={"export", "train_images"}), "seed": seed, "neighbours": NEIGHBOURS}
     return store.artifact(f"insight/{model}", told, inputs)
 

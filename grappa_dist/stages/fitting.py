@@ -1,7 +1,7 @@
-"""How many images a rank trains on at a time where `adapt.micro_batch` is `auto`: as many as its memory holds.
+"""How many images a rank trains on at a time: as asked for, or, with `adapt.micro_batch=auto`, as its memory holds.
 
-Free memory differs from run to run, and the number moves the last bits of a sum. So it is kept beside the checkpoints:
-a job that goes on, on as many ranks, goes on with it.
+Free memory differs from run to run, and the number moves the last bits of a sum. So what was found is kept beside the
+checkpoints: a job that goes on, on as many ranks, goes on with it.
 """
 
 from __future__ import annotations
@@ -74,12 +74,15 @@ def _kept_bytes(model: PackedGrappa, *, recompute: bool) -> int:
             layer.recompute = before
 
 
-def in_caches(images: int, num_sets: int) -> int:
-    """Images at a time on a CPU: with all sets together as many activations as one set alone has.
+def images_at_a_time(asked: int | None, share: int, num_sets: int, *, on_gpu: bool) -> int:
+    """As asked for; null: a rank's share of a batch, and on a CPU the part of it that leaves all sets together with as
+    many activations as one set alone has.
 
-    Larger tensors leave the caches and are asked of the system anew each time: 8 sets were a third slower.
+    Larger tensors leave a CPU's caches and are asked of the system anew each time: 8 sets were a third slower.
     """
-    return -(-images // num_sets)
+    if asked is not None:
+        return min(asked, share)
+    return share if on_gpu else -(-share // num_sets)
 
 
 def fitted(context: RankContext, model: PackedGrappa, folder: Path, most: int, usable: int) -> Fitted:
@@ -147,10 +150,10 @@ def largest_that_runs(images: int, run: Callable[[int], None]) -> int:
 
 @contextmanager
 def naming_lack_of_memory(job: str, advice: str) -> Iterator[None]:
-    """Another attempt would lack the same memory, so a rank that runs out of a GPU's ends its job, and for good.
+    """Ends a job for good when a rank runs out of a GPU's memory: another attempt would run out of it as well.
 
     Raises:
-        ValueError: in place of torch's error, with `advice` on which settings to change.
+        ValueError: in place of torch's error, which would be tried again; with `advice` on which settings to change.
     """
     try:
         yield

@@ -38,7 +38,7 @@ class Flow:
     labels: Mapping[int, Artifact]  # by K
     partitions: Artifact  # how these labels agree, and samples of their clusters
     adaptors: Mapping[int, Artifact]
-    fusions: Mapping[str, Artifact]  # by variant, without the average, which is not trained
+    fusions: Mapping[str, Artifact]  # by variant, those that are trained: `on_pairs`, and the supervised one
     models: Mapping[str, ModelSpec]  # all that are evaluated, by their name in the table
     test_features: Mapping[str, tuple[Artifact, ...]]
     truth: Artifact
@@ -47,3 +47,8 @@ class Flow:
     insights: Mapping[str, Artifact]
     report: Artifact
     model: Artifact
+
+    @property
+    def on_pairs(self) -> dict[str, Artifact]:
+        """The fusions that are trained on pairs of images, without labels."""
+        return {variant: artifact for variant, artifact in self.fusions.items() if variant != SUPERVISED}

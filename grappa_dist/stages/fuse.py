@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from grappa_dist.artifacts import Artifact, RowArrays, Store, wait_until_seen
-from grappa_dist.config import SUPERVISED, BackboneConfig, DataConfig, FuseConfig, seeks_neighbours
+from grappa_dist.config import BackboneConfig, DataConfig, FuseConfig, seeks_neighbours
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.dist.accumulate import accumulate
 from grappa_dist.dist.correlation import penalty_of
@@ -37,7 +37,6 @@ from grappa_dist.stages.fitting import fuse_advice, naming_lack_of_memory
 from grappa_dist.stages.modelling import (
     ADAPTORS_FILE,
     FUSION_FILE,
-    backbone_settings,
     build_backbone,
     forget_built,
     preprocess_of,
@@ -46,7 +45,7 @@ from grappa_dist.stages.modelling import (
 from grappa_dist.stages.pairs import Pairs
 from grappa_dist.stages.random_sets import lars_groups, num_random, start_at_random
 from grappa_dist.stages.run import Run
-from grappa_dist.stages.training import TrainingImages, data_settings, idle_in_words, torch_seed
+from grappa_dist.stages.training import TrainingImages, idle_in_words, torch_seed, trained_by
 from grappa_dist.stages.watching import AttentionWatch
 
 
@@ -82,13 +81,7 @@ def fusion_of(
         inputs: the adaptor sets, which tell of the images; without any, what else does.
         own: what its own sets are like, where it has its own.
     """
-    settings = {
-        "backbone": backbone_settings(backbone),
-        "fuse": fuse.of_variant(variant),
-        "data": data_settings(data),
-        "seed": seed,
-        **own,
-    }
+    settings = {**trained_by(backbone, data, seed, fuse=fuse.of_variant(variant)), **own}
     return store.artifact(f"fusion/{variant}", settings, inputs)
 
 
@@ -102,23 +95,22 @@ def fuse(
 ) -> None:
     """Trains every variant on pairs that does not exist yet, one after the other, each on all workers."""
     config = run.config
-    threads = config.resources.decode_threads
-    training = TrainingImages(images, bad, config.data, config.fuse.global_batch, config.seed, threads)
+    training = TrainingImages.of(config, images, bad, config.fuse.global_batch)
     for variant, artifact in fusions.items():
-        if artifact.complete or variant == SUPERVISED:
+        if artifact.complete:
             continue
         at_random = num_random(variant, len(adaptors))
         job = FuseJob(
-            variant,
-            () if at_random else tuple(adaptors),
-            labels,
-            training,
-            config.backbone,
-            config.adapt.bottleneck,
-            config.fuse,
-            Embedding(config.embed.batch_size, threads),
-            artifact,
-            at_random,
+            variant=variant,
+            adaptors=() if at_random else tuple(adaptors),
+            labels=labels,
+            training=training,
+            backbone=config.backbone,
+            bottleneck=config.adapt.bottleneck,
+            fuse=config.fuse,
+            embedding=Embedding(config.embed.batch_size, training.decode_threads),
+            artifact=artifact,
+            random_sets=at_random,
         )
         ranks, steps = run.runner.num_workers, training.num_steps(config.fuse.epochs)
         with run.console.stage("fuse", f"{variant}, {counted(steps, 'step')} on {counted(ranks, 'rank')}"):
@@ -207,14 +199,12 @@ class FuseObjective:
         self._pairs.begin(step)
 
     def backward(self, engine: Engine, step: int) -> dict[str, float]:
-        images = to_images(
-            self._pairs.at(step), self._context.device
-        )  # (2B, 3, S, S): all first views, then all second
+        images = to_images(self._pairs.at(step), self._context.device)  # (2B, 3, S, S): first views, then second ones
         loss = accumulate(
             engine,
             self.module,
             images,
-            lambda za, zb: self._loss(za, zb),
+            self._loss,
             micro_batch=self._job.fuse.micro_batch,
             after=self._watch.add,
         )

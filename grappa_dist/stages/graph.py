@@ -27,7 +27,7 @@ from grappa_dist.files import sync, write_json
 from grappa_dist.models import Grappa
 from grappa_dist.ops.knn import are_duplicates, without_duplicates
 from grappa_dist.stages.embed import Embedding, embed_rows
-from grappa_dist.stages.pseudo_label import own_shards, rows_file
+from grappa_dist.stages.label_files import own_shards, rows_file
 from grappa_dist.stages.reused import PassedFeatures
 from grappa_dist.stages.training import TrainingImages
 
@@ -121,9 +121,7 @@ class Graphs:
         if self._passed is not None and self._context.comm.rank == 0:
             self._passed.drop(epoch - 1)
         self._context.comm.barrier()
-        return RowArrays(
-            tuple(str(folder / rows_file(i)) for i in range(len(images.shards))), tuple(images.starts.tolist())
-        )
+        return RowArrays.of((folder / rows_file(i) for i in range(len(images.shards))), images.starts)
 
     def _make(self, epoch: int, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)

@@ -99,10 +99,7 @@ def _copy(save: Callable[[], None], stop: threading.Event, console: Console) -> 
         last = stop.wait(_PERIOD_S)
         try:
             save()
-        except (
-            ValueError,
-            OSError,
-        ) as error:  # the run goes on; what fails at its end ends it
+        except (ValueError, OSError) as error:  # the run goes on; what fails at its end ends it
             console.say(f"warning: {error}")
 
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from grappa_dist.artifacts import Artifact
+from grappa_dist.artifacts import Artifact, numbered
 from grappa_dist.config import BackboneConfig
 from grappa_dist.data.transforms import Preprocess
 from grappa_dist.dist.workers import let_go
@@ -45,10 +45,9 @@ class ModelSpec:
 
     @property
     def inputs(self) -> dict[str, Artifact | str]:
-        sets = {f"adaptors {i}": artifact for i, artifact in enumerate(self.adaptors)}
         more = {"fusion": self.fusion, "galleries": self.galleries, "weights": self.weights}
         more["weighed"] = json.dumps(self.weighed) if self.weighed else ""
-        return {**sets, **{name: given for name, given in more.items() if given}}
+        return {**numbered("adaptors", self.adaptors), **{name: given for name, given in more.items() if given}}
 
     @property
     def sets(self) -> list[str]:

@@ -1,8 +1,15 @@
 """Which adaptor sets share a job, and the files of such a job until each set's artefact is committed.
 
-A job of one set works in that set's own unfinished artefact. A job of several has a folder of its own below `packs/`
-with one checkpoint for all, and goes when they are done. What has begun goes on as it began, whatever the settings say
-now, so nothing is lost and a resumed job ends with the same bits.
+A job of one set works in that set's own unfinished artefact. A job of several, a pack, has a folder of its own below
+`packs/` with one checkpoint for all, which goes when the sets are committed. The states of a job, as its files tell:
+
+    fresh        no checkpoint: the sets may share a job with any others
+    under way    there is a checkpoint: the job goes on with the same sets, whatever the settings say now, so that
+                 nothing is lost and it ends with the same bits
+    saved        the weights of all of its sets are written, each in its unfinished artefact (`finish`)
+    committed    the artefacts are complete, and the folder is gone (`commit_trained`)
+
+A kill may come between any two. `commit_leftovers` brings jobs that were saved to their end, before others begin.
 """
 
 from __future__ import annotations
@@ -72,8 +79,8 @@ def begin(sets: Sequence[AdaptSet]) -> Path:
     return folder
 
 
-def packed(sets: Sequence[AdaptSet]) -> list[tuple[AdaptSet, ...]]:
-    """The groups that have a folder below packs/ and all of whose members are among `sets`, finished or not."""
+def _packs_of(sets: Sequence[AdaptSet]) -> list[tuple[AdaptSet, ...]]:
+    """The sets of each folder below packs/, all of which are among `sets`, finished or not."""
     known = {s.artifact.name: s for s in sets}
     groups = pack_members(sets[0].artifact.root).values() if sets else []
     return [tuple(known[name] for name in names) for names in groups if all(name in known for name in names)]
@@ -85,27 +92,27 @@ def pack_members(root: Path) -> dict[str, tuple[str, ...]]:
     return {path.parent.name: tuple(json.loads(path.read_text())["sets"]) for path in paths}
 
 
-def begun(sets: Sequence[AdaptSet]) -> list[tuple[AdaptSet, ...]]:
-    """The groups that lack a set and have checkpoints, as they were packed; no set is in two of them."""
-    groups, taken = list[tuple[AdaptSet, ...]](), set[str]()
-    for members in [*packed(sets), *((s,) for s in sets)]:
+def _under_way(sets: Sequence[AdaptSet]) -> list[tuple[AdaptSet, ...]]:
+    """The sets of each job that has a checkpoint and lacks one of them; no set is in two of these jobs."""
+    jobs, taken = list[tuple[AdaptSet, ...]](), set[str]()
+    for members in [*_packs_of(sets), *((s,) for s in sets)]:
         names = {s.artifact.name for s in members}
         lacks = any(not s.artifact.complete for s in members)
         if lacks and not names & taken and _has_checkpoint(pack_folder(members)):
-            groups.append(members)
+            jobs.append(members)
             taken |= names
-    return groups
+    return jobs
 
 
-def not_begun(sets: Sequence[AdaptSet]) -> list[AdaptSet]:
-    """The sets that are neither finished nor in a group that has begun."""
-    taken = {s.artifact.name for of_job in begun(sets) for s in of_job}
+def fresh(sets: Sequence[AdaptSet]) -> list[AdaptSet]:
+    """The sets that are neither complete nor in a job that is under way."""
+    taken = {s.artifact.name for of_job in _under_way(sets) for s in of_job}
     return [s for s in sets if not s.artifact.complete and s.artifact.name not in taken]
 
 
 def group(sets: Sequence[AdaptSet], per_job: int) -> list[tuple[AdaptSet, ...]]:
-    """The sets of each job: groups that have begun, then the others that are missing, at most `per_job` together."""
-    return begun(sets) + shared_out(not_begun(sets), per_job)
+    """The sets of each job: first the jobs that are under way, then fresh sets, at most `per_job` together."""
+    return _under_way(sets) + shared_out(fresh(sets), per_job)
 
 
 def _has_checkpoint(folder: Path) -> bool:
@@ -115,7 +122,7 @@ def _has_checkpoint(folder: Path) -> bool:
 def finish(sets: Sequence[AdaptSet], adaptors: Sequence[Mapping[str, Tensor]]) -> None:
     """Saves every set of a job that is trained, then commits one after the other.
 
-    All files are there before the first set is committed, so `commit_saved` can go on from a kill in between.
+    All files are there before the first set is committed, so `commit_leftovers` can go on from a kill in between.
     """
     for number, one in enumerate(sets):
         if one.artifact.complete:
@@ -144,13 +151,16 @@ def commit_trained(sets: Sequence[AdaptSet]) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def commit_saved(sets: Sequence[AdaptSet]) -> None:
-    """Commits what jobs saved before they were killed, among all sets of a run, finished ones too."""
-    for members in packed(sets):
+def commit_leftovers(sets: Sequence[AdaptSet]) -> None:
+    """Commits what jobs saved before they were killed, among all sets of a run, complete ones too.
+
+    A set whose pack is under way is left alone even if it was saved by itself: the pack needs all of its sets.
+    """
+    for members in _packs_of(sets):
         commit_trained(members)
-    goes_on = {s.artifact.name for members in begun(sets) if len(members) > 1 for s in members}
+    in_packs = {s.artifact.name for members in _under_way(sets) if len(members) > 1 for s in members}
     for one in sets:
-        if one.artifact.name not in goes_on:
+        if one.artifact.name not in in_packs:
             commit_trained([one])
 
 

@@ -120,10 +120,8 @@ class Pairs:
         pixels = load_images(self._training.images, rows, make, (len(views), side, side, 3))
         return np.ascontiguousarray(pixels.swapaxes(0, 1)).reshape(-1, side, side, 3)
 
-    def _partners(self, rows: NDArray[np.int64], epoch: int, graph: RowArrays | None) -> NDArray[np.int64]:
-        """One of each row's neighbours, by (seed, epoch, row); the row itself without a graph or a neighbour."""
-        if graph is None or not len(rows):
-            return rows
+    def _partners(self, rows: NDArray[np.int64], epoch: int, graph: RowArrays) -> NDArray[np.int64]:
+        """One of each row's neighbours, by (seed, epoch, row); the row itself where it has none."""
         partners = rows.copy()
         for i, (row, near) in enumerate(zip(rows.tolist(), graph.take(rows), strict=True)):
             found = near[near >= 0]

@@ -9,24 +9,26 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from grappa_dist.artifacts import Artifact, RowArrays, Store, wait_until_seen
+from grappa_dist.artifacts import Artifact, RowArrays, Store, numbered, wait_until_seen
 from grappa_dist.config import ClusteringConfig
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.dist.clustering import Wanted, cluster, cluster_together, shares_passes
+from grappa_dist.dist.comm import raise_together
 from grappa_dist.dist.jobs import Job
 from grappa_dist.dist.methods import Clustering, Method, Told
-from grappa_dist.dist.search import Rows, raise_together
+from grappa_dist.dist.rows import Rows
 from grappa_dist.dist.share import Share, join_rows
 from grappa_dist.dist.workers import RankContext
 from grappa_dist.observe import counted
 from grappa_dist.ops.choice import FLAT, Choice, Size, choose
 from grappa_dist.ops.seeding import LARGER_ROUNDS_ABOVE
 from grappa_dist.ops.together import groups
+from grappa_dist.stages.label_files import CENTROIDS_FILE, own_shards, rows_file
 from grappa_dist.stages.label_stats import STATS_FILE, shortcuts_in_words, write_stats
 from grappa_dist.stages.run import Run
 from grappa_dist.stages.trail import digest, load_trail, saver
 
-CENTROIDS_FILE, PROGRESS_FILE = "centroids.npy", "progress.safetensors"
+PROGRESS_FILE = "progress.safetensors"
 LADDER_SETS = 8
 FINEST = 17  # power of two of the largest K for `auto`
 COARSEST, STEPS_BELOW = 8, 3  # of its smallest K: the paper's, or as many steps below the largest
@@ -105,7 +107,7 @@ def labels_of(
         settings["init"] = choice.init
     elif choice.name in FLAT and num > LARGER_ROUNDS_ABOVE:
         settings["seeding"] = "larger rounds"  # which find other first centroids than those of one size
-    inputs = {f"shard {i}": a for i, a in enumerate(features)}
+    inputs = numbered("shard", features)
     return store.artifact(f"labels/k={num}", {**settings, "num_labels": num, "seed": seed}, inputs)
 
 
@@ -215,23 +217,6 @@ def _method(job: LabelJob, num: int) -> Method:
     how = job.clustering
     same = ("iterations", "tolerance", "spherical", "sample_rows_per_cluster", "probes", "balance", "restarts")
     return Method(choice=choice_of(how, num, job.features.starts[-1]), **{key: getattr(how, key) for key in same})
-
-
-def own_shards(starts: Sequence[int], rank: int, size: int) -> range:
-    """Consecutive shards for each rank, about equal in rows: shard i goes to the rank that its middle row falls to."""
-    middles = (np.asarray(starts[:-1]) + np.asarray(starts[1:])) / 2
-    owners = np.minimum((middles * size / max(1, starts[-1])).astype(int), size - 1)
-    return range(int(np.searchsorted(owners, rank)), int(np.searchsorted(owners, rank, side="right")))
-
-
-def rows_file(shard: int) -> str:
-    return f"rows-{shard:06d}.npy"
-
-
-def label_rows(artifact: Artifact, images: ImageShards) -> RowArrays:
-    """The labels of all rows, memory-mapped; -1 for rows that do not decode."""
-    paths = tuple(str(artifact.path / rows_file(i)) for i in range(len(images.shards)))
-    return RowArrays(paths, tuple(images.starts.tolist()))
 
 
 def _good(job: LabelJob, shard: int) -> np.ndarray:

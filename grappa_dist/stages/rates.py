@@ -6,7 +6,6 @@ Only where things run follows from these figures, never what is computed.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ import torch
 
 from grappa_dist.data.loader import read_batches
 from grappa_dist.data.transforms import Preprocess
+from grappa_dist.dist.trial import least_seconds
 from grappa_dist.dist.workers import let_go
 from grappa_dist.models import PackedGrappa
 from grappa_dist.ops.placement import Rates
@@ -33,6 +33,11 @@ class Measured:
     rates: Rates
     room: Room  # of one adaptor set
     channels: int  # D
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether a GPU trains: beside one, and only there, decoding takes nothing of the time."""
+        return self.rates.overlap
 
 
 def measure_rates(device: torch.device, job: AdaptJob) -> Measured:
@@ -87,8 +92,6 @@ def _train_s(model: PackedGrappa, images: torch.Tensor) -> float:
         with forward_precision(images.device):
             z = model(images)
         z.float().square().mean().backward()
-        if images.device.type == "cuda":
-            torch.cuda.synchronize()
 
     return _seconds(step)
 
@@ -96,9 +99,4 @@ def _train_s(model: PackedGrappa, images: torch.Tensor) -> float:
 def _seconds(work: Callable[[], None]) -> float:
     """The least of a few times, after one that warms up."""
     work()
-    times = []
-    for _ in range(REPEATS):
-        began = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - began)
-    return min(times)
+    return least_seconds(work, REPEATS)

@@ -25,8 +25,8 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
+from grappa_dist.dist.comm import raise_together, said_by_rank_0
 from grappa_dist.dist.long_work import until_all_are_done
-from grappa_dist.dist.search import raise_together, said_by_rank_0
 from grappa_dist.dist.workers import RankContext
 from grappa_dist.files import replacing, write_json
 from grappa_dist.ops.exact import to_grid

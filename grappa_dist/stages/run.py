@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,7 +11,9 @@ from pathlib import Path
 
 from grappa_dist.artifacts import Store
 from grappa_dist.config import Config
+from grappa_dist.data.remote import is_remote
 from grappa_dist.dist.cluster import Cluster
+from grappa_dist.dist.connection import SUBMITTED_JOB
 from grappa_dist.dist.jobs import Runner
 from grappa_dist.observe import EVENTS_FILE, Console, Events
 
@@ -40,3 +44,19 @@ def running(config: Config, root: Path) -> Iterator[Run]:
                 yield Run(config, store, runner, console)
         finally:
             cluster.close()
+
+
+def run_root(out: str | None, name: str) -> Path:
+    """The run directory, absolute; warns of one in the temporary folder of a submitted job, which Ray removes."""
+    if out is not None and is_remote(out):
+        raise ValueError(
+            f"out={out}: artefacts are renamed, locked and memory-mapped; expected a folder on a file system that all "
+            f"nodes share, with mirror={out} beside it to keep artefacts and checkpoints on the store"
+        )
+    root = Path(out or f"runs/{name}").absolute()
+    if SUBMITTED_JOB in os.environ and root.is_relative_to(Path.cwd()):
+        print(
+            f"warning: {root} lies in the job's temporary folder and goes with it; give --out an absolute path",
+            file=sys.stderr,
+        )
+    return root

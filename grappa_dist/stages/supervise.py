@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from grappa_dist.artifacts import Artifact, RowArrays, Store, wait_until_seen
+from grappa_dist.artifacts import Artifact, RowArrays, Store, numbered, wait_until_seen
 from grappa_dist.config import SUPERVISED, SUPERVISED_SET, AdaptConfig, BackboneConfig, Config
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.dist.engine import Engine
@@ -29,20 +29,19 @@ from grappa_dist.models import Grappa
 from grappa_dist.observe import counted
 from grappa_dist.ops.adam import adam
 from grappa_dist.stages.adapt import train_sets
-from grappa_dist.stages.classifying import Classes, Classifying, classifier_for
+from grappa_dist.stages.classifying import Classes, Classifying, classifier_for, starting_centroids
 from grappa_dist.stages.fitting import fuse_advice, naming_lack_of_memory
+from grappa_dist.stages.label_files import label_rows
 from grappa_dist.stages.modelling import (
     ADAPTORS_FILE,
     FUSION_FILE,
-    backbone_settings,
     build_backbone,
     forget_built,
     preprocess_of,
 )
 from grappa_dist.stages.packs import AdaptSet
-from grappa_dist.stages.pseudo_label import CENTROIDS_FILE, label_rows
 from grappa_dist.stages.run import Run
-from grappa_dist.stages.training import TrainingImages, data_settings, idle_in_words, torch_seed
+from grappa_dist.stages.training import TrainingImages, idle_in_words, torch_seed, trained_by
 from grappa_dist.stages.true_labels import class_counts, without_class
 from grappa_dist.stages.watching import AttentionWatch
 
@@ -64,22 +63,16 @@ class SupervisedJob:
 
 def supervised_fusion_of(store: Store, config: Config, labels: Artifact, sets: Sequence[Artifact]) -> Artifact:
     """The artefact of the supervised fusion: no setting of `fuse` enters it."""
-    settings = {
-        "backbone": backbone_settings(config.backbone),
-        "adapt": config.adapt.of_result(),
-        "data": data_settings(config.data),
-        "seed": config.seed,
-    }
-    return store.artifact(
-        f"fusion/{SUPERVISED}", settings, {"labels": labels, **{f"adaptors {i}": a for i, a in enumerate(sets)}}
-    )
+    settings = trained_by(config.backbone, config.data, config.seed, adapt=config.adapt.of_result())
+    return store.artifact(f"fusion/{SUPERVISED}", settings, {"labels": labels, **numbered("adaptors", sets)})
 
 
 def adapt_supervised(run: Run, adaptors: Artifact, labels: Artifact, images: ImageShards) -> None:
     """Trains the supervised set, by a job like those of the partitions."""
     if not adaptors.complete:
         classes = class_counts(labels)["classes"]
-        one = AdaptSet(classes, label_rows(labels, images), adaptors, _start(run.config, labels), SUPERVISED_SET)
+        start = starting_centroids(run.config.adapt, labels)
+        one = AdaptSet(classes, label_rows(labels, images), adaptors, start, SUPERVISED_SET)
         train_sets(run, [one], images, without_class(labels, images))
 
 
@@ -90,19 +83,12 @@ def fuse_supervised(
     if fusion.complete:
         return
     config, classes = run.config, class_counts(labels)["classes"]
-    training = TrainingImages(
-        images,
-        without_class(labels, images),
-        config.data,
-        config.adapt.global_batch,
-        config.seed,
-        config.resources.decode_threads,
-    )
+    training = TrainingImages.of(config, images, without_class(labels, images), config.adapt.global_batch)
     job = SupervisedJob(
         adaptors=tuple(adaptors),
         labels=label_rows(labels, images),
         num_classes=classes,
-        centroids=_start(config, labels),
+        centroids=starting_centroids(config.adapt, labels),
         training=training,
         backbone=config.backbone,
         adapt=config.adapt,
@@ -115,10 +101,6 @@ def fuse_supervised(
             run.console.say(f"fuse: {idle}")
         run.runner.run_jobs([Job(SUPERVISED, train_supervised_fusion, job, ranks)])
         wait_until_seen([fusion])
-
-
-def _start(config: Config, labels: Artifact) -> Path | None:
-    return labels.path / CENTROIDS_FILE if config.adapt.classifier == "centroids" else None
 
 
 def train_supervised_fusion(context: RankContext, job: SupervisedJob) -> None:
@@ -171,9 +153,6 @@ class SupervisedObjective(Classifying):
 
     def backward(self, engine: Engine, step: int) -> dict[str, float]:
         sums = self.gradients(engine, step, self._job.micro_batch, self._watch.add)
-        count = float(sums.images)
         (norm,) = engine.clip([self.learning], self._job.adapt.clip_norm)
-        loss, correct = sums.of_sets[0].tolist()
-        figures = {"images": count, "loss": loss, "accuracy": correct, "gradient_norm": norm * count}
-        figures["waited_s"] = sums.waited_s * count
-        return figures | self._watch.take(1, self._job.adapt.weight_decay, count)
+        attention = self._watch.take(1, self._job.adapt.weight_decay, sums.images)
+        return sums.figures | {"gradient_norm": norm * sums.images} | attention

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from grappa_dist.config import DataConfig
+from grappa_dist.config import BackboneConfig, Config, DataConfig
 from grappa_dist.data.decoding import Picture
 from grappa_dist.data.loader import load_images, read_batches
 from grappa_dist.data.order import EpochOrder
@@ -19,6 +19,7 @@ from grappa_dist.data.randomness import generator
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.data.transforms import Preprocess, view_generator
 from grappa_dist.dist.comm import Comm
+from grappa_dist.stages.modelling import backbone_settings
 
 Pixels = NDArray[np.uint8]
 Rows = NDArray[np.int64]
@@ -34,6 +35,11 @@ class TrainingImages:
     global_batch: int
     seed: int
     decode_threads: int
+
+    @staticmethod
+    def of(config: Config, images: ImageShards, bad: NDArray[np.int64], global_batch: int) -> TrainingImages:
+        """All images but the rows `bad`, in batches of so many over all ranks."""
+        return TrainingImages(images, bad, config.data, global_batch, config.seed, config.resources.decode_threads)
 
     def order(self, epoch: int) -> EpochOrder:
         data = self.data
@@ -63,9 +69,10 @@ def rank_share(global_batch: int, ranks: int, streams: int) -> int:
     return int(rounds * of_first.sum() + (before[rest : rest + streams] - before[:streams]).max())
 
 
-def data_settings(data: DataConfig) -> dict[str, object]:
-    """The settings of data that decide which rows are in a batch."""
-    return data.model_dump(include={"streams", "shuffle_window"})
+def trained_by(backbone: BackboneConfig, data: DataConfig, seed: int, **recipe: object) -> dict[str, object]:
+    """The settings that decide what a training job makes: its recipe, the backbone, and which rows are in a batch."""
+    order = data.model_dump(include={"streams", "shuffle_window"})
+    return {"backbone": backbone_settings(backbone), **recipe, "data": order, "seed": seed}
 
 
 def idle_in_words(data: DataConfig, ranks: int) -> str:

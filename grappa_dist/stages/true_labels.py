@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from grappa_dist.artifacts import Artifact, RowArrays, Store, wait_until_seen
+from grappa_dist.artifacts import Artifact, RowArrays, Store, numbered, wait_until_seen
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.files import write_json
+from grappa_dist.stages.label_files import CENTROIDS_FILE, label_rows, rows_file
 from grappa_dist.stages.label_stats import STATS_FILE
-from grappa_dist.stages.pseudo_label import CENTROIDS_FILE, label_rows, rows_file
 from grappa_dist.stages.run import Run
 from grappa_dist.stages.truth import load_truth, note_truth
 
@@ -38,7 +38,7 @@ class TrueLabelsTask:
 
 def true_labels_of(store: Store, truth: Artifact, features: Sequence[Artifact]) -> Artifact:
     """The artefact of the classes; it looks like that of a partition."""
-    return store.artifact("labels/true", {}, {"truth": truth, **{f"shard {i}": a for i, a in enumerate(features)}})
+    return store.artifact("labels/true", {}, {"truth": truth, **numbered("shard", features)})
 
 
 def read_true_labels(run: Run, images: ImageShards, truth: Artifact, classes: Artifact) -> None:

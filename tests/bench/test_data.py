@@ -16,7 +16,7 @@ from grappa_dist.bench.data import ALONE, AUGMENTED, OURS, PLAIN, SAME, TEST, Da
 from grappa_dist.bench.data import _Work as Work
 from grappa_dist.bench.data_table import as_json, as_text
 from grappa_dist.bench.photos import drawn_photo, drawn_shards
-from tests.data.test_shards import write_tar
+from tests.data.written import write_tar
 
 SMALL = DataSettings(rows=20, width=60, height=40, image_size=24, batch=8, threads=2, repeats=1)
 

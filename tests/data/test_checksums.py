@@ -8,7 +8,7 @@ import pytest
 
 from grappa_dist.data import checksums
 from grappa_dist.data.shards import ImageShards
-from tests.data.test_shards import write_folder
+from tests.data.written import write_folder
 
 
 def folder(tmp_path: Path) -> Path:

@@ -17,7 +17,7 @@ from grappa_dist.data.decoding import BadImage
 from grappa_dist.data.index import index_shard, scan
 from grappa_dist.data.remote_index import _Stream
 from grappa_dist.data.shards import ImageShards
-from tests.data.test_shards import write_tar
+from tests.data.written import write_tar
 from tests.mutations import mutations
 
 Damage = Callable[[bytearray, np.random.Generator], bytearray]

@@ -16,7 +16,7 @@ from grappa_dist.data.index import COMMITTED, ROW, Shard
 from grappa_dist.data.index_files import read_rows
 from grappa_dist.data.shards import ImageShards
 from tests.data.test_damaged_tars import time_limit
-from tests.data.test_shards import write_folder, write_tar
+from tests.data.written import write_folder, write_tar
 from tests.stores import door_to, folder_backend
 
 WRONG = [

@@ -15,7 +15,7 @@ from grappa_dist.data.decoding import BadImage
 from grappa_dist.data.index import ROW, Shard
 from grappa_dist.data.order import EpochOrder
 from grappa_dist.data.shards import ImageShards
-from tests.data.test_shards import write_tar
+from tests.data.written import write_tar
 
 
 def shards_of(*sizes: int) -> ImageShards:

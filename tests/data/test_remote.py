@@ -14,7 +14,7 @@ from grappa_dist.data.decoding import BadImage
 from grappa_dist.data.remote import RemoteFile, list_tars, objects_at
 from grappa_dist.data.shards import ImageShards
 from tests.conftest import Bucket
-from tests.data.test_shards import write_folder, write_tar
+from tests.data.written import write_folder, write_tar
 from tests.stores import Answer, Door, door_to, folder_backend
 
 SIZES = {"a": 7, "b": 1, "c": 0, "d": 30}  # uneven, one shard without a row

@@ -1,12 +1,10 @@
-"""Tars read by row id: their index, their writer, and what is refused."""
+"""Shards read by row id: what a handle says, and what it refuses."""
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import pickle
-import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,37 +12,8 @@ import numpy as np
 import pytest
 import webdataset
 
-from grappa_dist.data.decoding import BadImage
-from grappa_dist.data.index import DAMAGED, REFUSED, ROW, index_shard
 from grappa_dist.data.shards import ImageShards
-from grappa_dist.data.writer import ShardWriter
-
-
-def write_tar(
-    path: Path, members: dict[str, bytes] | list[tuple[str, bytes]], format: int = tarfile.PAX_FORMAT
-) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", format=format) as tar:
-        for name, data in members.items() if isinstance(members, dict) else members:
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-    return path
-
-
-def write_folder(folder: Path, rows: int, **limits: int | None) -> ShardWriter:
-    with ShardWriter(folder, **limits) as writer:  # type: ignore[arg-type]
-        for row in range(rows):
-            writer.write(bytes([row]) * (row + 1), "jpg", f"class {row % 3}" if row % 2 else None)
-    return writer
-
-
-def files_in(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def test_a_row_of_index_takes_24_bytes() -> None:
-    assert ROW.itemsize == 24
+from tests.data.written import files_in, write_folder, write_tar
 
 
 @pytest.mark.parametrize("index_dir", [None, "index"])
@@ -62,117 +31,6 @@ def test_rows_of_tars_by_webdataset_come_back_in_order(tmp_path: Path, index_dir
         assert shards.key(row) == sample["__key__"]
         assert shards.image_bytes(row) == sample["jpg"]
         assert shards.labels(row) == json.loads(sample["json"])
-
-
-@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_keys_come_back_whatever_the_length_of_the_name(tmp_path: Path, format: int) -> None:
-    names = ["a", "v1.0/b", "d" * 60 + "/" + "e" * 90, "f" * 90 + "/g"]
-    if format != tarfile.USTAR_FORMAT:
-        names += ["h" * 300, "ü" * 80 + "/ß" * 60]
-    members = {f"{name}{suffix}": name.encode() for name in names for suffix in (".JPG", ".json", ".txt")}
-    shards = ImageShards.open([write_tar(tmp_path / "t.tar", members, format)], None)
-    assert [shards.key(row) for row in range(len(shards))] == names
-    assert [shards.image_bytes(row).decode() for row in range(len(shards))] == names
-
-
-def test_json_may_come_first_later_or_never_and_lone_json_is_no_row(tmp_path: Path) -> None:
-    members = {
-        "a.json": b'{"label": "x"}',
-        "b.png": b"b",
-        "a.webp": b"a",
-        "c.json": b"{}",
-        "d.jpeg": b"",
-        ".e.jpg": b"?",
-    }
-    rows, shard = index_shard(write_tar(tmp_path / "t.tar", members))
-    assert (len(rows), shard.ignored) == (3, 2)
-    shards = ImageShards.open([tmp_path], None)
-    assert [shards.image_bytes(row) for row in range(3)] == [b"b", b"a", b""]
-    assert [shards.labels(row) for row in range(3)] == [None, {"label": "x"}, None]
-
-
-def bad_rows(folder: Path) -> list[tuple[str, str]]:
-    """(key, why) of the rows whose image cannot be had."""
-    shards, found = ImageShards.open([folder], None), []
-    for row in range(len(shards)):
-        try:
-            shards.image_bytes(row)
-        except BadImage as error:
-            found.append((shards.key(row), str(error)))
-    return found
-
-
-def test_of_two_images_of_a_key_the_second_is_a_bad_row(tmp_path: Path) -> None:
-    members = [("j.jpg", b"j"), ("k.jpg", b"1"), ("k.json", b"{}"), ("k.jpg", b"2" * 2000), ("k.png", b"3")]
-    write_tar(tmp_path / "t.tar", [*members, ("k.json", b"[]"), ("l.jpg", b"l")])
-    found = bad_rows(tmp_path)
-    assert [key for key, _ in found] == ["k", "k"]
-    assert all("second image of its key" in why for _, why in found)
-    shards = ImageShards.open([tmp_path], None)
-    assert [shards.key(row) for row in range(5)] == ["j", "k", "k", "k", "l"]
-    assert (shards.image_bytes(1), shards.image_bytes(4)) == (b"1", b"l")
-    assert [shards.labels(row) for row in range(5)] == [None, {}, None, None, None]
-    assert shards.shards[0].ignored == 1  # the second JSON member
-
-
-def test_a_link_in_place_of_an_image_is_a_bad_row(tmp_path: Path) -> None:
-    with tarfile.open(tmp_path / "t.tar", "w") as tar:
-        for kind in (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.FIFOTYPE):
-            link = tarfile.TarInfo(f"a{kind.decode()}.jpg")
-            link.type, link.linkname = kind, "/etc/passwd"
-            tar.addfile(link)
-    assert [key for key, why in bad_rows(tmp_path) if "link" in why] == ["a1", "a2", "a6"]
-
-
-def test_a_tar_cut_anywhere_keeps_what_is_whole_and_a_row_for_what_is_lost(tmp_path: Path) -> None:
-    tar = write_tar(tmp_path / "t.tar", {"a.jpg": b"a" * 700, "b.jpg": b"b" * 10, "b.json": b"{}"})
-    whole, end = tar.read_bytes(), 512 + 1024 + 512 + 512 + 512 + 512  # of the last member
-    for length in (0, 1, 511):
-        tar.write_bytes(whole[:length])
-        with pytest.raises(ValueError, match=r"t\.tar: .*at byte \d+"):
-            ImageShards.open([tmp_path], None)
-    for length in range(512, end + 512, 37):
-        tar.write_bytes(whole[:length])
-        shards, bad = ImageShards.open([tmp_path], None), bad_rows(tmp_path)
-        good = [shards.image_bytes(row) for row in range(len(shards) - len(bad))]
-        assert good == [b"a" * 700, b"b" * 10][: (length >= 512 + 700) + (length >= 512 + 1024 + 512 + 10)]
-        assert bad[-1][0] == ""
-        assert "what follows is lost" in bad[-1][1]
-        assert [why for _, why in bad[:-1]] in ([], ["cut off: the shard ends inside it"])
-        assert [shards.labels(row) for row in range(len(good))] in ([], [None], [None, None], [None, {}])
-    tar.write_bytes(whole[: end + 512])
-    assert bad_rows(tmp_path) == []
-
-
-def test_a_tar_damaged_inside_keeps_the_images_before_the_damage(tmp_path: Path) -> None:
-    tar = write_tar(tmp_path / "t.tar", {f"{i}.jpg": bytes([i]) * 100 for i in range(9)})
-    data = bytearray(tar.read_bytes())
-    data[5 * 1024 : 5 * 1024 + 512] = b"?" * 512
-    tar.write_bytes(data)
-    assert bad_rows(tmp_path) == [("", f"{REFUSED[DAMAGED]} (byte 5120)")]
-    assert len(ImageShards.open([tmp_path], None)) == 6
-
-
-def test_names_need_not_be_utf8(tmp_path: Path) -> None:
-    tar = os.fsencode(tmp_path) + b"/t\xff\xfe.tar"
-    with tarfile.open(tar, "w", format=tarfile.GNU_FORMAT, encoding="latin-1") as file:
-        member = tarfile.TarInfo("caf\xe9")
-        member.name, member.size = "caf\xe9.jpg", 1
-        file.addfile(member, io.BytesIO(b"x"))
-    for _ in range(2):  # indexed, then found again
-        shards = ImageShards.open([tmp_path], tmp_path / "index")
-        assert shards.image_bytes(0) == b"x"
-        assert shards.key(0).encode(errors="surrogateescape") == b"caf\xe9"
-        assert "caf" in shards.where(0)
-
-
-def test_garbage_and_compressed_tars_are_refused(tmp_path: Path) -> None:
-    with tarfile.open(tmp_path / "z.tar", "w:gz") as tar:
-        tar.addfile(tarfile.TarInfo("a.jpg"))
-    for data in (b"no tar" * 500, (tmp_path / "z.tar").read_bytes()):
-        (tmp_path / "t.tar").write_bytes(data)
-        with pytest.raises(ValueError, match=r"t\.tar.*byte"):
-            index_shard(tmp_path / "t.tar")
 
 
 def test_an_empty_shard_among_others_has_no_rows(tmp_path: Path) -> None:
@@ -244,52 +102,6 @@ def test_many_threads_read_more_shards_than_files_stay_open(tmp_path: Path) -> N
     with ThreadPoolExecutor(8) as pool:
         for row, data in zip(rows, pool.map(shards.image_bytes, rows), strict=True):
             assert data == bytes([row]) * (row + 1)
-
-
-def test_the_writer_writes_the_same_bytes_every_time(tmp_path: Path) -> None:
-    for folder in ("a", "b"):
-        write_folder(tmp_path / folder, 10, rows_per_shard=4)
-    assert files_in(tmp_path / "a") == files_in(tmp_path / "b")
-    assert sorted(tmp_path.iterdir()) == [tmp_path / "a", tmp_path / "b"]
-    shards = ImageShards.open([tmp_path / "a"], None)
-    assert [shard.rows for shard in shards.shards] == [4, 4, 2]
-    assert [shards.key(row) for row in (0, 9)] == ["000000000", "000000009"]
-    assert [shards.labels(row) for row in (4, 5)] == [None, {"label": "class 2", "task": None}]
-
-
-def test_the_writers_index_is_what_indexing_finds(tmp_path: Path) -> None:
-    write_folder(tmp_path / "f", 9, rows_per_shard=None, max_bytes=5000)
-    shards = ImageShards.open([tmp_path / "f"], None)
-    assert len(shards.shards) > 1
-    for number, shard in enumerate(shards.shards):
-        rows, indexed = index_shard(shard.path)
-        assert indexed == shard
-        assert np.array_equal(rows, shards.index(number))
-
-
-def test_a_finished_folder_is_reused_or_left_alone(tmp_path: Path) -> None:
-    write_folder(tmp_path / "f", 10, rows_per_shard=4)
-    before = files_in(tmp_path / "f")
-    assert write_folder(tmp_path / "f", 10, rows_per_shard=4).reused
-    for rows, per_shard in ((9, 4), (11, 4), (8, 4), (12, 4), (10, 5)):
-        with pytest.raises(ValueError, match="with other shards"):
-            write_folder(tmp_path / "f", rows, rows_per_shard=per_shard)
-    assert files_in(tmp_path / "f") == before
-    assert list(tmp_path.iterdir()) == [tmp_path / "f"]
-
-
-def test_a_broken_off_write_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), ShardWriter(tmp_path / "f", rows_per_shard=1) as writer:  # noqa: PT012
-        writer.write(b"a", "jpg")
-        writer.write(b"b", "jpg")
-        raise RuntimeError("killed")
-    assert list(tmp_path.iterdir()) == []
-    (tmp_path / "f").mkdir()
-    (tmp_path / "f" / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="not empty"):
-        write_folder(tmp_path / "f", 1)
-    with pytest.raises(ValueError, match="suffix 'gif'"), ShardWriter(tmp_path / "g") as writer:
-        writer.write(b"a", "gif")
 
 
 def test_shards_that_changed_after_they_were_written_are_refused(tmp_path: Path) -> None:

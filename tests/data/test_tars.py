@@ -13,7 +13,7 @@ import pytest
 
 from grappa_dist.data.tars import DamagedTar, key_at, members_of
 from tests.data.test_damaged_tars import cut, header, header_with_a_valid_checksum, random_bytes, time_limit
-from tests.data.test_shards import write_tar
+from tests.data.written import write_tar
 
 Seen = list[tuple[str, int, int, bool, bool]]
 LONG = "ü" * 40 + "d" * 70 + "/" + "e" * 120

@@ -13,7 +13,7 @@ from grappa_dist.dist.clustering import Wanted, cluster, cluster_together, share
 from grappa_dist.dist.comm import Comm
 from grappa_dist.dist.lloyd import Progress
 from grappa_dist.dist.methods import Clustering, Method, Told
-from grappa_dist.dist.search import Rows
+from grappa_dist.dist.rows import Rows
 from grappa_dist.dist.sharded_kmeans import KMeans, begin, end_together
 from grappa_dist.dist.share import RowBlock, Share, join_rows
 from grappa_dist.ops.choice import Choice

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from grappa_dist.dist.comm import Comm, process_group
+from grappa_dist.dist.comm import Comm, process_group, raise_together
 from tests.processes import run_ranks
 
 SIZES = {2: (0, 4), 3: (3, 0, 1)}
@@ -124,3 +124,16 @@ def test_a_port_that_is_taken_is_an_error_of_the_connection_that_names_it() -> N
             process_group(0, 1, address),
         ):
             pass
+
+
+def complain(comm: Comm, problems: list[str]) -> str:
+    try:
+        raise_together(comm, problems[comm.rank])
+    except ValueError as error:
+        return str(error)
+    return "fine"
+
+
+def test_a_problem_of_one_rank_is_raised_on_all() -> None:
+    assert run_ranks(complain, 3, ["", "row 7 of x: naïve", "other"]) == ["row 7 of x: naïve"] * 3
+    assert run_ranks(complain, 2, ["", ""]) == ["fine"] * 2

@@ -128,16 +128,3 @@ def test_without_elastic_a_lost_node_is_an_error_within_a_bounded_time(machines:
     finally:
         cluster.close()
         machines.remove_node(nodes[1])
-
-
-def test_a_node_that_does_not_pass_stops_the_run_before_any_work(machines: Any, tmp_path: Path) -> None:
-    node = add(machines)
-    machines.wait_for_nodes()
-    (tmp_path / "flag").touch()
-    cluster = Cluster(RESOURCES, Checks(tmp_path / "run", partial(read_unless, str(tmp_path / "flag"))))
-    try:
-        with pytest.raises(ValueError, match=r"^preflight: .+: images cannot be read: .+flag is in the way$"):
-            Runner(cluster, RESOURCES).map(print, [1])
-    finally:
-        cluster.close()
-        machines.remove_node(node)

@@ -17,6 +17,8 @@ from grappa_dist.ops.sift import MOST_ROWS
 from tests.dist.test_sharded_knn import half_copies, ids_of, unit_rows
 from tests.processes import run_ranks
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 CASES: dict[str, Callable[[], np.ndarray]] = {
     "drawn": lambda: drawn_rows(900, 24, 0),
     "half copies": lambda: half_copies(140, 12),

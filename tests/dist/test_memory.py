@@ -22,11 +22,11 @@ from grappa_dist.artifacts import Artifact, Store
 from grappa_dist.config import Config, Resources
 from grappa_dist.data.index import Shard
 from grappa_dist.data.shards import ImageShards
-from grappa_dist.dist import share
+from grappa_dist.dist import lowest, share
 from grappa_dist.dist.cluster import Cluster
 from grappa_dist.dist.comm import Comm
 from grappa_dist.dist.jobs import Job, Runner
-from grappa_dist.dist.search import Rows
+from grappa_dist.dist.rows import Rows
 from grappa_dist.dist.sharded_kmeans import KMeans, sharded_kmeans
 from grappa_dist.dist.workers import RankContext
 from grappa_dist.observe import Console
@@ -108,6 +108,7 @@ def watched() -> Iterator[Seen]:
 def peaks(comm: Comm, folder: Path, init: Init) -> dict[int, int]:
     """The bytes that this rank takes for k-means, seeding included, by number of rows."""
     found = {}
+    share.PIECE = lowest.PIECE = BLOCK_ROWS  # pieces that a rank of few rows fills too
     for num in (FEW, FEW, MANY):  # the first time also loads libraries
         mapped = np.load(folder / f"{num}.npy", mmap_mode="r")
         own = mapped[comm.rank * num // comm.size : (comm.rank + 1) * num // comm.size]

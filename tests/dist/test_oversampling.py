@@ -12,7 +12,7 @@ from grappa_dist.dist import oversampling, row_weights
 from grappa_dist.dist.comm import Comm
 from grappa_dist.dist.oversampling import oversampled_centroids
 from grappa_dist.dist.row_weights import RowWeights
-from grappa_dist.dist.search import Rows
+from grappa_dist.dist.rows import Rows
 from grappa_dist.dist.sharded_seeding import Seeded, draw_centroids, seed_centroids
 from grappa_dist.dist.share import Share, join_rows
 from grappa_dist.ops.exact import GRID, to_grid
@@ -74,7 +74,8 @@ def naive_candidates(x: np.ndarray, num: int, seed: int) -> tuple[list[int], Ten
     weights = torch.from_numpy(good_rows(x)).long()
     found, nearest = list[int](), torch.full((len(x),), -1)
     for at_once in (1, *[-(-num // 2)] * 5):
-        keys = race_keys(row_hashes(torch.arange(len(x)), seed, num, 6, len(found)), weights).tolist()
+        hashes = row_hashes(torch.arange(len(x)), seed, num, 6, len(found))
+        keys = race_keys(hashes, weights, int(weights.max())).tolist()
         left = [row for row in range(len(x)) if weights[row] > 0]
         new = sorted(sorted(left, key=lambda row: (keys[row], row))[:at_once])
         if not new:
@@ -158,6 +159,14 @@ def test_rows_are_read_seven_times_and_centroids_few_at_a_time(monkeypatch: pyte
     monkeypatch.setattr(row_weights, "_AT_ONCE", 7)
     assert torch.equal(oversampled_centroids(share, 60, 5), whole)
     assert sum(read) == 6 * good_rows(x).sum() + 151  # each round's, and the candidates to pick from
+
+
+def test_rows_that_all_lie_near_to_each_other_are_drawn_by_their_distances_too() -> None:
+    rng = np.random.default_rng(0)
+    x = np.concatenate([rng.uniform(0, 2e-5, 2000), rng.uniform(0, 5e-2, 100)]).astype(np.float32)[:, None]
+    share = join_rows(Comm(), Rows([x], [np.ones(len(x), dtype=bool)]), device=torch.device("cpu"))
+    places, _ = oversampling._candidates(share, 20, 0, Seeded(), lambda seeded, wanted: None)
+    assert sum(place >= 2000 for place in places.tolist()) > 0.8 * len(places)  # 2 or 3 if all were alike
 
 
 def test_it_starts_from_a_lower_inertia_than_k_means_plus_plus() -> None:

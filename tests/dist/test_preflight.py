@@ -11,8 +11,11 @@ import faiss
 import pytest
 import torch
 
+from grappa_dist.config import Resources
 from grappa_dist.dist import preflight
+from grappa_dist.dist.cluster import Cluster
 from grappa_dist.dist.connection import check_answers
+from grappa_dist.dist.jobs import Runner
 from grappa_dist.dist.preflight import Checks, Facts, answered, free_memory, problems, survey, token_in, versions
 
 OURS = {"python": "3.11.7", "torch": "2.13.0"}
@@ -188,3 +191,23 @@ def test_a_gpu_that_torch_does_not_see_is_found_out(tmp_path: Path) -> None:
     with token_in(tmp_path) as token:
         facts = survey(Checks(tmp_path, nothing), token, "id", "far", workers=1, gpu=True)
     assert "sees no GPU here, though Ray has given one" in facts.gpu
+
+
+def read_unless(flag: Path) -> None:
+    if flag.exists():
+        raise FileNotFoundError(f"{flag} is in the way")
+
+
+def test_a_node_that_does_not_pass_stops_the_run_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a Ray of one worker that is started for this."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    resources, flag = Resources(workers=1, num_cpus=1), tmp_path / "flag"
+    flag.touch()
+    cluster = Cluster(resources, Checks(tmp_path / "run", partial(read_unless, flag)))
+    try:
+        with pytest.raises(ValueError, match=r"^preflight: .+: images cannot be read: .+flag is in the way$"):
+            Runner(cluster, resources).map(print, [1])
+    finally:
+        cluster.close()

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from grappa_dist.dist.comm import Comm
 from grappa_dist.dist.lloyd import Progress
 from grappa_dist.dist.passes import BoundedPasses
-from grappa_dist.dist.search import Rows
+from grappa_dist.dist.rows import Rows
 from grappa_dist.dist.sharded_kmeans import KMeans, KMeansResult, sharded_kmeans
 from grappa_dist.dist.share import BLOCK_ROWS, join_rows
 from grappa_dist.ops.exact import GRID, to_grid

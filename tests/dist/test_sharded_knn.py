@@ -13,6 +13,8 @@ from grappa_dist.dist.sharded_knn import sharded_knn
 from grappa_dist.ops.exact import GRID, to_grid
 from tests.processes import run_ranks
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 
 def unit_rows(num: int, dim: int, seed: int = 0) -> np.ndarray:
     rows: np.ndarray = F.normalize(torch.randn(num, dim, generator=torch.Generator().manual_seed(seed)), dim=1).numpy()

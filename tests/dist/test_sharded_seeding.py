@@ -8,7 +8,7 @@ import torch
 
 from grappa_dist.dist import sharded_seeding
 from grappa_dist.dist.comm import Comm
-from grappa_dist.dist.search import Rows
+from grappa_dist.dist.rows import Rows
 from grappa_dist.dist.sharded_seeding import Seeded, seed_centroids
 from grappa_dist.dist.share import Share, join_rows
 from tests.dist.test_sharded_kmeans import clustered, cuts, good_rows, part_of

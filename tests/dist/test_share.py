@@ -4,16 +4,19 @@ import time
 from dataclasses import replace
 
 import numpy as np
+import pytest
 import torch
 
 from grappa_dist.dist.comm import Comm
-from grappa_dist.dist.search import Rows
+from grappa_dist.dist.rows import Rows
 from grappa_dist.dist.sharded_kmeans import KMeans, kmeans
 from grappa_dist.dist.share import RowBlock, Share, join_rows
 from grappa_dist.dist.threads import side_by_side
 from grappa_dist.dist.workers import Stopped
 from tests.dist.test_sharded_kmeans import clustered
 from tests.processes import run_ranks
+
+pytestmark = pytest.mark.usefixtures("two_threads")
 
 WAIT_S = 3.0  # of one collective
 BLOCKS = 8  # of the last rank, each of which takes it long

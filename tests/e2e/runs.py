@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -121,6 +122,14 @@ def _title(pid: int) -> str:
     with suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_text()
     return ""
+
+
+def without_training(finished: Path, out: Path) -> Path:
+    """A copy that has features and labels, so that only what is under test runs again."""
+    shutil.copytree(finished, out, symlinks=True)
+    for stage in ("adaptors", "fusion", "models", "reports", "scores", "insight"):
+        shutil.rmtree(out / stage, ignore_errors=True)  # one set has no fusion
+    return out
 
 
 def weights(out: Path) -> dict[str, str]:

@@ -109,18 +109,29 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
 
 def _job(dashboard: str, name: str) -> dict[str, str]:
     """What the cluster says of a job."""
-    with urllib.request.urlopen(f"{dashboard}/api/jobs/{name}", timeout=10) as answer:
+    return _asked(f"{dashboard}/api/jobs/{name}")
+
+
+def _asked(url: str) -> dict[str, str]:
+    with urllib.request.urlopen(url, timeout=10) as answer:
         return dict(json.load(answer))
 
 
-def test_the_pipeline_runs_as_a_submitted_job(dashboard: str, tmp_path: Path) -> None:
+SMALLER = ("clustering.num_labels=[8]", "data.collection_kwargs={scale: 0.1}")
+
+
+@pytest.fixture(scope="module")
+def finished(dashboard: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """On a head of two CPUs with a worker on each: the driver takes none, or there would be no place for both."""
-    out = tmp_path / "run"
-    settings = ["adapt.epochs=1", "fuse.epochs=1", "clustering.num_labels=[8]", "data.collection_kwargs={scale: 0.1}"]
-    ended = _run(_submit(dashboard, out, *settings, "resources.workers=2"))
+    out = tmp_path_factory.mktemp("submitted") / "run"
+    ended = _run(_submit(dashboard, out, *SMALLER, "adapt.epochs=1", "fuse.epochs=1", "resources.workers=2"))
     assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-2000:]
     assert "succeeded" in ended.stdout + ended.stderr
-    assert json.loads((out / "report" / "metrics.json").read_text())["rows"]
+    return out
+
+
+def test_the_pipeline_runs_as_a_submitted_job(finished: Path) -> None:
+    assert json.loads((finished / "report" / "metrics.json").read_text())["rows"]
 
 
 @pytest.mark.long
@@ -134,12 +145,11 @@ def test_exit_status_and_error_of_a_failing_job_are_in_its_message(dashboard: st
     assert "Traceback" not in job["message"]
 
 
-def test_a_stopped_job_has_saved_its_state(dashboard: str, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    settings = ["clustering.num_labels=[8]", "data.collection_kwargs={scale: 0.1}"]
+def test_a_stopped_job_has_saved_its_state(dashboard: str, finished: Path, tmp_path: Path) -> None:
+    out = runs.without_training(finished, tmp_path / "run")
     endless = ["adapt.epochs=10000", "adapt.checkpoint_steps=1000000"]  # no checkpoint but that of the stop
     options = ("--no-wait", "--submission-id", "stopped")
-    started = _run(_submit(dashboard, out, *settings, *endless, options=options))
+    started = _run(_submit(dashboard, out, *SMALLER, *endless, options=options))
     assert started.returncode == 0, started.stderr
     end = time.monotonic() + runs.PATIENCE_S
     while runs.last_step(out, "adaptors/k=8") < 3:
@@ -153,8 +163,7 @@ def test_a_stopped_job_has_saved_its_state(dashboard: str, tmp_path: Path) -> No
     assert _job(dashboard, "stopped")["status"] == "STOPPED"
     (saved,) = out.glob("adaptors/*/checkpoints/*")
     assert int(saved.stem.removeprefix("step-")) == runs.last_step(out, "adaptors/k=8") + 1
-    logs = _run([RAY, "job", "logs", "--address", dashboard, "stopped"]).stdout
-    assert "terminated; state is saved" in logs
+    assert "terminated; state is saved" in _asked(f"{dashboard}/api/jobs/stopped/logs")["logs"]
 
 
 def test_what_is_sent_with_a_job_is_small_and_a_stop_leaves_time_to_save() -> None:

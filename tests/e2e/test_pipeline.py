@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -13,26 +13,35 @@ import torch
 
 from grappa_dist import load_model
 from tests.e2e import runs
+from tests.stages.tiny import files_below
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 
+@dataclass(frozen=True)
+class Begun:
+    """What a run that ended after a stage has said and left."""
+
+    out: Path
+    said: str
+    left: dict[str, int]  # every file with its time of change
+
+
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An undisturbed run."""
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Begun:
     out = tmp_path_factory.mktemp("finished")
-    ended = runs.run(out)
+    ended = runs.run(out, "--until", "pseudo_label")
+    assert ended.returncode == 0, ended.stderr
+    return Begun(out, ended.stdout, files_below(out))
+
+
+@pytest.fixture(scope="session")
+def finished(begun: Begun) -> Path:
+    """A run that no one has killed."""
+    ended = runs.run(begun.out)
     assert ended.returncode == 0, ended.stderr
     assert "report.html" in ended.stdout
-    return out
-
-
-def _without_training(finished: Path, out: Path) -> Path:
-    """A copy that has features and labels, so that only what is under test runs again."""
-    shutil.copytree(finished, out, symlinks=True)
-    for stage in ("adaptors", "fusion", "models", "reports", "scores", "insight"):
-        shutil.rmtree(out / stage)
-    return out
+    return begun.out
 
 
 def test_a_run_leaves_scores_of_every_model_on_every_task(finished: Path) -> None:
@@ -46,12 +55,12 @@ def test_a_run_leaves_scores_of_every_model_on_every_task(finished: Path) -> Non
         assert row["queries"] > 0
 
 
-def test_a_run_can_end_after_a_stage_and_go_on_later(tmp_path: Path) -> None:
-    ended = runs.run(tmp_path, "--until", "pseudo_label")
-    assert ended.returncode == 0, ended.stderr
-    assert "done up to pseudo_label" in ended.stdout
-    assert len(list((tmp_path / "labels").glob("k=*"))) == 2
-    assert not (tmp_path / "adaptors").exists()
+def test_a_run_can_end_after_a_stage_and_go_on_later(begun: Begun, finished: Path) -> None:
+    assert "done up to pseudo_label" in begun.said
+    made = {path: time for path, time in begun.left.items() if path.endswith("manifest.json")}
+    assert len([path for path in made if path.startswith("labels/k=")]) == 2
+    assert not any(path.startswith(("adaptors/", "models/", "reports/")) for path in begun.left)
+    assert made.items() <= files_below(finished).items()  # what was there was not made again
 
 
 def test_steps_of_two_adaptor_jobs_overlap_in_time(finished: Path) -> None:
@@ -85,8 +94,9 @@ def test_a_changed_setting_reruns_only_what_depends_on_it(finished: Path) -> Non
 
 
 def test_killed_workers_and_a_killed_driver_change_no_byte_of_the_result(finished: Path, tmp_path: Path) -> None:
-    out = _without_training(finished, tmp_path / "killed")
-    with runs.running(out) as driver:  # a worker in the middle of adapt, then the driver itself
+    out = runs.without_training(finished, tmp_path / "killed")
+    trained = ("--until", "fuse")
+    with runs.running(out, *trained) as driver:  # a worker in the middle of adapt, then the driver itself
         runs.wait_for(lambda: runs.last_step(out, "adaptors/k=8") >= 25, driver)  # the checkpoint is at 20
         runs.kill_rank_zero(out, "adaptors/k=8")
         runs.wait_for(lambda: runs.embeds_for_graph(out, "neighbours", epoch=1, rank=1), driver)
@@ -95,7 +105,7 @@ def test_killed_workers_and_a_killed_driver_change_no_byte_of_the_result(finishe
         runs.wait_for(lambda: runs.last_step(out, "fusion/neighbours") >= 7, driver)  # step 6 is the first of epoch 1
         driver.send_signal(signal.SIGKILL)
         driver.wait(timeout=30)
-    with runs.running(out) as driver:  # one of two ranks of fuse; the other sits in a collective
+    with runs.running(out, *trained) as driver:  # one of two ranks of fuse; the other sits in a collective
         runs.wait_for(lambda: runs.last_step(out, "fusion/neighbours") >= 12, driver)
         runs.kill_rank_zero(out, "fusion/neighbours")
         assert driver.stdout is not None
@@ -111,7 +121,7 @@ def test_killed_workers_and_a_killed_driver_change_no_byte_of_the_result(finishe
 
 @pytest.mark.long
 def test_sigterm_saves_state_and_the_next_run_goes_on(finished: Path, tmp_path: Path) -> None:
-    out = _without_training(finished, tmp_path / "terminated")
+    out = runs.without_training(finished, tmp_path / "terminated")
     with runs.running(out) as driver:
         runs.wait_for(lambda: runs.last_step(out, "adaptors/k=24") >= 2, driver)
         driver.send_signal(signal.SIGTERM)

@@ -46,8 +46,9 @@ def test_dots_do_not_depend_on_blocks_order_of_dimensions_or_threads() -> None:
     assert torch.equal(exact_dot(x[:, order], c[:, order]), whole)
     num_threads = torch.get_num_threads()
     try:
-        torch.set_num_threads(1)
-        assert torch.equal(exact_dot(x, c), whole)
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            assert torch.equal(exact_dot(x, c), whole)
     finally:
         torch.set_num_threads(num_threads)
 

@@ -18,8 +18,8 @@ from grappa_dist.stages.collect import (
     has_drawn,
     open_images,
     read_a_little,
-    run_root,
 )
+from grappa_dist.stages.run import run_root
 from tests.stages import tiny
 
 COLLECTION = "tests.stages.test_collect:draw"

@@ -30,7 +30,7 @@ from grappa_dist.stages.modelling import ModelSpec, build, pixels_of, preprocess
 from tests.conftest import Bucket
 from tests.data.test_decoding import encoded, png_header
 from tests.data.test_decoding import picture as drawn
-from tests.data.test_shards import write_tar
+from tests.data.written import write_tar
 from tests.stages import tiny
 
 

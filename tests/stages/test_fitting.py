@@ -18,7 +18,7 @@ from grappa_dist.stages.fitting import (
     adapt_advice,
     fitted,
     fuse_advice,
-    in_caches,
+    images_at_a_time,
     largest_that_runs,
     naming_lack_of_memory,
     room,
@@ -129,4 +129,4 @@ def test_ranks_agree_on_what_fits_all_and_a_job_goes_on_with_it(tmp_path: Path) 
 
 @pytest.mark.parametrize(("images", "sets", "at_a_time"), [(32, 8, 4), (33, 8, 5), (3, 8, 1), (128, 1, 128)])
 def test_on_a_cpu_all_sets_together_take_about_as_many_images_as_one(images: int, sets: int, at_a_time: int) -> None:
-    assert in_caches(images, sets) == at_a_time
+    assert images_at_a_time(None, images, sets, on_gpu=False) == at_a_time

@@ -1,71 +1,49 @@
-"""SIGKILL at any step: what is resumed ends with the same bytes. Forks of one process, for speed."""
+"""SIGKILL at any step: what is resumed ends with the same bytes."""
 
 from __future__ import annotations
 
 import os
 import random
 import signal
-import subprocess
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from grappa_dist.dist.comm import Comm
+from grappa_dist.dist.workers import RankContext
+from grappa_dist.stages.adapting import train_adaptors
 from grappa_dist.stages.modelling import ADAPTORS_FILE
+from tests.processes import run_ranks
 from tests.stages import tiny
-from tests.stages.test_packs import job_in
+from tests.stages.packed import job_in
 
 KS = (3, 4)
 STEPS, CHECKPOINT_STEPS = 9, 3
 SETTINGS: dict[str, Any] = {"epochs": 3, "checkpoint_steps": CHECKPOINT_STEPS}
 
 
-def in_a_fork(folder: Path, out: str, kill_after: int | None) -> int:
-    """Trains in a process of its own, which kills itself once so many steps are behind it; its exit status."""
-    child = os.fork()
-    if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    from grappa_dist.dist.comm import process_group
-    from grappa_dist.dist.workers import RankContext
-    from grappa_dist.stages.adapting import train_adaptors
-    from tests.processes import free_address
-    from tests.stages.tiny import CPU
+def train_until(comm: Comm, folder: Path, out: str, kill_after: int | None) -> None:
+    """Trains in a process of its own, which kills itself once so many steps are behind it."""
 
     def report(status: dict[str, Any]) -> None:
         if status["done"] == kill_after:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    with process_group(0, 1, free_address()) as comm:
-        train_adaptors(RankContext(comm, CPU, report, lambda: False), job_in(folder, out, KS, **SETTINGS))
-    os._exit(0)
-
-
-def kill_and_resume(folder: Path, seeds: Iterable[int]) -> None:
-    """A straight run, then for every seed one that is killed at a random step, and goes on."""
-    import torch
-
-    from grappa_dist.dist.engine import _deepspeed
-    from grappa_dist.stages import adapting  # noqa: F401 - imported once, for all forks
-
-    torch.set_num_threads(1)  # no thread may run where a process forks
-    _deepspeed(torch.device("cpu"))
-    assert in_a_fork(folder, "straight", None) == 0
-    for seed in seeds:
-        step = random.Random(seed).randrange(1, STEPS)
-        assert in_a_fork(folder, f"killed-{seed}", step) == -signal.SIGKILL, (seed, step)
-        assert in_a_fork(folder, f"killed-{seed}", None) == 0, seed
+    train_adaptors(RankContext(comm, tiny.CPU, report, lambda: False), job_in(folder, out, KS, **SETTINGS))
 
 
 def ends_with_the_same_bytes(folder: Path, seeds: Sequence[int]) -> None:
+    """A straight run, then for every seed one that is killed at a random step, and goes on."""
     tiny.write_shards(folder / "images")
-    code = f"import pathlib, tests.stages.test_kills as t; t.kill_and_resume(pathlib.Path({str(folder)!r}), {seeds!r})"
-    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=550)
-    assert found.returncode == 0, found.stderr[-3000:]
+    run_ranks(train_until, 1, folder, "straight", None)
     for seed in seeds:
-        assert weights(folder, f"killed-{seed}") == weights(folder, "straight"), seed
+        step = random.Random(seed).randrange(1, STEPS)
+        with pytest.raises(RuntimeError, match="rank 0 of 1 died without a word"):
+            run_ranks(train_until, 1, folder, f"killed-{seed}", step)
+        run_ranks(train_until, 1, folder, f"killed-{seed}", None)
+        assert weights(folder, f"killed-{seed}") == weights(folder, "straight"), (seed, step)
 
 
 def weights(folder: Path, out: str) -> list[bytes]:

@@ -18,8 +18,8 @@ from grappa_dist.dist.jobs import Job
 from grappa_dist.observe import METRICS_FILE, read_events
 from grappa_dist.stages import packs
 from grappa_dist.stages.adapt import adapt, adaptors_of
+from grappa_dist.stages.label_files import rows_file
 from grappa_dist.stages.modelling import ADAPTORS_FILE
-from grappa_dist.stages.pseudo_label import rows_file
 from tests.processes import run_ranks
 from tests.stages import tiny
 

@@ -18,6 +18,7 @@ from grappa_dist.dist.lloyd import Progress
 from grappa_dist.dist.workers import RankContext, Stopped
 from grappa_dist.report.content import Clustering
 from grappa_dist.stages import trail
+from grappa_dist.stages.label_files import own_shards, rows_file
 from grappa_dist.stages.label_stats import shortcuts_in_words
 from grappa_dist.stages.pseudo_label import (
     PROGRESS_FILE,
@@ -29,9 +30,7 @@ from grappa_dist.stages.pseudo_label import (
     labels_of,
     ladder,
     num_labels,
-    own_shards,
     pseudo_label,
-    rows_file,
 )
 from grappa_dist.stages.trail import load_trail, save_trail
 from tests.processes import run_ranks

@@ -13,7 +13,7 @@ from grappa_dist.models import PackedGrappa
 from grappa_dist.stages import rates
 from grappa_dist.stages.fitting import image_bytes
 from tests.stages import tiny
-from tests.stages.test_packs import job_in
+from tests.stages.packed import job_in
 
 
 @pytest.fixture(scope="module")

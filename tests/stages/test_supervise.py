@@ -16,8 +16,8 @@ from grappa_dist.observe import read_events
 from grappa_dist.ops.softmax import norm_softmax
 from grappa_dist.stages.adapt import adaptors_of
 from grappa_dist.stages.embed import to_images
+from grappa_dist.stages.label_files import CENTROIDS_FILE, label_rows
 from grappa_dist.stages.modelling import ADAPTORS_FILE, FUSION_FILE, build_backbone, preprocess_of
-from grappa_dist.stages.pseudo_label import CENTROIDS_FILE, label_rows
 from grappa_dist.stages.supervise import (
     SupervisedJob,
     SupervisedObjective,

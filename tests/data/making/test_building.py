@@ -229,15 +229,23 @@ def children_of(process: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
 
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, bytes]]:
+    """Images that take seconds to decode, and the files that an undisturbed run makes of them."""
+    folder = tmp_path_factory.mktemp("many")
+    images = photos(folder, 300, size=300)
+    make(images, folder / "whole", images_per_shard=5, image_size=32)
+    return images, files_in(folder / "whole")
+
+
 @pytest.mark.parametrize(
     ("number", "to_worker", "status"),
     [(signal.SIGKILL, False, -9), (signal.SIGTERM, False, 143), (signal.SIGKILL, True, 1)],
 )
 def test_a_killed_run_goes_on_to_the_same_bytes_and_leaves_no_process(
-    tmp_path: Path, number: int, to_worker: bool, status: int
+    many: tuple[Path, dict[str, bytes]], tmp_path: Path, number: int, to_worker: bool, status: int
 ) -> None:
-    images = photos(tmp_path, 300, size=300)
-    make(images, tmp_path / "whole", images_per_shard=5, image_size=32)
+    images, whole = many
     options = ["--images-per-shard", "5", "--image-size", "32", "--workers", "2"]
     call = [sys.executable, str(SCRIPT), "--images", str(images), "--out", str(tmp_path / "out"), *options]
     making = tmp_path / "out" / ".train.partial" / "making"
@@ -255,4 +263,4 @@ def test_a_killed_run_goes_on_to_the_same_bytes_and_leaves_no_process(
     again = subprocess.run(call, capture_output=True, text=True, timeout=120)
     assert again.returncode == 0, again.stderr
     assert "shards were there" in again.stderr
-    assert files_in(tmp_path / "out") == files_in(tmp_path / "whole")
+    assert files_in(tmp_path / "out") == whole

@@ -1,0 +1,76 @@
+"""Jobs of three adaptor sets in the tiny world, trained in every way that must not matter."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from grappa_dist.artifacts import Store
+from grappa_dist.data.shards import ImageShards
+from grappa_dist.dist.comm import Comm
+from grappa_dist.stages import adapting
+from grappa_dist.stages.adapt import adaptors_of
+from grappa_dist.stages.adapting import AdaptJob, train_adaptors
+from grappa_dist.stages.compiling import compile_if_it_wins
+from grappa_dist.stages.modelling import ADAPTORS_FILE
+from grappa_dist.stages.packs import AdaptSet
+from tests.stages import tiny
+
+KS = (3, 4, 5)
+CLIP = 0.05  # of gradients whose norms are about 0.1 to 0.5: it scales, and each set by another factor
+SCANT = 1_000_000  # bytes, for three images of three sets, beside their classifiers
+SETTINGS: dict[str, Any] = {"clip_norm": CLIP, "epochs": 3, "checkpoint_steps": 2}
+
+
+def job_in(folder: Path, out: str, ks: tuple[int, ...] = KS, **adapt: Any) -> AdaptJob:
+    paths = [str(path) for path in sorted((folder / "images").iterdir())]
+    settings = tiny.config(paths, adapt={**SETTINGS, **adapt})
+    images, store, sets = ImageShards.open(paths, None), Store(folder / out), []
+    for k in ks:
+        parent = store.artifact(f"labels/k={k}", {}, {})
+        artifact = adaptors_of(store, settings.backbone, settings.adapt, settings.data, settings.seed, parent)
+        sets.append(AdaptSet(k, tiny.labels_in(folder / f"labels-{k}", images, k), artifact))
+    return AdaptJob(tuple(sets), tiny.training_images(settings, images), settings.backbone, settings.adapt)
+
+
+def run(comm: Comm, job: AdaptJob, **watched: Any) -> None:
+    train_adaptors(tiny.Watcher(**watched).context(comm), job)
+
+
+def train_all_ways(comm: Comm, folder: Path) -> None:
+    """Packed in one job on these ranks, and in a world of one also each set alone."""
+    run(comm, job_in(folder, f"packed-{comm.size}"))
+    if comm.size == 1:
+        for k in KS:
+            run(comm, job_in(folder, "alone", (k,)))
+        run(comm, job_in(folder, "unclipped", clip_norm=None))
+        run(comm, job_in(folder, "sparing", micro_batch=3, activation_checkpointing=True))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(adapting, "usable_bytes", lambda device, sharing: SCANT)
+            run(comm, job_in(folder, "fitted", micro_batch="auto"))
+            seconds = iter((2.0, 1.0))  # of a plain pass and of a compiled one
+            cheap = partial(compile_if_it_wins, backend="aot_eager", measure=lambda _: next(seconds), halves=False)
+            patch.setattr(adapting, "compile_if_it_wins", cheap)
+            run(comm, replace(job_in(folder, "compiled", micro_batch=5), compiled=True))
+    else:
+        run(comm, job_in(folder, "zero", micro_batch=5, zero_stage=2))
+        stopped = job_in(folder, "stopped", zero_stage=1)
+        run(comm, stopped, stop_after=3 if comm.rank == 1 else None)
+
+
+def weights(folder: Path, out: str, k: int, **adapt: Any) -> dict[str, torch.Tensor]:
+    (one,) = job_in(folder, out, (k,), **adapt).sets
+    assert one.artifact.complete
+    return load_file(one.artifact.path / ADAPTORS_FILE)
+
+
+def close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():  # sums in another order, which Adam's first steps enlarge where gradients vanish
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=2e-5)
