@@ -75,7 +75,9 @@ def _stages(
     yield "pseudo_label", f"K = {', '.join(map(str, ks))}; one job", list(flow.labels.values()) if flow else []
     what = "how consecutive K agree, sample clusters of each; one task"
     yield "partitions", what, [flow.partitions] if flow else []
-    what = f"{jobs_in_words(config, len(ks))}, {adapt_steps} steps of {config.adapt.global_batch} images each"
+    what = (
+        f"{jobs_in_words(config, len(ks))}, {counted(adapt_steps, 'step')} of {config.adapt.global_batch} images each"
+    )
     yield "adapt", what, list(flow.adaptors.values()) if flow else []
     yield from _supervision(config, flow, ks, adapt_steps)
     yield "fuse", _fuse(config, ks, sizes["train"]), list(flow.on_pairs.values()) if flow else []
@@ -95,8 +97,8 @@ def _fuse(config: Config, ks: tuple[int, ...], num_rows: int) -> str:
     trained, unfused = on_pairs(config, len(ks)), unfused_in_words(config.fuse, len(ks))
     if not trained:
         return unfused or "nothing to train: none of fuse.variants learns from pairs"
-    steps = config.fuse.epochs * steps_per_epoch(num_rows, config.fuse.global_batch)
-    what = f"{', '.join(trained)}; one job each on all workers, {steps} steps of {config.fuse.global_batch} pairs"
+    steps = counted(config.fuse.epochs * steps_per_epoch(num_rows, config.fuse.global_batch), "step")
+    what = f"{', '.join(trained)}; one job each on all workers, {steps} of {config.fuse.global_batch} pairs"
     if any(map(seeks_neighbours, trained)):
         what += f", {graph_kind(config.fuse, num_rows)} k-NN graph"
     return f"{what}; {unfused}" if unfused else what
