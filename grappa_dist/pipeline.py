@@ -109,7 +109,8 @@ def check(config: Config, root: Path) -> str:
             artifact.check()
     try:
         count = len(cluster.workers())
-        return f"{table(cluster.facts.values())}\n{count} workers can start; {len(made)} artefacts are there and whole"
+        workers, artefacts = counted(count, "worker"), counted(len(made), "artefact")
+        return f"{table(cluster.facts.values())}\n{workers} can start; {artefacts} there and whole"
     finally:
         cluster.close()
 
