@@ -107,8 +107,7 @@ def _per_job(run: Run, whole: AdaptJob, sets: Sequence[AdaptSet]) -> int:
     run.console.say(
         f"adapt: {chosen} sets to a job: an image takes {1e3 * rates.decode_s:.1f} ms to decode, "
         f"{1e3 * rates.shared_s:.1f} ms once and {1e3 * rates.set_s:.1f} ms a set to train, "
-        f"{counted(slots, 'job')} at a time"
-        + (f"; a worker's memory holds {most} sets" if most < num_sets else "")
+        f"{counted(slots, 'job')} at a time" + (f"; a worker's memory holds {most} sets" if most < num_sets else "")
     )
     return chosen
 
