@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from grappa_dist.config import fingerprint
 from grappa_dist.files import sync, write_json
 
-MANIFEST = "manifest.json"
+MANIFEST, LOCK = "manifest.json", ".lock"
 SEEN_S = 90.0  # network file systems remember for 60 s at most, by default, that something was not there
 LOOK_S = 0.5
 
@@ -139,7 +139,7 @@ class Store:
         """One driver at a time; a second one is refused at once."""
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            handle = open(self.root / ".lock", "w")  # noqa: SIM115 - closed below, after what it guards
+            handle = open(self.root / LOCK, "w")  # noqa: SIM115 - closed below, after what it guards
         except OSError as error:
             raise ValueError(f"--out {self.root} cannot be written to: {error.strerror}") from error
         with handle:

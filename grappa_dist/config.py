@@ -76,7 +76,7 @@ class ClusteringConfig(Section):
     iterations: Count = 20
     tolerance: Annotated[float, Field(ge=0, lt=1)] = 0.0  # stop when inertia improves by less than this share; 0: never
     spherical: bool = False  # re-normalise means (ours; the paper's k-means does not)
-    init: Literal["auto", "k-means++", "k-means||"] = "auto"  # first centroids; auto: k-means|| where K is above 2^17
+    init: Literal["auto", "k-means++", "k-means||"] = "auto"  # first centroids; auto: by K and n
     method: Literal["auto", "exact", "sampled", "hierarchical", "approximate"] = "auto"  # auto: by cost, and says so
     assignment: Literal["auto", "exact", "approximate"] = "auto"  # of the final labels where the method is not exact
     sample_rows_per_cluster: Count = 64  # of `sampled`: centroids are fitted to K times as many rows

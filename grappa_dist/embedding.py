@@ -5,30 +5,37 @@ Shapes: P rows of one shard, D channels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from grappa_dist.artifacts import Artifact, Store, wait_until_seen
+from grappa_dist.artifacts import MANIFEST, Artifact, Store, wait_until_seen
+from grappa_dist.config import Resources
 from grappa_dist.config_file import read
 from grappa_dist.data.index import Shard
 from grappa_dist.data.losses import losses_in_words
 from grappa_dist.data.shards import ImageShards
-from grappa_dist.files import write_json
+from grappa_dist.files import read_json, write_json, write_json_list
 from grappa_dist.stages.collect import cache_of
 from grappa_dist.stages.embed import BAD_FILE, ROWS_FILE, embed, features_of
 from grappa_dist.stages.modelling import ModelSpec, exported_spec
 from grappa_dist.stages.run import Run, running
 
-KEYS_FILE, LIST_FILE = "keys.json", "embeddings.json"
+KEYS_FILE, NAMES_FILE, LIST_FILE = "keys.json", "names.json", "embeddings.json"
+_OF_TRAINING = ("adapt_ranks", "compile", "collective_timeout_s", "trackers")
+_HEEDED = (
+    *("data.max_bad_share", "embed.batch_size"),
+    *(f"resources.{field}" for field in Resources.model_fields if field not in _OF_TRAINING),
+)
 
 
 @dataclass(frozen=True)
 class KeysTask:
     images: ImageShards  # the shard alone
-    artifact: Artifact
+    keys: Artifact
+    names: Artifact
 
 
 def embed_images(
@@ -36,12 +43,13 @@ def embed_images(
 ) -> Path:
     """Embeds the images of some shards; the list of what there is then, `embeddings.json` in `out`.
 
-    Per shard it names `rows`, unit rows (P, D) float32, and `keys`, the images' keys in the same order; and `bad`, the
-    positions whose image does not decode, with the reason: their rows are zero.
+    Per shard it names `rows`, unit rows (P, D) float32; `keys`, the images' keys in the same order; `names`, the names
+    of their files before they came into the shard, null for an image, or for the shard, that does not tell; and `bad`,
+    the positions whose image does not decode, with the reason: their rows are zero.
 
     Args:
         model: a run directory, or that of an exported model.
-        overrides: `key=value` of the sections embed, resources and data.
+        overrides: `key=value` of what has a say here: data.max_bad_share, embed.batch_size and most of resources.
         gallery: which task's weights of the sets are taken, of a model that weighs them by galleries.
 
     Raises:
@@ -49,11 +57,27 @@ def embed_images(
     """
     spec = exported_spec(model, gallery)
     data = {"train": tuple(paths)}
+    overrides = list(overrides)
     config = read({"name": "embeddings", "data": data, "backbone": {"name": spec.backbone.name}}, overrides)
+    _check_heeded(overrides)
     with running(config, out) as run:
         if spec.name == "gallery" and gallery is None:
             run.console.say("warning: the model weighs its sets by galleries and none was named: this is their average")
         return _embed(run, spec)
+
+
+def _check_heeded(overrides: Iterable[str]) -> None:
+    """Refuses settings that would change nothing.
+
+    Raises:
+        ValueError: naming the first, and all that can be set.
+    """
+    for key in (override.partition("=")[0] for override in overrides):
+        if key not in _HEEDED:
+            raise ValueError(
+                f"{key}: has no say in embedding, for which the model brings its own settings; "
+                f"expected one of {', '.join(_HEEDED)}"
+            )
 
 
 def _embed(run: Run, spec: ModelSpec) -> Path:
@@ -64,35 +88,62 @@ def _embed(run: Run, spec: ModelSpec) -> Path:
     for line in losses_in_words(images.shards):
         run.console.say(f"warning: {line}")
     features = features_of(run.store, spec, run.config.embed, images)
+    if all(artifact.complete for artifact in features):
+        run.console.say(f"embed: all {len(features)} shards were embedded before")
     embed(run, images, spec, features)
-    keys = [_keys_of(run.store, shard) for shard in images.shards]
-    missing = {artifact: i for i, artifact in enumerate(keys) if not artifact.complete}
-    if missing:
-        with run.console.stage("keys", f"of {len(missing)} shards"):
-            run.runner.map(write_keys, [KeysTask(images.part(i), artifact) for artifact, i in missing.items()])
-            wait_until_seen(missing)
+    keys, names = _write_keys(run, images)
     shards = [
         {
             "shard": shard.name,
             "images": shard.rows,
             "rows": f"{of_rows.name}/{ROWS_FILE}",
             "keys": f"{of_keys.name}/{KEYS_FILE}",
+            "names": f"{of_names.name}/{NAMES_FILE}" if _has_names(of_names) else None,
             "bad": f"{of_rows.name}/{BAD_FILE}",
         }
-        for shard, of_rows, of_keys in zip(images.shards, features, keys, strict=True)
+        for shard, of_rows, of_keys, of_names in zip(images.shards, features, keys, names, strict=True)
     ]
     found = run.store.root / LIST_FILE
     write_json(found, {"model": spec.name, "model_sha256": spec.weights, "images": len(images), "shards": shards})
     return found
 
 
-def _keys_of(store: Store, shard: Shard) -> Artifact:
-    return store.artifact(f"keys/{shard.name.removesuffix('.tar')}", {}, {"shard": shard.fingerprint})
+def _write_keys(run: Run, images: ImageShards) -> tuple[list[Artifact], list[Artifact]]:
+    """Keys and names of every shard, those that are missing written by the workers."""
+    keys = [_of_shard(run.store, "keys", shard) for shard in images.shards]
+    names = [_of_shard(run.store, "names", shard) for shard in images.shards]
+    missing = {pair: i for i, pair in enumerate(zip(keys, names, strict=True)) if not all(a.complete for a in pair)}
+    if missing:
+        with run.console.stage("keys", f"and names of {len(missing)} shards"):
+            run.runner.map(write_keys, [KeysTask(images.part(i), *pair) for pair, i in missing.items()])
+            wait_until_seen(artifact for pair in missing for artifact in pair)
+    return keys, names
+
+
+def _of_shard(store: Store, what: str, shard: Shard) -> Artifact:
+    return store.artifact(f"{what}/{shard.name.removesuffix('.tar')}", {}, {"shard": shard.fingerprint})
+
+
+def _has_names(names: Artifact) -> bool:
+    return NAMES_FILE in read_json(names.path / MANIFEST)["files"]
 
 
 def write_keys(device: torch.device, task: KeysTask) -> None:
-    """The keys of one shard's images, in the order of its rows."""
-    if not task.artifact.complete:
-        folder = task.artifact.begin()
-        write_json(folder / KEYS_FILE, [task.images.key(row) for row in range(len(task.images))])
-        task.artifact.commit()
+    """The keys of one shard's images, in the order of its rows, and their files' names where it has any."""
+    rows = range(len(task.images))
+    if not task.keys.complete:
+        write_json_list(task.keys.begin() / KEYS_FILE, (task.images.key(row) for row in rows))
+        task.keys.commit()
+    if not task.names.complete:
+        told = False
+
+        def names() -> Iterator[str | None]:
+            nonlocal told
+            for row in rows:
+                name = task.images.name(row)
+                told = told or name != ""
+                yield name or None
+
+        path = task.names.begin() / NAMES_FILE
+        write_json_list(path, names())
+        task.names.commit(discard=() if told else (NAMES_FILE,))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,16 @@ def read_json(path: Path) -> Any:
 def write_json(path: Path, value: Any) -> None:
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def write_json_list(path: Path, values: Iterable[Any]) -> None:
+    """Writes what `write_json` writes of a list, without holding it."""
+    with replacing(path) as temporary, open(temporary, "w") as file:
+        between = "[\n "
+        for value in values:
+            file.write(between + json.dumps(value))
+            between = ",\n "
+        file.write("[]\n" if between.startswith("[") else "\n]\n")
 
 
 def sync(path: Path) -> None:

@@ -66,10 +66,10 @@ def _run(context: Run, until: str | None = None) -> tuple[Path, list[ScoreRow]] 
             draw_collection(config.data, collection_of(store, config.data))
     train, test = open_images(config.data, store, config.resources, say=console.say)
     flow = lay_out(config, store, train, test)
-    if not all(features.complete for features in flow.features):
-        check_ready(config.backbone)
     context.runner.require(checks_of(config, store, flow))
     with mirrored(config.mirror, flow, console):
+        if not all(features.complete for features in flow.features):
+            check_ready(config.backbone)
         _announce(console, flow, has_test=config.has_test)
         _tell(console, unfused_in_words(config.fuse, len(flow.labels)))
         for stage in _stages(context, flow):

@@ -15,6 +15,7 @@ from grappa_dist.ops.correlation import by_rows, rows_are_cheaper, whole
 from grappa_dist.stages.adapt_plan import adapt_in_words, jobs_in_words
 from grappa_dist.stages.backbone_plan import backbone_in_words, known_width
 from grappa_dist.stages.collect import collection_sizes, has_drawn, open_images
+from grappa_dist.stages.embed import check_bad_share
 from grappa_dist.stages.expected_workers import known_workers, may_have_gpus, ranks_of
 from grappa_dist.stages.flow import Flow
 from grappa_dist.stages.fuse_plan import projector_bytes, unfused_in_words
@@ -39,9 +40,13 @@ def _table(config: Config, root: Path) -> str:
     lines = [f"run directory  {root}", f"workers        {_workers(config.resources)}"]
     lines += [f"backbone       {line}" for line in backbone_in_words(config.backbone)]
     if has_drawn(config.data, store):
-        train, test = open_images(config.data, store, config.resources, write_index=False)
+        warnings = list[str]()
+        train, test = open_images(config.data, store, config.resources, write_index=False, say=warnings.append)
+        lines += warnings
+        check_bad_share(train, {}, config.data.max_bad_share)
         laid_out = lay_out(config, store, train, test)
         flow: Flow | None = laid_out
+        check_bad_share(laid_out.test, {}, config.data.max_bad_share)
         sizes = {"train": len(train), "test": len(laid_out.test)}
     else:
         flow, sizes = None, collection_sizes(config.data)

@@ -1,4 +1,4 @@
-"""Embeds images with an adapted model, on any number of workers: a file of unit rows and one of keys per shard."""
+"""Embeds images with an adapted model, on any number of workers: per shard unit rows, keys and names of files."""
 
 from __future__ import annotations
 
@@ -20,10 +20,17 @@ def parse() -> argparse.Namespace:
         f"reused, so new ones alone take time. {STATUSES}",
     )
     parser.add_argument("--model", required=True, help="a run directory, or an exported model's")
-    parser.add_argument("--images", required=True, nargs="+", help="folders of shards, tars or patterns; also s3://")
+    parser.add_argument(
+        "--images",
+        required=True,
+        nargs="+",
+        help="folders of shards (see make_shards.py), tars or patterns; also s3://",
+    )
     parser.add_argument("--gallery", help="of a model of the variant gallery: the task whose weights are taken")
     parser.add_argument("--out", required=True, help="the folder for the embeddings")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of embed, resources and data.max_bad_share")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="data.max_bad_share, embed.batch_size or of resources"
+    )
     return parser.parse_intermixed_args()
 
 

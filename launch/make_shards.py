@@ -129,7 +129,7 @@ def make(args: argparse.Namespace, console: Console) -> str:
     if args.benchmark:
         only = args.only.split(",") if args.only else None
         items, skipped = gather(args.root, args.part or "mrt", only, strict=args.strict, tell=console.tell)
-        return write_items(items, args.out, cfg, work=work, skipped=skipped)
+        return write_items(items, args.out, cfg, work=work, skipped=skipped, base=args.root.absolute())
     return make_shards(list(zip(args.csv or [None] * len(args.images), args.images, strict=True)), args.out, cfg, work)
 
 

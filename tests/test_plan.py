@@ -260,3 +260,17 @@ def test_a_plan_trains_no_fusion_of_a_single_set_and_tells_the_memory_of_k_means
     beside = one.model_copy(update={"fuse": one.fuse.model_copy(update={"variants": ("average", "random-all")})})
     assert "to fuse: average will score as that set does" in lines_of(beside, tmp_path / "run")["fuse"]
     assert "0 of 1 reused" in lines_of(beside, tmp_path / "run")["fuse"]
+
+
+def test_a_plan_says_what_a_damaged_tar_has_lost_and_ends_as_the_run_would(tmp_path: Path) -> None:
+    settings = tiny.config(tiny.write_shards(tmp_path / "images"), data={"max_bad_share": 0.5}, **SECTIONS)
+    folder = Path(settings.data.train[2])
+    (folder / "index.json").unlink()
+    tar = next(folder.glob("*.tar"))
+    tar.write_bytes(tar.read_bytes()[: tar.stat().st_size // 2 + 100])  # inside a member
+    said = plan(settings, tmp_path / "run")
+    assert re.search(rf"\nwarning: about \d+ images are lost in {re.escape(str(tar))}", said)
+    strict = settings.model_copy(update={"data": settings.data.model_copy(update={"max_bad_share": 0.05})})
+    with pytest.raises(ValueError, match=r"images are bad \(about \d+ have no row\)"):
+        plan(strict, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -112,8 +112,11 @@ def open_picture(data: bytes) -> Picture:
     return Picture(height, width, read) if turn in _LYING else Picture(width, height, read)
 
 
-def decode(data: bytes) -> Image.Image:
+def decode(data: bytes, formats: tuple[str, ...] = FORMATS) -> Image.Image:
     """The RGB image in a file, upright, by Pillow; of an animation the first frame.
+
+    Args:
+        formats: that are tried, by Pillow's names.
 
     Raises:
         BadImage: for any bytes that do not give one.
@@ -121,8 +124,10 @@ def decode(data: bytes) -> Image.Image:
     if not data:
         raise BadImage("empty file")
     try:
-        image = Image.open(BytesIO(data), formats=FORMATS)
+        image = Image.open(BytesIO(data), formats=formats)
         _refuse_bomb(*image.size, scans=data.count(_SCAN) if data[:2] == _JPEG else 1)
+        if image.mode == "F":
+            raise BadImage("floating-point pixels, whose range the file does not tell")
         image.load()
         return to_rgb(upright(image))
     except BadImage:

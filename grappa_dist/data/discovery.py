@@ -19,6 +19,7 @@ from grappa_dist.data.checksums import check_unchanged, local_state
 from grappa_dist.data.index import COMMITTED, IMAGE_SUFFIXES, Shard, index_shard, version_of, write_rows
 from grappa_dist.data.index_files import read_index
 from grappa_dist.data.losses import losses_in_words
+from grappa_dist.data.misplaced import instead_of
 from grappa_dist.data.notes import Notes, State
 from grappa_dist.data.remote import RemoteObject, is_remote
 from grappa_dist.data.remote_index import RemoteRows, committed_indexes, index_remote, list_remote
@@ -127,6 +128,7 @@ def _local_tars(entry: str) -> list[Path]:
     if not found:
         raise ValueError(
             f"shards: nothing at {entry}; expected a folder of .tar files, a .tar file or a pattern such as DIR/*.tar"
+            f"{instead_of(entry)}"
         )
     for tar in found:
         if not tar.is_file():

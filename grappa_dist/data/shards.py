@@ -54,6 +54,10 @@ def _map(index: str | RemoteRows, shard: Shard) -> NDArray[Any]:
     return rows
 
 
+_ANY = 2**32  # bytes of a JSON member
+_LARGEST_NAMED = 2**24  # of one that is read for a name: a tar's names have 2^20 bytes at most, six digits for each
+
+
 class BadLabels(ValueError):
     """The JSON member of an image cannot be used; the message names shard and key."""
 
@@ -163,11 +167,9 @@ class ImageShards:
         Raises:
             BadLabels: it is no JSON object.
         """
-        shard, position = self.locate(row)
-        place = self.index(shard)[position]
-        if not place["json_size"] or int(place["json_offset"]) + int(place["json_size"]) > self.shards[shard].bytes:
+        text = self._json_member(row, _ANY)
+        if text is None:
             return None
-        text = self._read(shard, int(place["json_offset"]), int(place["json_size"]))
         try:
             labels = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -175,6 +177,28 @@ class ImageShards:
         if not isinstance(labels, dict):
             raise BadLabels(f"{self.where(row)}: its JSON member is {type(labels).__name__}, expected an object")
         return labels
+
+    def name(self, row: int) -> str:
+        """The name of a row's file before it came into the shard, `name` of its JSON member; "" where none is told.
+
+        A name that was not UTF-8 has surrogates in place of the bytes, as names in Python do.
+        """
+        text = self._json_member(row, _LARGEST_NAMED)
+        try:
+            said = {} if text is None else json.loads(text)
+        except (ValueError, RecursionError):
+            return ""
+        name = said.get("name") if isinstance(said, dict) else None
+        return name if isinstance(name, str) else ""
+
+    def _json_member(self, row: int, most: int) -> bytes | None:
+        """The bytes of a row's JSON member; None where there is none, or none of at most so many bytes."""
+        shard, position = self.locate(row)
+        place = self.index(shard)[position]
+        offset, size = int(place["json_offset"]), int(place["json_size"])
+        if not 0 < size <= most or offset + size > self.shards[shard].bytes:
+            return None
+        return self._read(shard, offset, size)
 
     def key(self, row: int) -> str:
         """The name of a row in its tar, without suffix; "" for the place from which on a tar is damaged."""
@@ -194,9 +218,10 @@ class ImageShards:
             return key_at(file, self.shards[shard].bytes, start, offset)
 
     def where(self, row: int) -> str:
-        """Shard and key of a row, for messages."""
-        key = self.key(row)
-        return self.shards[self.locate(row)[0]].path + (f": image {key!r}" if key else "")
+        """Shard and key of a row, and the name of its file where it is known, for messages."""
+        key, name = self.key(row), self.name(row)
+        image = f": image {key!r}" + (f" ({name!r:.300})" if name else "")
+        return self.shards[self.locate(row)[0]].path + (image if key else "")
 
     def _read(self, shard: int, offset: int, size: int) -> bytes:
         return self._file(shard).read(offset, size)

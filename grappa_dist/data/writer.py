@@ -18,12 +18,21 @@ from grappa_dist.files import sync, write_json
 Member = tuple[str, bytes]  # suffix and content
 
 
-def members(image: bytes, suffix: str, label: str | None, task: str | None) -> list[Member]:
-    """What a row consists of: its image, and its JSON where label or task is given."""
+def members(image: bytes, suffix: str, label: str | None, task: str | None, *, name: str | None = None) -> list[Member]:
+    """What a row consists of: its image, and its JSON where label, task or the name of its file is given."""
     found = [(suffix.lower(), image)]
-    if label is not None or task is not None:
-        found.append(("json", json.dumps({"label": label, "task": task}, ensure_ascii=False).encode()))
+    said = {"label": label, "task": task} | ({} if name is None else {"name": name})
+    if any(value is not None for value in said.values()):
+        found.append(("json", _as_json(said)))
     return found
+
+
+def _as_json(said: dict[str, str | None]) -> bytes:
+    """UTF-8; where a file's name is not, ASCII with an escape for each such byte, which `os.fsencode` undoes."""
+    try:
+        return json.dumps(said, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return json.dumps(said).encode()
 
 
 def member_bytes(size: int) -> int:
@@ -93,11 +102,13 @@ class ShardWriter:
         self._partial.mkdir(parents=True)
         return self
 
-    def write(self, image: bytes, suffix: str, label: str | None = None, task: str | None = None) -> int:
-        """Appends an image, and its JSON member where label or task is given; returns its row id in this folder."""
+    def write(
+        self, image: bytes, suffix: str, label: str | None = None, task: str | None = None, *, name: str | None = None
+    ) -> int:
+        """Appends an image, and its JSON where label, task or its file's name is given; its row id in this folder."""
         if suffix.lower() not in IMAGE_SUFFIXES:
             raise ValueError(f"image {self.rows}: suffix {suffix!r}; expected one of {', '.join(IMAGE_SUFFIXES)}")
-        row_members = members(image, suffix, label, task)
+        row_members = members(image, suffix, label, task, name=name)
         size = sum(member_bytes(len(data)) for _, data in row_members)
         if self._is_full(size):
             self._close_shard()

@@ -16,7 +16,15 @@ from torch import Tensor
 
 from grappa_dist.dist.row_weights import RowWeights, are_here, rows_at
 from grappa_dist.dist.sampling import Draw, copied_share
-from grappa_dist.dist.sharded_seeding import OnRound, Seeded, check_places, draw_centroids, no_one, seed_centroids
+from grappa_dist.dist.sharded_seeding import (
+    Candidates,
+    OnRound,
+    Seeded,
+    check_places,
+    draw_centroids,
+    no_one,
+    seed_centroids,
+)
 from grappa_dist.dist.share import Share
 from grappa_dist.ops.nearest import FAR
 from grappa_dist.ops.seeding import OVERSAMPLING_ROUNDS, oversampled_at_once
@@ -38,57 +46,73 @@ def oversampled_centroids(
         ValueError: the places in `resume` are not of good rows.
         Stopped: on all ranks, when any was asked to stop.
     """
-    places, times = _candidates(share, num_labels, seed, resume or Seeded(), on_round)
-    here = are_here(share, places)
-    own = places[here] - share.first
-    sample = copied_share(share, (share.read(some) for some in own.split(share.block_rows)), len(own))
-    seeded, centroids = draw_centroids(RowWeights.of(sample, times=times[here]), num_labels, seed, Seeded())
-    if len(centroids) == num_labels:
-        return centroids
-    found = Seeded(tuple(places[list(seeded.places)].tolist()), seeded.drawn)
-    return seed_centroids(share, num_labels, seed, resume=found)
+    picked = resume or Seeded()
+    candidates = picked.candidates
+    if candidates is None:
+        candidates = _candidates(share, num_labels, seed, picked, on_round)
+        picked = Seeded(candidates=candidates)
+        on_round(picked, num_labels)
+    seeded, centroids = _pick(share, candidates, num_labels, seed, picked, on_round)
+    return centroids if len(centroids) == num_labels else seed_centroids(share, num_labels, seed, resume=seeded)
 
 
-def _candidates(share: Share, num_labels: int, seed: int, seeded: Seeded, on_round: OnRound) -> tuple[Tensor, Tensor]:
-    """Places of the candidates among all rows, ascending, (M,), and how many rows each of them is nearest to, (M,)."""
+def _pick(
+    share: Share, candidates: Candidates, num_labels: int, seed: int, picked: Seeded, on_round: OnRound
+) -> tuple[Seeded, Tensor]:
+    """k-means++ among the candidates, each of which counts as often as it says: where it ends, and centroids (k, D)."""
+    check_places(RowWeights.of(share), Seeded(candidates.places, len(candidates.places)), share.num_good)
+    if not bool(torch.isin(picked.places, candidates.places).all()):
+        raise ValueError("resume has picked rows that are none of its candidates")
+    here = are_here(share, candidates.places)
+    own = candidates.places[here] - share.first
+    sample = copied_share(share, own.split(share.block_rows) if len(own) else (), len(own))
+
+    def among_all(seeded: Seeded) -> Seeded:
+        return Seeded(candidates.places[seeded.places], seeded.drawn, candidates)
+
+    before = Seeded(torch.searchsorted(candidates.places, picked.places), picked.drawn)
+    weights = RowWeights.of(sample, times=candidates.times[here])
+    seeded, centroids = draw_centroids(
+        weights, num_labels, seed, before, lambda now, wanted: on_round(among_all(now), wanted)
+    )
+    return among_all(seeded), centroids
+
+
+def _candidates(share: Share, num_labels: int, seed: int, seeded: Seeded, on_round: OnRound) -> Candidates:
     at_once = oversampled_at_once(num_labels)
     wanted = 1 + OVERSAMPLING_ROUNDS * at_once
-    weights, found = RowWeights.of(share, nearest=True), torch.tensor(seeded.places, dtype=torch.int64)
+    weights, found = RowWeights.of(share, nearest=True), seeded.places
     if len(found):
         check_places(weights, seeded, wanted)
-        _add(weights, found[:1], 0)
-        for first in range(1, len(found), at_once):  # as they were added, which decides between equally near ones
-            _add(weights, found[first : first + at_once], first)
+        rows = rows_at(share, found)
+        weights.fill(FAR)
+        rounds = (rows[:1], *rows[1:].split(at_once))  # as they were drawn: of near ones the first round's counts
+        weights.lower([some for some in rounds if len(some)])
     while len(found) < wanted and any(weights.totals()):
         num = at_once if len(found) else 1
         new = _places(share, Draw.of(share, num, seed, num_labels, _ROUND, len(found), weights=weights.squares))
-        _add(weights, new, len(found))
+        if not len(found):
+            weights.fill(FAR)
+        weights.lower([rows_at(share, new)], len(found))
         found = torch.cat([found, new])
-        on_round(Seeded(tuple(found.tolist()), len(found)), wanted)
+        on_round(Seeded(found, len(found)), wanted)
     order = found.argsort()
-    return found[order], _nearest_rows(weights, len(found))[order]
-
-
-def _add(weights: RowWeights, places: Tensor, first: int) -> None:
-    """Lowers the weights by the rows at some places, before which `first` others were added."""
-    if not first:
-        weights.fill(FAR)
-    weights.lower(rows_at(weights.share, places), first)
+    return Candidates(found[order], _times(weights, len(found))[order])
 
 
 def _places(share: Share, draw: Draw) -> Tensor:
     """Of the drawn rows of all ranks, ascending, (m,)."""
-    own = torch.cat(list(draw.positions())) + share.first if share.rows.num_good else torch.zeros(0, dtype=torch.int64)
+    own = torch.cat([torch.zeros(0, dtype=torch.int64), *draw.positions()]) + share.first
     sizes = torch.cat(share.gather(torch.tensor([len(own)])))
     places, before = torch.zeros(int(sizes.sum()), dtype=torch.int64), int(sizes[: share.comm.rank].sum())
     places[before : before + len(own)] = own
     return share.total(places)
 
 
-def _nearest_rows(weights: RowWeights, num: int) -> Tensor:
+def _times(weights: RowWeights, num: int) -> Tensor:
     """How many rows of all ranks belong to each of so many candidates, (M,)."""
     assert weights.nearest is not None
-    counts = torch.zeros(num, dtype=torch.int64)
+    times = torch.zeros(num, dtype=torch.int64)
     for positions in weights.share.good_positions():
-        counts += torch.bincount(weights.nearest[positions].long(), minlength=num)
-    return weights.share.total(counts)
+        times.index_add_(0, weights.nearest[positions], torch.ones_like(positions))
+    return weights.share.total(times)

@@ -5,6 +5,7 @@ Shapes: n rows of this rank, P of one block, D dimensions, m rows that are looke
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,11 +13,13 @@ from torch import Tensor
 
 from grappa_dist.dist.scratch import scratch
 from grappa_dist.dist.share import RowBlock, Share
-from grappa_dist.ops.nearest import assign
+from grappa_dist.ops.exact import GRID
+from grappa_dist.ops.nearest import FAR, Assignment, assign
 from grappa_dist.ops.proposals import Centroids
 from grappa_dist.ops.seeding import from_weights, to_weights
 
 _AT_ONCE = 2**14  # centroids that a block of rows is compared with, so that their table of distances stays small
+_READ = 256  # rows that are looked up one by one between two looks at the other ranks
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ class RowWeights:
 
     share: Share
     squares: Tensor  # (n,) int64, in units of 2**-27; 0 for bad rows
-    nearest: Tensor | None = None  # (n,) int32, the centroid that each belongs to; of equally near ones the first
+    nearest: Tensor | None = None  # (n,) int32, the nearest centroid; of several rounds the first of that weight
     times: Tensor | None = None  # (n,) int64, by which each counts; once each where it is None
 
     @staticmethod
@@ -61,24 +64,23 @@ class RowWeights:
         places, squares = self.share.total(found).unbind(1)
         return places, squares.tolist()
 
-    def lower(self, centroids: Tensor, first: int = 0) -> None:
+    def lower(self, rounds: Sequence[Tensor], first: int = 0) -> None:
         """Lowers the weights to those by the nearest of some new centroids, in one reading of the rows.
 
         Args:
-            centroids: (m, D); those before them were `first`.
+            rounds: centroids (m, D) each, in the order in which they were found; `first` were found before them.
         """
-        parts = [Centroids.of(part, self.share.proposer) for part in centroids.split(_AT_ONCE)]
+        prepared = [[Centroids.of(part, self.share.proposer) for part in some.split(_AT_ONCE)] for some in rounds]
 
         def work(block: RowBlock) -> tuple[Tensor, Tensor, Tensor]:
-            x = block.x
-            known = self.squares[block.positions].to(x.device)
-            labels, start = torch.full_like(known, -1), first
-            for part in parts:
-                found = assign(x, part, squares=block.squares, within=from_weights(known))
+            x, known = block.x, self.squares[block.positions].to(self.share.device)
+            labels, before = torch.full_like(known, -1), first
+            for parts, some in zip(prepared, rounds, strict=True):
+                found = _nearest(x, block.squares, parts, from_weights(known))
                 now = to_weights(found.squares)
-                nearer = (found.labels >= 0) & (now < known)
-                known[nearer], labels[nearer] = now[nearer], found.labels[nearer] + start
-                start += len(part.values)
+                nearer = now < known
+                known, labels = torch.where(nearer, now, known), torch.where(nearer, found.labels + before, labels)
+                before += len(some)
             nearer = labels >= 0
             return block.positions[nearer.cpu()], known[nearer].cpu(), labels[nearer].int().cpu()
 
@@ -91,12 +93,30 @@ class RowWeights:
         return self.squares if self.times is None else self.squares * self.times
 
 
+def _nearest(x: Tensor, squares: Tensor, parts: Sequence[Centroids], within: Tensor) -> Assignment:
+    """As `assign` with all parts at once; labels count on from part to part."""
+    best = Assignment(torch.full_like(squares, -1, dtype=torch.int64), torch.full_like(squares, FAR, dtype=torch.int64))
+    first = 0
+    for part in parts:
+        found = assign(x, part, squares=squares, within=within)
+        nearer = found.squares < best.squares
+        labels = torch.where(nearer, found.labels + first, best.labels)
+        best = Assignment(labels, torch.minimum(found.squares, best.squares))
+        within = torch.minimum(within, best.squares.double() / GRID**2)
+        first += len(part.values)
+    return best
+
+
 def rows_at(share: Share, places: Tensor) -> Tensor:
     """Grid rows (m, D) at some places among all rows, on all ranks."""
-    own = are_here(share, places)
     rows = torch.zeros(len(places), share.dim)
-    if bool(own.any()):
-        rows[own] = share.rows.take(places[own] - share.first)
+    own = are_here(share, places).nonzero()[:, 0]
+
+    def read(some: Tensor) -> tuple[Tensor, Tensor]:
+        return some, share.rows.take(places[some] - share.first)
+
+    for some, x in share.each(read, own.split(_READ) if len(own) else ()):
+        rows[some] = x
     return share.total(rows).to(share.device)
 
 

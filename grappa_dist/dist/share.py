@@ -9,6 +9,7 @@ Shapes: P rows of one block, D dimensions.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from grappa_dist.dist.comm import Comm, raise_together, wire_device
 from grappa_dist.dist.long_work import beside_others
-from grappa_dist.dist.rows import Rows
+from grappa_dist.dist.rows import Rows, Scanned
 from grappa_dist.dist.scratch import scratch
 from grappa_dist.dist.search import nearest
 from grappa_dist.dist.threads import side_by_side
@@ -118,7 +119,7 @@ class Share:
             raise ValueError(f"num_labels must be from 1 to the number of good rows, {self.num_good}, got {num}")
 
     def total(self, tensor: Tensor) -> Tensor:
-        """Sum over ranks, any integer type; `tensor` may serve as room for it."""
+        """Sum over ranks, of integers or of what one rank alone has; `tensor` may serve as room for it."""
         return self.comm.sum_(tensor.to(wire_device(self.comm))).to(tensor.device)
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
@@ -166,11 +167,19 @@ def _scanned(comm: Comm, rows: Rows, block_rows: int, stop_requested: Callable[[
     """Which shards are plain, once every rank has looked at all of its rows and none has found one at fault."""
     problem, plain = "", [True] * len(rows.shards)
     scans = side_by_side(rows.scan, rows.parts(block_rows), torch.get_num_threads())
-    for scanned in beside_others(comm, scans, stop_requested):
-        problem = problem or scanned.problem
+    for scanned in beside_others(comm, _to_first_problem(scans), stop_requested):
+        problem = scanned.problem
         plain[scanned.shard] &= scanned.plain
     raise_together(comm, problem)
     return tuple(plain)
+
+
+def _to_first_problem(scans: Generator[Scanned, None, None]) -> Generator[Scanned, None, None]:
+    with closing(scans):
+        for scanned in scans:
+            yield scanned
+            if scanned.problem:
+                return
 
 
 def _measure(share: Share) -> Proposer:

@@ -21,8 +21,9 @@ FLAT: tuple[Name, ...] = ("exact", "sampled")
 PAIRS = 5 * 10**13
 """Pairs of row and centroid that `auto` spends on one part: about a day and a half of one core (docs/scale.md)."""
 
-PLUS_PLUS_LABELS = 2**17
-"""Most centroids that `auto` draws by k-means++, which reads the rows the more often the more there are."""
+PLUS_PLUS_LABELS, PLUS_PLUS_ROWS = 2**17, 8
+"""`auto` draws up to so many centroids by k-means++, which reads the rows the more often the more there are; and all of
+them where there are fewer rows per centroid than that, since k-means|| would have most rows for candidates."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def choose(
     """Settles what is `auto`: the method of lowest inertia whose fit is affordable, the assignment likewise."""
     name, reason = _method(method, size)
     assigned, because = _assignment(name, assignment, size)
-    found = _init(init, size.labels if name in FLAT else isqrt(size.labels))
+    found = _init(init, size.rows, size.labels if name in FLAT else isqrt(size.labels))
     started = "; first centroids by k-means||" if found == "k-means||" else ""
     return Choice(name, assigned, reason + because + started, found)
 
@@ -85,10 +86,10 @@ def _assignment(name: Name, assignment: Assignment | Literal["auto"], size: Size
     return "approximate", f"; exact labels at the end would take {once:.1e} pairs"
 
 
-def _init(init: Init | Literal["auto"], labels: int) -> Init:
+def _init(init: Init | Literal["auto"], rows: int, labels: int) -> Init:
     if init != "auto":
         return init
-    return "k-means++" if labels <= PLUS_PLUS_LABELS else "k-means||"
+    return "k-means||" if labels > PLUS_PLUS_LABELS and rows >= PLUS_PLUS_ROWS * labels else "k-means++"
 
 
 def _method(method: Name | Literal["auto"], size: Size) -> tuple[Name, str]:

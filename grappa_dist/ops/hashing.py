@@ -14,9 +14,9 @@ from grappa_dist.ops.seeding import draw
 
 HASH_BITS = 52
 RACE_BITS = 62
+WEIGHT_BITS = 24  # of the largest weight, so that enough is left of a waiting time that is divided by it
 _CELL_BITS, _FRACTION_BITS = 12, 26  # of a hash: cell of the table, place in the cell
 _UNIT, _SHIFT = 56, 20  # waiting times count in 2**-_UNIT; the table's entries are multiples of 2**_SHIFT of it
-_WEIGHT_BITS = 16  # that are kept of the largest weight, so that keys keep some
 
 
 def row_hashes(places: Tensor, *key: int) -> Tensor:
@@ -27,7 +27,7 @@ def row_hashes(places: Tensor, *key: int) -> Tensor:
     return _shifted(_mix(_mix(places) ^ _signed(draw(2**64, *key))), 64 - HASH_BITS)
 
 
-def race_keys(hashes: Tensor, weights: Tensor, largest: int = 2**29) -> Tensor:
+def race_keys(hashes: Tensor, weights: Tensor, shift: int = 14) -> Tensor:
     """(P,) int64 in [0, 2**RACE_BITS): the rows with the lowest keys are drawn in proportion to their weights.
 
     Each row waits for an exponential time with its weight as the rate, so the first to come are those that draws
@@ -37,13 +37,14 @@ def race_keys(hashes: Tensor, weights: Tensor, largest: int = 2**29) -> Tensor:
     Args:
         hashes: of `row_hashes`.
         weights: (P,) int64, at least 1.
-        largest: at least all of them, those of other calls too; by default the largest of `ops.seeding.to_weights`.
+        shift: bits at the low end of weights that do not count, the same in all calls of a race; rows that have nothing
+            else wait alike. By default those of `ops.seeding.to_weights` have 16 bits left.
     """
     cells = hashes >> (HASH_BITS - _CELL_BITS)
     fraction = (hashes >> (HASH_BITS - _CELL_BITS - _FRACTION_BITS)) & (2**_FRACTION_BITS - 1)
     steps = (_WAITS[cells + 1] - _WAITS[cells]) * fraction
     times = (_WAITS[cells] << _SHIFT) + (steps >> (_FRACTION_BITS - _SHIFT))
-    return times // (weights >> max(0, largest.bit_length() - _WEIGHT_BITS)).clamp(min=1)
+    return times // (weights >> shift).clamp(min=1)
 
 
 def _waiting_times() -> Tensor:

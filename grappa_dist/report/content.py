@@ -41,6 +41,7 @@ class BadRow(TypedDict):
     key: str
     reason: str
     images: NotRequired[int]  # 1 where it is not said
+    file: NotRequired[str]  # its name before it came into the shard
 
 
 @dataclass(frozen=True, kw_only=True)

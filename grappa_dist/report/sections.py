@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from typing import Literal
 
 from grappa_dist.report.content import Clustering, LabelFree, ReportContent
 from grappa_dist.report.gallery import Images, galleries
@@ -206,8 +207,12 @@ def bad_section(content: ReportContent) -> str:
         f"clustering, training or evaluation.{first}</p>"
     )
     why = table(["reason", "images"], [[text(reason, 200), f"{count:,}"] for reason, count in counts.most_common(10)])
-    body = [[text(row["key"]), text(row["shard"]), text(row["reason"])] for row in content.bad_rows[:MOST_BAD_ROWS]]
-    listing = table(["key", "shard", "reason"], body, numeric=False)
+    listed = content.bad_rows[:MOST_BAD_ROWS]
+    columns: list[Literal["file", "key", "shard", "reason"]] = ["key", "shard", "reason"]
+    if any(row.get("file") for row in listed):
+        columns.insert(0, "file")
+    body = [[text(row.get(column, "")) for column in columns] for row in listed]
+    listing = table(columns, body, numeric=False)
     return f'{lead}{why}<details class="fold"><summary>The images</summary>{listing}</details>'
 
 

@@ -201,9 +201,12 @@ def check_bad_share(images: ImageShards, bad: Mapping[int, str], limit: float) -
     kinds = Counter(why.partition(":")[0].partition(" (")[0] for why in bad.values()).most_common(3)
     first = "; ".join(f"{images.where(row)}: {bad[row]}" for row in sorted(bad)[:FIRST_BAD])
     said = [f"{n} x {why}" for why, n in kinds] + [f"about {lost} have no row"] * (lost > 0)
+    enough = min(1.0, (100 * count // total + 1) / 100)
+    kept = f". What is embedded is kept, and reused with data.max_bad_share={enough}"
     raise ValueError(
         f"embed: {count} of {total} images are bad ({', '.join(said)}), "
         f"data.max_bad_share={limit} allows {limit * total:.0f}. "
         f"The first: {'; '.join([first] * bool(bad) + list(losses_in_words(images.shards)))}. "
         "Mend or leave out these shards, or raise data.max_bad_share: bad images take no part in anything"
+        f"{kept if bad else ''}"
     )

@@ -134,13 +134,14 @@ def pseudo_label(
 
 
 def choices_in_words(config: ClusteringConfig, nums: Sequence[int], num_rows: int) -> list[str]:
-    """A line per method: its K, and why it is that of the largest of them."""
-    methods: dict[str, list[int]] = {}
+    """A line per method and initialisation: its K, and why it is that of the largest of them."""
+    ways: dict[tuple[str, str], list[int]] = {}
     for num in sorted(nums):
-        methods.setdefault(choice_of(config, num, num_rows).name, []).append(num)
+        choice = choice_of(config, num, num_rows)
+        ways.setdefault((choice.name, choice.init), []).append(num)
     return [
         f"K = {', '.join(map(str, ks))}: {name} ({choice_of(config, ks[-1], num_rows).reason})"
-        for name, ks in methods.items()
+        for (name, _), ks in ways.items()
     ]
 
 

@@ -27,6 +27,7 @@ from grappa_dist.report import (
     write_report,
 )
 from grappa_dist.report.content import BadRow, LabelFree, ScoreRow
+from grappa_dist.report.sections import MOST_BAD_ROWS
 from grappa_dist.stages.embed import bad_reasons
 from grappa_dist.stages.evaluate import INSIGHT_FILE, NEIGHBOURS, SCORES_FILE
 from grappa_dist.stages.flow import Flow
@@ -201,9 +202,10 @@ def bad_in_words(flow: Flow, *, reported: bool) -> str:
 
 
 def _bad(images: ImageShards, features: Sequence[Artifact]) -> Iterator[BadRow]:
-    for row, reason in sorted(bad_reasons(images, features).items()):
+    for number, (row, reason) in enumerate(sorted(bad_reasons(images, features).items())):
         shard, _ = images.locate(row)
-        yield BadRow(shard=images.shards[shard].name, key=images.key(row), reason=reason)
+        file = images.name(row) if number < MOST_BAD_ROWS else ""  # of those that are listed
+        yield BadRow(shard=images.shards[shard].name, key=images.key(row), reason=reason, file=file)
     for loss in losses_of(images.shards):
         yield BadRow(shard=loss.shard.name, key=loss.key, reason=loss.reason, images=loss.images)
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from grappa_dist.artifacts import Store
+from grappa_dist.artifacts import LOCK, Store
 from grappa_dist.config import Config
 from grappa_dist.data.remote import is_remote
 from grappa_dist.dist.cluster import Cluster
@@ -34,7 +35,7 @@ def running(config: Config, root: Path) -> Iterator[Run]:
         ValueError: the directory cannot be written to, or another run writes to it.
         Terminated: SIGTERM or Ctrl-C came; what was running has saved its state.
     """
-    store = Store(root)
+    store, new = Store(root), [path for path in (root, *root.parents) if not path.exists()]
     with store.lock():
         console = Console(Events(root / EVENTS_FILE))
         cluster = Cluster(config.resources, tell=console.say)
@@ -42,8 +43,23 @@ def running(config: Config, root: Path) -> Iterator[Run]:
         try:
             with runner.terminating():
                 yield Run(config, store, runner, console)
+        except ValueError:
+            _remove_unused(root, new)
+            raise
         finally:
             cluster.close()
+
+
+def _remove_unused(root: Path, new: Sequence[Path]) -> None:
+    """Removes the folders that a run made for itself, if it was refused before it had begun anything."""
+    begun = {path.name for path in root.iterdir()} - {LOCK, EVENTS_FILE} or (root / EVENTS_FILE).stat().st_size
+    if begun or root not in new:
+        return
+    with contextlib.suppress(OSError):  # somebody else put something there meanwhile
+        (root / EVENTS_FILE).unlink()
+        (root / LOCK).unlink()
+        for path in new:
+            path.rmdir()
 
 
 def run_root(out: str | None, name: str) -> Path:

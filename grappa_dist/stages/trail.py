@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+from torch import Tensor
 
 from grappa_dist.dist.lloyd import Progress
 from grappa_dist.dist.methods import Trail
-from grappa_dist.dist.sharded_seeding import Seeded
+from grappa_dist.dist.sharded_seeding import Candidates, Seeded
 from grappa_dist.files import replacing
 
 SEEDING_SAVE_S = 30.0  # from one save of an initialisation that is under way to the next: rounds may be many and short
@@ -44,8 +46,17 @@ def save_trail(path: Path, trail: Trail) -> None:
 
 
 def _tensor(progress: Progress) -> np.ndarray:
-    """Centroids; or the places of the rows that are to be some, from which the rows are read again."""
-    return progress.centroids if progress.seeded is None else np.array(progress.seeded.places, dtype=np.int64)
+    """Centroids; or the places of the rows that are to be some, from which the rows are read again, (k,) int64; or, of
+    the candidates for them, (M, 3) int64: places, how often they count, and the order in which they were picked."""
+    seeded = progress.seeded
+    if seeded is None:
+        return progress.centroids
+    if seeded.candidates is None:
+        return seeded.places.numpy()
+    places, times = seeded.candidates.places.numpy(), seeded.candidates.times.numpy()
+    picked = np.full(len(places), -1)
+    picked[np.searchsorted(places, seeded.places.numpy())] = np.arange(len(seeded.places))
+    return np.stack([places, times, picked], 1)
 
 
 def _figures(progress: Progress) -> list[Any]:
@@ -71,7 +82,17 @@ def load_trail(path: Path) -> tuple[Trail, str]:
 def _progress(tensor: np.ndarray, inertia: list[int], repaired: int, drawn: int | None = None) -> Progress:
     if drawn is None:
         return Progress(tensor, tuple(inertia), repaired)
-    return Progress(np.zeros((0, 0), np.float32), (), seeded=Seeded(tuple(tensor.tolist()), drawn))
+    if tensor.dtype != np.int64 or not (tensor.ndim == 1 or tensor.shape[1:] == (3,)):
+        raise ValueError(f"places are {tensor.shape} {tensor.dtype}")
+    return Progress(np.zeros((0, 0), np.float32), (), seeded=_seeded(torch.from_numpy(tensor), drawn))
+
+
+def _seeded(tensor: Tensor, drawn: int) -> Seeded:
+    if tensor.ndim == 1:
+        return Seeded(tensor, drawn)
+    places, times, picked = tensor.unbind(1)
+    order = picked.argsort(stable=True)[int((picked < 0).sum()) :]
+    return Seeded(places[order], drawn, Candidates(places.contiguous(), times.contiguous()))
 
 
 def digest(trail: Trail) -> int:

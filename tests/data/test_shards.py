@@ -12,7 +12,10 @@ import numpy as np
 import pytest
 import webdataset
 
+from grappa_dist.data.cache import CacheSettings
 from grappa_dist.data.shards import ImageShards
+from grappa_dist.data.writer import ShardWriter
+from tests.conftest import Bucket
 from tests.data.written import files_in, write_folder, write_tar
 
 
@@ -167,3 +170,39 @@ def test_a_shard_replaced_in_the_middle_of_a_run_is_refused(tmp_path: Path, with
         os.utime(tar, (10**9, 10**9))
         with pytest.raises(ValueError, match=rf"{name}: its size and time .* 10240, 1000000000, but were 10240, \d+ "):
             shards.image_bytes(row)
+
+
+def test_the_name_of_a_file_is_that_of_its_json_whatever_else_lies_there(tmp_path: Path) -> None:
+    named = b'{"label": null, "task": "a", "name": "b/\\u00e9 \\udcff.png"}'
+    hostile = [b"", b"{", b"[" * 100_000, b'"name"', b'["name"]', b"{}", b'{"name": 3}', b'{"name": null}', b"\xff"]
+    contents = [named, *hostile, b'{"name": "' + b"x" * 2**24 + b'"}']
+    made = [pair for i, text in enumerate(contents) for pair in ((f"{i}.jpg", b"image"), (f"{i}.json", text))]
+    path = write_tar(tmp_path / "a.tar", [*made, ("last.jpg", b"image")])
+    images = ImageShards.open([path], None)
+    assert [images.name(row) for row in range(len(images))] == ["b/é \udcff.png", *[""] * (len(contents))]
+    assert images.where(0) == f"{path}: image '0' ('b/é \\udcff.png')"
+    assert images.where(1) == f"{path}: image '1'"
+
+
+def test_the_writer_notes_names_beside_labels_and_writes_none_where_there_is_nothing_to_say(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "images") as writer:
+        writer.write(b"0", "jpg")
+        writer.write(b"1", "jpg", name="a\n.jpg")
+        writer.write(b"2", "jpg", label="x", task="y", name="b.jpg")
+        writer.write(b"3", "jpg", label="x")
+    images = ImageShards.open([tmp_path / "images"], None)
+    assert [images.name(row) for row in range(4)] == ["", "a\n.jpg", "b.jpg", ""]
+    assert [images.labels(row) for row in range(4)] == [
+        None,
+        {"label": None, "task": None, "name": "a\n.jpg"},
+        {"label": "x", "task": "y", "name": "b.jpg"},
+        {"label": "x", "task": None},
+    ]
+
+
+def test_names_of_remote_shards_are_read_from_there(tmp_path: Path, bucket: Bucket) -> None:
+    with ShardWriter(tmp_path / "images") as writer:
+        writer.write(b"0", "jpg", name="a.jpg")
+    url = bucket.upload(tmp_path / "images", "images/")
+    images = ImageShards.open([url], None, CacheSettings(str(tmp_path / "cache")))
+    assert images.name(0) == "a.jpg"

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import time
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -13,12 +15,14 @@ from grappa_dist.dist.comm import Comm
 from grappa_dist.dist.oversampling import oversampled_centroids
 from grappa_dist.dist.row_weights import RowWeights
 from grappa_dist.dist.rows import Rows
-from grappa_dist.dist.sharded_seeding import Seeded, draw_centroids, seed_centroids
+from grappa_dist.dist.sharded_seeding import Candidates, Seeded, draw_centroids, seed_centroids
 from grappa_dist.dist.share import Share, join_rows
+from grappa_dist.dist.workers import Stopped
 from grappa_dist.ops.exact import GRID, to_grid
 from grappa_dist.ops.hashing import race_keys, row_hashes
 from grappa_dist.ops.seeding import to_weights
 from tests.dist.test_sharded_kmeans import clustered, cuts, good_rows, lattice, part_of
+from tests.dist.test_sharded_seeding import at
 from tests.processes import run_ranks
 
 CASES = {
@@ -37,6 +41,10 @@ def share_of(comm: Comm, x: np.ndarray, block_rows: int = 64) -> Share:
     edges = cuts(len(x), comm.size)
     rows = part_of(x, edges[comm.rank], edges[comm.rank + 1])
     return join_rows(comm, rows, block_rows=block_rows, device=torch.device("cpu"))
+
+
+def candidates_at(*places: int) -> Candidates:
+    return Candidates(torch.tensor(places), torch.ones(len(places), dtype=torch.int64))
 
 
 @cache
@@ -75,7 +83,7 @@ def naive_candidates(x: np.ndarray, num: int, seed: int) -> tuple[list[int], Ten
     found, nearest = list[int](), torch.full((len(x),), -1)
     for at_once in (1, *[-(-num // 2)] * 5):
         hashes = row_hashes(torch.arange(len(x)), seed, num, 6, len(found))
-        keys = race_keys(hashes, weights, int(weights.max())).tolist()
+        keys = race_keys(hashes, weights, max(0, int(weights.max()).bit_length() - 24)).tolist()
         left = [row for row in range(len(x)) if weights[row] > 0]
         new = sorted(sorted(left, key=lambda row: (keys[row], row))[:at_once])
         if not new:
@@ -93,12 +101,13 @@ def test_candidates_and_what_they_stand_for_are_those_of_the_plain_algorithm(nam
     x, num = CASES[name]
     said = list[Seeded]()
     share = share_of(Comm(), x)
-    places, times = oversampling._candidates(share, num, 5, Seeded(), lambda seeded, wanted: said.append(seeded))
+    drawn = oversampling._candidates(share, num, 5, Seeded(), lambda seeded, wanted: said.append(seeded))
+    places, times = drawn.places.tolist(), drawn.times.tolist()
     found, counts = naive_candidates(x, num, 5)
-    assert list(said[-1].places) == found
-    assert places.tolist() == sorted(found)
-    assert dict(zip(places.tolist(), times.tolist(), strict=True)) == dict(zip(found, counts.tolist(), strict=True))
-    assert int(times.sum()) == good_rows(x).sum()
+    assert said[-1].places.tolist() == found
+    assert places == sorted(found)
+    assert dict(zip(places, times, strict=True)) == dict(zip(found, counts.tolist(), strict=True))
+    assert sum(times) == good_rows(x).sum()
 
 
 def test_a_row_that_counts_several_times_is_drawn_like_so_many_rows() -> None:
@@ -109,7 +118,7 @@ def test_a_row_that_counts_several_times_is_drawn_like_so_many_rows() -> None:
     weights = RowWeights.of(once, times=torch.from_numpy(times))
     seeded, centroids = draw_centroids(weights, 25, 3, Seeded())
     assert torch.equal(centroids, seed_centroids(repeated, 25, 3))
-    assert all(times[list(seeded.places)] > 0)
+    assert all(times[seeded.places] > 0)
 
 
 def rounds_of(name: str) -> tuple[np.ndarray, list[tuple[Seeded, int]]]:
@@ -134,39 +143,103 @@ def test_an_initialisation_resumed_after_any_round_ends_as_if_it_had_not_stopped
 
 def test_every_round_adds_half_as_many_rows_as_there_are_labels() -> None:
     _, said = rounds_of("clusters")
-    assert [(len(seeded.places), wanted) for seeded, wanted in said] == [(n, 151) for n in (1, 31, 61, 91, 121, 151)]
+    rounds = [(len(seeded.places), wanted) for seeded, wanted in said if seeded.candidates is None]
+    assert rounds == [(n, 151) for n in (1, 31, 61, 91, 121, 151)]
+    picks = [(len(seeded.places), wanted) for seeded, wanted in said[len(rounds) :]]
+    assert picks[0] == (0, 60)
+    assert picks[-1] == (60, 60)
+    assert picks == sorted(picks)
 
 
 @pytest.mark.parametrize(
     "wrong",
-    [Seeded((0, 5), 2), Seeded((0, 0), 2), Seeded((0, 900), 2), Seeded(tuple(range(170)), 170)],
-    ids=["a bad row", "one twice", "no row", "more than are drawn"],
+    [
+        at((0, 5), 2),
+        at((0, 0), 2),
+        at((0, 900), 2),
+        at(range(170), 170),
+        replace(at((0,), 1), candidates=candidates_at(1, 5, 8)),
+        replace(at((2,), 1), candidates=candidates_at(0, 1, 3)),
+    ],
+    ids=["a bad row", "one twice", "no row", "more than are drawn", "a bad candidate", "no candidate"],
 )
 def test_a_resume_of_another_initialisation_is_refused(wrong: Seeded) -> None:
     x, num = CASES["clusters"]
-    with pytest.raises(ValueError, match=r"resume has \d+ rows drawn from \d+ candidates"):
+    with pytest.raises(ValueError, match=r"resume has .* candidates"):
         oversampled_centroids(share_of(Comm(), x), num, 5, resume=wrong)
 
 
-def test_rows_are_read_seven_times_and_centroids_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    x = CASES["clusters"][0]
-    whole = oversampled_centroids(share_of(Comm(), x), 60, 5)
-    read, share = list[int](), share_of(Comm(), x)
-    pieces = type(share).pieces
-    monkeypatch.setattr(
-        type(share), "pieces", lambda self, at: (self is share and read.append(len(at))) or pieces(self, at)
-    )
+class Reads:
+    """Counts the rows that one share reads by blocks."""
+
+    def __init__(self, share: Share, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.rows, pieces = 0, Share.pieces
+
+        def counted(which: Share, positions: Tensor) -> list[Tensor]:
+            self.rows += len(positions) if which is share else 0
+            return pieces(which, positions)
+
+        monkeypatch.setattr(Share, "pieces", counted)
+
+
+def test_rows_are_read_six_times_and_fewer_where_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, said = rounds_of("clusters")
+    share = share_of(Comm(), CASES["clusters"][0])
+    reads, good = Reads(share, monkeypatch), share.num_good
+    first_pick = [seeded.candidates is None for seeded, _ in said].index(False)
+    for resume, times in ((None, 6), (said[0][0], 6), (said[2][0], 4), (said[first_pick][0], 0), (said[-1][0], 0)):
+        reads.rows = 0
+        assert np.array_equal(oversampled_centroids(share, 60, 5, resume=resume).numpy(), whole)
+        assert reads.rows == times * good + 151  # rounds, all before in one; candidates
+
+
+@pytest.mark.parametrize("dim", [2, 8])  # in two dimensions many rows are about as near to several candidates
+def test_rows_compared_with_few_candidates_at_a_time_change_no_bit(dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = clustered(600, dim, 30)
+    whole = oversampled_centroids(share_of(Comm(), x), 120, 5)
     monkeypatch.setattr(row_weights, "_AT_ONCE", 7)
-    assert torch.equal(oversampled_centroids(share, 60, 5), whole)
-    assert sum(read) == 6 * good_rows(x).sum() + 151  # each round's, and the candidates to pick from
+    assert torch.equal(oversampled_centroids(share_of(Comm(), x), 120, 5), whole)
+
+
+def slow_look_up(comm: Comm) -> int:
+    """On the last rank, which has nearly all rows, each row that is drawn takes its time."""
+    row_weights._READ, oversampling.OVERSAMPLING_ROUNDS = 8, 2
+    x = clustered(300, 4, 9)
+    own = x[:3] if comm.rank == 0 else x[3:]
+    share = join_rows(comm, Rows([own], [np.ones(len(own), dtype=bool)]), device=torch.device("cpu"))
+    take = share.rows.take
+    object.__setattr__(share.rows, "take", lambda at: time.sleep(0.05 * len(at)) or take(at))
+    return len(oversampled_centroids(share, 60, 0))
+
+
+def test_a_rank_that_looks_up_many_rows_holds_the_others_up_and_no_more() -> None:
+    assert 30 * 0.05 > 1.0  # a round of it takes longer than a collective waits
+    assert run_ranks(slow_look_up, 2, collective_s=1.0) == [60, 60]
+
+
+def stopped_after(comm: Comm, looks: int) -> bool:
+    asked = iter(range(looks))
+    share = share_of(comm, CASES["clusters"][0])
+    last = comm.rank == comm.size - 1
+    share = replace(share, stop_requested=lambda: last and next(asked, None) is None)
+    try:
+        oversampled_centroids(share, 60, 5)
+    except Stopped:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("looks", [0, 7, 16, 25])
+def test_all_ranks_stop_wherever_one_is_asked_to(looks: int) -> None:
+    assert run_ranks(stopped_after, 3, looks) == [True] * 3
 
 
 def test_rows_that_all_lie_near_to_each_other_are_drawn_by_their_distances_too() -> None:
     rng = np.random.default_rng(0)
     x = np.concatenate([rng.uniform(0, 2e-5, 2000), rng.uniform(0, 5e-2, 100)]).astype(np.float32)[:, None]
     share = join_rows(Comm(), Rows([x], [np.ones(len(x), dtype=bool)]), device=torch.device("cpu"))
-    places, _ = oversampling._candidates(share, 20, 0, Seeded(), lambda seeded, wanted: None)
-    assert sum(place >= 2000 for place in places.tolist()) > 0.8 * len(places)  # 2 or 3 if all were alike
+    places = oversampling._candidates(share, 20, 0, Seeded(), lambda seeded, wanted: None).places
+    assert int((places >= 2000).sum()) > 0.8 * len(places)  # 2 or 3 if all were alike
 
 
 def test_it_starts_from_a_lower_inertia_than_k_means_plus_plus() -> None:
@@ -175,7 +248,7 @@ def test_it_starts_from_a_lower_inertia_than_k_means_plus_plus() -> None:
     def inertia(centroids: Tensor) -> int:
         weights = RowWeights.of(share)
         weights.fill(2**62)
-        weights.lower(centroids)
+        weights.lower([centroids])
         return int(weights.squares.sum())
 
     for seed in range(3):

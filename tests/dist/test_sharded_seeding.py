@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import pairwise
 
 import numpy as np
@@ -19,6 +20,10 @@ CASES = {
     "fewer distinct rows than labels": (np.repeat(clustered(20, 6, 5), 11, axis=0), 40),
     "each its own": (clustered(37, 4, 9), 37),
 }
+
+
+def at(places: Iterable[int], drawn: int) -> Seeded:
+    return Seeded(torch.tensor(list(places)), drawn)
 
 
 def share_of(comm: Comm, x: np.ndarray) -> Share:
@@ -54,16 +59,16 @@ def test_every_round_adds_to_what_was_drawn() -> None:
     x = CASES["clusters"][0]
     assert [len(seeded.places) for seeded in said[:3]] == [1, 2, 3]
     for before, after in pairwise(said):
-        assert after.places[: len(before.places)] == before.places
+        assert torch.equal(after.places[: len(before.places)], before.places)
         assert after.drawn - before.drawn == max(1, min(len(before.places) // 2, 60 - len(before.places)))
-    assert good_rows(x)[list(said[-1].places)].all()
+    assert good_rows(x)[said[-1].places].all()
     assert len(said[-1].places) == len(whole) == 60
 
 
 def test_the_lowest_rows_that_were_not_chosen_fill_up() -> None:
     name = "fewer distinct rows than labels"
     whole, said = rounds_of(name)
-    chosen, good = said[-1].places, np.flatnonzero(good_rows(CASES[name][0]))
+    chosen, good = said[-1].places.tolist(), np.flatnonzero(good_rows(CASES[name][0]))
     rest = [row for row in good.tolist() if row not in chosen][: 40 - len(chosen)]
     assert len(chosen) < 40
     wanted = torch.from_numpy(CASES[name][0])[[*chosen, *rest]].numpy()
@@ -72,8 +77,8 @@ def test_the_lowest_rows_that_were_not_chosen_fill_up() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [Seeded((0, 5), 4), Seeded((0, 0), 4), Seeded((0, 900), 4), Seeded((0, 1, 2), 2), Seeded((), 0)],
-    ids=["a bad row", "one twice", "no row", "more than were drawn", "none"],
+    [at((0, 5), 4), at((0, 0), 4), at((0, 900), 4), at((0, 1, 2), 2), at(range(70), 80)],
+    ids=["a bad row", "one twice", "no row", "more than were drawn", "more than there are labels"],
 )
 def test_a_resume_of_another_seeding_is_refused(wrong: Seeded) -> None:
     x, num = CASES["clusters"]

@@ -48,7 +48,7 @@ def write_images(folder: Path, *names: str) -> None:
 def rows_of(folder: Path) -> list[tuple[str, str, bytes]]:
     shards = ImageShards.open([folder], None)
     labels = [shards.labels(row) or {"task": "-", "label": "-"} for row in range(len(shards))]
-    return [(said["task"], said["label"], shards.image_bytes(row)) for row, said in enumerate(labels)]
+    return [(said["task"] or "-", said["label"] or "-", shards.image_bytes(row)) for row, said in enumerate(labels)]
 
 
 def classes_in(folder: Path) -> set[str]:
@@ -172,7 +172,7 @@ def test_larger_images_are_re_encoded_and_bad_ones_keep_their_row(
         ("file", "path", [], "birds.csv: no column 'file'"),
         ("", "", ["--label-column", "species"], "no column 'species'"),
         ("b.0.png", "b.7.png", [], "birds.csv line 4: 'birds/b.7.png' is not in"),
-        ("b.0.png", "b.0.gif", [], "line 4: 'birds/b.0.gif' has no image suffix"),
+        ("b.0.png", "b.0.heic", [], "line 4: 'birds/b.0.heic' has no image suffix; expected jpg, "),
         ("b.0.png", "a.0.png", [], "line 4: 'birds/a.0.png' is listed twice"),
         (",b,", ",,", [], "line 4: column 'fine' is empty"),
         (",b,any", ",b", [], "line 4: 4 fields; expected 5"),

@@ -47,10 +47,12 @@ def test_costs_are_those_of_the_formulas() -> None:
 
 def test_first_centroids_are_drawn_by_k_means_plus_plus_up_to_a_size() -> None:
     for labels, init in ((PLUS_PLUS_LABELS, "k-means++"), (PLUS_PLUS_LABELS + 1, "k-means||")):
-        found = choose("exact", "auto", "auto", Size(10**6, labels, 20, 8))
+        found = choose("exact", "auto", "auto", Size(8 * labels, labels, 20, 8))
         assert found.init == init
         assert ("first centroids by k-means||" in found.reason) == (init == "k-means||")
         assert choose("exact", "auto", "k-means++", Size(10**6, labels, 20, 8)).init == "k-means++"
+    many = PLUS_PLUS_LABELS + 1
+    assert choose("exact", "auto", "auto", Size(8 * many - 1, many, 20, 8)).init == "k-means++"
     levels = Size(10**9, PLUS_PLUS_LABELS**2 - 1, 20, 8)
     assert choose("hierarchical", "auto", "auto", levels).init == "k-means++"  # of the coarse centroids
     assert choose("hierarchical", "auto", "k-means||", levels).init == "k-means||"

@@ -249,6 +249,15 @@ def test_images_that_have_no_row_are_counted_among_the_bad_ones(tmp_path: Path) 
     assert re.search(r"lost<(?:(?!<tr).)*>497<", html)
 
 
+def test_bad_images_are_listed_by_the_names_of_their_files_where_these_are_known(tmp_path: Path) -> None:
+    bad = [BadRow(shard="s.tar", key="000000026", reason="empty file", file="b/<i>\udcff\x1b.jpg")]
+    html = render(ReportContent(title="t", bad_rows=[*bad, BadRow(shard="s.tar", key="7", reason="cut")]), tmp_path)
+    assert "b/&lt;i&gt;\N{REPLACEMENT CHARACTER}\N{REPLACEMENT CHARACTER}.jpg" in html
+    assert re.search(r"<th[^>]*>file<", html)
+    nameless = render(ReportContent(title="t", bad_rows=[BadRow(shard="s.tar", key="7", reason="cut")]), tmp_path)
+    assert not re.search(r"<th[^>]*>file<", nameless)
+
+
 def test_an_image_that_comes_up_often_is_stored_once(tmp_path: Path) -> None:
     html = render(ReportContent(title="t", galleries=[gallery("a", "b", True)] * 5), tmp_path)
     assert html.count("data:image/png;base64,") == 8  # the query and seven hits, five of them shown by either model

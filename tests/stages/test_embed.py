@@ -20,6 +20,7 @@ from grappa_dist.stages.embed import (
     Embedding,
     bad_reasons,
     bad_rows,
+    check_bad_share,
     embed,
     embed_rows,
     feature_rows,
@@ -129,6 +130,17 @@ def test_too_many_bad_images_name_the_first(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=said):
         embed_in(tmp_path / "run", strict)
     embed_in(tmp_path / "run", tiny.config(paths, data={"max_bad_share": 0.1}))
+
+
+@pytest.mark.parametrize(("count", "total"), [(1, 1), (29, 100), (1, 3), (3, 136), (100, 100)])
+def test_the_share_that_the_error_names_is_enough(tmp_path: Path, count: int, total: int) -> None:
+    images = ImageShards.open(tiny.write_shards(tmp_path / "images", (total,), bad=range(total)), None)
+    bad = dict.fromkeys(range(count), "why")
+    with pytest.raises(ValueError, match="max_bad_share") as error:
+        check_bad_share(images, bad, (count - 0.5) / total)
+    (share,) = re.findall(r"reused with data\.max_bad_share=([\d.]+)$", str(error.value))
+    check_bad_share(images, bad, float(share))
+    assert count / total <= float(share) <= min(1, count / total + 0.0101)
 
 
 def dirty_members() -> list[tuple[str, bytes]]:

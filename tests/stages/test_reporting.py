@@ -11,11 +11,14 @@ import pytest
 
 from grappa_dist.artifacts import Store
 from grappa_dist.data.shards import ImageShards
+from grappa_dist.data.writer import ShardWriter
+from grappa_dist.files import write_json
 from grappa_dist.layout import lay_out
 from grappa_dist.observe import Events
+from grappa_dist.report.sections import MOST_BAD_ROWS
 from grappa_dist.stages.flow import Flow
 from grappa_dist.stages.graph_figures import graph_facts, neighbour_figures
-from grappa_dist.stages.reporting import best_sets, score_rows
+from grappa_dist.stages.reporting import _bad, best_sets, score_rows
 from grappa_dist.stages.training_figures import Steps, by_step, curve, job_of, median, steps_of, waiting_facts
 from tests.stages import tiny
 
@@ -134,3 +137,16 @@ def test_the_share_of_time_that_jobs_waited_for_data_is_told_of_those_that_say_s
         events.close()
         artifact.commit()
     assert waiting_facts(logs(flow)) == {"waiting for data": "k=4 10.0%, k=8 50.0%"}
+
+
+def test_the_bad_images_that_are_listed_tell_the_names_of_their_files(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "images") as writer:
+        for number in range(MOST_BAD_ROWS + 5):
+            writer.write(b"no image", "jpg", name=f"photos/{number}.jpg" if number != 2 else None)
+    images = ImageShards.open([tmp_path / "images"], None)
+    features = Store(tmp_path).artifact("features", {}, {})
+    write_json(features.begin() / "bad.json", {str(row): "why" for row in range(len(images))})
+    features.commit()
+    found = [(row["key"], row["file"]) for row in _bad(images, [features])]
+    names = [f"photos/{number}.jpg" if number != 2 else "" for number in range(MOST_BAD_ROWS)]
+    assert found == [(f"{row:09d}", name) for row, name in enumerate([*names, *[""] * 5])]

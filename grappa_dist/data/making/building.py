@@ -33,6 +33,7 @@ class Building:
     filled: dict[int, Filled] = field(default_factory=dict)
     finished: bool = False
     reused: bool = False
+    nameless: bool = False  # finished before shards held the names of files
     lock: int = -1  # descriptor
 
     @property
@@ -68,7 +69,9 @@ def open_building(plan: FolderPlan) -> Building:
     partial = plan.folder.with_name(f".{plan.folder.name}.partial")
     building = Building(plan, partial)
     if committed_index(plan.folder) is not None:
-        if read_json(plan.folder / COMMITTED).get("plan") != plan.fingerprint:
+        made = read_json(plan.folder / COMMITTED).get("plan")
+        building.nameless = made is not None and made == plan.nameless
+        if made != plan.fingerprint and not building.nameless:
             raise ValueError(
                 f"{plan.folder}: finished, with other shards than these; remove it or write to another folder"
             )
@@ -88,7 +91,7 @@ def _compare(plan: FolderPlan, partial: Path) -> None:
             if began.get("plan") == plan.fingerprint:
                 return
             before, now = began.get("settings", {}), plan.settings
-            other = [f"{key} was {before[key]}, now {now[key]}" for key in now if before.get(key, now[key]) != now[key]]
+            other = [f"{key} was {before.get(key)}, now {now[key]}" for key in now if before.get(key) != now[key]]
             raise ValueError(
                 f"{partial}: begun with another plan ({'; '.join(other) or 'other files, labels or order'}); "
                 "run that again to go on, or remove the folder to start over"

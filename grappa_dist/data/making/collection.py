@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from grappa_dist.data.making.building import Building, bad_files, build
-from grappa_dist.data.making.planning import Limits, plan_folder
+from grappa_dist.data.making.planning import Limits, plan_folder, prefixes_of
 from grappa_dist.data.making.sources import Columns, Item, Source, csv_items, folder_items, open_source, task_name
 from grappa_dist.data.progress import Progress, Tell, duration
 from grappa_dist.data.randomness import permutation
@@ -76,15 +76,34 @@ def make_shards(pairs: Sequence[tuple[str | None, str]], out: Path, cfg: Collect
     return write_items(items, out, cfg, work=work, skipped=skipped)
 
 
-def write_items(items: Sequence[Item], out: Path, cfg: CollectionConfig, *, work: Work, skipped: Counter[str]) -> str:
-    """Table of what is in OUT/train and OUT/test, which it writes from the items."""
+def write_items(
+    items: Sequence[Item],
+    out: Path,
+    cfg: CollectionConfig,
+    *,
+    work: Work,
+    skipped: Counter[str],
+    base: Path | None = None,
+) -> str:
+    """Table of what is in OUT/train and OUT/test, which it writes from the items.
+
+    Args:
+        base: the folder from which the names of their files count; by default the deepest that holds all sources.
+    """
     began = time.monotonic()
+    prefixes = prefixes_of({item.source.path for item in items}, base)
     splits = split_items(items, cfg.split)
     for split in SPLITS:
         if not splits[split] and (out / split).exists():
             raise ValueError(f"{out / split}: exists, but these images have no {split} part; choose another folder")
     plans = [
-        plan_folder((out / split).absolute(), _in_order(splits[split], split, cfg.seed), cfg.limits, cfg.image_size)
+        plan_folder(
+            (out / split).absolute(),
+            _in_order(splits[split], split, cfg.seed),
+            cfg.limits,
+            cfg.image_size,
+            prefixes=prefixes,
+        )
         for split in SPLITS
         if splits[split]
     ]
@@ -136,6 +155,8 @@ def summary(buildings: Sequence[Building], skipped: Counter[str], seconds: float
         size = sum(tar.stat().st_size for tar in folder.glob("*.tar"))
         classes = len({(item.task, item.label) for item in items if item.label is not None})
         done = "was finished before, with these images" if building.reused else "written"
+        if building.nameless:
+            done += ", by an earlier version: without the names of their files, which it has if removed and made again"
         lines.append(
             f"{folder}: {len(items):,} images, {classes:,} classes, {len({item.task for item in items}):,} tasks, "
             f"{building.plan.shards:,} shards, {size:,} bytes; {done}"

@@ -7,9 +7,12 @@ from io import BytesIO
 
 from PIL import Image, features
 
-from grappa_dist.data.decoding import BadImage, decode
+from grappa_dist.data.decoding import FORMATS, BadImage, decode
 
 QUALITY = 95
+COPIED = {"jpg": "jpg", "jpeg": "jpeg", "png": "png", "webp": "webp", "jfif": "jpg", "jpe": "jpg"}  # -> in a shard
+REWRITTEN = ("bmp", "gif", "tif", "tiff")  # become PNG: readers of shards expect the four suffixes above
+TAKEN = (*COPIED, *REWRITTEN)
 
 
 @dataclass(frozen=True)
@@ -22,24 +25,40 @@ class Encoded:
 
 
 def encoded(data: bytes, suffix: str, image_size: int | None) -> Encoded:
-    """The image re-encoded to a shorter side of `image_size`; as it is where that is None or not smaller."""
-    if image_size is None:
-        return Encoded(data, suffix)
+    """The image re-encoded to a shorter side of `image_size`; as it is where that is None or not smaller.
+
+    What is rewritten becomes a PNG in any case: of an animation or of several pages the first.
+
+    Args:
+        suffix: of the file, one of TAKEN.
+    """
+    rewritten, kept = suffix in REWRITTEN, COPIED.get(suffix, "png")
+    if not data:
+        return Encoded(data, kept, "empty file")
+    if image_size is None and not rewritten:
+        return Encoded(data, kept)
     try:
-        image = decode(data)
+        image = decode(data, (*FORMATS, "TIFF") if rewritten else FORMATS)
     except BadImage as error:
-        return Encoded(data, suffix, str(error))
-    scale = image_size / min(image.size)
-    if scale >= 1:
-        return Encoded(data, suffix)
-    width, height = (max(image_size, round(side * scale)) for side in image.size)
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
+        return Encoded(data, kept, str(error))
+    smaller = image if image_size is None else shrunk(image, image_size)
+    if smaller is image and not rewritten:
+        return Encoded(data, kept)
     buffer = BytesIO()
-    if suffix == "png":
-        image.save(buffer, "PNG")
+    if kept == "png":
+        smaller.save(buffer, "PNG")
         return Encoded(buffer.getvalue(), "png")
-    image.save(buffer, "JPEG", quality=QUALITY)
+    smaller.save(buffer, "JPEG", quality=QUALITY)
     return Encoded(buffer.getvalue(), "jpg")
+
+
+def shrunk(image: Image.Image, shorter_side: int) -> Image.Image:
+    """The image at that shorter side; itself where it is no larger."""
+    scale = shorter_side / min(image.size)
+    if scale >= 1:
+        return image
+    width, height = (max(shorter_side, round(side * scale)) for side in image.size)
+    return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def encoder() -> str:

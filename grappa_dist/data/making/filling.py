@@ -35,6 +35,7 @@ class Row:
     suffix: str
     label: str | None
     task: str | None
+    name: str  # of its file, for whoever looks for it
     said: str
 
 
@@ -80,7 +81,7 @@ def fill(job: ShardJob, count: Callable[[int], None], stopped: Callable[[], bool
         for number, (row, content) in enumerate(zip(job.rows, contents, strict=True), start=job.first_row):
             if stopped():
                 raise Stopped
-            tar.add(number, members(content.data, content.suffix, row.label, row.task))
+            tar.add(number, members(content.data, content.suffix, row.label, row.task, name=row.name))
             if content.bad is not None:
                 bad[_kind(content.bad)] += 1
                 named.append(f"{row.said} does not decode; it keeps row {number}")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from grappa_dist.data.loader import read_batches
 from grappa_dist.data.making.cuts import cut
-from grappa_dist.data.making.encoding import encoded, encoder
+from grappa_dist.data.making.encoding import REWRITTEN, encoded, encoder
 from grappa_dist.data.making.filling import Row, ShardJob
 from grappa_dist.data.making.sources import Item
 from grappa_dist.data.randomness import permutation
@@ -44,7 +45,9 @@ class FolderPlan:
     starts: Sequence[int]  # first row of every shard and, last, n
     image_size: int | None
     settings: dict[str, Any]
+    prefixes: Mapping[Path, str]  # by source, what comes before the names of its files
     fingerprint: str
+    nameless: str | None  # what the fingerprint was before shards held the names of files, where that is known
 
     @property
     def shards(self) -> int:
@@ -52,26 +55,47 @@ class FolderPlan:
 
     def job(self, number: int, partial: Path) -> ShardJob:
         first, end = self.starts[number], self.starts[number + 1]
-        rows = [_row(item) for item in self.items[first:end]]
+        rows = [_row(item, self.prefixes) for item in self.items[first:end]]
         return ShardJob(str(partial), number, first, rows, self.image_size)
 
 
-def plan_folder(folder: Path, items: Sequence[Item], limits: Limits, image_size: int | None) -> FolderPlan:
-    """The shards that hold the items in their order."""
+def plan_folder(
+    folder: Path, items: Sequence[Item], limits: Limits, image_size: int | None, *, prefixes: Mapping[Path, str]
+) -> FolderPlan:
+    """The shards that hold the items in their order.
+
+    Args:
+        prefixes: by the path of a source, what comes before the names of its files.
+    """
     sizes = file_sizes(items)
-    starts = cut(_row_sizes(items, sizes, limits, image_size), limits.rows, limits.bytes)
+    starts = cut(_row_sizes(items, sizes, limits, image_size, prefixes=prefixes), limits.rows, limits.bytes)
     settings = {
         "images": len(items),
         "images_per_shard": limits.rows,
         "shard_bytes": limits.bytes,
         "image_size": image_size,
-        "encoder": None if image_size is None else encoder(),
+        "encoder": encoder() if any(_is_encoded(item, image_size) for item in items) else None,
     }
-    digest = hashlib.sha256(json.dumps([settings, starts]).encode())
-    for item, size in zip(items, sizes, strict=True):
-        line = f"{item.name}\0{item.task}\0{item.label}\0{size}\n"
+    named = {**settings, "names": True}
+    files = (prefixes[item.source.path] + item.name for item in items)
+    now = _fingerprint([named, starts], items, sizes, files)
+    former = None
+    if limits.bytes is None:  # else the shards were cut elsewhere
+        former = _fingerprint([settings, starts], items, sizes, (item.name for item in items))
+    return FolderPlan(folder, items, starts, image_size, named, prefixes, now, former)
+
+
+def _fingerprint(settings: object, items: Sequence[Item], sizes: NDArray[np.int64], files: Iterable[str]) -> str:
+    digest = hashlib.sha256(json.dumps(settings).encode())
+    for item, file, size in zip(items, files, sizes, strict=True):
+        line = f"{file}\0{item.task}\0{item.label}\0{size}\n"
         digest.update(line.encode(errors="surrogateescape"))
-    return FolderPlan(folder, items, starts, image_size, settings, digest.hexdigest())
+    return digest.hexdigest()
+
+
+def _is_encoded(item: Item, image_size: int | None) -> bool:
+    """Whether a file is not simply copied, so that its size in a shard is not known beforehand."""
+    return image_size is not None or item.suffix in REWRITTEN
 
 
 def file_sizes(items: Sequence[Item]) -> NDArray[np.int64]:
@@ -85,23 +109,29 @@ def file_sizes(items: Sequence[Item]) -> NDArray[np.int64]:
 
 
 def _row_sizes(
-    items: Sequence[Item], sizes: NDArray[np.int64], limits: Limits, image_size: int | None
+    items: Sequence[Item],
+    sizes: NDArray[np.int64],
+    limits: Limits,
+    image_size: int | None,
+    *,
+    prefixes: Mapping[Path, str],
 ) -> Iterator[int]:
     """Bytes of every row in its tar: exact for copies, the mean of a sample of the task where images are re-encoded."""
     if limits.bytes is None:
         return iter([0] * len(items))
-    if image_size is not None:
-        means = _sampled_sizes(items, image_size)
-        return (_in_tar(item, means[item.task]) for item in items)
-    return (_in_tar(item, int(size)) for item, size in zip(items, sizes, strict=True))
+    means = _sampled_sizes([item for item in items if _is_encoded(item, image_size)], image_size)
+    return (
+        _in_tar(_row(item, prefixes), means[item.task] if _is_encoded(item, image_size) else int(size))
+        for item, size in zip(items, sizes, strict=True)
+    )
 
 
-def _in_tar(item: Item, size: int) -> int:
-    (_, _), *others = members(b"", item.suffix, item.label, _task_of(item))
+def _in_tar(row: Row, size: int) -> int:
+    (_, _), *others = members(b"", row.suffix, row.label, row.task, name=row.name)
     return member_bytes(size) + sum(member_bytes(len(data)) for _, data in others)
 
 
-def _sampled_sizes(items: Sequence[Item], image_size: int) -> dict[str, int]:
+def _sampled_sizes(items: Sequence[Item], image_size: int | None) -> dict[str, int]:
     """Mean bytes of a re-encoded image, by task."""
     of_task: dict[str, list[int]] = defaultdict(list)
     for number, item in enumerate(items):
@@ -115,8 +145,23 @@ def _sampled_sizes(items: Sequence[Item], image_size: int) -> dict[str, int]:
     return means
 
 
-def _row(item: Item) -> Row:
-    return Row(item.place, item.suffix, item.label, _task_of(item), item.said)
+def prefixes_of(sources: Iterable[Path], base: Path | None = None) -> dict[Path, str]:
+    """What comes before the names of the files of each folder or tar, so that no two files share one.
+
+    Nothing where there is one source; of several, its path from the deepest folder that holds them all.
+
+    Args:
+        base: that folder, where it is to be the same whichever sources there are.
+    """
+    paths = {source: os.path.normpath(source) for source in sources}
+    above = os.path.normpath(base) if base is not None else os.path.commonpath(paths.values())
+    relative = {source: os.path.relpath(path, above) for source, path in paths.items()}
+    return {source: "" if path == "." else f"{path}/" for source, path in relative.items()}
+
+
+def _row(item: Item, prefixes: Mapping[Path, str]) -> Row:
+    name = prefixes[item.source.path] + item.name
+    return Row(item.place, item.suffix, item.label, _task_of(item), name, item.said)
 
 
 def _task_of(item: Item) -> str | None:

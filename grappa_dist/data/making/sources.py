@@ -12,7 +12,8 @@ from pathlib import Path
 from sys import intern
 from typing import NamedTuple, Protocol
 
-from grappa_dist.data.index import IMAGE_SUFFIXES, OpenFile
+from grappa_dist.data.index import OpenFile
+from grappa_dist.data.making.encoding import TAKEN
 from grappa_dist.data.tars import members_of
 
 FILE_COLUMN = "file"
@@ -153,7 +154,7 @@ class Item:
 def image_suffix(name: str) -> str | None:
     """The lower-case image suffix of a file, or None; dots elsewhere in the name do not matter here."""
     base, dot, suffix = name.rpartition("/")[2].rpartition(".")
-    return suffix.lower() if base and dot and suffix.lower() in IMAGE_SUFFIXES else None
+    return suffix.lower() if base and dot and suffix.lower() in TAKEN else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +178,7 @@ def csv_items(path: str, source: Source, columns: Columns) -> list[Item]:
         said = f"{path} line {line}"
         name = row[FILE_COLUMN].removeprefix("./")
         if image_suffix(name) is None:
-            raise ValueError(f"{said}: {name!r} has no image suffix; expected {', '.join(IMAGE_SUFFIXES)}")
+            raise ValueError(f"{said}: {name!r} has no image suffix; expected {', '.join(TAKEN)}")
         if name in names:
             raise ValueError(f"{said}: {name!r} is listed twice")
         if not source.has(name):
@@ -239,7 +240,7 @@ def folder_items(source: Source, task: str | None, *, labelled: bool) -> list[It
     """
     names = [name for name in source.names() if _is_taken(name, source.skipped)]
     if not names:
-        raise ValueError(f"{source.path}: no images; expected files ending in {', '.join(IMAGE_SUFFIXES)}")
+        raise ValueError(f"{source.path}: no images; expected files ending in {', '.join(TAKEN)}")
     labels: dict[str, str | None] = {name: intern(name.partition("/")[0]) if "/" in name else None for name in names}
     flat = [name for name, label in labels.items() if label is None]
     if flat and labelled:
@@ -266,7 +267,8 @@ def _is_taken(name: str, skipped: Counter[str]) -> bool:
     if any(part.startswith(".") for part in name.split("/")):
         skipped["hidden"] += 1
     elif image_suffix(name) is None:
-        skipped[f"no image suffix: {os.path.splitext(name)[1].lower() or 'none'}"] += 1
+        suffix = os.path.splitext(name)[1].lower()
+        skipped[f"{f'of the suffix {suffix}' if suffix else 'without a suffix'}; taken are {', '.join(TAKEN)}"] += 1
     else:
         return True
     return False
