@@ -72,7 +72,7 @@ class EmbedConfig(Section):
 class ClusteringConfig(Section):
     """Pseudo-labels: k-means with N numbers of clusters."""
 
-    num_labels: tuple[Count, ...] | Literal["auto"] = "auto"  # K_1..K_N; auto: powers of two from 256 to n or 2^17
+    num_labels: tuple[Count, ...] | Literal["auto"] = "auto"  # K_1..K_N; auto: powers of two up to n or 2^17
     iterations: Count = 20
     tolerance: Annotated[float, Field(ge=0, lt=1)] = 0.0  # stop when inertia improves by less than this share; 0: never
     spherical: bool = False  # re-normalise means (ours; the paper's k-means does not)
@@ -267,6 +267,11 @@ class Config(Section):
         """The fusion variant that becomes the model: if not told, the last that is not there to compare with."""
         own = [v for v in self.fuse.variants if v not in (*RANDOM, SUPERVISED)]
         return self.evaluate.export or (own or self.fuse.variants)[-1]
+
+    @property
+    def has_test(self) -> bool:
+        """Whether there are test images; else training images are looked at in their place."""
+        return bool(self.data.test or self.data.collection)
 
     def yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

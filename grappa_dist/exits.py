@@ -9,10 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from grappa_dist.observe import Terminated
+from grappa_dist.observe import Interrupted, Terminated
 
 FAILED, CONFIG_ERROR, INTERRUPTED, TERMINATED = 1, 2, 130, 143
-STATUSES = "Exit status: 0 done, 2 a setting or an input is wrong, 143 after SIGTERM with state saved, 1 anything else."
+STATUSES = (
+    "Exit status: 0 done, 2 a setting or an input is wrong, 143 after SIGTERM and 130 after Ctrl-C with state saved "
+    "(a second Ctrl-C stops at once, without), 1 anything else."
+)
 
 
 @dataclass
@@ -28,8 +31,9 @@ class Ending:
             return self._failed(error, CONFIG_ERROR)
         except Exception as error:
             return self._failed(error, FAILED)
-        except KeyboardInterrupt:
-            print("interrupted; run the same command again to go on", file=sys.stderr)
+        except (KeyboardInterrupt, Interrupted) as ended:
+            saved = " state is saved," if isinstance(ended, Interrupted) and ended.saved else ""
+            print(f"interrupted;{saved} run the same command again to go on", file=sys.stderr)
             return INTERRUPTED
         except Terminated:
             print("terminated; state is saved, run the same command again to go on", file=sys.stderr)

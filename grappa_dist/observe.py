@@ -19,6 +19,18 @@ class Terminated(BaseException):
     """SIGTERM arrived; what was running has saved its state."""
 
 
+class Interrupted(Terminated):
+    """Ctrl-C was pressed.
+
+    Args:
+        saved: whether what was running has saved its state; not where it was pressed again.
+    """
+
+    def __init__(self, *, saved: bool) -> None:
+        super().__init__()
+        self.saved = saved
+
+
 class Events:
     """Appends events to a JSONL file: {"t": unix seconds, "stage", "job", "name", ...figures}."""
 
@@ -110,6 +122,11 @@ class Console:
                 shown = now
 
         return done
+
+
+def counted(count: int, one: str) -> str:
+    """Such as "1 rank" or "2 ranks"."""
+    return f"{count} {one}{'s' * (count != 1)}"
 
 
 def duration(seconds: float) -> str:

@@ -16,7 +16,7 @@ from grappa_dist.dist.cluster import Cluster
 from grappa_dist.dist.preflight import Checks, table
 from grappa_dist.export import export_model
 from grappa_dist.layout import lay_out
-from grappa_dist.observe import Console
+from grappa_dist.observe import Console, counted
 from grappa_dist.report.content import ScoreRow
 from grappa_dist.stages.adapt import adapt
 from grappa_dist.stages.collect import (
@@ -32,13 +32,14 @@ from grappa_dist.stages.evaluate import Evaluation, evaluate
 from grappa_dist.stages.expected_workers import known_workers
 from grappa_dist.stages.flow import Flow
 from grappa_dist.stages.fuse import fuse
-from grappa_dist.stages.fuse_plan import least_bytes
+from grappa_dist.stages.fuse_plan import least_bytes, unfused_in_words
 from grappa_dist.stages.galleries import weigh_galleries
 from grappa_dist.stages.label_files import label_rows
 from grappa_dist.stages.mirror import artifacts_of, mirrored
+from grappa_dist.stages.modelling import build_backbone, check_ready
 from grappa_dist.stages.partitions import judge_partitions
 from grappa_dist.stages.pseudo_label import pseudo_label
-from grappa_dist.stages.reporting import report
+from grappa_dist.stages.reporting import bad_in_words, report
 from grappa_dist.stages.run import Run, running
 from grappa_dist.stages.supervise import adapt_supervised, fuse_supervised
 from grappa_dist.stages.true_labels import name_classes, read_true_labels
@@ -52,7 +53,7 @@ def run(config: Config, root: Path, until: str | None = None) -> tuple[Path, lis
 
     Raises:
         ValueError: a setting or an input is wrong, saying which and what would be right.
-        Terminated: SIGTERM came; what was running has saved its state.
+        Terminated: SIGTERM or Ctrl-C came; what was running has saved its state.
     """
     with running(config, root) as context:
         return _run(context, until)
@@ -67,11 +68,17 @@ def _run(context: Run, until: str | None = None) -> tuple[Path, list[ScoreRow]] 
     flow = lay_out(config, store, train, test)
     context.runner.require(checks_of(config, store, flow))
     with mirrored(config.mirror, flow, console):
-        _announce(console, flow)
+        if not all(features.complete for features in flow.features):
+            check_ready(config.backbone)
+        _announce(console, flow, has_test=config.has_test)
+        _tell(console, unfused_in_words(config.fuse, len(flow.labels)))
         for stage in _stages(context, flow):
             if stage == until:
+                _tell(console, bad_in_words(flow, reported=False))
                 return None
-        return report(context, flow)
+        found = report(context, flow)
+        _tell(console, bad_in_words(flow, reported=True))
+        return found
 
 
 def checks_of(config: Config, store: Store, flow: Flow) -> Checks:
@@ -87,8 +94,10 @@ def check(config: Config, root: Path) -> str:
     A line per node.
 
     Raises:
-        ValueError: something is missing or damaged, saying what and where.
+        ValueError: something is missing or damaged, saying what and where, or the backbone cannot be built.
     """
+    build_backbone(config.backbone, pretrained=False)
+    check_ready(config.backbone)
     store, made = Store(root), list[Artifact]()
     cluster = Cluster(config.resources, Checks(root.absolute(), _nothing))
     if has_drawn(config.data, store):
@@ -100,7 +109,8 @@ def check(config: Config, root: Path) -> str:
             artifact.check()
     try:
         count = len(cluster.workers())
-        return f"{table(cluster.facts.values())}\n{count} workers can start; {len(made)} artefacts are there and whole"
+        workers, artefacts = counted(count, "worker"), counted(len(made), "artefact")
+        return f"{table(cluster.facts.values())}\n{workers} can start; {artefacts} there and whole"
     finally:
         cluster.close()
 
@@ -158,13 +168,21 @@ def _weigh(context: Run, flow: Flow, features: Mapping[str, RowArrays]) -> None:
     weigh_galleries(context, flow.test, flow.truth, sets, bad, flow.galleries)
 
 
-def _announce(console: Console, flow: Flow) -> None:
+def _tell(console: Console, text: str) -> None:
+    if text:
+        console.say(text)
+
+
+def _announce(console: Console, flow: Flow, *, has_test: bool) -> None:
     groups = (flow.labels, flow.adaptors, flow.fusions, flow.scores)
     made = [*flow.features, *(artifact for group in groups for artifact in group.values())]
     if flow.supervision is not None and flow.supervision.adaptors is not None:
         made.append(flow.supervision.adaptors)
     reused = sum(artifact.complete for artifact in made)
+    tested = f"and {counted(len(flow.test), 'test image')}"
+    if not has_test:
+        tested = f"and no test set: {len(flow.test)} of them are looked at in its place"
     console.say(
-        f"{len(flow.train)} training and {len(flow.test)} test images; K = {', '.join(map(str, flow.labels))}; "
+        f"{counted(len(flow.train), 'training image')} {tested}; K = {', '.join(map(str, flow.labels))}; "
         f"{reused} of {len(made)} artefacts are there and reused"
     )

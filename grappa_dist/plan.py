@@ -10,19 +10,21 @@ from grappa_dist.artifacts import Artifact, Store
 from grappa_dist.config import SUPERVISED, SUPERVISED_SET, Config, Resources, seeks_neighbours
 from grappa_dist.layout import lay_out, on_pairs
 from grappa_dist.models.backbone import check_name
+from grappa_dist.observe import counted
 from grappa_dist.ops.correlation import by_rows, rows_are_cheaper, whole
 from grappa_dist.stages.adapt_plan import adapt_in_words, jobs_in_words
+from grappa_dist.stages.backbone_plan import backbone_in_words, known_width
 from grappa_dist.stages.collect import collection_sizes, has_drawn, open_images
 from grappa_dist.stages.embed import check_bad_share
 from grappa_dist.stages.expected_workers import known_workers, may_have_gpus, ranks_of
 from grappa_dist.stages.flow import Flow
-from grappa_dist.stages.fuse_plan import projector_bytes
+from grappa_dist.stages.fuse_plan import projector_bytes, unfused_in_words
 from grappa_dist.stages.graph import graph_kind
 from grappa_dist.stages.pseudo_label import choices_in_words, num_labels
 from grappa_dist.stages.training import idle_in_words, steps_per_epoch
 
 CLASSIFIER_PRODUCTS = 4  # of images and classes: scores, pull, scores again, gradient
-DIM = 384  # channels that sizes are told for: the backbone is not built for a plan
+DIM = 384  # channels that sizes are told for where the backbone's are not known: one's own is not built for a plan
 KMEANS_BYTES = 56  # of an entry of a centroid, at most; docs/scale.md
 CORE_FLOPS = 3.7e10  # a core's rate in the classifier, Adam included; measured, docs/scale.md
 
@@ -36,6 +38,7 @@ def plan(config: Config, root: Path) -> str:
 def _table(config: Config, root: Path) -> str:
     store = Store(root)
     lines = [f"run directory  {root}", f"workers        {_workers(config.resources)}"]
+    lines += [f"backbone       {line}" for line in backbone_in_words(config.backbone)]
     if has_drawn(config.data, store):
         warnings = list[str]()
         train, test = open_images(config.data, store, config.resources, write_index=False, say=warnings.append)
@@ -49,15 +52,17 @@ def _table(config: Config, root: Path) -> str:
         flow, sizes = None, collection_sizes(config.data)
         lines.append(f"collect        {config.data.collection} draws {sizes['train']} + {sizes['test']} images")
     ks = num_labels(config.clustering, sizes["train"])
-    for name, text, artifacts in _stages(config, flow, sizes, ks):
-        lines.append(f"{name:<14} {text}; {_reuse(artifacts)}")
+    dim = known_width(config.backbone, flow.features if flow else ()) or DIM
+    for name, text, artifacts in _stages(config, flow, sizes, ks, dim):
+        makes = name != "fuse" or bool(on_pairs(config, len(ks)))
+        lines.append(f"{name:<14} {text}; {_reuse(artifacts)}" if makes else f"{name:<14} {text}")
         if name == "pseudo_label":
             lines += [f"{'':<14} {line}" for line in choices_in_words(config.clustering, ks, sizes["train"])]
         if name == "adapt":
             lines += [f"{'':<14} {line}" for line in adapt_in_words(config, len(ks))]
         if idle := idle_in_words(config.data, _ranks_of(name, config.resources)):
             lines.append(f"{'':<14} {idle}")
-    return "\n".join([*lines, *_costs(config, sizes["train"], ks), _classifiers(config, ks)])
+    return "\n".join([*lines, *_costs(config, sizes["train"], ks, dim), _classifiers(config, ks, dim)])
 
 
 def _ranks_of(stage: str, where: Resources) -> int:
@@ -67,7 +72,7 @@ def _ranks_of(stage: str, where: Resources) -> int:
 
 
 def _stages(
-    config: Config, flow: Flow | None, sizes: dict[str, int], ks: tuple[int, ...]
+    config: Config, flow: Flow | None, sizes: dict[str, int], ks: tuple[int, ...], dim: int
 ) -> Iterable[tuple[str, str, list[Artifact]]]:
     adapt_steps = config.adapt.epochs * steps_per_epoch(sizes["train"], config.adapt.global_batch)
     features = list(flow.features) if flow else []
@@ -75,13 +80,16 @@ def _stages(
     yield "pseudo_label", f"K = {', '.join(map(str, ks))}; one job", list(flow.labels.values()) if flow else []
     what = "how consecutive K agree, sample clusters of each; one task"
     yield "partitions", what, [flow.partitions] if flow else []
-    what = f"{jobs_in_words(config, len(ks))}, {adapt_steps} steps of {config.adapt.global_batch} images each"
+    what = (
+        f"{jobs_in_words(config, len(ks))}, {counted(adapt_steps, 'step')} of {config.adapt.global_batch} images each"
+    )
     yield "adapt", what, list(flow.adaptors.values()) if flow else []
     yield from _supervision(config, flow, ks, adapt_steps)
     yield "fuse", _fuse(config, ks, sizes["train"]), list(flow.on_pairs.values()) if flow else []
     models = 1 + len(ks) + len(config.fuse.variants) + config.adapt.supervised
     scores = list(flow.scores.values()) if flow else []
-    what = f"{models} models on {sizes['test']} images, {_size(4 * DIM * models * sizes['test'])} of features"
+    looked_at = "images" if config.has_test else "training images, as there is no data.test"
+    what = f"{models} models on {sizes['test']} {looked_at}, {_size(4 * dim * models * sizes['test'])} of features"
     yield "evaluate", what, scores
     yield (
         "report, model",
@@ -91,14 +99,14 @@ def _stages(
 
 
 def _fuse(config: Config, ks: tuple[int, ...], num_rows: int) -> str:
-    trained = on_pairs(config, len(ks))
+    trained, unfused = on_pairs(config, len(ks)), unfused_in_words(config.fuse, len(ks))
     if not trained:
-        return "nothing to train on pairs"
-    steps = config.fuse.epochs * steps_per_epoch(num_rows, config.fuse.global_batch)
-    what = f"{', '.join(trained)}; one job each on all workers, {steps} steps of {config.fuse.global_batch} pairs"
+        return unfused or "nothing to train: none of fuse.variants learns from pairs"
+    steps = counted(config.fuse.epochs * steps_per_epoch(num_rows, config.fuse.global_batch), "step")
+    what = f"{', '.join(trained)}; one job each on all workers, {steps} of {config.fuse.global_batch} pairs"
     if any(map(seeks_neighbours, trained)):
         what += f", {graph_kind(config.fuse, num_rows)} k-NN graph"
-    return what
+    return f"{what}; {unfused}" if unfused else what
 
 
 def _workers(where: Resources) -> str:
@@ -111,10 +119,10 @@ def _supervision(
     config: Config, flow: Flow | None, ks: tuple[int, ...], steps: int
 ) -> Iterable[tuple[str, str, list[Artifact]]]:
     """What sees the labels of the training images; their number is known when they have been read."""
-    made = flow.supervision if flow else None
+    made, where = flow.supervision if flow else None, config.resources
     jobs = {
-        SUPERVISED_SET: (config.adapt.supervised, f"{ranks_of(config.resources, known_workers(config.resources))}"),
-        SUPERVISED: (SUPERVISED in config.fuse.variants and len(ks) > 1, "all"),
+        SUPERVISED_SET: (config.adapt.supervised, counted(ranks_of(where, known_workers(where)), "rank")),
+        SUPERVISED: (SUPERVISED in config.fuse.variants and len(ks) > 1, "all ranks"),
     }
     if any(asked for asked, _ in jobs.values()):
         yield (
@@ -124,7 +132,7 @@ def _supervision(
         )
     for name, (asked, ranks) in jobs.items():
         if asked:
-            what = f"with labels of the training images: one job on {ranks} ranks, at most {steps} steps"
+            what = f"with labels of the training images: one job on {ranks}, at most {steps} steps"
             yield name, f"{what} of {config.adapt.global_batch} images", [made.trained[name]] if made else []
 
 
@@ -135,17 +143,17 @@ def _reuse(artifacts: list[Artifact]) -> str:
     return "all reused" if done == len(artifacts) else f"{done} of {len(artifacts)} reused"
 
 
-def _costs(config: Config, num_rows: int, ks: tuple[int, ...]) -> Iterable[str]:
-    """Rough sizes at DIM channels."""
-    widths = [DIM, *config.fuse.projector]
+def _costs(config: Config, num_rows: int, ks: tuple[int, ...], dim: int) -> Iterable[str]:
+    """Rough sizes at a stated dimension."""
+    widths = [dim, *config.fuse.projector]
     projector = sum(a * b for a, b in pairwise(widths))
     yield (
-        f"rough bytes    (at {DIM} channels) features {_size(4 * DIM * num_rows)}, "
+        f"rough bytes    (at {dim} channels) features {_size(4 * dim * num_rows)}, "
         f"labels {_size(4 * len(ks) * num_rows)}, "
         f"k-NN graph {_size(8 * config.fuse.neighbours * num_rows)} an epoch; "
         f"per rank: projector, gradients and momentum {_size(projector_bytes(projector))}, "
         f"correlation matrix {_size(4 * config.fuse.projector[-1] ** 2)}; "
-        f"per worker: k-means of K = {max(ks)} {_size(KMEANS_BYTES * max(ks) * DIM)}"
+        f"per worker: k-means of K = {max(ks)} {_size(KMEANS_BYTES * max(ks) * dim)}"
     )
     if on_pairs(config, len(ks)):
         yield _fuse_traffic(config, projector)
@@ -166,18 +174,18 @@ def _fuse_traffic(config: Config, projector: int) -> str:
     )
 
 
-def _classifiers(config: Config, ks: Sequence[int]) -> str:
+def _classifiers(config: Config, ks: Sequence[int], dim: int) -> str:
     """What the largest classifiers that a job may have take of one of its ranks."""
     ranks, adapt = ranks_of(config.resources, known_workers(config.resources)), config.adapt
     of_a_job = sorted(ks, reverse=True)[: 1 if adapt.sets_per_job == "auto" else adapt.sets_per_job]
     rows = sum(-(-num_labels // ranks) for num_labels in of_a_job)
     taking_part = rows * adapt.sampled_classes
-    flops = CLASSIFIER_PRODUCTS * 2 * adapt.global_batch * taking_part * DIM
+    flops = CLASSIFIER_PRODUCTS * 2 * adapt.global_batch * taking_part * dim
     sampled = f"; {adapt.sampled_classes:.0%} of them in a step" if adapt.sampled_classes < 1 else ""
     time = "" if may_have_gpus(config.resources) else f", {flops / CORE_FLOPS:.2g} s of a CPU core"
     return (
-        f"classifier     (at {DIM} channels) of K = {', '.join(map(str, of_a_job))}: {rows} classes a rank{sampled}; "
-        f"rows and Adam {_size(4 * (3 * DIM + 1) * rows)} a rank, a step {flops / 1e9:.3g} GFLOP a rank{time}"
+        f"classifier     (at {dim} channels) of K = {', '.join(map(str, of_a_job))}: {rows} classes a rank{sampled}; "
+        f"rows and Adam {_size(4 * (3 * dim + 1) * rows)} a rank, a step {flops / 1e9:.3g} GFLOP a rank{time}"
     )
 
 

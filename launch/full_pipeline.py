@@ -56,7 +56,7 @@ def work(asked: argparse.Namespace, ending: Ending) -> None:
         print(f"done up to {asked.until}; the same command without --until goes on")
         return
     report, rows = found
-    print(console_table(rows))
+    print(console_table(rows, has_test=config.has_test))
     print(f"report  {report / 'report.html'}\nmodel   {root / 'model'}")
 
 

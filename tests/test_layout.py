@@ -233,4 +233,4 @@ def test_one_set_has_nothing_to_weigh(tmp_path: Path, shards: list[str]) -> None
 
 
 def test_auto_climbs_a_ladder_of_labels(tmp_path: Path, shards: list[str]) -> None:
-    assert list(flow_of(tmp_path, shards, clustering={"num_labels": "auto"}).labels) == [32]
+    assert list(flow_of(tmp_path, shards, clustering={"num_labels": "auto"}).labels) == [4, 8, 16, 32]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import urllib.error
+import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,10 +12,12 @@ import pytest
 
 import grappa_dist
 from grappa_dist import pipeline
+from grappa_dist._compat import declare_torchvision_ops
 from grappa_dist.artifacts import Store
 from grappa_dist.config import Config
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.layout import lay_out
+from grappa_dist.stages.modelling import check_ready
 from tests.stages import tiny
 from tests.test_layout import ROWS
 
@@ -30,11 +34,43 @@ def test_a_check_names_a_file_that_is_no_longer_what_its_manifest_says(
     pipeline._run(tiny.run_in(settings, tmp_path, tiny.Here()), "pseudo_label")
     workers = SimpleNamespace(workers=lambda: [1, 2], facts={}, close=lambda: None)
     monkeypatch.setattr(pipeline, "Cluster", lambda *_: workers)
-    assert pipeline.check(settings, tmp_path).endswith("2 workers can start; 7 artefacts are there and whole")
+    assert pipeline.check(settings, tmp_path).endswith("2 workers can start; 7 artefacts there and whole")
     (cut,) = tmp_path.glob("labels/k=4-*/centroids.npy")
     cut.write_bytes(cut.read_bytes()[:-1])
     with pytest.raises(ValueError, match=r"centroids.npy has \d+ bytes, its manifest says \d+; remove"):
         pipeline.check(settings, tmp_path)
+
+
+def test_a_check_refuses_an_image_size_before_any_worker_starts(
+    tmp_path: Path, shards: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "Cluster", lambda *_: pytest.fail("workers start"))
+    backbone = {"name": "tests.models.tiny:create", "image_size": 20}
+    with pytest.raises(ValueError, match=r"backbone\.image_size=20 .* do not reach the last 4 of 20 pixels; .*=16$"):
+        pipeline.check(tiny.config(shards, backbone=backbone), tmp_path)
+
+
+def test_weights_that_cannot_be_had_are_missed_before_any_worker_is_asked(
+    tmp_path: Path, shards: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(request: urllib.request.Request, timeout: float) -> None:
+        raise urllib.error.URLError("no network")
+
+    declare_torchvision_ops()
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    settings = tiny.config(shards, backbone={"name": "timm:vit_small_patch16_224.dino", "kwargs": {}})
+    here = tiny.Here()
+    with pytest.raises(
+        ValueError, match=r"the weights of backbone\.name=timm:vit_small_patch16_224\.dino are not in the"
+    ):
+        pipeline._run(tiny.run_in(settings, tmp_path / "run", here))
+    assert here.asked == []
+    monkeypatch.setenv("RAY_ADDRESS", "elsewhere:6379")  # whose machines have caches of their own
+    check_ready(settings.backbone)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +106,8 @@ def test_a_run_without_labels_has_no_rows_and_its_report_says_so(finished: Finis
     root, _, _ = finished
     assert json.loads((root / "report" / "metrics.json").read_text()) == {"rows": []}
     page = (root / "report" / "report.html").read_text().lower()
-    assert "no labels" in page
+    assert "there is no test set (data.test), so the models were looked at on training images" in page
+    assert "40 training, no test set: 40 of these were looked at" in page
     assert "augmented view finds its source" in page
 
 
@@ -92,11 +129,19 @@ def test_the_report_lists_the_bad_image(finished: Finished) -> None:
     assert "UnidentifiedImageError" in page
 
 
-def test_a_second_run_does_nothing(finished: Finished) -> None:
+def test_a_second_run_does_nothing_but_tell_of_the_bad_image_again(
+    finished: Finished, capsys: pytest.CaptureFixture[str]
+) -> None:
     root, settings, _ = finished
     before, here = tiny.files_below(root), tiny.Here()
     pipeline._run(tiny.run_in(settings, root, here))
     assert here.asked == []
+    told = capsys.readouterr().err
+    assert "40 training images and no test set: 40 of them are looked at in its place; K = 4, 6" in told
+    said = "bad images, which take part in nothing: 1 of 40 training images; "
+    assert said + "the report lists them with reasons" in told
+    pipeline._run(tiny.run_in(settings, root, here), until="embed")
+    assert said + "features/backbone/*/bad.json list them with reasons" in capsys.readouterr().err
     after = tiny.files_below(root)
     assert {path for path in after if after[path] != before.get(path)} <= {"events.jsonl"}
 

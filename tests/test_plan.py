@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -39,12 +40,12 @@ def test_a_plan_names_every_stage_with_its_steps_and_writes_nothing(tmp_path: Pa
     assert not (tmp_path / "run").exists()
     assert "40 training images" in lines["embed"]
     assert "K = 4, 8" in lines["pseudo_label"]
-    assert "2 jobs of 1 ranks, 21 steps of 16 images" in lines["adapt"]
+    assert "2 jobs of 1 rank, 21 steps of 16 images" in lines["adapt"]
     assert "of K = 8: 8 classes a rank; rows and Adam 36 KiB a rank" in lines["classifier"]
     assert (
         "transforms, neighbours; one job each on all workers, 12 steps of 16 pairs, exact k-NN graph" in lines["fuse"]
     )
-    assert "6 models on 40 images" in lines["evaluate"]
+    assert "6 models on 40 training images, as there is no data.test, 360 KiB of features" in lines["evaluate"]
     for stage, number in {"embed": 4, "pseudo_label": 2, "partitions": 1, "adapt": 2, "fuse": 2}.items():
         assert f"0 of {number} reused" in lines[stage]
 
@@ -73,9 +74,9 @@ def test_a_plan_names_the_jobs_of_rows_to_compare_with(tmp_path: Path) -> None:
     assert lines["fuse"].startswith("random-one, random-all; one job each on all workers, 12 steps of 16 pairs, exact")
     assert "0 of 2 reused" in lines["fuse"]
     assert "labels of the training images, read before anything else; one task; 0 of 2 reused" in lines["true_labels"]
-    for name, ranks in {"supervised-set": "1", "supervised": "all"}.items():
-        assert f"one job on {ranks} ranks, at most 21 steps of 16 images; 0 of 1 reused" in lines[name]
-    assert "8 models on 40 images" in lines["evaluate"]
+    for name, ranks in {"supervised-set": "1 rank", "supervised": "all ranks"}.items():
+        assert f"one job on {ranks}, at most 21 steps of 16 images; 0 of 1 reused" in lines[name]
+    assert "8 models on 40 training images" in lines["evaluate"]
     assert not {"true_labels", "supervised-set"} & set(lines_of(tiny.config(settings.data.train), tmp_path / "run"))
 
 
@@ -110,10 +111,10 @@ def test_a_plan_tells_what_waits_for_what_and_the_memory_of_a_step(tmp_path: Pat
     assert "a rank for 16 images and 1 set (" in line
     several = {"sets_per_job": 2, "micro_batch": 5}
     said = text(backbone=timm, adapt=several, resources={"adapt_ranks": 2})
-    assert "2 sets in 1 jobs of 2 ranks, 21 steps" in said
+    assert "2 sets in 1 job of 2 ranks, 21 steps" in said
     assert "a rank for 5 images and 2 sets (" in said
     said = text(backbone=timm, adapt={"sets_per_job": "auto"})
-    assert "2 sets in jobs of 1 ranks, as many to a job as measured rates say" in said
+    assert "2 sets in jobs of 1 rank, as many to a job as measured rates say" in said
     assert "; counted for one set, of which auto may put several in a job" in said
 
 
@@ -157,12 +158,34 @@ def test_a_plan_tells_what_is_reused(tmp_path: Path) -> None:
     root = tmp_path / "run"
     flow = lay_out(settings, Store(root), ImageShards.open(settings.data.train, None), None)
     for artifact in (*flow.features, flow.labels[8]):
-        artifact.begin()
+        np.save(artifact.begin() / "rows.npy", np.zeros((1, 16), dtype=np.float32))
         artifact.commit()
     lines = lines_of(settings, root)
     assert "all reused" in lines["embed"]
     assert "1 of 2 reused" in lines["pseudo_label"]
     assert "0 of 2 reused" in lines["adapt"]
+
+
+def test_a_plan_tells_sizes_for_the_channels_that_are_known(tmp_path: Path) -> None:
+    paths = tiny.write_shards(tmp_path / "images")
+    timm = {"name": "timm:vit_tiny_patch16_224", "kwargs": models.TIMM_KWARGS, "image_size": 32}
+    lines = lines_of(tiny.config(paths, **SECTIONS, backbone=timm), tmp_path / "run")
+    said = "timm:vit_tiny_patch16_224: 24 channels; image_size=32, resize=crop, interpolation=bicubic"
+    assert lines["backbone"] == said
+    assert lines["rough bytes"].startswith("(at 24 channels) features 4 KiB,")
+    assert lines["classifier"].startswith("(at 24 channels)")
+    own = tiny.config(paths, **SECTIONS)
+    assert lines_of(own, tmp_path / "run")["rough bytes"].startswith("(at 384 channels)")
+    flow = lay_out(own, Store(tmp_path / "run"), ImageShards.open(own.data.train, None), None)
+    np.save(flow.features[0].begin() / "rows.npy", np.zeros((1, 16), dtype=np.float32))
+    flow.features[0].commit()
+    assert lines_of(own, tmp_path / "run")["rough bytes"].startswith("(at 16 channels)")
+
+
+def test_a_plan_refuses_an_image_size_that_a_model_of_timm_does_not_take(tmp_path: Path) -> None:
+    timm = {"name": "timm:vit_tiny_patch16_224", "kwargs": {}, "image_size": 100}
+    with pytest.raises(ValueError, match=r"backbone\.image_size=100 .* such as backbone\.image_size=96$"):
+        plan(tiny.config(tiny.write_shards(tmp_path / "images"), **SECTIONS, backbone=timm), tmp_path / "run")
 
 
 def test_a_plan_opens_with_every_setting(tmp_path: Path) -> None:
@@ -226,11 +249,17 @@ def test_a_plan_trains_no_fusion_of_a_single_set_and_tells_the_memory_of_k_means
     shards = tiny.write_shards(tmp_path / "images")
     one = tiny.config(shards, clustering={"num_labels": (4,)}, fuse={"variants": ("average", "neighbours")})
     said = plan(one, tmp_path / "run")
-    assert "fuse           nothing to train on pairs" in said
+    words = "one adaptor set only, so there is nothing to fuse: average, neighbours will score as that set does ("
+    assert re.search(r"^fuse {11}" + re.escape(words) + r"clustering\.num_labels with two K or more .*\)$", said, re.M)
     assert "fuse traffic" not in said
     assert f"k-means of K = 4 {56 * 4 * 384 // 1024} KiB" in said
     several = one.model_copy(update={"clustering": one.clustering.model_copy(update={"num_labels": (4, 6)})})
     assert "fuse           neighbours; one job each" in plan(several, tmp_path / "run")
+    untrained = several.model_copy(update={"fuse": several.fuse.model_copy(update={"variants": ("average",)})})
+    assert "fuse           nothing to train: none of fuse.variants learns from pairs\n" in plan(untrained, tmp_path)
+    beside = one.model_copy(update={"fuse": one.fuse.model_copy(update={"variants": ("average", "random-all")})})
+    assert "to fuse: average will score as that set does" in lines_of(beside, tmp_path / "run")["fuse"]
+    assert "0 of 1 reused" in lines_of(beside, tmp_path / "run")["fuse"]
 
 
 def test_a_plan_says_what_a_damaged_tar_has_lost_and_ends_as_the_run_would(tmp_path: Path) -> None:

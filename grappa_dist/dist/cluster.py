@@ -37,7 +37,7 @@ class Cluster:
     resources: Resources
     checks: Checks | None = None  # what every node must pass before it works
     tell: Callable[[str], None] = lambda text: None
-    stopping: Callable[[], bool] = lambda: False  # whether to give up waiting: SIGTERM has come
+    stopping: Callable[[], bool] = lambda: False  # whether to give up waiting: a signal has come
     owned: Path | None = None  # temp folder of a local cluster that is ours to end
     facts: dict[str, Facts] = field(default_factory=dict)  # of the nodes that passed, by node id
     _refused: set[str] = field(default_factory=set)  # nodes that joined later and did not pass

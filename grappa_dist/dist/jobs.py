@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from grappa_dist.config import Resources
 from grappa_dist.dist.cluster import Cluster
 from grappa_dist.dist.preflight import Checks
+from grappa_dist.dist.signals import Signals
 from grappa_dist.observe import Terminated
 from grappa_dist.ops.placement import check_capacity, choose
 
@@ -61,35 +60,27 @@ class Runner:
     resources: Resources
     on_status: Callable[[Mapping[str, Mapping[str, Any]]], None] = lambda status: None
     on_event: Callable[..., None] = lambda name, **figures: None
-    _terminate: threading.Event = field(default_factory=threading.Event)
-    _watching: bool = False
+    on_interrupt: Callable[[str], None] = lambda text: None  # told what Ctrl-C does, while jobs save
+    _signals: Signals = field(default_factory=Signals)
 
-    @contextmanager
-    def terminating(self) -> Iterator[None]:
-        """While inside, SIGTERM raises Terminated, after running jobs have stopped at their next step and saved."""
+    def terminating(self) -> AbstractContextManager[None]:
+        """While inside, SIGTERM raises Terminated, after running jobs have stopped at their next step and saved.
 
-        def handle(*_: object) -> None:
-            self._terminate.set()
-            if not self._watching:  # else it is looked for: what a handler raises while Ray waits may be lost
-                raise Terminated
-
-        before = signal.signal(signal.SIGTERM, handle)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, before)
+        Ctrl-C raises Interrupted likewise; pressed again, it waits for no job.
+        """
+        return self._signals.heard()
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
-        """While inside, SIGTERM is noted and looked for; at the latest the end raises Terminated."""
+        """While inside, signals are noted and looked for; at the latest the end raises Terminated."""
         self.cluster.connect()  # where Ray listens to it
-        self.cluster.stopping = self._terminate.is_set
-        self._watching = True
+        self.cluster.stopping = self._signals.ending
+        self._signals.looked_for = True
         try:
             yield
         finally:
-            self._watching = False
-        if self._terminate.is_set():
+            self._signals.looked_for = False
+        if self._signals.ending():
             raise Terminated
 
     def require(self, checks: Checks) -> None:
@@ -138,7 +129,7 @@ class Runner:
             check_capacity(len(free), max((job.ranks for job in jobs), default=0))
         shown = time.monotonic()
         while waiting or running:
-            if self._terminate.is_set():
+            if self._signals.ending():
                 self._stop(running)
             free += self.cluster.arrived(timeout_s=0 if running else POLL_S)
             while waiting and len(free) >= self._ranks(waiting[0]):
@@ -260,6 +251,8 @@ class Runner:
         return statuses
 
     def _stop(self, running: Sequence[_Running]) -> None:
+        if self._signals.interrupted and not self._signals.at_once:
+            self.on_interrupt("interrupted: saving; press Ctrl-C again to stop at once")
         self._ask_to_stop(running)
         raise Terminated
 
@@ -272,8 +265,9 @@ class Runner:
             for worker in r.workers:
                 worker.stop.options(concurrency_group="control").remote()
         refs = [ref for r in running if r.job.ranks for ref in r.refs]
-        if refs:
-            ray.wait(refs, num_returns=len(refs), timeout=STOP_GRACE_S)
+        end = time.monotonic() + STOP_GRACE_S
+        while refs and time.monotonic() < end and not self._signals.at_once:
+            _, refs = ray.wait(refs, num_returns=len(refs), timeout=POLL_S)
 
 
 def _errors(finished: Sequence[Any]) -> list[BaseException]:

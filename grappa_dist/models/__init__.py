@@ -5,6 +5,7 @@ from grappa_dist.models.backbone import Backbone, Pixels, create_backbone
 from grappa_dist.models.fusion import Attention, Grappa, GrappaLayer
 from grappa_dist.models.packed import PackedGrappa
 from grappa_dist.models.projector import Projector
+from grappa_dist.models.sizes import check_image_size
 
 __all__ = [
     "Adaptors",
@@ -15,5 +16,6 @@ __all__ = [
     "PackedGrappa",
     "Pixels",
     "Projector",
+    "check_image_size",
     "create_backbone",
 ]

@@ -132,6 +132,16 @@ def check_name(name: str) -> None:
         _check_timm(model)
 
 
+def check_weights(name: str) -> None:
+    """Raises ValueError where the weights of a `timm:` model are neither in this machine's cache nor to be had."""
+    source, _, model = name.partition(":")
+    if source == "timm" and not _weights_reachable(model):
+        raise ValueError(
+            f"the weights of backbone.name={name} are not in the local cache and their hub cannot be reached; "
+            "download them elsewhere and set backbone.checkpoint=FILE.safetensors"
+        )
+
+
 def _check_timm(name: str) -> None:
     declare_torchvision_ops()
     import timm
@@ -152,11 +162,8 @@ def _timm(name: str, kwargs: Mapping[str, Any], checkpoint: str | None, pretrain
     _check_timm(name)
     import timm
 
-    if pretrained and not checkpoint and not _weights_reachable(name):
-        raise ValueError(
-            f"the weights of backbone.name=timm:{name} are not in the local cache and their hub cannot be reached; "
-            "download them elsewhere and set backbone.checkpoint=FILE.safetensors"
-        )
+    if pretrained and not checkpoint:
+        check_weights(f"timm:{name}")
     try:
         if checkpoint:
             return _timm_from_file(name, kwargs, checkpoint)
@@ -168,7 +175,7 @@ def _timm(name: str, kwargs: Mapping[str, Any], checkpoint: str | None, pretrain
 def _timm_from_file(name: str, kwargs: Mapping[str, Any], checkpoint: str) -> nn.Module:
     """The model with a file's weights, which timm renames and resizes as it does with downloaded ones."""
     if checkpoint.endswith(".npz"):
-        raise _misfit(checkpoint, "an .npz file; convert it to .safetensors")
+        raise _unreadable(checkpoint)
     import timm
 
     def create(**given: Any) -> Any:
@@ -180,6 +187,9 @@ def _timm_from_file(name: str, kwargs: Mapping[str, Any], checkpoint: str) -> nn
         try:
             # Not as {"file": ...}: older versions of timm unpickle that whatever it runs
             weights = timm.models.load_state_dict(checkpoint, weights_only=True)
+        except _MISFITS as error:
+            raise _unreadable(checkpoint) from error
+        try:
             model = create(pretrained=True, pretrained_cfg_overlay={"state_dict": weights})
             del model.pretrained_cfg["state_dict"]  # a copy of all weights
         except _MISFITS as error:
@@ -231,11 +241,23 @@ def _load(model: nn.Module, path: str) -> None:
         if path.endswith(".safetensors"):
             from safetensors.torch import load_file
 
-            model.load_state_dict(load_file(path))
+            weights = load_file(path)
         else:
-            model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+    except _MISFITS as error:
+        raise _unreadable(path) from error
+    try:
+        model.load_state_dict(weights)
     except _MISFITS as error:
         raise _misfit(path, error) from error
+
+
+def _unreadable(checkpoint: str) -> ValueError:
+    """Without the reader's own words: they advise to unpickle what may run code."""
+    return ValueError(
+        f"backbone.checkpoint={checkpoint!r} cannot be read as weights: expected an undamaged .safetensors file, or a "
+        "PyTorch file (.pt, .pth, .bin) of tensors alone, as torch.save(model.state_dict(), FILE) writes it"
+    )
 
 
 def _misfit(checkpoint: str, why: object) -> ValueError:

@@ -31,6 +31,7 @@ class LabelFree(TypedDict):
     figure: str  # "augmented view finds its source"
     value: float
     queries: int
+    of_graph: NotRequired[bool]  # of the k-NN graph that the model learned from, which few models have
 
 
 class BadRow(TypedDict):
@@ -125,6 +126,7 @@ class ReportContent:
 
     title: str
     rows: list[ScoreRow] = field(default_factory=list)  # [] without labels
+    has_test: bool = True  # else it is training images that were looked at
     label_free: list[LabelFree] = field(default_factory=list)
     attention: dict[str, dict[str, list[list[float]]]] = field(default_factory=dict)  # fusion, group: (L, N) mean
     entropy: dict[str, list[float]] = field(default_factory=dict)  # fusion: (L,) mean entropy / log N, 1 = uniform

@@ -55,11 +55,11 @@ _WORDS = (
 
 def headline_section(content: ReportContent) -> str:
     if not content.rows:
-        why = (
-            "The test images carry no labels, so there are no retrieval scores. "
-            "The label-free figures and the galleries say what can be said without them."
-        )
-        return absent(why)
+        lacks = "The test images carry no labels"
+        if not content.has_test:
+            lacks = "There is no test set (data.test), so the models were looked at on training images"
+        why = "The label-free figures and the galleries say what can be said without labels."
+        return absent(f"{lacks}, and there are no retrieval scores. {why}")
     scores = Scores.of(content.rows)
     key = (
         '<p class="note"><b>Large:</b> R-Precision in percent. <b>Small:</b> MAP@R. <b>Signed:</b> points of '

@@ -37,11 +37,11 @@ def _task(scores: Scores, task: str) -> Sentence:
     parts = []
     if fusions:
         top = max(fusions, key=lambda m: fusions[m])
-        over = f", {points(fusions[top] - base)} on the backbone's {percent(base)}" if math.isfinite(base) else ""
+        over = f", {points(scores.gain(top, task))} on the backbone's {percent(base)}" if math.isfinite(base) else ""
         parts.append(f"the best fusion, {top}, reaches {percent(fusions[top])}{over}")
     if sets:
         top = max(sets, key=lambda m: sets[m])
-        over = f" ({points(sets[top] - base)})" if math.isfinite(base) else ""
+        over = f" ({points(scores.gain(top, task))})" if math.isfinite(base) else ""
         parts.append(f"the best single set is {top} with {percent(sets[top])}{over}")
     if not parts:
         top = max(measured, key=lambda m: measured[m])

@@ -80,8 +80,8 @@ class Scores:
         return float(cell[metric]) if cell and cell["queries"] > 0 else math.nan
 
     def gain(self, model: str, task: str | None, over: str = BACKBONE) -> float:
-        """R-Precision above another model's."""
-        return self.value(model, task) - self.value(over, task)
+        """R-Precision above another model's: the difference of what tables print of them, so that figures agree."""
+        return (round(100 * self.value(model, task), 1) - round(100 * self.value(over, task), 1)) / 100
 
     def best(self, task: str | None, metric: Metric = "r_precision") -> set[str]:
         """The models on top, at the precision a table prints; what saw labels, the oracle too, does not compete."""

@@ -155,18 +155,35 @@ def _curve(key: str, jobs: dict[str, list[dict[str, float]]]) -> str:
 def label_free_section(content: ReportContent) -> str:
     if not content.label_free:
         return ""
-    figures = list(dict.fromkeys(item["figure"] for item in content.label_free))
-    cells = {(item["model"], item["figure"]): item for item in content.label_free}
-    head = ["model", *(text(f, 80) for f in figures)]
-    body = [
-        [text(model, 40), *(_share(cells.get((model, figure))) for figure in figures)]
-        for model in ordered(item["model"] for item in content.label_free)
-    ]
     lead = (
         '<p class="lead">Figures that need no label, in percent. They compare models on one collection; '
         "they are not accuracies.</p>"
     )
-    return lead + table(head, body)
+    of_models = [item for item in content.label_free if not item.get("of_graph")]
+    of_graphs = [item for item in content.label_free if item.get("of_graph")]
+    return lead + _figures(of_models) + _graphs(of_graphs)
+
+
+def _figures(items: list[LabelFree]) -> str:
+    """Models down, figures across."""
+    figures, models = list(dict.fromkeys(i["figure"] for i in items)), ordered(i["model"] for i in items)
+    cells = {(item["model"], item["figure"]): item for item in items}
+    head = ["model", *(text(f, 80) for f in figures)]
+    body = [[text(model, 40), *(_share(cells.get((model, figure))) for figure in figures)] for model in models]
+    return table(head, body) if items else ""
+
+
+def _graphs(items: list[LabelFree]) -> str:
+    """Figures down, the fusions that learned from a graph across."""
+    figures, models = list(dict.fromkeys(i["figure"] for i in items)), ordered(i["model"] for i in items)
+    cells = {(item["model"], item["figure"]): item for item in items}
+    body = [[text(figure, 80), *(_share(cells.get((model, figure))) for model in models)] for figure in figures]
+    lead = (
+        '<h3>The neighbours that fusions learned from</h3><p class="lead">Of the training images and their nearest '
+        "ones, as last searched for in training; other models learn from no neighbours. A neighbour that shares the "
+        "k=K pseudo-label lies in the same of K clusters: the finer these are, the fewer do.</p>"
+    )
+    return lead + table(["figure", *(text(model, 40) for model in models)], body) if items else ""
 
 
 def _share(item: LabelFree | None) -> str:

@@ -17,16 +17,19 @@ MEAN = "mean"
 _UNSEEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")  # what a terminal could act on or not show
 
 
-def console_table(rows: list[ScoreRow]) -> str:
+def console_table(rows: list[ScoreRow], *, has_test: bool = True) -> str:
     """The scores as aligned text: R-Precision / MAP@R, the gain over the backbone, recall@1; `*` marks the best."""
+    if not rows and not has_test:
+        return "No test set, so no retrieval scores: see the report's label-free figures, of training images."
     if not rows:
-        return "No labels in the test set, so no retrieval scores: see the label-free figures of the report."
+        return "No labels in the test set, so no retrieval scores: see the report's label-free figures, of its images."
     scores = Scores.of(rows)
 
     def pair(model: str, task: str | None) -> str:
         rp = scores.value(model, task)
-        both = f"{percent(rp)}/{percent(scores.value(model, task, 'map_at_r'))}" if math.isfinite(rp) else MISSING
-        return both + ("*" if model in scores.best(task) else " ")
+        star = "*" if model in scores.best(task) else ""
+        map_at_r = percent(scores.value(model, task, "map_at_r"))
+        return f"{percent(rp)}{star}/{map_at_r}" if math.isfinite(rp) else MISSING
 
     def gain(model: str, task: str | None) -> str:
         return MISSING if model == BACKBONE else points(scores.gain(model, task)).replace("−", "-").replace("±", " ")
@@ -35,7 +38,7 @@ def console_table(rows: list[ScoreRow]) -> str:
         mark = "*" if model in scores.best(task, "recall_at_1") else " "
         return percent(scores.value(model, task, "recall_at_1")) + mark
 
-    blocks = [_block("R-Precision / MAP@R, percent (* best of its column)", scores, pair)]
+    blocks = [_block("R-Precision / MAP@R, percent (* best R-Precision of its column)", scores, pair)]
     if BACKBONE in scores.models:
         blocks.append(_block("R-Precision gained over the backbone, points", scores, gain))
     blocks.append(_block("recall@1, percent (* best of its column)", scores, recall))
@@ -53,7 +56,7 @@ def _block(title: str, scores: Scores, cell: Callable[[str, str | None], str]) -
     for piece in slices:
         room = min((WIDTH - NAME) // len(piece) - 2, 22)
         names = [MEAN if task is None else task for task in piece]
-        widths = [max(11, min(_width(name), room)) for name in names]
+        widths = [max(12, min(_width(name), room)) for name in names]
         fitted = [_fit(name, width, right=True) for name, width in zip(names, widths, strict=True)]
         lines.append("  ".join([_fit("model", NAME), *fitted]).rstrip())
         previous = ""

@@ -16,6 +16,7 @@ from grappa_dist.config import AdaptConfig, BackboneConfig, Config, DataConfig
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.dist.jobs import Job
 from grappa_dist.dist.trackers import check_trackers
+from grappa_dist.observe import counted
 from grappa_dist.ops.placement import placement_in_words, sets_per_job
 from grappa_dist.stages.adapting import AdaptJob, train_adaptors
 from grappa_dist.stages.classifying import starting_centroids
@@ -68,7 +69,8 @@ def train_sets(run: Run, sets: Sequence[AdaptSet], images: ImageShards, bad: NDA
     check_trackers(config.resources.trackers)
     training = TrainingImages.of(config, images, bad, config.adapt.global_batch)
     whole = AdaptJob(tuple(missing), training, config.backbone, config.adapt, config.resources.trackers)
-    with run.console.stage("adapt", f"{len(missing)} adaptor sets of {training.num_steps(config.adapt.epochs)} steps"):
+    what = f"{counted(len(missing), 'adaptor set')} of {training.num_steps(config.adapt.epochs)} steps"
+    with run.console.stage("adapt", what):
         whole = replace(whole, sharing=run.runner.sharing, compiled=config.resources.compile == "auto")
         jobs = [replace(whole, sets=members) for members in group(sets, _per_job(run, whole, fresh(sets)))]
         workers = run.runner.num_workers
@@ -104,8 +106,8 @@ def _per_job(run: Run, whole: AdaptJob, sets: Sequence[AdaptSet]) -> int:
     run.console.event("sets_per_job", chosen=chosen, slots=slots, most=most, **vars(rates), **vars(found.room))
     run.console.say(
         f"adapt: {chosen} sets to a job: an image takes {1e3 * rates.decode_s:.1f} ms to decode, "
-        f"{1e3 * rates.shared_s:.1f} ms once and {1e3 * rates.set_s:.1f} ms a set to train, {slots} jobs at a time"
-        + (f"; a worker's memory holds {most} sets" if most < num_sets else "")
+        f"{1e3 * rates.shared_s:.1f} ms once and {1e3 * rates.set_s:.1f} ms a set to train, "
+        f"{counted(slots, 'job')} at a time" + (f"; a worker's memory holds {most} sets" if most < num_sets else "")
     )
     return chosen
 

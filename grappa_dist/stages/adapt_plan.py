@@ -8,6 +8,7 @@ import torch
 
 from grappa_dist.config import Config
 from grappa_dist.models import PackedGrappa
+from grappa_dist.observe import counted
 from grappa_dist.ops.placement import check_capacity, placement_in_words
 from grappa_dist.stages.expected_workers import known_workers, may_have_gpus, ranks_of
 from grappa_dist.stages.fitting import image_bytes, images_at_a_time
@@ -18,9 +19,9 @@ from grappa_dist.stages.training import rank_share
 def jobs_in_words(config: Config, num_sets: int) -> str:
     per_job, ranks = config.adapt.sets_per_job, ranks_of(config.resources, known_workers(config.resources))
     if per_job == "auto":
-        return f"{num_sets} sets in jobs of {ranks} ranks, as many to a job as measured rates say"
-    packed = f"{num_sets} sets in " if per_job > 1 else ""
-    return f"{packed}{-(-num_sets // per_job)} jobs of {ranks} ranks"
+        return f"{counted(num_sets, 'set')} in jobs of {counted(ranks, 'rank')}, as many to a job as measured rates say"
+    packed = f"{counted(num_sets, 'set')} in " if per_job > 1 else ""
+    return f"{packed}{counted(-(-num_sets // per_job), 'job')} of {counted(ranks, 'rank')}"
 
 
 def adapt_in_words(config: Config, num_sets: int) -> Iterator[str]:

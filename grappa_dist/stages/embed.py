@@ -25,6 +25,7 @@ from grappa_dist.data.losses import losses_in_words, lost_images
 from grappa_dist.data.probe import pixels_class
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.files import write_json
+from grappa_dist.observe import counted
 from grappa_dist.ops.exact import to_grid
 from grappa_dist.ops.precision import forward_precision
 from grappa_dist.stages.galleries import by_gallery
@@ -75,7 +76,8 @@ def embed(run: Run, images: ImageShards, spec: ModelSpec, features: Sequence[Art
     if missing:
         rows = sum(images.shards[i].rows for i in missing)
         reused = sum(artifact.complete for artifact in features)
-        what = f"{spec.name}, {rows} images in {len(missing)} shards" + (f", {reused} reused" if reused else "")
+        what = f"{spec.name}, {counted(rows, 'image')} in {counted(len(missing), 'shard')}"
+        what += f", {reused} reused" if reused else ""
         with run.console.stage("embed", what):
             how = Embedding(run.config.embed.batch_size, run.config.resources.decode_threads)
             tasks = [EmbedTask(images.part(i), images.shard_rows(i).start, spec, features[i], how) for i in missing]

@@ -27,6 +27,7 @@ from grappa_dist.dist.train import Schedule, Watch, train
 from grappa_dist.dist.workers import RankContext
 from grappa_dist.files import replacing
 from grappa_dist.models import Grappa, Projector
+from grappa_dist.observe import counted
 from grappa_dist.ops.adam import adam
 from grappa_dist.ops.lars import Lars
 from grappa_dist.ops.losses import barlow_twins
@@ -112,7 +113,7 @@ def fuse(
             random_sets=at_random,
         )
         ranks, steps = run.runner.num_workers, training.num_steps(config.fuse.epochs)
-        with run.console.stage("fuse", f"{variant}, {steps} steps on {ranks} ranks"):
+        with run.console.stage("fuse", f"{variant}, {counted(steps, 'step')} on {counted(ranks, 'rank')}"):
             if idle := idle_in_words(config.data, ranks):
                 run.console.say(f"fuse: {idle}")
             run.runner.run_jobs([Job(variant, train_fusion, job, ranks)])

@@ -1,4 +1,4 @@
-"""What a fusion takes of a rank's memory, known before it begins."""
+"""What is known of fusions before they begin: whether there is anything to fuse, and what takes a rank's memory."""
 
 from __future__ import annotations
 
@@ -8,6 +8,17 @@ from grappa_dist.config import FuseConfig
 from grappa_dist.ops.correlation import rows_are_cheaper
 
 BUCKET = 5 * 10**8  # gradients that the engine copies together at once, to add them up over the ranks, be it one alone
+
+
+def unfused_in_words(fuse: FuseConfig, num_sets: int) -> str:
+    """What the variants are where there is one adaptor set only; empty where there are several."""
+    same = [variant for variant in fuse.variants if not variant.startswith("random")]
+    if num_sets > 1 or not same:
+        return ""
+    return (
+        f"one adaptor set only, so there is nothing to fuse: {', '.join(same)} will score as that set does "
+        "(clustering.num_labels with two K or more gives several)"
+    )
 
 
 def projector_bytes(weights: int) -> int:

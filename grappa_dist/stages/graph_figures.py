@@ -18,16 +18,15 @@ def neighbour_figures(fusions: Mapping[str, Artifact], num_rows: int) -> Iterato
             statistics = list(graphs.values())[-1]
             figure = f"images with a near-duplicate (cosine above {statistics['duplicate_cosine']}) among the nearest"
             copies = statistics["rows_with_duplicates_share"]
-            yield LabelFree(model=variant, figure=figure, value=copies, queries=num_rows)
+            yield LabelFree(model=variant, figure=figure, value=copies, queries=num_rows, of_graph=True)
             if statistics.get("graph") == "approximate" and statistics["recall_rows"]:
                 recall, rows = statistics["recall"], statistics["recall_rows"]
-                yield LabelFree(
-                    model=variant, figure="true neighbours in the approximate graph", value=recall, queries=rows
-                )
+                figure = "true neighbours in the approximate graph"
+                yield LabelFree(model=variant, figure=figure, value=recall, queries=rows, of_graph=True)
             shares = statistics["neighbours_share_pseudo_label"]
             for name, value in shares.items():
                 figure = f"neighbours share the {name} pseudo-label"
-                yield LabelFree(model=variant, figure=figure, value=value, queries=num_rows)
+                yield LabelFree(model=variant, figure=figure, value=value, queries=num_rows, of_graph=True)
 
 
 def graphs_of(artifact: Artifact) -> dict[int, dict[str, Any]]:

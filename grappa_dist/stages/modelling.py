@@ -20,7 +20,8 @@ from grappa_dist.config import BackboneConfig
 from grappa_dist.data.transforms import Preprocess
 from grappa_dist.dist.workers import let_go
 from grappa_dist.files import replacing
-from grappa_dist.models import Backbone, Grappa, Pixels, create_backbone
+from grappa_dist.models import Backbone, Grappa, Pixels, check_image_size, create_backbone
+from grappa_dist.models.backbone import check_name, check_weights
 
 ADAPTORS_FILE, FUSION_FILE = "adaptors.safetensors", "grappa.safetensors"
 FORMAT = 1  # of an exported model
@@ -103,9 +104,27 @@ def _sha256(path: str, mtime_ns: int) -> str:
 
 
 def build_backbone(config: BackboneConfig, *, pretrained: bool = True) -> Backbone:
+    """The frozen ViT of a config.
+
+    Raises:
+        ValueError: it cannot be built, or does not take images of that size.
+    """
     given = {name: getattr(config, name) for name in ("image_size", "resize", "interpolation", "mean", "std")}
     pixels = {name: value for name, value in given.items() if value is not None}
-    return create_backbone(config.name, config.kwargs, pixels, checkpoint=config.checkpoint, pretrained=pretrained)
+    found = create_backbone(config.name, config.kwargs, pixels, checkpoint=config.checkpoint, pretrained=pretrained)
+    check_image_size(found, config.name, config.kwargs)
+    return found
+
+
+def check_ready(config: BackboneConfig) -> None:
+    """Looks for the weights before workers start, where these are on this machine.
+
+    Raises:
+        ValueError: they are not in the cache and cannot be downloaded.
+    """
+    if config.checkpoint is None and not os.environ.get("RAY_ADDRESS"):  # other machines have caches of their own
+        check_name(config.name)
+        check_weights(config.name)
 
 
 def build(spec: ModelSpec, device: torch.device) -> nn.Module:

@@ -19,6 +19,7 @@ from grappa_dist.dist.methods import Clustering, Method, Told
 from grappa_dist.dist.rows import Rows
 from grappa_dist.dist.share import Share, join_rows
 from grappa_dist.dist.workers import RankContext
+from grappa_dist.observe import counted
 from grappa_dist.ops.choice import FLAT, Choice, Size, choose
 from grappa_dist.ops.seeding import LARGER_ROUNDS_ABOVE
 from grappa_dist.ops.together import groups
@@ -30,6 +31,7 @@ from grappa_dist.stages.trail import digest, load_trail, saver
 PROGRESS_FILE = "progress.safetensors"
 LADDER_SETS = 8
 FINEST = 17  # power of two of the largest K for `auto`
+COARSEST, STEPS_BELOW = 8, 3  # of its smallest K: the paper's, or as many steps below the largest
 
 
 @dataclass(frozen=True)
@@ -47,10 +49,12 @@ class LabelJob:
 def ladder(num_rows: int) -> tuple[int, ...]:
     """K for `auto`: powers of two from 256 to about the number of images, at most 8 of them, evenly spread.
 
-    None is above the finest of the paper: what K = millions costs in memory and time, one should ask for.
+    None is above the finest of the paper: what K = millions costs in memory and time, one should ask for. Few images
+    begin below 256, at an eighth of the largest K: a fusion needs sets that differ, and from 8 images a label to about
+    one is what the paper's larger K span.
     """
     top = min(int(np.log2(max(1.0, num_rows if num_rows < 3 else 0.99 * num_rows))), FINEST)
-    low = min(8, top)
+    low = max(min(1, top), min(COARSEST, top - STEPS_BELOW))
     exponents = np.linspace(low, top, min(LADDER_SETS, top - low + 1))
     return tuple(dict.fromkeys(int(2 ** round(e)) for e in exponents))
 
@@ -118,7 +122,7 @@ def pseudo_label(
     names = tuple(shard.name for shard in images.shards)
     job = LabelJob(features, names, bad, missing, run.config.clustering, run.config.seed)
     ranks = min(run.runner.num_workers, len(images.shards))
-    what = f"K = {', '.join(map(str, missing))}, {len(images)} rows in {ranks} workers"
+    what = f"K = {', '.join(map(str, missing))}, {len(images)} rows in {counted(ranks, 'worker')}"
     with run.console.stage("pseudo_label", what):
         for line in choices_in_words(run.config.clustering, list(missing), len(images)):
             run.console.say(f"pseudo_label: {line}")

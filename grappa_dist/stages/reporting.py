@@ -13,7 +13,7 @@ from typing import Any
 from grappa_dist.artifacts import Artifact, Store
 from grappa_dist.config import Config
 from grappa_dist.data.decoding import decode
-from grappa_dist.data.losses import losses_of
+from grappa_dist.data.losses import losses_of, lost_images
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.observe import EVENTS_FILE, duration, read_events
 from grappa_dist.report import (
@@ -95,6 +95,7 @@ def _content(run: Run, flow: Flow, rows: list[ScoreRow]) -> ReportContent:
     return ReportContent(
         title=run.config.name,
         rows=rows,
+        has_test=_has_test(flow),
         label_free=[*_view_figures(insights), *neighbour_figures(flow.fusions, len(flow.train))],
         attention={m: i["attention"] for m, i in insights.items() if "attention" in i},
         entropy={m: i["entropy"] for m, i in insights.items() if "entropy" in i},
@@ -185,6 +186,21 @@ def _thumbnail(images: ImageShards, row: int) -> bytes:
     return buffer.getvalue()
 
 
+def bad_in_words(flow: Flow, *, reported: bool) -> str:
+    """How many images could not be used, and where one reads which and why; "" where all could.
+
+    Args:
+        reported: whether there is a report; else the training images alone have been looked at.
+    """
+    groups = {"training": (flow.train, flow.features)}
+    if reported and _has_test(flow):
+        groups["test"] = (flow.test, flow.test_features["backbone"])
+    counts = {name: len(bad_reasons(*group)) + lost_images(group[0].shards) for name, group in groups.items()}
+    said = [f"{count} of {len(groups[name][0])} {name} images" for name, count in counts.items() if count]
+    where = "the report lists" if reported else "features/backbone/*/bad.json list"
+    return f"bad images, which take part in nothing: {' and '.join(said)}; {where} them with reasons" if said else ""
+
+
 def _bad(images: ImageShards, features: Sequence[Artifact]) -> Iterator[BadRow]:
     for number, (row, reason) in enumerate(sorted(bad_reasons(images, features).items())):
         shard, _ = images.locate(row)
@@ -195,8 +211,12 @@ def _bad(images: ImageShards, features: Sequence[Artifact]) -> Iterator[BadRow]:
 
 
 def _bad_test(flow: Flow) -> Iterator[BadRow]:
-    if flow.truth.settings["labelled"]:  # else they are training images
+    if _has_test(flow):  # else they are training images
         yield from _bad(flow.test, flow.test_features["backbone"])
+
+
+def _has_test(flow: Flow) -> bool:
+    return bool(flow.truth.settings["labelled"])
 
 
 def _facts(run: Run, flow: Flow, logs: Mapping[str, Steps]) -> dict[str, str]:
@@ -204,9 +224,11 @@ def _facts(run: Run, flow: Flow, logs: Mapping[str, Steps]) -> dict[str, str]:
     for event in read_events(run.store.root / EVENTS_FILE):
         if event["name"] == "stage_ends":
             seconds[event["stage"]] = seconds.get(event["stage"], 0.0) + event["seconds"]
+    tested = f"{len(flow.test)} test" if _has_test(flow) else ""
+    ignored = [f"{_ignored(flow.train)} training", *([f"{_ignored(flow.test)} test"] if tested else [])]
     facts = {
-        "images": f"{len(flow.train)} training, {len(flow.test)} test",
-        "members of the tars that are no images": f"{_ignored(flow.train)} training, {_ignored(flow.test)} test",
+        "images": f"{len(flow.train)} training, {tested or f'no test set: {len(flow.test)} of these were looked at'}",
+        "members of the tars that are no images": ", ".join(ignored),
         "backbone": run.config.backbone.name,
         "seed": str(run.config.seed),
         "time by stage (all attempts)": ", ".join(f"{stage} {duration(s)}" for stage, s in seconds.items()),

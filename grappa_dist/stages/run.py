@@ -33,13 +33,13 @@ def running(config: Config, root: Path) -> Iterator[Run]:
 
     Raises:
         ValueError: the directory cannot be written to, or another run writes to it.
-        Terminated: SIGTERM came; what was running has saved its state.
+        Terminated: SIGTERM or Ctrl-C came; what was running has saved its state.
     """
     store, new = Store(root), [path for path in (root, *root.parents) if not path.exists()]
     with store.lock():
         console = Console(Events(root / EVENTS_FILE))
         cluster = Cluster(config.resources, tell=console.say)
-        runner = Runner(cluster, config.resources, on_status=console.jobs, on_event=console.event)
+        runner = Runner(cluster, config.resources, console.jobs, console.event, on_interrupt=console.say)
         try:
             with runner.terminating():
                 yield Run(config, store, runner, console)

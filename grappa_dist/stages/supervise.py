@@ -26,6 +26,7 @@ from grappa_dist.dist.train import Schedule, Watch, train
 from grappa_dist.dist.workers import RankContext
 from grappa_dist.files import replacing
 from grappa_dist.models import Grappa
+from grappa_dist.observe import counted
 from grappa_dist.ops.adam import adam
 from grappa_dist.stages.adapt import train_sets
 from grappa_dist.stages.classifying import Classes, Classifying, classifier_for, starting_centroids
@@ -95,7 +96,7 @@ def fuse_supervised(
         artifact=fusion,
     )
     ranks, steps = run.runner.num_workers, training.num_steps(config.adapt.epochs)
-    with run.console.stage("fuse", f"{SUPERVISED}, {classes} classes, {steps} steps on {ranks} ranks"):
+    with run.console.stage("fuse", f"{SUPERVISED}, {classes} classes, {steps} steps on {counted(ranks, 'rank')}"):
         if idle := idle_in_words(config.data, ranks):
             run.console.say(f"fuse: {idle}")
         run.runner.run_jobs([Job(SUPERVISED, train_supervised_fusion, job, ranks)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -30,6 +31,14 @@ def test_wrong_settings_are_refused_by_name(tmp_path: Path, line: str, said: str
     assert ended.returncode == 2
     assert said in ended.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_every_setting_of_a_job_is_explained_in_the_docs() -> None:
+    settings = re.findall(r"^([A-Z_]+)=|^(activate)\(", (ROOT / "cluster" / "slurm" / "settings.sh").read_text(), re.M)
+    page = (ROOT / "docs" / "clusters.md").read_text()
+    explained = " ".join(line.split("|")[1] for line in page.splitlines() if line.startswith("| `"))
+    assert len(settings) > 15
+    assert [name for name in map("".join, settings) if f"`{name}`" not in explained] == []
 
 
 def test_shell_scripts_are_well_formed() -> None:

@@ -18,7 +18,7 @@ def test_check_says_what_the_nodes_have_and_makes_nothing(tmp_path: Path) -> Non
     assert ended.returncode == 0, ended.stderr
     (node, count) = ended.stdout.splitlines()
     assert ", ".join(f"{name} {version}" for name, version in versions().items()) in node
-    assert count == "1 workers can start; 0 artefacts are there and whole"
+    assert count == "1 worker can start; 0 artefacts there and whole"
     assert not (tmp_path / "run").exists()
 
 

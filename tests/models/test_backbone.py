@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from grappa_dist.models import Backbone, Pixels, create_backbone
+from grappa_dist.models import Backbone, Pixels, check_image_size, create_backbone
 from tests.models import tiny
 
 OWN = "tests.models.tiny:create"
@@ -27,11 +27,12 @@ def saved(model: nn.Module, path: Path) -> str:
     return str(path)
 
 
-def refused(words: str, name: str, kwargs: dict[str, Any] | None = None, **options: Any) -> None:
-    """Is refused in one line that has the words."""
+def refused(words: str, name: str, kwargs: dict[str, Any] | None = None, **options: Any) -> str:
+    """Is refused in one line that has the words, and returned."""
     with pytest.raises(ValueError, match=re.escape(words)) as caught:
         create_backbone(name, kwargs or {}, {}, **options)
     assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 def test_an_unknown_timm_model_is_refused_with_names_near_it() -> None:
@@ -76,7 +77,10 @@ def test_a_file_of_something_else_is_refused(name: str, suffix: str, tmp_path: P
     path = tmp_path / f"weights{suffix}"
     path.write_bytes(b"hello, these are no weights")
     kwargs = tiny.TIMM_KWARGS if name == tiny.TIMM else {}
-    refused(f"backbone.checkpoint='{path}' does not fit", name, kwargs, checkpoint=str(path))
+    words = (
+        f"backbone.checkpoint='{path}' cannot be read as weights: expected an undamaged .safetensors file, or a PyTorch"
+    )
+    assert "weights_only" not in refused(words, name, kwargs, checkpoint=str(path))
 
 
 class Hostile:
@@ -92,7 +96,7 @@ def test_a_checkpoint_that_would_run_code_runs_none(name: str, tmp_path: Path) -
     path, marker = tmp_path / "weights.pth", tmp_path / "it ran"
     torch.save({"state_dict": Hostile(marker)}, path)
     kwargs = tiny.TIMM_KWARGS if name == tiny.TIMM else {}
-    refused(f"backbone.checkpoint='{path}' does not fit", name, kwargs, checkpoint=str(path))
+    refused(f"backbone.checkpoint='{path}' cannot be read as weights", name, kwargs, checkpoint=str(path))
     assert not marker.exists()
 
 
@@ -183,6 +187,19 @@ def test_pixels_come_from_timm_then_from_the_size_asked_for_then_from_the_settin
 
 def test_a_users_own_module_gets_imagenets_pixels() -> None:
     assert create_backbone(OWN, {"dim": 4}, {"image_size": 16}).pixels == Pixels(image_size=16)
+
+
+def test_the_example_in_the_docs_is_a_backbone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "settings.md").read_text()
+    _, _, rest = page.partition("### A backbone of your own\n\n```python\n")
+    (tmp_path / "backbone_of_the_docs.py").write_text(rest.partition("```")[0])
+    monkeypatch.syspath_prepend(str(tmp_path))
+    name, kwargs = "backbone_of_the_docs:create", {"image_size": 32, "dim": 64, "depth": 2}
+    backbone = create_backbone(name, kwargs, {"image_size": 32})
+    check_image_size(backbone, name, kwargs)
+    assert backbone(torch.rand(2, 3, 32, 32)).shape == (2, 64)
+    with pytest.raises(ValueError, match=r"it takes backbone\.image_size=32"):
+        check_image_size(create_backbone(name, kwargs, {"image_size": 48}), name, kwargs)
 
 
 def test_a_backbone_is_a_class_token_after_the_norm() -> None:

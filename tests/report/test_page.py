@@ -213,6 +213,18 @@ def test_every_section_may_be_absent(name: str, tmp_path: Path) -> None:
     render(replace(empty, **{name: getattr(full(), name)}), tmp_path)
 
 
+def test_figures_of_graphs_stand_apart_from_those_that_every_model_has(tmp_path: Path) -> None:
+    figures = {"neighbours share the k=4 pseudo-label": 0.875, "neighbours share the k=16 pseudo-label": 0.625}
+    shared = [LabelFree(model="neighbours", figure=f, value=v, queries=9, of_graph=True) for f, v in figures.items()]
+    page = render(replace(full(), label_free=[*full().label_free, *shared]), tmp_path)
+    section = page[page.index('id="label-free"') : page.index("</section>", page.index('id="label-free"'))]
+    of_models, of_graphs = section.split("The neighbours that fusions learned from")
+    assert "pseudo-label" not in of_models
+    assert all(figure in of_graphs for figure in (*figures, "87.5", "62.5"))
+    assert "backbone" not in of_graphs
+    assert "that fusions learned from" not in render(full(), tmp_path)
+
+
 def test_nothing_at_all_is_a_page(tmp_path: Path) -> None:
     assert "no attention to show" in render(ReportContent(title=""), tmp_path)
 

@@ -24,12 +24,20 @@ def table(tasks: list[str]) -> str:
 def test_the_best_of_a_task_is_marked_and_the_oracle_does_not_compete() -> None:
     block = table(["cars"]).split("\n\nR-Precision gained")[0]
     marked = [line for line in block.splitlines()[1:] if "*" in line]
-    assert [line.split() for line in marked] == [["k=1024", "42.0/21.0*"]]
+    assert [line.split() for line in marked] == [["k=1024", "42.0*/21.0"]]
+
+
+def test_a_perfect_score_and_its_star_fit_their_column() -> None:
+    perfect = [{**row("backbone", f"t{i}", 1.0), "map_at_r": 1.0} for i in range(6)]
+    text = console_table(perfect)  # type: ignore[arg-type]
+    assert text.startswith("R-Precision / MAP@R, percent (* best R-Precision of its column)\n")
+    assert text.count("100.0*/100.0") == 7
+    assert max(map(len, text.splitlines())) <= 120
 
 
 def test_ties_at_the_precision_shown_are_all_marked() -> None:
     text = console_table([row("backbone", "t", 0.40001), row("average", "t", 0.40002), row("k=2", "t", 0.1)])
-    assert text.count("40.0/20.0*") == 2
+    assert text.count("40.0*/20.0") == 2
 
 
 def test_models_go_from_the_backbone_over_sets_by_size_to_fusions() -> None:
@@ -42,6 +50,13 @@ def test_gains_over_the_backbone_are_signed_points() -> None:
     gains = table(["cars"]).split("\n\nR-Precision gained")[1]
     assert "+12.0" in gains
     assert "-5.0" in gains
+
+
+def test_gains_are_the_differences_of_the_scores_shown() -> None:
+    text = console_table([row("backbone", "t", 0.58251), row("average", "t", 0.58249)])
+    assert "58.3*/29.1" in text
+    assert "58.2/29.1" in text
+    assert text.split("gained over")[1].split("recall")[0].split()[-2:] == ["average", "-0.1"]
 
 
 def test_six_tasks_with_long_names_fit_a_terminal_and_columns_line_up() -> None:
@@ -58,7 +73,8 @@ def test_many_tasks_go_below_each_other() -> None:
 
 
 def test_no_rows_give_a_sentence() -> None:
-    assert "No labels" in console_table([])
+    assert "No labels in the test set" in console_table([])
+    assert console_table([], has_test=False).startswith("No test set, so no retrieval scores")
 
 
 def test_control_characters_of_a_task_never_reach_the_terminal() -> None:
@@ -73,7 +89,7 @@ def test_a_task_without_queries_and_a_missing_row_show_a_dash() -> None:
     text = console_table(rows)
     assert "nan" not in text
     assert "–" in text
-    assert "50.0/25.0*" in text
+    assert "50.0*/25.0" in text
 
 
 def test_a_table_without_a_backbone_has_no_gains() -> None:

@@ -136,5 +136,5 @@ def test_with_elastic_fewer_workers_than_ranks_train_all_sets(
     adaptors = adapt_in(straight[3].root.parent / "elastic", here, where, sets_per_job="auto")
     assert all(artifact.complete for artifact in adaptors.values())
     said = capsys.readouterr().err
-    assert ", 1 jobs at a time" in said
+    assert ", 1 job at a time" in said
     assert "of 1 rank, " in said

@@ -42,9 +42,13 @@ from tests.stages.tiny import Here, run_in
     [
         (133_339, (256, 512, 2048, 4096, 8192, 16384, 65536, 131072)),
         (9_573, (256, 512, 1024, 2048, 4096, 8192)),
-        (600, (256, 512)),
-        (300, (256,)),
-        (100, (64,)),
+        (2_100, (256, 512, 1024, 2048)),
+        (1_100, (128, 256, 512, 1024)),
+        (600, (64, 128, 256, 512)),
+        (270, (32, 64, 128, 256)),
+        (136, (16, 32, 64, 128)),
+        (20, (2, 4, 8, 16)),
+        (5, (2, 4)),
         (10**7, (256, 512, 2048, 4096, 8192, 16384, 65536, 131072)),
         (3, (2,)),
         (2, (2,)),
@@ -61,13 +65,14 @@ def test_every_ladder_fits_the_images(rows: int) -> None:
     assert 1 <= len(found) <= 8
     assert all(2 <= k <= rows and k & (k - 1) == 0 for k in found)
     assert found[-1] > min(rows * 0.47, 2**17 - 1) or rows < 5
-    assert found[0] == min(256, found[-1])
+    assert found[0] == max(2, min(256, found[-1] // 8))
+    assert len(found) >= 4 or rows < 17
     assert list(found) == sorted(set(found))
 
 
 def test_the_labels_asked_for_are_taken_in_their_order() -> None:
     assert num_labels(ClusteringConfig(num_labels=(8, 2, 4)), 8) == (8, 2, 4)
-    assert num_labels(ClusteringConfig(num_labels="auto"), 600) == (256, 512)
+    assert num_labels(ClusteringConfig(num_labels="auto"), 600) == (64, 128, 256, 512)
 
 
 def test_more_labels_than_images_are_refused() -> None:
@@ -78,7 +83,7 @@ def test_more_labels_than_images_are_refused() -> None:
 def test_more_labels_than_good_images_are_refused_by_the_settings_name() -> None:
     auto, asked = ClusteringConfig(), ClusteringConfig(num_labels=(4, 9))
     words = r"^clustering\.num_labels=auto has K=256, but 60 of the 300 training images are bad and 240 are left: "
-    with pytest.raises(ValueError, match=words + r"give numbers up to 240, such as \[128\]$"):
+    with pytest.raises(ValueError, match=words + r"give numbers up to 240, such as \[16, 32, 64, 128\]$"):
         check_good_rows(auto, num_labels(auto, 300), 300, 60)
     with pytest.raises(ValueError, match=r"^clustering\.num_labels=\[4, 9\] has K=9, but 2 of the 10 .* 8 are left:"):
         check_good_rows(asked, (4, 9), 10, 2)

@@ -1,0 +1,46 @@
+"""What a plan knows of the backbone before it is built: all of a timm model, its weights aside, little of one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from grappa_dist.artifacts import Artifact
+from grappa_dist.config import BackboneConfig
+from grappa_dist.models import Backbone
+from grappa_dist.stages.embed import ROWS_FILE
+from grappa_dist.stages.modelling import build_backbone
+
+
+def backbone_in_words(config: BackboneConfig) -> Iterator[str]:
+    """Channels, and how an image gets in, with what the settings leave to timm.
+
+    Raises:
+        ValueError: the model does not take images of that size.
+    """
+    model = _of_timm(config)
+    if model is not None:
+        pixels = model.pixels
+        yield (
+            f"{config.name}: {model.embed_dim} channels; image_size={pixels.image_size}, resize={pixels.resize}, "
+            f"interpolation={pixels.interpolation}"
+        )
+
+
+def known_width(config: BackboneConfig, features: Sequence[Artifact]) -> int | None:
+    """Channels of the backbone: timm's, else those of features that are there, else None."""
+    model = _of_timm(config)
+    if model is not None:
+        return model.embed_dim
+    done = next((artifact for artifact in features if artifact.complete), None)
+    return None if done is None else int(np.load(done.path / ROWS_FILE, mmap_mode="r").shape[1])
+
+
+def _of_timm(config: BackboneConfig) -> Backbone | None:
+    """The model without weights, and without memory for them."""
+    if not config.name.startswith("timm:"):
+        return None
+    with torch.device("meta"):
+        return build_backbone(config, pretrained=False)
