@@ -43,9 +43,15 @@ def instead_of(entry: str) -> str:
 
 def _files(folder: str) -> list[str]:
     """The first files at and below a folder, nearer ones first; links to folders are left out."""
-    return sorted(
-        (e.path for e in islice(_entries(folder), _LOOKED_AT) if e.is_file()), key=lambda p: (p.count("/"), p)
-    )
+    paths = (entry.path for entry in islice(_entries(folder), _LOOKED_AT) if _is_file(entry))
+    return sorted(paths, key=lambda path: (path.count("/"), path))
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:  # a link that leads to itself
+        return False
 
 
 def _entries(folder: str) -> Iterator[os.DirEntry[str]]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TextIO
+
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # but tabs and ends of lines
 
 Tell = Callable[[str], None]
 
@@ -19,7 +22,8 @@ class Console:
         self._renewed = False
 
     def tell(self, line: str) -> None:
-        self._write(f"{line}\n")
+        """A line that stays; control characters, as names of files may have, are shown and not obeyed."""
+        self._write(f"{_CONTROLS.sub(lambda found: repr(found[0])[1:-1], line)}\n")
         self._renewed = False
 
     def renew(self, line: str) -> None:

@@ -40,7 +40,7 @@ def connect(resources: Resources) -> Path | None:
 
     Raises:
         ValueError: nobody answers at RAY_ADDRESS, or it runs other versions of Ray or Python.
-        Terminated: SIGTERM came meanwhile.
+        Terminated: SIGTERM or Ctrl-C came meanwhile.
     """
     import ray
 
@@ -95,7 +95,7 @@ def _start(ray: Any, resources: Resources) -> Path:
             _temp_dir=str(owned),
             **_quiet(),
         )
-    except SystemExit:
+    except BaseException:  # a signal may come meanwhile
         shutil.rmtree(owned, ignore_errors=True)
         raise
     return owned

@@ -44,9 +44,9 @@ class Signals:
         before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
         if before[signal.SIGINT] == signal.SIG_IGN:  # as a shell has it for what runs in the background
             del before[signal.SIGINT]
-        for number in before:
-            signal.signal(number, handle)
         try:
+            for number in before:
+                signal.signal(number, handle)
             yield
         except Terminated:
             if self.interrupted:
@@ -54,4 +54,4 @@ class Signals:
             raise
         finally:
             for number, handler in before.items():
-                signal.signal(number, handler)
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: one that is not Python's

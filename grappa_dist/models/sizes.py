@@ -31,12 +31,17 @@ def _check(backbone: Backbone, name: str, kwargs: Mapping[str, Any]) -> None:
     size = backbone.pixels.image_size
     said = f"backbone.image_size={size} does not suit backbone.name={name}"
     try:
-        tokens = patches(torch.zeros(1, 3, size, size))
+        tokens = _tokens(patches, torch.zeros(1, 3, size, size))
     except (RuntimeError, AssertionError, ValueError) as error:
         right = _fitting(patches, _known_sizes(backbone.model, kwargs), size)
-        advice = f"it takes backbone.image_size={right}" if right else "give the side that the model was made for"
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{said}: {advice}, or kwargs that make it for {size} ({reason})") from error
+        if right is None:
+            raise ValueError(
+                f"backbone.name={name}: patch_embed fails on an image of backbone.image_size={size} ({reason}); "
+                "give the side that the model was made for, if that is why"
+            ) from error
+        advice = f"it takes backbone.image_size={right}, or kwargs that make it for {size}"
+        raise ValueError(f"{said}: {advice} ({reason})") from error
     own = not hasattr(backbone.model, "forward_features")
     if own and not (tokens.ndim == 3 and tokens.shape[::2] == (1, backbone.embed_dim)):
         raise ValueError(
@@ -63,12 +68,18 @@ def _on_cpu(patches: nn.Module) -> nn.Module:
     return made
 
 
+def _tokens(patches: nn.Module, images: Tensor) -> Tensor:
+    """What becomes of images; some models give the shape of the grid of patches beside it."""
+    made: Tensor | tuple[Tensor, ...] = patches(images)
+    return made if isinstance(made, Tensor) else made[0]
+
+
 def _unseen(patches: nn.Module, size: int, blank: Tensor) -> int:
     """Rows of pixels at the lower edge that change no token."""
     for unseen in range(min(_LARGEST_PATCH, size)):
         image = torch.zeros(1, 3, size, size)
         image[:, :, size - 1 - unseen] = 1
-        if not torch.equal(patches(image), blank):
+        if not torch.equal(_tokens(patches, image), blank):
             return unseen
     return 0
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from grappa_dist.data.misplaced import instead_of
 from grappa_dist.data.shards import ImageShards
 from launch.make_shards import main
 from tests.stages.tiny import picture
@@ -59,3 +60,9 @@ def test_nothing_is_presumed_where_there_is_nothing(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to(tmp_path)
     for path in ("empty", "gone"):
         assert refused(tmp_path / path).endswith("or a pattern such as DIR/*.tar")
+
+
+def test_a_link_that_leads_to_itself_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "loop").mkdir()
+    (tmp_path / "loop" / "a").symlink_to(tmp_path / "loop" / "a")
+    assert instead_of(str(tmp_path)) == ""

@@ -44,3 +44,9 @@ def test_only_a_terminal_gets_a_line_that_renews_itself() -> None:
     console.tell("done")
     console.tell("more")
     assert terminal.getvalue() == "10\r\x1b[K20\r\x1b[Kdone\nmore\n"
+
+
+def test_control_characters_in_a_name_are_shown_and_not_obeyed() -> None:
+    stream = io.StringIO()
+    Console(stream).tell("a\x1b[31m.txt\tleft\x9bout\nnext")
+    assert stream.getvalue() == "a\\x1b[31m.txt\tleft\\x9bout\nnext\n"

@@ -37,6 +37,12 @@ def channels_last() -> nn.Module:
     return model
 
 
+def of_four_channels() -> nn.Module:
+    model = tiny.OwnVit()
+    model.patch_embed = nn.Conv2d(4, model.embed_dim, 8, stride=8)  # type: ignore[assignment]
+    return model
+
+
 def check(name: str, size: int, **kwargs: Any) -> None:
     check_image_size(create_backbone(name, kwargs, {"image_size": size}, pretrained=False), name, kwargs)
 
@@ -48,7 +54,10 @@ def test_a_size_that_the_positions_are_not_made_for_is_refused_with_the_one_that
         ValueError, match=right + r"it takes backbone\.image_size=48, or kwargs that make it for 64 \(The"
     ):
         check(NAME, 64, image_size=48)
-    with pytest.raises(ValueError, match=right + "give the side that the model was made for, or kwargs"):
+    said = (
+        r"positioned: patch_embed fails on an image of backbone\.image_size=64 \(The.*\); give the side that the model"
+    )
+    with pytest.raises(ValueError, match=said):
         check(NAME, 64)
 
 
@@ -74,6 +83,15 @@ def test_a_model_of_timm_is_told_with_and_without_weights(device: str) -> None:
         of(36)
     with pytest.raises(ValueError, match=r"^backbone\.image_size=48 .*: it takes backbone\.image_size=32, or kwargs"):
         of(48, img_size=32)
+
+
+def test_patches_that_come_with_the_shape_of_their_grid_are_told_by_their_tokens() -> None:
+    check("timm:xcit_nano_12_p16_224", 32)
+
+
+def test_patches_that_fail_at_any_size_are_no_matter_of_the_size() -> None:
+    with pytest.raises(ValueError, match=r"patch_embed fails on an image of backbone\.image_size=48 \(.*channels"):
+        check("tests.models.test_sizes:of_four_channels", 48)
 
 
 def test_patches_that_are_no_tokens_are_refused_by_their_shape() -> None:

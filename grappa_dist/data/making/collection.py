@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from grappa_dist.data.making.building import Building, bad_files, build
+from grappa_dist.data.making.encoding import TAKEN
 from grappa_dist.data.making.planning import Limits, plan_folder, prefixes_of
 from grappa_dist.data.making.sources import Columns, Item, Source, csv_items, folder_items, open_source, task_name
 from grappa_dist.data.progress import Progress, Tell, duration
@@ -163,6 +164,8 @@ def summary(buildings: Sequence[Building], skipped: Counter[str], seconds: float
         )
     for reason, number in skipped.most_common():
         lines.append(f"left out: {number:,} files, {reason}")
+    if skipped:
+        lines.append(f"taken are files ending in {', '.join(TAKEN)}")
     bad = bad_files(buildings)
     lines += [
         f"kept as they are, for they do not decode: {number:,} files, {why}" for why, number in bad.most_common(8)

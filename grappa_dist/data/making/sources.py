@@ -268,7 +268,7 @@ def _is_taken(name: str, skipped: Counter[str]) -> bool:
         skipped["hidden"] += 1
     elif image_suffix(name) is None:
         suffix = os.path.splitext(name)[1].lower()
-        skipped[f"{f'of the suffix {suffix}' if suffix else 'without a suffix'}; taken are {', '.join(TAKEN)}"] += 1
+        skipped[f"of the suffix {suffix!r}" if suffix else "without a suffix"] += 1
     else:
         return True
     return False
