@@ -53,7 +53,7 @@ def run(config: Config, root: Path, until: str | None = None) -> tuple[Path, lis
 
     Raises:
         ValueError: a setting or an input is wrong, saying which and what would be right.
-        Terminated: SIGTERM or Ctrl-C came; what was running has saved its state.
+        Terminated: SIGTERM or Ctrl-C came; what was running has saved its state, unless it says otherwise.
     """
     with running(config, root) as context:
         return _run(context, until)

@@ -57,7 +57,7 @@ def test_a_signal_that_nobody_looks_for_ends_at_once() -> None:
     signals, before = Signals(), signal.getsignal(signal.SIGINT)
     with pytest.raises(Interrupted) as ended, signals.heard():
         press()
-    assert ended.value.saved
+    assert (ended.value.at_once, ended.value.waited_s) == (False, None)
     assert signal.getsignal(signal.SIGINT) == before
     with pytest.raises(Terminated) as terminated, Signals().heard():
         press(signal.SIGTERM)
@@ -79,7 +79,7 @@ def test_where_signals_are_looked_for_a_second_ctrl_c_waits_for_nobody() -> None
 
     with pytest.raises(Interrupted) as ended, signals.heard():
         watch()
-    assert not ended.value.saved
+    assert ended.value.at_once
 
 
 def test_a_program_in_the_background_goes_on_not_to_hear_ctrl_c() -> None:
