@@ -133,9 +133,9 @@ class Console:
         return done
 
 
-def counted(count: int, one: str) -> str:
-    """Such as "1 rank" or "2 ranks"."""
-    return f"{count} {one}{'s' * (count != 1)}"
+def counted(count: int, one: str, many: str | None = None) -> str:
+    """Such as "1 rank", "2,000 ranks" or, where an s does not make the plural, "2 queries"."""
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
 
 
 def duration(seconds: float) -> str:
