@@ -5,19 +5,20 @@ Shapes: P rows of one shard, D channels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from grappa_dist.artifacts import MANIFEST, Artifact, Store, wait_until_seen
+from grappa_dist.artifacts import Artifact, Store, wait_until_seen
 from grappa_dist.config import Resources
 from grappa_dist.config_file import read
 from grappa_dist.data.index import Shard
 from grappa_dist.data.losses import losses_in_words
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.files import read_json, write_json, write_json_list
+from grappa_dist.observe import counted
 from grappa_dist.stages.collect import cache_of
 from grappa_dist.stages.embed import BAD_FILE, ROWS_FILE, embed, features_of
 from grappa_dist.stages.modelling import ModelSpec, exported_spec
@@ -34,8 +35,15 @@ _HEEDED = (
 @dataclass(frozen=True)
 class KeysTask:
     images: ImageShards  # the shard alone
-    keys: Artifact
-    names: Artifact
+    artifact: Artifact
+
+
+@dataclass(frozen=True)
+class Called:
+    """Where it says how the images of a shard are called."""
+
+    keys: str
+    names: str | None  # None where none of the shard's images tells the name of its file
 
 
 def embed_images(
@@ -91,59 +99,79 @@ def _embed(run: Run, spec: ModelSpec) -> Path:
     if all(artifact.complete for artifact in features):
         run.console.say(f"embed: all {len(features)} shards were embedded before")
     embed(run, images, spec, features)
-    keys, names = _write_keys(run, images)
     shards = [
         {
             "shard": shard.name,
             "images": shard.rows,
             "rows": f"{of_rows.name}/{ROWS_FILE}",
-            "keys": f"{of_keys.name}/{KEYS_FILE}",
-            "names": f"{of_names.name}/{NAMES_FILE}" if _has_names(of_names) else None,
+            "keys": called.keys,
+            "names": called.names,
             "bad": f"{of_rows.name}/{BAD_FILE}",
         }
-        for shard, of_rows, of_keys, of_names in zip(images.shards, features, keys, names, strict=True)
+        for shard, of_rows, called in zip(images.shards, features, _write_keys(run, images), strict=True)
     ]
     found = run.store.root / LIST_FILE
     write_json(found, {"model": spec.name, "model_sha256": spec.weights, "images": len(images), "shards": shards})
     return found
 
 
-def _write_keys(run: Run, images: ImageShards) -> tuple[list[Artifact], list[Artifact]]:
+def _write_keys(run: Run, images: ImageShards) -> list[Called]:
     """Keys and names of every shard, those that are missing written by the workers."""
-    keys = [_of_shard(run.store, "keys", shard) for shard in images.shards]
-    names = [_of_shard(run.store, "names", shard) for shard in images.shards]
-    missing = {pair: i for i, pair in enumerate(zip(keys, names, strict=True)) if not all(a.complete for a in pair)}
+    places, missing = list[tuple[Artifact, Artifact]](), dict[Artifact, int]()
+    for number, shard in enumerate(images.shards):
+        both = _of_shard(run.store, "keys", shard, names=True)
+        place = (both, both)
+        if not both.complete:
+            apart = (_of_shard(run.store, "keys", shard), _of_shard(run.store, "names", shard))
+            if all(artifact.complete for artifact in apart):  # as earlier versions wrote them
+                place = apart
+            else:
+                missing[both] = number
+        places.append(place)
+    told = dict[str, bool]()
     if missing:
-        with run.console.stage("keys", f"and names of {len(missing)} shards"):
-            run.runner.map(write_keys, [KeysTask(images.part(i), *pair) for pair, i in missing.items()])
-            wait_until_seen(artifact for pair in missing for artifact in pair)
-    return keys, names
+        with run.console.stage("keys", f"and names of {counted(len(missing), 'shard')}"):
+            found = run.runner.map(write_keys, [KeysTask(images.part(i), artifact) for artifact, i in missing.items()])
+            wait_until_seen(missing)
+        told = {f"{artifact.name}/{KEYS_FILE}": named for artifact, named in zip(missing, found, strict=True)}
+    return _called(places, _listed(run.store.root / LIST_FILE) | told)
 
 
-def _of_shard(store: Store, what: str, shard: Shard) -> Artifact:
-    return store.artifact(f"{what}/{shard.name.removesuffix('.tar')}", {}, {"shard": shard.fingerprint})
+def _called(places: Sequence[tuple[Artifact, Artifact]], told: Mapping[str, bool]) -> list[Called]:
+    """Of every shard; whether it has names is looked for only where that is not told by the path of its keys."""
+    called = []
+    for of_keys, of_names in places:
+        keys = f"{of_keys.name}/{KEYS_FILE}"
+        named = told[keys] if keys in told else (of_names.path / NAMES_FILE).exists()
+        called.append(Called(keys, f"{of_names.name}/{NAMES_FILE}" if named else None))
+    return called
 
 
-def _has_names(names: Artifact) -> bool:
-    return NAMES_FILE in read_json(names.path / MANIFEST)["files"]
+def _listed(found: Path) -> dict[str, bool]:
+    """Whether shards have names, by the path of their keys, as far as an earlier list says so."""
+    shards = read_json(found)["shards"] if found.exists() else []
+    return {shard["keys"]: shard["names"] is not None for shard in shards if "names" in shard}
 
 
-def write_keys(device: torch.device, task: KeysTask) -> None:
-    """The keys of one shard's images, in the order of its rows, and their files' names where it has any."""
-    rows = range(len(task.images))
-    if not task.keys.complete:
-        write_json_list(task.keys.begin() / KEYS_FILE, (task.images.key(row) for row in rows))
-        task.keys.commit()
-    if not task.names.complete:
-        told = False
+def _of_shard(store: Store, what: str, shard: Shard, **settings: bool) -> Artifact:
+    return store.artifact(f"{what}/{shard.name.removesuffix('.tar')}", settings, {"shard": shard.fingerprint})
 
-        def names() -> Iterator[str | None]:
-            nonlocal told
-            for row in rows:
-                name = task.images.name(row)
-                told = told or name != ""
-                yield name or None
 
-        path = task.names.begin() / NAMES_FILE
-        write_json_list(path, names())
-        task.names.commit(discard=() if told else (NAMES_FILE,))
+def write_keys(device: torch.device, task: KeysTask) -> bool:
+    """The keys of one shard's images, in the order of its rows, and their files' names where it has any: whether so."""
+    rows, artifact, named = range(len(task.images)), task.artifact, False
+
+    def names() -> Iterator[str | None]:
+        nonlocal named
+        for row in rows:
+            name = task.images.name(row)
+            named = named or name != ""
+            yield name or None
+
+    if artifact.complete:
+        return (artifact.path / NAMES_FILE).exists()
+    folder = artifact.begin()
+    write_json_list(folder / KEYS_FILE, (task.images.key(row) for row in rows))
+    write_json_list(folder / NAMES_FILE, names())
+    artifact.commit(discard=() if named else (NAMES_FILE,))
+    return named

@@ -14,7 +14,7 @@ from grappa_dist.observe import Interrupted, Terminated
 FAILED, CONFIG_ERROR, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 STATUSES = (
     "Exit status: 0 done, 2 a setting or an input is wrong, 143 after SIGTERM and 130 after Ctrl-C with state saved "
-    "(a second Ctrl-C stops at once, without), 1 anything else."
+    "(or a line that says it is not; a second Ctrl-C stops at once, without), 1 anything else."
 )
 
 
@@ -31,13 +31,12 @@ class Ending:
             return self._failed(error, CONFIG_ERROR)
         except Exception as error:
             return self._failed(error, FAILED)
-        except (KeyboardInterrupt, Interrupted) as ended:
-            saved = " state is saved," if isinstance(ended, Interrupted) and ended.saved else ""
-            print(f"interrupted;{saved} run the same command again to go on", file=sys.stderr)
-            return INTERRUPTED
-        except Terminated:
-            print("terminated; state is saved, run the same command again to go on", file=sys.stderr)
-            return TERMINATED
+        except KeyboardInterrupt:
+            return _ended("interrupted;", INTERRUPTED)
+        except Interrupted as ended:
+            return _ended("interrupted;" if ended.at_once else f"interrupted; {_saved(ended)},", INTERRUPTED)
+        except Terminated as ended:
+            return _ended(f"terminated; {_saved(ended)},", TERMINATED)
         return 0
 
     def _failed(self, error: Exception, status: int) -> int:
@@ -49,3 +48,14 @@ class Ending:
                 place = f" (traceback in {log})"
         print(f"error: {' '.join(str(error).split()) or type(error).__name__}{place}", file=sys.stderr)
         return status
+
+
+def _saved(ended: Terminated) -> str:
+    if ended.waited_s is None:
+        return "state is saved"
+    return f"not all jobs had saved within {ended.waited_s:g} s"
+
+
+def _ended(how: str, status: int) -> int:
+    print(f"{how} run the same command again to go on", file=sys.stderr)
+    return status

@@ -16,19 +16,28 @@ COUNTER_S = 2.0  # between two lines of a counter
 
 
 class Terminated(BaseException):
-    """SIGTERM arrived; what was running has saved its state."""
+    """SIGTERM arrived.
+
+    Args:
+        waited_s: for how long at most jobs were waited for that had not all saved their state then; None: all had.
+    """
+
+    def __init__(self, waited_s: float | None = None) -> None:
+        super().__init__()
+        self.waited_s = waited_s
 
 
 class Interrupted(Terminated):
     """Ctrl-C was pressed.
 
     Args:
-        saved: whether what was running has saved its state; not where it was pressed again.
+        at_once: whether it was pressed again, so that nobody was waited for.
+        waited_s: as of Terminated.
     """
 
-    def __init__(self, *, saved: bool) -> None:
-        super().__init__()
-        self.saved = saved
+    def __init__(self, *, at_once: bool, waited_s: float | None = None) -> None:
+        super().__init__(waited_s)
+        self.at_once = at_once
 
 
 class Events:
@@ -124,9 +133,9 @@ class Console:
         return done
 
 
-def counted(count: int, one: str) -> str:
-    """Such as "1 rank" or "2 ranks"."""
-    return f"{count} {one}{'s' * (count != 1)}"
+def counted(count: int, one: str, many: str | None = None) -> str:
+    """Such as "1 rank", "2,000 ranks" or, where an s does not make the plural, "2 queries"."""
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
 
 
 def duration(seconds: float) -> str:

@@ -53,7 +53,7 @@ def run(config: Config, root: Path, until: str | None = None) -> tuple[Path, lis
 
     Raises:
         ValueError: a setting or an input is wrong, saying which and what would be right.
-        Terminated: SIGTERM or Ctrl-C came; what was running has saved its state.
+        Terminated: SIGTERM or Ctrl-C came; what was running has saved its state, unless it says otherwise.
     """
     with running(config, root) as context:
         return _run(context, until)
@@ -68,7 +68,7 @@ def _run(context: Run, until: str | None = None) -> tuple[Path, list[ScoreRow]] 
     flow = lay_out(config, store, train, test)
     context.runner.require(checks_of(config, store, flow))
     with mirrored(config.mirror, flow, console):
-        if not all(features.complete for features in flow.features):
+        if flow.needs_backbone(until):
             check_ready(config.backbone)
         _announce(console, flow, has_test=config.has_test)
         _tell(console, unfused_in_words(config.fuse, len(flow.labels)))
@@ -94,11 +94,11 @@ def check(config: Config, root: Path) -> str:
     A line per node.
 
     Raises:
-        ValueError: something is missing or damaged, saying what and where, or the backbone cannot be built.
+        ValueError: something is missing or damaged, saying what and where; the backbone cannot be built; or its weights
+            cannot be had and something is still to be made with them.
     """
     build_backbone(config.backbone, pretrained=False)
-    check_ready(config.backbone)
-    store, made = Store(root), list[Artifact]()
+    store, made, finished = Store(root), list[Artifact](), False
     cluster = Cluster(config.resources, Checks(root.absolute(), _nothing))
     if has_drawn(config.data, store):
         train, test = open_images(config.data, store, config.resources, write_index=False)
@@ -107,6 +107,9 @@ def check(config: Config, root: Path) -> str:
         made = [artifact for artifact in artifacts_of(flow) if artifact.complete]
         for artifact in made:
             artifact.check()
+        finished = not flow.needs_backbone()
+    if not finished:
+        check_ready(config.backbone)
     try:
         count = len(cluster.workers())
         workers, artefacts = counted(count, "worker"), counted(len(made), "artefact")

@@ -13,7 +13,7 @@ from grappa_dist.models.backbone import check_name
 from grappa_dist.observe import counted
 from grappa_dist.ops.correlation import by_rows, rows_are_cheaper, whole
 from grappa_dist.stages.adapt_plan import adapt_in_words, jobs_in_words
-from grappa_dist.stages.backbone_plan import backbone_in_words, known_width
+from grappa_dist.stages.backbone_plan import backbone_in_words, known_width, without_weights
 from grappa_dist.stages.collect import collection_sizes, has_drawn, open_images
 from grappa_dist.stages.embed import check_bad_share
 from grappa_dist.stages.expected_workers import known_workers, may_have_gpus, ranks_of
@@ -38,7 +38,8 @@ def plan(config: Config, root: Path) -> str:
 def _table(config: Config, root: Path) -> str:
     store = Store(root)
     lines = [f"run directory  {root}", f"workers        {_workers(config.resources)}"]
-    lines += [f"backbone       {line}" for line in backbone_in_words(config.backbone)]
+    backbone = without_weights(config.backbone)
+    lines += [f"backbone       {line}" for line in backbone_in_words(config.backbone, backbone)]
     if has_drawn(config.data, store):
         warnings = list[str]()
         train, test = open_images(config.data, store, config.resources, write_index=False, say=warnings.append)
@@ -52,14 +53,14 @@ def _table(config: Config, root: Path) -> str:
         flow, sizes = None, collection_sizes(config.data)
         lines.append(f"collect        {config.data.collection} draws {sizes['train']} + {sizes['test']} images")
     ks = num_labels(config.clustering, sizes["train"])
-    dim = known_width(config.backbone, flow.features if flow else ()) or DIM
+    dim = known_width(backbone, flow.features if flow else ()) or DIM
     for name, text, artifacts in _stages(config, flow, sizes, ks, dim):
         makes = name != "fuse" or bool(on_pairs(config, len(ks)))
         lines.append(f"{name:<14} {text}; {_reuse(artifacts)}" if makes else f"{name:<14} {text}")
         if name == "pseudo_label":
             lines += [f"{'':<14} {line}" for line in choices_in_words(config.clustering, ks, sizes["train"])]
         if name == "adapt":
-            lines += [f"{'':<14} {line}" for line in adapt_in_words(config, len(ks))]
+            lines += [f"{'':<14} {line}" for line in adapt_in_words(config, len(ks), backbone)]
         if idle := idle_in_words(config.data, _ranks_of(name, config.resources)):
             lines.append(f"{'':<14} {idle}")
     return "\n".join([*lines, *_costs(config, sizes["train"], ks, dim), _classifiers(config, ks, dim)])

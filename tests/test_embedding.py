@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from grappa_dist.artifacts import Store
 from grappa_dist.config import Config
 from grappa_dist.data.decoding import decode
 from grappa_dist.data.making.collection import CollectionConfig, Work, make_shards
@@ -22,6 +23,7 @@ from grappa_dist.data.shards import ImageShards
 from grappa_dist.data.writer import ShardWriter
 from grappa_dist.embedding import embed_images
 from grappa_dist.export import load_model
+from grappa_dist.files import read_json
 from grappa_dist.stages.run import Run
 from tests.stages import tiny
 from tests.test_export import exported
@@ -77,7 +79,7 @@ def listed(found: Path, what: str) -> list[Any]:
 
 
 def test_names_of_files_lie_beside_the_keys_and_shards_without_any_go_on_with_keys_alone(
-    tmp_path: Path, here: tiny.Here
+    tmp_path: Path, here: tiny.Here, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = [f"b/{number}.png" for number in range(5)] + ["caf\udce9\n.png"]
     for number, file in enumerate(files):
@@ -94,16 +96,47 @@ def test_names_of_files_lie_beside_the_keys_and_shards_without_any_go_on_with_ke
     assert [(tmp_path / "pile" / name).read_bytes() for name in names[:-1]] == [images.image_bytes(r) for r in range(6)]
     assert names[-1] is None
     assert listed(found, "keys") == [images.key(row) for row in range(len(images))]
-    assert not list(tmp_path.glob("out/names/*/names.json.*"))
+    assert not (tmp_path / "out" / "names").exists()
+    assert [len(list(made.glob("*.json"))) for made in sorted(tmp_path.glob("out/keys/*"))] == [2, 3, 3]  # one manifest
 
-    (keys, *_), features = sorted(tmp_path.glob("out/keys/*")), sorted(tmp_path.glob("out/features/*/*"))
-    for made in tmp_path.glob("out/names/*"):  # as embeddings from before there were names
-        shutil.rmtree(made)
-    before = [path.stat().st_mtime_ns for path in (keys, *features)]
-    here.asked.clear()
-    embed_images(tmp_path / "run", paths, tmp_path / "out", ["embed.batch_size=8"])
-    assert (here.asked, listed(found, "names")) == (["write_keys"] * 3, names)
-    assert [path.stat().st_mtime_ns for path in (keys, *features)] == before
+    def again() -> tuple[list[str], list[Any], int]:
+        """What workers are asked to do, the names, and how many files the driver reads for them."""
+        here.asked.clear()
+        read = list[Path]()
+        with monkeypatch.context() as patch:
+            patch.setattr("grappa_dist.embedding.read_json", lambda path: (read.append(path), read_json(path))[1])
+            embed_images(tmp_path / "run", paths, tmp_path / "out", ["embed.batch_size=8"])
+        return [*here.asked], listed(found, "names"), len(read)
+
+    assert again() == ([], names, 1)
+    found.unlink()  # as after a kill
+    assert again() == ([], names, 0)
+
+    apart(tmp_path / "out", images)  # as earlier versions had them
+    assert again() == ([], names, 1)
+    assert (tmp_path / "out" / "names").exists()
+    found.unlink()
+    assert again() == ([], names, 0)
+    features = {path: path.stat().st_mtime_ns for path in sorted(tmp_path.glob("out/features/*/*"))}
+    shutil.rmtree(tmp_path / "out" / "names")  # as embeddings from before there were names
+    assert again() == (["write_keys"] * 3, names, 1)
+    assert listed(found, "keys") == [images.key(row) for row in range(len(images))]
+    assert features == {path: path.stat().st_mtime_ns for path in sorted(tmp_path.glob("out/features/*/*"))}
+
+
+def apart(out: Path, images: ImageShards) -> None:
+    """Moves keys and names of every shard into artefacts of their own; nothing but a manifest where it has no names."""
+    store = Store(out)
+    for shard in images.shards:
+        kind, inputs = shard.name.removesuffix(".tar"), {"shard": shard.fingerprint}
+        both = store.artifact(f"keys/{kind}", {"names": True}, inputs)
+        for what in ("keys", "names"):
+            artifact = store.artifact(f"{what}/{kind}", {}, inputs)
+            if (both.path / f"{what}.json").exists():
+                (both.path / f"{what}.json").rename(artifact.begin() / f"{what}.json")
+            artifact.begin()
+            artifact.commit()
+        shutil.rmtree(both.path)
 
 
 def test_what_was_embedded_of_dirty_images_is_reused_with_the_share_that_the_message_names(

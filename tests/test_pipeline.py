@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -144,6 +145,30 @@ def test_a_second_run_does_nothing_but_tell_of_the_bad_image_again(
     assert said + "features/backbone/*/bad.json list them with reasons" in capsys.readouterr().err
     after = tiny.files_below(root)
     assert {path for path in after if after[path] != before.get(path)} <= {"events.jsonl"}
+
+
+def test_weights_are_asked_for_where_something_that_takes_them_is_still_to_be_made(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(_: object) -> None:
+        raise ValueError("no weights")
+
+    root, settings = shutil.copytree(finished[0], tmp_path / "run", symlinks=True), finished[1]
+    monkeypatch.setattr(pipeline, "check_ready", gone)
+    workers = SimpleNamespace(workers=lambda: [1, 2], facts={}, close=lambda: None)
+    monkeypatch.setattr(pipeline, "Cluster", lambda *_: workers)
+    assert "artefacts there and whole" in pipeline.check(settings, root)
+    pipeline._run(tiny.run_in(settings, root, tiny.Here()))
+    (adaptors,) = root.glob("adaptors/k=6-*")
+    shutil.rmtree(adaptors)  # the features that it is made with are there
+    here = tiny.Here()
+    pipeline._run(tiny.run_in(settings, root, here), until="pseudo_label")
+    for end in (None, "adapt"):
+        with pytest.raises(ValueError, match="no weights"):
+            pipeline._run(tiny.run_in(settings, root, here), until=end)
+    with pytest.raises(ValueError, match="no weights"):
+        pipeline.check(settings, root)
+    assert here.asked == []
 
 
 def test_artefacts_of_a_run_are_whole(finished: Finished) -> None:

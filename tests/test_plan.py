@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from grappa_dist.artifacts import Store
-from grappa_dist.config import Config
+from grappa_dist.config import BackboneConfig, Config
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.layout import lay_out
-from grappa_dist.models import PackedGrappa
+from grappa_dist.models import Backbone, PackedGrappa
 from grappa_dist.plan import plan
 from grappa_dist.stages.fitting import room
 from grappa_dist.stages.modelling import build_backbone
@@ -186,6 +186,24 @@ def test_a_plan_refuses_an_image_size_that_a_model_of_timm_does_not_take(tmp_pat
     timm = {"name": "timm:vit_tiny_patch16_224", "kwargs": {}, "image_size": 100}
     with pytest.raises(ValueError, match=r"backbone\.image_size=100 .* such as backbone\.image_size=96$"):
         plan(tiny.config(tiny.write_shards(tmp_path / "images"), **SECTIONS, backbone=timm), tmp_path / "run")
+
+
+def test_a_plan_builds_the_model_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = list[str]()
+
+    def build(config: BackboneConfig, *, pretrained: bool = True) -> Backbone:
+        built.append(config.name)
+        return build_backbone(config, pretrained=pretrained)
+
+    for module in ("backbone_plan", "adapt_plan"):
+        monkeypatch.setattr(f"grappa_dist.stages.{module}.build_backbone", build, raising=False)
+    timm = {"name": "timm:vit_tiny_patch16_224", "kwargs": {"depth": 2}, "image_size": 224}
+    settings = tiny.config(tiny.write_shards(tmp_path / "images"), **SECTIONS, backbone=timm)
+    said = plan(settings, tmp_path / "run")
+    assert "192 channels; image_size=224" in said
+    assert "(at 192 channels)" in said
+    assert "activations in float32" in said
+    assert built == ["timm:vit_tiny_patch16_224"]
 
 
 def test_a_plan_opens_with_every_setting(tmp_path: Path) -> None:

@@ -64,7 +64,8 @@ class Runner:
     _signals: Signals = field(default_factory=Signals)
 
     def terminating(self) -> AbstractContextManager[None]:
-        """While inside, SIGTERM raises Terminated, after running jobs have stopped at their next step and saved.
+        """While inside, SIGTERM raises Terminated, after running jobs have stopped at their next step and saved, or
+        have had a minute for it.
 
         Ctrl-C raises Interrupted likewise; pressed again, it waits for no job.
         """
@@ -253,11 +254,10 @@ class Runner:
     def _stop(self, running: Sequence[_Running]) -> None:
         if self._signals.interrupted and not self._signals.at_once:
             self.on_interrupt("interrupted: saving; press Ctrl-C again to stop at once")
-        self._ask_to_stop(running)
-        raise Terminated
+        raise Terminated(None if self._ask_to_stop(running) else STOP_GRACE_S)
 
-    def _ask_to_stop(self, running: Sequence[_Running]) -> None:
-        """Returns when the jobs have stopped, or have had the time to."""
+    def _ask_to_stop(self, running: Sequence[_Running]) -> bool:
+        """Whether the jobs have all stopped by themselves in the time that they have, so that their state is saved."""
         import ray
 
         self.on_event("stopping", jobs=[r.job.name for r in running])
@@ -266,8 +266,11 @@ class Runner:
                 worker.stop.options(concurrency_group="control").remote()
         refs = [ref for r in running if r.job.ranks for ref in r.refs]
         end = time.monotonic() + STOP_GRACE_S
+        errors: list[BaseException] = []
         while refs and time.monotonic() < end and not self._signals.at_once:
-            _, refs = ray.wait(refs, num_returns=len(refs), timeout=POLL_S)
+            ended, refs = ray.wait(refs, num_returns=len(refs), timeout=POLL_S)
+            errors += _errors(ended)
+        return not refs and not errors
 
 
 def _errors(finished: Sequence[Any]) -> list[BaseException]:

@@ -48,9 +48,9 @@ class Signals:
             for number in before:
                 signal.signal(number, handle)
             yield
-        except Terminated:
+        except Terminated as ended:
             if self.interrupted:
-                raise Interrupted(saved=not self.at_once) from None
+                raise Interrupted(at_once=self.at_once, waited_s=ended.waited_s) from None
             raise
         finally:
             for number, handler in before.items():

@@ -5,8 +5,9 @@ from __future__ import annotations
 import base64
 from collections.abc import Sequence
 
+from grappa_dist.observe import counted
 from grappa_dist.report.content import Gallery, Hit
-from grappa_dist.report.markup import decimal, plural, text
+from grappa_dist.report.markup import decimal, text
 from grappa_dist.report.scores import ordered
 
 MOST_GALLERIES = 96  # in the page
@@ -66,13 +67,13 @@ def galleries(items: Sequence[Gallery], images: Images) -> str:
         cards = "".join(_card(images, item) for item in group[:share])
         shown += len(group[:share])
         name = "All images" if task is None else text(task, 60)
-        count = plural(len(group[:share]), "query", "queries")
+        count = counted(len(group[:share]), "query", "queries")
         head = f"<summary>{name} <small>{count}</small></summary>"
         folds.append(
             f'<details class="fold"{" open" if not place else ""}>{head}<div class="cards">{cards}</div></details>'
         )
     left = len(items) - shown
-    rest = f'<p class="note">{plural(left, "more query", "more queries")} left out.</p>' if left else ""
+    rest = f'<p class="note">{counted(left, "more query", "more queries")} left out.</p>' if left else ""
     return "".join(folds) + rest
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 
+from grappa_dist.observe import counted
 from grappa_dist.report.content import ReportContent
-from grappa_dist.report.markup import absent, percent, plural, points, sentences, text
+from grappa_dist.report.markup import absent, percent, points, sentences, text
 from grappa_dist.report.plots import Axes, Series, grid, line_chart
 from grappa_dist.report.reading import read_scores
 from grappa_dist.report.scores import AVERAGE, BACKBONE, ORACLE, Scores, kind
@@ -89,7 +90,7 @@ def _tiles(scores: Scores) -> str:
         if math.isfinite(gap) and kind(lead) == "fusion":
             tiles.append(("against the oracle", points(gap), "points; the oracle uses labels"))
     queries = sum(max((scores.queries(m, t) for m in scores.models), default=0) for t in scores.tasks)
-    tiles.append(("test queries", f"{queries:,}", f"in {plural(len(scores.tasks), 'task')}, leave one out"))
+    tiles.append(("test queries", f"{queries:,}", f"in {counted(len(scores.tasks), 'task')}, leave one out"))
     cells = "".join(
         f"<div><span>{text(a, 60)}</span><b>{text(b, 30)}</b><span>{text(c)}</span></div>" for a, b, c in tiles
     )

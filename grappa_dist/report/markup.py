@@ -51,10 +51,6 @@ def decimal(value: float, digits: int) -> str:
     return f"{value:.{digits}f}" if math.isfinite(value) else MISSING
 
 
-def plural(count: int, one: str, many: str | None = None) -> str:
-    return f"{count:,} {one if count == 1 else many or one + 's'}"
-
-
 def table(head: Iterable[str], body: Iterable[Iterable[str]], *, numeric: bool = True) -> str:
     """An HTML table of ready markup: the first column names the row, the others hold numbers unless told."""
     top = "".join(f'<th scope="col">{cell}</th>' for cell in head)

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from grappa_dist.report.markup import percent, plural, points
+from grappa_dist.observe import counted
+from grappa_dist.report.markup import percent, points
 from grappa_dist.report.scores import AVERAGE, BACKBONE, ORACLE, Scores, kind
 
 Sentence = tuple[str, str]
@@ -184,7 +185,7 @@ def _uniformity(entropy: list[float]) -> str:
         )
     lowest = 1 + entropy.index(min(values))
     some = (
-        f"practically uniform in {flat} of {plural(len(values), 'layer')}"
+        f"practically uniform in {flat} of {counted(len(values), 'layer')}"
         if flat
         else "away from uniform in every layer"
     )

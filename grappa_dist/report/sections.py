@@ -6,9 +6,10 @@ import math
 from collections import Counter
 from typing import Literal
 
+from grappa_dist.observe import counted
 from grappa_dist.report.content import Clustering, LabelFree, ReportContent
 from grappa_dist.report.gallery import Images, galleries
-from grappa_dist.report.markup import absent, number, percent, plural, table, text
+from grappa_dist.report.markup import absent, number, percent, table, text
 from grappa_dist.report.methods import method_table
 from grappa_dist.report.partitions import contact_sheets, nesting_table
 from grappa_dist.report.plots import COLOURS, Axes, Series, bar_chart, grid, line_chart
@@ -147,7 +148,7 @@ def _curve(key: str, jobs: dict[str, list[dict[str, float]]]) -> str:
             lines.append(Series(job, [x for x, _ in pairs], [y for _, y in pairs], place, place >= COLOURS))
     values = [y for s in lines for y in s.y if math.isfinite(y)]
     log = key not in ("accuracy", "lr") and bool(values) and min(values) > 0 and max(values) > 30 * min(values)
-    note = f"{plural(broken, 'value')} not finite, left as gaps." if broken else ""
+    note = f"{counted(broken, 'value')} not finite, left as gaps." if broken else ""
     shown = _NAMES.get(key, key.replace("_", " "))
     return line_chart(lines, Axes(title=shown + (" (log)" if log else ""), x_label="step", log_y=log, note=note))
 
@@ -203,7 +204,7 @@ def bad_section(content: ReportContent) -> str:
         counts[row["reason"].partition(" (byte ")[0][:200]] += row.get("images", 1)
     first = f" The first {MOST_BAD_ROWS} are listed." if len(content.bad_rows) > MOST_BAD_ROWS else ""
     lead = (
-        f'<p class="lead">{plural(counts.total(), "image")} could not be read and took no part in '
+        f'<p class="lead">{counted(counts.total(), "image")} could not be read and took no part in '
         f"clustering, training or evaluation.{first}</p>"
     )
     why = table(["reason", "images"], [[text(reason, 200), f"{count:,}"] for reason, count in counts.most_common(10)])

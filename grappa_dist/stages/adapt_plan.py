@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 
 import torch
 
 from grappa_dist.config import Config
-from grappa_dist.models import PackedGrappa
+from grappa_dist.models import Backbone, PackedGrappa
 from grappa_dist.observe import counted
 from grappa_dist.ops.placement import check_capacity, placement_in_words
 from grappa_dist.stages.expected_workers import known_workers, may_have_gpus, ranks_of
 from grappa_dist.stages.fitting import image_bytes, images_at_a_time
-from grappa_dist.stages.modelling import build_backbone
 from grappa_dist.stages.training import rank_share
 
 
@@ -24,8 +24,11 @@ def jobs_in_words(config: Config, num_sets: int) -> str:
     return f"{packed}{counted(-(-num_sets // per_job), 'job')} of {counted(ranks, 'rank')}"
 
 
-def adapt_in_words(config: Config, num_sets: int) -> Iterator[str]:
-    """What waits for what, where the number of workers is known; the activations of a step, where timm knows the model.
+def adapt_in_words(config: Config, num_sets: int, backbone: Backbone | None) -> Iterator[str]:
+    """What waits for what, where the number of workers is known; the activations of a step, where the model is.
+
+    Args:
+        backbone: without weights; it is left as it is.
 
     Raises:
         ValueError: a job has more ranks than there are workers.
@@ -36,18 +39,19 @@ def adapt_in_words(config: Config, num_sets: int) -> Iterator[str]:
         check_capacity(workers, ranks)
     if workers is not None and per_job != "auto":
         yield f"on {workers} workers: {placement_in_words(-(-num_sets // per_job), workers, ranks)}"
-    if config.backbone.name.startswith("timm:"):
+    if backbone is not None:
         if per_job == "auto":
-            yield f"{_memory_in_words(config, 1, ranks)}; counted for one set, of which auto may put several in a job"
+            of_one = _memory_in_words(config, backbone, 1, ranks)
+            yield f"{of_one}; counted for one set, of which auto may put several in a job"
         else:
-            yield _memory_in_words(config, min(per_job, num_sets), ranks)
+            yield _memory_in_words(config, backbone, min(per_job, num_sets), ranks)
 
 
-def _memory_in_words(config: Config, num_sets: int, ranks: int) -> str:
+def _memory_in_words(config: Config, backbone: Backbone, num_sets: int, ranks: int) -> str:
     """What an image takes of a rank in a step, counted on a model without weights as `fitting` does on the real one."""
     adapt = config.adapt
     with torch.device("meta"):
-        model = PackedGrappa(build_backbone(config.backbone, pretrained=False), 1, adapt.bottleneck)
+        model = PackedGrappa(copy.deepcopy(backbone), 1, adapt.bottleneck)  # which wraps the blocks in place
     sparing = adapt.activation_checkpointing
     each, other = (image_bytes(model, recompute=recompute) for recompute in (sparing, not sparing))
     share = rank_share(adapt.global_batch, ranks, config.data.streams)

@@ -14,13 +14,20 @@ from grappa_dist.stages.embed import ROWS_FILE
 from grappa_dist.stages.modelling import build_backbone
 
 
-def backbone_in_words(config: BackboneConfig) -> Iterator[str]:
-    """Channels, and how an image gets in, with what the settings leave to timm.
+def without_weights(config: BackboneConfig) -> Backbone | None:
+    """A timm model without weights, and without memory for them; None of one's own, which is not built for a plan.
 
     Raises:
         ValueError: the model does not take images of that size.
     """
-    model = _of_timm(config)
+    if not config.name.startswith("timm:"):
+        return None
+    with torch.device("meta"):
+        return build_backbone(config, pretrained=False)
+
+
+def backbone_in_words(config: BackboneConfig, model: Backbone | None) -> Iterator[str]:
+    """Channels, and how an image gets in, with what the settings leave to timm."""
     if model is not None:
         pixels = model.pixels
         yield (
@@ -29,18 +36,9 @@ def backbone_in_words(config: BackboneConfig) -> Iterator[str]:
         )
 
 
-def known_width(config: BackboneConfig, features: Sequence[Artifact]) -> int | None:
-    """Channels of the backbone: timm's, else those of features that are there, else None."""
-    model = _of_timm(config)
+def known_width(model: Backbone | None, features: Sequence[Artifact]) -> int | None:
+    """Channels of the backbone: those of the model, else those of features that are there, else None."""
     if model is not None:
         return model.embed_dim
     done = next((artifact for artifact in features if artifact.complete), None)
     return None if done is None else int(np.load(done.path / ROWS_FILE, mmap_mode="r").shape[1])
-
-
-def _of_timm(config: BackboneConfig) -> Backbone | None:
-    """The model without weights, and without memory for them."""
-    if not config.name.startswith("timm:"):
-        return None
-    with torch.device("meta"):
-        return build_backbone(config, pretrained=False)

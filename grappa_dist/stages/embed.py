@@ -177,6 +177,7 @@ class _Watch:
         self._images, self._limit = images, limit
         self._left = dict(enumerate(features))
         self._bad: dict[int, str] = {}
+        self._rows = 0  # of the shards that were looked into
         self._looked = time.monotonic()
 
     def look(self) -> None:
@@ -185,11 +186,15 @@ class _Watch:
         self._looked = time.monotonic()
         for shard in [shard for shard, artifact in self._left.items() if artifact.complete]:
             self._bad |= _bad_of(self._images, shard, self._left.pop(shard))
-        check_bad_share(self._images, self._bad, self._limit)
+            self._rows += self._images.shards[shard].rows
+        check_bad_share(self._images, self._bad, self._limit, rows=self._rows)
 
 
-def check_bad_share(images: ImageShards, bad: Mapping[int, str], limit: float) -> None:
+def check_bad_share(images: ImageShards, bad: Mapping[int, str], limit: float, rows: int | None = None) -> None:
     """Holds the rows known to be bad, and the images that have no row, against the share that is allowed.
+
+    Args:
+        rows: how many have been looked at, if not all: the share that the error names takes the others to be like them.
 
     Raises:
         ValueError: they are more.
@@ -201,10 +206,13 @@ def check_bad_share(images: ImageShards, bad: Mapping[int, str], limit: float) -
     kinds = Counter(why.partition(":")[0].partition(" (")[0] for why in bad.values()).most_common(3)
     first = "; ".join(f"{images.where(row)}: {bad[row]}" for row in sorted(bad)[:FIRST_BAD])
     said = [f"{n} x {why}" for why, n in kinds] + [f"about {lost} have no row"] * (lost > 0)
-    enough = min(1.0, (100 * count // total + 1) / 100)
-    kept = f". What is embedded is kept, and reused with data.max_bad_share={enough}"
+    so_far = f", of {rows} looked at so far" if rows is not None and rows < len(images) else ""
+    seen = rows if so_far and rows else len(images)
+    enough = min(1.0, (100 * (len(bad) * len(images) + lost * seen) // (seen * total) + 1) / 100 if seen else 1.0)
+    unless = ", unless more of the others are bad," if so_far else ""
+    kept = f". What is embedded is kept, and{unless} reused with data.max_bad_share={enough}"
     raise ValueError(
-        f"embed: {count} of {total} images are bad ({', '.join(said)}), "
+        f"embed: {count} of {total} images are bad{so_far} ({', '.join(said)}), "
         f"data.max_bad_share={limit} allows {limit * total:.0f}. "
         f"The first: {'; '.join([first] * bool(bad) + list(losses_in_words(images.shards)))}. "
         "Mend or leave out these shards, or raise data.max_bad_share: bad images take no part in anything"

@@ -52,3 +52,22 @@ class Flow:
     def on_pairs(self) -> dict[str, Artifact]:
         """The fusions that are trained on pairs of images, without labels."""
         return {variant: artifact for variant, artifact in self.fusions.items() if variant != SUPERVISED}
+
+    def needs_backbone(self, until: str | None = None) -> bool:
+        """Whether something is missing that takes the frozen backbone, weights and all, to be made.
+
+        Args:
+            until: the stage after which the run ends; None: the last.
+        """
+        supervised = self.supervision.adaptors if self.supervision is not None else None
+        tested = [artifact for features in self.test_features.values() for artifact in features]
+        made: dict[str, list[Artifact]] = {
+            "embed": [*self.features],
+            "pseudo_label": [],
+            "adapt": [*self.adaptors.values(), *([supervised] if supervised is not None else [])],
+            "fuse": [*self.fusions.values()],
+            "evaluate": [*tested, *self.insights.values(), self.model],
+        }
+        stages = [*made]
+        wanted = stages if until is None else stages[: stages.index(until) + 1]
+        return any(not artifact.complete for stage in wanted for artifact in made[stage])

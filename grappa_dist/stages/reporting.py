@@ -195,10 +195,23 @@ def bad_in_words(flow: Flow, *, reported: bool) -> str:
     groups = {"training": (flow.train, flow.features)}
     if reported and _has_test(flow):
         groups["test"] = (flow.test, flow.test_features["backbone"])
-    counts = {name: len(bad_reasons(*group)) + lost_images(group[0].shards) for name, group in groups.items()}
-    said = [f"{count} of {len(groups[name][0])} {name} images" for name, count in counts.items() if count]
-    where = "the report lists" if reported else "features/backbone/*/bad.json list"
-    return f"bad images, which take part in nothing: {' and '.join(said)}; {where} them with reasons" if said else ""
+    unread = {name: len(bad_reasons(*group)) for name, group in groups.items()}
+    lost = {name: lost_images(images.shards) for name, (images, _) in groups.items()}
+    said = [
+        f"{unread[name] + lost[name]} of {len(images) + lost[name]} {name} images"
+        + (f" (about {lost[name]} have no row)" if lost[name] else "")
+        for name, (images, _) in groups.items()
+        if unread[name] + lost[name]
+    ]
+    if not said:
+        return ""
+    if reported:
+        lines = sum(unread.values()) + sum(1 for images, _ in groups.values() for _ in losses_of(images.shards))
+        where = f"the report lists {'them' if lines <= MOST_BAD_ROWS else f'the first {MOST_BAD_ROWS}'} with reasons"
+    else:
+        those = "those that have a row," if any(lost.values()) else "them"
+        where = f"features/backbone/*/bad.json list {those} with reasons"
+    return f"bad images, which take part in nothing: {' and '.join(said)}; {where}"
 
 
 def _bad(images: ImageShards, features: Sequence[Artifact]) -> Iterator[BadRow]:

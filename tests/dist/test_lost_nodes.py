@@ -19,6 +19,7 @@ from grappa_dist.dist import cluster as cluster_module
 from grappa_dist.dist.cluster import Cluster
 from grappa_dist.dist.jobs import Job, Runner
 from grappa_dist.dist.preflight import Checks, versions
+from grappa_dist.exits import Ending
 from grappa_dist.observe import Terminated
 from tests.dist.standins import Ray, Ref, Worker
 
@@ -140,6 +141,40 @@ def test_sigterm_that_comes_with_the_last_result_is_not_forgotten(monkeypatch: p
     runner = Runner(cluster, cluster.resources)
     with pytest.raises(Terminated), runner.terminating():
         runner.run_jobs([Job("one", print, None, 1)], lambda name: os.kill(os.getpid(), signal.SIGTERM))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("end", ["saves", "hangs", "dies"])
+def test_the_last_line_says_state_is_saved_only_where_all_jobs_have_ended_by_themselves(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: signal.Signals, end: str
+) -> None:
+    monkeypatch.setattr("grappa_dist.dist.jobs.STOP_GRACE_S", 0.3)
+    workers = [Worker("a"), Worker("b")]
+
+    def goes_on(ref: Ref) -> Any:
+        if ref.method == "free_address":
+            return "a:1"
+        stopped = "stop" in ref.worker.asked
+        if stopped and end == "dies":
+            ray.dead.add("b")
+        return "saved" if stopped and (end == "saves" or ref.worker.node == "a") else None
+
+    ray = Ray("ab", goes_on)
+    cluster = started(ray, monkeypatch, workers)
+    runner = Runner(
+        cluster,
+        cluster.resources,
+        on_event=lambda name, **_: os.kill(os.getpid(), number) if name == "job_begins" else None,
+    )
+
+    def work() -> None:
+        with runner.terminating():
+            runner.run_jobs([Job("one", print, None, 2)])
+
+    assert Ending().of(work) == (143 if number == signal.SIGTERM else 130)
+    how = "terminated" if number == signal.SIGTERM else "interrupted"
+    saved = "state is saved" if end == "saves" else "not all jobs had saved within 0.3 s"
+    assert capsys.readouterr().err == f"{how}; {saved}, run the same command again to go on\n"
 
 
 def test_sigterm_while_ray_starts_is_ours_though_ray_listens(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -203,6 +203,25 @@ def test_a_run_stops_as_soon_as_too_many_are_certain(tmp_path: Path, monkeypatch
     assert len(list((tmp_path / "run").glob("features/backbone/*/bad.json"))) == 2
 
 
+def test_the_share_named_where_a_run_stops_early_is_enough_for_others_as_bad(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("grappa_dist.stages.embed.LOOK_S", 0.0)
+    sizes = (10,) * 6
+    bad = [row for row in range(sum(sizes)) if row % 10 < 3]
+    paths, limit, refused = tiny.write_shards(tmp_path / "images", sizes, bad=bad), 0.01, []
+    while len(refused) < 2:
+        try:
+            embed_in(tmp_path / "run", tiny.config(paths, data={"max_bad_share": limit}))
+            break
+        except ValueError as error:
+            refused.append(str(error))
+            limit = float(re.findall(r"reused with data\.max_bad_share=([\d.]+)$", refused[-1])[0])
+    assert len(refused) == 1
+    assert "3 of 60 images are bad, of 10 looked at so far (3 x " in refused[0]
+    assert "and, unless more of the others are bad, reused with data.max_bad_share=0.31" in refused[0]
+
+
 def test_names_of_features_tell_model_shard_and_batch_size(settings: Config, tmp_path: Path) -> None:
     images, store = ImageShards.open(settings.data.train, None), Store(tmp_path)
     spec = ModelSpec("backbone", settings.backbone)

@@ -18,8 +18,9 @@ from grappa_dist.observe import Events
 from grappa_dist.report.sections import MOST_BAD_ROWS
 from grappa_dist.stages.flow import Flow
 from grappa_dist.stages.graph_figures import graph_facts, neighbour_figures
-from grappa_dist.stages.reporting import _bad, best_sets, score_rows
+from grappa_dist.stages.reporting import _bad, bad_in_words, best_sets, score_rows
 from grappa_dist.stages.training_figures import Steps, by_step, curve, job_of, median, steps_of, waiting_facts
+from tests.data.written import write_tar
 from tests.stages import tiny
 
 FIGURES = ("r_precision", "map_at_r", "recall_at_1")
@@ -150,3 +151,25 @@ def test_the_bad_images_that_are_listed_tell_the_names_of_their_files(tmp_path: 
     found = [(row["key"], row["file"]) for row in _bad(images, [features])]
     names = [f"photos/{number}.jpg" if number != 2 else "" for number in range(MOST_BAD_ROWS)]
     assert found == [(f"{row:09d}", name) for row, name in enumerate([*names, *[""] * 5])]
+
+
+def test_the_line_on_bad_images_counts_those_without_a_row_and_says_what_is_listed_where(tmp_path: Path) -> None:
+    misnamed = {f"IMG.{number}.jpg": b"no image" for number in range(3)}
+    write_tar(tmp_path / "images" / "a.tar", {**{f"{row}.jpg": b"no image" for row in range(120)}, **misnamed})
+    write_tar(tmp_path / "whole" / "b.tar", {f"{row}.jpg": b"no image" for row in range(120)})
+    said = "bad images, which take part in nothing: "
+    for folder, bad, counts, rest in (
+        ("images", 0, "3 of 123 training images (about 3 have no row)", "those that have a row, with reasons"),
+        ("images", 120, "123 of 123 training images (about 3 have no row)", "those that have a row, with reasons"),
+        ("whole", 100, "100 of 120 training images", "them with reasons"),
+        ("whole", 101, "101 of 120 training images", "them with reasons"),
+    ):
+        settings = tiny.config([str(tmp_path / folder)])
+        root = tmp_path / f"{folder}-{bad}"
+        flow = lay_out(settings, Store(root), ImageShards.open(settings.data.train, None), None)
+        for artifact in flow.features:
+            write_json(artifact.begin() / "bad.json", {str(row): "why" for row in range(bad)})
+            artifact.commit()
+        assert bad_in_words(flow, reported=False) == f"{said}{counts}; features/backbone/*/bad.json list {rest}"
+        listed = "them" if bad in (0, 100) else "the first 100"
+        assert bad_in_words(flow, reported=True) == f"{said}{counts}; the report lists {listed} with reasons"

@@ -91,7 +91,11 @@ def _compare(plan: FolderPlan, partial: Path) -> None:
             if began.get("plan") == plan.fingerprint:
                 return
             before, now = began.get("settings", {}), plan.settings
-            other = [f"{key} was {before.get(key)}, now {now[key]}" for key in now if before.get(key) != now[key]]
+            if before and "names" not in before:
+                raise ValueError(f"{partial}: begun by an earlier version, without names of files; remove it")
+            other = [
+                f"{key} was {before[key]}, now {now[key]}" for key in now if key in before and before[key] != now[key]
+            ]
             raise ValueError(
                 f"{partial}: begun with another plan ({'; '.join(other) or 'other files, labels or order'}); "
                 "run that again to go on, or remove the folder to start over"

@@ -115,7 +115,9 @@ def test_shards_from_before_there_were_names_stay_and_are_not_mixed_with_others(
     folder.rename(partial)
     (partial / "index.json").unlink()
     write_json(partial / "making" / "plan.json", {"plan": before, "settings": settings})
-    with pytest.raises(ValueError, match=r"begun with another plan \(names was None, now True\)"):
+    with pytest.raises(
+        ValueError, match=r"train\.partial: begun by an earlier version, without names of files; remove it$"
+    ):
         make(tmp_path / "out", tmp_path / "pile")
 
 
