@@ -218,5 +218,5 @@ def test_the_readmes_search_of_a_folder_finds_the_file(
     capsys.readouterr()
     exec(compile(blocks("python"), "README.md", "exec"), {})
     hits = capsys.readouterr().out.splitlines()
-    assert hits[0] == "1.000  some/4.png"
+    assert hits[0] == "1.000  'some/4.png'"
     assert len(hits) == 5
