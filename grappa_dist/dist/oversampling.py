@@ -26,7 +26,6 @@ from grappa_dist.dist.sharded_seeding import (
     seed_centroids,
 )
 from grappa_dist.dist.share import Share
-from grappa_dist.ops.nearest import FAR
 from grappa_dist.ops.seeding import OVERSAMPLING_ROUNDS, oversampled_at_once
 
 _ROUND = 6  # names the hashes
@@ -52,6 +51,8 @@ def oversampled_centroids(
         candidates = _candidates(share, num_labels, seed, picked, on_round)
         picked = Seeded(candidates=candidates)
         on_round(picked, num_labels)
+    else:
+        _check_picked(share, candidates, picked)
     seeded, centroids = _pick(share, candidates, num_labels, seed, picked, on_round)
     return centroids if len(centroids) == num_labels else seed_centroids(share, num_labels, seed, resume=seeded)
 
@@ -60,9 +61,6 @@ def _pick(
     share: Share, candidates: Candidates, num_labels: int, seed: int, picked: Seeded, on_round: OnRound
 ) -> tuple[Seeded, Tensor]:
     """k-means++ among the candidates, each of which counts as often as it says: where it ends, and centroids (k, D)."""
-    check_places(RowWeights.of(share), Seeded(candidates.places, len(candidates.places)), share.num_good)
-    if not bool(torch.isin(picked.places, candidates.places).all()):
-        raise ValueError("resume has picked rows that are none of its candidates")
     here = are_here(share, candidates.places)
     own = candidates.places[here] - share.first
     sample = copied_share(share, own.split(share.block_rows) if len(own) else (), len(own))
@@ -78,6 +76,13 @@ def _pick(
     return among_all(seeded), centroids
 
 
+def _check_picked(share: Share, candidates: Candidates, picked: Seeded) -> None:
+    """Raises on all ranks unless the candidates are different good rows, and those picked are among them."""
+    check_places(RowWeights.of(share), Seeded(candidates.places, len(candidates.places)), share.num_good)
+    if not bool(torch.isin(picked.places, candidates.places).all()):
+        raise ValueError("resume has picked rows that are none of its candidates")
+
+
 def _candidates(share: Share, num_labels: int, seed: int, seeded: Seeded, on_round: OnRound) -> Candidates:
     at_once = oversampled_at_once(num_labels)
     wanted = 1 + OVERSAMPLING_ROUNDS * at_once
@@ -85,14 +90,11 @@ def _candidates(share: Share, num_labels: int, seed: int, seeded: Seeded, on_rou
     if len(found):
         check_places(weights, seeded, wanted)
         rows = rows_at(share, found)
-        weights.fill(FAR)
         rounds = (rows[:1], *rows[1:].split(at_once))  # as they were drawn: of near ones the first round's counts
         weights.lower([some for some in rounds if len(some)])
     while len(found) < wanted and any(weights.totals()):
         num = at_once if len(found) else 1
         new = _places(share, Draw.of(share, num, seed, num_labels, _ROUND, len(found), weights=weights.squares))
-        if not len(found):
-            weights.fill(FAR)
         weights.lower([rows_at(share, new)], len(found))
         found = torch.cat([found, new])
         on_round(Seeded(found, len(found)), wanted)

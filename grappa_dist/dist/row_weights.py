@@ -37,10 +37,10 @@ class RowWeights:
         num = (len(share.rows),)
         labels = scratch(num, torch.int32).fill_(-1) if nearest else None
         weights = RowWeights(share, scratch(num, torch.int64), labels, times)
-        weights.fill(1)
+        weights._fill(1)
         return weights
 
-    def fill(self, value: int) -> None:
+    def _fill(self, value: int) -> None:
         """Gives all good rows the same weight."""
         for positions in self.share.good_positions():
             self.squares[positions] = value
@@ -70,6 +70,8 @@ class RowWeights:
         Args:
             rounds: centroids (m, D) each, in the order in which they were found; `first` were found before them.
         """
+        if not first:
+            self._fill(FAR)
         prepared = [[Centroids.of(part, self.share.proposer) for part in some.split(_AT_ONCE)] for some in rounds]
 
         def work(block: RowBlock) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from grappa_dist.dist.row_weights import RowWeights, are_here, rows_at
 from grappa_dist.dist.share import Share
-from grappa_dist.ops.nearest import FAR
 from grappa_dist.ops.seeding import accept, candidates_of, draw
 
 
@@ -76,7 +75,6 @@ def draw_centroids(
     if len(resume.places):
         check_places(weights, resume, num_labels)
         parts = [rows_at(share, resume.places)]
-        weights.fill(FAR)
         weights.lower(parts)
     while len(seeded.places) < num_labels and any(totals := weights.totals()):
         seeded, rows = _round(weights, totals, seeded, num_labels=num_labels, seed=seed)
@@ -96,9 +94,7 @@ def _round(
     candidates = rows_at(weights.share, places)
     tests = [draw(weight, seed, num_labels, j, 1) for j, weight in zip(numbers, found, strict=True)]
     kept = accept(candidates, found, tests, missing)
-    if not len(before.places):
-        weights.fill(FAR)
-    weights.lower([candidates[kept]])
+    weights.lower([candidates[kept]], len(before.places))
     return Seeded(torch.cat([before.places, places[kept]]), numbers.stop), candidates[kept]
 
 

@@ -167,17 +167,14 @@ def label_free_section(content: ReportContent) -> str:
 
 def _figures(items: list[LabelFree]) -> str:
     """Models down, figures across."""
-    figures, models = list(dict.fromkeys(i["figure"] for i in items)), ordered(i["model"] for i in items)
-    cells = {(item["model"], item["figure"]): item for item in items}
-    head = ["model", *(text(f, 80) for f in figures)]
+    figures, models, cells = _cells(items)
     body = [[text(model, 40), *(_share(cells.get((model, figure))) for figure in figures)] for model in models]
-    return table(head, body) if items else ""
+    return table(["model", *(text(figure, 80) for figure in figures)], body) if items else ""
 
 
 def _graphs(items: list[LabelFree]) -> str:
     """Figures down, the fusions that learned from a graph across."""
-    figures, models = list(dict.fromkeys(i["figure"] for i in items)), ordered(i["model"] for i in items)
-    cells = {(item["model"], item["figure"]): item for item in items}
+    figures, models, cells = _cells(items)
     body = [[text(figure, 80), *(_share(cells.get((model, figure))) for model in models)] for figure in figures]
     lead = (
         '<h3>The neighbours that fusions learned from</h3><p class="lead">Of the training images and their nearest '
@@ -185,6 +182,12 @@ def _graphs(items: list[LabelFree]) -> str:
         "k=K pseudo-label lies in the same of K clusters: the finer these are, the fewer do.</p>"
     )
     return lead + table(["figure", *(text(model, 40) for model in models)], body) if items else ""
+
+
+def _cells(items: list[LabelFree]) -> tuple[list[str], list[str], dict[tuple[str, str], LabelFree]]:
+    """Figures and models in order, and what there is, by model and figure."""
+    figures, models = list(dict.fromkeys(i["figure"] for i in items)), ordered(i["model"] for i in items)
+    return figures, models, {(item["model"], item["figure"]): item for item in items}
 
 
 def _share(item: LabelFree | None) -> str:
