@@ -14,6 +14,19 @@ from pydantic import ValidationError
 from grappa_dist.config import Config
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which yaml would drop the first without a word."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        seen = set[str]()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"{key.value!r} is given twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return node
+
+
 def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """The config of a YAML file and `key.sub=value` overrides (values are YAML).
 
@@ -21,7 +34,7 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         ValueError: naming the key, the value found and what would be right.
     """
     try:
-        tree = yaml.safe_load(Path(path).read_bytes())
+        tree = _Loader(Path(path).read_bytes()).get_single_data()
     except FileNotFoundError:
         raise ValueError(f"config {path} does not exist") from None
     except OSError as error:
@@ -55,7 +68,7 @@ def _set(tree: dict[str, Any], override: str) -> None:
             raise ValueError(f"override {override!r}: {parent!r} is not a section")
         node = child
     try:
-        node[leaf] = yaml.safe_load(text)
+        node[leaf] = _Loader(text).get_single_data()
     except yaml.YAMLError as error:
         raise ValueError(f"override {override!r}: the value is not valid YAML") from error
 

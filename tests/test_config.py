@@ -147,6 +147,18 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
+def test_a_key_that_is_given_twice_is_refused_at_any_depth(tmp_path: Path) -> None:
+    for twice in ("adapt: {epochs: 1}\nfuse: {epochs: 1}\nadapt: {gamma: 8.0}", "adapt: {epochs: 1, epochs: 2}"):
+        (tmp_path / "twice.yaml").write_text(f"name: a\n{twice}\n")
+        with pytest.raises(ValueError, match=r"twice\.yaml is not valid YAML: '(adapt|epochs)' is given twice .* line"):
+            load(tmp_path / "twice.yaml")
+    with pytest.raises(ValueError, match=r"override 'adapt=.*': the value is not valid YAML"):
+        config(tmp_path, SMALL, ("adapt={epochs: 1, epochs: 2}",))
+    again = "data: {train: [a]}\nbackbone: {name: 'timm:tiny'}\nname: b\nfuse: {<<: {epochs: 2}, epochs: 3}\n"
+    (tmp_path / "merged.yaml").write_text(again)
+    assert load(tmp_path / "merged.yaml").fuse.epochs == 3  # what is merged in gives way
+
+
 def test_a_config_cannot_be_changed(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="frozen"):
         config(tmp_path).seed = 3
