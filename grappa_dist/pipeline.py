@@ -12,8 +12,8 @@ from pathlib import Path
 
 from grappa_dist.artifacts import Artifact, RowArrays, Store
 from grappa_dist.config import Config
-from grappa_dist.dist.cluster import Cluster
-from grappa_dist.dist.preflight import Checks, table
+from grappa_dist.distributed.cluster import Cluster
+from grappa_dist.distributed.preflight import Checks, table
 from grappa_dist.export import export_model
 from grappa_dist.layout import lay_out
 from grappa_dist.observe import Console, counted

@@ -11,7 +11,7 @@ TREES = {
     for path in sorted((ROOT / folder).rglob("*.py"))
 }
 DISTRIBUTED = ("ray", "deepspeed", "torch.distributed", "faiss")
-STAGES = {"dist", "models", "data", "ops", "artifacts", "files", "report", "observe", "config"}
+STAGES = {"distributed", "models", "data", "ops", "artifacts", "files", "report", "observe", "config"}
 MAY_IMPORT: dict[str, set[str]] = {  # of ours, beside itself
     **{part: set() for part in ("ops", "config", "observe", "files", "_compat")},
     "artifacts": {"config", "files"},
@@ -19,7 +19,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # of ours, beside itself
     "data": {"artifacts", "files", "config"},
     "models": {"ops", "_compat"},
     "report": {"observe"},
-    "dist": {"ops", "artifacts", "files", "observe", "config"},
+    "distributed": {"ops", "artifacts", "files", "observe", "config"},
     "demo": {"data", "models", "ops", "_compat"},
     "stages": STAGES,
     "export": {*STAGES, "stages"},
@@ -58,11 +58,11 @@ def test_parts_import_only_what_they_may() -> None:
     assert wrong == []
 
 
-def test_only_dist_imports_what_distributes() -> None:
+def test_only_distributed_imports_what_distributes() -> None:
     wrong = []
     for file, tree in TREES.items():
         found = [m for m in imports(tree) if any(f"{m}.".startswith(f"{name}.") for name in DISTRIBUTED)]
-        wrong += [(file, module) for module in found if not file.startswith("grappa_dist/dist/")]
+        wrong += [(file, module) for module in found if not file.startswith("grappa_dist/distributed/")]
     assert wrong == []
 
 

@@ -22,8 +22,8 @@ from grappa_dist.bench.rows import drawn_rows, in_shards
 from grappa_dist.bench.table import aligned, aligned_header
 from grappa_dist.bench.timing import Timing, in_turns
 from grappa_dist.data.progress import Tell
-from grappa_dist.dist.comm import Comm
-from grappa_dist.dist.share import Share, join_rows
+from grappa_dist.distributed.comm import Comm
+from grappa_dist.distributed.share import Share, join_rows
 from grappa_dist.ops.nearest import assign
 from grappa_dist.ops.proposals import Centroids, FloatProposer
 

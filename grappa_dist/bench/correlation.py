@@ -20,8 +20,8 @@ from grappa_dist.bench.arguments import check_least
 from grappa_dist.bench.processes import run_workers
 from grappa_dist.bench.table import aligned
 from grappa_dist.bench.timing import CAN_WATCH_MEMORY, Timing, held_bytes, turns, watched_memory
-from grappa_dist.dist.comm import Comm
-from grappa_dist.dist.correlation import by_rows_penalty, whole_penalty
+from grappa_dist.distributed.comm import Comm
+from grappa_dist.distributed.correlation import by_rows_penalty, whole_penalty
 from grappa_dist.ops.correlation import by_rows, whole
 from grappa_dist.ops.losses import barlow_twins
 

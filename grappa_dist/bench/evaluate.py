@@ -18,7 +18,7 @@ from grappa_dist.bench.arguments import check_least
 from grappa_dist.bench.table import aligned, aligned_header
 from grappa_dist.bench.timing import Timing, held_bytes, timed, turns, watched_memory
 from grappa_dist.data.progress import Tell
-from grappa_dist.dist import judges
+from grappa_dist.distributed import judges
 from grappa_dist.ops.metrics import retrieval_scores
 
 OURS, JUDGE, DEFAULT = "ours", "pytorch-metric-learning", "the same, its default k"

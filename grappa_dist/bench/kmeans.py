@@ -31,8 +31,8 @@ from grappa_dist.bench.rows import (
 from grappa_dist.bench.scaling import Memory, Scaling, measure_memory, measure_scaling
 from grappa_dist.bench.timing import CAN_WATCH_MEMORY, Timing, timed, turns
 from grappa_dist.data.progress import Tell
-from grappa_dist.dist.comm import Comm
-from grappa_dist.dist.judges import (
+from grappa_dist.distributed.comm import Comm
+from grappa_dist.distributed.judges import (
     SUPER_MIN_DIM,
     judges,
     nearest_labels,
@@ -40,10 +40,10 @@ from grappa_dist.dist.judges import (
     set_threads,
     starting_rows,
 )
-from grappa_dist.dist.oversampling import oversampled_centroids
-from grappa_dist.dist.sharded_kmeans import KMeans, sharded_kmeans
-from grappa_dist.dist.sharded_seeding import seed_centroids
-from grappa_dist.dist.share import join_rows
+from grappa_dist.distributed.oversampling import oversampled_centroids
+from grappa_dist.distributed.sharded_kmeans import KMeans, sharded_kmeans
+from grappa_dist.distributed.sharded_seeding import seed_centroids
+from grappa_dist.distributed.share import join_rows
 
 OURS = "ours"
 SAME_OBJECTIVE = 1e-3  # sides whose objectives differ by a larger share did not do the same work

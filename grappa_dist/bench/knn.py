@@ -24,10 +24,10 @@ from grappa_dist.bench.rows import CLASSES, SUBCLASSES, TASKS, drawn_rows, read_
 from grappa_dist.bench.table import aligned, aligned_header
 from grappa_dist.bench.timing import Timing, in_turns
 from grappa_dist.data.progress import Tell
-from grappa_dist.dist.comm import Comm
-from grappa_dist.dist.judges import brute_force_knn, flat_index_knn
-from grappa_dist.dist.listed_knn import Recall, listed_knn
-from grappa_dist.dist.sharded_knn import sharded_knn
+from grappa_dist.distributed.comm import Comm
+from grappa_dist.distributed.judges import brute_force_knn, flat_index_knn
+from grappa_dist.distributed.listed_knn import Recall, listed_knn
+from grappa_dist.distributed.sharded_knn import sharded_knn
 
 EXACT, APPROXIMATE = "exact", "approximate"
 JUDGES: dict[str, Judge] = {

@@ -16,10 +16,10 @@ from grappa_dist.bench.rows import drawn_rows, in_shards
 from grappa_dist.bench.table import aligned, aligned_header
 from grappa_dist.bench.timing import Timing, timed
 from grappa_dist.data.progress import Tell
-from grappa_dist.dist.clustering import Wanted, cluster
-from grappa_dist.dist.comm import Comm
-from grappa_dist.dist.methods import Clustering, Method
-from grappa_dist.dist.share import Share, join_rows
+from grappa_dist.distributed.clustering import Wanted, cluster
+from grappa_dist.distributed.comm import Comm
+from grappa_dist.distributed.methods import Clustering, Method
+from grappa_dist.distributed.share import Share, join_rows
 from grappa_dist.ops.choice import Assignment, Choice, Name
 
 WAYS: tuple[tuple[Name, Assignment], ...] = (

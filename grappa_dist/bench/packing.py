@@ -25,9 +25,9 @@ from grappa_dist.bench.timing import Timing, add_run, timed, turns
 from grappa_dist.config import AdaptConfig, BackboneConfig, DataConfig
 from grappa_dist.data.progress import Tell
 from grappa_dist.data.shards import ImageShards
-from grappa_dist.dist.comm import Comm
-from grappa_dist.dist.engine import Engine
-from grappa_dist.dist.workers import RankContext
+from grappa_dist.distributed.comm import Comm
+from grappa_dist.distributed.engine import Engine
+from grappa_dist.distributed.workers import RankContext
 from grappa_dist.models import create_backbone
 from grappa_dist.ops.adam import adam
 from grappa_dist.stages.adapting import AdaptJob, AdaptObjective

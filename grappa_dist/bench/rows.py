@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from grappa_dist.dist.rows import Rows
+from grappa_dist.distributed.rows import Rows
 from grappa_dist.ops.exact import to_grid
 
 TASKS, CLASSES, SUBCLASSES = 8, 60, 8  # of all, of a task, of a class

@@ -13,9 +13,9 @@ import numpy as np
 
 from grappa_dist.bench.processes import run_workers
 from grappa_dist.bench.timing import Timing, add_run, anonymous_bytes, turns, watched_memory
-from grappa_dist.dist.comm import Comm
-from grappa_dist.dist.rows import Rows
-from grappa_dist.dist.sharded_kmeans import KMeans, sharded_kmeans
+from grappa_dist.distributed.comm import Comm
+from grappa_dist.distributed.rows import Rows
+from grappa_dist.distributed.sharded_kmeans import KMeans, sharded_kmeans
 
 MORE_ROWS = 8
 _MEMORY_ITERATIONS = 2

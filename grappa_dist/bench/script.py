@@ -27,8 +27,8 @@ from torch.utils.data import DataLoader, Dataset
 from grappa_dist._compat import declare_torchvision_ops
 from grappa_dist.config import Config, FuseConfig
 from grappa_dist.data.progress import Tell
-from grappa_dist.dist import judges
-from grappa_dist.dist.judges import flat_index_knn
+from grappa_dist.distributed import judges
+from grappa_dist.distributed.judges import flat_index_knn
 from grappa_dist.models import Backbone, Projector
 from grappa_dist.ops import barlow_twins
 from grappa_dist.ops.lars import Lars

@@ -20,8 +20,8 @@ from grappa_dist.bench.processes import run_workers
 from grappa_dist.bench.table import aligned
 from grappa_dist.bench.timing import CAN_WATCH_MEMORY, Timing, held_bytes, timed, turns, watched_memory
 from grappa_dist.data.progress import Tell
-from grappa_dist.dist.classifier import Classifier, ClassifierSettings
-from grappa_dist.dist.comm import Comm
+from grappa_dist.distributed.classifier import Classifier, ClassifierSettings
+from grappa_dist.distributed.comm import Comm
 from grappa_dist.ops.softmax import norm_softmax_sum
 
 MATERIALISED, CHUNKED = "materialised, gradients", "chunked, gradients"

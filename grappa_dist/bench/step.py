@@ -22,8 +22,8 @@ from grappa_dist.bench.processes import group_of_one, run_workers
 from grappa_dist.bench.table import aligned
 from grappa_dist.bench.timing import Timing, timed
 from grappa_dist.data.progress import Tell
-from grappa_dist.dist.comm import Comm
-from grappa_dist.dist.engine import Engine
+from grappa_dist.distributed.comm import Comm
+from grappa_dist.distributed.engine import Engine
 from grappa_dist.models import PackedGrappa, create_backbone
 from grappa_dist.ops.adam import adam
 from grappa_dist.stages.compiling import compile_if_it_wins

@@ -21,9 +21,9 @@ def barlow_twins(
 
     Args:
         za, zb: (B, D), row i of both from one pair; computed in float32 at least, whatever autocast says.
-        allsum: adds over ranks and lets gradients through (see dist/comm.py).
+        allsum: adds over ranks and lets gradients through (see distributed/comm.py).
         penalty: Eq. (4) of C = A^T B over all ranks, from a rank's A and B (B, D) and beta, where C itself is to be
-            made otherwise (see dist/correlation.py).
+            made otherwise (see distributed/correlation.py).
     """
     if za.shape != zb.shape or za.ndim != 2:
         raise ValueError(f"barlow_twins: za {tuple(za.shape)} and zb {tuple(zb.shape)} must both be (B, D), row by row")

@@ -118,7 +118,7 @@ def norm_softmax(
 ) -> Tensor:
     """Eq. (2): mean cross entropy of gamma * cos(z, weight) over the global batch, a scalar.
 
-    `allsum` adds over ranks and lets gradients through (see dist/comm.py): ranks may hold uneven or empty shares.
+    `allsum` adds over ranks and lets gradients through (distributed/comm.py): ranks may hold uneven or empty shares.
     """
     total = norm_softmax_sum(z, weight, labels, gamma)
     return allsum(total) / allsum(total.new_tensor(len(z)))

@@ -1,6 +1,6 @@
 """Which numbers of labels are fitted at the same time; a matter of memory and speed, never of a result.
 
-A pass over the rows can serve several K (dist/passes.py), so that they are read once in place of once for each.
+A pass over the rows can serve several K (distributed/passes.py), so that they are read once in place of once for each.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from grappa_dist.artifacts import Artifact, Store, wait_until_seen
 from grappa_dist.config import AdaptConfig, BackboneConfig, Config, DataConfig
 from grappa_dist.data.shards import ImageShards
-from grappa_dist.dist.jobs import Job
-from grappa_dist.dist.trackers import check_trackers
+from grappa_dist.distributed.jobs import Job
+from grappa_dist.distributed.trackers import check_trackers
 from grappa_dist.observe import counted
 from grappa_dist.ops.placement import placement_in_words, sets_per_job
 from grappa_dist.stages.adapting import AdaptJob, train_adaptors

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 
 from grappa_dist.config import AdaptConfig, BackboneConfig
-from grappa_dist.dist.classifier import Classifier
-from grappa_dist.dist.engine import Engine
-from grappa_dist.dist.trackers import trackers_of
-from grappa_dist.dist.train import Schedule, Watch, train
-from grappa_dist.dist.workers import RankContext
+from grappa_dist.distributed.classifier import Classifier
+from grappa_dist.distributed.engine import Engine
+from grappa_dist.distributed.trackers import trackers_of
+from grappa_dist.distributed.train import Schedule, Watch, train
+from grappa_dist.distributed.workers import RankContext
 from grappa_dist.models import PackedGrappa
 from grappa_dist.ops.adam import adam
 from grappa_dist.ops.room import even_size

@@ -17,9 +17,9 @@ from torch import Tensor
 from grappa_dist.artifacts import Artifact, RowArrays
 from grappa_dist.config import AdaptConfig
 from grappa_dist.data.transforms import Preprocess
-from grappa_dist.dist.classifier import Classifier, ClassifierSettings
-from grappa_dist.dist.engine import Engine
-from grappa_dist.dist.workers import RankContext
+from grappa_dist.distributed.classifier import Classifier, ClassifierSettings
+from grappa_dist.distributed.engine import Engine
+from grappa_dist.distributed.workers import RankContext
 from grappa_dist.ops.room import even_size
 from grappa_dist.stages.embed import to_images
 from grappa_dist.stages.label_files import CENTROIDS_FILE

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grappa_dist.dist.trial import least_seconds
+from grappa_dist.distributed.trial import least_seconds
 from grappa_dist.models import PackedGrappa
 from grappa_dist.ops.precision import forward_precision
 

@@ -21,8 +21,8 @@ from grappa_dist.data.loader import Make, load_images
 from grappa_dist.data.randomness import generator
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.data.transforms import view_generator
-from grappa_dist.dist.comm import Comm
-from grappa_dist.dist.sharded_knn import sharded_knn
+from grappa_dist.distributed.comm import Comm
+from grappa_dist.distributed.sharded_knn import sharded_knn
 from grappa_dist.files import write_json
 from grappa_dist.models import Grappa
 from grappa_dist.ops.metrics import retrieval_scores

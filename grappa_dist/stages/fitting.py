@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from grappa_dist.config import AdaptConfig
-from grappa_dist.dist.preflight import free_memory
-from grappa_dist.dist.workers import RankContext
+from grappa_dist.distributed.preflight import free_memory
+from grappa_dist.distributed.workers import RankContext
 from grappa_dist.files import write_json
 from grappa_dist.models import PackedGrappa
 from grappa_dist.models.packed import activation_bytes

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from grappa_dist.artifacts import Artifact, RowArrays, Store, wait_until_seen
 from grappa_dist.config import BackboneConfig, DataConfig, FuseConfig, seeks_neighbours
 from grappa_dist.data.shards import ImageShards
-from grappa_dist.dist.accumulate import accumulate
-from grappa_dist.dist.correlation import penalty_of
-from grappa_dist.dist.engine import Engine
-from grappa_dist.dist.jobs import Job
-from grappa_dist.dist.train import Schedule, Watch, train
-from grappa_dist.dist.workers import RankContext
+from grappa_dist.distributed.accumulate import accumulate
+from grappa_dist.distributed.correlation import penalty_of
+from grappa_dist.distributed.engine import Engine
+from grappa_dist.distributed.jobs import Job
+from grappa_dist.distributed.train import Schedule, Watch, train
+from grappa_dist.distributed.workers import RankContext
 from grappa_dist.files import replacing
 from grappa_dist.models import Grappa, Projector
 from grappa_dist.observe import counted

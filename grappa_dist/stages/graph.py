@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 
 from grappa_dist.artifacts import RowArrays
 from grappa_dist.config import FuseConfig
-from grappa_dist.dist.listed_knn import Graph, Recall, listed_knn
-from grappa_dist.dist.long_work import until_all_are_done
-from grappa_dist.dist.sharded_knn import sharded_knn
-from grappa_dist.dist.workers import RankContext
+from grappa_dist.distributed.listed_knn import Graph, Recall, listed_knn
+from grappa_dist.distributed.long_work import until_all_are_done
+from grappa_dist.distributed.sharded_knn import sharded_knn
+from grappa_dist.distributed.workers import RankContext
 from grappa_dist.files import sync, write_json
 from grappa_dist.models import Grappa
 from grappa_dist.ops.knn import are_duplicates, without_duplicates

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from grappa_dist.artifacts import Artifact, numbered
 from grappa_dist.config import BackboneConfig
 from grappa_dist.data.transforms import Preprocess
-from grappa_dist.dist.workers import let_go
+from grappa_dist.distributed.workers import let_go
 from grappa_dist.files import replacing
 from grappa_dist.models import Backbone, Grappa, Pixels, check_image_size, create_backbone
 from grappa_dist.models.backbone import check_name, check_weights

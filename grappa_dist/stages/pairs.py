@@ -19,7 +19,7 @@ from grappa_dist.data.decoding import Picture
 from grappa_dist.data.loader import load_images, read_batches
 from grappa_dist.data.randomness import generator
 from grappa_dist.data.transforms import Preprocess, view_generator
-from grappa_dist.dist.workers import RankContext
+from grappa_dist.distributed.workers import RankContext
 from grappa_dist.models import Grappa
 from grappa_dist.stages.embed import Embedding
 from grappa_dist.stages.graph import Graphs

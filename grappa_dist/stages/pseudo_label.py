@@ -12,13 +12,13 @@ import torch
 from grappa_dist.artifacts import Artifact, RowArrays, Store, numbered, wait_until_seen
 from grappa_dist.config import ClusteringConfig
 from grappa_dist.data.shards import ImageShards
-from grappa_dist.dist.clustering import Wanted, cluster, cluster_together, shares_passes
-from grappa_dist.dist.comm import raise_together
-from grappa_dist.dist.jobs import Job
-from grappa_dist.dist.methods import Clustering, Method, Told
-from grappa_dist.dist.rows import Rows
-from grappa_dist.dist.share import Share, join_rows
-from grappa_dist.dist.workers import RankContext
+from grappa_dist.distributed.clustering import Wanted, cluster, cluster_together, shares_passes
+from grappa_dist.distributed.comm import raise_together
+from grappa_dist.distributed.jobs import Job
+from grappa_dist.distributed.methods import Clustering, Method, Told
+from grappa_dist.distributed.rows import Rows
+from grappa_dist.distributed.share import Share, join_rows
+from grappa_dist.distributed.workers import RankContext
 from grappa_dist.observe import counted
 from grappa_dist.ops.choice import FLAT, Choice, Size, choose
 from grappa_dist.ops.seeding import LARGER_ROUNDS_ABOVE

@@ -13,8 +13,8 @@ import torch
 
 from grappa_dist.data.loader import read_batches
 from grappa_dist.data.transforms import Preprocess
-from grappa_dist.dist.trial import least_seconds
-from grappa_dist.dist.workers import let_go
+from grappa_dist.distributed.trial import least_seconds
+from grappa_dist.distributed.workers import let_go
 from grappa_dist.models import PackedGrappa
 from grappa_dist.ops.placement import Rates
 from grappa_dist.ops.precision import forward_precision

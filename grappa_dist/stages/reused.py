@@ -25,9 +25,9 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from grappa_dist.dist.comm import raise_together, said_by_rank_0
-from grappa_dist.dist.long_work import until_all_are_done
-from grappa_dist.dist.workers import RankContext
+from grappa_dist.distributed.comm import raise_together, said_by_rank_0
+from grappa_dist.distributed.long_work import until_all_are_done
+from grappa_dist.distributed.workers import RankContext
 from grappa_dist.files import replacing, write_json
 from grappa_dist.ops.exact import to_grid
 from grappa_dist.stages.training import TrainingImages

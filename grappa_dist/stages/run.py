@@ -13,9 +13,9 @@ from pathlib import Path
 from grappa_dist.artifacts import LOCK, Store
 from grappa_dist.config import Config
 from grappa_dist.data.remote import is_remote
-from grappa_dist.dist.cluster import Cluster
-from grappa_dist.dist.connection import SUBMITTED_JOB
-from grappa_dist.dist.jobs import Runner
+from grappa_dist.distributed.cluster import Cluster
+from grappa_dist.distributed.connection import SUBMITTED_JOB
+from grappa_dist.distributed.jobs import Runner
 from grappa_dist.observe import EVENTS_FILE, Console, Events
 
 

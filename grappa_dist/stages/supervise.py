@@ -20,10 +20,10 @@ from safetensors.torch import load_file, save_file
 from grappa_dist.artifacts import Artifact, RowArrays, Store, numbered, wait_until_seen
 from grappa_dist.config import SUPERVISED, SUPERVISED_SET, AdaptConfig, BackboneConfig, Config
 from grappa_dist.data.shards import ImageShards
-from grappa_dist.dist.engine import Engine
-from grappa_dist.dist.jobs import Job
-from grappa_dist.dist.train import Schedule, Watch, train
-from grappa_dist.dist.workers import RankContext
+from grappa_dist.distributed.engine import Engine
+from grappa_dist.distributed.jobs import Job
+from grappa_dist.distributed.train import Schedule, Watch, train
+from grappa_dist.distributed.workers import RankContext
 from grappa_dist.files import replacing
 from grappa_dist.models import Grappa
 from grappa_dist.observe import counted

@@ -18,7 +18,7 @@ from grappa_dist.data.order import EpochOrder
 from grappa_dist.data.randomness import generator
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.data.transforms import Preprocess, view_generator
-from grappa_dist.dist.comm import Comm
+from grappa_dist.distributed.comm import Comm
 from grappa_dist.stages.modelling import backbone_settings
 
 Pixels = NDArray[np.uint8]

@@ -14,7 +14,7 @@ from grappa_dist.bench.kmeans import KMeansFindings, KMeansSettings, measure_kme
 from grappa_dist.bench.rows import drawn_rows, read_rows, squared_error
 from grappa_dist.bench.table import as_json, as_text
 from grappa_dist.bench.timing import CAN_WATCH_MEMORY, turns
-from grappa_dist.dist.judges import SUPER, judges, starting_rows
+from grappa_dist.distributed.judges import SUPER, judges, starting_rows
 
 ROWS, DIM, LABELS = 1200, 48, (4, 40)
 HEADER = {"command": "bench.py"}

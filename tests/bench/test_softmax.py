@@ -19,7 +19,7 @@ from grappa_dist.bench.softmax import (
     as_text,
     measure_softmax,
 )
-from grappa_dist.dist.comm import Comm
+from grappa_dist.distributed.comm import Comm
 
 SMALL = SoftmaxSettings(classes=20_000, dim=8, batch=64, sampled=0.1, ranks=2, threads=2, steps=1, repeats=1)
 

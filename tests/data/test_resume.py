@@ -20,9 +20,9 @@ from grappa_dist.data.order import EpochOrder
 from grappa_dist.data.remote import TRAFFIC
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.data.writer import ShardWriter
-from grappa_dist.dist.comm import Comm
+from grappa_dist.distributed.comm import Comm
 from tests.conftest import Bucket
-from tests.dist.test_memory import watched
+from tests.distributed.test_memory import watched
 from tests.processes import run_ranks
 from tests.stores import Answer, Door, door_to
 

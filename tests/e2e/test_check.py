@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from grappa_dist.dist.preflight import versions
+from grappa_dist.distributed.preflight import versions
 from tests.e2e import runs
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from grappa_dist.dist.comm import Comm
+from grappa_dist.distributed.comm import Comm
 from grappa_dist.models import Projector
 from grappa_dist.models.projector import GlobalBatchNorm
 from grappa_dist.ops.losses import barlow_twins

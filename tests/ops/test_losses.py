@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from grappa_dist.dist.comm import Comm
+from grappa_dist.distributed.comm import Comm
 from grappa_dist.ops.losses import barlow_twins
 from tests import reference
 from tests.processes import run_ranks

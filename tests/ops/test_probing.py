@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from grappa_dist.dist.approximate import inverted_file
+from grappa_dist.distributed.approximate import inverted_file
 from grappa_dist.ops.exact import GRID, to_grid
 from grappa_dist.ops.nearest import assign
 from grappa_dist.ops.probing import Lists, Propose, assign_probed, nearest_exactly

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from grappa_dist.dist.comm import Comm
+from grappa_dist.distributed.comm import Comm
 from grappa_dist.ops import softmax
 from grappa_dist.ops.softmax import add_scores, class_gradient, no_scores, norm_softmax, norm_softmax_sum
 from tests import reference

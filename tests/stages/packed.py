@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from grappa_dist.artifacts import Store
 from grappa_dist.data.shards import ImageShards
-from grappa_dist.dist.comm import Comm
+from grappa_dist.distributed.comm import Comm
 from grappa_dist.stages import adapting
 from grappa_dist.stages.adapt import adaptors_of
 from grappa_dist.stages.adapting import AdaptJob, train_adaptors

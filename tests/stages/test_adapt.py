@@ -10,8 +10,8 @@ import torch
 
 from grappa_dist.artifacts import Artifact, Store
 from grappa_dist.data.shards import ImageShards
-from grappa_dist.dist.comm import Comm
-from grappa_dist.dist.train import Schedule, train
+from grappa_dist.distributed.comm import Comm
+from grappa_dist.distributed.train import Schedule, train
 from grappa_dist.observe import read_events
 from grappa_dist.stages.adapt import adaptors_of
 from grappa_dist.stages.adapting import AdaptJob, AdaptObjective, train_adaptors

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from grappa_dist.dist.comm import Comm
-from grappa_dist.dist.engine import Engine
-from grappa_dist.dist.train import NAMED
-from grappa_dist.dist.workers import let_go
+from grappa_dist.distributed.comm import Comm
+from grappa_dist.distributed.engine import Engine
+from grappa_dist.distributed.train import NAMED
+from grappa_dist.distributed.workers import let_go
 from grappa_dist.models import PackedGrappa
 from grappa_dist.observe import read_events
 from grappa_dist.stages import adapting

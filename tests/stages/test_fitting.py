@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from grappa_dist.config import AdaptConfig
-from grappa_dist.dist.comm import Comm
+from grappa_dist.distributed.comm import Comm
 from grappa_dist.models import Backbone, PackedGrappa, Pixels
 from grappa_dist.models.packed import activation_bytes
 from grappa_dist.stages import fitting

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from grappa_dist.artifacts import Artifact, Store
 from grappa_dist.data.shards import ImageShards
-from grappa_dist.dist.comm import Comm
-from grappa_dist.dist.engine import Engine
+from grappa_dist.distributed.comm import Comm
+from grappa_dist.distributed.engine import Engine
 from grappa_dist.models import Attention
 from grappa_dist.observe import read_events
 from grappa_dist.stages.embed import Embedding

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from grappa_dist.config import FuseConfig
-from grappa_dist.dist.comm import Comm
-from grappa_dist.dist.engine import Engine
+from grappa_dist.distributed.comm import Comm
+from grappa_dist.distributed.engine import Engine
 from grappa_dist.models import Projector
 from grappa_dist.ops.lars import Lars
 from grappa_dist.stages.fuse_plan import BUCKET, least_bytes, projector_bytes
-from tests.dist.test_memory import watched
+from tests.distributed.test_memory import watched
 from tests.processes import run_ranks
 from tests.stages.tiny import CPU
 

@@ -13,8 +13,8 @@ import pytest
 
 from grappa_dist.artifacts import RowArrays
 from grappa_dist.config import Config, FuseConfig
-from grappa_dist.dist.comm import Comm
-from grappa_dist.dist.workers import Stopped
+from grappa_dist.distributed.comm import Comm
+from grappa_dist.distributed.workers import Stopped
 from grappa_dist.stages import graph as graph_module
 from grappa_dist.stages.embed import embed_rows
 from grappa_dist.stages.graph import EXACT_ROWS, graph_kind, own_batches

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from grappa_dist.dist.comm import Comm
-from grappa_dist.dist.workers import RankContext
+from grappa_dist.distributed.comm import Comm
+from grappa_dist.distributed.workers import RankContext
 from grappa_dist.stages.adapting import train_adaptors
 from grappa_dist.stages.modelling import ADAPTORS_FILE
 from tests.processes import run_ranks

@@ -14,8 +14,8 @@ import pytest
 
 from grappa_dist import pipeline
 from grappa_dist.artifacts import Artifact, Store
-from grappa_dist.dist.comm import Comm
-from grappa_dist.dist.jobs import Job
+from grappa_dist.distributed.comm import Comm
+from grappa_dist.distributed.jobs import Job
 from grappa_dist.stages.mirror_work import ASIDE, STATE, WorkMirror
 from grappa_dist.stages.modelling import ADAPTORS_FILE
 from grappa_dist.stages.packs import PACK_FILE

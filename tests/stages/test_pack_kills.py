@@ -13,8 +13,8 @@ import pytest
 
 from grappa_dist.artifacts import Artifact
 from grappa_dist.data.shards import ImageShards
-from grappa_dist.dist.comm import Comm
-from grappa_dist.dist.jobs import Job
+from grappa_dist.distributed.comm import Comm
+from grappa_dist.distributed.jobs import Job
 from grappa_dist.observe import METRICS_FILE, read_events
 from grappa_dist.stages import packs
 from grappa_dist.stages.adapt import adapt, adaptors_of

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from grappa_dist.artifacts import Artifact
-from grappa_dist.dist.comm import Comm
+from grappa_dist.distributed.comm import Comm
 from grappa_dist.observe import METRICS_FILE, read_events
 from grappa_dist.stages import adapting, packs
 from grappa_dist.stages.adapting import AdaptJob

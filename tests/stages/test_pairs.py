@@ -14,7 +14,7 @@ from grappa_dist.data.decoding import decode
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.data.transforms import view_generator
 from grappa_dist.data.writer import ShardWriter
-from grappa_dist.dist.comm import Comm
+from grappa_dist.distributed.comm import Comm
 from grappa_dist.models import Grappa
 from grappa_dist.stages import graph as graph_module
 from grappa_dist.stages.embed import Embedding, embed_rows

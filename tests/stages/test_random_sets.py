@@ -12,7 +12,7 @@ from torch import Tensor
 from grappa_dist import load_model
 from grappa_dist.artifacts import Artifact, Store
 from grappa_dist.data.shards import ImageShards
-from grappa_dist.dist.comm import Comm
+from grappa_dist.distributed.comm import Comm
 from grappa_dist.export import export_model
 from grappa_dist.models import Adaptors, Grappa
 from grappa_dist.observe import read_events

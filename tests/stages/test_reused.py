@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from grappa_dist.config import FuseConfig
 from grappa_dist.data.shards import ImageShards
-from grappa_dist.dist.comm import Comm
+from grappa_dist.distributed.comm import Comm
 from grappa_dist.observe import read_events
 from grappa_dist.ops.exact import to_grid
 from grappa_dist.stages import reused

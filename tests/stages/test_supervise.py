@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from grappa_dist.artifacts import Store
 from grappa_dist.data.shards import ImageShards
-from grappa_dist.dist.comm import Comm
+from grappa_dist.distributed.comm import Comm
 from grappa_dist.observe import read_events
 from grappa_dist.ops.softmax import norm_softmax
 from grappa_dist.stages.adapt import adaptors_of

@@ -17,10 +17,10 @@ from grappa_dist.artifacts import Artifact, RowArrays, Store
 from grappa_dist.config import Config
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.data.writer import ShardWriter
-from grappa_dist.dist.comm import Comm
-from grappa_dist.dist.jobs import Job
-from grappa_dist.dist.preflight import Checks
-from grappa_dist.dist.workers import RankContext
+from grappa_dist.distributed.comm import Comm
+from grappa_dist.distributed.jobs import Job
+from grappa_dist.distributed.preflight import Checks
+from grappa_dist.distributed.workers import RankContext
 from grappa_dist.models import Grappa
 from grappa_dist.observe import Console, Events, read_events
 from grappa_dist.stages.modelling import ADAPTORS_FILE, build_backbone
