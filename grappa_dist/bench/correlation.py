@@ -54,7 +54,7 @@ class CorrelationSettings:
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundCorrelation:
     """One way to do it."""
 
     name: str
@@ -63,7 +63,7 @@ class Found:
     loss: float
 
 
-def measure_correlation(settings: CorrelationSettings) -> list[Found]:
+def measure_correlation(settings: CorrelationSettings) -> list[FoundCorrelation]:
     settings.check()
     told = run_workers(_on_a_rank, settings.ranks, settings)
     found = []
@@ -72,7 +72,7 @@ def measure_correlation(settings: CorrelationSettings) -> list[Found]:
         times = [(max(wall for wall, _ in ranks), sum(cpu for _, cpu in ranks)) for ranks in runs]
         peaks = [rank[name]["peak"] for rank in told]
         timing = Timing(tuple(wall for wall, _ in times), tuple(cpu for _, cpu in times))
-        found.append(Found(name, timing, max(peaks) if CAN_WATCH_MEMORY else None, told[0][name]["loss"]))
+        found.append(FoundCorrelation(name, timing, max(peaks) if CAN_WATCH_MEMORY else None, told[0][name]["loss"]))
     return found
 
 
@@ -111,7 +111,7 @@ def _peak(comm: Comm, work: Callable[[], float]) -> int | None:
     return peak[0] - before
 
 
-def as_text(settings: CorrelationSettings, found: list[Found]) -> str:
+def correlation_text(settings: CorrelationSettings, found: list[FoundCorrelation]) -> str:
     ours, sent = found[0].timing, settings.sent()
     title = f"C, D={settings.width}, B={settings.pairs}, R={settings.ranks}"
     lines = [[title, "ms", "ratio", "CPU ms of all", "ratio", "sent, MiB a rank", "peak, MiB a rank"]]
@@ -131,7 +131,7 @@ def as_text(settings: CorrelationSettings, found: list[Found]) -> str:
     return aligned(lines)
 
 
-def as_json(settings: CorrelationSettings, found: list[Found]) -> dict[str, Any]:
+def correlation_json(settings: CorrelationSettings, found: list[FoundCorrelation]) -> dict[str, Any]:
     sides = [
         {
             "name": side.name,

@@ -23,7 +23,7 @@ from grappa_dist.models.packed import activation_bytes
 from grappa_dist.ops.adam import adam
 from grappa_dist.ops.precision import forward_precision
 
-SHORT, WHOLE = "class token alone", "whole"
+CLASS_TOKEN, WHOLE = "class token alone", "whole"
 
 
 @dataclass(frozen=True)
@@ -39,17 +39,17 @@ def measure_last_block(settings: PackingSettings, tell: Tell) -> dict[str, Side]
     before = torch.get_num_threads()
     torch.set_num_threads(settings.threads)
     try:
-        return _measured(settings)
+        return _measured_last_block(settings)
     finally:
         torch.set_num_threads(before)
 
 
-def _measured(settings: PackingSettings) -> dict[str, Side]:
+def _measured_last_block(settings: PackingSettings) -> dict[str, Side]:
     device = torch.device(settings.device)
-    sides = (SHORT, WHOLE)  # of the same weights
-    models = {name: learning_model(settings, class_token_only=name == SHORT).to(device) for name in sides}
-    if models[SHORT].whole_because:
-        raise ValueError(f"--backbone {settings.backbone}: {models[SHORT].whole_because}")
+    sides = (CLASS_TOKEN, WHOLE)  # of the same weights
+    models = {name: learning_model(settings, class_token_only=name == CLASS_TOKEN).to(device) for name in sides}
+    if models[CLASS_TOKEN].whole_because:
+        raise ValueError(f"--backbone {settings.backbone}: {models[CLASS_TOKEN].whole_because}")
     images = made_up_images(settings)
     steps = {name: _step(model, images) for name, model in models.items()}
     gradients = {name: step() for name, step in steps.items()}  # this also warms up
@@ -89,8 +89,8 @@ def _step(model: PackedGrappa, images: torch.Tensor) -> Callable[[], torch.Tenso
     return step
 
 
-def as_json(settings: PackingSettings, found: dict[str, Side]) -> dict[str, Any]:
-    short, whole = found[SHORT], found[WHOLE]
+def last_block_json(settings: PackingSettings, found: dict[str, Side]) -> dict[str, Any]:
+    short, whole = found[CLASS_TOKEN], found[WHOLE]
     return {
         "settings": vars(settings),
         "sides": [
@@ -109,8 +109,8 @@ def as_json(settings: PackingSettings, found: dict[str, Side]) -> dict[str, Any]
     }
 
 
-def as_text(settings: PackingSettings, found: dict[str, Side]) -> str:
-    ratios = as_json(settings, found)
+def last_block_text(settings: PackingSettings, found: dict[str, Side]) -> str:
+    ratios = last_block_json(settings, found)
     lines: list[Sequence[str]] = [["last block", "s a step", "CPU s", "MiB kept of an image"]]
     lines += [
         [n, f"{min(s.timing.runs):.3f}", f"{min(s.timing.cpu_runs):.3f}", f"{s.activation_bytes / 2**20:.1f}"]

@@ -20,9 +20,9 @@ from grappa_dist.distributed.clustering import Wanted, cluster
 from grappa_dist.distributed.comm import Comm
 from grappa_dist.distributed.methods import Clustering, Method
 from grappa_dist.distributed.share import Share, join_rows
-from grappa_dist.ops.choice import Assignment, Choice, Name
+from grappa_dist.ops.choice import AssignmentKind, Choice, Name
 
-WAYS: tuple[tuple[Name, Assignment], ...] = (
+WAYS: tuple[tuple[Name, AssignmentKind], ...] = (
     ("exact", "exact"),
     ("approximate", "exact"),
     ("approximate", "approximate"),

@@ -68,7 +68,7 @@ def measure_packing(settings: PackingSettings, tell: Tell) -> dict[str, Timing]:
     settings.check()
     tell(f"{settings.sets} adaptor sets of {settings.backbone}")
     with tempfile.TemporaryDirectory() as folder:
-        found: dict[str, Timing] = run_workers(_measured, 1, settings, Path(folder))[0]
+        found: dict[str, Timing] = run_workers(_measured_packing, 1, settings, Path(folder))[0]
     return found
 
 
@@ -79,7 +79,7 @@ def untrained(name: str, image_size: int) -> torch.nn.Module:
         return create_backbone(f"timm:{name}", {}, {"image_size": image_size}, pretrained=False).model
 
 
-def _measured(comm: Comm, settings: PackingSettings, folder: Path) -> dict[str, Timing]:
+def _measured_packing(comm: Comm, settings: PackingSettings, folder: Path) -> dict[str, Timing]:
     torch.set_num_threads(settings.threads)
     found: dict[str, Timing] = {}
     with group_of_one(torch.device(settings.device)):
@@ -150,7 +150,7 @@ def _steps(job: AdaptJob, settings: PackingSettings) -> Callable[[], None]:
     return steps
 
 
-def as_json(settings: PackingSettings, found: dict[str, Timing]) -> dict[str, Any]:
+def packing_json(settings: PackingSettings, found: dict[str, Timing]) -> dict[str, Any]:
     packed, alone = found[PACKED], found[ALONE]
     return {
         "settings": vars(settings),
@@ -160,8 +160,8 @@ def as_json(settings: PackingSettings, found: dict[str, Timing]) -> dict[str, An
     }
 
 
-def as_text(settings: PackingSettings, found: dict[str, Timing]) -> str:
-    ratios = as_json(settings, found)
+def packing_text(settings: PackingSettings, found: dict[str, Timing]) -> str:
+    ratios = packing_json(settings, found)
     lines: list[Sequence[str]] = [["packing", "s a step of all sets", "CPU s"]]
     lines += [[name, f"{min(t.runs):.2f}", f"{min(t.cpu_runs):.2f}"] for name, t in found.items()]
     notes = [

@@ -27,7 +27,7 @@ from grappa_dist.config_file import load
 from grappa_dist.data.progress import Tell
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.observe import EVENTS_FILE
-from grappa_dist.pipeline import run
+from grappa_dist.pipeline import run as run_pipeline
 from grappa_dist.stages.collect import collection_of, draw_collection, open_images
 
 OURS, SCRIPT = "ours", "the script"
@@ -105,7 +105,7 @@ def measure_pipeline(settings: PipelineSettings, tell: Tell) -> PipelineFindings
 def _ours(config: Config, root: Path) -> Side:
     start = time.perf_counter()
     with redirect_stdout(sys.stderr):
-        found = run(config, root)
+        found = run_pipeline(config, root)
     assert found is not None
     seconds = seconds_by_step((root / EVENTS_FILE).read_text().splitlines())
     seconds[OTHER] = time.perf_counter() - start - sum(seconds.values())

@@ -19,7 +19,7 @@ from grappa_dist.distributed.sharded_kmeans import KMeans, sharded_kmeans
 
 MORE_ROWS = 8
 _MEMORY_ITERATIONS = 2
-_WARM_UP_ROWS = 512
+_SCALING_WARM_UP_ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def _clock(comm: Comm, file: Path, starts: np.ndarray, iterations: int) -> tuple
     initial = mapped[np.sort(starts)].copy()
     own = mapped[comm.rank * len(mapped) // comm.size : (comm.rank + 1) * len(mapped) // comm.size]
     float(own.sum())  # reads every page, so that no side waits for the disk
-    warm_up = Rows([own[:_WARM_UP_ROWS]], [np.ones(len(own[:_WARM_UP_ROWS]), dtype=bool)])
+    warm_up = Rows([own[:_SCALING_WARM_UP_ROWS]], [np.ones(len(own[:_SCALING_WARM_UP_ROWS]), dtype=bool)])
     sharded_kmeans(comm, warm_up, 2, KMeans(iterations=1))
     rows = Rows([own], [np.ones(len(own), dtype=bool)])
     comm.barrier()
@@ -87,7 +87,7 @@ def _clock(comm: Comm, file: Path, starts: np.ndarray, iterations: int) -> tuple
 
 def _growth(comm: Comm, file: Path, num_labels: int, times: int) -> int:
     mapped = np.load(file, mmap_mode="r")
-    few = mapped[:_WARM_UP_ROWS]
+    few = mapped[:_SCALING_WARM_UP_ROWS]
     sharded_kmeans(comm, Rows([few], [np.ones(len(few), dtype=bool)]), 2, KMeans(iterations=1))  # loads libraries
     good = np.ones(len(mapped), dtype=bool)
     rows = Rows([mapped] * times, [good] * times)  # the same file again: pages of it are not counted anyway

@@ -49,11 +49,11 @@ class StepFindings:
 def measure_step(settings: PackingSettings, tell: Tell) -> StepFindings:
     settings.check()
     tell(f"a step of {settings.sets} adaptor sets of {settings.backbone} on {settings.device}")
-    found: StepFindings = run_workers(_measured, 1, settings)[0]
+    found: StepFindings = run_workers(_measured_step, 1, settings)[0]
     return found
 
 
-def _measured(comm: Comm, settings: PackingSettings) -> StepFindings:
+def _measured_step(comm: Comm, settings: PackingSettings) -> StepFindings:
     torch.set_num_threads(settings.threads)
     device = torch.device(settings.device)
     with group_of_one(device) as comm:
@@ -120,7 +120,7 @@ def step_operations(settings: PackingSettings, *, class_token_only: bool = True)
     return float(counter.get_total_flops())
 
 
-def as_json(settings: PackingSettings, found: StepFindings) -> dict[str, Any]:
+def step_json(settings: PackingSettings, found: StepFindings) -> dict[str, Any]:
     return {
         "settings": vars(settings),
         "runs_s": found.timing.runs,
@@ -135,7 +135,7 @@ def as_json(settings: PackingSettings, found: StepFindings) -> dict[str, Any]:
     }
 
 
-def as_text(settings: PackingSettings, found: StepFindings) -> str:
+def step_text(settings: PackingSettings, found: StepFindings) -> str:
     fastest = min(found.timing.runs)
     titles = ["step", "s", "images/s", "GFLOP", "TFLOP/s", "of the limit"]
     figures = [f"{fastest:.4f}", f"{settings.images / fastest:.1f}", f"{found.operations / 1e9:.1f}"]

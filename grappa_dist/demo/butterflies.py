@@ -59,7 +59,7 @@ def _species() -> dict[str, Traits]:
 SPECIES = _species()
 
 
-def render(traits: Traits, rng: Generator) -> Image.Image:
+def render_butterfly(traits: Traits, rng: Generator) -> Image.Image:
     """One butterfly of the species: shade, pose, openness of the wings and the ground it sits on are its own."""
     hue = traits.hue + rng.normal(0, 0.05)
     paper = hsv(rng.uniform(), rng.uniform(0.05, 0.22), rng.uniform(0.8, 0.98))

@@ -14,7 +14,7 @@ from numpy.random import Generator
 from PIL import Image
 
 from grappa_dist.demo.canvas import Canvas, Inks, arc, box, ellipse, hsv, stream
-from grappa_dist.demo.kinds import render
+from grappa_dist.demo.kinds import render_sketch
 
 Doodle = Callable[[Canvas, Generator, Inks, int], None]
 COUNTS = 4
@@ -196,5 +196,5 @@ def example(seed: int, index: int) -> Example:
         line=(40, 40, 56) if light else (250, 248, 242),
     )
     doodle = DOODLES[kind]
-    image = render(lambda c, r, i: doodle(c, r, i, count), rng, ink)
+    image = render_sketch(lambda c, r, i: doodle(c, r, i, count), rng, ink)
     return Example(image, {"kind": kind, "count": kind * COUNTS + count, "hue": hue, "second": second})

@@ -80,11 +80,11 @@ def picture(seed: int, task: str, label: str, instance: int) -> Image.Image:
     """Image `instance` of a class, RGB; a pure function of the arguments."""
     rng = stream(seed, task, label, instance)
     if task == "instances":
-        return monsters.render(monsters.invent(stream(seed, "monster", label)), rng)
+        return monsters.render_monster(monsters.invent(stream(seed, "monster", label)), rng)
     if task == "species" and label in butterflies.SPECIES:
-        return butterflies.render(butterflies.SPECIES[label], rng)
+        return butterflies.render_butterfly(butterflies.SPECIES[label], rng)
     if task == "kinds" and label in kinds.SKETCHES:
-        return kinds.render(kinds.SKETCHES[label], rng)
+        return kinds.render_sketch(kinds.SKETCHES[label], rng)
     raise ValueError(f"there is no class {label!r} in task {task!r}; see tasks() for those there are")
 
 

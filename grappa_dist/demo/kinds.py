@@ -204,7 +204,7 @@ _SKETCHES = (
 SKETCHES: dict[str, Sketch] = {sketch.__name__: sketch for sketch in _SKETCHES}
 
 
-def render(sketch: Sketch, rng: Generator, ink: Inks | None = None) -> Image.Image:
+def render_sketch(sketch: Sketch, rng: Generator, ink: Inks | None = None) -> Image.Image:
     """A sketch in a random style: palette, background, pose, flat or inked or hollow shapes, light and grain."""
     ink = ink or pick_inks(rng)
     canvas = backdrop(rng, ink.paper)

@@ -71,7 +71,7 @@ def invent(rng: Generator) -> Monster:
     )
 
 
-def render(monster: Monster, rng: Generator) -> Image.Image:
+def render_monster(monster: Monster, rng: Generator) -> Image.Image:
     """One sighting of the monster: another place, pose, gaze, light and, within limits, colour."""
     canvas = backdrop(rng, hsv(rng.uniform(), rng.uniform(0.03, 0.25), rng.uniform(0.65, 0.98)))
     turn = rng.normal(0, 0.045)  # what the light does to all its colours

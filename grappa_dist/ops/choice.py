@@ -13,7 +13,7 @@ from math import isqrt
 from typing import Literal
 
 Name = Literal["exact", "sampled", "hierarchical", "approximate"]
-Assignment = Literal["exact", "approximate"]
+AssignmentKind = Literal["exact", "approximate"]
 Init = Literal["k-means++", "k-means||"]
 FLAT: tuple[Name, ...] = ("exact", "sampled")
 """Methods that fit all centroids at once, not on two levels."""
@@ -56,14 +56,14 @@ class Choice:
     """How one K is clustered."""
 
     name: Name
-    assignment: Assignment  # of all rows, once the centroids stand
+    assignment: AssignmentKind  # of all rows, once the centroids stand
     reason: str
     init: Init = "k-means++"  # of the flat fit: of all centroids, or of the coarse ones where there are two levels
 
 
 def choose(
     method: Name | Literal["auto"],
-    assignment: Assignment | Literal["auto"],
+    assignment: AssignmentKind | Literal["auto"],
     init: Init | Literal["auto"],
     size: Size,
 ) -> Choice:
@@ -75,7 +75,7 @@ def choose(
     return Choice(name, assigned, reason + because + started, found)
 
 
-def _assignment(name: Name, assignment: Assignment | Literal["auto"], size: Size) -> tuple[Assignment, str]:
+def _assignment(name: Name, assignment: AssignmentKind | Literal["auto"], size: Size) -> tuple[AssignmentKind, str]:
     if name == "exact":
         return "exact", ""
     once = size.rows * size.labels

@@ -37,7 +37,7 @@ def reassign_among_all(take: Take, centroids: Centroids, bounds: Bounds) -> Move
         x = joined(take(rows[several]))
         labels[several], unsure = _decide(x, squares[several], centroids, _picked(found, several))
         by_integers = int(unsure.sum())
-    _rebound(bounds, rows, found, labels)
+    _rebound_single(bounds, rows, found, labels)
     changed = (labels != own).nonzero()[:, 0]
     return Moves(rows[changed], own[changed], labels[changed], by_integers, len(rows) * num)
 
@@ -59,7 +59,7 @@ def _decide(x: Tensor, squares: Tensor, centroids: Centroids, proposed: tuple[Te
     return nearest, unsure
 
 
-def _rebound(bounds: Bounds, rows: Tensor, found: Proposals, labels: Tensor) -> None:
+def _rebound_single(bounds: Bounds, rows: Tensor, found: Proposals, labels: Tensor) -> None:
     """Writes the labels and bounds of the open rows, by (1) to (4) of `Proposals`.
 
     The nearest is no further than D_0 <= d_0 + e. The others are no nearer than d_0 - e, and, where the first is the

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from grappa_dist.bench.last_block import SHORT, WHOLE, Side, as_json, as_text, measure_last_block
+from grappa_dist.bench.last_block import CLASS_TOKEN, WHOLE, Side, last_block_json, last_block_text, measure_last_block
 from grappa_dist.bench.packing import PackingSettings
 from grappa_dist.bench.timing import Timing
 
@@ -11,15 +11,18 @@ TINY = PackingSettings(sets=2, backbone="vit_tiny_patch16_224", image_size=64, i
 
 def test_both_sides_are_timed_and_have_the_same_gradients() -> None:
     found = measure_last_block(TINY, lambda line: None)
-    assert {name: len(side.timing.runs) for name, side in found.items()} == {SHORT: 2, WHOLE: 2}
-    numbers = as_json(TINY, found)
+    assert {name: len(side.timing.runs) for name, side in found.items()} == {CLASS_TOKEN: 2, WHOLE: 2}
+    numbers = last_block_json(TINY, found)
     assert numbers["gradient_difference"] < 1e-5
     assert 1.05 < numbers["activation_ratio"] < 1.15  # one of eleven blocks that keep anything
 
 
 def test_a_ratio_above_one_says_that_the_class_token_alone_is_faster() -> None:
-    found = {SHORT: Side(Timing((1.0, 3.0), (2.0,)), 2**20, 1e-7), WHOLE: Side(Timing((1.5, 2.0), (3.5,)), 2**21, 0.0)}
-    assert "whole: 1.500x the class token alone (1.750x by CPU), 2.000x its activations" in as_text(TINY, found)
+    found = {
+        CLASS_TOKEN: Side(Timing((1.0, 3.0), (2.0,)), 2**20, 1e-7),
+        WHOLE: Side(Timing((1.5, 2.0), (3.5,)), 2**21, 0.0),
+    }
+    assert "whole: 1.500x the class token alone (1.750x by CPU), 2.000x its activations" in last_block_text(TINY, found)
 
 
 def test_a_backbone_whose_last_block_stays_whole_is_refused() -> None:

@@ -7,12 +7,12 @@ from grappa_dist.bench.packing import PackingSettings
 from grappa_dist.bench.step import (
     BOTTLENECK,
     StepFindings,
-    as_json,
-    as_text,
     learning_model,
     made_up_images,
     measure_step,
+    step_json,
     step_operations,
+    step_text,
     types_of_products,
 )
 from grappa_dist.bench.timing import Timing
@@ -42,7 +42,7 @@ def test_operations_are_those_of_the_matrix_products_of_a_vit() -> None:
 
 def test_a_step_is_timed_and_held_against_the_limit_of_its_type() -> None:
     found = measure_step(TINY, lambda line: None)
-    figures = as_json(TINY, found)
+    figures = step_json(TINY, found)
     assert len(figures["runs_s"]) == 2
     assert figures["dtype"] == "float32"
     assert figures["compiled"] == "not compiled"
@@ -61,6 +61,6 @@ def test_the_type_is_that_of_products_and_not_of_their_sums(halves: bool, expect
 
 def test_the_share_is_of_the_fastest_step() -> None:
     found = StepFindings(Timing((2.0, 4.0), (2.0, 4.0)), 3e12, 6e12, "bfloat16", "compiled")
-    text = as_text(TINY, found)
+    text = step_text(TINY, found)
     assert "25.0%" in text
     assert "6.000 TFLOP/s in one large product in bfloat16; layers compiled" in text

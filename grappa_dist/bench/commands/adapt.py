@@ -56,18 +56,18 @@ def run(asked: dict[str, Any], tell: Tell) -> tuple[str, dict[str, Any]]:
     packs.check()
     header = machine(classes.threads, "deepspeed")
     texts, numbers = [aligned_header(header)], dict[str, Any](machine=header)
-    of_packs = {
-        "packing": (packing, packing.measure_packing),
-        "last-block": (last_block, last_block.measure_last_block),
-        "step": (step, step.measure_step),
+    of_packs: dict[str, tuple[Callable[..., Any], ...]] = {
+        "packing": (packing.measure_packing, packing.packing_text, packing.packing_json),
+        "last-block": (last_block.measure_last_block, last_block.last_block_text, last_block.last_block_json),
+        "step": (step.measure_step, step.step_text, step.step_json),
     }
     if "softmax" in sections:
         sides = softmax.measure_softmax(classes, tell)
         texts.append(softmax.as_text(classes, sides))
         numbers["softmax"] = softmax.as_json(classes, sides)
-    for name, (section, measure) in of_packs.items():
+    for name, (measure, as_text, as_json) in of_packs.items():
         if name in sections:
-            found: Any = measure(packs, tell)
-            texts.append(section.as_text(packs, found))
-            numbers[name.replace("-", "_")] = section.as_json(packs, found)
+            found = measure(packs, tell)
+            texts.append(as_text(packs, found))
+            numbers[name.replace("-", "_")] = as_json(packs, found)
     return "\n\n".join(texts), numbers

@@ -53,4 +53,7 @@ def run(asked: dict[str, Any], tell: Tell) -> tuple[str, dict[str, Any]]:
         return text, numbers
     tell(f"the correlation matrix on {ranks} ranks")
     found = correlation.measure_correlation(matrix)
-    return f"{text}\n\n{correlation.as_text(matrix, found)}", {**numbers, "matrix": correlation.as_json(matrix, found)}
+    return f"{text}\n\n{correlation.correlation_text(matrix, found)}", {
+        **numbers,
+        "matrix": correlation.correlation_json(matrix, found),
+    }
