@@ -14,14 +14,14 @@ import torch
 from grappa_dist.artifacts import Artifact, Store, wait_until_seen
 from grappa_dist.config import Resources
 from grappa_dist.config_file import read
+from grappa_dist.console import counted
 from grappa_dist.data.index import Shard
 from grappa_dist.data.losses import losses_in_words
+from grappa_dist.data.open_images import cache_of
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.files import read_json, write_json, write_json_list
-from grappa_dist.observe import counted
-from grappa_dist.stages.collect import cache_of
+from grappa_dist.models.spec import ModelSpec, exported_spec
 from grappa_dist.stages.embed import BAD_FILE, ROWS_FILE, embed, features_of
-from grappa_dist.stages.modelling import ModelSpec, exported_spec
 from grappa_dist.stages.run import Run, running
 
 KEYS_FILE, NAMES_FILE, LIST_FILE = "keys.json", "names.json", "embeddings.json"

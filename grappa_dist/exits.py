@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from grappa_dist.observe import Interrupted, Terminated
+from grappa_dist.console import Interrupted, Terminated
 
 FAILED, CONFIG_ERROR, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 STATUSES = (

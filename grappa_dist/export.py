@@ -16,9 +16,9 @@ from grappa_dist.artifacts import Artifact
 from grappa_dist.data.decoding import to_rgb, upright
 from grappa_dist.files import replacing, write_json
 from grappa_dist.models import Grappa
+from grappa_dist.models.spec import CONFIG_FILE, FORMAT, WEIGHTS_FILE, ModelSpec, build, load_grappa, preprocess_of
 from grappa_dist.ops.galleries import set_weights, transitivity
-from grappa_dist.stages.galleries import load_galleries
-from grappa_dist.stages.modelling import CONFIG_FILE, FORMAT, WEIGHTS_FILE, ModelSpec, build, load_grappa, preprocess_of
+from grappa_dist.stages.gallery_weights import load_galleries
 
 
 class RetrievalModel(nn.Module):

@@ -8,21 +8,21 @@ from dataclasses import replace
 from grappa_dist.artifacts import Artifact, Store, numbered
 from grappa_dist.config import RANDOM, SUPERVISED, SUPERVISED_SET, UNTRAINED, Config
 from grappa_dist.data.shards import ImageShards
+from grappa_dist.models.spec import ModelSpec
+from grappa_dist.report.collect import report_of
 from grappa_dist.stages.adapt import adaptors_of
 from grappa_dist.stages.embed import features_of
 from grappa_dist.stages.evaluate import insight_of, scores_of
 from grappa_dist.stages.flow import Flow, Supervision
 from grappa_dist.stages.fuse import fusion_of
-from grappa_dist.stages.galleries import galleries_of
-from grappa_dist.stages.graph import graph_kind
-from grappa_dist.stages.modelling import ModelSpec
+from grappa_dist.stages.gallery_weights import galleries_of
+from grappa_dist.stages.ground_truth import truth_of
+from grappa_dist.stages.knn_graph import graph_kind
 from grappa_dist.stages.partitions import partitions_of
 from grappa_dist.stages.pseudo_label import labels_of, num_labels
 from grappa_dist.stages.random_sets import num_random
-from grappa_dist.stages.reporting import report_of
-from grappa_dist.stages.supervise import supervised_fusion_of
+from grappa_dist.stages.supervised import supervised_fusion_of
 from grappa_dist.stages.true_labels import true_labels_of
-from grappa_dist.stages.truth import truth_of
 
 
 def lay_out(config: Config, store: Store, train: ImageShards, test: ImageShards | None) -> Flow:

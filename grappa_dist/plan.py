@@ -8,20 +8,20 @@ from pathlib import Path
 
 from grappa_dist.artifacts import Artifact, Store
 from grappa_dist.config import SUPERVISED, SUPERVISED_SET, Config, Resources, seeks_neighbours
+from grappa_dist.console import counted
+from grappa_dist.data.open_images import collection_sizes, has_drawn, open_images
 from grappa_dist.layout import lay_out, on_pairs
 from grappa_dist.models.backbone import check_name
-from grappa_dist.observe import counted
 from grappa_dist.ops.correlation import by_rows, rows_are_cheaper, whole
 from grappa_dist.stages.adapt_plan import adapt_in_words, jobs_in_words
 from grappa_dist.stages.backbone_plan import backbone_in_words, known_width, without_weights
-from grappa_dist.stages.collect import collection_sizes, has_drawn, open_images
 from grappa_dist.stages.embed import check_bad_share
 from grappa_dist.stages.expected_workers import known_workers, may_have_gpus, ranks_of
 from grappa_dist.stages.flow import Flow
 from grappa_dist.stages.fuse_plan import projector_bytes, unfused_in_words
-from grappa_dist.stages.graph import graph_kind
+from grappa_dist.stages.knn_graph import graph_kind
 from grappa_dist.stages.pseudo_label import choices_in_words, num_labels
-from grappa_dist.stages.training import idle_in_words, steps_per_epoch
+from grappa_dist.training.batches import idle_in_words, steps_per_epoch
 
 CLASSIFIER_PRODUCTS = 4  # of images and classes: scores, pull, scores again, gradient
 DIM = 384  # channels that sizes are told for where the backbone's are not known: one's own is not built for a plan

@@ -16,8 +16,8 @@ from pathlib import Path
 if importlib.util.find_spec("grappa_dist") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.cli import COMMANDS, add_commands
 from grappa_dist.bench.arguments import OneLineParser
-from grappa_dist.bench.commands import COMMANDS, add_commands
 from grappa_dist.files import write_json
 
 

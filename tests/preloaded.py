@@ -18,6 +18,6 @@ import timm  # noqa: E402, F401
 import torch._dynamo  # noqa: E402
 
 import grappa_dist.pipeline  # noqa: E402, F401
-from grappa_dist.distributed.engine import _deepspeed  # noqa: E402
+from grappa_dist.training.deepspeed_engine import _deepspeed  # noqa: E402
 
 _deepspeed(torch.device("cpu"))  # looks once which operators could be compiled here, for which it calls gcc

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from grappa_dist.distributed.comm import process_group
+from grappa_dist.distributed.collectives import process_group
 
 # Forked from a server that has imported torch and started no thread, a rank is up in a tenth of a second, and unlike a
 # plain fork it inherits nothing of the test session.

@@ -18,12 +18,12 @@ import torch
 from grappa_dist.artifacts import Store
 from grappa_dist.config import Config
 from grappa_dist.data.decoding import decode
-from grappa_dist.data.making.collection import CollectionConfig, Work, make_shards
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.data.writer import ShardWriter
 from grappa_dist.embedding import embed_images
 from grappa_dist.export import load_model
 from grappa_dist.files import read_json
+from grappa_dist.make_shards.collection import CollectionConfig, Work, make_shards
 from grappa_dist.stages.run import Run
 from tests.stages import tiny
 from tests.test_export import exported

@@ -18,7 +18,7 @@ from grappa_dist.artifacts import Store
 from grappa_dist.config import Config
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.layout import lay_out
-from grappa_dist.stages.modelling import check_ready
+from grappa_dist.models.spec import check_ready
 from tests.stages import tiny
 from tests.test_layout import ROWS
 

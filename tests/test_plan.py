@@ -13,9 +13,9 @@ from grappa_dist.config import BackboneConfig, Config
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.layout import lay_out
 from grappa_dist.models import Backbone, PackedGrappa
+from grappa_dist.models.spec import build_backbone
 from grappa_dist.plan import plan
-from grappa_dist.stages.fitting import room
-from grappa_dist.stages.modelling import build_backbone
+from grappa_dist.training.memory import room
 from tests.models import tiny as models
 from tests.stages import tiny
 

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.harness import CAN_WATCH_MEMORY, Timing, held_bytes, turns, watched_memory
 from grappa_dist.bench.arguments import check_least
 from grappa_dist.bench.processes import run_workers
 from grappa_dist.bench.table import aligned
-from grappa_dist.bench.timing import CAN_WATCH_MEMORY, Timing, held_bytes, turns, watched_memory
-from grappa_dist.distributed.comm import Comm
+from grappa_dist.distributed.collectives import Comm
 from grappa_dist.distributed.correlation import by_rows_penalty, whole_penalty
 from grappa_dist.ops.correlation import by_rows, whole
-from grappa_dist.ops.losses import barlow_twins
+from grappa_dist.training.barlow_twins import barlow_twins
 
 ROWS, WHOLE, PLAIN = "by rows", "whole", "whole, plain autograd"
 BETA = 0.0051

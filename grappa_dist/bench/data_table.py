@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from grappa_dist.bench.data import OURS, DataFindings, ViewFindings
+from benchmarks.data import OURS, DataFindings, ViewFindings
 from grappa_dist.bench.table import aligned, aligned_header
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from grappa_dist.bench.timing import turns
+from benchmarks.harness import turns
 from grappa_dist.models import Grappa
 from grappa_dist.models.backbone import create_backbone
 

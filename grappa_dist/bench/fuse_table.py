@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from grappa_dist.bench.fuse import OURS, Found, FuseFindings, FuseSettings
+from benchmarks.fuse import OURS, Found, FuseFindings, FuseSettings
 from grappa_dist.bench.table import aligned, aligned_header
 
 _MIB = 2**20

@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.harness import Timing, add_run, turns
 from grappa_dist.bench.processes import run_workers
-from grappa_dist.bench.timing import Timing, add_run, turns
 from grappa_dist.data.progress import Tell
-from grappa_dist.distributed.comm import Comm
-from grappa_dist.distributed.sharded_knn import sharded_knn
+from grappa_dist.distributed.collectives import Comm
+from grappa_dist.knn.exact import sharded_knn
 
 ALONE, SEVERAL = "1 worker", "workers of 1 thread"
 Judge = Callable[[np.ndarray, int, int], np.ndarray]  # rows, neighbours with the row itself, threads

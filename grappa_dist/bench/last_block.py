@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
+from benchmarks.adapt import PackingSettings
+from benchmarks.harness import Timing, add_run, timed, turns
 from grappa_dist.bench.limit import wait_for
-from grappa_dist.bench.packing import PackingSettings
 from grappa_dist.bench.step import learning_model, made_up_images
 from grappa_dist.bench.table import aligned
-from grappa_dist.bench.timing import Timing, add_run, timed, turns
 from grappa_dist.data.progress import Tell
 from grappa_dist.models import PackedGrappa
 from grappa_dist.models.packed import activation_bytes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from grappa_dist.bench.timing import timed
+from benchmarks.harness import timed
 
 _LARGE = {"cpu": 2048, "cuda": 8192}  # side of the product
 _RUNS = 5

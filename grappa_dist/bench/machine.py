@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from grappa_dist.distributed.judges import faiss_version
+from benchmarks.faiss_baselines import faiss_version
 
 
 def machine(threads: int, *libraries: str) -> dict[str, str]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from grappa_dist.distributed.comm import Comm, process_group
+from grappa_dist.distributed.collectives import Comm, process_group
 
 _CONTEXT = multiprocessing.get_context("spawn")  # a fork would inherit the parent's threads and memory
 

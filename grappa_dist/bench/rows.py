@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from grappa_dist.distributed.rows import Rows
-from grappa_dist.ops.exact import to_grid
+from grappa_dist.search.fixed_point import to_grid
 
 TASKS, CLASSES, SUBCLASSES = 8, 60, 8  # of all, of a task, of a class
 _SHARES = (0.2, 0.2, 0.2, 0.15, 0.25)  # of a row's energy: what all rows share, its task, class, sub-class, itself

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.harness import Timing, add_run, anonymous_bytes, turns, watched_memory
 from grappa_dist.bench.processes import run_workers
-from grappa_dist.bench.timing import Timing, add_run, anonymous_bytes, turns, watched_memory
-from grappa_dist.distributed.comm import Comm
+from grappa_dist.distributed.collectives import Comm
 from grappa_dist.distributed.rows import Rows
-from grappa_dist.distributed.sharded_kmeans import KMeans, sharded_kmeans
+from grappa_dist.kmeans.lloyd import KMeans, sharded_kmeans
 
 MORE_ROWS = 8
 _MEMORY_ITERATIONS = 2

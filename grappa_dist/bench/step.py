@@ -16,17 +16,17 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.adapt import PackingSettings
+from benchmarks.harness import Timing, timed
 from grappa_dist.bench.limit import arithmetic_limit, wait_for
-from grappa_dist.bench.packing import PackingSettings
 from grappa_dist.bench.processes import group_of_one, run_workers
 from grappa_dist.bench.table import aligned
-from grappa_dist.bench.timing import Timing, timed
 from grappa_dist.data.progress import Tell
-from grappa_dist.distributed.comm import Comm
-from grappa_dist.distributed.engine import Engine
+from grappa_dist.distributed.collectives import Comm
 from grappa_dist.models import PackedGrappa, create_backbone
 from grappa_dist.ops.adam import adam
-from grappa_dist.stages.compiling import compile_if_it_wins
+from grappa_dist.training.compile import compile_if_it_wins
+from grappa_dist.training.deepspeed_engine import Engine
 
 BOTTLENECK = 64
 _RATE = 1e-3

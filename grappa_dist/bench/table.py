@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from grappa_dist.bench.kmeans import SAME_OBJECTIVE, Comparison, KMeansFindings, Seeding, Side
+from benchmarks.kmeans import SAME_OBJECTIVE, Comparison, KMeansFindings, Seeding, Side
 from grappa_dist.bench.scaling import MORE_ROWS, Memory, Scaling
 
 _NONE = "-"

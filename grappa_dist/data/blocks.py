@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from functools import lru_cache
 
-from grappa_dist.data.cache import BlockCache, CacheSettings
+from grappa_dist.data.block_cache import BlockCache, CacheSettings
 from grappa_dist.data.remote import RemoteFile, RemoteObject
 
 BLOCK = 4 * 2**20  # bytes: a request's latency is small beside it

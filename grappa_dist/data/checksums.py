@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from grappa_dist.data.index import COMMITTED, Shard, sha256_of
-from grappa_dist.data.notes import Notes
+from grappa_dist.data.index_cache import Notes
 
 
 def local_state(tar: Path) -> dict[str, str | int]:

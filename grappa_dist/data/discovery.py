@@ -14,13 +14,13 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from grappa_dist.data.cache import CacheSettings
+from grappa_dist.data.block_cache import CacheSettings
 from grappa_dist.data.checksums import check_unchanged, local_state
 from grappa_dist.data.index import COMMITTED, IMAGE_SUFFIXES, Shard, index_shard, version_of, write_rows
+from grappa_dist.data.index_cache import Notes, State
 from grappa_dist.data.index_files import read_index
 from grappa_dist.data.losses import losses_in_words
 from grappa_dist.data.misplaced import instead_of
-from grappa_dist.data.notes import Notes, State
 from grappa_dist.data.remote import RemoteObject, is_remote
 from grappa_dist.data.remote_index import RemoteRows, committed_indexes, index_remote, list_remote
 

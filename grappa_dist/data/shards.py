@@ -15,15 +15,15 @@ from typing import IO, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from grappa_dist.data.block_cache import CacheSettings
 from grappa_dist.data.blocks import BlockFile, ReadAt, fetchers, open_blocks
-from grappa_dist.data.cache import CacheSettings
 from grappa_dist.data.decoding import BadImage
 from grappa_dist.data.discovery import Index, Progress, find_shards
 from grappa_dist.data.index import DAMAGED, REFUSED, OpenFile, Shard, refusal
 from grappa_dist.data.index_files import REMADE, check_places, read_rows
-from grappa_dist.data.randomness import permutation
 from grappa_dist.data.remote import RemoteObject, is_remote
 from grappa_dist.data.remote_index import RemoteRows
+from grappa_dist.data.rng import permutation
 from grappa_dist.data.tars import key_at
 
 
@@ -162,7 +162,7 @@ class ImageShards:
             return why
 
     def labels(self, row: int) -> dict[str, Any] | None:
-        """The JSON member of a row, or None without one; only `stages/truth.py` asks for it.
+        """The JSON member of a row, or None without one; only `stages/ground_truth.py` asks for it.
 
         Raises:
             BadLabels: it is no JSON object.

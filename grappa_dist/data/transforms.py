@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from grappa_dist.data.decoding import Picture, Pixels
-from grappa_dist.data.randomness import generator
+from grappa_dist.data.rng import generator
 
 INTERPOLATIONS = {
     "nearest": Image.Resampling.NEAREST,

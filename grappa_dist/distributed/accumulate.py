@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from grappa_dist.distributed.engine import Engine
+from grappa_dist.training.deepspeed_engine import Engine
 
 
 def accumulate(

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from grappa_dist.config import Resources
-from grappa_dist.ops.placement import check_capacity
+from grappa_dist.distributed.placement import check_capacity
 
 
 def room(nodes: Iterable[Mapping[str, Any]], cpus: float, gpus: float) -> int:

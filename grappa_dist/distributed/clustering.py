@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from grappa_dist.distributed.lloyd import SQUARE_UNIT, Progress
-from grappa_dist.distributed.methods import Clustering, Method, Restart, Told, Trail
-from grappa_dist.distributed.sharded_kmeans import Fit, end_together
-from grappa_dist.distributed.share import Share
+from grappa_dist.distributed.sharded_rows import Share
+from grappa_dist.kmeans.lloyd import Fit, end_together
+from grappa_dist.kmeans.methods import Clustering, Method, Restart, Told, Trail
 from grappa_dist.ops.seeding import draw
 
 _RESTART = 0  # names draws

@@ -15,14 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grappa_dist.distributed.row_labels import exactly
-from grappa_dist.distributed.sampling import sampled_share
-from grappa_dist.distributed.search import nearest
-from grappa_dist.distributed.sharded_kmeans import KMeans, kmeans
-from grappa_dist.distributed.share import Share
-from grappa_dist.ops.exact import exact_dot
+from grappa_dist.distributed.sharded_rows import Share
+from grappa_dist.kmeans.assignments import exactly
+from grappa_dist.kmeans.lloyd import KMeans, kmeans
+from grappa_dist.kmeans.sampling import sampled_share
 from grappa_dist.ops.probing import nearest_set
-from grappa_dist.ops.proposals import Centroids
+from grappa_dist.search.backends import nearest
+from grappa_dist.search.candidates import Centroids
+from grappa_dist.search.fixed_point import exact_dot
 
 _FIT_ROWS = 64  # per list, that heads are fitted to
 _FIT_UPDATES = 5

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from grappa_dist.config import Resources
-from grappa_dist.observe import Terminated
+from grappa_dist.console import Terminated
 
 CONNECT_TIMEOUT_S = 5.0
 SUBMITTED_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by `ray job submit`

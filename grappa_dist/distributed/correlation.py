@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from grappa_dist.distributed.comm import Comm
+from grappa_dist.distributed.collectives import Comm
 from grappa_dist.ops.correlation import block_of, judge_, rows_are_cheaper
-from grappa_dist.ops.losses import Penalty
+from grappa_dist.training.barlow_twins import Penalty
 
 
 def penalty_of(comm: Comm, batch: int, dim: int) -> Penalty:

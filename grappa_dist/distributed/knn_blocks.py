@@ -14,11 +14,11 @@ from torch import Tensor
 from grappa_dist.distributed.rows import as_tensor, on_grid
 from grappa_dist.distributed.threads import side_by_side
 from grappa_dist.distributed.trial import products_pay
-from grappa_dist.ops.exact import exact_square, to_grid
-from grappa_dist.ops.halves import HalfProposer
+from grappa_dist.knn.block_search import MOST_ROWS, Side
 from grappa_dist.ops.knn import Block
-from grappa_dist.ops.proposals import norm_of
-from grappa_dist.ops.sift import MOST_ROWS, Side
+from grappa_dist.search.bf16 import HalfProposer
+from grappa_dist.search.candidates import norm_of
+from grappa_dist.search.fixed_point import exact_square, to_grid
 
 KEPT_BYTES = 2**31  # of own blocks on a device; those beyond are read again for every block that they meet
 _BLOCKS = 8  # of a rank, at least, so that threads have equal shares

@@ -14,8 +14,8 @@ from torch import Tensor
 from grappa_dist.distributed.coarse import Coarse
 from grappa_dist.distributed.knn_blocks import Blocks
 from grappa_dist.distributed.threads import side_by_side
+from grappa_dist.knn.block_search import MOST_ROWS, Found, Side, search_one_way
 from grappa_dist.ops.knn import Block, Neighbours
-from grappa_dist.ops.sift import MOST_ROWS, Found, Side, search_one_way
 
 GATHERED_ROWS = 2**15  # of whole lists that every rank holds at once, at least, before the last list of them
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from grappa_dist.distributed.rows import on_grid
-from grappa_dist.distributed.sharded_seeding import Seeded
-from grappa_dist.distributed.share import Share
-from grappa_dist.ops.exact import GRID
-from grappa_dist.ops.kmeans import Stats
-from grappa_dist.ops.proposals import Centroids
+from grappa_dist.distributed.sharded_rows import Share
+from grappa_dist.kmeans.seeding import Seeded
+from grappa_dist.kmeans.update import Stats
+from grappa_dist.search.candidates import Centroids
+from grappa_dist.search.fixed_point import GRID
 
 SQUARE_UNIT = 1 / GRID**2  # of exact squared distances
 Finish = Callable[[Tensor, list[int], int], tuple[Tensor, int]]

@@ -8,8 +8,8 @@ from typing import TypeVar
 
 import torch
 
-from grappa_dist.distributed.comm import Comm, wire_device
-from grappa_dist.distributed.workers import RankContext, Stopped
+from grappa_dist.distributed.collectives import Comm, wire_device
+from grappa_dist.distributed.worker import RankContext, Stopped
 
 _END = object()
 

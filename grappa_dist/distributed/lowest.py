@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grappa_dist.distributed.share import PIECE, Share
+from grappa_dist.distributed.sharded_rows import PIECE, Share
 
 _PLACE_BITS = 48
 _TABLE_BITS = 20  # of the counts of all groups' digits, at most

@@ -15,17 +15,9 @@ import torch
 from torch import Tensor
 
 from grappa_dist.distributed.row_weights import RowWeights, are_here, rows_at
-from grappa_dist.distributed.sampling import Draw, copied_share
-from grappa_dist.distributed.sharded_seeding import (
-    Candidates,
-    OnRound,
-    Seeded,
-    check_places,
-    draw_centroids,
-    no_one,
-    seed_centroids,
-)
-from grappa_dist.distributed.share import Share
+from grappa_dist.distributed.sharded_rows import Share
+from grappa_dist.kmeans.sampling import Draw, copied_share
+from grappa_dist.kmeans.seeding import Candidates, OnRound, Seeded, check_places, draw_centroids, no_one, seed_centroids
 from grappa_dist.ops.seeding import OVERSAMPLING_ROUNDS, oversampled_at_once
 
 _ROUND = 6  # names the hashes

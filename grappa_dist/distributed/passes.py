@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from grappa_dist.distributed.scratch import scratch
-from grappa_dist.distributed.share import RowBlock, Share
+from grappa_dist.distributed.sharded_rows import RowBlock, Share
+from grappa_dist.kmeans.update import Stats
+from grappa_dist.kmeans.yinyang import GroupedCentroids, reassign
 from grappa_dist.ops.bounds import Bounds, Drift, Groups, num_bounds
-from grappa_dist.ops.kmeans import Stats
 from grappa_dist.ops.moves import Moves
-from grappa_dist.ops.proposals import Centroids, joined
-from grappa_dist.ops.reassign import GroupedCentroids, reassign
+from grappa_dist.search.candidates import Centroids, joined
 
 
 def advance_together(wanted: Sequence[tuple[BoundedPasses, Tensor]]) -> list[Centroids]:

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from grappa_dist.distributed.scratch import scratch
-from grappa_dist.distributed.share import RowBlock, Share
-from grappa_dist.ops.exact import GRID
-from grappa_dist.ops.nearest import FAR, Assignment, assign
-from grappa_dist.ops.proposals import Centroids
+from grappa_dist.distributed.sharded_rows import RowBlock, Share
 from grappa_dist.ops.seeding import from_weights, to_weights
+from grappa_dist.search.candidates import Centroids
+from grappa_dist.search.fixed_point import GRID
+from grappa_dist.search.rerank import FAR, Assignment, assign
 
 _AT_ONCE = 2**14  # centroids that a block of rows is compared with, so that their table of distances stays small
 _READ = 256  # rows that are looked up one by one between two looks at the other ranks

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grappa_dist.ops.exact import GRID, LARGEST, to_grid
-from grappa_dist.ops.kmeans import NORM_LIMIT
+from grappa_dist.kmeans.update import NORM_LIMIT
+from grappa_dist.search.fixed_point import GRID, LARGEST, to_grid
 
 _RUN = 32  # rows of a run of neighbours, on the average: fewer are copied together rather than viewed one by one
 _GRID_ROWS = 128  # looked at in a core's cache

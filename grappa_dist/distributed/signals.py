@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from grappa_dist.observe import Interrupted, Terminated
+from grappa_dist.console import Interrupted, Terminated
 
 
 @dataclass

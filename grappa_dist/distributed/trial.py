@@ -15,10 +15,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from grappa_dist.distributed.search import nearest
-from grappa_dist.ops.exact import GRID, exact_dot, exact_square, to_grid
-from grappa_dist.ops.halves import FusedProposer, HalfProposer
-from grappa_dist.ops.proposals import Centroids, FloatProposer, Proposals, Proposer
+from grappa_dist.search.backends import nearest
+from grappa_dist.search.bf16 import FusedProposer, HalfProposer
+from grappa_dist.search.candidates import Centroids, FloatProposer, Proposals, Proposer
+from grappa_dist.search.fixed_point import GRID, exact_dot, exact_square, to_grid
 
 _KNOWN_SUMS = ("x86_64", "AMD64")
 _TRIED_ROWS, _TRIALS, _RUNS = 2048, 12, 2

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grappa_dist.distributed.comm import Comm
+from grappa_dist.distributed.collectives import Comm
 
 State = Mapping[Any, Mapping[str, Tensor]]  # parameter: name of what is known: tensor
 

@@ -2,7 +2,7 @@
 
 from grappa_dist.models.adaptors import Adaptors
 from grappa_dist.models.backbone import Backbone, Pixels, create_backbone
-from grappa_dist.models.fusion import Attention, Grappa, GrappaLayer
+from grappa_dist.models.grappa import Attention, Grappa, GrappaLayer
 from grappa_dist.models.packed import PackedGrappa
 from grappa_dist.models.projector import Projector
 from grappa_dist.models.sizes import check_image_size

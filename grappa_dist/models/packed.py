@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from grappa_dist.models.adaptors import Adaptors
 from grappa_dist.models.backbone import Backbone
-from grappa_dist.models.last_block import last_block
+from grappa_dist.models.class_token_block import last_block
 
 FEWEST_COMPILED = 2  # images: for none and for one, torch.compile would make graphs apart, of which it has a limit
 

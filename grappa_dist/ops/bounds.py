@@ -3,7 +3,7 @@
 After Yinyang k-means (Ding et al., ICML 2015). A row keeps an upper bound of the distance to its own centroid and, per
 group of centroids, a lower bound of the distance to every other centroid in it. By the triangle inequality a centroid
 that moves by s shifts either bound by at most s. A group whose lower bound stays above the upper bound cannot hold the
-row's nearest centroid and is not searched (ops/reassign.py).
+row's nearest centroid and is not searched (kmeans/yinyang.py).
 
 Shapes: P rows of one block, K centroids, G groups, D dimensions.
 """
@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grappa_dist.ops.exact import GRID, exact_square
-from grappa_dist.ops.proposals import SLACK, nearest_in_floats
+from grappa_dist.search.candidates import SLACK, nearest_in_floats
+from grappa_dist.search.fixed_point import GRID, exact_square
 
 _GROUP_STEPS = 5
 _FEW_LABELS = 512  # so few are searched in one go

@@ -1,7 +1,7 @@
 """By how much the best score of a row may mislead: which centroids can be the nearest although others score higher.
 
 A score s_j of a row x estimates S_j, which is -|x - c_j|^2 / 2 plus the same for all j, from forms x' and c'_j that are
-rounded to bfloat16 (ops/halves.py). With d_j = c_j - c'_j,
+rounded to bfloat16 (search/bf16.py). With d_j = c_j - c'_j,
 
     S_j - s_j = (x - x').c_j + x'.d_j + a_j + r_j,
 

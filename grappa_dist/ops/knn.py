@@ -4,7 +4,7 @@ The k best of a row are those with the highest exact scores, equal scores by asc
 blocks of targets merge into the list over all of them, in any order, so blocks may travel.
 
 Shapes: P query rows, m target rows of one block, D dimensions, t proposals per query. Rows lie on the grid of
-ops/exact.py; scores are float64 integers in units of 2**-48; a free place of a list has id -1 and score -inf.
+search/fixed_point.py; scores are float64 integers in units of 2**-48; a free place of a list has id -1 and score -inf.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from grappa_dist.ops.exact import GRID, exact_dot, exact_square
-from grappa_dist.ops.nearest import pair_dots
-from grappa_dist.ops.proposals import Search, best_in_floats, float_error, norm_of
+from grappa_dist.search.candidates import Search, best_in_floats, float_error, norm_of
+from grappa_dist.search.fixed_point import GRID, exact_dot, exact_square
+from grappa_dist.search.rerank import pair_dots
 
 _SLACK = 8  # proposals beyond k: near-ties at the end of a list mostly fit in
 _TILE = 2**23  # elements of the largest float64 table made at once

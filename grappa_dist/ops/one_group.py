@@ -1,7 +1,7 @@
 """A pass of Lloyd's iterations where the centroids are one group: rows are searched among all of them or not at all.
 
 The only lower bound of a row is that to all other centroids, so its own one need not be looked at apart: it is found
-among the others. With many groups there is more to keep apart (ops/reassign.py).
+among the others. With many groups there is more to keep apart (kmeans/yinyang.py).
 
 Shapes: P rows of one block, M of them open, K centroids, D dimensions, t proposals.
 """
@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from grappa_dist.ops.bounds import Bounds, rooted
-from grappa_dist.ops.exact import GRID
 from grappa_dist.ops.moves import Moves, Take, most_or_these
-from grappa_dist.ops.nearest import Rivals, best_of_all, decide_rivals
-from grappa_dist.ops.proposals import SLACK, Centroids, Proposals, joined
+from grappa_dist.search.candidates import SLACK, Centroids, Proposals, joined
+from grappa_dist.search.fixed_point import GRID
+from grappa_dist.search.rerank import Rivals, best_of_all, decide_rivals
 
 
 def reassign_among_all(take: Take, centroids: Centroids, bounds: Bounds) -> Moves:

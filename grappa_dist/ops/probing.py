@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from grappa_dist.ops.exact import exact_dot, exact_square
-from grappa_dist.ops.nearest import FAR, Assignment, assign, nearest_of_pairs
-from grappa_dist.ops.proposals import Centroids, Search, float_error, nearest_in_floats, norm_of
+from grappa_dist.search.candidates import Centroids, Search, float_error, nearest_in_floats, norm_of
+from grappa_dist.search.fixed_point import exact_dot, exact_square
+from grappa_dist.search.rerank import FAR, Assignment, assign, nearest_of_pairs
 
 PROPOSALS = 4  # centroids per row that floats propose
 Propose = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from grappa_dist.ops.exact import exact_dot, exact_square
+from grappa_dist.search.fixed_point import exact_dot, exact_square
 
 _TABLE = 2048  # candidates of which distances to each other are a square table
 _SHARE = 64  # a round adds at most this share of the centroids, where that is more than a table of candidates

@@ -14,7 +14,7 @@ from grappa_dist.report.content import ReportContent
 from grappa_dist.report.heat import heat_map, saturation
 from grappa_dist.report.markup import absent, sentences, text
 from grappa_dist.report.plots import COLOURS, Axes, Series, grid, line_chart
-from grappa_dist.report.reading import read_attention, uniform
+from grappa_dist.report.sentences import read_attention, uniform
 
 MOST_GROUPS = 24  # maps of one fusion
 _LEAD = (

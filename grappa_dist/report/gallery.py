@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Sequence
 
-from grappa_dist.observe import counted
+from grappa_dist.console import counted
 from grappa_dist.report.content import Gallery, Hit
 from grappa_dist.report.markup import decimal, text
 from grappa_dist.report.scores import ordered

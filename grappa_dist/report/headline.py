@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 
-from grappa_dist.observe import counted
+from grappa_dist.console import counted
 from grappa_dist.report.content import ReportContent
 from grappa_dist.report.markup import absent, percent, points, sentences, text
 from grappa_dist.report.plots import Axes, Series, grid, line_chart
-from grappa_dist.report.reading import read_scores
 from grappa_dist.report.scores import AVERAGE, BACKBONE, ORACLE, Scores, kind
+from grappa_dist.report.sentences import read_scores
 from grappa_dist.report.tables import recall_table, score_table
 
 MOST_PROFILES = 24

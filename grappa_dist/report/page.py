@@ -10,6 +10,7 @@ from grappa_dist.report.attention import attention_section
 from grappa_dist.report.content import ReportContent, ScoreRow
 from grappa_dist.report.gallery import Images
 from grappa_dist.report.headline import headline_section
+from grappa_dist.report.html import MARK, STYLE
 from grappa_dist.report.markup import text
 from grappa_dist.report.sections import (
     bad_section,
@@ -19,7 +20,6 @@ from grappa_dist.report.sections import (
     label_free_section,
     run_section,
 )
-from grappa_dist.report.theme import MARK, STYLE
 
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # no script runs and nothing is fetched
 

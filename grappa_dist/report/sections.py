@@ -6,12 +6,12 @@ import math
 from collections import Counter
 from typing import Literal
 
-from grappa_dist.observe import counted
+from grappa_dist.console import counted
+from grappa_dist.report.clusters import contact_sheets, nesting_table
 from grappa_dist.report.content import Clustering, LabelFree, ReportContent
 from grappa_dist.report.gallery import Images, galleries
 from grappa_dist.report.markup import absent, number, percent, table, text
 from grappa_dist.report.methods import method_table
-from grappa_dist.report.partitions import contact_sheets, nesting_table
 from grappa_dist.report.plots import COLOURS, Axes, Series, bar_chart, grid, line_chart
 from grappa_dist.report.scores import SAW_LABELS, ordered
 

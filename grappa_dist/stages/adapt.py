@@ -13,20 +13,20 @@ from numpy.typing import NDArray
 
 from grappa_dist.artifacts import Artifact, Store, wait_until_seen
 from grappa_dist.config import AdaptConfig, BackboneConfig, Config, DataConfig
+from grappa_dist.console import counted
 from grappa_dist.data.shards import ImageShards
-from grappa_dist.distributed.jobs import Job
-from grappa_dist.distributed.trackers import check_trackers
-from grappa_dist.observe import counted
-from grappa_dist.ops.placement import placement_in_words, sets_per_job
-from grappa_dist.stages.adapting import AdaptJob, train_adaptors
+from grappa_dist.distributed.placement import placement_in_words, sets_per_job
+from grappa_dist.distributed.runner import Job
+from grappa_dist.stages.adapt_job import AdaptJob, train_adaptors
+from grappa_dist.stages.adapt_packs import AdaptSet, commit_leftovers, fresh, group
 from grappa_dist.stages.classifying import starting_centroids
 from grappa_dist.stages.expected_workers import ranks_of
-from grappa_dist.stages.fitting import images_at_a_time
 from grappa_dist.stages.label_files import label_rows
-from grappa_dist.stages.packs import AdaptSet, commit_leftovers, fresh, group
 from grappa_dist.stages.rates import Measured, measure_rates
 from grappa_dist.stages.run import Run
-from grappa_dist.stages.training import TrainingImages, idle_in_words, trained_by
+from grappa_dist.training.batches import TrainingImages, idle_in_words, trained_by
+from grappa_dist.training.memory import images_at_a_time
+from grappa_dist.training.trackers import check_trackers
 
 FEW = 8  # images at a time, which a pack must have room for at the least
 

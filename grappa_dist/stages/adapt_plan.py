@@ -8,12 +8,12 @@ from collections.abc import Iterator
 import torch
 
 from grappa_dist.config import Config
+from grappa_dist.console import counted
+from grappa_dist.distributed.placement import check_capacity, placement_in_words
 from grappa_dist.models import Backbone, PackedGrappa
-from grappa_dist.observe import counted
-from grappa_dist.ops.placement import check_capacity, placement_in_words
 from grappa_dist.stages.expected_workers import known_workers, may_have_gpus, ranks_of
-from grappa_dist.stages.fitting import image_bytes, images_at_a_time
-from grappa_dist.stages.training import rank_share
+from grappa_dist.training.batches import rank_share
+from grappa_dist.training.memory import image_bytes, images_at_a_time
 
 
 def jobs_in_words(config: Config, num_sets: int) -> str:

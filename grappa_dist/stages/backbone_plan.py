@@ -10,8 +10,8 @@ import torch
 from grappa_dist.artifacts import Artifact
 from grappa_dist.config import BackboneConfig
 from grappa_dist.models import Backbone
+from grappa_dist.models.spec import build_backbone
 from grappa_dist.stages.embed import ROWS_FILE
-from grappa_dist.stages.modelling import build_backbone
 
 
 def without_weights(config: BackboneConfig) -> Backbone | None:

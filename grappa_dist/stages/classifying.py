@@ -17,13 +17,13 @@ from torch import Tensor
 from grappa_dist.artifacts import Artifact, RowArrays
 from grappa_dist.config import AdaptConfig
 from grappa_dist.data.transforms import Preprocess
-from grappa_dist.distributed.classifier import Classifier, ClassifierSettings
-from grappa_dist.distributed.engine import Engine
-from grappa_dist.distributed.workers import RankContext
+from grappa_dist.distributed.worker import RankContext
 from grappa_dist.ops.room import even_size
 from grappa_dist.stages.embed import to_images
 from grappa_dist.stages.label_files import CENTROIDS_FILE
-from grappa_dist.stages.training import Pixels, Rows, TrainingImages, augmented_batches, torch_seed
+from grappa_dist.training.batches import Pixels, Rows, TrainingImages, augmented_batches, torch_seed
+from grappa_dist.training.classifier import Classifier, ClassifierSettings
+from grappa_dist.training.deepspeed_engine import Engine
 
 
 def starting_centroids(config: AdaptConfig, labels: Artifact) -> Path | None:

@@ -18,19 +18,19 @@ from grappa_dist.artifacts import Artifact, RowArrays, Store, numbered, wait_unt
 from grappa_dist.config import Config, EvaluateConfig
 from grappa_dist.data.decoding import Picture
 from grappa_dist.data.loader import Make, load_images
-from grappa_dist.data.randomness import generator
+from grappa_dist.data.rng import generator
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.data.transforms import view_generator
-from grappa_dist.distributed.comm import Comm
-from grappa_dist.distributed.sharded_knn import sharded_knn
+from grappa_dist.distributed.collectives import Comm
 from grappa_dist.files import write_json
+from grappa_dist.knn.exact import sharded_knn
+from grappa_dist.metrics import retrieval_scores
 from grappa_dist.models import Grappa
-from grappa_dist.ops.metrics import retrieval_scores
+from grappa_dist.models.spec import ModelSpec, built, pixels_of, preprocess_of
 from grappa_dist.stages.embed import to_images
-from grappa_dist.stages.galleries import by_gallery
-from grappa_dist.stages.modelling import ModelSpec, built, pixels_of, preprocess_of
+from grappa_dist.stages.gallery_weights import by_gallery
+from grappa_dist.stages.ground_truth import Truth, load_truth, note_truth
 from grappa_dist.stages.run import Run
-from grappa_dist.stages.truth import Truth, load_truth, note_truth
 
 SCORES_FILE, INSIGHT_FILE = "scores.json", "insight.json"
 BATCH = 64  # images at a time where a model is looked at

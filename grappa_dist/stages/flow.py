@@ -9,7 +9,7 @@ from typing import NamedTuple
 from grappa_dist.artifacts import Artifact
 from grappa_dist.config import SUPERVISED, SUPERVISED_SET
 from grappa_dist.data.shards import ImageShards
-from grappa_dist.stages.modelling import ModelSpec
+from grappa_dist.models.spec import ModelSpec
 
 
 class Supervision(NamedTuple):

@@ -18,23 +18,15 @@ from torch import Tensor, nn
 
 from grappa_dist.artifacts import Artifact, RowArrays, Store, wait_until_seen
 from grappa_dist.config import BackboneConfig, DataConfig, FuseConfig, seeks_neighbours
+from grappa_dist.console import counted
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.distributed.accumulate import accumulate
 from grappa_dist.distributed.correlation import penalty_of
-from grappa_dist.distributed.engine import Engine
-from grappa_dist.distributed.jobs import Job
-from grappa_dist.distributed.train import Schedule, Watch, train
-from grappa_dist.distributed.workers import RankContext
+from grappa_dist.distributed.runner import Job
+from grappa_dist.distributed.worker import RankContext
 from grappa_dist.files import replacing
 from grappa_dist.models import Grappa, Projector
-from grappa_dist.observe import counted
-from grappa_dist.ops.adam import adam
-from grappa_dist.ops.lars import Lars
-from grappa_dist.ops.losses import barlow_twins
-from grappa_dist.ops.precision import forward_precision
-from grappa_dist.stages.embed import Embedding, to_images
-from grappa_dist.stages.fitting import fuse_advice, naming_lack_of_memory
-from grappa_dist.stages.modelling import (
+from grappa_dist.models.spec import (
     ADAPTORS_FILE,
     FUSION_FILE,
     build_backbone,
@@ -42,11 +34,19 @@ from grappa_dist.stages.modelling import (
     preprocess_of,
     save_own_sets,
 )
-from grappa_dist.stages.pairs import Pairs
+from grappa_dist.ops.adam import adam
+from grappa_dist.ops.precision import forward_precision
+from grappa_dist.stages.embed import Embedding, to_images
+from grappa_dist.stages.fuse_pairs import Pairs
 from grappa_dist.stages.random_sets import lars_groups, num_random, start_at_random
 from grappa_dist.stages.run import Run
-from grappa_dist.stages.training import TrainingImages, idle_in_words, torch_seed, trained_by
 from grappa_dist.stages.watching import AttentionWatch
+from grappa_dist.training.barlow_twins import barlow_twins
+from grappa_dist.training.batches import TrainingImages, idle_in_words, torch_seed, trained_by
+from grappa_dist.training.deepspeed_engine import Engine
+from grappa_dist.training.loop import Schedule, Watch, train
+from grappa_dist.training.memory import fuse_advice, naming_lack_of_memory
+from grappa_dist.training.optim import Lars
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from grappa_dist.distributed.methods import Clustering
 from grappa_dist.files import write_json
+from grappa_dist.kmeans.methods import Clustering
 from grappa_dist.ops.choice import Choice
 from grappa_dist.report.content import size_histogram
 

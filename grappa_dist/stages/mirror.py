@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 from grappa_dist.artifacts import MANIFEST, Artifact
-from grappa_dist.observe import Console
+from grappa_dist.console import Console
 from grappa_dist.stages.flow import Flow
 from grappa_dist.stages.mirror_work import WorkMirror
 from grappa_dist.stages.remote_folder import RemoteFolder, each

@@ -19,8 +19,8 @@ from functools import partial
 from pathlib import Path
 
 from grappa_dist.artifacts import Artifact
-from grappa_dist.observe import METRICS_FILE
-from grappa_dist.stages.packs import PACK_FILE, pack_members
+from grappa_dist.console import METRICS_FILE
+from grappa_dist.stages.adapt_packs import PACK_FILE, pack_members
 from grappa_dist.stages.remote_folder import RemoteFolder, each
 
 STATE = "state.json"

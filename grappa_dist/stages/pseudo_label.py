@@ -11,15 +11,15 @@ import torch
 
 from grappa_dist.artifacts import Artifact, RowArrays, Store, numbered, wait_until_seen
 from grappa_dist.config import ClusteringConfig
+from grappa_dist.console import counted
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.distributed.clustering import Wanted, cluster, cluster_together, shares_passes
-from grappa_dist.distributed.comm import raise_together
-from grappa_dist.distributed.jobs import Job
-from grappa_dist.distributed.methods import Clustering, Method, Told
+from grappa_dist.distributed.collectives import raise_together
 from grappa_dist.distributed.rows import Rows
-from grappa_dist.distributed.share import Share, join_rows
-from grappa_dist.distributed.workers import RankContext
-from grappa_dist.observe import counted
+from grappa_dist.distributed.runner import Job
+from grappa_dist.distributed.sharded_rows import Share, join_rows
+from grappa_dist.distributed.worker import RankContext
+from grappa_dist.kmeans.methods import Clustering, Method, Told
 from grappa_dist.ops.choice import FLAT, Choice, Size, choose
 from grappa_dist.ops.seeding import LARGER_ROUNDS_ABOVE
 from grappa_dist.ops.together import groups

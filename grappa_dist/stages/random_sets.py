@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from grappa_dist.config import RANDOM
 from grappa_dist.models import Adaptors, Grappa
-from grappa_dist.stages.training import torch_seed
+from grappa_dist.training.batches import torch_seed
 
 
 def num_random(variant: str, num_partitions: int) -> int:

@@ -13,17 +13,17 @@ import torch
 
 from grappa_dist.data.loader import read_batches
 from grappa_dist.data.transforms import Preprocess
+from grappa_dist.distributed.placement import Rates
 from grappa_dist.distributed.trial import least_seconds
-from grappa_dist.distributed.workers import let_go
+from grappa_dist.distributed.worker import let_go
 from grappa_dist.models import PackedGrappa
-from grappa_dist.ops.placement import Rates
+from grappa_dist.models.spec import build_backbone, forget_built, preprocess_of
 from grappa_dist.ops.precision import forward_precision
 from grappa_dist.ops.room import Room
-from grappa_dist.stages.adapting import AdaptJob
+from grappa_dist.stages.adapt_job import AdaptJob
 from grappa_dist.stages.embed import to_images
-from grappa_dist.stages.fitting import room, tried, usable_bytes
-from grappa_dist.stages.modelling import build_backbone, forget_built, preprocess_of
-from grappa_dist.stages.training import augmented, torch_seed
+from grappa_dist.training.batches import augmented, torch_seed
+from grappa_dist.training.memory import room, tried, usable_bytes
 
 CPU_IMAGES, GPU_IMAGES, REPEATS = 8, 128, 3
 

@@ -12,11 +12,11 @@ from pathlib import Path
 
 from grappa_dist.artifacts import LOCK, Store
 from grappa_dist.config import Config
+from grappa_dist.console import EVENTS_FILE, Console, Events
 from grappa_dist.data.remote import is_remote
-from grappa_dist.distributed.cluster import Cluster
 from grappa_dist.distributed.connection import SUBMITTED_JOB
-from grappa_dist.distributed.jobs import Runner
-from grappa_dist.observe import EVENTS_FILE, Console, Events
+from grappa_dist.distributed.ray_cluster import Cluster
+from grappa_dist.distributed.runner import Runner
 
 
 @dataclass(frozen=True)

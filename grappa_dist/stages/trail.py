@@ -17,9 +17,9 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from grappa_dist.distributed.lloyd import Progress
-from grappa_dist.distributed.methods import Trail
-from grappa_dist.distributed.sharded_seeding import Candidates, Seeded
 from grappa_dist.files import replacing
+from grappa_dist.kmeans.methods import Trail
+from grappa_dist.kmeans.seeding import Candidates, Seeded
 
 SEEDING_SAVE_S = 30.0  # from one save of an initialisation that is under way to the next: rounds may be many and short
 

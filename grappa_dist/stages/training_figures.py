@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from grappa_dist.artifacts import Artifact
-from grappa_dist.observe import METRICS_FILE, read_events
+from grappa_dist.console import METRICS_FILE, read_events
 
 Steps = Sequence[Mapping[str, Any]]
 

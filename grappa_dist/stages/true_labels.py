@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from grappa_dist.artifacts import Artifact, RowArrays, Store, numbered, wait_until_seen
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.files import write_json
+from grappa_dist.stages.ground_truth import load_truth, note_truth
 from grappa_dist.stages.label_files import CENTROIDS_FILE, label_rows, rows_file
 from grappa_dist.stages.label_stats import STATS_FILE
 from grappa_dist.stages.run import Run
-from grappa_dist.stages.truth import load_truth, note_truth
 
 ASKED_BY = "adapt.supervised or the variant supervised of fuse.variants"
 NAMED = 3  # shards, in a message

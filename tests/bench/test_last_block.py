@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
+from benchmarks.adapt import PackingSettings
+from benchmarks.harness import Timing
 from grappa_dist.bench.last_block import CLASS_TOKEN, WHOLE, Side, last_block_json, last_block_text, measure_last_block
-from grappa_dist.bench.packing import PackingSettings
-from grappa_dist.bench.timing import Timing
 
 TINY = PackingSettings(sets=2, backbone="vit_tiny_patch16_224", image_size=64, images=2, threads=1, steps=2, repeats=1)
 

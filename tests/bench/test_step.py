@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from grappa_dist.bench.packing import PackingSettings
+from benchmarks.adapt import PackingSettings
+from benchmarks.harness import Timing
 from grappa_dist.bench.step import (
     BOTTLENECK,
     StepFindings,
@@ -15,7 +16,6 @@ from grappa_dist.bench.step import (
     step_text,
     types_of_products,
 )
-from grappa_dist.bench.timing import Timing
 from grappa_dist.ops.precision import forward_precision
 
 TINY = PackingSettings(sets=2, backbone="vit_tiny_patch16_224", image_size=64, images=3, threads=1, steps=2, repeats=1)

@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from grappa_dist.observe import read_events
+from grappa_dist.console import read_events
 from tests.cluster.machines import Machine
 from tests.e2e.runs import ROOT
 

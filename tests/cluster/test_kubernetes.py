@@ -16,7 +16,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from grappa_dist.distributed.jobs import STOP_GRACE_S
+from grappa_dist.distributed.runner import STOP_GRACE_S
 from tests.cluster import manifests
 from tests.cluster.dockerfile import complaints, instructions
 from tests.cluster.kuberay import num_bytes

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from grappa_dist.data import blocks
+from grappa_dist.data.block_cache import CacheSettings
 from grappa_dist.data.blocks import BLOCK, BlockFile
-from grappa_dist.data.cache import CacheSettings
 from grappa_dist.data.remote import objects_at
 from tests.stores import Door, door_to, ranged
 

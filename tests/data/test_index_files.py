@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from grappa_dist.data.cache import CacheSettings
+from grappa_dist.data.block_cache import CacheSettings
 from grappa_dist.data.index import COMMITTED, ROW, Shard
 from grappa_dist.data.index_files import read_rows
 from grappa_dist.data.shards import ImageShards

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from grappa_dist.data.cache import CacheSettings
+from grappa_dist.data.block_cache import CacheSettings
 from grappa_dist.data.decoding import BadImage
 from grappa_dist.data.remote import RemoteFile, list_tars, objects_at
 from grappa_dist.data.shards import ImageShards

@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from grappa_dist.data.cache import CacheSettings
+from grappa_dist.data.block_cache import CacheSettings
+from grappa_dist.data.epoch_order import EpochOrder
 from grappa_dist.data.index import ROW
-from grappa_dist.data.order import EpochOrder
 from grappa_dist.data.remote import TRAFFIC
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.data.writer import ShardWriter
-from grappa_dist.distributed.comm import Comm
+from grappa_dist.distributed.collectives import Comm
 from tests.conftest import Bucket
 from tests.distributed.test_memory import watched
 from tests.processes import run_ranks

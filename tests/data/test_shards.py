@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import webdataset
 
-from grappa_dist.data.cache import CacheSettings
+from grappa_dist.data.block_cache import CacheSettings
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.data.writer import ShardWriter
 from tests.conftest import Bucket

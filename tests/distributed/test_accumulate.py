@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from grappa_dist.distributed.accumulate import accumulate
-from grappa_dist.distributed.comm import Comm
-from grappa_dist.distributed.engine import Engine
+from grappa_dist.distributed.collectives import Comm
 from grappa_dist.models import Backbone, Grappa, Pixels, Projector
-from grappa_dist.ops.losses import barlow_twins
+from grappa_dist.training.barlow_twins import barlow_twins
+from grappa_dist.training.deepspeed_engine import Engine
 from tests.models import tiny
 from tests.processes import run_ranks
 

@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from grappa_dist.distributed.clustering import Wanted, cluster, cluster_together, shares_passes
-from grappa_dist.distributed.comm import Comm
+from grappa_dist.distributed.collectives import Comm
 from grappa_dist.distributed.lloyd import Progress
-from grappa_dist.distributed.methods import Clustering, Method, Told
 from grappa_dist.distributed.rows import Rows
-from grappa_dist.distributed.sharded_kmeans import KMeans, begin, end_together
-from grappa_dist.distributed.share import RowBlock, Share, join_rows
+from grappa_dist.distributed.sharded_rows import RowBlock, Share, join_rows
+from grappa_dist.kmeans.lloyd import KMeans, begin, end_together
+from grappa_dist.kmeans.methods import Clustering, Method, Told
 from grappa_dist.ops.choice import Choice
-from grappa_dist.ops.exact import to_grid
-from tests.distributed.test_sharded_kmeans import clustered, cuts, part_of
+from grappa_dist.search.fixed_point import to_grid
+from tests.kmeans.test_lloyd import clustered, cuts, part_of
 from tests.processes import run_ranks
 
 NUMS = (3, 40, 600, 7)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from grappa_dist.distributed.comm import Comm
+from grappa_dist.distributed.collectives import Comm
 from grappa_dist.distributed.correlation import by_rows_penalty, penalty_of, whole_penalty
 from grappa_dist.models import Projector
-from grappa_dist.ops.losses import barlow_twins
+from grappa_dist.training.barlow_twins import barlow_twins
 from tests.processes import run_ranks
 
 BETA = 0.05

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from grappa_dist.config import Resources
-from grappa_dist.distributed.cluster import Cluster
-from grappa_dist.distributed.jobs import Job, Runner
 from grappa_dist.distributed.preflight import Checks, versions
-from grappa_dist.distributed.workers import RankContext
+from grappa_dist.distributed.ray_cluster import Cluster
+from grappa_dist.distributed.runner import Job, Runner
+from grappa_dist.distributed.worker import RankContext
 
 RESOURCES = Resources(cpus_per_worker=1, placement_timeout_s=200, collective_timeout_s=120)
 

@@ -5,9 +5,9 @@ from collections.abc import Generator
 
 import pytest
 
-from grappa_dist.distributed.comm import Comm
+from grappa_dist.distributed.collectives import Comm
 from grappa_dist.distributed.long_work import until_all_are_done
-from grappa_dist.distributed.workers import RankContext, Stopped
+from grappa_dist.distributed.worker import RankContext, Stopped
 from tests.processes import run_ranks
 from tests.stages.tiny import CPU
 

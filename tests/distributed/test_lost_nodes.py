@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 
 from grappa_dist.config import Resources
-from grappa_dist.distributed import cluster as cluster_module
-from grappa_dist.distributed.cluster import Cluster
-from grappa_dist.distributed.jobs import Job, Runner
+from grappa_dist.console import Terminated
+from grappa_dist.distributed import ray_cluster as cluster_module
 from grappa_dist.distributed.preflight import Checks, versions
+from grappa_dist.distributed.ray_cluster import Cluster
+from grappa_dist.distributed.runner import Job, Runner
 from grappa_dist.exits import Ending
-from grappa_dist.observe import Terminated
 from tests.distributed.standins import Ray, Ref, Worker
 
 
@@ -148,7 +148,7 @@ def test_sigterm_that_comes_with_the_last_result_is_not_forgotten(monkeypatch: p
 def test_the_last_line_says_state_is_saved_only_where_all_jobs_have_ended_by_themselves(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: signal.Signals, end: str
 ) -> None:
-    monkeypatch.setattr("grappa_dist.distributed.jobs.STOP_GRACE_S", 0.3)
+    monkeypatch.setattr("grappa_dist.distributed.runner.STOP_GRACE_S", 0.3)
     workers = [Worker("a"), Worker("b")]
 
     def goes_on(ref: Ref) -> Any:

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from grappa_dist.distributed.comm import Comm
+from grappa_dist.distributed.collectives import Comm
 from grappa_dist.distributed.lowest import lowest
-from tests.distributed.test_methods import share_of
+from tests.kmeans.test_methods import share_of
 from tests.processes import run_ranks
 
 NUM, GROUPS, BITS = 500, 7, 40

@@ -20,16 +20,17 @@ import pytest
 
 from grappa_dist.artifacts import Artifact, Store
 from grappa_dist.config import Config, Resources
+from grappa_dist.console import Console
 from grappa_dist.data.index import Shard
 from grappa_dist.data.shards import ImageShards
-from grappa_dist.distributed import lowest, share
-from grappa_dist.distributed.cluster import Cluster
-from grappa_dist.distributed.comm import Comm
-from grappa_dist.distributed.jobs import Job, Runner
+from grappa_dist.distributed import lowest
+from grappa_dist.distributed import sharded_rows as share
+from grappa_dist.distributed.collectives import Comm
+from grappa_dist.distributed.ray_cluster import Cluster
 from grappa_dist.distributed.rows import Rows
-from grappa_dist.distributed.sharded_kmeans import KMeans, sharded_kmeans
-from grappa_dist.distributed.workers import RankContext
-from grappa_dist.observe import Console
+from grappa_dist.distributed.runner import Job, Runner
+from grappa_dist.distributed.worker import RankContext
+from grappa_dist.kmeans.lloyd import KMeans, sharded_kmeans
 from grappa_dist.ops.choice import Init
 from grappa_dist.stages.embed import BAD_FILE, ROWS_FILE, bad_rows, feature_rows
 from grappa_dist.stages.label_stats import STATS_FILE

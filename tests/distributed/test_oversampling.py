@@ -11,18 +11,18 @@ from torch import Tensor
 
 from grappa_dist.bench.rows import drawn_rows
 from grappa_dist.distributed import oversampling, row_weights
-from grappa_dist.distributed.comm import Comm
+from grappa_dist.distributed.collectives import Comm
 from grappa_dist.distributed.oversampling import oversampled_centroids
 from grappa_dist.distributed.row_weights import RowWeights
 from grappa_dist.distributed.rows import Rows
-from grappa_dist.distributed.sharded_seeding import Candidates, Seeded, draw_centroids, seed_centroids
-from grappa_dist.distributed.share import Share, join_rows
-from grappa_dist.distributed.workers import Stopped
-from grappa_dist.ops.exact import GRID, to_grid
+from grappa_dist.distributed.sharded_rows import Share, join_rows
+from grappa_dist.distributed.worker import Stopped
+from grappa_dist.kmeans.seeding import Candidates, Seeded, draw_centroids, seed_centroids
 from grappa_dist.ops.hashing import race_keys, row_hashes
 from grappa_dist.ops.seeding import to_weights
-from tests.distributed.test_sharded_kmeans import clustered, cuts, good_rows, lattice, part_of
-from tests.distributed.test_sharded_seeding import at
+from grappa_dist.search.fixed_point import GRID, to_grid
+from tests.kmeans.test_lloyd import clustered, cuts, good_rows, lattice, part_of
+from tests.kmeans.test_seeding import at
 from tests.processes import run_ranks
 
 CASES = {

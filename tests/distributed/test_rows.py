@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from grappa_dist.distributed.rows import Rows
-from grappa_dist.ops.exact import to_grid
-from tests.distributed.test_search import unit_rows
+from grappa_dist.search.fixed_point import to_grid
+from tests.search.test_backends import unit_rows
 
 
 def two_shards() -> Rows:

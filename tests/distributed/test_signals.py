@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from grappa_dist.console import Interrupted, Terminated
 from grappa_dist.distributed.signals import Signals
-from grappa_dist.distributed.workers import RankContext
-from grappa_dist.observe import Interrupted, Terminated
+from grappa_dist.distributed.worker import RankContext
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """

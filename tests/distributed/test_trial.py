@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from grappa_dist.distributed.trial import fused_pays, keeps_its_word
-from grappa_dist.ops.exact import to_grid
-from grappa_dist.ops.halves import HalfProposer
-from grappa_dist.ops.proposals import Centroids, FloatProposer, PreparedRows, Proposals
+from grappa_dist.search.bf16 import HalfProposer
+from grappa_dist.search.candidates import Centroids, FloatProposer, PreparedRows, Proposals
+from grappa_dist.search.fixed_point import to_grid
 
 
 def unit_rows(num: int, seed: int) -> Tensor:

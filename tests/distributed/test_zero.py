@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from grappa_dist.distributed.comm import Comm
-from grappa_dist.distributed.engine import Engine
+from grappa_dist.distributed.collectives import Comm
 from grappa_dist.distributed.zero import fragments
-from grappa_dist.ops.lars import Lars
-from tests.distributed.test_engine import batch, small_model
+from grappa_dist.training.deepspeed_engine import Engine
+from grappa_dist.training.optim import Lars
 from tests.processes import run_ranks
+from tests.training.test_deepspeed_engine import batch, small_model
 
 pytest.importorskip("deepspeed")
 CPU = torch.device("cpu")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from grappa_dist.observe import read_events
+from grappa_dist.console import read_events
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = (

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from grappa_dist.distributed.jobs import STOP_GRACE_S
+from grappa_dist.distributed.runner import STOP_GRACE_S
 from tests.e2e import runs
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]

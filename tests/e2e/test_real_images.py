@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from grappa_dist.config import BackboneConfig
-from grappa_dist.data.making.collection import CollectionConfig, Work, make_shards
 from grappa_dist.data.shards import ImageShards
-from grappa_dist.ops.metrics import retrieval_scores
+from grappa_dist.make_shards.collection import CollectionConfig, Work, make_shards
+from grappa_dist.metrics import retrieval_scores
+from grappa_dist.models.spec import build_backbone
 from grappa_dist.stages.embed import Embedding, embed_rows
-from grappa_dist.stages.modelling import build_backbone
 
 EXPECTED = {"cub100": 47.8, "grocery": 35.3, "omniglot_small": 21.6, "eth80": 37.7}  # R-Precision in percent
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from grappa_dist.distributed.comm import Comm
+from grappa_dist.distributed.collectives import Comm
 from grappa_dist.models import Projector
 from grappa_dist.models.projector import GlobalBatchNorm
-from grappa_dist.ops.losses import barlow_twins
+from grappa_dist.training.barlow_twins import barlow_twins
 from tests.models import tiny
 from tests.processes import run_ranks
 

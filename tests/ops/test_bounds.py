@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from grappa_dist.ops.bounds import Bounds, Drift, Groups
-from grappa_dist.ops.exact import to_grid
+from grappa_dist.search.fixed_point import to_grid
 
 
 def unit_rows(num: int, dim: int, seed: int = 0) -> Tensor:

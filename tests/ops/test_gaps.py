@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grappa_dist.ops.exact import GRID, exact_dot, exact_square, to_grid
 from grappa_dist.ops.gaps import HALF, Gaps
-from grappa_dist.ops.halves import HalfProposer
-from grappa_dist.ops.proposals import Centroids, PreparedRows
+from grappa_dist.search.bf16 import HalfProposer
+from grappa_dist.search.candidates import Centroids, PreparedRows
+from grappa_dist.search.fixed_point import GRID, exact_dot, exact_square, to_grid
 
 NUM = 24
 

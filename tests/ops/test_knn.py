@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from grappa_dist.ops import knn
-from grappa_dist.ops.exact import GRID, to_grid
 from grappa_dist.ops.knn import (
     Block,
     Neighbours,
@@ -18,7 +17,8 @@ from grappa_dist.ops.knn import (
     to_scores,
     without_duplicates,
 )
-from grappa_dist.ops.proposals import float_error
+from grappa_dist.search.candidates import float_error
+from grappa_dist.search.fixed_point import GRID, to_grid
 
 
 def unit_rows(num: int, dim: int, seed: int = 0) -> Tensor:

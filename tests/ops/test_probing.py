@@ -4,11 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from grappa_dist.distributed.approximate import inverted_file
-from grappa_dist.ops.exact import GRID, to_grid
-from grappa_dist.ops.nearest import assign
+from grappa_dist.kmeans.ivf import inverted_file
 from grappa_dist.ops.probing import Lists, Propose, assign_probed, nearest_exactly
-from grappa_dist.ops.proposals import Centroids
+from grappa_dist.search.candidates import Centroids
+from grappa_dist.search.fixed_point import GRID, to_grid
+from grappa_dist.search.rerank import assign
 
 
 def unit_rows(num: int, dim: int, seed: int) -> torch.Tensor:

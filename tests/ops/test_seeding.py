@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from grappa_dist.ops import seeding
-from grappa_dist.ops.exact import GRID, to_grid
 from grappa_dist.ops.seeding import accept, candidates_of, draw, to_weights
+from grappa_dist.search.fixed_point import GRID, to_grid
 
 
 def unit_rows(num: int, dim: int) -> Tensor:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from grappa_dist.ops.exact import GRID, exact_square
-from grappa_dist.ops.halves import FusedProposer
-from grappa_dist.ops.nearest import assign, best_of_all
-from grappa_dist.ops.proposals import Centroids
-from grappa_dist.ops.top_products import PLACES, top_products
-from tests.ops.test_proposals import cases, check, exact_squares
+from grappa_dist.search.bf16 import FusedProposer
+from grappa_dist.search.candidates import Centroids
+from grappa_dist.search.fixed_point import GRID, exact_square
+from grappa_dist.search.rerank import assign, best_of_all
+from grappa_dist.search.triton_topk import PLACES, top_products
+from tests.search.test_candidates import cases, check, exact_squares
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from grappa_dist.report import (
     ScoreRow,
     write_report,
 )
-from tests.report.test_partitions import nesting, sheet
+from tests.report.test_clusters import nesting, sheet
 
 EVIL = "</style><script>alert('x')</script>\"'&\x00\ud800\u202e"
 VOID = {"meta", "wbr"}  # tags of HTML that are never closed; those of SVG close themselves

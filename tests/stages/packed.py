@@ -13,13 +13,13 @@ from safetensors.torch import load_file
 
 from grappa_dist.artifacts import Store
 from grappa_dist.data.shards import ImageShards
-from grappa_dist.distributed.comm import Comm
-from grappa_dist.stages import adapting
+from grappa_dist.distributed.collectives import Comm
+from grappa_dist.models.spec import ADAPTORS_FILE
+from grappa_dist.stages import adapt_job as adapting
 from grappa_dist.stages.adapt import adaptors_of
-from grappa_dist.stages.adapting import AdaptJob, train_adaptors
-from grappa_dist.stages.compiling import compile_if_it_wins
-from grappa_dist.stages.modelling import ADAPTORS_FILE
-from grappa_dist.stages.packs import AdaptSet
+from grappa_dist.stages.adapt_job import AdaptJob, train_adaptors
+from grappa_dist.stages.adapt_packs import AdaptSet
+from grappa_dist.training.compile import compile_if_it_wins
 from tests.stages import tiny
 
 KS = (3, 4, 5)

@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from grappa_dist.artifacts import Artifact, Store
+from grappa_dist.console import read_events
 from grappa_dist.data.shards import ImageShards
-from grappa_dist.distributed.comm import Comm
-from grappa_dist.distributed.train import Schedule, train
-from grappa_dist.observe import read_events
+from grappa_dist.distributed.collectives import Comm
+from grappa_dist.models.spec import ADAPTORS_FILE, build_backbone
 from grappa_dist.stages.adapt import adaptors_of
-from grappa_dist.stages.adapting import AdaptJob, AdaptObjective, train_adaptors
-from grappa_dist.stages.modelling import ADAPTORS_FILE, build_backbone
-from grappa_dist.stages.packs import AdaptSet, begin
-from grappa_dist.stages.training import rank_share
+from grappa_dist.stages.adapt_job import AdaptJob, AdaptObjective, train_adaptors
+from grappa_dist.stages.adapt_packs import AdaptSet, begin
+from grappa_dist.training.batches import rank_share
+from grappa_dist.training.loop import Schedule, train
 from tests.processes import run_ranks
 from tests.stages import tiny
 

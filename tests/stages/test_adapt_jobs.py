@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from grappa_dist.data.shards import ImageShards
-from grappa_dist.ops.placement import Rates
+from grappa_dist.distributed.placement import Rates
 from grappa_dist.ops.room import Room
 from grappa_dist.stages.adapt import FEW, _most_sets, adapt, adaptors_of
 from grappa_dist.stages.label_files import rows_file

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from grappa_dist.distributed.classifier import Classifier, ClassifierSettings
-from grappa_dist.distributed.comm import Comm
+from grappa_dist.distributed.collectives import Comm
+from grappa_dist.training.classifier import Classifier, ClassifierSettings
 from tests.processes import run_ranks
 
 CPU = torch.device("cpu")

@@ -14,8 +14,9 @@ from PIL import Image
 from grappa_dist.artifacts import Artifact, Store
 from grappa_dist.config import Config
 from grappa_dist.data.decoding import decode
+from grappa_dist.data.open_images import open_images
 from grappa_dist.data.shards import ImageShards
-from grappa_dist.stages.collect import open_images
+from grappa_dist.models.spec import ModelSpec, build, pixels_of, preprocess_of
 from grappa_dist.stages.embed import (
     Embedding,
     bad_reasons,
@@ -27,7 +28,6 @@ from grappa_dist.stages.embed import (
     features_of,
     to_images,
 )
-from grappa_dist.stages.modelling import ModelSpec, build, pixels_of, preprocess_of
 from tests.conftest import Bucket
 from tests.data.test_decoding import encoded, png_header
 from tests.data.test_decoding import picture as drawn

@@ -11,11 +11,11 @@ import torch
 
 from grappa_dist.config import Config
 from grappa_dist.data.shards import ImageShards
-from grappa_dist.ops.metrics import retrieval_scores
+from grappa_dist.metrics import retrieval_scores
+from grappa_dist.models.spec import ModelSpec
 from grappa_dist.stages.embed import bad_rows, embed, feature_rows, features_of
 from grappa_dist.stages.evaluate import NEIGHBOURS, Evaluation, evaluate, insight_of, scores_of
-from grappa_dist.stages.modelling import ModelSpec
-from grappa_dist.stages.truth import load_truth, truth_of
+from grappa_dist.stages.ground_truth import load_truth, truth_of
 from tests.stages import tiny
 
 ALONE = 39  # the last row is the one row of its task

@@ -11,15 +11,15 @@ import torch
 from safetensors.torch import load_file
 
 from grappa_dist.artifacts import Artifact, Store
+from grappa_dist.console import read_events
 from grappa_dist.data.shards import ImageShards
-from grappa_dist.distributed.comm import Comm
-from grappa_dist.distributed.engine import Engine
+from grappa_dist.distributed.collectives import Comm
 from grappa_dist.models import Attention
-from grappa_dist.observe import read_events
+from grappa_dist.models.spec import FUSION_FILE
 from grappa_dist.stages.embed import Embedding
 from grappa_dist.stages.fuse import FuseJob, FuseObjective, fusion_of, train_fusion
-from grappa_dist.stages.modelling import FUSION_FILE
 from grappa_dist.stages.watching import decay_ratios
+from grappa_dist.training.deepspeed_engine import Engine
 from tests.processes import run_ranks
 from tests.stages import tiny
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from grappa_dist.config import FuseConfig
-from grappa_dist.distributed.comm import Comm
-from grappa_dist.distributed.engine import Engine
+from grappa_dist.distributed.collectives import Comm
 from grappa_dist.models import Projector
-from grappa_dist.ops.lars import Lars
 from grappa_dist.stages.fuse_plan import BUCKET, least_bytes, projector_bytes
+from grappa_dist.training.deepspeed_engine import Engine
+from grappa_dist.training.optim import Lars
 from tests.distributed.test_memory import watched
 from tests.processes import run_ranks
 from tests.stages.tiny import CPU

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from grappa_dist.distributed.comm import Comm
-from grappa_dist.distributed.workers import RankContext
-from grappa_dist.stages.adapting import train_adaptors
-from grappa_dist.stages.modelling import ADAPTORS_FILE
+from grappa_dist.distributed.collectives import Comm
+from grappa_dist.distributed.worker import RankContext
+from grappa_dist.models.spec import ADAPTORS_FILE
+from grappa_dist.stages.adapt_job import train_adaptors
 from tests.processes import run_ranks
 from tests.stages import tiny
 from tests.stages.packed import job_in

@@ -11,7 +11,7 @@ import pytest
 from grappa_dist import pipeline
 from grappa_dist.artifacts import Artifact, Store
 from grappa_dist.config import Config
-from grappa_dist.stages.collect import open_images
+from grappa_dist.data.open_images import open_images
 from grappa_dist.stages.mirror import Mirror, artifacts_of
 from tests.conftest import Bucket
 from tests.stages import tiny

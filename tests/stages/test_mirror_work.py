@@ -14,11 +14,11 @@ import pytest
 
 from grappa_dist import pipeline
 from grappa_dist.artifacts import Artifact, Store
-from grappa_dist.distributed.comm import Comm
-from grappa_dist.distributed.jobs import Job
+from grappa_dist.distributed.collectives import Comm
+from grappa_dist.distributed.runner import Job
+from grappa_dist.models.spec import ADAPTORS_FILE
+from grappa_dist.stages.adapt_packs import PACK_FILE
 from grappa_dist.stages.mirror_work import ASIDE, STATE, WorkMirror
-from grappa_dist.stages.modelling import ADAPTORS_FILE
-from grappa_dist.stages.packs import PACK_FILE
 from grappa_dist.stages.remote_folder import RemoteFolder
 from tests.conftest import Bucket
 from tests.processes import run_ranks

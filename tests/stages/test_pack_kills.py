@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 
 from grappa_dist.artifacts import Artifact
+from grappa_dist.console import METRICS_FILE, read_events
 from grappa_dist.data.shards import ImageShards
-from grappa_dist.distributed.comm import Comm
-from grappa_dist.distributed.jobs import Job
-from grappa_dist.observe import METRICS_FILE, read_events
-from grappa_dist.stages import packs
+from grappa_dist.distributed.collectives import Comm
+from grappa_dist.distributed.runner import Job
+from grappa_dist.models.spec import ADAPTORS_FILE
+from grappa_dist.stages import adapt_packs as packs
 from grappa_dist.stages.adapt import adapt, adaptors_of
 from grappa_dist.stages.label_files import rows_file
-from grappa_dist.stages.modelling import ADAPTORS_FILE
 from tests.processes import run_ranks
 from tests.stages import tiny
 

@@ -12,10 +12,11 @@ import torch
 
 from grappa_dist.artifacts import Artifact, RowArrays, Store
 from grappa_dist.config import BackboneConfig, ClusteringConfig, Config, DataConfig
-from grappa_dist.data.shards import ImageShards, Shard
-from grappa_dist.distributed.comm import Comm
+from grappa_dist.data.index import Shard
+from grappa_dist.data.shards import ImageShards
+from grappa_dist.distributed.collectives import Comm
 from grappa_dist.distributed.lloyd import Progress
-from grappa_dist.distributed.workers import RankContext, Stopped
+from grappa_dist.distributed.worker import RankContext, Stopped
 from grappa_dist.report.content import Clustering
 from grappa_dist.stages import trail
 from grappa_dist.stages.label_files import own_shards, rows_file

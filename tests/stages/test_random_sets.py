@@ -11,17 +11,17 @@ from torch import Tensor
 
 from grappa_dist import load_model
 from grappa_dist.artifacts import Artifact, Store
+from grappa_dist.console import read_events
 from grappa_dist.data.shards import ImageShards
-from grappa_dist.distributed.comm import Comm
+from grappa_dist.distributed.collectives import Comm
 from grappa_dist.export import export_model
 from grappa_dist.models import Adaptors, Grappa
-from grappa_dist.observe import read_events
-from grappa_dist.ops.lars import Lars
-from grappa_dist.ops.losses import barlow_twins
+from grappa_dist.models.spec import ADAPTORS_FILE, FUSION_FILE, ModelSpec, build, build_backbone
 from grappa_dist.stages.embed import Embedding
 from grappa_dist.stages.fuse import FuseJob, FuseObjective, fusion_of, train_fusion
-from grappa_dist.stages.modelling import ADAPTORS_FILE, FUSION_FILE, ModelSpec, build, build_backbone
 from grappa_dist.stages.random_sets import lars_groups, num_random, start_at_random
+from grappa_dist.training.barlow_twins import barlow_twins
+from grappa_dist.training.optim import Lars
 from tests import reference
 from tests.processes import run_ranks
 from tests.stages import tiny

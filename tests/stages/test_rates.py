@@ -11,7 +11,7 @@ import torch
 
 from grappa_dist.models import PackedGrappa
 from grappa_dist.stages import rates
-from grappa_dist.stages.fitting import image_bytes
+from grappa_dist.training.memory import image_bytes
 from tests.stages import tiny
 from tests.stages.packed import job_in
 

@@ -8,10 +8,10 @@ import pytest
 
 from grappa_dist.artifacts import Artifact, RowArrays
 from grappa_dist.data.shards import ImageShards
+from grappa_dist.models.spec import ADAPTORS_FILE
+from grappa_dist.stages.ground_truth import truth_of
 from grappa_dist.stages.label_files import CENTROIDS_FILE, label_rows
-from grappa_dist.stages.modelling import ADAPTORS_FILE
 from grappa_dist.stages.true_labels import class_counts, name_classes, read_true_labels, true_labels_of, without_class
-from grappa_dist.stages.truth import truth_of
 from tests.stages import tiny
 
 DIM = 16  # of the tiny backbone

@@ -15,17 +15,17 @@ from safetensors.torch import save_file
 
 from grappa_dist.artifacts import Artifact, RowArrays, Store
 from grappa_dist.config import Config
+from grappa_dist.console import Console, Events, read_events
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.data.writer import ShardWriter
-from grappa_dist.distributed.comm import Comm
-from grappa_dist.distributed.jobs import Job
+from grappa_dist.distributed.collectives import Comm
 from grappa_dist.distributed.preflight import Checks
-from grappa_dist.distributed.workers import RankContext
+from grappa_dist.distributed.runner import Job
+from grappa_dist.distributed.worker import RankContext
 from grappa_dist.models import Grappa
-from grappa_dist.observe import Console, Events, read_events
-from grappa_dist.stages.modelling import ADAPTORS_FILE, build_backbone
+from grappa_dist.models.spec import ADAPTORS_FILE, build_backbone
 from grappa_dist.stages.run import Run
-from grappa_dist.stages.training import TrainingImages
+from grappa_dist.training.batches import TrainingImages
 from tests.processes import run_ranks
 
 SIZES = (13, 1, 17, 9)

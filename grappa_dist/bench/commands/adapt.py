@@ -6,7 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from grappa_dist.bench import last_block, packing, softmax, step
+from benchmarks import adapt as packing
+from benchmarks import softmax
+from grappa_dist.bench import last_block, step
 from grappa_dist.bench.machine import machine
 from grappa_dist.bench.table import aligned_header
 from grappa_dist.data.progress import Tell

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from grappa_dist.bench import data, data_table
+from benchmarks import data
+from grappa_dist.bench import data_table
 from grappa_dist.bench.machine import machine
 from grappa_dist.data.progress import Tell
 

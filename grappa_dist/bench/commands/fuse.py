@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from grappa_dist.bench import correlation, fuse, fuse_table
+from benchmarks import fuse
+from grappa_dist.bench import correlation, fuse_table
 from grappa_dist.bench.machine import machine
 from grappa_dist.data.progress import Tell
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from grappa_dist.bench.kmeans import DRAWN_DIM, DRAWN_ROWS, KMeansSettings, measure_kmeans
+from benchmarks.kmeans import DRAWN_DIM, DRAWN_ROWS, KMeansSettings, measure_kmeans
 from grappa_dist.bench.machine import machine
 from grappa_dist.bench.table import as_json, as_text
 from grappa_dist.data.progress import Tell

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from grappa_dist.bench import knn
+from benchmarks import knn
 from grappa_dist.bench.machine import machine
 from grappa_dist.data.progress import Tell
 

@@ -6,14 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from grappa_dist.bench import pipeline
+from benchmarks import pipeline
 from grappa_dist.bench.machine import machine
 from grappa_dist.data.progress import Tell
 
 SHORT = "against one script of the paper"
 DESCRIPTION = """\
 A whole run, from images to scores, against a straightforward script of the paper in one process, with plain timm,
-DataLoader and faiss (grappa_dist/bench/script.py): the same images, settings and number of steps. Prints seconds of
+DataLoader and faiss (examples/paper_in_one_file.py): the same images, settings and number of steps. Prints seconds of
 every step, ratios (script / ours: above 1, ours is faster) and the scores that both reach; these differ as seeds do.
 The config must name its numbers of labels and have labelled test images; pytorch-metric-learning must be installed."""
 EXAMPLE = """example, five minutes:

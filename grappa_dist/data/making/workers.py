@@ -12,7 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from typing import Any
 
-from grappa_dist.data.making.filling import Filled, ShardJob, fill
+from grappa_dist.make_shards.filling import Filled, ShardJob, fill
 
 _POLL_S = 0.5
 _counter: Any = None  # of a worker process: images written by all, and whether to stop

@@ -12,9 +12,9 @@ from PIL import Image
 
 from grappa_dist.data.decoding import decode
 from grappa_dist.data.index import IMAGE_SUFFIXES
-from grappa_dist.data.making.collection import CollectionConfig, Work, make_shards
 from grappa_dist.data.making.encoding import COPIED, REWRITTEN, TAKEN, Encoded, encoded
 from grappa_dist.data.shards import ImageShards
+from grappa_dist.make_shards.collection import CollectionConfig, Work, make_shards
 from tests.data.test_decoding import picture
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from grappa_dist.data.making.sources import image_suffix
+from grappa_dist.make_shards.sources import image_suffix
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,10 +12,10 @@ import pytest
 
 from grappa_dist.config_file import load
 from grappa_dist.data.making.benchmarks import readers
-from grappa_dist.data.making.benchmarks.gathering import find, gather
 from grappa_dist.data.making.benchmarks.listing import Listed, halved, mat_variable
 from grappa_dist.data.making.benchmarks.mrt import MRT, chosen, comparison, counts, differences
 from grappa_dist.data.shards import ImageShards
+from grappa_dist.make_shards.benchmarks import find, gather
 from grappa_dist.plan import plan
 from launch.make_shards import main
 from tests.data.making.benchmarks import layouts

@@ -1,0 +1,131 @@
+"""One assignment of rows to their nearest centroids, on a CPU or a GPU, against a plain matrix product and argmin.
+
+Ours gives exact labels (search/rerank.py); the judge computes in float32, without TF32, tile by tile. The arithmetic
+limit is what this machine reaches in one large product of the type that ours proposes in, measured in the same run.
+
+Shapes: P rows, K centroids, D dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness import Timing, in_turns
+from grappa_dist.bench.arguments import check_device, check_positive
+from grappa_dist.bench.limit import arithmetic_limit, wait_for
+from grappa_dist.bench.rows import drawn_rows, in_shards
+from grappa_dist.bench.table import aligned, aligned_header
+from grappa_dist.data.progress import Tell
+from grappa_dist.distributed.collectives import Comm
+from grappa_dist.distributed.sharded_rows import Share, join_rows
+from grappa_dist.search.candidates import Centroids, FloatProposer
+from grappa_dist.search.rerank import assign
+
+OURS, JUDGE = "ours", "matmul + argmin"
+_TILE = 2**28  # products that the judge makes at once
+
+
+@dataclass(frozen=True)
+class AssignSettings:
+    """What to measure."""
+
+    rows: int
+    dim: int
+    num_labels: int
+    device: str
+    threads: int
+    repeats: int
+
+    def check(self) -> None:
+        """Raises a ValueError that names the flag."""
+        check_positive(self, "rows", "dim", "num_labels", "threads", "repeats")
+        if self.num_labels > self.rows:
+            raise ValueError(f"--num-labels must be at most the number of rows, {self.rows}, got {self.num_labels}")
+        check_device(self.device)
+
+
+@dataclass(frozen=True)
+class AssignFindings:
+    """What came of it."""
+
+    timings: dict[str, Timing]
+    proposer: str  # of ours
+    dtype: str  # in which it proposes
+    limit: float  # operations per second in one large product of that type
+    operations: float  # of one assignment
+    same: float  # share of rows to which both sides gave the same label
+
+    @property
+    def ratio(self) -> float:
+        return min(self.timings[JUDGE].runs) / min(self.timings[OURS].runs)
+
+    @property
+    def of_limit(self) -> float:
+        return self.operations / min(self.timings[OURS].runs) / self.limit
+
+
+def measure_assign(settings: AssignSettings, tell: Tell) -> AssignFindings:
+    settings.check()
+    torch.set_num_threads(settings.threads)
+    device = torch.device(settings.device)
+    tell("rows")
+    rows = drawn_rows(settings.rows, settings.dim, 0)
+    share = join_rows(Comm(), in_shards(rows, len(rows)), device=device)
+    x = torch.from_numpy(rows).to(device)
+    c = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[: settings.num_labels].to(device)]
+    sides: dict[str, Callable[[], Tensor]] = {OURS: lambda: _ours(share, x, c), JUDGE: lambda: _judge(x, c)}
+    labels = {name: side() for name, side in sides.items()}  # the first run warms up
+    _, timings = in_turns({name: partial(_finished, side) for name, side in sides.items()}, settings.repeats, tell)
+    dtype = torch.float32 if isinstance(share.proposer, FloatProposer) else torch.bfloat16
+    operations = 2.0 * settings.rows * settings.num_labels * settings.dim
+    same = float((labels[OURS] == labels[JUDGE]).float().mean())
+    name, of_type = type(share.proposer).__name__, str(dtype).removeprefix("torch.")
+    return AssignFindings(timings, name, of_type, arithmetic_limit(device, dtype), operations, same)
+
+
+def _ours(share: Share, x: Tensor, c: Tensor) -> Tensor:
+    centroids = Centroids.of(c, share.proposer)
+    squares = share.squares.to(x.device)
+    blocks = zip(x.split(share.block_rows), squares.split(share.block_rows), strict=True)
+    return torch.cat([assign(block, centroids, squares=of_block).labels for block, of_block in blocks])
+
+
+def _judge(x: Tensor, c: Tensor) -> Tensor:
+    half = c.square().sum(1) / 2
+    return torch.cat([(rows @ c.T - half).argmax(1) for rows in x.split(max(1, _TILE // len(c)))])
+
+
+def _finished(side: Callable[[], Tensor]) -> None:
+    wait_for(side().device)
+
+
+def as_json(header: dict[str, str], settings: AssignSettings, found: AssignFindings) -> dict[str, Any]:
+    return {
+        "machine": header,
+        "settings": vars(settings),
+        "proposer": found.proposer,
+        "dtype": found.dtype,
+        "limit_flops": found.limit,
+        "of_limit": found.of_limit,
+        "judge_over_ours": found.ratio,
+        "same_labels_share": found.same,
+        "seconds": {name: timing.runs for name, timing in found.timings.items()},
+    }
+
+
+def as_text(header: dict[str, str], settings: AssignSettings, found: AssignFindings) -> str:
+    shape = f"{settings.rows} drawn rows, {settings.dim} dimensions, K={settings.num_labels}, on {settings.device}"
+    lines: list[Sequence[str]] = [["", "seconds", "judge/ours"]]
+    for name, timing in found.timings.items():
+        lines.append([name, f"{min(timing.runs):.3f}", "-" if name == OURS else f"{found.ratio:.2f}"])
+    ours = (
+        f"ours: {found.proposer}, {found.of_limit:.0%} of the limit of {found.dtype} here "
+        f"({found.limit / 1e12:.2f} TFLOP/s in one product); labels exact, the judge has {found.same:.4%} of them"
+    )
+    return aligned_header({**header, "rows": shape}) + "\n\n" + aligned(lines) + "\n" + ours

@@ -1,0 +1,189 @@
+"""Embedding images with a frozen ViT against a plain timm + DataLoader loop, and against the forward pass alone.
+
+Every side reads the same shards with as many threads (ours) or processes (the DataLoader), in the same batches, and
+computes in the same precision. The weights are random: features take as long.
+"""
+
+from __future__ import annotations
+
+import io
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.harness import Timing, in_turns
+from grappa_dist.bench.arguments import check_device, check_least
+from grappa_dist.bench.limit import arithmetic_limit, wait_for
+from grappa_dist.bench.photos import drawn_shards, image_of, users_shards
+from grappa_dist.bench.step import types_of_products
+from grappa_dist.bench.table import aligned, aligned_header
+from grappa_dist.data.progress import Tell
+from grappa_dist.data.shards import ImageShards
+from grappa_dist.models import Backbone, create_backbone
+from grappa_dist.ops.precision import forward_precision
+from grappa_dist.stages.embed import Embedding, embed_rows
+
+OURS, JUDGE, ALONE = "ours", "timm + webdataset + DataLoader", "forward alone, no reading"
+PHOTO_PX = (500, 375)
+
+
+@dataclass(frozen=True)
+class EmbedSettings:
+    """What `bench.py embed` was asked for."""
+
+    shards: tuple[str, ...] | None
+    rows: int
+    backbone: str
+    batch: int
+    threads: int
+    repeats: int
+    device: str
+    seed: int
+
+    def check(self) -> None:
+        check_least(self, rows=1, batch=1, threads=1, repeats=1, seed=0)
+        check_device(self.device)
+
+
+@dataclass(frozen=True)
+class EmbedFindings:
+    """What came of it."""
+
+    source: str
+    rows: int
+    timings: dict[str, Timing]
+    agreement: float  # the least cosine of a row of ours with the judge's
+    of_limit: float  # share of the arithmetic limit that ours reaches
+    dtype: str  # of that limit
+
+    def per_s(self, side: str) -> float:
+        return self.rows / self.timings[side].seconds
+
+    def ratio(self, judge: str) -> float:
+        return self.per_s(OURS) / self.per_s(judge)
+
+    def cpu_ratio(self, judge: str) -> float:
+        return self.timings[judge].cpu / self.timings[OURS].cpu
+
+
+def measure_embed(settings: EmbedSettings, tell: Tell) -> EmbedFindings:
+    settings.check()
+    torch.set_num_threads(settings.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        tell("images")
+        if settings.shards is None:
+            images, source = drawn_shards(Path(folder), settings.rows, PHOTO_PX, settings.seed)
+        else:
+            images, source = users_shards(settings.shards)
+        return _measured(images, source, settings, tell)
+
+
+def _measured(images: ImageShards, source: str, settings: EmbedSettings, tell: Tell) -> EmbedFindings:
+    torch.manual_seed(settings.seed)
+    device = torch.device(settings.device)
+    model = create_backbone(f"timm:{settings.backbone}", {}, {}, pretrained=False).to(device)
+    size = model.pixels.image_size
+    batch = torch.rand(min(settings.batch, len(images)), 3, size, size, device=device)
+    types = types_of_products(model)
+    _forward(model, batch, device)  # loads what it needs
+    (dtype,) = types
+    limit = arithmetic_limit(device, dtype)
+    sides: dict[str, Callable[[], Tensor]] = {
+        OURS: lambda: _ours(model, images, settings),
+        JUDGE: lambda: _judge(model, images, settings),
+        ALONE: lambda: _alone(model, batch, len(images)),
+    }
+    features, timings = in_turns(sides, settings.repeats, tell)
+    agreement = float((features[OURS] * features[JUDGE]).sum(1).min())
+    reached = len(images) * _operations(model, size) / timings[OURS].seconds
+    return EmbedFindings(source, len(images), timings, agreement, reached / limit, str(dtype).removeprefix("torch."))
+
+
+@torch.inference_mode()
+def _forward(model: Backbone, images: Tensor, device: torch.device) -> Tensor:
+    with forward_precision(device):
+        z = model(images)
+    return F.normalize(z.float(), dim=1)
+
+
+def _ours(model: Backbone, images: ImageShards, settings: EmbedSettings) -> Tensor:
+    how = Embedding(settings.batch, settings.threads)
+    device, rows = torch.device(settings.device), np.arange(len(images))
+    return torch.from_numpy(np.concatenate([z for _, z, _ in embed_rows(model, images, rows, device=device, how=how)]))
+
+
+def _judge(model: Backbone, images: ImageShards, settings: EmbedSettings) -> Tensor:
+    """As people write it: tars by webdataset, timm's own transform on Pillow images, worker processes."""
+    import webdataset
+    from timm.data.config import resolve_model_data_config
+    from timm.data.transforms_factory import create_transform
+
+    vit: Any = model.model
+    transform = create_transform(**resolve_model_data_config(vit))
+    paths = [shard.path for shard in images.shards]
+    dataset = webdataset.WebDataset(paths, shardshuffle=False, empty_check=False).map(
+        lambda sample: (f"{sample['__url__']} {sample['__key__']}", transform(_decoded(sample)))
+    )
+    workers = min(settings.threads, len(paths))
+    loader = torch.utils.data.DataLoader(dataset, batch_size=settings.batch, num_workers=workers)
+    device, found = torch.device(settings.device), dict[str, Tensor]()
+    for keys, batch in loader:
+        with torch.inference_mode(), forward_precision(device):
+            z = vit.forward_head(vit.forward_features(batch.to(device)), pre_logits=True)
+        found.update(zip(keys, F.normalize(z.float(), dim=1).cpu(), strict=True))
+    return torch.stack([found[f"{paths[images.locate(row)[0]]} {images.key(row)}"] for row in range(len(images))])
+
+
+def _alone(model: Backbone, batch: Tensor, rows: int) -> Tensor:
+    for start in range(0, rows, len(batch)):
+        z = _forward(model, batch[: rows - start], batch.device)
+    wait_for(batch.device)
+    return z
+
+
+def _operations(model: Backbone, size: int) -> float:
+    """Of one image's matrix products, a multiplication and an addition being two."""
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        model(torch.zeros(1, 3, size, size, device=model.mean.device))
+    return float(counter.get_total_flops())
+
+
+def _decoded(sample: dict[str, Any]) -> Image.Image:
+    return Image.open(io.BytesIO(image_of(sample))).convert("RGB")
+
+
+def as_text(header: dict[str, str], settings: EmbedSettings, found: EmbedFindings) -> str:
+    about = f"{settings.backbone}, batches of {settings.batch}, on {settings.device}"
+    lines: list[Sequence[str]] = [["", "images/s", "ours/judge", "by CPU", "CPU s"]]
+    for name, timing in found.timings.items():
+        ratios = ["-", "-"] if name == OURS else [f"{found.ratio(name):.2f}", f"{found.cpu_ratio(name):.2f}"]
+        lines.append([name, f"{found.per_s(name):.1f}", *ratios, f"{timing.cpu:.2f}"])
+    notes = f"ours reaches {found.of_limit:.1%} of one large product in {found.dtype} here; features of both sides "
+    notes += f"have a cosine of {found.agreement:.6f} at least"
+    blocks = [aligned_header({**header, "images": found.source, "model": about}), f"{aligned(lines)}\n{notes}"]
+    return "\n\n".join(blocks)
+
+
+def as_json(header: dict[str, str], settings: EmbedSettings, found: EmbedFindings) -> dict[str, Any]:
+    judges = [name for name in found.timings if name != OURS]
+    return {
+        "machine": header,
+        "settings": vars(settings),
+        "images": found.source,
+        "runs_s": {name: timing.runs for name, timing in found.timings.items()},
+        "cpu_runs_s": {name: timing.cpu_runs for name, timing in found.timings.items()},
+        "ratio": {judge: found.ratio(judge) for judge in judges},
+        "cpu_ratio": {judge: found.cpu_ratio(judge) for judge in judges},
+        "of_limit": found.of_limit,
+        "dtype": found.dtype,
+        "least_cosine": found.agreement,
+    }

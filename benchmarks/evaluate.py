@@ -1,0 +1,154 @@
+"""Retrieval metrics against pytorch-metric-learning: seconds, memory, and that both find the same scores.
+
+The judge is given the number of neighbours that the metrics need ("max_bin_count"), and, on as many rows as
+`--default-rows`, is also run as it comes: with every row a neighbour of every other, it holds tables of rows x rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import faiss_baselines as judges
+from benchmarks.harness import Timing, held_bytes, timed, turns, watched_memory
+from grappa_dist.bench.arguments import check_least
+from grappa_dist.bench.table import aligned, aligned_header
+from grappa_dist.data.progress import Tell
+from grappa_dist.metrics import retrieval_scores
+
+OURS, JUDGE, DEFAULT = "ours", "pytorch-metric-learning", "the same, its default k"
+_NAMES = {"recall_at_1": "precision_at_1", "r_precision": "r_precision", "map_at_r": "mean_average_precision_at_r"}
+_SPREAD = 0.1  # of an image around its class, per dimension, as a share of the distance of classes
+
+Side = Callable[[Tensor, Tensor], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """What `bench.py evaluate` was asked for."""
+
+    rows: int
+    default_rows: int
+    classes: int
+    dim: int
+    threads: int
+    repeats: int
+    seed: int
+
+    def check(self) -> None:
+        check_least(self, rows=2, default_rows=0, classes=1, dim=1, threads=1, repeats=1, seed=0)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One side's runs on the same rows."""
+
+    timing: Timing
+    memory: int  # bytes above what was held before, at most
+    scores: dict[str, float]
+
+
+@dataclass(frozen=True)
+class EvaluateFindings:
+    """All sides on some rows."""
+
+    rows: int
+    classes: int
+    sides: dict[str, Scored]
+
+    def ratio(self, judge: str) -> float:
+        return self.sides[judge].timing.seconds / self.sides[OURS].timing.seconds
+
+    def difference(self, judge: str) -> float:
+        """The largest difference of a score."""
+        ours, theirs = self.sides[OURS].scores, self.sides[judge].scores
+        return max(abs(ours[name] - theirs[name]) for name in _NAMES)
+
+
+def measure_evaluate(settings: EvaluateSettings, tell: Tell) -> list[EvaluateFindings]:
+    settings.check()
+    torch.set_num_threads(settings.threads)
+    judges.set_threads(settings.threads)
+    found = [_compare(settings, settings.rows, {OURS: retrieval_scores, JUDGE: _judge("max_bin_count")}, tell)]
+    if settings.default_rows:
+        sides = {OURS: retrieval_scores, JUDGE: _judge("max_bin_count"), DEFAULT: _judge(None)}
+        found.append(_compare(settings, settings.default_rows, sides, tell))
+    return found
+
+
+def labelled_rows(rows: int, classes: int, dim: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Unit rows (rows, dim) around their classes, and the class of each; sizes of classes are uneven."""
+    draws = torch.Generator().manual_seed(seed)
+    labels = torch.randint(classes, (rows,), generator=draws)
+    centres = F.normalize(torch.randn(classes, dim, generator=draws), dim=1)
+    return F.normalize(centres[labels] + _SPREAD * torch.randn(rows, dim, generator=draws), dim=1), labels
+
+
+def _judge(k: str | None) -> Side:
+    from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+
+    calculator = AccuracyCalculator(include=tuple(_NAMES.values()), k=k, device=torch.device("cpu"))
+
+    def scores(z: Tensor, labels: Tensor) -> dict[str, float]:
+        found = calculator.get_accuracy(z, labels)
+        return {ours: float(found[theirs]) for ours, theirs in _NAMES.items()}
+
+    return scores
+
+
+def _compare(settings: EvaluateSettings, rows: int, sides: dict[str, Side], tell: Tell) -> EvaluateFindings:
+    classes = max(1, settings.classes * rows // settings.rows)
+    z, labels = labelled_rows(rows, classes, settings.dim, settings.seed)
+    found: dict[str, Scored] = {}
+    for repeat, order in enumerate(turns(list(sides), settings.repeats)):
+        for name in order:
+            tell(f"{rows} rows, run {repeat + 1} of {settings.repeats}: {name}")
+            one = _scored(sides[name], z, labels)
+            before = found.get(name)
+            timing = before.timing.and_then(one.timing) if before else one.timing
+            found[name] = Scored(timing, max(one.memory, before.memory if before else 0), one.scores)
+    return EvaluateFindings(rows, classes, found)
+
+
+def _scored(side: Side, z: Tensor, labels: Tensor) -> Scored:
+    held = held_bytes()
+    with watched_memory() as peak:
+        scores, timing = timed(lambda: side(z, labels))
+    return Scored(timing, peak[0] - held, scores)
+
+
+def as_text(header: dict[str, str], findings: Sequence[EvaluateFindings]) -> str:
+    return "\n\n".join([aligned_header(header), *map(_text, findings)])
+
+
+def _text(found: EvaluateFindings) -> str:
+    lines = [[f"{found.rows} rows, {found.classes} classes", "seconds", "judge/ours", "CPU s", "MiB", "R-Precision"]]
+    for name, side in found.sides.items():
+        ratio = "-" if name == OURS else f"{found.ratio(name):.2f}"
+        figures = [f"{side.timing.seconds:.3f}", ratio, f"{side.timing.cpu:.3f}", f"{side.memory / 2**20:.0f}"]
+        lines.append([name, *figures, f"{side.scores['r_precision']:.6f}"])
+    most = max(found.difference(judge) for judge in found.sides if judge != OURS)
+    return f"{aligned(lines)}\nscores differ by {most:.1e} at most"
+
+
+def as_json(header: dict[str, str], findings: Sequence[EvaluateFindings]) -> dict[str, Any]:
+    return {"machine": header, "comparisons": [_json(found) for found in findings]}
+
+
+def _json(found: EvaluateFindings) -> dict[str, Any]:
+    others = [name for name in found.sides if name != OURS]
+    return {
+        "rows": found.rows,
+        "classes": found.classes,
+        "sides": [
+            {"name": name, "runs_s": s.timing.runs, "cpu_runs_s": s.timing.cpu_runs, "bytes": s.memory, **s.scores}
+            for name, s in found.sides.items()
+        ],
+        "ratio": {judge: found.ratio(judge) for judge in others},
+        "difference": {judge: found.difference(judge) for judge in others},
+    }

@@ -1,0 +1,162 @@
+"""The whole pipeline against one straightforward script of the paper: equal images, settings, steps and threads.
+
+Ours is all that a user's run does: the start of Ray and of its workers (the latter within the first step), checkpoints,
+insights without labels, the report and the exported model, none of which the script has. The script's images lie as
+files in a folder, written before its clock starts, and are decoded in as many processes as it has threads.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from examples.paper_in_one_file import AVERAGE, NEIGHBOURS, TRANSFORMS, PaperScript, Pictures
+from grappa_dist.artifacts import Store
+from grappa_dist.bench.arguments import check_least
+from grappa_dist.bench.table import aligned, aligned_header
+from grappa_dist.config import Config
+from grappa_dist.config_file import load
+from grappa_dist.console import EVENTS_FILE
+from grappa_dist.data.open_images import collection_of, draw_collection, open_images
+from grappa_dist.data.progress import Tell
+from grappa_dist.data.shards import ImageShards
+from grappa_dist.pipeline import run as run_pipeline
+
+OURS, SCRIPT = "ours", "the script"
+STEPS = ("embed", "pseudo_label", "adapt", "fuse", "evaluate")
+OTHER = "all else"
+Scores = Mapping[str, Mapping[str, float]]  # R-Precision by model and task
+
+
+@dataclass(frozen=True)
+class PipelineSettings:
+    """What `bench.py pipeline` was asked for."""
+
+    config: Path
+    overrides: tuple[str, ...]
+    threads: int
+
+    def check(self) -> None:
+        check_least(self, threads=1)
+
+
+@dataclass(frozen=True)
+class Side:
+    seconds: dict[str, float]  # by step
+    scores: Scores
+
+    @property
+    def total(self) -> float:
+        return sum(self.seconds.values())
+
+    def mean(self, model: str) -> float:
+        """R-Precision over tasks, in percent."""
+        return 100 * statistics.fmean(self.scores[model].values())
+
+
+@dataclass(frozen=True)
+class PipelineFindings:
+    """Both sides."""
+
+    source: str
+    ours: Side
+    script: Side
+
+    def ratio(self, step: str | None = None) -> float:
+        if step is None:
+            return self.script.total / self.ours.total
+        return self.script.seconds[step] / self.ours.seconds[step]
+
+
+def measure_pipeline(settings: PipelineSettings, tell: Tell) -> PipelineFindings:
+    settings.check()
+    variants = f"fuse.variants=[{AVERAGE},{TRANSFORMS},{NEIGHBOURS}]"
+    cores = [f"resources.workers={settings.threads}", "resources.cpus_per_worker=1"]
+    config = load(settings.config, [*settings.overrides, variants, *cores])
+    if config.clustering.num_labels == "auto":
+        raise ValueError("clustering.num_labels=auto: name them, both sides need the same")
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder) / "run"
+        store = Store(root)
+        if config.data.collection:
+            tell("images")
+            draw_collection(config.data, collection_of(store, config.data))
+        train, test = open_images(config.data, store)
+        if test is None:
+            raise ValueError("data.test=[]: both sides are scored on test images, name some")
+        tell(OURS)
+        ours = _ours(config, root)
+        pictures = _files(train, Path(folder) / "train"), _files(test, Path(folder) / "test")
+        script = PaperScript(config, *pictures, settings.threads, tell)
+        scores = script.run()
+    labels = ", ".join(map(str, config.clustering.num_labels))
+    source = f"{len(train)} training and {len(test)} test images, K = {labels}"
+    return PipelineFindings(source, ours, Side(script.seconds, scores))
+
+
+def _ours(config: Config, root: Path) -> Side:
+    start = time.perf_counter()
+    with redirect_stdout(sys.stderr):
+        found = run_pipeline(config, root)
+    assert found is not None
+    seconds = seconds_by_step((root / EVENTS_FILE).read_text().splitlines())
+    seconds[OTHER] = time.perf_counter() - start - sum(seconds.values())
+    scores: dict[str, dict[str, float]] = {}
+    for row in found[1]:
+        scores.setdefault(row["model"], {})[row["task"]] = row["r_precision"]
+    return Side(seconds, scores)
+
+
+def seconds_by_step(events: Iterable[str]) -> dict[str, float]:
+    """Those of ours, of a run that nothing was there for: what is embedded after training is for the scores."""
+    seconds = dict.fromkeys(STEPS, 0.0)
+    for event in map(json.loads, events):
+        if event["name"] == "stage_ends":
+            stage = {"partitions": "pseudo_label"}.get(event["stage"], event["stage"])
+            step = "evaluate" if stage == "embed" and seconds["adapt"] else stage
+            if step in seconds:
+                seconds[step] += event["seconds"]
+    return seconds
+
+
+def _files(images: ImageShards, folder: Path) -> Pictures:
+    """Every image as a file; those that are bad for ours must not be there for the script either."""
+    folder.mkdir()
+    found = Pictures([])
+    for row in range(len(images)):
+        path = folder / f"{row:09d}"
+        path.write_bytes(images.image_bytes(row))
+        member = images.labels(row) or {}
+        found.files.append(path)
+        found.tasks.append(str(member.get("task") or "all"))
+        found.labels.append(str(member.get("label")))
+    return found
+
+
+def as_text(header: dict[str, str], found: PipelineFindings) -> str:
+    ours, script = found.ours, found.script
+    lines = [["seconds", OURS, SCRIPT, "script/ours"]]
+    for step in STEPS:
+        lines.append([step, f"{ours.seconds[step]:.1f}", f"{script.seconds[step]:.1f}", f"{found.ratio(step):.2f}"])
+    lines.append([OTHER, f"{ours.seconds[OTHER]:.1f}", "-", "-"])
+    lines.append(["in all", f"{ours.total:.1f}", f"{script.total:.1f}", f"{found.ratio():.2f}"])
+    scores = [["R-Precision, mean of tasks", OURS, SCRIPT]]
+    scores += [[model, f"{ours.mean(model):.1f}", f"{script.mean(model):.1f}"] for model in script.scores]
+    return "\n\n".join([aligned_header({**header, "images": found.source}), aligned(lines), aligned(scores)])
+
+
+def as_json(header: dict[str, str], found: PipelineFindings) -> dict[str, Any]:
+    return {
+        "machine": header,
+        "images": found.source,
+        "sides": {name: vars(side) for name, side in ((OURS, found.ours), (SCRIPT, found.script))},
+        "ratio": {**{step: found.ratio(step) for step in STEPS}, "in all": found.ratio()},
+    }

@@ -1,0 +1,237 @@
+"""The classifier of step 2 against one that materialises its logits: seconds of a step, and memory beside the weights.
+
+Every side runs in processes of its own, one side at a time, in alternating order.
+
+Shapes: B images, D channels, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.harness import CAN_WATCH_MEMORY, Timing, held_bytes, timed, turns, watched_memory
+from grappa_dist.bench.arguments import check_positive
+from grappa_dist.bench.processes import run_workers
+from grappa_dist.bench.table import aligned
+from grappa_dist.data.progress import Tell
+from grappa_dist.distributed.collectives import Comm
+from grappa_dist.training.classifier import Classifier, ClassifierSettings
+from grappa_dist.training.norm_softmax import norm_softmax_sum
+
+MATERIALISED, CHUNKED = "materialised, gradients", "chunked, gradients"
+MATERIALISED_STEP, CHUNKED_STEP = "materialised, gradients and Adam", "chunked, gradients and Adam"
+SHARDED_STEP, SAMPLED_STEP = "chunked, sharded", "chunked, sampled"
+_JUDGE = {
+    CHUNKED: MATERIALISED,
+    CHUNKED_STEP: MATERIALISED_STEP,
+    SHARDED_STEP: MATERIALISED_STEP,
+    SAMPLED_STEP: CHUNKED_STEP,
+}
+_GAMMA, _DECAY, _RATE = 16.0, 1e-3, 1e-3
+_MIB = 2**20
+
+
+@dataclass(frozen=True)
+class SoftmaxSettings:
+    """What to measure."""
+
+    classes: int
+    dim: int
+    batch: int
+    sampled: float
+    ranks: int
+    threads: int
+    steps: int
+    repeats: int
+
+    def check(self) -> None:
+        """Raises a ValueError that names the flag."""
+        check_positive(self, "classes", "dim", "batch", "ranks", "threads", "steps", "repeats")
+        if not 0 < self.sampled < 1:
+            raise ValueError(f"--sampled must be between 0 and 1, got {self.sampled}")
+        if self.threads % self.ranks:
+            raise ValueError(f"--threads must be a multiple of --ranks, {self.ranks}, got {self.threads}")
+
+    @property
+    def gradient_bytes(self) -> int:
+        return 4 * self.classes * self.dim
+
+    @property
+    def logit_bytes(self) -> int:
+        return 4 * self.batch * self.classes
+
+
+@dataclass(frozen=True)
+class Side:
+    """What one side took: seconds a step, and the most bytes it held on all its ranks beyond what it held before."""
+
+    name: str
+    timing: Timing
+    growth: int
+    gradient_bytes: int  # of these, the classes' gradient
+    rank_bytes: int = 0  # the most that one rank held in a step: weights, Adam and all of the above
+
+    @property
+    def extra(self) -> int:
+        """Bytes beside weights, gradient and state of Adam."""
+        return self.growth - self.gradient_bytes
+
+
+def measure_softmax(settings: SoftmaxSettings, tell: Tell) -> list[Side]:
+    """All sides, the median of their steps."""
+    settings.check()
+    if not CAN_WATCH_MEMORY:
+        raise ValueError("memory is read from /proc, which this system does not have")
+    names = [MATERIALISED, CHUNKED, MATERIALISED_STEP, CHUNKED_STEP, SAMPLED_STEP]
+    names += [SHARDED_STEP] if settings.ranks > 1 else []
+    found: dict[str, Side] = {}
+    for order in turns(names, settings.repeats):
+        for name in order:
+            tell(f"{settings.classes} classes, {name}")
+            side = _of_ranks(name, settings)
+            if name in found:
+                side = replace(side, timing=found[name].timing.and_then(side.timing))
+            found[name] = side
+    return [found[name] for name in names]
+
+
+def _of_ranks(name: str, settings: SoftmaxSettings) -> Side:
+    ranks = run_workers(_measured, settings.ranks if name == SHARDED_STEP else 1, name, settings)
+    steps = zip(*(rank.timings for rank in ranks), strict=True)
+    slowest = [Timing((max(t.seconds for t in step),), (sum(t.cpu for t in step),)) for step in steps]
+    timing = slowest[0]
+    for further in slowest[1:]:
+        timing = timing.and_then(further)
+    keeps_gradient = name in (MATERIALISED, CHUNKED, MATERIALISED_STEP)
+    gradient_bytes = settings.gradient_bytes if keeps_gradient else 0
+    return Side(name, timing, sum(r.growth for r in ranks), gradient_bytes, max(r.kept + r.growth for r in ranks))
+
+
+@dataclass(frozen=True)
+class _OfRank:
+    timings: list[Timing]
+    kept: int  # bytes between two steps: weights and Adam, and libraries that the first step loads
+    growth: int  # beyond that, within a step
+
+
+def _measured(comm: Comm, name: str, settings: SoftmaxSettings) -> _OfRank:
+    torch.set_num_threads(settings.threads // comm.size)
+    empty = held_bytes()
+    step = _SIDES[name](comm, settings)
+    step(0)  # loads libraries, and touches what stays
+    before = held_bytes()  # what the step freed, it will take again
+    with watched_memory() as peak:
+        timings = [timed(lambda at=at: step(at))[1] for at in range(1, settings.steps + 1)]  # type: ignore[misc]
+    return _OfRank(timings, before - empty, peak[0] - before)
+
+
+def _batch(settings: SoftmaxSettings, step: int) -> tuple[Tensor, Tensor]:
+    draws = torch.Generator().manual_seed(step)
+    z = torch.randn(settings.batch, settings.dim, generator=draws)
+    return z.requires_grad_(), torch.randint(settings.classes, (settings.batch,), generator=draws)
+
+
+def _materialised(z: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(_GAMMA * (F.normalize(z, dim=1) @ F.normalize(weight, dim=1).T), labels)
+
+
+def _chunked(z: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    return norm_softmax_sum(z, weight, labels, _GAMMA) / len(z)
+
+
+def _by_autograd(
+    loss: Callable[[Tensor, Tensor, Tensor], Tensor], adam: bool
+) -> Callable[[Comm, SoftmaxSettings], Callable[[int], None]]:
+    def side(comm: Comm, settings: SoftmaxSettings) -> Callable[[int], None]:
+        draws = torch.Generator().manual_seed(0)
+        weight = nn.Parameter(F.normalize(torch.randn(settings.classes, settings.dim, generator=draws), dim=1))
+        optimizer = torch.optim.Adam([weight], lr=_RATE, weight_decay=_DECAY, fused=True) if adam else None
+
+        def step(at: int) -> None:
+            z, labels = _batch(settings, at)
+            loss(z, weight, labels).backward()
+            if optimizer is not None:
+                optimizer.step()
+            weight.grad = None
+
+        return step
+
+    return side
+
+
+def _by_classifier(sampled: bool) -> Callable[[Comm, SoftmaxSettings], Callable[[int], None]]:
+    def side(comm: Comm, settings: SoftmaxSettings) -> Callable[[int], None]:
+        of_classes = ClassifierSettings(_GAMMA, _DECAY, settings.sampled if sampled else 1.0)
+        classifier = Classifier(comm, torch.device("cpu"), (settings.classes, settings.dim), of_classes)
+        classifier.start(None, torch.Generator().manual_seed(0))
+        for tensor in classifier.state.tensors().values():
+            tensor.add_(0)  # fresh zeros take no memory before they are written to
+
+        def step(at: int) -> None:
+            z, labels = (t.tensor_split(comm.size)[comm.rank] for t in _batch(settings, at))
+            classifier.begin(at, labels)
+            loss, _ = classifier.score(z, labels)
+            loss.backward()
+            classifier.step(_RATE)
+
+        return step
+
+    return side
+
+
+_SIDES: dict[str, Callable[[Comm, SoftmaxSettings], Callable[[int], None]]] = {
+    MATERIALISED: _by_autograd(_materialised, adam=False),
+    CHUNKED: _by_autograd(_chunked, adam=False),
+    MATERIALISED_STEP: _by_autograd(_materialised, adam=True),
+    CHUNKED_STEP: _by_classifier(sampled=False),
+    SHARDED_STEP: _by_classifier(sampled=False),
+    SAMPLED_STEP: _by_classifier(sampled=True),
+}
+
+
+def as_json(settings: SoftmaxSettings, sides: Sequence[Side]) -> dict[str, Any]:
+    return {"settings": vars(settings), "sides": [_figures(side, sides) for side in sides]}
+
+
+def _figures(side: Side, sides: Sequence[Side]) -> dict[str, Any]:
+    judge = next((other for other in sides if other.name == _JUDGE.get(side.name)), None)
+    return {
+        "name": side.name,
+        "seconds": side.timing.seconds,
+        "runs_s": side.timing.runs,
+        "cpu_seconds": side.timing.cpu,
+        "growth_bytes": side.growth,
+        "extra_bytes": side.extra,
+        "rank_bytes": side.rank_bytes,
+        "judge": None if judge is None else judge.name,
+        "ratio": None if judge is None else judge.timing.seconds / side.timing.seconds,
+        "cpu_ratio": None if judge is None else judge.timing.cpu / side.timing.cpu,
+        "extra_ratio": None if judge is None else side.extra / judge.extra,
+    }
+
+
+def as_text(settings: SoftmaxSettings, sides: Sequence[Side]) -> str:
+    titles = ["seconds", "CPU s", "faster than judge", "in CPU s"]
+    titles += ["MiB beside", "of judge", "of one B x K", "MiB a rank"]
+    lines = [["softmax", *titles]]
+    for side in sides:
+        found = _figures(side, sides)
+        ratios = [f"{found[name]:.2f}" if found["judge"] else "-" for name in ("ratio", "cpu_ratio")]
+        memory = [f"{side.extra / _MIB:.0f}", f"{found['extra_ratio']:.3f}" if found["judge"] else "-"]
+        memory += [f"{side.extra / settings.logit_bytes:.3f}", f"{side.rank_bytes / _MIB:.0f}"]
+        lines.append([side.name, f"{side.timing.seconds:.2f}", f"{side.timing.cpu:.2f}", *ratios, *memory])
+    threads = settings.threads // settings.ranks
+    notes = [
+        f"K={settings.classes}, D={settings.dim}, B={settings.batch}; a step; sampled {settings.sampled:.0%} is held "
+        f"against chunked with all classes; sharded: {settings.ranks} ranks together, {threads} threads each",
+        "MiB beside: peak beyond weights, their gradient and Adam's state; one matrix of logits, B x K, has "
+        f"{settings.logit_bytes / _MIB:.0f} MiB; MiB a rank: all that the largest rank holds at its peak, weights and "
+        "Adam among it",
+    ]
+    return "\n".join([aligned(lines), *notes])

@@ -1,0 +1,148 @@
+"""A worker process, which lives as long as the run while jobs and tasks come and go."""
+
+from __future__ import annotations
+
+import gc
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from grappa_dist.distributed.collectives import Comm, process_group
+from grappa_dist.distributed.preflight import Checks, Facts, node_name, survey
+
+LOOK_S = 3.0
+CUT_OFF_TRIES = 4  # of LOOK_S each and LOOK_S apart: about when the head, too, gives up a node that it cannot reach
+CUT_OFF_STATUS = 75
+Place = tuple[int, int, str]  # rank, size, address of rank 0
+
+
+class Stopped(Exception):
+    """All ranks agreed to stop early; what is finished is on storage."""
+
+
+@dataclass(frozen=True)
+class RankContext:
+    """What a function that runs on every rank of a job is given."""
+
+    comm: Comm
+    device: torch.device
+    report: Callable[[dict[str, Any]], None]  # status for whoever watches
+    stop_requested: Callable[[], bool]  # save and return
+
+    def of_rank_0(self, says: bool) -> bool:
+        """What rank 0 says, on all ranks: ask so what lies on storage, which other nodes may see some time later."""
+        flag = torch.tensor([says], dtype=torch.int64, device=self.device)
+        return bool(self.comm.broadcast(flag, 0))
+
+
+class Worker:
+    """One process with its share of CPUs and perhaps a GPU: a Ray actor that answers status and stop while it works."""
+
+    def __init__(self, threads: int, gpus: float) -> None:
+        self._threads, self._gpus = threads, gpus
+        self._status: dict[str, Any] = {}
+        self._stop = threading.Event()
+        threading.Thread(target=_end_when_cut_off, args=(_head_address(),), daemon=True).start()
+
+    def ready(self) -> str:
+        """The node's id, once the process is up and has imported what jobs need."""
+        import ray
+
+        return str(ray.get_runtime_context().get_node_id())
+
+    def survey(self, checks: Checks, token: Path, node: str, workers: int) -> Facts:
+        """What this node, of that id, says of itself, when `workers` of ours share it."""
+        name = node_name(_node_address())
+        return survey(checks, token, node, name, workers=workers, gpu=bool(self._gpus))
+
+    def free_address(self) -> str:
+        """host:port for a process group whose rank 0 is here."""
+        host = _node_address()
+        with socket.socket() as probe:
+            probe.bind((host, 0))
+            return f"{host}:{probe.getsockname()[1]}"
+
+    def run(self, function: Callable[[torch.device, Any], Any], task: Any) -> Any:
+        """A task of one process."""
+        self._prepare()
+        return function(self._device(), task)
+
+    def run_rank(self, function: Callable[[RankContext, Any], Any], job: Any, place: Place, timeout_s: float) -> Any:
+        """One rank of a job, inside a process group."""
+        self._prepare()
+        rank, size, address = place
+        device = self._device()
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        try:
+            with process_group(rank, size, address, backend=backend, timeout_s=timeout_s) as comm:
+                context = RankContext(comm, device, self._report, self._stop.is_set)
+                try:
+                    return function(context, job)
+                except Stopped:
+                    return None
+        finally:
+            let_go()
+
+    def status(self) -> dict[str, Any]:
+        return self._status
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    def _device(self) -> torch.device:
+        """The GPU that Ray gave us; a worker without a share sees all of them and must take none."""
+        return torch.device("cuda", 0) if self._gpus and torch.cuda.is_available() else torch.device("cpu")
+
+    def _report(self, status: dict[str, Any]) -> None:
+        self._status = status
+
+    def _prepare(self) -> None:
+        self._status = {}
+        torch.set_num_threads(self._threads)  # per calling thread, so it is said at each call
+        import faiss
+
+        faiss.omp_set_num_threads(self._threads)
+
+
+def let_go() -> None:
+    """Frees what a finished job has left: an engine and its module hold each other until Python's collector runs, which
+    counts objects and not the bytes that they have on a GPU."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def _head_address() -> tuple[str, int]:
+    import ray
+
+    host, port = ray.get_runtime_context().gcs_address.rsplit(":", 1)
+    return str(host).strip("[]"), int(port)
+
+
+def _end_when_cut_off(head: tuple[str, int]) -> None:
+    """Ends this process when nothing reaches the head any more: it would hold its GPU, and write beside its successor.
+
+    Ray itself takes minutes to see that packets vanish. A busy head counts as reached: its kernel answers.
+    """
+    missed = 0  # in a row, not a time: this process itself may have been held up
+    while missed < CUT_OFF_TRIES:
+        try:
+            socket.create_connection(head, LOOK_S).close()
+            missed = 0
+        except OSError:
+            missed += 1
+        time.sleep(LOOK_S)
+    os._exit(CUT_OFF_STATUS)
+
+
+def _node_address() -> str:
+    import ray
+
+    return str(ray.util.get_node_ip_address())

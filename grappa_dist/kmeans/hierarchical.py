@@ -1,0 +1,196 @@
+"""k-means of k-means: coarse clusters, then all of their sub-clusters at once. The same bits on any number of ranks.
+
+A row meets the C heads once an iteration and then only the sub-centroids of its own coarse cluster, so an iteration
+costs about n sqrt(K) pairs in place of n K. Ranks need not hold alike parts of a coarse cluster: sums travel once an
+iteration for all clusters together, and nobody waits for the rows of one.
+
+Shapes: n rows of this rank, P of one block, C coarse clusters, K centroids, D dimensions.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from grappa_dist.distributed.lloyd import Progress, Updates, lloyd
+from grappa_dist.distributed.lowest import lowest
+from grappa_dist.distributed.scratch import scratch
+from grappa_dist.distributed.sharded_rows import PIECE, Share
+from grappa_dist.kmeans.assignments import LabelPasses, Settled, exactly, find_labels
+from grappa_dist.kmeans.update import Stats, finish
+from grappa_dist.ops.hashing import RACE_BITS, race_keys, row_hashes
+from grappa_dist.ops.hierarchy import apportion
+from grappa_dist.ops.seeding import to_weights
+from grappa_dist.search.candidates import Centroids
+from grappa_dist.search.rerank import assign
+
+_SEEDING = 2  # names the hashes
+_FAR = 2**51  # above any squared distance
+
+
+@dataclass(frozen=True)
+class Families:
+    """This rank's rows by coarse cluster, and where the labels of each cluster's children lie."""
+
+    share: Share
+    coarse: Tensor  # (n,) int32, -1 for bad rows
+    order: Tensor  # (number of good rows,) int64 positions, by coarse cluster, ascending in each
+    starts: list[int]  # C + 1 places in `order`
+    children: list[int]  # C + 1 first labels
+
+    @staticmethod
+    def of(share: Share, coarse: Tensor, num_coarse: int, num_labels: int) -> Families:
+        own = torch.zeros(num_coarse, dtype=torch.int64)
+        for labels in torch.split(coarse, PIECE):
+            own += torch.bincount(labels[labels >= 0].long(), minlength=num_coarse)
+        sizes = share.total(own.clone()).tolist()
+        starts, children = ([0, *np.cumsum(n).tolist()] for n in (own.tolist(), apportion(sizes, num_labels)))
+        order, free = scratch((starts[-1],), torch.int64), torch.tensor(starts)
+        for first in range(0, len(coarse), PIECE):  # a counting sort: no table of all rows in memory
+            labels, places = coarse[first : first + PIECE].sort(stable=True)
+            good = labels >= 0
+            labels, places = labels[good].long(), places[good] + first
+            counts = torch.bincount(labels, minlength=num_coarse + 1)
+            before = counts.cumsum(0) - counts
+            order[free[labels] + torch.arange(len(labels)) - before[labels]] = places
+            free += counts
+        return Families(share, coarse, order, starts, children)
+
+    def blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """A coarse cluster and positions (P,) of some of its rows."""
+        for i, (first, after) in enumerate(zip(self.starts, self.starts[1:], strict=False)):
+            for start in range(first, after, self.share.block_rows):
+                yield i, self.order[start : min(after, start + self.share.block_rows)]
+
+    def of_children(self) -> Iterator[tuple[int, slice]]:
+        """Each coarse cluster that has sub-clusters, and the labels of these."""
+        for i, (first, after) in enumerate(zip(self.children, self.children[1:], strict=False)):
+            if after > first:
+                yield i, slice(first, after)
+
+
+def fit_in_families(
+    share: Share, heads: np.ndarray, num_labels: int, *, seed: int, start: Progress | None, how: Updates
+) -> Progress:
+    """K centroids (K, D), those of a coarse cluster in a row, by Lloyd's iterations inside of the coarse clusters.
+
+    Args:
+        heads: coarse centroids (C, D); rows belong to the nearest one.
+        start: where to go on from, as `how.on_update` was told.
+    """
+    coarse = find_labels(share, exactly(share, torch.from_numpy(heads).to(share.device)), share.blocks())[0].labels
+    families = Families.of(share, coarse, len(heads), num_labels)
+    if start is None:
+        start = Progress(_starts(families, num_labels, seed).cpu().numpy(), ())
+        how.on_update(start)
+    passes = LabelPasses.over(share, num_labels)
+
+    def advance(centroids: Tensor) -> Centroids:
+        prepared = Centroids.of(centroids, share.proposer)
+        passes.advance(_inside(families, prepared), families.blocks())
+        return prepared
+
+    def finish_each(centroids: Tensor, spreads: list[int], step: int) -> tuple[Tensor, int]:
+        new, repaired = centroids.clone(), 0
+        for _, own in families.of_children():  # an empty cluster is moved inside of its own family
+            stats = Stats(passes.stats.counts[own], passes.stats.sums[own], passes.stats.squares[:, own])
+            new[own], splits = finish(centroids[own], stats, spreads[own], step, spherical=how.spherical)
+            repaired += splits
+        return new, repaired
+
+    return lloyd(passes, advance, finish_each, start, how)
+
+
+def _inside(families: Families, centroids: Centroids) -> Callable[[tuple[int, Tensor]], Settled]:
+    """The search for a row's nearest centroid among those of its coarse cluster."""
+    labels = torch.arange(len(centroids.values), device=centroids.values.device)
+    parts = {i: (own.start, centroids.pick(labels[own])) for i, own in families.of_children()}
+
+    def work(block: tuple[int, Tensor]) -> Settled:
+        i, positions = block
+        x = families.share.read(positions)
+        first, part = parts[i]
+        found = assign(x, part)
+        return Settled(positions, x, replace(found, labels=found.labels + first), len(x) * len(part.values))
+
+    return work
+
+
+def _starts(families: Families, num_labels: int, seed: int) -> Tensor:
+    """First centroids (K, D), rows of their coarse clusters, drawn in rounds by their squared distances.
+
+    A round doubles each family: it draws as many rows as there are children by now, in proportion to the distances from
+    before the round, so all rounds together compare a row with each child once. A family that has no row left at a
+    distance repeats its first child.
+    """
+    share = families.share
+    numbers = torch.tensor(families.children).diff()
+    first = torch.tensor(families.children[:-1])
+    centroids = torch.zeros(num_labels, share.dim, device=share.device)
+    num_rows = (len(share.rows),)
+    keys, groups = scratch(num_rows, torch.int64), scratch(num_rows, torch.int32).fill_(-1)
+    squares = scratch(num_rows, torch.int64).fill_(_FAR)
+    present, at_once = torch.zeros_like(numbers), (numbers > 0).long()
+    for number in itertools.count():
+        _race(families, squares, (keys, groups), (seed, num_labels, _SEEDING, number))
+        drawn, rows = _drawn_rows(families, groups, keys, at_once)
+        slots = torch.cat([first[i] + present[i] + torch.arange(int(n)) for i, n in enumerate(drawn)])
+        centroids[slots] = rows
+        _lower_squares(families, squares, centroids, (first + present, drawn))
+        present += drawn
+        at_once = torch.minimum(numbers - present, torch.where(drawn > 0, present, 0))
+        if not bool(at_once.any()):
+            break
+    for i in (present < numbers).nonzero()[:, 0].tolist():
+        centroids[first[i] + present[i] : first[i] + numbers[i]] = centroids[first[i]]
+    return centroids
+
+
+def _race(families: Families, squares: Tensor, out: tuple[Tensor, Tensor], key: tuple[int, ...]) -> None:
+    """Keys and groups of the rows that may be drawn."""
+    keys, groups = out
+    for positions in torch.split(families.order, PIECE):
+        weights = to_weights(squares[positions])
+        hashes = row_hashes(positions + families.share.first, *key)
+        keys[positions] = race_keys(hashes, weights)
+        groups[positions] = torch.where(weights > 0, families.coarse[positions], -1)
+
+
+def _drawn_rows(families: Families, groups: Tensor, keys: Tensor, at_once: Tensor) -> tuple[Tensor, Tensor]:
+    """How many rows of each family were drawn, (C,), and the rows of all ranks, by family, then by place, (M, D)."""
+    share = families.share
+    cut = lowest(share, groups, keys, at_once, bits=RACE_BITS)
+    taken = [p[cut.takes(groups[p], keys[p], p + share.first)] for p in torch.split(families.order, PIECE)]
+    positions = torch.cat(taken) if taken else torch.zeros(0, dtype=torch.int64)
+    owners = families.coarse[positions].long()
+    table = torch.stack(share.gather(torch.bincount(owners, minlength=len(at_once))[None])).view(-1, len(at_once))
+    drawn = table.sum(0)
+    before = drawn.cumsum(0) - drawn + table[: share.comm.rank].sum(0)  # of lower families, and of lower ranks
+    own = table[share.comm.rank]
+    rows = torch.zeros(int(drawn.sum()), share.dim, device=share.device)
+    slots = before[owners] + torch.arange(len(owners)) - (own.cumsum(0) - own)[owners]
+    order = positions.argsort()
+    rows[slots[order]] = share.read(positions[order]) + 0.0  # no -0.0: it would not survive a sum over ranks
+    return drawn, share.total(rows)
+
+
+def _lower_squares(families: Families, squares: Tensor, centroids: Tensor, new: tuple[Tensor, Tensor]) -> None:
+    """Lowers the rows' squared distances, in place, to those to the new centroids of their family."""
+    parts = {
+        i: Centroids.of(centroids[a : a + n], families.share.proposer)
+        for i, (a, n) in enumerate(zip(*(t.tolist() for t in new), strict=True))
+        if n
+    }
+
+    def work(block: tuple[int, Tensor]) -> tuple[Tensor, Tensor]:
+        i, positions = block
+        return positions, assign(families.share.read(positions), parts[i]).squares.cpu()
+
+    blocks = (block for block in families.blocks() if block[0] in parts)
+    for positions, found in families.share.each(work, blocks):
+        squares[positions] = torch.minimum(squares[positions], found)

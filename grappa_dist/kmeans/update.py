@@ -1,0 +1,163 @@
+"""The sums of k-means, and new centroids from them: integers, which may be added in any order.
+
+Which centroid is the nearest of a row is decided in search/rerank.py and kmeans/yinyang.py.
+
+Shapes: P rows of one block, K centroids, D dimensions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from grappa_dist.search.candidates import Centroids
+from grappa_dist.search.fixed_point import GRID, cached_rows, exact_square, to_grid
+
+NORM_LIMIT = 1 + 2**-7
+"""Rows are unit rows, give or take this much: the integers below are sized for it."""
+
+_LOW, _LOW_BITS = 24, 2**24 - 1  # where a sum of squares is cut in two
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What some rows say about the centroids; adds up over rows, and rows may change from one to another."""
+
+    counts: Tensor  # (K,) int64
+    sums: Tensor  # (K, D) int64, in units of 2**-24: 2**37 unit rows fit
+    squares: Tensor  # (2, K) int64, sum of |x|^2 in units of 2**-48: low 24 bits of the rows' values, and the rest
+
+    @staticmethod
+    def zeros(num_labels: int, dim: int, device: torch.device | str = "cpu") -> Stats:
+        shapes = ((num_labels,), (num_labels, dim), (2, num_labels))
+        return Stats(*(torch.zeros(shape, dtype=torch.int64, device=device) for shape in shapes))
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.counts, self.sums, self.squares
+
+    def add_(self, x: Tensor, squares: Tensor, labels: Tensor, leaving: Tensor | None = None) -> None:
+        """Adds grid rows with their exact squared norms in place; and takes them away from the labels they leave."""
+        squares = squares.long()
+        signed = [(labels, 1)] if leaving is None else [(labels, 1), (leaving, -1)]
+        _add_rows_(self.sums, x, signed)
+        for their, sign in signed:
+            self.counts.add_(torch.bincount(their, minlength=len(self.counts)), alpha=sign)
+            self.squares[0].index_add_(0, their, squares & _LOW_BITS, alpha=sign)
+            self.squares[1].index_add_(0, their, squares >> _LOW, alpha=sign)
+
+    def add_changes_(self, change: Stats, allsum: Callable[[Tensor], Tensor]) -> None:
+        """Adds, in place, what the rows of all ranks have changed, given this rank's part."""
+        for kept, of_rank in zip(self.tensors, change.tensors, strict=True):
+            kept.add_(allsum(of_rank))
+
+    def spreads(self, centroids: Centroids) -> list[int]:
+        """Per cluster the summed squared distances of its rows to its centroid, exact, in units of 2**-48.
+
+        sum |x - c|^2 = sum |x|^2 - 2 c . sum x + n |c|^2: no row is read again.
+        """
+        low, rest = self.squares.tolist()
+        own = centroids.squares.long().tolist()
+        dots = _long_dots(centroids.values, self.sums)
+        return [
+            (b << _LOW) + a - 2 * dot + n * s
+            for a, b, dot, n, s in zip(low, rest, dots, self.counts.tolist(), own, strict=True)
+        ]
+
+
+def _long_dots(c: Tensor, sums: Tensor) -> list[int]:
+    """Exact dot products of grid rows (K, D) with int64 rows, in units of 2**-24.
+
+    They may exceed 64 bits. So the int64 rows are cut into pieces of as many bits as leave room for a product with 25
+    bits and its sum over D, and what the pieces give is put together as Python integers.
+    """
+    width = 62 - 25 - math.ceil(math.log2(c.shape[1] + 1))
+    pieces = int(sums.abs().max()).bit_length() // width + 1
+    dots = [0] * len(c)
+    for piece in range(pieces):
+        shift, last = width * piece, piece == pieces - 1
+        parts = [
+            ((some.double() * GRID).long() * (row >> shift if last else row >> shift & (2**width - 1))).sum(1)
+            for some, row in zip(c.split(cached_rows(c)), sums.split(cached_rows(c)), strict=True)
+        ]
+        dots = [dot + (part << shift) for dot, part in zip(dots, torch.cat(parts).tolist(), strict=True)]
+    return dots
+
+
+def _add_rows_(sums: Tensor, x: Tensor, signed: Sequence[tuple[Tensor, int]]) -> None:
+    """Adds grid rows to int64 sums by labels, or takes them away from others by sign.
+
+    Float64 adds them many times as fast and, up to 2**29 rows, exactly too.
+    """
+    if len(x) < len(sums):  # too few rows to pay for a table of their own
+        values = (x * GRID).long()
+        for labels, sign in signed:
+            sums.index_add_(0, labels, values, alpha=sign)
+        return
+    block = torch.zeros(sums.shape, dtype=torch.float64, device=x.device)
+    size = cached_rows(x)
+    for some in (slice(start, start + size) for start in range(0, len(x), size)):
+        values = x[some].double()
+        for labels, sign in signed:
+            block.index_add_(0, labels[some], values, alpha=sign)
+    sums.add_(block.mul_(GRID).long())
+
+
+def finish(
+    centroids: Tensor, stats: Stats, spreads: Sequence[int], step: int, *, spherical: bool = False
+) -> tuple[Tensor, int]:
+    """New grid centroids, (K, D), and how many empty clusters were given a part of another one.
+
+    Args:
+        spreads: of `stats` around `centroids`.
+        step: number of the update, from which the repair of empty clusters draws.
+    """
+    counts = stats.counts.clamp(min=1)[:, None]
+    means = torch.div(2 * stats.sums + counts, 2 * counts, rounding_mode="floor")  # nearest grid point, halves upwards
+    new = torch.where(stats.counts[:, None] > 0, (means.double() / GRID).float(), centroids)  # nothing to round
+    if spherical:
+        new = _normalise(new)
+    repaired = _split_largest(new, stats.counts.tolist(), spreads, step)
+    return (_normalise(new) if spherical and repaired else new), repaired
+
+
+def _normalise(c: Tensor) -> Tensor:
+    """Unit rows on the grid: the norm is a correctly rounded root of an exact integer, hence the same everywhere."""
+    norms = exact_square(c).sqrt()[:, None] / GRID
+    return torch.where(norms > 0, to_grid(c.double() / norms.clamp(min=1 / GRID)), c)
+
+
+def _split_largest(new: Tensor, counts: Sequence[int], spreads: Sequence[int], step: int) -> int:
+    """Moves each empty centroid, in place, next to that of the largest cluster that still has unequal rows.
+
+    The large cluster keeps its mean, so inertia cannot rise. The offset points in a direction drawn from (step, label)
+    and is small against the spread, so about half of the rows prefer the moved centroid; the largest counts as half
+    from then on.
+    """
+    largest = [(-n, label) for label, n in enumerate(counts) if n > 1 and spreads[label] > 0]
+    heapq.heapify(largest)
+    repaired, dim = 0, new.shape[1]
+    for empty in (label for label, n in enumerate(counts) if n == 0):
+        if not largest:
+            break
+        size, source = largest[0]
+        root_mean_square = math.sqrt(spreads[source] / counts[source]) / GRID
+        length = max(1, round(root_mean_square * GRID / (4 * dim))) / GRID
+        bits = np.unpackbits(
+            np.frombuffer(hashlib.shake_256(f"{step}/{empty}".encode()).digest(dim // 8 + 1), np.uint8)
+        )
+        signs = torch.from_numpy(bits[:dim].astype(np.float64) * 2 - 1).to(new.device)
+        new[empty] = to_grid((new[source].double() + length * signs).clamp(-1, 1))
+        repaired += 1
+        if -size // 2 > 1:
+            heapq.heapreplace(largest, (-(-size // 2), source))
+        else:
+            heapq.heappop(largest)
+    return repaired

@@ -1,0 +1,288 @@
+"""Which pairs of two blocks of rows may be among each other's k best: fast estimates let few through, integers decide.
+
+An estimate is a product in bfloat16 or float32 whose error is bounded. A row has a floor, the score below which nothing
+can enter its list any more; pairs of which both estimates lie below the floors are never looked at again. What is left
+is scored exactly. A pair is one product for both of its rows, so a search of all rows among themselves takes half of
+the products. How many pairs get through is a matter of speed, never of the result.
+
+Shapes: P and m rows of two blocks, D dimensions, s pairs that got through, k neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from grappa_dist.ops.knn import Block, Neighbours, extend, merge
+from grappa_dist.search.bf16 import HalfProposer
+from grappa_dist.search.candidates import float_error, norm_of
+from grappa_dist.search.fixed_point import GRID, exact_square
+from grappa_dist.search.rerank import pair_dots
+
+_COLUMN_BITS = 13  # |score| < 2**49, so score * 2**13 + column still fits into an int64
+MOST_ROWS = 2**_COLUMN_BITS  # of a block
+_TABLE_ROWS, _TABLE_COLUMNS = 512, 2048  # of estimates: few enough to stay in a core's cache
+_STEP = 64  # rows are filled up to multiples of it: oneDNN compiles a kernel for every new shape
+_SAMPLE = 512  # targets that tell a first floor
+_CROWD = 16  # more than a 16th of a table is too much to be looked at pair by pair
+_LEAST = 2.0**-20  # floors below it let everything through: bits of negative numbers do not compare as the numbers do
+
+
+@dataclass(frozen=True)
+class Side:
+    """A block with what estimates need of it."""
+
+    block: Block
+    form: Tensor  # (P or some more, D), as it is multiplied: rows of zeros at the end
+    norm: float  # the largest |x|
+    rest: float  # the largest norm of what the form leaves out
+
+    @staticmethod
+    def of(block: Block, *, halves: bool, norm: float | None = None, rest: float | None = None) -> Side:
+        """A block of at most `MOST_ROWS` rows; norm and rest are found where they are not known."""
+        norm = norm_of(exact_square(block.rows)) if norm is None else norm
+        if rest is None:
+            rest = HalfProposer.left_out(block.rows) if halves else 0.0
+        num, dim = block.rows.shape
+        form = torch.empty(num + -num % _STEP, dim, dtype=torch.bfloat16 if halves else torch.float32)
+        form[:num], form[num:] = block.rows, 0
+        return Side(block, form, norm, rest)
+
+    def __len__(self) -> int:
+        return len(self.block.ids)
+
+    def error(self, other: Side) -> float:
+        """Of an estimate before it is rounded to the form's type, by Cauchy-Schwarz."""
+        a, b = self.norm + self.rest, other.norm + other.rest
+        return self.rest * b + a * other.rest + float_error(self.form.shape[1], a * b)
+
+
+@dataclass(frozen=True)
+class Found:
+    """The best of some rows of a block."""
+
+    rows: Tensor  # (t,) positions
+    best: Neighbours  # (t, k)
+
+    def into(self, best: Neighbours) -> None:
+        """Takes them into the lists of the whole block, in place."""
+        whole = merge(Neighbours(best.scores[self.rows], best.ids[self.rows]), self.best)
+        best.scores[self.rows], best.ids[self.rows] = whole.scores, whole.ids
+
+
+@dataclass(frozen=True)
+class _Through:
+    """Pairs that got through."""
+
+    rows: NDArray[np.int64]  # (s,)
+    columns: NDArray[np.int64]  # (s,)
+    estimates: NDArray[np.float32]  # (s,)
+
+    @staticmethod
+    def all_of(parts: list[_Through]) -> _Through:
+        fields = ("rows", "columns", "estimates")
+        return _Through(*(np.concatenate([getattr(part, name) for part in parts]) for name in fields))
+
+    def pick(self, some: NDArray[np.bool_]) -> _Through:
+        return _Through(self.rows[some], self.columns[some], self.estimates[some])
+
+    def turned(self) -> _Through:
+        return _Through(self.columns, self.rows, self.estimates)
+
+
+def search_one_way(a: Side, b: Side, best: Neighbours) -> list[Found]:
+    """What the targets b bring into the lists of the queries a; a row is not its own neighbour."""
+    return _Search(a, b, best, None).run()[0] if len(a) and len(b) else []
+
+
+def search_both_ways(a: Side, b: Side, best: tuple[Neighbours, Neighbours]) -> tuple[list[Found], list[Found]]:
+    """What two blocks without a common row bring into each other's lists."""
+    return _Search(a, b, *best).run() if len(a) and len(b) else ([], [])
+
+
+def search_within(a: Side, best: Neighbours) -> list[Found]:
+    """What the rows of a block bring into each other's lists."""
+    return _Search(a, a, best, best).run()[0] if len(a) else []
+
+
+@dataclass(frozen=True)
+class _Search:
+    """One block of rows against one of targets; with `back`, the lists of the targets as well."""
+
+    a: Side
+    b: Side
+    best: Neighbours
+    back: Neighbours | None
+
+    @property
+    def k(self) -> int:
+        return self.best.ids.shape[1]
+
+    @property
+    def within(self) -> bool:
+        return self.a is self.b
+
+    def run(self) -> tuple[list[Found], list[Found]]:
+        floors = [self._floors(self.a, self.b, self.best)]
+        if self.back is not None:
+            floors += floors if self.within else [self._floors(self.b, self.a, self.back)]
+        found: tuple[list[Found], list[Found]] = ([], [])
+        parts = []
+        for rows, columns in self._tables():
+            part = self._through(rows, columns, floors)
+            if part is None:
+                self._crowded(rows, columns, found)
+            else:
+                parts.append(part)
+        through = _Through.all_of(parts) if parts else None
+        if through is not None and len(through.rows):
+            self._decide(through, floors, found)
+        return found
+
+    def _tables(self) -> Iterator[tuple[slice, slice]]:
+        """Tables of estimates; within one block those on and above the diagonal."""
+        for row in range(0, len(self.a), _TABLE_ROWS):
+            for column in range(row if self.within else 0, len(self.b), _TABLE_COLUMNS):
+                rows, columns = row + _TABLE_ROWS, column + _TABLE_COLUMNS
+                yield slice(row, min(rows, len(self.a))), slice(column, min(columns, len(self.b)))
+
+    def _floors(self, a: Side, b: Side, best: Neighbours) -> Tensor:
+        """(P,) float64: estimates that lie below, before they are rounded, belong to nothing for the row's list.
+
+        By the k-th exact score so far; where there is none, by the (k + 1)-th of some of the targets, of which one may
+        be the row itself.
+        """
+        error = a.error(b)
+        floors = best.scores[:, -1] / GRID**2 - error
+        unknown = torch.isinf(floors).nonzero()[:, 0]
+        sample = b.form[: len(b)][:: max(1, len(b) // max(_SAMPLE, 8 * (self.k + 1)))]
+        if len(unknown) and len(sample) > self.k:
+            for rows in unknown.split(_TABLE_ROWS):
+                table = (a.form[rows] @ sample.T).float()
+                least = table.topk(self.k + 1, dim=1).values[:, -1].double()
+                floors[rows] = least - 2 * error - _rounding(a.form)
+        return floors
+
+    def _through(self, rows: slice, columns: slice, floors: list[Tensor]) -> _Through | None:
+        """The pairs of one table that may matter; None where they are too many."""
+        table = self.a.form[_filled(rows)] @ self.b.form[_filled(columns)].T
+        least = _bits_of_floors(floors[0][rows], table.dtype)[:, None]
+        if len(floors) > 1:
+            least = np.minimum(least, _bits_of_floors(floors[1][columns], table.dtype)[None])
+        mask = _bits(table)[: rows.stop - rows.start, : columns.stop - columns.start] >= least
+        places = np.flatnonzero(mask)
+        if len(places) > max(mask.size // _CROWD, 4 * (self.k + 1) * len(mask)):
+            return None
+        row, column = np.divmod(places, mask.shape[1])
+        estimates = table[torch.from_numpy(row), torch.from_numpy(column)].float().numpy()
+        row, column = row + rows.start, column + columns.start
+        through = _Through(row, column, estimates)
+        if self.within:
+            return through.pick(column > row)
+        ids = self.a.block.ids.numpy(), self.b.block.ids.numpy()
+        return through.pick(ids[0][row] != ids[1][column])
+
+    def _crowded(self, rows: slice, columns: slice, found: tuple[list[Found], list[Found]]) -> None:
+        """A table in which too much may matter: some proposals a row, and all of it where these do not settle it."""
+        self._extend(found[0], (self.a, rows, self.best), (self.b, columns))
+        if self.within:  # rows of the table that are columns as well have been served
+            columns = slice(max(columns.start, rows.stop), columns.stop)
+            self._extend(found[0], (self.a, columns, self.best), (self.a, rows))
+        elif self.back is not None:
+            self._extend(found[1], (self.b, columns, self.back), (self.a, rows))
+
+    def _extend(self, found: list[Found], queries: tuple[Side, slice, Neighbours], targets: tuple[Side, slice]) -> None:
+        (a, rows, best), (b, columns) = queries, targets
+        if rows.start < rows.stop:
+            none = Neighbours.none(rows.stop - rows.start, self.k)
+            some = extend(none, _part(a, rows), _part(b, columns), least=best.scores[rows, -1])
+            found.append(Found(torch.arange(rows.start, rows.stop), some))
+
+    def _decide(self, through: _Through, floors: list[Tensor], found: tuple[list[Found], list[Found]]) -> None:
+        """Exact lists of what got through and is not certainly behind k others of it."""
+        views = [through] if len(floors) == 1 else [through, through.turned()]
+        if self.within:
+            views = [_Through.all_of(views)]
+        gap = 2 * self.a.error(self.b)
+        kept = [self._worth(view, f, gap) for view, f in zip(views, floors, strict=False)]
+        places = np.flatnonzero(np.logical_or.reduce(np.concatenate(kept).reshape(-1, len(through.rows))))
+        pairs = torch.from_numpy(through.rows[places]), torch.from_numpy(through.columns[places])
+        scores = np.zeros(len(through.rows))
+        scores[places] = pair_dots(self.a.block.rows, self.b.block.rows, pairs).numpy()
+        for view, mask, target, out in zip(views, kept, (self.b, self.a), found, strict=False):
+            all_scores = np.concatenate([scores, scores]) if self.within else scores
+            if mask.any():
+                out.append(_listed(view.rows[mask], view.columns[mask], all_scores[mask], target.block.ids, self.k))
+
+    def _worth(self, view: _Through, floors: Tensor, gap: float) -> NDArray[np.bool_]:
+        """Which pairs are above their row's floor and not certainly behind k others of it."""
+        least = floors.to(self.a.form.dtype).float().numpy()[view.rows]
+        order, place, first = _by_row(view.rows, -view.estimates)
+        values = view.estimates[order]
+        kth = np.full(len(values), -np.inf, np.float32)
+        is_kth = place == self.k - 1
+        kth[first[is_kth]] = values[is_kth]  # at the first of each row
+        mask = np.empty(len(values), dtype=bool)
+        mask[order] = values >= kth[first] - np.float32(gap + 2 * _rounding(self.a.form) + 2.0**-22)
+        return mask & (view.estimates >= least)
+
+
+def _by_row(
+    rows: NDArray[np.int64], keys: NDArray[Any]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """The order by (row, key), each one's place within its row, and where its row begins, all (s,)."""
+    order = np.argsort(keys)
+    order = order[np.argsort(rows[order].astype(np.int16), kind="stable")]  # a radix sort
+    sorted_rows = rows[order]
+    begins = np.ones(len(rows), dtype=bool)
+    begins[1:] = sorted_rows[1:] != sorted_rows[:-1]
+    starts = np.flatnonzero(begins)
+    first = np.repeat(starts, np.diff(np.append(starts, len(rows))))
+    return order, np.arange(len(rows)) - first, first
+
+
+def _listed(
+    rows: NDArray[np.int64], columns: NDArray[np.int64], scores: NDArray[np.float64], ids: Tensor, k: int
+) -> Found:
+    """The k best exact scores of each row that has any, ties by column, so by id."""
+    keys = -((scores.astype(np.int64) << _COLUMN_BITS) + (MOST_ROWS - 1 - columns))
+    order, place, _ = _by_row(rows, keys)
+    order, place = order[place < k], place[place < k]
+    touched, at = np.unique(rows[order], return_inverse=True)
+    width = int(place.max()) + 1
+    best = Neighbours.none(len(touched), width)
+    best.scores[at, place] = torch.from_numpy(scores[order])
+    best.ids[at, place] = ids[torch.from_numpy(columns[order])]
+    return Found(torch.from_numpy(touched), best)
+
+
+def _part(side: Side, rows: slice) -> Block:
+    return Block(side.block.rows[rows], side.block.ids[rows])
+
+
+def _filled(some: slice) -> slice:
+    return slice(some.start, some.stop + -some.stop % _STEP)
+
+
+def _rounding(form: Tensor) -> float:
+    """How far rounding to the form's type may move a score: half a step of its numbers between 1 and 2."""
+    return 2.0**-8 if form.dtype == torch.bfloat16 else 0.0
+
+
+def _bits(table: Tensor) -> NDArray[Any]:
+    """As numbers that compare fast: of two bfloat16, of which one is positive, the larger has the larger bits."""
+    return table.view(torch.int16).numpy() if table.dtype == torch.bfloat16 else table.numpy()
+
+
+def _bits_of_floors(floors: Tensor, dtype: torch.dtype) -> NDArray[Any]:
+    """Rounded as estimates are, which keeps their order; in place of negative ones so low that all is larger."""
+    bits = _bits(floors.to(dtype))
+    if dtype == torch.bfloat16:
+        bits[(floors < _LEAST).numpy()] = np.iinfo(np.int16).min
+    return bits

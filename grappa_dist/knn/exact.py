@@ -1,0 +1,186 @@
+"""The exact k-NN graph of rows spread over the ranks of one job: blocks of rows travel, lists of neighbours stay.
+
+The result is that of brute force with exact scores, bit for bit, on any number of ranks and for any block size.
+
+Shapes: P rows of this rank, m rows of a block, D dimensions, k neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from grappa_dist.distributed.collectives import Comm, raise_together, wire_device
+from grappa_dist.distributed.knn_blocks import Blocks
+from grappa_dist.distributed.rows import row_problem
+from grappa_dist.distributed.threads import side_by_side
+from grappa_dist.knn.block_search import MOST_ROWS, Found, Side, search_both_ways, search_within
+from grappa_dist.ops.knn import Block, Neighbours, extend, to_scores
+from grappa_dist.search.backends import largest
+from grappa_dist.search.candidates import true_products
+
+
+def sharded_knn(
+    comm: Comm,
+    features: np.ndarray,
+    ids: np.ndarray,
+    k: int,
+    *,
+    block_rows: int = MOST_ROWS,
+    device: torch.device | str = "cpu",
+    halves: bool | None = None,
+    copies: bool | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k nearest other rows of each own row: row ids (P, k) int64 and inner products (P, k) float32, best first.
+
+    Equal inner products are in the order of row ids; where fewer than k other rows exist, id -1 and score -inf fill up.
+
+    Args:
+        features: own unit rows (P, D) float32, possibly memory-mapped, possibly none; bad rows left out.
+        ids: their row ids (P,) int64, ascending, different over all ranks.
+        block_rows: rows that travel, and rows compared with them, at most; memory, not the result, depends on it.
+        halves: estimates in bfloat16; by default where they pay.
+        copies: every block visits every rank, and a pair of rows is compared on both sides; by default on a GPU.
+    """
+    device = torch.device(device)
+    copies = device.type == "cuda" if copies is None else copies
+    own = join_blocks(comm, features, ids, k, block_rows=block_rows, device=device, halves=halves, keep=copies)
+    best = [Neighbours.none(own.size(i), k, device) for i in range(len(own))]
+    ring = _Ring(comm, own, best, k)
+    with true_products():
+        (ring.by_copies if copies else ring.by_pairs)()
+    return as_arrays(best, k)
+
+
+def join_blocks(
+    comm: Comm,
+    features: np.ndarray,
+    ids: np.ndarray,
+    k: int,
+    *,
+    block_rows: int,
+    device: torch.device,
+    halves: bool | None = None,
+    keep: bool = False,
+) -> Blocks:
+    """This rank's rows by blocks, once every rank's rows are fit for a search."""
+    if k < 1 or block_rows < 1:
+        raise ValueError(f"k and block_rows must be at least 1, got {k} and {block_rows}")
+    raise_together(comm, _problem(features, ids, block_rows))
+    return Blocks.of(features, ids, _dimension(comm, features), block_rows, device=device, halves=halves, keep=keep)
+
+
+def as_arrays(best: Sequence[Neighbours], k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ids (P, k) int64 and inner products (P, k) float32 of the lists of all blocks."""
+    if not best:
+        return np.zeros((0, k), dtype=np.int64), np.zeros((0, k), dtype=np.float32)
+    return torch.cat([b.ids for b in best]).cpu().numpy(), torch.cat([to_scores(b) for b in best]).cpu().numpy()
+
+
+@dataclass(frozen=True)
+class _Ring:
+    """The search on one of the ranks."""
+
+    comm: Comm
+    own: Blocks
+    best: list[Neighbours]  # of each own block
+    k: int
+
+    def by_copies(self) -> None:
+        """Every block travels round all ranks, each of which searches it for the neighbours of its own rows."""
+        for number in range(self._most_blocks()):
+            travelling = self.own.block(number)  # an empty block where this rank has no more
+            for hop in range(self.comm.size):
+                if hop:
+                    travelling = Block(self._moved(travelling.rows, 1), self._moved(travelling.ids, 1))
+                for i, so_far in enumerate(self.best):
+                    self.best[i] = extend(so_far, self.own.block(i), travelling, largest)
+
+    def by_pairs(self) -> None:
+        """Every pair of blocks meets once, on the rank of one of them, which sends the other's new neighbours home.
+
+        So half of the products of all rows with all rows are made. A block goes to the ranks of the first half of the
+        ring ahead; of two ranks that are opposite to each other, each takes every other pair of their blocks.
+        """
+        own, blocks = self.own, range(len(self.own))
+        self._each(lambda i, a: [search_within(own.side(i), a)], [(i,) for i in blocks], self.best)
+        self._each(
+            lambda i, j, a, b: search_both_ways(own.side(i), own.side(j), (a, b)),
+            [(i, j) for j in blocks for i in range(j)],
+            self.best,
+        )
+        for number in range(self._most_blocks() if self.comm.size > 1 else 0):
+            for hop in range(1, self.comm.size // 2 + 1):
+                self._meet(number, hop)
+
+    def _meet(self, number: int, hop: int) -> None:
+        """Own blocks against one block of the rank `hop` before ours."""
+        mine = self.own.block(number)
+        least = self.best[number].scores[:, -1] if len(mine.ids) else torch.zeros(0, dtype=torch.float64)
+        rows, ids, least = (self._moved(t, hop) for t in (mine.rows, mine.ids, least))
+        theirs, home = Side.of(Block(rows, ids), halves=self.own.halves), Neighbours.none(len(ids), self.k)
+        known = Neighbours(least[:, None].expand(-1, self.k), home.ids)
+        turn = 2 * hop != self.comm.size
+        first = self.comm.rank < hop  # of two opposite ranks
+        tasks = [(i, len(self.best)) for i in range(len(self.best)) if turn or ((i + number) % 2 == 0) == first]
+        lists = [*self.best, home]
+        self._each(lambda i, _, a, __: search_both_ways(self.own.side(i), theirs, (a, known)), tasks, lists)
+        back = Neighbours(self._moved(home.scores, -hop), self._moved(home.ids, -hop))
+        if len(mine.ids):
+            Found(torch.arange(len(mine.ids)), back).into(self.best[number])
+
+    def _each(
+        self,
+        work: Callable[..., Sequence[Sequence[Found]]],
+        tasks: Sequence[tuple[int, ...]],
+        lists: list[Neighbours],
+    ) -> None:
+        """Works on tuples of blocks side by side, and takes what was found into the lists of each of them.
+
+        A task sees the lists as they were when it was handed out, which may cost it time but nothing else.
+        """
+        handed = ((*task, *(_copy(lists[i]) for i in task)) for task in tasks)
+        done = side_by_side(lambda item: work(*item), handed, torch.get_num_threads())
+        for task, found in zip(tasks, done, strict=True):
+            for i, parts in zip(task, found, strict=True):
+                for part in parts:
+                    part.into(lists[i])
+
+    def _most_blocks(self) -> int:
+        told = torch.tensor([len(self.own)], device=wire_device(self.comm))
+        return int(torch.cat(self.comm.gather(told)).max())
+
+    def _moved(self, tensor: Tensor, by: int) -> Tensor:
+        return self.comm.shift(tensor.to(wire_device(self.comm)), by).to(tensor.device)
+
+
+def _copy(best: Neighbours) -> Neighbours:
+    return Neighbours(best.scores.clone(), best.ids)
+
+
+def _dimension(comm: Comm, features: np.ndarray) -> int:
+    """D, also where this rank has no row to tell."""
+    told = torch.tensor([features.shape[1] if len(features) else 0], device=wire_device(comm))
+    dims = sorted({int(d) for d in comm.gather(told)} - {0})
+    if len(dims) > 1:
+        raise ValueError(f"features must have the same dimension on every rank, found {dims}")
+    return dims[0] if dims else 1
+
+
+def _problem(features: np.ndarray, ids: np.ndarray, block_rows: int) -> str:
+    """What is wrong with this rank's rows, naming the row id; "" when nothing is."""
+    if features.ndim != 2 or features.dtype != np.float32:
+        return f"features must be (rows, dimensions) float32, found {features.shape} {features.dtype}"
+    if ids.shape != (len(features),) or ids.dtype != np.int64:
+        return f"ids must be ({len(features)},) int64, found {ids.shape} {ids.dtype}"
+    if (falls := np.flatnonzero(ids[1:] <= ids[:-1])).size:
+        return f"ids must be ascending, found {ids[falls[0] + 1]} after {ids[falls[0]]}"
+    for start in range(0, len(ids), block_rows):
+        block = features[start : start + block_rows]
+        if found := row_problem(block, np.ones(len(block), dtype=bool)):
+            return f"features: row {ids[start + found[0]]} {found[1]}"
+    return ""

@@ -1,0 +1,238 @@
+"""Labelled collections made into shards: which classes train, which test, and the tars of both."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from grappa_dist.data.making.encoding import TAKEN
+from grappa_dist.data.progress import Progress, Tell, duration
+from grappa_dist.data.rng import permutation
+from grappa_dist.make_shards.building import Building, bad_files, build
+from grappa_dist.make_shards.planning import Limits, plan_folder, prefixes_of
+from grappa_dist.make_shards.sources import Columns, Item, Source, csv_items, folder_items, open_source, task_name
+
+SPLITS = ("train", "test")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollectionConfig:
+    """How images become shards."""
+
+    label_column: str | None = None  # None: "fine", which may be absent where no label is needed
+    task_column: str = "dataset"
+    task: str | None = None  # one name for all images of every pair
+    split: Literal["classes", "column", "none"] = "classes"
+    image_size: int | None = None  # shorter side of what is larger; None copies the files as they are
+    images_per_shard: int | None = None  # None: 1000, or any number where shard_bytes is given
+    shard_bytes: int | None = None  # a tar is at most so large
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.split not in ("classes", "column", "none"):
+            raise ValueError(f"split must be classes, column or none, got {self.split!r}")
+        for name in ("image_size", "images_per_shard", "shard_bytes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.seed < 0:
+            raise ValueError(f"seed must be at least 0, got {self.seed}")
+
+    @property
+    def limits(self) -> Limits:
+        rows = self.images_per_shard
+        return Limits(1000 if rows is None and self.shard_bytes is None else rows, self.shard_bytes)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Who writes, and who hears of it; nothing of this changes what is written."""
+
+    workers: int = 1
+    tell: Tell = lambda line: None  # lines that stay
+    renew: Tell | None = None  # on a terminal: a line that replaces the one before
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise ValueError(f"workers must be at least 1, got {self.workers}")
+
+    def progress(self, images: int, shards: int) -> Progress:
+        if self.renew is None:
+            return Progress(images, shards, self.tell)
+        return Progress(images, shards, self.renew, interval_s=0.5)
+
+
+def make_shards(pairs: Sequence[tuple[str | None, str]], out: Path, cfg: CollectionConfig, work: Work) -> str:
+    """Table of what is in OUT/train and OUT/test, which it writes from pairs of (CSV or None, images)."""
+    sources = [(csv, open_source(images)) for csv, images in pairs]
+    _check_tasks([source.path for csv, source in sources if csv is None], cfg.task)
+    items = _items(sources, cfg)
+    _check_names(items)
+    skipped = sum((source.skipped for _, source in sources), Counter())
+    return write_items(items, out, cfg, work=work, skipped=skipped)
+
+
+def write_items(
+    items: Sequence[Item],
+    out: Path,
+    cfg: CollectionConfig,
+    *,
+    work: Work,
+    skipped: Counter[str],
+    base: Path | None = None,
+) -> str:
+    """Table of what is in OUT/train and OUT/test, which it writes from the items.
+
+    Args:
+        base: the folder from which the names of their files count; by default the deepest that holds all sources.
+    """
+    began = time.monotonic()
+    prefixes = prefixes_of({item.source.path for item in items}, base)
+    splits = split_items(items, cfg.split)
+    for split in SPLITS:
+        if not splits[split] and (out / split).exists():
+            raise ValueError(f"{out / split}: exists, but these images have no {split} part; choose another folder")
+    plans = [
+        plan_folder(
+            (out / split).absolute(),
+            _in_order(splits[split], split, cfg.seed),
+            cfg.limits,
+            cfg.image_size,
+            prefixes=prefixes,
+        )
+        for split in SPLITS
+        if splits[split]
+    ]
+    buildings = build(plans, work.workers, tell=work.tell, progress=work.progress)
+    for line in summary(buildings, skipped, time.monotonic() - began):
+        work.tell(line)
+    return table(splits)
+
+
+def _check_tasks(paths: Sequence[Path], task: str | None) -> None:
+    """Images without a CSV are each of one task, by the name of their folder or tar."""
+    real, first = set[Path](), dict[str, Path]()
+    for path in paths:
+        if path.resolve() in real:
+            raise ValueError(f"{path}: named twice")
+        real.add(path.resolve())
+        alike = first.setdefault(task_name(path), path)
+        if task is None and alike is not path:
+            raise ValueError(
+                f"{alike} and {path}: both would be the task {task_name(path)!r}; rename one, or give --task to both"
+            )
+
+
+def _check_names(items: Sequence[Item]) -> None:
+    """Labels and tasks are written as UTF-8; names of files may be anything."""
+    for label, task in {(item.label, item.task) for item in items}:
+        for name in (label or "", task):
+            try:
+                name.encode()
+            except UnicodeEncodeError:
+                first = next(item for item in items if name in (item.label, item.task))
+                raise ValueError(
+                    f"{os.fsencode(first.said)!r}: the class or task {os.fsencode(name)!r} is not UTF-8; rename it"
+                ) from None
+
+
+def _in_order(items: Sequence[Item], split: str, seed: int) -> Sequence[Item]:
+    """The train rows are mixed, the test rows keep their order."""
+    if split != "train":
+        return items
+    return [items[i] for i in permutation(len(items), "order of a collection", seed).tolist()]
+
+
+def summary(buildings: Sequence[Building], skipped: Counter[str], seconds: float) -> list[str]:
+    """What was written, and what was not, as lines."""
+    lines = []
+    for building in buildings:
+        items, folder = building.plan.items, building.plan.folder
+        size = sum(tar.stat().st_size for tar in folder.glob("*.tar"))
+        classes = len({(item.task, item.label) for item in items if item.label is not None})
+        done = "was finished before, with these images" if building.reused else "written"
+        if building.nameless:
+            done += ", by an earlier version: without the names of their files, which it has if removed and made again"
+        lines.append(
+            f"{folder}: {len(items):,} images, {classes:,} classes, {len({item.task for item in items}):,} tasks, "
+            f"{building.plan.shards:,} shards, {size:,} bytes; {done}"
+        )
+    for reason, number in skipped.most_common():
+        lines.append(f"left out: {number:,} files, {reason}")
+    if skipped:
+        lines.append(f"taken are files ending in {', '.join(TAKEN)}")
+    bad = bad_files(buildings)
+    lines += [
+        f"kept as they are, for they do not decode: {number:,} files, {why}" for why, number in bad.most_common(8)
+    ]
+    if len(bad) > 8:
+        lines.append(f"kept as they are: {sum(bad.values()):,} files in all, for {len(bad):,} reasons")
+    return [*lines, f"took {duration(seconds)}"]
+
+
+def _items(sources: Sequence[tuple[str | None, Source]], cfg: CollectionConfig) -> list[Item]:
+    columns = Columns(
+        label=cfg.label_column or "fine",
+        label_required=cfg.split == "classes" or cfg.label_column is not None,
+        task=cfg.task_column,
+        split="split" if cfg.split == "column" else None,
+        task_name=cfg.task,
+    )
+    items: list[Item] = []
+    for csv, source in sources:
+        if csv is not None:
+            items += csv_items(csv, source, columns)
+        elif cfg.split == "column":
+            raise ValueError(f"{source.path}: --split column needs a CSV with a column 'split'")
+        else:
+            items += folder_items(source, cfg.task, labelled=cfg.split == "classes")
+    return items
+
+
+def split_items(items: Sequence[Item], split: str) -> dict[str, list[Item]]:
+    """The images that train and those that test, each in the order given."""
+    if split == "classes":
+        train = train_classes(items)
+        sides = ["train" if (item.task, item.label) in train else "test" for item in items]
+    elif split == "column":
+        sides = [_side_of(item) for item in items]
+    else:
+        sides = ["train"] * len(items)
+    return {name: [item for item, side in zip(items, sides, strict=True) if side == name] for name in SPLITS}
+
+
+def train_classes(items: Sequence[Item]) -> set[tuple[str, str | None]]:
+    """(task, label) of every class that trains: in each task the first half, rounded up, by name."""
+    labels: dict[str, set[str]] = defaultdict(set)
+    for item in items:
+        assert item.label is not None, f"{item.said}: taken without a label"
+        labels[item.task].add(item.label)
+    return {(task, label) for task, names in labels.items() for label in sorted(names)[: (len(names) + 1) // 2]}
+
+
+def _side_of(item: Item) -> str:
+    if item.split not in SPLITS:
+        raise ValueError(f"{item.said}: split is {item.split!r}; expected {' or '.join(SPLITS)}")
+    return item.split
+
+
+def table(splits: dict[str, list[Item]]) -> str:
+    """Classes and images of every task on both sides, as lines of text."""
+    tasks = sorted({item.task for items in splits.values() for item in items})
+    lines = [("task", *(f"{split} {what}" for split in SPLITS for what in ("classes", "images")))]
+    for task in [*tasks, "all"]:
+        cells = []
+        for split in SPLITS:
+            items = [item for item in splits[split] if task in (item.task, "all")]
+            cells += [len({(item.task, item.label) for item in items if item.label is not None}), len(items)]
+        lines.append((task, *(f"{cell:,}" for cell in cells)))
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))])
+        for line in lines
+    )

@@ -1,0 +1,129 @@
+"""One shard at a time: from a list of files to a tar that is finished or absent."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from grappa_dist.data.index import Shard, entry, shard_of
+from grappa_dist.data.loader import read_batches
+from grappa_dist.data.making.encoding import Encoded, encoded
+from grappa_dist.data.writer import TarShard, members
+from grappa_dist.files import read_json, write_json
+from grappa_dist.make_shards.sources import Place
+
+MAKING = "making"  # what only a folder in the making holds: notes of its finished shards, unfinished ones, its plan
+_THREADS = 2  # one reads while the other decodes; more work side by side is the business of processes
+_NAMED = 20  # undecodable files of a shard that are named
+
+
+class Stopped(Exception):
+    """The writing was asked to stop."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One image on its way into a shard."""
+
+    place: Place
+    suffix: str
+    label: str | None
+    task: str | None
+    name: str  # of its file, for whoever looks for it
+    said: str
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """A shard to be written."""
+
+    folder: str  # in the making
+    number: int
+    first_row: int
+    rows: Sequence[Row]
+    image_size: int | None
+
+
+@dataclass(frozen=True)
+class Filled:
+    """A finished shard, and the files in it that do not decode (where that was tried)."""
+
+    folder: str
+    number: int
+    shard: Shard
+    bad: Counter[str]  # by reason
+    named: tuple[str, ...]
+
+
+def shard_name(number: int) -> str:
+    return f"shard-{number:06d}.tar"
+
+
+def fill(job: ShardJob, count: Callable[[int], None], stopped: Callable[[], bool]) -> Filled:
+    """Writes a shard and commits it; the same job makes the same bytes.
+
+    Args:
+        count: hears of each image.
+    """
+    desk = Path(job.folder) / MAKING / f"unfinished-{os.getpid()}-{os.urandom(4).hex()}"
+    desk.mkdir()
+    tar = TarShard(desk / shard_name(job.number))
+    bad: Counter[str] = Counter()
+    named: list[str] = []
+    try:
+        contents = read_batches(job.rows, lambda row: _content(row, job.image_size), threads=_THREADS)
+        for number, (row, content) in enumerate(zip(job.rows, contents, strict=True), start=job.first_row):
+            if stopped():
+                raise Stopped
+            tar.add(number, members(content.data, content.suffix, row.label, row.task, name=row.name))
+            if content.bad is not None:
+                bad[_kind(content.bad)] += 1
+                named.append(f"{row.said} does not decode; it keeps row {number}")
+            count(1)
+        filled = Filled(job.folder, job.number, tar.finish(), bad, tuple(named[:_NAMED]))
+        _commit(filled, desk)
+        return filled
+    finally:
+        tar.close()
+        shutil.rmtree(desk, ignore_errors=True)
+
+
+def _content(row: Row, image_size: int | None) -> Encoded:
+    return encoded(row.place.read(), row.suffix, image_size)
+
+
+def _kind(reason: str) -> str:
+    """A reason without what is told of one file alone: numbers, and the name of an object."""
+    return re.sub(r"\d+", "#", re.sub(r" <[^>]*>", "", reason))
+
+
+def _commit(filled: Filled, desk: Path) -> None:
+    """Index, then tar, then the note that says both are there."""
+    folder, name = Path(filled.folder), filled.shard.name
+    for file in (f"{name}.npy", name):
+        (desk / file).replace(folder / file)
+    content = {"shard": entry(filled.shard), "bad": dict(filled.bad), "named": list(filled.named)}
+    write_json(_note(folder, filled.number), content)
+
+
+def _note(folder: Path, number: int) -> Path:
+    return folder / MAKING / f"{shard_name(number)}.json"
+
+
+def already_filled(folder: Path, number: int) -> Filled | None:
+    """What an earlier run finished, if tar and index are as its note says."""
+    note = _note(folder, number)
+    if not note.is_file():
+        return None
+    content: dict[str, Any] = read_json(note)
+    tar = folder / shard_name(number)
+    shard = shard_of(content["shard"], str(tar), note)
+    if not tar.is_file() or tar.stat().st_size != shard.bytes or not tar.with_name(f"{tar.name}.npy").is_file():
+        return None
+    return Filled(str(folder), number, shard, Counter(content["bad"]), tuple(content["named"]))

@@ -1,0 +1,169 @@
+"""What the shards of a folder will hold, decided before any is written. Shapes: n images in the order of rows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from grappa_dist.data.loader import read_batches
+from grappa_dist.data.making.cuts import cut
+from grappa_dist.data.making.encoding import REWRITTEN, encoded, encoder
+from grappa_dist.data.rng import permutation
+from grappa_dist.data.writer import member_bytes, members
+from grappa_dist.make_shards.filling import Row, ShardJob
+from grappa_dist.make_shards.sources import Item
+
+_CHUNK = 1024
+_THREADS = 16  # asking for sizes waits for the file system only
+_SAMPLED = 2048  # images that are re-encoded to learn their size, over all tasks
+_SAMPLED_PER_TASK = 64
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Where a shard ends."""
+
+    rows: int | None
+    bytes: int | None
+
+
+@dataclass(frozen=True)
+class FolderPlan:
+    """The shards of a folder: the same plan makes the same bytes, in any number of processes."""
+
+    folder: Path
+    items: Sequence[Item]
+    starts: Sequence[int]  # first row of every shard and, last, n
+    image_size: int | None
+    settings: dict[str, Any]
+    prefixes: Mapping[Path, str]  # by source, what comes before the names of its files
+    fingerprint: str
+    nameless: str | None  # what the fingerprint was before shards held the names of files, where that is known
+
+    @property
+    def shards(self) -> int:
+        return len(self.starts) - 1
+
+    def job(self, number: int, partial: Path) -> ShardJob:
+        first, end = self.starts[number], self.starts[number + 1]
+        rows = [_row(item, self.prefixes) for item in self.items[first:end]]
+        return ShardJob(str(partial), number, first, rows, self.image_size)
+
+
+def plan_folder(
+    folder: Path, items: Sequence[Item], limits: Limits, image_size: int | None, *, prefixes: Mapping[Path, str]
+) -> FolderPlan:
+    """The shards that hold the items in their order.
+
+    Args:
+        prefixes: by the path of a source, what comes before the names of its files.
+    """
+    sizes = file_sizes(items)
+    starts = cut(_row_sizes(items, sizes, limits, image_size, prefixes=prefixes), limits.rows, limits.bytes)
+    settings = {
+        "images": len(items),
+        "images_per_shard": limits.rows,
+        "shard_bytes": limits.bytes,
+        "image_size": image_size,
+        "encoder": encoder() if any(_is_encoded(item, image_size) for item in items) else None,
+    }
+    named = {**settings, "names": True}
+    files = (prefixes[item.source.path] + item.name for item in items)
+    now = _fingerprint([named, starts], items, sizes, files)
+    former = None
+    if limits.bytes is None:  # else the shards were cut elsewhere
+        former = _fingerprint([settings, starts], items, sizes, (item.name for item in items))
+    return FolderPlan(folder, items, starts, image_size, named, prefixes, now, former)
+
+
+def _fingerprint(settings: object, items: Sequence[Item], sizes: NDArray[np.int64], files: Iterable[str]) -> str:
+    digest = hashlib.sha256(json.dumps(settings).encode())
+    for item, file, size in zip(items, files, sizes, strict=True):
+        line = f"{file}\0{item.task}\0{item.label}\0{size}\n"
+        digest.update(line.encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+def _is_encoded(item: Item, image_size: int | None) -> bool:
+    """Whether a file is not simply copied, so that its size in a shard is not known beforehand."""
+    return image_size is not None or item.suffix in REWRITTEN
+
+
+def file_sizes(items: Sequence[Item]) -> NDArray[np.int64]:
+    """Bytes of every file as it lies there, (n,)."""
+    chunks = [items[at : at + _CHUNK] for at in range(0, len(items), _CHUNK)]
+    sizes = np.zeros(len(items), dtype=np.int64)
+    found = read_batches(chunks, lambda chunk: [item.source.size(item.name) for item in chunk], threads=_THREADS)
+    for at, chunk in enumerate(found):
+        sizes[at * _CHUNK : at * _CHUNK + len(chunk)] = chunk
+    return sizes
+
+
+def _row_sizes(
+    items: Sequence[Item],
+    sizes: NDArray[np.int64],
+    limits: Limits,
+    image_size: int | None,
+    *,
+    prefixes: Mapping[Path, str],
+) -> Iterator[int]:
+    """Bytes of every row in its tar: exact for copies, the mean of a sample of the task where images are re-encoded."""
+    if limits.bytes is None:
+        return iter([0] * len(items))
+    means = _sampled_sizes([item for item in items if _is_encoded(item, image_size)], image_size)
+    return (
+        _in_tar(_row(item, prefixes), means[item.task] if _is_encoded(item, image_size) else int(size))
+        for item, size in zip(items, sizes, strict=True)
+    )
+
+
+def _in_tar(row: Row, size: int) -> int:
+    (_, _), *others = members(b"", row.suffix, row.label, row.task, name=row.name)
+    return member_bytes(size) + sum(member_bytes(len(data)) for _, data in others)
+
+
+def _sampled_sizes(items: Sequence[Item], image_size: int | None) -> dict[str, int]:
+    """Mean bytes of a re-encoded image, by task."""
+    of_task: dict[str, list[int]] = defaultdict(list)
+    for number, item in enumerate(items):
+        of_task[item.task].append(number)
+    each = max(1, min(_SAMPLED_PER_TASK, _SAMPLED // max(1, len(of_task))))
+    means = {}
+    for task, numbers in of_task.items():
+        drawn = [items[numbers[i]] for i in permutation(len(numbers), "sizes of re-encoded images")[:each].tolist()]
+        files = read_batches(drawn, lambda item: encoded(item.place.read(), item.suffix, image_size).data, threads=4)
+        means[task] = sum(map(len, files)) // len(drawn)
+    return means
+
+
+def prefixes_of(sources: Iterable[Path], base: Path | None = None) -> dict[Path, str]:
+    """What comes before the names of the files of each folder or tar, so that no two files share one.
+
+    Nothing where there is one source; of several, its path from the deepest folder that holds them all.
+
+    Args:
+        base: that folder, where it is to be the same whichever sources there are.
+    """
+    paths = {source: os.path.normpath(source) for source in sources}
+    above = os.path.normpath(base) if base is not None else os.path.commonpath(paths.values())
+    relative = {source: os.path.relpath(path, above) for source, path in paths.items()}
+    return {source: "" if path == "." else f"{path}/" for source, path in relative.items()}
+
+
+def _row(item: Item, prefixes: Mapping[Path, str]) -> Row:
+    name = prefixes[item.source.path] + item.name
+    return Row(item.place, item.suffix, item.label, _task_of(item), name, item.said)
+
+
+def _task_of(item: Item) -> str | None:
+    """The task goes into the JSON with a label only."""
+    return None if item.label is None else item.task

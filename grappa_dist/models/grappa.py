@@ -1,0 +1,247 @@
+"""The Grappa layer and model (Almazan et al., ECCV 2022, Sec. 3 and Algorithm 1).
+
+Shapes: B images, T tokens, D channels, N adaptor sets, H bottleneck, L layers.
+
+The layer wraps any block and never opens it. With x and y the two halves of the block's output h = x + y, the paper's
+U_i = A_i(h) + y and out = sum_i alpha_i U_i + x equal h + sum_i alpha_i A_i(h), since alpha sums to one; and y adds the
+same number to all N logits, which softmax ignores. The arithmetic is in models/fused_adaptors.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grappa_dist.models.adaptors import Adaptors
+from grappa_dist.models.backbone import Backbone
+from grappa_dist.models.fused_adaptors import Scores, Weights, fused_adaptors
+
+
+class Attention(nn.Module):
+    """alpha = softmax_i( (Q pool(h)) . (K pool(A_i(h))) / sqrt(D) ), Eq. (3); no bias, no value projection."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.full((dim, dim), math.nan))  # NaN until initialised or loaded
+        self.key = nn.Parameter(torch.full((dim, dim), math.nan))
+
+    @torch.no_grad()
+    def initialise(self, generator: torch.Generator) -> None:
+        """The default init of a linear layer."""
+        bound = 1 / math.sqrt(len(self.query))
+        self.query.uniform_(-bound, bound, generator=generator)
+        self.key.uniform_(-bound, bound, generator=generator)
+
+
+class WideSet(nn.Module):
+    """Sets that weigh alike for all images, as one: their F' bottlenecks that weigh anything. It lies in no file."""
+
+    down: Tensor  # (F', D)
+    down_bias: Tensor  # (F',)
+    up: Tensor  # (F', D)
+    up_bias: Tensor  # (1, D)
+
+    def __init__(self, adaptors: Adaptors, alpha: Tensor) -> None:
+        super().__init__()
+        wide = alpha.repeat_interleave(adaptors.bottleneck)
+        kept = wide.nonzero().flatten() if bool((alpha == 0).any()) else slice(None)  # a slice copies nothing
+        self._add("down", adaptors.down_weight[kept].detach())
+        self._add("down_bias", adaptors.down_bias[kept].detach())
+        self._add("up", adaptors.up_weight[kept] * wide[kept].unsqueeze(1))
+        self._add("up_bias", (alpha @ adaptors.up_bias).unsqueeze(0))
+
+    def _add(self, name: str, tensor: Tensor) -> None:
+        self.register_buffer(name, tensor, persistent=False)
+
+    @property
+    def weights(self) -> Weights:
+        return self.down, self.down_bias, self.up, self.up_bias
+
+
+class GrappaLayer(nn.Module):
+    """A block followed by N adaptors and, with `attention`, their fusion; without it they are averaged.
+
+    With N = 1 this is the layer of step 2 (M + P_i): one code path, so a fused model of one set is that model exactly.
+    """
+
+    prior: Tensor | None
+    wide: WideSet | None  # by `fold`, where all images weigh the sets alike
+    product: Tensor | None  # K^T Q, by `fold`, where they do not
+
+    def __init__(self, block: nn.Module, adaptors: Adaptors, attention: Attention | None) -> None:
+        super().__init__()
+        self.block, self.adaptors, self.attention = block, adaptors, attention
+        self.register_buffer("prior", None, persistent=False)
+        self.register_buffer("product", None, persistent=False)
+        self.register_module("wide", None)
+        self._alone = False  # whether all sets but one weigh nothing
+        self.alpha: Tensor | None = None  # (B, N) of the last forward, detached
+
+    def forward(self, tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """(B, T, D) -> (B, T, D); further arguments go to the block."""
+        h: Tensor = self.block(tokens, *args, **kwargs)
+        own = self.adaptors
+        if self.wide is not None:
+            out, _ = fused_adaptors(h, self.wide.weights, Scores())
+            self.alpha = self._constant().expand(len(h), -1)
+            return out
+        weights = (own.down_weight, own.down_bias, own.up_weight, own.up_bias)
+        out, self.alpha = fused_adaptors(h, weights, self._scores())
+        return out
+
+    def _scores(self) -> Scores:
+        if self._weighs_alike:
+            return Scores(prior=self.prior)
+        assert self.attention is not None
+        if self.product is not None:
+            return Scores(product=self.product, prior=self.prior)
+        return Scores(self.attention.query, self.attention.key, prior=self.prior)
+
+    @property
+    def _weighs_alike(self) -> bool:
+        """Whether alpha is the same for all images."""
+        return self.attention is None or self.adaptors.num_sets == 1
+
+    def _constant(self) -> Tensor:
+        """alpha where it is the same for all images, (N,)."""
+        even = self.adaptors.up_bias.new_zeros(self.adaptors.num_sets)
+        return (even if self.prior is None else even + self.prior).softmax(-1)
+
+    @torch.no_grad()
+    def weigh(self, weights: Tensor | None) -> None:
+        """Multiplies the attention by `weights` (N,), not all zero, before it is made to sum to one; None: by nothing.
+
+        Without attention they are, made to sum to one, the attention.
+        """
+        self.wide = self.product = None
+        self.prior = None if weights is None else weights.to(self.adaptors.up_bias).log()
+        self._alone = weights is not None and int(weights.count_nonzero()) == 1
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """For inference with the weights as they are: sets weighed alike become one wide set, K and Q one matrix.
+
+        Of the wide set, what weighs nothing is left out.
+        """
+        if self._weighs_alike or self._alone:
+            self.wide = WideSet(self.adaptors, self._constant())
+        elif self.attention is not None:
+            self.product = self.attention.key.T @ self.attention.query
+
+
+class Grappa(nn.Module):
+    """A frozen backbone whose every block is a Grappa layer: RGB in [0, 1] (B, 3, S, S) -> features z (B, D)."""
+
+    def __init__(self, backbone: Backbone, num_sets: int, bottleneck: int, *, attention: bool) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.embed_dim = backbone.embed_dim
+        for index, block in enumerate(list(backbone.blocks)):
+            adaptors = Adaptors(num_sets, backbone.embed_dim, bottleneck)
+            backbone.blocks[index] = GrappaLayer(block, adaptors, Attention(backbone.embed_dim) if attention else None)
+
+    @property
+    def layers(self) -> list[GrappaLayer]:
+        return list(self.backbone.blocks)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.backbone(images)
+
+    def weigh(self, weights: Tensor | None) -> None:
+        """Weighs the N adaptor sets in every layer, for all images alike, beside the attention if there is any.
+
+        Args:
+            weights: (N,), at least 0, not all 0; one set alone is the model of that set. None: as trained.
+
+        Raises:
+            ValueError: they are of another number of sets, or no weights.
+        """
+        sets = self.layers[0].adaptors.num_sets
+        if weights is not None and (
+            weights.shape != (sets,) or not bool((weights >= 0).all() and weights.isfinite().all() and weights.any())
+        ):
+            raise ValueError(f"weights must be {sets} numbers of at least 0, not all 0, got {weights.tolist()}")
+        for layer in self.layers:
+            layer.weigh(weights)
+
+    def fold(self) -> None:
+        """Makes inference cheaper, equal to rounding, until `weigh`; weights must not change afterwards."""
+        for layer in self.layers:
+            layer.fold()
+
+    def last_attention(self) -> Tensor:
+        """Weights of the last forward, (B, L, N)."""
+        return torch.stack([layer.alpha for layer in self.layers if layer.alpha is not None], 1)
+
+    def adaptor_tensors(self, index: int = 0) -> dict[str, Tensor]:
+        """Adaptor set `index`, to be saved."""
+        return {
+            f"layers.{i}.{name}": t
+            for i, layer in enumerate(self.layers)
+            for name, t in layer.adaptors.tensors(index).items()
+        }
+
+    def load_adaptors(self, sets: Sequence[Mapping[str, Tensor]]) -> None:
+        """Fills all N sets from what `adaptor_tensors` gave, each.
+
+        Raises:
+            ValueError: the sets are not N, or of another depth or width.
+        """
+        if len(sets) != self.layers[0].adaptors.num_sets:
+            raise ValueError(f"{len(sets)} adaptor sets for a model of {self.layers[0].adaptors.num_sets}")
+        for tensors in sets:
+            _check_fit("an adaptor set", tensors, self.adaptor_tensors())
+        for i, layer in enumerate(self.layers):
+            names = ("down.weight", "down.bias", "up.weight", "up.bias")
+            layer.adaptors.load([{name: s[f"layers.{i}.{name}"] for name in names} for s in sets])
+
+    def attention_tensors(self) -> dict[str, Tensor]:
+        """The fusion's Q and K of every layer, to be saved."""
+        return {
+            f"layers.{i}.{name}": p.detach().contiguous()
+            for i, layer in enumerate(self.layers)
+            if layer.attention is not None
+            for name, p in layer.attention.named_parameters()
+        }
+
+    @torch.no_grad()
+    def load_attention(self, tensors: Mapping[str, Tensor]) -> None:
+        """Fills Q and K from what `attention_tensors` gave.
+
+        Raises:
+            ValueError: they are of a model of another depth or width.
+        """
+        _check_fit("the fusion", tensors, self.attention_tensors())
+        for i, layer in enumerate(self.layers):
+            if layer.attention is not None:
+                for name, p in layer.attention.named_parameters():
+                    p.copy_(tensors[f"layers.{i}.{name}"])
+
+    def trainable_adaptors(self) -> None:
+        """Step 2: gradients for the adaptors alone."""
+        self.requires_grad_(False)
+        for layer in self.layers:
+            layer.adaptors.requires_grad_(True)
+
+    def trainable_attention(self, *, and_adaptors: bool = False) -> None:
+        """Step 3: gradients for Q and K alone, or for the adaptors as well."""
+        self.requires_grad_(False)
+        for layer in self.layers:
+            layer.adaptors.requires_grad_(and_adaptors)
+        for layer in self.layers:
+            if layer.attention is not None:
+                layer.attention.requires_grad_(True)
+
+
+def _check_fit(what: str, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Copying would broadcast a small tensor and pass over one too many."""
+    for name in sorted(found.keys() | expected.keys()):
+        given, right = (tuple(t[name].shape) if name in t else None for t in (found, expected))
+        if given != right:
+            raise ValueError(
+                f"{what} does not fit the model: {name} is {given or 'missing'}, expected {right or 'none'}"
+            )

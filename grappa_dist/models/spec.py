@@ -1,0 +1,246 @@
+"""Which model a stage runs, as a small description that travels, and the model itself, built where it is needed."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from grappa_dist.artifacts import Artifact, numbered
+from grappa_dist.config import BackboneConfig
+from grappa_dist.data.transforms import Preprocess
+from grappa_dist.distributed.worker import let_go
+from grappa_dist.files import replacing
+from grappa_dist.models import Backbone, Grappa, Pixels, check_image_size, create_backbone
+from grappa_dist.models.backbone import check_name, check_weights
+
+ADAPTORS_FILE, FUSION_FILE = "adaptors.safetensors", "grappa.safetensors"
+FORMAT = 1  # of an exported model
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """The frozen backbone, or with adaptor sets, or with these and their fusion."""
+
+    name: str  # as in the table: backbone, k=64, average, ...
+    backbone: BackboneConfig
+    bottleneck: int = 0
+    adaptors: tuple[Artifact, ...] = ()
+    fusion: Artifact | None = None  # None with several sets: their average
+    own_sets: int = 0  # adaptor sets that learned with the fusion and lie in its artefact, in place of `adaptors`
+    galleries: Artifact | None = None  # weights of the sets for the images of each task
+    exported: Path | None = None  # an exported model instead, and
+    weights: str = ""  # the hash of its weights
+    weighed: tuple[float, ...] = ()  # and how it weighs its sets, where that is not as exported
+
+    @property
+    def inputs(self) -> dict[str, Artifact | str]:
+        more = {"fusion": self.fusion, "galleries": self.galleries, "weights": self.weights}
+        more["weighed"] = json.dumps(self.weighed) if self.weighed else ""
+        return {**numbered("adaptors", self.adaptors), **{name: given for name, given in more.items() if given}}
+
+    @property
+    def sets(self) -> list[str]:
+        """What the adaptor sets are called: by their partitions, or by number where they began at random."""
+        own = [f"random {number}" for number in range(1, self.own_sets + 1)]
+        return own or [artifact.kind.removeprefix("adaptors/") for artifact in self.adaptors]
+
+    @property
+    def attends(self) -> bool:
+        """Whether there is a learned attention; a set that was trained alone has none."""
+        return self.fusion is not None and self.own_sets != 1
+
+    @property
+    def weighs(self) -> bool:
+        """Whether the sets do not always weigh the same."""
+        return self.attends or self.galleries is not None
+
+
+def backbone_settings(config: BackboneConfig) -> dict[str, Any]:
+    """What identifies the backbone: its settings, with a checkpoint file and one's own module told by content.
+
+    Raises:
+        ValueError: the checkpoint or the module is not there.
+    """
+    settings = config.model_dump(mode="json", exclude={"checkpoint"})
+    module = config.name.partition(":")[0]
+    if module != "timm":
+        source = _source_of(module, config.name)
+        settings["source_sha256"] = _sha256(source, os.stat(source).st_mtime_ns)
+    if config.checkpoint:
+        if not Path(config.checkpoint).is_file():
+            raise ValueError(f"backbone.checkpoint={config.checkpoint!r} does not exist")
+        settings["checkpoint_sha256"] = _sha256(config.checkpoint, Path(config.checkpoint).stat().st_mtime_ns)
+    return settings
+
+
+@lru_cache
+def _source_of(module: str, name: str) -> str:
+    """The file of a module, which is not imported."""
+    try:
+        spec = importlib.util.find_spec(module)
+    except ModuleNotFoundError:  # of a package that it is in
+        spec = None
+    if spec is None or spec.origin is None or not Path(spec.origin).is_file():
+        raise ValueError(f"backbone.name={name}: there is no module {module!r}; is its folder on PYTHONPATH?")
+    return spec.origin
+
+
+@lru_cache
+def _sha256(path: str, mtime_ns: int) -> str:
+    """A file's hash, computed once although many artefacts are named by it."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def build_backbone(config: BackboneConfig, *, pretrained: bool = True) -> Backbone:
+    """The frozen ViT of a config.
+
+    Raises:
+        ValueError: it cannot be built, or does not take images of that size.
+    """
+    given = {name: getattr(config, name) for name in ("image_size", "resize", "interpolation", "mean", "std")}
+    pixels = {name: value for name, value in given.items() if value is not None}
+    found = create_backbone(config.name, config.kwargs, pixels, checkpoint=config.checkpoint, pretrained=pretrained)
+    check_image_size(found, config.name, config.kwargs)
+    return found
+
+
+def check_ready(config: BackboneConfig) -> None:
+    """Looks for the weights before workers start, where these are on this machine.
+
+    Raises:
+        ValueError: they are not in the cache and cannot be downloaded.
+    """
+    if config.checkpoint is None and not os.environ.get("RAY_ADDRESS"):  # other machines have caches of their own
+        check_name(config.name)
+        check_weights(config.name)
+
+
+def build(spec: ModelSpec, device: torch.device) -> nn.Module:
+    """The model of a description, frozen, on the device; an exported one folded, as nothing changes it any more."""
+    if spec.exported is not None:
+        exported = load_grappa(spec.exported)[0].requires_grad_(False).eval()
+        if spec.weighed:
+            exported.weigh(torch.tensor(spec.weighed))
+        exported.fold()
+        return exported.to(device)
+    backbone = build_backbone(spec.backbone)
+    if not spec.sets:
+        return backbone.to(device)
+    model = Grappa(backbone, len(spec.sets), spec.bottleneck, attention=spec.attends)
+    model.load_adaptors(_load_sets(spec))
+    if spec.fusion:
+        model.load_attention(load_file(spec.fusion.path / FUSION_FILE))
+    return model.requires_grad_(False).eval().to(device)
+
+
+def _load_sets(spec: ModelSpec) -> list[dict[str, Tensor]]:
+    if not spec.own_sets or spec.fusion is None:
+        return [load_file(a.path / ADAPTORS_FILE) for a in spec.adaptors]
+    sets: list[dict[str, Tensor]] = [{} for _ in range(spec.own_sets)]
+    for name, tensor in load_file(spec.fusion.path / ADAPTORS_FILE).items():
+        _, index, rest = name.split(".", 2)
+        sets[int(index)][rest] = tensor
+    return sets
+
+
+def save_own_sets(model: Grappa, folder: Path) -> None:
+    """All sets of a model in one file, for `ModelSpec.own_sets`."""
+    tensors = {
+        f"sets.{index}.{name}": tensor
+        for index in range(model.layers[0].adaptors.num_sets)
+        for name, tensor in model.adaptor_tensors(index).items()
+    }
+    with replacing(folder / ADAPTORS_FILE) as temporary:
+        save_file(tensors, temporary)
+
+
+def exported_spec(run_or_model_dir: Path, gallery: str | None = None) -> ModelSpec:
+    """The description of an exported model.
+
+    Args:
+        gallery: the task of the run whose weights of the sets are taken; None: as exported, which for the variant
+            `gallery` is the average.
+
+    Raises:
+        ValueError: the directory holds no model, one of an unknown format, or one without weights for that gallery.
+    """
+    folder, config = exported_config(run_or_model_dir)
+    backbone = BackboneConfig(name=config["backbone"]["name"], kwargs=config["backbone"]["kwargs"])
+    path = folder / WEIGHTS_FILE
+    weights = _sha256(str(path), path.stat().st_mtime_ns)
+    known: dict[str, list[float]] = config.get("galleries", {})
+    if gallery is not None and gallery not in known:
+        raise ValueError(f"{folder} has no weights for the gallery {gallery!r}; it has {', '.join(known) or 'none'}")
+    weighed = tuple(known[gallery]) if gallery is not None else ()
+    return ModelSpec(config["variant"], backbone, exported=folder.resolve(), weights=weights, weighed=weighed)
+
+
+def exported_config(run_or_model_dir: Path) -> tuple[Path, dict[str, Any]]:
+    """The directory of an exported model, given that or its run's, and what it says of itself."""
+    folder = run_or_model_dir
+    folder = folder / "model" if (folder / "model" / CONFIG_FILE).is_file() else folder
+    if not (folder / CONFIG_FILE).is_file():
+        raise ValueError(
+            f"{run_or_model_dir} holds no model: expected {CONFIG_FILE}, or model/{CONFIG_FILE} of a finished run"
+        )
+    config: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text())
+    if config.get("format") != FORMAT:
+        raise ValueError(f"{folder / CONFIG_FILE}: format {config.get('format')!r}, this version reads {FORMAT}")
+    return folder, config
+
+
+def load_grappa(run_or_model_dir: Path) -> tuple[Grappa, dict[str, Any]]:
+    """The weights of an exported model in their place, and what it says of itself."""
+    folder, config = exported_config(run_or_model_dir)
+    pixels: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config["pixels"].items()}
+    backbone = create_backbone(config["backbone"]["name"], config["backbone"]["kwargs"], pixels, pretrained=False)
+    grappa = Grappa(backbone, len(config["sets"]), config["bottleneck"], attention=config["attention"])
+    grappa.load_state_dict(load_file(folder / WEIGHTS_FILE))
+    return grappa, config
+
+
+_latest: dict[tuple[Any, ...], nn.Module] = {}
+
+
+def built(spec: ModelSpec, device: torch.device) -> nn.Module:
+    """`build`, keeping the last model: a worker embeds many shards with one."""
+    sets = (spec.bottleneck, spec.adaptors, spec.fusion, spec.galleries)
+    key = (spec.backbone.model_dump_json(), *sets, spec.weights, spec.weighed, str(device))
+    if key not in _latest:
+        forget_built()
+        _latest[key] = build(spec, device)
+    return _latest[key]
+
+
+def forget_built() -> None:
+    """Lets go of the model that `built` keeps: what comes next wants its memory."""
+    if _latest:
+        _latest.clear()
+        let_go()  # some backbones hold themselves
+
+
+def pixels_of(model: nn.Module) -> Pixels:
+    backbone = model.backbone if isinstance(model, Grappa) else model
+    assert isinstance(backbone, Backbone)
+    return backbone.pixels
+
+
+def preprocess_of(pixels: Pixels) -> Preprocess:
+    return Preprocess(
+        image_size=pixels.image_size,
+        resize=pixels.resize,  # type: ignore[arg-type]  # config allows these two alone
+        interpolation=pixels.interpolation,
+        crop_pct=pixels.crop_share,
+    )

@@ -1,0 +1,193 @@
+"""What the figures say, in plain sentences. Each is a pair: what it is about, and what there is to say.
+
+Shapes: L layers, N adaptor sets.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from grappa_dist.console import counted
+from grappa_dist.report.markup import percent, points
+from grappa_dist.report.scores import AVERAGE, BACKBONE, ORACLE, Scores, kind
+
+Sentence = tuple[str, str]
+UNIFORM = 0.99  # normalised entropy above which a learned fusion is the average for all purposes
+EVEN = 1.02  # a share this many times 1/N or less is not worth naming
+MOST = 8  # items of a list within a sentence
+MOST_TASKS = 24  # with a sentence of their own
+
+
+def read_scores(scores: Scores) -> list[Sentence]:
+    """Which task gains, what falls below the backbone, and how far the best fusion is from the oracle."""
+    said: list[Sentence | None] = [_task(scores, task) for task in scores.tasks[:MOST_TASKS]]
+    said += [("Below the backbone", _losses(scores)), _oracle_gap(scores), _learned(scores)]
+    return [s for s in said if s is not None]
+
+
+def _task(scores: Scores, task: str) -> Sentence:
+    base = scores.value(BACKBONE, task)
+    measured = {m: scores.value(m, task) for m in scores.models if math.isfinite(scores.value(m, task))}
+    fusions = {m: v for m, v in measured.items() if kind(m) == "fusion"}
+    sets = {m: v for m, v in measured.items() if kind(m) == "set"}
+    if not measured:
+        return task, "has no queries: no class of it has two images."
+    parts = []
+    if fusions:
+        top = max(fusions, key=lambda m: fusions[m])
+        over = f", {points(scores.gain(top, task))} on the backbone's {percent(base)}" if math.isfinite(base) else ""
+        parts.append(f"the best fusion, {top}, reaches {percent(fusions[top])}{over}")
+    if sets:
+        top = max(sets, key=lambda m: sets[m])
+        over = f" ({points(scores.gain(top, task))})" if math.isfinite(base) else ""
+        parts.append(f"the best single set is {top} with {percent(sets[top])}{over}")
+    if not parts:
+        top = max(measured, key=lambda m: measured[m])
+        parts.append(f"the best row is {top} with {percent(measured[top])}")
+    return task, "; ".join(parts) + "."
+
+
+def _losses(scores: Scores) -> str:
+    if BACKBONE not in scores.models:
+        return "there is no backbone row to compare with."
+    pairs = [(scores.gain(m, t), m, t) for m in scores.models for t in scores.tasks if m != ORACLE]
+    losses = sorted((p for p in pairs if round(100 * p[0], 1) < 0), key=lambda p: p[0])
+    if not losses:
+        return "no row, on any task."
+    named = [f"{model} on {task} by {percent(-gain)}" for gain, model, task in losses[:MOST]]
+    rest = f"; and {len(losses) - MOST} more" if len(losses) > MOST else ""
+    return f"{'; '.join(named)}{rest} points."
+
+
+def _oracle_gap(scores: Scores) -> Sentence | None:
+    lead = scores.leader("fusion")
+    if lead is None or ORACLE not in scores.models:
+        return None
+    gaps = {
+        t: scores.gain(ORACLE, t, over=lead) for t in scores.tasks if math.isfinite(scores.gain(ORACLE, t, over=lead))
+    }
+    if not gaps:
+        return None
+    mean = sum(gaps.values()) / len(gaps)
+    worst = max(gaps, key=lambda t: gaps[t])
+    if round(100 * gaps[worst], 1) <= 0:
+        return "Fusion and oracle", f"{lead} reaches the oracle or passes it on every task, without its labels."
+    where = f", most on {worst} ({percent(gaps[worst])})" if len(gaps) > 1 else ""
+    side = "above" if mean >= 0 else "below"
+    return (
+        "Fusion and oracle",
+        f"the oracle, which picks each task's best set by labels, is {percent(abs(mean))} points {side} {lead}{where}.",
+    )
+
+
+def _learned(scores: Scores) -> Sentence | None:
+    """How the best learned fusion differs from the average, which learns nothing."""
+    rivals = [m for m in scores.models if kind(m) == "fusion" and m != AVERAGE and math.isfinite(scores.value(m, None))]
+    if not rivals or not math.isfinite(scores.value(AVERAGE, None)):
+        return None
+    lead = max(rivals, key=lambda m: scores.value(m, None))
+    gains = {t: scores.gain(lead, t, over=AVERAGE) for t in scores.tasks}
+    gains = {t: g for t, g in gains.items() if math.isfinite(g)}
+    low, high = min(gains, key=lambda t: gains[t]), max(gains, key=lambda t: gains[t])
+    if max(abs(g) for g in gains.values()) < 0.0025:
+        return "Learned or average", f"{lead} is within a quarter of a point of the plain average on every task."
+    if len(gains) == 1:
+        return "Learned or average", f"{lead} differs from the plain average by {points(gains[low])} points."
+    return (
+        "Learned or average",
+        f"against the plain average, {lead} runs from {points(gains[low])} ({low}) to {points(gains[high])} ({high}).",
+    )
+
+
+def read_attention(
+    groups: dict[str, list[list[float]]], entropy: list[float], sets: list[str], decay: Sequence[float] = ()
+) -> list[Sentence]:
+    """Whether a fusion's attention left the uniform one, what kept it, what each group leans on, how groups differ.
+
+    Args:
+        decay: of every layer, weight decay over gradient of Q and K in training, as norms.
+    """
+    said = [("In short", _uniformity(entropy))] if entropy else []
+    said += _held_back(entropy, decay)
+    alike = {name: a for name, a in groups.items() if len({len(row) for row in a}) == 1}
+    means = {name: np.asarray(a, dtype=np.float64) for name, a in alike.items()}  # (L, N)
+    means = {name: a for name, a in means.items() if a.size and np.isfinite(a).all()}
+    leanings = []
+    for name, a in means.items():
+        share = a.mean(0)  # (N,)
+        top = int(share.argmax())
+        if share[top] * len(share) > EVEN and top < len(sets):
+            leanings.append(f"{name} on {sets[top]} ({share[top] * len(share):.2f} times an even share)")
+    if leanings:
+        more = f"; and {len(leanings) - MOST} more" if len(leanings) > MOST else ""
+        said.append(("Leans most", "; ".join(leanings[:MOST]) + more + "."))
+    elif means:
+        said.append(("Leans most", "on no set: over the layers, every group gives every set about an even share."))
+    tasks = [a for name, a in means.items() if name != "all"]
+    if len(tasks) > 1 and len({a.shape for a in tasks}) == 1:
+        spread = float((np.max(tasks, axis=0) - np.min(tasks, axis=0)).max())
+        said.append(
+            (
+                "Tasks differ",
+                f"by at most {spread:.3f} in any layer and set, where an even share is {1 / tasks[0].shape[1]:.3f}.",
+            )
+        )
+    return said
+
+
+def _held_back(entropy: list[float], decay: Sequence[float]) -> list[Sentence]:
+    """The layers that are uniform and had a gradient, and whether decay was stronger than that there."""
+    flat = [i for i, e in enumerate(entropy) if e > UNIFORM and i < len(decay) and math.isfinite(decay[i])]
+    known = [decay[i] for i in flat]
+    if not flat:
+        return []
+    layers = f"attention is uniform in {_layers(flat)}"
+    if max(known) <= 1:
+        return [
+            ("Why", f"{layers}; decay of Q and K did not exceed their gradient there, so it is not what holds them.")
+        ]
+    over = [i for i, ratio in zip(flat, known, strict=True) if ratio > 1]
+    ratios = [decay[i] for i in over]
+    times = f"{min(ratios):.2g} to {max(ratios):.2g} times" if len(over) > 1 else f"{ratios[0]:.2g} times"
+    where = "" if over == flat else f" (in {_layers(over)})"
+    return [("Why", f"{layers}: decay of Q and K exceeds their gradient by {times}{where}, in the median step.")]
+
+
+def _layers(indices: list[int]) -> str:
+    """Layers by number, from 1, consecutive ones as a range."""
+    runs: list[list[int]] = []
+    for i in indices:
+        if runs and i == runs[-1][-1] + 1:
+            runs[-1].append(i)
+        else:
+            runs.append([i])
+    parts = [str(r[0] + 1) if len(r) == 1 else f"{r[0] + 1} to {r[-1] + 1}" for r in runs]
+    return ("layer " if len(indices) == 1 else "layers ") + ", ".join(parts)
+
+
+def uniform(entropy: list[float]) -> bool:
+    """Whether a fusion's attention is practically uniform in every layer."""
+    return bool(entropy) and all(e > UNIFORM for e in entropy)
+
+
+def _uniformity(entropy: list[float]) -> str:
+    values = [e for e in entropy if math.isfinite(e)]
+    if not values:
+        return "has no finite entropy: its attention is broken."
+    mean, flat = sum(values) / len(values), sum(e > UNIFORM for e in values)
+    if flat == len(values):
+        return (
+            f"attention is practically uniform in every layer (normalised entropy {mean:.3f} on average, at least "
+            f"{min(values):.3f}), so this learned fusion equals the average."
+        )
+    lowest = 1 + entropy.index(min(values))
+    some = (
+        f"practically uniform in {flat} of {counted(len(values), 'layer')}"
+        if flat
+        else "away from uniform in every layer"
+    )
+    least = f"lowest in layer {lowest} ({min(values):.3f})"
+    return f"attention is {some}; normalised entropy is {mean:.3f} on average, {least}."

@@ -1,0 +1,217 @@
+"""Which centroids may be the nearest, by products in bfloat16: on a processor that has them, and fused on a GPU.
+
+Shapes: P rows, K centroids, D dimensions, t proposals per row at most.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from grappa_dist.ops.gaps import HALF, Gaps
+from grappa_dist.search.candidates import SLACK, Centroids, PreparedRows, Proposals, float_error, norm_of
+from grappa_dist.search.fixed_point import GRID, cached_rows
+
+_CACHED_TILE = 2**21  # of products in bfloat16: few enough to stay in a core's cache
+_MOST_PAIRED = 512  # centroids, for which a table of all pairs is made
+# oneDNN compiles a kernel for every new shape, which takes as long as the product: shapes are multiples of these
+_ROW_STEP, _COLUMN_STEP = 128, 32
+_LEAST_SCALE = 2.0**-5  # scores up to this size are rounded as this one
+_EXTRA = 4  # columns beside the dimensions: two digits for each of two offsets
+
+
+@dataclass(frozen=True)
+class HalfProposer:
+    """Distances from products in bfloat16 with float32 sums: twice as fast where the processor has such products.
+
+    What rounding takes away is known as a vector, x - x', so by Cauchy-Schwarz no product errs by more than
+    |x - x'||c| + |x'||c - c'|. The score x.c - |c|^2 / 2 - (|x|^2 - base) / 2 comes out of one matrix product, its
+    offsets as two more columns each; it is (base - distance^2) / 2, small where it matters, and so is its own rounding.
+    """
+
+    rest: float  # at least the largest |x - x'| of all rows to come
+    places: int = 6
+    sums: float = 1.0  # errors of adding up products, in those of a processor that rounds each sum to the nearest
+
+    @staticmethod
+    def left_out(x: Tensor) -> float:
+        """The largest norm of what rounding to bfloat16 takes from a row; 0 for no rows."""
+        rests = (part - part.bfloat16().float() for part in x.split(cached_rows(x)) if len(part))
+        largest = max((float(rest.square_().sum(1).max()) for rest in rests), default=0.0)
+        return math.sqrt(largest) * (1 + (x.shape[1] + 4) * 2.0**-23)  # above what float32 may have lost
+
+    def centroids(self, values: Tensor, squares: Tensor) -> Centroids:
+        form = _form([values], squares / (-2 * GRID**2), 0)
+        return Centroids(values, squares, norm_of(squares), self, form, self.left_out(values))
+
+    def rows(self, pieces: Sequence[Tensor], squares: Tensor, base: Tensor, *, within_base: bool) -> PreparedRows:
+        form = _form(pieces, (base - squares / GRID**2) / 2, 1, _ROW_STEP)
+        return PreparedRows(form, base.float(), norm_of(squares), within_base, _ROW_STEP)
+
+    def nearest(self, rows: PreparedRows, centroids: Centroids, t: int) -> Proposals:
+        gaps, targets = self._gaps(rows, centroids), _spare_rows(centroids.form, _COLUMN_STEP)
+        size = max(1, _CACHED_TILE // len(targets) // _ROW_STEP) * _ROW_STEP
+        found = []
+        for tile, base in zip(rows.form.split(size), rows.base.split(size), strict=True):
+            table = _Table.of((tile @ targets.T)[: len(base)], len(centroids.form))
+            found.append(_best_columns(table, t, gaps, within_base=rows.within_base))
+        scores, labels, contenders = (torch.cat(parts, 1) for parts in zip(*found, strict=True))  # (t, P)
+        scale = _score_scale(scores[0], gaps.error, within_base=rows.within_base)
+        # Scores below -scale round more coarsely than the error allows for: what is beyond it is added to them.
+        scores = torch.where(scores < -scale, (1 - HALF) * scores - HALF * scale, scores)
+        distances = rows.base - 2 * scores
+        rounding = 2.0**-22 * (float(rows.base.max()) + 2 * scale)  # of base and of the difference, up to scale
+        return Proposals(distances.T, labels.T, 2 * (gaps.error + HALF * scale) + rounding, contenders.T)
+
+    def _gaps(self, rows: PreparedRows, centroids: Centroids) -> Gaps:
+        """Pair by pair where a table of all pairs is small beside the products."""
+        error = self._error(rows, centroids)
+        if centroids.is_part or len(centroids.form) > min(_MOST_PAIRED, len(rows.base)):
+            return Gaps(error)
+        values, left_out = centroids.apart
+        pairs = self.rest * values + (rows.norm + self.rest) * left_out + 2 * self._adding(rows, centroids)
+        return Gaps(error, pairs * (1 + SLACK))
+
+    def _error(self, rows: PreparedRows, centroids: Centroids) -> float:
+        """Of a score before its own rounding."""
+        x, c = rows.norm + self.rest, centroids.norm + centroids.rest
+        return self.rest * c + x * centroids.rest + self._adding(rows, centroids)
+
+    def _adding(self, rows: PreparedRows, centroids: Centroids) -> float:
+        """The part of it that offsets and adding up have."""
+        x, c = rows.norm + self.rest, centroids.norm + centroids.rest
+        offsets = c**2 / 2 + (x**2 + float(rows.base.max())) / 2
+        return HALF**2 * offsets + self.sums * float_error(rows.form.shape[1], x * c + 2 * offsets)
+
+
+@dataclass(frozen=True)
+class FusedProposer(HalfProposer):
+    """The same on a GPU, products and their largest by one kernel (search/triton_topk.py).
+
+    Its matrix units add several products at once and cut the sum off where a processor rounds each to the nearest: an
+    error of about twice the size, by what Fasi, Higham, Mikaitis and Pranesh (2021) measured on three of them. Eight
+    times is allowed for, which is still small beside what rounding to bfloat16 takes.
+    """
+
+    places: int = 3
+    sums: float = 8.0
+
+    def nearest(self, rows: PreparedRows, centroids: Centroids, t: int) -> Proposals:
+        from grappa_dist.search.triton_topk import top_products
+
+        scores, labels = top_products(rows.form[: len(rows.base)], centroids.form)
+        distances = rows.base[:, None] - 2 * scores[:, :t]
+        error = self._error(rows, centroids)
+        largest = float(rows.base.max()) + 2 * float(scores[:, 0].abs().max()) + error
+        rounding = 2.0**-22 * largest  # of the difference
+        return Proposals(distances, labels[:, :t], 2 * error + rounding)
+
+
+def _form(pieces: Sequence[Tensor], offset: Tensor, place: int, step: int = 1) -> Tensor:
+    """One side of a matrix product in bfloat16 that also adds an offset for each row of either side, (n, D + 4).
+
+    The first D columns are the values. Two of the others, from D + 2 `place` on, are the row's offset as a sum of two
+    bfloat16 numbers; the two that are left are ones, which meet the offset of the other side: that has the other place,
+    0 or 1. Rows of zeros at the end make their number a multiple of `step`.
+
+    Args:
+        pieces: the values (p, D), which come in pieces.
+        offset: (n,).
+    """
+    num, dim = len(offset), pieces[0].shape[1]
+    form = torch.empty(num + -num % step, dim + _EXTRA, dtype=torch.bfloat16, device=offset.device)
+    form[:num, dim:], form[num:] = 1, 0
+    for values, place_of in zip(pieces, form[:num, :dim].split([len(p) for p in pieces]), strict=True):
+        place_of.copy_(values)
+    first = offset.bfloat16()
+    column = dim + 2 * place
+    form[:num, column], form[:num, column + 1] = first, offset - first.double()
+    return form
+
+
+def _spare_rows(form: Tensor, step: int) -> Tensor:
+    """The form with rows of zeros that make their number a multiple of `step`."""
+    spare = -len(form) % step
+    return torch.cat([form, form.new_zeros(spare, form.shape[1])]) if spare else form
+
+
+def _score_scale(scores: Tensor, error: float, *, within_base: bool) -> float:
+    """The size of the largest first score that matters: where only centroids within the base do, those are above 0.
+
+    Never so small that scores which are off by the gap of `_best_columns` could leave it.
+    """
+    return max(_LEAST_SCALE, 8 * error, float(scores.max()), 0.0 if within_base else -float(scores.min()))
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Scores that were rounded to bfloat16, and where they were.
+
+    A float32 has 16 bits more than a bfloat16. An entry's column is written there, which changes no order but that of
+    equal scores: so the largest entry says which one it is, and a plain maximum is three times as fast as an argmax.
+    """
+
+    entries: Tensor  # (P, columns) float32
+    named: bool  # there are too many columns for 16 bits otherwise
+
+    @staticmethod
+    def of(products: Tensor, num: int) -> _Table:
+        """Of products in bfloat16, of which the first `num` columns count. The others spare maxima a ragged end."""
+        entries, width = products.float(), products.shape[1]
+        if width <= 2**16:
+            columns = torch.arange(width, dtype=torch.int32, device=entries.device)
+            entries.view(torch.int32).bitwise_or_(columns)
+        entries[:, num:] = -math.inf
+        return _Table(entries, width <= 2**16)
+
+    def take_largest(self) -> tuple[Tensor, Tensor]:
+        """The largest score of each row and its column, (P,), which are left out from now on."""
+        if self.named:
+            largest = self.entries.amax(1).view(torch.int32)
+            scores, columns = (largest & -(2**16)).view(torch.float32), (largest & 2**16 - 1).long()
+        else:
+            scores, columns = self.entries.max(1)
+        self.entries.scatter_(1, columns[:, None], -math.inf)
+        return scores, columns
+
+    def pick(self, rows: Tensor) -> _Table:
+        return _Table(self.entries.index_select(0, rows), self.named)
+
+
+def _best_columns(table: _Table, t: int, gaps: Gaps, *, within_base: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest scores per row, (t, P), descending, their columns, and which of them may be the nearest's.
+
+    Uses the table up. Places of a row stay free, at -inf, once a score lies so far below the first that no later one
+    can be the nearest's; the second at the earliest, or, where only true scores of 0 or more matter, once scores lie so
+    far below 0. The last place stands for later scores too.
+    """
+    best, first = table.take_largest()
+    rows, values = torch.arange(len(best), device=best.device), best.new_full((t, len(best)), -math.inf)
+    columns, contenders = first.new_zeros(values.shape), torch.zeros_like(values, dtype=torch.bool)
+    values[0], columns[0], contenders[0] = best, first, True
+    cutoff = best - gaps.to_any(best, first)
+    if within_base:
+        most = _score_scale(best, gaps.error, within_base=True)
+        cutoff = cutoff.clamp(min=-2 * (gaps.error + HALF * most) * (1 + 2 * HALF))
+    near = (best >= cutoff).nonzero()[:, 0] if within_base else rows
+    for place in range(1, t):
+        if not len(near):
+            break
+        if len(near) < len(rows):
+            table = table.pick(near)
+            rows, first, best, cutoff = (x.index_select(0, near) for x in (rows, first, best, cutoff))
+        scores, found = table.take_largest()
+        values[place].index_copy_(0, rows, scores)
+        columns[place].index_copy_(0, rows, found)
+        near = (scores >= cutoff).nonzero()[:, 0]
+        of_near = (x.index_select(0, near) for x in (scores, found, best, first))
+        contenders[place, rows[near]] = True if place == t - 1 else _within(gaps, *of_near)
+    return values, columns, contenders
+
+
+def _within(gaps: Gaps, scores: Tensor, columns: Tensor, best: Tensor, first: Tensor) -> Tensor:
+    return scores >= best - gaps.to(columns, best, first)

@@ -1,0 +1,247 @@
+"""Which centroids may be the nearest: proposed by arithmetic that is fast and knows by how much it can be wrong.
+
+A proposer estimates squared distances and states a bound of its error; whoever asked decides exactly among what the
+bound leaves open (search/rerank.py, kmeans/yinyang.py). How a proposer computes is a matter of speed, never of the
+result.
+
+Shapes: P rows, K centroids, D dimensions, t proposals per row at most.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from threading import Lock
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from grappa_dist.search.fixed_point import GRID, exact_square
+
+SLACK = 2.0**-20
+"""A share that exceeds what a few operations in float32 round away, be it of an estimate or of a bound."""
+
+_TILE = 2**23  # elements of the largest float32 table made at once
+
+Search = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+"""(rows, targets, t) -> float32 values (P, t), best first, and target indices (P, t)."""
+
+
+def float_error(dim: int, size: float) -> float:
+    """How far a float32 dot product or squared distance over `dim` dimensions may lie from the true one.
+
+    In any order, n float32 operations err by at most n u / (1 - n u) times the sum of their terms' absolute values,
+    u = 2**-24. That is `size`: |x||c| for a dot product, (|x| + |c|)^2 for a squared distance, be it summed directly or
+    as |x|^2 + |c|^2 - 2 x.c; no term goes through more than dim + 4 operations.
+    """
+    steps = (dim + 4) * 2.0**-24
+    if steps >= 0.5:
+        raise ValueError(f"rows of {dim} dimensions leave float32 without an error bound, fewer than 2**23 are needed")
+    return steps / (1 - steps) * size
+
+
+class _Highest:
+    """Who needs the precision of products as it is set by `true_products`: it is one for all threads."""
+
+    def __init__(self) -> None:
+        self.lock, self.users, self.before = Lock(), 0, ""
+
+    def enter(self) -> None:
+        with self.lock:
+            if not self.users:
+                self.before = torch.get_float32_matmul_precision()
+                torch.set_float32_matmul_precision("highest")
+            self.users += 1
+
+    def leave(self) -> None:
+        with self.lock:
+            self.users -= 1
+            if not self.users:
+                torch.set_float32_matmul_precision(self.before)
+
+
+_highest = _Highest()
+
+
+@contextmanager
+def true_products() -> Iterator[None]:
+    """Products of float32 are what they say: shortcuts by TF32 and bfloat16, which keep no error bound, are off.
+
+    Several threads may be inside; what was set before is set again when the last one leaves.
+    """
+    _highest.enter()
+    try:
+        yield
+    finally:
+        _highest.leave()
+
+
+def best_in_floats(x: Tensor, num_targets: int, table: Callable[[Tensor], Tensor], t: int) -> tuple[Tensor, Tensor]:
+    """The t largest entries per row of a float32 table, (P, t), descending, and their columns, made tile by tile.
+
+    Args:
+        table: (rows, num_targets) from some rows of x.
+    """
+    with true_products():
+        parts = [table(rows).topk(t, dim=1) for rows in torch.split(x, max(1, _TILE // max(1, num_targets)))]
+    if not parts:
+        return x.new_empty((0, t)), torch.empty((0, t), dtype=torch.int64, device=x.device)
+    return torch.cat([p.values for p in parts]), torch.cat([p.indices for p in parts])
+
+
+def nearest_in_floats(x: Tensor, c: Tensor, t: int) -> tuple[Tensor, Tensor]:
+    """The t smallest squared distances in float32, (P, t), ascending, and their indices: a search without faiss."""
+    squares = c.square().sum(1)
+
+    def closeness(rows: Tensor) -> Tensor:
+        return -(rows.square().sum(1, keepdim=True) + squares - 2 * (rows @ c.T))  # (rows, K)
+
+    values, indices = best_in_floats(x, len(c), closeness, t)
+    return -values, indices
+
+
+@dataclass(frozen=True)
+class Centroids:
+    """Grid centroids with what every block needs of them."""
+
+    values: Tensor  # (K, D) float32 on the grid
+    squares: Tensor  # (K,) float64, exact |c|^2 in units of 2**-48
+    norm: float  # the largest |c|
+    proposer: Proposer
+    form: Tensor  # (K, E), as the proposer multiplies them
+    rest: float = 0.0  # the largest norm of what the form leaves out
+    is_part: bool = False  # of others; then too few rows come by to pay for a table of all pairs
+
+    @staticmethod
+    def of(values: Tensor, proposer: Proposer | None = None) -> Centroids:
+        squares = torch.cat([exact_square(v) for v in values.split(max(1, _TILE // values.shape[1]))])
+        return (proposer or FloatProposer()).centroids(values, squares)
+
+    @cached_property
+    def apart(self) -> tuple[Tensor, Tensor]:
+        """At least the distances between any two, and between what the form leaves out of them, (K, K) float32."""
+        rests = self.values - self.form[:, : self.values.shape[1]].float()  # rounds nothing, and lies on the grid
+        return _distances(self.values, self.squares), _distances(rests, exact_square(rests))
+
+    def pick(self, labels: Tensor) -> Centroids:
+        """Some of them."""
+        values, squares, form = (t.index_select(0, labels) for t in (self.values, self.squares, self.form))
+        return replace(self, values=values, squares=squares, form=form, is_part=True)
+
+
+def _distances(x: Tensor, squares: Tensor) -> Tensor:
+    """At least the distances between any two of some grid rows, (K, K) float32, by products in float32."""
+    with true_products():
+        dots = x @ x.T
+    error = float_error(x.shape[1], norm_of(squares) ** 2)
+    both = (squares[:, None] + squares) / GRID**2
+    return ((both - 2 * (dots.double() - error)).clamp(min=0).sqrt() * (1 + SLACK)).float()
+
+
+@dataclass(frozen=True)
+class PreparedRows:
+    """Rows of a block as the proposer multiplies them."""
+
+    form: Tensor  # (P or some more, E): spare rows at the end make the number of rows a multiple of `step`
+    base: Tensor  # (P,) float32, the squared distance from which the form makes others be counted
+    norm: float  # the largest |x|
+    within_base: bool  # only centroids within the base matter
+    step: int = 1
+
+    def pick(self, rows: Tensor) -> PreparedRows:
+        """Some of them, by ascending positions."""
+        num = len(self.base)
+        if len(rows) == num:
+            return self
+        spare = rows.new_zeros(-len(rows) % self.step)
+        form = self.form.index_select(0, torch.cat([rows, spare]))
+        return replace(self, form=form, base=self.base.index_select(0, rows))
+
+
+@dataclass(frozen=True)
+class Proposals:
+    """The nearest centroids of each row by estimates; infinitely far in places left free.
+
+    With e the error, d_p and D_p the estimated and the true squared distance of the centroid in place p of a row, and D
+    the least true one of those that were not proposed:
+
+        (1) |d_0 - D_0| <= e;
+        (2) d_p - e <= D_p for every place p that is not free;
+        (3) d_p - e <= D for the last of these places;
+        (4) D > min_p D_p where a place is free: what was not proposed is not the nearest.
+
+    Where only centroids within the base matter, (1) and (4) hold for rows that have one within it, and rows with a free
+    second place have none. Places whose d_p is far above d_0 may break (2) and (3) by less than SLACK d_p, which is the
+    rounding of d_p itself: a bound that is made of them must allow for it.
+    """
+
+    distances: Tensor  # (P, t) float32, squared, ascending: d
+    labels: Tensor  # (P, t) int64
+    error: float
+    contenders: Tensor | None = None  # (P, t) bool, where more is known than (1) to (3) say: which may be the nearest
+
+    @property
+    def possible(self) -> Tensor:
+        """Which may be the nearest, (P, t) bool; in the last place: whether that or one not proposed may be."""
+        if self.contenders is not None:
+            return self.contenders
+        return self.distances <= within_reach(self.distances[:, 0].double() + self.error, self.error)[:, None]
+
+
+def within_reach(nearest: Tensor, error: float) -> Tensor:
+    """Estimates above this are not those of a centroid that is as near as (P,) float64, (P,) float32."""
+    return ((nearest + error) * (1 + SLACK)).float()
+
+
+class Proposer(Protocol):
+    """One way to estimate distances."""
+
+    @property
+    def places(self) -> int:
+        """How many proposals are worth asking for."""
+
+    def centroids(self, values: Tensor, squares: Tensor) -> Centroids: ...
+
+    def rows(self, pieces: Sequence[Tensor], squares: Tensor, base: Tensor, *, within_base: bool) -> PreparedRows:
+        """Prepares grid rows with their exact squared norms (P,) float64 in units of 2**-48.
+
+        Args:
+            pieces: the rows, (p, D) each, in order.
+            base: (P,) float64 squared distances about as large as that of the nearest centroid: estimates near them are
+                the sharpest.
+            within_base: only centroids at most so far away matter.
+        """
+
+    def nearest(self, rows: PreparedRows, centroids: Centroids, t: int) -> Proposals: ...
+
+
+def joined(pieces: Sequence[Tensor]) -> Tensor:
+    """Rows in one piece, at least one piece given; a single one is not copied."""
+    return torch.cat(list(pieces)) if len(pieces) > 1 else pieces[0]
+
+
+def norm_of(squares: Tensor) -> float:
+    """The largest norm, from squares in units of 2**-48; 0 for no rows."""
+    return math.sqrt(float(squares.max())) / GRID if len(squares) else 0.0
+
+
+@dataclass(frozen=True)
+class FloatProposer:
+    """Distances in float32, by a search that finds the t nearest."""
+
+    search: Search = nearest_in_floats
+    places: int = 3
+
+    def centroids(self, values: Tensor, squares: Tensor) -> Centroids:
+        return Centroids(values, squares, norm_of(squares), self, values)
+
+    def rows(self, pieces: Sequence[Tensor], squares: Tensor, base: Tensor, *, within_base: bool) -> PreparedRows:
+        return PreparedRows(joined(pieces), base.float(), norm_of(squares), within_base)
+
+    def nearest(self, rows: PreparedRows, centroids: Centroids, t: int) -> Proposals:
+        distances, labels = self.search(rows.form, centroids.form, t)
+        return Proposals(distances, labels, float_error(rows.form.shape[1], (rows.norm + centroids.norm) ** 2))

@@ -1,0 +1,130 @@
+"""The image pairs of fuse: two views of one image, or views of an image and of one of its nearest neighbours.
+
+Shapes: B anchors of this rank, S pixels a side, k neighbours.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Mapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from grappa_dist.artifacts import RowArrays
+from grappa_dist.config import FuseConfig
+from grappa_dist.data.decoding import Picture
+from grappa_dist.data.loader import load_images, read_batches
+from grappa_dist.data.rng import generator
+from grappa_dist.data.transforms import Preprocess, view_generator
+from grappa_dist.distributed.worker import RankContext
+from grappa_dist.models import Grappa
+from grappa_dist.stages.cached_features import PassedFeatures
+from grappa_dist.stages.embed import Embedding
+from grappa_dist.stages.knn_graph import Graphs
+from grappa_dist.training.batches import Pixels, Rows, TrainingImages
+
+
+class Pairs:
+    """Pixels of the pairs of every step; with neighbours, also the k-NN graph of every epoch."""
+
+    def __init__(
+        self,
+        context: RankContext,
+        training: TrainingImages,
+        model: Grappa,
+        preprocess: Preprocess,
+        *,
+        settings: FuseConfig,
+        neighbours: bool,
+        embedding: Embedding,
+        labels: Mapping[int, RowArrays],
+        folder: Path,
+    ) -> None:
+        self._context, self._training, self._preprocess = context, training, preprocess
+        self._settings, self._neighbours = settings, neighbours
+        reuses = neighbours and settings.graph_features == "reused"
+        self._passed = PassedFeatures(context, training, folder, settings.epochs) if reuses else None
+        self._graphs = Graphs(
+            context,
+            training,
+            model,
+            settings=settings,
+            embedding=embedding,
+            labels=labels,
+            folder=folder,
+            passed=self._passed,
+        )
+        self._per_epoch = training.steps_per_epoch()
+        self._batches: Generator[tuple[Rows, Pixels], None, None] | None = None
+        self._anchors: Rows = np.zeros(0, dtype=np.int64)  # of the step last asked for
+        self.waited_s = 0.0  # for the pixels of that step
+
+    def begin(self, step: int) -> None:
+        """Readies the pairs from a step to the end of its epoch."""
+        self.close()
+        epoch, t = divmod(step, self._per_epoch)
+        self.save(step)
+        graph = self._graphs.of(epoch if self._settings.refresh else 0) if self._neighbours else None
+        if self._passed is not None:
+            self._passed.begin(step)
+        order = self._training.order(epoch)
+        comm, batch = self._context.comm, self._training.global_batch
+
+        def read(at: int) -> tuple[Rows, Pixels]:
+            rows = order.batch_share(at, batch, comm.rank, comm.size)
+            if graph is None:  # both views of an image that is read and decoded once
+                return rows, self._views(rows, epoch, (0, 1))
+            partners = self._partners(rows, epoch, graph)
+            return rows, np.concatenate([self._views(rows, epoch, (0,)), self._views(partners, epoch, (1,))])
+
+        self._batches = read_batches(range(t, self._per_epoch), read, threads=self._training.decode_threads)
+
+    def at(self, step: int) -> Pixels:
+        """The pairs of a step, (2B, S, S, 3): all anchors, then their partners. Steps are asked for in order."""
+        if step % self._per_epoch == 0 or self._batches is None:
+            self.begin(step)
+        elif self._passed is not None and self._passed.full(step):
+            self._passed.save(step)
+        assert self._batches is not None
+        began = time.perf_counter()
+        self._anchors, pixels = next(self._batches)
+        self.waited_s = time.perf_counter() - began
+        return pixels
+
+    def keep(self, z: Tensor) -> None:
+        """The features (B, D) that the step last asked for computed of its anchors, for a graph that reuses them."""
+        if self._passed is not None:
+            self._passed.add(self._anchors, z)
+
+    def save(self, step: int) -> None:
+        """Puts on storage what a job that is resumed at this step needs beside its checkpoint."""
+        if self._passed is not None:
+            self._passed.save(step)
+
+    def close(self) -> None:
+        if self._batches is not None:
+            self._batches.close()
+            self._batches = None
+
+    def _views(self, rows: NDArray[np.int64], epoch: int, views: tuple[int, ...]) -> Pixels:
+        """Some views of each row, (views x B, S, S, 3): the first views of all rows, then the next ones."""
+        side, seed = self._preprocess.image_size, self._training.seed
+
+        def make(image: Picture, row: int) -> Pixels:
+            rngs = [view_generator(seed, epoch, row, view) for view in views]
+            return self._preprocess.views(image, rngs, self._settings.min_crop_area)
+
+        pixels = load_images(self._training.images, rows, make, (len(views), side, side, 3))
+        return np.ascontiguousarray(pixels.swapaxes(0, 1)).reshape(-1, side, side, 3)
+
+    def _partners(self, rows: NDArray[np.int64], epoch: int, graph: RowArrays) -> NDArray[np.int64]:
+        """One of each row's neighbours, by (seed, epoch, row); the row itself where it has none."""
+        partners = rows.copy()
+        for i, (row, near) in enumerate(zip(rows.tolist(), graph.take(rows), strict=True)):
+            found = near[near >= 0]
+            if len(found):
+                partners[i] = found[generator("neighbour", self._training.seed, epoch, row).integers(len(found))]
+        return partners

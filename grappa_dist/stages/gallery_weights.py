@@ -1,0 +1,126 @@
+"""galleries: features of every adaptor set -> for each task the weights of the sets, told from its images alone.
+
+A task's images are the gallery that is searched. Nothing is read of the labels but the task that an image belongs to.
+Shapes: n rows, N adaptor sets.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from grappa_dist.artifacts import Artifact, RowArrays, Store, wait_until_seen
+from grappa_dist.console import EVENTS_FILE, read_events
+from grappa_dist.data.rng import generator
+from grappa_dist.data.shards import ImageShards
+from grappa_dist.files import write_json
+from grappa_dist.models import Grappa
+from grappa_dist.models.spec import ModelSpec
+from grappa_dist.ops.galleries import NEIGHBOURS, effective_rank, set_weights, transitivity
+from grappa_dist.stages.ground_truth import TRUTH_TASKS, load_truth, note_truth
+from grappa_dist.stages.run import Run
+
+GALLERIES_FILE = "galleries.json"
+MOST_IMAGES = 20_000  # of a gallery are looked at
+
+
+@dataclass(frozen=True)
+class GalleriesTask:
+    """What weighing the sets needs."""
+
+    truth: Artifact
+    features: Mapping[str, RowArrays]  # by adaptor set
+    bad: NDArray[np.int64]
+    seed: int
+    copies: float  # cosine above which images are no neighbours
+    artifact: Artifact
+
+
+def galleries_of(
+    store: Store, seed: int, copies: float, truth: Artifact, features: Mapping[str, Sequence[Artifact]]
+) -> Artifact:  # fmt: skip
+    """The artefact of the weights.
+
+    Args:
+        copies: `fuse.duplicate_cosine`.
+    """
+    inputs = {f"{name} shard {i}": a for name, shards in features.items() for i, a in enumerate(shards)}
+    settings = {"neighbours": NEIGHBOURS, "most_images": MOST_IMAGES, "duplicate_cosine": copies, "seed": seed}
+    return store.artifact("galleries", settings, {"truth": truth, **inputs})
+
+
+def weigh_galleries(
+    run: Run, images: ImageShards, truth: Artifact, features: Mapping[str, RowArrays], bad: NDArray[np.int64],
+    artifact: Artifact,
+) -> None:  # fmt: skip
+    """Weighs the sets for every task, and says so before anything is evaluated with them."""
+    if not artifact.complete:
+        with run.console.stage("galleries", f"{len(features)} adaptor sets on {len(images)} images"):
+            note_truth(run, images, truth, "galleries")
+            config = run.config
+            task = GalleriesTask(truth, features, bad, config.seed, config.fuse.duplicate_cosine, artifact)
+            run.runner.map(weigh_sets, [task])
+            wait_until_seen([artifact])
+    _tell(run, list(features), artifact)
+
+
+def _tell(run: Run, sets: Sequence[str], artifact: Artifact) -> None:
+    """What the log does not say yet of the weights: an attempt may have ended after it made them."""
+    events = read_events(run.store.root / EVENTS_FILE)
+    told = {(e.get("artifact"), e["task"]) for e in events if e["name"] == "gallery"}
+    for name, found in load_galleries(artifact).items():
+        if (artifact.name, name) in told:
+            continue
+        said = zip(sets, found["weights"], found["transitivity"], found["effective_rank"], strict=True)
+        text = ", ".join(f"{model} {weight:.2f} ({share:.3f}, {rank:.1f})" for model, weight, share, rank in said)
+        run.console.event("gallery", artifact=artifact.name, task=name, sets=list(sets), **found)
+        run.console.say(f"gallery {name}: weights of the sets (transitivity, effective rank): {text}")
+
+
+def weigh_sets(device: torch.device, task: GalleriesTask) -> None:
+    """Transitivity, effective rank and weights of all sets in every task: galleries.json; and a copy of the tasks."""
+    truth, folder = load_truth(task.truth), task.artifact.begin()
+    found = {}
+    for number, name in enumerate(truth.task_names):
+        rows = np.setdiff1d(truth.rows(number), task.bad)
+        draw = generator("gallery", task.seed, number)
+        rows = np.sort(draw.choice(rows, MOST_IMAGES, replace=False)) if len(rows) > MOST_IMAGES else rows
+        shares, ranks = [], []
+        for features in task.features.values():
+            z = torch.from_numpy(features.take(rows)).to(device)
+            shares.append(transitivity(z, copies=task.copies).cpu())
+            ranks.append(round(effective_rank(z), 2))
+        found[name] = {
+            "images": len(rows),
+            "transitivity": torch.stack(shares).mean(1).nan_to_num().tolist(),
+            "effective_rank": ranks,
+            "weights": set_weights(torch.stack(shares)).tolist(),
+        }
+    np.save(folder / TRUTH_TASKS, truth.tasks)
+    write_json(folder / GALLERIES_FILE, found)
+    task.artifact.commit()
+
+
+def load_galleries(artifact: Artifact) -> dict[str, dict[str, list[float]]]:
+    """By task: transitivity, effective rank and weights, (N,) each; in the order of task numbers."""
+    found: dict[str, dict[str, list[float]]] = json.loads((artifact.path / GALLERIES_FILE).read_text())
+    return found
+
+
+def by_gallery(spec: ModelSpec, model: nn.Module, rows: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+    """The rows in parts, the model weighing its sets for the gallery of each part; all at once where it has none."""
+    if spec.galleries is None:
+        yield rows
+        return
+    assert isinstance(model, Grappa)
+    weights = [torch.tensor(g["weights"]) for g in load_galleries(spec.galleries).values()]
+    tasks = np.load(spec.galleries.path / TRUTH_TASKS, mmap_mode="r", allow_pickle=False)[rows]
+    for task in np.unique(tasks).tolist():
+        model.weigh(weights[task])
+        yield rows[tasks == task]

@@ -1,0 +1,1 @@
+"""Losses, optimizers and the loop of a training job."""

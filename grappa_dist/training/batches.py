@@ -1,0 +1,118 @@
+"""What a training job reads: the images of global batches, the same rows and crops on any number of ranks.
+
+Shapes: B images of this rank, S pixels a side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from grappa_dist.config import BackboneConfig, Config, DataConfig
+from grappa_dist.data.decoding import Picture
+from grappa_dist.data.epoch_order import EpochOrder
+from grappa_dist.data.loader import load_images, read_batches
+from grappa_dist.data.rng import generator
+from grappa_dist.data.shards import ImageShards
+from grappa_dist.data.transforms import Preprocess, view_generator
+from grappa_dist.distributed.collectives import Comm
+from grappa_dist.models.spec import backbone_settings
+
+Pixels = NDArray[np.uint8]
+Rows = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class TrainingImages:
+    """The images of a training job and their order: the same global batches on any number of ranks."""
+
+    images: ImageShards
+    bad: NDArray[np.int64]
+    data: DataConfig
+    global_batch: int
+    seed: int
+    decode_threads: int
+
+    @staticmethod
+    def of(config: Config, images: ImageShards, bad: NDArray[np.int64], global_batch: int) -> TrainingImages:
+        """All images but the rows `bad`, in batches of so many over all ranks."""
+        return TrainingImages(images, bad, config.data, global_batch, config.seed, config.resources.decode_threads)
+
+    def order(self, epoch: int) -> EpochOrder:
+        data = self.data
+        return EpochOrder(
+            self.images, self.bad, seed=self.seed, epoch=epoch, streams=data.streams, window=data.shuffle_window
+        )
+
+    def steps_per_epoch(self) -> int:
+        return steps_per_epoch(len(self.images) - len(self.bad), self.global_batch)
+
+    def num_steps(self, epochs: int) -> int:
+        return epochs * self.steps_per_epoch()
+
+    def rank_share(self, ranks: int) -> int:
+        return rank_share(self.global_batch, ranks, self.data.streams)
+
+
+def steps_per_epoch(num_rows: int, global_batch: int) -> int:
+    return -(-num_rows // global_batch)
+
+
+def rank_share(global_batch: int, ranks: int, streams: int) -> int:
+    """The most images of a batch that one of so many ranks may have: it has every R-th stream, and streams whole."""
+    rounds, rest = divmod(global_batch, streams)
+    of_first = np.arange(streams) % ranks == 0  # rank 0, which has as many streams as any
+    before = np.concatenate([[0], np.cumsum(np.tile(of_first, 2))])
+    return int(rounds * of_first.sum() + (before[rest : rest + streams] - before[:streams]).max())
+
+
+def trained_by(backbone: BackboneConfig, data: DataConfig, seed: int, **recipe: object) -> dict[str, object]:
+    """The settings that decide what a training job makes: its recipe, the backbone, and which rows are in a batch."""
+    order = data.model_dump(include={"streams", "shuffle_window"})
+    return {"backbone": backbone_settings(backbone), **recipe, "data": order, "seed": seed}
+
+
+def idle_in_words(data: DataConfig, ranks: int) -> str:
+    """What is said of a training job with more ranks than there are streams to read; "" of another."""
+    if ranks <= data.streams:
+        return ""
+    return (
+        f"warning: {ranks} ranks, but data.streams={data.streams}, and a rank reads whole streams: "
+        f"{ranks - data.streams} ranks have no images; at least data.streams={ranks} would give all of them some "
+        "(it changes the order of the images, so the result), or ask for fewer ranks"
+    )
+
+
+def augmented(
+    training: TrainingImages, preprocess: Preprocess, rows: Sequence[int] | Rows, *, epoch: int, area: float
+) -> Pixels:
+    """A random crop of each row, of at least `area` of its image, as it is in that epoch: (B, S, S, 3)."""
+    size = preprocess.image_size
+
+    def make(image: Picture, row: int) -> Pixels:
+        return preprocess.augment(image, view_generator(training.seed, epoch, row, 0), area)
+
+    return load_images(training.images, rows, make, (size, size, 3))
+
+
+def augmented_batches(
+    training: TrainingImages, preprocess: Preprocess, comm: Comm, steps: range, area: float
+) -> Generator[tuple[Pixels, Rows], None, None]:
+    """This rank's crops and row ids of some steps, read ahead; steps are counted through all epochs."""
+    per_epoch = training.steps_per_epoch()
+    orders = {epoch: training.order(epoch) for epoch in {step // per_epoch for step in steps}}
+
+    def read(step: int) -> tuple[Pixels, Rows]:
+        epoch, t = divmod(step, per_epoch)
+        rows = orders[epoch].batch_share(t, training.global_batch, comm.rank, comm.size)
+        return augmented(training, preprocess, rows, epoch=epoch, area=area), rows
+
+    return read_batches(steps, read, threads=training.decode_threads)
+
+
+def torch_seed(purpose: str, *numbers: int) -> int:
+    """A seed named by what it is for."""
+    return int(generator(purpose, *numbers).integers(2**62))

@@ -1,0 +1,165 @@
+"""Checkpoints of training: a folder that appears by one rename, and loads on any number of ranks.
+
+    checkpoints/step-000000050/
+      engine.safetensors              what every rank has alike, and the list of the other files, written by rank 0
+      <name>.<first>-<end>.safetensors    rows of what is spread over the ranks, written by whoever holds them
+
+Shapes: the first dimension of a shard's tensors is its rows.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from grappa_dist.distributed.worker import RankContext
+from grappa_dist.distributed.zero import State
+from grappa_dist.files import replacing, sync
+
+KEEP_CHECKPOINTS = 2
+ENGINE_FILE = "engine.safetensors"
+_FILE_BYTES = 256 * 2**20  # of rows: serialising makes a copy of a file's tensors
+
+
+@dataclass(frozen=True)
+class RowShard:
+    """The rows [first, first + len) of tensors that all ranks hold together, in memory of their owner."""
+
+    first: int
+    tensors: Mapping[str, Tensor]
+
+    @property
+    def end(self) -> int:
+        return self.first + len(next(iter(self.tensors.values())))
+
+    def ranges(self) -> Iterator[tuple[int, int]]:
+        """Rows of one file each, as [first, end)."""
+        row_bytes = sum(t[:1].numel() * t.element_size() for t in self.tensors.values())
+        step = max(1, _FILE_BYTES // max(row_bytes, 1))
+        return ((start, min(start + step, self.end)) for start in range(self.first, self.end, step))
+
+
+def save_checkpoint(
+    context: RankContext,
+    folder: Path,
+    step: int,
+    module: nn.Module,
+    state: State,
+    shards: Mapping[str, RowShard] | None = None,
+) -> None:
+    """Trainable parameters and optimizer state of `step` finished steps, and this rank's rows of `shards`.
+
+    The checkpoint appears when all ranks have written their part; the oldest goes then.
+    """
+    done = folder / "checkpoints" / f"step-{step:09d}"
+    partial = done.with_name(f".{done.name}.partial")
+    files = _files_of_all(context, shards or {})
+    if context.comm.rank == 0:
+        for left in done.parent.glob(".step-*"):  # by killed attempts; nobody writes before the barrier below
+            shutil.rmtree(left, ignore_errors=True)
+        partial.mkdir(parents=True, exist_ok=True)
+        _write(partial / ENGINE_FILE, _replicated(module, state), {"step": str(step), "files": json.dumps(files)})
+    context.comm.barrier()
+    for name, shard in (shards or {}).items():
+        for first, end in shard.ranges():
+            rows = {key: t[first - shard.first : end - shard.first].cpu() for key, t in shard.tensors.items()}
+            _write(partial / _file_name(name, first, end), rows, {})
+    context.comm.barrier()
+    if context.comm.rank == 0:
+        sync(partial)
+        os.rename(partial, done)
+        sync(done.parent)
+        for old in _checkpoints(folder)[:-KEEP_CHECKPOINTS]:
+            shutil.rmtree(old.rename(old.with_name(f".{old.name}.old")))  # never half of one under its name
+    context.comm.barrier()
+
+
+def load_checkpoint(
+    folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, shards: Mapping[str, RowShard] | None = None
+) -> int:
+    """Loads the newest checkpoint, if any, into module, optimizer and shards; the number of steps behind it.
+
+    Raises:
+        ValueError: the checkpoint is of another version, or some of its rows are missing.
+    """
+    found = _checkpoints(folder)
+    if not found:
+        return 0
+    with safe_open(found[-1] / ENGINE_FILE, framework="pt") as file, torch.no_grad():
+        on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+        saved = sorted(file.keys())  # one order on all ranks: gathering a state sums it entry by entry
+        for name, p in _trainable(module).items():
+            p.copy_(file.get_tensor(name))
+            state = {key.split("|")[1]: file.get_tensor(key) for key in saved if key.startswith(f"{name}|")}
+            optimizer.state[p] = {k: v.to(p.device) if v.ndim or on_device else v for k, v in state.items()}
+        said = file.metadata() or {}
+    if not {"step", "files"} <= said.keys():
+        raise ValueError(f"{found[-1]} was not written by this version of grappa_dist; remove it to train anew")
+    step, files = int(said["step"]), json.loads(said["files"])
+    for name, shard in (shards or {}).items():
+        _load_rows(found[-1], [file for file in files if file.startswith(f"{name}.")], name, shard)
+    return step
+
+
+def _files_of_all(context: RankContext, shards: Mapping[str, RowShard]) -> list[str]:
+    """The names of all ranks' files: what a straggler of an earlier attempt adds is not among them."""
+    files = list[str]()
+    for name, shard in shards.items():
+        own = torch.tensor(list(shard.ranges()), dtype=torch.int64, device=context.device).reshape(-1, 2)
+        ranges = torch.cat(context.comm.gather(own)).tolist()
+        files += [_file_name(name, first, end) for first, end in ranges]
+    return files
+
+
+def _file_name(shard: str, first: int, end: int) -> str:
+    return f"{shard}.{first:012d}-{end:012d}.safetensors"
+
+
+@torch.no_grad()
+def _load_rows(checkpoint: Path, files: Sequence[str], name: str, shard: RowShard) -> None:
+    """Fills a rank's rows from whichever of the files have them.
+
+    Raises:
+        ValueError: no file has some of the rows.
+    """
+    reached = shard.first
+    for path in (checkpoint / file for file in sorted(files)):
+        first, end = (int(number) for number in path.suffixes[-2].removeprefix(".").split("-"))
+        low, high = max(first, reached), min(end, shard.end)
+        if low != reached or low >= high or not path.exists():
+            continue
+        with safe_open(path, framework="pt") as file:
+            for key, tensor in shard.tensors.items():
+                tensor[low - shard.first : high - shard.first] = file.get_slice(key)[low - first : high - first]
+        reached = high
+    if reached < shard.end:
+        raise ValueError(f"{checkpoint} has no row {reached} of {name}; remove it to go on from the one before")
+
+
+def _replicated(module: nn.Module, state: State) -> dict[str, Tensor]:
+    tensors = {name: p.detach().cpu() for name, p in _trainable(module).items()}
+    for name, p in _trainable(module).items():
+        tensors |= {f"{name}|{key}": v.cpu() for key, v in state[p].items() if isinstance(v, Tensor)}
+    return tensors
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    with replacing(path) as temporary:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata=metadata)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted((folder / "checkpoints").glob("step-*[0-9]"))
+
+
+def _trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}

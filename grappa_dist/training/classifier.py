@@ -1,0 +1,171 @@
+"""The throw-away classifier of one partition, its rows spread over the ranks of a job (An et al., 2021).
+
+Every rank holds K / R classes with their Adam state and scores the images of all ranks against them. Features travel
+to all ranks; a maximum, two sums of A numbers and one of (A, D) gradients are agreed on: nothing of size K travels. It
+is no part of the engine, which would average gradients over ranks that here belong to different classes.
+
+Shapes: B images of this rank, A images of all ranks, D channels, K classes, k of them on this rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from grappa_dist.distributed.collectives import Comm
+from grappa_dist.ops.hashing import HASH_BITS, row_hashes
+from grappa_dist.ops.row_adam import RowState, adam_step
+from grappa_dist.training.checkpoints import RowShard
+from grappa_dist.training.norm_softmax import Scores, add_scores, chunks, class_gradient, image_gradient, no_scores
+
+_START_ROWS = 4096  # drawn or read at a time
+_HASHED_ROWS = {"cpu": 2**16, "cuda": 2**24}  # at a time: a core's cache; work for a GPU
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """What the step of the classes needs to know of images scored before."""
+
+    unit_z: Tensor  # (A, D)
+    places: Tensor  # (A,) of their classes among this rank's rows that take part; -1: with another rank
+    log_total: Tensor  # (A,)
+
+
+@dataclass(frozen=True)
+class ClassifierSettings:
+    """What decides how classes move."""
+
+    gamma: float
+    weight_decay: float  # L2 added to the gradient
+    sampled: float = 1.0  # probability of a class to take part in a step in which no image belongs to it
+    seed: int = 0  # of that
+
+
+class Classifier:
+    """Norm-softmax, Eq. (2), against K classes, and their Adam.
+
+    A step of training is `begin`, `score` for every micro-batch, `step`. The classes' gradient is that of the mean
+    loss over all images scored since `begin`, on all ranks.
+
+    With `sampled` below 1 images are told apart from a part of the classes only, another one each step (An et al.,
+    2022): their own and others by chance, the same on any number of ranks. Other rows stand still, and so does all that
+    Adam knows of them, their counts of steps included. Sums of exponentials then lack about 1 - `sampled` of the other
+    classes, which lowers losses and gradients where these matter; the accuracy is that among the sampled ones.
+    """
+
+    def __init__(self, comm: Comm, device: torch.device, shape: tuple[int, int], settings: ClassifierSettings) -> None:
+        """`shape` is (K, D)."""
+        self.num_rows, self._dim = shape
+        self.first, self.end = (self.num_rows * rank // comm.size for rank in (comm.rank, comm.rank + 1))
+        self._comm, self._settings, self._device = comm, settings, device
+        self.state = RowState.zeros(self.end - self.first, self._dim, device)
+        self._active: Tensor | None = None  # (k',) those of the own rows that take part, rising; None: all
+        self._scored: list[_Scored] = []
+
+    @torch.no_grad()
+    def start(self, centroids: Path | None, draws: torch.Generator) -> None:
+        """Fills the classes with unit rows: the directions of the partition's centroids, or random ones.
+
+        The length matters although the cosine ignores it: Adam moves every entry by about the learning rate, so long
+        rows hardly turn, and the adaptors would bend the features towards classes that stay where chance put them.
+
+        Raises:
+            ValueError: the file of centroids does not have K rows of D channels.
+        """
+        given = None if centroids is None else np.load(centroids, mmap_mode="r", allow_pickle=False)
+        if given is not None and given.shape != (self.num_rows, self._dim):
+            raise ValueError(f"{centroids} has shape {given.shape}, must be {(self.num_rows, self._dim)}")
+        for start in range(0, self.end, _START_ROWS):
+            end = min(start + _START_ROWS, self.num_rows)
+            low, high = max(start, self.first), min(end, self.end)
+            if given is None:  # drawn on every rank alike, whoever keeps them
+                block = torch.randn(end - start, self._dim, generator=draws)[max(low - start, 0) : high - start]
+            elif low < high:
+                block = torch.from_numpy(np.array(given[low:high], dtype=np.float32))
+            if low < high:
+                self.state.rows[low - self.first : high - self.first] = F.normalize(block, dim=1)
+
+    def begin(self, step: int, labels: Tensor) -> None:
+        """Readies a step for images of this rank with these labels (B,), which come in one or more micro-batches."""
+        self._scored.clear()
+        if self._settings.sampled < 1:
+            taking_part = self._drawn(step)
+            local = torch.cat(self._comm.gather(labels)) - self.first
+            taking_part[local[(local >= 0) & (local < len(taking_part))]] = True
+            self._active = taking_part.nonzero()[:, 0]
+
+    def score(self, z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Of this rank's images: the summed loss, a scalar to go backward through, and how many are classified right.
+
+        Every rank calls it as often as every other, with an empty share where it has no images.
+
+        Args:
+            z: (B, D), of any length.
+            labels: (B,), in [0, K), among those given to `begin`.
+        """
+        rows, gamma = z.detach().float(), self._settings.gamma
+        shares = self._comm.gather(rows)
+        unit_z = F.normalize(torch.cat(shares), dim=1)  # (A, D)
+        places = self._places(torch.cat(self._comm.gather(labels)))
+        scores = no_scores(unit_z)
+        for part in self._chunks(len(unit_z)):
+            scores = add_scores(scores, unit_z, self.state.rows[self._rows(part)], places - part.start, gamma)
+        scores = self._agreed(scores)
+        self._scored.append(_Scored(unit_z, places, scores.log_total))
+        unit_gradient = self._comm.sum_(gamma * (scores.pull / scores.total[:, None] - scores.own))
+        before = sum(len(share) for share in shares[: self._comm.rank])
+        mine = slice(before, before + len(rows))
+        gradient = image_gradient(unit_gradient[mine], rows)
+        loss = (scores.log_total - scores.target)[mine].sum()
+        correct = (scores.target >= scores.top)[mine].sum()
+        return loss + ((z - z.detach()) * gradient).sum(), correct
+
+    @torch.no_grad()
+    def step(self, learning_rate: float) -> None:
+        """One step of Adam for the classes, chunk by chunk: their gradient never exists as a whole."""
+        unit_z, places, log_total = (
+            torch.cat([getattr(scored, name) for scored in self._scored]) for name in ("unit_z", "places", "log_total")
+        )
+        for part in self._chunks(len(unit_z)):
+            where, gamma = self._rows(part), self._settings.gamma
+            state = self.state.at(where)
+            gradient = class_gradient(unit_z, state.rows, places - part.start, log_total, gamma).div_(len(unit_z))
+            adam_step(state, gradient, learning_rate=learning_rate, weight_decay=self._settings.weight_decay)
+            if isinstance(where, Tensor):
+                self.state.put(where, state)
+        self._scored.clear()
+
+    def shard(self) -> RowShard:
+        """This rank's classes with their Adam state, as checkpoints keep them."""
+        return RowShard(self.first, self.state.tensors())
+
+    def _agreed(self, scores: Scores) -> Scores:
+        """Maximum, sum of exponentials and own logits over all classes; `pull` and `own` stay this rank's part."""
+        scores = scores.below(self._comm.max_(scores.top.clone()))
+        total, target = self._comm.sum_(torch.stack([scores.total, scores.target]))
+        return Scores(scores.top, total, scores.pull, target, scores.own)
+
+    def _drawn(self, step: int) -> Tensor:
+        """(k,) bool: whether chance lets a class of this rank take part in a step."""
+        limit = int(self._settings.sampled * 2**HASH_BITS)
+        blocks = torch.arange(self.first, self.end, device=self._device).split(_HASHED_ROWS[self._device.type])
+        return torch.cat([row_hashes(block, self._settings.seed, step) < limit for block in blocks])
+
+    def _places(self, labels: Tensor) -> Tensor:
+        """Where the labels' classes are among the rows of this rank that take part; -1: nowhere."""
+        local = labels - self.first
+        own = (local >= 0) & (local < len(self.state.rows))
+        return torch.where(own, local if self._active is None else torch.searchsorted(self._active, local), -1)
+
+    def _rows(self, part: slice) -> slice | Tensor:
+        return part if self._active is None else self._active[part]
+
+    def _chunks(self, num_images: int) -> Iterator[slice]:
+        num_rows = len(self.state.rows) if self._active is None else len(self._active)
+        return chunks(num_rows, num_images, self._dim, self._device.type)

@@ -1,0 +1,200 @@
+"""The training loop of adapt and fuse: steps through the engine, figures, checkpoints, resume, a clean stop."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import socket
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from grappa_dist.console import METRICS_FILE, Events
+from grappa_dist.distributed.worker import RankContext
+from grappa_dist.files import replacing
+from grappa_dist.ops.schedules import cosine
+from grappa_dist.training.checkpoints import RowShard, load_checkpoint, save_checkpoint
+from grappa_dist.training.deepspeed_engine import Engine
+from grappa_dist.training.trackers import Audience, Tracker
+
+NAMED = 5  # images, in a message
+MAY_BE_UNDEFINED = "decay_to_gradient"  # NaN where there is no gradient: nothing is wrong with the model then
+RECENT = 20  # steps that speed and waiting are averaged over
+
+
+class Objective(Protocol):
+    """What is trained. `begin(step)` readies the data from a step on; `backward` does one step's gradients."""
+
+    @property
+    def module(self) -> nn.Module: ...
+
+    def begin(self, step: int) -> None: ...
+
+    def backward(self, engine: Engine, step: int) -> dict[str, float]:
+        """This rank's sums of figures, which add over ranks.
+
+        `images`, `loss` and `gradient_norm` (both times images) are among them: a gradient may be no number although
+        the loss is one, and nothing is updated where a figure is not finite.
+        """
+        ...
+
+
+class Beside(Protocol):
+    """What is trained beside the engine, its rows spread over the ranks; `step` follows every `backward`."""
+
+    def step(self, learning_rate: float) -> None: ...
+
+    def shard(self) -> RowShard: ...
+
+
+@dataclass(frozen=True)
+class Schedule:
+    steps: int
+    checkpoint_steps: int
+    learning_rate: Callable[[int], float]
+
+    @classmethod
+    def falling(cls, steps: int, checkpoint_steps: int, *, peak: float, warmup_steps: int) -> Schedule:
+        """A learning rate that rises to `peak` and falls along a cosine."""
+        warmup = min(warmup_steps, steps - 1)
+        return cls(steps, checkpoint_steps, lambda step: peak * cosine(step, steps, warmup))
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What the loop asks, and whom it tells."""
+
+    suspects: Callable[[], Sequence[str]] = tuple  # images that may be why a loss is not finite, on all ranks
+    trackers: Callable[[], Sequence[Tracker]] = tuple  # hear of every step, on rank 0
+    before_checkpoint: Callable[[int], None] = lambda step: None  # puts on storage what else one of so many steps needs
+    settled: Mapping[str, str] = field(default_factory=dict)  # what was found out about how to train, for the log
+
+
+def train(
+    context: RankContext,
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    schedule: Schedule,
+    *,
+    folder: Path,
+    job: str,
+    beside: Mapping[str, Beside] = MappingProxyType({}),
+    zero_stage: int = 0,
+    watch: Watch = Watch(),
+) -> bool:
+    """Trains from the newest checkpoint in `folder` to the end; False when it was asked to stop and saved its state.
+
+    `beside`, by name, is trained outside the engine; what it learns from must be finite where the loss is. An
+    ArithmeticError names the step, and images, where the loss, a norm of the gradient or another figure is not finite.
+    """
+    shards = {name: part.shard() for name, part in beside.items()}
+    start = _agreed(context, load_checkpoint(folder, objective.module, optimizer, shards), job)
+    engine = Engine(objective.module, optimizer, context.comm, context.device, zero_stage=zero_stage)
+    with ExitStack() as stack:
+        stack.callback(engine.close)
+        log = _Log(context, folder / METRICS_FILE, job, watch, start=start, steps=schedule.steps)
+        stack.callback(log.close)
+        objective.begin(start)
+        for step in range(start, schedule.steps):
+            figures, stop = _reduce(context, objective.backward(engine, step))
+            if any(not math.isfinite(v) for name, v in figures.items() if not name.startswith(MAY_BE_UNDEFINED)):
+                raise ArithmeticError(f"{job}: {_not_finite(figures, step, watch.suspects())}")
+            done, rate = step + 1, schedule.learning_rate(step)
+            engine.step(rate)
+            for part in beside.values():
+                part.step(rate)
+            log.step(step, rate, figures)
+            if done < schedule.steps and (stop or done % schedule.checkpoint_steps == 0):
+                watch.before_checkpoint(done)
+                save_checkpoint(context, folder, done, objective.module, engine.state(), shards)
+                if stop:
+                    return False
+        return True
+
+
+def _not_finite(figures: Mapping[str, float], step: int, suspects: Sequence[str]) -> str:
+    """Which figures are to blame: losses before what follows from them, those of single sets before their mean."""
+    wrong = {name: value for name, value in figures.items() if not math.isfinite(value)}
+    wrong = {name: value for name, value in wrong.items() if name.split(" ")[0] == "loss"} or wrong
+    wrong = {name: value for name, value in wrong.items() if " " in name} or wrong
+    said = ", ".join(f"{name} is {value}" for name, value in wrong.items())
+    named = f"; images of that step: {', '.join(suspects[:NAMED])}" if suspects else ""
+    more = f" and {len(suspects) - NAMED} more" if len(suspects) > NAMED else ""
+    return f"{said} at step {step}; nothing was updated{named}{more}"
+
+
+def _agreed(context: RankContext, start: int, job: str) -> int:
+    starts = {int(s) for s in context.comm.gather(torch.tensor([start], device=context.device))}
+    if len(starts) > 1:  # a file system that shows files late; another attempt will see them
+        raise RuntimeError(f"{job}: ranks found checkpoints of different steps, {sorted(starts)}")
+    return start
+
+
+def _reduce(context: RankContext, sums: dict[str, float]) -> tuple[dict[str, float], bool]:
+    """Means per image over all ranks, and whether any rank was asked to stop (so that all stop at the same step)."""
+    names = sorted(sums)
+    values = torch.tensor([sums[n] for n in names] + [float(context.stop_requested())], dtype=torch.float64)
+    totals = context.comm.sum_(values.to(context.device)).tolist()
+    figures = dict(zip(names, totals, strict=False))
+    images = figures.pop("images")
+    return {**{name: total / max(images, 1) for name, total in figures.items()}, "images": images}, totals[-1] > 0
+
+
+class _Log:
+    """Rank 0 writes metrics.jsonl and tells the trackers; every rank reports its status, of which rank 0's is shown."""
+
+    def __init__(self, context: RankContext, path: Path, job: str, watch: Watch, *, start: int, steps: int) -> None:
+        self._context, self._job, self._steps = context, job, steps
+        self._recent: deque[tuple[float, float, float]] = deque([(time.monotonic(), 0.0, 0.0)], maxlen=RECENT + 1)
+        self._events, self._audience = None, None
+        if context.comm.rank == 0:
+            _forget(path, start)
+            self._events = Events(path, job=job)
+            where = {"ranks": context.comm.size, "host": socket.gethostname(), "pid": os.getpid()}
+            self._events("begins", at_step=start, **where, **watch.settled)
+            self._audience = Audience(watch.trackers(), self._tracker_failed)
+
+    def step(self, step: int, rate: float, figures: dict[str, float]) -> None:
+        waited_s = figures.pop("waited_s", None)
+        self._recent.append((time.monotonic(), figures["images"], waited_s or 0.0))
+        recent = list(self._recent)[1:]
+        elapsed = max(recent[-1][0] - self._recent[0][0], 1e-9)
+        speed = sum(images for _, images, _ in recent) / elapsed
+        waits = {} if waited_s is None else {"data_wait_share": round(sum(w for _, _, w in recent) / elapsed, 3)}
+        if self._events:
+            self._events("step", step=step, lr=rate, images_per_s=round(speed, 1), **waits, **figures)
+        if self._audience:
+            self._audience.log(step, {"lr": rate, "images_per_s": speed, **waits, **figures})
+        left = (self._steps - step - 1) * elapsed / len(recent)
+        status: dict[str, object] = {"loss": figures["loss"], "images_per_s": speed, **waits, "left_s": left}
+        if self._audience and self._audience.left:
+            status["trackers_off"] = self._audience.left
+        self._context.report({"done": step + 1, "of": self._steps, **status})
+
+    def close(self) -> None:
+        if self._audience:
+            self._audience.close()
+        if self._events:
+            self._events.close()
+
+    def _tracker_failed(self, tracker: str, reason: str) -> None:
+        if self._events:
+            self._events("tracker_failed", tracker=tracker, reason=reason)
+
+
+def _forget(path: Path, start: int) -> None:
+    """Drops what a killed attempt logged after the checkpoint that we resume from."""
+    if path.exists():
+        lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        kept = [line for line in lines if json.loads(line).get("step", 0) < start]
+        with replacing(path) as temporary:
+            temporary.write_text("".join(kept))

@@ -1,0 +1,190 @@
+"""How many images a rank trains on at a time: as asked for, or, with `adapt.micro_batch=auto`, as its memory holds.
+
+Free memory differs from run to run, and the number moves the last bits of a sum. So what was found is kept beside the
+checkpoints: a job that goes on, on as many ranks, goes on with it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from grappa_dist.config import AdaptConfig
+from grappa_dist.distributed.preflight import free_memory
+from grappa_dist.distributed.worker import RankContext
+from grappa_dist.files import write_json
+from grappa_dist.models import PackedGrappa
+from grappa_dist.models.packed import activation_bytes
+from grappa_dist.ops.precision import forward_precision
+from grappa_dist.ops.room import Room, even_size
+
+GPU_SHARE, CPU_SHARE = 0.8, 0.5  # of what is free; on a CPU images wait in memory too, and nobody says when it is full
+AT_WORK = 6  # a layer going forward or backward takes as much as so many keep: 4.5 to 6 were seen
+FILE = "checkpoints/micro_batch.json"
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """How many images at a time, the same on all ranks, and how that was found."""
+
+    images: int
+    why: str
+
+
+def usable_bytes(device: torch.device, sharing: int) -> int:
+    """Of this worker's memory, what training may take.
+
+    Args:
+        sharing: the workers of this node. A GPU is nobody else's.
+    """
+    if device.type != "cuda":
+        return int(CPU_SHARE * free_memory() / sharing)
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, to be used again
+    return int(GPU_SHARE * (torch.cuda.mem_get_info(device)[0] + kept))
+
+
+def room(model: PackedGrappa, usable: int) -> Room:
+    return Room(usable, image_bytes(model, recompute=model.layers[0].recompute))
+
+
+def image_bytes(model: PackedGrappa, *, recompute: bool) -> int:
+    """What an image takes: what is kept between forward and backward, and a layer in the middle of its work.
+
+    Counted by calling the model; on the meta device nothing is computed.
+    """
+    kept = _kept_bytes(model, recompute=False)
+    of_layer = kept // max(len(model.layers) - 1, 1)
+    return (_kept_bytes(model, recompute=True) if recompute else kept) + AT_WORK * of_layer
+
+
+def _kept_bytes(model: PackedGrappa, *, recompute: bool) -> int:
+    asked = [layer.recompute for layer in model.layers]
+    try:
+        for layer in model.layers:
+            layer.recompute = recompute
+        with forward_precision(model.backbone.mean.device):
+            return activation_bytes(model, model.backbone.pixels.image_size)
+    finally:
+        for layer, before in zip(model.layers, asked, strict=True):
+            layer.recompute = before
+
+
+def images_at_a_time(asked: int | None, share: int, num_sets: int, *, on_gpu: bool) -> int:
+    """As asked for; null: a rank's share of a batch, and on a CPU the part of it that leaves all sets together with as
+    many activations as one set alone has.
+
+    Larger tensors leave a CPU's caches and are asked of the system anew each time: 8 sets were a third slower.
+    """
+    if asked is not None:
+        return min(asked, share)
+    return share if on_gpu else -(-share // num_sets)
+
+
+def fitted(context: RankContext, model: PackedGrappa, folder: Path, most: int, usable: int) -> Fitted:
+    """Images at a time, of the fewest parts of even size that `most` fall into; all ranks call it, and before there is
+    an engine.
+
+    Args:
+        most: images of a rank in a step.
+
+    Raises:
+        ValueError: not one image fits a GPU.
+    """
+    comm, before = context.comm, _of_before(folder, context.comm.size) if context.comm.rank == 0 else 0
+    before = int(comm.broadcast(torch.tensor([before], device=context.device), 0))
+    found = room(model, usable)
+    expected, why = before, f"as when the job began on {comm.size} ranks"
+    if not before:
+        expected = even_size(most, found.images(most))
+        why = f"{usable / 2**30:.2f} GiB may be used, an image takes {found.image_bytes / 2**20:.1f} MiB"
+    images = tried(model, expected)
+    why += f"; {expected} were too many" if images < expected else ""
+    of_all = [int(n) for n in comm.gather(torch.tensor([images], device=context.device))]
+    if comm.rank == 0:
+        (folder / FILE).parent.mkdir(parents=True, exist_ok=True)
+        write_json(folder / FILE, {"images": min(of_all), "ranks": comm.size})
+    return Fitted(min(of_all), why if min(of_all) == images else f"another rank has room for {min(of_all)} only")
+
+
+def _of_before(folder: Path, ranks: int) -> int:
+    """What the job began with on as many ranks; 0: nothing."""
+    path = folder / FILE
+    kept = json.loads(path.read_text()) if path.exists() else {"ranks": 0}
+    return int(kept["images"]) if kept["ranks"] == ranks else 0
+
+
+def tried(model: PackedGrappa, images: int) -> int:
+    """So many images at a time, or as many as a GPU has memory for when it comes to it; a CPU says nothing.
+
+    Raises:
+        ValueError: not one image fits a GPU.
+    """
+    if model.backbone.mean.device.type != "cuda":
+        return images
+    return largest_that_runs(images, lambda count: _train_pass(model, count))
+
+
+def largest_that_runs(images: int, run: Callable[[int], None]) -> int:
+    """`images`, halved until `run` has memory enough.
+
+    Raises:
+        ValueError: not one image fits.
+    """
+    while True:
+        try:
+            run(images)
+            return images
+        except torch.OutOfMemoryError as error:
+            if images == 1:
+                raise ValueError(
+                    "not one image fits the GPU's memory; lower adapt.sets_per_job (where it is auto, two sets are "
+                    f"tried: give 1), or set adapt.activation_checkpointing=true ({str(error).splitlines()[0]})"
+                ) from None
+        images = -(-images // 2)  # here, where nothing holds what the failed run had
+
+
+@contextmanager
+def naming_lack_of_memory(job: str, advice: str) -> Iterator[None]:
+    """Ends a job for good when a rank runs out of a GPU's memory: another attempt would run out of it as well.
+
+    Raises:
+        ValueError: in place of torch's error, which would be tried again; with `advice` on which settings to change.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        told = str(error).splitlines()[0]
+        raise ValueError(f"{job}: a step does not fit the GPU's memory: {advice} ({told})") from None
+
+
+def adapt_advice(adapt: AdaptConfig) -> str:
+    """What takes less memory in a step of adapt than what is asked for."""
+    ways = [] if adapt.micro_batch == "auto" else ["adapt.micro_batch=auto"]
+    ways += [] if adapt.activation_checkpointing else ["adapt.activation_checkpointing=true"]
+    ways += ["a lower adapt.sets_per_job"] if adapt.sets_per_job != 1 else []
+    ways += ["a higher resources.adapt_ranks"]
+    asked = "null, all of a rank's share at once" if adapt.micro_batch is None else adapt.micro_batch
+    return f"adapt.micro_batch is {asked}; try {' or '.join(ways)}"
+
+
+def fuse_advice(micro_batch: int) -> str:
+    """As `adapt_advice`, for steps of a fusion."""
+    return f"lower fuse.micro_batch={micro_batch}" if micro_batch > 1 else "fuse fewer sets, or use a smaller backbone"
+
+
+def _train_pass(model: PackedGrappa, images: int) -> None:
+    """Forward and backward, as the engine does it, with nothing to show for it."""
+    size, device = model.backbone.pixels.image_size, model.backbone.mean.device
+    torch.cuda.empty_cache()
+    try:
+        with forward_precision(device):
+            z = model(torch.zeros(images, 3, size, size, device=device))
+        z.float().sum().backward()
+    finally:
+        for parameter in model.parameters():
+            parameter.grad = None

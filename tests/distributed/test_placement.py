@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from grappa_dist.distributed.placement import Rates, choose, placement_in_words, sets_per_job, shared_out, waves
+
+NODES = st.lists(st.integers(0, 9), min_size=1, max_size=6).filter(any)
+RANKS = st.integers(1, 12)
+
+
+def workers_on(sizes: list[int]) -> list[str]:
+    """The node of every worker, nodes taking turns."""
+    return [f"n{i}" for turn in range(max(sizes)) for i, size in enumerate(sizes) if turn < size]
+
+
+def placed(sizes: list[int], ranks: int) -> list[list[str]]:
+    """The nodes of each job's workers, where jobs start as long as there are free workers."""
+    free, jobs = workers_on(sizes), list[list[str]]()
+    while (chosen := choose(free, ranks)) is not None:
+        assert chosen == sorted(set(chosen))
+        jobs.append([free[i] for i in chosen])
+        free = [node for i, node in enumerate(free) if i not in chosen]
+    return jobs
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 30), st.integers(1, 30), RANKS)
+def test_all_jobs_run_in_the_fewest_waves(num_jobs: int, workers: int, ranks: int) -> None:
+    if ranks > workers:
+        with pytest.raises(ValueError, match=rf"adapt_ranks={ranks} is more than the {workers} worker"):
+            waves(num_jobs, workers, ranks)
+        return
+    sizes = waves(num_jobs, workers, ranks)
+    assert sum(sizes) == num_jobs
+    assert all(0 < size <= workers // ranks for size in sizes)
+    assert len(sizes) == -(-num_jobs // (workers // ranks))
+
+
+@settings(max_examples=200, deadline=None)
+@given(NODES, RANKS)
+def test_a_job_spans_nodes_only_when_no_node_holds_it(sizes: list[int], ranks: int) -> None:
+    jobs = placed(sizes, ranks)
+    assert len(jobs) == sum(sizes) // ranks
+    assert all(len(nodes) == ranks for nodes in jobs)
+    assert sum(len(set(nodes)) == 1 for nodes in jobs) == sum(size // ranks for size in sizes)
+    if not jobs:
+        return
+    first = set(jobs[0])
+    if max(sizes) >= ranks:  # the node that is left with the fewest
+        assert sizes[int(jobs[0][0][1:])] == min(size for size in sizes if size >= ranks)
+    else:
+        largest_first = sorted(sizes, reverse=True)
+        needed = next(n for n in range(1, len(sizes) + 1) if sum(largest_first[:n]) >= ranks)
+        assert len(first) == needed
+
+
+def test_from_a_laptop_to_eight_sets_of_four_gpus() -> None:
+    assert waves(8, 1, 1) == [1] * 8
+    assert waves(8, 32, 4) == [8]
+    assert waves(8, 16, 4) == [4, 4]
+    assert [len(set(nodes)) for nodes in placed([3, 3], 2)] == [1, 1, 2]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 40), st.integers(1, 12))
+def test_sets_are_shared_out_in_order_over_the_fewest_jobs_evenly(count: int, per_job: int) -> None:
+    groups = shared_out(range(count), per_job)
+    assert [item for group in groups for item in group] == list(range(count))
+    assert len(groups) == -(-count // per_job)
+    sizes = [len(group) for group in groups]
+    assert not sizes or (max(sizes) <= per_job and max(sizes) - min(sizes) <= 1 and min(sizes) > 0)
+
+
+def test_a_group_of_nothing_and_a_job_without_workers_are_refused() -> None:
+    with pytest.raises(ValueError, match="at least one item, got 0"):
+        shared_out([1], 0)
+    with pytest.raises(ValueError, match="at least one worker, got 0"):
+        choose(["a"], 0)
+
+
+@pytest.mark.parametrize(
+    ("num_sets", "slots", "rates", "expected"),
+    [
+        (8, 1, Rates(1.0, 0.1, 0.5, overlap=False), 8),  # one decode for all
+        (8, 2, Rates(1.0, 0.1, 0.5, overlap=False), 4),
+        (8, 8, Rates(1.0, 0.1, 0.5, overlap=False), 1),
+        (8, 1, Rates(4.0, 0.0, 0.5, overlap=True), 8),  # decoding binds: eight sets ride for nothing
+        (8, 1, Rates(0.1, 0.0, 0.5, overlap=True), 1),  # training binds and nothing is shared
+        (7, 2, Rates(1.0, 0.0, 0.0, overlap=False), 4),
+        (1, 3, Rates(1.0, 1.0, 1.0, overlap=False), 1),
+    ],
+)
+def test_the_number_of_sets_in_a_job_follows_from_rates_and_workers(
+    num_sets: int, slots: int, rates: Rates, expected: int
+) -> None:
+    assert sets_per_job(num_sets, slots, rates) == expected
+
+
+def test_a_job_trains_no_more_sets_than_its_memory_holds() -> None:
+    rates = Rates(1.0, 0.1, 0.5, overlap=False)  # one decode for all
+    assert [sets_per_job(8, 1, rates, most) for most in (1, 3, 4, 8, 20)] == [1, 3, 4, 8, 8]
+    assert sets_per_job(8, 8, rates, 5) == 1
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.integers(1, 12),
+    st.integers(1, 12),
+    st.builds(Rates, *[st.floats(1e-3, 1e3)] * 3, overlap=st.booleans()),
+)
+def test_no_other_number_of_sets_in_a_job_would_be_done_sooner(num_sets: int, slots: int, rates: Rates) -> None:
+    chosen = sets_per_job(num_sets, slots, rates)
+
+    def seconds(per_job: int) -> float:
+        return len(waves(len(shared_out(range(num_sets), per_job)), slots, 1)) * rates.image_s(per_job)
+
+    assert all(seconds(chosen) <= seconds(other) * (1 + 1e-6) for other in range(1, num_sets + 1))
+
+
+@pytest.mark.parametrize(
+    ("jobs", "workers", "ranks", "said"),
+    [
+        (8, 1, 1, "8 jobs of 1 rank, one after the other, in 8 waves"),
+        (8, 32, 4, "8 jobs of 4 ranks, all at once"),
+        (5, 4, 2, "5 jobs of 2 ranks, 2 at a time, 1 in the last, in 3 waves"),
+        (1, 3, 2, "1 job of 2 ranks, all at once; 1 of 3 workers idle"),
+        (0, 3, 2, "nothing to place"),
+    ],
+)
+def test_a_plan_is_told_in_a_line(jobs: int, workers: int, ranks: int, said: str) -> None:
+    assert placement_in_words(jobs, workers, ranks) == said

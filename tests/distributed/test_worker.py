@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import socket
+import time
+
+import pytest
+
+from grappa_dist.distributed import worker as workers
+
+
+class Ended(Exception):
+    pass
+
+
+def end(status: int) -> None:
+    raise Ended(status)
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "LOOK_S", 0.02)
+    monkeypatch.setattr(workers.os, "_exit", end)
+
+
+def test_a_worker_that_cannot_reach_the_head_ends_itself() -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # nobody listens
+        with pytest.raises(Ended, match="75"):
+            workers._end_when_cut_off(closed.getsockname())
+
+
+def test_a_head_that_is_too_busy_to_answer_counts_as_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[float] = []
+
+    class Enough(Exception):
+        pass
+
+    def count(seconds: float) -> None:
+        looks.append(seconds)
+        if len(looks) > 3 * workers.CUT_OFF_TRIES:
+            raise Enough
+
+    monkeypatch.setattr(time, "sleep", count)
+    with socket.socket() as head:
+        head.bind(("127.0.0.1", 0))
+        head.listen(100)  # and accepts nobody
+        with pytest.raises(Enough):
+            workers._end_when_cut_off(head.getsockname())
+
+
+def test_one_look_that_reaches_the_head_makes_up_for_those_that_did_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = [False] * (workers.CUT_OFF_TRIES - 1) + [True] + [False] * workers.CUT_OFF_TRIES
+
+    def look(address: object, timeout_s: float) -> socket.socket:
+        if answers.pop(0):
+            return socket.socket()
+        raise TimeoutError
+
+    monkeypatch.setattr(socket, "create_connection", look)
+    with pytest.raises(Ended):
+        workers._end_when_cut_off(("10.0.0.1", 1))
+    assert answers == []

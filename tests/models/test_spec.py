@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from grappa_dist.artifacts import Artifact, Store
+from grappa_dist.config import BackboneConfig
+from grappa_dist.models import Backbone, Grappa
+from grappa_dist.models.spec import (
+    ADAPTORS_FILE,
+    FUSION_FILE,
+    ModelSpec,
+    backbone_settings,
+    build,
+    build_backbone,
+    built,
+    pixels_of,
+    preprocess_of,
+)
+from tests.models import tiny
+
+CPU = torch.device("cpu")
+OWN = BackboneConfig(name="tests.models.tiny:create", kwargs={"dim": 8, "depth": 2}, image_size=16)
+
+
+def saved_sets(store: Store, num_sets: int, bottleneck: int = 3) -> tuple[tuple[Artifact, ...], Artifact]:
+    """Artefacts of adaptor sets and of their fusion, with random values."""
+    sets = []
+    for number in range(num_sets):
+        single = Grappa(build_backbone(OWN), 1, bottleneck, attention=False)
+        tiny.fill(single, seed=number)
+        sets.append(store.artifact(f"adaptors/k={number}", {"seed": number}, {}))
+        save_file(single.adaptor_tensors(), sets[-1].begin() / ADAPTORS_FILE)
+        sets[-1].commit()
+    fused = Grappa(build_backbone(OWN), num_sets, bottleneck, attention=True)
+    tiny.fill(fused, seed=9)
+    fusion = store.artifact("fusion/neighbours", {}, {})
+    save_file(fused.attention_tensors(), fusion.begin() / FUSION_FILE)
+    fusion.commit()
+    return tuple(sets), fusion
+
+
+def test_a_checkpoint_is_told_by_its_content_and_not_by_its_place(tmp_path: Path) -> None:
+    first, copy, other = (tmp_path / name for name in ("a.safetensors", "b.safetensors", "c.safetensors"))
+    save_file(tiny.create().state_dict(), first)
+    shutil.copy(first, copy)
+    save_file({"x": torch.zeros(1)}, other)
+    settings = [backbone_settings(OWN.model_copy(update={"checkpoint": str(path)})) for path in (first, copy, other)]
+    assert settings[0] == settings[1] != settings[2]
+    assert str(tmp_path) not in str(settings)
+    assert set(settings[0]) - set(backbone_settings(OWN)) == {"checkpoint_sha256"}
+    with pytest.raises(ValueError, match=r"backbone\.checkpoint='nowhere' does not exist"):
+        backbone_settings(OWN.model_copy(update={"checkpoint": "nowhere"}))
+
+
+def test_a_backbone_of_ones_own_is_told_by_its_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "my_vit.py").write_text("raise AssertionError('not imported to be named')\n")
+    first = backbone_settings(BackboneConfig(name="my_vit:create"))
+    assert backbone_settings(BackboneConfig(name="my_vit:create")) == first
+    (tmp_path / "my_vit.py").write_text("raise AssertionError('another source')\n")
+    assert backbone_settings(BackboneConfig(name="my_vit:create")) != first
+    for name in ("no_such_vit", "no_such_package.vit"):
+        with pytest.raises(ValueError, match=f"backbone.name={name}:create: there is no module '{name}'.*PYTHONPATH"):
+            backbone_settings(BackboneConfig(name=f"{name}:create"))
+
+
+def test_settings_that_are_null_are_the_backbones_own() -> None:
+    config = OWN.model_copy(update={"image_size": None, "mean": (0.5, 0.5, 0.5)})
+    assert build_backbone(config).pixels == replace(build_backbone(OWN).pixels, image_size=224, mean=(0.5, 0.5, 0.5))
+
+
+def test_a_description_builds_the_backbone_one_set_the_average_and_the_fusion(tmp_path: Path) -> None:
+    sets, fusion = saved_sets(Store(tmp_path), 3)
+    images = torch.rand(2, 3, 16, 16)
+    frozen = build(ModelSpec("backbone", OWN), CPU)
+    assert isinstance(frozen, Backbone)
+    models = {
+        "k=0": build(ModelSpec("k=0", OWN, 3, sets[:1]), CPU),
+        "average": build(ModelSpec("average", OWN, 3, sets), CPU),
+        "neighbours": build(ModelSpec("neighbours", OWN, 3, sets, fusion), CPU),
+    }
+    features = [frozen(images)]
+    for model in models.values():
+        assert isinstance(model, Grappa)
+        features.append(model(images))
+        assert not any(p.requires_grad for p in model.parameters())
+        assert not model.training
+        assert pixels_of(model) == pixels_of(frozen)
+    assert all(not torch.allclose(a, b) for i, a in enumerate(features) for b in features[:i])
+    average = models["average"]
+    assert isinstance(average, Grappa)
+    assert torch.equal(average.last_attention(), torch.full((2, 2, 3), 1 / 3))
+
+
+def test_a_worker_keeps_the_last_model(tmp_path: Path) -> None:
+    sets, fusion = saved_sets(Store(tmp_path), 2)
+    spec = ModelSpec("neighbours", OWN, 3, sets, fusion)
+    first = built(spec, CPU)
+    assert built(replace(spec), CPU) is first
+    assert built(replace(spec, fusion=None), CPU) is not first
+    assert built(spec, CPU) is not first
+
+
+def test_inputs_of_a_description_are_all_its_artifacts(tmp_path: Path) -> None:
+    sets, fusion = saved_sets(Store(tmp_path), 2)
+    assert ModelSpec("backbone", OWN).inputs == {}
+    assert ModelSpec("average", OWN, 3, sets).inputs == {"adaptors 0": sets[0], "adaptors 1": sets[1]}
+    assert ModelSpec("neighbours", OWN, 3, sets, fusion).inputs["fusion"] == fusion
+
+
+def test_the_preprocessing_is_that_of_the_pixels() -> None:
+    pixels = replace(build_backbone(OWN).pixels, resize="squash", interpolation="bilinear", crop_share=0.9)
+    made = preprocess_of(pixels)
+    assert (made.image_size, made.resize, made.interpolation, made.crop_pct) == (16, "squash", "bilinear", 0.9)

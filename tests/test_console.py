@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from grappa_dist.console import Console, Events, counted, duration, read_events
+
+
+def test_events_are_read_as_they_were_written(tmp_path: Path) -> None:
+    events = Events(tmp_path / "deep" / "events.jsonl", job="k=4")
+    events("step", step=1, loss=0.5)
+    events("note", text="two\nlines, a naïve \u2028 one")
+    first, second = read_events(tmp_path / "deep" / "events.jsonl")  # before the file is closed
+    assert {**first, "t": 0} == {"t": 0, "job": "k=4", "name": "step", "step": 1, "loss": 0.5}
+    assert second["text"] == "two\nlines, a naïve \u2028 one"
+    assert first["t"] <= second["t"]
+    events.close()
+
+
+def test_no_file_has_no_events(tmp_path: Path) -> None:
+    assert list(read_events(tmp_path / "events.jsonl")) == []
+
+
+@pytest.mark.parametrize("cut", ['{"name": "b', '{"name": "b"}', "{", " "])
+def test_a_last_line_that_a_crash_cut_short_is_left_out(cut: str, tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    path.write_text('{"name": "a"}\n' + cut)
+    assert [event["name"] for event in read_events(path)] == ["a"]
+
+
+@pytest.mark.parametrize("before", ["", '{"name": "a"}\n', '{"name": "a"}\n{"name": "b', "{"])
+def test_a_restart_writes_on_without_running_into_a_cut_line(before: str, tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    path.write_text(before)
+    events = Events(path)
+    events("c")
+    events.close()
+    assert [event["name"] for event in read_events(path)] == ["a"] * ('"a"' in before) + ["c"]
+
+
+def test_a_stage_is_announced_and_timed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console(Events(tmp_path / "events.jsonl"))
+    with console.stage("embed", "3 images"):
+        console.jobs({"k=4": {"done": 1, "of": 2, "loss": 0.5}, "k=8": {}})
+    names = [event["name"] for event in read_events(tmp_path / "events.jsonl")]
+    assert (names[0], names[-1]) == ("stage_begins", "stage_ends")
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "embed: 3 images" in printed.err
+    assert "1/2 loss 0.500" in printed.err
+    assert "k=8" not in printed.err
+
+
+def test_a_console_without_events_only_talks(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console()
+    with console.stage("embed", "nothing"):
+        console.jobs({})
+    assert "embed: nothing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0.0s"), (0.04, "0.0s"), (59.4, "59.4s"), (59.6, "1m00s"), (61, "1m01s"), (7200, "120m00s")],
+)
+def test_a_duration_is_short(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_the_console_says_once_of_each_job_which_tracker_is_off(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console()
+    for done in (3, 4):
+        status = {"done": done, "of": 9, "trackers_off": ["Mlflow"]}
+        console.jobs({"k=4": status, "k=5": status, "k=6": {"done": 1, "of": 9}})
+    said = capsys.readouterr().err
+    assert [said.count(f"k={k}: Mlflow failed and hears no more") for k in (4, 5, 6)] == [1, 1, 0]
+    assert "k=4: 4/9 | k=5: 4/9 | k=6: 1/9" in said
+
+
+def test_things_are_counted_in_words_with_their_plural_and_thousands_apart() -> None:
+    assert [counted(n, "image") for n in (0, 1, 2, 12_345)] == ["0 images", "1 image", "2 images", "12,345 images"]
+    assert [counted(n, "query", "queries") for n in (1, 2_000)] == ["1 query", "2,000 queries"]

@@ -1,0 +1,132 @@
+"""How many images fit: all ranks agree, what does not fit is halved, and a job goes on with what it began with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from grappa_dist.config import AdaptConfig
+from grappa_dist.distributed.collectives import Comm
+from grappa_dist.models import Backbone, PackedGrappa, Pixels
+from grappa_dist.models.packed import activation_bytes
+from grappa_dist.training import memory as fitting
+from grappa_dist.training.memory import (
+    Fitted,
+    adapt_advice,
+    fitted,
+    fuse_advice,
+    images_at_a_time,
+    largest_that_runs,
+    naming_lack_of_memory,
+    room,
+    usable_bytes,
+)
+from tests.models import tiny as tiny_models
+from tests.processes import run_ranks
+from tests.stages import tiny
+
+
+def model(*, recompute: bool = False) -> PackedGrappa:
+    packed = PackedGrappa(Backbone(tiny_models.create(), Pixels(image_size=32)), 2, 3, recompute=recompute)
+    for index in range(2):
+        packed.initialise(index, torch.Generator().manual_seed(index))
+        for parameter in packed.parameters_of(index):
+            parameter.requires_grad_(True)
+    return packed
+
+
+def test_a_cpus_memory_is_shared_by_the_workers_of_its_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fitting, "free_memory", lambda: 1200)
+    assert [usable_bytes(tiny.CPU, sharing) for sharing in (1, 3)] == [600, 200]
+
+
+def test_an_image_takes_what_is_kept_and_one_layer_at_work() -> None:
+    plain, sparing = model(), model(recompute=True)
+    # three layers, of which the first keeps little
+    kept, kept_when_sparing = activation_bytes(plain, 32), activation_bytes(sparing, 32)
+    assert room(plain, 7).usable_bytes == 7
+    assert room(plain, 7).image_bytes == kept + fitting.AT_WORK * (kept // 2)
+    assert kept_when_sparing < kept
+    assert room(sparing, 7).image_bytes == kept_when_sparing + fitting.AT_WORK * (kept // 2)
+    assert all(layer.recompute for layer in sparing.layers)
+    assert not any(layer.recompute for layer in plain.layers)
+
+
+def limited(most: int, tried: list[int]) -> None:
+    def run(images: int) -> None:
+        tried.append(images)
+        if images > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nand much more")
+
+    assert largest_that_runs(50, run) == tried[-1]
+
+
+def test_what_does_not_fit_is_halved_until_it_does() -> None:
+    for most, expected in ((50, [50]), (13, [50, 25, 13]), (12, [50, 25, 13, 7]), (1, [50, 25, 13, 7, 4, 2, 1])):
+        tried = list[int]()
+        limited(most, tried)
+        assert tried == expected
+
+
+def test_where_not_one_image_fits_the_error_says_what_to_change() -> None:
+    with pytest.raises(ValueError, match=r"not one image fits .* lower adapt\.sets_per_job.*allocate 2 GiB") as caught:
+        limited(0, [])
+    assert "\n" not in str(caught.value)
+
+
+def test_an_error_for_lack_of_memory_names_settings_and_any_other_is_left_as_it_is() -> None:
+    settings = AdaptConfig(micro_batch="auto", activation_checkpointing=True, sets_per_job=2)
+    for error, advice, said in (
+        (
+            "CUDA is full\nas ever",
+            adapt_advice(settings),
+            r"is auto; try a lower adapt\.sets_per_job or .* \(CUDA is full\)",
+        ),
+        ("full", fuse_advice(64), r"lower fuse\.micro_batch=64 \(full\)"),
+    ):
+        with pytest.raises(ValueError, match=rf"^some: .* {said}$"), naming_lack_of_memory("some", advice):
+            raise torch.OutOfMemoryError(error)
+    with pytest.raises(RuntimeError, match="a kernel is missing"), naming_lack_of_memory("some", "advice"):
+        raise RuntimeError("a kernel is missing")
+
+
+def test_another_error_is_not_taken_for_a_lack_of_memory() -> None:
+    def run(images: int) -> None:
+        raise RuntimeError("a kernel is missing")
+
+    with pytest.raises(RuntimeError, match="a kernel is missing"):
+        largest_that_runs(8, run)
+
+
+def test_the_trial_leaves_no_gradients_behind() -> None:
+    packed = model()
+    fitting._train_pass(packed, 2)
+    assert all(parameter.grad is None for parameter in packed.parameters())
+
+
+def uneven(comm: Comm, folder: Path, usable: int) -> Fitted:
+    """Later ranks have less room."""
+    return fitted(tiny.Watcher().context(comm), model(), folder, 64, usable // (1 + comm.rank))
+
+
+def test_ranks_agree_on_what_fits_all_and_a_job_goes_on_with_it(tmp_path: Path) -> None:
+    image = room(model(), 1).image_bytes
+    first, second = run_ranks(uneven, 2, tmp_path, 20 * image)
+    assert (first.images, second.images) == (10, 10)  # 64 in parts of 20 at most are 16 each, of 10 at most 10
+    assert first.why == "another rank has room for 10 only"
+    assert second.why.endswith(f"an image takes {image / 2**20:.1f} MiB")
+    assert json.loads((tmp_path / fitting.FILE).read_text()) == {"images": 10, "ranks": 2}
+    again, _ = run_ranks(uneven, 2, tmp_path, 60 * image)
+    assert again == Fitted(10, "as when the job began on 2 ranks")
+    (alone,) = run_ranks(uneven, 1, tmp_path, 60 * image)
+    assert alone.images == 32  # two parts, if 60 fit
+    assert uneven(Comm(), tmp_path / "roomy", 10**6 * image).images == 64
+    assert uneven(Comm(), tmp_path / "full", 0).images == 1
+
+
+@pytest.mark.parametrize(("images", "sets", "at_a_time"), [(32, 8, 4), (33, 8, 5), (3, 8, 1), (128, 1, 128)])
+def test_on_a_cpu_all_sets_together_take_about_as_many_images_as_one(images: int, sets: int, at_a_time: int) -> None:
+    assert images_at_a_time(None, images, sets, on_gpu=False) == at_a_time
