@@ -4,6 +4,8 @@ Ours gives exact labels (search/rerank.py); the judge computes in float32, witho
 limit is what this machine reaches in one large product of the type that ours proposes in, measured in the same run.
 
 Shapes: P rows, K centroids, D dimensions.
+
+`bench.py assign`: one assignment against torch's matmul and argmin.
 """
 
 from __future__ import annotations
@@ -11,19 +13,28 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Timing, in_turns
-from grappa_dist.bench.arguments import check_device, check_positive
-from grappa_dist.bench.limit import arithmetic_limit, wait_for
-from grappa_dist.bench.rows import drawn_rows, in_shards
-from grappa_dist.bench.table import aligned, aligned_header
-from grappa_dist.data.progress import Tell
+from benchmarks.harness import (
+    Timing,
+    aligned,
+    aligned_header,
+    arithmetic_limit,
+    check_device,
+    check_positive,
+    drawn_rows,
+    in_shards,
+    in_turns,
+    machine,
+    wait_for,
+)
 from grappa_dist.distributed.collectives import Comm
 from grappa_dist.distributed.sharded_rows import Share, join_rows
+from grappa_dist.make_shards.building import Tell
 from grappa_dist.search.candidates import Centroids, FloatProposer
 from grappa_dist.search.rerank import assign
 
@@ -129,3 +140,29 @@ def as_text(header: dict[str, str], settings: AssignSettings, found: AssignFindi
         f"({found.limit / 1e12:.2f} TFLOP/s in one product); labels exact, the judge has {found.same:.4%} of them"
     )
     return aligned_header({**header, "rows": shape}) + "\n\n" + aligned(lines) + "\n" + ours
+
+
+SHORT = "against torch's matmul + argmin"
+DESCRIPTION = """\
+One assignment of all rows to their nearest centroids, exact, against float32 matrix products and argmin in
+torch: on a CPU, or on a GPU, where one kernel makes products and their largest at once. Prints the ratio (judge / ours:
+above 1, ours is faster) and what share of the machine's arithmetic limit ours reaches."""
+EXAMPLE = """example, on a GPU:
+  python launch/bench.py assign --device cuda --rows 1000000 --num-labels 131072"""
+
+
+def arguments(add: Callable[..., Any]) -> None:
+    add("--rows", type=int, default=133_339, metavar="N", help="default: %(default)s")
+    add("--dim", type=int, default=384, metavar="D", help="default: %(default)s")
+    add("--num-labels", type=int, default=4096, metavar="K", help="default: %(default)s")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
+    add("--threads", type=int, default=2, metavar="N", help="on a CPU; default: %(default)s")
+    add("--repeats", type=int, default=3, metavar="N", help="in alternating order, the fastest; default: %(default)s")
+    add("--json", type=Path, metavar="FILE", help="all numbers")
+
+
+def run(asked: dict[str, Any], tell: Tell) -> tuple[str, dict[str, Any]]:
+    settings = AssignSettings(**asked)
+    header = machine(settings.threads, *(["triton"] if settings.device == "cuda" else []))
+    found = measure_assign(settings, tell)
+    return as_text(header, settings, found), as_json(header, settings, found)

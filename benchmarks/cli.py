@@ -1,13 +1,20 @@
-"""What launch/bench.py can be asked for: a module per command, with its arguments and what runs it."""
+"""Measures what the documentation claims about speed: ratios against baselines, from one run on one machine.
+
+python launch/bench.py kmeans --rows 20000 --num-labels 64 1024 --threads 2
+python launch/bench.py data --help
+"""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from grappa_dist.bench.commands import adapt, assign, data, embed, evaluate, fuse, kmeans, knn, methods, pipeline
-from grappa_dist.data.progress import Tell
+from benchmarks import adapt, assign, data, embed, evaluate, fuse, kmeans, knn, methods, pipeline
+from benchmarks.harness import OneLineParser
+from grappa_dist.files import write_json
+from grappa_dist.make_shards.building import Tell
 
 
 class Command(Protocol):
@@ -43,3 +50,27 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         texts = {"help": command.SHORT, "description": command.DESCRIPTION, "epilog": command.EXAMPLE}
         own = commands.add_parser(name, formatter_class=argparse.RawDescriptionHelpFormatter, **texts)  # type: ignore[arg-type]
         command.arguments(own.add_argument)
+
+
+def tell(line: str) -> None:
+    print(f"bench: {line}", file=sys.stderr, flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command that is asked for; the exit status: 2 for a wrong call."""
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_commands(parser)
+    asked = vars(parser.parse_args(argv))
+    path, command = asked.pop("json"), asked.pop("command")
+    try:
+        text, numbers = COMMANDS[command].run(asked, tell)
+        print(text)
+        if path is not None:
+            write_json(path, numbers)
+    except (ValueError, OSError) as error:
+        print(f"bench: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("bench: interrupted", file=sys.stderr)
+        return 130
+    return 0

@@ -2,15 +2,22 @@
 
 All sides see the same images, draw the same crops, and have as many threads (ours, decoding alone) or processes (the
 DataLoader) as the others. Every side has gone through all images once before its clock runs.
+
+`bench.py data`: reading and decoding against webdataset.
+
+What reading images cost, as text for a terminal and as JSON.
+
+Images to measure reading on: drawn ones that are as hard to decode as photographs, or the shards of a user.
 """
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,14 +28,56 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.harness import Timing, add_run, turns
-from grappa_dist.bench.arguments import check_least
-from grappa_dist.bench.photos import drawn_shards, image_of, users_shards
+from benchmarks.harness import Timing, add_run, aligned, aligned_header, check_least, machine, turns
 from grappa_dist.data.decoding import BadImage, Picture, Pixels, decode, open_picture
+from grappa_dist.data.index import IMAGE_SUFFIXES
 from grappa_dist.data.loader import load_or_skip, read_batches
-from grappa_dist.data.progress import Tell
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.data.transforms import Preprocess, draw_crop, view_generator
+from grappa_dist.data.writer import ShardWriter
+from grappa_dist.make_shards.building import Tell
+
+DISTINCT = 32  # drawn images; more rows repeat them
+_QUALITY = 90
+
+
+def drawn_photo(width: int, height: int, seed: int) -> bytes:
+    """A JPEG whose spectrum falls as 1/f, as those of photographs do: about 0.6 bytes a pixel."""
+    draws = np.random.default_rng(seed)
+    noises = draws.standard_normal((2, height, width))
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width))
+    frequency[0, 0] = 1
+    fields = [np.fft.irfft2(np.fft.rfft2(noise) / frequency, (height, width)) for noise in noises]
+    light, hue = (field / field.std() for field in fields)
+    pixels = 120 + 45 * np.stack([light + 0.3 * hue, light, light - 0.3 * hue], axis=2)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=_QUALITY)
+    return buffer.getvalue()
+
+
+def drawn_shards(folder: Path, rows: int, size: tuple[int, int], seed: int) -> tuple[ImageShards, str]:
+    """Shards of drawn images, and what they are."""
+    width, height = size
+    photos = [drawn_photo(width, height, seed * DISTINCT + i) for i in range(min(rows, DISTINCT))]
+    with ShardWriter(folder / "drawn", rows_per_shard=max(1, rows // 16)) as writer:
+        for row in range(rows):
+            writer.write(photos[row % len(photos)], "jpg")
+    kib = sum(map(len, photos)) / len(photos) / 1024
+    said = f"drawn: {rows} JPEGs of {width} x {height} pixels, {kib:.0f} KiB each, {len(photos)} different, seed {seed}"
+    return ImageShards.open([folder / "drawn"], None), said
+
+
+def users_shards(paths: Sequence[str]) -> tuple[ImageShards, str]:
+    """The shards that paths name, indexed in memory, and what they are."""
+    shards = ImageShards.open(list(paths), None)
+    total = sum(int(shards.index(i)["size"].sum()) for i in range(len(shards.shards)))
+    return shards, f"real: {len(shards)} images of {total / len(shards) / 1024:.0f} KiB in {len(shards.shards)} tars"
+
+
+def image_of(sample: Mapping[str, Any]) -> bytes:
+    """The image of a sample as webdataset gives it."""
+    return next(bytes(sample[suffix]) for suffix in IMAGE_SUFFIXES if suffix in sample)
+
 
 OURS, PLAIN, SAME, ALONE, JPEG = (
     "ours",
@@ -247,3 +296,80 @@ class _Work:
         threads = self._settings.threads
         with ThreadPoolExecutor(threads) as pool:
             return sum(pool.map(all_of, [range(first, self.rows, threads) for first in range(threads)]))
+
+
+def as_text(header: dict[str, str], findings: DataFindings) -> str:
+    settings = findings.settings
+    about = f"{settings.image_size} px, batches of {settings.batch}, medians of {settings.repeats} runs"
+    blocks = [aligned_header({**header, "images": findings.source, "views": about})]
+    return "\n\n".join([*blocks, *map(_view_text, findings.views)])
+
+
+def _view_text(found: ViewFindings) -> str:
+    lines = [[f"{found.view} views", "images/s", "images/CPU s", "ours/judge", "by CPU"]]
+    for name, speed in found.speeds.items():
+        own = name == OURS
+        ratios = ["-", "-"] if own else [f"{found.ratio(name):.2f}", f"{found.cpu_ratio(name):.2f}"]
+        lines.append([name, f"{speed.images_per_s:.0f}", f"{speed.images_per_cpu_s:.0f}", *ratios])
+    return f"{aligned(lines)}\n{found.verdict}"
+
+
+def as_json(header: dict[str, str], findings: DataFindings) -> dict[str, Any]:
+    return {
+        "machine": header,
+        "images": findings.source,
+        "views": [
+            {
+                "view": found.view,
+                "sides": [
+                    {
+                        "name": speed.name,
+                        "images": speed.rows,
+                        "runs_s": speed.timing.runs,
+                        "cpu_runs_s": speed.timing.cpu_runs,
+                        "images_per_s": speed.images_per_s,
+                        "images_per_cpu_s": speed.images_per_cpu_s,
+                    }
+                    for speed in found.speeds.values()
+                ],
+                "ratio": {judge: found.ratio(judge) for judge in found.speeds if judge != OURS},
+                "cpu_ratio": {judge: found.cpu_ratio(judge) for judge in found.speeds if judge != OURS},
+            }
+            for found in findings.views
+        ],
+    }
+
+
+SHORT = "against webdataset + DataLoader"
+DESCRIPTION = """\
+Reading, decoding and cropping images: ours against a plain webdataset + DataLoader loop (by Pillow, and by
+our own decoding) and against decoding alone, from memory. The same images, crops and number of threads or processes.
+Prints images/s and ratios (ours / judge: above 1, ours is faster), for the augmented crops of training and for test
+views."""
+EXAMPLE = """example, half a minute:
+  python launch/bench.py data --rows 512 --repeats 1 --json json
+
+`images/CPU s` is what one core gives to a side, whatever else the machine does."""
+
+
+def arguments(add: Callable[..., Any]) -> None:
+    add("--shards", nargs="+", metavar="DIR_OR_TAR", help="real images; default: drawn ones")
+    add("--rows", type=int, default=1024, metavar="N", help="drawn images; default: %(default)s")
+    add("--width", type=int, default=500, metavar="PX", help="of drawn images; default: %(default)s")
+    add("--height", type=int, default=375, metavar="PX", help="of drawn images; default: %(default)s")
+    add("--image-size", type=int, default=224, metavar="PX", help="side of a view; default: %(default)s")
+    add("--batch", type=int, default=64, metavar="N", help="default: %(default)s")
+    add("--threads", type=int, default=2, metavar="N", help="threads or processes of a side; default: %(default)s")
+    add("--views", nargs="+", choices=(AUGMENTED, TEST), default=[AUGMENTED, TEST])
+    add("--repeats", type=int, default=3, metavar="N", help="in alternating order, medians; default: %(default)s")
+    add("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
+    add("--json", type=Path, metavar="FILE", help="all numbers, also of single runs")
+
+
+def run(asked: dict[str, Any], tell: Tell) -> tuple[str, dict[str, Any]]:
+    asked["views"] = tuple(asked["views"])
+    asked["shards"] = tuple(asked["shards"]) if asked["shards"] else None
+    settings = DataSettings(**asked)
+    header = machine(settings.threads, "pillow", "simplejpeg", "webdataset")
+    findings = measure_data(settings, tell)
+    return as_text(header, findings), as_json(header, findings)

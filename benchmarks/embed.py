@@ -2,6 +2,8 @@
 
 Every side reads the same shards with as many threads (ours) or processes (the DataLoader), in the same batches, and
 computes in the same precision. The weights are random: features take as long.
+
+`bench.py embed`: embedding images against a plain timm + DataLoader loop.
 """
 
 from __future__ import annotations
@@ -20,16 +22,23 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.harness import Timing, in_turns
-from grappa_dist.bench.arguments import check_device, check_least
-from grappa_dist.bench.limit import arithmetic_limit, wait_for
-from grappa_dist.bench.photos import drawn_shards, image_of, users_shards
-from grappa_dist.bench.step import types_of_products
-from grappa_dist.bench.table import aligned, aligned_header
-from grappa_dist.data.progress import Tell
+from benchmarks.adapt import types_of_products
+from benchmarks.data import drawn_shards, image_of, users_shards
+from benchmarks.harness import (
+    Timing,
+    aligned,
+    aligned_header,
+    arithmetic_limit,
+    check_device,
+    check_least,
+    in_turns,
+    machine,
+    wait_for,
+)
 from grappa_dist.data.shards import ImageShards
+from grappa_dist.make_shards.building import Tell
 from grappa_dist.models import Backbone, create_backbone
-from grappa_dist.ops.precision import forward_precision
+from grappa_dist.models.backbone import forward_precision
 from grappa_dist.stages.embed import Embedding, embed_rows
 
 OURS, JUDGE, ALONE = "ours", "timm + webdataset + DataLoader", "forward alone, no reading"
@@ -187,3 +196,32 @@ def as_json(header: dict[str, str], settings: EmbedSettings, found: EmbedFinding
         "dtype": found.dtype,
         "least_cosine": found.agreement,
     }
+
+
+SHORT = "against a timm + DataLoader loop"
+DESCRIPTION = """\
+Embedding images with a frozen ViT of timm, reading and decoding included: ours against a plain loop of timm, webdataset
+and DataLoader, and against the forward pass alone, on images that are in memory. Prints images/s and ratios (ours /
+judge: above 1, ours is faster), the share of the machine's arithmetic limit, and how alike the features are."""
+EXAMPLE = """example, half a minute:
+  python launch/bench.py embed --rows 128 --backbone vit_tiny_patch16_224"""
+
+
+def arguments(add: Callable[..., Any]) -> None:
+    add("--shards", nargs="+", metavar="DIR_OR_TAR", help="real images, all of which decode; default: drawn ones")
+    add("--rows", type=int, default=512, metavar="N", help="drawn images; default: %(default)s")
+    add("--backbone", default="vit_small_patch16_224", metavar="NAME", help="of timm; default: %(default)s")
+    add("--batch", type=int, default=64, metavar="N", help="default: %(default)s")
+    add("--threads", type=int, default=2, metavar="N", help="of a side; default: %(default)s")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
+    add("--repeats", type=int, default=3, metavar="N", help="in alternating order, medians; default: %(default)s")
+    add("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
+    add("--json", type=Path, metavar="FILE", help="all numbers, also of single runs")
+
+
+def run(asked: dict[str, Any], tell: Tell) -> tuple[str, dict[str, Any]]:
+    asked["shards"] = tuple(asked["shards"]) if asked["shards"] else None
+    settings = EmbedSettings(**asked)
+    header = machine(settings.threads, "pillow", "simplejpeg", "webdataset", "timm")
+    found = measure_embed(settings, tell)
+    return as_text(header, settings, found), as_json(header, settings, found)

@@ -2,12 +2,15 @@
 
 The judge is given the number of neighbours that the metrics need ("max_bin_count"), and, on as many rows as
 `--default-rows`, is also run as it comes: with every row a neighbour of every other, it holds tables of rows x rows.
+
+`bench.py evaluate`: retrieval metrics against pytorch-metric-learning.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,10 +18,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import faiss_baselines as judges
-from benchmarks.harness import Timing, held_bytes, timed, turns, watched_memory
-from grappa_dist.bench.arguments import check_least
-from grappa_dist.bench.table import aligned, aligned_header
-from grappa_dist.data.progress import Tell
+from benchmarks.harness import (
+    Timing,
+    aligned,
+    aligned_header,
+    check_least,
+    held_bytes,
+    machine,
+    timed,
+    turns,
+    watched_memory,
+)
+from grappa_dist.make_shards.building import Tell
 from grappa_dist.metrics import retrieval_scores
 
 OURS, JUDGE, DEFAULT = "ours", "pytorch-metric-learning", "the same, its default k"
@@ -152,3 +163,30 @@ def _json(found: EvaluateFindings) -> dict[str, Any]:
         "ratio": {judge: found.ratio(judge) for judge in others},
         "difference": {judge: found.difference(judge) for judge in others},
     }
+
+
+SHORT = "against pytorch-metric-learning"
+DESCRIPTION = """\
+R-Precision, MAP@R and recall at 1 of drawn features, every row a query: ours against pytorch-metric-learning (which
+must be installed; it searches by faiss), told how many neighbours it needs, and on fewer rows also as it comes. Prints
+seconds, memory above the features, and by how much scores differ (judge / ours: above 1, ours is faster)."""
+EXAMPLE = """example, half a minute:
+  python launch/bench.py evaluate --rows 12000 --classes 2000 --default-rows 3000"""
+
+
+def arguments(add: Callable[..., Any]) -> None:
+    add("--rows", type=int, default=60_502, metavar="N", help="default: %(default)s, of Products' test set")
+    add("--default-rows", type=int, default=6_000, metavar="N", help="for the judge as it comes; default: %(default)s")
+    add("--classes", type=int, default=11_316, metavar="C", help="of --rows; default: %(default)s")
+    add("--dim", type=int, default=384, metavar="D", help="default: %(default)s")
+    add("--threads", type=int, default=2, metavar="N", help="of a side; default: %(default)s")
+    add("--repeats", type=int, default=1, metavar="N", help="in alternating order, medians; default: %(default)s")
+    add("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
+    add("--json", type=Path, metavar="FILE", help="all numbers, also of single runs")
+
+
+def run(asked: dict[str, Any], tell: Tell) -> tuple[str, dict[str, Any]]:
+    settings = EvaluateSettings(**asked)
+    header = machine(settings.threads, "faiss-cpu", "pytorch-metric-learning")
+    findings = measure_evaluate(settings, tell)
+    return as_text(header, findings), as_json(header, findings)

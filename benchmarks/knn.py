@@ -4,11 +4,26 @@ Ours leaves out the row itself and decides ties by row id, the judges do neither
 themselves. How many of the true neighbours a side found is counted on some of the rows.
 
 Shapes: P rows, D dimensions, k neighbours.
+
+`bench.py knn`: the k-NN graph against brute force.
+
+What an epoch of fusion costs per image beside its graph: CPU seconds to embed an image, and of the step of a pair.
+
+A step goes forward twice where a rank's pairs come in several micro-batches, and once where they are one.
+
+The model is the fused ViT-S/16 at 224 pixels, of random weights. Decoding, projector and loss are left out of the step,
+so the graph's share of an epoch comes out too large rather than too small.
+
+The exact k-NN graph by several workers of one thread, against one process with as many threads: ours, and faiss.
+
+All of it is timed in fresh processes, with libraries loaded and rows in the page cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import tempfile
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,23 +33,147 @@ import numpy as np
 import torch
 
 from benchmarks.faiss_baselines import brute_force_knn, flat_index_knn
-from benchmarks.harness import Timing, in_turns
-from grappa_dist.bench.arguments import check_least
-from grappa_dist.bench.epoch import AT, EpochCost, measure_epoch
-from grappa_dist.bench.knn_scaling import Judge, Scaling, measure_scaling, scaling_text
-from grappa_dist.bench.rows import CLASSES, SUBCLASSES, TASKS, drawn_rows, read_rows
-from grappa_dist.bench.table import aligned, aligned_header
-from grappa_dist.data.progress import Tell
+from benchmarks.harness import (
+    CLASSES,
+    SUBCLASSES,
+    TASKS,
+    Timing,
+    add_run,
+    aligned,
+    aligned_header,
+    check_least,
+    drawn_rows,
+    in_turns,
+    machine,
+    read_rows,
+    run_workers,
+    turns,
+)
 from grappa_dist.distributed.collectives import Comm
 from grappa_dist.knn.exact import sharded_knn
 from grappa_dist.knn.ivf import Recall, listed_knn
+from grappa_dist.make_shards.building import Tell
+from grappa_dist.models import Grappa
+from grappa_dist.models.backbone import create_backbone
+
+ALONE, SEVERAL = "1 worker", "workers of 1 thread"
+Judge = Callable[[np.ndarray, int, int], np.ndarray]  # rows, neighbours with the row itself, threads
+_WARM_UP_ROWS = 2048
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """What is measured."""
+
+    neighbours: int
+    workers: int
+    repeats: int
+
+
+def measure_scaling(rows: np.ndarray, how: Scaling, judges: Mapping[str, Judge], tell: Tell) -> dict[str, Timing]:
+    """Ours by one worker with as many threads as there are workers, by these, and each judge with as many threads."""
+    found: dict[str, Timing] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "rows.npy"
+        np.save(file, rows)
+        for order in turns([ALONE, SEVERAL, *judges], how.repeats):
+            for name in order:
+                tell(f"ring: {name}")
+                size, threads = (how.workers, 1) if name == SEVERAL else (1, how.workers)
+                told = run_workers(_clock, size, file, how.neighbours, threads, judges.get(name))
+                slowest = Timing((max(wall for wall, _ in told),), (sum(cpu for _, cpu in told),))
+                add_run(found, name, slowest)
+    return found
+
+
+def _clock(comm: Comm, file: Path, k: int, threads: int, judge: Judge | None) -> tuple[float, float]:
+    """Wall and CPU seconds of this worker."""
+    torch.set_num_threads(threads)
+    mapped = np.load(file, mmap_mode="c")
+    first, after = (rank * len(mapped) // comm.size for rank in (comm.rank, comm.rank + 1))
+    own, ids = mapped[first:after], np.arange(first, after)
+    float(own.sum())
+
+    def search(num: int) -> None:
+        if judge is None:
+            sharded_knn(comm, own[:num], ids[:num], k)
+        else:
+            judge(own[:num], k + 1, threads)
+
+    search(_WARM_UP_ROWS)
+    comm.barrier()
+    wall, cpu = time.perf_counter(), time.process_time()
+    search(len(own))
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def scaling_text(found: Mapping[str, Timing], k: int, workers: int) -> str:
+    """How many times faster several workers are than each other side."""
+    several = found[SEVERAL]
+    lines = [f"exact, k={k}: {workers} {SEVERAL} {several.seconds:.3f} s ({several.cpu:.3f} s of CPU); against"]
+    for name, other in found.items():
+        if name != SEVERAL:
+            ratio, cpu = other.seconds / several.seconds, other.cpu / several.cpu
+            lines.append(
+                f"  {name} of {workers} threads {other.seconds:.3f} s: {ratio:.2f}x ({other.cpu:.3f} s: {cpu:.2f}x)"
+            )
+    return "\n".join(lines)
+
+
+SETS, BOTTLENECK, MICRO_BATCH = 8, 64, 16
+EMBED, STEP, WHOLE = "embed", "step", "whole"
+AT = 10**6  # images that shares are told for
+
+
+@dataclass(frozen=True)
+class EpochCost:
+    """CPU seconds, the least of the runs."""
+
+    embed: float  # of an image
+    step: float  # of a pair: both images forward, and forward and backward again
+    whole: float  # of a pair whose rank has one micro-batch: both images forward and backward
+
+    def shares(self, pairs_per_cpu_s: float, num: int = AT, *, accumulates: bool = True) -> tuple[float, float]:
+        """Of an epoch of `num` images: search, and embedding and search together; by arithmetic."""
+        search = num / 2 / pairs_per_cpu_s  # per image
+        whole = (self.step if accumulates else self.whole) + self.embed + search
+        return search / whole, (self.embed + search) / whole
+
+
+def measure_epoch(repeats: int) -> EpochCost:
+    backbone = create_backbone("timm:vit_small_patch16_224", {}, {}, pretrained=False)
+    model = Grappa(backbone, SETS, BOTTLENECK, attention=True)
+    model.trainable_attention()
+    images = torch.rand(MICRO_BATCH, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+
+    def embed() -> None:
+        with torch.inference_mode():
+            model(images)
+
+    def whole() -> None:
+        model(images).square().sum().backward()
+
+    def step() -> None:
+        with torch.no_grad():
+            model(images)
+        whole()
+
+    work: dict[str, Callable[[], None]] = {EMBED: embed, STEP: step, WHOLE: whole}
+    best = dict.fromkeys(work, float("inf"))
+    for order in turns(list(work), repeats + 1):  # the first is a warm-up, and never the fastest
+        for name in order:
+            before = time.process_time()
+            work[name]()
+            best[name] = min(best[name], time.process_time() - before)
+    pairs = MICRO_BATCH / 2
+    return EpochCost(best[EMBED] / MICRO_BATCH, best[STEP] / pairs, best[WHOLE] / pairs)
+
 
 EXACT, APPROXIMATE = "exact", "approximate"
 JUDGES: dict[str, Judge] = {
     "faiss.knn": brute_force_knn,
     "faiss.IndexFlatIP": flat_index_knn,
 }
-_WARM_UP_ROWS = 2048
 _COMPARED_ROWS = 4096
 
 
@@ -243,3 +382,37 @@ def as_json(header: dict[str, str], findings: KnnFindings) -> dict[str, Any]:
         "epoch": None if findings.epoch is None else vars(findings.epoch),
         "scaling": {name: {"runs_s": t.runs, "cpu_runs_s": t.cpu_runs} for name, t in findings.scaling.items()},
     }
+
+
+SHORT = "against brute force"
+DESCRIPTION = """\
+The exact k-NN graph against brute-force searches by faiss: the same rows, neighbours and threads, in turns.
+With --approximate also the graph through lists, with the recall it measures of itself and the one found here. Prints
+seconds, CPU seconds, and how many times as long as ours each side took (above 1, ours is faster)."""
+EXAMPLE = """examples, a minute, and ten:
+  python launch/bench.py knn --rows 20000 --neighbours 10 --workers 2
+  python launch/bench.py knn --approximate --rows 200000 --judges faiss.knn --repeats 1 --json json"""
+
+
+def arguments(add: Callable[..., Any]) -> None:
+    add("--rows", type=int, metavar="N", help="default: 20000, 200000 with --approximate, or all of --features")
+    add("--dim", type=int, default=384, metavar="D", help="of drawn rows; default: %(default)s")
+    add("--neighbours", type=int, nargs="+", default=[10], metavar="K", help="default: %(default)s")
+    add("--approximate", action="store_true", help="also the graph through lists")
+    add("--recall-floor", type=float, default=0.95, metavar="R", help="of it; default: %(default)s")
+    add("--judges", nargs="+", choices=list(JUDGES), default=list(JUDGES))
+    add("--threads", type=int, default=2, metavar="N", help="of every side alike; default: %(default)s")
+    add("--workers", type=int, default=1, metavar="N", help="of a thread each, against one of N threads; default: 1")
+    add("--epoch", action="store_true", help="also what an epoch of fusion costs beside the graph")
+    add("--features", type=Path, metavar="DIR_OR_NPY", help="real rows: a .npy file, or a folder with any")
+    add("--repeats", type=int, default=3, metavar="N", help="in alternating order, medians; default: %(default)s")
+    add("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
+    add("--json", type=Path, metavar="FILE", help="all numbers, also of single runs")
+
+
+def run(asked: dict[str, Any], tell: Tell) -> tuple[str, dict[str, Any]]:
+    asked["neighbours"], asked["judges"] = tuple(asked["neighbours"]), tuple(asked["judges"])
+    settings = KnnSettings(**asked)
+    header = machine(settings.threads)
+    findings = measure_knn(settings, tell)
+    return as_text(header, findings), as_json(header, findings)

@@ -1,26 +1,24 @@
 """The ways to cluster against exact k-means: time and inertia on the same drawn rows, seeding included.
 
 Shapes: P rows, K centroids, D dimensions.
+
+`bench.py methods`: the shortcuts of k-means against the exact one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.harness import Timing, timed
-from grappa_dist.bench.arguments import check_positive
-from grappa_dist.bench.rows import drawn_rows, in_shards
-from grappa_dist.bench.table import aligned, aligned_header
-from grappa_dist.data.progress import Tell
-from grappa_dist.distributed.clustering import Wanted, cluster
+from benchmarks.harness import Timing, aligned, aligned_header, check_positive, drawn_rows, in_shards, machine, timed
 from grappa_dist.distributed.collectives import Comm
 from grappa_dist.distributed.sharded_rows import Share, join_rows
-from grappa_dist.kmeans.methods import Clustering, Method
-from grappa_dist.ops.choice import AssignmentKind, Choice, Name
+from grappa_dist.kmeans.methods import AssignmentKind, Choice, Clustering, Method, Name, Wanted, cluster
+from grappa_dist.make_shards.building import Tell
 
 WAYS: tuple[tuple[Name, AssignmentKind], ...] = (
     ("exact", "exact"),
@@ -133,3 +131,30 @@ def as_text(header: dict[str, str], settings: MethodsSettings, ways: Sequence[Wa
             ]
         )
     return aligned_header({**header, "rows": f"{shape}, {size}"}) + "\n\n" + aligned(lines)
+
+
+SHORT = "shortcuts against exact k-means"
+DESCRIPTION = """\
+The methods of `clustering.method` against exact k-means: time, seeding included, and what they cost in
+inertia and labels, on the same drawn rows; and exact k-means with a bound on the size of clusters."""
+EXAMPLE = """example, half a minute:
+  python launch/bench.py methods --rows 20000 --num-labels 1024 --probes 4 --json json"""
+
+
+def arguments(add: Callable[..., Any]) -> None:
+    add("--rows", type=int, default=60_000, metavar="N", help="default: %(default)s")
+    add("--dim", type=int, default=128, metavar="D", help="default: %(default)s")
+    add("--num-labels", type=int, default=4096, metavar="K", help="default: %(default)s")
+    add("--iterations", type=int, default=10, metavar="N", help="updates of the centroids; default: %(default)s")
+    add("--probes", type=int, nargs="+", default=[4, 8, 16], metavar="N", help="of lists; default: %(default)s")
+    add("--sample-rows-per-cluster", type=int, default=4, metavar="N", help="default: %(default)s")
+    add("--balance", type=float, default=1.5, metavar="B", help="of one more exact run; default: %(default)s")
+    add("--threads", type=int, default=2, metavar="N", help="default: %(default)s")
+    add("--json", type=Path, metavar="FILE", help="all numbers")
+
+
+def run(asked: dict[str, Any], tell: Tell) -> tuple[str, dict[str, Any]]:
+    settings = MethodsSettings(**{**asked, "probes": tuple(asked["probes"])})
+    header = machine(settings.threads)
+    ways = measure_methods(settings, tell)
+    return as_text(header, settings, ways), as_json(header, settings, ways)

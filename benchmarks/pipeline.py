@@ -3,6 +3,8 @@
 Ours is all that a user's run does: the start of Ray and of its workers (the latter within the first step), checkpoints,
 insights without labels, the report and the exported model, none of which the script has. The script's images lie as
 files in a folder, written before its clock starts, and are decoded in as many processes as it has threads.
+
+`bench.py pipeline`: the whole pipeline against one script of the paper.
 """
 
 from __future__ import annotations
@@ -12,22 +14,20 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness import aligned, aligned_header, check_least, machine
 from examples.paper_in_one_file import AVERAGE, NEIGHBOURS, TRANSFORMS, PaperScript, Pictures
 from grappa_dist.artifacts import Store
-from grappa_dist.bench.arguments import check_least
-from grappa_dist.bench.table import aligned, aligned_header
-from grappa_dist.config import Config
-from grappa_dist.config_file import load
+from grappa_dist.config import Config, load
 from grappa_dist.console import EVENTS_FILE
 from grappa_dist.data.open_images import collection_of, draw_collection, open_images
-from grappa_dist.data.progress import Tell
 from grappa_dist.data.shards import ImageShards
+from grappa_dist.make_shards.building import Tell
 from grappa_dist.pipeline import run as run_pipeline
 
 OURS, SCRIPT = "ours", "the script"
@@ -160,3 +160,28 @@ def as_json(header: dict[str, str], found: PipelineFindings) -> dict[str, Any]:
         "sides": {name: vars(side) for name, side in ((OURS, found.ours), (SCRIPT, found.script))},
         "ratio": {**{step: found.ratio(step) for step in STEPS}, "in all": found.ratio()},
     }
+
+
+SHORT = "against one script of the paper"
+DESCRIPTION = """\
+A whole run, from images to scores, against a straightforward script of the paper in one process, with plain timm,
+DataLoader and faiss (examples/paper_in_one_file.py): the same images, settings and number of steps. Prints seconds of
+every step, ratios (script / ours: above 1, ours is faster) and the scores that both reach; these differ as seeds do.
+The config must name its numbers of labels and have labelled test images; pytorch-metric-learning must be installed."""
+EXAMPLE = """example, five minutes:
+  python launch/bench.py pipeline --config configs/demo.yaml"""
+
+
+def arguments(add: Callable[..., Any]) -> None:
+    add("--config", type=Path, default=Path("configs/demo.yaml"), metavar="FILE", help="default: %(default)s")
+    add("--threads", type=int, default=2, metavar="N", help="of the script, and workers of ours; default: %(default)s")
+    add("--json", type=Path, metavar="FILE", help="all numbers")
+    add("overrides", nargs="*", metavar="key=value", help="of the config, e.g. adapt.epochs=1")
+
+
+def run(asked: dict[str, Any], tell: Tell) -> tuple[str, dict[str, Any]]:
+    asked["overrides"] = tuple(asked["overrides"])
+    settings = PipelineSettings(**asked)
+    header = machine(settings.threads, "ray", "deepspeed", "faiss-cpu", "timm", "pytorch-metric-learning")
+    found = measure_pipeline(settings, tell)
+    return as_text(header, found), as_json(header, found)

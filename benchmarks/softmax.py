@@ -15,12 +15,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.harness import CAN_WATCH_MEMORY, Timing, held_bytes, timed, turns, watched_memory
-from grappa_dist.bench.arguments import check_positive
-from grappa_dist.bench.processes import run_workers
-from grappa_dist.bench.table import aligned
-from grappa_dist.data.progress import Tell
+from benchmarks.harness import (
+    CAN_WATCH_MEMORY,
+    Timing,
+    aligned,
+    check_positive,
+    held_bytes,
+    run_workers,
+    timed,
+    turns,
+    watched_memory,
+)
 from grappa_dist.distributed.collectives import Comm
+from grappa_dist.make_shards.building import Tell
 from grappa_dist.training.classifier import Classifier, ClassifierSettings
 from grappa_dist.training.norm_softmax import norm_softmax_sum
 

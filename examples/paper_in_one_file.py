@@ -28,11 +28,11 @@ from benchmarks import faiss_baselines as judges
 from benchmarks.faiss_baselines import flat_index_knn
 from grappa_dist._compat import declare_torchvision_ops
 from grappa_dist.config import Config, FuseConfig
-from grappa_dist.data.progress import Tell
-from grappa_dist.models import Backbone, Projector
+from grappa_dist.make_shards.building import Tell
+from grappa_dist.models import Backbone
 from grappa_dist.models.spec import build_backbone
-from grappa_dist.ops.schedules import cosine
-from grappa_dist.training.barlow_twins import barlow_twins
+from grappa_dist.training.barlow_twins import Projector, barlow_twins
+from grappa_dist.training.loop import cosine
 from grappa_dist.training.optim import Lars
 
 AVERAGE, TRANSFORMS, NEIGHBOURS = "average", "transforms", "neighbours"

@@ -2,6 +2,8 @@
 
 A finished artefact is a folder `<kind>-<fingerprint>/` with a manifest. While it is being made it is called
 `<kind>-<fingerprint>.partial/`, which keeps what a restart can use (shards done, checkpoints); one rename commits it.
+
+How the labels of rows lie on disk: a file of them per shard beside the centroids that they name.
 """
 
 from __future__ import annotations
@@ -204,3 +206,27 @@ def _map(path: str) -> NDArray[Any]:
     # Torch takes no read-only memory; with "c" the file stays as it is all the same. Slicing a plain array is ten times
     # as fast as slicing a numpy.memmap.
     return np.asarray(np.load(path, mmap_mode="c", allow_pickle=False))
+
+
+CENTROIDS_FILE = "centroids.npy"  # (K, D) float32
+
+
+def rows_file(shard: int) -> str:
+    """The labels of one shard's rows, (P,) int32."""
+    return f"rows-{shard:06d}.npy"
+
+
+def label_rows(artifact: Artifact, starts: NDArray[np.int64]) -> RowArrays:
+    """The labels of all rows, memory-mapped; -1 for rows that do not decode.
+
+    Args:
+        starts: the first row of each shard, then the number of all rows.
+    """
+    return RowArrays.of((artifact.path / rows_file(i) for i in range(len(starts) - 1)), starts)
+
+
+def own_shards(starts: Sequence[int], rank: int, size: int) -> range:
+    """Consecutive shards for each rank, about equal in rows: shard i goes to the rank that its middle row falls to."""
+    middles = (np.asarray(starts[:-1]) + np.asarray(starts[1:])) / 2
+    owners = np.minimum((middles * size / max(1, starts[-1])).astype(int), size - 1)
+    return range(int(np.searchsorted(owners, rank)), int(np.searchsorted(owners, rank, side="right")))

@@ -1,9 +1,14 @@
-"""The adapted model as one directory, and back. Shapes: B images, S pixels a side, L layers, N sets, D channels."""
+"""The adapted model as one directory, and back. Shapes: B images, S pixels a side, L layers, N sets, D channels.
+
+Embeds any shards with an exported model: what a search index is filled with.
+
+Shapes: P rows of one shard, D channels.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -12,13 +17,180 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from grappa_dist.artifacts import Artifact
+from grappa_dist.artifacts import Artifact, Store, wait_until_seen
+from grappa_dist.config import Resources, read
+from grappa_dist.console import counted
 from grappa_dist.data.decoding import to_rgb, upright
-from grappa_dist.files import replacing, write_json
+from grappa_dist.data.index import Shard, losses_in_words
+from grappa_dist.data.open_images import cache_of
+from grappa_dist.data.shards import ImageShards
+from grappa_dist.files import read_json, replacing, write_json, write_json_list
 from grappa_dist.models import Grappa
-from grappa_dist.models.spec import CONFIG_FILE, FORMAT, WEIGHTS_FILE, ModelSpec, build, load_grappa, preprocess_of
-from grappa_dist.ops.galleries import set_weights, transitivity
-from grappa_dist.stages.gallery_weights import load_galleries
+from grappa_dist.models.spec import (
+    CONFIG_FILE,
+    FORMAT,
+    WEIGHTS_FILE,
+    ModelSpec,
+    build,
+    exported_spec,
+    load_grappa,
+    preprocess_of,
+)
+from grappa_dist.stages.embed import BAD_FILE, ROWS_FILE, embed, features_of
+from grappa_dist.stages.gallery_weights import load_galleries, set_weights, transitivity
+from grappa_dist.stages.run import Run, running
+
+KEYS_FILE, NAMES_FILE, LIST_FILE = "keys.json", "names.json", "embeddings.json"
+_OF_TRAINING = ("adapt_ranks", "compile", "collective_timeout_s", "trackers")
+_HEEDED = (
+    *("data.max_bad_share", "embed.batch_size"),
+    *(f"resources.{field}" for field in Resources.model_fields if field not in _OF_TRAINING),
+)
+
+
+@dataclass(frozen=True)
+class KeysTask:
+    images: ImageShards  # the shard alone
+    artifact: Artifact
+
+
+@dataclass(frozen=True)
+class Called:
+    """Where it says how the images of a shard are called."""
+
+    keys: str
+    names: str | None  # None where none of the shard's images tells the name of its file
+
+
+def embed_images(
+    model: Path, paths: Sequence[str], out: Path, overrides: Iterable[str] = (), *, gallery: str | None = None
+) -> Path:
+    """Embeds the images of some shards; the list of what there is then, `embeddings.json` in `out`.
+
+    Per shard it names `rows`, unit rows (P, D) float32; `keys`, the images' keys in the same order; `names`, the names
+    of their files before they came into the shard, null for an image, or for the shard, that does not tell; and `bad`,
+    the positions whose image does not decode, with the reason: their rows are zero.
+
+    Args:
+        model: a run directory, or that of an exported model.
+        overrides: `key=value` of what has a say here: data.max_bad_share, embed.batch_size and most of resources.
+        gallery: which task's weights of the sets are taken, of a model that weighs them by galleries.
+
+    Raises:
+        ValueError: there is no such model, or a path or setting is wrong, saying which.
+    """
+    spec = exported_spec(model, gallery)
+    data = {"train": tuple(paths)}
+    overrides = list(overrides)
+    config = read({"name": "embeddings", "data": data, "backbone": {"name": spec.backbone.name}}, overrides)
+    _check_heeded(overrides)
+    with running(config, out) as run:
+        if spec.name == "gallery" and gallery is None:
+            run.console.say("warning: the model weighs its sets by galleries and none was named: this is their average")
+        return _embed(run, spec)
+
+
+def _check_heeded(overrides: Iterable[str]) -> None:
+    """Refuses settings that would change nothing.
+
+    Raises:
+        ValueError: naming the first, and all that can be set.
+    """
+    for key in (override.partition("=")[0] for override in overrides):
+        if key not in _HEEDED:
+            raise ValueError(
+                f"{key}: has no say in embedding, for which the model brings its own settings; "
+                f"expected one of {', '.join(_HEEDED)}"
+            )
+
+
+def _embed(run: Run, spec: ModelSpec) -> Path:
+    paths = run.config.data.train
+    images = ImageShards.open(paths, run.store.root / "index", cache_of(run.config.resources))
+    if not len(images):
+        raise ValueError(f"--images {' '.join(paths)}: the shards hold no images (jpg, jpeg, png, webp)")
+    for line in losses_in_words(images.shards):
+        run.console.say(f"warning: {line}")
+    features = features_of(run.store, spec, run.config.embed, images)
+    if all(artifact.complete for artifact in features):
+        run.console.say(f"embed: all {len(features)} shards were embedded before")
+    embed(run, images, spec, features)
+    shards = [
+        {
+            "shard": shard.name,
+            "images": shard.rows,
+            "rows": f"{of_rows.name}/{ROWS_FILE}",
+            "keys": called.keys,
+            "names": called.names,
+            "bad": f"{of_rows.name}/{BAD_FILE}",
+        }
+        for shard, of_rows, called in zip(images.shards, features, _write_keys(run, images), strict=True)
+    ]
+    found = run.store.root / LIST_FILE
+    write_json(found, {"model": spec.name, "model_sha256": spec.weights, "images": len(images), "shards": shards})
+    return found
+
+
+def _write_keys(run: Run, images: ImageShards) -> list[Called]:
+    """Keys and names of every shard, those that are missing written by the workers."""
+    places, missing = list[tuple[Artifact, Artifact]](), dict[Artifact, int]()
+    for number, shard in enumerate(images.shards):
+        both = _of_shard(run.store, "keys", shard, names=True)
+        place = (both, both)
+        if not both.complete:
+            apart = (_of_shard(run.store, "keys", shard), _of_shard(run.store, "names", shard))
+            if all(artifact.complete for artifact in apart):  # as earlier versions wrote them
+                place = apart
+            else:
+                missing[both] = number
+        places.append(place)
+    told = dict[str, bool]()
+    if missing:
+        with run.console.stage("keys", f"and names of {counted(len(missing), 'shard')}"):
+            found = run.runner.map(write_keys, [KeysTask(images.part(i), artifact) for artifact, i in missing.items()])
+            wait_until_seen(missing)
+        told = {f"{artifact.name}/{KEYS_FILE}": named for artifact, named in zip(missing, found, strict=True)}
+    return _called(places, _listed(run.store.root / LIST_FILE) | told)
+
+
+def _called(places: Sequence[tuple[Artifact, Artifact]], told: Mapping[str, bool]) -> list[Called]:
+    """Of every shard; whether it has names is looked for only where that is not told by the path of its keys."""
+    called = []
+    for of_keys, of_names in places:
+        keys = f"{of_keys.name}/{KEYS_FILE}"
+        named = told[keys] if keys in told else (of_names.path / NAMES_FILE).exists()
+        called.append(Called(keys, f"{of_names.name}/{NAMES_FILE}" if named else None))
+    return called
+
+
+def _listed(found: Path) -> dict[str, bool]:
+    """Whether shards have names, by the path of their keys, as far as an earlier list says so."""
+    shards = read_json(found)["shards"] if found.exists() else []
+    return {shard["keys"]: shard["names"] is not None for shard in shards if "names" in shard}
+
+
+def _of_shard(store: Store, what: str, shard: Shard, **settings: bool) -> Artifact:
+    return store.artifact(f"{what}/{shard.name.removesuffix('.tar')}", settings, {"shard": shard.fingerprint})
+
+
+def write_keys(device: torch.device, task: KeysTask) -> bool:
+    """The keys of one shard's images, in the order of its rows, and their files' names where it has any: whether so."""
+    rows, artifact, named = range(len(task.images)), task.artifact, False
+
+    def names() -> Iterator[str | None]:
+        nonlocal named
+        for row in rows:
+            name = task.images.name(row)
+            named = named or name != ""
+            yield name or None
+
+    if artifact.complete:
+        return (artifact.path / NAMES_FILE).exists()
+    folder = artifact.begin()
+    write_json_list(folder / KEYS_FILE, (task.images.key(row) for row in rows))
+    write_json_list(folder / NAMES_FILE, names())
+    artifact.commit(discard=() if named else (NAMES_FILE,))
+    return named
 
 
 class RetrievalModel(nn.Module):
@@ -62,8 +234,8 @@ class RetrievalModel(nn.Module):
         """Weighs the adaptor sets by the images that will be searched, from now on; the weights (N,), as `sets`.
 
         Every image is embedded by each set alone, and the sets in whose features neighbours of neighbours are
-        neighbours gain weight (ops/galleries.py). Embed queries and gallery after it, and anew whenever it was called.
-        A learned attention is multiplied by the weights.
+        neighbours gain weight (stages/gallery_weights.py). Embed queries and gallery after it, and anew whenever it was
+        called. A learned attention is multiplied by the weights.
 
         Args:
             gallery: batches of images, RGB in [0, 1], (b, 3, S, S) each; a sample of some thousands will do.

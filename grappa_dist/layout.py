@@ -14,15 +14,13 @@ from grappa_dist.stages.adapt import adaptors_of
 from grappa_dist.stages.embed import features_of
 from grappa_dist.stages.evaluate import insight_of, scores_of
 from grappa_dist.stages.flow import Flow, Supervision
-from grappa_dist.stages.fuse import fusion_of
+from grappa_dist.stages.fuse import fusion_of, num_random
 from grappa_dist.stages.gallery_weights import galleries_of
 from grappa_dist.stages.ground_truth import truth_of
 from grappa_dist.stages.knn_graph import graph_kind
 from grappa_dist.stages.partitions import partitions_of
 from grappa_dist.stages.pseudo_label import labels_of, num_labels
-from grappa_dist.stages.random_sets import num_random
-from grappa_dist.stages.supervised import supervised_fusion_of
-from grappa_dist.stages.true_labels import true_labels_of
+from grappa_dist.stages.supervised import supervised_fusion_of, true_labels_of
 
 
 def lay_out(config: Config, store: Store, train: ImageShards, test: ImageShards | None) -> Flow:

@@ -10,10 +10,11 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
-from grappa_dist.artifacts import Artifact, RowArrays, Store
+from grappa_dist.artifacts import Artifact, RowArrays, Store, label_rows
 from grappa_dist.config import Config
 from grappa_dist.console import Console, counted
 from grappa_dist.data.open_images import collection_of, draw_collection, ends_of, has_drawn, open_images, read_a_little
+from grappa_dist.distributed.placement import known_workers
 from grappa_dist.distributed.preflight import Checks, table
 from grappa_dist.distributed.ray_cluster import Cluster
 from grappa_dist.export import export_model
@@ -24,18 +25,14 @@ from grappa_dist.report.content import ScoreRow
 from grappa_dist.stages.adapt import adapt
 from grappa_dist.stages.embed import bad_rows, embed, feature_rows
 from grappa_dist.stages.evaluate import Evaluation, evaluate
-from grappa_dist.stages.expected_workers import known_workers
 from grappa_dist.stages.flow import Flow
-from grappa_dist.stages.fuse import fuse
-from grappa_dist.stages.fuse_plan import least_bytes, unfused_in_words
+from grappa_dist.stages.fuse import fuse, least_bytes, unfused_in_words
 from grappa_dist.stages.gallery_weights import weigh_galleries
-from grappa_dist.stages.label_files import label_rows
 from grappa_dist.stages.mirror import artifacts_of, mirrored
 from grappa_dist.stages.partitions import judge_partitions
 from grappa_dist.stages.pseudo_label import pseudo_label
 from grappa_dist.stages.run import Run, running
-from grappa_dist.stages.supervised import adapt_supervised, fuse_supervised
-from grappa_dist.stages.true_labels import name_classes, read_true_labels
+from grappa_dist.stages.supervised import adapt_supervised, fuse_supervised, name_classes, read_true_labels
 
 
 def run(config: Config, root: Path, until: str | None = None) -> tuple[Path, list[ScoreRow]] | None:
@@ -126,7 +123,7 @@ def _stages(context: Run, flow: Flow) -> Iterator[str]:
 
     bad = bad_rows(train, flow.features)
     pseudo_label(context, flow.labels, feature_rows(train, flow.features), train, bad)
-    labels = {k: label_rows(artifact, train) for k, artifact in flow.labels.items()}
+    labels = {k: label_rows(artifact, train.starts) for k, artifact in flow.labels.items()}
     judge_partitions(context, flow.partitions, labels)
     yield "pseudo_label"
 

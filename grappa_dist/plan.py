@@ -1,27 +1,121 @@
-"""What a run would do: stages, what is reused, jobs with their workers, steps and rough bytes. Touches nothing."""
+"""What a run would do: stages, what is reused, jobs with their workers, steps and rough bytes. Touches nothing.
+
+What adapt would do, in words, before anything runs: jobs, what waits for what, and the memory of a step.
+
+What a plan knows of the backbone before it is built: all of a timm model, its weights aside, little of one's own.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import copy
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
+import torch
+
 from grappa_dist.artifacts import Artifact, Store
-from grappa_dist.config import SUPERVISED, SUPERVISED_SET, Config, Resources, seeks_neighbours
+from grappa_dist.config import SUPERVISED, SUPERVISED_SET, BackboneConfig, Config, Resources, seeks_neighbours
 from grappa_dist.console import counted
 from grappa_dist.data.open_images import collection_sizes, has_drawn, open_images
+from grappa_dist.distributed.placement import check_capacity, known_workers, may_have_gpus, placement_in_words, ranks_of
 from grappa_dist.layout import lay_out, on_pairs
+from grappa_dist.models import Backbone, PackedGrappa
 from grappa_dist.models.backbone import check_name
-from grappa_dist.ops.correlation import by_rows, rows_are_cheaper, whole
-from grappa_dist.stages.adapt_plan import adapt_in_words, jobs_in_words
-from grappa_dist.stages.backbone_plan import backbone_in_words, known_width, without_weights
-from grappa_dist.stages.embed import check_bad_share
-from grappa_dist.stages.expected_workers import known_workers, may_have_gpus, ranks_of
+from grappa_dist.models.spec import build_backbone
+from grappa_dist.stages.embed import ROWS_FILE, check_bad_share
 from grappa_dist.stages.flow import Flow
-from grappa_dist.stages.fuse_plan import projector_bytes, unfused_in_words
+from grappa_dist.stages.fuse import projector_bytes, unfused_in_words
 from grappa_dist.stages.knn_graph import graph_kind
 from grappa_dist.stages.pseudo_label import choices_in_words, num_labels
-from grappa_dist.training.batches import idle_in_words, steps_per_epoch
+from grappa_dist.training.barlow_twins import by_rows, rows_are_cheaper, whole
+from grappa_dist.training.batches import idle_in_words, rank_share, steps_per_epoch
+from grappa_dist.training.memory import image_bytes, images_at_a_time
+
+
+def without_weights(config: BackboneConfig) -> Backbone | None:
+    """A timm model without weights, and without memory for them; None of one's own, which is not built for a plan.
+
+    Raises:
+        ValueError: the model does not take images of that size.
+    """
+    if not config.name.startswith("timm:"):
+        return None
+    with torch.device("meta"):
+        return build_backbone(config, pretrained=False)
+
+
+def backbone_in_words(config: BackboneConfig, model: Backbone | None) -> Iterator[str]:
+    """Channels, and how an image gets in, with what the settings leave to timm."""
+    if model is not None:
+        pixels = model.pixels
+        yield (
+            f"{config.name}: {model.embed_dim} channels; image_size={pixels.image_size}, resize={pixels.resize}, "
+            f"interpolation={pixels.interpolation}"
+        )
+
+
+def known_width(model: Backbone | None, features: Sequence[Artifact]) -> int | None:
+    """Channels of the backbone: those of the model, else those of features that are there, else None."""
+    if model is not None:
+        return model.embed_dim
+    done = next((artifact for artifact in features if artifact.complete), None)
+    return None if done is None else int(np.load(done.path / ROWS_FILE, mmap_mode="r").shape[1])
+
+
+def jobs_in_words(config: Config, num_sets: int) -> str:
+    per_job, ranks = config.adapt.sets_per_job, ranks_of(config.resources, known_workers(config.resources))
+    if per_job == "auto":
+        return f"{counted(num_sets, 'set')} in jobs of {counted(ranks, 'rank')}, as many to a job as measured rates say"
+    packed = f"{counted(num_sets, 'set')} in " if per_job > 1 else ""
+    return f"{packed}{counted(-(-num_sets // per_job), 'job')} of {counted(ranks, 'rank')}"
+
+
+def adapt_in_words(config: Config, num_sets: int, backbone: Backbone | None) -> Iterator[str]:
+    """What waits for what, where the number of workers is known; the activations of a step, where the model is.
+
+    Args:
+        backbone: without weights; it is left as it is.
+
+    Raises:
+        ValueError: a job has more ranks than there are workers.
+    """
+    per_job, workers = config.adapt.sets_per_job, known_workers(config.resources)
+    ranks = ranks_of(config.resources, workers)
+    if workers is not None:
+        check_capacity(workers, ranks)
+    if workers is not None and per_job != "auto":
+        yield f"on {workers} workers: {placement_in_words(-(-num_sets // per_job), workers, ranks)}"
+    if backbone is not None:
+        if per_job == "auto":
+            of_one = _memory_in_words(config, backbone, 1, ranks)
+            yield f"{of_one}; counted for one set, of which auto may put several in a job"
+        else:
+            yield _memory_in_words(config, backbone, min(per_job, num_sets), ranks)
+
+
+def _memory_in_words(config: Config, backbone: Backbone, num_sets: int, ranks: int) -> str:
+    """What an image takes of a rank in a step, counted on a model without weights as `fitting` does on the real one."""
+    adapt = config.adapt
+    with torch.device("meta"):
+        model = PackedGrappa(copy.deepcopy(backbone), 1, adapt.bottleneck)  # which wraps the blocks in place
+    sparing = adapt.activation_checkpointing
+    each, other = (image_bytes(model, recompute=recompute) for recompute in (sparing, not sparing))
+    share = rank_share(adapt.global_batch, ranks, config.data.streams)
+    at_once, fewer = share, "; adapt.micro_batch=auto takes fewer at a time where that does not fit"
+    if adapt.micro_batch != "auto":
+        on_gpu = may_have_gpus(config.resources)
+        at_once, fewer = images_at_a_time(adapt.micro_batch, share, num_sets, on_gpu=on_gpu), ""
+    total = each * at_once * num_sets / 2**30
+    whole = f"all tokens ({model.whole_because})" if model.whole_because else "the class token alone"
+    return (
+        f"activations in float32, those of a layer at work among them: {each / 2**20:.1f} MiB an image and set "
+        f"({other / 2**20:.1f} with{'out' * sparing} adapt.activation_checkpointing), {total:.1f} GiB a rank for "
+        f"{at_once} images and {num_sets} set{'s' * (num_sets > 1)} (adapt.micro_batch lowers it)"
+        f"{fewer}; the last block computes {whole}"
+    )
+
 
 CLASSIFIER_PRODUCTS = 4  # of images and classes: scores, pull, scores again, gradient
 DIM = 384  # channels that sizes are told for where the backbone's are not known: one's own is not built for a plan

@@ -10,7 +10,7 @@ from pathlib import Path
 if importlib.util.find_spec("grappa_dist") is None:  # from a checkout or a job's working directory, not installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from grappa_dist.exits import STATUSES, Ending
+from grappa_dist.console import STATUSES, Ending
 
 
 def parse() -> argparse.Namespace:
@@ -35,7 +35,7 @@ def parse() -> argparse.Namespace:
 
 
 def work(asked: argparse.Namespace, ending: Ending) -> None:
-    from grappa_dist.embedding import embed_images
+    from grappa_dist.export import embed_images
     from grappa_dist.stages.run import run_root
 
     ending.log_dir = root = run_root(asked.out, "embeddings")

@@ -20,11 +20,11 @@ from pathlib import Path
 if importlib.util.find_spec("grappa_dist") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from grappa_dist.data.making.cuts import parse_bytes
-from grappa_dist.data.making.workers import WorkerDied
-from grappa_dist.data.progress import Console
 from grappa_dist.make_shards.benchmarks import gather
+from grappa_dist.make_shards.building import Console
 from grappa_dist.make_shards.collection import CollectionConfig, Work, make_shards, write_items
+from grappa_dist.make_shards.filling import WorkerDied
+from grappa_dist.make_shards.planning import parse_bytes
 
 
 def local_folder(text: str) -> Path:

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from grappa_dist.config import AdaptConfig, Config, DataConfig, FuseConfig, fingerprint
-from grappa_dist.config_file import load
+from grappa_dist.config import AdaptConfig, Config, DataConfig, FuseConfig, fingerprint, load
 
 ROOT = Path(__file__).parents[1]
 SMALL: dict[str, Any] = {"name": "x", "data": {"train": "shards"}, "backbone": {"name": "timm:vit_tiny"}}

@@ -1,44 +1,61 @@
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 TREES = {
     str(path.relative_to(ROOT)): ast.parse(path.read_text())
-    for folder in ("grappa_dist", "launch")
+    for folder in ("grappa_dist", "launch", "benchmarks", "examples")
     for path in sorted((ROOT / folder).rglob("*.py"))
 }
+PACKAGE = {file: tree for file, tree in TREES.items() if file.startswith("grappa_dist/")}
+LEVELS = (  # a part imports parts of lower levels, and files of its own
+    ("__init__",),
+    ("pipeline", "plan"),
+    ("layout", "export"),
+    ("report",),
+    ("stages",),
+    ("training",),
+    ("models", "knn", "demo"),
+    ("kmeans", "make_shards"),
+    ("data", "distributed"),
+    ("metrics", "artifacts"),
+    ("search", "config", "console", "files", "_compat"),
+)
+SIDEWAYS = {("artifacts", "config"), ("artifacts", "files")}
 DISTRIBUTED = ("ray", "deepspeed", "torch.distributed", "faiss")
-STAGES = {"distributed", "models", "data", "ops", "artifacts", "files", "report", "observe", "config"}
-MAY_IMPORT: dict[str, set[str]] = {  # of ours, beside itself
-    **{part: set() for part in ("ops", "config", "observe", "files", "_compat")},
-    "artifacts": {"config", "files"},
-    "config_file": {"config"},
-    "data": {"artifacts", "files", "config"},
-    "models": {"ops", "_compat"},
-    "report": {"observe"},
-    "distributed": {"ops", "artifacts", "files", "observe", "config"},
-    "demo": {"data", "models", "ops", "_compat"},
-    "stages": STAGES,
-    "export": {*STAGES, "stages"},
-    "exits": {"observe"},
-    "embedding": {*STAGES, "stages", "config_file"},
-    "layout": {*STAGES, "stages"},
-    "pipeline": {*STAGES, "stages", "layout", "export"},
-    "plan": {*STAGES, "stages", "layout"},
-    "bench": {*STAGES, "stages", "export", "pipeline", "config_file", "_compat"},
-    "__init__": {"export"},
-}
+MAY_DISTRIBUTE = (
+    "grappa_dist/distributed/",
+    "grappa_dist/training/deepspeed_engine.py",
+    "grappa_dist/kmeans/ivf.py",
+    "grappa_dist/search/backends.py",
+    "benchmarks/",
+    "examples/",
+)
+MOST_LINES, MOST_FUNCTION_LINES = 600, 40
+FEW_LINES, MOST_SHORT_MODULES = 60, 10
 
 
-def part_of(file: str) -> str:
-    """The part of the package that a file belongs to: ops, models, config, ..."""
-    return Path(file).with_suffix("").parts[1]
+def part_of(module: str) -> str:
+    """The part of the package that a module belongs to: search, models, config, ..."""
+    names = module.split(".")
+    return names[1] if len(names) > 1 else "__init__"
+
+
+def name_of(file: str) -> str:
+    return file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+MODULES = {name_of(file) for file in TREES}
 
 
 def imports(tree: ast.Module) -> Iterator[str]:
+    """What is imported: a.b for `from a import b`, be b a module or not."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -46,36 +63,61 @@ def imports(tree: ast.Module) -> Iterator[str]:
             yield from (f"{'.' * node.level}{node.module}.{alias.name}" for alias in node.names)
 
 
-def test_parts_import_only_what_they_may() -> None:
+def imported_modules(file: str) -> set[str]:
+    """The modules of ours that a file imports."""
+    found = {name if name in MODULES else name.rpartition(".")[0] for name in imports(TREES[file])}
+    return (found & MODULES) - {name_of(file)}
+
+
+def test_a_part_imports_only_parts_of_lower_levels() -> None:
+    level = {part: i for i, parts in enumerate(LEVELS) for part in parts}
     wrong = []
-    for file, tree in TREES.items():
-        for module in imports(tree):
-            names = module.split(".")
-            if names[0] == "grappa_dist" and not file.startswith("launch"):
-                own = part_of(file)
-                wrong += [(file, module)] * (names[1] != own and names[1] not in MAY_IMPORT[own])
-            wrong += [(file, module)] * (names[0] == "")
+    for file in PACKAGE:
+        own = part_of(name_of(file))
+        for module in imported_modules(file):
+            part = part_of(module)
+            allowed = part == own or level[part] > level[own] or (own, part) in SIDEWAYS
+            wrong += [(file, module)] * (not allowed or not module.startswith("grappa_dist"))
     assert wrong == []
+    assert [(file, name) for file, tree in TREES.items() for name in imports(tree) if name.startswith(".")] == []
 
 
-def test_only_distributed_imports_what_distributes() -> None:
+def test_files_import_each_other_in_no_circle() -> None:
+    left = {name_of(file): imported_modules(file) for file in PACKAGE}
+    while free := {module for module, needs in left.items() if not needs & left.keys()}:
+        left = {module: needs for module, needs in left.items() if module not in free}
+    assert left == {}
+
+
+def test_only_what_runs_on_several_processes_imports_what_distributes() -> None:
     wrong = []
     for file, tree in TREES.items():
         found = [m for m in imports(tree) if any(f"{m}.".startswith(f"{name}.") for name in DISTRIBUTED)]
-        wrong += [(file, module) for module in found if not file.startswith("grappa_dist/distributed/")]
+        wrong += [(file, module) for module in found if not file.startswith(MAY_DISTRIBUTE)]
     assert wrong == []
 
 
-def test_files_and_functions_fit_a_screen() -> None:
+def test_files_and_functions_are_not_too_long() -> None:
     functions = [
         (file, node.name, (node.end_lineno or 0) - node.lineno + 1)
         for file, tree in TREES.items()
         for node in ast.walk(tree)
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
     ]
-    assert [(file, name, lines) for file, name, lines in functions if lines > 40] == []
-    files = {file: len((ROOT / file).read_text().splitlines()) for file in TREES}
-    assert {file: lines for file, lines in files.items() if lines > 300} == {}
+    assert [(file, name, lines) for file, name, lines in functions if lines > MOST_FUNCTION_LINES] == []
+    assert {file: lines for file, lines in _lines().items() if lines > MOST_LINES} == {}
+
+
+def test_few_modules_are_short_and_none_of_these_has_a_single_importer() -> None:
+    lines = _lines()
+    short = [file for file in PACKAGE if lines[file] < FEW_LINES and not file.endswith("__init__.py")]
+    assert len(short) <= MOST_SHORT_MODULES
+    importers = Counter(module for file in TREES for module in imported_modules(file))
+    assert [file for file in short if importers[name_of(file)] == 1] == []
+
+
+def _lines() -> dict[str, int]:
+    return {file: len((ROOT / file).read_text().splitlines()) for file in TREES}
 
 
 def test_modules_have_names_that_say_something_and_open_with_what_they_are() -> None:
@@ -100,3 +142,25 @@ def test_nothing_is_unpickled_and_no_error_is_swallowed_bare() -> None:
             wrong += [(file, "except:")] * (isinstance(node, ast.ExceptHandler) and node.type is None)
         wrong += [(file, name) for name in imports(tree) if name.startswith(("pickle.load", "dill", "cloudpickle"))]
     assert wrong == []
+
+
+def test_tests_mirror_the_package() -> None:
+    """Each is named after the module that it tests, and perhaps a topic; other folders are tests of the whole."""
+    wrong = []
+    for folder in ("grappa_dist", "benchmarks", "examples"):
+        below = ROOT / "tests" / ("" if folder == "grappa_dist" else folder)
+        for place in {Path(file).parent.relative_to(folder) for file in TREES if file.startswith(f"{folder}/")}:
+            modules = [path.stem for path in (ROOT / folder / place).glob("*.py")] + ["house_rules", "packaging"]
+            for test in (below / place).glob("test_*.py"):
+                topic = test.stem.removeprefix("test_")
+                wrong += [test.name] * (not any(topic == m or topic.startswith(f"{m}_") for m in modules))
+    assert wrong == []
+
+
+@pytest.mark.parametrize("folder", ["grappa_dist", "benchmarks", "examples"])
+def test_every_module_is_imported_by_a_test_or_by_one_that_is(folder: str) -> None:
+    tested = {name for path in (ROOT / "tests").rglob("*.py") for name in imports(ast.parse(path.read_text()))}
+    reached = {module for module in MODULES if any(f"{name}.".startswith(f"{module}.") for name in tested)}
+    while more := {m for file in TREES if name_of(file) in reached for m in imported_modules(file)} - reached:
+        reached |= more
+    assert [m for m in sorted(MODULES) if m.startswith(folder) and m not in reached] == []

@@ -1,14 +1,26 @@
-"""A bounded cache of blocks on a local disk, shared by the processes of a machine."""
+"""A bounded cache of blocks on a local disk, shared by the processes of a machine.
+
+A remote shard read in blocks: whole blocks where it is read through, single images where it is not.
+"""
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
+import io
 import os
 import tempfile
+import threading
+from collections import defaultdict
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import Enum, auto
+from functools import lru_cache
 from pathlib import Path
+
+from grappa_dist.data.remote import RemoteFile, RemoteObject
 
 _LEDGER = ".bytes"
 _KEPT_SHARE = 0.9  # of the bound, after an eviction: the folder is listed once for many blocks
@@ -120,3 +132,180 @@ class BlockCache:
             Path(path).unlink(missing_ok=True)
             total -= size
         return total
+
+
+BLOCK = 4 * 2**20  # bytes: a request's latency is small beside it
+_ALONE = 3  # images of a block that are fetched alone: about what the whole block costs in latency and bytes
+_AHEAD = 2  # blocks fetched beyond one that was read in sequence
+
+
+class _State(Enum):
+    UNSEEN = auto()
+    TOUCHED = auto()  # images of it were read alone
+    WHOLE = auto()  # it went to the cache
+    LOST = auto()  # it went there and was evicted before half of it was read: the cache is too small for whole blocks
+
+
+@dataclass
+class _Seen:
+    """What a process knows of a block."""
+
+    state: _State = _State.UNSEEN
+    used: int = 0  # bytes read of it since it came to this state
+    alone: int = 0  # images read alone since it was touched
+
+
+@lru_cache(maxsize=8)
+def _pool(pid: int, in_flight: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(in_flight, thread_name_prefix="fetch")
+
+
+def fetchers(settings: CacheSettings) -> ThreadPoolExecutor:
+    """The threads of this process that fetch from remote stores; their number bounds what is in flight."""
+    return _pool(os.getpid(), settings.in_flight)
+
+
+@lru_cache(maxsize=4096)  # no descriptor is held; what is kept is which blocks were seen
+def open_blocks(about: RemoteObject, settings: CacheSettings) -> BlockFile:
+    return BlockFile(about, settings)
+
+
+class BlockFile:
+    """Reads like an OpenFile, and is safe from many threads.
+
+    The first images read from a block are fetched alone: a neighbour drawn for a pair may be all that is ever wanted of
+    its block. A further one fetches the block whole, and blocks fetched in sequence bring the next ones with them. A
+    block that left the cache with less than half of it read is read image by image until that much is made up for: with
+    a cache that is too small, requests are many, but at most three times the bytes asked for are read.
+    """
+
+    def __init__(self, about: RemoteObject, settings: CacheSettings) -> None:
+        self.about = about
+        self._remote = RemoteFile(about)
+        self._cache = BlockCache(settings)
+        self._settings = settings
+        self._seen: dict[int, _Seen] = defaultdict(_Seen)
+        self._under_way: dict[int, Future[bytes]] = {}
+        self._lock = threading.Lock()
+        self._name = hashlib.sha256(f"{about.url}\n{about.size}\n{about.version}".encode()).hexdigest()[:32]
+
+    def read(self, offset: int, size: int) -> bytes:
+        """The bytes at a place."""
+        end = offset + size
+        if end > self.about.size:
+            raise ValueError(
+                f"{self.about.url}: has {self.about.size} bytes, but the index has {size} bytes at {offset}"
+            )
+        numbers = range(offset // BLOCK, -(-end // BLOCK))
+        parts = []
+        for number in numbers if self._cache.max_bytes else ():
+            start = max(offset, number * BLOCK)
+            part = self._part(number, start, min(end, (number + 1) * BLOCK))
+            if part is None:
+                break
+            parts.append(part)
+        if len(parts) < len(numbers) or not self._cache.max_bytes:
+            return self._remote.fetch(offset, end)
+        return b"".join(parts)
+
+    def _part(self, number: int, start: int, end: int) -> bytes | None:
+        """Bytes inside one block, kept or fetched with it; None where they are to be fetched alone."""
+        first = number * BLOCK
+        kept = self._cache.read(self._key(number), start - first, end - start)
+        with self._lock:
+            seen = self._seen[number]
+            if kept is None and seen.state is _State.WHOLE:  # it may have come in between
+                kept = self._cache.read(self._key(number), start - first, end - start)
+            alone = kept is None and number not in self._under_way and self._is_read_alone(number)
+            if kept is not None:
+                seen.state = _State.WHOLE
+            seen.used += end - start
+        if kept is not None or alone:
+            return kept
+        data = self._whole(number)
+        self._read_ahead(number)
+        return data[start - first : end - first]
+
+    def _is_read_alone(self, number: int) -> bool:
+        """Whether the next image of a block that is not kept is fetched without the rest of it."""
+        seen, half = self._seen[number], self._length(number) // 2
+        if seen.state is _State.TOUCHED:
+            seen.alone += 1
+            return seen.alone <= _ALONE
+        if seen.state is _State.UNSEEN or seen.used >= half:  # or it was gone only after it had served
+            seen.state, seen.used, seen.alone = _State.TOUCHED, 0, 1
+        elif seen.state is _State.WHOLE:
+            seen.state, seen.used = _State.LOST, 0
+        return True
+
+    def _whole(self, number: int) -> bytes:
+        """A block, fetched once however many threads want it."""
+        with self._lock:
+            coming = self._under_way.get(number)
+            own: Future[bytes] = Future()
+            if coming is None:
+                self._under_way[number] = own
+        if coming is not None:
+            return coming.result()
+        try:
+            data = self._remote.fetch(number * BLOCK, number * BLOCK + self._length(number))
+            self._cache.put(self._key(number), data)
+            own.set_result(data)
+        except BaseException as error:
+            own.set_exception(error)
+            raise
+        finally:
+            with self._lock:
+                if own.exception() is None:
+                    self._seen[number] = _Seen(_State.WHOLE)
+                del self._under_way[number]
+        return data
+
+    def _read_ahead(self, number: int) -> None:
+        with self._lock:
+            if self._seen[number - 1].state is not _State.WHOLE:
+                return
+            following = range(number + 1, min(number + 1 + _AHEAD, -(-self.about.size // BLOCK)))
+            new = (_State.UNSEEN, _State.TOUCHED)
+            wanted = [n for n in following if n not in self._under_way and self._seen[n].state in new]
+        for n in wanted:
+            if not self._cache.has(self._key(n)):
+                fetchers(self._settings).submit(self._bring, n)  # an error shows when the block itself is wanted
+
+    def _bring(self, number: int) -> None:
+        with self._lock:
+            if self._seen[number].state is _State.WHOLE:  # several readers asked for it
+                return
+        self._whole(number)
+
+    def _length(self, number: int) -> int:
+        return min(BLOCK, self.about.size - number * BLOCK)
+
+    def _key(self, number: int) -> str:
+        return f"{self._name}-{number}"
+
+
+class ReadAt(io.RawIOBase):
+    """A file object over a BlockFile, for readers of headers."""
+
+    def __init__(self, file: BlockFile) -> None:
+        self.name, self._file, self._at = file.about.url, file, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        assert whence == io.SEEK_SET, "headers are sought from the start"
+        self._at = offset
+        return offset
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._file.read(self._at, max(0, min(size, self._file.about.size - self._at)))
+        self._at += len(data)
+        return data

@@ -18,6 +18,15 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
+COPIED = {"jpg": "jpg", "jpeg": "jpeg", "png": "png", "webp": "webp", "jfif": "jpg", "jpe": "jpg"}  # -> in a shard
+
+
+REWRITTEN = ("bmp", "gif", "tif", "tiff")  # become PNG: readers of shards expect the four suffixes above
+
+
+TAKEN = (*COPIED, *REWRITTEN)
+
+
 Pixels = NDArray[np.uint8]
 MAX_PIXELS = 64 * 2**20  # more is taken for a decompression bomb
 MAX_SCANNED = 16 * MAX_PIXELS  # pixels times scans of a JPEG: a scan goes over all pixels, and may cost few bytes

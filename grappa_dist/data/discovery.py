@@ -1,28 +1,93 @@
-"""Finds shards and their indexes, and builds what is missing."""
+"""Finds shards and their indexes, and builds what is missing.
+
+What to do about a folder that was named for shards and has none.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import os
+import re
+import shlex
 import threading
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
 
 from grappa_dist.data.block_cache import CacheSettings
-from grappa_dist.data.checksums import check_unchanged, local_state
-from grappa_dist.data.index import COMMITTED, IMAGE_SUFFIXES, Shard, index_shard, version_of, write_rows
-from grappa_dist.data.index_cache import Notes, State
-from grappa_dist.data.index_files import read_index
-from grappa_dist.data.losses import losses_in_words
-from grappa_dist.data.misplaced import instead_of
+from grappa_dist.data.decoding import TAKEN
+from grappa_dist.data.index import (
+    COMMITTED,
+    IMAGE_SUFFIXES,
+    Shard,
+    index_shard,
+    losses_in_words,
+    read_index,
+    version_of,
+    write_rows,
+)
+from grappa_dist.data.index_cache import Notes, State, check_unchanged, local_state
 from grappa_dist.data.remote import RemoteObject, is_remote
 from grappa_dist.data.remote_index import RemoteRows, committed_indexes, index_remote, list_remote
+
+_LOOKED_AT = 10_000  # entries below a folder, at most
+_SHOWN = 3
+_IN_THE_MAKING = re.compile(r".*/\.[^/]+\.partial(?=/|$)")
+
+
+def instead_of(entry: str) -> str:
+    """The end of an error about a local path without a tar: where its shards are, or what makes some; else ""."""
+    if not os.path.isdir(entry):
+        return ""
+    files = _files(entry)
+    below = sorted({os.path.dirname(path) for path in files if path.endswith(".tar")})
+    if making := [match[0] for path in below if (match := _IN_THE_MAKING.match(path))]:
+        return f"; {making[0]} is in the making: run the command that began it again, and it is finished"
+    if below:
+        more = f" and {len(below) - _SHOWN} more" if len(below) > _SHOWN else ""
+        return f"; there are tars one level or more below: name {' or '.join(map(shlex.quote, below[:_SHOWN]))}{more}"
+    image = next((path for path in files if path.lower().endswith(tuple(f".{s}" for s in TAKEN))), None)
+    if image is None:
+        return ""
+    folder = os.path.normpath(entry)
+    folder = f"./{folder}" if folder.startswith("-") else folder
+    out = f"{folder if os.path.basename(folder) not in ('.', '..') else os.path.abspath(folder)}-shards"
+    command = f"python launch/make_shards.py --images {shlex.quote(folder)} --split none --out {shlex.quote(out)}"
+    return (
+        f". It holds images, such as {image!r}, and no shards of them: make these by `{command}`, "
+        f"then name {shlex.quote(os.path.join(out, 'train'))}"
+    )
+
+
+def _files(folder: str) -> list[str]:
+    """The first files at and below a folder, nearer ones first; links to folders are left out."""
+    paths = (entry.path for entry in islice(_entries(folder), _LOOKED_AT) if _is_file(entry))
+    return sorted(paths, key=lambda path: (path.count("/"), path))
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:  # a link that leads to itself
+        return False
+
+
+def _entries(folder: str) -> Iterator[os.DirEntry[str]]:
+    folders = deque([folder])
+    while folders:
+        with contextlib.suppress(OSError), os.scandir(folders.popleft()) as entries:
+            for entry in entries:
+                yield entry
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.path)
+
 
 Tar = Path | RemoteObject
 Index = str | RemoteRows | NDArray[Any]  # a .npy of ROW, one that is fetched when it is wanted, or the rows

@@ -1,4 +1,9 @@
-"""Where the images of one tar lie. Shapes: P images of one shard."""
+"""Where the images of one tar lie. Shapes: P images of one shard.
+
+The index beside tars, a list of the shards and a .npy of rows for each, read without trust in who wrote it.
+
+Images that have no row: those behind the damage of a tar, and those whose names give them no key of their own.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +11,8 @@ import hashlib
 import os
 import re
 import tarfile
-from collections.abc import Mapping
+import tokenize
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -16,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from grappa_dist.data.tars import DamagedTar, members_of, split_name
-from grappa_dist.files import replacing
+from grappa_dist.files import parse_json, replacing
 
 # 24 bytes an image. Without JSON `json_size` is 0. A row whose image cannot be had has no `size`, no `json_size`, and
 # in `json_offset` why, by REFUSED; its `offset` is that of the member's data, or of the damage.
@@ -246,3 +252,130 @@ def shard_of(line: Any, path: str, where: Path | str) -> Shard:
         )
     rows, size, ignored, behind, misnamed = counts
     return Shard(names[0], path, rows, size, names[1], ignored, lost=Lost(behind, misnamed, tuple(names[2:])))
+
+
+BEHIND = "lost behind the place from which on the shard is damaged or cut off, as an estimate"
+MISNAMED = "a further dot in its name, which ends a key at the first one, and no image of just that key: rename it"
+_SHOWN = 3  # shards of a kind that are named in words
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Some images of a shard without a row, for a list of what is bad."""
+
+    shard: Shard
+    key: str  # a member's name; "" where none is known
+    reason: str
+    images: int
+
+
+def lost_images(shards: Sequence[Shard]) -> int:
+    """How many images have no row, as far as one can say."""
+    return sum(shard.lost.images for shard in shards)
+
+
+def losses_of(shards: Sequence[Shard]) -> Iterator[Loss]:
+    """What is lost by shard, the first of the names one by one."""
+    for shard in shards:
+        lost = shard.lost
+        if lost.behind:
+            yield Loss(shard, "", BEHIND, lost.behind)
+        yield from (Loss(shard, name, MISNAMED, 1) for name in lost.names)
+        if lost.misnamed > len(lost.names):
+            yield Loss(shard, "and others", MISNAMED, lost.misnamed - len(lost.names))
+
+
+def losses_in_words(shards: Sequence[Shard]) -> Iterator[str]:
+    """A line for each way in which images are lost, with the first shards and what to do; none where none are."""
+    damaged, said = _those(shards, lambda lost: lost.behind)
+    if damaged:
+        yield (
+            f"about {damaged} images are lost in {said}: damaged, or cut off, after the rows that are read; "
+            "fetch or make these shards again"
+        )
+    misnamed, said = _those(shards, lambda lost: lost.misnamed)
+    if misnamed:
+        name = next(name for shard in shards for name in shard.lost.names)
+        stem, _, suffix = name.rpartition(".")
+        folder, slash, base = stem.rpartition("/")
+        right = f"{folder}{slash}{base.replace('.', '_')}.{suffix}"
+        yield (
+            f"{misnamed} images are left out in {said}: a key ends at the first dot of a name, and theirs have no "
+            f"image of just that key; rename {name!r:.200} to {right!r:.200}, and so on"
+        )
+
+
+def _those(shards: Sequence[Shard], count: Callable[[Lost], int]) -> tuple[int, str]:
+    """How many images are lost in one way, and where."""
+    of = [shard for shard in shards if count(shard.lost)]
+    more = f" and {len(of) - _SHOWN} more" if len(of) > _SHOWN else ""
+    return sum(count(shard.lost) for shard in of), ", ".join(shard.path for shard in of[:_SHOWN]) + more
+
+
+REMADE = "; remove it, and it is made or fetched again"
+# What numpy's reader of headers may raise
+_UNREADABLE = (ValueError, EOFError, TypeError, SyntaxError, RecursionError, MemoryError, tokenize.TokenError)
+
+
+def read_index(text: bytes, where: Path | str) -> list[Shard]:
+    """The shards that the index file `where`, local or remote, says lie beside it; their paths are empty.
+
+    Raises:
+        ValueError: it is no such file.
+    """
+    content = parse_json(text, where)
+    if not isinstance(content, dict) or not isinstance(content.get("shards"), list):
+        raise ValueError(f"{where}: not an index of shards; expected an object with a list `shards`")
+    shards = [shard_of(line, "", where) for line in content["shards"]]
+    names = [shard.name for shard in shards]
+    if len(set(names)) < len(names):
+        raise ValueError(f"{where}: has two shards of one name; expected each once")
+    return shards
+
+
+def read_rows(file: IO[bytes], shard: Shard, where: str, *, remedy: str = "") -> NDArray[Any]:
+    """The rows that an index file `where` has of a shard, (P,) of ROW: mapped if it is a local file, else in memory.
+
+    Args:
+        remedy: what may be done about a file that is refused, as the end of the message.
+
+    Raises:
+        ValueError: it is no such file, or that of another shard as far as its length tells.
+    """
+    try:
+        np.lib.format.read_magic(file)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    except _UNREADABLE as error:
+        said = " ".join(str(error).split())[:200]
+        raise ValueError(f"{where}: not an index of a shard: {type(error).__name__}: {said}{remedy}") from None
+    start = file.tell()
+    size = file.seek(0, os.SEEK_END) - start
+    if dtype != ROW or shape != (shard.rows,) or size != shard.rows * ROW.itemsize:
+        raise ValueError(
+            f"{where}: an array of {dtype}, shape {shape}, in {size} bytes, but {shard.path} needs {shard.rows} rows "
+            f"of {ROW.itemsize} bytes; it is cut off, or the index of another shard{remedy}"
+        )
+    if isinstance(file, BufferedReader):
+        return np.memmap(file, dtype=ROW, mode="r", offset=start, shape=shape)
+    file.seek(start)
+    return np.frombuffer(file.read(size), dtype=ROW)
+
+
+def check_places(rows: NDArray[Any], shard: Shard, file: OpenFile, where: str) -> None:
+    """Holds the first and the last image of an index against the headers in front of them.
+
+    Raises:
+        ValueError: there is no header of a file of that size, so this is the index of another shard.
+    """
+    places = [place for place in (rows[:1], rows[-1:]) if len(place) and not refusal(place[0])]
+    for offset, size in ((int(place[0]["offset"]), int(place[0]["size"])) for place in places):
+        try:
+            header = file.read(offset - 512, 512) if 512 <= offset <= shard.bytes else b""
+            said = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").size
+        except tarfile.HeaderError:
+            said = -1
+        if said != size:
+            raise ValueError(
+                f"{where}: has an image of {size} bytes at {offset}, where {shard.path} has none; it is the index of "
+                "another shard"
+            )

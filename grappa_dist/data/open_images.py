@@ -12,7 +12,7 @@ from grappa_dist.artifacts import Artifact, Store
 from grappa_dist.config import DataConfig, Resources
 from grappa_dist.data.block_cache import CacheSettings
 from grappa_dist.data.decoding import BadImage
-from grappa_dist.data.losses import losses_in_words
+from grappa_dist.data.index import losses_in_words
 from grappa_dist.data.rng import permutation
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.data.writer import ShardWriter

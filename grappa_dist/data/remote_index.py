@@ -14,11 +14,9 @@ from typing import IO, Any, cast
 
 from numpy.typing import NDArray
 
-from grappa_dist.data.block_cache import CacheSettings
-from grappa_dist.data.blocks import fetchers
-from grappa_dist.data.index import COMMITTED, Shard, scan
+from grappa_dist.data.block_cache import CacheSettings, fetchers
+from grappa_dist.data.index import COMMITTED, REMADE, Shard, read_index, read_rows, scan
 from grappa_dist.data.index_cache import Notes
-from grappa_dist.data.index_files import REMADE, read_index, read_rows
 from grappa_dist.data.remote import (
     RemoteFile,
     RemoteObject,

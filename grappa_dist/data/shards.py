@@ -15,12 +15,10 @@ from typing import IO, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from grappa_dist.data.block_cache import CacheSettings
-from grappa_dist.data.blocks import BlockFile, ReadAt, fetchers, open_blocks
+from grappa_dist.data.block_cache import BlockFile, CacheSettings, ReadAt, fetchers, open_blocks
 from grappa_dist.data.decoding import BadImage
 from grappa_dist.data.discovery import Index, Progress, find_shards
-from grappa_dist.data.index import DAMAGED, REFUSED, OpenFile, Shard, refusal
-from grappa_dist.data.index_files import REMADE, check_places, read_rows
+from grappa_dist.data.index import DAMAGED, REFUSED, REMADE, OpenFile, Shard, check_places, read_rows, refusal
 from grappa_dist.data.remote import RemoteObject, is_remote
 from grappa_dist.data.remote_index import RemoteRows
 from grappa_dist.data.rng import permutation

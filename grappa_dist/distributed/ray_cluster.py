@@ -1,21 +1,175 @@
-"""The workers of a run: Ray places and watches them; what died is replaced, what is gone is done without if allowed."""
+"""The workers of a run: Ray places and watches them; what died is replaced, what is gone is done without if allowed.
+
+How many workers the nodes of a cluster hold. Pure: nodes are given as Ray describes them.
+
+The connection to Ray: the cluster of RAY_ADDRESS, or a local one that is ours.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import shutil
+import signal
+import socket
 import sys
+import tempfile
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from grappa_dist.config import Resources
 from grappa_dist.console import Terminated
-from grappa_dist.distributed.capacity import fitting, gpus_per_worker, planned
-from grappa_dist.distributed.connection import connect
+from grappa_dist.distributed.placement import check_capacity
 from grappa_dist.distributed.preflight import Checks, Facts, answered, problems, token_in, versions
 from grappa_dist.distributed.worker import Worker
+
+CONNECT_TIMEOUT_S = 5.0
+SUBMITTED_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by `ray job submit`
+
+
+def check_faiss() -> None:
+    if importlib.util.find_spec("faiss") is None:
+        raise ValueError("faiss is not installed; install grappa-dist[cpu], or grappa-dist[gpu] where there are GPUs")
+
+
+def check_answers(address: str) -> None:
+    """Raises ValueError when nobody listens at host:port, which Ray itself would wait minutes for."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdigit():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
+        except OSError as error:
+            raise ValueError(f"RAY_ADDRESS={address} does not answer: {error.strerror or error}") from None
+
+
+def connect(resources: Resources) -> Path | None:
+    """Connects unless that is done; the temporary folder of a local cluster, which is ours to end.
+
+    Raises:
+        ValueError: nobody answers at RAY_ADDRESS, or it runs other versions of Ray or Python.
+        Terminated: SIGTERM or Ctrl-C came meanwhile.
+    """
+    import ray
+
+    if ray.is_initialized():
+        return None
+    check_faiss()
+    handler = signal.getsignal(signal.SIGTERM)  # ray.init puts its own in place
+    try:
+        if not os.environ.get("RAY_ADDRESS"):
+            return _start(ray, resources)
+        _join(ray)
+        return None
+    except SystemExit:  # of Ray's own handler
+        raise Terminated from None
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
+
+
+def _quiet() -> dict[str, Any]:
+    return {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
+
+
+def _paths() -> str:
+    return os.pathsep.join(dict.fromkeys(p or os.getcwd() for p in sys.path if "site-packages" not in p))
+
+
+def _join(ray: Any) -> None:
+    submitted = SUBMITTED_JOB in os.environ  # then its runtime environment is set, and its folder importable
+    environment = None if submitted else {"env_vars": {"PYTHONPATH": _paths()}}
+    check_answers(os.environ["RAY_ADDRESS"])
+    try:
+        ray.init(address=os.environ["RAY_ADDRESS"], runtime_env=environment, **_quiet())
+    except RuntimeError as error:
+        if "ersion mismatch" not in str(error):
+            raise
+        raise ValueError(f"RAY_ADDRESS={os.environ['RAY_ADDRESS']}: {' '.join(str(error).split())}") from None
+
+
+def _start(ray: Any, resources: Resources) -> Path:
+    # Without this Ray writes a token that later clusters of this user want.
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ["PYTHONPATH"] = _paths()
+    owned = Path(tempfile.mkdtemp(prefix="grappa-", dir="/tmp"))  # short: sockets live in it
+    try:
+        ray.init(
+            address="local",
+            num_cpus=resources.num_cpus,
+            include_dashboard=False,
+            object_store_memory=2**28,  # big arrays go through storage
+            _temp_dir=str(owned),
+            **_quiet(),
+        )
+    except BaseException:  # a signal may come meanwhile
+        shutil.rmtree(owned, ignore_errors=True)
+        raise
+    return owned
+
+
+def room(nodes: Iterable[Mapping[str, Any]], cpus: float, gpus: float) -> int:
+    """Workers of so many CPUs and GPUs that fit the nodes that are alive; none spans two nodes."""
+    return sum(
+        min(int(have.get(name, 0) / need) for name, need in (("CPU", cpus), ("GPU", gpus)) if need)
+        for have in (node["Resources"] for node in nodes if node["Alive"])
+    )
+
+
+def gpus_per_worker(nodes: Iterable[Mapping[str, Any]], resources: Resources) -> float:
+    """What resources.gpus_per_worker comes to on these nodes."""
+    if resources.gpus_per_worker != "auto":
+        return resources.gpus_per_worker
+    return 1.0 if any(node["Alive"] and node["Resources"].get("GPU", 0) for node in nodes) else 0.0
+
+
+def fitting(nodes: Iterable[Mapping[str, Any]], resources: Resources, gpus: float) -> int:
+    """Workers that there is room for, as many as are wanted at most."""
+    fit = room(nodes, resources.cpus_per_worker, gpus)
+    return fit if resources.workers == "auto" else min(fit, resources.workers)
+
+
+def planned(nodes: Iterable[Mapping[str, Any]], resources: Resources) -> int:
+    """Workers to start on these nodes.
+
+    Raises:
+        ValueError: they do not fit, or are fewer than a job has ranks; not with resources.elastic, as long as one does.
+    """
+    nodes = [node for node in nodes if node["Alive"]]
+    need = {"CPU": resources.cpus_per_worker, "GPU": gpus_per_worker(nodes, resources)}
+    fit = room(nodes, need["CPU"], need["GPU"])
+    count = max(1, fit) if resources.workers == "auto" else resources.workers
+    if fit < count and not (resources.elastic and fit):
+        raise ValueError(_lack(nodes, count, need, fit))
+    count = min(count, fit)
+    if not resources.elastic:
+        check_capacity(count, resources.adapt_ranks)
+    return count
+
+
+def _lack(nodes: Iterable[Mapping[str, Any]], count: int, need: Mapping[str, float], fit: int) -> str:
+    """What is missing: the sum of something, or room for whole workers on single nodes."""
+    nodes = list(nodes)
+    for name, each in need.items():
+        have = sum(node["Resources"].get(name, 0) for node in nodes)
+        if count * each > have:
+            return (
+                f"{count} workers need {count * each:g} {name}, the Ray cluster has {have:g}; "
+                f"lower resources.workers or resources.{name.lower()}s_per_worker"
+            )
+    shares = ", ".join(
+        f"{node['NodeManagerHostname']} {node['Resources'].get('CPU', 0):g} CPU {node['Resources'].get('GPU', 0):g} GPU"
+        for node in nodes
+    )
+    return (
+        f"{count} workers of {need['CPU']:g} CPU and {need['GPU']:g} GPU do not fit: there is room for {fit} "
+        f"({shares}); lower resources.workers or resources.cpus_per_worker"
+    )
+
 
 SURVEY_TIMEOUT_S = 60.0  # a storage that hangs must not hang the run
 START_ATTEMPTS = 3  # Ray may place a worker on a node of whose death it has not heard

@@ -1,4 +1,7 @@
-"""A worker process, which lives as long as the run while jobs and tasks come and go."""
+"""A worker process, which lives as long as the run while jobs and tasks come and go.
+
+Work that takes some ranks of a job much longer than others, without a collective in it.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,15 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from grappa_dist.distributed.collectives import Comm, process_group
+from grappa_dist.distributed.collectives import Comm, process_group, wire_device
 from grappa_dist.distributed.preflight import Checks, Facts, node_name, survey
 
 LOOK_S = 3.0
@@ -146,3 +150,50 @@ def _node_address() -> str:
     import ray
 
     return str(ray.util.get_node_ip_address())
+
+
+_END = object()
+
+Piece = TypeVar("Piece")
+
+
+def until_all_are_done(context: RankContext, work: Generator[None, None, None]) -> None:
+    """Does this rank's work, piece by piece, and returns when every rank has done its own, as `beside_others`."""
+    for _ in beside_others(context.comm, work, context.stop_requested):
+        pass
+
+
+def beside_others(
+    comm: Comm, pieces: Generator[Piece, None, None], stop_requested: Callable[[], bool]
+) -> Generator[Piece, None, None]:
+    """This rank's pieces of work; ends when those of every rank have. All ranks call it, and use it up, together.
+
+    A rank that waits in one collective gives up after `resources.collective_timeout_s`, however well the others get on.
+    So the ranks add up, over and over and in the background, how many of them have done all of their pieces. A rank
+    that has pieces left works on while such a sum is under way, and begins the next one after the piece in which it
+    came. A rank that has none left waits for the sum, which takes no longer than the slowest piece of the others.
+
+    Args:
+        pieces: does a piece of the work each time it is asked; it is closed when this ends or raises.
+        stop_requested: asked before each sum.
+
+    Raises:
+        Stopped: on all ranks, after the pieces under way, when any was asked to stop.
+    """
+    device, done = wire_device(comm), False
+    with closing(pieces):
+        while True:
+            told = comm.begin_sum(torch.tensor([done, stop_requested()], dtype=torch.int64, device=device))
+            while not done:
+                piece = next(pieces, _END)
+                if piece is _END:
+                    done = True
+                else:
+                    yield piece  # type: ignore[misc]
+                if told.ready():
+                    break
+            through, stopping = told.total().tolist()
+            if stopping:
+                raise Stopped
+            if through == comm.size:
+                return

@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grappa_dist.distributed.scratch import scratch
-from grappa_dist.distributed.sharded_rows import PIECE, Share
+from grappa_dist.distributed.sharded_rows import PIECE, Share, scratch
 from grappa_dist.kmeans.update import Stats
 from grappa_dist.search.candidates import Centroids
 from grappa_dist.search.fixed_point import exact_square

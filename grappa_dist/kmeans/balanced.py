@@ -16,11 +16,10 @@ from math import ceil
 import torch
 from torch import Tensor
 
-from grappa_dist.distributed.lowest import lowest
-from grappa_dist.distributed.scratch import scratch
-from grappa_dist.distributed.sharded_rows import PIECE, Share
+from grappa_dist.distributed.sharded_rows import PIECE, Share, scratch
 from grappa_dist.kmeans.assignments import RowLabels
-from grappa_dist.ops.probing import nearest_exactly
+from grappa_dist.kmeans.ivf import nearest_exactly
+from grappa_dist.kmeans.sampling import lowest
 from grappa_dist.search.candidates import Centroids
 
 CHOICES = 16  # clusters with room that are looked up per row at a time

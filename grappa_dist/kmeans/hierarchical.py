@@ -5,29 +5,62 @@ costs about n sqrt(K) pairs in place of n K. Ranks need not hold alike parts of 
 iteration for all clusters together, and nobody waits for the rows of one.
 
 Shapes: n rows of this rank, P of one block, C coarse clusters, K centroids, D dimensions.
+
+How many of K labels each coarse cluster gets.
+
+Shapes: C coarse clusters.
 """
 
 from __future__ import annotations
 
+import heapq
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from grappa_dist.distributed.lloyd import Progress, Updates, lloyd
-from grappa_dist.distributed.lowest import lowest
-from grappa_dist.distributed.scratch import scratch
-from grappa_dist.distributed.sharded_rows import PIECE, Share
+from grappa_dist.distributed.sharded_rows import PIECE, Share, scratch
 from grappa_dist.kmeans.assignments import LabelPasses, Settled, exactly, find_labels
+from grappa_dist.kmeans.lloyd import Progress, Updates, lloyd
+from grappa_dist.kmeans.sampling import RACE_BITS, lowest, race_keys, row_hashes
+from grappa_dist.kmeans.seeding import to_weights
 from grappa_dist.kmeans.update import Stats, finish
-from grappa_dist.ops.hashing import RACE_BITS, race_keys, row_hashes
-from grappa_dist.ops.hierarchy import apportion
-from grappa_dist.ops.seeding import to_weights
 from grappa_dist.search.candidates import Centroids
 from grappa_dist.search.rerank import assign
+
+
+def apportion(sizes: Sequence[int], num_labels: int) -> list[int]:
+    """Labels per coarse cluster, (C,), in proportion to its rows by largest remainders; they add up to `num_labels`.
+
+    A cluster with rows gets at least one label and no more than it has rows; one without gets none. Of equal claims the
+    lowest cluster's counts first.
+
+    Raises:
+        ValueError: there are more labels than rows, or fewer than clusters with rows.
+    """
+    total, occupied = sum(sizes), sum(n > 0 for n in sizes)
+    if not occupied <= num_labels <= total:
+        raise ValueError(f"num_labels must be from {occupied} (clusters with rows) to {total} (rows), got {num_labels}")
+    labels = [max(1, num_labels * n // total) if n else 0 for n in sizes]
+    claims = sorted(range(len(sizes)), key=lambda i: (-(num_labels * sizes[i] % total), i))
+    missing = num_labels - sum(labels)
+    while missing > 0:
+        for i in claims:
+            if missing and labels[i] < sizes[i]:
+                labels[i] += 1
+                missing -= 1
+    largest = [(-n, i) for i, n in enumerate(labels) if n > 1]
+    heapq.heapify(largest)
+    for _ in range(-missing):  # the single labels of small clusters were too many
+        n, i = heapq.heappop(largest)
+        labels[i] -= 1
+        if labels[i] > 1:
+            heapq.heappush(largest, (n + 1, i))
+    return labels
+
 
 _SEEDING = 2  # names the hashes
 _FAR = 2**51  # above any squared distance

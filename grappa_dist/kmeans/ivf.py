@@ -4,12 +4,20 @@ The lists are a function of the centroids alone: a k-means of the centroids, whi
 labels are the same bits on any number of ranks, and a resumed run makes the same lists again.
 
 Shapes: P rows of one block, K centroids, D dimensions, L = sqrt(K) lists.
+
+Assignment to the nearest centroid of a few lists: an inverted file over the centroids, decided on integers.
+
+Centroids are kept in lists of near ones, each with a head. A row looks into the lists of its `probes` nearest heads and
+gets the nearest centroid in them. Both steps are exact, ties going to the lowest index, so the label is a fact about
+the row, the lists and the number of probes: floats propose, and blocks and threads have no say in it.
+
+Shapes: P rows of one block, K centroids, L lists, D dimensions, p probes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isqrt
 from typing import Any
 
@@ -18,17 +26,139 @@ import torch
 from torch import Tensor
 
 from grappa_dist.distributed.collectives import Comm
-from grappa_dist.distributed.lloyd import Progress, Updates, lloyd
-from grappa_dist.distributed.rows import Rows
-from grappa_dist.distributed.sharded_rows import BLOCK_ROWS, Share
+from grappa_dist.distributed.sharded_rows import BLOCK_ROWS, Rows, Share
 from grappa_dist.kmeans.assignments import LabelPasses, RowLabels, Settled, exactly
-from grappa_dist.kmeans.lloyd import KMeans, kmeans
+from grappa_dist.kmeans.lloyd import KMeans, Progress, Updates, kmeans, lloyd
 from grappa_dist.kmeans.sampling import Draw
 from grappa_dist.kmeans.update import finish
-from grappa_dist.ops.probing import Lists, Propose, assign_probed
 from grappa_dist.search.backends import nearest
-from grappa_dist.search.candidates import Centroids, FloatProposer
-from grappa_dist.search.fixed_point import exact_square
+from grappa_dist.search.candidates import Centroids, FloatProposer, Search, float_error, nearest_in_floats, norm_of
+from grappa_dist.search.fixed_point import exact_dot, exact_square
+from grappa_dist.search.rerank import FAR, Assignment, assign, nearest_of_pairs
+
+PROPOSALS = 4  # centroids per row that floats propose
+Propose = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+"""(rows, their lists (P, p), t) -> float32 squared distances (P, t), best first, and centroids (P, t), -1 for none."""
+
+_COLUMN_BITS = 12  # squared distances lie below 2**51, so distance * 2**12 + column fits into an int64
+_TILE = 2**21  # elements of the largest table made at once
+
+
+def nearest_exactly(x: Tensor, centroids: Centroids, t: int) -> tuple[Tensor, Tensor]:
+    """The t nearest centroids of each grid row, (P, t), nearest first, ties by index, and exact squared distances."""
+    size = 2**_COLUMN_BITS
+    rows = max(1, _TILE // min(size, len(centroids.values)))
+    parts = [_nearest_of(part, centroids, t) for part in torch.split(x, rows)]
+    if not parts:
+        none = torch.zeros((0, t), dtype=torch.int64, device=x.device)
+        return none, none
+    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+
+def _nearest_of(x: Tensor, centroids: Centroids, t: int) -> tuple[Tensor, Tensor]:
+    own, size = exact_square(x)[:, None], 2**_COLUMN_BITS
+    labels = torch.zeros((len(x), 0), dtype=torch.int64, device=x.device)
+    squares = torch.zeros_like(labels)
+    for start in range(0, len(centroids.values), size):
+        some = slice(start, start + size)
+        table = (own + centroids.squares[some] - 2 * exact_dot(x, centroids.values[some])).long()  # (P, columns)
+        table.mul_(size).add_(torch.arange(table.shape[1], device=x.device))  # no two of a row are equal any more
+        best = table.topk(min(t, table.shape[1]), dim=1, largest=False).values
+        labels = torch.cat([labels, best % size + start], 1)
+        squares = torch.cat([squares, best // size], 1)
+        if start:  # stable: earlier columns have lower indices
+            order = squares.argsort(dim=1, stable=True)[:, :t]
+            labels, squares = labels.gather(1, order), squares.gather(1, order)
+    return labels, squares
+
+
+def nearest_set(x: Tensor, centroids: Centroids, t: int, search: Search = nearest_in_floats) -> Tensor:
+    """The t nearest centroids of each grid row as a set, (P, t) in no order; of equal ones those of lower index.
+
+    Floats settle it where the t-th and the next one lie clearly apart, `nearest_exactly` does elsewhere.
+    """
+    num, dim = centroids.values.shape
+    if t >= num or not len(x):
+        return torch.arange(num, device=x.device)[:t].expand(len(x), -1)
+    distances, found = search(x, centroids.values, t + 1)
+    error = float_error(dim, (norm_of(exact_square(x)) + centroids.norm) ** 2)
+    chosen = found[:, :t].clone()
+    close = (distances[:, t].double() - distances[:, t - 1].double() <= 2 * error).nonzero()[:, 0]
+    if len(close):
+        chosen[close] = nearest_exactly(x[close], centroids, t)[0]
+    return chosen
+
+
+@dataclass(frozen=True)
+class Lists:
+    """Centroids in lists of near ones; every list has some."""
+
+    whole: Centroids
+    heads: Centroids  # L of them
+    members: tuple[Tensor, ...]  # per list its centroids, ascending
+
+    @staticmethod
+    def of(centroids: Centroids, heads: Tensor, owners: Tensor) -> Lists:
+        """The lists of some heads (L, D), given the head (K,) of each centroid; heads of none are left out."""
+        order = owners.argsort(stable=True)
+        found = torch.split(order, torch.bincount(owners, minlength=len(heads)).tolist())
+        kept = [i for i, members in enumerate(found) if len(members)]
+        return Lists(centroids, Centroids.of(heads[kept]), tuple(found[i] for i in kept))
+
+
+@dataclass(frozen=True)
+class Probed:
+    """An assignment, and how many distances it took."""
+
+    found: Assignment
+    searched: int
+
+
+def assign_probed(x: Tensor, lists: Lists, probes: int, propose: Propose | None = None) -> Probed:
+    """The nearest centroid in each grid row's lists, exactly; a tie goes to the lowest index.
+
+    Without `propose`, and for rows with more near-ties than it proposes, the lists are searched by `assign`.
+    """
+    probes = min(probes, len(lists.members))
+    probed, _ = nearest_exactly(x, lists.heads, probes)  # (P, p)
+    sizes = torch.tensor([len(members) for members in lists.members], device=x.device)
+    searched = len(x) * len(sizes) + int(sizes[probed].sum())
+    if propose is None or not len(x):
+        return Probed(_search_lists(x, lists, probed), searched)
+    distances, proposed = propose(x, probed, PROPOSALS)  # (P, t)
+    squares = exact_square(x)
+    gap = 2 * float_error(x.shape[1], (norm_of(squares) + lists.whole.norm) ** 2)
+    possible = (distances.double() <= distances[:, :1].double() + gap) & (proposed >= 0)
+    rows, places = possible[:, :-1].nonzero().unbind(1)
+    nearest = nearest_of_pairs(x, squares, lists.whole, (rows, proposed[rows, places]))
+    more = possible[:, -1].nonzero()[:, 0]  # as near as the floats can tell, and there may be others
+    if len(more):
+        found = _search_lists(x[more], lists, probed[more])
+        nearest.labels[more], nearest.squares[more] = found.labels, found.squares
+    return Probed(replace(nearest, undecided=int(possible[:, 1].sum())), searched)
+
+
+def _search_lists(x: Tensor, lists: Lists, probed: Tensor) -> Assignment:
+    """By one search per list, for all rows that look into it."""
+    labels = torch.full((len(x),), -1, dtype=torch.int64, device=x.device)
+    squares = torch.full_like(labels, FAR)
+    undecided, whole = 0, lists.whole
+    wanted, order = probed.flatten().sort(stable=True)
+    names, sizes = wanted.unique_consecutive(return_counts=True)
+    for name, places in zip(names.tolist(), torch.split(order, sizes.tolist()), strict=True):
+        rows, members = places // probed.shape[1], lists.members[name]
+        found = assign(x[rows], whole.pick(members))
+        _take_closer(labels, squares, rows, (members[found.labels], found.squares))
+        undecided += found.undecided
+    return Assignment(labels, squares, undecided)
+
+
+def _take_closer(labels: Tensor, squares: Tensor, rows: Tensor, rivals: tuple[Tensor, Tensor]) -> None:
+    """Gives some rows, in place, their rivals' labels and squared distances where these are better."""
+    new, theirs = rivals
+    closer = (theirs < squares[rows]) | ((theirs == squares[rows]) & (new < labels[rows]))
+    labels[rows[closer]], squares[rows[closer]] = new[closer], theirs[closer]
+
 
 LIST_UPDATES = 5  # of the k-means that makes the lists
 AGREEMENT_ROWS = 4096  # compared with the exact assignment; 0.98 of them is known to 0.2 points

@@ -4,28 +4,231 @@ Ranks hold the rows in rank order, so a row's place among all rows does not depe
 row is exact (kmeans/update.py) and every number that travels is an integer.
 
 Shapes: P rows of one block, K centroids, D dimensions.
+
+Lloyd's iterations around any pass: exact ones with bounds, and those that shorten the assignment.
+
+Shapes: K centroids, D dimensions.
+
+Passes of exact k-means over the rows of a rank, for one number of labels or for several at once.
+
+Shapes: P rows of one block, K centroids, D dimensions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from threading import Lock
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from grappa_dist.distributed.collectives import Comm
-from grappa_dist.distributed.lloyd import SQUARE_UNIT, Progress, Steps, Updates, lloyd_steps
-from grappa_dist.distributed.oversampling import oversampled_centroids
-from grappa_dist.distributed.passes import BoundedPasses, advance_together
-from grappa_dist.distributed.rows import Rows, row_problem
-from grappa_dist.distributed.sharded_rows import BLOCK_ROWS, Share, join_rows
-from grappa_dist.kmeans.seeding import Seeded, seed_centroids
-from grappa_dist.kmeans.update import finish
-from grappa_dist.ops.choice import Init
-from grappa_dist.search.candidates import Centroids
-from grappa_dist.search.fixed_point import to_grid
+from grappa_dist.distributed.sharded_rows import (
+    BLOCK_ROWS,
+    RowBlock,
+    Rows,
+    Share,
+    join_rows,
+    on_grid,
+    row_problem,
+    scratch,
+)
+from grappa_dist.kmeans.seeding import Init, Seeded, oversampled_centroids, seed_centroids
+from grappa_dist.kmeans.update import Stats, finish
+from grappa_dist.kmeans.yinyang import Bounds, Drift, GroupedCentroids, Groups, Moves, num_bounds, reassign
+from grappa_dist.search.candidates import Centroids, joined
+from grappa_dist.search.fixed_point import GRID, to_grid
+
+
+def advance_together(wanted: Sequence[tuple[BoundedPasses, Tensor]]) -> list[Centroids]:
+    """Makes each of several clusterings of one share the one by these centroids, reading the rows once for all."""
+    share = wanted[0][0].share
+    assert all(kept.share is share for kept, _ in wanted)
+    passes = [_Pass.of(kept, centroids) for kept, centroids in wanted]
+
+    def work(block: RowBlock) -> list[Moves]:
+        return [one.over(block) for one in passes]
+
+    for found in share.each(work, share.row_blocks()):
+        for one, moves in zip(passes, found, strict=True):
+            one.kept.by_integers += moves.by_integers
+            one.kept.searched += moves.searched
+    for one in passes:
+        one.end()
+    return [one.grouped.whole for one in passes]
+
+
+@dataclass
+class BoundedPasses:
+    """An exact k-means between its passes over the rows: labels, bounds of distances that spare most of the search, and
+    what the rows of a label add up to, which only rows that change their label change."""
+
+    share: Share
+    groups: Groups
+    bounds: Bounds  # of the good rows, in their order
+    stats: Stats  # of all ranks
+    centroids: Tensor  # of the last pass
+    number: int = 0
+    by_integers: int = 0  # rows of this rank that no float could settle, over all passes
+    searched: int = 0  # distances that it estimated
+
+    @staticmethod
+    def over(share: Share, centroids: Tensor) -> BoundedPasses:
+        num_labels, dim = centroids.shape
+        groups = Groups.around(centroids, num_bounds(num_labels, dim))
+        num = share.rows.num_good
+        bounds = Bounds(
+            labels=scratch((num,), torch.int32).fill_(-1),
+            upper=scratch((num,), torch.float32).fill_(math.inf),
+            lower=scratch((num, len(groups.members)), torch.float32).fill_(-math.inf),
+            squares=share.squares,
+        )
+        return BoundedPasses(share, groups, bounds, Stats.zeros(num_labels, dim, share.device), centroids)
+
+    def labels(self) -> list[np.ndarray]:
+        """Of the rank's rows by shard, (P,) int32, -1 for bad rows."""
+        parts, first = [], 0
+        for good in self.share.rows.good:
+            part = np.full(len(good), -1, dtype=np.int32)
+            part[good] = self.bounds.labels[first : first + int(good.sum())].numpy()
+            parts.append(part)
+            first += int(good.sum())
+        return parts
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One pass of one clustering: labels, bounds and sums by new centroids."""
+
+    kept: BoundedPasses
+    grouped: GroupedCentroids
+    drift: Drift | None  # of the centroids since the last pass, if there was one
+    change: Stats  # of this rank's sums
+    adding: Lock = field(default_factory=Lock)
+
+    @staticmethod
+    def of(kept: BoundedPasses, centroids: Tensor) -> _Pass:
+        grouped = GroupedCentroids.of(centroids, kept.groups, kept.share.proposer)
+        drift = Drift.between(kept.centroids, centroids, kept.groups) if kept.number else None
+        num_labels, dim = centroids.shape
+        return _Pass(kept, grouped, drift, Stats.zeros(num_labels, dim, kept.share.device))
+
+    def over(self, block: RowBlock) -> Moves:
+        part = self.kept.bounds.part(block.places)
+        bounds = part.to(self.kept.share.device)
+        if self.drift:
+            bounds.shift_(self.drift)
+        moves = reassign(block.take, self.grouped, bounds)
+        part.copy_(bounds)
+        if len(moves.rows):
+            x, squares = joined(block.take(moves.rows)), bounds.squares[moves.rows]
+            with self.adding:
+                self.change.add_(x, squares, moves.after, moves.before if self.drift else None)
+        return moves
+
+    def end(self) -> None:
+        self.kept.centroids, self.kept.number = self.grouped.whole.values, self.kept.number + 1
+        self.kept.stats.add_changes_(self.change, self.kept.share.total)
+
+
+SQUARE_UNIT = 1 / GRID**2  # of exact squared distances
+Finish = Callable[[Tensor, list[int], int], tuple[Tensor, int]]
+"""(centroids (K, D), spreads, step) -> new centroids and how many empty clusters were repaired."""
+
+
+class Passes(Protocol):
+    """What passes over a share's rows keep."""
+
+    share: Share
+    stats: Stats  # of all ranks, by the labels of the last pass
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where k-means stands after an update, or before the first one: enough to go on from, with the same result."""
+
+    centroids: np.ndarray  # (K, D) float32, after the update; (0, D) while the initialisation is under way
+    inertia: tuple[int, ...]  # exact, before each update, in units of 2**-48
+    repaired: int = 0
+    seeded: Seeded | None = None  # how far the initialisation is, while it is under way
+
+    def problem(self) -> str:
+        """What is wrong with the centroids, "" when nothing is: exact arithmetic needs values on the grid."""
+        if self.centroids.ndim != 2 or self.centroids.dtype != np.float32:
+            return f"centroids must be (K, D) float32, found {self.centroids.shape} {self.centroids.dtype}"
+        if on_grid(self.centroids):
+            return ""
+        wrong = next(i for i, row in enumerate(self.centroids) if not on_grid(row[None]))
+        finite = np.isfinite(self.centroids[wrong]).all()
+        return f"centroid {wrong} " + ("is off the grid of exact arithmetic" if finite else "is not finite")
+
+
+Steps = Generator[Tensor, Centroids, Progress]
+"""Yields the centroids of each pass, is sent them prepared when the pass is over, and returns where it all ends."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Updates:
+    """How often centroids are updated, and who is told."""
+
+    iterations: int = 20  # updates at most; fewer when centroids no longer move
+    tolerance: float = 0.0  # stop when an update lowers inertia by less than this share of it; 0: never
+    spherical: bool = False  # centroids are normalised after every update
+    on_iteration: Callable[[int, float], None] = lambda iteration, inertia: None  # updates so far, what they led to
+    on_update: Callable[[Progress], None] = lambda progress: None  # what a later call can go on from
+
+    def __post_init__(self) -> None:
+        if self.iterations < 0:
+            raise ValueError(f"iterations must be at least 0, got {self.iterations}")
+        if not 0 <= self.tolerance < 1:
+            raise ValueError(f"tolerance must be at least 0 and below 1, got {self.tolerance}")
+
+
+def lloyd(
+    passes: Passes, advance: Callable[[Tensor], Centroids], finish: Finish, start: Progress, how: Updates
+) -> Progress:
+    """The last centroids, with their inertia as the last entry; the passes hold the labels that belong to them.
+
+    Args:
+        advance: makes `passes` those of some centroids, which it returns prepared.
+        start: where to go on from, as `how.on_update` was told.
+    """
+    iterations = lloyd_steps(passes, finish, start, how)
+    try:
+        centroids = next(iterations)
+        while True:
+            centroids = iterations.send(advance(centroids))
+    except StopIteration as end:
+        last: Progress = end.value
+        return last
+
+
+def lloyd_steps(passes: Passes, finish: Finish, start: Progress, how: Updates) -> Steps:
+    """The same for a caller who makes the passes."""
+    centroids = torch.from_numpy(start.centroids).to(passes.share.device)
+    inertia, repaired = list(start.inertia), start.repaired
+    for step in range(len(inertia), how.iterations + 1):
+        prepared = yield centroids
+        spreads = passes.stats.spreads(prepared)
+        inertia.append(sum(spreads))
+        how.on_iteration(step, inertia[-1] * SQUARE_UNIT)
+        if step == how.iterations or (step and _at_rest(inertia[-2], inertia[-1], how.tolerance)):
+            break
+        updated, splits = finish(centroids, spreads, step)
+        if not splits and torch.equal(updated, centroids):
+            break  # every further step would be this one
+        centroids, repaired = updated, repaired + splits
+        how.on_update(Progress(centroids.cpu().numpy(), tuple(inertia), repaired))
+    return Progress(centroids.cpu().numpy(), tuple(inertia), repaired)
+
+
+def _at_rest(before: int, now: int, tolerance: float) -> bool:
+    """Whether inertia fell by too little; it may even rise where means are normalised."""
+    return tolerance > 0 and before - now < tolerance * before
 
 
 @dataclass(frozen=True)

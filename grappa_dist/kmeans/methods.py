@@ -4,29 +4,129 @@ All give the same bits on any number of ranks, for any split of the rows and any
 `on_update` was told last to the same end.
 
 Shapes: n rows of all ranks, K centroids, C coarse ones, D dimensions.
+
+Clusterings of a share: the best of some restarts, and several numbers of labels at the same time.
+
+Which way to cluster, and why: a function of the numbers of rows, labels and updates alone, never of the machine.
+
+The choice changes the labels, so it must be the same wherever the run goes on. The dimension is left out for a reason
+of its own: artefacts are named before a backbone is built.
+
+Shapes: n rows, K labels, I updates, C = sqrt(K) coarse clusters and as many lists, p probes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from math import isqrt
+from typing import Literal
 
 import numpy as np
 import torch
 
-from grappa_dist.distributed.lloyd import SQUARE_UNIT, Progress
 from grappa_dist.distributed.sharded_rows import Share
 from grappa_dist.kmeans.assignments import RowLabels, Settled, exactly, find_labels
 from grappa_dist.kmeans.balanced import Balanced, balance_labels, largest_size
 from grappa_dist.kmeans.hierarchical import fit_in_families
 from grappa_dist.kmeans.ivf import Agreement, agreement, refine, through_lists
-from grappa_dist.kmeans.lloyd import Fit, KMeans, KMeansResult, begin, end_alone
-from grappa_dist.kmeans.sampling import sampled_share
-from grappa_dist.ops.choice import Choice
+from grappa_dist.kmeans.lloyd import SQUARE_UNIT, Fit, KMeans, KMeansResult, Progress, begin, end_alone, end_together
+from grappa_dist.kmeans.sampling import draw, sampled_share
+from grappa_dist.kmeans.seeding import Init
 from grappa_dist.search.candidates import Centroids
 from grappa_dist.search.fixed_point import exact_square
 from grappa_dist.search.rerank import Assignment, pair_squares
+
+Name = Literal["exact", "sampled", "hierarchical", "approximate"]
+AssignmentKind = Literal["exact", "approximate"]
+FLAT: tuple[Name, ...] = ("exact", "sampled")
+"""Methods that fit all centroids at once, not on two levels."""
+
+PAIRS = 5 * 10**13
+"""Pairs of row and centroid that `auto` spends on one part: about a day and a half of one core (docs/scale.md)."""
+
+PLUS_PLUS_LABELS, PLUS_PLUS_ROWS = 2**17, 8
+"""`auto` draws up to so many centroids by k-means++, which reads the rows the more often the more there are; and all of
+them where there are fewer rows per centroid than that, since k-means|| would have most rows for candidates."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """What the cost depends on."""
+
+    rows: int
+    labels: int
+    iterations: int
+    probes: int
+
+    def fit_pairs(self, name: Name, sample_rows: int = 0) -> int:
+        """Pairs of row and centroid that a fit compares, bounds left aside.
+
+        exact: n K (I + 1). hierarchical: n C (I + 1) for either level. approximate: the same, then per update n C heads
+        and n p K / C centroids. sampled: m K (I + 1) for m sampled rows.
+        """
+        passes, level = self.iterations + 1, self.rows * isqrt(self.labels)
+        two_levels = 2 * level * passes
+        return {
+            "exact": self.rows * self.labels * passes,
+            "sampled": sample_rows * self.labels * passes,
+            "hierarchical": two_levels,
+            "approximate": two_levels + level * (1 + self.probes) * passes,
+        }[name]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How one K is clustered."""
+
+    name: Name
+    assignment: AssignmentKind  # of all rows, once the centroids stand
+    reason: str
+    init: Init = "k-means++"  # of the flat fit: of all centroids, or of the coarse ones where there are two levels
+
+
+def choose(
+    method: Name | Literal["auto"],
+    assignment: AssignmentKind | Literal["auto"],
+    init: Init | Literal["auto"],
+    size: Size,
+) -> Choice:
+    """Settles what is `auto`: the method of lowest inertia whose fit is affordable, the assignment likewise."""
+    name, reason = _method(method, size)
+    assigned, because = _assignment(name, assignment, size)
+    found = _init(init, size.rows, size.labels if name in FLAT else isqrt(size.labels))
+    started = "; first centroids by k-means||" if found == "k-means||" else ""
+    return Choice(name, assigned, reason + because + started, found)
+
+
+def _assignment(name: Name, assignment: AssignmentKind | Literal["auto"], size: Size) -> tuple[AssignmentKind, str]:
+    if name == "exact":
+        return "exact", ""
+    once = size.rows * size.labels
+    if assignment != "auto":
+        return assignment, f"; clustering.assignment is {assignment}"
+    if once <= PAIRS:
+        return "exact", f"; exact labels at the end take {once:.1e} pairs"
+    return "approximate", f"; exact labels at the end would take {once:.1e} pairs"
+
+
+def _init(init: Init | Literal["auto"], rows: int, labels: int) -> Init:
+    if init != "auto":
+        return init
+    return "k-means||" if labels > PLUS_PLUS_LABELS and rows >= PLUS_PLUS_ROWS * labels else "k-means++"
+
+
+def _method(method: Name | Literal["auto"], size: Size) -> tuple[Name, str]:
+    if method != "auto":
+        return method, f"clustering.method is {method}"
+    exact, lists, levels = (size.fit_pairs(name) for name in ("exact", "approximate", "hierarchical"))
+    if exact <= PAIRS:
+        return "exact", f"exact k-means takes {exact:.1e} pairs of row and centroid, at most {PAIRS:.0e} are spent"
+    too_dear = f"exact k-means would take {exact:.1e} pairs of row and centroid, more than {PAIRS:.0e}"
+    if lists <= PAIRS:
+        return "approximate", f"{too_dear}; two levels and updates through lists take {lists:.1e}"
+    return "hierarchical", f"{too_dear}, and updates through lists {lists:.1e}; two levels take {levels:.1e}"
+
 
 Trail = Mapping[str, Progress]
 """Where the parts of a method stand; enough to go on from."""
@@ -231,3 +331,77 @@ def _own_distances(share: Share, result: KMeansResult) -> RowLabels:
         return Settled(positions, x, Assignment(own, squares.long()), 0)
 
     return find_labels(share, work, share.blocks())[0]
+
+
+_RESTART = 0  # names draws
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One clustering to be made."""
+
+    num_labels: int
+    method: Method
+    seed: int = 0
+    trail: Trail = field(default_factory=dict)  # what `told.on_update` was told last, to go on from there
+    told: Told = field(default_factory=Told)
+
+
+def shares_passes(method: Method) -> bool:
+    """Whether its passes over the rows can serve other clusterings too: those of plain exact k-means."""
+    return method.choice.name == "exact" and method.restarts == 1
+
+
+def cluster_together(share: Share, wanted: Iterable[Wanted]) -> Iterator[tuple[int, Clustering]]:
+    """Clusterings that share their passes over the rows, with their place among those wanted, each when it is done.
+
+    Every one is what `cluster` makes of it alone.
+
+    Args:
+        wanted: asked for one by one, each when its initialisation is due; `shares_passes` of all.
+    """
+    under_way: dict[Fit, tuple[int, Restart]] = {}
+    for place, one in enumerate(wanted):
+        assert shares_passes(one.method)
+        run = _first_run(share, one)
+        under_way[run.begin_exact()] = (place, run)
+    for fit in end_together(list(under_way)):
+        place, run = under_way.pop(fit)
+        yield place, run.end_exact(fit.result())
+
+
+def cluster(share: Share, wanted: Wanted) -> Clustering:
+    """The clustering of lowest inertia among the restarts, the first of equal ones."""
+    first = _first_run(share, wanted)
+    if wanted.method.restarts == 1:
+        return first.cluster()
+    kept, told = first.kept, first.told
+    seeds = (draw(2**63, wanted.seed, number, _RESTART) for number in range(1, wanted.method.restarts))
+    runs = [first, *(replace(first, seed=seed, number=number) for number, seed in enumerate(seeds, start=1))]
+    found: dict[int, Clustering] = {}
+    for run in runs:
+        if run.done not in kept:
+            found = {run.number: run.cluster()}
+            inertia = round(found[run.number].result.inertia[-1] / SQUARE_UNIT)
+            kept[run.done] = Progress(np.zeros((0, share.dim), np.float32), (inertia,))
+            _keep_only(kept, _best(kept, runs[: run.number + 1]))
+            told.on_update(kept)
+    best = _best(kept, runs)
+    if best.number not in found:  # only the passes after its last update are made again
+        found[best.number] = best.cluster()
+    return replace(found[best.number], restarts=tuple(kept[run.done].inertia[0] * SQUARE_UNIT for run in runs))
+
+
+def _first_run(share: Share, wanted: Wanted) -> Restart:
+    share.check_labels(wanted.num_labels)
+    return Restart(share, wanted.num_labels, wanted.method, wanted.seed, 0, dict(wanted.trail), wanted.told)
+
+
+def _best(kept: Trail, runs: list[Restart]) -> Restart:
+    return min(runs, key=lambda run: (kept[run.done].inertia[0], run.number))
+
+
+def _keep_only(kept: dict[str, Progress], best: Restart) -> None:
+    """Forgets the centroids of all other restarts."""
+    for key in [k for k in kept if not k.endswith("/done") and not k.startswith(f"{best.number}/")]:
+        del kept[key]

@@ -1,22 +1,182 @@
 """Rows drawn by their place among all rows: the same ones on any number of ranks.
 
 Shapes: n rows of this rank, m of them drawn, D dimensions.
+
+The rows with the lowest keys of each group, over all ranks, without moving a row: a threshold found digit by digit.
+
+Shapes: n rows of this rank, P of one piece, G groups.
+
+Numbers drawn for rows: a function of a key and the row's place among all, of no generator's state.
+
+Shapes: P rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from grappa_dist.distributed.lowest import Cut, lowest
-from grappa_dist.distributed.rows import Rows
-from grappa_dist.distributed.scratch import scratch
-from grappa_dist.distributed.sharded_rows import Share, join_rows
-from grappa_dist.ops.hashing import HASH_BITS, RACE_BITS, WEIGHT_BITS, race_keys, row_hashes
+from grappa_dist.distributed.sharded_rows import PIECE, Rows, Share, join_rows, scratch
+
+
+def draw(limit: int, *key: int) -> int:
+    """An integer in [0, limit), a function of the key alone: no generator, so no state and no library version."""
+    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=24).digest()
+    return int.from_bytes(digest, "big") % limit
+
+
+HASH_BITS = 52
+RACE_BITS = 62
+WEIGHT_BITS = 24  # of the largest weight, so that enough is left of a waiting time that is divided by it
+_CELL_BITS, _FRACTION_BITS = 12, 26  # of a hash: cell of the table, place in the cell
+_UNIT, _SHIFT = 56, 20  # waiting times count in 2**-_UNIT; the table's entries are multiples of 2**_SHIFT of it
+
+
+def row_hashes(places: Tensor, *key: int) -> Tensor:
+    """(P,) int64 in [0, 2**HASH_BITS), as good as independent for different places and for different keys.
+
+    Computed on the device of `places` (P,) int64.
+    """
+    return _shifted(_mix(_mix(places) ^ _signed(draw(2**64, *key))), 64 - HASH_BITS)
+
+
+def race_keys(hashes: Tensor, weights: Tensor, shift: int = 14) -> Tensor:
+    """(P,) int64 in [0, 2**RACE_BITS): the rows with the lowest keys are drawn in proportion to their weights.
+
+    Each row waits for an exponential time with its weight as the rate, so the first to come are those that draws
+    without replacement would take (Efraimidis and Spirakis, 2006). The logarithm is a table with straight lines in
+    between: the key is an integer function of integers.
+
+    Args:
+        hashes: of `row_hashes`.
+        weights: (P,) int64, at least 1.
+        shift: bits at the low end of weights that do not count, the same in all calls of a race; rows that have nothing
+            else wait alike. By default those of `ops.seeding.to_weights` have 16 bits left.
+    """
+    cells = hashes >> (HASH_BITS - _CELL_BITS)
+    fraction = (hashes >> (HASH_BITS - _CELL_BITS - _FRACTION_BITS)) & (2**_FRACTION_BITS - 1)
+    steps = (_WAITS[cells + 1] - _WAITS[cells]) * fraction
+    times = (_WAITS[cells] << _SHIFT) + (steps >> (_FRACTION_BITS - _SHIFT))
+    return times // (weights >> shift).clamp(min=1)
+
+
+def _waiting_times() -> Tensor:
+    """-log(1 - v) at the cells' edges, (cells + 1,); the last cell, which is infinitely long, ends one further."""
+    cells = 2**_CELL_BITS
+    times = [-math.log1p(-i / cells) for i in range(cells)]
+    return torch.tensor([round(t * 2 ** (_UNIT - _SHIFT)) for t in (*times, times[-1] + 1)])
+
+
+_WAITS = _waiting_times()
+
+
+def _mix(z: Tensor) -> Tensor:
+    """The finalizer of SplitMix64 (Steele, Lea and Flood, 2014), which maps 64 bits one to one; products wrap."""
+    z = z + _signed(0x9E3779B97F4A7C15)
+    z = (z ^ _shifted(z, 30)) * _signed(0xBF58476D1CE4E5B9)
+    z = (z ^ _shifted(z, 27)) * _signed(0x94D049BB133111EB)
+    return z ^ _shifted(z, 31)
+
+
+def _signed(bits: int) -> int:
+    """The int64 of 64 bits."""
+    return bits - 2**64 if bits >= 2**63 else bits
+
+
+def _shifted(z: Tensor, by: int) -> Tensor:
+    """To the right, with zeros from the left, where torch repeats the sign."""
+    return (z >> by) & (2 ** (64 - by) - 1)
+
+
+_PLACE_BITS = 48
+_TABLE_BITS = 20  # of the counts of all groups' digits, at most
+_MAX_DIGIT, _MIN_DIGIT = 16, 4
+
+Pieces = Callable[[], Iterator[tuple[Tensor, Tensor]]]
+"""Groups (P,) and values (P,) of some rows, piece by piece, as often as asked."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Which rows of each group are taken: those with a lower key, and those with that very key up to a place."""
+
+    keys: Tensor  # (G,) int64, -1 where none is taken
+    places: Tensor  # (G,) int64
+
+    def takes(self, groups: Tensor, keys: Tensor, places: Tensor) -> Tensor:
+        """(P,) bool; never a row of no group."""
+        named = groups.clamp(min=0).long()
+        limit = torch.where(groups >= 0, self.keys[named], -1)
+        return (keys < limit) | ((keys == limit) & (places <= self.places[named]))
+
+
+def lowest(share: Share, groups: Tensor, keys: Tensor, wanted: Tensor, *, bits: int) -> Cut:
+    """The `wanted` rows (G,) with the lowest keys of each group, all of a group that has fewer; ties by place.
+
+    Args:
+        groups: (n,) of this rank's rows, by position; -1: the row takes no part.
+        keys: (n,) int64 in [0, 2**bits).
+    """
+
+    def pieces() -> Iterator[tuple[Tensor, Tensor]]:
+        for g, k, _ in _pieces(share, groups, keys):
+            yield g, k
+
+    limits, left, tied = _select(share, pieces, wanted, bits)
+    places = torch.full_like(limits, 2**_PLACE_BITS)
+    short = (left < tied) & (limits >= 0)
+    if bool(short.any()):
+
+        def tied_places() -> Iterator[tuple[Tensor, Tensor]]:
+            for g, k, place in _pieces(share, groups, keys):
+                some = short[g] & (k == limits[g])
+                yield g[some], place[some]
+
+        found, _, _ = _select(share, tied_places, torch.where(short, left, 0), _PLACE_BITS)
+        places[short] = found[short]
+    return Cut(limits, places)
+
+
+def _pieces(share: Share, groups: Tensor, keys: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    for start in range(0, len(groups), PIECE):
+        rows = (groups[start : start + PIECE] >= 0).nonzero()[:, 0] + start
+        yield groups[rows].long(), keys[rows], rows + share.first
+
+
+def _select(share: Share, pieces: Pieces, wanted: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each group the wanted-th lowest value, (G,), how many of that very value are wanted, and how many there are.
+
+    -1 where no row is wanted or there is none. Collectives are as many on every rank.
+    """
+    num = len(wanted)
+    sizes = torch.zeros(num, dtype=torch.int64)
+    for g, _ in pieces():
+        sizes += torch.bincount(g, minlength=num)
+    left = torch.minimum(wanted, share.total(sizes))
+    none, prefix, tied = left <= 0, torch.zeros_like(left), torch.zeros_like(left)
+    room = min(_TABLE_BITS, share.num_good.bit_length() + 2)
+    step = min(_MAX_DIGIT, max(_MIN_DIGIT, room - num.bit_length()))
+    while bits:
+        width = min(step, bits)
+        bits -= width
+        table = torch.zeros(num << width, dtype=torch.int64)
+        for g, values in pieces():
+            same = (values >> (bits + width)) == prefix[g]
+            cells = (g[same] << width) + ((values[same] >> bits) & ((1 << width) - 1))
+            table.index_add_(0, cells, torch.ones_like(cells))
+        table = share.total(table).view(num, 1 << width)
+        ends = table.cumsum(1)
+        digit = (ends < left[:, None]).sum(1, keepdim=True)  # left is at most the row's total, so there is one
+        tied = table.gather(1, digit)[:, 0]
+        left = left - (ends.gather(1, digit)[:, 0] - tied)
+        prefix = (prefix << width) + digit[:, 0]
+    return torch.where(none, -1, prefix), left, tied
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,224 @@
 """k-means++ over the rows of all ranks, in rounds: the same centroids on any number of ranks.
 
 Shapes: K centroids, D dimensions, k of them found so far, m candidates of one round.
+
+k-means|| over the rows of all ranks (Bahmani et al., Scalable K-Means++, 2012): a few readings, whatever K is.
+
+Rounds draw many rows at once by their squared distances from those drawn before, more rows in all than there are
+centroids to be. Each counts as often as it is a row's nearest, and k-means++ picks the centroids among them.
+
+The paper draws each row by itself, so that a round has about l rows. Here a round has l rows exactly: those that come
+first when each waits for an exponential time with its squared distance as the rate (`ops.hashing.race_keys`).
+
+Shapes: n rows of this rank, K centroids, M candidates of all ranks, D dimensions.
+
+Squared distances of all ranks' rows from the nearest centroid so far, by which first centroids are drawn.
+
+Shapes: n rows of this rank, P of one block, D dimensions, m rows that are looked for.
+
+k-means++ by rounds: what is drawn, and which draws are kept, as functions of integers alone.
+
+Shapes: m candidate rows of one round.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from grappa_dist.distributed.row_weights import RowWeights, are_here, rows_at
-from grappa_dist.distributed.sharded_rows import Share
-from grappa_dist.ops.seeding import accept, candidates_of, draw
+from grappa_dist.distributed.sharded_rows import RowBlock, Share, scratch
+from grappa_dist.kmeans.sampling import Draw, copied_share, draw
+from grappa_dist.search.candidates import Centroids
+from grappa_dist.search.fixed_point import GRID, exact_dot, exact_square
+from grappa_dist.search.rerank import FAR, Assignment, assign
+
+Init = Literal["k-means++", "k-means||"]
+
+
+_TABLE = 2048  # candidates of which distances to each other are a square table
+_SHARE = 64  # a round adds at most this share of the centroids, where that is more than a table of candidates
+LARGER_ROUNDS_ABOVE = _TABLE * _SHARE  # centroids
+OVERSAMPLING_ROUNDS = 5  # of k-means||, after its first row
+_SHIFT = 21  # from units of 2**-48 to units of 2**-27
+
+
+def to_weights(squares: Tensor) -> Tensor:
+    """Squared distances from units of 2**-48 to units of 2**-27, rounded up so that only equal rows are at 0.
+
+    Each is at most 4 and a bit, so the weights of 2**33 rows add up to less than 2**63.
+    """
+    return -((-squares) >> _SHIFT)
+
+
+def from_weights(weights: Tensor) -> Tensor:
+    """The largest squared distances, float64, that have these weights or lower ones."""
+    return weights.double() / 2**27
+
+
+def candidates_of(num: int, missing: int) -> int:
+    """How many rows a round draws when there are `num` centroids and `missing` are still to be found.
+
+    More of them make fewer rounds; those that lie near to each other are drawn in vain.
+    """
+    return max(1, min(num // 2, missing, max(_TABLE, num // _SHARE)))
+
+
+def oversampled_at_once(num_labels: int) -> int:
+    """How many rows each round of k-means|| draws: all together 2.5 times as many as there are centroids to be.
+
+    Of its paper's factors 0.1 to 10 per centroid (Bahmani et al., 2012, section 5) this is the least with which five
+    rounds are more than enough.
+    """
+    return -(-num_labels // 2)
+
+
+def accept(rows: Tensor, weights: Sequence[int], draws: Sequence[int], at_most: int) -> list[int]:
+    """Which of m candidates become centroids, as ascending positions, so that their law is that of k-means++.
+
+    Candidates were drawn in proportion to their squared distances `weights` before this round. Taken in order, each is
+    kept with probability (distance by now) / (distance then), so the kept one follows the distances by now, as if the
+    distances of all rows had been updated after every single choice.
+
+    Args:
+        draws: for each candidate an integer drawn from [0, weight).
+        at_most: no more are accepted than this.
+    """
+    squares = exact_square(rows)
+    accepted: list[int] = []
+    for first in range(0, len(rows), _TABLE):  # so no table has more than this many rows and columns
+        block = range(first, min(first + _TABLE, len(rows)))
+        now = np.asarray(weights[block.start : block.stop], dtype=np.int64)
+        for start in range(0, len(accepted), _TABLE):
+            now = np.minimum(now, _between(rows, squares, block, accepted[start : start + _TABLE]).min(1))
+        between = _between(rows, squares, block, block)
+        for i in block:
+            if len(accepted) == at_most:
+                return accepted
+            if draws[i] < int(now[i - first]):
+                accepted.append(i)
+                now = np.minimum(now, between[i - first])
+    return accepted
+
+
+def _between(rows: Tensor, squares: Tensor, some: Sequence[int], others: Sequence[int]) -> np.ndarray:
+    """Weights (a, b) of some candidates by their distances from others."""
+    a, b = list(some), list(others)
+    table = squares[a][:, None] + squares[b] - 2 * exact_dot(rows[a], rows[b])
+    return to_weights(table.long()).cpu().numpy()
+
+
+_AT_ONCE = 2**14  # centroids that a block of rows is compared with, so that their table of distances stays small
+_READ = 256  # rows that are looked up one by one between two looks at the other ranks
+
+
+@dataclass(frozen=True)
+class RowWeights:
+    """Weights of this rank's rows, lowered in place as centroids are found."""
+
+    share: Share
+    squares: Tensor  # (n,) int64, in units of 2**-27; 0 for bad rows
+    nearest: Tensor | None = None  # (n,) int32, the nearest centroid; of several rounds the first of that weight
+    times: Tensor | None = None  # (n,) int64, by which each counts; once each where it is None
+
+    @staticmethod
+    def of(share: Share, *, nearest: bool = False, times: Tensor | None = None) -> RowWeights:
+        """The same for all good rows: the first centroid may be any of them."""
+        num = (len(share.rows),)
+        labels = scratch(num, torch.int32).fill_(-1) if nearest else None
+        weights = RowWeights(share, scratch(num, torch.int64), labels, times)
+        weights._fill(1)
+        return weights
+
+    def _fill(self, value: int) -> None:
+        """Gives all good rows the same weight."""
+        for positions in self.share.good_positions():
+            self.squares[positions] = value
+
+    def totals(self) -> list[int]:
+        """Sums of each rank's."""
+        return [int(total) for total in self.share.gather(self._counted().sum()[None])]
+
+    def located(self, targets: list[int], totals: list[int]) -> tuple[Tensor, list[int]]:
+        """Places among all rows, (m,), and squares of the rows on which targets below the sum of all totals fall.
+
+        A target falls on the row at which the running sum of weights passes it; the rank that has it tells the others.
+        """
+        lower_ranks = sum(totals[: self.share.comm.rank])
+        ends = self._counted().cumsum(0)
+        own = [i for i, t in enumerate(targets) if 0 <= t - lower_ranks < totals[self.share.comm.rank]]
+        found = torch.zeros(len(targets), 2, dtype=torch.int64)
+        if own:
+            positions = torch.searchsorted(ends, torch.tensor([targets[i] - lower_ranks for i in own]), right=True)
+            found[own] = torch.stack([positions + self.share.first, self.squares[positions]], 1)
+        places, squares = self.share.total(found).unbind(1)
+        return places, squares.tolist()
+
+    def lower(self, rounds: Sequence[Tensor], first: int = 0) -> None:
+        """Lowers the weights to those by the nearest of some new centroids, in one reading of the rows.
+
+        Args:
+            rounds: centroids (m, D) each, in the order in which they were found; `first` were found before them.
+        """
+        if not first:
+            self._fill(FAR)
+        prepared = [[Centroids.of(part, self.share.proposer) for part in some.split(_AT_ONCE)] for some in rounds]
+
+        def work(block: RowBlock) -> tuple[Tensor, Tensor, Tensor]:
+            x, known = block.x, self.squares[block.positions].to(self.share.device)
+            labels, before = torch.full_like(known, -1), first
+            for parts, some in zip(prepared, rounds, strict=True):
+                found = _nearest(x, block.squares, parts, from_weights(known))
+                now = to_weights(found.squares)
+                nearer = now < known
+                known, labels = torch.where(nearer, now, known), torch.where(nearer, found.labels + before, labels)
+                before += len(some)
+            nearer = labels >= 0
+            return block.positions[nearer.cpu()], known[nearer].cpu(), labels[nearer].int().cpu()
+
+        for positions, squares, labels in self.share.each(work, self.share.row_blocks()):
+            self.squares[positions] = squares
+            if self.nearest is not None:
+                self.nearest[positions] = labels
+
+    def _counted(self) -> Tensor:
+        return self.squares if self.times is None else self.squares * self.times
+
+
+def _nearest(x: Tensor, squares: Tensor, parts: Sequence[Centroids], within: Tensor) -> Assignment:
+    """As `assign` with all parts at once; labels count on from part to part."""
+    best = Assignment(torch.full_like(squares, -1, dtype=torch.int64), torch.full_like(squares, FAR, dtype=torch.int64))
+    first = 0
+    for part in parts:
+        found = assign(x, part, squares=squares, within=within)
+        nearer = found.squares < best.squares
+        labels = torch.where(nearer, found.labels + first, best.labels)
+        best = Assignment(labels, torch.minimum(found.squares, best.squares))
+        within = torch.minimum(within, best.squares.double() / GRID**2)
+        first += len(part.values)
+    return best
+
+
+def rows_at(share: Share, places: Tensor) -> Tensor:
+    """Grid rows (m, D) at some places among all rows, on all ranks."""
+    rows = torch.zeros(len(places), share.dim)
+    own = are_here(share, places).nonzero()[:, 0]
+
+    def read(some: Tensor) -> tuple[Tensor, Tensor]:
+        return some, share.rows.take(places[some] - share.first)
+
+    for some, x in share.each(read, own.split(_READ) if len(own) else ()):
+        rows[some] = x
+    return share.total(rows).to(share.device)
+
+
+def are_here(share: Share, places: Tensor) -> Tensor:
+    """Which places among all rows are of this rank's rows, (m,) bool."""
+    return (places >= share.first) & (places < share.first + len(share.rows))
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,3 +328,95 @@ def _lowest_left(share: Share, seeded: Seeded, num: int) -> Tensor:
         if slot >= num:
             break
     return share.total(places)
+
+
+_ROUND = 6  # names the hashes
+
+
+def oversampled_centroids(
+    share: Share, num_labels: int, seed: int, *, resume: Seeded | None = None, on_round: OnRound = no_one
+) -> Tensor:
+    """k-means|| centroids, (K, D), all of them rows.
+
+    Where fewer than K of the candidates differ, k-means++ goes on among all rows.
+
+    Args:
+        resume: what `on_round` was told last, of the same rows, K and seed.
+
+    Raises:
+        ValueError: the places in `resume` are not of good rows.
+        Stopped: on all ranks, when any was asked to stop.
+    """
+    picked = resume or Seeded()
+    candidates = picked.candidates
+    if candidates is None:
+        candidates = _candidates(share, num_labels, seed, picked, on_round)
+        picked = Seeded(candidates=candidates)
+        on_round(picked, num_labels)
+    else:
+        _check_picked(share, candidates, picked)
+    seeded, centroids = _pick(share, candidates, num_labels, seed, picked, on_round)
+    return centroids if len(centroids) == num_labels else seed_centroids(share, num_labels, seed, resume=seeded)
+
+
+def _pick(
+    share: Share, candidates: Candidates, num_labels: int, seed: int, picked: Seeded, on_round: OnRound
+) -> tuple[Seeded, Tensor]:
+    """k-means++ among the candidates, each of which counts as often as it says: where it ends, and centroids (k, D)."""
+    here = are_here(share, candidates.places)
+    own = candidates.places[here] - share.first
+    sample = copied_share(share, own.split(share.block_rows) if len(own) else (), len(own))
+
+    def among_all(seeded: Seeded) -> Seeded:
+        return Seeded(candidates.places[seeded.places], seeded.drawn, candidates)
+
+    before = Seeded(torch.searchsorted(candidates.places, picked.places), picked.drawn)
+    weights = RowWeights.of(sample, times=candidates.times[here])
+    seeded, centroids = draw_centroids(
+        weights, num_labels, seed, before, lambda now, wanted: on_round(among_all(now), wanted)
+    )
+    return among_all(seeded), centroids
+
+
+def _check_picked(share: Share, candidates: Candidates, picked: Seeded) -> None:
+    """Raises on all ranks unless the candidates are different good rows, and those picked are among them."""
+    check_places(RowWeights.of(share), Seeded(candidates.places, len(candidates.places)), share.num_good)
+    if not bool(torch.isin(picked.places, candidates.places).all()):
+        raise ValueError("resume has picked rows that are none of its candidates")
+
+
+def _candidates(share: Share, num_labels: int, seed: int, seeded: Seeded, on_round: OnRound) -> Candidates:
+    at_once = oversampled_at_once(num_labels)
+    wanted = 1 + OVERSAMPLING_ROUNDS * at_once
+    weights, found = RowWeights.of(share, nearest=True), seeded.places
+    if len(found):
+        check_places(weights, seeded, wanted)
+        rows = rows_at(share, found)
+        rounds = (rows[:1], *rows[1:].split(at_once))  # as they were drawn: of near ones the first round's counts
+        weights.lower([some for some in rounds if len(some)])
+    while len(found) < wanted and any(weights.totals()):
+        num = at_once if len(found) else 1
+        new = _places(share, Draw.of(share, num, seed, num_labels, _ROUND, len(found), weights=weights.squares))
+        weights.lower([rows_at(share, new)], len(found))
+        found = torch.cat([found, new])
+        on_round(Seeded(found, len(found)), wanted)
+    order = found.argsort()
+    return Candidates(found[order], _times(weights, len(found))[order])
+
+
+def _places(share: Share, draw: Draw) -> Tensor:
+    """Of the drawn rows of all ranks, ascending, (m,)."""
+    own = torch.cat([torch.zeros(0, dtype=torch.int64), *draw.positions()]) + share.first
+    sizes = torch.cat(share.gather(torch.tensor([len(own)])))
+    places, before = torch.zeros(int(sizes.sum()), dtype=torch.int64), int(sizes[: share.comm.rank].sum())
+    places[before : before + len(own)] = own
+    return share.total(places)
+
+
+def _times(weights: RowWeights, num: int) -> Tensor:
+    """How many rows of all ranks belong to each of so many candidates, (M,)."""
+    assert weights.nearest is not None
+    times = torch.zeros(num, dtype=torch.int64)
+    for positions in weights.share.good_positions():
+        times.index_add_(0, weights.nearest[positions], torch.ones_like(positions))
+    return weights.share.total(times)

@@ -1,8 +1,8 @@
 """A pass of Lloyd's iterations that searches only where the nearest centroid can have changed.
 
-Bounds (ops/bounds.py) only spare work: labels are those of `assign`, decided on exact integers, whatever the groups are
-and whatever estimates said. With one group of centroids a pass is that of ops/one_group.py. With several, a row is in
-one of five cases:
+Bounds (kmeans/yinyang.py) only spare work: labels are those of `assign`, decided on exact integers, whatever the groups
+are and whatever estimates said. With one group of centroids a pass is that of kmeans/yinyang.py. With several, a row is
+in one of five cases:
 
 1. No lower bound is below its upper bound: nothing of it is read, its label stays.
 2. The exact distance to its own centroid, which is computed first, is below all lower bounds: its label stays too.
@@ -13,24 +13,211 @@ one of five cases:
    be the nearest is a crowd: any of its centroids may be it, and all of them are compared exactly.
 
 Shapes: P rows of one block, M of them open, K centroids, G groups, D dimensions, t proposals.
+
+What is known of distances without computing them: bounds per row and group of centroids.
+
+After Yinyang k-means (Ding et al., ICML 2015). A row keeps an upper bound of the distance to its own centroid and, per
+group of centroids, a lower bound of the distance to every other centroid in it. By the triangle inequality a centroid
+that moves by s shifts either bound by at most s. A group whose lower bound stays above the upper bound cannot hold the
+row's nearest centroid and is not searched (kmeans/yinyang.py).
+
+Shapes: P rows of one block, K centroids, G groups, D dimensions.
+
+What a pass of Lloyd's iterations asks of the rows of one block, and what it answers.
+
+Shapes: D dimensions.
+
+A pass of Lloyd's iterations where the centroids are one group: rows are searched among all of them or not at all.
+
+The only lower bound of a row is that to all other centroids, so its own one need not be looked at apart: it is found
+among the others. With many groups there is more to keep apart (kmeans/yinyang.py).
+
+Shapes: P rows of one block, M of them open, K centroids, D dimensions, t proposals.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from grappa_dist.ops.bounds import Bounds, Groups, rooted
-from grappa_dist.ops.moves import Moves, Take, most_or_these
-from grappa_dist.ops.one_group import reassign_among_all
-from grappa_dist.search.candidates import SLACK, Centroids, PreparedRows, Proposer, joined
-from grappa_dist.search.fixed_point import GRID
-from grappa_dist.search.rerank import best_of_all, decide_pairs, pair_squares
+from grappa_dist.search.candidates import SLACK, Centroids, PreparedRows, Proposals, Proposer, joined, nearest_in_floats
+from grappa_dist.search.fixed_point import GRID, exact_square
+from grappa_dist.search.rerank import Rivals, best_of_all, decide_pairs, decide_rivals, pair_squares
+
+_GROUP_STEPS = 5
+_FEW_LABELS = 512  # so few are searched in one go
+_GROUP_SIZE = 256  # centroids per bound, at least, on the average
+_DIMENSIONS_PER_BOUND = 8  # of a row for each of its lower bounds, at least
+
+
+def num_bounds(num_labels: int, dim: int) -> int:
+    """Lower bounds G that are kept for each row of `dim` dimensions, one per group of centroids."""
+    few = num_labels <= _FEW_LABELS
+    return 1 if few else max(1, min(num_labels // _GROUP_SIZE, dim // _DIMENSIONS_PER_BOUND))
+
+
+@dataclass(frozen=True)
+class Groups:
+    """A partition of the centroids into neighbourhoods; a matter of speed, not of the result."""
+
+    of: Tensor  # (K,) int64
+    members: tuple[Tensor, ...]  # per group its centroids, ascending
+
+    @staticmethod
+    def around(centroids: Tensor, num: int) -> Groups:
+        """Up to `num` groups of centroids that lie near each other, by a few steps of k-means in floats."""
+        num = max(1, min(num, len(centroids)))
+        heads = centroids[torch.linspace(0, len(centroids) - 1, num).long()].clone()
+        of = torch.zeros(len(centroids), dtype=torch.int64, device=centroids.device)
+        for _ in range(_GROUP_STEPS if num > 1 else 0):
+            of = nearest_in_floats(centroids, heads, 1)[1][:, 0]
+            counts = torch.bincount(of, minlength=num)[:, None]
+            sums = torch.zeros_like(heads).index_add_(0, of, centroids)
+            heads = torch.where(counts > 0, sums / counts.clamp(min=1), heads)
+        names, of = of.unique(return_inverse=True)
+        return Groups(of, tuple((of == g).nonzero()[:, 0] for g in range(len(names))))
+
+    def largest(self, values: Tensor) -> Tensor:
+        """The largest of the centroids' values in each group, (G,)."""
+        return torch.stack([values[m].max() for m in self.members])
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What is known of some rows; tensors are changed in place. Distances are true ones, not squared."""
+
+    labels: Tensor  # (P,) int32, -1 before the first search
+    upper: Tensor  # (P,) float32, at least the distance to the own centroid
+    lower: Tensor  # (P, G) float32, at most the distance to any other centroid of the group
+    squares: Tensor  # (P,) float64, exact |x|^2 in units of 2**-48
+
+    def part(self, rows: slice) -> Bounds:
+        return Bounds(self.labels[rows], self.upper[rows], self.lower[rows], self.squares[rows])
+
+    def to(self, device: torch.device) -> Bounds:
+        tensors = (self.labels, self.upper, self.lower, self.squares)
+        return Bounds(*(t.to(device) for t in tensors))
+
+    def copy_(self, other: Bounds) -> None:
+        """Takes the values of `other`, unless it is made of the same memory."""
+        if other.labels.data_ptr() != self.labels.data_ptr():
+            self.labels.copy_(other.labels)
+            self.upper.copy_(other.upper)
+            self.lower.copy_(other.lower)
+
+    def shift_(self, drift: Drift) -> None:
+        """Keeps the bounds true after the centroids have moved."""
+        self.upper.add_(drift.own[self.labels.long()])
+        self.lower.sub_(drift.groups)
+
+
+def rooted(squares: Tensor, slack: float) -> Tensor:
+    """Distances from squared ones, float32, on the safe side of all roundings by a slack near 1."""
+    return (squares.clamp(min=0).sqrt() * slack).float()
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far centroids have moved at most, float32, with room for the rounding of what it is added to."""
+
+    own: Tensor  # (K,)
+    groups: Tensor  # (G,)
+
+    @staticmethod
+    def between(old: Tensor, new: Tensor, groups: Groups) -> Drift:
+        moved = torch.cat(
+            [exact_square(b.double() - a.double()) for a, b in zip(old.split(4096), new.split(4096), strict=True)]
+        )
+        # Per update: more than the roundings of a bound, distances being at most about 2.
+        own = (moved.sqrt() / GRID * (1 + SLACK) + SLACK).float()
+        return Drift(own, groups.largest(own))
+
+
+_MOST = 0.75  # of the rows: then all are searched, which is faster than picking them out
+
+Take = Callable[[Tensor], Sequence[Tensor]]
+"""Ascending places of a block -> its grid rows there, in pieces (p, D)."""
+
+
+@dataclass(frozen=True)
+class Moves:
+    """Rows whose label changed, and how the labels were found."""
+
+    rows: Tensor  # (m,) positions in the block
+    before: Tensor  # (m,) int64, -1 on the first pass
+    after: Tensor  # (m,) int64
+    by_integers: int  # rows that no float could settle
+    searched: int  # distances estimated
+
+    @staticmethod
+    def none(device: torch.device) -> Moves:
+        nothing = torch.zeros(0, dtype=torch.int64, device=device)
+        return Moves(nothing, nothing, nothing, 0, 0)
+
+
+def most_or_these(wanted: Tensor) -> Tensor:
+    """Positions of the rows wanted; of all rows where most are."""
+    rows = wanted.nonzero()[:, 0]
+    return torch.arange(len(wanted), device=wanted.device) if len(rows) > _MOST * len(wanted) else rows
+
+
+def reassign_among_all(take: Take, centroids: Centroids, bounds: Bounds) -> Moves:
+    """As `reassign` for one group."""
+    rows = most_or_these(bounds.lower[:, 0] <= bounds.upper)
+    if not len(rows):
+        return Moves.none(rows.device)
+    own, squares, num = bounds.labels[rows].long(), bounds.squares[rows], len(centroids.values)
+    looked = not bool((own < 0).any())
+    # The own centroid is within the upper bound, so no further one matters.
+    base = bounds.upper[rows].double().square() if looked else squares / GRID**2
+    prepared = centroids.proposer.rows(take(rows), squares, base, within_base=looked)
+    found = centroids.proposer.nearest(prepared, centroids, min(centroids.proposer.places, num))
+    labels, by_integers = found.labels[:, 0].clone(), 0
+    several = found.possible[:, 1:].any(1).nonzero()[:, 0]
+    if len(several):
+        x = joined(take(rows[several]))
+        labels[several], unsure = _decide(x, squares[several], centroids, _picked(found, several))
+        by_integers = int(unsure.sum())
+    _rebound_single(bounds, rows, found, labels)
+    changed = (labels != own).nonzero()[:, 0]
+    return Moves(rows[changed], own[changed], labels[changed], by_integers, len(rows) * num)
+
+
+def _picked(found: Proposals, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Labels and whether they are possible, (t, M) each, of some rows."""
+    return found.labels.T.index_select(1, rows), found.possible.T.index_select(1, rows)
+
+
+def _decide(x: Tensor, squares: Tensor, centroids: Centroids, proposed: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The nearest of several centroids that may be it, (M,), and which rows floats left open, (M,) bool."""
+    labels, possible = proposed
+    places, rows = possible[1:].nonzero().unbind(1)
+    nearest, unsure = decide_rivals(x, squares, centroids, Rivals(labels[0], rows, labels[places + 1, rows]))
+    if len(possible) < len(centroids.values):  # where the last place may be the nearest, those not proposed may be too
+        crowded = possible[-1].nonzero()[:, 0]
+        nearest[crowded] = best_of_all(x[crowded], centroids)[0]
+        unsure[crowded] = True
+    return nearest, unsure
+
+
+def _rebound_single(bounds: Bounds, rows: Tensor, found: Proposals, labels: Tensor) -> None:
+    """Writes the labels and bounds of the open rows, by (1) to (4) of `Proposals`.
+
+    The nearest is no further than D_0 <= d_0 + e. The others are no nearer than d_0 - e, and, where the first is the
+    nearest, than d_1 - e; SLACK covers what far distances have been rounded by.
+    """
+    first = found.distances[:, 0].double()
+    second = found.distances[:, 1].double() if found.distances.shape[1] > 1 else torch.full_like(first, math.inf)
+    others = torch.where(labels == found.labels[:, 0], second, first)
+    bounds.lower[rows, 0] = rooted(others - found.error, 1 - SLACK)
+    bounds.upper[rows] = rooted(first + found.error, 1 + SLACK)
+    bounds.labels[rows] = labels.int()
+
 
 _PLACES = 3  # proposals of each group
 _Pairs = tuple[Tensor, Tensor]  # positions of rows, and labels

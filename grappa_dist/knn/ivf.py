@@ -5,30 +5,216 @@ another sample. The graph is a function of the rows, k, the floor and the seed: 
 long as their row ids ascend from rank to rank.
 
 Shapes: P rows of this rank, m rows of a sample, L lists, D dimensions, k neighbours, p probes.
+
+Rows of all ranks in lists of near ones, for a search that looks into a few lists only.
+
+Heads are a k-means of the rows, fitted to a sample; a row belongs to the list of its nearest head and looks into those
+of its p nearest. All of it is decided on integers, so it is a function of the rows and the same on any number of ranks.
+
+Shapes: P rows of this rank, L lists, D dimensions, p probes.
+
+The search for neighbours through lists, on one of the ranks.
+
+Shapes: P rows of this rank, L lists, D dimensions, k neighbours, p probes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from math import sqrt
+from math import isqrt, sqrt
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from grappa_dist.distributed.coarse import Coarse
 from grappa_dist.distributed.collectives import Comm, wire_device
-from grappa_dist.distributed.knn_blocks import Blocks
-from grappa_dist.distributed.list_search import ListSearch
-from grappa_dist.distributed.rows import Rows
-from grappa_dist.distributed.sharded_rows import Share, join_rows
-from grappa_dist.distributed.threads import side_by_side
-from grappa_dist.kmeans.sampling import Draw
-from grappa_dist.knn.block_search import MOST_ROWS, Found, Side, search_one_way
-from grappa_dist.knn.exact import join_blocks, sharded_knn
-from grappa_dist.ops.knn import Block, Neighbours, merge, to_scores
-from grappa_dist.search.candidates import true_products
+from grappa_dist.distributed.sharded_rows import Rows, Share, join_rows, side_by_side
+from grappa_dist.kmeans.assignments import exactly
+from grappa_dist.kmeans.ivf import nearest_set
+from grappa_dist.kmeans.lloyd import KMeans, kmeans
+from grappa_dist.kmeans.sampling import Draw, sampled_share
+from grappa_dist.knn.block_search import MOST_ROWS, Block, Found, Neighbours, Side, merge, search_one_way, to_scores
+from grappa_dist.knn.exact import Blocks, join_blocks, sharded_knn
+from grappa_dist.search.backends import nearest
+from grappa_dist.search.candidates import Centroids, true_products
+from grappa_dist.search.fixed_point import exact_dot
+
+_FIT_ROWS = 64  # per list, that heads are fitted to
+_FIT_UPDATES = 5
+_FIT = 5  # names the draw
+
+
+def num_lists_of(num_rows: int) -> int:
+    """About twice the square root: then to find a row's lists costs about as much as to search eight of them."""
+    return max(1, min(num_rows, 2 * isqrt(num_rows)))
+
+
+@dataclass(frozen=True)
+class Coarse:
+    """The lists, and where the rows of this rank belong."""
+
+    share: Share
+    heads: Centroids  # (L, D)
+    labels: Tensor  # (P,) int32, the list of each own row
+    sizes: Tensor  # (ranks, L) int64, rows of each list on each rank
+
+    @staticmethod
+    def of(share: Share, seed: int) -> Coarse:
+        """The lists of a share without bad rows, of which all ranks together have at least one."""
+        num = num_lists_of(share.num_good)
+        sample = sampled_share(share, num * _FIT_ROWS, seed, num, _FIT)
+        fit = kmeans(sample, num, KMeans(iterations=_FIT_UPDATES, seed=seed))
+        heads = Centroids.of(torch.from_numpy(fit.centroids))
+        labels = torch.zeros(len(share.rows), dtype=torch.int32)
+        for settled in share.each(exactly(share, heads.values), share.blocks()):
+            labels[settled.positions] = settled.found.labels.int()
+        counts = torch.bincount(labels, minlength=num)
+        return Coarse(share, heads, labels, torch.stack(share.gather(counts[None])).reshape(-1, num))
+
+    def __len__(self) -> int:
+        return len(self.heads.values)
+
+    def probed(self, probes: int) -> Tensor:
+        """The nearest lists of each own row, (P, p) int32, in no order."""
+        probed = torch.zeros((len(self.labels), min(probes, len(self))), dtype=torch.int32)
+
+        def work(block: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            positions, x = block
+            return positions, nearest_set(x, self.heads, probed.shape[1], nearest).int()
+
+        for positions, lists in self.share.each(work, self.share.blocks()):
+            probed[positions] = lists
+        return probed
+
+    def lists_of(self, ids: np.ndarray, own_ids: np.ndarray) -> Tensor:
+        """The list of each of some rows of any rank, by row id; that of id -1 is -1. The ids are those of all ranks."""
+        places = np.searchsorted(own_ids, ids)
+        here = np.zeros(ids.shape, dtype=bool)
+        if len(own_ids):
+            here = own_ids[np.minimum(places, len(own_ids) - 1)] == ids
+        told = torch.zeros(ids.shape, dtype=torch.int64)
+        told[torch.from_numpy(here)] = self.labels[torch.from_numpy(places[here])].long() + 1
+        return self.share.total(told) - 1
+
+    def rank_of(self, x: Tensor, lists: Tensor) -> Tensor:
+        """Of each row (m, D) how many lists are nearer than some given ones (m, k), (m, k) int64."""
+        far = self.heads.squares - 2 * exact_dot(x, self.heads.values)  # (m, L), less |x|^2
+        order = far.argsort(dim=1, stable=True)  # of equal ones the lower first
+        ranks = torch.empty_like(order).scatter_(1, order, torch.arange(len(self)).expand_as(order))
+        return ranks.gather(1, lists.clamp(min=0))
+
+
+GATHERED_ROWS = 2**15  # of whole lists that every rank holds at once, at least, before the last list of them
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Rows of one list that are searched at once: at most as many as a block may have."""
+
+    number: int  # of the list
+    first: int  # among the rows of the list, of all ranks
+    after: int
+
+    def __len__(self) -> int:
+        return self.after - self.first
+
+    def within(self, before: int, size: int) -> slice:
+        """Those of a rank that has `size` rows of the list, `before` more being with earlier ranks."""
+        first, after = (min(max(at - before, 0), size) for at in (self.first, self.after))
+        return slice(first, after)
+
+
+@dataclass(frozen=True)
+class ListSearch:
+    """The search through lists on one of the ranks: lists are gathered some at a time, for everybody's queries."""
+
+    blocks: Blocks
+    coarse: Coarse
+    k: int
+    largest: tuple[float, float]  # of all ranks' rows, the largest norm and what bfloat16 leaves out
+
+    @staticmethod
+    def of(blocks: Blocks, coarse: Coarse, k: int) -> ListSearch:
+        told = torch.cat(coarse.share.gather(torch.tensor([blocks.largest], dtype=torch.float64)))
+        norm, rest = told.max(0).values.tolist()
+        return ListSearch(blocks, coarse, k, (norm, rest))
+
+    def run(self, probes: int) -> tuple[Neighbours, float]:
+        """The lists of own rows, and which share of all pairs of rows was compared."""
+        share, num = self.coarse.share, len(self.coarse)
+        own, probed = self.coarse.labels[:, None], self.coarse.probed(probes)
+        members, best = _by_list(own, num), Neighbours.none(len(own), self.k)
+        others = _by_list(torch.where(probed == own, -1, probed), num)
+        compared = sum(self._sweep(members, queries, best) for queries in (members, others))
+        return best, int(share.total(torch.tensor(compared))) / share.num_good**2
+
+    def _sweep(self, members: tuple[Tensor, ...], queries: tuple[Tensor, ...], best: Neighbours) -> int:
+        """All lists, each for its queries among own rows: once for its own rows, which settles most of what is near."""
+        compared = 0
+        for group in self._groups():
+            tasks = [
+                (places, targets)
+                for piece, targets in zip(group, self._gather(group, members), strict=True)
+                for places in queries[piece.number].split(MOST_ROWS)
+                if len(places)
+            ]
+            compared += sum(len(places) * len(targets.ids) for places, targets in tasks)
+            self._search(tasks, best)
+        return compared
+
+    def _search(self, tasks: list[tuple[Tensor, Block]], best: Neighbours) -> None:
+        halves, (norm, rest) = self.blocks.halves, self.largest
+
+        def work(task: tuple[Tensor, Block, Neighbours]) -> tuple[Tensor, list[Found]]:
+            places, targets, so_far = task
+            queries = self.blocks.rows_at(places)
+            a, b = (Side.of(block, halves=halves, norm=norm, rest=rest) for block in (queries, targets))
+            return places, search_one_way(a, b, so_far)
+
+        handed = ((p, t, Neighbours(best.scores[p], best.ids[p])) for p, t in tasks)
+        for places, found in side_by_side(work, handed, torch.get_num_threads()):
+            for part in found:
+                Found(places[part.rows], part.best).into(best)
+
+    def _groups(self) -> Iterator[list[_Piece]]:
+        """All rows of all lists, some lists at a time."""
+        group: list[_Piece] = []
+        for number, size in enumerate(self.coarse.sizes.sum(0).tolist()):
+            for first in range(0, size, MOST_ROWS):
+                group.append(_Piece(number, first, min(first + MOST_ROWS, size)))
+                if sum(map(len, group)) >= GATHERED_ROWS:
+                    yield group
+                    group = []
+        if group:
+            yield group
+
+    def _gather(self, group: list[_Piece], members: tuple[Tensor, ...]) -> list[Block]:
+        """The rows of each piece, from all ranks, ids ascending."""
+        share, numbers = self.coarse.share, [piece.number for piece in group]
+        sizes = self.coarse.sizes[:, numbers]  # (ranks, pieces)
+        before = (self.coarse.sizes.cumsum(0) - self.coarse.sizes)[:, numbers]
+        parts = [
+            [piece.within(b, s) for piece, b, s in zip(group, *of_rank, strict=True)]
+            for of_rank in zip(before.tolist(), sizes.tolist(), strict=True)
+        ]
+        own = torch.cat([members[n][part] for n, part in zip(numbers, parts[share.comm.rank], strict=True)])
+        mine = self.blocks.rows_at(own)
+        counts = [[part.stop - part.start for part in of_rank] for of_rank in parts]
+        rows, ids = (
+            [torch.split(t, c) for t, c in zip(share.gather(tensor), counts, strict=True)]
+            for tensor in (mine.rows, mine.ids)
+        )
+        of_pieces = zip(zip(*rows, strict=True), zip(*ids, strict=True), strict=True)
+        return [Block(torch.cat(r), torch.cat(i)) for r, i in of_pieces]
+
+
+def _by_list(lists: Tensor, num_lists: int) -> tuple[Tensor, ...]:
+    """Of each list the rows (of some (P, p)) that name it, ascending; -1 names none."""
+    order = lists.flatten().argsort(stable=True) // lists.shape[1]
+    sizes = torch.bincount(lists.flatten() + 1, minlength=num_lists + 1).tolist()
+    return torch.split(order, sizes)[1:]
+
 
 SAMPLE_ROWS = 1024  # compared with all rows; half of them choose p, half measure recall
 MOST_EXACT_ROWS = 10**7  # that are compared exactly where lists do not do: some 150 CPU hours (docs/scale.md)

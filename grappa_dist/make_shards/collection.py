@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from grappa_dist.data.making.encoding import TAKEN
-from grappa_dist.data.progress import Progress, Tell, duration
+from grappa_dist.data.decoding import TAKEN
 from grappa_dist.data.rng import permutation
-from grappa_dist.make_shards.building import Building, bad_files, build
+from grappa_dist.make_shards.building import Building, Progress, Tell, bad_files, build, duration
 from grappa_dist.make_shards.planning import Limits, plan_folder, prefixes_of
 from grappa_dist.make_shards.sources import Columns, Item, Source, csv_items, folder_items, open_source, task_name
 

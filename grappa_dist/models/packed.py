@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from grappa_dist.models.adaptors import Adaptors
 from grappa_dist.models.backbone import Backbone
 from grappa_dist.models.class_token_block import last_block
+from grappa_dist.models.grappa import Adaptors
 
 FEWEST_COMPILED = 2  # images: for none and for one, torch.compile would make graphs apart, of which it has a limit
 

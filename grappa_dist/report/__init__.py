@@ -13,10 +13,9 @@ from grappa_dist.report.content import (
     Nesting,
     ReportContent,
     ScoreRow,
-    size_histogram,
 )
 from grappa_dist.report.page import write_report
-from grappa_dist.report.tables import console_table
+from grappa_dist.report.scores import console_table
 
 __all__ = [
     "BadRow",
@@ -30,6 +29,5 @@ __all__ = [
     "ReportContent",
     "ScoreRow",
     "console_table",
-    "size_histogram",
     "write_report",
 ]

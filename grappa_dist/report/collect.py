@@ -1,20 +1,29 @@
-"""report: scores, figures and galleries -> report/metrics.json and report/report.html."""
+"""report: scores, figures and galleries -> report/metrics.json and report/report.html.
+
+What is said in the report of the k-NN graphs that fusions were trained with.
+
+What is said in the report of how jobs trained, from the log that each of them has left.
+"""
 
 from __future__ import annotations
 
 import io
 import json
+import math
 import platform
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from grappa_dist.artifacts import Artifact, Store
 from grappa_dist.config import Config
-from grappa_dist.console import EVENTS_FILE, duration, read_events
+from grappa_dist.console import EVENTS_FILE, METRICS_FILE, duration, read_events
 from grappa_dist.data.decoding import decode
-from grappa_dist.data.losses import losses_of, lost_images
+from grappa_dist.data.index import losses_of, lost_images
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.report import (
     Clustering,
@@ -27,17 +36,110 @@ from grappa_dist.report import (
     write_report,
 )
 from grappa_dist.report.content import BadRow, LabelFree, ScoreRow
-from grappa_dist.report.sections import MOST_BAD_ROWS
+from grappa_dist.report.page import MOST_BAD_ROWS
 from grappa_dist.stages.embed import bad_reasons
 from grappa_dist.stages.evaluate import INSIGHT_FILE, NEIGHBOURS, SCORES_FILE
 from grappa_dist.stages.flow import Flow
-from grappa_dist.stages.graph_figures import graph_facts, neighbour_figures
 from grappa_dist.stages.ground_truth import Truth, load_truth
-from grappa_dist.stages.label_stats import STATS_FILE
 from grappa_dist.stages.partitions import PARTITIONS_FILE
+from grappa_dist.stages.pseudo_label import STATS_FILE
 from grappa_dist.stages.run import Run
-from grappa_dist.stages.training_figures import Steps, by_step, curve, job_of, median, steps_of, waiting_facts
-from grappa_dist.stages.true_labels import class_counts
+from grappa_dist.stages.supervised import class_counts
+
+Steps = Sequence[Mapping[str, Any]]
+
+
+def steps_of(artifact: Artifact) -> Steps:
+    """All that the job's log says of its steps."""
+    return [event for event in read_events(artifact.path / METRICS_FILE) if event["name"] == "step"]
+
+
+def curve(steps: Steps) -> list[dict[str, float]]:
+    """Steps with loss, accuracy, rates and, for fusions, the mean entropy of the attention over layers."""
+    points = []
+    for event in steps:
+        point = {k: v for k, v in event.items() if k in ("step", "loss", "accuracy", "lr", "images_per_s")}
+        for figure in ("entropy", "decay_to_gradient"):
+            layers = [v for k, v in event.items() if re.fullmatch(rf"{figure}\.\d+", k) and math.isfinite(v)]
+            if layers:
+                point[figure] = sum(layers) / len(layers)
+        points.append(point)
+    return points
+
+
+def median(values: Sequence[float]) -> float:
+    """Of those that are known; NaN where none is."""
+    known = [v for v in values if math.isfinite(v)]
+    return float(np.median(known)) if known else math.nan
+
+
+def by_step(steps: Steps, figure: str) -> list[list[float]]:
+    """The numbered values of a figure, a list for every step that has them."""
+    found = []
+    for event in steps:
+        numbered = {int(k.rpartition(".")[2]): v for k, v in event.items() if re.fullmatch(rf"{figure}\.\d+", k)}
+        found += [[numbered[i] for i in sorted(numbered)]] if numbered else []
+    return found
+
+
+def waiting_facts(logs: Mapping[str, Steps]) -> dict[str, str]:
+    """Which share of their time the jobs waited for data, in the mean of their steps."""
+    said = []
+    for job, steps in logs.items():
+        shares = [step["data_wait_share"] for step in steps if "data_wait_share" in step]
+        said += [f"{job} {np.mean(shares):.1%}"] if shares else []
+    return {"waiting for data": ", ".join(said)} if said else {}
+
+
+def job_of(artifact: Artifact) -> str:
+    """The name of the job that trained it: k=64, neighbours."""
+    return artifact.kind.split("/")[1]
+
+
+def neighbour_figures(fusions: Mapping[str, Artifact], num_rows: int) -> Iterator[LabelFree]:
+    """How often neighbours in the fused model's last graph share a pseudo-label, and how often they are copies."""
+    for variant, artifact in fusions.items():
+        graphs = graphs_of(artifact)
+        if graphs:
+            statistics = list(graphs.values())[-1]
+            figure = f"images with a near-duplicate (cosine above {statistics['duplicate_cosine']}) among the nearest"
+            copies = statistics["rows_with_duplicates_share"]
+            yield LabelFree(model=variant, figure=figure, value=copies, queries=num_rows, of_graph=True)
+            if statistics.get("graph") == "approximate" and statistics["recall_rows"]:
+                recall, rows = statistics["recall"], statistics["recall_rows"]
+                figure = "true neighbours in the approximate graph"
+                yield LabelFree(model=variant, figure=figure, value=recall, queries=rows, of_graph=True)
+            shares = statistics["neighbours_share_pseudo_label"]
+            for name, value in shares.items():
+                figure = f"neighbours share the {name} pseudo-label"
+                yield LabelFree(model=variant, figure=figure, value=value, queries=num_rows, of_graph=True)
+
+
+def graphs_of(artifact: Artifact) -> dict[int, dict[str, Any]]:
+    """What is said of each graph, by its epoch, ascending; nothing where there is none."""
+    found = {int(path.parent.name[6:]): path for path in artifact.path.glob("knn/epoch-*/statistics.json")}
+    return {epoch: json.loads(found[epoch].read_text()) for epoch in sorted(found)}
+
+
+def graph_facts(fusions: Mapping[str, Artifact]) -> Iterator[tuple[str, str]]:
+    """How neighbours were found where that was to be through lists, and in which features where not in fresh ones."""
+    for variant, artifact in fusions.items():
+        graphs = graphs_of(artifact)
+        if any(told.get("features") == "reused" for told in graphs.values()):
+            how = "reused from the training pass of the epoch before, of augmented images"
+            yield f"features for the neighbours of {variant}", how
+        said = {epoch: _searched(told) for epoch, told in graphs.items() if told.get("graph") == "approximate"}
+        if said:
+            several = [f"epoch {epoch + 1} {how}" for epoch, how in said.items()]
+            yield f"neighbours of {variant} were searched", "; ".join(several if len(said) > 1 else said.values())
+
+
+def _searched(told: Mapping[str, Any]) -> str:
+    if not told["recall_rows"]:
+        return "exactly: lists did not reach fuse.recall_floor"
+    error = f" ± {told['recall_error']:.4f}" if "recall_error" in told else ""
+    return f"through {told['probes']} of {told['lists']} lists, recall {told['recall']:.4f}{error}"
+
 
 THUMBNAIL_PX = 112
 TRACKED = ("torch", "timm", "deepspeed", "ray", "webdataset", "grappa_dist")

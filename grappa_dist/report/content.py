@@ -5,12 +5,8 @@ Shapes: L layers, N adaptor sets, K clusters.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NotRequired, TypedDict
-
-import numpy as np
-from numpy.typing import NDArray
 
 
 class ScoreRow(TypedDict):
@@ -146,9 +142,3 @@ class ReportContent:
     facts: dict[str, str] = field(default_factory=dict)
     config_yaml: str = ""
     notes: list[str] = field(default_factory=list)
-
-
-def size_histogram(counts: Sequence[int] | NDArray[np.integer]) -> list[int]:
-    """Clusters by size, for `Clustering.sizes`: entry 0 counts empty ones, b those of 2^(b-1) to 2^b - 1 images."""
-    _, bits = np.frexp(np.asarray(counts, dtype=np.float64))  # frexp's exponent of n is its bit length, 0 for 0
-    return [int(n) for n in np.bincount(bits)] if len(bits) else []

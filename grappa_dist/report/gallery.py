@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from grappa_dist.console import counted
 from grappa_dist.report.content import Gallery, Hit
-from grappa_dist.report.markup import decimal, text
+from grappa_dist.report.html import decimal, text
 from grappa_dist.report.scores import ordered
 
 MOST_GALLERIES = 96  # in the page

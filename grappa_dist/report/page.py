@@ -1,25 +1,363 @@
-"""Writes the report: the scores as JSON and one page that needs nothing but itself."""
+"""Writes the report: the scores as JSON and one page that needs nothing but itself.
+
+The headline of the page: tiles, the score table, what it says, and which granularity suits which task.
+
+The sections of the page below its headline. Each takes the content and returns markup, "" to be left out.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from pathlib import Path
+from typing import Literal
 
+from grappa_dist.console import counted
 from grappa_dist.report.attention import attention_section
-from grappa_dist.report.content import ReportContent, ScoreRow
-from grappa_dist.report.gallery import Images
-from grappa_dist.report.headline import headline_section
-from grappa_dist.report.html import MARK, STYLE
-from grappa_dist.report.markup import text
-from grappa_dist.report.sections import (
-    bad_section,
-    clustering_section,
-    curve_section,
-    gallery_section,
-    label_free_section,
-    run_section,
+from grappa_dist.report.clusters import contact_sheets, method_table, nesting_table
+from grappa_dist.report.content import Clustering, LabelFree, ReportContent, ScoreRow
+from grappa_dist.report.gallery import Images, galleries
+from grappa_dist.report.html import MARK, STYLE, absent, number, percent, points, sentences, table, text
+from grappa_dist.report.plots import COLOURS, Axes, Series, bar_chart, grid, line_chart
+from grappa_dist.report.scores import (
+    AVERAGE,
+    BACKBONE,
+    ORACLE,
+    SAW_LABELS,
+    Scores,
+    kind,
+    ordered,
+    recall_table,
+    score_table,
 )
+from grappa_dist.report.sentences import read_scores
+
+MOST_BAD_ROWS = 100
+MOST_CLUSTERINGS = 24  # histograms
+MOST_METRICS = 8  # charts of one kind of job
+MOST_CONFIG = 100_000  # characters
+_CLOCKS = {"step", "epoch", "time_s", "seconds"}  # keys of a curve that only say where it is
+_NAMES = {"loss": "Loss", "accuracy": "Accuracy", "lr": "Learning rate", "images_per_s": "Images per second"}
+
+
+def gallery_section(content: ReportContent, images: Images) -> str:
+    if not content.galleries:
+        return ""
+    judged = any(hit.correct is not None for g in content.galleries for hits in g.results.values() for hit in hits)
+    marks = (
+        "✓ is an image of the query's class, ✗ one of another class."
+        if judged
+        else "The collection has no labels, so nothing is marked as right or wrong."
+    )
+    lead = f"Each model's nearest images, best first, with their cosine similarity to the query. {marks}"
+    return f'<p class="lead">{lead}</p>' + galleries(content.galleries, images)
+
+
+def clustering_section(content: ReportContent, images: Images) -> str:
+    agreement = nesting_table(content) + contact_sheets(content, images)
+    if not content.clusterings:
+        return agreement
+    items = sorted(content.clusterings, key=lambda c: c.k)
+    lead = (
+        '<p class="lead">k-means groups the frozen backbone\'s features into K clusters; the cluster of an image is '
+        "its pseudo-label. A small K is a coarse view of the collection, a large one tells near-duplicates apart.</p>"
+    )
+    charts = grid([_inertia(items), _size_lines(items)])
+    return lead + charts + _cluster_table(items) + method_table(items) + _size_charts(items) + agreement
+
+
+def _inertia(items: list[Clustering]) -> str:
+    lines = []
+    for c in items:
+        first = next((v for v in c.inertia if math.isfinite(v) and v > 0), 1.0)
+        lines.append(Series(f"k={c.k}", range(1, len(c.inertia) + 1), [100 * v / first for v in c.inertia]))
+    note = "Sum of squared distances to the nearest centroid, as a share of the first iteration's."
+    return line_chart(lines, Axes(title="Inertia", x_label="iteration", y_label="% of the first", note=note))
+
+
+def _size_lines(items: list[Clustering]) -> str:
+    names = _size_names(max((len(c.sizes) for c in items), default=0))
+    lines = [Series(f"k={c.k}", range(len(c.sizes)), [100 * n / max(1, sum(c.sizes)) for n in c.sizes]) for c in items]
+    note = "A point counts the clusters of at least so many images and fewer than the next point's."
+    axes = Axes(
+        title="Cluster sizes", x_label="images a cluster, from", y_label="% of clusters", x_names=names, note=note
+    )
+    return line_chart(lines, axes)
+
+
+def _size_names(buckets: int) -> list[str]:
+    """The smallest size of each bucket of `size_histogram`."""
+    sizes = [0, *(2**b for b in range(buckets - 1))] if buckets else []
+    return [f"{n}" if n < 1024 else f"{n // 1024}k" if n < 2**20 else f"{n // 2**20}M" for n in sizes]
+
+
+def _cluster_table(items: list[Clustering]) -> str:
+    head = [
+        "K",
+        "iterations",
+        "median",
+        "largest",
+        "imbalance",
+        "singletons",
+        "empty, repaired",
+        "empty, left",
+        "exact",
+        "searched",
+    ]
+    body = [
+        [
+            f"k={c.k}",
+            str(len(c.inertia) if c.updates is None else c.updates + 1),
+            number(c.median),
+            f"{c.largest:,}",
+            number(round(c.imbalance, 2)),
+            f"{percent(c.singletons_share)} %",
+            f"{c.empty_repaired:,}",
+            f"{c.empty_left:,}",
+            f"{percent(c.exact_share, 2)} %",
+            f"{percent(c.searched_share)} %",
+        ]
+        for c in items
+    ]
+    note = (
+        '<p class="note">Median and largest are in images a cluster. Imbalance is 1 when all clusters are of one size. '
+        "Singletons are clusters of one image. Empty clusters get a new centroid while iterating; those left at the "
+        "end train nothing. Exact: rows with centroids too close for floating point, settled by exact arithmetic. "
+        "Searched: distances that were computed, of all between rows and centroids; bounds spared the others.</p>"
+    )
+    return table(head, body) + note
+
+
+def _size_charts(items: list[Clustering]) -> str:
+    charts = []
+    for c in items[:MOST_CLUSTERINGS]:
+        axes = Axes(title=f"k={c.k}", x_label="images a cluster, from", y_label="clusters")
+        charts.append(bar_chart([float(n) for n in c.sizes], _size_names(len(c.sizes)), axes))
+    return f'<details class="fold"><summary>Cluster sizes, one by one</summary>{grid(charts)}</details>'
+
+
+def curve_section(content: ReportContent) -> str:
+    """Curves by kind of job, since losses against classes and losses of pairs are not comparable."""
+    curves = {job: curve for job, curve in content.curves.items() if curve}
+    if not curves:
+        return ""
+    kinds: dict[str, dict[str, list[dict[str, float]]]] = {}
+    for job, curve in curves.items():
+        name = "With labels, to compare with" if job in SAW_LABELS else "Fusion and other jobs"
+        kinds.setdefault("Adaptor sets" if "k=" in job else name, {})[job] = curve
+    return "".join(_kind_of_job(name, jobs) for name, jobs in kinds.items() if jobs)
+
+
+def _kind_of_job(name: str, jobs: dict[str, list[dict[str, float]]]) -> str:
+    keys = list(dict.fromkeys(key for curve in jobs.values() for point in curve for key in point if key not in _CLOCKS))
+    charts = [_curve(key, jobs) for key in sorted(keys, key=lambda k: (k not in _NAMES, k != "loss"))[:MOST_METRICS]]
+    return f"<h3>{text(name)}</h3>{grid(charts)}"
+
+
+def _curve(key: str, jobs: dict[str, list[dict[str, float]]]) -> str:
+    lines, broken = [], 0
+    for place, (job, curve) in enumerate(jobs.items()):
+        pairs = [(p.get("step", float(i)), p[key]) for i, p in enumerate(curve) if key in p]
+        if pairs:
+            broken += sum(not math.isfinite(y) for _, y in pairs)
+            lines.append(Series(job, [x for x, _ in pairs], [y for _, y in pairs], place, place >= COLOURS))
+    values = [y for s in lines for y in s.y if math.isfinite(y)]
+    log = key not in ("accuracy", "lr") and bool(values) and min(values) > 0 and max(values) > 30 * min(values)
+    note = f"{counted(broken, 'value')} not finite, left as gaps." if broken else ""
+    shown = _NAMES.get(key, key.replace("_", " "))
+    return line_chart(lines, Axes(title=shown + (" (log)" if log else ""), x_label="step", log_y=log, note=note))
+
+
+def label_free_section(content: ReportContent) -> str:
+    if not content.label_free:
+        return ""
+    lead = (
+        '<p class="lead">Figures that need no label, in percent. They compare models on one collection; '
+        "they are not accuracies.</p>"
+    )
+    of_models = [item for item in content.label_free if not item.get("of_graph")]
+    of_graphs = [item for item in content.label_free if item.get("of_graph")]
+    return lead + _figures(of_models) + _graphs(of_graphs)
+
+
+def _figures(items: list[LabelFree]) -> str:
+    """Models down, figures across."""
+    figures, models, cells = _cells(items)
+    body = [[text(model, 40), *(_share(cells.get((model, figure))) for figure in figures)] for model in models]
+    return table(["model", *(text(figure, 80) for figure in figures)], body) if items else ""
+
+
+def _graphs(items: list[LabelFree]) -> str:
+    """Figures down, the fusions that learned from a graph across."""
+    figures, models, cells = _cells(items)
+    body = [[text(figure, 80), *(_share(cells.get((model, figure))) for model in models)] for figure in figures]
+    lead = (
+        '<h3>The neighbours that fusions learned from</h3><p class="lead">Of the training images and their nearest '
+        "ones, as last searched for in training; other models learn from no neighbours. A neighbour that shares the "
+        "k=K pseudo-label lies in the same of K clusters: the finer these are, the fewer do.</p>"
+    )
+    return lead + table(["figure", *(text(model, 40) for model in models)], body) if items else ""
+
+
+def _cells(items: list[LabelFree]) -> tuple[list[str], list[str], dict[tuple[str, str], LabelFree]]:
+    """Figures and models in order, and what there is, by model and figure."""
+    figures, models = list(dict.fromkeys(i["figure"] for i in items)), ordered(i["model"] for i in items)
+    return figures, models, {(item["model"], item["figure"]): item for item in items}
+
+
+def _share(item: LabelFree | None) -> str:
+    if item is None or not math.isfinite(item["value"]):
+        return percent(math.nan)
+    wide = min(1.0, max(0.0, item["value"]))
+    tip = f"of {item['queries']:,} queries"
+    meter = f'<span class="meter"><i style="width:{wide:.1%}"></i></span>'
+    return f'<span title="{tip}">{percent(item["value"])}</span>{meter}'
+
+
+def bad_section(content: ReportContent) -> str:
+    if not content.bad_rows:
+        return ""
+    counts = Counter[str]()
+    for row in content.bad_rows:
+        counts[row["reason"].partition(" (byte ")[0][:200]] += row.get("images", 1)
+    first = f" The first {MOST_BAD_ROWS} are listed." if len(content.bad_rows) > MOST_BAD_ROWS else ""
+    lead = (
+        f'<p class="lead">{counted(counts.total(), "image")} could not be read and took no part in '
+        f"clustering, training or evaluation.{first}</p>"
+    )
+    why = table(["reason", "images"], [[text(reason, 200), f"{count:,}"] for reason, count in counts.most_common(10)])
+    listed = content.bad_rows[:MOST_BAD_ROWS]
+    columns: list[Literal["file", "key", "shard", "reason"]] = ["key", "shard", "reason"]
+    if any(row.get("file") for row in listed):
+        columns.insert(0, "file")
+    body = [[text(row.get(column, "")) for column in columns] for row in listed]
+    listing = table(columns, body, numeric=False)
+    return f'{lead}{why}<details class="fold"><summary>The images</summary>{listing}</details>'
+
+
+def run_section(content: ReportContent) -> str:
+    facts = "".join(f"<dt>{text(name, 80)}</dt><dd>{text(value, 4000)}</dd>" for name, value in content.facts.items())
+    listing = f'<dl class="facts">{facts}</dl>' if facts else absent("The run recorded no facts.")
+    config = f"<pre>{text(content.config_yaml, MOST_CONFIG)}</pre>" if content.config_yaml else ""
+    return listing + (f'<details class="fold"><summary>Configuration</summary>{config}</details>' if config else "")
+
+
+MOST_PROFILES = 24
+_WORDS = (
+    (
+        "R-Precision",
+        "the share of the query's class among its R nearest images, R being how many of them there are to find.",
+    ),
+    ("MAP@R", "like R-Precision, but it also rewards having the right images first. Never above R-Precision."),
+    ("recall@1", "how often the nearest image is of the query's class."),
+    ("backbone", "the pretrained model as it came, frozen."),
+    (
+        "k=K",
+        "the backbone with one adaptor set, trained to tell K clusters of unlabelled images apart. Larger K is finer.",
+    ),
+    (
+        "oracle",
+        "the best of the k=K rows for each task, chosen with its labels: what picking one set could reach at most.",
+    ),
+    ("average", "all adaptor sets in one model, each with the same weight. Nothing is learned."),
+    (
+        "gallery",
+        "all sets, weighed alike for all images of a task, by how often neighbours of neighbours are neighbours "
+        "there. Nothing is learned and no label is read, but it sees the test images that are searched, and which task "
+        "each belongs to; no other row but the oracle does.",
+    ),
+    ("transforms", "all sets, weighed for each image by attention that was trained on two views of one image."),
+    (
+        "neighbours",
+        "all sets, weighed by attention that was trained on pairs of an image and one of its nearest neighbours.",
+    ),
+    (
+        "random-one, random-all",
+        "to compare with: one adaptor set, or as many as there are partitions with their attention, that began at "
+        "random and learned from pairs of neighbours alone, without clusters. M+A_1 and M* of the paper.",
+    ),
+    (
+        "supervised-set, supervised",
+        "to compare with: one set trained on the labels of the training images in place of clusters, and attention "
+        "over the k=K sets trained with these labels. No other row was trained with a label.",
+    ),
+)
+
+
+def headline_section(content: ReportContent) -> str:
+    if not content.rows:
+        lacks = "The test images carry no labels"
+        if not content.has_test:
+            lacks = "There is no test set (data.test), so the models were looked at on training images"
+        why = "The label-free figures and the galleries say what can be said without labels."
+        return absent(f"{lacks}, and there are no retrieval scores. {why}")
+    scores = Scores.of(content.rows)
+    key = (
+        '<p class="note"><b>Large:</b> R-Precision in percent. <b>Small:</b> MAP@R. <b>Signed:</b> points of '
+        "R-Precision over the backbone, drawn to one scale. ★ is the best of its column at the precision shown; "
+        "the oracle and rows trained with labels do not compete.</p>"
+    )
+    recall = f'<details class="fold"><summary>Recall@1</summary>{recall_table(scores)}</details>'
+    reading = f"<h3>What it says</h3>{sentences(read_scores(scores))}"
+    return _tiles(scores) + score_table(scores) + key + recall + reading + _profiles(scores) + _glossary()
+
+
+def _tiles(scores: Scores) -> str:
+    """Up to four figures that sum the run up."""
+    lead = scores.leader("fusion") or scores.leader("set")
+    tiles = []
+    if lead is not None:
+        over = scores.gain(lead, None)
+        sub = f"{lead}, {points(over)} over the backbone" if math.isfinite(over) else lead
+        mean = "mean R-Precision" if len(scores.tasks) > 1 else "R-Precision"
+        tiles.append((mean, percent(scores.value(lead, None)), sub))
+        gains = [scores.gain(lead, task) for task in scores.tasks]
+        measured = [g for g in gains if math.isfinite(g)]
+        if measured:
+            won = sum(round(100 * g, 1) > 0 for g in measured)
+            tiles.append(("tasks above the backbone", f"{won} of {len(measured)}", f"with {lead}"))
+        gap = scores.gain(lead, None, over=ORACLE)
+        if math.isfinite(gap) and kind(lead) == "fusion":
+            tiles.append(("against the oracle", points(gap), "points; the oracle uses labels"))
+    queries = sum(max((scores.queries(m, t) for m in scores.models), default=0) for t in scores.tasks)
+    tiles.append(("test queries", f"{queries:,}", f"in {counted(len(scores.tasks), 'task')}, leave one out"))
+    cells = "".join(
+        f"<div><span>{text(a, 60)}</span><b>{text(b, 30)}</b><span>{text(c)}</span></div>" for a, b, c in tiles
+    )
+    return f'<div class="tiles">{cells}</div>'
+
+
+def _profiles(scores: Scores) -> str:
+    """R-Precision against K for each task, with backbone, average and best learned fusion as levels."""
+    sets = [m for m in scores.models if kind(m) == "set"]
+    if len(sets) < 2:
+        return ""
+    learned = [
+        m for m in scores.models if kind(m) == "fusion" and m != AVERAGE and math.isfinite(scores.value(m, None))
+    ]
+    top = max(learned, key=lambda m: scores.value(m, None), default=None)
+    levels = [(m, c) for m, c in ((BACKBONE, 7), (AVERAGE, 1), (top, 2)) if m is not None and m in scores.models]
+    charts = []
+    for task in scores.tasks[:MOST_PROFILES]:
+        lines = [Series("one set", range(len(sets)), [100 * scores.value(m, task) for m in sets], 0)]
+        edge = (-0.3, len(sets) - 0.7)
+        lines += [
+            Series(m, edge, [100 * scores.value(m, task)] * 2, colour, dashed=colour == 7) for m, colour in levels
+        ]
+        axes = Axes(title=task, x_label="K", y_label="R-Precision", x_names=[m.removeprefix("k=") for m in sets])
+        charts.append(line_chart(lines, axes))
+    lead = (
+        '<h3>Which granularity suits which task</h3><p class="lead">One adaptor set at a time, from coarse to fine. '
+        "A task that peaks on the right wants fine clusters; levels are the models that need no choice of K.</p>"
+    )
+    return lead + grid(charts)
+
+
+def _glossary() -> str:
+    words = "".join(f"<dt>{word}</dt><dd>{meaning}</dd>" for word, meaning in _WORDS)
+    return f'<details class="fold"><summary>What the words mean</summary><dl class="facts">{words}</dl></details>'
+
 
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # no script runs and nothing is fetched
 

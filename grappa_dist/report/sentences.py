@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from grappa_dist.console import counted
-from grappa_dist.report.markup import percent, points
+from grappa_dist.report.html import percent, points
 from grappa_dist.report.scores import AVERAGE, BACKBONE, ORACLE, Scores, kind
 
 Sentence = tuple[str, str]

@@ -22,6 +22,12 @@ from torch import Tensor
 
 from grappa_dist.search.fixed_point import GRID, exact_square
 
+
+def largest_in_floats(x: Tensor, y: Tensor, t: int) -> tuple[Tensor, Tensor]:
+    """The t largest float32 inner products per row, (P, t), descending, and their indices: the search without faiss."""
+    return best_in_floats(x, len(y), lambda rows: rows @ y.T, t)
+
+
 SLACK = 2.0**-20
 """A share that exceeds what a few operations in float32 round away, be it of an estimate or of a bound."""
 

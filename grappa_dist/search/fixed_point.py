@@ -15,6 +15,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+NORM_LIMIT = 1 + 2**-7
+
+
 GRID = 2**24
 """Steps of the grid in 1; a dot product of two grid rows counts in units of 1 / GRID**2."""
 

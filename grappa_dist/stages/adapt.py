@@ -1,32 +1,119 @@
 """adapt: images + one partition P_i -> the adaptor set of P_i (step 2 of the paper).
 
 Each job is a world of its own, jobs run side by side as far as the workers go, and a job trains one set or several.
+
+How fast one worker decodes and trains, measured on a few images, and what that takes of its memory, so that `auto`
+can say how many sets share a job.
+
+Only where things run follows from these figures, never what is computed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from grappa_dist.artifacts import Artifact, Store, wait_until_seen
+from grappa_dist.artifacts import Artifact, Store, label_rows, wait_until_seen
 from grappa_dist.config import AdaptConfig, BackboneConfig, Config, DataConfig
 from grappa_dist.console import counted
+from grappa_dist.data.loader import read_batches
 from grappa_dist.data.shards import ImageShards
-from grappa_dist.distributed.placement import placement_in_words, sets_per_job
+from grappa_dist.data.transforms import Preprocess
+from grappa_dist.distributed.placement import Rates, placement_in_words, ranks_of, sets_per_job
 from grappa_dist.distributed.runner import Job
-from grappa_dist.stages.adapt_job import AdaptJob, train_adaptors
+from grappa_dist.distributed.worker import let_go
+from grappa_dist.models import PackedGrappa
+from grappa_dist.models.backbone import forward_precision
+from grappa_dist.models.spec import build_backbone, forget_built, preprocess_of
+from grappa_dist.search.backends import least_seconds
+from grappa_dist.stages.adapt_job import AdaptJob, starting_centroids, train_adaptors
 from grappa_dist.stages.adapt_packs import AdaptSet, commit_leftovers, fresh, group
-from grappa_dist.stages.classifying import starting_centroids
-from grappa_dist.stages.expected_workers import ranks_of
-from grappa_dist.stages.label_files import label_rows
-from grappa_dist.stages.rates import Measured, measure_rates
+from grappa_dist.stages.embed import to_images
 from grappa_dist.stages.run import Run
-from grappa_dist.training.batches import TrainingImages, idle_in_words, trained_by
-from grappa_dist.training.memory import images_at_a_time
+from grappa_dist.training.batches import TrainingImages, augmented, idle_in_words, torch_seed, trained_by
+from grappa_dist.training.memory import Room, images_at_a_time, room, tried, usable_bytes
 from grappa_dist.training.trackers import check_trackers
+
+CPU_IMAGES, GPU_IMAGES, REPEATS = 8, 128, 3
+
+
+@dataclass(frozen=True)
+class Measured:
+    rates: Rates
+    room: Room  # of one adaptor set
+    channels: int  # D
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether a GPU trains: beside one, and only there, decoding takes nothing of the time."""
+        return self.rates.overlap
+
+
+def measure_rates(device: torch.device, job: AdaptJob) -> Measured:
+    """Seconds and bytes an image of this worker, on the images of the first step; a task of one worker."""
+    forget_built()
+    usable = usable_bytes(device, job.sharing)  # before anything is there
+    gpu, asked = device.type == "cuda", job.adapt.micro_batch
+    most = min(GPU_IMAGES if gpu else CPU_IMAGES, asked if isinstance(asked, int) else job.training.global_batch)
+    model = _model(job, 2, device)
+    rows = job.training.order(0).batch_share(0, job.training.global_batch, 0, 1)
+    rows = rows[: tried(model, room(model, usable).images(min(most, len(rows))))]
+    preprocess = preprocess_of(model.backbone.pixels)
+    decode_s = _seconds(lambda: _decode(job, preprocess, rows.tolist())) / len(rows)
+    images = to_images(augmented(job.training, preprocess, rows, epoch=0, area=job.adapt.min_crop_area), device)
+    two_s = _train_s(model, images) / len(rows)
+    del model
+    let_go()  # its memory is the next one's
+    model = _model(job, 1, device)
+    one_s = _train_s(model, images) / len(rows)
+    set_s = max(two_s - one_s, 0.05 * one_s)  # timings of a busy machine may come out the wrong way round
+    rates = Rates(decode_s, max(one_s - set_s, 0.0), set_s, overlap=gpu)
+    return Measured(rates, room(model, usable), model.embed_dim)
+
+
+def _decode(job: AdaptJob, preprocess: Preprocess, rows: list[int]) -> None:
+    """All rows, by as many threads as a job has."""
+    training, threads = job.training, job.training.decode_threads
+    parts = [rows[start::threads] for start in range(threads)]
+
+    def read(part: list[int]) -> int:
+        return len(augmented(training, preprocess, part, epoch=0, area=job.adapt.min_crop_area))
+
+    for _ in read_batches(parts, read, threads=threads):
+        pass
+
+
+def _model(job: AdaptJob, num_sets: int, device: torch.device) -> PackedGrappa:
+    model = PackedGrappa(
+        build_backbone(job.backbone), num_sets, job.adapt.bottleneck, recompute=job.adapt.activation_checkpointing
+    ).to(device)
+    for index in range(num_sets):
+        model.initialise(index, torch.Generator(device).manual_seed(torch_seed("rates", index)))
+        for parameter in model.parameters_of(index):
+            parameter.requires_grad_(True)
+    return model
+
+
+def _train_s(model: PackedGrappa, images: torch.Tensor) -> float:
+    """Seconds of a forward and backward pass."""
+
+    def step() -> None:
+        with forward_precision(images.device):
+            z = model(images)
+        z.float().square().mean().backward()
+
+    return _seconds(step)
+
+
+def _seconds(work: Callable[[], None]) -> float:
+    """The least of a few times, after one that warms up."""
+    work()
+    return least_seconds(work, REPEATS)
+
 
 FEW = 8  # images at a time, which a pack must have room for at the least
 
@@ -87,7 +174,7 @@ def train_sets(run: Run, sets: Sequence[AdaptSet], images: ImageShards, bad: NDA
 
 
 def _set(config: Config, k: int, labels: Artifact, adaptors: Artifact, images: ImageShards) -> AdaptSet:
-    return AdaptSet(k, label_rows(labels, images), adaptors, starting_centroids(config.adapt, labels))
+    return AdaptSet(k, label_rows(labels, images.starts), adaptors, starting_centroids(config.adapt, labels))
 
 
 def _per_job(run: Run, whole: AdaptJob, sets: Sequence[AdaptSet]) -> int:

@@ -26,8 +26,7 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from grappa_dist.distributed.collectives import raise_together, said_by_rank_0
-from grappa_dist.distributed.long_work import until_all_are_done
-from grappa_dist.distributed.worker import RankContext
+from grappa_dist.distributed.worker import RankContext, until_all_are_done
 from grappa_dist.files import replacing, write_json
 from grappa_dist.search.fixed_point import to_grid
 from grappa_dist.training.batches import TrainingImages

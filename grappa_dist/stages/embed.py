@@ -20,14 +20,13 @@ from torch import Tensor, nn
 from grappa_dist.artifacts import Artifact, RowArrays, Store, wait_until_seen
 from grappa_dist.config import EmbedConfig
 from grappa_dist.console import counted
-from grappa_dist.data.index import Shard
+from grappa_dist.data.index import Shard, losses_in_words, lost_images
 from grappa_dist.data.loader import load_or_skip, read_batches
-from grappa_dist.data.losses import losses_in_words, lost_images
-from grappa_dist.data.probe import pixels_class
 from grappa_dist.data.shards import ImageShards
+from grappa_dist.data.transforms import pixels_class
 from grappa_dist.files import write_json
+from grappa_dist.models.backbone import forward_precision
 from grappa_dist.models.spec import ModelSpec, backbone_settings, built, pixels_of, preprocess_of
-from grappa_dist.ops.precision import forward_precision
 from grappa_dist.search.fixed_point import to_grid
 from grappa_dist.stages.gallery_weights import by_gallery
 from grappa_dist.stages.run import Run

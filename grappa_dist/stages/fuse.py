@@ -1,15 +1,27 @@
 """fuse: N adaptor sets -> the attention that weighs them (step 3 of the paper), by one job over all ranks.
 
 Shapes: B images of this rank, S pixels a side, L layers, N sets, D channels.
+
+What is known of fusions before they begin: whether there is anything to fuse, and what takes a rank's memory.
+
+Adaptor sets that start at random and learn from image pairs alone: rows M+A_1 and M* of the paper's table.
+
+The start is that of linear layers by default, in both halves of a bottleneck: ours, as the paper only says "random". So
+the features of the first step are not the backbone's, and there is no zero that would leave attention without gradient.
+
+What a job that trains a fusion says of its attention in every step. Shapes: b images, L layers, N sets.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,15 +29,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from grappa_dist.artifacts import Artifact, RowArrays, Store, wait_until_seen
-from grappa_dist.config import BackboneConfig, DataConfig, FuseConfig, seeks_neighbours
+from grappa_dist.config import RANDOM, BackboneConfig, DataConfig, FuseConfig, seeks_neighbours
 from grappa_dist.console import counted
 from grappa_dist.data.shards import ImageShards
-from grappa_dist.distributed.accumulate import accumulate
-from grappa_dist.distributed.correlation import penalty_of
 from grappa_dist.distributed.runner import Job
 from grappa_dist.distributed.worker import RankContext
 from grappa_dist.files import replacing
-from grappa_dist.models import Grappa, Projector
+from grappa_dist.models import Adaptors, Grappa
+from grappa_dist.models.backbone import forward_precision
 from grappa_dist.models.spec import (
     ADAPTORS_FILE,
     FUSION_FILE,
@@ -34,19 +45,129 @@ from grappa_dist.models.spec import (
     preprocess_of,
     save_own_sets,
 )
-from grappa_dist.ops.adam import adam
-from grappa_dist.ops.precision import forward_precision
 from grappa_dist.stages.embed import Embedding, to_images
 from grappa_dist.stages.fuse_pairs import Pairs
-from grappa_dist.stages.random_sets import lars_groups, num_random, start_at_random
 from grappa_dist.stages.run import Run
-from grappa_dist.stages.watching import AttentionWatch
-from grappa_dist.training.barlow_twins import barlow_twins
+from grappa_dist.training.barlow_twins import Projector, accumulate, barlow_twins, penalty_of, rows_are_cheaper
 from grappa_dist.training.batches import TrainingImages, idle_in_words, torch_seed, trained_by
 from grappa_dist.training.deepspeed_engine import Engine
 from grappa_dist.training.loop import Schedule, Watch, train
 from grappa_dist.training.memory import fuse_advice, naming_lack_of_memory
-from grappa_dist.training.optim import Lars
+from grappa_dist.training.optim import Lars, adam
+
+
+class AttentionWatch:
+    """Sums over the images of a step: entropies of the attention by layer, mean weights by set.
+
+    A model without attention has no such figures.
+    """
+
+    def __init__(self, model: Grappa) -> None:
+        self._model, self._sets = model, model.layers[0].adaptors.num_sets
+        self._entropy = torch.zeros(len(model.layers), dtype=torch.float64)
+        self._shares = torch.zeros(self._sets, dtype=torch.float64)
+
+    def add(self) -> None:
+        """Of the images just seen: entropies as shares of log N, and weights as their mean over layers."""
+        alpha = self._model.last_attention().double()  # (b, L, N)
+        self._shares += alpha.mean(1).sum(0).cpu()
+        if self._sets > 1:
+            entropy = -(alpha * alpha.clamp_min(1e-30).log()).sum(-1) / math.log(self._sets)
+            self._entropy += entropy.sum(0).cpu()
+
+    def take(self, views: int, decay: float, count: float) -> dict[str, float]:
+        """The figures of a step of `count` images, each seen in so many views; starts anew.
+
+        Args:
+            decay: of the weights of Q and K.
+        """
+        if all(layer.attention is None for layer in self._model.layers):
+            return {}
+        figures = {f"entropy.{i}": float(e) / views for i, e in enumerate(self._entropy)}
+        figures |= {f"attention.{i}": float(share) / views for i, share in enumerate(self._shares)}
+        ratios = decay_ratios(self._model, decay) if count else [0.0] * len(self._entropy)  # a NaN of none would spread
+        figures |= {f"decay_to_gradient.{i}": ratio * count for i, ratio in enumerate(ratios)}
+        self._entropy.zero_()
+        self._shares.zero_()
+        return figures
+
+
+def decay_ratios(model: Grappa, decay: float) -> list[float]:
+    """|weight decay| over |gradient| of Q and K by layer: above one, decay alone moves the attention.
+
+    NaN where there is no gradient: the loss does not depend on that layer's attention, which tells of no balance.
+    """
+    ratios = []
+    for layer in model.layers:
+        parameters = list(layer.attention.parameters()) if layer.attention is not None else []
+        norm = sum(float(p.detach().square().sum()) for p in parameters) ** 0.5
+        gradient = sum(float(p.grad.square().sum()) for p in parameters if p.grad is not None) ** 0.5
+        ratios.append(decay * norm / gradient if gradient else math.nan)
+    return ratios
+
+
+def num_random(variant: str, num_partitions: int) -> int:
+    """Sets of a variant that start at random: one, as many as there are partitions, or none."""
+    one, several = RANDOM
+    return {one: 1, several: num_partitions}.get(variant, 0)
+
+
+def start_at_random(model: Grappa, seed: int) -> None:
+    """Fills all sets; set i is a function of seed and i, so the one set of M+A_1 is the first of M*."""
+    first, sets = model.layers[0].adaptors, []
+    for index in range(first.num_sets):
+        draws = torch.Generator().manual_seed(torch_seed("random adaptors", seed, index))
+        tensors: dict[str, Tensor] = {}
+        for number in range(len(model.layers)):
+            adaptors = Adaptors(1, first.dim, first.bottleneck)
+            adaptors.randomise(draws)
+            tensors |= {f"layers.{number}.{name}": tensor for name, tensor in adaptors.tensors(0).items()}
+        sets.append(tensors)
+    model.load_adaptors(sets)
+
+
+def lars_groups(module: nn.Module) -> list[dict[str, Any]]:
+    """The parameters that learn, as LARS has to see them: sets lie side by side in one tensor and have a norm each."""
+    adaptors = [m for m in module.modules() if isinstance(m, Adaptors) and m.up_bias.requires_grad]
+    weights = [p for a in adaptors for p in (a.down_weight, a.up_weight)]
+    biases = [p for a in adaptors for p in (a.down_bias, a.up_bias)]
+    known = {id(p) for p in (*weights, *biases)}
+    others = [p for p in module.parameters() if p.requires_grad and id(p) not in known]
+    if not adaptors:
+        return [{"params": others}]
+    sets = {"params": weights, "sets": adaptors[0].num_sets}
+    return [{"params": others}, sets, {"params": biases, "biases": True}]
+
+
+BUCKET = 5 * 10**8  # gradients that the engine copies together at once, to add them up over the ranks, be it one alone
+
+
+def unfused_in_words(fuse: FuseConfig, num_sets: int) -> str:
+    """What the variants are where there is one adaptor set only; empty where there are several."""
+    same = [variant for variant in fuse.variants if not variant.startswith("random")]
+    if num_sets > 1 or not same:
+        return ""
+    return (
+        f"one adaptor set only, so there is nothing to fuse: {', '.join(same)} will score as that set does "
+        "(clustering.num_labels with two K or more gives several)"
+    )
+
+
+def projector_bytes(weights: int) -> int:
+    """Of a projector of so many weights in float32: they, their gradients, these again on their way, and momentum."""
+    return 4 * (3 * weights + min(weights, BUCKET))
+
+
+def least_bytes(fuse: FuseConfig, ranks: int | None) -> int:
+    """Memory that every rank of a fusion job needs, whatever the backbone: for the projector and C.
+
+    Args:
+        ranks: None where it is not known yet.
+    """
+    width = fuse.projector[-1]
+    by_rows = rows_are_cheaper(fuse.global_batch, width, ranks or 2)
+    weights = sum(before * after for before, after in pairwise(fuse.projector))
+    return projector_bytes(weights) + 4 * (width**2 // ((ranks or width) if by_rows else 1))
 
 
 @dataclass(frozen=True)

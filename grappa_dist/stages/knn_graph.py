@@ -17,18 +17,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from grappa_dist.artifacts import RowArrays
+from grappa_dist.artifacts import RowArrays, own_shards, rows_file
 from grappa_dist.config import FuseConfig
-from grappa_dist.distributed.long_work import until_all_are_done
-from grappa_dist.distributed.worker import RankContext
+from grappa_dist.distributed.worker import RankContext, until_all_are_done
 from grappa_dist.files import sync, write_json
+from grappa_dist.knn.block_search import are_duplicates, without_duplicates
 from grappa_dist.knn.exact import sharded_knn
 from grappa_dist.knn.ivf import Graph, Recall, listed_knn
 from grappa_dist.models import Grappa
-from grappa_dist.ops.knn import are_duplicates, without_duplicates
 from grappa_dist.stages.cached_features import PassedFeatures
 from grappa_dist.stages.embed import Embedding, embed_rows
-from grappa_dist.stages.label_files import own_shards, rows_file
 from grappa_dist.training.batches import TrainingImages
 
 SAVE_S = 60.0  # between two notes of how far the features of a graph are

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from grappa_dist.artifacts import Artifact, RowArrays, Store, wait_until_seen
 from grappa_dist.data.rng import generator
 from grappa_dist.files import write_json
-from grappa_dist.ops.partitions import chance_nestedness, nestedness
+from grappa_dist.metrics import chance_nestedness, nestedness
 from grappa_dist.stages.run import Run
 
 PARTITIONS_FILE = "partitions.json"

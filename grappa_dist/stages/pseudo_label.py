@@ -1,32 +1,239 @@
-"""pseudo_label: features -> N partitions of the images, one per number of clusters K (k-means over all ranks)."""
+"""pseudo_label: features -> N partitions of the images, one per number of clusters K (k-means over all ranks).
+
+Which numbers of labels are fitted at the same time; a matter of memory and speed, never of a result.
+
+A pass over the rows can serve several K (kmeans/lloyd.py), so that they are read once in place of once for each.
+
+What is said of one clustering: the statistics beside its labels, and the shortcuts that it took, in words.
+
+The file from which a stopped clustering goes on: where each of its parts stood.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from torch import Tensor
 
-from grappa_dist.artifacts import Artifact, RowArrays, Store, numbered, wait_until_seen
+from grappa_dist.artifacts import (
+    CENTROIDS_FILE,
+    Artifact,
+    RowArrays,
+    Store,
+    numbered,
+    own_shards,
+    rows_file,
+    wait_until_seen,
+)
 from grappa_dist.config import ClusteringConfig
 from grappa_dist.console import counted
 from grappa_dist.data.shards import ImageShards
-from grappa_dist.distributed.clustering import Wanted, cluster, cluster_together, shares_passes
 from grappa_dist.distributed.collectives import raise_together
-from grappa_dist.distributed.rows import Rows
 from grappa_dist.distributed.runner import Job
-from grappa_dist.distributed.sharded_rows import Share, join_rows
+from grappa_dist.distributed.sharded_rows import Rows, Share, join_rows
 from grappa_dist.distributed.worker import RankContext
-from grappa_dist.kmeans.methods import Clustering, Method, Told
-from grappa_dist.ops.choice import FLAT, Choice, Size, choose
-from grappa_dist.ops.seeding import LARGER_ROUNDS_ABOVE
-from grappa_dist.ops.together import groups
-from grappa_dist.stages.label_files import CENTROIDS_FILE, own_shards, rows_file
-from grappa_dist.stages.label_stats import STATS_FILE, shortcuts_in_words, write_stats
+from grappa_dist.files import replacing, write_json
+from grappa_dist.kmeans.lloyd import Progress
+from grappa_dist.kmeans.methods import (
+    FLAT,
+    Choice,
+    Clustering,
+    Method,
+    Size,
+    Told,
+    Trail,
+    Wanted,
+    choose,
+    cluster,
+    cluster_together,
+    shares_passes,
+)
+from grappa_dist.kmeans.seeding import LARGER_ROUNDS_ABOVE, Candidates, Seeded
+from grappa_dist.kmeans.yinyang import num_bounds
 from grappa_dist.stages.run import Run
-from grappa_dist.stages.trail import digest, load_trail, saver
+
+
+def size_histogram(counts: Sequence[int] | NDArray[np.integer]) -> list[int]:
+    """Clusters by size, for `Clustering.sizes`: entry 0 counts empty ones, b those of 2^(b-1) to 2^b - 1 images."""
+    _, bits = np.frexp(np.asarray(counts, dtype=np.float64))  # frexp's exponent of n is its bit length, 0 for 0
+    return [int(n) for n in np.bincount(bits)] if len(bits) else []
+
+
+SEEDING_SAVE_S = 30.0  # from one save of an initialisation that is under way to the next: rounds may be many and short
+
+
+def saver(path: Path, rank: int) -> Callable[[Trail], None]:
+    """Saves every update, and the initialisation now and then; on rank 0."""
+    last = -math.inf
+
+    def save(trail: Trail) -> None:
+        nonlocal last
+        seeding = any(progress.seeded for progress in trail.values())
+        if rank == 0 and not (seeding and time.monotonic() - last < SEEDING_SAVE_S):
+            save_trail(path, trail)
+            last = time.monotonic()
+
+    return save
+
+
+def save_trail(path: Path, trail: Trail) -> None:
+    tensors = {part: _tensor(progress) for part, progress in trail.items()}
+    figures = {part: json.dumps(_figures(progress)) for part, progress in trail.items()}
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, figures)
+
+
+def _tensor(progress: Progress) -> np.ndarray:
+    """Centroids; or the places of the rows that are to be some, from which the rows are read again, (k,) int64; or, of
+    the candidates for them, (M, 3) int64: places, how often they count, and the order in which they were picked."""
+    seeded = progress.seeded
+    if seeded is None:
+        return progress.centroids
+    if seeded.candidates is None:
+        return seeded.places.numpy()
+    places, times = seeded.candidates.places.numpy(), seeded.candidates.times.numpy()
+    picked = np.full(len(places), -1)
+    picked[np.searchsorted(places, seeded.places.numpy())] = np.arange(len(seeded.places))
+    return np.stack([places, times, picked], 1)
+
+
+def _figures(progress: Progress) -> list[Any]:
+    return [progress.inertia, progress.repaired, *([progress.seeded.drawn] if progress.seeded else [])]
+
+
+def load_trail(path: Path) -> tuple[Trail, str]:
+    """What was saved, if anything, and what is wrong with it."""
+    if not path.exists():
+        return {}, ""
+    trail = dict[str, Progress]()
+    try:
+        with safe_open(path, "np") as file:
+            for part, text in file.metadata().items():
+                trail[part] = _progress(file.get_tensor(part), *json.loads(text))
+                if problem := trail[part].problem():
+                    return {}, f"{path} is damaged ({part}: {problem}); delete it to begin this K again"
+    except (SafetensorError, ValueError, TypeError, AttributeError) as error:  # or what another program has written
+        return {}, f"{path} is damaged ({error}); delete it to begin this K again"
+    return trail, ""
+
+
+def _progress(tensor: np.ndarray, inertia: list[int], repaired: int, drawn: int | None = None) -> Progress:
+    if drawn is None:
+        return Progress(tensor, tuple(inertia), repaired)
+    if tensor.dtype != np.int64 or not (tensor.ndim == 1 or tensor.shape[1:] == (3,)):
+        raise ValueError(f"places are {tensor.shape} {tensor.dtype}")
+    return Progress(np.zeros((0, 0), np.float32), (), seeded=_seeded(torch.from_numpy(tensor), drawn))
+
+
+def _seeded(tensor: Tensor, drawn: int) -> Seeded:
+    if tensor.ndim == 1:
+        return Seeded(tensor, drawn)
+    places, times, picked = tensor.unbind(1)
+    order = picked.argsort(stable=True)[int((picked < 0).sum()) :]
+    return Seeded(places[order], drawn, Candidates(places.contiguous(), times.contiguous()))
+
+
+def digest(trail: Trail) -> int:
+    """63 bits that tell one state from another."""
+    state = hashlib.blake2b(digest_size=8)
+    for part in sorted(trail):
+        progress, tensor = trail[part], _tensor(trail[part])
+        state.update(json.dumps([part, *_figures(progress), tensor.shape]).encode())
+        state.update(tensor.tobytes())
+    return int.from_bytes(state.digest(), "big") >> 1
+
+
+STATS_FILE = "stats.json"
+LEAST_AGREEMENT = 0.95  # of labels found through lists with the exact ones; below, a warning
+
+
+def write_stats(folder: Path, k: int, found: Clustering, choice: Choice) -> None:
+    """Writes what a person can judge the clustering by, for console and report."""
+    result, counts = found.result, found.result.counts
+    agreement, balanced = found.agreement, found.balanced
+    stats = {
+        "k": k,
+        "inertia": result.inertia,
+        "sizes": size_histogram(counts),
+        "largest": int(counts.max()),
+        "median": float(np.median(counts)),
+        "imbalance": float(k * np.square(counts.astype(float)).sum() / counts.sum() ** 2),
+        "empty_repaired": result.empty_repaired,
+        "empty_left": result.empty_left,
+        "singletons_share": float((counts == 1).mean()),
+        "exact_share": result.exact_share,
+        "searched_share": result.searched_share,
+        "method": choice.name,
+        "reason": choice.reason,
+        "updates": found.updates,
+        "sampled_share": found.sampled_rows / int(counts.sum()),
+        "agreement": agreement.share if agreement else None,
+        "agreement_rows": agreement.rows if agreement else 0,
+        "bound": balanced.largest if balanced else None,
+        "moved": balanced.moved if balanced else 0,
+        "unbalanced_inertia": found.unbalanced_inertia,
+        "restarts": list(found.restarts),
+    }
+    write_json(folder / STATS_FILE, stats)
+
+
+def shortcuts_in_words(stats: Mapping[str, Any]) -> list[str]:
+    """What the shortcuts of one clustering came to, none where it took none."""
+    lines = []
+    if stats["sampled_share"] < 1:
+        lines.append(f"centroids were fitted to a sample of {100 * stats['sampled_share']:.3g} % of the rows")
+    agreement = stats["agreement"]
+    if agreement is not None:
+        rows = stats["agreement_rows"]
+        lines.append(f"labels agree with the exact ones on {100 * agreement:.2f} % of {rows} rows drawn")
+        if agreement < LEAST_AGREEMENT:
+            lines[-1] += f", WARNING: less than {100 * LEAST_AGREEMENT:.0f} %, raise clustering.probes"
+    if stats["bound"] is not None:
+        more = stats["inertia"][-1] - stats["unbalanced_inertia"]
+        lines.append(
+            f"{stats['moved']} rows moved, no cluster has more than {stats['bound']}; "
+            f"inertia {stats['inertia'][-1]:.6g}, of which {more:.3g} for that"
+        )
+    return lines
+
+
+def groups(nums: Sequence[int], dim: int) -> list[list[int]]:
+    """The numbers of labels in groups that are fitted at the same time: from the largest on, each joins the first group
+    that has room for it.
+
+    A group needs no more memory than the largest K of all needs alone, as it has no more centroids; and its bounds take
+    at most half as much scratch as the rows themselves, or what the largest K takes if that is more.
+    """
+    most_centroids = max(nums, default=0)
+    most_scratch = max(2 * dim, *(scratch_bytes(num, dim) for num in nums)) if nums else 0
+    found: list[list[int]] = []
+    for num in sorted(nums, reverse=True):
+        for group in found:
+            together = [*group, num]
+            if sum(together) <= most_centroids and sum(scratch_bytes(k, dim) for k in together) <= most_scratch:
+                group.append(num)
+                break
+        else:
+            found.append([num])
+    return [sorted(group) for group in reversed(found)]
+
+
+def scratch_bytes(num_labels: int, dim: int) -> int:
+    """Of a row: its bounds, label and squared norm, as kmeans/yinyang.py keeps them."""
+    return 4 * num_bounds(num_labels, dim) + 16
+
 
 PROGRESS_FILE = "progress.safetensors"
 LADDER_SETS = 8

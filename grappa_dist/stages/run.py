@@ -14,8 +14,7 @@ from grappa_dist.artifacts import LOCK, Store
 from grappa_dist.config import Config
 from grappa_dist.console import EVENTS_FILE, Console, Events
 from grappa_dist.data.remote import is_remote
-from grappa_dist.distributed.connection import SUBMITTED_JOB
-from grappa_dist.distributed.ray_cluster import Cluster
+from grappa_dist.distributed.ray_cluster import SUBMITTED_JOB, Cluster
 from grappa_dist.distributed.runner import Runner
 
 

@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from grappa_dist.distributed.worker import RankContext
-from grappa_dist.distributed.zero import State
 from grappa_dist.files import replacing, sync
+from grappa_dist.training.deepspeed_engine import State
 
 KEEP_CHECKPOINTS = 2
 ENGINE_FILE = "engine.safetensors"

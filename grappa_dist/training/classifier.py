@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from grappa_dist.distributed.collectives import Comm
-from grappa_dist.ops.hashing import HASH_BITS, row_hashes
-from grappa_dist.ops.row_adam import RowState, adam_step
+from grappa_dist.kmeans.sampling import HASH_BITS, row_hashes
 from grappa_dist.training.checkpoints import RowShard
 from grappa_dist.training.norm_softmax import Scores, add_scores, chunks, class_gradient, image_gradient, no_scores
+from grappa_dist.training.optim import RowState, adam_step
 
 _START_ROWS = 4096  # drawn or read at a time
 _HASHED_ROWS = {"cpu": 2**16, "cuda": 2**24}  # at a time: a core's cache; work for a GPU

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grappa_dist.distributed.trial import least_seconds
 from grappa_dist.models import PackedGrappa
-from grappa_dist.ops.precision import forward_precision
+from grappa_dist.models.backbone import forward_precision
+from grappa_dist.search.backends import least_seconds
 
 GAIN, ROUNDS = 1.05, 5  # it must be so much faster, in the least of so many passes
 FURTHER, ROUNDING = 2.0, 1e-5  # than plain bfloat16 from float32, at the most; and of the largest value, in any case

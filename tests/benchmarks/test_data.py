@@ -12,10 +12,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.data import ALONE, AUGMENTED, OURS, PLAIN, SAME, TEST, DataFindings, DataSettings, measure_data
+from benchmarks.data import (
+    ALONE,
+    AUGMENTED,
+    OURS,
+    PLAIN,
+    SAME,
+    TEST,
+    DataFindings,
+    DataSettings,
+    as_json,
+    as_text,
+    drawn_photo,
+    drawn_shards,
+    measure_data,
+)
 from benchmarks.data import _Work as Work
-from grappa_dist.bench.data_table import as_json, as_text
-from grappa_dist.bench.photos import drawn_photo, drawn_shards
 from tests.data.written import write_tar
 
 SMALL = DataSettings(rows=20, width=60, height=40, image_size=24, batch=8, threads=2, repeats=1)

@@ -5,9 +5,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.fuse import SIDES, FuseSettings, drawn_layer, measure_fuse
-from grappa_dist.bench.fuse_table import as_json, as_text
-from grappa_dist.bench.literal import LiteralAdaptors, LiteralLayer
+from benchmarks.fuse import (
+    SIDES,
+    FuseSettings,
+    LiteralAdaptors,
+    LiteralLayer,
+    as_json,
+    as_text,
+    drawn_layer,
+    measure_fuse,
+)
 from grappa_dist.models import GrappaLayer, create_backbone
 from tests import reference
 

@@ -11,10 +11,8 @@ import numpy as np
 import pytest
 
 from benchmarks.faiss_baselines import SUPER, judges, starting_rows
-from benchmarks.harness import CAN_WATCH_MEMORY, turns
-from benchmarks.kmeans import KMeansFindings, KMeansSettings, measure_kmeans
-from grappa_dist.bench.rows import drawn_rows, read_rows, squared_error
-from grappa_dist.bench.table import as_json, as_text
+from benchmarks.harness import CAN_WATCH_MEMORY, drawn_rows, read_rows, squared_error, turns
+from benchmarks.kmeans import KMeansFindings, KMeansSettings, as_json, as_text, measure_kmeans
 
 ROWS, DIM, LABELS = 1200, 48, (4, 40)
 HEADER = {"command": "bench.py"}

@@ -4,9 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.knn import APPROXIMATE, EXACT, KnnSettings, as_json, as_text, measure_knn
-from grappa_dist.bench.epoch import EpochCost
-from grappa_dist.bench.knn_scaling import ALONE, SEVERAL
+from benchmarks.knn import ALONE, APPROXIMATE, EXACT, SEVERAL, EpochCost, KnnSettings, as_json, as_text, measure_knn
 
 TINY = KnnSettings(rows=400, dim=16, neighbours=(3, 30), approximate=True, recall_floor=0.8, threads=1, repeats=1)
 

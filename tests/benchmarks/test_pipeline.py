@@ -20,8 +20,7 @@ from benchmarks.pipeline import (
     seconds_by_step,
 )
 from examples.paper_in_one_file import Adaptor, Fused, PaperScript, Pictures
-from grappa_dist.config import Config
-from grappa_dist.config_file import load
+from grappa_dist.config import Config, load
 
 
 def tiny_config() -> Config:

@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 
 from grappa_dist.data.block_cache import CacheSettings
-from grappa_dist.data.index import COMMITTED, ROW, Shard
-from grappa_dist.data.index_files import read_rows
+from grappa_dist.data.index import COMMITTED, ROW, Shard, read_rows
 from grappa_dist.data.shards import ImageShards
-from tests.data.test_damaged_tars import time_limit
+from tests.data.test_tars_damaged import time_limit
 from tests.data.written import write_folder, write_tar
 from tests.stores import door_to, folder_backend
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from grappa_dist.data.tars import DamagedTar, key_at, members_of
-from tests.data.test_damaged_tars import cut, header, header_with_a_valid_checksum, random_bytes, time_limit
+from tests.data.test_tars_damaged import cut, header, header_with_a_valid_checksum, random_bytes, time_limit
 from tests.data.written import write_tar
 
 Seen = list[tuple[str, int, int, bool, bool]]

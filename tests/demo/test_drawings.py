@@ -9,7 +9,8 @@ from collections import defaultdict
 import pytest
 from PIL import Image
 
-from grappa_dist.demo import butterflies, monsters
+from grappa_dist.demo import drawings as butterflies
+from grappa_dist.demo import drawings as monsters
 from grappa_dist.demo.drawings import Drawing, draw, picture, sizes, tasks
 
 SMALL = 0.05

@@ -8,9 +8,7 @@ import pytest
 import torch
 
 from grappa_dist.distributed.collectives import Comm
-from grappa_dist.distributed.rows import Rows
-from grappa_dist.distributed.sharded_rows import RowBlock, Share, join_rows
-from grappa_dist.distributed.threads import side_by_side
+from grappa_dist.distributed.sharded_rows import RowBlock, Rows, Share, join_rows, side_by_side
 from grappa_dist.distributed.worker import Stopped
 from grappa_dist.kmeans.lloyd import KMeans, kmeans
 from tests.kmeans.test_lloyd import clustered

@@ -8,9 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from examples.pretrain_demo_backbone import draw_doodles, jiggle, pretrain
+from examples.pretrain_demo_backbone import CLASSES, DOODLES, draw_doodles, example, jiggle, pretrain
 from grappa_dist.demo import backbone
-from grappa_dist.demo.doodles import CLASSES, DOODLES, example
 from grappa_dist.demo.drawings import picture, tasks
 
 

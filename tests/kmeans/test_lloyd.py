@@ -10,11 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from grappa_dist.distributed.collectives import Comm
-from grappa_dist.distributed.lloyd import Progress
-from grappa_dist.distributed.passes import BoundedPasses
-from grappa_dist.distributed.rows import Rows
-from grappa_dist.distributed.sharded_rows import BLOCK_ROWS, join_rows
-from grappa_dist.kmeans.lloyd import KMeans, KMeansResult, sharded_kmeans
+from grappa_dist.distributed.sharded_rows import BLOCK_ROWS, Rows, join_rows
+from grappa_dist.kmeans.lloyd import BoundedPasses, KMeans, KMeansResult, Progress, sharded_kmeans
 from grappa_dist.search.fixed_point import GRID, to_grid
 from tests.processes import run_ranks
 

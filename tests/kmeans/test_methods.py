@@ -7,17 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from grappa_dist.distributed import lowest
-from grappa_dist.distributed.clustering import Wanted, cluster
 from grappa_dist.distributed.collectives import Comm
-from grappa_dist.distributed.lloyd import Progress
 from grappa_dist.distributed.sharded_rows import Share, join_rows
 from grappa_dist.kmeans import assignments as row_labels
 from grappa_dist.kmeans import balanced as balance
 from grappa_dist.kmeans import hierarchical
-from grappa_dist.kmeans.lloyd import KMeans, sharded_kmeans
-from grappa_dist.kmeans.methods import Clustering, Method, Told
-from grappa_dist.ops.choice import Choice
+from grappa_dist.kmeans import sampling as lowest
+from grappa_dist.kmeans.lloyd import KMeans, Progress, sharded_kmeans
+from grappa_dist.kmeans.methods import Choice, Clustering, Method, Told, Wanted, cluster
 from grappa_dist.search.fixed_point import GRID, to_grid
 from tests.kmeans.test_lloyd import clustered, cuts, distances, good_rows, lattice, part_of
 from tests.processes import run_ranks

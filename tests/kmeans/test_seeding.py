@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from grappa_dist.distributed.collectives import Comm
-from grappa_dist.distributed.rows import Rows
-from grappa_dist.distributed.sharded_rows import Share, join_rows
+from grappa_dist.distributed.sharded_rows import Rows, Share, join_rows
 from grappa_dist.kmeans import seeding as sharded_seeding
 from grappa_dist.kmeans.seeding import Seeded, seed_centroids
 from tests.kmeans.test_lloyd import clustered, cuts, good_rows, part_of

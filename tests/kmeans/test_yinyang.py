@@ -8,9 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grappa_dist.kmeans.yinyang import GroupedCentroids, reassign
-from grappa_dist.ops.bounds import Bounds, Drift, Groups
-from grappa_dist.ops.moves import Moves
+from grappa_dist.kmeans.yinyang import Bounds, Drift, GroupedCentroids, Groups, Moves, reassign
 from grappa_dist.search.bf16 import HalfProposer
 from grappa_dist.search.candidates import FloatProposer, Proposer, float_error
 from grappa_dist.search.fixed_point import GRID, exact_square, to_grid

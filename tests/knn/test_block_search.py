@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from grappa_dist.knn import block_search as sift
-from grappa_dist.knn.block_search import Found, Side, search_both_ways, search_one_way, search_within
-from grappa_dist.ops.knn import Block, Neighbours
+from grappa_dist.knn.block_search import Block, Found, Neighbours, Side, search_both_ways, search_one_way, search_within
 from grappa_dist.search.fixed_point import GRID, to_grid
-from tests.ops.test_knn import brute_force, pairs, unit_rows
+from tests.knn.test_block_search_topk import brute_force, pairs, unit_rows
 
 
 def taken(best: Neighbours, found: list[Found]) -> Neighbours:

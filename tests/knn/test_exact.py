@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from grappa_dist.distributed import knn_blocks
 from grappa_dist.distributed.collectives import Comm
+from grappa_dist.knn import exact as knn_blocks
 from grappa_dist.knn.exact import sharded_knn
 from grappa_dist.search.fixed_point import GRID, to_grid
 from tests.processes import run_ranks

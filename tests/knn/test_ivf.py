@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from grappa_dist.bench.rows import drawn_rows
-from grappa_dist.distributed import list_search
+from benchmarks.harness import drawn_rows
 from grappa_dist.distributed.collectives import Comm
+from grappa_dist.knn import ivf as list_search
 from grappa_dist.knn import ivf as listed_knn
 from grappa_dist.knn.block_search import MOST_ROWS
 from grappa_dist.knn.exact import sharded_knn

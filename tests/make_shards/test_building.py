@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from grappa_dist.data.making.encoding import Encoded
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.make_shards import filling
 from grappa_dist.make_shards.collection import CollectionConfig, Work, make_shards
 from grappa_dist.make_shards.filling import Row
+from grappa_dist.make_shards.sources import Encoded
 
 SCRIPT = Path(__file__).parents[3] / "launch" / "make_shards.py"
 

@@ -15,11 +15,23 @@ from grappa_dist.data.shards import ImageShards
 from grappa_dist.data.writer import ShardWriter
 from grappa_dist.files import write_json
 from grappa_dist.layout import lay_out
-from grappa_dist.report.collect import _bad, bad_in_words, best_sets, score_rows
-from grappa_dist.report.sections import MOST_BAD_ROWS
+from grappa_dist.report.collect import (
+    Steps,
+    _bad,
+    bad_in_words,
+    best_sets,
+    by_step,
+    curve,
+    graph_facts,
+    job_of,
+    median,
+    neighbour_figures,
+    score_rows,
+    steps_of,
+    waiting_facts,
+)
+from grappa_dist.report.page import MOST_BAD_ROWS
 from grappa_dist.stages.flow import Flow
-from grappa_dist.stages.graph_figures import graph_facts, neighbour_figures
-from grappa_dist.stages.training_figures import Steps, by_step, curve, job_of, median, steps_of, waiting_facts
 from tests.data.written import write_tar
 from tests.stages import tiny
 

@@ -7,9 +7,9 @@ import math
 import numpy as np
 import pytest
 
-from grappa_dist.report import size_histogram
-from grappa_dist.report.heat import heat_map, saturation
+from grappa_dist.report.attention import heat_map, saturation
 from grappa_dist.report.plots import Axes, Series, line_chart, thin, ticks
+from grappa_dist.stages.pseudo_label import size_histogram
 
 
 def test_thinning_keeps_the_mean_and_counts_what_is_not_finite() -> None:

@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from grappa_dist.artifacts import rows_file
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.distributed.placement import Rates
-from grappa_dist.ops.room import Room
-from grappa_dist.stages.adapt import FEW, _most_sets, adapt, adaptors_of
-from grappa_dist.stages.label_files import rows_file
-from grappa_dist.stages.rates import Measured
+from grappa_dist.stages.adapt import FEW, Measured, _most_sets, adapt, adaptors_of
+from grappa_dist.training.memory import Room
 from tests.stages import tiny
 from tests.stages.packed import KS, job_in
 

@@ -17,8 +17,7 @@ from grappa_dist.distributed.collectives import Comm
 from grappa_dist.models import Attention
 from grappa_dist.models.spec import FUSION_FILE
 from grappa_dist.stages.embed import Embedding
-from grappa_dist.stages.fuse import FuseJob, FuseObjective, fusion_of, train_fusion
-from grappa_dist.stages.watching import decay_ratios
+from grappa_dist.stages.fuse import FuseJob, FuseObjective, decay_ratios, fusion_of, train_fusion
 from grappa_dist.training.deepspeed_engine import Engine
 from tests.processes import run_ranks
 from tests.stages import tiny

@@ -16,10 +16,16 @@ from grappa_dist.console import EVENTS_FILE, Console, Events, read_events
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.models import Grappa
 from grappa_dist.models.spec import ModelSpec, build
-from grappa_dist.ops.galleries import effective_rank, set_weights, transitivity
 from grappa_dist.stages import gallery_weights as stage
 from grappa_dist.stages.embed import Embedding, bad_rows, embed, embed_rows, feature_rows, features_of
-from grappa_dist.stages.gallery_weights import galleries_of, load_galleries, weigh_galleries
+from grappa_dist.stages.gallery_weights import (
+    effective_rank,
+    galleries_of,
+    load_galleries,
+    set_weights,
+    transitivity,
+    weigh_galleries,
+)
 from grappa_dist.stages.ground_truth import truth_of
 from grappa_dist.stages.run import Run
 from tests.stages import tiny

@@ -18,8 +18,7 @@ from grappa_dist.distributed.collectives import Comm
 from grappa_dist.distributed.runner import Job
 from grappa_dist.models.spec import ADAPTORS_FILE
 from grappa_dist.stages.adapt_packs import PACK_FILE
-from grappa_dist.stages.mirror_work import ASIDE, STATE, WorkMirror
-from grappa_dist.stages.remote_folder import RemoteFolder
+from grappa_dist.stages.mirror import ASIDE, STATE, RemoteFolder, WorkMirror
 from tests.conftest import Bucket
 from tests.processes import run_ranks
 from tests.stages import tiny

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from grappa_dist.artifacts import Artifact, RowArrays, Store
-from grappa_dist.ops.partitions import nestedness
+from grappa_dist.metrics import nestedness
 from grappa_dist.stages import partitions
 from grappa_dist.stages.partitions import judge_partitions, partitions_of
 from tests.stages import tiny

@@ -10,17 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from grappa_dist.artifacts import Artifact, RowArrays, Store
+from grappa_dist.artifacts import Artifact, RowArrays, Store, own_shards, rows_file
 from grappa_dist.config import BackboneConfig, ClusteringConfig, Config, DataConfig
 from grappa_dist.data.index import Shard
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.distributed.collectives import Comm
-from grappa_dist.distributed.lloyd import Progress
 from grappa_dist.distributed.worker import RankContext, Stopped
+from grappa_dist.kmeans.lloyd import Progress
 from grappa_dist.report.content import Clustering
-from grappa_dist.stages import trail
-from grappa_dist.stages.label_files import own_shards, rows_file
-from grappa_dist.stages.label_stats import shortcuts_in_words
+from grappa_dist.stages import pseudo_label as trail
 from grappa_dist.stages.pseudo_label import (
     PROGRESS_FILE,
     LabelJob,
@@ -30,10 +28,12 @@ from grappa_dist.stages.pseudo_label import (
     label_ranks,
     labels_of,
     ladder,
+    load_trail,
     num_labels,
     pseudo_label,
+    save_trail,
+    shortcuts_in_words,
 )
-from grappa_dist.stages.trail import load_trail, save_trail
 from tests.processes import run_ranks
 from tests.stages.tiny import Here, run_in
 

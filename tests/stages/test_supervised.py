@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from grappa_dist.artifacts import Store
+from grappa_dist.artifacts import CENTROIDS_FILE, Store, label_rows
 from grappa_dist.console import read_events
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.distributed.collectives import Comm
@@ -17,20 +17,21 @@ from grappa_dist.models.spec import ADAPTORS_FILE, FUSION_FILE, build_backbone, 
 from grappa_dist.stages.adapt import adaptors_of
 from grappa_dist.stages.embed import to_images
 from grappa_dist.stages.ground_truth import truth_of
-from grappa_dist.stages.label_files import CENTROIDS_FILE, label_rows
 from grappa_dist.stages.supervised import (
     SupervisedJob,
     SupervisedObjective,
     adapt_supervised,
+    class_counts,
     supervised_fusion_of,
     train_supervised_fusion,
+    true_labels_of,
+    without_class,
 )
-from grappa_dist.stages.true_labels import class_counts, true_labels_of, without_class
 from grappa_dist.training.batches import TrainingImages, augmented
 from grappa_dist.training.norm_softmax import norm_softmax
 from tests.processes import run_ranks
 from tests.stages import tiny
-from tests.stages.test_true_labels import World
+from tests.stages.test_supervised_true_labels import World
 
 EPOCHS, STEPS = 3, 9
 UNLABELLED = (2, 13, 20, 21, 39)  # 13 is all of its shard
@@ -49,7 +50,7 @@ def job_in(folder: Path, out: str, micro_batch: int = 64, **adapt: Any) -> Super
     sets = [tiny.random_adaptors(Store(folder), settings, seed) for seed in (1, 2, 3)]
     return SupervisedJob(
         adaptors=tuple(sets),
-        labels=label_rows(classes, images),
+        labels=label_rows(classes, images.starts),
         num_classes=class_counts(classes)["classes"],
         centroids=classes.path / CENTROIDS_FILE,
         training=TrainingImages(images, without_class(classes, images), settings.data, tiny.BATCH, settings.seed, 1),

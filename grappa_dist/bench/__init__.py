@@ -1,1 +1,0 @@
-"""What launch/bench.py measures: ratios against judges, from one run on one machine."""

@@ -1,1 +1,0 @@
-"""Making shards: files as people keep them, or a published benchmark -> deterministic tars, in parallel, resumable."""

@@ -1,1 +1,0 @@
-"""Data sets as their authors publish them, read from their original folders."""

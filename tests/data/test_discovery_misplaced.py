@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+from grappa_dist.data.discovery import instead_of
+from grappa_dist.data.shards import ImageShards
+from launch.make_shards import main
+from tests.stages.tiny import picture
+
+
+def refused(path: Path | str) -> str:
+    with pytest.raises(ValueError, match="shards: nothing at ") as error:
+        ImageShards.open([path], None)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("folder", ["photos", "my photos", "it's", "-x"])
+def test_a_folder_of_images_is_answered_with_the_command_that_makes_shards_of_it(
+    tmp_path: Path, folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for number in range(3):
+        path = Path(folder) / "a" / f"{number}.PNG"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture(number))
+    said = refused(f"./{folder}/")
+    command, _, then = said.partition("`")[2].partition("`, then name ")
+    program, script, *argv = shlex.split(command)
+    assert (program, script) == ("python", "launch/make_shards.py")
+    assert main(argv) == 0
+    assert len(ImageShards.open(shlex.split(then), None)) == 3
+
+
+def test_the_current_folder_has_its_shards_made_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "a.jpg").write_bytes(b"")
+    monkeypatch.chdir(tmp_path / "here")
+    assert f"--out {tmp_path}/here-shards" in refused(".")
+
+
+def test_parts_one_level_below_are_named(tmp_path: Path) -> None:
+    for label in "abc":
+        (tmp_path / "photos" / label).mkdir(parents=True)
+        (tmp_path / "photos" / label / "1.png").write_bytes(picture(1))
+    assert main(["--images", str(tmp_path / "photos"), "--out", str(tmp_path / "shards")]) == 0
+    assert f"name {tmp_path}/shards/test or {tmp_path}/shards/train" in refused(tmp_path / "shards")
+    (tmp_path / "shards" / "train").rename(tmp_path / "shards" / ".train.partial")
+    assert f"{tmp_path}/shards/.train.partial is in the making" in refused(tmp_path / "shards")
+    deep = tmp_path / "begun" / ".train.partial" / "making" / "unfinished-1"
+    deep.mkdir(parents=True)
+    (deep / "shard-000000.tar").write_bytes(b"")
+    assert f"{tmp_path}/begun/.train.partial is in the making" in refused(tmp_path / "begun")
+
+
+def test_nothing_is_presumed_where_there_is_nothing(tmp_path: Path) -> None:
+    (tmp_path / "empty" / "deep").mkdir(parents=True)
+    (tmp_path / "loop").symlink_to(tmp_path)
+    for path in ("empty", "gone"):
+        assert refused(tmp_path / path).endswith("or a pattern such as DIR/*.tar")
+
+
+def test_a_link_that_leads_to_itself_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "loop").mkdir()
+    (tmp_path / "loop" / "a").symlink_to(tmp_path / "loop" / "a")
+    assert instead_of(str(tmp_path)) == ""

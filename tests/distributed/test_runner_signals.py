@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grappa_dist.console import Interrupted, Terminated
+from grappa_dist.distributed.runner import Signals
+from grappa_dist.distributed.worker import RankContext
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = """
+import sys
+from grappa_dist.config import Resources
+from grappa_dist.distributed.cluster import Cluster
+from grappa_dist.distributed.jobs import Job, Runner
+from grappa_dist.exits import Ending
+from tests.distributed.test_signals import save_when_asked
+
+where = Resources(workers=2, num_cpus=2, gpus_per_worker=0)
+runner = Runner(Cluster(where), where, on_interrupt=lambda text: print(text, file=sys.stderr, flush=True))
+
+def work():
+    try:
+        with runner.terminating():
+            runner.run_jobs([Job("long", save_when_asked, (sys.argv[1], float(sys.argv[2])), 2)])
+    finally:
+        runner.cluster.close()
+
+sys.exit(Ending().of(work))
+"""
+PATIENCE_S = 90.0
+
+
+def save_when_asked(context: RankContext, job: tuple[str, float]) -> None:
+    """Rank 0 notes that it has begun and, a while after it was asked to stop, what it has saved."""
+    marker, takes_s = job
+    Path(f"{marker}.rank-{context.comm.rank}").touch()
+    while not context.stop_requested():
+        time.sleep(0.02)
+    time.sleep(takes_s)
+    Path(f"{marker}.saved-{context.comm.rank}").touch()
+
+
+def press(number: signal.Signals = signal.SIGINT) -> None:
+    os.kill(os.getpid(), number)
+    time.sleep(0.01)  # a handler runs between two instructions of Python
+
+
+def test_a_signal_that_nobody_looks_for_ends_at_once() -> None:
+    signals, before = Signals(), signal.getsignal(signal.SIGINT)
+    with pytest.raises(Interrupted) as ended, signals.heard():
+        press()
+    assert (ended.value.at_once, ended.value.waited_s) == (False, None)
+    assert signal.getsignal(signal.SIGINT) == before
+    with pytest.raises(Terminated) as terminated, Signals().heard():
+        press(signal.SIGTERM)
+    assert not isinstance(terminated.value, Interrupted)
+
+
+def test_where_signals_are_looked_for_a_second_ctrl_c_waits_for_nobody() -> None:
+    signals = Signals(looked_for=True)
+
+    def watch() -> None:
+        assert (signals.ending(), signals.interrupted, signals.at_once) == (False, False, False)
+        press(signal.SIGTERM)
+        assert (signals.ending(), signals.interrupted, signals.at_once) == (True, False, False)
+        press()
+        assert (signals.interrupted, signals.at_once) == (True, False)
+        press()
+        assert signals.at_once
+        raise Terminated
+
+    with pytest.raises(Interrupted) as ended, signals.heard():
+        watch()
+    assert ended.value.at_once
+
+
+def test_a_program_in_the_background_goes_on_not_to_hear_ctrl_c() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Signals().heard():
+            press()
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_ctrl_c_in_a_terminal_lets_every_rank_save_and_a_second_one_ends_at_once(tmp_path: Path, again: bool) -> None:
+    """As a terminal does it: the signal goes to every process of the group, Ray's and the workers' among them."""
+    marker, takes_s = tmp_path / "job", 300.0 if again else 1.0
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"PYTHONPATH": str(ROOT)}
+    command: list[Any] = [sys.executable, "-c", PROGRAM, str(marker), str(takes_s)]
+    program = subprocess.Popen(command, env=environment, text=True, stderr=subprocess.PIPE, start_new_session=True)
+    patience = threading.Timer(2 * PATIENCE_S, program.kill)  # its end is awaited by reading what it says
+    patience.start()
+    try:
+        end = time.monotonic() + PATIENCE_S
+        while len(list(tmp_path.glob("job.rank-*"))) < 2 and time.monotonic() < end:
+            time.sleep(0.05)
+        os.killpg(program.pid, signal.SIGINT)
+        assert program.stderr is not None
+        told = [program.stderr.readline()]
+        if again:
+            os.killpg(program.pid, signal.SIGINT)
+        told += program.stderr.readlines()
+        assert program.wait(timeout=PATIENCE_S) == 130
+    finally:
+        patience.cancel()
+        program.kill()
+        program.wait()
+    saying, ending = told
+    assert saying == "interrupted: saving; press Ctrl-C again to stop at once\n"
+    state = "" if again else " state is saved,"
+    assert ending == f"interrupted;{state} run the same command again to go on\n"
+    saved = {path.name for path in tmp_path.glob("job.saved-*")}
+    assert saved == (set() if again else {"job.saved-0", "job.saved-1"})

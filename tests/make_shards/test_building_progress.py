@@ -1,0 +1,52 @@
+"""The progress line: how far, how fast, how long still; not too often, and renewed on a terminal only."""
+
+from __future__ import annotations
+
+import io
+
+from grappa_dist.make_shards.building import Console, Progress, duration, progress_line
+
+
+def test_the_line_says_how_far_how_fast_and_how_long_still() -> None:
+    line = progress_line((1500, 9500), (1, 9), 10.0, 1000)  # 500 were there before
+    assert line == "1,500 of 9,500 images, 1 of 9 shards, 100 images/s, 1:20 min left"
+    assert progress_line((0, 10), (0, 1), 0.0, 0).endswith("0 images/s, unknown left")
+    assert [duration(s) for s in (0, 59.4, 60, 3599, 3600, 90_000)] == [
+        "0 s",
+        "59 s",
+        "1:00 min",
+        "59:59 min",
+        "1:00 h",
+        "25:00 h",
+    ]
+
+
+def test_a_line_is_told_once_per_interval() -> None:
+    now, told = [0.0], list[str]()
+    progress = Progress(100, 4, told.append, interval_s=30, clock=lambda: now[0])
+    for second in range(1, 100):
+        now[0] = second
+        progress.add_images(1)
+    assert [line.partition(" of")[0] for line in told] == ["30", "60", "90"]
+
+
+def test_only_a_terminal_gets_a_line_that_renews_itself() -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    console = Console(terminal)
+    assert console.is_terminal
+    assert not Console(io.StringIO()).is_terminal
+    console.renew("10")
+    console.renew("20")
+    console.tell("done")
+    console.tell("more")
+    assert terminal.getvalue() == "10\r\x1b[K20\r\x1b[Kdone\nmore\n"
+
+
+def test_control_characters_in_a_name_are_shown_and_not_obeyed() -> None:
+    stream = io.StringIO()
+    Console(stream).tell("a\x1b[31m.txt\tleft\x9bout\nnext")
+    assert stream.getvalue() == "a\\x1b[31m.txt\tleft\\x9bout\nnext\n"

@@ -1,0 +1,221 @@
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from grappa_dist.artifacts import Store
+from grappa_dist.config import Config
+from grappa_dist.data.decoding import decode
+from grappa_dist.data.shards import ImageShards
+from grappa_dist.data.writer import ShardWriter
+from grappa_dist.export import embed_images, load_model
+from grappa_dist.files import read_json
+from grappa_dist.make_shards.collection import CollectionConfig, Work, make_shards
+from grappa_dist.stages.run import Run
+from tests.stages import tiny
+from tests.test_export import exported
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_embeddings_are_those_of_the_exported_model_with_the_images_keys(tmp_path: Path) -> None:
+    exported(tmp_path / "run")
+    paths = tiny.write_shards(tmp_path / "images")
+    command = [sys.executable, "launch/embed.py", "--model", str(tmp_path / "run"), "--images", *paths]
+    command += ["--out", str(tmp_path / "out"), "resources.num_cpus=1", "embed.batch_size=8", "data.max_bad_share=0.1"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    said = json.loads((tmp_path / "out" / "embeddings.json").read_text())
+    images = ImageShards.open(paths, tmp_path / "index")
+    assert said["images"] == len(images)
+    rows = np.concatenate([np.load(tmp_path / "out" / shard["rows"]) for shard in said["shards"]])
+    keys = [key for shard in said["shards"] for key in json.loads((tmp_path / "out" / shard["keys"]).read_text())]
+    assert keys == [images.key(row) for row in range(len(images))]
+    good = [row for row in range(len(images)) if row != tiny.BAD]
+    model = load_model(tmp_path / "run")
+    expected = model(torch.stack([model.transform(decode(images.image_bytes(row))) for row in good]))
+    torch.testing.assert_close(torch.from_numpy(rows[good]), expected, atol=1e-5, rtol=0)
+    assert not rows[tiny.BAD].any()
+    (reasons,) = (json.loads((tmp_path / "out" / s["bad"]).read_text()) for s in said["shards"][2:3])
+    assert list(reasons) == [str(tiny.BAD - sum(tiny.SIZES[:2]))]
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no model"):
+        embed_images(tmp_path, ["nowhere"], tmp_path / "out")
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tiny.Here:
+    """Work is done in this process, without Ray; a model lies in tmp_path/run."""
+    exported(tmp_path / "run")
+    runner = tiny.Here()
+
+    @contextmanager
+    def running(config: Config, root: Path) -> Iterator[Run]:
+        yield tiny.run_in(config, root, runner)
+
+    monkeypatch.setattr("grappa_dist.export.running", running)
+    return runner
+
+
+def listed(found: Path, what: str) -> list[Any]:
+    """Keys or names of all images, or None for a shard that has none."""
+    of_shards = [shard[what] for shard in json.loads(found.read_text())["shards"]]
+    return [item for name in of_shards for item in (json.loads((found.parent / name).read_text()) if name else [None])]
+
+
+def test_names_of_files_lie_beside_the_keys_and_shards_without_any_go_on_with_keys_alone(
+    tmp_path: Path, here: tiny.Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [f"b/{number}.png" for number in range(5)] + ["caf\udce9\n.png"]
+    for number, file in enumerate(files):
+        (tmp_path / "pile" / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "pile" / file).write_bytes(tiny.picture(number))
+    cfg = CollectionConfig(split="none", images_per_shard=4)
+    make_shards([(None, str(tmp_path / "pile"))], tmp_path / "shards", cfg, Work())
+    (foreign,) = tiny.write_shards(tmp_path / "foreign", (3,), bad=())
+    paths = [str(tmp_path / "shards" / "train"), foreign]
+    found = embed_images(tmp_path / "run", paths, tmp_path / "out", ["embed.batch_size=8"])
+    images = ImageShards.open(paths, None)
+    names = listed(found, "names")
+    assert sorted(names[:-1]) == sorted(files)
+    assert [(tmp_path / "pile" / name).read_bytes() for name in names[:-1]] == [images.image_bytes(r) for r in range(6)]
+    assert names[-1] is None
+    assert listed(found, "keys") == [images.key(row) for row in range(len(images))]
+    assert not (tmp_path / "out" / "names").exists()
+    assert [len(list(made.glob("*.json"))) for made in sorted(tmp_path.glob("out/keys/*"))] == [2, 3, 3]  # one manifest
+
+    def again() -> tuple[list[str], list[Any], int]:
+        """What workers are asked to do, the names, and how many files the driver reads for them."""
+        here.asked.clear()
+        read = list[Path]()
+        with monkeypatch.context() as patch:
+            patch.setattr("grappa_dist.export.read_json", lambda path: (read.append(path), read_json(path))[1])
+            embed_images(tmp_path / "run", paths, tmp_path / "out", ["embed.batch_size=8"])
+        return [*here.asked], listed(found, "names"), len(read)
+
+    assert again() == ([], names, 1)
+    found.unlink()  # as after a kill
+    assert again() == ([], names, 0)
+
+    apart(tmp_path / "out", images)  # as earlier versions had them
+    assert again() == ([], names, 1)
+    assert (tmp_path / "out" / "names").exists()
+    found.unlink()
+    assert again() == ([], names, 0)
+    features = {path: path.stat().st_mtime_ns for path in sorted(tmp_path.glob("out/features/*/*"))}
+    shutil.rmtree(tmp_path / "out" / "names")  # as embeddings from before there were names
+    assert again() == (["write_keys"] * 3, names, 1)
+    assert listed(found, "keys") == [images.key(row) for row in range(len(images))]
+    assert features == {path: path.stat().st_mtime_ns for path in sorted(tmp_path.glob("out/features/*/*"))}
+
+
+def apart(out: Path, images: ImageShards) -> None:
+    """Moves keys and names of every shard into artefacts of their own; nothing but a manifest where it has no names."""
+    store = Store(out)
+    for shard in images.shards:
+        kind, inputs = shard.name.removesuffix(".tar"), {"shard": shard.fingerprint}
+        both = store.artifact(f"keys/{kind}", {"names": True}, inputs)
+        for what in ("keys", "names"):
+            artifact = store.artifact(f"{what}/{kind}", {}, inputs)
+            if (both.path / f"{what}.json").exists():
+                (both.path / f"{what}.json").rename(artifact.begin() / f"{what}.json")
+            artifact.begin()
+            artifact.commit()
+        shutil.rmtree(both.path)
+
+
+def test_what_was_embedded_of_dirty_images_is_reused_with_the_share_that_the_message_names(
+    tmp_path: Path, here: tiny.Here, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with ShardWriter(tmp_path / "images", rows_per_shard=10) as writer:
+        for row in range(35):
+            image = b"no image" if row in (3, 12, 13) else tiny.picture(row)
+            writer.write(image, "png", name=f"photos/{row}.png")
+    paths, settings = [str(tmp_path / "images")], ["embed.batch_size=8"]
+    with pytest.raises(ValueError, match=r"3 of 35 images are bad .*'000000003' \('photos/3.png'\)") as error:
+        embed_images(tmp_path / "run", paths, tmp_path / "out", settings)
+    assert not (tmp_path / "out" / "embeddings.json").exists()
+    (share,) = re.findall(r"What is embedded is kept, and reused with (data\.max_bad_share=[\d.]+)$", str(error.value))
+    rows = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/features/*/*/rows.npy")}
+    here.asked.clear()
+    found = embed_images(tmp_path / "run", paths, tmp_path / "out", [*settings, share])
+    assert here.asked == ["write_keys"] * 4
+    assert len(rows) == 4
+    assert rows == {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/features/*/*/rows.npy")}
+    assert listed(found, "names") == [f"photos/{row}.png" for row in range(35)]
+    assert "embed: all 4 shards were embedded before" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("adapt.epochs=3", "adapt.epochs: has no say in embedding"),
+        ("backbone.image_size=224", "backbone.image_size: has no say"),
+        ("data.train=[elsewhere]", "data.train: has no say"),
+        ("resources={workers: 2}", "resources: has no say"),
+        ("resources.adapt_ranks=2", "expected one of data.max_bad_share, embed.batch_size, resources.workers, "),
+        ("mirror=s3://a/b", "mirror: has no say"),
+        ("embed.batch_sise=2", "unknown key embed.batch_sise; did you mean 'batch_size'?"),
+    ],
+)
+def test_settings_that_would_change_nothing_are_refused(
+    setting: str, said: str, tmp_path: Path, here: tiny.Here
+) -> None:
+    paths = tiny.write_shards(tmp_path / "images", (3,), bad=())
+    with pytest.raises(ValueError, match=re.escape(said)):
+        embed_images(tmp_path / "run", paths, tmp_path / "out", ["embed.batch_size=8", setting])
+    assert not (tmp_path / "out").exists()
+
+
+def blocks(kind: str) -> str:
+    """What the section of the README on searching a folder has of a language."""
+    section = (ROOT / "README.md").read_text().partition("### Search a folder of images\n")[2].partition("\n### ")[0]
+    return "".join(re.findall(rf"```{kind}\n(.*?)```", section, re.DOTALL))
+
+
+def test_the_readmes_search_of_a_folder_finds_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exported(tmp_path / "runs" / "mine")
+    for number in range(6):
+        path = tmp_path / "photos" / "some" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(tiny.picture(number))
+    (tmp_path / "query.jpg").write_bytes(tiny.picture(4))
+    images = ["embed.py", "--model", "runs/mine", "--images", "photos", "--out", "embeddings/photos"]
+    wrong = subprocess.run(
+        [sys.executable, ROOT / "launch" / images[0], *images[1:]],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert wrong.returncode == 2
+    assert wrong.stderr.count("python launch/make_shards.py --images photos --split none --out photos-shards") == 1
+    assert not (tmp_path / "embeddings").exists()
+    for line in blocks("sh").splitlines():
+        program, script, *argv = shlex.split(line)
+        few = ["resources.num_cpus=1", "embed.batch_size=8"] * (script == "launch/embed.py")
+        call = [sys.executable, str(ROOT / script), *argv, *few]
+        ended = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert (program, ended.returncode) == ("python", 0), ended.stderr
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    exec(compile(blocks("python"), "README.md", "exec"), {})
+    hits = capsys.readouterr().out.splitlines()
+    assert hits[0] == "1.000  'some/4.png'"
+    assert len(hits) == 5
