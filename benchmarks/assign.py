@@ -33,9 +33,9 @@ from benchmarks.harness import (
     wait_for,
 )
 from grappa_dist.distributed.collectives import Comm
-from grappa_dist.distributed.sharded_rows import Share, join_rows
+from grappa_dist.distributed.sharded_rows import ShardedRows, join_rows
 from grappa_dist.make_shards.building import Tell
-from grappa_dist.search.candidates import Centroids, FloatProposer
+from grappa_dist.search.candidates import Centroids, Float32Generator
 from grappa_dist.search.rerank import assign
 
 OURS, JUDGE = "ours", "matmul + argmin"
@@ -66,7 +66,7 @@ class AssignFindings:
     """What came of it."""
 
     timings: dict[str, Timing]
-    proposer: str  # of ours
+    generator: str  # of ours
     dtype: str  # in which it proposes
     limit: float  # operations per second in one large product of that type
     operations: float  # of one assignment
@@ -93,15 +93,15 @@ def measure_assign(settings: AssignSettings, tell: Tell) -> AssignFindings:
     sides: dict[str, Callable[[], Tensor]] = {OURS: lambda: _ours(share, x, c), JUDGE: lambda: _judge(x, c)}
     labels = {name: side() for name, side in sides.items()}  # the first run warms up
     _, timings = in_turns({name: partial(_finished, side) for name, side in sides.items()}, settings.repeats, tell)
-    dtype = torch.float32 if isinstance(share.proposer, FloatProposer) else torch.bfloat16
+    dtype = torch.float32 if isinstance(share.generator, Float32Generator) else torch.bfloat16
     operations = 2.0 * settings.rows * settings.num_labels * settings.dim
     same = float((labels[OURS] == labels[JUDGE]).float().mean())
-    name, of_type = type(share.proposer).__name__, str(dtype).removeprefix("torch.")
+    name, of_type = type(share.generator).__name__, str(dtype).removeprefix("torch.")
     return AssignFindings(timings, name, of_type, arithmetic_limit(device, dtype), operations, same)
 
 
-def _ours(share: Share, x: Tensor, c: Tensor) -> Tensor:
-    centroids = Centroids.of(c, share.proposer)
+def _ours(share: ShardedRows, x: Tensor, c: Tensor) -> Tensor:
+    centroids = Centroids.of(c, share.generator)
     squares = share.squares.to(x.device)
     blocks = zip(x.split(share.block_rows), squares.split(share.block_rows), strict=True)
     return torch.cat([assign(block, centroids, squares=of_block).labels for block, of_block in blocks])
@@ -120,7 +120,7 @@ def as_json(header: dict[str, str], settings: AssignSettings, found: AssignFindi
     return {
         "machine": header,
         "settings": vars(settings),
-        "proposer": found.proposer,
+        "proposer": found.generator,
         "dtype": found.dtype,
         "limit_flops": found.limit,
         "of_limit": found.of_limit,
@@ -136,7 +136,7 @@ def as_text(header: dict[str, str], settings: AssignSettings, found: AssignFindi
     for name, timing in found.timings.items():
         lines.append([name, f"{min(timing.runs):.3f}", "-" if name == OURS else f"{found.ratio:.2f}"])
     ours = (
-        f"ours: {found.proposer}, {found.of_limit:.0%} of the limit of {found.dtype} here "
+        f"ours: {found.generator}, {found.of_limit:.0%} of the limit of {found.dtype} here "
         f"({found.limit / 1e12:.2f} TFLOP/s in one product); labels exact, the judge has {found.same:.4%} of them"
     )
     return aligned_header({**header, "rows": shape}) + "\n\n" + aligned(lines) + "\n" + ours

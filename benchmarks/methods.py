@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.harness import Timing, aligned, aligned_header, check_positive, drawn_rows, in_shards, machine, timed
 from grappa_dist.distributed.collectives import Comm
-from grappa_dist.distributed.sharded_rows import Share, join_rows
+from grappa_dist.distributed.sharded_rows import ShardedRows, join_rows
 from grappa_dist.kmeans.methods import AssignmentKind, Choice, Clustering, Method, Name, Wanted, cluster
 from grappa_dist.make_shards.building import Tell
 
@@ -92,7 +92,7 @@ def _method(settings: MethodsSettings, choice: Choice, probes: int, balance: flo
     )
 
 
-def _run(share: Share, settings: MethodsSettings, title: str, method: Method) -> Way:
+def _run(share: ShardedRows, settings: MethodsSettings, title: str, method: Method) -> Way:
     return Way(title, *timed(lambda: cluster(share, Wanted(settings.num_labels, method))))
 
 

@@ -25,7 +25,7 @@ def _as_tuple(value: Any) -> Any:
 
 
 Paths = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
-Share = Annotated[float, Field(ge=0, le=1)]
+ShardedRows = Annotated[float, Field(ge=0, le=1)]
 Area = Annotated[float, Field(gt=0, le=1)]
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
@@ -44,7 +44,7 @@ class DataConfig(Section):
     test: Paths = ()  # images to evaluate on; labels optional; empty: label-free figures on the training images
     collection: Modulepath | None = None  # "module:function" that yields drawings, instead of train and test
     collection_kwargs: dict[str, Any] = {}
-    max_bad_share: Share = 0.01  # more undecodable rows than this stop the run
+    max_bad_share: ShardedRows = 0.01  # more undecodable rows than this stop the run
     streams: Count = 128  # V: an epoch is cut into this many sequential streams (part of the result, ranks are not)
     shuffle_window: Count = 1024  # rows of a stream that are shuffled together
 

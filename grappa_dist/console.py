@@ -87,7 +87,7 @@ class Console:
         self._began = time.monotonic()
         self._off: set[tuple[str, str]] = set()  # trackers of jobs, of which it was said
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         minutes, seconds = divmod(int(time.monotonic() - self._began), 60)
         print(f"[{minutes:3d}:{seconds:02d}] {text}", file=sys.stderr, flush=True)
 
@@ -98,12 +98,12 @@ class Console:
     @contextmanager
     def stage(self, name: str, what: str) -> Iterator[None]:
         """Announces a stage, and says how long it took."""
-        self.say(f"{name}: {what}")
+        self.log(f"{name}: {what}")
         self.event("stage_begins", stage=name)
         began = time.monotonic()
         try:
             yield
-            self.say(f"{name}: done in {duration(time.monotonic() - began)}")
+            self.log(f"{name}: done in {duration(time.monotonic() - began)}")
         finally:  # an attempt that fails took its time too
             self.event("stage_ends", stage=name, seconds=round(time.monotonic() - began, 3))
 
@@ -114,9 +114,9 @@ class Console:
             self.event("progress", job=name, **figures)
             for off in {(name, tracker) for tracker in figures.get("trackers_off", ())} - self._off:
                 self._off.add(off)
-                self.say(f"{name}: {off[1]} failed and hears no more; its error is in the job's {METRICS_FILE}")
+                self.log(f"{name}: {off[1]} failed and hears no more; its error is in the job's {METRICS_FILE}")
         if known:
-            self.say(" | ".join(f"{name}: {_figures(figures)}" for name, figures in known.items()))
+            self.log(" | ".join(f"{name}: {_figures(figures)}" for name, figures in known.items()))
 
     def counter(self, job: str, parts: int, images: int) -> Callable[[int], None]:
         """To be told how many of a job's parts are done; says so with the speed and the time left, not too often."""
@@ -139,7 +139,7 @@ class Console:
         return done
 
 
-def counted(count: int, one: str, many: str | None = None) -> str:
+def pluralize(count: int, one: str, many: str | None = None) -> str:
     """Such as "1 rank", "2,000 ranks" or, where an s does not make the plural, "2 queries"."""
     return f"{count:,} {one if count == 1 else many or one + 's'}"
 

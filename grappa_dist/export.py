@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from grappa_dist.artifacts import Artifact, Store, wait_until_seen
 from grappa_dist.config import Resources, read
-from grappa_dist.console import counted
+from grappa_dist.console import pluralize
 from grappa_dist.data.decoding import to_rgb, upright
-from grappa_dist.data.index import Shard, losses_in_words
+from grappa_dist.data.index import Shard, describe_missing
 from grappa_dist.data.open_images import cache_of
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.files import read_json, replacing, write_json, write_json_list
@@ -86,7 +86,7 @@ def embed_images(
     _check_heeded(overrides)
     with running(config, out) as run:
         if spec.name == "gallery" and gallery is None:
-            run.console.say("warning: the model weighs its sets by galleries and none was named: this is their average")
+            run.console.log("warning: the model weighs its sets by galleries and none was named: this is their average")
         return _embed(run, spec)
 
 
@@ -109,11 +109,11 @@ def _embed(run: Run, spec: ModelSpec) -> Path:
     images = ImageShards.open(paths, run.store.root / "index", cache_of(run.config.resources))
     if not len(images):
         raise ValueError(f"--images {' '.join(paths)}: the shards hold no images (jpg, jpeg, png, webp)")
-    for line in losses_in_words(images.shards):
-        run.console.say(f"warning: {line}")
+    for line in describe_missing(images.shards):
+        run.console.log(f"warning: {line}")
     features = features_of(run.store, spec, run.config.embed, images)
     if all(artifact.complete for artifact in features):
-        run.console.say(f"embed: all {len(features)} shards were embedded before")
+        run.console.log(f"embed: all {len(features)} shards were embedded before")
     embed(run, images, spec, features)
     shards = [
         {
@@ -146,7 +146,7 @@ def _write_keys(run: Run, images: ImageShards) -> list[Called]:
         places.append(place)
     told = dict[str, bool]()
     if missing:
-        with run.console.stage("keys", f"and names of {counted(len(missing), 'shard')}"):
+        with run.console.stage("keys", f"and names of {pluralize(len(missing), 'shard')}"):
             found = run.runner.map(write_keys, [KeysTask(images.part(i), artifact) for artifact, i in missing.items()])
             wait_until_seen(missing)
         told = {f"{artifact.name}/{KEYS_FILE}": named for artifact, named in zip(missing, found, strict=True)}

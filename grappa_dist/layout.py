@@ -16,7 +16,7 @@ from grappa_dist.stages.evaluate import insight_of, scores_of
 from grappa_dist.stages.flow import Flow, Supervision
 from grappa_dist.stages.fuse import fusion_of, num_random
 from grappa_dist.stages.gallery_weights import galleries_of
-from grappa_dist.stages.ground_truth import truth_of
+from grappa_dist.stages.ground_truth import ground_truth_of
 from grappa_dist.stages.knn_graph import graph_kind
 from grappa_dist.stages.partitions import partitions_of
 from grappa_dist.stages.pseudo_label import labels_of, num_labels
@@ -29,21 +29,22 @@ def lay_out(config: Config, store: Store, train: ImageShards, test: ImageShards 
     features = features_of(store, frozen, config.embed, train)
     ks = num_labels(config.clustering, len(train))
     labels = {k: labels_of(store, config.clustering, config.seed, k, features, num_rows=len(train)) for k in ks}
-    adaptors = {
-        k: adaptors_of(store, config.backbone, config.adapt, config.data, config.seed, labels[k]) for k in labels
-    }
+    settings = (config.backbone, config.adapt, config.data, config.seed)
+    adaptors = {k: adaptors_of(store, *settings, artifact) for k, artifact in labels.items()}
     sets = list(adaptors.values())
     supervision = _supervision(config, store, train, features, sets)
     fusions = _fusions(config, store, len(train), features, sets, supervision)
     models = _models(config, adaptors, fusions, supervision)
     images = test or train.some(config.evaluate.train_images, config.seed)
-    truth = truth_of(store, images, labelled=test is not None)
-    models, galleries = _with_galleries(config, store, models, truth, images)
+    ground_truth = ground_truth_of(store, images, labelled=test is not None)
+    models, galleries = _with_galleries(config, store, models, ground_truth, images)
     test_features = {m: features_of(store, spec, config.embed, images) for m, spec in models.items()}
-    scores = {m: scores_of(store, truth, m, f) for m, f in test_features.items()}
-    insights = {m: insight_of(store, truth, m, config.evaluate, config.seed, f) for m, f in test_features.items()}
-    made_of = {**{f"scores {m}": a for m, a in scores.items()}, **{f"insight {m}": a for m, a in insights.items()}}
+    scores = {m: scores_of(store, ground_truth, m, f) for m, f in test_features.items()}
+    insights = {
+        m: insight_of(store, ground_truth, m, config.evaluate, config.seed, f) for m, f in test_features.items()
+    }
     partitions = partitions_of(store, config.seed, labels)
+    made_of = {f"scores {m}": a for m, a in scores.items()} | {f"insight {m}": a for m, a in insights.items()}
     return Flow(
         train=train,
         test=images,
@@ -55,17 +56,17 @@ def lay_out(config: Config, store: Store, train: ImageShards, test: ImageShards 
         fusions=fusions,
         models=models,
         test_features=test_features,
-        truth=truth,
+        ground_truth=ground_truth,
         galleries=galleries,
         scores=scores,
         insights=insights,
-        report=report_of(store, config, {**made_of, "partitions": partitions}),
+        report=report_of(store, config, made_of | {"partitions": partitions}),
         model=_exported(config, store, models[config.exported], ks),
     )
 
 
 def _exported(config: Config, store: Store, spec: ModelSpec, ks: Sequence[int]) -> Artifact:
-    sets = spec.sets if spec.own_sets else list(ks)
+    sets = spec.sets if spec.random_sets else list(ks)
     settings = {"backbone": config.backbone.name, "sets": sets, "variant": spec.name}
     return store.artifact("models/" + spec.name, settings, spec.inputs)
 
@@ -106,11 +107,13 @@ def _supervision(
     fused = SUPERVISED in config.fuse.variants and len(sets) > 1
     if not config.adapt.supervised and not fused:
         return None
-    truth = truth_of(store, train, labelled=True)
-    classes = true_labels_of(store, truth, features)
+    ground_truth = ground_truth_of(store, train, labelled=True)
+    classes = true_labels_of(store, ground_truth, features)
     where = (store, config.backbone, config.adapt, config.data, config.seed)
     adaptors = adaptors_of(*where, classes, name=SUPERVISED_SET) if config.adapt.supervised else None
-    return Supervision(truth, classes, adaptors, supervised_fusion_of(store, config, classes, sets) if fused else None)
+    return Supervision(
+        ground_truth, classes, adaptors, supervised_fusion_of(store, config, classes, sets) if fused else None
+    )
 
 
 def _models(
@@ -129,18 +132,18 @@ def _models(
     for variant in RANDOM:
         if variant in models:
             own = num_random(variant, len(adaptors))
-            models[variant] = replace(models[variant], adaptors=(), own_sets=own)
+            models[variant] = replace(models[variant], adaptors=(), random_sets=own)
     if supervision is not None and supervision.adaptors is not None:
         models[SUPERVISED_SET] = replace(fused, name=SUPERVISED_SET, adaptors=(supervision.adaptors,))
     return models
 
 
 def _with_galleries(
-    config: Config, store: Store, models: dict[str, ModelSpec], truth: Artifact, images: ImageShards
+    config: Config, store: Store, models: dict[str, ModelSpec], ground_truth: Artifact, images: ImageShards
 ) -> tuple[dict[str, ModelSpec], Artifact | None]:
     """The models, where one weighs its sets by galleries, and what it weighs them by."""
     if "gallery" not in models:
         return models, None
     sets = {m: features_of(store, spec, config.embed, images) for m, spec in models.items() if m.startswith("k=")}
-    galleries = galleries_of(store, config.seed, config.fuse.duplicate_cosine, truth, sets)
+    galleries = galleries_of(store, config.seed, config.fuse.duplicate_cosine, ground_truth, sets)
     return {**models, "gallery": replace(models["gallery"], galleries=galleries)}, galleries

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from grappa_dist.artifacts import Artifact, RowArrays, Store, label_rows
 from grappa_dist.config import Config
-from grappa_dist.console import Console, counted
+from grappa_dist.console import Console, pluralize
 from grappa_dist.data.open_images import collection_of, draw_collection, ends_of, has_drawn, open_images, read_a_little
 from grappa_dist.distributed.placement import known_workers
 from grappa_dist.distributed.preflight import Checks, table
@@ -20,16 +20,16 @@ from grappa_dist.distributed.ray_cluster import Cluster
 from grappa_dist.export import export_model
 from grappa_dist.layout import lay_out
 from grappa_dist.models.spec import build_backbone, check_ready
-from grappa_dist.report.collect import bad_in_words, report
+from grappa_dist.report.collect import describe_bad_images, report
 from grappa_dist.report.content import ScoreRow
 from grappa_dist.stages.adapt import adapt
 from grappa_dist.stages.embed import bad_rows, embed, feature_rows
 from grappa_dist.stages.evaluate import Evaluation, evaluate
 from grappa_dist.stages.flow import Flow
-from grappa_dist.stages.fuse import fuse, least_bytes, unfused_in_words
+from grappa_dist.stages.fuse import describe_unfused, fuse, least_bytes
 from grappa_dist.stages.gallery_weights import weigh_galleries
 from grappa_dist.stages.mirror import artifacts_of, mirrored
-from grappa_dist.stages.partitions import judge_partitions
+from grappa_dist.stages.partitions import partition_statistics
 from grappa_dist.stages.pseudo_label import pseudo_label
 from grappa_dist.stages.run import Run, running
 from grappa_dist.stages.supervised import adapt_supervised, fuse_supervised, name_classes, read_true_labels
@@ -54,20 +54,20 @@ def _run(context: Run, until: str | None = None) -> tuple[Path, list[ScoreRow]] 
     if not has_drawn(config.data, store):
         with console.stage("collect", f"drawing the collection {config.data.collection}"):
             draw_collection(config.data, collection_of(store, config.data))
-    train, test = open_images(config.data, store, config.resources, say=console.say)
+    train, test = open_images(config.data, store, config.resources, log=console.log)
     flow = lay_out(config, store, train, test)
     context.runner.require(checks_of(config, store, flow))
     with mirrored(config.mirror, flow, console):
         if flow.needs_backbone(until):
             check_ready(config.backbone)
         _announce(console, flow, has_test=config.has_test)
-        _tell(console, unfused_in_words(config.fuse, len(flow.labels)))
+        _tell(console, describe_unfused(config.fuse, len(flow.labels)))
         for stage in _stages(context, flow):
             if stage == until:
-                _tell(console, bad_in_words(flow, reported=False))
+                _tell(console, describe_bad_images(flow, reported=False))
                 return None
         found = report(context, flow)
-        _tell(console, bad_in_words(flow, reported=True))
+        _tell(console, describe_bad_images(flow, reported=True))
         return found
 
 
@@ -102,7 +102,7 @@ def check(config: Config, root: Path) -> str:
         check_ready(config.backbone)
     try:
         count = len(cluster.workers())
-        workers, artefacts = counted(count, "worker"), counted(len(made), "artefact")
+        workers, artefacts = pluralize(count, "worker"), pluralize(len(made), "artefact")
         return f"{table(cluster.facts.values())}\n{workers} can start; {artefacts} there and whole"
     finally:
         cluster.close()
@@ -117,19 +117,19 @@ def _stages(context: Run, flow: Flow) -> Iterator[str]:
     config, store, console, train = context.config, context.store, context.console, flow.train
     labelled = flow.supervision
     if labelled is not None:
-        read_true_labels(context, train, labelled.truth, labelled.classes)
+        read_true_labels(context, train, labelled.ground_truth, labelled.classes)
     embed(context, train, flow.models["backbone"], flow.features)
     yield "embed"
 
     bad = bad_rows(train, flow.features)
     pseudo_label(context, flow.labels, feature_rows(train, flow.features), train, bad)
     labels = {k: label_rows(artifact, train.starts) for k, artifact in flow.labels.items()}
-    judge_partitions(context, flow.partitions, labels)
+    partition_statistics(context, flow.partitions, labels)
     yield "pseudo_label"
 
     adapt(context, flow.adaptors, flow.labels, train, bad)
     if labelled is not None:
-        name_classes(context, labelled.truth, feature_rows(train, flow.features), bad, labelled.classes)
+        name_classes(context, labelled.ground_truth, feature_rows(train, flow.features), bad, labelled.classes)
         if labelled.adaptors is not None:
             adapt_supervised(context, labelled.adaptors, labelled.classes, train)
     yield "adapt"
@@ -145,7 +145,7 @@ def _stages(context: Run, flow: Flow) -> Iterator[str]:
             _weigh(context, flow, features)
         embed(context, flow.test, flow.models[name], flow.test_features[name])
     bad = bad_rows(flow.test, flow.test_features["backbone"])
-    evaluate(context, flow.test, bad, flow.models, Evaluation(flow.truth, features, flow.scores, flow.insights))
+    evaluate(context, flow.test, bad, flow.models, Evaluation(flow.ground_truth, features, flow.scores, flow.insights))
     if not flow.model.complete:
         with console.stage("export", config.exported):
             export_model(flow.models[config.exported], flow.model)
@@ -158,12 +158,12 @@ def _weigh(context: Run, flow: Flow, features: Mapping[str, RowArrays]) -> None:
     assert flow.galleries is not None
     sets = {f"k={k}": features[f"k={k}"] for k in flow.adaptors}
     bad = bad_rows(flow.test, flow.test_features["backbone"])
-    weigh_galleries(context, flow.test, flow.truth, sets, bad, flow.galleries)
+    weigh_galleries(context, flow.test, flow.ground_truth, sets, bad, flow.galleries)
 
 
 def _tell(console: Console, text: str) -> None:
     if text:
-        console.say(text)
+        console.log(text)
 
 
 def _announce(console: Console, flow: Flow, *, has_test: bool) -> None:
@@ -172,10 +172,10 @@ def _announce(console: Console, flow: Flow, *, has_test: bool) -> None:
     if flow.supervision is not None and flow.supervision.adaptors is not None:
         made.append(flow.supervision.adaptors)
     reused = sum(artifact.complete for artifact in made)
-    tested = f"and {counted(len(flow.test), 'test image')}"
+    tested = f"and {pluralize(len(flow.test), 'test image')}"
     if not has_test:
         tested = f"and no test set: {len(flow.test)} of them are looked at in its place"
-    console.say(
-        f"{counted(len(flow.train), 'training image')} {tested}; K = {', '.join(map(str, flow.labels))}; "
+    console.log(
+        f"{pluralize(len(flow.train), 'training image')} {tested}; K = {', '.join(map(str, flow.labels))}; "
         f"{reused} of {len(made)} artefacts are there and reused"
     )

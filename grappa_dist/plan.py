@@ -17,20 +17,20 @@ import torch
 
 from grappa_dist.artifacts import Artifact, Store
 from grappa_dist.config import SUPERVISED, SUPERVISED_SET, BackboneConfig, Config, Resources, seeks_neighbours
-from grappa_dist.console import counted
+from grappa_dist.console import pluralize
 from grappa_dist.data.open_images import collection_sizes, has_drawn, open_images
-from grappa_dist.distributed.placement import check_capacity, known_workers, may_have_gpus, placement_in_words, ranks_of
+from grappa_dist.distributed.placement import check_capacity, describe_placement, known_workers, may_have_gpus, ranks_of
 from grappa_dist.layout import lay_out, on_pairs
 from grappa_dist.models import Backbone, PackedGrappa
 from grappa_dist.models.backbone import check_name
 from grappa_dist.models.spec import build_backbone
 from grappa_dist.stages.embed import ROWS_FILE, check_bad_share
 from grappa_dist.stages.flow import Flow
-from grappa_dist.stages.fuse import projector_bytes, unfused_in_words
+from grappa_dist.stages.fuse import describe_unfused, projector_bytes
 from grappa_dist.stages.knn_graph import graph_kind
-from grappa_dist.stages.pseudo_label import choices_in_words, num_labels
+from grappa_dist.stages.pseudo_label import describe_choices, num_labels
 from grappa_dist.training.barlow_twins import by_rows, rows_are_cheaper, whole
-from grappa_dist.training.batches import idle_in_words, rank_share, steps_per_epoch
+from grappa_dist.training.batches import describe_idle_ranks, rank_share, steps_per_epoch
 from grappa_dist.training.memory import image_bytes, images_at_a_time
 
 
@@ -46,7 +46,7 @@ def without_weights(config: BackboneConfig) -> Backbone | None:
         return build_backbone(config, pretrained=False)
 
 
-def backbone_in_words(config: BackboneConfig, model: Backbone | None) -> Iterator[str]:
+def describe_backbone(config: BackboneConfig, model: Backbone | None) -> Iterator[str]:
     """Channels, and how an image gets in, with what the settings leave to timm."""
     if model is not None:
         pixels = model.pixels
@@ -64,15 +64,16 @@ def known_width(model: Backbone | None, features: Sequence[Artifact]) -> int | N
     return None if done is None else int(np.load(done.path / ROWS_FILE, mmap_mode="r").shape[1])
 
 
-def jobs_in_words(config: Config, num_sets: int) -> str:
+def describe_jobs(config: Config, num_sets: int) -> str:
     per_job, ranks = config.adapt.sets_per_job, ranks_of(config.resources, known_workers(config.resources))
     if per_job == "auto":
-        return f"{counted(num_sets, 'set')} in jobs of {counted(ranks, 'rank')}, as many to a job as measured rates say"
-    packed = f"{counted(num_sets, 'set')} in " if per_job > 1 else ""
-    return f"{packed}{counted(-(-num_sets // per_job), 'job')} of {counted(ranks, 'rank')}"
+        sets, jobs = pluralize(num_sets, "set"), f"jobs of {pluralize(ranks, 'rank')}"
+        return f"{sets} in {jobs}, as many to a job as measured rates say"
+    packed = f"{pluralize(num_sets, 'set')} in " if per_job > 1 else ""
+    return f"{packed}{pluralize(-(-num_sets // per_job), 'job')} of {pluralize(ranks, 'rank')}"
 
 
-def adapt_in_words(config: Config, num_sets: int, backbone: Backbone | None) -> Iterator[str]:
+def describe_adapt(config: Config, num_sets: int, backbone: Backbone | None) -> Iterator[str]:
     """What waits for what, where the number of workers is known; the activations of a step, where the model is.
 
     Args:
@@ -86,16 +87,16 @@ def adapt_in_words(config: Config, num_sets: int, backbone: Backbone | None) -> 
     if workers is not None:
         check_capacity(workers, ranks)
     if workers is not None and per_job != "auto":
-        yield f"on {workers} workers: {placement_in_words(-(-num_sets // per_job), workers, ranks)}"
+        yield f"on {workers} workers: {describe_placement(-(-num_sets // per_job), workers, ranks)}"
     if backbone is not None:
         if per_job == "auto":
-            of_one = _memory_in_words(config, backbone, 1, ranks)
+            of_one = _describe_memory(config, backbone, 1, ranks)
             yield f"{of_one}; counted for one set, of which auto may put several in a job"
         else:
-            yield _memory_in_words(config, backbone, min(per_job, num_sets), ranks)
+            yield _describe_memory(config, backbone, min(per_job, num_sets), ranks)
 
 
-def _memory_in_words(config: Config, backbone: Backbone, num_sets: int, ranks: int) -> str:
+def _describe_memory(config: Config, backbone: Backbone, num_sets: int, ranks: int) -> str:
     """What an image takes of a rank in a step, counted on a model without weights as `fitting` does on the real one."""
     adapt = config.adapt
     with torch.device("meta"):
@@ -133,10 +134,10 @@ def _table(config: Config, root: Path) -> str:
     store = Store(root)
     lines = [f"run directory  {root}", f"workers        {_workers(config.resources)}"]
     backbone = without_weights(config.backbone)
-    lines += [f"backbone       {line}" for line in backbone_in_words(config.backbone, backbone)]
+    lines += [f"backbone       {line}" for line in describe_backbone(config.backbone, backbone)]
     if has_drawn(config.data, store):
         warnings = list[str]()
-        train, test = open_images(config.data, store, config.resources, write_index=False, say=warnings.append)
+        train, test = open_images(config.data, store, config.resources, write_index=False, log=warnings.append)
         lines += warnings
         check_bad_share(train, {}, config.data.max_bad_share)
         laid_out = lay_out(config, store, train, test)
@@ -152,10 +153,10 @@ def _table(config: Config, root: Path) -> str:
         makes = name != "fuse" or bool(on_pairs(config, len(ks)))
         lines.append(f"{name:<14} {text}; {_reuse(artifacts)}" if makes else f"{name:<14} {text}")
         if name == "pseudo_label":
-            lines += [f"{'':<14} {line}" for line in choices_in_words(config.clustering, ks, sizes["train"])]
+            lines += [f"{'':<14} {line}" for line in describe_choices(config.clustering, ks, sizes["train"])]
         if name == "adapt":
-            lines += [f"{'':<14} {line}" for line in adapt_in_words(config, len(ks), backbone)]
-        if idle := idle_in_words(config.data, _ranks_of(name, config.resources)):
+            lines += [f"{'':<14} {line}" for line in describe_adapt(config, len(ks), backbone)]
+        if idle := describe_idle_ranks(config.data, _ranks_of(name, config.resources)):
             lines.append(f"{'':<14} {idle}")
     return "\n".join([*lines, *_costs(config, sizes["train"], ks, dim), _classifiers(config, ks, dim)])
 
@@ -176,7 +177,7 @@ def _stages(
     what = "how consecutive K agree, sample clusters of each; one task"
     yield "partitions", what, [flow.partitions] if flow else []
     what = (
-        f"{jobs_in_words(config, len(ks))}, {counted(adapt_steps, 'step')} of {config.adapt.global_batch} images each"
+        f"{describe_jobs(config, len(ks))}, {pluralize(adapt_steps, 'step')} of {config.adapt.global_batch} images each"
     )
     yield "adapt", what, list(flow.adaptors.values()) if flow else []
     yield from _supervision(config, flow, ks, adapt_steps)
@@ -194,10 +195,10 @@ def _stages(
 
 
 def _fuse(config: Config, ks: tuple[int, ...], num_rows: int) -> str:
-    trained, unfused = on_pairs(config, len(ks)), unfused_in_words(config.fuse, len(ks))
+    trained, unfused = on_pairs(config, len(ks)), describe_unfused(config.fuse, len(ks))
     if not trained:
         return unfused or "nothing to train: none of fuse.variants learns from pairs"
-    steps = counted(config.fuse.epochs * steps_per_epoch(num_rows, config.fuse.global_batch), "step")
+    steps = pluralize(config.fuse.epochs * steps_per_epoch(num_rows, config.fuse.global_batch), "step")
     what = f"{', '.join(trained)}; one job each on all workers, {steps} of {config.fuse.global_batch} pairs"
     if any(map(seeks_neighbours, trained)):
         what += f", {graph_kind(config.fuse, num_rows)} k-NN graph"
@@ -216,14 +217,14 @@ def _supervision(
     """What sees the labels of the training images; their number is known when they have been read."""
     made, where = flow.supervision if flow else None, config.resources
     jobs = {
-        SUPERVISED_SET: (config.adapt.supervised, counted(ranks_of(where, known_workers(where)), "rank")),
+        SUPERVISED_SET: (config.adapt.supervised, pluralize(ranks_of(where, known_workers(where)), "rank")),
         SUPERVISED: (SUPERVISED in config.fuse.variants and len(ks) > 1, "all ranks"),
     }
     if any(asked for asked, _ in jobs.values()):
         yield (
             "true_labels",
             "labels of the training images, read before anything else; one task",
-            ([made.truth, made.classes] if made else []),
+            ([made.ground_truth, made.classes] if made else []),
         )
     for name, (asked, ranks) in jobs.items():
         if asked:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from grappa_dist.console import Console, Events, counted, duration, read_events
+from grappa_dist.console import Console, Events, duration, pluralize, read_events
 
 
 def test_events_are_read_as_they_were_written(tmp_path: Path) -> None:
@@ -78,5 +78,5 @@ def test_the_console_says_once_of_each_job_which_tracker_is_off(capsys: pytest.C
 
 
 def test_things_are_counted_in_words_with_their_plural_and_thousands_apart() -> None:
-    assert [counted(n, "image") for n in (0, 1, 2, 12_345)] == ["0 images", "1 image", "2 images", "12,345 images"]
-    assert [counted(n, "query", "queries") for n in (1, 2_000)] == ["1 query", "2,000 queries"]
+    assert [pluralize(n, "image") for n in (0, 1, 2, 12_345)] == ["0 images", "1 image", "2 images", "12,345 images"]
+    assert [pluralize(n, "query", "queries") for n in (1, 2_000)] == ["1 query", "2,000 queries"]

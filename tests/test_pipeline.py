@@ -89,8 +89,8 @@ Finished = tuple[Path, Config, list[str]]
 def test_a_run_does_every_stage_once(finished: Finished) -> None:
     _, _, asked = finished
     models = ["embed_shard"] * len(tiny.SIZES)
-    adapted = ["pseudo_label", "judge", "k=4", "k=6"]
-    assert asked == [*models, *adapted, *models * 3, "read_truth", *["evaluate_model"] * 4]
+    adapted = ["pseudo_label", "compute_statistics", "k=4", "k=6"]
+    assert asked == [*models, *adapted, *models * 3, "read_ground_truth", *["evaluate_model"] * 4]
 
 
 def test_the_nodes_are_asked_for_what_is_still_to_be_made(tmp_path: Path, shards: list[str]) -> None:
@@ -194,7 +194,7 @@ def test_a_run_with_all_rows_to_compare_with_scores_them_and_says_which_saw_labe
     )
     here = tiny.Here()
     pipeline._run(tiny.run_in(settings, tmp_path / "run", here))
-    assert here.asked[0] == "read_truth"  # a run that lacks labels ends at once
+    assert here.asked[0] == "read_ground_truth"  # a run that lacks labels ends at once
     assert [name for name in here.asked if name in (*ROWS, "supervised-set")] == ["supervised-set", *ROWS]
     rows = json.loads((tmp_path / "run" / "report" / "metrics.json").read_text())["rows"]
     assert [row["model"] for row in rows] == ["backbone", "k=4", "k=6", "oracle", "average", *ROWS, "supervised-set"]

@@ -195,8 +195,7 @@ def test_a_plan_builds_the_model_once(tmp_path: Path, monkeypatch: pytest.Monkey
         built.append(config.name)
         return build_backbone(config, pretrained=pretrained)
 
-    for module in ("backbone_plan", "adapt_plan"):
-        monkeypatch.setattr(f"grappa_dist.stages.{module}.build_backbone", build, raising=False)
+    monkeypatch.setattr("grappa_dist.plan.build_backbone", build)
     timm = {"name": "timm:vit_tiny_patch16_224", "kwargs": {"depth": 2}, "image_size": 224}
     settings = tiny.config(tiny.write_shards(tmp_path / "images"), **SECTIONS, backbone=timm)
     said = plan(settings, tmp_path / "run")
@@ -247,7 +246,7 @@ def test_a_plan_gives_seconds_of_a_core_only_where_workers_have_no_gpu(
 def test_a_collection_is_planned_without_drawing_it(tmp_path: Path) -> None:
     data: dict[str, Any] = {
         "train": (),
-        "collection": "tests.stages.test_collect:draw",
+        "collection": "tests.data.test_open_images:draw",
         "collection_kwargs": {"count": 20},
     }
     lines = lines_of(tiny.config([], data=data, **SECTIONS), tmp_path / "run")

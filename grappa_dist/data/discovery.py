@@ -27,8 +27,8 @@ from grappa_dist.data.index import (
     COMMITTED,
     IMAGE_SUFFIXES,
     Shard,
+    describe_missing,
     index_shard,
-    losses_in_words,
     read_index,
     version_of,
     write_rows,
@@ -140,7 +140,7 @@ def find_shards(
 def _check_images(shards: Sequence[Shard], paths: Sequence[str | os.PathLike[str]]) -> None:
     if not any(shard.rows for shard in shards):
         ignored = sum(shard.ignored for shard in shards)
-        lost = "".join(f"; {line}" for line in losses_in_words(shards))
+        lost = "".join(f"; {line}" for line in describe_missing(shards))
         raise ValueError(
             f"shards: no images in {', '.join(map(str, paths))} ({len(shards)} tars, {ignored} other members); "
             f"expected members <key>.{'|'.join(IMAGE_SUFFIXES)}{lost}"

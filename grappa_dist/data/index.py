@@ -285,7 +285,7 @@ def losses_of(shards: Sequence[Shard]) -> Iterator[Loss]:
             yield Loss(shard, "and others", MISNAMED, lost.misnamed - len(lost.names))
 
 
-def losses_in_words(shards: Sequence[Shard]) -> Iterator[str]:
+def describe_missing(shards: Sequence[Shard]) -> Iterator[str]:
     """A line for each way in which images are lost, with the first shards and what to do; none where none are."""
     damaged, said = _those(shards, lambda lost: lost.behind)
     if damaged:

@@ -12,7 +12,7 @@ from grappa_dist.artifacts import Artifact, Store
 from grappa_dist.config import DataConfig, Resources
 from grappa_dist.data.block_cache import CacheSettings
 from grappa_dist.data.decoding import BadImage
-from grappa_dist.data.index import losses_in_words
+from grappa_dist.data.index import describe_missing
 from grappa_dist.data.rng import permutation
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.data.writer import ShardWriter
@@ -47,7 +47,7 @@ def open_images(
     where: Resources | None = None,
     *,
     write_index: bool = True,
-    say: Callable[[str], None] = lambda text: None,
+    log: Callable[[str], None] = lambda text: None,
 ) -> tuple[ImageShards, ImageShards | None]:
     """Training and test images; test is None where there are none, and the training images are looked at instead.
 
@@ -60,15 +60,15 @@ def open_images(
         nonlocal heard
         if time.monotonic() - heard > INDEXING_S:
             heard = time.monotonic()
-            say(f"collect: {count} tars without an index, or newer than theirs, read to the end")
+            log(f"collect: {count} tars without an index, or newer than theirs, read to the end")
 
     if data.collection:
         folder = collection_of(store, data).path
         return ImageShards.open([folder / "train"], index), ImageShards.open([folder / "test"], index)
     train = ImageShards.open(data.train, index, cache, write=write_index, tell=tell)
     test = ImageShards.open(data.test, index, cache, write=write_index, tell=tell) if data.test else None
-    for line in losses_in_words([*train.shards, *(test.shards if test else ())]):
-        say(f"warning: {line}")
+    for line in describe_missing([*train.shards, *(test.shards if test else ())]):
+        log(f"warning: {line}")
     if not len(train):
         raise ValueError(f"data.train={list(data.train)}: the shards hold no images (jpg, jpeg, png, webp)")
     return train, test

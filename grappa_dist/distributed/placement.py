@@ -126,7 +126,7 @@ def sets_per_job(num_sets: int, slots: int, rates: Rates, most: int | None = Non
     return next(s for s in numbers if seconds(s) <= fastest * (1 + 1e-9))
 
 
-def placement_in_words(num_jobs: int, workers: int, ranks: int) -> str:
+def describe_placement(num_jobs: int, workers: int, ranks: int) -> str:
     """What runs at once and what waits for what, in a line.
 
     Raises:

@@ -34,9 +34,9 @@ from torch import Tensor
 
 from grappa_dist.distributed.collectives import Comm, raise_together, wire_device
 from grappa_dist.distributed.worker import beside_others
-from grappa_dist.search.backends import half_proposer, halves_pay, nearest
-from grappa_dist.search.bf16 import HalfProposer
-from grappa_dist.search.candidates import FloatProposer, Proposer, joined
+from grappa_dist.search.backends import bf16_generator, bf16_pays, nearest
+from grappa_dist.search.bf16 import Bf16Generator
+from grappa_dist.search.candidates import CandidateGenerator, Float32Generator, joined
 from grappa_dist.search.fixed_point import GRID, LARGEST, NORM_LIMIT, exact_square, to_grid
 
 Item = TypeVar("Item")
@@ -286,7 +286,7 @@ class RowBlock:
 
 
 @dataclass(frozen=True)
-class Share:
+class ShardedRows:
     """The rows of this rank, and what all ranks know about the rows of all."""
 
     comm: Comm
@@ -299,7 +299,7 @@ class Share:
     plain: tuple[bool, ...]  # which of the rank's shards need no preparation
     threads: int  # so many blocks are worked on side by side; a GPU has threads of its own
     squares: Tensor  # (good rows,) float64 scratch, exact |x|^2 in units of 2**-48
-    proposer: Proposer
+    generator: CandidateGenerator
     stop_requested: Callable[[], bool] = never  # of this rank
 
     def each(self, work: Callable[[Item], Result], items: Iterable[Item]) -> Generator[Result, None, None]:
@@ -360,7 +360,7 @@ def join_rows(
     block_rows: int = BLOCK_ROWS,
     device: torch.device,
     stop_requested: Callable[[], bool] = never,
-) -> Share:
+) -> ShardedRows:
     """This rank's share, once every rank's rows are fit for it."""
     if block_rows < 1:
         raise ValueError(f"block_rows must be at least 1, got {block_rows}")
@@ -373,7 +373,7 @@ def join_rows(
     if len(dims) > 1:
         raise ValueError(f"rows must have the same dimension on every rank, found {dims}")
     first, num_good = int(table[: comm.rank, 0].sum()), int(table[:, 1].sum())
-    share = Share(
+    share = ShardedRows(
         comm=comm,
         rows=rows,
         dim=dims[0] if dims else 0,
@@ -384,10 +384,10 @@ def join_rows(
         plain=plain,
         threads=1 if device.type == "cuda" else torch.get_num_threads(),
         squares=scratch((rows.num_good,), torch.float64),
-        proposer=FloatProposer(nearest),
+        generator=Float32Generator(nearest),
         stop_requested=stop_requested,
     )
-    return replace(share, proposer=_measure(share))
+    return replace(share, generator=_measure(share))
 
 
 def _scanned(comm: Comm, rows: Rows, block_rows: int, stop_requested: Callable[[], bool]) -> tuple[bool, ...]:
@@ -409,13 +409,13 @@ def _to_first_problem(scans: Generator[Scanned, None, None]) -> Generator[Scanne
                 return
 
 
-def _measure(share: Share) -> Proposer:
+def _measure(share: ShardedRows) -> CandidateGenerator:
     """Fills in the rows' exact squared norms; the faster way to propose centroids to them on this machine."""
-    halves = halves_pay(share.device)
+    halves = bf16_pays(share.device)
 
     def measure(positions: Tensor) -> tuple[Tensor, float]:
         pieces = share.rows.pieces(positions, share.plain)
-        rest = max(map(HalfProposer.left_out, pieces)) if halves else 0.0
+        rest = max(map(Bf16Generator.left_out, pieces)) if halves else 0.0
         return torch.cat([exact_square(x) for x in pieces]), rest
 
     positions = share.rows.positions(share.block_rows, share.threads)
@@ -424,4 +424,4 @@ def _measure(share: Share) -> Proposer:
     for of_block, left_out in beside_others(share.comm, measured, share.stop_requested):
         share.squares[first : first + len(of_block)] = of_block
         first, rest = first + len(of_block), max(rest, left_out)
-    return half_proposer(share.device, rest) if halves else share.proposer
+    return bf16_generator(share.device, rest) if halves else share.generator

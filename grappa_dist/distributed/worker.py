@@ -92,7 +92,7 @@ class Worker:
                 except Stopped:
                     return None
         finally:
-            let_go()
+            release_memory()
 
     def status(self) -> dict[str, Any]:
         return self._status
@@ -115,7 +115,7 @@ class Worker:
         faiss.omp_set_num_threads(self._threads)
 
 
-def let_go() -> None:
+def release_memory() -> None:
     """Frees what a finished job has left: an engine and its module hold each other until Python's collector runs, which
     counts objects and not the bytes that they have on a GPU."""
     gc.collect()
@@ -157,7 +157,7 @@ _END = object()
 Piece = TypeVar("Piece")
 
 
-def until_all_are_done(context: RankContext, work: Generator[None, None, None]) -> None:
+def wait_for_slower_ranks(context: RankContext, work: Generator[None, None, None]) -> None:
     """Does this rank's work, piece by piece, and returns when every rank has done its own, as `beside_others`."""
     for _ in beside_others(context.comm, work, context.stop_requested):
         pass

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grappa_dist.distributed.sharded_rows import PIECE, Share, scratch
+from grappa_dist.distributed.sharded_rows import PIECE, ShardedRows, scratch
 from grappa_dist.kmeans.update import Stats
 from grappa_dist.search.candidates import Centroids
 from grappa_dist.search.fixed_point import exact_square
@@ -32,23 +32,23 @@ class RowLabels:
     squares: Tensor  # (n,) int64, exact squared distance to the centroid of the label, in units of 2**-48
 
     @staticmethod
-    def of(share: Share) -> RowLabels:
+    def of(share: ShardedRows) -> RowLabels:
         num = (len(share.rows),)
         return RowLabels(scratch(num, torch.int32).fill_(-1), scratch(num, torch.int64))
 
-    def by_shard(self, share: Share) -> list[np.ndarray]:
+    def by_shard(self, share: ShardedRows) -> list[np.ndarray]:
         """(P,) int32 each, views."""
         ends = np.cumsum([len(shard) for shard in share.rows.shards])
         return np.split(self.labels.numpy(), ends[:-1].tolist()) if len(ends) else []
 
-    def counts(self, share: Share, num_labels: int) -> Tensor:
+    def counts(self, share: ShardedRows, num_labels: int) -> Tensor:
         """Rows of all ranks per label, (K,) int64."""
         counts = torch.zeros(num_labels, dtype=torch.int64)
         for labels, _ in self._pieces():
             counts += torch.bincount(labels.long(), minlength=num_labels)
         return share.total(counts)
 
-    def inertia(self, share: Share) -> int:
+    def inertia(self, share: ShardedRows) -> int:
         """Sum of the squared distances of the rows of all ranks, exact, in units of 2**-48."""
         limbs = torch.zeros(2, dtype=torch.int64)
         for _, squares in self._pieces():
@@ -79,14 +79,14 @@ class LabelPasses:
     The sums are not made anew in each pass: rows that change their label are taken from one sum and added to another.
     """
 
-    share: Share
+    share: ShardedRows
     rows: RowLabels
     stats: Stats  # of all ranks
     undecided: int = 0  # of this rank in the last pass, as is `searched`
     searched: int = 0
 
     @staticmethod
-    def over(share: Share, num_labels: int) -> LabelPasses:
+    def over(share: ShardedRows, num_labels: int) -> LabelPasses:
         return LabelPasses(share, RowLabels.of(share), Stats.zeros(num_labels, share.dim, share.device))
 
     def advance(self, work: Callable[[Item], Settled], items: Iterable[Item]) -> None:
@@ -101,7 +101,7 @@ class LabelPasses:
         self.stats.add_changes_(change, self.share.total)
 
 
-def find_labels(share: Share, work: Callable[[Item], Settled], items: Iterable[Item]) -> tuple[RowLabels, Tensor]:
+def find_labels(share: ShardedRows, work: Callable[[Item], Settled], items: Iterable[Item]) -> tuple[RowLabels, Tensor]:
     """Labels as `work` finds them, in one pass that adds nothing up; and of all ranks, (2,), how many rows floats left
     undecided and how many distances were computed."""
     rows, told = RowLabels.of(share), torch.zeros(2, dtype=torch.int64)
@@ -111,9 +111,9 @@ def find_labels(share: Share, work: Callable[[Item], Settled], items: Iterable[I
     return rows, share.total(told)
 
 
-def exactly(share: Share, centroids: Tensor) -> Callable[[tuple[Tensor, Tensor]], Settled]:
+def exactly(share: ShardedRows, centroids: Tensor) -> Callable[[tuple[Tensor, Tensor]], Settled]:
     """The search for the nearest centroid of each row of a share's block."""
-    prepared = Centroids.of(centroids, share.proposer)
+    prepared = Centroids.of(centroids, share.generator)
 
     def work(block: tuple[Tensor, Tensor]) -> Settled:
         positions, x = block

@@ -16,7 +16,7 @@ from math import ceil
 import torch
 from torch import Tensor
 
-from grappa_dist.distributed.sharded_rows import PIECE, Share, scratch
+from grappa_dist.distributed.sharded_rows import PIECE, ShardedRows, scratch
 from grappa_dist.kmeans.assignments import RowLabels
 from grappa_dist.kmeans.ivf import nearest_exactly
 from grappa_dist.kmeans.sampling import lowest
@@ -41,7 +41,7 @@ class Balanced:
     rounds: int
 
 
-def balance_labels(share: Share, rows: RowLabels, centroids: Tensor, largest: int) -> Balanced:
+def balance_labels(share: ShardedRows, rows: RowLabels, centroids: Tensor, largest: int) -> Balanced:
     """Changes labels, in place, until no cluster has more than `largest` rows.
 
     A cluster that has more keeps its nearest ones. The others apply to the nearest cluster that has room, which takes
@@ -61,7 +61,7 @@ def balance_labels(share: Share, rows: RowLabels, centroids: Tensor, largest: in
     return Balanced(largest, moved, rounds)
 
 
-def _trim(share: Share, rows: RowLabels, counts: Tensor, largest: int) -> None:
+def _trim(share: ShardedRows, rows: RowLabels, counts: Tensor, largest: int) -> None:
     """Frees the rows that an overfull cluster cannot keep."""
     over = counts > largest
     groups = scratch((len(rows.labels),), torch.int32)
@@ -78,7 +78,7 @@ def _trim(share: Share, rows: RowLabels, counts: Tensor, largest: int) -> None:
 class _Round:
     """The free rows of this rank, and the nearest clusters that had room when it began."""
 
-    share: Share
+    share: ShardedRows
     rows: RowLabels
     room: Tensor  # (K,) int64
     positions: Tensor  # (m,) int64
@@ -88,7 +88,7 @@ class _Round:
     keys: Tensor  # (n,) int64, its squared distance
 
     @staticmethod
-    def of(share: Share, rows: RowLabels, centroids: Tensor, room: Tensor) -> _Round:
+    def of(share: ShardedRows, rows: RowLabels, centroids: Tensor, room: Tensor) -> _Round:
         vacant = (room > 0).nonzero()[:, 0]
         positions = _free(rows)
         num, t = len(positions), min(CHOICES, len(vacant))

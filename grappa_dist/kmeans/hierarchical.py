@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grappa_dist.distributed.sharded_rows import PIECE, Share, scratch
+from grappa_dist.distributed.sharded_rows import PIECE, ShardedRows, scratch
 from grappa_dist.kmeans.assignments import LabelPasses, Settled, exactly, find_labels
 from grappa_dist.kmeans.lloyd import Progress, Updates, lloyd
 from grappa_dist.kmeans.sampling import RACE_BITS, lowest, race_keys, row_hashes
@@ -70,14 +70,14 @@ _FAR = 2**51  # above any squared distance
 class Families:
     """This rank's rows by coarse cluster, and where the labels of each cluster's children lie."""
 
-    share: Share
+    share: ShardedRows
     coarse: Tensor  # (n,) int32, -1 for bad rows
     order: Tensor  # (number of good rows,) int64 positions, by coarse cluster, ascending in each
     starts: list[int]  # C + 1 places in `order`
     children: list[int]  # C + 1 first labels
 
     @staticmethod
-    def of(share: Share, coarse: Tensor, num_coarse: int, num_labels: int) -> Families:
+    def of(share: ShardedRows, coarse: Tensor, num_coarse: int, num_labels: int) -> Families:
         own = torch.zeros(num_coarse, dtype=torch.int64)
         for labels in torch.split(coarse, PIECE):
             own += torch.bincount(labels[labels >= 0].long(), minlength=num_coarse)
@@ -108,7 +108,7 @@ class Families:
 
 
 def fit_in_families(
-    share: Share, heads: np.ndarray, num_labels: int, *, seed: int, start: Progress | None, how: Updates
+    share: ShardedRows, heads: np.ndarray, num_labels: int, *, seed: int, start: Progress | None, how: Updates
 ) -> Progress:
     """K centroids (K, D), those of a coarse cluster in a row, by Lloyd's iterations inside of the coarse clusters.
 
@@ -124,7 +124,7 @@ def fit_in_families(
     passes = LabelPasses.over(share, num_labels)
 
     def advance(centroids: Tensor) -> Centroids:
-        prepared = Centroids.of(centroids, share.proposer)
+        prepared = Centroids.of(centroids, share.generator)
         passes.advance(_inside(families, prepared), families.blocks())
         return prepared
 
@@ -215,7 +215,7 @@ def _drawn_rows(families: Families, groups: Tensor, keys: Tensor, at_once: Tenso
 def _lower_squares(families: Families, squares: Tensor, centroids: Tensor, new: tuple[Tensor, Tensor]) -> None:
     """Lowers the rows' squared distances, in place, to those to the new centroids of their family."""
     parts = {
-        i: Centroids.of(centroids[a : a + n], families.share.proposer)
+        i: Centroids.of(centroids[a : a + n], families.share.generator)
         for i, (a, n) in enumerate(zip(*(t.tolist() for t in new), strict=True))
         if n
     }

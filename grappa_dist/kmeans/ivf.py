@@ -26,13 +26,13 @@ import torch
 from torch import Tensor
 
 from grappa_dist.distributed.collectives import Comm
-from grappa_dist.distributed.sharded_rows import BLOCK_ROWS, Rows, Share
+from grappa_dist.distributed.sharded_rows import BLOCK_ROWS, Rows, ShardedRows
 from grappa_dist.kmeans.assignments import LabelPasses, RowLabels, Settled, exactly
 from grappa_dist.kmeans.lloyd import KMeans, Progress, Updates, kmeans, lloyd
 from grappa_dist.kmeans.sampling import Draw
 from grappa_dist.kmeans.update import finish
 from grappa_dist.search.backends import nearest
-from grappa_dist.search.candidates import Centroids, FloatProposer, Search, float_error, nearest_in_floats, norm_of
+from grappa_dist.search.candidates import Centroids, Float32Generator, Search, float_error, nearest_in_floats, norm_of
 from grappa_dist.search.fixed_point import exact_dot, exact_square
 from grappa_dist.search.rerank import FAR, Assignment, assign, nearest_of_pairs
 
@@ -153,9 +153,9 @@ def _search_lists(x: Tensor, lists: Lists, probed: Tensor) -> Assignment:
     return Assignment(labels, squares, undecided)
 
 
-def _take_closer(labels: Tensor, squares: Tensor, rows: Tensor, rivals: tuple[Tensor, Tensor]) -> None:
+def _take_closer(labels: Tensor, squares: Tensor, rows: Tensor, competitors: tuple[Tensor, Tensor]) -> None:
     """Gives some rows, in place, their rivals' labels and squared distances where these are better."""
-    new, theirs = rivals
+    new, theirs = competitors
     closer = (theirs < squares[rows]) | ((theirs == squares[rows]) & (new < labels[rows]))
     labels[rows[closer]], squares[rows[closer]] = new[closer], theirs[closer]
 
@@ -172,7 +172,7 @@ def lists_of(centroids: Tensor) -> Lists:
     values, num = centroids.cpu().numpy(), isqrt(len(centroids))
     rows = Rows([values], [np.ones(len(values), dtype=bool)])
     # Not by join_rows: a repaired centroid may be a little longer than a row may.
-    alone = Share(
+    alone = ShardedRows(
         comm=Comm(),
         rows=rows,
         dim=values.shape[1],
@@ -183,7 +183,7 @@ def lists_of(centroids: Tensor) -> Lists:
         plain=(True,),
         threads=torch.get_num_threads(),
         squares=exact_square(centroids).cpu(),
-        proposer=FloatProposer(nearest),
+        generator=Float32Generator(nearest),
     )
     heads = values[np.arange(num) * len(values) // num]  # those of two levels lie in order: one of each family
     found = kmeans(alone, num, KMeans(iterations=LIST_UPDATES, resume=Progress(heads, ())))
@@ -228,7 +228,7 @@ def inverted_file(lists: Lists, probes: int) -> Propose:
     return propose
 
 
-def refine(share: Share, probes: int, start: Progress, how: Updates) -> tuple[Progress, LabelPasses]:
+def refine(share: ShardedRows, probes: int, start: Progress, how: Updates) -> tuple[Progress, LabelPasses]:
     """Lloyd's iterations with assignment through lists, and the passes with the labels of the last centroids."""
     passes = LabelPasses.over(share, len(start.centroids))
 
@@ -254,7 +254,7 @@ class Agreement:
         return self.same / self.rows
 
 
-def agreement(share: Share, rows: RowLabels, centroids: Tensor, seed: int) -> Agreement:
+def agreement(share: ShardedRows, rows: RowLabels, centroids: Tensor, seed: int) -> Agreement:
     """Measured on up to `AGREEMENT_ROWS` rows of all ranks, by comparing them with every centroid."""
     draw = Draw.of(share, AGREEMENT_ROWS, seed, len(centroids), _AGREEMENT)
     told = torch.zeros(2, dtype=torch.int64)

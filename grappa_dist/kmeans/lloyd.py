@@ -31,7 +31,7 @@ from grappa_dist.distributed.sharded_rows import (
     BLOCK_ROWS,
     RowBlock,
     Rows,
-    Share,
+    ShardedRows,
     join_rows,
     on_grid,
     row_problem,
@@ -39,7 +39,7 @@ from grappa_dist.distributed.sharded_rows import (
 )
 from grappa_dist.kmeans.seeding import Init, Seeded, oversampled_centroids, seed_centroids
 from grappa_dist.kmeans.update import Stats, finish
-from grappa_dist.kmeans.yinyang import Bounds, Drift, GroupedCentroids, Groups, Moves, num_bounds, reassign
+from grappa_dist.kmeans.yinyang import Bounds, Drift, GroupedCentroids, Groups, Reassignments, num_bounds, reassign
 from grappa_dist.search.candidates import Centroids, joined
 from grappa_dist.search.fixed_point import GRID, to_grid
 
@@ -50,7 +50,7 @@ def advance_together(wanted: Sequence[tuple[BoundedPasses, Tensor]]) -> list[Cen
     assert all(kept.share is share for kept, _ in wanted)
     passes = [_Pass.of(kept, centroids) for kept, centroids in wanted]
 
-    def work(block: RowBlock) -> list[Moves]:
+    def work(block: RowBlock) -> list[Reassignments]:
         return [one.over(block) for one in passes]
 
     for found in share.each(work, share.row_blocks()):
@@ -67,7 +67,7 @@ class BoundedPasses:
     """An exact k-means between its passes over the rows: labels, bounds of distances that spare most of the search, and
     what the rows of a label add up to, which only rows that change their label change."""
 
-    share: Share
+    share: ShardedRows
     groups: Groups
     bounds: Bounds  # of the good rows, in their order
     stats: Stats  # of all ranks
@@ -77,7 +77,7 @@ class BoundedPasses:
     searched: int = 0  # distances that it estimated
 
     @staticmethod
-    def over(share: Share, centroids: Tensor) -> BoundedPasses:
+    def over(share: ShardedRows, centroids: Tensor) -> BoundedPasses:
         num_labels, dim = centroids.shape
         groups = Groups.around(centroids, num_bounds(num_labels, dim))
         num = share.rows.num_good
@@ -112,12 +112,12 @@ class _Pass:
 
     @staticmethod
     def of(kept: BoundedPasses, centroids: Tensor) -> _Pass:
-        grouped = GroupedCentroids.of(centroids, kept.groups, kept.share.proposer)
+        grouped = GroupedCentroids.of(centroids, kept.groups, kept.share.generator)
         drift = Drift.between(kept.centroids, centroids, kept.groups) if kept.number else None
         num_labels, dim = centroids.shape
         return _Pass(kept, grouped, drift, Stats.zeros(num_labels, dim, kept.share.device))
 
-    def over(self, block: RowBlock) -> Moves:
+    def over(self, block: RowBlock) -> Reassignments:
         part = self.kept.bounds.part(block.places)
         bounds = part.to(self.kept.share.device)
         if self.drift:
@@ -143,7 +143,7 @@ Finish = Callable[[Tensor, list[int], int], tuple[Tensor, int]]
 class Passes(Protocol):
     """What passes over a share's rows keep."""
 
-    share: Share
+    share: ShardedRows
     stats: Stats  # of all ranks, by the labels of the last pass
 
 
@@ -269,7 +269,7 @@ def sharded_kmeans(
     return kmeans(join_rows(comm, rows, block_rows=block_rows, device=torch.device(device)), num_labels, how)
 
 
-def kmeans(share: Share, num_labels: int, how: KMeans | None = None) -> KMeansResult:
+def kmeans(share: ShardedRows, num_labels: int, how: KMeans | None = None) -> KMeansResult:
     """k-means by itself."""
     return end_alone(begin(share, num_labels, how or KMeans()))
 
@@ -331,7 +331,7 @@ class Fit:
         )
 
 
-def begin(share: Share, num_labels: int, how: KMeans) -> Fit:
+def begin(share: ShardedRows, num_labels: int, how: KMeans) -> Fit:
     """First centroids, and then Lloyd's iterations before their first pass. All ranks call it with the same settings.
 
     `how.on_update` is told after every round of the initialisation, after all of it, and after every update.
@@ -350,7 +350,7 @@ def begin(share: Share, num_labels: int, how: KMeans) -> Fit:
     return _iterating(share, start, how)
 
 
-def _first_centroids(share: Share, shape: tuple[int, int], how: KMeans) -> Tensor:
+def _first_centroids(share: ShardedRows, shape: tuple[int, int], how: KMeans) -> Tensor:
     if how.initial is not None:
         return _checked_initial(how.initial, shape)
 
@@ -373,7 +373,7 @@ def _check_resume(resume: Progress, shape: tuple[int, int], iterations: int) -> 
         )
 
 
-def _iterating(share: Share, start: Progress, how: Updates) -> Fit:
+def _iterating(share: ShardedRows, start: Progress, how: Updates) -> Fit:
     passes = BoundedPasses.over(share, torch.from_numpy(start.centroids).to(share.device))
 
     def finish_all(centroids: Tensor, spreads: list[int], step: int) -> tuple[Tensor, int]:

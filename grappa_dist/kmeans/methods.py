@@ -25,7 +25,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from grappa_dist.distributed.sharded_rows import Share
+from grappa_dist.distributed.sharded_rows import ShardedRows
 from grappa_dist.kmeans.assignments import RowLabels, Settled, exactly, find_labels
 from grappa_dist.kmeans.balanced import Balanced, balance_labels, largest_size
 from grappa_dist.kmeans.hierarchical import fit_in_families
@@ -162,7 +162,7 @@ class Clustering:
 
 
 @dataclass(frozen=True)
-class Told:
+class ClusteringCallbacks:
     """Who is told how it goes."""
 
     on_iteration: Callable[[str, int, float], None] = lambda part, iteration, inertia: None
@@ -174,13 +174,13 @@ class Told:
 class Restart:
     """One run of a method, of which there may be several with other seeds."""
 
-    share: Share
+    share: ShardedRows
     num_labels: int
     method: Method
     seed: int
     number: int
     kept: dict[str, Progress]  # of all restarts, changed in place
-    told: Told
+    told: ClusteringCallbacks
 
     @property
     def done(self) -> str:
@@ -242,10 +242,10 @@ class Restart:
         how = self._how("fine")
         return fit_in_families(self.share, heads.centroids, self.num_labels, seed=self.seed, start=start, how=how)
 
-    def _kmeans(self, share: Share, part: str, num_labels: int) -> KMeansResult:
+    def _kmeans(self, share: ShardedRows, part: str, num_labels: int) -> KMeansResult:
         return end_alone(self._fit(share, part, num_labels))
 
-    def _fit(self, share: Share, part: str, num_labels: int) -> Fit:
+    def _fit(self, share: ShardedRows, part: str, num_labels: int) -> Fit:
         return begin(share, num_labels, self._how(part))
 
     def _labelled(self, fit: Progress, updates: int) -> Clustering:
@@ -318,7 +318,7 @@ class Restart:
         )
 
 
-def _own_distances(share: Share, result: KMeansResult) -> RowLabels:
+def _own_distances(share: ShardedRows, result: KMeansResult) -> RowLabels:
     """The labels that k-means gave, with the exact squared distances that belong to them."""
     labels = torch.from_numpy(np.concatenate(result.labels)) if result.labels else torch.zeros(0, dtype=torch.int32)
     centroids = Centroids.of(torch.from_numpy(result.centroids).to(share.device))
@@ -344,7 +344,7 @@ class Wanted:
     method: Method
     seed: int = 0
     trail: Trail = field(default_factory=dict)  # what `told.on_update` was told last, to go on from there
-    told: Told = field(default_factory=Told)
+    told: ClusteringCallbacks = field(default_factory=ClusteringCallbacks)
 
 
 def shares_passes(method: Method) -> bool:
@@ -352,7 +352,7 @@ def shares_passes(method: Method) -> bool:
     return method.choice.name == "exact" and method.restarts == 1
 
 
-def cluster_together(share: Share, wanted: Iterable[Wanted]) -> Iterator[tuple[int, Clustering]]:
+def cluster_together(share: ShardedRows, wanted: Iterable[Wanted]) -> Iterator[tuple[int, Clustering]]:
     """Clusterings that share their passes over the rows, with their place among those wanted, each when it is done.
 
     Every one is what `cluster` makes of it alone.
@@ -370,7 +370,7 @@ def cluster_together(share: Share, wanted: Iterable[Wanted]) -> Iterator[tuple[i
         yield place, run.end_exact(fit.result())
 
 
-def cluster(share: Share, wanted: Wanted) -> Clustering:
+def cluster(share: ShardedRows, wanted: Wanted) -> Clustering:
     """The clustering of lowest inertia among the restarts, the first of equal ones."""
     first = _first_run(share, wanted)
     if wanted.method.restarts == 1:
@@ -392,7 +392,7 @@ def cluster(share: Share, wanted: Wanted) -> Clustering:
     return replace(found[best.number], restarts=tuple(kept[run.done].inertia[0] * SQUARE_UNIT for run in runs))
 
 
-def _first_run(share: Share, wanted: Wanted) -> Restart:
+def _first_run(share: ShardedRows, wanted: Wanted) -> Restart:
     share.check_labels(wanted.num_labels)
     return Restart(share, wanted.num_labels, wanted.method, wanted.seed, 0, dict(wanted.trail), wanted.told)
 

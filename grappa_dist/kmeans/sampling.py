@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grappa_dist.distributed.sharded_rows import PIECE, Rows, Share, join_rows, scratch
+from grappa_dist.distributed.sharded_rows import PIECE, Rows, ShardedRows, join_rows, scratch
 
 
 def draw(limit: int, *key: int) -> int:
@@ -103,7 +103,7 @@ Pieces = Callable[[], Iterator[tuple[Tensor, Tensor]]]
 
 
 @dataclass(frozen=True)
-class Cut:
+class Selection:
     """Which rows of each group are taken: those with a lower key, and those with that very key up to a place."""
 
     keys: Tensor  # (G,) int64, -1 where none is taken
@@ -116,7 +116,7 @@ class Cut:
         return (keys < limit) | ((keys == limit) & (places <= self.places[named]))
 
 
-def lowest(share: Share, groups: Tensor, keys: Tensor, wanted: Tensor, *, bits: int) -> Cut:
+def lowest(share: ShardedRows, groups: Tensor, keys: Tensor, wanted: Tensor, *, bits: int) -> Selection:
     """The `wanted` rows (G,) with the lowest keys of each group, all of a group that has fewer; ties by place.
 
     Args:
@@ -140,16 +140,16 @@ def lowest(share: Share, groups: Tensor, keys: Tensor, wanted: Tensor, *, bits: 
 
         found, _, _ = _select(share, tied_places, torch.where(short, left, 0), _PLACE_BITS)
         places[short] = found[short]
-    return Cut(limits, places)
+    return Selection(limits, places)
 
 
-def _pieces(share: Share, groups: Tensor, keys: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _pieces(share: ShardedRows, groups: Tensor, keys: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     for start in range(0, len(groups), PIECE):
         rows = (groups[start : start + PIECE] >= 0).nonzero()[:, 0] + start
         yield groups[rows].long(), keys[rows], rows + share.first
 
 
-def _select(share: Share, pieces: Pieces, wanted: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+def _select(share: ShardedRows, pieces: Pieces, wanted: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     """Of each group the wanted-th lowest value, (G,), how many of that very value are wanted, and how many there are.
 
     -1 where no row is wanted or there is none. Collectives are as many on every rank.
@@ -183,13 +183,13 @@ def _select(share: Share, pieces: Pieces, wanted: Tensor, bits: int) -> tuple[Te
 class Draw:
     """`num` good rows of all ranks: those with the lowest keys, which are hashes of (key, place among all rows)."""
 
-    share: Share
+    share: ShardedRows
     groups: Tensor  # (n,) int32, 0 for rows that may be drawn, else -1
     keys: Tensor  # (n,) int64
-    cut: Cut
+    cut: Selection
 
     @staticmethod
-    def of(share: Share, num: int, *key: int, weights: Tensor | None = None) -> Draw:
+    def of(share: ShardedRows, num: int, *key: int, weights: Tensor | None = None) -> Draw:
         """All of them alike; or without replacement by `weights` (n,) int64, of which those of 0 are never drawn."""
         groups = scratch((len(share.rows),), torch.int32).fill_(-1)
         keys = scratch((len(share.rows),), torch.int64)
@@ -218,14 +218,14 @@ class Draw:
         return sum(map(len, self.positions()))
 
 
-def _shift(share: Share, weights: Tensor) -> int:
+def _shift(share: ShardedRows, weights: Tensor) -> int:
     """Bits that the largest weight of all ranks has too many for a race."""
     own = weights.max() if len(weights) else torch.tensor(0)
     largest = int(torch.cat(share.gather(own[None])).max())
     return max(0, largest.bit_length() - WEIGHT_BITS)
 
 
-def sampled_share(share: Share, num: int, *key: int) -> Share:
+def sampled_share(share: ShardedRows, num: int, *key: int) -> ShardedRows:
     """A share of `num` drawn rows, each with the rank that holds it; all of them when there are no more.
 
     The rows are copied, so that passes over them read nothing else: 4 m D bytes outside of the process's own memory.
@@ -236,7 +236,7 @@ def sampled_share(share: Share, num: int, *key: int) -> Share:
     return copied_share(share, draw.positions(), len(draw))
 
 
-def copied_share(share: Share, positions: Iterable[Tensor], num: int) -> Share:
+def copied_share(share: ShardedRows, positions: Iterable[Tensor], num: int) -> ShardedRows:
     """A share of `num` of these rows, by ascending positions (P,) piece by piece; copied as `sampled_share` does."""
     rows = scratch((num, share.dim), torch.float32)
     first = 0

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grappa_dist.distributed.sharded_rows import RowBlock, Share, scratch
+from grappa_dist.distributed.sharded_rows import RowBlock, ShardedRows, scratch
 from grappa_dist.kmeans.sampling import Draw, copied_share, draw
 from grappa_dist.search.candidates import Centroids
 from grappa_dist.search.fixed_point import GRID, exact_dot, exact_square
@@ -117,20 +117,20 @@ _READ = 256  # rows that are looked up one by one between two looks at the other
 
 
 @dataclass(frozen=True)
-class RowWeights:
+class D2Weights:
     """Weights of this rank's rows, lowered in place as centroids are found."""
 
-    share: Share
+    share: ShardedRows
     squares: Tensor  # (n,) int64, in units of 2**-27; 0 for bad rows
     nearest: Tensor | None = None  # (n,) int32, the nearest centroid; of several rounds the first of that weight
     times: Tensor | None = None  # (n,) int64, by which each counts; once each where it is None
 
     @staticmethod
-    def of(share: Share, *, nearest: bool = False, times: Tensor | None = None) -> RowWeights:
+    def of(share: ShardedRows, *, nearest: bool = False, times: Tensor | None = None) -> D2Weights:
         """The same for all good rows: the first centroid may be any of them."""
         num = (len(share.rows),)
         labels = scratch(num, torch.int32).fill_(-1) if nearest else None
-        weights = RowWeights(share, scratch(num, torch.int64), labels, times)
+        weights = D2Weights(share, scratch(num, torch.int64), labels, times)
         weights._fill(1)
         return weights
 
@@ -166,7 +166,7 @@ class RowWeights:
         """
         if not first:
             self._fill(FAR)
-        prepared = [[Centroids.of(part, self.share.proposer) for part in some.split(_AT_ONCE)] for some in rounds]
+        prepared = [[Centroids.of(part, self.share.generator) for part in some.split(_AT_ONCE)] for some in rounds]
 
         def work(block: RowBlock) -> tuple[Tensor, Tensor, Tensor]:
             x, known = block.x, self.squares[block.positions].to(self.share.device)
@@ -203,7 +203,7 @@ def _nearest(x: Tensor, squares: Tensor, parts: Sequence[Centroids], within: Ten
     return best
 
 
-def rows_at(share: Share, places: Tensor) -> Tensor:
+def rows_at(share: ShardedRows, places: Tensor) -> Tensor:
     """Grid rows (m, D) at some places among all rows, on all ranks."""
     rows = torch.zeros(len(places), share.dim)
     own = are_here(share, places).nonzero()[:, 0]
@@ -216,13 +216,13 @@ def rows_at(share: Share, places: Tensor) -> Tensor:
     return share.total(rows).to(share.device)
 
 
-def are_here(share: Share, places: Tensor) -> Tensor:
+def are_here(share: ShardedRows, places: Tensor) -> Tensor:
     """Which places among all rows are of this rank's rows, (m,) bool."""
     return (places >= share.first) & (places < share.first + len(share.rows))
 
 
 @dataclass(frozen=True, eq=False)
-class Candidates:
+class SeedCandidates:
     """Rows of all ranks of which some become centroids."""
 
     places: Tensor  # (M,) int64 among all rows, ascending
@@ -235,7 +235,7 @@ class Seeded:
 
     places: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))  # (k,) among all rows, by round
     drawn: int = 0  # rows so far, those dropped again among them
-    candidates: Candidates | None = None  # that places are drawn from, where not from all rows
+    candidates: SeedCandidates | None = None  # that places are drawn from, where not from all rows
 
 
 OnRound = Callable[[Seeded, int], None]
@@ -247,7 +247,7 @@ def no_one(seeded: Seeded, wanted: int) -> None:
 
 
 def seed_centroids(
-    share: Share, num_labels: int, seed: int, *, resume: Seeded | None = None, on_round: OnRound = no_one
+    share: ShardedRows, num_labels: int, seed: int, *, resume: Seeded | None = None, on_round: OnRound = no_one
 ) -> Tensor:
     """k-means++ centroids, (K, D), by `draw_centroids`; rows that are not chosen, the lowest first, fill up.
 
@@ -258,13 +258,13 @@ def seed_centroids(
         ValueError: the places in `resume` are not of good rows.
         Stopped: on all ranks, when any was asked to stop.
     """
-    seeded, rows = draw_centroids(RowWeights.of(share), num_labels, seed, resume or Seeded(), on_round)
+    seeded, rows = draw_centroids(D2Weights.of(share), num_labels, seed, resume or Seeded(), on_round)
     missing = num_labels - len(rows)
     return torch.cat([rows, rows_at(share, _lowest_left(share, seeded, missing))]) if missing else rows
 
 
 def draw_centroids(
-    weights: RowWeights, num_labels: int, seed: int, resume: Seeded, on_round: OnRound = no_one
+    weights: D2Weights, num_labels: int, seed: int, resume: Seeded, on_round: OnRound = no_one
 ) -> tuple[Seeded, Tensor]:
     """k-means++: each centroid a row drawn in proportion to its squared distance from those before it.
 
@@ -289,7 +289,7 @@ def draw_centroids(
 
 
 def _round(
-    weights: RowWeights, totals: list[int], before: Seeded, *, num_labels: int, seed: int
+    weights: D2Weights, totals: list[int], before: Seeded, *, num_labels: int, seed: int
 ) -> tuple[Seeded, Tensor]:
     """Draws candidates, thins them out and lowers the weights; where that leads, and the new centroids (k', D)."""
     missing = num_labels - len(before.places)
@@ -303,7 +303,7 @@ def _round(
     return Seeded(torch.cat([before.places, places[kept]]), numbers.stop), candidates[kept]
 
 
-def check_places(weights: RowWeights, resume: Seeded, at_most: int) -> None:
+def check_places(weights: D2Weights, resume: Seeded, at_most: int) -> None:
     """Raises on all ranks unless the places are of different good rows, and no more than can have been drawn."""
     share, places = weights.share, resume.places
     own = places[are_here(share, places)] - share.first
@@ -315,7 +315,7 @@ def check_places(weights: RowWeights, resume: Seeded, at_most: int) -> None:
         )
 
 
-def _lowest_left(share: Share, seeded: Seeded, num: int) -> Tensor:
+def _lowest_left(share: ShardedRows, seeded: Seeded, num: int) -> Tensor:
     """Places of the lowest good rows of all ranks that were not chosen, (num,)."""
     own = seeded.places[are_here(share, seeded.places)] - share.first
     left = share.rows.num_good - len(own)
@@ -334,7 +334,7 @@ _ROUND = 6  # names the hashes
 
 
 def oversampled_centroids(
-    share: Share, num_labels: int, seed: int, *, resume: Seeded | None = None, on_round: OnRound = no_one
+    share: ShardedRows, num_labels: int, seed: int, *, resume: Seeded | None = None, on_round: OnRound = no_one
 ) -> Tensor:
     """k-means|| centroids, (K, D), all of them rows.
 
@@ -350,7 +350,7 @@ def oversampled_centroids(
     picked = resume or Seeded()
     candidates = picked.candidates
     if candidates is None:
-        candidates = _candidates(share, num_labels, seed, picked, on_round)
+        candidates = _seed_candidates(share, num_labels, seed, picked, on_round)
         picked = Seeded(candidates=candidates)
         on_round(picked, num_labels)
     else:
@@ -360,7 +360,7 @@ def oversampled_centroids(
 
 
 def _pick(
-    share: Share, candidates: Candidates, num_labels: int, seed: int, picked: Seeded, on_round: OnRound
+    share: ShardedRows, candidates: SeedCandidates, num_labels: int, seed: int, picked: Seeded, on_round: OnRound
 ) -> tuple[Seeded, Tensor]:
     """k-means++ among the candidates, each of which counts as often as it says: where it ends, and centroids (k, D)."""
     here = are_here(share, candidates.places)
@@ -371,24 +371,26 @@ def _pick(
         return Seeded(candidates.places[seeded.places], seeded.drawn, candidates)
 
     before = Seeded(torch.searchsorted(candidates.places, picked.places), picked.drawn)
-    weights = RowWeights.of(sample, times=candidates.times[here])
+    weights = D2Weights.of(sample, times=candidates.times[here])
     seeded, centroids = draw_centroids(
         weights, num_labels, seed, before, lambda now, wanted: on_round(among_all(now), wanted)
     )
     return among_all(seeded), centroids
 
 
-def _check_picked(share: Share, candidates: Candidates, picked: Seeded) -> None:
+def _check_picked(share: ShardedRows, candidates: SeedCandidates, picked: Seeded) -> None:
     """Raises on all ranks unless the candidates are different good rows, and those picked are among them."""
-    check_places(RowWeights.of(share), Seeded(candidates.places, len(candidates.places)), share.num_good)
+    check_places(D2Weights.of(share), Seeded(candidates.places, len(candidates.places)), share.num_good)
     if not bool(torch.isin(picked.places, candidates.places).all()):
         raise ValueError("resume has picked rows that are none of its candidates")
 
 
-def _candidates(share: Share, num_labels: int, seed: int, seeded: Seeded, on_round: OnRound) -> Candidates:
+def _seed_candidates(
+    share: ShardedRows, num_labels: int, seed: int, seeded: Seeded, on_round: OnRound
+) -> SeedCandidates:
     at_once = oversampled_at_once(num_labels)
     wanted = 1 + OVERSAMPLING_ROUNDS * at_once
-    weights, found = RowWeights.of(share, nearest=True), seeded.places
+    weights, found = D2Weights.of(share, nearest=True), seeded.places
     if len(found):
         check_places(weights, seeded, wanted)
         rows = rows_at(share, found)
@@ -401,10 +403,10 @@ def _candidates(share: Share, num_labels: int, seed: int, seeded: Seeded, on_rou
         found = torch.cat([found, new])
         on_round(Seeded(found, len(found)), wanted)
     order = found.argsort()
-    return Candidates(found[order], _times(weights, len(found))[order])
+    return SeedCandidates(found[order], _times(weights, len(found))[order])
 
 
-def _places(share: Share, draw: Draw) -> Tensor:
+def _places(share: ShardedRows, draw: Draw) -> Tensor:
     """Of the drawn rows of all ranks, ascending, (m,)."""
     own = torch.cat([torch.zeros(0, dtype=torch.int64), *draw.positions()]) + share.first
     sizes = torch.cat(share.gather(torch.tensor([len(own)])))
@@ -413,7 +415,7 @@ def _places(share: Share, draw: Draw) -> Tensor:
     return share.total(places)
 
 
-def _times(weights: RowWeights, num: int) -> Tensor:
+def _times(weights: D2Weights, num: int) -> Tensor:
     """How many rows of all ranks belong to each of so many candidates, (M,)."""
     assert weights.nearest is not None
     times = torch.zeros(num, dtype=torch.int64)

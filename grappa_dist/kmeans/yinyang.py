@@ -45,9 +45,17 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from grappa_dist.search.candidates import SLACK, Centroids, PreparedRows, Proposals, Proposer, joined, nearest_in_floats
+from grappa_dist.search.candidates import (
+    SLACK,
+    CandidateGenerator,
+    Candidates,
+    Centroids,
+    PreparedRows,
+    joined,
+    nearest_in_floats,
+)
 from grappa_dist.search.fixed_point import GRID, exact_square
-from grappa_dist.search.rerank import Rivals, best_of_all, decide_pairs, decide_rivals, pair_squares
+from grappa_dist.search.rerank import Competitors, best_of_all, decide_competitors, decide_pairs, pair_squares
 
 _GROUP_STEPS = 5
 _FEW_LABELS = 512  # so few are searched in one go
@@ -145,7 +153,7 @@ Take = Callable[[Tensor], Sequence[Tensor]]
 
 
 @dataclass(frozen=True)
-class Moves:
+class Reassignments:
     """Rows whose label changed, and how the labels were found."""
 
     rows: Tensor  # (m,) positions in the block
@@ -155,9 +163,9 @@ class Moves:
     searched: int  # distances estimated
 
     @staticmethod
-    def none(device: torch.device) -> Moves:
+    def none(device: torch.device) -> Reassignments:
         nothing = torch.zeros(0, dtype=torch.int64, device=device)
-        return Moves(nothing, nothing, nothing, 0, 0)
+        return Reassignments(nothing, nothing, nothing, 0, 0)
 
 
 def most_or_these(wanted: Tensor) -> Tensor:
@@ -166,17 +174,17 @@ def most_or_these(wanted: Tensor) -> Tensor:
     return torch.arange(len(wanted), device=wanted.device) if len(rows) > _MOST * len(wanted) else rows
 
 
-def reassign_among_all(take: Take, centroids: Centroids, bounds: Bounds) -> Moves:
+def reassign_among_all(take: Take, centroids: Centroids, bounds: Bounds) -> Reassignments:
     """As `reassign` for one group."""
     rows = most_or_these(bounds.lower[:, 0] <= bounds.upper)
     if not len(rows):
-        return Moves.none(rows.device)
+        return Reassignments.none(rows.device)
     own, squares, num = bounds.labels[rows].long(), bounds.squares[rows], len(centroids.values)
     looked = not bool((own < 0).any())
     # The own centroid is within the upper bound, so no further one matters.
     base = bounds.upper[rows].double().square() if looked else squares / GRID**2
-    prepared = centroids.proposer.rows(take(rows), squares, base, within_base=looked)
-    found = centroids.proposer.nearest(prepared, centroids, min(centroids.proposer.places, num))
+    prepared = centroids.generator.rows(take(rows), squares, base, within_base=looked)
+    found = centroids.generator.nearest(prepared, centroids, min(centroids.generator.places, num))
     labels, by_integers = found.labels[:, 0].clone(), 0
     several = found.possible[:, 1:].any(1).nonzero()[:, 0]
     if len(several):
@@ -185,10 +193,10 @@ def reassign_among_all(take: Take, centroids: Centroids, bounds: Bounds) -> Move
         by_integers = int(unsure.sum())
     _rebound_single(bounds, rows, found, labels)
     changed = (labels != own).nonzero()[:, 0]
-    return Moves(rows[changed], own[changed], labels[changed], by_integers, len(rows) * num)
+    return Reassignments(rows[changed], own[changed], labels[changed], by_integers, len(rows) * num)
 
 
-def _picked(found: Proposals, rows: Tensor) -> tuple[Tensor, Tensor]:
+def _picked(found: Candidates, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Labels and whether they are possible, (t, M) each, of some rows."""
     return found.labels.T.index_select(1, rows), found.possible.T.index_select(1, rows)
 
@@ -197,7 +205,7 @@ def _decide(x: Tensor, squares: Tensor, centroids: Centroids, proposed: tuple[Te
     """The nearest of several centroids that may be it, (M,), and which rows floats left open, (M,) bool."""
     labels, possible = proposed
     places, rows = possible[1:].nonzero().unbind(1)
-    nearest, unsure = decide_rivals(x, squares, centroids, Rivals(labels[0], rows, labels[places + 1, rows]))
+    nearest, unsure = decide_competitors(x, squares, centroids, Competitors(labels[0], rows, labels[places + 1, rows]))
     if len(possible) < len(centroids.values):  # where the last place may be the nearest, those not proposed may be too
         crowded = possible[-1].nonzero()[:, 0]
         nearest[crowded] = best_of_all(x[crowded], centroids)[0]
@@ -205,8 +213,8 @@ def _decide(x: Tensor, squares: Tensor, centroids: Centroids, proposed: tuple[Te
     return nearest, unsure
 
 
-def _rebound_single(bounds: Bounds, rows: Tensor, found: Proposals, labels: Tensor) -> None:
-    """Writes the labels and bounds of the open rows, by (1) to (4) of `Proposals`.
+def _rebound_single(bounds: Bounds, rows: Tensor, found: Candidates, labels: Tensor) -> None:
+    """Writes the labels and bounds of the open rows, by (1) to (4) of `Candidates`.
 
     The nearest is no further than D_0 <= d_0 + e. The others are no nearer than d_0 - e, and, where the first is the
     nearest, than d_1 - e; SLACK covers what far distances have been rounded by.
@@ -232,12 +240,12 @@ class GroupedCentroids:
     parts: tuple[Centroids, ...]
 
     @staticmethod
-    def of(values: Tensor, groups: Groups, proposer: Proposer | None = None) -> GroupedCentroids:
-        whole = Centroids.of(values, proposer)
+    def of(values: Tensor, groups: Groups, generator: CandidateGenerator | None = None) -> GroupedCentroids:
+        whole = Centroids.of(values, generator)
         return GroupedCentroids(whole, groups, tuple(whole.pick(m) for m in groups.members))
 
 
-def reassign(take: Take, centroids: GroupedCentroids, bounds: Bounds) -> Moves:
+def reassign(take: Take, centroids: GroupedCentroids, bounds: Bounds) -> Reassignments:
     """Sets the label of each grid row to its nearest centroid, a tie to the lowest index, and its bounds, in place.
 
     Args:
@@ -247,13 +255,13 @@ def reassign(take: Take, centroids: GroupedCentroids, bounds: Bounds) -> Moves:
         return reassign_among_all(take, centroids.whole, bounds)
     block = _open_rows(take, centroids, bounds)
     if not len(block.rows):
-        return Moves.none(block.rows.device)
+        return Reassignments.none(block.rows.device)
     proposals = _propose(block, centroids, (bounds.lower[block.rows] <= bounds.upper[block.rows, None]).T.contiguous())
-    nearest = _who_wins(block, centroids, _who_may_win(block, proposals))
+    nearest = _find_nearest(block, centroids, _remaining_candidates(block, proposals))
     _rebound(bounds, block, proposals, nearest, centroids.groups)
     changed = (nearest.labels != block.own).nonzero()[:, 0]
     moved = (block.rows[changed], block.own[changed], nearest.labels[changed])
-    return Moves(*moved, nearest.by_integers, proposals.searched)
+    return Reassignments(*moved, nearest.by_integers, proposals.searched)
 
 
 @dataclass(frozen=True)
@@ -270,12 +278,12 @@ class _Block:
 
 def _open_rows(take: Take, centroids: GroupedCentroids, bounds: Bounds) -> _Block:
     """Rows with a group that may hold a nearer centroid, also after a look at how far their own one is now."""
-    proposer = centroids.whole.proposer
+    generator = centroids.whole.generator
     rows = most_or_these((bounds.lower <= bounds.upper[:, None]).any(1))
     pieces, own, squares = take(rows), bounds.labels[rows].long(), bounds.squares[rows]
     if bool((own < 0).any()):
         nowhere = torch.full_like(squares, math.inf)
-        prepared = proposer.rows(pieces, squares, squares / GRID**2, within_base=False)
+        prepared = generator.rows(pieces, squares, squares / GRID**2, within_base=False)
         return _Block(rows, lambda some: joined(take(rows[some])), squares, own, nowhere, prepared)
     some = joined(pieces)
     in_order = torch.arange(len(rows), device=rows.device)
@@ -283,12 +291,12 @@ def _open_rows(take: Take, centroids: GroupedCentroids, bounds: Bounds) -> _Bloc
     bounds.upper[rows] = rooted(distances, 1 + SLACK)
     still = most_or_these((bounds.lower[rows] <= bounds.upper[rows, None]).any(1))
     some, squares, distances = _pick(some, still), squares[still], distances[still]
-    prepared = proposer.rows([some], squares, distances, within_base=True)
+    prepared = generator.rows([some], squares, distances, within_base=True)
     return _Block(rows[still], partial(some.index_select, 0), squares, own[still], distances, prepared)
 
 
 @dataclass(frozen=True)
-class _Proposals:
+class _GroupCandidates:
     """What estimates say of every open group of every open row."""
 
     open: Tensor  # (G, M) bool
@@ -302,7 +310,7 @@ class _Proposals:
     searched: int
 
 
-def _propose(block: _Block, centroids: GroupedCentroids, open_groups: Tensor) -> _Proposals:
+def _propose(block: _Block, centroids: GroupedCentroids, open_groups: Tensor) -> _GroupCandidates:
     shape = (2, *open_groups.shape)
     distances = torch.full(shape, math.inf, device=block.rows.device)
     labels = torch.zeros(shape, dtype=torch.int64, device=block.rows.device)
@@ -312,7 +320,7 @@ def _propose(block: _Block, centroids: GroupedCentroids, open_groups: Tensor) ->
         if not len(rows):
             continue
         open_groups[g, rows] = True
-        found = part.proposer.nearest(block.prepared.pick(rows), part, min(_PLACES, len(members)))
+        found = part.generator.nearest(block.prepared.pick(rows), part, min(_PLACES, len(members)))
         for place in range(min(2, len(members))):
             distances[place, g].index_copy_(0, rows, found.distances[:, place])
             labels[place, g].index_copy_(0, rows, members[found.labels[:, place]])
@@ -323,7 +331,7 @@ def _propose(block: _Block, centroids: GroupedCentroids, open_groups: Tensor) ->
         if near.shape[1] < len(members) and len(full := near[:, -1].nonzero()[:, 0]):
             crowded.append((g, rows[full], found.distances[full, -1]))
         error, searched = max(error, found.error), searched + len(rows) * len(members)
-    return _Proposals(open_groups, distances, labels, others, crowded, error, searched)
+    return _GroupCandidates(open_groups, distances, labels, others, crowded, error, searched)
 
 
 def _reach(nearest: Tensor, own: Tensor, error: float) -> Tensor:
@@ -332,7 +340,7 @@ def _reach(nearest: Tensor, own: Tensor, error: float) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Contenders:
+class _Remaining:
     """Which centroids may be the nearest."""
 
     first: Tensor  # (M,) int64, the own one where it may be it, else the nearest by estimates
@@ -342,15 +350,15 @@ class _Contenders:
     crowds: list[tuple[int, Tensor]]  # groups, and their rows
 
 
-def _who_may_win(block: _Block, proposals: _Proposals) -> _Contenders:
+def _remaining_candidates(block: _Block, proposals: _GroupCandidates) -> _Remaining:
     """Cases 4 and 5 told apart, by estimates and the exact distance to the own centroid."""
     is_own = (proposals.labels == block.own) & block.own_distances.isfinite()
-    rivals = proposals.distances.masked_fill(is_own, math.inf).flatten(0, 1)  # (2 G, M)
+    competitors = proposals.distances.masked_fill(is_own, math.inf).flatten(0, 1)  # (2 G, M)
     labels = proposals.labels.flatten(0, 1)
-    best, place = rivals.min(0)
+    best, place = competitors.min(0)
     above = torch.minimum(best.double() + proposals.error, block.own_distances)  # the nearest is no farther
     reach = _reach(best, block.own_distances, proposals.error)
-    near, stay = rivals <= reach, block.own_distances <= above
+    near, stay = competitors <= reach, block.own_distances <= above
     further = [(rows[some], of[some]) for rows, of, d in proposals.others if len(some := _within(d, reach, rows))]
     crowds = [(g, rows[some]) for g, rows, d in proposals.crowded if len(some := _within(d, reach, rows))]
     num = near.sum(0) + stay
@@ -362,7 +370,7 @@ def _who_may_win(block: _Block, proposals: _Proposals) -> _Contenders:
     places, some = near[:, undecided].nonzero().unbind(1)
     rows = undecided[some]
     pairs = [(staying, block.own[staying]), (rows, labels[places, rows]), *further]
-    return _Contenders(first, above, undecided, pairs, crowds)
+    return _Remaining(first, above, undecided, pairs, crowds)
 
 
 @dataclass(frozen=True)
@@ -372,12 +380,12 @@ class _Nearest:
     by_integers: int
 
 
-def _who_wins(block: _Block, centroids: GroupedCentroids, contenders: _Contenders) -> _Nearest:
+def _find_nearest(block: _Block, centroids: GroupedCentroids, contenders: _Remaining) -> _Nearest:
     """Decides case 5, exactly."""
     labels, above, undecided = contenders.first, contenders.above, contenders.undecided
     if not len(undecided):
         return _Nearest(labels, above, 0)
-    pairs = [*contenders.pairs, *_nearest_of_crowds(block, centroids, contenders.crowds)]
+    pairs = [*contenders.pairs, *_nearest_of_unresolved(block, centroids, contenders.crowds)]
     rows, of_rows = (torch.cat(column) for column in zip(*pairs, strict=True))
     x, squares = block.at(undecided), block.squares[undecided]
     found = decide_pairs(x, squares, centroids.whole, (torch.searchsorted(undecided, rows), of_rows))
@@ -389,7 +397,7 @@ def _who_wins(block: _Block, centroids: GroupedCentroids, contenders: _Contender
     return _Nearest(labels, above, int(by_integers.sum()))
 
 
-def _nearest_of_crowds(
+def _nearest_of_unresolved(
     block: _Block, centroids: GroupedCentroids, crowded: list[tuple[int, Tensor]]
 ) -> Iterator[_Pairs]:
     """The exact nearest of a group, where more of it than were proposed may be nearest."""
@@ -401,10 +409,10 @@ def _within(distances: Tensor, reach: Tensor, rows: Tensor) -> Tensor:
     return (distances <= reach[rows]).nonzero()[:, 0]
 
 
-def _rebound(bounds: Bounds, block: _Block, proposals: _Proposals, nearest: _Nearest, groups: Groups) -> None:
+def _rebound(bounds: Bounds, block: _Block, proposals: _GroupCandidates, nearest: _Nearest, groups: Groups) -> None:
     """Writes the new labels and bounds of the open rows.
 
-    By (1) to (3) of `Proposals` no other centroid of an open group is nearer than d - error, d being the estimate of
+    By (1) to (3) of `Candidates` no other centroid of an open group is nearer than d - error, d being the estimate of
     its nearest other one; SLACK covers what far distances have been rounded by.
     """
     others = torch.where(proposals.labels[0] == nearest.labels, proposals.distances[1], proposals.distances[0])

@@ -28,7 +28,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from grappa_dist.search.bf16 import HalfProposer
+from grappa_dist.search.bf16 import Bf16Generator
 from grappa_dist.search.candidates import Search, float_error, largest_in_floats, norm_of
 from grappa_dist.search.fixed_point import GRID, exact_dot, exact_square
 from grappa_dist.search.rerank import pair_dots
@@ -186,7 +186,7 @@ class Side:
         """A block of at most `MOST_ROWS` rows; norm and rest are found where they are not known."""
         norm = norm_of(exact_square(block.rows)) if norm is None else norm
         if rest is None:
-            rest = HalfProposer.left_out(block.rows) if halves else 0.0
+            rest = Bf16Generator.left_out(block.rows) if halves else 0.0
         num, dim = block.rows.shape
         form = torch.empty(num + -num % _STEP, dim, dtype=torch.bfloat16 if halves else torch.float32)
         form[:num], form[num:] = block.rows, 0

@@ -31,8 +31,8 @@ from grappa_dist.knn.block_search import (
     search_within,
     to_scores,
 )
-from grappa_dist.search.backends import largest, products_pay
-from grappa_dist.search.bf16 import HalfProposer
+from grappa_dist.search.backends import bf16_products_pay, largest
+from grappa_dist.search.bf16 import Bf16Generator
 from grappa_dist.search.candidates import norm_of, true_products
 from grappa_dist.search.fixed_point import exact_square, to_grid
 
@@ -79,7 +79,7 @@ class Blocks:
     ) -> Blocks:
         """Blocks whose facts are known, or, to `keep`, as many of them on the device as `KEPT_BYTES` hold."""
         step = min(block_rows, MOST_ROWS, max(_LEAST_ROWS, -(-len(ids) // _BLOCKS)))
-        pays = products_pay(device) if halves is None else halves
+        pays = bf16_products_pay(device) if halves is None else halves
         blocks = Blocks(features, ids, dim, step, device, pays)
         if keep:
             most = KEPT_BYTES // (4 * step * dim)
@@ -125,7 +125,7 @@ class Blocks:
     def _look(self, number: int) -> _Facts:
         rows = self.block(number).rows
         plain = on_grid(self.features[self._places(number)])
-        return _Facts(plain, norm_of(exact_square(rows)), HalfProposer.left_out(rows) if self.halves else 0.0)
+        return _Facts(plain, norm_of(exact_square(rows)), Bf16Generator.left_out(rows) if self.halves else 0.0)
 
 
 def sharded_knn(

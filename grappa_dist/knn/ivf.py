@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from grappa_dist.distributed.collectives import Comm, wire_device
-from grappa_dist.distributed.sharded_rows import Rows, Share, join_rows, side_by_side
+from grappa_dist.distributed.sharded_rows import Rows, ShardedRows, join_rows, side_by_side
 from grappa_dist.kmeans.assignments import exactly
 from grappa_dist.kmeans.ivf import nearest_set
 from grappa_dist.kmeans.lloyd import KMeans, kmeans
@@ -54,13 +54,13 @@ def num_lists_of(num_rows: int) -> int:
 class Coarse:
     """The lists, and where the rows of this rank belong."""
 
-    share: Share
+    share: ShardedRows
     heads: Centroids  # (L, D)
     labels: Tensor  # (P,) int32, the list of each own row
     sizes: Tensor  # (ranks, L) int64, rows of each list on each rank
 
     @staticmethod
-    def of(share: Share, seed: int) -> Coarse:
+    def of(share: ShardedRows, seed: int) -> Coarse:
         """The lists of a share without bad rows, of which all ranks together have at least one."""
         num = num_lists_of(share.num_good)
         sample = sampled_share(share, num * _FIT_ROWS, seed, num, _FIT)
@@ -296,7 +296,7 @@ def listed_knn(
 
 
 def _through_lists(
-    share: Share, blocks: Blocks, k: int, *, floor: float, key: tuple[int, int]
+    share: ShardedRows, blocks: Blocks, k: int, *, floor: float, key: tuple[int, int]
 ) -> tuple[Neighbours | None, Recall]:
     """The lists of neighbours that are good enough, if any are, and what was measured last."""
     coarse = Coarse.of(share, key[0])
@@ -346,7 +346,7 @@ class Sample:
     near: Tensor  # (m, k) ids, -1 where there is none
 
     @staticmethod
-    def two_of(share: Share, blocks: Blocks, what: tuple[int, int, int]) -> tuple[Sample, Sample]:
+    def two_of(share: ShardedRows, blocks: Blocks, what: tuple[int, int, int]) -> tuple[Sample, Sample]:
         """Two disjoint samples, by (k, seed, epoch)."""
         k, seed, epoch = what
         draw = Draw.of(share, min(SAMPLE_ROWS, share.num_good), seed, k, epoch, _SAMPLE)

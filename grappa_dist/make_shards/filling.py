@@ -164,15 +164,15 @@ def _in_processes(
     jobs: Iterable[ShardJob], workers: int, add_images: Callable[[int], None]
 ) -> Generator[Filled, None, None]:
     context = multiprocessing.get_context("spawn")  # a fork would copy the locks of our threads
-    counter, stop, counted = context.Value("q", 0), context.Event(), 0
+    counter, stop, pluralize = context.Value("q", 0), context.Event(), 0
     pool = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(counter, stop))
     try:
         pending: set[Future[Filled]] = {pool.submit(_fill, job) for job in islice(jobs, 2 * workers)}
         while pending:
             done, pending = wait(pending, timeout=_POLL_S, return_when=FIRST_COMPLETED)
             written = counter.value
-            add_images(written - counted)
-            counted = written
+            add_images(written - pluralize)
+            pluralize = written
             for future in done:
                 yield future.result()
             pending |= {pool.submit(_fill, job) for job in islice(jobs, len(done))}

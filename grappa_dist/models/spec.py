@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from grappa_dist.artifacts import Artifact, numbered
 from grappa_dist.config import BackboneConfig
 from grappa_dist.data.transforms import Preprocess
-from grappa_dist.distributed.worker import let_go
+from grappa_dist.distributed.worker import release_memory
 from grappa_dist.files import replacing
 from grappa_dist.models import Backbone, Grappa, Pixels, check_image_size, create_backbone
 from grappa_dist.models.backbone import check_name, check_weights
@@ -37,7 +37,7 @@ class ModelSpec:
     bottleneck: int = 0
     adaptors: tuple[Artifact, ...] = ()
     fusion: Artifact | None = None  # None with several sets: their average
-    own_sets: int = 0  # adaptor sets that learned with the fusion and lie in its artefact, in place of `adaptors`
+    random_sets: int = 0  # adaptor sets that learned with the fusion and lie in its artefact, in place of `adaptors`
     galleries: Artifact | None = None  # weights of the sets for the images of each task
     exported: Path | None = None  # an exported model instead, and
     weights: str = ""  # the hash of its weights
@@ -52,13 +52,13 @@ class ModelSpec:
     @property
     def sets(self) -> list[str]:
         """What the adaptor sets are called: by their partitions, or by number where they began at random."""
-        own = [f"random {number}" for number in range(1, self.own_sets + 1)]
+        own = [f"random {number}" for number in range(1, self.random_sets + 1)]
         return own or [artifact.kind.removeprefix("adaptors/") for artifact in self.adaptors]
 
     @property
     def attends(self) -> bool:
         """Whether there is a learned attention; a set that was trained alone has none."""
-        return self.fusion is not None and self.own_sets != 1
+        return self.fusion is not None and self.random_sets != 1
 
     @property
     def weighs(self) -> bool:
@@ -146,17 +146,17 @@ def build(spec: ModelSpec, device: torch.device) -> nn.Module:
 
 
 def _load_sets(spec: ModelSpec) -> list[dict[str, Tensor]]:
-    if not spec.own_sets or spec.fusion is None:
+    if not spec.random_sets or spec.fusion is None:
         return [load_file(a.path / ADAPTORS_FILE) for a in spec.adaptors]
-    sets: list[dict[str, Tensor]] = [{} for _ in range(spec.own_sets)]
+    sets: list[dict[str, Tensor]] = [{} for _ in range(spec.random_sets)]
     for name, tensor in load_file(spec.fusion.path / ADAPTORS_FILE).items():
         _, index, rest = name.split(".", 2)
         sets[int(index)][rest] = tensor
     return sets
 
 
-def save_own_sets(model: Grappa, folder: Path) -> None:
-    """All sets of a model in one file, for `ModelSpec.own_sets`."""
+def save_random_sets(model: Grappa, folder: Path) -> None:
+    """All sets of a model in one file, for `ModelSpec.random_sets`."""
     tensors = {
         f"sets.{index}.{name}": tensor
         for index in range(model.layers[0].adaptors.num_sets)
@@ -228,7 +228,7 @@ def forget_built() -> None:
     """Lets go of the model that `built` keeps: what comes next wants its memory."""
     if _latest:
         _latest.clear()
-        let_go()  # some backbones hold themselves
+        release_memory()  # some backbones hold themselves
 
 
 def pixels_of(model: nn.Module) -> Pixels:

@@ -112,7 +112,7 @@ def _variant(content: ReportContent, variant: str) -> str:
     entropy = content.entropy.get(variant, [])
     groups = content.attention.get(variant, {})
     shown = {name: values for name, values in list(groups.items())[:MOST_GROUPS] if values}
-    sets = content.own_sets.get(variant, content.sets)
+    sets = content.random_sets.get(variant, content.sets)
     said = sentences(read_attention(groups, entropy, sets, content.decay.get(variant, [])))
     said += _in_training(content, variant, sets)
     maps = _maps(shown, sets) if shown else ""

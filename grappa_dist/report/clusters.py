@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 
-from grappa_dist.console import counted
+from grappa_dist.console import pluralize
 from grappa_dist.report.content import Clustering, ClusterSample, Nesting, ReportContent
 from grappa_dist.report.gallery import Images
 from grappa_dist.report.html import decimal, number, percent, table, text
@@ -108,7 +108,7 @@ def _meter(share: float) -> str:
 
 def _rows(n: Nesting) -> str:
     if n.rows >= n.of:
-        return f"Computed on all {counted(n.of, 'image')} but those that do not decode."
+        return f"Computed on all {pluralize(n.of, 'image')} but those that do not decode."
     return (
         f"<b>Computed on a random sample of {n.rows:,} of {n.of:,} images</b>, the same for every pair; "
         "a sample has smaller clusters, which raises nestedness and chance alike."
@@ -129,18 +129,18 @@ def contact_sheets(content: ReportContent, images: Images) -> str:
     for place, sheet in enumerate(sheets[:MOST_SHEETS]):
         shown = sheet.clusters[:MOST_CLUSTERS]
         strips = "".join(_strip(sheet.k, cluster, images) for cluster in shown)
-        count = f"{len(shown)} of {counted(sheet.k, 'cluster')}"
+        count = f"{len(shown)} of {pluralize(sheet.k, 'cluster')}"
         head = f"<summary>k={sheet.k} <small>{count}</small></summary>"
         opened = " open" if place < OPEN else ""
         folds.append(f'<details class="fold"{opened}>{head}<div class="strips">{strips}</div></details>')
     left = len(sheets) - MOST_SHEETS
-    rest = f'<p class="note">{counted(left, "more partition")} left out.</p>' if left > 0 else ""
+    rest = f'<p class="note">{pluralize(left, "more partition")} left out.</p>' if left > 0 else ""
     return lead + "".join(folds) + rest
 
 
 def _strip(k: int, cluster: ClusterSample, images: Images) -> str:
     shown = cluster.images[:MOST_IMAGES]
-    size = counted(cluster.size, "image")
+    size = pluralize(cluster.size, "image")
     some = f", {len(shown)} of them shown" if len(shown) < cluster.size else ""
     head = f"<p>{_PICKS[cluster.pick]}<small>{size}{some}</small></p>"
     tip = f"k={k}, cluster {cluster.label}"

@@ -40,7 +40,7 @@ from grappa_dist.report.page import MOST_BAD_ROWS
 from grappa_dist.stages.embed import bad_reasons
 from grappa_dist.stages.evaluate import INSIGHT_FILE, NEIGHBOURS, SCORES_FILE
 from grappa_dist.stages.flow import Flow
-from grappa_dist.stages.ground_truth import Truth, load_truth
+from grappa_dist.stages.ground_truth import GroundTruth, load_ground_truth
 from grappa_dist.stages.partitions import PARTITIONS_FILE
 from grappa_dist.stages.pseudo_label import STATS_FILE
 from grappa_dist.stages.run import Run
@@ -205,7 +205,7 @@ def _content(run: Run, flow: Flow, rows: list[ScoreRow]) -> ReportContent:
         entropies={v: by_step(steps, "entropy") for v, steps in fused.items()},
         decay={v: [median(layer) for layer in zip(*d, strict=True)] for v, d in decays.items() if d},
         sets=[f"k={k}" for k in flow.adaptors],
-        own_sets={m: spec.sets for m, spec in flow.models.items() if spec.own_sets},
+        random_sets={m: spec.sets for m, spec in flow.models.items() if spec.random_sets},
         clusterings=[Clustering(**json.loads((a.path / STATS_FILE).read_text())) for a in flow.labels.values()],
         nestings=[Nesting(**nesting) for nesting in partitions["nestings"]],
         sheets=[ContactSheet(k=s["k"], clusters=_samples(flow.train, s["clusters"])) for s in partitions["sheets"]],
@@ -252,22 +252,22 @@ def _view_figures(insights: Mapping[str, Any]) -> Iterator[LabelFree]:
 
 
 def _galleries(flow: Flow, insights: Mapping[str, Any]) -> Iterator[Gallery]:
-    truth = load_truth(flow.truth)
+    ground_truth = load_ground_truth(flow.ground_truth)
     shown = [m for m in ("backbone", *flow.models) if m == "backbone" or not m.startswith("k=")]
     for number, first in enumerate(insights["backbone"]["galleries"]):
         query = first["query"]
         hits = {m: insights[m]["galleries"][number]["hits"] for m in dict.fromkeys(shown)}
-        label = int(truth.labels[query])
+        label = int(ground_truth.labels[query])
         yield Gallery(
-            task=truth.task_names[first["task"]],
+            task=ground_truth.task_names[first["task"]],
             query=_thumbnail(flow.test, query),
-            label=truth.label_names[label] if label >= 0 else None,
-            results={m: [_hit(flow.test, truth, label, hit) for hit in found] for m, found in hits.items()},
+            label=ground_truth.label_names[label] if label >= 0 else None,
+            results={m: [_hit(flow.test, ground_truth, label, hit) for hit in found] for m, found in hits.items()},
         )
 
 
-def _hit(images: ImageShards, truth: Truth, label: int, hit: Mapping[str, Any]) -> Hit:
-    correct = None if label < 0 else bool(truth.labels[hit["row"]] == label)
+def _hit(images: ImageShards, ground_truth: GroundTruth, label: int, hit: Mapping[str, Any]) -> Hit:
+    correct = None if label < 0 else bool(ground_truth.labels[hit["row"]] == label)
     return Hit(image=_thumbnail(images, hit["row"]), score=hit["score"], correct=correct)
 
 
@@ -288,7 +288,7 @@ def _thumbnail(images: ImageShards, row: int) -> bytes:
     return buffer.getvalue()
 
 
-def bad_in_words(flow: Flow, *, reported: bool) -> str:
+def describe_bad_images(flow: Flow, *, reported: bool) -> str:
     """How many images could not be used, and where one reads which and why; "" where all could.
 
     Args:
@@ -331,7 +331,7 @@ def _bad_test(flow: Flow) -> Iterator[BadRow]:
 
 
 def _has_test(flow: Flow) -> bool:
-    return bool(flow.truth.settings["labelled"])
+    return bool(flow.ground_truth.settings["labelled"])
 
 
 def _facts(run: Run, flow: Flow, logs: Mapping[str, Steps]) -> dict[str, str]:

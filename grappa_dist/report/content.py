@@ -132,7 +132,7 @@ class ReportContent:
         default_factory=dict
     )  # fusion: (L,) decay over gradient of Q and K in training
     sets: list[str] = field(default_factory=list)  # the N adaptor sets, "k=64", ...
-    own_sets: dict[str, list[str]] = field(default_factory=dict)  # fusion: its sets, where it has others
+    random_sets: dict[str, list[str]] = field(default_factory=dict)  # fusion: its sets, where it has others
     clusterings: list[Clustering] = field(default_factory=list)
     nestings: list[Nesting] = field(default_factory=list)  # of consecutive K; [] with one K
     sheets: list[ContactSheet] = field(default_factory=list)

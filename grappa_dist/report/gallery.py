@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Sequence
 
-from grappa_dist.console import counted
+from grappa_dist.console import pluralize
 from grappa_dist.report.content import Gallery, Hit
 from grappa_dist.report.html import decimal, text
 from grappa_dist.report.scores import ordered
@@ -67,13 +67,13 @@ def galleries(items: Sequence[Gallery], images: Images) -> str:
         cards = "".join(_card(images, item) for item in group[:share])
         shown += len(group[:share])
         name = "All images" if task is None else text(task, 60)
-        count = counted(len(group[:share]), "query", "queries")
+        count = pluralize(len(group[:share]), "query", "queries")
         head = f"<summary>{name} <small>{count}</small></summary>"
         folds.append(
             f'<details class="fold"{" open" if not place else ""}>{head}<div class="cards">{cards}</div></details>'
         )
     left = len(items) - shown
-    rest = f'<p class="note">{counted(left, "more query", "more queries")} left out.</p>' if left else ""
+    rest = f'<p class="note">{pluralize(left, "more query", "more queries")} left out.</p>' if left else ""
     return "".join(folds) + rest
 
 

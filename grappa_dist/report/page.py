@@ -13,7 +13,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Literal
 
-from grappa_dist.console import counted
+from grappa_dist.console import pluralize
 from grappa_dist.report.attention import attention_section
 from grappa_dist.report.clusters import contact_sheets, method_table, nesting_table
 from grappa_dist.report.content import Clustering, LabelFree, ReportContent, ScoreRow
@@ -164,7 +164,7 @@ def _curve(key: str, jobs: dict[str, list[dict[str, float]]]) -> str:
             lines.append(Series(job, [x for x, _ in pairs], [y for _, y in pairs], place, place >= COLOURS))
     values = [y for s in lines for y in s.y if math.isfinite(y)]
     log = key not in ("accuracy", "lr") and bool(values) and min(values) > 0 and max(values) > 30 * min(values)
-    note = f"{counted(broken, 'value')} not finite, left as gaps." if broken else ""
+    note = f"{pluralize(broken, 'value')} not finite, left as gaps." if broken else ""
     shown = _NAMES.get(key, key.replace("_", " "))
     return line_chart(lines, Axes(title=shown + (" (log)" if log else ""), x_label="step", log_y=log, note=note))
 
@@ -223,7 +223,7 @@ def bad_section(content: ReportContent) -> str:
         counts[row["reason"].partition(" (byte ")[0][:200]] += row.get("images", 1)
     first = f" The first {MOST_BAD_ROWS} are listed." if len(content.bad_rows) > MOST_BAD_ROWS else ""
     lead = (
-        f'<p class="lead">{counted(counts.total(), "image")} could not be read and took no part in '
+        f'<p class="lead">{pluralize(counts.total(), "image")} could not be read and took no part in '
         f"clustering, training or evaluation.{first}</p>"
     )
     why = table(["reason", "images"], [[text(reason, 200), f"{count:,}"] for reason, count in counts.most_common(10)])
@@ -321,7 +321,7 @@ def _tiles(scores: Scores) -> str:
         if math.isfinite(gap) and kind(lead) == "fusion":
             tiles.append(("against the oracle", points(gap), "points; the oracle uses labels"))
     queries = sum(max((scores.queries(m, t) for m in scores.models), default=0) for t in scores.tasks)
-    tiles.append(("test queries", f"{queries:,}", f"in {counted(len(scores.tasks), 'task')}, leave one out"))
+    tiles.append(("test queries", f"{queries:,}", f"in {pluralize(len(scores.tasks), 'task')}, leave one out"))
     cells = "".join(
         f"<div><span>{text(a, 60)}</span><b>{text(b, 30)}</b><span>{text(c)}</span></div>" for a, b, c in tiles
     )

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from grappa_dist.console import counted
+from grappa_dist.console import pluralize
 from grappa_dist.report.html import percent, points
 from grappa_dist.report.scores import AVERAGE, BACKBONE, ORACLE, Scores, kind
 
@@ -185,7 +185,7 @@ def _uniformity(entropy: list[float]) -> str:
         )
     lowest = 1 + entropy.index(min(values))
     some = (
-        f"practically uniform in {flat} of {counted(len(values), 'layer')}"
+        f"practically uniform in {flat} of {pluralize(len(values), 'layer')}"
         if flat
         else "away from uniform in every layer"
     )

@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grappa_dist.search.bf16 import FusedProposer, HalfProposer
+from grappa_dist.search.bf16 import Bf16Generator, TritonGenerator
 from grappa_dist.search.candidates import (
+    CandidateGenerator,
+    Candidates,
     Centroids,
-    FloatProposer,
-    Proposals,
-    Proposer,
+    Float32Generator,
     largest_in_floats,
     nearest_in_floats,
 )
@@ -82,18 +82,18 @@ _GPU_ROWS, _GPU_CENTROIDS, _DIM = 16384, 4096, 384
 _GAIN = 1.3  # what is less sharp must be so much faster
 
 
-def halves_pay(device: torch.device) -> bool:
+def bf16_pays(device: torch.device) -> bool:
     """Whether rows are better rounded to bfloat16 here."""
-    return fused_pays(device) if device.type == "cuda" else products_pay(device)
+    return triton_pays(device) if device.type == "cuda" else bf16_products_pay(device)
 
 
-def half_proposer(device: torch.device, rest: float) -> HalfProposer:
+def bf16_generator(device: torch.device, rest: float) -> Bf16Generator:
     """The one for rows of which rounding takes at most `rest`."""
-    return FusedProposer(rest) if device.type == "cuda" else HalfProposer(rest)
+    return TritonGenerator(rest) if device.type == "cuda" else Bf16Generator(rest)
 
 
 @cache
-def products_pay(device: torch.device) -> bool:
+def bf16_products_pay(device: torch.device) -> bool:
     """Whether products in bfloat16, with their sums in float32, are the faster ones on this processor.
 
     One without them imitates them, slowly. And processors other than those of x86 do not round each sum to the nearest
@@ -113,7 +113,7 @@ def products_pay(device: torch.device) -> bool:
 
 
 @cache
-def fused_pays(device: torch.device) -> bool:
+def triton_pays(device: torch.device) -> bool:
     """Whether the fused kernel compiles on this GPU, keeps to the error that it states, and is the faster way."""
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return False
@@ -122,9 +122,9 @@ def fused_pays(device: torch.device) -> bool:
         to_grid(torch.nn.functional.normalize(torch.randn(n, _DIM, generator=draws), dim=1)).to(device)
         for n in (_GPU_ROWS, _GPU_CENTROIDS)
     )
-    fused, floats = FusedProposer(FusedProposer.left_out(x)), FloatProposer(nearest)
+    fused, floats = TritonGenerator(TritonGenerator.left_out(x)), Float32Generator(nearest)
     try:
-        if not keeps_its_word(fused, x[:256], c):
+        if not within_error_bound(fused, x[:256], c):
             return False
     except Exception:  # whatever a compiler for another GPU may raise: then it is not used
         return False
@@ -132,10 +132,10 @@ def fused_pays(device: torch.device) -> bool:
     return _GAIN * fast < sharp
 
 
-def keeps_its_word(proposer: Proposer, x: Tensor, c: Tensor) -> bool:
+def within_error_bound(generator: CandidateGenerator, x: Tensor, c: Tensor) -> bool:
     """Whether a proposer's estimates for grid rows keep to the error that it states, by exact integers."""
     exact = (exact_square(x)[:, None] + exact_square(c) - 2 * exact_dot(x, c)) / GRID**2
-    found = _proposing(proposer, x, c)()
+    found = _proposing(generator, x, c)()
     over = found.distances.double() - exact.gather(1, found.labels)
     first_is_near = over[:, 0].abs() <= found.error
     others_are_not_above = (over <= found.error) | found.distances.isinf()
@@ -143,10 +143,10 @@ def keeps_its_word(proposer: Proposer, x: Tensor, c: Tensor) -> bool:
     return bool(first_is_near.all() and others_are_not_above.all() and none_is_missed.all())
 
 
-def _proposing(proposer: Proposer, x: Tensor, c: Tensor) -> Callable[[], Proposals]:
-    centroids, squares = Centroids.of(c, proposer), exact_square(x)
-    rows = proposer.rows([x], squares, squares / GRID**2, within_base=False)
-    return lambda: proposer.nearest(rows, centroids, min(proposer.places, len(c)))
+def _proposing(generator: CandidateGenerator, x: Tensor, c: Tensor) -> Callable[[], Candidates]:
+    centroids, squares = Centroids.of(c, generator), exact_square(x)
+    rows = generator.rows([x], squares, squares / GRID**2, within_base=False)
+    return lambda: generator.nearest(rows, centroids, min(generator.places, len(c)))
 
 
 def least_seconds(work: Callable[[], object], runs: int) -> float:

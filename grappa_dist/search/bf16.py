@@ -32,7 +32,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from grappa_dist.search.candidates import SLACK, Centroids, PreparedRows, Proposals, float_error, norm_of
+from grappa_dist.search.candidates import SLACK, Candidates, Centroids, PreparedRows, float_error, norm_of
 from grappa_dist.search.fixed_point import GRID, cached_rows
 
 HALF = 2.0**-8
@@ -40,7 +40,7 @@ HALF = 2.0**-8
 
 
 @dataclass(frozen=True)
-class Gaps:
+class PairBounds:
     """By how much the score of the nearest centroid can lie below the best score of a row."""
 
     error: float  # of any score before its own rounding
@@ -80,7 +80,7 @@ _EXTRA = 4  # columns beside the dimensions: two digits for each of two offsets
 
 
 @dataclass(frozen=True)
-class HalfProposer:
+class Bf16Generator:
     """Distances from products in bfloat16 with float32 sums: twice as fast where the processor has such products.
 
     What rounding takes away is known as a vector, x - x', so by Cauchy-Schwarz no product errs by more than
@@ -107,7 +107,7 @@ class HalfProposer:
         form = _form(pieces, (base - squares / GRID**2) / 2, 1, _ROW_STEP)
         return PreparedRows(form, base.float(), norm_of(squares), within_base, _ROW_STEP)
 
-    def nearest(self, rows: PreparedRows, centroids: Centroids, t: int) -> Proposals:
+    def nearest(self, rows: PreparedRows, centroids: Centroids, t: int) -> Candidates:
         gaps, targets = self._gaps(rows, centroids), _spare_rows(centroids.form, _COLUMN_STEP)
         size = max(1, _CACHED_TILE // len(targets) // _ROW_STEP) * _ROW_STEP
         found = []
@@ -120,16 +120,16 @@ class HalfProposer:
         scores = torch.where(scores < -scale, (1 - HALF) * scores - HALF * scale, scores)
         distances = rows.base - 2 * scores
         rounding = 2.0**-22 * (float(rows.base.max()) + 2 * scale)  # of base and of the difference, up to scale
-        return Proposals(distances.T, labels.T, 2 * (gaps.error + HALF * scale) + rounding, contenders.T)
+        return Candidates(distances.T, labels.T, 2 * (gaps.error + HALF * scale) + rounding, contenders.T)
 
-    def _gaps(self, rows: PreparedRows, centroids: Centroids) -> Gaps:
+    def _gaps(self, rows: PreparedRows, centroids: Centroids) -> PairBounds:
         """Pair by pair where a table of all pairs is small beside the products."""
         error = self._error(rows, centroids)
         if centroids.is_part or len(centroids.form) > min(_MOST_PAIRED, len(rows.base)):
-            return Gaps(error)
+            return PairBounds(error)
         values, left_out = centroids.apart
         pairs = self.rest * values + (rows.norm + self.rest) * left_out + 2 * self._adding(rows, centroids)
-        return Gaps(error, pairs * (1 + SLACK))
+        return PairBounds(error, pairs * (1 + SLACK))
 
     def _error(self, rows: PreparedRows, centroids: Centroids) -> float:
         """Of a score before its own rounding."""
@@ -144,7 +144,7 @@ class HalfProposer:
 
 
 @dataclass(frozen=True)
-class FusedProposer(HalfProposer):
+class TritonGenerator(Bf16Generator):
     """The same on a GPU, products and their largest by one kernel (search/triton_topk.py).
 
     Its matrix units add several products at once and cut the sum off where a processor rounds each to the nearest: an
@@ -155,7 +155,7 @@ class FusedProposer(HalfProposer):
     places: int = 3
     sums: float = 8.0
 
-    def nearest(self, rows: PreparedRows, centroids: Centroids, t: int) -> Proposals:
+    def nearest(self, rows: PreparedRows, centroids: Centroids, t: int) -> Candidates:
         from grappa_dist.search.triton_topk import top_products
 
         scores, labels = top_products(rows.form[: len(rows.base)], centroids.form)
@@ -163,7 +163,7 @@ class FusedProposer(HalfProposer):
         error = self._error(rows, centroids)
         largest = float(rows.base.max()) + 2 * float(scores[:, 0].abs().max()) + error
         rounding = 2.0**-22 * largest  # of the difference
-        return Proposals(distances, labels[:, :t], 2 * error + rounding)
+        return Candidates(distances, labels[:, :t], 2 * error + rounding)
 
 
 def _form(pieces: Sequence[Tensor], offset: Tensor, place: int, step: int = 1) -> Tensor:
@@ -237,7 +237,7 @@ class _Table:
         return _Table(self.entries.index_select(0, rows), self.named)
 
 
-def _best_columns(table: _Table, t: int, gaps: Gaps, *, within_base: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _best_columns(table: _Table, t: int, gaps: PairBounds, *, within_base: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The largest scores per row, (t, P), descending, their columns, and which of them may be the nearest's.
 
     Uses the table up. Places of a row stay free, at -inf, once a score lies so far below the first that no later one
@@ -268,5 +268,5 @@ def _best_columns(table: _Table, t: int, gaps: Gaps, *, within_base: bool) -> tu
     return values, columns, contenders
 
 
-def _within(gaps: Gaps, scores: Tensor, columns: Tensor, best: Tensor, first: Tensor) -> Tensor:
+def _within(gaps: PairBounds, scores: Tensor, columns: Tensor, best: Tensor, first: Tensor) -> Tensor:
     return scores >= best - gaps.to(columns, best, first)

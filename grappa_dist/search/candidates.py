@@ -117,15 +117,15 @@ class Centroids:
     values: Tensor  # (K, D) float32 on the grid
     squares: Tensor  # (K,) float64, exact |c|^2 in units of 2**-48
     norm: float  # the largest |c|
-    proposer: Proposer
+    generator: CandidateGenerator
     form: Tensor  # (K, E), as the proposer multiplies them
     rest: float = 0.0  # the largest norm of what the form leaves out
     is_part: bool = False  # of others; then too few rows come by to pay for a table of all pairs
 
     @staticmethod
-    def of(values: Tensor, proposer: Proposer | None = None) -> Centroids:
+    def of(values: Tensor, generator: CandidateGenerator | None = None) -> Centroids:
         squares = torch.cat([exact_square(v) for v in values.split(max(1, _TILE // values.shape[1]))])
-        return (proposer or FloatProposer()).centroids(values, squares)
+        return (generator or Float32Generator()).centroids(values, squares)
 
     @cached_property
     def apart(self) -> tuple[Tensor, Tensor]:
@@ -169,7 +169,7 @@ class PreparedRows:
 
 
 @dataclass(frozen=True)
-class Proposals:
+class Candidates:
     """The nearest centroids of each row by estimates; infinitely far in places left free.
 
     With e the error, d_p and D_p the estimated and the true squared distance of the centroid in place p of a row, and D
@@ -203,7 +203,7 @@ def within_reach(nearest: Tensor, error: float) -> Tensor:
     return ((nearest + error) * (1 + SLACK)).float()
 
 
-class Proposer(Protocol):
+class CandidateGenerator(Protocol):
     """One way to estimate distances."""
 
     @property
@@ -222,7 +222,7 @@ class Proposer(Protocol):
             within_base: only centroids at most so far away matter.
         """
 
-    def nearest(self, rows: PreparedRows, centroids: Centroids, t: int) -> Proposals: ...
+    def nearest(self, rows: PreparedRows, centroids: Centroids, t: int) -> Candidates: ...
 
 
 def joined(pieces: Sequence[Tensor]) -> Tensor:
@@ -236,7 +236,7 @@ def norm_of(squares: Tensor) -> float:
 
 
 @dataclass(frozen=True)
-class FloatProposer:
+class Float32Generator:
     """Distances in float32, by a search that finds the t nearest."""
 
     search: Search = nearest_in_floats
@@ -248,6 +248,6 @@ class FloatProposer:
     def rows(self, pieces: Sequence[Tensor], squares: Tensor, base: Tensor, *, within_base: bool) -> PreparedRows:
         return PreparedRows(joined(pieces), base.float(), norm_of(squares), within_base)
 
-    def nearest(self, rows: PreparedRows, centroids: Centroids, t: int) -> Proposals:
+    def nearest(self, rows: PreparedRows, centroids: Centroids, t: int) -> Candidates:
         distances, labels = self.search(rows.form, centroids.form, t)
-        return Proposals(distances, labels, float_error(rows.form.shape[1], (rows.norm + centroids.norm) ** 2))
+        return Candidates(distances, labels, float_error(rows.form.shape[1], (rows.norm + centroids.norm) ** 2))

@@ -50,8 +50,8 @@ def assign(
     squares = exact_square(x) if squares is None else squares
     reach = torch.full_like(squares, math.inf) if within is None else within
     base = squares / GRID**2 if within is None else within.clamp(max=_FARTHEST)
-    prepared = centroids.proposer.rows([x], squares, base, within_base=within is not None)
-    found = centroids.proposer.nearest(prepared, centroids, min(centroids.proposer.places, len(centroids.values)))
+    prepared = centroids.generator.rows([x], squares, base, within_base=within is not None)
+    found = centroids.generator.nearest(prepared, centroids, min(centroids.generator.places, len(centroids.values)))
     reach = torch.minimum(reach, found.distances[:, 0].double() + found.error)
     possible = found.distances.double() - found.error <= reach[:, None]  # (P, t)
     crowded = possible[:, -1] & (found.labels.shape[1] < len(centroids.values))
@@ -110,7 +110,7 @@ def decide_pairs(x: Tensor, squares: Tensor, centroids: Centroids, pairs: tuple[
 
 
 @dataclass(frozen=True)
-class Rivals:
+class Competitors:
     """For each row a centroid that is probably the nearest, and others that may be nearer."""
 
     first: Tensor  # (P,) int64
@@ -118,7 +118,9 @@ class Rivals:
     labels: Tensor  # (pairs,) int64, never the row's first
 
 
-def decide_rivals(x: Tensor, squares: Tensor, centroids: Centroids, rivals: Rivals) -> tuple[Tensor, Tensor]:
+def decide_competitors(
+    x: Tensor, squares: Tensor, centroids: Centroids, competitors: Competitors
+) -> tuple[Tensor, Tensor]:
     """Of each row the exactly nearest of its first centroid and its rivals, (P,), and which rows float32 left open.
 
     |x - c_j|^2 - |x - c_i|^2 = |c_j|^2 - |c_i|^2 + 2 x.(c_i - c_j): one product for two centroids, in which what they
@@ -127,8 +129,8 @@ def decide_rivals(x: Tensor, squares: Tensor, centroids: Centroids, rivals: Riva
     Args:
         squares: (P,) float64, exact |x|^2.
     """
-    first, rows, labels = rivals.first, rivals.rows, rivals.labels
-    products = _differences(x, centroids, rivals)
+    first, rows, labels = competitors.first, competitors.rows, competitors.labels
+    products = _differences(x, centroids, competitors)
     further = (centroids.squares[labels] - centroids.squares[first[rows]]) / GRID**2 + 2 * products
     # The rounding of c_i - c_j counts as one more operation, for which float_error has room.
     error = 2 * float_error(x.shape[1], norm_of(squares) * 2 * centroids.norm) + 2.0**-48
@@ -142,12 +144,12 @@ def decide_rivals(x: Tensor, squares: Tensor, centroids: Centroids, rivals: Riva
     return torch.where(unsure, exact.labels, nearest), unsure
 
 
-def _differences(x: Tensor, centroids: Centroids, rivals: Rivals) -> Tensor:
+def _differences(x: Tensor, centroids: Centroids, competitors: Competitors) -> Tensor:
     """x.(c_i - c_j) of each row with its first centroid i and a rival j, (pairs,) float64 of float32 sums."""
     size, c = cached_rows(x), centroids.values
     parts = []
-    for rows, labels in zip(rivals.rows.split(size), rivals.labels.split(size), strict=True):
-        apart = c.index_select(0, rivals.first[rows]).sub_(c.index_select(0, labels))
+    for rows, labels in zip(competitors.rows.split(size), competitors.labels.split(size), strict=True):
+        apart = c.index_select(0, competitors.first[rows]).sub_(c.index_select(0, labels))
         parts.append(apart.mul_(_some(x, rows)).sum(1))
     return torch.cat(parts).double()
 

@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 
 from grappa_dist.artifacts import Artifact, Store, label_rows, wait_until_seen
 from grappa_dist.config import AdaptConfig, BackboneConfig, Config, DataConfig
-from grappa_dist.console import counted
+from grappa_dist.console import pluralize
 from grappa_dist.data.loader import read_batches
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.data.transforms import Preprocess
-from grappa_dist.distributed.placement import Rates, placement_in_words, ranks_of, sets_per_job
+from grappa_dist.distributed.placement import Rates, describe_placement, ranks_of, sets_per_job
 from grappa_dist.distributed.runner import Job
-from grappa_dist.distributed.worker import let_go
+from grappa_dist.distributed.worker import release_memory
 from grappa_dist.models import PackedGrappa
 from grappa_dist.models.backbone import forward_precision
 from grappa_dist.models.spec import build_backbone, forget_built, preprocess_of
@@ -34,7 +34,7 @@ from grappa_dist.stages.adapt_job import AdaptJob, starting_centroids, train_ada
 from grappa_dist.stages.adapt_packs import AdaptSet, commit_leftovers, fresh, group
 from grappa_dist.stages.embed import to_images
 from grappa_dist.stages.run import Run
-from grappa_dist.training.batches import TrainingImages, augmented, idle_in_words, torch_seed, trained_by
+from grappa_dist.training.batches import TrainingImages, augmented, describe_idle_ranks, torch_seed, trained_by
 from grappa_dist.training.memory import Room, images_at_a_time, room, tried, usable_bytes
 from grappa_dist.training.trackers import check_trackers
 
@@ -67,7 +67,7 @@ def measure_rates(device: torch.device, job: AdaptJob) -> Measured:
     images = to_images(augmented(job.training, preprocess, rows, epoch=0, area=job.adapt.min_crop_area), device)
     two_s = _train_s(model, images) / len(rows)
     del model
-    let_go()  # its memory is the next one's
+    release_memory()  # its memory is the next one's
     model = _model(job, 1, device)
     one_s = _train_s(model, images) / len(rows)
     set_s = max(two_s - one_s, 0.05 * one_s)  # timings of a busy machine may come out the wrong way round
@@ -156,18 +156,18 @@ def train_sets(run: Run, sets: Sequence[AdaptSet], images: ImageShards, bad: NDA
     check_trackers(config.resources.trackers)
     training = TrainingImages.of(config, images, bad, config.adapt.global_batch)
     whole = AdaptJob(tuple(missing), training, config.backbone, config.adapt, config.resources.trackers)
-    what = f"{counted(len(missing), 'adaptor set')} of {training.num_steps(config.adapt.epochs)} steps"
+    what = f"{pluralize(len(missing), 'adaptor set')} of {training.num_steps(config.adapt.epochs)} steps"
     with run.console.stage("adapt", what):
         whole = replace(whole, sharing=run.runner.sharing, compiled=config.resources.compile == "auto")
         jobs = [replace(whole, sets=members) for members in group(sets, _per_job(run, whole, fresh(sets)))]
         workers = run.runner.num_workers
         ranks = ranks_of(config.resources, workers)
-        run.console.say(f"adapt: {placement_in_words(len(jobs), workers, ranks)}")
-        if idle := idle_in_words(config.data, ranks):
-            run.console.say(f"adapt: {idle}")
+        run.console.log(f"adapt: {describe_placement(len(jobs), workers, ranks)}")
+        if idle := describe_idle_ranks(config.data, ranks):
+            run.console.log(f"adapt: {idle}")
         run.runner.run_jobs(
             [Job(job.name, train_adaptors, job, config.resources.adapt_ranks) for job in jobs],
-            lambda name: run.console.say(f"adapt: {name} is trained"),
+            lambda name: run.console.log(f"adapt: {name} is trained"),
         )
         wait_until_seen(one.artifact for one in missing)
         commit_leftovers(sets)  # removes what is left of packs whose sets went on in other jobs
@@ -191,10 +191,10 @@ def _per_job(run: Run, whole: AdaptJob, sets: Sequence[AdaptSet]) -> int:
     slots, most = max(1, workers // ranks), _most_sets(whole, found, ranks)
     chosen = sets_per_job(num_sets, slots, rates, most)
     run.console.event("sets_per_job", chosen=chosen, slots=slots, most=most, **vars(rates), **vars(found.room))
-    run.console.say(
+    run.console.log(
         f"adapt: {chosen} sets to a job: an image takes {1e3 * rates.decode_s:.1f} ms to decode, "
         f"{1e3 * rates.shared_s:.1f} ms once and {1e3 * rates.set_s:.1f} ms a set to train, "
-        f"{counted(slots, 'job')} at a time" + (f"; a worker's memory holds {most} sets" if most < num_sets else "")
+        f"{pluralize(slots, 'job')} at a time" + (f"; a worker's memory holds {most} sets" if most < num_sets else "")
     )
     return chosen
 

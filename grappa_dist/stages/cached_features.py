@@ -26,7 +26,7 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from grappa_dist.distributed.collectives import raise_together, said_by_rank_0
-from grappa_dist.distributed.worker import RankContext, until_all_are_done
+from grappa_dist.distributed.worker import RankContext, wait_for_slower_ranks
 from grappa_dist.files import replacing, write_json
 from grappa_dist.search.fixed_point import to_grid
 from grappa_dist.training.batches import TrainingImages
@@ -112,7 +112,7 @@ class PassedFeatures:
         absent = [file for file in files if not file.exists()]
         raise_together(comm, f"{absent[0]} is missing; {self._remedy()}" if absent else "")
         own = _Own(ids, path)
-        until_all_are_done(self._context, own.take(files))
+        wait_for_slower_ranks(self._context, own.take(files))
         wrong = ids[own.seen != 1]
         problem = f"{folder} has not one feature each of {len(wrong)} rows, row {wrong[0]} first" if len(wrong) else ""
         raise_together(comm, f"{problem}; {self._remedy()}" if problem else "")

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from grappa_dist.artifacts import Artifact, RowArrays, Store, wait_until_seen
 from grappa_dist.config import EmbedConfig
-from grappa_dist.console import counted
-from grappa_dist.data.index import Shard, losses_in_words, lost_images
+from grappa_dist.console import pluralize
+from grappa_dist.data.index import Shard, describe_missing, lost_images
 from grappa_dist.data.loader import load_or_skip, read_batches
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.data.transforms import pixels_class
@@ -75,7 +75,7 @@ def embed(run: Run, images: ImageShards, spec: ModelSpec, features: Sequence[Art
     if missing:
         rows = sum(images.shards[i].rows for i in missing)
         reused = sum(artifact.complete for artifact in features)
-        what = f"{spec.name}, {counted(rows, 'image')} in {counted(len(missing), 'shard')}"
+        what = f"{spec.name}, {pluralize(rows, 'image')} in {pluralize(len(missing), 'shard')}"
         what += f", {reused} reused" if reused else ""
         with run.console.stage("embed", what):
             how = Embedding(run.config.embed.batch_size, run.config.resources.decode_threads)
@@ -213,7 +213,7 @@ def check_bad_share(images: ImageShards, bad: Mapping[int, str], limit: float, r
     raise ValueError(
         f"embed: {count} of {total} images are bad{so_far} ({', '.join(said)}), "
         f"data.max_bad_share={limit} allows {limit * total:.0f}. "
-        f"The first: {'; '.join([first] * bool(bad) + list(losses_in_words(images.shards)))}. "
+        f"The first: {'; '.join([first] * bool(bad) + list(describe_missing(images.shards)))}. "
         "Mend or leave out these shards, or raise data.max_bad_share: bad images take no part in anything"
         f"{kept if bad else ''}"
     )

@@ -29,7 +29,7 @@ from grappa_dist.models import Grappa
 from grappa_dist.models.spec import ModelSpec, built, pixels_of, preprocess_of
 from grappa_dist.stages.embed import to_images
 from grappa_dist.stages.gallery_weights import by_gallery
-from grappa_dist.stages.ground_truth import Truth, load_truth, note_truth
+from grappa_dist.stages.ground_truth import GroundTruth, load_ground_truth, write_ground_truth
 from grappa_dist.stages.run import Run
 
 SCORES_FILE, INSIGHT_FILE = "scores.json", "insight.json"
@@ -44,7 +44,7 @@ VIEW, VIEW_CROP_AREA = 2, 0.25  # training uses views 0 and 1
 class Evaluation:
     """The artefacts of one evaluation."""
 
-    truth: Artifact
+    ground_truth: Artifact
     features: Mapping[str, RowArrays]  # by model name
     scores: Mapping[str, Artifact]
     insights: Mapping[str, Artifact]
@@ -58,20 +58,20 @@ class ModelTask:
     bad: NDArray[np.int64]
     spec: ModelSpec
     features: RowArrays
-    truth: Artifact
+    ground_truth: Artifact
     scores: Artifact
     insight: Artifact
     config: Config
 
 
-def scores_of(store: Store, truth: Artifact, model: str, features: Sequence[Artifact]) -> Artifact:
-    return store.artifact(f"scores/{model}", {}, {"truth": truth, **numbered("shard", features)})
+def scores_of(store: Store, ground_truth: Artifact, model: str, features: Sequence[Artifact]) -> Artifact:
+    return store.artifact(f"scores/{model}", {}, {"truth": ground_truth, **numbered("shard", features)})
 
 
 def insight_of(
-    store: Store, truth: Artifact, model: str, settings: EvaluateConfig, seed: int, features: Sequence[Artifact]
+    store: Store, ground_truth: Artifact, model: str, settings: EvaluateConfig, seed: int, features: Sequence[Artifact]
 ) -> Artifact:
-    inputs = {"truth": truth, **numbered("shard", features)}
+    inputs = {"truth": ground_truth, **numbered("shard", features)}
     told = {**settings.model_dump(exclude={"export", "train_images"}), "seed": seed, "neighbours": NEIGHBOURS}
     return store.artifact(f"insight/{model}", told, inputs)
 
@@ -80,15 +80,15 @@ def evaluate(
     run: Run, images: ImageShards, bad: NDArray[np.int64], specs: Mapping[str, ModelSpec], evaluation: Evaluation
 ) -> None:
     """Reads the labels, scores every model on every task, and looks at every model; each once."""
-    truth, scores, insights = evaluation.truth, evaluation.scores, evaluation.insights
+    ground_truth, scores, insights = evaluation.ground_truth, evaluation.scores, evaluation.insights
     tasks = [
-        ModelTask(images, bad, specs[m], evaluation.features[m], truth, scores[m], insights[m], run.config)
+        ModelTask(images, bad, specs[m], evaluation.features[m], ground_truth, scores[m], insights[m], run.config)
         for m in specs
         if not (scores[m].complete and insights[m].complete)
     ]
     if tasks:
         with run.console.stage("evaluate", f"{len(tasks)} models on {len(images)} images"):
-            note_truth(run, images, truth, "evaluate")
+            write_ground_truth(run, images, ground_truth, "evaluate")
             looks = len(tasks) * run.config.evaluate.view_queries
             run.runner.map(evaluate_model, tasks, run.console.counter("models", len(tasks), looks))
             wait_until_seen(artifact for task in tasks for artifact in (task.scores, task.insight))
@@ -96,22 +96,22 @@ def evaluate(
 
 def evaluate_model(device: torch.device, task: ModelTask) -> None:
     """What one model scores with labels, and what can be said of it without."""
-    truth = load_truth(task.truth)
+    ground_truth = load_ground_truth(task.ground_truth)
     if not task.scores.complete:
-        write_json(task.scores.begin() / SCORES_FILE, _scores(task, truth))
+        write_json(task.scores.begin() / SCORES_FILE, _scores(task, ground_truth))
         task.scores.commit()
     if not task.insight.complete:
-        write_json(task.insight.begin() / INSIGHT_FILE, _insight(task, truth, device))
+        write_json(task.insight.begin() / INSIGHT_FILE, _insight(task, ground_truth, device))
         task.insight.commit()
 
 
-def _scores(task: ModelTask, truth: Truth) -> list[dict[str, Any]]:
+def _scores(task: ModelTask, ground_truth: GroundTruth) -> list[dict[str, Any]]:
     """Leave-one-out retrieval on every labelled task; rows that do not decode are neither query nor gallery."""
-    labels = truth.labels.copy()
+    labels = ground_truth.labels.copy()
     labels[task.bad] = -1
     scores = []
-    for number, name in enumerate(truth.task_names):
-        rows = truth.rows(number)
+    for number, name in enumerate(ground_truth.task_names):
+        rows = ground_truth.rows(number)
         rows = rows[labels[rows] >= 0]
         if len(rows):
             z = torch.from_numpy(task.features.take(rows))
@@ -120,9 +120,9 @@ def _scores(task: ModelTask, truth: Truth) -> list[dict[str, Any]]:
 
 
 @torch.inference_mode()
-def _insight(task: ModelTask, truth: Truth, device: torch.device) -> dict[str, Any]:
+def _insight(task: ModelTask, ground_truth: GroundTruth, device: torch.device) -> dict[str, Any]:
     """Does an augmented view find its source, which images are near, how are the sets weighed."""
-    look = _Look(task, truth, built(task.spec, device), device)
+    look = _Look(task, ground_truth, built(task.spec, device), device)
     attention = look.attention() if task.spec.weighs else {}
     return {**look.views_find_sources(), **look.neighbours_agree(), "galleries": look.galleries(), **attention}
 
@@ -130,8 +130,10 @@ def _insight(task: ModelTask, truth: Truth, device: torch.device) -> dict[str, A
 class _Look:
     """One model, looked at on samples of images that are the same for every model."""
 
-    def __init__(self, task: ModelTask, truth: Truth, model: torch.nn.Module, device: torch.device) -> None:
-        self._task, self._truth, self._model, self._device = task, truth, model, device
+    def __init__(
+        self, task: ModelTask, ground_truth: GroundTruth, model: torch.nn.Module, device: torch.device
+    ) -> None:
+        self._task, self._truth, self._model, self._device = task, ground_truth, model, device
         self._settings, self._seed = task.config.evaluate, task.config.seed
         self._good = np.setdiff1d(np.arange(len(task.images)), task.bad)
         self._preprocess = preprocess_of(pixels_of(model))

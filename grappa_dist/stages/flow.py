@@ -15,7 +15,7 @@ from grappa_dist.models.spec import ModelSpec
 class Supervision(NamedTuple):
     """What reads the labels of the training images, and what is trained with them."""
 
-    truth: Artifact  # as their JSON members say
+    ground_truth: Artifact  # as their JSON members say
     classes: Artifact  # by number, in the form of a partition
     adaptors: Artifact | None  # the supervised set
     fusion: Artifact | None  # the supervised fusion
@@ -41,7 +41,7 @@ class Flow:
     fusions: Mapping[str, Artifact]  # by variant, those that are trained: `on_pairs`, and the supervised one
     models: Mapping[str, ModelSpec]  # all that are evaluated, by their name in the table
     test_features: Mapping[str, tuple[Artifact, ...]]
-    truth: Artifact
+    ground_truth: Artifact
     galleries: Artifact | None  # weights of the sets for each task, where a variant asks for them
     scores: Mapping[str, Artifact]
     insights: Mapping[str, Artifact]

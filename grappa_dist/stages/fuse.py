@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from grappa_dist.artifacts import Artifact, RowArrays, Store, wait_until_seen
 from grappa_dist.config import RANDOM, BackboneConfig, DataConfig, FuseConfig, seeks_neighbours
-from grappa_dist.console import counted
+from grappa_dist.console import pluralize
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.distributed.runner import Job
 from grappa_dist.distributed.worker import RankContext
@@ -43,20 +43,20 @@ from grappa_dist.models.spec import (
     build_backbone,
     forget_built,
     preprocess_of,
-    save_own_sets,
+    save_random_sets,
 )
 from grappa_dist.stages.embed import Embedding, to_images
 from grappa_dist.stages.fuse_pairs import Pairs
 from grappa_dist.stages.run import Run
 from grappa_dist.training.barlow_twins import Projector, accumulate, barlow_twins, penalty_of, rows_are_cheaper
-from grappa_dist.training.batches import TrainingImages, idle_in_words, torch_seed, trained_by
+from grappa_dist.training.batches import TrainingImages, describe_idle_ranks, torch_seed, trained_by
 from grappa_dist.training.deepspeed_engine import Engine
 from grappa_dist.training.loop import Schedule, Watch, train
 from grappa_dist.training.memory import fuse_advice, naming_lack_of_memory
 from grappa_dist.training.optim import Lars, adam
 
 
-class AttentionWatch:
+class AttentionStatistics:
     """Sums over the images of a step: entropies of the attention by layer, mean weights by set.
 
     A model without attention has no such figures.
@@ -142,7 +142,7 @@ def lars_groups(module: nn.Module) -> list[dict[str, Any]]:
 BUCKET = 5 * 10**8  # gradients that the engine copies together at once, to add them up over the ranks, be it one alone
 
 
-def unfused_in_words(fuse: FuseConfig, num_sets: int) -> str:
+def describe_unfused(fuse: FuseConfig, num_sets: int) -> str:
     """What the variants are where there is one adaptor set only; empty where there are several."""
     same = [variant for variant in fuse.variants if not variant.startswith("random")]
     if num_sets > 1 or not same:
@@ -234,9 +234,9 @@ def fuse(
             random_sets=at_random,
         )
         ranks, steps = run.runner.num_workers, training.num_steps(config.fuse.epochs)
-        with run.console.stage("fuse", f"{variant}, {counted(steps, 'step')} on {counted(ranks, 'rank')}"):
-            if idle := idle_in_words(config.data, ranks):
-                run.console.say(f"fuse: {idle}")
+        with run.console.stage("fuse", f"{variant}, {pluralize(steps, 'step')} on {pluralize(ranks, 'rank')}"):
+            if idle := describe_idle_ranks(config.data, ranks):
+                run.console.log(f"fuse: {idle}")
             run.runner.run_jobs([Job(variant, train_fusion, job, ranks)])
             wait_until_seen([artifact])
 
@@ -266,7 +266,7 @@ def train_fusion(context: RankContext, job: FuseJob) -> None:
             with replacing(folder / FUSION_FILE) as temporary:
                 save_file(objective.grappa.attention_tensors(), temporary)
             if job.random_sets:
-                save_own_sets(objective.grappa, folder)
+                save_random_sets(objective.grappa, folder)
             job.artifact.commit(discard=["checkpoints", "knn/*.partial", "knn/features-*"])
 
 
@@ -314,7 +314,7 @@ class FuseObjective:
             labels=job.labels,
             folder=folder / "knn",
         )
-        self._watch = AttentionWatch(self.grappa)
+        self._watch = AttentionStatistics(self.grappa)
 
     def begin(self, step: int) -> None:
         self._pairs.begin(step)

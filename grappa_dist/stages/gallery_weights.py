@@ -34,7 +34,7 @@ from grappa_dist.data.shards import ImageShards
 from grappa_dist.files import write_json
 from grappa_dist.models import Grappa
 from grappa_dist.models.spec import ModelSpec
-from grappa_dist.stages.ground_truth import TRUTH_TASKS, load_truth, note_truth
+from grappa_dist.stages.ground_truth import TRUTH_TASKS, load_ground_truth, write_ground_truth
 from grappa_dist.stages.run import Run
 
 NEIGHBOURS = 10
@@ -108,7 +108,7 @@ MOST_IMAGES = 20_000  # of a gallery are looked at
 class GalleriesTask:
     """What weighing the sets needs."""
 
-    truth: Artifact
+    ground_truth: Artifact
     features: Mapping[str, RowArrays]  # by adaptor set
     bad: NDArray[np.int64]
     seed: int
@@ -117,7 +117,7 @@ class GalleriesTask:
 
 
 def galleries_of(
-    store: Store, seed: int, copies: float, truth: Artifact, features: Mapping[str, Sequence[Artifact]]
+    store: Store, seed: int, copies: float, ground_truth: Artifact, features: Mapping[str, Sequence[Artifact]]
 ) -> Artifact:  # fmt: skip
     """The artefact of the weights.
 
@@ -126,19 +126,19 @@ def galleries_of(
     """
     inputs = {f"{name} shard {i}": a for name, shards in features.items() for i, a in enumerate(shards)}
     settings = {"neighbours": NEIGHBOURS, "most_images": MOST_IMAGES, "duplicate_cosine": copies, "seed": seed}
-    return store.artifact("galleries", settings, {"truth": truth, **inputs})
+    return store.artifact("galleries", settings, {"truth": ground_truth, **inputs})
 
 
 def weigh_galleries(
-    run: Run, images: ImageShards, truth: Artifact, features: Mapping[str, RowArrays], bad: NDArray[np.int64],
+    run: Run, images: ImageShards, ground_truth: Artifact, features: Mapping[str, RowArrays], bad: NDArray[np.int64],
     artifact: Artifact,
 ) -> None:  # fmt: skip
     """Weighs the sets for every task, and says so before anything is evaluated with them."""
     if not artifact.complete:
         with run.console.stage("galleries", f"{len(features)} adaptor sets on {len(images)} images"):
-            note_truth(run, images, truth, "galleries")
+            write_ground_truth(run, images, ground_truth, "galleries")
             config = run.config
-            task = GalleriesTask(truth, features, bad, config.seed, config.fuse.duplicate_cosine, artifact)
+            task = GalleriesTask(ground_truth, features, bad, config.seed, config.fuse.duplicate_cosine, artifact)
             run.runner.map(weigh_sets, [task])
             wait_until_seen([artifact])
     _tell(run, list(features), artifact)
@@ -154,15 +154,15 @@ def _tell(run: Run, sets: Sequence[str], artifact: Artifact) -> None:
         said = zip(sets, found["weights"], found["transitivity"], found["effective_rank"], strict=True)
         text = ", ".join(f"{model} {weight:.2f} ({share:.3f}, {rank:.1f})" for model, weight, share, rank in said)
         run.console.event("gallery", artifact=artifact.name, task=name, sets=list(sets), **found)
-        run.console.say(f"gallery {name}: weights of the sets (transitivity, effective rank): {text}")
+        run.console.log(f"gallery {name}: weights of the sets (transitivity, effective rank): {text}")
 
 
 def weigh_sets(device: torch.device, task: GalleriesTask) -> None:
     """Transitivity, effective rank and weights of all sets in every task: galleries.json; and a copy of the tasks."""
-    truth, folder = load_truth(task.truth), task.artifact.begin()
+    ground_truth, folder = load_ground_truth(task.ground_truth), task.artifact.begin()
     found = {}
-    for number, name in enumerate(truth.task_names):
-        rows = np.setdiff1d(truth.rows(number), task.bad)
+    for number, name in enumerate(ground_truth.task_names):
+        rows = np.setdiff1d(ground_truth.rows(number), task.bad)
         draw = generator("gallery", task.seed, number)
         rows = np.sort(draw.choice(rows, MOST_IMAGES, replace=False)) if len(rows) > MOST_IMAGES else rows
         shares, ranks = [], []
@@ -176,7 +176,7 @@ def weigh_sets(device: torch.device, task: GalleriesTask) -> None:
             "effective_rank": ranks,
             "weights": set_weights(torch.stack(shares)).tolist(),
         }
-    np.save(folder / TRUTH_TASKS, truth.tasks)
+    np.save(folder / TRUTH_TASKS, ground_truth.tasks)
     write_json(folder / GALLERIES_FILE, found)
     task.artifact.commit()
 

@@ -22,7 +22,7 @@ TRUTH_TASKS, TRUTH_LABELS, TRUTH_NAMES = "tasks.npy", "labels.npy", "names.json"
 
 
 @dataclass(frozen=True)
-class Truth:
+class GroundTruth:
     """Task and label of every row; label -1: none."""
 
     tasks: NDArray[np.int64]
@@ -34,24 +34,24 @@ class Truth:
         return np.flatnonzero(self.tasks == task)
 
 
-def truth_of(store: Store, images: ImageShards, *, labelled: bool) -> Artifact:
+def ground_truth_of(store: Store, images: ImageShards, *, labelled: bool) -> Artifact:
     return store.artifact("truth", {"labelled": labelled}, {"images": images.fingerprint})
 
 
-def note_truth(run: Run, images: ImageShards, truth: Artifact, stage: str) -> None:
+def write_ground_truth(run: Run, images: ImageShards, ground_truth: Artifact, stage: str) -> None:
     """Reads tasks and labels, once; says which cannot be read, for the stage that asks."""
-    if truth.complete:
+    if ground_truth.complete:
         return
-    run.runner.map(read_truth, [(images, truth)])
-    wait_until_seen([truth])
-    unreadable = json.loads((truth.path / TRUTH_NAMES).read_text())["unreadable"]
+    run.runner.map(read_ground_truth, [(images, ground_truth)])
+    wait_until_seen([ground_truth])
+    unreadable = json.loads((ground_truth.path / TRUTH_NAMES).read_text())["unreadable"]
     if unreadable["images"]:
-        run.console.say(
+        run.console.log(
             f"{stage}: warning: {unreadable['images']} images count as without a label: {unreadable['first'][0]}"
         )
 
 
-def read_truth(device: torch.device, task: tuple[ImageShards, Artifact]) -> None:
+def read_ground_truth(device: torch.device, task: tuple[ImageShards, Artifact]) -> None:
     """Collects the JSON members: the only place that reads them."""
     images, artifact = task
     folder, labelled = artifact.begin(), bool(artifact.settings["labelled"])
@@ -77,7 +77,7 @@ def read_truth(device: torch.device, task: tuple[ImageShards, Artifact]) -> None
     artifact.commit()
 
 
-def load_truth(artifact: Artifact) -> Truth:
+def load_ground_truth(artifact: Artifact) -> GroundTruth:
     names = json.loads((artifact.path / TRUTH_NAMES).read_text())
     tasks, labels = (np.load(artifact.path / f, mmap_mode="r", allow_pickle=False) for f in (TRUTH_TASKS, TRUTH_LABELS))
-    return Truth(tasks, labels, names["tasks"], names["labels"])
+    return GroundTruth(tasks, labels, names["tasks"], names["labels"])

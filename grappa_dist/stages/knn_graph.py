@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from grappa_dist.artifacts import RowArrays, own_shards, rows_file
 from grappa_dist.config import FuseConfig
-from grappa_dist.distributed.worker import RankContext, until_all_are_done
+from grappa_dist.distributed.worker import RankContext, wait_for_slower_ranks
 from grappa_dist.files import sync, write_json
 from grappa_dist.knn.block_search import are_duplicates, without_duplicates
 from grappa_dist.knn.exact import sharded_knn
@@ -156,7 +156,7 @@ class Graphs:
         ids = np.concatenate([*own, np.zeros(0, dtype=np.int64)])
         name = f"features-{comm.rank}-of-{comm.size}"
         features, done = _begun(folder / f"{name}.npy", folder / f"{name}.json", (len(ids), self._model.embed_dim))
-        until_all_are_done(self._context, self._embed(own, features, done, folder / f"{name}.json"))
+        wait_for_slower_ranks(self._context, self._embed(own, features, done, folder / f"{name}.json"))
         return ids, features
 
     def _embed(

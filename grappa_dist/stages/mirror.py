@@ -332,9 +332,9 @@ def mirrored(url: str | None, flow: Flow, console: Console) -> Iterator[None]:
     mirror, artifacts = Mirror(url), artifacts_of(flow)
     work = WorkMirror(mirror.remote, mirror.found, artifacts)
     if fetched := mirror.fetch(artifacts):
-        console.say(f"{len(fetched)} artefacts fetched from {mirror.remote.url}")
+        console.log(f"{len(fetched)} artefacts fetched from {mirror.remote.url}")
     if begun := work.fetch():
-        console.say(f"fetched from {mirror.remote.url}, to go on with: {', '.join(begun)}")
+        console.log(f"fetched from {mirror.remote.url}, to go on with: {', '.join(begun)}")
 
     def save() -> None:
         mirror.save(artifacts)
@@ -361,7 +361,7 @@ def _copy(save: Callable[[], None], stop: threading.Event, console: Console) -> 
         try:
             save()
         except (ValueError, OSError) as error:  # the run goes on; what fails at its end ends it
-            console.say(f"warning: {error}")
+            console.log(f"warning: {error}")
 
 
 def artifacts_of(flow: Flow) -> list[Artifact]:

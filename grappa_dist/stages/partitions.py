@@ -43,15 +43,15 @@ def partitions_of(store: Store, seed: int, labels: Mapping[int, Artifact]) -> Ar
     return store.artifact("partitions", settings, {f"k={k}": a for k, a in labels.items()})
 
 
-def judge_partitions(run: Run, artifact: Artifact, labels: Mapping[int, RowArrays]) -> None:
+def partition_statistics(run: Run, artifact: Artifact, labels: Mapping[int, RowArrays]) -> None:
     """Compares the partitions and picks sample clusters, once."""
     if not artifact.complete:
         with run.console.stage("partitions", f"how K = {', '.join(map(str, labels))} agree, and samples of each"):
-            run.runner.map(judge, [PartitionsTask(labels, artifact)])
+            run.runner.map(compute_statistics, [PartitionsTask(labels, artifact)])
             wait_until_seen([artifact])
 
 
-def judge(device: torch.device, task: PartitionsTask) -> None:
+def compute_statistics(device: torch.device, task: PartitionsTask) -> None:
     """Nestedness of consecutive K and sample clusters of every K, as row ids."""
     folder, labels = task.artifact.begin(), dict(sorted(task.labels.items()))
     sheets = [{"k": k, "clusters": list(_sample_clusters(task, k))} for k in labels]

@@ -38,11 +38,11 @@ from grappa_dist.artifacts import (
     wait_until_seen,
 )
 from grappa_dist.config import ClusteringConfig
-from grappa_dist.console import counted
+from grappa_dist.console import pluralize
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.distributed.collectives import raise_together
 from grappa_dist.distributed.runner import Job
-from grappa_dist.distributed.sharded_rows import Rows, Share, join_rows
+from grappa_dist.distributed.sharded_rows import Rows, ShardedRows, join_rows
 from grappa_dist.distributed.worker import RankContext
 from grappa_dist.files import replacing, write_json
 from grappa_dist.kmeans.lloyd import Progress
@@ -50,9 +50,9 @@ from grappa_dist.kmeans.methods import (
     FLAT,
     Choice,
     Clustering,
+    ClusteringCallbacks,
     Method,
     Size,
-    Told,
     Trail,
     Wanted,
     choose,
@@ -60,7 +60,7 @@ from grappa_dist.kmeans.methods import (
     cluster_together,
     shares_passes,
 )
-from grappa_dist.kmeans.seeding import LARGER_ROUNDS_ABOVE, Candidates, Seeded
+from grappa_dist.kmeans.seeding import LARGER_ROUNDS_ABOVE, SeedCandidates, Seeded
 from grappa_dist.kmeans.yinyang import num_bounds
 from grappa_dist.stages.run import Run
 
@@ -142,7 +142,7 @@ def _seeded(tensor: Tensor, drawn: int) -> Seeded:
         return Seeded(tensor, drawn)
     places, times, picked = tensor.unbind(1)
     order = picked.argsort(stable=True)[int((picked < 0).sum()) :]
-    return Seeded(places[order], drawn, Candidates(places.contiguous(), times.contiguous()))
+    return Seeded(places[order], drawn, SeedCandidates(places.contiguous(), times.contiguous()))
 
 
 def digest(trail: Trail) -> int:
@@ -189,7 +189,7 @@ def write_stats(folder: Path, k: int, found: Clustering, choice: Choice) -> None
     write_json(folder / STATS_FILE, stats)
 
 
-def shortcuts_in_words(stats: Mapping[str, Any]) -> list[str]:
+def describe_shortcuts(stats: Mapping[str, Any]) -> list[str]:
     """What the shortcuts of one clustering came to, none where it took none."""
     lines = []
     if stats["sampled_share"] < 1:
@@ -329,18 +329,18 @@ def pseudo_label(
     names = tuple(shard.name for shard in images.shards)
     job = LabelJob(features, names, bad, missing, run.config.clustering, run.config.seed)
     ranks = min(run.runner.num_workers, len(images.shards))
-    what = f"K = {', '.join(map(str, missing))}, {len(images)} rows in {counted(ranks, 'worker')}"
+    what = f"K = {', '.join(map(str, missing))}, {len(images)} rows in {pluralize(ranks, 'worker')}"
     with run.console.stage("pseudo_label", what):
-        for line in choices_in_words(run.config.clustering, list(missing), len(images)):
-            run.console.say(f"pseudo_label: {line}")
+        for line in describe_choices(run.config.clustering, list(missing), len(images)):
+            run.console.log(f"pseudo_label: {line}")
         run.runner.run_jobs([Job("pseudo_label", label_ranks, job, ranks)])
         wait_until_seen(missing.values())
         for k, artifact in missing.items():
-            for line in shortcuts_in_words(json.loads((artifact.path / STATS_FILE).read_text())):
-                run.console.say(f"pseudo_label: k={k}: {line}")
+            for line in describe_shortcuts(json.loads((artifact.path / STATS_FILE).read_text())):
+                run.console.log(f"pseudo_label: k={k}: {line}")
 
 
-def choices_in_words(config: ClusteringConfig, nums: Sequence[int], num_rows: int) -> list[str]:
+def describe_choices(config: ClusteringConfig, nums: Sequence[int], num_rows: int) -> list[str]:
     """A line per method and initialisation: its K, and why it is that of the largest of them."""
     ways: dict[tuple[str, str], list[int]] = {}
     for num in sorted(nums):
@@ -375,7 +375,7 @@ def _at_once(job: LabelJob, nums: Sequence[int], dim: int) -> list[list[int]]:
 
 
 def _clusterings(
-    context: RankContext, job: LabelJob, share: Share, group: Sequence[int]
+    context: RankContext, job: LabelJob, share: ShardedRows, group: Sequence[int]
 ) -> Iterator[tuple[int, Clustering]]:
     wanted = (_wanted(context, job, share, k) for k in group)
     if len(group) == 1:
@@ -400,7 +400,7 @@ def _commit(context: RankContext, job: LabelJob, k: int, labels: Mapping[int, np
     comm.barrier()
 
 
-def _wanted(context: RankContext, job: LabelJob, share: Share, k: int) -> Wanted:
+def _wanted(context: RankContext, job: LabelJob, share: ShardedRows, k: int) -> Wanted:
     """One clustering, from its last saved update if there is one."""
     artifact, name = job.labels[k], f"K={k} ({list(job.labels).index(k) + 1}/{len(job.labels)})"
     context.report({"phase": f"{name} initialisation"})
@@ -417,7 +417,7 @@ def _wanted(context: RankContext, job: LabelJob, share: Share, k: int) -> Wanted
     def show(part: str, iteration: int, inertia: float) -> None:
         context.report({"phase": f"{name} {part}iteration {iteration}, inertia {inertia:.1f}"})
 
-    told = Told(on_iteration=show, on_seeding=show_seeding, on_update=saver(path, context.comm.rank))
+    told = ClusteringCallbacks(on_iteration=show, on_seeding=show_seeding, on_update=saver(path, context.comm.rank))
     return Wanted(k, _method(job, k), seed=job.seed, trail=trail or {}, told=told)
 
 

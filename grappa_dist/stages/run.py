@@ -37,8 +37,8 @@ def running(config: Config, root: Path) -> Iterator[Run]:
     store, new = Store(root), [path for path in (root, *root.parents) if not path.exists()]
     with store.lock():
         console = Console(Events(root / EVENTS_FILE))
-        cluster = Cluster(config.resources, tell=console.say)
-        runner = Runner(cluster, config.resources, console.jobs, console.event, on_interrupt=console.say)
+        cluster = Cluster(config.resources, tell=console.log)
+        runner = Runner(cluster, config.resources, console.jobs, console.event, on_interrupt=console.log)
         try:
             with runner.terminating():
                 yield Run(config, store, runner, console)

@@ -36,7 +36,7 @@ from grappa_dist.artifacts import (
     wait_until_seen,
 )
 from grappa_dist.config import SUPERVISED, SUPERVISED_SET, AdaptConfig, BackboneConfig, Config
-from grappa_dist.console import counted
+from grappa_dist.console import pluralize
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.distributed.runner import Job
 from grappa_dist.distributed.worker import RankContext
@@ -46,11 +46,11 @@ from grappa_dist.models.spec import ADAPTORS_FILE, FUSION_FILE, build_backbone, 
 from grappa_dist.stages.adapt import train_sets
 from grappa_dist.stages.adapt_job import Classes, Classifying, classifier_for, starting_centroids
 from grappa_dist.stages.adapt_packs import AdaptSet
-from grappa_dist.stages.fuse import AttentionWatch
-from grappa_dist.stages.ground_truth import load_truth, note_truth
+from grappa_dist.stages.fuse import AttentionStatistics
+from grappa_dist.stages.ground_truth import load_ground_truth, write_ground_truth
 from grappa_dist.stages.pseudo_label import STATS_FILE
 from grappa_dist.stages.run import Run
-from grappa_dist.training.batches import TrainingImages, idle_in_words, torch_seed, trained_by
+from grappa_dist.training.batches import TrainingImages, describe_idle_ranks, torch_seed, trained_by
 from grappa_dist.training.deepspeed_engine import Engine
 from grappa_dist.training.loop import Schedule, Watch, train
 from grappa_dist.training.memory import fuse_advice, naming_lack_of_memory
@@ -64,18 +64,18 @@ NAMED = 3  # shards, in a message
 class TrueLabelsTask:
     """What naming the classes of all rows needs."""
 
-    truth: Artifact
+    ground_truth: Artifact
     features: RowArrays
     bad: NDArray[np.int64]
     artifact: Artifact
 
 
-def true_labels_of(store: Store, truth: Artifact, features: Sequence[Artifact]) -> Artifact:
+def true_labels_of(store: Store, ground_truth: Artifact, features: Sequence[Artifact]) -> Artifact:
     """The artefact of the classes; it looks like that of a partition."""
-    return store.artifact("labels/true", {}, {"truth": truth, **numbered("shard", features)})
+    return store.artifact("labels/true", {}, {"truth": ground_truth, **numbered("shard", features)})
 
 
-def read_true_labels(run: Run, images: ImageShards, truth: Artifact, classes: Artifact) -> None:
+def read_true_labels(run: Run, images: ImageShards, ground_truth: Artifact, classes: Artifact) -> None:
     """Reads the labels before anything else is done, so that a run that lacks them ends at once.
 
     Args:
@@ -87,14 +87,14 @@ def read_true_labels(run: Run, images: ImageShards, truth: Artifact, classes: Ar
     if classes.complete:
         return
     with run.console.stage("true_labels", f"{ASKED_BY} asks for the labels of {len(images)} training images"):
-        note_truth(run, images, truth, "true_labels")
-        labels = load_truth(truth).labels
+        write_ground_truth(run, images, ground_truth, "true_labels")
+        labels = load_ground_truth(ground_truth).labels
         found = len(np.unique(labels[labels >= 0]))
         if found < 2:
             raise ValueError(_too_few(images, labels, found))
         missing = int((labels < 0).sum())
         without = f"; {missing} have none and take no part: {_by_shard(images, labels)}" if missing else ""
-        run.console.say(f"true_labels: {found} classes of {len(labels) - missing} images{without}")
+        run.console.log(f"true_labels: {found} classes of {len(labels) - missing} images{without}")
 
 
 def _too_few(images: ImageShards, labels: NDArray[np.int64], classes: int) -> str:
@@ -118,17 +118,19 @@ def _by_shard(images: ImageShards, labels: NDArray[np.int64]) -> str:
     return "; ".join(said[:NAMED]) + more
 
 
-def name_classes(run: Run, truth: Artifact, features: RowArrays, bad: NDArray[np.int64], artifact: Artifact) -> None:
+def name_classes(
+    run: Run, ground_truth: Artifact, features: RowArrays, bad: NDArray[np.int64], artifact: Artifact
+) -> None:
     """Numbers the classes of the rows that can be read, once."""
     if not artifact.complete:
         with run.console.stage("true_labels", f"classes of {features.starts[-1]} training images"):
-            run.runner.map(write_true_labels, [TrueLabelsTask(truth, features, bad, artifact)])
+            run.runner.map(write_true_labels, [TrueLabelsTask(ground_truth, features, bad, artifact)])
             wait_until_seen([artifact])
 
 
 def write_true_labels(device: torch.device, task: TrueLabelsTask) -> None:
     """Classes of all rows, -1 for none, and the mean feature of each class, where a classifier starts."""
-    labels = np.array(load_truth(task.truth).labels)
+    labels = np.array(load_ground_truth(task.ground_truth).labels)
     labels[task.bad] = -1
     classes = np.unique(labels[labels >= 0])
     if len(classes) < 2:
@@ -211,9 +213,9 @@ def fuse_supervised(
         artifact=fusion,
     )
     ranks, steps = run.runner.num_workers, training.num_steps(config.adapt.epochs)
-    with run.console.stage("fuse", f"{SUPERVISED}, {classes} classes, {steps} steps on {counted(ranks, 'rank')}"):
-        if idle := idle_in_words(config.data, ranks):
-            run.console.say(f"fuse: {idle}")
+    with run.console.stage("fuse", f"{SUPERVISED}, {classes} classes, {steps} steps on {pluralize(ranks, 'rank')}"):
+        if idle := describe_idle_ranks(config.data, ranks):
+            run.console.log(f"fuse: {idle}")
         run.runner.run_jobs([Job(SUPERVISED, train_supervised_fusion, job, ranks)])
         wait_until_seen([fusion])
 
@@ -264,7 +266,7 @@ class SupervisedObjective(Classifying):
         self.classifier = classifier_for(context, config, shape, seed=seed, centroids=job.centroids, draws=draws)
         classes = [Classes(job.labels, self.classifier)]
         super().__init__(context, config, job.training, preprocess_of(backbone.pixels), classes=classes)
-        self._watch = AttentionWatch(self.module)
+        self._watch = AttentionStatistics(self.module)
 
     def backward(self, engine: Engine, step: int) -> dict[str, float]:
         sums = self.gradients(engine, step, self._job.micro_batch, self._watch.add)

@@ -43,7 +43,7 @@ def block_of(dim: int, rank: int, size: int) -> slice:
     return slice(dim * rank // size, dim * (rank + 1) // size)
 
 
-def judge_(c: Tensor, first: int, beta: float) -> Tensor:
+def barlow_penalty_and_grad_(c: Tensor, first: int, beta: float) -> Tensor:
     """The share in Eq. (4) of rows [first, first + m) of C, a scalar; `c` (m, D) becomes its gradient, in place."""
     diagonal = c[:, first : first + len(c)].diagonal()  # a view, (m,)
     missing = diagonal - 1
@@ -187,7 +187,7 @@ class _Whole(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, beta: float, comm: Comm) -> Tensor:
         c = comm.sum_(a.T @ b)
-        value = judge_(c, 0, beta)
+        value = barlow_penalty_and_grad_(c, 0, beta)
         ctx.comm = comm
         ctx.save_for_backward(a, b, c)
         return value
@@ -211,7 +211,7 @@ class _ByRows(torch.autograd.Function):
         del parts
         first = torch.cat(comm.exchange([a[:, of] for of in blocks], [(n, own.stop - own.start) for n in sizes]))
         c = first.T @ second  # (m, D) from (B, m)
-        value = judge_(c, own.start, beta)
+        value = barlow_penalty_and_grad_(c, own.start, beta)
         ctx.comm, ctx.sizes, ctx.widths = comm, sizes, [of.stop - of.start for of in blocks]
         ctx.save_for_backward(first, second, c)
         return comm.sum_(value)

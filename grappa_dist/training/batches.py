@@ -75,7 +75,7 @@ def trained_by(backbone: BackboneConfig, data: DataConfig, seed: int, **recipe: 
     return {"backbone": backbone_settings(backbone), **recipe, "data": order, "seed": seed}
 
 
-def idle_in_words(data: DataConfig, ranks: int) -> str:
+def describe_idle_ranks(data: DataConfig, ranks: int) -> str:
     """What is said of a training job with more ranks than there are streams to read; "" of another."""
     if ranks <= data.streams:
         return ""

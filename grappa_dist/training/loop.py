@@ -26,7 +26,7 @@ from grappa_dist.distributed.worker import RankContext
 from grappa_dist.files import replacing
 from grappa_dist.training.checkpoints import RowShard, load_checkpoint, save_checkpoint
 from grappa_dist.training.deepspeed_engine import Engine
-from grappa_dist.training.trackers import Audience, Tracker
+from grappa_dist.training.trackers import Tracker, TrackerGroup
 
 
 def cosine(step: int, total: int, warmup: int = 0) -> float:
@@ -65,7 +65,7 @@ class Objective(Protocol):
         ...
 
 
-class Beside(Protocol):
+class ShardedModule(Protocol):
     """What is trained beside the engine, its rows spread over the ranks; `step` follows every `backward`."""
 
     def step(self, learning_rate: float) -> None: ...
@@ -104,7 +104,7 @@ def train(
     *,
     folder: Path,
     job: str,
-    beside: Mapping[str, Beside] = MappingProxyType({}),
+    beside: Mapping[str, ShardedModule] = MappingProxyType({}),
     zero_stage: int = 0,
     watch: Watch = Watch(),
 ) -> bool:
@@ -178,7 +178,7 @@ class _Log:
             self._events = Events(path, job=job)
             where = {"ranks": context.comm.size, "host": socket.gethostname(), "pid": os.getpid()}
             self._events("begins", at_step=start, **where, **watch.settled)
-            self._audience = Audience(watch.trackers(), self._tracker_failed)
+            self._audience = TrackerGroup(watch.trackers(), self._tracker_failed)
 
     def step(self, step: int, rate: float, figures: dict[str, float]) -> None:
         waited_s = figures.pop("waited_s", None)

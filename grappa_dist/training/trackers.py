@@ -27,7 +27,7 @@ class Tracker(Protocol):
     def close(self) -> None: ...
 
 
-class Audience:
+class TrackerGroup:
     """The trackers of a job. One that fails is told of once, with its error, and hears no more; training goes on."""
 
     def __init__(self, trackers: Sequence[Tracker], failed: Callable[[str, str], None]) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from grappa_dist.data.index import Lost, losses_in_words, losses_of, lost_images
+from grappa_dist.data.index import Lost, describe_missing, losses_of, lost_images
 from grappa_dist.data.shards import ImageShards
 from tests.data.written import write_tar
 
@@ -61,8 +61,8 @@ def test_images_with_a_dot_in_their_name_are_lost_unless_their_key_has_an_image(
     assert shards[0].ignored == 4  # mask, JSON, what has no key, another suffix
     assert lost_images(shards) == sum(loss.images for loss in losses_of(shards)) == 51
     assert [loss.key for loss in losses_of(shards)] == [*names, "and others"]
-    assert [line.partition(" in ")[0] for line in losses_in_words(shards)] == ["51 images are left out"]
-    assert "rename 'b.left.jpg' to 'b_left.jpg'" in next(losses_in_words(shards))
+    assert [line.partition(" in ")[0] for line in describe_missing(shards)] == ["51 images are left out"]
+    assert "rename 'b.left.jpg' to 'b_left.jpg'" in next(describe_missing(shards))
     write_tar(tmp_path / "t.tar", {"v1.0/IMG.1.jpg": b"", "v1.0/IMG.2.jpg": b""})
     with pytest.raises(ValueError, match=r"no images in .* 'v1\.0/IMG\.1\.jpg' to 'v1\.0/IMG_1\.jpg'"):
         ImageShards.open([tmp_path / "t.tar"], None)

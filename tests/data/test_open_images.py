@@ -22,7 +22,7 @@ from grappa_dist.data.shards import ImageShards
 from grappa_dist.stages.run import run_root
 from tests.stages import tiny
 
-COLLECTION = "tests.stages.test_collect:draw"
+COLLECTION = "tests.data.test_open_images:draw"
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def test_sizes_of_a_collection_are_known_before_it_is_drawn() -> None:
     ("data", "said"),
     [
         (DataConfig(collection="nowhere:draw"), r"data\.collection=nowhere:draw.*PYTHONPATH"),
-        (DataConfig(collection="tests.stages.test_collect:none"), r"has no 'none'"),
+        (DataConfig(collection="tests.data.test_open_images:none"), r"has no 'none'"),
         (of(colour=3), r"data\.collection_kwargs=\{'colour': 3\}"),
     ],
 )
@@ -108,11 +108,11 @@ def test_a_tar_without_an_index_is_read_once_also_when_nothing_may_be_written(
         (Path(path) / "index.json").unlink()
     monkeypatch.setattr(collect, "INDEXING_S", 0)
     store, data, said = Store(tmp_path / "run"), DataConfig(train=tuple(paths)), list[str]()
-    first, _ = open_images(data, store, say=said.append)
+    first, _ = open_images(data, store, log=said.append)
     assert said == [
         f"collect: {count} tars without an index, or newer than theirs, read to the end" for count in (1, 2)
     ]
-    again, _ = open_images(data, store, write_index=False, say=said.append)
+    again, _ = open_images(data, store, write_index=False, log=said.append)
     assert again == first
     assert len(said) == 2
 

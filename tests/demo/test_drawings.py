@@ -58,10 +58,10 @@ def test_a_larger_collection_contains_the_smaller_kinds_and_species() -> None:
 
 @pytest.mark.parametrize("scale", [0.001, 0.05, 0.06])
 def test_sizes_agrees_with_what_is_drawn(scale: float) -> None:
-    counted = {"train": 0, "test": 0}
+    pluralize = {"train": 0, "test": 0}
     for one in draw(scale):
-        counted[one.split] += 1
-    assert counted == sizes(scale)
+        pluralize[one.split] += 1
+    assert pluralize == sizes(scale)
 
 
 def test_the_full_collection_has_the_promised_size() -> None:

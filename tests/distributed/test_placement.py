@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grappa_dist.distributed.placement import Rates, choose, placement_in_words, sets_per_job, shared_out, waves
+from grappa_dist.distributed.placement import Rates, choose, describe_placement, sets_per_job, shared_out, waves
 
 NODES = st.lists(st.integers(0, 9), min_size=1, max_size=6).filter(any)
 RANKS = st.integers(1, 12)
@@ -130,4 +130,4 @@ def test_no_other_number_of_sets_in_a_job_would_be_done_sooner(num_sets: int, sl
     ],
 )
 def test_a_plan_is_told_in_a_line(jobs: int, workers: int, ranks: int, said: str) -> None:
-    assert placement_in_words(jobs, workers, ranks) == said
+    assert describe_placement(jobs, workers, ranks) == said

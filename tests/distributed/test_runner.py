@@ -38,7 +38,7 @@ def cluster() -> Iterator[Cluster]:
             cluster.close()
 
 
-class Told:
+class Recorder:
     """Events of a runner, by name."""
 
     def __init__(self) -> None:
@@ -52,12 +52,12 @@ class Told:
 
 
 @pytest.fixture
-def told() -> Told:
-    return Told()
+def told() -> Recorder:
+    return Recorder()
 
 
 @pytest.fixture
-def runner(cluster: Cluster, told: Told) -> Iterator[Runner]:
+def runner(cluster: Cluster, told: Recorder) -> Iterator[Runner]:
     runner = Runner(cluster, RESOURCES, on_event=told)
     with runner.terminating():
         yield runner
@@ -160,7 +160,7 @@ def test_results_of_tasks_come_in_their_order_from_all_workers(runner: Runner) -
     assert runner.map(square, []) == []
 
 
-def test_a_task_whose_process_dies_is_tried_again(runner: Runner, told: Told, tmp_path: Path) -> None:
+def test_a_task_whose_process_dies_is_tried_again(runner: Runner, told: Recorder, tmp_path: Path) -> None:
     marker = str(tmp_path / "died")
     assert runner.map(die_once, [(n, marker) for n in range(4)]) == [0, 10, 20, 30]
     assert [event["job"] for event in told.of("job_failed")] == ["die_once 1"]
@@ -169,7 +169,9 @@ def test_a_task_whose_process_dies_is_tried_again(runner: Runner, told: Told, tm
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_job_whose_rank_dies_restarts_whole_and_ends(runner: Runner, told: Told, tmp_path: Path, victim: int) -> None:
+def test_a_job_whose_rank_dies_restarts_whole_and_ends(
+    runner: Runner, told: Recorder, tmp_path: Path, victim: int
+) -> None:
     results = runner.run_jobs([Job("sums", sum_of_ranks, (victim, str(tmp_path / "died")), 2)])
     assert results == {"sums": [(0, 3), (1, 3)]}
     assert [event["attempt"] for event in told.of("job_failed")] == [1]
@@ -177,7 +179,7 @@ def test_a_job_whose_rank_dies_restarts_whole_and_ends(runner: Runner, told: Tol
 
 
 def test_a_job_or_task_starts_on_fresh_workers_where_idle_ones_have_died_and_no_attempt_is_counted(
-    cluster: Cluster, told: Told
+    cluster: Cluster, told: Recorder
 ) -> None:
     runner = Runner(cluster, RESOURCES.model_copy(update={"max_restarts": 0}), on_event=told)
     for pid in {result[2] for result in runner.map(square, list(range(6)))}:
@@ -190,7 +192,7 @@ def test_a_job_or_task_starts_on_fresh_workers_where_idle_ones_have_died_and_no_
 
 
 def test_jobs_run_side_by_side_and_one_that_dies_takes_no_other_with_it(
-    runner: Runner, told: Told, tmp_path: Path
+    runner: Runner, told: Recorder, tmp_path: Path
 ) -> None:
     specs = {"dies": (0, str(tmp_path / "died")), "lives": (-1, ""), "waits": (-1, "")}
     results = runner.run_jobs([Job(name, sum_of_ranks, spec, 1) for name, spec in specs.items()])
@@ -215,20 +217,20 @@ def test_workers_serve_on_after_bad_input(runner: Runner) -> None:
     assert [result[0] for result in runner.map(square, [5, 6])] == [25, 36]
 
 
-def test_an_error_of_ours_in_a_task_is_not_tried_again(runner: Runner, told: Told) -> None:
+def test_an_error_of_ours_in_a_task_is_not_tried_again(runner: Runner, told: Recorder) -> None:
     with pytest.raises(AssertionError):
         runner.map(refuse, [0])
     assert told.of("job_failed") == []
 
 
-def test_a_task_that_storage_failed_is_tried_again(runner: Runner, told: Told, tmp_path: Path) -> None:
+def test_a_task_that_storage_failed_is_tried_again(runner: Runner, told: Recorder, tmp_path: Path) -> None:
     assert runner.map(read_stale, [str(tmp_path / "once")]) == ["read"]
     (failed,) = told.of("job_failed")
     assert "Stale file handle" in failed["reason"]
 
 
 def test_a_job_of_one_rank_whose_port_was_taken_is_tried_again_at_another_address(
-    runner: Runner, told: Told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    runner: Runner, told: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "died").touch()  # so that no rank dies
     with socket.socket() as taken:
@@ -248,13 +250,13 @@ def test_a_job_of_one_rank_whose_port_was_taken_is_tried_again_at_another_addres
     assert given[1] != given[0]
 
 
-def test_an_error_without_words_is_told_by_its_name(cluster: Cluster, told: Told) -> None:
+def test_an_error_without_words_is_told_by_its_name(cluster: Cluster, told: Recorder) -> None:
     runner = Runner(cluster, RESOURCES.model_copy(update={"max_restarts": 0}), on_event=told)
     with pytest.raises(RuntimeError, match=r"links failed 1 times, last with: ConnectionError$"):
         runner.run_jobs([Job("links", lose_link, None, 2)])
 
 
-def test_a_job_that_always_dies_fails_with_its_last_reason(runner: Runner, told: Told, tmp_path: Path) -> None:
+def test_a_job_that_always_dies_fails_with_its_last_reason(runner: Runner, told: Recorder, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"always_die 0 failed 3 times, last with: .+"):
         runner.map(always_die, [str(tmp_path)])
     assert len(list(tmp_path.iterdir())) == RESOURCES.max_restarts + 1
@@ -289,7 +291,7 @@ def test_a_job_of_more_ranks_than_workers_is_refused(runner: Runner) -> None:
 
 
 def test_a_job_that_fails_for_good_lets_the_others_save_their_state(
-    cluster: Cluster, runner: Runner, told: Told, tmp_path: Path
+    cluster: Cluster, runner: Runner, told: Recorder, tmp_path: Path
 ) -> None:
     marker = str(tmp_path / "runs")
     jobs = [Job("long", wait_for_stop, marker, 1), Job("wrong", refuse_once_seen, marker, 1)]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from grappa_dist.distributed.collectives import Comm
-from grappa_dist.distributed.sharded_rows import RowBlock, Rows, Share, join_rows, side_by_side
+from grappa_dist.distributed.sharded_rows import RowBlock, Rows, ShardedRows, join_rows, side_by_side
 from grappa_dist.distributed.worker import Stopped
 from grappa_dist.kmeans.lloyd import KMeans, kmeans
 from tests.kmeans.test_lloyd import clustered
@@ -20,7 +20,7 @@ WAIT_S = 3.0  # of one collective
 BLOCKS = 8  # of the last rank, each of which takes it long
 
 
-def share_of(comm: Comm) -> Share:
+def share_of(comm: Comm) -> ShardedRows:
     rows = clustered(10 * BLOCKS, 4, 5)
     own = rows if comm.rank == comm.size - 1 else rows[:3]
     share = join_rows(comm, Rows([own], [np.ones(len(own), dtype=bool)]), block_rows=10, device=torch.device("cpu"))

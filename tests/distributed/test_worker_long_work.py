@@ -6,7 +6,7 @@ from collections.abc import Generator
 import pytest
 
 from grappa_dist.distributed.collectives import Comm
-from grappa_dist.distributed.worker import RankContext, Stopped, until_all_are_done
+from grappa_dist.distributed.worker import RankContext, Stopped, wait_for_slower_ranks
 from tests.processes import run_ranks
 from tests.stages.tiny import CPU
 
@@ -34,7 +34,7 @@ def work(comm: Comm, stop_after: int | None = None) -> tuple[list[int], bool]:
 
     context = RankContext(comm, CPU, lambda status: None, stop_requested)
     try:
-        until_all_are_done(context, pieces(PIECES[comm.rank], 0.5 if last else 0.0, done))
+        wait_for_slower_ranks(context, pieces(PIECES[comm.rank], 0.5 if last else 0.0, done))
     except Stopped:
         return done, True
     return done, False
@@ -65,5 +65,5 @@ def test_all_ranks_stop_together_and_close_their_work_where_one_is_asked_to() ->
 
 def test_one_rank_alone_does_all_of_its_work() -> None:
     done = list[int]()
-    until_all_are_done(RankContext(Comm(), CPU, lambda status: None, lambda: False), pieces(4, 0.0, done))
+    wait_for_slower_ranks(RankContext(Comm(), CPU, lambda status: None, lambda: False), pieces(4, 0.0, done))
     assert done == [0, 1, 2, 3, -1]

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from grappa_dist.distributed.collectives import Comm
-from grappa_dist.distributed.sharded_rows import Share, join_rows
+from grappa_dist.distributed.sharded_rows import ShardedRows, join_rows
 from grappa_dist.kmeans import assignments as row_labels
 from grappa_dist.kmeans import balanced as balance
 from grappa_dist.kmeans import hierarchical
 from grappa_dist.kmeans import sampling as lowest
 from grappa_dist.kmeans.lloyd import KMeans, Progress, sharded_kmeans
-from grappa_dist.kmeans.methods import Choice, Clustering, Method, Told, Wanted, cluster
+from grappa_dist.kmeans.methods import Choice, Clustering, ClusteringCallbacks, Method, Wanted, cluster
 from grappa_dist.search.fixed_point import GRID, to_grid
 from tests.kmeans.test_lloyd import clustered, cuts, distances, good_rows, lattice, part_of
 from tests.processes import run_ranks
@@ -58,7 +58,7 @@ CASES: dict[str, tuple[str, int, Method]] = {
 }
 
 
-def share_of(comm: Comm, x: np.ndarray, block_rows: int) -> Share:
+def share_of(comm: Comm, x: np.ndarray, block_rows: int) -> ShardedRows:
     edges = cuts(len(x), comm.size) if len(x) > 1 else [0] * comm.size + [1]
     rows = part_of(x, edges[comm.rank], edges[comm.rank + 1])
     return join_rows(comm, rows, block_rows=block_rows, device=torch.device("cpu"))
@@ -192,7 +192,9 @@ RESUMED = [name for name in CASES if "one row" not in name and name != "sampled,
 def test_a_run_resumed_after_any_update_ends_as_if_it_had_not_stopped(alone: dict[str, Clustering], name: str) -> None:
     rows, num, how = CASES[name]
     share, saved = share_of(Comm(), ROWS[rows], 260), list[dict[str, Progress]]()
-    cluster(share, Wanted(num, how, seed=3, told=Told(on_update=lambda trail: saved.append(dict(trail)))))
+    cluster(
+        share, Wanted(num, how, seed=3, told=ClusteringCallbacks(on_update=lambda trail: saved.append(dict(trail))))
+    )
     assert saved
     for trail in saved[:: max(1, len(saved) // 8)] + saved[-1:]:
         again = cluster(share, Wanted(num, how, seed=3, trail=trail))
@@ -205,7 +207,12 @@ def test_a_row_meets_only_the_centroids_of_its_own_coarse_cluster() -> None:
     x = clustered(300, 6, 20)
     share, saved = share_of(Comm(), x, 64), list[dict[str, Progress]]()
     cluster(
-        share, Wanted(30, method("hierarchical", iterations=3), told=Told(on_update=lambda t: saved.append(dict(t))))
+        share,
+        Wanted(
+            30,
+            method("hierarchical", iterations=3),
+            told=ClusteringCallbacks(on_update=lambda t: saved.append(dict(t))),
+        ),
     )
     heads = saved[-1]["0/coarse"].centroids
     fine = [trail["0/fine"] for trail in saved if "0/fine" in trail]

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from grappa_dist.distributed.collectives import Comm
-from grappa_dist.distributed.sharded_rows import RowBlock, Rows, Share, join_rows
+from grappa_dist.distributed.sharded_rows import RowBlock, Rows, ShardedRows, join_rows
 from grappa_dist.kmeans.lloyd import KMeans, Progress, begin, end_together
 from grappa_dist.kmeans.methods import (
     Choice,
     Clustering,
+    ClusteringCallbacks,
     Method,
-    Told,
     Wanted,
     cluster,
     cluster_together,
@@ -34,7 +34,7 @@ def exact(**settings: Any) -> Method:
     return Method(choice=Choice("exact", "exact", "a test"), **{"iterations": 6, **settings})
 
 
-def share_of(comm: Comm) -> Share:
+def share_of(comm: Comm) -> ShardedRows:
     edges = cuts(len(ROWS), comm.size)
     rows = part_of(ROWS, edges[comm.rank], edges[comm.rank + 1])
     return join_rows(comm, rows, block_rows=100, device=torch.device("cpu"))
@@ -81,7 +81,7 @@ def test_what_has_ended_is_let_go_while_others_go_on() -> None:
 
 def test_one_stopped_in_the_middle_goes_on_beside_others() -> None:
     share, saved = share_of(Comm()), list[dict[str, Progress]]()
-    told = Told(on_update=lambda trail: saved.append(dict(trail)))
+    told = ClusteringCallbacks(on_update=lambda trail: saved.append(dict(trail)))
     whole = cluster(share, Wanted(40, exact(), told=told))
     wanted = [Wanted(7, exact()), Wanted(40, exact(), trail=saved[3])]
     again = dict(cluster_together(share, wanted))[1]
@@ -94,13 +94,13 @@ def test_a_pass_over_the_rows_serves_all(monkeypatch: pytest.MonkeyPatch) -> Non
     share = join_rows(Comm(), Rows([x], [np.ones(len(x), dtype=bool)]), device=torch.device("cpu"))
     starts = to_grid(torch.from_numpy(x)).numpy()
     started = [Wanted(num, exact(), trail={"0/fit": Progress(starts[:num], ())}) for num in (5, 9, 20)]
-    passes, row_blocks = Counter[str](), Share.row_blocks
+    passes, row_blocks = Counter[str](), ShardedRows.row_blocks
 
-    def counted(self: Share) -> Iterator[RowBlock]:
+    def pluralize(self: ShardedRows) -> Iterator[RowBlock]:
         passes["made"] += 1
         return row_blocks(self)
 
-    monkeypatch.setattr(Share, "row_blocks", counted)
+    monkeypatch.setattr(ShardedRows, "row_blocks", pluralize)
     found = [clustering for _, clustering in cluster_together(share, started)]
     assert passes["made"] == 1 + max(clustering.updates for clustering in found)
 

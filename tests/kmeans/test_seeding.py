@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from grappa_dist.distributed.collectives import Comm
-from grappa_dist.distributed.sharded_rows import Rows, Share, join_rows
+from grappa_dist.distributed.sharded_rows import Rows, ShardedRows, join_rows
 from grappa_dist.kmeans import seeding as sharded_seeding
 from grappa_dist.kmeans.seeding import Seeded, seed_centroids
 from tests.kmeans.test_lloyd import clustered, cuts, good_rows, part_of
@@ -25,7 +25,7 @@ def at(places: Iterable[int], drawn: int) -> Seeded:
     return Seeded(torch.tensor(list(places)), drawn)
 
 
-def share_of(comm: Comm, x: np.ndarray) -> Share:
+def share_of(comm: Comm, x: np.ndarray) -> ShardedRows:
     edges = cuts(len(x), comm.size)
     return join_rows(comm, part_of(x, edges[comm.rank], edges[comm.rank + 1]), device=torch.device("cpu"))
 

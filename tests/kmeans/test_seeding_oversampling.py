@@ -11,14 +11,14 @@ from torch import Tensor
 
 from benchmarks.harness import drawn_rows
 from grappa_dist.distributed.collectives import Comm
-from grappa_dist.distributed.sharded_rows import Rows, Share, join_rows
+from grappa_dist.distributed.sharded_rows import Rows, ShardedRows, join_rows
 from grappa_dist.distributed.worker import Stopped
 from grappa_dist.kmeans import seeding as oversampling
 from grappa_dist.kmeans import seeding as row_weights
 from grappa_dist.kmeans.sampling import race_keys, row_hashes
 from grappa_dist.kmeans.seeding import (
-    Candidates,
-    RowWeights,
+    D2Weights,
+    SeedCandidates,
     Seeded,
     draw_centroids,
     oversampled_centroids,
@@ -42,14 +42,14 @@ CASES = {
 }
 
 
-def share_of(comm: Comm, x: np.ndarray, block_rows: int = 64) -> Share:
+def share_of(comm: Comm, x: np.ndarray, block_rows: int = 64) -> ShardedRows:
     edges = cuts(len(x), comm.size)
     rows = part_of(x, edges[comm.rank], edges[comm.rank + 1])
     return join_rows(comm, rows, block_rows=block_rows, device=torch.device("cpu"))
 
 
-def candidates_at(*places: int) -> Candidates:
-    return Candidates(torch.tensor(places), torch.ones(len(places), dtype=torch.int64))
+def candidates_at(*places: int) -> SeedCandidates:
+    return SeedCandidates(torch.tensor(places), torch.ones(len(places), dtype=torch.int64))
 
 
 @cache
@@ -120,7 +120,7 @@ def test_a_row_that_counts_several_times_is_drawn_like_so_many_rows() -> None:
     times = np.random.default_rng(0).integers(0, 9, len(x))
     rows = [Rows([some], [np.ones(len(some), dtype=bool)]) for some in (x, np.repeat(x, times, axis=0))]
     once, repeated = (join_rows(Comm(), some, device=torch.device("cpu")) for some in rows)
-    weights = RowWeights.of(once, times=torch.from_numpy(times))
+    weights = D2Weights.of(once, times=torch.from_numpy(times))
     seeded, centroids = draw_centroids(weights, 25, 3, Seeded())
     assert torch.equal(centroids, seed_centroids(repeated, 25, 3))
     assert all(times[seeded.places] > 0)
@@ -177,14 +177,14 @@ def test_a_resume_of_another_initialisation_is_refused(wrong: Seeded) -> None:
 class Reads:
     """Counts the rows that one share reads by blocks."""
 
-    def __init__(self, share: Share, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.rows, pieces = 0, Share.pieces
+    def __init__(self, share: ShardedRows, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.rows, pieces = 0, ShardedRows.pieces
 
-        def counted(which: Share, positions: Tensor) -> list[Tensor]:
+        def pluralize(which: ShardedRows, positions: Tensor) -> list[Tensor]:
             self.rows += len(positions) if which is share else 0
             return pieces(which, positions)
 
-        monkeypatch.setattr(Share, "pieces", counted)
+        monkeypatch.setattr(ShardedRows, "pieces", pluralize)
 
 
 def test_rows_are_read_six_times_and_fewer_where_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,7 +251,7 @@ def test_it_starts_from_a_lower_inertia_than_k_means_plus_plus() -> None:
     share = share_of(Comm(), drawn_rows(3000, 24, 0), 1024)
 
     def inertia(centroids: Tensor) -> int:
-        weights = RowWeights.of(share)
+        weights = D2Weights.of(share)
         weights.lower([centroids])
         return int(weights.squares.sum())
 

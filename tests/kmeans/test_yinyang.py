@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grappa_dist.kmeans.yinyang import Bounds, Drift, GroupedCentroids, Groups, Moves, reassign
-from grappa_dist.search.bf16 import HalfProposer
-from grappa_dist.search.candidates import FloatProposer, Proposer, float_error
+from grappa_dist.kmeans.yinyang import Bounds, Drift, GroupedCentroids, Groups, Reassignments, reassign
+from grappa_dist.search.bf16 import Bf16Generator
+from grappa_dist.search.candidates import CandidateGenerator, Float32Generator, float_error
 from grappa_dist.search.fixed_point import GRID, exact_square, to_grid
 
 
@@ -57,26 +57,28 @@ def check(x: Tensor, c: Tensor, groups: Groups, known: Bounds) -> None:
         assert bool((known.lower[:, g] <= distances[:, members].min(1).values).all())
 
 
-def follow(x: Tensor, path: list[Tensor], groups: Groups, proposer: Proposer | None = None) -> list[Moves]:
-    known, found = unknown(x, groups), list[Moves]()
+def follow(
+    x: Tensor, path: list[Tensor], groups: Groups, generator: CandidateGenerator | None = None
+) -> list[Reassignments]:
+    known, found = unknown(x, groups), list[Reassignments]()
     for step, c in enumerate(path):
         if step:
             known.shift_(Drift.between(path[step - 1], c, groups))
-        found.append(reassign(lambda rows: x[rows].split(7), GroupedCentroids.of(c, groups, proposer), known))
+        found.append(reassign(lambda rows: x[rows].split(7), GroupedCentroids.of(c, groups, generator), known))
         check(x, c, groups, known)
     return found
 
 
-def proposers(x: Tensor) -> list[Proposer]:
-    return [FloatProposer(), HalfProposer(HalfProposer.left_out(x))]
+def proposers(x: Tensor) -> list[CandidateGenerator]:
+    return [Float32Generator(), Bf16Generator(Bf16Generator.left_out(x))]
 
 
 @pytest.mark.parametrize("num_groups", [1, 3, 8, 40])
 @pytest.mark.parametrize("dim", [1, 3, 32, 200])
 def test_labels_stay_those_of_integer_arithmetic_while_centroids_move(num_groups: int, dim: int) -> None:
     x, c = unit_rows(200, dim), unit_rows(40, dim, seed=1)
-    for proposer in proposers(x):
-        follow(x, walk(c, 8), Groups.around(c, num_groups), proposer)
+    for generator in proposers(x):
+        follow(x, walk(c, 8), Groups.around(c, num_groups), generator)
 
 
 @pytest.mark.parametrize("num_groups", [1, 4])
@@ -85,8 +87,8 @@ def test_near_ties_and_equal_centroids_go_to_the_lowest_index(num_groups: int) -
     shaken = c + torch.randint(-2, 3, c.shape, generator=torch.Generator().manual_seed(1)) / GRID
     c = to_grid(torch.cat([c, shaken.clamp(-1, 1), c[:3], c[:3], c[:3]]))
     x = to_grid(torch.cat([unit_rows(30, 16, seed=2), c, (c[:6] + c[6:12]) / 2]))
-    for proposer in proposers(x):
-        follow(x, [c, c.flip(0), c], Groups.around(c, num_groups), proposer)
+    for generator in proposers(x):
+        follow(x, [c, c.flip(0), c], Groups.around(c, num_groups), generator)
 
 
 @pytest.mark.parametrize("num_groups", [1, 3])
@@ -94,8 +96,8 @@ def test_crowds_of_equal_centroids_are_larger_than_all_proposals(num_groups: int
     c = torch.cat([unit_rows(3, 16, seed=1), unit_rows(1, 16).repeat(12, 1), unit_rows(1, 16).repeat(9, 1)])
     c = to_grid(c + torch.randint(0, 2, c.shape, generator=torch.Generator().manual_seed(2)) / GRID)
     x = torch.cat([unit_rows(20, 16, seed=3), unit_rows(1, 16).repeat(15, 1)])
-    for proposer in proposers(x):
-        follow(x, [c, c.flip(0)], Groups.around(c, num_groups), proposer)
+    for generator in proposers(x):
+        follow(x, [c, c.flip(0)], Groups.around(c, num_groups), generator)
 
 
 @pytest.mark.parametrize("num_groups", [1, 5])
@@ -109,7 +111,7 @@ def test_float_noise_within_the_bound_changes_no_label(num_groups: int) -> None:
         best = (distances + noise).topk(t, largest=False)
         return best.values.float(), best.indices
 
-    follow(x, walk(c, 6), Groups.around(c, num_groups), FloatProposer(noisy))
+    follow(x, walk(c, 6), Groups.around(c, num_groups), Float32Generator(noisy))
 
 
 def test_many_tiny_steps_do_not_outrun_the_bounds() -> None:
@@ -120,8 +122,8 @@ def test_many_tiny_steps_do_not_outrun_the_bounds() -> None:
     for _ in range(30):
         steps = torch.randint(-3, 4, c.shape, generator=generator)
         path.append(to_grid(path[-1] + steps / GRID))
-    for proposer in proposers(x):
-        follow(x, path, Groups.around(c, 4), proposer)
+    for generator in proposers(x):
+        follow(x, path, Groups.around(c, 4), generator)
 
 
 def test_moves_say_what_changed() -> None:

@@ -79,11 +79,11 @@ def test_few_pairs_of_large_blocks_are_scored_exactly(monkeypatch: pytest.Monkey
     scored: list[int] = []
     exact = sift.pair_dots
 
-    def counted(a: Tensor, b: Tensor, some: tuple[Tensor, Tensor]) -> Tensor:
+    def pluralize(a: Tensor, b: Tensor, some: tuple[Tensor, Tensor]) -> Tensor:
         scored.append(len(some[0]))
         return exact(a, b, some)
 
-    monkeypatch.setattr(sift, "pair_dots", counted)
+    monkeypatch.setattr(sift, "pair_dots", pluralize)
     monkeypatch.setattr(sift, "extend", None)  # no table is too crowded
     best = Neighbours.none(len(x), 5)
     taken(best, search_within(Side.of(Block(x, torch.arange(len(x))), halves=False), best))

@@ -106,11 +106,11 @@ def test_blocks_are_read_once_while_what_is_kept_has_room(monkeypatch: pytest.Mo
     x, ids = unit_rows(30, 8), np.arange(30)
     read = list[int]()
 
-    def counted(rows: torch.Tensor) -> torch.Tensor:
+    def pluralize(rows: torch.Tensor) -> torch.Tensor:
         read.append(len(rows))
         return to_grid(rows)
 
-    monkeypatch.setattr(knn_blocks, "to_grid", counted)
+    monkeypatch.setattr(knn_blocks, "to_grid", pluralize)
     sharded_knn(Comm(), x, ids, 3, block_rows=10, copies=True)
     assert read == [10] * 3
     read.clear()

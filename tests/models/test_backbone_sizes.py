@@ -10,7 +10,7 @@ from grappa_dist.models import create_backbone
 from grappa_dist.models.backbone import check_image_size
 from tests.models import tiny
 
-NAME = "tests.models.test_sizes:positioned"
+NAME = "tests.models.test_backbone_sizes:positioned"
 
 
 class Positioned(tiny.Patches):
@@ -91,10 +91,10 @@ def test_patches_that_come_with_the_shape_of_their_grid_are_told_by_their_tokens
 
 def test_patches_that_fail_at_any_size_are_no_matter_of_the_size() -> None:
     with pytest.raises(ValueError, match=r"patch_embed fails on an image of backbone\.image_size=48 \(.*channels"):
-        check("tests.models.test_sizes:of_four_channels", 48)
+        check("tests.models.test_backbone_sizes:of_four_channels", 48)
 
 
 def test_patches_that_are_no_tokens_are_refused_by_their_shape() -> None:
     said = r"patch_embed must make tokens \(B, T, embed_dim\) of images, here \(1, T, 8\); it makes \(1, 8, 4, 4\)$"
     with pytest.raises(ValueError, match=said):
-        check("tests.models.test_sizes:channels_last", 32)
+        check("tests.models.test_backbone_sizes:channels_last", 32)

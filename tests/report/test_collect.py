@@ -18,10 +18,10 @@ from grappa_dist.layout import lay_out
 from grappa_dist.report.collect import (
     Steps,
     _bad,
-    bad_in_words,
     best_sets,
     by_step,
     curve,
+    describe_bad_images,
     graph_facts,
     job_of,
     median,
@@ -182,6 +182,6 @@ def test_the_line_on_bad_images_counts_those_without_a_row_and_says_what_is_list
         for artifact in flow.features:
             write_json(artifact.begin() / "bad.json", {str(row): "why" for row in range(bad)})
             artifact.commit()
-        assert bad_in_words(flow, reported=False) == f"{said}{counts}; features/backbone/*/bad.json list {rest}"
+        assert describe_bad_images(flow, reported=False) == f"{said}{counts}; features/backbone/*/bad.json list {rest}"
         listed = "them" if bad in (0, 100) else "the first 100"
-        assert bad_in_words(flow, reported=True) == f"{said}{counts}; the report lists {listed} with reasons"
+        assert describe_bad_images(flow, reported=True) == f"{said}{counts}; the report lists {listed} with reasons"

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grappa_dist.search.backends import fused_pays, keeps_its_word
-from grappa_dist.search.bf16 import HalfProposer
-from grappa_dist.search.candidates import Centroids, FloatProposer, PreparedRows, Proposals
+from grappa_dist.search.backends import triton_pays, within_error_bound
+from grappa_dist.search.bf16 import Bf16Generator
+from grappa_dist.search.candidates import Candidates, Centroids, Float32Generator, PreparedRows
 from grappa_dist.search.fixed_point import to_grid
 
 
@@ -17,24 +17,24 @@ def unit_rows(num: int, seed: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Careless(FloatProposer):
+class Careless(Float32Generator):
     """Off by more than it says, or blind to some centroids."""
 
     off: float = 0.0
     blind: int = 0
 
-    def nearest(self, rows: PreparedRows, centroids: Centroids, t: int) -> Proposals:
+    def nearest(self, rows: PreparedRows, centroids: Centroids, t: int) -> Candidates:
         found = super().nearest(rows, centroids.pick(torch.arange(len(centroids.values) - self.blind)), t)
-        return Proposals(found.distances + self.off, found.labels, found.error)
+        return Candidates(found.distances + self.off, found.labels, found.error)
 
 
 def test_proposers_that_err_by_more_than_they_say_are_told() -> None:
     x, c = unit_rows(60, 0), unit_rows(25, 1)
-    assert keeps_its_word(FloatProposer(), x, c)
-    assert keeps_its_word(HalfProposer(HalfProposer.left_out(x)), x, c)
-    assert not keeps_its_word(Careless(off=1e-3), x, c)
-    assert not keeps_its_word(Careless(blind=12), x, c)
+    assert within_error_bound(Float32Generator(), x, c)
+    assert within_error_bound(Bf16Generator(Bf16Generator.left_out(x)), x, c)
+    assert not within_error_bound(Careless(off=1e-3), x, c)
+    assert not within_error_bound(Careless(blind=12), x, c)
 
 
 def test_a_processor_fuses_nothing() -> None:
-    assert not fused_pays(torch.device("cpu"))
+    assert not triton_pays(torch.device("cpu"))

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grappa_dist.search.bf16 import HALF, Gaps, HalfProposer
+from grappa_dist.search.bf16 import HALF, Bf16Generator, PairBounds
 from grappa_dist.search.candidates import Centroids, PreparedRows
 from grappa_dist.search.fixed_point import GRID, exact_dot, exact_square, to_grid
 
@@ -37,9 +37,9 @@ def kinds(dim: int) -> dict[str, Tensor]:
     return {name: to_grid(rows.clamp(-1, 1)) for name, rows in all_kinds.items()}
 
 
-def prepared(x: Tensor, c: Tensor, base: Tensor) -> tuple[HalfProposer, PreparedRows, Centroids]:
-    proposer = HalfProposer(HalfProposer.left_out(x))
-    return proposer, proposer.rows([x], exact_square(x), base, within_base=False), Centroids.of(c, proposer)
+def prepared(x: Tensor, c: Tensor, base: Tensor) -> tuple[Bf16Generator, PreparedRows, Centroids]:
+    generator = Bf16Generator(Bf16Generator.left_out(x))
+    return generator, generator.rows([x], exact_square(x), base, within_base=False), Centroids.of(c, generator)
 
 
 def squared_distances(x: Tensor, c: Tensor) -> Tensor:
@@ -52,8 +52,8 @@ def test_errors_of_two_scores_differ_by_no_more_than_their_pair_may(dim: int) ->
         for of_centroids, c in kinds(dim).items():
             exact = squared_distances(x, c)
             for base in (exact.min(1).values, exact_square(x) / GRID**2):
-                proposer, rows, centroids = prepared(x, c, base)
-                pairs = proposer._gaps(rows, centroids).pairs
+                generator, rows, centroids = prepared(x, c, base)
+                pairs = generator._gaps(rows, centroids).pairs
                 assert pairs is not None
                 scores = (rows.form @ centroids.form.T)[: len(x)].double()
                 errors = scores - (base[:, None] - exact) / 2
@@ -69,9 +69,9 @@ def test_the_nearest_is_always_possible(dim: int) -> None:
             exact = squared_distances(x, c)
             nearest = exact.min(1).values
             for base, within_base in ((nearest, False), (2 * nearest, True), (exact_square(x) / GRID**2, False)):
-                proposer = HalfProposer(HalfProposer.left_out(x))
-                rows = proposer.rows([x], exact_square(x), base, within_base=within_base)
-                found = proposer.nearest(rows, Centroids.of(c, proposer), 4)
+                generator = Bf16Generator(Bf16Generator.left_out(x))
+                rows = generator.rows([x], exact_square(x), base, within_base=within_base)
+                found = generator.nearest(rows, Centroids.of(c, generator), 4)
                 row, place = found.possible.nonzero().unbind(1)
                 left = exact.index_put((row, found.labels[row, place]), torch.tensor(9.0, dtype=exact.dtype))
                 missed = (left <= nearest[:, None]).any(1)  # by a place, so it must be among those not proposed
@@ -84,8 +84,8 @@ def test_pairs_leave_fewer_rows_open_than_the_largest_error_of_all() -> None:
     c = to_grid(F.normalize(heads.repeat(5, 1) + 0.02 * torch.randn(40, 256, generator=draws), dim=1))
     x = to_grid(F.normalize(heads.repeat(50, 1) + 0.04 * torch.randn(400, 256, generator=draws), dim=1))
     base = squared_distances(x, c).min(1).values
-    proposer, rows, centroids = prepared(x, c, base)
-    found = proposer.nearest(rows, centroids, 6)
+    generator, rows, centroids = prepared(x, c, base)
+    found = generator.nearest(rows, centroids, 6)
     by_largest = found.distances <= found.distances[:, :1] + 2 * found.error
     assert found.possible[:, 1].sum() < 0.7 * by_largest[:, 1].sum()
 
@@ -94,8 +94,8 @@ def test_the_error_of_a_pair_is_nearly_reached() -> None:
     x = kinds(384)["unit"][:1]
     apart = F.normalize(x - x.bfloat16().float(), dim=1)
     c = torch.cat([0.5 * x + 0.2 * apart, 0.5 * x - 0.2 * apart]).bfloat16().float()  # rounding takes nothing from them
-    proposer, rows, centroids = prepared(x.repeat(2, 1), c, squared_distances(x, c).min(1).values.repeat(2))
-    pairs = proposer._gaps(rows, centroids).pairs
+    generator, rows, centroids = prepared(x.repeat(2, 1), c, squared_distances(x, c).min(1).values.repeat(2))
+    pairs = generator._gaps(rows, centroids).pairs
     assert pairs is not None
     errors = (rows.form[:1].double() @ centroids.form.double().T + squared_distances(x, c) / 2)[0]
     assert abs(float(errors[0] - errors[1])) > 0.7 * float(pairs[0, 1])
@@ -103,7 +103,7 @@ def test_the_error_of_a_pair_is_nearly_reached() -> None:
 
 def test_without_pairs_the_gap_is_twice_the_error_and_what_rounding_adds() -> None:
     scores = torch.tensor([0.0, -0.5])
-    gaps = Gaps(0.01)
+    gaps = PairBounds(0.01)
     wanted = (0.02 + 2 * HALF * scores.abs()) * (1 + 2 * HALF)
     for found in (gaps.to_any(scores, scores.long()), gaps.to(scores.long(), scores, scores.long())):
         assert torch.allclose(found, wanted)

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from grappa_dist.search import bf16 as halves
 from grappa_dist.search import candidates as proposals
-from grappa_dist.search.bf16 import HalfProposer
+from grappa_dist.search.bf16 import Bf16Generator
 from grappa_dist.search.candidates import (
+    CandidateGenerator,
     Centroids,
-    FloatProposer,
-    Proposer,
+    Float32Generator,
     float_error,
     nearest_in_floats,
     true_products,
@@ -39,8 +39,8 @@ def cases(dim: int) -> list[tuple[Tensor, Tensor]]:
     return [(x, c), (near[:20], near[20:]), (x, -x[:9]), (x, to_grid(c * 0.01)), (x[:1], x[:1].repeat(12, 1))]
 
 
-def half(x: Tensor) -> HalfProposer:
-    return HalfProposer(HalfProposer.left_out(x))
+def half(x: Tensor) -> Bf16Generator:
+    return Bf16Generator(Bf16Generator.left_out(x))
 
 
 @pytest.mark.parametrize("dim", [1, 3, 48, 768])
@@ -50,14 +50,14 @@ def test_estimates_keep_to_the_error_they_state(dim: int) -> None:
         least, most = exact.min(1).values, exact.max(1).values
         bases = [(squares / GRID**2, False), (least, False), (most, False), (torch.zeros_like(least), False)]
         bases += [(least, True), ((least + most) / 2, True), (least / 2, True)]
-        for proposer in (FloatProposer(), half(x)):
+        for generator in (Float32Generator(), half(x)):
             for base, within_base in bases:
-                rows = proposer.rows([x], squares, base, within_base=within_base)
-                found = proposer.nearest(rows, Centroids.of(c, proposer), min(6, len(c)))
+                rows = generator.rows([x], squares, base, within_base=within_base)
+                found = generator.nearest(rows, Centroids.of(c, generator), min(6, len(c)))
                 check(found, exact, base if within_base else None)
 
 
-def check(found: proposals.Proposals, exact: Tensor, bound: Tensor | None) -> None:
+def check(found: proposals.Candidates, exact: Tensor, bound: Tensor | None) -> None:
     nearest = exact.min(1).values
     estimates = found.distances.double()
     true = exact.gather(1, found.labels)
@@ -85,10 +85,10 @@ def check(found: proposals.Proposals, exact: Tensor, bound: Tensor | None) -> No
 def test_bfloat16_is_sharpest_near_the_base() -> None:
     x = unit_rows(50, 256)
     c = to_grid(F.normalize(x[:10] + 0.3 * unit_rows(10, 256, seed=3), dim=1))
-    proposer, squares, exact = half(x), exact_square(x), exact_squares(x, c)
+    generator, squares, exact = half(x), exact_square(x), exact_squares(x, c)
     errors = []
     for base in (exact.min(1).values, squares / GRID**2 + 6):
-        found = proposer.nearest(proposer.rows([x], squares, base, within_base=False), Centroids.of(c, proposer), 2)
+        found = generator.nearest(generator.rows([x], squares, base, within_base=False), Centroids.of(c, generator), 2)
         errors.append((found.distances[:, 0] - exact.gather(1, found.labels[:, :1])[:, 0]).abs().max())
     assert errors[0] < errors[1] / 2
 
@@ -96,28 +96,28 @@ def test_bfloat16_is_sharpest_near_the_base() -> None:
 def test_picked_rows_and_centroids_give_the_estimates_they_had() -> None:
     x, c = unit_rows(300, 20), unit_rows(50, 20, seed=1)
     some, labels = torch.tensor([0, 7, 8, 299]), torch.tensor([3, 4, 48])
-    proposers: list[Proposer] = [FloatProposer(), half(x)]
-    for proposer in proposers:
+    proposers: list[CandidateGenerator] = [Float32Generator(), half(x)]
+    for generator in proposers:
         rows, centroids = (
-            proposer.rows([x], exact_square(x), exact_square(x) / GRID**2, within_base=False),
-            Centroids.of(c, proposer),
+            generator.rows([x], exact_square(x), exact_square(x) / GRID**2, within_base=False),
+            Centroids.of(c, generator),
         )
-        whole = proposer.nearest(rows, centroids.pick(labels), 2)
-        picked = proposer.nearest(rows.pick(some), centroids.pick(labels), 2)
+        whole = generator.nearest(rows, centroids.pick(labels), 2)
+        picked = generator.nearest(rows.pick(some), centroids.pick(labels), 2)
         assert torch.equal(picked.labels, whole.labels[some])
         assert torch.allclose(picked.distances[:, 0], whole.distances[some, 0], atol=1e-6)
 
 
 def test_tiles_do_not_change_estimates(monkeypatch: pytest.MonkeyPatch) -> None:
     x, c = unit_rows(400, 20), unit_rows(50, 20, seed=1)
-    proposer = half(x)
+    generator = half(x)
     rows, centroids = (
-        proposer.rows([x], exact_square(x), exact_square(x) / GRID**2, within_base=False),
-        Centroids.of(c, proposer),
+        generator.rows([x], exact_square(x), exact_square(x) / GRID**2, within_base=False),
+        Centroids.of(c, generator),
     )
-    whole = proposer.nearest(rows, centroids, 2)
+    whole = generator.nearest(rows, centroids, 2)
     monkeypatch.setattr(halves, "_CACHED_TILE", 64)
-    cut = proposer.nearest(rows, centroids, 2)
+    cut = generator.nearest(rows, centroids, 2)
     assert torch.equal(cut.labels, whole.labels)
     assert torch.allclose(cut.distances, whole.distances)
 
@@ -125,8 +125,8 @@ def test_tiles_do_not_change_estimates(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_rounding_leaves_out_of_rows_is_their_largest_rest() -> None:
     x = unit_rows(700, 30)
     rest = (x.double() - x.bfloat16().double()).norm(dim=1).max()
-    assert rest <= HalfProposer.left_out(x) <= rest * 1.001
-    assert HalfProposer.left_out(x.bfloat16().float()) == HalfProposer.left_out(x[:0]) == 0
+    assert rest <= Bf16Generator.left_out(x) <= rest * 1.001
+    assert Bf16Generator.left_out(x.bfloat16().float()) == Bf16Generator.left_out(x[:0]) == 0
 
 
 def test_the_float_error_of_real_searches_is_within_the_bound() -> None:
@@ -143,10 +143,10 @@ def test_columns_beyond_sixteen_bits_and_ragged_ends_are_found() -> None:
     for num, dim in ((70_001, 3), (1, 5), (33, 5)):
         x, c = unit_rows(20, dim), unit_rows(num, dim, seed=1)
         x = torch.cat([x, c[-3:]])
-        exact, proposer = exact_squares(x, c), half(x)
+        exact, generator = exact_squares(x, c), half(x)
         least = exact.min(1).values
-        rows = proposer.rows([x], exact_square(x), least, within_base=False)
-        found = proposer.nearest(rows, Centroids.of(c, proposer), min(6, num))
+        rows = generator.rows([x], exact_square(x), least, within_base=False)
+        found = generator.nearest(rows, Centroids.of(c, generator), min(6, num))
         assert bool(((found.distances[:, 0].double() - least).abs() <= found.error).all())
         above = found.distances - found.error > exact.gather(1, found.labels)
         assert not bool((above & found.distances.isfinite()).any())

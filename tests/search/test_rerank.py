@@ -7,15 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from grappa_dist.search import rerank as nearest
-from grappa_dist.search.bf16 import HalfProposer
-from grappa_dist.search.candidates import Centroids, FloatProposer, Proposer, float_error
+from grappa_dist.search.bf16 import Bf16Generator
+from grappa_dist.search.candidates import CandidateGenerator, Centroids, Float32Generator, float_error
 from grappa_dist.search.fixed_point import GRID, exact_square, to_grid
 from grappa_dist.search.rerank import (
     FAR,
-    Rivals,
+    Competitors,
     assign,
+    decide_competitors,
     decide_pairs,
-    decide_rivals,
     nearest_of_pairs,
     pair_dots,
     pair_squares,
@@ -42,8 +42,8 @@ def near_ties(dim: int) -> tuple[Tensor, Tensor]:
     return to_grid(torch.cat([unit_rows(20, dim, seed=2), centroids, (centroids[:6] + centroids[6:12]) / 2])), centroids
 
 
-def proposers(x: Tensor) -> list[Proposer]:
-    return [FloatProposer(), HalfProposer(HalfProposer.left_out(x))]
+def proposers(x: Tensor) -> list[CandidateGenerator]:
+    return [Float32Generator(), Bf16Generator(Bf16Generator.left_out(x))]
 
 
 @pytest.mark.parametrize("dim", [1, 2, 7, 192])
@@ -54,8 +54,8 @@ def test_labels_and_distances_are_those_of_integer_arithmetic(dim: int) -> None:
         (unit_rows(3, dim), unit_rows(1, dim)),
     ):
         wanted = squares_in_integers(x, c)
-        for proposer in proposers(x):
-            found = assign(x, Centroids.of(c, proposer))
+        for generator in proposers(x):
+            found = assign(x, Centroids.of(c, generator))
             assert found.labels.tolist() == wanted.argmin(1).tolist()  # argmin: the first of equal ones
             assert found.squares.tolist() == wanted.min(1).tolist()
 
@@ -73,7 +73,7 @@ def test_float_noise_within_the_bound_changes_no_label() -> None:
 
     exact = assign(x, Centroids.of(c))
     for _ in range(10):
-        found = assign(x, Centroids.of(c, FloatProposer(noisy)))
+        found = assign(x, Centroids.of(c, Float32Generator(noisy)))
         assert torch.equal(found.labels, exact.labels)
         assert torch.equal(found.squares, exact.squares)
 
@@ -82,10 +82,10 @@ def test_centroids_within_reach_are_found_and_others_need_not_be() -> None:
     x, c = unit_rows(60, 16), unit_rows(20, 16, seed=1)
     wanted = squares_in_integers(x, c)
     least = wanted.min(1)
-    for proposer in proposers(x):
+    for generator in proposers(x):
         for factor in (0.0, 0.5, 1.0, 2.0):
             within = torch.from_numpy(least * factor / GRID**2)
-            found = assign(x, Centroids.of(c, proposer), within=within)
+            found = assign(x, Centroids.of(c, generator), within=within)
             seen = (found.labels >= 0).numpy()
             assert seen.all() if factor >= 1 else seen.mean() < 0.2
             assert found.labels[seen].tolist() == wanted.argmin(1)[seen].tolist()
@@ -95,8 +95,8 @@ def test_centroids_within_reach_are_found_and_others_need_not_be() -> None:
 def test_more_equal_centroids_than_proposals_still_give_the_lowest_index() -> None:
     c = torch.cat([unit_rows(3, 8, seed=1), unit_rows(1, 8).repeat(20, 1)])
     x = unit_rows(1, 8).repeat(4, 1)
-    for proposer in proposers(x):
-        found = assign(x, Centroids.of(c, proposer))
+    for generator in proposers(x):
+        found = assign(x, Centroids.of(c, generator))
         assert found.labels.tolist() == [3] * 4
         assert found.squares.tolist() == [0] * 4
 
@@ -162,7 +162,7 @@ def test_rivals_are_decided_as_by_exact_distances(dim: int) -> None:
         rows, labels = rows[labels != first[rows]], labels[labels != first[rows]]
         pairs = (torch.cat([torch.arange(60), rows]), torch.cat([first, labels]))
         exact = nearest_of_pairs(x, exact_square(x), Centroids.of(c), pairs)
-        found, unsure = decide_rivals(x, exact_square(x), Centroids.of(c), Rivals(first, rows, labels))
+        found, unsure = decide_competitors(x, exact_square(x), Centroids.of(c), Competitors(first, rows, labels))
         assert torch.equal(found, exact.labels)
         assert int(unsure.sum()) < len(x) or dim == 1
         left_open += int(unsure.sum())
@@ -174,8 +174,8 @@ def test_a_rival_that_differs_by_one_step_of_the_grid_is_told_from_the_first() -
     c = to_grid(torch.cat([0.9 * x, 0.9 * x]))
     c[torch.arange(40), torch.arange(40)] += 1 / GRID
     for first, other in ((0, 40), (40, 0)):
-        rivals = Rivals(torch.arange(40) + first, torch.arange(40), torch.arange(40) + other)
-        found, unsure = decide_rivals(x, exact_square(x), Centroids.of(c), rivals)
+        competitors = Competitors(torch.arange(40) + first, torch.arange(40), torch.arange(40) + other)
+        found, unsure = decide_competitors(x, exact_square(x), Centroids.of(c), competitors)
         assert bool(unsure.all())
         near = squares_in_integers(x, c)[np.arange(40)[:, None], np.arange(40)[:, None] + [0, 40]]
         assert found.tolist() == (np.arange(40) + 40 * near.argmin(1)).tolist()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-INTERPRETED = Path(__file__).with_name("top_products_interpreted.py")
+INTERPRETED = Path(__file__).with_name("triton_interpreted.py")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")

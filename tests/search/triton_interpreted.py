@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from grappa_dist.search.bf16 import FusedProposer
+from grappa_dist.search.bf16 import TritonGenerator
 from grappa_dist.search.candidates import Centroids
 from grappa_dist.search.fixed_point import GRID, exact_square
 from grappa_dist.search.rerank import assign, best_of_all
@@ -44,16 +44,16 @@ def test_no_rows_have_no_products_and_other_types_are_refused() -> None:
 @pytest.mark.parametrize("dim", [1, 3, 48])
 def test_fused_estimates_keep_to_the_error_they_state(dim: int) -> None:
     for x, c in cases(dim):
-        exact, proposer = exact_squares(x, c), FusedProposer(FusedProposer.left_out(x))
+        exact, generator = exact_squares(x, c), TritonGenerator(TritonGenerator.left_out(x))
         least, most = exact.min(1).values, exact.max(1).values
         for base in (exact_square(x) / GRID**2, least, most, (least + most) / 2):
             for within_base in (False, True):
-                rows = proposer.rows([x], exact_square(x), base, within_base=within_base)
-                found = proposer.nearest(rows, Centroids.of(c, proposer), min(3, len(c)))
+                rows = generator.rows([x], exact_square(x), base, within_base=within_base)
+                found = generator.nearest(rows, Centroids.of(c, generator), min(3, len(c)))
                 check(found, exact, base if within_base else None)
 
 
 def test_labels_by_the_kernel_are_those_of_exact_integers() -> None:
     for x, c in cases(24):
-        centroids = Centroids.of(c, FusedProposer(FusedProposer.left_out(x)))
+        centroids = Centroids.of(c, TritonGenerator(TritonGenerator.left_out(x)))
         assert torch.equal(assign(x, centroids).labels, best_of_all(x, centroids)[0])

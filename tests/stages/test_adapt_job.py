@@ -13,7 +13,7 @@ import torch
 
 from grappa_dist.console import read_events
 from grappa_dist.distributed.collectives import Comm
-from grappa_dist.distributed.worker import let_go
+from grappa_dist.distributed.worker import release_memory
 from grappa_dist.models import PackedGrappa
 from grappa_dist.models.spec import ModelSpec, built
 from grappa_dist.stages import adapt_job as adapting
@@ -139,7 +139,7 @@ def left_of_a_job(comm: Comm, job: AdaptJob) -> tuple[set[str], set[str]]:
         patch.setattr(adapting.AdaptObjective, "__init__", watched)
         run(comm, job)
     before = {name for name, part in parts.items() if part() is not None}
-    let_go()
+    release_memory()
     return before, {name for name, part in parts.items() if part() is not None}
 
 
@@ -183,7 +183,7 @@ def said_when_broken(comm: Comm, job: AdaptJob) -> str:
 
 def test_a_loss_that_is_not_finite_names_the_images_whose_features_are_not(drawn: Path) -> None:
     job = job_in(drawn, "nan", micro_batch=tiny.BATCH)
-    job = replace(job, backbone=job.backbone.model_copy(update={"name": "tests.stages.test_adapting:broken"}))
+    job = replace(job, backbone=job.backbone.model_copy(update={"name": "tests.stages.test_adapt_job:broken"}))
     rows = [job.training.order(0).batch_share(0, tiny.BATCH, rank, 2)[1] for rank in range(2)]
     named = ", ".join(f"{row} ({job.training.images.where(row)})" for row in sorted(rows))
     losses = ", ".join(f"loss k={k} is nan" for k in KS)

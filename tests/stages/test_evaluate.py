@@ -15,7 +15,7 @@ from grappa_dist.metrics import retrieval_scores
 from grappa_dist.models.spec import ModelSpec
 from grappa_dist.stages.embed import bad_rows, embed, feature_rows, features_of
 from grappa_dist.stages.evaluate import NEIGHBOURS, Evaluation, evaluate, insight_of, scores_of
-from grappa_dist.stages.ground_truth import load_truth, truth_of
+from grappa_dist.stages.ground_truth import ground_truth_of, load_ground_truth
 from tests.stages import tiny
 
 ALONE = 39  # the last row is the one row of its task
@@ -43,17 +43,17 @@ def evaluate_in(
     features = {m: features_of(run.store, spec, settings.embed, images) for m, spec in specs.items()}
     for name, spec in specs.items():
         embed(run, images, spec, features[name])
-    truth = truth_of(run.store, images, labelled=labelled)
+    ground_truth = ground_truth_of(run.store, images, labelled=labelled)
     evaluation = Evaluation(
-        truth,
+        ground_truth,
         {m: feature_rows(images, f) for m, f in features.items()},
-        {m: scores_of(run.store, truth, m, f) for m, f in features.items()},
-        {m: insight_of(run.store, truth, m, settings.evaluate, settings.seed, f) for m, f in features.items()},
+        {m: scores_of(run.store, ground_truth, m, f) for m, f in features.items()},
+        {m: insight_of(run.store, ground_truth, m, settings.evaluate, settings.seed, f) for m, f in features.items()},
     )
     bad = bad_rows(images, features["backbone"])
     here.asked.clear()
     evaluate(run, images, bad, specs, evaluation)
-    assert here.asked == ["read_truth", "evaluate_model", "evaluate_model"]
+    assert here.asked == ["read_ground_truth", "evaluate_model", "evaluate_model"]
     evaluate(run, images, bad, specs, evaluation)
     assert len(here.asked) == 3  # nothing twice
     return settings, images, evaluation, bad, here
@@ -82,15 +82,15 @@ def test_scores_of_a_model_are_those_of_its_feature_arrays(labelled: Evaluation,
 def test_a_task_of_single_images_has_no_row_of_scores(tmp_path: Path) -> None:
     *_, evaluation, _, _ = evaluate_in(tmp_path, str, lambda row: "singles")
     assert scores(evaluation, "backbone") == []
-    assert len(set(load_truth(evaluation.truth).labels.tolist())) == tiny.NUM_ROWS
+    assert len(set(load_ground_truth(evaluation.ground_truth).labels.tolist())) == tiny.NUM_ROWS
 
 
 def test_images_without_labels_have_no_scores_but_insight(tmp_path: Path) -> None:
     *_, evaluation, bad, _ = evaluate_in(tmp_path, lambda row: None, lambda row: None)
     assert scores(evaluation, "average") == []
-    truth = load_truth(evaluation.truth)
-    assert truth.task_names == ["all"]
-    assert set(truth.labels.tolist()) == {-1}
+    ground_truth = load_ground_truth(evaluation.ground_truth)
+    assert ground_truth.task_names == ["all"]
+    assert set(ground_truth.labels.tolist()) == {-1}
     insight = json.loads((evaluation.insights["average"].path / "insight.json").read_text())
     assert 0 <= insight["view_finds_source"] <= 1
     assert insight["view_queries"] == 6
@@ -102,13 +102,13 @@ def test_images_without_labels_have_no_scores_but_insight(tmp_path: Path) -> Non
 def test_labels_of_training_images_are_never_read(tmp_path: Path) -> None:
     *_, evaluation, _, _ = evaluate_in(tmp_path, label_of, task_of, labelled=False)
     assert scores(evaluation, "backbone") == []
-    assert load_truth(evaluation.truth).task_names == ["all"]
+    assert load_ground_truth(evaluation.ground_truth).task_names == ["all"]
 
 
 def test_galleries_show_the_nearest_rows_of_the_task_without_the_query(labelled: Evaluation) -> None:
-    truth = load_truth(labelled.truth)
+    ground_truth = load_ground_truth(labelled.ground_truth)
     insight = json.loads((labelled.insights["backbone"].path / "insight.json").read_text())
-    by_task = {truth.task_names[g["task"]]: g for g in insight["galleries"]}
+    by_task = {ground_truth.task_names[g["task"]]: g for g in insight["galleries"]}
     assert by_task["lonely"]["hits"] == []
     query, hits = by_task["even"]["query"], by_task["even"]["hits"]
     rows = np.array([r for r in range(0, tiny.NUM_ROWS, 2) if r not in (query, tiny.BAD)])
@@ -125,14 +125,14 @@ def test_every_model_is_looked_at_on_the_same_images(labelled: Evaluation) -> No
 
 
 def test_neighbours_among_labelled_images_tell_how_many_share_task_and_label(labelled: Evaluation) -> None:
-    truth = load_truth(labelled.truth)
+    ground_truth = load_ground_truth(labelled.ground_truth)
     insight = json.loads((labelled.insights["backbone"].path / "insight.json").read_text())
     rows = np.delete(np.arange(tiny.NUM_ROWS), tiny.BAD)
     cosines = (lambda z: z.astype(np.float64) @ z.T)(labelled.features["backbone"].take(rows))
     np.fill_diagonal(cosines, -np.inf)
     near = rows[np.argsort(-cosines, kind="stable")[:, :NEIGHBOURS]]
-    same_task = truth.tasks[near] == truth.tasks[rows, None]
-    same_label = (truth.labels[near] == truth.labels[rows, None])[truth.labels[rows] >= 0]
+    same_task = ground_truth.tasks[near] == ground_truth.tasks[rows, None]
+    same_label = (ground_truth.labels[near] == ground_truth.labels[rows, None])[ground_truth.labels[rows] >= 0]
     assert insight["neighbours_share_task"] == pytest.approx(same_task.mean())
     assert insight["neighbours_share_label"] == pytest.approx(same_label.mean())
     assert insight["neighbour_queries"] == len(rows)

@@ -197,7 +197,7 @@ def test_a_static_graph_is_made_once_and_gives_the_partners_of_every_epoch(
     pairs = pairs_of(settings, tmp_path, Comm(), neighbours=True)
     embedded, seen, partners_of = list[int](), list[tuple[int, RowArrays]](), pairs._partners
 
-    def counted(model: Grappa, images: ImageShards, rows: np.ndarray, **how: Any) -> Iterator[Any]:
+    def pluralize(model: Grappa, images: ImageShards, rows: np.ndarray, **how: Any) -> Iterator[Any]:
         embedded.append(len(rows))
         return embed_rows(model, images, rows, **how)
 
@@ -206,7 +206,7 @@ def test_a_static_graph_is_made_once_and_gives_the_partners_of_every_epoch(
         seen.append((epoch, graph))
         return partners_of(rows, epoch, graph)
 
-    monkeypatch.setattr(graph_module, "embed_rows", counted)
+    monkeypatch.setattr(graph_module, "embed_rows", pluralize)
     monkeypatch.setattr(pairs, "_partners", watched)
     for step in range(3 * tiny.STEPS_PER_EPOCH):
         pairs.at(step)

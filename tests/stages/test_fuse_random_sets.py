@@ -206,7 +206,7 @@ def test_a_set_alone_has_no_attention_to_speak_of(world: Path) -> None:
 def test_the_exported_model_is_the_one_that_was_trained(world: Path, variant: str, tmp_path: Path) -> None:
     own = num_random(variant, PARTITIONS)
     backbone = job_in(world, "1", variant).backbone
-    spec = ModelSpec(variant, backbone, BOTTLENECK, fusion=artifact(world, "1", variant), own_sets=own)
+    spec = ModelSpec(variant, backbone, BOTTLENECK, fusion=artifact(world, "1", variant), random_sets=own)
     made = Store(tmp_path).artifact(f"models/{variant}", {}, spec.inputs)
     export_model(spec, made)
     model = load_model(made.path)

@@ -26,7 +26,7 @@ from grappa_dist.stages.gallery_weights import (
     transitivity,
     weigh_galleries,
 )
-from grappa_dist.stages.ground_truth import truth_of
+from grappa_dist.stages.ground_truth import ground_truth_of
 from grappa_dist.stages.run import Run
 from tests.stages import tiny
 
@@ -51,10 +51,10 @@ class World:
         }
         self.bad = bad_rows(self.images, features["k=1"])
         self.rows = {name: feature_rows(self.images, f) for name, f in features.items()}
-        truth = truth_of(self.run.store, self.images, labelled=True)
-        self.galleries = galleries_of(self.run.store, 0, 0.999, truth, features)
+        ground_truth = ground_truth_of(self.run.store, self.images, labelled=True)
+        self.galleries = galleries_of(self.run.store, 0, 0.999, ground_truth, features)
         for _ in range(2):  # the second time does nothing
-            weigh_galleries(self.run, self.images, truth, self.rows, self.bad, self.galleries)
+            weigh_galleries(self.run, self.images, ground_truth, self.rows, self.bad, self.galleries)
 
     def _shape(self) -> tuple[object, int]:
         return self.settings.backbone, self.settings.adapt.bottleneck
@@ -82,14 +82,14 @@ def test_each_task_is_a_gallery_of_its_own_without_bad_rows(world: World) -> Non
         assert gallery["effective_rank"] == pytest.approx(ranks, abs=0.01)
         assert gallery["transitivity"] == pytest.approx(shares.mean(1).tolist())
     assert found["even"]["weights"] != found["odd"]["weights"]
-    assert world.here.asked.count("weigh_sets") == world.here.asked.count("read_truth") == 1
+    assert world.here.asked.count("weigh_sets") == world.here.asked.count("read_ground_truth") == 1
 
 
 def test_what_the_weights_depend_on_names_them(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    store, truth = world.run.store, truth_of(world.run.store, world.images, labelled=True)
-    names = {galleries_of(store, 0, copies, truth, {}).name for copies in (0.999, 0.9)}
+    store, ground_truth = world.run.store, ground_truth_of(world.run.store, world.images, labelled=True)
+    names = {galleries_of(store, 0, copies, ground_truth, {}).name for copies in (0.999, 0.9)}
     monkeypatch.setattr(stage, "MOST_IMAGES", 10)
-    assert len(names | {galleries_of(store, 0, 0.999, truth, {}).name}) == 3
+    assert len(names | {galleries_of(store, 0, 0.999, ground_truth, {}).name}) == 3
 
 
 def test_the_figure_is_logged_before_anything_is_evaluated(world: World) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from grappa_dist.data.shards import BadLabels, ImageShards
-from grappa_dist.stages.ground_truth import load_truth, note_truth, truth_of
+from grappa_dist.stages.ground_truth import ground_truth_of, load_ground_truth, write_ground_truth
 from tests.stages import tiny
 
 
@@ -25,10 +25,10 @@ def test_an_image_whose_json_member_is_broken_counts_as_without_a_label(
 
     monkeypatch.setattr(ImageShards, "labels", broken)
     run = tiny.run_in(settings, tmp_path / "run", tiny.Here())
-    artifact = truth_of(run.store, images, labelled=True)
-    note_truth(run, images, artifact, "evaluate")
-    truth = load_truth(artifact)
-    assert {row for row in range(len(images)) if truth.labels[row] < 0} == {3, 7}
+    artifact = ground_truth_of(run.store, images, labelled=True)
+    write_ground_truth(run, images, artifact, "evaluate")
+    ground_truth = load_ground_truth(artifact)
+    assert {row for row in range(len(images)) if ground_truth.labels[row] < 0} == {3, 7}
     assert "2 images count as without a label: image 3: its JSON member does not parse" in capsys.readouterr().err
-    note_truth(run, images, artifact, "evaluate")
+    write_ground_truth(run, images, artifact, "evaluate")
     assert not capsys.readouterr().err

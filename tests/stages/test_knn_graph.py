@@ -93,7 +93,7 @@ def test_a_graph_that_was_stopped_while_it_embedded_goes_on_with_the_rest(
     settings = settings_of(tiny.write_shards(tmp_path / "images"))
     asked, embedded = list[bool](), list[int]()
 
-    def counted(model: Any, images: Any, rows: np.ndarray, **how: Any) -> Iterator[Any]:
+    def pluralize(model: Any, images: Any, rows: np.ndarray, **how: Any) -> Iterator[Any]:
         for place, unit, bad in embed_rows(model, images, rows, **how):
             embedded.append(len(unit))
             yield place, unit, bad
@@ -102,7 +102,7 @@ def test_a_graph_that_was_stopped_while_it_embedded_goes_on_with_the_rest(
         asked.append(True)
         return len(asked) > 2
 
-    monkeypatch.setattr(graph_module, "embed_rows", counted)
+    monkeypatch.setattr(graph_module, "embed_rows", pluralize)
     stopped = pairs_of(settings, tmp_path / "a", Comm(), neighbours=True)._graphs
     stopped._context = replace(stopped._context, stop_requested=stop_requested)
     with pytest.raises(Stopped):

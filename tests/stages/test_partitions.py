@@ -11,7 +11,7 @@ import pytest
 from grappa_dist.artifacts import Artifact, RowArrays, Store
 from grappa_dist.metrics import nestedness
 from grappa_dist.stages import partitions
-from grappa_dist.stages.partitions import judge_partitions, partitions_of
+from grappa_dist.stages.partitions import partition_statistics, partitions_of
 from tests.stages import tiny
 
 SIZES = (5, 1, 20, 14)
@@ -37,7 +37,7 @@ def named(store: Store, ks: Sequence[int], seed: int = 0) -> Artifact:
 def judged(root: Path, by_k: Mapping[int, Sequence[int]], seed: int = 0) -> dict[str, Any]:
     run = tiny.run_in(tiny.config(["nowhere"]), root, tiny.Here())
     artifact = named(run.store, list(by_k), seed)
-    judge_partitions(run, artifact, label_files(root, by_k))
+    partition_statistics(run, artifact, label_files(root, by_k))
     found: dict[str, Any] = json.loads((artifact.path / "partitions.json").read_text())
     return found
 
@@ -123,8 +123,8 @@ def test_partitions_are_judged_once(tmp_path: Path) -> None:
     run = tiny.run_in(tiny.config(["nowhere"]), tmp_path, here)
     files, artifact = label_files(tmp_path, LABELS), named(run.store, list(LABELS))
     for _ in range(2):
-        judge_partitions(run, artifact, files)
-    assert here.asked == ["judge"]
+        partition_statistics(run, artifact, files)
+    assert here.asked == ["compute_statistics"]
     artifact.check()
 
 

@@ -24,7 +24,8 @@ from grappa_dist.stages.pseudo_label import (
     LabelJob,
     check_good_rows,
     choice_of,
-    choices_in_words,
+    describe_choices,
+    describe_shortcuts,
     label_ranks,
     labels_of,
     ladder,
@@ -32,7 +33,6 @@ from grappa_dist.stages.pseudo_label import (
     num_labels,
     pseudo_label,
     save_trail,
-    shortcuts_in_words,
 )
 from tests.processes import run_ranks
 from tests.stages.tiny import Here, run_in
@@ -324,14 +324,14 @@ def test_exact_labels_keep_the_name_they_had_before_there_were_methods(tmp_path:
 
 
 def test_choices_and_shortcuts_are_said_in_words(tmp_path: Path) -> None:
-    lines = choices_in_words(ClusteringConfig(), (10**6, 256, 4096), 10**8)
+    lines = describe_choices(ClusteringConfig(), (10**6, 256, 4096), 10**8)
     assert lines[0].startswith("K = 256, 4096: exact (exact k-means takes 8.6e+12 pairs")
     assert lines[1].startswith("K = 1000000: approximate (exact k-means would take 2.1e+15 pairs")
     job = label_job(tmp_path, Store(tmp_path / "run"), method="sampled", sample_rows_per_cluster=5,
                     assignment="approximate", probes=1, balance=1.1)  # fmt: skip
     label_ranks(context(None, []), job)
     stats = json.loads(files_of(job.labels[12])["stats.json"])
-    said = shortcuts_in_words(stats)
+    said = describe_shortcuts(stats)
     assert said[0] == f"centroids were fitted to a sample of {100 * 60 / 298:.3g} % of the rows"
     assert said[1].startswith("labels agree with the exact ones on")
     assert "298 rows drawn, WARNING: less than 95 %, raise clustering.probes" in said[1]

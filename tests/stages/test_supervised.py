@@ -16,7 +16,7 @@ from grappa_dist.distributed.collectives import Comm
 from grappa_dist.models.spec import ADAPTORS_FILE, FUSION_FILE, build_backbone, preprocess_of
 from grappa_dist.stages.adapt import adaptors_of
 from grappa_dist.stages.embed import to_images
-from grappa_dist.stages.ground_truth import truth_of
+from grappa_dist.stages.ground_truth import ground_truth_of
 from grappa_dist.stages.supervised import (
     SupervisedJob,
     SupervisedObjective,
@@ -46,7 +46,7 @@ def job_in(folder: Path, out: str, micro_batch: int = 64, **adapt: Any) -> Super
     paths = [str(path) for path in sorted((folder / "images").iterdir())]
     settings, images = tiny.config(paths, adapt={**SETTINGS, **adapt}), ImageShards.open(paths, None)
     store = Store(folder / "run")
-    classes = true_labels_of(store, truth_of(store, images, labelled=True), [])
+    classes = true_labels_of(store, ground_truth_of(store, images, labelled=True), [])
     sets = [tiny.random_adaptors(Store(folder), settings, seed) for seed in (1, 2, 3)]
     return SupervisedJob(
         adaptors=tuple(sets),
@@ -167,7 +167,7 @@ def test_the_supervised_set_is_trained_like_one_of_a_partition(world: Path, tmp_
     job, here = job_in(world, "1"), tiny.Here()
     settings = tiny.config(["elsewhere"], adapt=SETTINGS | {"epochs": 1})
     run, store = tiny.run_in(settings, tmp_path, here), Store(world / "run")
-    classes = true_labels_of(store, truth_of(store, job.training.images, labelled=True), [])
+    classes = true_labels_of(store, ground_truth_of(store, job.training.images, labelled=True), [])
     adaptors = adaptors_of(run.store, job.backbone, settings.adapt, settings.data, 0, classes, name="supervised-set")
     adapt_supervised(run, adaptors, classes, job.training.images)
     adapt_supervised(run, adaptors, classes, job.training.images)

@@ -9,7 +9,7 @@ import pytest
 from grappa_dist.artifacts import CENTROIDS_FILE, Artifact, RowArrays, label_rows
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.models.spec import ADAPTORS_FILE
-from grappa_dist.stages.ground_truth import truth_of
+from grappa_dist.stages.ground_truth import ground_truth_of
 from grappa_dist.stages.supervised import class_counts, name_classes, read_true_labels, true_labels_of, without_class
 from tests.stages import tiny
 
@@ -38,14 +38,14 @@ class World:
             files.append(str(folder / f"{shard}.npy"))
             np.save(files[-1], self.z[list(self.images.shard_rows(shard))])
         self.features = RowArrays(tuple(files), tuple(self.images.starts.tolist()))
-        self.truth = truth_of(self.run.store, self.images, labelled=True)
-        self.classes: Artifact = true_labels_of(self.run.store, self.truth, [])
+        self.ground_truth = ground_truth_of(self.run.store, self.images, labelled=True)
+        self.classes: Artifact = true_labels_of(self.run.store, self.ground_truth, [])
 
     def read(self) -> None:
-        read_true_labels(self.run, self.images, self.truth, self.classes)
+        read_true_labels(self.run, self.images, self.ground_truth, self.classes)
 
     def name(self) -> None:
-        name_classes(self.run, self.truth, self.features, np.array([tiny.BAD]), self.classes)
+        name_classes(self.run, self.ground_truth, self.features, np.array([tiny.BAD]), self.classes)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_labels_are_read_once(world: World) -> None:
     before = list(world.here.asked)
     world.read()
     world.name()
-    assert world.here.asked == before == ["read_truth", "write_true_labels"]
+    assert world.here.asked == before == ["read_ground_truth", "write_true_labels"]
 
 
 def test_how_many_take_no_part_is_said_with_the_first_of_them(

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from grappa_dist.training.barlow_twins import block_of, by_rows, judge_, rows_are_cheaper, whole
+from grappa_dist.training.barlow_twins import barlow_penalty_and_grad_, block_of, by_rows, rows_are_cheaper, whole
 
 
 @pytest.mark.parametrize("dim", [1, 5, 8, 300])
@@ -18,7 +18,7 @@ def test_shares_of_blocks_add_up_to_the_loss_and_each_becomes_its_gradient(dim: 
     for rank in range(size):
         rows = block_of(dim, rank, size)
         block = c.detach()[rows].clone()
-        shares.append(judge_(block, rows.start, beta))
+        shares.append(barlow_penalty_and_grad_(block, rows.start, beta))
         blocks.append(block)
     torch.testing.assert_close(torch.stack(shares).sum(), loss.detach())
     torch.testing.assert_close(torch.cat(blocks), gradient)
@@ -26,7 +26,9 @@ def test_shares_of_blocks_add_up_to_the_loss_and_each_becomes_its_gradient(dim: 
 
 def test_a_matrix_near_the_identity_loses_no_digits_to_its_diagonal() -> None:
     c = torch.eye(2048) + 1e-6
-    assert float(judge_(c, 0, 1.0)) == pytest.approx(2048 * 2047 * 1e-12 + 2048 * 1e-12, rel=0.05)  # eps of 1 + 1e-6
+    assert float(barlow_penalty_and_grad_(c, 0, 1.0)) == pytest.approx(
+        2048 * 2047 * 1e-12 + 2048 * 1e-12, rel=0.05
+    )  # eps of 1 + 1e-6
 
 
 def test_the_matrix_is_cut_up_where_the_batch_is_narrower_than_it_and_there_are_several_ranks() -> None:
