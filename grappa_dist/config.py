@@ -169,7 +169,6 @@ class FuseConfig(Section):
     neighbours: Count = 5  # k of the k-NN graph
     refresh: bool = True  # rebuild the graph every epoch, else once
     graph: Literal["auto", "exact", "approximate"] = "auto"  # auto: exact up to a million images
-    graph_features: Literal["fresh", "reused"] = "fresh"  # reused: those of the training pass of the epoch before
     recall_floor: Annotated[float, Field(ge=0, lt=1)] = 0.9  # of true neighbours, what an approximate graph must find
     duplicate_cosine: Annotated[float, Field(gt=0, le=1)] = 0.999  # neighbours above it count as near-duplicates
     skip_duplicates: bool = False  # and are no neighbours: the k nearest others of the 2k nearest are
@@ -188,20 +187,12 @@ class FuseConfig(Section):
         left_out = {"checkpoint_steps", "variants", "micro_batch", *neighbours}  # the loss is exact for any micro batch
         if self.graph != "approximate":
             left_out |= {"graph", "recall_floor"}  # an exact graph goes without saying
-        if self.graph_features == "fresh" or not seeks_neighbours(variant):
-            left_out.add("graph_features")
         return {k: v for k, v in self.model_dump(mode="json").items() if k not in left_out and not k.startswith(other)}
 
     @model_validator(mode="after")
     def _distinct(self) -> FuseConfig:
         if len(set(self.variants)) < len(self.variants) or not self.variants:
             raise ValueError(f"fuse.variants must be distinct and not empty, got {list(self.variants)}")
-        return self
-
-    @model_validator(mode="after")
-    def _something_to_reuse(self) -> FuseConfig:
-        if self.graph_features == "reused" and not self.refresh:
-            raise ValueError("fuse.graph_features=reused needs fuse.refresh=true: a single graph comes before training")
         return self
 
 

@@ -66,6 +66,7 @@ WRONG = [
     ("adpt.epochs=1", "unknown key adpt; did you mean 'adapt'?"),
     ("adapt.epoch=1", "unknown key adapt.epoch; did you mean 'epochs'?"),
     ("fuse.zzz=1", "unknown key fuse.zzz; known keys: adam_learning_rate, beta"),
+    ("fuse.graph_features=reused", "unknown key fuse.graph_features; known keys: adam_learning_rate, beta"),
     ("adapt.epochs=x", "adapt.epochs='x': Input should be a valid integer"),
     ("adapt.epochs=1.5", "adapt.epochs=1.5: Input should be a valid integer"),
     ("adapt.epochs=0", "adapt.epochs=0: Input should be greater than or equal to 1"),

@@ -156,13 +156,6 @@ def wire_device(comm: Comm) -> torch.device:
     return torch.device("cpu")
 
 
-def said_by_rank_0(comm: Comm, text: str) -> str:
-    """The text of rank 0, on all ranks; other nodes may see its files some time later."""
-    own = text.encode() if comm.rank == 0 else b""
-    parts = comm.gather(torch.tensor(list(own), dtype=torch.uint8, device=wire_device(comm)))
-    return bytes(parts[0].tolist()).decode()
-
-
 def raise_together(comm: Comm, problem: str) -> None:
     """Raises the first rank's problem on every rank, so that none waits for one that has given up; "" is none."""
     text = torch.tensor(list(problem.encode()), dtype=torch.uint8, device=wire_device(comm))

@@ -122,12 +122,9 @@ def graphs_of(artifact: Artifact) -> dict[int, dict[str, Any]]:
 
 
 def graph_facts(fusions: Mapping[str, Artifact]) -> Iterator[tuple[str, str]]:
-    """How neighbours were found where that was to be through lists, and in which features where not in fresh ones."""
+    """How neighbours were found by fusions whose graph is approximate."""
     for variant, artifact in fusions.items():
         graphs = graphs_of(artifact)
-        if any(told.get("features") == "reused" for told in graphs.values()):
-            how = "reused from the training pass of the epoch before, of augmented images"
-            yield f"features for the neighbours of {variant}", how
         said = {epoch: _searched(told) for epoch, told in graphs.items() if told.get("graph") == "approximate"}
         if said:
             several = [f"epoch {epoch + 1} {how}" for epoch, how in said.items()]

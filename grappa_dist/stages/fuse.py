@@ -51,7 +51,7 @@ from grappa_dist.stages.run import Run
 from grappa_dist.training.barlow_twins import Projector, accumulate, barlow_twins, penalty_of, rows_are_cheaper
 from grappa_dist.training.batches import TrainingImages, describe_idle_ranks, torch_seed, trained_by
 from grappa_dist.training.deepspeed_engine import Engine
-from grappa_dist.training.loop import Schedule, Watch, train
+from grappa_dist.training.loop import Schedule, train
 from grappa_dist.training.memory import fuse_advice, naming_lack_of_memory
 from grappa_dist.training.optim import Lars, adam
 
@@ -260,14 +260,13 @@ def train_fusion(context: RankContext, job: FuseJob) -> None:
             else Lars(lars_groups(objective.module), lr=peak, weight_decay=config.lars_weight_decay)
         )
         schedule = Schedule.falling(steps, config.checkpoint_steps, peak=peak, warmup_steps=config.warmup_steps)
-        watch = Watch(before_checkpoint=objective.save)
-        done = train(context, objective, optimizer, schedule, folder=folder, job=job.variant, watch=watch)
+        done = train(context, objective, optimizer, schedule, folder=folder, job=job.variant)
         if done and context.comm.rank == 0:
             with replacing(folder / FUSION_FILE) as temporary:
                 save_file(objective.grappa.attention_tensors(), temporary)
             if job.random_sets:
                 save_random_sets(objective.grappa, folder)
-            job.artifact.commit(discard=["checkpoints", "knn/*.partial", "knn/features-*"])
+            job.artifact.commit(discard=["checkpoints", "knn/*.partial"])
 
 
 class FusionModule(nn.Module):
@@ -335,14 +334,10 @@ class FuseObjective:
         figures = {"loss": loss * count, "gradient_norm": norm * count, "waited_s": self._pairs.waited_s * count}
         return {"images": count, **figures, **self._watch.take(2, decay, count)}
 
-    def save(self, step: int) -> None:
-        self._pairs.save(step)
-
     def close(self) -> None:
         self._pairs.close()
 
     def _loss(self, za: Tensor, zb: Tensor) -> Tensor:
-        self._pairs.keep(za)
         allsum, project = self._context.comm.allsum, self.module.projector
         with forward_precision(self._context.device):
             ga, gb = project(za, allsum).float(), project(zb, allsum).float()

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from grappa_dist.artifacts import RowArrays
 from grappa_dist.config import FuseConfig
@@ -21,10 +20,9 @@ from grappa_dist.data.rng import generator
 from grappa_dist.data.transforms import Preprocess, view_generator
 from grappa_dist.distributed.worker import RankContext
 from grappa_dist.models import Grappa
-from grappa_dist.stages.cached_features import PassedFeatures
 from grappa_dist.stages.embed import Embedding
 from grappa_dist.stages.knn_graph import Graphs
-from grappa_dist.training.batches import Pixels, Rows, TrainingImages
+from grappa_dist.training.batches import Pixels, TrainingImages
 
 
 class Pairs:
@@ -45,8 +43,6 @@ class Pairs:
     ) -> None:
         self._context, self._training, self._preprocess = context, training, preprocess
         self._settings, self._neighbours = settings, neighbours
-        reuses = neighbours and settings.graph_features == "reused"
-        self._passed = PassedFeatures(context, training, folder, settings.epochs) if reuses else None
         self._graphs = Graphs(
             context,
             training,
@@ -55,30 +51,25 @@ class Pairs:
             embedding=embedding,
             labels=labels,
             folder=folder,
-            passed=self._passed,
         )
         self._per_epoch = training.steps_per_epoch()
-        self._batches: Generator[tuple[Rows, Pixels], None, None] | None = None
-        self._anchors: Rows = np.zeros(0, dtype=np.int64)  # of the step last asked for
+        self._batches: Generator[Pixels, None, None] | None = None
         self.waited_s = 0.0  # for the pixels of that step
 
     def begin(self, step: int) -> None:
         """Readies the pairs from a step to the end of its epoch."""
         self.close()
         epoch, t = divmod(step, self._per_epoch)
-        self.save(step)
         graph = self._graphs.of(epoch if self._settings.refresh else 0) if self._neighbours else None
-        if self._passed is not None:
-            self._passed.begin(step)
         order = self._training.order(epoch)
         comm, batch = self._context.comm, self._training.global_batch
 
-        def read(at: int) -> tuple[Rows, Pixels]:
+        def read(at: int) -> Pixels:
             rows = order.batch_share(at, batch, comm.rank, comm.size)
             if graph is None:  # both views of an image that is read and decoded once
-                return rows, self._views(rows, epoch, (0, 1))
+                return self._views(rows, epoch, (0, 1))
             partners = self._partners(rows, epoch, graph)
-            return rows, np.concatenate([self._views(rows, epoch, (0,)), self._views(partners, epoch, (1,))])
+            return np.concatenate([self._views(rows, epoch, (0,)), self._views(partners, epoch, (1,))])
 
         self._batches = read_batches(range(t, self._per_epoch), read, threads=self._training.decode_threads)
 
@@ -86,23 +77,11 @@ class Pairs:
         """The pairs of a step, (2B, S, S, 3): all anchors, then their partners. Steps are asked for in order."""
         if step % self._per_epoch == 0 or self._batches is None:
             self.begin(step)
-        elif self._passed is not None and self._passed.full(step):
-            self._passed.save(step)
         assert self._batches is not None
         began = time.perf_counter()
-        self._anchors, pixels = next(self._batches)
+        pixels = next(self._batches)
         self.waited_s = time.perf_counter() - began
         return pixels
-
-    def keep(self, z: Tensor) -> None:
-        """The features (B, D) that the step last asked for computed of its anchors, for a graph that reuses them."""
-        if self._passed is not None:
-            self._passed.add(self._anchors, z)
-
-    def save(self, step: int) -> None:
-        """Puts on storage what a job that is resumed at this step needs beside its checkpoint."""
-        if self._passed is not None:
-            self._passed.save(step)
 
     def close(self) -> None:
         if self._batches is not None:

@@ -25,7 +25,6 @@ from grappa_dist.knn.block_search import are_duplicates, without_duplicates
 from grappa_dist.knn.exact import sharded_knn
 from grappa_dist.knn.ivf import Graph, Recall, listed_knn
 from grappa_dist.models import Grappa
-from grappa_dist.stages.cached_features import PassedFeatures
 from grappa_dist.stages.embed import Embedding, embed_rows
 from grappa_dist.training.batches import TrainingImages
 
@@ -101,9 +100,8 @@ class Graphs:
         embedding: Embedding,
         labels: Mapping[int, RowArrays],
         folder: Path,
-        passed: PassedFeatures | None = None,
     ) -> None:
-        self._context, self._training, self._model, self._passed = context, training, model, passed
+        self._context, self._training, self._model = context, training, model
         self._settings, self._embedding, self._labels, self._folder = settings, embedding, labels, folder
 
     def of(self, epoch: int) -> RowArrays:
@@ -116,39 +114,29 @@ class Graphs:
                 sync(partial)
                 os.rename(partial, folder)
                 sync(folder.parent)
-        if self._passed is not None and self._context.comm.rank == 0:
-            self._passed.drop(epoch - 1)
         self._context.comm.barrier()
         return RowArrays.of((folder / rows_file(i) for i in range(len(images.shards))), images.starts)
 
     def _make(self, epoch: int, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         kind = graph_kind(self._settings, len(self._training.images))
-        ids, features = self._features(epoch, folder)
+        self._context.report({"phase": f"epoch {epoch}: embedding for the k-NN graph"})
+        ids, features = self._embed_own(folder)
         self._context.report({"phase": f"epoch {epoch}: {kind} k-NN graph"})
         graph = self._search(epoch, kind, features, ids)
         k, cosine = self._settings.neighbours, self._settings.duplicate_cosine
         copies = are_duplicates(graph.ids[:, :k], graph.scores[:, :k], cosine)
         near = without_duplicates(graph.ids, graph.scores, cosine, k) if self._settings.skip_duplicates else graph.ids
         self._write(folder, ids, near)
-        source = "reused" if self._passed is not None and epoch > 0 else "fresh"
-        found: dict[str, Any] = {"epoch": epoch, "graph": kind, "features": source, **asdict(graph.recall)}
+        found: dict[str, Any] = {"epoch": epoch, "graph": kind, **asdict(graph.recall)}
         if kind == "approximate":
             recall = graph.recall
             said = "exact" if recall.searched == "exact" else f"{recall.recall:.3f} ± {recall.recall_error:.3f}"
             self._context.report({"phase": f"epoch {epoch}: k-NN graph with recall {said}"})
         self._describe(folder, ids, near, {**found, **self._duplicates(near, copies)})
 
-    def _features(self, epoch: int, folder: Path) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Ids of this rank's share of the good rows, ascending, and their features, on disk."""
-        if self._passed is not None and epoch > 0:
-            self._context.report({"phase": f"epoch {epoch}: reusing features of the training pass before"})
-            return self._passed.read(epoch - 1, folder / f"features-{self._context.comm.rank}.npy")
-        self._context.report({"phase": f"epoch {epoch}: embedding for the k-NN graph"})
-        return self._embed_own(folder)
-
     def _embed_own(self, folder: Path) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Features of the model of the moment."""
+        """Ids of this rank's share of the good rows, ascending, and their features by the current model, on disk."""
         images, comm, batch = self._training.images, self._context.comm, self._embedding.batch_size
         bad_of = np.diff(np.searchsorted(np.sort(self._training.bad), images.starts))
         parts = own_batches((np.diff(images.starts) - bad_of).tolist(), batch, comm.rank, comm.size)

@@ -92,7 +92,6 @@ class Watch:
 
     suspects: Callable[[], Sequence[str]] = tuple  # images that may be why a loss is not finite, on all ranks
     trackers: Callable[[], Sequence[Tracker]] = tuple  # hear of every step, on rank 0
-    before_checkpoint: Callable[[int], None] = lambda step: None  # puts on storage what else one of so many steps needs
     settled: Mapping[str, str] = field(default_factory=dict)  # what was found out about how to train, for the log
 
 
@@ -131,7 +130,6 @@ def train(
                 part.step(rate)
             log.step(step, rate, figures)
             if done < schedule.steps and (stop or done % schedule.checkpoint_steps == 0):
-                watch.before_checkpoint(done)
                 save_checkpoint(context, folder, done, objective.module, engine.state(), shards)
                 if stop:
                     return False

@@ -111,15 +111,6 @@ def test_a_graph_that_fell_back_to_an_exact_search_says_so_in_place_of_a_recall(
     assert dict(graph_facts(flow.fusions)) == {about: said[1]}
 
 
-def test_a_graph_of_reused_features_says_so(tmp_path: Path) -> None:
-    flow = scored(tmp_path, SCORES)
-    folder = flow.fusions["neighbours"].path / "knn" / "epoch-1"
-    folder.mkdir(parents=True)
-    for features, said in (("fresh", []), ("reused", ["features for the neighbours of neighbours"])):
-        (folder / "statistics.json").write_text(json.dumps({"graph": "exact", "features": features}))
-        assert [about for about, _ in graph_facts(flow.fusions)] == said
-
-
 def test_entropy_and_decay_are_read_from_the_log_by_layer_and_unknown_ratios_are_left_out(tmp_path: Path) -> None:
     artifact = scored(tmp_path, SCORES).fusions["neighbours"]
     events = Events(artifact.begin() / "metrics.jsonl", job="neighbours")
