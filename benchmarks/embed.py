@@ -100,7 +100,7 @@ def _measured(images: ImageShards, source: str, settings: EmbedSettings, tell: T
     torch.manual_seed(settings.seed)
     device = torch.device(settings.device)
     model = create_backbone(f"timm:{settings.backbone}", {}, {}, pretrained=False).to(device)
-    size = model.pixels.image_size
+    size = model.preprocess.image_size
     batch = torch.rand(min(settings.batch, len(images)), 3, size, size, device=device)
     types = types_of_products(model)
     _forward(model, batch, device)  # loads what it needs

@@ -105,7 +105,7 @@ class PaperScript:
     def __init__(self, config: Config, train: Pictures, test: Pictures, threads: int, tell: Tell) -> None:
         self.config, self.train, self.test, self.threads, self.tell = config, train, test, threads, tell
         self.seconds: dict[str, float] = {}
-        self._pixels = build_backbone(config.backbone).pixels
+        self._preprocess = build_backbone(config.backbone).preprocess
 
     def run(self) -> dict[str, dict[str, float]]:
         torch.manual_seed(self.config.seed)
@@ -150,14 +150,14 @@ class PaperScript:
 
     def _plain_views(self, files: Sequence[Path]) -> Views:
         transforms = _transforms()
-        size = self._pixels.image_size
+        size = self._preprocess.image_size
         steps = [transforms.Resize(size, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(size)]
         return Views(files, transforms.Compose([*steps, transforms.ToTensor()]))
 
     def _random_views(self, min_area: float) -> Views:
         transforms = _transforms()
         crop = transforms.RandomResizedCrop(
-            self._pixels.image_size, (min_area, 1.0), interpolation=transforms.InterpolationMode.BICUBIC
+            self._preprocess.image_size, (min_area, 1.0), interpolation=transforms.InterpolationMode.BICUBIC
         )
         steps = [crop, transforms.RandomHorizontalFlip(), transforms.ToTensor()]
         return Views(self.train.files, transforms.Compose(steps))

@@ -34,7 +34,6 @@ from grappa_dist.models.spec import (
     build,
     exported_spec,
     load_grappa,
-    preprocess_of,
 )
 from grappa_dist.stages.embed import BAD_FILE, ROWS_FILE, embed, features_of
 from grappa_dist.stages.gallery_weights import load_galleries, set_weights, transitivity
@@ -207,7 +206,7 @@ class RetrievalModel(nn.Module):
         self.grappa, self.sets = grappa.requires_grad_(False).eval(), sets
         self.galleries = dict(galleries or {})
         self.grappa.fold()
-        preprocess = preprocess_of(grappa.backbone.pixels)
+        preprocess = grappa.backbone.preprocess
 
         def transform(image: Image.Image) -> Tensor:
             return torch.from_numpy(preprocess.test(to_rgb(upright(image)))).permute(2, 0, 1).float() / 255
@@ -276,7 +275,7 @@ def export_model(spec: ModelSpec, artifact: Artifact) -> None:
         "variant": spec.name,
         "sets": spec.sets,
         "backbone": {"name": spec.backbone.name, "kwargs": spec.backbone.kwargs},
-        "pixels": asdict(grappa.backbone.pixels),
+        "pixels": asdict(grappa.backbone.preprocess),
         "bottleneck": spec.bottleneck,
         "attention": spec.attends,
     }

@@ -49,10 +49,10 @@ def without_weights(config: BackboneConfig) -> Backbone | None:
 def describe_backbone(config: BackboneConfig, model: Backbone | None) -> Iterator[str]:
     """Channels, and how an image gets in, with what the settings leave to timm."""
     if model is not None:
-        pixels = model.pixels
+        given = model.preprocess
         yield (
-            f"{config.name}: {model.embed_dim} channels; image_size={pixels.image_size}, resize={pixels.resize}, "
-            f"interpolation={pixels.interpolation}"
+            f"{config.name}: {model.embed_dim} channels; image_size={given.image_size}, resize={given.resize}, "
+            f"interpolation={given.interpolation}"
         )
 
 

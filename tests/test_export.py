@@ -89,7 +89,7 @@ def test_weights_are_exported_bit_for_bit_and_folding_them_changes_rounding_alon
     for name, tensor in expected.state_dict().items():
         assert torch.equal(model.grappa.state_dict()[name], tensor), name
     torch.testing.assert_close(model.grappa(images(3)), expected(images(3)), rtol=1e-5, atol=1e-5)
-    assert model.grappa.backbone.pixels == expected.backbone.pixels  # type: ignore[union-attr]
+    assert model.grappa.backbone.preprocess == expected.backbone.preprocess  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("weighed", [(), (0.2, 0.8, 0.0), (0.0, 1.0, 0.0)])

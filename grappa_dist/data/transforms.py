@@ -31,6 +31,7 @@ INTERPOLATIONS = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _LONG = 8  # from this aspect on, an image is not resized outside its crop
 # torch has these for bytes, some six times as fast as Pillow and within one grey level of it
 _TORCH = ("bilinear", "bicubic")
@@ -44,12 +45,17 @@ def view_generator(seed: int, epoch: int, row: int, view: int) -> np.random.Gene
 
 @dataclass(frozen=True)
 class Preprocess:
-    """How an image becomes the S x S pixels that a model sees; mean and std belong to the model."""
+    """How an image becomes the S x S pixels that a model sees.
 
-    image_size: int
-    resize: Literal["crop", "squash"] = "crop"
+    The methods give bytes; the model normalises them by `mean` and `std` (models/backbone.py).
+    """
+
+    image_size: int = 224
+    resize: Literal["crop", "squash"] = "crop"  # shorter side to image_size / crop_share, then the centre
     interpolation: str = "bicubic"
-    crop_pct: float = 1.0  # side of the centre crop over the shorter side
+    crop_share: float = 1.0  # side of the centre crop over the shorter side
+    mean: tuple[float, ...] = IMAGENET_MEAN  # of RGB in [0, 1]
+    std: tuple[float, ...] = IMAGENET_STD
 
     def __post_init__(self) -> None:
         if self.image_size < 1:
@@ -58,8 +64,8 @@ class Preprocess:
             raise ValueError(f"resize must be crop or squash, got {self.resize!r}")
         if self.interpolation not in INTERPOLATIONS:
             raise ValueError(f"interpolation must be one of {', '.join(INTERPOLATIONS)}, got {self.interpolation!r}")
-        if not 0 < self.crop_pct <= 1:
-            raise ValueError(f"crop_pct must lie in (0, 1], got {self.crop_pct}")
+        if not 0 < self.crop_share <= 1:
+            raise ValueError(f"crop_share must lie in (0, 1], got {self.crop_share}")
 
     def test(self, image: Picture | Image.Image) -> Pixels:
         """The view of evaluation, (S, S, 3), from pixels at full scale."""
@@ -67,7 +73,7 @@ class Preprocess:
         height, width = pixels.shape[:2]
         if self.resize == "squash":
             return self._resized(pixels, side, side)
-        shorter = math.floor(side / self.crop_pct)
+        shorter = math.floor(side / self.crop_share)
         wide, high = (shorter * edge // min(width, height) for edge in (width, height))
         left, top = round((wide - side) / 2), round((high - side) / 2)
         if max(wide, high) <= _LONG * shorter:

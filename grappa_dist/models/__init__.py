@@ -1,6 +1,6 @@
 """The frozen backbone, adaptor sets, and the Grappa layer that fuses them."""
 
-from grappa_dist.models.backbone import Backbone, Pixels, check_image_size, create_backbone
+from grappa_dist.models.backbone import Backbone, check_image_size, create_backbone
 from grappa_dist.models.grappa import Adaptors, Attention, Grappa, GrappaLayer
 from grappa_dist.models.packed import PackedGrappa
 
@@ -11,7 +11,6 @@ __all__ = [
     "Grappa",
     "GrappaLayer",
     "PackedGrappa",
-    "Pixels",
     "check_image_size",
     "create_backbone",
 ]

@@ -14,7 +14,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from grappa_dist._compat import declare_torchvision_ops
+from grappa_dist.data.transforms import Preprocess
 
 
 def forward_precision(device: torch.device, *, halves: bool | None = None) -> AbstractContextManager[object]:
@@ -35,21 +36,8 @@ def forward_precision(device: torch.device, *, halves: bool | None = None) -> Ab
     return torch.autocast(device.type, torch.bfloat16) if wanted else nullcontext()
 
 
-_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # What reading a file of something else, or of another model's weights, raises
 _MISFITS = (RuntimeError, LookupError, EOFError, TypeError, AttributeError, pickle.UnpicklingError, SafetensorError)
-
-
-@dataclass(frozen=True)
-class Pixels:
-    """How an image becomes the backbone's input."""
-
-    image_size: int = 224
-    resize: str = "crop"  # shorter side to image_size / crop_share, then the centre; or "squash"
-    interpolation: str = "bicubic"
-    crop_share: float = 1.0
-    mean: tuple[float, ...] = _IMAGENET_MEAN
-    std: tuple[float, ...] = _IMAGENET_STD
 
 
 class Backbone(nn.Module):
@@ -58,7 +46,7 @@ class Backbone(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, model: nn.Module, pixels: Pixels) -> None:
+    def __init__(self, model: nn.Module, preprocess: Preprocess) -> None:
         super().__init__()
         missing = [name for name in ("patch_embed", "blocks", "norm", "embed_dim") if not hasattr(model, name)]
         if missing:
@@ -69,10 +57,10 @@ class Backbone(nn.Module):
         for parameter in model.parameters():
             parameter.data = parameter.data.contiguous()  # the engine broadcasts bytes and refuses strides
         self.model = model.requires_grad_(False).eval()
-        self.pixels = pixels
+        self.preprocess = preprocess
         self.embed_dim = int(model.embed_dim)  # type: ignore[arg-type]
-        self.register_buffer("mean", torch.tensor(pixels.mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(pixels.std).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(preprocess.mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(preprocess.std).view(1, 3, 1, 1), persistent=False)
 
     @property
     def blocks(self) -> Any:
@@ -97,7 +85,7 @@ class Backbone(nn.Module):
 def create_backbone(
     name: str,
     kwargs: Mapping[str, Any],
-    pixels: Mapping[str, Any],
+    overrides: Mapping[str, Any],
     *,
     checkpoint: str | None = None,
     pretrained: bool = True,
@@ -105,7 +93,7 @@ def create_backbone(
     """The backbone called `timm:<model>` or `<module>:<function>`.
 
     Args:
-        pixels: overrides of `Pixels`; what is absent comes from timm's data config, else it is ImageNet's.
+        overrides: fields of `Preprocess`; what is absent comes from timm's data config, else it is ImageNet's.
         checkpoint: a local file of weights (safetensors, or a torch file that loads with weights_only).
         pretrained: False builds the architecture alone, for weights that are loaded afterwards.
 
@@ -119,22 +107,22 @@ def create_backbone(
         model = _call(source, function, kwargs)
         if checkpoint and pretrained:
             _load(model, checkpoint)
-        return Backbone(model, replace(_default_pixels(model), **pixels))
-    size = {"img_size": pixels["image_size"]} if "image_size" in pixels else {}
+        return Backbone(model, replace(_default_preprocess(model), **overrides))
+    size = {"img_size": overrides["image_size"]} if "image_size" in overrides else {}
     model = _timm(function, {**size, **kwargs}, checkpoint if pretrained else None, pretrained)
     # timm's data config names the size that the weights were trained at, whatever size was asked for
     size = {"image_size": kwargs["img_size"]} if isinstance(kwargs.get("img_size"), int) else {}
-    return Backbone(model, replace(_default_pixels(model), **{**size, **pixels}))
+    return Backbone(model, replace(_default_preprocess(model), **{**size, **overrides}))
 
 
-def _default_pixels(model: nn.Module) -> Pixels:
+def _default_preprocess(model: nn.Module) -> Preprocess:
     if not hasattr(model, "pretrained_cfg"):
-        return Pixels()
+        return Preprocess()
     declare_torchvision_ops()
     from timm.data.config import resolve_model_data_config
 
     known = resolve_model_data_config(model)
-    return Pixels(
+    return Preprocess(
         image_size=known["input_size"][1],
         interpolation=known["interpolation"],
         crop_share=known["crop_pct"],
@@ -300,7 +288,7 @@ def check_image_size(backbone: Backbone, name: str, kwargs: Mapping[str, Any]) -
 
 def _check(backbone: Backbone, name: str, kwargs: Mapping[str, Any]) -> None:
     patches = _on_cpu(backbone.model.patch_embed)  # type: ignore[arg-type]
-    size = backbone.pixels.image_size
+    size = backbone.preprocess.image_size
     said = f"backbone.image_size={size} does not suit backbone.name={name}"
     try:
         tokens = _tokens(patches, torch.zeros(1, 3, size, size))

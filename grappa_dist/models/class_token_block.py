@@ -84,7 +84,7 @@ def _differs(backbone: Backbone) -> str:
     Earlier blocks are passed over, so it takes one block's time.
     """
     *others, last = backbone.blocks
-    size, device = backbone.pixels.image_size, backbone.mean.device
+    size, device = backbone.preprocess.image_size, backbone.mean.device
     noise = torch.rand(1, 3, size, size, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
     with torch.no_grad():
         shallow = copy.deepcopy(backbone, {id(block): _Passed() for block in others}).double()

@@ -6,7 +6,7 @@ import hashlib
 import importlib.util
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from grappa_dist.config import BackboneConfig
 from grappa_dist.data.transforms import Preprocess
 from grappa_dist.distributed.worker import release_memory
 from grappa_dist.files import replacing
-from grappa_dist.models import Backbone, Grappa, Pixels, check_image_size, create_backbone
+from grappa_dist.models import Backbone, Grappa, check_image_size, create_backbone
 from grappa_dist.models.backbone import check_name, check_weights
 
 ADAPTORS_FILE, FUSION_FILE = "adaptors.safetensors", "grappa.safetensors"
@@ -109,9 +109,8 @@ def build_backbone(config: BackboneConfig, *, pretrained: bool = True) -> Backbo
     Raises:
         ValueError: it cannot be built, or does not take images of that size.
     """
-    given = {name: getattr(config, name) for name in ("image_size", "resize", "interpolation", "mean", "std")}
-    pixels = {name: value for name, value in given.items() if value is not None}
-    found = create_backbone(config.name, config.kwargs, pixels, checkpoint=config.checkpoint, pretrained=pretrained)
+    overrides = config.model_dump(include={field.name for field in fields(Preprocess)}, exclude_none=True)
+    found = create_backbone(config.name, config.kwargs, overrides, checkpoint=config.checkpoint, pretrained=pretrained)
     check_image_size(found, config.name, config.kwargs)
     return found
 
@@ -204,7 +203,7 @@ def exported_config(run_or_model_dir: Path) -> tuple[Path, dict[str, Any]]:
 def load_grappa(run_or_model_dir: Path) -> tuple[Grappa, dict[str, Any]]:
     """The weights of an exported model in their place, and what it says of itself."""
     folder, config = exported_config(run_or_model_dir)
-    pixels: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config["pixels"].items()}
+    pixels = {name: tuple(value) if isinstance(value, list) else value for name, value in config["pixels"].items()}
     backbone = create_backbone(config["backbone"]["name"], config["backbone"]["kwargs"], pixels, pretrained=False)
     grappa = Grappa(backbone, len(config["sets"]), config["bottleneck"], attention=config["attention"])
     grappa.load_state_dict(load_file(folder / WEIGHTS_FILE))
@@ -231,16 +230,8 @@ def forget_built() -> None:
         release_memory()  # some backbones hold themselves
 
 
-def pixels_of(model: nn.Module) -> Pixels:
+def preprocess_of(model: nn.Module) -> Preprocess:
+    """What images go through before they reach a model that `build` gave."""
     backbone = model.backbone if isinstance(model, Grappa) else model
     assert isinstance(backbone, Backbone)
-    return backbone.pixels
-
-
-def preprocess_of(pixels: Pixels) -> Preprocess:
-    return Preprocess(
-        image_size=pixels.image_size,
-        resize=pixels.resize,  # type: ignore[arg-type]  # config allows these two alone
-        interpolation=pixels.interpolation,
-        crop_pct=pixels.crop_share,
-    )
+    return backbone.preprocess

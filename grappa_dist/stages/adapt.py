@@ -28,7 +28,7 @@ from grappa_dist.distributed.runner import Job
 from grappa_dist.distributed.worker import release_memory
 from grappa_dist.models import PackedGrappa
 from grappa_dist.models.backbone import forward_precision
-from grappa_dist.models.spec import build_backbone, forget_built, preprocess_of
+from grappa_dist.models.spec import build_backbone, forget_built
 from grappa_dist.search.backends import least_seconds
 from grappa_dist.stages.adapt_job import AdaptJob, starting_centroids, train_adaptors
 from grappa_dist.stages.adapt_packs import AdaptSet, commit_leftovers, fresh, group
@@ -62,7 +62,7 @@ def measure_rates(device: torch.device, job: AdaptJob) -> Measured:
     model = _model(job, 2, device)
     rows = job.training.order(0).batch_share(0, job.training.global_batch, 0, 1)
     rows = rows[: tried(model, room(model, usable).images(min(most, len(rows))))]
-    preprocess = preprocess_of(model.backbone.pixels)
+    preprocess = model.backbone.preprocess
     decode_s = _seconds(lambda: _decode(job, preprocess, rows.tolist())) / len(rows)
     images = to_images(augmented(job.training, preprocess, rows, epoch=0, area=job.adapt.min_crop_area), device)
     two_s = _train_s(model, images) / len(rows)

@@ -24,7 +24,7 @@ from grappa_dist.config import AdaptConfig, BackboneConfig
 from grappa_dist.data.transforms import Preprocess
 from grappa_dist.distributed.worker import RankContext
 from grappa_dist.models import PackedGrappa
-from grappa_dist.models.spec import build_backbone, forget_built, preprocess_of
+from grappa_dist.models.spec import build_backbone, forget_built
 from grappa_dist.stages.adapt_packs import AdaptSet, begin, commit_trained, figure, finish, pack_folder, short_name
 from grappa_dist.stages.embed import to_images
 from grappa_dist.training.batches import Pixels, Rows, TrainingImages, augmented_batches, torch_seed
@@ -238,7 +238,7 @@ class AdaptObjective(Classifying):
         self.model = PackedGrappa(backbone, len(job.sets), config.bottleneck, recompute=config.activation_checkpointing)
         self.classifiers = [self._started(context, index) for index in range(len(job.sets))]
         classes = [Classes(one.labels, c) for one, c in zip(job.sets, self.classifiers, strict=True)]
-        super().__init__(context, config, job.training, preprocess_of(backbone.pixels), classes=classes)
+        super().__init__(context, config, job.training, backbone.preprocess, classes=classes)
         self.module = self.model.to(context.device)
         self._learning = [self.model.parameters_of(index) for index in range(len(job.sets))]
         for parameter in (p for of_set in self._learning for p in of_set):

@@ -26,7 +26,7 @@ from grappa_dist.data.shards import ImageShards
 from grappa_dist.data.transforms import pixels_class
 from grappa_dist.files import write_json
 from grappa_dist.models.backbone import forward_precision
-from grappa_dist.models.spec import ModelSpec, backbone_settings, built, pixels_of, preprocess_of
+from grappa_dist.models.spec import ModelSpec, backbone_settings, built, preprocess_of
 from grappa_dist.search.fixed_point import to_grid
 from grappa_dist.stages.gallery_weights import by_gallery
 from grappa_dist.stages.run import Run
@@ -117,7 +117,7 @@ def embed_rows(
     model: nn.Module, images: ImageShards, rows: NDArray[np.int64], *, device: torch.device, how: Embedding
 ) -> Iterator[tuple[slice, NDArray[np.float32], dict[int, str]]]:
     """Unit features by batches: (place among `rows`, (b, D), reasons of undecodable rows, whose features are zero)."""
-    preprocess = preprocess_of(pixels_of(model))
+    preprocess = preprocess_of(model)
     shape = (preprocess.image_size, preprocess.image_size, 3)
     starts = range(0, len(rows), how.batch_size)
 

@@ -26,7 +26,7 @@ from grappa_dist.files import write_json
 from grappa_dist.knn.exact import sharded_knn
 from grappa_dist.metrics import retrieval_scores
 from grappa_dist.models import Grappa
-from grappa_dist.models.spec import ModelSpec, built, pixels_of, preprocess_of
+from grappa_dist.models.spec import ModelSpec, built, preprocess_of
 from grappa_dist.stages.embed import to_images
 from grappa_dist.stages.gallery_weights import by_gallery
 from grappa_dist.stages.ground_truth import GroundTruth, load_ground_truth, write_ground_truth
@@ -136,7 +136,7 @@ class _Look:
         self._task, self._truth, self._model, self._device = task, ground_truth, model, device
         self._settings, self._seed = task.config.evaluate, task.config.seed
         self._good = np.setdiff1d(np.arange(len(task.images)), task.bad)
-        self._preprocess = preprocess_of(pixels_of(model))
+        self._preprocess = preprocess_of(model)
 
     def views_find_sources(self) -> dict[str, Any]:
         """The share of augmented views whose nearest image is their source, among up to GALLERY_ROWS images."""

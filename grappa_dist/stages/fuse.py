@@ -42,7 +42,6 @@ from grappa_dist.models.spec import (
     FUSION_FILE,
     build_backbone,
     forget_built,
-    preprocess_of,
     save_random_sets,
 )
 from grappa_dist.stages.embed import Embedding, to_images
@@ -286,7 +285,7 @@ class FuseObjective:
     def __init__(self, context: RankContext, job: FuseJob, folder: Path) -> None:
         self._context, self._job = context, job
         backbone = build_backbone(job.backbone)
-        preprocess = preprocess_of(backbone.pixels)
+        preprocess = backbone.preprocess
         num_sets = job.random_sets or len(job.adaptors)
         self.grappa = Grappa(backbone, num_sets, job.bottleneck, attention=job.random_sets != 1)
         if job.random_sets:

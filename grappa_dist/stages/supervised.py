@@ -42,7 +42,7 @@ from grappa_dist.distributed.runner import Job
 from grappa_dist.distributed.worker import RankContext
 from grappa_dist.files import replacing, write_json
 from grappa_dist.models import Grappa
-from grappa_dist.models.spec import ADAPTORS_FILE, FUSION_FILE, build_backbone, forget_built, preprocess_of
+from grappa_dist.models.spec import ADAPTORS_FILE, FUSION_FILE, build_backbone, forget_built
 from grappa_dist.stages.adapt import train_sets
 from grappa_dist.stages.adapt_job import Classes, Classifying, classifier_for, starting_centroids
 from grappa_dist.stages.adapt_packs import AdaptSet
@@ -265,7 +265,7 @@ class SupervisedObjective(Classifying):
         shape = (job.num_classes, backbone.embed_dim)
         self.classifier = classifier_for(context, config, shape, seed=seed, centroids=job.centroids, draws=draws)
         classes = [Classes(job.labels, self.classifier)]
-        super().__init__(context, config, job.training, preprocess_of(backbone.pixels), classes=classes)
+        super().__init__(context, config, job.training, backbone.preprocess, classes=classes)
         self._watch = AttentionStatistics(self.module)
 
     def backward(self, engine: Engine, step: int) -> dict[str, float]:

@@ -54,7 +54,7 @@ def compile_if_it_wins(
     Args:
         halves: see `forward_precision`.
     """
-    size, device = model.backbone.pixels.image_size, model.backbone.mean.device
+    size, device = model.backbone.preprocess.image_size, model.backbone.mean.device
     if device.type != "cuda" and backend == "inductor":
         return "not compiled: no GPU"
     noise = torch.rand(images, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)

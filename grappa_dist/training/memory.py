@@ -100,7 +100,7 @@ def _kept_bytes(model: PackedGrappa, *, recompute: bool) -> int:
         for layer in model.layers:
             layer.recompute = recompute
         with forward_precision(model.backbone.mean.device):
-            return activation_bytes(model, model.backbone.pixels.image_size)
+            return activation_bytes(model, model.backbone.preprocess.image_size)
     finally:
         for layer, before in zip(model.layers, asked, strict=True):
             layer.recompute = before
@@ -211,7 +211,7 @@ def fuse_advice(micro_batch: int) -> str:
 
 def _train_pass(model: PackedGrappa, images: int) -> None:
     """Forward and backward, as the engine does it, with nothing to show for it."""
-    size, device = model.backbone.pixels.image_size, model.backbone.mean.device
+    size, device = model.backbone.preprocess.image_size, model.backbone.mean.device
     torch.cuda.empty_cache()
     try:
         with forward_precision(device):

@@ -15,15 +15,15 @@ from tests.data.test_decoding import encoded, picture
 
 @pytest.mark.parametrize("size", [(100, 60), (60, 101), (33, 33), (500, 320), (20, 31), (1, 1), (37, 900)])
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "nearest"])
-@pytest.mark.parametrize("crop_pct", [1.0, 0.875])
-def test_the_centre_crop_is_resize_then_crop(size: tuple[int, int], interpolation: str, crop_pct: float) -> None:
+@pytest.mark.parametrize("crop_share", [1.0, 0.875])
+def test_the_centre_crop_is_resize_then_crop(size: tuple[int, int], interpolation: str, crop_share: float) -> None:
     image, side = picture(*size), 32
-    shorter = int(side / crop_pct)
+    shorter = int(side / crop_share)
     scaled = tuple(shorter if edge == min(size) else int(shorter * edge / min(size)) for edge in size)
     left, top = (round((edge - side) / 2.0) for edge in scaled)
     resized = image.resize(scaled, Image.Resampling[interpolation.upper()])  # type: ignore[arg-type]
     expected = np.asarray(resized.crop((left, top, left + side, top + side)), dtype=int)
-    found = Preprocess(side, "crop", interpolation, crop_pct).test(image)
+    found = Preprocess(side, "crop", interpolation, crop_share).test(image)
     assert found.shape == (side, side, 3)
     assert found.dtype == np.uint8
     if interpolation != "nearest":  # torch's weights and ours for long images: one grey level away at most
@@ -128,7 +128,7 @@ def test_wrong_settings_are_refused_by_name() -> None:
         ({"image_size": 0}, "image_size"),
         ({"image_size": 8, "resize": "pad"}, "resize"),
         ({"image_size": 8, "interpolation": "cubic"}, "interpolation"),
-        ({"image_size": 8, "crop_pct": 0.0}, "crop_pct"),
+        ({"image_size": 8, "crop_share": 0.0}, "crop_share"),
     ]
     for settings, name in wrong:
         with pytest.raises(ValueError, match=name):

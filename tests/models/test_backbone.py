@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from grappa_dist.models import Backbone, Pixels, check_image_size, create_backbone
+from grappa_dist.data.transforms import Preprocess
+from grappa_dist.models import Backbone, check_image_size, create_backbone
 from tests.models import tiny
 
 OWN = "tests.models.tiny:create"
@@ -171,22 +172,24 @@ def test_weights_that_cannot_be_had_offline_are_refused_at_once_with_the_way_out
 
 
 def test_pixels_come_from_timm_then_from_the_size_asked_for_then_from_the_settings() -> None:
-    def pixels(kwargs: dict[str, Any], given: dict[str, Any]) -> Pixels:
-        return create_backbone(tiny.TIMM, {**tiny.TIMM_KWARGS, **kwargs}, given, pretrained=False).pixels
+    def pixels(kwargs: dict[str, Any], given: dict[str, Any]) -> Preprocess:
+        return create_backbone(tiny.TIMM, {**tiny.TIMM_KWARGS, **kwargs}, given, pretrained=False).preprocess
 
-    assert pixels({"img_size": 48}, {}) == Pixels(48, "crop", "bicubic", 0.9, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    assert pixels({"img_size": 48}, {}) == Preprocess(48, "crop", "bicubic", 0.9, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     given = {"mean": (0.1, 0.2, 0.3), "resize": "squash", "interpolation": "bilinear"}
-    assert pixels({"img_size": 48}, given) == Pixels(48, "squash", "bilinear", 0.9, (0.1, 0.2, 0.3), (0.5, 0.5, 0.5))
+    assert pixels({"img_size": 48}, given) == Preprocess(
+        48, "squash", "bilinear", 0.9, (0.1, 0.2, 0.3), (0.5, 0.5, 0.5)
+    )
     small = {name: value for name, value in tiny.TIMM_KWARGS.items() if name != "img_size"}
     whole = create_backbone(tiny.TIMM, small, {}, pretrained=False)
-    assert whole.pixels.image_size == 224
+    assert whole.preprocess.image_size == 224
     asked = create_backbone(tiny.TIMM, small, {"image_size": 32}, pretrained=False)
     assert asked(torch.rand(1, 3, 32, 32)).shape == (1, 24)
-    assert asked.pixels.image_size == 32
+    assert asked.preprocess.image_size == 32
 
 
 def test_a_users_own_module_gets_imagenets_pixels() -> None:
-    assert create_backbone(OWN, {"dim": 4}, {"image_size": 16}).pixels == Pixels(image_size=16)
+    assert create_backbone(OWN, {"dim": 4}, {"image_size": 16}).preprocess == Preprocess(image_size=16)
 
 
 def test_the_example_in_the_docs_is_a_backbone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,7 +208,7 @@ def test_the_example_in_the_docs_is_a_backbone(tmp_path: Path, monkeypatch: pyte
 def test_a_backbone_is_a_class_token_after_the_norm() -> None:
     images = torch.rand(2, 3, 32, 32)
     model: Any = tiny.create()
-    backbone = Backbone(model, Pixels(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)))
+    backbone = Backbone(model, Preprocess(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)))
     tokens = model.patch_embed(images)
     for block in model.blocks:
         tokens = block(tokens)

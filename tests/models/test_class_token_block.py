@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from grappa_dist.models import Backbone, PackedGrappa, Pixels, create_backbone
+from grappa_dist.data.transforms import Preprocess
+from grappa_dist.models import Backbone, PackedGrappa, create_backbone
 from grappa_dist.models.class_token_block import ClassTokenBlock, last_block
 from grappa_dist.models.packed import activation_bytes
 from tests.models import tiny
@@ -64,7 +65,7 @@ def learnt(base: Backbone, images: Tensor, **options: Any) -> tuple[PackedGrappa
 
 
 def images_for(base: Backbone) -> Tensor:
-    size = base.pixels.image_size
+    size = base.preprocess.image_size
     return torch.rand(3, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
@@ -99,7 +100,7 @@ def test_what_reads_other_tokens_or_is_not_known_stays_whole_and_says_why(family
 
 def test_a_users_own_blocks_stay_whole_and_timms_in_a_users_own_model_do_not() -> None:
     own = tiny.OwnVit(24, 2)
-    pixels = Pixels(image_size=32)
+    pixels = Preprocess(image_size=32)
     assert last_block(Backbone(own, pixels))[1] == "TransformerEncoderLayer with NoneType is not known"
     own.blocks = tiny.timm_vit().blocks  # type: ignore[assignment]
     assert last_block(Backbone(own, pixels))[1] == ""
@@ -113,7 +114,7 @@ class Doubled(nn.Module):
 
 
 def test_a_block_that_computes_something_else_than_its_type_says_is_noticed() -> None:
-    base = Backbone(tiny.timm_vit(), Pixels(image_size=32))
+    base = Backbone(tiny.timm_vit(), Preprocess(image_size=32))
     assert last_block(base)[1] == ""
     base.blocks[-1].norm2 = nn.Sequential(base.blocks[-1].norm2, Doubled())
     block, why = last_block(base)
@@ -122,7 +123,7 @@ def test_a_block_that_computes_something_else_than_its_type_says_is_noticed() ->
 
 
 def test_the_trial_changes_neither_the_model_nor_the_generator() -> None:
-    base = Backbone(tiny.timm_vit(), Pixels(image_size=32))
+    base = Backbone(tiny.timm_vit(), Preprocess(image_size=32))
     before, blocks = {k: t.clone() for k, t in base.state_dict().items()}, list(base.blocks)
     torch.manual_seed(0)
     state = torch.get_rng_state()

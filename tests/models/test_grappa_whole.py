@@ -7,15 +7,16 @@ from typing import Any
 import pytest
 import torch
 
-from grappa_dist.models import Backbone, Grappa, Pixels, create_backbone
+from grappa_dist.data.transforms import Preprocess
+from grappa_dist.models import Backbone, Grappa, create_backbone
 from tests.models import tiny
 
 BOTTLENECK = 3
-PIXELS = Pixels(image_size=32)
+PREPROCESS = Preprocess(image_size=32)
 
 
 def backbones() -> dict[str, Backbone]:
-    return {"timm": Backbone(tiny.timm_vit(), PIXELS), "own": Backbone(tiny.create(), PIXELS)}
+    return {"timm": Backbone(tiny.timm_vit(), PREPROCESS), "own": Backbone(tiny.create(), PREPROCESS)}
 
 
 def grappa(name: str, num_sets: int, attention: bool = True) -> Grappa:
@@ -127,9 +128,9 @@ def test_attention_is_saved_and_loaded_bitwise() -> None:
 
 
 def misfits() -> dict[str, Any]:
-    narrow = Backbone(tiny.create(dim=4), PIXELS)
-    deep = Backbone(tiny.create(depth=4), PIXELS)
-    shallow = Backbone(tiny.create(depth=2), PIXELS)
+    narrow = Backbone(tiny.create(dim=4), PREPROCESS)
+    deep = Backbone(tiny.create(depth=4), PREPROCESS)
+    shallow = Backbone(tiny.create(depth=2), PREPROCESS)
     return {
         "of other channels": [Grappa(narrow, 1, BOTTLENECK, attention=True)],
         "of another bottleneck": [Grappa(backbones()["own"], 1, BOTTLENECK + 1, attention=True)],
@@ -147,8 +148,8 @@ def test_sets_of_another_shape_are_refused(what: str) -> None:
 
 @pytest.mark.parametrize("given", [0, 1, 3])
 def test_another_number_of_sets_is_refused_even_where_it_would_broadcast(given: int) -> None:
-    one = Grappa(Backbone(tiny.create(dim=4), PIXELS), 1, 1, attention=False)
-    two = Grappa(Backbone(tiny.create(dim=4), PIXELS), 2, 1, attention=False)
+    one = Grappa(Backbone(tiny.create(dim=4), PREPROCESS), 1, 1, attention=False)
+    two = Grappa(Backbone(tiny.create(dim=4), PREPROCESS), 2, 1, attention=False)
     with pytest.raises(ValueError, match=f"{given} adaptor sets for a model of 2"):
         two.load_adaptors([one.adaptor_tensors()] * given)
 
@@ -182,8 +183,8 @@ def test_initialisation_is_a_function_of_the_generator_within_the_bounds_of_a_li
 
 def test_images_are_normalised_inside() -> None:
     model, images = tiny.create(), torch.rand(2, 3, 32, 32)
-    shifted = Backbone(model, replace(PIXELS, mean=(0.5, 0.4, 0.3), std=(0.1, 0.2, 0.3)))
-    plain = Backbone(model, replace(PIXELS, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)))
+    shifted = Backbone(model, replace(PREPROCESS, mean=(0.5, 0.4, 0.3), std=(0.1, 0.2, 0.3)))
+    plain = Backbone(model, replace(PREPROCESS, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)))
     scaled = (images - torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1)) / torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)
     torch.testing.assert_close(shifted(images), plain(scaled))
 

@@ -8,16 +8,17 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from grappa_dist.models import Backbone, Grappa, PackedGrappa, Pixels, create_backbone
+from grappa_dist.data.transforms import Preprocess
+from grappa_dist.models import Backbone, Grappa, PackedGrappa, create_backbone
 from grappa_dist.models.packed import PackedLayer, activation_bytes
 from tests.models import tiny
 
 BOTTLENECK = 3
-PIXELS = Pixels(image_size=32)
+PREPROCESS = Preprocess(image_size=32)
 
 
 def backbone(name: str) -> Backbone:
-    return Backbone(tiny.timm_vit() if name == "timm" else tiny.create(), PIXELS)
+    return Backbone(tiny.timm_vit() if name == "timm" else tiny.create(), PREPROCESS)
 
 
 def packed(base: Backbone, num_sets: int, recompute: bool = False) -> PackedGrappa:

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from grappa_dist.artifacts import Artifact, Store
 from grappa_dist.config import BackboneConfig
+from grappa_dist.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from grappa_dist.models import Backbone, Grappa
 from grappa_dist.models.spec import (
     ADAPTORS_FILE,
@@ -19,7 +20,6 @@ from grappa_dist.models.spec import (
     build,
     build_backbone,
     built,
-    pixels_of,
     preprocess_of,
 )
 from tests.models import tiny
@@ -72,7 +72,8 @@ def test_a_backbone_of_ones_own_is_told_by_its_source(tmp_path: Path, monkeypatc
 
 def test_settings_that_are_null_are_the_backbones_own() -> None:
     config = OWN.model_copy(update={"image_size": None, "mean": (0.5, 0.5, 0.5)})
-    assert build_backbone(config).pixels == replace(build_backbone(OWN).pixels, image_size=224, mean=(0.5, 0.5, 0.5))
+    expected = replace(build_backbone(OWN).preprocess, image_size=224, mean=(0.5, 0.5, 0.5))
+    assert build_backbone(config).preprocess == expected
 
 
 def test_a_description_builds_the_backbone_one_set_the_average_and_the_fusion(tmp_path: Path) -> None:
@@ -91,7 +92,7 @@ def test_a_description_builds_the_backbone_one_set_the_average_and_the_fusion(tm
         features.append(model(images))
         assert not any(p.requires_grad for p in model.parameters())
         assert not model.training
-        assert pixels_of(model) == pixels_of(frozen)
+        assert preprocess_of(model) == preprocess_of(frozen)
     assert all(not torch.allclose(a, b) for i, a in enumerate(features) for b in features[:i])
     average = models["average"]
     assert isinstance(average, Grappa)
@@ -114,7 +115,8 @@ def test_inputs_of_a_description_are_all_its_artifacts(tmp_path: Path) -> None:
     assert ModelSpec("neighbours", OWN, 3, sets, fusion).inputs["fusion"] == fusion
 
 
-def test_the_preprocessing_is_that_of_the_pixels() -> None:
-    pixels = replace(build_backbone(OWN).pixels, resize="squash", interpolation="bilinear", crop_share=0.9)
-    made = preprocess_of(pixels)
-    assert (made.image_size, made.resize, made.interpolation, made.crop_pct) == (16, "squash", "bilinear", 0.9)
+def test_the_preprocessing_is_that_of_the_settings() -> None:
+    config = OWN.model_copy(update={"resize": "squash", "interpolation": "bilinear"})
+    made = preprocess_of(build_backbone(config))
+    assert (made.image_size, made.resize, made.interpolation, made.crop_share) == (16, "squash", "bilinear", 1.0)
+    assert (made.mean, made.std) == (IMAGENET_MEAN, IMAGENET_STD)

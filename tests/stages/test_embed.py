@@ -16,7 +16,7 @@ from grappa_dist.config import Config
 from grappa_dist.data.decoding import decode
 from grappa_dist.data.open_images import open_images
 from grappa_dist.data.shards import ImageShards
-from grappa_dist.models.spec import ModelSpec, build, pixels_of, preprocess_of
+from grappa_dist.models.spec import ModelSpec, build, preprocess_of
 from grappa_dist.stages.embed import (
     Embedding,
     bad_reasons,
@@ -62,7 +62,7 @@ def embed_in(root: Path, settings: Config) -> tuple[tiny.Here, ImageShards, tupl
 def test_a_row_of_features_belongs_to_the_image_of_that_row(settings: Config, tmp_path: Path) -> None:
     _, images, features = embed_in(tmp_path, settings)
     model = build(ModelSpec("backbone", settings.backbone), tiny.CPU)
-    preprocess = preprocess_of(pixels_of(model))
+    preprocess = preprocess_of(model)
     z = feature_rows(images, features).take(np.arange(tiny.NUM_ROWS))
     for row in (0, 12, 13, 14, 31, tiny.NUM_ROWS - 1):
         pixels = preprocess.test(decode(images.image_bytes(row)))[None]

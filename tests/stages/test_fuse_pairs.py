@@ -16,7 +16,7 @@ from grappa_dist.data.transforms import view_generator
 from grappa_dist.data.writer import ShardWriter
 from grappa_dist.distributed.collectives import Comm
 from grappa_dist.models import Grappa
-from grappa_dist.models.spec import ModelSpec, build, build_backbone, preprocess_of
+from grappa_dist.models.spec import ModelSpec, build, build_backbone
 from grappa_dist.stages import knn_graph as graph_module
 from grappa_dist.stages.embed import Embedding, embed_rows
 from grappa_dist.stages.fuse_pairs import Pairs
@@ -38,7 +38,7 @@ def pairs_of(settings: Config, folder: Path, comm: Comm, *, neighbours: bool) ->
         tiny.Watcher().context(comm),
         tiny.training_images(settings, images),
         model,
-        preprocess_of(build_backbone(settings.backbone).pixels),
+        build_backbone(settings.backbone).preprocess,
         settings=settings.fuse,
         neighbours=neighbours,
         embedding=Embedding(settings.embed.batch_size, 1),
@@ -77,7 +77,7 @@ def test_global_batches_of_pairs_are_the_same_on_any_number_of_ranks(settings: C
 def test_without_a_graph_a_pair_is_two_views_of_one_image(settings: Config, tmp_path: Path) -> None:
     pairs = pairs_of(settings, tmp_path, Comm(), neighbours=False)
     training = tiny.training_images(settings, ImageShards.open(settings.data.train, None))
-    preprocess = preprocess_of(build_backbone(settings.backbone).pixels)
+    preprocess = build_backbone(settings.backbone).preprocess
     rows = training.order(1).batch(1, tiny.BATCH)
     pairs.begin(4)
     first, second = np.split(pairs.at(4), 2)
@@ -145,7 +145,7 @@ def graph_of_copies(comm: Comm, folder: Path, skip: bool) -> tuple[np.ndarray, d
         tiny.Watcher().context(comm),
         tiny.training_images(settings, images, bad=()),
         model,
-        preprocess_of(build_backbone(settings.backbone).pixels),
+        build_backbone(settings.backbone).preprocess,
         settings=settings.fuse,
         neighbours=True,
         embedding=Embedding(settings.embed.batch_size, 1),

@@ -13,7 +13,7 @@ from grappa_dist.artifacts import CENTROIDS_FILE, Store, label_rows
 from grappa_dist.console import read_events
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.distributed.collectives import Comm
-from grappa_dist.models.spec import ADAPTORS_FILE, FUSION_FILE, build_backbone, preprocess_of
+from grappa_dist.models.spec import ADAPTORS_FILE, FUSION_FILE, build_backbone
 from grappa_dist.stages.adapt import adaptors_of
 from grappa_dist.stages.embed import to_images
 from grappa_dist.stages.ground_truth import ground_truth_of
@@ -128,7 +128,7 @@ def test_the_first_loss_is_the_softmax_over_class_means_of_images_that_have_a_la
     objective = SupervisedObjective(tiny.Watcher().context(Comm()), job)
     rows = job.training.order(0).batch(0, tiny.BATCH)
     assert not set(rows.tolist()) & {*UNLABELLED, tiny.BAD}
-    preprocess = preprocess_of(build_backbone(job.backbone).pixels)
+    preprocess = build_backbone(job.backbone).preprocess
     pixels = augmented(job.training, preprocess, rows, epoch=0, area=job.adapt.min_crop_area)
     labels = torch.from_numpy(job.labels.take(rows).astype(np.int64))
     assert job.centroids is not None

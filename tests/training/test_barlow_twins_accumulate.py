@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from grappa_dist.data.transforms import Preprocess
 from grappa_dist.distributed.collectives import Comm
-from grappa_dist.models import Backbone, Grappa, Pixels
+from grappa_dist.models import Backbone, Grappa
 from grappa_dist.training.barlow_twins import Projector, accumulate, barlow_twins
 from grappa_dist.training.deepspeed_engine import Engine
 from tests.models import tiny
@@ -25,7 +26,7 @@ class Fused(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.grappa = Grappa(Backbone(tiny.create(depth=2), Pixels(image_size=SIZE)), 3, 2, attention=True)
+        self.grappa = Grappa(Backbone(tiny.create(depth=2), Preprocess(image_size=SIZE)), 3, 2, attention=True)
         self.projector = Projector(8, (6, 4))
         tiny.fill(self, seed=4, scale=0.4)
         self.grappa.trainable_attention()

@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from grappa_dist.models import Backbone, PackedGrappa, Pixels
+from grappa_dist.data.transforms import Preprocess
+from grappa_dist.models import Backbone, PackedGrappa
 from grappa_dist.training.compile import compile_if_it_wins, seconds
 from tests.models import tiny
 
 
 def model(*, recompute: bool = False, timm: bool = True) -> PackedGrappa:
-    base = Backbone(tiny.timm_vit() if timm else tiny.create(), Pixels(image_size=32))
+    base = Backbone(tiny.timm_vit() if timm else tiny.create(), Preprocess(image_size=32))
     packed = PackedGrappa(base, 2, 3, recompute=recompute)
     for index in range(2):
         for i, adaptors in enumerate(packed.adaptors(index)):

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from grappa_dist.config import AdaptConfig
+from grappa_dist.data.transforms import Preprocess
 from grappa_dist.distributed.collectives import Comm
-from grappa_dist.models import Backbone, PackedGrappa, Pixels
+from grappa_dist.models import Backbone, PackedGrappa
 from grappa_dist.models.packed import activation_bytes
 from grappa_dist.training import memory as fitting
 from grappa_dist.training.memory import (
@@ -30,7 +31,7 @@ from tests.stages import tiny
 
 
 def model(*, recompute: bool = False) -> PackedGrappa:
-    packed = PackedGrappa(Backbone(tiny_models.create(), Pixels(image_size=32)), 2, 3, recompute=recompute)
+    packed = PackedGrappa(Backbone(tiny_models.create(), Preprocess(image_size=32)), 2, 3, recompute=recompute)
     for index in range(2):
         packed.initialise(index, torch.Generator().manual_seed(index))
         for parameter in packed.parameters_of(index):
