@@ -172,14 +172,13 @@ def test_weights_that_cannot_be_had_offline_are_refused_at_once_with_the_way_out
 
 
 def test_pixels_come_from_timm_then_from_the_size_asked_for_then_from_the_settings() -> None:
-    def pixels(kwargs: dict[str, Any], given: dict[str, Any]) -> Preprocess:
+    def preprocess(kwargs: dict[str, Any], given: dict[str, Any]) -> Preprocess:
         return create_backbone(tiny.TIMM, {**tiny.TIMM_KWARGS, **kwargs}, given, pretrained=False).preprocess
 
-    assert pixels({"img_size": 48}, {}) == Preprocess(48, "crop", "bicubic", 0.9, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    assert preprocess({"img_size": 48}, {}) == Preprocess(48, "crop", "bicubic", 0.9, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     given = {"mean": (0.1, 0.2, 0.3), "resize": "squash", "interpolation": "bilinear"}
-    assert pixels({"img_size": 48}, given) == Preprocess(
-        48, "squash", "bilinear", 0.9, (0.1, 0.2, 0.3), (0.5, 0.5, 0.5)
-    )
+    expected = Preprocess(48, "squash", "bilinear", 0.9, (0.1, 0.2, 0.3), (0.5, 0.5, 0.5))
+    assert preprocess({"img_size": 48}, given) == expected
     small = {name: value for name, value in tiny.TIMM_KWARGS.items() if name != "img_size"}
     whole = create_backbone(tiny.TIMM, small, {}, pretrained=False)
     assert whole.preprocess.image_size == 224

@@ -49,7 +49,7 @@ def check(name: str, size: int, **kwargs: Any) -> None:
 
 def test_a_size_that_the_positions_are_not_made_for_is_refused_with_the_one_that_is() -> None:
     check(NAME, 48, image_size=48)
-    right = r"^backbone\.image_size=64 does not suit backbone\.name=tests\.models\.test_sizes:positioned: "
+    right = r"^backbone\.image_size=64 does not suit backbone\.name=tests\.models\.test_backbone_sizes:positioned: "
     with pytest.raises(
         ValueError, match=right + r"it takes backbone\.image_size=48, or kwargs that make it for 64 \(The"
     ):
