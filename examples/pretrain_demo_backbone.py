@@ -1,4 +1,4 @@
-"""Trains the demo's backbone to name the parameters of doodles: python -m grappa_dist.demo.pretrain --out FILE
+"""Trains the demo's backbone to name the parameters of doodles: python examples/pretrain_demo_backbone.py --out FILE
 
 Shapes: B images of one step.
 

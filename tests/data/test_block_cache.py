@@ -16,7 +16,7 @@ from grappa_dist.data.block_cache import BlockCache, CacheSettings
 
 WRITER = """
 import random, sys
-from grappa_dist.data.cache import BlockCache, CacheSettings
+from grappa_dist.data.block_cache import BlockCache, CacheSettings
 cache, draw = BlockCache(CacheSettings(sys.argv[1], 100_000)), random.Random(int(sys.argv[2]))
 for _ in range(600):
     number = draw.randrange(80)

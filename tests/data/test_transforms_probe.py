@@ -45,7 +45,7 @@ def test_other_pixels_of_any_step_and_other_arithmetic_of_ours_give_another_clas
 
 
 def test_the_class_does_not_depend_on_the_vector_instructions_of_the_processor() -> None:
-    code = "from grappa_dist.data.probe import pixels_class; print(pixels_class())"
+    code = "from grappa_dist.data.transforms import pixels_class; print(pixels_class())"
     plain = {**os.environ, "ATEN_CPU_CAPABILITY": "default", "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run([sys.executable, "-c", code], env=plain, capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == probe.pixels_class(), done.stderr

@@ -181,10 +181,9 @@ def test_sigterm_while_ray_starts_is_ours_though_ray_listens(monkeypatch: pytest
     program = """
 import os, signal, sys, ray
 from grappa_dist.config import Resources
-from grappa_dist.distributed import cluster as cluster_module
-from grappa_dist.distributed.cluster import Cluster
-from grappa_dist.distributed.jobs import Runner
-from grappa_dist.exits import Ending
+from grappa_dist.console import Ending
+from grappa_dist.distributed.ray_cluster import Cluster
+from grappa_dist.distributed.runner import Runner
 def init(**_):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     os.kill(os.getpid(), signal.SIGTERM)

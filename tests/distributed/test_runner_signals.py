@@ -21,7 +21,7 @@ import sys
 from grappa_dist.config import Resources
 from grappa_dist.distributed.cluster import Cluster
 from grappa_dist.distributed.jobs import Job, Runner
-from grappa_dist.exits import Ending
+from grappa_dist.console import Ending
 from tests.distributed.test_signals import save_when_asked
 
 where = Resources(workers=2, num_cpus=2, gpus_per_worker=0)
