@@ -19,10 +19,10 @@ ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
 import sys
 from grappa_dist.config import Resources
-from grappa_dist.distributed.cluster import Cluster
-from grappa_dist.distributed.jobs import Job, Runner
+from grappa_dist.distributed.ray_cluster import Cluster
+from grappa_dist.distributed.runner import Job, Runner
 from grappa_dist.console import Ending
-from tests.distributed.test_signals import save_when_asked
+from tests.distributed.test_runner_signals import save_when_asked
 
 where = Resources(workers=2, num_cpus=2, gpus_per_worker=0)
 runner = Runner(Cluster(where), where, on_interrupt=lambda text: print(text, file=sys.stderr, flush=True))
