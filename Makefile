@@ -5,12 +5,12 @@ FAISS ?= cpu
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: help demo test test-fast test-long test-cluster test-cluster-fast check format bench wheel clean
+.PHONY: help demo test test-fast test-long test-cluster test-cluster-fast check format bench wheel lock clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
-$(READY): setup.py constraints.txt
+$(READY): pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(FAISS),dev]'
 	touch $(READY)
@@ -48,6 +48,10 @@ bench: $(READY) ## reading against webdataset, k-means against faiss (long; the 
 
 wheel: $(READY) ## a wheel in wheels/
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir wheels .
+
+lock: ## requirements-lock.txt anew, from pyproject.toml and constraints.txt; needs uv, and the CPU build of torch (CONTRIBUTING.md)
+	uv pip compile --quiet pyproject.toml --extra cpu --extra dev -c constraints.txt --generate-hashes --no-annotate \
+	  --python-version 3.11 --python-platform x86_64-manylinux_2_28 --custom-compile-command 'make lock' -o requirements-lock.txt
 
 clean: ## removes the environment and build leftovers; runs/ stays
 	rm -rf $(VENV) build wheels *.egg-info

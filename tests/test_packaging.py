@@ -1,16 +1,25 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from email.parser import Parser
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+import grappa_dist
 
 ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+TESTED_EXTRAS = ("cpu", "dev")  # what `make` installs, and what requirements-lock.txt is made of
 SOURCES = ("grappa_dist", "tests", "launch", "configs", "docs", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 DATA = (".safetensors", ".typed")
 
@@ -51,3 +60,42 @@ def test_a_user_gets_neither_the_tools_of_development_nor_faiss_unasked(wheel: P
     optional = ("pytest", "mypy", "ruff", "faiss", "scipy", "s3fs", "gcsfs", "moto")
     assert [line for line in asked if line.startswith(optional)] == []
     assert {"cpu", "gpu", "benchmarks", "s3", "gs", "dev"} == set(metadata.get_all("Provides-Extra", []))
+
+
+def _pins(file: str) -> dict[str, Version]:
+    """Package -> version of the lines `package==version`."""
+    found = re.findall(r"^([\w.-]+)==([^\s;\\]+)", (ROOT / file).read_text(), re.MULTILINE)
+    return {canonicalize_name(name): Version(version) for name, version in found}
+
+
+def _requirements(*extras: str) -> list[Requirement]:
+    lines = PROJECT["dependencies"] + [line for extra in extras for line in PROJECT["optional-dependencies"][extra]]
+    return [Requirement(line) for line in lines]
+
+
+def test_the_version_of_the_package_is_that_of_its_metadata() -> None:
+    assert PROJECT["version"] == grappa_dist.__version__
+
+
+def test_every_pin_of_the_constraints_is_a_requirement_and_satisfies_its_range() -> None:
+    ranges = {canonicalize_name(r.name): r.specifier for r in _requirements(*PROJECT["optional-dependencies"])}
+    pins = _pins("constraints.txt")
+    assert pins.keys() - ranges.keys() == set()
+    assert [name for name, version in pins.items() if version not in ranges[name]] == []
+
+
+def test_the_lock_has_every_requirement_in_its_range_and_every_pin_of_the_constraints() -> None:
+    lock = _pins("requirements-lock.txt")
+    requirements = {canonicalize_name(r.name): r.specifier for r in _requirements(*TESTED_EXTRAS)}
+    assert requirements.keys() - lock.keys() == set()
+    assert [name for name, allowed in requirements.items() if lock[name] not in allowed] == []
+    pins = {name: version for name, version in _pins("constraints.txt").items() if name != "faiss-gpu"}
+    assert {name: lock[name].public for name in pins} == {name: str(version) for name, version in pins.items()}
+
+
+def test_the_lock_gives_a_hash_for_every_package_and_no_address() -> None:
+    text = (ROOT / "requirements-lock.txt").read_text()
+    entries = re.split(r"^(?=\w)", text, flags=re.MULTILINE)[1:]
+    assert len(entries) == len(_pins("requirements-lock.txt"))
+    assert [entry for entry in entries if not re.search(r"--hash=sha256:[0-9a-f]{64}$", entry, re.MULTILINE)] == []
+    assert "://" not in text
