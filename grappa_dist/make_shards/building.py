@@ -115,7 +115,6 @@ class Building:
     filled: dict[int, Filled] = field(default_factory=dict)
     finished: bool = False
     reused: bool = False
-    nameless: bool = False  # finished before shards held the names of files
     lock: int = -1  # descriptor
 
     @property
@@ -151,9 +150,7 @@ def open_building(plan: FolderPlan) -> Building:
     partial = plan.folder.with_name(f".{plan.folder.name}.partial")
     building = Building(plan, partial)
     if committed_index(plan.folder) is not None:
-        made = read_json(plan.folder / COMMITTED).get("plan")
-        building.nameless = made is not None and made == plan.nameless
-        if made != plan.fingerprint and not building.nameless:
+        if read_json(plan.folder / COMMITTED).get("plan") != plan.fingerprint:
             raise ValueError(
                 f"{plan.folder}: finished, with other shards than these; remove it or write to another folder"
             )
@@ -173,8 +170,6 @@ def _compare(plan: FolderPlan, partial: Path) -> None:
             if began.get("plan") == plan.fingerprint:
                 return
             before, now = began.get("settings", {}), plan.settings
-            if before and "names" not in before:
-                raise ValueError(f"{partial}: begun by an earlier version, without names of files; remove it")
             other = [
                 f"{key} was {before[key]}, now {now[key]}" for key in now if key in before and before[key] != now[key]
             ]

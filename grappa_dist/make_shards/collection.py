@@ -155,8 +155,6 @@ def summary(buildings: Sequence[Building], skipped: Counter[str], seconds: float
         size = sum(tar.stat().st_size for tar in folder.glob("*.tar"))
         classes = len({(item.task, item.label) for item in items if item.label is not None})
         done = "was finished before, with these images" if building.reused else "written"
-        if building.nameless:
-            done += ", by an earlier version: without the names of their files, which it has if removed and made again"
         lines.append(
             f"{folder}: {len(items):,} images, {classes:,} classes, {len({item.task for item in items}):,} tasks, "
             f"{building.plan.shards:,} shards, {size:,} bytes; {done}"

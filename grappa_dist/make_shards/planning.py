@@ -88,7 +88,6 @@ class FolderPlan:
     settings: dict[str, Any]
     prefixes: Mapping[Path, str]  # by source, what comes before the names of its files
     fingerprint: str
-    nameless: str | None  # what the fingerprint was before shards held the names of files, where that is known
 
     @property
     def shards(self) -> int:
@@ -116,14 +115,12 @@ def plan_folder(
         "shard_bytes": limits.bytes,
         "image_size": image_size,
         "encoder": encoder() if any(_is_encoded(item, image_size) for item in items) else None,
+        "names": True,  # the JSON of a row holds the name of its file
     }
-    named = {**settings, "names": True}
     files = (prefixes[item.source.path] + item.name for item in items)
-    now = _fingerprint([named, starts], items, sizes, files)
-    former = None
-    if limits.bytes is None:  # else the shards were cut elsewhere
-        former = _fingerprint([settings, starts], items, sizes, (item.name for item in items))
-    return FolderPlan(folder, items, starts, image_size, named, prefixes, now, former)
+    return FolderPlan(
+        folder, items, starts, image_size, settings, prefixes, _fingerprint([settings, starts], items, sizes, files)
+    )
 
 
 def _fingerprint(settings: object, items: Sequence[Item], sizes: NDArray[np.int64], files: Iterable[str]) -> str:

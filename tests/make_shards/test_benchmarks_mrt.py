@@ -27,9 +27,9 @@ from grappa_dist.make_shards.benchmarks import (
 )
 from grappa_dist.plan import plan
 from launch.make_shards import main
-from tests.data.making.benchmarks import layouts
+from tests.make_shards import layouts
 
-CONFIG = Path(__file__).parents[4] / "configs" / "mrt.yaml"
+CONFIG = Path(__file__).parents[2] / "configs" / "mrt.yaml"
 
 pytest.importorskip("scipy", reason="the annotations of Cars and Flowers are MATLAB files")
 

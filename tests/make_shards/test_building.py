@@ -23,7 +23,7 @@ from grappa_dist.make_shards.collection import CollectionConfig, Work, make_shar
 from grappa_dist.make_shards.filling import Row
 from grappa_dist.make_shards.sources import Encoded
 
-SCRIPT = Path(__file__).parents[3] / "launch" / "make_shards.py"
+SCRIPT = Path(__file__).parents[2] / "launch" / "make_shards.py"
 
 
 def noise(size: int, seed: int, kind: str = "JPEG") -> bytes:

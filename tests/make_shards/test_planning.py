@@ -1,10 +1,8 @@
-"""The names of files in shards: which they are, whatever bytes they have, and shards from before there were any."""
+"""The names of files in shards: which they are, whatever bytes they have; and shards of an unknown plan."""
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
 import os
 import tarfile
 from pathlib import Path
@@ -90,34 +88,20 @@ def test_a_name_in_a_tar_may_be_longer_than_any_file_system_has(tmp_path: Path) 
     assert len(images.where(0)) < 400 + len(str(tmp_path))
 
 
-def fingerprint_without_names(out: Path, files: list[str], settings: dict[str, object], starts: list[int]) -> str:
-    """The plan of unlabelled files, all of six bytes and one task, as it was before shards had names."""
-    digest = hashlib.sha256(json.dumps([settings, starts]).encode())
-    for file in files:
-        digest.update(f"{file}\0all\0None\0{6}\n".encode())
-    return digest.hexdigest()
-
-
 @pytest.mark.parametrize("finished", [True, False])
-def test_shards_from_before_there_were_names_stay_and_are_not_mixed_with_others(tmp_path: Path, finished: bool) -> None:
+def test_shards_of_an_unknown_plan_are_refused_with_what_to_do(tmp_path: Path, finished: bool) -> None:
     write(tmp_path / "pile", "a.jpg", "b.jpg", "c.jpg")
     make(tmp_path / "out", tmp_path / "pile")
     folder, partial = tmp_path / "out" / "train", tmp_path / "out" / ".train.partial"
-    order = list(names_in(folder))
-    settings: dict[str, object] = {"images": 3, "images_per_shard": 1000, "shard_bytes": None, "image_size": None}
-    settings["encoder"] = None
-    before = fingerprint_without_names(folder, order, settings, [0, 3])
     if finished:
-        write_json(folder / "index.json", {**read_json(folder / "index.json"), "plan": before})
-        told = "\n".join(make(tmp_path / "out", tmp_path / "pile"))
-        assert "finished before, with these images, by an earlier version: without the names" in told
-        return
-    folder.rename(partial)
-    (partial / "index.json").unlink()
-    write_json(partial / "making" / "plan.json", {"plan": before, "settings": settings})
-    with pytest.raises(
-        ValueError, match=r"train\.partial: begun by an earlier version, without names of files; remove it$"
-    ):
+        write_json(folder / "index.json", {**read_json(folder / "index.json"), "plan": "0" * 64})
+        what = "finished, with other shards than these; remove it or write to another folder"
+    else:
+        folder.rename(partial)
+        (partial / "index.json").unlink()
+        write_json(partial / "making" / "plan.json", {"plan": "0" * 64, "settings": {"images": 3, "other": 1}})
+        what = "begun with another plan .*; run that again to go on, or remove the folder to start over"
+    with pytest.raises(ValueError, match=what):
         make(tmp_path / "out", tmp_path / "pile")
 
 
