@@ -1,7 +1,7 @@
 """The last block where the features are its class token's: query, projection and MLP for that token alone.
 
-The only file that opens a block. It knows timm's by their types and tries each on an image before it is used; what it
-does not know, or finds to compute anything else, stays whole. Shapes: B images, T tokens, D channels, A heads of C.
+The only file that opens a block. timm's are recognised by their types and tried on an image before they are used; an
+unknown block, or one with another result, stays whole. Shapes: B images, T tokens, D channels, A heads of C channels.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from grappa_dist.models.backbone import Backbone
 
-TOLERANCE = 1e-9  # of the largest feature, in double precision: far from rounding on either side
+TOLERANCE = 1e-9  # of the largest feature, in double precision: far above rounding
 
 
 class ClassTokenBlock(nn.Module):
-    """The class token that a block of timm's gives, up to rounding: (B, T, D) -> (B, 1, D).
+    """The class token after a block of timm's, equal up to rounding: (B, T, D) -> (B, 1, D).
 
-    As in a `Backbone`, which stays in eval mode: without dropout and stochastic depth.
+    Without dropout and stochastic depth, as a `Backbone` is always in eval mode.
     """
 
     def __init__(self, block: nn.Module) -> None:
@@ -30,9 +30,9 @@ class ClassTokenBlock(nn.Module):
         self.block: Any = block
 
     def forward(self, tokens: Tensor, **given: Any) -> Tensor:
-        """`given` is what the model passes to its blocks: rotary positions or a bias of relative ones, or nothing."""
+        """`given`: what the model passes to its blocks, if anything: rotary positions or a bias of relative ones."""
         given = {name: value for name, value in given.items() if value is not None and value is not False}
-        if given.keys() - {"rope", "shared_rel_pos_bias"}:  # a mask, say, with which no backbone is called
+        if given.keys() - {"rope", "shared_rel_pos_bias"}:  # such as a mask, with which no backbone is called
             whole: Tensor = self.block(tokens, **given)
             return whole[:, :1]
         attended = _attend(self.block.attn, self.block.norm1(tokens), **given)
@@ -79,20 +79,20 @@ def _is_known(block: nn.Module) -> bool:
 
 
 def _differs(backbone: Backbone) -> str:
-    """Why the features are others with the class token alone, "" if they are not: by an image of noise.
+    """Why the features of an image of noise differ with the class token alone; "" if they do not.
 
-    Earlier blocks are passed over, so it takes one block's time.
+    Earlier blocks are skipped, so it takes the time of one block.
     """
     *others, last = backbone.blocks
     size, device = backbone.preprocess.image_size, backbone.mean.device
     noise = torch.rand(1, 3, size, size, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
     with torch.no_grad():
-        shallow = copy.deepcopy(backbone, {id(block): _Passed() for block in others}).double()
+        shallow = copy.deepcopy(backbone, {id(block): _Identity() for block in others}).double()
         try:
             right = shallow(noise.to(device).double())
             shallow.blocks[len(others)] = ClassTokenBlock(shallow.blocks[len(others)])
             found = shallow(noise.to(device).double())
-        except Exception as error:  # whatever an unknown part of it may raise: then the block stays whole
+        except Exception as error:  # an unknown block may raise anything; then it stays whole
             return f"a trial of {type(last).__name__} failed: {' '.join(str(error).split())[:200]}"
         if found.is_meta or bool((found - right).abs().max() <= TOLERANCE * right.abs().max()):
             return ""
@@ -105,13 +105,13 @@ def _timm_version() -> str:
     return str(timm.__version__)
 
 
-class _Passed(nn.Module):
+class _Identity(nn.Module):
     def forward(self, tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return tokens
 
 
 def _attend(attn: Any, x: Tensor, rope: Tensor | None = None, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
-    """What the class token gathers from all tokens, (B, T, D) -> (B, 1, D)."""
+    """Attention of the class token over all tokens, (B, T, D) -> (B, 1, D)."""
     q, k, v = _projected(attn, x)
     q, k = (getattr(attn, f"{name}_norm", nn.Identity())(t) for name, t in (("q", q), ("k", k)))
     if rope is not None:  # the class token has no position
@@ -137,24 +137,24 @@ def _projected(attn: Any, x: Tensor) -> list[Tensor]:
 
 
 def _bias(attn: Any) -> Tensor | None:
-    """(3 * A * C,): timm's plain attention has it in the layer, the others beside it."""
+    """(3 * A * C,): in the layer in timm's plain attention, apart in the others."""
     if getattr(attn, "q_bias", None) is None:
-        within: Tensor | None = attn.qkv.bias
-        return within
+        bias: Tensor | None = attn.qkv.bias
+        return bias
     return torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
 
 
 def _rotated(attn: Any, k: Tensor, rope: Tensor) -> Tensor:
     layers: Any = import_module("timm.layers")
     prefix, half = attn.num_prefix_tokens, getattr(attn, "rotate_half", False)
-    options = {"half": True} if half else {}  # which older versions do not know
+    options = {"half": True} if half else {}  # older versions of timm have no such option
     return torch.cat([k[:, :, :prefix], layers.apply_rot_embed_cat(k[:, :, prefix:], rope, **options)], 2)
 
 
 def _position_bias(attn: Any, shared: Tensor | None) -> Tensor | None:
-    """Of relative positions, seen from the class token: (1, A, 1, T)."""
+    """The bias of relative positions for the class token's query, (1, A, 1, T)."""
     bias = shared  # (A, T, T), of all blocks alike
     if getattr(attn, "relative_position_bias_table", None) is not None:
-        own: Tensor = attn._get_rel_pos_bias()  # (1, A, T, T)
-        bias = own if shared is None else own + shared
+        of_block: Tensor = attn._get_rel_pos_bias()  # (1, A, T, T)
+        bias = of_block if shared is None else of_block + shared
     return None if bias is None else bias[..., :1, :]

@@ -3,9 +3,11 @@
 out = h + sum_i alpha_i A_i(h), A_i(h) = up_i(GELU(down_i(h))), Algorithm 1 of Almazan et al., ECCV 2022.
 Shapes: B images, T tokens, D channels, N sets, H bottleneck; F = N * H, the bottlenecks side by side.
 
-The mean over tokens commutes with the up-projection, so the attention needs the pooled GELU alone. For the backward
-pass one (B, T, F) tensor is kept, what enters the GELU; the GELU itself is computed again, which is cheap. `h` is kept
-only where the down-projection learns (step 2 of the paper).
+`attention` is Eq. (3) and `fused_adaptors` the whole layer after its block; both run in training and inference.
+
+The mean over tokens commutes with the up-projection, so the attention needs the pooled GELU alone. The backward pass
+needs one (B, T, F) tensor, the input of the GELU; the GELU is computed again, which is cheap. `h` is kept only where
+the down-projection learns.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ _gelu_, _gelu_backward = torch.ops.aten.gelu_.default, torch.ops.aten.gelu_backw
 
 @dataclass(frozen=True)
 class Scores:
-    """What weighs the sets: Q and K (D, D), or their product K^T Q, or neither for equal scores; and a prior (N,)."""
+    """The parameters of the attention: Q and K (D, D), or K^T Q, or neither for equal scores; and a prior (N,)."""
 
     query: Tensor | None = None
     key: Tensor | None = None
@@ -34,23 +36,23 @@ class Scores:
 
 
 def attention(pooled: Tensor, gelu: Tensor, up: Tensor, up_bias: Tensor, scores: Scores) -> Tensor:
-    """alpha (B, N) = softmax_i( (Q h) . (K A_i) / sqrt(D) + prior_i ), Eq. (3), of pooled h and pooled A_i.
+    """Eq. (3), as trained and run: alpha (B, N) = softmax_i( (Q h) . (K A_i) / sqrt(D) + prior_i ), h and A_i pooled.
 
     Args:
         pooled: the mean of h over tokens, (B, D).
         gelu: the mean of GELU(down(h)) over tokens, (B, F).
     """
     num_sets, dim = up_bias.shape
-    turned = _turned(pooled, scores)
-    if turned is None:
+    projected = _projected(pooled, scores)
+    if projected is None:
         logits = pooled.new_zeros((len(pooled), num_sets))
     else:
-        within = (F.linear(turned, up) * gelu).view(-1, num_sets, len(up) // num_sets).sum(-1)
-        logits = (within + F.linear(turned, up_bias)) / math.sqrt(dim)
+        within = (F.linear(projected, up) * gelu).view(-1, num_sets, len(up) // num_sets).sum(-1)
+        logits = (within + F.linear(projected, up_bias)) / math.sqrt(dim)
     return (logits if scores.prior is None else logits + scores.prior).softmax(-1)
 
 
-def _turned(pooled: Tensor, scores: Scores) -> Tensor | None:
+def _projected(pooled: Tensor, scores: Scores) -> Tensor | None:
     """K^T Q h, (B, D), whose products with A_i are those of Q h with K A_i."""
     if scores.product is not None:
         return F.linear(pooled, scores.product)
@@ -60,9 +62,9 @@ def _turned(pooled: Tensor, scores: Scores) -> Tensor | None:
 
 
 def fused_adaptors(h: Tensor, weights: Weights, scores: Scores) -> tuple[Tensor, Tensor]:
-    """The output (B, T, D) in the type of h, and the weights alpha (B, N), detached.
+    """The output (B, T, D) in the type of h, and alpha (B, N), detached.
 
-    Under autocast the two large products run in its type, everything that is pooled in that of Q and K.
+    Under autocast the two large products run in its type, everything pooled in that of Q and K.
     """
     h, kind = h.contiguous(), h.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else h.dtype
@@ -78,7 +80,7 @@ def fused_adaptors(h: Tensor, weights: Weights, scores: Scores) -> tuple[Tensor,
 
 
 def _weigh(h: Tensor, a: Tensor, weights: Weights, scores: Scores) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """alpha and what it was made of, the pooled h (B, D) and the pooled GELU (B, F)."""
+    """alpha (B, N), and the pooled h (B, D) and the pooled GELU (B, F) that it is computed from."""
     *_, up, up_bias = weights
     pooled = h.mean(1, dtype=up.dtype), a.mean(1, dtype=up.dtype)
     return attention(*pooled, up, up_bias, scores), pooled
@@ -186,10 +188,10 @@ def _attention_grads(leaves: _Leaves, grad: Tensor, needs: _Inputs) -> _Leaves:
         fresh = _Leaves(*copies)  # type: ignore[arg-type]  # those that may be None are
         scores = Scores(fresh.query, fresh.key, fresh.prior, fresh.product)
         alpha = attention(fresh.pooled, fresh.gelu, fresh.up, fresh.up_bias, scores)
-    wanted = [t for t in fresh if t is not None and t.requires_grad]
+    learned = [t for t in fresh if t is not None and t.requires_grad]
     if not alpha.requires_grad:
-        found = {id(t): torch.zeros_like(t) for t in wanted}
+        found = {id(t): torch.zeros_like(t) for t in learned}
     else:
-        given = torch.autograd.grad(alpha, wanted, grad, allow_unused=True, materialize_grads=True)
-        found = {id(t): g for t, g in zip(wanted, given, strict=True)}
+        given = torch.autograd.grad(alpha, learned, grad, allow_unused=True, materialize_grads=True)
+        found = {id(t): g for t, g in zip(learned, given, strict=True)}
     return _Leaves(*[None if t is None else found.get(id(t)) for t in fresh])  # type: ignore[arg-type]

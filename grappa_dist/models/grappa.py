@@ -1,12 +1,14 @@
-"""The Grappa layer and model (Almazan et al., ECCV 2022, Sec. 3 and Algorithm 1).
+"""The Grappa layer and model: adaptor sets and the attention over them (Almazan et al., ECCV 2022, Sec. 3).
 
 Shapes: B images, T tokens, D channels, N adaptor sets, H bottleneck, L layers.
 
-The layer wraps any block and never opens it. With x and y the two halves of the block's output h = x + y, the paper's
-U_i = A_i(h) + y and out = sum_i alpha_i U_i + x equal h + sum_i alpha_i A_i(h), since alpha sums to one; and y adds the
-same number to all N logits, which softmax ignores. The arithmetic is in models/fused_adaptors.py.
+This file holds the parameters. Eq. (3), the attention over the adaptors, and the fusion of their outputs are computed
+by `attention` and `fused_adaptors` of models/fused_adaptors.py, in training and inference alike. Step 2 trains its
+sets in models/packed.py. tests/reference.py has Algorithm 1 line by line, as the reference that tests compare with.
 
-Bottleneck adaptors A_i(h) = up_i(GELU(down_i(h))) of one layer. Shapes: N sets, H bottleneck, D channels.
+The layer wraps any block and never opens it. With x and y the two terms of the block's output h = x + y, the paper's
+U_i = A_i(h) + y and out = sum_i alpha_i U_i + x equal h + sum_i alpha_i A_i(h), since alpha sums to one; and y adds the
+same number to all N logits, which softmax ignores.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from grappa_dist.models.fused_adaptors import Scores, Weights, fused_adaptors
 
 
 class Adaptors(nn.Module):
-    """The N adaptors after one block, their bottlenecks side by side so that all of them are two matmuls.
+    """The N bottleneck adaptors A_i(h) = up_i(GELU(down_i(h))) after one block, side by side: two matmuls for all.
 
     `up` starts at exactly zero, so a fresh model is the backbone, bit for bit.
     """
@@ -48,7 +50,7 @@ class Adaptors(nn.Module):
 
     @torch.no_grad()
     def randomise(self, generator: torch.Generator) -> None:
-        """The default init of a linear layer for both halves, nothing zero: one that is to learn without labels."""
+        """The default init of a linear layer for `down` and `up`: the start of sets that no labels have trained."""
         self.initialise(generator)
         bound = 1 / math.sqrt(self.bottleneck)
         self.up_weight.uniform_(-bound, bound, generator=generator)
@@ -74,7 +76,10 @@ class Adaptors(nn.Module):
 
 
 class Attention(nn.Module):
-    """alpha = softmax_i( (Q pool(h)) . (K pool(A_i(h))) / sqrt(D) ), Eq. (3); no bias, no value projection."""
+    """Q and K (D, D) of Eq. (3): alpha = softmax_i( (Q pool(h)) . (K pool(A_i(h))) / sqrt(D) ).
+
+    No bias, no value projection. `attention` in models/fused_adaptors.py computes it.
+    """
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -90,7 +95,10 @@ class Attention(nn.Module):
 
 
 class WideSet(nn.Module):
-    """Sets that weigh alike for all images, as one: their F' bottlenecks that weigh anything. It lies in no file."""
+    """Sets whose weights are the same for all images, folded into one of F' bottlenecks, zero weights left out.
+
+    Its tensors are derived, so no state dict has them.
+    """
 
     down: Tensor  # (F', D)
     down_bias: Tensor  # (F',)
@@ -117,12 +125,12 @@ class WideSet(nn.Module):
 class GrappaLayer(nn.Module):
     """A block followed by N adaptors and, with `attention`, their fusion; without it they are averaged.
 
-    With N = 1 this is the layer of step 2 (M + P_i): one code path, so a fused model of one set is that model exactly.
+    With N = 1 it is the layer of M + P_i, which step 2 trains in models/packed.py.
     """
 
     prior: Tensor | None
-    wide: WideSet | None  # by `fold`, where all images weigh the sets alike
-    product: Tensor | None  # K^T Q, by `fold`, where they do not
+    wide: WideSet | None  # by `fold`, where alpha is the same for all images
+    product: Tensor | None  # K^T Q, by `fold`, where it is not
 
     def __init__(self, block: nn.Module, adaptors: Adaptors, attention: Attention | None) -> None:
         super().__init__()
@@ -130,23 +138,23 @@ class GrappaLayer(nn.Module):
         self.register_buffer("prior", None, persistent=False)
         self.register_buffer("product", None, persistent=False)
         self.register_module("wide", None)
-        self._alone = False  # whether all sets but one weigh nothing
+        self._single = False  # whether all sets but one have weight zero
         self.alpha: Tensor | None = None  # (B, N) of the last forward, detached
 
     def forward(self, tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(B, T, D) -> (B, T, D); further arguments go to the block."""
         h: Tensor = self.block(tokens, *args, **kwargs)
-        own = self.adaptors
+        sets = self.adaptors
         if self.wide is not None:
             out, _ = fused_adaptors(h, self.wide.weights, Scores())
-            self.alpha = self._constant().expand(len(h), -1)
+            self.alpha = self._constant_alpha().expand(len(h), -1)
             return out
-        weights = (own.down_weight, own.down_bias, own.up_weight, own.up_bias)
+        weights = (sets.down_weight, sets.down_bias, sets.up_weight, sets.up_bias)
         out, self.alpha = fused_adaptors(h, weights, self._scores())
         return out
 
     def _scores(self) -> Scores:
-        if self._weighs_alike:
+        if self._has_constant_alpha:
             return Scores(prior=self.prior)
         assert self.attention is not None
         if self.product is not None:
@@ -154,33 +162,30 @@ class GrappaLayer(nn.Module):
         return Scores(self.attention.query, self.attention.key, prior=self.prior)
 
     @property
-    def _weighs_alike(self) -> bool:
+    def _has_constant_alpha(self) -> bool:
         """Whether alpha is the same for all images."""
         return self.attention is None or self.adaptors.num_sets == 1
 
-    def _constant(self) -> Tensor:
+    def _constant_alpha(self) -> Tensor:
         """alpha where it is the same for all images, (N,)."""
         even = self.adaptors.up_bias.new_zeros(self.adaptors.num_sets)
         return (even if self.prior is None else even + self.prior).softmax(-1)
 
     @torch.no_grad()
     def weigh(self, weights: Tensor | None) -> None:
-        """Multiplies the attention by `weights` (N,), not all zero, before it is made to sum to one; None: by nothing.
+        """Multiplies alpha by `weights` (N,), not all zero, and normalises it to sum to one; None: no weights.
 
-        Without attention they are, made to sum to one, the attention.
+        Without attention, alpha is the normalised weights.
         """
         self.wide = self.product = None
         self.prior = None if weights is None else weights.to(self.adaptors.up_bias).log()
-        self._alone = weights is not None and int(weights.count_nonzero()) == 1
+        self._single = weights is not None and int(weights.count_nonzero()) == 1
 
     @torch.no_grad()
     def fold(self) -> None:
-        """For inference with the weights as they are: sets weighed alike become one wide set, K and Q one matrix.
-
-        Of the wide set, what weighs nothing is left out.
-        """
-        if self._weighs_alike or self._alone:
-            self.wide = WideSet(self.adaptors, self._constant())
+        """For inference with the weights as they are: sets of constant alpha become one, else Q and K one matrix."""
+        if self._has_constant_alpha or self._single:
+            self.wide = WideSet(self.adaptors, self._constant_alpha())
         elif self.attention is not None:
             self.product = self.attention.key.T @ self.attention.query
 
@@ -204,13 +209,13 @@ class Grappa(nn.Module):
         return self.backbone(images)
 
     def weigh(self, weights: Tensor | None) -> None:
-        """Weighs the N adaptor sets in every layer, for all images alike, beside the attention if there is any.
+        """Weights of the N adaptor sets in every layer, the same for all images; an attention is multiplied by them.
 
         Args:
-            weights: (N,), at least 0, not all 0; one set alone is the model of that set. None: as trained.
+            weights: (N,), at least 0, not all 0; all but one 0 is the model of that set. None: as trained.
 
         Raises:
-            ValueError: they are of another number of sets, or no weights.
+            ValueError: they are not N, or not such numbers.
         """
         sets = self.layers[0].adaptors.num_sets
         if weights is not None and (
@@ -221,12 +226,12 @@ class Grappa(nn.Module):
             layer.weigh(weights)
 
     def fold(self) -> None:
-        """Makes inference cheaper, equal to rounding, until `weigh`; weights must not change afterwards."""
+        """Makes inference cheaper, equal up to rounding, until `weigh`; parameters must not change afterwards."""
         for layer in self.layers:
             layer.fold()
 
     def last_attention(self) -> Tensor:
-        """Weights of the last forward, (B, L, N)."""
+        """alpha of the last forward, (B, L, N)."""
         return torch.stack([layer.alpha for layer in self.layers if layer.alpha is not None], 1)
 
     def adaptor_tensors(self, index: int = 0) -> dict[str, Tensor]:
@@ -238,7 +243,7 @@ class Grappa(nn.Module):
         }
 
     def load_adaptors(self, sets: Sequence[Mapping[str, Tensor]]) -> None:
-        """Fills all N sets from what `adaptor_tensors` gave, each.
+        """Fills the N sets, each from what `adaptor_tensors` gave.
 
         Raises:
             ValueError: the sets are not N, or of another depth or width.
@@ -280,7 +285,7 @@ class Grappa(nn.Module):
             layer.adaptors.requires_grad_(True)
 
     def trainable_attention(self, *, and_adaptors: bool = False) -> None:
-        """Step 3: gradients for Q and K alone, or for the adaptors as well."""
+        """Step 3: gradients for Q and K alone, or for the adaptors too."""
         self.requires_grad_(False)
         for layer in self.layers:
             layer.adaptors.requires_grad_(and_adaptors)
@@ -290,7 +295,7 @@ class Grappa(nn.Module):
 
 
 def _check_fit(what: str, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Copying would broadcast a small tensor and pass over one too many."""
+    """Raises ValueError for other names or shapes: copying would broadcast a small tensor and ignore one too many."""
     for name in sorted(found.keys() | expected.keys()):
         given, right = (tuple(t[name].shape) if name in t else None for t in (found, expected))
         if given != right:

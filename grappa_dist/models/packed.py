@@ -1,9 +1,8 @@
-"""Several adaptor sets trained on the same images in one model: what they share is computed once, the rest as one
-larger batch.
+"""The model that step 2 trains: S adaptor sets side by side on the same images, the shared part computed once.
 
-Shapes: B images, T tokens, D channels, S sets, H bottleneck. The sets part after the first block: behind it, row
-s * B + b is image b as set s sees it. Each set meets its own images' tokens and its own weights alone, so a packed set
-gets the values and gradients that it would get by itself, up to the rounding of sums in another order.
+Shapes: B images, T tokens, D channels, S sets, H bottleneck. The sets part after the first block: from there on, row
+s * B + b is image b as set s sees it, and the S sets run as one larger batch. A set depends on its own rows and weights
+only, so it gets the values and gradients of training alone, up to the rounding of sums in another order.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from grappa_dist.models.backbone import Backbone
 from grappa_dist.models.class_token_block import last_block
 from grappa_dist.models.grappa import Adaptors
 
-FEWEST_COMPILED = 2  # images: for none and for one, torch.compile would make graphs apart, of which it has a limit
+FEWEST_COMPILED = 2  # images: torch.compile specialises on 0 and 1, and it has a limit of graphs
 
 
 class PackedLayer(nn.Module):
@@ -42,26 +41,26 @@ class PackedLayer(nn.Module):
     def compute(self, tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As `forward`, never compiled."""
         if not self.first:
-            return self._kept(self._go_on, tokens, *args, **kwargs)
-        with torch.no_grad():  # nothing that learns lies before the first adaptor, so there is nothing to recompute
+            return self._kept(self._later_layer, tokens, *args, **kwargs)
+        with torch.no_grad():  # nothing before the first adaptor learns, so there is nothing to recompute
             h: Tensor = self.block(tokens, *args, **kwargs)
-        return self._kept(self._part, h)
+        return self._kept(self._first_layer, h)
 
     def _kept(self, run: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        """What `run` gives, whose activations are kept for the backward pass, or recomputed in it."""
+        """The result of `run`, whose activations are kept for the backward pass, or recomputed in it."""
         if self.recompute and torch.is_grad_enabled():
             found: Tensor = checkpoint(run, *args, use_reentrant=False, **kwargs)
             return found
         return run(*args, **kwargs)
 
-    def _part(self, h: Tensor) -> Tensor:
+    def _first_layer(self, h: Tensor) -> Tensor:
         down = torch.cat([a.down_weight for a in self._adaptors])  # (S*H, D): one matmul for all sets
         a = F.gelu(F.linear(h, down, torch.cat([a.down_bias for a in self._adaptors])))
         count, width = len(self.sets), self._adaptors[0].bottleneck
         a = a.view(h.shape[0] * h.shape[1], count, width).transpose(0, 1)  # (S, B*T, H)
         return (self._up(a).view(count, *h.shape) + h).flatten(0, 1)
 
-    def _go_on(self, tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _later_layer(self, tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         h: Tensor = self.block(tokens, *args, **kwargs)
         x = h.reshape(len(self.sets), len(h) // len(self.sets) * h.shape[1], h.shape[2])  # (S, B*T, D)
         down = torch.stack([a.down_weight for a in self._adaptors])  # (S, H, D)
@@ -79,12 +78,13 @@ class PackedLayer(nn.Module):
 
 
 class PackedGrappa(nn.Module):
-    """A frozen backbone with S adaptor sets side by side, as step 2 trains them: RGB in [0, 1] (B, 3, P, P) -> features
-    (S, B, D), those of the model of each set. `blocks` of the backbone are wrapped in place, never opened but the last.
+    """A frozen backbone with S adaptor sets side by side: RGB in [0, 1] (B, 3, P, P) -> features (S, B, D) by set.
+
+    Wraps the `blocks` of the backbone in place; only the last one may be opened.
 
     Args:
         recompute: activations, in the backward pass.
-        class_token_only: the last block gives that token alone, if features are its and the block is known.
+        class_token_only: the last block computes that token alone, where the features are its and the block is known.
     """
 
     def __init__(
@@ -119,12 +119,12 @@ class PackedGrappa(nn.Module):
         return [layer.sets[index] for layer in self.layers]  # type: ignore[misc]
 
     def initialise(self, index: int, generator: torch.Generator) -> None:
-        """The start of one set, as a function of the generator alone."""
+        """The initial weights of one set, a function of the generator alone."""
         for adaptors in self.adaptors(index):
             adaptors.initialise(generator)
 
     def parameters_of(self, index: int) -> list[nn.Parameter]:
-        """What one set learns, beside its classifier."""
+        """The parameters that one set learns, without its classifier."""
         return [parameter for adaptors in self.adaptors(index) for parameter in adaptors.parameters()]
 
     def adaptor_tensors(self, index: int) -> dict[str, Tensor]:
@@ -137,9 +137,9 @@ class PackedGrappa(nn.Module):
 
 
 def activation_bytes(model: PackedGrappa, image_size: int) -> int:
-    """What one image more in a batch keeps in memory between forward and backward, as a graph of real tensors would.
+    """Bytes that each image of a batch keeps in memory between forward and backward.
 
-    Works on the meta device, where nothing is computed; there and on a CPU, activations are float32.
+    Also on the meta device, where nothing is computed; there and on a CPU, activations are float32.
     """
 
     def kept(images: int) -> int:

@@ -84,7 +84,7 @@ def _pass(model: PackedGrappa, images: Tensor, *, halves: bool | None) -> _Pass:
     """As a step of training, with a loss that weighs every feature of an image differently; leaves no gradients."""
     learning = [p for p in model.parameters() if p.requires_grad]
     try:
-        with forward_precision(images.device, halves=halves):
+        with forward_precision(images.device, bf16=halves):
             z = model(images)
         z = z.float()
         (z * torch.linspace(-1, 1, z.shape[-1], device=z.device)).sum().backward()

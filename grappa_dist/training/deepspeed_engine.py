@@ -181,7 +181,7 @@ class _InPrecision(nn.Module):
         self.module, self._device, self._halves = module, device, halves
 
     def forward(self, images: Tensor) -> Tensor:
-        with forward_precision(self._device, halves=self._halves):
+        with forward_precision(self._device, bf16=self._halves):
             found: Tensor = self.module(images).float()
         return found
 

@@ -54,7 +54,7 @@ def test_a_step_is_timed_and_held_against_the_limit_of_its_type() -> None:
 def test_the_type_is_that_of_products_and_not_of_their_sums(halves: bool, expected: torch.dtype) -> None:
     model = learning_model(TINY)
     types = types_of_products(model)
-    with forward_precision(torch.device("cpu"), halves=halves):
+    with forward_precision(torch.device("cpu"), bf16=halves):
         model(made_up_images(TINY))
     assert types == {expected}
 

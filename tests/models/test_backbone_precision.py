@@ -6,11 +6,9 @@ import torch
 from grappa_dist.models.backbone import forward_precision
 
 
-@pytest.mark.parametrize(
-    ("kind", "halves", "enabled"), [("cuda", None, True), ("cpu", None, False), ("cpu", True, True)]
-)
+@pytest.mark.parametrize(("kind", "bf16", "enabled"), [("cuda", None, True), ("cpu", None, False), ("cpu", True, True)])
 def test_products_are_in_bfloat16_on_gpus_and_where_asked_for(
-    monkeypatch: pytest.MonkeyPatch, kind: str, halves: bool | None, enabled: bool
+    monkeypatch: pytest.MonkeyPatch, kind: str, bf16: bool | None, enabled: bool
 ) -> None:
     entered: list[tuple[str, torch.dtype]] = []
     autocast = torch.autocast
@@ -20,7 +18,7 @@ def test_products_are_in_bfloat16_on_gpus_and_where_asked_for(
         return autocast("cpu", dtype)
 
     monkeypatch.setattr(torch, "autocast", note)
-    with forward_precision(torch.device(kind), halves=halves):
+    with forward_precision(torch.device(kind), bf16=bf16):
         found = torch.nn.Linear(3, 2)(torch.ones(1, 3)).dtype
     assert entered == [(kind, torch.bfloat16)] * enabled
     assert found == (torch.bfloat16 if enabled else torch.float32)
