@@ -1,9 +1,7 @@
-"""Every setting, checked at birth: defaults < YAML < key=value, unknown keys refused. Units are in the names.
+"""Every setting, read from a YAML file and `key=value` overrides (defaults < YAML < overrides) and checked at once.
 
-What changes the result and what only says where it runs are apart: `out` and `resources` enter the fingerprint of no
-artefact but the report's, which shows them.
-
-A config from a YAML file and `key=value` overrides, and errors that name the key, the value and what is right.
+Unknown keys are refused. Errors name the key, the value found and what would be right. Units are in the names. `out`
+and `resources` do not change the result: they enter the fingerprint of no artefact but the report, which shows them.
 """
 
 from __future__ import annotations
@@ -13,6 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,8 +24,8 @@ def _as_tuple(value: Any) -> Any:
 
 
 Paths = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
-ShardedRows = Annotated[float, Field(ge=0, le=1)]
-Area = Annotated[float, Field(gt=0, le=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+PositiveFraction = Annotated[float, Field(gt=0, le=1)]
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Modulepath = Annotated[str, Field(pattern=r"^[\w.]+:[\w./-]+$")]
@@ -38,13 +37,13 @@ class Section(BaseModel):
 
 
 class DataConfig(Section):
-    """Where the images are: folders of WebDataset tars (or glob patterns), or a collection that a function draws."""
+    """Where the images are: folders of WebDataset tars (or glob patterns), or a function that generates a data set."""
 
     train: Paths = ()  # unlabelled images to adapt to
     test: Paths = ()  # images to evaluate on; labels optional; empty: label-free figures on the training images
-    collection: Modulepath | None = None  # "module:function" that yields drawings, instead of train and test
+    collection: Modulepath | None = None  # "module:function" that yields images, instead of train and test
     collection_kwargs: dict[str, Any] = {}
-    max_bad_share: ShardedRows = 0.01  # more undecodable rows than this stop the run
+    max_bad_share: Fraction = 0.01  # more undecodable rows than this stop the run
     streams: Count = 128  # V: an epoch is cut into this many sequential streams (part of the result, ranks are not)
     shuffle_window: Count = 1024  # rows of a stream that are shuffled together
 
@@ -80,13 +79,13 @@ class ClusteringConfig(Section):
 
     num_labels: tuple[Count, ...] | Literal["auto"] = "auto"  # K_1..K_N; auto: powers of two up to n or 2^17
     iterations: Count = 20
-    tolerance: Annotated[float, Field(ge=0, lt=1)] = 0.0  # stop when inertia improves by less than this share; 0: never
+    tolerance: Annotated[float, Field(ge=0, lt=1)] = 0.0  # stop when inertia falls by less than this fraction; 0: never
     spherical: bool = False  # re-normalise means (ours; the paper's k-means does not)
     init: Literal["auto", "k-means++", "k-means||"] = "auto"  # first centroids; auto: by K and n
-    method: Literal["auto", "exact", "sampled", "hierarchical", "approximate"] = "auto"  # auto: by cost, and says so
+    method: Literal["auto", "exact", "sampled", "hierarchical", "approximate"] = "auto"  # auto: by cost, and reported
     assignment: Literal["auto", "exact", "approximate"] = "auto"  # of the final labels where the method is not exact
     sample_rows_per_cluster: Count = 64  # of `sampled`: centroids are fitted to K times as many rows
-    probes: Count = 8  # lists of near centroids that a row looks into where it is not compared with all
+    probes: Count = 8  # inverted lists of centroids that a row is compared with where it is not compared with all
     balance: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = None  # largest cluster, in mean sizes n / K
     restarts: Count = 1  # with other seeds; the lowest inertia wins
 
@@ -108,22 +107,22 @@ class AdaptConfig(Section):
     weight_decay: Rate = 1e-3  # L2 added to the gradient (Adam, not AdamW)
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     classifier: Literal["centroids", "random"] = "centroids"  # where the throw-away classifier starts
-    sampled_classes: Area = 1.0  # share of the classes that images are told apart from in a step; 1: all
-    min_crop_area: Area = 0.25  # random resized crop
+    sampled_classes: PositiveFraction = 1.0  # fraction of the classes in the softmax of a step; 1: all
+    min_crop_area: PositiveFraction = 0.25  # random resized crop
     clip_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None  # of the gradient of a set's adaptors
     checkpoint_steps: Count = 50
     sets_per_job: Count | Literal["auto"] = 1  # trained together, on images decoded once; auto: by measured rates
-    micro_batch: Count | Literal["auto"] | None = None  # images at a time per rank; null: its share; auto: what fits
+    micro_batch: Count | Literal["auto"] | None = None  # images at a time per rank; null: its batch; auto: by memory
     activation_checkpointing: bool = False  # less memory for a second forward pass
-    zero_stage: int = 0  # of DeepSpeed: 1 cuts up the adaptors' optimizer state over the ranks, 2 gradients too
-    supervised: bool = False  # one set more, on the labels of the training images: a row to compare with, nothing else
+    zero_stage: int = 0  # of DeepSpeed: 1 partitions the adaptors' optimizer state over the ranks, 2 gradients too
+    supervised: bool = False  # also trains a set on the labels of the training images, only to compare with
 
     def of_result(self) -> dict[str, Any]:
-        """The settings that decide what a set becomes."""
+        """The settings that decide the trained set; `clip_norm` and `sampled_classes` only if not at their default."""
         where = {"checkpoint_steps", "sets_per_job", "micro_batch", "activation_checkpointing", "zero_stage"}
-        goes_without_saying = {"clip_norm": None, "sampled_classes": 1.0}
+        left_out_by_default = {"clip_norm": None, "sampled_classes": 1.0}
         settings = self.model_dump(mode="json", exclude={*where, "supervised"})
-        return {k: v for k, v in settings.items() if (k, v) not in goes_without_saying.items()}
+        return {k: v for k, v in settings.items() if (k, v) not in left_out_by_default.items()}
 
     @model_validator(mode="after")
     def _zero_stage(self) -> AdaptConfig:
@@ -135,33 +134,76 @@ class AdaptConfig(Section):
         return self
 
 
-class FuseConfig(Section):
-    """The fusion. A trained variant is pairs of `transforms` or `neighbours`, by LARS (the paper) or `-adam`.
+AVERAGE, GALLERY = "average", "gallery"
+SUPERVISED = "supervised"  # attention over the sets, trained with the labels of the training images
+SUPERVISED_SET = "supervised-set"  # an adaptor set trained with them: adapt.supervised, not a variant of the fusion
+VariantName = Literal[
+    "average",
+    "gallery",
+    "transforms",
+    "neighbours",
+    "transforms-adam",
+    "neighbours-adam",
+    "random-one",
+    "random-all",
+    "supervised",
+]
 
-    Not trained are `average`, and `gallery`: sets weighed for each gallery by its local structure (ours). To compare
-    with are RANDOM, whose adaptors start at random and learn from pairs alone, and SUPERVISED, which sees labels.
-    """
 
-    variants: tuple[
-        Literal[
-            "average",
-            "gallery",
-            "transforms",
-            "neighbours",
-            "transforms-adam",
-            "neighbours-adam",
-            "random-one",
-            "random-all",
-            "supervised",
-        ],
-        ...,
-    ] = (
-        "average",
-        "transforms",
-        "neighbours",
+@dataclass(frozen=True)
+class Variant:
+    """One entry of `fuse.variants`: how adaptor sets become one model. Without an optimizer nothing is trained."""
+
+    name: VariantName
+    pairs: Literal["transforms", "neighbours"] | None = None  # the second image of a pair: a view, or of a neighbour
+    optimizer: Literal["lars", "adam"] | None = None  # LARS is the paper's
+    start: Literal["adapted", "one random set", "all sets random"] = "adapted"  # the adaptor sets before the fusion
+    labels: bool = False  # trained with the labels of the training images
+    per_gallery: bool = False  # the sets are weighted for each gallery, by its local structure (ours)
+
+    @classmethod
+    def parse(cls, name: str) -> Variant:
+        """The variant of that name.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if name not in VARIANTS:
+            raise ValueError(f"{name!r} is not a variant of the fusion; there are {', '.join(VARIANTS)}")
+        return VARIANTS[name]
+
+    @property
+    def to_compare_with(self) -> bool:
+        """Whether it is a row of the table only: adaptors that start at random, or labels, are not the method."""
+        return self.labels or self.start != "adapted"
+
+    def num_random_sets(self, num_partitions: int) -> int:
+        """How many adaptor sets start at random and are trained with the fusion."""
+        return {"adapted": 0, "one random set": 1, "all sets random": num_partitions}[self.start]
+
+
+VARIANTS: Mapping[str, Variant] = {  # in the order of the report
+    variant.name: variant
+    for variant in (
+        Variant("average"),
+        Variant("gallery", per_gallery=True),
+        Variant("transforms", pairs="transforms", optimizer="lars"),
+        Variant("transforms-adam", pairs="transforms", optimizer="adam"),
+        Variant("neighbours", pairs="neighbours", optimizer="lars"),
+        Variant("neighbours-adam", pairs="neighbours", optimizer="adam"),
+        Variant("random-one", pairs="neighbours", optimizer="lars", start="one random set"),  # M+A_1 of the paper
+        Variant("random-all", pairs="neighbours", optimizer="lars", start="all sets random"),  # M* of the paper
+        Variant("supervised", optimizer="adam", labels=True),
     )
+}
+
+
+class FuseConfig(Section):
+    """The fusion: its variants, and the training of those that learn from pairs of images."""
+
+    variants: tuple[VariantName, ...] = ("average", "transforms", "neighbours")
     global_batch: Annotated[int, Field(ge=2)] = 256
-    micro_batch: Count = 64  # images at a time per rank; the loss is exact for the whole batch all the same
+    micro_batch: Count = 64  # images at a time per rank; the loss is that of the whole batch for any value
     epochs: Count = 1
     projector: tuple[Count, ...] = (8192, 8192, 8192)
     beta: Rate = 0.0051  # off-diagonal weight, Eq. (4)
@@ -169,25 +211,26 @@ class FuseConfig(Section):
     neighbours: Count = 5  # k of the k-NN graph
     refresh: bool = True  # rebuild the graph every epoch, else once
     graph: Literal["auto", "exact", "approximate"] = "auto"  # auto: exact up to a million images
-    recall_floor: Annotated[float, Field(ge=0, lt=1)] = 0.9  # of true neighbours, what an approximate graph must find
+    recall_floor: Annotated[float, Field(ge=0, lt=1)] = 0.9  # of true neighbours that an approximate graph must find
     duplicate_cosine: Annotated[float, Field(gt=0, le=1)] = 0.999  # neighbours above it count as near-duplicates
-    skip_duplicates: bool = False  # and are no neighbours: the k nearest others of the 2k nearest are
+    skip_duplicates: bool = False  # take no near-duplicates: the neighbours are the k nearest others of the 2k nearest
     lars_learning_rate: Rate = 0.5  # the recipe of the paper
     lars_weight_decay: Rate = 1e-3
     adam_learning_rate: Rate = 1e-3  # the second recipe: Adam without decay
     warmup_steps: Annotated[int, Field(ge=0)] = 0
-    min_crop_area: Area = 0.25
+    min_crop_area: PositiveFraction = 0.25
     checkpoint_steps: Count = 20
 
-    def of_variant(self, variant: str) -> dict[str, Any]:
-        """The settings that decide the result of one variant, once `graph` is settled."""
-        other = "lars_" if variant.endswith("-adam") else "adam_"
-        of_graph = ("neighbours", "refresh", "graph", "recall_floor", "duplicate_cosine", "skip_duplicates")
-        neighbours = () if seeks_neighbours(variant) else of_graph
-        left_out = {"checkpoint_steps", "variants", "micro_batch", *neighbours}  # the loss is exact for any micro batch
+    def of_variant(self, name: str) -> dict[str, Any]:
+        """The settings that decide the result of one variant, once `graph` is settled. An exact graph is left out."""
+        variant = Variant.parse(name)
+        unused = "lars_" if variant.optimizer == "adam" else "adam_"
+        left_out = {"checkpoint_steps", "variants", "micro_batch"}
         if self.graph != "approximate":
-            left_out |= {"graph", "recall_floor"}  # an exact graph goes without saying
-        return {k: v for k, v in self.model_dump(mode="json").items() if k not in left_out and not k.startswith(other)}
+            left_out |= {"graph", "recall_floor"}
+        if variant.pairs != "neighbours":
+            left_out |= {"neighbours", "refresh", "graph", "recall_floor", "duplicate_cosine", "skip_duplicates"}
+        return {k: v for k, v in self.model_dump(mode="json").items() if k not in left_out and not k.startswith(unused)}
 
     @model_validator(mode="after")
     def _distinct(self) -> FuseConfig:
@@ -196,27 +239,16 @@ class FuseConfig(Section):
         return self
 
 
-UNTRAINED = ("average", "gallery")
-RANDOM = ("random-one", "random-all")  # M+A_1 and M* of the paper: one set, or as many as there are partitions
-SUPERVISED = "supervised"  # attention over the sets, trained with the labels of the training images
-SUPERVISED_SET = "supervised-set"  # and one set that is: adapt.supervised
-
-
-def seeks_neighbours(variant: str) -> bool:
-    """Whether a fusion variant learns from images and their neighbours."""
-    return variant.startswith("neighbours") or variant in RANDOM
-
-
 class EvaluateConfig(Section):
     gallery_queries: Annotated[int, Field(ge=0)] = 4  # per task, shown in the report
     gallery_hits: Count = 5
-    view_queries: Annotated[int, Field(ge=0)] = 512  # images whose augmented view must find its source
-    train_images: Count = 20_000  # without data.test: so many training images, in whole shards, are looked at instead
-    export: str | None = None  # the fusion variant that becomes the model; null: the last (RANDOM, SUPERVISED aside)
+    view_queries: Annotated[int, Field(ge=0)] = 512  # images whose augmented view is searched for its source
+    train_images: Count = 20_000  # without data.test this many training images, in whole shards, are evaluated instead
+    export: str | None = None  # the fusion variant that becomes the model; null: the last not there to compare with
 
 
 class Resources(Section):
-    """Where it runs. Nothing here changes which rows are in a batch; more ranks change float rounding only."""
+    """Where it runs. No setting here changes which rows are in a batch; more ranks change float rounding only."""
 
     workers: Count | Literal["auto"] = "auto"  # long-lived worker processes; auto: one per GPU, else one per CPU
     cpus_per_worker: Count = 1
@@ -225,15 +257,15 @@ class Resources(Section):
     threads: Count | Literal["auto"] = "auto"  # torch and faiss threads per worker; auto: cpus_per_worker
     decode_threads: Count = 2
     max_restarts: Annotated[int, Field(ge=0)] = 3  # of one job or shard, after its process died
-    elastic: bool = False  # go on with fewer workers where some are gone or missing, and take nodes that join
-    placement_timeout_s: Annotated[float, Field(gt=0)] = 300.0  # how long a worker may take to find room and start
+    elastic: bool = False  # go on with fewer workers where some are gone or missing, and use nodes that join
+    placement_timeout_s: Annotated[float, Field(gt=0)] = 300.0  # how long a worker may take to be placed and start
     compile: Literal["never", "auto"] = "never"  # torch.compile for adaptor jobs; auto: on a GPU where it pays
     collective_timeout_s: Annotated[float, Field(gt=0)] = 600.0
     num_cpus: Count | None = None  # size of a local cluster that we start; null: all
     cache_dir: str | None = None  # blocks of remote shards; null: grappa-cache-<uid> in a node's temporary folder
     cache_bytes: Annotated[int, Field(ge=0)] = 16 * 2**30  # of all processes of a node together; 0: keep nothing
     requests_in_flight: Count = 16  # to remote shards, of one process
-    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()  # also told the figures of adaptor jobs
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()  # also log the metrics of adaptor jobs
 
 
 class Config(Section):
@@ -261,13 +293,13 @@ class Config(Section):
 
     @property
     def exported(self) -> str:
-        """The fusion variant that becomes the model: if not told, the last that is not there to compare with."""
-        own = [v for v in self.fuse.variants if v not in (*RANDOM, SUPERVISED)]
-        return self.evaluate.export or (own or self.fuse.variants)[-1]
+        """The fusion variant that becomes the model; by default the last that is not there to compare with."""
+        of_method = [name for name in self.fuse.variants if not Variant.parse(name).to_compare_with]
+        return self.evaluate.export or (of_method or self.fuse.variants)[-1]
 
     @property
     def has_test(self) -> bool:
-        """Whether there are test images; else training images are looked at in their place."""
+        """Whether there are test images; else training images are evaluated in their place."""
         return bool(self.data.test or self.data.collection)
 
     def yaml(self) -> str:
@@ -281,7 +313,7 @@ def fingerprint(*parts: Any) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that is given twice, of which yaml would drop the first without a word."""
+    """Refuses a key that is given twice; yaml would silently drop the first."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
@@ -313,7 +345,11 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
 
 
 def read(tree: dict[str, Any], overrides: Iterable[str] = ()) -> Config:
-    """The config of a tree of settings, with overrides, which are written into it; errors as of `load`."""
+    """The config of a tree of settings, into which the overrides are written.
+
+    Raises:
+        ValueError: as of `load`.
+    """
     for override in overrides:
         _set(tree, override)
     try:
@@ -340,7 +376,7 @@ def _set(tree: dict[str, Any], override: str) -> None:
 
 
 def _describe(problem: Mapping[str, Any]) -> str:
-    branch = re.compile(r"constrained-|\w+\[")  # pydantic also names which side of "this or that" it tried
+    branch = re.compile(r"constrained-|\w+\[")  # pydantic also names the member of a union that it tried
     where = ".".join(str(part) for part in problem["loc"] if not branch.match(str(part)))
     if problem["type"] == "extra_forbidden":
         known = sorted(_fields(problem["loc"][:-1]))

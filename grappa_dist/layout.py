@@ -1,4 +1,4 @@
-"""Names every artefact of a run before any of them exists."""
+"""The names of all artefacts of a run, before any of them exists."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from grappa_dist.artifacts import Artifact, Store, numbered
-from grappa_dist.config import RANDOM, SUPERVISED, SUPERVISED_SET, UNTRAINED, Config
+from grappa_dist.config import SUPERVISED, SUPERVISED_SET, Config, Variant
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.models.spec import ModelSpec
 from grappa_dist.report.collect import report_of
@@ -14,7 +14,7 @@ from grappa_dist.stages.adapt import adaptors_of
 from grappa_dist.stages.embed import features_of
 from grappa_dist.stages.evaluate import insight_of, scores_of
 from grappa_dist.stages.flow import Flow, Supervision
-from grappa_dist.stages.fuse import fusion_of, num_random
+from grappa_dist.stages.fuse import fusion_of
 from grappa_dist.stages.gallery_weights import galleries_of
 from grappa_dist.stages.ground_truth import ground_truth_of
 from grappa_dist.stages.knn_graph import graph_kind
@@ -73,8 +73,8 @@ def _exported(config: Config, store: Store, spec: ModelSpec, ks: Sequence[int]) 
 
 def on_pairs(config: Config, num_sets: int) -> list[str]:
     """The variants that a job trains on pairs of images; a single set of a partition has nothing to weigh."""
-    trained = [v for v in config.fuse.variants if v not in (*UNTRAINED, SUPERVISED)]
-    return [v for v in trained if num_sets > 1 or num_random(v, num_sets)]
+    variants = map(Variant.parse, config.fuse.variants)
+    return [v.name for v in variants if v.pairs and (num_sets > 1 or v.start != "adapted")]
 
 
 def _fusions(
@@ -88,14 +88,14 @@ def _fusions(
     """The fusions that are trained, by variant."""
     fusions: dict[str, Artifact] = {}
     settled = config.fuse.model_copy(update={"graph": graph_kind(config.fuse, num_rows)})
-    for variant in on_pairs(config, len(sets)):
-        same = (store, variant, config.backbone, settled, config.data, config.seed)
-        own = num_random(variant, len(sets))
-        if own:
-            like = {"bottleneck": config.adapt.bottleneck, "num_sets": own}
-            fusions[variant] = fusion_of(*same, numbered("shard", features), like)
+    for name in on_pairs(config, len(sets)):
+        same = (store, name, config.backbone, settled, config.data, config.seed)
+        random_sets = Variant.parse(name).num_random_sets(len(sets))
+        if random_sets:
+            shape = {"bottleneck": config.adapt.bottleneck, "num_sets": random_sets}
+            fusions[name] = fusion_of(*same, numbered("shard", features), shape)
         else:
-            fusions[variant] = fusion_of(*same, numbered("adaptors", sets))
+            fusions[name] = fusion_of(*same, numbered("adaptors", sets))
     if supervision is not None and supervision.fusion is not None:
         fusions[SUPERVISED] = supervision.fusion
     return fusions
@@ -127,12 +127,11 @@ def _models(
     models: dict[str, ModelSpec] = {
         "backbone": ModelSpec("backbone", config.backbone),
         **{f"k={k}": replace(fused, name=f"k={k}", adaptors=(a,)) for k, a in adaptors.items()},
-        **{v: replace(fused, name=v, fusion=fusions.get(v)) for v in config.fuse.variants},
     }
-    for variant in RANDOM:
-        if variant in models:
-            own = num_random(variant, len(adaptors))
-            models[variant] = replace(models[variant], adaptors=(), random_sets=own)
+    for name in config.fuse.variants:
+        models[name] = replace(fused, name=name, fusion=fusions.get(name))
+        if random_sets := Variant.parse(name).num_random_sets(len(adaptors)):
+            models[name] = replace(models[name], adaptors=(), random_sets=random_sets)
     if supervision is not None and supervision.adaptors is not None:
         models[SUPERVISED_SET] = replace(fused, name=SUPERVISED_SET, adaptors=(supervision.adaptors,))
     return models
@@ -141,9 +140,10 @@ def _models(
 def _with_galleries(
     config: Config, store: Store, models: dict[str, ModelSpec], ground_truth: Artifact, images: ImageShards
 ) -> tuple[dict[str, ModelSpec], Artifact | None]:
-    """The models, where one weighs its sets by galleries, and what it weighs them by."""
-    if "gallery" not in models:
+    """The models, and the weights of the sets for each gallery, if a variant asks for them."""
+    per_gallery = [name for name in config.fuse.variants if Variant.parse(name).per_gallery]
+    if not per_gallery:
         return models, None
     sets = {m: features_of(store, spec, config.embed, images) for m, spec in models.items() if m.startswith("k=")}
     galleries = galleries_of(store, config.seed, config.fuse.duplicate_cosine, ground_truth, sets)
-    return {**models, "gallery": replace(models["gallery"], galleries=galleries)}, galleries
+    return {**models, **{name: replace(models[name], galleries=galleries) for name in per_gallery}}, galleries

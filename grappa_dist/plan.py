@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from grappa_dist.artifacts import Artifact, Store
-from grappa_dist.config import SUPERVISED, SUPERVISED_SET, BackboneConfig, Config, Resources, seeks_neighbours
+from grappa_dist.config import SUPERVISED, SUPERVISED_SET, BackboneConfig, Config, Resources, Variant
 from grappa_dist.console import pluralize
 from grappa_dist.data.open_images import collection_sizes, has_drawn, open_images
 from grappa_dist.distributed.placement import check_capacity, describe_placement, known_workers, may_have_gpus, ranks_of
@@ -200,7 +200,7 @@ def _fuse(config: Config, ks: tuple[int, ...], num_rows: int) -> str:
         return unfused or "nothing to train: none of fuse.variants learns from pairs"
     steps = pluralize(config.fuse.epochs * steps_per_epoch(num_rows, config.fuse.global_batch), "step")
     what = f"{', '.join(trained)}; one job each on all workers, {steps} of {config.fuse.global_batch} pairs"
-    if any(map(seeks_neighbours, trained)):
+    if any(Variant.parse(name).pairs == "neighbours" for name in trained):
         what += f", {graph_kind(config.fuse, num_rows)} k-NN graph"
     return f"{what}; {unfused}" if unfused else what
 

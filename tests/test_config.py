@@ -2,12 +2,22 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
 
-from grappa_dist.config import AdaptConfig, Config, DataConfig, FuseConfig, fingerprint, load
+from grappa_dist.config import (
+    VARIANTS,
+    AdaptConfig,
+    Config,
+    DataConfig,
+    FuseConfig,
+    Variant,
+    VariantName,
+    fingerprint,
+    load,
+)
 
 ROOT = Path(__file__).parents[1]
 SMALL: dict[str, Any] = {"name": "x", "data": {"train": "shards"}, "backbone": {"name": "timm:vit_tiny"}}
@@ -208,6 +218,21 @@ def test_how_the_graph_is_searched_names_other_fusions_only_where_it_is_not_the_
     assert other.of_variant("transforms") == plain.of_variant("transforms")
     exact = plain.model_copy(update={"graph": "exact"}), other.model_copy(update={"graph": "exact"})
     assert exact[0].of_variant("neighbours") == exact[1].of_variant("neighbours")  # it has no floor to reach
-    assert exact[0].of_variant("neighbours") == plain.of_variant("neighbours")  # and goes without saying
+    assert exact[0].of_variant("neighbours") == plain.of_variant("neighbours")  # so the default is left out
     lists = other.model_copy(update={"graph": "approximate"}).of_variant("neighbours-adam")
     assert (lists["graph"], lists["recall_floor"]) == ("approximate", 0.5)
+
+
+def test_every_variant_of_the_settings_has_one_description_and_another_name_is_refused() -> None:
+    assert sorted(VARIANTS) == sorted(get_args(VariantName))
+    assert len({(v.pairs, v.optimizer, v.start, v.labels, v.per_gallery) for v in VARIANTS.values()}) == len(VARIANTS)
+    assert all(Variant.parse(name).name == name for name in VARIANTS)
+    with pytest.raises(ValueError, match=r"'supervised-set' is not a variant of the fusion; there are average, "):
+        Variant.parse("supervised-set")
+
+
+def test_a_trained_variant_has_an_optimizer_and_learns_from_pairs_or_labels() -> None:
+    for variant in VARIANTS.values():
+        assert (variant.optimizer is not None) == (variant.pairs is not None or variant.labels)
+        assert variant.num_random_sets(5) == {"random-one": 1, "random-all": 5}.get(variant.name, 0)
+    assert [name for name, v in VARIANTS.items() if v.to_compare_with] == ["random-one", "random-all", "supervised"]

@@ -1,4 +1,4 @@
-"""The report of a run: one self-contained page, the scores as JSON and as plain text. Imports nothing else of ours."""
+"""The report of a run: one self-contained page, the scores as JSON and as plain text."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from typing import Literal, NotRequired, TypedDict
 class ScoreRow(TypedDict):
     """Retrieval of one model on one task; fractions in [0, 1]."""
 
-    model: str  # "backbone", "k=<K>", "oracle", a fusion, "<fusion>-<recipe>", or a row to compare with
+    model: str  # "backbone", "k=<K>", "oracle", a variant of the fusion, or "supervised-set"
     task: str
     queries: int
     r_precision: float

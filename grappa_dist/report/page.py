@@ -13,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Literal
 
+from grappa_dist.config import AVERAGE
 from grappa_dist.console import pluralize
 from grappa_dist.report.attention import attention_section
 from grappa_dist.report.clusters import contact_sheets, method_table, nesting_table
@@ -21,7 +22,6 @@ from grappa_dist.report.gallery import Images, galleries
 from grappa_dist.report.html import MARK, STYLE, absent, number, percent, points, sentences, table, text
 from grappa_dist.report.plots import COLOURS, Axes, Series, bar_chart, grid, line_chart
 from grappa_dist.report.scores import (
-    AVERAGE,
     BACKBONE,
     ORACLE,
     SAW_LABELS,

@@ -1,8 +1,6 @@
-"""The score rows as a grid of models by tasks, with gains over the backbone.
+"""The score rows as a grid of models by tasks with gains over the backbone, as plain text and as HTML.
 
 A task of None stands for the mean over all tasks. What was not measured is NaN.
-
-The score table, as plain text for a terminal and as HTML.
 """
 
 from __future__ import annotations
@@ -13,15 +11,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from grappa_dist.config import SUPERVISED, SUPERVISED_SET, VARIANTS, Variant
 from grappa_dist.report.content import ScoreRow
 from grappa_dist.report.html import MISSING, percent, points, text
 
 Metric = Literal["r_precision", "map_at_r", "recall_at_1"]
-BACKBONE, ORACLE, AVERAGE = "backbone", "oracle", "average"
-FUSIONS = (AVERAGE, "gallery", "transforms", "neighbours")
-RANDOM = ("random-one", "random-all")
-SAW_LABELS = ("supervised-set", "supervised")
-_GROUPS = {BACKBONE: 0, "set": 1, ORACLE: 2, "fusion": 3, "random": 4, "supervised": 5, "other": 6}
+BACKBONE, ORACLE = "backbone", "oracle"
+SAW_LABELS = (SUPERVISED_SET, SUPERVISED)
+_FAMILIES = (BACKBONE, "set", ORACLE, "fusion", "random", "supervised", "other")
 
 
 def kind(model: str) -> str:
@@ -30,24 +27,26 @@ def kind(model: str) -> str:
         return model
     if model.startswith("k=") and model[2:].isdecimal():
         return "set"
-    if model in (*RANDOM, *SAW_LABELS):
-        return "random" if model in RANDOM else "supervised"
-    return "fusion" if model.split("-")[0] in FUSIONS else "other"
+    if model in SAW_LABELS:
+        return "supervised"
+    if model not in VARIANTS:
+        return "other"
+    return "fusion" if Variant.parse(model).start == "adapted" else "random"
 
 
 def ordered(models: Iterable[str]) -> list[str]:
-    """Models as a table lists them: backbone, sets from coarse to fine, oracle, fusions, others."""
+    """Models as a table lists them: backbone, sets from coarse to fine, oracle, fusions, rows to compare with."""
 
     def rank(model: str) -> tuple[int, int, str]:
         family = kind(model)
         within = 0
         if family == "set":
             within = int(model[2:])
-        elif family == "fusion":
-            within = FUSIONS.index(model.split("-")[0])
-        elif family in ("random", "supervised"):
-            within = (*RANDOM, *SAW_LABELS).index(model)
-        return _GROUPS[family], within, model
+        elif family == "supervised":
+            within = SAW_LABELS.index(model)
+        elif family in ("fusion", "random"):
+            within = list(VARIANTS).index(model)
+        return _FAMILIES.index(family), within, model
 
     return sorted(set(models), key=rank)
 

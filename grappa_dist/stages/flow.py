@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from grappa_dist.artifacts import Artifact
-from grappa_dist.config import SUPERVISED, SUPERVISED_SET
+from grappa_dist.config import SUPERVISED, SUPERVISED_SET, Variant
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.models.spec import ModelSpec
 
@@ -51,7 +51,7 @@ class Flow:
     @property
     def on_pairs(self) -> dict[str, Artifact]:
         """The fusions that are trained on pairs of images, without labels."""
-        return {variant: artifact for variant, artifact in self.fusions.items() if variant != SUPERVISED}
+        return {name: artifact for name, artifact in self.fusions.items() if Variant.parse(name).pairs}
 
     def needs_backbone(self, until: str | None = None) -> bool:
         """Whether something is missing that takes the frozen backbone, weights and all, to be made.

@@ -1,15 +1,11 @@
-"""fuse: N adaptor sets -> the attention that weighs them (step 3 of the paper), by one job over all ranks.
+"""fuse: N adaptor sets and the attention that weighs them for each image (step 3 of the paper).
 
-Shapes: B images of this rank, S pixels a side, L layers, N sets, D channels.
+A variant is trained by one job over all ranks, on pairs of images, with the loss of Barlow Twins, Eq. (4). Variants to
+compare with (rows M+A_1 and M* of the paper's table) train their adaptors as well, from a random start: that of linear
+layers by default, in both matrices of a bottleneck (ours; the paper only says "random"). So the features of the first
+step are not the backbone's, and no zero leaves the attention without a gradient.
 
-What is known of fusions before they begin: whether there is anything to fuse, and what takes a rank's memory.
-
-Adaptor sets that start at random and learn from image pairs alone: rows M+A_1 and M* of the paper's table.
-
-The start is that of linear layers by default, in both halves of a bottleneck: ours, as the paper only says "random". So
-the features of the first step are not the backbone's, and there is no zero that would leave attention without gradient.
-
-What a job that trains a fusion says of its attention in every step. Shapes: b images, L layers, N sets.
+Shapes: B images of this rank, b of a micro-batch, S pixels a side, L layers, N sets, D channels.
 """
 
 from __future__ import annotations
@@ -29,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from grappa_dist.artifacts import Artifact, RowArrays, Store, wait_until_seen
-from grappa_dist.config import RANDOM, BackboneConfig, DataConfig, FuseConfig, seeks_neighbours
+from grappa_dist.config import BackboneConfig, DataConfig, FuseConfig, Variant
 from grappa_dist.console import pluralize
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.distributed.runner import Job
@@ -54,135 +50,23 @@ from grappa_dist.training.loop import Schedule, train
 from grappa_dist.training.memory import fuse_advice, naming_lack_of_memory
 from grappa_dist.training.optim import Lars, adam
 
-
-class AttentionStatistics:
-    """Sums over the images of a step: entropies of the attention by layer, mean weights by set.
-
-    A model without attention has no such figures.
-    """
-
-    def __init__(self, model: Grappa) -> None:
-        self._model, self._sets = model, model.layers[0].adaptors.num_sets
-        self._entropy = torch.zeros(len(model.layers), dtype=torch.float64)
-        self._shares = torch.zeros(self._sets, dtype=torch.float64)
-
-    def add(self) -> None:
-        """Of the images just seen: entropies as shares of log N, and weights as their mean over layers."""
-        alpha = self._model.last_attention().double()  # (b, L, N)
-        self._shares += alpha.mean(1).sum(0).cpu()
-        if self._sets > 1:
-            entropy = -(alpha * alpha.clamp_min(1e-30).log()).sum(-1) / math.log(self._sets)
-            self._entropy += entropy.sum(0).cpu()
-
-    def take(self, views: int, decay: float, count: float) -> dict[str, float]:
-        """The figures of a step of `count` images, each seen in so many views; starts anew.
-
-        Args:
-            decay: of the weights of Q and K.
-        """
-        if all(layer.attention is None for layer in self._model.layers):
-            return {}
-        figures = {f"entropy.{i}": float(e) / views for i, e in enumerate(self._entropy)}
-        figures |= {f"attention.{i}": float(share) / views for i, share in enumerate(self._shares)}
-        ratios = decay_ratios(self._model, decay) if count else [0.0] * len(self._entropy)  # a NaN of none would spread
-        figures |= {f"decay_to_gradient.{i}": ratio * count for i, ratio in enumerate(ratios)}
-        self._entropy.zero_()
-        self._shares.zero_()
-        return figures
-
-
-def decay_ratios(model: Grappa, decay: float) -> list[float]:
-    """|weight decay| over |gradient| of Q and K by layer: above one, decay alone moves the attention.
-
-    NaN where there is no gradient: the loss does not depend on that layer's attention, which tells of no balance.
-    """
-    ratios = []
-    for layer in model.layers:
-        parameters = list(layer.attention.parameters()) if layer.attention is not None else []
-        norm = sum(float(p.detach().square().sum()) for p in parameters) ** 0.5
-        gradient = sum(float(p.grad.square().sum()) for p in parameters if p.grad is not None) ** 0.5
-        ratios.append(decay * norm / gradient if gradient else math.nan)
-    return ratios
-
-
-def num_random(variant: str, num_partitions: int) -> int:
-    """Sets of a variant that start at random: one, as many as there are partitions, or none."""
-    one, several = RANDOM
-    return {one: 1, several: num_partitions}.get(variant, 0)
-
-
-def start_at_random(model: Grappa, seed: int) -> None:
-    """Fills all sets; set i is a function of seed and i, so the one set of M+A_1 is the first of M*."""
-    first, sets = model.layers[0].adaptors, []
-    for index in range(first.num_sets):
-        draws = torch.Generator().manual_seed(torch_seed("random adaptors", seed, index))
-        tensors: dict[str, Tensor] = {}
-        for number in range(len(model.layers)):
-            adaptors = Adaptors(1, first.dim, first.bottleneck)
-            adaptors.randomise(draws)
-            tensors |= {f"layers.{number}.{name}": tensor for name, tensor in adaptors.tensors(0).items()}
-        sets.append(tensors)
-    model.load_adaptors(sets)
-
-
-def lars_groups(module: nn.Module) -> list[dict[str, Any]]:
-    """The parameters that learn, as LARS has to see them: sets lie side by side in one tensor and have a norm each."""
-    adaptors = [m for m in module.modules() if isinstance(m, Adaptors) and m.up_bias.requires_grad]
-    weights = [p for a in adaptors for p in (a.down_weight, a.up_weight)]
-    biases = [p for a in adaptors for p in (a.down_bias, a.up_bias)]
-    known = {id(p) for p in (*weights, *biases)}
-    others = [p for p in module.parameters() if p.requires_grad and id(p) not in known]
-    if not adaptors:
-        return [{"params": others}]
-    sets = {"params": weights, "sets": adaptors[0].num_sets}
-    return [{"params": others}, sets, {"params": biases, "biases": True}]
-
-
-BUCKET = 5 * 10**8  # gradients that the engine copies together at once, to add them up over the ranks, be it one alone
-
-
-def describe_unfused(fuse: FuseConfig, num_sets: int) -> str:
-    """What the variants are where there is one adaptor set only; empty where there are several."""
-    same = [variant for variant in fuse.variants if not variant.startswith("random")]
-    if num_sets > 1 or not same:
-        return ""
-    return (
-        f"one adaptor set only, so there is nothing to fuse: {', '.join(same)} will score as that set does "
-        "(clustering.num_labels with two K or more gives several)"
-    )
-
-
-def projector_bytes(weights: int) -> int:
-    """Of a projector of so many weights in float32: they, their gradients, these again on their way, and momentum."""
-    return 4 * (3 * weights + min(weights, BUCKET))
-
-
-def least_bytes(fuse: FuseConfig, ranks: int | None) -> int:
-    """Memory that every rank of a fusion job needs, whatever the backbone: for the projector and C.
-
-    Args:
-        ranks: None where it is not known yet.
-    """
-    width = fuse.projector[-1]
-    by_rows = rows_are_cheaper(fuse.global_batch, width, ranks or 2)
-    weights = sum(before * after for before, after in pairwise(fuse.projector))
-    return projector_bytes(weights) + 4 * (width**2 // ((ranks or width) if by_rows else 1))
+BUCKET = 5 * 10**8  # gradients that the engine copies together to add them up over the ranks, even if there is only one
 
 
 @dataclass(frozen=True)
 class FuseJob:
-    """What every rank of a fusion job is told."""
+    """What every rank needs to train one variant."""
 
-    variant: str  # transforms, neighbours; "-adam": the second recipe; random-one, random-all
+    variant: Variant
     adaptors: tuple[Artifact, ...]
-    labels: Mapping[int, RowArrays]  # to tell how often neighbours share a pseudo-label
+    labels: Mapping[int, RowArrays]  # for the statistics of neighbours that share a pseudo-label
     training: TrainingImages
     backbone: BackboneConfig
     bottleneck: int
     fuse: FuseConfig
     embedding: Embedding
     artifact: Artifact
-    random_sets: int = 0  # sets that start at random and learn too, in place of `adaptors`
+    random_sets: int = 0  # randomly initialised sets, trained too, in place of `adaptors`
 
 
 def fusion_of(
@@ -193,16 +77,27 @@ def fusion_of(
     data: DataConfig,
     seed: int,
     inputs: Mapping[str, Artifact],
-    own: Mapping[str, int] = MappingProxyType({}),
+    random_sets: Mapping[str, int] = MappingProxyType({}),
 ) -> Artifact:
     """The artefact of one variant.
 
     Args:
-        inputs: the adaptor sets, which tell of the images; without any, what else does.
-        own: what its own sets are like, where it has its own.
+        inputs: the adaptor sets, which depend on the images; without any, the features of the images.
+        random_sets: number and bottleneck of the randomly initialised sets, if there are any.
     """
-    settings = {**trained_by(backbone, data, seed, fuse=fuse.of_variant(variant)), **own}
+    settings = {**trained_by(backbone, data, seed, fuse=fuse.of_variant(variant)), **random_sets}
     return store.artifact(f"fusion/{variant}", settings, inputs)
+
+
+def describe_unfused(fuse: FuseConfig, num_sets: int) -> str:
+    """What the variants are if there is only one adaptor set; empty if there are several."""
+    same = [name for name in fuse.variants if Variant.parse(name).start == "adapted"]
+    if num_sets > 1 or not same:
+        return ""
+    return (
+        f"one adaptor set only, so there is nothing to fuse: {', '.join(same)} will score as that set does "
+        "(clustering.num_labels with two K or more gives several)"
+    )
 
 
 def fuse(
@@ -216,13 +111,14 @@ def fuse(
     """Trains every variant on pairs that does not exist yet, one after the other, each on all workers."""
     config = run.config
     training = TrainingImages.of(config, images, bad, config.fuse.global_batch)
-    for variant, artifact in fusions.items():
+    for name, artifact in fusions.items():
         if artifact.complete:
             continue
-        at_random = num_random(variant, len(adaptors))
+        variant = Variant.parse(name)
+        random_sets = variant.num_random_sets(len(adaptors))
         job = FuseJob(
             variant=variant,
-            adaptors=() if at_random else tuple(adaptors),
+            adaptors=() if random_sets else tuple(adaptors),
             labels=labels,
             training=training,
             backbone=config.backbone,
@@ -230,36 +126,35 @@ def fuse(
             fuse=config.fuse,
             embedding=Embedding(config.embed.batch_size, training.decode_threads),
             artifact=artifact,
-            random_sets=at_random,
+            random_sets=random_sets,
         )
         ranks, steps = run.runner.num_workers, training.num_steps(config.fuse.epochs)
-        with run.console.stage("fuse", f"{variant}, {pluralize(steps, 'step')} on {pluralize(ranks, 'rank')}"):
+        with run.console.stage("fuse", f"{name}, {pluralize(steps, 'step')} on {pluralize(ranks, 'rank')}"):
             if idle := describe_idle_ranks(config.data, ranks):
                 run.console.log(f"fuse: {idle}")
-            run.runner.run_jobs([Job(variant, train_fusion, job, ranks)])
+            run.runner.run_jobs([Job(name, train_fusion, job, ranks)])
             wait_until_seen([artifact])
 
 
 def train_fusion(context: RankContext, job: FuseJob) -> None:
-    """One rank of a fusion job: builds, trains, and rank 0 saves Q and K; the projector is thrown away."""
+    """One rank of a fusion job: builds and trains; rank 0 saves Q and K. The projector is discarded."""
     if context.of_rank_0(job.artifact.complete):
         return
     forget_built()
-    config, folder = job.fuse, job.artifact.begin()
+    config, folder, name = job.fuse, job.artifact.begin(), job.variant.name
     steps = job.training.num_steps(config.epochs)
-    by_adam = job.variant.endswith("-adam")
+    by_adam = job.variant.optimizer == "adam"
     peak = config.adam_learning_rate if by_adam else config.lars_learning_rate
-    with naming_lack_of_memory(job.variant, fuse_advice(config.micro_batch)), ExitStack() as stack:
+    with naming_lack_of_memory(name, fuse_advice(config.micro_batch)), ExitStack() as stack:
         objective = FuseObjective(context, job, folder)
         stack.callback(objective.close)
-        parameters = [p for p in objective.module.parameters() if p.requires_grad]
         optimizer = (
-            adam(parameters, peak)
+            adam([p for p in objective.module.parameters() if p.requires_grad], peak)
             if by_adam
             else Lars(lars_groups(objective.module), lr=peak, weight_decay=config.lars_weight_decay)
         )
         schedule = Schedule.falling(steps, config.checkpoint_steps, peak=peak, warmup_steps=config.warmup_steps)
-        done = train(context, objective, optimizer, schedule, folder=folder, job=job.variant)
+        done = train(context, objective, optimizer, schedule, folder=folder, job=name)
         if done and context.comm.rank == 0:
             with replacing(folder / FUSION_FILE) as temporary:
                 save_file(objective.grappa.attention_tensors(), temporary)
@@ -268,8 +163,21 @@ def train_fusion(context: RankContext, job: FuseJob) -> None:
             job.artifact.commit(discard=["checkpoints", "knn/*.partial"])
 
 
+def lars_groups(module: nn.Module) -> list[dict[str, Any]]:
+    """The trainable parameters in groups for LARS: sets lie side by side in one tensor and have a norm each."""
+    adaptors = [m for m in module.modules() if isinstance(m, Adaptors) and m.up_bias.requires_grad]
+    weights = [p for a in adaptors for p in (a.down_weight, a.up_weight)]
+    biases = [p for a in adaptors for p in (a.down_bias, a.up_bias)]
+    of_sets = {id(p) for p in (*weights, *biases)}
+    others = [p for p in module.parameters() if p.requires_grad and id(p) not in of_sets]
+    if not adaptors:
+        return [{"params": others}]
+    sets = {"params": weights, "sets": adaptors[0].num_sets}
+    return [{"params": others}, sets, {"params": biases, "biases": True}]
+
+
 class FusionModule(nn.Module):
-    """What the engine holds: the fused ViT and the projector. Called with images, it gives features."""
+    """What the engine trains: the fused ViT and the projector. Called with images, it gives features."""
 
     def __init__(self, grappa: Grappa, projector: Projector) -> None:
         super().__init__()
@@ -280,7 +188,7 @@ class FusionModule(nn.Module):
 
 
 class FuseObjective:
-    """Barlow Twins on the global batch of pairs, Eq. (4), exact whatever the micro batch and the number of ranks."""
+    """Barlow Twins on the global batch of pairs, Eq. (4), exact for any micro-batch and any number of ranks."""
 
     def __init__(self, context: RankContext, job: FuseJob, folder: Path) -> None:
         self._context, self._job = context, job
@@ -289,7 +197,7 @@ class FuseObjective:
         num_sets = job.random_sets or len(job.adaptors)
         self.grappa = Grappa(backbone, num_sets, job.bottleneck, attention=job.random_sets != 1)
         if job.random_sets:
-            start_at_random(self.grappa, job.training.seed)
+            randomise_adaptors(self.grappa, job.training.seed)
         else:
             self.grappa.load_adaptors([load_file(a.path / ADAPTORS_FILE) for a in job.adaptors])
         self.grappa.trainable_attention(and_adaptors=job.random_sets > 0)
@@ -307,12 +215,12 @@ class FuseObjective:
             self.grappa,
             preprocess,
             settings=job.fuse,
-            neighbours=seeks_neighbours(job.variant),
+            neighbours=job.variant.pairs == "neighbours",
             embedding=job.embedding,
             labels=job.labels,
             folder=folder / "knn",
         )
-        self._watch = AttentionStatistics(self.grappa)
+        self._attention = AttentionStatistics(self.grappa)
 
     def begin(self, step: int) -> None:
         self._pairs.begin(step)
@@ -325,13 +233,13 @@ class FuseObjective:
             images,
             self._loss,
             micro_batch=self._job.fuse.micro_batch,
-            after=self._watch.add,
+            after=self._attention.add,
         )
         count = len(images) / 2
         (norm,) = engine.clip([[p for p in self.module.parameters() if p.requires_grad]], None)
-        decay = 0.0 if self._job.variant.endswith("-adam") else self._job.fuse.lars_weight_decay
+        decay = 0.0 if self._job.variant.optimizer == "adam" else self._job.fuse.lars_weight_decay
         figures = {"loss": loss * count, "gradient_norm": norm * count, "waited_s": self._pairs.waited_s * count}
-        return {"images": count, **figures, **self._watch.take(2, decay, count)}
+        return {"images": count, **figures, **self._attention.take(2, decay, count)}
 
     def close(self) -> None:
         self._pairs.close()
@@ -341,3 +249,84 @@ class FuseObjective:
         with forward_precision(self._context.device):
             ga, gb = project(za, allsum).float(), project(zb, allsum).float()
         return self._job.fuse.loss_scale * barlow_twins(ga, gb, self._job.fuse.beta, allsum, penalty=self._penalty)
+
+
+def randomise_adaptors(model: Grappa, seed: int) -> None:
+    """Initialises all sets; set i is a function of seed and i, so the one set of M+A_1 is the first of M*."""
+    first, sets = model.layers[0].adaptors, []
+    for index in range(first.num_sets):
+        draws = torch.Generator().manual_seed(torch_seed("random adaptors", seed, index))
+        tensors: dict[str, Tensor] = {}
+        for number in range(len(model.layers)):
+            adaptors = Adaptors(1, first.dim, first.bottleneck)
+            adaptors.randomise(draws)
+            tensors |= {f"layers.{number}.{name}": tensor for name, tensor in adaptors.tensors(0).items()}
+        sets.append(tensors)
+    model.load_adaptors(sets)
+
+
+class AttentionStatistics:
+    """Sums over the images of a step: entropies of the attention by layer, mean weights by set.
+
+    A model without attention has no such figures.
+    """
+
+    def __init__(self, model: Grappa) -> None:
+        self._model, self._sets = model, model.layers[0].adaptors.num_sets
+        self._entropy = torch.zeros(len(model.layers), dtype=torch.float64)
+        self._shares = torch.zeros(self._sets, dtype=torch.float64)
+
+    def add(self) -> None:
+        """Adds the images of the last forward pass: entropies as fractions of log N, weights as means over layers."""
+        alpha = self._model.last_attention().double()  # (b, L, N)
+        self._shares += alpha.mean(1).sum(0).cpu()
+        if self._sets > 1:
+            entropy = -(alpha * alpha.clamp_min(1e-30).log()).sum(-1) / math.log(self._sets)
+            self._entropy += entropy.sum(0).cpu()
+
+    def take(self, views: int, decay: float, count: float) -> dict[str, float]:
+        """The figures of a step of `count` images, each seen in this many views; the sums start anew.
+
+        Args:
+            decay: of the weights of Q and K.
+        """
+        if all(layer.attention is None for layer in self._model.layers):
+            return {}
+        figures = {f"entropy.{i}": float(e) / views for i, e in enumerate(self._entropy)}
+        figures |= {f"attention.{i}": float(share) / views for i, share in enumerate(self._shares)}
+        ratios = decay_ratios(self._model, decay) if count else [0.0] * len(self._entropy)  # a NaN of none would spread
+        figures |= {f"decay_to_gradient.{i}": ratio * count for i, ratio in enumerate(ratios)}
+        self._entropy.zero_()
+        self._shares.zero_()
+        return figures
+
+
+def decay_ratios(model: Grappa, decay: float) -> list[float]:
+    """|weight decay| over |gradient| of Q and K by layer; above one, decay outweighs the gradient.
+
+    NaN where there is no gradient: the loss does not depend on the attention of that layer.
+    """
+    ratios = []
+    for layer in model.layers:
+        parameters = list(layer.attention.parameters()) if layer.attention is not None else []
+        norm = sum(float(p.detach().square().sum()) for p in parameters) ** 0.5
+        gradient = sum(float(p.grad.square().sum()) for p in parameters if p.grad is not None) ** 0.5
+        ratios.append(decay * norm / gradient if gradient else math.nan)
+    return ratios
+
+
+def least_bytes(fuse: FuseConfig, ranks: int | None) -> int:
+    """Memory that every rank of a fusion job needs for the projector and the correlation matrix, with any backbone.
+
+    Args:
+        ranks: None if it is not known yet.
+    """
+    width = fuse.projector[-1]
+    by_rows = rows_are_cheaper(fuse.global_batch, width, ranks or 2)
+    weights = sum(before * after for before, after in pairwise(fuse.projector))
+    return projector_bytes(weights) + 4 * (width**2 // ((ranks or width) if by_rows else 1))
+
+
+def projector_bytes(weights: int) -> int:
+    """Of a projector with this many weights, in float32: weights, gradients, copies to be summed, and momentum."""
+    return 4 * (3 * weights + min(weights, BUCKET))

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from grappa_dist.artifacts import Artifact, Store
+from grappa_dist.config import Variant
 from grappa_dist.console import read_events
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.distributed.collectives import Comm
@@ -32,7 +33,7 @@ def job_in(folder: Path, out: str, variant: str, **fuse: Any) -> FuseJob:
     images, store = ImageShards.open(paths, None), Store(folder / out)
     sets = [tiny.random_adaptors(Store(folder), settings, seed) for seed in (1, 2, 3)]
     return FuseJob(
-        variant=variant,
+        variant=Variant.parse(variant),
         adaptors=tuple(sets),
         labels={4: tiny.labels_in(folder / "labels", images, 4)},
         training=tiny.training_images(settings, images),

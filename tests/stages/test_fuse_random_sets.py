@@ -11,6 +11,7 @@ from torch import Tensor
 
 from grappa_dist import load_model
 from grappa_dist.artifacts import Artifact, Store
+from grappa_dist.config import Variant
 from grappa_dist.console import read_events
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.distributed.collectives import Comm
@@ -23,8 +24,7 @@ from grappa_dist.stages.fuse import (
     FuseObjective,
     fusion_of,
     lars_groups,
-    num_random,
-    start_at_random,
+    randomise_adaptors,
     train_fusion,
 )
 from grappa_dist.training.barlow_twins import barlow_twins
@@ -42,18 +42,18 @@ ADAPTOR_NAMES = ("down_weight", "down_bias", "up_weight", "up_bias")
 def model_of(num_sets: int, seed: int) -> Grappa:
     settings = tiny.config(["shards"])
     grappa = Grappa(build_backbone(settings.backbone), num_sets, BOTTLENECK, attention=num_sets > 1)
-    start_at_random(grappa, seed)
+    randomise_adaptors(grappa, seed)
     return grappa
 
 
 def job_in(folder: Path, out: str, variant: str) -> FuseJob:
     paths = [str(path) for path in sorted((folder / "images").iterdir())]
     settings = tiny.config(paths, fuse={"epochs": EPOCHS})
-    own = {"bottleneck": BOTTLENECK, "num_sets": num_random(variant, PARTITIONS)}
+    random_sets = {"bottleneck": BOTTLENECK, "num_sets": Variant.parse(variant).num_random_sets(PARTITIONS)}
     store = Store(folder / out)
     images = ImageShards.open(paths, None)
     return FuseJob(
-        variant=variant,
+        variant=Variant.parse(variant),
         adaptors=(),
         labels={},
         training=tiny.training_images(settings, images),
@@ -61,8 +61,8 @@ def job_in(folder: Path, out: str, variant: str) -> FuseJob:
         bottleneck=BOTTLENECK,
         fuse=settings.fuse,
         embedding=Embedding(settings.embed.batch_size, 1),
-        artifact=fusion_of(store, variant, settings.backbone, settings.fuse, settings.data, 0, {}, own),
-        random_sets=own["num_sets"],
+        artifact=fusion_of(store, variant, settings.backbone, settings.fuse, settings.data, 0, {}, random_sets),
+        random_sets=random_sets["num_sets"],
     )
 
 
@@ -204,9 +204,9 @@ def test_a_set_alone_has_no_attention_to_speak_of(world: Path) -> None:
 
 @pytest.mark.parametrize("variant", ["random-one", "random-all"])
 def test_the_exported_model_is_the_one_that_was_trained(world: Path, variant: str, tmp_path: Path) -> None:
-    own = num_random(variant, PARTITIONS)
+    random_sets = Variant.parse(variant).num_random_sets(PARTITIONS)
     backbone = job_in(world, "1", variant).backbone
-    spec = ModelSpec(variant, backbone, BOTTLENECK, fusion=artifact(world, "1", variant), random_sets=own)
+    spec = ModelSpec(variant, backbone, BOTTLENECK, fusion=artifact(world, "1", variant), random_sets=random_sets)
     made = Store(tmp_path).artifact(f"models/{variant}", {}, spec.inputs)
     export_model(spec, made)
     model = load_model(made.path)
@@ -214,6 +214,6 @@ def test_the_exported_model_is_the_one_that_was_trained(world: Path, variant: st
     built: Any = build(spec, tiny.CPU)
     expected = torch.nn.functional.normalize(built(images), dim=1)
     torch.testing.assert_close(model(images), expected, rtol=0, atol=1e-5)
-    assert model.sets == [f"random {i + 1}" for i in range(own)]
-    assert model.attention(images).shape == (4, 2, own)
-    assert spec.weighs == (own > 1)
+    assert model.sets == [f"random {i + 1}" for i in range(random_sets)]
+    assert model.attention(images).shape == (4, 2, random_sets)
+    assert spec.weighs == (random_sets > 1)
