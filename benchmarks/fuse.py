@@ -50,7 +50,14 @@ from grappa_dist.distributed.collectives import Comm
 from grappa_dist.make_shards.building import Tell
 from grappa_dist.models import Adaptors, Attention, GrappaLayer, create_backbone
 from grappa_dist.models.backbone import forward_precision
-from grappa_dist.training.barlow_twins import barlow_twins, by_rows, by_rows_penalty, whole, whole_penalty
+from grappa_dist.training.barlow_twins_loss import (
+    Penalty,
+    barlow_twins,
+    by_rows_cost,
+    by_rows_penalty,
+    whole_cost,
+    whole_penalty,
+)
 
 Fuse = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -373,9 +380,9 @@ class CorrelationSettings:
         """Bytes that a rank sends in a step, by arithmetic."""
         sizes = self.pairs, self.width, self.ranks
         return {
-            ROWS: 4 * by_rows(*sizes).sent,
-            WHOLE: 4 * whole(*sizes).sent,
-            PLAIN: 8 * whole(*sizes).sent,
+            ROWS: 4 * by_rows_cost(*sizes).sent,
+            WHOLE: 4 * whole_cost(*sizes).sent,
+            PLAIN: 8 * whole_cost(*sizes).sent,
         }
 
 
@@ -406,7 +413,7 @@ def _on_a_rank(comm: Comm, settings: CorrelationSettings) -> dict[str, dict[str,
     draws = torch.Generator().manual_seed(comm.rank)
     own = len(range(comm.rank, settings.pairs, comm.size))
     za, zb = (torch.randn(own, settings.width, generator=draws, requires_grad=True) for _ in range(2))
-    penalties = {ROWS: by_rows_penalty(comm), WHOLE: whole_penalty(comm), PLAIN: None}
+    penalties = {ROWS: by_rows_penalty(comm), WHOLE: whole_penalty(comm), PLAIN: _autograd_penalty(comm)}
 
     def step(name: str) -> float:
         za.grad = zb.grad = None
@@ -425,6 +432,17 @@ def _on_a_rank(comm: Comm, settings: CorrelationSettings) -> dict[str, dict[str,
             step(name)
             found[name]["runs"].append((time.perf_counter() - wall, time.process_time() - cpu))
     return found
+
+
+def _autograd_penalty(comm: Comm) -> Penalty:
+    """C on every rank, and its gradient by plain autograd through the sum over ranks."""
+
+    def penalty(a: Tensor, b: Tensor, beta: float) -> Tensor:
+        c = comm.allsum(a.T @ b)  # (D, D)
+        on = (1 - torch.diagonal(c)).square().sum()
+        return on + beta * c.square().fill_diagonal_(0).sum()
+
+    return penalty
 
 
 def _peak(comm: Comm, work: Callable[[], float]) -> int | None:

@@ -29,7 +29,7 @@ from benchmarks.harness import (
 from grappa_dist.distributed.collectives import Comm
 from grappa_dist.make_shards.building import Tell
 from grappa_dist.training.classifier import Classifier, ClassifierSettings
-from grappa_dist.training.norm_softmax import norm_softmax_sum
+from grappa_dist.training.norm_softmax_loss import norm_softmax_sum
 
 MATERIALISED, CHUNKED = "materialised, gradients", "chunked, gradients"
 MATERIALISED_STEP, CHUNKED_STEP = "materialised, gradients and Adam", "chunked, gradients and Adam"

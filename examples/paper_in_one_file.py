@@ -31,7 +31,7 @@ from grappa_dist.config import Config, FuseConfig
 from grappa_dist.make_shards.building import Tell
 from grappa_dist.models import Backbone
 from grappa_dist.models.spec import build_backbone
-from grappa_dist.training.barlow_twins import Projector, barlow_twins
+from grappa_dist.training.barlow_twins_loss import Projector, barlow_twins
 from grappa_dist.training.loop import cosine
 from grappa_dist.training.optim import Lars
 

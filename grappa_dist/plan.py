@@ -29,7 +29,7 @@ from grappa_dist.stages.flow import Flow
 from grappa_dist.stages.fuse import describe_unfused, projector_bytes
 from grappa_dist.stages.knn_graph import graph_kind
 from grappa_dist.stages.pseudo_label import describe_choices, num_labels
-from grappa_dist.training.barlow_twins import by_rows, rows_are_cheaper, whole
+from grappa_dist.training.barlow_twins_loss import by_rows_cost, rows_are_cheaper, whole_cost
 from grappa_dist.training.batches import describe_idle_ranks, rank_share, steps_per_epoch
 from grappa_dist.training.memory import image_bytes, images_at_a_time
 
@@ -260,7 +260,7 @@ def _fuse_traffic(config: Config, projector: int) -> str:
     batch, width = config.fuse.global_batch, config.fuse.projector[-1]
     ranks = max(2, known_workers(config.resources) or 2)
     cut = rows_are_cheaper(batch, width, ranks)
-    cost = by_rows(batch, width, ranks) if cut else whole(batch, width, ranks)
+    cost = by_rows_cost(batch, width, ranks) if cut else whole_cost(batch, width, ranks)
     gradients = 2 * (ranks - 1) / ranks * projector
     of_matrix = "pairs for rows of the correlation matrix and their gradients" if cut else "the correlation matrix"
     return (

@@ -125,7 +125,7 @@ class WideSet(nn.Module):
 class GrappaLayer(nn.Module):
     """A block followed by N adaptors and, with `attention`, their fusion; without it they are averaged.
 
-    With N = 1 it is the layer of M + P_i, which step 2 trains in models/packed.py.
+    With N = 1 it is the layer of M + P_i, which step 2 trains as a `PackedGrappa` (equal up to rounding).
     """
 
     prior: Tensor | None
@@ -277,12 +277,6 @@ class Grappa(nn.Module):
             if layer.attention is not None:
                 for name, p in layer.attention.named_parameters():
                     p.copy_(tensors[f"layers.{i}.{name}"])
-
-    def trainable_adaptors(self) -> None:
-        """Step 2: gradients for the adaptors alone."""
-        self.requires_grad_(False)
-        for layer in self.layers:
-            layer.adaptors.requires_grad_(True)
 
     def trainable_attention(self, *, and_adaptors: bool = False) -> None:
         """Step 3: gradients for Q and K alone, or for the adaptors too."""

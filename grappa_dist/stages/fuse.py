@@ -43,7 +43,7 @@ from grappa_dist.models.spec import (
 from grappa_dist.stages.embed import Embedding, to_images
 from grappa_dist.stages.fuse_pairs import Pairs
 from grappa_dist.stages.run import Run
-from grappa_dist.training.barlow_twins import Projector, accumulate, barlow_twins, penalty_of, rows_are_cheaper
+from grappa_dist.training.barlow_twins_loss import Projector, accumulate, barlow_twins, penalty_of, rows_are_cheaper
 from grappa_dist.training.batches import TrainingImages, describe_idle_ranks, torch_seed, trained_by
 from grappa_dist.training.deepspeed_engine import Engine
 from grappa_dist.training.loop import Schedule, train

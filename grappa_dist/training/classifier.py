@@ -1,15 +1,15 @@
-"""The throw-away classifier of one partition, its rows spread over the ranks of a job (An et al., 2021).
+"""The classifier of one partition, thrown away after training, its rows spread over the ranks of a job.
 
-Every rank holds K / R classes with their Adam state and scores the images of all ranks against them. Features travel
-to all ranks; a maximum, two sums of A numbers and one of (A, D) gradients are agreed on: nothing of size K travels. It
-is no part of the engine, which would average gradients over ranks that here belong to different classes.
+Every rank holds K / R classes with their Adam state and scores the images of all ranks against them (An et al., 2021).
+Features travel to all ranks; a maximum, two sums of A numbers and one of (A, D) gradients are reduced over ranks:
+nothing of size K travels. The engine would average gradients over ranks, and here they belong to different classes, so
+the classifier is outside the engine. The formulas of Eq. (2) are in training/norm_softmax_loss.py.
 
 Shapes: B images of this rank, A images of all ranks, D channels, K classes, k of them on this rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from grappa_dist.distributed.collectives import Comm
 from grappa_dist.kmeans.sampling import HASH_BITS, row_hashes
 from grappa_dist.training.checkpoints import RowShard
-from grappa_dist.training.norm_softmax import Scores, add_scores, chunks, class_gradient, image_gradient, no_scores
+from grappa_dist.training.norm_softmax_loss import Scores, chunks, class_gradient, image_gradient, score_classes
 from grappa_dist.training.optim import RowState, adam_step
 
 _START_ROWS = 4096  # drawn or read at a time
@@ -30,21 +30,21 @@ _HASHED_ROWS = {"cpu": 2**16, "cuda": 2**24}  # at a time: a core's cache; work 
 
 @dataclass(frozen=True)
 class _Scored:
-    """What the step of the classes needs to know of images scored before."""
+    """What the step of the classes needs from images that were scored before."""
 
     unit_z: Tensor  # (A, D)
-    places: Tensor  # (A,) of their classes among this rank's rows that take part; -1: with another rank
+    places: Tensor  # (A,) of their classes among this rank's active rows; -1: on another rank
     log_total: Tensor  # (A,)
 
 
 @dataclass(frozen=True)
 class ClassifierSettings:
-    """What decides how classes move."""
+    """How the classes are scored and updated."""
 
     gamma: float
     weight_decay: float  # L2 added to the gradient
-    sampled: float = 1.0  # probability of a class to take part in a step in which no image belongs to it
-    seed: int = 0  # of that
+    sampled: float = 1.0  # probability that a class takes part in a step in which no image belongs to it
+    seed: int = 0  # of the sampled classes
 
 
 class Classifier:
@@ -53,10 +53,10 @@ class Classifier:
     A step of training is `begin`, `score` for every micro-batch, `step`. The classes' gradient is that of the mean
     loss over all images scored since `begin`, on all ranks.
 
-    With `sampled` below 1 images are told apart from a part of the classes only, another one each step (An et al.,
-    2022): their own and others by chance, the same on any number of ranks. Other rows stand still, and so does all that
-    Adam knows of them, their counts of steps included. Sums of exponentials then lack about 1 - `sampled` of the other
-    classes, which lowers losses and gradients where these matter; the accuracy is that among the sampled ones.
+    With `sampled` below 1 the softmax of a step is over its active classes only (An et al., 2022): those of its images
+    and others by chance, the same on any number of ranks. The other rows do not change, nor does their Adam state,
+    counts of steps included. Sums of exponentials then lack about 1 - `sampled` of the other classes, which lowers
+    losses and gradients where these matter; the accuracy is that among the active classes.
     """
 
     def __init__(self, comm: Comm, device: torch.device, shape: tuple[int, int], settings: ClassifierSettings) -> None:
@@ -65,15 +65,15 @@ class Classifier:
         self.first, self.end = (self.num_rows * rank // comm.size for rank in (comm.rank, comm.rank + 1))
         self._comm, self._settings, self._device = comm, settings, device
         self.state = RowState.zeros(self.end - self.first, self._dim, device)
-        self._active: Tensor | None = None  # (k',) those of the own rows that take part, rising; None: all
+        self._active: Tensor | None = None  # (k',) places of this rank's active rows, ascending; None: all
         self._scored: list[_Scored] = []
 
     @torch.no_grad()
     def start(self, centroids: Path | None, draws: torch.Generator) -> None:
         """Fills the classes with unit rows: the directions of the partition's centroids, or random ones.
 
-        The length matters although the cosine ignores it: Adam moves every entry by about the learning rate, so long
-        rows hardly turn, and the adaptors would bend the features towards classes that stay where chance put them.
+        The length matters although the cosine ignores it: Adam changes every entry by about the learning rate, so long
+        rows hardly turn, and the adaptors would bend the features towards classes that stay where they started.
 
         Raises:
             ValueError: the file of centroids does not have K rows of D channels.
@@ -84,7 +84,7 @@ class Classifier:
         for start in range(0, self.end, _START_ROWS):
             end = min(start + _START_ROWS, self.num_rows)
             low, high = max(start, self.first), min(end, self.end)
-            if given is None:  # drawn on every rank alike, whoever keeps them
+            if given is None:  # every rank draws all rows
                 block = torch.randn(end - start, self._dim, generator=draws)[max(low - start, 0) : high - start]
             elif low < high:
                 block = torch.from_numpy(np.array(given[low:high], dtype=np.float32))
@@ -92,37 +92,35 @@ class Classifier:
                 self.state.rows[low - self.first : high - self.first] = F.normalize(block, dim=1)
 
     def begin(self, step: int, labels: Tensor) -> None:
-        """Readies a step for images of this rank with these labels (B,), which come in one or more micro-batches."""
+        """Begins a step on images of this rank with these labels (B,), which come in one or more micro-batches."""
         self._scored.clear()
         if self._settings.sampled < 1:
-            taking_part = self._drawn(step)
+            active = self._drawn(step)
             local = torch.cat(self._comm.gather(labels)) - self.first
-            taking_part[local[(local >= 0) & (local < len(taking_part))]] = True
-            self._active = taking_part.nonzero()[:, 0]
+            active[local[(local >= 0) & (local < len(active))]] = True
+            self._active = active.nonzero()[:, 0]
 
     def score(self, z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Of this rank's images: the summed loss, a scalar to go backward through, and how many are classified right.
+        """Of this rank's images: the summed loss, a scalar with a gradient for z, and how many are classified right.
 
-        Every rank calls it as often as every other, with an empty share where it has no images.
+        All ranks call it equally often, with an empty batch where one has no images.
 
         Args:
             z: (B, D), of any length.
-            labels: (B,), in [0, K), among those given to `begin`.
+            labels: (B,), in [0, K), a part of those given to `begin`.
         """
         rows, gamma = z.detach().float(), self._settings.gamma
-        shares = self._comm.gather(rows)
-        unit_z = F.normalize(torch.cat(shares), dim=1)  # (A, D)
+        of_ranks = self._comm.gather(rows)
+        unit_z = F.normalize(torch.cat(of_ranks), dim=1)  # (A, D)
         places = self._places(torch.cat(self._comm.gather(labels)))
-        scores = no_scores(unit_z)
-        for part in self._chunks(len(unit_z)):
-            scores = add_scores(scores, unit_z, self.state.rows[self._rows(part)], places - part.start, gamma)
-        scores = self._agreed(scores)
+        scores = score_classes(unit_z, lambda part: self.state.rows[self._rows(part)], self._num_active, places, gamma)
+        scores = self._over_ranks(scores)
         self._scored.append(_Scored(unit_z, places, scores.log_total))
-        unit_gradient = self._comm.sum_(gamma * (scores.pull / scores.total[:, None] - scores.own))
-        before = sum(len(share) for share in shares[: self._comm.rank])
+        unit_gradient = self._comm.sum_(scores.unit_gradient(gamma))
+        before = sum(len(of_rank) for of_rank in of_ranks[: self._comm.rank])
         mine = slice(before, before + len(rows))
         gradient = image_gradient(unit_gradient[mine], rows)
-        loss = (scores.log_total - scores.target)[mine].sum()
+        loss = scores.losses[mine].sum()
         correct = (scores.target >= scores.top)[mine].sum()
         return loss + ((z - z.detach()) * gradient).sum(), correct
 
@@ -132,7 +130,7 @@ class Classifier:
         unit_z, places, log_total = (
             torch.cat([getattr(scored, name) for scored in self._scored]) for name in ("unit_z", "places", "log_total")
         )
-        for part in self._chunks(len(unit_z)):
+        for part in chunks(self._num_active, unit_z):
             where, gamma = self._rows(part), self._settings.gamma
             state = self.state.at(where)
             gradient = class_gradient(unit_z, state.rows, places - part.start, log_total, gamma).div_(len(unit_z))
@@ -145,20 +143,20 @@ class Classifier:
         """This rank's classes with their Adam state, as checkpoints keep them."""
         return RowShard(self.first, self.state.tensors())
 
-    def _agreed(self, scores: Scores) -> Scores:
-        """Maximum, sum of exponentials and own logits over all classes; `pull` and `own` stay this rank's part."""
+    def _over_ranks(self, scores: Scores) -> Scores:
+        """Maximum, sum of exponentials and target logits over all classes; `pull` and `own` stay this rank's part."""
         scores = scores.below(self._comm.max_(scores.top.clone()))
         total, target = self._comm.sum_(torch.stack([scores.total, scores.target]))
         return Scores(scores.top, total, scores.pull, target, scores.own)
 
     def _drawn(self, step: int) -> Tensor:
-        """(k,) bool: whether chance lets a class of this rank take part in a step."""
+        """(k,) bool: whether a class of this rank is drawn for a step."""
         limit = int(self._settings.sampled * 2**HASH_BITS)
         blocks = torch.arange(self.first, self.end, device=self._device).split(_HASHED_ROWS[self._device.type])
         return torch.cat([row_hashes(block, self._settings.seed, step) < limit for block in blocks])
 
     def _places(self, labels: Tensor) -> Tensor:
-        """Where the labels' classes are among the rows of this rank that take part; -1: nowhere."""
+        """Places of the labels' classes among the active rows of this rank; -1: not among them."""
         local = labels - self.first
         own = (local >= 0) & (local < len(self.state.rows))
         return torch.where(own, local if self._active is None else torch.searchsorted(self._active, local), -1)
@@ -166,6 +164,6 @@ class Classifier:
     def _rows(self, part: slice) -> slice | Tensor:
         return part if self._active is None else self._active[part]
 
-    def _chunks(self, num_images: int) -> Iterator[slice]:
-        num_rows = len(self.state.rows) if self._active is None else len(self._active)
-        return chunks(num_rows, num_images, self._dim, self._device.type)
+    @property
+    def _num_active(self) -> int:
+        return len(self.state.rows if self._active is None else self._active)

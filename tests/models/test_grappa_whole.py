@@ -63,7 +63,7 @@ def test_a_backbone_stays_in_eval_mode_and_gets_no_gradient(name: str) -> None:
 @pytest.mark.parametrize("name", ["timm", "own"])
 def test_gradients_reach_every_tensor_of_every_adaptor_and_nothing_else(name: str, num_sets: int) -> None:
     model = trained(name, num_sets, attention=False)
-    model.trainable_adaptors()
+    model.trainable_attention(and_adaptors=True)
     model(torch.rand(2, 3, 32, 32)).square().sum().backward()
     for parameter_name, parameter in model.named_parameters():
         if ".adaptors." in parameter_name:
@@ -76,7 +76,7 @@ def test_gradients_reach_every_tensor_of_every_adaptor_and_nothing_else(name: st
 
 def test_fresh_adaptors_learn_through_up_first() -> None:
     model = grappa("own", 1, attention=False)
-    model.trainable_adaptors()
+    model.trainable_attention(and_adaptors=True)
     model(torch.rand(2, 3, 32, 32)).square().sum().backward()
     last = model.layers[-1].adaptors
     assert last.up_weight.grad is not None

@@ -34,7 +34,7 @@ def packed(base: Backbone, num_sets: int, recompute: bool = False) -> PackedGrap
 def alone(base: Backbone, tensors: dict[str, Tensor]) -> Grappa:
     model = Grappa(base, 1, BOTTLENECK, attention=False)
     model.load_adaptors([tensors])
-    model.trainable_adaptors()
+    model.trainable_attention(and_adaptors=True)
     return model
 
 

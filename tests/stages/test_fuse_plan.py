@@ -9,7 +9,7 @@ import torch
 from grappa_dist.config import FuseConfig
 from grappa_dist.distributed.collectives import Comm
 from grappa_dist.stages.fuse import BUCKET, least_bytes, projector_bytes
-from grappa_dist.training.barlow_twins import Projector
+from grappa_dist.training.barlow_twins_loss import Projector
 from grappa_dist.training.deepspeed_engine import Engine
 from grappa_dist.training.optim import Lars
 from tests.kmeans.test_methods_memory import watched

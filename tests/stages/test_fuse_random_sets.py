@@ -27,7 +27,7 @@ from grappa_dist.stages.fuse import (
     randomise_adaptors,
     train_fusion,
 )
-from grappa_dist.training.barlow_twins import barlow_twins
+from grappa_dist.training.barlow_twins_loss import barlow_twins
 from grappa_dist.training.optim import Lars
 from tests import reference
 from tests.processes import run_ranks

@@ -28,7 +28,7 @@ from grappa_dist.stages.supervised import (
     without_class,
 )
 from grappa_dist.training.batches import TrainingImages, augmented
-from grappa_dist.training.norm_softmax import norm_softmax
+from grappa_dist.training.norm_softmax_loss import norm_softmax
 from tests.processes import run_ranks
 from tests.stages import tiny
 from tests.stages.test_supervised_true_labels import World

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grappa_dist.distributed.collectives import Comm
-from grappa_dist.training import norm_softmax as softmax
+from grappa_dist.training import norm_softmax, norm_softmax_loss
 from grappa_dist.training.checkpoints import load_checkpoint, save_checkpoint
 from grappa_dist.training.classifier import Classifier, ClassifierSettings
 from tests.processes import run_ranks
@@ -53,7 +53,7 @@ def whole(comm: Comm, rows: Tensor) -> Tensor:
 
 
 def every_way(comm: Comm, folder: Path) -> dict[str, Any]:
-    softmax._CPU_CHUNK_BYTES = 1  # so, the least: 64 classes
+    norm_softmax_loss._CPU_CHUNK_BYTES = 1  # chunks of the least size, 64 classes
     found: dict[str, Any] = {}
     for classes in CLASSES:
         for sampled in (1.0, SAMPLED):
@@ -127,6 +127,21 @@ def test_any_ranks_have_loss_gradients_and_steps_of_the_dense_softmax(world: Fou
         torch.testing.assert_close(torch.cat([p[2] for p in parts]), gradient, rtol=1e-4, atol=2e-5)
     for _, _, state in ranks:
         torch.testing.assert_close(state["rows"], end, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("classes", CLASSES)
+def test_on_one_rank_loss_and_gradient_are_those_of_norm_softmax_to_the_bit(
+    classes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(norm_softmax_loss, "_CPU_CHUNK_BYTES", 1)
+    classifier = fresh(Comm(), classes)
+    z, labels = batch(0, classes)
+    z.requires_grad_()
+    classifier.begin(0, labels)
+    loss, _ = classifier.score(z, labels)
+    mean = norm_softmax(z, classifier.state.rows, labels, GAMMA)
+    assert torch.equal(loss / len(z), mean)
+    assert torch.equal(torch.autograd.grad(loss / len(z), z)[0], torch.autograd.grad(mean, z)[0])
 
 
 def sparse(weight: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from grappa_dist.distributed.collectives import Comm
-from grappa_dist.training.barlow_twins import Projector, barlow_twins, by_rows_penalty, penalty_of, whole_penalty
+from grappa_dist.training.barlow_twins_loss import Projector, barlow_twins, by_rows_penalty, penalty_of, whole_penalty
+from tests import reference
 from tests.processes import run_ranks
 
 BETA = 0.05
@@ -42,7 +43,7 @@ def together(results: list[dict[str, list[Tensor]]], way: str, of: int) -> Tenso
 def test_both_ways_equal_one_process_on_the_concatenation(sizes: tuple[int, ...]) -> None:
     for dim in (2, 7):  # fewer columns than ranks; a number that no number of ranks divides
         za, zb = (z.requires_grad_() for z in views(sum(sizes), dim))
-        loss = barlow_twins(za, zb, BETA)
+        loss = reference.barlow_twins(za, zb, BETA)
         expected = torch.autograd.grad(3 * loss, (za, zb))
         results = run_ranks(gradients, len(sizes), sizes, dim, torch.float64)
         for way in WAYS:
@@ -52,10 +53,24 @@ def test_both_ways_equal_one_process_on_the_concatenation(sizes: tuple[int, ...]
                 torch.testing.assert_close(together(results, way, of), gradient)
 
 
+def with_default_penalty(comm: Comm) -> bool:
+    """Whether value and gradients have the bits of `whole_penalty`, which training chooses for wide batches."""
+    found = []
+    for penalty in (None, whole_penalty(comm)):
+        za, zb = (z.split([4, 3][: comm.size])[comm.rank].clone().requires_grad_() for z in views(7, 300))
+        loss = barlow_twins(za, zb, BETA, comm.allsum, penalty=penalty)
+        found.append([loss.detach(), *torch.autograd.grad(3 * loss, (za, zb))])
+    return all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+def test_without_a_penalty_the_loss_is_that_of_training_to_the_bit() -> None:
+    assert run_ranks(with_default_penalty, 2) == [True, True]
+
+
 def test_bf16_pairs_are_correlated_in_float32() -> None:
     sizes, dim = (300, 1, 299), 8  # more rows than bf16 can count
     za, zb = (z.double().requires_grad_() for z in views(600, dim, torch.bfloat16))
-    loss = barlow_twins(za, zb, BETA)
+    loss = reference.barlow_twins(za, zb, BETA)
     expected = torch.autograd.grad(3 * loss, (za, zb))
     results = run_ranks(gradients, 3, sizes, dim, torch.bfloat16)
     for way in WAYS:
@@ -71,8 +86,11 @@ def projected(comm: Comm, sizes: tuple[int, ...], way: str | None) -> dict[str, 
     projector = Projector(5, (6, 7)).double()
     projector.initialise(torch.Generator().manual_seed(3))
     za, zb = (z.split(list(sizes))[comm.rank].clone().requires_grad_() for z in views(sum(sizes), 5))
-    penalty = None if way is None else WAYS[way](comm)
-    loss = barlow_twins(projector(za, comm.allsum), projector(zb, comm.allsum), BETA, comm.allsum, penalty=penalty)
+    ga, gb = projector(za, comm.allsum), projector(zb, comm.allsum)
+    if way is None:
+        loss = reference.barlow_twins(ga, gb, BETA)
+    else:
+        loss = barlow_twins(ga, gb, BETA, comm.allsum, penalty=WAYS[way](comm))
     loss.backward()
     weights = {name: comm.sum_(p.grad.clone()) / comm.size for name, p in projector.named_parameters()}
     return {"loss": loss.detach(), "pairs": [za.grad, zb.grad], "weights": weights}

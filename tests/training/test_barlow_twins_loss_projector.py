@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from grappa_dist.distributed.collectives import Comm
-from grappa_dist.training.barlow_twins import GlobalBatchNorm, Projector, barlow_twins
+from grappa_dist.training.barlow_twins_loss import GlobalBatchNorm, Projector, barlow_twins
 from tests.models import tiny
 from tests.processes import run_ranks
 

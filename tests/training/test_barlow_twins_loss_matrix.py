@@ -3,7 +3,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from grappa_dist.training.barlow_twins import barlow_penalty_and_grad_, block_of, by_rows, rows_are_cheaper, whole
+from grappa_dist.training.barlow_twins_loss import (
+    barlow_penalty_and_grad_,
+    block_of,
+    by_rows_cost,
+    rows_are_cheaper,
+    whole_cost,
+)
 
 
 @pytest.mark.parametrize("dim", [1, 5, 8, 300])
@@ -44,10 +50,10 @@ def test_the_matrix_is_cut_up_where_the_batch_is_narrower_than_it_and_there_are_
 @pytest.mark.parametrize("dim", [1, 64, 1000, 8192])
 @pytest.mark.parametrize("ranks", [1, 2, 3, 16])
 def test_what_sends_less_never_computes_more(batch: int, dim: int, ranks: int) -> None:
-    fewer = by_rows(batch, dim, ranks).sent < whole(batch, dim, ranks).sent
+    fewer = by_rows_cost(batch, dim, ranks).sent < whole_cost(batch, dim, ranks).sent
     assert fewer == rows_are_cheaper(batch, dim, ranks)
 
 
 def test_a_world_of_one_sends_nothing() -> None:
-    assert whole(256, 8192, 1).sent == by_rows(256, 8192, 1).sent == 0
-    assert whole(256, 8192, 1).held == 8192**2
+    assert whole_cost(256, 8192, 1).sent == by_rows_cost(256, 8192, 1).sent == 0
+    assert whole_cost(256, 8192, 1).held == 8192**2

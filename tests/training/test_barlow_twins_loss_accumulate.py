@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from grappa_dist.data.transforms import Preprocess
 from grappa_dist.distributed.collectives import Comm
 from grappa_dist.models import Backbone, Grappa
-from grappa_dist.training.barlow_twins import Projector, accumulate, barlow_twins
+from grappa_dist.training.barlow_twins_loss import Projector, accumulate, barlow_twins
 from grappa_dist.training.deepspeed_engine import Engine
 from tests.models import tiny
 from tests.processes import run_ranks

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from grappa_dist.distributed.collectives import Comm
-from grappa_dist.training import norm_softmax as softmax
-from grappa_dist.training.norm_softmax import add_scores, class_gradient, no_scores, norm_softmax, norm_softmax_sum
+from grappa_dist.training import norm_softmax_loss
+from grappa_dist.training.norm_softmax_loss import add_scores, class_gradient, no_scores, norm_softmax, norm_softmax_sum
 from tests import reference
 from tests.processes import run_ranks
 
@@ -47,7 +47,7 @@ def with_gradients(loss: Tensor, z: Tensor, weight: Tensor) -> tuple[Tensor, ...
 @pytest.mark.parametrize("classes", [1, 2, 63, 64, 65, 128, 200])
 @pytest.mark.parametrize("num", [1, 9])
 def test_chunks_of_classes_change_nothing_but_rounding(num: int, classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(softmax, "_CPU_CHUNK_BYTES", 1)  # so, the least: 64 classes
+    monkeypatch.setattr(norm_softmax_loss, "_CPU_CHUNK_BYTES", 1)  # chunks of the least size, 64 classes
     z, weight, labels = batch(num, 5, classes)
     weight = torch.cat([weight[: classes // 2], weight[: classes - classes // 2]]).detach().requires_grad_()  # twice
     labels[:6] = (torch.tensor([0, 63, 64, 127, 128, classes - 1]) % classes)[:num]
@@ -57,7 +57,7 @@ def test_chunks_of_classes_change_nothing_but_rounding(num: int, classes: int, m
 
 
 def test_gradients_of_several_chunks_pass_gradcheck(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(softmax, "_CPU_CHUNK_BYTES", 1)
+    monkeypatch.setattr(norm_softmax_loss, "_CPU_CHUNK_BYTES", 1)
     z, weight, labels = batch(3, 2, 130)
     assert torch.autograd.gradcheck(lambda z, w: norm_softmax(z, w, labels, 7.0), (z, weight))
 
