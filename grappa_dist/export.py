@@ -1,8 +1,6 @@
-"""The adapted model as one directory, and back. Shapes: B images, S pixels a side, L layers, N sets, D channels.
+"""The adapted model elsewhere: exported to a directory, loaded from it, and run over shards.
 
-Embeds any shards with an exported model: what a search index is filled with.
-
-Shapes: P rows of one shard, D channels.
+Shapes: B images, S pixels a side, L layers, N sets, P rows of one shard, D channels.
 """
 
 from __future__ import annotations
@@ -41,155 +39,23 @@ from grappa_dist.stages.run import Run, running
 
 KEYS_FILE, NAMES_FILE, LIST_FILE = "keys.json", "names.json", "embeddings.json"
 _OF_TRAINING = ("adapt_ranks", "compile", "collective_timeout_s", "trackers")
-_HEEDED = (
+_EMBED_SETTINGS = (
     *("data.max_bad_share", "embed.batch_size"),
     *(f"resources.{field}" for field in Resources.model_fields if field not in _OF_TRAINING),
 )
 
 
-@dataclass(frozen=True)
-class KeysTask:
-    images: ImageShards  # the shard alone
-    artifact: Artifact
+def load_model(run_or_model_dir: str | Path) -> RetrievalModel:
+    """The model of a run directory or of an exported model directory, on the CPU.
 
-
-@dataclass(frozen=True)
-class Called:
-    """Where it says how the images of a shard are called."""
-
-    keys: str
-    names: str | None  # None where none of the shard's images tells the name of its file
-
-
-def embed_images(
-    model: Path, paths: Sequence[str], out: Path, overrides: Iterable[str] = (), *, gallery: str | None = None
-) -> Path:
-    """Embeds the images of some shards; the list of what there is then, `embeddings.json` in `out`.
-
-    Per shard it names `rows`, unit rows (P, D) float32; `keys`, the images' keys in the same order; `names`, the names
-    of their files before they came into the shard, null for an image, or for the shard, that does not tell; and `bad`,
-    the positions whose image does not decode, with the reason: their rows are zero.
-
-    Args:
-        model: a run directory, or that of an exported model.
-        overrides: `key=value` of what has a say here: data.max_bad_share, embed.batch_size and most of resources.
-        gallery: which task's weights of the sets are taken, of a model that weighs them by galleries.
+    A backbone called `module:function` needs that module importable.
 
     Raises:
-        ValueError: there is no such model, or a path or setting is wrong, saying which.
+        ValueError: the directory holds no model, or one of an unknown format.
     """
-    spec = exported_spec(model, gallery)
-    data = {"train": tuple(paths)}
-    overrides = list(overrides)
-    config = read({"name": "embeddings", "data": data, "backbone": {"name": spec.backbone.name}}, overrides)
-    _check_heeded(overrides)
-    with running(config, out) as run:
-        if spec.name == "gallery" and gallery is None:
-            run.console.log("warning: the model weighs its sets by galleries and none was named: this is their average")
-        return _embed(run, spec)
-
-
-def _check_heeded(overrides: Iterable[str]) -> None:
-    """Refuses settings that would change nothing.
-
-    Raises:
-        ValueError: naming the first, and all that can be set.
-    """
-    for key in (override.partition("=")[0] for override in overrides):
-        if key not in _HEEDED:
-            raise ValueError(
-                f"{key}: has no say in embedding, for which the model brings its own settings; "
-                f"expected one of {', '.join(_HEEDED)}"
-            )
-
-
-def _embed(run: Run, spec: ModelSpec) -> Path:
-    paths = run.config.data.train
-    images = ImageShards.open(paths, run.store.root / "index", cache_of(run.config.resources))
-    if not len(images):
-        raise ValueError(f"--images {' '.join(paths)}: the shards hold no images (jpg, jpeg, png, webp)")
-    for line in describe_missing(images.shards):
-        run.console.log(f"warning: {line}")
-    features = features_of(run.store, spec, run.config.embed, images)
-    if all(artifact.complete for artifact in features):
-        run.console.log(f"embed: all {len(features)} shards were embedded before")
-    embed(run, images, spec, features)
-    shards = [
-        {
-            "shard": shard.name,
-            "images": shard.rows,
-            "rows": f"{of_rows.name}/{ROWS_FILE}",
-            "keys": called.keys,
-            "names": called.names,
-            "bad": f"{of_rows.name}/{BAD_FILE}",
-        }
-        for shard, of_rows, called in zip(images.shards, features, _write_keys(run, images), strict=True)
-    ]
-    found = run.store.root / LIST_FILE
-    write_json(found, {"model": spec.name, "model_sha256": spec.weights, "images": len(images), "shards": shards})
-    return found
-
-
-def _write_keys(run: Run, images: ImageShards) -> list[Called]:
-    """Keys and names of every shard, those that are missing written by the workers."""
-    places, missing = list[tuple[Artifact, Artifact]](), dict[Artifact, int]()
-    for number, shard in enumerate(images.shards):
-        both = _of_shard(run.store, "keys", shard, names=True)
-        place = (both, both)
-        if not both.complete:
-            apart = (_of_shard(run.store, "keys", shard), _of_shard(run.store, "names", shard))
-            if all(artifact.complete for artifact in apart):  # as earlier versions wrote them
-                place = apart
-            else:
-                missing[both] = number
-        places.append(place)
-    told = dict[str, bool]()
-    if missing:
-        with run.console.stage("keys", f"and names of {pluralize(len(missing), 'shard')}"):
-            found = run.runner.map(write_keys, [KeysTask(images.part(i), artifact) for artifact, i in missing.items()])
-            wait_until_seen(missing)
-        told = {f"{artifact.name}/{KEYS_FILE}": named for artifact, named in zip(missing, found, strict=True)}
-    return _called(places, _listed(run.store.root / LIST_FILE) | told)
-
-
-def _called(places: Sequence[tuple[Artifact, Artifact]], told: Mapping[str, bool]) -> list[Called]:
-    """Of every shard; whether it has names is looked for only where that is not told by the path of its keys."""
-    called = []
-    for of_keys, of_names in places:
-        keys = f"{of_keys.name}/{KEYS_FILE}"
-        named = told[keys] if keys in told else (of_names.path / NAMES_FILE).exists()
-        called.append(Called(keys, f"{of_names.name}/{NAMES_FILE}" if named else None))
-    return called
-
-
-def _listed(found: Path) -> dict[str, bool]:
-    """Whether shards have names, by the path of their keys, as far as an earlier list says so."""
-    shards = read_json(found)["shards"] if found.exists() else []
-    return {shard["keys"]: shard["names"] is not None for shard in shards if "names" in shard}
-
-
-def _of_shard(store: Store, what: str, shard: Shard, **settings: bool) -> Artifact:
-    return store.artifact(f"{what}/{shard.name.removesuffix('.tar')}", settings, {"shard": shard.fingerprint})
-
-
-def write_keys(device: torch.device, task: KeysTask) -> bool:
-    """The keys of one shard's images, in the order of its rows, and their files' names where it has any: whether so."""
-    rows, artifact, named = range(len(task.images)), task.artifact, False
-
-    def names() -> Iterator[str | None]:
-        nonlocal named
-        for row in rows:
-            name = task.images.name(row)
-            named = named or name != ""
-            yield name or None
-
-    if artifact.complete:
-        return (artifact.path / NAMES_FILE).exists()
-    folder = artifact.begin()
-    write_json_list(folder / KEYS_FILE, (task.images.key(row) for row in rows))
-    write_json_list(folder / NAMES_FILE, names())
-    artifact.commit(discard=() if named else (NAMES_FILE,))
-    return named
+    grappa, config = load_grappa(Path(run_or_model_dir))
+    galleries = {task: torch.tensor(weights) for task, weights in config.get("galleries", {}).items()}
+    return RetrievalModel(grappa, config["sets"], galleries)
 
 
 class RetrievalModel(nn.Module):
@@ -197,8 +63,8 @@ class RetrievalModel(nn.Module):
 
     `transform` is the exact test transform (PIL image -> (3, S, S) in [0, 1]); normalisation happens inside the model.
     Weights are folded for speed, which changes results by rounding alone; `grappa` holds them as they were trained.
-    `galleries` has the weights (N,) of the sets for each task of the run, where the variant is `gallery`: such a model
-    is the average of its sets until `weigh(galleries[task])`, or `condition`, says which gallery is searched.
+    For the variant `gallery`, `galleries` has the weights (N,) of the sets for each task of the run: such a model is
+    the average of its sets until `weigh(galleries[task])` or `condition` sets the gallery that is searched.
     """
 
     def __init__(self, grappa: Grappa, sets: list[str], galleries: Mapping[str, Tensor] | None = None) -> None:
@@ -224,23 +90,23 @@ class RetrievalModel(nn.Module):
 
     @torch.no_grad()
     def attention(self, images: Tensor) -> Tensor:
-        """How each layer weighs the adaptor sets for each image, (B, L, N); `sets` names them."""
+        """The weights of the adaptor sets in each layer for each image, (B, L, N), in the order of `sets`."""
         self.grappa(images)
         return self.grappa.last_attention()
 
     @torch.no_grad()
     def condition(self, gallery: Iterable[Tensor]) -> Tensor:
-        """Weighs the adaptor sets by the images that will be searched, from now on; the weights (N,), as `sets`.
+        """Sets the weights of the adaptor sets by the images that will be searched; returns them, (N,), as `sets`.
 
-        Every image is embedded by each set alone, and the sets in whose features neighbours of neighbours are
-        neighbours gain weight (stages/gallery_weights.py). Embed queries and gallery after it, and anew whenever it was
-        called. A learned attention is multiplied by the weights.
+        Every image is embedded by each set alone, and sets in whose features neighbours of neighbours are neighbours
+        gain weight (stages/gallery_weights.py). A learned attention is multiplied by the weights. Embed queries and
+        gallery after each call.
 
         Args:
-            gallery: batches of images, RGB in [0, 1], (b, 3, S, S) each; a sample of some thousands will do.
+            gallery: batches of images, RGB in [0, 1], (b, 3, S, S) each; a sample of some thousands is enough.
 
         Raises:
-            ValueError: the gallery has less than three images, which have no structure.
+            ValueError: the gallery has fewer than three images.
         """
         features: list[list[Tensor]] = [[] for _ in self.sets]
         try:
@@ -258,13 +124,13 @@ class RetrievalModel(nn.Module):
         return weights
 
     def weigh(self, weights: Tensor | None) -> None:
-        """Weighs the adaptor sets as said, (N,), for all images alike; None: as exported."""
+        """Sets the weights of the adaptor sets, (N,), the same for all images; None: as exported."""
         self.grappa.weigh(weights)
         self.grappa.fold()
 
 
 def export_model(spec: ModelSpec, artifact: Artifact) -> None:
-    """Writes the model's weights, backbone included, and what is needed to build it again."""
+    """Writes the model's weights, backbone included, and the settings that build it again."""
     grappa = build(spec, torch.device("cpu"))
     assert isinstance(grappa, Grappa)
     folder = artifact.begin()
@@ -280,19 +146,135 @@ def export_model(spec: ModelSpec, artifact: Artifact) -> None:
         "attention": spec.attends,
     }
     if spec.galleries is not None:
-        config["galleries"] = {task: found["weights"] for task, found in load_galleries(spec.galleries).items()}
+        config["galleries"] = {task: gallery["weights"] for task, gallery in load_galleries(spec.galleries).items()}
     write_json(folder / CONFIG_FILE, config)
     artifact.commit()
 
 
-def load_model(run_or_model_dir: str | Path) -> RetrievalModel:
-    """The model of a run directory or of an exported model directory, on the CPU.
+def embed_images(
+    model: Path, paths: Sequence[str], out: Path, overrides: Iterable[str] = (), *, gallery: str | None = None
+) -> Path:
+    """Embeds the images of some shards, as an input of a search index; returns the path of `embeddings.json` in `out`.
 
-    A backbone called `module:function` needs that module importable.
+    That file lists per shard: `rows`, unit rows (P, D) float32; `keys`, the images' keys in the same order; `names`,
+    their file names before they were put into the shard, null for an image, or a shard, without any; and `bad`, the
+    positions whose image does not decode, with the reason: their rows are zero.
+
+    Args:
+        model: a run directory, or that of an exported model.
+        overrides: `key=value` of data.max_bad_share, embed.batch_size and most of resources.
+        gallery: the task whose set weights are used, for a model of the variant `gallery`.
 
     Raises:
-        ValueError: the directory holds no model, or one of an unknown format.
+        ValueError: there is no such model, or a path or setting is wrong.
     """
-    grappa, config = load_grappa(Path(run_or_model_dir))
-    galleries = {task: torch.tensor(weights) for task, weights in config.get("galleries", {}).items()}
-    return RetrievalModel(grappa, config["sets"], galleries)
+    spec = exported_spec(model, gallery)
+    data = {"train": tuple(paths)}
+    overrides = list(overrides)
+    config = read({"name": "embeddings", "data": data, "backbone": {"name": spec.backbone.name}}, overrides)
+    _check_settings(overrides)
+    with running(config, out) as run:
+        if spec.name == "gallery" and gallery is None:
+            run.console.log("warning: the model weighs its sets by galleries and none was named: this is their average")
+        return _embed(run, spec)
+
+
+def _check_settings(overrides: Iterable[str]) -> None:
+    """Raises ValueError for a setting that would change nothing."""
+    for key in (override.partition("=")[0] for override in overrides):
+        if key not in _EMBED_SETTINGS:
+            raise ValueError(
+                f"{key}: has no say in embedding, for which the model brings its own settings; "
+                f"expected one of {', '.join(_EMBED_SETTINGS)}"
+            )
+
+
+def _embed(run: Run, spec: ModelSpec) -> Path:
+    paths = run.config.data.train
+    images = ImageShards.open(paths, run.store.root / "index", cache_of(run.config.resources))
+    if not len(images):
+        raise ValueError(f"--images {' '.join(paths)}: the shards hold no images (jpg, jpeg, png, webp)")
+    for line in describe_missing(images.shards):
+        run.console.log(f"warning: {line}")
+    features = features_of(run.store, spec, run.config.embed, images)
+    if all(artifact.complete for artifact in features):
+        run.console.log(f"embed: all {len(features)} shards were embedded before")
+    embed(run, images, spec, features)
+    shards = [
+        {
+            "shard": shard.name,
+            "images": shard.rows,
+            "rows": f"{of_rows.name}/{ROWS_FILE}",
+            "keys": files.keys,
+            "names": files.names,
+            "bad": f"{of_rows.name}/{BAD_FILE}",
+        }
+        for shard, of_rows, files in zip(images.shards, features, _write_keys(run, images), strict=True)
+    ]
+    path = run.store.root / LIST_FILE
+    write_json(path, {"model": spec.name, "model_sha256": spec.weights, "images": len(images), "shards": shards})
+    return path
+
+
+@dataclass(frozen=True)
+class KeysTask:
+    images: ImageShards  # the shard alone
+    artifact: Artifact
+
+
+@dataclass(frozen=True)
+class KeyFiles:
+    """Paths in the folder of embeddings, for the images of one shard."""
+
+    keys: str
+    names: str | None  # None where no image of the shard has the name of its file
+
+
+def _write_keys(run: Run, images: ImageShards) -> list[KeyFiles]:
+    """Keys and names of every shard; the workers write those that are missing."""
+    artifacts = [_keys_of(run.store, shard) for shard in images.shards]
+    missing = {artifact: number for number, artifact in enumerate(artifacts) if not artifact.complete}
+    has_names = _listed(run.store.root / LIST_FILE)
+    if missing:
+        with run.console.stage("keys", f"and names of {pluralize(len(missing), 'shard')}"):
+            found = run.runner.map(write_keys, [KeysTask(images.part(i), artifact) for artifact, i in missing.items()])
+            wait_until_seen(missing)
+        has_names |= {f"{artifact.name}/{KEYS_FILE}": named for artifact, named in zip(missing, found, strict=True)}
+    return [_key_files(artifact, has_names) for artifact in artifacts]
+
+
+def _keys_of(store: Store, shard: Shard) -> Artifact:
+    return store.artifact(f"keys/{shard.name.removesuffix('.tar')}", {"names": True}, {"shard": shard.fingerprint})
+
+
+def _listed(path: Path) -> dict[str, bool]:
+    """Whether shards have names, by the path of their keys, from the list of an earlier call."""
+    shards = read_json(path)["shards"] if path.exists() else []
+    return {shard["keys"]: shard["names"] is not None for shard in shards}
+
+
+def _key_files(artifact: Artifact, has_names: Mapping[str, bool]) -> KeyFiles:
+    """The paths of one shard; looks for the file of names only where `has_names` lacks the shard."""
+    keys = f"{artifact.name}/{KEYS_FILE}"
+    named = has_names[keys] if keys in has_names else (artifact.path / NAMES_FILE).exists()
+    return KeyFiles(keys, f"{artifact.name}/{NAMES_FILE}" if named else None)
+
+
+def write_keys(device: torch.device, task: KeysTask) -> bool:
+    """Writes the keys of one shard's images and the names of their files, in row order; whether there are any names."""
+    rows, artifact, named = range(len(task.images)), task.artifact, False
+
+    def names() -> Iterator[str | None]:
+        nonlocal named
+        for row in rows:
+            name = task.images.name(row)
+            named = named or name != ""
+            yield name or None
+
+    if artifact.complete:
+        return (artifact.path / NAMES_FILE).exists()
+    folder = artifact.begin()
+    write_json_list(folder / KEYS_FILE, (task.images.key(row) for row in rows))
+    write_json_list(folder / NAMES_FILE, names())
+    artifact.commit(discard=() if named else (NAMES_FILE,))
+    return named

@@ -26,7 +26,7 @@ def parse() -> argparse.Namespace:
         nargs="+",
         help="folders of shards (see make_shards.py), tars or patterns; also s3://",
     )
-    parser.add_argument("--gallery", help="of a model of the variant gallery: the task whose weights are taken")
+    parser.add_argument("--gallery", help="of a model of the variant gallery: the task whose weights are used")
     parser.add_argument("--out", required=True, help="the folder for the embeddings")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="data.max_bad_share, embed.batch_size or of resources"

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 
-from grappa_dist.artifacts import Store
 from grappa_dist.config import Config
 from grappa_dist.data.decoding import decode
 from grappa_dist.data.shards import ImageShards
@@ -110,32 +109,11 @@ def test_names_of_files_lie_beside_the_keys_and_shards_without_any_go_on_with_ke
     assert again() == ([], names, 1)
     found.unlink()  # as after a kill
     assert again() == ([], names, 0)
-
-    apart(tmp_path / "out", images)  # as earlier versions had them
-    assert again() == ([], names, 1)
-    assert (tmp_path / "out" / "names").exists()
-    found.unlink()
-    assert again() == ([], names, 0)
     features = {path: path.stat().st_mtime_ns for path in sorted(tmp_path.glob("out/features/*/*"))}
-    shutil.rmtree(tmp_path / "out" / "names")  # as embeddings from before there were names
+    shutil.rmtree(tmp_path / "out" / "keys")
     assert again() == (["write_keys"] * 3, names, 1)
     assert listed(found, "keys") == [images.key(row) for row in range(len(images))]
     assert features == {path: path.stat().st_mtime_ns for path in sorted(tmp_path.glob("out/features/*/*"))}
-
-
-def apart(out: Path, images: ImageShards) -> None:
-    """Moves keys and names of every shard into artefacts of their own; nothing but a manifest where it has no names."""
-    store = Store(out)
-    for shard in images.shards:
-        kind, inputs = shard.name.removesuffix(".tar"), {"shard": shard.fingerprint}
-        both = store.artifact(f"keys/{kind}", {"names": True}, inputs)
-        for what in ("keys", "names"):
-            artifact = store.artifact(f"{what}/{kind}", {}, inputs)
-            if (both.path / f"{what}.json").exists():
-                (both.path / f"{what}.json").rename(artifact.begin() / f"{what}.json")
-            artifact.begin()
-            artifact.commit()
-        shutil.rmtree(both.path)
 
 
 def test_what_was_embedded_of_dirty_images_is_reused_with_the_share_that_the_message_names(

@@ -1,4 +1,4 @@
-"""Which model a stage runs, as a small description that travels, and the model itself, built where it is needed."""
+"""Which model a stage runs: a small description that is sent to workers, and the model that they build from it."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """The frozen backbone, or with adaptor sets, or with these and their fusion."""
+    """The frozen backbone; with adaptor sets; with adaptor sets and their fusion; or an exported model."""
 
-    name: str  # as in the table: backbone, k=64, average, ...
+    name: str  # as in the report: backbone, k=64, average, ...
     backbone: BackboneConfig
     bottleneck: int = 0
     adaptors: tuple[Artifact, ...] = ()
     fusion: Artifact | None = None  # None with several sets: their average
-    random_sets: int = 0  # adaptor sets that learned with the fusion and lie in its artefact, in place of `adaptors`
+    random_sets: int = 0  # randomly initialised sets, trained with the fusion and saved with it, not in `adaptors`
     galleries: Artifact | None = None  # weights of the sets for the images of each task
-    exported: Path | None = None  # an exported model instead, and
-    weights: str = ""  # the hash of its weights
-    weighed: tuple[float, ...] = ()  # and how it weighs its sets, where that is not as exported
+    exported: Path | None = None  # directory of an exported model, in place of the artefacts
+    weights: str = ""  # hash of the exported weights
+    weighed: tuple[float, ...] = ()  # weights of the exported sets, where these are not as exported
 
     @property
     def inputs(self) -> dict[str, Artifact | str]:
@@ -51,23 +51,23 @@ class ModelSpec:
 
     @property
     def sets(self) -> list[str]:
-        """What the adaptor sets are called: by their partitions, or by number where they began at random."""
-        own = [f"random {number}" for number in range(1, self.random_sets + 1)]
-        return own or [artifact.kind.removeprefix("adaptors/") for artifact in self.adaptors]
+        """Names of the adaptor sets: of their partitions, or numbers for randomly initialised sets."""
+        random = [f"random {number}" for number in range(1, self.random_sets + 1)]
+        return random or [artifact.kind.removeprefix("adaptors/") for artifact in self.adaptors]
 
     @property
     def attends(self) -> bool:
-        """Whether there is a learned attention; a set that was trained alone has none."""
+        """Whether there is a learned attention; a single set has none."""
         return self.fusion is not None and self.random_sets != 1
 
     @property
     def weighs(self) -> bool:
-        """Whether the sets do not always weigh the same."""
+        """Whether the weights of the sets depend on the image."""
         return self.attends or self.galleries is not None
 
 
 def backbone_settings(config: BackboneConfig) -> dict[str, Any]:
-    """What identifies the backbone: its settings, with a checkpoint file and one's own module told by content.
+    """What identifies the backbone: its settings, and the hashes of a checkpoint file and of a user's own module.
 
     Raises:
         ValueError: the checkpoint or the module is not there.
@@ -86,10 +86,10 @@ def backbone_settings(config: BackboneConfig) -> dict[str, Any]:
 
 @lru_cache
 def _source_of(module: str, name: str) -> str:
-    """The file of a module, which is not imported."""
+    """The path of a module's file; the module is not imported."""
     try:
         spec = importlib.util.find_spec(module)
-    except ModuleNotFoundError:  # of a package that it is in
+    except ModuleNotFoundError:  # its package
         spec = None
     if spec is None or spec.origin is None or not Path(spec.origin).is_file():
         raise ValueError(f"backbone.name={name}: there is no module {module!r}; is its folder on PYTHONPATH?")
@@ -98,7 +98,7 @@ def _source_of(module: str, name: str) -> str:
 
 @lru_cache
 def _sha256(path: str, mtime_ns: int) -> str:
-    """A file's hash, computed once although many artefacts are named by it."""
+    """A file's hash, computed once for the names of many artefacts."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -110,24 +110,26 @@ def build_backbone(config: BackboneConfig, *, pretrained: bool = True) -> Backbo
         ValueError: it cannot be built, or does not take images of that size.
     """
     overrides = config.model_dump(include={field.name for field in fields(Preprocess)}, exclude_none=True)
-    found = create_backbone(config.name, config.kwargs, overrides, checkpoint=config.checkpoint, pretrained=pretrained)
-    check_image_size(found, config.name, config.kwargs)
-    return found
+    backbone = create_backbone(
+        config.name, config.kwargs, overrides, checkpoint=config.checkpoint, pretrained=pretrained
+    )
+    check_image_size(backbone, config.name, config.kwargs)
+    return backbone
 
 
 def check_ready(config: BackboneConfig) -> None:
-    """Looks for the weights before workers start, where these are on this machine.
+    """Checks that the weights can be had before workers start, where these run on this machine.
 
     Raises:
         ValueError: they are not in the cache and cannot be downloaded.
     """
-    if config.checkpoint is None and not os.environ.get("RAY_ADDRESS"):  # other machines have caches of their own
+    if config.checkpoint is None and not os.environ.get("RAY_ADDRESS"):  # other machines have other caches
         check_name(config.name)
         check_weights(config.name)
 
 
 def build(spec: ModelSpec, device: torch.device) -> nn.Module:
-    """The model of a description, frozen, on the device; an exported one folded, as nothing changes it any more."""
+    """The model of a description, frozen, on the device; an exported one folded, as its weights are final."""
     if spec.exported is not None:
         exported = load_grappa(spec.exported)[0].requires_grad_(False).eval()
         if spec.weighed:
@@ -155,7 +157,7 @@ def _load_sets(spec: ModelSpec) -> list[dict[str, Tensor]]:
 
 
 def save_random_sets(model: Grappa, folder: Path) -> None:
-    """All sets of a model in one file, for `ModelSpec.random_sets`."""
+    """Writes all sets of a model to one file, for `ModelSpec.random_sets`."""
     tensors = {
         f"sets.{index}.{name}": tensor
         for index in range(model.layers[0].adaptors.num_sets)
@@ -169,8 +171,8 @@ def exported_spec(run_or_model_dir: Path, gallery: str | None = None) -> ModelSp
     """The description of an exported model.
 
     Args:
-        gallery: the task of the run whose weights of the sets are taken; None: as exported, which for the variant
-            `gallery` is the average.
+        gallery: the task of the run whose set weights are used; None: as exported, which is the average for the variant
+            `gallery`.
 
     Raises:
         ValueError: the directory holds no model, one of an unknown format, or one without weights for that gallery.
@@ -179,15 +181,17 @@ def exported_spec(run_or_model_dir: Path, gallery: str | None = None) -> ModelSp
     backbone = BackboneConfig(name=config["backbone"]["name"], kwargs=config["backbone"]["kwargs"])
     path = folder / WEIGHTS_FILE
     weights = _sha256(str(path), path.stat().st_mtime_ns)
-    known: dict[str, list[float]] = config.get("galleries", {})
-    if gallery is not None and gallery not in known:
-        raise ValueError(f"{folder} has no weights for the gallery {gallery!r}; it has {', '.join(known) or 'none'}")
-    weighed = tuple(known[gallery]) if gallery is not None else ()
+    galleries: dict[str, list[float]] = config.get("galleries", {})
+    if gallery is not None and gallery not in galleries:
+        raise ValueError(
+            f"{folder} has no weights for the gallery {gallery!r}; it has {', '.join(galleries) or 'none'}"
+        )
+    weighed = tuple(galleries[gallery]) if gallery is not None else ()
     return ModelSpec(config["variant"], backbone, exported=folder.resolve(), weights=weights, weighed=weighed)
 
 
 def exported_config(run_or_model_dir: Path) -> tuple[Path, dict[str, Any]]:
-    """The directory of an exported model, given that or its run's, and what it says of itself."""
+    """The directory of an exported model, given that or its run's, and the content of its config.json."""
     folder = run_or_model_dir
     folder = folder / "model" if (folder / "model" / CONFIG_FILE).is_file() else folder
     if not (folder / CONFIG_FILE).is_file():
@@ -201,7 +205,7 @@ def exported_config(run_or_model_dir: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def load_grappa(run_or_model_dir: Path) -> tuple[Grappa, dict[str, Any]]:
-    """The weights of an exported model in their place, and what it says of itself."""
+    """An exported model with its weights, and the content of its config.json."""
     folder, config = exported_config(run_or_model_dir)
     pixels = {name: tuple(value) if isinstance(value, list) else value for name, value in config["pixels"].items()}
     backbone = create_backbone(config["backbone"]["name"], config["backbone"]["kwargs"], pixels, pretrained=False)
@@ -214,7 +218,7 @@ _latest: dict[tuple[Any, ...], nn.Module] = {}
 
 
 def built(spec: ModelSpec, device: torch.device) -> nn.Module:
-    """`build`, keeping the last model: a worker embeds many shards with one."""
+    """`build`, which keeps the last model: a worker embeds many shards with one."""
     sets = (spec.bottleneck, spec.adaptors, spec.fusion, spec.galleries)
     key = (spec.backbone.model_dump_json(), *sets, spec.weights, spec.weighed, str(device))
     if key not in _latest:
@@ -224,14 +228,14 @@ def built(spec: ModelSpec, device: torch.device) -> nn.Module:
 
 
 def forget_built() -> None:
-    """Lets go of the model that `built` keeps: what comes next wants its memory."""
+    """Releases the memory of the model that `built` keeps."""
     if _latest:
         _latest.clear()
-        release_memory()  # some backbones hold themselves
+        release_memory()  # some backbones hold references to themselves
 
 
 def preprocess_of(model: nn.Module) -> Preprocess:
-    """What images go through before they reach a model that `build` gave."""
+    """The preprocessing of images for a model of `build`."""
     backbone = model.backbone if isinstance(model, Grappa) else model
     assert isinstance(backbone, Backbone)
     return backbone.preprocess

@@ -1,4 +1,4 @@
-"""embed: images -> row-aligned unit features, by the frozen ViT, the model of an epoch, or the final one.
+"""embed: images -> row-aligned unit features of the frozen ViT, of the current model of an epoch, or of a final one.
 
 Shapes: P rows of one shard, B the padded batch, S pixels a side, D channels.
 """
@@ -32,13 +32,13 @@ from grappa_dist.stages.gallery_weights import by_gallery
 from grappa_dist.stages.run import Run
 
 ROWS_FILE, BAD_FILE = "rows.npy", "bad.json"
-LOOK_S = 5.0  # between two looks at how many of the finished shards' rows are bad
-FIRST_BAD = 3  # of them, named in the error
+CHECK_INTERVAL_S = 5.0  # between counts of the bad rows of finished shards
+NAMED_BAD = 3  # bad rows that the error names
 
 
 @dataclass(frozen=True)
 class Embedding:
-    """How rows are embedded."""
+    """How rows are embedded: the padded batch size is part of the result."""
 
     batch_size: int
     decode_threads: int
@@ -68,9 +68,9 @@ def embed(run: Run, images: ImageShards, spec: ModelSpec, features: Sequence[Art
     """Embeds the shards that have no features yet, one task per shard, on all workers.
 
     Raises:
-        ValueError: more than data.max_bad_share of the images are bad or lost.
+        ValueError: more than data.max_bad_share of the images are bad or missing.
     """
-    check_bad_share(images, {}, run.config.data.max_bad_share)  # what is lost is known before any is embedded
+    check_bad_share(images, {}, run.config.data.max_bad_share)  # missing images are known before any is embedded
     missing = list({a: i for i, a in enumerate(features) if not a.complete}.values())  # equal shards share one
     if missing:
         rows = sum(images.shards[i].rows for i in missing)
@@ -81,11 +81,11 @@ def embed(run: Run, images: ImageShards, spec: ModelSpec, features: Sequence[Art
             how = Embedding(run.config.embed.batch_size, run.config.resources.decode_threads)
             tasks = [EmbedTask(images.part(i), images.shard_rows(i).start, spec, features[i], how) for i in missing]
             counter = run.console.counter(f"embed {spec.name}", len(missing), rows)
-            watch = _Watch(images, features, run.config.data.max_bad_share)
+            early = _EarlyCheck(images, features, run.config.data.max_bad_share)
 
             def done(count: int) -> None:
                 counter(count)
-                watch.look()
+                early.check()
 
             run.runner.map(embed_shard, tasks, done)
             wait_until_seen(features)
@@ -116,7 +116,7 @@ def embed_shard(device: torch.device, task: EmbedTask) -> None:
 def embed_rows(
     model: nn.Module, images: ImageShards, rows: NDArray[np.int64], *, device: torch.device, how: Embedding
 ) -> Iterator[tuple[slice, NDArray[np.float32], dict[int, str]]]:
-    """Unit features by batches: (place among `rows`, (b, D), reasons of undecodable rows, whose features are zero)."""
+    """Yields by batch: the place in `rows`, unit features (b, D), and why rows do not decode; these have zeros."""
     preprocess = preprocess_of(model)
     shape = (preprocess.image_size, preprocess.image_size, 3)
     starts = range(0, len(rows), how.batch_size)
@@ -139,10 +139,10 @@ def embed_rows(
 
 def to_images(pixels: NDArray[np.uint8], device: torch.device) -> Tensor:
     """(B, S, S, 3) bytes -> (B, 3, S, S) floats in [0, 1] on the device."""
-    own = torch.from_numpy(pixels)
+    images = torch.from_numpy(pixels)
     if device.type == "cuda":  # from pinned memory the copy runs while the CPU goes on
-        own = own.pin_memory()
-    return own.to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 255
+        images = images.pin_memory()
+    return images.to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 255
 
 
 def feature_rows(images: ImageShards, features: Sequence[Artifact]) -> RowArrays:
@@ -151,7 +151,7 @@ def feature_rows(images: ImageShards, features: Sequence[Artifact]) -> RowArrays
 
 
 def bad_reasons(images: ImageShards, features: Sequence[Artifact]) -> dict[int, str]:
-    """Why rows are bad, by row id."""
+    """Why rows are bad, by row id, over all shards."""
     reasons: dict[int, str] = {}
     for shard, artifact in enumerate(features):
         reasons |= _bad_of(images, shard, artifact)
@@ -169,20 +169,20 @@ def bad_rows(images: ImageShards, features: Sequence[Artifact]) -> NDArray[np.in
     return np.array(sorted(bad_reasons(images, features)), dtype=np.int64)
 
 
-class _Watch:
-    """Stops a run as soon as it is certain that too many rows are bad, not days later when all are embedded."""
+class _EarlyCheck:
+    """Stops a run as soon as it is certain that too many rows are bad, not only when all are embedded."""
 
     def __init__(self, images: ImageShards, features: Sequence[Artifact], limit: float) -> None:
         self._images, self._limit = images, limit
         self._left = dict(enumerate(features))
         self._bad: dict[int, str] = {}
-        self._rows = 0  # of the shards that were looked into
-        self._looked = time.monotonic()
+        self._rows = 0  # of the shards that were counted
+        self._checked = time.monotonic()
 
-    def look(self) -> None:
-        if time.monotonic() - self._looked < LOOK_S:
+    def check(self) -> None:
+        if time.monotonic() - self._checked < CHECK_INTERVAL_S:
             return
-        self._looked = time.monotonic()
+        self._checked = time.monotonic()
         for shard in [shard for shard, artifact in self._left.items() if artifact.complete]:
             self._bad |= _bad_of(self._images, shard, self._left.pop(shard))
             self._rows += self._images.shards[shard].rows
@@ -190,28 +190,29 @@ class _Watch:
 
 
 def check_bad_share(images: ImageShards, bad: Mapping[int, str], limit: float, rows: int | None = None) -> None:
-    """Holds the rows known to be bad, and the images that have no row, against the share that is allowed.
+    """Compares the bad rows, and the missing images that have no row, with the share that is allowed.
 
     Args:
-        rows: how many have been looked at, if not all: the share that the error names takes the others to be like them.
+        rows: how many rows were checked, if not all; the share that the error names assumes that the others are alike.
 
     Raises:
         ValueError: they are more.
     """
-    lost = lost_images(images.shards)
-    count, total = len(bad) + lost, len(images) + lost
+    missing = lost_images(images.shards)
+    count, total = len(bad) + missing, len(images) + missing
     if count <= limit * total:
         return
     kinds = Counter(why.partition(":")[0].partition(" (")[0] for why in bad.values()).most_common(3)
-    first = "; ".join(f"{images.where(row)}: {bad[row]}" for row in sorted(bad)[:FIRST_BAD])
-    said = [f"{n} x {why}" for why, n in kinds] + [f"about {lost} have no row"] * (lost > 0)
+    first = "; ".join(f"{images.where(row)}: {bad[row]}" for row in sorted(bad)[:NAMED_BAD])
+    counts = [f"{n} x {why}" for why, n in kinds] + [f"about {missing} have no row"] * (missing > 0)
     so_far = f", of {rows} looked at so far" if rows is not None and rows < len(images) else ""
-    seen = rows if so_far and rows else len(images)
-    enough = min(1.0, (100 * (len(bad) * len(images) + lost * seen) // (seen * total) + 1) / 100 if seen else 1.0)
+    checked = rows if so_far and rows else len(images)
+    expected = len(bad) * len(images) + missing * checked  # bad and missing images of all, times `checked`
+    enough = min(1.0, (100 * expected // (checked * total) + 1) / 100 if checked else 1.0)
     unless = ", unless more of the others are bad," if so_far else ""
     kept = f". What is embedded is kept, and{unless} reused with data.max_bad_share={enough}"
     raise ValueError(
-        f"embed: {count} of {total} images are bad{so_far} ({', '.join(said)}), "
+        f"embed: {count} of {total} images are bad{so_far} ({', '.join(counts)}), "
         f"data.max_bad_share={limit} allows {limit * total:.0f}. "
         f"The first: {'; '.join([first] * bool(bad) + list(describe_missing(images.shards)))}. "
         "Mend or leave out these shards, or raise data.max_bad_share: bad images take no part in anything"

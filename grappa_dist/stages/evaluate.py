@@ -1,4 +1,4 @@
-"""evaluate: features of every model -> retrieval scores per task, and what can be said without labels.
+"""evaluate: features of every model -> retrieval scores per task, and label-free figures (insight).
 
 Shapes: n rows, D channels, L layers, N adaptor sets.
 """
@@ -33,10 +33,10 @@ from grappa_dist.stages.ground_truth import GroundTruth, load_ground_truth, writ
 from grappa_dist.stages.run import Run
 
 SCORES_FILE, INSIGHT_FILE = "scores.json", "insight.json"
-BATCH = 64  # images at a time where a model is looked at
+BATCH = 64  # images at a time through a model, for insight
 GALLERY_ROWS = 20_000  # images that views and gallery queries are searched among, at most
 ATTENTION_IMAGES = 128  # per task
-NEIGHBOURS = 5  # of each image, of which it is told how many share its task and its label
+NEIGHBOURS = 5  # of each image, counted by shared task and shared label
 VIEW, VIEW_CROP_AREA = 2, 0.25  # training uses views 0 and 1
 
 
@@ -72,14 +72,14 @@ def insight_of(
     store: Store, ground_truth: Artifact, model: str, settings: EvaluateConfig, seed: int, features: Sequence[Artifact]
 ) -> Artifact:
     inputs = {"truth": ground_truth, **numbered("shard", features)}
-    told = {**settings.model_dump(exclude={"export", "train_images"}), "seed": seed, "neighbours": NEIGHBOURS}
-    return store.artifact(f"insight/{model}", told, inputs)
+    figures = {**settings.model_dump(exclude={"export", "train_images"}), "seed": seed, "neighbours": NEIGHBOURS}
+    return store.artifact(f"insight/{model}", figures, inputs)
 
 
 def evaluate(
     run: Run, images: ImageShards, bad: NDArray[np.int64], specs: Mapping[str, ModelSpec], evaluation: Evaluation
 ) -> None:
-    """Reads the labels, scores every model on every task, and looks at every model; each once."""
+    """Reads the labels, then computes scores and insight of every model that has none."""
     ground_truth, scores, insights = evaluation.ground_truth, evaluation.scores, evaluation.insights
     tasks = [
         ModelTask(images, bad, specs[m], evaluation.features[m], ground_truth, scores[m], insights[m], run.config)
@@ -89,13 +89,13 @@ def evaluate(
     if tasks:
         with run.console.stage("evaluate", f"{len(tasks)} models on {len(images)} images"):
             write_ground_truth(run, images, ground_truth, "evaluate")
-            looks = len(tasks) * run.config.evaluate.view_queries
-            run.runner.map(evaluate_model, tasks, run.console.counter("models", len(tasks), looks))
+            queries = len(tasks) * run.config.evaluate.view_queries
+            run.runner.map(evaluate_model, tasks, run.console.counter("models", len(tasks), queries))
             wait_until_seen(artifact for task in tasks for artifact in (task.scores, task.insight))
 
 
 def evaluate_model(device: torch.device, task: ModelTask) -> None:
-    """What one model scores with labels, and what can be said of it without."""
+    """Computes and commits what is missing of one model: scores with labels, and insight without."""
     ground_truth = load_ground_truth(task.ground_truth)
     if not task.scores.complete:
         write_json(task.scores.begin() / SCORES_FILE, _scores(task, ground_truth))
@@ -121,25 +121,25 @@ def _scores(task: ModelTask, ground_truth: GroundTruth) -> list[dict[str, Any]]:
 
 @torch.inference_mode()
 def _insight(task: ModelTask, ground_truth: GroundTruth, device: torch.device) -> dict[str, Any]:
-    """Does an augmented view find its source, which images are near, how are the sets weighed."""
-    look = _Look(task, ground_truth, built(task.spec, device), device)
-    attention = look.attention() if task.spec.weighs else {}
-    return {**look.views_find_sources(), **look.neighbours_agree(), "galleries": look.galleries(), **attention}
+    """How often an augmented view finds its source, which images are near, and the weights of the sets."""
+    found = _Insight(task, ground_truth, built(task.spec, device), device)
+    attention = found.attention() if task.spec.weighs else {}
+    return {**found.views_find_sources(), **found.neighbours_agree(), "galleries": found.galleries(), **attention}
 
 
-class _Look:
-    """One model, looked at on samples of images that are the same for every model."""
+class _Insight:
+    """Label-free figures of one model, on samples of images that are the same for every model."""
 
     def __init__(
         self, task: ModelTask, ground_truth: GroundTruth, model: torch.nn.Module, device: torch.device
     ) -> None:
-        self._task, self._truth, self._model, self._device = task, ground_truth, model, device
+        self._task, self._ground_truth, self._model, self._device = task, ground_truth, model, device
         self._settings, self._seed = task.config.evaluate, task.config.seed
         self._good = np.setdiff1d(np.arange(len(task.images)), task.bad)
         self._preprocess = preprocess_of(model)
 
     def views_find_sources(self) -> dict[str, Any]:
-        """The share of augmented views whose nearest image is their source, among up to GALLERY_ROWS images."""
+        """The share of augmented views whose nearest image is their source, among at most GALLERY_ROWS images."""
         rows = self._sample(self._good, self._settings.view_queries)
         gallery = np.union1d(self._sample(self._good, GALLERY_ROWS), rows)
         base = torch.from_numpy(self._task.features.take(gallery)).to(self._device)
@@ -149,9 +149,9 @@ class _Look:
         return {"view_finds_source": found / max(1, len(rows)), "view_queries": len(rows)}
 
     def neighbours_agree(self) -> dict[str, Any]:
-        """How often the nearest of up to GALLERY_ROWS rows share task and label; nothing without labels."""
+        """How often the nearest of at most GALLERY_ROWS rows share task and label; nothing without labels."""
         rows = self._sample(self._good, GALLERY_ROWS)
-        labels, tasks = self._truth.labels[rows], self._truth.tasks[rows]
+        labels, tasks = self._ground_truth.labels[rows], self._ground_truth.tasks[rows]
         if not (labels >= 0).any():
             return {}
         near, _ = sharded_knn(Comm(), self._task.features.take(rows), np.arange(len(rows)), NEIGHBOURS)
@@ -166,10 +166,10 @@ class _Look:
         }
 
     def galleries(self) -> list[dict[str, Any]]:
-        """Some queries of every task and their nearest among up to GALLERY_ROWS rows of the task, as row ids."""
+        """Some queries of every task and their nearest of at most GALLERY_ROWS rows of the task, as row ids."""
         galleries = []
-        for task in range(len(self._truth.task_names)):
-            rows = self._sample(np.intersect1d(self._truth.rows(task), self._good), GALLERY_ROWS, task, 2)
+        for task in range(len(self._ground_truth.task_names)):
+            rows = self._sample(np.intersect1d(self._ground_truth.rows(task), self._good), GALLERY_ROWS, task, 2)
             queries = self._sample(rows, self._settings.gallery_queries, task)
             for query in queries.tolist():
                 scores = self._scores_of(query, rows)
@@ -183,8 +183,8 @@ class _Look:
         assert isinstance(self._model, Grappa)
         means: dict[str, list[list[float]]] = {}
         entropies = []
-        for task, name in enumerate(self._truth.task_names):
-            rows = self._sample(np.intersect1d(self._truth.rows(task), self._good), ATTENTION_IMAGES, task, 1)
+        for task, name in enumerate(self._ground_truth.task_names):
+            rows = self._sample(np.intersect1d(self._ground_truth.rows(task), self._good), ATTENTION_IMAGES, task, 1)
             parts = [self._model.last_attention().double().cpu() for _ in self._features(rows, self._plain)]
             if parts:
                 alpha = torch.cat(parts)  # (n, L, N)
@@ -202,9 +202,9 @@ class _Look:
     def _features(self, rows: NDArray[np.int64], make: Make) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
         """Rows and their features z (b, D), by batches."""
         side = self._preprocess.image_size
-        for own in by_gallery(self._task.spec, self._model, rows):
-            for start in range(0, len(own), BATCH):
-                part = own[start : start + BATCH]
+        for gallery in by_gallery(self._task.spec, self._model, rows):
+            for start in range(0, len(gallery), BATCH):
+                part = gallery[start : start + BATCH]
                 pixels = load_images(self._task.images, part, make, (side, side, 3))
                 yield part, self._model(to_images(pixels, self._device)).float()
 

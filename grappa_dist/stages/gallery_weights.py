@@ -1,9 +1,7 @@
-"""galleries: features of every adaptor set -> for each task the weights of the sets, told from its images alone.
+"""galleries: features of every adaptor set -> for each task the weights of the sets, from its images alone.
 
-A task's images are the gallery that is searched. Nothing is read of the labels but the task that an image belongs to.
-Shapes: n rows, N adaptor sets.
-
-Which adaptor sets suit a gallery, told from its images alone. Shapes: n images, D channels, N adaptor sets.
+A task's images are the gallery that is searched. Of the labels, only the task of an image is read.
+Shapes: n images of a gallery, D channels, N adaptor sets.
 
 Being of one class is transitive: if two images are like a third one, they are like each other. So at the granularity
 at which a gallery is searched, neighbours of neighbours should be neighbours. Where features are too coarse, classes
@@ -11,9 +9,9 @@ run into each other and this fails; where they are too fine, a class falls apart
 well.
 
 The figure has a bias: features of low intrinsic dimension score high whatever they mean, since on a curve neighbours of
-neighbours are neighbours. It compares sets that were made alike, and says nothing about features of other kinds. Near-
-copies would do the same (a set that has collapsed to a few points is perfectly transitive), so they are no neighbours.
-The effective rank beside it shows a set that has lost dimensions; nothing is decided by it.
+neighbours are neighbours. It compares sets that were trained alike, not features of other kinds. Near-copies have the
+same effect (a set that has collapsed to a few points is perfectly transitive), so they do not count as neighbours. The
+effective rank logged with it shows a set that has lost dimensions; no weight depends on it.
 """
 
 from __future__ import annotations
@@ -34,79 +32,20 @@ from grappa_dist.data.shards import ImageShards
 from grappa_dist.files import write_json
 from grappa_dist.models import Grappa
 from grappa_dist.models.spec import ModelSpec
-from grappa_dist.stages.ground_truth import TRUTH_TASKS, load_ground_truth, write_ground_truth
+from grappa_dist.stages.ground_truth import TASKS_FILE, load_ground_truth, write_ground_truth
 from grappa_dist.stages.run import Run
 
+GALLERIES_FILE = "galleries.json"
 NEIGHBOURS = 10
 COPIES = 0.999  # cosine above which two images are near-copies
+MOST_IMAGES = 20_000  # of a gallery, sampled where it has more
 _BLOCK = 1024  # rows at a time
 _ROUNDING = 1e-12  # variance of equal rows in float32, at most
 
 
-def transitivity(z: Tensor, k: int = NEIGHBOURS, copies: float = COPIES) -> Tensor:
-    """For each image the share of its neighbours' k neighbours that are its own, (n,), from unit rows (n, D).
-
-    Less than k + 1 images have n - 1 neighbours each; a single image has a share of zero. Images whose cosine is above
-    `copies` are no neighbours; an image that has less than k others stays with fewer, which count as not shared.
-    """
-    k = min(k, len(z) - 1)
-    if k < 1:
-        return z.new_zeros(len(z))
-    near = torch.cat([_nearest(z, start, k, copies) for start in range(0, len(z), _BLOCK)])  # (n, k), -1 for none
-    shares = []
-    for own in near.split(_BLOCK):
-        theirs = near[own].masked_fill_(own.unsqueeze(2) < 0, -1).flatten(1)  # (b, k * k)
-        found = (theirs.unsqueeze(2) == own.unsqueeze(1)).any(2) & (theirs >= 0)
-        shares.append(found.float().mean(1))
-    return torch.cat(shares)
-
-
-def effective_rank(z: Tensor) -> float:
-    """Over how many dimensions the variance of unit rows (n, D) is spread: exp of its shares' entropy, or 0."""
-    if len(z) < 2:
-        return 0.0
-    centred = (z - z.mean(0)).double()
-    variances = torch.linalg.eigvalsh(centred.T @ centred).clamp(min=0)
-    if float(variances.sum()) <= _ROUNDING * len(z):
-        return 0.0
-    return float(torch.special.entr(variances / variances.sum()).sum().exp())
-
-
-def _nearest(z: Tensor, start: int, k: int, copies: float) -> Tensor:
-    """The k nearest other rows of a block of rows that are no near-copies, (b, k); -1 where there are fewer."""
-    scores = z[start : start + _BLOCK] @ z.T
-    own = torch.arange(len(scores), device=z.device)
-    scores.masked_fill_(scores > copies, -torch.inf)
-    scores[own, own + start] = -torch.inf
-    best = scores.topk(k, 1)
-    return best.indices.masked_fill(best.values.isinf(), -1)
-
-
-def set_weights(shares: Tensor, k: int = NEIGHBOURS) -> Tensor:
-    """Weights (N,) that sum to one, from the transitivity of every set, (N, n).
-
-    A set weighs exp(-z^2 / 2), z being how many standard errors it falls short of the best one, image by image. So a
-    gallery that does not tell the sets apart leaves them even, and a large one that does picks the best. Neighbourhoods
-    overlap: n images count as n / k.
-    """
-    num_sets, images = shares.shape
-    if images == 0:
-        return torch.full((num_sets,), 1 / num_sets)
-    means = shares.double().mean(1)
-    behind = shares[means.argmax()].double() - shares.double()  # (N, n)
-    error = behind.std(1, correction=0) * (k / images) ** 0.5
-    z = behind.mean(1) / error.clamp_min(1e-12)
-    weights = torch.exp(-z.square() / 2)
-    return (weights / weights.sum()).float()
-
-
-GALLERIES_FILE = "galleries.json"
-MOST_IMAGES = 20_000  # of a gallery are looked at
-
-
 @dataclass(frozen=True)
 class GalleriesTask:
-    """What weighing the sets needs."""
+    """The input of `weigh_sets`."""
 
     ground_truth: Artifact
     features: Mapping[str, RowArrays]  # by adaptor set
@@ -133,7 +72,7 @@ def weigh_galleries(
     run: Run, images: ImageShards, ground_truth: Artifact, features: Mapping[str, RowArrays], bad: NDArray[np.int64],
     artifact: Artifact,
 ) -> None:  # fmt: skip
-    """Weighs the sets for every task, and says so before anything is evaluated with them."""
+    """Computes the weights of the sets for every task, and logs them before anything is evaluated with them."""
     if not artifact.complete:
         with run.console.stage("galleries", f"{len(features)} adaptor sets on {len(images)} images"):
             write_ground_truth(run, images, ground_truth, "galleries")
@@ -141,24 +80,24 @@ def weigh_galleries(
             task = GalleriesTask(ground_truth, features, bad, config.seed, config.fuse.duplicate_cosine, artifact)
             run.runner.map(weigh_sets, [task])
             wait_until_seen([artifact])
-    _tell(run, list(features), artifact)
+    _log_weights(run, list(features), artifact)
 
 
-def _tell(run: Run, sets: Sequence[str], artifact: Artifact) -> None:
-    """What the log does not say yet of the weights: an attempt may have ended after it made them."""
+def _log_weights(run: Run, sets: Sequence[str], artifact: Artifact) -> None:
+    """Logs the weights that the log lacks: an earlier attempt may have ended between commit and log."""
     events = read_events(run.store.root / EVENTS_FILE)
-    told = {(e.get("artifact"), e["task"]) for e in events if e["name"] == "gallery"}
+    logged = {(e["artifact"], e["task"]) for e in events if e["name"] == "gallery"}
     for name, found in load_galleries(artifact).items():
-        if (artifact.name, name) in told:
+        if (artifact.name, name) in logged:
             continue
-        said = zip(sets, found["weights"], found["transitivity"], found["effective_rank"], strict=True)
-        text = ", ".join(f"{model} {weight:.2f} ({share:.3f}, {rank:.1f})" for model, weight, share, rank in said)
+        figures = zip(sets, found["weights"], found["transitivity"], found["effective_rank"], strict=True)
+        text = ", ".join(f"{model} {weight:.2f} ({share:.3f}, {rank:.1f})" for model, weight, share, rank in figures)
         run.console.event("gallery", artifact=artifact.name, task=name, sets=list(sets), **found)
         run.console.log(f"gallery {name}: weights of the sets (transitivity, effective rank): {text}")
 
 
 def weigh_sets(device: torch.device, task: GalleriesTask) -> None:
-    """Transitivity, effective rank and weights of all sets in every task: galleries.json; and a copy of the tasks."""
+    """Writes transitivity, effective rank and weights of all sets in every task, and a copy of the tasks."""
     ground_truth, folder = load_ground_truth(task.ground_truth), task.artifact.begin()
     found = {}
     for number, name in enumerate(ground_truth.task_names):
@@ -176,7 +115,7 @@ def weigh_sets(device: torch.device, task: GalleriesTask) -> None:
             "effective_rank": ranks,
             "weights": set_weights(torch.stack(shares)).tolist(),
         }
-    np.save(folder / TRUTH_TASKS, ground_truth.tasks)
+    np.save(folder / TASKS_FILE, ground_truth.tasks)
     write_json(folder / GALLERIES_FILE, found)
     task.artifact.commit()
 
@@ -188,13 +127,70 @@ def load_galleries(artifact: Artifact) -> dict[str, dict[str, list[float]]]:
 
 
 def by_gallery(spec: ModelSpec, model: nn.Module, rows: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
-    """The rows in parts, the model weighing its sets for the gallery of each part; all at once where it has none."""
+    """Yields the rows by gallery, with the set weights of that gallery in the model; all at once where it has none."""
     if spec.galleries is None:
         yield rows
         return
     assert isinstance(model, Grappa)
     weights = [torch.tensor(g["weights"]) for g in load_galleries(spec.galleries).values()]
-    tasks = np.load(spec.galleries.path / TRUTH_TASKS, mmap_mode="r", allow_pickle=False)[rows]
+    tasks = np.load(spec.galleries.path / TASKS_FILE, mmap_mode="r", allow_pickle=False)[rows]
     for task in np.unique(tasks).tolist():
         model.weigh(weights[task])
         yield rows[tasks == task]
+
+
+def transitivity(z: Tensor, k: int = NEIGHBOURS, copies: float = COPIES) -> Tensor:
+    """For each image the share of its neighbours' k neighbours that are its own, (n,), from unit rows (n, D).
+
+    Fewer than k + 1 images have n - 1 neighbours each; a single image has a share of zero. Images whose cosine is above
+    `copies` are no neighbours; where an image has fewer than k others, the missing ones count as not shared.
+    """
+    k = min(k, len(z) - 1)
+    if k < 1:
+        return z.new_zeros(len(z))
+    near = torch.cat([_nearest(z, start, k, copies) for start in range(0, len(z), _BLOCK)])  # (n, k), -1 for none
+    shares = []
+    for own in near.split(_BLOCK):
+        theirs = near[own].masked_fill_(own.unsqueeze(2) < 0, -1).flatten(1)  # (b, k * k)
+        found = (theirs.unsqueeze(2) == own.unsqueeze(1)).any(2) & (theirs >= 0)
+        shares.append(found.float().mean(1))
+    return torch.cat(shares)
+
+
+def _nearest(z: Tensor, start: int, k: int, copies: float) -> Tensor:
+    """The k nearest other rows of a block of b rows, near-copies left out, (b, k); -1 where there are fewer."""
+    scores = z[start : start + _BLOCK] @ z.T
+    own = torch.arange(len(scores), device=z.device)
+    scores.masked_fill_(scores > copies, -torch.inf)
+    scores[own, own + start] = -torch.inf
+    best = scores.topk(k, 1)
+    return best.indices.masked_fill(best.values.isinf(), -1)
+
+
+def effective_rank(z: Tensor) -> float:
+    """Dimensions that the variance of unit rows (n, D) is spread over: exp of the entropy of its shares, or 0."""
+    if len(z) < 2:
+        return 0.0
+    centred = (z - z.mean(0)).double()
+    variances = torch.linalg.eigvalsh(centred.T @ centred).clamp(min=0)
+    if float(variances.sum()) <= _ROUNDING * len(z):
+        return 0.0
+    return float(torch.special.entr(variances / variances.sum()).sum().exp())
+
+
+def set_weights(shares: Tensor, k: int = NEIGHBOURS) -> Tensor:
+    """Weights (N,) that sum to one, from the transitivity of every set, (N, n).
+
+    A set weighs exp(-z^2 / 2), z being how many standard errors it falls short of the best one, image by image. So a
+    gallery in which the sets do not differ gives equal weights, and a large one in which they do selects the best.
+    Neighbourhoods overlap: n images count as n / k.
+    """
+    num_sets, images = shares.shape
+    if images == 0:
+        return torch.full((num_sets,), 1 / num_sets)
+    means = shares.double().mean(1)
+    behind = shares[means.argmax()].double() - shares.double()  # (N, n)
+    error = behind.std(1, correction=0) * (k / images) ** 0.5
+    z = behind.mean(1) / error.clamp_min(1e-12)
+    weights = torch.exp(-z.square() / 2)
+    return (weights / weights.sum()).float()

@@ -1,6 +1,6 @@
-"""truth: the JSON members of the images -> task and label of every row. Shapes: n rows.
+"""Ground truth: the JSON members of the images -> task and label of every row. Shapes: n rows.
 
-Of test images they are for evaluation; of training images they are read where rows to compare with ask for them.
+Those of test images serve evaluation; those of training images are read for supervised baselines alone.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from grappa_dist.data.shards import BadLabels, ImageShards
 from grappa_dist.files import write_json
 from grappa_dist.stages.run import Run
 
-FIRST_UNREADABLE = 100  # of the JSON members that do not parse, kept by name
-TRUTH_TASKS, TRUTH_LABELS, TRUTH_NAMES = "tasks.npy", "labels.npy", "names.json"
+MOST_UNREADABLE = 100  # JSON members that do not parse, kept by name
+TASKS_FILE, LABELS_FILE, NAMES_FILE = "tasks.npy", "labels.npy", "names.json"
 
 
 @dataclass(frozen=True)
 class GroundTruth:
-    """Task and label of every row; label -1: none."""
+    """Task and label (n,) of every row, as numbers of names; label -1: none."""
 
     tasks: NDArray[np.int64]
     labels: NDArray[np.int64]
@@ -39,12 +39,12 @@ def ground_truth_of(store: Store, images: ImageShards, *, labelled: bool) -> Art
 
 
 def write_ground_truth(run: Run, images: ImageShards, ground_truth: Artifact, stage: str) -> None:
-    """Reads tasks and labels, once; says which cannot be read, for the stage that asks."""
+    """Reads tasks and labels, once; warns of unreadable ones in the name of the stage."""
     if ground_truth.complete:
         return
     run.runner.map(read_ground_truth, [(images, ground_truth)])
     wait_until_seen([ground_truth])
-    unreadable = json.loads((ground_truth.path / TRUTH_NAMES).read_text())["unreadable"]
+    unreadable = json.loads((ground_truth.path / NAMES_FILE).read_text())["unreadable"]
     if unreadable["images"]:
         run.console.log(
             f"{stage}: warning: {unreadable['images']} images count as without a label: {unreadable['first'][0]}"
@@ -52,7 +52,7 @@ def write_ground_truth(run: Run, images: ImageShards, ground_truth: Artifact, st
 
 
 def read_ground_truth(device: torch.device, task: tuple[ImageShards, Artifact]) -> None:
-    """Collects the JSON members: the only place that reads them."""
+    """Reads the JSON members and commits the artefact: the only place that reads them."""
     images, artifact = task
     folder, labelled = artifact.begin(), bool(artifact.settings["labelled"])
     tasks, labels = np.zeros(len(images), np.int64), np.full(len(images), -1, np.int64)
@@ -69,15 +69,15 @@ def read_ground_truth(device: torch.device, task: tuple[ImageShards, Artifact]) 
         tasks[row] = task_ids.setdefault(name, len(task_ids))
         if member.get("label") is not None:
             labels[row] = label_ids.setdefault((name, str(member["label"])), len(label_ids))
-    np.save(folder / TRUTH_TASKS, tasks)
-    np.save(folder / TRUTH_LABELS, labels)
+    np.save(folder / TASKS_FILE, tasks)
+    np.save(folder / LABELS_FILE, labels)
     names = {"tasks": list(task_ids), "labels": [label for _, label in label_ids]}
-    bad = {"images": len(unreadable), "first": unreadable[:FIRST_UNREADABLE]}
-    write_json(folder / TRUTH_NAMES, {**names, "unreadable": bad})
+    bad = {"images": len(unreadable), "first": unreadable[:MOST_UNREADABLE]}
+    write_json(folder / NAMES_FILE, {**names, "unreadable": bad})
     artifact.commit()
 
 
 def load_ground_truth(artifact: Artifact) -> GroundTruth:
-    names = json.loads((artifact.path / TRUTH_NAMES).read_text())
-    tasks, labels = (np.load(artifact.path / f, mmap_mode="r", allow_pickle=False) for f in (TRUTH_TASKS, TRUTH_LABELS))
+    names = json.loads((artifact.path / NAMES_FILE).read_text())
+    tasks, labels = (np.load(artifact.path / f, mmap_mode="r", allow_pickle=False) for f in (TASKS_FILE, LABELS_FILE))
     return GroundTruth(tasks, labels, names["tasks"], names["labels"])
