@@ -25,7 +25,7 @@ LEVELS = (  # a part imports parts of lower levels, and files of its own
     ("kmeans", "make_shards"),
     ("data", "distributed"),
     ("metrics", "artifacts"),
-    ("search", "config", "console", "files", "_compat"),
+    ("search", "config", "console", "files", "prefetch", "_compat"),
 )
 SIDEWAYS = {("artifacts", "config"), ("artifacts", "files")}
 DISTRIBUTED = ("ray", "deepspeed", "torch.distributed", "faiss")

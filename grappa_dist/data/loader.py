@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
 from typing import TypeVar
 
 import numpy as np
@@ -13,6 +10,7 @@ from numpy.typing import NDArray
 
 from grappa_dist.data.decoding import BadImage, Picture, Pixels, open_picture
 from grappa_dist.data.shards import ImageShards
+from grappa_dist.prefetch import prefetch
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -30,23 +28,9 @@ def read_batches(
     """
     if threads < 0 or (depth is not None and depth < 1):
         raise ValueError(f"threads must be at least 0 and depth at least 1, got {threads} and {depth}")
-    return _read_ahead(jobs, read, threads, depth or 2 * threads) if threads else (read(job) for job in jobs)
-
-
-def _read_ahead(
-    jobs: Iterable[Job], read: Callable[[Job], Result], threads: int, depth: int
-) -> Generator[Result, None, None]:
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="read")
-    try:
-        left = iter(jobs)
-        ahead: deque[Future[Result]] = deque(pool.submit(read, job) for job in islice(left, depth))
-        while ahead:
-            result = ahead.popleft().result()
-            ahead.extend(pool.submit(read, job) for job in islice(left, 1))
-            yield result
-            del result  # or it would live on here while the next one is awaited
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    if not threads:
+        return (read(job) for job in jobs)
+    return prefetch(read, jobs, threads=threads, depth=depth or 2 * threads)
 
 
 def load_or_skip(

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -28,9 +25,10 @@ from grappa_dist.data.remote import (
     objects_at,
 )
 from grappa_dist.files import replacing
+from grappa_dist.prefetch import prefetch_with
 
 _PIECE = 8 * 2**20  # bytes of one request while a tar is read through
-_PIECES_AHEAD = 2
+_PIECES_AHEAD = 3
 
 
 @dataclass(frozen=True)
@@ -72,16 +70,12 @@ def index_remote(about: RemoteObject, settings: CacheSettings) -> tuple[NDArray[
 
 def _pieces(about: RemoteObject, settings: CacheSettings) -> Iterator[bytes]:
     """The bytes of an object in order, some requests ahead."""
-    remote, pool = RemoteFile(about), fetchers(settings)
-    starts = iter(range(0, about.size, _PIECE))
+    remote = RemoteFile(about)
 
-    def ask(count: int) -> Iterable[Future[bytes]]:
-        return (pool.submit(remote.fetch, at, min(at + _PIECE, about.size)) for at in islice(starts, count))
+    def fetch(start: int) -> bytes:
+        return remote.fetch(start, min(start + _PIECE, about.size))
 
-    ahead = deque(ask(1 + _PIECES_AHEAD))
-    while ahead:
-        yield ahead.popleft().result()
-        ahead.extend(ask(1))
+    return prefetch_with(fetchers(settings), fetch, range(0, about.size, _PIECE), depth=_PIECES_AHEAD)
 
 
 class _Stream(io.RawIOBase):

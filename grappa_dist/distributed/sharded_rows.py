@@ -19,9 +19,7 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -34,6 +32,7 @@ from torch import Tensor
 
 from grappa_dist.distributed.collectives import Comm, raise_together, wire_device
 from grappa_dist.distributed.worker import beside_others
+from grappa_dist.prefetch import prefetch
 from grappa_dist.search.backends import bf16_generator, bf16_pays, nearest
 from grappa_dist.search.bf16 import Bf16Generator
 from grappa_dist.search.candidates import CandidateGenerator, Float32Generator, joined
@@ -56,17 +55,11 @@ def side_by_side(
         return
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    waiting: deque[Future[Result]] = deque()
-    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
     try:
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) == 2 * threads:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        yield from prefetch(
+            function, items, threads=threads, depth=2 * threads - 1, start_thread=lambda: torch.set_num_threads(1)
+        )
     finally:
-        pool.shutdown(cancel_futures=True)  # a caller that gives up waits for what has begun, and no more
         torch.set_num_threads(before)
 
 

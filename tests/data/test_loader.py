@@ -19,7 +19,7 @@ from grappa_dist.data.writer import ShardWriter
 
 
 def readers() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith("read")]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
 
 
 @pytest.mark.parametrize("threads", [0, 1, 3])
