@@ -24,7 +24,7 @@ from grappa_dist.stages.supervised import supervised_fusion_of, true_labels_of
 
 
 def lay_out(config: Config, store: Store, train: ImageShards, test: ImageShards | None) -> Flow:
-    """Names all artefacts; nothing is read but the images' index, and nothing is written."""
+    """Names all artefacts. Reads nothing but the index of the images, and writes nothing."""
     frozen = ModelSpec("backbone", config.backbone)
     features = features_of(store, frozen, config.embed, train)
     ks = num_labels(config.clustering, len(train))
@@ -85,7 +85,7 @@ def _fusions(
     sets: Sequence[Artifact],
     supervision: Supervision | None,
 ) -> dict[str, Artifact]:
-    """The fusions that are trained, by variant."""
+    """The artefacts of the fusions that are trained, by variant."""
     fusions: dict[str, Artifact] = {}
     settled = config.fuse.model_copy(update={"graph": graph_kind(config.fuse, num_rows)})
     for name in on_pairs(config, len(sets)):

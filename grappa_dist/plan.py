@@ -1,8 +1,6 @@
-"""What a run would do: stages, what is reused, jobs with their workers, steps and rough bytes. Touches nothing.
+"""What a run would do: its stages, what is reused, jobs with their workers and steps, rough sizes. Writes nothing.
 
-What adapt would do, in words, before anything runs: jobs, what waits for what, and the memory of a step.
-
-What a plan knows of the backbone before it is built: all of a timm model, its weights aside, little of one's own.
+A timm backbone is built without its weights, so its shapes are known; of a backbone of one's own little is known.
 """
 
 from __future__ import annotations
@@ -33,9 +31,88 @@ from grappa_dist.training.barlow_twins_loss import by_rows_cost, rows_are_cheape
 from grappa_dist.training.batches import describe_idle_ranks, rank_share, steps_per_epoch
 from grappa_dist.training.memory import image_bytes, images_at_a_time
 
+CLASSIFIER_PRODUCTS = 4  # of images and classes: scores, pull, scores again, gradient
+DIM = 384  # channels that sizes are given for if the backbone's are not known: a plan does not build one of your own
+KMEANS_BYTES = 56  # per entry of a centroid, at most; docs/scale.md
+CORE_FLOPS = 3.7e10  # rate of a CPU core in the classifier, Adam included; measured, docs/scale.md
 
-def without_weights(config: BackboneConfig) -> Backbone | None:
-    """A timm model without weights, and without memory for them; None of one's own, which is not built for a plan.
+
+def plan(config: Config, root: Path) -> str:
+    """The resolved config and the plan, as text. Writes nothing."""
+    check_name(config.backbone.name)
+    return f"{config.yaml()}\n{_table(config, root)}"
+
+
+def _table(config: Config, root: Path) -> str:
+    store = Store(root)
+    lines = [f"run directory  {root}", f"workers        {_workers(config.resources)}"]
+    backbone = _without_weights(config.backbone)
+    lines += [f"backbone       {line}" for line in _describe_backbone(config.backbone, backbone)]
+    if has_drawn(config.data, store):
+        warnings = list[str]()
+        train, test = open_images(config.data, store, config.resources, write_index=False, log=warnings.append)
+        lines += warnings
+        check_bad_share(train, {}, config.data.max_bad_share)
+        laid_out = lay_out(config, store, train, test)
+        flow: Flow | None = laid_out
+        check_bad_share(laid_out.test, {}, config.data.max_bad_share)
+        sizes = {"train": len(train), "test": len(laid_out.test)}
+    else:
+        flow, sizes = None, collection_sizes(config.data)
+        lines.append(f"collect        {config.data.collection} draws {sizes['train']} + {sizes['test']} images")
+    ks = num_labels(config.clustering, sizes["train"])
+    dim = _known_width(backbone, flow.features if flow else ()) or DIM
+    for name, text, artifacts in _stages(config, flow, sizes, ks, dim):
+        makes = name != "fuse" or bool(on_pairs(config, len(ks)))
+        lines.append(f"{name:<14} {text}; {_reuse(artifacts)}" if makes else f"{name:<14} {text}")
+        if name == "pseudo_label":
+            lines += [f"{'':<14} {line}" for line in describe_choices(config.clustering, ks, sizes["train"])]
+        if name == "adapt":
+            lines += [f"{'':<14} {line}" for line in _describe_adapt(config, len(ks), backbone)]
+        if idle := describe_idle_ranks(config.data, _ranks_of(name, config.resources)):
+            lines.append(f"{'':<14} {idle}")
+    return "\n".join([*lines, *_costs(config, sizes["train"], ks, dim), _classifiers(config, ks, dim)])
+
+
+def _ranks_of(stage: str, where: Resources) -> int:
+    """Ranks of a job of a stage that trains; 0 if they are not known."""
+    workers = known_workers(where)
+    return {"adapt": ranks_of(where, workers), "fuse": workers or 0}.get(stage, 0)
+
+
+def _stages(
+    config: Config, flow: Flow | None, sizes: dict[str, int], ks: tuple[int, ...], dim: int
+) -> Iterable[tuple[str, str, list[Artifact]]]:
+    adapt_steps = config.adapt.epochs * steps_per_epoch(sizes["train"], config.adapt.global_batch)
+    features = list(flow.features) if flow else []
+    yield "embed", f"{sizes['train']} training images, a task per shard", features
+    yield "pseudo_label", f"K = {', '.join(map(str, ks))}; one job", list(flow.labels.values()) if flow else []
+    what = "how consecutive K agree, sample clusters of each; one task"
+    yield "partitions", what, [flow.partitions] if flow else []
+    steps = f"{pluralize(adapt_steps, 'step')} of {config.adapt.global_batch} images each"
+    yield "adapt", f"{_describe_jobs(config, len(ks))}, {steps}", list(flow.adaptors.values()) if flow else []
+    yield from _supervision(config, flow, ks, adapt_steps)
+    yield "fuse", _describe_fuse(config, ks, sizes["train"]), list(flow.on_pairs.values()) if flow else []
+    models = 1 + len(ks) + len(config.fuse.variants) + config.adapt.supervised
+    scores = list(flow.scores.values()) if flow else []
+    looked_at = "images" if config.has_test else "training images, as there is no data.test"
+    what = f"{models} models on {sizes['test']} {looked_at}, {_size(4 * dim * models * sizes['test'])} of features"
+    yield "evaluate", what, scores
+    yield (
+        "report, model",
+        f"report/report.html, report/metrics.json, model/ ({config.exported})",
+        ([flow.report, flow.model] if flow else []),
+    )
+
+
+def _workers(where: Resources) -> str:
+    gpus = "a GPU where there are GPUs" if where.gpus_per_worker == "auto" else f"{where.gpus_per_worker:g} GPU"
+    count = "as many as the cluster holds" if where.workers == "auto" else str(where.workers)
+    return f"{count}, each with {where.cpus_per_worker} CPU and {gpus}"
+
+
+def _without_weights(config: BackboneConfig) -> Backbone | None:
+    """A timm model on the meta device, without weights; None for any other backbone, which a plan does not build.
 
     Raises:
         ValueError: the model does not take images of that size.
@@ -46,8 +123,8 @@ def without_weights(config: BackboneConfig) -> Backbone | None:
         return build_backbone(config, pretrained=False)
 
 
-def describe_backbone(config: BackboneConfig, model: Backbone | None) -> Iterator[str]:
-    """Channels, and how an image gets in, with what the settings leave to timm."""
+def _describe_backbone(config: BackboneConfig, model: Backbone | None) -> Iterator[str]:
+    """Channels and preprocessing of a known backbone, with the values that the settings leave to timm."""
     if model is not None:
         given = model.preprocess
         yield (
@@ -56,15 +133,15 @@ def describe_backbone(config: BackboneConfig, model: Backbone | None) -> Iterato
         )
 
 
-def known_width(model: Backbone | None, features: Sequence[Artifact]) -> int | None:
-    """Channels of the backbone: those of the model, else those of features that are there, else None."""
+def _known_width(model: Backbone | None, features: Sequence[Artifact]) -> int | None:
+    """Channels of the backbone: of the model, else of features that exist, else None."""
     if model is not None:
         return model.embed_dim
     done = next((artifact for artifact in features if artifact.complete), None)
     return None if done is None else int(np.load(done.path / ROWS_FILE, mmap_mode="r").shape[1])
 
 
-def describe_jobs(config: Config, num_sets: int) -> str:
+def _describe_jobs(config: Config, num_sets: int) -> str:
     per_job, ranks = config.adapt.sets_per_job, ranks_of(config.resources, known_workers(config.resources))
     if per_job == "auto":
         sets, jobs = pluralize(num_sets, "set"), f"jobs of {pluralize(ranks, 'rank')}"
@@ -73,11 +150,11 @@ def describe_jobs(config: Config, num_sets: int) -> str:
     return f"{packed}{pluralize(-(-num_sets // per_job), 'job')} of {pluralize(ranks, 'rank')}"
 
 
-def describe_adapt(config: Config, num_sets: int, backbone: Backbone | None) -> Iterator[str]:
-    """What waits for what, where the number of workers is known; the activations of a step, where the model is.
+def _describe_adapt(config: Config, num_sets: int, backbone: Backbone | None) -> Iterator[str]:
+    """How jobs are placed, if the number of workers is known; the memory of a step, if the backbone is.
 
     Args:
-        backbone: without weights; it is left as it is.
+        backbone: without weights; it is not changed.
 
     Raises:
         ValueError: a job has more ranks than there are workers.
@@ -97,12 +174,12 @@ def describe_adapt(config: Config, num_sets: int, backbone: Backbone | None) -> 
 
 
 def _describe_memory(config: Config, backbone: Backbone, num_sets: int, ranks: int) -> str:
-    """What an image takes of a rank in a step, counted on a model without weights as `fitting` does on the real one."""
+    """Activations of an image in a step, counted on a model without weights as for the automatic batch size."""
     adapt = config.adapt
     with torch.device("meta"):
-        model = PackedGrappa(copy.deepcopy(backbone), 1, adapt.bottleneck)  # which wraps the blocks in place
-    sparing = adapt.activation_checkpointing
-    each, other = (image_bytes(model, recompute=recompute) for recompute in (sparing, not sparing))
+        model = PackedGrappa(copy.deepcopy(backbone), 1, adapt.bottleneck)  # wraps the blocks in place
+    recomputes = adapt.activation_checkpointing
+    each, other = (image_bytes(model, recompute=recompute) for recompute in (recomputes, not recomputes))
     share = rank_share(adapt.global_batch, ranks, config.data.streams)
     at_once, fewer = share, "; adapt.micro_batch=auto takes fewer at a time where that does not fit"
     if adapt.micro_batch != "auto":
@@ -112,109 +189,16 @@ def _describe_memory(config: Config, backbone: Backbone, num_sets: int, ranks: i
     whole = f"all tokens ({model.whole_because})" if model.whole_because else "the class token alone"
     return (
         f"activations in float32, those of a layer at work among them: {each / 2**20:.1f} MiB an image and set "
-        f"({other / 2**20:.1f} with{'out' * sparing} adapt.activation_checkpointing), {total:.1f} GiB a rank for "
+        f"({other / 2**20:.1f} with{'out' * recomputes} adapt.activation_checkpointing), {total:.1f} GiB a rank for "
         f"{at_once} images and {num_sets} set{'s' * (num_sets > 1)} (adapt.micro_batch lowers it)"
         f"{fewer}; the last block computes {whole}"
     )
 
 
-CLASSIFIER_PRODUCTS = 4  # of images and classes: scores, pull, scores again, gradient
-DIM = 384  # channels that sizes are told for where the backbone's are not known: one's own is not built for a plan
-KMEANS_BYTES = 56  # of an entry of a centroid, at most; docs/scale.md
-CORE_FLOPS = 3.7e10  # a core's rate in the classifier, Adam included; measured, docs/scale.md
-
-
-def plan(config: Config, root: Path) -> str:
-    """The resolved config and the plan, as text."""
-    check_name(config.backbone.name)
-    return f"{config.yaml()}\n{_table(config, root)}"
-
-
-def _table(config: Config, root: Path) -> str:
-    store = Store(root)
-    lines = [f"run directory  {root}", f"workers        {_workers(config.resources)}"]
-    backbone = without_weights(config.backbone)
-    lines += [f"backbone       {line}" for line in describe_backbone(config.backbone, backbone)]
-    if has_drawn(config.data, store):
-        warnings = list[str]()
-        train, test = open_images(config.data, store, config.resources, write_index=False, log=warnings.append)
-        lines += warnings
-        check_bad_share(train, {}, config.data.max_bad_share)
-        laid_out = lay_out(config, store, train, test)
-        flow: Flow | None = laid_out
-        check_bad_share(laid_out.test, {}, config.data.max_bad_share)
-        sizes = {"train": len(train), "test": len(laid_out.test)}
-    else:
-        flow, sizes = None, collection_sizes(config.data)
-        lines.append(f"collect        {config.data.collection} draws {sizes['train']} + {sizes['test']} images")
-    ks = num_labels(config.clustering, sizes["train"])
-    dim = known_width(backbone, flow.features if flow else ()) or DIM
-    for name, text, artifacts in _stages(config, flow, sizes, ks, dim):
-        makes = name != "fuse" or bool(on_pairs(config, len(ks)))
-        lines.append(f"{name:<14} {text}; {_reuse(artifacts)}" if makes else f"{name:<14} {text}")
-        if name == "pseudo_label":
-            lines += [f"{'':<14} {line}" for line in describe_choices(config.clustering, ks, sizes["train"])]
-        if name == "adapt":
-            lines += [f"{'':<14} {line}" for line in describe_adapt(config, len(ks), backbone)]
-        if idle := describe_idle_ranks(config.data, _ranks_of(name, config.resources)):
-            lines.append(f"{'':<14} {idle}")
-    return "\n".join([*lines, *_costs(config, sizes["train"], ks, dim), _classifiers(config, ks, dim)])
-
-
-def _ranks_of(stage: str, where: Resources) -> int:
-    """Ranks of a job of a stage that trains, as far as they are known; else 0."""
-    workers = known_workers(where)
-    return {"adapt": ranks_of(where, workers), "fuse": workers or 0}.get(stage, 0)
-
-
-def _stages(
-    config: Config, flow: Flow | None, sizes: dict[str, int], ks: tuple[int, ...], dim: int
-) -> Iterable[tuple[str, str, list[Artifact]]]:
-    adapt_steps = config.adapt.epochs * steps_per_epoch(sizes["train"], config.adapt.global_batch)
-    features = list(flow.features) if flow else []
-    yield "embed", f"{sizes['train']} training images, a task per shard", features
-    yield "pseudo_label", f"K = {', '.join(map(str, ks))}; one job", list(flow.labels.values()) if flow else []
-    what = "how consecutive K agree, sample clusters of each; one task"
-    yield "partitions", what, [flow.partitions] if flow else []
-    what = (
-        f"{describe_jobs(config, len(ks))}, {pluralize(adapt_steps, 'step')} of {config.adapt.global_batch} images each"
-    )
-    yield "adapt", what, list(flow.adaptors.values()) if flow else []
-    yield from _supervision(config, flow, ks, adapt_steps)
-    yield "fuse", _fuse(config, ks, sizes["train"]), list(flow.on_pairs.values()) if flow else []
-    models = 1 + len(ks) + len(config.fuse.variants) + config.adapt.supervised
-    scores = list(flow.scores.values()) if flow else []
-    looked_at = "images" if config.has_test else "training images, as there is no data.test"
-    what = f"{models} models on {sizes['test']} {looked_at}, {_size(4 * dim * models * sizes['test'])} of features"
-    yield "evaluate", what, scores
-    yield (
-        "report, model",
-        f"report/report.html, report/metrics.json, model/ ({config.exported})",
-        ([flow.report, flow.model] if flow else []),
-    )
-
-
-def _fuse(config: Config, ks: tuple[int, ...], num_rows: int) -> str:
-    trained, unfused = on_pairs(config, len(ks)), describe_unfused(config.fuse, len(ks))
-    if not trained:
-        return unfused or "nothing to train: none of fuse.variants learns from pairs"
-    steps = pluralize(config.fuse.epochs * steps_per_epoch(num_rows, config.fuse.global_batch), "step")
-    what = f"{', '.join(trained)}; one job each on all workers, {steps} of {config.fuse.global_batch} pairs"
-    if any(Variant.parse(name).pairs == "neighbours" for name in trained):
-        what += f", {graph_kind(config.fuse, num_rows)} k-NN graph"
-    return f"{what}; {unfused}" if unfused else what
-
-
-def _workers(where: Resources) -> str:
-    gpus = "a GPU where there are GPUs" if where.gpus_per_worker == "auto" else f"{where.gpus_per_worker:g} GPU"
-    count = "as many as the cluster holds" if where.workers == "auto" else str(where.workers)
-    return f"{count}, each with {where.cpus_per_worker} CPU and {gpus}"
-
-
 def _supervision(
     config: Config, flow: Flow | None, ks: tuple[int, ...], steps: int
 ) -> Iterable[tuple[str, str, list[Artifact]]]:
-    """What sees the labels of the training images; their number is known when they have been read."""
+    """The stages that use the labels of the training images; how many there are is not known before they are read."""
     made, where = flow.supervision if flow else None, config.resources
     jobs = {
         SUPERVISED_SET: (config.adapt.supervised, pluralize(ranks_of(where, known_workers(where)), "rank")),
@@ -232,6 +216,17 @@ def _supervision(
             yield name, f"{what} of {config.adapt.global_batch} images", [made.trained[name]] if made else []
 
 
+def _describe_fuse(config: Config, ks: tuple[int, ...], num_rows: int) -> str:
+    trained, unfused = on_pairs(config, len(ks)), describe_unfused(config.fuse, len(ks))
+    if not trained:
+        return unfused or "nothing to train: none of fuse.variants learns from pairs"
+    steps = pluralize(config.fuse.epochs * steps_per_epoch(num_rows, config.fuse.global_batch), "step")
+    what = f"{', '.join(trained)}; one job each on all workers, {steps} of {config.fuse.global_batch} pairs"
+    if any(Variant.parse(name).pairs == "neighbours" for name in trained):
+        what += f", {graph_kind(config.fuse, num_rows)} k-NN graph"
+    return f"{what}; {unfused}" if unfused else what
+
+
 def _reuse(artifacts: list[Artifact]) -> str:
     if not artifacts:
         return "to be made"
@@ -240,7 +235,7 @@ def _reuse(artifacts: list[Artifact]) -> str:
 
 
 def _costs(config: Config, num_rows: int, ks: tuple[int, ...], dim: int) -> Iterable[str]:
-    """Rough sizes at a stated dimension."""
+    """Rough sizes of arrays and of the memory of a rank."""
     widths = [dim, *config.fuse.projector]
     projector = sum(a * b for a, b in pairwise(widths))
     yield (
@@ -256,22 +251,22 @@ def _costs(config: Config, num_rows: int, ks: tuple[int, ...], dim: int) -> Iter
 
 
 def _fuse_traffic(config: Config, projector: int) -> str:
-    """What a step of a fusion sends, on the ranks that are known of, else on two."""
+    """Bytes that a step of a fusion sends, on the known number of ranks, else on two."""
     batch, width = config.fuse.global_batch, config.fuse.projector[-1]
     ranks = max(2, known_workers(config.resources) or 2)
-    cut = rows_are_cheaper(batch, width, ranks)
-    cost = by_rows_cost(batch, width, ranks) if cut else whole_cost(batch, width, ranks)
+    by_row = rows_are_cheaper(batch, width, ranks)
+    cost = by_rows_cost(batch, width, ranks) if by_row else whole_cost(batch, width, ranks)
     gradients = 2 * (ranks - 1) / ranks * projector
-    of_matrix = "pairs for rows of the correlation matrix and their gradients" if cut else "the correlation matrix"
+    of_matrix = "pairs for rows of the correlation matrix and their gradients" if by_row else "the correlation matrix"
     return (
         f"fuse traffic   on {ranks} ranks a step sends and receives about {_size(4 * (gradients + cost.sent))} each: "
         f"the projector's gradients {_size(4 * gradients)}, {of_matrix} {_size(4 * cost.sent)}; for that matrix, "
-        f"{'cut up by rows' if cut else 'whole on every rank'}, a rank holds {_size(4 * cost.held)}"
+        f"{'cut up by rows' if by_row else 'whole on every rank'}, a rank holds {_size(4 * cost.held)}"
     )
 
 
 def _classifiers(config: Config, ks: Sequence[int], dim: int) -> str:
-    """What the largest classifiers that a job may have take of one of its ranks."""
+    """Memory and arithmetic per rank of the largest classifiers that a job may have."""
     ranks, adapt = ranks_of(config.resources, known_workers(config.resources)), config.adapt
     of_a_job = sorted(ks, reverse=True)[: 1 if adapt.sets_per_job == "auto" else adapt.sets_per_job]
     rows = sum(-(-num_labels // ranks) for num_labels in of_a_job)

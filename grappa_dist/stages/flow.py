@@ -1,4 +1,4 @@
-"""The artefacts of a run, by what they are."""
+"""All artefacts of a run, grouped by what they hold."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from grappa_dist.models.spec import ModelSpec
 
 
 class Supervision(NamedTuple):
-    """What reads the labels of the training images, and what is trained with them."""
+    """The labels of the training images, and what is trained with them."""
 
-    ground_truth: Artifact  # as their JSON members say
-    classes: Artifact  # by number, in the form of a partition
+    ground_truth: Artifact  # as in the JSON members
+    classes: Artifact  # as numbers, in the form of a partition
     adaptors: Artifact | None  # the supervised set
     fusion: Artifact | None  # the supervised fusion
 
     @property
     def trained(self) -> dict[str, Artifact]:
-        """What saw the labels, by its name in the table."""
+        """What is trained with labels, by its name in the table."""
         both = {SUPERVISED_SET: self.adaptors, SUPERVISED: self.fusion}
         return {name: artifact for name, artifact in both.items() if artifact is not None}
 
@@ -32,17 +32,17 @@ class Flow:
     """Every artefact of a run, in the order in which they are made."""
 
     train: ImageShards
-    test: ImageShards  # where there are no others, some of the training images
-    supervision: Supervision | None  # where a row to compare with asks for labels of the training images
+    test: ImageShards  # some of the training images if there are no test images
+    supervision: Supervision | None  # if a row to compare with needs labels of the training images
     features: tuple[Artifact, ...]  # of the training images, by the frozen backbone
     labels: Mapping[int, Artifact]  # by K
     partitions: Artifact  # how these labels agree, and samples of their clusters
     adaptors: Mapping[int, Artifact]
-    fusions: Mapping[str, Artifact]  # by variant, those that are trained: `on_pairs`, and the supervised one
-    models: Mapping[str, ModelSpec]  # all that are evaluated, by their name in the table
+    fusions: Mapping[str, Artifact]  # by variant, those that are trained: `on_pairs` and the supervised one
+    models: Mapping[str, ModelSpec]  # that are evaluated, by name in the table
     test_features: Mapping[str, tuple[Artifact, ...]]
     ground_truth: Artifact
-    galleries: Artifact | None  # weights of the sets for each task, where a variant asks for them
+    galleries: Artifact | None  # weights of the sets for each task, if a variant needs them
     scores: Mapping[str, Artifact]
     insights: Mapping[str, Artifact]
     report: Artifact
@@ -54,7 +54,7 @@ class Flow:
         return {name: artifact for name, artifact in self.fusions.items() if Variant.parse(name).pairs}
 
     def needs_backbone(self, until: str | None = None) -> bool:
-        """Whether something is missing that takes the frozen backbone, weights and all, to be made.
+        """Whether something is missing that cannot be made without the weights of the frozen backbone.
 
         Args:
             until: the stage after which the run ends; None: the last.

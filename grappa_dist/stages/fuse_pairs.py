@@ -44,20 +44,14 @@ class Pairs:
         self._context, self._training, self._preprocess = context, training, preprocess
         self._settings, self._neighbours = settings, neighbours
         self._graphs = Graphs(
-            context,
-            training,
-            model,
-            settings=settings,
-            embedding=embedding,
-            labels=labels,
-            folder=folder,
+            context, training, model, settings=settings, embedding=embedding, labels=labels, folder=folder
         )
         self._per_epoch = training.steps_per_epoch()
         self._batches: Generator[Pixels, None, None] | None = None
-        self.waited_s = 0.0  # for the pixels of that step
+        self.waited_s = 0.0  # for the pixels of the last step
 
     def begin(self, step: int) -> None:
-        """Readies the pairs from a step to the end of its epoch."""
+        """Prepares the pairs from a step to the end of its epoch."""
         self.close()
         epoch, t = divmod(step, self._per_epoch)
         graph = self._graphs.of(epoch if self._settings.refresh else 0) if self._neighbours else None
@@ -66,7 +60,7 @@ class Pairs:
 
         def read(at: int) -> Pixels:
             rows = order.batch_share(at, batch, comm.rank, comm.size)
-            if graph is None:  # both views of an image that is read and decoded once
+            if graph is None:  # so that an image is read and decoded once for both views
                 return self._views(rows, epoch, (0, 1))
             partners = self._partners(rows, epoch, graph)
             return np.concatenate([self._views(rows, epoch, (0,)), self._views(partners, epoch, (1,))])
@@ -74,7 +68,7 @@ class Pairs:
         self._batches = read_batches(range(t, self._per_epoch), read, threads=self._training.decode_threads)
 
     def at(self, step: int) -> Pixels:
-        """The pairs of a step, (2B, S, S, 3): all anchors, then their partners. Steps are asked for in order."""
+        """The pairs of a step, (2B, S, S, 3): all anchors, then their partners. Steps must come in order."""
         if step % self._per_epoch == 0 or self._batches is None:
             self.begin(step)
         assert self._batches is not None
@@ -89,7 +83,7 @@ class Pairs:
             self._batches = None
 
     def _views(self, rows: NDArray[np.int64], epoch: int, views: tuple[int, ...]) -> Pixels:
-        """Some views of each row, (views x B, S, S, 3): the first views of all rows, then the next ones."""
+        """The given views of each row, (views x B, S, S, 3): the first view of all rows, then the next."""
         side, seed = self._preprocess.image_size, self._training.seed
 
         def make(image: Picture, row: int) -> Pixels:
@@ -100,7 +94,7 @@ class Pairs:
         return np.ascontiguousarray(pixels.swapaxes(0, 1)).reshape(-1, side, side, 3)
 
     def _partners(self, rows: NDArray[np.int64], epoch: int, graph: RowArrays) -> NDArray[np.int64]:
-        """One of each row's neighbours, by (seed, epoch, row); the row itself where it has none."""
+        """One neighbour of each row, drawn by (seed, epoch, row); the row itself if it has none."""
         partners = rows.copy()
         for i, (row, near) in enumerate(zip(rows.tolist(), graph.take(rows), strict=True)):
             found = near[near >= 0]

@@ -1,4 +1,4 @@
-"""The k-NN graph of an epoch: features of the model of the moment, their neighbours, and what can be said of both.
+"""The k-NN graph of an epoch: features by the current model, their nearest neighbours, and statistics of both.
 
 Shapes: P good rows of this rank, k neighbours, b rows of a padded batch.
 """
@@ -28,12 +28,12 @@ from grappa_dist.models import Grappa
 from grappa_dist.stages.embed import Embedding, embed_rows
 from grappa_dist.training.batches import TrainingImages
 
-SAVE_S = 60.0  # between two notes of how far the features of a graph are
-EXACT_ROWS = 10**6  # up to so many `auto` is exact (docs/scale.md)
+SAVE_S = 60.0  # between two records of how many features of a graph are computed
+EXACT_ROWS = 10**6  # up to this many rows `auto` is exact (docs/scale.md)
 
 
 def graph_kind(settings: FuseConfig, num_rows: int) -> Literal["exact", "approximate"]:
-    """How neighbours are found, `auto` settled by the number of rows: not by the machine, it is part of the result."""
+    """How neighbours are found; `auto` depends on the number of rows and not on the machine: it changes the result."""
     if settings.graph != "auto":
         return settings.graph
     return "exact" if num_rows <= EXACT_ROWS else "approximate"
@@ -41,17 +41,17 @@ def graph_kind(settings: FuseConfig, num_rows: int) -> Literal["exact", "approxi
 
 @dataclass(frozen=True)
 class Part:
-    """Some whole batches of one shard: places among its good rows."""
+    """Some whole batches of one shard, as the range [first, after) among its good rows."""
 
     shard: int
     first: int
     after: int
 
 
-def own_batches(good: Sequence[int], batch: int, rank: int, size: int) -> list[Part]:
-    """The batches of each rank, consecutive ones and equally many, give or take one.
+def batches_of_rank(good: Sequence[int], batch: int, rank: int, size: int) -> list[Part]:
+    """The batches of one rank: consecutive, and as many as any other rank has, give or take one.
 
-    A batch holds rows of one shard, so that features do not depend on who embeds it.
+    A batch holds rows of one shard, so that features do not depend on the rank that embeds it.
 
     Args:
         good: the number of good rows of each shard.
@@ -69,26 +69,26 @@ def own_batches(good: Sequence[int], batch: int, rank: int, size: int) -> list[P
     return parts
 
 
-def _begun(path: Path, note: Path, shape: tuple[int, int]) -> tuple[NDArray[np.float32], int]:
-    """A map of features, and how many of its rows an attempt that was stopped has left there."""
-    if not shape[0]:  # which no map can have
+def _open_features(path: Path, progress: Path, shape: tuple[int, int]) -> tuple[NDArray[np.float32], int]:
+    """A memory map of features, and how many of its rows an interrupted attempt has computed."""
+    if not shape[0]:  # a memory map cannot be empty
         return np.zeros(shape, dtype=np.float32), 0
-    if path.exists() and note.exists():
+    if path.exists() and progress.exists():
         features: NDArray[np.float32] = np.lib.format.open_memmap(path, mode="r+")
         if features.shape == shape:
-            return features, int(json.loads(note.read_text()))
-    note.unlink(missing_ok=True)
+            return features, int(json.loads(progress.read_text()))
+    progress.unlink(missing_ok=True)
     return np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape), 0
 
 
-def _note(features: NDArray[np.float32], reached: int, note: Path) -> None:
+def _save_progress(features: NDArray[np.float32], reached: int, progress: Path) -> None:
     if isinstance(features, np.memmap):
         features.flush()
-        write_json(note, reached)
+        write_json(progress, reached)
 
 
 class Graphs:
-    """Makes the graph of every epoch, by all ranks of a job together; one that is there is kept for whoever resumes."""
+    """Builds the graph of every epoch, by all ranks of a job together; a resumed job finds those that are complete."""
 
     def __init__(
         self,
@@ -105,7 +105,7 @@ class Graphs:
         self._settings, self._embedding, self._labels, self._folder = settings, embedding, labels, folder
 
     def of(self, epoch: int) -> RowArrays:
-        """Row ids of the neighbours of every row, (n, k) int64 by shard, -1 where there is none."""
+        """Row ids of the neighbours of every row, (n, k) int64 by shard; -1: none."""
         images = self._training.images
         folder, partial = self._folder / f"epoch-{epoch}", self._folder / f"epoch-{epoch}.partial"
         if not self._context.of_rank_0(folder.exists()):
@@ -121,7 +121,7 @@ class Graphs:
         folder.mkdir(parents=True, exist_ok=True)
         kind = graph_kind(self._settings, len(self._training.images))
         self._context.report({"phase": f"epoch {epoch}: embedding for the k-NN graph"})
-        ids, features = self._embed_own(folder)
+        ids, features = self._features(folder)
         self._context.report({"phase": f"epoch {epoch}: {kind} k-NN graph"})
         graph = self._search(epoch, kind, features, ids)
         k, cosine = self._settings.neighbours, self._settings.duplicate_cosine
@@ -131,30 +131,31 @@ class Graphs:
         found: dict[str, Any] = {"epoch": epoch, "graph": kind, **asdict(graph.recall)}
         if kind == "approximate":
             recall = graph.recall
-            said = "exact" if recall.searched == "exact" else f"{recall.recall:.3f} ± {recall.recall_error:.3f}"
-            self._context.report({"phase": f"epoch {epoch}: k-NN graph with recall {said}"})
+            figure = "exact" if recall.searched == "exact" else f"{recall.recall:.3f} ± {recall.recall_error:.3f}"
+            self._context.report({"phase": f"epoch {epoch}: k-NN graph with recall {figure}"})
         self._describe(folder, ids, near, {**found, **self._duplicates(near, copies)})
 
-    def _embed_own(self, folder: Path) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    def _features(self, folder: Path) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Ids of this rank's share of the good rows, ascending, and their features by the current model, on disk."""
         images, comm, batch = self._training.images, self._context.comm, self._embedding.batch_size
         bad_of = np.diff(np.searchsorted(np.sort(self._training.bad), images.starts))
-        parts = own_batches((np.diff(images.starts) - bad_of).tolist(), batch, comm.rank, comm.size)
-        own = [self._good_of(part.shard)[part.first : part.after] for part in parts]
-        ids = np.concatenate([*own, np.zeros(0, dtype=np.int64)])
+        parts = batches_of_rank((np.diff(images.starts) - bad_of).tolist(), batch, comm.rank, comm.size)
+        rows = [self._good_of(part.shard)[part.first : part.after] for part in parts]
+        ids = np.concatenate([*rows, np.zeros(0, dtype=np.int64)])
         name = f"features-{comm.rank}-of-{comm.size}"
-        features, done = _begun(folder / f"{name}.npy", folder / f"{name}.json", (len(ids), self._model.embed_dim))
-        wait_for_slower_ranks(self._context, self._embed(own, features, done, folder / f"{name}.json"))
+        progress = folder / f"{name}.json"
+        features, done = _open_features(folder / f"{name}.npy", progress, (len(ids), self._model.embed_dim))
+        wait_for_slower_ranks(self._context, self._embed(rows, features, done, progress))
         return ids, features
 
     def _embed(
-        self, own: Sequence[NDArray[np.int64]], features: NDArray[np.float32], done: int, note: Path
+        self, rows: Sequence[NDArray[np.int64]], features: NDArray[np.float32], done: int, progress: Path
     ) -> Generator[None, None, None]:
-        """Fills in features by batches, after those of the first `done` rows, and notes from time to time how many."""
+        """Fills in the features after the first `done` rows by batches, and records from time to time how many."""
         first, reached, saved = 0, done, time.monotonic()
         try:
-            for some in own:
-                left = some[max(0, done - first) :]  # whole batches are done
+            for some in rows:
+                left = some[max(0, done - first) :]  # `done` ends a batch
                 start = first + len(some) - len(left)
                 for place, unit, _ in embed_rows(
                     self._model, self._training.images, left, device=self._context.device, how=self._embedding
@@ -162,19 +163,19 @@ class Graphs:
                     features[start + place.start : start + place.stop] = unit
                     reached = start + place.stop
                     if time.monotonic() - saved > SAVE_S:
-                        _note(features, reached, note)
+                        _save_progress(features, reached, progress)
                         saved = time.monotonic()
                     yield
                 first += len(some)
         finally:
-            _note(features, reached, note)
+            _save_progress(features, reached, progress)
 
     def _good_of(self, shard: int) -> NDArray[np.int64]:
         rows = self._training.images.shard_rows(shard)
         return np.setdiff1d(np.arange(rows.start, rows.stop), self._training.bad, assume_unique=True)
 
     def _search(self, epoch: int, kind: str, features: NDArray[np.float32], ids: NDArray[np.int64]) -> Graph:
-        """Scores are exact and rounded once, so what counts as a near-duplicate does not depend on ranks."""
+        """The nearest others; their scores are exact and rounded once, so near-duplicates do not depend on ranks."""
         comm = self._context.comm
         asked = self._settings.neighbours * (2 if self._settings.skip_duplicates else 1)
         if kind == "exact":
@@ -190,7 +191,7 @@ class Graphs:
         )
 
     def _write(self, folder: Path, ids: NDArray[np.int64], near: NDArray[np.int64]) -> None:
-        """A table for each shard, to which every rank that has rows of it writes these; all of it on the disk."""
+        """Writes a table for each shard, every rank the rows that it has, and syncs them to the disk."""
         images, comm = self._training.images, self._context.comm
         for shard in own_shards(images.starts.tolist(), comm.rank, comm.size):
             path = folder / rows_file(shard)
@@ -204,15 +205,15 @@ class Graphs:
             table = np.full((int(places[-1] - places[0]) + 1, near.shape[1]), -1, dtype=np.int64)
             table[places - places[0]] = near[inside]
             path = folder / rows_file(shard)
-            # Not through a map: two machines that write to one page of it would undo each other's rows.
+            # Not through a memory map: two machines that write to one page would overwrite each other's rows.
             with open(path, "r+b") as handle:
                 header = os.path.getsize(path) - images.shards[shard].rows * table[0].nbytes
                 handle.seek(header + int(places[0]) * table[0].nbytes)
                 handle.write(table.tobytes())
-            sync(path)  # what one machine syncs is what it wrote itself
+            sync(path)  # a machine syncs only what it wrote itself
 
     def _duplicates(self, near: NDArray[np.int64], copies: NDArray[np.bool_]) -> dict[str, float]:
-        """How many of all rows have near-duplicates among their k nearest, and how many have no neighbour left."""
+        """How many of all rows have near-duplicates among their k nearest, and how many have no neighbour."""
         counts = [len(near), int(copies.any(1).sum()), int(copies.sum()), int((near < 0).all(1).sum())]
         rows, with_copies, pairs, alone = self._sum(counts)
         return {
@@ -226,7 +227,7 @@ class Graphs:
         return self._context.comm.sum_(torch.tensor(counts, device=self._context.device)).tolist()
 
     def _describe(self, folder: Path, ids: NDArray[np.int64], near: NDArray[np.int64], figures: dict[str, Any]) -> None:
-        """Rank 0 writes what is said of the graph: also how often neighbours share each pseudo-label."""
+        """Rank 0 writes the statistics of the graph, with how often neighbours share each pseudo-label."""
         valid = near >= 0
         shares = {}
         for k, labels in self._labels.items():

@@ -17,7 +17,7 @@ from grappa_dist.distributed.collectives import Comm
 from grappa_dist.distributed.worker import Stopped
 from grappa_dist.stages import knn_graph as graph_module
 from grappa_dist.stages.embed import embed_rows
-from grappa_dist.stages.knn_graph import EXACT_ROWS, graph_kind, own_batches
+from grappa_dist.stages.knn_graph import EXACT_ROWS, batches_of_rank, graph_kind
 from tests.processes import run_ranks
 from tests.stages import tiny
 from tests.stages.test_fuse_pairs import pairs_of
@@ -29,7 +29,7 @@ SLOW_S = 1.0  # a batch on the slow rank
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 def test_every_batch_is_embedded_by_one_rank_and_all_have_as_many(good: Sequence[int], size: int) -> None:
     batch = 8
-    parts = [own_batches(good, batch, rank, size) for rank in range(size)]
+    parts = [batches_of_rank(good, batch, rank, size) for rank in range(size)]
     seen = [(part.shard, row) for of_rank in parts for part in of_rank for row in range(part.first, part.after)]
     assert seen == [(shard, row) for shard, count in enumerate(good) for row in range(count)]
     batches = [sum(-(-(part.after - part.first) // batch) for part in of_rank) for of_rank in parts]
