@@ -1,4 +1,18 @@
-"""grappa_dist: one retrieval model for many tasks, adapted from a frozen ViT with unlabelled images alone."""
+"""grappa_dist: one retrieval model for many tasks, adapted from a frozen ViT with unlabelled images alone.
+
+The public API, which tests/test_public_api.py holds:
+
+grappa_dist.load_model(run_or_model_dir)
+    The adapted model of a run or of an exported directory: RGB images (B, 3, S, S) -> unit embeddings (B, D).
+grappa_dist.metrics.retrieval_scores(z, labels)
+    R-Precision, MAP@R and Recall@1 of features (n, D) with labels (n,), leave-one-out.
+grappa_dist.training.norm_softmax(z, weight, labels, gamma)
+    Eq. (2), the loss of an adaptor set.
+grappa_dist.training.barlow_twins(za, zb, beta, allsum)
+    Eq. (4), the loss of the fusion, on a global batch; `allsum` adds over ranks.
+grappa_dist.models.Grappa(backbone, num_sets, bottleneck, attention)
+    A frozen ViT with adaptor sets and, with `attention`, their fusion by Eq. (3).
+"""
 
 from __future__ import annotations
 
