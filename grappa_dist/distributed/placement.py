@@ -58,7 +58,7 @@ class Rates:
         return max(self.decode_s, train_s) if self.overlap else self.decode_s + train_s
 
 
-def shared_out(items: Sequence[Item], per_group: int) -> list[tuple[Item, ...]]:
+def split_evenly(items: Sequence[Item], per_group: int) -> list[tuple[Item, ...]]:
     """As few groups of at most `per_group` as can be, in order, of sizes that differ by one at most."""
     if per_group < 1:
         raise ValueError(f"a group must hold at least one item, got {per_group}")
@@ -67,7 +67,7 @@ def shared_out(items: Sequence[Item], per_group: int) -> list[tuple[Item, ...]]:
     return [tuple(items[a:b]) for a, b in pairwise(bounds)]
 
 
-def choose(nodes: Sequence[Hashable], ranks: int) -> list[int] | None:
+def choose_workers(nodes: Sequence[Hashable], ranks: int) -> list[int] | None:
     """Which free workers the next job takes, in their order; None where there are too few.
 
     On one node if any has enough of them, the one that is left with the fewest; else on the nodes with the most, so

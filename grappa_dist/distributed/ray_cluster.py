@@ -190,7 +190,7 @@ class Cluster:
 
     resources: Resources
     checks: Checks | None = None  # what every node must pass before it works
-    tell: Callable[[str], None] = lambda text: None
+    log: Callable[[str], None] = lambda text: None
     stopping: Callable[[], bool] = lambda: False  # whether to give up waiting: a signal has come
     owned: Path | None = None  # temp folder of a local cluster that is ours to end
     facts: dict[str, Facts] = field(default_factory=dict)  # of the nodes that passed, by node id
@@ -269,7 +269,7 @@ class Cluster:
             count = max(self._room() - self.size, 0 if self.size else 1)
             change = count - len(workers)
             if change:
-                self.tell(f"workers: {self.size + len(workers)} become {self.size + count}")
+                self.log(f"workers: {self.size + len(workers)} become {self.size + count}")
         self._start(count)
 
     def arrived(self, timeout_s: float = 0.0) -> list[Any]:
@@ -387,7 +387,7 @@ class Cluster:
             del self._arriving[worker]
         if not (self.resources.elastic and self.size):
             raise RuntimeError(why) if self._begun else ValueError(why)
-        self.tell(f"workers: {why}; going on with {self.size}")
+        self.log(f"workers: {why}; going on with {self.size}")
 
     def _check(self, up: dict[Any, str]) -> str:
         """One worker of every node not seen before answers for it; what is in the way, and where."""

@@ -1,6 +1,6 @@
-"""Runs tasks and jobs on the workers: which goes where, what is tried again, how all of it stops.
+"""Runs tasks and jobs on the workers: places them, tries failed ones again, and stops all of them on a signal.
 
-What signals ask of a run: SIGTERM and Ctrl-C to save and end, a second Ctrl-C to end at once.
+SIGTERM and Ctrl-C let running jobs save their state before the run ends; a second Ctrl-C ends the run at once.
 """
 
 from __future__ import annotations
@@ -8,29 +8,47 @@ from __future__ import annotations
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from grappa_dist.config import Resources
 from grappa_dist.console import Interrupted, Terminated
-from grappa_dist.distributed.placement import check_capacity, choose
+from grappa_dist.distributed.placement import check_capacity, choose_workers
 from grappa_dist.distributed.preflight import Checks
 from grappa_dist.distributed.ray_cluster import Cluster
+
+POLL_S = 0.5
+STATUS_S = 5.0
+STOP_GRACE_S = 60.0  # for running jobs to save their state
+ERROR_GRACE_S = 2.0  # for the other ranks of a failed job to report their errors
+
+
+@dataclass(frozen=True)
+class Job:
+    """`function(context, spec)` on `ranks` workers at once, in their own process group.
+
+    With no ranks it is a task, `function(device, spec)` in one worker and without a group.
+    """
+
+    name: str
+    function: Callable[[Any, Any], Any]
+    spec: Any
+    ranks: int
 
 
 @dataclass
 class Signals:
-    """Heard in the main thread."""
+    """SIGTERM and Ctrl-C as the main thread receives them."""
 
-    looked_for: bool = False  # somebody asks `ending` now and then: what a handler raises while Ray waits may be lost
-    _asked: bool = False
+    polled: bool = False  # `stop_requested` is called now and then: what a handler raises while Ray waits may be lost
+    _stop_requested: bool = False
     _interrupts: int = 0
 
-    def ending(self) -> bool:
-        """Whether the run is to save and end."""
-        return self._asked
+    def stop_requested(self) -> bool:
+        """Whether the run is to save its state and end."""
+        return self._stop_requested
 
     @property
     def interrupted(self) -> bool:
@@ -38,21 +56,21 @@ class Signals:
 
     @property
     def at_once(self) -> bool:
-        """Whether nobody is to be waited for."""
+        """Whether the run ends without waiting for any job."""
         return self._interrupts > 1
 
     @contextmanager
-    def heard(self) -> Iterator[None]:
-        """While inside, SIGTERM raises Terminated and Ctrl-C Interrupted, at once or where they are looked for."""
+    def handled(self) -> Iterator[None]:
+        """While inside, SIGTERM raises Terminated and Ctrl-C Interrupted: at once, or where signals are polled."""
 
         def handle(number: int, _: object) -> None:
-            self._asked = True
+            self._stop_requested = True
             self._interrupts += number == signal.SIGINT
-            if not self.looked_for:
+            if not self.polled:
                 raise Terminated
 
         before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-        if before[signal.SIGINT] == signal.SIG_IGN:  # as a shell has it for what runs in the background
+        if before[signal.SIGINT] == signal.SIG_IGN:  # a shell sets this for what runs in the background
             del before[signal.SIGINT]
         try:
             for number in before:
@@ -67,72 +85,52 @@ class Signals:
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: one that is not Python's
 
 
-POLL_S = 0.5
-STATUS_S = 5.0
-STOP_GRACE_S = 60.0
-ERROR_GRACE_S = 2.0
-
-
-@dataclass(frozen=True)
-class Job:
-    """`function(context, spec)` on `ranks` workers at once, in a process group of their own.
-
-    With no ranks it is a task, `function(device, spec)` in one worker and without a group.
-    """
-
-    name: str
-    function: Callable[[Any, Any], Any]
-    spec: Any
-    ranks: int
-
-
 @dataclass
 class _Running:
     job: Job
     workers: list[Any]
-    refs: list[Any]  # one call of each worker: whether it is there, then the work
-    pending: list[Any]  # those of them that had not ended when they were last looked at
-    begun: bool = False  # whether all were there, and have been given the work
+    refs: list[Any]  # one call of each worker: at first whether it answers, then the work
+    pending: list[Any]  # those of them that had not ended at the last look
+    begun: bool = False  # whether all workers have answered and have been given the work
 
 
 @dataclass
 class _Tries:
-    """Of one job."""
+    """Attempts at one job."""
 
     attempts: int = 0  # in which it was given to its workers and failed
-    in_vain: int = 0  # starts since then that found a worker dead which had nothing to do
+    in_vain: int = 0  # starts since then in which an idle worker turned out to be dead
 
 
 @dataclass
 class Runner:
-    """Runs things on the cluster's workers, one stage at a time."""
+    """Runs tasks and jobs on the cluster's workers, one stage at a time."""
 
     cluster: Cluster
     resources: Resources
-    on_status: Callable[[Mapping[str, Mapping[str, Any]]], None] = lambda status: None
+    on_status: Callable[[Mapping[str, Mapping[str, Any]]], None] = lambda status: None  # rank 0's status of each job
     on_event: Callable[..., None] = lambda name, **figures: None
-    on_interrupt: Callable[[str], None] = lambda text: None  # told what Ctrl-C does, while jobs save
     _signals: Signals = field(default_factory=Signals)
 
-    def terminating(self) -> AbstractContextManager[None]:
+    def handle_signals(self) -> AbstractContextManager[None]:
         """While inside, SIGTERM raises Terminated, after running jobs have stopped at their next step and saved, or
         have had a minute for it.
 
         Ctrl-C raises Interrupted likewise; pressed again, it waits for no job.
         """
-        return self._signals.heard()
+        return self._signals.handled()
 
     @contextmanager
-    def _watched(self) -> Iterator[None]:
-        """While inside, signals are noted and looked for; at the latest the end raises Terminated."""
-        self.cluster.connect()  # where Ray listens to it
-        self.cluster.stopping = self._signals.ending
-        self._signals.looked_for = True
+    def _polling_signals(self) -> Iterator[None]:
+        """While inside, signals are noted and polled for; at the latest the end raises Terminated."""
+        self.cluster.connect()  # meanwhile Ray's own handler takes SIGTERM
+        self.cluster.stopping = self._signals.stop_requested
+        self._signals.polled = True
         try:
             yield
         finally:
-            self._signals.looked_for = False
-        if self._signals.ending():
+            self._signals.polled = False
+        if self._signals.stop_requested():
             raise Terminated
 
     def require(self, checks: Checks) -> None:
@@ -141,13 +139,13 @@ class Runner:
 
     @property
     def num_workers(self) -> int:
-        with self._watched():
+        with self._polling_signals():
             return len(self.cluster.gather())
 
     @property
     def sharing(self) -> int:
         """Workers on the node that has the most of them."""
-        with self._watched():
+        with self._polling_signals():
             nodes = [self.cluster.node_of(worker) for worker in self.cluster.gather()]
         return max(map(nodes.count, nodes), default=1)
 
@@ -155,33 +153,50 @@ class Runner:
         self,
         function: Callable[[Any, Any], Any],
         tasks: Sequence[Any],
-        done: Callable[[int], None] = lambda count: None,
+        progress: Callable[[int], None] = lambda count: None,
     ) -> list[Any]:
-        """Results of `function(device, task)` in order; a task whose process died is tried again elsewhere."""
+        """Results of `function(device, task)` in order; a task whose process died is tried again elsewhere.
+
+        Args:
+            progress: called with the number of finished tasks after each of them.
+        """
         jobs = [Job(f"{function.__name__} {i}", function, task, 0) for i, task in enumerate(tasks)]
-        count = iter(range(1, len(tasks) + 1))
-        results = self._run(jobs, lambda _: done(next(count)))
+        results: dict[str, Any] = {}
+        with closing(self._run(jobs)) as finished:
+            for job, answers in finished:
+                results[job.name] = answers[0]
+                progress(len(results))
         return [results[job.name] for job in jobs]
 
     def run_jobs(self, jobs: Sequence[Job], done: Callable[[str], None] = lambda name: None) -> dict[str, list[Any]]:
-        """Every rank's result per job; jobs run side by side as far as the workers go, and restart apart."""
-        return self._run(jobs, done)
+        """Every rank's result per job; jobs run side by side as far as the workers go, and restart separately.
 
-    def _run(self, jobs: Sequence[Job], done: Callable[[str], None]) -> dict[str, Any]:
-        with self._watched():
+        Args:
+            done: called with the name of each job that has finished.
+        """
+        results: dict[str, list[Any]] = {}
+        with closing(self._run(jobs)) as finished:
+            for job, answers in finished:
+                results[job.name] = answers
+                done(job.name)
+        return results
+
+    def _run(self, jobs: Sequence[Job]) -> Generator[tuple[Job, list[Any]], None, None]:
+        """Each job with the results of its workers, as soon as it has finished."""
+        with self._polling_signals():
             self.cluster.gather()
-            return self._watch(jobs, done)
+            yield from self._finished(jobs)
 
-    def _watch(self, jobs: Sequence[Job], done: Callable[[str], None]) -> dict[str, Any]:
+    def _finished(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, list[Any]]]:
         import ray
 
         waiting, tries = deque(jobs), {job.name: _Tries() for job in jobs}
-        free, running, results = list(self.cluster.workers()), list[_Running](), dict[str, Any]()
+        free, running = list(self.cluster.workers()), list[_Running]()
         if not self.resources.elastic:
             check_capacity(len(free), max((job.ranks for job in jobs), default=0))
         shown = time.monotonic()
         while waiting or running:
-            if self._signals.ending():
+            if self._signals.stop_requested():
                 self._stop(running)
             free += self.cluster.arrived(timeout_s=0 if running else POLL_S)
             while waiting and len(free) >= self._ranks(waiting[0]):
@@ -195,29 +210,32 @@ class Runner:
                 running.remove(r)
                 if isinstance(outcome, BaseException):
                     self._failed(r, outcome, tries[r.job.name], running)
-                    free = self._replace(r.workers, free)  # all of them: survivors may sit in a collective
+                    free = self._replace(r.workers, free)  # all of them: survivors may be blocked in a collective
                     waiting.appendleft(r.job)
                 else:
                     free += r.workers
-                    results[r.job.name] = outcome if r.job.ranks else outcome[0]
-                    done(r.job.name)
+                    yield r.job, outcome
             if running and time.monotonic() - shown > STATUS_S:
                 self.on_status(self._statuses(running))
                 shown = time.monotonic()
-        return results
 
     def _ranks(self, job: Job) -> int:
-        """Workers that a job takes; with elastic no more than there will be."""
+        """Workers that a job takes; with elastic no more than there are or will be."""
         return max(1, min(job.ranks, self.cluster.size) if self.resources.elastic else job.ranks)
 
     def _start(self, job: Job, free: list[Any]) -> _Running:
-        """Asks its workers whether they are there: one may have died idle, on a node that Ray still takes for alive."""
-        workers = self._take(free, self._ranks(job))
-        asked = [worker.free_address.remote() for worker in workers]
-        return _Running(job, workers, asked, asked)
+        """Calls its workers, to see that they answer: one may have died idle, on a node that Ray still lists as alive.
+
+        The workers of one node are taken where a node has enough of them; they leave `free`.
+        """
+        chosen = choose_workers([self.cluster.node_of(worker) for worker in free], self._ranks(job))
+        assert chosen is not None, "a job starts when enough workers are free"
+        workers = [free.pop(i) for i in reversed(chosen)][::-1]
+        calls = [worker.free_address.remote() for worker in workers]
+        return _Running(job, workers, calls, calls)
 
     def _give(self, running: _Running, address: str) -> None:
-        """Gives a job to workers that are there."""
+        """Gives a job to workers that have answered."""
         job, workers = running.job, running.workers
         if job.ranks:
             self.on_event("job_begins", job=job.name, ranks=len(workers))
@@ -230,25 +248,19 @@ class Runner:
             running.refs = [workers[0].run.remote(job.function, job.spec)]
         running.begun, running.pending = True, running.refs
 
-    def _take(self, free: list[Any], ranks: int) -> list[Any]:
-        """The workers for a job, of one node where one has enough of them; they leave `free`."""
-        chosen = choose([self.cluster.node_of(worker) for worker in free], ranks)
-        assert chosen is not None, "a job starts when enough workers are free"
-        return [free.pop(i) for i in reversed(chosen)][::-1]
-
     def _replace(self, workers: list[Any], free: list[Any]) -> list[Any]:
-        """Starts others for the workers of a job that failed, and for idle ones of lost nodes; who is free then."""
+        """Replaces the workers of a failed job and the idle ones of lost nodes; returns those that are still free."""
         lost = set(self.cluster.lost())
         self.cluster.replace([*workers, *(worker for worker in free if worker in lost)])
         return [worker for worker in free if worker not in lost]
 
     def _outcome(self, running: _Running) -> Any:
-        """None while it runs, its results, or why it failed: bad input on any rank before the dead links it causes."""
+        """None while it runs, its results, or its error: bad input on any rank before the links it breaks."""
         import ray
 
         finished, running.pending = ray.wait(running.refs, num_returns=len(running.refs), timeout=0)
         errors = _errors(finished)
-        if errors and running.pending:  # the rank at fault may speak last; one that sits in a collective never does
+        if errors and running.pending:  # the rank at fault may report last; one blocked in a collective never does
             errors = _errors(ray.wait(running.refs, num_returns=len(running.refs), timeout=ERROR_GRACE_S)[0])
         if errors:
             return next((e for e in errors if _is_final(e, running.job)), errors[0])
@@ -260,10 +272,8 @@ class Runner:
         self._give(running, address=answers[0])
         return None
 
-    def _failed(
-        self, running: _Running, error: BaseException, tries: _Tries, others: Sequence[_Running] = ()
-    ) -> None:  # fmt: skip
-        """Raises when another attempt makes no sense, once the others have saved their state."""
+    def _failed(self, running: _Running, error: BaseException, tries: _Tries, others: Sequence[_Running]) -> None:
+        """Raises when another attempt is pointless, once the other jobs have saved their state."""
         try:
             self._count(running, error, tries)
         except Exception:
@@ -299,16 +309,16 @@ class Runner:
             try:
                 statuses[r.job.name] = ray.get(ref) if ref in ready else {}
             except ray.exceptions.RayError:
-                statuses[r.job.name] = {}  # it died just now; its outcome says so
+                statuses[r.job.name] = {}  # it died just now, which its outcome will show
         return statuses
 
     def _stop(self, running: Sequence[_Running]) -> None:
         if self._signals.interrupted and not self._signals.at_once:
-            self.on_interrupt("interrupted: saving; press Ctrl-C again to stop at once")
+            self.cluster.log("interrupted: saving; press Ctrl-C again to stop at once")
         raise Terminated(None if self._ask_to_stop(running) else STOP_GRACE_S)
 
     def _ask_to_stop(self, running: Sequence[_Running]) -> bool:
-        """Whether the jobs have all stopped by themselves in the time that they have, so that their state is saved."""
+        """Whether all jobs have stopped by themselves within STOP_GRACE_S, so that their state is saved."""
         import ray
 
         self.on_event("stopping", jobs=[r.job.name for r in running])
@@ -325,7 +335,7 @@ class Runner:
 
 
 def _errors(finished: Sequence[Any]) -> list[BaseException]:
-    """What those of the finished calls raised that failed, or the death of their process."""
+    """The errors of the finished calls that failed: what they raised, or the death of their process."""
     import ray
 
     errors: list[BaseException] = []
@@ -338,9 +348,9 @@ def _errors(finished: Sequence[Any]) -> list[BaseException]:
 
 
 def _is_final(error: BaseException, job: Job) -> bool:
-    """Whether trying again would not help: what a rank raised by itself, not a dead process or the links it cut.
+    """Whether another attempt would not help: an error of a rank itself, not a dead process or a broken connection.
 
-    Nor what a file system or a store did, which may do better next time.
+    Errors of a file system or a store are not final either, as they may pass.
     """
     cause = getattr(error, "cause", None)
     passing = (OSError, RuntimeError) if job.ranks > 1 else OSError

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from grappa_dist.distributed.collectives import Comm, raise_together, wire_device
-from grappa_dist.distributed.worker import beside_others
+from grappa_dist.distributed.worker import until_all_ranks_finish
 from grappa_dist.prefetch import prefetch
 from grappa_dist.search.backends import bf16_generator, bf16_pays, nearest
 from grappa_dist.search.bf16 import Bf16Generator
@@ -304,7 +304,7 @@ class ShardedRows:
         Raises:
             Stopped: on all ranks, between two items, when any was asked to stop.
         """
-        return beside_others(self.comm, side_by_side(work, items, self.threads), self.stop_requested)
+        return until_all_ranks_finish(self.comm, side_by_side(work, items, self.threads), self.stop_requested)
 
     def read(self, positions: Tensor) -> Tensor:
         """Grid rows (P, D) on the device at some ascending positions among the rank's rows."""
@@ -387,7 +387,7 @@ def _scanned(comm: Comm, rows: Rows, block_rows: int, stop_requested: Callable[[
     """Which shards are plain, once every rank has looked at all of its rows and none has found one at fault."""
     problem, plain = "", [True] * len(rows.shards)
     scans = side_by_side(rows.scan, rows.parts(block_rows), torch.get_num_threads())
-    for scanned in beside_others(comm, _to_first_problem(scans), stop_requested):
+    for scanned in until_all_ranks_finish(comm, _to_first_problem(scans), stop_requested):
         problem = scanned.problem
         plain[scanned.shard] &= scanned.plain
     raise_together(comm, problem)
@@ -414,7 +414,7 @@ def _measure(share: ShardedRows) -> CandidateGenerator:
     positions = share.rows.positions(share.block_rows, share.threads)
     measured = side_by_side(measure, positions, torch.get_num_threads())
     first, rest = 0, 0.0
-    for of_block, left_out in beside_others(share.comm, measured, share.stop_requested):
+    for of_block, left_out in until_all_ranks_finish(share.comm, measured, share.stop_requested):
         share.squares[first : first + len(of_block)] = of_block
         first, rest = first + len(of_block), max(rest, left_out)
     return bf16_generator(share.device, rest) if halves else share.generator

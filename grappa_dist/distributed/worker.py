@@ -1,6 +1,6 @@
-"""A worker process, which lives as long as the run while jobs and tasks come and go.
+"""A worker process, which lives as long as the run, and what a function on one rank of a job is given.
 
-Work that takes some ranks of a job much longer than others, without a collective in it.
+Jobs and tasks come and go in it; ranks whose work takes unequal time wait for the slower ones.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import torch
 from grappa_dist.distributed.collectives import Comm, process_group, wire_device
 from grappa_dist.distributed.preflight import Checks, Facts, node_name, survey
 
-LOOK_S = 3.0
-CUT_OFF_TRIES = 4  # of LOOK_S each and LOOK_S apart: about when the head, too, gives up a node that it cannot reach
+LOOK_S = 3.0  # between two checks that the head can be reached, and the timeout of one
+CUT_OFF_TRIES = 4  # about when the head, too, gives up a node that it cannot reach
 CUT_OFF_STATUS = 75
 Place = tuple[int, int, str]  # rank, size, address of rank 0
 
@@ -37,17 +37,16 @@ class RankContext:
 
     comm: Comm
     device: torch.device
-    report: Callable[[dict[str, Any]], None]  # status for whoever watches
-    stop_requested: Callable[[], bool]  # save and return
+    report: Callable[[dict[str, Any]], None]  # progress; the driver shows the latest status of rank 0
+    stop_requested: Callable[[], bool]  # whether to save and return
 
-    def of_rank_0(self, says: bool) -> bool:
-        """What rank 0 says, on all ranks: ask so what lies on storage, which other nodes may see some time later."""
-        flag = torch.tensor([says], dtype=torch.int64, device=self.device)
-        return bool(self.comm.broadcast(flag, 0))
+    def of_rank_0(self, flag: bool) -> bool:
+        """Rank 0's flag, on all ranks: for what lies on storage, which other nodes may see some time later."""
+        return bool(self.comm.broadcast(torch.tensor([flag], dtype=torch.int64, device=self.device), 0))
 
 
 class Worker:
-    """One process with its share of CPUs and perhaps a GPU: a Ray actor that answers status and stop while it works."""
+    """A Ray actor with some CPUs and perhaps a GPU. While it works, it still answers `status` and `stop`."""
 
     def __init__(self, threads: int, gpus: float) -> None:
         self._threads, self._gpus = threads, gpus
@@ -62,7 +61,7 @@ class Worker:
         return str(ray.get_runtime_context().get_node_id())
 
     def survey(self, checks: Checks, token: Path, node: str, workers: int) -> Facts:
-        """What this node, of that id, says of itself, when `workers` of ours share it."""
+        """The facts of this node, of that id, when `workers` of ours share it."""
         name = node_name(_node_address())
         return survey(checks, token, node, name, workers=workers, gpu=bool(self._gpus))
 
@@ -86,7 +85,7 @@ class Worker:
         backend = "nccl" if device.type == "cuda" else "gloo"
         try:
             with process_group(rank, size, address, backend=backend, timeout_s=timeout_s) as comm:
-                context = RankContext(comm, device, self._report, self._stop.is_set)
+                context = RankContext(comm, device, self._set_status, self._stop.is_set)
                 try:
                     return function(context, job)
                 except Stopped:
@@ -95,29 +94,30 @@ class Worker:
             release_memory()
 
     def status(self) -> dict[str, Any]:
+        """What the running function reported last."""
         return self._status
 
     def stop(self) -> None:
         self._stop.set()
 
     def _device(self) -> torch.device:
-        """The GPU that Ray gave us; a worker without a share sees all of them and must take none."""
+        """The GPU that Ray assigned; a worker without one sees all GPUs and must use none."""
         return torch.device("cuda", 0) if self._gpus and torch.cuda.is_available() else torch.device("cpu")
 
-    def _report(self, status: dict[str, Any]) -> None:
+    def _set_status(self, status: dict[str, Any]) -> None:
         self._status = status
 
     def _prepare(self) -> None:
         self._status = {}
-        torch.set_num_threads(self._threads)  # per calling thread, so it is said at each call
+        torch.set_num_threads(self._threads)  # holds for the calling thread, so it is set at each call
         import faiss
 
         faiss.omp_set_num_threads(self._threads)
 
 
 def release_memory() -> None:
-    """Frees what a finished job has left: an engine and its module hold each other until Python's collector runs, which
-    counts objects and not the bytes that they have on a GPU."""
+    """Frees the memory of a finished job: an engine and its module hold each other until Python's collector runs, which
+    counts objects and not their bytes on a GPU."""
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
@@ -131,7 +131,7 @@ def _head_address() -> tuple[str, int]:
 
 
 def _end_when_cut_off(head: tuple[str, int]) -> None:
-    """Ends this process when nothing reaches the head any more: it would hold its GPU, and write beside its successor.
+    """Ends this process when it can no longer reach the head: it would hold its GPU, and write beside its successor.
 
     Ray itself takes minutes to see that packets vanish. A busy head counts as reached: its kernel answers.
     """
@@ -158,24 +158,25 @@ Piece = TypeVar("Piece")
 
 
 def wait_for_slower_ranks(context: RankContext, work: Generator[None, None, None]) -> None:
-    """Does this rank's work, piece by piece, and returns when every rank has done its own, as `beside_others`."""
-    for _ in beside_others(context.comm, work, context.stop_requested):
+    """Does this rank's work, piece by piece, and returns when every rank has finished: see `until_all_ranks_finish`."""
+    for _ in until_all_ranks_finish(context.comm, work, context.stop_requested):
         pass
 
 
-def beside_others(
+def until_all_ranks_finish(
     comm: Comm, pieces: Generator[Piece, None, None], stop_requested: Callable[[], bool]
 ) -> Generator[Piece, None, None]:
-    """This rank's pieces of work; ends when those of every rank have. All ranks call it, and use it up, together.
+    """This rank's pieces of work; ends when every rank has finished its own. All ranks call and exhaust it together.
 
-    A rank that waits in one collective gives up after `resources.collective_timeout_s`, however well the others get on.
-    So the ranks add up, over and over and in the background, how many of them have done all of their pieces. A rank
-    that has pieces left works on while such a sum is under way, and begins the next one after the piece in which it
-    came. A rank that has none left waits for the sum, which takes no longer than the slowest piece of the others.
+    For work without collectives that takes some ranks much longer than others. A rank that waited in one collective
+    would give up after `resources.collective_timeout_s`, however well the others get on. So the ranks sum up, again and
+    again and in the background, how many of them have finished. A rank that has pieces left works on while such a sum
+    is under way, and begins the next sum after the piece in which the last one arrived. A rank that has none left waits
+    for the sum, which takes no longer than the slowest piece of the others.
 
     Args:
-        pieces: does a piece of the work each time it is asked; it is closed when this ends or raises.
-        stop_requested: asked before each sum.
+        pieces: does a piece of the work each time it is advanced; it is closed when this ends or raises.
+        stop_requested: called before each sum.
 
     Raises:
         Stopped: on all ranks, after the pieces under way, when any was asked to stop.
@@ -183,17 +184,17 @@ def beside_others(
     device, done = wire_device(comm), False
     with closing(pieces):
         while True:
-            told = comm.begin_sum(torch.tensor([done, stop_requested()], dtype=torch.int64, device=device))
+            flags = comm.begin_sum(torch.tensor([done, stop_requested()], dtype=torch.int64, device=device))
             while not done:
                 piece = next(pieces, _END)
                 if piece is _END:
                     done = True
                 else:
                     yield piece  # type: ignore[misc]
-                if told.ready():
+                if flags.ready():
                     break
-            through, stopping = told.total().tolist()
+            finished, stopping = flags.total().tolist()
             if stopping:
                 raise Stopped
-            if through == comm.size:
+            if finished == comm.size:
                 return

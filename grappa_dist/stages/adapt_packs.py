@@ -27,7 +27,7 @@ from torch import Tensor
 from grappa_dist.artifacts import Artifact, RowArrays
 from grappa_dist.config import fingerprint
 from grappa_dist.console import METRICS_FILE, read_events
-from grappa_dist.distributed.placement import shared_out
+from grappa_dist.distributed.placement import split_evenly
 from grappa_dist.files import replacing, write_json
 from grappa_dist.models.spec import ADAPTORS_FILE
 
@@ -112,7 +112,7 @@ def fresh(sets: Sequence[AdaptSet]) -> list[AdaptSet]:
 
 def group(sets: Sequence[AdaptSet], per_job: int) -> list[tuple[AdaptSet, ...]]:
     """The sets of each job: first the jobs that are under way, then fresh sets, at most `per_job` together."""
-    return _under_way(sets) + shared_out(fresh(sets), per_job)
+    return _under_way(sets) + split_evenly(fresh(sets), per_job)
 
 
 def _has_checkpoint(folder: Path) -> bool:

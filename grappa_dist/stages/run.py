@@ -37,10 +37,10 @@ def running(config: Config, root: Path) -> Iterator[Run]:
     store, new = Store(root), [path for path in (root, *root.parents) if not path.exists()]
     with store.lock():
         console = Console(Events(root / EVENTS_FILE))
-        cluster = Cluster(config.resources, tell=console.log)
-        runner = Runner(cluster, config.resources, console.jobs, console.event, on_interrupt=console.log)
+        cluster = Cluster(config.resources, log=console.log)
+        runner = Runner(cluster, config.resources, console.jobs, console.event)
         try:
-            with runner.terminating():
+            with runner.handle_signals():
                 yield Run(config, store, runner, console)
         except ValueError:
             _remove_unused(root, new)

@@ -4,7 +4,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grappa_dist.distributed.placement import Rates, choose, describe_placement, sets_per_job, shared_out, waves
+from grappa_dist.distributed.placement import (
+    Rates,
+    choose_workers,
+    describe_placement,
+    sets_per_job,
+    split_evenly,
+    waves,
+)
 
 NODES = st.lists(st.integers(0, 9), min_size=1, max_size=6).filter(any)
 RANKS = st.integers(1, 12)
@@ -18,7 +25,7 @@ def workers_on(sizes: list[int]) -> list[str]:
 def placed(sizes: list[int], ranks: int) -> list[list[str]]:
     """The nodes of each job's workers, where jobs start as long as there are free workers."""
     free, jobs = workers_on(sizes), list[list[str]]()
-    while (chosen := choose(free, ranks)) is not None:
+    while (chosen := choose_workers(free, ranks)) is not None:
         assert chosen == sorted(set(chosen))
         jobs.append([free[i] for i in chosen])
         free = [node for i, node in enumerate(free) if i not in chosen]
@@ -66,7 +73,7 @@ def test_from_a_laptop_to_eight_sets_of_four_gpus() -> None:
 @settings(max_examples=100, deadline=None)
 @given(st.integers(0, 40), st.integers(1, 12))
 def test_sets_are_shared_out_in_order_over_the_fewest_jobs_evenly(count: int, per_job: int) -> None:
-    groups = shared_out(range(count), per_job)
+    groups = split_evenly(range(count), per_job)
     assert [item for group in groups for item in group] == list(range(count))
     assert len(groups) == -(-count // per_job)
     sizes = [len(group) for group in groups]
@@ -75,9 +82,9 @@ def test_sets_are_shared_out_in_order_over_the_fewest_jobs_evenly(count: int, pe
 
 def test_a_group_of_nothing_and_a_job_without_workers_are_refused() -> None:
     with pytest.raises(ValueError, match="at least one item, got 0"):
-        shared_out([1], 0)
+        split_evenly([1], 0)
     with pytest.raises(ValueError, match="at least one worker, got 0"):
-        choose(["a"], 0)
+        choose_workers(["a"], 0)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +121,7 @@ def test_no_other_number_of_sets_in_a_job_would_be_done_sooner(num_sets: int, sl
     chosen = sets_per_job(num_sets, slots, rates)
 
     def seconds(per_job: int) -> float:
-        return len(waves(len(shared_out(range(num_sets), per_job)), slots, 1)) * rates.image_s(per_job)
+        return len(waves(len(split_evenly(range(num_sets), per_job)), slots, 1)) * rates.image_s(per_job)
 
     assert all(seconds(chosen) <= seconds(other) * (1 + 1e-6) for other in range(1, num_sets + 1))
 

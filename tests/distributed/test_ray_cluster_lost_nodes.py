@@ -129,7 +129,7 @@ def test_sigterm_while_a_worker_cannot_be_placed_ends_the_run(monkeypatch: pytes
     timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM))
     began = time.monotonic()
     timer.start()
-    with pytest.raises(Terminated), runner.terminating():
+    with pytest.raises(Terminated), runner.handle_signals():
         runner.num_workers if call == "num_workers" else runner.run_jobs([Job("one", print, None, 1)])
     assert time.monotonic() - began < 0.5 + 5
 
@@ -138,7 +138,7 @@ def test_sigterm_that_comes_with_the_last_result_is_not_forgotten(monkeypatch: p
     ray = Ray("a", answer)
     cluster = started(ray, monkeypatch, [Worker("a")])
     runner = Runner(cluster, cluster.resources)
-    with pytest.raises(Terminated), runner.terminating():
+    with pytest.raises(Terminated), runner.handle_signals():
         runner.run_jobs([Job("one", print, None, 1)], lambda name: os.kill(os.getpid(), signal.SIGTERM))
 
 
@@ -167,7 +167,7 @@ def test_the_last_line_says_state_is_saved_only_where_all_jobs_have_ended_by_the
     )
 
     def work() -> None:
-        with runner.terminating():
+        with runner.handle_signals():
             runner.run_jobs([Job("one", print, None, 2)])
 
     assert Ending().of(work) == (143 if number == signal.SIGTERM else 130)
@@ -190,7 +190,7 @@ def init(**_):
 ray.init = init
 runner = Runner(Cluster(Resources()), Resources())
 def work():
-    with runner.terminating():
+    with runner.handle_signals():
         print(runner.num_workers)
 sys.exit(Ending().of(work))
 """
@@ -224,5 +224,5 @@ def test_sigterm_while_storage_hangs_ends_the_run(monkeypatch: pytest.MonkeyPatc
     cluster._start(1)
     runner = Runner(cluster, cluster.resources)
     threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
-    with pytest.raises(Terminated), runner.terminating():
+    with pytest.raises(Terminated), runner.handle_signals():
         print(runner.num_workers)

@@ -59,7 +59,7 @@ def told() -> Recorder:
 @pytest.fixture
 def runner(cluster: Cluster, told: Recorder) -> Iterator[Runner]:
     runner = Runner(cluster, RESOURCES, on_event=told)
-    with runner.terminating():
+    with runner.handle_signals():
         yield runner
 
 

@@ -25,11 +25,11 @@ from grappa_dist.console import Ending
 from tests.distributed.test_runner_signals import save_when_asked
 
 where = Resources(workers=2, num_cpus=2, gpus_per_worker=0)
-runner = Runner(Cluster(where), where, on_interrupt=lambda text: print(text, file=sys.stderr, flush=True))
+runner = Runner(Cluster(where, log=lambda text: print(text, file=sys.stderr, flush=True)), where)
 
 def work():
     try:
-        with runner.terminating():
+        with runner.handle_signals():
             runner.run_jobs([Job("long", save_when_asked, (sys.argv[1], float(sys.argv[2])), 2)])
     finally:
         runner.cluster.close()
@@ -54,39 +54,39 @@ def press(number: signal.Signals = signal.SIGINT) -> None:
     time.sleep(0.01)  # a handler runs between two instructions of Python
 
 
-def test_a_signal_that_nobody_looks_for_ends_at_once() -> None:
+def test_a_signal_that_is_not_polled_for_ends_the_run_at_once() -> None:
     signals, before = Signals(), signal.getsignal(signal.SIGINT)
-    with pytest.raises(Interrupted) as ended, signals.heard():
+    with pytest.raises(Interrupted) as ended, signals.handled():
         press()
     assert (ended.value.at_once, ended.value.waited_s) == (False, None)
     assert signal.getsignal(signal.SIGINT) == before
-    with pytest.raises(Terminated) as terminated, Signals().heard():
+    with pytest.raises(Terminated) as terminated, Signals().handled():
         press(signal.SIGTERM)
     assert not isinstance(terminated.value, Interrupted)
 
 
-def test_where_signals_are_looked_for_a_second_ctrl_c_waits_for_nobody() -> None:
-    signals = Signals(looked_for=True)
+def test_where_signals_are_polled_a_second_ctrl_c_waits_for_no_job() -> None:
+    signals = Signals(polled=True)
 
     def watch() -> None:
-        assert (signals.ending(), signals.interrupted, signals.at_once) == (False, False, False)
+        assert (signals.stop_requested(), signals.interrupted, signals.at_once) == (False, False, False)
         press(signal.SIGTERM)
-        assert (signals.ending(), signals.interrupted, signals.at_once) == (True, False, False)
+        assert (signals.stop_requested(), signals.interrupted, signals.at_once) == (True, False, False)
         press()
         assert (signals.interrupted, signals.at_once) == (True, False)
         press()
         assert signals.at_once
         raise Terminated
 
-    with pytest.raises(Interrupted) as ended, signals.heard():
+    with pytest.raises(Interrupted) as ended, signals.handled():
         watch()
     assert ended.value.at_once
 
 
-def test_a_program_in_the_background_goes_on_not_to_hear_ctrl_c() -> None:
+def test_a_program_in_the_background_still_ignores_ctrl_c() -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with Signals().heard():
+        with Signals().handled():
             press()
         assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     finally:
@@ -100,7 +100,7 @@ def test_ctrl_c_in_a_terminal_lets_every_rank_save_and_a_second_one_ends_at_once
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"PYTHONPATH": str(ROOT)}
     command: list[Any] = [sys.executable, "-c", PROGRAM, str(marker), str(takes_s)]
     program = subprocess.Popen(command, env=environment, text=True, stderr=subprocess.PIPE, start_new_session=True)
-    patience = threading.Timer(2 * PATIENCE_S, program.kill)  # its end is awaited by reading what it says
+    patience = threading.Timer(2 * PATIENCE_S, program.kill)  # its end is awaited by reading its output
     patience.start()
     try:
         end = time.monotonic() + PATIENCE_S
@@ -108,18 +108,18 @@ def test_ctrl_c_in_a_terminal_lets_every_rank_save_and_a_second_one_ends_at_once
             time.sleep(0.05)
         os.killpg(program.pid, signal.SIGINT)
         assert program.stderr is not None
-        told = [program.stderr.readline()]
+        lines = [program.stderr.readline()]
         if again:
             os.killpg(program.pid, signal.SIGINT)
-        told += program.stderr.readlines()
+        lines += program.stderr.readlines()
         assert program.wait(timeout=PATIENCE_S) == 130
     finally:
         patience.cancel()
         program.kill()
         program.wait()
-    saying, ending = told
-    assert saying == "interrupted: saving; press Ctrl-C again to stop at once\n"
+    first, last = lines
+    assert first == "interrupted: saving; press Ctrl-C again to stop at once\n"
     state = "" if again else " state is saved,"
-    assert ending == f"interrupted;{state} run the same command again to go on\n"
+    assert last == f"interrupted;{state} run the same command again to go on\n"
     saved = {path.name for path in tmp_path.glob("job.saved-*")}
     assert saved == (set() if again else {"job.saved-0", "job.saved-1"})

@@ -175,12 +175,14 @@ class Here:
     def require(self, checks: Checks) -> None:
         self.checks.append(checks)
 
-    def map(self, function: Any, tasks: Sequence[Any], done: Callable[[int], None] = lambda count: None) -> list[Any]:
+    def map(
+        self, function: Any, tasks: Sequence[Any], progress: Callable[[int], None] = lambda count: None
+    ) -> list[Any]:
         self.asked += [function.__name__] * len(tasks)
         results = []
         for number, task in enumerate(tasks, start=1):
             results.append(function(CPU, task))
-            done(number)
+            progress(number)
         return results
 
     def run_jobs(self, jobs: Sequence[Job], done: Callable[[str], None] = lambda name: None) -> dict[str, list[Any]]:
