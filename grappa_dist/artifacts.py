@@ -1,9 +1,9 @@
-"""Artefacts on storage: what exists is complete.
+"""Artefacts on storage: what exists is complete. And arrays of rows in them, one file per shard.
 
 A finished artefact is a folder `<kind>-<fingerprint>/` with a manifest. While it is being made it is called
 `<kind>-<fingerprint>.partial/`, which keeps what a restart can use (shards done, checkpoints); one rename commits it.
-
-How the labels of rows lie on disk: a file of them per shard beside the centroids that they name.
+An array of rows, such as features or labels, is a .npy file per shard. Shapes: P rows of one shard, B rows asked for,
+K centroids, D dimensions.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ from grappa_dist.config import fingerprint
 from grappa_dist.files import sync, write_json
 
 MANIFEST, LOCK = "manifest.json", ".lock"
-SEEN_S = 90.0  # network file systems remember for 60 s at most, by default, that something was not there
+CENTROIDS_FILE = "centroids.npy"  # (K, D) float32, in an artefact of labels
+SEEN_S = 90.0  # network file systems cache for at most 60 s, by default, that a file was not there
 LOOK_S = 0.5
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """A handle; `settings` and `inputs` are what its fingerprint was made of."""
+    """A handle; its fingerprint is that of `kind`, `settings` and `inputs`."""
 
     root: Path
     kind: str  # e.g. "labels/k=64"
@@ -66,14 +67,14 @@ class Artifact:
         """Drops `discard`ed patterns (checkpoints, say), writes the manifest; one rename makes the artefact appear.
 
         Args:
-            expected: files that other machines wrote, which may be seen here some time later.
+            expected: files that other machines wrote, which may become visible here some time later.
         """
         _wait((self.partial / name for name in expected), SEEN_S)
-        for pattern in (*discard, MANIFEST, "**/.*"):  # also what a killed attempt left half done
+        for pattern in (*discard, MANIFEST, "**/.*"):  # also what a killed attempt left unfinished
             for path in list(self.partial.glob(pattern)):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         found = {p.relative_to(self.partial).as_posix() for p in self.partial.rglob("*") if p.is_file()}
-        names = sorted(found | set(expected))  # what others wrote may be there and not be listed yet
+        names = sorted(found | set(expected))  # files of other machines may exist and not be listed yet
         files = {name: (self.partial / name).stat().st_size for name in names}
         manifest = {
             "kind": self.kind,
@@ -108,10 +109,10 @@ def numbered(role: str, artifacts: Iterable[Artifact]) -> dict[str, Artifact]:
 
 
 def wait_until_seen(artifacts: Iterable[Artifact], timeout_s: float = SEEN_S) -> None:
-    """Waits for what other machines have finished: a network file system may show it here some time later.
+    """Waits for artefacts that other machines have finished: a network file system may show them some time later.
 
     Raises:
-        TimeoutError: one of them is still not here.
+        TimeoutError: one of them is still not visible.
     """
     _wait((artifact.path / MANIFEST for artifact in artifacts), timeout_s)
 
@@ -141,7 +142,7 @@ class Store:
         """One driver at a time; a second one is refused at once."""
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            handle = open(self.root / LOCK, "w")  # noqa: SIM115 - closed below, after what it guards
+            handle = open(self.root / LOCK, "w")  # noqa: SIM115 - closed below, after what it protects
         except OSError as error:
             raise ValueError(f"--out {self.root} cannot be written to: {error.strerror}") from error
         with handle:
@@ -164,14 +165,14 @@ class Store:
 
 @dataclass(frozen=True)
 class RowArrays:
-    """Row-aligned arrays, one .npy per shard, memory-mapped where they are read; small enough to travel."""
+    """An array over all rows, one .npy per shard, memory-mapped where it is read; small enough to be pickled."""
 
     paths: tuple[str, ...]
     starts: tuple[int, ...]  # first row id of every shard and, last, the number of rows
 
     @staticmethod
     def of(paths: Iterable[Path], starts: NDArray[np.int64]) -> RowArrays:
-        """The files of the shards, in order, and their first row ids and, last, the number of rows."""
+        """The array in the files of the shards, in order, with `starts` as above."""
         return RowArrays(tuple(map(str, paths)), tuple(starts.tolist()))
 
     def shard(self, index: int) -> NDArray[Any]:
@@ -201,32 +202,25 @@ class RowArrays:
         return values
 
 
-@lru_cache(maxsize=512)  # each map holds a descriptor
+@lru_cache(maxsize=512)  # each map holds a file descriptor
 def _map(path: str) -> NDArray[Any]:
-    # Torch takes no read-only memory; with "c" the file stays as it is all the same. Slicing a plain array is ten times
-    # as fast as slicing a numpy.memmap.
+    # Torch takes no read-only memory; with "c" the file is not changed either. Slicing a plain array is ten times as
+    # fast as slicing a numpy.memmap.
     return np.asarray(np.load(path, mmap_mode="c", allow_pickle=False))
 
 
-CENTROIDS_FILE = "centroids.npy"  # (K, D) float32
-
-
 def rows_file(shard: int) -> str:
-    """The labels of one shard's rows, (P,) int32."""
+    """The name of the file with one shard's rows: labels are (P,) int32."""
     return f"rows-{shard:06d}.npy"
 
 
 def label_rows(artifact: Artifact, starts: NDArray[np.int64]) -> RowArrays:
-    """The labels of all rows, memory-mapped; -1 for rows that do not decode.
-
-    Args:
-        starts: the first row of each shard, then the number of all rows.
-    """
+    """The labels of all rows, with `starts` as in RowArrays; -1 for rows that do not decode."""
     return RowArrays.of((artifact.path / rows_file(i) for i in range(len(starts) - 1)), starts)
 
 
 def own_shards(starts: Sequence[int], rank: int, size: int) -> range:
-    """Consecutive shards for each rank, about equal in rows: shard i goes to the rank that its middle row falls to."""
+    """This rank's consecutive shards, about equal in rows: shard i belongs to the rank that its middle row falls to."""
     middles = (np.asarray(starts[:-1]) + np.asarray(starts[1:])) / 2
     owners = np.minimum((middles * size / max(1, starts[-1])).astype(int), size - 1)
     return range(int(np.searchsorted(owners, rank)), int(np.searchsorted(owners, rank, side="right")))

@@ -1,6 +1,6 @@
-"""What a run says of itself: events as JSON lines on disk, and one console line per moment.
+"""What a run reports: events as JSON lines on disk, progress on the console, and its exit status.
 
-How a program ends: a status for scripts, one line for people, and the traceback in a log.
+A program that fails prints one line; the traceback goes to a log file.
 """
 
 from __future__ import annotations
@@ -20,12 +20,18 @@ EVENTS_FILE = "events.jsonl"  # of a run, in its directory
 METRICS_FILE = "metrics.jsonl"  # of a training job, in its folder
 COUNTER_S = 2.0  # between two lines of a counter
 
+FAILED, CONFIG_ERROR, INTERRUPTED, TERMINATED = 1, 2, 130, 143
+STATUSES = (
+    "Exit status: 0 done, 2 a setting or an input is wrong, 143 after SIGTERM and 130 after Ctrl-C with state saved "
+    "(or a line that says it is not; a second Ctrl-C stops at once, without), 1 anything else."
+)
+
 
 class Terminated(BaseException):
     """SIGTERM arrived.
 
     Args:
-        waited_s: for how long at most jobs were waited for that had not all saved their state then; None: all had.
+        waited_s: the time limit of jobs that had not all saved their state by then; None: all had.
     """
 
     def __init__(self, waited_s: float | None = None) -> None:
@@ -37,8 +43,8 @@ class Interrupted(Terminated):
     """Ctrl-C was pressed.
 
     Args:
-        at_once: whether it was pressed again, so that nobody was waited for.
-        waited_s: as of Terminated.
+        at_once: whether it was pressed again, so that no job was waited for.
+        waited_s: as in Terminated.
     """
 
     def __init__(self, *, at_once: bool, waited_s: float | None = None) -> None:
@@ -63,7 +69,7 @@ class Events:
 
 
 def _drop_cut_line(path: Path) -> None:
-    """What a crash cut short would run into the next event."""
+    """Removes a last line that a crash cut short: the next event would be appended to it."""
     if path.exists():
         with open(path, "rb+") as file:
             file.truncate(file.read().rfind(b"\n") + 1)
@@ -80,12 +86,12 @@ def read_events(path: Path) -> Iterator[dict[str, Any]]:
 
 
 class Console:
-    """Progress for people, on stderr; the table and the report's path go to stdout."""
+    """Progress on stderr; the table and the report's path go to stdout."""
 
     def __init__(self, events: Events | None = None) -> None:
         self._events = events
         self._began = time.monotonic()
-        self._off: set[tuple[str, str]] = set()  # trackers of jobs, of which it was said
+        self._off: set[tuple[str, str]] = set()  # (job, tracker) whose failure has been logged
 
     def log(self, text: str) -> None:
         minutes, seconds = divmod(int(time.monotonic() - self._began), 60)
@@ -97,7 +103,7 @@ class Console:
 
     @contextmanager
     def stage(self, name: str, what: str) -> Iterator[None]:
-        """Announces a stage, and says how long it took."""
+        """Logs the begin of a stage, and how long it took."""
         self.log(f"{name}: {what}")
         self.event("stage_begins", stage=name)
         began = time.monotonic()
@@ -108,18 +114,18 @@ class Console:
             self.event("stage_ends", stage=name, seconds=round(time.monotonic() - began, 3))
 
     def jobs(self, status: Mapping[str, Mapping[str, Any]]) -> None:
-        """One line with all running jobs side by side, each status an event too; a tracker that failed is told once."""
+        """One line with all running jobs side by side, each status an event too; a failed tracker is logged once."""
         known = {name: figures for name, figures in status.items() if figures}
         for name, figures in known.items():
             self.event("progress", job=name, **figures)
             for off in {(name, tracker) for tracker in figures.get("trackers_off", ())} - self._off:
                 self._off.add(off)
-                self.log(f"{name}: {off[1]} failed and hears no more; its error is in the job's {METRICS_FILE}")
+                self.log(f"{name}: {off[1]} failed and is switched off; its error is in the job's {METRICS_FILE}")
         if known:
             self.log(" | ".join(f"{name}: {_figures(figures)}" for name, figures in known.items()))
 
     def counter(self, job: str, parts: int, images: int) -> Callable[[int], None]:
-        """To be told how many of a job's parts are done; says so with the speed and the time left, not too often."""
+        """A callback for the number of finished parts: logs it with the speed and the time left, not too often."""
         began = shown = time.monotonic()
 
         def done(count: int) -> None:
@@ -140,7 +146,7 @@ class Console:
 
 
 def pluralize(count: int, one: str, many: str | None = None) -> str:
-    """Such as "1 rank", "2,000 ranks" or, where an s does not make the plural, "2 queries"."""
+    """For example "1 rank", "2,000 ranks" or, with a plural that needs more than an s, "2 queries"."""
     return f"{count:,} {one if count == 1 else many or one + 's'}"
 
 
@@ -166,18 +172,11 @@ def _figures(status: Mapping[str, Any]) -> str:
     return " ".join(parts)
 
 
-FAILED, CONFIG_ERROR, INTERRUPTED, TERMINATED = 1, 2, 130, 143
-STATUSES = (
-    "Exit status: 0 done, 2 a setting or an input is wrong, 143 after SIGTERM and 130 after Ctrl-C with state saved "
-    "(or a line that says it is not; a second Ctrl-C stops at once, without), 1 anything else."
-)
-
-
 @dataclass
 class Ending:
     """Turns what a program raises into its exit status."""
 
-    log_dir: Path | None = None  # where `errors.log` takes tracebacks, once it is known and exists
+    log_dir: Path | None = None  # where tracebacks go to `errors.log`, once it is known and exists
 
     def of(self, work: Callable[[], object]) -> int:
         try:

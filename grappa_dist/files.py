@@ -14,7 +14,8 @@ from typing import Any
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place, whole and synced, when the block ends without an error.
 
-    Whoever renames last wins: the name is nobody else's, not even of a process with the same id on another machine.
+    The last rename wins. No other writer has the same temporary name, not even a process with the same id on another
+    machine.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}")
@@ -28,7 +29,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def parse_json(text: bytes, where: Path | str) -> Any:
-    """Raises ValueError with the place `where` the text is from."""
+    """The value of a JSON text; a ValueError names `where` the text is from."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -36,7 +37,7 @@ def parse_json(text: bytes, where: Path | str) -> Any:
 
 
 def read_json(path: Path) -> Any:
-    """As `parse_json`."""
+    """The value of a JSON file; a ValueError names the file."""
     return parse_json(path.read_bytes(), path)
 
 
@@ -46,7 +47,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_json_list(path: Path, values: Iterable[Any]) -> None:
-    """Writes what `write_json` writes of a list, without holding it."""
+    """Writes the same as `write_json` of a list, without holding the list in memory."""
     with replacing(path) as temporary, open(temporary, "w") as file:
         between = "[\n "
         for value in values:
@@ -56,7 +57,7 @@ def write_json_list(path: Path, values: Iterable[Any]) -> None:
 
 
 def sync(path: Path) -> None:
-    """Puts a file on the disk, or makes renames inside a folder survive a power cut."""
+    """Flushes a file to the disk, or makes renames inside a folder survive a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,7 +1,7 @@
 """The whole flow: images -> features -> N partitions -> N adaptor sets -> their fusion -> scores, report, model.
 
-`layout.py` names every artefact of a run before any of them exists, `run` makes the missing ones, `plan.py` says what
-would be made.
+`layout.py` names every artefact of a run before any of them exists, `run` makes the missing ones, `plan.py` describes
+what would be made.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def run(config: Config, root: Path, until: str | None = None) -> tuple[Path, lis
         until: embed, pseudo_label, adapt or fuse, to end after that stage, without a report.
 
     Raises:
-        ValueError: a setting or an input is wrong, saying which and what would be right.
-        Terminated: SIGTERM or Ctrl-C came; what was running has saved its state, unless it says otherwise.
+        ValueError: a setting or an input is wrong; the message names it and what would be right.
+        Terminated: SIGTERM or Ctrl-C came; what was running has saved its state, unless `waited_s` says otherwise.
     """
     with running(config, root) as context:
         return _run(context, until)
@@ -52,7 +52,7 @@ def run(config: Config, root: Path, until: str | None = None) -> tuple[Path, lis
 def _run(context: Run, until: str | None = None) -> tuple[Path, list[ScoreRow]] | None:
     config, store, console = context.config, context.store, context.console
     if not has_drawn(config.data, store):
-        with console.stage("collect", f"drawing the collection {config.data.collection}"):
+        with console.stage("collect", f"generating the demo data set {config.data.collection}"):
             draw_collection(config.data, collection_of(store, config.data))
     train, test = open_images(config.data, store, config.resources, log=console.log)
     flow = lay_out(config, store, train, test)
@@ -60,60 +60,19 @@ def _run(context: Run, until: str | None = None) -> tuple[Path, list[ScoreRow]] 
     with mirrored(config.mirror, flow, console):
         if flow.needs_backbone(until):
             check_ready(config.backbone)
-        _announce(console, flow, has_test=config.has_test)
-        _tell(console, describe_unfused(config.fuse, len(flow.labels)))
+        console.log(_describe_run(flow, has_test=config.has_test))
+        _log_any(console, describe_unfused(config.fuse, len(flow.labels)))
         for stage in _stages(context, flow):
             if stage == until:
-                _tell(console, describe_bad_images(flow, reported=False))
+                _log_any(console, describe_bad_images(flow, reported=False))
                 return None
         found = report(context, flow)
-        _tell(console, describe_bad_images(flow, reported=True))
+        _log_any(console, describe_bad_images(flow, reported=True))
         return found
 
 
-def checks_of(config: Config, store: Store, flow: Flow) -> Checks:
-    """What the nodes are asked before the first stage that needs workers; a run that reuses everything asks none."""
-    fuses = not all(artifact.complete for artifact in flow.on_pairs.values())
-    need = least_bytes(config.fuse, known_workers(config.resources)) if fuses else 0
-    return Checks(store.root.absolute(), partial(read_a_little, ends_of(flow.train, flow.test)), need)
-
-
-def check(config: Config, root: Path) -> str:
-    """Looks whether what the run has made is whole, and starts the workers to see whether every node can take part.
-
-    A line per node.
-
-    Raises:
-        ValueError: something is missing or damaged, saying what and where; the backbone cannot be built; or its weights
-            cannot be had and something is still to be made with them.
-    """
-    build_backbone(config.backbone, pretrained=False)
-    store, made, finished = Store(root), list[Artifact](), False
-    cluster = Cluster(config.resources, Checks(root.absolute(), _nothing))
-    if has_drawn(config.data, store):
-        train, test = open_images(config.data, store, config.resources, write_index=False)
-        flow = lay_out(config, store, train, test)
-        cluster.checks = checks_of(config, store, flow)
-        made = [artifact for artifact in artifacts_of(flow) if artifact.complete]
-        for artifact in made:
-            artifact.check()
-        finished = not flow.needs_backbone()
-    if not finished:
-        check_ready(config.backbone)
-    try:
-        count = len(cluster.workers())
-        workers, artefacts = pluralize(count, "worker"), pluralize(len(made), "artefact")
-        return f"{table(cluster.facts.values())}\n{workers} can start; {artefacts} there and whole"
-    finally:
-        cluster.close()
-
-
-def _nothing() -> None:
-    """There is no data to read before a collection is drawn."""
-
-
 def _stages(context: Run, flow: Flow) -> Iterator[str]:
-    """Makes what is missing, stage by stage; the name of each that is done."""
+    """Makes what is missing, stage by stage; yields the name of each finished stage."""
     config, store, console, train = context.config, context.store, context.console, flow.train
     labelled = flow.supervision
     if labelled is not None:
@@ -140,7 +99,7 @@ def _stages(context: Run, flow: Flow) -> Iterator[str]:
     yield "fuse"
 
     features = {m: feature_rows(flow.test, f) for m, f in flow.test_features.items()}
-    for name in sorted(flow.models, key=lambda name: flow.models[name].galleries is not None):  # these see the others'
+    for name in sorted(flow.models, key=lambda name: flow.models[name].galleries is not None):  # these read the others'
         if flow.models[name].galleries is not None:
             _weigh(context, flow, features)
         embed(context, flow.test, flow.models[name], flow.test_features[name])
@@ -154,19 +113,21 @@ def _stages(context: Run, flow: Flow) -> Iterator[str]:
 
 
 def _weigh(context: Run, flow: Flow, features: Mapping[str, RowArrays]) -> None:
-    """Weighs the adaptor sets for each task's gallery."""
+    """Weights of the adaptor sets for each task's gallery."""
     assert flow.galleries is not None
     sets = {f"k={k}": features[f"k={k}"] for k in flow.adaptors}
     bad = bad_rows(flow.test, flow.test_features["backbone"])
     weigh_galleries(context, flow.test, flow.ground_truth, sets, bad, flow.galleries)
 
 
-def _tell(console: Console, text: str) -> None:
+def _log_any(console: Console, text: str) -> None:
+    """Logs the text unless it is empty."""
     if text:
         console.log(text)
 
 
-def _announce(console: Console, flow: Flow, *, has_test: bool) -> None:
+def _describe_run(flow: Flow, *, has_test: bool) -> str:
+    """One line: how many images, which K, and how many artefacts are reused."""
     groups = (flow.labels, flow.adaptors, flow.fusions, flow.scores)
     made = [*flow.features, *(artifact for group in groups for artifact in group.values())]
     if flow.supervision is not None and flow.supervision.adaptors is not None:
@@ -175,7 +136,48 @@ def _announce(console: Console, flow: Flow, *, has_test: bool) -> None:
     tested = f"and {pluralize(len(flow.test), 'test image')}"
     if not has_test:
         tested = f"and no test set: {len(flow.test)} of them are looked at in its place"
-    console.log(
+    return (
         f"{pluralize(len(flow.train), 'training image')} {tested}; K = {', '.join(map(str, flow.labels))}; "
         f"{reused} of {len(made)} artefacts are there and reused"
     )
+
+
+def checks_of(config: Config, store: Store, flow: Flow) -> Checks:
+    """What every node must pass before the first stage that needs workers."""
+    fuses = not all(artifact.complete for artifact in flow.on_pairs.values())
+    need = least_bytes(config.fuse, known_workers(config.resources)) if fuses else 0
+    return Checks(store.root.absolute(), partial(read_a_little, ends_of(flow.train, flow.test)), need)
+
+
+def check(config: Config, root: Path) -> str:
+    """Checks the artefacts of the run, and starts the workers to see whether every node can take part.
+
+    Returns a line per node, and one that counts workers and artefacts.
+
+    Raises:
+        ValueError: an artefact is damaged, with its file; a node cannot take part; the backbone cannot be built; or its
+            weights are not available and still needed.
+    """
+    build_backbone(config.backbone, pretrained=False)
+    store, made, finished = Store(root), list[Artifact](), False
+    cluster = Cluster(config.resources, Checks(root.absolute(), _nothing))
+    if has_drawn(config.data, store):
+        train, test = open_images(config.data, store, config.resources, write_index=False)
+        flow = lay_out(config, store, train, test)
+        cluster.checks = checks_of(config, store, flow)
+        made = [artifact for artifact in artifacts_of(flow) if artifact.complete]
+        for artifact in made:
+            artifact.check()
+        finished = not flow.needs_backbone()
+    if not finished:
+        check_ready(config.backbone)
+    try:
+        count = len(cluster.workers())
+        workers, artefacts = pluralize(count, "worker"), pluralize(len(made), "artefact")
+        return f"{table(cluster.facts.values())}\n{workers} can start; {artefacts} there and whole"
+    finally:
+        cluster.close()
+
+
+def _nothing() -> None:
+    """Reads no data: there is none before the demo data set is generated."""

@@ -39,7 +39,7 @@ def test_a_restart_writes_on_without_running_into_a_cut_line(before: str, tmp_pa
     assert [event["name"] for event in read_events(path)] == ["a"] * ('"a"' in before) + ["c"]
 
 
-def test_a_stage_is_announced_and_timed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_begin_of_a_stage_and_its_time_are_logged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     console = Console(Events(tmp_path / "events.jsonl"))
     with console.stage("embed", "3 images"):
         console.jobs({"k=4": {"done": 1, "of": 2, "loss": 0.5}, "k=8": {}})
@@ -52,7 +52,7 @@ def test_a_stage_is_announced_and_timed(tmp_path: Path, capsys: pytest.CaptureFi
     assert "k=8" not in printed.err
 
 
-def test_a_console_without_events_only_talks(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_console_without_events_only_prints(capsys: pytest.CaptureFixture[str]) -> None:
     console = Console()
     with console.stage("embed", "nothing"):
         console.jobs({})
@@ -67,16 +67,16 @@ def test_a_duration_is_short(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
-def test_the_console_says_once_of_each_job_which_tracker_is_off(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_console_logs_once_for_each_job_which_tracker_is_off(capsys: pytest.CaptureFixture[str]) -> None:
     console = Console()
     for done in (3, 4):
         status = {"done": done, "of": 9, "trackers_off": ["Mlflow"]}
         console.jobs({"k=4": status, "k=5": status, "k=6": {"done": 1, "of": 9}})
-    said = capsys.readouterr().err
-    assert [said.count(f"k={k}: Mlflow failed and hears no more") for k in (4, 5, 6)] == [1, 1, 0]
-    assert "k=4: 4/9 | k=5: 4/9 | k=6: 1/9" in said
+    printed = capsys.readouterr().err
+    assert [printed.count(f"k={k}: Mlflow failed and is switched off") for k in (4, 5, 6)] == [1, 1, 0]
+    assert "k=4: 4/9 | k=5: 4/9 | k=6: 1/9" in printed
 
 
-def test_things_are_counted_in_words_with_their_plural_and_thousands_apart() -> None:
+def test_counts_have_the_plural_of_their_noun_and_thousands_separators() -> None:
     assert [pluralize(n, "image") for n in (0, 1, 2, 12_345)] == ["0 images", "1 image", "2 images", "12,345 images"]
     assert [pluralize(n, "query", "queries") for n in (1, 2_000)] == ["1 query", "2,000 queries"]

@@ -1,4 +1,4 @@
-"""How tensors travel between the ranks of one job. Shapes are the caller's; R is the number of ranks."""
+"""Collective operations between the ranks of one job. Shapes are the caller's; R is the number of ranks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 class _AllSum(torch.autograd.Function):
-    """Adds over ranks; its gradient adds over ranks too, because every rank's loss depends on every rank's summand."""
+    """Sum over ranks; its gradient is summed too, because every rank's loss depends on every rank's summand."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
@@ -40,11 +40,11 @@ class Sum:
     work: dist.Work | None  # None in a world of one
 
     def ready(self) -> bool:
-        """Whether every rank has given its part, so that there is nothing to wait for."""
+        """Whether every rank has contributed, so that `total` does not wait."""
         return self.work is None or self.work.is_completed()
 
     def total(self) -> Tensor:
-        """The sum, once it is there."""
+        """The sum; waits for it."""
         if self.work is not None:
             self.work.wait()
         return self.tensor
@@ -72,11 +72,11 @@ class Comm:
         return tensor
 
     def begin_sum(self, tensor: Tensor) -> Sum:
-        """As `sum_`, while this rank does something else that needs no other rank."""
+        """As `sum_`, in the background, while this rank does work that needs no other rank."""
         return Sum(tensor, dist.all_reduce(tensor, async_op=True) if self.size > 1 else None)
 
     def max_(self, tensor: Tensor) -> Tensor:
-        """Entry by entry the largest over ranks, in place, no gradient."""
+        """Elementwise maximum over ranks, in place, no gradient."""
         if self.size > 1:
             dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return tensor
@@ -84,8 +84,8 @@ class Comm:
     def gather(self, tensor: Tensor) -> list[Tensor]:
         """Every rank's tensor, in rank order; the first dimension may differ between ranks.
 
-        At most twice what there is travels and is held: ranks are padded to the longest one where that is no more, and
-        speak one after the other where lengths are more uneven.
+        At most twice the size of the result is sent and held: ranks are padded to the longest one where that is no
+        more, and broadcast one after the other where lengths are more uneven.
         """
         if self.size == 1:
             return [tensor]
@@ -102,7 +102,7 @@ class Comm:
         return [part[:n] for part, n in zip(received, sizes, strict=True)]
 
     def _in_turn(self, tensor: Tensor, sizes: list[int]) -> list[Tensor]:
-        """Each rank that has something tells all others, into one piece of memory."""
+        """Each rank that has rows broadcasts them, into one piece of memory."""
         parts = list(tensor.new_empty((sum(sizes), *tensor.shape[1:])).split(sizes))
         parts[self.rank].copy_(tensor)
         for source, part in enumerate(parts):
@@ -111,7 +111,7 @@ class Comm:
         return parts
 
     def exchange(self, parts: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
-        """Part r goes to rank r; what every rank has for us, in rank order, of these shapes."""
+        """Sends part r to rank r; returns what every rank has sent to this one, in rank order, of these shapes."""
         if self.size == 1:
             return list(parts)
         sent = torch.cat([part.reshape(-1) for part in parts])
@@ -127,7 +127,7 @@ class Comm:
         return tensor
 
     def shift(self, tensor: Tensor, by: int = 1) -> Tensor:
-        """The tensor of the rank `by` before ours while ours goes as far ahead; the first dimension may differ."""
+        """Sends the tensor `by` ranks ahead; returns that of the rank `by` before. The first dimension may differ."""
         if by % self.size == 0:
             return tensor
         after, before = (self.rank + by) % self.size, (self.rank - by) % self.size
@@ -139,10 +139,10 @@ class Comm:
 
     def _exchange(self, sent: Tensor, after: int, received: Tensor, before: int) -> None:
         """Sends and receives at once: one after the other, two GPUs could wait for each other for ever."""
-        moves = [dist.P2POp(dist.isend, sent, after)] if len(sent) else []
-        moves += [dist.P2POp(dist.irecv, received, before)] if len(received) else []
-        for move in dist.batch_isend_irecv(moves) if moves else []:
-            move.wait()
+        operations = [dist.P2POp(dist.isend, sent, after)] if len(sent) else []
+        operations += [dist.P2POp(dist.irecv, received, before)] if len(received) else []
+        for work in dist.batch_isend_irecv(operations) if operations else []:
+            work.wait()
 
     def barrier(self) -> None:
         if self.size > 1:
@@ -150,14 +150,14 @@ class Comm:
 
 
 def wire_device(comm: Comm) -> torch.device:
-    """Where a tensor must live to travel between the ranks: NCCL only takes those of a GPU."""
+    """Where a tensor must be for a collective: NCCL takes only those on a GPU."""
     if comm.size > 1 and dist.get_backend() == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
 
 
 def raise_together(comm: Comm, problem: str) -> None:
-    """Raises the first rank's problem on every rank, so that none waits for one that has given up; "" is none."""
+    """Raises the first problem of any rank on every rank, so that none waits for one that has failed; "" is none."""
     text = torch.tensor(list(problem.encode()), dtype=torch.uint8, device=wire_device(comm))
     for part in comm.gather(text):
         if len(part):
@@ -168,11 +168,11 @@ def raise_together(comm: Comm, problem: str) -> None:
 def process_group(
     rank: int, size: int, address: str, *, backend: str = "gloo", timeout_s: float = 600.0
 ) -> Iterator[Comm]:
-    """A process group at `address` ("host:port"), ended with a barrier: no rank leaves while another still talks.
+    """A process group at `address` ("host:port"), ended with a barrier: no rank leaves while another communicates.
 
     Raises:
-        ConnectionError: the ranks do not meet there, as where another process has taken the port in the meantime; at
-            another address they may.
+        ConnectionError: the ranks cannot connect there, for example because another process has taken the port in the
+            meantime; another address may work.
     """
     host, port = address.rsplit(":", 1)
     os.environ.update(MASTER_ADDR=host, MASTER_PORT=port, RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK="0")
@@ -194,7 +194,7 @@ def process_group(
 
 
 def _destroy() -> None:
-    """Ends the process group; through DeepSpeed where it adopted the group, or it would keep handles to a dead one."""
+    """Ends the process group; through DeepSpeed where that uses the group, or it would keep handles to a dead one."""
     deepspeed_comm = sys.modules.get("deepspeed.comm")
     if deepspeed_comm is not None and deepspeed_comm.is_initialized():
         deepspeed_comm.destroy_process_group()

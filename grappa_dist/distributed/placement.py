@@ -1,8 +1,6 @@
-"""Which jobs there are, which workers they get, and what waits for what: arithmetic, without Ray.
+"""How many workers a run will have, how adaptor sets form jobs, and which workers each job gets; without Ray.
 
 Shapes: W workers on nodes; J jobs of R ranks, a worker each; N adaptor sets, S of them in a job.
-
-The workers that a run will have, as far as this machine can say without starting Ray, and what jobs make of them.
 """
 
 from __future__ import annotations
@@ -18,9 +16,11 @@ import torch
 
 from grappa_dist.config import Resources
 
+Item = TypeVar("Item")
+
 
 def known_workers(where: Resources) -> int | None:
-    """How many workers there will be, as far as this machine can say without starting Ray."""
+    """How many workers there will be; None where that cannot be known without starting Ray."""
     if where.workers != "auto":
         return where.workers
     if os.environ.get("RAY_ADDRESS") or may_have_gpus(where):
@@ -29,37 +29,52 @@ def known_workers(where: Resources) -> int | None:
 
 
 def may_have_gpus(where: Resources) -> bool:
-    """Whether workers have GPUs, or might where this machine cannot say."""
+    """Whether workers have GPUs; True also where a remote cluster may have some."""
     if where.gpus_per_worker != "auto":
         return where.gpus_per_worker > 0
     return bool(os.environ.get("RAY_ADDRESS")) or torch.cuda.is_available()
 
 
 def ranks_of(where: Resources, workers: int | None) -> int:
-    """Ranks of an adaptor job on so many workers; with elastic no more than there are."""
+    """Ranks of an adaptor job on so many workers; with elastic at most that number."""
     return max(1, min(where.adapt_ranks, workers)) if where.elastic and workers is not None else where.adapt_ranks
-
-
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Seconds an image of one worker: what a job does once for all of its sets, and once for each."""
+    """Seconds per image on one worker: what a job does once for all of its sets, and what it does for each."""
 
     decode_s: float
     shared_s: float  # patch embedding and the first block
     set_s: float
-    overlap: bool  # decoding runs beside the training (a GPU trains) or takes its time (CPUs do both)
+    overlap: bool  # whether decoding runs beside the training (on a GPU) or takes time from it (CPUs do both)
 
     def image_s(self, num_sets: int) -> float:
-        """Seconds an image in a job of so many sets."""
+        """Seconds per image in a job of so many sets."""
         train_s = self.shared_s + num_sets * self.set_s
         return max(self.decode_s, train_s) if self.overlap else self.decode_s + train_s
 
 
+def sets_per_job(num_sets: int, slots: int, rates: Rates, most: int | None = None) -> int:
+    """How many sets a job should train so that all of them are done soonest, with `slots` jobs side by side.
+
+    The lowest of equally fast numbers: small jobs lose less when one dies.
+
+    Args:
+        most: sets that a job's memory holds.
+    """
+    numbers = range(1, min(num_sets, most or num_sets) + 1)
+
+    def seconds(per_job: int) -> float:
+        jobs = -(-num_sets // per_job)
+        return -(-jobs // slots) * rates.image_s(per_job)
+
+    fastest = min(map(seconds, numbers))
+    return next(s for s in numbers if seconds(s) <= fastest * (1 + 1e-9))
+
+
 def split_evenly(items: Sequence[Item], per_group: int) -> list[tuple[Item, ...]]:
-    """As few groups of at most `per_group` as can be, in order, of sizes that differ by one at most."""
+    """The fewest groups of at most `per_group` items, in order, whose sizes differ by at most one."""
     if per_group < 1:
         raise ValueError(f"a group must hold at least one item, got {per_group}")
     count = -(-len(items) // per_group)
@@ -68,10 +83,10 @@ def split_evenly(items: Sequence[Item], per_group: int) -> list[tuple[Item, ...]
 
 
 def choose_workers(nodes: Sequence[Hashable], ranks: int) -> list[int] | None:
-    """Which free workers the next job takes, in their order; None where there are too few.
+    """Positions of the free workers that the next job takes, ascending; None where there are too few.
 
-    On one node if any has enough of them, the one that is left with the fewest; else on the nodes with the most, so
-    that it spans as few as can be.
+    They are on one node if any node has enough of them, the one that is left with the fewest; else on the nodes with
+    the most, so that the job spans as few nodes as possible.
 
     Args:
         nodes: the node of each free worker.
@@ -89,10 +104,10 @@ def choose_workers(nodes: Sequence[Hashable], ranks: int) -> list[int] | None:
 
 
 def waves(num_jobs: int, workers: int, ranks: int) -> list[int]:
-    """How many jobs run at once, wave after wave, if all take as long.
+    """How many jobs run at once, wave after wave, if all take equally long.
 
     Raises:
-        ValueError: a job has more ranks than there are workers, so it would wait for ever.
+        ValueError: a job has more ranks than there are workers: it could never start.
     """
     check_capacity(workers, ranks)
     full, rest = divmod(num_jobs, workers // ranks)
@@ -108,26 +123,8 @@ def check_capacity(workers: int, ranks: int) -> None:
         )
 
 
-def sets_per_job(num_sets: int, slots: int, rates: Rates, most: int | None = None) -> int:
-    """How many sets a job should train for all of them to be done soonest, where so many jobs run side by side.
-
-    Of equally fast numbers the lowest: small jobs lose less when one dies.
-
-    Args:
-        most: sets that a job's memory holds.
-    """
-    numbers = range(1, min(num_sets, most or num_sets) + 1)
-
-    def seconds(per_job: int) -> float:
-        jobs = -(-num_sets // per_job)
-        return -(-jobs // slots) * rates.image_s(per_job)
-
-    fastest = min(map(seconds, numbers))
-    return next(s for s in numbers if seconds(s) <= fastest * (1 + 1e-9))
-
-
 def describe_placement(num_jobs: int, workers: int, ranks: int) -> str:
-    """What runs at once and what waits for what, in a line.
+    """One line: how many jobs run at once, in how many waves, and how many workers are idle.
 
     Raises:
         ValueError: a job has more ranks than there are workers.
@@ -139,6 +136,6 @@ def describe_placement(num_jobs: int, workers: int, ranks: int) -> str:
     order = several if len(sizes) > 1 else "all at once"
     rest = f", {sizes[-1]} in the last" if sizes[-1] != sizes[0] else ""
     idle = workers - sizes[0] * ranks
-    told = f"{num_jobs} job{'s' * (num_jobs > 1)} of {ranks} rank{'s' * (ranks > 1)}, {order}{rest}"
-    told += f", in {len(sizes)} waves" if len(sizes) > 1 else ""
-    return told + (f"; {idle} of {workers} workers idle" if idle else "")
+    line = f"{num_jobs} job{'s' * (num_jobs > 1)} of {ranks} rank{'s' * (ranks > 1)}, {order}{rest}"
+    line += f", in {len(sizes)} waves" if len(sizes) > 1 else ""
+    return line + (f"; {idle} of {workers} workers idle" if idle else "")

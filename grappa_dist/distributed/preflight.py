@@ -1,6 +1,6 @@
-"""Looks, before any work, whether every node can take part: same versions, same storage, room for the plan.
+"""Checks, before any work, that every node can take part: same versions, same storage, readable data, enough memory.
 
-Each node states facts (`survey`), in a process that is up already; `problems` compares them, without Ray.
+Each node collects facts (`survey`) in a worker that is up already; `problems` compares them, without Ray.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ class Checks:
     """What a run needs of every node."""
 
     root: Path  # the run directory
-    read_data: Callable[[], None]  # reads a little of the images, or raises what is in the way
-    worker_bytes: int = 0  # memory that one worker needs at the least
+    read_data: Callable[[], None]  # reads a little of the images, or raises the error that prevents it
+    worker_bytes: int = 0  # memory that one worker needs at least
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What one node says of itself; a reason is "" where nothing is in the way."""
+    """The facts of one node; a reason is "" where there is no problem."""
 
     node: str
     versions: Mapping[str, str] = field(default_factory=dict)
     storage: str = ""  # why the run directory is not the driver's, or cannot be written
     data: str = ""  # why the images cannot be read
     gpu: str = ""  # why the GPU that a worker was given cannot be used
-    memory_bytes: int = 0  # that is free for one worker: of its GPU, else its part of the node's
+    memory_bytes: int = 0  # free for one worker: of its GPU, else its part of the node's memory
 
 
 def node_name(address: str) -> str:
@@ -84,8 +84,8 @@ def survey(checks: Checks, token: Path, node: str, name: str, *, workers: int, g
     """The facts of the node that this process runs on, `workers` of which share its memory.
 
     Args:
-        node: tells it from all others; several may be on one host.
-        name: for people.
+        node: Ray's id of the node; several nodes may be on one host.
+        name: of the node, for messages.
     """
     usable = gpu and torch.cuda.is_available()
     why = f"torch {torch.__version__} sees no GPU here, though Ray has given one" if gpu and not usable else ""
@@ -94,10 +94,10 @@ def survey(checks: Checks, token: Path, node: str, name: str, *, workers: int, g
 
 
 def _storage(root: Path, token: Path, node: str) -> str:
-    """Reads what the driver wrote and writes an answer beside it."""
+    """Reads what the driver wrote and writes it again under the node's name; why that fails, or ""."""
     try:
-        said = _late(lambda: (token / "driver").read_text())
-        (token / _file_of(node)).write_text(said)
+        content = _late(lambda: (token / "driver").read_text())
+        (token / _file_of(node)).write_text(content)
     except FileNotFoundError:
         return f"the run directory {root} is not the one that the driver writes to; put --out on storage that all share"
     except OSError as error:
@@ -110,7 +110,7 @@ def _file_of(node: str) -> str:
 
 
 def _late(read: Callable[[], str]) -> str:
-    """What `read` returns, once the file is there."""
+    """What `read` returns, once the file is visible."""
     end = time.monotonic() + LATE_FILE_S
     while True:
         try:
@@ -143,7 +143,7 @@ def free_memory() -> int:
 
 
 def _left_in_container(group: Path) -> float:
-    """Bytes up to the control group's limit; files that it has read count against it, but are let go for the asking."""
+    """Bytes up to the control group's limit; the page cache counts against it, but is released on demand."""
     limit = (group / "memory.max").read_text().strip()
     if limit == "max":
         return math.inf
@@ -153,7 +153,7 @@ def _left_in_container(group: Path) -> float:
 
 @contextmanager
 def token_in(root: Path) -> Iterator[Path]:
-    """A folder in the run directory with a word of the driver in it; gone afterwards, as is what was made for it."""
+    """A folder in the run directory with a file of the driver; removed at the end, as are the folders made for it."""
     made = [folder for folder in (root, *root.parents) if not folder.exists()]
     token = root / f".preflight-{uuid4().hex[:12]}"
     try:
@@ -171,31 +171,31 @@ def token_in(root: Path) -> Iterator[Path]:
 
 
 def answered(token: Path, node: str, facts: Facts) -> Facts:
-    """The facts, with the driver's look at what the node wrote."""
+    """The facts, after the driver has looked for what the node wrote."""
     if facts.storage:
         return facts
     try:
-        said = _late(lambda: (token / _file_of(node)).read_text())
+        content = _late(lambda: (token / _file_of(node)).read_text())
     except OSError:
-        said = ""
-    why = "" if said == token.name else f"the driver does not see what it writes to {token.parent}"
+        content = ""
+    why = "" if content == token.name else f"the driver does not see what it writes to {token.parent}"
     return Facts(facts.node, facts.versions, why, facts.data, facts.gpu, facts.memory_bytes)
 
 
 def problems(own_versions: Mapping[str, str], nodes: Sequence[Facts], worker_bytes: int) -> list[str]:
-    """One line per kind of trouble, saying where it is; none where all is well."""
+    """One line per kind of problem, with the nodes that have it."""
     where: dict[str, list[str]] = defaultdict(list)
     for facts in nodes:
         for name, version in facts.versions.items():
             if version != own_versions[name]:
                 where[f"{name} {version}, the driver has {own_versions[name]}"].append(facts.node)
-        for trouble in (facts.storage, facts.data, facts.gpu):
-            if trouble:
-                where[trouble].append(facts.node)
+        for problem in (facts.storage, facts.data, facts.gpu):
+            if problem:
+                where[problem].append(facts.node)
         if facts.memory_bytes < worker_bytes and not facts.gpu:
             need, free = (f"{size / 2**30:.1f} GiB" for size in (worker_bytes, facts.memory_bytes))
             where[f"a worker needs {need} of memory at least, {free} is free"].append(facts.node)
-    return [f"{_names(found)}: {trouble}" for trouble, found in where.items()]
+    return [f"{_names(found)}: {problem}" for problem, found in where.items()]
 
 
 def _names(nodes: Sequence[str]) -> str:
@@ -204,9 +204,9 @@ def _names(nodes: Sequence[str]) -> str:
 
 
 def table(nodes: Iterable[Facts]) -> str:
-    """A line per node, for people."""
+    """A line per node: versions and free memory."""
     lines = []
     for facts in nodes:
-        said = ", ".join(f"{name} {version}" for name, version in facts.versions.items())
-        lines.append(f"{facts.node}: {said}; {facts.memory_bytes / 2**30:.1f} GiB free for each worker")
+        found = ", ".join(f"{name} {version}" for name, version in facts.versions.items())
+        lines.append(f"{facts.node}: {found}; {facts.memory_bytes / 2**30:.1f} GiB free for each worker")
     return "\n".join(lines)

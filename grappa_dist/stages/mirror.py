@@ -1,16 +1,14 @@
-"""mirror: finished artefacts are copied to an object store, and fetched from there by a run that lacks them.
+"""The mirror of a run: its finished artefacts and the work in progress, copied to an object store.
 
-An object store has no rename, so a copy counts as complete when its manifest is there, which is written last. What a
-killed upload left has no manifest, is not looked at, and is overwritten. Work under way is copied by mirror_work.py.
+A run that lacks them fetches them from there, so that a run on a new machine resumes in the middle of a job.
 
-Work under way on the mirror: from what is copied here, a run on a new machine goes on in the middle of a job.
+An object store has no rename, so the copy of an artefact counts as complete when its manifest is there, which is
+written last. What a killed upload left has no manifest, is ignored, and is overwritten.
 
-What a restart can use of a folder that is not finished (checkpoints, the log, k-NN graphs, the last update of k-means)
-is copied there, and then `state.json`, which lists the copies. A copy never changes under its name, and one that is no
-longer listed goes only afterwards: whatever `state.json` says is there, whole and of one moment. All copies of a folder
-go once the store has the finished artefact.
-
-A folder on an object store that we write to; every failure says what was asked of which URL.
+Of a folder that is not finished, what a restart can use (checkpoints, the log, k-NN graphs, the last update of k-means)
+is copied, and then `state.json`, which lists the copies. A copy never changes under its name, and is removed only after
+it is no longer listed: everything that `state.json` lists exists, whole and from one moment. All copies of a folder are
+removed once the store has the finished artefact.
 """
 
 from __future__ import annotations
@@ -35,14 +33,276 @@ from grappa_dist.files import sync
 from grappa_dist.stages.adapt_packs import PACK_FILE, pack_members
 from grappa_dist.stages.flow import Flow
 
-_IN_FLIGHT = 8
+LATEST = "latest.json"  # names the report and the model of the run that ended last
+STATE = "state.json"
+ASIDE = ".mirror"  # in the run directory: links to the files being copied, which stay when the files are removed
+_PERIOD_S = 20.0
+_IN_FLIGHT = 8  # requests at a time
+_TRIES = 5  # to list a folder while checkpoints come and go
+_USED = (  # in this order: what belongs to a checkpoint is there before it, and features go when their graph is there
+    *("progress.safetensors", "checkpoints/step-*[0-9]/*", "checkpoints/*.json"),
+    *("knn/features-*[0-9]/*", "knn/epoch-*[0-9]/*", PACK_FILE, METRICS_FILE),
+)
+_PROGRESS = ("progress.safetensors", "checkpoints/step-")  # without any of these a restart begins anew
+
+
+@contextmanager
+def mirrored(url: str | None, flow: Flow, console: Console) -> Iterator[None]:
+    """Fetches what is on the store; while the block runs, and when it ends, copies what is new to the store."""
+    if url is None:
+        yield
+        return
+    mirror, artifacts = Mirror(url), artifacts_of(flow)
+    work = WorkMirror(mirror.remote, mirror.found, artifacts)
+    if fetched := mirror.fetch(artifacts):
+        console.log(f"{len(fetched)} artefacts fetched from {mirror.remote.url}")
+    if begun := work.fetch():
+        console.log(f"fetched from {mirror.remote.url}, to go on with: {', '.join(begun)}")
+
+    def save() -> None:
+        mirror.save(artifacts)
+        work.save(mirror.complete)
+
+    stop = threading.Event()
+    copier = threading.Thread(target=_copy, args=(save, stop, console), name="mirror")
+    copier.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        copier.join()
+    save()  # raises what has failed
+    if flow.report.complete and flow.model.complete:  # not after a run that ends before them
+        mirror.point({"report": flow.report.name, "model": flow.model.name})
+
+
+def _copy(save: Callable[[], None], stop: threading.Event, console: Console) -> None:
+    """Copies every _PERIOD_S until `stop` is set, and then once more: also of a run that fails or is stopped."""
+    last = False
+    while not last:
+        last = stop.wait(_PERIOD_S)
+        try:
+            save()
+        except (ValueError, OSError) as error:  # the run goes on; only a failure at its end is raised
+            console.log(f"warning: {error}")
+
+
+def artifacts_of(flow: Flow) -> list[Artifact]:
+    """All artefacts of a run, each once, in the order in which they are made."""
+    found: dict[str, Artifact] = {}
+
+    def add(value: Any) -> None:
+        if isinstance(value, Artifact):
+            found[value.name] = value
+        elif isinstance(value, Mapping | tuple):
+            for part in value.values() if isinstance(value, Mapping) else value:
+                add(part)
+
+    for field in fields(flow):
+        add(getattr(flow, field.name))
+    return list(found.values())
+
+
+class Mirror:
+    """Copies of finished artefacts below a URL."""
+
+    def __init__(self, url: str) -> None:
+        self.remote = RemoteFolder(url)
+        self.found = self.remote.names()
+        self.complete = {name.removesuffix(f"/{MANIFEST}") for name in self.found if name.endswith(f"/{MANIFEST}")}
+
+    def fetch(self, artifacts: Iterable[Artifact]) -> list[Artifact]:
+        """Fetches what the store has and the run directory lacks; each artefact appears by one rename."""
+        wanted = [a for a in artifacts if a.name in self.complete and not a.complete]
+        for artifact in wanted:
+            manifest = f"{artifact.name}/{MANIFEST}"
+            sizes: dict[str, int] = json.loads(self.remote.read(manifest))["files"]
+            objects = {name: f"{artifact.name}/{name}" for name in (*sizes, MANIFEST)}
+            shutil.rmtree(artifact.partial, ignore_errors=True)  # of an attempt that is no longer needed
+            self.remote.fetch(objects, sizes, artifact.path, listed_in=manifest)
+        return wanted
+
+    def save(self, artifacts: Iterable[Artifact]) -> None:
+        """Copies what is finished and not there yet, each with its manifest last."""
+        for artifact in artifacts:
+            if artifact.name not in self.complete and artifact.complete:
+                files: dict[str, int] = json.loads((artifact.path / MANIFEST).read_text())["files"]
+                _each(files, partial(self._put, artifact))
+                self._put(artifact, MANIFEST)
+                self.complete.add(artifact.name)
+
+    def point(self, latest: Mapping[str, str]) -> None:
+        """Writes which report and model are the latest, in one object."""
+        text = (json.dumps(dict(latest), indent=1) + "\n").encode()
+        self.remote.write(LATEST, text)
+
+    def _put(self, artifact: Artifact, name: str) -> None:
+        self.remote.put(artifact.path / name, f"{artifact.name}/{name}")
+
+
+@dataclass(frozen=True)
+class _State:
+    """The content of one state.json."""
+
+    artifacts: tuple[str, ...]  # names of those that the folder becomes
+    objects: Mapping[str, str]  # by the file that each is a copy of
+    sizes: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class _Snapshot:
+    """The files of a folder at one moment, which stay the same while they are copied."""
+
+    state: _State
+    paths: Mapping[str, Path]
+    read: Mapping[str, bytes]  # contents of those that change in place
+
+
+class WorkMirror:
+    """Copies of unfinished folders, each below its name in the run directory."""
+
+    def __init__(self, remote: RemoteFolder, names: Iterable[str], artifacts: Sequence[Artifact]) -> None:
+        """Args: names: of the objects on the store; artifacts: of the run, finished or not, at least one."""
+        self._remote, self._root = remote, artifacts[0].root
+        self._artifacts = {a.name: a for a in artifacts}
+        there = sorted(names)
+        states = {n.removesuffix(f"/{STATE}"): _read(remote, n) for n in there if n.endswith(f"/{STATE}")}
+        self._saved = {folder: state for folder, state in states.items() if self._is_ours(folder, state)}
+        ours = tuple(f"{folder}/" for folder in (*(f"{name}.partial" for name in self._artifacts), *self._saved))
+        listed = {name for folder, s in self._saved.items() for name in (f"{folder}/{STATE}", *s.objects.values())}
+        self._strays = {n for n in there if n.startswith(ours)} - listed  # of a run that was killed while it copied
+
+    def fetch(self) -> list[str]:
+        """Fetches every folder that is neither finished nor begun here, each by one rename; returns their names."""
+        fetched = []
+        for folder, state in self._saved.items():
+            here = self._root / folder
+            if here.exists() or all(self._artifacts[name].complete for name in state.artifacts):
+                continue
+            self._remote.fetch(state.objects, state.sizes, here, listed_in=f"{folder}/{STATE}")
+            fetched.append(folder)
+        return fetched
+
+    def save(self, finished: Collection[str]) -> None:
+        """Copies what has changed since the last call, and removes what is no longer needed.
+
+        Args:
+            finished: the artefacts that the store has.
+        """
+        unfinished = self._in_progress()
+        for folder, state in list(self._saved.items()):
+            if folder not in unfinished and set(state.artifacts) <= set(finished):
+                self._remote.remove([f"{folder}/{STATE}"])
+                self._strays |= set(self._saved.pop(folder).objects.values())
+        self._remote.remove(sorted(self._strays))
+        self._strays = set()
+        for folder, artifacts in unfinished.items():
+            with (
+                suppress(FileNotFoundError),
+                _snapshot(self._root, folder, artifacts) as snapshot,
+            ):  # the folder is finished by now
+                self._put(folder, snapshot)
+
+    def _put(self, folder: str, snapshot: _Snapshot) -> None:
+        state, before = snapshot.state, self._saved.get(folder)
+        if before == state or not any(file.startswith(_PROGRESS) for file in state.objects):
+            return
+        old = set(before.objects.values()) if before else set[str]()
+        new = [file for file, name in state.objects.items() if name not in old]
+        self._strays |= {state.objects[file] for file in new}  # until they are listed
+        _each(new, partial(self._copy, snapshot))
+        text = {"artifacts": state.artifacts, "objects": state.objects, "sizes": state.sizes}
+        self._remote.write(f"{folder}/{STATE}", (json.dumps(text, indent=1) + "\n").encode())
+        self._saved[folder] = state
+        self._strays = (self._strays | old) - set(state.objects.values())
+        self._remote.remove(sorted(self._strays))
+        self._strays = set()
+
+    def _copy(self, snapshot: _Snapshot, file: str) -> None:
+        name = snapshot.state.objects[file]
+        if file in snapshot.read:
+            self._remote.write(name, snapshot.read[file])
+        else:
+            self._remote.put(snapshot.paths[file], name)
+
+    def _is_ours(self, folder: str, state: _State) -> bool:
+        """Whether it is a folder of this run, and not a path that the store should not name."""
+        is_job = re.fullmatch(r"packs/\w+", folder) and set(state.artifacts) <= self._artifacts.keys()
+        return bool(is_job) or (folder.removesuffix(".partial") in self._artifacts and folder.endswith(".partial"))
+
+    def _in_progress(self) -> dict[str, tuple[str, ...]]:
+        """Unfinished folders, with the names of the artefacts that they become."""
+        alone = {f"{name}.partial": (name,) for name, a in self._artifacts.items() if a.partial.exists()}
+        jobs = {f"packs/{job}": sets for job, sets in pack_members(self._root).items()}
+        return alone | {job: sets for job, sets in jobs.items() if set(sets) <= self._artifacts.keys()}
+
+
+@contextmanager
+def _snapshot(root: Path, folder: str, artifacts: tuple[str, ...]) -> Iterator[_Snapshot]:
+    """What a restart can use of a folder.
+
+    Raises:
+        FileNotFoundError: the folder no longer exists.
+    """
+    try:
+        yield _take_snapshot(root, folder, artifacts)
+    finally:
+        shutil.rmtree(root / ASIDE, ignore_errors=True)
+
+
+def _take_snapshot(root: Path, folder: str, artifacts: tuple[str, ...]) -> _Snapshot:
+    for left in reversed(range(_TRIES)):
+        shutil.rmtree(root / ASIDE, ignore_errors=True)
+        try:
+            return _list_and_link(root, folder, artifacts)
+        except FileNotFoundError:  # a checkpoint was replaced by a newer one
+            if not left:
+                raise
+    raise AssertionError("the last try returns or raises")
+
+
+def _list_and_link(root: Path, folder: str, artifacts: tuple[str, ...]) -> _Snapshot:
+    objects, sizes, paths, read = dict[str, str](), dict[str, int](), dict[str, Path](), dict[str, bytes]()
+    for path in _usable(root / folder):
+        file, stat = path.relative_to(root / folder).as_posix(), path.stat()
+        objects[file], sizes[file] = f"{folder}/{file}@{stat.st_mtime_ns}", stat.st_size
+        if path.suffix in (".json", ".jsonl"):  # small, and may change while it is copied
+            read[file] = path.read_bytes()
+            objects[file], sizes[file] = f"{objects[file]}-{len(read[file])}", len(read[file])
+        else:
+            paths[file] = _linked(path, root / ASIDE / file)
+    return _Snapshot(_State(artifacts, objects, sizes), paths, read)
+
+
+def _linked(path: Path, link: Path) -> Path:
+    """A hard link to a file, which survives its removal; the file itself where the file system has no links."""
+    link.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(path, link)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        return path
+    return link
+
+
+def _usable(folder: Path) -> list[Path]:
+    """The files that a restart can use; of the checkpoints only the newest."""
+    newest = sorted(folder.glob("checkpoints/step-*[0-9]"))[-1:]
+    found = [path for pattern in _USED for path in sorted(folder.glob(pattern)) if path.is_file()]
+    return [path for path in found if path.parent.parent.name != "checkpoints" or path.parent in newest]
+
+
+def _read(remote: RemoteFolder, name: str) -> _State:
+    found = json.loads(remote.read(name))
+    return _State(tuple(found["artifacts"]), found["objects"], found["sizes"])
 
 
 class RemoteFolder:
-    """Objects below a URL, by their names in it.
+    """Objects below a URL on an object store, by their names relative to it.
 
     Raises:
-        ValueError: in every method, when the store does not do what it is asked.
+        ValueError: in every method, when the store refuses; the message has the request and the URL.
     """
 
     def __init__(self, url: str) -> None:
@@ -67,7 +327,7 @@ class RemoteFolder:
         self._call(f"{name} written", lambda: self._fs.put_file(str(path), self._at(name)))
 
     def remove(self, names: Iterable[str]) -> None:
-        """One after the other, in this order; those that are not there are no error."""
+        """One after the other, in this order; missing ones are no error."""
         for name in names:
             self._call(f"{name} removed", partial(self._remove, name))
 
@@ -75,11 +335,11 @@ class RemoteFolder:
         with suppress(FileNotFoundError):
             self._fs.rm_file(self._at(name))
 
-    def fetch(self, objects: Mapping[str, str], sizes: Mapping[str, int], target: Path, *, said_by: str) -> None:
+    def fetch(self, objects: Mapping[str, str], sizes: Mapping[str, int], target: Path, *, listed_in: str) -> None:
         """A folder of files, each from its object; it appears by one rename.
 
         Args:
-            said_by: the object that names the files and their sizes, for errors.
+            listed_in: the object that lists the files and their sizes, for errors.
 
         Raises:
             ValueError: a file would lie outside of the folder, or has another size; nothing appears.
@@ -88,14 +348,14 @@ class RemoteFolder:
         shutil.rmtree(fresh, ignore_errors=True)
         for file in objects:
             if PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
-                raise ValueError(f"{self.url}/{said_by}: names {file!r}, outside of its folder")
+                raise ValueError(f"{self.url}/{listed_in}: names {file!r}, outside of its folder")
             (fresh / file).parent.mkdir(parents=True, exist_ok=True)
-        each(objects, lambda file: self.get(objects[file], fresh / file))
+        _each(objects, lambda file: self.get(objects[file], fresh / file))
         for file, size in sizes.items():
             if (found := (fresh / file).stat().st_size) != size:
                 raise ValueError(
-                    f"{self.url}/{objects[file]}: {found} bytes, {said_by} says {size}; remove {self.url}/{said_by} to "
-                    "have it made again"
+                    f"{self.url}/{objects[file]}: {found} bytes, {listed_in} says {size}; "
+                    f"remove {self.url}/{listed_in} to have it made again"
                 )
         os.rename(fresh, target)
         sync(target.parent)
@@ -107,274 +367,11 @@ class RemoteFolder:
         try:
             return do()
         except library_errors() as error:
-            said = " ".join(str(error).split()) or type(error).__name__
-            raise ValueError(f"mirror={self.url}: cannot be used ({what}): {type(error).__name__}: {said}") from error
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(f"mirror={self.url}: cannot be used ({what}): {type(error).__name__}: {reason}") from error
 
 
-def each(names: Iterable[str], do: Callable[[str], None]) -> None:
-    """Some requests in flight at a time; the first failure is raised."""
+def _each(names: Iterable[str], do: Callable[[str], None]) -> None:
+    """Calls `do` for each name, _IN_FLIGHT at a time; the first failure is raised."""
     with ThreadPoolExecutor(_IN_FLIGHT) as pool:
         list(pool.map(do, names))
-
-
-STATE = "state.json"
-ASIDE = ".mirror"  # in the run directory: links to what is being copied, which stay when it goes
-_USED = (  # in this order: what belongs to a checkpoint is there before it, and features go when their graph is there
-    *("progress.safetensors", "checkpoints/step-*[0-9]/*", "checkpoints/*.json"),
-    *("knn/features-*[0-9]/*", "knn/epoch-*[0-9]/*", PACK_FILE, METRICS_FILE),
-)
-_PROGRESS = ("progress.safetensors", "checkpoints/step-")  # without any of these a restart begins anew
-_TRIES = 5  # to list a folder while checkpoints come and go
-
-
-@dataclass(frozen=True)
-class _State:
-    """What one state.json says."""
-
-    artifacts: tuple[str, ...]  # that the folder becomes
-    objects: Mapping[str, str]  # by the file that each is a copy of
-    sizes: Mapping[str, int]
-
-
-@dataclass(frozen=True)
-class _Moment:
-    """The files of a folder at one moment, whatever becomes of them while they are copied."""
-
-    state: _State
-    paths: Mapping[str, Path]
-    read: Mapping[str, bytes]  # those that change in place
-
-
-class WorkMirror:
-    """Copies of folders under way, each below its name in the run directory."""
-
-    def __init__(self, remote: RemoteFolder, names: Iterable[str], artifacts: Sequence[Artifact]) -> None:
-        """Args: names: of the objects that are there; artifacts: of the run, finished or not, at least one."""
-        self._remote, self._root = remote, artifacts[0].root
-        self._artifacts = {a.name: a for a in artifacts}
-        there = sorted(names)
-        states = {n.removesuffix(f"/{STATE}"): _read(remote, n) for n in there if n.endswith(f"/{STATE}")}
-        self._saved = {folder: state for folder, state in states.items() if self._is_ours(folder, state)}
-        ours = tuple(f"{folder}/" for folder in (*(f"{name}.partial" for name in self._artifacts), *self._saved))
-        listed = {name for folder, s in self._saved.items() for name in (f"{folder}/{STATE}", *s.objects.values())}
-        self._strays = {n for n in there if n.startswith(ours)} - listed  # of a run that was killed while it copied
-
-    def fetch(self) -> list[str]:
-        """Brings every folder that is neither finished nor begun here; each appears by one rename. Their names."""
-        fetched = []
-        for folder, state in self._saved.items():
-            here = self._root / folder
-            if here.exists() or all(self._artifacts[name].complete for name in state.artifacts):
-                continue
-            self._remote.fetch(state.objects, state.sizes, here, said_by=f"{folder}/{STATE}")
-            fetched.append(folder)
-        return fetched
-
-    def save(self, finished: Collection[str]) -> None:
-        """Copies what has changed since the last time, and removes what is not needed any more.
-
-        Args:
-            finished: the artefacts that the store has.
-        """
-        going = self._going()
-        for folder, state in list(self._saved.items()):
-            if folder not in going and set(state.artifacts) <= set(finished):
-                self._remote.remove([f"{folder}/{STATE}"])
-                self._strays |= set(self._saved.pop(folder).objects.values())
-        self._remote.remove(sorted(self._strays))
-        self._strays = set()
-        for folder, artifacts in going.items():
-            with suppress(FileNotFoundError), _moment(self._root, folder, artifacts) as moment:  # it is done by now
-                self._put(folder, moment)
-
-    def _put(self, folder: str, moment: _Moment) -> None:
-        state, before = moment.state, self._saved.get(folder)
-        if before == state or not any(file.startswith(_PROGRESS) for file in state.objects):
-            return
-        old = set(before.objects.values()) if before else set[str]()
-        new = [file for file, name in state.objects.items() if name not in old]
-        self._strays |= {state.objects[file] for file in new}  # until they are listed
-        each(new, partial(self._copy, moment))
-        text = {"artifacts": state.artifacts, "objects": state.objects, "sizes": state.sizes}
-        self._remote.write(f"{folder}/{STATE}", (json.dumps(text, indent=1) + "\n").encode())
-        self._saved[folder] = state
-        self._strays = (self._strays | old) - set(state.objects.values())
-        self._remote.remove(sorted(self._strays))
-        self._strays = set()
-
-    def _copy(self, moment: _Moment, file: str) -> None:
-        name = moment.state.objects[file]
-        if file in moment.read:
-            self._remote.write(name, moment.read[file])
-        else:
-            self._remote.put(moment.paths[file], name)
-
-    def _is_ours(self, folder: str, state: _State) -> bool:
-        """Whether it is a folder of this run; and not, whatever the store says, some other place."""
-        is_pack = re.fullmatch(r"packs/\w+", folder) and set(state.artifacts) <= self._artifacts.keys()
-        return bool(is_pack) or (folder.removesuffix(".partial") in self._artifacts and folder.endswith(".partial"))
-
-    def _going(self) -> dict[str, tuple[str, ...]]:
-        """Folders under way, with the names of the artefacts that they become."""
-        alone = {f"{name}.partial": (name,) for name, a in self._artifacts.items() if a.partial.exists()}
-        packs = {f"packs/{pack}": sets for pack, sets in pack_members(self._root).items()}
-        return alone | {pack: sets for pack, sets in packs.items() if set(sets) <= self._artifacts.keys()}
-
-
-@contextmanager
-def _moment(root: Path, folder: str, artifacts: tuple[str, ...]) -> Iterator[_Moment]:
-    """What a restart can use of a folder.
-
-    Raises:
-        FileNotFoundError: the folder is not there any more.
-    """
-    try:
-        yield _taken(root, folder, artifacts)
-    finally:
-        shutil.rmtree(root / ASIDE, ignore_errors=True)
-
-
-def _taken(root: Path, folder: str, artifacts: tuple[str, ...]) -> _Moment:
-    for left in reversed(range(_TRIES)):
-        shutil.rmtree(root / ASIDE, ignore_errors=True)
-        try:
-            return _taken_at_once(root, folder, artifacts)
-        except FileNotFoundError:  # a checkpoint made room for a newer one
-            if not left:
-                raise
-    raise AssertionError("the last try returns or raises")
-
-
-def _taken_at_once(root: Path, folder: str, artifacts: tuple[str, ...]) -> _Moment:
-    objects, sizes, paths, read = dict[str, str](), dict[str, int](), dict[str, Path](), dict[str, bytes]()
-    for path in _usable(root / folder):
-        file, stat = path.relative_to(root / folder).as_posix(), path.stat()
-        objects[file], sizes[file] = f"{folder}/{file}@{stat.st_mtime_ns}", stat.st_size
-        if path.suffix in (".json", ".jsonl"):  # small, and may change while it is copied
-            read[file] = path.read_bytes()
-            objects[file], sizes[file] = f"{objects[file]}-{len(read[file])}", len(read[file])
-        else:
-            paths[file] = _linked(path, root / ASIDE / file)
-    return _Moment(_State(artifacts, objects, sizes), paths, read)
-
-
-def _linked(path: Path, link: Path) -> Path:
-    """Another name of a file, which outlives it; the file itself where there are no such links."""
-    link.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(path, link)
-    except FileNotFoundError:
-        raise
-    except OSError:
-        return path
-    return link
-
-
-def _usable(folder: Path) -> list[Path]:
-    """The files that a restart can use; of the checkpoints those of the newest."""
-    newest = sorted(folder.glob("checkpoints/step-*[0-9]"))[-1:]
-    found = [path for pattern in _USED for path in sorted(folder.glob(pattern)) if path.is_file()]
-    return [path for path in found if path.parent.parent.name != "checkpoints" or path.parent in newest]
-
-
-def _read(remote: RemoteFolder, name: str) -> _State:
-    found = json.loads(remote.read(name))
-    return _State(tuple(found["artifacts"]), found["objects"], found["sizes"])
-
-
-LATEST = "latest.json"  # names the report and the model of the run that ended last
-_PERIOD_S = 20.0
-
-
-class Mirror:
-    """Copies of finished artefacts below a URL."""
-
-    def __init__(self, url: str) -> None:
-        self.remote = RemoteFolder(url)
-        self.found = self.remote.names()
-        self.complete = {name.removesuffix(f"/{MANIFEST}") for name in self.found if name.endswith(f"/{MANIFEST}")}
-
-    def fetch(self, artifacts: Iterable[Artifact]) -> list[Artifact]:
-        """Brings what the store has and the run directory lacks; each appears by one rename."""
-        wanted = [a for a in artifacts if a.name in self.complete and not a.complete]
-        for artifact in wanted:
-            manifest = f"{artifact.name}/{MANIFEST}"
-            sizes: dict[str, int] = json.loads(self.remote.read(manifest))["files"]
-            objects = {name: f"{artifact.name}/{name}" for name in (*sizes, MANIFEST)}
-            shutil.rmtree(artifact.partial, ignore_errors=True)  # of an attempt that is not needed any more
-            self.remote.fetch(objects, sizes, artifact.path, said_by=manifest)
-        return wanted
-
-    def save(self, artifacts: Iterable[Artifact]) -> None:
-        """Copies what is finished and not there yet, each with its manifest last."""
-        for artifact in artifacts:
-            if artifact.name not in self.complete and artifact.complete:
-                files: dict[str, int] = json.loads((artifact.path / MANIFEST).read_text())["files"]
-                each(files, partial(self._put, artifact))
-                self._put(artifact, MANIFEST)
-                self.complete.add(artifact.name)
-
-    def point(self, latest: Mapping[str, str]) -> None:
-        """Says which report and model are the latest, in one object."""
-        text = (json.dumps(dict(latest), indent=1) + "\n").encode()
-        self.remote.write(LATEST, text)
-
-    def _put(self, artifact: Artifact, name: str) -> None:
-        self.remote.put(artifact.path / name, f"{artifact.name}/{name}")
-
-
-@contextmanager
-def mirrored(url: str | None, flow: Flow, console: Console) -> Iterator[None]:
-    """Fetches what is on the store; while the block runs, and when it ends, copies there what gets finished."""
-    if url is None:
-        yield
-        return
-    mirror, artifacts = Mirror(url), artifacts_of(flow)
-    work = WorkMirror(mirror.remote, mirror.found, artifacts)
-    if fetched := mirror.fetch(artifacts):
-        console.log(f"{len(fetched)} artefacts fetched from {mirror.remote.url}")
-    if begun := work.fetch():
-        console.log(f"fetched from {mirror.remote.url}, to go on with: {', '.join(begun)}")
-
-    def save() -> None:
-        mirror.save(artifacts)
-        work.save(mirror.complete)
-
-    stop = threading.Event()
-    copier = threading.Thread(target=_copy, args=(save, stop, console), name="mirror")
-    copier.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        copier.join()
-    save()  # raises what went wrong
-    if flow.report.complete and flow.model.complete:  # not after a run that was to end before them
-        mirror.point({"report": flow.report.name, "model": flow.model.name})
-
-
-def _copy(save: Callable[[], None], stop: threading.Event, console: Console) -> None:
-    """Copies now and then until told to stop, and then once more: also of a run that fails or is stopped."""
-    last = False
-    while not last:
-        last = stop.wait(_PERIOD_S)
-        try:
-            save()
-        except (ValueError, OSError) as error:  # the run goes on; what fails at its end ends it
-            console.log(f"warning: {error}")
-
-
-def artifacts_of(flow: Flow) -> list[Artifact]:
-    """All artefacts of a run, each once, in the order in which they are made."""
-    found: dict[str, Artifact] = {}
-
-    def add(value: Any) -> None:
-        if isinstance(value, Artifact):
-            found[value.name] = value
-        elif isinstance(value, Mapping | tuple):
-            for part in value.values() if isinstance(value, Mapping) else value:
-                add(part)
-
-    for field in fields(flow):
-        add(getattr(flow, field.name))
-    return list(found.values())

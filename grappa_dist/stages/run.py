@@ -1,4 +1,4 @@
-"""What every stage is given: the settings, the storage, the workers, and somebody to tell."""
+"""What every stage is given: the settings, the storage, the workers and the console."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def running(config: Config, root: Path) -> Iterator[Run]:
 
     Raises:
         ValueError: the directory cannot be written to, or another run writes to it.
-        Terminated: SIGTERM or Ctrl-C came; what was running has saved its state, unless it says otherwise.
+        Terminated: SIGTERM or Ctrl-C came; what was running has saved its state, unless `waited_s` says otherwise.
     """
     store, new = Store(root), [path for path in (root, *root.parents) if not path.exists()]
     with store.lock():
@@ -50,11 +50,11 @@ def running(config: Config, root: Path) -> Iterator[Run]:
 
 
 def _remove_unused(root: Path, new: Sequence[Path]) -> None:
-    """Removes the folders that a run made for itself, if it was refused before it had begun anything."""
+    """Removes the folders that a run has made, if it was refused before it began any work."""
     begun = {path.name for path in root.iterdir()} - {LOCK, EVENTS_FILE} or (root / EVENTS_FILE).stat().st_size
     if begun or root not in new:
         return
-    with contextlib.suppress(OSError):  # somebody else put something there meanwhile
+    with contextlib.suppress(OSError):  # another process has put something there meanwhile
         (root / EVENTS_FILE).unlink()
         (root / LOCK).unlink()
         for path in new:
@@ -62,7 +62,7 @@ def _remove_unused(root: Path, new: Sequence[Path]) -> None:
 
 
 def run_root(out: str | None, name: str) -> Path:
-    """The run directory, absolute; warns of one in the temporary folder of a submitted job, which Ray removes."""
+    """The run directory, absolute; warns if it is in the temporary folder of a submitted job, which Ray removes."""
     if out is not None and is_remote(out):
         raise ValueError(
             f"out={out}: artefacts are renamed, locked and memory-mapped; expected a folder on a file system that all "

@@ -72,7 +72,7 @@ def test_from_a_laptop_to_eight_sets_of_four_gpus() -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(0, 40), st.integers(1, 12))
-def test_sets_are_shared_out_in_order_over_the_fewest_jobs_evenly(count: int, per_job: int) -> None:
+def test_sets_are_split_in_order_and_evenly_over_the_fewest_jobs(count: int, per_job: int) -> None:
     groups = split_evenly(range(count), per_job)
     assert [item for group in groups for item in group] == list(range(count))
     assert len(groups) == -(-count // per_job)
@@ -127,7 +127,7 @@ def test_no_other_number_of_sets_in_a_job_would_be_done_sooner(num_sets: int, sl
 
 
 @pytest.mark.parametrize(
-    ("jobs", "workers", "ranks", "said"),
+    ("jobs", "workers", "ranks", "message"),
     [
         (8, 1, 1, "8 jobs of 1 rank, one after the other, in 8 waves"),
         (8, 32, 4, "8 jobs of 4 ranks, all at once"),
@@ -136,5 +136,5 @@ def test_no_other_number_of_sets_in_a_job_would_be_done_sooner(num_sets: int, sl
         (0, 3, 2, "nothing to place"),
     ],
 )
-def test_a_plan_is_told_in_a_line(jobs: int, workers: int, ranks: int, said: str) -> None:
-    assert describe_placement(jobs, workers, ranks) == said
+def test_a_placement_is_described_in_one_line(jobs: int, workers: int, ranks: int, message: str) -> None:
+    assert describe_placement(jobs, workers, ranks) == message

@@ -170,18 +170,18 @@ def test_a_run_directory_that_cannot_be_made_is_an_error_of_the_driver(tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("read", "said"),
+    ("read", "message"),
     [
         (partial(fail, FileNotFoundError(2, "No such file or directory", "/data/a.tar")), "'/data/a.tar'"),
         (partial(fail, ValueError("s3://bucket/a.tar:\n  no credentials")), "s3://bucket/a.tar: no credentials"),
         (partial(fail, ModuleNotFoundError("No module named 's3fs'")), "No module named 's3fs'"),
     ],
 )
-def test_data_that_a_node_cannot_read_is_one_line(tmp_path: Path, read: Callable[[], None], said: str) -> None:
+def test_data_that_a_node_cannot_read_is_one_line(tmp_path: Path, read: Callable[[], None], message: str) -> None:
     with token_in(tmp_path) as token:
         facts = survey(Checks(tmp_path, read), token, "id", "far", workers=1, gpu=False)
     assert facts.data.startswith("images cannot be read: ")
-    assert said in facts.data
+    assert message in facts.data
     assert "\n" not in facts.data
 
 

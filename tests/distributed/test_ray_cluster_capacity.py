@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from grappa_dist.config import Resources
-from grappa_dist.distributed.ray_cluster import fitting, gpus_per_worker, planned, room
+from grappa_dist.distributed.ray_cluster import gpus_per_worker, usable_workers, worker_capacity, workers_to_start
 
 
 def node(cpus: float, gpus: float = 0, *, alive: bool = True) -> dict[str, Any]:
@@ -14,9 +14,9 @@ def node(cpus: float, gpus: float = 0, *, alive: bool = True) -> dict[str, Any]:
 
 
 def test_no_worker_spans_two_nodes_and_dead_nodes_hold_none() -> None:
-    assert room([node(4), node(5), node(2), node(8, alive=False)], 3, 0) == 2
-    assert room([node(16, 2), node(2, 8), node(64)], 1, 1) == 4
-    assert room([], 1, 0) == 0
+    assert worker_capacity([node(4), node(5), node(2), node(8, alive=False)], 3, 0) == 2
+    assert worker_capacity([node(16, 2), node(2, 8), node(64)], 1, 1) == 4
+    assert worker_capacity([], 1, 0) == 0
 
 
 def test_auto_takes_gpus_where_any_node_has_one() -> None:
@@ -25,16 +25,16 @@ def test_auto_takes_gpus_where_any_node_has_one() -> None:
     assert gpus_per_worker([node(4, 1)], Resources(gpus_per_worker=0)) == 0
 
 
-def test_as_many_workers_as_there_is_room_for_but_no_more_than_asked() -> None:
+def test_as_many_workers_start_as_fit_the_nodes_but_no_more_than_asked() -> None:
     nodes = [node(8, 4), node(8, 4)]
-    assert planned(nodes, Resources()) == 8
-    assert planned(nodes, Resources(workers=3)) == 3
-    assert fitting(nodes, Resources(workers=3), 1) == 3
-    assert fitting(nodes[:1], Resources(workers=6), 1) == 4
+    assert workers_to_start(nodes, Resources()) == 8
+    assert workers_to_start(nodes, Resources(workers=3)) == 3
+    assert usable_workers(nodes, Resources(workers=3), 1) == 3
+    assert usable_workers(nodes[:1], Resources(workers=6), 1) == 4
 
 
 @pytest.mark.parametrize(
-    ("nodes", "settings", "said"),
+    ("nodes", "settings", "message"),
     [
         ([node(4)], {"workers": 5}, r"5 workers need 5 CPU, the Ray cluster has 4; lower resources\.workers"),
         ([node(4, 1), node(4)], {"workers": 2}, "2 workers need 2 GPU, the Ray cluster has 1"),
@@ -42,18 +42,20 @@ def test_as_many_workers_as_there_is_room_for_but_no_more_than_asked() -> None:
         (
             [node(3), node(3)],
             {"workers": 3, "cpus_per_worker": 2},
-            r"3 workers of 2 CPU and 0 GPU do not fit: there is room for 2 \(host3 3 CPU 0 GPU, host3 3 CPU 0 GPU\)",
+            r"3 workers of 2 CPU and 0 GPU do not fit: the nodes can hold 2 \(host3 3 CPU 0 GPU, host3 3 CPU 0 GPU\)",
         ),
         ([node(2)], {"adapt_ranks": 3}, r"resources\.adapt_ranks=3 is more than the 2 workers: 1 missing"),
     ],
 )
-def test_what_does_not_fit_is_refused_by_name(nodes: list[dict[str, Any]], settings: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        planned(nodes, Resources(**settings))
+def test_what_does_not_fit_is_refused_by_name(
+    nodes: list[dict[str, Any]], settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        workers_to_start(nodes, Resources(**settings))
 
 
 def test_with_elastic_what_fits_is_taken_as_long_as_that_is_one() -> None:
     elastic = {"elastic": True, "workers": 5, "adapt_ranks": 4}
-    assert planned([node(2)], Resources(**elastic)) == 2
+    assert workers_to_start([node(2)], Resources(**elastic)) == 2
     with pytest.raises(ValueError, match="5 workers need 5 CPU, the Ray cluster has 0"):
-        planned([node(0)], Resources(**elastic))
+        workers_to_start([node(0)], Resources(**elastic))

@@ -75,11 +75,11 @@ def remove_once(machines: Any, node: Any, marker: Path) -> threading.Thread:
 def test_a_job_goes_on_with_fewer_ranks_and_nodes_that_join_serve_the_next_stage(machines: Any, tmp_path: Path) -> None:
     nodes = [add(machines), add(machines)]
     machines.wait_for_nodes()
-    told: list[str] = []
+    log: list[str] = []
     flag = tmp_path / "flag"
     checks = Checks(tmp_path / "run", partial(read_unless, str(flag)))
     elastic = RESOURCES.model_copy(update={"elastic": True})
-    cluster = Cluster(elastic, checks, told.append)
+    cluster = Cluster(elastic, checks, log.append)
     runner = Runner(cluster, elastic)
     try:
         assert runner.num_workers == 2
@@ -90,20 +90,20 @@ def test_a_job_goes_on_with_fewer_ranks_and_nodes_that_join_serve_the_next_stage
         results = runner.run_jobs([Job("sums", sum_until_alone, str(tmp_path), 2)])["sums"]
         removal.join()
         assert [size for size, _ in results] == [1]
-        assert any("2 become 1" in text or "no room any more" in text for text in told), told
+        assert any("2 become 1" in text or "no longer fit" in text for text in log), log
 
         flag.touch()
         refused = add(machines)
         machines.wait_for_nodes()
         assert runner.num_workers == 1
-        assert any("preflight: " in text and "is in the way" in text for text in told), told
+        assert any("preflight: " in text and "is in the way" in text for text in log), log
 
         flag.unlink()
         machines.remove_node(refused)
         nodes += [add(machines)]
         machines.wait_for_nodes()
         assert runner.num_workers == 2
-        assert told[-1] == "workers: 1 become 2"
+        assert log[-1] == "workers: 1 become 2"
     finally:
         cluster.close()
         for node in nodes[1:]:

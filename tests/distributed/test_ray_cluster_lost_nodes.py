@@ -1,4 +1,4 @@
-"""What a run does when a node with idle workers dies, and when it is told to end while workers are on their way."""
+"""What a run does when a node with idle workers dies, and when it is asked to end while workers are starting."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_a_start_on_workers_whose_death_is_not_known_yet_is_no_attempt(
     ray = Ray("ab", answer, dead={"b"}, unnoticed={"b"})
     workers = [*(Worker("a") for _ in range(max(0, ranks - 1))), *(Worker("b") for _ in range(4))]
     cluster = started(ray, monkeypatch, workers, max_restarts=0)
-    monkeypatch.setattr(cluster, "node_of", lambda worker: "alike")  # else the job goes where there is room for it
+    monkeypatch.setattr(cluster, "node_of", lambda worker: "alike")  # else the job goes to the node that can hold it
     results = Runner(cluster, cluster.resources).run_jobs([Job("one", print, None, ranks)])
     assert results == {"one": ["done"] * ranks if ranks else "done"}
     assert not any({"run", "run_rank"} & set(worker.asked) for worker in workers if worker.node == "b")
@@ -100,8 +100,10 @@ def test_workers_that_die_again_and_again_before_they_are_given_anything_end_the
     runner = Runner(
         cluster, cluster.resources, on_event=lambda name, **f: failed.append(f) if name == "job_failed" else None
     )
-    said = r"one cannot begin: 6 times in a row a worker had died before it was given anything to do, last with: .+died"
-    with pytest.raises(RuntimeError, match=said):
+    message = (
+        r"one cannot begin: 6 times in a row a worker had died before it was given anything to do, last with: .+died"
+    )
+    with pytest.raises(RuntimeError, match=message):
         runner.run_jobs([Job("one", print, None, ranks)])
     assert [event["attempt"] for event in failed] == [0] * 6
 

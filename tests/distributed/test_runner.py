@@ -52,13 +52,13 @@ class Recorder:
 
 
 @pytest.fixture
-def told() -> Recorder:
+def events() -> Recorder:
     return Recorder()
 
 
 @pytest.fixture
-def runner(cluster: Cluster, told: Recorder) -> Iterator[Runner]:
-    runner = Runner(cluster, RESOURCES, on_event=told)
+def runner(cluster: Cluster, events: Recorder) -> Iterator[Runner]:
+    runner = Runner(cluster, RESOURCES, on_event=events)
     with runner.handle_signals():
         yield runner
 
@@ -160,45 +160,45 @@ def test_results_of_tasks_come_in_their_order_from_all_workers(runner: Runner) -
     assert runner.map(square, []) == []
 
 
-def test_a_task_whose_process_dies_is_tried_again(runner: Runner, told: Recorder, tmp_path: Path) -> None:
+def test_a_task_whose_process_dies_is_tried_again(runner: Runner, events: Recorder, tmp_path: Path) -> None:
     marker = str(tmp_path / "died")
     assert runner.map(die_once, [(n, marker) for n in range(4)]) == [0, 10, 20, 30]
-    assert [event["job"] for event in told.of("job_failed")] == ["die_once 1"]
+    assert [event["job"] for event in events.of("job_failed")] == ["die_once 1"]
     assert runner.num_workers == 2
     assert runner.sharing == 2
 
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_job_whose_rank_dies_restarts_whole_and_ends(
-    runner: Runner, told: Recorder, tmp_path: Path, victim: int
+    runner: Runner, events: Recorder, tmp_path: Path, victim: int
 ) -> None:
     results = runner.run_jobs([Job("sums", sum_of_ranks, (victim, str(tmp_path / "died")), 2)])
     assert results == {"sums": [(0, 3), (1, 3)]}
-    assert [event["attempt"] for event in told.of("job_failed")] == [1]
-    assert len(told.of("job_begins")) == 2
+    assert [event["attempt"] for event in events.of("job_failed")] == [1]
+    assert len(events.of("job_begins")) == 2
 
 
 def test_a_job_or_task_starts_on_fresh_workers_where_idle_ones_have_died_and_no_attempt_is_counted(
-    cluster: Cluster, told: Recorder
+    cluster: Cluster, events: Recorder
 ) -> None:
-    runner = Runner(cluster, RESOURCES.model_copy(update={"max_restarts": 0}), on_event=told)
+    runner = Runner(cluster, RESOURCES.model_copy(update={"max_restarts": 0}), on_event=events)
     for pid in {result[2] for result in runner.map(square, list(range(6)))}:
         os.kill(pid, signal.SIGKILL)
     assert runner.run_jobs([Job("late", sum_of_ranks, (-1, ""), 2)]) == {"late": [(0, 3), (1, 3)]}
-    assert [(event["job"], event["attempt"]) for event in told.of("job_failed")] == [("late", 0)]
+    assert [(event["job"], event["attempt"]) for event in events.of("job_failed")] == [("late", 0)]
     os.kill(runner.map(square, [1])[0][2], signal.SIGKILL)
     assert runner.map(square, [3, 4])[1][0] == 16
-    assert [event["attempt"] for event in told.of("job_failed")] == [0, 0]
+    assert [event["attempt"] for event in events.of("job_failed")] == [0, 0]
 
 
 def test_jobs_run_side_by_side_and_one_that_dies_takes_no_other_with_it(
-    runner: Runner, told: Recorder, tmp_path: Path
+    runner: Runner, events: Recorder, tmp_path: Path
 ) -> None:
     specs = {"dies": (0, str(tmp_path / "died")), "lives": (-1, ""), "waits": (-1, "")}
     results = runner.run_jobs([Job(name, sum_of_ranks, spec, 1) for name, spec in specs.items()])
     assert results == {name: [(0, 1)] for name in specs}
-    assert [event["job"] for event in told.of("job_begins")].count("lives") == 1
-    assert [event["job"] for event in told.of("job_failed")] == ["dies"]
+    assert [event["job"] for event in events.of("job_begins")].count("lives") == 1
+    assert [event["job"] for event in events.of("job_failed")] == ["dies"]
 
 
 def test_nothing_of_a_job_is_left_when_the_next_one_begins(runner: Runner) -> None:
@@ -217,20 +217,20 @@ def test_workers_serve_on_after_bad_input(runner: Runner) -> None:
     assert [result[0] for result in runner.map(square, [5, 6])] == [25, 36]
 
 
-def test_an_error_of_ours_in_a_task_is_not_tried_again(runner: Runner, told: Recorder) -> None:
+def test_an_error_of_ours_in_a_task_is_not_tried_again(runner: Runner, events: Recorder) -> None:
     with pytest.raises(AssertionError):
         runner.map(refuse, [0])
-    assert told.of("job_failed") == []
+    assert events.of("job_failed") == []
 
 
-def test_a_task_that_storage_failed_is_tried_again(runner: Runner, told: Recorder, tmp_path: Path) -> None:
+def test_a_task_that_storage_failed_is_tried_again(runner: Runner, events: Recorder, tmp_path: Path) -> None:
     assert runner.map(read_stale, [str(tmp_path / "once")]) == ["read"]
-    (failed,) = told.of("job_failed")
+    (failed,) = events.of("job_failed")
     assert "Stale file handle" in failed["reason"]
 
 
 def test_a_job_of_one_rank_whose_port_was_taken_is_tried_again_at_another_address(
-    runner: Runner, told: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    runner: Runner, events: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "died").touch()  # so that no rank dies
     with socket.socket() as taken:
@@ -245,26 +245,26 @@ def test_a_job_of_one_rank_whose_port_was_taken_is_tried_again_at_another_addres
 
         monkeypatch.setattr(Runner, "_give", give_at_first_what_is_taken)
         assert runner.run_jobs([Job("alone", sum_of_ranks, (0, str(tmp_path / "died")), 1)]) == {"alone": [(0, 1)]}
-    (failed,) = told.of("job_failed")
+    (failed,) = events.of("job_failed")
     assert failed["reason"].startswith(f"no process group at {given[0]}: ")
     assert given[1] != given[0]
 
 
-def test_an_error_without_words_is_told_by_its_name(cluster: Cluster, told: Recorder) -> None:
-    runner = Runner(cluster, RESOURCES.model_copy(update={"max_restarts": 0}), on_event=told)
+def test_an_error_without_a_message_is_reported_by_its_name(cluster: Cluster, events: Recorder) -> None:
+    runner = Runner(cluster, RESOURCES.model_copy(update={"max_restarts": 0}), on_event=events)
     with pytest.raises(RuntimeError, match=r"links failed 1 times, last with: ConnectionError$"):
         runner.run_jobs([Job("links", lose_link, None, 2)])
 
 
-def test_a_job_that_always_dies_fails_with_its_last_reason(runner: Runner, told: Recorder, tmp_path: Path) -> None:
+def test_a_job_that_always_dies_fails_with_its_last_reason(runner: Runner, events: Recorder, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"always_die 0 failed 3 times, last with: .+"):
         runner.map(always_die, [str(tmp_path)])
     assert len(list(tmp_path.iterdir())) == RESOURCES.max_restarts + 1
-    assert [event["attempt"] for event in told.of("job_failed")] == [1, 2, 3]
+    assert [event["attempt"] for event in events.of("job_failed")] == [1, 2, 3]
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"workers": 3}, r"3 workers need 3 CPU, the Ray cluster has 2; lower resources\.workers"),
         (
@@ -278,9 +278,11 @@ def test_a_job_that_always_dies_fails_with_its_last_reason(runner: Runner, told:
         ({"workers": 2, "adapt_ranks": 3}, r"resources\.adapt_ranks=3 is more than the 2 workers"),
     ],
 )
-def test_what_the_cluster_cannot_hold_is_refused_at_once(cluster: Cluster, settings: dict[str, Any], said: str) -> None:
+def test_what_the_cluster_cannot_hold_is_refused_at_once(
+    cluster: Cluster, settings: dict[str, Any], message: str
+) -> None:
     began = time.monotonic()
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         Cluster(Resources(**settings)).workers()
     assert time.monotonic() - began < 10
 
@@ -291,14 +293,14 @@ def test_a_job_of_more_ranks_than_workers_is_refused(runner: Runner) -> None:
 
 
 def test_a_job_that_fails_for_good_lets_the_others_save_their_state(
-    cluster: Cluster, runner: Runner, told: Recorder, tmp_path: Path
+    cluster: Cluster, runner: Runner, events: Recorder, tmp_path: Path
 ) -> None:
     marker = str(tmp_path / "runs")
     jobs = [Job("long", wait_for_stop, marker, 1), Job("wrong", refuse_once_seen, marker, 1)]
     with pytest.raises(ValueError, match="loss is nan"):
         runner.run_jobs(jobs)
     assert Path(f"{marker}.saved").exists()
-    assert [event["jobs"] for event in told.of("stopping")] == [["long"]]
+    assert [event["jobs"] for event in events.of("stopping")] == [["long"]]
     cluster.replace(list(cluster.workers()))  # which stay asked to stop
 
 
