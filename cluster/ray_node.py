@@ -1,10 +1,10 @@
-"""Runs one Ray node in the foreground, with ports and a temporary folder of its own, and leaves nothing of it behind.
+"""Runs one Ray node in the foreground, with its own ports and temporary folder, and leaves nothing of it behind.
 
 It ends on SIGTERM or SIGINT, when Ray ends, and with --until-eof when its standard input is closed. Then every process
-below it is ended by its pid, Ray's logs are kept if told where, and its folders are removed. On standard output
-a head says at once `node: head=<host:port>`, where others may already be sent, and `node: alive=<n>` whenever the
-number of living nodes changes; every node says `node: up=<host>` or `node: failed=<host>`. Needs Linux; everything is
-in the standard library but the `ray` that it starts.
+below it is ended by its pid, Ray's logs are copied with --keep-logs, and its folders are removed. On standard output
+a head prints at once `node: head=<host:port>`, to which others may already connect, and `node: alive=<n>` whenever the
+number of living nodes changes; every node prints `node: up=<host>` or `node: failed=<host>`. Needs Linux, and beside
+the standard library only the `ray` that it starts.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def main() -> int:
 
 
 def run(given: argparse.Namespace, command: list[str], address: str, ended: threading.Event) -> int:
-    """Ray's exit status, or 0 when the node was told to end."""
+    """Ray's exit status, or 0 when the node was asked to end."""
     environment = {**ENVIRONMENT, **interface_of(address.split(":")[0]), **os.environ}
     ray = subprocess.Popen(
         command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -247,9 +247,9 @@ def make_folders(folders: list[Path]) -> None:
 
 
 def make_folder(temp_dir: Path) -> int:
-    """Makes a folder that is removed at the end; a lock that this process holds tells it from one left behind.
+    """Makes a folder that is removed at the end; a lock that this process holds distinguishes it from one left behind.
 
-    Nobody else may look into it: Ray lets all users read and write what it makes below.
+    No other user may read it: Ray lets all users read and write what it makes below.
     """
     temp_dir.mkdir(mode=0o700, parents=True)
     lock = os.open(temp_dir / "lock", os.O_CREAT | os.O_RDWR)
@@ -258,7 +258,7 @@ def make_folder(temp_dir: Path) -> int:
 
 
 def remove_stale(temp_dir: Path) -> None:
-    """Removes what nodes that were killed have left: folders of ours named like this one that nobody holds."""
+    """Removes what killed nodes have left: our folders, named like this one, that no process has locked."""
     stem = temp_dir.name.rstrip("0123456789")
     for folder in temp_dir.parent.glob(f"{stem}[0-9]*") if stem != temp_dir.name else ():
         with contextlib.suppress(OSError):

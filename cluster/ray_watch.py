@@ -1,4 +1,4 @@
-"""Says on standard output how many nodes of a Ray cluster are alive, whenever that changes: `node: alive=<n>`."""
+"""Prints how many nodes of a Ray cluster are alive, whenever that changes: `node: alive=<n>`."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ POLL_S = 1.0
 
 def main() -> None:
     ray.init(address=sys.argv[1], log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)
-    said = -1
+    printed = -1
     while True:
         count = sum(bool(node["Alive"]) for node in ray.nodes())
-        if count != said:
+        if count != printed:
             print(f"node: alive={count}", flush=True)
-            said = count
+            printed = count
         time.sleep(POLL_S)
 
 

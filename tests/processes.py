@@ -59,7 +59,7 @@ def run_ranks(
     finally:
         for process in ranks:
             if process.pid is not None:
-                process.kill()  # this process alone; on success it has said all it had to say
+                process.kill()  # this process alone; on success it has sent its result
                 process.join()
         for reader, _ in pipes:
             reader.close()
@@ -78,7 +78,7 @@ def _collect(readers: list[Connection], deadline: float) -> list[Any]:
             try:
                 ok, value = pickle.loads(readers[rank].recv_bytes())
             except EOFError:
-                raise RuntimeError(f"rank {rank} of {len(readers)} died without a word") from None
+                raise RuntimeError(f"rank {rank} of {len(readers)} died without an error message") from None
             if not ok:
                 raise RuntimeError(f"rank {rank} of {len(readers)} failed:\n{value}")
             results[rank] = value

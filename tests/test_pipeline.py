@@ -51,7 +51,7 @@ def test_a_check_refuses_an_image_size_before_any_worker_starts(
         pipeline.check(tiny.config(shards, backbone=backbone), tmp_path)
 
 
-def test_weights_that_cannot_be_had_are_missed_before_any_worker_is_asked(
+def test_missing_weights_are_an_error_before_any_worker_is_used(
     tmp_path: Path, shards: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(request: urllib.request.Request, timeout: float) -> None:
@@ -70,7 +70,7 @@ def test_weights_that_cannot_be_had_are_missed_before_any_worker_is_asked(
     ):
         pipeline._run(tiny.run_in(settings, tmp_path / "run", here))
     assert here.asked == []
-    monkeypatch.setenv("RAY_ADDRESS", "elsewhere:6379")  # whose machines have caches of their own
+    monkeypatch.setenv("RAY_ADDRESS", "elsewhere:6379")  # whose machines have other caches
     check_ready(settings.backbone)
 
 
@@ -93,7 +93,7 @@ def test_a_run_does_every_stage_once(finished: Finished) -> None:
     assert asked == [*models, *adapted, *models * 3, "read_ground_truth", *["evaluate_model"] * 4]
 
 
-def test_the_nodes_are_asked_for_what_is_still_to_be_made(tmp_path: Path, shards: list[str]) -> None:
+def test_the_nodes_are_checked_for_what_is_still_to_be_made(tmp_path: Path, shards: list[str]) -> None:
     for variants, need in ((("average",), False), (("average", "neighbours"), True)):
         settings = tiny.config(shards, fuse={"variants": variants})
         flow = lay_out(settings, Store(tmp_path), ImageShards.open(settings.data.train, None), None)
@@ -130,24 +130,24 @@ def test_the_report_lists_the_bad_image(finished: Finished) -> None:
     assert "UnidentifiedImageError" in page
 
 
-def test_a_second_run_does_nothing_but_tell_of_the_bad_image_again(
+def test_a_second_run_does_nothing_but_log_the_bad_image_again(
     finished: Finished, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root, settings, _ = finished
     before, here = tiny.files_below(root), tiny.Here()
     pipeline._run(tiny.run_in(settings, root, here))
     assert here.asked == []
-    told = capsys.readouterr().err
-    assert "40 training images and no test set: 40 of them are looked at in its place; K = 4, 6" in told
-    said = "bad images, which take part in nothing: 1 of 40 training images; "
-    assert said + "the report lists them with reasons" in told
+    printed = capsys.readouterr().err
+    assert "40 training images and no test set: 40 of them are looked at in its place; K = 4, 6" in printed
+    message = "bad images, which take part in nothing: 1 of 40 training images; "
+    assert message + "the report lists them with reasons" in printed
     pipeline._run(tiny.run_in(settings, root, here), until="embed")
-    assert said + "features/backbone/*/bad.json list them with reasons" in capsys.readouterr().err
+    assert message + "features/backbone/*/bad.json list them with reasons" in capsys.readouterr().err
     after = tiny.files_below(root)
     assert {path for path in after if after[path] != before.get(path)} <= {"events.jsonl"}
 
 
-def test_weights_are_asked_for_where_something_that_takes_them_is_still_to_be_made(
+def test_weights_are_required_only_while_something_is_missing_that_needs_them(
     finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def gone(_: object) -> None:

@@ -1,11 +1,11 @@
-"""Several Ray nodes on this machine, to try out what happens on many: own processes, ports and folders, one address.
+"""Several Ray nodes on this machine, to try out what happens on many: separate processes, ports and folders.
 
   python cluster/local/cluster.py run --nodes 3 -- python launch/full_pipeline.py --config configs/demo.yaml
   eval "$(python cluster/local/cluster.py start --nodes 3)"     # sets RAY_ADDRESS and its token
   python cluster/local/cluster.py stop
 
 `run` starts the nodes, runs a command with RAY_ADDRESS set, ends the nodes and exits with the command's status. `start`
-leaves them running until `stop`, which ends exactly the processes that `start` noted down, and no other Ray.
+leaves them running until `stop`, which ends exactly the processes that `start` has recorded, and no other Ray.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ POLL_S = 0.1
 
 
 class Failed(Exception):
-    """One line for people."""
+    """An error that is printed as one line."""
 
 
 def parse() -> argparse.Namespace:
@@ -62,7 +62,7 @@ def start(given: argparse.Namespace, folder: Path, lifeline: int = subprocess.DE
     """The address, once all nodes are up; what was started is ended if one does not come up.
 
     Args:
-        lifeline: the reading end of a pipe, if nodes are to end when nobody holds the writing end any more.
+        lifeline: the reading end of a pipe, if nodes are to end when no process holds the writing end any more.
     """
     if given.nodes < 1 or given.cpus < 1:
         raise Failed("--nodes and --cpus must be at least 1")
@@ -101,7 +101,7 @@ def start_node(
 
 
 def await_in(log: Path, pattern: str, needed: list[subprocess.Popen[bytes]]) -> str:
-    """What a log says by a pattern's group, or the pattern's match."""
+    """The first match of a pattern in a log, or of the pattern's last group; waits for it."""
     end = time.monotonic() + START_S
     while not (match := re.search(pattern, log.read_text())):
         if time.monotonic() > end or any(process.poll() is not None for process in needed):
@@ -120,7 +120,7 @@ def began(pid: int) -> str | None:
 
 
 def stop(folder: Path) -> int:
-    """Ends the nodes that are noted down, workers first, and removes their folder; how many there were."""
+    """Ends the recorded nodes, workers first, and removes their folder; how many there were."""
     if not (folder / "nodes.jsonl").exists():
         shutil.rmtree(folder, ignore_errors=True)
         return 0
@@ -143,7 +143,7 @@ def run(given: argparse.Namespace) -> int:
 
     def forward(number: int, _: object) -> None:
         if program is None:
-            raise Failed("told to end")
+            raise Failed("asked to end")
         program.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
 
     for number in (signal.SIGTERM, signal.SIGINT):

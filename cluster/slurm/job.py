@@ -25,23 +25,23 @@ NOT_STARTED, KILLED, SAVED = 75, 137, 143
 POLL_S = 0.2
 END_S, LOST_END_S = 20.0, 10.0  # for the nodes to end and to keep their logs; the latter if one of them is gone
 LOST_S = 30.0  # for a program that has lost a node: what ran elsewhere saves at its next step
-CUT_OFF_S = 3.0  # for a program that has lost its head: it can do no more
+CUT_OFF_S = 3.0  # for a program that has lost its head: it can save nothing more
 
 
 class NotStarted(Exception):
-    """The nodes did not come up, or the job was told to end before they had."""
+    """The nodes did not come up, or the job was asked to end before they had."""
 
 
 class Step:
-    """`srun` of a Ray node on some nodes: a log, what the nodes said, and an end when its standard input is closed."""
+    """`srun` of a Ray node on some nodes: its log and reports; it ends when its standard input is closed."""
 
     def __init__(self, name: str, nodes: list[str], command: list[str], log: Path) -> None:
         self.name, self.log = name, log
-        self.said: dict[str, str] = {}
+        self.reported: dict[str, str] = {}
         size = [f"--nodes={len(nodes)}", f"--ntasks={len(nodes)}", "--ntasks-per-node=1"]
         size += ["--nodelist=" + ",".join(nodes), "--cpus-per-task=" + os.environ["SLURM_CPUS_PER_TASK"]]
         srun = ["srun", "--overlap", "--label", "--no-kill", "--kill-on-bad-exit=0", "--job-name=ray-" + name, *size]
-        srun.append("--export=ALL")  # else nothing, where a site or the submission says --export=NONE
+        srun.append("--export=ALL")  # else nothing, where a site or the submission sets --export=NONE
         self.process = subprocess.Popen(
             [*srun, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
@@ -55,7 +55,7 @@ class Step:
                 log.write(line)
                 log.flush()
                 for key, value in re.findall(r"(\w+)=(\S+)", line.partition("node: ")[2]):
-                    self.said[key] = value
+                    self.reported[key] = value
 
     @property
     def lives(self) -> bool:
@@ -67,11 +67,11 @@ class Step:
             self.process.stdin.close()
 
     def end(self, patience_s: float) -> None:
-        """Waits for it. What is left then, on a dead node say, is ended by Slurm with the job."""
+        """Waits for it. What is still left, for example on a dead node, is ended by Slurm with the job."""
         try:
             self.process.wait(timeout=patience_s)
         except subprocess.TimeoutExpired:
-            say(f"step {self.name} has not ended after {patience_s:.0f} s and is left to Slurm")
+            log(f"step {self.name} has not ended after {patience_s:.0f} s and is left to Slurm")
             self.process.kill()
         self.reader.join(timeout=5)
 
@@ -91,13 +91,11 @@ class Cluster:
             NotStarted: a step ended, the deadline passed, or `stopped`.
         """
         head = self._step("head", self.nodes[:1], [])
-        self._await(
-            lambda: "head" in head.said, deadline, stopped
-        )  # where it will be; workers that cannot start say so
+        self._await(lambda: "head" in head.reported, deadline, stopped)  # the address at which the head will be
         if self.nodes[1:]:
-            self._step("workers", self.nodes[1:], ["--address", head.said["head"]])
+            self._step("workers", self.nodes[1:], ["--address", head.reported["head"]])
         self._await(lambda: self.alive == len(self.nodes), deadline, stopped)
-        return head.said["head"]
+        return head.reported["head"]
 
     def _step(self, name: str, nodes: list[str], arguments: list[str]) -> Step:
         keep = ["--keep-logs", str(self.logs)]
@@ -108,7 +106,7 @@ class Cluster:
     def _await(self, happened: Callable[[], bool], deadline: float, stopped: Callable[[], bool]) -> None:
         while not happened():
             if stopped():
-                raise NotStarted("told to end")
+                raise NotStarted("asked to end")
             lost = self.lost()
             if lost:
                 raise NotStarted(lost)
@@ -118,13 +116,13 @@ class Cluster:
 
     @property
     def alive(self) -> int:
-        return int(self.steps[0].said.get("alive", 0))
+        return int(self.steps[0].reported.get("alive", 0))
 
     def lost(self, of: int | None = None) -> str:
-        """Why the cluster is not what it was, or nothing; `of`: so many nodes have been there."""
+        """Why the cluster is no longer complete, or ""; `of`: the number of nodes that have been alive."""
         for step in self.steps:
-            if "failed" in step.said and not of:
-                return f"Ray failed on {step.said['failed']}; the log is {step.log}"
+            if "failed" in step.reported and not of:
+                return f"Ray failed on {step.reported['failed']}; the log is {step.log}"
             if not step.lives:
                 return f"step {step.name} has ended; its log is {step.log}"
         return f"{self.alive} of {of} nodes are alive" if of and self.alive < of else ""
@@ -146,13 +144,13 @@ class Job:
 
     def __init__(self, given: argparse.Namespace, cluster: Cluster) -> None:
         self.given, self.cluster = given, cluster
-        self.why = ""  # the program was asked to save and end
+        self.why = ""  # why the program was asked to save and end; "" if it was not
         self.requeue_on: Container[int] = ()  # exit statuses of the program
 
     def listen(self) -> None:
         signal.signal(signal.SIGUSR1, lambda *_: self.ask("the time limit is near", (SAVED, KILLED)))
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: self.ask("told to end", ()))
+            signal.signal(number, lambda *_: self.ask("asked to end", ()))
 
     def ask(self, why: str, requeue_on: Container[int]) -> None:
         if not self.why:
@@ -162,35 +160,35 @@ class Job:
         try:
             address = self.cluster.start(time.monotonic() + self.given.start_s, lambda: bool(self.why))
         except NotStarted as error:
-            say(f"the nodes did not start: {error}")
+            log(f"the nodes did not start: {error}")
             return SAVED if self.why else NOT_STARTED
-        say(f"{len(self.cluster.nodes)} nodes are up, RAY_ADDRESS={address}")
+        log(f"{len(self.cluster.nodes)} nodes are up, RAY_ADDRESS={address}")
         environment = {**os.environ, "RAY_ADDRESS": address}
         process = subprocess.Popen(program, env=environment, stdin=subprocess.DEVNULL)
         status = self._follow(process)
-        say(f"the program ended with {status}")
+        log(f"the program ended with {status}")
         return status
 
     def _follow(self, process: subprocess.Popen[bytes]) -> int:
-        """The program's exit status, negative signals as a shell says them."""
+        """The program's exit status, that of a signal as a shell has it."""
         asked: float | None = None
         known = len(self.cluster.nodes)
         while process.poll() is None:
             lost = self.cluster.lost(known)
             if lost and self.given.node_loss == "stay" and self.cluster.lives:
                 if self.cluster.alive < known:
-                    say(f"{lost}; going on")
+                    log(f"{lost}; going on")
                     known = self.cluster.alive
                 lost = ""  # no reason to hurry, should the time limit come
             elif lost:
                 self.ask(lost, range(1, 256))
             if self.why and asked is None:
-                say(f"{self.why}: asking the program to save and end")
+                log(f"{self.why}: asking the program to save and end")
                 process.terminate()
                 asked = time.monotonic()
             patience_s = (LOST_S if lost else self.given.save_s) if self.cluster.lives else CUT_OFF_S
             if asked is not None and time.monotonic() > asked + patience_s:
-                say(f"the program did not end within {patience_s:g} s")
+                log(f"the program did not end within {patience_s:g} s")
                 process.kill()
                 process.wait()
             time.sleep(POLL_S)
@@ -199,17 +197,17 @@ class Job:
 
 
 def put_back(given: argparse.Namespace) -> None:
-    """Puts the job back into the queue; Slurm asks no more than that this process ends."""
+    """Puts the job back into the queue; for Slurm it is enough that this process then ends."""
     job, times = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", 0))
     if times >= given.max_requeues:
-        say(f"not put back into the queue: {times} times are enough (MAX_REQUEUES)")
+        log(f"not put back into the queue: {times} times are enough (MAX_REQUEUES)")
         return
-    say(f"putting the job back into the queue, time {times + 1}")
+    log(f"putting the job back into the queue, time {times + 1}")
     if subprocess.run(["scontrol", "requeue", job]).returncode:
-        say("Slurm refuses; submit the job again, and it goes on from what is saved")
+        log("Slurm refuses; submit the job again, and it goes on from what is saved")
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     print(f"{time.strftime('%F %T')} job.py: {text}", flush=True)
 
 
@@ -233,12 +231,12 @@ def main() -> int:
     cluster = Cluster(nodes, node_command, ray_flags, given.logs)
     job = Job(given, cluster)
     job.listen()
-    say(f"start {os.environ.get('SLURM_RESTART_COUNT', 0)} on {', '.join(nodes)}")
+    log(f"start {os.environ.get('SLURM_RESTART_COUNT', 0)} on {', '.join(nodes)}")
     try:
         status = job.run(program)
     finally:
         cluster.end()
-    say(f"the nodes have ended; exit status {status}")
+    log(f"the nodes have ended; exit status {status}")
     if status in job.requeue_on:
         put_back(given)
     return status

@@ -1,5 +1,5 @@
 # shellcheck shell=bash disable=SC1091,SC2034
-# All that a job of grappa_dist needs to know about your cluster. Copy this file, edit the copy, and submit it:
+# All that a job of grappa_dist needs about your cluster. Copy this file, edit the copy, and submit it:
 #
 #   cluster/slurm/submit.sh my_settings.sh
 #
@@ -44,6 +44,6 @@ RAY_FLAGS=()                     # further flags of `ray start`
 
 # When things go wrong.
 START_SECONDS=180                # for all nodes to join, else the job ends with 75
-SAVE_SECONDS=120                 # before the time limit the program is told to save; then the job is requeued
+SAVE_SECONDS=120                 # before the time limit the program is asked to save; then the job is requeued
 NODE_LOSS=requeue                # or "stay": go on with the nodes that are left
 MAX_REQUEUES=50

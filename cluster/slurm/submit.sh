@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# submit.sh SETTINGS [sbatch flags]: submits one job as SETTINGS says and prints where its log is.
+# submit.sh SETTINGS [sbatch flags]: submits one job with SETTINGS and prints where its log is.
 set -euo pipefail
 if [ $# -lt 1 ] || [ ! -f "$1" ]; then
   echo "usage: $0 SETTINGS [sbatch flags]   (copy $(dirname "$0")/settings.sh and edit it)" >&2
@@ -8,7 +8,7 @@ fi
 code=$(cd "$(dirname "$0")/../.." && pwd)
 settings=$(realpath "$1")
 shift
-for name in $(compgen -e SLURM_); do # of an interactive job that this is called from, say
+for name in $(compgen -e SLURM_); do # for example of an interactive job that this is called from
   [ "$name" = SLURM_CONF ] || unset "$name"
 done
 fail() {

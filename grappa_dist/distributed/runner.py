@@ -163,8 +163,8 @@ class Runner:
         jobs = [Job(f"{function.__name__} {i}", function, task, 0) for i, task in enumerate(tasks)]
         results: dict[str, Any] = {}
         with closing(self._run(jobs)) as finished:
-            for job, answers in finished:
-                results[job.name] = answers[0]
+            for name, result in finished:
+                results[name] = result
                 progress(len(results))
         return [results[job.name] for job in jobs]
 
@@ -176,18 +176,18 @@ class Runner:
         """
         results: dict[str, list[Any]] = {}
         with closing(self._run(jobs)) as finished:
-            for job, answers in finished:
-                results[job.name] = answers
-                done(job.name)
+            for name, result in finished:
+                results[name] = result
+                done(name)
         return results
 
-    def _run(self, jobs: Sequence[Job]) -> Generator[tuple[Job, list[Any]], None, None]:
-        """Each job with the results of its workers, as soon as it has finished."""
+    def _run(self, jobs: Sequence[Job]) -> Generator[tuple[str, Any], None, None]:
+        """Name and results of each job, or the result of a task, as soon as it has finished."""
         with self._polling_signals():
             self.cluster.gather()
             yield from self._finished(jobs)
 
-    def _finished(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, list[Any]]]:
+    def _finished(self, jobs: Sequence[Job]) -> Iterator[tuple[str, Any]]:
         import ray
 
         waiting, tries = deque(jobs), {job.name: _Tries() for job in jobs}
@@ -214,7 +214,7 @@ class Runner:
                     waiting.appendleft(r.job)
                 else:
                     free += r.workers
-                    yield r.job, outcome
+                    yield r.job.name, outcome if r.job.ranks else outcome[0]
             if running and time.monotonic() - shown > STATUS_S:
                 self.on_status(self._statuses(running))
                 shown = time.monotonic()

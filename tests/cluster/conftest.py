@@ -17,7 +17,7 @@ FIGURES: list[str] = []
 
 @pytest.fixture(scope="session")
 def figure() -> Callable[..., None]:
-    """Keeps a measured number, of seconds unless said otherwise, for the end of the session's output."""
+    """Keeps a measured number, of seconds unless `unit` is another, for the end of the session's output."""
     return lambda what, value, unit="s": FIGURES.append(f"{what}: {value:.3g} {unit}")
 
 
@@ -66,5 +66,5 @@ def cluster(slurm_of_the_bench: Slurm) -> Iterator[Slurm]:
 
 @pytest.fixture
 def folder(storage: Path, request: pytest.FixtureRequest) -> Path:
-    """A folder of the test's own on storage."""
+    """A folder of this test on storage."""
     return Path(tempfile.mkdtemp(prefix=f"{request.node.name[:40]}-", dir=storage))

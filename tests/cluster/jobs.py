@@ -38,11 +38,11 @@ class Job:
         return path.read_text() if path.exists() else ""
 
     def everything(self) -> str:
-        """All that it said, for a test that fails."""
+        """All of its output, for a test that fails."""
         logs = [p for p in sorted((self.run / "slurm").rglob("*.log")) if p.name in ("head.log", "workers.log")]
         errors = self.run / "errors.log"
-        said = [f"--- {path}\n{path.read_text()[-1500:]}" for path in [*logs, errors] if path.exists()]
-        return "\n".join([str(self.slurm.job(self.number)), self.log, *said])
+        output = [f"--- {path}\n{path.read_text()[-1500:]}" for path in [*logs, errors] if path.exists()]
+        return "\n".join([str(self.slurm.job(self.number)), self.log, *output])
 
     def ends(self, patience_s: float = 240.0) -> tuple[str, int]:
         """Its state and exit status."""
@@ -53,7 +53,7 @@ class Job:
             raise AssertionError(f"{error}\n{self.everything()}") from None
         return state, int(self.slurm.job(self.number)["ExitCode"].split(":")[0])
 
-    def says(self, words: str, patience_s: float = 120.0) -> float:
+    def wait_for_log(self, words: str, patience_s: float = 120.0) -> float:
         """Seconds until its log has these words."""
 
         def seen() -> bool:
@@ -79,5 +79,5 @@ def submit(slurm: Slurm, folder: Path, *lines: str, flags: tuple[str, ...] = ())
     own = [f"RUN_DIR={run}", f"CONFIG={folder}/tiny.yaml", activate, "NODES=2 CPUS_PER_NODE=1 MEMORY_PER_NODE=2500"]
     settings = folder / "settings.sh"
     settings.write_text("\n".join([*own, "TIME=30 OBJECT_STORE=100M", *lines, ""]))
-    said = slurm.command(str(SUBMIT), str(settings), *flags)
-    return Job(said.split()[1].rstrip(","), run, slurm)
+    output = slurm.command(str(SUBMIT), str(settings), *flags)
+    return Job(output.split()[1].rstrip(","), run, slurm)

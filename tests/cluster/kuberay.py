@@ -1,7 +1,7 @@
 """Does for a RayJob what KubeRay's operator and a kubelet do, on machines in namespaces: one machine is one pod.
 
 Commands are those that KubeRay v1 generates. There is no API server, no image (the repository and its Python stand in
-for /opt/grappa), no limit on CPU or memory and no user of its own.
+for /opt/grappa), no limit on CPU or memory and no separate user.
 """
 
 from __future__ import annotations
@@ -59,12 +59,12 @@ def start_command(group: Mapping[str, Any], head: str) -> str:
         flags["num-gpus"] = str(limits["nvidia.com/gpu"])
     flags |= group["rayStartParams"]
     flags |= {} if group["groupName"] == "head" else {"address": f"{head}:6379"}
-    said = " ".join(
+    options = " ".join(
         f"--{name}" if value == "true" else f"--{name}={shlex.quote(value)}" for name, value in flags.items()
     )
     wait = f"until ray health-check --address {head}:6379 >/dev/null 2>&1; do sleep 1; done; "
     return f"ulimit -n 65536; {'' if group['groupName'] == 'head' else wait}exec ray start " + (
-        f"--head {said}" if group["groupName"] == "head" else said
+        f"--head {options}" if group["groupName"] == "head" else options
     )
 
 
@@ -103,7 +103,7 @@ def pods_of(job: Mapping[str, Any], bench: Bench, claims: Mapping[str, Path], lo
 
 
 def run_job(job: Mapping[str, Any], bench: Bench, claims: Mapping[str, Path], logs: Path) -> tuple[int, str]:
-    """The exit status of the submitter pod, by which the RayJob has succeeded or failed, and what it said."""
+    """The exit status of the submitter pod, by which the RayJob has succeeded or failed, and its output."""
     with pods_of(job, bench, claims, logs) as submitter:
         spec = job["spec"]["submitterPodTemplate"]["spec"]
         mount(submitter, spec, claims)

@@ -105,7 +105,7 @@ class Machine:
         return subprocess.run([*self.prefix, *command], text=True, capture_output=True, timeout=timeout_s, **options)
 
     def output(self, *command: str, timeout_s: float = 60.0, **options: Any) -> str:
-        """What a command says; an error if it fails."""
+        """The output of a command; an error if it fails."""
         ended = self.run(*command, timeout_s=timeout_s, **options)
         assert ended.returncode == 0, f"{self.name}: {' '.join(command)}: {ended.stdout}{ended.stderr}"
         return ended.stdout

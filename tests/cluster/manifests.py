@@ -1,4 +1,4 @@
-"""Renders our manifests with kustomize and holds them to schemas, as strictly as an API server told to be strict."""
+"""Renders our manifests with kustomize and validates them against schemas, as a strict API server does."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def groups(manifest: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def pods(manifest: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The pods that come of it, as resources of their own."""
+    """The pods that result from it, as separate resources."""
     templates = {group["groupName"]: group["template"] for group in groups(manifest)}
     if "submitterPodTemplate" in manifest["spec"]:
         templates["submitter"] = manifest["spec"]["submitterPodTemplate"]

@@ -34,7 +34,7 @@ class Node:
         for line in self.process.stdout:
             self.lines.append(line.rstrip())
 
-    def says(self, words: str) -> str:
+    def wait_for_line(self, words: str) -> str:
         """The first line with these words, once it is there."""
         end = time.monotonic() + START_S
         while True:
@@ -42,7 +42,7 @@ class Node:
                 if words in line:
                     return line
             assert self.process.poll() is None, "\n".join(self.lines[-20:])
-            assert time.monotonic() < end, f"{words}: not said by {self.machine.name}: {self.lines[-5:]}"
+            assert time.monotonic() < end, f"{words}: not printed by {self.machine.name}: {self.lines[-5:]}"
             time.sleep(0.05)
 
     def joins(self) -> bool:
@@ -79,7 +79,7 @@ def start_worker_node(machine: Machine, address: str, **variables: str) -> Node:
             return node
         node.end()
     node = start_node(machine, 1, address, **variables)
-    node.says("node: up=")
+    node.wait_for_line("node: up=")
     return node
 
 
@@ -94,13 +94,13 @@ def ray_on(head: Machine, workers: Sequence[Machine], **variables: str) -> Itera
     with ExitStack() as stack:
         first = start_node(head, 0, **variables)
         stack.callback(first.end)
-        first.says("node: up=")
+        first.wait_for_line("node: up=")
         address = f"{head.address}:{HEAD_PORT}"
         nodes = []
         for machine in workers:  # one by one: Ray gives a raylet 30 s to start, which is little where all start at once
             nodes.append(start_worker_node(machine, address, **variables))
             stack.callback(nodes[-1].end)
-        first.says(f"node: alive={len(workers) + 1}")
+        first.wait_for_line(f"node: alive={len(workers) + 1}")
         yield address, nodes
 
 

@@ -43,7 +43,7 @@ def scores(run: Path) -> dict[tuple[str, str], float]:
 
 
 def on_one_machine(config: Path, run: Path, *settings: str) -> None:
-    """The pipeline on a Ray of its own, outside of all namespaces."""
+    """The pipeline on a separate Ray, outside of all namespaces."""
     program = [sys.executable, str(ROOT / "launch" / "full_pipeline.py"), "--config", str(config), "--out", str(run)]
     kept = {k: v for k, v in environment().items() if k in os.environ or k == "PYTHONPATH"}
     ended = subprocess.run([*program, *settings], env=kept, text=True, capture_output=True, timeout=600)

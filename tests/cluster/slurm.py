@@ -123,7 +123,7 @@ class Slurm:
         return self.job(job).get("JobState", "")
 
     def job(self, job: str) -> dict[str, str]:
-        """What Slurm knows of a job: JobState, ExitCode, Restarts, ..."""
+        """Slurm's record of a job: JobState, ExitCode, Restarts, ..."""
         ended = self.bench[0].run("scontrol", "show", "job", job, "--oneliner", env=self.environment)
         return dict(re.findall(r"(\S+?)=(\S*)", ended.stdout))
 
@@ -132,7 +132,7 @@ class Slurm:
         return self.state(job)
 
     def wait_for(self, happened: Callable[[], object], what: str, patience_s: float = TESTED_PATIENCE_S) -> float:
-        """Seconds that it took; TimeoutError says `what`."""
+        """Seconds that it took; TimeoutError names `what`."""
         began = time.monotonic()
         while not happened():
             if time.monotonic() - began > patience_s:

@@ -137,9 +137,9 @@ def test_without_elastic_a_lost_machine_ends_the_run_with_an_error_that_says_so(
         with ray_on(head, workers) as (address, _), pipeline_on(head, address, config, folder / "run") as pipeline:
             lose(pipeline, workers[2], "crash", "adaptors/k=4")
             assert pipeline.ends(150) == 1
-            said = pipeline.log.read_text().splitlines()[-1]
-            assert "error: 1 of 3 workers did not start within 45 s" in said
-            assert "or is a node gone?" in said
+            line = pipeline.log.read_text().splitlines()[-1]
+            assert "error: 1 of 3 workers did not start within 45 s" in line
+            assert "or is a node gone?" in line
             assert list(pipeline.run.glob("adaptors/k=4-*.partial/checkpoints/step-*"))
     finally:
         workers[2].reboot()
@@ -150,7 +150,7 @@ def test_a_run_directory_that_the_machines_do_not_share_is_refused_before_any_wo
     head, *workers = [bench[number] for number in range(3)]
     with ray_on(head, workers) as (address, _), pipeline_on(head, address, config, Path("/tmp/own/run")) as pipeline:
         assert pipeline.ends(120) == 2
-    said = pipeline.log.read_text().splitlines()[-1]
+    line = pipeline.log.read_text().splitlines()[-1]
     where = "n1 (10.77.0.11), n2 (10.77.0.12): the run directory /tmp/own/run is not the one that the driver writes to"
-    assert said.startswith(f"error: preflight: {where}; put --out on storage that all share")
+    assert line.startswith(f"error: preflight: {where}; put --out on storage that all share")
     assert not (head.tmp / "own" / "run" / "features").exists()

@@ -1,4 +1,4 @@
-"""cluster/slurm/job.py without Slurm: how long a program that is told to save may take."""
+"""cluster/slurm/job.py without Slurm: how long a program that is asked to save may take."""
 
 from __future__ import annotations
 

@@ -133,14 +133,14 @@ def test_pods_have_what_training_needs(rendered: dict[str, list[dict[str, Any]]]
 
 @pytest.mark.parametrize("folder", OVERLAYS)
 def test_collectives_take_exactly_one_interface(rendered: dict[str, list[dict[str, Any]]], folder: str) -> None:
-    """Gloo knows whole names alone; to NCCL a name without = is a prefix."""
+    """Gloo takes only whole names; to NCCL a name without = is a prefix."""
     (container,) = groups(only(rendered[folder]))[1]["template"]["spec"]["containers"]
     given = {entry["name"]: entry["value"] for entry in container["env"]}
     name = settings()["interface"]
     assert (given["GLOO_SOCKET_IFNAME"], given["NCCL_SOCKET_IFNAME"]) == (name, f"={name}")
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root for processes of its own to look among")
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root for a separate process namespace")
 def test_before_a_pod_ends_the_program_is_asked_and_ranks_are_awaited(
     rendered: dict[str, list[dict[str, Any]]],
 ) -> None:
@@ -212,7 +212,7 @@ def test_the_dockerfile_keeps_the_rules() -> None:
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "said"),
+    ("before", "after", "message"),
     [
         ("python:3.11.13-slim", "python:slim", "no exact version"),
         (" --no-install-recommends", "", "without --no-install-recommends"),
@@ -227,10 +227,10 @@ def test_the_dockerfile_keeps_the_rules() -> None:
         ("WORKDIR /opt", "WORKDIR opt", "not absolute"),
     ],
 )
-def test_a_dockerfile_that_breaks_a_rule_is_told_so(before: str, after: str, said: str) -> None:
+def test_a_dockerfile_that_breaks_a_rule_gets_a_complaint_that_names_it(before: str, after: str, message: str) -> None:
     text = (FOLDER / "Dockerfile").read_text()
     assert before in text
-    assert any(re.search(said, complaint) for complaint in complaints(text.replace(before, after)))
+    assert any(re.search(message, complaint) for complaint in complaints(text.replace(before, after)))
 
 
 def test_all_that_the_dockerfile_copies_is_there_and_sent() -> None:

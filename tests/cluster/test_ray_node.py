@@ -16,7 +16,7 @@ from tests.e2e.runs import ROOT
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         (["--object-store", "1000G"], "does not fit"),
         (["--object-store", "much"], "--object-store=much must be a number of bytes"),
@@ -24,11 +24,11 @@ from tests.e2e.runs import ROOT
         (["--temp-dir", f"/tmp/{'x' * 40}"], "at most 40 characters"),
     ],
 )
-def test_what_cannot_work_is_refused_before_ray_starts(flags: list[str], said: str) -> None:
+def test_what_cannot_work_is_refused_before_ray_starts(flags: list[str], message: str) -> None:
     command = [sys.executable, str(ROOT / "cluster" / "ray_node.py"), "--cpus", "1", "--temp-dir", "/tmp/never", *flags]
     ended = subprocess.run(command, text=True, capture_output=True, timeout=60)
     assert ended.returncode == 2
-    assert said in ended.stderr
+    assert message in ended.stderr
     assert "node: failed=" in ended.stdout
     assert not Path("/tmp/never").exists()
 

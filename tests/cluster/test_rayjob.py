@@ -45,8 +45,8 @@ def test_the_job_runs_on_its_pods_and_leaves_its_run_on_the_claim(
     bench: Bench, claim: Path, figure: Callable[[str, float], None], tmp_path: Path
 ) -> None:
     job = job_of(tmp_path, arguments="--config /mnt/grappa/tiny.yaml --out /mnt/grappa/run")
-    status, said = kuberay.run_job(job, bench, {"tests": claim}, tmp_path)
-    assert status == 0, said[-3000:]
+    status, output = kuberay.run_job(job, bench, {"tests": claim}, tmp_path)
+    assert status == 0, output[-3000:]
     assert (claim / "run" / "report" / "report.html").exists()
     hosts = {
         json.loads(line)["host"]
@@ -59,7 +59,7 @@ def test_the_job_runs_on_its_pods_and_leaves_its_run_on_the_claim(
 
 def test_a_job_that_fails_says_why_and_is_failed(bench: Bench, claim: Path, tmp_path: Path) -> None:
     job = job_of(tmp_path, arguments="--config /mnt/grappa/tiny.yaml --out /mnt/grappa/run resources.workers=5")
-    status, said = kuberay.run_job(job, bench, {"tests": claim}, tmp_path)
+    status, output = kuberay.run_job(job, bench, {"tests": claim}, tmp_path)
     assert status != 0
-    assert "error: 5 workers need 5 CPU, the Ray cluster has 2" in said
-    assert "exit code 2" in said
+    assert "error: 5 workers need 5 CPU, the Ray cluster has 2" in output
+    assert "exit code 2" in output

@@ -76,7 +76,7 @@ def test_partitions_and_graph_of_three_machines_are_those_of_one_to_the_bit(
     three: tuple[Path, Path], folder: Path
 ) -> None:
     config, run = three
-    assert begun(run, SETS, "host") == {"n1", "n2", "n3"}  # each set on a machine of its own
+    assert begun(run, SETS, "host") == {"n1", "n2", "n3"}  # each set on another machine
 
     # The same features and adaptor sets, all else made anew by one worker.
     one = folder / "one"

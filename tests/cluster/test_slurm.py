@@ -25,7 +25,7 @@ ray.init(address="auto", log_to_driver=False)
 class Holder:
     def where(self):
         return [socket.gethostname(), os.environ["CUDA_VISIBLE_DEVICES"], os.environ["GLOO_SOCKET_IFNAME"]]
-holders = [Holder.remote() for _ in range(4)]  # all at once: each holds a GPU of its own
+holders = [Holder.remote() for _ in range(4)]  # all at once: each holds another GPU
 print("SHOW", json.dumps(sorted(ray.get([holder.where.remote() for holder in holders]))))
 sys.exit(7)
 """
@@ -40,7 +40,7 @@ def test_a_pipeline_on_two_nodes_succeeds_and_leaves_logs_and_nothing_else(
 ) -> None:
     write_config(folder, resources={"adapt_ranks": 2})
     job = submit(cluster, folder)
-    figure("2 nodes: from submission to all nodes up", job.says("2 nodes are up"))
+    figure("2 nodes: from submission to all nodes up", job.wait_for_log("2 nodes are up"))
     assert job.ends() == ("COMPLETED", 0), job.everything()
     assert (job.run / "report" / "report.html").exists()
     assert (job.run / "model" / "model.safetensors").exists()
@@ -77,14 +77,14 @@ def test_after_a_node_died_the_job_starts_again_without_it_and_resumes(
     for adaptors in ("adaptors/k=4", "adaptors/k=6"):
         job.reaches(adaptors, 25)  # the checkpoint is at 20
     bench[2].crash()
-    figure("from a node's death to its notice", job.says("1 of 2 nodes are alive: asking the program"))
+    figure("from a node's death to its notice", job.wait_for_log("1 of 2 nodes are alive: asking the program"))
     try:
-        figure("from there to the job being put back", job.says("putting the job back into the queue"))
-        # which is said before Slurm is asked; a node that goes down in between would start the job by itself
+        figure("from there to the job being put back", job.wait_for_log("putting the job back into the queue"))
+        # which is logged before Slurm is asked; a node that goes down in between would start the job by itself
         cluster.wait_for(lambda: cluster.state(job.number) != "RUNNING", f"job {job.number} is put back")
         cluster.command("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=dead")  # or after SlurmdTimeout
         figure("from there to its leaving the nodes", cluster.skip_the_pause(job.number))
-        job.says("start 1 on n1, n3")
+        job.wait_for_log("start 1 on n1, n3")
         assert job.ends() == ("COMPLETED", 0), job.everything()
         begun = [_resumed_at(job, adaptors) for adaptors in ("adaptors/k=4", "adaptors/k=6")]
         assert [steps[0] for steps in begun] == [0, 0]
@@ -103,13 +103,13 @@ def test_before_the_time_limit_the_job_saves_and_goes_on_in_its_next_life(
     # no checkpoint but the one that the signal asks for
     write_config(folder, adapt={"epochs": 20000, "checkpoint_steps": 10**6})
     job = submit(cluster, folder, "NODES=2 TIME=3 SAVE_SECONDS=45")
-    job.says("the time limit is near", patience_s=180)
-    figure("from the signal to the end of the program", job.says("the program ended with 143"))
-    figure("from there to the job being put back", job.says("putting the job back into the queue"))
+    job.wait_for_log("the time limit is near", patience_s=180)
+    figure("from the signal to the end of the program", job.wait_for_log("the program ended with 143"))
+    figure("from there to the job being put back", job.wait_for_log("putting the job back into the queue"))
     saved = runs.last_step(job.run, "adaptors/k=4")
     assert saved > 0
     cluster.skip_the_pause(job.number, "TimeLimit=30")
-    job.says("start 1 on")
+    job.wait_for_log("start 1 on")
     job.reaches("adaptors/k=4", saved + 2)
     assert _resumed_at(job, "adaptors/k=4")[:2] == [0, saved + 1], job.everything()
     cluster.command("scancel", job.number)
@@ -161,8 +161,8 @@ def test_a_node_that_cannot_start_ends_the_job_at_once(
     (bench[2].tmp / "scratch").write_text("a file where a folder should be")
     try:
         job = submit(cluster, folder, "TEMP_ROOT=/tmp/scratch", flags=("--nodelist=n1,n2",))
-        job.says("start 0 on")
-        figure("from the job's start to its end when a worker cannot start", job.says("the nodes have ended"))
+        job.wait_for_log("start 0 on")
+        figure("from the job's start to its end when a worker cannot start", job.wait_for_log("the nodes have ended"))
         assert job.ends() == ("FAILED", 75), job.everything()
         assert "Ray failed on n2" in job.log
         assert cluster.left_behind([1, 2, 3]) == {}
@@ -184,12 +184,12 @@ def test_every_node_offers_the_gpus_that_slurm_gave_it(cluster: Slurm, folder: P
 def test_a_job_may_go_on_with_the_nodes_that_are_left(cluster: Slurm, bench: Bench, folder: Path) -> None:
     program = f"COMMAND=(bash -c 'until [ -e {folder}/go ]; do sleep 0.2; done')"
     job = submit(cluster, folder, "NODE_LOSS=stay", program, flags=("--nodelist=n1,n2",))
-    job.says("2 nodes are up")
+    job.wait_for_log("2 nodes are up")
     bench[2].crash()
     try:
-        job.says("1 of 2 nodes are alive; going on")
+        job.wait_for_log("1 of 2 nodes are alive; going on")
         (folder / "go").touch()
-        job.says("the program ended with 0")
+        job.wait_for_log("the program ended with 0")
     finally:
         cluster.bring_back(bench[2])
     assert job.ends() == ("COMPLETED", 0), job.everything()
@@ -199,7 +199,7 @@ def test_a_job_may_go_on_with_the_nodes_that_are_left(cluster: Slurm, bench: Ben
 def test_after_the_first_node_died_slurm_starts_the_job_again(cluster: Slurm, bench: Bench, folder: Path) -> None:
     program = f"COMMAND=(bash -c 'until [ -e {folder}/go ]; do sleep 0.2; done')"
     job = submit(cluster, folder, program, flags=("--exclude=n3",))
-    job.says("2 nodes are up")
+    job.wait_for_log("2 nodes are up")
     bench[1].crash()
     try:
         cluster.command("scontrol", "update", "NodeName=n1", "State=DOWN", "Reason=dead")  # or after SlurmdTimeout

@@ -16,7 +16,7 @@ SCRIPTS = [*(ROOT / "cluster").rglob("*.sh"), *(ROOT / "cluster").rglob("*.sbatc
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         ("RUN_DIR=runs/mine", "RUN_DIR=runs/mine must be an absolute path"),
         ("CONFIG=nowhere.yaml", "CONFIG=nowhere.yaml: no such file"),
@@ -24,12 +24,12 @@ SCRIPTS = [*(ROOT / "cluster").rglob("*.sh"), *(ROOT / "cluster").rglob("*.sbatc
         ("NODE=2", "NODE: no such setting"),
     ],
 )
-def test_wrong_settings_are_refused_by_name(tmp_path: Path, line: str, said: str) -> None:
+def test_wrong_settings_are_refused_by_name(tmp_path: Path, line: str, message: str) -> None:
     (tmp_path / "mine.sh").write_text(f"RUN_DIR={tmp_path}/run\n{line}\n")
     command = [str(ROOT / "cluster" / "slurm" / "submit.sh"), str(tmp_path / "mine.sh")]
     ended = subprocess.run(command, text=True, capture_output=True)
     assert ended.returncode == 2
-    assert said in ended.stderr
+    assert message in ended.stderr
     assert not (tmp_path / "run").exists()
 
 
@@ -52,11 +52,11 @@ def test_shell_scripts_are_well_formed() -> None:
 
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with commands in front of the real ones: they note what they were told, and do nothing."""
+    """A folder with commands in front of the real ones: they record their arguments, and do nothing."""
     commands = tmp_path / "bin"
     commands.mkdir()
     for name in ("sbatch", "python3"):
-        script = f'#!/bin/bash\nprintf "%s\\n" "$@" >{tmp_path}/{name}.said\nenv >{tmp_path}/{name}.env\necho 42\n'
+        script = f'#!/bin/bash\nprintf "%s\\n" "$@" >{tmp_path}/{name}.arguments\nenv >{tmp_path}/{name}.env\necho 42\n'
         (commands / name).write_text(script)
         (commands / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
@@ -65,26 +65,26 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def submit(site: Path, *lines: str) -> list[str]:
-    """What sbatch was told: all submitted from `here`, with settings by a relative path."""
+    """The arguments of sbatch: all submitted from `here`, with settings by a relative path."""
     (site / "here" / "mine.sh").write_text("\n".join([f"RUN_DIR={site}/run", *lines, ""]))
     command = [str(ROOT / "cluster" / "slurm" / "submit.sh"), "mine.sh"]
     subprocess.run(command, check=True, cwd=site / "here")
-    return (site / "sbatch.said").read_text().splitlines()
+    return (site / "sbatch.arguments").read_text().splitlines()
 
 
-def run_batch(site: Path, said: list[str]) -> subprocess.CompletedProcess[str]:
+def run_batch(site: Path, arguments: list[str]) -> subprocess.CompletedProcess[str]:
     """Does what Slurm does with the batch script: another folder, and the arguments that sbatch was given."""
     variables = {**os.environ, "SLURM_JOB_ID": "42", "SLURM_CPUS_PER_TASK": "8"}
-    return subprocess.run(["bash", *said[-3:]], cwd=site, env=variables, text=True, capture_output=True)
+    return subprocess.run(["bash", *arguments[-3:]], cwd=site, env=variables, text=True, capture_output=True)
 
 
 def test_a_requeued_job_reads_the_config_that_was_submitted(site: Path) -> None:
     (site / "here" / "mine.yaml").write_text("name: before\n")
-    said = submit(site, "CONFIG=mine.yaml", "activate() { :; }")
+    arguments = submit(site, "CONFIG=mine.yaml", "activate() { :; }")
     (site / "here" / "mine.yaml").write_text("name: edited since\n")
-    assert run_batch(site, said).returncode == 0
-    told = (site / "python3.said").read_text().splitlines()
-    config = Path(told[told.index("--config") + 1])
+    assert run_batch(site, arguments).returncode == 0
+    given = (site / "python3.arguments").read_text().splitlines()
+    config = Path(given[given.index("--config") + 1])
     assert config.parent == site / "run" / "slurm"
     assert config.read_text() == "name: before\n"
 
@@ -105,13 +105,13 @@ def test_an_activate_that_fails_is_said_in_one_line(site: Path) -> None:
     ended = run_batch(site, submit(site, "CONFIG=configs/demo.yaml", "activate() { return 3; }"))
     assert ended.returncode == 2
     assert "failed with 3: Python cannot be set up on" in ended.stderr
-    assert not (site / "python3.said").exists()
+    assert not (site / "python3.arguments").exists()
 
 
 def test_a_job_inherits_nothing_of_the_job_that_submits_it(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"SLURM_CPUS_PER_TASK": "3", "SLURM_MEM_PER_NODE": "7", "SLURM_CONF": "/etc/conf"}.items():
         monkeypatch.setenv(name, value)
-    said = submit(site, "CONFIG=configs/demo.yaml", "GPUS_PER_NODE=a100:4")
-    assert "--gpus-per-node=a100:4" in said
+    arguments = submit(site, "CONFIG=configs/demo.yaml", "GPUS_PER_NODE=a100:4")
+    assert "--gpus-per-node=a100:4" in arguments
     found = [line for line in (site / "sbatch.env").read_text().splitlines() if line.startswith("SLURM_")]
     assert found == ["SLURM_CONF=/etc/conf"]

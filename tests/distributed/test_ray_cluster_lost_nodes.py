@@ -146,7 +146,7 @@ def test_sigterm_that_comes_with_the_last_result_is_not_forgotten(monkeypatch: p
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("end", ["saves", "hangs", "dies"])
-def test_the_last_line_says_state_is_saved_only_where_all_jobs_have_ended_by_themselves(
+def test_the_last_line_has_state_is_saved_only_where_all_jobs_have_ended_by_themselves(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: signal.Signals, end: str
 ) -> None:
     monkeypatch.setattr("grappa_dist.distributed.runner.STOP_GRACE_S", 0.3)
@@ -178,8 +178,10 @@ def test_the_last_line_says_state_is_saved_only_where_all_jobs_have_ended_by_the
     assert capsys.readouterr().err == f"{how}; {saved}, run the same command again to go on\n"
 
 
-def test_sigterm_while_ray_starts_is_ours_though_ray_listens(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process of its own: ray.init puts its handler in place, which calls sys.exit."""
+def test_sigterm_while_ray_starts_ends_the_run_as_terminated_despite_rays_handler(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A separate process: ray.init installs its handler, which calls sys.exit."""
     program = """
 import os, signal, sys, ray
 from grappa_dist.config import Resources

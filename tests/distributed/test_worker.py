@@ -24,7 +24,7 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_worker_that_cannot_reach_the_head_ends_itself() -> None:
     with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))  # nobody listens
+        closed.bind(("127.0.0.1", 0))  # nothing listens
         with pytest.raises(Ended, match="75"):
             workers._end_when_cut_off(closed.getsockname())
 
@@ -43,12 +43,12 @@ def test_a_head_that_is_too_busy_to_answer_counts_as_reached(monkeypatch: pytest
     monkeypatch.setattr(time, "sleep", count)
     with socket.socket() as head:
         head.bind(("127.0.0.1", 0))
-        head.listen(100)  # and accepts nobody
+        head.listen(100)  # and accepts no connection
         with pytest.raises(Enough):
             workers._end_when_cut_off(head.getsockname())
 
 
-def test_one_look_that_reaches_the_head_makes_up_for_those_that_did_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_connection_to_the_head_resets_the_count_of_failed_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = [False] * (workers.CUT_OFF_TRIES - 1) + [True] + [False] * workers.CUT_OFF_TRIES
 
     def look(address: object, timeout_s: float) -> socket.socket:

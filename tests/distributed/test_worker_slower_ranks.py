@@ -25,7 +25,7 @@ def pieces(num: int, each_s: float, done: list[int]) -> Generator[None, None, No
 
 
 def work(comm: Comm, stop_after: int | None = None) -> tuple[list[int], bool]:
-    """What this rank has done, and whether it was stopped; the last rank is asked to stop after so many pieces."""
+    """What this rank has done, and whether it was stopped; the last rank is asked to stop after `stop_after` pieces."""
     done = list[int]()
     last = comm.rank == comm.size - 1
 
@@ -40,7 +40,7 @@ def work(comm: Comm, stop_after: int | None = None) -> tuple[list[int], bool]:
     return done, False
 
 
-def test_ranks_that_are_through_wait_longer_than_a_collective_does_for_one_that_gets_on() -> None:
+def test_ranks_that_have_finished_wait_longer_than_a_collective_for_one_that_makes_progress() -> None:
     found = run_ranks(work, 3, collective_s=WAIT_S)
     assert found == [([*range(num), -1], False) for num in PIECES]
 

@@ -92,7 +92,7 @@ def kill_rank_zero(out: Path, job: str) -> None:
 
 
 def embeds_for_graph(out: Path, variant: str, epoch: int, rank: int) -> bool:
-    """Whether a rank embeds its share for the k-NN graph of an epoch: it has room for it, and has not noted its end."""
+    """Whether a rank embeds its share for the k-NN graph of an epoch: the file is begun and its end is not recorded."""
     name = f"{variant}-*.partial/knn/epoch-{epoch}.partial/features-{rank}-of-*"
     found = {path.suffix for path in (out / "fusion").glob(name)}
     return ".npy" in found and ".json" not in found

@@ -108,7 +108,7 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 def _job(dashboard: str, name: str) -> dict[str, str]:
-    """What the cluster says of a job."""
+    """The cluster's record of a job."""
     return _asked(f"{dashboard}/api/jobs/{name}")
 
 

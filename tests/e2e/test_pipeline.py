@@ -20,10 +20,10 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 @dataclass(frozen=True)
 class Begun:
-    """What a run that ended after a stage has said and left."""
+    """The output and the files of a run that ended after a stage."""
 
     out: Path
-    said: str
+    printed: str
     left: dict[str, int]  # every file with its time of change
 
 
@@ -56,7 +56,7 @@ def test_a_run_leaves_scores_of_every_model_on_every_task(finished: Path) -> Non
 
 
 def test_a_run_can_end_after_a_stage_and_go_on_later(begun: Begun, finished: Path) -> None:
-    assert "done up to pseudo_label" in begun.said
+    assert "done up to pseudo_label" in begun.printed
     made = {path: time for path, time in begun.left.items() if path.endswith("manifest.json")}
     assert len([path for path in made if path.startswith("labels/k=")]) == 2
     assert not any(path.startswith(("adaptors/", "models/", "reports/")) for path in begun.left)
@@ -133,7 +133,7 @@ def test_sigterm_saves_state_and_the_next_run_goes_on(finished: Path, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "message"),
     [
         ("adapt.epoch=3", "did you mean 'epochs'"),
         ("clustering.num_labels=[100000]", "clustering.num_labels=100000"),
@@ -141,12 +141,12 @@ def test_sigterm_saves_state_and_the_next_run_goes_on(finished: Path, tmp_path: 
         ("resources.workers=64", "64"),
     ],
 )
-def test_bad_settings_end_with_one_line_and_exit_code_two(tmp_path: Path, override: str, said: str) -> None:
+def test_bad_settings_end_with_one_line_and_exit_code_two(tmp_path: Path, override: str, message: str) -> None:
     ended = runs.run(tmp_path / "run", override)
     assert ended.returncode == 2
     error = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
     assert len(error) == 1
-    assert said in error[0]
+    assert message in error[0]
     assert "Traceback" not in ended.stderr
 
 

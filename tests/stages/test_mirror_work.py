@@ -1,4 +1,4 @@
-"""Copies of work under way: whole at every moment, and enough for another machine to go on in the middle of a job."""
+"""Copies of unfinished work: whole at every moment, and enough for another machine to resume a job in the middle."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def artifacts_in(root: Path) -> list[Artifact]:
 
 
 def work_until(artifact: Artifact, step: int) -> Path:
-    """What a job of so many steps has in its folder: two checkpoints, a longer log, scratch that no restart uses."""
+    """The folder of a job after `step` steps: two checkpoints, a longer log, scratch that no restart uses."""
     folder = artifact.begin()
     for at in (step - 1, step):
         checkpoint = folder / "checkpoints" / f"step-{at:09d}"
@@ -186,17 +186,17 @@ def test_jobs_of_several_sets_are_copied_by_their_folder(bucket: Bucket, tmp_pat
     bucket.allow_writing()
     first, second, third = artifacts_in(tmp_path / "a")
     work_until(first, 5).rename(tmp_path / "moved")
-    pack = tmp_path / "a" / "packs" / "0123456789"
-    pack.parent.mkdir()
-    (tmp_path / "moved").rename(pack)
-    (pack / PACK_FILE).write_text(json.dumps({"sets": [first.name, second.name]}))
+    job = tmp_path / "a" / "packs" / "0123456789"
+    job.parent.mkdir()
+    (tmp_path / "moved").rename(job)
+    (job / PACK_FILE).write_text(json.dumps({"sets": [first.name, second.name]}))
     mirror_of(bucket, tmp_path / "a").save(())
     assert mirror_of(bucket, tmp_path / "b").fetch() == ["packs/0123456789"]
     remote = RemoteFolder(f"{bucket.url}/runs/x")
     stranger = WorkMirror(remote, remote.names(), [third])
     assert stranger.fetch() == []
     stranger.save(())
-    assert mirror_of(bucket, tmp_path / "c").fetch() == ["packs/0123456789"]  # a run of other sets let it be
+    assert mirror_of(bucket, tmp_path / "c").fetch() == ["packs/0123456789"]  # a run of other sets has left it alone
 
 
 @pytest.mark.parametrize("place", ["../x.partial", "packs/../../x"])
