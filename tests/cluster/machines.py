@@ -120,9 +120,6 @@ class Machine:
         """Pulls the cable."""
         self.bench.wire("link", "set", f"p{self.number}", "down")
 
-    def heal(self) -> None:
-        self.bench.wire("link", "set", f"p{self.number}", "up")
-
     def crash(self) -> None:
         """Power off: the cable goes first, so that no connection is closed."""
         if self.unshare is None:

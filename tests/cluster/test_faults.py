@@ -130,7 +130,7 @@ def test_a_job_of_one_rank_whose_machine_is_lost_ends_elsewhere_with_the_same_by
     assert digests(pipeline.run, adaptors) == digests(undisturbed, adaptors)
 
 
-def test_without_elastic_a_lost_machine_ends_the_run_with_an_error_that_says_so(bench: Bench, folder: Path) -> None:
+def test_without_elastic_a_lost_machine_ends_the_run_with_an_error_that_names_it(bench: Bench, folder: Path) -> None:
     config = write_config(folder, resources={"placement_timeout_s": 45})
     head, *workers = [bench[number] for number in range(4)]
     try:

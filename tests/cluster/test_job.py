@@ -29,7 +29,7 @@ class OneNodeLost:
 
 
 @pytest.mark.parametrize(("node_loss", "status"), [("stay", 143), ("requeue", 137)])
-def test_with_lost_nodes_and_no_wish_to_stay_there_is_less_time_to_save(
+def test_with_lost_nodes_and_node_loss_requeue_there_is_less_time_to_save(
     monkeypatch: pytest.MonkeyPatch, node_loss: str, status: int
 ) -> None:
     monkeypatch.setattr(job, "LOST_S", 0.3)

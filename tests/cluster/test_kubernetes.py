@@ -56,7 +56,7 @@ def test_each_folder_gives_its_kind_alone(rendered: dict[str, list[dict[str, Any
 
 
 @pytest.mark.parametrize("folder", OVERLAYS)
-def test_kuberay_would_take_them(rendered: dict[str, list[dict[str, Any]]], folder: str) -> None:
+def test_kuberay_would_accept_them(rendered: dict[str, list[dict[str, Any]]], folder: str) -> None:
     definitions = manifests.crd_folder()
     if definitions is None:
         pytest.skip("no custom resource definitions of KubeRay: name their folder in GRAPPA_KUBERAY_CRDS")
@@ -71,7 +71,7 @@ def test_kuberay_would_take_them(rendered: dict[str, list[dict[str, Any]]], fold
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_kubernetes_would_take_pods_and_claim(rendered: dict[str, list[dict[str, Any]]], version: str) -> None:
+def test_kubernetes_would_accept_pods_and_claim(rendered: dict[str, list[dict[str, Any]]], version: str) -> None:
     documents = [pod for folder in OVERLAYS for pod in pods(only(rendered[folder]))]
     for document in [*documents, only(rendered["storage"])]:
         kubernetes_validate.validate(document, version, strict=True)
@@ -141,7 +141,7 @@ def test_collectives_take_exactly_one_interface(rendered: dict[str, list[dict[st
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root for a separate process namespace")
-def test_before_a_pod_ends_the_program_is_asked_and_ranks_are_awaited(
+def test_before_a_pod_ends_the_program_is_asked_to_end_and_ranks_are_awaited(
     rendered: dict[str, list[dict[str, Any]]],
 ) -> None:
     head, workers = (

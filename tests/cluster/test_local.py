@@ -52,7 +52,7 @@ def test_run_keeps_the_commands_status_and_leaves_nothing(folder: Path) -> None:
     folder.rmdir()  # empty
 
 
-def test_start_and_stop_and_a_stop_that_kills_no_stranger(folder: Path) -> None:
+def test_start_and_stop_and_a_stop_that_kills_no_other_process(folder: Path) -> None:
     environment = _environment(folder)
     start = [sys.executable, PROGRAM, "start", "--nodes", "1"]
     started = subprocess.run(start, env=environment, text=True, capture_output=True)

@@ -33,7 +33,7 @@ def test_what_cannot_work_is_refused_before_ray_starts(flags: list[str], message
     assert not Path("/tmp/never").exists()
 
 
-def test_only_folders_that_nobody_holds_are_removed(tmp_path: Path) -> None:
+def test_only_folders_that_no_process_has_locked_are_removed(tmp_path: Path) -> None:
     held = ray_node.make_folder(tmp_path / "grappa-1")
     os.close(ray_node.make_folder(tmp_path / "grappa-2"))  # its process has ended
     os.close(ray_node.make_folder(tmp_path / "grappa-3"))  # likewise, just now
@@ -45,7 +45,7 @@ def test_only_folders_that_nobody_holds_are_removed(tmp_path: Path) -> None:
     os.close(held)
 
 
-def test_folders_are_for_their_owner_alone_and_all_made_or_none(tmp_path: Path) -> None:
+def test_folders_are_private_to_their_owner_and_all_made_or_none(tmp_path: Path) -> None:
     ray_node.make_folders([tmp_path / "grappa-1", tmp_path / "spill" / "n1-grappa-1"])
     assert [oct((tmp_path / f).stat().st_mode)[-3:] for f in ("grappa-1", "spill/n1-grappa-1")] == ["700"] * 2
     with pytest.raises(FileExistsError):

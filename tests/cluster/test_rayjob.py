@@ -57,7 +57,7 @@ def test_the_job_runs_on_its_pods_and_leaves_its_run_on_the_claim(
     assert hosts == {"n1", "n2"}  # a worker on each, none on the head
 
 
-def test_a_job_that_fails_says_why_and_is_failed(bench: Bench, claim: Path, tmp_path: Path) -> None:
+def test_a_job_that_fails_logs_why_and_is_marked_as_failed(bench: Bench, claim: Path, tmp_path: Path) -> None:
     job = job_of(tmp_path, arguments="--config /mnt/grappa/tiny.yaml --out /mnt/grappa/run resources.workers=5")
     status, output = kuberay.run_job(job, bench, {"tests": claim}, tmp_path)
     assert status != 0

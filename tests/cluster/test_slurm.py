@@ -117,7 +117,7 @@ def test_before_the_time_limit_the_job_saves_and_goes_on_in_its_next_life(
 
 
 @pytest.mark.long
-def test_a_job_told_to_save_and_end_does_and_is_not_requeued(cluster: Slurm, folder: Path) -> None:
+def test_a_job_that_is_asked_to_save_and_end_does_so_and_is_not_requeued(cluster: Slurm, folder: Path) -> None:
     write_config(folder, **LONG)
     job = submit(cluster, folder, "NODES=1")
     job.reaches("adaptors/k=4", 5)

@@ -101,7 +101,7 @@ def test_activate_may_read_unset_variables_and_go_on_after_failures(site: Path) 
     assert "HOOKED=yes" in (site / "python3.env").read_text()
 
 
-def test_an_activate_that_fails_is_said_in_one_line(site: Path) -> None:
+def test_an_activate_that_fails_is_reported_in_one_line(site: Path) -> None:
     ended = run_batch(site, submit(site, "CONFIG=configs/demo.yaml", "activate() { return 3; }"))
     assert ended.returncode == 2
     assert "failed with 3: Python cannot be set up on" in ended.stderr

@@ -33,7 +33,7 @@ def test_nodes_like_the_driver_have_no_problems() -> None:
     assert problems(OURS, [Facts("a", OURS, memory_bytes=GIB), Facts("b", dict(OURS), memory_bytes=GIB)], GIB) == []
 
 
-def test_each_kind_of_trouble_is_one_line_that_says_where() -> None:
+def test_each_kind_of_problem_is_one_line_that_names_its_nodes() -> None:
     nodes = [
         Facts("a", OURS | {"torch": "2.10.0"}, memory_bytes=8 * GIB),
         Facts("b", OURS | {"torch": "2.10.0"}, storage="the run directory /runs is another", memory_bytes=8 * GIB),
@@ -50,7 +50,7 @@ def test_each_kind_of_trouble_is_one_line_that_says_where() -> None:
     ]
 
 
-def test_of_many_nodes_with_one_trouble_a_few_are_named() -> None:
+def test_of_many_nodes_with_one_problem_a_few_are_named() -> None:
     nodes = [Facts(f"n{i}", OURS, data="no shard") for i in range(7)]
     assert problems(OURS, nodes, 0) == ["n0, n1, n2 and 4 more: no shard"]
 
@@ -107,7 +107,7 @@ def test_a_head_of_ipv6_answers() -> None:
         check_answers(f"[::1]:{server.getsockname()[1]}")
 
 
-def test_a_node_that_shares_everything_has_nothing_in_the_way(tmp_path: Path) -> None:
+def test_a_node_that_shares_everything_has_no_problem(tmp_path: Path) -> None:
     root = tmp_path / "runs" / "new"
     with token_in(root) as token:
         facts = survey(Checks(root, nothing), token, "id", "here", workers=2, gpu=False)
@@ -117,13 +117,13 @@ def test_a_node_that_shares_everything_has_nothing_in_the_way(tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_somebody_else_uses_meanwhile_stays(tmp_path: Path) -> None:
+def test_a_folder_that_another_process_uses_meanwhile_stays(tmp_path: Path) -> None:
     with token_in(tmp_path / "runs" / "new"):
         (tmp_path / "runs" / "other").mkdir()
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["other"]
 
 
-def test_a_node_with_a_run_directory_of_its_own_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_node_with_a_separate_run_directory_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "LATE_FILE_S", 0.0)
     with token_in(tmp_path / "drivers") as token:
         elsewhere = tmp_path / "nodes" / token.name

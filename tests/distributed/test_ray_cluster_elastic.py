@@ -72,7 +72,9 @@ def remove_once(machines: Any, node: Any, marker: Path) -> threading.Thread:
 
 
 @pytest.mark.long
-def test_a_job_goes_on_with_fewer_ranks_and_nodes_that_join_serve_the_next_stage(machines: Any, tmp_path: Path) -> None:
+def test_a_job_goes_on_with_fewer_ranks_and_nodes_that_join_are_used_by_the_next_stage(
+    machines: Any, tmp_path: Path
+) -> None:
     nodes = [add(machines), add(machines)]
     machines.wait_for_nodes()
     log: list[str] = []

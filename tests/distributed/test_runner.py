@@ -217,7 +217,7 @@ def test_workers_serve_on_after_bad_input(runner: Runner) -> None:
     assert [result[0] for result in runner.map(square, [5, 6])] == [25, 36]
 
 
-def test_an_error_of_ours_in_a_task_is_not_tried_again(runner: Runner, events: Recorder) -> None:
+def test_an_error_that_a_task_raises_itself_is_not_tried_again(runner: Runner, events: Recorder) -> None:
     with pytest.raises(AssertionError):
         runner.map(refuse, [0])
     assert events.of("job_failed") == []
