@@ -32,8 +32,9 @@ from benchmarks.harness import Timing, add_run, aligned, aligned_header, check_l
 from grappa_dist.data.decoding import BadImage, Picture, Pixels, decode, open_picture
 from grappa_dist.data.index import IMAGE_SUFFIXES
 from grappa_dist.data.loader import load_or_skip, read_batches
+from grappa_dist.data.rng import view_generator
 from grappa_dist.data.shards import ImageShards
-from grappa_dist.data.transforms import Preprocess, draw_crop, view_generator
+from grappa_dist.data.transforms import Preprocess, draw_crop
 from grappa_dist.data.writer import ShardWriter
 from grappa_dist.make_shards.building import Tell
 

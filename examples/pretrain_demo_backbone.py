@@ -24,8 +24,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from grappa_dist.data.rng import stream
 from grappa_dist.demo.backbone import DATA_CONFIG, EMBED_DIM, architecture
-from grappa_dist.demo.canvas import Canvas, Inks, arc, box, ellipse, hsv, stream
+from grappa_dist.demo.canvas import Canvas, Inks, arc, box, ellipse, hsv
 from grappa_dist.demo.drawings import render_sketch
 
 Doodle = Callable[[Canvas, Generator, Inks, int], None]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from grappa_dist.data.rng import permutation
+from grappa_dist.data.rng import Purpose, permutation
 from grappa_dist.data.shards import ImageShards
 
 Rows = NDArray[np.int64]
@@ -41,7 +41,7 @@ class EpochOrder:
         self.streams = max(1, min(streams, self.num_rows))
         self._bad_shift = bad - np.arange(len(bad))  # good row g is row id g + how many of these are <= g
         good_starts = shards.starts - np.searchsorted(bad, shards.starts)  # (S + 1,) in good rows
-        shuffled = permutation(len(shards.shards), "order of shards", seed, epoch)
+        shuffled = permutation(len(shards.shards), Purpose.SHARD_ORDER, seed, epoch)
         self._shard_good = good_starts[:-1][shuffled]  # first good row of each shard, in the epoch's order
         self._shard_starts = np.cumsum(np.concatenate([[0], np.diff(good_starts)[shuffled]]))[:-1]
         self._windows: dict[int, tuple[int, Rows]] = {}  # the last window of each stream
@@ -95,6 +95,6 @@ class EpochOrder:
         if known is None or known[0] != window:
             shortest, longer = divmod(self.num_rows, self.streams)
             length = min(self.window, shortest + (stream < longer) - window * self.window)
-            known = (window, permutation(length, "order in a window", self.seed, self.epoch, stream, window))
+            known = (window, permutation(length, Purpose.WINDOW_ORDER, self.seed, self.epoch, stream, window))
             self._windows[stream] = known
         return known[1]

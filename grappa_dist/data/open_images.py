@@ -13,7 +13,7 @@ from grappa_dist.config import DataConfig, Resources
 from grappa_dist.data.block_cache import CacheSettings
 from grappa_dist.data.decoding import BadImage
 from grappa_dist.data.index import describe_missing
-from grappa_dist.data.rng import permutation
+from grappa_dist.data.rng import Purpose, permutation
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.data.writer import ShardWriter
 
@@ -35,7 +35,7 @@ def draw_collection(data: DataConfig, artifact: Artifact) -> None:
     for split in ("train", "test"):
         items = [d for d in drawings if d.split == split]
         with ShardWriter(folder / split, rows_per_shard=ROWS_PER_SHARD) as writer:
-            for i in permutation(len(items), "order of a collection").tolist():
+            for i in permutation(len(items), Purpose.DATA_SET_ORDER).tolist():
                 item = items[i]
                 writer.write(item.encoded, item.suffix, label=item.label, task=item.task)
     artifact.commit()

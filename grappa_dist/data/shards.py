@@ -21,7 +21,7 @@ from grappa_dist.data.discovery import Index, Progress, find_shards
 from grappa_dist.data.index import DAMAGED, REFUSED, REMADE, OpenFile, Shard, check_places, read_rows, refusal
 from grappa_dist.data.remote import RemoteObject, is_remote
 from grappa_dist.data.remote_index import RemoteRows
-from grappa_dist.data.rng import permutation
+from grappa_dist.data.rng import Purpose, permutation
 from grappa_dist.data.tars import key_at
 
 
@@ -113,7 +113,7 @@ class ImageShards:
         """Whole shards, drawn by the seed, with at least so many rows; all of them where there are no more."""
         if len(self) <= rows:
             return self
-        order = permutation(len(self.shards), "some shards", seed)
+        order = permutation(len(self.shards), Purpose.SOME_SHARDS, seed)
         enough = int(np.searchsorted(np.cumsum(np.diff(self.starts)[order]), rows)) + 1
         chosen = sorted(order[:enough].tolist())
         return ImageShards(tuple(self.shards[i] for i in chosen), tuple(self.indexes[i] for i in chosen), self.cache)

@@ -21,7 +21,6 @@ from PIL import Image
 from torch import Tensor
 
 from grappa_dist.data.decoding import Picture, Pixels, decode, open_picture
-from grappa_dist.data.rng import generator
 
 INTERPOLATIONS = {
     "nearest": Image.Resampling.NEAREST,
@@ -36,11 +35,6 @@ _LONG = 8  # from this aspect on, an image is not resized outside its crop
 # torch has these for bytes, some six times as fast as Pillow and within one grey level of it
 _TORCH = ("bilinear", "bicubic")
 _STEEPEST = 64  # torch's weights have 16 bits: too few to average more rows than this into one
-
-
-def view_generator(seed: int, epoch: int, row: int, view: int) -> np.random.Generator:
-    """The generator of one augmented view: a function of these four, never of a worker."""
-    return generator("view", seed, epoch, row, view)
 
 
 @dataclass(frozen=True)

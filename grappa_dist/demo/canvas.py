@@ -6,7 +6,6 @@ The visible square is [-1, 1] x [-1, 1], y points down. Shapes: P points of a cu
 from __future__ import annotations
 
 import colorsys
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -36,12 +35,6 @@ PALETTES: tuple[tuple[str, str, str, str], ...] = (  # paper, then three colours
     ("#f3dccb", "#7f5539", "#386641", "#c8553d"),
     ("#20453f", "#f7b267", "#e5e8b6", "#f4845f"),
 )
-
-
-def stream(*identity: object) -> Generator:
-    """The random numbers that belong to `identity`; a pure function of it, in every process."""
-    digest = hashlib.sha256("/".join(map(str, identity)).encode()).digest()
-    return np.random.default_rng(np.frombuffer(digest, dtype="<u4").astype(np.uint64))
 
 
 def hsv(hue: float, saturation: float, value: float) -> Colour:

@@ -25,6 +25,7 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from PIL import Image
 
+from grappa_dist.data.rng import stream
 from grappa_dist.demo.canvas import (
     DARK,
     WHITE,
@@ -37,7 +38,6 @@ from grappa_dist.demo.canvas import (
     ellipse,
     hsv,
     pick_inks,
-    stream,
 )
 
 _SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprtz" for vowel in "aeiou"]

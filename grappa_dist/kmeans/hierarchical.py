@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from grappa_dist.data.rng import RowDraw
 from grappa_dist.distributed.sharded_rows import PIECE, ShardedRows, scratch
 from grappa_dist.kmeans.assignments import LabelPasses, Settled, exactly, find_labels
 from grappa_dist.kmeans.lloyd import Progress, Updates, lloyd
@@ -62,7 +63,6 @@ def apportion(sizes: Sequence[int], num_labels: int) -> list[int]:
     return labels
 
 
-_SEEDING = 2  # names the hashes
 _FAR = 2**51  # above any squared distance
 
 
@@ -170,7 +170,7 @@ def _starts(families: Families, num_labels: int, seed: int) -> Tensor:
     squares = scratch(num_rows, torch.int64).fill_(_FAR)
     present, at_once = torch.zeros_like(numbers), (numbers > 0).long()
     for number in itertools.count():
-        _race(families, squares, (keys, groups), (seed, num_labels, _SEEDING, number))
+        _race(families, squares, (keys, groups), RowDraw.FAMILY_START.key(seed, num_labels, number))
         drawn, rows = _drawn_rows(families, groups, keys, at_once)
         slots = torch.cat([first[i] + present[i] + torch.arange(int(n)) for i, n in enumerate(drawn)])
         centroids[slots] = rows

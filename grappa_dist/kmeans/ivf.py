@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from grappa_dist.data.rng import RowDraw
 from grappa_dist.distributed.collectives import Comm
 from grappa_dist.distributed.sharded_rows import BLOCK_ROWS, Rows, ShardedRows
 from grappa_dist.kmeans.assignments import LabelPasses, RowLabels, Settled, exactly
@@ -162,7 +163,6 @@ def _take_closer(labels: Tensor, squares: Tensor, rows: Tensor, competitors: tup
 
 LIST_UPDATES = 5  # of the k-means that makes the lists
 AGREEMENT_ROWS = 4096  # compared with the exact assignment; 0.98 of them is known to 0.2 points
-_AGREEMENT = 3  # names the hashes
 
 Work = Callable[[tuple[Tensor, Tensor]], Settled]
 
@@ -256,7 +256,7 @@ class Agreement:
 
 def agreement(share: ShardedRows, rows: RowLabels, centroids: Tensor, seed: int) -> Agreement:
     """Measured on up to `AGREEMENT_ROWS` rows of all ranks, by comparing them with every centroid."""
-    draw = Draw.of(share, AGREEMENT_ROWS, seed, len(centroids), _AGREEMENT)
+    draw = Draw.of(share, AGREEMENT_ROWS, *RowDraw.AGREEMENT.key(seed, len(centroids)))
     told = torch.zeros(2, dtype=torch.int64)
     for settled in share.each(exactly(share, centroids), draw.blocks()):
         same = rows.labels[settled.positions] == settled.found.labels.cpu()

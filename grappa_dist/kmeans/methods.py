@@ -25,13 +25,14 @@ from typing import Literal
 import numpy as np
 import torch
 
+from grappa_dist.data.rng import RowDraw, draw
 from grappa_dist.distributed.sharded_rows import ShardedRows
 from grappa_dist.kmeans.assignments import RowLabels, Settled, exactly, find_labels
 from grappa_dist.kmeans.balanced import Balanced, balance_labels, largest_size
 from grappa_dist.kmeans.hierarchical import fit_in_families
 from grappa_dist.kmeans.ivf import Agreement, agreement, refine, through_lists
 from grappa_dist.kmeans.lloyd import SQUARE_UNIT, Fit, KMeans, KMeansResult, Progress, begin, end_alone, end_together
-from grappa_dist.kmeans.sampling import draw, sampled_share
+from grappa_dist.kmeans.sampling import sampled_share
 from grappa_dist.kmeans.seeding import Init
 from grappa_dist.search.candidates import Centroids
 from grappa_dist.search.fixed_point import exact_square
@@ -131,8 +132,6 @@ def _method(method: Name | Literal["auto"], size: Size) -> tuple[Name, str]:
 Trail = Mapping[str, Progress]
 """Where the parts of a method stand; enough to go on from."""
 
-_SAMPLE = 1  # names draws
-
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
@@ -211,7 +210,7 @@ class Restart:
 
     def _sampled(self) -> Clustering:
         num = self.num_labels * self.method.sample_rows_per_cluster
-        sample = sampled_share(self.share, num, self.seed, self.num_labels, _SAMPLE)
+        sample = sampled_share(self.share, num, *RowDraw.FIT_SAMPLE.key(self.seed, self.num_labels))
         fit = self._kmeans(sample, "fit", self.num_labels)
         found = self._labelled(Progress(fit.centroids, (), fit.empty_repaired), len(fit.inertia) - 1)
         return replace(found, sampled_rows=sample.num_good)
@@ -333,9 +332,6 @@ def _own_distances(share: ShardedRows, result: KMeansResult) -> RowLabels:
     return find_labels(share, work, share.blocks())[0]
 
 
-_RESTART = 0  # names draws
-
-
 @dataclass(frozen=True)
 class Wanted:
     """One clustering to be made."""
@@ -376,7 +372,7 @@ def cluster(share: ShardedRows, wanted: Wanted) -> Clustering:
     if wanted.method.restarts == 1:
         return first.cluster()
     kept, told = first.kept, first.told
-    seeds = (draw(2**63, wanted.seed, number, _RESTART) for number in range(1, wanted.method.restarts))
+    seeds = (draw(2**63, *RowDraw.RESTART.key(wanted.seed, number)) for number in range(1, wanted.method.restarts))
     runs = [first, *(replace(first, seed=seed, number=number) for number, seed in enumerate(seeds, start=1))]
     found: dict[int, Clustering] = {}
     for run in runs:

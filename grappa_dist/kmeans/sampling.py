@@ -13,7 +13,6 @@ Shapes: P rows.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -22,14 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from grappa_dist.data.rng import draw
 from grappa_dist.distributed.sharded_rows import PIECE, Rows, ShardedRows, join_rows, scratch
-
-
-def draw(limit: int, *key: int) -> int:
-    """An integer in [0, limit), a function of the key alone: no generator, so no state and no library version."""
-    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=24).digest()
-    return int.from_bytes(digest, "big") % limit
-
 
 HASH_BITS = 52
 RACE_BITS = 62

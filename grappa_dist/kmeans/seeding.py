@@ -31,8 +31,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from grappa_dist.data.rng import RowDraw, draw
 from grappa_dist.distributed.sharded_rows import RowBlock, ShardedRows, scratch
-from grappa_dist.kmeans.sampling import Draw, copied_share, draw
+from grappa_dist.kmeans.sampling import Draw, copied_share
 from grappa_dist.search.candidates import Centroids
 from grappa_dist.search.fixed_point import GRID, exact_dot, exact_square
 from grappa_dist.search.rerank import FAR, Assignment, assign
@@ -294,10 +295,12 @@ def _round(
     """Draws candidates, thins them out and lowers the weights; where that leads, and the new centroids (k', D)."""
     missing = num_labels - len(before.places)
     numbers = range(before.drawn, before.drawn + candidates_of(len(before.places), missing))
-    targets = [draw(sum(totals), seed, num_labels, j) for j in numbers]
+    targets = [draw(sum(totals), *RowDraw.CANDIDATE.key(seed, num_labels, j)) for j in numbers]
     places, found = weights.located(targets, totals)
     candidates = rows_at(weights.share, places)
-    tests = [draw(weight, seed, num_labels, j, 1) for j, weight in zip(numbers, found, strict=True)]
+    tests = [
+        draw(weight, *RowDraw.CANDIDATE_TEST.key(seed, num_labels, j)) for j, weight in zip(numbers, found, strict=True)
+    ]
     kept = accept(candidates, found, tests, missing)
     weights.lower([candidates[kept]], len(before.places))
     return Seeded(torch.cat([before.places, places[kept]]), numbers.stop), candidates[kept]
@@ -328,9 +331,6 @@ def _lowest_left(share: ShardedRows, seeded: Seeded, num: int) -> Tensor:
         if slot >= num:
             break
     return share.total(places)
-
-
-_ROUND = 6  # names the hashes
 
 
 def oversampled_centroids(
@@ -398,7 +398,8 @@ def _seed_candidates(
         weights.lower([some for some in rounds if len(some)])
     while len(found) < wanted and any(weights.totals()):
         num = at_once if len(found) else 1
-        new = _places(share, Draw.of(share, num, seed, num_labels, _ROUND, len(found), weights=weights.squares))
+        key = RowDraw.OVERSAMPLED.key(seed, num_labels, len(found))
+        new = _places(share, Draw.of(share, num, *key, weights=weights.squares))
         weights.lower([rows_at(share, new)], len(found))
         found = torch.cat([found, new])
         on_round(Seeded(found, len(found)), wanted)

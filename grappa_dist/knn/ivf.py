@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from grappa_dist.data.rng import RowDraw
 from grappa_dist.distributed.collectives import Comm, wire_device
 from grappa_dist.distributed.sharded_rows import Rows, ShardedRows, join_rows, side_by_side
 from grappa_dist.kmeans.assignments import exactly
@@ -42,7 +43,6 @@ from grappa_dist.search.fixed_point import exact_dot
 
 _FIT_ROWS = 64  # per list, that heads are fitted to
 _FIT_UPDATES = 5
-_FIT = 5  # names the draw
 
 
 def num_lists_of(num_rows: int) -> int:
@@ -63,7 +63,7 @@ class Coarse:
     def of(share: ShardedRows, seed: int) -> Coarse:
         """The lists of a share without bad rows, of which all ranks together have at least one."""
         num = num_lists_of(share.num_good)
-        sample = sampled_share(share, num * _FIT_ROWS, seed, num, _FIT)
+        sample = sampled_share(share, num * _FIT_ROWS, *RowDraw.KNN_FIT_SAMPLE.key(seed, num))
         fit = kmeans(sample, num, KMeans(iterations=_FIT_UPDATES, seed=seed))
         heads = Centroids.of(torch.from_numpy(fit.centroids))
         labels = torch.zeros(len(share.rows), dtype=torch.int32)
@@ -218,7 +218,6 @@ def _by_list(lists: Tensor, num_lists: int) -> tuple[Tensor, ...]:
 
 SAMPLE_ROWS = 1024  # compared with all rows; half of them choose p, half measure recall
 MOST_EXACT_ROWS = 10**7  # that are compared exactly where lists do not do: some 150 CPU hours (docs/scale.md)
-_SAMPLE = 6  # names the draw
 
 
 @dataclass(frozen=True)
@@ -349,7 +348,7 @@ class Sample:
     def two_of(share: ShardedRows, blocks: Blocks, what: tuple[int, int, int]) -> tuple[Sample, Sample]:
         """Two disjoint samples, by (k, seed, epoch)."""
         k, seed, epoch = what
-        draw = Draw.of(share, min(SAMPLE_ROWS, share.num_good), seed, k, epoch, _SAMPLE)
+        draw = Draw.of(share, min(SAMPLE_ROWS, share.num_good), *RowDraw.KNN_RECALL.key(seed, k, epoch))
         parts = list(draw.blocks())
         own = torch.cat([p for p, _ in parts]) if parts else torch.zeros(0, dtype=torch.int64)
         x = torch.cat([x for _, x in parts]) if parts else torch.zeros(0, share.dim)

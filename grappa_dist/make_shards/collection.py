@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from grappa_dist.data.decoding import TAKEN
-from grappa_dist.data.rng import permutation
+from grappa_dist.data.rng import Purpose, permutation
 from grappa_dist.make_shards.building import Building, Progress, Tell, bad_files, build, duration
 from grappa_dist.make_shards.planning import Limits, plan_folder, prefixes_of
 from grappa_dist.make_shards.sources import Columns, Item, Source, csv_items, folder_items, open_source, task_name
@@ -144,7 +144,7 @@ def _in_order(items: Sequence[Item], split: str, seed: int) -> Sequence[Item]:
     """The train rows are mixed, the test rows keep their order."""
     if split != "train":
         return items
-    return [items[i] for i in permutation(len(items), "order of a collection", seed).tolist()]
+    return [items[i] for i in permutation(len(items), Purpose.DATA_SET_ORDER, seed).tolist()]
 
 
 def summary(buildings: Sequence[Building], skipped: Counter[str], seconds: float) -> list[str]:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from grappa_dist.data.decoding import REWRITTEN
 from grappa_dist.data.loader import read_batches
-from grappa_dist.data.rng import permutation
+from grappa_dist.data.rng import Purpose, permutation
 from grappa_dist.data.writer import member_bytes, members
 from grappa_dist.make_shards.filling import Row, ShardJob
 from grappa_dist.make_shards.sources import Item, encoded, encoder
@@ -177,7 +177,7 @@ def _sampled_sizes(items: Sequence[Item], image_size: int | None) -> dict[str, i
     each = max(1, min(_SAMPLED_PER_TASK, _SAMPLED // max(1, len(of_task))))
     means = {}
     for task, numbers in of_task.items():
-        drawn = [items[numbers[i]] for i in permutation(len(numbers), "sizes of re-encoded images")[:each].tolist()]
+        drawn = [items[numbers[i]] for i in permutation(len(numbers), Purpose.ENCODED_SIZES)[:each].tolist()]
         files = read_batches(drawn, lambda item: encoded(item.place.read(), item.suffix, image_size).data, threads=4)
         means[task] = sum(map(len, files)) // len(drawn)
     return means

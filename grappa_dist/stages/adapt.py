@@ -21,6 +21,7 @@ from grappa_dist.artifacts import Artifact, Store, label_rows, wait_until_seen
 from grappa_dist.config import AdaptConfig, BackboneConfig, Config, DataConfig
 from grappa_dist.console import pluralize
 from grappa_dist.data.loader import read_batches
+from grappa_dist.data.rng import Purpose, torch_seed
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.data.transforms import Preprocess
 from grappa_dist.distributed.placement import Rates, describe_placement, ranks_of, sets_per_job
@@ -34,7 +35,7 @@ from grappa_dist.stages.adapt_job import AdaptJob, starting_centroids, train_ada
 from grappa_dist.stages.adapt_packs import AdaptSet, commit_leftovers, fresh, group
 from grappa_dist.stages.embed import to_images
 from grappa_dist.stages.run import Run
-from grappa_dist.training.batches import TrainingImages, augmented, describe_idle_ranks, torch_seed, trained_by
+from grappa_dist.training.batches import TrainingImages, augmented, describe_idle_ranks, trained_by
 from grappa_dist.training.memory import Room, images_at_a_time, room, tried, usable_bytes
 from grappa_dist.training.trackers import check_trackers
 
@@ -92,7 +93,7 @@ def _model(job: AdaptJob, num_sets: int, device: torch.device) -> PackedGrappa:
         build_backbone(job.backbone), num_sets, job.adapt.bottleneck, recompute=job.adapt.activation_checkpointing
     ).to(device)
     for index in range(num_sets):
-        model.initialise(index, torch.Generator(device).manual_seed(torch_seed("rates", index)))
+        model.initialise(index, torch.Generator(device).manual_seed(torch_seed(Purpose.MEASURED_ADAPTORS, index)))
         for parameter in model.parameters_of(index):
             parameter.requires_grad_(True)
     return model

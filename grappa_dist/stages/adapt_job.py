@@ -21,13 +21,14 @@ from torch import Tensor
 
 from grappa_dist.artifacts import CENTROIDS_FILE, Artifact, RowArrays
 from grappa_dist.config import AdaptConfig, BackboneConfig
+from grappa_dist.data.rng import Purpose, torch_seed
 from grappa_dist.data.transforms import Preprocess
 from grappa_dist.distributed.worker import RankContext
 from grappa_dist.models import PackedGrappa
 from grappa_dist.models.spec import build_backbone, forget_built
 from grappa_dist.stages.adapt_packs import AdaptSet, begin, commit_trained, figure, finish, pack_folder, short_name
 from grappa_dist.stages.embed import to_images
-from grappa_dist.training.batches import Pixels, Rows, TrainingImages, augmented_batches, torch_seed
+from grappa_dist.training.batches import Pixels, Rows, TrainingImages, augmented_batches
 from grappa_dist.training.classifier import Classifier, ClassifierSettings
 from grappa_dist.training.compile import compile_if_it_wins
 from grappa_dist.training.deepspeed_engine import Engine
@@ -59,7 +60,7 @@ def classifier_for(
     draws: torch.Generator,
 ) -> Classifier:
     """The classifier of K classes of D channels, `shape`, where it starts: at the centroids, or where `draws` say."""
-    of_classes = torch_seed("classes", seed, shape[0])
+    of_classes = torch_seed(Purpose.CLASSES, seed, shape[0])
     settings = ClassifierSettings(config.gamma, config.weight_decay, config.sampled_classes, of_classes)
     classifier = Classifier(context.comm, context.device, shape, settings)
     classifier.start(centroids, draws)
@@ -253,7 +254,7 @@ class AdaptObjective(Classifying):
     def _started(self, context: RankContext, index: int) -> Classifier:
         """Starts a set as if it were alone, its adaptors and then, by further draws, its classifier."""
         one, seed = self._job.sets[index], self._job.training.seed
-        draws = torch.Generator().manual_seed(torch_seed("adaptors", seed, one.num_labels))
+        draws = torch.Generator().manual_seed(torch_seed(Purpose.ADAPTORS, seed, one.num_labels))
         self.model.initialise(index, draws)
         shape = (one.num_labels, self.model.embed_dim)
         return classifier_for(context, self._job.adapt, shape, seed=seed, centroids=one.centroids, draws=draws)

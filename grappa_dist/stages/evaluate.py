@@ -18,9 +18,8 @@ from grappa_dist.artifacts import Artifact, RowArrays, Store, numbered, wait_unt
 from grappa_dist.config import Config, EvaluateConfig
 from grappa_dist.data.decoding import Picture
 from grappa_dist.data.loader import Make, load_images
-from grappa_dist.data.rng import generator
+from grappa_dist.data.rng import Purpose, generator, view_generator
 from grappa_dist.data.shards import ImageShards
-from grappa_dist.data.transforms import view_generator
 from grappa_dist.distributed.collectives import Comm
 from grappa_dist.files import write_json
 from grappa_dist.knn.exact import sharded_knn
@@ -196,7 +195,7 @@ class _Insight:
 
     def _sample(self, rows: NDArray[np.int64], count: int, *purpose: int) -> NDArray[np.int64]:
         """Some of the rows, sorted: the same for every model."""
-        draw = generator("evaluation sample", self._seed, *purpose)
+        draw = generator(Purpose.EVALUATION_SAMPLE, self._seed, *purpose)
         return np.sort(draw.choice(rows, min(count, len(rows)), replace=False)) if len(rows) else rows
 
     def _features(self, rows: NDArray[np.int64], make: Make) -> Iterator[tuple[NDArray[np.int64], Tensor]]:

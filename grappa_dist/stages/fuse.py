@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from grappa_dist.artifacts import Artifact, RowArrays, Store, wait_until_seen
 from grappa_dist.config import BackboneConfig, DataConfig, FuseConfig, Variant
 from grappa_dist.console import pluralize
+from grappa_dist.data.rng import Purpose, torch_seed
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.distributed.runner import Job
 from grappa_dist.distributed.worker import RankContext
@@ -44,7 +45,7 @@ from grappa_dist.stages.embed import Embedding, to_images
 from grappa_dist.stages.fuse_pairs import Pairs
 from grappa_dist.stages.run import Run
 from grappa_dist.training.barlow_twins_loss import Projector, accumulate, barlow_twins, penalty_of, rows_are_cheaper
-from grappa_dist.training.batches import TrainingImages, describe_idle_ranks, torch_seed, trained_by
+from grappa_dist.training.batches import TrainingImages, describe_idle_ranks, trained_by
 from grappa_dist.training.deepspeed_engine import Engine
 from grappa_dist.training.loop import Schedule, train
 from grappa_dist.training.memory import fuse_advice, naming_lack_of_memory
@@ -202,7 +203,7 @@ class FuseObjective:
             self.grappa.load_adaptors([load_file(a.path / ADAPTORS_FILE) for a in job.adaptors])
         self.grappa.trainable_attention(and_adaptors=job.random_sets > 0)
         projector = Projector(backbone.embed_dim, job.fuse.projector)
-        draws = torch.Generator().manual_seed(torch_seed("fusion", job.training.seed))
+        draws = torch.Generator().manual_seed(torch_seed(Purpose.FUSION, job.training.seed))
         for layer in self.grappa.layers:
             if layer.attention is not None:
                 layer.attention.initialise(draws)
@@ -255,7 +256,7 @@ def randomise_adaptors(model: Grappa, seed: int) -> None:
     """Initialises all sets; set i is a function of seed and i, so the one set of M+A_1 is the first of M*."""
     first, sets = model.layers[0].adaptors, []
     for index in range(first.num_sets):
-        draws = torch.Generator().manual_seed(torch_seed("random adaptors", seed, index))
+        draws = torch.Generator().manual_seed(torch_seed(Purpose.RANDOM_ADAPTORS, seed, index))
         tensors: dict[str, Tensor] = {}
         for number in range(len(model.layers)):
             adaptors = Adaptors(1, first.dim, first.bottleneck)

@@ -16,8 +16,8 @@ from grappa_dist.artifacts import RowArrays
 from grappa_dist.config import FuseConfig
 from grappa_dist.data.decoding import Picture
 from grappa_dist.data.loader import load_images, read_batches
-from grappa_dist.data.rng import generator
-from grappa_dist.data.transforms import Preprocess, view_generator
+from grappa_dist.data.rng import Purpose, generator, view_generator
+from grappa_dist.data.transforms import Preprocess
 from grappa_dist.distributed.worker import RankContext
 from grappa_dist.models import Grappa
 from grappa_dist.stages.embed import Embedding
@@ -99,5 +99,5 @@ class Pairs:
         for i, (row, near) in enumerate(zip(rows.tolist(), graph.take(rows), strict=True)):
             found = near[near >= 0]
             if len(found):
-                partners[i] = found[generator("neighbour", self._training.seed, epoch, row).integers(len(found))]
+                partners[i] = found[generator(Purpose.NEIGHBOUR, self._training.seed, epoch, row).integers(len(found))]
         return partners

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from grappa_dist.artifacts import Artifact, RowArrays, Store, wait_until_seen
 from grappa_dist.console import EVENTS_FILE, read_events
-from grappa_dist.data.rng import generator
+from grappa_dist.data.rng import Purpose, generator
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.files import write_json
 from grappa_dist.models import Grappa
@@ -102,7 +102,7 @@ def weigh_sets(device: torch.device, task: GalleriesTask) -> None:
     found = {}
     for number, name in enumerate(ground_truth.task_names):
         rows = np.setdiff1d(ground_truth.rows(number), task.bad)
-        draw = generator("gallery", task.seed, number)
+        draw = generator(Purpose.GALLERY, task.seed, number)
         rows = np.sort(draw.choice(rows, MOST_IMAGES, replace=False)) if len(rows) > MOST_IMAGES else rows
         shares, ranks = [], []
         for features in task.features.values():

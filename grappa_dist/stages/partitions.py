@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from grappa_dist.artifacts import Artifact, RowArrays, Store, wait_until_seen
-from grappa_dist.data.rng import generator
+from grappa_dist.data.rng import Purpose, generator
 from grappa_dist.files import write_json
 from grappa_dist.metrics import chance_nestedness, nestedness
 from grappa_dist.stages.run import Run
@@ -63,12 +63,12 @@ def _nestings(task: PartitionsTask, labels: Mapping[int, RowArrays]) -> Iterator
     """Every K against the next finer one, on the same rows for all of them."""
     settings = task.artifact.settings
     total = next(iter(labels.values())).starts[-1]
-    draw = generator("rows of nestedness", settings["seed"])
+    draw = generator(Purpose.NESTED_ROWS, settings["seed"])
     sample = total > settings["most_rows"]
     rows = np.sort(draw.choice(total, settings["most_rows"], replace=False)) if sample else np.arange(total)
     for k, finer in pairwise(labels):
         coarse, fine = labels[k].take(rows), labels[finer].take(rows)
-        draws = generator("nestedness by chance", settings["seed"], k, finer)
+        draws = generator(Purpose.NESTED_BY_CHANCE, settings["seed"], k, finer)
         yield {
             "coarse": k,
             "fine": finer,
@@ -105,14 +105,14 @@ def _picked(sizes: NDArray[np.int64], k: int, settings: Mapping[str, Any]) -> li
     picked = [("largest", int(order[0]))] if len(order) else []
     picked += [("median", int(order[middle]))] if middle else []
     rest = np.delete(order, [0, middle]) if middle else order[1:]
-    draw = generator("sample clusters", settings["seed"], k)
+    draw = generator(Purpose.SHOWN_CLUSTERS, settings["seed"], k)
     drawn = draw.choice(rest, min(settings["drawn_clusters"], len(rest)), replace=False) if len(rest) else rest
     return [*picked, *(("drawn", int(label)) for label in drawn)]
 
 
 def _places(label: int, size: int, k: int, settings: Mapping[str, Any]) -> NDArray[np.int64]:
     """Which of a cluster's rows are shown, counted in the order of rows; drawn, since the nearest would flatter it."""
-    draw = generator("images of a cluster", settings["seed"], k, label)
+    draw = generator(Purpose.CLUSTER_IMAGES, settings["seed"], k, label)
     return np.sort(draw.choice(size, min(settings["cluster_images"], size), replace=False))
 
 

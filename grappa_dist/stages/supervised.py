@@ -37,6 +37,7 @@ from grappa_dist.artifacts import (
 )
 from grappa_dist.config import SUPERVISED, SUPERVISED_SET, AdaptConfig, BackboneConfig, Config
 from grappa_dist.console import pluralize
+from grappa_dist.data.rng import Purpose, torch_seed
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.distributed.runner import Job
 from grappa_dist.distributed.worker import RankContext
@@ -50,7 +51,7 @@ from grappa_dist.stages.fuse import AttentionStatistics
 from grappa_dist.stages.ground_truth import load_ground_truth, write_ground_truth
 from grappa_dist.stages.pseudo_label import STATS_FILE
 from grappa_dist.stages.run import Run
-from grappa_dist.training.batches import TrainingImages, describe_idle_ranks, torch_seed, trained_by
+from grappa_dist.training.batches import TrainingImages, describe_idle_ranks, trained_by
 from grappa_dist.training.deepspeed_engine import Engine
 from grappa_dist.training.loop import Schedule, Watch, train
 from grappa_dist.training.memory import fuse_advice, naming_lack_of_memory
@@ -256,7 +257,7 @@ class SupervisedObjective(Classifying):
         self.module = Grappa(backbone, len(job.adaptors), config.bottleneck, attention=True)
         self.module.load_adaptors([load_file(a.path / ADAPTORS_FILE) for a in job.adaptors])
         self.module.trainable_attention()
-        draws = torch.Generator().manual_seed(torch_seed("fusion", seed))  # the start of all fusions
+        draws = torch.Generator().manual_seed(torch_seed(Purpose.FUSION, seed))  # the start of all fusions
         for layer in self.module.layers:
             assert layer.attention is not None
             layer.attention.initialise(draws)

@@ -15,9 +15,9 @@ from grappa_dist.config import BackboneConfig, Config, DataConfig
 from grappa_dist.data.decoding import Picture
 from grappa_dist.data.epoch_order import EpochOrder
 from grappa_dist.data.loader import load_images, read_batches
-from grappa_dist.data.rng import generator
+from grappa_dist.data.rng import view_generator
 from grappa_dist.data.shards import ImageShards
-from grappa_dist.data.transforms import Preprocess, view_generator
+from grappa_dist.data.transforms import Preprocess
 from grappa_dist.distributed.collectives import Comm
 from grappa_dist.models.spec import backbone_settings
 
@@ -111,8 +111,3 @@ def augmented_batches(
         return augmented(training, preprocess, rows, epoch=epoch, area=area), rows
 
     return read_batches(steps, read, threads=training.decode_threads)
-
-
-def torch_seed(purpose: str, *numbers: int) -> int:
-    """A seed named by what it is for."""
-    return int(generator(purpose, *numbers).integers(2**62))

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from grappa_dist.data.rng import RowDraw
 from grappa_dist.distributed.collectives import Comm
 from grappa_dist.kmeans.sampling import HASH_BITS, row_hashes
 from grappa_dist.training.checkpoints import RowShard
@@ -152,8 +153,9 @@ class Classifier:
     def _drawn(self, step: int) -> Tensor:
         """(k,) bool: whether a class of this rank is drawn for a step."""
         limit = int(self._settings.sampled * 2**HASH_BITS)
+        key = RowDraw.CLASSES.key(self._settings.seed, step)
         blocks = torch.arange(self.first, self.end, device=self._device).split(_HASHED_ROWS[self._device.type])
-        return torch.cat([row_hashes(block, self._settings.seed, step) < limit for block in blocks])
+        return torch.cat([row_hashes(block, *key) < limit for block in blocks])
 
     def _places(self, labels: Tensor) -> Tensor:
         """Places of the labels' classes among the active rows of this rank; -1: not among them."""

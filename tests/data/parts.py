@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from grappa_dist.data.decoding import decode, open_picture
-from grappa_dist.data.transforms import Preprocess, draw_crop, view_generator
+from grappa_dist.data.rng import view_generator
+from grappa_dist.data.transforms import Preprocess, draw_crop
 from tests.data.test_decoding import encoded, picture
 
 REPEATS, SIDE = 60, 224

@@ -13,8 +13,9 @@ import pytest
 from PIL import Image
 
 from grappa_dist.data.loader import load_images, load_or_skip, read_batches
+from grappa_dist.data.rng import view_generator
 from grappa_dist.data.shards import ImageShards
-from grappa_dist.data.transforms import Preprocess, view_generator
+from grappa_dist.data.transforms import Preprocess
 from grappa_dist.data.writer import ShardWriter
 
 

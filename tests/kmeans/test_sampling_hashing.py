@@ -3,7 +3,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from grappa_dist.kmeans.sampling import HASH_BITS, RACE_BITS, draw, race_keys, row_hashes
+from grappa_dist.data.rng import draw
+from grappa_dist.kmeans.sampling import HASH_BITS, RACE_BITS, race_keys, row_hashes
 
 
 def splitmix(z: int) -> int:

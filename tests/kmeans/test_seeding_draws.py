@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from grappa_dist.data.rng import draw
 from grappa_dist.kmeans import seeding
-from grappa_dist.kmeans.sampling import draw
 from grappa_dist.kmeans.seeding import accept, candidates_of, to_weights
 from grappa_dist.search.fixed_point import GRID, to_grid
 

@@ -11,8 +11,8 @@ import pytest
 from grappa_dist.artifacts import RowArrays, Store
 from grappa_dist.config import Config
 from grappa_dist.data.decoding import decode
+from grappa_dist.data.rng import view_generator
 from grappa_dist.data.shards import ImageShards
-from grappa_dist.data.transforms import view_generator
 from grappa_dist.data.writer import ShardWriter
 from grappa_dist.distributed.collectives import Comm
 from grappa_dist.models import Grappa
