@@ -89,9 +89,7 @@ def test_keys_of_two_forms_are_equal_in_the_listed_cases_alone() -> None:
     [RowDraw.FIT_SAMPLE.key(0, 64), RowDraw.OVERSAMPLED.key(0, 64, 1)],
     ids=["the sample and candidate 1", "a round of k-means|| and the test of candidate 6"],
 )
-def test_an_integer_and_hashes_of_rows_that_share_a_key_are_not_correlated(
-    key: tuple[int, ...], total: int
-) -> None:
+def test_an_integer_and_hashes_of_rows_that_share_a_key_are_not_correlated(key: tuple[int, ...], total: int) -> None:
     """Over many seeds: where the candidate lies among the weights, against the hash of each of eight rows."""
     keys = [(seed, *key[1:]) for seed in range(4000)]
     assert keys[0] in (RowDraw.CANDIDATE.key(0, 64, 1), RowDraw.CANDIDATE_TEST.key(0, 64, 6))
