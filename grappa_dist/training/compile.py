@@ -45,14 +45,14 @@ def compile_if_it_wins(
     *,
     backend: str = "inductor",
     measure: Measure = seconds,
-    halves: bool | None = None,
+    bf16: bool | None = None,
 ) -> str:
     """Compiles the layers if that pays for so many images at a time; what was found, to be told.
 
     To be called before there is an engine, whose hooks would see the trial's gradients.
 
     Args:
-        halves: see `forward_precision`.
+        bf16: see `forward_precision`.
     """
     size, device = model.backbone.preprocess.image_size, model.backbone.mean.device
     if device.type != "cuda" and backend == "inductor":
@@ -61,14 +61,14 @@ def compile_if_it_wins(
     few = noise[:COMPARED]  # in float32 they take twice the memory, which is not there for all
     torch.compiler.reset()  # graphs of earlier jobs count against a limit, past which nothing is compiled
     try:
-        right, plain = _pass(model, few, halves=False), _pass(model, few, halves=halves)
-        plain_s = measure(lambda: _pass(model, noise, halves=halves))
+        right, plain = _pass(model, few, bf16=False), _pass(model, few, bf16=bf16)
+        plain_s = measure(lambda: _pass(model, noise, bf16=bf16))
         for layer in model.layers:
             layer.compiled = torch.compile(layer.compute, backend=backend)
-        found = _pass(model, few, halves=halves)
+        found = _pass(model, few, bf16=bf16)
         allowed = max(FURTHER * plain.distance(right), ROUNDING)
         why = "" if found.distance(right) <= allowed else f"off by {found.distance(right):.1e}, {allowed:.1e} allowed"
-        compiled_s = measure(lambda: _pass(model, noise, halves=halves))
+        compiled_s = measure(lambda: _pass(model, noise, bf16=bf16))
         if not why and GAIN * compiled_s > plain_s:
             why = "not faster"
         told = f"{images} images take {1e3 * compiled_s:.1f} ms compiled, {1e3 * plain_s:.1f} ms plain"
@@ -80,11 +80,11 @@ def compile_if_it_wins(
     return "; ".join(part for part in ("compiled" if not why else f"not compiled: {why}", told) if part)
 
 
-def _pass(model: PackedGrappa, images: Tensor, *, halves: bool | None) -> _Pass:
+def _pass(model: PackedGrappa, images: Tensor, *, bf16: bool | None) -> _Pass:
     """As a step of training, with a loss that weighs every feature of an image differently; leaves no gradients."""
     learning = [p for p in model.parameters() if p.requires_grad]
     try:
-        with forward_precision(images.device, bf16=halves):
+        with forward_precision(images.device, bf16=bf16):
             z = model(images)
         z = z.float()
         (z * torch.linspace(-1, 1, z.shape[-1], device=z.device)).sum().backward()

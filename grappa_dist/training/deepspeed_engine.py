@@ -1,18 +1,22 @@
 """DeepSpeed as the training engine: every update goes through it. Its config is derived here, never written by hand.
 
-What ZeRO stages 1 and 2 of DeepSpeed keep in parts, a part a rank: seen whole where a checkpoint or a norm needs it.
+ZeRO stages 1 and 2 string the parameters of a group into one flat vector and give every rank an equal piece of it, with
+the optimizer's state of that piece and, after a backward pass, its averaged gradients. A parameter may lie in several
+pieces. Checkpoints and norms need whole tensors, which the accessors of `deepspeed.utils` give and take. A checkpoint
+thus loads on any number of ranks and at any stage. What the accessors lack:
 
-DeepSpeed strings all parameters into one flat vector and gives every rank an equal piece of it, with the optimizer's
-state and, after a backward pass, the averaged gradients of that piece. A parameter may lie in several pieces, or none.
-A checkpoint holds whole tensors, so it loads on any number of ranks and at any stage.
+- Numbers of the optimizer's state (Adam's step) have no accessor. They are read and written in the torch optimizer,
+  whose groups have the flat piece as their only parameter.
+- Before the first step the state has no accessor either, since DeepSpeed links it to the parameters after that step;
+  and with several groups it links the first one only. So it is linked here, by the function that DeepSpeed uses.
+- `safe_get_local_*` are for ZeRO stage 3, so a norm takes an all-reduce of each whole gradient.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,73 +25,14 @@ from torch import Tensor, nn
 from grappa_dist.distributed.collectives import Comm
 from grappa_dist.models.backbone import forward_precision
 
-State = Mapping[Any, Mapping[str, Tensor]]  # parameter: name of what is known: tensor
-
-
-@dataclass(frozen=True)
-class Fragment:
-    """The part of a parameter that lies in this rank's piece of the flat vector."""
-
-    parameter: nn.Parameter
-    inside: slice  # of the flattened parameter
-    piece: Tensor  # this rank's piece
-    place: slice  # of it
-    gradient: Tensor | None  # averaged over the ranks; between a backward pass and the step
-
-
-def fragments(zero: Any) -> Iterator[Fragment]:
-    """This rank's fragments of all trained parameters; `zero` is DeepSpeed's optimizer of stage 1 or 2."""
-    for number, group in enumerate(zero.bit16_groups):
-        gradients = iter(zero.averaged_gradients.get(number) or [])
-        for parameter in group:
-            mapping = parameter._hp_mapping
-            if mapping is not None:
-                inside, place = mapping.lp_fragment_address, mapping.hp_fragment_address
-                yield Fragment(
-                    parameter,
-                    slice(inside.start, inside.start + inside.numel),
-                    zero.single_partition_of_fp32_groups[number],
-                    slice(place.start, place.start + place.numel),
-                    next(gradients, None),
-                )
-
-
-def scatter_state(zero: Any, state: State) -> None:
-    """Gives this rank its part of an optimizer state of whole tensors; numbers (the step) are every piece's."""
-    pieces = zero.optimizer.state
-    for own in fragments(zero) if state else ():
-        for key, value in state[own.parameter].items():
-            if value.ndim == 0:
-                pieces[own.piece].setdefault(key, value.clone())
-            else:
-                whole = pieces[own.piece].setdefault(key, torch.zeros_like(own.piece))
-                whole[own.place] = value.flatten()[own.inside].to(whole)
-
-
-def gather_state(zero: Any, comm: Comm) -> State:
-    """The optimizer's state as whole tensors, on every rank; all ranks call it."""
-    found = dict[nn.Parameter, dict[str, Tensor]]()
-    own = {fragment.parameter: fragment for fragment in fragments(zero)}
-    pieces = zero.optimizer.state
-    for piece, group in zip(zero.single_partition_of_fp32_groups, zero.bit16_groups, strict=True):
-        for parameter in group:
-            found[parameter] = {}
-            for key, value in sorted(pieces[piece].items()):  # ranks may have got to know them in different orders
-                if value.ndim == 0:
-                    found[parameter][key] = value.clone()
-                    continue
-                whole = torch.zeros(parameter.numel(), dtype=value.dtype, device=value.device)
-                if parameter in own:
-                    whole[own[parameter].inside] = value[own[parameter].place]
-                found[parameter][key] = comm.sum_(whole).view_as(parameter)  # each element is one rank's alone
-    return found
+State = Mapping[Any, Mapping[str, Tensor]]  # parameter: name of a part of its optimizer state: tensor
 
 
 class Engine:
     """A module and its optimizer under DeepSpeed. Trainable parameters are replicated and their gradients averaged.
 
     With `zero_stage` 1 the optimizer's state is cut into a part for each rank, with 2 the averaged gradients as well.
-    `halves`: see `forward_precision`.
+    `bf16`: see `forward_precision`.
     """
 
     def __init__(
@@ -98,20 +43,21 @@ class Engine:
         device: torch.device,
         *,
         zero_stage: int = 0,
-        halves: bool | None = None,
+        bf16: bool | None = None,
     ) -> None:
         deepspeed = _deepspeed(device)
         state: State = dict(optimizer.state)  # whole tensors, from a checkpoint
+        groups = [list[nn.Parameter](group["params"]) for group in optimizer.param_groups]
         if zero_stage:
             _check_zero(zero_stage, optimizer)
             optimizer.state.clear()
         deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False)
         self._engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=_InPrecision(module, device, halves),
+            model=_InPrecision(module, device, bf16),
             optimizer=optimizer,  # ours: the "Adam" of DeepSpeed's config is AdamW, and LARS needs whole tensors
             dist_init_required=False,
             config={
-                # Ranks may hold uneven shares of a batch, so the batch size is a formality: losses carry the weights.
+                # Ranks may hold uneven parts of a batch, so the batch size is a formality: losses carry the weights.
                 "train_micro_batch_size_per_gpu": 1,
                 "gradient_accumulation_steps": 1,
                 "gradient_clipping": 0.0,  # the default of some versions clips at 1
@@ -119,10 +65,10 @@ class Engine:
                 "steps_per_print": 2**31,
             },
         )
-        self._comm, self._zero = comm, bool(zero_stage)
-        self._nothing = torch.zeros((), dtype=torch.float64, device=device)  # of a gradient that lies with other ranks
-        if self._zero:
-            scatter_state(self.optimizer, state)
+        self._parameters = [p for group in groups for p in group]
+        self._zero = _ZeroState(optimizer, groups) if zero_stage else None
+        if self._zero is not None and state:
+            self._zero.scatter(state)
 
     def forward(self, images: Tensor) -> Tensor:
         """The module's output in fp32."""
@@ -146,42 +92,105 @@ class Engine:
 
         To be called between the last `backward` and `step`; all ranks call it.
         """
-        gradients = self._gradients()
-        own = [[g for p in group for g in gradients.get(p, [])] for group in groups]
-        squares = [torch.stack(torch._foreach_norm(g)).double().square().sum() if g else self._nothing for g in own]
-        norms = (self._comm.sum_(torch.stack(squares)) if self._zero else torch.stack(squares)).sqrt()
+        gradients = self.gradients()
+        of_groups = [{p: gradients[p] for p in group if p in gradients} for group in groups]
+        nothing = torch.zeros((), dtype=torch.float64, device=self._parameters[0].device)
+        squares = [
+            torch.stack(torch._foreach_norm(list(of_group.values()))).double().square().sum() if of_group else nothing
+            for of_group in of_groups
+        ]
+        norms = torch.stack(squares).sqrt()
         if max_norm is not None:
             factors = (max_norm / norms.clamp_min(1e-30)).clamp_max(1.0).float()
-            for of_group, factor in zip(own, factors, strict=True):
+            for of_group, factor in zip(of_groups, factors, strict=True):
                 if of_group:
-                    torch._foreach_mul_(of_group, factor)
+                    torch._foreach_mul_(list(of_group.values()), factor)
+                    self._set_gradients(of_group)
         found: list[float] = norms.tolist()
         return found
 
-    def _gradients(self) -> dict[nn.Parameter, list[Tensor]]:
-        """This rank's averaged gradients: whole, or under ZeRO its fragments."""
-        if not self._zero:
-            learning = (p for group in self.optimizer.param_groups for p in group["params"])
-            return {p: [p.grad] for p in learning if p.grad is not None}
-        return {f.parameter: [f.gradient] for f in fragments(self.optimizer) if f.gradient is not None}
+    def gradients(self) -> dict[nn.Parameter, Tensor]:
+        """The averaged gradient of each parameter that has one, between the last `backward` and `step`; all ranks call
+        it. At ZeRO stage 0 they are the tensors that the optimizer reads, else copies."""
+        from deepspeed.utils import safe_get_full_grad
+
+        found = {p: safe_get_full_grad(p) for p in self._parameters}
+        return {p: gradient for p, gradient in found.items() if gradient is not None}
+
+    def _set_gradients(self, gradients: Mapping[nn.Parameter, Tensor]) -> None:
+        """Puts what `gradients` gave, and was changed, back."""
+        from deepspeed.utils import safe_set_full_grad
+
+        for parameter, gradient in gradients.items() if self._zero is not None else ():
+            safe_set_full_grad(parameter, gradient)
 
     def state(self) -> State:
-        """What the optimizer knows of each parameter, as whole tensors; all ranks call it."""
-        return gather_state(self.optimizer, self._comm) if self._zero else self.optimizer.state
+        """The optimizer's state of each parameter, as whole tensors; all ranks call it."""
+        return self.optimizer.state if self._zero is None else self._zero.gather()
 
     def close(self) -> None:
         self._engine.destroy()
 
 
-class _InPrecision(nn.Module):
-    """A module that enters its precision itself: an autocast around DeepSpeed's engine would end at its door."""
+class _ZeroState:
+    """The state of a torch optimizer whose parameters ZeRO stage 1 or 2 has replaced by a flat piece for each group."""
 
-    def __init__(self, module: nn.Module, device: torch.device, halves: bool | None) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, groups: Sequence[Sequence[nn.Parameter]]) -> None:
+        self._optimizer, self._groups = optimizer, groups
+
+    def scatter(self, state: State) -> None:
+        """Gives this rank its part of a state of whole tensors; numbers (the step) are those of every piece."""
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        for piece, group in self._pieces():
+            for key, value in state[group[0]].items():
+                self._optimizer.state[piece][key] = torch.zeros_like(piece) if value.ndim else value.clone()
+        self._link()
+        for parameter, known in state.items():
+            for key, value in known.items():
+                if value.ndim:
+                    safe_set_full_optimizer_state(parameter, value, key)
+
+    def gather(self) -> State:
+        """The state as whole tensors, on every rank; all ranks call it."""
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        self._link()
+        found = dict[nn.Parameter, dict[str, Tensor]]()
+        for piece, group in self._pieces():
+            for parameter in group:
+                found[parameter] = {
+                    key: safe_get_full_optimizer_state(parameter, key) if value.ndim else value.clone()
+                    for key, value in sorted(
+                        self._optimizer.state[piece].items()
+                    )  # ranks may hold them in other orders
+                }
+        return found
+
+    def _pieces(self) -> list[tuple[Tensor, Sequence[nn.Parameter]]]:
+        """This rank's flat piece of each group, and the parameters of the group."""
+        return [
+            (of_optimizer["params"][0], group)
+            for of_optimizer, group in zip(self._optimizer.param_groups, self._groups, strict=True)
+        ]
+
+    def _link(self) -> None:
+        """Shows the accessors where the state of this rank's pieces is."""
+        from deepspeed.utils import lazy_init_hp_params_optimizer_state
+
+        for piece, group in self._pieces():
+            lazy_init_hp_params_optimizer_state(group, piece, self._optimizer.state)
+
+
+class _InPrecision(nn.Module):
+    """A module that enters its precision itself: an autocast around DeepSpeed's engine does not reach into it."""
+
+    def __init__(self, module: nn.Module, device: torch.device, bf16: bool | None) -> None:
         super().__init__()
-        self.module, self._device, self._halves = module, device, halves
+        self.module, self._device, self._bf16 = module, device, bf16
 
     def forward(self, images: Tensor) -> Tensor:
-        with forward_precision(self._device, bf16=self._halves):
+        with forward_precision(self._device, bf16=self._bf16):
             found: Tensor = self.module(images).float()
         return found
 
@@ -194,7 +203,8 @@ def _check_zero(stage: int, optimizer: torch.optim.Optimizer) -> None:
 
 
 def _deepspeed(device: torch.device) -> Any:
-    """DeepSpeed, quiet, and without the C++ extension that its CPU backend would compile for half a minute."""
+    """DeepSpeed, with errors alone in its log, and without the C++ extension that its CPU backend would compile for
+    half a minute."""
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed

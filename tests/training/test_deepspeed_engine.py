@@ -86,19 +86,19 @@ def test_two_engines_one_after_the_other_give_the_same() -> None:
         assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def steps_in_halves(comm: Comm, halves: bool | None, zero_stage: int) -> dict[str, set[torch.dtype]]:
-    """The types that a linear layer computes in, and of all that two steps leave, when DeepSpeed is told that autocast
-    is on wherever it is on for the CPU: unasked, it looks at GPUs alone."""
+def steps_in_bf16(comm: Comm, bf16: bool | None, zero_stage: int) -> dict[str, set[torch.dtype]]:
+    """The types that a linear layer computes in, and of all that two steps leave, when DeepSpeed asks whether autocast
+    is on for the CPU: unpatched, it asks for GPUs alone."""
     on, seen, model = torch.is_autocast_enabled, set[torch.dtype](), small_model()
     model[4].register_forward_hook(lambda module, given, made: seen.add(made.dtype))
     gradients: set[torch.dtype] = set()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "is_autocast_enabled", lambda kind="cpu": on(kind))
-        engine = Engine(model, optimizer_of("adam", model), comm, CPU, zero_stage=zero_stage, halves=halves)
+        engine = Engine(model, optimizer_of("adam", model), comm, CPU, zero_stage=zero_stage, bf16=bf16)
         for step in range(2):
             z = engine.forward(batch(step))
             engine.backward(z.square().sum() / 7)
-            gradients |= {g.dtype for of_parameter in engine._gradients().values() for g in of_parameter}
+            gradients |= {gradient.dtype for gradient in engine.gradients().values()}
             engine.step(1e-2)
     weights = {tensor.dtype for tensor in model.state_dict().values()}
     moments = {known[name].dtype for known in engine.state().values() for name in ("exp_avg", "exp_avg_sq")}
@@ -109,10 +109,10 @@ def steps_in_halves(comm: Comm, halves: bool | None, zero_stage: int) -> dict[st
 
 
 def in_several_ways(comm: Comm, ways: tuple[tuple[bool | None, int], ...]) -> list[dict[str, set[torch.dtype]]]:
-    return [steps_in_halves(comm, halves, zero_stage) for halves, zero_stage in ways]
+    return [steps_in_bf16(comm, bf16, zero_stage) for bf16, zero_stage in ways]
 
 
-def test_in_halves_layers_compute_in_bfloat16_and_all_that_stays_is_float32_on_a_cpu_where_asked_for() -> None:
+def test_in_bf16_layers_compute_in_bfloat16_and_all_that_stays_is_float32_on_a_cpu_where_asked_for() -> None:
     (found,) = run_ranks(in_several_ways, 1, ((True, 0), (True, 1), (True, 2), (None, 0)))
     assert [of_way.pop("linear") for of_way in found] == [{torch.bfloat16}] * 3 + [{torch.float32}]
     for of_way in found:
@@ -191,7 +191,7 @@ def steps_of_sgd(comm: Comm, scales: tuple[float, ...]) -> list[Tensor]:
 
 
 def test_gradients_are_not_clipped() -> None:
-    """Some versions of DeepSpeed clip at a norm of 1 unless they are told not to."""
+    """Some versions of DeepSpeed clip at a norm of 1 unless the config sets the bound to 0."""
     ((small, large),) = run_ranks(steps_of_sgd, 1, (2.0**-10, 2.0**10))
     assert small.norm() > 0
     torch.testing.assert_close(small, large)

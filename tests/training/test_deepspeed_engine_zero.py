@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from grappa_dist.distributed.collectives import Comm
-from grappa_dist.training.deepspeed_engine import Engine, fragments
+from grappa_dist.training.deepspeed_engine import Engine
 from grappa_dist.training.optim import Lars
 from tests.processes import run_ranks
 from tests.training.test_deepspeed_engine import batch, small_model
@@ -83,10 +83,10 @@ def norms_of_gradients(comm: Comm) -> list[tuple[list[float], bool]]:
         model = small_model()
         engine = Engine(model, torch.optim.Adam(learning(model).values()), comm, CPU, zero_stage=stage)
         engine.backward(engine.forward(batch(0).split(SHARES[comm.size])[comm.rank]).square().sum() * (comm.size / 7))
-        before = {p: [g.clone() for g in gradients] for p, gradients in engine._gradients().items()}
+        before = {p: gradient.clone() for p, gradient in engine.gradients().items()}
         norms = engine.clip(groups(model), None)
-        after = engine._gradients()
-        found.append((norms, all(torch.equal(g, h) for p in before for g, h in zip(before[p], after[p], strict=True))))
+        after = engine.gradients()
+        found.append((norms, before.keys() == after.keys() and all(torch.equal(before[p], after[p]) for p in before)))
         engine.close()
     return found
 
@@ -144,12 +144,22 @@ def goes_on_in_parts(comm: Comm, stage: int) -> tuple[bool, int, int]:
     halfway = train(comm, stage, range(2), None, 0.05)[1]
     resumed = train(comm, stage, range(2, 4), halfway, 0.05)
     same = [torch.equal(t, straight[1][name][key]) for name, ts in resumed[1].items() for key, t in ts.items()]
-    model = small_model()
-    engine = Engine(model, torch.optim.Adam(learning(model).values()), comm, CPU, zero_stage=stage)
-    own = sum(f.inside.stop - f.inside.start for f in fragments(engine.optimizer))
-    held = engine.optimizer.single_partition_of_fp32_groups[0].numel()
-    engine.close()
+    own, held = parts_of_a_rank(comm, stage, halfway)
     return all(same) and resumed[0] == straight[0][2:], own, held
+
+
+def parts_of_a_rank(comm: Comm, stage: int, saved: Saved) -> tuple[int, int]:
+    """How many entries of all parameters this rank has the state of, and the size of its piece."""
+    model = small_model()
+    optimizer = torch.optim.Adam(learning(model).values())
+    for name, p in learning(model).items():
+        optimizer.state[p] = {key: value.clone() for key, value in saved[name].items() if key}
+    engine = Engine(model, optimizer, comm, CPU, zero_stage=stage)
+    (piece,) = optimizer.param_groups[0]["params"]
+    optimizer.state[piece]["exp_avg"].fill_(comm.rank + 1)
+    own = sum(int((known["exp_avg"] == comm.rank + 1).sum()) for known in engine.state().values())
+    engine.close()
+    return own, piece.numel()
 
 
 def test_on_the_same_ranks_a_resumed_run_has_the_same_bits_and_ranks_hold_equal_parts() -> None:
@@ -170,6 +180,35 @@ def test_ranks_gather_the_same_state_in_whatever_order_they_hold_it() -> None:
     for same, turned in run_ranks(goes_on_from_states_in_other_orders, 2, timeout_s=400):
         for name, tensors in same.items():
             assert all(torch.equal(tensor, turned[name][key]) for key, tensor in tensors.items()), name
+
+
+def in_several_groups(comm: Comm, stage: int) -> tuple[Saved, Saved]:
+    """The state after two steps of an optimizer with two groups; and what an engine has that begins with that state."""
+    model, found = small_model(), []
+    for steps in (range(2), range(0)):
+        optimizer = torch.optim.Adam([{"params": group} for group in groups(model)], lr=1e-2)
+        for p, known in found[-1].items() if found else ():
+            optimizer.state[p] = {key: value.clone() for key, value in known.items()}
+        engine = Engine(model, optimizer, comm, CPU, zero_stage=stage)
+        for step in steps:
+            share = batch(step).split(SHARES[comm.size])[comm.rank]
+            engine.backward(engine.forward(share).square().sum() * (comm.size / 7))
+            engine.step(1e-2)
+        found.append({p: {key: value.clone() for key, value in known.items()} for p, known in engine.state().items()})
+        engine.close()
+    return saved_of(model, found[0]), saved_of(model, found[1])
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_an_optimizer_with_several_groups_has_its_state_before_the_first_step_as_after_the_last(stage: int) -> None:
+    model = small_model()
+    optimizer = torch.optim.Adam([{"params": group} for group in groups(model)], lr=1e-2)
+    for step in range(2):
+        step_alone(model, optimizer, step, None)
+    for after, before in run_ranks(in_several_groups, 2, stage):
+        close(after, saved_of(model, optimizer.state))
+        for name, tensors in after.items():
+            assert all(torch.equal(tensor, before[name][key]) for key, tensor in tensors.items()), name
 
 
 def test_stage_three_is_refused_with_the_reason() -> None:
