@@ -106,10 +106,10 @@ def run(given: argparse.Namespace, command: list[str], address: str, ended: thre
     )
     up = threading.Event()
     threading.Thread(target=relay, args=(ray, up), daemon=True).start()
-    watching = False
+    watcher_started = False
     while ray.poll() is None and not ended.wait(0.2):
-        if up.is_set() and not watching:
-            watching = True
+        if up.is_set() and not watcher_started:
+            watcher_started = True
             print(f"node: up={socket.gethostname()}", flush=True)
             if given.address is None:
                 watcher = str(Path(__file__).with_name("ray_watch.py"))

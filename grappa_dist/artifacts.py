@@ -64,7 +64,7 @@ class Artifact:
         return self.partial
 
     def commit(self, discard: Sequence[str] = (), expected: Sequence[str] = ()) -> None:
-        """Drops `discard`ed patterns (checkpoints, say), writes the manifest; one rename makes the artefact appear.
+        """Drops `discard`ed patterns (such as checkpoints), writes the manifest; one rename makes the artefact appear.
 
         Args:
             expected: files that other machines wrote, which may become visible here some time later.

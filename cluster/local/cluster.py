@@ -174,8 +174,8 @@ def main() -> int:
     except Failed as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    words = {name: os.environ[name] for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN") if name in os.environ}
-    print("export", *(f"{name}={value}" for name, value in {"RAY_ADDRESS": address, **words}.items()))
+    token = {name: os.environ[name] for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN") if name in os.environ}
+    print("export", *(f"{name}={value}" for name, value in {"RAY_ADDRESS": address, **token}.items()))
     return 0
 
 

@@ -36,7 +36,7 @@ def may_have_gpus(where: Resources) -> bool:
 
 
 def ranks_of(where: Resources, workers: int | None) -> int:
-    """Ranks of an adaptor job on so many workers; with elastic at most that number."""
+    """Ranks of an adaptor job; with elastic at most the number of workers."""
     return max(1, min(where.adapt_ranks, workers)) if where.elastic and workers is not None else where.adapt_ranks
 
 
@@ -50,7 +50,7 @@ class Rates:
     overlap: bool  # whether decoding runs beside the training (on a GPU) or takes time from it (CPUs do both)
 
     def image_s(self, num_sets: int) -> float:
-        """Seconds per image in a job of so many sets."""
+        """Seconds per image in a job of `num_sets` sets."""
         train_s = self.shared_s + num_sets * self.set_s
         return max(self.decode_s, train_s) if self.overlap else self.decode_s + train_s
 

@@ -152,11 +152,11 @@ class Cluster:
         self._give_up_late(set(up))
         if not self._begun and len(up) < len(self._arriving):  # at the start all nodes are checked together
             return []
-        trouble = self._check(up)
-        if trouble and not self._begun:
-            raise ValueError(trouble)
-        if trouble:
-            self._give_up([worker for worker, node in up.items() if node in self._refused], trouble)
+        problem = self._check(up)
+        if problem and not self._begun:
+            raise ValueError(problem)
+        if problem:
+            self._give_up([worker for worker, node in up.items() if node in self._refused], problem)
         passed = {worker: node for worker, node in up.items() if node not in self._refused}
         for worker in passed:
             del self._arriving[worker]
@@ -249,20 +249,20 @@ class Cluster:
 
     def _check(self, up: dict[Any, str]) -> str:
         """Surveys each new node through one of its workers; what is wrong and on which node, or ""."""
-        first = {node: worker for worker, node in up.items() if node not in self.facts}
-        if self.checks is None or not first:
+        new = {node: worker for worker, node in up.items() if node not in self.facts}
+        if self.checks is None or not new:
             return ""
         sharing = [*up.values(), *(self._node_of or {}).values()]
         with token_in(self.checks.root) as token:
-            asked = {n: w.survey.remote(self.checks, token, n, sharing.count(n)) for n, w in first.items()}
-            self._await(list(asked.values()), SURVEY_TIMEOUT_S)  # all at once: several may hang
-            found = {node: answered(token, node, _facts(node, ref)) for node, ref in asked.items()}
+            calls = {n: w.survey.remote(self.checks, token, n, sharing.count(n)) for n, w in new.items()}
+            self._await(list(calls.values()), SURVEY_TIMEOUT_S)  # all at once: several may hang
+            found = {node: answered(token, node, _facts(node, ref)) for node, ref in calls.items()}
         wrong = {node: problems(versions(), [facts], self.checks.worker_bytes) for node, facts in found.items()}
-        self._refused = {*self._refused, *wrong} - {node for node, trouble in wrong.items() if not trouble}
+        self._refused = {*self._refused, *wrong} - {node for node, lines in wrong.items() if not lines}
         self.facts |= {node: facts for node, facts in found.items() if not wrong[node]}
         in_order = sorted(found.values(), key=lambda facts: facts.node)
-        trouble = problems(versions(), in_order, self.checks.worker_bytes)
-        return f"preflight: {'; '.join(trouble)}" if trouble else ""
+        lines = problems(versions(), in_order, self.checks.worker_bytes)
+        return f"preflight: {'; '.join(lines)}" if lines else ""
 
 
 def _facts(node: str, ref: Any) -> Facts:
@@ -285,7 +285,7 @@ def _alive() -> list[dict[str, Any]]:
 
 
 def worker_capacity(nodes: Iterable[Mapping[str, Any]], cpus: float, gpus: float) -> int:
-    """Workers of so many CPUs and GPUs that the living nodes can hold; no worker spans two nodes.
+    """How many workers of `cpus` and `gpus` each the living nodes can hold; no worker spans two nodes.
 
     Args:
         nodes: as `ray.nodes()` describes them, here and below.

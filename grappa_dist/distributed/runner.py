@@ -122,7 +122,7 @@ class Runner:
 
     @contextmanager
     def _polling_signals(self) -> Iterator[None]:
-        """While inside, signals are noted and polled for; at the latest the end raises Terminated."""
+        """While inside, signals are recorded and polled; the end raises Terminated if one has come."""
         self.cluster.connect()  # meanwhile Ray's own handler takes SIGTERM
         self.cluster.stopping = self._signals.stop_requested
         self._signals.polled = True

@@ -16,7 +16,7 @@ SUBMIT = runs.ROOT / "cluster" / "slurm" / "submit.sh"
 
 
 def write_config(folder: Path, **sections: dict[str, object]) -> Path:
-    """Settings of the two-block model on drawn shards; `sections` replace some."""
+    """Settings of the two-block model on generated shards; `sections` replace some."""
     # sizes of two kinds: enough steps to be caught in the middle, few enough to be done in seconds
     shards = tiny.write_shards(folder / "shards")
     resources = {"workers": "auto", "num_cpus": None, "decode_threads": 1}

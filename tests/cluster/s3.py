@@ -55,13 +55,13 @@ class S3:
 
     def ranges_sent(self) -> Counter[str]:
         """How many parts of tars each address was given."""
-        plain = re.sub(r"\x1b\[\d+m", "", self.log.read_text())  # all but 200 is noted in colours
+        plain = re.sub(r"\x1b\[\d+m", "", self.log.read_text())  # all but 200 is written in colours
         return Counter(re.findall(r'^(\S+) .*"GET \S+[.]tar\S* HTTP/[\d.]+".* 206 ', plain, re.M))
 
 
 @contextmanager
 def s3_on(machine: Machine, log: Path) -> Iterator[S3]:
-    """The server, empty at first; requests are noted in `log`."""
+    """The server, empty at first; requests are recorded in `log`."""
     for package in ("s3fs", "moto", "boto3", "flask"):
         pytest.importorskip(package, reason=f"{package} is not installed: there is no S3 here")
     with open(log, "w") as file:

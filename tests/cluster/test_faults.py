@@ -24,7 +24,7 @@ NEXT = 20  # losses that other ranks do not change by more than 1e-5 of each
 
 
 def write_config(folder: Path, **sections: dict[str, object]) -> Path:
-    """Settings of the two-block model on drawn shards, for as many workers as there are."""
+    """Settings of the two-block model on generated shards, for as many workers as there are."""
     given = {"adapt": LONG, "fuse": {**LONG, "variants": ("average", "neighbours"), "refresh": False}, **sections}
     where = {"workers": "auto", "num_cpus": None, "decode_threads": 1, "adapt_ranks": 3}
     config = tiny.config(

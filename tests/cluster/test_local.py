@@ -62,8 +62,8 @@ def test_start_and_stop_and_a_stop_that_kills_no_other_process(folder: Path) -> 
     assert again.returncode == 2
     assert "see `stop`" in again.stderr
     stranger = subprocess.Popen(["sleep", "60"])
-    (notes,) = folder.glob("*/nodes.jsonl")
-    with open(notes, "a") as file:  # a pid that was used again since
+    (record,) = folder.glob("*/nodes.jsonl")
+    with open(record, "a") as file:  # a pid that was used again since
         file.write(f'{{"pid": {stranger.pid}, "began": "1"}}\n')
     stopped = subprocess.run([sys.executable, PROGRAM, "stop"], env=environment, text=True, capture_output=True)
     assert stopped.returncode == 0, stopped.stderr

@@ -47,7 +47,7 @@ def begun(run: Path, num_labels: Sequence[int], what: str) -> set[str]:
 
 @pytest.fixture(scope="module")
 def shared(storage: Path) -> Path:
-    """A folder on storage with shards: drawn images to train on, and to test on some with labels."""
+    """A folder on storage with shards: generated images to train on, and to test on some with labels."""
     folder = Path(tempfile.mkdtemp(prefix="three-", dir=storage))
     tiny.write_shards(folder / "shards" / "test", (11, 6), bad=(), label=lambda row: str(row % 3), seed=1)
     return folder
