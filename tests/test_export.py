@@ -169,7 +169,7 @@ def test_a_description_of_a_gallery_model_takes_the_weights_of_the_gallery_it_na
         exported_spec(artifact.path, "cars")
 
 
-def test_a_model_of_another_variant_knows_no_galleries(tmp_path: Path) -> None:
+def test_a_model_of_another_variant_has_no_galleries(tmp_path: Path) -> None:
     assert load_model(exported(tmp_path)[1].path).galleries == {}
 
 
@@ -227,6 +227,13 @@ def test_the_package_offers_the_same_function() -> None:
 def test_a_directory_without_a_model_is_refused(place: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds no model: expected config\.json, or model/config\.json"):
         load_model(tmp_path / place)
+
+
+def test_the_config_of_an_exported_model_has_its_pixel_settings(tmp_path: Path) -> None:
+    _, artifact = exported(tmp_path)
+    grey = [0.5, 0.5, 0.5]
+    pixels = {"image_size": 32, "resize": "crop", "interpolation": "bicubic", "crop_share": 0.9}
+    assert json.loads((artifact.path / CONFIG_FILE).read_text())["pixels"] == {**pixels, "mean": grey, "std": grey}
 
 
 def test_another_format_is_refused(tmp_path: Path) -> None:

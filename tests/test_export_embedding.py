@@ -36,18 +36,18 @@ def test_embeddings_are_those_of_the_exported_model_with_the_images_keys(tmp_pat
     command += ["--out", str(tmp_path / "out"), "resources.num_cpus=1", "embed.batch_size=8", "data.max_bad_share=0.1"]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr
-    said = json.loads((tmp_path / "out" / "embeddings.json").read_text())
+    listing = json.loads((tmp_path / "out" / "embeddings.json").read_text())
     images = ImageShards.open(paths, tmp_path / "index")
-    assert said["images"] == len(images)
-    rows = np.concatenate([np.load(tmp_path / "out" / shard["rows"]) for shard in said["shards"]])
-    keys = [key for shard in said["shards"] for key in json.loads((tmp_path / "out" / shard["keys"]).read_text())]
+    assert listing["images"] == len(images)
+    rows = np.concatenate([np.load(tmp_path / "out" / shard["rows"]) for shard in listing["shards"]])
+    keys = [key for shard in listing["shards"] for key in json.loads((tmp_path / "out" / shard["keys"]).read_text())]
     assert keys == [images.key(row) for row in range(len(images))]
     good = [row for row in range(len(images)) if row != tiny.BAD]
     model = load_model(tmp_path / "run")
     expected = model(torch.stack([model.transform(decode(images.image_bytes(row))) for row in good]))
     torch.testing.assert_close(torch.from_numpy(rows[good]), expected, atol=1e-5, rtol=0)
     assert not rows[tiny.BAD].any()
-    (reasons,) = (json.loads((tmp_path / "out" / s["bad"]).read_text()) for s in said["shards"][2:3])
+    (reasons,) = (json.loads((tmp_path / "out" / s["bad"]).read_text()) for s in listing["shards"][2:3])
     assert list(reasons) == [str(tiny.BAD - sum(tiny.SIZES[:2]))]
 
 
@@ -139,7 +139,7 @@ def test_what_was_embedded_of_dirty_images_is_reused_with_the_share_that_the_mes
 
 
 @pytest.mark.parametrize(
-    ("setting", "said"),
+    ("setting", "message"),
     [
         ("adapt.epochs=3", "adapt.epochs: has no say in embedding"),
         ("backbone.image_size=224", "backbone.image_size: has no say"),
@@ -151,10 +151,10 @@ def test_what_was_embedded_of_dirty_images_is_reused_with_the_share_that_the_mes
     ],
 )
 def test_settings_that_would_change_nothing_are_refused(
-    setting: str, said: str, tmp_path: Path, here: tiny.Here
+    setting: str, message: str, tmp_path: Path, here: tiny.Here
 ) -> None:
     paths = tiny.write_shards(tmp_path / "images", (3,), bad=())
-    with pytest.raises(ValueError, match=re.escape(said)):
+    with pytest.raises(ValueError, match=re.escape(message)):
         embed_images(tmp_path / "run", paths, tmp_path / "out", ["embed.batch_size=8", setting])
     assert not (tmp_path / "out").exists()
 

@@ -54,24 +54,24 @@ def test_a_size_that_the_positions_are_not_made_for_is_refused_with_the_one_that
         ValueError, match=right + r"it takes backbone\.image_size=48, or kwargs that make it for 64 \(The"
     ):
         check(NAME, 64, image_size=48)
-    said = (
+    message = (
         r"positioned: patch_embed fails on an image of backbone\.image_size=64 \(The.*\); give the side that the model"
     )
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         check(NAME, 64)
 
 
 def test_pixels_that_no_patch_reaches_are_not_dropped_silently() -> None:
-    said = (
+    message = (
         r"patches do not reach the last 4 of 52 pixels; give a multiple of the patch, such as backbone.image_size=48$"
     )
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         check(NAME, 52, image_size=52)
     check(NAME, 56, image_size=56)
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_a_model_of_timm_is_told_with_and_without_weights(device: str) -> None:
+def test_a_model_of_timm_is_checked_with_and_without_weights(device: str) -> None:
     kwargs = {"embed_dim": 24, "depth": 2, "num_heads": 3}
 
     def of(size: int, **more: Any) -> None:
@@ -85,7 +85,7 @@ def test_a_model_of_timm_is_told_with_and_without_weights(device: str) -> None:
         of(48, img_size=32)
 
 
-def test_patches_that_come_with_the_shape_of_their_grid_are_told_by_their_tokens() -> None:
+def test_patches_that_come_with_the_shape_of_their_grid_are_checked_by_their_tokens() -> None:
     check("timm:xcit_nano_12_p16_224", 32)
 
 
@@ -95,6 +95,6 @@ def test_patches_that_fail_at_any_size_are_no_matter_of_the_size() -> None:
 
 
 def test_patches_that_are_no_tokens_are_refused_by_their_shape() -> None:
-    said = r"patch_embed must make tokens \(B, T, embed_dim\) of images, here \(1, T, 8\); it makes \(1, 8, 4, 4\)$"
-    with pytest.raises(ValueError, match=said):
+    message = r"patch_embed must make tokens \(B, T, embed_dim\) of images, here \(1, T, 8\); it makes \(1, 8, 4, 4\)$"
+    with pytest.raises(ValueError, match=message):
         check("tests.models.test_backbone_sizes:channels_last", 32)

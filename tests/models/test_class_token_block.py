@@ -1,4 +1,4 @@
-"""The last block for the class token alone gives what the whole block gives, or is not used and says why."""
+"""The last block for the class token alone gives what the whole block gives, or is not used, with the reason."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_features_and_gradients_are_those_of_the_whole_block(family: str, recomp
 
 
 @pytest.mark.parametrize("family", WHOLE)
-def test_what_reads_other_tokens_or_is_not_known_stays_whole_and_says_why(family: str) -> None:
+def test_what_reads_other_tokens_or_is_unknown_stays_whole_with_the_reason(family: str) -> None:
     name, kwargs, why = WHOLE[family]
     model = PackedGrappa(backbone(name, kwargs), 1, 3)
     assert not isinstance(model.layers[-1].block, ClassTokenBlock)
@@ -100,10 +100,10 @@ def test_what_reads_other_tokens_or_is_not_known_stays_whole_and_says_why(family
 
 def test_a_users_own_blocks_stay_whole_and_timms_in_a_users_own_model_do_not() -> None:
     own = tiny.OwnVit(24, 2)
-    pixels = Preprocess(image_size=32)
-    assert last_block(Backbone(own, pixels))[1] == "TransformerEncoderLayer with NoneType is not known"
+    preprocess = Preprocess(image_size=32)
+    assert last_block(Backbone(own, preprocess))[1] == "TransformerEncoderLayer with NoneType is not known"
     own.blocks = tiny.timm_vit().blocks  # type: ignore[assignment]
-    assert last_block(Backbone(own, pixels))[1] == ""
+    assert last_block(Backbone(own, preprocess))[1] == ""
 
 
 class Doubled(nn.Module):
@@ -113,7 +113,7 @@ class Doubled(nn.Module):
         return tokens + 1e-6 * tokens.mean(1, keepdim=True)  # mixes tokens, a little
 
 
-def test_a_block_that_computes_something_else_than_its_type_says_is_noticed() -> None:
+def test_a_block_that_computes_something_else_than_its_type_promises_stays_whole() -> None:
     base = Backbone(tiny.timm_vit(), Preprocess(image_size=32))
     assert last_block(base)[1] == ""
     base.blocks[-1].norm2 = nn.Sequential(base.blocks[-1].norm2, Doubled())

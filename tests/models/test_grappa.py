@@ -26,7 +26,7 @@ def plain_block() -> nn.Module:
     return block.eval()
 
 
-class Judge(nn.Module):
+class Parts(nn.Module):
     """The parts of Algorithm 1: N pairs of linear layers, Q and K."""
 
     def __init__(self, num_sets: int) -> None:
@@ -39,7 +39,7 @@ class Judge(nn.Module):
     def sets(self) -> list[dict[str, Tensor]]:
         pairs = zip(self.downs, self.ups, strict=True)
         return [
-            {f"{half}.{name}": p for half, m in (("down", d), ("up", u)) for name, p in m.named_parameters()}
+            {f"{part}.{name}": p for part, m in (("down", d), ("up", u)) for name, p in m.named_parameters()}
             for d, u in pairs
         ]
 
@@ -72,11 +72,11 @@ def gradients_by_set(adaptors: Adaptors) -> list[dict[str, Tensor]]:
 def test_layer_and_its_gradients_equal_algorithm_1(
     num_sets: int, tokens: int, dtype: torch.dtype, tolerance: float
 ) -> None:
-    block, judge = plain_block().to(dtype), Judge(num_sets).to(dtype)
-    layer = judge.layer(block)
+    block, parts = plain_block().to(dtype), Parts(num_sets).to(dtype)
+    layer = parts.layer(block)
     ours, theirs = (random(3, tokens, DIM, dtype=dtype).requires_grad_() for _ in range(2))
     found = layer(ours)
-    expected = reference.grappa_layer(theirs, block, list(judge.downs), list(judge.ups), judge.q, judge.k)
+    expected = reference.grappa_layer(theirs, block, list(parts.downs), list(parts.ups), parts.q, parts.k)
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
     weights = random(3, tokens, DIM, seed=1, dtype=dtype) / tokens
     (found * weights).sum().backward()
@@ -89,15 +89,15 @@ def test_layer_and_its_gradients_equal_algorithm_1(
 
     check(ours.grad, theirs.grad)
     assert layer.attention is not None
-    check(layer.attention.query.grad, judge.q.weight.grad)
-    check(layer.attention.key.grad, judge.k.weight.grad)
-    for gradients, parameters in zip(gradients_by_set(layer.adaptors), judge.sets(), strict=True):
+    check(layer.attention.query.grad, parts.q.weight.grad)
+    check(layer.attention.key.grad, parts.k.weight.grad)
+    for gradients, parameters in zip(gradients_by_set(layer.adaptors), parts.sets(), strict=True):
         for name, parameter in parameters.items():
             check(gradients[name], parameter.grad)
 
 
 def test_gradients_of_the_attention_pass_gradcheck() -> None:
-    layer = Judge(3).double().layer(nn.Identity())
+    layer = Parts(3).double().layer(nn.Identity())
     attention = layer.attention
     assert attention is not None
     layer.requires_grad_(True)
@@ -113,14 +113,14 @@ def test_gradients_of_the_attention_pass_gradcheck() -> None:
 
 def test_a_second_derivative_is_refused_as_there_is_none() -> None:
     tokens = random(2, 3, DIM).requires_grad_()
-    out = Judge(3).double().layer(nn.Identity())(tokens)
+    out = Parts(3).double().layer(nn.Identity())(tokens)
     (grad,) = torch.autograd.grad(out.square().sum(), tokens, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.square().sum().backward()
 
 
 def test_frozen_adaptors_have_the_same_gradients_of_input_query_and_key() -> None:
-    whole, frozen = Judge(4).layer(nn.Identity()), Judge(4).layer(nn.Identity())
+    whole, frozen = Parts(4).layer(nn.Identity()), Parts(4).layer(nn.Identity())
     frozen.adaptors.requires_grad_(False)
     tokens, weights = random(3, 5, DIM, dtype=torch.float32), random(3, 5, DIM, seed=1, dtype=torch.float32)
     found = []
@@ -134,7 +134,7 @@ def test_frozen_adaptors_have_the_same_gradients_of_input_query_and_key() -> Non
 
 
 def test_the_backward_pass_keeps_one_tensor_of_the_bottlenecks_and_no_larger_one() -> None:
-    layer, kept = Judge(8).layer(nn.Identity()), {}
+    layer, kept = Parts(8).layer(nn.Identity()), {}
     layer.adaptors.requires_grad_(False)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
         layer(random(3, 50, DIM, dtype=torch.float32).requires_grad_())
@@ -148,7 +148,7 @@ def test_the_backward_pass_keeps_one_tensor_of_the_bottlenecks_and_no_larger_one
 def test_under_autocast_output_and_gradients_are_those_of_float32_to_bfloat16s_precision(frozen: bool) -> None:
     results = []
     for autocast in (False, True):
-        layer = Judge(4).layer(nn.Identity())
+        layer = Parts(4).layer(nn.Identity())
         layer.adaptors.requires_grad_(not frozen)
         tokens = random(3, 7, DIM, dtype=torch.float32).requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -165,7 +165,7 @@ def test_under_autocast_output_and_gradients_are_those_of_float32_to_bfloat16s_p
 
 
 def test_tokens_in_bfloat16_stay_in_bfloat16() -> None:
-    layer = Judge(3).layer(nn.Identity())
+    layer = Parts(3).layer(nn.Identity())
     tokens = random(2, 5, DIM, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         found = layer(tokens.bfloat16())
@@ -174,7 +174,7 @@ def test_tokens_in_bfloat16_stay_in_bfloat16() -> None:
 
 
 def test_tokens_may_lie_in_any_order_in_memory() -> None:
-    layer = Judge(3).layer(nn.Identity())
+    layer = Parts(3).layer(nn.Identity())
     tokens = random(2, 5, DIM, dtype=torch.float32)
     turned = tokens.transpose(0, 1).contiguous().transpose(0, 1)
     assert torch.equal(layer(turned), layer(tokens))
@@ -185,7 +185,7 @@ def test_tokens_may_lie_in_any_order_in_memory() -> None:
 @pytest.mark.parametrize("attention", [False, True])
 @pytest.mark.parametrize("num_sets", [1, 2, 8])
 def test_a_folded_layer_is_the_layer_to_rounding(num_sets: int, attention: bool) -> None:
-    layer, tokens = Judge(num_sets).double().layer(nn.Identity(), attention), random(3, 5, DIM)
+    layer, tokens = Parts(num_sets).double().layer(nn.Identity(), attention), random(3, 5, DIM)
     for weights in (None, torch.arange(1.0, num_sets + 1)):
         layer.weigh(weights)
         with torch.no_grad():
@@ -198,7 +198,7 @@ def test_a_folded_layer_is_the_layer_to_rounding(num_sets: int, attention: bool)
 @pytest.mark.parametrize("attention", [False, True])
 @pytest.mark.parametrize("weights", [[0.0, 1.0, 0.0], [2.0, 0.0, 1.0]])
 def test_a_folded_layer_leaves_out_what_weighs_nothing(weights: list[float], attention: bool) -> None:
-    layer, tokens = Judge(3).double().layer(nn.Identity(), attention), random(3, 5, DIM)
+    layer, tokens = Parts(3).double().layer(nn.Identity(), attention), random(3, 5, DIM)
     layer.weigh(torch.tensor(weights))
     with torch.no_grad():
         expected = layer(tokens)
@@ -215,7 +215,7 @@ def test_a_folded_layer_leaves_out_what_weighs_nothing(weights: list[float], att
 @pytest.mark.parametrize("attention", [False, True])
 @pytest.mark.parametrize("num_sets", [1, 3])
 def test_a_folded_layer_is_the_layer_also_where_its_input_learns(num_sets: int, attention: bool) -> None:
-    layer = Judge(num_sets).double().layer(nn.Identity(), attention).requires_grad_(False)
+    layer = Parts(num_sets).double().layer(nn.Identity(), attention).requires_grad_(False)
     for weights in (None, torch.arange(1.0, num_sets + 1)):
         layer.weigh(weights)
         found = []
@@ -230,20 +230,20 @@ def test_a_folded_layer_is_the_layer_also_where_its_input_learns(num_sets: int, 
 
 
 def test_one_set_with_attention_is_one_set_without_bit_for_bit() -> None:
-    block, judge, tokens = plain_block(), Judge(1), random(2, 5, DIM, dtype=torch.float32)
-    assert torch.equal(judge.layer(block)(tokens), judge.layer(block, attention=False)(tokens))
+    block, parts, tokens = plain_block(), Parts(1), random(2, 5, DIM, dtype=torch.float32)
+    assert torch.equal(parts.layer(block)(tokens), parts.layer(block, attention=False)(tokens))
 
 
 @pytest.mark.parametrize("num_sets", [1, 2, 8])
 def test_without_attention_a_layer_averages_its_adaptors(num_sets: int) -> None:
-    block, judge, tokens = plain_block().double(), Judge(num_sets).double(), random(2, 5, DIM)
+    block, parts, tokens = plain_block().double(), Parts(num_sets).double(), random(2, 5, DIM)
     h = block(tokens)
-    adapted = [up(nn.functional.gelu(down(h))) for down, up in zip(judge.downs, judge.ups, strict=True)]
-    torch.testing.assert_close(judge.layer(block, attention=False)(tokens), h + torch.stack(adapted).mean(0))
+    adapted = [up(nn.functional.gelu(down(h))) for down, up in zip(parts.downs, parts.ups, strict=True)]
+    torch.testing.assert_close(parts.layer(block, attention=False)(tokens), h + torch.stack(adapted).mean(0))
 
 
 def test_equal_keys_weigh_the_adaptors_alike() -> None:
-    layer = Judge(4).layer(plain_block())
+    layer = Parts(4).layer(plain_block())
     assert layer.attention is not None
     nn.init.zeros_(layer.attention.key)
     layer(random(3, 5, DIM, dtype=torch.float32))
@@ -252,7 +252,7 @@ def test_equal_keys_weigh_the_adaptors_alike() -> None:
 
 
 def test_an_image_is_weighed_by_itself_alone() -> None:
-    layer, tokens = Judge(4).double().layer(plain_block().double()), random(3, 5, DIM)
+    layer, tokens = Parts(4).double().layer(plain_block().double()), random(3, 5, DIM)
     together = layer(tokens)
     for i in range(3):
         torch.testing.assert_close(layer(tokens[i : i + 1])[0], together[i])
@@ -263,6 +263,6 @@ def test_further_arguments_go_to_the_block() -> None:
         def forward(self, tokens: Tensor, by: float, *, rope: float) -> Tensor:
             return tokens + by * rope
 
-    layer, tokens = Judge(2).layer(Shifted()), torch.zeros(1, 2, DIM)
-    plain = Judge(2).layer(nn.Identity())
+    layer, tokens = Parts(2).layer(Shifted()), torch.zeros(1, 2, DIM)
+    plain = Parts(2).layer(nn.Identity())
     assert torch.equal(layer(tokens, 2.0, rope=3.0), plain(tokens + 6))

@@ -240,9 +240,9 @@ def test_every_familys_attention_is_fused_and_gives_what_plain_attention_gives(f
             for i, adaptors in enumerate(model.adaptors(index)):
                 tiny.fill(adaptors, seed=10 * index + i)
                 adaptors.requires_grad_(True)
-        with Counted() as pluralize:
+        with Counted() as counted:
             z = model(images_of(2, size).double())
-        assert pluralize.calls >= len(model.layers) if fused else pluralize.calls == 0
+        assert counted.calls >= len(model.layers) if fused else counted.calls == 0
         (z * torch.linspace(-1, 1, z.shape[-1])).sum().backward()
         found.append([z, *gradients(model, 0), *gradients(model, 1)])
     for fused_one, plain in zip(*found, strict=True):

@@ -45,7 +45,7 @@ def saved_sets(store: Store, num_sets: int, bottleneck: int = 3) -> tuple[tuple[
     return tuple(sets), fusion
 
 
-def test_a_checkpoint_is_told_by_its_content_and_not_by_its_place(tmp_path: Path) -> None:
+def test_a_checkpoint_is_identified_by_its_content_and_not_by_its_path(tmp_path: Path) -> None:
     first, copy, other = (tmp_path / name for name in ("a.safetensors", "b.safetensors", "c.safetensors"))
     save_file(tiny.create().state_dict(), first)
     shutil.copy(first, copy)
@@ -58,7 +58,7 @@ def test_a_checkpoint_is_told_by_its_content_and_not_by_its_place(tmp_path: Path
         backbone_settings(OWN.model_copy(update={"checkpoint": "nowhere"}))
 
 
-def test_a_backbone_of_ones_own_is_told_by_its_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_backbone_of_a_users_own_is_identified_by_its_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "my_vit.py").write_text("raise AssertionError('not imported to be named')\n")
     first = backbone_settings(BackboneConfig(name="my_vit:create"))

@@ -126,8 +126,10 @@ def test_features_do_not_depend_on_what_else_is_in_the_padded_batch(settings: Co
 def test_too_many_bad_images_name_the_first(tmp_path: Path) -> None:
     paths = tiny.write_shards(tmp_path / "images", (9, 11), bad=(12, 17))
     strict = tiny.config(paths, data={"max_bad_share": 0.09})
-    said = rf"2 of 20 images are bad \(2 x .*=0\.09 allows 2.*{re.escape('part-1/part1-000000.tar: image ')}'000000003'"
-    with pytest.raises(ValueError, match=said):
+    message = (
+        rf"2 of 20 images are bad \(2 x .*=0\.09 allows 2.*{re.escape('part-1/part1-000000.tar: image ')}'000000003'"
+    )
+    with pytest.raises(ValueError, match=message):
         embed_in(tmp_path / "run", strict)
     embed_in(tmp_path / "run", tiny.config(paths, data={"max_bad_share": 0.1}))
 
@@ -173,9 +175,9 @@ def test_dirt_is_kept_as_bad_rows_with_shard_and_key_and_stops_nothing(tmp_path:
     assert list(found) == ["empty", "cut", "page", "bomb", "k", "last", ""]
     assert (len(images), images.shards[0].ignored) == (15, 2)
     reasons = ("empty file", "runcated", "identify", "pixels", "second", "cut off", "lost")
-    assert all(said in why for said, why in zip(reasons, found.values(), strict=True)), found
-    said = r"20 of 28 images are bad .*about 13 have no row.*dirty\.tar: image 'empty': empty file; .*'cut': "
-    with pytest.raises(ValueError, match=said):
+    assert all(part in why for part, why in zip(reasons, found.values(), strict=True)), found
+    message = r"20 of 28 images are bad .*about 13 have no row.*dirty\.tar: image 'empty': empty file; .*'cut': "
+    with pytest.raises(ValueError, match=message):
         embed_in(tmp_path / "run", tiny.config([str(tmp_path / "images")], data={"max_bad_share": 0.7}))
 
 
@@ -186,8 +188,8 @@ def test_images_without_a_row_count_as_bad_before_any_is_embedded(tmp_path: Path
     cut = write_tar(tmp_path / "images" / "b.tar", {f"{row}.jpg": jpeg for row in range(9)})
     cut.write_bytes(cut.read_bytes()[: (len(jpeg) // 512 + 2) * 512 * 4 + 600])  # four images, and five rows and one
     strict = tiny.config([str(tmp_path / "images")], data={"max_bad_share": 0.4})
-    said = r"8 of 23 images are bad \(about 8 have no row\).*: about 5 .*b\.tar: .*; 3 .*rename 'IMG\.0\.jpg' to "
-    with pytest.raises(ValueError, match=said):
+    message = r"8 of 23 images are bad \(about 8 have no row\).*: about 5 .*b\.tar: .*; 3 .*rename 'IMG\.0\.jpg' to "
+    with pytest.raises(ValueError, match=message):
         embed_in(tmp_path / "run", tiny.config([str(tmp_path / "images")], data={"max_bad_share": 0.3}))
     assert not list((tmp_path / "run").glob("features/*"))
     with pytest.raises(ValueError, match=r"10 of 23 images are bad \(1 x .*, about 8 have no row\), .*allows 9\. "):
@@ -222,7 +224,7 @@ def test_the_share_named_where_a_run_stops_early_is_enough_for_others_as_bad(
     assert "and, unless more of the others are bad, reused with data.max_bad_share=0.31" in refused[0]
 
 
-def test_names_of_features_tell_model_shard_and_batch_size(settings: Config, tmp_path: Path) -> None:
+def test_names_of_features_depend_on_model_shard_and_batch_size(settings: Config, tmp_path: Path) -> None:
     images, store = ImageShards.open(settings.data.train, None), Store(tmp_path)
     spec = ModelSpec("backbone", settings.backbone)
 

@@ -116,7 +116,7 @@ def test_galleries_show_the_nearest_rows_of_the_task_without_the_query(labelled:
     assert [hit["row"] for hit in hits] == rows[np.argsort(-cosines)[:2]].tolist()
 
 
-def test_every_model_is_looked_at_on_the_same_images(labelled: Evaluation) -> None:
+def test_insight_of_every_model_is_from_the_same_images(labelled: Evaluation) -> None:
     queries = [
         [g["query"] for g in json.loads((a.path / "insight.json").read_text())["galleries"]]
         for a in labelled.insights.values()
@@ -124,7 +124,7 @@ def test_every_model_is_looked_at_on_the_same_images(labelled: Evaluation) -> No
     assert queries[0] == queries[1]
 
 
-def test_neighbours_among_labelled_images_tell_how_many_share_task_and_label(labelled: Evaluation) -> None:
+def test_neighbours_among_labelled_images_are_counted_by_shared_task_and_label(labelled: Evaluation) -> None:
     ground_truth = load_ground_truth(labelled.ground_truth)
     insight = json.loads((labelled.insights["backbone"].path / "insight.json").read_text())
     rows = np.delete(np.arange(tiny.NUM_ROWS), tiny.BAD)

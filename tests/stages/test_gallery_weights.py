@@ -38,7 +38,7 @@ def task_of(row: int) -> str:
 
 
 class World:
-    """Features of three random adaptor sets on two tasks, and what their galleries say."""
+    """Features of three random adaptor sets on two tasks, and the weights of their galleries."""
 
     def __init__(self, root: Path) -> None:
         self.settings: Config = tiny.config(tiny.write_shards(root / "images", label=str, task=task_of))
@@ -114,7 +114,7 @@ def test_every_image_is_embedded_with_the_weights_of_its_gallery(world: World) -
     assert not found[tiny.BAD].any()
 
 
-def killed_before_the_log_says_so(run: Run) -> Run:
+def killed_before_the_log_has_it(run: Run) -> Run:
     class Silent(Console):
         def event(self, name: str, **figures: Any) -> None:
             if name == "gallery" and figures["task"] == "odd":
@@ -133,16 +133,16 @@ def test_a_run_with_the_variant_scores_it_and_shows_its_weights(
         update={"data": tiny.config(shards).data.model_copy(update={"test": tuple(shards)})}
     )
     with pytest.raises(tiny.Killed):
-        pipeline._run(killed_before_the_log_says_so(tiny.run_in(settings, tmp_path / "run", tiny.Here())))
+        pipeline._run(killed_before_the_log_has_it(tiny.run_in(settings, tmp_path / "run", tiny.Here())))
     assert list((tmp_path / "run").glob("galleries-*/manifest.json"))
     assert not (tmp_path / "run" / "scores").exists()
-    for _ in range(2):  # the second time says nothing again
+    for _ in range(2):  # the second time logs nothing again
         folder, rows = pipeline._run(tiny.run_in(settings, tmp_path / "run", tiny.Here()))
     events = list(read_events(tmp_path / "run" / EVENTS_FILE))
-    told = [(number, e["task"]) for number, e in enumerate(events) if e["name"] == "gallery"]
-    assert [task for _, task in told] == ["even", "odd"]
+    logged = [(number, e["task"]) for number, e in enumerate(events) if e["name"] == "gallery"]
+    assert [task for _, task in logged] == ["even", "odd"]
     evaluated = [n for n, e in enumerate(events) if e["name"] == "stage_begins" and e["stage"] == "evaluate"]
-    assert max(number for number, _ in told) < min(evaluated)
+    assert max(number for number, _ in logged) < min(evaluated)
     assert {r["task"] for r in rows if r["model"] == "gallery"} == {"even", "odd"}
     (galleries,) = (tmp_path / "run").glob("galleries-*")
     weights = {name: g["weights"] for name, g in json.loads((galleries / "galleries.json").read_text()).items()}

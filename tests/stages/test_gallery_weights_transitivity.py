@@ -68,9 +68,9 @@ def shares(num: int, behind: float, spread: float = 0.1) -> Tensor:
     """Of two sets; the second falls short of the first by about `behind`."""
     draws = torch.Generator().manual_seed(0)
     best = 0.5 + 0.05 * torch.randn(num, generator=draws)
-    gap = torch.randn(num, generator=draws)
-    gap = (gap - gap.mean()) / gap.std(correction=0)
-    return torch.stack([best, best - behind - spread * gap])
+    noise = torch.randn(num, generator=draws)
+    noise = (noise - noise.mean()) / noise.std(correction=0)
+    return torch.stack([best, best - behind - spread * noise])
 
 
 def test_a_set_weighs_by_how_many_standard_errors_it_falls_short() -> None:
@@ -89,7 +89,7 @@ def test_more_images_make_the_choice_surer() -> None:
 
 
 @pytest.mark.parametrize("same", [torch.full((3, 20), 0.4), torch.zeros(3, 0), torch.zeros(1, 5)])
-def test_sets_that_nothing_tells_apart_weigh_alike(same: Tensor) -> None:
+def test_sets_that_do_not_differ_weigh_alike(same: Tensor) -> None:
     weights = set_weights(same)
     torch.testing.assert_close(weights, torch.full((len(same),), 1 / len(same)))
 

@@ -1,4 +1,4 @@
-"""Labels as they come: what cannot be read is counted and named, and nothing more comes of it."""
+"""Labels as they come: what cannot be read is counted and named, and changes nothing else."""
 
 from __future__ import annotations
 
