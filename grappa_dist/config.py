@@ -134,7 +134,6 @@ class AdaptConfig(Section):
         return self
 
 
-AVERAGE, GALLERY = "average", "gallery"
 SUPERVISED = "supervised"  # attention over the sets, trained with the labels of the training images
 SUPERVISED_SET = "supervised-set"  # an adaptor set trained with them: adapt.supervised, not a variant of the fusion
 VariantName = Literal[

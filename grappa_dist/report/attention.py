@@ -1,8 +1,8 @@
-"""The section on attention: what each fusion leans on, for which task and in which layer.
+"""The section on attention: the weights that each fusion gives the adaptor sets, by task and layer.
+
+Heat maps are inline SVG; an even share stays blank, so that a map without a pattern is empty.
 
 Shapes: L layers, N adaptor sets.
-
-Heat maps of shares, as inline SVG. What is even stays blank, so a map without a pattern looks like one.
 """
 
 from __future__ import annotations
@@ -18,64 +18,8 @@ from grappa_dist.report.html import absent, decimal, sentences, text
 from grappa_dist.report.plots import COLOURS, Axes, Series, figure, grid, line_chart
 from grappa_dist.report.sentences import read_attention, uniform
 
-TALL = 18  # of a cell, in units of the drawing
-HEAD = 20  # room for the names of columns
+CELL_HEIGHT, HEAD_HEIGHT = 18, 20  # of a cell, and of the names of columns, in units of the drawing
 LEAST = 1.5  # the weakest contrast that is stretched to full colour
-
-
-def saturation(maps: Sequence[Sequence[Sequence[float]]]) -> float:
-    """The largest share in the maps as a multiple of an even one, where their colour saturates; at least `LEAST`."""
-    ratios = [share * len(row) for rows in maps for row in rows for share in row if math.isfinite(share)]
-    return max([LEAST, *ratios])
-
-
-def heat_map(
-    values: Sequence[Sequence[float]], names: tuple[Sequence[str], Sequence[str]], *, title: str, most: float
-) -> str:
-    """Shares of each row, coloured by how far they are from an even share; `names` are those of rows and columns.
-
-    The colour saturates at `most` times an even share, and at as many times below it.
-    """
-    rows, columns = names
-    wide = max(26, min(48, 380 // max(1, len(columns))))
-    left = 14 + max((min(len(name), 14) for name in rows), default=0) * 7
-    parts = [_heads(columns, left, wide)]
-    for i, (name, shares) in enumerate(zip(rows, values, strict=True)):
-        y = HEAD + i * TALL
-        parts.append(f'<text x="{left - 7}" y="{y + 13}" text-anchor="end">{text(name, 14)}</text>')
-        for j, share in enumerate(shares):
-            column = columns[j] if j < len(columns) else str(j)
-            tip = f"{name}, {column}: {decimal(share, 4)}"
-            parts.append(_cell(share, share * len(shares), math.log2(most), (left + j * wide, y, wide)))
-            parts.append(f"<title>{text(tip)}</title></g>")
-    width, height = left + max(1, len(columns)) * wide + 2, HEAD + len(rows) * TALL + 2
-    box = f'class="heat" viewBox="0 0 {width} {height}" style="max-width:{width * 1.12:.0f}px"'
-    return figure(title, f'<svg {box} role="img" aria-label="{text(title)}">{"".join(parts)}</svg>')
-
-
-def _heads(columns: Sequence[str], left: int, wide: int) -> str:
-    every = max(1, math.ceil(max((len(c) for c in columns), default=0) * 6.4 / wide))
-    return "".join(
-        f'<text x="{left + (j + 0.5) * wide:.1f}" y="13" text-anchor="middle">{text(name, 12)}</text>'
-        for j, name in enumerate(columns)
-        if j % every == 0
-    )
-
-
-def _cell(share: float, ratio: float, bound: float, at: tuple[int, int, int]) -> str:
-    """An open group with the cell of a share that is `ratio` times the even one; the caller adds its title."""
-    x, y, wide = at
-    strength = min(1.0, abs(math.log2(max(ratio, 1e-9))) / bound) if math.isfinite(ratio) else 0.0
-    box = f'x="{x + 1}" y="{y + 1}" width="{wide - 2}" height="{TALL - 2}" rx="2"'
-    shade = f'<rect class="{"more" if ratio > 1 else "less"}" {box} fill-opacity="{strength:.2f}"/>'
-    number = ""
-    if wide >= 32:
-        shown = decimal(share, 2).removeprefix("0")
-        strong = " strong" if strength > 0.7 else ""
-        number = f'<text class="in{strong}" x="{x + wide / 2:.1f}" y="{y + 13}" text-anchor="middle">{shown}</text>'
-    return f'<g><rect class="cell" {box}/>{shade}{number}'
-
-
 MOST_GROUPS = 24  # maps of one fusion
 _LEAD = (
     '<p class="lead">In every layer a learned fusion shares its attention among the adaptor sets, anew for each image. '
@@ -86,7 +30,7 @@ _LEAD = (
 
 
 def attention_section(content: ReportContent) -> str:
-    """Entropy over layers, then every fusion's reading and maps."""
+    """Entropy over layers, then sentences and maps for every fusion."""
     if not content.attention and not content.entropy:
         return absent("No fusion was trained in this run, so there is no attention to show. An average has none.")
     variants = list(dict.fromkeys([*content.attention, *content.entropy]))
@@ -103,7 +47,7 @@ def _entropy_chart(entropy: dict[str, list[float]]) -> str:
         x_label="layer",
         y_label="entropy / log N",
         y_range=(math.floor(min(lowest, 0.95) * 20) / 20, 1.004),
-        note="1 is uniform attention: every image weighs all sets alike, as the average does. Lower is more decided.",
+        note="1 is uniform attention: every image weights all sets alike, as the average does. Lower is sharper.",
     )
     return grid([line_chart(lines, axes)])
 
@@ -113,18 +57,18 @@ def _variant(content: ReportContent, variant: str) -> str:
     groups = content.attention.get(variant, {})
     shown = {name: values for name, values in list(groups.items())[:MOST_GROUPS] if values}
     sets = content.random_sets.get(variant, content.sets)
-    said = sentences(read_attention(groups, entropy, sets, content.decay.get(variant, [])))
-    said += _in_training(content, variant, sets)
+    reading = sentences(read_attention(groups, entropy, sets, content.decay.get(variant, [])))
+    curves = _in_training(content, variant, sets)
     maps = _maps(shown, sets) if shown else ""
     hidden = len(groups) - len(shown)
     maps += f'<p class="note">{hidden} more groups not shown.</p>' if hidden else ""
     if maps and uniform(entropy):
         maps = f'<details class="fold"><summary>Its maps, close to blank</summary>{maps}</details>'
-    return f"<h3>{text(variant, 40)}</h3>{said}{maps}"
+    return f"<h3>{text(variant, 40)}</h3>{reading}{curves}{maps}"
 
 
 def _in_training(content: ReportContent, variant: str, sets: list[str]) -> str:
-    """How the mean attention of each set, and the entropy of each layer, moved."""
+    """The mean attention of each set and the entropy of each layer, over the steps of training."""
     shares = [step for step in content.shares.get(variant, []) if len(step) == len(sets) > 1]
     entropies = content.entropies.get(variant, [])
     note = "Mean over layers and over the training images of a step. Lines that stay together are an average."
@@ -136,7 +80,7 @@ def _in_training(content: ReportContent, variant: str, sets: list[str]) -> str:
 
 
 def _drift(steps: list[list[float]], names: list[str], axes: Axes) -> list[str]:
-    """A line for each name over the steps of training, (steps, names); none of a single step."""
+    """A chart with a line for each name over the steps of training, (steps, names); none for a single step."""
     if len(steps) < 2:
         return []
     numbers = range(1, len(steps) + 1)
@@ -164,7 +108,60 @@ def _maps(groups: dict[str, list[list[float]]], sets: list[str]) -> str:
 
 
 def _over_layers(values: list[list[float]]) -> list[float]:
-    """Mean share of each set, (N,), or nothing where layers are not alike."""
+    """Mean share of each set, (N,), or nothing if layers differ in length."""
     if len({len(row) for row in values}) != 1:
         return []
     return [float(v) for v in np.asarray(values, dtype=np.float64).mean(0)]
+
+
+def saturation(maps: Sequence[Sequence[Sequence[float]]]) -> float:
+    """The largest share in the maps as a multiple of an even one, where their colour saturates; at least `LEAST`."""
+    ratios = [share * len(row) for rows in maps for row in rows for share in row if math.isfinite(share)]
+    return max([LEAST, *ratios])
+
+
+def heat_map(
+    values: Sequence[Sequence[float]], names: tuple[Sequence[str], Sequence[str]], *, title: str, most: float
+) -> str:
+    """Shares of each row, coloured by how far they are from an even share; `names` are those of rows and columns.
+
+    The colour saturates at `most` times an even share, and at as many times below it.
+    """
+    rows, columns = names
+    wide = max(26, min(48, 380 // max(1, len(columns))))
+    left = 14 + max((min(len(name), 14) for name in rows), default=0) * 7
+    parts = [_column_names(columns, left, wide)]
+    for i, (name, shares) in enumerate(zip(rows, values, strict=True)):
+        y = HEAD_HEIGHT + i * CELL_HEIGHT
+        parts.append(f'<text x="{left - 7}" y="{y + 13}" text-anchor="end">{text(name, 14)}</text>')
+        for j, share in enumerate(shares):
+            column = columns[j] if j < len(columns) else str(j)
+            tip = f"{name}, {column}: {decimal(share, 4)}"
+            parts.append(_cell(share, share * len(shares), math.log2(most), (left + j * wide, y, wide)))
+            parts.append(f"<title>{text(tip)}</title></g>")
+    width, height = left + max(1, len(columns)) * wide + 2, HEAD_HEIGHT + len(rows) * CELL_HEIGHT + 2
+    box = f'class="heat" viewBox="0 0 {width} {height}" style="max-width:{width * 1.12:.0f}px"'
+    return figure(title, f'<svg {box} role="img" aria-label="{text(title)}">{"".join(parts)}</svg>')
+
+
+def _column_names(columns: Sequence[str], left: int, wide: int) -> str:
+    every = max(1, math.ceil(max((len(c) for c in columns), default=0) * 6.4 / wide))
+    return "".join(
+        f'<text x="{left + (j + 0.5) * wide:.1f}" y="13" text-anchor="middle">{text(name, 12)}</text>'
+        for j, name in enumerate(columns)
+        if j % every == 0
+    )
+
+
+def _cell(share: float, ratio: float, bound: float, at: tuple[int, int, int]) -> str:
+    """The cell of a share that is `ratio` times the even one, as a group to which the caller adds a title."""
+    x, y, wide = at
+    strength = min(1.0, abs(math.log2(max(ratio, 1e-9))) / bound) if math.isfinite(ratio) else 0.0
+    box = f'x="{x + 1}" y="{y + 1}" width="{wide - 2}" height="{CELL_HEIGHT - 2}" rx="2"'
+    shade = f'<rect class="{"more" if ratio > 1 else "less"}" {box} fill-opacity="{strength:.2f}"/>'
+    number = ""
+    if wide >= 32:
+        shown = decimal(share, 2).removeprefix("0")
+        strong = " strong" if strength > 0.7 else ""
+        number = f'<text class="in{strong}" x="{x + wide / 2:.1f}" y="{y + 13}" text-anchor="middle">{shown}</text>'
+    return f'<g><rect class="cell" {box}/>{shade}{number}'

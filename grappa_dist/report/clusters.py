@@ -1,7 +1,4 @@
-"""What lets a person judge the partitions: how nested consecutive ones are, and images of sample clusters.
-
-How each K was clustered: the method, why, and what its shortcuts cost.
-"""
+"""The partitions: the method of each and what it approximates, their nestedness, and images of sample clusters."""
 
 from __future__ import annotations
 
@@ -13,10 +10,15 @@ from grappa_dist.report.gallery import Images
 from grappa_dist.report.html import decimal, number, percent, table, text
 
 LEAST_AGREEMENT = 0.95
+MOST_SHEETS = 24  # partitions with sample clusters
+OPEN = 4  # of them unfolded at first
+MOST_CLUSTERS = 8  # of a partition
+MOST_IMAGES = 8  # of a cluster
+_PICKS = {"largest": "largest", "median": "of median size", "drawn": "drawn at random"}
 
 
 def method_table(items: list[Clustering]) -> str:
-    """The methods of all K; only a line where all are exact k-means without any extra."""
+    """The methods of all K as a table; one line if all are plain exact k-means."""
     if all(c.method == "exact" and c.bound is None and not c.restarts for c in items):
         return '<p class="note">All by exact k-means: every image has the label of its nearest centroid.</p>'
     head = ["K", "method", "fitted to", "exact labels", "largest allowed", "moved", "restarts"]
@@ -35,7 +37,7 @@ def method_table(items: list[Clustering]) -> str:
     note = (
         '<p class="note">Fitted to: the images that the centroids were computed from; a share below 100 % is a sample. '
         "Exact labels: images whose label is that of the nearest of all centroids; where labels were found through "
-        "lists of centroids, measured on images drawn for it. Moved: images that a bound on the size of clusters took "
+        "inverted lists, measured on a random sample. Moved: images that a bound on the size of clusters moved "
         "to another cluster, and by how much inertia rose. Restarts: their number, and how far the worst lies above "
         "the one taken.</p>"
     )
@@ -66,15 +68,8 @@ def _restarts(c: Clustering) -> str:
     return f"{number(len(c.restarts))} (+{percent(above, 2)} %)"
 
 
-MOST_SHEETS = 24  # partitions with sample clusters
-OPEN = 4  # of them unfolded at first
-MOST_CLUSTERS = 8  # of a partition
-MOST_IMAGES = 8  # of a cluster
-_PICKS = {"largest": "largest", "median": "of median size", "drawn": "drawn at random"}
-
-
 def nesting_table(content: ReportContent) -> str:
-    """Consecutive partitions with their nestedness, what chance gives, and how far it is on the way to 1."""
+    """Consecutive partitions with their nestedness, that by chance, and the nestedness adjusted for chance."""
     if not content.nestings:
         return ""
     items = sorted(content.nestings, key=lambda n: n.coarse)
@@ -97,7 +92,7 @@ def nesting_table(content: ReportContent) -> str:
 
 
 def _adjusted(n: Nesting) -> float:
-    """(nestedness - chance) / (1 - chance); nothing to say where chance nests perfectly."""
+    """(nestedness - chance) / (1 - chance); NaN if chance is 1."""
     return (n.nestedness - n.chance) / (1 - n.chance) if n.chance < 1 else math.nan
 
 
@@ -116,14 +111,14 @@ def _rows(n: Nesting) -> str:
 
 
 def contact_sheets(content: ReportContent, images: Images) -> str:
-    """Some clusters of every partition with some images of each."""
+    """Some clusters of every partition, with some images of each."""
     if not any(sheet.clusters for sheet in content.sheets):
         return ""
     sheets = sorted(content.sheets, key=lambda s: s.k)
     lead = (
         '<h3>Sample clusters</h3><p class="lead">Of each partition the largest cluster, the one of median size, and '
         "clusters drawn at random, with images drawn from each. Do the images of a cluster belong together, and does "
-        "a larger K tell finer things apart?</p>"
+        "a larger K separate finer things?</p>"
     )
     folds = []
     for place, sheet in enumerate(sheets[:MOST_SHEETS]):

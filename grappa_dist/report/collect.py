@@ -1,9 +1,4 @@
-"""report: scores, figures and galleries -> report/metrics.json and report/report.html.
-
-What is said in the report of the k-NN graphs that fusions were trained with.
-
-What is said in the report of how jobs trained, from the log that each of them has left.
-"""
+"""report: scores, figures, galleries and the logs of training jobs -> report/metrics.json and report/report.html."""
 
 from __future__ import annotations
 
@@ -46,100 +41,9 @@ from grappa_dist.stages.pseudo_label import STATS_FILE
 from grappa_dist.stages.run import Run
 from grappa_dist.stages.supervised import class_counts
 
-Steps = Sequence[Mapping[str, Any]]
-
-
-def steps_of(artifact: Artifact) -> Steps:
-    """All that the job's log says of its steps."""
-    return [event for event in read_events(artifact.path / METRICS_FILE) if event["name"] == "step"]
-
-
-def curve(steps: Steps) -> list[dict[str, float]]:
-    """Steps with loss, accuracy, rates and, for fusions, the mean entropy of the attention over layers."""
-    points = []
-    for event in steps:
-        point = {k: v for k, v in event.items() if k in ("step", "loss", "accuracy", "lr", "images_per_s")}
-        for figure in ("entropy", "decay_to_gradient"):
-            layers = [v for k, v in event.items() if re.fullmatch(rf"{figure}\.\d+", k) and math.isfinite(v)]
-            if layers:
-                point[figure] = sum(layers) / len(layers)
-        points.append(point)
-    return points
-
-
-def median(values: Sequence[float]) -> float:
-    """Of those that are known; NaN where none is."""
-    known = [v for v in values if math.isfinite(v)]
-    return float(np.median(known)) if known else math.nan
-
-
-def by_step(steps: Steps, figure: str) -> list[list[float]]:
-    """The numbered values of a figure, a list for every step that has them."""
-    found = []
-    for event in steps:
-        numbered = {int(k.rpartition(".")[2]): v for k, v in event.items() if re.fullmatch(rf"{figure}\.\d+", k)}
-        found += [[numbered[i] for i in sorted(numbered)]] if numbered else []
-    return found
-
-
-def waiting_facts(logs: Mapping[str, Steps]) -> dict[str, str]:
-    """Which share of their time the jobs waited for data, in the mean of their steps."""
-    said = []
-    for job, steps in logs.items():
-        shares = [step["data_wait_share"] for step in steps if "data_wait_share" in step]
-        said += [f"{job} {np.mean(shares):.1%}"] if shares else []
-    return {"waiting for data": ", ".join(said)} if said else {}
-
-
-def job_of(artifact: Artifact) -> str:
-    """The name of the job that trained it: k=64, neighbours."""
-    return artifact.kind.split("/")[1]
-
-
-def neighbour_figures(fusions: Mapping[str, Artifact], num_rows: int) -> Iterator[LabelFree]:
-    """How often neighbours in the fused model's last graph share a pseudo-label, and how often they are copies."""
-    for variant, artifact in fusions.items():
-        graphs = graphs_of(artifact)
-        if graphs:
-            statistics = list(graphs.values())[-1]
-            figure = f"images with a near-duplicate (cosine above {statistics['duplicate_cosine']}) among the nearest"
-            copies = statistics["rows_with_duplicates_share"]
-            yield LabelFree(model=variant, figure=figure, value=copies, queries=num_rows, of_graph=True)
-            if statistics.get("graph") == "approximate" and statistics["recall_rows"]:
-                recall, rows = statistics["recall"], statistics["recall_rows"]
-                figure = "true neighbours in the approximate graph"
-                yield LabelFree(model=variant, figure=figure, value=recall, queries=rows, of_graph=True)
-            shares = statistics["neighbours_share_pseudo_label"]
-            for name, value in shares.items():
-                figure = f"neighbours share the {name} pseudo-label"
-                yield LabelFree(model=variant, figure=figure, value=value, queries=num_rows, of_graph=True)
-
-
-def graphs_of(artifact: Artifact) -> dict[int, dict[str, Any]]:
-    """What is said of each graph, by its epoch, ascending; nothing where there is none."""
-    found = {int(path.parent.name[6:]): path for path in artifact.path.glob("knn/epoch-*/statistics.json")}
-    return {epoch: json.loads(found[epoch].read_text()) for epoch in sorted(found)}
-
-
-def graph_facts(fusions: Mapping[str, Artifact]) -> Iterator[tuple[str, str]]:
-    """How neighbours were found by fusions whose graph is approximate."""
-    for variant, artifact in fusions.items():
-        graphs = graphs_of(artifact)
-        said = {epoch: _searched(told) for epoch, told in graphs.items() if told.get("graph") == "approximate"}
-        if said:
-            several = [f"epoch {epoch + 1} {how}" for epoch, how in said.items()]
-            yield f"neighbours of {variant} were searched", "; ".join(several if len(said) > 1 else said.values())
-
-
-def _searched(told: Mapping[str, Any]) -> str:
-    if not told["recall_rows"]:
-        return "exactly: lists did not reach fuse.recall_floor"
-    error = f" ± {told['recall_error']:.4f}" if "recall_error" in told else ""
-    return f"through {told['probes']} of {told['lists']} lists, recall {told['recall']:.4f}{error}"
-
-
 THUMBNAIL_PX = 112
 TRACKED = ("torch", "timm", "deepspeed", "ray", "webdataset", "grappa_dist")
+Steps = Sequence[Mapping[str, Any]]
 
 
 def report_of(store: Store, config: Config, inputs: Mapping[str, Artifact]) -> Artifact:
@@ -168,7 +72,7 @@ def score_rows(flow: Flow) -> list[ScoreRow]:
 
 
 def best_sets(sets: Sequence[ScoreRow]) -> Iterator[ScoreRow]:
-    """Per task the scores of the set that is best by R-Precision: it uses labels, so no method may."""
+    """Per task the scores of the set that is best by R-Precision, as the oracle: the choice uses labels."""
     for task in dict.fromkeys(row["task"] for row in sets):
         best = max((row for row in sets if row["task"] == task), key=lambda row: row["r_precision"])
         yield _score_row("oracle", best)
@@ -211,7 +115,7 @@ def _content(run: Run, flow: Flow, rows: list[ScoreRow]) -> ReportContent:
         bad_rows=[*_bad(flow.train, flow.features), *_bad_test(flow)],
         facts=_facts(run, flow, logs),
         config_yaml=run.config.yaml(),
-        notes=[*run.config.notes, *_who_saw_labels(flow)],
+        notes=[*run.config.notes, *_supervision_note(flow)],
     )
 
 
@@ -220,7 +124,7 @@ def _trained(flow: Flow) -> list[Artifact]:
     return list(dict.fromkeys([*flow.adaptors.values(), *flow.fusions.values(), *labelled]))
 
 
-def _who_saw_labels(flow: Flow) -> Iterator[str]:
+def _supervision_note(flow: Flow) -> Iterator[str]:
     if flow.supervision is not None:
         found = class_counts(flow.supervision.classes)
         yield (
@@ -238,7 +142,7 @@ def _view_figures(insights: Mapping[str, Any]) -> Iterator[LabelFree]:
             value=insight["view_finds_source"],
             queries=insight["view_queries"],
         )
-        for what in ("task", "label"):  # only where there are labels: these figures are none of training
+        for what in ("task", "label"):  # only of test images, if they have labels
             if f"neighbours_share_{what}" in insight:
                 yield LabelFree(
                     model=model,
@@ -246,6 +150,31 @@ def _view_figures(insights: Mapping[str, Any]) -> Iterator[LabelFree]:
                     value=insight[f"neighbours_share_{what}"],
                     queries=insight["neighbour_queries"],
                 )
+
+
+def neighbour_figures(fusions: Mapping[str, Artifact], num_rows: int) -> Iterator[LabelFree]:
+    """How often neighbours in the last graph of a fusion share a pseudo-label, and how often they are duplicates."""
+    for variant, artifact in fusions.items():
+        graphs = graphs_of(artifact)
+        if graphs:
+            statistics = list(graphs.values())[-1]
+            figure = f"images with a near-duplicate (cosine above {statistics['duplicate_cosine']}) among the nearest"
+            share = statistics["rows_with_duplicates_share"]
+            yield LabelFree(model=variant, figure=figure, value=share, queries=num_rows, of_graph=True)
+            if statistics.get("graph") == "approximate" and statistics["recall_rows"]:
+                recall, rows = statistics["recall"], statistics["recall_rows"]
+                figure = "true neighbours in the approximate graph"
+                yield LabelFree(model=variant, figure=figure, value=recall, queries=rows, of_graph=True)
+            shares = statistics["neighbours_share_pseudo_label"]
+            for name, value in shares.items():
+                figure = f"neighbours share the {name} pseudo-label"
+                yield LabelFree(model=variant, figure=figure, value=value, queries=num_rows, of_graph=True)
+
+
+def graphs_of(artifact: Artifact) -> dict[int, dict[str, Any]]:
+    """The statistics of each graph by epoch, ascending; empty if there are no graphs."""
+    found = {int(path.parent.name[6:]): path for path in artifact.path.glob("knn/epoch-*/statistics.json")}
+    return {epoch: json.loads(found[epoch].read_text()) for epoch in sorted(found)}
 
 
 def _galleries(flow: Flow, insights: Mapping[str, Any]) -> Iterator[Gallery]:
@@ -286,23 +215,23 @@ def _thumbnail(images: ImageShards, row: int) -> bytes:
 
 
 def describe_bad_images(flow: Flow, *, reported: bool) -> str:
-    """How many images could not be used, and where one reads which and why; "" where all could.
+    """How many images could not be used, and where they are listed with reasons; "" if all could.
 
     Args:
-        reported: whether there is a report; else the training images alone have been looked at.
+        reported: whether there is a report; else only the training images have been read.
     """
     groups = {"training": (flow.train, flow.features)}
     if reported and _has_test(flow):
         groups["test"] = (flow.test, flow.test_features["backbone"])
     unread = {name: len(bad_reasons(*group)) for name, group in groups.items()}
     lost = {name: lost_images(images.shards) for name, (images, _) in groups.items()}
-    said = [
+    counts = [
         f"{unread[name] + lost[name]} of {len(images) + lost[name]} {name} images"
         + (f" (about {lost[name]} have no row)" if lost[name] else "")
         for name, (images, _) in groups.items()
         if unread[name] + lost[name]
     ]
-    if not said:
+    if not counts:
         return ""
     if reported:
         lines = sum(unread.values()) + sum(1 for images, _ in groups.values() for _ in losses_of(images.shards))
@@ -310,20 +239,20 @@ def describe_bad_images(flow: Flow, *, reported: bool) -> str:
     else:
         those = "those that have a row," if any(lost.values()) else "them"
         where = f"features/backbone/*/bad.json list {those} with reasons"
-    return f"bad images, which take part in nothing: {' and '.join(said)}; {where}"
+    return f"bad images, which take part in nothing: {' and '.join(counts)}; {where}"
 
 
 def _bad(images: ImageShards, features: Sequence[Artifact]) -> Iterator[BadRow]:
     for number, (row, reason) in enumerate(sorted(bad_reasons(images, features).items())):
         shard, _ = images.locate(row)
-        file = images.name(row) if number < MOST_BAD_ROWS else ""  # of those that are listed
+        file = images.name(row) if number < MOST_BAD_ROWS else ""  # only for the rows that are listed
         yield BadRow(shard=images.shards[shard].name, key=images.key(row), reason=reason, file=file)
     for loss in losses_of(images.shards):
         yield BadRow(shard=loss.shard.name, key=loss.key, reason=loss.reason, images=loss.images)
 
 
 def _bad_test(flow: Flow) -> Iterator[BadRow]:
-    if _has_test(flow):  # else they are training images
+    if _has_test(flow):  # else training images were evaluated
         yield from _bad(flow.test, flow.test_features["backbone"])
 
 
@@ -355,6 +284,35 @@ def _facts(run: Run, flow: Flow, logs: Mapping[str, Steps]) -> dict[str, str]:
     return facts | dict(graph_facts(flow.fusions)) | {"model": flow.model.name}
 
 
+def graph_facts(fusions: Mapping[str, Artifact]) -> Iterator[tuple[str, str]]:
+    """How neighbours were found by fusions whose graph is approximate."""
+    for variant, artifact in fusions.items():
+        graphs = graphs_of(artifact)
+        searches = {e: _describe_search(found) for e, found in graphs.items() if found.get("graph") == "approximate"}
+        if searches:
+            by_epoch = [f"epoch {epoch + 1} {how}" for epoch, how in searches.items()]
+            yield (
+                f"neighbours of {variant} were searched",
+                "; ".join(by_epoch if len(by_epoch) > 1 else searches.values()),
+            )
+
+
+def _describe_search(statistics: Mapping[str, Any]) -> str:
+    if not statistics["recall_rows"]:
+        return "exactly: lists did not reach fuse.recall_floor"
+    error = f" ± {statistics['recall_error']:.4f}" if "recall_error" in statistics else ""
+    return f"through {statistics['probes']} of {statistics['lists']} lists, recall {statistics['recall']:.4f}{error}"
+
+
+def waiting_facts(logs: Mapping[str, Steps]) -> dict[str, str]:
+    """The share of their time that the jobs waited for data, as a mean over steps."""
+    waits = []
+    for job, steps in logs.items():
+        shares = [step["data_wait_share"] for step in steps if "data_wait_share" in step]
+        waits += [f"{job} {np.mean(shares):.1%}"] if shares else []
+    return {"waiting for data": ", ".join(waits)} if waits else {}
+
+
 def _ignored(images: ImageShards) -> int:
     return sum(shard.ignored for shard in images.shards)
 
@@ -365,3 +323,41 @@ def _installed(name: str) -> bool:
     except ModuleNotFoundError:
         return False
     return True
+
+
+def steps_of(artifact: Artifact) -> Steps:
+    """The steps in the log of the job."""
+    return [event for event in read_events(artifact.path / METRICS_FILE) if event["name"] == "step"]
+
+
+def curve(steps: Steps) -> list[dict[str, float]]:
+    """Steps with loss, accuracy, rates and, for fusions, entropy and decay over gradient as means over layers."""
+    points = []
+    for event in steps:
+        point = {k: v for k, v in event.items() if k in ("step", "loss", "accuracy", "lr", "images_per_s")}
+        for figure in ("entropy", "decay_to_gradient"):
+            layers = [v for k, v in event.items() if re.fullmatch(rf"{figure}\.\d+", k) and math.isfinite(v)]
+            if layers:
+                point[figure] = sum(layers) / len(layers)
+        points.append(point)
+    return points
+
+
+def median(values: Sequence[float]) -> float:
+    """The median of the finite values; NaN if there are none."""
+    known = [v for v in values if math.isfinite(v)]
+    return float(np.median(known)) if known else math.nan
+
+
+def by_step(steps: Steps, figure: str) -> list[list[float]]:
+    """The numbered values of a figure in order, a list for every step that has them."""
+    found = []
+    for event in steps:
+        numbered = {int(k.rpartition(".")[2]): v for k, v in event.items() if re.fullmatch(rf"{figure}\.\d+", k)}
+        found += [[numbered[i] for i in sorted(numbered)]] if numbered else []
+    return found
+
+
+def job_of(artifact: Artifact) -> str:
+    """The name of the job that trained it, such as k=64 or neighbours."""
+    return artifact.kind.split("/")[1]

@@ -1,4 +1,4 @@
-"""What a report is made of. Every section may be empty: the page then says so or leaves it out.
+"""The content of a report. Every section may be empty: the page then says so or leaves it out.
 
 Shapes: L layers, N adaptor sets, K clusters.
 """
@@ -27,22 +27,22 @@ class LabelFree(TypedDict):
     figure: str  # "augmented view finds its source"
     value: float
     queries: int
-    of_graph: NotRequired[bool]  # of the k-NN graph that the model learned from, which few models have
+    of_graph: NotRequired[bool]  # of the k-NN graph that the model was trained with, if any
 
 
 class BadRow(TypedDict):
-    """A row that did not decode, or images that have no row: left out of everything."""
+    """A row that did not decode, or missing images, which have no row; used in nothing."""
 
     shard: str
     key: str
     reason: str
-    images: NotRequired[int]  # 1 where it is not said
-    file: NotRequired[str]  # its name before it came into the shard
+    images: NotRequired[int]  # 1 by default
+    file: NotRequired[str]  # its name before it was written into the shard
 
 
 @dataclass(frozen=True, kw_only=True)
 class Hit:
-    """One retrieved image; `correct` is None where the collection has no labels."""
+    """One retrieved image; `correct` is None if the images have no labels."""
 
     image: bytes  # JPEG, PNG, WebP or GIF
     score: float
@@ -51,7 +51,7 @@ class Hit:
 
 @dataclass(frozen=True, kw_only=True)
 class Gallery:
-    """One query and what each model retrieves for it, nearest first."""
+    """One query and the images that each model retrieves for it, nearest first."""
 
     query: bytes
     results: dict[str, list[Hit]]
@@ -73,17 +73,17 @@ class Clustering:
     empty_left: int
     singletons_share: float  # clusters of one image, as a share of all K
     exact_share: float  # rows whose nearest centroid was settled by exact scores, as a share of all rows
-    searched_share: float = 1.0  # distances that were computed, as a share of all; bounds spared the others
+    searched_share: float = 1.0  # distances that were computed, as a share of all; bounds excluded the others
     method: str = "exact"  # or sampled, hierarchical, approximate
     reason: str = ""  # why this method
     updates: int | None = None  # of the K centroids; None: one less than entries of `inertia`
     sampled_share: float = 1.0  # rows that the centroids were fitted to
     agreement: float | None = None  # rows whose label is the exact one, as a share of those compared; None: all are
     agreement_rows: int = 0  # that were compared
-    bound: int | None = None  # images that a cluster may have
+    bound: int | None = None  # most images of a cluster
     moved: int = 0  # images that the bound moved to another cluster
-    unbalanced_inertia: float | None = None  # before that
-    restarts: list[float] = field(default_factory=list)  # inertia of each, where there were several
+    unbalanced_inertia: float | None = None  # before these moves
+    restarts: list[float] = field(default_factory=list)  # inertia of each, if there were several
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,8 +94,8 @@ class Nesting:
     fine: int
     nestedness: float  # rows whose coarse cluster is the majority one of their fine cluster
     chance: float  # the same when coarse labels are permuted over rows
-    rows: int  # that it was computed on
-    of: int  # rows that there are
+    rows: int  # of the sample that it was computed on
+    of: int  # all rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,21 +118,19 @@ class ContactSheet:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportContent:
-    """All that the page shows."""
+    """Everything that the page shows."""
 
     title: str
     rows: list[ScoreRow] = field(default_factory=list)  # [] without labels
-    has_test: bool = True  # else it is training images that were looked at
+    has_test: bool = True  # else training images were evaluated
     label_free: list[LabelFree] = field(default_factory=list)
     attention: dict[str, dict[str, list[list[float]]]] = field(default_factory=dict)  # fusion, group: (L, N) mean
     entropy: dict[str, list[float]] = field(default_factory=dict)  # fusion: (L,) mean entropy / log N, 1 = uniform
-    entropies: dict[str, list[list[float]]] = field(default_factory=dict)  # fusion: (steps, L), so in training
+    entropies: dict[str, list[list[float]]] = field(default_factory=dict)  # fusion: (steps, L), the same in training
     shares: dict[str, list[list[float]]] = field(default_factory=dict)  # fusion: (steps, N) mean attention in training
-    decay: dict[str, list[float]] = field(
-        default_factory=dict
-    )  # fusion: (L,) decay over gradient of Q and K in training
+    decay: dict[str, list[float]] = field(default_factory=dict)  # fusion: (L,) decay over gradient of Q and K
     sets: list[str] = field(default_factory=list)  # the N adaptor sets, "k=64", ...
-    random_sets: dict[str, list[str]] = field(default_factory=dict)  # fusion: its sets, where it has others
+    random_sets: dict[str, list[str]] = field(default_factory=dict)  # fusion: its randomly initialised sets
     clusterings: list[Clustering] = field(default_factory=list)
     nestings: list[Nesting] = field(default_factory=list)  # of consecutive K; [] with one K
     sheets: list[ContactSheet] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""Queries with what each model retrieves for them. An image that comes up many times is stored in the page once."""
+"""Queries with the images that each model retrieves for them. An image that is shown often is stored once."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ _MAGIC = {b"\xff\xd8\xff": "jpeg", b"\x89PNG": "png", b"GIF8": "gif"}
 
 
 class Images:
-    """The images of a page, each once, to be drawn any number of times."""
+    """The images of a page: each is stored once and may be drawn any number of times."""
 
     def __init__(self) -> None:
         self._ids: dict[bytes, int] = {}
-        self._room = MOST_BYTES
+        self._bytes_left = MOST_BYTES
 
     def draw(self, image: bytes, label: str) -> str:
-        """A square tile with the image; empty for bytes of no known format, and when the page is full."""
+        """A square tile with the image; an empty one for bytes of unknown format, and when the page is full."""
         if _format(image) is None:
             return f'<span class="tile blank" title="{text(label)}">not an image</span>'
         if image not in self._ids:
-            if len(image) > self._room:
+            if len(image) > self._bytes_left:
                 return f'<span class="tile blank" title="{text(label)}">left out, page full</span>'
-            self._room -= len(image)
+            self._bytes_left -= len(image)
             self._ids[image] = len(self._ids)
         place = self._ids[image]
         name = f'role="img" aria-label="{text(label)}"'
@@ -50,7 +50,7 @@ class Images:
 
 
 def _format(image: bytes) -> str | None:
-    """The format by the first bytes; vector formats are not among them, they may carry scripts."""
+    """The format by the first bytes; no vector format, as these may contain scripts."""
     if image[:4] == b"RIFF" and image[8:12] == b"WEBP":
         return "webp"
     return next((name for magic, name in _MAGIC.items() if image.startswith(magic)), None)
@@ -88,9 +88,9 @@ def _card(images: Images, item: Gallery) -> str:
 
 
 def _lane(images: Images, model: str, hits: Sequence[Hit]) -> str:
-    judged = [hit for hit in hits if hit.correct is not None]
-    right = sum(bool(hit.correct) for hit in judged)
-    tally = f"<small>{right} of {len(judged)}</small>" if judged else ""
+    labelled = [hit for hit in hits if hit.correct is not None]
+    right = sum(bool(hit.correct) for hit in labelled)
+    tally = f"<small>{right} of {len(labelled)}</small>" if labelled else ""
     tiles = "".join(_tile(images, place, hit) for place, hit in enumerate(hits, start=1))
     found = f'<div class="hits">{tiles}</div>' if tiles else "<em>nothing found</em>"
     return f'<div class="lane"><p>{text(model, 40)}{tally}</p>{found}</div>'

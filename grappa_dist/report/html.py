@@ -1,6 +1,7 @@
-"""The look of the page. Colours are variables, light and dark; the palette is safe for colour-blind eyes.
+"""HTML of the page: text that is escaped, numbers, tables, and the style sheet.
 
-Text on its way into HTML. Labels, keys and task names come from the data and are never trusted.
+Labels, keys and task names come from the data and are never trusted. Colours are CSS variables for light and dark; the
+palette is safe for colour-blind readers.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ def text(value: object, most: int = 300) -> str:
 
 
 def _harmful(c: str) -> bool:
-    """Control characters, lone surrogates, and marks that turn the direction of the text around them."""
+    """Control characters, lone surrogates, and marks that change the direction of the text around them."""
     return (
         (unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t")
         or "\u202a" <= c <= "\u202e"
@@ -55,7 +56,7 @@ def decimal(value: float, digits: int) -> str:
 
 
 def table(head: Iterable[str], body: Iterable[Iterable[str]], *, numeric: bool = True) -> str:
-    """An HTML table of ready markup: the first column names the row, the others hold numbers unless told."""
+    """A table of ready markup; the first column names the row, the others hold numbers unless `numeric` is false."""
     top = "".join(f'<th scope="col">{cell}</th>' for cell in head)
     rows = []
     for cells in body:
@@ -68,14 +69,14 @@ def table(head: Iterable[str], body: Iterable[Iterable[str]], *, numeric: bool =
     )
 
 
-def sentences(said: Iterable[tuple[str, str]]) -> str:
-    """A list of pairs of what a sentence is about and the sentence, neither of them trusted."""
-    items = "".join(f"<li><b>{text(about, 60)}</b> {text(what, 1500)}</li>" for about, what in said)
+def sentences(pairs: Iterable[tuple[str, str]]) -> str:
+    """A list of sentences, each after its subject; neither is trusted."""
+    items = "".join(f"<li><b>{text(about, 60)}</b> {text(what, 1500)}</li>" for about, what in pairs)
     return f'<ul class="reading">{items}</ul>' if items else ""
 
 
 def absent(why: str) -> str:
-    """Says why there is nothing to show."""
+    """The reason why there is nothing to show."""
     return f'<p class="absent">{text(why)}</p>'
 
 

@@ -1,8 +1,7 @@
-"""Writes the report: the scores as JSON and one page that needs nothing but itself.
+"""Writes the report: the scores as JSON, and one self-contained HTML page.
 
-The headline of the page: tiles, the score table, what it says, and which granularity suits which task.
-
-The sections of the page below its headline. Each takes the content and returns markup, "" to be left out.
+The page opens with the headline: tiles, the score table, a reading of it, and which granularity suits which task. Each
+of the sections is a function of the content that returns markup; "" leaves the section out.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Literal
 
-from grappa_dist.config import AVERAGE
 from grappa_dist.console import pluralize
 from grappa_dist.report.attention import attention_section
 from grappa_dist.report.clusters import contact_sheets, method_table, nesting_table
@@ -22,6 +20,7 @@ from grappa_dist.report.gallery import Images, galleries
 from grappa_dist.report.html import MARK, STYLE, absent, number, percent, points, sentences, table, text
 from grappa_dist.report.plots import COLOURS, Axes, Series, bar_chart, grid, line_chart
 from grappa_dist.report.scores import (
+    AVERAGE,
     BACKBONE,
     ORACLE,
     SAW_LABELS,
@@ -35,20 +34,193 @@ from grappa_dist.report.sentences import read_scores
 
 MOST_BAD_ROWS = 100
 MOST_CLUSTERINGS = 24  # histograms
-MOST_METRICS = 8  # charts of one kind of job
+MOST_METRICS = 8  # charts for one kind of job
+MOST_PROFILES = 24
 MOST_CONFIG = 100_000  # characters
-_CLOCKS = {"step", "epoch", "time_s", "seconds"}  # keys of a curve that only say where it is
+_TIMES = {"step", "epoch", "time_s", "seconds"}  # keys of a curve that are no metric
 _NAMES = {"loss": "Loss", "accuracy": "Accuracy", "lr": "Learning rate", "images_per_s": "Images per second"}
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # no scripts, nothing is fetched
+_WORDS = (
+    (
+        "R-Precision",
+        "the share of the query's class among its R nearest images, R being the number of other images of the class.",
+    ),
+    ("MAP@R", "like R-Precision, but it also rewards having the right images first. Never above R-Precision."),
+    ("recall@1", "how often the nearest image is of the query's class."),
+    ("backbone", "the pretrained model as it came, frozen."),
+    (
+        "k=K",
+        "the backbone with one adaptor set, trained to classify unlabelled images into K clusters. Larger K is finer.",
+    ),
+    (
+        "oracle",
+        "the best of the k=K rows for each task, chosen with its labels: what picking one set could reach at most.",
+    ),
+    ("average", "all adaptor sets in one model, each with the same weight. Nothing is learned."),
+    (
+        "gallery",
+        "all sets, weighted alike for all images of a task, by how often neighbours of neighbours are neighbours "
+        "there. Nothing is learned and no label is read, but it sees the test images that are searched, and which task "
+        "each belongs to; no other row but the oracle does.",
+    ),
+    ("transforms", "all sets, weighted for each image by attention that was trained on two views of one image."),
+    (
+        "neighbours",
+        "all sets, weighted by attention that was trained on pairs of an image and one of its nearest neighbours.",
+    ),
+    (
+        "random-one, random-all",
+        "to compare with: one randomly initialised adaptor set, or one for each partition with attention over them, "
+        "trained on pairs of neighbours alone, without clusters. M+A_1 and M* of the paper.",
+    ),
+    (
+        "supervised-set, supervised",
+        "to compare with: one set trained on the labels of the training images in place of clusters, and attention "
+        "over the k=K sets trained with these labels. No other row was trained with a label.",
+    ),
+)
+
+
+def write_report(content: ReportContent, out_dir: str | Path) -> None:
+    """Writes metrics.json and report.html into a directory that exists."""
+    out = Path(out_dir)
+    rows = [_json_row(row) for row in content.rows]
+    metrics = json.dumps({"rows": rows}, indent=1, allow_nan=False)
+    (out / "metrics.json").write_text(metrics + "\n", encoding="utf-8")
+    (out / "report.html").write_text(page(content), encoding="utf-8", errors="replace")
+
+
+def _json_row(row: ScoreRow) -> dict[str, str | int | float | None]:
+    """The row with plain numbers; JSON has no NaN, so a score that is not finite becomes null."""
+
+    def plain(value: float) -> float | None:
+        return float(value) if math.isfinite(value) else None
+
+    return {
+        "model": row["model"],
+        "task": row["task"],
+        "queries": int(row["queries"]),
+        "r_precision": plain(row["r_precision"]),
+        "map_at_r": plain(row["map_at_r"]),
+        "recall_at_1": plain(row["recall_at_1"]),
+    }
+
+
+def page(content: ReportContent) -> str:
+    """The whole page as HTML."""
+    images = Images()  # of all sections, so that each image is stored once
+    sections = [
+        ("scores", "Retrieval scores", headline_section(content)),
+        ("galleries", "Galleries", gallery_section(content, images)),
+        ("attention", "Attention", attention_section(content)),
+        ("clusterings", "Clusterings", clustering_section(content, images)),
+        ("training", "Training", curve_section(content)),
+        ("label-free", "Without labels", label_free_section(content)),
+        ("bad-images", "Bad images", bad_section(content)),
+        ("run", "The run", run_section(content)),
+    ]
+    if not content.rows:  # then figures without labels come first
+        sections.insert(1, sections.pop(5))
+    present = [s for s in sections if s[2]]
+    links = "".join(f'<a href="#{anchor}">{name}</a>' for anchor, name, _ in present)
+    body = "".join(f'<section id="{anchor}"><h2>{name}</h2>{markup}</section>' for anchor, name, markup in present)
+    notes = "".join(f"<li>{text(note, 1000)}</li>" for note in content.notes)
+    aside = f'<ul class="notes" aria-label="Notes">{notes}</ul>' if notes else ""
+    title = text(content.title, 200)
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="color-scheme" content="light dark">'
+        f"<title>{title}</title><style>{STYLE}</style></head><body>"
+        f"<header>{MARK}<div><h1>{title}</h1>"
+        "<p>One image-search model for many tasks, adapted without labels.</p></div></header>"
+        f'<nav aria-label="Sections">{links}</nav><main>{aside}{body}{images.definitions()}</main></body></html>\n'
+    )
+
+
+def headline_section(content: ReportContent) -> str:
+    if not content.rows:
+        lacks = "The test images carry no labels"
+        if not content.has_test:
+            lacks = "There is no test set (data.test), so the models were evaluated on training images"
+        why = "The label-free figures and the galleries need no labels."
+        return absent(f"{lacks}, and there are no retrieval scores. {why}")
+    scores = Scores.of(content.rows)
+    key = (
+        '<p class="note"><b>Large:</b> R-Precision in percent. <b>Small:</b> MAP@R. <b>Signed:</b> points of '
+        "R-Precision over the backbone, drawn to one scale. ★ is the best of its column at the precision shown; "
+        "the oracle and rows trained with labels do not compete.</p>"
+    )
+    recall = f'<details class="fold"><summary>Recall@1</summary>{recall_table(scores)}</details>'
+    reading = f"<h3>What it says</h3>{sentences(read_scores(scores))}"
+    return _tiles(scores) + score_table(scores) + key + recall + reading + _profiles(scores) + _glossary()
+
+
+def _tiles(scores: Scores) -> str:
+    """Up to four figures that sum the run up."""
+    lead = scores.leader("fusion") or scores.leader("set")
+    tiles = []
+    if lead is not None:
+        over = scores.gain(lead, None)
+        sub = f"{lead}, {points(over)} over the backbone" if math.isfinite(over) else lead
+        mean = "mean R-Precision" if len(scores.tasks) > 1 else "R-Precision"
+        tiles.append((mean, percent(scores.value(lead, None)), sub))
+        gains = [scores.gain(lead, task) for task in scores.tasks]
+        measured = [g for g in gains if math.isfinite(g)]
+        if measured:
+            won = sum(round(100 * g, 1) > 0 for g in measured)
+            tiles.append(("tasks above the backbone", f"{won} of {len(measured)}", f"with {lead}"))
+        difference = scores.gain(lead, None, over=ORACLE)
+        if math.isfinite(difference) and kind(lead) == "fusion":
+            tiles.append(("against the oracle", points(difference), "points; the oracle uses labels"))
+    queries = sum(max((scores.queries(m, t) for m in scores.models), default=0) for t in scores.tasks)
+    tiles.append(("test queries", f"{queries:,}", f"in {pluralize(len(scores.tasks), 'task')}, leave one out"))
+    cells = "".join(
+        f"<div><span>{text(a, 60)}</span><b>{text(b, 30)}</b><span>{text(c)}</span></div>" for a, b, c in tiles
+    )
+    return f'<div class="tiles">{cells}</div>'
+
+
+def _profiles(scores: Scores) -> str:
+    """R-Precision against K for each task, with backbone, average and best learned fusion as levels."""
+    sets = [m for m in scores.models if kind(m) == "set"]
+    if len(sets) < 2:
+        return ""
+    learned = [
+        m for m in scores.models if kind(m) == "fusion" and m != AVERAGE and math.isfinite(scores.value(m, None))
+    ]
+    top = max(learned, key=lambda m: scores.value(m, None), default=None)
+    levels = [(m, c) for m, c in ((BACKBONE, 7), (AVERAGE, 1), (top, 2)) if m is not None and m in scores.models]
+    charts = []
+    for task in scores.tasks[:MOST_PROFILES]:
+        lines = [Series("one set", range(len(sets)), [100 * scores.value(m, task) for m in sets], 0)]
+        edge = (-0.3, len(sets) - 0.7)
+        lines += [
+            Series(m, edge, [100 * scores.value(m, task)] * 2, colour, dashed=colour == 7) for m, colour in levels
+        ]
+        axes = Axes(title=task, x_label="K", y_label="R-Precision", x_names=[m.removeprefix("k=") for m in sets])
+        charts.append(line_chart(lines, axes))
+    lead = (
+        '<h3>Which granularity suits which task</h3><p class="lead">One adaptor set at a time, from coarse to fine. '
+        "A task that peaks on the right needs fine clusters; levels are the models without a choice of K.</p>"
+    )
+    return lead + grid(charts)
+
+
+def _glossary() -> str:
+    words = "".join(f"<dt>{word}</dt><dd>{meaning}</dd>" for word, meaning in _WORDS)
+    return f'<details class="fold"><summary>What the words mean</summary><dl class="facts">{words}</dl></details>'
 
 
 def gallery_section(content: ReportContent, images: Images) -> str:
     if not content.galleries:
         return ""
-    judged = any(hit.correct is not None for g in content.galleries for hits in g.results.values() for hit in hits)
+    labelled = any(hit.correct is not None for g in content.galleries for hits in g.results.values() for hit in hits)
     marks = (
         "✓ is an image of the query's class, ✗ one of another class."
-        if judged
-        else "The collection has no labels, so nothing is marked as right or wrong."
+        if labelled
+        else "The images have no labels, so nothing is marked as right or wrong."
     )
     lead = f"Each model's nearest images, best first, with their cosine similarity to the query. {marks}"
     return f'<p class="lead">{lead}</p>' + galleries(content.galleries, images)
@@ -61,7 +233,7 @@ def clustering_section(content: ReportContent, images: Images) -> str:
     items = sorted(content.clusterings, key=lambda c: c.k)
     lead = (
         '<p class="lead">k-means groups the frozen backbone\'s features into K clusters; the cluster of an image is '
-        "its pseudo-label. A small K is a coarse view of the collection, a large one tells near-duplicates apart.</p>"
+        "its pseudo-label. A small K is a coarse view of the images, a large one separates near-duplicates.</p>"
     )
     charts = grid([_inertia(items), _size_lines(items)])
     return lead + charts + _cluster_table(items) + method_table(items) + _size_charts(items) + agreement
@@ -79,7 +251,7 @@ def _inertia(items: list[Clustering]) -> str:
 def _size_lines(items: list[Clustering]) -> str:
     names = _size_names(max((len(c.sizes) for c in items), default=0))
     lines = [Series(f"k={c.k}", range(len(c.sizes)), [100 * n / max(1, sum(c.sizes)) for n in c.sizes]) for c in items]
-    note = "A point counts the clusters of at least so many images and fewer than the next point's."
+    note = "A point counts the clusters with at least this many images and fewer than at the next point."
     axes = Axes(
         title="Cluster sizes", x_label="images a cluster, from", y_label="% of clusters", x_names=names, note=note
     )
@@ -124,7 +296,7 @@ def _cluster_table(items: list[Clustering]) -> str:
         '<p class="note">Median and largest are in images a cluster. Imbalance is 1 when all clusters are of one size. '
         "Singletons are clusters of one image. Empty clusters get a new centroid while iterating; those left at the "
         "end train nothing. Exact: rows with centroids too close for floating point, settled by exact arithmetic. "
-        "Searched: distances that were computed, of all between rows and centroids; bounds spared the others.</p>"
+        "Searched: distances that were computed, of all between rows and centroids; bounds excluded the others.</p>"
     )
     return table(head, body) + note
 
@@ -138,7 +310,7 @@ def _size_charts(items: list[Clustering]) -> str:
 
 
 def curve_section(content: ReportContent) -> str:
-    """Curves by kind of job, since losses against classes and losses of pairs are not comparable."""
+    """Curves by kind of job, as losses of classes and losses of pairs are not comparable."""
     curves = {job: curve for job, curve in content.curves.items() if curve}
     if not curves:
         return ""
@@ -150,7 +322,7 @@ def curve_section(content: ReportContent) -> str:
 
 
 def _kind_of_job(name: str, jobs: dict[str, list[dict[str, float]]]) -> str:
-    keys = list(dict.fromkeys(key for curve in jobs.values() for point in curve for key in point if key not in _CLOCKS))
+    keys = list(dict.fromkeys(key for curve in jobs.values() for point in curve for key in point if key not in _TIMES))
     charts = [_curve(key, jobs) for key in sorted(keys, key=lambda k: (k not in _NAMES, k != "loss"))[:MOST_METRICS]]
     return f"<h3>{text(name)}</h3>{grid(charts)}"
 
@@ -164,7 +336,7 @@ def _curve(key: str, jobs: dict[str, list[dict[str, float]]]) -> str:
             lines.append(Series(job, [x for x, _ in pairs], [y for _, y in pairs], place, place >= COLOURS))
     values = [y for s in lines for y in s.y if math.isfinite(y)]
     log = key not in ("accuracy", "lr") and bool(values) and min(values) > 0 and max(values) > 30 * min(values)
-    note = f"{pluralize(broken, 'value')} not finite, left as gaps." if broken else ""
+    note = f"{pluralize(broken, 'value')} not finite, not drawn." if broken else ""
     shown = _NAMES.get(key, key.replace("_", " "))
     return line_chart(lines, Axes(title=shown + (" (log)" if log else ""), x_label="step", log_y=log, note=note))
 
@@ -173,7 +345,7 @@ def label_free_section(content: ReportContent) -> str:
     if not content.label_free:
         return ""
     lead = (
-        '<p class="lead">Figures that need no label, in percent. They compare models on one collection; '
+        '<p class="lead">Figures that need no label, in percent. They compare models on the same images; '
         "they are not accuracies.</p>"
     )
     of_models = [item for item in content.label_free if not item.get("of_graph")]
@@ -194,14 +366,14 @@ def _graphs(items: list[LabelFree]) -> str:
     body = [[text(figure, 80), *(_share(cells.get((model, figure))) for model in models)] for figure in figures]
     lead = (
         '<h3>The neighbours that fusions learned from</h3><p class="lead">Of the training images and their nearest '
-        "ones, as last searched for in training; other models learn from no neighbours. A neighbour that shares the "
-        "k=K pseudo-label lies in the same of K clusters: the finer these are, the fewer do.</p>"
+        "neighbours in the last graph; other models learn from no neighbours. A neighbour that shares the "
+        "k=K pseudo-label lies in the same of K clusters; fewer do the finer the clusters are.</p>"
     )
     return lead + table(["figure", *(text(model, 40) for model in models)], body) if items else ""
 
 
 def _cells(items: list[LabelFree]) -> tuple[list[str], list[str], dict[tuple[str, str], LabelFree]]:
-    """Figures and models in order, and what there is, by model and figure."""
+    """Figures and models in order, and the items by model and figure."""
     figures, models = list(dict.fromkeys(i["figure"] for i in items)), ordered(i["model"] for i in items)
     return figures, models, {(item["model"], item["figure"]): item for item in items}
 
@@ -241,180 +413,3 @@ def run_section(content: ReportContent) -> str:
     listing = f'<dl class="facts">{facts}</dl>' if facts else absent("The run recorded no facts.")
     config = f"<pre>{text(content.config_yaml, MOST_CONFIG)}</pre>" if content.config_yaml else ""
     return listing + (f'<details class="fold"><summary>Configuration</summary>{config}</details>' if config else "")
-
-
-MOST_PROFILES = 24
-_WORDS = (
-    (
-        "R-Precision",
-        "the share of the query's class among its R nearest images, R being how many of them there are to find.",
-    ),
-    ("MAP@R", "like R-Precision, but it also rewards having the right images first. Never above R-Precision."),
-    ("recall@1", "how often the nearest image is of the query's class."),
-    ("backbone", "the pretrained model as it came, frozen."),
-    (
-        "k=K",
-        "the backbone with one adaptor set, trained to tell K clusters of unlabelled images apart. Larger K is finer.",
-    ),
-    (
-        "oracle",
-        "the best of the k=K rows for each task, chosen with its labels: what picking one set could reach at most.",
-    ),
-    ("average", "all adaptor sets in one model, each with the same weight. Nothing is learned."),
-    (
-        "gallery",
-        "all sets, weighed alike for all images of a task, by how often neighbours of neighbours are neighbours "
-        "there. Nothing is learned and no label is read, but it sees the test images that are searched, and which task "
-        "each belongs to; no other row but the oracle does.",
-    ),
-    ("transforms", "all sets, weighed for each image by attention that was trained on two views of one image."),
-    (
-        "neighbours",
-        "all sets, weighed by attention that was trained on pairs of an image and one of its nearest neighbours.",
-    ),
-    (
-        "random-one, random-all",
-        "to compare with: one adaptor set, or as many as there are partitions with their attention, that began at "
-        "random and learned from pairs of neighbours alone, without clusters. M+A_1 and M* of the paper.",
-    ),
-    (
-        "supervised-set, supervised",
-        "to compare with: one set trained on the labels of the training images in place of clusters, and attention "
-        "over the k=K sets trained with these labels. No other row was trained with a label.",
-    ),
-)
-
-
-def headline_section(content: ReportContent) -> str:
-    if not content.rows:
-        lacks = "The test images carry no labels"
-        if not content.has_test:
-            lacks = "There is no test set (data.test), so the models were looked at on training images"
-        why = "The label-free figures and the galleries say what can be said without labels."
-        return absent(f"{lacks}, and there are no retrieval scores. {why}")
-    scores = Scores.of(content.rows)
-    key = (
-        '<p class="note"><b>Large:</b> R-Precision in percent. <b>Small:</b> MAP@R. <b>Signed:</b> points of '
-        "R-Precision over the backbone, drawn to one scale. ★ is the best of its column at the precision shown; "
-        "the oracle and rows trained with labels do not compete.</p>"
-    )
-    recall = f'<details class="fold"><summary>Recall@1</summary>{recall_table(scores)}</details>'
-    reading = f"<h3>What it says</h3>{sentences(read_scores(scores))}"
-    return _tiles(scores) + score_table(scores) + key + recall + reading + _profiles(scores) + _glossary()
-
-
-def _tiles(scores: Scores) -> str:
-    """Up to four figures that sum the run up."""
-    lead = scores.leader("fusion") or scores.leader("set")
-    tiles = []
-    if lead is not None:
-        over = scores.gain(lead, None)
-        sub = f"{lead}, {points(over)} over the backbone" if math.isfinite(over) else lead
-        mean = "mean R-Precision" if len(scores.tasks) > 1 else "R-Precision"
-        tiles.append((mean, percent(scores.value(lead, None)), sub))
-        gains = [scores.gain(lead, task) for task in scores.tasks]
-        measured = [g for g in gains if math.isfinite(g)]
-        if measured:
-            won = sum(round(100 * g, 1) > 0 for g in measured)
-            tiles.append(("tasks above the backbone", f"{won} of {len(measured)}", f"with {lead}"))
-        gap = scores.gain(lead, None, over=ORACLE)
-        if math.isfinite(gap) and kind(lead) == "fusion":
-            tiles.append(("against the oracle", points(gap), "points; the oracle uses labels"))
-    queries = sum(max((scores.queries(m, t) for m in scores.models), default=0) for t in scores.tasks)
-    tiles.append(("test queries", f"{queries:,}", f"in {pluralize(len(scores.tasks), 'task')}, leave one out"))
-    cells = "".join(
-        f"<div><span>{text(a, 60)}</span><b>{text(b, 30)}</b><span>{text(c)}</span></div>" for a, b, c in tiles
-    )
-    return f'<div class="tiles">{cells}</div>'
-
-
-def _profiles(scores: Scores) -> str:
-    """R-Precision against K for each task, with backbone, average and best learned fusion as levels."""
-    sets = [m for m in scores.models if kind(m) == "set"]
-    if len(sets) < 2:
-        return ""
-    learned = [
-        m for m in scores.models if kind(m) == "fusion" and m != AVERAGE and math.isfinite(scores.value(m, None))
-    ]
-    top = max(learned, key=lambda m: scores.value(m, None), default=None)
-    levels = [(m, c) for m, c in ((BACKBONE, 7), (AVERAGE, 1), (top, 2)) if m is not None and m in scores.models]
-    charts = []
-    for task in scores.tasks[:MOST_PROFILES]:
-        lines = [Series("one set", range(len(sets)), [100 * scores.value(m, task) for m in sets], 0)]
-        edge = (-0.3, len(sets) - 0.7)
-        lines += [
-            Series(m, edge, [100 * scores.value(m, task)] * 2, colour, dashed=colour == 7) for m, colour in levels
-        ]
-        axes = Axes(title=task, x_label="K", y_label="R-Precision", x_names=[m.removeprefix("k=") for m in sets])
-        charts.append(line_chart(lines, axes))
-    lead = (
-        '<h3>Which granularity suits which task</h3><p class="lead">One adaptor set at a time, from coarse to fine. '
-        "A task that peaks on the right wants fine clusters; levels are the models that need no choice of K.</p>"
-    )
-    return lead + grid(charts)
-
-
-def _glossary() -> str:
-    words = "".join(f"<dt>{word}</dt><dd>{meaning}</dd>" for word, meaning in _WORDS)
-    return f'<details class="fold"><summary>What the words mean</summary><dl class="facts">{words}</dl></details>'
-
-
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # no script runs and nothing is fetched
-
-
-def write_report(content: ReportContent, out_dir: str | Path) -> None:
-    """Writes metrics.json and report.html into a directory that exists."""
-    out = Path(out_dir)
-    rows = [_json_row(row) for row in content.rows]
-    metrics = json.dumps({"rows": rows}, indent=1, allow_nan=False)
-    (out / "metrics.json").write_text(metrics + "\n", encoding="utf-8")
-    (out / "report.html").write_text(page(content), encoding="utf-8", errors="replace")
-
-
-def _json_row(row: ScoreRow) -> dict[str, str | int | float | None]:
-    """The row with plain numbers; JSON has no NaN, so a score that is not finite becomes null."""
-
-    def plain(value: float) -> float | None:
-        return float(value) if math.isfinite(value) else None
-
-    return {
-        "model": row["model"],
-        "task": row["task"],
-        "queries": int(row["queries"]),
-        "r_precision": plain(row["r_precision"]),
-        "map_at_r": plain(row["map_at_r"]),
-        "recall_at_1": plain(row["recall_at_1"]),
-    }
-
-
-def page(content: ReportContent) -> str:
-    """The whole page as HTML."""
-    images = Images()  # one store, so that an image that several sections show is in the page once
-    sections = [
-        ("scores", "Retrieval scores", headline_section(content)),
-        ("galleries", "Galleries", gallery_section(content, images)),
-        ("attention", "Attention", attention_section(content)),
-        ("clusterings", "Clusterings", clustering_section(content, images)),
-        ("training", "Training", curve_section(content)),
-        ("label-free", "Without labels", label_free_section(content)),
-        ("bad-images", "Bad images", bad_section(content)),
-        ("run", "The run", run_section(content)),
-    ]
-    if not content.rows:  # then what needs no label comes first
-        sections.insert(1, sections.pop(5))
-    present = [s for s in sections if s[2]]
-    links = "".join(f'<a href="#{anchor}">{name}</a>' for anchor, name, _ in present)
-    body = "".join(f'<section id="{anchor}"><h2>{name}</h2>{markup}</section>' for anchor, name, markup in present)
-    notes = "".join(f"<li>{text(note, 1000)}</li>" for note in content.notes)
-    aside = f'<ul class="notes" aria-label="Notes">{notes}</ul>' if notes else ""
-    title = text(content.title, 200)
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta name="color-scheme" content="light dark">'
-        f"<title>{title}</title><style>{STYLE}</style></head><body>"
-        f"<header>{MARK}<div><h1>{title}</h1>"
-        "<p>One image-search model for many tasks, adapted without labels.</p></div></header>"
-        f'<nav aria-label="Sections">{links}</nav><main>{aside}{body}{images.definitions()}</main></body></html>\n'
-    )

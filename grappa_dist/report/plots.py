@@ -1,4 +1,4 @@
-"""Charts as inline SVG. Colours are CSS variables (theme.py), so one drawing serves light and dark pages."""
+"""Charts as inline SVG. Colours are CSS variables (html.py), so one drawing serves light and dark pages."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 38
 COLOURS = 8  # --c0 .. --c7; later series are dashed
 MOST_POINTS = 160  # of one line
 MOST_SERIES = 24
-TINY = 1e-290  # what is smaller has no place on a log scale
-MARKERS = 40  # lines of up to as many points show them, with their values on hover
+TINY = 1e-290  # smaller values are not drawn on a log scale
+MARKERS = 40  # lines of up to this many points show them, with their values on hover
 
 
 @dataclass(frozen=True)
 class Series:
-    """One line; a value that is not finite leaves a gap."""
+    """One line, broken at values that are not finite."""
 
     name: str
     x: Sequence[float]
@@ -32,7 +32,7 @@ class Series:
 
 @dataclass(frozen=True, kw_only=True)
 class Axes:
-    """How a chart is framed."""
+    """Title, labels and scales of a chart."""
 
     title: str
     x_label: str = ""
@@ -185,7 +185,7 @@ def _markers(frame: _Frame, name: str, xs: Sequence[float], ys: Sequence[float])
 
 
 def bar_chart(values: Sequence[float], names: Sequence[str], axes: Axes) -> str:
-    """Upright bars from zero, one a name, with their values on hover."""
+    """Vertical bars from zero, one for each name, with their values on hover."""
     if not any(math.isfinite(v) and v > 0 for v in values):
         return figure(axes.title, '<p class="absent">Nothing to draw.</p>', axes.note)
     high = max(v for v in values if math.isfinite(v))
@@ -201,7 +201,7 @@ def bar_chart(values: Sequence[float], names: Sequence[str], axes: Axes) -> str:
 
 
 def grid(figures: Sequence[str]) -> str:
-    """Figures side by side where there is room: by twos when there are few, else by threes."""
+    """Figures side by side as the width allows: two columns for a few, else three."""
     few = " few" if len(figures) in (1, 2, 4) else ""
     return f'<div class="charts{few}">{"".join(figures)}</div>' if figures else ""
 

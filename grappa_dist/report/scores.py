@@ -16,9 +16,14 @@ from grappa_dist.report.content import ScoreRow
 from grappa_dist.report.html import MISSING, percent, points, text
 
 Metric = Literal["r_precision", "map_at_r", "recall_at_1"]
-BACKBONE, ORACLE = "backbone", "oracle"
+BACKBONE, ORACLE, AVERAGE = "backbone", "oracle", "average"
 SAW_LABELS = (SUPERVISED_SET, SUPERVISED)
 _FAMILIES = (BACKBONE, "set", ORACLE, "fusion", "random", "supervised", "other")
+WIDTH = 120  # characters of a terminal
+COLUMNS = 7  # six tasks and their mean side by side; more tasks go below
+NAME = 16
+MEAN = "mean"
+_UNSEEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")  # categories that a terminal may act on or not show
 
 
 def kind(model: str) -> str:
@@ -53,7 +58,7 @@ def ordered(models: Iterable[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Scores:
-    """Look-ups in the score rows; the last row wins where a model and task come twice."""
+    """Look-ups in the score rows; of two rows of one model and task the last counts."""
 
     cells: dict[tuple[str, str], ScoreRow]
     models: list[str]
@@ -74,7 +79,7 @@ class Scores:
         return cell["queries"] if cell else 0
 
     def value(self, model: str, task: str | None, metric: Metric = "r_precision") -> float:
-        """The score, or NaN where the model has no queries there. The mean asks for every task that anyone has."""
+        """The score, or NaN if the model has no queries there. The mean is over the tasks that any model has."""
         if task is None:
             scored = [t for t in self.tasks if any(self.queries(m, t) for m in self.models)]
             values = [self.value(model, t, metric) for t in scored]
@@ -87,23 +92,16 @@ class Scores:
         return (round(100 * self.value(model, task), 1) - round(100 * self.value(over, task), 1)) / 100
 
     def best(self, task: str | None, metric: Metric = "r_precision") -> set[str]:
-        """The models on top, at the precision a table prints; what saw labels, the oracle too, does not compete."""
-        rivals = [m for m in self.models if m != ORACLE and m not in SAW_LABELS]
-        shown = {m: round(100 * self.value(m, task, metric), 1) for m in rivals}
+        """The best models, at the precision a table prints, but for the oracle and models trained with labels."""
+        unsupervised = [m for m in self.models if m != ORACLE and m not in SAW_LABELS]
+        shown = {m: round(100 * self.value(m, task, metric), 1) for m in unsupervised}
         top = max((v for v in shown.values() if math.isfinite(v)), default=math.nan)
         return {m for m, v in shown.items() if v == top}
 
     def leader(self, family: str) -> str | None:
         """The model of a family with the best mean R-Precision; names break ties by table order."""
-        rivals = [m for m in self.models if kind(m) == family and math.isfinite(self.value(m, None))]
-        return max(rivals, key=lambda m: self.value(m, None), default=None)
-
-
-WIDTH = 120  # characters of a terminal
-COLUMNS = 7  # six tasks and their mean side by side, more go below
-NAME = 16
-MEAN = "mean"
-_UNSEEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")  # what a terminal could act on or not show
+        scored = [m for m in self.models if kind(m) == family and math.isfinite(self.value(m, None))]
+        return max(scored, key=lambda m: self.value(m, None), default=None)
 
 
 def console_table(rows: list[ScoreRow], *, has_test: bool = True) -> str:
@@ -143,18 +141,18 @@ def _block(title: str, scores: Scores, cell: Callable[[str, str | None], str]) -
     slices = [columns[at : at + COLUMNS] for at in range(0, len(columns), COLUMNS)]
     lines = [title]
     for piece in slices:
-        room = min((WIDTH - NAME) // len(piece) - 2, 22)
+        most = min((WIDTH - NAME) // len(piece) - 2, 22)
         names = [MEAN if task is None else task for task in piece]
-        widths = [max(12, min(_width(name), room)) for name in names]
-        fitted = [_fit(name, width, right=True) for name, width in zip(names, widths, strict=True)]
-        lines.append("  ".join([_fit("model", NAME), *fitted]).rstrip())
+        widths = [max(12, min(_width(name), most)) for name in names]
+        head = [_padded(name, width, right=True) for name, width in zip(names, widths, strict=True)]
+        lines.append("  ".join([_padded("model", NAME), *head]).rstrip())
         previous = ""
         for model in scores.models:
             if previous and kind(model) != previous:
                 lines.append("")
             previous = kind(model)
-            values = [_fit(cell(model, task), width, right=True) for task, width in zip(piece, widths, strict=True)]
-            lines.append("  ".join([_fit(model, NAME), *values]).rstrip())
+            values = [_padded(cell(model, task), width, right=True) for task, width in zip(piece, widths, strict=True)]
+            lines.append("  ".join([_padded(model, NAME), *values]).rstrip())
     return "\n".join(lines)
 
 
@@ -163,7 +161,7 @@ def _width(name: str) -> int:
     return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in name)
 
 
-def _fit(name: str, width: int, *, right: bool = False) -> str:
+def _padded(name: str, width: int, *, right: bool = False) -> str:
     """A name padded or cut to `width` terminal columns; control characters cannot reach the terminal."""
     shown = "".join("?" if unicodedata.category(c) in _UNSEEN else c for c in name)
     if _width(shown) > width:
@@ -175,7 +173,7 @@ def _fit(name: str, width: int, *, right: bool = False) -> str:
 
 
 def score_table(scores: Scores) -> str:
-    """The headline as HTML: R-Precision over MAP@R, the gain over the backbone as number and bar, the best marked."""
+    """The headline as HTML: R-Precision and MAP@R, the gain over the backbone as number and bar, the best marked."""
     gains = [scores.gain(m, t) for m in scores.models if m != BACKBONE for t in scores.columns]
     finite = [g for g in gains if math.isfinite(g)]
     low, high = min([0.0, *finite]), max([0.0, *finite])
@@ -222,7 +220,7 @@ def recall_table(scores: Scores) -> str:
 
 
 def _score_grid(scores: Scores, cell: Callable[[str, str | None], str], classes: str) -> str:
-    """Models down, tasks across; a line parts the families of models."""
+    """Models down, tasks across; a line between families of models."""
     head = "".join(f'<th scope="col">{_column_head(scores, task)}</th>' for task in scores.columns)
     body, previous = [], ""
     for model in scores.models:

@@ -1,4 +1,4 @@
-"""What the figures say, in plain sentences. Each is a pair: what it is about, and what there is to say.
+"""The figures as plain sentences, each a pair of its subject and the sentence.
 
 Shapes: L layers, N adaptor sets.
 """
@@ -10,23 +10,22 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from grappa_dist.config import AVERAGE
 from grappa_dist.console import pluralize
 from grappa_dist.report.html import percent, points
-from grappa_dist.report.scores import BACKBONE, ORACLE, Scores, kind
+from grappa_dist.report.scores import AVERAGE, BACKBONE, ORACLE, Scores, kind
 
 Sentence = tuple[str, str]
-UNIFORM = 0.99  # normalised entropy above which a learned fusion is the average for all purposes
-EVEN = 1.02  # a share this many times 1/N or less is not worth naming
+UNIFORM = 0.99  # normalised entropy above which a learned fusion is practically the average
+EVEN = 1.02  # a share of at most this many times 1/N is not named
 MOST = 8  # items of a list within a sentence
 MOST_TASKS = 24  # with a sentence of their own
 
 
 def read_scores(scores: Scores) -> list[Sentence]:
     """Which task gains, what falls below the backbone, and how far the best fusion is from the oracle."""
-    said: list[Sentence | None] = [_task(scores, task) for task in scores.tasks[:MOST_TASKS]]
-    said += [("Below the backbone", _losses(scores)), _oracle_gap(scores), _learned(scores)]
-    return [s for s in said if s is not None]
+    found: list[Sentence | None] = [_task(scores, task) for task in scores.tasks[:MOST_TASKS]]
+    found += [("Below the backbone", _below_backbone(scores)), _against_oracle(scores), _against_average(scores)]
+    return [sentence for sentence in found if sentence is not None]
 
 
 def _task(scores: Scores, task: str) -> Sentence:
@@ -51,32 +50,32 @@ def _task(scores: Scores, task: str) -> Sentence:
     return task, "; ".join(parts) + "."
 
 
-def _losses(scores: Scores) -> str:
+def _below_backbone(scores: Scores) -> str:
     if BACKBONE not in scores.models:
         return "there is no backbone row to compare with."
     pairs = [(scores.gain(m, t), m, t) for m in scores.models for t in scores.tasks if m != ORACLE]
-    losses = sorted((p for p in pairs if round(100 * p[0], 1) < 0), key=lambda p: p[0])
-    if not losses:
+    below = sorted((p for p in pairs if round(100 * p[0], 1) < 0), key=lambda p: p[0])
+    if not below:
         return "no row, on any task."
-    named = [f"{model} on {task} by {percent(-gain)}" for gain, model, task in losses[:MOST]]
-    rest = f"; and {len(losses) - MOST} more" if len(losses) > MOST else ""
+    named = [f"{model} on {task} by {percent(-gain)}" for gain, model, task in below[:MOST]]
+    rest = f"; and {len(below) - MOST} more" if len(below) > MOST else ""
     return f"{'; '.join(named)}{rest} points."
 
 
-def _oracle_gap(scores: Scores) -> Sentence | None:
+def _against_oracle(scores: Scores) -> Sentence | None:
     lead = scores.leader("fusion")
     if lead is None or ORACLE not in scores.models:
         return None
-    gaps = {
+    differences = {
         t: scores.gain(ORACLE, t, over=lead) for t in scores.tasks if math.isfinite(scores.gain(ORACLE, t, over=lead))
     }
-    if not gaps:
+    if not differences:
         return None
-    mean = sum(gaps.values()) / len(gaps)
-    worst = max(gaps, key=lambda t: gaps[t])
-    if round(100 * gaps[worst], 1) <= 0:
+    mean = sum(differences.values()) / len(differences)
+    worst = max(differences, key=lambda t: differences[t])
+    if round(100 * differences[worst], 1) <= 0:
         return "Fusion and oracle", f"{lead} reaches the oracle or passes it on every task, without its labels."
-    where = f", most on {worst} ({percent(gaps[worst])})" if len(gaps) > 1 else ""
+    where = f", most on {worst} ({percent(differences[worst])})" if len(differences) > 1 else ""
     side = "above" if mean >= 0 else "below"
     return (
         "Fusion and oracle",
@@ -84,12 +83,13 @@ def _oracle_gap(scores: Scores) -> Sentence | None:
     )
 
 
-def _learned(scores: Scores) -> Sentence | None:
+def _against_average(scores: Scores) -> Sentence | None:
     """How the best learned fusion differs from the average, which learns nothing."""
-    rivals = [m for m in scores.models if kind(m) == "fusion" and m != AVERAGE and math.isfinite(scores.value(m, None))]
-    if not rivals or not math.isfinite(scores.value(AVERAGE, None)):
+    measured = [m for m in scores.models if math.isfinite(scores.value(m, None))]
+    fusions = [m for m in measured if kind(m) == "fusion" and m != AVERAGE]
+    if not fusions or AVERAGE not in measured:
         return None
-    lead = max(rivals, key=lambda m: scores.value(m, None))
+    lead = max(fusions, key=lambda m: scores.value(m, None))
     gains = {t: scores.gain(lead, t, over=AVERAGE) for t in scores.tasks}
     gains = {t: g for t, g in gains.items() if math.isfinite(g)}
     low, high = min(gains, key=lambda t: gains[t]), max(gains, key=lambda t: gains[t])
@@ -106,13 +106,13 @@ def _learned(scores: Scores) -> Sentence | None:
 def read_attention(
     groups: dict[str, list[list[float]]], entropy: list[float], sets: list[str], decay: Sequence[float] = ()
 ) -> list[Sentence]:
-    """Whether a fusion's attention left the uniform one, what kept it, what each group leans on, how groups differ.
+    """Whether a fusion's attention is uniform and why, the sets with the most attention, and how groups differ.
 
     Args:
         decay: of every layer, weight decay over gradient of Q and K in training, as norms.
     """
-    said = [("In short", _uniformity(entropy))] if entropy else []
-    said += _held_back(entropy, decay)
+    found = [("In short", _uniformity(entropy))] if entropy else []
+    found += _uniform_layers(entropy, decay)
     alike = {name: a for name, a in groups.items() if len({len(row) for row in a}) == 1}
     means = {name: np.asarray(a, dtype=np.float64) for name, a in alike.items()}  # (L, N)
     means = {name: a for name, a in means.items() if a.size and np.isfinite(a).all()}
@@ -124,23 +124,23 @@ def read_attention(
             leanings.append(f"{name} on {sets[top]} ({share[top] * len(share):.2f} times an even share)")
     if leanings:
         more = f"; and {len(leanings) - MOST} more" if len(leanings) > MOST else ""
-        said.append(("Leans most", "; ".join(leanings[:MOST]) + more + "."))
+        found.append(("Leans most", "; ".join(leanings[:MOST]) + more + "."))
     elif means:
-        said.append(("Leans most", "on no set: over the layers, every group gives every set about an even share."))
+        found.append(("Leans most", "on no set: over the layers, every group gives every set about an even share."))
     tasks = [a for name, a in means.items() if name != "all"]
     if len(tasks) > 1 and len({a.shape for a in tasks}) == 1:
         spread = float((np.max(tasks, axis=0) - np.min(tasks, axis=0)).max())
-        said.append(
+        found.append(
             (
                 "Tasks differ",
                 f"by at most {spread:.3f} in any layer and set, where an even share is {1 / tasks[0].shape[1]:.3f}.",
             )
         )
-    return said
+    return found
 
 
-def _held_back(entropy: list[float], decay: Sequence[float]) -> list[Sentence]:
-    """The layers that are uniform and had a gradient, and whether decay was stronger than that there."""
+def _uniform_layers(entropy: list[float], decay: Sequence[float]) -> list[Sentence]:
+    """The uniform layers that had a gradient, and whether decay was stronger than the gradient there."""
     flat = [i for i, e in enumerate(entropy) if e > UNIFORM and i < len(decay) and math.isfinite(decay[i])]
     known = [decay[i] for i in flat]
     if not flat:

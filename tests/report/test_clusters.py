@@ -1,4 +1,4 @@
-"""The part of the page by which a person judges the partitions."""
+"""The part of the page on partitions: nestedness and sample clusters."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def render(out: Path, content: ReportContent) -> str:
     return (out / "report.html").read_text(encoding="utf-8")
 
 
-def test_nestedness_stands_beside_chance_and_the_way_from_chance_to_one(tmp_path: Path) -> None:
+def test_nestedness_is_shown_with_chance_and_adjusted_for_it(tmp_path: Path) -> None:
     html = render(tmp_path, ReportContent(title="t", nestings=[nesting(16, 64), nesting(4, 16)]))
     assert html.index("k=16 in k=4<") < html.index("k=64 in k=16<")
     row = html[html.index("k=16 in k=4<") : html.index("k=64 in k=16<")]
@@ -42,7 +42,7 @@ def test_a_sample_of_rows_is_stated(tmp_path: Path) -> None:
     assert "random sample of 1,000,000 of 2,500,000 images" in html
 
 
-def test_where_chance_nests_perfectly_there_is_nothing_to_adjust(tmp_path: Path) -> None:
+def test_where_chance_nests_perfectly_the_adjusted_nestedness_is_a_dash(tmp_path: Path) -> None:
     one = Nesting(coarse=1, fine=2, nestedness=1.0, chance=1.0, rows=3, of=3)
     html = render(tmp_path, ReportContent(title="t", nestings=[one]))
     assert "<td>–</td>" in html

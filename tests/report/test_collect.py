@@ -94,21 +94,27 @@ def test_a_report_is_named_by_what_it_shows(tmp_path: Path, change: str) -> None
     assert len(names) == 2
 
 
-def test_a_graph_that_fell_back_to_an_exact_search_says_so_in_place_of_a_recall(tmp_path: Path) -> None:
+def test_a_graph_that_fell_back_to_an_exact_search_is_reported_so_in_place_of_a_recall(tmp_path: Path) -> None:
     flow, about = scored(tmp_path, SCORES), "neighbours of neighbours were searched"
-    told = {"graph": "approximate", "probes": 3, "lists": 9, "duplicate_cosine": 0.9, "rows_with_duplicates_share": 0.1}
+    common = {
+        "graph": "approximate",
+        "probes": 3,
+        "lists": 9,
+        "duplicate_cosine": 0.9,
+        "rows_with_duplicates_share": 0.1,
+    }
     lists = {"searched": "lists", "recall": 0.93, "recall_error": 0.005, "recall_rows": 512}
     exact = {"searched": "exact", "recall": 1.0, "recall_error": 0.0, "recall_rows": 0}
-    said = ["through 3 of 9 lists, recall 0.9300 ± 0.0050", "exactly: lists did not reach fuse.recall_floor"]
+    expected = ["through 3 of 9 lists, recall 0.9300 ± 0.0050", "exactly: lists did not reach fuse.recall_floor"]
     for epoch, found in enumerate((lists, exact)):
         folder = flow.fusions["neighbours"].path / f"knn/epoch-{epoch}"
         folder.mkdir(parents=True)
-        (folder / "statistics.json").write_text(json.dumps({**told, **found, "neighbours_share_pseudo_label": {}}))
+        (folder / "statistics.json").write_text(json.dumps({**common, **found, "neighbours_share_pseudo_label": {}}))
         shown = [f["value"] for f in neighbour_figures(flow.fusions, 40) if f["figure"].startswith("true neighbours")]
         assert shown == ([0.93] if epoch == 0 else [])
-    assert dict(graph_facts(flow.fusions)) == {about: f"epoch 1 {said[0]}; epoch 2 {said[1]}"}
+    assert dict(graph_facts(flow.fusions)) == {about: f"epoch 1 {expected[0]}; epoch 2 {expected[1]}"}
     shutil.rmtree(flow.fusions["neighbours"].path / "knn/epoch-0")
-    assert dict(graph_facts(flow.fusions)) == {about: said[1]}
+    assert dict(graph_facts(flow.fusions)) == {about: expected[1]}
 
 
 def test_entropy_and_decay_are_read_from_the_log_by_layer_and_unknown_ratios_are_left_out(tmp_path: Path) -> None:
@@ -130,7 +136,7 @@ def logs(flow: Flow) -> dict[str, Steps]:
     return {job_of(artifact): steps_of(artifact) for artifact in flow.adaptors.values()}
 
 
-def test_the_share_of_time_that_jobs_waited_for_data_is_told_of_those_that_say_so(tmp_path: Path) -> None:
+def test_the_share_of_time_that_jobs_waited_for_data_is_shown_if_they_logged_it(tmp_path: Path) -> None:
     flow = scored(tmp_path, SCORES)
     assert waiting_facts(logs(flow)) == {}
     for artifact, shares in zip(flow.adaptors.values(), ((0.0, 0.1, 0.2), (0.5,)), strict=True):
@@ -143,7 +149,7 @@ def test_the_share_of_time_that_jobs_waited_for_data_is_told_of_those_that_say_s
     assert waiting_facts(logs(flow)) == {"waiting for data": "k=4 10.0%, k=8 50.0%"}
 
 
-def test_the_bad_images_that_are_listed_tell_the_names_of_their_files(tmp_path: Path) -> None:
+def test_the_bad_images_that_are_listed_have_the_names_of_their_files(tmp_path: Path) -> None:
     with ShardWriter(tmp_path / "images") as writer:
         for number in range(MOST_BAD_ROWS + 5):
             writer.write(b"no image", "jpg", name=f"photos/{number}.jpg" if number != 2 else None)
@@ -156,11 +162,11 @@ def test_the_bad_images_that_are_listed_tell_the_names_of_their_files(tmp_path: 
     assert found == [(f"{row:09d}", name) for row, name in enumerate([*names, *[""] * 5])]
 
 
-def test_the_line_on_bad_images_counts_those_without_a_row_and_says_what_is_listed_where(tmp_path: Path) -> None:
+def test_the_line_on_bad_images_counts_those_without_a_row_and_names_the_place_of_the_list(tmp_path: Path) -> None:
     misnamed = {f"IMG.{number}.jpg": b"no image" for number in range(3)}
     write_tar(tmp_path / "images" / "a.tar", {**{f"{row}.jpg": b"no image" for row in range(120)}, **misnamed})
     write_tar(tmp_path / "whole" / "b.tar", {f"{row}.jpg": b"no image" for row in range(120)})
-    said = "bad images, which take part in nothing: "
+    expected = "bad images, which take part in nothing: "
     for folder, bad, counts, rest in (
         ("images", 0, "3 of 123 training images (about 3 have no row)", "those that have a row, with reasons"),
         ("images", 120, "123 of 123 training images (about 3 have no row)", "those that have a row, with reasons"),
@@ -173,6 +179,8 @@ def test_the_line_on_bad_images_counts_those_without_a_row_and_says_what_is_list
         for artifact in flow.features:
             write_json(artifact.begin() / "bad.json", {str(row): "why" for row in range(bad)})
             artifact.commit()
-        assert describe_bad_images(flow, reported=False) == f"{said}{counts}; features/backbone/*/bad.json list {rest}"
+        assert (
+            describe_bad_images(flow, reported=False) == f"{expected}{counts}; features/backbone/*/bad.json list {rest}"
+        )
         listed = "them" if bad in (0, 100) else "the first 100"
-        assert describe_bad_images(flow, reported=True) == f"{said}{counts}; the report lists {listed} with reasons"
+        assert describe_bad_images(flow, reported=True) == f"{expected}{counts}; the report lists {listed} with reasons"

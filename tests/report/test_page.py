@@ -154,14 +154,14 @@ def test_the_best_of_each_task_is_marked(tmp_path: Path) -> None:
     assert best[0].count("★") == 3  # two tasks and their mean
 
 
-def test_the_reading_names_what_falls_below_the_backbone_and_the_gap_to_the_oracle(tmp_path: Path) -> None:
+def test_the_reading_names_what_falls_below_the_backbone_and_the_distance_to_the_oracle(tmp_path: Path) -> None:
     html = render(full(), tmp_path)
     assert "k=16 on cars by 2.0; k=16 on birds by 2.0 points" in html
     assert "is 1.0 points above average" in html
     assert "neighbours runs from −2.0" in html
 
 
-def test_uniform_attention_is_said_to_equal_the_average(tmp_path: Path) -> None:
+def test_uniform_attention_is_reported_to_equal_the_average(tmp_path: Path) -> None:
     even = {"neighbours": {"all": [[0.5, 0.5]] * 3}}
     html = render(ReportContent(title="t", attention=even, entropy={"neighbours": [0.9991] * 3}), tmp_path)
     assert "equals the average" in html
@@ -169,7 +169,7 @@ def test_uniform_attention_is_said_to_equal_the_average(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("entropy", "decay", "said"),
+    ("entropy", "decay", "text"),
     [
         (
             [1.0, 1.0, 0.7, 0.995],
@@ -182,17 +182,17 @@ def test_uniform_attention_is_said_to_equal_the_average(tmp_path: Path) -> None:
     ],
 )
 def test_uniform_layers_are_a_finding_with_their_decay_over_gradient(
-    entropy: list[float], decay: list[float], said: str, tmp_path: Path
+    entropy: list[float], decay: list[float], text: str, tmp_path: Path
 ) -> None:
     content = ReportContent(title="t", entropy={"neighbours": entropy}, decay={"neighbours": decay})
-    assert "attention is uniform in " + said.format("their gradient by") in render(content, tmp_path)
+    assert "attention is uniform in " + text.format("their gradient by") in render(content, tmp_path)
 
 
-def test_the_words_say_what_the_gallery_variant_gets_to_see(tmp_path: Path) -> None:
+def test_the_glossary_states_that_the_gallery_variant_uses_test_images(tmp_path: Path) -> None:
     assert "it sees the test images that are searched, and which task each belongs to" in render(full(), tmp_path)
 
 
-def test_layers_that_are_not_uniform_need_no_reason(tmp_path: Path) -> None:
+def test_layers_that_are_not_uniform_have_no_reason(tmp_path: Path) -> None:
     content = ReportContent(title="t", entropy={"neighbours": [0.5, 0.6]}, decay={"neighbours": [9.0, 9.0]})
     assert "exceeds their gradient" not in render(content, tmp_path)
 
@@ -263,7 +263,7 @@ def test_an_image_that_comes_up_often_is_stored_once(tmp_path: Path) -> None:
     assert html.count("data:image/png;base64,") == 8  # the query and seven hits, five of them shown by either model
 
 
-def test_images_beyond_the_room_of_a_page_are_left_out(tmp_path: Path) -> None:
+def test_images_beyond_the_byte_limit_of_a_page_are_left_out(tmp_path: Path) -> None:
     big = Gallery(query=b"\xff\xd8\xff" + bytes(49 * 2**20), results={"average": [Hit(image=png(1), score=0.5)]})
     html = render(ReportContent(title="t", galleries=[big]), tmp_path)
     assert "page full" in html

@@ -1,4 +1,4 @@
-"""Charts: thinned honestly, ticks where a reader wants them, shares coloured by distance from even."""
+"""Charts: thinned lines, round ticks, log scales, counts of cluster sizes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import math
 import numpy as np
 import pytest
 
-from grappa_dist.report.attention import heat_map, saturation
 from grappa_dist.report.plots import Axes, Series, line_chart, thin, ticks
 from grappa_dist.stages.pseudo_label import size_histogram
 
@@ -34,7 +33,7 @@ def test_ticks_are_round_and_within() -> None:
     assert ticks(5, 5) == [5]
 
 
-def test_a_gap_splits_the_line() -> None:
+def test_a_value_that_is_not_finite_splits_the_line() -> None:
     chart = line_chart([Series("a", [0, 1, 2, 3, 4], [1.0, 2.0, math.nan, 2.0, 1.0])], Axes(title="t"))
     path = chart.split('class="line" d="')[1].split('"')[0]
     assert path.count("M") == 2
@@ -43,17 +42,6 @@ def test_a_gap_splits_the_line() -> None:
 def test_a_log_chart_leaves_out_what_is_not_positive() -> None:
     chart = line_chart([Series("a", [0, 1, 2], [100.0, 0.0, 1.0])], Axes(title="t", log_y=True))
     assert chart.count("<circle") == 2
-
-
-def test_even_shares_are_blank_and_the_strongest_is_full() -> None:
-    even = heat_map([[0.25] * 4], (["1"], list("abcd")), title="t", most=2.0)
-    assert even.count('fill-opacity="0.00"') == 4
-    rows = [[0.5, 0.25, 0.25, 0.0]]
-    assert saturation([rows]) == 2.0
-    chart = heat_map(rows, (["1"], list("abcd")), title="t", most=2.0)
-    assert 'class="more"' in chart
-    assert chart.count('fill-opacity="1.00"') == 2
-    assert "<title>1, a: 0.5000</title>" in chart
 
 
 def test_cluster_sizes_are_counted_by_powers_of_two() -> None:
