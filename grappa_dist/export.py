@@ -143,7 +143,7 @@ def export_model(spec: ModelSpec, artifact: Artifact) -> None:
         "backbone": {"name": spec.backbone.name, "kwargs": spec.backbone.kwargs},
         "pixels": asdict(grappa.backbone.preprocess),
         "bottleneck": spec.bottleneck,
-        "attention": spec.attends,
+        "attention": spec.has_attention,
     }
     if spec.galleries is not None:
         config["galleries"] = {task: gallery["weights"] for task, gallery in load_galleries(spec.galleries).items()}
@@ -212,7 +212,7 @@ def _embed(run: Run, spec: ModelSpec) -> Path:
         for shard, of_rows, files in zip(images.shards, features, _write_keys(run, images), strict=True)
     ]
     path = run.store.root / LIST_FILE
-    write_json(path, {"model": spec.name, "model_sha256": spec.weights, "images": len(images), "shards": shards})
+    write_json(path, {"model": spec.name, "model_sha256": spec.weights_sha256, "images": len(images), "shards": shards})
     return path
 
 

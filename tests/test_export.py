@@ -98,7 +98,7 @@ def test_an_exported_model_is_built_folded_for_bulk_embedding_which_changes_roun
     fused: bool, weighed: tuple[float, ...], tmp_path: Path
 ) -> None:
     spec, artifact = exported(tmp_path, 3, fused)
-    bulk = build(replace(exported_spec(artifact.path), weighed=weighed), torch.device("cpu"))
+    bulk = build(replace(exported_spec(artifact.path), set_weights=weighed), torch.device("cpu"))
     plain = build(spec, torch.device("cpu"))
     assert isinstance(bulk, Grappa)
     assert isinstance(plain, Grappa)

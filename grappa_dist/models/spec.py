@@ -40,13 +40,13 @@ class ModelSpec:
     random_sets: int = 0  # randomly initialised sets, trained with the fusion and saved with it, not in `adaptors`
     galleries: Artifact | None = None  # weights of the sets for the images of each task
     exported: Path | None = None  # directory of an exported model, in place of the artefacts
-    weights: str = ""  # hash of the exported weights
-    weighed: tuple[float, ...] = ()  # weights of the exported sets, where these are not as exported
+    weights_sha256: str = ""  # of the exported weights
+    set_weights: tuple[float, ...] = ()  # of the exported model, where not as exported
 
     @property
     def inputs(self) -> dict[str, Artifact | str]:
-        more = {"fusion": self.fusion, "galleries": self.galleries, "weights": self.weights}
-        more["weighed"] = json.dumps(self.weighed) if self.weighed else ""
+        more = {"fusion": self.fusion, "galleries": self.galleries, "weights": self.weights_sha256}
+        more["weighed"] = json.dumps(self.set_weights) if self.set_weights else ""
         return {**numbered("adaptors", self.adaptors), **{name: given for name, given in more.items() if given}}
 
     @property
@@ -56,14 +56,14 @@ class ModelSpec:
         return random or [artifact.kind.removeprefix("adaptors/") for artifact in self.adaptors]
 
     @property
-    def attends(self) -> bool:
+    def has_attention(self) -> bool:
         """Whether there is a learned attention; a single set has none."""
         return self.fusion is not None and self.random_sets != 1
 
     @property
-    def weighs(self) -> bool:
-        """Whether the weights of the sets depend on the image."""
-        return self.attends or self.galleries is not None
+    def weights_vary(self) -> bool:
+        """Whether the weights of the sets depend on the image, by attention or by its gallery."""
+        return self.has_attention or self.galleries is not None
 
 
 def backbone_settings(config: BackboneConfig) -> dict[str, Any]:
@@ -132,14 +132,14 @@ def build(spec: ModelSpec, device: torch.device) -> nn.Module:
     """The model of a description, frozen, on the device; an exported one folded, as its weights are final."""
     if spec.exported is not None:
         exported = load_grappa(spec.exported)[0].requires_grad_(False).eval()
-        if spec.weighed:
-            exported.weigh(torch.tensor(spec.weighed))
+        if spec.set_weights:
+            exported.weigh(torch.tensor(spec.set_weights))
         exported.fold()
         return exported.to(device)
     backbone = build_backbone(spec.backbone)
     if not spec.sets:
         return backbone.to(device)
-    model = Grappa(backbone, len(spec.sets), spec.bottleneck, attention=spec.attends)
+    model = Grappa(backbone, len(spec.sets), spec.bottleneck, attention=spec.has_attention)
     model.load_adaptors(_load_sets(spec))
     if spec.fusion:
         model.load_attention(load_file(spec.fusion.path / FUSION_FILE))
@@ -186,8 +186,10 @@ def exported_spec(run_or_model_dir: Path, gallery: str | None = None) -> ModelSp
         raise ValueError(
             f"{folder} has no weights for the gallery {gallery!r}; it has {', '.join(galleries) or 'none'}"
         )
-    weighed = tuple(galleries[gallery]) if gallery is not None else ()
-    return ModelSpec(config["variant"], backbone, exported=folder.resolve(), weights=weights, weighed=weighed)
+    set_weights = tuple(galleries[gallery]) if gallery is not None else ()
+    return ModelSpec(
+        config["variant"], backbone, exported=folder.resolve(), weights_sha256=weights, set_weights=set_weights
+    )
 
 
 def exported_config(run_or_model_dir: Path) -> tuple[Path, dict[str, Any]]:
@@ -220,7 +222,7 @@ _latest: dict[tuple[Any, ...], nn.Module] = {}
 def built(spec: ModelSpec, device: torch.device) -> nn.Module:
     """`build`, which keeps the last model: a worker embeds many shards with one."""
     sets = (spec.bottleneck, spec.adaptors, spec.fusion, spec.galleries)
-    key = (spec.backbone.model_dump_json(), *sets, spec.weights, spec.weighed, str(device))
+    key = (spec.backbone.model_dump_json(), *sets, spec.weights_sha256, spec.set_weights, str(device))
     if key not in _latest:
         forget_built()
         _latest[key] = build(spec, device)

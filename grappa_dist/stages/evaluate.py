@@ -122,7 +122,7 @@ def _scores(task: ModelTask, ground_truth: GroundTruth) -> list[dict[str, Any]]:
 def _insight(task: ModelTask, ground_truth: GroundTruth, device: torch.device) -> dict[str, Any]:
     """How often an augmented view finds its source, which images are near, and the weights of the sets."""
     found = _Insight(task, ground_truth, built(task.spec, device), device)
-    attention = found.attention() if task.spec.weighs else {}
+    attention = found.attention() if task.spec.weights_vary else {}
     return {**found.views_find_sources(), **found.neighbours_agree(), "galleries": found.galleries(), **attention}
 
 

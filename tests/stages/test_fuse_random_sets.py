@@ -216,4 +216,4 @@ def test_the_exported_model_is_the_one_that_was_trained(world: Path, variant: st
     torch.testing.assert_close(model(images), expected, rtol=0, atol=1e-5)
     assert model.sets == [f"random {i + 1}" for i in range(random_sets)]
     assert model.attention(images).shape == (4, 2, random_sets)
-    assert spec.weighs == (random_sets > 1)
+    assert spec.weights_vary == (random_sets > 1)
