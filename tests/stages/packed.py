@@ -55,7 +55,7 @@ def train_all_ways(comm: Comm, folder: Path) -> None:
             patch.setattr(adapting, "usable_bytes", lambda device, sharing: SCANT)
             run(comm, job_in(folder, "fitted", micro_batch="auto"))
             seconds = iter((2.0, 1.0))  # of a plain pass and of a compiled one
-            cheap = partial(compile_if_it_wins, backend="aot_eager", measure=lambda _: next(seconds), halves=False)
+            cheap = partial(compile_if_it_wins, backend="aot_eager", measure=lambda _: next(seconds), bf16=False)
             patch.setattr(adapting, "compile_if_it_wins", cheap)
             run(comm, replace(job_in(folder, "compiled", micro_batch=5), compiled=True))
     else:
