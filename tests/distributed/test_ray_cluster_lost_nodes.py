@@ -144,6 +144,21 @@ def test_sigterm_that_comes_with_the_last_result_is_not_forgotten(monkeypatch: p
         runner.run_jobs([Job("one", print, None, 1)], lambda name: os.kill(os.getpid(), signal.SIGTERM))
 
 
+def test_an_error_of_the_progress_callback_is_raised_and_signals_are_no_longer_polled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ray = Ray("a", answer)
+    cluster = started(ray, monkeypatch, [Worker("a")])
+    runner = Runner(cluster, cluster.resources)
+
+    def refuse(count: int) -> None:
+        raise ValueError(f"{count} is enough")
+
+    with pytest.raises(ValueError, match="1 is enough"):
+        runner.map(print, [1, 2], refuse)
+    assert not runner._signals.polled
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("end", ["saves", "hangs", "dies"])
 def test_the_last_line_has_state_is_saved_only_where_all_jobs_have_ended_by_themselves(
