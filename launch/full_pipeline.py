@@ -22,11 +22,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--config", required=True, help="a YAML file, e.g. configs/demo.yaml")
     parser.add_argument("--out", help="the run directory (default: `out` of the config, else runs/<name>)")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and the plan; touch nothing")
-    parser.add_argument(
-        "--check",
-        action="store_true",
-        help="check artefacts and nodes, make nothing",
-    )
+    parser.add_argument("--check", action="store_true", help="check artefacts and nodes, make nothing")
     stages = ("embed", "pseudo_label", "adapt", "fuse")
     parser.add_argument("--until", choices=stages, help="end after this stage, without a report")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. adapt.epochs=1")

@@ -40,10 +40,8 @@ def run_ranks(
     Args:
         collective_s: how long a rank waits for the others; by default as long as all of it may take.
     """
-    address, job = (
-        free_address(),
-        pickle.dumps((fn, args)),
-    )  # plain pickle: tensors by value, no shared memory left over
+    address = free_address()
+    job = pickle.dumps((fn, args))  # plain pickle: tensors by value, no shared memory left over
     pipes = [_CONTEXT.Pipe(duplex=False) for _ in range(size)]
     ranks = [
         _CONTEXT.Process(

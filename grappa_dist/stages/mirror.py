@@ -145,8 +145,13 @@ class _State:
     """The content of one state.json."""
 
     artifacts: tuple[str, ...]  # names of those that the folder becomes
-    objects: Mapping[str, str]  # by the file that each is a copy of
-    sizes: Mapping[str, int]
+    objects: Mapping[str, str]  # names of the copies, by the file of the folder
+    sizes: Mapping[str, int]  # in bytes, likewise
+
+    @staticmethod
+    def read(remote: RemoteFolder, name: str) -> _State:
+        found = json.loads(remote.read(name))
+        return _State(tuple(found["artifacts"]), found["objects"], found["sizes"])
 
 
 @dataclass(frozen=True)
@@ -166,7 +171,7 @@ class WorkMirror:
         self._remote, self._root = remote, artifacts[0].root
         self._artifacts = {a.name: a for a in artifacts}
         there = sorted(names)
-        states = {n.removesuffix(f"/{STATE}"): _read(remote, n) for n in there if n.endswith(f"/{STATE}")}
+        states = {n.removesuffix(f"/{STATE}"): _State.read(remote, n) for n in there if n.endswith(f"/{STATE}")}
         self._saved = {folder: state for folder, state in states.items() if self._is_ours(folder, state)}
         ours = tuple(f"{folder}/" for folder in (*(f"{name}.partial" for name in self._artifacts), *self._saved))
         listed = {name for folder, s in self._saved.items() for name in (f"{folder}/{STATE}", *s.objects.values())}
@@ -194,14 +199,15 @@ class WorkMirror:
             if folder not in unfinished and set(state.artifacts) <= set(finished):
                 self._remote.remove([f"{folder}/{STATE}"])
                 self._strays |= set(self._saved.pop(folder).objects.values())
+        self._remove_strays()
+        for folder, artifacts in unfinished.items():
+            # a folder that is gone is finished by now
+            with suppress(FileNotFoundError), _snapshot(self._root, folder, artifacts) as snapshot:
+                self._put(folder, snapshot)
+
+    def _remove_strays(self) -> None:
         self._remote.remove(sorted(self._strays))
         self._strays = set()
-        for folder, artifacts in unfinished.items():
-            with (
-                suppress(FileNotFoundError),
-                _snapshot(self._root, folder, artifacts) as snapshot,
-            ):  # the folder is finished by now
-                self._put(folder, snapshot)
 
     def _put(self, folder: str, snapshot: _Snapshot) -> None:
         state, before = snapshot.state, self._saved.get(folder)
@@ -215,8 +221,7 @@ class WorkMirror:
         self._remote.write(f"{folder}/{STATE}", (json.dumps(text, indent=1) + "\n").encode())
         self._saved[folder] = state
         self._strays = (self._strays | old) - set(state.objects.values())
-        self._remote.remove(sorted(self._strays))
-        self._strays = set()
+        self._remove_strays()
 
     def _copy(self, snapshot: _Snapshot, file: str) -> None:
         name = snapshot.state.objects[file]
@@ -291,11 +296,6 @@ def _usable(folder: Path) -> list[Path]:
     newest = sorted(folder.glob("checkpoints/step-*[0-9]"))[-1:]
     found = [path for pattern in _USED for path in sorted(folder.glob(pattern)) if path.is_file()]
     return [path for path in found if path.parent.parent.name != "checkpoints" or path.parent in newest]
-
-
-def _read(remote: RemoteFolder, name: str) -> _State:
-    found = json.loads(remote.read(name))
-    return _State(tuple(found["artifacts"]), found["objects"], found["sizes"])
 
 
 class RemoteFolder:
