@@ -1,21 +1,19 @@
-"""Several adaptor sets packed in one job against as many jobs one after the other: steps with decoding included.
+"""Training of adaptor sets: the classifier, several sets in one job, the last block, and a step's use of the machine.
 
-Both sides read the same images with the same threads and do the same steps, in one process, in turns. Starting up is
-outside of the clock, although a packed job does it once.
+softmax: see benchmarks/softmax.py.
 
-`bench.py adapt`: the classifier and packed sets against plain ones.
+packing: several adaptor sets in one job against as many jobs one after the other. Both sides read the same images with
+the same threads and do the same steps, decoding included, in one process, in turns. Starting up is not timed, although
+a multi-set job does it once.
 
-A training step of adaptor sets with the last block for the class token alone against the whole block.
+last-block: a step of the model with the last block for the class token alone against the whole block. Forward, backward
+and Adam of the adaptors on one batch in memory, without decoding and classifier, which are the same on both sides.
 
-Forward, backward and Adam of the adaptors on one batch in memory: no decoding, no classifier, which are the same on
-both sides. Both take turns in one process.
-
-A training step of packed adaptor sets as a share of what the machine's arithmetic allows.
-
-Forward, backward and Adam through the engine, in the precision of training, on made-up images that are there already:
-no decoding, no classifier. Operations are those of the matrix products that the step needs, counted on the model: the
-first block forward once for all sets, the others forward and backward to their inputs, weights' gradients for adaptors
-alone. What is computed again to save memory, and all that is no matrix product, takes time and counts for nothing.
+step: a step of a multi-set job as a share of the machine's arithmetic limit. Forward, backward and Adam through the
+engine, in the precision of training, on random images in memory, without decoding and classifier. Operations are those
+of the matrix products that the step needs, counted on the model: the first block forward once for all sets, the others
+forward and backward to their inputs, weights' gradients for adaptors alone. Recomputation to save memory, and all that
+is no matrix product, takes time and adds no operations.
 """
 
 from __future__ import annotations
@@ -32,8 +30,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import softmax
-from benchmarks.data import drawn_shards
+from benchmarks.data import PHOTO_PX, drawn_shards
 from benchmarks.harness import (
+    MIB,
+    Log,
     Timing,
     add_run,
     aligned,
@@ -41,9 +41,9 @@ from benchmarks.harness import (
     arithmetic_limit,
     check_device,
     check_positive,
-    group_of_one,
     machine,
     run_workers,
+    single_process_group,
     timed,
     turns,
     wait_for,
@@ -53,8 +53,7 @@ from grappa_dist.config import AdaptConfig, BackboneConfig, DataConfig
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.distributed.collectives import Comm
 from grappa_dist.distributed.worker import RankContext
-from grappa_dist.make_shards.building import Tell
-from grappa_dist.models import PackedGrappa, create_backbone
+from grappa_dist.models import Backbone, PackedGrappa, create_backbone
 from grappa_dist.models.backbone import forward_precision
 from grappa_dist.models.packed import activation_bytes
 from grappa_dist.stages.adapt_job import AdaptJob, AdaptObjective
@@ -65,12 +64,15 @@ from grappa_dist.training.deepspeed_engine import Engine
 from grappa_dist.training.optim import adam
 
 PACKED, ALONE = "packed in one job", "one job after the other"
-PHOTO_PX, FIRST_K = (500, 375), 64
+CLASS_TOKEN, WHOLE = "class token alone", "whole"
+BOTTLENECK = 64
+_FIRST_K = 64  # labels of the first set; each further one has one more
+_RATE = 1e-3
 
 
 @dataclass(frozen=True)
-class PackingSettings:
-    """What to measure."""
+class AdaptSettings:
+    """Options of `bench.py adapt` but for the section softmax."""
 
     sets: int
     backbone: str
@@ -80,41 +82,47 @@ class PackingSettings:
     steps: int
     repeats: int
     device: str = "cpu"
-    compiled: bool = False  # of the step alone: layers, if that pays
+    compiled: bool = False  # of the section step alone: compile layers where that pays
 
     def check(self) -> None:
         """Raises a ValueError that names the flag."""
         check_positive(self, "sets", "image_size", "images", "threads", "steps", "repeats")
         check_device(self.device)
 
-    @property
-    def in_words(self) -> str:
+    def describe(self) -> str:
         where = f"at {self.image_size} px, {self.images} images a step on {self.device}"
         return f"{self.sets} sets of {self.backbone} {where}"
 
 
-def measure_packing(settings: PackingSettings, tell: Tell) -> dict[str, Timing]:
-    """Seconds of a step of all sets, either way."""
+# Several sets in one job
+
+
+def measure_packing(settings: AdaptSettings, log: Log) -> dict[str, Timing]:
+    """Seconds of a step of all sets, by side."""
     settings.check()
-    tell(f"{settings.sets} adaptor sets of {settings.backbone}")
+    log(f"{settings.sets} adaptor sets of {settings.backbone}")
     with tempfile.TemporaryDirectory() as folder:
-        found: dict[str, Timing] = run_workers(_measured_packing, 1, settings, Path(folder))[0]
+        found: dict[str, Timing] = run_workers(_measure_packing, 1, settings, Path(folder))[0]
     return found
 
 
-def untrained(name: str, image_size: int) -> torch.nn.Module:
-    """A timm model without weights: steps take as long with any."""
+def untrained(name: str, image_size: int) -> nn.Module:
+    """A timm model with random weights, which do not change the time of a step; `backbone.name` of the jobs."""
+    return _random_backbone(name, image_size).model
+
+
+def _random_backbone(name: str, image_size: int) -> Backbone:
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
-        return create_backbone(f"timm:{name}", {}, {"image_size": image_size}, pretrained=False).model
+        return create_backbone(f"timm:{name}", {}, {"image_size": image_size}, pretrained=False)
 
 
-def _measured_packing(comm: Comm, settings: PackingSettings, folder: Path) -> dict[str, Timing]:
+def _measure_packing(comm: Comm, settings: AdaptSettings, folder: Path) -> dict[str, Timing]:
     torch.set_num_threads(settings.threads)
     found: dict[str, Timing] = {}
-    with group_of_one(torch.device(settings.device)):
-        whole = _job(settings, folder)
-        jobs = {PACKED: [whole], ALONE: [_of_one(whole, index) for index in range(settings.sets)]}
+    with single_process_group(torch.device(settings.device)):
+        packed = _job(settings, folder)
+        jobs = {PACKED: [packed], ALONE: [_single_set(packed, index) for index in range(settings.sets)]}
         sides = {name: [_steps(job, settings) for job in of_side] for name, of_side in jobs.items()}
         for order in turns(list(sides), settings.repeats):
             for name in order:
@@ -124,16 +132,16 @@ def _measured_packing(comm: Comm, settings: PackingSettings, folder: Path) -> di
     return found
 
 
-def _of_one(whole: AdaptJob, index: int) -> AdaptJob:
-    return AdaptJob(whole.sets[index : index + 1], whole.training, whole.backbone, whole.adapt)
+def _single_set(packed: AdaptJob, index: int) -> AdaptJob:
+    return AdaptJob(packed.sets[index : index + 1], packed.training, packed.backbone, packed.adapt)
 
 
-def _job(settings: PackingSettings, folder: Path) -> AdaptJob:
-    rounds = settings.repeats * settings.steps + 1  # one that warms up
+def _job(settings: AdaptSettings, folder: Path) -> AdaptJob:
+    epochs = settings.repeats * settings.steps + 1  # of a step each; one warms up
     images, _ = drawn_shards(folder, settings.images, PHOTO_PX, 0)
     store, sets = Store(folder), []
     for index in range(settings.sets):
-        k = FIRST_K + index
+        k = _FIRST_K + index
         artifact = store.artifact(f"adaptors/k={k}", {}, {})
         sets.append(AdaptSet(k, _labels(folder, images, k), artifact))
     data = DataConfig(train=(str(folder),), streams=8)
@@ -143,7 +151,7 @@ def _job(settings: PackingSettings, folder: Path) -> AdaptJob:
         kwargs={"name": settings.backbone, "image_size": settings.image_size},
         image_size=settings.image_size,
     )
-    adapt = AdaptConfig(epochs=rounds, global_batch=settings.images, classifier="random")
+    adapt = AdaptConfig(epochs=epochs, global_batch=settings.images, classifier="random")
     return AdaptJob(tuple(sets), training, backbone, adapt)
 
 
@@ -155,23 +163,23 @@ def _labels(folder: Path, images: ImageShards, num_labels: int) -> RowArrays:
     return RowArrays.of(paths, images.starts)
 
 
-def _steps(job: AdaptJob, settings: PackingSettings) -> Callable[[], None]:
-    """What does the next steps of a job; one is done before, which loads what it needs."""
+def _steps(job: AdaptJob, settings: AdaptSettings) -> Callable[[], None]:
+    """A function that does the next steps of a job, after one step that loads what it needs."""
     comm, device = Comm(), torch.device(settings.device)
     objective = AdaptObjective(RankContext(comm, device, lambda status: None, lambda: False), job)
     learning = [p for p in objective.module.parameters() if p.requires_grad]
-    engine = Engine(objective.module, adam(learning, 1e-3), comm, device)
+    engine = Engine(objective.module, adam(learning, _RATE), comm, device)
     at = 0
 
     def steps(count: int = settings.steps) -> None:
-        """Opens its stream of images and closes it, so that nothing is read ahead on the other side's time."""
+        """Opens and closes its stream of images, so that no image is read ahead while the other side is timed."""
         nonlocal at
         objective.begin(at)
         for _ in range(count):
             objective.backward(engine, at)
-            engine.step(1e-3)
+            engine.step(_RATE)
             for classifier in objective.classifiers:
-                classifier.step(1e-3)
+                classifier.step(_RATE)
             at += 1
         wait_for(device)
         objective.close()
@@ -180,175 +188,57 @@ def _steps(job: AdaptJob, settings: PackingSettings) -> Callable[[], None]:
     return steps
 
 
-def packing_json(settings: PackingSettings, found: dict[str, Timing]) -> dict[str, Any]:
+def packing_json(settings: AdaptSettings, found: dict[str, Timing]) -> dict[str, Any]:
     packed, alone = found[PACKED], found[ALONE]
     return {
         "settings": vars(settings),
         "sides": [{"name": n, "seconds": t.seconds, "runs_s": t.runs, "cpu_seconds": t.cpu} for n, t in found.items()],
-        "ratio": min(alone.runs) / min(packed.runs),
-        "cpu_ratio": min(alone.cpu_runs) / min(packed.cpu_runs),
+        "ratio": alone.fastest / packed.fastest,
+        "cpu_ratio": alone.fastest_cpu / packed.fastest_cpu,
     }
 
 
-def packing_text(settings: PackingSettings, found: dict[str, Timing]) -> str:
+def packing_text(settings: AdaptSettings, found: dict[str, Timing]) -> str:
     ratios = packing_json(settings, found)
     lines: list[Sequence[str]] = [["packing", "s a step of all sets", "CPU s"]]
-    lines += [[name, f"{min(t.runs):.2f}", f"{min(t.cpu_runs):.2f}"] for name, t in found.items()]
+    lines += [[name, f"{t.fastest:.2f}", f"{t.fastest_cpu:.2f}"] for name, t in found.items()]
     notes = [
-        f"{settings.in_words}; the least of {settings.repeats} runs of {settings.steps} steps",
+        f"{settings.describe()}; the least of {settings.repeats} runs of {settings.steps} steps",
         f"packed: {ratios['ratio']:.2f}x one after the other ({ratios['cpu_ratio']:.2f}x by CPU)",
     ]
     return "\n".join([aligned(lines), *notes])
 
 
-BOTTLENECK = 64
-_RATE = 1e-3
+# The last block
 
 
 @dataclass(frozen=True)
-class StepFindings:
-    timing: Timing  # of a step
-    operations: float  # of a step
-    limit: float  # operations per second in one large product
-    dtype: str  # of products
-    compiled: str  # whether layers were compiled, and why not
+class LastBlockSide:
+    """One side of the section last-block."""
 
-    @property
-    def reached(self) -> float:
-        """Operations per second in the fastest step."""
-        return self.operations / min(self.timing.runs)
-
-
-def measure_step(settings: PackingSettings, tell: Tell) -> StepFindings:
-    settings.check()
-    tell(f"a step of {settings.sets} adaptor sets of {settings.backbone} on {settings.device}")
-    found: StepFindings = run_workers(_measured_step, 1, settings)[0]
-    return found
-
-
-def _measured_step(comm: Comm, settings: PackingSettings) -> StepFindings:
-    torch.set_num_threads(settings.threads)
-    device = torch.device(settings.device)
-    with group_of_one(device) as comm:
-        model = learning_model(settings).to(device)
-        told = compile_if_it_wins(model, settings.images) if settings.compiled else "not compiled"
-        learning = [p for p in model.parameters() if p.requires_grad]
-        engine = Engine(model, adam(learning, _RATE), comm, device)
-        images, weights = made_up_images(settings), torch.linspace(-1, 1, model.embed_dim, device=device)
-        types = types_of_products(model)
-
-        def step() -> None:
-            engine.backward((engine.forward(images) * weights).mean())
-            engine.step(_RATE)
-            wait_for(device)
-
-        step()  # loads what it needs
-        (dtype,) = types
-        limit = arithmetic_limit(device, dtype)
-        runs = [timed(step)[1] for _ in range(settings.steps * settings.repeats)]
-        limit = max(limit, arithmetic_limit(device, dtype))  # other work may slow down either
-        engine.close()
-    timing = Timing(tuple(r.seconds for r in runs), tuple(r.cpu for r in runs))
-    return StepFindings(timing, step_operations(settings), limit, str(dtype).removeprefix("torch."), told)
-
-
-def types_of_products(model: nn.Module) -> set[torch.dtype]:
-    """Fills up with the types that the model's first convolution or linear layer computes in.
-
-    No layer as a whole tells: the sum of its input and output has the wider type of both.
-    """
-    first, types = next(m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)), set[torch.dtype]()
-    first.register_forward_hook(lambda layer, given, made: types.add(made.dtype))
-    return types
-
-
-def made_up_images(settings: PackingSettings) -> torch.Tensor:
-    draws = torch.Generator().manual_seed(0)
-    shape = (settings.images, 3, settings.image_size, settings.image_size)
-    return torch.rand(shape, generator=draws).to(settings.device)
-
-
-def learning_model(settings: PackingSettings, *, class_token_only: bool = True) -> PackedGrappa:
-    """Adaptors that do something, in a backbone without pretrained weights; the same for the same settings."""
-    with torch.random.fork_rng(devices=()):
-        torch.manual_seed(0)
-        pixels = {"image_size": settings.image_size}
-        backbone = create_backbone(f"timm:{settings.backbone}", {}, pixels, pretrained=False)
-    model = PackedGrappa(backbone, settings.sets, BOTTLENECK, class_token_only=class_token_only)
-    draws = torch.Generator().manual_seed(0)
-    for index in range(settings.sets):
-        model.initialise(index, draws)
-        for parameter in model.parameters_of(index):
-            parameter.data += 0.01 * torch.randn(parameter.shape, generator=draws)
-            parameter.requires_grad_(True)
-    return model
-
-
-def step_operations(settings: PackingSettings, *, class_token_only: bool = True) -> float:
-    """Of all matrix products, a multiplication and an addition being two; counted where nothing is computed."""
-    model = learning_model(settings, class_token_only=class_token_only).to("meta")
-    shape = (settings.images, 3, settings.image_size, settings.image_size)
-    with FlopCounterMode(display=False) as counter:
-        model(torch.empty(shape, device="meta")).mean().backward()
-    return float(counter.get_total_flops())
-
-
-def step_json(settings: PackingSettings, found: StepFindings) -> dict[str, Any]:
-    return {
-        "settings": vars(settings),
-        "runs_s": found.timing.runs,
-        "cpu_runs_s": found.timing.cpu_runs,
-        "images_per_s": settings.images / min(found.timing.runs),
-        "operations": found.operations,
-        "flops": found.reached,
-        "limit_flops": found.limit,
-        "of_limit": found.reached / found.limit,
-        "dtype": found.dtype,
-        "compiled": found.compiled,
-    }
-
-
-def step_text(settings: PackingSettings, found: StepFindings) -> str:
-    fastest = min(found.timing.runs)
-    titles = ["step", "s", "images/s", "GFLOP", "TFLOP/s", "of the limit"]
-    figures = [f"{fastest:.4f}", f"{settings.images / fastest:.1f}", f"{found.operations / 1e9:.1f}"]
-    figures += [f"{found.reached / 1e12:.3f}", f"{found.reached / found.limit:.1%}"]
-    lines: list[Sequence[str]] = [titles, [found.dtype, *figures]]
-    notes = [
-        f"{settings.in_words}, no decoding, no classifier; the least of {len(found.timing.runs)} steps",
-        f"the limit: {found.limit / 1e12:.3f} TFLOP/s in one large product in {found.dtype}; layers {found.compiled}",
-    ]
-    return "\n".join([aligned(lines), *notes])
-
-
-CLASS_TOKEN, WHOLE = "class token alone", "whole"
-
-
-@dataclass(frozen=True)
-class Side:
     timing: Timing  # of a step
     activation_bytes: int  # kept between forward and backward, of an image and all sets
-    difference: float  # of its gradients from those of the whole block, as a share of the largest, in the first step
+    difference: float  # of its gradients to those of the whole block, as a share of the largest, in the first step
 
 
-def measure_last_block(settings: PackingSettings, tell: Tell) -> dict[str, Side]:
-    """Raises a ValueError where the last block of that backbone stays whole."""
-    tell(f"the last block of {settings.backbone}")
+def measure_last_block(settings: AdaptSettings, log: Log) -> dict[str, LastBlockSide]:
+    """A step of both sides. Raises a ValueError where the last block of that backbone stays whole."""
+    log(f"the last block of {settings.backbone}")
     before = torch.get_num_threads()
     torch.set_num_threads(settings.threads)
     try:
-        return _measured_last_block(settings)
+        return _measure_last_block(settings)
     finally:
         torch.set_num_threads(before)
 
 
-def _measured_last_block(settings: PackingSettings) -> dict[str, Side]:
+def _measure_last_block(settings: AdaptSettings) -> dict[str, LastBlockSide]:
     device = torch.device(settings.device)
     sides = (CLASS_TOKEN, WHOLE)  # of the same weights
     models = {name: learning_model(settings, class_token_only=name == CLASS_TOKEN).to(device) for name in sides}
     if models[CLASS_TOKEN].whole_because:
         raise ValueError(f"--backbone {settings.backbone}: {models[CLASS_TOKEN].whole_because}")
-    images = made_up_images(settings)
+    images = random_images(settings)
     steps = {name: _step(model, images) for name, model in models.items()}
     gradients = {name: step() for name, step in steps.items()}  # this also warms up
     timings: dict[str, Timing] = {}
@@ -359,7 +249,7 @@ def _measured_last_block(settings: PackingSettings) -> dict[str, Side]:
                 add_run(timings, name, timing)
     largest = gradients[WHOLE].abs().max()
     return {
-        name: Side(
+        name: LastBlockSide(
             timings[name],
             activation_bytes(model, settings.image_size),
             float((gradients[name] - gradients[WHOLE]).abs().max() / largest),
@@ -369,10 +259,10 @@ def _measured_last_block(settings: PackingSettings) -> dict[str, Side]:
 
 
 def _step(model: PackedGrappa, images: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """A step that gives the gradients it went by."""
+    """A function that does a step and returns its gradients."""
     learning = [p for p in model.parameters() if p.requires_grad]
-    optimizer = adam(learning, 1e-3)
-    # a norm's output has the same squares whatever the adaptors do
+    optimizer = adam(learning, _RATE)
+    # a linear loss: the squares of a norm's output sum up to the same whatever the adaptors do
     weights = torch.linspace(-1, 1, model.embed_dim, device=images.device)
 
     def step() -> torch.Tensor:
@@ -387,7 +277,7 @@ def _step(model: PackedGrappa, images: torch.Tensor) -> Callable[[], torch.Tenso
     return step
 
 
-def last_block_json(settings: PackingSettings, found: dict[str, Side]) -> dict[str, Any]:
+def last_block_json(settings: AdaptSettings, found: dict[str, LastBlockSide]) -> dict[str, Any]:
     short, whole = found[CLASS_TOKEN], found[WHOLE]
     return {
         "settings": vars(settings),
@@ -400,35 +290,154 @@ def last_block_json(settings: PackingSettings, found: dict[str, Side]) -> dict[s
             }
             for n, s in found.items()
         ],
-        "ratio": min(whole.timing.runs) / min(short.timing.runs),
-        "cpu_ratio": min(whole.timing.cpu_runs) / min(short.timing.cpu_runs),
+        "ratio": whole.timing.fastest / short.timing.fastest,
+        "cpu_ratio": whole.timing.fastest_cpu / short.timing.fastest_cpu,
         "activation_ratio": whole.activation_bytes / short.activation_bytes,
         "gradient_difference": short.difference,
     }
 
 
-def last_block_text(settings: PackingSettings, found: dict[str, Side]) -> str:
+def last_block_text(settings: AdaptSettings, found: dict[str, LastBlockSide]) -> str:
     ratios = last_block_json(settings, found)
     lines: list[Sequence[str]] = [["last block", "s a step", "CPU s", "MiB kept of an image"]]
     lines += [
-        [n, f"{min(s.timing.runs):.3f}", f"{min(s.timing.cpu_runs):.3f}", f"{s.activation_bytes / 2**20:.1f}"]
+        [n, f"{s.timing.fastest:.3f}", f"{s.timing.fastest_cpu:.3f}", f"{s.activation_bytes / MIB:.1f}"]
         for n, s in found.items()
     ]
     notes = [
-        f"{settings.in_words}; the least of {settings.repeats} x {settings.steps} steps",
+        f"{settings.describe()}; the least of {settings.repeats} x {settings.steps} steps",
         f"whole: {ratios['ratio']:.3f}x the class token alone ({ratios['cpu_ratio']:.3f}x by CPU), "
         f"{ratios['activation_ratio']:.3f}x its activations; gradients differ by {ratios['gradient_difference']:.1e}",
     ]
     return "\n".join([aligned(lines), *notes])
 
 
+# A step and the arithmetic limit
+
+
+@dataclass(frozen=True)
+class StepFindings:
+    """Results of the section step."""
+
+    timing: Timing  # of a step
+    operations: float  # of a step
+    limit: float  # operations per second in one large product
+    dtype: str  # of the products
+    compiled: str  # whether layers were compiled, or why not
+
+    @property
+    def reached(self) -> float:
+        """Operations per second in the fastest step."""
+        return self.operations / self.timing.fastest
+
+
+def measure_step(settings: AdaptSettings, log: Log) -> StepFindings:
+    settings.check()
+    log(f"a step of {settings.sets} adaptor sets of {settings.backbone} on {settings.device}")
+    found: StepFindings = run_workers(_measure_step, 1, settings)[0]
+    return found
+
+
+def _measure_step(comm: Comm, settings: AdaptSettings) -> StepFindings:
+    torch.set_num_threads(settings.threads)
+    device = torch.device(settings.device)
+    with single_process_group(device) as comm:
+        model = learning_model(settings).to(device)
+        compiled = compile_if_it_wins(model, settings.images) if settings.compiled else "not compiled"
+        learning = [p for p in model.parameters() if p.requires_grad]
+        engine = Engine(model, adam(learning, _RATE), comm, device)
+        images, weights = random_images(settings), torch.linspace(-1, 1, model.embed_dim, device=device)
+        types = types_of_products(model)
+
+        def step() -> None:
+            engine.backward((engine.forward(images) * weights).mean())
+            engine.step(_RATE)
+            wait_for(device)
+
+        step()  # loads what it needs
+        (dtype,) = types
+        limit = arithmetic_limit(device, dtype)
+        runs = [timed(step)[1] for _ in range(settings.steps * settings.repeats)]
+        limit = max(limit, arithmetic_limit(device, dtype))  # other work on the machine may slow down either
+        engine.close()
+    timing = Timing(tuple(r.seconds for r in runs), tuple(r.cpu for r in runs))
+    return StepFindings(timing, step_operations(settings), limit, str(dtype).removeprefix("torch."), compiled)
+
+
+def types_of_products(model: nn.Module) -> set[torch.dtype]:
+    """A set that collects, in later forward passes, the output types of the first convolution or linear layer.
+
+    A whole block does not show it: the sum of its input and output has the wider type of both.
+    """
+    first, types = next(m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)), set[torch.dtype]()
+    first.register_forward_hook(lambda layer, inputs, output: types.add(output.dtype))
+    return types
+
+
+def random_images(settings: AdaptSettings) -> torch.Tensor:
+    shape = (settings.images, 3, settings.image_size, settings.image_size)
+    return torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(settings.device)
+
+
+def learning_model(settings: AdaptSettings, *, class_token_only: bool = True) -> PackedGrappa:
+    """Adaptors that are no identity in a randomly initialised backbone; a function of the arguments."""
+    backbone = _random_backbone(settings.backbone, settings.image_size)
+    model = PackedGrappa(backbone, settings.sets, BOTTLENECK, class_token_only=class_token_only)
+    generator = torch.Generator().manual_seed(0)
+    for index in range(settings.sets):
+        model.initialise(index, generator)
+        for parameter in model.parameters_of(index):
+            parameter.data += 0.01 * torch.randn(parameter.shape, generator=generator)
+            parameter.requires_grad_(True)
+    return model
+
+
+def step_operations(settings: AdaptSettings, *, class_token_only: bool = True) -> float:
+    """Operations of all matrix products of a step, a multiplication and an addition being two."""
+    model = learning_model(settings, class_token_only=class_token_only).to("meta")  # counts without computing
+    shape = (settings.images, 3, settings.image_size, settings.image_size)
+    with FlopCounterMode(display=False) as counter:
+        model(torch.empty(shape, device="meta")).mean().backward()
+    return float(counter.get_total_flops())
+
+
+def step_json(settings: AdaptSettings, found: StepFindings) -> dict[str, Any]:
+    return {
+        "settings": vars(settings),
+        "runs_s": found.timing.runs,
+        "cpu_runs_s": found.timing.cpu_runs,
+        "images_per_s": settings.images / found.timing.fastest,
+        "operations": found.operations,
+        "flops": found.reached,
+        "limit_flops": found.limit,
+        "of_limit": found.reached / found.limit,
+        "dtype": found.dtype,
+        "compiled": found.compiled,
+    }
+
+
+def step_text(settings: AdaptSettings, found: StepFindings) -> str:
+    fastest = found.timing.fastest
+    titles = ["step", "s", "images/s", "GFLOP", "TFLOP/s", "of the limit"]
+    figures = [f"{fastest:.4f}", f"{settings.images / fastest:.1f}", f"{found.operations / 1e9:.1f}"]
+    figures += [f"{found.reached / 1e12:.3f}", f"{found.reached / found.limit:.1%}"]
+    lines: list[Sequence[str]] = [titles, [found.dtype, *figures]]
+    notes = [
+        f"{settings.describe()}, no decoding, no classifier; the least of {len(found.timing.runs)} steps",
+        f"the limit: {found.limit / 1e12:.3f} TFLOP/s in one large product in {found.dtype}; layers {found.compiled}",
+    ]
+    return "\n".join([aligned(lines), *notes])
+
+
+# The command
+
 SECTIONS = ("softmax", "packing", "last-block", "step")
 SHORT = "against materialised logits"
 DESCRIPTION = """\
 softmax: the classifier of step 2, its gradients and Adam, against one that materialises the logits: ours in
-chunks of classes, in chunks and spread over ranks, and with sampled classes. Prints seconds of a step, the memory
-that it takes beside weights, gradient and state of Adam, and all that a rank holds. packing: several adaptor sets in
-one job against as many jobs one after the other, decoding included. last-block: a step of the model with the last block
+chunks of classes, in chunks and sharded over ranks, and with sampled classes. Prints seconds of a step, its memory
+beside weights, gradient and state of Adam, and the peak of a rank. packing: several adaptor sets in one job against as
+many jobs one after the other, decoding included. last-block: a step of the model with the last block
 for the class token alone against the whole block. step: a step of the model, its images/s and its share of the
 arithmetic limit of this machine, measured in the same run. The last three run on a GPU with --device cuda, in
 bfloat16."""
@@ -444,41 +453,37 @@ def arguments(add: Callable[..., Any]) -> None:
     add("--dim", type=int, default=384, metavar="D", help="default: %(default)s")
     add("--batch", type=int, default=128, metavar="B", help="default: %(default)s")
     add("--sampled", type=float, default=0.1, metavar="SHARE", help="of the classes; default: %(default)s")
-    add("--ranks", type=int, default=2, metavar="N", help="that share the classes; 1: leave out; default: 2")
+    add("--ranks", type=int, default=2, metavar="N", help="to shard the classes over; 1: leave out; default: 2")
     add("--threads", type=int, default=2, metavar="N", help="of a side, all ranks together; default: %(default)s")
-    add("--steps", type=int, default=2, metavar="N", help="timed ones of a run; default: %(default)s")
+    add("--steps", type=int, default=2, metavar="N", help="timed in a run; default: %(default)s")
     add("--repeats", type=int, default=2, metavar="N", help="in alternating order, medians; default: %(default)s")
     add("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="default: all")
-    add("--sets", type=int, default=8, metavar="N", help="adaptor sets, but of softmax; default: %(default)s")
-    add("--backbone", default="vit_small_patch16_224", metavar="TIMM", help="but of softmax; default: %(default)s")
-    add("--image-size", type=int, default=96, metavar="PX", help="but of softmax: side; default: %(default)s")
-    add("--images", type=int, default=32, metavar="N", help="but of softmax: of a step; default: %(default)s")
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="but of softmax; default: %(default)s")
-    add("--compiled", action="store_true", help="of step, on a GPU: layers, as resources.compile=auto would")
-    add("--json", type=Path, metavar="FILE", help="all numbers, also of single runs")
+    add("--sets", type=int, default=8, metavar="N", help="adaptor sets; not of softmax; default: %(default)s")
+    add("--backbone", default="vit_small_patch16_224", metavar="TIMM", help="not of softmax; default: %(default)s")
+    add("--image-size", type=int, default=96, metavar="PX", help="not of softmax; default: %(default)s")
+    add("--images", type=int, default=32, metavar="N", help="of a step; not of softmax; default: %(default)s")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="not of softmax; default: %(default)s")
+    add("--compiled", action="store_true", help="of step, on a GPU: compile layers as with resources.compile=auto")
 
 
-def run(asked: dict[str, Any], tell: Tell) -> tuple[str, dict[str, Any]]:
-    sections, of_packing = asked.pop("sections"), ("sets", "backbone", "image_size", "images", "device", "compiled")
-    shared = {name: asked[name] for name in ("threads", "steps", "repeats")}
-    packs = PackingSettings(**shared, **{name: asked.pop(name) for name in of_packing})
-    classes = softmax.SoftmaxSettings(**asked)
-    classes.check()
-    packs.check()
-    header = machine(classes.threads, "deepspeed")
+def run(options: dict[str, Any], log: Log) -> tuple[str, dict[str, Any]]:
+    sections, of_model = options.pop("sections"), ("sets", "backbone", "image_size", "images", "device", "compiled")
+    shared = {name: options[name] for name in ("threads", "steps", "repeats")}
+    settings = AdaptSettings(**shared, **{name: options.pop(name) for name in of_model})
+    of_softmax = softmax.SoftmaxSettings(**options)
+    of_softmax.check()
+    settings.check()
+    header = machine(settings.threads, "deepspeed")
     texts, numbers = [aligned_header(header)], dict[str, Any](machine=header)
-    of_packs: dict[str, tuple[Callable[..., Any], ...]] = {
-        "packing": (measure_packing, packing_text, packing_json),
-        "last-block": (measure_last_block, last_block_text, last_block_json),
-        "step": (measure_step, step_text, step_json),
+    measurements: dict[str, tuple[Any, Callable[..., Any], Callable[..., str], Callable[..., Any]]] = {
+        "softmax": (of_softmax, softmax.measure_softmax, softmax.as_text, softmax.as_json),
+        "packing": (settings, measure_packing, packing_text, packing_json),
+        "last-block": (settings, measure_last_block, last_block_text, last_block_json),
+        "step": (settings, measure_step, step_text, step_json),
     }
-    if "softmax" in sections:
-        sides = softmax.measure_softmax(classes, tell)
-        texts.append(softmax.as_text(classes, sides))
-        numbers["softmax"] = softmax.as_json(classes, sides)
-    for name, (measure, as_text, as_json) in of_packs.items():
+    for name, (of_section, measure, as_text, as_json) in measurements.items():
         if name in sections:
-            found = measure(packs, tell)
-            texts.append(as_text(packs, found))
-            numbers[name.replace("-", "_")] = as_json(packs, found)
+            found = measure(of_section, log)
+            texts.append(as_text(of_section, found))
+            numbers[name.replace("-", "_")] = as_json(of_section, found)
     return "\n\n".join(texts), numbers

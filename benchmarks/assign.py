@@ -1,11 +1,9 @@
 """One assignment of rows to their nearest centroids, on a CPU or a GPU, against a plain matrix product and argmin.
 
-Ours gives exact labels (search/rerank.py); the judge computes in float32, without TF32, tile by tile. The arithmetic
-limit is what this machine reaches in one large product of the type that ours proposes in, measured in the same run.
+Ours gives exact labels (search/rerank.py); the baseline computes in float32, without TF32, tile by tile. The arithmetic
+limit is that of one large matrix product in the type of our candidate generator, measured in the same run.
 
 Shapes: P rows, K centroids, D dimensions.
-
-`bench.py assign`: one assignment against torch's matmul and argmin.
 """
 
 from __future__ import annotations
@@ -13,13 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.harness import (
+    Log,
     Timing,
     aligned,
     aligned_header,
@@ -34,17 +32,16 @@ from benchmarks.harness import (
 )
 from grappa_dist.distributed.collectives import Comm
 from grappa_dist.distributed.sharded_rows import ShardedRows, join_rows
-from grappa_dist.make_shards.building import Tell
 from grappa_dist.search.candidates import Centroids, Float32Generator
 from grappa_dist.search.rerank import assign
 
-OURS, JUDGE = "ours", "matmul + argmin"
-_TILE = 2**28  # products that the judge makes at once
+OURS, BASELINE = "ours", "matmul + argmin"
+_TILE = 2**28  # products that the baseline computes at once
 
 
 @dataclass(frozen=True)
 class AssignSettings:
-    """What to measure."""
+    """Options of `bench.py assign`."""
 
     rows: int
     dim: int
@@ -63,51 +60,51 @@ class AssignSettings:
 
 @dataclass(frozen=True)
 class AssignFindings:
-    """What came of it."""
+    """Results of `bench.py assign`."""
 
     timings: dict[str, Timing]
-    generator: str  # of ours
-    dtype: str  # in which it proposes
+    generator: str  # our candidate generator
+    dtype: str  # of its scores
     limit: float  # operations per second in one large product of that type
     operations: float  # of one assignment
     same: float  # share of rows to which both sides gave the same label
 
     @property
     def ratio(self) -> float:
-        return min(self.timings[JUDGE].runs) / min(self.timings[OURS].runs)
+        return self.timings[BASELINE].fastest / self.timings[OURS].fastest
 
     @property
     def of_limit(self) -> float:
-        return self.operations / min(self.timings[OURS].runs) / self.limit
+        return self.operations / self.timings[OURS].fastest / self.limit
 
 
-def measure_assign(settings: AssignSettings, tell: Tell) -> AssignFindings:
+def measure_assign(settings: AssignSettings, log: Log) -> AssignFindings:
     settings.check()
     torch.set_num_threads(settings.threads)
     device = torch.device(settings.device)
-    tell("rows")
+    log("rows")
     rows = drawn_rows(settings.rows, settings.dim, 0)
-    share = join_rows(Comm(), in_shards(rows, len(rows)), device=device)
+    sharded = join_rows(Comm(), in_shards(rows, len(rows)), device=device)
     x = torch.from_numpy(rows).to(device)
     c = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[: settings.num_labels].to(device)]
-    sides: dict[str, Callable[[], Tensor]] = {OURS: lambda: _ours(share, x, c), JUDGE: lambda: _judge(x, c)}
+    sides: dict[str, Callable[[], Tensor]] = {OURS: lambda: _ours(sharded, x, c), BASELINE: lambda: _baseline(x, c)}
     labels = {name: side() for name, side in sides.items()}  # the first run warms up
-    _, timings = in_turns({name: partial(_finished, side) for name, side in sides.items()}, settings.repeats, tell)
-    dtype = torch.float32 if isinstance(share.generator, Float32Generator) else torch.bfloat16
+    _, timings = in_turns({name: partial(_finished, side) for name, side in sides.items()}, settings.repeats, log)
+    dtype = torch.float32 if isinstance(sharded.generator, Float32Generator) else torch.bfloat16
     operations = 2.0 * settings.rows * settings.num_labels * settings.dim
-    same = float((labels[OURS] == labels[JUDGE]).float().mean())
-    name, of_type = type(share.generator).__name__, str(dtype).removeprefix("torch.")
-    return AssignFindings(timings, name, of_type, arithmetic_limit(device, dtype), operations, same)
+    same = float((labels[OURS] == labels[BASELINE]).float().mean())
+    generator, limit = type(sharded.generator).__name__, arithmetic_limit(device, dtype)
+    return AssignFindings(timings, generator, str(dtype).removeprefix("torch."), limit, operations, same)
 
 
-def _ours(share: ShardedRows, x: Tensor, c: Tensor) -> Tensor:
-    centroids = Centroids.of(c, share.generator)
-    squares = share.squares.to(x.device)
-    blocks = zip(x.split(share.block_rows), squares.split(share.block_rows), strict=True)
+def _ours(sharded: ShardedRows, x: Tensor, c: Tensor) -> Tensor:
+    centroids = Centroids.of(c, sharded.generator)
+    squares = sharded.squares.to(x.device)
+    blocks = zip(x.split(sharded.block_rows), squares.split(sharded.block_rows), strict=True)
     return torch.cat([assign(block, centroids, squares=of_block).labels for block, of_block in blocks])
 
 
-def _judge(x: Tensor, c: Tensor) -> Tensor:
+def _baseline(x: Tensor, c: Tensor) -> Tensor:
     half = c.square().sum(1) / 2
     return torch.cat([(rows @ c.T - half).argmax(1) for rows in x.split(max(1, _TILE // len(c)))])
 
@@ -120,11 +117,11 @@ def as_json(header: dict[str, str], settings: AssignSettings, found: AssignFindi
     return {
         "machine": header,
         "settings": vars(settings),
-        "proposer": found.generator,
+        "generator": found.generator,
         "dtype": found.dtype,
         "limit_flops": found.limit,
         "of_limit": found.of_limit,
-        "judge_over_ours": found.ratio,
+        "baseline_over_ours": found.ratio,
         "same_labels_share": found.same,
         "seconds": {name: timing.runs for name, timing in found.timings.items()},
     }
@@ -132,12 +129,12 @@ def as_json(header: dict[str, str], settings: AssignSettings, found: AssignFindi
 
 def as_text(header: dict[str, str], settings: AssignSettings, found: AssignFindings) -> str:
     shape = f"{settings.rows} drawn rows, {settings.dim} dimensions, K={settings.num_labels}, on {settings.device}"
-    lines: list[Sequence[str]] = [["", "seconds", "judge/ours"]]
+    lines: list[Sequence[str]] = [["", "seconds", "baseline/ours"]]
     for name, timing in found.timings.items():
-        lines.append([name, f"{min(timing.runs):.3f}", "-" if name == OURS else f"{found.ratio:.2f}"])
+        lines.append([name, f"{timing.fastest:.3f}", "-" if name == OURS else f"{found.ratio:.2f}"])
     ours = (
         f"ours: {found.generator}, {found.of_limit:.0%} of the limit of {found.dtype} here "
-        f"({found.limit / 1e12:.2f} TFLOP/s in one product); labels exact, the judge has {found.same:.4%} of them"
+        f"({found.limit / 1e12:.2f} TFLOP/s in one product); labels exact, the baseline has {found.same:.4%} of them"
     )
     return aligned_header({**header, "rows": shape}) + "\n\n" + aligned(lines) + "\n" + ours
 
@@ -145,8 +142,8 @@ def as_text(header: dict[str, str], settings: AssignSettings, found: AssignFindi
 SHORT = "against torch's matmul + argmin"
 DESCRIPTION = """\
 One assignment of all rows to their nearest centroids, exact, against float32 matrix products and argmin in
-torch: on a CPU, or on a GPU, where one kernel makes products and their largest at once. Prints the ratio (judge / ours:
-above 1, ours is faster) and what share of the machine's arithmetic limit ours reaches."""
+torch: on a CPU, or on a GPU, where one kernel computes products and their maximum. Prints the ratio (baseline / ours:
+above 1, ours is faster) and the share of the machine's arithmetic limit that ours reaches."""
 EXAMPLE = """example, on a GPU:
   python launch/bench.py assign --device cuda --rows 1000000 --num-labels 131072"""
 
@@ -158,11 +155,10 @@ def arguments(add: Callable[..., Any]) -> None:
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     add("--threads", type=int, default=2, metavar="N", help="on a CPU; default: %(default)s")
     add("--repeats", type=int, default=3, metavar="N", help="in alternating order, the fastest; default: %(default)s")
-    add("--json", type=Path, metavar="FILE", help="all numbers")
 
 
-def run(asked: dict[str, Any], tell: Tell) -> tuple[str, dict[str, Any]]:
-    settings = AssignSettings(**asked)
+def run(options: dict[str, Any], log: Log) -> tuple[str, dict[str, Any]]:
+    settings = AssignSettings(**options)
     header = machine(settings.threads, *(["triton"] if settings.device == "cuda" else []))
-    found = measure_assign(settings, tell)
+    found = measure_assign(settings, log)
     return as_text(header, settings, found), as_json(header, settings, found)

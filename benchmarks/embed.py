@@ -1,9 +1,7 @@
 """Embedding images with a frozen ViT against a plain timm + DataLoader loop, and against the forward pass alone.
 
 Every side reads the same shards with as many threads (ours) or processes (the DataLoader), in the same batches, and
-computes in the same precision. The weights are random: features take as long.
-
-`bench.py embed`: embedding images against a plain timm + DataLoader loop.
+computes in the same precision. The weights are random, which does not change the time.
 """
 
 from __future__ import annotations
@@ -23,8 +21,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.adapt import types_of_products
-from benchmarks.data import drawn_shards, image_of, users_shards
+from benchmarks.data import PHOTO_PX, image_of, images_to_measure
 from benchmarks.harness import (
+    Log,
     Timing,
     aligned,
     aligned_header,
@@ -36,18 +35,16 @@ from benchmarks.harness import (
     wait_for,
 )
 from grappa_dist.data.shards import ImageShards
-from grappa_dist.make_shards.building import Tell
 from grappa_dist.models import Backbone, create_backbone
 from grappa_dist.models.backbone import forward_precision
 from grappa_dist.stages.embed import Embedding, embed_rows
 
-OURS, JUDGE, ALONE = "ours", "timm + webdataset + DataLoader", "forward alone, no reading"
-PHOTO_PX = (500, 375)
+OURS, BASELINE, ALONE = "ours", "timm + webdataset + DataLoader", "forward alone, no reading"
 
 
 @dataclass(frozen=True)
 class EmbedSettings:
-    """What `bench.py embed` was asked for."""
+    """Options of `bench.py embed`."""
 
     shards: tuple[str, ...] | None
     rows: int
@@ -65,38 +62,35 @@ class EmbedSettings:
 
 @dataclass(frozen=True)
 class EmbedFindings:
-    """What came of it."""
+    """Results of `bench.py embed`."""
 
     source: str
     rows: int
     timings: dict[str, Timing]
-    agreement: float  # the least cosine of a row of ours with the judge's
+    agreement: float  # the least cosine of a row of ours with the baseline's
     of_limit: float  # share of the arithmetic limit that ours reaches
     dtype: str  # of that limit
 
     def per_s(self, side: str) -> float:
         return self.rows / self.timings[side].seconds
 
-    def ratio(self, judge: str) -> float:
-        return self.per_s(OURS) / self.per_s(judge)
+    def ratio(self, baseline: str) -> float:
+        return self.per_s(OURS) / self.per_s(baseline)
 
-    def cpu_ratio(self, judge: str) -> float:
-        return self.timings[judge].cpu / self.timings[OURS].cpu
+    def cpu_ratio(self, baseline: str) -> float:
+        return self.timings[baseline].cpu / self.timings[OURS].cpu
 
 
-def measure_embed(settings: EmbedSettings, tell: Tell) -> EmbedFindings:
+def measure_embed(settings: EmbedSettings, log: Log) -> EmbedFindings:
     settings.check()
     torch.set_num_threads(settings.threads)
     with tempfile.TemporaryDirectory() as folder:
-        tell("images")
-        if settings.shards is None:
-            images, source = drawn_shards(Path(folder), settings.rows, PHOTO_PX, settings.seed)
-        else:
-            images, source = users_shards(settings.shards)
-        return _measured(images, source, settings, tell)
+        log("images")
+        images, source = images_to_measure(Path(folder), settings.shards, settings.rows, PHOTO_PX, settings.seed)
+        return _measured(images, source, settings, log)
 
 
-def _measured(images: ImageShards, source: str, settings: EmbedSettings, tell: Tell) -> EmbedFindings:
+def _measured(images: ImageShards, source: str, settings: EmbedSettings, log: Log) -> EmbedFindings:
     torch.manual_seed(settings.seed)
     device = torch.device(settings.device)
     model = create_backbone(f"timm:{settings.backbone}", {}, {}, pretrained=False).to(device)
@@ -108,11 +102,11 @@ def _measured(images: ImageShards, source: str, settings: EmbedSettings, tell: T
     limit = arithmetic_limit(device, dtype)
     sides: dict[str, Callable[[], Tensor]] = {
         OURS: lambda: _ours(model, images, settings),
-        JUDGE: lambda: _judge(model, images, settings),
+        BASELINE: lambda: _baseline(model, images, settings),
         ALONE: lambda: _alone(model, batch, len(images)),
     }
-    features, timings = in_turns(sides, settings.repeats, tell)
-    agreement = float((features[OURS] * features[JUDGE]).sum(1).min())
+    features, timings = in_turns(sides, settings.repeats, log)
+    agreement = float((features[OURS] * features[BASELINE]).sum(1).min())
     reached = len(images) * _operations(model, size) / timings[OURS].seconds
     return EmbedFindings(source, len(images), timings, agreement, reached / limit, str(dtype).removeprefix("torch."))
 
@@ -130,8 +124,8 @@ def _ours(model: Backbone, images: ImageShards, settings: EmbedSettings) -> Tens
     return torch.from_numpy(np.concatenate([z for _, z, _ in embed_rows(model, images, rows, device=device, how=how)]))
 
 
-def _judge(model: Backbone, images: ImageShards, settings: EmbedSettings) -> Tensor:
-    """As people write it: tars by webdataset, timm's own transform on Pillow images, worker processes."""
+def _baseline(model: Backbone, images: ImageShards, settings: EmbedSettings) -> Tensor:
+    """The usual loop: tars by webdataset, timm's own transform on Pillow images, worker processes."""
     import webdataset
     from timm.data.config import resolve_model_data_config
     from timm.data.transforms_factory import create_transform
@@ -160,7 +154,7 @@ def _alone(model: Backbone, batch: Tensor, rows: int) -> Tensor:
 
 
 def _operations(model: Backbone, size: int) -> float:
-    """Of one image's matrix products, a multiplication and an addition being two."""
+    """Operations of one image's matrix products, a multiplication and an addition being two."""
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         model(torch.zeros(1, 3, size, size, device=model.mean.device))
     return float(counter.get_total_flops())
@@ -172,7 +166,7 @@ def _decoded(sample: dict[str, Any]) -> Image.Image:
 
 def as_text(header: dict[str, str], settings: EmbedSettings, found: EmbedFindings) -> str:
     about = f"{settings.backbone}, batches of {settings.batch}, on {settings.device}"
-    lines: list[Sequence[str]] = [["", "images/s", "ours/judge", "by CPU", "CPU s"]]
+    lines: list[Sequence[str]] = [["", "images/s", "ours/baseline", "by CPU", "CPU s"]]
     for name, timing in found.timings.items():
         ratios = ["-", "-"] if name == OURS else [f"{found.ratio(name):.2f}", f"{found.cpu_ratio(name):.2f}"]
         lines.append([name, f"{found.per_s(name):.1f}", *ratios, f"{timing.cpu:.2f}"])
@@ -183,15 +177,15 @@ def as_text(header: dict[str, str], settings: EmbedSettings, found: EmbedFinding
 
 
 def as_json(header: dict[str, str], settings: EmbedSettings, found: EmbedFindings) -> dict[str, Any]:
-    judges = [name for name in found.timings if name != OURS]
+    baselines = [name for name in found.timings if name != OURS]
     return {
         "machine": header,
         "settings": vars(settings),
         "images": found.source,
         "runs_s": {name: timing.runs for name, timing in found.timings.items()},
         "cpu_runs_s": {name: timing.cpu_runs for name, timing in found.timings.items()},
-        "ratio": {judge: found.ratio(judge) for judge in judges},
-        "cpu_ratio": {judge: found.cpu_ratio(judge) for judge in judges},
+        "ratio": {name: found.ratio(name) for name in baselines},
+        "cpu_ratio": {name: found.cpu_ratio(name) for name in baselines},
         "of_limit": found.of_limit,
         "dtype": found.dtype,
         "least_cosine": found.agreement,
@@ -202,7 +196,7 @@ SHORT = "against a timm + DataLoader loop"
 DESCRIPTION = """\
 Embedding images with a frozen ViT of timm, reading and decoding included: ours against a plain loop of timm, webdataset
 and DataLoader, and against the forward pass alone, on images that are in memory. Prints images/s and ratios (ours /
-judge: above 1, ours is faster), the share of the machine's arithmetic limit, and how alike the features are."""
+baseline: above 1, ours is faster), the share of the machine's arithmetic limit, and the similarity of the features."""
 EXAMPLE = """example, half a minute:
   python launch/bench.py embed --rows 128 --backbone vit_tiny_patch16_224"""
 
@@ -216,12 +210,11 @@ def arguments(add: Callable[..., Any]) -> None:
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     add("--repeats", type=int, default=3, metavar="N", help="in alternating order, medians; default: %(default)s")
     add("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
-    add("--json", type=Path, metavar="FILE", help="all numbers, also of single runs")
 
 
-def run(asked: dict[str, Any], tell: Tell) -> tuple[str, dict[str, Any]]:
-    asked["shards"] = tuple(asked["shards"]) if asked["shards"] else None
-    settings = EmbedSettings(**asked)
+def run(options: dict[str, Any], log: Log) -> tuple[str, dict[str, Any]]:
+    options["shards"] = tuple(options["shards"]) if options["shards"] else None
+    settings = EmbedSettings(**options)
     header = machine(settings.threads, "pillow", "simplejpeg", "webdataset", "timm")
-    found = measure_embed(settings, tell)
+    found = measure_embed(settings, log)
     return as_text(header, settings, found), as_json(header, settings, found)

@@ -1,9 +1,8 @@
-"""faiss alone, as the judge in launch/bench.py: its k-means, from the same first centroids to labels, and its searches
-for all nearest neighbours. Nothing else may use them.
+"""Baselines of faiss: its k-means from given first centroids to labels, and its exact nearest-neighbour searches.
 
-`faiss.Kmeans(use_super_kmeans=True)` is no judge: faiss 1.15 accepts the field and runs plain k-means (only inverted
-files read it). What prunes is the class `faiss.SuperKmeans`, and that takes no initial centroids: it always starts from
-rows that it draws itself. So all sides start from the rows that it draws.
+`faiss.Kmeans(use_super_kmeans=True)` is not a baseline: faiss 1.15 accepts the field and runs plain k-means (only
+inverted files read it). The class that prunes is `faiss.SuperKmeans`. It takes no initial centroids and always starts
+from rows that it draws itself, so all sides start from these rows.
 
 Shapes: P rows, K centroids, D dimensions.
 """
@@ -22,20 +21,20 @@ SUPER_MIN_DIM = 32  # its first products take 16 dimensions, which must be at mo
 
 
 @dataclass(frozen=True)
-class Judgement:
-    """What faiss found, and what it needed for it."""
+class FaissKMeans:
+    """Result of a k-means of faiss."""
 
     centroids: np.ndarray  # (K, D) float32, after the last update
     labels: np.ndarray  # (P,) int64, nearest to `centroids`
-    objectives: list[float]  # before each update, summed by faiss in float32; one per iteration that it ran
+    objectives: list[float]  # one per iteration: before its update, summed by faiss in float32
 
 
-Judge = Callable[[np.ndarray, np.ndarray, int, int], Judgement]
-"""(rows (P, D), initial centroids (K, D), iterations, seed) -> Judgement."""
+KMeansBaseline = Callable[[np.ndarray, np.ndarray, int, int], FaissKMeans]
+"""(rows (P, D), initial centroids (K, D), iterations, seed) -> FaissKMeans."""
 
 
-def judges() -> dict[str, Judge]:
-    """The judges that the installed faiss has, by name."""
+def kmeans_baselines() -> dict[str, KMeansBaseline]:
+    """The k-means classes of the installed faiss, by name."""
     return {PLAIN: _plain, **({SUPER: _super} if hasattr(_faiss(), "SuperKmeans") else {})}
 
 
@@ -63,7 +62,7 @@ def starting_rows(num_rows: int, num_labels: int, seed: int) -> np.ndarray:
 
 
 def seed_by_faiss(rows: np.ndarray, num_labels: int, seed: int) -> np.ndarray:
-    """faiss's k-means++ centroids, (K, D): each row is drawn after a look at all rows, so the time grows with P K D."""
+    """faiss's k-means++ centroids, (K, D). Each draw reads all rows, so the time grows with P K D."""
     faiss = _faiss()
     drawing = faiss.ClusteringInitialization(rows.shape[1], num_labels)
     drawing.method, drawing.seed = faiss.ClusteringInitMethod_KMEANS_PLUS_PLUS, seed
@@ -85,7 +84,7 @@ def brute_force_knn(rows: np.ndarray, k: int, threads: int) -> np.ndarray:
 
 
 def flat_index_knn(rows: np.ndarray, k: int, threads: int) -> np.ndarray:
-    """The same by an IndexFlatIP, which is filled within the call."""
+    """The same by an IndexFlatIP; the call includes filling it."""
     set_threads(threads)
     index = _faiss().IndexFlatIP(rows.shape[1])
     index.add(rows)
@@ -93,24 +92,24 @@ def flat_index_knn(rows: np.ndarray, k: int, threads: int) -> np.ndarray:
     return found
 
 
-def _plain(rows: np.ndarray, initial: np.ndarray, iterations: int, seed: int) -> Judgement:
+def _plain(rows: np.ndarray, initial: np.ndarray, iterations: int, seed: int) -> FaissKMeans:
     faiss = _faiss()
     kmeans = faiss.Kmeans(
         rows.shape[1], len(initial), niter=iterations, nredo=1, spherical=False, **_all_rows(rows, seed)
     )
     kmeans.train(rows, init_centroids=initial)
     _, labels = kmeans.index.search(rows, 1)  # training leaves the last centroids in the index, but no labels for them
-    return Judgement(kmeans.centroids, labels[:, 0], kmeans.obj.tolist())
+    return FaissKMeans(kmeans.centroids, labels[:, 0], kmeans.obj.tolist())
 
 
-def _super(rows: np.ndarray, initial: np.ndarray, iterations: int, seed: int) -> Judgement:
+def _super(rows: np.ndarray, initial: np.ndarray, iterations: int, seed: int) -> FaissKMeans:
     faiss = _faiss()
     if not np.array_equal(initial, rows[starting_rows(len(rows), len(initial), seed)]):
-        raise ValueError(f"{SUPER} starts from the rows that starting_rows names, found other initial centroids")
+        raise ValueError(f"{SUPER} starts from the rows that starting_rows gives, found other initial centroids")
     kmeans = faiss.SuperKmeans(rows.shape[1], len(initial), niter=iterations, **_all_rows(rows, seed))
     kmeans.train(rows)
     _, labels = kmeans.assign(rows)
-    return Judgement(kmeans.centroids, labels, kmeans.obj.tolist())
+    return FaissKMeans(kmeans.centroids, labels, kmeans.obj.tolist())
 
 
 def _all_rows(rows: np.ndarray, seed: int) -> dict[str, Any]:
@@ -119,7 +118,7 @@ def _all_rows(rows: np.ndarray, seed: int) -> dict[str, Any]:
 
 
 def _faiss() -> Any:
-    """Untyped, because its type stubs lack half of what the judges need."""
+    """Untyped: its type stubs lack half of the names used here."""
     import faiss
 
     return faiss

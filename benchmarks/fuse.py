@@ -1,30 +1,19 @@
-"""The Grappa layer against a literal Algorithm 1: time of both directions, and what the backward pass keeps.
+"""The Grappa layer against a literal Algorithm 1: time of both directions, and memory kept for the backward pass.
 
-On a GPU all sides run under autocast to bfloat16, as training does there.
+On a GPU all sides run under autocast to bfloat16, as in training.
 
-Shapes: B images, T tokens, D channels, N adaptor sets, H bottleneck.
+Optionally Eq. (4) over several ranks: the correlation matrix by rows, whole on every rank, and whole by plain autograd,
+which sums the matrix and its gradient over the ranks. One step is value and gradients of all pairs.
 
-`bench.py fuse`: adaptors and fusion against a literal Algorithm 1.
-
-Eq. (4) over several ranks: the correlation matrix by rows, whole on every rank, and whole by plain autograd.
-
-Plain autograd sums the matrix and its gradient over the ranks. One step is value and gradients of all pairs.
-
-Shapes: B pairs of all ranks, D dimensions, R ranks.
-
-Findings of `fuse` as text for a terminal and as JSON.
-
-Algorithm 1 of the paper to the letter, as a judge of speed. Shapes: B images, T tokens, D channels, N sets.
+Shapes: B images (or pairs of all ranks), T tokens, D channels, N adaptor sets, H bottleneck, R ranks.
 """
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,21 +22,23 @@ from torch import Tensor, nn
 
 from benchmarks.harness import (
     CAN_WATCH_MEMORY,
+    MIB,
+    Log,
     Timing,
+    add_run,
     aligned,
     aligned_header,
     check_device,
     check_least,
     check_positive,
-    held_bytes,
     machine,
+    memory_growth,
+    over_ranks,
     run_workers,
     timed,
     turns,
-    watched_memory,
 )
 from grappa_dist.distributed.collectives import Comm
-from grappa_dist.make_shards.building import Tell
 from grappa_dist.models import Adaptors, Attention, GrappaLayer, create_backbone
 from grappa_dist.models.backbone import forward_precision
 from grappa_dist.training.barlow_twins_loss import (
@@ -59,7 +50,10 @@ from grappa_dist.training.barlow_twins_loss import (
     whole_penalty,
 )
 
-Fuse = Callable[[Tensor, Tensor, Tensor], Tensor]
+OURS, STACKED, LISTED = "ours", "literal, stacked", "literal, set by set"
+SIDES = (OURS, STACKED, LISTED)
+ROWS, WHOLE, PLAIN = "by rows", "whole", "whole, plain autograd"  # ways of the correlation matrix
+BETA = 0.0051
 
 
 class LiteralAdaptors:
@@ -83,7 +77,7 @@ class LiteralAdaptors:
         return (alpha[:, :, None, None] * u).sum(1) + x
 
     def listed(self, h: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        """With N tensors (B, T, D), added up one after the other."""
+        """With N tensors (B, T, D), added up one by one."""
         outputs = self._outputs(h, y)
         query = F.linear(h.mean(1), self._attention.query)
         logits = [(query * F.linear(u.mean(1), self._attention.key)).sum(1) / math.sqrt(h.shape[-1]) for u in outputs]
@@ -95,9 +89,9 @@ class LiteralAdaptors:
 
 
 class LiteralLayer(nn.Module):
-    """A plain pre-norm ViT block, opened, and the fusion after it."""
+    """A plain pre-norm ViT block, and fusion by `fuse(h, x, y)` from its inner tensors."""
 
-    def __init__(self, block: Any, fuse: Fuse) -> None:
+    def __init__(self, block: Any, fuse: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
         super().__init__()
         self.block, self._fuse = block, fuse
 
@@ -107,13 +101,9 @@ class LiteralLayer(nn.Module):
         return self._fuse(x + y, x, y)
 
 
-OURS, STACKED, LISTED = "ours", "literal, stacked", "literal, set by set"
-SIDES = (OURS, STACKED, LISTED)
-
-
 @dataclass(frozen=True)
 class FuseSettings:
-    """What to measure; the defaults are ViT-S/16 and eight sets."""
+    """Options of `bench.py fuse`; the defaults are ViT-S/16 and eight sets."""
 
     batch: int = 16
     tokens: int = 197
@@ -134,109 +124,112 @@ class FuseSettings:
 
 
 @dataclass(frozen=True)
-class Found:
-    """One side."""
+class SideFindings:
+    """One side: our layer or a literal one."""
 
     name: str
     forward: Timing
     both: Timing  # forward and backward
-    kept: int  # bytes that the backward pass needs, weights left out
+    kept: int  # bytes kept for the backward pass, weights left out
 
 
 @dataclass(frozen=True)
 class FuseFindings:
-    layer: list[Found]  # adaptors and fusion alone, the block's output given
-    model: list[Found]  # whole blocks in a row
-    apart: float  # largest difference of ours from the literal layer in output and gradients, over the largest value
+    """Results of `bench.py fuse`."""
+
+    layer: list[SideFindings]  # adaptors and fusion alone, the block's output given
+    model: list[SideFindings]  # whole blocks in a row
+    difference: float  # largest one of ours to the literal layer in output and gradients, over the largest value
 
 
-def measure_fuse(settings: FuseSettings, tell: Tell) -> FuseFindings:
+def measure_fuse(settings: FuseSettings, log: Log) -> FuseFindings:
     settings.check()
     torch.set_num_threads(settings.threads)
-    draws = torch.Generator().manual_seed(0)
-    adaptors, attention = drawn_layer(settings, draws)
-    alone = _alone(settings, adaptors, attention, draws)
-    tell("the layer")
+    generator = torch.Generator().manual_seed(0)
+    adaptors, attention = drawn_layer(settings, generator)
+    alone = _alone(settings, adaptors, attention, generator)
+    log("the layer")
     layer = _measure(alone, settings.repeats)
-    tell(f"a model of {settings.depth} blocks")
-    model = _measure(_model(settings, adaptors, attention, draws), settings.repeats)
-    return FuseFindings(layer, model, _apart(alone))
+    log(f"a model of {settings.depth} blocks")
+    model = _measure(_model(settings, adaptors, attention, generator), settings.repeats)
+    return FuseFindings(layer, model, _difference(alone))
 
 
-def drawn_layer(settings: FuseSettings, draws: torch.Generator) -> tuple[Adaptors, Attention]:
-    """Frozen adaptors that do something, and an attention that learns."""
+def drawn_layer(settings: FuseSettings, generator: torch.Generator) -> tuple[Adaptors, Attention]:
+    """Frozen adaptors that are no identity, and an attention with gradients."""
     adaptors = Adaptors(settings.sets, settings.dim, settings.bottleneck)
-    adaptors.initialise(draws)
+    adaptors.initialise(generator)
     attention = Attention(settings.dim)
-    attention.initialise(draws)
+    attention.initialise(generator)
     with torch.no_grad():
-        adaptors.up_weight.normal_(0, 1 / math.sqrt(settings.bottleneck), generator=draws)
-        adaptors.up_bias.normal_(0, 0.1, generator=draws)
+        adaptors.up_weight.normal_(0, 1 / math.sqrt(settings.bottleneck), generator=generator)
+        adaptors.up_bias.normal_(0, 0.1, generator=generator)
     return adaptors.requires_grad_(False).to(settings.device), attention.to(settings.device)
 
 
 @dataclass(frozen=True)
-class _Side:
-    """A forward pass, what it is a function of, and the gradient of its output."""
+class Side:
+    """A forward pass, its inputs and parameters, and the gradient of its output."""
 
     module: Callable[..., Tensor]
-    given: Sequence[Tensor]  # fresh leaves are made of them for every run
-    learning: Sequence[Tensor]
+    inputs: Sequence[Tensor]
+    learning: Sequence[Tensor]  # parameters with a gradient
     grad: Tensor
 
     def leaves(self) -> list[Tensor]:
-        return [t.detach().clone().requires_grad_() for t in self.given]
+        """Copies of the inputs for one run, with gradients."""
+        return [t.detach().clone().requires_grad_() for t in self.inputs]
 
     def forward(self, *leaves: Tensor) -> Tensor:
-        """As it is measured."""
+        """In the precision of training."""
         with forward_precision(self.grad.device):
             return self.module(*leaves)
 
 
 def _alone(
-    settings: FuseSettings, adaptors: Adaptors, attention: Attention, draws: torch.Generator
-) -> dict[str, _Side]:
+    settings: FuseSettings, adaptors: Adaptors, attention: Attention, generator: torch.Generator
+) -> dict[str, Side]:
     shape = (settings.batch, settings.tokens, settings.dim)
-    x, y, grad = (torch.randn(shape, generator=draws).to(settings.device) for _ in range(3))
+    x, y, grad = (torch.randn(shape, generator=generator).to(settings.device) for _ in range(3))
     learning = list(attention.parameters())
     literal = LiteralAdaptors(adaptors, attention)
     return {
-        OURS: _Side(GrappaLayer(nn.Identity(), adaptors, attention), [x + y], learning, grad),
-        STACKED: _Side(literal.stacked, [x + y, x, y], learning, grad),
-        LISTED: _Side(literal.listed, [x + y, x, y], learning, grad),
+        OURS: Side(GrappaLayer(nn.Identity(), adaptors, attention), [x + y], learning, grad),
+        STACKED: Side(literal.stacked, [x + y, x, y], learning, grad),
+        LISTED: Side(literal.listed, [x + y, x, y], learning, grad),
     }
 
 
 def _model(
-    settings: FuseSettings, adaptors: Adaptors, attention: Attention, draws: torch.Generator
-) -> dict[str, _Side]:
+    settings: FuseSettings, adaptors: Adaptors, attention: Attention, generator: torch.Generator
+) -> dict[str, Side]:
     """Pre-norm ViT blocks with the same layer after each."""
     shape = {"embed_dim": settings.dim, "num_heads": settings.dim // 64, "depth": settings.depth}
     blocks = create_backbone("timm:vit_small_patch16_224", shape, {}, pretrained=False).blocks.to(settings.device)
     sizes = (settings.batch, settings.tokens, settings.dim)
-    tokens, grad = (torch.randn(sizes, generator=draws).to(settings.device) for _ in range(2))
+    tokens, grad = (torch.randn(sizes, generator=generator).to(settings.device) for _ in range(2))
     literal = LiteralAdaptors(adaptors, attention)
     stacks = {
         OURS: nn.Sequential(*(GrappaLayer(block, adaptors, attention) for block in blocks)),
         STACKED: nn.Sequential(*(LiteralLayer(block, literal.stacked) for block in blocks)),
         LISTED: nn.Sequential(*(LiteralLayer(block, literal.listed) for block in blocks)),
     }
-    return {name: _Side(stack, [tokens], list(attention.parameters()), grad) for name, stack in stacks.items()}
+    return {name: Side(stack, [tokens], list(attention.parameters()), grad) for name, stack in stacks.items()}
 
 
-def _measure(sides: dict[str, _Side], repeats: int) -> list[Found]:
-    """All sides in turn, one round first that is not counted."""
-    runs: dict[tuple[str, bool], Timing] = {}
+def _measure(sides: dict[str, Side], repeats: int) -> list[SideFindings]:
+    """All sides in turns; the first round warms up and is not counted."""
+    forward, both = dict[str, Timing](), dict[str, Timing]()
     for number, order in enumerate(turns(list(sides), repeats + 1)):
         for name in order:
-            for backward in (False, True):
-                took = _run(sides[name], backward)
+            for timings, backward in ((forward, False), (both, True)):
+                timing = _run_side(sides[name], backward)
                 if number:
-                    runs[name, backward] = runs[name, backward].and_then(took) if number > 1 else took
-    return [Found(name, runs[name, False], runs[name, True], kept_bytes(side)) for name, side in sides.items()]
+                    add_run(timings, name, timing)
+    return [SideFindings(name, forward[name], both[name], kept_bytes(side)) for name, side in sides.items()]
 
 
-def _run(side: _Side, backward: bool) -> Timing:
+def _run_side(side: Side, backward: bool) -> Timing:
     leaves = side.leaves()
 
     def work() -> None:
@@ -249,7 +242,7 @@ def _run(side: _Side, backward: bool) -> Timing:
     return timed(work)[1]
 
 
-def kept_bytes(side: _Side) -> int:
+def kept_bytes(side: Side) -> int:
     """Bytes of distinct memory that the forward pass keeps for the backward pass, parameters left out."""
     kept: dict[int, int] = {}
 
@@ -265,8 +258,8 @@ def kept_bytes(side: _Side) -> int:
     return sum(size for pointer, size in kept.items() if pointer not in owned)
 
 
-def _apart(sides: dict[str, _Side]) -> float:
-    """Of ours and a literal layer, both in float32."""
+def _difference(sides: dict[str, Side]) -> float:
+    """Largest difference of ours to a literal layer, both in float32, over the largest value."""
     results = []
     for name in (OURS, LISTED):
         side, leaves = sides[name], sides[name].leaves()
@@ -277,9 +270,6 @@ def _apart(sides: dict[str, _Side]) -> float:
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(*results, strict=True))
 
 
-_MIB = 2**20
-
-
 def as_text(header: dict[str, str], settings: FuseSettings, findings: FuseFindings) -> str:
     s = settings
     device = "CPU alone" if s.device == "cpu" else f"{torch.cuda.get_device_name()}, bfloat16 by autocast"
@@ -287,55 +277,46 @@ def as_text(header: dict[str, str], settings: FuseSettings, findings: FuseFindin
     titles = {"adaptors and fusion alone": findings.layer, f"{s.depth} whole ViT blocks": findings.model}
     blocks = [aligned_header({**header, "sizes": sizes, "devices": device})]
     blocks += [_side_by_side(title, found) for title, found in titles.items()]
-    apart = f"{findings.apart:.1e} of the largest value"
-    end = f"ours and literal differ by at most {apart}, in output and gradients (float32)"
+    difference = f"{findings.difference:.1e} of the largest value"
+    end = f"ours and literal differ by at most {difference}, in output and gradients (float32)"
     return "\n\n".join([*blocks, end])
 
 
-def _side_by_side(title: str, found: Sequence[Found]) -> str:
-    heads = [
-        title,
-        "forward, ms",
-        "ratio",
-        "CPU ratio",
-        "forward+backward, ms",
-        "ratio",
-        "CPU ratio",
-        "kept, MiB",
-        "ratio",
-    ]
-    lines, ours = [heads], next(f for f in found if f.name == OURS)
+def _side_by_side(title: str, found: Sequence[SideFindings]) -> str:
+    ratios = ["ratio", "CPU ratio"]
+    titles = [title, "forward, ms", *ratios, "forward+backward, ms", *ratios, "kept, MiB", "ratio"]
+    lines, ours = [titles], next(f for f in found if f.name == OURS)
     for side in found:
         ratio = {name: "" if side is ours else f"{value:.2f}" for name, value in _ratios(side, ours).items()}
         lines.append(
             [
                 side.name,
-                f"{1000 * min(side.forward.runs):.1f}",
+                f"{1000 * side.forward.fastest:.1f}",
                 ratio["forward"],
                 ratio["forward_cpu"],
-                f"{1000 * min(side.both.runs):.1f}",
+                f"{1000 * side.both.fastest:.1f}",
                 ratio["forward_backward"],
                 ratio["forward_backward_cpu"],
-                f"{side.kept / _MIB:.1f}",
+                f"{side.kept / MIB:.1f}",
                 ratio["kept"],
             ]
         )
     return aligned(lines)
 
 
-def _ratios(side: Found, ours: Found) -> dict[str, float]:
-    """A judge over ours: above 1, ours is faster or keeps less."""
+def _ratios(side: SideFindings, ours: SideFindings) -> dict[str, float]:
+    """A baseline over ours: above 1, ours is faster or keeps less."""
     return {
-        "forward": min(side.forward.runs) / min(ours.forward.runs),
-        "forward_cpu": min(side.forward.cpu_runs) / min(ours.forward.cpu_runs),
-        "forward_backward": min(side.both.runs) / min(ours.both.runs),
-        "forward_backward_cpu": min(side.both.cpu_runs) / min(ours.both.cpu_runs),
+        "forward": side.forward.fastest / ours.forward.fastest,
+        "forward_cpu": side.forward.fastest_cpu / ours.forward.fastest_cpu,
+        "forward_backward": side.both.fastest / ours.both.fastest,
+        "forward_backward_cpu": side.both.fastest_cpu / ours.both.fastest_cpu,
         "kept": side.kept / max(1, ours.kept),
     }
 
 
 def as_json(header: dict[str, str], settings: FuseSettings, findings: FuseFindings) -> dict[str, Any]:
-    def plain(found: Sequence[Found]) -> list[dict[str, Any]]:
+    def plain(found: Sequence[SideFindings]) -> list[dict[str, Any]]:
         ours = next(f for f in found if f.name == OURS)
         return [
             {
@@ -355,17 +336,13 @@ def as_json(header: dict[str, str], settings: FuseSettings, findings: FuseFindin
         "settings": vars(settings),
         "layer": plain(findings.layer),
         "model": plain(findings.model),
-        "largest_difference": findings.apart,
+        "largest_difference": findings.difference,
     }
-
-
-ROWS, WHOLE, PLAIN = "by rows", "whole", "whole, plain autograd"
-BETA = 0.0051
 
 
 @dataclass(frozen=True)
 class CorrelationSettings:
-    """What to measure."""
+    """Options of `bench.py fuse --ranks`."""
 
     ranks: int = 2
     width: int = 4096
@@ -387,32 +364,31 @@ class CorrelationSettings:
 
 
 @dataclass(frozen=True)
-class FoundCorrelation:
-    """One way to do it."""
+class CorrelationFindings:
+    """One way to compute the matrix."""
 
     name: str
-    timing: Timing  # of a step: the slowest rank's seconds, the CPU seconds of all ranks
-    peak: int | None  # bytes by which the rank that grew most grew in a step
+    timing: Timing  # of a step: seconds of the slowest rank, CPU seconds of all ranks
+    peak: int | None  # bytes by which a rank grew at most in a step
     loss: float
 
 
-def measure_correlation(settings: CorrelationSettings) -> list[FoundCorrelation]:
+def measure_correlation(settings: CorrelationSettings) -> list[CorrelationFindings]:
     settings.check()
-    told = run_workers(_on_a_rank, settings.ranks, settings)
+    ranks = run_workers(_measure_rank, settings.ranks, settings)
     found = []
-    for name in (ROWS, WHOLE, PLAIN):
-        runs = zip(*(rank[name]["runs"] for rank in told), strict=True)  # of every repeat, those of all ranks
-        times = [(max(wall for wall, _ in ranks), sum(cpu for _, cpu in ranks)) for ranks in runs]
-        peaks = [rank[name]["peak"] for rank in told]
-        timing = Timing(tuple(wall for wall, _ in times), tuple(cpu for _, cpu in times))
-        found.append(FoundCorrelation(name, timing, max(peaks) if CAN_WATCH_MEMORY else None, told[0][name]["loss"]))
+    for of_way in zip(*ranks, strict=True):
+        peaks = [rank.peak for rank in of_way if rank.peak is not None]
+        timing = over_ranks([rank.timing for rank in of_way])
+        found.append(replace(of_way[0], timing=timing, peak=max(peaks, default=None)))
     return found
 
 
-def _on_a_rank(comm: Comm, settings: CorrelationSettings) -> dict[str, dict[str, Any]]:
-    draws = torch.Generator().manual_seed(comm.rank)
+def _measure_rank(comm: Comm, settings: CorrelationSettings) -> list[CorrelationFindings]:
+    """All ways as one rank measures them."""
+    generator = torch.Generator().manual_seed(comm.rank)
     own = len(range(comm.rank, settings.pairs, comm.size))
-    za, zb = (torch.randn(own, settings.width, generator=draws, requires_grad=True) for _ in range(2))
+    za, zb = (torch.randn(own, settings.width, generator=generator, requires_grad=True) for _ in range(2))
     penalties = {ROWS: by_rows_penalty(comm), WHOLE: whole_penalty(comm), PLAIN: _autograd_penalty(comm)}
 
     def step(name: str) -> float:
@@ -421,17 +397,14 @@ def _on_a_rank(comm: Comm, settings: CorrelationSettings) -> dict[str, dict[str,
         loss.backward()
         return loss.item()
 
-    found: dict[str, dict[str, Any]] = {}
-    for name in penalties:
-        found[name] = {"loss": step(name), "runs": []}  # a warm-up as well
-        found[name]["peak"] = _peak(comm, partial(step, name))
+    losses = {name: step(name) for name in penalties}  # a warm-up as well
+    peaks = {name: memory_growth(partial(step, name))[1] if CAN_WATCH_MEMORY else None for name in penalties}
+    timings: dict[str, Timing] = {}
     for order in turns(list(penalties), settings.repeats):
         for name in order:
             comm.barrier()
-            wall, cpu = time.perf_counter(), time.process_time()
-            step(name)
-            found[name]["runs"].append((time.perf_counter() - wall, time.process_time() - cpu))
-    return found
+            add_run(timings, name, timed(partial(step, name))[1])
+    return [CorrelationFindings(name, timings[name], peaks[name], losses[name]) for name in penalties]
 
 
 def _autograd_penalty(comm: Comm) -> Penalty:
@@ -445,37 +418,27 @@ def _autograd_penalty(comm: Comm) -> Penalty:
     return penalty
 
 
-def _peak(comm: Comm, work: Callable[[], float]) -> int | None:
-    if not CAN_WATCH_MEMORY:
-        return None
-    before = held_bytes()
-    comm.barrier()
-    with watched_memory() as peak:
-        work()
-    return peak[0] - before
-
-
-def correlation_text(settings: CorrelationSettings, found: list[FoundCorrelation]) -> str:
+def correlation_text(settings: CorrelationSettings, found: list[CorrelationFindings]) -> str:
     ours, sent = found[0].timing, settings.sent()
     title = f"C, D={settings.width}, B={settings.pairs}, R={settings.ranks}"
     lines = [[title, "ms", "ratio", "CPU ms of all", "ratio", "sent, MiB a rank", "peak, MiB a rank"]]
     for side in found:
-        wall, cpu = min(side.timing.runs), min(side.timing.cpu_runs)
+        wall, cpu = side.timing.fastest, side.timing.fastest_cpu
         lines.append(
             [
                 side.name,
                 f"{1000 * wall:.1f}",
-                f"{wall / min(ours.runs):.2f}",
+                f"{wall / ours.fastest:.2f}",
                 f"{1000 * cpu:.1f}",
-                f"{cpu / min(ours.cpu_runs):.2f}",
-                f"{sent[side.name] / _MIB:.1f}",
-                "-" if side.peak is None else f"{side.peak / _MIB:.1f}",
+                f"{cpu / ours.fastest_cpu:.2f}",
+                f"{sent[side.name] / MIB:.1f}",
+                "-" if side.peak is None else f"{side.peak / MIB:.1f}",
             ]
         )
     return aligned(lines)
 
 
-def correlation_json(settings: CorrelationSettings, found: list[FoundCorrelation]) -> dict[str, Any]:
+def correlation_json(settings: CorrelationSettings, found: list[CorrelationFindings]) -> dict[str, Any]:
     sides = [
         {
             "name": side.name,
@@ -494,11 +457,11 @@ SHORT = "against a literal Algorithm 1"
 DESCRIPTION = """\
 The adaptors and their fusion against a literal Algorithm 1 of the paper, once with all adapted outputs in one
 tensor and once set by set: time forward and forward+backward (gradients of the input, Q and K; adaptors are frozen),
-what is kept for the backward pass, and the same for whole blocks, on a CPU or, in bfloat16 by autocast, on a GPU.
-Ratios are judge / ours, of the fastest run of each side.
+memory kept for the backward pass, and the same for whole blocks, on a CPU or, in bfloat16 by autocast, on a GPU.
+Ratios are baseline / ours, of the fastest run of each side.
 
-With --ranks also the correlation matrix of Barlow Twins over so many processes of a thread each: by rows, whole on
-every rank, and whole by plain autograd, value and gradients; ratios are to the first of these."""
+With --ranks also the correlation matrix of Barlow Twins, value and gradients, over that many processes of one thread:
+by rows, whole on every rank, and whole by plain autograd; ratios are to the first of these."""
 EXAMPLE = """examples, half a minute each:
   python launch/bench.py fuse --repeats 9 --json json
   python launch/bench.py fuse --ranks 2 --width 4096 --pairs 256 --batch 1 --depth 1"""
@@ -514,26 +477,23 @@ def arguments(add: Callable[..., Any]) -> None:
     add("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: in bfloat16; default: %(default)s")
     add("--repeats", type=int, default=5, metavar="N", help="in alternating order, the fastest; default: %(default)s")
     add("--threads", type=int, default=2, metavar="N", help="default: %(default)s")
-    add("--ranks", type=int, metavar="R", help="also the correlation matrix, over so many; default: without it")
+    add("--ranks", type=int, metavar="R", help="also the correlation matrix, over R ranks; default: without it")
     add("--width", type=int, default=4096, metavar="D", help="of that matrix; default: %(default)s")
     add("--pairs", type=int, default=256, metavar="B", help="over all ranks; default: %(default)s")
-    add("--json", type=Path, metavar="FILE", help="all numbers, also of single runs")
 
 
-def run(asked: dict[str, Any], tell: Tell) -> tuple[str, dict[str, Any]]:
-    ranks, width, pairs = (asked.pop(name) for name in ("ranks", "width", "pairs"))
-    settings = FuseSettings(**asked)
+def run(options: dict[str, Any], log: Log) -> tuple[str, dict[str, Any]]:
+    ranks, width, pairs = (options.pop(name) for name in ("ranks", "width", "pairs"))
+    settings = FuseSettings(**options)
     matrix = None if ranks is None else CorrelationSettings(ranks, width, pairs, settings.repeats)
     if matrix is not None:
         matrix.check()
     header = machine(settings.threads, "timm")
-    findings = measure_fuse(settings, tell)
+    findings = measure_fuse(settings, log)
     text, numbers = as_text(header, settings, findings), as_json(header, settings, findings)
     if matrix is None:
         return text, numbers
-    tell(f"the correlation matrix on {ranks} ranks")
+    log(f"the correlation matrix on {ranks} ranks")
     found = measure_correlation(matrix)
-    return f"{text}\n\n{correlation_text(matrix, found)}", {
-        **numbers,
-        "matrix": correlation_json(matrix, found),
-    }
+    numbers["matrix"] = correlation_json(matrix, found)
+    return f"{text}\n\n{correlation_text(matrix, found)}", numbers

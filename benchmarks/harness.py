@@ -1,14 +1,4 @@
-"""Seconds of wall clock and of CPU, peak memory, and the order in which sides take turns.
-
-A command line that says what is wrong with it in one line, and the checks that commands share.
-
-The arithmetic limit of a device: what it reaches in one large matrix product, measured and not read off a sheet.
-
-What a measurement ran on, without which its numbers say nothing.
-
-Workers for a measurement: real processes of this machine with one thread each, joined by gloo.
-
-Rows to measure on: drawn ones that are shaped like features of images, or real ones from .npy files.
+"""What the benchmarks share: the command line, timing, memory, the machine's limits, rows to measure on, and workers.
 
 Shapes: P rows, D dimensions, C classes of all tasks.
 """
@@ -44,12 +34,86 @@ from grappa_dist.distributed.collectives import Comm, process_group
 from grappa_dist.distributed.sharded_rows import Rows
 from grappa_dist.search.fixed_point import to_grid
 
+T = TypeVar("T")
+Log = Callable[[str], None]  # takes one line of progress
+
+MIB = 2**20
+CAN_WATCH_MEMORY = sys.platform == "linux"  # memory is read from /proc
+SHARD_ROWS = 1000  # of a shard that make_shards.py writes by default
+TASKS, CLASSES, SUBCLASSES = 8, 60, 8  # of drawn rows: in all, in a task, in a class
+_VARIANCE_SHARES = (0.2, 0.2, 0.2, 0.15, 0.25)  # of a drawn row: common mean, task, class, sub-class, the row itself
+_BLOCK = 8192  # rows that are computed at once
+_PRODUCT_SIDE = {"cpu": 2048, "cuda": 8192}  # of the square matrices that give the arithmetic limit
+_PRODUCT_RUNS = 5
+
+
+# The command line
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Prints an error as one line; argparse would print the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {' '.join(message.split())} (--help lists the options)\n")
+
+
+def check_least(settings: Any, **least: int) -> None:
+    """Raises a ValueError that names the flag of a setting below its least value; None (not given) passes."""
+    for name, bound in least.items():
+        value = getattr(settings, name)
+        if value is not None and value < bound:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {bound}, got {value}")
+
+
+def check_positive(settings: Any, *names: str) -> None:
+    """The same for settings that are at least 1."""
+    check_least(settings, **dict.fromkeys(names, 1))
+
+
+def check_device(device: str) -> None:
+    """Raises a ValueError where a GPU is asked for and there is none."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no GPU here")
+
+
+# The header and the tables of a report
+
+
+def machine(threads: int, *libraries: str) -> dict[str, str]:
+    """The lines of a header by name: command, processor, threads and versions (of `libraries`, by default of faiss)."""
+    load = os.getloadavg()[0]
+    return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "processor": f"{_processor()}, {cores()} cores, load {load:.1f} at the start",
+        "threads": f"{threads} per process",
+        "versions": ", ".join(
+            [
+                f"python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}",
+                *([f"{name} {version(name)}" for name in libraries] or [faiss_version()]),
+            ]
+        ),
+    }
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _processor() -> str:
+    path = Path("/proc/cpuinfo")
+    if path.exists():
+        for line in path.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Columns side by side: names to the left, numbers to the right."""
+    """A table as text: the first column aligned to the left, the others to the right."""
     widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
-    name, *numbers = widths
-    padded = ([line[0].ljust(name), *map(str.rjust, line[1:], numbers)] for line in lines)
+    first, *others = widths
+    padded = ([line[0].ljust(first), *map(str.rjust, line[1:], others)] for line in lines)
     return "\n".join("  ".join(line).rstrip() for line in padded)
 
 
@@ -58,38 +122,186 @@ def aligned_header(header: dict[str, str]) -> str:
     return "\n".join(f"{name.ljust(width)}  {value}" for name, value in header.items())
 
 
-TASKS, CLASSES, SUBCLASSES = 8, 60, 8  # of all, of a task, of a class
-_SHARES = (0.2, 0.2, 0.2, 0.15, 0.25)  # of a row's energy: what all rows share, its task, class, sub-class, itself
-SHARD_ROWS = 1000  # of a shard that make_shards.py writes by default
-_BLOCK = 8192
+# Time
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Wall clock and CPU seconds of several runs of the same work. `+` appends runs."""
+
+    runs: tuple[float, ...]  # seconds of each
+    cpu_runs: tuple[float, ...]  # CPU seconds of each, over all threads
+
+    @property
+    def seconds(self) -> float:
+        """The median."""
+        return statistics.median(self.runs)
+
+    @property
+    def cpu(self) -> float:
+        """The median. Over `seconds` it is the number of cores in use, which shows too many threads, or waiting."""
+        return statistics.median(self.cpu_runs)
+
+    @property
+    def fastest(self) -> float:
+        return min(self.runs)
+
+    @property
+    def fastest_cpu(self) -> float:
+        return min(self.cpu_runs)
+
+    def __add__(self, other: Timing) -> Timing:
+        return Timing(self.runs + other.runs, self.cpu_runs + other.cpu_runs)
+
+
+def timed(work: Callable[[], T]) -> tuple[T, Timing]:
+    """The result and one run; its CPU seconds include child processes that the work started and waited for."""
+    wall, cpu = time.perf_counter(), _cpu_s()
+    result = work()
+    return result, Timing((time.perf_counter() - wall,), (_cpu_s() - cpu,))
+
+
+def _cpu_s() -> float:
+    spent = os.times()
+    return time.process_time() + spent.children_user + spent.children_system
+
+
+def over_ranks(timings: Sequence[Timing]) -> Timing:
+    """The same runs on several ranks as one timing: seconds of the slowest rank, CPU seconds of all ranks."""
+    runs = zip(*(timing.runs for timing in timings), strict=True)
+    cpu_runs = zip(*(timing.cpu_runs for timing in timings), strict=True)
+    return Timing(tuple(map(max, runs)), tuple(map(sum, cpu_runs)))
+
+
+def in_turns(sides: Mapping[str, Callable[[], T]], repeats: int, log: Log) -> tuple[dict[str, T], dict[str, Timing]]:
+    """Runs all sides in alternating order; each side's last result and all of its runs."""
+    results, timings = dict[str, T](), dict[str, Timing]()
+    for repeat, order in enumerate(turns(list(sides), repeats)):
+        for name in order:
+            log(f"run {repeat + 1} of {repeats}: {name}")
+            results[name], timing = timed(sides[name])
+            add_run(timings, name, timing)
+    return results, timings
+
+
+def add_run(timings: dict[str, Timing], side: str, timing: Timing) -> None:
+    timings[side] = timings[side] + timing if side in timings else timing
+
+
+def turns(sides: Sequence[str], repeats: int) -> Iterator[list[str]]:
+    """The order of each round: forwards, backwards, ..., so that a machine that slows down slows all sides alike."""
+    for repeat in range(repeats):
+        yield list(sides) if repeat % 2 == 0 else list(reversed(sides))
+
+
+# Memory
+
+
+def anonymous_bytes() -> int:
+    """Resident memory of this process without pages of mapped files, which the kernel may drop."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("RssAnon")) * 1024
+
+
+def held_bytes() -> int:
+    """`anonymous_bytes` after the allocator returned its freed memory, where it has a call for that."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc
+    if trim is not None:
+        trim(0)
+    return anonymous_bytes()
+
+
+@contextmanager
+def watched_memory() -> Iterator[list[int]]:
+    """The peak of `anonymous_bytes` so far, as the one entry of a list, sampled every millisecond."""
+    peak, over = [anonymous_bytes()], threading.Event()
+
+    def sample() -> None:
+        while not over.wait(0.001):
+            peak[0] = max(peak[0], anonymous_bytes())
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        over.set()
+        thread.join()
+
+
+def memory_growth(work: Callable[[], T]) -> tuple[T, int]:
+    """The result, and the bytes by which this process grew at most while the work ran."""
+    held = held_bytes()
+    with watched_memory() as peak:
+        result = work()
+    return result, peak[0] - held
+
+
+# The arithmetic limit
+
+
+def arithmetic_limit(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations per second in one large matrix product, a multiplication and an addition being two.
+
+    Measured rather than read off a data sheet: the fastest of a few runs.
+    """
+    side = _PRODUCT_SIDE[device.type]
+    a = torch.ones(side, side, device=device, dtype=dtype)
+
+    def product() -> None:
+        a @ a
+        wait_for(device)
+
+    product()  # compiles or loads what it needs
+    return 2.0 * side**3 / min(timed(product)[1].seconds for _ in range(_PRODUCT_RUNS))
+
+
+def wait_for(device: torch.device) -> None:
+    """Waits until a GPU has finished the work in its queue."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+# Rows to measure on
+
+
+def rows_to_measure(
+    features: Path | None, limit: int | None, drawn: tuple[int, int], seed: int
+) -> tuple[np.ndarray, str]:
+    """Unit grid rows (P, D) and a line about them: at most `limit` of `features`, else `drawn` = (P, D) random ones."""
+    if features is not None:
+        return read_rows(features, limit)
+    tree = f"{TASKS} tasks > {CLASSES} classes > {SUBCLASSES} sub-classes"
+    return drawn_rows(*drawn, seed), f"drawn: {drawn[0]} rows, {tree}, seed {seed}"
 
 
 def drawn_rows(num_rows: int, dim: int, seed: int) -> np.ndarray:
-    """Unit grid rows (P, D) float32: a mixture in a mixture in a mixture, with classes of uneven sizes.
+    """Random unit grid rows (P, D) float32, shaped like features of images; a function of the arguments.
 
-    The spectrum decays as a power law, and is turned so that no algorithm finds the large directions first in memory.
+    A mixture of three levels (tasks, classes, sub-classes of uneven sizes). The spectrum decays as a power law and is
+    rotated, so that the large directions are not the first ones in memory.
     """
-    draws = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     spectrum = (1.0 + np.arange(dim)) ** -0.5
     spectrum /= np.linalg.norm(spectrum)
-    turn = np.linalg.qr(draws.standard_normal((dim, dim)))[0]
-    mean, task, kind, sub, own = (share**0.5 * spectrum for share in _SHARES)
-    num_kinds = TASKS * CLASSES
-    tasks = mean * draws.standard_normal(dim) + task * draws.standard_normal((TASKS, dim))
-    kinds = np.repeat(tasks, CLASSES, axis=0) + kind * draws.standard_normal((num_kinds, dim))
-    subs = np.repeat(kinds, SUBCLASSES, axis=0) + sub * draws.standard_normal((num_kinds * SUBCLASSES, dim))
-    sizes = draws.permutation((1.0 + np.arange(len(subs))) ** -0.5)
+    rotation = np.linalg.qr(rng.standard_normal((dim, dim)))[0]
+    of_mean, of_task, of_class, of_sub, of_row = (share**0.5 * spectrum for share in _VARIANCE_SHARES)
+    num_classes = TASKS * CLASSES
+    tasks = of_mean * rng.standard_normal(dim) + of_task * rng.standard_normal((TASKS, dim))
+    classes = np.repeat(tasks, CLASSES, axis=0) + of_class * rng.standard_normal((num_classes, dim))
+    subs = np.repeat(classes, SUBCLASSES, axis=0) + of_sub * rng.standard_normal((num_classes * SUBCLASSES, dim))
+    sizes = rng.permutation((1.0 + np.arange(len(subs))) ** -0.5)
     rows = np.empty((num_rows, dim), dtype=np.float32)
     for start in range(0, num_rows, _BLOCK):
         out = rows[start : start + _BLOCK]
-        picked = draws.choice(len(subs), size=len(out), p=sizes / sizes.sum())
-        x = (subs[picked] + own * draws.standard_normal((len(out), dim))) @ turn
+        picked = rng.choice(len(subs), size=len(out), p=sizes / sizes.sum())
+        x = (subs[picked] + of_row * rng.standard_normal((len(out), dim))) @ rotation
         out[:] = _on_grid(x / np.linalg.norm(x, axis=1, keepdims=True))
     return rows
 
 
 def read_rows(source: Path, limit: int | None) -> tuple[np.ndarray, str]:
-    """Unit grid rows (P, D) of one .npy file or of all under a folder, in order of their names, and what they are.
+    """Unit grid rows (P, D) of one .npy file or of all under a folder, in order of their names, and a line about them.
 
     Rows that are all zero stand for images that did not decode, and are left out.
     """
@@ -121,12 +333,12 @@ def _read(file: Path, dim: int | None) -> np.ndarray:
 
 
 def _on_grid(rows: np.ndarray) -> np.ndarray:
-    """All sides are given these values, so none gains by rounding."""
+    """Rounded to the grid of exact scores before anything is measured: no side gains by rounding."""
     return to_grid(torch.from_numpy(rows)).numpy()
 
 
 def in_shards(rows: np.ndarray, shard_rows: int = SHARD_ROWS) -> Rows:
-    """The rows as a run holds them: in shards, none of them bad."""
+    """The rows in shards, as in a run, none of them bad."""
     shards = [rows[start : start + shard_rows] for start in range(0, len(rows), shard_rows)]
     return Rows(shards, [np.ones(len(shard), dtype=bool) for shard in shards])
 
@@ -140,32 +352,34 @@ def squared_error(rows: np.ndarray, centroids: np.ndarray, labels: np.ndarray) -
     return total
 
 
+# Workers: processes of this machine with one thread each, joined by gloo
+
 _CONTEXT = multiprocessing.get_context("spawn")  # a fork would inherit the parent's threads and memory
 
 
 def run_workers(work: Callable[..., Any], size: int, *args: Any) -> list[Any]:
-    """What `work(comm, *args)` returns on each worker, in rank order; the first that fails ends the others."""
+    """Results of `work(comm, *args)` on every worker, in rank order; if one fails, all are ended."""
     address = _free_address()
     pipes = [_CONTEXT.Pipe(duplex=False) for _ in range(size)]
     workers = [
-        _CONTEXT.Process(target=_run, args=(writer, rank, size, address, work, args), daemon=True)
+        _CONTEXT.Process(target=_run_worker, args=(writer, (rank, size, address), work, args), daemon=True)
         for rank, (_, writer) in enumerate(pipes)
     ]
     try:
-        with _interrupts_ignored():  # a child inherits that: Ctrl-C ends this process, and this one ends them
+        with _interrupts_ignored():  # inherited by the children: on Ctrl-C this process ends them
             for worker in workers:
                 worker.start()
         for _, writer in pipes:
-            writer.close()  # so that a worker that dies in silence is seen as the end of its pipe
-        return _collect([reader for reader, _ in pipes])
+            writer.close()  # so that the death of a worker shows as the end of its pipe
+        return _results([reader for reader, _ in pipes])
     finally:
         for worker in workers:
             if worker.pid is not None:
-                worker.kill()  # on success it has said all it had to say
+                worker.kill()  # after success its result is already here
                 worker.join()
 
 
-def _collect(readers: list[Connection]) -> list[Any]:
+def _results(readers: list[Connection]) -> list[Any]:
     results: dict[int, Any] = {}
     while len(results) < len(readers):
         for ready in wait([reader for rank, reader in enumerate(readers) if rank not in results]):
@@ -173,17 +387,18 @@ def _collect(readers: list[Connection]) -> list[Any]:
             try:
                 ok, value = readers[rank].recv()
             except EOFError:
-                raise RuntimeError(f"worker {rank} of {len(readers)} died without a word") from None
+                raise RuntimeError(f"worker {rank} of {len(readers)} died without an error message") from None
             if not ok:
                 raise RuntimeError(f"worker {rank} of {len(readers)} failed: {value}")
             results[rank] = value
     return [results[rank] for rank in range(len(readers))]
 
 
-def _run(  # one argument per thing that a spawned process is given
-    writer: Connection, rank: int, size: int, address: str, *job: Any
+def _run_worker(
+    writer: Connection, place: tuple[int, int, str], work: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
-    work, args = job
+    """One worker at `place` = (rank, size, address); sends (True, result) or (False, error)."""
+    rank, size, address = place
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
@@ -199,8 +414,8 @@ def _run(  # one argument per thing that a spawned process is given
 
 
 @contextmanager
-def group_of_one(device: torch.device) -> Iterator[Comm]:
-    """A process group of this process alone, which the training engine wants."""
+def single_process_group(device: torch.device) -> Iterator[Comm]:
+    """A process group of this process alone; the training engine needs one."""
     with process_group(0, 1, _free_address(), backend="nccl" if device.type == "cuda" else "gloo") as comm:
         yield comm
 
@@ -218,176 +433,3 @@ def _free_address() -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return f"127.0.0.1:{probe.getsockname()[1]}"
-
-
-def machine(threads: int, *libraries: str) -> dict[str, str]:
-    """The lines of a header, by name; `libraries` whose versions are told instead of faiss's."""
-    load = os.getloadavg()[0]
-    return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "processor": f"{_processor()}, {cores()} cores, load {load:.1f} at the start",
-        "threads": f"{threads} per process",
-        "versions": ", ".join(
-            [
-                f"python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}",
-                *([f"{name} {version(name)}" for name in libraries] or [faiss_version()]),
-            ]
-        ),
-    }
-
-
-def cores() -> int:
-    """Those this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _processor() -> str:
-    path = Path("/proc/cpuinfo")
-    if path.exists():
-        for line in path.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-T = TypeVar("T")
-Name = TypeVar("Name")  # of a side, or what else tells it from others
-
-CAN_WATCH_MEMORY = sys.platform == "linux"  # reads /proc
-
-
-@dataclass(frozen=True)
-class Timing:
-    """One side's runs of the same work."""
-
-    runs: tuple[float, ...]  # seconds of each
-    cpu_runs: tuple[float, ...]  # CPU seconds of each, over all threads
-
-    @property
-    def seconds(self) -> float:
-        return statistics.median(self.runs)
-
-    @property
-    def cpu(self) -> float:
-        """Over `seconds`, how many cores it kept busy: shows what takes more threads than it was given, or waits."""
-        return statistics.median(self.cpu_runs)
-
-    def and_then(self, other: Timing) -> Timing:
-        return Timing(self.runs + other.runs, self.cpu_runs + other.cpu_runs)
-
-
-def timed(work: Callable[[], T]) -> tuple[T, Timing]:
-    """With the CPU seconds of processes that the work started and saw the end of."""
-    wall, cpu = time.perf_counter(), _cpu_s()
-    result = work()
-    return result, Timing((time.perf_counter() - wall,), (_cpu_s() - cpu,))
-
-
-def _cpu_s() -> float:
-    spent = os.times()
-    return time.process_time() + spent.children_user + spent.children_system
-
-
-def in_turns(
-    sides: Mapping[str, Callable[[], T]], repeats: int, tell: Callable[[str], None]
-) -> tuple[dict[str, T], dict[str, Timing]]:
-    """What every side gave last, and all of its runs."""
-    results, timings = dict[str, T](), dict[str, Timing]()
-    for repeat, order in enumerate(turns(list(sides), repeats)):
-        for name in order:
-            tell(f"run {repeat + 1} of {repeats}: {name}")
-            results[name], timing = timed(sides[name])
-            add_run(timings, name, timing)
-    return results, timings
-
-
-def add_run(timings: dict[Name, Timing], side: Name, timing: Timing) -> None:
-    """Adds a run to those of its side."""
-    timings[side] = timings[side].and_then(timing) if side in timings else timing
-
-
-def turns(sides: Sequence[str], repeats: int) -> Iterator[list[str]]:
-    """Each round's order: forwards, backwards, ..., so that a machine that slows down slows all sides alike."""
-    for repeat in range(repeats):
-        yield list(sides) if repeat % 2 == 0 else list(reversed(sides))
-
-
-def anonymous_bytes() -> int:
-    """What this process holds itself; pages of mapped files are the kernel's to drop."""
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith("RssAnon")) * 1024
-
-
-def held_bytes() -> int:
-    """`anonymous_bytes` without what the allocator keeps of freed memory, where it can be told to give that back."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc
-    if trim is not None:
-        trim(0)
-    return anonymous_bytes()
-
-
-@contextmanager
-def watched_memory() -> Iterator[list[int]]:
-    """The most bytes that this process has held so far, as the one entry of a list, looked at every millisecond."""
-    peak, over = [anonymous_bytes()], threading.Event()
-
-    def look() -> None:
-        while not over.wait(0.001):
-            peak[0] = max(peak[0], anonymous_bytes())
-
-    thread = threading.Thread(target=look)
-    thread.start()
-    try:
-        yield peak
-    finally:
-        over.set()
-        thread.join()
-
-
-_LARGE = {"cpu": 2048, "cuda": 8192}  # side of the product
-_RUNS = 5
-
-
-def arithmetic_limit(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations per second, a multiplication and an addition being two; the fastest of a few runs."""
-    side = _LARGE[device.type]
-    a = torch.ones(side, side, device=device, dtype=dtype)
-
-    def product() -> None:
-        a @ a
-        wait_for(device)
-
-    product()  # compiles or loads what it needs
-    return 2.0 * side**3 / min(timed(product)[1].seconds for _ in range(_RUNS))
-
-
-def wait_for(device: torch.device) -> None:
-    """Until what it was asked to compute is there: a GPU is asked ahead."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """argparse prints its usage before an error, which hides the error."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {' '.join(message.split())} (--help lists the options)\n")
-
-
-def check_least(settings: Any, **least: int) -> None:
-    """Raises a ValueError that names the flag of a setting below its least value; None, not given, is none."""
-    for name, bound in least.items():
-        value = getattr(settings, name)
-        if value is not None and value < bound:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {bound}, got {value}")
-
-
-def check_positive(settings: Any, *names: str) -> None:
-    """The same for settings that are at least 1."""
-    check_least(settings, **dict.fromkeys(names, 1))
-
-
-def check_device(device: str) -> None:
-    """Raises a ValueError where a GPU is asked for and there is none."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no GPU here")

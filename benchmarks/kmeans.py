@@ -1,24 +1,18 @@
 """k-means against faiss: the same rows, first centroids, iterations and threads, until every row has its label.
 
-Ours gives exact labels, so the judges' final search for labels is in their time too. With `iterations` updates each
-side looks at all rows `iterations` + 1 times. Ours stops when no centroid moves any more; the judges are then asked for
-as many updates as ours made, and faiss may stop earlier still, when its objective does not change.
+Ours gives exact labels, so the baselines' time includes their final search for labels. With `iterations` updates each
+side reads all rows `iterations` + 1 times. Ours stops when no centroid moves any more; the baselines then run as many
+updates as ours did, and faiss may stop earlier still, when its objective does not change.
+
+Measured besides: seeding, the speedup of several workers, and the memory of one worker as rows grow, each in processes
+of its own.
 
 Shapes: P rows, K centroids, D dimensions.
-
-`bench.py kmeans`: k-means against faiss.
-
-What more workers gain, and what more rows cost a worker in memory: each in processes of its own.
-
-Shapes: P rows, K centroids.
-
-Findings as text for a terminal and as JSON.
 """
 
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,23 +21,29 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.faiss_baselines import SUPER_MIN_DIM, judges, nearest_labels, seed_by_faiss, set_threads, starting_rows
+from benchmarks.faiss_baselines import (
+    SUPER_MIN_DIM,
+    kmeans_baselines,
+    nearest_labels,
+    seed_by_faiss,
+    set_threads,
+    starting_rows,
+)
 from benchmarks.harness import (
     CAN_WATCH_MEMORY,
-    CLASSES,
+    MIB,
     SHARD_ROWS,
-    SUBCLASSES,
-    TASKS,
+    Log,
     Timing,
     add_run,
     aligned,
     aligned_header,
     anonymous_bytes,
     check_least,
-    drawn_rows,
     in_shards,
     machine,
-    read_rows,
+    over_ranks,
+    rows_to_measure,
     run_workers,
     squared_error,
     timed,
@@ -54,98 +54,21 @@ from grappa_dist.distributed.collectives import Comm
 from grappa_dist.distributed.sharded_rows import Rows, join_rows
 from grappa_dist.kmeans.lloyd import KMeans, sharded_kmeans
 from grappa_dist.kmeans.seeding import oversampled_centroids, seed_centroids
-from grappa_dist.make_shards.building import Tell
-
-MORE_ROWS = 8
-_MEMORY_ITERATIONS = 2
-_SCALING_WARM_UP_ROWS = 512
-
-
-@dataclass(frozen=True)
-class Scaling:
-    """The same clustering by one worker of one thread and by several."""
-
-    num_labels: int
-    workers: int
-    one: Timing
-    several: Timing
-
-    @property
-    def speedup(self) -> float:
-        return self.one.seconds / self.several.seconds
-
-
-@dataclass(frozen=True)
-class Memory:
-    """What one worker holds at most beyond what it held before it began, in bytes, rows in a mapped file."""
-
-    num_labels: int
-    rows: int
-    growth: int
-    more_rows: int
-    more_growth: int
-
-    @property
-    def per_row(self) -> float:
-        return (self.more_growth - self.growth) / (self.more_rows - self.rows)
-
-
-def measure_scaling(file: Path, starts: np.ndarray, iterations: int, *, workers: int, repeats: int) -> Scaling:
-    """Times `sharded_kmeans` from the rows at `starts`, (K,), on one worker and on several, a thread each."""
-    found: dict[int, Timing] = {}
-    for order in turns(["one", "several"], repeats):
-        for side in order:
-            size = 1 if side == "one" else workers
-            ranks = run_workers(_clock, size, file, starts, iterations)
-            slowest = Timing((max(wall for wall, _ in ranks),), (sum(cpu for _, cpu in ranks),))
-            add_run(found, size, slowest)
-    return Scaling(len(starts), workers, found[1], found[workers])
-
-
-def measure_memory(file: Path, num_labels: int) -> Memory:
-    """One worker, seeding included, on the rows once and as if there were eight times as many of them."""
-    rows = len(np.load(file, mmap_mode="r"))
-    less, more = (run_workers(_growth, 1, file, num_labels, times)[0] for times in (1, MORE_ROWS))
-    return Memory(num_labels, rows, less, rows * MORE_ROWS, more)
-
-
-def _clock(comm: Comm, file: Path, starts: np.ndarray, iterations: int) -> tuple[float, float]:
-    """Wall and CPU seconds of this worker, libraries loaded and rows in the page cache."""
-    mapped = np.load(file, mmap_mode="r")
-    initial = mapped[np.sort(starts)].copy()
-    own = mapped[comm.rank * len(mapped) // comm.size : (comm.rank + 1) * len(mapped) // comm.size]
-    float(own.sum())  # reads every page, so that no side waits for the disk
-    warm_up = Rows([own[:_SCALING_WARM_UP_ROWS]], [np.ones(len(own[:_SCALING_WARM_UP_ROWS]), dtype=bool)])
-    sharded_kmeans(comm, warm_up, 2, KMeans(iterations=1))
-    rows = Rows([own], [np.ones(len(own), dtype=bool)])
-    comm.barrier()
-    wall, cpu = time.perf_counter(), time.process_time()
-    sharded_kmeans(comm, rows, len(initial), KMeans(iterations=iterations, initial=initial))
-    return time.perf_counter() - wall, time.process_time() - cpu
-
-
-def _growth(comm: Comm, file: Path, num_labels: int, times: int) -> int:
-    mapped = np.load(file, mmap_mode="r")
-    few = mapped[:_SCALING_WARM_UP_ROWS]
-    sharded_kmeans(comm, Rows([few], [np.ones(len(few), dtype=bool)]), 2, KMeans(iterations=1))  # loads libraries
-    good = np.ones(len(mapped), dtype=bool)
-    rows = Rows([mapped] * times, [good] * times)  # the same file again: pages of it are not counted anyway
-    before = anonymous_bytes()
-    with watched_memory() as peak:
-        sharded_kmeans(comm, rows, num_labels, KMeans(iterations=_MEMORY_ITERATIONS))
-    return peak[0] - before
-
 
 OURS = "ours"
+ONE, SEVERAL = "one worker", "several workers"
+DRAWN_ROWS, DRAWN_DIM = 133_339, 384  # like the unlabelled images of four real tasks, by a small ViT
 SAME_OBJECTIVE = 1e-3  # sides whose objectives differ by a larger share did not do the same work
+MORE_ROWS = 8  # times the rows, for the memory of a worker
+_MEMORY_ITERATIONS = 2
 _SAME_START = 1e-3  # faiss adds up in float32
-_WARM_UP_ROWS = 1024
-DRAWN_ROWS, DRAWN_DIM = 133_339, 384  # of the unlabelled images of four real tasks, by a small ViT
+_WARM_UP_ROWS, _WORKER_WARM_UP_ROWS = 1024, 512
+_NONE = "-"
 
 
 @dataclass(frozen=True)
 class KMeansSettings:
-    """What `bench.py kmeans` was asked for."""
+    """Options of `bench.py kmeans`."""
 
     rows: int | None = None
     dim: int | None = None
@@ -156,8 +79,8 @@ class KMeansSettings:
     workers: int = 2
     scaling_labels: tuple[int, ...] | None = None  # default: the middle one of num_labels
     repeats: int = 1
-    shard_rows: int = SHARD_ROWS  # ours takes the rows in shards, as a run has them
-    init: str = OURS  # of whom seeding is timed: none, ours, both
+    shard_rows: int = SHARD_ROWS  # ours takes the rows in shards, as in a run
+    init: str = OURS  # whose seeding is timed: none, ours, both
     seed: int = 0
 
     def check(self) -> None:
@@ -182,44 +105,44 @@ class KMeansSettings:
 
 @dataclass(frozen=True)
 class Side:
-    """What ours or one judge did at one K."""
+    """Ours or one baseline at one K."""
 
     name: str
     timing: Timing
     iterations: int  # updates of the centroids
     objective: float  # sum of squared distances to the own centroids, in float64 for all sides alike
-    start: float  # that of the initial centroids, as the side itself says
-    exact_share: float | None = None  # of ours: assignments that floats alone could not decide
+    start: float  # that of the initial centroids, as the side itself computes it
+    exact_share: float | None = None  # of ours: assignments that needed exact scores
     searched_share: float | None = None  # of ours: distances that bounds did not spare
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Ours and the judges at one K."""
+    """Ours and the baselines at one K."""
 
     num_labels: int
     ours: Side
-    judges: list[Side]
+    baselines: list[Side]
 
-    def ratio(self, judge: Side) -> float:
-        return judge.timing.seconds / self.ours.timing.seconds
+    def ratio(self, baseline: Side) -> float:
+        return baseline.timing.seconds / self.ours.timing.seconds
 
-    def cpu_ratio(self, judge: Side) -> float:
-        """The same in CPU seconds, which a busy machine disturbs less."""
-        return judge.timing.cpu / self.ours.timing.cpu
+    def cpu_ratio(self, baseline: Side) -> float:
+        """The same in CPU seconds, which other work on the machine disturbs less."""
+        return baseline.timing.cpu / self.ours.timing.cpu
 
-    def difference(self, judge: Side) -> float:
-        """By what share the objective of ours lies above (worse) or below (better) the judge's."""
-        return self.ours.objective / judge.objective - 1
+    def difference(self, baseline: Side) -> float:
+        """By what share the objective of ours lies above (worse) or below (better) the baseline's."""
+        return self.ours.objective / baseline.objective - 1
 
     @property
     def fastest(self) -> Side:
-        return min(self.judges, key=lambda judge: judge.timing.seconds)
+        return min(self.baselines, key=lambda baseline: baseline.timing.seconds)
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """First centroids: seconds, and the sum of squared distances to the nearest of them."""
+class FirstCentroids:
+    """One way of seeding: its seconds, and the sum of squared distances to the nearest of its centroids."""
 
     seconds: float
     objective: float
@@ -227,15 +150,44 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Seeding:
-    """First centroids at one K, drawn in several ways."""
+    """All ways of seeding at one K."""
 
     num_labels: int
-    ways: dict[str, Drawn]
+    ways: dict[str, FirstCentroids]
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """The same clustering by one worker of one thread and by several."""
+
+    num_labels: int
+    workers: int
+    one: Timing
+    several: Timing
+
+    @property
+    def speedup(self) -> float:
+        return self.one.seconds / self.several.seconds
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes by which one worker grew at most, with rows in a mapped file, at two numbers of rows."""
+
+    num_labels: int
+    rows: int
+    growth: int
+    more_rows: int
+    more_growth: int
+
+    @property
+    def per_row(self) -> float:
+        return (self.more_growth - self.growth) / (self.more_rows - self.rows)
 
 
 @dataclass(frozen=True)
 class KMeansFindings:
-    """All that was measured."""
+    """Results of `bench.py kmeans`."""
 
     source: str
     shape: tuple[int, int]
@@ -245,131 +197,158 @@ class KMeansFindings:
     memory: Memory | None
 
 
-def measure_kmeans(settings: KMeansSettings, tell: Tell) -> KMeansFindings:
+def measure_kmeans(settings: KMeansSettings, log: Log) -> KMeansFindings:
     settings.check()
     torch.set_num_threads(settings.threads)  # before any work: threads that idle spin for a while
     set_threads(settings.threads)
-    tell("rows")
-    rows, source = _rows(settings)
+    log("rows")
+    drawn = settings.rows or DRAWN_ROWS, settings.dim or DRAWN_DIM
+    rows, source = rows_to_measure(settings.features, settings.rows, drawn, settings.seed)
+    if rows.shape[1] < SUPER_MIN_DIM:
+        raise ValueError(f"--features: rows have {rows.shape[1]} dimensions, expected at least {SUPER_MIN_DIM}")
     settings.check_labels(len(rows))
-    comparisons = [_compare(rows, num, settings, tell) for num in settings.num_labels]
-    seedings = [_seed(rows, num, settings, tell) for num in settings.num_labels if settings.init != "none"]
+    comparisons = [_compare(rows, num, settings, log) for num in settings.num_labels]
+    seedings = [_seed(rows, num, settings, log) for num in settings.num_labels if settings.init != "none"]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.npy"
         np.save(file, rows)
-        shape = (rows.shape[0], rows.shape[1])
         scalings = []
         for num in settings.to_scale():
-            tell(f"K={num}: 1 and {settings.workers} workers of one thread")
-            starts = starting_rows(len(rows), num, settings.seed)
-            scalings.append(
-                measure_scaling(file, starts, settings.iterations, workers=settings.workers, repeats=settings.repeats)
-            )
-        tell("memory of one worker")
-        memory = measure_memory(file, min(settings.num_labels)) if CAN_WATCH_MEMORY else None
-    return KMeansFindings(source, shape, comparisons, seedings, scalings, memory)
+            log(f"K={num}: 1 and {settings.workers} workers of one thread")
+            scalings.append(_scale(file, starting_rows(len(rows), num, settings.seed), settings))
+        log("memory of one worker")
+        memory = _memory(file, min(settings.num_labels)) if CAN_WATCH_MEMORY else None
+    return KMeansFindings(source, (rows.shape[0], rows.shape[1]), comparisons, seedings, scalings, memory)
 
 
-def _rows(settings: KMeansSettings) -> tuple[np.ndarray, str]:
-    if settings.features is not None:
-        rows, source = read_rows(settings.features, settings.rows)
-        if rows.shape[1] < SUPER_MIN_DIM:
-            raise ValueError(f"--features: rows have {rows.shape[1]} dimensions, expected at least {SUPER_MIN_DIM}")
-        return rows, source
-    num, dim = settings.rows or DRAWN_ROWS, settings.dim or DRAWN_DIM
-    source = f"drawn: {num} rows, {TASKS} tasks > {CLASSES} classes > {SUBCLASSES} sub-classes, seed {settings.seed}"
-    return drawn_rows(num, dim, settings.seed), source
-
-
-def _compare(rows: np.ndarray, num_labels: int, settings: KMeansSettings, tell: Tell) -> Comparison:
+def _compare(rows: np.ndarray, num_labels: int, settings: KMeansSettings, log: Log) -> Comparison:
     initial = rows[starting_rows(len(rows), num_labels, settings.seed)]
     _warm_up(rows, settings.seed)
     found: dict[str, Side] = {}
     updates = settings.iterations
-    for repeat, order in enumerate(turns([OURS, *judges()], settings.repeats)):
+    for repeat, order in enumerate(turns([OURS, *kmeans_baselines()], settings.repeats)):
         for name in order:
-            tell(f"K={num_labels}, run {repeat + 1} of {settings.repeats}: {name}")
-            side = _run(name, rows, initial, updates, settings.seed, settings.shard_rows)
+            log(f"K={num_labels}, run {repeat + 1} of {settings.repeats}: {name}")
+            side = _run_side(name, rows, initial, (updates, settings.seed, settings.shard_rows))
             updates = min(updates, side.iterations) if name == OURS else updates
-            found[name] = _joined(found.get(name), side)
+            found[name] = replace(side, timing=found[name].timing + side.timing) if name in found else side
     ours = found.pop(OURS)
     for side in found.values():
-        if abs(side.start / ours.start - 1) > _SAME_START:  # this faiss draws other rows than starting_rows says
+        if abs(side.start / ours.start - 1) > _SAME_START:  # this faiss draws other rows than starting_rows gives
             raise RuntimeError(f"{side.name} began at an objective of {side.start:.6g}, ours at {ours.start:.6g}")
     return Comparison(num_labels, ours, list(found.values()))
 
 
-def _joined(before: Side | None, side: Side) -> Side:
-    if before is None:
-        return side
-    return replace(side, timing=before.timing.and_then(side.timing))
-
-
-def _run(name: str, rows: np.ndarray, initial: np.ndarray, *counts: int) -> Side:
+def _run_side(name: str, rows: np.ndarray, initial: np.ndarray, counts: tuple[int, int, int]) -> Side:
+    """One run; `counts` = (iterations, seed, rows of a shard)."""
     iterations, seed, shard_rows = counts
     if name == OURS:
-        shares = in_shards(rows, shard_rows)
-        found, timing = timed(
-            lambda: sharded_kmeans(Comm(), shares, len(initial), KMeans(iterations=iterations, initial=initial))
-        )
-        objective = squared_error(rows, found.centroids, np.concatenate(found.labels))
-        shares_of = (found.exact_share, found.searched_share)
-        return Side(name, timing, len(found.inertia) - 1, objective, found.inertia[0], *shares_of)
-    judge = judges()[name]
-    said, timing = timed(lambda: judge(rows, initial, iterations, seed))
-    objective = squared_error(rows, said.centroids, said.labels)
-    return Side(name, timing, len(said.objectives), objective, said.objectives[0])
+        shards, how = in_shards(rows, shard_rows), KMeans(iterations=iterations, initial=initial)
+        ours, timing = timed(lambda: sharded_kmeans(Comm(), shards, len(initial), how))
+        objective = squared_error(rows, ours.centroids, np.concatenate(ours.labels))
+        shares = ours.exact_share, ours.searched_share
+        return Side(name, timing, len(ours.inertia) - 1, objective, ours.inertia[0], *shares)
+    baseline = kmeans_baselines()[name]
+    found, timing = timed(lambda: baseline(rows, initial, iterations, seed))
+    objective = squared_error(rows, found.centroids, found.labels)
+    return Side(name, timing, len(found.objectives), objective, found.objectives[0])
 
 
 def _warm_up(rows: np.ndarray, seed: int) -> None:
     """Loads libraries and starts threads before any clock runs."""
     few = rows[:_WARM_UP_ROWS]
-    for name in [OURS, *judges()]:
-        _run(name, few, few[starting_rows(len(few), 1, seed)], 1, seed, len(few))
+    for name in [OURS, *kmeans_baselines()]:
+        _run_side(name, few, few[starting_rows(len(few), 1, seed)], (1, seed, len(few)))
 
 
-def _seed(rows: np.ndarray, num_labels: int, settings: KMeansSettings, tell: Tell) -> Seeding:
-    share = join_rows(Comm(), in_shards(rows, settings.shard_rows), device=torch.device("cpu"))
+def _seed(rows: np.ndarray, num_labels: int, settings: KMeansSettings, log: Log) -> Seeding:
+    sharded = join_rows(Comm(), in_shards(rows, settings.shard_rows), device=torch.device("cpu"))
     ways: dict[str, Callable[[], np.ndarray]] = {
-        "k-means++": lambda: seed_centroids(share, num_labels, settings.seed).numpy(),
-        "k-means||": lambda: oversampled_centroids(share, num_labels, settings.seed).numpy(),
+        "k-means++": lambda: seed_centroids(sharded, num_labels, settings.seed).numpy(),
+        "k-means||": lambda: oversampled_centroids(sharded, num_labels, settings.seed).numpy(),
     }
     if settings.init == "both":
         ways["k-means++ of faiss"] = lambda: seed_by_faiss(rows, num_labels, settings.seed)
     found = {}
-    for name, draw in ways.items():
-        tell(f"K={num_labels}: {name}")
-        centroids, timing = timed(draw)
-        found[name] = Drawn(timing.seconds, squared_error(rows, centroids, nearest_labels(rows, centroids)))
+    for name, seed in ways.items():
+        log(f"K={num_labels}: {name}")
+        centroids, timing = timed(seed)
+        objective = squared_error(rows, centroids, nearest_labels(rows, centroids))
+        found[name] = FirstCentroids(timing.seconds, objective)
     return Seeding(num_labels, found)
 
 
-_NONE = "-"
-_MIB = 2**20
+def _scale(file: Path, starts: np.ndarray, settings: KMeansSettings) -> Scaling:
+    """Times `sharded_kmeans` from the rows at `starts`, (K,), on one worker and on several, a thread each."""
+    sizes = {ONE: 1, SEVERAL: settings.workers}
+    found: dict[str, Timing] = {}
+    for order in turns(list(sizes), settings.repeats):
+        for name in order:
+            ranks = run_workers(_time_kmeans, sizes[name], file, starts, settings.iterations)
+            add_run(found, name, over_ranks(ranks))
+    return Scaling(len(starts), settings.workers, found[ONE], found[SEVERAL])
+
+
+def _time_kmeans(comm: Comm, file: Path, starts: np.ndarray, iterations: int) -> Timing:
+    """One run on this worker, libraries loaded and rows in the page cache."""
+    mapped = np.load(file, mmap_mode="r")
+    initial = mapped[np.sort(starts)].copy()
+    own = mapped[comm.rank * len(mapped) // comm.size : (comm.rank + 1) * len(mapped) // comm.size]
+    float(own.sum())  # reads every page, so that no side waits for the disk
+    _warm_up_worker(comm, own)
+    rows, how = _all_good([own]), KMeans(iterations=iterations, initial=initial)
+    comm.barrier()
+    return timed(lambda: sharded_kmeans(comm, rows, len(initial), how))[1]
+
+
+def _memory(file: Path, num_labels: int) -> Memory:
+    """One worker, seeding included, on the rows once and as if there were eight times as many of them."""
+    rows = len(np.load(file, mmap_mode="r"))
+    less, more = (run_workers(_growth, 1, file, num_labels, times)[0] for times in (1, MORE_ROWS))
+    return Memory(num_labels, rows, less, rows * MORE_ROWS, more)
+
+
+def _growth(comm: Comm, file: Path, num_labels: int, times: int) -> int:
+    mapped = np.load(file, mmap_mode="r")
+    _warm_up_worker(comm, mapped)
+    rows = _all_good([mapped] * times)  # the same file several times: its pages are not counted anyway
+    before = anonymous_bytes()
+    with watched_memory() as peak:
+        sharded_kmeans(comm, rows, num_labels, KMeans(iterations=_MEMORY_ITERATIONS))
+    return peak[0] - before
+
+
+def _warm_up_worker(comm: Comm, rows: np.ndarray) -> None:
+    """Loads libraries."""
+    sharded_kmeans(comm, _all_good([rows[:_WORKER_WARM_UP_ROWS]]), 2, KMeans(iterations=1))
+
+
+def _all_good(shards: list[np.ndarray]) -> Rows:
+    return Rows(shards, [np.ones(len(shard), dtype=bool) for shard in shards])
 
 
 def as_text(header: dict[str, str], findings: KMeansFindings) -> str:
     blocks = [aligned_header({**header, "rows": f"{findings.source}, {findings.shape[1]} dimensions"})]
-    blocks += [_comparison(comparison) for comparison in findings.comparisons]
-    blocks += [_seedings(findings.seedings)] if findings.seedings else []
-    ends = [_scaling(scaling) for scaling in findings.scalings]
-    ends.append(_memory(findings.memory) if findings.memory else "memory: not measured, there is no /proc here")
+    blocks += [_comparison_text(comparison) for comparison in findings.comparisons]
+    blocks += [_seedings_text(findings.seedings)] if findings.seedings else []
+    ends = [_scaling_text(scaling) for scaling in findings.scalings]
+    ends.append(_memory_text(findings.memory) if findings.memory else "memory: not measured, there is no /proc here")
     return "\n\n".join([*blocks, "\n".join(ends)])
 
 
-def _comparison(found: Comparison) -> str:
-    titles = ["seconds", "judge/ours", "CPU s", "CPU ratio", "updates", "objective", "ours worse by"]
+def _comparison_text(found: Comparison) -> str:
+    titles = ["seconds", "baseline/ours", "CPU s", "CPU ratio", "updates", "objective", "ours worse by"]
     titles += ["decided exactly", "searched"]
     lines = [[f"K={found.num_labels}", *titles], _line(found, found.ours)]
-    lines += [_line(found, judge) for judge in found.judges]
-    flagged = [judge.name for judge in found.judges if abs(found.difference(judge)) > SAME_OBJECTIVE]
+    lines += [_line(found, side) for side in found.baselines]
+    flagged = [side.name for side in found.baselines if abs(found.difference(side)) > SAME_OBJECTIVE]
     notes = [f"!! objectives differ by more than {SAME_OBJECTIVE:.1%}: {', '.join(flagged)}"] if flagged else []
     return "\n".join([aligned(lines), *notes, verdict(found)])
 
 
 def verdict(found: Comparison) -> str:
     ratio = found.ratio(found.fastest)
-    return f"K={found.num_labels}: ours {ratio:.{1 if ratio >= 1 else 2}f}x the faster judge ({found.fastest.name})"
+    return f"K={found.num_labels}: ours {ratio:.{1 if ratio >= 1 else 2}f}x the faster baseline ({found.fastest.name})"
 
 
 def _line(found: Comparison, side: Side) -> list[str]:
@@ -388,28 +367,17 @@ def _line(found: Comparison, side: Side) -> list[str]:
     ]
 
 
-def _seedings(seedings: list[Seeding]) -> str:
+def _seedings_text(seedings: list[Seeding]) -> str:
     lines = [["first centroids", "", "seconds", "time/first", "objective"]]
     for found in seedings:
         first = next(iter(found.ways.values())).seconds
-        lines += [
-            [
-                f"K={found.num_labels}",
-                way,
-                f"{drawn.seconds:.3f}",
-                _ratio(drawn.seconds, first),
-                f"{drawn.objective:.6g}",
-            ]
-            for way, drawn in found.ways.items()
-        ]
+        for name, way in found.ways.items():
+            ratio = f"{way.seconds / first:.2f}" if first > 0 else _NONE
+            lines.append([f"K={found.num_labels}", name, f"{way.seconds:.3f}", ratio, f"{way.objective:.6g}"])
     return aligned(lines)
 
 
-def _ratio(above: float, below: float) -> str:
-    return f"{above / below:.2f}" if below > 0 else _NONE
-
-
-def _scaling(found: Scaling) -> str:
+def _scaling_text(found: Scaling) -> str:
     return (
         f"K={found.num_labels}: {found.workers} workers {found.several.seconds:.3f} s, 1 worker "
         f"{found.one.seconds:.3f} s, a thread each: {found.speedup:.2f}x "
@@ -417,10 +385,10 @@ def _scaling(found: Scaling) -> str:
     )
 
 
-def _memory(found: Memory) -> str:
+def _memory_text(found: Memory) -> str:
     return (
-        f"K={found.num_labels}: one worker grew by {found.growth / _MIB:.1f} MiB at {found.rows} mapped rows, by "
-        f"{found.more_growth / _MIB:.1f} MiB at {MORE_ROWS} times as many: {found.per_row:.0f} bytes per further row"
+        f"K={found.num_labels}: one worker grew by {found.growth / MIB:.1f} MiB at {found.rows} mapped rows, by "
+        f"{found.more_growth / MIB:.1f} MiB at {MORE_ROWS} times as many: {found.per_row:.0f} bytes per further row"
     )
 
 
@@ -451,12 +419,12 @@ def _comparison_json(found: Comparison) -> dict[str, Any]:
         "num_labels": found.num_labels,
         "exact_share": found.ours.exact_share,
         "searched_share": found.ours.searched_share,
-        "sides": [_side_json(side) for side in (found.ours, *found.judges)],
-        "ratio": {judge.name: found.ratio(judge) for judge in found.judges},
-        "cpu_ratio": {judge.name: found.cpu_ratio(judge) for judge in found.judges},
-        "objective_difference": {judge.name: found.difference(judge) for judge in found.judges},
-        "faster_judge": found.fastest.name,
-        "ratio_to_faster_judge": found.ratio(found.fastest),
+        "sides": [_side_json(side) for side in (found.ours, *found.baselines)],
+        "ratio": {side.name: found.ratio(side) for side in found.baselines},
+        "cpu_ratio": {side.name: found.cpu_ratio(side) for side in found.baselines},
+        "objective_difference": {side.name: found.difference(side) for side in found.baselines},
+        "faster_baseline": found.fastest.name,
+        "ratio_to_faster_baseline": found.ratio(found.fastest),
     }
 
 
@@ -474,13 +442,13 @@ def _side_json(side: Side) -> dict[str, Any]:
 SHORT = "against faiss"
 DESCRIPTION = """\
 k-means of ours against faiss.Kmeans and faiss.SuperKmeans: the same rows, first centroids, updates and
-threads, until every row has its label. Prints seconds, and ratios (judge / ours: above 1, ours is faster); then the
-time of drawing first centroids, what more workers gain, and what a worker holds in memory. Progress goes to stderr."""
+threads, until every row has its label. Prints seconds, and ratios (baseline / ours: above 1, ours is faster); then the
+time of seeding, the speedup of several workers, and the memory of one worker. Progress goes to stderr."""
 EXAMPLE = """example, a minute or two:
   python launch/bench.py kmeans --rows 20000 --num-labels 64 1024 --init both --repeats 2 --json kmeans.json
 
-The machine should do nothing else: where `CPU s` is far below seconds x threads, a side was kept waiting, and only the
-ratio of CPU seconds says something."""
+The machine should do nothing else: where `CPU s` is far below seconds x threads, a side had to wait, and only the ratio
+of CPU seconds is meaningful."""
 
 
 def arguments(add: Callable[..., Any]) -> None:
@@ -490,19 +458,24 @@ def arguments(add: Callable[..., Any]) -> None:
     add("--iterations", type=int, default=10, metavar="N", help="updates of the centroids; default: %(default)s")
     add("--threads", type=int, default=2, metavar="N", help="of every side alike; default: %(default)s")
     add("--features", type=Path, metavar="DIR_OR_NPY", help="real rows: a .npy file, or a folder with any")
-    add("--shard-rows", type=int, default=1000, metavar="N", help="of the shards that ours reads; default: %(default)s")
+    add(
+        "--shard-rows",
+        type=int,
+        default=SHARD_ROWS,
+        metavar="N",
+        help="of a shard of ours; default: %(default)s",
+    )
     add("--workers", type=int, default=2, metavar="N", help="against one, a thread each; 1: leave out; default: 2")
     add("--scaling-labels", type=int, nargs="+", metavar="K", help="for --workers; default: the middle --num-labels")
     add("--repeats", type=int, default=1, metavar="N", help="in alternating order, medians; default: %(default)s")
-    add("--init", choices=("none", "ours", "both"), default="ours", help="whose first centroids to time; default: ours")
+    add("--init", choices=("none", "ours", "both"), default="ours", help="whose seeding to time; default: ours")
     add("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
-    add("--json", type=Path, metavar="FILE", help="all numbers, also of single runs")
 
 
-def run(asked: dict[str, Any], tell: Tell) -> tuple[str, dict[str, Any]]:
-    asked["num_labels"] = tuple(asked["num_labels"])
-    asked["scaling_labels"] = tuple(asked["scaling_labels"]) if asked["scaling_labels"] else None
-    settings = KMeansSettings(**asked)
+def run(options: dict[str, Any], log: Log) -> tuple[str, dict[str, Any]]:
+    options["num_labels"] = tuple(options["num_labels"])
+    options["scaling_labels"] = tuple(options["scaling_labels"]) if options["scaling_labels"] else None
+    settings = KMeansSettings(**options)
     header = machine(settings.threads)
-    findings = measure_kmeans(settings, tell)
+    findings = measure_kmeans(settings, log)
     return as_text(header, findings), as_json(header, findings)

@@ -1,10 +1,8 @@
 """The whole pipeline against one straightforward script of the paper: equal images, settings, steps and threads.
 
-Ours is all that a user's run does: the start of Ray and of its workers (the latter within the first step), checkpoints,
-insights without labels, the report and the exported model, none of which the script has. The script's images lie as
-files in a folder, written before its clock starts, and are decoded in as many processes as it has threads.
-
-`bench.py pipeline`: the whole pipeline against one script of the paper.
+Ours is a complete run: the start of Ray and of its workers (the latter within the first step), checkpoints, label-free
+figures, the report and the exported model, none of which the script has. The script's images are files in a folder,
+written before its clock starts, and are decoded in as many processes as it has threads.
 """
 
 from __future__ import annotations
@@ -20,14 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import aligned, aligned_header, check_least, machine
+from benchmarks.harness import Log, aligned, aligned_header, check_least, machine
 from examples.paper_in_one_file import AVERAGE, NEIGHBOURS, TRANSFORMS, PaperScript, Pictures
 from grappa_dist.artifacts import Store
 from grappa_dist.config import Config, load
 from grappa_dist.console import EVENTS_FILE
 from grappa_dist.data.open_images import collection_of, draw_collection, open_images
 from grappa_dist.data.shards import ImageShards
-from grappa_dist.make_shards.building import Tell
 from grappa_dist.pipeline import run as run_pipeline
 
 OURS, SCRIPT = "ours", "the script"
@@ -38,7 +35,7 @@ Scores = Mapping[str, Mapping[str, float]]  # R-Precision by model and task
 
 @dataclass(frozen=True)
 class PipelineSettings:
-    """What `bench.py pipeline` was asked for."""
+    """Options of `bench.py pipeline`."""
 
     config: Path
     overrides: tuple[str, ...]
@@ -50,6 +47,8 @@ class PipelineSettings:
 
 @dataclass(frozen=True)
 class Side:
+    """One side: ours or the script."""
+
     seconds: dict[str, float]  # by step
     scores: Scores
 
@@ -64,38 +63,39 @@ class Side:
 
 @dataclass(frozen=True)
 class PipelineFindings:
-    """Both sides."""
+    """Results of `bench.py pipeline`."""
 
     source: str
     ours: Side
     script: Side
 
     def ratio(self, step: str | None = None) -> float:
+        """The script over ours, of one step or of all."""
         if step is None:
             return self.script.total / self.ours.total
         return self.script.seconds[step] / self.ours.seconds[step]
 
 
-def measure_pipeline(settings: PipelineSettings, tell: Tell) -> PipelineFindings:
+def measure_pipeline(settings: PipelineSettings, log: Log) -> PipelineFindings:
     settings.check()
     variants = f"fuse.variants=[{AVERAGE},{TRANSFORMS},{NEIGHBOURS}]"
     cores = [f"resources.workers={settings.threads}", "resources.cpus_per_worker=1"]
     config = load(settings.config, [*settings.overrides, variants, *cores])
     if config.clustering.num_labels == "auto":
-        raise ValueError("clustering.num_labels=auto: name them, both sides need the same")
+        raise ValueError("clustering.num_labels=auto: give the numbers, both sides need the same")
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "run"
         store = Store(root)
         if config.data.collection:
-            tell("images")
+            log("images")
             draw_collection(config.data, collection_of(store, config.data))
         train, test = open_images(config.data, store)
         if test is None:
-            raise ValueError("data.test=[]: both sides are scored on test images, name some")
-        tell(OURS)
+            raise ValueError("data.test=[]: both sides are scored on test images, give some")
+        log(OURS)
         ours = _ours(config, root)
         pictures = _files(train, Path(folder) / "train"), _files(test, Path(folder) / "test")
-        script = PaperScript(config, *pictures, settings.threads, tell)
+        script = PaperScript(config, *pictures, settings.threads, log)
         scores = script.run()
     labels = ", ".join(map(str, config.clustering.num_labels))
     source = f"{len(train)} training and {len(test)} test images, K = {labels}"
@@ -116,7 +116,7 @@ def _ours(config: Config, root: Path) -> Side:
 
 
 def seconds_by_step(events: Iterable[str]) -> dict[str, float]:
-    """Those of ours, of a run that nothing was there for: what is embedded after training is for the scores."""
+    """Seconds of a run from scratch; images embedded after training count as evaluation."""
     seconds = dict.fromkeys(STEPS, 0.0)
     for event in map(json.loads, events):
         if event["name"] == "stage_ends":
@@ -128,17 +128,17 @@ def seconds_by_step(events: Iterable[str]) -> dict[str, float]:
 
 
 def _files(images: ImageShards, folder: Path) -> Pictures:
-    """Every image as a file; those that are bad for ours must not be there for the script either."""
+    """Writes every image as a file. All must decode: the script stops at a bad one."""
     folder.mkdir()
-    found = Pictures([])
+    pictures = Pictures([])
     for row in range(len(images)):
         path = folder / f"{row:09d}"
         path.write_bytes(images.image_bytes(row))
         member = images.labels(row) or {}
-        found.files.append(path)
-        found.tasks.append(str(member.get("task") or "all"))
-        found.labels.append(str(member.get("label")))
-    return found
+        pictures.files.append(path)
+        pictures.tasks.append(str(member.get("task") or "all"))
+        pictures.labels.append(str(member.get("label")))
+    return pictures
 
 
 def as_text(header: dict[str, str], found: PipelineFindings) -> str:
@@ -166,8 +166,8 @@ SHORT = "against one script of the paper"
 DESCRIPTION = """\
 A whole run, from images to scores, against a straightforward script of the paper in one process, with plain timm,
 DataLoader and faiss (examples/paper_in_one_file.py): the same images, settings and number of steps. Prints seconds of
-every step, ratios (script / ours: above 1, ours is faster) and the scores that both reach; these differ as seeds do.
-The config must name its numbers of labels and have labelled test images; pytorch-metric-learning must be installed."""
+every step, ratios (script / ours: above 1, ours is faster) and the scores of both, which differ as with another seed.
+The config must give its numbers of labels and have labelled test images; pytorch-metric-learning must be installed."""
 EXAMPLE = """example, five minutes:
   python launch/bench.py pipeline --config configs/demo.yaml"""
 
@@ -175,13 +175,12 @@ EXAMPLE = """example, five minutes:
 def arguments(add: Callable[..., Any]) -> None:
     add("--config", type=Path, default=Path("configs/demo.yaml"), metavar="FILE", help="default: %(default)s")
     add("--threads", type=int, default=2, metavar="N", help="of the script, and workers of ours; default: %(default)s")
-    add("--json", type=Path, metavar="FILE", help="all numbers")
     add("overrides", nargs="*", metavar="key=value", help="of the config, e.g. adapt.epochs=1")
 
 
-def run(asked: dict[str, Any], tell: Tell) -> tuple[str, dict[str, Any]]:
-    asked["overrides"] = tuple(asked["overrides"])
-    settings = PipelineSettings(**asked)
+def run(options: dict[str, Any], log: Log) -> tuple[str, dict[str, Any]]:
+    options["overrides"] = tuple(options["overrides"])
+    settings = PipelineSettings(**options)
     header = machine(settings.threads, "ray", "deepspeed", "faiss-cpu", "timm", "pytorch-metric-learning")
-    found = measure_pipeline(settings, tell)
+    found = measure_pipeline(settings, log)
     return as_text(header, found), as_json(header, found)

@@ -1,6 +1,6 @@
 """The classifier of step 2 against one that materialises its logits: seconds of a step, and memory beside the weights.
 
-Every side runs in processes of its own, one side at a time, in alternating order.
+Every side runs in its own processes, one side at a time, in alternating order. A section of `bench.py adapt`.
 
 Shapes: B images, D channels, K classes.
 """
@@ -17,36 +17,37 @@ from torch import Tensor, nn
 
 from benchmarks.harness import (
     CAN_WATCH_MEMORY,
+    MIB,
+    Log,
     Timing,
     aligned,
     check_positive,
     held_bytes,
+    over_ranks,
     run_workers,
     timed,
     turns,
     watched_memory,
 )
 from grappa_dist.distributed.collectives import Comm
-from grappa_dist.make_shards.building import Tell
 from grappa_dist.training.classifier import Classifier, ClassifierSettings
 from grappa_dist.training.norm_softmax_loss import norm_softmax_sum
 
 MATERIALISED, CHUNKED = "materialised, gradients", "chunked, gradients"
 MATERIALISED_STEP, CHUNKED_STEP = "materialised, gradients and Adam", "chunked, gradients and Adam"
 SHARDED_STEP, SAMPLED_STEP = "chunked, sharded", "chunked, sampled"
-_JUDGE = {
+_BASELINE = {
     CHUNKED: MATERIALISED,
     CHUNKED_STEP: MATERIALISED_STEP,
     SHARDED_STEP: MATERIALISED_STEP,
     SAMPLED_STEP: CHUNKED_STEP,
 }
 _GAMMA, _DECAY, _RATE = 16.0, 1e-3, 1e-3
-_MIB = 2**20
 
 
 @dataclass(frozen=True)
 class SoftmaxSettings:
-    """What to measure."""
+    """Options of the section softmax of `bench.py adapt`."""
 
     classes: int
     dim: int
@@ -76,13 +77,13 @@ class SoftmaxSettings:
 
 @dataclass(frozen=True)
 class Side:
-    """What one side took: seconds a step, and the most bytes it held on all its ranks beyond what it held before."""
+    """Time and memory of one side."""
 
     name: str
-    timing: Timing
-    growth: int
+    timing: Timing  # of a step
+    growth: int  # bytes by which all its ranks grew at most in a step
     gradient_bytes: int  # of these, the classes' gradient
-    rank_bytes: int = 0  # the most that one rank held in a step: weights, Adam and all of the above
+    rank_bytes: int = 0  # the peak of the largest rank in a step: weights, Adam and all of the above
 
     @property
     def extra(self) -> int:
@@ -90,8 +91,8 @@ class Side:
         return self.growth - self.gradient_bytes
 
 
-def measure_softmax(settings: SoftmaxSettings, tell: Tell) -> list[Side]:
-    """All sides, the median of their steps."""
+def measure_softmax(settings: SoftmaxSettings, log: Log) -> list[Side]:
+    """All sides, with the times of all their steps."""
     settings.check()
     if not CAN_WATCH_MEMORY:
         raise ValueError("memory is read from /proc, which this system does not have")
@@ -100,48 +101,45 @@ def measure_softmax(settings: SoftmaxSettings, tell: Tell) -> list[Side]:
     found: dict[str, Side] = {}
     for order in turns(names, settings.repeats):
         for name in order:
-            tell(f"{settings.classes} classes, {name}")
-            side = _of_ranks(name, settings)
-            if name in found:
-                side = replace(side, timing=found[name].timing.and_then(side.timing))
-            found[name] = side
+            log(f"{settings.classes} classes, {name}")
+            side = _run_side(name, settings)
+            found[name] = replace(side, timing=found[name].timing + side.timing) if name in found else side
     return [found[name] for name in names]
 
 
-def _of_ranks(name: str, settings: SoftmaxSettings) -> Side:
-    ranks = run_workers(_measured, settings.ranks if name == SHARDED_STEP else 1, name, settings)
-    steps = zip(*(rank.timings for rank in ranks), strict=True)
-    slowest = [Timing((max(t.seconds for t in step),), (sum(t.cpu for t in step),)) for step in steps]
-    timing = slowest[0]
-    for further in slowest[1:]:
-        timing = timing.and_then(further)
+def _run_side(name: str, settings: SoftmaxSettings) -> Side:
+    ranks = run_workers(_measure_rank, settings.ranks if name == SHARDED_STEP else 1, name, settings)
+    timing = over_ranks([rank.timing for rank in ranks])
     keeps_gradient = name in (MATERIALISED, CHUNKED, MATERIALISED_STEP)
     gradient_bytes = settings.gradient_bytes if keeps_gradient else 0
     return Side(name, timing, sum(r.growth for r in ranks), gradient_bytes, max(r.kept + r.growth for r in ranks))
 
 
 @dataclass(frozen=True)
-class _OfRank:
-    timings: list[Timing]
+class RankFindings:
+    """One side on one rank."""
+
+    timing: Timing
     kept: int  # bytes between two steps: weights and Adam, and libraries that the first step loads
     growth: int  # beyond that, within a step
 
 
-def _measured(comm: Comm, name: str, settings: SoftmaxSettings) -> _OfRank:
+def _measure_rank(comm: Comm, name: str, settings: SoftmaxSettings) -> RankFindings:
     torch.set_num_threads(settings.threads // comm.size)
     empty = held_bytes()
     step = _SIDES[name](comm, settings)
     step(0)  # loads libraries, and touches what stays
-    before = held_bytes()  # what the step freed, it will take again
+    kept = held_bytes()  # without what the first step freed: further steps need it again
     with watched_memory() as peak:
-        timings = [timed(lambda at=at: step(at))[1] for at in range(1, settings.steps + 1)]  # type: ignore[misc]
-    return _OfRank(timings, before - empty, peak[0] - before)
+        runs = [timed(lambda at=at: step(at))[1] for at in range(1, settings.steps + 1)]  # type: ignore[misc]
+    timing = Timing(tuple(run.seconds for run in runs), tuple(run.cpu for run in runs))
+    return RankFindings(timing, kept - empty, peak[0] - kept)
 
 
 def _batch(settings: SoftmaxSettings, step: int) -> tuple[Tensor, Tensor]:
-    draws = torch.Generator().manual_seed(step)
-    z = torch.randn(settings.batch, settings.dim, generator=draws)
-    return z.requires_grad_(), torch.randint(settings.classes, (settings.batch,), generator=draws)
+    generator = torch.Generator().manual_seed(step)
+    z = torch.randn(settings.batch, settings.dim, generator=generator)
+    return z.requires_grad_(), torch.randint(settings.classes, (settings.batch,), generator=generator)
 
 
 def _materialised(z: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -156,8 +154,8 @@ def _by_autograd(
     loss: Callable[[Tensor, Tensor, Tensor], Tensor], adam: bool
 ) -> Callable[[Comm, SoftmaxSettings], Callable[[int], None]]:
     def side(comm: Comm, settings: SoftmaxSettings) -> Callable[[int], None]:
-        draws = torch.Generator().manual_seed(0)
-        weight = nn.Parameter(F.normalize(torch.randn(settings.classes, settings.dim, generator=draws), dim=1))
+        generator = torch.Generator().manual_seed(0)
+        weight = nn.Parameter(F.normalize(torch.randn(settings.classes, settings.dim, generator=generator), dim=1))
         optimizer = torch.optim.Adam([weight], lr=_RATE, weight_decay=_DECAY, fused=True) if adam else None
 
         def step(at: int) -> None:
@@ -174,11 +172,11 @@ def _by_autograd(
 
 def _by_classifier(sampled: bool) -> Callable[[Comm, SoftmaxSettings], Callable[[int], None]]:
     def side(comm: Comm, settings: SoftmaxSettings) -> Callable[[int], None]:
-        of_classes = ClassifierSettings(_GAMMA, _DECAY, settings.sampled if sampled else 1.0)
-        classifier = Classifier(comm, torch.device("cpu"), (settings.classes, settings.dim), of_classes)
+        how = ClassifierSettings(_GAMMA, _DECAY, settings.sampled if sampled else 1.0)
+        classifier = Classifier(comm, torch.device("cpu"), (settings.classes, settings.dim), how)
         classifier.start(None, torch.Generator().manual_seed(0))
         for tensor in classifier.state.tensors().values():
-            tensor.add_(0)  # fresh zeros take no memory before they are written to
+            tensor.add_(0)  # zeros take no memory before they are written to
 
         def step(at: int) -> None:
             z, labels = (t.tensor_split(comm.size)[comm.rank] for t in _batch(settings, at))
@@ -207,7 +205,7 @@ def as_json(settings: SoftmaxSettings, sides: Sequence[Side]) -> dict[str, Any]:
 
 
 def _figures(side: Side, sides: Sequence[Side]) -> dict[str, Any]:
-    judge = next((other for other in sides if other.name == _JUDGE.get(side.name)), None)
+    baseline = next((other for other in sides if other.name == _BASELINE.get(side.name)), None)
     return {
         "name": side.name,
         "seconds": side.timing.seconds,
@@ -216,29 +214,28 @@ def _figures(side: Side, sides: Sequence[Side]) -> dict[str, Any]:
         "growth_bytes": side.growth,
         "extra_bytes": side.extra,
         "rank_bytes": side.rank_bytes,
-        "judge": None if judge is None else judge.name,
-        "ratio": None if judge is None else judge.timing.seconds / side.timing.seconds,
-        "cpu_ratio": None if judge is None else judge.timing.cpu / side.timing.cpu,
-        "extra_ratio": None if judge is None else side.extra / judge.extra,
+        "baseline": None if baseline is None else baseline.name,
+        "ratio": None if baseline is None else baseline.timing.seconds / side.timing.seconds,
+        "cpu_ratio": None if baseline is None else baseline.timing.cpu / side.timing.cpu,
+        "extra_ratio": None if baseline is None else side.extra / baseline.extra,
     }
 
 
 def as_text(settings: SoftmaxSettings, sides: Sequence[Side]) -> str:
-    titles = ["seconds", "CPU s", "faster than judge", "in CPU s"]
-    titles += ["MiB beside", "of judge", "of one B x K", "MiB a rank"]
+    titles = ["seconds", "CPU s", "faster than baseline", "in CPU s"]
+    titles += ["MiB beside", "of baseline", "of one B x K", "MiB a rank"]
     lines = [["softmax", *titles]]
     for side in sides:
         found = _figures(side, sides)
-        ratios = [f"{found[name]:.2f}" if found["judge"] else "-" for name in ("ratio", "cpu_ratio")]
-        memory = [f"{side.extra / _MIB:.0f}", f"{found['extra_ratio']:.3f}" if found["judge"] else "-"]
-        memory += [f"{side.extra / settings.logit_bytes:.3f}", f"{side.rank_bytes / _MIB:.0f}"]
+        ratios = [f"{found[name]:.2f}" if found["baseline"] else "-" for name in ("ratio", "cpu_ratio")]
+        memory = [f"{side.extra / MIB:.0f}", f"{found['extra_ratio']:.3f}" if found["baseline"] else "-"]
+        memory += [f"{side.extra / settings.logit_bytes:.3f}", f"{side.rank_bytes / MIB:.0f}"]
         lines.append([side.name, f"{side.timing.seconds:.2f}", f"{side.timing.cpu:.2f}", *ratios, *memory])
     threads = settings.threads // settings.ranks
     notes = [
-        f"K={settings.classes}, D={settings.dim}, B={settings.batch}; a step; sampled {settings.sampled:.0%} is held "
-        f"against chunked with all classes; sharded: {settings.ranks} ranks together, {threads} threads each",
+        f"K={settings.classes}, D={settings.dim}, B={settings.batch}; a step; sampled {settings.sampled:.0%} against "
+        f"chunked with all classes; sharded: {settings.ranks} ranks together, {threads} threads each",
         "MiB beside: peak beyond weights, their gradient and Adam's state; one matrix of logits, B x K, has "
-        f"{settings.logit_bytes / _MIB:.0f} MiB; MiB a rank: all that the largest rank holds at its peak, weights and "
-        "Adam among it",
+        f"{settings.logit_bytes / MIB:.0f} MiB; MiB a rank: peak of the largest rank, weights and Adam included",
     ]
     return "\n".join([aligned(lines), *notes])

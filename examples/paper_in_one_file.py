@@ -1,19 +1,23 @@
-"""The paper in one straightforward script of one process, as a judge of the whole pipeline.
+"""The paper in one straightforward script of one process: embed, k-means, adapt, fuse, evaluate.
 
-Written as a researcher would who has timm, faiss and a DataLoader: plain modules, autograd through whatever is frozen,
-one adaptor set after the other, all logits of the classifier at once. It shares with the package what it judges
-nothing of: the settings, the backbone, the Barlow Twins loss, the projector and LARS.
+Written as with timm, faiss and a DataLoader alone: plain modules, autograd through the frozen backbone, one adaptor set
+after the other, all logits of the classifier at once. Of the package it imports the settings and the backbone. It
+is the baseline of `launch/bench.py pipeline`, and runs on folders of images, the test images as TASK/LABEL/FILE:
+
+    python examples/paper_in_one_file.py --config configs/demo.yaml --train DIR --test DIR adapt.epochs=1
 
 Shapes: n images, B of a batch, T tokens, D channels, N adaptor sets, K labels.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,27 +28,12 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks import faiss_baselines as judges
-from benchmarks.faiss_baselines import flat_index_knn
 from grappa_dist._compat import declare_torchvision_ops
-from grappa_dist.config import Config, FuseConfig
-from grappa_dist.make_shards.building import Tell
+from grappa_dist.config import Config, FuseConfig, load
 from grappa_dist.models import Backbone
 from grappa_dist.models.spec import build_backbone
-from grappa_dist.training.barlow_twins_loss import Projector, barlow_twins
-from grappa_dist.training.loop import cosine
-from grappa_dist.training.optim import Lars
 
 AVERAGE, TRANSFORMS, NEIGHBOURS = "average", "transforms", "neighbours"
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """Image files, and what the script may know of them once it evaluates."""
-
-    files: list[Path]
-    tasks: list[str] = field(default_factory=list)
-    labels: list[str] = field(default_factory=list)
 
 
 class Adaptor(nn.Module):
@@ -79,8 +68,70 @@ class Fused(nn.Module):
         return (logits.softmax(1)[:, :, None, None] * outputs).sum(1)
 
 
+def norm_softmax(z: Tensor, weight: Tensor, labels: Tensor, gamma: float) -> Tensor:
+    """Eq. (2): cross-entropy over the scaled cosines of z (B, D) and the classes' rows (K, D)."""
+    return F.cross_entropy(gamma * F.normalize(z, dim=1) @ F.normalize(weight, dim=1).T, labels)
+
+
+def barlow_twins(za: Tensor, zb: Tensor, beta: float) -> Tensor:
+    """Eq. (4) of B pairs: the correlation matrix of the two views (B, D) against the identity."""
+    a, b = ((z - z.mean(0)) / torch.sqrt(z.var(0, unbiased=False) + 1e-5) for z in (za, zb))
+    c = a.T @ b / len(za)  # (D, D)
+    on = torch.diagonal(c)
+    return (1 - on).square().sum() + beta * (c.square().sum() - on.square().sum())
+
+
+def projector(dim: int, widths: Sequence[int]) -> nn.Sequential:
+    """Linear-BN-ReLU for all widths but the last, then Linear; no biases."""
+    layers: list[nn.Module] = []
+    for inputs, outputs in pairwise([dim, *widths]):
+        layers += [nn.Linear(inputs, outputs, bias=False), nn.BatchNorm1d(outputs), nn.ReLU()]
+    return nn.Sequential(*layers[:-2])
+
+
+class Lars(torch.optim.Optimizer):
+    """Layer-wise adaptive rate scaling with momentum 0.9; biases and norms without it and without weight decay."""
+
+    def __init__(self, params: Any, lr: float, *, weight_decay: float, eta: float = 1e-3) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "eta": eta})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for param in (p for p in group["params"] if p.grad is not None):
+                grad = param.grad
+                if param.ndim > 1:
+                    grad = grad + group["weight_decay"] * param
+                    length, grad_length = param.norm(), grad.norm()
+                    if length > 0 and grad_length > 0:
+                        grad = grad * (group["eta"] * length / grad_length)
+                momentum = self.state[param].setdefault("momentum", torch.zeros_like(param))
+                momentum.mul_(0.9).add_(grad)
+                param.sub_(group["lr"] * momentum)
+
+
+def schedule_of(optimizer: torch.optim.Optimizer, total: int, warmup: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """A linear warm-up, then half a cosine down to 0 at step `total`."""
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        return 0.5 * (1 + math.cos(math.pi * (min(step, total) - warmup) / (total - warmup)))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Image files; tasks and labels are read by the evaluation alone."""
+
+    files: list[Path]
+    tasks: list[str] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)
+
+
 class Views(Dataset[tuple[Tensor, ...]]):
-    """Views of images, each followed by its number; pairs where `partner` says of whom the second view is."""
+    """Views of images, each followed by its number; pairs of views where `partner` has the image of the second one."""
 
     def __init__(self, files: Sequence[Path], transform: Callable[[Image.Image], Tensor]) -> None:
         self.files, self.transform = files, transform
@@ -100,25 +151,29 @@ class Views(Dataset[tuple[Tensor, ...]]):
 
 
 class PaperScript:
-    """`run` gives R-Precision by model and task; `seconds` by step fill up as it goes."""
+    """`run` returns R-Precision by model and task; `seconds` has the time of each step that is done."""
 
-    def __init__(self, config: Config, train: Pictures, test: Pictures, threads: int, tell: Tell) -> None:
-        self.config, self.train, self.test, self.threads, self.tell = config, train, test, threads, tell
+    def __init__(
+        self, config: Config, train: Pictures, test: Pictures, threads: int, log: Callable[[str], None]
+    ) -> None:
+        self.config, self.train, self.test, self.threads, self.log = config, train, test, threads, log
         self.seconds: dict[str, float] = {}
         self._preprocess = build_backbone(config.backbone).preprocess
 
     def run(self) -> dict[str, dict[str, float]]:
+        import faiss
+
         torch.manual_seed(self.config.seed)
         torch.set_num_threads(self.threads)
-        judges.set_threads(self.threads)
-        clustering = self.config.clustering
-        assert clustering.num_labels != "auto"
+        faiss.omp_set_num_threads(self.threads)
+        num_labels = self.config.clustering.num_labels
+        assert num_labels != "auto"
         with self._timed("embed"):
             features = self._embed(self._backbone(), self.train.files)
         with self._timed("pseudo_label"):
-            found = {k: self._cluster(features, k) for k in clustering.num_labels}
+            clusterings = {k: self._cluster(features, k) for k in num_labels}
         with self._timed("adapt"):
-            sets = {k: self._adapt(k, *found[k]) for k in clustering.num_labels}
+            sets = {k: self._adapt(k, *clusterings[k]) for k in num_labels}
         models: dict[str, nn.Module] = {"backbone": self._backbone()}
         models |= {f"k={k}": self._fused([layers], attention=False) for k, layers in sets.items()}
         models[AVERAGE] = self._fused(list(sets.values()), attention=False)
@@ -130,7 +185,7 @@ class PaperScript:
 
     @contextmanager
     def _timed(self, step: str) -> Iterator[None]:
-        self.tell(f"the script: {step}")
+        self.log(f"the script: {step}")
         start = time.perf_counter()
         yield
         self.seconds[step] = time.perf_counter() - start
@@ -168,10 +223,19 @@ class PaperScript:
         return torch.cat([F.normalize(model(images), dim=1) for images, _ in loader]).numpy()
 
     def _cluster(self, features: np.ndarray, k: int) -> tuple[Tensor, Tensor]:
-        """Labels (n,) and centroids (K, D)."""
-        initial = judges.seed_by_faiss(features, k, self.config.seed)
-        found = judges.judges()[judges.PLAIN](features, initial, self.config.clustering.iterations, self.config.seed)
-        return torch.from_numpy(found.labels), torch.from_numpy(found.centroids)
+        """Labels (n,) and centroids (K, D), by k-means++ and k-means on all rows."""
+        import faiss
+
+        rows, dim, seed = len(features), features.shape[1], self.config.seed
+        seeding = faiss.ClusteringInitialization(dim, k)
+        seeding.method, seeding.seed = faiss.ClusteringInitMethod_KMEANS_PLUS_PLUS, seed
+        initial = np.empty((k, dim), dtype=np.float32)
+        seeding.init_centroids(rows, faiss.swig_ptr(features), faiss.swig_ptr(initial))
+        how = {"niter": self.config.clustering.iterations, "seed": seed}
+        kmeans = faiss.Kmeans(dim, k, max_points_per_centroid=rows, min_points_per_centroid=1, **how)
+        kmeans.train(features, init_centroids=initial)
+        labels = kmeans.index.search(features, 1)[1][:, 0]
+        return torch.from_numpy(labels), torch.from_numpy(kmeans.centroids)
 
     def _adapt(self, k: int, labels: Tensor, centroids: Tensor) -> list[nn.Module]:
         """One adaptor set, by layer."""
@@ -180,19 +244,18 @@ class PaperScript:
         adaptors = [Adaptor(model.embed_dim, config.bottleneck) for _ in model.blocks]
         for layer, block in enumerate(list(model.blocks)):
             model.blocks[layer] = nn.Sequential(block, adaptors[layer])
-        rows = nn.Parameter(F.normalize(centroids, dim=1))
+        classes = nn.Parameter(F.normalize(centroids, dim=1))
         if config.classifier == "random":
-            nn.init.normal_(rows)
-        learning = [rows, *(p for adaptor in adaptors for p in adaptor.parameters())]
+            nn.init.normal_(classes)
+        learning = [classes, *(p for adaptor in adaptors for p in adaptor.parameters())]
         optimizer = torch.optim.Adam(learning, config.learning_rate, weight_decay=config.weight_decay)
         loader = self._loader(self._random_views(config.min_crop_area), config.global_batch, shuffle=True)
-        schedule = _schedule(optimizer, config.epochs * len(loader), config.warmup_steps)
+        schedule = schedule_of(optimizer, config.epochs * len(loader), config.warmup_steps)
         for epoch in range(config.epochs):
-            self.tell(f"the script: adapt K={k}, epoch {epoch + 1} of {config.epochs}")
+            self.log(f"the script: adapt K={k}, epoch {epoch + 1} of {config.epochs}")
             for images, numbers in loader:
-                logits = config.gamma * F.normalize(model(images), dim=1) @ F.normalize(rows, dim=1).T
                 optimizer.zero_grad()
-                F.cross_entropy(logits, labels[numbers]).backward()
+                norm_softmax(model(images), classes, labels[numbers], config.gamma).backward()
                 if config.clip_norm is not None:
                     nn.utils.clip_grad_norm_(learning[1:], config.clip_norm)
                 optimizer.step()
@@ -200,29 +263,38 @@ class PaperScript:
         return [adaptor.requires_grad_(False) for adaptor in adaptors]
 
     def _fuse(self, sets: Sequence[Sequence[nn.Module]], variant: str) -> nn.Module:
-        """Attention over frozen sets, learned from pairs."""
+        """Attention over frozen sets, trained on pairs."""
         config: FuseConfig = self.config.fuse
         model = self._fused(sets, attention=True)
-        projector = Projector(model.embed_dim, config.projector)
-        projector.initialise(torch.Generator().manual_seed(self.config.seed))
-        learning = [p for p in (*model.parameters(), *projector.parameters()) if p.requires_grad]
+        project = projector(model.embed_dim, config.projector)
+        learning = [p for p in (*model.parameters(), *project.parameters()) if p.requires_grad]
         optimizer = Lars(learning, config.lars_learning_rate, weight_decay=config.lars_weight_decay)
-        views, draws = self._random_views(config.min_crop_area), np.random.default_rng(self.config.seed)
+        views, rng = self._random_views(config.min_crop_area), np.random.default_rng(self.config.seed)
         loader = self._loader(views, config.global_batch, shuffle=True)
-        schedule = _schedule(optimizer, config.epochs * len(loader), config.warmup_steps)
+        schedule = schedule_of(optimizer, config.epochs * len(loader), config.warmup_steps)
         for epoch in range(config.epochs):
-            self.tell(f"the script: fuse {variant}, epoch {epoch + 1} of {config.epochs}")
+            self.log(f"the script: fuse {variant}, epoch {epoch + 1} of {config.epochs}")
             views.partner = np.arange(len(views))
             if variant == NEIGHBOURS:
-                nearest = flat_index_knn(self._embed(model, self.train.files), config.neighbours + 1, self.threads)
-                views.partner = nearest[views.partner, draws.integers(1, config.neighbours + 1, len(views))]
+                nearest = self._nearest(model, config.neighbours + 1)  # the first is the image itself
+                views.partner = nearest[views.partner, rng.integers(1, config.neighbours + 1, len(views))]
             for one, other, _ in loader:
-                loss = barlow_twins(projector(model(one)), projector(model(other)), config.beta)
+                loss = barlow_twins(project(model(one)), project(model(other)), config.beta)
                 optimizer.zero_grad()
                 (config.loss_scale * loss).backward()
                 optimizer.step()
                 schedule.step()
         return model
+
+    def _nearest(self, model: nn.Module, k: int) -> np.ndarray:
+        """The k nearest training images of each, (n, k)."""
+        import faiss
+
+        features = self._embed(model, self.train.files)
+        index = faiss.IndexFlatIP(features.shape[1])
+        index.add(features)
+        ids: np.ndarray = index.search(features, k)[1]
+        return ids
 
     def _scores(self, model: nn.Module) -> dict[str, float]:
         """R-Precision of every task."""
@@ -237,12 +309,28 @@ class PaperScript:
         return scores
 
 
-def _schedule(optimizer: torch.optim.Optimizer, steps: int, warmup: int) -> torch.optim.lr_scheduler.LambdaLR:
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine(min(step, steps), steps, warmup))
-
-
 def _transforms() -> Any:
     declare_torchvision_ops()
     from torchvision import transforms
 
     return transforms
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="its data section is not used")
+    parser.add_argument("--train", type=Path, required=True, metavar="DIR", help="images anywhere below")
+    parser.add_argument("--test", type=Path, required=True, metavar="DIR", help="images as TASK/LABEL/FILE")
+    parser.add_argument("--threads", type=int, default=2, help="and processes that decode (default %(default)s)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the config, e.g. adapt.epochs=1")
+    given = parser.parse_args(arguments)
+    train = Pictures(sorted(path for path in given.train.rglob("*") if path.is_file()))
+    files = sorted(path for path in given.test.glob("*/*/*") if path.is_file())
+    test = Pictures(files, [path.parts[-3] for path in files], [path.parts[-2] for path in files])
+    script = PaperScript(load(given.config, given.overrides), train, test, given.threads, print)
+    for model, scores in script.run().items():
+        print(f"{model}: R-Precision " + ", ".join(f"{task} {100 * score:.1f}" for task, score in scores.items()))
+
+
+if __name__ == "__main__":
+    main()

@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.adapt import ALONE, PACKED, PackingSettings, measure_packing, packing_json, packing_text
+from benchmarks.adapt import ALONE, PACKED, AdaptSettings, measure_packing, packing_json, packing_text
 from benchmarks.harness import Timing
 
-TINY = PackingSettings(sets=2, backbone="vit_tiny_patch16_224", image_size=32, images=4, threads=1, steps=1, repeats=2)
+TINY = AdaptSettings(sets=2, backbone="vit_tiny_patch16_224", image_size=32, images=4, threads=1, steps=1, repeats=2)
 
 
 def test_both_sides_are_timed_and_compared_by_their_fastest_runs() -> None:
@@ -22,4 +22,4 @@ def test_a_ratio_above_one_says_that_packing_is_faster() -> None:
 
 def test_what_cannot_be_measured_is_refused_by_its_flag() -> None:
     with pytest.raises(ValueError, match="--image-size must be at least 1, got 0"):
-        PackingSettings(2, "vit_tiny_patch16_224", 0, 4, 1, 1, 1).check()
+        AdaptSettings(2, "vit_tiny_patch16_224", 0, 4, 1, 1, 1).check()

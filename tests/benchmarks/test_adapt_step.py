@@ -5,11 +5,11 @@ import torch
 
 from benchmarks.adapt import (
     BOTTLENECK,
-    PackingSettings,
+    AdaptSettings,
     StepFindings,
     learning_model,
-    made_up_images,
     measure_step,
+    random_images,
     step_json,
     step_operations,
     step_text,
@@ -18,11 +18,11 @@ from benchmarks.adapt import (
 from benchmarks.harness import Timing
 from grappa_dist.models.backbone import forward_precision
 
-TINY = PackingSettings(sets=2, backbone="vit_tiny_patch16_224", image_size=64, images=3, threads=1, steps=2, repeats=1)
+TINY = AdaptSettings(sets=2, backbone="vit_tiny_patch16_224", image_size=64, images=3, threads=1, steps=2, repeats=1)
 DIM, DEPTH, PATCH = 192, 12, 16
 
 
-def by_hand(settings: PackingSettings) -> float:
+def by_hand(settings: AdaptSettings) -> float:
     """Of the step with whole blocks, from the shapes of a ViT."""
     tokens = (settings.image_size // PATCH) ** 2 + 1
     images, rows = settings.images, settings.images * settings.sets  # an image, and an image as a set sees it
@@ -50,12 +50,12 @@ def test_a_step_is_timed_and_held_against_the_limit_of_its_type() -> None:
     assert 0 < figures["of_limit"] < 1
 
 
-@pytest.mark.parametrize(("halves", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
-def test_the_type_is_that_of_products_and_not_of_their_sums(halves: bool, expected: torch.dtype) -> None:
+@pytest.mark.parametrize(("bf16", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_the_type_is_that_of_products_and_not_of_their_sums(bf16: bool, expected: torch.dtype) -> None:
     model = learning_model(TINY)
     types = types_of_products(model)
-    with forward_precision(torch.device("cpu"), bf16=halves):
-        model(made_up_images(TINY))
+    with forward_precision(torch.device("cpu"), bf16=bf16):
+        model(random_images(TINY))
     assert types == {expected}
 
 

@@ -21,13 +21,13 @@ from benchmarks.data import (
     TEST,
     DataFindings,
     DataSettings,
+    Sides,
     as_json,
     as_text,
     drawn_photo,
     drawn_shards,
     measure_data,
 )
-from benchmarks.data import _Work as Work
 from tests.data.written import write_tar
 
 SMALL = DataSettings(rows=20, width=60, height=40, image_size=24, batch=8, threads=2, repeats=1)
@@ -41,9 +41,9 @@ def findings() -> DataFindings:
 @pytest.mark.parametrize("view", [AUGMENTED, TEST])
 def test_all_sides_make_the_same_pixels(tmp_path: Path, view: str) -> None:
     images, _ = drawn_shards(tmp_path, 6, (60, 40), 0)
-    work = Work(images, view, SMALL)
+    sides = Sides(images, view, SMALL)
     for row in range(6):
-        ours, pillows = (by(images.image_bytes(row), row).astype(int) for by in (work.by_ours, work.by_pillow))
+        ours, pillows = (by(images.image_bytes(row), row).astype(int) for by in (sides.by_ours, sides.by_pillow))
         inside = np.abs(ours - pillows)[2:-2, 2:-2]  # Pillow looks beyond the edges of a crop
         assert inside.max() <= 3
         assert inside.mean() < 0.3

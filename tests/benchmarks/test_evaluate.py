@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.evaluate import (
+    BASELINE,
     DEFAULT,
-    JUDGE,
     OURS,
     EvaluateSettings,
     as_json,
@@ -20,9 +20,9 @@ def test_all_sides_find_the_same_scores_and_are_timed() -> None:
     pytest.importorskip("faiss")
     pytest.importorskip("pytorch_metric_learning")
     large, small = measure_evaluate(TINY, lambda line: None)
-    assert (list(large.sides), list(small.sides)) == ([OURS, JUDGE], [OURS, JUDGE, DEFAULT])
+    assert (list(large.sides), list(small.sides)) == ([OURS, BASELINE], [OURS, BASELINE, DEFAULT])
     for found in (large, small):
-        assert all(found.difference(judge) < 1e-6 for judge in found.sides)
+        assert all(found.difference(name) < 1e-6 for name in found.sides)
         assert all(len(side.timing.runs) == TINY.repeats for side in found.sides.values())
         assert 0 < found.sides[OURS].scores["r_precision"] < 1
     figures = as_json({}, [large, small])["comparisons"]

@@ -22,39 +22,39 @@ TINY = FuseSettings(batch=2, tokens=5, dim=64, sets=3, bottleneck=4, depth=1, re
 
 
 def test_both_sides_are_timed_and_found_to_agree() -> None:
-    told: list[str] = []
-    findings = measure_fuse(TINY, told.append)
+    lines: list[str] = []
+    findings = measure_fuse(TINY, lines.append)
     assert [f.name for f in findings.layer] == [f.name for f in findings.model] == list(SIDES)
-    assert findings.apart < 1e-5
+    assert findings.difference < 1e-5
     text = as_text({"command": "here"}, TINY, findings)
     assert all(side in text for side in SIDES)
     figures = as_json({}, TINY, findings)
     assert figures["layer"][0]["ratio"]["forward"] == 1
-    assert len(told) == 2
+    assert len(lines) == 2
 
 
 def test_the_layer_keeps_at_most_a_fifth_of_what_a_literal_one_keeps() -> None:
     settings = FuseSettings(batch=2, tokens=17, dim=384, sets=8, bottleneck=64, depth=1, repeats=1, threads=1)
     findings = measure_fuse(settings, lambda line: None)
     ours, *literal = findings.layer
-    assert all(5 * ours.kept <= judge.kept for judge in literal)
+    assert all(5 * ours.kept <= side.kept for side in literal)
     assert ours.kept >= 4 * 2 * 17 * 8 * 64  # what enters the GELU
 
 
 @pytest.mark.parametrize("form", ["stacked", "listed"])
-def test_the_judge_is_algorithm_1_and_opens_the_block_as_it_should(form: str) -> None:
+def test_the_baseline_is_algorithm_1_and_opens_the_block_as_it_should(form: str) -> None:
     draws = torch.Generator().manual_seed(0)
     adaptors, attention = drawn_layer(TINY, draws)
     block = create_backbone(
         "timm:vit_small_patch16_224", {"embed_dim": 64, "num_heads": 1, "depth": 1}, {}, pretrained=False
     ).blocks[0]
     tokens = torch.randn(2, 5, 64, generator=draws)
-    judge = LiteralLayer(block, getattr(LiteralAdaptors(adaptors, attention), form))
+    literal = LiteralLayer(block, getattr(LiteralAdaptors(adaptors, attention), form))
     ours = GrappaLayer(block, adaptors, attention)
-    torch.testing.assert_close(ours(tokens), judge(tokens), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours(tokens), literal(tokens), rtol=1e-5, atol=1e-5)
     downs, ups, q, k = _modules(adaptors, attention)
     torch.testing.assert_close(
-        judge(tokens), reference.grappa_layer(tokens, block, downs, ups, q, k), rtol=1e-5, atol=1e-5
+        literal(tokens), reference.grappa_layer(tokens, block, downs, ups, q, k), rtol=1e-5, atol=1e-5
     )
 
 
@@ -89,5 +89,5 @@ def test_without_a_gpu_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_gpu_is_measured_in_bfloat16_and_compared_in_float32() -> None:
     settings = replace(TINY, device="cuda")
     findings = measure_fuse(settings, lambda line: None)
-    assert findings.apart < 1e-4
+    assert findings.difference < 1e-4
     assert "bfloat16" in as_text({"command": "here"}, settings, findings)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.faiss_baselines import SUPER, judges, starting_rows
+from benchmarks.faiss_baselines import SUPER, kmeans_baselines, starting_rows
 from benchmarks.harness import CAN_WATCH_MEMORY, drawn_rows, read_rows, squared_error, turns
 from benchmarks.kmeans import KMeansFindings, KMeansSettings, as_json, as_text, measure_kmeans
 
@@ -29,8 +29,8 @@ def test_every_side_starts_from_the_same_centroids_and_ends_at_the_same_objectiv
     for found in findings.comparisons:
         initial = rows[starting_rows(ROWS, found.num_labels, 0)].astype(np.float64)
         start = np.square(rows[:, None] - initial[None]).sum(2).min(1).sum()
-        assert [judge.name for judge in found.judges] == list(judges())
-        for side in (found.ours, *found.judges):
+        assert [side.name for side in found.baselines] == list(kmeans_baselines())
+        for side in (found.ours, *found.baselines):
             assert side.start == pytest.approx(start, rel=1e-4)
             assert side.objective == pytest.approx(found.ours.objective, rel=1e-3)
             assert side.objective < start
@@ -40,7 +40,7 @@ def test_every_side_starts_from_the_same_centroids_and_ends_at_the_same_objectiv
 def test_ratios_and_memory_are_numbers(findings: KMeansFindings) -> None:
     written = json.loads(json.dumps(as_json(HEADER, findings)))
     for found in written["kmeans"]:
-        for ratio in (*found["ratio"].values(), *found["cpu_ratio"].values(), found["ratio_to_faster_judge"]):
+        for ratio in (*found["ratio"].values(), *found["cpu_ratio"].values(), found["ratio_to_faster_baseline"]):
             assert math.isfinite(ratio)
             assert ratio > 0
         assert 0 <= found["exact_share"] <= 1
@@ -58,16 +58,16 @@ def test_the_table_ends_every_k_with_a_verdict(findings: KMeansFindings) -> None
     text = as_text(HEADER, findings)
     assert "drawn: 1200 rows" in text
     for num_labels in LABELS:
-        assert re.search(rf"^K={num_labels}: ours [\d.]+x the faster judge \(faiss\.\w+\)$", text, re.MULTILINE)
+        assert re.search(rf"^K={num_labels}: ours [\d.]+x the faster baseline \(faiss\.\w+\)$", text, re.MULTILINE)
     assert "!!" not in text
 
 
-def test_the_pruning_judge_refuses_other_centroids_than_its_own() -> None:
-    if SUPER not in judges():
+def test_the_pruning_baseline_refuses_other_centroids_than_its_own() -> None:
+    if SUPER not in kmeans_baselines():
         pytest.skip("this faiss has no SuperKmeans")
     rows = drawn_rows(300, DIM, 0)
     with pytest.raises(ValueError, match="found other initial centroids"):
-        judges()[SUPER](rows, rows[:5], 1, 0)
+        kmeans_baselines()[SUPER](rows, rows[:5], 1, 0)
 
 
 def test_the_objective_is_the_sum_over_rows_of_squared_distances() -> None:
@@ -95,20 +95,20 @@ def test_real_rows_are_read_in_order_without_those_that_are_zero(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("rows", "said"),
+    ("rows", "message"),
     [
         (np.zeros((3, 4)), r"has \(3, 4\) float64, expected \(rows, dimensions\) float32"),
         (np.full((3, 4), 2, np.float32), "norm 4 to 4, expected 1"),
         (None, "not a readable .npy file"),
     ],
 )
-def test_unfit_files_are_refused_by_name(tmp_path: Path, rows: np.ndarray | None, said: str) -> None:
+def test_unfit_files_are_refused_by_name(tmp_path: Path, rows: np.ndarray | None, message: str) -> None:
     path = tmp_path / "broken.npy"
     if rows is None:
         path.write_bytes(b"nonsense")
     else:
         np.save(path, rows)
-    with pytest.raises(ValueError, match=said) as caught:
+    with pytest.raises(ValueError, match=message) as caught:
         read_rows(path, None)
     assert "broken.npy" in str(caught.value)
 

@@ -10,8 +10,8 @@ TINY = KnnSettings(rows=400, dim=16, neighbours=(3, 30), approximate=True, recal
 
 
 def test_every_side_is_measured_on_the_same_rows() -> None:
-    told: list[str] = []
-    findings = measure_knn(TINY, told.append)
+    lines: list[str] = []
+    findings = measure_knn(TINY, lines.append)
     text, numbers = as_text({"command": "here"}, findings), as_json({}, findings)
     assert [found["neighbours"] for found in numbers["knn"]] == [3, 30]
     for found in numbers["knn"]:
@@ -21,10 +21,10 @@ def test_every_side_is_measured_on_the_same_rows() -> None:
         assert sides[EXACT]["found_share"] == sides["faiss.knn"]["found_share"] == 1.0
         assert 0.7 < sides[APPROXIMATE]["found_share"] <= 1.0
         assert found["recall"]["recall"] >= 0.8
-    assert len(told) == 1 + 2 * 4
+    assert len(lines) == 1 + 2 * 4
 
 
-def test_several_workers_are_held_against_one_and_against_every_judge_on_as_many_threads() -> None:
+def test_several_workers_are_held_against_one_and_against_every_baseline_on_as_many_threads() -> None:
     findings = measure_knn(replace(TINY, neighbours=(3,), approximate=False, workers=2), lambda text: None)
     text, numbers = as_text({}, findings), as_json({}, findings)
     assert set(numbers["scaling"]) == {ALONE, SEVERAL, "faiss.knn", "faiss.IndexFlatIP"}

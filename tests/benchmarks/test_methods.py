@@ -2,20 +2,20 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.methods import WAYS, MethodsSettings, as_json, as_text, measure_methods
+from benchmarks.methods import METHODS, MethodsSettings, as_json, as_text, measure_methods
 
 TINY = MethodsSettings(
     rows=300, dim=8, num_labels=30, iterations=2, probes=(2,), sample_rows_per_cluster=4, balance=1.5, threads=1
 )
 
 
-def test_every_way_is_measured() -> None:
-    told: list[str] = []
-    ways = measure_methods(TINY, told.append)
-    text = as_text({"command": "here"}, TINY, ways)
-    assert len(ways) == len(WAYS) + 1 == len(told) - 1
-    assert all(way.title in text for way in ways)
-    figures = as_json({}, TINY, ways)["methods"]
+def test_every_method_is_measured() -> None:
+    lines: list[str] = []
+    found = measure_methods(TINY, lines.append)
+    text = as_text({"command": "here"}, TINY, found)
+    assert len(found) == len(METHODS) + 1 == len(lines) - 1
+    assert all(way.title in text for way in found)
+    figures = as_json({}, TINY, found)["methods"]
     assert figures[0]["inertia_over_exact"] == 0
     assert figures[-1]["largest"] <= 15  # 1.5 times the mean size
 

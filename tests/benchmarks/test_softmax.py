@@ -40,14 +40,14 @@ def test_every_side_is_timed_and_materialised_logits_are_seen(monkeypatch: pytes
 
     monkeypatch.setattr(softmax, "run_workers", here)  # no processes of their own
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
-    told = list[str]()
-    sides = measure_softmax(SMALL, told.append)
-    assert len(told) == len(sides) == 6
+    logged = list[str]()
+    sides = measure_softmax(SMALL, logged.append)
+    assert len(logged) == len(sides) == 6
     found = {side["name"]: side for side in as_json(SMALL, sides)["sides"]}
     assert all(len(side["runs_s"]) == 1 and side["seconds"] > 0 for side in found.values())
     assert found[MATERIALISED]["extra_bytes"] > SMALL.logit_bytes
-    assert found[CHUNKED]["judge"] == MATERIALISED
-    assert found[SAMPLED_STEP]["judge"] != MATERIALISED
+    assert found[CHUNKED]["baseline"] == MATERIALISED
+    assert found[SAMPLED_STEP]["baseline"] != MATERIALISED
     step = 4 * SMALL.classes * SMALL.dim * 3  # weights and Adam
     assert found[MATERIALISED_STEP]["rank_bytes"] > step + found[MATERIALISED_STEP]["extra_bytes"]
     lines = as_text(SMALL, sides).splitlines()
@@ -64,13 +64,13 @@ def test_what_the_allocator_kept_of_the_first_step_counts(monkeypatch: pytest.Mo
 
     monkeypatch.setitem(softmax._SIDES, "keeping", lambda comm, settings: step)
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
-    assert softmax._measured(Comm(), "keeping", SMALL).growth > 0.9 * 4 * count
+    assert softmax._measure_rank(Comm(), "keeping", SMALL).growth > 0.9 * 4 * count
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("changed", "message"),
     [({"classes": 0}, "--classes must be"), ({"sampled": 1.0}, "--sampled must"), ({"ranks": 3}, "--threads must be")],
 )
-def test_settings_that_cannot_be_measured_are_refused(changed: dict[str, float], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_settings_that_cannot_be_measured_are_refused(changed: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         SoftmaxSettings(**{**vars(SMALL), **changed}).check()  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ TINY = ["kmeans", "--rows", "400", "--dim", "32", "--num-labels", "5", "--iterat
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "message"),
     [
         ([], "the following arguments are required: kmeans|methods|assign|data|knn|fuse|adapt|embed|evaluate|pipeline"),
         (["graph"], "invalid choice: 'graph'"),
@@ -44,7 +44,7 @@ TINY = ["kmeans", "--rows", "400", "--dim", "32", "--num-labels", "5", "--iterat
         ([*TINY, "--scaling-labels", "400"], "--scaling-labels must be from 1 to less than"),
     ],
 )
-def test_a_wrong_call_is_refused_in_one_line(argv: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_call_is_refused_in_one_line(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     try:
         status = main(argv)
     except SystemExit as left:  # as argparse does
@@ -54,7 +54,7 @@ def test_a_wrong_call_is_refused_in_one_line(argv: list[str], said: str, capsys:
         line for line in printed.err.splitlines() if line not in ("bench: rows", "bench: images")
     ]  # that one is progress
     assert (status, printed.out, len(lines)) == (2, "", 1)
-    assert said in lines[0]
+    assert message in lines[0]
 
 
 def test_a_run_prints_a_table_and_writes_the_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -70,7 +70,7 @@ def test_a_run_prints_a_table_and_writes_the_numbers(tmp_path: Path, capsys: pyt
         "dim": 32,
     }
     assert written["scaling"] == written["seeding"] == []
-    assert np.isfinite(written["kmeans"][0]["ratio_to_faster_judge"])
+    assert np.isfinite(written["kmeans"][0]["ratio_to_faster_baseline"])
     assert {len(side["runs_s"]) for side in written["kmeans"][0]["sides"]} == {2}
 
 
