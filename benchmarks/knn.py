@@ -174,10 +174,13 @@ def _compare(rows: np.ndarray, k: int, settings: KnnSettings, log: Log) -> Compa
         recalls.append(graph.recall)
         return graph.ids
 
+    def baseline(search: KnnBaseline) -> Callable[[np.ndarray], np.ndarray]:
+        return lambda x: search(x, k + 1, settings.threads)  # the row itself is one of k + 1
+
     sides: dict[str, Callable[[np.ndarray], np.ndarray]] = {EXACT: exact}
     sides |= {APPROXIMATE: approximate} if settings.approximate else {}
     for name in settings.baselines:
-        sides[name] = partial(BASELINES[name], k=k + 1, threads=settings.threads)  # one of them is the row itself
+        sides[name] = baseline(BASELINES[name])
     for search in sides.values():  # loads libraries and runs their one-time trials
         search(rows[:_WARM_UP_ROWS])
     on_all_rows = {name: partial(search, rows) for name, search in sides.items()}

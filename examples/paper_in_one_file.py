@@ -96,7 +96,7 @@ class Lars(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "eta": eta})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         for group in self.param_groups:
             for param in (p for p in group["params"] if p.grad is not None):
                 grad = param.grad
@@ -161,11 +161,9 @@ class PaperScript:
         self._preprocess = build_backbone(config.backbone).preprocess
 
     def run(self) -> dict[str, dict[str, float]]:
-        import faiss
-
         torch.manual_seed(self.config.seed)
         torch.set_num_threads(self.threads)
-        faiss.omp_set_num_threads(self.threads)
+        _faiss().omp_set_num_threads(self.threads)
         num_labels = self.config.clustering.num_labels
         assert num_labels != "auto"
         with self._timed("embed"):
@@ -224,9 +222,7 @@ class PaperScript:
 
     def _cluster(self, features: np.ndarray, k: int) -> tuple[Tensor, Tensor]:
         """Labels (n,) and centroids (K, D), by k-means++ and k-means on all rows."""
-        import faiss
-
-        rows, dim, seed = len(features), features.shape[1], self.config.seed
+        faiss, seed, (rows, dim) = _faiss(), self.config.seed, features.shape
         seeding = faiss.ClusteringInitialization(dim, k)
         seeding.method, seeding.seed = faiss.ClusteringInitMethod_KMEANS_PLUS_PLUS, seed
         initial = np.empty((k, dim), dtype=np.float32)
@@ -288,10 +284,8 @@ class PaperScript:
 
     def _nearest(self, model: nn.Module, k: int) -> np.ndarray:
         """The k nearest training images of each, (n, k)."""
-        import faiss
-
         features = self._embed(model, self.train.files)
-        index = faiss.IndexFlatIP(features.shape[1])
+        index = _faiss().IndexFlatIP(features.shape[1])
         index.add(features)
         ids: np.ndarray = index.search(features, k)[1]
         return ids
@@ -307,6 +301,12 @@ class PaperScript:
             of_task = torch.from_numpy(z[tasks == task])
             scores[task] = float(calculator.get_accuracy(of_task, torch.from_numpy(labels))["r_precision"])
         return scores
+
+
+def _faiss() -> Any:
+    import faiss
+
+    return faiss
 
 
 def _transforms() -> Any:
