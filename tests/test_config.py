@@ -65,7 +65,7 @@ def test_values_of_overrides_are_yaml(tmp_path: Path) -> None:
     assert (found.resources.workers, found.out) == (3, None)
 
 
-def test_what_yaml_says_of_a_config_loads_as_that_config(tmp_path: Path) -> None:
+def test_the_yaml_of_a_config_loads_as_that_config(tmp_path: Path) -> None:
     found = config(tmp_path, {**SMALL, "clustering": {"num_labels": [4, 8]}})
     path = tmp_path / "again.yaml"
     path.write_text(found.yaml())

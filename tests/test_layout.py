@@ -32,7 +32,7 @@ def flow_of(root: Path, shards: Sequence[str], seed: int = 0, **sections: Mappin
     return lay_out(settings, Store(root), ImageShards.open(settings.data.train, None), None)
 
 
-def test_without_test_images_some_training_images_are_looked_at_by_every_model(
+def test_without_test_images_every_model_is_evaluated_on_some_training_images(
     tmp_path: Path, shards: list[str]
 ) -> None:
     flow = flow_of(tmp_path, shards, evaluate={"train_images": 10})
@@ -122,7 +122,7 @@ def test_a_new_shard_changes_its_own_features_and_all_that_follows(tmp_path: Pat
     assert not any(after[stage] & before[stage] for stage in ALL[1:])
 
 
-def test_another_order_of_shards_is_another_collection_of_labels(tmp_path: Path, shards: list[str]) -> None:
+def test_another_order_of_shards_gives_other_labels(tmp_path: Path, shards: list[str]) -> None:
     before, after = (stages_of(flow_of(tmp_path, s)) for s in (shards, shards[::-1]))
     assert after["features"] == before["features"]
     assert not after["labels"] & before["labels"]
@@ -144,7 +144,7 @@ def test_one_more_number_of_labels_keeps_the_sets_that_exist(tmp_path: Path, sha
         ("clustering", {"num_labels": (4, 6, 8)}, False),
     ],
 )
-def test_what_is_said_of_the_partitions_depends_on_the_labels_of_all_k(
+def test_the_statistics_of_partitions_depend_on_the_labels_of_all_k(
     tmp_path: Path, shards: list[str], section: str, value: dict[str, Any], kept: bool
 ) -> None:
     before, after = flow_of(tmp_path, shards), flow_of(tmp_path, shards, 0, **{section: value})

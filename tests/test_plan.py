@@ -53,11 +53,11 @@ def test_a_plan_names_every_stage_with_its_steps_and_writes_nothing(tmp_path: Pa
 def test_a_plan_warns_of_ranks_that_would_have_no_images(tmp_path: Path) -> None:
     paths = tiny.write_shards(tmp_path / "images")
     settings = tiny.config(paths, data={"streams": 3}, resources={"workers": 5, "adapt_ranks": 4}, **SECTIONS)
-    said = re.findall(
+    text = re.findall(
         r"warning: (\d+) ranks, but data.streams=3, .*: (\d+) ranks have no images; at least data.streams=(\d+)",
         plan(settings, tmp_path / "run"),
     )
-    assert said == [("4", "1", "4"), ("5", "2", "5")]
+    assert text == [("4", "1", "4"), ("5", "2", "5")]
     assert "warning" not in plan(settings.model_copy(update={"data": settings.data.model_copy(update={"streams": 5})}),
                                  tmp_path / "run")  # fmt: skip
 
@@ -98,24 +98,24 @@ def test_a_plan_prices_the_projector_in_memory_and_traffic(tmp_path: Path) -> No
     assert "whole on every rank, a rank holds 256 B" in small["fuse traffic"]
 
 
-def test_a_plan_tells_what_waits_for_what_and_the_memory_of_a_step(tmp_path: Path) -> None:
+def test_a_plan_shows_what_waits_for_what_and_the_memory_of_a_step(tmp_path: Path) -> None:
     paths = tiny.write_shards(tmp_path / "images")
     timm = {"name": "timm:vit_tiny_patch16_224", "kwargs": models.TIMM_KWARGS, "image_size": 32}
 
-    def text(**sections: Any) -> str:
+    def plan_with(**sections: Any) -> str:
         return plan(tiny.config(paths, **{**SECTIONS, **sections}), tmp_path / "run")
 
-    said = text(backbone=timm)
-    assert "on 2 workers: 2 jobs of 1 rank, all at once" in said
-    (line,) = (line for line in said.splitlines() if "activations in float32" in line)
+    text = plan_with(backbone=timm)
+    assert "on 2 workers: 2 jobs of 1 rank, all at once" in text
+    (line,) = (line for line in text.splitlines() if "activations in float32" in line)
     assert "a rank for 16 images and 1 set (" in line
     several = {"sets_per_job": 2, "micro_batch": 5}
-    said = text(backbone=timm, adapt=several, resources={"adapt_ranks": 2})
-    assert "2 sets in 1 job of 2 ranks, 21 steps" in said
-    assert "a rank for 5 images and 2 sets (" in said
-    said = text(backbone=timm, adapt={"sets_per_job": "auto"})
-    assert "2 sets in jobs of 1 rank, as many to a job as measured rates say" in said
-    assert "; counted for one set, of which auto may put several in a job" in said
+    text = plan_with(backbone=timm, adapt=several, resources={"adapt_ranks": 2})
+    assert "2 sets in 1 job of 2 ranks, 21 steps" in text
+    assert "a rank for 5 images and 2 sets (" in text
+    text = plan_with(backbone=timm, adapt={"sets_per_job": "auto"})
+    assert "2 sets in jobs of 1 rank, as many to a job as measured rates say" in text
+    assert "; counted for one set, of which auto may put several in a job" in text
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -149,11 +149,11 @@ def test_more_ranks_than_workers_are_refused_by_the_plan(tmp_path: Path) -> None
 
 def test_with_elastic_jobs_are_planned_with_the_workers_that_there_are(tmp_path: Path) -> None:
     where = {"adapt_ranks": 3, "elastic": True}
-    said = plan(tiny.config(tiny.write_shards(tmp_path / "images"), resources=where, **SECTIONS), tmp_path / "run")
-    assert "on 2 workers: 2 jobs of 2 ranks, one after the other, in 2 waves" in said
+    text = plan(tiny.config(tiny.write_shards(tmp_path / "images"), resources=where, **SECTIONS), tmp_path / "run")
+    assert "on 2 workers: 2 jobs of 2 ranks, one after the other, in 2 waves" in text
 
 
-def test_a_plan_tells_what_is_reused(tmp_path: Path) -> None:
+def test_a_plan_shows_what_is_reused(tmp_path: Path) -> None:
     settings = tiny.config(tiny.write_shards(tmp_path / "images"), **SECTIONS)
     root = tmp_path / "run"
     flow = lay_out(settings, Store(root), ImageShards.open(settings.data.train, None), None)
@@ -166,12 +166,12 @@ def test_a_plan_tells_what_is_reused(tmp_path: Path) -> None:
     assert "0 of 2 reused" in lines["adapt"]
 
 
-def test_a_plan_tells_sizes_for_the_channels_that_are_known(tmp_path: Path) -> None:
+def test_a_plan_shows_sizes_for_the_channels_that_are_known(tmp_path: Path) -> None:
     paths = tiny.write_shards(tmp_path / "images")
     timm = {"name": "timm:vit_tiny_patch16_224", "kwargs": models.TIMM_KWARGS, "image_size": 32}
     lines = lines_of(tiny.config(paths, **SECTIONS, backbone=timm), tmp_path / "run")
-    said = "timm:vit_tiny_patch16_224: 24 channels; image_size=32, resize=crop, interpolation=bicubic"
-    assert lines["backbone"] == said
+    text = "timm:vit_tiny_patch16_224: 24 channels; image_size=32, resize=crop, interpolation=bicubic"
+    assert lines["backbone"] == text
     assert lines["rough bytes"].startswith("(at 24 channels) features 4 KiB,")
     assert lines["classifier"].startswith("(at 24 channels)")
     own = tiny.config(paths, **SECTIONS)
@@ -198,10 +198,10 @@ def test_a_plan_builds_the_model_once(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr("grappa_dist.plan.build_backbone", build)
     timm = {"name": "timm:vit_tiny_patch16_224", "kwargs": {"depth": 2}, "image_size": 224}
     settings = tiny.config(tiny.write_shards(tmp_path / "images"), **SECTIONS, backbone=timm)
-    said = plan(settings, tmp_path / "run")
-    assert "192 channels; image_size=224" in said
-    assert "(at 192 channels)" in said
-    assert "activations in float32" in said
+    text = plan(settings, tmp_path / "run")
+    assert "192 channels; image_size=224" in text
+    assert "(at 192 channels)" in text
+    assert "activations in float32" in text
     assert built == ["timm:vit_tiny_patch16_224"]
 
 
@@ -210,12 +210,12 @@ def test_a_plan_opens_with_every_setting(tmp_path: Path) -> None:
     assert plan(settings, tmp_path / "run").startswith(settings.yaml())
 
 
-def test_a_plan_tells_what_a_classifier_takes_of_a_rank(tmp_path: Path) -> None:
+def test_a_plan_shows_what_a_classifier_takes_of_a_rank(tmp_path: Path) -> None:
     sections = {**SECTIONS, "clustering": {"num_labels": (4, 37)}, "resources": {"adapt_ranks": 2}}
     settings = tiny.config(tiny.write_shards(tmp_path / "images"), **sections, adapt={"sampled_classes": 0.5})
-    said = lines_of(settings, tmp_path / "run")["classifier"]
-    assert "of K = 37: 19 classes a rank; 50% of them in a step; rows and Adam 86 KiB a rank" in said
-    assert "a step 0.000467 GFLOP a rank" in said  # 8 x 16 images x 9.5 classes x 384
+    text = lines_of(settings, tmp_path / "run")["classifier"]
+    assert "of K = 37: 19 classes a rank; 50% of them in a step; rows and Adam 86 KiB a rank" in text
+    assert "a step 0.000467 GFLOP a rank" in text  # 8 x 16 images x 9.5 classes x 384
 
 
 def test_a_plan_adds_up_the_classifiers_of_sets_that_share_a_job(tmp_path: Path) -> None:
@@ -229,7 +229,7 @@ def test_a_plan_gives_seconds_of_a_core_only_where_workers_have_no_gpu(
 ) -> None:
     settings = tiny.config(tiny.write_shards(tmp_path / "images"), **SECTIONS)
 
-    def said(gpus: int | str) -> bool:
+    def shows_seconds(gpus: int | str) -> bool:
         where = settings.resources.model_copy(update={"gpus_per_worker": gpus})
         lines = lines_of(settings.model_copy(update={"resources": where}), tmp_path / "run")
         return lines["classifier"].endswith(" s of a CPU core")
@@ -237,13 +237,13 @@ def test_a_plan_gives_seconds_of_a_core_only_where_workers_have_no_gpu(
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     for here in (False, True):
         monkeypatch.setattr(torch.cuda, "is_available", lambda here=here: here)
-        assert (said(0), said(1), said("auto")) == (True, False, not here)
+        assert (shows_seconds(0), shows_seconds(1), shows_seconds("auto")) == (True, False, not here)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("RAY_ADDRESS", "elsewhere:6379")
-    assert (said(0), said("auto")) == (True, False)
+    assert (shows_seconds(0), shows_seconds("auto")) == (True, False)
 
 
-def test_a_collection_is_planned_without_drawing_it(tmp_path: Path) -> None:
+def test_a_data_set_that_is_to_be_generated_is_planned_without_generating_it(tmp_path: Path) -> None:
     data: dict[str, Any] = {
         "train": (),
         "collection": "tests.data.test_open_images:draw",
@@ -262,31 +262,31 @@ def test_a_plan_with_more_labels_than_images_is_refused(tmp_path: Path) -> None:
         plan(settings, tmp_path / "run")
 
 
-def test_a_plan_trains_no_fusion_of_a_single_set_and_tells_the_memory_of_k_means(tmp_path: Path) -> None:
+def test_a_plan_trains_no_fusion_of_a_single_set_and_shows_the_memory_of_k_means(tmp_path: Path) -> None:
     shards = tiny.write_shards(tmp_path / "images")
     one = tiny.config(shards, clustering={"num_labels": (4,)}, fuse={"variants": ("average", "neighbours")})
-    said = plan(one, tmp_path / "run")
+    text = plan(one, tmp_path / "run")
     words = "one adaptor set only, so there is nothing to fuse: average, neighbours will score as that set does ("
-    assert re.search(r"^fuse {11}" + re.escape(words) + r"clustering\.num_labels with two K or more .*\)$", said, re.M)
-    assert "fuse traffic" not in said
-    assert f"k-means of K = 4 {56 * 4 * 384 // 1024} KiB" in said
+    assert re.search(r"^fuse {11}" + re.escape(words) + r"clustering\.num_labels with two K or more .*\)$", text, re.M)
+    assert "fuse traffic" not in text
+    assert f"k-means of K = 4 {56 * 4 * 384 // 1024} KiB" in text
     several = one.model_copy(update={"clustering": one.clustering.model_copy(update={"num_labels": (4, 6)})})
     assert "fuse           neighbours; one job each" in plan(several, tmp_path / "run")
     untrained = several.model_copy(update={"fuse": several.fuse.model_copy(update={"variants": ("average",)})})
     assert "fuse           nothing to train: none of fuse.variants learns from pairs\n" in plan(untrained, tmp_path)
-    beside = one.model_copy(update={"fuse": one.fuse.model_copy(update={"variants": ("average", "random-all")})})
-    assert "to fuse: average will score as that set does" in lines_of(beside, tmp_path / "run")["fuse"]
-    assert "0 of 1 reused" in lines_of(beside, tmp_path / "run")["fuse"]
+    with_random = one.model_copy(update={"fuse": one.fuse.model_copy(update={"variants": ("average", "random-all")})})
+    assert "to fuse: average will score as that set does" in lines_of(with_random, tmp_path / "run")["fuse"]
+    assert "0 of 1 reused" in lines_of(with_random, tmp_path / "run")["fuse"]
 
 
-def test_a_plan_says_what_a_damaged_tar_has_lost_and_ends_as_the_run_would(tmp_path: Path) -> None:
+def test_a_plan_warns_of_images_missing_in_a_damaged_tar_and_ends_as_the_run_would(tmp_path: Path) -> None:
     settings = tiny.config(tiny.write_shards(tmp_path / "images"), data={"max_bad_share": 0.5}, **SECTIONS)
     folder = Path(settings.data.train[2])
     (folder / "index.json").unlink()
     tar = next(folder.glob("*.tar"))
     tar.write_bytes(tar.read_bytes()[: tar.stat().st_size // 2 + 100])  # inside a member
-    said = plan(settings, tmp_path / "run")
-    assert re.search(rf"\nwarning: about \d+ images are lost in {re.escape(str(tar))}", said)
+    text = plan(settings, tmp_path / "run")
+    assert re.search(rf"\nwarning: about \d+ images are lost in {re.escape(str(tar))}", text)
     strict = settings.model_copy(update={"data": settings.data.model_copy(update={"max_bad_share": 0.05})})
     with pytest.raises(ValueError, match=r"images are bad \(about \d+ have no row\)"):
         plan(strict, tmp_path / "run")

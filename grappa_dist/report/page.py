@@ -153,7 +153,7 @@ def headline_section(content: ReportContent) -> str:
         "the oracle and rows trained with labels do not compete.</p>"
     )
     recall = f'<details class="fold"><summary>Recall@1</summary>{recall_table(scores)}</details>'
-    reading = f"<h3>What it says</h3>{sentences(read_scores(scores))}"
+    reading = f"<h3>In sentences</h3>{sentences(read_scores(scores))}"
     return _tiles(scores) + score_table(scores) + key + recall + reading + _profiles(scores) + _glossary()
 
 

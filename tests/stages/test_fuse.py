@@ -83,12 +83,12 @@ def fuse_all_ways(comm: Comm, folder: Path) -> dict[str, Any]:
 def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, list[dict[str, Any]]]]:
     folder = tmp_path_factory.mktemp("fuse")
     tiny.write_shards(folder / "images")
-    job_in(folder, "prepare", "transforms")  # adaptors and labels, before several ranks want them
+    job_in(folder, "prepare", "transforms")  # adaptors and labels, before several ranks read them
     return folder, {size: run_ranks(fuse_all_ways, size, folder, timeout_s=400) for size in (1, 2, 3)}
 
 
-def said_when_a_gradient_is_nan(comm: Comm, job: FuseJob) -> str:
-    """One rank's gradient of the projector is NaN in the second step, and the loss is not; then it goes on well."""
+def error_of_a_nan_gradient(comm: Comm, job: FuseJob) -> str:
+    """One rank's gradient of the projector is NaN in the second step, and the loss is not; then it goes on."""
     backward, passes = Engine.backward, list[torch.Tensor]()
 
     def poisoned(engine: Engine, loss: torch.Tensor, *, last: bool = True) -> None:
@@ -109,8 +109,8 @@ def said_when_a_gradient_is_nan(comm: Comm, job: FuseJob) -> str:
 def test_a_gradient_that_is_not_finite_stops_all_ranks_before_the_update(world: World, size: int) -> None:
     folder, _ = world
     job = job_in(folder, f"{size}-poisoned", "transforms", checkpoint_steps=1)
-    for said in run_ranks(said_when_a_gradient_is_nan, size, job, timeout_s=400):
-        assert said == "transforms: gradient_norm is nan at step 1; nothing was updated"
+    for error in run_ranks(error_of_a_nan_gradient, size, job, timeout_s=400):
+        assert error == "transforms: gradient_norm is nan at step 1; nothing was updated"
     steps = tiny.steps_of(job.artifact.path)
     np.testing.assert_allclose([s["loss"] for s in steps], losses(folder, "1", "transforms"), rtol=0, atol=1e-5)
     assert all(step["gradient_norm"] > 0 for step in steps)
@@ -231,7 +231,7 @@ def test_figures_of_the_attention_do_not_depend_on_ranks_or_micro_batch(world: W
         np.testing.assert_allclose(figures(out), alone, rtol=2e-3, atol=1e-5)
 
 
-def test_every_step_says_how_long_it_waited_for_data(world: World) -> None:
+def test_every_step_logs_how_long_it_waited_for_data(world: World) -> None:
     shares = [event["data_wait_share"] for event in tiny.steps_of(job_in(world[0], "2", "neighbours").artifact.path)]
     assert len(shares) == STEPS
     assert all(0 <= share <= 1 for share in shares)

@@ -168,9 +168,9 @@ def test_copies_are_counted_and_skipped_where_asked_for_on_any_number_of_ranks(t
     assert statistics["rows_without_neighbour"] == (9 if skip else 0)  # their 2k nearest are copies too
     assert copies.sum() == (0 if skip else 2 + 9 * 3)
     assert [(near[row] >= 0).sum() for row in range(4)] == [3, 3, 3, 3]
-    for seen, said in run_ranks(graph_of_copies, 3, tmp_path, skip, timeout_s=400):
+    for seen, of_rank in run_ranks(graph_of_copies, 3, tmp_path, skip, timeout_s=400):
         np.testing.assert_array_equal(seen, near)
-        assert said == statistics
+        assert of_rank == statistics
 
 
 def graph_on(comm: Comm, settings: Config, folder: Path) -> np.ndarray:

@@ -50,21 +50,21 @@ def settings_of(shards: Sequence[str]) -> Config:
 def approximate_graph(comm: Comm, shards: Sequence[str], folder: Path) -> tuple[np.ndarray, dict[str, float]]:
     pairs = pairs_of(settings_of(shards), folder, comm, neighbours=True)
     graph: RowArrays = pairs._graphs.of(0)
-    told = json.loads((folder / f"knn-{comm.size}" / "epoch-0" / "statistics.json").read_text())
-    return graph.take(np.arange(tiny.NUM_ROWS)), told
+    statistics = json.loads((folder / f"knn-{comm.size}" / "epoch-0" / "statistics.json").read_text())
+    return graph.take(np.arange(tiny.NUM_ROWS)), statistics
 
 
-def test_two_ranks_share_a_shard_and_an_approximate_graph_tells_its_recall(tmp_path: Path) -> None:
+def test_two_ranks_share_a_shard_and_an_approximate_graph_has_its_recall(tmp_path: Path) -> None:
     shards = tiny.write_shards(tmp_path / "images", sizes=(tiny.NUM_ROWS,))
-    alone, told = approximate_graph(Comm(), shards, tmp_path)
-    assert told["graph"] == "approximate"
-    assert 0.5 <= told["recall"] <= 1
-    assert told["searched"] == ("lists" if told["recall_rows"] else "exact")
-    assert told["searched"] == "exact" or told["lists"] > told["probes"] >= 1
+    alone, statistics = approximate_graph(Comm(), shards, tmp_path)
+    assert statistics["graph"] == "approximate"
+    assert 0.5 <= statistics["recall"] <= 1
+    assert statistics["searched"] == ("lists" if statistics["recall_rows"] else "exact")
+    assert statistics["searched"] == "exact" or statistics["lists"] > statistics["probes"] >= 1
     assert (alone[tiny.BAD] == -1).all()
-    for seen, said in run_ranks(approximate_graph, 2, shards, tmp_path, timeout_s=400):
+    for seen, of_rank in run_ranks(approximate_graph, 2, shards, tmp_path, timeout_s=400):
         np.testing.assert_array_equal(seen, alone)
-        assert said == told
+        assert of_rank == statistics
 
 
 def graph_with_a_slow_rank(comm: Comm, shards: Sequence[str], folder: Path) -> np.ndarray:
