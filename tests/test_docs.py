@@ -1,0 +1,122 @@
+"""What the documents say of files, functions, tests, settings and links is so."""
+
+from __future__ import annotations
+
+import ast
+import re
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from grappa_dist.config import Config
+from tests.structure import PACKAGE, ROOT, TREES, imported_modules, name_of
+from tests.test_house_rules import LEVELS
+
+DOCS = {
+    str(path.relative_to(ROOT)): path.read_text()
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
+}
+ARCHITECTURE = DOCS["docs/architecture.md"]
+TESTS = {str(path.relative_to(ROOT)): path.read_text() for path in (ROOT / "tests").rglob("*.py")}
+FILE = re.compile(r"(?<![\w./<*-])[\w-]+(?:/[\w.-]+)*\.(?:py|sh|sbatch|yaml|toml|env)\b")
+OF_READERS = {"mine.yaml", "mine.sh", "my_backbone.py"}  # files of a user, in examples
+
+
+def section(text: str, heading: str) -> str:
+    """What stands below a heading of the second level."""
+    found = re.search(rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
+    assert found, f"no heading {heading!r}"
+    return found[1]
+
+
+@pytest.mark.parametrize("document", DOCS)
+def test_every_file_that_a_document_names_exists(document: str) -> None:
+    folders = (ROOT, *(ROOT / name for name in ("grappa_dist", "launch", "cluster")))
+    without_tree = re.sub(r"^```text.*?^```", "", DOCS[document], flags=re.MULTILINE | re.DOTALL)
+    named = {name for name in FILE.findall(without_tree) if Path(name).name not in OF_READERS}
+    assert [name for name in sorted(named) if not any((folder / name).exists() for folder in folders)] == []
+
+
+@pytest.mark.parametrize("document", DOCS)
+def test_every_test_that_a_document_names_exists(document: str) -> None:
+    defined = set(re.findall(r"def (test_\w+)\(", "\n".join(TESTS.values()))) | {Path(file).stem for file in TESTS}
+    assert set(re.findall(r"\btest_\w+", DOCS[document])) - defined == set()
+
+
+@pytest.mark.parametrize("document", DOCS)
+def test_every_link_leads_to_a_file_and_a_heading(document: str) -> None:
+    wrong = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", DOCS[document]):
+        file, _, anchor = link.partition("#")
+        if "://" in link:
+            continue
+        path = ((ROOT / document).parent / file).resolve() if file else ROOT / document
+        known = anchor in anchors(path.read_text()) if path.is_file() and anchor else path.exists() and not anchor
+        wrong += [link] * (not known)
+    assert wrong == []
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCS)
+def test_every_setting_that_a_document_names_exists(document: str) -> None:
+    sections = {name: field.annotation for name, field in Config.model_fields.items()}
+    wrong = []
+    for name, key in re.findall(r"`['\"]?([a-z]+)\.([a-z_]+)(?=[=:` ])", DOCS[document]):
+        kind = sections.get(name)
+        if isinstance(kind, type) and issubclass(kind, BaseModel) and key != "py":  # embed.py is a program
+            wrong += [f"{name}.{key}"] * (key not in kind.model_fields)
+    assert wrong == []
+
+
+def test_the_file_tree_has_every_module_and_nothing_else() -> None:
+    named, folders = set(), list[str]()
+    for line in section(ARCHITECTURE, "The files").split("```")[1].splitlines()[1:]:
+        indent, name = (len(line) - len(line.lstrip())) // 2, line.split()[0]
+        assert len(line.split(maxsplit=1)) == 2, f"{name}: nothing is said of it"
+        folders[indent:] = [name]
+        named.add("".join(folders))
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+    assert {file for file in PACKAGE if not file.endswith("__init__.py")} - named == set()
+
+
+def test_the_levels_of_imports_are_those_that_are_tested() -> None:
+    block = section(ARCHITECTURE, "Who may import what").split("```")[1]
+    levels = [tuple(line.split()) for line in block.splitlines()[1:]]
+    assert levels == [tuple(part for part in parts if not part.startswith("_")) for parts in LEVELS[1:]]
+
+
+def paths() -> dict[str, list[tuple[str, list[str]]]]:
+    """What is looked for -> the (file, names) that lead to it, from README on."""
+    rows = re.findall(r"^\| (.+) \|$", section(ARCHITECTURE, "From README to a formula"), re.MULTILINE)[1:]
+    found = {}
+    for what, *cells in (row.split(" | ") for row in rows):
+        parts = [re.findall(r"`([^`]+)`", cell) for cell in cells]
+        found[what] = [(f"grappa_dist/{file}", names) for file, *names in (part for part in parts if part)]
+    return found
+
+
+@pytest.mark.parametrize("what", paths())
+def test_a_path_of_the_reader_has_four_files_at_most_each_of_which_leads_to_the_next(what: str) -> None:
+    path = paths()[what]
+    assert 0 < len(path) <= 4
+    for file, names in path:
+        defined = {node.name for node in ast.walk(TREES[file]) if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+        assert names, f"{file}: no function is named"
+        assert set(names) <= defined, f"{file} lacks {set(names) - defined}"
+    assert path[0][0] in DOCS["README.md"], f"README does not name {path[0][0]}"
+    for (file, _), (following, names) in pairwise(path):
+        folder = name_of(following).rpartition(".")[0]
+        assert {name_of(following), folder} & imported_modules(file), f"{file} does not import {following}"
+        used = {node.id for node in ast.walk(TREES[file]) if isinstance(node, ast.Name)}
+        assert used & set(names), f"{file} uses none of {names} of {following}"
+
+
+def test_paths_lead_to_every_formula() -> None:
+    assert len(paths()) >= 5
