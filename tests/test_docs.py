@@ -21,7 +21,7 @@ DOCS = {
 ARCHITECTURE = DOCS["docs/architecture.md"]
 TESTS = {str(path.relative_to(ROOT)): path.read_text() for path in (ROOT / "tests").rglob("*.py")}
 FILE = re.compile(r"(?<![\w./<*-])[\w-]+(?:/[\w.-]+)*\.(?:py|sh|sbatch|yaml|toml|env)\b")
-OF_READERS = {"mine.yaml", "mine.sh", "my_backbone.py"}  # files of a user, in examples
+OF_READERS = {"mine.yaml", "mine.sh", "mine.py"}  # files of a user, in examples
 
 
 def section(text: str, heading: str) -> str:
