@@ -191,8 +191,8 @@ def test_a_users_own_module_gets_imagenets_pixels() -> None:
 
 
 def test_the_example_in_the_docs_is_a_backbone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = (Path(__file__).parents[2] / "docs" / "settings.md").read_text()
-    _, _, rest = page.partition("### A backbone of your own\n\n```python\n")
+    page = (Path(__file__).parents[2] / "docs" / "extending.md").read_text()
+    _, _, rest = page.partition("## A backbone\n")[2].partition("```python\n")
     (tmp_path / "backbone_of_the_docs.py").write_text(rest.partition("```")[0])
     monkeypatch.syspath_prepend(str(tmp_path))
     name, kwargs = "backbone_of_the_docs:create", {"image_size": 32, "dim": 64, "depth": 2}
