@@ -43,7 +43,7 @@ from benchmarks.harness import (
 )
 from grappa_dist.distributed.collectives import Comm
 from grappa_dist.knn.exact import sharded_knn
-from grappa_dist.knn.ivf import Recall, listed_knn
+from grappa_dist.knn.ivf import Recall, approximate_knn
 from grappa_dist.models import Grappa
 from grappa_dist.models.backbone import create_backbone
 
@@ -170,7 +170,7 @@ def _compare(rows: np.ndarray, k: int, settings: KnnSettings, log: Log) -> Compa
 
     def approximate(x: np.ndarray) -> np.ndarray:
         floor, key = settings.recall_floor, (settings.seed, 0)
-        graph = listed_knn(Comm(), x, np.arange(len(x)), k, floor=floor, key=key)
+        graph = approximate_knn(Comm(), x, np.arange(len(x)), k, recall_floor=floor, key=key)
         recalls.append(graph.recall)
         return graph.ids
 

@@ -1,17 +1,9 @@
-"""The rows of one rank, and what all ranks know about the rows of all.
+"""The rows of one rank in their shards, and what all ranks know about the rows of all; passes over them, sums, scratch.
 
 Ranks hold the rows in rank order, so a row's place among all rows does not depend on the split. Every number that
-travels is an integer.
+travels is an integer. Before anything is computed, every row is checked.
 
 Shapes: P rows of one block, D dimensions.
-
-The rows a rank holds, as they lie in their shards, and what is asked of them before anything is computed.
-
-Tensors per row that live in an unnamed file of the node's temporary folder, not in the process's own memory.
-
-The system keeps of them in memory what fits and writes the rest back; nothing is left behind, however the process ends.
-
-Blocks worked on side by side: a thread each, which pays where a block's own operations are too small to share.
 """
 
 from __future__ import annotations
@@ -33,7 +25,7 @@ from torch import Tensor
 from grappa_dist.distributed.collectives import Comm, raise_together, wire_device
 from grappa_dist.distributed.worker import until_all_ranks_finish
 from grappa_dist.prefetch import prefetch
-from grappa_dist.search.backends import bf16_generator, bf16_pays, nearest
+from grappa_dist.search.backends import bf16_generator, bf16_is_faster, nearest
 from grappa_dist.search.bf16 import Bf16Generator
 from grappa_dist.search.candidates import CandidateGenerator, Float32Generator, joined
 from grappa_dist.search.fixed_point import GRID, LARGEST, NORM_LIMIT, exact_square, to_grid
@@ -41,58 +33,19 @@ from grappa_dist.search.fixed_point import GRID, LARGEST, NORM_LIMIT, exact_squa
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-
-def side_by_side(
-    function: Callable[[Item], Result], items: Iterable[Item], threads: int
-) -> Generator[Result, None, None]:
-    """Results in the order of the items, of which at most two per thread are held at a time.
-
-    Until the last result is taken, torch and faiss compute with one thread here too: a caller that shares its work
-    among threads would wait for cores that are busy.
-    """
-    if threads == 1:
-        yield from map(function, items)
-        return
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield from prefetch(
-            function, items, threads=threads, depth=2 * threads - 1, start_thread=lambda: torch.set_num_threads(1)
-        )
-    finally:
-        torch.set_num_threads(before)
-
-
-def scratch(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A tensor of zeros on the CPU; TMPDIR decides which disk holds it.
-
-    Raises:
-        OSError: the disk has no room for it.
-    """
-    if not math.prod(shape):
-        return torch.zeros(shape, dtype=dtype)
-    numbers: np.dtype = torch.zeros(0, dtype=dtype).numpy().dtype
-    num_bytes = math.prod(shape) * numbers.itemsize
-    with tempfile.TemporaryFile(prefix="grappa-") as file:
-        try:
-            os.posix_fallocate(file.fileno(), 0, num_bytes)  # a full disk is an error here, not a crash at some write
-        except OSError as error:
-            where = f"{tempfile.gettempdir()} (TMPDIR names another folder)"
-            raise OSError(error.errno, f"{where}: {num_bytes} bytes of scratch: {error.strerror}") from error
-        return torch.from_numpy(np.memmap(file, dtype=numbers, mode="r+", shape=shape))
-
-
-_RUN = 32  # rows of a run of neighbours, on the average: fewer are copied together rather than viewed one by one
-_GRID_ROWS = 128  # looked at in a core's cache
+BLOCK_ROWS = 16384  # rows worked on at once: enough that their products outweigh the calls around them
+PIECE = 2**16  # rows looked at together where only integers per row are read
+_RUN = 32  # mean length of a run of consecutive rows; shorter runs are copied together instead of viewed one by one
+_GRID_ROWS = 128  # rows checked at once, in a core's cache
 
 
 @dataclass(frozen=True)
 class Scanned:
-    """What a look at some rows of a shard found."""
+    """What a check of some rows of a shard found."""
 
     shard: int
     problem: str  # the first row at fault, "" for none
-    plain: bool  # they can be used as they lie there: all are on the grid, good or not
+    plain: bool  # they can be used as stored: all are on the grid, good or not
 
 
 @dataclass(frozen=True)
@@ -118,7 +71,7 @@ class Rows:
     def positions(self, block_rows: int, threads: int = 1) -> Iterator[Tensor]:
         """Positions of the good rows among the rank's rows, ascending, (P,) int64 by blocks; no row is read.
 
-        Blocks are of about the same size, span shards, and are as many as share out evenly over the threads.
+        Blocks are of about the same size, span shards, and their number is about a multiple of the threads.
         """
         step = _even_step(self.num_good, block_rows, threads)
         left = np.zeros(0, dtype=np.int64)
@@ -135,12 +88,11 @@ class Rows:
     def pieces(self, positions: Tensor, plain: Sequence[bool] = ()) -> list[Tensor]:
         """Grid rows at some ascending positions, at least one: pieces (p, D), in order.
 
-        Rows that lie side by side in one plain shard are a view: a memory map is read where somebody looks at it, and
-        only there. A bad row now and then only makes more views; rows of which few lie side by side are copied, once,
-        into one piece.
+        Consecutive rows of one plain shard are a view: a memory map is read only where it is used. A few bad rows only
+        make more views; rows that are mostly not consecutive are copied, once, into one piece.
 
         Args:
-            plain: of each shard whether it lies on the grid as it is; by default all rows are put there.
+            plain: for each shard whether it lies on the grid as stored; by default all rows are rounded to the grid.
         """
         wanted = positions.numpy()
         breaks = np.flatnonzero(np.diff(wanted) != 1) + 1
@@ -162,7 +114,7 @@ class Rows:
         return rows + 0.0  # no -0.0: it would not survive a sum over ranks
 
     def _edges(self, wanted: np.ndarray) -> tuple[int, np.ndarray]:
-        """The first shard that ascending positions lie in, and where those of it, and of each shard after, begin."""
+        """The first shard with any of the ascending positions, and the first of them in it and in each later shard."""
         first, last = (np.searchsorted(self.starts, wanted[[0, -1]], side="right") - 1).tolist()
         return first, np.searchsorted(wanted, self.starts[first : last + 2])
 
@@ -179,7 +131,7 @@ class Rows:
         return torch.from_numpy(found)
 
     def problem(self) -> str:
-        """What is wrong with the shapes of a shard, naming it; "" when nothing is. No row is read."""
+        """What is wrong with the shapes of a shard, by its name; "" when nothing is. No row is read."""
         if len(self.good) != len(self.shards):
             return f"there must be a mask of good rows for each of the {len(self.shards)} shards, got {len(self.good)}"
         for i, (shard, good) in enumerate(zip(self.shards, self.good, strict=True)):
@@ -203,7 +155,7 @@ class Rows:
                 yield i, slice(start, min(len(shard), start + block_rows))
 
     def scan(self, part: tuple[int, slice]) -> Scanned:
-        """Looks at every row of one of `parts`."""
+        """Checks every row of one of `parts`."""
         i, some = part
         rows = self.shards[i][some]
         found = row_problem(rows, self.good[i][some])
@@ -215,12 +167,12 @@ class Rows:
 
 
 def as_tensor(rows: np.ndarray) -> Tensor:
-    """The same memory; a copy where it is read-only, which torch does not take."""
+    """The same memory; a copy where it is read-only, which torch does not support."""
     return torch.from_numpy(rows if rows.flags.writeable else np.array(rows))
 
 
 def _even_step(num: int, most: int, threads: int) -> int:
-    """Rows of a block, so that the blocks are about a multiple of the threads where there are several."""
+    """Rows per block, such that the number of blocks is about a multiple of the threads where there are several."""
     blocks = -(-num // most)
     return -(-num // (-(-blocks // threads) * threads)) if blocks > 1 else most
 
@@ -250,18 +202,14 @@ def row_problem(rows: np.ndarray, good: np.ndarray) -> tuple[int, str] | None:
     return first, f"has norm {norm:.6g}, features must be unit rows"
 
 
-BLOCK_ROWS = 16384  # rows worked on at once: enough that their products outweigh the calls around them
-PIECE = 2**16  # rows looked at at once, by integers alone
-
-
-def never() -> bool:
-    """Nobody asks to stop."""
+def never_stop() -> bool:
+    """The default of `stop_requested`."""
     return False
 
 
 @dataclass(frozen=True)
 class RowBlock:
-    """Some good rows of a rank, read when they are asked for."""
+    """Some good rows of a rank, which are read on demand."""
 
     positions: Tensor  # (P,) among the rank's rows, in host memory
     places: slice  # among its good rows
@@ -269,7 +217,7 @@ class RowBlock:
     read: Callable[[Tensor], list[Tensor]]  # ascending positions -> grid rows on the device, in pieces
 
     def take(self, rows: Tensor) -> list[Tensor]:
-        """Grid rows at ascending places in the block: pieces (p, D) in order, which nobody has copied together yet."""
+        """Grid rows at ascending places in the block: pieces (p, D) in order, not yet copied together."""
         return self.read(self.positions[rows.cpu()])
 
     @property
@@ -280,7 +228,7 @@ class RowBlock:
 
 @dataclass(frozen=True)
 class ShardedRows:
-    """The rows of this rank, and what all ranks know about the rows of all."""
+    """The rows of this rank, with their place among the rows of all ranks, and the passes and sums over all ranks."""
 
     comm: Comm
     rows: Rows
@@ -289,20 +237,20 @@ class ShardedRows:
     num_good: int  # over all ranks
     block_rows: int
     device: torch.device
-    plain: tuple[bool, ...]  # which of the rank's shards need no preparation
-    threads: int  # so many blocks are worked on side by side; a GPU has threads of its own
+    plain: tuple[bool, ...]  # which of the rank's shards lie on the grid as stored
+    threads: int  # blocks worked on at the same time; 1 on a GPU, which is parallel itself
     squares: Tensor  # (good rows,) float64 scratch, exact |x|^2 in units of 2**-48
     generator: CandidateGenerator
-    stop_requested: Callable[[], bool] = never  # of this rank
+    stop_requested: Callable[[], bool] = never_stop  # of this rank
 
     def each(self, work: Callable[[Item], Result], items: Iterable[Item]) -> Generator[Result, None, None]:
-        """What `work` makes of this rank's items, in their order; ends when all ranks have done theirs.
+        """The results of `work` for this rank's items, in their order; ends when all ranks have done theirs.
 
-        All ranks call it together, for a pass over their rows. None of them meets another inside of it, so one that is
-        slower than the others may take its time.
+        All ranks call it together, for a pass over their rows. There is no collective inside of it, so the others wait
+        for a slower rank only at the end.
 
         Raises:
-            Stopped: on all ranks, between two items, when any was asked to stop.
+            Stopped: on all ranks, between two items, when a stop was requested on any of them.
         """
         return until_all_ranks_finish(self.comm, side_by_side(work, items, self.threads), self.stop_requested)
 
@@ -311,7 +259,7 @@ class ShardedRows:
         return joined(self.pieces(positions))
 
     def pieces(self, positions: Tensor) -> list[Tensor]:
-        """The same in pieces (p, D), in order; a GPU gets them in one."""
+        """The same in pieces (p, D), in order; a single piece on a GPU."""
         if not len(positions):
             return [torch.zeros(0, self.dim, device=self.device)]
         pieces = self.rows.pieces(positions, self.plain)
@@ -334,15 +282,16 @@ class ShardedRows:
             first += len(positions)
 
     def check_labels(self, num: int) -> None:
-        """Raises where the rows of all ranks cannot have so many labels."""
+        """Raises ValueError where there are fewer good rows than labels, or no label."""
         if not 1 <= num <= self.num_good:
             raise ValueError(f"num_labels must be from 1 to the number of good rows, {self.num_good}, got {num}")
 
     def total(self, tensor: Tensor) -> Tensor:
-        """Sum over ranks, of integers or of what one rank alone has; `tensor` may serve as room for it."""
+        """Sum over ranks, of integers or of values that only one rank has; `tensor` may be overwritten."""
         return self.comm.sum_(tensor.to(wire_device(self.comm))).to(tensor.device)
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
+        """The tensors of all ranks, by rank."""
         return [part.to(tensor.device) for part in self.comm.gather(tensor.to(wire_device(self.comm)))]
 
 
@@ -352,9 +301,14 @@ def join_rows(
     *,
     block_rows: int = BLOCK_ROWS,
     device: torch.device,
-    stop_requested: Callable[[], bool] = never,
+    stop_requested: Callable[[], bool] = never_stop,
 ) -> ShardedRows:
-    """This rank's share, once every rank's rows are fit for it."""
+    """This rank's `ShardedRows`, after the rows of all ranks have been checked.
+
+    Raises:
+        ValueError: on all ranks, naming the shard and the row, where one rank's rows are not valid.
+        Stopped: on all ranks, when a stop was requested on any of them.
+    """
     if block_rows < 1:
         raise ValueError(f"block_rows must be at least 1, got {block_rows}")
     raise_together(comm, rows.problem())
@@ -366,7 +320,7 @@ def join_rows(
     if len(dims) > 1:
         raise ValueError(f"rows must have the same dimension on every rank, found {dims}")
     first, num_good = int(table[: comm.rank, 0].sum()), int(table[:, 1].sum())
-    share = ShardedRows(
+    sharded = ShardedRows(
         comm=comm,
         rows=rows,
         dim=dims[0] if dims else 0,
@@ -380,11 +334,11 @@ def join_rows(
         generator=Float32Generator(nearest),
         stop_requested=stop_requested,
     )
-    return replace(share, generator=_measure(share))
+    return replace(sharded, generator=_fill_squares(sharded))
 
 
 def _scanned(comm: Comm, rows: Rows, block_rows: int, stop_requested: Callable[[], bool]) -> tuple[bool, ...]:
-    """Which shards are plain, once every rank has looked at all of its rows and none has found one at fault."""
+    """Which shards lie on the grid as stored; raises on all ranks where a rank finds an invalid row."""
     problem, plain = "", [True] * len(rows.shards)
     scans = side_by_side(rows.scan, rows.parts(block_rows), torch.get_num_threads())
     for scanned in until_all_ranks_finish(comm, _to_first_problem(scans), stop_requested):
@@ -402,19 +356,62 @@ def _to_first_problem(scans: Generator[Scanned, None, None]) -> Generator[Scanne
                 return
 
 
-def _measure(share: ShardedRows) -> CandidateGenerator:
-    """Fills in the rows' exact squared norms; the faster way to propose centroids to them on this machine."""
-    halves = bf16_pays(share.device)
+def _fill_squares(sharded: ShardedRows) -> CandidateGenerator:
+    """Fills in the rows' exact squared norms, in place; the faster candidate generator for them on this machine."""
+    bf16 = bf16_is_faster(sharded.device)
 
     def measure(positions: Tensor) -> tuple[Tensor, float]:
-        pieces = share.rows.pieces(positions, share.plain)
-        rest = max(map(Bf16Generator.left_out, pieces)) if halves else 0.0
-        return torch.cat([exact_square(x) for x in pieces]), rest
+        pieces = sharded.rows.pieces(positions, sharded.plain)
+        residual = max(map(Bf16Generator.residual_norm, pieces)) if bf16 else 0.0
+        return torch.cat([exact_square(x) for x in pieces]), residual
 
-    positions = share.rows.positions(share.block_rows, share.threads)
+    positions = sharded.rows.positions(sharded.block_rows, sharded.threads)
     measured = side_by_side(measure, positions, torch.get_num_threads())
-    first, rest = 0, 0.0
-    for of_block, left_out in until_all_ranks_finish(share.comm, measured, share.stop_requested):
-        share.squares[first : first + len(of_block)] = of_block
-        first, rest = first + len(of_block), max(rest, left_out)
-    return bf16_generator(share.device, rest) if halves else share.generator
+    first, residual = 0, 0.0
+    for of_block, residual_of_block in until_all_ranks_finish(sharded.comm, measured, sharded.stop_requested):
+        sharded.squares[first : first + len(of_block)] = of_block
+        first, residual = first + len(of_block), max(residual, residual_of_block)
+    return bf16_generator(sharded.device, residual) if bf16 else sharded.generator
+
+
+def side_by_side(
+    function: Callable[[Item], Result], items: Iterable[Item], threads: int
+) -> Generator[Result, None, None]:
+    """Results in the order of the items, computed on several threads; at most two items per thread are held at a time.
+
+    Until the last result is taken, torch and faiss use one thread in the caller too: otherwise its operations would
+    wait for busy cores.
+    """
+    if threads == 1:
+        yield from map(function, items)
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield from prefetch(
+            function, items, threads=threads, depth=2 * threads - 1, start_thread=lambda: torch.set_num_threads(1)
+        )
+    finally:
+        torch.set_num_threads(before)
+
+
+def scratch(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor of zeros on the CPU, in an unnamed file of the temporary folder (TMPDIR) instead of process memory.
+
+    The operating system caches it in memory as far as possible and writes the rest to disk. Nothing is left behind,
+    however the process ends.
+
+    Raises:
+        OSError: the disk is too full.
+    """
+    if not math.prod(shape):
+        return torch.zeros(shape, dtype=dtype)
+    numbers: np.dtype = torch.zeros(0, dtype=dtype).numpy().dtype
+    num_bytes = math.prod(shape) * numbers.itemsize
+    with tempfile.TemporaryFile(prefix="grappa-") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, num_bytes)  # a full disk is an error here, not a crash at some write
+        except OSError as error:
+            where = f"{tempfile.gettempdir()} (TMPDIR names another folder)"
+            raise OSError(error.errno, f"{where}: {num_bytes} bytes of scratch: {error.strerror}") from error
+        return torch.from_numpy(np.memmap(file, dtype=numbers, mode="r+", shape=shape))

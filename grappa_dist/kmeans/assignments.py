@@ -32,28 +32,28 @@ class RowLabels:
     squares: Tensor  # (n,) int64, exact squared distance to the centroid of the label, in units of 2**-48
 
     @staticmethod
-    def of(share: ShardedRows) -> RowLabels:
-        num = (len(share.rows),)
+    def of(sharded: ShardedRows) -> RowLabels:
+        num = (len(sharded.rows),)
         return RowLabels(scratch(num, torch.int32).fill_(-1), scratch(num, torch.int64))
 
-    def by_shard(self, share: ShardedRows) -> list[np.ndarray]:
+    def by_shard(self, sharded: ShardedRows) -> list[np.ndarray]:
         """(P,) int32 each, views."""
-        ends = np.cumsum([len(shard) for shard in share.rows.shards])
+        ends = np.cumsum([len(shard) for shard in sharded.rows.shards])
         return np.split(self.labels.numpy(), ends[:-1].tolist()) if len(ends) else []
 
-    def counts(self, share: ShardedRows, num_labels: int) -> Tensor:
+    def counts(self, sharded: ShardedRows, num_labels: int) -> Tensor:
         """Rows of all ranks per label, (K,) int64."""
         counts = torch.zeros(num_labels, dtype=torch.int64)
         for labels, _ in self._pieces():
             counts += torch.bincount(labels.long(), minlength=num_labels)
-        return share.total(counts)
+        return sharded.total(counts)
 
-    def inertia(self, share: ShardedRows) -> int:
+    def inertia(self, sharded: ShardedRows) -> int:
         """Sum of the squared distances of the rows of all ranks, exact, in units of 2**-48."""
         limbs = torch.zeros(2, dtype=torch.int64)
         for _, squares in self._pieces():
             limbs += torch.stack([(squares & (2**_LIMB - 1)).sum(), (squares >> _LIMB).sum()])
-        low, high = share.total(limbs).tolist()
+        low, high = sharded.total(limbs).tolist()
         return int(low) + (int(high) << _LIMB)
 
     def _pieces(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -63,7 +63,7 @@ class RowLabels:
 
 
 @dataclass(frozen=True)
-class Settled:
+class AssignedRows:
     """Some rows, and the nearest centroids that a search found for them."""
 
     positions: Tensor  # (P,) in host memory
@@ -79,55 +79,57 @@ class LabelPasses:
     The sums are not made anew in each pass: rows that change their label are taken from one sum and added to another.
     """
 
-    share: ShardedRows
+    sharded: ShardedRows
     rows: RowLabels
     stats: Stats  # of all ranks
     undecided: int = 0  # of this rank in the last pass, as is `searched`
     searched: int = 0
 
     @staticmethod
-    def over(share: ShardedRows, num_labels: int) -> LabelPasses:
-        return LabelPasses(share, RowLabels.of(share), Stats.zeros(num_labels, share.dim, share.device))
+    def over(sharded: ShardedRows, num_labels: int) -> LabelPasses:
+        return LabelPasses(sharded, RowLabels.of(sharded), Stats.zeros(num_labels, sharded.dim, sharded.device))
 
-    def advance(self, work: Callable[[Item], Settled], items: Iterable[Item]) -> None:
+    def advance(self, work: Callable[[Item], AssignedRows], items: Iterable[Item]) -> None:
         """Labels, distances and stats by what `work` finds for each item."""
-        change = Stats.zeros(len(self.stats.counts), self.share.dim, self.share.device)
+        change = Stats.zeros(len(self.stats.counts), self.sharded.dim, self.sharded.device)
         self.undecided = self.searched = 0
-        for settled in self.share.each(work, items):
+        for settled in self.sharded.each(work, items):
             _add_moves(change, self.rows, settled)
             _keep(self.rows, settled)
             self.undecided += settled.found.undecided
             self.searched += settled.searched
-        self.stats.add_changes_(change, self.share.total)
+        self.stats.add_changes_(change, self.sharded.total)
 
 
-def find_labels(share: ShardedRows, work: Callable[[Item], Settled], items: Iterable[Item]) -> tuple[RowLabels, Tensor]:
+def assign_rows(
+    sharded: ShardedRows, work: Callable[[Item], AssignedRows], items: Iterable[Item]
+) -> tuple[RowLabels, Tensor]:
     """Labels as `work` finds them, in one pass that adds nothing up; and of all ranks, (2,), how many rows floats left
     undecided and how many distances were computed."""
-    rows, told = RowLabels.of(share), torch.zeros(2, dtype=torch.int64)
-    for settled in share.each(work, items):
+    rows, told = RowLabels.of(sharded), torch.zeros(2, dtype=torch.int64)
+    for settled in sharded.each(work, items):
         _keep(rows, settled)
         told += torch.tensor([settled.found.undecided, settled.searched])
-    return rows, share.total(told)
+    return rows, sharded.total(told)
 
 
-def exactly(share: ShardedRows, centroids: Tensor) -> Callable[[tuple[Tensor, Tensor]], Settled]:
+def exactly(sharded: ShardedRows, centroids: Tensor) -> Callable[[tuple[Tensor, Tensor]], AssignedRows]:
     """The search for the nearest centroid of each row of a share's block."""
-    prepared = Centroids.of(centroids, share.generator)
+    prepared = Centroids.of(centroids, sharded.generator)
 
-    def work(block: tuple[Tensor, Tensor]) -> Settled:
+    def work(block: tuple[Tensor, Tensor]) -> AssignedRows:
         positions, x = block
-        return Settled(positions, x, assign(x, prepared), len(x) * len(centroids))
+        return AssignedRows(positions, x, assign(x, prepared), len(x) * len(centroids))
 
     return work
 
 
-def _keep(rows: RowLabels, settled: Settled) -> None:
+def _keep(rows: RowLabels, settled: AssignedRows) -> None:
     rows.labels[settled.positions] = settled.found.labels.int().cpu()
     rows.squares[settled.positions] = settled.found.squares.cpu()
 
 
-def _add_moves(change: Stats, rows: RowLabels, settled: Settled) -> None:
+def _add_moves(change: Stats, rows: RowLabels, settled: AssignedRows) -> None:
     after, before = settled.found.labels, rows.labels[settled.positions].long().to(settled.x.device)
     moved = (before != after).nonzero()[:, 0]
     if len(moved):

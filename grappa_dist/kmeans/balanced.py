@@ -19,7 +19,7 @@ from torch import Tensor
 from grappa_dist.distributed.sharded_rows import PIECE, ShardedRows, scratch
 from grappa_dist.kmeans.assignments import RowLabels
 from grappa_dist.kmeans.ivf import nearest_exactly
-from grappa_dist.kmeans.sampling import lowest
+from grappa_dist.kmeans.sampling import distributed_topk
 from grappa_dist.search.candidates import Centroids
 
 CHOICES = 16  # clusters with room that are looked up per row at a time
@@ -41,36 +41,36 @@ class Balanced:
     rounds: int
 
 
-def balance_labels(share: ShardedRows, rows: RowLabels, centroids: Tensor, largest: int) -> Balanced:
+def balance_labels(sharded: ShardedRows, rows: RowLabels, centroids: Tensor, largest: int) -> Balanced:
     """Changes labels, in place, until no cluster has more than `largest` rows.
 
     A cluster that has more keeps its nearest ones. The others apply to the nearest cluster that has room, which takes
     the nearest of them as far as it goes; then those left apply to the next, until all have a place.
     """
-    assert largest * len(centroids) >= share.num_good, "there must be room for all"
-    counts = rows.counts(share, len(centroids))
+    assert largest * len(centroids) >= sharded.num_good, "there must be room for all"
+    counts = rows.counts(sharded, len(centroids))
     moved = int((counts - largest).clamp(min=0).sum())
     if not moved:
         return Balanced(largest, 0, 0)
-    _trim(share, rows, counts, largest)
+    _trim(sharded, rows, counts, largest)
     left, rounds = moved, 0
     while left:
-        room = largest - rows.counts(share, len(centroids))
-        left = _Round.of(share, rows, centroids, room).place_all(left)
+        room = largest - rows.counts(sharded, len(centroids))
+        left = _Round.of(sharded, rows, centroids, room).place_all(left)
         rounds += 1
     return Balanced(largest, moved, rounds)
 
 
-def _trim(share: ShardedRows, rows: RowLabels, counts: Tensor, largest: int) -> None:
+def _trim(sharded: ShardedRows, rows: RowLabels, counts: Tensor, largest: int) -> None:
     """Frees the rows that an overfull cluster cannot keep."""
     over = counts > largest
     groups = scratch((len(rows.labels),), torch.int32)
     for some in _slices(len(groups)):
         labels = rows.labels[some]
         groups[some] = torch.where((labels >= 0) & over[labels.clamp(min=0).long()], labels, -1)
-    cut = lowest(share, groups, rows.squares, torch.where(over, largest, 0), bits=_SQUARE_BITS)
+    cut = distributed_topk(sharded, groups, rows.squares, torch.where(over, largest, 0), bits=_SQUARE_BITS)
     for some in _slices(len(groups)):
-        kept = cut.takes(groups[some], rows.squares[some], torch.arange(some.start, some.stop) + share.first)
+        kept = cut.takes(groups[some], rows.squares[some], torch.arange(some.start, some.stop) + sharded.first)
         rows.labels[some] = torch.where((groups[some] >= 0) & ~kept, _FREE, rows.labels[some])
 
 
@@ -78,7 +78,7 @@ def _trim(share: ShardedRows, rows: RowLabels, counts: Tensor, largest: int) -> 
 class _Round:
     """The free rows of this rank, and the nearest clusters that had room when it began."""
 
-    share: ShardedRows
+    sharded: ShardedRows
     rows: RowLabels
     room: Tensor  # (K,) int64
     positions: Tensor  # (m,) int64
@@ -88,7 +88,7 @@ class _Round:
     keys: Tensor  # (n,) int64, its squared distance
 
     @staticmethod
-    def of(share: ShardedRows, rows: RowLabels, centroids: Tensor, room: Tensor) -> _Round:
+    def of(sharded: ShardedRows, rows: RowLabels, centroids: Tensor, room: Tensor) -> _Round:
         vacant = (room > 0).nonzero()[:, 0]
         positions = _free(rows)
         num, t = len(positions), min(CHOICES, len(vacant))
@@ -96,15 +96,15 @@ class _Round:
         known = Centroids.of(centroids[vacant.to(centroids.device)])
 
         def work(first: int) -> tuple[slice, Tensor, Tensor]:
-            some = slice(first, min(num, first + share.block_rows))
-            near, far = nearest_exactly(share.read(positions[some]), known, t)
+            some = slice(first, min(num, first + sharded.block_rows))
+            near, far = nearest_exactly(sharded.read(positions[some]), known, t)
             return some, vacant[near.cpu()].int(), far.cpu()
 
-        for some, near, far in share.each(work, range(0, num, share.block_rows)):
+        for some, near, far in sharded.each(work, range(0, num, sharded.block_rows)):
             labels[some], squares[some] = near, far
         all_rows = (len(rows.labels),)
         asked, keys = scratch(all_rows, torch.int32).fill_(-1), scratch(all_rows, torch.int64)
-        return _Round(share, rows, room.clone(), positions, labels, squares, asked, keys)
+        return _Round(sharded, rows, room.clone(), positions, labels, squares, asked, keys)
 
     def place_all(self, left: int) -> int:
         """Applications until every free row has a place or has asked all of its choices; the free rows of all ranks."""
@@ -123,15 +123,15 @@ class _Round:
             asks = vacant.any(1) & (self.rows.labels[positions] == _FREE)
             self.asked[positions] = torch.where(asks, self.labels[some].gather(1, choice)[:, 0], -1)
             self.keys[positions] = self.squares[some].gather(1, choice)[:, 0]
-        cut = lowest(self.share, self.asked, self.keys, self.room, bits=_SQUARE_BITS)
+        cut = distributed_topk(self.sharded, self.asked, self.keys, self.room, bits=_SQUARE_BITS)
         taken = torch.zeros_like(self.room)
         for some in _slices(len(self.positions)):
             positions = self.positions[some]
             asked, keys = self.asked[positions], self.keys[positions]
-            won = cut.takes(asked, keys, positions + self.share.first)
+            won = cut.takes(asked, keys, positions + self.sharded.first)
             self.rows.labels[positions[won]], self.rows.squares[positions[won]] = asked[won], keys[won]
             taken += torch.bincount(asked[won].long(), minlength=len(taken))
-        taken = self.share.total(taken)
+        taken = self.sharded.total(taken)
         self.room.sub_(taken)
         return int(taken.sum())
 

@@ -24,9 +24,9 @@ from torch import Tensor
 
 from grappa_dist.data.rng import RowDraw
 from grappa_dist.distributed.sharded_rows import PIECE, ShardedRows, scratch
-from grappa_dist.kmeans.assignments import LabelPasses, Settled, exactly, find_labels
-from grappa_dist.kmeans.lloyd import Progress, Updates, lloyd
-from grappa_dist.kmeans.sampling import RACE_BITS, lowest, race_keys, row_hashes
+from grappa_dist.kmeans.assignments import AssignedRows, LabelPasses, assign_rows, exactly
+from grappa_dist.kmeans.lloyd import KMeansState, Updates, lloyd
+from grappa_dist.kmeans.sampling import RACE_BITS, distributed_topk, race_keys, row_hashes
 from grappa_dist.kmeans.seeding import to_weights
 from grappa_dist.kmeans.update import Stats, finish
 from grappa_dist.search.candidates import Centroids
@@ -67,21 +67,21 @@ _FAR = 2**51  # above any squared distance
 
 
 @dataclass(frozen=True)
-class Families:
+class CoarseClusters:
     """This rank's rows by coarse cluster, and where the labels of each cluster's children lie."""
 
-    share: ShardedRows
+    sharded: ShardedRows
     coarse: Tensor  # (n,) int32, -1 for bad rows
     order: Tensor  # (number of good rows,) int64 positions, by coarse cluster, ascending in each
     starts: list[int]  # C + 1 places in `order`
     children: list[int]  # C + 1 first labels
 
     @staticmethod
-    def of(share: ShardedRows, coarse: Tensor, num_coarse: int, num_labels: int) -> Families:
+    def of(sharded: ShardedRows, coarse: Tensor, num_coarse: int, num_labels: int) -> CoarseClusters:
         own = torch.zeros(num_coarse, dtype=torch.int64)
         for labels in torch.split(coarse, PIECE):
             own += torch.bincount(labels[labels >= 0].long(), minlength=num_coarse)
-        sizes = share.total(own.clone()).tolist()
+        sizes = sharded.total(own.clone()).tolist()
         starts, children = ([0, *np.cumsum(n).tolist()] for n in (own.tolist(), apportion(sizes, num_labels)))
         order, free = scratch((starts[-1],), torch.int64), torch.tensor(starts)
         for first in range(0, len(coarse), PIECE):  # a counting sort: no table of all rows in memory
@@ -92,13 +92,13 @@ class Families:
             before = counts.cumsum(0) - counts
             order[free[labels] + torch.arange(len(labels)) - before[labels]] = places
             free += counts
-        return Families(share, coarse, order, starts, children)
+        return CoarseClusters(sharded, coarse, order, starts, children)
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
         """A coarse cluster and positions (P,) of some of its rows."""
         for i, (first, after) in enumerate(zip(self.starts, self.starts[1:], strict=False)):
-            for start in range(first, after, self.share.block_rows):
-                yield i, self.order[start : min(after, start + self.share.block_rows)]
+            for start in range(first, after, self.sharded.block_rows):
+                yield i, self.order[start : min(after, start + self.sharded.block_rows)]
 
     def of_children(self) -> Iterator[tuple[int, slice]]:
         """Each coarse cluster that has sub-clusters, and the labels of these."""
@@ -107,24 +107,26 @@ class Families:
                 yield i, slice(first, after)
 
 
-def fit_in_families(
-    share: ShardedRows, heads: np.ndarray, num_labels: int, *, seed: int, start: Progress | None, how: Updates
-) -> Progress:
+def fit_subclusters(
+    sharded: ShardedRows, heads: np.ndarray, num_labels: int, *, seed: int, start: KMeansState | None, how: Updates
+) -> KMeansState:
     """K centroids (K, D), those of a coarse cluster in a row, by Lloyd's iterations inside of the coarse clusters.
 
     Args:
         heads: coarse centroids (C, D); rows belong to the nearest one.
         start: where to go on from, as `how.on_update` was told.
     """
-    coarse = find_labels(share, exactly(share, torch.from_numpy(heads).to(share.device)), share.blocks())[0].labels
-    families = Families.of(share, coarse, len(heads), num_labels)
+    coarse = assign_rows(sharded, exactly(sharded, torch.from_numpy(heads).to(sharded.device)), sharded.blocks())[
+        0
+    ].labels
+    families = CoarseClusters.of(sharded, coarse, len(heads), num_labels)
     if start is None:
-        start = Progress(_starts(families, num_labels, seed).cpu().numpy(), ())
+        start = KMeansState(_starts(families, num_labels, seed).cpu().numpy(), ())
         how.on_update(start)
-    passes = LabelPasses.over(share, num_labels)
+    passes = LabelPasses.over(sharded, num_labels)
 
     def advance(centroids: Tensor) -> Centroids:
-        prepared = Centroids.of(centroids, share.generator)
+        prepared = Centroids.of(centroids, sharded.generator)
         passes.advance(_inside(families, prepared), families.blocks())
         return prepared
 
@@ -139,33 +141,33 @@ def fit_in_families(
     return lloyd(passes, advance, finish_each, start, how)
 
 
-def _inside(families: Families, centroids: Centroids) -> Callable[[tuple[int, Tensor]], Settled]:
+def _inside(families: CoarseClusters, centroids: Centroids) -> Callable[[tuple[int, Tensor]], AssignedRows]:
     """The search for a row's nearest centroid among those of its coarse cluster."""
     labels = torch.arange(len(centroids.values), device=centroids.values.device)
     parts = {i: (own.start, centroids.pick(labels[own])) for i, own in families.of_children()}
 
-    def work(block: tuple[int, Tensor]) -> Settled:
+    def work(block: tuple[int, Tensor]) -> AssignedRows:
         i, positions = block
-        x = families.share.read(positions)
+        x = families.sharded.read(positions)
         first, part = parts[i]
         found = assign(x, part)
-        return Settled(positions, x, replace(found, labels=found.labels + first), len(x) * len(part.values))
+        return AssignedRows(positions, x, replace(found, labels=found.labels + first), len(x) * len(part.values))
 
     return work
 
 
-def _starts(families: Families, num_labels: int, seed: int) -> Tensor:
+def _starts(families: CoarseClusters, num_labels: int, seed: int) -> Tensor:
     """First centroids (K, D), rows of their coarse clusters, drawn in rounds by their squared distances.
 
     A round doubles each family: it draws as many rows as there are children by now, in proportion to the distances from
     before the round, so all rounds together compare a row with each child once. A family that has no row left at a
     distance repeats its first child.
     """
-    share = families.share
+    sharded = families.sharded
     numbers = torch.tensor(families.children).diff()
     first = torch.tensor(families.children[:-1])
-    centroids = torch.zeros(num_labels, share.dim, device=share.device)
-    num_rows = (len(share.rows),)
+    centroids = torch.zeros(num_labels, sharded.dim, device=sharded.device)
+    num_rows = (len(sharded.rows),)
     keys, groups = scratch(num_rows, torch.int64), scratch(num_rows, torch.int32).fill_(-1)
     squares = scratch(num_rows, torch.int64).fill_(_FAR)
     present, at_once = torch.zeros_like(numbers), (numbers > 0).long()
@@ -184,46 +186,46 @@ def _starts(families: Families, num_labels: int, seed: int) -> Tensor:
     return centroids
 
 
-def _race(families: Families, squares: Tensor, out: tuple[Tensor, Tensor], key: tuple[int, ...]) -> None:
+def _race(families: CoarseClusters, squares: Tensor, out: tuple[Tensor, Tensor], key: tuple[int, ...]) -> None:
     """Keys and groups of the rows that may be drawn."""
     keys, groups = out
     for positions in torch.split(families.order, PIECE):
         weights = to_weights(squares[positions])
-        hashes = row_hashes(positions + families.share.first, *key)
+        hashes = row_hashes(positions + families.sharded.first, *key)
         keys[positions] = race_keys(hashes, weights)
         groups[positions] = torch.where(weights > 0, families.coarse[positions], -1)
 
 
-def _drawn_rows(families: Families, groups: Tensor, keys: Tensor, at_once: Tensor) -> tuple[Tensor, Tensor]:
+def _drawn_rows(families: CoarseClusters, groups: Tensor, keys: Tensor, at_once: Tensor) -> tuple[Tensor, Tensor]:
     """How many rows of each family were drawn, (C,), and the rows of all ranks, by family, then by place, (M, D)."""
-    share = families.share
-    cut = lowest(share, groups, keys, at_once, bits=RACE_BITS)
-    taken = [p[cut.takes(groups[p], keys[p], p + share.first)] for p in torch.split(families.order, PIECE)]
+    sharded = families.sharded
+    cut = distributed_topk(sharded, groups, keys, at_once, bits=RACE_BITS)
+    taken = [p[cut.takes(groups[p], keys[p], p + sharded.first)] for p in torch.split(families.order, PIECE)]
     positions = torch.cat(taken) if taken else torch.zeros(0, dtype=torch.int64)
     owners = families.coarse[positions].long()
-    table = torch.stack(share.gather(torch.bincount(owners, minlength=len(at_once))[None])).view(-1, len(at_once))
+    table = torch.stack(sharded.gather(torch.bincount(owners, minlength=len(at_once))[None])).view(-1, len(at_once))
     drawn = table.sum(0)
-    before = drawn.cumsum(0) - drawn + table[: share.comm.rank].sum(0)  # of lower families, and of lower ranks
-    own = table[share.comm.rank]
-    rows = torch.zeros(int(drawn.sum()), share.dim, device=share.device)
+    before = drawn.cumsum(0) - drawn + table[: sharded.comm.rank].sum(0)  # of lower families, and of lower ranks
+    own = table[sharded.comm.rank]
+    rows = torch.zeros(int(drawn.sum()), sharded.dim, device=sharded.device)
     slots = before[owners] + torch.arange(len(owners)) - (own.cumsum(0) - own)[owners]
     order = positions.argsort()
-    rows[slots[order]] = share.read(positions[order]) + 0.0  # no -0.0: it would not survive a sum over ranks
-    return drawn, share.total(rows)
+    rows[slots[order]] = sharded.read(positions[order]) + 0.0  # no -0.0: it would not survive a sum over ranks
+    return drawn, sharded.total(rows)
 
 
-def _lower_squares(families: Families, squares: Tensor, centroids: Tensor, new: tuple[Tensor, Tensor]) -> None:
+def _lower_squares(families: CoarseClusters, squares: Tensor, centroids: Tensor, new: tuple[Tensor, Tensor]) -> None:
     """Lowers the rows' squared distances, in place, to those to the new centroids of their family."""
     parts = {
-        i: Centroids.of(centroids[a : a + n], families.share.generator)
+        i: Centroids.of(centroids[a : a + n], families.sharded.generator)
         for i, (a, n) in enumerate(zip(*(t.tolist() for t in new), strict=True))
         if n
     }
 
     def work(block: tuple[int, Tensor]) -> tuple[Tensor, Tensor]:
         i, positions = block
-        return positions, assign(families.share.read(positions), parts[i]).squares.cpu()
+        return positions, assign(families.sharded.read(positions), parts[i]).squares.cpu()
 
     blocks = (block for block in families.blocks() if block[0] in parts)
-    for positions, found in families.share.each(work, blocks):
+    for positions, found in families.sharded.each(work, blocks):
         squares[positions] = torch.minimum(squares[positions], found)

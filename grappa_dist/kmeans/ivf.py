@@ -28,12 +28,12 @@ from torch import Tensor
 from grappa_dist.data.rng import RowDraw
 from grappa_dist.distributed.collectives import Comm
 from grappa_dist.distributed.sharded_rows import BLOCK_ROWS, Rows, ShardedRows
-from grappa_dist.kmeans.assignments import LabelPasses, RowLabels, Settled, exactly
-from grappa_dist.kmeans.lloyd import KMeans, Progress, Updates, kmeans, lloyd
+from grappa_dist.kmeans.assignments import AssignedRows, LabelPasses, RowLabels, exactly
+from grappa_dist.kmeans.lloyd import KMeans, KMeansState, Updates, kmeans, lloyd
 from grappa_dist.kmeans.sampling import Draw
 from grappa_dist.kmeans.update import finish
 from grappa_dist.search.backends import nearest
-from grappa_dist.search.candidates import Centroids, Float32Generator, Search, float_error, nearest_in_floats, norm_of
+from grappa_dist.search.candidates import Centroids, Float32Generator, Search, float_error, nearest_float32, norm_of
 from grappa_dist.search.fixed_point import exact_dot, exact_square
 from grappa_dist.search.rerank import FAR, Assignment, assign, nearest_of_pairs
 
@@ -73,7 +73,7 @@ def _nearest_of(x: Tensor, centroids: Centroids, t: int) -> tuple[Tensor, Tensor
     return labels, squares
 
 
-def nearest_set(x: Tensor, centroids: Centroids, t: int, search: Search = nearest_in_floats) -> Tensor:
+def nearest_set(x: Tensor, centroids: Centroids, t: int, search: Search = nearest_float32) -> Tensor:
     """The t nearest centroids of each grid row as a set, (P, t) in no order; of equal ones those of lower index.
 
     Floats settle it where the t-th and the next one lie clearly apart, `nearest_exactly` does elsewhere.
@@ -155,7 +155,7 @@ def _search_lists(x: Tensor, lists: Lists, probed: Tensor) -> Assignment:
 
 
 def _take_closer(labels: Tensor, squares: Tensor, rows: Tensor, competitors: tuple[Tensor, Tensor]) -> None:
-    """Gives some rows, in place, their rivals' labels and squared distances where these are better."""
+    """Gives some rows, in place, their competitors' labels and squared distances where these are better."""
     new, theirs = competitors
     closer = (theirs < squares[rows]) | ((theirs == squares[rows]) & (new < labels[rows]))
     labels[rows[closer]], squares[rows[closer]] = new[closer], theirs[closer]
@@ -164,7 +164,7 @@ def _take_closer(labels: Tensor, squares: Tensor, rows: Tensor, competitors: tup
 LIST_UPDATES = 5  # of the k-means that makes the lists
 AGREEMENT_ROWS = 4096  # compared with the exact assignment; 0.98 of them is known to 0.2 points
 
-Work = Callable[[tuple[Tensor, Tensor]], Settled]
+Work = Callable[[tuple[Tensor, Tensor]], AssignedRows]
 
 
 def lists_of(centroids: Tensor) -> Lists:
@@ -186,7 +186,7 @@ def lists_of(centroids: Tensor) -> Lists:
         generator=Float32Generator(nearest),
     )
     heads = values[np.arange(num) * len(values) // num]  # those of two levels lie in order: one of each family
-    found = kmeans(alone, num, KMeans(iterations=LIST_UPDATES, resume=Progress(heads, ())))
+    found = kmeans(alone, num, KMeans(iterations=LIST_UPDATES, resume=KMeansState(heads, ())))
     owners = torch.from_numpy(found.labels[0]).long().to(centroids.device)
     return Lists.of(Centroids.of(centroids), torch.from_numpy(found.centroids).to(centroids.device), owners)
 
@@ -196,10 +196,10 @@ def through_lists(centroids: Tensor, probes: int) -> Work:
     lists = lists_of(centroids)
     propose = None if centroids.is_cuda else inverted_file(lists, probes)
 
-    def work(block: tuple[Tensor, Tensor]) -> Settled:
+    def work(block: tuple[Tensor, Tensor]) -> AssignedRows:
         positions, x = block
         probed = assign_probed(x, lists, probes, propose)
-        return Settled(positions, x, probed.found, probed.searched)
+        return AssignedRows(positions, x, probed.found, probed.searched)
 
     return work
 
@@ -228,12 +228,12 @@ def inverted_file(lists: Lists, probes: int) -> Propose:
     return propose
 
 
-def refine(share: ShardedRows, probes: int, start: Progress, how: Updates) -> tuple[Progress, LabelPasses]:
+def refine(sharded: ShardedRows, probes: int, start: KMeansState, how: Updates) -> tuple[KMeansState, LabelPasses]:
     """Lloyd's iterations with assignment through lists, and the passes with the labels of the last centroids."""
-    passes = LabelPasses.over(share, len(start.centroids))
+    passes = LabelPasses.over(sharded, len(start.centroids))
 
     def advance(centroids: Tensor) -> Centroids:
-        passes.advance(through_lists(centroids, probes), share.blocks())
+        passes.advance(through_lists(centroids, probes), sharded.blocks())
         return Centroids.of(centroids)
 
     def finish_all(centroids: Tensor, spreads: list[int], step: int) -> tuple[Tensor, int]:
@@ -254,11 +254,11 @@ class Agreement:
         return self.same / self.rows
 
 
-def agreement(share: ShardedRows, rows: RowLabels, centroids: Tensor, seed: int) -> Agreement:
+def agreement(sharded: ShardedRows, rows: RowLabels, centroids: Tensor, seed: int) -> Agreement:
     """Measured on up to `AGREEMENT_ROWS` rows of all ranks, by comparing them with every centroid."""
-    draw = Draw.of(share, AGREEMENT_ROWS, *RowDraw.AGREEMENT.key(seed, len(centroids)))
+    draw = Draw.of(sharded, AGREEMENT_ROWS, *RowDraw.AGREEMENT.key(seed, len(centroids)))
     told = torch.zeros(2, dtype=torch.int64)
-    for settled in share.each(exactly(share, centroids), draw.blocks()):
+    for settled in sharded.each(exactly(sharded, centroids), draw.blocks()):
         same = rows.labels[settled.positions] == settled.found.labels.cpu()
         told += torch.stack([torch.tensor(len(same)), same.sum()])
-    return Agreement(*share.total(told).tolist())
+    return Agreement(*sharded.total(told).tolist())

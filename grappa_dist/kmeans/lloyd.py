@@ -37,23 +37,23 @@ from grappa_dist.distributed.sharded_rows import (
     row_problem,
     scratch,
 )
-from grappa_dist.kmeans.seeding import Init, Seeded, oversampled_centroids, seed_centroids
+from grappa_dist.kmeans.seeding import Init, SeedingState, oversampled_centroids, seed_centroids
 from grappa_dist.kmeans.update import Stats, finish
 from grappa_dist.kmeans.yinyang import Bounds, Drift, GroupedCentroids, Groups, Reassignments, num_bounds, reassign
 from grappa_dist.search.candidates import Centroids, joined
 from grappa_dist.search.fixed_point import GRID, to_grid
 
 
-def advance_together(wanted: Sequence[tuple[BoundedPasses, Tensor]]) -> list[Centroids]:
+def shared_pass(wanted: Sequence[tuple[BoundedPasses, Tensor]]) -> list[Centroids]:
     """Makes each of several clusterings of one share the one by these centroids, reading the rows once for all."""
-    share = wanted[0][0].share
-    assert all(kept.share is share for kept, _ in wanted)
+    sharded = wanted[0][0].sharded
+    assert all(kept.sharded is sharded for kept, _ in wanted)
     passes = [_Pass.of(kept, centroids) for kept, centroids in wanted]
 
     def work(block: RowBlock) -> list[Reassignments]:
         return [one.over(block) for one in passes]
 
-    for found in share.each(work, share.row_blocks()):
+    for found in sharded.each(work, sharded.row_blocks()):
         for one, moves in zip(passes, found, strict=True):
             one.kept.by_integers += moves.by_integers
             one.kept.searched += moves.searched
@@ -67,7 +67,7 @@ class BoundedPasses:
     """An exact k-means between its passes over the rows: labels, bounds of distances that spare most of the search, and
     what the rows of a label add up to, which only rows that change their label change."""
 
-    share: ShardedRows
+    sharded: ShardedRows
     groups: Groups
     bounds: Bounds  # of the good rows, in their order
     stats: Stats  # of all ranks
@@ -77,22 +77,22 @@ class BoundedPasses:
     searched: int = 0  # distances that it estimated
 
     @staticmethod
-    def over(share: ShardedRows, centroids: Tensor) -> BoundedPasses:
+    def over(sharded: ShardedRows, centroids: Tensor) -> BoundedPasses:
         num_labels, dim = centroids.shape
         groups = Groups.around(centroids, num_bounds(num_labels, dim))
-        num = share.rows.num_good
+        num = sharded.rows.num_good
         bounds = Bounds(
             labels=scratch((num,), torch.int32).fill_(-1),
             upper=scratch((num,), torch.float32).fill_(math.inf),
             lower=scratch((num, len(groups.members)), torch.float32).fill_(-math.inf),
-            squares=share.squares,
+            squares=sharded.squares,
         )
-        return BoundedPasses(share, groups, bounds, Stats.zeros(num_labels, dim, share.device), centroids)
+        return BoundedPasses(sharded, groups, bounds, Stats.zeros(num_labels, dim, sharded.device), centroids)
 
     def labels(self) -> list[np.ndarray]:
         """Of the rank's rows by shard, (P,) int32, -1 for bad rows."""
         parts, first = [], 0
-        for good in self.share.rows.good:
+        for good in self.sharded.rows.good:
             part = np.full(len(good), -1, dtype=np.int32)
             part[good] = self.bounds.labels[first : first + int(good.sum())].numpy()
             parts.append(part)
@@ -112,14 +112,14 @@ class _Pass:
 
     @staticmethod
     def of(kept: BoundedPasses, centroids: Tensor) -> _Pass:
-        grouped = GroupedCentroids.of(centroids, kept.groups, kept.share.generator)
+        grouped = GroupedCentroids.of(centroids, kept.groups, kept.sharded.generator)
         drift = Drift.between(kept.centroids, centroids, kept.groups) if kept.number else None
         num_labels, dim = centroids.shape
-        return _Pass(kept, grouped, drift, Stats.zeros(num_labels, dim, kept.share.device))
+        return _Pass(kept, grouped, drift, Stats.zeros(num_labels, dim, kept.sharded.device))
 
     def over(self, block: RowBlock) -> Reassignments:
         part = self.kept.bounds.part(block.places)
-        bounds = part.to(self.kept.share.device)
+        bounds = part.to(self.kept.sharded.device)
         if self.drift:
             bounds.shift_(self.drift)
         moves = reassign(block.take, self.grouped, bounds)
@@ -132,7 +132,7 @@ class _Pass:
 
     def end(self) -> None:
         self.kept.centroids, self.kept.number = self.grouped.whole.values, self.kept.number + 1
-        self.kept.stats.add_changes_(self.change, self.kept.share.total)
+        self.kept.stats.add_changes_(self.change, self.kept.sharded.total)
 
 
 SQUARE_UNIT = 1 / GRID**2  # of exact squared distances
@@ -143,18 +143,18 @@ Finish = Callable[[Tensor, list[int], int], tuple[Tensor, int]]
 class Passes(Protocol):
     """What passes over a share's rows keep."""
 
-    share: ShardedRows
+    sharded: ShardedRows
     stats: Stats  # of all ranks, by the labels of the last pass
 
 
 @dataclass(frozen=True)
-class Progress:
+class KMeansState:
     """Where k-means stands after an update, or before the first one: enough to go on from, with the same result."""
 
     centroids: np.ndarray  # (K, D) float32, after the update; (0, D) while the initialisation is under way
     inertia: tuple[int, ...]  # exact, before each update, in units of 2**-48
     repaired: int = 0
-    seeded: Seeded | None = None  # how far the initialisation is, while it is under way
+    seeded: SeedingState | None = None  # how far the initialisation is, while it is under way
 
     def problem(self) -> str:
         """What is wrong with the centroids, "" when nothing is: exact arithmetic needs values on the grid."""
@@ -167,7 +167,7 @@ class Progress:
         return f"centroid {wrong} " + ("is off the grid of exact arithmetic" if finite else "is not finite")
 
 
-Steps = Generator[Tensor, Centroids, Progress]
+Steps = Generator[Tensor, Centroids, KMeansState]
 """Yields the centroids of each pass, is sent them prepared when the pass is over, and returns where it all ends."""
 
 
@@ -179,7 +179,7 @@ class Updates:
     tolerance: float = 0.0  # stop when an update lowers inertia by less than this share of it; 0: never
     spherical: bool = False  # centroids are normalised after every update
     on_iteration: Callable[[int, float], None] = lambda iteration, inertia: None  # updates so far, what they led to
-    on_update: Callable[[Progress], None] = lambda progress: None  # what a later call can go on from
+    on_update: Callable[[KMeansState], None] = lambda progress: None  # what a later call can go on from
 
     def __post_init__(self) -> None:
         if self.iterations < 0:
@@ -189,8 +189,8 @@ class Updates:
 
 
 def lloyd(
-    passes: Passes, advance: Callable[[Tensor], Centroids], finish: Finish, start: Progress, how: Updates
-) -> Progress:
+    passes: Passes, advance: Callable[[Tensor], Centroids], finish: Finish, start: KMeansState, how: Updates
+) -> KMeansState:
     """The last centroids, with their inertia as the last entry; the passes hold the labels that belong to them.
 
     Args:
@@ -203,13 +203,13 @@ def lloyd(
         while True:
             centroids = iterations.send(advance(centroids))
     except StopIteration as end:
-        last: Progress = end.value
+        last: KMeansState = end.value
         return last
 
 
-def lloyd_steps(passes: Passes, finish: Finish, start: Progress, how: Updates) -> Steps:
+def lloyd_steps(passes: Passes, finish: Finish, start: KMeansState, how: Updates) -> Steps:
     """The same for a caller who makes the passes."""
-    centroids = torch.from_numpy(start.centroids).to(passes.share.device)
+    centroids = torch.from_numpy(start.centroids).to(passes.sharded.device)
     inertia, repaired = list(start.inertia), start.repaired
     for step in range(len(inertia), how.iterations + 1):
         prepared = yield centroids
@@ -222,8 +222,8 @@ def lloyd_steps(passes: Passes, finish: Finish, start: Progress, how: Updates) -
         if not splits and torch.equal(updated, centroids):
             break  # every further step would be this one
         centroids, repaired = updated, repaired + splits
-        how.on_update(Progress(centroids.cpu().numpy(), tuple(inertia), repaired))
-    return Progress(centroids.cpu().numpy(), tuple(inertia), repaired)
+        how.on_update(KMeansState(centroids.cpu().numpy(), tuple(inertia), repaired))
+    return KMeansState(centroids.cpu().numpy(), tuple(inertia), repaired)
 
 
 def _at_rest(before: int, now: int, tolerance: float) -> bool:
@@ -252,7 +252,7 @@ class KMeans(Updates):
     seed: int = 0
     init: Init = "k-means++"  # how first centroids are found
     initial: np.ndarray | None = None  # first centroids (K, D) that are given instead
-    resume: Progress | None = None  # what `on_update` was told last, to go on from there
+    resume: KMeansState | None = None  # what `on_update` was told last, to go on from there
     on_seeding: Callable[[int, int], None] = lambda found, wanted: None  # rows drawn to start from, after every round
 
 
@@ -269,23 +269,23 @@ def sharded_kmeans(
     return kmeans(join_rows(comm, rows, block_rows=block_rows, device=torch.device(device)), num_labels, how)
 
 
-def kmeans(share: ShardedRows, num_labels: int, how: KMeans | None = None) -> KMeansResult:
+def kmeans(sharded: ShardedRows, num_labels: int, how: KMeans | None = None) -> KMeansResult:
     """k-means by itself."""
-    return end_alone(begin(share, num_labels, how or KMeans()))
+    return run_fit(begin(sharded, num_labels, how or KMeans()))
 
 
-def end_alone(fit: Fit) -> KMeansResult:
+def run_fit(fit: Fit) -> KMeansResult:
     """Goes on with one fit until it ends."""
-    return next(end_together([fit])).result()
+    return next(run_fits([fit])).result()
 
 
-def end_together(fits: list[Fit]) -> Iterator[Fit]:
+def run_fits(fits: list[Fit]) -> Iterator[Fit]:
     """Goes on with all fits of one share side by side, and gives each when it ends: a pass over the rows serves all.
 
     Uses the list up, so that what has ended need not stay in memory until the last one does.
     """
     while fits:
-        prepared = advance_together([(fit.passes, fit.centroids) for fit in fits])
+        prepared = shared_pass([(fit.passes, fit.centroids) for fit in fits])
         for fit, centroids in zip(fits, prepared, strict=True):
             fit.after_pass(centroids)
         ended = [fit for fit in fits if fit.end]
@@ -302,7 +302,7 @@ class Fit:
     passes: BoundedPasses
     steps: Steps
     centroids: Tensor  # (K, D) of the pass that comes next
-    end: Progress | None = None  # once there is no other pass to make
+    end: KMeansState | None = None  # once there is no other pass to make
 
     def after_pass(self, prepared: Centroids) -> None:
         """Updates the centroids, which the pass has prepared, or ends."""
@@ -316,9 +316,9 @@ class Fit:
         passes, end = self.passes, self.end
         assert end is not None
         counts = passes.stats.counts.cpu().numpy()
-        told = passes.share.total(torch.tensor([passes.by_integers, passes.searched]))
+        told = passes.sharded.total(torch.tensor([passes.by_integers, passes.searched]))
         by_integers, searched = told.tolist()
-        decisions = passes.share.num_good * passes.number
+        decisions = passes.sharded.num_good * passes.number
         return KMeansResult(
             centroids=end.centroids,
             labels=passes.labels(),
@@ -331,7 +331,7 @@ class Fit:
         )
 
 
-def begin(share: ShardedRows, num_labels: int, how: KMeans) -> Fit:
+def begin(sharded: ShardedRows, num_labels: int, how: KMeans) -> Fit:
     """First centroids, and then Lloyd's iterations before their first pass. All ranks call it with the same settings.
 
     `how.on_update` is told after every round of the initialisation, after all of it, and after every update.
@@ -340,30 +340,30 @@ def begin(share: ShardedRows, num_labels: int, how: KMeans) -> Fit:
         ValueError: there are not so many good rows, or `how.initial` or `how.resume` do not fit.
         Stopped: on all ranks, when any was asked to stop.
     """
-    share.check_labels(num_labels)
-    shape, start = (num_labels, share.dim), how.resume
+    sharded.check_labels(num_labels)
+    shape, start = (num_labels, sharded.dim), how.resume
     if start is not None:
         _check_resume(start, shape, how.iterations)
     if start is None or start.seeded:
-        start = Progress(_first_centroids(share, shape, how).cpu().numpy(), ())
+        start = KMeansState(_first_centroids(sharded, shape, how).cpu().numpy(), ())
         how.on_update(start)
-    return _iterating(share, start, how)
+    return _iterating(sharded, start, how)
 
 
-def _first_centroids(share: ShardedRows, shape: tuple[int, int], how: KMeans) -> Tensor:
+def _first_centroids(sharded: ShardedRows, shape: tuple[int, int], how: KMeans) -> Tensor:
     if how.initial is not None:
         return _checked_initial(how.initial, shape)
 
-    def told(seeded: Seeded, wanted: int) -> None:
+    def told(seeded: SeedingState, wanted: int) -> None:
         how.on_seeding(len(seeded.places), wanted)
-        how.on_update(Progress(np.zeros((0, shape[1]), np.float32), (), seeded=seeded))
+        how.on_update(KMeansState(np.zeros((0, shape[1]), np.float32), (), seeded=seeded))
 
     seeded = how.resume.seeded if how.resume else None
     first_centroids = seed_centroids if how.init == "k-means++" else oversampled_centroids
-    return first_centroids(share, shape[0], how.seed, resume=seeded, on_round=told)
+    return first_centroids(sharded, shape[0], how.seed, resume=seeded, on_round=told)
 
 
-def _check_resume(resume: Progress, shape: tuple[int, int], iterations: int) -> None:
+def _check_resume(resume: KMeansState, shape: tuple[int, int], iterations: int) -> None:
     if problem := resume.problem():
         raise ValueError(f"resume: {problem}")
     if (resume.centroids.shape != shape and not resume.seeded) or len(resume.inertia) > iterations:
@@ -373,8 +373,8 @@ def _check_resume(resume: Progress, shape: tuple[int, int], iterations: int) -> 
         )
 
 
-def _iterating(share: ShardedRows, start: Progress, how: Updates) -> Fit:
-    passes = BoundedPasses.over(share, torch.from_numpy(start.centroids).to(share.device))
+def _iterating(sharded: ShardedRows, start: KMeansState, how: Updates) -> Fit:
+    passes = BoundedPasses.over(sharded, torch.from_numpy(start.centroids).to(sharded.device))
 
     def finish_all(centroids: Tensor, spreads: list[int], step: int) -> tuple[Tensor, int]:
         return finish(centroids, passes.stats, spreads, step, spherical=how.spherical)

@@ -5,7 +5,7 @@ All give the same bits on any number of ranks, for any split of the rows and any
 
 Shapes: n rows of all ranks, K centroids, C coarse ones, D dimensions.
 
-Clusterings of a share: the best of some restarts, and several numbers of labels at the same time.
+Clusterings of a sharded: the best of some restarts, and several numbers of labels at the same time.
 
 Which way to cluster, and why: a function of the numbers of rows, labels and updates alone, never of the machine.
 
@@ -27,12 +27,12 @@ import torch
 
 from grappa_dist.data.rng import RowDraw, draw
 from grappa_dist.distributed.sharded_rows import ShardedRows
-from grappa_dist.kmeans.assignments import RowLabels, Settled, exactly, find_labels
+from grappa_dist.kmeans.assignments import AssignedRows, RowLabels, assign_rows, exactly
 from grappa_dist.kmeans.balanced import Balanced, balance_labels, largest_size
-from grappa_dist.kmeans.hierarchical import fit_in_families
+from grappa_dist.kmeans.hierarchical import fit_subclusters
 from grappa_dist.kmeans.ivf import Agreement, agreement, refine, through_lists
-from grappa_dist.kmeans.lloyd import SQUARE_UNIT, Fit, KMeans, KMeansResult, Progress, begin, end_alone, end_together
-from grappa_dist.kmeans.sampling import sampled_share
+from grappa_dist.kmeans.lloyd import SQUARE_UNIT, Fit, KMeans, KMeansResult, KMeansState, begin, run_fit, run_fits
+from grappa_dist.kmeans.sampling import sample_rows
 from grappa_dist.kmeans.seeding import Init
 from grappa_dist.search.candidates import Centroids
 from grappa_dist.search.fixed_point import exact_square
@@ -129,7 +129,7 @@ def _method(method: Name | Literal["auto"], size: Size) -> tuple[Name, str]:
     return "hierarchical", f"{too_dear}, and updates through lists {lists:.1e}; two levels take {levels:.1e}"
 
 
-Trail = Mapping[str, Progress]
+Checkpoint = Mapping[str, KMeansState]
 """Where the parts of a method stand; enough to go on from."""
 
 
@@ -166,19 +166,19 @@ class ClusteringCallbacks:
 
     on_iteration: Callable[[str, int, float], None] = lambda part, iteration, inertia: None
     on_seeding: Callable[[str, int, int], None] = lambda part, found, wanted: None  # first centroids of a part
-    on_update: Callable[[Trail], None] = lambda trail: None
+    on_update: Callable[[Checkpoint], None] = lambda checkpoint: None
 
 
 @dataclass(frozen=True)
 class Restart:
     """One run of a method, of which there may be several with other seeds."""
 
-    share: ShardedRows
+    sharded: ShardedRows
     num_labels: int
     method: Method
     seed: int
     number: int
-    kept: dict[str, Progress]  # of all restarts, changed in place
+    kept: dict[str, KMeansState]  # of all restarts, changed in place
     told: ClusteringCallbacks
 
     @property
@@ -196,23 +196,23 @@ class Restart:
 
     def begin_exact(self) -> Fit:
         """Plain k-means before its first pass."""
-        return self._fit(self.share, "fit", self.num_labels)
+        return self._fit(self.sharded, "fit", self.num_labels)
 
     def end_exact(self, result: KMeansResult) -> Clustering:
         """What it comes to once the passes are over."""
-        found = Clustering(result=result, updates=len(result.inertia) - 1, sampled_rows=self.share.num_good)
+        found = Clustering(result=result, updates=len(result.inertia) - 1, sampled_rows=self.sharded.num_good)
         if self.method.balance is None:
             return found
-        return self._balanced(found, _own_distances(self.share, result))
+        return self._balanced(found, _own_distances(self.sharded, result))
 
     def _exact(self) -> Clustering:
-        return self.end_exact(self._kmeans(self.share, "fit", self.num_labels))
+        return self.end_exact(self._kmeans(self.sharded, "fit", self.num_labels))
 
     def _sampled(self) -> Clustering:
         num = self.num_labels * self.method.sample_rows_per_cluster
-        sample = sampled_share(self.share, num, *RowDraw.FIT_SAMPLE.key(self.seed, self.num_labels))
+        sample = sample_rows(self.sharded, num, *RowDraw.FIT_SAMPLE.key(self.seed, self.num_labels))
         fit = self._kmeans(sample, "fit", self.num_labels)
-        found = self._labelled(Progress(fit.centroids, (), fit.empty_repaired), len(fit.inertia) - 1)
+        found = self._labelled(KMeansState(fit.centroids, (), fit.empty_repaired), len(fit.inertia) - 1)
         return replace(found, sampled_rows=sample.num_good)
 
     def _hierarchical(self) -> Clustering:
@@ -222,70 +222,70 @@ class Restart:
     def _approximate(self) -> Clustering:
         start = self.kept.get(self._name("refined"))
         if start is None:
-            start = Progress(self._families().centroids, ())
+            start = KMeansState(self._families().centroids, ())
             for part in ("coarse", "fine"):
                 self.kept.pop(self._name(part))
             self._keep("refined", start)
-        fit, passes = refine(self.share, self.method.probes, start, self._how("refined"))
+        fit, passes = refine(self.sharded, self.method.probes, start, self._how("refined"))
         if self.method.choice.assignment == "exact":
             return self._labelled(fit, len(fit.inertia) - 1)
-        told = self.share.total(torch.tensor([passes.undecided, passes.searched]))
+        told = self.sharded.total(torch.tensor([passes.undecided, passes.searched]))
         return self._told(fit, len(fit.inertia) - 1, passes.rows, told.tolist())
 
-    def _families(self) -> Progress:
+    def _families(self) -> KMeansState:
         """Centroids by the two levels."""
         heads, start = self.kept.get(self._name("coarse")), self.kept.get(self._name("fine"))
         if heads is None or start is None:  # all of the coarse ones' updates are over when there are fine ones
             num = isqrt(self.num_labels)
-            heads = Progress(self._kmeans(self.share, "coarse", num).centroids, ())
+            heads = KMeansState(self._kmeans(self.sharded, "coarse", num).centroids, ())
         how = self._how("fine")
-        return fit_in_families(self.share, heads.centroids, self.num_labels, seed=self.seed, start=start, how=how)
+        return fit_subclusters(self.sharded, heads.centroids, self.num_labels, seed=self.seed, start=start, how=how)
 
-    def _kmeans(self, share: ShardedRows, part: str, num_labels: int) -> KMeansResult:
-        return end_alone(self._fit(share, part, num_labels))
+    def _kmeans(self, sharded: ShardedRows, part: str, num_labels: int) -> KMeansResult:
+        return run_fit(self._fit(sharded, part, num_labels))
 
-    def _fit(self, share: ShardedRows, part: str, num_labels: int) -> Fit:
-        return begin(share, num_labels, self._how(part))
+    def _fit(self, sharded: ShardedRows, part: str, num_labels: int) -> Fit:
+        return begin(sharded, num_labels, self._how(part))
 
-    def _labelled(self, fit: Progress, updates: int) -> Clustering:
+    def _labelled(self, fit: KMeansState, updates: int) -> Clustering:
         """All rows by their nearest centroid, exactly or through lists."""
-        centroids = torch.from_numpy(fit.centroids).to(self.share.device)
+        centroids = torch.from_numpy(fit.centroids).to(self.sharded.device)
         exact = self.method.choice.assignment == "exact"
-        work = exactly(self.share, centroids) if exact else through_lists(centroids, self.method.probes)
-        rows, told = find_labels(self.share, work, self.share.blocks())
-        fit = replace(fit, inertia=(*fit.inertia, rows.inertia(self.share)))
+        work = exactly(self.sharded, centroids) if exact else through_lists(centroids, self.method.probes)
+        rows, told = assign_rows(self.sharded, work, self.sharded.blocks())
+        fit = replace(fit, inertia=(*fit.inertia, rows.inertia(self.sharded)))
         return self._told(fit, updates, rows, told.tolist())
 
-    def _told(self, fit: Progress, updates: int, rows: RowLabels, told: list[int]) -> Clustering:
-        counts = rows.counts(self.share, self.num_labels)
+    def _told(self, fit: KMeansState, updates: int, rows: RowLabels, told: list[int]) -> Clustering:
+        counts = rows.counts(self.sharded, self.num_labels)
         result = KMeansResult(
             centroids=fit.centroids,
-            labels=rows.by_shard(self.share),
+            labels=rows.by_shard(self.sharded),
             counts=counts.numpy(),
             inertia=[i * SQUARE_UNIT for i in fit.inertia],
             empty_repaired=fit.repaired,
             empty_left=int((counts == 0).sum()),
-            exact_share=told[0] / self.share.num_good,
-            searched_share=told[1] / (self.share.num_good * self.num_labels),
+            exact_share=told[0] / self.sharded.num_good,
+            searched_share=told[1] / (self.sharded.num_good * self.num_labels),
         )
-        found = Clustering(result=result, updates=updates, sampled_rows=self.share.num_good)
+        found = Clustering(result=result, updates=updates, sampled_rows=self.sharded.num_good)
         if self.method.choice.assignment == "approximate":
-            centroids = torch.from_numpy(fit.centroids).to(self.share.device)
-            found = replace(found, agreement=agreement(self.share, rows, centroids, self.seed))
+            centroids = torch.from_numpy(fit.centroids).to(self.sharded.device)
+            found = replace(found, agreement=agreement(self.sharded, rows, centroids, self.seed))
         return found if self.method.balance is None else self._balanced(found, rows)
 
     def _balanced(self, found: Clustering, rows: RowLabels) -> Clustering:
         assert self.method.balance is not None
-        largest = largest_size(self.share.num_good, self.num_labels, self.method.balance)
-        centroids = torch.from_numpy(found.result.centroids).to(self.share.device)
-        balanced = balance_labels(self.share, rows, centroids, largest)
-        counts = rows.counts(self.share, self.num_labels)
+        largest = largest_size(self.sharded.num_good, self.num_labels, self.method.balance)
+        centroids = torch.from_numpy(found.result.centroids).to(self.sharded.device)
+        balanced = balance_labels(self.sharded, rows, centroids, largest)
+        counts = rows.counts(self.sharded, self.num_labels)
         *before, unbalanced = found.result.inertia
         result = replace(
             found.result,
-            labels=rows.by_shard(self.share),
+            labels=rows.by_shard(self.sharded),
             counts=counts.numpy(),
-            inertia=[*before, rows.inertia(self.share) * SQUARE_UNIT],
+            inertia=[*before, rows.inertia(self.sharded) * SQUARE_UNIT],
             empty_left=int((counts == 0).sum()),
         )
         return replace(found, result=result, balanced=balanced, unbalanced_inertia=unbalanced)
@@ -293,7 +293,7 @@ class Restart:
     def _name(self, part: str) -> str:
         return f"{self.number}/{part}"
 
-    def _keep(self, part: str, progress: Progress) -> None:
+    def _keep(self, part: str, progress: KMeansState) -> None:
         self.kept[self._name(part)] = progress
         self.told.on_update(self.kept)
 
@@ -317,19 +317,19 @@ class Restart:
         )
 
 
-def _own_distances(share: ShardedRows, result: KMeansResult) -> RowLabels:
+def _own_distances(sharded: ShardedRows, result: KMeansResult) -> RowLabels:
     """The labels that k-means gave, with the exact squared distances that belong to them."""
     labels = torch.from_numpy(np.concatenate(result.labels)) if result.labels else torch.zeros(0, dtype=torch.int32)
-    centroids = Centroids.of(torch.from_numpy(result.centroids).to(share.device))
+    centroids = Centroids.of(torch.from_numpy(result.centroids).to(sharded.device))
 
-    def work(block: tuple[torch.Tensor, torch.Tensor]) -> Settled:
+    def work(block: tuple[torch.Tensor, torch.Tensor]) -> AssignedRows:
         positions, x = block
         own = labels[positions].long().to(x.device)
         pairs = (torch.arange(len(x), device=x.device), own)
         squares = pair_squares(x, exact_square(x), centroids, pairs)
-        return Settled(positions, x, Assignment(own, squares.long()), 0)
+        return AssignedRows(positions, x, Assignment(own, squares.long()), 0)
 
-    return find_labels(share, work, share.blocks())[0]
+    return assign_rows(sharded, work, sharded.blocks())[0]
 
 
 @dataclass(frozen=True)
@@ -339,7 +339,7 @@ class Wanted:
     num_labels: int
     method: Method
     seed: int = 0
-    trail: Trail = field(default_factory=dict)  # what `told.on_update` was told last, to go on from there
+    checkpoint: Checkpoint = field(default_factory=dict)  # what `told.on_update` was told last, to go on from there
     told: ClusteringCallbacks = field(default_factory=ClusteringCallbacks)
 
 
@@ -348,7 +348,7 @@ def shares_passes(method: Method) -> bool:
     return method.choice.name == "exact" and method.restarts == 1
 
 
-def cluster_together(share: ShardedRows, wanted: Iterable[Wanted]) -> Iterator[tuple[int, Clustering]]:
+def cluster_together(sharded: ShardedRows, wanted: Iterable[Wanted]) -> Iterator[tuple[int, Clustering]]:
     """Clusterings that share their passes over the rows, with their place among those wanted, each when it is done.
 
     Every one is what `cluster` makes of it alone.
@@ -359,16 +359,16 @@ def cluster_together(share: ShardedRows, wanted: Iterable[Wanted]) -> Iterator[t
     under_way: dict[Fit, tuple[int, Restart]] = {}
     for place, one in enumerate(wanted):
         assert shares_passes(one.method)
-        run = _first_run(share, one)
+        run = _first_run(sharded, one)
         under_way[run.begin_exact()] = (place, run)
-    for fit in end_together(list(under_way)):
+    for fit in run_fits(list(under_way)):
         place, run = under_way.pop(fit)
         yield place, run.end_exact(fit.result())
 
 
-def cluster(share: ShardedRows, wanted: Wanted) -> Clustering:
+def cluster(sharded: ShardedRows, wanted: Wanted) -> Clustering:
     """The clustering of lowest inertia among the restarts, the first of equal ones."""
-    first = _first_run(share, wanted)
+    first = _first_run(sharded, wanted)
     if wanted.method.restarts == 1:
         return first.cluster()
     kept, told = first.kept, first.told
@@ -379,7 +379,7 @@ def cluster(share: ShardedRows, wanted: Wanted) -> Clustering:
         if run.done not in kept:
             found = {run.number: run.cluster()}
             inertia = round(found[run.number].result.inertia[-1] / SQUARE_UNIT)
-            kept[run.done] = Progress(np.zeros((0, share.dim), np.float32), (inertia,))
+            kept[run.done] = KMeansState(np.zeros((0, sharded.dim), np.float32), (inertia,))
             _keep_only(kept, _best(kept, runs[: run.number + 1]))
             told.on_update(kept)
     best = _best(kept, runs)
@@ -388,16 +388,16 @@ def cluster(share: ShardedRows, wanted: Wanted) -> Clustering:
     return replace(found[best.number], restarts=tuple(kept[run.done].inertia[0] * SQUARE_UNIT for run in runs))
 
 
-def _first_run(share: ShardedRows, wanted: Wanted) -> Restart:
-    share.check_labels(wanted.num_labels)
-    return Restart(share, wanted.num_labels, wanted.method, wanted.seed, 0, dict(wanted.trail), wanted.told)
+def _first_run(sharded: ShardedRows, wanted: Wanted) -> Restart:
+    sharded.check_labels(wanted.num_labels)
+    return Restart(sharded, wanted.num_labels, wanted.method, wanted.seed, 0, dict(wanted.checkpoint), wanted.told)
 
 
-def _best(kept: Trail, runs: list[Restart]) -> Restart:
+def _best(kept: Checkpoint, runs: list[Restart]) -> Restart:
     return min(runs, key=lambda run: (kept[run.done].inertia[0], run.number))
 
 
-def _keep_only(kept: dict[str, Progress], best: Restart) -> None:
+def _keep_only(kept: dict[str, KMeansState], best: Restart) -> None:
     """Forgets the centroids of all other restarts."""
     for key in [k for k in kept if not k.endswith("/done") and not k.startswith(f"{best.number}/")]:
         del kept[key]

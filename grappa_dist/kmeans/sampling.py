@@ -109,7 +109,7 @@ class Selection:
         return (keys < limit) | ((keys == limit) & (places <= self.places[named]))
 
 
-def lowest(share: ShardedRows, groups: Tensor, keys: Tensor, wanted: Tensor, *, bits: int) -> Selection:
+def distributed_topk(sharded: ShardedRows, groups: Tensor, keys: Tensor, wanted: Tensor, *, bits: int) -> Selection:
     """The `wanted` rows (G,) with the lowest keys of each group, all of a group that has fewer; ties by place.
 
     Args:
@@ -118,31 +118,31 @@ def lowest(share: ShardedRows, groups: Tensor, keys: Tensor, wanted: Tensor, *, 
     """
 
     def pieces() -> Iterator[tuple[Tensor, Tensor]]:
-        for g, k, _ in _pieces(share, groups, keys):
+        for g, k, _ in _pieces(sharded, groups, keys):
             yield g, k
 
-    limits, left, tied = _select(share, pieces, wanted, bits)
+    limits, left, tied = _select(sharded, pieces, wanted, bits)
     places = torch.full_like(limits, 2**_PLACE_BITS)
     short = (left < tied) & (limits >= 0)
     if bool(short.any()):
 
         def tied_places() -> Iterator[tuple[Tensor, Tensor]]:
-            for g, k, place in _pieces(share, groups, keys):
+            for g, k, place in _pieces(sharded, groups, keys):
                 some = short[g] & (k == limits[g])
                 yield g[some], place[some]
 
-        found, _, _ = _select(share, tied_places, torch.where(short, left, 0), _PLACE_BITS)
+        found, _, _ = _select(sharded, tied_places, torch.where(short, left, 0), _PLACE_BITS)
         places[short] = found[short]
     return Selection(limits, places)
 
 
-def _pieces(share: ShardedRows, groups: Tensor, keys: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _pieces(sharded: ShardedRows, groups: Tensor, keys: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     for start in range(0, len(groups), PIECE):
         rows = (groups[start : start + PIECE] >= 0).nonzero()[:, 0] + start
-        yield groups[rows].long(), keys[rows], rows + share.first
+        yield groups[rows].long(), keys[rows], rows + sharded.first
 
 
-def _select(share: ShardedRows, pieces: Pieces, wanted: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+def _select(sharded: ShardedRows, pieces: Pieces, wanted: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     """Of each group the wanted-th lowest value, (G,), how many of that very value are wanted, and how many there are.
 
     -1 where no row is wanted or there is none. Collectives are as many on every rank.
@@ -151,9 +151,9 @@ def _select(share: ShardedRows, pieces: Pieces, wanted: Tensor, bits: int) -> tu
     sizes = torch.zeros(num, dtype=torch.int64)
     for g, _ in pieces():
         sizes += torch.bincount(g, minlength=num)
-    left = torch.minimum(wanted, share.total(sizes))
+    left = torch.minimum(wanted, sharded.total(sizes))
     none, prefix, tied = left <= 0, torch.zeros_like(left), torch.zeros_like(left)
-    room = min(_TABLE_BITS, share.num_good.bit_length() + 2)
+    room = min(_TABLE_BITS, sharded.num_good.bit_length() + 2)
     step = min(_MAX_DIGIT, max(_MIN_DIGIT, room - num.bit_length()))
     while bits:
         width = min(step, bits)
@@ -163,7 +163,7 @@ def _select(share: ShardedRows, pieces: Pieces, wanted: Tensor, bits: int) -> tu
             same = (values >> (bits + width)) == prefix[g]
             cells = (g[same] << width) + ((values[same] >> bits) & ((1 << width) - 1))
             table.index_add_(0, cells, torch.ones_like(cells))
-        table = share.total(table).view(num, 1 << width)
+        table = sharded.total(table).view(num, 1 << width)
         ends = table.cumsum(1)
         digit = (ends < left[:, None]).sum(1, keepdim=True)  # left is at most the row's total, so there is one
         tied = table.gather(1, digit)[:, 0]
@@ -176,67 +176,67 @@ def _select(share: ShardedRows, pieces: Pieces, wanted: Tensor, bits: int) -> tu
 class Draw:
     """`num` good rows of all ranks: those with the lowest keys, which are hashes of (key, place among all rows)."""
 
-    share: ShardedRows
+    sharded: ShardedRows
     groups: Tensor  # (n,) int32, 0 for rows that may be drawn, else -1
     keys: Tensor  # (n,) int64
     cut: Selection
 
     @staticmethod
-    def of(share: ShardedRows, num: int, *key: int, weights: Tensor | None = None) -> Draw:
+    def of(sharded: ShardedRows, num: int, *key: int, weights: Tensor | None = None) -> Draw:
         """All of them alike; or without replacement by `weights` (n,) int64, of which those of 0 are never drawn."""
-        groups = scratch((len(share.rows),), torch.int32).fill_(-1)
-        keys = scratch((len(share.rows),), torch.int64)
-        shift = 0 if weights is None else _shift(share, weights)
-        for positions in share.good_positions():
-            hashes = row_hashes(positions + share.first, *key)
+        groups = scratch((len(sharded.rows),), torch.int32).fill_(-1)
+        keys = scratch((len(sharded.rows),), torch.int64)
+        shift = 0 if weights is None else _shift(sharded, weights)
+        for positions in sharded.good_positions():
+            hashes = row_hashes(positions + sharded.first, *key)
             if weights is None:
                 groups[positions], keys[positions] = 0, hashes
             else:
                 groups[positions] = torch.where(weights[positions] > 0, 0, -1).int()
                 keys[positions] = race_keys(hashes, weights[positions], shift)
         bits = HASH_BITS if weights is None else RACE_BITS
-        return Draw(share, groups, keys, lowest(share, groups, keys, torch.tensor([num]), bits=bits))
+        return Draw(sharded, groups, keys, distributed_topk(sharded, groups, keys, torch.tensor([num]), bits=bits))
 
     def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Positions (P,) of this rank's, ascending, and grid rows (P, D) on the device."""
-        return ((positions, self.share.read(positions)) for positions in self.positions())
+        return ((positions, self.sharded.read(positions)) for positions in self.positions())
 
     def positions(self) -> Iterator[Tensor]:
         """Of this rank's, ascending, block by block; no row is read."""
-        for positions in self.share.good_positions():
-            taken = self.cut.takes(self.groups[positions], self.keys[positions], positions + self.share.first)
-            yield from positions[taken].split(self.share.block_rows) if bool(taken.any()) else ()
+        for positions in self.sharded.good_positions():
+            taken = self.cut.takes(self.groups[positions], self.keys[positions], positions + self.sharded.first)
+            yield from positions[taken].split(self.sharded.block_rows) if bool(taken.any()) else ()
 
     def __len__(self) -> int:
         return sum(map(len, self.positions()))
 
 
-def _shift(share: ShardedRows, weights: Tensor) -> int:
+def _shift(sharded: ShardedRows, weights: Tensor) -> int:
     """Bits that the largest weight of all ranks has too many for a race."""
     own = weights.max() if len(weights) else torch.tensor(0)
-    largest = int(torch.cat(share.gather(own[None])).max())
+    largest = int(torch.cat(sharded.gather(own[None])).max())
     return max(0, largest.bit_length() - WEIGHT_BITS)
 
 
-def sampled_share(share: ShardedRows, num: int, *key: int) -> ShardedRows:
+def sample_rows(sharded: ShardedRows, num: int, *key: int) -> ShardedRows:
     """A share of `num` drawn rows, each with the rank that holds it; all of them when there are no more.
 
     The rows are copied, so that passes over them read nothing else: 4 m D bytes outside of the process's own memory.
     """
-    if num >= share.num_good:
-        return share
-    draw = Draw.of(share, num, *key)
-    return copied_share(share, draw.positions(), len(draw))
+    if num >= sharded.num_good:
+        return sharded
+    draw = Draw.of(sharded, num, *key)
+    return copy_rows(sharded, draw.positions(), len(draw))
 
 
-def copied_share(share: ShardedRows, positions: Iterable[Tensor], num: int) -> ShardedRows:
-    """A share of `num` of these rows, by ascending positions (P,) piece by piece; copied as `sampled_share` does."""
-    rows = scratch((num, share.dim), torch.float32)
+def copy_rows(sharded: ShardedRows, positions: Iterable[Tensor], num: int) -> ShardedRows:
+    """A share of `num` of these rows, by ascending positions (P,) piece by piece; copied as `sample_rows` does."""
+    rows = scratch((num, sharded.dim), torch.float32)
     first = 0
-    for x in share.each(share.read, positions):
+    for x in sharded.each(sharded.read, positions):
         rows[first : first + len(x)] = x.cpu()
         first += len(x)
     copy = Rows([rows.numpy()], [np.ones(num, dtype=bool)], ["the sample"])
     return join_rows(
-        share.comm, copy, block_rows=share.block_rows, device=share.device, stop_requested=share.stop_requested
+        sharded.comm, copy, block_rows=sharded.block_rows, device=sharded.device, stop_requested=sharded.stop_requested
     )

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from grappa_dist.data.rng import RowDraw, draw
 from grappa_dist.distributed.sharded_rows import RowBlock, ShardedRows, scratch
-from grappa_dist.kmeans.sampling import Draw, copied_share
+from grappa_dist.kmeans.sampling import Draw, copy_rows
 from grappa_dist.search.candidates import Centroids
 from grappa_dist.search.fixed_point import GRID, exact_dot, exact_square
 from grappa_dist.search.rerank import FAR, Assignment, assign
@@ -121,42 +121,42 @@ _READ = 256  # rows that are looked up one by one between two looks at the other
 class D2Weights:
     """Weights of this rank's rows, lowered in place as centroids are found."""
 
-    share: ShardedRows
+    sharded: ShardedRows
     squares: Tensor  # (n,) int64, in units of 2**-27; 0 for bad rows
     nearest: Tensor | None = None  # (n,) int32, the nearest centroid; of several rounds the first of that weight
     times: Tensor | None = None  # (n,) int64, by which each counts; once each where it is None
 
     @staticmethod
-    def of(share: ShardedRows, *, nearest: bool = False, times: Tensor | None = None) -> D2Weights:
+    def of(sharded: ShardedRows, *, nearest: bool = False, times: Tensor | None = None) -> D2Weights:
         """The same for all good rows: the first centroid may be any of them."""
-        num = (len(share.rows),)
+        num = (len(sharded.rows),)
         labels = scratch(num, torch.int32).fill_(-1) if nearest else None
-        weights = D2Weights(share, scratch(num, torch.int64), labels, times)
+        weights = D2Weights(sharded, scratch(num, torch.int64), labels, times)
         weights._fill(1)
         return weights
 
     def _fill(self, value: int) -> None:
         """Gives all good rows the same weight."""
-        for positions in self.share.good_positions():
+        for positions in self.sharded.good_positions():
             self.squares[positions] = value
 
     def totals(self) -> list[int]:
         """Sums of each rank's."""
-        return [int(total) for total in self.share.gather(self._counted().sum()[None])]
+        return [int(total) for total in self.sharded.gather(self._counted().sum()[None])]
 
     def located(self, targets: list[int], totals: list[int]) -> tuple[Tensor, list[int]]:
         """Places among all rows, (m,), and squares of the rows on which targets below the sum of all totals fall.
 
         A target falls on the row at which the running sum of weights passes it; the rank that has it tells the others.
         """
-        lower_ranks = sum(totals[: self.share.comm.rank])
+        lower_ranks = sum(totals[: self.sharded.comm.rank])
         ends = self._counted().cumsum(0)
-        own = [i for i, t in enumerate(targets) if 0 <= t - lower_ranks < totals[self.share.comm.rank]]
+        own = [i for i, t in enumerate(targets) if 0 <= t - lower_ranks < totals[self.sharded.comm.rank]]
         found = torch.zeros(len(targets), 2, dtype=torch.int64)
         if own:
             positions = torch.searchsorted(ends, torch.tensor([targets[i] - lower_ranks for i in own]), right=True)
-            found[own] = torch.stack([positions + self.share.first, self.squares[positions]], 1)
-        places, squares = self.share.total(found).unbind(1)
+            found[own] = torch.stack([positions + self.sharded.first, self.squares[positions]], 1)
+        places, squares = self.sharded.total(found).unbind(1)
         return places, squares.tolist()
 
     def lower(self, rounds: Sequence[Tensor], first: int = 0) -> None:
@@ -167,10 +167,10 @@ class D2Weights:
         """
         if not first:
             self._fill(FAR)
-        prepared = [[Centroids.of(part, self.share.generator) for part in some.split(_AT_ONCE)] for some in rounds]
+        prepared = [[Centroids.of(part, self.sharded.generator) for part in some.split(_AT_ONCE)] for some in rounds]
 
         def work(block: RowBlock) -> tuple[Tensor, Tensor, Tensor]:
-            x, known = block.x, self.squares[block.positions].to(self.share.device)
+            x, known = block.x, self.squares[block.positions].to(self.sharded.device)
             labels, before = torch.full_like(known, -1), first
             for parts, some in zip(prepared, rounds, strict=True):
                 found = _nearest(x, block.squares, parts, from_weights(known))
@@ -181,7 +181,7 @@ class D2Weights:
             nearer = labels >= 0
             return block.positions[nearer.cpu()], known[nearer].cpu(), labels[nearer].int().cpu()
 
-        for positions, squares, labels in self.share.each(work, self.share.row_blocks()):
+        for positions, squares, labels in self.sharded.each(work, self.sharded.row_blocks()):
             self.squares[positions] = squares
             if self.nearest is not None:
                 self.nearest[positions] = labels
@@ -204,26 +204,26 @@ def _nearest(x: Tensor, squares: Tensor, parts: Sequence[Centroids], within: Ten
     return best
 
 
-def rows_at(share: ShardedRows, places: Tensor) -> Tensor:
+def rows_at(sharded: ShardedRows, places: Tensor) -> Tensor:
     """Grid rows (m, D) at some places among all rows, on all ranks."""
-    rows = torch.zeros(len(places), share.dim)
-    own = are_here(share, places).nonzero()[:, 0]
+    rows = torch.zeros(len(places), sharded.dim)
+    own = on_this_rank(sharded, places).nonzero()[:, 0]
 
     def read(some: Tensor) -> tuple[Tensor, Tensor]:
-        return some, share.rows.take(places[some] - share.first)
+        return some, sharded.rows.take(places[some] - sharded.first)
 
-    for some, x in share.each(read, own.split(_READ) if len(own) else ()):
+    for some, x in sharded.each(read, own.split(_READ) if len(own) else ()):
         rows[some] = x
-    return share.total(rows).to(share.device)
+    return sharded.total(rows).to(sharded.device)
 
 
-def are_here(share: ShardedRows, places: Tensor) -> Tensor:
+def on_this_rank(sharded: ShardedRows, places: Tensor) -> Tensor:
     """Which places among all rows are of this rank's rows, (m,) bool."""
-    return (places >= share.first) & (places < share.first + len(share.rows))
+    return (places >= sharded.first) & (places < sharded.first + len(sharded.rows))
 
 
 @dataclass(frozen=True, eq=False)
-class SeedCandidates:
+class SeedingCandidates:
     """Rows of all ranks of which some become centroids."""
 
     places: Tensor  # (M,) int64 among all rows, ascending
@@ -231,24 +231,29 @@ class SeedCandidates:
 
 
 @dataclass(frozen=True, eq=False)
-class Seeded:
+class SeedingState:
     """Where an initialisation stands after a round: enough to go on from, as everything else follows from the rows."""
 
     places: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))  # (k,) among all rows, by round
     drawn: int = 0  # rows so far, those dropped again among them
-    candidates: SeedCandidates | None = None  # that places are drawn from, where not from all rows
+    candidates: SeedingCandidates | None = None  # that places are drawn from, where not from all rows
 
 
-OnRound = Callable[[Seeded, int], None]
+OnRound = Callable[[SeedingState, int], None]
 """Is told after each round where the initialisation stands, and how many rows its present part looks for."""
 
 
-def no_one(seeded: Seeded, wanted: int) -> None:
+def no_callback(seeded: SeedingState, wanted: int) -> None:
     """Nobody is told."""
 
 
 def seed_centroids(
-    share: ShardedRows, num_labels: int, seed: int, *, resume: Seeded | None = None, on_round: OnRound = no_one
+    sharded: ShardedRows,
+    num_labels: int,
+    seed: int,
+    *,
+    resume: SeedingState | None = None,
+    on_round: OnRound = no_callback,
 ) -> Tensor:
     """k-means++ centroids, (K, D), by `draw_centroids`; rows that are not chosen, the lowest first, fill up.
 
@@ -259,14 +264,14 @@ def seed_centroids(
         ValueError: the places in `resume` are not of good rows.
         Stopped: on all ranks, when any was asked to stop.
     """
-    seeded, rows = draw_centroids(D2Weights.of(share), num_labels, seed, resume or Seeded(), on_round)
+    seeded, rows = draw_centroids(D2Weights.of(sharded), num_labels, seed, resume or SeedingState(), on_round)
     missing = num_labels - len(rows)
-    return torch.cat([rows, rows_at(share, _lowest_left(share, seeded, missing))]) if missing else rows
+    return torch.cat([rows, rows_at(sharded, _lowest_left(sharded, seeded, missing))]) if missing else rows
 
 
 def draw_centroids(
-    weights: D2Weights, num_labels: int, seed: int, resume: Seeded, on_round: OnRound = no_one
-) -> tuple[Seeded, Tensor]:
+    weights: D2Weights, num_labels: int, seed: int, resume: SeedingState, on_round: OnRound = no_callback
+) -> tuple[SeedingState, Tensor]:
     """k-means++: each centroid a row drawn in proportion to its squared distance from those before it.
 
     A round draws up to half as many candidates as there are centroids and thins them out so that their law is that of
@@ -276,11 +281,11 @@ def draw_centroids(
     Returns:
         Where it ends, and the centroids (k, D): K of them, or fewer when no row is left at a distance.
     """
-    share, seeded = weights.share, resume
-    parts = [torch.zeros(0, share.dim, device=share.device)]
+    sharded, seeded = weights.sharded, resume
+    parts = [torch.zeros(0, sharded.dim, device=sharded.device)]
     if len(resume.places):
         check_places(weights, resume, num_labels)
-        parts = [rows_at(share, resume.places)]
+        parts = [rows_at(sharded, resume.places)]
         weights.lower(parts)
     while len(seeded.places) < num_labels and any(totals := weights.totals()):
         seeded, rows = _round(weights, totals, seeded, num_labels=num_labels, seed=seed)
@@ -290,27 +295,27 @@ def draw_centroids(
 
 
 def _round(
-    weights: D2Weights, totals: list[int], before: Seeded, *, num_labels: int, seed: int
-) -> tuple[Seeded, Tensor]:
+    weights: D2Weights, totals: list[int], before: SeedingState, *, num_labels: int, seed: int
+) -> tuple[SeedingState, Tensor]:
     """Draws candidates, thins them out and lowers the weights; where that leads, and the new centroids (k', D)."""
     missing = num_labels - len(before.places)
     numbers = range(before.drawn, before.drawn + candidates_of(len(before.places), missing))
     targets = [draw(sum(totals), *RowDraw.CANDIDATE.key(seed, num_labels, j)) for j in numbers]
     places, found = weights.located(targets, totals)
-    candidates = rows_at(weights.share, places)
+    candidates = rows_at(weights.sharded, places)
     tests = [
         draw(weight, *RowDraw.CANDIDATE_TEST.key(seed, num_labels, j)) for j, weight in zip(numbers, found, strict=True)
     ]
     kept = accept(candidates, found, tests, missing)
     weights.lower([candidates[kept]], len(before.places))
-    return Seeded(torch.cat([before.places, places[kept]]), numbers.stop), candidates[kept]
+    return SeedingState(torch.cat([before.places, places[kept]]), numbers.stop), candidates[kept]
 
 
-def check_places(weights: D2Weights, resume: Seeded, at_most: int) -> None:
+def check_places(weights: D2Weights, resume: SeedingState, at_most: int) -> None:
     """Raises on all ranks unless the places are of different good rows, and no more than can have been drawn."""
-    share, places = weights.share, resume.places
-    own = places[are_here(share, places)] - share.first
-    good, differ = int(share.total((weights.squares[own] > 0).sum()[None])), len(places.unique())
+    sharded, places = weights.sharded, resume.places
+    own = places[on_this_rank(sharded, places)] - sharded.first
+    good, differ = int(sharded.total((weights.squares[own] > 0).sum()[None])), len(places.unique())
     if not (good == differ == len(places) <= min(at_most, resume.drawn)):
         raise ValueError(
             f"resume has {len(places)} rows drawn from {resume.drawn} candidates, of which {differ} differ and "
@@ -318,23 +323,28 @@ def check_places(weights: D2Weights, resume: Seeded, at_most: int) -> None:
         )
 
 
-def _lowest_left(share: ShardedRows, seeded: Seeded, num: int) -> Tensor:
+def _lowest_left(sharded: ShardedRows, seeded: SeedingState, num: int) -> Tensor:
     """Places of the lowest good rows of all ranks that were not chosen, (num,)."""
-    own = seeded.places[are_here(share, seeded.places)] - share.first
-    left = share.rows.num_good - len(own)
-    slot = sum(int(n) for n in share.gather(torch.tensor([left]))[: share.comm.rank])  # left on lower ranks
+    own = seeded.places[on_this_rank(sharded, seeded.places)] - sharded.first
+    left = sharded.rows.num_good - len(own)
+    slot = sum(int(n) for n in sharded.gather(torch.tensor([left]))[: sharded.comm.rank])  # left on lower ranks
     places = torch.zeros(num, dtype=torch.int64)
-    for positions in share.good_positions():
+    for positions in sharded.good_positions():
         free = positions[~torch.isin(positions, own)][: max(0, num - slot)]
-        places[slot : slot + len(free)] = free + share.first
+        places[slot : slot + len(free)] = free + sharded.first
         slot += len(free)
         if slot >= num:
             break
-    return share.total(places)
+    return sharded.total(places)
 
 
 def oversampled_centroids(
-    share: ShardedRows, num_labels: int, seed: int, *, resume: Seeded | None = None, on_round: OnRound = no_one
+    sharded: ShardedRows,
+    num_labels: int,
+    seed: int,
+    *,
+    resume: SeedingState | None = None,
+    on_round: OnRound = no_callback,
 ) -> Tensor:
     """k-means|| centroids, (K, D), all of them rows.
 
@@ -347,30 +357,35 @@ def oversampled_centroids(
         ValueError: the places in `resume` are not of good rows.
         Stopped: on all ranks, when any was asked to stop.
     """
-    picked = resume or Seeded()
+    picked = resume or SeedingState()
     candidates = picked.candidates
     if candidates is None:
-        candidates = _seed_candidates(share, num_labels, seed, picked, on_round)
-        picked = Seeded(candidates=candidates)
+        candidates = _seed_candidates(sharded, num_labels, seed, picked, on_round)
+        picked = SeedingState(candidates=candidates)
         on_round(picked, num_labels)
     else:
-        _check_picked(share, candidates, picked)
-    seeded, centroids = _pick(share, candidates, num_labels, seed, picked, on_round)
-    return centroids if len(centroids) == num_labels else seed_centroids(share, num_labels, seed, resume=seeded)
+        _check_picked(sharded, candidates, picked)
+    seeded, centroids = _pick(sharded, candidates, num_labels, seed, picked, on_round)
+    return centroids if len(centroids) == num_labels else seed_centroids(sharded, num_labels, seed, resume=seeded)
 
 
 def _pick(
-    share: ShardedRows, candidates: SeedCandidates, num_labels: int, seed: int, picked: Seeded, on_round: OnRound
-) -> tuple[Seeded, Tensor]:
+    sharded: ShardedRows,
+    candidates: SeedingCandidates,
+    num_labels: int,
+    seed: int,
+    picked: SeedingState,
+    on_round: OnRound,
+) -> tuple[SeedingState, Tensor]:
     """k-means++ among the candidates, each of which counts as often as it says: where it ends, and centroids (k, D)."""
-    here = are_here(share, candidates.places)
-    own = candidates.places[here] - share.first
-    sample = copied_share(share, own.split(share.block_rows) if len(own) else (), len(own))
+    here = on_this_rank(sharded, candidates.places)
+    own = candidates.places[here] - sharded.first
+    sample = copy_rows(sharded, own.split(sharded.block_rows) if len(own) else (), len(own))
 
-    def among_all(seeded: Seeded) -> Seeded:
-        return Seeded(candidates.places[seeded.places], seeded.drawn, candidates)
+    def among_all(seeded: SeedingState) -> SeedingState:
+        return SeedingState(candidates.places[seeded.places], seeded.drawn, candidates)
 
-    before = Seeded(torch.searchsorted(candidates.places, picked.places), picked.drawn)
+    before = SeedingState(torch.searchsorted(candidates.places, picked.places), picked.drawn)
     weights = D2Weights.of(sample, times=candidates.times[here])
     seeded, centroids = draw_centroids(
         weights, num_labels, seed, before, lambda now, wanted: on_round(among_all(now), wanted)
@@ -378,48 +393,48 @@ def _pick(
     return among_all(seeded), centroids
 
 
-def _check_picked(share: ShardedRows, candidates: SeedCandidates, picked: Seeded) -> None:
+def _check_picked(sharded: ShardedRows, candidates: SeedingCandidates, picked: SeedingState) -> None:
     """Raises on all ranks unless the candidates are different good rows, and those picked are among them."""
-    check_places(D2Weights.of(share), Seeded(candidates.places, len(candidates.places)), share.num_good)
+    check_places(D2Weights.of(sharded), SeedingState(candidates.places, len(candidates.places)), sharded.num_good)
     if not bool(torch.isin(picked.places, candidates.places).all()):
         raise ValueError("resume has picked rows that are none of its candidates")
 
 
 def _seed_candidates(
-    share: ShardedRows, num_labels: int, seed: int, seeded: Seeded, on_round: OnRound
-) -> SeedCandidates:
+    sharded: ShardedRows, num_labels: int, seed: int, seeded: SeedingState, on_round: OnRound
+) -> SeedingCandidates:
     at_once = oversampled_at_once(num_labels)
     wanted = 1 + OVERSAMPLING_ROUNDS * at_once
-    weights, found = D2Weights.of(share, nearest=True), seeded.places
+    weights, found = D2Weights.of(sharded, nearest=True), seeded.places
     if len(found):
         check_places(weights, seeded, wanted)
-        rows = rows_at(share, found)
+        rows = rows_at(sharded, found)
         rounds = (rows[:1], *rows[1:].split(at_once))  # as they were drawn: of near ones the first round's counts
         weights.lower([some for some in rounds if len(some)])
     while len(found) < wanted and any(weights.totals()):
         num = at_once if len(found) else 1
         key = RowDraw.OVERSAMPLED.key(seed, num_labels, len(found))
-        new = _places(share, Draw.of(share, num, *key, weights=weights.squares))
-        weights.lower([rows_at(share, new)], len(found))
+        new = _places(sharded, Draw.of(sharded, num, *key, weights=weights.squares))
+        weights.lower([rows_at(sharded, new)], len(found))
         found = torch.cat([found, new])
-        on_round(Seeded(found, len(found)), wanted)
+        on_round(SeedingState(found, len(found)), wanted)
     order = found.argsort()
-    return SeedCandidates(found[order], _times(weights, len(found))[order])
+    return SeedingCandidates(found[order], _times(weights, len(found))[order])
 
 
-def _places(share: ShardedRows, draw: Draw) -> Tensor:
+def _places(sharded: ShardedRows, draw: Draw) -> Tensor:
     """Of the drawn rows of all ranks, ascending, (m,)."""
-    own = torch.cat([torch.zeros(0, dtype=torch.int64), *draw.positions()]) + share.first
-    sizes = torch.cat(share.gather(torch.tensor([len(own)])))
-    places, before = torch.zeros(int(sizes.sum()), dtype=torch.int64), int(sizes[: share.comm.rank].sum())
+    own = torch.cat([torch.zeros(0, dtype=torch.int64), *draw.positions()]) + sharded.first
+    sizes = torch.cat(sharded.gather(torch.tensor([len(own)])))
+    places, before = torch.zeros(int(sizes.sum()), dtype=torch.int64), int(sizes[: sharded.comm.rank].sum())
     places[before : before + len(own)] = own
-    return share.total(places)
+    return sharded.total(places)
 
 
 def _times(weights: D2Weights, num: int) -> Tensor:
     """How many rows of all ranks belong to each of so many candidates, (M,)."""
     assert weights.nearest is not None
     times = torch.zeros(num, dtype=torch.int64)
-    for positions in weights.share.good_positions():
+    for positions in weights.sharded.good_positions():
         times.index_add_(0, weights.nearest[positions], torch.ones_like(positions))
-    return weights.share.total(times)
+    return weights.sharded.total(times)

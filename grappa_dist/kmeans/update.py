@@ -20,8 +20,6 @@ from torch import Tensor
 from grappa_dist.search.candidates import Centroids
 from grappa_dist.search.fixed_point import GRID, cached_rows, exact_square, to_grid
 
-"""Rows are unit rows, give or take this much: the integers below are sized for it."""
-
 _LOW, _LOW_BITS = 24, 2**24 - 1  # where a sum of squares is cut in two
 
 

@@ -52,7 +52,7 @@ from grappa_dist.search.candidates import (
     Centroids,
     PreparedRows,
     joined,
-    nearest_in_floats,
+    nearest_float32,
 )
 from grappa_dist.search.fixed_point import GRID, exact_square
 from grappa_dist.search.rerank import Competitors, best_of_all, decide_competitors, decide_pairs, pair_squares
@@ -83,7 +83,7 @@ class Groups:
         heads = centroids[torch.linspace(0, len(centroids) - 1, num).long()].clone()
         of = torch.zeros(len(centroids), dtype=torch.int64, device=centroids.device)
         for _ in range(_GROUP_STEPS if num > 1 else 0):
-            of = nearest_in_floats(centroids, heads, 1)[1][:, 0]
+            of = nearest_float32(centroids, heads, 1)[1][:, 0]
             counts = torch.bincount(of, minlength=num)[:, None]
             sums = torch.zeros_like(heads).index_add_(0, of, centroids)
             heads = torch.where(counts > 0, sums / counts.clamp(min=1), heads)
@@ -168,15 +168,15 @@ class Reassignments:
         return Reassignments(nothing, nothing, nothing, 0, 0)
 
 
-def most_or_these(wanted: Tensor) -> Tensor:
+def _most_or_these(wanted: Tensor) -> Tensor:
     """Positions of the rows wanted; of all rows where most are."""
     rows = wanted.nonzero()[:, 0]
     return torch.arange(len(wanted), device=wanted.device) if len(rows) > _MOST * len(wanted) else rows
 
 
-def reassign_among_all(take: Take, centroids: Centroids, bounds: Bounds) -> Reassignments:
+def reassign_single_group(take: Take, centroids: Centroids, bounds: Bounds) -> Reassignments:
     """As `reassign` for one group."""
-    rows = most_or_these(bounds.lower[:, 0] <= bounds.upper)
+    rows = _most_or_these(bounds.lower[:, 0] <= bounds.upper)
     if not len(rows):
         return Reassignments.none(rows.device)
     own, squares, num = bounds.labels[rows].long(), bounds.squares[rows], len(centroids.values)
@@ -184,7 +184,7 @@ def reassign_among_all(take: Take, centroids: Centroids, bounds: Bounds) -> Reas
     # The own centroid is within the upper bound, so no further one matters.
     base = bounds.upper[rows].double().square() if looked else squares / GRID**2
     prepared = centroids.generator.rows(take(rows), squares, base, within_base=looked)
-    found = centroids.generator.nearest(prepared, centroids, min(centroids.generator.places, num))
+    found = centroids.generator.nearest(prepared, centroids, min(centroids.generator.num_candidates, num))
     labels, by_integers = found.labels[:, 0].clone(), 0
     several = found.possible[:, 1:].any(1).nonzero()[:, 0]
     if len(several):
@@ -207,9 +207,9 @@ def _decide(x: Tensor, squares: Tensor, centroids: Centroids, proposed: tuple[Te
     places, rows = possible[1:].nonzero().unbind(1)
     nearest, unsure = decide_competitors(x, squares, centroids, Competitors(labels[0], rows, labels[places + 1, rows]))
     if len(possible) < len(centroids.values):  # where the last place may be the nearest, those not proposed may be too
-        crowded = possible[-1].nonzero()[:, 0]
-        nearest[crowded] = best_of_all(x[crowded], centroids)[0]
-        unsure[crowded] = True
+        unresolved = possible[-1].nonzero()[:, 0]
+        nearest[unresolved] = best_of_all(x[unresolved], centroids)[0]
+        unsure[unresolved] = True
     return nearest, unsure
 
 
@@ -252,7 +252,7 @@ def reassign(take: Take, centroids: GroupedCentroids, bounds: Bounds) -> Reassig
         take: the block's grid rows; asked for those alone that may change their label.
     """
     if len(centroids.parts) == 1:
-        return reassign_among_all(take, centroids.whole, bounds)
+        return reassign_single_group(take, centroids.whole, bounds)
     block = _open_rows(take, centroids, bounds)
     if not len(block.rows):
         return Reassignments.none(block.rows.device)
@@ -279,7 +279,7 @@ class _Block:
 def _open_rows(take: Take, centroids: GroupedCentroids, bounds: Bounds) -> _Block:
     """Rows with a group that may hold a nearer centroid, also after a look at how far their own one is now."""
     generator = centroids.whole.generator
-    rows = most_or_these((bounds.lower <= bounds.upper[:, None]).any(1))
+    rows = _most_or_these((bounds.lower <= bounds.upper[:, None]).any(1))
     pieces, own, squares = take(rows), bounds.labels[rows].long(), bounds.squares[rows]
     if bool((own < 0).any()):
         nowhere = torch.full_like(squares, math.inf)
@@ -289,7 +289,7 @@ def _open_rows(take: Take, centroids: GroupedCentroids, bounds: Bounds) -> _Bloc
     in_order = torch.arange(len(rows), device=rows.device)
     distances = pair_squares(some, squares, centroids.whole, (in_order, own)) / GRID**2
     bounds.upper[rows] = rooted(distances, 1 + SLACK)
-    still = most_or_these((bounds.lower[rows] <= bounds.upper[rows, None]).any(1))
+    still = _most_or_these((bounds.lower[rows] <= bounds.upper[rows, None]).any(1))
     some, squares, distances = _pick(some, still), squares[still], distances[still]
     prepared = generator.rows([some], squares, distances, within_base=True)
     return _Block(rows[still], partial(some.index_select, 0), squares, own[still], distances, prepared)
@@ -304,7 +304,9 @@ class _GroupCandidates:
     labels: Tensor  # (2, G, M) int64, theirs
     others: list[tuple[Tensor, Tensor, Tensor]]  # further centroids that may be as near as their group's first: rows,
     # labels, distances
-    crowded: list[tuple[int, Tensor, Tensor]]  # groups that may hold such centroids which were not proposed: rows, and
+    unresolved: list[
+        tuple[int, Tensor, Tensor]
+    ]  # groups that may hold such centroids which were not proposed: rows, and
     # distances that those exceed
     error: float  # as Proposals.error
     searched: int
@@ -314,9 +316,9 @@ def _propose(block: _Block, centroids: GroupedCentroids, open_groups: Tensor) ->
     shape = (2, *open_groups.shape)
     distances = torch.full(shape, math.inf, device=block.rows.device)
     labels = torch.zeros(shape, dtype=torch.int64, device=block.rows.device)
-    others, crowded, error, searched = [], [], 0.0, 0
+    others, unresolved, error, searched = [], [], 0.0, 0
     for g, (members, part) in enumerate(zip(centroids.groups.members, centroids.parts, strict=True)):
-        rows = most_or_these(open_groups[g])
+        rows = _most_or_these(open_groups[g])
         if not len(rows):
             continue
         open_groups[g, rows] = True
@@ -329,9 +331,9 @@ def _propose(block: _Block, centroids: GroupedCentroids, open_groups: Tensor) ->
         places += 2
         others.append((rows[of_rows], members[found.labels[of_rows, places]], found.distances[of_rows, places]))
         if near.shape[1] < len(members) and len(full := near[:, -1].nonzero()[:, 0]):
-            crowded.append((g, rows[full], found.distances[full, -1]))
+            unresolved.append((g, rows[full], found.distances[full, -1]))
         error, searched = max(error, found.error), searched + len(rows) * len(members)
-    return _GroupCandidates(open_groups, distances, labels, others, crowded, error, searched)
+    return _GroupCandidates(open_groups, distances, labels, others, unresolved, error, searched)
 
 
 def _reach(nearest: Tensor, own: Tensor, error: float) -> Tensor:
@@ -346,8 +348,8 @@ class _Remaining:
     first: Tensor  # (M,) int64, the own one where it may be it, else the nearest by estimates
     above: Tensor  # (M,) float64, at least the squared distance of the nearest
     undecided: Tensor  # (m,) the rows for which there are others
-    pairs: list[_Pairs]  # theirs, all but the crowds
-    crowds: list[tuple[int, Tensor]]  # groups, and their rows
+    pairs: list[_Pairs]  # theirs, all but the unresolved_groups
+    unresolved_groups: list[tuple[int, Tensor]]  # groups, and their rows
 
 
 def _remaining_candidates(block: _Block, proposals: _GroupCandidates) -> _Remaining:
@@ -360,9 +362,9 @@ def _remaining_candidates(block: _Block, proposals: _GroupCandidates) -> _Remain
     reach = _reach(best, block.own_distances, proposals.error)
     near, stay = competitors <= reach, block.own_distances <= above
     further = [(rows[some], of[some]) for rows, of, d in proposals.others if len(some := _within(d, reach, rows))]
-    crowds = [(g, rows[some]) for g, rows, d in proposals.crowded if len(some := _within(d, reach, rows))]
+    unresolved_groups = [(g, rows[some]) for g, rows, d in proposals.unresolved if len(some := _within(d, reach, rows))]
     num = near.sum(0) + stay
-    for rows in (*(rows for rows, _ in further), *(rows for _, rows in crowds)):
+    for rows in (*(rows for rows, _ in further), *(rows for _, rows in unresolved_groups)):
         num[rows] += 2
     first = torch.where(stay, block.own, labels.gather(0, place[None])[0])
     undecided = (num > 1).nonzero()[:, 0]
@@ -370,7 +372,7 @@ def _remaining_candidates(block: _Block, proposals: _GroupCandidates) -> _Remain
     places, some = near[:, undecided].nonzero().unbind(1)
     rows = undecided[some]
     pairs = [(staying, block.own[staying]), (rows, labels[places, rows]), *further]
-    return _Remaining(first, above, undecided, pairs, crowds)
+    return _Remaining(first, above, undecided, pairs, unresolved_groups)
 
 
 @dataclass(frozen=True)
@@ -380,28 +382,28 @@ class _Nearest:
     by_integers: int
 
 
-def _find_nearest(block: _Block, centroids: GroupedCentroids, contenders: _Remaining) -> _Nearest:
+def _find_nearest(block: _Block, centroids: GroupedCentroids, remaining: _Remaining) -> _Nearest:
     """Decides case 5, exactly."""
-    labels, above, undecided = contenders.first, contenders.above, contenders.undecided
+    labels, above, undecided = remaining.first, remaining.above, remaining.undecided
     if not len(undecided):
         return _Nearest(labels, above, 0)
-    pairs = [*contenders.pairs, *_nearest_of_unresolved(block, centroids, contenders.crowds)]
+    pairs = [*remaining.pairs, *_nearest_of_unresolved(block, centroids, remaining.unresolved_groups)]
     rows, of_rows = (torch.cat(column) for column in zip(*pairs, strict=True))
     x, squares = block.at(undecided), block.squares[undecided]
     found = decide_pairs(x, squares, centroids.whole, (torch.searchsorted(undecided, rows), of_rows))
     labels[undecided] = found.labels
     above[undecided] = torch.minimum(above[undecided], found.above)
     by_integers = found.by_integers
-    for _, rows in contenders.crowds:
+    for _, rows in remaining.unresolved_groups:
         by_integers[torch.searchsorted(undecided, rows)] = True
     return _Nearest(labels, above, int(by_integers.sum()))
 
 
 def _nearest_of_unresolved(
-    block: _Block, centroids: GroupedCentroids, crowded: list[tuple[int, Tensor]]
+    block: _Block, centroids: GroupedCentroids, unresolved: list[tuple[int, Tensor]]
 ) -> Iterator[_Pairs]:
     """The exact nearest of a group, where more of it than were proposed may be nearest."""
-    for g, rows in crowded:
+    for g, rows in unresolved:
         yield rows, centroids.groups.members[g][best_of_all(block.at(rows), centroids.parts[g])[0]]
 
 

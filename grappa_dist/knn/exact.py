@@ -3,10 +3,6 @@
 The result is that of brute force with exact scores, bit for bit, on any number of ranks and for any block size.
 
 Shapes: P rows of this rank, m rows of a block, D dimensions, k neighbours.
-
-The rows of one rank by blocks, as the searches of the k-NN graph take them.
-
-Shapes: P rows of this rank, m rows of a block, D dimensions.
 """
 
 from __future__ import annotations
@@ -31,30 +27,69 @@ from grappa_dist.knn.block_search import (
     search_within,
     to_scores,
 )
-from grappa_dist.search.backends import bf16_products_pay, largest
+from grappa_dist.search.backends import bf16_products_are_faster, largest
 from grappa_dist.search.bf16 import Bf16Generator
 from grappa_dist.search.candidates import norm_of, true_products
 from grappa_dist.search.fixed_point import exact_square, to_grid
 
-KEPT_BYTES = 2**31  # of own blocks on a device; those beyond are read again for every block that they meet
-_BLOCKS = 8  # of a rank, at least, so that threads have equal shares
-_LEAST_ROWS = 1024  # of a block that is made for that reason alone
+KEPT_BYTES = 2**31  # of own blocks kept on a device; further ones are read again for every block they meet
+_BLOCKS = 8  # of a rank, at least, so that threads have about the same work
+_LEAST_ROWS = 1024  # of a block that is made smaller only for that reason
+
+
+def sharded_knn(
+    comm: Comm,
+    features: np.ndarray,
+    ids: np.ndarray,
+    k: int,
+    *,
+    block_rows: int = MOST_ROWS,
+    device: torch.device | str = "cpu",
+    bf16: bool | None = None,
+    copies: bool | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k nearest other rows of each own row: row ids (P, k) int64 and inner products (P, k) float32, best first.
+
+    Equal inner products are in the order of row ids; where fewer than k other rows exist, id -1 and score -inf fill up.
+
+    Args:
+        features: own unit rows (P, D) float32, possibly memory-mapped, possibly none; bad rows left out.
+        ids: their row ids (P,) int64, ascending, different over all ranks.
+        block_rows: rows that travel, and rows compared with them, at most; it changes memory, not the result.
+        bf16: estimates in bfloat16; by default where they are faster.
+        copies: every block visits every rank, and a pair of rows is compared on both sides; by default on a GPU.
+    """
+    device = torch.device(device)
+    copies = device.type == "cuda" if copies is None else copies
+    own = join_blocks(comm, features, ids, k, block_rows=block_rows, device=device, bf16=bf16, keep=copies)
+    best = [Neighbours.none(own.size(i), k, device) for i in range(len(own))]
+    ring = _Ring(comm, own, best, k)
+    with true_products():
+        (ring.by_copies if copies else ring.by_pairs)()
+    return as_arrays(best, k)
+
+
+def as_arrays(best: Sequence[Neighbours], k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ids (P, k) int64 and inner products (P, k) float32 of the lists of all blocks."""
+    if not best:
+        return np.zeros((0, k), dtype=np.int64), np.zeros((0, k), dtype=np.float32)
+    return torch.cat([b.ids for b in best]).cpu().numpy(), torch.cat([to_scores(b) for b in best]).cpu().numpy()
 
 
 @dataclass(frozen=True)
 class _Facts:
-    """What is known of a block before it is read again."""
+    """Facts about a block that need not be computed again when it is read again."""
 
-    plain: bool  # it lies on the grid as it is
+    plain: bool  # it lies on the grid as stored
     norm: float  # the largest |x|
-    rest: float  # the largest norm of what bfloat16 leaves out
+    residual: float  # the largest norm of what bfloat16 leaves out
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """The rows of one rank, cut into blocks of about one size.
+    """The rows of one rank, cut into blocks of about the same size.
 
-    A block is read and put on the grid whenever it is asked for; the first ones may be kept on the device instead.
+    A block is read and rounded to the grid on every access; the first ones may be kept on the device instead.
     """
 
     features: np.ndarray  # (P, D) float32
@@ -62,7 +97,7 @@ class Blocks:
     dim: int
     step: int  # rows of a block
     device: torch.device
-    halves: bool
+    bf16: bool
     facts: tuple[_Facts, ...] = ()
     kept: tuple[Block, ...] = ()  # the first ones
 
@@ -74,17 +109,17 @@ class Blocks:
         block_rows: int,
         *,
         device: torch.device,
-        halves: bool | None,
+        bf16: bool | None,
         keep: bool,
     ) -> Blocks:
-        """Blocks whose facts are known, or, to `keep`, as many of them on the device as `KEPT_BYTES` hold."""
+        """Blocks with their facts or, with `keep`, with as many blocks on the device as `KEPT_BYTES` allows."""
         step = min(block_rows, MOST_ROWS, max(_LEAST_ROWS, -(-len(ids) // _BLOCKS)))
-        pays = bf16_products_pay(device) if halves is None else halves
-        blocks = Blocks(features, ids, dim, step, device, pays)
+        bf16 = bf16_products_are_faster(device) if bf16 is None else bf16
+        blocks = Blocks(features, ids, dim, step, device, bf16)
         if keep:
             most = KEPT_BYTES // (4 * step * dim)
             return replace(blocks, kept=tuple(blocks.block(i) for i in range(min(len(blocks), most))))
-        facts = side_by_side(blocks._look, range(len(blocks)), torch.get_num_threads())
+        facts = side_by_side(blocks._measure, range(len(blocks)), torch.get_num_threads())
         return replace(blocks, facts=tuple(facts))
 
     def __len__(self) -> int:
@@ -103,9 +138,9 @@ class Blocks:
         return Block(x if plain else to_grid(x), torch.from_numpy(np.array(self.ids[some])).to(self.device))
 
     def side(self, number: int) -> Side:
-        """One block as it is multiplied, on a CPU."""
+        """One block as its estimates need it, on a CPU."""
         facts = self.facts[number]
-        return Side.of(self.block(number), halves=self.halves, norm=facts.norm, rest=facts.rest)
+        return Side.of(self.block(number), bf16=self.bf16, norm=facts.norm, residual=facts.residual)
 
     def rows_at(self, places: Tensor) -> Block:
         """Some rows in host memory, by ascending positions."""
@@ -116,48 +151,16 @@ class Blocks:
 
     @property
     def largest(self) -> tuple[float, float]:
-        """The largest norm of own rows, and the largest norm of what bfloat16 leaves out; 0 for no rows."""
-        return max((f.norm for f in self.facts), default=0.0), max((f.rest for f in self.facts), default=0.0)
+        """The largest norm of own rows, and the largest norm of what bfloat16 leaves out of them; 0 for no rows."""
+        return max((f.norm for f in self.facts), default=0.0), max((f.residual for f in self.facts), default=0.0)
 
     def _places(self, number: int) -> slice:
         return slice(number * self.step, (number + 1) * self.step)
 
-    def _look(self, number: int) -> _Facts:
+    def _measure(self, number: int) -> _Facts:
         rows = self.block(number).rows
         plain = on_grid(self.features[self._places(number)])
-        return _Facts(plain, norm_of(exact_square(rows)), Bf16Generator.left_out(rows) if self.halves else 0.0)
-
-
-def sharded_knn(
-    comm: Comm,
-    features: np.ndarray,
-    ids: np.ndarray,
-    k: int,
-    *,
-    block_rows: int = MOST_ROWS,
-    device: torch.device | str = "cpu",
-    halves: bool | None = None,
-    copies: bool | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """The k nearest other rows of each own row: row ids (P, k) int64 and inner products (P, k) float32, best first.
-
-    Equal inner products are in the order of row ids; where fewer than k other rows exist, id -1 and score -inf fill up.
-
-    Args:
-        features: own unit rows (P, D) float32, possibly memory-mapped, possibly none; bad rows left out.
-        ids: their row ids (P,) int64, ascending, different over all ranks.
-        block_rows: rows that travel, and rows compared with them, at most; memory, not the result, depends on it.
-        halves: estimates in bfloat16; by default where they pay.
-        copies: every block visits every rank, and a pair of rows is compared on both sides; by default on a GPU.
-    """
-    device = torch.device(device)
-    copies = device.type == "cuda" if copies is None else copies
-    own = join_blocks(comm, features, ids, k, block_rows=block_rows, device=device, halves=halves, keep=copies)
-    best = [Neighbours.none(own.size(i), k, device) for i in range(len(own))]
-    ring = _Ring(comm, own, best, k)
-    with true_products():
-        (ring.by_copies if copies else ring.by_pairs)()
-    return as_arrays(best, k)
+        return _Facts(plain, norm_of(exact_square(rows)), Bf16Generator.residual_norm(rows) if self.bf16 else 0.0)
 
 
 def join_blocks(
@@ -168,108 +171,20 @@ def join_blocks(
     *,
     block_rows: int,
     device: torch.device,
-    halves: bool | None = None,
+    bf16: bool | None = None,
     keep: bool = False,
 ) -> Blocks:
-    """This rank's rows by blocks, once every rank's rows are fit for a search."""
+    """This rank's rows by blocks; raises ValueError on all ranks where the rows of one are not valid."""
     if k < 1 or block_rows < 1:
         raise ValueError(f"k and block_rows must be at least 1, got {k} and {block_rows}")
     raise_together(comm, _problem(features, ids, block_rows))
-    return Blocks.of(features, ids, _dimension(comm, features), block_rows, device=device, halves=halves, keep=keep)
-
-
-def as_arrays(best: Sequence[Neighbours], k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ids (P, k) int64 and inner products (P, k) float32 of the lists of all blocks."""
-    if not best:
-        return np.zeros((0, k), dtype=np.int64), np.zeros((0, k), dtype=np.float32)
-    return torch.cat([b.ids for b in best]).cpu().numpy(), torch.cat([to_scores(b) for b in best]).cpu().numpy()
-
-
-@dataclass(frozen=True)
-class _Ring:
-    """The search on one of the ranks."""
-
-    comm: Comm
-    own: Blocks
-    best: list[Neighbours]  # of each own block
-    k: int
-
-    def by_copies(self) -> None:
-        """Every block travels round all ranks, each of which searches it for the neighbours of its own rows."""
-        for number in range(self._most_blocks()):
-            travelling = self.own.block(number)  # an empty block where this rank has no more
-            for hop in range(self.comm.size):
-                if hop:
-                    travelling = Block(self._moved(travelling.rows, 1), self._moved(travelling.ids, 1))
-                for i, so_far in enumerate(self.best):
-                    self.best[i] = extend(so_far, self.own.block(i), travelling, largest)
-
-    def by_pairs(self) -> None:
-        """Every pair of blocks meets once, on the rank of one of them, which sends the other's new neighbours home.
-
-        So half of the products of all rows with all rows are made. A block goes to the ranks of the first half of the
-        ring ahead; of two ranks that are opposite to each other, each takes every other pair of their blocks.
-        """
-        own, blocks = self.own, range(len(self.own))
-        self._each(lambda i, a: [search_within(own.side(i), a)], [(i,) for i in blocks], self.best)
-        self._each(
-            lambda i, j, a, b: search_both_ways(own.side(i), own.side(j), (a, b)),
-            [(i, j) for j in blocks for i in range(j)],
-            self.best,
-        )
-        for number in range(self._most_blocks() if self.comm.size > 1 else 0):
-            for hop in range(1, self.comm.size // 2 + 1):
-                self._meet(number, hop)
-
-    def _meet(self, number: int, hop: int) -> None:
-        """Own blocks against one block of the rank `hop` before ours."""
-        mine = self.own.block(number)
-        least = self.best[number].scores[:, -1] if len(mine.ids) else torch.zeros(0, dtype=torch.float64)
-        rows, ids, least = (self._moved(t, hop) for t in (mine.rows, mine.ids, least))
-        theirs, home = Side.of(Block(rows, ids), halves=self.own.halves), Neighbours.none(len(ids), self.k)
-        known = Neighbours(least[:, None].expand(-1, self.k), home.ids)
-        turn = 2 * hop != self.comm.size
-        first = self.comm.rank < hop  # of two opposite ranks
-        tasks = [(i, len(self.best)) for i in range(len(self.best)) if turn or ((i + number) % 2 == 0) == first]
-        lists = [*self.best, home]
-        self._each(lambda i, _, a, __: search_both_ways(self.own.side(i), theirs, (a, known)), tasks, lists)
-        back = Neighbours(self._moved(home.scores, -hop), self._moved(home.ids, -hop))
-        if len(mine.ids):
-            Found(torch.arange(len(mine.ids)), back).into(self.best[number])
-
-    def _each(
-        self,
-        work: Callable[..., Sequence[Sequence[Found]]],
-        tasks: Sequence[tuple[int, ...]],
-        lists: list[Neighbours],
-    ) -> None:
-        """Works on tuples of blocks side by side, and takes what was found into the lists of each of them.
-
-        A task sees the lists as they were when it was handed out, which may cost it time but nothing else.
-        """
-        handed = ((*task, *(_copy(lists[i]) for i in task)) for task in tasks)
-        done = side_by_side(lambda item: work(*item), handed, torch.get_num_threads())
-        for task, found in zip(tasks, done, strict=True):
-            for i, parts in zip(task, found, strict=True):
-                for part in parts:
-                    part.into(lists[i])
-
-    def _most_blocks(self) -> int:
-        told = torch.tensor([len(self.own)], device=wire_device(self.comm))
-        return int(torch.cat(self.comm.gather(told)).max())
-
-    def _moved(self, tensor: Tensor, by: int) -> Tensor:
-        return self.comm.shift(tensor.to(wire_device(self.comm)), by).to(tensor.device)
-
-
-def _copy(best: Neighbours) -> Neighbours:
-    return Neighbours(best.scores.clone(), best.ids)
+    return Blocks.of(features, ids, _dimension(comm, features), block_rows, device=device, bf16=bf16, keep=keep)
 
 
 def _dimension(comm: Comm, features: np.ndarray) -> int:
-    """D, also where this rank has no row to tell."""
-    told = torch.tensor([features.shape[1] if len(features) else 0], device=wire_device(comm))
-    dims = sorted({int(d) for d in comm.gather(told)} - {0})
+    """D, also on a rank without rows."""
+    own = torch.tensor([features.shape[1] if len(features) else 0], device=wire_device(comm))
+    dims = sorted({int(d) for d in comm.gather(own)} - {0})
     if len(dims) > 1:
         raise ValueError(f"features must have the same dimension on every rank, found {dims}")
     return dims[0] if dims else 1
@@ -288,3 +203,84 @@ def _problem(features: np.ndarray, ids: np.ndarray, block_rows: int) -> str:
         if found := row_problem(block, np.ones(len(block), dtype=bool)):
             return f"features: row {ids[start + found[0]]} {found[1]}"
     return ""
+
+
+@dataclass(frozen=True)
+class _Ring:
+    """The search on one of the ranks."""
+
+    comm: Comm
+    own: Blocks
+    best: list[Neighbours]  # of each own block
+    k: int
+
+    def by_copies(self) -> None:
+        """Every block visits all ranks; each searches it for the neighbours of its own rows."""
+        for number in range(self._most_blocks()):
+            travelling = self.own.block(number)  # an empty block where this rank has no more
+            for hop in range(self.comm.size):
+                if hop:
+                    travelling = Block(self._moved(travelling.rows, 1), self._moved(travelling.ids, 1))
+                for i, so_far in enumerate(self.best):
+                    self.best[i] = extend(so_far, self.own.block(i), travelling, largest)
+
+    def by_pairs(self) -> None:
+        """Every pair of blocks is compared once, on the rank of one of them, which returns the other's new neighbours.
+
+        So only half of the products of all rows with all rows are computed. A block goes to the ranks of the first half
+        of the ring ahead; of two ranks that are opposite to each other, each takes every other pair of their blocks.
+        """
+        own, blocks = self.own, range(len(self.own))
+        self._each(lambda i, a: [search_within(own.side(i), a)], [(i,) for i in blocks], self.best)
+        self._each(
+            lambda i, j, a, b: search_both_ways(own.side(i), own.side(j), (a, b)),
+            [(i, j) for j in blocks for i in range(j)],
+            self.best,
+        )
+        for number in range(self._most_blocks() if self.comm.size > 1 else 0):
+            for hop in range(1, self.comm.size // 2 + 1):
+                self._compare(number, hop)
+
+    def _compare(self, number: int, hop: int) -> None:
+        """Own blocks against one block of the rank `hop` before ours."""
+        mine = self.own.block(number)
+        least = self.best[number].scores[:, -1] if len(mine.ids) else torch.zeros(0, dtype=torch.float64)
+        rows, ids, least = (self._moved(t, hop) for t in (mine.rows, mine.ids, least))
+        theirs, home = Side.of(Block(rows, ids), bf16=self.own.bf16), Neighbours.none(len(ids), self.k)
+        known = Neighbours(least[:, None].expand(-1, self.k), home.ids)
+        turn = 2 * hop != self.comm.size
+        first = self.comm.rank < hop  # of two opposite ranks
+        tasks = [(i, len(self.best)) for i in range(len(self.best)) if turn or ((i + number) % 2 == 0) == first]
+        lists = [*self.best, home]
+        self._each(lambda i, _, a, __: search_both_ways(self.own.side(i), theirs, (a, known)), tasks, lists)
+        back = Neighbours(self._moved(home.scores, -hop), self._moved(home.ids, -hop))
+        if len(mine.ids):
+            Found(torch.arange(len(mine.ids)), back).into(self.best[number])
+
+    def _each(
+        self,
+        work: Callable[..., Sequence[Sequence[Found]]],
+        tasks: Sequence[tuple[int, ...]],
+        lists: list[Neighbours],
+    ) -> None:
+        """Works on tuples of blocks in parallel, and merges the neighbours found into the list of each of them.
+
+        A task sees the lists as of its start; older lists cost time but do not change the result.
+        """
+        items = ((*task, *(_copy(lists[i]) for i in task)) for task in tasks)
+        done = side_by_side(lambda item: work(*item), items, torch.get_num_threads())
+        for task, found in zip(tasks, done, strict=True):
+            for i, parts in zip(task, found, strict=True):
+                for part in parts:
+                    part.into(lists[i])
+
+    def _most_blocks(self) -> int:
+        number = torch.tensor([len(self.own)], device=wire_device(self.comm))
+        return int(torch.cat(self.comm.gather(number)).max())
+
+    def _moved(self, tensor: Tensor, by: int) -> Tensor:
+        return self.comm.shift(tensor.to(wire_device(self.comm)), by).to(tensor.device)
+
+
+def _copy(best: Neighbours) -> Neighbours:
+    return Neighbours(best.scores.clone(), best.ids)

@@ -1,11 +1,7 @@
-"""Which centroids may be the nearest, by products in bfloat16: on a processor that has them, and fused on a GPU.
-
-Shapes: P rows, K centroids, D dimensions, t proposals per row at most.
-
-By how much the best score of a row may mislead: which centroids can be the nearest although others score higher.
+"""Nearest centroids from products in bfloat16, by matrix products on a processor or by a fused kernel on a GPU.
 
 A score s_j of a row x estimates S_j, which is -|x - c_j|^2 / 2 plus the same for all j, from forms x' and c'_j that are
-rounded to bfloat16 (search/bf16.py). With d_j = c_j - c'_j,
+rounded to bfloat16. With d_j = c_j - c'_j,
 
     S_j - s_j = (x - x').c_j + x'.d_j + a_j + r_j,
 
@@ -14,12 +10,13 @@ where a_j, |a_j| <= a, is the error of adding up and of the offsets, and r_j tha
 the best score s_i too, so by Cauchy-Schwarz
 
     s_i - s_j <= (S_j - s_j) - (S_i - s_i) <= p_ij + 2**-8 (|s_i| + |s_j|),
-    p_ij = rest |c_i - c_j| + |x'||d_i - d_j| + 2 a,    rest >= |x - x'|.
+    p_ij = residual |c_i - c_j| + |x'||d_i - d_j| + 2 a,    residual >= |x - x'|.
 
-As |s_j| <= |s_i| + (s_i - s_j), this gives s_i - s_j <= (p_ij + 2**-7 |s_i|) / (1 - 2**-8). A centroid below that is
-not the nearest. Without regard to the pair, p_ij is at most twice the largest error of all scores before r_j.
+As |s_j| <= |s_i| + (s_i - s_j), this gives s_i - s_j <= (p_ij + 2**-7 |s_i|) / (1 - 2**-8), the score margin. A
+centroid below it is not the nearest. Without regard to the pair, p_ij is at most twice the largest error of all scores
+before r_j.
 
-Shapes: P rows, K centroids.
+Shapes: P rows, K centroids, D dimensions, t candidates per row at most.
 """
 
 from __future__ import annotations
@@ -35,124 +32,91 @@ from torch import Tensor
 from grappa_dist.search.candidates import SLACK, Candidates, Centroids, PreparedRows, float_error, norm_of
 from grappa_dist.search.fixed_point import GRID, cached_rows
 
-HALF = 2.0**-8
-"""Rounding to bfloat16 errs by this share of the result at most."""
+BF16_ROUNDOFF = 2.0**-8
+"""Rounding to bfloat16 errs by at most this fraction of the result."""
 
-
-@dataclass(frozen=True)
-class PairBounds:
-    """By how much the score of the nearest centroid can lie below the best score of a row."""
-
-    error: float  # of any score before its own rounding
-    pairs: Tensor | None = None  # (K, K) float32, at least p_ij; by default 2 error for any two
-
-    def to_any(self, scores: Tensor, columns: Tensor) -> Tensor:
-        """Below the best scores (P,), those of some columns (P,), to any other, (P,)."""
-        return _rounded(scores, 2 * self.error if self.pairs is None else self._widest[columns])
-
-    def to(self, others: Tensor, scores: Tensor, columns: Tensor) -> Tensor:
-        """The same to other columns (P,) that are named."""
-        if self.pairs is None:
-            return _rounded(scores, 2 * self.error)
-        return _rounded(scores, self.pairs.flatten()[columns * len(self.pairs) + others])
-
-    @cached_property
-    def _widest(self) -> Tensor:
-        assert self.pairs is not None
-        return self.pairs.amax(1)
-
-
-def _rounded(scores: Tensor, pairs: Tensor | float) -> Tensor:
-    """Gaps with the scores' own rounding.
-
-    1 + 2**-7 exceeds 1 / (1 - 2**-8) by more than 2**-9, which is more than what float32 takes from the gap and from
-    its difference to the score: the gap is at least 2**-7 of that.
-    """
-    return (scores.abs() * (2 * HALF) + pairs) * (1 + 2 * HALF)
-
-
-_CACHED_TILE = 2**21  # of products in bfloat16: few enough to stay in a core's cache
-_MOST_PAIRED = 512  # centroids, for which a table of all pairs is made
+_CACHED_TILE = 2**21  # products in bfloat16 that stay in a core's cache
+_MOST_PAIRED = 512  # centroids for which a table of all pairs is made
 # oneDNN compiles a kernel for every new shape, which takes as long as the product: shapes are multiples of these
 _ROW_STEP, _COLUMN_STEP = 128, 32
-_LEAST_SCALE = 2.0**-5  # scores up to this size are rounded as this one
-_EXTRA = 4  # columns beside the dimensions: two digits for each of two offsets
+_LEAST_SCALE = 2.0**-5  # scores up to this size are rounded like this one
+_EXTRA = 4  # columns after the dimensions: two bfloat16 numbers for each of two offsets
 
 
 @dataclass(frozen=True)
 class Bf16Generator:
     """Distances from products in bfloat16 with float32 sums: twice as fast where the processor has such products.
 
-    What rounding takes away is known as a vector, x - x', so by Cauchy-Schwarz no product errs by more than
+    What rounding takes away is a known vector, x - x', so by Cauchy-Schwarz no product errs by more than
     |x - x'||c| + |x'||c - c'|. The score x.c - |c|^2 / 2 - (|x|^2 - base) / 2 comes out of one matrix product, its
     offsets as two more columns each; it is (base - distance^2) / 2, small where it matters, and so is its own rounding.
     """
 
-    rest: float  # at least the largest |x - x'| of all rows to come
-    places: int = 6
-    sums: float = 1.0  # errors of adding up products, in those of a processor that rounds each sum to the nearest
+    residual: float  # at least the largest |x - x'| of all rows to come
+    num_candidates: int = 6
+    sums: float = 1.0  # error of adding up products, as a multiple of that of sums rounded to the nearest float32
 
     @staticmethod
-    def left_out(x: Tensor) -> float:
+    def residual_norm(x: Tensor) -> float:
         """The largest norm of what rounding to bfloat16 takes from a row; 0 for no rows."""
-        rests = (part - part.bfloat16().float() for part in x.split(cached_rows(x)) if len(part))
-        largest = max((float(rest.square_().sum(1).max()) for rest in rests), default=0.0)
+        residuals = (part - part.bfloat16().float() for part in x.split(cached_rows(x)) if len(part))
+        largest = max((float(residual.square_().sum(1).max()) for residual in residuals), default=0.0)
         return math.sqrt(largest) * (1 + (x.shape[1] + 4) * 2.0**-23)  # above what float32 may have lost
 
     def centroids(self, values: Tensor, squares: Tensor) -> Centroids:
         form = _form([values], squares / (-2 * GRID**2), 0)
-        return Centroids(values, squares, norm_of(squares), self, form, self.left_out(values))
+        return Centroids(values, squares, norm_of(squares), self, form, self.residual_norm(values))
 
     def rows(self, pieces: Sequence[Tensor], squares: Tensor, base: Tensor, *, within_base: bool) -> PreparedRows:
         form = _form(pieces, (base - squares / GRID**2) / 2, 1, _ROW_STEP)
         return PreparedRows(form, base.float(), norm_of(squares), within_base, _ROW_STEP)
 
     def nearest(self, rows: PreparedRows, centroids: Centroids, t: int) -> Candidates:
-        gaps, targets = self._gaps(rows, centroids), _spare_rows(centroids.form, _COLUMN_STEP)
+        bounds, targets = self._pair_bounds(rows, centroids), _padded(centroids.form, _COLUMN_STEP)
         size = max(1, _CACHED_TILE // len(targets) // _ROW_STEP) * _ROW_STEP
         found = []
         for tile, base in zip(rows.form.split(size), rows.base.split(size), strict=True):
             table = _Table.of((tile @ targets.T)[: len(base)], len(centroids.form))
-            found.append(_best_columns(table, t, gaps, within_base=rows.within_base))
-        scores, labels, contenders = (torch.cat(parts, 1) for parts in zip(*found, strict=True))  # (t, P)
-        scale = _score_scale(scores[0], gaps.error, within_base=rows.within_base)
+            found.append(_best_columns(table, t, bounds, within_base=rows.within_base))
+        scores, labels, remaining = (torch.cat(parts, 1) for parts in zip(*found, strict=True))  # (t, P)
+        scale = _score_scale(scores[0], bounds.error, within_base=rows.within_base)
         # Scores below -scale round more coarsely than the error allows for: what is beyond it is added to them.
-        scores = torch.where(scores < -scale, (1 - HALF) * scores - HALF * scale, scores)
+        scores = torch.where(scores < -scale, (1 - BF16_ROUNDOFF) * scores - BF16_ROUNDOFF * scale, scores)
         distances = rows.base - 2 * scores
         rounding = 2.0**-22 * (float(rows.base.max()) + 2 * scale)  # of base and of the difference, up to scale
-        return Candidates(distances.T, labels.T, 2 * (gaps.error + HALF * scale) + rounding, contenders.T)
+        return Candidates(distances.T, labels.T, 2 * (bounds.error + BF16_ROUNDOFF * scale) + rounding, remaining.T)
 
-    def _gaps(self, rows: PreparedRows, centroids: Centroids) -> PairBounds:
-        """Pair by pair where a table of all pairs is small beside the products."""
+    def _pair_bounds(self, rows: PreparedRows, centroids: Centroids) -> PairBounds:
+        """Pair by pair where a table of all pairs is small compared with the products."""
         error = self._error(rows, centroids)
         if centroids.is_part or len(centroids.form) > min(_MOST_PAIRED, len(rows.base)):
             return PairBounds(error)
-        values, left_out = centroids.apart
-        pairs = self.rest * values + (rows.norm + self.rest) * left_out + 2 * self._adding(rows, centroids)
+        values, residuals = centroids.pair_distances
+        pairs = self.residual * values + (rows.norm + self.residual) * residuals + 2 * self._sum_error(rows, centroids)
         return PairBounds(error, pairs * (1 + SLACK))
 
     def _error(self, rows: PreparedRows, centroids: Centroids) -> float:
-        """Of a score before its own rounding."""
-        x, c = rows.norm + self.rest, centroids.norm + centroids.rest
-        return self.rest * c + x * centroids.rest + self._adding(rows, centroids)
+        """Error bound of a score before its own rounding."""
+        x, c = rows.norm + self.residual, centroids.norm + centroids.residual
+        return self.residual * c + x * centroids.residual + self._sum_error(rows, centroids)
 
-    def _adding(self, rows: PreparedRows, centroids: Centroids) -> float:
-        """The part of it that offsets and adding up have."""
-        x, c = rows.norm + self.rest, centroids.norm + centroids.rest
+    def _sum_error(self, rows: PreparedRows, centroids: Centroids) -> float:
+        """The part of it that comes from offsets and from adding up: a."""
+        x, c = rows.norm + self.residual, centroids.norm + centroids.residual
         offsets = c**2 / 2 + (x**2 + float(rows.base.max())) / 2
-        return HALF**2 * offsets + self.sums * float_error(rows.form.shape[1], x * c + 2 * offsets)
+        return BF16_ROUNDOFF**2 * offsets + self.sums * float_error(rows.form.shape[1], x * c + 2 * offsets)
 
 
 @dataclass(frozen=True)
 class TritonGenerator(Bf16Generator):
-    """The same on a GPU, products and their largest by one kernel (search/triton_topk.py).
+    """The same on a GPU: one kernel makes the products and keeps the largest (search/triton_topk.py).
 
-    Its matrix units add several products at once and cut the sum off where a processor rounds each to the nearest: an
+    Its matrix units add several products at once and truncate the sum where a processor rounds each to the nearest: an
     error of about twice the size, by what Fasi, Higham, Mikaitis and Pranesh (2021) measured on three of them. Eight
-    times is allowed for, which is still small beside what rounding to bfloat16 takes.
+    times is allowed for, which is still small compared with what rounding to bfloat16 takes.
     """
 
-    places: int = 3
+    num_candidates: int = 3
     sums: float = 8.0
 
     def nearest(self, rows: PreparedRows, centroids: Centroids, t: int) -> Candidates:
@@ -166,11 +130,43 @@ class TritonGenerator(Bf16Generator):
         return Candidates(distances, labels[:, :t], 2 * error + rounding)
 
 
+@dataclass(frozen=True)
+class PairBounds:
+    """Score margins: how far the score of the nearest centroid can lie below the best score of a row."""
+
+    error: float  # of any score before its own rounding
+    pairs: Tensor | None = None  # (K, K) float32, at least p_ij; by default 2 error for any two
+
+    def margin_to_any(self, scores: Tensor, columns: Tensor) -> Tensor:
+        """Between the best scores (P,), in some columns (P,), and any other, (P,)."""
+        return _with_rounding(scores, 2 * self.error if self.pairs is None else self._widest[columns])
+
+    def margin_to(self, others: Tensor, scores: Tensor, columns: Tensor) -> Tensor:
+        """Between the best scores (P,), in some columns (P,), and those in `others` (P,), (P,)."""
+        if self.pairs is None:
+            return _with_rounding(scores, 2 * self.error)
+        return _with_rounding(scores, self.pairs.flatten()[columns * len(self.pairs) + others])
+
+    @cached_property
+    def _widest(self) -> Tensor:
+        assert self.pairs is not None
+        return self.pairs.amax(1)
+
+
+def _with_rounding(scores: Tensor, pairs: Tensor | float) -> Tensor:
+    """Margins p_ij with the scores' own rounding.
+
+    1 + 2**-7 exceeds 1 / (1 - 2**-8) by more than 2**-9, which is more than what float32 takes from the margin and from
+    its difference to the score: the margin is at least 2**-7 of that.
+    """
+    return (scores.abs() * (2 * BF16_ROUNDOFF) + pairs) * (1 + 2 * BF16_ROUNDOFF)
+
+
 def _form(pieces: Sequence[Tensor], offset: Tensor, place: int, step: int = 1) -> Tensor:
     """One side of a matrix product in bfloat16 that also adds an offset for each row of either side, (n, D + 4).
 
     The first D columns are the values. Two of the others, from D + 2 `place` on, are the row's offset as a sum of two
-    bfloat16 numbers; the two that are left are ones, which meet the offset of the other side: that has the other place,
+    bfloat16 numbers; the remaining two are ones, which meet the offset of the other side: that has the other place,
     0 or 1. Rows of zeros at the end make their number a multiple of `step`.
 
     Args:
@@ -188,7 +184,7 @@ def _form(pieces: Sequence[Tensor], offset: Tensor, place: int, step: int = 1) -
     return form
 
 
-def _spare_rows(form: Tensor, step: int) -> Tensor:
+def _padded(form: Tensor, step: int) -> Tensor:
     """The form with rows of zeros that make their number a multiple of `step`."""
     spare = -len(form) % step
     return torch.cat([form, form.new_zeros(spare, form.shape[1])]) if spare else form
@@ -197,7 +193,7 @@ def _spare_rows(form: Tensor, step: int) -> Tensor:
 def _score_scale(scores: Tensor, error: float, *, within_base: bool) -> float:
     """The size of the largest first score that matters: where only centroids within the base do, those are above 0.
 
-    Never so small that scores which are off by the gap of `_best_columns` could leave it.
+    Never so small that scores which are off by the margin of `_best_columns` could leave it.
     """
     return max(_LEAST_SCALE, 8 * error, float(scores.max()), 0.0 if within_base else -float(scores.min()))
 
@@ -207,11 +203,11 @@ class _Table:
     """Scores that were rounded to bfloat16, and where they were.
 
     A float32 has 16 bits more than a bfloat16. An entry's column is written there, which changes no order but that of
-    equal scores: so the largest entry says which one it is, and a plain maximum is three times as fast as an argmax.
+    equal scores: so the largest entry contains its column, and a plain maximum is three times as fast as an argmax.
     """
 
     entries: Tensor  # (P, columns) float32
-    named: bool  # there are too many columns for 16 bits otherwise
+    has_columns: bool  # whether entries contain their column: 16 bits are enough for it
 
     @staticmethod
     def of(products: Tensor, num: int) -> _Table:
@@ -225,7 +221,7 @@ class _Table:
 
     def take_largest(self) -> tuple[Tensor, Tensor]:
         """The largest score of each row and its column, (P,), which are left out from now on."""
-        if self.named:
+        if self.has_columns:
             largest = self.entries.amax(1).view(torch.int32)
             scores, columns = (largest & -(2**16)).view(torch.float32), (largest & 2**16 - 1).long()
         else:
@@ -234,10 +230,10 @@ class _Table:
         return scores, columns
 
     def pick(self, rows: Tensor) -> _Table:
-        return _Table(self.entries.index_select(0, rows), self.named)
+        return _Table(self.entries.index_select(0, rows), self.has_columns)
 
 
-def _best_columns(table: _Table, t: int, gaps: PairBounds, *, within_base: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _best_columns(table: _Table, t: int, bounds: PairBounds, *, within_base: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The largest scores per row, (t, P), descending, their columns, and which of them may be the nearest's.
 
     Uses the table up. Places of a row stay free, at -inf, once a score lies so far below the first that no later one
@@ -246,12 +242,12 @@ def _best_columns(table: _Table, t: int, gaps: PairBounds, *, within_base: bool)
     """
     best, first = table.take_largest()
     rows, values = torch.arange(len(best), device=best.device), best.new_full((t, len(best)), -math.inf)
-    columns, contenders = first.new_zeros(values.shape), torch.zeros_like(values, dtype=torch.bool)
-    values[0], columns[0], contenders[0] = best, first, True
-    cutoff = best - gaps.to_any(best, first)
+    columns, remaining = first.new_zeros(values.shape), torch.zeros_like(values, dtype=torch.bool)
+    values[0], columns[0], remaining[0] = best, first, True
+    cutoff = best - bounds.margin_to_any(best, first)
     if within_base:
-        most = _score_scale(best, gaps.error, within_base=True)
-        cutoff = cutoff.clamp(min=-2 * (gaps.error + HALF * most) * (1 + 2 * HALF))
+        most = _score_scale(best, bounds.error, within_base=True)
+        cutoff = cutoff.clamp(min=-2 * (bounds.error + BF16_ROUNDOFF * most) * (1 + 2 * BF16_ROUNDOFF))
     near = (best >= cutoff).nonzero()[:, 0] if within_base else rows
     for place in range(1, t):
         if not len(near):
@@ -263,10 +259,10 @@ def _best_columns(table: _Table, t: int, gaps: PairBounds, *, within_base: bool)
         values[place].index_copy_(0, rows, scores)
         columns[place].index_copy_(0, rows, found)
         near = (scores >= cutoff).nonzero()[:, 0]
-        of_near = (x.index_select(0, near) for x in (scores, found, best, first))
-        contenders[place, rows[near]] = True if place == t - 1 else _within(gaps, *of_near)
-    return values, columns, contenders
-
-
-def _within(gaps: PairBounds, scores: Tensor, columns: Tensor, best: Tensor, first: Tensor) -> Tensor:
-    return scores >= best - gaps.to(columns, best, first)
+        if place == t - 1:
+            remaining[place, rows[near]] = True
+        else:
+            of_near = (x.index_select(0, near) for x in (found, best, first))
+            margin = bounds.margin_to(*of_near)
+            remaining[place, rows[near]] = scores.index_select(0, near) >= best.index_select(0, near) - margin
+    return values, columns, remaining

@@ -1,10 +1,10 @@
-"""Which centroids may be the nearest: proposed by arithmetic that is fast and knows by how much it can be wrong.
+"""Candidates for the nearest centroid, generated in floating point with an error bound.
 
-A proposer estimates squared distances and states a bound of its error; whoever asked decides exactly among what the
-bound leaves open (search/rerank.py, kmeans/yinyang.py). How a proposer computes is a matter of speed, never of the
-result.
+A generator estimates squared distances and states a bound of its error; callers decide exactly, in integers, among the
+candidates that the bound leaves (search/rerank.py, kmeans/yinyang.py). How a generator computes is a matter of speed,
+never of the result.
 
-Shapes: P rows, K centroids, D dimensions, t proposals per row at most.
+Shapes: P rows, K centroids, D dimensions, t candidates per row at most.
 """
 
 from __future__ import annotations
@@ -22,14 +22,8 @@ from torch import Tensor
 
 from grappa_dist.search.fixed_point import GRID, exact_square
 
-
-def largest_in_floats(x: Tensor, y: Tensor, t: int) -> tuple[Tensor, Tensor]:
-    """The t largest float32 inner products per row, (P, t), descending, and their indices: the search without faiss."""
-    return best_in_floats(x, len(y), lambda rows: rows @ y.T, t)
-
-
 SLACK = 2.0**-20
-"""A share that exceeds what a few operations in float32 round away, be it of an estimate or of a bound."""
+"""A fraction larger than what a few operations in float32 round away, be it of an estimate or of a bound."""
 
 _TILE = 2**23  # elements of the largest float32 table made at once
 
@@ -50,8 +44,8 @@ def float_error(dim: int, size: float) -> float:
     return steps / (1 - steps) * size
 
 
-class _Highest:
-    """Who needs the precision of products as it is set by `true_products`: it is one for all threads."""
+class _FullPrecision:
+    """The precision of float32 products: one setting for all threads, with a count of those that need the highest."""
 
     def __init__(self) -> None:
         self.lock, self.users, self.before = Lock(), 0, ""
@@ -70,23 +64,23 @@ class _Highest:
                 torch.set_float32_matmul_precision(self.before)
 
 
-_highest = _Highest()
+_full_precision = _FullPrecision()
 
 
 @contextmanager
 def true_products() -> Iterator[None]:
-    """Products of float32 are what they say: shortcuts by TF32 and bfloat16, which keep no error bound, are off.
+    """Products of float32 without the shortcuts by TF32 and bfloat16, which violate the error bound.
 
-    Several threads may be inside; what was set before is set again when the last one leaves.
+    Several threads may be inside; the setting from before returns when the last one leaves.
     """
-    _highest.enter()
+    _full_precision.enter()
     try:
         yield
     finally:
-        _highest.leave()
+        _full_precision.leave()
 
 
-def best_in_floats(x: Tensor, num_targets: int, table: Callable[[Tensor], Tensor], t: int) -> tuple[Tensor, Tensor]:
+def best_float32(x: Tensor, num_targets: int, table: Callable[[Tensor], Tensor], t: int) -> tuple[Tensor, Tensor]:
     """The t largest entries per row of a float32 table, (P, t), descending, and their columns, made tile by tile.
 
     Args:
@@ -99,15 +93,30 @@ def best_in_floats(x: Tensor, num_targets: int, table: Callable[[Tensor], Tensor
     return torch.cat([p.values for p in parts]), torch.cat([p.indices for p in parts])
 
 
-def nearest_in_floats(x: Tensor, c: Tensor, t: int) -> tuple[Tensor, Tensor]:
-    """The t smallest squared distances in float32, (P, t), ascending, and their indices: a search without faiss."""
+def nearest_float32(x: Tensor, c: Tensor, t: int) -> tuple[Tensor, Tensor]:
+    """The t smallest squared distances in float32, (P, t), ascending, and their indices: the search without faiss."""
     squares = c.square().sum(1)
 
     def closeness(rows: Tensor) -> Tensor:
         return -(rows.square().sum(1, keepdim=True) + squares - 2 * (rows @ c.T))  # (rows, K)
 
-    values, indices = best_in_floats(x, len(c), closeness, t)
+    values, indices = best_float32(x, len(c), closeness, t)
     return -values, indices
+
+
+def largest_float32(x: Tensor, y: Tensor, t: int) -> tuple[Tensor, Tensor]:
+    """The t largest float32 inner products per row, (P, t), descending, and their indices: the search without faiss."""
+    return best_float32(x, len(y), lambda rows: rows @ y.T, t)
+
+
+def joined(pieces: Sequence[Tensor]) -> Tensor:
+    """Rows in one piece, at least one piece given; a single one is not copied."""
+    return torch.cat(list(pieces)) if len(pieces) > 1 else pieces[0]
+
+
+def norm_of(squares: Tensor) -> float:
+    """The largest norm, from squares in units of 2**-48; 0 for no rows."""
+    return math.sqrt(float(squares.max())) / GRID if len(squares) else 0.0
 
 
 @dataclass(frozen=True)
@@ -118,9 +127,9 @@ class Centroids:
     squares: Tensor  # (K,) float64, exact |c|^2 in units of 2**-48
     norm: float  # the largest |c|
     generator: CandidateGenerator
-    form: Tensor  # (K, E), as the proposer multiplies them
-    rest: float = 0.0  # the largest norm of what the form leaves out
-    is_part: bool = False  # of others; then too few rows come by to pay for a table of all pairs
+    form: Tensor  # (K, E), as the generator multiplies them
+    residual: float = 0.0  # the largest norm of what the form leaves out
+    is_part: bool = False  # some of others; then too few rows are searched to pay for a table of all pairs
 
     @staticmethod
     def of(values: Tensor, generator: CandidateGenerator | None = None) -> Centroids:
@@ -128,7 +137,7 @@ class Centroids:
         return (generator or Float32Generator()).centroids(values, squares)
 
     @cached_property
-    def apart(self) -> tuple[Tensor, Tensor]:
+    def pair_distances(self) -> tuple[Tensor, Tensor]:
         """At least the distances between any two, and between what the form leaves out of them, (K, K) float32."""
         rests = self.values - self.form[:, : self.values.shape[1]].float()  # rounds nothing, and lies on the grid
         return _distances(self.values, self.squares), _distances(rests, exact_square(rests))
@@ -150,10 +159,10 @@ def _distances(x: Tensor, squares: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class PreparedRows:
-    """Rows of a block as the proposer multiplies them."""
+    """Rows of a block as the generator multiplies them."""
 
     form: Tensor  # (P or some more, E): spare rows at the end make the number of rows a multiple of `step`
-    base: Tensor  # (P,) float32, the squared distance from which the form makes others be counted
+    base: Tensor  # (P,) float32, the squared distance relative to which the form counts others
     norm: float  # the largest |x|
     within_base: bool  # only centroids within the base matter
     step: int = 1
@@ -170,45 +179,45 @@ class PreparedRows:
 
 @dataclass(frozen=True)
 class Candidates:
-    """The nearest centroids of each row by estimates; infinitely far in places left free.
+    """The nearest centroids of each row by estimates; free places are infinitely far.
 
     With e the error, d_p and D_p the estimated and the true squared distance of the centroid in place p of a row, and D
-    the least true one of those that were not proposed:
+    the least true one of the centroids that are no candidates:
 
         (1) |d_0 - D_0| <= e;
         (2) d_p - e <= D_p for every place p that is not free;
         (3) d_p - e <= D for the last of these places;
-        (4) D > min_p D_p where a place is free: what was not proposed is not the nearest.
+        (4) D > min_p D_p where a place is free: the nearest is a candidate.
 
     Where only centroids within the base matter, (1) and (4) hold for rows that have one within it, and rows with a free
     second place have none. Places whose d_p is far above d_0 may break (2) and (3) by less than SLACK d_p, which is the
-    rounding of d_p itself: a bound that is made of them must allow for it.
+    rounding of d_p itself: a bound that is computed from them must allow for it.
     """
 
     distances: Tensor  # (P, t) float32, squared, ascending: d
     labels: Tensor  # (P, t) int64
     error: float
-    contenders: Tensor | None = None  # (P, t) bool, where more is known than (1) to (3) say: which may be the nearest
+    remaining: Tensor | None = None  # (P, t) bool, which may be the nearest, where more is known than (1) to (3)
 
     @property
     def possible(self) -> Tensor:
-        """Which may be the nearest, (P, t) bool; in the last place: whether that or one not proposed may be."""
-        if self.contenders is not None:
-            return self.contenders
+        """Which may be the nearest, (P, t) bool; in the last place: whether that or one that is no candidate may be."""
+        if self.remaining is not None:
+            return self.remaining
         return self.distances <= within_reach(self.distances[:, 0].double() + self.error, self.error)[:, None]
 
 
 def within_reach(nearest: Tensor, error: float) -> Tensor:
-    """Estimates above this are not those of a centroid that is as near as (P,) float64, (P,) float32."""
+    """(P,) float32: larger estimates do not belong to centroids at most as far as `nearest` (P,) float64."""
     return ((nearest + error) * (1 + SLACK)).float()
 
 
 class CandidateGenerator(Protocol):
-    """One way to estimate distances."""
+    """One way to estimate distances and to choose candidates by them."""
 
     @property
-    def places(self) -> int:
-        """How many proposals are worth asking for."""
+    def num_candidates(self) -> int:
+        """How many candidates per row are worth their cost."""
 
     def centroids(self, values: Tensor, squares: Tensor) -> Centroids: ...
 
@@ -219,28 +228,18 @@ class CandidateGenerator(Protocol):
             pieces: the rows, (p, D) each, in order.
             base: (P,) float64 squared distances about as large as that of the nearest centroid: estimates near them are
                 the sharpest.
-            within_base: only centroids at most so far away matter.
+            within_base: only centroids within these distances matter.
         """
 
     def nearest(self, rows: PreparedRows, centroids: Centroids, t: int) -> Candidates: ...
-
-
-def joined(pieces: Sequence[Tensor]) -> Tensor:
-    """Rows in one piece, at least one piece given; a single one is not copied."""
-    return torch.cat(list(pieces)) if len(pieces) > 1 else pieces[0]
-
-
-def norm_of(squares: Tensor) -> float:
-    """The largest norm, from squares in units of 2**-48; 0 for no rows."""
-    return math.sqrt(float(squares.max())) / GRID if len(squares) else 0.0
 
 
 @dataclass(frozen=True)
 class Float32Generator:
     """Distances in float32, by a search that finds the t nearest."""
 
-    search: Search = nearest_in_floats
-    places: int = 3
+    search: Search = nearest_float32
+    num_candidates: int = 3
 
     def centroids(self, values: Tensor, squares: Tensor) -> Centroids:
         return Centroids(values, squares, norm_of(squares), self, values)

@@ -15,15 +15,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-NORM_LIMIT = 1 + 2**-7
-
-
 GRID = 2**24
 """Steps of the grid in 1; a dot product of two grid rows counts in units of 1 / GRID**2."""
 
-_CACHE = 2**17  # elements
+NORM_LIMIT = 1 + 2**-7
+"""The largest norm of a unit row, up to rounding: the integer sums of kmeans/update.py are sized for it."""
+
 LARGEST = 1 + 2**-12
-"""Rounding of a norm may lift a value above 1 by less than this; a larger value is of no unit row."""
+"""Rounding of a norm may lift a value above 1 by less than this; no unit row has a larger value."""
+
+_CACHE = 2**17  # elements
 
 
 def to_grid(x: Tensor) -> Tensor:
@@ -40,7 +41,7 @@ def to_grid(x: Tensor) -> Tensor:
 def exact_dot(x: Tensor, c: Tensor) -> Tensor:
     """Dot products of grid rows (n, D) and (m, D): (n, m) float64 integers, in units of 1 / GRID**2.
 
-    A `c` that is used again and again may be kept as float64, which spares its conversion.
+    A `c` that is used repeatedly may be kept as float64, which spares its conversion.
     """
     return (x.double() * GRID**2) @ c.double().T
 
@@ -52,5 +53,5 @@ def exact_square(x: Tensor) -> Tensor:
 
 
 def cached_rows(x: Tensor) -> int:
-    """Rows of which a float64 copy stays in a core's cache: three times the speed of a large one. A GPU takes all."""
+    """How many rows at once have a float64 copy that stays in a core's cache: three times as fast. A GPU takes all."""
     return max(1, len(x) if x.is_cuda else _CACHE // x.shape[1])

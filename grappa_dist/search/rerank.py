@@ -1,9 +1,9 @@
-"""The nearest centroid of a row as a fact: a fast proposer narrows the choice, exact integers decide.
+"""Exact re-ranking: the nearest centroid among candidates, decided in integers.
 
-Rows and centroids lie on the grid of search/fixed_point.py, so squared distances are integers and a nearest centroid is
-not an outcome of rounding. Ties go to the lowest index.
+Rows and centroids lie on the grid of search/fixed_point.py, so squared distances are integers and the nearest centroid
+does not depend on rounding. Ties go to the lowest index.
 
-Shapes: P rows of one block, K centroids, D dimensions, t proposals per row.
+Shapes: P rows of one block, K centroids, D dimensions, t candidates per row.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ _TILE = 2**23  # elements of the largest float64 table made at once
 
 @dataclass(frozen=True)
 class Assignment:
-    """Nearest centroids of some rows; label -1 and distance `FAR` where none lies within reach."""
+    """Nearest centroids of some rows; label -1 and distance `FAR` where none is within the limit."""
 
     labels: Tensor  # (P,) int64
     squares: Tensor  # (P,) int64, exact squared distance, in units of 2**-48
-    undecided: int = 0  # rows that estimates left open
+    undecided: int = 0  # rows with more than one remaining candidate
 
 
 def assign(
@@ -38,26 +38,28 @@ def assign(
 ) -> Assignment:
     """Nearest centroid of each grid row, exactly.
 
-    Where the last proposal may be the nearest, centroids that were not proposed may be too, and all of them are tried.
+    Where the last candidate may be the nearest, centroids that are no candidates may be too, and all are compared.
 
     Args:
         squares: (P,) float64, exact |x|^2, where they are known.
-        within: (P,) float64 squared distances; centroids further away than that need not be found.
+        within: (P,) float64 squared distances; centroids farther than that need not be found.
     """
     if not len(x):
         none = torch.zeros(0, dtype=torch.int64, device=x.device)
         return Assignment(none, none)
     squares = exact_square(x) if squares is None else squares
-    reach = torch.full_like(squares, math.inf) if within is None else within
+    limit = torch.full_like(squares, math.inf) if within is None else within
     base = squares / GRID**2 if within is None else within.clamp(max=_FARTHEST)
     prepared = centroids.generator.rows([x], squares, base, within_base=within is not None)
-    found = centroids.generator.nearest(prepared, centroids, min(centroids.generator.places, len(centroids.values)))
-    reach = torch.minimum(reach, found.distances[:, 0].double() + found.error)
-    possible = found.distances.double() - found.error <= reach[:, None]  # (P, t)
-    crowded = possible[:, -1] & (found.labels.shape[1] < len(centroids.values))
-    rows, places = (possible & ~crowded[:, None]).nonzero().unbind(1)
+    found = centroids.generator.nearest(
+        prepared, centroids, min(centroids.generator.num_candidates, len(centroids.values))
+    )
+    limit = torch.minimum(limit, found.distances[:, 0].double() + found.error)
+    possible = found.distances.double() - found.error <= limit[:, None]  # (P, t)
+    unresolved = possible[:, -1] & (found.labels.shape[1] < len(centroids.values))
+    rows, places = (possible & ~unresolved[:, None]).nonzero().unbind(1)
     nearest = nearest_of_pairs(x, squares, centroids, (rows, found.labels[rows, places]))
-    rows = crowded.nonzero()[:, 0]
+    rows = unresolved.nonzero()[:, 0]
     if len(rows):
         nearest.labels[rows], scores = best_of_all(x[rows], centroids)
         nearest.squares[rows] = (squares[rows] - scores).long()
@@ -65,7 +67,7 @@ def assign(
 
 
 def nearest_of_pairs(x: Tensor, squares: Tensor, centroids: Centroids, pairs: tuple[Tensor, Tensor]) -> Assignment:
-    """Of each row the exactly nearest of the centroids that it is paired with.
+    """The exactly nearest of the centroids that a row is paired with, for each row.
 
     Args:
         squares: (P,) float64, exact |x|^2.
@@ -82,18 +84,18 @@ def nearest_of_pairs(x: Tensor, squares: Tensor, centroids: Centroids, pairs: tu
 
 @dataclass(frozen=True)
 class Decided:
-    """Nearest centroids of some rows, and of their distances only a bound."""
+    """Nearest centroids of some rows, with a bound of their distances."""
 
     labels: Tensor  # (P,) int64, exact
     above: Tensor  # (P,) float64, at least the squared distance
-    by_integers: Tensor  # (P,) bool, rows that float32 left open
+    by_integers: Tensor  # (P,) bool, rows that float32 could not decide
 
 
 def decide_pairs(x: Tensor, squares: Tensor, centroids: Centroids, pairs: tuple[Tensor, Tensor]) -> Decided:
     """As `nearest_of_pairs`, for rows that are all in some pair, at a third of the cost.
 
-    Products in float32 settle nearly all rows: those with one centroid only within the error of the nearest. Exact
-    ones settle the rest.
+    Products in float32 decide nearly all rows: those with a single centroid within the error of the nearest. Exact
+    products decide the others.
     """
     rows, labels = pairs
     products = _dots(x, centroids.values, pairs, torch.float32).double()
@@ -114,17 +116,17 @@ class Competitors:
     """For each row a centroid that is probably the nearest, and others that may be nearer."""
 
     first: Tensor  # (P,) int64
-    rows: Tensor  # (pairs,) int64, in any order; faster where neighbours come together
+    rows: Tensor  # (pairs,) int64, in any order; faster where rows are consecutive
     labels: Tensor  # (pairs,) int64, never the row's first
 
 
 def decide_competitors(
     x: Tensor, squares: Tensor, centroids: Centroids, competitors: Competitors
 ) -> tuple[Tensor, Tensor]:
-    """Of each row the exactly nearest of its first centroid and its rivals, (P,), and which rows float32 left open.
+    """The exactly nearest of each row's first centroid and its competitors, (P,), and the rows float32 did not decide.
 
-    |x - c_j|^2 - |x - c_i|^2 = |c_j|^2 - |c_i|^2 + 2 x.(c_i - c_j): one product for two centroids, in which what they
-    have in common is gone before anything is rounded.
+    |x - c_j|^2 - |x - c_i|^2 = |c_j|^2 - |c_i|^2 + 2 x.(c_i - c_j): one product for two centroids, from which their
+    common part is gone before anything is rounded.
 
     Args:
         squares: (P,) float64, exact |x|^2.
@@ -136,26 +138,26 @@ def decide_competitors(
     error = 2 * float_error(x.shape[1], norm_of(squares) * 2 * centroids.norm) + 2.0**-48
     least = torch.zeros_like(squares).scatter_reduce_(0, rows, further, "amin")  # the first one's is 0, exactly
     first_near, near = least >= -2 * error, further <= least[rows] + 2 * error
-    unsure = first_near.long().scatter_add_(0, rows, near.long()) > 1
+    undecided = first_near.long().scatter_add_(0, rows, near.long()) > 1
     nearest = torch.where(first_near, first, first.scatter(0, rows[near], labels[near]))
-    mine, some = (unsure & first_near).nonzero()[:, 0], (near & unsure[rows]).nonzero()[:, 0]
-    pairs = (torch.cat([mine, rows[some]]), torch.cat([first[mine], labels[some]]))
+    own, some = (undecided & first_near).nonzero()[:, 0], (near & undecided[rows]).nonzero()[:, 0]
+    pairs = (torch.cat([own, rows[some]]), torch.cat([first[own], labels[some]]))
     exact = nearest_of_pairs(x, squares, centroids, pairs)
-    return torch.where(unsure, exact.labels, nearest), unsure
+    return torch.where(undecided, exact.labels, nearest), undecided
 
 
 def _differences(x: Tensor, centroids: Centroids, competitors: Competitors) -> Tensor:
-    """x.(c_i - c_j) of each row with its first centroid i and a rival j, (pairs,) float64 of float32 sums."""
+    """x.(c_i - c_j) of each row with its first centroid i and a competitor j, (pairs,) float64 of float32 sums."""
     size, c = cached_rows(x), centroids.values
     parts = []
     for rows, labels in zip(competitors.rows.split(size), competitors.labels.split(size), strict=True):
-        apart = c.index_select(0, competitors.first[rows]).sub_(c.index_select(0, labels))
-        parts.append(apart.mul_(_some(x, rows)).sum(1))
+        difference = c.index_select(0, competitors.first[rows]).sub_(c.index_select(0, labels))
+        parts.append(difference.mul_(_select(x, rows)).sum(1))
     return torch.cat(parts).double()
 
 
-def _some(x: Tensor, rows: Tensor) -> Tensor:
-    """x[rows], at least one; a view where they are neighbours in order."""
+def _select(x: Tensor, rows: Tensor) -> Tensor:
+    """x[rows], at least one row; a view where they are consecutive."""
     first, num = int(rows[0]), len(rows)
     if int(rows[-1]) - first == num - 1 and bool((rows.diff() == 1).all()):
         return x[first : first + num]
@@ -192,6 +194,6 @@ def best_of_all(x: Tensor, centroids: Centroids) -> tuple[Tensor, Tensor]:
         for rows in torch.split(torch.arange(len(x), device=x.device), max(1, _TILE // columns)):
             table = 2 * exact_dot(x[rows], centroids.values[some]) - centroids.squares[some]
             best, index = table.max(1).values, table.argmax(1)  # argmax: the first of equal ones
-            won = best > scores[rows]  # strictly, so that a tie stays with the earlier columns
-            labels[rows[won]], scores[rows[won]] = index[won] + start, best[won]
+            better = best > scores[rows]  # strictly, so that a tie stays with the earlier columns
+            labels[rows[better]], scores[rows[better]] = index[better] + start, best[better]
     return labels, scores

@@ -23,7 +23,7 @@ from grappa_dist.distributed.worker import RankContext, wait_for_slower_ranks
 from grappa_dist.files import sync, write_json
 from grappa_dist.knn.block_search import are_duplicates, without_duplicates
 from grappa_dist.knn.exact import sharded_knn
-from grappa_dist.knn.ivf import Graph, Recall, listed_knn
+from grappa_dist.knn.ivf import Graph, Recall, approximate_knn
 from grappa_dist.models import Grappa
 from grappa_dist.stages.embed import Embedding, embed_rows
 from grappa_dist.training.batches import TrainingImages
@@ -180,14 +180,14 @@ class Graphs:
         asked = self._settings.neighbours * (2 if self._settings.skip_duplicates else 1)
         if kind == "exact":
             return Graph(*sharded_knn(comm, features, ids, asked, device=self._context.device), Recall.exact())
-        return listed_knn(
+        return approximate_knn(
             comm,
             features,
             ids,
             asked,
-            floor=self._settings.recall_floor,
+            recall_floor=self._settings.recall_floor,
             key=(self._training.seed, epoch),
-            tell=lambda text: self._context.report({"phase": f"epoch {epoch}: {text}"}),
+            log=lambda text: self._context.report({"phase": f"epoch {epoch}: {text}"}),
         )
 
     def _write(self, folder: Path, ids: NDArray[np.int64], near: NDArray[np.int64]) -> None:

@@ -45,22 +45,22 @@ from grappa_dist.distributed.runner import Job
 from grappa_dist.distributed.sharded_rows import Rows, ShardedRows, join_rows
 from grappa_dist.distributed.worker import RankContext
 from grappa_dist.files import replacing, write_json
-from grappa_dist.kmeans.lloyd import Progress
+from grappa_dist.kmeans.lloyd import KMeansState
 from grappa_dist.kmeans.methods import (
     FLAT,
+    Checkpoint,
     Choice,
     Clustering,
     ClusteringCallbacks,
     Method,
     Size,
-    Trail,
     Wanted,
     choose,
     cluster,
     cluster_together,
     shares_passes,
 )
-from grappa_dist.kmeans.seeding import LARGER_ROUNDS_ABOVE, SeedCandidates, Seeded
+from grappa_dist.kmeans.seeding import LARGER_ROUNDS_ABOVE, SeedingCandidates, SeedingState
 from grappa_dist.kmeans.yinyang import num_bounds
 from grappa_dist.stages.run import Run
 
@@ -74,28 +74,28 @@ def size_histogram(counts: Sequence[int] | NDArray[np.integer]) -> list[int]:
 SEEDING_SAVE_S = 30.0  # from one save of an initialisation that is under way to the next: rounds may be many and short
 
 
-def saver(path: Path, rank: int) -> Callable[[Trail], None]:
+def saver(path: Path, rank: int) -> Callable[[Checkpoint], None]:
     """Saves every update, and the initialisation now and then; on rank 0."""
     last = -math.inf
 
-    def save(trail: Trail) -> None:
+    def save(checkpoint: Checkpoint) -> None:
         nonlocal last
-        seeding = any(progress.seeded for progress in trail.values())
+        seeding = any(progress.seeded for progress in checkpoint.values())
         if rank == 0 and not (seeding and time.monotonic() - last < SEEDING_SAVE_S):
-            save_trail(path, trail)
+            save_checkpoint(path, checkpoint)
             last = time.monotonic()
 
     return save
 
 
-def save_trail(path: Path, trail: Trail) -> None:
-    tensors = {part: _tensor(progress) for part, progress in trail.items()}
-    figures = {part: json.dumps(_figures(progress)) for part, progress in trail.items()}
+def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    tensors = {part: _tensor(progress) for part, progress in checkpoint.items()}
+    figures = {part: json.dumps(_figures(progress)) for part, progress in checkpoint.items()}
     with replacing(path) as temporary:
         save_file(tensors, temporary, figures)
 
 
-def _tensor(progress: Progress) -> np.ndarray:
+def _tensor(progress: KMeansState) -> np.ndarray:
     """Centroids; or the places of the rows that are to be some, from which the rows are read again, (k,) int64; or, of
     the candidates for them, (M, 3) int64: places, how often they count, and the order in which they were picked."""
     seeded = progress.seeded
@@ -109,47 +109,47 @@ def _tensor(progress: Progress) -> np.ndarray:
     return np.stack([places, times, picked], 1)
 
 
-def _figures(progress: Progress) -> list[Any]:
+def _figures(progress: KMeansState) -> list[Any]:
     return [progress.inertia, progress.repaired, *([progress.seeded.drawn] if progress.seeded else [])]
 
 
-def load_trail(path: Path) -> tuple[Trail, str]:
+def load_checkpoint(path: Path) -> tuple[Checkpoint, str]:
     """What was saved, if anything, and what is wrong with it."""
     if not path.exists():
         return {}, ""
-    trail = dict[str, Progress]()
+    checkpoint = dict[str, KMeansState]()
     try:
         with safe_open(path, "np") as file:
             for part, text in file.metadata().items():
-                trail[part] = _progress(file.get_tensor(part), *json.loads(text))
-                if problem := trail[part].problem():
+                checkpoint[part] = _progress(file.get_tensor(part), *json.loads(text))
+                if problem := checkpoint[part].problem():
                     return {}, f"{path} is damaged ({part}: {problem}); delete it to begin this K again"
     except (SafetensorError, ValueError, TypeError, AttributeError) as error:  # or what another program has written
         return {}, f"{path} is damaged ({error}); delete it to begin this K again"
-    return trail, ""
+    return checkpoint, ""
 
 
-def _progress(tensor: np.ndarray, inertia: list[int], repaired: int, drawn: int | None = None) -> Progress:
+def _progress(tensor: np.ndarray, inertia: list[int], repaired: int, drawn: int | None = None) -> KMeansState:
     if drawn is None:
-        return Progress(tensor, tuple(inertia), repaired)
+        return KMeansState(tensor, tuple(inertia), repaired)
     if tensor.dtype != np.int64 or not (tensor.ndim == 1 or tensor.shape[1:] == (3,)):
         raise ValueError(f"places are {tensor.shape} {tensor.dtype}")
-    return Progress(np.zeros((0, 0), np.float32), (), seeded=_seeded(torch.from_numpy(tensor), drawn))
+    return KMeansState(np.zeros((0, 0), np.float32), (), seeded=_seeded(torch.from_numpy(tensor), drawn))
 
 
-def _seeded(tensor: Tensor, drawn: int) -> Seeded:
+def _seeded(tensor: Tensor, drawn: int) -> SeedingState:
     if tensor.ndim == 1:
-        return Seeded(tensor, drawn)
+        return SeedingState(tensor, drawn)
     places, times, picked = tensor.unbind(1)
     order = picked.argsort(stable=True)[int((picked < 0).sum()) :]
-    return Seeded(places[order], drawn, SeedCandidates(places.contiguous(), times.contiguous()))
+    return SeedingState(places[order], drawn, SeedingCandidates(places.contiguous(), times.contiguous()))
 
 
-def digest(trail: Trail) -> int:
+def digest(checkpoint: Checkpoint) -> int:
     """63 bits that tell one state from another."""
     state = hashlib.blake2b(digest_size=8)
-    for part in sorted(trail):
-        progress, tensor = trail[part], _tensor(trail[part])
+    for part in sorted(checkpoint):
+        progress, tensor = checkpoint[part], _tensor(checkpoint[part])
         state.update(json.dumps([part, *_figures(progress), tensor.shape]).encode())
         state.update(tensor.tobytes())
     return int.from_bytes(state.digest(), "big") >> 1
@@ -361,10 +361,10 @@ def label_ranks(context: RankContext, job: LabelJob) -> None:
         [_good(job, i) for i in shards],
         [job.shard_names[i] for i in shards],
     )
-    share = join_rows(comm, rows, device=context.device, stop_requested=context.stop_requested)
+    sharded = join_rows(comm, rows, device=context.device, stop_requested=context.stop_requested)
     missing = [k for k, artifact in job.labels.items() if not context.of_rank_0(artifact.complete)]  # after a restart
-    for group in _at_once(job, missing, share.dim):
-        for k, found in _clusterings(context, job, share, group):
+    for group in _at_once(job, missing, sharded.dim):
+        for k, found in _clusterings(context, job, sharded, group):
             _commit(context, job, k, dict(zip(shards, found.result.labels, strict=True)), found)
 
 
@@ -375,13 +375,13 @@ def _at_once(job: LabelJob, nums: Sequence[int], dim: int) -> list[list[int]]:
 
 
 def _clusterings(
-    context: RankContext, job: LabelJob, share: ShardedRows, group: Sequence[int]
+    context: RankContext, job: LabelJob, sharded: ShardedRows, group: Sequence[int]
 ) -> Iterator[tuple[int, Clustering]]:
-    wanted = (_wanted(context, job, share, k) for k in group)
+    wanted = (_wanted(context, job, sharded, k) for k in group)
     if len(group) == 1:
-        yield group[0], cluster(share, next(wanted))
+        yield group[0], cluster(sharded, next(wanted))
         return
-    for place, found in cluster_together(share, wanted):
+    for place, found in cluster_together(sharded, wanted):
         yield group[place], found
 
 
@@ -400,14 +400,14 @@ def _commit(context: RankContext, job: LabelJob, k: int, labels: Mapping[int, np
     comm.barrier()
 
 
-def _wanted(context: RankContext, job: LabelJob, share: ShardedRows, k: int) -> Wanted:
+def _wanted(context: RankContext, job: LabelJob, sharded: ShardedRows, k: int) -> Wanted:
     """One clustering, from its last saved update if there is one."""
     artifact, name = job.labels[k], f"K={k} ({list(job.labels).index(k) + 1}/{len(job.labels)})"
     context.report({"phase": f"{name} initialisation"})
     path = artifact.begin() / PROGRESS_FILE
-    trail, problem = load_trail(path)
+    checkpoint, problem = load_checkpoint(path)
     raise_together(context.comm, problem)
-    seen = {int(n) for n in share.gather(torch.tensor([digest(trail)]))}
+    seen = {int(n) for n in sharded.gather(torch.tensor([digest(checkpoint)]))}
     if len(seen) > 1:
         raise RuntimeError(f"{path}: ranks read different contents")
 
@@ -418,7 +418,7 @@ def _wanted(context: RankContext, job: LabelJob, share: ShardedRows, k: int) -> 
         context.report({"phase": f"{name} {part}iteration {iteration}, inertia {inertia:.1f}"})
 
     told = ClusteringCallbacks(on_iteration=show, on_seeding=show_seeding, on_update=saver(path, context.comm.rank))
-    return Wanted(k, _method(job, k), seed=job.seed, trail=trail or {}, told=told)
+    return Wanted(k, _method(job, k), seed=job.seed, checkpoint=checkpoint or {}, told=told)
 
 
 def _method(job: LabelJob, num: int) -> Method:

@@ -20,11 +20,11 @@ WAIT_S = 3.0  # of one collective
 BLOCKS = 8  # of the last rank, each of which takes it long
 
 
-def share_of(comm: Comm) -> ShardedRows:
+def shard_rows(comm: Comm) -> ShardedRows:
     rows = clustered(10 * BLOCKS, 4, 5)
     own = rows if comm.rank == comm.size - 1 else rows[:3]
-    share = join_rows(comm, Rows([own], [np.ones(len(own), dtype=bool)]), block_rows=10, device=torch.device("cpu"))
-    return replace(share, threads=1)
+    sharded = join_rows(comm, Rows([own], [np.ones(len(own), dtype=bool)]), block_rows=10, device=torch.device("cpu"))
+    return replace(sharded, threads=1)
 
 
 def slowly(block: RowBlock) -> RowBlock:
@@ -33,11 +33,11 @@ def slowly(block: RowBlock) -> RowBlock:
 
 
 def one_slow_rank(comm: Comm) -> list[float]:
-    share = share_of(comm)
+    sharded = shard_rows(comm)
     if comm.rank == comm.size - 1:
-        blocks = share.row_blocks
-        object.__setattr__(share, "row_blocks", lambda: map(slowly, blocks()))
-    return kmeans(share, 1, KMeans(iterations=0)).inertia
+        blocks = sharded.row_blocks
+        object.__setattr__(sharded, "row_blocks", lambda: map(slowly, blocks()))
+    return kmeans(sharded, 1, KMeans(iterations=0)).inertia
 
 
 def test_a_rank_whose_pass_takes_longer_than_a_collective_waits_holds_the_others_up_and_no_more() -> None:
@@ -67,9 +67,9 @@ def stopped_in_a_pass(comm: Comm) -> tuple[bool, list[int]]:
         time.sleep(0.05 if last else 0.0)
         return item
 
-    share = replace(share_of(comm), stop_requested=lambda: last and len(done) >= 2)
+    sharded = replace(shard_rows(comm), stop_requested=lambda: last and len(done) >= 2)
     try:
-        for item in share.each(work, range(200 if last else 3)):
+        for item in sharded.each(work, range(200 if last else 3)):
             done.append(item)
     except Stopped:
         return True, done

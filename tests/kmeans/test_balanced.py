@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from grappa_dist.distributed.collectives import Comm
-from grappa_dist.kmeans.assignments import exactly, find_labels
+from grappa_dist.kmeans.assignments import assign_rows, exactly
 from grappa_dist.kmeans.balanced import balance_labels, largest_size
 from grappa_dist.search.fixed_point import to_grid
 from tests.kmeans.test_lloyd import clustered, distances, good_rows, lattice
-from tests.kmeans.test_methods import share_of
+from tests.kmeans.test_methods import shard_rows
 from tests.processes import run_ranks
 
 CASES: dict[str, tuple[np.ndarray, np.ndarray, int]] = {  # rows, centroids, rows that a cluster may have
@@ -26,10 +26,10 @@ CASES: dict[str, tuple[np.ndarray, np.ndarray, int]] = {  # rows, centroids, row
 def balanced(comm: Comm, block_rows: int) -> dict[str, tuple[list[np.ndarray], int, int]]:
     found = {}
     for name, (x, c, largest) in CASES.items():
-        share, centroids = share_of(comm, x, block_rows), to_grid(torch.from_numpy(c.copy()))
-        rows, _ = find_labels(share, exactly(share, centroids), share.blocks())
-        done = balance_labels(share, rows, centroids, largest)
-        found[name] = (rows.by_shard(share), done.moved, rows.inertia(share))
+        sharded, centroids = shard_rows(comm, x, block_rows), to_grid(torch.from_numpy(c.copy()))
+        rows, _ = assign_rows(sharded, exactly(sharded, centroids), sharded.blocks())
+        done = balance_labels(sharded, rows, centroids, largest)
+        found[name] = (rows.by_shard(sharded), done.moved, rows.inertia(sharded))
     return found
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from grappa_dist.distributed.collectives import Comm
 from grappa_dist.distributed.sharded_rows import BLOCK_ROWS, Rows, join_rows
-from grappa_dist.kmeans.lloyd import BoundedPasses, KMeans, KMeansResult, Progress, sharded_kmeans
+from grappa_dist.kmeans.lloyd import BoundedPasses, KMeans, KMeansResult, KMeansState, sharded_kmeans
 from grappa_dist.search.fixed_point import GRID, to_grid
 from tests.processes import run_ranks
 
@@ -189,7 +189,7 @@ def test_a_run_resumed_after_any_update_ends_as_if_it_had_not_stopped(
     alone: dict[str, KMeansResult], name: str
 ) -> None:
     x, settings = CASES[name]
-    saved: list[Progress] = []
+    saved: list[KMeansState] = []
     rows = part_of(x, 0, len(x))
     fit(Comm(), rows, settings, seed=3, on_update=saved.append)
     updates = [progress for progress in saved if not progress.seeded]
@@ -205,8 +205,8 @@ def test_a_run_resumed_after_any_update_ends_as_if_it_had_not_stopped(
 
 def test_many_labels_are_searched_by_groups() -> None:
     x, settings = CASES["groups"]
-    share = join_rows(Comm(), part_of(x, 0, len(x)), device=torch.device("cpu"))
-    passes = BoundedPasses.over(share, to_grid(torch.from_numpy(x[: settings["num_labels"]])))
+    sharded = join_rows(Comm(), part_of(x, 0, len(x)), device=torch.device("cpu"))
+    passes = BoundedPasses.over(sharded, to_grid(torch.from_numpy(x[: settings["num_labels"]])))
     assert len(passes.groups.members) > 1
 
 
@@ -243,9 +243,9 @@ def test_a_value_of_no_unit_row_is_refused() -> None:
 def test_a_resume_of_another_run_is_refused() -> None:
     rows = Rows([clustered(9, 4, 3)], [np.ones(9, dtype=bool)])
     with pytest.raises(ValueError, match=r"resume has \(2, 4\) centroids after 0 updates, expected \(3, 4\)"):
-        sharded_kmeans(Comm(), rows, 3, KMeans(resume=Progress(np.zeros((2, 4), np.float32), ())))
+        sharded_kmeans(Comm(), rows, 3, KMeans(resume=KMeansState(np.zeros((2, 4), np.float32), ())))
     with pytest.raises(ValueError, match="after at most 1"):
-        sharded_kmeans(Comm(), rows, 3, KMeans(iterations=1, resume=Progress(np.zeros((3, 4), np.float32), (5, 4))))
+        sharded_kmeans(Comm(), rows, 3, KMeans(iterations=1, resume=KMeansState(np.zeros((3, 4), np.float32), (5, 4))))
 
 
 @pytest.mark.parametrize(
@@ -262,7 +262,7 @@ def test_a_resume_with_numbers_that_no_update_makes_is_refused(value: float, wor
     centroids = to_grid(torch.from_numpy(x[:3])).numpy()
     centroids[1, 2] = value
     with pytest.raises(ValueError, match=f"resume: {words}"):
-        sharded_kmeans(Comm(), Rows([x], [np.ones(9, dtype=bool)]), 3, KMeans(resume=Progress(centroids, ())))
+        sharded_kmeans(Comm(), Rows([x], [np.ones(9, dtype=bool)]), 3, KMeans(resume=KMeansState(centroids, ())))
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,8 @@ from grappa_dist.distributed.collectives import Comm
 from grappa_dist.distributed.sharded_rows import ShardedRows, join_rows
 from grappa_dist.kmeans import assignments as row_labels
 from grappa_dist.kmeans import balanced as balance
-from grappa_dist.kmeans import hierarchical
-from grappa_dist.kmeans import sampling as lowest
-from grappa_dist.kmeans.lloyd import KMeans, Progress, sharded_kmeans
+from grappa_dist.kmeans import hierarchical, sampling
+from grappa_dist.kmeans.lloyd import KMeans, KMeansState, sharded_kmeans
 from grappa_dist.kmeans.methods import Choice, Clustering, ClusteringCallbacks, Method, Wanted, cluster
 from grappa_dist.search.fixed_point import GRID, to_grid
 from tests.kmeans.test_lloyd import clustered, cuts, distances, good_rows, lattice, part_of
@@ -58,7 +57,7 @@ CASES: dict[str, tuple[str, int, Method]] = {
 }
 
 
-def share_of(comm: Comm, x: np.ndarray, block_rows: int) -> ShardedRows:
+def shard_rows(comm: Comm, x: np.ndarray, block_rows: int) -> ShardedRows:
     edges = cuts(len(x), comm.size) if len(x) > 1 else [0] * comm.size + [1]
     rows = part_of(x, edges[comm.rank], edges[comm.rank + 1])
     return join_rows(comm, rows, block_rows=block_rows, device=torch.device("cpu"))
@@ -66,7 +65,7 @@ def share_of(comm: Comm, x: np.ndarray, block_rows: int) -> ShardedRows:
 
 def run_cases(comm: Comm, block_rows: int) -> dict[str, Clustering]:
     return {
-        name: cluster(share_of(comm, ROWS[rows], block_rows), Wanted(num, how, seed=3))
+        name: cluster(shard_rows(comm, ROWS[rows], block_rows), Wanted(num, how, seed=3))
         for name, (rows, num, how) in CASES.items()
     }
 
@@ -98,7 +97,7 @@ def test_ranks_and_blocks_change_no_bit_of_any_method(alone: dict[str, Clusterin
 
 
 def test_pieces_of_any_size_change_no_bit(alone: dict[str, Clustering], monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (balance, hierarchical, lowest, row_labels):
+    for module in (balance, hierarchical, sampling, row_labels):
         monkeypatch.setattr(module, "PIECE", 13)
     for name, found in run_cases(Comm(), 100).items():
         assert np.array_equal(np.concatenate(found.result.labels), np.concatenate(alone[name].result.labels)), name
@@ -159,9 +158,9 @@ def test_the_best_restart_wins(alone: dict[str, Clustering]) -> None:
 
 def test_a_shortcut_comes_near_the_exact_objective() -> None:
     x = clustered(4000, 16, 80)
-    share = share_of(Comm(), x, 4096)
+    sharded = shard_rows(Comm(), x, 4096)
     found = {
-        name: cluster(share, Wanted(400, method(name, iterations=8, sample_rows_per_cluster=6))).result.inertia[-1]
+        name: cluster(sharded, Wanted(400, method(name, iterations=8, sample_rows_per_cluster=6))).result.inertia[-1]
         for name in ("exact", "approximate", "hierarchical", "sampled")
     }
     assert found["approximate"] < 1.05 * found["exact"]
@@ -170,8 +169,8 @@ def test_a_shortcut_comes_near_the_exact_objective() -> None:
 
 
 def test_lists_mostly_agree_with_the_exact_assignment(alone: dict[str, Clustering]) -> None:
-    share = share_of(Comm(), clustered(5000, 16, 300), 4096)
-    found = cluster(share, Wanted(900, method("hierarchical", "approximate")))
+    sharded = shard_rows(Comm(), clustered(5000, 16, 300), 4096)
+    found = cluster(sharded, Wanted(900, method("hierarchical", "approximate")))
     assert found.agreement is not None
     assert found.agreement.share >= 0.98
     assert found.agreement.rows == 4096
@@ -191,13 +190,14 @@ RESUMED = [name for name in CASES if "one row" not in name and name != "sampled,
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_run_resumed_after_any_update_ends_as_if_it_had_not_stopped(alone: dict[str, Clustering], name: str) -> None:
     rows, num, how = CASES[name]
-    share, saved = share_of(Comm(), ROWS[rows], 260), list[dict[str, Progress]]()
+    sharded, saved = shard_rows(Comm(), ROWS[rows], 260), list[dict[str, KMeansState]]()
     cluster(
-        share, Wanted(num, how, seed=3, told=ClusteringCallbacks(on_update=lambda trail: saved.append(dict(trail))))
+        sharded,
+        Wanted(num, how, seed=3, told=ClusteringCallbacks(on_update=lambda checkpoint: saved.append(dict(checkpoint)))),
     )
     assert saved
-    for trail in saved[:: max(1, len(saved) // 8)] + saved[-1:]:
-        again = cluster(share, Wanted(num, how, seed=3, trail=trail))
+    for checkpoint in saved[:: max(1, len(saved) // 8)] + saved[-1:]:
+        again = cluster(sharded, Wanted(num, how, seed=3, checkpoint=checkpoint))
         assert np.array_equal(again.result.centroids, alone[name].result.centroids)
         assert np.array_equal(np.concatenate(again.result.labels), np.concatenate(alone[name].result.labels))
         assert figures(again) == figures(alone[name])
@@ -205,9 +205,9 @@ def test_a_run_resumed_after_any_update_ends_as_if_it_had_not_stopped(alone: dic
 
 def test_a_row_meets_only_the_centroids_of_its_own_coarse_cluster() -> None:
     x = clustered(300, 6, 20)
-    share, saved = share_of(Comm(), x, 64), list[dict[str, Progress]]()
+    sharded, saved = shard_rows(Comm(), x, 64), list[dict[str, KMeansState]]()
     cluster(
-        share,
+        sharded,
         Wanted(
             30,
             method("hierarchical", iterations=3),
@@ -215,7 +215,7 @@ def test_a_row_meets_only_the_centroids_of_its_own_coarse_cluster() -> None:
         ),
     )
     heads = saved[-1]["0/coarse"].centroids
-    fine = [trail["0/fine"] for trail in saved if "0/fine" in trail]
+    fine = [checkpoint["0/fine"] for checkpoint in saved if "0/fine" in checkpoint]
     good = x[good_rows(x)]
     coarse = distances(good, heads).argmin(1)
     sizes = np.bincount(coarse, minlength=len(heads))
@@ -235,4 +235,4 @@ def test_a_row_meets_only_the_centroids_of_its_own_coarse_cluster() -> None:
 
 def test_more_labels_than_rows_are_refused() -> None:
     with pytest.raises(ValueError, match="num_labels must be from 1 to the number of good rows, 1, got 2"):
-        cluster(share_of(Comm(), ROWS["one row"], 8), Wanted(2, method("hierarchical")))
+        cluster(shard_rows(Comm(), ROWS["one row"], 8), Wanted(2, method("hierarchical")))

@@ -10,7 +10,7 @@ import torch
 from grappa_dist.distributed.collectives import Comm
 from grappa_dist.distributed.sharded_rows import Rows, ShardedRows, join_rows
 from grappa_dist.kmeans import seeding as sharded_seeding
-from grappa_dist.kmeans.seeding import Seeded, seed_centroids
+from grappa_dist.kmeans.seeding import SeedingState, seed_centroids
 from tests.kmeans.test_lloyd import clustered, cuts, good_rows, part_of
 from tests.processes import run_ranks
 
@@ -21,27 +21,27 @@ CASES = {
 }
 
 
-def at(places: Iterable[int], drawn: int) -> Seeded:
-    return Seeded(torch.tensor(list(places)), drawn)
+def at(places: Iterable[int], drawn: int) -> SeedingState:
+    return SeedingState(torch.tensor(list(places)), drawn)
 
 
-def share_of(comm: Comm, x: np.ndarray) -> ShardedRows:
+def shard_rows(comm: Comm, x: np.ndarray) -> ShardedRows:
     edges = cuts(len(x), comm.size)
     return join_rows(comm, part_of(x, edges[comm.rank], edges[comm.rank + 1]), device=torch.device("cpu"))
 
 
-def rounds_of(name: str) -> tuple[np.ndarray, list[Seeded]]:
+def rounds_of(name: str) -> tuple[np.ndarray, list[SeedingState]]:
     """Centroids of a seeding that nothing interrupts, and what it said after each round."""
-    (x, num), said = CASES[name], list[Seeded]()
+    (x, num), said = CASES[name], list[SeedingState]()
     return seed_centroids(
-        share_of(Comm(), x), num, 5, on_round=lambda seeded, wanted: said.append(seeded)
+        shard_rows(Comm(), x), num, 5, on_round=lambda seeded, wanted: said.append(seeded)
     ).numpy(), said
 
 
-def resumed(comm: Comm, name: str, said: list[Seeded]) -> list[np.ndarray]:
+def resumed(comm: Comm, name: str, said: list[SeedingState]) -> list[np.ndarray]:
     x, num = CASES[name]
-    share = share_of(comm, x)
-    return [seed_centroids(share, num, 5, resume=seeded).numpy() for seeded in said]
+    sharded = shard_rows(comm, x)
+    return [seed_centroids(sharded, num, 5, resume=seeded).numpy() for seeded in said]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -79,18 +79,18 @@ def test_the_lowest_rows_that_were_not_chosen_fill_up() -> None:
     [at((0, 5), 4), at((0, 0), 4), at((0, 900), 4), at((0, 1, 2), 2), at(range(70), 80)],
     ids=["a bad row", "one twice", "no row", "more than were drawn", "more than there are labels"],
 )
-def test_a_resume_of_another_seeding_is_refused(wrong: Seeded) -> None:
+def test_a_resume_of_another_seeding_is_refused(wrong: SeedingState) -> None:
     x, num = CASES["clusters"]
     with pytest.raises(ValueError, match=r"resume has \d+ rows drawn from \d+ candidates"):
-        seed_centroids(share_of(Comm(), x), num, 5, resume=wrong)
+        seed_centroids(shard_rows(Comm(), x), num, 5, resume=wrong)
 
 
 def test_rows_that_fill_up_are_looked_for_no_further_than_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     x = np.repeat(clustered(1, 3, 1), 5 * 2**16, axis=0)
-    share = join_rows(Comm(), Rows([x], [np.ones(len(x), dtype=bool)]), device=torch.device("cpu"))
+    sharded = join_rows(Comm(), Rows([x], [np.ones(len(x), dtype=bool)]), device=torch.device("cpu"))
     looked = list[int]()
     monkeypatch.setattr(
         sharded_seeding.torch, "isin", lambda a, b, isin=torch.isin: looked.append(len(a)) or isin(a, b)
     )
-    assert len(seed_centroids(share, 4, 0)) == 4
+    assert len(seed_centroids(sharded, 4, 0)) == 4
     assert looked == [2**16]

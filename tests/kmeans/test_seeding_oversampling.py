@@ -18,8 +18,8 @@ from grappa_dist.kmeans import seeding as row_weights
 from grappa_dist.kmeans.sampling import race_keys, row_hashes
 from grappa_dist.kmeans.seeding import (
     D2Weights,
-    SeedCandidates,
-    Seeded,
+    SeedingCandidates,
+    SeedingState,
     draw_centroids,
     oversampled_centroids,
     seed_centroids,
@@ -42,14 +42,14 @@ CASES = {
 }
 
 
-def share_of(comm: Comm, x: np.ndarray, block_rows: int = 64) -> ShardedRows:
+def shard_rows(comm: Comm, x: np.ndarray, block_rows: int = 64) -> ShardedRows:
     edges = cuts(len(x), comm.size)
     rows = part_of(x, edges[comm.rank], edges[comm.rank + 1])
     return join_rows(comm, rows, block_rows=block_rows, device=torch.device("cpu"))
 
 
-def candidates_at(*places: int) -> SeedCandidates:
-    return SeedCandidates(torch.tensor(places), torch.ones(len(places), dtype=torch.int64))
+def candidates_at(*places: int) -> SeedingCandidates:
+    return SeedingCandidates(torch.tensor(places), torch.ones(len(places), dtype=torch.int64))
 
 
 @cache
@@ -59,7 +59,7 @@ def alone() -> dict[str, np.ndarray]:
 
 def centroids_of(comm: Comm, block_rows: int) -> dict[str, np.ndarray]:
     return {
-        name: oversampled_centroids(share_of(comm, x, block_rows), num, 5).numpy() for name, (x, num) in CASES.items()
+        name: oversampled_centroids(shard_rows(comm, x, block_rows), num, 5).numpy() for name, (x, num) in CASES.items()
     }
 
 
@@ -74,7 +74,7 @@ def test_centroids_are_the_same_on_any_number_of_ranks_and_blocks(ranks: int, bl
 def test_centroids_are_good_rows_and_different_as_long_as_there_are_such(name: str) -> None:
     x, num = CASES[name]
     good = to_grid(torch.from_numpy(x))[torch.from_numpy(good_rows(x))].numpy()
-    centroids = oversampled_centroids(share_of(Comm(), x), num, 5).numpy()
+    centroids = oversampled_centroids(shard_rows(Comm(), x), num, 5).numpy()
     assert centroids.shape == (num, x.shape[1])
     rows = {row.tobytes() for row in good + np.float32(0)}
     assert {row.tobytes() for row in centroids} <= rows
@@ -104,9 +104,9 @@ def naive_candidates(x: np.ndarray, num: int, seed: int) -> tuple[list[int], Ten
 @pytest.mark.parametrize("name", CASES)
 def test_candidates_and_what_they_stand_for_are_those_of_the_plain_algorithm(name: str) -> None:
     x, num = CASES[name]
-    said = list[Seeded]()
-    share = share_of(Comm(), x)
-    drawn = oversampling._candidates(share, num, 5, Seeded(), lambda seeded, wanted: said.append(seeded))
+    said = list[SeedingState]()
+    sharded = shard_rows(Comm(), x)
+    drawn = oversampling._candidates(sharded, num, 5, SeedingState(), lambda seeded, wanted: said.append(seeded))
     places, times = drawn.places.tolist(), drawn.times.tolist()
     found, counts = naive_candidates(x, num, 5)
     assert said[-1].places.tolist() == found
@@ -121,21 +121,21 @@ def test_a_row_that_counts_several_times_is_drawn_like_so_many_rows() -> None:
     rows = [Rows([some], [np.ones(len(some), dtype=bool)]) for some in (x, np.repeat(x, times, axis=0))]
     once, repeated = (join_rows(Comm(), some, device=torch.device("cpu")) for some in rows)
     weights = D2Weights.of(once, times=torch.from_numpy(times))
-    seeded, centroids = draw_centroids(weights, 25, 3, Seeded())
+    seeded, centroids = draw_centroids(weights, 25, 3, SeedingState())
     assert torch.equal(centroids, seed_centroids(repeated, 25, 3))
     assert all(times[seeded.places] > 0)
 
 
-def rounds_of(name: str) -> tuple[np.ndarray, list[tuple[Seeded, int]]]:
+def rounds_of(name: str) -> tuple[np.ndarray, list[tuple[SeedingState, int]]]:
     """Centroids of an initialisation that nothing interrupts, and what it said after each round."""
-    (x, num), said = CASES[name], list[tuple[Seeded, int]]()
-    share = share_of(Comm(), x)
-    return oversampled_centroids(share, num, 5, on_round=lambda *told: said.append(told)).numpy(), said
+    (x, num), said = CASES[name], list[tuple[SeedingState, int]]()
+    sharded = shard_rows(Comm(), x)
+    return oversampled_centroids(sharded, num, 5, on_round=lambda *told: said.append(told)).numpy(), said
 
 
-def resumed(comm: Comm, name: str, said: list[Seeded]) -> list[np.ndarray]:
+def resumed(comm: Comm, name: str, said: list[SeedingState]) -> list[np.ndarray]:
     x, num = CASES[name]
-    return [oversampled_centroids(share_of(comm, x), num, 5, resume=seeded).numpy() for seeded in said]
+    return [oversampled_centroids(shard_rows(comm, x), num, 5, resume=seeded).numpy() for seeded in said]
 
 
 @pytest.mark.parametrize(("name", "ranks"), [("clusters", 1), ("clusters", 3), ("exact ties", 3), ("each its own", 2)])
@@ -168,42 +168,42 @@ def test_every_round_adds_half_as_many_rows_as_there_are_labels() -> None:
     ],
     ids=["a bad row", "one twice", "no row", "more than are drawn", "a bad candidate", "no candidate"],
 )
-def test_a_resume_of_another_initialisation_is_refused(wrong: Seeded) -> None:
+def test_a_resume_of_another_initialisation_is_refused(wrong: SeedingState) -> None:
     x, num = CASES["clusters"]
     with pytest.raises(ValueError, match=r"resume has .* candidates"):
-        oversampled_centroids(share_of(Comm(), x), num, 5, resume=wrong)
+        oversampled_centroids(shard_rows(Comm(), x), num, 5, resume=wrong)
 
 
 class Reads:
-    """Counts the rows that one share reads by blocks."""
+    """Counts the rows that one rank reads by blocks."""
 
-    def __init__(self, share: ShardedRows, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, sharded: ShardedRows, monkeypatch: pytest.MonkeyPatch) -> None:
         self.rows, pieces = 0, ShardedRows.pieces
 
-        def pluralize(which: ShardedRows, positions: Tensor) -> list[Tensor]:
-            self.rows += len(positions) if which is share else 0
+        def counting(which: ShardedRows, positions: Tensor) -> list[Tensor]:
+            self.rows += len(positions) if which is sharded else 0
             return pieces(which, positions)
 
-        monkeypatch.setattr(ShardedRows, "pieces", pluralize)
+        monkeypatch.setattr(ShardedRows, "pieces", counting)
 
 
 def test_rows_are_read_six_times_and_fewer_where_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     whole, said = rounds_of("clusters")
-    share = share_of(Comm(), CASES["clusters"][0])
-    reads, good = Reads(share, monkeypatch), share.num_good
+    sharded = shard_rows(Comm(), CASES["clusters"][0])
+    reads, good = Reads(sharded, monkeypatch), sharded.num_good
     first_pick = [seeded.candidates is None for seeded, _ in said].index(False)
     for resume, times in ((None, 6), (said[0][0], 6), (said[2][0], 4), (said[first_pick][0], 0), (said[-1][0], 0)):
         reads.rows = 0
-        assert np.array_equal(oversampled_centroids(share, 60, 5, resume=resume).numpy(), whole)
+        assert np.array_equal(oversampled_centroids(sharded, 60, 5, resume=resume).numpy(), whole)
         assert reads.rows == times * good + 151  # rounds, all before in one; candidates
 
 
 @pytest.mark.parametrize("dim", [2, 8])  # in two dimensions many rows are about as near to several candidates
 def test_rows_compared_with_few_candidates_at_a_time_change_no_bit(dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
     x = clustered(600, dim, 30)
-    whole = oversampled_centroids(share_of(Comm(), x), 120, 5)
+    whole = oversampled_centroids(shard_rows(Comm(), x), 120, 5)
     monkeypatch.setattr(row_weights, "_AT_ONCE", 7)
-    assert torch.equal(oversampled_centroids(share_of(Comm(), x), 120, 5), whole)
+    assert torch.equal(oversampled_centroids(shard_rows(Comm(), x), 120, 5), whole)
 
 
 def slow_look_up(comm: Comm) -> int:
@@ -211,10 +211,10 @@ def slow_look_up(comm: Comm) -> int:
     row_weights._READ, oversampling.OVERSAMPLING_ROUNDS = 8, 2
     x = clustered(300, 4, 9)
     own = x[:3] if comm.rank == 0 else x[3:]
-    share = join_rows(comm, Rows([own], [np.ones(len(own), dtype=bool)]), device=torch.device("cpu"))
-    take = share.rows.take
-    object.__setattr__(share.rows, "take", lambda at: time.sleep(0.05 * len(at)) or take(at))
-    return len(oversampled_centroids(share, 60, 0))
+    sharded = join_rows(comm, Rows([own], [np.ones(len(own), dtype=bool)]), device=torch.device("cpu"))
+    take = sharded.rows.take
+    object.__setattr__(sharded.rows, "take", lambda at: time.sleep(0.05 * len(at)) or take(at))
+    return len(oversampled_centroids(sharded, 60, 0))
 
 
 def test_a_rank_that_looks_up_many_rows_holds_the_others_up_and_no_more() -> None:
@@ -224,11 +224,11 @@ def test_a_rank_that_looks_up_many_rows_holds_the_others_up_and_no_more() -> Non
 
 def stopped_after(comm: Comm, looks: int) -> bool:
     asked = iter(range(looks))
-    share = share_of(comm, CASES["clusters"][0])
+    sharded = shard_rows(comm, CASES["clusters"][0])
     last = comm.rank == comm.size - 1
-    share = replace(share, stop_requested=lambda: last and next(asked, None) is None)
+    sharded = replace(sharded, stop_requested=lambda: last and next(asked, None) is None)
     try:
-        oversampled_centroids(share, 60, 5)
+        oversampled_centroids(sharded, 60, 5)
     except Stopped:
         return True
     return False
@@ -242,18 +242,18 @@ def test_all_ranks_stop_wherever_one_is_asked_to(looks: int) -> None:
 def test_rows_that_all_lie_near_to_each_other_are_drawn_by_their_distances_too() -> None:
     rng = np.random.default_rng(0)
     x = np.concatenate([rng.uniform(0, 2e-5, 2000), rng.uniform(0, 5e-2, 100)]).astype(np.float32)[:, None]
-    share = join_rows(Comm(), Rows([x], [np.ones(len(x), dtype=bool)]), device=torch.device("cpu"))
-    places = oversampling._candidates(share, 20, 0, Seeded(), lambda seeded, wanted: None).places
+    sharded = join_rows(Comm(), Rows([x], [np.ones(len(x), dtype=bool)]), device=torch.device("cpu"))
+    places = oversampling._candidates(sharded, 20, 0, SeedingState(), lambda seeded, wanted: None).places
     assert int((places >= 2000).sum()) > 0.8 * len(places)  # 2 or 3 if all were alike
 
 
 def test_it_starts_from_a_lower_inertia_than_k_means_plus_plus() -> None:
-    share = share_of(Comm(), drawn_rows(3000, 24, 0), 1024)
+    sharded = shard_rows(Comm(), drawn_rows(3000, 24, 0), 1024)
 
     def inertia(centroids: Tensor) -> int:
-        weights = D2Weights.of(share)
+        weights = D2Weights.of(sharded)
         weights.lower([centroids])
         return int(weights.squares.sum())
 
     for seed in range(3):
-        assert inertia(oversampled_centroids(share, 200, seed)) < inertia(seed_centroids(share, 200, seed))
+        assert inertia(oversampled_centroids(sharded, 200, seed)) < inertia(seed_centroids(sharded, 200, seed))

@@ -69,15 +69,15 @@ def follow(
     return found
 
 
-def proposers(x: Tensor) -> list[CandidateGenerator]:
-    return [Float32Generator(), Bf16Generator(Bf16Generator.left_out(x))]
+def generators(x: Tensor) -> list[CandidateGenerator]:
+    return [Float32Generator(), Bf16Generator(Bf16Generator.residual_norm(x))]
 
 
 @pytest.mark.parametrize("num_groups", [1, 3, 8, 40])
 @pytest.mark.parametrize("dim", [1, 3, 32, 200])
 def test_labels_stay_those_of_integer_arithmetic_while_centroids_move(num_groups: int, dim: int) -> None:
     x, c = unit_rows(200, dim), unit_rows(40, dim, seed=1)
-    for generator in proposers(x):
+    for generator in generators(x):
         follow(x, walk(c, 8), Groups.around(c, num_groups), generator)
 
 
@@ -87,7 +87,7 @@ def test_near_ties_and_equal_centroids_go_to_the_lowest_index(num_groups: int) -
     shaken = c + torch.randint(-2, 3, c.shape, generator=torch.Generator().manual_seed(1)) / GRID
     c = to_grid(torch.cat([c, shaken.clamp(-1, 1), c[:3], c[:3], c[:3]]))
     x = to_grid(torch.cat([unit_rows(30, 16, seed=2), c, (c[:6] + c[6:12]) / 2]))
-    for generator in proposers(x):
+    for generator in generators(x):
         follow(x, [c, c.flip(0), c], Groups.around(c, num_groups), generator)
 
 
@@ -96,7 +96,7 @@ def test_crowds_of_equal_centroids_are_larger_than_all_proposals(num_groups: int
     c = torch.cat([unit_rows(3, 16, seed=1), unit_rows(1, 16).repeat(12, 1), unit_rows(1, 16).repeat(9, 1)])
     c = to_grid(c + torch.randint(0, 2, c.shape, generator=torch.Generator().manual_seed(2)) / GRID)
     x = torch.cat([unit_rows(20, 16, seed=3), unit_rows(1, 16).repeat(15, 1)])
-    for generator in proposers(x):
+    for generator in generators(x):
         follow(x, [c, c.flip(0)], Groups.around(c, num_groups), generator)
 
 
@@ -122,7 +122,7 @@ def test_many_tiny_steps_do_not_outrun_the_bounds() -> None:
     for _ in range(30):
         steps = torch.randint(-3, 4, c.shape, generator=generator)
         path.append(to_grid(path[-1] + steps / GRID))
-    for generator in proposers(x):
+    for generator in generators(x):
         follow(x, path, Groups.around(c, 4), generator)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from grappa_dist.knn import block_search as knn
 from grappa_dist.knn.block_search import Block, Neighbours, are_duplicates, extend, merge, to_scores, without_duplicates
-from grappa_dist.search.candidates import float_error, largest_in_floats
+from grappa_dist.search.candidates import float_error, largest_float32
 from grappa_dist.search.fixed_point import GRID, to_grid
 
 
@@ -68,7 +68,7 @@ def test_float_noise_within_the_bound_changes_no_list() -> None:
 
 def test_tiles_and_columns_do_not_change_a_list(monkeypatch: pytest.MonkeyPatch) -> None:
     x = collection(8)
-    monkeypatch.setattr(knn, "_COLUMNS", 8)
+    monkeypatch.setattr(knn, "MOST_ROWS", 8)
     for tile in (8, 50):
         monkeypatch.setattr(knn, "_TILE", tile)
         assert pairs(extend(Neighbours.none(len(x.ids), 4), x, Block.of(x.rows, x.ids))) == brute_force(x, x, 4)
@@ -101,7 +101,7 @@ def test_empty_blocks_change_nothing() -> None:
     found = extend(Neighbours.none(len(x.ids), 3), x, Block.of(x.rows, x.ids))
     assert torch.equal(extend(found, x, none).ids, found.ids)
     assert extend(Neighbours.none(0, 3), none, x).ids.shape == (0, 3)
-    assert largest_in_floats(none.rows, x.rows, 2)[0].shape == (0, 2)
+    assert largest_float32(none.rows, x.rows, 2)[0].shape == (0, 2)
 
 
 def test_neighbours_above_the_cosine_leave_the_list_and_the_next_ones_move_up() -> None:

@@ -82,14 +82,14 @@ def test_the_graph_is_that_of_brute_force_bit_for_bit(size: int, block_rows: int
 
 @pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize(("block_rows", "kept_bytes"), [(10**6, None), (13, None), (13, 4 * 16 * 13 * 2), (32, 0)])
-def test_so_it_is_where_every_block_visits_every_rank(size: int, block_rows: int, kept_bytes: int | None) -> None:
+def test_every_block_may_visit_every_rank(size: int, block_rows: int, kept_bytes: int | None) -> None:
     how = (block_rows, True, kept_bytes)
     check([run_cases(Comm(), *how)] if size == 1 else run_ranks(run_cases, size, *how))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("kept_bytes", [None, 0])
-def test_so_it_is_on_a_gpu(kept_bytes: int | None) -> None:
+def test_the_graph_is_that_of_brute_force_on_a_gpu(kept_bytes: int | None) -> None:
     check([run_cases(Comm(), 13, None, kept_bytes, "cuda")])
 
 
@@ -102,15 +102,15 @@ def check(found: Sequence[Results]) -> None:
         assert (ids.dtype, scores.dtype) == (np.int64, np.float32)
 
 
-def test_blocks_are_read_once_while_what_is_kept_has_room(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_within_the_memory_budget_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     x, ids = unit_rows(30, 8), np.arange(30)
     read = list[int]()
 
-    def pluralize(rows: torch.Tensor) -> torch.Tensor:
+    def counting(rows: torch.Tensor) -> torch.Tensor:
         read.append(len(rows))
         return to_grid(rows)
 
-    monkeypatch.setattr(knn_blocks, "to_grid", pluralize)
+    monkeypatch.setattr(knn_blocks, "to_grid", counting)
     sharded_knn(Comm(), x, ids, 3, block_rows=10, copies=True)
     assert read == [10] * 3
     read.clear()

@@ -10,8 +10,7 @@ import torch
 
 from benchmarks.harness import drawn_rows
 from grappa_dist.distributed.collectives import Comm
-from grappa_dist.knn import ivf as list_search
-from grappa_dist.knn import ivf as listed_knn
+from grappa_dist.knn import ivf
 from grappa_dist.knn.block_search import MOST_ROWS
 from grappa_dist.knn.exact import sharded_knn
 from grappa_dist.knn.ivf import Graph
@@ -31,11 +30,11 @@ K = 5
 
 
 def graph(comm: Comm, x: np.ndarray, own: slice, floor: float = 0.9, **how: Any) -> Graph:
-    return listed_knn.listed_knn(comm, x[own], ids_of(x)[own], K, floor=floor, **{"key": (0, 0), **how})
+    return ivf.approximate_knn(comm, x[own], ids_of(x)[own], K, recall_floor=floor, **{"key": (0, 0), **how})
 
 
 def run_cases(comm: Comm, gathered: int) -> dict[str, dict[str, Any]]:
-    list_search.GATHERED_ROWS = gathered
+    ivf.GATHERED_ROWS = gathered
     graphs = {}
     for name, make in CASES.items():
         x = make()
@@ -45,7 +44,7 @@ def run_cases(comm: Comm, gathered: int) -> dict[str, dict[str, Any]]:
 
 
 def test_ranks_and_groups_of_lists_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(list_search, "GATHERED_ROWS", list_search.GATHERED_ROWS)  # put back after
+    monkeypatch.setattr(ivf, "GATHERED_ROWS", ivf.GATHERED_ROWS)  # put back after
     alone = run_cases(Comm(), 2**15)
     assert alone["drawn"]["recall"]["probes"] < alone["drawn"]["recall"]["lists"] / 2
     for size, gathered in ((1, 1), (2, 100), (3, 1)):
@@ -73,7 +72,7 @@ def test_what_is_found_are_the_best_of_the_lists_and_recall_is_what_it_says() ->
 
 def test_recall_below_the_floor_brings_more_probes(monkeypatch: pytest.MonkeyPatch) -> None:
     x = CASES["drawn"]()
-    monkeypatch.setattr(listed_knn.Sample, "probes_for", lambda *_: 1)  # a sample that promises too much
+    monkeypatch.setattr(ivf.Sample, "probes_for", lambda *_: 1)  # a sample that estimates too few probes
     widened = graph(Comm(), x, slice(None), 0.95).recall
     assert widened.widened >= 1
     assert widened.probes == 2**widened.widened
@@ -83,46 +82,46 @@ def test_recall_below_the_floor_brings_more_probes(monkeypatch: pytest.MonkeyPat
 def test_recall_counts_two_of_its_standard_errors_less(monkeypatch: pytest.MonkeyPatch) -> None:
     x = CASES["drawn"]()
     true, _ = sharded_knn(Comm(), x, ids_of(x), K)
-    found, first = graph(Comm(), x, slice(None)), listed_knn.Sample.recall
-    seen: list[listed_knn.Sample] = []
-    monkeypatch.setattr(listed_knn.Sample, "recall", lambda own, *rest: seen.append(own) or first(own, *rest))
-    told = graph(Comm(), x, slice(None)).recall
+    found, first = graph(Comm(), x, slice(None)), ivf.Sample.recall
+    seen: list[ivf.Sample] = []
+    monkeypatch.setattr(ivf.Sample, "recall", lambda own, *rest: seen.append(own) or first(own, *rest))
+    measured = graph(Comm(), x, slice(None)).recall
     rows = np.isin(ids_of(x), seen[0].ids.numpy())
     hits = np.array([np.isin(a, b).mean() for a, b in zip(true[rows], found.ids[rows], strict=True)])
-    assert told.recall_rows == rows.sum()
-    assert told.recall == pytest.approx(hits.mean())
-    assert told.recall_error == pytest.approx(hits.std() / len(hits) ** 0.5)
-    assert 0.002 < told.recall_error < 0.02
-    assert told.recall - 2 * told.recall_error >= 0.9
-    monkeypatch.setattr(listed_knn.Sample, "probes_for", lambda *_: told.probes)
-    assert graph(Comm(), x, slice(None), told.recall - told.recall_error).recall.widened >= 1
+    assert measured.recall_rows == rows.sum()
+    assert measured.recall == pytest.approx(hits.mean())
+    assert measured.recall_error == pytest.approx(hits.std() / len(hits) ** 0.5)
+    assert 0.002 < measured.recall_error < 0.02
+    assert measured.recall - 2 * measured.recall_error >= 0.9
+    monkeypatch.setattr(ivf.Sample, "probes_for", lambda *_: measured.probes)
+    assert graph(Comm(), x, slice(None), measured.recall - measured.recall_error).recall.widened >= 1
 
 
 def test_every_epoch_is_measured_on_another_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     x = CASES["drawn"]()
-    monkeypatch.setattr(listed_knn, "SAMPLE_ROWS", 300)
-    monkeypatch.setattr(listed_knn.Sample, "probes_for", lambda *_: 8)
+    monkeypatch.setattr(ivf, "SAMPLE_ROWS", 300)
+    monkeypatch.setattr(ivf.Sample, "probes_for", lambda *_: 8)
     first, second = (graph(Comm(), x, slice(None), 0.5, key=(0, epoch)) for epoch in (0, 1))
     np.testing.assert_array_equal(first.ids, second.ids)
     assert first.recall.recall != second.recall.recall
 
 
 def test_where_no_probes_would_do_the_search_is_exact_and_says_so_before() -> None:
-    x, told = unit_rows(300, 64), list[str]()  # without any structure
-    found = graph(Comm(), x, slice(None), 0.99, tell=told.append)
+    x, lines = unit_rows(300, 64), list[str]()  # without any structure
+    found = graph(Comm(), x, slice(None), 0.99, log=lines.append)
     assert (found.recall.searched, found.recall.recall) == ("exact", 1.0)
     assert found.recall.probes == found.recall.lists
-    assert len(told) == 1
-    assert "do not reach fuse.recall_floor=0.99" in told[0]
-    assert "comparing all pairs of 300 rows" in told[0]
+    assert len(lines) == 1
+    assert "do not reach fuse.recall_floor=0.99" in lines[0]
+    assert "comparing all pairs of 300 rows" in lines[0]
     np.testing.assert_array_equal(found.ids, sharded_knn(Comm(), x, ids_of(x), K)[0])
 
 
 @pytest.mark.parametrize("probes", [None, 1])
 def test_too_many_rows_for_an_exact_search_are_refused(probes: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listed_knn, "MOST_EXACT_ROWS", 299)
+    monkeypatch.setattr(ivf, "MOST_EXACT_ROWS", 299)
     if probes:
-        monkeypatch.setattr(listed_knn.Sample, "probes_for", lambda *_: probes)
+        monkeypatch.setattr(ivf.Sample, "probes_for", lambda *_: probes)
     reached = (
         r"recall is 0\.\d+ with a standard error of 0\.\d+ with 16 of 34" if probes else r"a sample asks for \d+ of 34"
     )
@@ -154,11 +153,11 @@ def test_a_list_longer_than_a_block_is_searched_in_pieces(monkeypatch: pytest.Mo
     x = CASES["drawn"]()
     whole = graph(Comm(), x, slice(None))
     assert len(x) < MOST_ROWS
-    monkeypatch.setattr(list_search, "MOST_ROWS", 8)
+    monkeypatch.setattr(ivf, "MOST_ROWS", 8)
     pieces = graph(Comm(), x, slice(None))
     np.testing.assert_array_equal(pieces.ids, whole.ids)
 
 
 def test_every_row_that_names_a_list_is_among_its_rows() -> None:
     lists = torch.tensor([[2, 0], [-1, 2], [1, -1]], dtype=torch.int32)
-    assert [rows.tolist() for rows in list_search._by_list(lists, 4)] == [[0], [2], [0, 1], []]
+    assert [rows.tolist() for rows in ivf._by_list(lists, 4)] == [[0], [2], [0, 1], []]

@@ -19,7 +19,7 @@ def unit_rows(num: int, dim: int, seed: int = 0) -> np.ndarray:
 
 @pytest.mark.parametrize("num", [1, 25])  # faiss takes another path for few queries
 @pytest.mark.parametrize("dim", [3, 48, 768])
-def test_faiss_proposes_best_first_within_the_error_bound(num: int, dim: int) -> None:
+def test_faiss_lists_the_best_first_within_the_error_bound(num: int, dim: int) -> None:
     x, y = to_grid(torch.from_numpy(unit_rows(num, dim))), to_grid(torch.from_numpy(unit_rows(60, dim, seed=1)))
     dots = exact_dot(x, y)
     squares = exact_square(x)[:, None] + exact_square(y) - 2 * dots

@@ -10,15 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grappa_dist.search import bf16 as halves
-from grappa_dist.search import candidates as proposals
+from grappa_dist.search import bf16, candidates
 from grappa_dist.search.bf16 import Bf16Generator
 from grappa_dist.search.candidates import (
     CandidateGenerator,
     Centroids,
     Float32Generator,
     float_error,
-    nearest_in_floats,
+    nearest_float32,
     true_products,
 )
 from grappa_dist.search.fixed_point import GRID, exact_dot, exact_square, to_grid
@@ -39,25 +38,25 @@ def cases(dim: int) -> list[tuple[Tensor, Tensor]]:
     return [(x, c), (near[:20], near[20:]), (x, -x[:9]), (x, to_grid(c * 0.01)), (x[:1], x[:1].repeat(12, 1))]
 
 
-def half(x: Tensor) -> Bf16Generator:
-    return Bf16Generator(Bf16Generator.left_out(x))
+def bf16_generator(x: Tensor) -> Bf16Generator:
+    return Bf16Generator(Bf16Generator.residual_norm(x))
 
 
 @pytest.mark.parametrize("dim", [1, 3, 48, 768])
-def test_estimates_keep_to_the_error_they_state(dim: int) -> None:
+def test_estimates_satisfy_their_error_bound(dim: int) -> None:
     for x, c in cases(dim):
         exact, squares = exact_squares(x, c), exact_square(x)
         least, most = exact.min(1).values, exact.max(1).values
         bases = [(squares / GRID**2, False), (least, False), (most, False), (torch.zeros_like(least), False)]
         bases += [(least, True), ((least + most) / 2, True), (least / 2, True)]
-        for generator in (Float32Generator(), half(x)):
+        for generator in (Float32Generator(), bf16_generator(x)):
             for base, within_base in bases:
                 rows = generator.rows([x], squares, base, within_base=within_base)
                 found = generator.nearest(rows, Centroids.of(c, generator), min(6, len(c)))
                 check(found, exact, base if within_base else None)
 
 
-def check(found: proposals.Candidates, exact: Tensor, bound: Tensor | None) -> None:
+def check(found: candidates.Candidates, exact: Tensor, bound: Tensor | None) -> None:
     nearest = exact.min(1).values
     estimates = found.distances.double()
     true = exact.gather(1, found.labels)
@@ -68,24 +67,24 @@ def check(found: proposals.Candidates, exact: Tensor, bound: Tensor | None) -> N
     if bound is None:
         assert not free[:, : min(2, free.shape[1])].any()
     elif free.shape[1] > 1:
-        assert bool((nearest > bound)[free[:, 1]].all())  # a nearest one within the bound has a second beside it
+        assert bool((nearest > bound)[free[:, 1]].all())  # a nearest one within the bound has a second candidate
         exact, estimates, free = exact[~free[:, 1]], estimates[~free[:, 1]], free[~free[:, 1]]
         found = replace(found, labels=found.labels[found.distances[:, 1].isfinite()])
         nearest, true = exact.min(1).values, exact.gather(1, found.labels)
     assert bool((estimates[:, 1:] >= estimates[:, :-1]).all())
     assert bool((estimates - found.error <= true)[~free].all())
-    proposed = torch.zeros(exact.shape, dtype=torch.bool)
-    proposed[(~free).nonzero()[:, 0], found.labels[~free]] = True
+    is_candidate = torch.zeros(exact.shape, dtype=torch.bool)
+    is_candidate[(~free).nonzero()[:, 0], found.labels[~free]] = True
     last = estimates.masked_fill(free, -math.inf).max(1).values
-    others = exact.masked_fill(proposed, math.inf).min(1).values
-    assert bool((others >= last - found.error).all())  # what was not proposed is no nearer than the last proposal
-    assert bool((others > nearest)[free.any(1)].all())  # where places are free, the nearest is among the proposals
+    others = exact.masked_fill(is_candidate, math.inf).min(1).values
+    assert bool((others >= last - found.error).all())  # others are no nearer than the last candidate
+    assert bool((others > nearest)[free.any(1)].all())  # where places are free, the nearest is a candidate
 
 
 def test_bfloat16_is_sharpest_near_the_base() -> None:
     x = unit_rows(50, 256)
     c = to_grid(F.normalize(x[:10] + 0.3 * unit_rows(10, 256, seed=3), dim=1))
-    generator, squares, exact = half(x), exact_square(x), exact_squares(x, c)
+    generator, squares, exact = bf16_generator(x), exact_square(x), exact_squares(x, c)
     errors = []
     for base in (exact.min(1).values, squares / GRID**2 + 6):
         found = generator.nearest(generator.rows([x], squares, base, within_base=False), Centroids.of(c, generator), 2)
@@ -96,8 +95,8 @@ def test_bfloat16_is_sharpest_near_the_base() -> None:
 def test_picked_rows_and_centroids_give_the_estimates_they_had() -> None:
     x, c = unit_rows(300, 20), unit_rows(50, 20, seed=1)
     some, labels = torch.tensor([0, 7, 8, 299]), torch.tensor([3, 4, 48])
-    proposers: list[CandidateGenerator] = [Float32Generator(), half(x)]
-    for generator in proposers:
+    generators: list[CandidateGenerator] = [Float32Generator(), bf16_generator(x)]
+    for generator in generators:
         rows, centroids = (
             generator.rows([x], exact_square(x), exact_square(x) / GRID**2, within_base=False),
             Centroids.of(c, generator),
@@ -110,40 +109,40 @@ def test_picked_rows_and_centroids_give_the_estimates_they_had() -> None:
 
 def test_tiles_do_not_change_estimates(monkeypatch: pytest.MonkeyPatch) -> None:
     x, c = unit_rows(400, 20), unit_rows(50, 20, seed=1)
-    generator = half(x)
+    generator = bf16_generator(x)
     rows, centroids = (
         generator.rows([x], exact_square(x), exact_square(x) / GRID**2, within_base=False),
         Centroids.of(c, generator),
     )
     whole = generator.nearest(rows, centroids, 2)
-    monkeypatch.setattr(halves, "_CACHED_TILE", 64)
+    monkeypatch.setattr(bf16, "_CACHED_TILE", 64)
     cut = generator.nearest(rows, centroids, 2)
     assert torch.equal(cut.labels, whole.labels)
     assert torch.allclose(cut.distances, whole.distances)
 
 
-def test_what_rounding_leaves_out_of_rows_is_their_largest_rest() -> None:
+def test_the_residual_norm_of_rows_is_that_of_what_rounding_takes() -> None:
     x = unit_rows(700, 30)
-    rest = (x.double() - x.bfloat16().double()).norm(dim=1).max()
-    assert rest <= Bf16Generator.left_out(x) <= rest * 1.001
-    assert Bf16Generator.left_out(x.bfloat16().float()) == Bf16Generator.left_out(x[:0]) == 0
+    residual = (x.double() - x.bfloat16().double()).norm(dim=1).max()
+    assert residual <= Bf16Generator.residual_norm(x) <= residual * 1.001
+    assert Bf16Generator.residual_norm(x.bfloat16().float()) == Bf16Generator.residual_norm(x[:0]) == 0
 
 
 def test_the_float_error_of_real_searches_is_within_the_bound() -> None:
     x, c = unit_rows(40, 768), unit_rows(30, 768, seed=1)
-    floats, index = nearest_in_floats(x, c, 30)
+    floats, index = nearest_float32(x, c, 30)
     assert (floats.double() - exact_squares(x, c).gather(1, index)).abs().max() < float_error(768, 4.001)
 
 
 def test_a_search_of_no_rows_finds_nothing() -> None:
-    assert nearest_in_floats(torch.zeros(0, 4), unit_rows(3, 4), 2)[0].shape == (0, 2)
+    assert nearest_float32(torch.zeros(0, 4), unit_rows(3, 4), 2)[0].shape == (0, 2)
 
 
 def test_columns_beyond_sixteen_bits_and_ragged_ends_are_found() -> None:
     for num, dim in ((70_001, 3), (1, 5), (33, 5)):
         x, c = unit_rows(20, dim), unit_rows(num, dim, seed=1)
         x = torch.cat([x, c[-3:]])
-        exact, generator = exact_squares(x, c), half(x)
+        exact, generator = exact_squares(x, c), bf16_generator(x)
         least = exact.min(1).values
         rows = generator.rows([x], exact_square(x), least, within_base=False)
         found = generator.nearest(rows, Centroids.of(c, generator), min(6, num))

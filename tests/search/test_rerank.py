@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grappa_dist.search import rerank as nearest
+from grappa_dist.search import rerank
 from grappa_dist.search.bf16 import Bf16Generator
 from grappa_dist.search.candidates import CandidateGenerator, Centroids, Float32Generator, float_error
 from grappa_dist.search.fixed_point import GRID, exact_square, to_grid
@@ -42,8 +42,8 @@ def near_ties(dim: int) -> tuple[Tensor, Tensor]:
     return to_grid(torch.cat([unit_rows(20, dim, seed=2), centroids, (centroids[:6] + centroids[6:12]) / 2])), centroids
 
 
-def proposers(x: Tensor) -> list[CandidateGenerator]:
-    return [Float32Generator(), Bf16Generator(Bf16Generator.left_out(x))]
+def generators(x: Tensor) -> list[CandidateGenerator]:
+    return [Float32Generator(), Bf16Generator(Bf16Generator.residual_norm(x))]
 
 
 @pytest.mark.parametrize("dim", [1, 2, 7, 192])
@@ -54,7 +54,7 @@ def test_labels_and_distances_are_those_of_integer_arithmetic(dim: int) -> None:
         (unit_rows(3, dim), unit_rows(1, dim)),
     ):
         wanted = squares_in_integers(x, c)
-        for generator in proposers(x):
+        for generator in generators(x):
             found = assign(x, Centroids.of(c, generator))
             assert found.labels.tolist() == wanted.argmin(1).tolist()  # argmin: the first of equal ones
             assert found.squares.tolist() == wanted.min(1).tolist()
@@ -82,7 +82,7 @@ def test_centroids_within_reach_are_found_and_others_need_not_be() -> None:
     x, c = unit_rows(60, 16), unit_rows(20, 16, seed=1)
     wanted = squares_in_integers(x, c)
     least = wanted.min(1)
-    for generator in proposers(x):
+    for generator in generators(x):
         for factor in (0.0, 0.5, 1.0, 2.0):
             within = torch.from_numpy(least * factor / GRID**2)
             found = assign(x, Centroids.of(c, generator), within=within)
@@ -92,10 +92,10 @@ def test_centroids_within_reach_are_found_and_others_need_not_be() -> None:
             assert found.squares[seen].tolist() == least[seen].tolist()
 
 
-def test_more_equal_centroids_than_proposals_still_give_the_lowest_index() -> None:
+def test_more_equal_centroids_than_candidates_still_give_the_lowest_index() -> None:
     c = torch.cat([unit_rows(3, 8, seed=1), unit_rows(1, 8).repeat(20, 1)])
     x = unit_rows(1, 8).repeat(4, 1)
-    for generator in proposers(x):
+    for generator in generators(x):
         found = assign(x, Centroids.of(c, generator))
         assert found.labels.tolist() == [3] * 4
         assert found.squares.tolist() == [0] * 4
@@ -105,7 +105,7 @@ def test_tiles_do_not_change_an_assignment(monkeypatch: pytest.MonkeyPatch) -> N
     x, c = near_ties(16)
     whole = assign(x, Centroids.of(c))
     for tile in (1, 40, 100):
-        monkeypatch.setattr(nearest, "_TILE", tile)
+        monkeypatch.setattr(rerank, "_TILE", tile)
         cut = assign(x, Centroids.of(c))
         assert torch.equal(cut.labels, whole.labels)
         assert torch.equal(cut.squares, whole.squares)
@@ -135,7 +135,7 @@ def test_of_pairs_the_nearest_wins_and_the_lowest_of_equal_ones() -> None:
 
 
 @pytest.mark.parametrize("dim", [1, 16, 384])
-def test_pairs_are_decided_as_by_exact_distances_and_no_row_is_further_than_said(dim: int) -> None:
+def test_pairs_are_decided_as_by_exact_distances_and_no_row_is_farther_than_its_bound(dim: int) -> None:
     x, c = unit_rows(60, dim), unit_rows(20, dim, seed=1)
     shaken = c + torch.randint(-1, 2, c.shape, generator=torch.Generator().manual_seed(2)) / GRID
     c = to_grid(torch.cat([c, c[:5], shaken.clamp(-1, 1)]))  # equal ones, and ties that float32 does not see
@@ -151,7 +151,7 @@ def test_pairs_are_decided_as_by_exact_distances_and_no_row_is_further_than_said
 
 
 @pytest.mark.parametrize("dim", [1, 16, 384])
-def test_rivals_are_decided_as_by_exact_distances(dim: int) -> None:
+def test_competitors_are_decided_as_by_exact_distances(dim: int) -> None:
     x, c = unit_rows(60, dim), unit_rows(20, dim, seed=1)
     draws = torch.Generator().manual_seed(2)
     shaken = c + torch.randint(-1, 2, c.shape, generator=draws) / GRID
@@ -162,20 +162,20 @@ def test_rivals_are_decided_as_by_exact_distances(dim: int) -> None:
         rows, labels = rows[labels != first[rows]], labels[labels != first[rows]]
         pairs = (torch.cat([torch.arange(60), rows]), torch.cat([first, labels]))
         exact = nearest_of_pairs(x, exact_square(x), Centroids.of(c), pairs)
-        found, unsure = decide_competitors(x, exact_square(x), Centroids.of(c), Competitors(first, rows, labels))
+        found, undecided = decide_competitors(x, exact_square(x), Centroids.of(c), Competitors(first, rows, labels))
         assert torch.equal(found, exact.labels)
-        assert int(unsure.sum()) < len(x) or dim == 1
-        left_open += int(unsure.sum())
+        assert int(undecided.sum()) < len(x) or dim == 1
+        left_open += int(undecided.sum())
     assert left_open
 
 
-def test_a_rival_that_differs_by_one_step_of_the_grid_is_told_from_the_first() -> None:
+def test_a_competitor_that_differs_by_one_step_of_the_grid_is_distinguished_from_the_first() -> None:
     x = unit_rows(40, 64)
     c = to_grid(torch.cat([0.9 * x, 0.9 * x]))
     c[torch.arange(40), torch.arange(40)] += 1 / GRID
     for first, other in ((0, 40), (40, 0)):
         competitors = Competitors(torch.arange(40) + first, torch.arange(40), torch.arange(40) + other)
-        found, unsure = decide_competitors(x, exact_square(x), Centroids.of(c), competitors)
-        assert bool(unsure.all())
+        found, undecided = decide_competitors(x, exact_square(x), Centroids.of(c), competitors)
+        assert bool(undecided.all())
         near = squares_in_integers(x, c)[np.arange(40)[:, None], np.arange(40)[:, None] + [0, 40]]
         assert found.tolist() == (np.arange(40) + 40 * near.argmin(1)).tolist()

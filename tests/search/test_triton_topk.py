@@ -12,7 +12,7 @@ INTERPRETED = Path(__file__).with_name("triton_interpreted.py")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-def test_the_kernel_and_what_it_proposes_are_right_as_interpreted() -> None:
+def test_the_kernel_and_its_candidates_are_right_as_interpreted() -> None:
     """Triton reads how it runs when it is imported, so this takes a process of its own."""
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(INTERPRETED)]

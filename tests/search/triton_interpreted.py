@@ -42,9 +42,9 @@ def test_no_rows_have_no_products_and_other_types_are_refused() -> None:
 
 
 @pytest.mark.parametrize("dim", [1, 3, 48])
-def test_fused_estimates_keep_to_the_error_they_state(dim: int) -> None:
+def test_fused_estimates_satisfy_their_error_bound(dim: int) -> None:
     for x, c in cases(dim):
-        exact, generator = exact_squares(x, c), TritonGenerator(TritonGenerator.left_out(x))
+        exact, generator = exact_squares(x, c), TritonGenerator(TritonGenerator.residual_norm(x))
         least, most = exact.min(1).values, exact.max(1).values
         for base in (exact_square(x) / GRID**2, least, most, (least + most) / 2):
             for within_base in (False, True):
@@ -55,5 +55,5 @@ def test_fused_estimates_keep_to_the_error_they_state(dim: int) -> None:
 
 def test_labels_by_the_kernel_are_those_of_exact_integers() -> None:
     for x, c in cases(24):
-        centroids = Centroids.of(c, TritonGenerator(TritonGenerator.left_out(x)))
+        centroids = Centroids.of(c, TritonGenerator(TritonGenerator.residual_norm(x)))
         assert torch.equal(assign(x, centroids).labels, best_of_all(x, centroids)[0])

@@ -16,9 +16,9 @@ from grappa_dist.data.index import Shard
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.distributed.collectives import Comm
 from grappa_dist.distributed.worker import RankContext, Stopped
-from grappa_dist.kmeans.lloyd import Progress
+from grappa_dist.kmeans.lloyd import KMeansState
 from grappa_dist.report.content import Clustering
-from grappa_dist.stages import pseudo_label as trail
+from grappa_dist.stages import pseudo_label as checkpoint
 from grappa_dist.stages.pseudo_label import (
     PROGRESS_FILE,
     LabelJob,
@@ -29,10 +29,10 @@ from grappa_dist.stages.pseudo_label import (
     label_ranks,
     labels_of,
     ladder,
-    load_trail,
+    load_checkpoint,
     num_labels,
     pseudo_label,
-    save_trail,
+    save_checkpoint,
 )
 from tests.processes import run_ranks
 from tests.stages.tiny import Here, run_in
@@ -176,7 +176,7 @@ WAYS: dict[str, tuple[dict[str, Any], int]] = {  # settings, and reports before 
 
 @pytest.fixture
 def every_round_saved(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trail, "SEEDING_SAVE_S", 0.0)
+    monkeypatch.setattr(checkpoint, "SEEDING_SAVE_S", 0.0)
 
 
 @pytest.mark.usefixtures("every_round_saved")
@@ -211,7 +211,7 @@ def test_seeding_is_told_and_stops_and_is_saved_now_and_then(tmp_path: Path) -> 
     with pytest.raises(Stopped):
         label_ranks(context(4, heard), job)
     assert heard == ["K=12 (1/1) initialisation", *(f"K=12 (1/1) seeding {found} of 12" for found in (1, 2, 3, 4))]
-    found, problem = load_trail(job.labels[12].begin() / PROGRESS_FILE)
+    found, problem = load_checkpoint(job.labels[12].begin() / PROGRESS_FILE)
     saved = found["0/fit"].seeded
     assert (problem, saved and len(saved.places)) == ("", 1)  # rounds that follow within half a minute are not saved
 
@@ -282,7 +282,7 @@ def test_a_checkpoint_with_numbers_that_no_update_makes_is_named(tmp_path: Path,
     job = label_job(tmp_path, Store(tmp_path / "run"))
     centroids = np.full((12, 8), 0.25, np.float32)
     centroids[3, 1] = value
-    save_trail(job.labels[12].begin() / PROGRESS_FILE, {"0/fit": Progress(centroids, (7,))})
+    save_checkpoint(job.labels[12].begin() / PROGRESS_FILE, {"0/fit": KMeansState(centroids, (7,))})
     with pytest.raises(ValueError, match=rf"{PROGRESS_FILE} is damaged \(0/fit: centroid 3 {fault}.*; delete it"):
         label_ranks(context(None, []), job)
 

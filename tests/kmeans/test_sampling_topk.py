@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from grappa_dist.distributed.collectives import Comm
-from grappa_dist.kmeans.sampling import lowest
-from tests.kmeans.test_methods import share_of
+from grappa_dist.kmeans.sampling import distributed_topk
+from tests.kmeans.test_methods import shard_rows
 from tests.processes import run_ranks
 
 NUM, GROUPS, BITS = 500, 7, 40
@@ -23,11 +23,11 @@ def table(kind: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def taken(comm: Comm, kind: str) -> list[int]:
-    share = share_of(comm, ROWS, 16)
-    groups, keys = (torch.from_numpy(t[share.first : share.first + len(share.rows)]) for t in table(kind))
-    cut = lowest(share, groups, keys, torch.tensor(WANTED), bits=BITS)
-    places = torch.arange(len(groups)) + share.first
-    found: list[int] = places[cut.takes(groups, keys, places)].tolist()
+    sharded = shard_rows(comm, ROWS, 16)
+    groups, keys = (torch.from_numpy(t[sharded.first : sharded.first + len(sharded.rows)]) for t in table(kind))
+    selection = distributed_topk(sharded, groups, keys, torch.tensor(WANTED), bits=BITS)
+    places = torch.arange(len(groups)) + sharded.first
+    found: list[int] = places[selection.takes(groups, keys, places)].tolist()
     return found
 
 
