@@ -23,7 +23,7 @@ from examples.paper_in_one_file import AVERAGE, NEIGHBOURS, TRANSFORMS, PaperScr
 from grappa_dist.artifacts import Store
 from grappa_dist.config import Config, load
 from grappa_dist.console import EVENTS_FILE
-from grappa_dist.data.open_images import collection_of, draw_collection, open_images
+from grappa_dist.data.open_images import generate_data_set, generated_data_set, open_images
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.pipeline import run as run_pipeline
 
@@ -88,7 +88,7 @@ def measure_pipeline(settings: PipelineSettings, log: Log) -> PipelineFindings:
         store = Store(root)
         if config.data.collection:
             log("images")
-            draw_collection(config.data, collection_of(store, config.data))
+            generate_data_set(config.data, generated_data_set(store, config.data))
         train, test = open_images(config.data, store)
         if test is None:
             raise ValueError("data.test=[]: both sides are scored on test images, give some")

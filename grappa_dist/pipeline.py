@@ -13,7 +13,14 @@ from pathlib import Path
 from grappa_dist.artifacts import Artifact, RowArrays, Store, label_rows
 from grappa_dist.config import Config
 from grappa_dist.console import Console, pluralize
-from grappa_dist.data.open_images import collection_of, draw_collection, ends_of, has_drawn, open_images, read_a_little
+from grappa_dist.data.open_images import (
+    ends_of,
+    generate_data_set,
+    generated_data_set,
+    is_generated,
+    open_images,
+    read_a_little,
+)
 from grappa_dist.distributed.placement import known_workers
 from grappa_dist.distributed.preflight import Checks, table
 from grappa_dist.distributed.ray_cluster import Cluster
@@ -51,9 +58,9 @@ def run(config: Config, root: Path, until: str | None = None) -> tuple[Path, lis
 
 def _run(context: Run, until: str | None = None) -> tuple[Path, list[ScoreRow]] | None:
     config, store, console = context.config, context.store, context.console
-    if not has_drawn(config.data, store):
-        with console.stage("collect", f"generating the demo data set {config.data.collection}"):
-            draw_collection(config.data, collection_of(store, config.data))
+    if not is_generated(config.data, store):
+        with console.stage("load", f"generating the demo data set {config.data.collection}"):
+            generate_data_set(config.data, generated_data_set(store, config.data))
     train, test = open_images(config.data, store, config.resources, log=console.log)
     flow = lay_out(config, store, train, test)
     context.runner.require(checks_of(config, store, flow))
@@ -161,7 +168,7 @@ def check(config: Config, root: Path) -> str:
     build_backbone(config.backbone, pretrained=False)
     store, made, finished = Store(root), list[Artifact](), False
     cluster = Cluster(config.resources, Checks(root.absolute(), _nothing))
-    if has_drawn(config.data, store):
+    if is_generated(config.data, store):
         train, test = open_images(config.data, store, config.resources, write_index=False)
         flow = lay_out(config, store, train, test)
         cluster.checks = checks_of(config, store, flow)

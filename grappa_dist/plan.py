@@ -16,7 +16,7 @@ import torch
 from grappa_dist.artifacts import Artifact, Store
 from grappa_dist.config import SUPERVISED, SUPERVISED_SET, BackboneConfig, Config, Resources, Variant
 from grappa_dist.console import pluralize
-from grappa_dist.data.open_images import collection_sizes, has_drawn, open_images
+from grappa_dist.data.open_images import generated_sizes, is_generated, open_images
 from grappa_dist.distributed.placement import check_capacity, describe_placement, known_workers, may_have_gpus, ranks_of
 from grappa_dist.layout import lay_out, on_pairs
 from grappa_dist.models import Backbone, PackedGrappa
@@ -48,7 +48,7 @@ def _table(config: Config, root: Path) -> str:
     lines = [f"run directory  {root}", f"workers        {_workers(config.resources)}"]
     backbone = _without_weights(config.backbone)
     lines += [f"backbone       {line}" for line in _describe_backbone(config.backbone, backbone)]
-    if has_drawn(config.data, store):
+    if is_generated(config.data, store):
         warnings = list[str]()
         train, test = open_images(config.data, store, config.resources, write_index=False, log=warnings.append)
         lines += warnings
@@ -58,8 +58,8 @@ def _table(config: Config, root: Path) -> str:
         check_bad_share(laid_out.test, {}, config.data.max_bad_share)
         sizes = {"train": len(train), "test": len(laid_out.test)}
     else:
-        flow, sizes = None, collection_sizes(config.data)
-        lines.append(f"collect        {config.data.collection} draws {sizes['train']} + {sizes['test']} images")
+        flow, sizes = None, generated_sizes(config.data)
+        lines.append(f"load           {config.data.collection} generates {sizes['train']} + {sizes['test']} images")
     ks = num_labels(config.clustering, sizes["train"])
     dim = _known_width(backbone, flow.features if flow else ()) or DIM
     for name, text, artifacts in _stages(config, flow, sizes, ks, dim):

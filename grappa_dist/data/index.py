@@ -1,8 +1,8 @@
-"""Where the images of one tar lie. Shapes: P images of one shard.
+"""Indexes of shards: where the images of one tar lie, made in one pass over it, written, and read without trust.
 
-The index beside tars, a list of the shards and a .npy of rows for each, read without trust in who wrote it.
-
-Images that have no row: those behind the damage of a tar, and those whose names give them no key of their own.
+A finished folder of shards has `index.json`, a line for each shard, and beside each tar a .npy with its rows. Images
+that have no row are counted as missing: those behind the damage of a tar, and those whose names give no key of their
+own. Shapes: P images of one shard.
 """
 
 from __future__ import annotations
@@ -24,27 +24,32 @@ from numpy.typing import NDArray
 from grappa_dist.data.tars import DamagedTar, members_of, split_name
 from grappa_dist.files import parse_json, replacing
 
+COMMITTED = "index.json"  # written last beside finished shards
+INDEX_VERSION = 1
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 # 24 bytes an image. Without JSON `json_size` is 0. A row whose image cannot be had has no `size`, no `json_size`, and
 # in `json_offset` why, by REFUSED; its `offset` is that of the member's data, or of the damage.
 ROW = np.dtype([("offset", "<u8"), ("size", "<u4"), ("json_offset", "<u8"), ("json_size", "<u4")])
+_LARGEST = 2**32 - 1
 REFUSED = {  # numbers at which no JSON member can begin: the first block of a tar is a header
     1: "a second image of its key, which names one image",
     2: "a link or a sparse file, no plain file",
-    3: f"more than {2**32 - 1} bytes",
-    4: "the shard is damaged or cut off from here on, and what follows is lost",
+    3: f"more than {_LARGEST} bytes",
+    4: "the shard is damaged or cut off from here on, and what follows is missing",
 }
 _SECOND, _LINK, _LARGE, DAMAGED = REFUSED
-_LARGEST = 2**32 - 1
-COMMITTED = "index.json"  # written last beside finished shards
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-INDEX_VERSION = 1
-_FIRST_NAMES, _NAME_LENGTH = 20, 300  # of misnamed images of a shard, kept to be told
+REMADE = "; remove it, and it is made or fetched again"
+_NO_MEMBER = (0, 0)
+_FIRST_NAMES, _NAME_LENGTH = 20, 300  # of misnamed images of a shard, kept for messages
+_SHOWN = 3  # shards that a message names
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
+# What numpy's reader of headers may raise
+_UNREADABLE = (ValueError, EOFError, TypeError, SyntaxError, RecursionError, MemoryError, tokenize.TokenError)
 
 
 @dataclass(frozen=True)
-class Lost:
-    """Images of a tar that have no row."""
+class Missing:
+    """How many images of a tar have no row."""
 
     behind: int = 0  # behind a damage: an estimate
     misnamed: int = 0  # whose name has another dot before its suffix, and whose key has no image
@@ -66,25 +71,20 @@ class Shard:
     fingerprint: str  # sha256 of the tar
     ignored: int = 0  # members that are neither an image nor the JSON of one
     version: str = ""  # when it was found: of a remote tar its ETag, of a local one its time of change
-    lost: Lost = Lost()
+    missing: Missing = Missing()
 
 
 @dataclass(frozen=True)
 class Scan:
-    """What a tar has: places of its images in file order, (P,) of ROW, how many other members, and what is lost."""
+    """What a tar has: places of its images in file order, (P,) of ROW, how many other members, and what is missing."""
 
     rows: NDArray[Any]
     ignored: int
-    lost: Lost
-
-
-def version_of(stat: os.stat_result) -> str:
-    """What tells a local file from a later one of its name: whole seconds, which every file system keeps."""
-    return str(stat.st_mtime_ns // 10**9)
+    missing: Missing
 
 
 def index_shard(path: str | os.PathLike[str]) -> tuple[NDArray[Any], Shard]:
-    """Places of a tar's images in file order, (P,) of ROW, and the shard they make."""
+    """Places of a tar's images in file order, (P,) of ROW, and its shard."""
     path = Path(path)
     with path.open("rb") as file:
         stat = os.fstat(file.fileno())
@@ -98,14 +98,25 @@ def index_shard(path: str | os.PathLike[str]) -> tuple[NDArray[Any], Shard]:
         fingerprint,
         found.ignored,
         version_of(stat),
-        found.lost,
+        found.missing,
     )
 
 
-def scan(file: IO[bytes], path: Path | str, size: int) -> Scan:
-    """What a tar of so many bytes has.
+def version_of(stat: os.stat_result) -> str:
+    """What tells a local file from a later one of its name: whole seconds, which every file system keeps."""
+    return str(stat.st_mtime_ns // 10**9)
 
-    What cannot be used keeps a row, which says why. A tar that is damaged further on ends with such a row.
+
+def sha256_of(file: BufferedReader) -> str:
+    """Of all bytes of a file."""
+    file.seek(0)
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def scan(file: IO[bytes], path: Path | str, size: int) -> Scan:
+    """What a tar of `size` bytes has; DamagedTar where it has no image before a damage.
+
+    An image that cannot be used keeps a row, which says why. A tar that is damaged further on ends with such a row.
     """
     images: dict[str, tuple[int, int]] = {}
     texts: dict[str, tuple[int, int]] = {}
@@ -116,46 +127,41 @@ def scan(file: IO[bytes], path: Path | str, size: int) -> Scan:
     try:
         for member in members_of(file, path, size):
             key, suffix = (None if member.isdir() else split_name(member.name)) or ("", "")
-            why = _why_refused(images, key, member) if _is_image(suffix) else 0
-            if why:
+            is_image = suffix in IMAGE_SUFFIXES
+            if is_image and (why := _why_refused(images, key, member)):
                 refused.append((member.offset_data, 0, why, 0))
-            elif _is_image(suffix):
+            elif is_image:
                 images[key] = (member.offset_data, member.size)
             elif suffix == "json" and not _why_refused(texts, key, member):
                 texts[key] = (member.offset_data, member.size)
-            elif _is_image(suffix.rpartition(".")[2]):
+            elif suffix.rpartition(".")[2] in IMAGE_SUFFIXES:
                 others.setdefault(key, []).append(member.name)
             else:
                 ignored += not member.isdir()
     except DamagedTar as error:
         if not images and not refused:
             raise
-        behind = _behind(error, [*images.values()], size)
+        behind = _missing_behind(error, [*images.values()], size)
         damage = [(error.offset, 0, DAMAGED, 0)]
-    empty = (0, 0)
-    places = sorted([*((*image, *texts.get(key, empty)) for key, image in images.items()), *refused])
+    places = sorted([*((*image, *texts.get(key, _NO_MEMBER)) for key, image in images.items()), *refused])
     misnamed = [name for key, names in others.items() if key not in images for name in names]
     ignored += sum(key not in images for key in texts) + sum(map(len, others.values())) - len(misnamed)
-    lost = Lost(behind, len(misnamed), tuple(name[:_NAME_LENGTH] for name in misnamed[:_FIRST_NAMES]))
-    return Scan(np.array(places + damage, dtype=ROW), ignored, lost)
+    missing = Missing(behind, len(misnamed), tuple(name[:_NAME_LENGTH] for name in misnamed[:_FIRST_NAMES]))
+    return Scan(np.array(places + damage, dtype=ROW), ignored, missing)
 
 
-def _behind(damage: DamagedTar, images: list[tuple[int, int]], size: int) -> int:
-    """About how many images are lost behind a damage: its bytes over those of an image so far.
+def _missing_behind(damage: DamagedTar, images: list[tuple[int, int]], size: int) -> int:
+    """About how many images are missing behind a damage: its bytes over those of an image so far.
 
-    What a file that ends inside a member would have gone on with nobody knows: as much again is presumed.
+    How a file that ends inside a member would have gone on is unknown: as many images again are presumed.
     """
     if not images:
         return 0
     whole = [(offset, length) for offset, length in images if offset + length <= size]
     end = max((offset + length for offset, length in whole), default=0)
     each = end / len(whole) if whole else size
-    lost = (size - (end if damage.cut else damage.offset)) / each if each else 0
-    return max(round(lost), len(images) if damage.cut else 0)
-
-
-def _is_image(suffix: str) -> bool:
-    return suffix in IMAGE_SUFFIXES
+    missing = (size - (end if damage.cut else damage.offset)) / each if each else 0
+    return max(round(missing), len(images) if damage.cut else 0)
 
 
 def _why_refused(found: Mapping[str, object], key: str, member: tarfile.TarInfo) -> int:
@@ -172,14 +178,8 @@ def refusal(place: Any) -> str:
     return "" if place["json_size"] else REFUSED.get(int(place["json_offset"]), "")
 
 
-def sha256_of(file: BufferedReader) -> str:
-    """Of all bytes of a file."""
-    file.seek(0)
-    return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 class OpenFile:
-    """A descriptor that closes when the last reader lets go of it, so a bounded cache may forget it at any time.
+    """A descriptor that closes when its last reader drops it, so a bounded cache may forget it at any time.
 
     Args:
         listed: size and version that the file had when it was listed, and must have at every read; None: any.
@@ -225,9 +225,9 @@ def write_rows(path: Path, rows: NDArray[Any]) -> None:
 
 
 def entry(shard: Shard) -> dict[str, Any]:
-    """A shard's line in an index file: all but where it lies, and what is lost where something is."""
-    line = {key: value for key, value in asdict(shard).items() if key not in ("path", "version")}
-    return line if shard.lost.images else {key: value for key, value in line.items() if key != "lost"}
+    """A shard's line in an index file: all but where it lies; missing images only where there are any."""
+    line = {key: value for key, value in asdict(shard).items() if key not in ("path", "version", "missing")}
+    return line | {"lost": asdict(shard.missing)} if shard.missing.images else line
 
 
 def shard_of(line: Any, path: str, where: Path | str) -> Shard:
@@ -239,9 +239,9 @@ def shard_of(line: Any, path: str, where: Path | str) -> Shard:
     names: tuple[Any, ...] = ()
     counts: tuple[Any, ...] = ()
     try:
-        lost = line.get("lost", {"behind": 0, "misnamed": 0, "names": []})
-        names = (line["name"], line["fingerprint"], *lost["names"])
-        counts = (line["rows"], line["bytes"], line["ignored"], lost["behind"], lost["misnamed"])
+        missing = line.get("lost", {"behind": 0, "misnamed": 0, "names": []})
+        names = (line["name"], line["fingerprint"], *missing["names"])
+        counts = (line["rows"], line["bytes"], line["ignored"], missing["behind"], missing["misnamed"])
     except (AttributeError, KeyError, TypeError):
         pass
     right = bool(names) and all(type(name) is str for name in names) and all(type(n) is int and n >= 0 for n in counts)
@@ -251,74 +251,11 @@ def shard_of(line: Any, path: str, where: Path | str) -> Shard:
             f"fingerprint of 64 hex digits, got {line!r:.300}"
         )
     rows, size, ignored, behind, misnamed = counts
-    return Shard(names[0], path, rows, size, names[1], ignored, lost=Lost(behind, misnamed, tuple(names[2:])))
-
-
-BEHIND = "lost behind the place from which on the shard is damaged or cut off, as an estimate"
-MISNAMED = "a further dot in its name, which ends a key at the first one, and no image of just that key: rename it"
-_SHOWN = 3  # shards of a kind that are named in words
-
-
-@dataclass(frozen=True)
-class Loss:
-    """Some images of a shard without a row, for a list of what is bad."""
-
-    shard: Shard
-    key: str  # a member's name; "" where none is known
-    reason: str
-    images: int
-
-
-def lost_images(shards: Sequence[Shard]) -> int:
-    """How many images have no row, as far as one can say."""
-    return sum(shard.lost.images for shard in shards)
-
-
-def losses_of(shards: Sequence[Shard]) -> Iterator[Loss]:
-    """What is lost by shard, the first of the names one by one."""
-    for shard in shards:
-        lost = shard.lost
-        if lost.behind:
-            yield Loss(shard, "", BEHIND, lost.behind)
-        yield from (Loss(shard, name, MISNAMED, 1) for name in lost.names)
-        if lost.misnamed > len(lost.names):
-            yield Loss(shard, "and others", MISNAMED, lost.misnamed - len(lost.names))
-
-
-def describe_missing(shards: Sequence[Shard]) -> Iterator[str]:
-    """A line for each way in which images are lost, with the first shards and what to do; none where none are."""
-    damaged, said = _those(shards, lambda lost: lost.behind)
-    if damaged:
-        yield (
-            f"about {damaged} images are lost in {said}: damaged, or cut off, after the rows that are read; "
-            "fetch or make these shards again"
-        )
-    misnamed, said = _those(shards, lambda lost: lost.misnamed)
-    if misnamed:
-        name = next(name for shard in shards for name in shard.lost.names)
-        stem, _, suffix = name.rpartition(".")
-        folder, slash, base = stem.rpartition("/")
-        right = f"{folder}{slash}{base.replace('.', '_')}.{suffix}"
-        yield (
-            f"{misnamed} images are left out in {said}: a key ends at the first dot of a name, and theirs have no "
-            f"image of just that key; rename {name!r:.200} to {right!r:.200}, and so on"
-        )
-
-
-def _those(shards: Sequence[Shard], count: Callable[[Lost], int]) -> tuple[int, str]:
-    """How many images are lost in one way, and where."""
-    of = [shard for shard in shards if count(shard.lost)]
-    more = f" and {len(of) - _SHOWN} more" if len(of) > _SHOWN else ""
-    return sum(count(shard.lost) for shard in of), ", ".join(shard.path for shard in of[:_SHOWN]) + more
-
-
-REMADE = "; remove it, and it is made or fetched again"
-# What numpy's reader of headers may raise
-_UNREADABLE = (ValueError, EOFError, TypeError, SyntaxError, RecursionError, MemoryError, tokenize.TokenError)
+    return Shard(names[0], path, rows, size, names[1], ignored, missing=Missing(behind, misnamed, tuple(names[2:])))
 
 
 def read_index(text: bytes, where: Path | str) -> list[Shard]:
-    """The shards that the index file `where`, local or remote, says lie beside it; their paths are empty.
+    """The shards that the index file `where`, local or remote, lists; their paths are empty.
 
     Raises:
         ValueError: it is no such file.
@@ -337,17 +274,17 @@ def read_rows(file: IO[bytes], shard: Shard, where: str, *, remedy: str = "") ->
     """The rows that an index file `where` has of a shard, (P,) of ROW: mapped if it is a local file, else in memory.
 
     Args:
-        remedy: what may be done about a file that is refused, as the end of the message.
+        remedy: the end of the message: what to do about a file that is refused.
 
     Raises:
-        ValueError: it is no such file, or that of another shard as far as its length tells.
+        ValueError: it is no such file, or has the length of another shard's.
     """
     try:
         np.lib.format.read_magic(file)
         shape, _, dtype = np.lib.format.read_array_header_1_0(file)
     except _UNREADABLE as error:
-        said = " ".join(str(error).split())[:200]
-        raise ValueError(f"{where}: not an index of a shard: {type(error).__name__}: {said}{remedy}") from None
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{where}: not an index of a shard: {type(error).__name__}: {reason}{remedy}") from None
     start = file.tell()
     size = file.seek(0, os.SEEK_END) - start
     if dtype != ROW or shape != (shard.rows,) or size != shard.rows * ROW.itemsize:
@@ -362,7 +299,7 @@ def read_rows(file: IO[bytes], shard: Shard, where: str, *, remedy: str = "") ->
 
 
 def check_places(rows: NDArray[Any], shard: Shard, file: OpenFile, where: str) -> None:
-    """Holds the first and the last image of an index against the headers in front of them.
+    """Compares the first and the last image of an index with the headers in front of them.
 
     Raises:
         ValueError: there is no header of a file of that size, so this is the index of another shard.
@@ -371,11 +308,66 @@ def check_places(rows: NDArray[Any], shard: Shard, file: OpenFile, where: str) -
     for offset, size in ((int(place[0]["offset"]), int(place[0]["size"])) for place in places):
         try:
             header = file.read(offset - 512, 512) if 512 <= offset <= shard.bytes else b""
-            said = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").size
+            found = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").size
         except tarfile.HeaderError:
-            said = -1
-        if said != size:
+            found = -1
+        if found != size:
             raise ValueError(
                 f"{where}: has an image of {size} bytes at {offset}, where {shard.path} has none; it is the index of "
                 "another shard"
             )
+
+
+@dataclass(frozen=True)
+class MissingImages:
+    """Some images of a shard without a row, for a list of bad images."""
+
+    shard: Shard
+    key: str  # a member's name; "" where none is known
+    reason: str
+    images: int
+
+
+def count_missing(shards: Sequence[Shard]) -> int:
+    """How many images have no row, by an estimate behind damages."""
+    return sum(shard.missing.images for shard in shards)
+
+
+def list_missing(shards: Sequence[Shard]) -> Iterator[MissingImages]:
+    """What is missing by shard, the first of the names one by one."""
+    behind = "missing behind the place from which on the shard is damaged or cut off, as an estimate"
+    misnamed = "a further dot in its name, which ends a key at the first one, and no image of just that key: rename it"
+    for shard in shards:
+        missing = shard.missing
+        if missing.behind:
+            yield MissingImages(shard, "", behind, missing.behind)
+        yield from (MissingImages(shard, name, misnamed, 1) for name in missing.names)
+        if missing.misnamed > len(missing.names):
+            yield MissingImages(shard, "and others", misnamed, missing.misnamed - len(missing.names))
+
+
+def describe_missing(shards: Sequence[Shard]) -> Iterator[str]:
+    """A line for each way in which images are missing, with the first shards and what to do; none where none are."""
+    behind, where = _count_and_shards(shards, lambda missing: missing.behind)
+    if behind:
+        yield (
+            f"about {behind} images are missing in {where}: damaged, or cut off, after the rows that are read; "
+            "fetch or make these shards again"
+        )
+    misnamed, where = _count_and_shards(shards, lambda missing: missing.misnamed)
+    if misnamed:
+        name = next(name for shard in shards for name in shard.missing.names)
+        stem, _, suffix = name.rpartition(".")
+        folder, slash, base = stem.rpartition("/")
+        right = f"{folder}{slash}{base.replace('.', '_')}.{suffix}"
+        yield (
+            f"{misnamed} images are left out in {where}: a key ends at the first dot of a name, and theirs have no "
+            f"image of just that key; rename {name!r:.200} to {right!r:.200}, and so on"
+        )
+
+
+def _count_and_shards(shards: Sequence[Shard], count: Callable[[Missing], int]) -> tuple[int, str]:
+    """How many images are missing in one way, and the first shards where."""
+    of = [shard for shard in shards if count(shard.missing)]
+    more = f" and {len(of) - _SHOWN} more" if len(of) > _SHOWN else ""
+    return sum(count(shard.missing) for shard in of), ", ".join(shard.path for shard in of[:_SHOWN]) + more

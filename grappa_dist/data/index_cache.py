@@ -1,16 +1,14 @@
-"""What runs note of shards in their index folder: small JSON files, checked when they are read.
+"""The index cache of a run: what is known of shards from earlier runs, in small JSON files checked when they are read.
 
-Three kinds: the shard that a tar without an index was found to be, the state in which a shard was held against its
-checksum, and the versions of the objects of a remote folder that has an index.
-
-Shards that changed after their index was made: noticed by their times, judged by their checksum.
+Three kinds: the shard that a tar without an index was found to be (its rows lie in a .npy beside), the state in which a
+shard had the checksum of its index, and the versions of the objects of a remote folder that has an index.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,17 +17,17 @@ from grappa_dist.data.index import COMMITTED, Shard, entry, sha256_of, shard_of
 from grappa_dist.files import read_json, write_json
 
 State = Mapping[str, str | int]  # of a tar: what changes whenever its bytes do, as far as its store tells
-Seen = Mapping[str, tuple[str, str]]  # name of an object -> fingerprint in the index beside it, and version
+Versions = Mapping[str, tuple[str, str]]  # name of an object -> fingerprint in the index beside it, and version
 READER = 2  # raise it when the same tar gives other rows, or something else is kept of it
 
 
 @dataclass(frozen=True)
-class Notes:
-    """The notes of a folder.
+class IndexCache:
+    """What a folder keeps of shards.
 
     Args:
-        folder: None: there are none, and none are made.
-        write: whether notes may be added; a folder that may only be read is read.
+        folder: None: nothing is kept.
+        write: whether anything may be added; else what is there is read.
     """
 
     folder: Path | None
@@ -43,49 +41,49 @@ class Notes:
         """Where the rows of a shard are kept."""
         return None if self.folder is None else self.folder / f"{shard.fingerprint[:32]}.npy"
 
-    def indexed(self, tar: str, state: State) -> Shard | None:
-        """The shard that a tar was found to be, with its path; None where it has changed since, or never was read."""
+    def shard(self, tar: str, state: State) -> Shard | None:
+        """The shard that a tar was found to be, with its path; None where it has changed since, or was never read."""
         path, content = self._read(tar, ".json")
         if path is None or content.get("state") != {**state, "reader": READER}:
             return None
         return replace(shard_of(content.get("shard"), tar, path), version=str(state["version"]))
 
-    def note_indexed(self, tar: str, state: State, shard: Shard) -> None:
+    def put_shard(self, tar: str, state: State, shard: Shard) -> None:
         self._write(tar, ".json", {"state": {**state, "reader": READER}, "shard": entry(shard)})
 
-    def is_unchanged(self, tar: str, state: State) -> bool:
-        """Whether a shard was held against its checksum in this state."""
+    def is_verified(self, tar: str, state: State) -> bool:
+        """Whether a shard had the checksum of its index in this state."""
         return self._read(tar, ".unchanged.json")[1] == dict(state)
 
-    def note_unchanged(self, tar: str, state: State) -> None:
+    def put_verified(self, tar: str, state: State) -> None:
         self._write(tar, ".unchanged.json", state)
 
-    def seen(self, folder: str) -> Seen:
-        """What an earlier run saw in a remote folder; empty where none did."""
+    def versions(self, folder: str) -> Versions:
+        """What an earlier run listed in a remote folder; empty where none did."""
         path, content = self._read(folder, ".seen.json")
         for name, pair in content.items():
             if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
-                raise _broken(path, f"{name!r:.100} has {pair!r:.100}, expected a fingerprint and a version")
+                raise _damaged(path, f"{name!r:.100} has {pair!r:.100}, expected a fingerprint and a version")
         return {name: (pair[0], pair[1]) for name, pair in content.items()}
 
-    def note_seen(self, folder: str, seen: Seen) -> None:
-        self._write(folder, ".seen.json", seen)
+    def put_versions(self, folder: str, versions: Versions) -> None:
+        self._write(folder, ".seen.json", versions)
 
     def _path(self, about: str, kind: str) -> Path | None:
         name = f"{hashlib.sha256(os.fsencode(about)).hexdigest()[:32]}{kind}"
         return None if self.folder is None else self.folder / name
 
     def _read(self, about: str, kind: str) -> tuple[Path | None, dict[str, Any]]:
-        """A note with its path; None and nothing where there is none."""
+        """The path and the content of a file; None and nothing where there is none."""
         path = self._path(about, kind)
         if path is None or not path.is_file():
             return None, {}
         try:
             content = read_json(path)
         except ValueError as error:
-            raise _broken(path, str(error).removeprefix(f"{path}: ")) from None
+            raise _damaged(path, str(error).removeprefix(f"{path}: ")) from None
         if not isinstance(content, dict):
-            raise _broken(path, f"a {type(content).__name__}, expected an object")
+            raise _damaged(path, f"a {type(content).__name__}, expected an object")
         return path, content
 
     def _write(self, about: str, kind: str, content: Mapping[str, Any]) -> None:
@@ -94,8 +92,8 @@ class Notes:
             write_json(path, content)
 
 
-def _broken(path: Path | None, reason: str) -> ValueError:
-    return ValueError(f"{path}: a damaged note: {reason}; remove it, what it says is looked up anew")
+def _damaged(path: Path | None, reason: str) -> ValueError:
+    return ValueError(f"{path}: a damaged file of the index cache: {reason}; remove it, and it is made anew")
 
 
 def local_state(tar: Path) -> dict[str, str | int]:
@@ -108,35 +106,35 @@ def local_state(tar: Path) -> dict[str, str | int]:
     return {"path": str(tar), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "ctime_ns": ctime_ns}
 
 
-def check_unchanged(
-    tar: Path, described: Shard, indexed_ns: int, notes: Notes, *, tell: Callable[[], object] = lambda: None
-) -> None:
-    """Holds a shard that was touched after the index beside it was written against the checksum there, once.
+def verify_unchanged(tar: Path, described: Shard, indexed_ns: int, cache: IndexCache) -> bool:
+    """Compares the checksum of a shard that was touched after the index beside it was written, once.
 
-    A writer leaves the index last, so what it wrote is older. A copy may well be newer, so time alone says nothing; but
-    it says where to look, and only there all bytes are read. What was found good is noted with its size and times.
+    A writer leaves the index last, so what it wrote is older. A copy may well be newer, so time alone proves nothing;
+    but only where it is newer are all bytes read. A shard that was found good is kept with its size and times.
 
     Args:
         indexed_ns: when that index was written.
-        tell: hears that a shard had to be read.
+
+    Returns:
+        Whether the shard had to be read.
 
     Raises:
         ValueError: the bytes are not those that were indexed.
     """
     state = local_state(tar)
     if max(int(state["mtime_ns"]), int(state["ctime_ns"])) <= indexed_ns:
-        return
-    if notes.folder is not None and not notes.write:
-        return  # a plan, say, which leaves the reading to the run that can note it
+        return False
+    if cache.folder is not None and not cache.write:
+        return False  # a plan, say, which leaves the reading to the run that can keep the result
     checked = {**state, "fingerprint": described.fingerprint}
-    if notes.is_unchanged(str(tar), checked):
-        return
+    if cache.is_verified(str(tar), checked):
+        return False
     with open(tar, "rb") as file:
         found = sha256_of(file)
-    tell()
     if found != described.fingerprint:
         raise ValueError(
             f"{tar}: its bytes are no longer those that {COMMITTED} describes (sha256 {found[:12]}..., expected "
             f"{described.fingerprint[:12]}...); make the shards again, or delete {COMMITTED} to have them indexed anew"
         )
-    notes.note_unchanged(str(tar), checked)
+    cache.put_verified(str(tar), checked)
+    return True

@@ -1,9 +1,10 @@
-"""collect: where the images come from, either the user's shards or a collection that a function draws."""
+"""The images of a run: the user's shards, or the shards of a data set that a function of the config generates."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib
+import threading
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -17,28 +18,8 @@ from grappa_dist.data.rng import Purpose, permutation
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.data.writer import ShardWriter
 
-ROWS_PER_SHARD = 256
+ROWS_PER_SHARD = 256  # of a generated data set
 INDEXING_S = 5.0  # between two lines about tars that have to be read
-
-
-def collection_of(store: Store, data: DataConfig) -> Artifact:
-    settings = {"collection": data.collection, "kwargs": data.collection_kwargs, "rows_per_shard": ROWS_PER_SHARD}
-    return store.artifact("collection", settings, {})
-
-
-def draw_collection(data: DataConfig, artifact: Artifact) -> None:
-    """Draws a collection into shards; the function yields items with split, task, label, encoded and suffix."""
-    if artifact.complete:
-        return
-    folder = artifact.begin()
-    drawings = list(_call(data))
-    for split in ("train", "test"):
-        items = [d for d in drawings if d.split == split]
-        with ShardWriter(folder / split, rows_per_shard=ROWS_PER_SHARD) as writer:
-            for i in permutation(len(items), Purpose.DATA_SET_ORDER).tolist():
-                item = items[i]
-                writer.write(item.encoded, item.suffix, label=item.label, task=item.task)
-    artifact.commit()
 
 
 def open_images(
@@ -52,21 +33,15 @@ def open_images(
     """Training and test images; test is None where there are none, and the training images are looked at instead.
 
     Args:
-        say: hears now and then how many tars had to be read to the end, and which images are lost in them.
+        log: gets a line now and then about tars that are read to the end, and one for each way in which images are
+            missing.
     """
-    index, cache, heard = store.root / "index", cache_of(where or Resources()), time.monotonic()
-
-    def tell(count: int) -> None:
-        nonlocal heard
-        if time.monotonic() - heard > INDEXING_S:
-            heard = time.monotonic()
-            log(f"collect: {count} tars without an index, or newer than theirs, read to the end")
-
+    index, cache, on_read = store.root / "index", cache_of(where or Resources()), _read_tars_logger(log)
     if data.collection:
-        folder = collection_of(store, data).path
+        folder = generated_data_set(store, data).path
         return ImageShards.open([folder / "train"], index), ImageShards.open([folder / "test"], index)
-    train = ImageShards.open(data.train, index, cache, write=write_index, tell=tell)
-    test = ImageShards.open(data.test, index, cache, write=write_index, tell=tell) if data.test else None
+    train = ImageShards.open(data.train, index, cache, write=write_index, on_read=on_read)
+    test = ImageShards.open(data.test, index, cache, write=write_index, on_read=on_read) if data.test else None
     for line in describe_missing([*train.shards, *(test.shards if test else ())]):
         log(f"warning: {line}")
     if not len(train):
@@ -74,29 +49,52 @@ def open_images(
     return train, test
 
 
-def ends_of(*collections: ImageShards) -> tuple[ImageShards, ...]:
-    """The shards of the first and of the last image of each: few enough to be sent to every node."""
-    return tuple(
-        images.part(shard)
-        for images in collections
-        for shard in sorted({images.locate(row)[0] for row in (0, len(images) - 1)})
-    )
+def _read_tars_logger(log: Callable[[str], None]) -> Callable[[], None]:
+    """Counts tars that were read to the end, for any number of threads, and logs the count every INDEXING_S."""
+    lock, count, logged = threading.Lock(), 0, time.monotonic()
 
+    def on_read() -> None:
+        nonlocal count, logged
+        with lock:
+            count += 1
+            if time.monotonic() - logged > INDEXING_S:
+                logged = time.monotonic()
+                log(f"load: {count} tars without an index, or newer than theirs, read to the end")
 
-def read_a_little(parts: Iterable[ImageShards]) -> None:
-    """Reads the first and the last image of each, or raises what is in the way; a bad image is not."""
-    for images in parts:
-        for row in {0, len(images) - 1}:
-            with contextlib.suppress(BadImage):
-                images.image_bytes(row)
+    return on_read
 
 
 def cache_of(where: Resources) -> CacheSettings:
     return CacheSettings(where.cache_dir, where.cache_bytes, where.requests_in_flight)
 
 
-def collection_sizes(data: DataConfig) -> dict[str, int]:
-    """How many images a collection will have, without drawing it: the `sizes` beside its function."""
+def generated_data_set(store: Store, data: DataConfig) -> Artifact:
+    settings = {"collection": data.collection, "kwargs": data.collection_kwargs, "rows_per_shard": ROWS_PER_SHARD}
+    return store.artifact("collection", settings, {})
+
+
+def is_generated(data: DataConfig, store: Store) -> bool:
+    """Whether nothing is left to generate: there is such a data set, or the shards are the user's."""
+    return data.collection is None or generated_data_set(store, data).complete
+
+
+def generate_data_set(data: DataConfig, artifact: Artifact) -> None:
+    """Writes the shards of a generated data set; its function yields items with split, task, label, encoded, suffix."""
+    if artifact.complete:
+        return
+    folder = artifact.begin()
+    generated = list(_call(data))
+    for split in ("train", "test"):
+        items = [item for item in generated if item.split == split]
+        with ShardWriter(folder / split, rows_per_shard=ROWS_PER_SHARD) as writer:
+            for i in permutation(len(items), Purpose.DATA_SET_ORDER).tolist():
+                item = items[i]
+                writer.write(item.encoded, item.suffix, label=item.label, task=item.task)
+    artifact.commit()
+
+
+def generated_sizes(data: DataConfig) -> dict[str, int]:
+    """How many images a data set will have, without generating it: the `sizes` beside its function."""
     module = _module(data)
     return dict(module.sizes(**{k: v for k, v in data.collection_kwargs.items() if k != "seed"}))
 
@@ -121,5 +119,18 @@ def _module(data: DataConfig) -> Any:
         raise ValueError(f"data.collection={data.collection}: {error}; is its folder on PYTHONPATH?") from error
 
 
-def has_drawn(data: DataConfig, store: Store) -> bool:
-    return data.collection is None or collection_of(store, data).complete
+def ends_of(*data_sets: ImageShards) -> tuple[ImageShards, ...]:
+    """The shards of the first and of the last image of each: few enough to be sent to every node."""
+    return tuple(
+        images.part(shard)
+        for images in data_sets
+        for shard in sorted({images.locate(row)[0] for row in (0, len(images) - 1)})
+    )
+
+
+def read_a_little(parts: Iterable[ImageShards]) -> None:
+    """Reads the first and the last image of each: raises what prevents that, but for a bad image."""
+    for images in parts:
+        for row in {0, len(images) - 1}:
+            with contextlib.suppress(BadImage):
+                images.image_bytes(row)

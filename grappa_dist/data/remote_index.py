@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from grappa_dist.data.block_cache import CacheSettings, fetchers
 from grappa_dist.data.index import COMMITTED, REMADE, Shard, read_index, read_rows, scan
-from grappa_dist.data.index_cache import Notes
+from grappa_dist.data.index_cache import IndexCache
 from grappa_dist.data.remote import (
     RemoteFile,
     RemoteObject,
@@ -33,7 +33,7 @@ _PIECES_AHEAD = 3
 
 @dataclass(frozen=True)
 class RemoteRows:
-    """The index file of a remote shard, fetched when its first image is wanted."""
+    """The index file of a remote shard, fetched when its first image is read."""
 
     url: str
     local: str | None  # where it is kept; None: in memory
@@ -59,12 +59,12 @@ class RemoteRows:
 
 
 def index_remote(about: RemoteObject, settings: CacheSettings) -> tuple[NDArray[Any], Shard]:
-    """Places of a remote tar's images in file order, (P,) of ROW, and the shard they make; the tar is read once."""
+    """Places of a remote tar's images in file order, (P,) of ROW, and its shard; the tar is read once."""
     stream = _Stream(_pieces(about, settings))
     found = scan(cast(IO[bytes], stream), about.url, about.size)
     fingerprint, rows = stream.finish(), found.rows
     return rows, Shard(
-        about.name, about.url, len(rows), about.size, fingerprint, found.ignored, about.version, found.lost
+        about.name, about.url, len(rows), about.size, fingerprint, found.ignored, about.version, found.missing
     )
 
 
@@ -145,7 +145,7 @@ def list_remote(entry: str) -> list[RemoteObject]:
 
 
 def committed_indexes(
-    tars: Sequence[RemoteObject], whole: Sequence[str], notes: Notes
+    tars: Sequence[RemoteObject], whole: Sequence[str], cache: IndexCache
 ) -> dict[str, tuple[Shard, RemoteRows]]:
     """Shard and index of the tars, by URL, that have an index beside them.
 
@@ -163,31 +163,31 @@ def committed_indexes(
         gone = known.keys() - {tar.name for tar in found} if folder in whole else set()
         for name in sorted(gone):
             raise ValueError(f"{folder}/{name}: missing, but the index beside it has it; the shards changed")
-        _check_committed(folder, known, found, notes)
+        _check_committed(folder, known, found, cache)
         for tar in found:
             shard, rows = known[tar.name]
-            kept = notes.rows_path(shard)
-            local = str(kept) if kept is not None and notes.writes else None
+            kept = cache.rows_path(shard)
+            local = str(kept) if kept is not None and cache.writes else None
             result[tar.url] = (replace(shard, version=tar.version), RemoteRows(rows, local))
     return result
 
 
 def _check_committed(
-    folder: str, known: dict[str, tuple[Shard, str]], found: Sequence[RemoteObject], notes: Notes
+    folder: str, known: dict[str, tuple[Shard, str]], found: Sequence[RemoteObject], cache: IndexCache
 ) -> None:
-    """Holds the objects of a folder against its index, and against what an earlier run saw there.
+    """Compares the objects of a folder with its index, and with what an earlier run listed there.
 
     Raises:
         ValueError: an object is new, has another size, or has changed under an index that has not.
     """
-    before = notes.seen(folder)
+    before = cache.versions(folder)
     now = {}
     for about in found:
         shard = known[about.name][0] if about.name in known else None
         if shard is None or shard.bytes != about.size:
-            said = "absent" if shard is None else shard.bytes
+            expected = "absent" if shard is None else shard.bytes
             raise ValueError(
-                f"{about.url}: its size is {about.size} but the index beside it says {said}; "
+                f"{about.url}: its size is {about.size} but the index beside it says {expected}; "
                 "the shards changed after indexing"
             )
         now[about.name] = (shard.fingerprint, about.version)
@@ -198,4 +198,4 @@ def _check_committed(
                 "and the index beside it is the same; the shard changed after indexing"
             )
     if (merged := {**before, **now}) != before:
-        notes.note_seen(folder, merged)
+        cache.put_versions(folder, merged)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from grappa_dist.data.block_cache import BlockFile, CacheSettings, ReadAt, fetchers, open_blocks
 from grappa_dist.data.decoding import BadImage
-from grappa_dist.data.discovery import Index, Progress, find_shards
+from grappa_dist.data.discovery import Index, find_shards
 from grappa_dist.data.index import DAMAGED, REFUSED, REMADE, OpenFile, Shard, check_places, read_rows, refusal
 from grappa_dist.data.remote import RemoteObject, is_remote
 from grappa_dist.data.remote_index import RemoteRows
@@ -30,7 +30,7 @@ def _open(shard: Shard) -> OpenFile:
     return OpenFile(shard.path, (shard.bytes, shard.version) if shard.version else None)
 
 
-_FETCHING = [threading.Lock() for _ in range(64)]  # by shard: threads that want the same index wait for one fetch
+_FETCHING = [threading.Lock() for _ in range(64)]  # by shard: threads that need the same index wait for one fetch
 
 
 def _rows_of(index: Index, shard: Shard) -> NDArray[Any]:
@@ -75,7 +75,7 @@ class ImageShards:
         cache: CacheSettings = CacheSettings(),  # noqa: B008 - frozen
         *,
         write: bool = True,
-        tell: Progress = lambda count: None,
+        on_read: Callable[[], object] = lambda: None,
     ) -> ImageShards:
         """The shards of folders, tars or glob patterns, here or on a remote store, in that order and by name in each.
 
@@ -83,9 +83,9 @@ class ImageShards:
         `index_dir` once, or, with None or without `write`, into memory and nothing is written.
 
         Args:
-            tell: hears how many tars had to be read.
+            on_read: called, by any of several threads, for each tar that had to be read to the end.
         """
-        found = find_shards(paths, None if index_dir is None else Path(index_dir), cache, write=write, tell=tell)
+        found = find_shards(paths, None if index_dir is None else Path(index_dir), cache, write=write, on_read=on_read)
         return ImageShards(tuple(shard for shard, _ in found), tuple(index for _, index in found), cache)
 
     @cached_property

@@ -18,7 +18,7 @@ from grappa_dist.artifacts import Artifact, Store
 from grappa_dist.config import Config
 from grappa_dist.console import EVENTS_FILE, METRICS_FILE, duration, read_events
 from grappa_dist.data.decoding import decode
-from grappa_dist.data.index import losses_of, lost_images
+from grappa_dist.data.index import count_missing, list_missing
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.report import (
     Clustering,
@@ -224,20 +224,20 @@ def describe_bad_images(flow: Flow, *, reported: bool) -> str:
     if reported and _has_test(flow):
         groups["test"] = (flow.test, flow.test_features["backbone"])
     unread = {name: len(bad_reasons(*group)) for name, group in groups.items()}
-    lost = {name: lost_images(images.shards) for name, (images, _) in groups.items()}
+    missing = {name: count_missing(images.shards) for name, (images, _) in groups.items()}
     counts = [
-        f"{unread[name] + lost[name]} of {len(images) + lost[name]} {name} images"
-        + (f" (about {lost[name]} have no row)" if lost[name] else "")
+        f"{unread[name] + missing[name]} of {len(images) + missing[name]} {name} images"
+        + (f" (about {missing[name]} have no row)" if missing[name] else "")
         for name, (images, _) in groups.items()
-        if unread[name] + lost[name]
+        if unread[name] + missing[name]
     ]
     if not counts:
         return ""
     if reported:
-        lines = sum(unread.values()) + sum(1 for images, _ in groups.values() for _ in losses_of(images.shards))
+        lines = sum(unread.values()) + sum(1 for images, _ in groups.values() for _ in list_missing(images.shards))
         where = f"the report lists {'them' if lines <= MOST_BAD_ROWS else f'the first {MOST_BAD_ROWS}'} with reasons"
     else:
-        those = "those that have a row," if any(lost.values()) else "them"
+        those = "those that have a row," if any(missing.values()) else "them"
         where = f"features/backbone/*/bad.json list {those} with reasons"
     return f"bad images, which take part in nothing: {' and '.join(counts)}; {where}"
 
@@ -247,8 +247,8 @@ def _bad(images: ImageShards, features: Sequence[Artifact]) -> Iterator[BadRow]:
         shard, _ = images.locate(row)
         file = images.name(row) if number < MOST_BAD_ROWS else ""  # only for the rows that are listed
         yield BadRow(shard=images.shards[shard].name, key=images.key(row), reason=reason, file=file)
-    for loss in losses_of(images.shards):
-        yield BadRow(shard=loss.shard.name, key=loss.key, reason=loss.reason, images=loss.images)
+    for some in list_missing(images.shards):
+        yield BadRow(shard=some.shard.name, key=some.key, reason=some.reason, images=some.images)
 
 
 def _bad_test(flow: Flow) -> Iterator[BadRow]:

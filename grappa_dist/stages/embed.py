@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from grappa_dist.artifacts import Artifact, RowArrays, Store, wait_until_seen
 from grappa_dist.config import EmbedConfig
 from grappa_dist.console import pluralize
-from grappa_dist.data.index import Shard, describe_missing, lost_images
+from grappa_dist.data.index import Shard, count_missing, describe_missing
 from grappa_dist.data.loader import load_or_skip, read_batches
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.data.transforms import pixels_class
@@ -198,7 +198,7 @@ def check_bad_share(images: ImageShards, bad: Mapping[int, str], limit: float, r
     Raises:
         ValueError: they are more.
     """
-    missing = lost_images(images.shards)
+    missing = count_missing(images.shards)
     count, total = len(bad) + missing, len(images) + missing
     if count <= limit * total:
         return

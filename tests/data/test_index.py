@@ -79,7 +79,7 @@ def test_a_link_in_place_of_an_image_is_a_bad_row(tmp_path: Path) -> None:
     assert [key for key, why in bad_rows(tmp_path) if "link" in why] == ["a1", "a2", "a6"]
 
 
-def test_a_tar_cut_anywhere_keeps_what_is_whole_and_a_row_for_what_is_lost(tmp_path: Path) -> None:
+def test_a_tar_cut_anywhere_keeps_what_is_whole_and_a_row_for_what_is_missing(tmp_path: Path) -> None:
     tar = write_tar(tmp_path / "t.tar", {"a.jpg": b"a" * 700, "b.jpg": b"b" * 10, "b.json": b"{}"})
     whole, end = tar.read_bytes(), 512 + 1024 + 512 + 512 + 512 + 512  # of the last member
     for length in (0, 1, 511):
@@ -92,7 +92,7 @@ def test_a_tar_cut_anywhere_keeps_what_is_whole_and_a_row_for_what_is_lost(tmp_p
         good = [shards.image_bytes(row) for row in range(len(shards) - len(bad))]
         assert good == [b"a" * 700, b"b" * 10][: (length >= 512 + 700) + (length >= 512 + 1024 + 512 + 10)]
         assert bad[-1][0] == ""
-        assert "what follows is lost" in bad[-1][1]
+        assert "what follows is missing" in bad[-1][1]
         assert [why for _, why in bad[:-1]] in ([], ["cut off: the shard ends inside it"])
         assert [shards.labels(row) for row in range(len(good))] in ([], [None], [None, None], [None, {}])
     tar.write_bytes(whole[: end + 512])

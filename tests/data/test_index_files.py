@@ -1,4 +1,4 @@
-"""Index files and notes that are cut, swapped, hostile or another program's: each is refused by name."""
+"""Index files, and those of the index cache, that are cut, swapped, hostile or another program's: each is refused."""
 
 from __future__ import annotations
 
@@ -141,7 +141,9 @@ def test_any_bytes_are_the_rows_of_a_shard_or_refused() -> None:
 
 
 @pytest.mark.parametrize("text", ["[1]", '{"state"', "7", '"x"'])
-def test_a_damaged_note_is_refused_by_name_and_one_of_another_version_is_made_again(tmp_path: Path, text: str) -> None:
+def test_a_damaged_file_of_the_index_cache_is_refused_and_one_of_another_version_is_made_again(
+    tmp_path: Path, text: str
+) -> None:
     write_folder(tmp_path / "web" / "f", 4, rows_per_shard=2)
     write_tar(tmp_path / "t.tar", {"a.jpg": b"a"})
     copy = Path(shutil.copytree(tmp_path / "web" / "f", tmp_path / "copy"))
@@ -150,15 +152,16 @@ def test_a_damaged_note_is_refused_by_name_and_one_of_another_version_is_made_ag
             index = tmp_path / f"index{kinds}"
             settings = CacheSettings(str(tmp_path / "cache"), 2**20, 4)
             before = ImageShards.open([entry], index, settings)
-            note = next(index.glob(f"*{kinds}.json"))
+            kept = next(index.glob(f"*{kinds}.json"))
             for content in ("{}", '{"state": {}, "shard": {}}') if kinds != ".seen" else ("{}",):
-                note.write_text(content)
+                kept.write_text(content)
                 assert ImageShards.open([entry], index, settings) == before
-            note.write_text(text)
-            with pytest.raises(ValueError, match=rf"{note.name}: a damaged note: .*; remove it"):
+            kept.write_text(text)
+            with pytest.raises(ValueError, match=rf"{kept.name}: a damaged file of the index cache: .*; remove it"):
                 ImageShards.open([entry], index, settings)
-        note.write_text('{"shard-000000.tar": ["a"]}')
+        kept.write_text('{"shard-000000.tar": ["a"]}')
         with pytest.raises(
-            ValueError, match=r"seen\.json: a damaged note: 'shard-000000\.tar' has \['a'\], expected a"
+            ValueError,
+            match=r"seen\.json: a damaged file of the index cache: 'shard-000000\.tar' has \['a'\], expected a",
         ):
             ImageShards.open([f"{door.url}/f"], index, settings)

@@ -8,13 +8,13 @@ import pytest
 
 from grappa_dist.artifacts import Store
 from grappa_dist.config import DataConfig
-from grappa_dist.data import open_images as collect
+from grappa_dist.data import open_images as module
 from grappa_dist.data.open_images import (
-    collection_of,
-    collection_sizes,
-    draw_collection,
     ends_of,
-    has_drawn,
+    generate_data_set,
+    generated_data_set,
+    generated_sizes,
+    is_generated,
     open_images,
     read_a_little,
 )
@@ -50,11 +50,11 @@ def of(**kwargs: int) -> DataConfig:
 
 def test_a_collection_is_drawn_once_into_shards_of_train_and_test(tmp_path: Path) -> None:
     store, data = Store(tmp_path), of(count=6)
-    assert not has_drawn(data, store)
-    draw_collection(data, collection_of(store, data))
-    assert has_drawn(data, store)
+    assert not is_generated(data, store)
+    generate_data_set(data, generated_data_set(store, data))
+    assert is_generated(data, store)
     before = tiny.files_below(tmp_path)
-    draw_collection(data, collection_of(store, data))
+    generate_data_set(data, generated_data_set(store, data))
     assert tiny.files_below(tmp_path) == before
     train, test = open_images(data, store)
     assert isinstance(test, ImageShards)
@@ -67,11 +67,11 @@ def test_a_collection_is_drawn_once_into_shards_of_train_and_test(tmp_path: Path
 
 def test_another_seed_is_another_collection(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    assert len({collection_of(store, of(**k)).name for k in ({}, {"seed": 1}, {"count": 7})}) == 3
+    assert len({generated_data_set(store, of(**k)).name for k in ({}, {"seed": 1}, {"count": 7})}) == 3
 
 
 def test_sizes_of_a_collection_are_known_before_it_is_drawn() -> None:
-    assert collection_sizes(of(count=50, seed=3)) == {"train": 50, "test": 3}
+    assert generated_sizes(of(count=50, seed=3)) == {"train": 50, "test": 3}
 
 
 @pytest.mark.parametrize(
@@ -85,8 +85,8 @@ def test_sizes_of_a_collection_are_known_before_it_is_drawn() -> None:
 def test_a_collection_that_cannot_be_drawn_is_refused(tmp_path: Path, data: DataConfig, said: str) -> None:
     store = Store(tmp_path)
     with pytest.raises(ValueError, match=said):
-        draw_collection(data, collection_of(store, data))
-    assert not has_drawn(data, store)
+        generate_data_set(data, generated_data_set(store, data))
+    assert not is_generated(data, store)
 
 
 def test_shards_of_the_user_are_opened_and_indexed_below_the_run(tmp_path: Path) -> None:
@@ -106,12 +106,10 @@ def test_a_tar_without_an_index_is_read_once_also_when_nothing_may_be_written(
     paths = tiny.write_shards(tmp_path / "images", (4, 5), bad=())
     for path in paths:
         (Path(path) / "index.json").unlink()
-    monkeypatch.setattr(collect, "INDEXING_S", 0)
+    monkeypatch.setattr(module, "INDEXING_S", 0)
     store, data, said = Store(tmp_path / "run"), DataConfig(train=tuple(paths)), list[str]()
     first, _ = open_images(data, store, log=said.append)
-    assert said == [
-        f"collect: {count} tars without an index, or newer than theirs, read to the end" for count in (1, 2)
-    ]
+    assert said == [f"load: {count} tars without an index, or newer than theirs, read to the end" for count in (1, 2)]
     again, _ = open_images(data, store, write_index=False, log=said.append)
     assert again == first
     assert len(said) == 2

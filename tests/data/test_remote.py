@@ -157,7 +157,7 @@ def test_a_tar_cut_off_on_the_store_keeps_what_is_whole_and_one_without_a_header
         found = list(shards.images(range(len(shards))))
         assert found[:good] == [b"a" * 700, b"b" * 10][:good]
         assert all(isinstance(why, BadImage) for why in found[good:])
-        assert "what follows is lost" in str(found[-1])
+        assert "what follows is missing" in str(found[-1])
         assert shards.key(len(shards) - 1) == ""
 
 

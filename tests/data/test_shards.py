@@ -184,7 +184,7 @@ def test_the_name_of_a_file_is_that_of_its_json_whatever_else_lies_there(tmp_pat
     assert images.where(1) == f"{path}: image '1'"
 
 
-def test_the_writer_notes_names_beside_labels_and_writes_none_where_there_is_nothing_to_say(tmp_path: Path) -> None:
+def test_the_writer_writes_names_beside_labels_and_no_json_where_there_is_nothing_to_write(tmp_path: Path) -> None:
     with ShardWriter(tmp_path / "images") as writer:
         writer.write(b"0", "jpg")
         writer.write(b"1", "jpg", name="a\n.jpg")
