@@ -45,7 +45,7 @@ _UNFINISHED = re.compile(r".*/\.[^/]+\.partial(?=/|$)")
 def find_shards(
     paths: Sequence[str | os.PathLike[str]],
     index_dir: Path | None,
-    settings: CacheSettings | None = None,
+    settings: CacheSettings,
     *,
     write: bool = True,
     on_read: Callable[[], object] = lambda: None,
@@ -55,8 +55,7 @@ def find_shards(
     Args:
         index_dir: of the index cache, which also takes the rows of tars that brought no index; None: nowhere.
         write: whether anything is put there.
-        on_read: called, by any of several threads, for each tar that was read to the end because it has no index or is
-            newer than its index.
+        on_read: called, by any of several threads, for each tar that had to be read to the end.
 
     Raises:
         ValueError: nothing is there, no shard has an image, or a shard is damaged or not what its index describes.
@@ -70,8 +69,7 @@ def find_shards(
 
     def find(tar: Tar) -> IndexedShard:
         if isinstance(tar, RemoteObject):
-            fetched = settings or CacheSettings()
-            return remote.get(tar.url) or _indexed(tar, lambda: index_remote(tar, fetched), cache, on_read)
+            return remote.get(tar.url) or _indexed(tar, lambda: index_remote(tar, settings), cache, on_read)
         folder = folders[tar.parent]
         if folder.shards is None:
             return _indexed(tar, lambda: index_shard(tar), cache, on_read)
