@@ -87,7 +87,7 @@ class ClusteringConfig(Section):
     sample_rows_per_cluster: Count = 64  # of `sampled`: centroids are fitted to K times as many rows
     probes: Count = 8  # inverted lists of centroids that a row is compared with where it is not compared with all
     balance: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = None  # largest cluster, in mean sizes n / K
-    restarts: Count = 1  # with other seeds; the lowest inertia wins
+    restarts: Count = 1  # with other seeds; the lowest inertia is kept
 
     @model_validator(mode="after")
     def _distinct(self) -> ClusteringConfig:

@@ -143,7 +143,7 @@ def headline_section(content: ReportContent) -> str:
     if not content.rows:
         lacks = "The test images carry no labels"
         if not content.has_test:
-            lacks = "There is no test set (data.test), so the models were evaluated on training images"
+            lacks = "There is no test set (data.test), so the models were looked at on training images"
         why = "The label-free figures and the galleries need no labels."
         return absent(f"{lacks}, and there are no retrieval scores. {why}")
     scores = Scores.of(content.rows)
