@@ -57,7 +57,7 @@ from grappa_dist.models import Backbone, PackedGrappa, create_backbone
 from grappa_dist.models.backbone import forward_precision
 from grappa_dist.models.packed import activation_bytes
 from grappa_dist.stages.adapt_job import AdaptJob, AdaptObjective
-from grappa_dist.stages.adapt_packs import AdaptSet
+from grappa_dist.stages.multi_set_jobs import AdaptSet
 from grappa_dist.training.batches import TrainingImages
 from grappa_dist.training.compile import compile_if_it_wins
 from grappa_dist.training.deepspeed_engine import Engine

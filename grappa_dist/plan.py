@@ -29,7 +29,7 @@ from grappa_dist.stages.knn_graph import graph_kind
 from grappa_dist.stages.pseudo_label import describe_choices, num_labels
 from grappa_dist.training.barlow_twins_loss import by_rows_cost, rows_are_cheaper, whole_cost
 from grappa_dist.training.batches import describe_idle_ranks, rank_share, steps_per_epoch
-from grappa_dist.training.memory import image_bytes, images_at_a_time
+from grappa_dist.training.memory import image_bytes, micro_batch_size
 
 CLASSIFIER_PRODUCTS = 4  # of images and classes: scores, pull, scores again, gradient
 DIM = 384  # channels that sizes are given for if the backbone's are not known: a plan does not build one of your own
@@ -184,7 +184,7 @@ def _describe_memory(config: Config, backbone: Backbone, num_sets: int, ranks: i
     at_once, fewer = share, "; adapt.micro_batch=auto takes fewer at a time where that does not fit"
     if adapt.micro_batch != "auto":
         on_gpu = may_have_gpus(config.resources)
-        at_once, fewer = images_at_a_time(adapt.micro_batch, share, num_sets, on_gpu=on_gpu), ""
+        at_once, fewer = micro_batch_size(adapt.micro_batch, share, num_sets, on_gpu=on_gpu), ""
     total = each * at_once * num_sets / 2**30
     whole = f"all tokens ({model.whole_because})" if model.whole_because else "the class token alone"
     return (

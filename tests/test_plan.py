@@ -15,7 +15,7 @@ from grappa_dist.layout import lay_out
 from grappa_dist.models import Backbone, PackedGrappa
 from grappa_dist.models.spec import build_backbone
 from grappa_dist.plan import plan
-from grappa_dist.training.memory import room
+from grappa_dist.training.memory import memory_budget
 from tests.models import tiny as models
 from tests.stages import tiny
 
@@ -127,7 +127,7 @@ def test_a_plan_prices_an_image_as_the_choice_of_the_micro_batch_does(tmp_path: 
 
     def takes(recompute: bool) -> int:  # a model of real tensors
         backbone = build_backbone(settings.backbone, pretrained=False)
-        return room(PackedGrappa(backbone, 1, settings.adapt.bottleneck, recompute=recompute), 1).image_bytes
+        return memory_budget(PackedGrappa(backbone, 1, settings.adapt.bottleneck, recompute=recompute), 1).image_bytes
 
     found = re.search(
         rf": (\S+) MiB an image and set \((\S+) with{'out' * recompute} adapt\.activation_checkpointing\), (\S+) GiB",

@@ -1,11 +1,8 @@
 """adapt: images + one partition P_i -> the adaptor set of P_i (step 2 of the paper).
 
 Each job is a world of its own, jobs run side by side as far as the workers go, and a job trains one set or several.
-
-How fast one worker decodes and trains, measured on a few images, and what that takes of its memory, so that `auto`
-can say how many sets share a job.
-
-Only where things run follows from these figures, never what is computed.
+With `adapt.sets_per_job=auto` one worker is measured on a few images: how fast it decodes and trains, and what that
+takes of its memory. Only where things run follows from these figures, never what is computed.
 """
 
 from __future__ import annotations
@@ -32,91 +29,15 @@ from grappa_dist.models.backbone import forward_precision
 from grappa_dist.models.spec import build_backbone, forget_built
 from grappa_dist.search.backends import least_seconds
 from grappa_dist.stages.adapt_job import AdaptJob, starting_centroids, train_adaptors
-from grappa_dist.stages.adapt_packs import AdaptSet, commit_leftovers, fresh, group
 from grappa_dist.stages.embed import to_images
+from grappa_dist.stages.multi_set_jobs import AdaptSet, commit_leftovers, fresh_sets, jobs_of
 from grappa_dist.stages.run import Run
 from grappa_dist.training.batches import TrainingImages, augmented, describe_idle_ranks, trained_by
-from grappa_dist.training.memory import Room, images_at_a_time, room, tried, usable_bytes
+from grappa_dist.training.memory import MemoryBudget, images_that_fit, memory_budget, micro_batch_size, usable_bytes
 from grappa_dist.training.trackers import check_trackers
 
-CPU_IMAGES, GPU_IMAGES, REPEATS = 8, 128, 3
-
-
-@dataclass(frozen=True)
-class Measured:
-    rates: Rates
-    room: Room  # of one adaptor set
-    channels: int  # D
-
-    @property
-    def on_gpu(self) -> bool:
-        """Whether a GPU trains: beside one, and only there, decoding takes nothing of the time."""
-        return self.rates.overlap
-
-
-def measure_rates(device: torch.device, job: AdaptJob) -> Measured:
-    """Seconds and bytes an image of this worker, on the images of the first step; a task of one worker."""
-    forget_built()
-    usable = usable_bytes(device, job.sharing)  # before anything is there
-    gpu, asked = device.type == "cuda", job.adapt.micro_batch
-    most = min(GPU_IMAGES if gpu else CPU_IMAGES, asked if isinstance(asked, int) else job.training.global_batch)
-    model = _model(job, 2, device)
-    rows = job.training.order(0).batch_share(0, job.training.global_batch, 0, 1)
-    rows = rows[: tried(model, room(model, usable).images(min(most, len(rows))))]
-    preprocess = model.backbone.preprocess
-    decode_s = _seconds(lambda: _decode(job, preprocess, rows.tolist())) / len(rows)
-    images = to_images(augmented(job.training, preprocess, rows, epoch=0, area=job.adapt.min_crop_area), device)
-    two_s = _train_s(model, images) / len(rows)
-    del model
-    release_memory()  # its memory is the next one's
-    model = _model(job, 1, device)
-    one_s = _train_s(model, images) / len(rows)
-    set_s = max(two_s - one_s, 0.05 * one_s)  # timings of a busy machine may come out the wrong way round
-    rates = Rates(decode_s, max(one_s - set_s, 0.0), set_s, overlap=gpu)
-    return Measured(rates, room(model, usable), model.embed_dim)
-
-
-def _decode(job: AdaptJob, preprocess: Preprocess, rows: list[int]) -> None:
-    """All rows, by as many threads as a job has."""
-    training, threads = job.training, job.training.decode_threads
-    parts = [rows[start::threads] for start in range(threads)]
-
-    def read(part: list[int]) -> int:
-        return len(augmented(training, preprocess, part, epoch=0, area=job.adapt.min_crop_area))
-
-    for _ in read_batches(parts, read, threads=threads):
-        pass
-
-
-def _model(job: AdaptJob, num_sets: int, device: torch.device) -> PackedGrappa:
-    model = PackedGrappa(
-        build_backbone(job.backbone), num_sets, job.adapt.bottleneck, recompute=job.adapt.activation_checkpointing
-    ).to(device)
-    for index in range(num_sets):
-        model.initialise(index, torch.Generator(device).manual_seed(torch_seed(Purpose.MEASURED_ADAPTORS, index)))
-        for parameter in model.parameters_of(index):
-            parameter.requires_grad_(True)
-    return model
-
-
-def _train_s(model: PackedGrappa, images: torch.Tensor) -> float:
-    """Seconds of a forward and backward pass."""
-
-    def step() -> None:
-        with forward_precision(images.device):
-            z = model(images)
-        z.float().square().mean().backward()
-
-    return _seconds(step)
-
-
-def _seconds(work: Callable[[], None]) -> float:
-    """The least of a few times, after one that warms up."""
-    work()
-    return least_seconds(work, REPEATS)
-
-
-FEW = 8  # images at a time, which a pack must have room for at the least
+LEAST_IMAGES = 8  # at a time, for which a multi-set job must have memory
+CPU_IMAGES, GPU_IMAGES, REPEATS = 8, 128, 3  # of a measurement
 
 
 def adaptors_of(
@@ -143,8 +64,12 @@ def adapt(
     bad: NDArray[np.int64],
 ) -> None:
     """Trains every adaptor set that does not exist yet, several in a job and jobs side by side as asked for."""
-    sets = [_set(run.config, k, labels[k], adaptors[k], images) for k in adaptors]  # all: a pack may lack one only
+    sets = [_set(run.config, k, labels[k], adaptors[k], images) for k in adaptors]  # all: a job may lack one only
     train_sets(run, sets, images, bad)
+
+
+def _set(config: Config, k: int, labels: Artifact, adaptors: Artifact, images: ImageShards) -> AdaptSet:
+    return AdaptSet(k, label_rows(labels, images.starts), adaptors, starting_centroids(config.adapt, labels))
 
 
 def train_sets(run: Run, sets: Sequence[AdaptSet], images: ImageShards, bad: NDArray[np.int64]) -> None:
@@ -160,7 +85,7 @@ def train_sets(run: Run, sets: Sequence[AdaptSet], images: ImageShards, bad: NDA
     what = f"{pluralize(len(missing), 'adaptor set')} of {training.num_steps(config.adapt.epochs)} steps"
     with run.console.stage("adapt", what):
         whole = replace(whole, sharing=run.runner.sharing, compiled=config.resources.compile == "auto")
-        jobs = [replace(whole, sets=members) for members in group(sets, _per_job(run, whole, fresh(sets)))]
+        jobs = [replace(whole, sets=members) for members in jobs_of(sets, _per_job(run, whole, fresh_sets(sets)))]
         workers = run.runner.num_workers
         ranks = ranks_of(config.resources, workers)
         run.console.log(f"adapt: {describe_placement(len(jobs), workers, ranks)}")
@@ -171,11 +96,7 @@ def train_sets(run: Run, sets: Sequence[AdaptSet], images: ImageShards, bad: NDA
             lambda name: run.console.log(f"adapt: {name} is trained"),
         )
         wait_until_seen(one.artifact for one in missing)
-        commit_leftovers(sets)  # removes what is left of packs whose sets went on in other jobs
-
-
-def _set(config: Config, k: int, labels: Artifact, adaptors: Artifact, images: ImageShards) -> AdaptSet:
-    return AdaptSet(k, label_rows(labels, images.starts), adaptors, starting_centroids(config.adapt, labels))
+        commit_leftovers(sets)  # removes the folders of multi-set jobs whose sets went on in other jobs
 
 
 def _per_job(run: Run, whole: AdaptJob, sets: Sequence[AdaptSet]) -> int:
@@ -191,7 +112,7 @@ def _per_job(run: Run, whole: AdaptJob, sets: Sequence[AdaptSet]) -> int:
     ranks = ranks_of(run.config.resources, workers)
     slots, most = max(1, workers // ranks), _most_sets(whole, found, ranks)
     chosen = sets_per_job(num_sets, slots, rates, most)
-    run.console.event("sets_per_job", chosen=chosen, slots=slots, most=most, **vars(rates), **vars(found.room))
+    run.console.event("sets_per_job", chosen=chosen, slots=slots, most=most, **vars(rates), **vars(found.budget))
     run.console.log(
         f"adapt: {chosen} sets to a job: an image takes {1e3 * rates.decode_s:.1f} ms to decode, "
         f"{1e3 * rates.shared_s:.1f} ms once and {1e3 * rates.set_s:.1f} ms a set to train, "
@@ -202,10 +123,86 @@ def _per_job(run: Run, whole: AdaptJob, sets: Sequence[AdaptSet]) -> int:
 
 def _most_sets(whole: AdaptJob, found: Measured, ranks: int) -> int:
     """How many of the sets one worker's memory holds: activations, and its part of the classifiers with their Adam."""
-    share, asked = whole.training.rank_share(ranks), whole.adapt.micro_batch
-    asked = FEW if asked == "auto" else asked
+    most, asked = whole.training.rank_share(ranks), whole.adapt.micro_batch
+    asked = LEAST_IMAGES if asked == "auto" else asked
 
     def images(num_sets: int) -> int:
-        return images_at_a_time(asked, share, num_sets, on_gpu=found.on_gpu)
+        return micro_batch_size(asked, most, num_sets, on_gpu=found.on_gpu)
 
-    return found.room.sets([12 * found.channels * one.num_labels // ranks for one in whole.sets], images)
+    return found.budget.sets([12 * found.channels * one.num_labels // ranks for one in whole.sets], images)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured on one worker."""
+
+    rates: Rates
+    budget: MemoryBudget  # for images of one adaptor set
+    channels: int  # D
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether a GPU trains: only then does decoding take no time from training."""
+        return self.rates.overlap
+
+
+def measure_rates(device: torch.device, job: AdaptJob) -> Measured:
+    """Seconds and bytes an image on this worker, with images of the first step; a task of one worker."""
+    forget_built()
+    usable = usable_bytes(device, job.sharing)  # before anything is allocated
+    gpu, asked = device.type == "cuda", job.adapt.micro_batch
+    most = min(GPU_IMAGES if gpu else CPU_IMAGES, asked if isinstance(asked, int) else job.training.global_batch)
+    model = _model(job, 2, device)
+    rows = job.training.order(0).batch_share(0, job.training.global_batch, 0, 1)
+    rows = rows[: images_that_fit(model, memory_budget(model, usable).images(min(most, len(rows))))]
+    preprocess = model.backbone.preprocess
+    decode_s = _seconds(lambda: _decode(job, preprocess, rows.tolist())) / len(rows)
+    images = to_images(augmented(job.training, preprocess, rows, epoch=0, area=job.adapt.min_crop_area), device)
+    two_s = _train_s(model, images) / len(rows)
+    del model
+    release_memory()  # for the next model
+    model = _model(job, 1, device)
+    one_s = _train_s(model, images) / len(rows)
+    set_s = max(two_s - one_s, 0.05 * one_s)  # on a busy machine the difference may come out negative
+    rates = Rates(decode_s, max(one_s - set_s, 0.0), set_s, overlap=gpu)
+    return Measured(rates, memory_budget(model, usable), model.embed_dim)
+
+
+def _model(job: AdaptJob, num_sets: int, device: torch.device) -> PackedGrappa:
+    model = PackedGrappa(
+        build_backbone(job.backbone), num_sets, job.adapt.bottleneck, recompute=job.adapt.activation_checkpointing
+    ).to(device)
+    for index in range(num_sets):
+        model.initialise(index, torch.Generator(device).manual_seed(torch_seed(Purpose.MEASURED_ADAPTORS, index)))
+        for parameter in model.parameters_of(index):
+            parameter.requires_grad_(True)
+    return model
+
+
+def _decode(job: AdaptJob, preprocess: Preprocess, rows: list[int]) -> None:
+    """All rows, by as many threads as a job has."""
+    training, threads = job.training, job.training.decode_threads
+    parts = [rows[start::threads] for start in range(threads)]
+
+    def read(part: list[int]) -> int:
+        return len(augmented(training, preprocess, part, epoch=0, area=job.adapt.min_crop_area))
+
+    for _ in read_batches(parts, read, threads=threads):
+        pass
+
+
+def _train_s(model: PackedGrappa, images: torch.Tensor) -> float:
+    """Seconds of a forward and backward pass."""
+
+    def step() -> None:
+        with forward_precision(images.device):
+            z = model(images)
+        z.float().square().mean().backward()
+
+    return _seconds(step)
+
+
+def _seconds(work: Callable[[], None]) -> float:
+    """The fastest of a few runs, after one that warms up."""
+    work()
+    return least_seconds(work, REPEATS)

@@ -1,8 +1,7 @@
-"""What the ranks of an adaptor job do: one set of adaptors, or several packed in one model, learn to classify.
+"""What the ranks of an adaptor job do: one adaptor set, or several in one model, learn to classify.
 
-Shapes: S adaptor sets, D channels.
-
-What training against classifiers has in common, of partitions as of true classes: the gradients of a step.
+`ClassificationObjective` computes the gradients of a step against classifiers. `AdaptObjective` is that of partitions,
+the supervised fusion (stages/supervised.py) has one of the true classes.
 
 Shapes: B images of this rank, b of a micro-batch, S sets, D channels.
 """
@@ -26,18 +25,26 @@ from grappa_dist.data.transforms import Preprocess
 from grappa_dist.distributed.worker import RankContext
 from grappa_dist.models import PackedGrappa
 from grappa_dist.models.spec import build_backbone, forget_built
-from grappa_dist.stages.adapt_packs import AdaptSet, begin, commit_trained, figure, finish, pack_folder, short_name
 from grappa_dist.stages.embed import to_images
+from grappa_dist.stages.multi_set_jobs import (
+    AdaptSet,
+    begin_job,
+    commit_trained,
+    figure_name,
+    finish_job,
+    job_folder,
+    short_name,
+)
 from grappa_dist.training.batches import Pixels, Rows, TrainingImages, augmented_batches
 from grappa_dist.training.classifier import Classifier, ClassifierSettings
 from grappa_dist.training.compile import compile_if_it_wins
 from grappa_dist.training.deepspeed_engine import Engine
-from grappa_dist.training.loop import Schedule, Watch, train
+from grappa_dist.training.loop import Reporting, Schedule, train
 from grappa_dist.training.memory import (
     adapt_advice,
+    automatic_batch_size,
     even_size,
-    fitted,
-    images_at_a_time,
+    micro_batch_size,
     naming_lack_of_memory,
     usable_bytes,
 )
@@ -59,7 +66,7 @@ def classifier_for(
     centroids: Path | None,
     draws: torch.Generator,
 ) -> Classifier:
-    """The classifier of K classes of D channels, `shape`, where it starts: at the centroids, or where `draws` say."""
+    """A classifier of K classes of D channels, `shape`, at its start: the centroids, or random rows from `draws`."""
     of_classes = torch_seed(Purpose.CLASSES, seed, shape[0])
     settings = ClassifierSettings(config.gamma, config.weight_decay, config.sampled_classes, of_classes)
     classifier = Classifier(context.comm, context.device, shape, settings)
@@ -69,7 +76,7 @@ def classifier_for(
 
 @dataclass(frozen=True)
 class Classes:
-    """Of one set: the class of each row, and what tells the classes apart."""
+    """The classes of one set: that of each row, and their classifier."""
 
     labels: RowArrays
     classifier: Classifier
@@ -77,7 +84,7 @@ class Classes:
 
 @dataclass(frozen=True)
 class Sums:
-    """What this rank's images of a step add up to."""
+    """Sums over this rank's images of a step."""
 
     images: int
     of_sets: Tensor  # (S, 2) float64: losses, and how many are classified right
@@ -85,13 +92,13 @@ class Sums:
 
     @property
     def figures(self) -> dict[str, float]:
-        """What the log is told of them: losses and hits in the mean of the sets, and the wait times images."""
+        """Figures for the log: losses and hits in the mean of the sets, and the wait times images."""
         loss, correct = self.of_sets.mean(0).tolist()
         return {"images": self.images, "waited_s": self.waited_s * self.images, "loss": loss, "accuracy": correct}
 
 
-class Classifying:
-    """Norm-softmax, Eq. (2), of the S sets of a model, each against classes of its own, on augmented images."""
+class ClassificationObjective:
+    """Norm-softmax, Eq. (2), of the S sets of a model, each against its own classes, on augmented images."""
 
     def __init__(
         self,
@@ -106,24 +113,24 @@ class Classifying:
         self._steps, self._area = training.num_steps(config.epochs), config.min_crop_area
         self._batches: Generator[tuple[Pixels, Rows], None, None] | None = None
         self._rows: Rows = np.empty(0, dtype=np.int64)  # of the last step
-        self._at_fault: list[Tensor] = []  # which of them have features that are not finite
+        self._not_finite: list[Tensor] = []  # bool, by micro-batch: which of them have features that are not finite
 
     def begin(self, step: int) -> None:
         steps = range(step, self._steps)
         self._batches = augmented_batches(self._training, self._preprocess, self._context.comm, steps, self._area)
 
-    def gradients(self, engine: Engine, step: int, micro_batch: int, seen: Callable[[], None] = lambda: None) -> Sums:
-        """Those of the next images, in micro-batches of so many at most.
+    def gradients(self, engine: Engine, step: int, micro_batch: int, after: Callable[[], None] = lambda: None) -> Sums:
+        """Computes those of the next images, in micro-batches of at most `micro_batch`.
 
         Args:
-            seen: called after a forward pass of some images, to look at the model.
+            after: called after a forward pass of some images, to look at the model.
         """
         assert self._batches is not None
         began, device = time.perf_counter(), self._context.device
         pixels, self._rows = next(self._batches)
         waited_s = time.perf_counter() - began
         sums = Sums(len(self._rows), torch.zeros(len(self._classes), 2, dtype=torch.float64, device=device), waited_s)
-        self._at_fault = []
+        self._not_finite = []
         of_all, parts = self._parts(len(self._rows), micro_batch)
         labels = [torch.from_numpy(c.labels.take(self._rows).astype(np.int64)).to(device) for c in self._classes]
         for classes, of_set in zip(self._classes, labels, strict=True):
@@ -132,17 +139,17 @@ class Classifying:
             images = to_images(pixels[part], device)
             z = engine.forward(images)  # (S, b, D), or (b, D) where S = 1
             if len(images):
-                seen()
+                after()
             z = z.view(len(self._classes), len(images), z.shape[-1])
             loss = self._score(z, [of_set[part] for of_set in labels], sums.of_sets)
-            # The engine averages gradients over ranks, whose shares are uneven: a loss weighs size / global rows.
+            # The engine averages gradients over ranks, which may hold uneven parts: a loss weighs size / global rows.
             engine.backward(loss * (self._context.comm.size / of_all), last=number == len(parts) - 1)
-            self._at_fault.append(~z.detach().isfinite().all(2).all(0))
+            self._not_finite.append(~z.detach().isfinite().all(2).all(0))
         return sums
 
     def _parts(self, count: int, micro_batch: int) -> tuple[int, list[slice]]:
-        """The images of all ranks, and this rank's micro-batches, of even sizes: as many as on any other rank, the last
-        ones may be empty."""
+        """The number of images on all ranks, and this rank's micro-batches, of even sizes: as many as on any other
+        rank, so the last ones may be empty."""
         counts = [int(n) for n in self._context.comm.gather(torch.tensor([count], device=self._context.device))]
         size = even_size(max(counts), micro_batch)
         return sum(counts), [slice(start, start + size) for start in range(0, max(counts), size)]
@@ -157,9 +164,9 @@ class Classifying:
         return total
 
     def suspects(self) -> list[str]:
-        """Of all ranks: the images of the last step whose features are not finite, or else all of that step."""
+        """The images of the last step whose features are not finite, or else all of that step, on all ranks."""
         own = torch.from_numpy(self._rows).to(self._context.device)
-        bad = torch.cat(self._at_fault)
+        bad = torch.cat(self._not_finite)
         of_all = [torch.cat(self._context.comm.gather(rows)) for rows in (own[bad], own)]
         rows = of_all[0] if len(of_all[0]) else of_all[1]
         return [f"{row} ({self._training.images.where(row)})" for row in sorted(rows.tolist())]
@@ -171,15 +178,15 @@ class Classifying:
 
 @dataclass(frozen=True)
 class AdaptJob:
-    """What every rank of a job is told, which trains one adaptor set or several on the same images."""
+    """What every rank of a job needs, which trains one adaptor set or several on the same images."""
 
     sets: tuple[AdaptSet, ...]
     training: TrainingImages
     backbone: BackboneConfig
     adapt: AdaptConfig
     trackers: tuple[str, ...] = ()
-    sharing: int = 1  # workers of a node, at the most: of its memory each may take its part
-    compiled: bool = False  # if that pays
+    sharing: int = 1  # workers of a node, at the most, which share its memory
+    compiled: bool = False  # where that is faster
 
     @property
     def name(self) -> str:
@@ -204,90 +211,90 @@ def train_adaptors(context: RankContext, job: AdaptJob) -> None:
             Schedule.falling(
                 steps, config.checkpoint_steps, peak=config.learning_rate, warmup_steps=config.warmup_steps
             ),
-            folder=pack_folder(job.sets),
+            folder=job_folder(job.sets),
             job=job.name,
-            beside=objective.beside,
+            sharded=objective.sharded,
             zero_stage=config.zero_stage,
-            watch=Watch(
+            reporting=Reporting(
                 objective.suspects,
                 lambda: trackers_of(job.trackers, root, short_name(job.sets)),
-                settled=objective.settled,
+                decisions=objective.decisions,
             ),
         )
         if done and comm.rank == 0:
-            finish(job.sets, [objective.model.adaptor_tensors(i) for i in range(len(job.sets))])
+            finish_job(job.sets, [objective.model.adaptor_tensors(i) for i in range(len(job.sets))])
 
 
 def _is_done(context: RankContext, job: AdaptJob) -> bool:
-    """Whether all sets are complete, as rank 0 finds: other nodes may see files late. If not, the folder is there."""
+    """Whether all sets are complete, as rank 0 sees: other nodes may see files late. If not, makes the folder."""
     done = False
     if context.comm.rank == 0:
         commit_trained(job.sets)
         done = all(one.artifact.complete for one in job.sets)
         if not done:
-            begin(job.sets)
+            begin_job(job.sets)
     return context.of_rank_0(done)
 
 
-class AdaptObjective(Classifying):
-    """Norm-softmax classification of a partition, Eq. (2), or of several side by side: the sum of their losses, in
-    which no set's part touches what another learns."""
+class AdaptObjective(ClassificationObjective):
+    """Norm-softmax classification, Eq. (2), of one partition or of several side by side: the sum of their losses. No
+    set's loss has a gradient for another set."""
 
     def __init__(self, context: RankContext, job: AdaptJob) -> None:
         self._job, config = job, job.adapt
         backbone = build_backbone(job.backbone)
         self.model = PackedGrappa(backbone, len(job.sets), config.bottleneck, recompute=config.activation_checkpointing)
-        self.classifiers = [self._started(context, index) for index in range(len(job.sets))]
+        self.classifiers = [self._initialise(context, index) for index in range(len(job.sets))]
         classes = [Classes(one.labels, c) for one, c in zip(job.sets, self.classifiers, strict=True)]
         super().__init__(context, config, job.training, backbone.preprocess, classes=classes)
         self.module = self.model.to(context.device)
         self._learning = [self.model.parameters_of(index) for index in range(len(job.sets))]
         for parameter in (p for of_set in self._learning for p in of_set):
             parameter.requires_grad_(True)
-        self.settled = {"last_block": self.model.whole_because or "class token alone"}  # for the job's log
+        self.decisions = {"last_block": self.model.whole_because or "class token alone"}  # for the job's log
         self._most_images = job.training.rank_share(context.comm.size)  # images of a step, at the most
-        self._micro_batch = self._images_at_a_time()
+        self._micro_batch = self._micro_batch_size()
         if job.compiled:
             at_a_time = even_size(self._most_images, self._micro_batch)
-            self.settled["compile"] = compile_if_it_wins(self.model, at_a_time)
+            self.decisions["compile"] = compile_if_it_wins(self.model, at_a_time)
 
-    def _started(self, context: RankContext, index: int) -> Classifier:
-        """Starts a set as if it were alone, its adaptors and then, by further draws, its classifier."""
+    def _initialise(self, context: RankContext, index: int) -> Classifier:
+        """Initialises a set as if it were alone: its adaptors and then, by further draws, its classifier."""
         one, seed = self._job.sets[index], self._job.training.seed
         draws = torch.Generator().manual_seed(torch_seed(Purpose.ADAPTORS, seed, one.num_labels))
         self.model.initialise(index, draws)
         shape = (one.num_labels, self.model.embed_dim)
         return classifier_for(context, self._job.adapt, shape, seed=seed, centroids=one.centroids, draws=draws)
 
-    def _images_at_a_time(self) -> int:
-        """As asked for, or as many as fit beside the classifiers."""
+    def _micro_batch_size(self) -> int:
+        """As asked for, or as large as fits into memory with the classifiers."""
         asked, job, context = self._job.adapt.micro_batch, self._job, self._context
         on_gpu = context.device.type == "cuda"
         if asked != "auto":
-            return images_at_a_time(asked, self._most_images, len(job.sets), on_gpu=on_gpu)
+            return micro_batch_size(asked, self._most_images, len(job.sets), on_gpu=on_gpu)
         usable = usable_bytes(context.device, job.sharing)
-        if not on_gpu:  # which gives a tensor its memory when it is first written to
+        if not on_gpu:  # a CPU gives a tensor its memory when it is first written to
             usable -= sum(t.nbytes for c in self.classifiers for t in c.shard().tensors.values())
-        found = fitted(context, self.model, pack_folder(job.sets), self._most_images, usable)
-        self.settled |= {"micro_batch": str(found.images), "micro_batch_because": found.why}
+        found = automatic_batch_size(context, self.model, job_folder(job.sets), self._most_images, usable)
+        self.decisions |= {"micro_batch": str(found.images), "micro_batch_because": found.why}
         context.report({"phase": f"at most {found.images} images at a time ({found.why})"})
         return found.images
 
     @property
-    def beside(self) -> dict[str, Classifier]:
-        """The classifiers by names of their sets, so that a checkpoint tells them apart."""
+    def sharded(self) -> dict[str, Classifier]:
+        """The classifiers, by the names that checkpoints have for them."""
         return {f"classifier-{s.num_labels}": c for s, c in zip(self._job.sets, self.classifiers, strict=True)}
 
     def backward(self, engine: Engine, step: int) -> dict[str, float]:
         sums = self.gradients(engine, step, self._micro_batch)
-        # Each set by itself, so that a set does not feel its neighbours.
+        # Each set is clipped by itself, as if it were alone.
         return self._figures(sums, engine.clip(self._learning, self._job.adapt.clip_norm))
 
     def _figures(self, sums: Sums, norms: list[float]) -> dict[str, float]:
-        """This rank's sums: means over the sets and, where there are several, also each set's by itself."""
+        """This rank's sums of figures: means over the sets and, where there are several, also those of each set."""
         count, sets = sums.images, self._job.sets
         figures = sums.figures | {"gradient_norm": count * sum(norms) / len(norms)}
         for one, (loss, correct), norm in zip(sets, sums.of_sets.tolist(), norms, strict=True) if len(sets) > 1 else ():
             own = {"loss": loss, "accuracy": correct, "gradient_norm": norm * count}
-            figures |= {figure(name, one): value for name, value in own.items()}
+            figures |= {figure_name(name, one): value for name, value in own.items()}
         return figures

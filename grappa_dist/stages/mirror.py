@@ -30,8 +30,8 @@ from grappa_dist.artifacts import MANIFEST, Artifact
 from grappa_dist.console import METRICS_FILE, Console
 from grappa_dist.data.remote import check_url, library_errors, store_of
 from grappa_dist.files import sync
-from grappa_dist.stages.adapt_packs import PACK_FILE, pack_members
 from grappa_dist.stages.flow import Flow
+from grappa_dist.stages.multi_set_jobs import MULTI_SET_FILE, multi_set_members
 
 LATEST = "latest.json"  # names the report and the model of the run that ended last
 STATE = "state.json"
@@ -41,7 +41,7 @@ _IN_FLIGHT = 8  # requests at a time
 _TRIES = 5  # to list a folder while checkpoints come and go
 _USED = (  # in this order: what belongs to a checkpoint is there before it, and features go when their graph is there
     *("progress.safetensors", "checkpoints/step-*[0-9]/*", "checkpoints/*.json"),
-    *("knn/features-*[0-9]/*", "knn/epoch-*[0-9]/*", PACK_FILE, METRICS_FILE),
+    *("knn/features-*[0-9]/*", "knn/epoch-*[0-9]/*", MULTI_SET_FILE, METRICS_FILE),
 )
 _PROGRESS = ("progress.safetensors", "checkpoints/step-")  # without any of these a restart begins anew
 
@@ -238,7 +238,7 @@ class WorkMirror:
     def _in_progress(self) -> dict[str, tuple[str, ...]]:
         """Unfinished folders, with the names of the artefacts that they become."""
         alone = {f"{name}.partial": (name,) for name, a in self._artifacts.items() if a.partial.exists()}
-        jobs = {f"packs/{job}": sets for job, sets in pack_members(self._root).items()}
+        jobs = {f"packs/{job}": sets for job, sets in multi_set_members(self._root).items()}
         return alone | {job: sets for job, sets in jobs.items() if set(sets) <= self._artifacts.keys()}
 
 

@@ -1,15 +1,14 @@
-"""supervise: two rows that see the labels of the training images, to compare a method without labels with.
+"""supervise: two rows of the report trained with the labels of the training images, as a comparison for the others.
 
-The supervised set (Table 3 of the paper) is step 2 on the true classes in place of a partition. The supervised fusion
-(Table 5) is attention over the N sets of the partitions, trained to tell the true classes apart: the recipe is that of
-step 2 as well, as the paper names none; Q and K learn where an adaptor set would. No pairs, no projector.
+First, the JSON members of the training images become a class for every row. A class is a (task, label); an image
+without a label has none and takes no part. The supervised set (Table 3 of the paper) is step 2 on these classes in
+place of a partition. The supervised fusion (Table 5) is attention over the N sets of the partitions, trained to tell
+the classes apart: the recipe is that of step 2 as well, as the paper names none; Q and K are trained where an adaptor
+set would be. No pairs, no projector.
 
-Shapes: N sets, D channels.
+No other training reads a label, and this runs only where a setting asks for it.
 
-true_labels: JSON members of the training images -> a class of every row, for the rows to compare a method with.
-
-Nothing else that trains reads a label, and this runs only where a setting asks for it. A class is a (task, label); a
-row without a label has none and trains nothing. Shapes: P rows of one shard, K classes, D channels.
+Shapes: P rows of one shard, K classes, N sets, D channels.
 """
 
 from __future__ import annotations
@@ -45,15 +44,15 @@ from grappa_dist.files import replacing, write_json
 from grappa_dist.models import Grappa
 from grappa_dist.models.spec import ADAPTORS_FILE, FUSION_FILE, build_backbone, forget_built
 from grappa_dist.stages.adapt import train_sets
-from grappa_dist.stages.adapt_job import Classes, Classifying, classifier_for, starting_centroids
-from grappa_dist.stages.adapt_packs import AdaptSet
+from grappa_dist.stages.adapt_job import Classes, ClassificationObjective, classifier_for, starting_centroids
 from grappa_dist.stages.fuse import AttentionStatistics
 from grappa_dist.stages.ground_truth import load_ground_truth, write_ground_truth
+from grappa_dist.stages.multi_set_jobs import AdaptSet
 from grappa_dist.stages.pseudo_label import STATS_FILE
 from grappa_dist.stages.run import Run
 from grappa_dist.training.batches import TrainingImages, describe_idle_ranks, trained_by
 from grappa_dist.training.deepspeed_engine import Engine
-from grappa_dist.training.loop import Schedule, Watch, train
+from grappa_dist.training.loop import Reporting, Schedule, train
 from grappa_dist.training.memory import fuse_advice, naming_lack_of_memory
 from grappa_dist.training.optim import adam
 
@@ -61,18 +60,8 @@ ASKED_BY = "adapt.supervised or the variant supervised of fuse.variants"
 NAMED = 3  # shards, in a message
 
 
-@dataclass(frozen=True)
-class TrueLabelsTask:
-    """What naming the classes of all rows needs."""
-
-    ground_truth: Artifact
-    features: RowArrays
-    bad: NDArray[np.int64]
-    artifact: Artifact
-
-
 def true_labels_of(store: Store, ground_truth: Artifact, features: Sequence[Artifact]) -> Artifact:
-    """The artefact of the classes; it looks like that of a partition."""
+    """The artefact of the classes, in the layout of a partition's."""
     return store.artifact("labels/true", {}, {"truth": ground_truth, **numbered("shard", features)})
 
 
@@ -80,10 +69,10 @@ def read_true_labels(run: Run, images: ImageShards, ground_truth: Artifact, clas
     """Reads the labels before anything else is done, so that a run that lacks them ends at once.
 
     Args:
-        classes: what will be made of them; where it is there, they are not looked at again.
+        classes: the artefact of their classes; where it is complete, labels are not read again.
 
     Raises:
-        ValueError: fewer than two classes are there, saying which shards have how many labels.
+        ValueError: there are fewer than two classes; names the shards and how many labels they lack.
     """
     if classes.complete:
         return
@@ -108,29 +97,39 @@ def _too_few(images: ImageShards, labels: NDArray[np.int64], classes: int) -> st
 
 def _by_shard(images: ImageShards, labels: NDArray[np.int64]) -> str:
     """How many labels the shards lack, and the first image of each that has none."""
-    said = []
+    lacks = []
     for shard, about in enumerate(images.shards):
         rows = images.shard_rows(shard)
         missing = np.flatnonzero(labels[rows.start : rows.stop] < 0)
         if len(missing):
             first = images.where(rows.start + int(missing[0]))
-            said.append(f"{len(missing)} of {about.rows} lack one, the first is {first}")
-    more = f"; and {len(said) - NAMED} more shards" if len(said) > NAMED else ""
-    return "; ".join(said[:NAMED]) + more
+            lacks.append(f"{len(missing)} of {about.rows} lack one, the first is {first}")
+    more = f"; and {len(lacks) - NAMED} more shards" if len(lacks) > NAMED else ""
+    return "; ".join(lacks[:NAMED]) + more
 
 
 def name_classes(
     run: Run, ground_truth: Artifact, features: RowArrays, bad: NDArray[np.int64], artifact: Artifact
 ) -> None:
-    """Numbers the classes of the rows that can be read, once."""
+    """Numbers the classes of the rows that can be read, unless that is done."""
     if not artifact.complete:
         with run.console.stage("true_labels", f"classes of {features.starts[-1]} training images"):
             run.runner.map(write_true_labels, [TrueLabelsTask(ground_truth, features, bad, artifact)])
             wait_until_seen([artifact])
 
 
+@dataclass(frozen=True)
+class TrueLabelsTask:
+    """What `write_true_labels` needs."""
+
+    ground_truth: Artifact
+    features: RowArrays
+    bad: NDArray[np.int64]
+    artifact: Artifact
+
+
 def write_true_labels(device: torch.device, task: TrueLabelsTask) -> None:
-    """Classes of all rows, -1 for none, and the mean feature of each class, where a classifier starts."""
+    """Classes of all rows, -1 for none, and the mean feature of each class, where a classifier may start."""
     labels = np.array(load_ground_truth(task.ground_truth).labels)
     labels[task.bad] = -1
     classes = np.unique(labels[labels >= 0])
@@ -152,7 +151,7 @@ def write_true_labels(device: torch.device, task: TrueLabelsTask) -> None:
 
 
 def class_counts(artifact: Artifact) -> dict[str, int]:
-    """How many `classes` there are, on how many `labelled` of all `images`."""
+    """The numbers of `classes`, of `labelled` images and of all `images`."""
     found: dict[str, int] = json.loads((artifact.path / STATS_FILE).read_text())
     return found
 
@@ -164,27 +163,6 @@ def without_class(artifact: Artifact, images: ImageShards) -> NDArray[np.int64]:
     return np.concatenate(found).astype(np.int64)
 
 
-@dataclass(frozen=True)
-class SupervisedJob:
-    """What every rank of the supervised fusion is told."""
-
-    adaptors: tuple[Artifact, ...]
-    labels: RowArrays  # -1: none
-    num_classes: int
-    centroids: Path | None  # (K, D), where the classifier starts; None: at random
-    training: TrainingImages  # those with a label
-    backbone: BackboneConfig
-    adapt: AdaptConfig
-    micro_batch: int  # images at a time per rank: that of the other fusions, which have as many sets
-    artifact: Artifact
-
-
-def supervised_fusion_of(store: Store, config: Config, labels: Artifact, sets: Sequence[Artifact]) -> Artifact:
-    """The artefact of the supervised fusion: no setting of `fuse` enters it."""
-    settings = trained_by(config.backbone, config.data, config.seed, adapt=config.adapt.of_result())
-    return store.artifact(f"fusion/{SUPERVISED}", settings, {"labels": labels, **numbered("adaptors", sets)})
-
-
 def adapt_supervised(run: Run, adaptors: Artifact, labels: Artifact, images: ImageShards) -> None:
     """Trains the supervised set, by a job like those of the partitions."""
     if not adaptors.complete:
@@ -192,6 +170,12 @@ def adapt_supervised(run: Run, adaptors: Artifact, labels: Artifact, images: Ima
         start = starting_centroids(run.config.adapt, labels)
         one = AdaptSet(classes, label_rows(labels, images.starts), adaptors, start, SUPERVISED_SET)
         train_sets(run, [one], images, without_class(labels, images))
+
+
+def supervised_fusion_of(store: Store, config: Config, labels: Artifact, sets: Sequence[Artifact]) -> Artifact:
+    """The artefact of the supervised fusion, which depends on no setting of `fuse`."""
+    settings = trained_by(config.backbone, config.data, config.seed, adapt=config.adapt.of_result())
+    return store.artifact(f"fusion/{SUPERVISED}", settings, {"labels": labels, **numbered("adaptors", sets)})
 
 
 def fuse_supervised(
@@ -221,8 +205,23 @@ def fuse_supervised(
         wait_until_seen([fusion])
 
 
+@dataclass(frozen=True)
+class SupervisedJob:
+    """What every rank of the supervised fusion needs."""
+
+    adaptors: tuple[Artifact, ...]
+    labels: RowArrays  # -1: none
+    num_classes: int
+    centroids: Path | None  # (K, D), where the classifier starts; None: at random
+    training: TrainingImages  # the images with a label
+    backbone: BackboneConfig
+    adapt: AdaptConfig
+    micro_batch: int  # images at a time per rank: that of the other fusions, which have as many sets
+    artifact: Artifact
+
+
 def train_supervised_fusion(context: RankContext, job: SupervisedJob) -> None:
-    """One rank: builds, trains, and rank 0 saves Q and K; the classifier is thrown away."""
+    """One rank: builds and trains; rank 0 saves Q and K. The classifier is discarded."""
     if context.of_rank_0(job.artifact.complete):
         return
     forget_built()
@@ -239,8 +238,8 @@ def train_supervised_fusion(context: RankContext, job: SupervisedJob) -> None:
             Schedule.falling(steps, config.checkpoint_steps, peak=peak, warmup_steps=config.warmup_steps),
             folder=folder,
             job=SUPERVISED,
-            beside={"classifier": objective.classifier},
-            watch=Watch(objective.suspects),
+            sharded={"classifier": objective.classifier},
+            reporting=Reporting(objective.suspects),
         )
         if done and context.comm.rank == 0:
             with replacing(folder / FUSION_FILE) as temporary:
@@ -248,8 +247,8 @@ def train_supervised_fusion(context: RankContext, job: SupervisedJob) -> None:
             job.artifact.commit(discard=["checkpoints"])
 
 
-class SupervisedObjective(Classifying):
-    """Norm-softmax, Eq. (2), of fused features against the true classes, of which Q and K learn."""
+class SupervisedObjective(ClassificationObjective):
+    """Norm-softmax, Eq. (2), of fused features against the true classes, which trains Q and K."""
 
     def __init__(self, context: RankContext, job: SupervisedJob) -> None:
         self._job, config, seed = job, job.adapt, job.training.seed
@@ -257,7 +256,7 @@ class SupervisedObjective(Classifying):
         self.module = Grappa(backbone, len(job.adaptors), config.bottleneck, attention=True)
         self.module.load_adaptors([load_file(a.path / ADAPTORS_FILE) for a in job.adaptors])
         self.module.trainable_attention()
-        draws = torch.Generator().manual_seed(torch_seed(Purpose.FUSION, seed))  # the start of all fusions
+        draws = torch.Generator().manual_seed(torch_seed(Purpose.FUSION, seed))  # all fusions start alike
         for layer in self.module.layers:
             assert layer.attention is not None
             layer.attention.initialise(draws)
@@ -267,10 +266,10 @@ class SupervisedObjective(Classifying):
         self.classifier = classifier_for(context, config, shape, seed=seed, centroids=job.centroids, draws=draws)
         classes = [Classes(job.labels, self.classifier)]
         super().__init__(context, config, job.training, backbone.preprocess, classes=classes)
-        self._watch = AttentionStatistics(self.module)
+        self._attention = AttentionStatistics(self.module)
 
     def backward(self, engine: Engine, step: int) -> dict[str, float]:
-        sums = self.gradients(engine, step, self._job.micro_batch, self._watch.add)
+        sums = self.gradients(engine, step, self._job.micro_batch, self._attention.add)
         (norm,) = engine.clip([self.learning], self._job.adapt.clip_norm)
-        attention = self._watch.take(1, self._job.adapt.weight_decay, sums.images)
+        attention = self._attention.take(1, self._job.adapt.weight_decay, sums.images)
         return sums.figures | {"gradient_norm": norm * sums.images} | attention

@@ -1,6 +1,6 @@
 """torch.compile for the layers that learn, where a trial on this GPU shows the same values and less time.
 
-Compiled kernels are chosen by timings, so the last bits of a run with them are not promised to be those of another.
+Compiled kernels are chosen by timings, so two runs with them may differ in the last bits.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from grappa_dist.models import PackedGrappa
 from grappa_dist.models.backbone import forward_precision
 from grappa_dist.search.backends import least_seconds
 
-GAIN, ROUNDS = 1.05, 5  # it must be so much faster, in the least of so many passes
-FURTHER, ROUNDING = 2.0, 1e-5  # than plain bfloat16 from float32, at the most; and of the largest value, in any case
+GAIN, ROUNDS = 1.05, 5  # the least speed-up, by the fastest of as many passes
+# The largest distance from float32 that is accepted: a multiple of that of plain bfloat16 or, if that is more, a
+# share of the largest value.
+FURTHER, ROUNDING = 2.0, 1e-5
 COMPARED = 8  # images, in features and gradients
 Measure = Callable[[Callable[[], object]], float]
 
@@ -35,7 +37,7 @@ class _Pass:
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """The least of a few times."""
+    """The fastest of a few runs."""
     return least_seconds(work, ROUNDS)
 
 
@@ -47,9 +49,9 @@ def compile_if_it_wins(
     measure: Measure = seconds,
     bf16: bool | None = None,
 ) -> str:
-    """Compiles the layers if that pays for so many images at a time; what was found, to be told.
+    """Compiles the layers if that pays for a batch of `images`; returns what was found, for the log.
 
-    To be called before there is an engine, whose hooks would see the trial's gradients.
+    To be called before there is an engine, whose hooks would take the trial's gradients.
 
     Args:
         bf16: see `forward_precision`.
@@ -58,7 +60,7 @@ def compile_if_it_wins(
     if device.type != "cuda" and backend == "inductor":
         return "not compiled: no GPU"
     noise = torch.rand(images, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
-    few = noise[:COMPARED]  # in float32 they take twice the memory, which is not there for all
+    few = noise[:COMPARED]  # in float32 they take twice the memory, too much for all images
     torch.compiler.reset()  # graphs of earlier jobs count against a limit, past which nothing is compiled
     try:
         right, plain = _pass(model, few, bf16=False), _pass(model, few, bf16=bf16)
@@ -71,13 +73,13 @@ def compile_if_it_wins(
         compiled_s = measure(lambda: _pass(model, noise, bf16=bf16))
         if not why and GAIN * compiled_s > plain_s:
             why = "not faster"
-        told = f"{images} images take {1e3 * compiled_s:.1f} ms compiled, {1e3 * plain_s:.1f} ms plain"
-    except Exception as error:  # whatever a compiler may raise: then it is not used
-        why, told = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}", ""
+        times = f"{images} images take {1e3 * compiled_s:.1f} ms compiled, {1e3 * plain_s:.1f} ms plain"
+    except Exception as error:  # whatever a compiler may raise
+        why, times = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}", ""
     if why:
         for layer in model.layers:
             layer.compiled = None
-    return "; ".join(part for part in ("compiled" if not why else f"not compiled: {why}", told) if part)
+    return "; ".join(part for part in ("compiled" if not why else f"not compiled: {why}", times) if part)
 
 
 def _pass(model: PackedGrappa, images: Tensor, *, bf16: bool | None) -> _Pass:

@@ -1,6 +1,6 @@
 """The training loop of adapt and fuse: steps through the engine, figures, checkpoints, resume, a clean stop.
 
-Learning-rate factors as pure functions of the step, so that a resumed run needs no scheduler state.
+The learning rate is a pure function of the step, so a resumed run needs no scheduler state.
 """
 
 from __future__ import annotations
@@ -28,28 +28,13 @@ from grappa_dist.training.checkpoints import RowShard, load_checkpoint, save_che
 from grappa_dist.training.deepspeed_engine import Engine
 from grappa_dist.training.trackers import Tracker, TrackerGroup
 
-
-def cosine(step: int, total: int, warmup: int = 0) -> float:
-    """Factor in [0, 1] of the learning rate for `step` of 0..total: a half cosine from 1 down to 0 at `total`.
-
-    The first `warmup` steps climb to it in a straight line that starts above 0: no step is spent on a rate of zero.
-    """
-    if not 0 <= warmup < total:
-        raise ValueError(f"cosine: warmup must lie in [0, total) with total = {total}, got {warmup}")
-    if not 0 <= step <= total:
-        raise ValueError(f"cosine: step must lie in [0, {total}], got {step}")
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    return 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / (total - warmup)))
-
-
 NAMED = 5  # images, in a message
-MAY_BE_UNDEFINED = "decay_to_gradient"  # NaN where there is no gradient: nothing is wrong with the model then
-RECENT = 20  # steps that speed and waiting are averaged over
+_MAY_BE_UNDEFINED = "decay_to_gradient"  # NaN where there is no gradient, with a model that is fine
+_RECENT = 20  # steps that speed and waiting are averaged over
 
 
 class Objective(Protocol):
-    """What is trained. `begin(step)` readies the data from a step on; `backward` does one step's gradients."""
+    """What is trained. `begin(step)` prepares the data from a step on; `backward` computes one step's gradients."""
 
     @property
     def module(self) -> nn.Module: ...
@@ -66,7 +51,7 @@ class Objective(Protocol):
 
 
 class ShardedModule(Protocol):
-    """What is trained beside the engine, its rows spread over the ranks; `step` follows every `backward`."""
+    """What is trained outside the engine, its rows spread over the ranks; `step` follows every `backward`."""
 
     def step(self, learning_rate: float) -> None: ...
 
@@ -86,13 +71,27 @@ class Schedule:
         return cls(steps, checkpoint_steps, lambda step: peak * cosine(step, steps, warmup))
 
 
-@dataclass(frozen=True)
-class Watch:
-    """What the loop asks, and whom it tells."""
+def cosine(step: int, total: int, warmup: int = 0) -> float:
+    """Factor in [0, 1] of the learning rate for `step` of 0..total: half a cosine from 1 down to 0 at `total`.
 
-    suspects: Callable[[], Sequence[str]] = tuple  # images that may be why a loss is not finite, on all ranks
-    trackers: Callable[[], Sequence[Tracker]] = tuple  # hear of every step, on rank 0
-    settled: Mapping[str, str] = field(default_factory=dict)  # what was found out about how to train, for the log
+    The first `warmup` steps climb to it in a straight line that starts above 0: no step is spent on a rate of zero.
+    """
+    if not 0 <= warmup < total:
+        raise ValueError(f"cosine: warmup must lie in [0, total) with total = {total}, got {warmup}")
+    if not 0 <= step <= total:
+        raise ValueError(f"cosine: step must lie in [0, {total}], got {step}")
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+
+
+@dataclass(frozen=True)
+class Reporting:
+    """What a job reports beside its figures, and where to."""
+
+    suspects: Callable[[], Sequence[str]] = tuple  # images that may be why a loss is not finite; all ranks call it
+    trackers: Callable[[], Sequence[Tracker]] = tuple  # log every step, on rank 0
+    decisions: Mapping[str, str] = field(default_factory=dict)  # made when the job began, for its log
 
 
 def train(
@@ -103,31 +102,35 @@ def train(
     *,
     folder: Path,
     job: str,
-    beside: Mapping[str, ShardedModule] = MappingProxyType({}),
+    sharded: Mapping[str, ShardedModule] = MappingProxyType({}),
     zero_stage: int = 0,
-    watch: Watch = Watch(),
+    reporting: Reporting = Reporting(),
 ) -> bool:
     """Trains from the newest checkpoint in `folder` to the end; False when it was asked to stop and saved its state.
 
-    `beside`, by name, is trained outside the engine; what it learns from must be finite where the loss is. An
-    ArithmeticError names the step, and images, where the loss, a norm of the gradient or another figure is not finite.
+    Args:
+        sharded: modules outside the engine, by the name that checkpoints have for them. What they learn from must be
+            finite where the loss is.
+
+    Raises:
+        ArithmeticError: the loss, a norm of the gradient or another figure is not finite; names the step and images.
     """
-    shards = {name: part.shard() for name, part in beside.items()}
-    start = _agreed(context, load_checkpoint(folder, objective.module, optimizer, shards), job)
+    shards = {name: module.shard() for name, module in sharded.items()}
+    start = _same_on_all_ranks(context, load_checkpoint(folder, objective.module, optimizer, shards), job)
     engine = Engine(objective.module, optimizer, context.comm, context.device, zero_stage=zero_stage)
     with ExitStack() as stack:
         stack.callback(engine.close)
-        log = _Log(context, folder / METRICS_FILE, job, watch, start=start, steps=schedule.steps)
+        log = _Log(context, folder / METRICS_FILE, job, reporting, start=start, steps=schedule.steps)
         stack.callback(log.close)
         objective.begin(start)
         for step in range(start, schedule.steps):
             figures, stop = _reduce(context, objective.backward(engine, step))
-            if any(not math.isfinite(v) for name, v in figures.items() if not name.startswith(MAY_BE_UNDEFINED)):
-                raise ArithmeticError(f"{job}: {_not_finite(figures, step, watch.suspects())}")
+            if any(not math.isfinite(v) for name, v in figures.items() if not name.startswith(_MAY_BE_UNDEFINED)):
+                raise ArithmeticError(f"{job}: {_describe_not_finite(figures, step, reporting.suspects())}")
             done, rate = step + 1, schedule.learning_rate(step)
             engine.step(rate)
-            for part in beside.values():
-                part.step(rate)
+            for module in sharded.values():
+                module.step(rate)
             log.step(step, rate, figures)
             if done < schedule.steps and (stop or done % schedule.checkpoint_steps == 0):
                 save_checkpoint(context, folder, done, objective.module, engine.state(), shards)
@@ -136,18 +139,7 @@ def train(
         return True
 
 
-def _not_finite(figures: Mapping[str, float], step: int, suspects: Sequence[str]) -> str:
-    """Which figures are to blame: losses before what follows from them, those of single sets before their mean."""
-    wrong = {name: value for name, value in figures.items() if not math.isfinite(value)}
-    wrong = {name: value for name, value in wrong.items() if name.split(" ")[0] == "loss"} or wrong
-    wrong = {name: value for name, value in wrong.items() if " " in name} or wrong
-    said = ", ".join(f"{name} is {value}" for name, value in wrong.items())
-    named = f"; images of that step: {', '.join(suspects[:NAMED])}" if suspects else ""
-    more = f" and {len(suspects) - NAMED} more" if len(suspects) > NAMED else ""
-    return f"{said} at step {step}; nothing was updated{named}{more}"
-
-
-def _agreed(context: RankContext, start: int, job: str) -> int:
+def _same_on_all_ranks(context: RankContext, start: int, job: str) -> int:
     starts = {int(s) for s in context.comm.gather(torch.tensor([start], device=context.device))}
     if len(starts) > 1:  # a file system that shows files late; another attempt will see them
         raise RuntimeError(f"{job}: ranks found checkpoints of different steps, {sorted(starts)}")
@@ -164,19 +156,32 @@ def _reduce(context: RankContext, sums: dict[str, float]) -> tuple[dict[str, flo
     return {**{name: total / max(images, 1) for name, total in figures.items()}, "images": images}, totals[-1] > 0
 
 
-class _Log:
-    """Rank 0 writes metrics.jsonl and tells the trackers; every rank reports its status, of which rank 0's is shown."""
+def _describe_not_finite(figures: Mapping[str, float], step: int, suspects: Sequence[str]) -> str:
+    """Which figures are the cause: losses before what follows from them, those of single sets before their mean."""
+    wrong = {name: value for name, value in figures.items() if not math.isfinite(value)}
+    wrong = {name: value for name, value in wrong.items() if name.split(" ")[0] == "loss"} or wrong
+    wrong = {name: value for name, value in wrong.items() if " " in name} or wrong
+    values = ", ".join(f"{name} is {value}" for name, value in wrong.items())
+    named = f"; images of that step: {', '.join(suspects[:NAMED])}" if suspects else ""
+    more = f" and {len(suspects) - NAMED} more" if len(suspects) > NAMED else ""
+    return f"{values} at step {step}; nothing was updated{named}{more}"
 
-    def __init__(self, context: RankContext, path: Path, job: str, watch: Watch, *, start: int, steps: int) -> None:
+
+class _Log:
+    """Rank 0 writes metrics.jsonl and the trackers; every rank reports its status, of which rank 0's is shown."""
+
+    def __init__(
+        self, context: RankContext, path: Path, job: str, reporting: Reporting, *, start: int, steps: int
+    ) -> None:
         self._context, self._job, self._steps = context, job, steps
-        self._recent: deque[tuple[float, float, float]] = deque([(time.monotonic(), 0.0, 0.0)], maxlen=RECENT + 1)
-        self._events, self._audience = None, None
+        self._recent: deque[tuple[float, float, float]] = deque([(time.monotonic(), 0.0, 0.0)], maxlen=_RECENT + 1)
+        self._events, self._trackers = None, None
         if context.comm.rank == 0:
-            _forget(path, start)
+            _drop_steps(path, start)
             self._events = Events(path, job=job)
             where = {"ranks": context.comm.size, "host": socket.gethostname(), "pid": os.getpid()}
-            self._events("begins", at_step=start, **where, **watch.settled)
-            self._audience = TrackerGroup(watch.trackers(), self._tracker_failed)
+            self._events("begins", at_step=start, **where, **reporting.decisions)
+            self._trackers = TrackerGroup(reporting.trackers(), self._tracker_failed)
 
     def step(self, step: int, rate: float, figures: dict[str, float]) -> None:
         waited_s = figures.pop("waited_s", None)
@@ -187,17 +192,17 @@ class _Log:
         waits = {} if waited_s is None else {"data_wait_share": round(sum(w for _, _, w in recent) / elapsed, 3)}
         if self._events:
             self._events("step", step=step, lr=rate, images_per_s=round(speed, 1), **waits, **figures)
-        if self._audience:
-            self._audience.log(step, {"lr": rate, "images_per_s": speed, **waits, **figures})
+        if self._trackers:
+            self._trackers.log(step, {"lr": rate, "images_per_s": speed, **waits, **figures})
         left = (self._steps - step - 1) * elapsed / len(recent)
         status: dict[str, object] = {"loss": figures["loss"], "images_per_s": speed, **waits, "left_s": left}
-        if self._audience and self._audience.left:
-            status["trackers_off"] = self._audience.left
+        if self._trackers and self._trackers.failed:
+            status["trackers_off"] = self._trackers.failed
         self._context.report({"done": step + 1, "of": self._steps, **status})
 
     def close(self) -> None:
-        if self._audience:
-            self._audience.close()
+        if self._trackers:
+            self._trackers.close()
         if self._events:
             self._events.close()
 
@@ -206,8 +211,8 @@ class _Log:
             self._events("tracker_failed", tracker=tracker, reason=reason)
 
 
-def _forget(path: Path, start: int) -> None:
-    """Drops what a killed attempt logged after the checkpoint that we resume from."""
+def _drop_steps(path: Path, start: int) -> None:
+    """Drops from a log what a killed attempt wrote after the checkpoint that this one resumes from."""
     if path.exists():
         lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
         kept = [line for line in lines if json.loads(line).get("step", 0) < start]

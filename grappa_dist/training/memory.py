@@ -1,9 +1,9 @@
 """How many images a rank trains on at a time: as asked for, or, with `adapt.micro_batch=auto`, as its memory holds.
 
-Free memory differs from run to run, and the number moves the last bits of a sum. So what was found is kept beside the
-checkpoints: a job that goes on, on as many ranks, goes on with it.
-
-How much of a batch, and how many adaptor sets, the memory of a worker holds: arithmetic, without a device.
+A memory budget says how many images, and how many adaptor sets, a worker's memory holds: arithmetic on byte counts. The
+automatic batch size follows from it and, on a GPU, from a trial. Free memory differs from run to run, and the batch
+size changes the last bits of a sum, so the size is kept with the checkpoints: a job that resumes on as many ranks uses
+it again.
 """
 
 from __future__ import annotations
@@ -25,63 +25,52 @@ from grappa_dist.models import PackedGrappa
 from grappa_dist.models.backbone import forward_precision
 from grappa_dist.models.packed import activation_bytes
 
+GPU_SHARE, CPU_SHARE = (
+    0.8,
+    0.5,
+)  # of free memory; on a CPU images wait in memory too, and there is no error when it is full
+LAYERS_AT_WORK = 6  # a layer going forward or backward takes as much as this many keep: 4.5 to 6 were seen
+FILE = "checkpoints/micro_batch.json"
+
 
 @dataclass(frozen=True)
-class Room:
+class MemoryBudget:
     """What training may take of one worker's memory, and what an image takes of it."""
 
     usable_bytes: int
-    image_bytes: int  # of all adaptor sets that were counted, at the most at one time
+    image_bytes: int  # the peak, of all adaptor sets of the model
 
     def images(self, most: int) -> int:
         """How many images at a time, from 1 to `most`."""
         return max(1, min(most, self.usable_bytes // self.image_bytes)) if self.image_bytes else most
 
     def sets(self, set_bytes: Sequence[int], images: Callable[[int], int]) -> int:
-        """How many sets a job may train, at least 1, whichever sets they are: those that take most count first.
+        """How many sets a job may train, at least 1, in any choice of sets: the largest are counted first.
 
         Args:
-            set_bytes: what each set takes whatever the batch: its classifier's part of a rank.
-            images: how many are trained on at a time by a job of so many sets.
+            set_bytes: what each set takes at any batch size: its classifier's part of a rank.
+            images: the batch size of a job of a number of sets.
         """
         largest = accumulate(sorted(set_bytes, reverse=True))  # what the first set takes, the first two, ...
         taken = (own + num * images(num) * self.image_bytes for num, own in enumerate(largest, start=1))
         return max((num for num, size in enumerate(taken, start=1) if size <= self.usable_bytes), default=1)
 
 
-def even_size(count: int, most: int) -> int:
-    """The size of the fewest parts of at most `most` of `count` items, as alike as can be; the last may be smaller."""
-    parts = -(-count // most)
-    return -(-count // parts) if parts else most
-
-
-GPU_SHARE, CPU_SHARE = 0.8, 0.5  # of what is free; on a CPU images wait in memory too, and nobody says when it is full
-AT_WORK = 6  # a layer going forward or backward takes as much as so many keep: 4.5 to 6 were seen
-FILE = "checkpoints/micro_batch.json"
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """How many images at a time, the same on all ranks, and how that was found."""
-
-    images: int
-    why: str
+def memory_budget(model: PackedGrappa, usable: int) -> MemoryBudget:
+    """The budget of `usable` bytes for images of this model."""
+    return MemoryBudget(usable, image_bytes(model, recompute=model.layers[0].recompute))
 
 
 def usable_bytes(device: torch.device, sharing: int) -> int:
-    """Of this worker's memory, what training may take.
+    """How much of this worker's memory training may take.
 
     Args:
-        sharing: the workers of this node. A GPU is nobody else's.
+        sharing: the workers of this node, which share its memory. A GPU belongs to one worker.
     """
     if device.type != "cuda":
         return int(CPU_SHARE * free_memory() / sharing)
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, to be used again
     return int(GPU_SHARE * (torch.cuda.mem_get_info(device)[0] + kept))
-
-
-def room(model: PackedGrappa, usable: int) -> Room:
-    return Room(usable, image_bytes(model, recompute=model.layers[0].recompute))
 
 
 def image_bytes(model: PackedGrappa, *, recompute: bool) -> int:
@@ -91,7 +80,7 @@ def image_bytes(model: PackedGrappa, *, recompute: bool) -> int:
     """
     kept = _kept_bytes(model, recompute=False)
     of_layer = kept // max(len(model.layers) - 1, 1)
-    return (_kept_bytes(model, recompute=True) if recompute else kept) + AT_WORK * of_layer
+    return (_kept_bytes(model, recompute=True) if recompute else kept) + LAYERS_AT_WORK * of_layer
 
 
 def _kept_bytes(model: PackedGrappa, *, recompute: bool) -> int:
@@ -106,52 +95,71 @@ def _kept_bytes(model: PackedGrappa, *, recompute: bool) -> int:
             layer.recompute = before
 
 
-def images_at_a_time(asked: int | None, share: int, num_sets: int, *, on_gpu: bool) -> int:
-    """As asked for; null: a rank's share of a batch, and on a CPU the part of it that leaves all sets together with as
-    many activations as one set alone has.
+def even_size(count: int, most: int) -> int:
+    """The size of the fewest parts of at most `most` of `count` items, as alike as can be; the last may be smaller."""
+    parts = -(-count // most)
+    return -(-count // parts) if parts else most
 
-    Larger tensors leave a CPU's caches and are asked of the system anew each time: 8 sets were a third slower.
+
+def micro_batch_size(asked: int | None, most: int, num_sets: int, *, on_gpu: bool) -> int:
+    """As asked for; null: all images that a rank may have of a batch, `most`, and on a CPU the part of them that leaves
+    all sets together with as many activations as one set alone has.
+
+    Larger tensors leave a CPU's caches and are allocated anew each time: 8 sets were a third slower.
     """
     if asked is not None:
-        return min(asked, share)
-    return share if on_gpu else -(-share // num_sets)
+        return min(asked, most)
+    return most if on_gpu else -(-most // num_sets)
 
 
-def fitted(context: RankContext, model: PackedGrappa, folder: Path, most: int, usable: int) -> Fitted:
-    """Images at a time, of the fewest parts of even size that `most` fall into; all ranks call it, and before there is
-    an engine.
+@dataclass(frozen=True)
+class AutomaticBatch:
+    """How many images at a time, the same on all ranks, and why."""
+
+    images: int
+    why: str
+
+
+def automatic_batch_size(
+    context: RankContext, model: PackedGrappa, folder: Path, most: int, usable: int
+) -> AutomaticBatch:
+    """The size of the fewest equal parts of `most` images that fit `usable` bytes; all ranks call it, and before there
+    is an engine.
 
     Args:
+        folder: of the job, where the size is kept.
         most: images of a rank in a step.
 
     Raises:
         ValueError: not one image fits a GPU.
     """
-    comm, before = context.comm, _of_before(folder, context.comm.size) if context.comm.rank == 0 else 0
+    comm, before = context.comm, _kept_size(folder, context.comm.size) if context.comm.rank == 0 else 0
     before = int(comm.broadcast(torch.tensor([before], device=context.device), 0))
-    found = room(model, usable)
+    budget = memory_budget(model, usable)
     expected, why = before, f"as when the job began on {comm.size} ranks"
     if not before:
-        expected = even_size(most, found.images(most))
-        why = f"{usable / 2**30:.2f} GiB may be used, an image takes {found.image_bytes / 2**20:.1f} MiB"
-    images = tried(model, expected)
+        expected = even_size(most, budget.images(most))
+        why = f"{usable / 2**30:.2f} GiB may be used, an image takes {budget.image_bytes / 2**20:.1f} MiB"
+    images = images_that_fit(model, expected)
     why += f"; {expected} were too many" if images < expected else ""
     of_all = [int(n) for n in comm.gather(torch.tensor([images], device=context.device))]
     if comm.rank == 0:
         (folder / FILE).parent.mkdir(parents=True, exist_ok=True)
         write_json(folder / FILE, {"images": min(of_all), "ranks": comm.size})
-    return Fitted(min(of_all), why if min(of_all) == images else f"another rank has room for {min(of_all)} only")
+    return AutomaticBatch(
+        min(of_all), why if min(of_all) == images else f"another rank has memory for {min(of_all)} only"
+    )
 
 
-def _of_before(folder: Path, ranks: int) -> int:
-    """What the job began with on as many ranks; 0: nothing."""
+def _kept_size(folder: Path, ranks: int) -> int:
+    """The size that the job began with on as many ranks; 0: none."""
     path = folder / FILE
     kept = json.loads(path.read_text()) if path.exists() else {"ranks": 0}
     return int(kept["images"]) if kept["ranks"] == ranks else 0
 
 
-def tried(model: PackedGrappa, images: int) -> int:
-    """So many images at a time, or as many as a GPU has memory for when it comes to it; a CPU says nothing.
+def images_that_fit(model: PackedGrappa, images: int) -> int:
+    """`images`, or as many as pass a trial on a GPU; on a CPU there is no trial.
 
     Raises:
         ValueError: not one image fits a GPU.
@@ -162,7 +170,7 @@ def tried(model: PackedGrappa, images: int) -> int:
 
 
 def largest_that_runs(images: int, run: Callable[[int], None]) -> int:
-    """`images`, halved until `run` has memory enough.
+    """`images`, halved until `run` has enough memory.
 
     Raises:
         ValueError: not one image fits.
@@ -180,22 +188,36 @@ def largest_that_runs(images: int, run: Callable[[int], None]) -> int:
         images = -(-images // 2)  # here, where nothing holds what the failed run had
 
 
+def _train_pass(model: PackedGrappa, images: int) -> None:
+    """Forward and backward, as the engine does it; leaves no gradients."""
+    size, device = model.backbone.preprocess.image_size, model.backbone.mean.device
+    torch.cuda.empty_cache()
+    try:
+        with forward_precision(device):
+            z = model(torch.zeros(images, 3, size, size, device=device))
+        z.float().sum().backward()
+    finally:
+        for parameter in model.parameters():
+            parameter.grad = None
+
+
 @contextmanager
 def naming_lack_of_memory(job: str, advice: str) -> Iterator[None]:
     """Ends a job for good when a rank runs out of a GPU's memory: another attempt would run out of it as well.
 
     Raises:
-        ValueError: in place of torch's error, which would be tried again; with `advice` on which settings to change.
+        ValueError: in place of torch's error, after which the job would be started again; with `advice` on which
+            settings to change.
     """
     try:
         yield
     except torch.OutOfMemoryError as error:
-        told = str(error).splitlines()[0]
-        raise ValueError(f"{job}: a step does not fit the GPU's memory: {advice} ({told})") from None
+        first_line = str(error).splitlines()[0]
+        raise ValueError(f"{job}: a step does not fit the GPU's memory: {advice} ({first_line})") from None
 
 
 def adapt_advice(adapt: AdaptConfig) -> str:
-    """What takes less memory in a step of adapt than what is asked for."""
+    """Settings under which a step of adapt takes less memory than under `adapt`."""
     ways = [] if adapt.micro_batch == "auto" else ["adapt.micro_batch=auto"]
     ways += [] if adapt.activation_checkpointing else ["adapt.activation_checkpointing=true"]
     ways += ["a lower adapt.sets_per_job"] if adapt.sets_per_job != 1 else []
@@ -207,16 +229,3 @@ def adapt_advice(adapt: AdaptConfig) -> str:
 def fuse_advice(micro_batch: int) -> str:
     """As `adapt_advice`, for steps of a fusion."""
     return f"lower fuse.micro_batch={micro_batch}" if micro_batch > 1 else "fuse fewer sets, or use a smaller backbone"
-
-
-def _train_pass(model: PackedGrappa, images: int) -> None:
-    """Forward and backward, as the engine does it, with nothing to show for it."""
-    size, device = model.backbone.preprocess.image_size, model.backbone.mean.device
-    torch.cuda.empty_cache()
-    try:
-        with forward_precision(device):
-            z = model(torch.zeros(images, 3, size, size, device=device))
-        z.float().sum().backward()
-    finally:
-        for parameter in model.parameters():
-            parameter.grad = None

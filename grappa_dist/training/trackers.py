@@ -1,4 +1,4 @@
-"""Where else the figures of a training go, if asked for: TensorBoard, Weights & Biases, MLflow. Imported on demand."""
+"""Trackers for the figures of a job, if asked for: TensorBoard, Weights & Biases, MLflow. Imported on demand."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _MLFLOW_TAG = "grappa_job"
 
 
 class Tracker(Protocol):
-    """Hears of a job's steps from rank 0; a resumed job says steps again that it had said before it was killed.
+    """Logs a job's steps, on rank 0; a resumed job logs steps again that it had logged before it was killed.
 
-    It opens at the first step that it hears of, so a server that is away shows there.
+    It opens at the first step that it logs, so a server that does not answer shows there.
     """
 
     def log(self, step: int, figures: Mapping[str, float]) -> None: ...
@@ -28,36 +28,37 @@ class Tracker(Protocol):
 
 
 class TrackerGroup:
-    """The trackers of a job. One that fails is told of once, with its error, and hears no more; training goes on."""
+    """The trackers of a job. One that fails is reported once, with its error, and closed; training goes on."""
 
-    def __init__(self, trackers: Sequence[Tracker], failed: Callable[[str, str], None]) -> None:
-        self._listening, self._failed = list(trackers), failed
-        self.left: list[str] = []  # the names of those that hear no more
+    def __init__(self, trackers: Sequence[Tracker], report: Callable[[str, str], None]) -> None:
+        """`report` is called with the name and the error of a tracker that fails."""
+        self._active, self._report = list(trackers), report
+        self.failed: list[str] = []  # names of trackers
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
-        for tracker in list(self._listening):
+        for tracker in list(self._active):
             try:
                 tracker.log(step, figures)
-            except Exception as error:  # whatever a package may raise: it is not what is trained
-                self._listening.remove(tracker)
-                self.left.append(type(tracker).__name__)
-                self._tell(tracker, error)
+            except Exception as error:  # whatever a package may raise: training does not need it
+                self._active.remove(tracker)
+                self.failed.append(type(tracker).__name__)
+                self._report_failure(tracker, error)
                 with suppress(Exception):  # one error is enough
                     tracker.close()
 
     def close(self) -> None:
-        for tracker in self._listening:
+        for tracker in self._active:
             try:
                 tracker.close()
             except Exception as error:
-                self._tell(tracker, error)
+                self._report_failure(tracker, error)
 
-    def _tell(self, tracker: Tracker, error: Exception) -> None:
-        self._failed(type(tracker).__name__, f"{type(error).__name__}: {error}")
+    def _report_failure(self, tracker: Tracker, error: Exception) -> None:
+        self._report(type(tracker).__name__, f"{type(error).__name__}: {error}")
 
 
 class TensorBoard:
-    """Event files in a folder of the job's own; steps that are said again replace those from before."""
+    """Event files in a folder for each job; steps that are logged again replace the earlier ones."""
 
     def __init__(self, folder: Path, job: str) -> None:
         self._folder = folder / "tensorboard" / job
@@ -77,7 +78,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run named by the job, in the project named by the run directory; server and key are the environment's."""
+    """A run named by the job, in the project named by the run directory; the environment has server and key."""
 
     def __init__(self, folder: Path, job: str) -> None:
         self._folder, self._job = folder, job
@@ -98,10 +99,10 @@ class WeightsAndBiases:
 
 
 class Mlflow:
-    """A run of the job's own, restarts included, in the experiment named by the run directory.
+    """One run for each job, restarts included, in the experiment named by the run directory.
 
-    The server is that of the environment. A restarted job finds its run by a tag, made of run directory and job.
-    Unless the environment says otherwise, a server that does not answer holds a step up for half a minute, once.
+    The environment has the server. A restarted job finds its run by a tag, made of run directory and job. Unless the
+    environment sets other limits, a server that does not answer holds a step up for half a minute, once.
     """
 
     def __init__(self, folder: Path, job: str) -> None:
@@ -151,7 +152,7 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def trackers_of(names: Sequence[str], folder: Path, job: str) -> list[Tracker]:
-    """What hears of a job's steps. Its name is used for a folder and an id, so it should be short and its own.
+    """The trackers of a job. Its name is used for a folder and an id, so it should be short and unique.
 
     Raises:
         ValueError: a package is not installed.

@@ -15,7 +15,7 @@ from grappa_dist.distributed.collectives import Comm
 from grappa_dist.models.spec import ADAPTORS_FILE, build_backbone
 from grappa_dist.stages.adapt import adaptors_of
 from grappa_dist.stages.adapt_job import AdaptJob, AdaptObjective, train_adaptors
-from grappa_dist.stages.adapt_packs import AdaptSet, begin
+from grappa_dist.stages.multi_set_jobs import AdaptSet, begin_job
 from grappa_dist.training.batches import rank_share
 from grappa_dist.training.loop import Schedule, train
 from tests.processes import run_ranks
@@ -91,7 +91,7 @@ def poisoned(comm: Comm, job: AdaptJob) -> dict[str, Any]:
     optimizer = torch.optim.Adam([p for p in objective.module.parameters() if p.requires_grad])
     schedule = Schedule(STEPS, 5, lambda step: 1e-3)
     with pytest.raises(ArithmeticError) as error:
-        train(context, objective, optimizer, schedule, folder=begin(job.sets), job=job.name)
+        train(context, objective, optimizer, schedule, folder=begin_job(job.sets), job=job.name)
     objective.close()
     after = dict(objective.module.named_parameters())
     return {"poisoned": str(error.value), "untouched": all(torch.equal(p, after[n]) for n, p in before.items())}

@@ -1,4 +1,4 @@
-"""A job of adaptor sets: the memory that it takes and gives back, and what it says when it cannot go on."""
+"""A job of adaptor sets: the memory that it takes and releases, and its errors."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from grappa_dist.training.loop import NAMED
 from tests.models import tiny as tiny_models
 from tests.processes import run_ranks
 from tests.stages import tiny
-from tests.stages.packed import KS, SCANT, close, job_in, run, weights
+from tests.stages.multi_set import KS, SCANT, close, job_in, run, weights
 
 
 def test_the_log_says_how_many_images_at_a_time_and_why(trained: Path) -> None:
-    (one,) = job_in(trained, "fitted", (3,)).sets
+    (one,) = job_in(trained, "auto", (3,)).sets
     (begins,) = [event for event in read_events(one.artifact.path / "metrics.jsonl") if event["name"] == "begins"]
     assert begins["micro_batch"] == "3"
     assert begins["micro_batch_because"] == "0.00 GiB may be used, an image takes 0.2 MiB"
@@ -41,16 +41,18 @@ def test_a_compiled_job_says_so_and_one_without_a_gpu_says_why_not(trained: Path
     assert begins["compile"] == "compiled; 4 images take 1000.0 ms compiled, 2000.0 ms plain"
     context = tiny.Watcher().context(Comm())
     plain = adapting.AdaptObjective(context, replace(job_in(trained, "names"), compiled=True))
-    assert plain.settled["compile"] == "not compiled: no GPU"
+    assert plain.decisions["compile"] == "not compiled: no GPU"
 
 
-def images_at_a_time(comm: Comm, job: AdaptJob) -> list[Any]:
-    """The most that is asked for, and what torch.compile is tried with."""
-    seen, fit = list[Any](), adapting.fitted
+def batch_sizes_tried(comm: Comm, job: AdaptJob) -> list[Any]:
+    """The largest batch that is asked for, and the one that torch.compile is tried with."""
+    seen, fit = list[Any](), adapting.automatic_batch_size
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(adapting, "usable_bytes", lambda device, sharing: SCANT)
         patch.setattr(
-            adapting, "fitted", lambda c, model, folder, most, usable: fit(c, model, folder, *note(most), usable)
+            adapting,
+            "automatic_batch_size",
+            lambda c, model, folder, most, usable: fit(c, model, folder, *note(most), usable),
         )
         patch.setattr(adapting, "compile_if_it_wins", lambda model, images: note(images) and "not compiled")
 
@@ -66,11 +68,11 @@ def test_no_more_images_are_tried_than_a_rank_has_of_a_step(drawn: Path) -> None
     auto = replace(job_in(drawn, "tried", micro_batch="auto"), compiled=True)
     whole, some = (replace(job_in(drawn, "tried", micro_batch=m), compiled=True) for m in (None, 7))
     assert tiny.BATCH == 16
-    assert images_at_a_time(Comm(), whole) == [6]  # on a CPU a third, as there are three sets
-    assert images_at_a_time(Comm(), some) == [6]  # three parts of even size
-    assert run_ranks(images_at_a_time, 2, auto) == [[8, 3]] * 2  # three fit: eight are 3 + 3 + 2
-    assert run_ranks(images_at_a_time, 2, whole) == [[3]] * 2
-    assert run_ranks(images_at_a_time, 2, some) == [[4]] * 2
+    assert batch_sizes_tried(Comm(), whole) == [6]  # on a CPU a third, as there are three sets
+    assert batch_sizes_tried(Comm(), some) == [6]  # three parts of even size
+    assert run_ranks(batch_sizes_tried, 2, auto) == [[8, 3]] * 2  # three fit: eight are 3 + 3 + 2
+    assert run_ranks(batch_sizes_tried, 2, whole) == [[3]] * 2
+    assert run_ranks(batch_sizes_tried, 2, some) == [[4]] * 2
 
 
 def broken(dim: int, depth: int) -> torch.nn.Module:
@@ -123,7 +125,7 @@ def test_a_gradient_that_is_not_finite_stops_all_ranks_before_the_update_and_spo
 
 def left_of_a_job(comm: Comm, job: AdaptJob) -> tuple[set[str], set[str]]:
     """What lives of the parts of a job that is over, and of the model that the worker embedded with: before and after
-    the worker lets go, where the collector does not run by itself."""
+    the worker releases memory, where the collector does not run by itself."""
     parts, init = dict[str, weakref.ref[Any]](), adapting.AdaptObjective.__init__
 
     def watched(objective: adapting.AdaptObjective, *given: Any) -> None:
@@ -147,7 +149,7 @@ def left_of_a_job(comm: Comm, job: AdaptJob) -> tuple[set[str], set[str]]:
 def test_a_job_that_is_over_and_the_model_of_embedding_leave_no_memory_taken(drawn: Path, zero_stage: int) -> None:
     job = job_in(drawn, f"over-{zero_stage}", zero_stage=zero_stage, epochs=1)
     ((before, after),) = run_ranks(left_of_a_job, 1, job, timeout_s=400)
-    assert "model" in before  # which the engine holds; else there is nothing to let go
+    assert "model" in before  # which the engine holds; else there is nothing to release
     assert "embedding" not in before
     assert after == set()
 

@@ -12,10 +12,10 @@ import pytest
 from grappa_dist.artifacts import rows_file
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.distributed.placement import Rates
-from grappa_dist.stages.adapt import FEW, Measured, _most_sets, adapt, adaptors_of
-from grappa_dist.training.memory import Room
+from grappa_dist.stages.adapt import LEAST_IMAGES, Measured, _most_sets, adapt, adaptors_of
+from grappa_dist.training.memory import MemoryBudget
 from tests.stages import tiny
-from tests.stages.packed import KS, job_in
+from tests.stages.multi_set import KS, job_in
 
 
 @pytest.mark.parametrize(("asked", "names"), [(1, ["k=3", "k=5"]), (2, ["k=3+k=5"]), ("auto", ["k=3+k=5"])])
@@ -46,7 +46,7 @@ def test_only_missing_sets_are_trained_in_jobs_of_the_size_asked_for(
 def test_how_many_sets_memory_holds_follows_from_the_images_at_a_time_and_the_classes(drawn: Path) -> None:
     job = job_in(drawn, "names")
     job = replace(job, training=replace(job.training, data=job.training.data.model_copy(update={"streams": 16})))
-    found = Measured(Rates(1.0, 0.1, 0.5, overlap=False), Room(2_000, 100), channels=10)
+    found = Measured(Rates(1.0, 0.1, 0.5, overlap=False), MemoryBudget(2_000, 100), channels=10)
 
     def most(ranks: int, **settings: Any) -> int:
         return _most_sets(replace(job, adapt=job.adapt.model_copy(update=settings)), found, ranks)
@@ -56,5 +56,5 @@ def test_how_many_sets_memory_holds_follows_from_the_images_at_a_time_and_the_cl
     assert most(4) == 3
     assert most(2, micro_batch=8) == 1  # 8 of two are 1600 too, and a rank's rows of their 5 + 4 classes 540
     assert most(1, micro_batch=2) == 2
-    assert most(1, micro_batch="auto") == most(1, micro_batch=FEW) == 1
+    assert most(1, micro_batch="auto") == most(1, micro_batch=LEAST_IMAGES) == 1
     assert most(4, micro_batch="auto") == 3

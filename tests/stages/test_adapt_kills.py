@@ -17,7 +17,7 @@ from grappa_dist.models.spec import ADAPTORS_FILE
 from grappa_dist.stages.adapt_job import train_adaptors
 from tests.processes import run_ranks
 from tests.stages import tiny
-from tests.stages.packed import job_in
+from tests.stages.multi_set import job_in
 
 KS = (3, 4)
 STEPS, CHECKPOINT_STEPS = 9, 3

@@ -13,7 +13,7 @@ from grappa_dist.models import PackedGrappa
 from grappa_dist.stages import adapt as rates
 from grappa_dist.training.memory import image_bytes
 from tests.stages import tiny
-from tests.stages.packed import job_in
+from tests.stages.multi_set import job_in
 
 
 @pytest.fixture(scope="module")
@@ -37,13 +37,13 @@ def measured(
         return 3.0 * model.num_sets * len(images)
 
     patch.setattr(rates, "usable_bytes", lambda device, sharing: usable)
-    patch.setattr(rates, "tried", lambda model, images: min(images, runs_with))
+    patch.setattr(rates, "images_that_fit", lambda model, images: min(images, runs_with))
     patch.setattr(rates, "_train_s", seconds)
     found = rates.measure_rates(tiny.CPU, job_in(folder, "rates", **adapt))
     return timed, found
 
 
-def test_images_are_as_many_as_two_sets_have_room_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_as_many_as_two_sets_have_memory_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one, two = (
         image_bytes(rates._model(job_in(folder, "rates"), count, tiny.CPU), recompute=False) for count in (1, 2)
     )
@@ -51,7 +51,7 @@ def test_images_are_as_many_as_two_sets_have_room_for(folder: Path, monkeypatch:
     for usable, images in ((10**9, rates.CPU_IMAGES), (5 * two, 5), (0, 1)):
         timed, found = measured(folder, monkeypatch, usable)
         assert timed == [(2, images), (1, images)]
-        assert (found.room.usable_bytes, found.room.image_bytes, found.channels) == (usable, one, 16)
+        assert (found.budget.usable_bytes, found.budget.image_bytes, found.channels) == (usable, one, 16)
         assert (found.rates.shared_s, found.rates.set_s) == (0.0, 3.0)
 
 

@@ -17,8 +17,8 @@ from grappa_dist.artifacts import Artifact, Store
 from grappa_dist.distributed.collectives import Comm
 from grappa_dist.distributed.runner import Job
 from grappa_dist.models.spec import ADAPTORS_FILE
-from grappa_dist.stages.adapt_packs import PACK_FILE
 from grappa_dist.stages.mirror import ASIDE, STATE, RemoteFolder, WorkMirror
+from grappa_dist.stages.multi_set_jobs import MULTI_SET_FILE
 from tests.conftest import Bucket
 from tests.processes import run_ranks
 from tests.stages import tiny
@@ -189,7 +189,7 @@ def test_jobs_of_several_sets_are_copied_by_their_folder(bucket: Bucket, tmp_pat
     job = tmp_path / "a" / "packs" / "0123456789"
     job.parent.mkdir()
     (tmp_path / "moved").rename(job)
-    (job / PACK_FILE).write_text(json.dumps({"sets": [first.name, second.name]}))
+    (job / MULTI_SET_FILE).write_text(json.dumps({"sets": [first.name, second.name]}))
     mirror_of(bucket, tmp_path / "a").save(())
     assert mirror_of(bucket, tmp_path / "b").fetch() == ["packs/0123456789"]
     remote = RemoteFolder(f"{bucket.url}/runs/x")

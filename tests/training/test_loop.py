@@ -14,7 +14,7 @@ from grappa_dist.console import read_events
 from grappa_dist.distributed.collectives import Comm
 from grappa_dist.training.checkpoints import load_checkpoint, save_checkpoint
 from grappa_dist.training.deepspeed_engine import Engine
-from grappa_dist.training.loop import Schedule, Watch, train
+from grappa_dist.training.loop import Reporting, Schedule, train
 from grappa_dist.training.optim import Lars
 from tests.processes import run_ranks
 from tests.stages.tiny import Killed, Watcher, losses_of, steps_of
@@ -65,7 +65,7 @@ def optimizer_of(name: str, module: nn.Module) -> torch.optim.Optimizer:
 
 
 def state_of(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Every trained parameter and everything that the optimizer knows of it."""
+    """Every trained parameter and its optimizer state."""
     tensors = dict[str, Tensor]()
     for name, p in module.named_parameters():
         if p.requires_grad:
@@ -102,8 +102,8 @@ def test_a_checkpoint_brings_parameters_and_optimizer_back_to_the_bit(tmp_path: 
     assert all(torch.equal(tensor, after[key]) for key, tensor in state_of(other, restored).items())
 
 
-class Listening:
-    """A tracker that notes the steps it hears of."""
+class Recording:
+    """A tracker that keeps the steps that it logs."""
 
     def __init__(self) -> None:
         self.steps = list[int]()
@@ -115,16 +115,16 @@ class Listening:
         self.steps.append(-1)
 
 
-class Sulking(Listening):
-    """A tracker that cannot be closed, nor told anything from a step on."""
+class Failing(Recording):
+    """A tracker that cannot be closed, and fails to log from a step on."""
 
-    def __init__(self, mute_from: int) -> None:
+    def __init__(self, fails_from: int) -> None:
         super().__init__()
-        self._mute_from = mute_from
+        self._fails_from = fails_from
 
     def log(self, step: int, figures: Any) -> None:
         super().log(step, figures)
-        if step >= self._mute_from:
+        if step >= self._fails_from:
             raise TimeoutError("the server is away")
 
     def close(self) -> None:
@@ -134,27 +134,30 @@ class Sulking(Listening):
 def train_with_trackers_that_fail(comm: Comm, folder: Path) -> dict[str, Any]:
     """How training went that has a good tracker between two bad ones, one of which fails only when it is closed."""
     closed, close, watcher = list[Engine](), Engine.close, Watcher()
-    trackers = [Sulking(1), Listening(), Sulking(99)]
+    trackers = [Failing(1), Recording(), Failing(99)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Engine, "close", lambda engine: (closed.append(engine), close(engine)))
         objective, schedule = Regression(comm), Schedule(4, 2, lambda step: 0.1)
-        optimizer, watch = optimizer_of("adam", objective.module), Watch(trackers=lambda: trackers)
-        done = train(watcher.context(comm), objective, optimizer, schedule, folder=folder, job="job", watch=watch)
+        optimizer = optimizer_of("adam", objective.module)
+        reporting = Reporting(trackers=lambda: trackers)
+        done = train(
+            watcher.context(comm), objective, optimizer, schedule, folder=folder, job="job", reporting=reporting
+        )
     off = [status.get("trackers_off") for status in watcher.statuses]
-    return {"done": done, "heard": [t.steps for t in trackers], "engines closed": len(closed), "off": off}
+    return {"done": done, "logged": [t.steps for t in trackers], "engines closed": len(closed), "off": off}
 
 
-def test_a_tracker_that_fails_is_told_of_once_and_switched_off_while_training_goes_on(tmp_path: Path) -> None:
+def test_a_tracker_that_fails_is_reported_once_and_switched_off_while_training_goes_on(tmp_path: Path) -> None:
     (found,) = run_ranks(train_with_trackers_that_fail, 1, tmp_path)
     assert found == {
         "done": True,
-        "heard": [[0, 1], [0, 1, 2, 3, -1], [0, 1, 2, 3]],
+        "logged": [[0, 1], [0, 1, 2, 3, -1], [0, 1, 2, 3]],
         "engines closed": 1,
-        "off": [None, ["Sulking"], ["Sulking"], ["Sulking"]],
+        "off": [None, ["Failing"], ["Failing"], ["Failing"]],
     }
     noted = [e for e in read_events(tmp_path / "metrics.jsonl") if e["name"] == "tracker_failed"]
     assert [e["reason"] for e in noted] == ["TimeoutError: the server is away", "OSError: no server"]
-    assert {e["tracker"] for e in noted} == {"Sulking"}
+    assert {e["tracker"] for e in noted} == {"Failing"}
     assert len(steps_of(tmp_path)) == 4
 
 

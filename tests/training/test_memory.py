@@ -1,4 +1,4 @@
-"""How many images fit: all ranks agree, what does not fit is halved, and a job goes on with what it began with."""
+"""How many images fit: all ranks agree, what does not fit is halved, and a job resumes with the size it began with."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from grappa_dist.data.transforms import Preprocess
 from grappa_dist.distributed.collectives import Comm
 from grappa_dist.models import Backbone, PackedGrappa
 from grappa_dist.models.packed import activation_bytes
-from grappa_dist.training import memory as fitting
+from grappa_dist.training import memory
 from grappa_dist.training.memory import (
-    Fitted,
+    AutomaticBatch,
     adapt_advice,
-    fitted,
+    automatic_batch_size,
     fuse_advice,
-    images_at_a_time,
     largest_that_runs,
+    memory_budget,
+    micro_batch_size,
     naming_lack_of_memory,
-    room,
     usable_bytes,
 )
 from tests.models import tiny as tiny_models
@@ -40,7 +40,7 @@ def model(*, recompute: bool = False) -> PackedGrappa:
 
 
 def test_a_cpus_memory_is_shared_by_the_workers_of_its_node(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fitting, "free_memory", lambda: 1200)
+    monkeypatch.setattr(memory, "free_memory", lambda: 1200)
     assert [usable_bytes(tiny.CPU, sharing) for sharing in (1, 3)] == [600, 200]
 
 
@@ -48,10 +48,10 @@ def test_an_image_takes_what_is_kept_and_one_layer_at_work() -> None:
     plain, sparing = model(), model(recompute=True)
     # three layers, of which the first keeps little
     kept, kept_when_sparing = activation_bytes(plain, 32), activation_bytes(sparing, 32)
-    assert room(plain, 7).usable_bytes == 7
-    assert room(plain, 7).image_bytes == kept + fitting.AT_WORK * (kept // 2)
+    assert memory_budget(plain, 7).usable_bytes == 7
+    assert memory_budget(plain, 7).image_bytes == kept + memory.LAYERS_AT_WORK * (kept // 2)
     assert kept_when_sparing < kept
-    assert room(sparing, 7).image_bytes == kept_when_sparing + fitting.AT_WORK * (kept // 2)
+    assert memory_budget(sparing, 7).image_bytes == kept_when_sparing + memory.LAYERS_AT_WORK * (kept // 2)
     assert all(layer.recompute for layer in sparing.layers)
     assert not any(layer.recompute for layer in plain.layers)
 
@@ -104,30 +104,30 @@ def test_another_error_is_not_taken_for_a_lack_of_memory() -> None:
 
 def test_the_trial_leaves_no_gradients_behind() -> None:
     packed = model()
-    fitting._train_pass(packed, 2)
+    memory._train_pass(packed, 2)
     assert all(parameter.grad is None for parameter in packed.parameters())
 
 
-def uneven(comm: Comm, folder: Path, usable: int) -> Fitted:
-    """Later ranks have less room."""
-    return fitted(tiny.Watcher().context(comm), model(), folder, 64, usable // (1 + comm.rank))
+def uneven(comm: Comm, folder: Path, usable: int) -> AutomaticBatch:
+    """Later ranks have less memory."""
+    return automatic_batch_size(tiny.Watcher().context(comm), model(), folder, 64, usable // (1 + comm.rank))
 
 
 def test_ranks_agree_on_what_fits_all_and_a_job_goes_on_with_it(tmp_path: Path) -> None:
-    image = room(model(), 1).image_bytes
+    image = memory_budget(model(), 1).image_bytes
     first, second = run_ranks(uneven, 2, tmp_path, 20 * image)
     assert (first.images, second.images) == (10, 10)  # 64 in parts of 20 at most are 16 each, of 10 at most 10
-    assert first.why == "another rank has room for 10 only"
+    assert first.why == "another rank has memory for 10 only"
     assert second.why.endswith(f"an image takes {image / 2**20:.1f} MiB")
-    assert json.loads((tmp_path / fitting.FILE).read_text()) == {"images": 10, "ranks": 2}
+    assert json.loads((tmp_path / memory.FILE).read_text()) == {"images": 10, "ranks": 2}
     again, _ = run_ranks(uneven, 2, tmp_path, 60 * image)
-    assert again == Fitted(10, "as when the job began on 2 ranks")
+    assert again == AutomaticBatch(10, "as when the job began on 2 ranks")
     (alone,) = run_ranks(uneven, 1, tmp_path, 60 * image)
     assert alone.images == 32  # two parts, if 60 fit
-    assert uneven(Comm(), tmp_path / "roomy", 10**6 * image).images == 64
+    assert uneven(Comm(), tmp_path / "ample", 10**6 * image).images == 64
     assert uneven(Comm(), tmp_path / "full", 0).images == 1
 
 
 @pytest.mark.parametrize(("images", "sets", "at_a_time"), [(32, 8, 4), (33, 8, 5), (3, 8, 1), (128, 1, 128)])
 def test_on_a_cpu_all_sets_together_take_about_as_many_images_as_one(images: int, sets: int, at_a_time: int) -> None:
-    assert images_at_a_time(None, images, sets, on_gpu=False) == at_a_time
+    assert micro_batch_size(None, images, sets, on_gpu=False) == at_a_time

@@ -17,7 +17,7 @@ from grappa_dist.data.shards import ImageShards
 from grappa_dist.distributed.collectives import Comm
 from grappa_dist.distributed.runner import Job
 from grappa_dist.models.spec import ADAPTORS_FILE
-from grappa_dist.stages import adapt_packs as packs
+from grappa_dist.stages import multi_set_jobs
 from grappa_dist.stages.adapt import adapt, adaptors_of
 from tests.processes import run_ranks
 from tests.stages import tiny
@@ -53,11 +53,11 @@ def dies(comm: Comm, job: Job, name: str, call: int) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         if name == "save":
-            patch.setattr(packs, "save_file", dying(packs.save_file))
+            patch.setattr(multi_set_jobs, "save_file", dying(multi_set_jobs.save_file))
         elif name == "commit":
             patch.setattr(Artifact, "commit", dying(Artifact.commit))
         else:
-            patch.setattr(packs, "shutil", types.SimpleNamespace(rmtree=dying(lambda *args: None)))
+            patch.setattr(multi_set_jobs, "shutil", types.SimpleNamespace(rmtree=dying(lambda *args: None)))
         with pytest.raises(tiny.Killed):
             job.function(tiny.Watcher().context(comm), job.spec)
 
@@ -81,7 +81,7 @@ def adapt_in(root: Path, here: tiny.Here, where: Mapping[str, Any] = {}, **setti
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Artifact]:
-    folder = tmp_path_factory.mktemp("pack-kills")
+    folder = tmp_path_factory.mktemp("multi-set-kills")
     tiny.write_shards(folder / "images")
     return adapt_in(folder / "straight", tiny.Here(num_workers=1))
 
@@ -94,7 +94,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Artifact]:
         (("remove", 1), [], [0]),
     ],
 )
-def test_a_kill_while_a_pack_is_saved_loses_no_step_and_leaves_no_folder(
+def test_a_kill_while_a_multi_set_job_is_saved_loses_no_step_and_leaves_no_folder(
     straight: dict[int, Artifact], at: tuple[str, int], asked: list[str], begins: list[int]
 ) -> None:
     root, here = straight[3].root.parent / f"killed-{at[0]}", tiny.Here(num_workers=1)
@@ -109,7 +109,7 @@ def test_a_kill_while_a_pack_is_saved_loses_no_step_and_leaves_no_folder(
     assert not list(root.glob("**/*.partial"))
 
 
-def test_a_pack_that_is_gone_on_with_in_other_jobs_leaves_no_folder(straight: dict[int, Artifact]) -> None:
+def test_a_multi_set_job_whose_sets_go_on_in_other_jobs_leaves_no_folder(straight: dict[int, Artifact]) -> None:
     root, here = straight[3].root.parent / "other-jobs", tiny.Here(num_workers=1)
     with pytest.raises(tiny.Killed):  # before any checkpoint, so that its sets are free to go elsewhere
         adapt_in(root, Killing(num_workers=1, at=("save", 2)), checkpoint_steps=100)

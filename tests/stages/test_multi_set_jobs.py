@@ -14,21 +14,21 @@ from grappa_dist.console import METRICS_FILE, read_events
 from grappa_dist.distributed.collectives import Comm
 from grappa_dist.models.spec import ADAPTORS_FILE
 from grappa_dist.stages import adapt_job as adapting
-from grappa_dist.stages import adapt_packs as packs
+from grappa_dist.stages import multi_set_jobs
 from grappa_dist.stages.adapt_job import AdaptJob
 from tests.processes import run_ranks
 from tests.stages import tiny
-from tests.stages.packed import CLIP, KS, close, job_in, run, weights
+from tests.stages.multi_set import CLIP, KS, close, job_in, run, weights
 
 
 @pytest.mark.parametrize("k", KS)
-@pytest.mark.parametrize("out", ["packed-1", "packed-2", "sparing", "fitted", "compiled", "zero"])
-def test_a_packed_set_is_the_set_trained_alone(trained: Path, out: str, k: int) -> None:
+@pytest.mark.parametrize("out", ["packed-1", "packed-2", "sparing", "auto", "compiled", "zero"])
+def test_a_set_of_a_multi_set_job_is_the_set_trained_alone(trained: Path, out: str, k: int) -> None:
     close(weights(trained, out, k), weights(trained, "alone", k))
 
 
 @pytest.mark.parametrize("k", KS)
-def test_a_packed_set_leaves_the_log_that_it_would_leave_alone(trained: Path, k: int) -> None:
+def test_a_set_of_a_multi_set_job_leaves_the_log_that_it_would_leave_alone(trained: Path, k: int) -> None:
     logs = []
     for out in ("packed-1", "alone"):
         (one,) = job_in(trained, out, (k,)).sets
@@ -51,7 +51,7 @@ def test_clipping_bounds_each_set_by_itself(trained: Path) -> None:
     assert any(not torch.allclose(t, unclipped[n], atol=1e-3) for n, t in weights(trained, "packed-1", 4).items())
 
 
-def test_a_pack_leaves_nothing_but_its_sets(trained: Path) -> None:
+def test_a_multi_set_job_leaves_nothing_but_its_sets(trained: Path) -> None:
     for out in ("packed-1", "packed-2"):
         assert list((trained / out / "packs").iterdir()) == []
         for one in job_in(trained, out).sets:
@@ -62,14 +62,14 @@ def test_a_pack_leaves_nothing_but_its_sets(trained: Path) -> None:
             }
 
 
-def test_the_short_name_of_a_job_is_its_own_and_fits_a_folder(drawn: Path) -> None:
+def test_the_short_name_of_a_job_is_unique_and_fits_a_folder(drawn: Path) -> None:
     many = job_in(drawn, "names", (3,)).sets[0]
     sets = [replace(many, num_labels=k, artifact=replace(many.artifact, kind=f"adaptors/k={k}")) for k in range(64)]
-    names = {packs.short_name(sets[:count]) for count in (1, 2, 64)}
-    names |= {packs.short_name(job_in(drawn, "names", (3,), clip_norm=clip).sets) for clip in (None, 1.0)}
+    names = {multi_set_jobs.short_name(sets[:count]) for count in (1, 2, 64)}
+    names |= {multi_set_jobs.short_name(job_in(drawn, "names", (3,), clip_norm=clip).sets) for clip in (None, 1.0)}
     assert len(names) == 5
     assert all(len(name) < 64 for name in names)
-    assert packs.short_name(sets[:1]) == f"k=0-{many.artifact.fingerprint}"
+    assert multi_set_jobs.short_name(sets[:1]) == f"k=0-{many.artifact.fingerprint}"
 
 
 def test_how_a_set_is_trained_does_not_name_it(drawn: Path) -> None:
@@ -85,9 +85,9 @@ def test_how_a_set_is_trained_does_not_name_it(drawn: Path) -> None:
     assert names.isdisjoint(one.artifact.name for one in job_in(drawn, "names", clip_norm=1.0).sets)
 
 
-def test_a_pack_stopped_on_two_ranks_under_zero_goes_on_alone_and_on_three_ranks(trained: Path) -> None:
+def test_a_multi_set_job_stopped_on_two_ranks_under_zero_goes_on_alone_and_on_three_ranks(trained: Path) -> None:
     job = job_in(trained, "stopped", zero_stage=1)
-    steps = packs.pack_folder(job.sets) / "checkpoints"
+    steps = multi_set_jobs.job_folder(job.sets) / "checkpoints"
     assert [path.name for path in sorted(steps.iterdir())] == ["step-000000002", "step-000000004"]
     run_ranks(run_stopped_at, 1, job_in(trained, "stopped", zero_stage=2), 5, timeout_s=400)
     run_ranks(run_stopped_at, 3, job_in(trained, "stopped"), None, timeout_s=400)
@@ -97,7 +97,7 @@ def test_a_pack_stopped_on_two_ranks_under_zero_goes_on_alone_and_on_three_ranks
 
 
 def begins(job: AdaptJob) -> list[tuple[int, int]]:
-    """Ranks and first step of every attempt at a finished job, as each of its sets tells them."""
+    """Ranks and first step of every attempt at a finished job, as the log of each of its sets has them."""
     logs = [[e for e in read_events(s.artifact.path / "metrics.jsonl") if e["name"] == "begins"] for s in job.sets]
     (found,) = {tuple((event["ranks"], event["at_step"]) for event in log) for log in logs}
     return list(found)
@@ -112,13 +112,16 @@ def run_killed(comm: Comm, job: AdaptJob, step: int) -> None:
         run(comm, job, kill_after=step)
 
 
-def test_a_killed_pack_is_taken_up_as_it_was_whatever_the_settings_say_and_ends_with_the_same_bytes(
+def test_a_killed_multi_set_job_goes_on_as_it_was_under_any_settings_and_ends_with_the_same_bytes(
     trained: Path,
 ) -> None:
     job = job_in(trained, "killed")
     run_ranks(run_killed, 1, job, 5, timeout_s=400)
-    assert packs.group(job.sets, 1) == [job.sets]
-    assert packs.group(job.sets[:2], 1) == [(job.sets[0],), (job.sets[1],)]  # a pack that lacks a member is none
+    assert multi_set_jobs.jobs_of(job.sets, 1) == [job.sets]
+    assert multi_set_jobs.jobs_of(job.sets[:2], 1) == [
+        (job.sets[0],),
+        (job.sets[1],),
+    ]  # without one of its sets there is no such job
     run_ranks(run, 1, job, timeout_s=400)
     for one, straight in zip(job.sets, job_in(trained, "packed-1").sets, strict=True):
         ours, theirs = ((a.path / ADAPTORS_FILE).read_bytes() for a in (one.artifact, straight.artifact))
@@ -136,15 +139,15 @@ def test_a_kill_between_two_commits_loses_nothing(trained: Path, monkeypatch: py
         commits.append(artifact)
         real(artifact, discard)
 
-    begun = packs.begin(job.sets)
+    begun = multi_set_jobs.begin_job(job.sets)
     (begun / METRICS_FILE).write_text("")
     tensors = [weights(trained, "packed-1", k) for k in KS]
     monkeypatch.setattr(Artifact, "commit", once)
     with pytest.raises(tiny.Killed):
-        packs.finish(job.sets, tensors)
+        multi_set_jobs.finish_job(job.sets, tensors)
     monkeypatch.undo()
     assert [one.artifact.complete for one in job.sets] == [True, False, False]
-    packs.commit_trained(job.sets)
+    multi_set_jobs.commit_trained(job.sets)
     assert all(one.artifact.complete for one in job.sets)
     assert not begun.exists()
 
@@ -154,13 +157,13 @@ def run_with_late_files(comm: Comm, job: AdaptJob) -> bool:
     with pytest.MonkeyPatch.context() as patch:
         if comm.rank == 1:
             patch.setattr(Artifact, "complete", property(lambda artifact: False))
-            patch.setattr(packs, "begin", None)
-            patch.setattr(adapting, "begin", None)
+            patch.setattr(multi_set_jobs, "begin_job", None)
+            patch.setattr(adapting, "begin_job", None)
         run(comm, job)
     comm.barrier()  # rank 0 commits after the other is done
     return all(one.artifact.complete for one in job.sets)
 
 
-def test_rank_zero_alone_says_whether_a_job_is_done(trained: Path) -> None:
+def test_rank_zero_alone_decides_whether_a_job_is_done(trained: Path) -> None:
     for out, epochs in (("packed-2", 3), ("late", 1)):
         assert run_ranks(run_with_late_files, 2, job_in(trained, out, epochs=epochs), timeout_s=60) == [True, True]

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grappa_dist.training.memory import Room, even_size
+from grappa_dist.training.memory import MemoryBudget, even_size
 
 BYTES = st.integers(0, 10**6)
 
@@ -20,7 +20,7 @@ def test_parts_are_the_fewest_and_their_sizes_even(count: int, most: int) -> Non
 
 @given(BYTES, BYTES, st.integers(1, 512))
 def test_as_many_images_as_fit_and_no_fewer_than_one(usable: int, image: int, most: int) -> None:
-    images = Room(usable, image).images(most)
+    images = MemoryBudget(usable, image).images(most)
     assert 1 <= images <= most
     assert images == 1 or images * image <= usable
     assert images == most or (images + 1) * image > usable
@@ -30,7 +30,7 @@ def test_as_many_images_as_fit_and_no_fewer_than_one(usable: int, image: int, mo
 def test_the_largest_sets_fit_together_and_one_more_would_not(
     usable: int, image: int, set_bytes: list[int], images: int
 ) -> None:
-    count = Room(usable, image).sets(set_bytes, lambda _: images)
+    count = MemoryBudget(usable, image).sets(set_bytes, lambda _: images)
     largest = sorted(set_bytes, reverse=True)
 
     def taken(sets: int) -> int:
@@ -45,4 +45,4 @@ def test_the_largest_sets_fit_together_and_one_more_would_not(
     ("usable", "images", "expected"), [(10**9, 8, 4), (1000, 8, 2), (799, 8, 1), (0, 8, 1), (1000, 16, 1)]
 )
 def test_fewer_sets_where_memory_is_short(usable: int, images: int, expected: int) -> None:
-    assert Room(usable, 50).sets([10, 100, 20, 0], lambda _: images) == expected
+    assert MemoryBudget(usable, 50).sets([10, 100, 20, 0], lambda _: images) == expected

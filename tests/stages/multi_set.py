@@ -18,13 +18,13 @@ from grappa_dist.models.spec import ADAPTORS_FILE
 from grappa_dist.stages import adapt_job as adapting
 from grappa_dist.stages.adapt import adaptors_of
 from grappa_dist.stages.adapt_job import AdaptJob, train_adaptors
-from grappa_dist.stages.adapt_packs import AdaptSet
+from grappa_dist.stages.multi_set_jobs import AdaptSet
 from grappa_dist.training.compile import compile_if_it_wins
 from tests.stages import tiny
 
 KS = (3, 4, 5)
 CLIP = 0.05  # of gradients whose norms are about 0.1 to 0.5: it scales, and each set by another factor
-SCANT = 1_000_000  # bytes, for three images of three sets, beside their classifiers
+SCANT = 1_000_000  # bytes, for three images of three sets and their classifiers
 SETTINGS: dict[str, Any] = {"clip_norm": CLIP, "epochs": 3, "checkpoint_steps": 2}
 
 
@@ -44,7 +44,7 @@ def run(comm: Comm, job: AdaptJob, **watched: Any) -> None:
 
 
 def train_all_ways(comm: Comm, folder: Path) -> None:
-    """Packed in one job on these ranks, and in a world of one also each set alone."""
+    """Together in one job on these ranks, and in a world of one also each set alone."""
     run(comm, job_in(folder, f"packed-{comm.size}"))
     if comm.size == 1:
         for k in KS:
@@ -53,7 +53,7 @@ def train_all_ways(comm: Comm, folder: Path) -> None:
         run(comm, job_in(folder, "sparing", micro_batch=3, activation_checkpointing=True))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(adapting, "usable_bytes", lambda device, sharing: SCANT)
-            run(comm, job_in(folder, "fitted", micro_batch="auto"))
+            run(comm, job_in(folder, "auto", micro_batch="auto"))
             seconds = iter((2.0, 1.0))  # of a plain pass and of a compiled one
             cheap = partial(compile_if_it_wins, backend="aot_eager", measure=lambda _: next(seconds), bf16=False)
             patch.setattr(adapting, "compile_if_it_wins", cheap)
