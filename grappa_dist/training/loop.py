@@ -108,9 +108,8 @@ def train(
 ) -> bool:
     """Trains from the newest checkpoint in `folder` to the end; False when it was asked to stop and saved its state.
 
-    Args:
-        sharded: modules outside the engine, by the name that checkpoints have for them. What they learn from must be
-            finite where the loss is.
+    `sharded` modules, by the name that checkpoints have for them, are outside the engine; what they learn from must be
+    finite where the loss is.
 
     Raises:
         ArithmeticError: the loss, a norm of the gradient or another figure is not finite; names the step and images.
