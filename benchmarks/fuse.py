@@ -51,7 +51,6 @@ from grappa_dist.training.barlow_twins_loss import (
 )
 
 OURS, STACKED, LISTED = "ours", "literal, stacked", "literal, set by set"
-SIDES = (OURS, STACKED, LISTED)
 ROWS, WHOLE, PLAIN = "by rows", "whole", "whole, plain autograd"  # ways of the correlation matrix
 BETA = 0.0051
 

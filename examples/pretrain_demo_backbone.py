@@ -1,10 +1,11 @@
-"""Trains the demo's backbone to name the parameters of doodles: python examples/pretrain_demo_backbone.py --out FILE
+"""How the demo's backbone was pretrained: it classifies the parameters of doodles.
 
-Shapes: B images of one step.
+    python examples/pretrain_demo_backbone.py --out FILE
 
-What the demo's backbone learned from: doodles of sixteen kinds, none of which the collection has.
+The doodles are of sixteen kinds, none of which is in the demo's collection. Besides its kind a doodle has a count from
+0 to 3, which adds points, petals, rungs or rays to it, and two hues.
 
-A doodle is asked for by kind and by a count from 0 to 3, which adds points, petals, rungs or rays to it.
+Shapes: B images of one step, T tokens, D channels.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ from grappa_dist.demo.drawings import render_sketch
 Doodle = Callable[[Canvas, Generator, Inks, int], None]
 COUNTS = 4
 HUES = 8
+WEIGHTS = {"kind": 1.0, "count": 1.0, "hue": 0.4, "second": 0.2}  # of each label's cross-entropy in the loss
+PEAK_LR = 2e-3
+POOLS = ("token", "mean")  # the class token alone learns late, so the mean of the patches is trained as well
 
 
 def arrows(c: Canvas, rng: Generator, ink: Inks, count: int) -> None:
@@ -185,14 +189,14 @@ CLASSES = {"kind": len(DOODLES), "count": len(DOODLES) * COUNTS, "hue": HUES, "s
 
 @dataclass(frozen=True)
 class Example:
-    """A doodle and the parameters that drew it, by the names of CLASSES."""
+    """A doodle and its labels, by the names of CLASSES."""
 
     image: Image.Image
     labels: dict[str, int]
 
 
 def example(seed: int, index: int) -> Example:
-    """Doodle `index` of a seed, a pure function of both; no drawing of the collection shares its random numbers."""
+    """Doodle `index` of a seed, a pure function of both; drawings of the collection use other random numbers."""
     rng = stream("doodles", seed, index)
     kind, count = int(rng.integers(len(DOODLES))), int(rng.integers(COUNTS))
     hue, second = (int(value) for value in rng.integers(HUES, size=2))
@@ -213,26 +217,21 @@ def example(seed: int, index: int) -> Example:
     return Example(image, {"kind": kind, "count": kind * COUNTS + count, "hue": hue, "second": second})
 
 
-WEIGHTS = {"kind": 1.0, "count": 1.0, "hue": 0.4, "second": 0.2}  # of the heads in the loss
-PEAK_LR = 2e-3
-POOLS = ("token", "mean")  # the class token learns late on its own: the mean of the patches leads the way
-
-
 def draw_doodles(seed: int, number: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """`number` doodles, (number, 3, 48, 48) uint8, and their labels by head, (number,) each."""
+    """`number` doodles, (number, 3, 48, 48) uint8, and their labels by name, (number,) each."""
     examples = [example(seed, index) for index in range(number)]
     pixels = torch.from_numpy(np.stack([np.asarray(one.image) for one in examples])).permute(0, 3, 1, 2)
     return pixels.contiguous(), {head: torch.tensor([one.labels[head] for one in examples]) for head in CLASSES}
 
 
 def normalise(pixels: Tensor) -> Tensor:
-    """Backbone input of images in 0..255, (B, 3, 48, 48)."""
+    """Backbone input (B, 3, 48, 48) of pixels from 0 to 255."""
     mean, std = (torch.tensor(DATA_CONFIG[key])[:, None, None] for key in ("mean", "std"))
     return (pixels.float() / 255 - mean) / std
 
 
-def jiggle(pixels: Tensor, rng: torch.Generator) -> Tensor:
-    """Each image turned, stretched, moved and perhaps mirrored a little, (B, 3, 48, 48) float of the same range."""
+def augment(pixels: Tensor, rng: torch.Generator) -> Tensor:
+    """Each image rotated, scaled, shifted and mirrored at random, (B, 3, 48, 48) float of the same range."""
 
     def uniform(low: float, high: float) -> Tensor:  # (B,)
         return low + (high - low) * torch.rand(len(pixels), generator=rng)
@@ -246,7 +245,7 @@ def jiggle(pixels: Tensor, rng: torch.Generator) -> Tensor:
 
 
 def pretrain(out_path: Path, *, steps: int, batch: int = 64, doodles: int = 16_000, seed: int = 0) -> dict[str, float]:
-    """Trains, writes the backbone's weights in float16, and gives the accuracy on unseen doodles by head."""
+    """Trains, writes the backbone's weights in float16, and returns the accuracy on unseen doodles by label."""
     if min(steps, batch, doodles) < 1:
         raise ValueError(f"steps, batch and doodles must be at least 1, got {steps}, {batch} and {doodles}")
     torch.manual_seed(seed)
@@ -262,7 +261,7 @@ def pretrain(out_path: Path, *, steps: int, batch: int = 64, doodles: int = 16_0
     for step in range(steps):
         chosen = torch.randint(doodles, (batch,), generator=rows)
         loss = _loss(
-            model, heads, jiggle(pixels[chosen], rows), {head: label[chosen] for head, label in labels.items()}
+            model, heads, augment(pixels[chosen], rows), {head: label[chosen] for head, label in labels.items()}
         )
         optimizer.zero_grad()
         loss.backward()
@@ -296,7 +295,7 @@ def _accuracy(model: nn.Module, heads: nn.ModuleDict, seed: int, number: int) ->
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m examples.pretrain_demo_backbone", description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="safetensors file to write")
     parser.add_argument("--steps", type=int, default=1500, help="training steps (default %(default)s)")
     parser.add_argument("--batch", type=int, default=64, help="doodles per step (default %(default)s)")

@@ -1,6 +1,8 @@
-"""What the drawings are drawn with: a canvas in unit coordinates, colours and backgrounds.
+"""The canvas of the demo's drawings, in unit coordinates, with palettes and backgrounds.
 
-The visible square is [-1, 1] x [-1, 1], y points down. Shapes: P points of a curve, (P, 2).
+The visible square is [-1, 1] x [-1, 1], y points down.
+
+Shapes: P points of a curve, (P, 2).
 """
 
 from __future__ import annotations
@@ -17,13 +19,13 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 SIZE_PX = 48
-OVERSAMPLE = 4  # drawn so much larger, then averaged: Pillow's own shapes have hard edges
+OVERSAMPLE = 4  # drawn at 4 times the size, then averaged: Pillow's shapes have hard edges
 Colour = tuple[int, int, int]
 Points = NDArray[np.float64] | Sequence[tuple[float, float]]
 
 DARK: Colour = (44, 42, 60)
 WHITE: Colour = (252, 250, 244)
-PALETTES: tuple[tuple[str, str, str, str], ...] = (  # paper, then three colours that stand out from it
+PALETTES: tuple[tuple[str, str, str, str], ...] = (  # paper, then three colours that contrast with it
     ("#f6e9d2", "#d1495b", "#2e6f95", "#edae49"),
     ("#dfeee6", "#2a9d8f", "#e76f51", "#264653"),
     ("#fdf0f0", "#8e5572", "#f2a65a", "#4f8a8b"),
@@ -67,7 +69,7 @@ def _rgb(code: str) -> Colour:
 
 @dataclass(frozen=True)
 class Canvas:
-    """A square image seen through a pose; `at` gives the same image through another."""
+    """A square image seen through a pose; `at` gives the same image with another pose."""
 
     image: Image.Image
     linear: NDArray[np.float64]  # (2, 2) of the pose
@@ -119,7 +121,7 @@ class Canvas:
         return [(x, y) for x, y in ((placed + 1) * (self.image.width / 2)).tolist()]
 
     def develop(self, rng: Generator, noise: float, light: float) -> Image.Image:
-        """The finished picture, (SIZE_PX, SIZE_PX) RGB, with grain and with light falling from one side."""
+        """The finished picture, (SIZE_PX, SIZE_PX) RGB, with noise and light from a random side."""
         small = self.image.reduce(OVERSAMPLE)
         pixels = np.asarray(small, dtype=np.float32)
         angle = rng.uniform(0, 2 * math.pi)
@@ -152,13 +154,13 @@ def box(x0: float, y0: float, x1: float, y1: float) -> list[tuple[float, float]]
     return [(x0, y0), (x1, y0), (x1, y1), (x0, y1)]
 
 
-BACKGROUNDS = ("plain", "hill", "stripes", "dots", "halves", "blobs")
+BACKGROUNDS = ("plain", "hill", "stripes", "dots", "split", "blobs")
 
 
-def backdrop(rng: Generator, paper: Colour, contrast: float = 0.16, style: str | None = None) -> Canvas:
-    """A canvas of `paper` with a quiet pattern on it, one of BACKGROUNDS (random without `style`)."""
+def backdrop(rng: Generator, paper: Colour, contrast: float = 0.16) -> Canvas:
+    """A canvas of `paper` with a faint pattern on it, one of BACKGROUNDS."""
     canvas = Canvas.blank(paper)
-    style = style or BACKGROUNDS[int(rng.integers(len(BACKGROUNDS)))]
+    style = BACKGROUNDS[int(rng.integers(len(BACKGROUNDS)))]
     tone = rng.uniform(0.4, 1.0) * contrast * (1 if sum(paper) < 384 else -1)
     red, green, blue = (np.asarray(paper) + 255 * tone * rng.uniform(0.4, 1, 3)).clip(0, 255).round().tolist()
     shade = (int(red), int(green), int(blue))
@@ -166,15 +168,15 @@ def backdrop(rng: Generator, paper: Colour, contrast: float = 0.16, style: str |
     if style == "hill":
         canvas.disc(rng.uniform(-0.8, 0.8), 2.2, (rng.uniform(1.8, 3.0), rng.uniform(1.6, 2.0)), shade)
     elif style == "stripes":
-        gap = rng.uniform(0.3, 0.6)
-        for y in np.arange(-1.6, 1.6, gap):
-            turned.shape(box(-2, y, 2, y + gap / 2), shade)
+        period = rng.uniform(0.3, 0.6)
+        for y in np.arange(-1.6, 1.6, period):
+            turned.shape(box(-2, y, 2, y + period / 2), shade)
     elif style == "dots":
-        gap = rng.uniform(0.35, 0.6)
-        for x in np.arange(-1.6, 1.6, gap):
-            for y in np.arange(-1.6, 1.6, gap):
-                turned.shape(ellipse(x, y, gap / 4.5, points=12), shade)
-    elif style == "halves":
+        period = rng.uniform(0.35, 0.6)
+        for x in np.arange(-1.6, 1.6, period):
+            for y in np.arange(-1.6, 1.6, period):
+                turned.shape(ellipse(x, y, period / 4.5, points=12), shade)
+    elif style == "split":
         turned.shape(box(-2, rng.uniform(-0.4, 0.4), 2, 2), shade)
     elif style == "blobs":
         for _ in range(5):

@@ -1,14 +1,10 @@
-"""A small image collection that the program draws itself: three retrieval tasks of differing granularity.
+"""The demo's collection: images that the program draws, in three retrieval tasks of differing granularity.
 
-`kinds`      any boat is a boat: few classes, large variation within each.
-`species`    butterflies that differ in a wing, a spot or a band.
-`instances`  one monster seen a few times.
+`kinds`      sixteen kinds of things with large variation within each: any boat is a boat
+`species`    butterflies: a species is a wing shape, a spot pattern, a band and an approximate hue
+`instances`  monsters: a class is one monster, seen in several poses, lights and places
 
-The fine task: butterflies. A species is a wing shape, a spot pattern, a band and a leaning to a hue.
-
-The coarse task: sixteen kinds of things, each drawn in as many ways as its few lines allow.
-
-The instance task: monsters. A class is one monster; its images show it in other poses, lights and places.
+Shapes: P points of a curve, (P, 2).
 """
 
 from __future__ import annotations
@@ -40,139 +36,87 @@ from grappa_dist.demo.canvas import (
     pick_inks,
 )
 
-_SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprtz" for vowel in "aeiou"]
-MOST = len(_SYLLABLES) ** 3  # names of three syllables
-MOUTHS = ("smile", "teeth", "oh", "zigzag", "fang")
-HEADGEAR = ("none", "horns", "ears", "antennae", "tuft")
-COATS = ("plain", "belly", "spots", "stripes")
-
-
-def name_of(index: int) -> str:
-    """The name of monster `index`, unlike any other's."""
-    if not 0 <= index < MOST:
-        raise ValueError(f"a monster's index must be from 0 to {MOST - 1}, got {index}")
-    scattered = index * 77_773 % MOST  # coprime to MOST: neighbours in index are strangers in the alphabet
-    parts = (
-        scattered // len(_SYLLABLES) ** 2,
-        scattered // len(_SYLLABLES) % len(_SYLLABLES),
-        scattered % len(_SYLLABLES),
-    )
-    return "".join(_SYLLABLES[part] for part in parts).capitalize()
+SPLITS = ("train", "test")
 
 
 @dataclass(frozen=True)
-class Monster:
-    """Everything that stays the same from one image of a monster to the next."""
+class Drawing:
+    """One image of the collection; `task` and `label` are for evaluation alone."""
 
-    body: NDArray[np.float64]  # (P, 2) closed curve
-    hue: float
-    saturation: float
-    second_hue: float
-    eyes: int
-    eye_size: float
-    eye_height: float
-    mouth: str
-    headgear: str
-    coat: str
-    legs: int
-    arm_angle: float
+    split: str  # "train" or "test"; the classes of the two are disjoint
+    task: str
+    label: str
+    encoded: bytes
+    suffix: str  # "jpg" or "png"
 
 
-def invent(rng: Generator) -> Monster:
-    """A monster nobody has seen before."""
-    t = np.linspace(0, 2 * math.pi, 48, endpoint=False)
-    wobble = sum(rng.uniform(-0.13, 0.13) * np.cos(k * t + rng.uniform(0, 1) * math.pi) for k in (2, 3, 4))
-    width, height = rng.uniform(0.38, 0.6), rng.uniform(0.42, 0.62)
-    return Monster(
-        body=np.stack([width * (1 + wobble) * np.cos(t), height * (1 + wobble) * np.sin(t)], 1),
-        hue=rng.uniform(),
-        saturation=rng.uniform(0.45, 0.85),
-        second_hue=rng.uniform(),
-        eyes=int(rng.integers(1, 4)),
-        eye_size=rng.uniform(0.13, 0.22),
-        eye_height=rng.uniform(-0.25, -0.1),
-        mouth=MOUTHS[int(rng.integers(len(MOUTHS)))],
-        headgear=HEADGEAR[int(rng.integers(len(HEADGEAR)))],
-        coat=COATS[int(rng.integers(len(COATS)))],
-        legs=int(rng.integers(2, 5)),
-        arm_angle=rng.uniform(-0.9, 0.9),
-    )
+@dataclass(frozen=True)
+class Task:
+    """One task at a given scale: its sorted classes and the number of images of each."""
+
+    name: str
+    labels: list[str]
+    per_class: dict[str, int]  # by split
+    suffix: str
+
+    def classes(self, split: str) -> list[str]:
+        """The first half of the sorted classes trains, the second half tests."""
+        half = (len(self.labels) + 1) // 2
+        return self.labels[:half] if split == "train" else self.labels[half:]
 
 
-def render_monster(monster: Monster, rng: Generator) -> Image.Image:
-    """One sighting of the monster: another place, pose, gaze, light and, within limits, colour."""
-    canvas = backdrop(rng, hsv(rng.uniform(), rng.uniform(0.03, 0.25), rng.uniform(0.65, 0.98)))
-    turn = rng.normal(0, 0.045)  # what the light does to all its colours
-    skin = hsv(monster.hue + turn, monster.saturation * rng.uniform(0.8, 1.15), rng.uniform(0.65, 0.95))
-    second = hsv(monster.second_hue + turn, 0.6 * rng.uniform(0.8, 1.2), rng.uniform(0.75, 1.0))
-    size = rng.uniform(0.8, 1.08)
-    wide = size * rng.uniform(0.88, 1.12) * float(rng.choice((-1, 1)))
-    x, y = rng.uniform(-0.12, 0.12, 2)
-    pose = canvas.at(x, y, angle=rng.uniform(-0.35, 0.35), scale=(wide, size))
-    _limbs(pose, monster, rng, skin)
-    _headgear(pose, monster, second)
-    pose.shape(monster.body, skin)
-    _coat(pose, monster, second)
-    _face(pose, monster, rng)
-    return canvas.develop(rng, noise=rng.uniform(0, 8), light=rng.uniform(0, 0.25))
+def tasks(scale: float = 1.0) -> list[Task]:
+    """The tasks at `scale`: kinds and species grow by images per class, instances by classes."""
+    if not scale > 0:
+        raise ValueError(f"scale must be above 0, got {scale}")
+
+    def times(number: int) -> int:
+        return max(2, round(number * scale))  # a single image would have no other to retrieve
+
+    return [
+        Task("kinds", sorted(SKETCHES), {"train": times(60), "test": times(37)}, "jpg"),
+        Task("species", sorted(SPECIES), {"train": times(40), "test": times(25)}, "png"),
+        Task("instances", sorted(map(monster_name, range(times(150)))), {"train": 6, "test": 4}, "png"),
+    ]
 
 
-def _limbs(pose: Canvas, monster: Monster, rng: Generator, skin: Colour) -> None:
-    bottom, right = monster.body[:, 1].max(), monster.body[:, 0].max()
-    for x in np.linspace(-0.28, 0.28, monster.legs):
-        pose.stroke([(x, 0.1), (x + rng.uniform(-0.06, 0.06), bottom + 0.2)], 0.15, skin)
-    for side in (-1, 1):
-        angle = monster.arm_angle + rng.uniform(-0.3, 0.3)
-        hand = (side * (right + 0.25 * math.cos(angle)), 0.05 + 0.32 * math.sin(angle))
-        pose.stroke([(side * right * 0.6, 0.05), hand], 0.13, skin)
+def sizes(scale: float = 1.0) -> dict[str, int]:
+    """The number of images of each split that `draw` yields."""
+    return {split: sum(len(task.classes(split)) * task.per_class[split] for task in tasks(scale)) for split in SPLITS}
 
 
-def _headgear(pose: Canvas, monster: Monster, colour: Colour) -> None:
-    top = monster.body[:, 1].min()
-    for side in (-1, 1):
-        if monster.headgear == "horns":
-            pose.shape([(side * 0.1, top + 0.25), (side * 0.4, top + 0.3), (side * 0.36, top - 0.25)], colour)
-        elif monster.headgear == "ears":
-            pose.disc(side * 0.3, top + 0.08, 0.2, colour)
-        elif monster.headgear == "antennae":
-            pose.stroke([(side * 0.1, top + 0.2), (side * 0.26, top - 0.25)], 0.06, DARK)
-            pose.disc(side * 0.26, top - 0.25, 0.1, colour)
-        elif monster.headgear == "tuft":
-            pose.shape([(0, top + 0.25), (side * 0.22, top - 0.2), (side * 0.07, top - 0.05), (0, top - 0.3)], colour)
+def draw(scale: float = 1.0, seed: int = 0) -> Iterator[Drawing]:
+    """Draws the collection: train first; within a split task by task, class by class."""
+    for split in SPLITS:
+        for task in tasks(scale):
+            for label in task.classes(split):
+                for instance in range(task.per_class[split]):
+                    image = picture(seed, task.name, label, instance)
+                    yield Drawing(split, task.name, label, _encode(image, task.suffix), task.suffix)
 
 
-def _coat(pose: Canvas, monster: Monster, colour: Colour) -> None:
-    if monster.coat == "belly":
-        pose.shape(monster.body * 0.62 + np.array([0, 0.14]), colour)
-    elif monster.coat == "spots":
-        for corner in monster.body[::7]:
-            pose.disc(corner[0] * 0.68, corner[1] * 0.68, 0.085, colour)
-    elif monster.coat == "stripes":
-        for y in (-0.02, 0.16, 0.34):
-            inside = monster.body[np.abs(monster.body[:, 1] - y).argsort()[:6], 0]
-            pose.stroke([(inside.min() * 0.85, y), (inside.max() * 0.85, y)], 0.08, colour)
+def picture(seed: int, task: str, label: str, instance: int) -> Image.Image:
+    """Image `instance` of a class, RGB; a pure function of the arguments."""
+    rng = stream(seed, task, label, instance)
+    if task == "instances":
+        return render_monster(random_monster(stream(seed, "monster", label)), rng)
+    if task == "species" and label in SPECIES:
+        return render_butterfly(SPECIES[label], rng)
+    if task == "kinds" and label in SKETCHES:
+        return render_sketch(SKETCHES[label], rng)
+    raise ValueError(f"there is no class {label!r} in task {task!r}; see tasks() for those there are")
 
 
-def _face(pose: Canvas, monster: Monster, rng: Generator) -> None:
-    gaze = rng.uniform(-0.4, 0.4, 2) * monster.eye_size
-    spread = min(0.24, monster.eye_size * 1.15) * (monster.eyes - 1)
-    for x in np.linspace(-spread, spread, monster.eyes) if monster.eyes > 1 else (0.0,):
-        pose.disc(x, monster.eye_height, monster.eye_size, WHITE)
-        pose.disc(x + gaze[0], monster.eye_height + gaze[1], monster.eye_size * 0.5, DARK)
-    x = np.linspace(-0.2, 0.2, 9)
-    if monster.mouth == "oh":
-        pose.disc(0, 0.2, (0.1, 0.13), DARK)
-    elif monster.mouth == "zigzag":
-        pose.stroke(np.stack([x, 0.2 + 0.06 * (-1.0) ** np.arange(9)], 1), 0.06, DARK)
-    elif monster.mouth == "teeth":
-        pose.disc(0, 0.2, (0.24, 0.11), DARK)
-        for tooth in (-0.11, 0.0, 0.11):
-            pose.shape([(tooth - 0.05, 0.1), (tooth + 0.05, 0.1), (tooth, 0.22)], WHITE)
+def _encode(image: Image.Image, suffix: str) -> bytes:
+    buffer = io.BytesIO()
+    if suffix == "jpg":
+        image.save(buffer, format="JPEG", quality=92, subsampling=0)
     else:
-        pose.stroke(np.stack([x, 0.26 - 2.5 * x**2], 1), 0.07, DARK)
-        if monster.mouth == "fang":
-            pose.shape([(0.04, 0.24), (0.16, 0.2), (0.1, 0.38)], WHITE)
+        image.save(buffer, format="PNG")
+    return buffer.getvalue()
 
+
+# kinds: sixteen sketches, each drawn in as many ways as its few lines allow
 
 Sketch = Callable[[Canvas, Generator, Inks], None]
 
@@ -368,7 +312,7 @@ SKETCHES: dict[str, Sketch] = {sketch.__name__: sketch for sketch in _SKETCHES}
 
 
 def render_sketch(sketch: Sketch, rng: Generator, ink: Inks | None = None) -> Image.Image:
-    """A sketch in a random style: palette, background, pose, flat or inked or hollow shapes, light and grain."""
+    """A sketch in a random style: palette, background, pose, shapes (flat, outlined or hollow), light and noise."""
     ink = ink or pick_inks(rng)
     canvas = backdrop(rng, ink.paper)
     for x, y in rng.uniform(-1, 1, (int(rng.integers(0, 4)), 2)):  # confetti
@@ -384,10 +328,13 @@ def render_sketch(sketch: Sketch, rng: Generator, ink: Inks | None = None) -> Im
     return canvas.develop(rng, noise=rng.uniform(0, 8), light=rng.uniform(0, 0.25))
 
 
-class Traits(NamedTuple):
-    """What tells one species from another."""
+# species: butterflies
 
-    hue: float  # about; one in six
+
+class Traits(NamedTuple):
+    """What distinguishes a species from another."""
+
+    hue: float  # the mean; one of SPECIES_HUES
     forewing: str
     hindwing: str
     spots: str
@@ -412,7 +359,7 @@ HINDWINGS = {
     ],
 }
 SPOTS = ("none", "fore", "hind", "row")
-HUES = 6
+SPECIES_HUES = 6
 BANDS = ("none", "edge", "slant")
 EPITHETS = (
     "alba", "aurora", "bruma", "candida", "corona", "diva", "elegans", "flora", "gloria", "hera", "iris", "juno",
@@ -421,17 +368,17 @@ EPITHETS = (
 
 
 def _species() -> dict[str, Traits]:
-    """One combination of traits per name, in a fixed shuffle, so both halves of the alphabet see every trait."""
+    """One combination of traits per name, in a fixed shuffle, so that both splits have every trait."""
     combinations = list(product(FOREWINGS, HINDWINGS, SPOTS, BANDS))
     order = stream("butterflies", "traits").permutation(len(combinations))
-    return {name: Traits(i % HUES / HUES, *combinations[order[i]]) for i, name in enumerate(EPITHETS)}
+    return {name: Traits(i % SPECIES_HUES / SPECIES_HUES, *combinations[order[i]]) for i, name in enumerate(EPITHETS)}
 
 
 SPECIES = _species()
 
 
 def render_butterfly(traits: Traits, rng: Generator) -> Image.Image:
-    """One butterfly of the species: shade, pose, openness of the wings and the ground it sits on are its own."""
+    """One image of the species: random shade, pose, opening of the wings and background."""
     hue = traits.hue + rng.normal(0, 0.05)
     paper = hsv(rng.uniform(), rng.uniform(0.05, 0.22), rng.uniform(0.8, 0.98))
     canvas = backdrop(rng, paper, contrast=0.1)
@@ -448,32 +395,32 @@ def render_butterfly(traits: Traits, rng: Generator) -> Image.Image:
     return canvas.develop(rng, noise=rng.uniform(0, 8), light=rng.uniform(0, 0.2))
 
 
-def _wings(half: Canvas, traits: Traits, colours: tuple[Colour, Colour, Colour]) -> None:
-    """One side of the butterfly, its hind wing first."""
+def _wings(pose: Canvas, traits: Traits, colours: tuple[Colour, Colour, Colour]) -> None:
+    """Both wings of one side, the hind wing first."""
     wing, second, dark = colours
     for outline, fill in ((HINDWINGS[traits.hindwing], second), (FOREWINGS[traits.forewing], wing)):
         curve = _rounded(outline)
-        half.shape(curve, dark)
-        if traits.band == "edge":  # the dark margin is the wing below a smaller one
-            half.shape(curve * 0.76 + curve.mean(0) * 0.2, fill)
+        pose.shape(curve, dark)
+        if traits.band == "edge":  # the dark margin is a wing below a smaller one
+            pose.shape(curve * 0.76 + curve.mean(0) * 0.2, fill)
         else:
-            half.shape(curve * 0.93 + curve.mean(0) * 0.06, fill)
+            pose.shape(curve * 0.93 + curve.mean(0) * 0.06, fill)
     if traits.band == "slant":
-        half.stroke([(0.2, -0.42), (0.62, -0.14)], 0.13, dark)
-        half.stroke([(0.18, 0.36), (0.55, 0.2)], 0.13, dark)
+        pose.stroke([(0.2, -0.42), (0.62, -0.14)], 0.13, dark)
+        pose.stroke([(0.18, 0.36), (0.55, 0.2)], 0.13, dark)
     if traits.spots == "fore":
-        _eye(half, 0.56, -0.5, dark)
+        _eyespot(pose, 0.56, -0.5, dark)
     elif traits.spots == "hind":
-        _eye(half, 0.42, 0.3, dark)
+        _eyespot(pose, 0.42, 0.3, dark)
     elif traits.spots == "row":
         for x, y in ((0.36, -0.62), (0.6, -0.58), (0.64, -0.3), (0.52, 0.14), (0.5, 0.38), (0.3, 0.48)):
-            half.disc(x, y, 0.075, WHITE)
+            pose.disc(x, y, 0.075, WHITE)
 
 
-def _eye(half: Canvas, x: float, y: float, dark: Colour) -> None:
-    half.disc(x, y, 0.19, dark)
-    half.disc(x, y, 0.115, WHITE)
-    half.disc(x, y, 0.05, DARK)
+def _eyespot(pose: Canvas, x: float, y: float, dark: Colour) -> None:
+    pose.disc(x, y, 0.19, dark)
+    pose.disc(x, y, 0.115, WHITE)
+    pose.disc(x, y, 0.05, DARK)
 
 
 def _body(pose: Canvas, rng: Generator) -> None:
@@ -486,7 +433,7 @@ def _body(pose: Canvas, rng: Generator) -> None:
 
 
 def _rounded(corners: list[tuple[float, float]]) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
-    """A closed curve that follows the corners without touching them, (8 * corners, 2): a uniform quadratic B-spline."""
+    """A closed curve near the corners, (8 * corners, 2): a uniform quadratic B-spline."""
     points = np.asarray(corners)
     t = np.linspace(0, 1, 8, endpoint=False)[:, None]
     pieces = [
@@ -499,81 +446,133 @@ def _rounded(corners: list[tuple[float, float]]) -> np.ndarray[tuple[int, int], 
 assert math.prod(map(len, (FOREWINGS, HINDWINGS, SPOTS, BANDS))) >= len(EPITHETS)
 
 
+# instances: monsters
+
+_SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprtz" for vowel in "aeiou"]
+MAX_MONSTERS = len(_SYLLABLES) ** 3  # names of three syllables
+MOUTHS = ("smile", "teeth", "oh", "zigzag", "fang")
+HEADGEAR = ("none", "horns", "ears", "antennae", "tuft")
+COATS = ("plain", "belly", "spots", "stripes")
+
+
+def monster_name(index: int) -> str:
+    """The name of monster `index`; no two have the same."""
+    if not 0 <= index < MAX_MONSTERS:
+        raise ValueError(f"a monster's index must be from 0 to {MAX_MONSTERS - 1}, got {index}")
+    scattered = index * 77_773 % MAX_MONSTERS  # coprime to MAX_MONSTERS: no order of indices in the alphabet
+    base = len(_SYLLABLES)
+    digits = scattered // base**2, scattered // base % base, scattered % base
+    return "".join(_SYLLABLES[digit] for digit in digits).capitalize()
+
+
 @dataclass(frozen=True)
-class Drawing:
-    """One image of the collection. Training must not look at `task` and `label`."""
+class Monster:
+    """What all images of a monster have in common."""
 
-    split: str  # "train" or "test"; the classes of the two are disjoint
-    task: str
-    label: str
-    encoded: bytes
-    suffix: str  # "jpg" or "png"
-
-
-@dataclass(frozen=True)
-class Task:
-    """One task at a given scale: its classes in sorted order and how many images of each to draw."""
-
-    name: str
-    labels: list[str]
-    per_class: dict[str, int]  # by split
-    suffix: str
-
-    def classes(self, split: str) -> list[str]:
-        """The first half of the sorted classes trains, the second half tests."""
-        half = (len(self.labels) + 1) // 2
-        return self.labels[:half] if split == "train" else self.labels[half:]
+    body: NDArray[np.float64]  # (P, 2) closed curve
+    hue: float
+    saturation: float
+    second_hue: float
+    eyes: int
+    eye_size: float
+    eye_height: float
+    mouth: str
+    headgear: str
+    coat: str
+    legs: int
+    arm_angle: float
 
 
-SPLITS = ("train", "test")
+def random_monster(rng: Generator) -> Monster:
+    t = np.linspace(0, 2 * math.pi, 48, endpoint=False)
+    wobble = sum(rng.uniform(-0.13, 0.13) * np.cos(k * t + rng.uniform(0, 1) * math.pi) for k in (2, 3, 4))
+    width, height = rng.uniform(0.38, 0.6), rng.uniform(0.42, 0.62)
+    return Monster(
+        body=np.stack([width * (1 + wobble) * np.cos(t), height * (1 + wobble) * np.sin(t)], 1),
+        hue=rng.uniform(),
+        saturation=rng.uniform(0.45, 0.85),
+        second_hue=rng.uniform(),
+        eyes=int(rng.integers(1, 4)),
+        eye_size=rng.uniform(0.13, 0.22),
+        eye_height=rng.uniform(-0.25, -0.1),
+        mouth=MOUTHS[int(rng.integers(len(MOUTHS)))],
+        headgear=HEADGEAR[int(rng.integers(len(HEADGEAR)))],
+        coat=COATS[int(rng.integers(len(COATS)))],
+        legs=int(rng.integers(2, 5)),
+        arm_angle=rng.uniform(-0.9, 0.9),
+    )
 
 
-def tasks(scale: float = 1.0) -> list[Task]:
-    """The tasks at `scale`: kinds and species grow by images per class, instances by classes."""
-    if not scale > 0:
-        raise ValueError(f"scale must be above 0, got {scale}")
-
-    def times(number: int) -> int:
-        return max(2, round(number * scale))  # one image alone has nothing to retrieve
-
-    return [
-        Task("kinds", sorted(SKETCHES), {"train": times(60), "test": times(37)}, "jpg"),
-        Task("species", sorted(SPECIES), {"train": times(40), "test": times(25)}, "png"),
-        Task("instances", sorted(map(name_of, range(times(150)))), {"train": 6, "test": 4}, "png"),
-    ]
-
-
-def sizes(scale: float = 1.0) -> dict[str, int]:
-    """How many images `draw` yields of each split, without drawing them."""
-    return {split: sum(len(task.classes(split)) * task.per_class[split] for task in tasks(scale)) for split in SPLITS}
+def render_monster(monster: Monster, rng: Generator) -> Image.Image:
+    """One image of the monster: random place, pose, gaze, light and, within limits, colour."""
+    canvas = backdrop(rng, hsv(rng.uniform(), rng.uniform(0.03, 0.25), rng.uniform(0.65, 0.98)))
+    turn = rng.normal(0, 0.045)  # of all hues, by the light
+    skin = hsv(monster.hue + turn, monster.saturation * rng.uniform(0.8, 1.15), rng.uniform(0.65, 0.95))
+    second = hsv(monster.second_hue + turn, 0.6 * rng.uniform(0.8, 1.2), rng.uniform(0.75, 1.0))
+    size = rng.uniform(0.8, 1.08)
+    wide = size * rng.uniform(0.88, 1.12) * float(rng.choice((-1, 1)))
+    x, y = rng.uniform(-0.12, 0.12, 2)
+    pose = canvas.at(x, y, angle=rng.uniform(-0.35, 0.35), scale=(wide, size))
+    _limbs(pose, monster, rng, skin)
+    _headgear(pose, monster, second)
+    pose.shape(monster.body, skin)
+    _coat(pose, monster, second)
+    _face(pose, monster, rng)
+    return canvas.develop(rng, noise=rng.uniform(0, 8), light=rng.uniform(0, 0.25))
 
 
-def draw(scale: float = 1.0, seed: int = 0) -> Iterator[Drawing]:
-    """The collection, train first; within a split task by task, class by class."""
-    for split in SPLITS:
-        for task in tasks(scale):
-            for label in task.classes(split):
-                for instance in range(task.per_class[split]):
-                    image = picture(seed, task.name, label, instance)
-                    yield Drawing(split, task.name, label, _encode(image, task.suffix), task.suffix)
+def _limbs(pose: Canvas, monster: Monster, rng: Generator, skin: Colour) -> None:
+    bottom, right = monster.body[:, 1].max(), monster.body[:, 0].max()
+    for x in np.linspace(-0.28, 0.28, monster.legs):
+        pose.stroke([(x, 0.1), (x + rng.uniform(-0.06, 0.06), bottom + 0.2)], 0.15, skin)
+    for side in (-1, 1):
+        angle = monster.arm_angle + rng.uniform(-0.3, 0.3)
+        hand = (side * (right + 0.25 * math.cos(angle)), 0.05 + 0.32 * math.sin(angle))
+        pose.stroke([(side * right * 0.6, 0.05), hand], 0.13, skin)
 
 
-def picture(seed: int, task: str, label: str, instance: int) -> Image.Image:
-    """Image `instance` of a class, RGB; a pure function of the arguments."""
-    rng = stream(seed, task, label, instance)
-    if task == "instances":
-        return render_monster(invent(stream(seed, "monster", label)), rng)
-    if task == "species" and label in SPECIES:
-        return render_butterfly(SPECIES[label], rng)
-    if task == "kinds" and label in SKETCHES:
-        return render_sketch(SKETCHES[label], rng)
-    raise ValueError(f"there is no class {label!r} in task {task!r}; see tasks() for those there are")
+def _headgear(pose: Canvas, monster: Monster, colour: Colour) -> None:
+    top = monster.body[:, 1].min()
+    for side in (-1, 1):
+        if monster.headgear == "horns":
+            pose.shape([(side * 0.1, top + 0.25), (side * 0.4, top + 0.3), (side * 0.36, top - 0.25)], colour)
+        elif monster.headgear == "ears":
+            pose.disc(side * 0.3, top + 0.08, 0.2, colour)
+        elif monster.headgear == "antennae":
+            pose.stroke([(side * 0.1, top + 0.2), (side * 0.26, top - 0.25)], 0.06, DARK)
+            pose.disc(side * 0.26, top - 0.25, 0.1, colour)
+        elif monster.headgear == "tuft":
+            pose.shape([(0, top + 0.25), (side * 0.22, top - 0.2), (side * 0.07, top - 0.05), (0, top - 0.3)], colour)
 
 
-def _encode(image: Image.Image, suffix: str) -> bytes:
-    buffer = io.BytesIO()
-    if suffix == "jpg":
-        image.save(buffer, format="JPEG", quality=92, subsampling=0)
+def _coat(pose: Canvas, monster: Monster, colour: Colour) -> None:
+    if monster.coat == "belly":
+        pose.shape(monster.body * 0.62 + np.array([0, 0.14]), colour)
+    elif monster.coat == "spots":
+        for corner in monster.body[::7]:
+            pose.disc(corner[0] * 0.68, corner[1] * 0.68, 0.085, colour)
+    elif monster.coat == "stripes":
+        for y in (-0.02, 0.16, 0.34):
+            inside = monster.body[np.abs(monster.body[:, 1] - y).argsort()[:6], 0]
+            pose.stroke([(inside.min() * 0.85, y), (inside.max() * 0.85, y)], 0.08, colour)
+
+
+def _face(pose: Canvas, monster: Monster, rng: Generator) -> None:
+    gaze = rng.uniform(-0.4, 0.4, 2) * monster.eye_size
+    spread = min(0.24, monster.eye_size * 1.15) * (monster.eyes - 1)
+    for x in np.linspace(-spread, spread, monster.eyes) if monster.eyes > 1 else (0.0,):
+        pose.disc(x, monster.eye_height, monster.eye_size, WHITE)
+        pose.disc(x + gaze[0], monster.eye_height + gaze[1], monster.eye_size * 0.5, DARK)
+    x = np.linspace(-0.2, 0.2, 9)
+    if monster.mouth == "oh":
+        pose.disc(0, 0.2, (0.1, 0.13), DARK)
+    elif monster.mouth == "zigzag":
+        pose.stroke(np.stack([x, 0.2 + 0.06 * (-1.0) ** np.arange(9)], 1), 0.06, DARK)
+    elif monster.mouth == "teeth":
+        pose.disc(0, 0.2, (0.24, 0.11), DARK)
+        for tooth in (-0.11, 0.0, 0.11):
+            pose.shape([(tooth - 0.05, 0.1), (tooth + 0.05, 0.1), (tooth, 0.22)], WHITE)
     else:
-        image.save(buffer, format="PNG")
-    return buffer.getvalue()
+        pose.stroke(np.stack([x, 0.26 - 2.5 * x**2], 1), 0.07, DARK)
+        if monster.mouth == "fang":
+            pose.shape([(0.04, 0.24), (0.16, 0.2), (0.1, 0.38)], WHITE)

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from benchmarks.fuse import (
-    SIDES,
+    LISTED,
+    OURS,
+    STACKED,
     FuseSettings,
     LiteralAdaptors,
     LiteralLayer,
@@ -24,10 +26,10 @@ TINY = FuseSettings(batch=2, tokens=5, dim=64, sets=3, bottleneck=4, depth=1, re
 def test_both_sides_are_timed_and_found_to_agree() -> None:
     lines: list[str] = []
     findings = measure_fuse(TINY, lines.append)
-    assert [f.name for f in findings.layer] == [f.name for f in findings.model] == list(SIDES)
+    assert [f.name for f in findings.layer] == [f.name for f in findings.model] == [OURS, STACKED, LISTED]
     assert findings.difference < 1e-5
     text = as_text({"command": "here"}, TINY, findings)
-    assert all(side in text for side in SIDES)
+    assert all(side in text for side in (OURS, STACKED, LISTED))
     figures = as_json({}, TINY, findings)
     assert figures["layer"][0]["ratio"]["forward"] == 1
     assert len(lines) == 2

@@ -9,9 +9,7 @@ from collections import defaultdict
 import pytest
 from PIL import Image
 
-from grappa_dist.demo import drawings as butterflies
-from grappa_dist.demo import drawings as monsters
-from grappa_dist.demo.drawings import Drawing, draw, picture, sizes, tasks
+from grappa_dist.demo.drawings import MAX_MONSTERS, SPECIES, Drawing, draw, monster_name, picture, sizes, tasks
 
 SMALL = 0.05
 
@@ -58,10 +56,10 @@ def test_a_larger_collection_contains_the_smaller_kinds_and_species() -> None:
 
 @pytest.mark.parametrize("scale", [0.001, 0.05, 0.06])
 def test_sizes_agrees_with_what_is_drawn(scale: float) -> None:
-    pluralize = {"train": 0, "test": 0}
+    counts = {"train": 0, "test": 0}
     for one in draw(scale):
-        pluralize[one.split] += 1
-    assert pluralize == sizes(scale)
+        counts[one.split] += 1
+    assert counts == sizes(scale)
 
 
 def test_the_full_collection_has_the_promised_size() -> None:
@@ -92,16 +90,16 @@ def test_images_decode_to_the_promised_size_and_no_two_are_alike(small: list[Dra
 
 
 def test_no_two_species_share_their_traits() -> None:
-    assert len(set(butterflies.SPECIES.values())) == len(butterflies.SPECIES) == 24
+    assert len(set(SPECIES.values())) == len(SPECIES) == 24
 
 
 def test_no_two_monsters_share_a_name() -> None:
-    assert len({monsters.name_of(index) for index in range(monsters.MOST)}) == monsters.MOST
+    assert len({monster_name(index) for index in range(MAX_MONSTERS)}) == MAX_MONSTERS
 
 
 def test_a_monster_beyond_the_last_name_is_refused() -> None:
-    with pytest.raises(ValueError, match=f"from 0 to {monsters.MOST - 1}, got {monsters.MOST}"):
-        monsters.name_of(monsters.MOST)
+    with pytest.raises(ValueError, match=f"from 0 to {MAX_MONSTERS - 1}, got {MAX_MONSTERS}"):
+        monster_name(MAX_MONSTERS)
 
 
 def test_a_scale_of_nothing_is_refused() -> None:

@@ -8,12 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from examples.pretrain_demo_backbone import CLASSES, DOODLES, draw_doodles, example, jiggle, pretrain
+from examples import pretrain_demo_backbone
+from examples.pretrain_demo_backbone import CLASSES, DOODLES, augment, draw_doodles, example, pretrain
 from grappa_dist.demo import backbone
 from grappa_dist.demo.drawings import picture, tasks
 
 
-def test_the_backbone_never_saw_a_kind_of_the_collection() -> None:
+def test_no_kind_of_the_collection_is_among_the_doodles() -> None:
     assert not {doodle.__name__ for doodle in DOODLES} & {label for task in tasks() for label in task.labels}
 
 
@@ -32,20 +33,19 @@ def test_doodle_labels_stay_below_the_number_of_classes() -> None:
         assert label.max() < CLASSES[head]
 
 
-def test_jiggling_keeps_size_and_range() -> None:
+def test_augmentation_keeps_size_and_range() -> None:
     pixels = torch.randint(0, 256, (5, 3, 48, 48), dtype=torch.uint8)
-    jiggled = jiggle(pixels, torch.Generator().manual_seed(0))
-    assert jiggled.shape == pixels.shape
-    assert jiggled.min() >= 0
-    assert jiggled.max() <= 255
+    augmented = augment(pixels, torch.Generator().manual_seed(0))
+    assert augmented.shape == pixels.shape
+    assert augmented.min() >= 0
+    assert augmented.max() <= 255
 
 
-def test_two_steps_of_pretraining_write_a_file_that_loads(tmp_path: Path) -> None:
+def test_two_steps_of_pretraining_from_any_folder_write_a_file_that_loads(tmp_path: Path) -> None:
     path = tmp_path / "weights.safetensors"
-    command = [sys.executable, "-m", "examples.pretrain_demo_backbone", "--out", str(path)]
-    done = subprocess.run(
-        [*command, "--steps=2", "--batch=3", "--doodles=5"], check=True, capture_output=True, text=True
-    )
+    command = [sys.executable, pretrain_demo_backbone.__file__, "--out", str(path)]
+    small = ["--steps=2", "--batch=3", "--doodles=5"]
+    done = subprocess.run([*command, *small], cwd=tmp_path, check=True, capture_output=True, text=True)
     assert "step 2/2" in done.stdout
     with torch.no_grad():
         assert backbone.create(path)(torch.zeros(1, 3, 48, 48)).isfinite().all()
