@@ -37,6 +37,7 @@ from benchmarks.harness import (
     run_workers,
     timed,
     turns,
+    wait_for,
 )
 from grappa_dist.distributed.collectives import Comm
 from grappa_dist.models import Adaptors, Attention, GrappaLayer, create_backbone
@@ -235,8 +236,7 @@ def _run_side(side: Side, backward: bool) -> Timing:
         out = side.forward(*leaves)
         if backward:
             torch.autograd.grad(out, [*leaves, *side.learning], side.grad.to(out.dtype))
-        if side.grad.is_cuda:
-            torch.cuda.synchronize()
+        wait_for(side.grad.device)
 
     return timed(work)[1]
 

@@ -28,6 +28,7 @@ from grappa_dist.data.shards import ImageShards
 from grappa_dist.pipeline import run as run_pipeline
 
 OURS, SCRIPT = "ours", "the script"
+DEMO = Path(__file__).parents[1] / "configs/demo.yaml"
 STEPS = ("embed", "pseudo_label", "adapt", "fuse", "evaluate")
 OTHER = "all else"
 Scores = Mapping[str, Mapping[str, float]]  # R-Precision by model and task
@@ -173,7 +174,7 @@ EXAMPLE = """example, five minutes:
 
 
 def arguments(add: Callable[..., Any]) -> None:
-    add("--config", type=Path, default=Path("configs/demo.yaml"), metavar="FILE", help="default: %(default)s")
+    add("--config", type=Path, default=DEMO, metavar="FILE", help="default: configs/demo.yaml of this repository")
     add("--threads", type=int, default=2, metavar="N", help="of the script, and workers of ours; default: %(default)s")
     add("overrides", nargs="*", metavar="key=value", help="of the config, e.g. adapt.epochs=1")
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from launch import bench
 from launch.bench import main
 
 TINY = ["kmeans", "--rows", "400", "--dim", "32", "--num-labels", "5", "--iterations", "2", "--threads", "1"]
@@ -82,6 +86,21 @@ def test_a_run_on_images_prints_a_table_and_writes_the_numbers(
     assert main(["data", *small, "--threads", "1", "--repeats", "1", "--json", str(path)]) == 0
     assert "test: ours" in capsys.readouterr().out
     assert [found["view"] for found in json.loads(path.read_text())["views"]] == ["test"]
+
+
+@pytest.mark.long
+def test_a_run_from_another_folder_finds_the_benchmarks_in_worker_processes_too(tmp_path: Path) -> None:
+    small = ["--sets", "2", "--backbone", "vit_tiny_patch16_224", "--image-size", "32", "--images", "4"]
+    command = [sys.executable, str(Path(bench.__file__).resolve()), "adapt", "--sections", "packing", *small]
+    done = subprocess.run(
+        [*command, "--steps", "1", "--repeats", "1"],
+        cwd=tmp_path,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert "x one after the other" in done.stdout
 
 
 def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
