@@ -157,7 +157,7 @@ def measure_knn(settings: KnnSettings, log: Log) -> KnnFindings:
     scaling = measure_scaling(rows, settings, log) if settings.workers > 1 else {}
     epoch = None
     if settings.epoch:
-        log("an epoch beside it")
+        log("an epoch of fusion")
         epoch = measure_epoch(settings.repeats)
     return KnnFindings(source, (len(rows), rows.shape[1]), settings, comparisons, scaling, epoch)
 

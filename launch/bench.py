@@ -1,4 +1,4 @@
-"""Measures what the documentation claims about speed; `python launch/bench.py --help`. It lives in benchmarks/."""
+"""Measures what the documentation claims about speed: the commands of benchmarks/, listed by --help."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import signal
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/ is no part of what is installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/ is not installed
 
 from benchmarks.cli import main
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaves through what ends workers and removes files
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception: workers are ended, files removed
     sys.exit(main())

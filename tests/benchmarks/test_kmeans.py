@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import math
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from benchmarks.faiss_baselines import SUPER, kmeans_baselines, starting_rows
-from benchmarks.harness import CAN_WATCH_MEMORY, drawn_rows, read_rows, squared_error, turns
+from benchmarks.harness import CAN_WATCH_MEMORY, drawn_rows
 from benchmarks.kmeans import KMeansFindings, KMeansSettings, as_json, as_text, measure_kmeans
 
 ROWS, DIM, LABELS = 1200, 48, (4, 40)
@@ -68,50 +67,3 @@ def test_the_pruning_baseline_refuses_other_centroids_than_its_own() -> None:
     rows = drawn_rows(300, DIM, 0)
     with pytest.raises(ValueError, match="found other initial centroids"):
         kmeans_baselines()[SUPER](rows, rows[:5], 1, 0)
-
-
-def test_the_objective_is_the_sum_over_rows_of_squared_distances() -> None:
-    rows = np.array([[1, 0], [0, 1], [0, 1]], dtype=np.float32)
-    centroids = np.array([[0, 0.5], [1, 1]], dtype=np.float32)
-    assert squared_error(rows, centroids, np.array([1, 0, 1])) == 1 + 0.25 + 1
-
-
-def test_drawn_rows_are_unit_rows_and_a_function_of_the_seed() -> None:
-    rows = drawn_rows(500, DIM, 3)
-    assert np.allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-5)
-    assert np.array_equal(rows, drawn_rows(500, DIM, 3))
-    assert not np.array_equal(rows, drawn_rows(500, DIM, 4))
-
-
-def test_real_rows_are_read_in_order_without_those_that_are_zero(tmp_path: Path) -> None:
-    rows = drawn_rows(9, DIM, 0)
-    (tmp_path / "shard-0").mkdir()
-    (tmp_path / "shard-1").mkdir()
-    np.save(tmp_path / "shard-0" / "rows.npy", np.concatenate([rows[:4], np.zeros((1, DIM), np.float32)]))
-    np.save(tmp_path / "shard-1" / "rows.npy", rows[4:])
-    assert np.array_equal(read_rows(tmp_path, None)[0], rows)
-    assert np.array_equal(read_rows(tmp_path, 6)[0], rows[:6])
-    assert "real: 9 rows of 2 files" in read_rows(tmp_path, None)[1]
-
-
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        (np.zeros((3, 4)), r"has \(3, 4\) float64, expected \(rows, dimensions\) float32"),
-        (np.full((3, 4), 2, np.float32), "norm 4 to 4, expected 1"),
-        (None, "not a readable .npy file"),
-    ],
-)
-def test_unfit_files_are_refused_by_name(tmp_path: Path, rows: np.ndarray | None, message: str) -> None:
-    path = tmp_path / "broken.npy"
-    if rows is None:
-        path.write_bytes(b"nonsense")
-    else:
-        np.save(path, rows)
-    with pytest.raises(ValueError, match=message) as caught:
-        read_rows(path, None)
-    assert "broken.npy" in str(caught.value)
-
-
-def test_rounds_alternate_so_that_drift_cancels() -> None:
-    assert list(turns(["a", "b", "c"], 3)) == [["a", "b", "c"], ["c", "b", "a"], ["a", "b", "c"]]

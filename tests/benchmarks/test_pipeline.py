@@ -27,7 +27,7 @@ def test_what_is_embedded_after_training_counts_as_evaluation() -> None:
     assert seconds_by_step(events) == expected
 
 
-def test_the_table_tells_ratios_and_both_scores() -> None:
+def test_the_table_has_ratios_and_both_scores() -> None:
     ours = Side({**dict.fromkeys(STEPS, 2.0), OTHER: 10.0}, {"backbone": {"a": 0.25, "b": 0.75}})
     script = Side(dict.fromkeys(STEPS, 5.0), {"backbone": {"a": 0.5, "b": 0.75}})
     found = PipelineFindings("20 images", ours, script)
