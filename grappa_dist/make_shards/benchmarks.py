@@ -1,10 +1,7 @@
-"""Finds the data sets of a benchmark below a folder and makes one collection of them.
+"""Published benchmarks: finds their data sets below a folder, in the original layouts, and lists the images.
 
-What a data set says of its images, and the text and MATLAB files that say it.
-
-MRT, the paper's benchmark: six data sets that train and test, three more that only test.
-
-The original layout of each data set: which files name its images, and what they say.
+MRT, the benchmark of the paper: six data sets that train and test, three more that only test. A reader for each data
+set says which text or MATLAB files name its images, with what label.
 """
 
 from __future__ import annotations
@@ -20,8 +17,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from grappa_dist.make_shards.building import Tell
+from grappa_dist.make_shards.progress import Log
 from grappa_dist.make_shards.sources import FolderSource, Item, image_suffix
+
+_DEPTH = 2  # levels below the root at which a data set may lie
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +64,10 @@ def split_lines(text: str, number: int, names: tuple[str, str], skip: int = 0) -
         yield [field.strip() for field in fields]
 
 
-def class_id(text: str, digits: int, said: str) -> str:
+def class_id(text: str, digits: int, where: str) -> str:
     """A class number as a label that sorts as the number does."""
     if not text.isascii() or not text.isdigit():
-        raise ValueError(f"{said}: class {text!r} is no number")
+        raise ValueError(f"{where}: class {text!r} is no number")
     return text.zfill(digits)
 
 
@@ -207,7 +206,7 @@ class DataSet:
 
     @property
     def layout(self) -> str:
-        """The layouts in words."""
+        """The layouts, for messages."""
         return ", or ".join(" and ".join(layout) for layout in self.layouts)
 
 
@@ -271,7 +270,7 @@ def counts(listed: Sequence[Listed]) -> Counts:
 
 
 def differences(found: Sequence[tuple[DataSet, Counts]]) -> list[str]:
-    """Each count that is not the expected one, in words."""
+    """A line for each count that is not the expected one."""
     return [
         f"{data_set.name}: {has:,} {what}, expected {should:,}"
         for data_set, numbers in found
@@ -294,11 +293,8 @@ def comparison(found: Sequence[tuple[DataSet, Counts]]) -> list[str]:
     ]
 
 
-_DEPTH = 2  # levels below the root at which a data set may lie
-
-
 def gather(
-    root: Path, part: str, only: Sequence[str] | None, *, strict: bool, tell: Tell
+    root: Path, part: str, only: Sequence[str] | None, *, strict: bool, log: Log
 ) -> tuple[list[Item], Counter[str]]:
     """The images of all data sets, with task, label and side; and how many listed files were not there.
 
@@ -320,12 +316,12 @@ def gather(
         found.append((data_set, counts(there)))
         items += _items(data_set.name, folders[data_set.name], there)
     for line in comparison(found):
-        tell(line)
+        log(line)
     wrong = differences(found)
     if strict and wrong:
         raise ValueError(f"{root}: {'; '.join(wrong)}")
     for line in [*wrong, *(f"{number:,} files, {reason}" for reason, number in absent.items())]:
-        tell(f"warning: {line}")
+        log(f"warning: {line}")
     if not items:
         raise ValueError(f"{root}: none of the listed images is there")
     return items, absent

@@ -1,4 +1,4 @@
-"""Labelled collections made into shards: which classes train, which test, and the tars of both."""
+"""make_shards: images with or without labels become OUT/train and OUT/test; which classes train and which test."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from typing import Literal
 
 from grappa_dist.data.decoding import TAKEN
 from grappa_dist.data.rng import Purpose, permutation
-from grappa_dist.make_shards.building import Building, Progress, Tell, bad_files, build, duration
+from grappa_dist.make_shards.building import Building, bad_files, build
 from grappa_dist.make_shards.planning import Limits, plan_folder, prefixes_of
+from grappa_dist.make_shards.progress import Log, Progress, duration
 from grappa_dist.make_shards.sources import Columns, Item, Source, csv_items, folder_items, open_source, task_name
 
 SPLITS = ("train", "test")
@@ -50,11 +51,11 @@ class CollectionConfig:
 
 @dataclass(frozen=True)
 class Work:
-    """Who writes, and who hears of it; nothing of this changes what is written."""
+    """How many processes write, and what is logged; nothing of this changes what is written."""
 
     workers: int = 1
-    tell: Tell = lambda line: None  # lines that stay
-    renew: Tell | None = None  # on a terminal: a line that replaces the one before
+    log: Log = lambda line: None  # lines that stay
+    renew: Log | None = None  # on a terminal: a line that replaces the one before
 
     def __post_init__(self) -> None:
         if self.workers < 1:
@@ -62,7 +63,7 @@ class Work:
 
     def progress(self, images: int, shards: int) -> Progress:
         if self.renew is None:
-            return Progress(images, shards, self.tell)
+            return Progress(images, shards, self.log)
         return Progress(images, shards, self.renew, interval_s=0.5)
 
 
@@ -107,9 +108,9 @@ def write_items(
         for split in SPLITS
         if splits[split]
     ]
-    buildings = build(plans, work.workers, tell=work.tell, progress=work.progress)
+    buildings = build(plans, work.workers, log=work.log, progress=work.progress)
     for line in summary(buildings, skipped, time.monotonic() - began):
-        work.tell(line)
+        work.log(line)
     return table(splits)
 
 
@@ -136,12 +137,12 @@ def _check_names(items: Sequence[Item]) -> None:
             except UnicodeEncodeError:
                 first = next(item for item in items if name in (item.label, item.task))
                 raise ValueError(
-                    f"{os.fsencode(first.said)!r}: the class or task {os.fsencode(name)!r} is not UTF-8; rename it"
+                    f"{os.fsencode(first.where)!r}: the class or task {os.fsencode(name)!r} is not UTF-8; rename it"
                 ) from None
 
 
 def _in_order(items: Sequence[Item], split: str, seed: int) -> Sequence[Item]:
-    """The train rows are mixed, the test rows keep their order."""
+    """The train rows shuffled, or the test rows as they are."""
     if split != "train":
         return items
     return [items[i] for i in permutation(len(items), Purpose.DATA_SET_ORDER, seed).tolist()]
@@ -207,14 +208,14 @@ def train_classes(items: Sequence[Item]) -> set[tuple[str, str | None]]:
     """(task, label) of every class that trains: in each task the first half, rounded up, by name."""
     labels: dict[str, set[str]] = defaultdict(set)
     for item in items:
-        assert item.label is not None, f"{item.said}: taken without a label"
+        assert item.label is not None, f"{item.where}: taken without a label"
         labels[item.task].add(item.label)
     return {(task, label) for task, names in labels.items() for label in sorted(names)[: (len(names) + 1) // 2]}
 
 
 def _side_of(item: Item) -> str:
     if item.split not in SPLITS:
-        raise ValueError(f"{item.said}: split is {item.split!r}; expected {' or '.join(SPLITS)}")
+        raise ValueError(f"{item.where}: split is {item.split!r}; expected {' or '.join(SPLITS)}")
     return item.split
 
 

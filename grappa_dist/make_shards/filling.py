@@ -1,7 +1,4 @@
-"""One shard at a time: from a list of files to a tar that is finished or absent.
-
-Shards written side by side by processes, which end with whoever started them.
-"""
+"""Shards from lists of files, each finished or absent, written by several processes that end with their parent."""
 
 from __future__ import annotations
 
@@ -26,7 +23,7 @@ from grappa_dist.data.writer import TarShard, members
 from grappa_dist.files import read_json, write_json
 from grappa_dist.make_shards.sources import Encoded, Place, encoded
 
-MAKING = "making"  # what only a folder in the making holds: notes of its finished shards, unfinished ones, its plan
+MAKING = "making"  # in an unfinished folder: its plan, its lock, records of its finished shards, unfinished ones
 _THREADS = 2  # one reads while the other decodes; more work side by side is the business of processes
 _NAMED = 20  # undecodable files of a shard that are named
 
@@ -43,15 +40,15 @@ class Row:
     suffix: str
     label: str | None
     task: str | None
-    name: str  # of its file, for whoever looks for it
-    said: str
+    name: str  # of its file
+    where: str  # it was listed, for messages
 
 
 @dataclass(frozen=True)
 class ShardJob:
     """A shard to be written."""
 
-    folder: str  # in the making
+    folder: str  # the unfinished one
     number: int
     first_row: int
     rows: Sequence[Row]
@@ -66,7 +63,7 @@ class Filled:
     number: int
     shard: Shard
     bad: Counter[str]  # by reason
-    named: tuple[str, ...]
+    named: tuple[str, ...]  # lines about the first of them
 
 
 def shard_name(number: int) -> str:
@@ -77,7 +74,7 @@ def fill(job: ShardJob, count: Callable[[int], None], stopped: Callable[[], bool
     """Writes a shard and commits it; the same job makes the same bytes.
 
     Args:
-        count: hears of each image.
+        count: called with the number of images that were written.
     """
     desk = Path(job.folder) / MAKING / f"unfinished-{os.getpid()}-{os.urandom(4).hex()}"
     desk.mkdir()
@@ -92,7 +89,7 @@ def fill(job: ShardJob, count: Callable[[int], None], stopped: Callable[[], bool
             tar.add(number, members(content.data, content.suffix, row.label, row.task, name=row.name))
             if content.bad is not None:
                 bad[_kind(content.bad)] += 1
-                named.append(f"{row.said} does not decode; it keeps row {number}")
+                named.append(f"{row.where} does not decode; it keeps row {number}")
             count(1)
         filled = Filled(job.folder, job.number, tar.finish(), bad, tuple(named[:_NAMED]))
         _commit(filled, desk)
@@ -107,31 +104,31 @@ def _content(row: Row, image_size: int | None) -> Encoded:
 
 
 def _kind(reason: str) -> str:
-    """A reason without what is told of one file alone: numbers, and the name of an object."""
+    """A reason without what differs from file to file: numbers, and the name of an object."""
     return re.sub(r"\d+", "#", re.sub(r" <[^>]*>", "", reason))
 
 
 def _commit(filled: Filled, desk: Path) -> None:
-    """Index, then tar, then the note that says both are there."""
+    """Moves the index, then the tar into the folder, then writes the record that both are there."""
     folder, name = Path(filled.folder), filled.shard.name
     for file in (f"{name}.npy", name):
         (desk / file).replace(folder / file)
     content = {"shard": entry(filled.shard), "bad": dict(filled.bad), "named": list(filled.named)}
-    write_json(_note(folder, filled.number), content)
+    write_json(_record(folder, filled.number), content)
 
 
-def _note(folder: Path, number: int) -> Path:
+def _record(folder: Path, number: int) -> Path:
     return folder / MAKING / f"{shard_name(number)}.json"
 
 
 def already_filled(folder: Path, number: int) -> Filled | None:
-    """What an earlier run finished, if tar and index are as its note says."""
-    note = _note(folder, number)
-    if not note.is_file():
+    """What an earlier run finished, if tar and index are as its record says."""
+    record = _record(folder, number)
+    if not record.is_file():
         return None
-    content: dict[str, Any] = read_json(note)
+    content: dict[str, Any] = read_json(record)
     tar = folder / shard_name(number)
-    shard = shard_of(content["shard"], str(tar), note)
+    shard = shard_of(content["shard"], str(tar), record)
     if not tar.is_file() or tar.stat().st_size != shard.bytes or not tar.with_name(f"{tar.name}.npy").is_file():
         return None
     return Filled(str(folder), number, shard, Counter(content["bad"]), tuple(content["named"]))
@@ -153,7 +150,7 @@ def fill_all(
 
     Args:
         workers: processes; 1 works in this one.
-        add_images: hears of written images, and of 0 now and then.
+        add_images: called with the number of images that were written since the last call, perhaps 0.
     """
     if workers > 1:
         return _in_processes(iter(jobs), workers, add_images)
@@ -164,15 +161,15 @@ def _in_processes(
     jobs: Iterable[ShardJob], workers: int, add_images: Callable[[int], None]
 ) -> Generator[Filled, None, None]:
     context = multiprocessing.get_context("spawn")  # a fork would copy the locks of our threads
-    counter, stop, pluralize = context.Value("q", 0), context.Event(), 0
+    counter, stop, counted = context.Value("q", 0), context.Event(), 0
     pool = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(counter, stop))
     try:
         pending: set[Future[Filled]] = {pool.submit(_fill, job) for job in islice(jobs, 2 * workers)}
         while pending:
             done, pending = wait(pending, timeout=_POLL_S, return_when=FIRST_COMPLETED)
             written = counter.value
-            add_images(written - pluralize)
-            pluralize = written
+            add_images(written - counted)
+            counted = written
             for future in done:
                 yield future.result()
             pending |= {pool.submit(_fill, job) for job in islice(jobs, len(done))}

@@ -1,6 +1,6 @@
-"""What the shards of a folder will hold, decided before any is written. Shapes: n images in the order of rows.
+"""The plan of a folder: what its shards hold and where each ends, decided before any is written.
 
-Where one shard ends and the next begins, decided before any is written. Shapes: n images in the order of rows.
+Shapes: n images in the order of rows.
 """
 
 from __future__ import annotations
@@ -29,41 +29,7 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]I?|)B?", re.IGNORECASE)
 _RECORD = 10240  # a tar ends with two empty blocks and is filled up to whole records
 _END = 1024
-
-
-def parse_bytes(text: str) -> int:
-    """A number of bytes such as 500MB, 1.5GiB or 1000000."""
-    match = _SIZE.fullmatch(text.strip())
-    if match is None:
-        raise ValueError(f"{text!r} is no number of bytes; expected one such as 500MB, 2GiB or 1000000")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
-
-
-def tar_size(content: int) -> int:
-    """Size of a tar whose members take `content` bytes with their headers."""
-    return -(-(content + _END) // _RECORD) * _RECORD
-
-
-def cut(sizes: Iterable[int], rows: int | None, max_bytes: int | None) -> list[int]:
-    """First row of every shard and, last, n.
-
-    Args:
-        sizes: bytes of each row in a tar, with headers.
-        rows: of a shard, at most; None: any number.
-        max_bytes: of a tar, at most, unless one row alone is larger.
-    """
-    starts, held, number = [0], 0, -1
-    for number, size in enumerate(sizes):
-        here = number - starts[-1]
-        full = rows is not None and here >= rows
-        if full or (max_bytes is not None and here > 0 and tar_size(held + size) > max_bytes):
-            starts.append(number)
-            held = 0
-        held += size
-    return [*starts, number + 1]
-
-
-_CHUNK = 1024
+_CHUNK = 1024  # files whose sizes a thread asks for at a time
 _THREADS = 16  # asking for sizes waits for the file system only
 _SAMPLED = 2048  # images that are re-encoded to learn their size, over all tasks
 _SAMPLED_PER_TASK = 64
@@ -121,6 +87,30 @@ def plan_folder(
     return FolderPlan(
         folder, items, starts, image_size, settings, prefixes, _fingerprint([settings, starts], items, sizes, files)
     )
+
+
+def cut(sizes: Iterable[int], rows: int | None, max_bytes: int | None) -> list[int]:
+    """First row of every shard and, last, n.
+
+    Args:
+        sizes: bytes of each row in a tar, with headers.
+        rows: of a shard, at most; None: any number.
+        max_bytes: of a tar, at most, unless one row alone is larger.
+    """
+    starts, held, number = [0], 0, -1
+    for number, size in enumerate(sizes):
+        here = number - starts[-1]
+        full = rows is not None and here >= rows
+        if full or (max_bytes is not None and here > 0 and tar_size(held + size) > max_bytes):
+            starts.append(number)
+            held = 0
+        held += size
+    return [*starts, number + 1]
+
+
+def tar_size(content: int) -> int:
+    """Size of a tar whose members take `content` bytes with their headers."""
+    return -(-(content + _END) // _RECORD) * _RECORD
 
 
 def _fingerprint(settings: object, items: Sequence[Item], sizes: NDArray[np.int64], files: Iterable[str]) -> str:
@@ -199,9 +189,17 @@ def prefixes_of(sources: Iterable[Path], base: Path | None = None) -> dict[Path,
 
 def _row(item: Item, prefixes: Mapping[Path, str]) -> Row:
     name = prefixes[item.source.path] + item.name
-    return Row(item.place, item.suffix, item.label, _task_of(item), name, item.said)
+    return Row(item.place, item.suffix, item.label, _task_of(item), name, item.where)
 
 
 def _task_of(item: Item) -> str | None:
     """The task goes into the JSON with a label only."""
     return None if item.label is None else item.task
+
+
+def parse_bytes(text: str) -> int:
+    """A number of bytes such as 500MB, 1.5GiB or 1000000."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(f"{text!r} is no number of bytes; expected one such as 500MB, 2GiB or 1000000")
+    return int(float(match[1]) * _UNITS[match[2].upper()])

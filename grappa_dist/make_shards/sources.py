@@ -1,7 +1,4 @@
-"""Images as people keep them: a tar or a folder, with a CSV or in class folders.
-
-The bytes of an image as they go into a shard: as they are, or made smaller.
-"""
+"""The images that become shards: found in a tar or a folder, with a CSV or in class folders, and perhaps re-encoded."""
 
 from __future__ import annotations
 
@@ -22,62 +19,8 @@ from grappa_dist.data.decoding import COPIED, FORMATS, REWRITTEN, TAKEN, BadImag
 from grappa_dist.data.index import OpenFile
 from grappa_dist.data.tars import members_of
 
-QUALITY = 95
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """What is written for one image."""
-
-    data: bytes
-    suffix: str
-    bad: str | None = None  # why it does not decode, where that was tried; such a file is kept as it is
-
-
-def encoded(data: bytes, suffix: str, image_size: int | None) -> Encoded:
-    """The image re-encoded to a shorter side of `image_size`; as it is where that is None or not smaller.
-
-    What is rewritten becomes a PNG in any case: of an animation or of several pages the first.
-
-    Args:
-        suffix: of the file, one of TAKEN.
-    """
-    rewritten, kept = suffix in REWRITTEN, COPIED.get(suffix, "png")
-    if not data:
-        return Encoded(data, kept, "empty file")
-    if image_size is None and not rewritten:
-        return Encoded(data, kept)
-    try:
-        image = decode(data, (*FORMATS, "TIFF") if rewritten else FORMATS)
-    except BadImage as error:
-        return Encoded(data, kept, str(error))
-    smaller = image if image_size is None else shrunk(image, image_size)
-    if smaller is image and not rewritten:
-        return Encoded(data, kept)
-    buffer = BytesIO()
-    if kept == "png":
-        smaller.save(buffer, "PNG")
-        return Encoded(buffer.getvalue(), "png")
-    smaller.save(buffer, "JPEG", quality=QUALITY)
-    return Encoded(buffer.getvalue(), "jpg")
-
-
-def shrunk(image: Image.Image, shorter_side: int) -> Image.Image:
-    """The image at that shorter side; itself where it is no larger."""
-    scale = shorter_side / min(image.size)
-    if scale >= 1:
-        return image
-    width, height = (max(shorter_side, round(side * scale)) for side in image.size)
-    return image.resize((width, height), Image.Resampling.BICUBIC)
-
-
-def encoder() -> str:
-    """What makes the bytes of a re-encoded image: other versions may make others."""
-    versions = [f"{name} {features.version(name)}" for name in ("pil", "jpg", "zlib", "webp")]
-    return f"bicubic, JPEG {QUALITY} or PNG, {', '.join(versions)}"
-
-
-FILE_COLUMN = "file"
+FILE_COLUMN = "file"  # of a CSV
+QUALITY = 95  # of JPEG
 
 
 class Place(NamedTuple):
@@ -197,8 +140,8 @@ class Item:
     line: int = 0
 
     @property
-    def said(self) -> str:
-        """Where the image was named, for messages."""
+    def where(self) -> str:
+        """Where the image was listed, for messages."""
         return f"{self.source.path}: {self.name}" if self.listed is None else f"{self.listed} line {self.line}"
 
     @property
@@ -220,7 +163,7 @@ def image_suffix(name: str) -> str | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """Which columns of a CSV say what; None: not read."""
+    """Which columns of a CSV hold what; None: not read."""
 
     label: str | None = "fine"
     label_required: bool = True
@@ -230,20 +173,20 @@ class Columns:
 
 
 def csv_items(path: str, source: Source, columns: Columns) -> list[Item]:
-    """The images that a CSV names, in its order; every one is there."""
+    """The images that a CSV lists, in its order; ValueError where one is not there."""
     if not Path(path).is_file():
         raise ValueError(f"{path}: does not exist; expected a CSV with a column {FILE_COLUMN!r}")
     items: list[Item] = []
     names: set[str] = set()
     for line, row in _csv_rows(path, columns):
-        said = f"{path} line {line}"
+        where = f"{path} line {line}"
         name = row[FILE_COLUMN].removeprefix("./")
         if image_suffix(name) is None:
-            raise ValueError(f"{said}: {name!r} has no image suffix; expected {', '.join(TAKEN)}")
+            raise ValueError(f"{where}: {name!r} has no image suffix; expected {', '.join(TAKEN)}")
         if name in names:
-            raise ValueError(f"{said}: {name!r} is listed twice")
+            raise ValueError(f"{where}: {name!r} is listed twice")
         if not source.has(name):
-            raise ValueError(f"{said}: {name!r} is not in {source.path}")
+            raise ValueError(f"{where}: {name!r} is not in {source.path}")
         names.add(name)
         label = None if columns.label is None else row.get(columns.label)
         task = columns.task_name or row[columns.task]
@@ -262,12 +205,12 @@ def _csv_rows(path: str, columns: Columns) -> Iterator[tuple[int, dict[str, str]
             has = list(reader.fieldnames or [])
             needed = _needed(path, has, columns)
             for row in reader:
-                said = f"{path} line {reader.line_num}"
+                where = f"{path} line {reader.line_num}"
                 if None in row or None in row.values():
-                    raise ValueError(f"{said}: {_width(row)} fields; expected {len(has)} ({', '.join(has)})")
+                    raise ValueError(f"{where}: {_width(row)} fields; expected {len(has)} ({', '.join(has)})")
                 for column in needed:
                     if not row[column].strip():
-                        raise ValueError(f"{said}: column {column!r} is empty")
+                        raise ValueError(f"{where}: column {column!r} is empty")
                 yield reader.line_num, row
         except (csv.Error, UnicodeDecodeError) as error:
             raise ValueError(f"{path}: not a CSV in UTF-8: {error}") from None
@@ -333,3 +276,55 @@ def _is_taken(name: str, skipped: Counter[str]) -> bool:
     else:
         return True
     return False
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What is written for one image."""
+
+    data: bytes
+    suffix: str
+    bad: str | None = None  # why it does not decode, where that was tried; such a file is kept as it is
+
+
+def encoded(data: bytes, suffix: str, image_size: int | None) -> Encoded:
+    """The image re-encoded to a shorter side of `image_size`; as it is where that is None or not smaller.
+
+    What is rewritten becomes a PNG in any case: of an animation or of several pages the first.
+
+    Args:
+        suffix: of the file, one of TAKEN.
+    """
+    rewritten, kept = suffix in REWRITTEN, COPIED.get(suffix, "png")
+    if not data:
+        return Encoded(data, kept, "empty file")
+    if image_size is None and not rewritten:
+        return Encoded(data, kept)
+    try:
+        image = decode(data, (*FORMATS, "TIFF") if rewritten else FORMATS)
+    except BadImage as error:
+        return Encoded(data, kept, str(error))
+    smaller = image if image_size is None else shrunk(image, image_size)
+    if smaller is image and not rewritten:
+        return Encoded(data, kept)
+    buffer = BytesIO()
+    if kept == "png":
+        smaller.save(buffer, "PNG")
+        return Encoded(buffer.getvalue(), "png")
+    smaller.save(buffer, "JPEG", quality=QUALITY)
+    return Encoded(buffer.getvalue(), "jpg")
+
+
+def shrunk(image: Image.Image, shorter_side: int) -> Image.Image:
+    """The image at that shorter side; itself where it is no larger."""
+    scale = shorter_side / min(image.size)
+    if scale >= 1:
+        return image
+    width, height = (max(shorter_side, round(side * scale)) for side in image.size)
+    return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def encoder() -> str:
+    """What makes the bytes of a re-encoded image: other versions may make others."""
+    versions = [f"{name} {features.version(name)}" for name in ("pil", "jpg", "zlib", "webp")]
+    return f"bicubic, JPEG {QUALITY} or PNG, {', '.join(versions)}"

@@ -26,8 +26,8 @@ def test_a_folder_of_images_is_answered_with_the_command_that_makes_shards_of_it
         path = Path(folder) / "a" / f"{number}.PNG"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(picture(number))
-    said = refused(f"./{folder}/")
-    command, _, then = said.partition("`")[2].partition("`, then name ")
+    message = refused(f"./{folder}/")
+    command, _, then = message.partition("`")[2].partition("`, then name ")
     program, script, *argv = shlex.split(command)
     assert (program, script) == ("python", "launch/make_shards.py")
     assert main(argv) == 0

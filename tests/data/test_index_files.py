@@ -49,10 +49,10 @@ def test_an_index_with_a_wrong_line_is_refused_here_and_on_a_store_and_nothing_i
     content = json.loads(where.read_bytes())
     content["shards"][0][key] = value
     where.write_text(json.dumps(content))
-    said = rf"f/index\.json: not an index of shards; each needs .*fingerprint of 64 hex digits, got .*{key}"
+    message = rf"f/index\.json: not an index of shards; each needs .*fingerprint of 64 hex digits, got .*{key}"
     with door_to(folder_backend(tmp_path / "web")) as door:
         for folder in (tmp_path / "web" / "f", f"{door.url}/f"):
-            with pytest.raises(ValueError, match=said):
+            with pytest.raises(ValueError, match=message):
                 ImageShards.open([folder], tmp_path / "index", CacheSettings(str(tmp_path / "cache"), 2**20, 4))
     assert not list((tmp_path).glob("index/*"))
 
@@ -89,7 +89,7 @@ def swapped(index: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda index: index.write_bytes(index.read_bytes()[:-1]), "cut off, or the index of another"),
         (lambda index: index.write_bytes(index.read_bytes()[:60]), "not an index of a shard"),
@@ -102,7 +102,7 @@ def swapped(index: Path) -> None:
     ],
 )
 def test_rows_that_are_cut_or_of_another_shard_are_refused(
-    tmp_path: Path, change: Callable[[Path], object], said: str
+    tmp_path: Path, change: Callable[[Path], object], message: str
 ) -> None:
     folder = tmp_path / "f"
     write_folder(folder, 8, rows_per_shard=3)
@@ -118,7 +118,7 @@ def test_rows_that_are_cut_or_of_another_shard_are_refused(
     assert len(ImageShards.open([folder], None).image_bytes(4)) == 2000
     change(folder / "shard-000000.tar.npy")
     again = ImageShards.open([folder.rename(tmp_path / "g")], None)  # or the map would be at hand
-    with pytest.raises(ValueError, match=rf"g/shard-000000\.tar\.npy: .*{said}"):
+    with pytest.raises(ValueError, match=rf"g/shard-000000\.tar\.npy: .*{message}"):
         again.image_bytes(1)
 
 

@@ -48,7 +48,7 @@ def of(**kwargs: int) -> DataConfig:
     return DataConfig(collection=COLLECTION, collection_kwargs=kwargs)
 
 
-def test_a_collection_is_drawn_once_into_shards_of_train_and_test(tmp_path: Path) -> None:
+def test_a_data_set_is_generated_once_into_shards_of_train_and_test(tmp_path: Path) -> None:
     store, data = Store(tmp_path), of(count=6)
     assert not is_generated(data, store)
     generate_data_set(data, generated_data_set(store, data))
@@ -65,26 +65,26 @@ def test_a_collection_is_drawn_once_into_shards_of_train_and_test(tmp_path: Path
     assert all((test.labels(row) or {})["task"] == "boxes" for row in range(3))
 
 
-def test_another_seed_is_another_collection(tmp_path: Path) -> None:
+def test_another_seed_is_another_data_set(tmp_path: Path) -> None:
     store = Store(tmp_path)
     assert len({generated_data_set(store, of(**k)).name for k in ({}, {"seed": 1}, {"count": 7})}) == 3
 
 
-def test_sizes_of_a_collection_are_known_before_it_is_drawn() -> None:
+def test_sizes_of_a_data_set_are_known_before_it_is_generated() -> None:
     assert generated_sizes(of(count=50, seed=3)) == {"train": 50, "test": 3}
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    ("data", "message"),
     [
         (DataConfig(collection="nowhere:draw"), r"data\.collection=nowhere:draw.*PYTHONPATH"),
         (DataConfig(collection="tests.data.test_open_images:none"), r"has no 'none'"),
         (of(colour=3), r"data\.collection_kwargs=\{'colour': 3\}"),
     ],
 )
-def test_a_collection_that_cannot_be_drawn_is_refused(tmp_path: Path, data: DataConfig, said: str) -> None:
+def test_a_data_set_that_cannot_be_generated_is_refused(tmp_path: Path, data: DataConfig, message: str) -> None:
     store = Store(tmp_path)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         generate_data_set(data, generated_data_set(store, data))
     assert not is_generated(data, store)
 
@@ -107,12 +107,12 @@ def test_a_tar_without_an_index_is_read_once_also_when_nothing_may_be_written(
     for path in paths:
         (Path(path) / "index.json").unlink()
     monkeypatch.setattr(module, "INDEXING_S", 0)
-    store, data, said = Store(tmp_path / "run"), DataConfig(train=tuple(paths)), list[str]()
-    first, _ = open_images(data, store, log=said.append)
-    assert said == [f"load: {count} tars without an index, or newer than theirs, read to the end" for count in (1, 2)]
-    again, _ = open_images(data, store, write_index=False, log=said.append)
+    store, data, logged = Store(tmp_path / "run"), DataConfig(train=tuple(paths)), list[str]()
+    first, _ = open_images(data, store, log=logged.append)
+    assert logged == [f"load: {count} tars without an index, or newer than theirs, read to the end" for count in (1, 2)]
+    again, _ = open_images(data, store, write_index=False, log=logged.append)
     assert again == first
-    assert len(said) == 2
+    assert len(logged) == 2
 
 
 def test_what_every_node_reads_first_is_two_shards_at_most(tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ def test_shards_without_an_image_are_refused(tmp_path: Path) -> None:
         open_images(DataConfig(train=(str(tmp_path / "empty"),)), Store(tmp_path / "run"))
 
 
-def test_a_run_lies_where_it_is_told_or_below_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_run_lies_where_out_says_or_below_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     assert run_root(None, "demo") == tmp_path / "runs" / "demo"
     assert run_root("x", "demo") == tmp_path / "x"

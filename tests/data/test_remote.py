@@ -161,7 +161,7 @@ def test_a_tar_cut_off_on_the_store_keeps_what_is_whole_and_one_without_a_header
         assert shards.key(len(shards) - 1) == ""
 
 
-def test_what_is_not_there_is_said(bucket: Bucket, web: Door) -> None:
+def test_what_is_not_there_is_reported(bucket: Bucket, web: Door) -> None:
     for entry in (bucket.url, f"{bucket.url}/none", f"{bucket.url}/none/*.tar", f"{web.url}/none"):
         with pytest.raises(ValueError, match=r"nothing at .*/"):
             ImageShards.open([entry], None)
@@ -258,11 +258,11 @@ def test_s3_errors_name_the_shard_and_the_range_and_no_secret(bucket: Bucket, tm
         bucket.door.refuse = lambda method, path, status=status: status  # type: ignore[misc]
         with pytest.raises(ValueError) as caught:
             shards.image_bytes(1)
-        said = str(caught.value)
-        assert f"{bucket.url}/shard-000000.tar: bytes {offset}-{offset + 1} cannot be read" in said
-        assert "\n" not in said
-        assert "test-secret" not in said
-        assert "test-key" not in said
+        message = str(caught.value)
+        assert f"{bucket.url}/shard-000000.tar: bytes {offset}-{offset + 1} cannot be read" in message
+        assert "\n" not in message
+        assert "test-secret" not in message
+        assert "test-key" not in message
     bucket.door.refuse = lambda method, path: None
     bucket.door.change = lambda answer: (answer[0], answer[1], answer[2][:1])
     with pytest.raises(ValueError, match=r"shard-000000\.tar: 1 of 2 bytes came"):

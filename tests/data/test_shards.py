@@ -53,13 +53,13 @@ def test_an_empty_shard_among_others_has_no_rows(tmp_path: Path) -> None:
 def test_paths_that_name_no_images_are_refused(tmp_path: Path) -> None:
     write_tar(tmp_path / "text" / "a.tar", {"x.txt": b"x"})
     (tmp_path / "empty").mkdir()
-    for path, said in (
+    for path, message in (
         ("empty", "nothing at"),
         ("none", "nothing at"),
         ("none/*.tar", "nothing at"),
         ("text", "1 other"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             ImageShards.open([tmp_path / path], None)
     with pytest.raises(ValueError, match=r"ftp:// is not read; expected one of s3://, gs://, http://, https://"):
         ImageShards.open(["ftp://host/shards"], None)

@@ -48,7 +48,7 @@ def write_images(folder: Path, *names: str) -> None:
 def rows_of(folder: Path) -> list[tuple[str, str, bytes]]:
     shards = ImageShards.open([folder], None)
     labels = [shards.labels(row) or {"task": "-", "label": "-"} for row in range(len(shards))]
-    return [(said["task"] or "-", said["label"] or "-", shards.image_bytes(row)) for row, said in enumerate(labels)]
+    return [(label["task"] or "-", label["label"] or "-", shards.image_bytes(row)) for row, label in enumerate(labels)]
 
 
 def classes_in(folder: Path) -> set[str]:
@@ -112,8 +112,8 @@ def test_the_split_column_is_obeyed_and_other_values_are_refused(
     assert [data for _, _, data in rows_of(tmp_path / "out" / "test")] == [png(2)]
     capsys.readouterr()
     (tmp_path / "birds.csv").write_text(text.replace("a.1.png,train", "a.1.png,val"))
-    said = refused(capsys, *pair, "--split", "column", "--out", tmp_path / "other")
-    assert "birds.csv line 3: split is 'val'; expected train or test" in said
+    message = refused(capsys, *pair, "--split", "column", "--out", tmp_path / "other")
+    assert "birds.csv line 3: split is 'val'; expected train or test" in message
     assert not (tmp_path / "other").exists()
 
 
@@ -165,7 +165,7 @@ def test_larger_images_are_re_encoded_and_bad_ones_keep_their_row(
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "options", "said"),
+    ("before", "after", "options", "message"),
     [
         ("fine", "kind", [], "birds.csv: no column 'fine'; it has file, split, kind"),
         ("dataset", "task", [], "birds.csv: no column 'dataset'"),
@@ -182,13 +182,13 @@ def test_larger_images_are_re_encoded_and_bad_ones_keep_their_row(
         ("", "", ["--seed", "-1"], "seed must be at least 0, got -1"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], before: str, after: str, options: list[str], said: str
+def test_what_is_wrong_is_reported_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], before: str, after: str, options: list[str], message: str
 ) -> None:
     pair = write_pair(tmp_path, "birds", {"a": 2, "b": 1})
     text = (tmp_path / "birds.csv").read_text()
     (tmp_path / "birds.csv").write_text(text.replace(before, after) if before else text, errors="surrogateescape")
-    assert said in refused(capsys, *pair, *options, "--out", tmp_path / "out")
+    assert message in refused(capsys, *pair, *options, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -244,7 +244,7 @@ def test_the_four_real_tasks_split_as_published(tmp_path: Path, capsys: pytest.C
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "message"),
     [
         (["--images", "s3://bucket/images"], "s3://bucket/images: expected a local tar or folder"),
         (["--images", "here", "--images", "here"], "here: named twice"),
@@ -252,17 +252,17 @@ def test_the_four_real_tasks_split_as_published(tmp_path: Path, capsys: pytest.C
     ],
 )
 def test_images_that_cannot_be_meant_so_are_refused(
-    argv: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    argv: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for folder in ("here", "there/here"):
         write_images(tmp_path, f"{folder}/a/1.png", f"{folder}/b/2.png")
-    assert said in refused(capsys, *argv, "--out", "out")
+    assert message in refused(capsys, *argv, "--out", "out")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "message"),
     [
         (["--images", "here", "--out", "s3://bucket/out"], "s3://bucket/out: expected a local folder"),
         (["--benchmark", "mrt", "--root", ".", "--out", "out", "--task", "x"], "for one's own images"),
@@ -271,12 +271,12 @@ def test_images_that_cannot_be_meant_so_are_refused(
     ],
 )
 def test_options_that_do_not_go_together_are_refused(
-    argv: list[str], said: str, capsys: pytest.CaptureFixture[str]
+    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as left:
         main(argv)
     assert left.value.code == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_folders_of_one_name_may_be_one_task_by_wish(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -297,12 +297,12 @@ def test_links_to_nothing_pipes_and_loops_are_left_out_and_counted(
     (pile / "linked").symlink_to(tmp_path / "elsewhere")
     assert main(["--images", str(pile), "--split", "none", "--out", str(tmp_path / "out")]) == 0
     assert len(rows_of(tmp_path / "out" / "train")) == 3
-    said = capsys.readouterr().err
-    assert "left out: 2 files, a link to nothing, a pipe or another special file" in said
-    assert "left out: 1 files, a link to a folder that holds it" in said
+    message = capsys.readouterr().err
+    assert "left out: 2 files, a link to nothing, a pipe or another special file" in message
+    assert "left out: 1 files, a link to a folder that holds it" in message
 
 
 def test_a_class_folder_that_is_not_utf8_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_images(tmp_path, "pile/a/1.png", os.fsdecode(b"pile/caf\xe9/2.png"))
-    said = refused(capsys, "--images", tmp_path / "pile", "--out", tmp_path / "out")
-    assert r"b'caf\xe9' is not UTF-8; rename it" in said
+    message = refused(capsys, "--images", tmp_path / "pile", "--out", tmp_path / "out")
+    assert r"b'caf\xe9' is not UTF-8; rename it" in message

@@ -25,8 +25,8 @@ from grappa_dist.make_shards.benchmarks import (
     halved,
     mat_variable,
 )
+from grappa_dist.make_shards.cli import main
 from grappa_dist.plan import plan
-from launch.make_shards import main
 from tests.make_shards import layouts
 
 CONFIG = Path(__file__).parents[2] / "configs" / "mrt.yaml"
@@ -135,11 +135,11 @@ def test_mrt_becomes_one_train_folder_and_one_test_folder_with_a_task_per_data_s
     }
     assert "warning: cub: 4 train images, expected 5,864" in printed.err
     shards = ImageShards.open([tmp_path / "out" / "test"], None)
-    said = [shards.labels(row) or {} for row in range(len(shards))]
+    members = [shards.labels(row) or {} for row in range(len(shards))]
     name = "fgvc-aircraft-2013b/data/images/1000021.jpg"  # below the root, whichever data sets are taken
-    assert said[0] == {"label": "Model B200", "task": "aircraft", "name": name}
+    assert members[0] == {"label": "Model B200", "task": "aircraft", "name": name}
     assert (
-        shards.image_bytes(len(said) - 1)
+        shards.image_bytes(len(members) - 1)
         == (root / "Stanford_Online_Products" / "chair_final" / "111085122811319_4.JPG").read_bytes()
     )
 
@@ -178,12 +178,12 @@ def test_strict_refuses_other_counts_before_anything_is_written(
 
 def test_listed_images_that_are_not_there_are_left_out_counted_and_named(root: Path) -> None:
     (root / "CUB_200_2011/images/002.Laysan_Albatross/Laysan_Albatross_0001_1.jpg").unlink()
-    told: list[str] = []
-    items, absent = gather(root, "mrt", ["cub"], strict=False, tell=told.append)
+    logged: list[str] = []
+    items, absent = gather(root, "mrt", ["cub"], strict=False, log=logged.append)
     assert len(items) == 5
     assert sum(absent.values()) == 1
     missing = "cub: listed but not there, such as images/002.Laysan_Albatross/Laysan_Albatross_0001_1.jpg"
-    assert f"warning: 1 files, {missing}" in told
+    assert f"warning: 1 files, {missing}" in logged
 
 
 def test_missing_data_sets_are_named_with_what_was_looked_for_and_where(
@@ -214,7 +214,7 @@ def test_a_data_set_is_found_at_the_root_or_two_levels_below_but_not_twice(tmp_p
 
 
 @pytest.mark.parametrize(
-    ("data_set", "file", "text", "said"),
+    ("data_set", "file", "text", "expected"),
     [
         (
             "aircraft",
@@ -231,14 +231,14 @@ def test_a_data_set_is_found_at_the_root_or_two_levels_below_but_not_twice(tmp_p
     ],
 )
 def test_a_broken_list_is_named_in_one_line(
-    root: Path, capsys: pytest.CaptureFixture[str], data_set: str, file: str, text: str, said: str
+    root: Path, capsys: pytest.CaptureFixture[str], data_set: str, file: str, text: str, expected: str
 ) -> None:
     folder = find(root, chosen("mrt", [data_set]))[data_set]
     (folder / file).write_text(text)
     argv = ["--benchmark", "mrt", "--root", str(root), "--only", data_set, "--out", str(root / "out")]
     assert main(argv) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert said in line
+    assert expected in line
 
 
 def test_a_mat_file_with_other_content_says_what_it_has(tmp_path: Path) -> None:
@@ -259,7 +259,7 @@ def test_without_scipy_the_error_says_which_file_needs_it(tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "expected"),
     [
         (["--benchmark", "mrt"], "--benchmark takes --root"),
         (["--benchmark", "mrt", "--root", "x", "--images", "y"], "for one's own images"),
@@ -268,11 +268,11 @@ def test_without_scipy_the_error_says_which_file_needs_it(tmp_path: Path, monkey
     ],
 )
 def test_options_that_do_not_go_together_are_refused(
-    capsys: pytest.CaptureFixture[str], argv: list[str], said: str
+    capsys: pytest.CaptureFixture[str], argv: list[str], expected: str
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
         main([*argv, "--out", "out"])
-    assert said in capsys.readouterr().err
+    assert expected in capsys.readouterr().err
 
 
 def test_a_data_set_that_is_not_of_the_part_is_refused(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

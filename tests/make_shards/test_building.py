@@ -48,9 +48,9 @@ def files_in(folder: Path) -> dict[str, bytes]:
 
 
 def make(images: Path, out: Path, workers: int = 1, **settings: int | None) -> list[str]:
-    told: list[str] = []
-    make_shards([(None, str(images))], out, CollectionConfig(**settings), Work(workers, told.append))  # type: ignore[arg-type]
-    return told
+    logged: list[str] = []
+    make_shards([(None, str(images))], out, CollectionConfig(**settings), Work(workers, logged.append))  # type: ignore[arg-type]
+    return logged
 
 
 @pytest.mark.parametrize("settings", [{}, {"image_size": 16}, {"image_size": 16, "shard_bytes": 20_480}])
@@ -89,14 +89,15 @@ def test_the_summary_counts_images_classes_shards_bytes_and_why_files_were_left_
     images = photos(tmp_path, 20)
     (images / ".cache").mkdir()
     (images / ".cache" / "a.jpg").write_bytes(b"")
-    told = "\n".join(make(images, tmp_path / "out", images_per_shard=4, image_size=16))
+    logged = "\n".join(make(images, tmp_path / "out", images_per_shard=4, image_size=16))
     size = sum(tar.stat().st_size for tar in (tmp_path / "out" / "train").glob("*.tar"))
-    assert f"train: 10 images, 2 classes, 1 tasks, 3 shards, {size:,} bytes; written" in told
-    assert "left out: 1 files, of the suffix '.txt'" in told
-    assert "left out: 1 files, hidden" in told
-    assert "0005.jpg does not decode; it keeps row" in told
+    assert f"train: 10 images, 2 classes, 1 tasks, 3 shards, {size:,} bytes; written" in logged
+    assert "left out: 1 files, of the suffix '.txt'" in logged
+    assert "left out: 1 files, hidden" in logged
+    assert "0005.jpg does not decode; it keeps row" in logged
     assert (
-        "kept as they are, for they do not decode: 1 files, UnidentifiedImageError: cannot identify image file" in told
+        "kept as they are, for they do not decode: 1 files, UnidentifiedImageError: cannot identify image file"
+        in logged
     )
 
 
@@ -122,9 +123,9 @@ def half_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Pa
     real, read = filling._content, list[str]()
 
     def content(row: Row, image_size: int | None) -> Encoded:
-        read.append(row.said)
+        read.append(row.where)
         if len(read) > 7:
-            raise OSError(f"{row.said}: the disk is gone")
+            raise OSError(f"{row.where}: the disk is gone")
         return real(row, image_size)
 
     with monkeypatch.context() as patch:
@@ -144,8 +145,8 @@ def test_what_broke_off_has_no_name_yet_and_keeps_only_finished_shards(half_done
 def test_the_next_run_writes_only_what_is_missing(half_done: tuple[Path, Path], tmp_path: Path) -> None:
     kept = half_done[1] / "shard-000000.tar"
     before = kept.stat().st_ino
-    told = "\n".join(make(half_done[0], tmp_path / "out", images_per_shard=3))
-    assert "train: 2 of 4 shards were there" in told
+    logged = "\n".join(make(half_done[0], tmp_path / "out", images_per_shard=3))
+    assert "train: 2 of 4 shards were there" in logged
     assert (tmp_path / "out" / "train" / kept.name).stat().st_ino == before
     assert files_in(tmp_path / "out") == files_in(tmp_path / "whole")
 
@@ -254,10 +255,10 @@ def test_a_killed_run_goes_on_to_the_same_bytes_and_leaves_no_process(
         workers = children_of(run.pid)
         worker = next(pid for pid in workers if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes())
         os.kill(worker if to_worker else run.pid, number)
-        said = run.communicate(timeout=60)[1]
+        stderr = run.communicate(timeout=60)[1]
     assert run.returncode == status
-    assert ("a worker process was killed" in said) == to_worker
-    assert "Traceback" not in said
+    assert ("a worker process was killed" in stderr) == to_worker
+    assert "Traceback" not in stderr
     wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
     assert not (tmp_path / "out" / "train").exists()
     again = subprocess.run(call, capture_output=True, text=True, timeout=120)

@@ -16,10 +16,10 @@ from grappa_dist.make_shards.planning import prefixes_of
 
 
 def make(out: Path, *sources: Path, split: str = "none", task: str | None = "all", **settings: int) -> list[str]:
-    told: list[str] = []
+    logged: list[str] = []
     cfg = CollectionConfig(split=split, task=task, **settings)  # type: ignore[arg-type]
-    make_shards([(None, str(source)) for source in sources], out, cfg, Work(1, told.append))
-    return told
+    make_shards([(None, str(source)) for source in sources], out, cfg, Work(1, logged.append))
+    return logged
 
 
 def write(folder: Path, *names: str) -> None:
@@ -35,7 +35,7 @@ def names_in(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(("split", "parts"), [("none", ["train"]), ("classes", ["train", "test"])])
-def test_each_image_tells_the_path_of_its_file_labelled_or_not_and_in_mixed_order(
+def test_each_image_has_the_path_of_its_file_labelled_or_not_and_in_mixed_order(
     tmp_path: Path, split: str, parts: list[str]
 ) -> None:
     write(tmp_path / "pile", *(f"{label}/{number}.jpg" for label in "abc" for number in range(9)))
@@ -45,7 +45,7 @@ def test_each_image_tells_the_path_of_its_file_labelled_or_not_and_in_mixed_orde
     assert all((tmp_path / "pile" / name).read_bytes() == data for name, data in found.items())
 
 
-def test_names_of_several_sources_tell_which_and_do_not_hang_on_where_they_lie(tmp_path: Path) -> None:
+def test_names_of_several_sources_say_which_and_do_not_depend_on_where_they_lie(tmp_path: Path) -> None:
     for place in ("here", "there"):
         root = tmp_path / place
         write(root, "one/same/1.jpg", "two/same/1.jpg")

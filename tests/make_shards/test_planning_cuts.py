@@ -43,8 +43,8 @@ def test_the_size_of_a_tar_is_known_before_it_is_written(sizes: list[int]) -> No
 
 
 def test_sizes_are_read_as_people_write_them() -> None:
-    said = ["500MB", "1.5GiB", "1000000", "2k", " 3 MiB ", "1TB"]
-    assert [parse_bytes(text) for text in said] == [5 * 10**8, 3 * 2**29, 10**6, 2000, 3 * 2**20, 10**12]
+    texts = ["500MB", "1.5GiB", "1000000", "2k", " 3 MiB ", "1TB"]
+    assert [parse_bytes(text) for text in texts] == [5 * 10**8, 3 * 2**29, 10**6, 2000, 3 * 2**20, 10**12]
     for text in ("", "MB", "-5", "5 apples", "1e9"):
         with pytest.raises(ValueError, match="no number of bytes; expected one such as 500MB"):
             parse_bytes(text)

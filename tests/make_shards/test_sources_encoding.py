@@ -63,7 +63,7 @@ def test_deep_tiff_is_scaled_and_of_many_pages_the_first_is_taken() -> None:
     assert decode(encoded(pages, "tif", None).data).getpixel((0, 0)) == (255, 0, 0)
 
 
-def test_what_cannot_be_rewritten_is_kept_and_told() -> None:
+def test_what_cannot_be_rewritten_is_kept_and_reported() -> None:
     whole = saved(picture(30, 20), "TIFF")
     floats = saved(Image.fromarray(np.full((4, 4), 0.5, dtype=np.float32)), "TIFF")
     assert "floating-point pixels" in (encoded(floats, "tif", None).bad or "")
@@ -73,7 +73,7 @@ def test_what_cannot_be_rewritten_is_kept_and_told() -> None:
         assert made.bad
 
 
-def test_copies_keep_their_bytes_and_empty_files_are_told_without_decoding() -> None:
+def test_copies_keep_their_bytes_and_empty_files_are_reported_without_decoding() -> None:
     assert [encoded(b"any", suffix, None) for suffix in ("jpeg", "jfif")] == [
         Encoded(b"any", "jpeg"),
         Encoded(b"any", "jpg"),
@@ -91,12 +91,12 @@ def test_a_folder_of_all_kinds_becomes_shards_that_decode_within_the_size_asked_
         (tmp_path / "pile" / f"{number}.{suffix}").write_bytes(saved(picture(40, 30), format))
     (tmp_path / "pile" / "a.heic").write_bytes(b"")
     (tmp_path / "pile" / "README").write_bytes(b"")
-    told: list[str] = []
+    logged: list[str] = []
     cfg = CollectionConfig(split="none", shard_bytes=40_960)
-    make_shards([(None, str(tmp_path / "pile"))], tmp_path / "out", cfg, Work(1, told.append))
+    make_shards([(None, str(tmp_path / "pile"))], tmp_path / "out", cfg, Work(1, logged.append))
     images = ImageShards.open([tmp_path / "out" / "train"], None)
     assert {decode(images.image_bytes(row)).size for row in range(len(images))} == {(40, 30)}
     assert sorted(images.name(row).partition(".")[2] for row in range(len(images))) == sorted([*kinds] * 6)
     assert all(shard.bytes <= 1.3 * 40_960 for shard in images.shards)
-    assert {"left out: 1 files, of the suffix '.heic'", "left out: 1 files, without a suffix"} <= set(told)
-    assert sum(line.startswith("taken are files ending in jpg, jpeg, png, ") for line in told) == 1
+    assert {"left out: 1 files, of the suffix '.heic'", "left out: 1 files, without a suffix"} <= set(logged)
+    assert sum(line.startswith("taken are files ending in jpg, jpeg, png, ") for line in logged) == 1

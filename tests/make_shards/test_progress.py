@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 
-from grappa_dist.make_shards.building import Console, Progress, duration, progress_line
+from grappa_dist.make_shards.progress import Progress, Terminal, duration, progress_line
 
 
 def test_the_line_says_how_far_how_fast_and_how_long_still() -> None:
@@ -21,32 +21,32 @@ def test_the_line_says_how_far_how_fast_and_how_long_still() -> None:
     ]
 
 
-def test_a_line_is_told_once_per_interval() -> None:
-    now, told = [0.0], list[str]()
-    progress = Progress(100, 4, told.append, interval_s=30, clock=lambda: now[0])
+def test_a_line_is_logged_once_per_interval() -> None:
+    now, logged = [0.0], list[str]()
+    progress = Progress(100, 4, logged.append, interval_s=30, clock=lambda: now[0])
     for second in range(1, 100):
         now[0] = second
         progress.add_images(1)
-    assert [line.partition(" of")[0] for line in told] == ["30", "60", "90"]
+    assert [line.partition(" of")[0] for line in logged] == ["30", "60", "90"]
 
 
 def test_only_a_terminal_gets_a_line_that_renews_itself() -> None:
-    class Terminal(io.StringIO):
+    class Interactive(io.StringIO):
         def isatty(self) -> bool:
             return True
 
-    terminal = Terminal()
-    console = Console(terminal)
-    assert console.is_terminal
-    assert not Console(io.StringIO()).is_terminal
-    console.renew("10")
-    console.renew("20")
-    console.tell("done")
-    console.tell("more")
-    assert terminal.getvalue() == "10\r\x1b[K20\r\x1b[Kdone\nmore\n"
+    stream = Interactive()
+    terminal = Terminal(stream)
+    assert terminal.is_interactive
+    assert not Terminal(io.StringIO()).is_interactive
+    terminal.renew("10")
+    terminal.renew("20")
+    terminal.log("done")
+    terminal.log("more")
+    assert stream.getvalue() == "10\r\x1b[K20\r\x1b[Kdone\nmore\n"
 
 
 def test_control_characters_in_a_name_are_shown_and_not_obeyed() -> None:
     stream = io.StringIO()
-    Console(stream).tell("a\x1b[31m.txt\tleft\x9bout\nnext")
+    Terminal(stream).log("a\x1b[31m.txt\tleft\x9bout\nnext")
     assert stream.getvalue() == "a\\x1b[31m.txt\tleft\\x9bout\nnext\n"

@@ -1,0 +1,80 @@
+"""Progress of a long command on stderr: a line that renews itself on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TextIO
+
+Log = Callable[[str], None]  # takes a line
+
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # but tabs and ends of lines
+
+
+class Terminal:
+    """Lines that stay (`log`), and one line at the bottom of a terminal that is replaced (`renew`)."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+        self.is_interactive = stream.isatty()
+        self._renewed = False
+
+    def log(self, line: str) -> None:
+        """A line that stays; control characters, as names of files may have, are shown and not obeyed."""
+        self._write(f"{_CONTROLS.sub(lambda found: repr(found[0])[1:-1], line)}\n")
+        self._renewed = False
+
+    def renew(self, line: str) -> None:
+        """Shows a line until the next one; only for an interactive stream."""
+        self._write(line)
+        self._renewed = True
+
+    def _write(self, text: str) -> None:
+        self.stream.write(f"\r\x1b[K{text}" if self._renewed else text)
+        self.stream.flush()
+
+
+@dataclass
+class Progress:
+    """Logs how far the writing of shards is, every `interval_s` at most."""
+
+    images: int  # in all
+    shards: int
+    log: Log
+    interval_s: float = 30.0
+    clock: Callable[[], float] = time.monotonic
+    had_images: int = 0  # finished before this run
+    done_shards: int = 0
+    made_images: int = 0
+    _began: float = field(init=False)
+    _logged: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._began = self._logged = self.clock()
+
+    def add_images(self, number: int) -> None:
+        """Counts images that were written, and logs if it is time."""
+        self.made_images += number
+        now = self.clock()
+        if now - self._logged >= self.interval_s:
+            self._logged = now
+            done = (self.had_images + self.made_images, self.images)
+            self.log(progress_line(done, (self.done_shards, self.shards), now - self._began, self.made_images))
+
+
+def progress_line(images: tuple[int, int], shards: tuple[int, int], seconds: float, made: int) -> str:
+    """How far it is, how fast, and how long it will take; `made` images took the seconds, the others were there."""
+    rate = made / seconds if seconds > 0 else 0.0
+    left = duration((images[1] - images[0]) / rate) if rate > 0 else "unknown"
+    done = f"{images[0]:,} of {images[1]:,} images, {shards[0]:,} of {shards[1]:,} shards"
+    return f"{done}, {rate:,.0f} images/s, {left} left"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: 42 s, 7:05 min, 3:20 h."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    return f"{whole // 60}:{whole % 60:02d} min" if whole < 3600 else f"{whole // 3600}:{whole % 3600 // 60:02d} h"
