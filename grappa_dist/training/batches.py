@@ -38,7 +38,7 @@ class TrainingImages:
 
     @staticmethod
     def of(config: Config, images: ImageShards, bad: NDArray[np.int64], global_batch: int) -> TrainingImages:
-        """All images but the rows `bad`, in batches of so many over all ranks."""
+        """All images but the rows `bad`, in batches of `global_batch` images over all ranks."""
         return TrainingImages(images, bad, config.data, global_batch, config.seed, config.resources.decode_threads)
 
     def order(self, epoch: int) -> EpochOrder:
@@ -62,7 +62,7 @@ def steps_per_epoch(num_rows: int, global_batch: int) -> int:
 
 
 def rank_share(global_batch: int, ranks: int, streams: int) -> int:
-    """The most images of a batch that one of so many ranks may have: it has every R-th stream, and streams whole."""
+    """The most images of a batch that one of R = `ranks` ranks may have: it reads every R-th stream, and streams whole."""
     rounds, rest = divmod(global_batch, streams)
     of_first = np.arange(streams) % ranks == 0  # rank 0, which has as many streams as any
     before = np.concatenate([[0], np.cumsum(np.tile(of_first, 2))])
@@ -70,13 +70,13 @@ def rank_share(global_batch: int, ranks: int, streams: int) -> int:
 
 
 def trained_by(backbone: BackboneConfig, data: DataConfig, seed: int, **recipe: object) -> dict[str, object]:
-    """The settings that decide what a training job makes: its recipe, the backbone, and which rows are in a batch."""
+    """The settings that decide the result of a training job: its recipe, the backbone, and which rows are in a batch."""
     order = data.model_dump(include={"streams", "shuffle_window"})
     return {"backbone": backbone_settings(backbone), **recipe, "data": order, "seed": seed}
 
 
 def describe_idle_ranks(data: DataConfig, ranks: int) -> str:
-    """What is said of a training job with more ranks than there are streams to read; "" of another."""
+    """The warning for a training job with more ranks than there are streams to read; "" for any other."""
     if ranks <= data.streams:
         return ""
     return (
@@ -89,7 +89,7 @@ def describe_idle_ranks(data: DataConfig, ranks: int) -> str:
 def augmented(
     training: TrainingImages, preprocess: Preprocess, rows: Sequence[int] | Rows, *, epoch: int, area: float
 ) -> Pixels:
-    """A random crop of each row, of at least `area` of its image, as it is in that epoch: (B, S, S, 3)."""
+    """A random crop of each row in an epoch, of at least `area` of its image: (B, S, S, 3)."""
     size = preprocess.image_size
 
     def make(image: Picture, row: int) -> Pixels:

@@ -2,7 +2,7 @@
 
     checkpoints/step-000000050/
       engine.safetensors              what every rank has alike, and the list of the other files, written by rank 0
-      <name>.<first>-<end>.safetensors    rows of what is spread over the ranks, written by whoever holds them
+      <name>.<first>-<end>.safetensors    rows of what is spread over the ranks, written by the rank that holds them
 
 Shapes: the first dimension of a shard's tensors is its rows.
 """
@@ -32,7 +32,7 @@ _FILE_BYTES = 256 * 2**20  # of rows: serialising makes a copy of a file's tenso
 
 @dataclass(frozen=True)
 class RowShard:
-    """The rows [first, first + len) of tensors that all ranks hold together, in memory of their owner."""
+    """One rank's rows [first, first + len) of tensors that all ranks hold together, in that rank's memory."""
 
     first: int
     tensors: Mapping[str, Tensor]
@@ -58,13 +58,13 @@ def save_checkpoint(
 ) -> None:
     """Trainable parameters and optimizer state of `step` finished steps, and this rank's rows of `shards`.
 
-    The checkpoint appears when all ranks have written their part; the oldest goes then.
+    The checkpoint appears when all ranks have written their part; the oldest is then removed.
     """
     done = folder / "checkpoints" / f"step-{step:09d}"
     partial = done.with_name(f".{done.name}.partial")
     files = _files_of_all(context, shards or {})
     if context.comm.rank == 0:
-        for left in done.parent.glob(".step-*"):  # by killed attempts; nobody writes before the barrier below
+        for left in done.parent.glob(".step-*"):  # by killed attempts; no rank writes before the barrier below
             shutil.rmtree(left, ignore_errors=True)
         partial.mkdir(parents=True, exist_ok=True)
         _write(partial / ENGINE_FILE, _replicated(module, state), {"step": str(step), "files": json.dumps(files)})
@@ -79,7 +79,7 @@ def save_checkpoint(
         os.rename(partial, done)
         sync(done.parent)
         for old in _checkpoints(folder)[:-KEEP_CHECKPOINTS]:
-            shutil.rmtree(old.rename(old.with_name(f".{old.name}.old")))  # never half of one under its name
+            shutil.rmtree(old.rename(old.with_name(f".{old.name}.old")))  # a partly removed one never has that name
     context.comm.barrier()
 
 
@@ -101,17 +101,17 @@ def load_checkpoint(
             p.copy_(file.get_tensor(name))
             state = {key.split("|")[1]: file.get_tensor(key) for key in saved if key.startswith(f"{name}|")}
             optimizer.state[p] = {k: v.to(p.device) if v.ndim or on_device else v for k, v in state.items()}
-        said = file.metadata() or {}
-    if not {"step", "files"} <= said.keys():
+        metadata = file.metadata() or {}
+    if not {"step", "files"} <= metadata.keys():
         raise ValueError(f"{found[-1]} was not written by this version of grappa_dist; remove it to train anew")
-    step, files = int(said["step"]), json.loads(said["files"])
+    step, files = int(metadata["step"]), json.loads(metadata["files"])
     for name, shard in (shards or {}).items():
         _load_rows(found[-1], [file for file in files if file.startswith(f"{name}.")], name, shard)
     return step
 
 
 def _files_of_all(context: RankContext, shards: Mapping[str, RowShard]) -> list[str]:
-    """The names of all ranks' files: what a straggler of an earlier attempt adds is not among them."""
+    """The names of all ranks' files, without any that a late rank of an earlier attempt may add."""
     files = list[str]()
     for name, shard in shards.items():
         own = torch.tensor(list(shard.ranges()), dtype=torch.int64, device=context.device).reshape(-1, 2)
@@ -126,7 +126,7 @@ def _file_name(shard: str, first: int, end: int) -> str:
 
 @torch.no_grad()
 def _load_rows(checkpoint: Path, files: Sequence[str], name: str, shard: RowShard) -> None:
-    """Fills a rank's rows from whichever of the files have them.
+    """Fills a rank's rows from the files that have them.
 
     Raises:
         ValueError: no file has some of the rows.

@@ -83,7 +83,7 @@ def broken(dim: int, depth: int) -> torch.nn.Module:
     return model  # type: ignore[no-any-return]
 
 
-def said_when_a_gradient_overflows(comm: Comm, job: AdaptJob) -> str:
+def error_when_a_gradient_overflows(comm: Comm, job: AdaptJob) -> str:
     """On one rank the middle set's gradient of the third step is infinite, its loss is not; then it goes on well."""
     backward, passes = Engine.backward, list[torch.Tensor]()
 
@@ -112,10 +112,12 @@ def test_a_gradient_that_is_not_finite_stops_all_ranks_before_the_update_and_spo
     job = job_in(trained, f"overflow-{size}", clip_norm=None, micro_batch=tiny.BATCH)
     rows = job.training.order(0).batch_share(2, tiny.BATCH, 0, 1)
     named = ", ".join(f"{row} ({job.training.images.where(row)})" for row in sorted(rows)[:NAMED])
-    found = run_ranks(said_when_a_gradient_overflows, size, job, timeout_s=400)
-    for said in found:
-        assert said.startswith("k=3+k=4+k=5: gradient_norm k=4 is inf at step 2; nothing was updated; images of that")
-        assert f"images of that step: {named} and {len(rows) - NAMED} more" in said
+    found = run_ranks(error_when_a_gradient_overflows, size, job, timeout_s=400)
+    for message in found:
+        assert message.startswith(
+            "k=3+k=4+k=5: gradient_norm k=4 is inf at step 2; nothing was updated; images of that"
+        )
+        assert f"images of that step: {named} and {len(rows) - NAMED} more" in message
     for k in KS:
         close(weights(trained, f"overflow-{size}", k, clip_norm=None), weights(trained, "unclipped", k, clip_norm=None))
     steps = tiny.steps_of(job.sets[1].artifact.path)
@@ -177,7 +179,7 @@ def test_a_lack_of_memory_ends_a_job_with_the_settings_that_take_less(drawn: Pat
         run_ranks(run_out_of_memory, size, job_in(drawn, f"scant-{size}", (3,)), timeout_s=60)
 
 
-def said_when_broken(comm: Comm, job: AdaptJob) -> str:
+def error_when_broken(comm: Comm, job: AdaptJob) -> str:
     with pytest.raises(ArithmeticError) as error:
         run(comm, job)
     return str(error.value)
@@ -189,6 +191,6 @@ def test_a_loss_that_is_not_finite_names_the_images_whose_features_are_not(drawn
     rows = [job.training.order(0).batch_share(0, tiny.BATCH, rank, 2)[1] for rank in range(2)]
     named = ", ".join(f"{row} ({job.training.images.where(row)})" for row in sorted(rows))
     losses = ", ".join(f"loss k={k} is nan" for k in KS)
-    said = f"k=3+k=4+k=5: {losses} at step 0; nothing was updated; images of that step: {named}"
-    assert run_ranks(said_when_broken, 2, job, timeout_s=400) == [said, said]
-    assert "image '" in said
+    expected = f"k=3+k=4+k=5: {losses} at step 0; nothing was updated; images of that step: {named}"
+    assert run_ranks(error_when_broken, 2, job, timeout_s=400) == [expected, expected]
+    assert "image '" in expected

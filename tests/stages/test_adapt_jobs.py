@@ -38,9 +38,9 @@ def test_only_missing_sets_are_trained_in_jobs_of_the_size_asked_for(
     adapt(run_of, adaptors, labels, images, np.array([tiny.BAD]))
     assert [name for name in here.asked if name != "measure_rates"] == names
     assert all(artifact.complete for artifact in adaptors.values())
-    said = capsys.readouterr().err
-    assert ("2 sets to a job: an image takes" in said) == (asked == "auto")
-    assert f"{len(names)} job" in said
+    output = capsys.readouterr().err
+    assert ("2 sets to a job: an image takes" in output) == (asked == "auto")
+    assert f"{len(names)} job" in output
 
 
 def test_how_many_sets_memory_holds_follows_from_the_images_at_a_time_and_the_classes(drawn: Path) -> None:

@@ -25,7 +25,7 @@ SETTINGS: dict[str, Any] = {"epochs": 3, "checkpoint_steps": CHECKPOINT_STEPS}
 
 
 def train_until(comm: Comm, folder: Path, out: str, kill_after: int | None) -> None:
-    """Trains in a process of its own, which kills itself once so many steps are behind it."""
+    """Trains in its own process, which kills itself after a number of steps."""
 
     def report(status: dict[str, Any]) -> None:
         if status["done"] == kill_after:

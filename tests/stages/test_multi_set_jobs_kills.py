@@ -63,7 +63,7 @@ def dies(comm: Comm, job: Job, name: str, call: int) -> None:
 
 
 def adapt_in(root: Path, here: tiny.Here, where: Mapping[str, Any] = {}, **settings: Any) -> dict[int, Artifact]:
-    """The stage on the shards beside `root`."""
+    """The stage on the shards next to `root`."""
     paths = [str(path) for path in sorted((root.parent / "images").iterdir())]
     config = tiny.config(paths, adapt={**SETTINGS, **settings}, resources=where)
     run_of, images = tiny.run_in(config, root, here), ImageShards.open(paths, None)
@@ -134,6 +134,6 @@ def test_with_elastic_fewer_workers_than_ranks_train_all_sets(
     here, where = tiny.Here(num_workers=1), {"adapt_ranks": 2, "elastic": True}
     adaptors = adapt_in(straight[3].root.parent / "elastic", here, where, sets_per_job="auto")
     assert all(artifact.complete for artifact in adaptors.values())
-    said = capsys.readouterr().err
-    assert ", 1 job at a time" in said
-    assert "of 1 rank, " in said
+    output = capsys.readouterr().err
+    assert ", 1 job at a time" in output
+    assert "of 1 rank, " in output

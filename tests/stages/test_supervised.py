@@ -87,7 +87,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = World(folder, label)
     made.read()
     made.name()
-    job_in(folder, "prepare")  # the adaptor sets, before several ranks want them
+    job_in(folder, "prepare")  # the adaptor sets, before several ranks need them
     for size in (1, 2):
         run_ranks(train_all_ways, size, folder, timeout_s=400)
     run_ranks(train_until, 1, job_in(folder, "2-killed"), timeout_s=400)  # goes on on one rank

@@ -94,9 +94,9 @@ def test_how_many_take_no_part_is_said_with_the_first_of_them(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     World(tmp_path, some).read()
-    said = capsys.readouterr().err
-    assert "6 classes of 29 images; 11 have none and take no part: 3 of 13 lack one, the first is " in said
-    assert "part-0" in said
+    output = capsys.readouterr().err
+    assert "6 classes of 29 images; 11 have none and take no part: 3 of 13 lack one, the first is " in output
+    assert "part-0" in output
 
 
 @pytest.mark.parametrize(

@@ -145,7 +145,7 @@ def test_on_one_rank_loss_and_gradient_are_those_of_norm_softmax_to_the_bit(
 
 
 def sparse(weight: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Losses, classes in the end and how often each took part: every row has an Adam of its own, called when drawn."""
+    """Losses, classes in the end and how often each took part: every row has its own Adam, called when drawn."""
     rows = [nn.Parameter(row.clone()) for row in weight]
     adams = [torch.optim.Adam([row], lr=RATE, weight_decay=DECAY) for row in rows]
     times, losses = torch.zeros(len(rows), dtype=torch.int32), []
@@ -221,13 +221,13 @@ def test_a_checkpoint_loads_on_any_number_of_ranks_to_the_bit(folder: Path, worl
 
 def test_a_checkpoint_that_lacks_rows_is_refused(folder: Path, world: Found) -> None:
     folder, nothing = folder / "2", nn.Linear(1, 1)
-    gap = next((folder / "checkpoints" / "step-000000001").glob("classifier.000000000100-*"))
-    hidden = gap.rename(gap.with_name("elsewhere"))
+    missing = next((folder / "checkpoints" / "step-000000001").glob("classifier.000000000100-*"))
+    hidden = missing.rename(missing.with_name("elsewhere"))
     with pytest.raises(ValueError, match="step-000000001 has no row 100 of classifier"):
         load_checkpoint(
             folder, nothing, torch.optim.Adam(nothing.parameters()), {"classifier": fresh(Comm(), 200).shard()}
         )
-    hidden.rename(gap)
+    hidden.rename(missing)
 
 
 def test_centroids_of_another_partition_are_refused(tmp_path: Path) -> None:

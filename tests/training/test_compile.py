@@ -33,7 +33,7 @@ def gradients(packed: PackedGrappa, images: int) -> list[torch.Tensor]:
     return [z.detach(), *found]
 
 
-def said_to_take(*times: float) -> Callable[[Callable[[], object]], float]:
+def timings(*times: float) -> Callable[[Callable[[], object]], float]:
     of: Iterator[float] = iter(times)
 
     def measure(work: Callable[[], object]) -> float:
@@ -50,8 +50,8 @@ def is_compiled(packed: PackedGrappa) -> set[bool]:
 @pytest.mark.parametrize(("recompute", "timm"), [(False, True), (True, False)])
 def test_compiled_layers_have_the_features_and_gradients_of_plain_ones(recompute: bool, timm: bool) -> None:
     packed = model(recompute=recompute, timm=timm)
-    told = compile_if_it_wins(packed, 3, backend="aot_eager", measure=said_to_take(2.0, 1.0), bf16=False)
-    assert told == "compiled; 3 images take 1000.0 ms compiled, 2000.0 ms plain"
+    found = compile_if_it_wins(packed, 3, backend="aot_eager", measure=timings(2.0, 1.0), bf16=False)
+    assert found == "compiled; 3 images take 1000.0 ms compiled, 2000.0 ms plain"
     assert is_compiled(packed) == {True}
     assert all(p.grad is None for p in packed.parameters())
     for images in (3, 2, 1):  # batches differ in size
@@ -63,8 +63,8 @@ def test_compiled_layers_have_the_features_and_gradients_of_plain_ones(recompute
 
 def test_what_is_not_faster_is_not_used() -> None:
     packed = model(timm=False)
-    told = compile_if_it_wins(packed, 2, backend="aot_eager", measure=said_to_take(1.0, 0.99), bf16=False)
-    assert told == "not compiled: not faster; 2 images take 990.0 ms compiled, 1000.0 ms plain"
+    found = compile_if_it_wins(packed, 2, backend="aot_eager", measure=timings(1.0, 0.99), bf16=False)
+    assert found == "not compiled: not faster; 2 images take 990.0 ms compiled, 1000.0 ms plain"
     assert is_compiled(packed) == {False}
 
 
@@ -73,9 +73,9 @@ def test_a_compiler_that_fails_is_not_used_and_its_error_is_told() -> None:
         raise OSError("no compiler\nfor this GPU")
 
     packed = model(timm=False)
-    told = compile_if_it_wins(packed, 2, backend=failing, measure=said_to_take(2.0, 1.0))  # type: ignore[arg-type]
-    assert told.startswith("not compiled: BackendCompilerFailed: ")
-    assert "no compiler for this GPU" in told
+    found = compile_if_it_wins(packed, 2, backend=failing, measure=timings(2.0, 1.0))  # type: ignore[arg-type]
+    assert found.startswith("not compiled: BackendCompilerFailed: ")
+    assert "no compiler for this GPU" in found
     assert is_compiled(packed) == {False}
     assert len(gradients(packed, 2)) == len(gradients(model(timm=False), 2))
 
@@ -85,8 +85,8 @@ def test_a_compiler_that_computes_something_else_is_not_used() -> None:
         return lambda *given: tuple(t * 1.001 if t.is_floating_point() else t for t in graph(*given))
 
     packed = model(timm=False)
-    told = compile_if_it_wins(packed, 2, backend=wrong, measure=said_to_take(2.0, 1.0), bf16=False)  # type: ignore[arg-type]
-    assert told.startswith("not compiled: off by ")
+    found = compile_if_it_wins(packed, 2, backend=wrong, measure=timings(2.0, 1.0), bf16=False)  # type: ignore[arg-type]
+    assert found.startswith("not compiled: off by ")
     assert is_compiled(packed) == {False}
 
 
@@ -107,14 +107,14 @@ def test_a_compiler_that_makes_one_gradient_nan_is_not_used() -> None:
         return lambda *given: graph(*given[:learning], Spoilt.apply(given[learning]), *given[learning + 1 :])
 
     packed = model(timm=False)
-    told = compile_if_it_wins(packed, 2, backend=wrong, measure=said_to_take(2.0, 1.0), bf16=False)  # type: ignore[arg-type]
-    assert told.startswith("not compiled: off by nan, 1.0e-05 allowed")
+    found = compile_if_it_wins(packed, 2, backend=wrong, measure=timings(2.0, 1.0), bf16=False)  # type: ignore[arg-type]
+    assert found.startswith("not compiled: off by nan, 1.0e-05 allowed")
     assert is_compiled(packed) == {False}
 
 
 def test_batches_of_any_size_need_no_graph_beyond_those_of_the_trial() -> None:
     packed = model()
-    compile_if_it_wins(packed, 12, backend="aot_eager", measure=said_to_take(2.0, 1.0), bf16=False)
+    compile_if_it_wins(packed, 12, backend="aot_eager", measure=timings(2.0, 1.0), bf16=False)
     before = counters["stats"]["unique_graphs"]
     for images in (11, 1, 2, 0, 5):
         gradients(packed, images)
@@ -123,8 +123,8 @@ def test_batches_of_any_size_need_no_graph_beyond_those_of_the_trial() -> None:
 
 def test_in_bf16_it_may_be_as_far_from_float32_as_plain_bf16_is() -> None:
     packed = model()
-    told = compile_if_it_wins(packed, 2, backend="aot_eager", measure=said_to_take(2.0, 1.0), bf16=True)
-    assert told.startswith("compiled; ")
+    found = compile_if_it_wins(packed, 2, backend="aot_eager", measure=timings(2.0, 1.0), bf16=True)
+    assert found.startswith("compiled; ")
 
 
 def test_the_least_time_counts() -> None:

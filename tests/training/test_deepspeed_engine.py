@@ -128,7 +128,7 @@ PARTITIONED: tuple[dict[str, Any], ...] = (
 
 
 def lars_on_flat_pieces(comm: Comm) -> list[str]:
-    """What LARS says in place of an update of what DeepSpeed's partitions made of the parameters."""
+    """The errors of LARS in place of an update of DeepSpeed's flat partitions of the parameters."""
     deepspeed, refusals = _deepspeed(CPU), []
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
     for settings in PARTITIONED:
@@ -151,7 +151,7 @@ def lars_on_flat_pieces(comm: Comm) -> list[str]:
 def test_lars_refuses_what_zero_and_bfloat16_partitions_have_flattened() -> None:
     (refusals,) = run_ranks(lars_on_flat_pieces, 1)
     assert len(refusals) == len(PARTITIONED)
-    assert all("Lars: parameters must keep their shapes" in said for said in refusals)
+    assert all("Lars: parameters must keep their shapes" in refusal for refusal in refusals)
 
 
 def gradients_by_parts(comm: Comm) -> list[Tensor]:

@@ -80,7 +80,7 @@ def test_where_not_one_image_fits_the_error_says_what_to_change() -> None:
 
 def test_an_error_for_lack_of_memory_names_settings_and_any_other_is_left_as_it_is() -> None:
     settings = AdaptConfig(micro_batch="auto", activation_checkpointing=True, sets_per_job=2)
-    for error, advice, said in (
+    for error, advice, expected in (
         (
             "CUDA is full\nas ever",
             adapt_advice(settings),
@@ -88,7 +88,7 @@ def test_an_error_for_lack_of_memory_names_settings_and_any_other_is_left_as_it_
         ),
         ("full", fuse_advice(64), r"lower fuse\.micro_batch=64 \(full\)"),
     ):
-        with pytest.raises(ValueError, match=rf"^some: .* {said}$"), naming_lack_of_memory("some", advice):
+        with pytest.raises(ValueError, match=rf"^some: .* {expected}$"), naming_lack_of_memory("some", advice):
             raise torch.OutOfMemoryError(error)
     with pytest.raises(RuntimeError, match="a kernel is missing"), naming_lack_of_memory("some", "advice"):
         raise RuntimeError("a kernel is missing")

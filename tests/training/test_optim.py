@@ -125,24 +125,24 @@ def test_negative_settings_are_refused(name: str) -> None:
 def test_tensors_side_by_side_in_one_move_as_if_they_were_apart() -> None:
     apart = [nn.Parameter(values(2, 3, seed=i) * 10**i) for i in range(3)]
     together = nn.Parameter(torch.cat([p.detach() for p in apart]))
-    ours, judge = Lars([{"params": [together], "sets": 3}], **SETTINGS), Lars(apart, **SETTINGS)
+    ours, baseline = Lars([{"params": [together], "sets": 3}], **SETTINGS), Lars(apart, **SETTINGS)
     for step in range(3):
         grads = [values(2, 3, seed=10 * step + i) for i in range(3)]
         together.grad = torch.cat(grads)
         for param, grad in zip(apart, grads, strict=True):
             param.grad = grad
         ours.step()
-        judge.step()
+        baseline.step()
         assert torch.equal(together.detach(), torch.cat([p.detach() for p in apart]))
 
 
 def test_what_is_called_a_bias_is_one_whatever_its_dimensions() -> None:
     matrix, vectors = nn.Parameter(values(2, 3)), [nn.Parameter(row.clone()) for row in values(2, 3)]
-    ours, judge = Lars([{"params": [matrix], "biases": True}], **SETTINGS), Lars(vectors, **SETTINGS)
+    ours, baseline = Lars([{"params": [matrix], "biases": True}], **SETTINGS), Lars(vectors, **SETTINGS)
     for step in range(2):
         matrix.grad = values(2, 3, seed=step + 1)
         for vector, grad in zip(vectors, matrix.grad, strict=True):
             vector.grad = grad.clone()
         ours.step()
-        judge.step()
+        baseline.step()
     assert torch.equal(matrix.detach(), torch.stack([v.detach() for v in vectors]))

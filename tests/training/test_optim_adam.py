@@ -42,5 +42,5 @@ def test_decay_is_added_to_the_gradient() -> None:
 def test_adaptors_and_classes_have_the_betas_and_the_eps_that_the_settings_tell() -> None:
     of_adaptors = adam([nn.Parameter(torch.ones(1))], 0.1).defaults
     assert (*of_adaptors["betas"], of_adaptors["eps"]) == (BETA1, BETA2, EPS) == (0.9, 0.999, 1e-8)
-    told = (Path(__file__).parents[2] / "docs" / "settings.md").read_text()
-    assert "Betas 0.9 and 0.999, eps 1e-8, for adaptors and classifier alike" in told
+    settings = (Path(__file__).parents[2] / "docs" / "settings.md").read_text()
+    assert "Betas 0.9 and 0.999, eps 1e-8, for adaptors and classifier alike" in settings

@@ -90,7 +90,7 @@ def test_a_tracker_hears_of_every_step_and_is_closed(
     recorder: Recorder, tmp_path: Path, name: str, logged: str
 ) -> None:
     (tracker,) = trackers_of([name], tmp_path / "mine", "k=4+k=5")
-    assert recorder.calls == []  # it opens when it first hears of a step: a server that is away ends nothing
+    assert recorder.calls == []  # it opens when it first logs a step: a server that does not answer ends nothing
     tracker.log(7, {"loss k=4": 0.5})
     tracker.log(8, {"loss k=4": 0.25})
     tracker.close()
@@ -110,14 +110,14 @@ def test_one_that_never_heard_of_a_step_has_nothing_to_close(
 
 
 def test_a_restarted_job_goes_on_in_its_own_mlflow_run(server: Server, tmp_path: Path) -> None:
-    def say(run: str, job: str, step: int) -> None:
+    def log(run: str, job: str, step: int) -> None:
         (tracker,) = trackers_of(["mlflow"], tmp_path / run, job)
         tracker.log(step, {"loss k=4": float(step)})
         assert [r.info.status for r in server.runs].count("RUNNING") == 1
         tracker.close()
 
     for run, job, step in [("mine", "k=4", 1), ("mine", "k=5", 1), ("mine", "k=4", 2), ("other/mine", "k=4", 9)]:
-        say(run, job, step)
+        log(run, job, step)
     assert [(r.info.run_name, r.info.status) for r in server.runs] == [(k, "FINISHED") for k in ("k=4", "k=5", "k=4")]
     assert {r.experiment for r in server.runs} == {"id of mine"}  # two directories of one name keep their runs apart
     assert [r.logged for r in server.runs] == [
