@@ -62,7 +62,7 @@ def steps_per_epoch(num_rows: int, global_batch: int) -> int:
 
 
 def rank_share(global_batch: int, ranks: int, streams: int) -> int:
-    """The most images of a batch that one of R = `ranks` ranks may have: it reads every R-th stream, and streams whole."""
+    """The most images of a batch that one of R ranks may have: it reads every R-th stream, and streams whole."""
     rounds, rest = divmod(global_batch, streams)
     of_first = np.arange(streams) % ranks == 0  # rank 0, which has as many streams as any
     before = np.concatenate([[0], np.cumsum(np.tile(of_first, 2))])
@@ -70,7 +70,7 @@ def rank_share(global_batch: int, ranks: int, streams: int) -> int:
 
 
 def trained_by(backbone: BackboneConfig, data: DataConfig, seed: int, **recipe: object) -> dict[str, object]:
-    """The settings that decide the result of a training job: its recipe, the backbone, and which rows are in a batch."""
+    """The settings that decide the result of a training job: its recipe, the backbone, and the rows of a batch."""
     order = data.model_dump(include={"streams", "shuffle_window"})
     return {"backbone": backbone_settings(backbone), **recipe, "data": order, "seed": seed}
 

@@ -109,10 +109,7 @@ def train(
     """Trains from the newest checkpoint in `folder` to the end; False when it was asked to stop and saved its state.
 
     `sharded` modules, by the name that checkpoints have for them, are outside the engine; what they learn from must be
-    finite where the loss is.
-
-    Raises:
-        ArithmeticError: the loss, a norm of the gradient or another figure is not finite; names the step and images.
+    finite where the loss is. An ArithmeticError names the step, and images, where a figure is not finite.
     """
     shards = {name: module.shard() for name, module in sharded.items()}
     start = _same_on_all_ranks(context, load_checkpoint(folder, objective.module, optimizer, shards), job)

@@ -40,7 +40,7 @@ def ends_with_the_same_bytes(folder: Path, seeds: Sequence[int]) -> None:
     run_ranks(train_until, 1, folder, "straight", None)
     for seed in seeds:
         step = random.Random(seed).randrange(1, STEPS)
-        with pytest.raises(RuntimeError, match="rank 0 of 1 died without a word"):
+        with pytest.raises(RuntimeError, match="rank 0 of 1 died without an error message"):
             run_ranks(train_until, 1, folder, f"killed-{seed}", step)
         run_ranks(train_until, 1, folder, f"killed-{seed}", None)
         assert weights(folder, f"killed-{seed}") == weights(folder, "straight"), (seed, step)
