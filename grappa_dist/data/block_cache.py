@@ -1,6 +1,6 @@
-"""A bounded cache of blocks on a local disk, shared by the processes of a machine.
+"""Remote shards read in blocks, kept in a bounded cache on a local disk that the processes of a machine share.
 
-A remote shard read in blocks: whole blocks where it is read through, single images where it is not.
+Whole blocks are fetched where a shard is read through, single images where it is not.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ from pathlib import Path
 
 from grappa_dist.data.remote import RemoteFile, RemoteObject
 
-_LEDGER = ".bytes"
+BLOCK = 4 * 2**20  # bytes: a request's latency is small beside it
+_ALONE = 3  # images of a block that are fetched alone: about what the whole block costs in latency and bytes
+_AHEAD = 2  # blocks fetched beyond one that was read in sequence
+_LEDGER = ".bytes"  # the file that holds how many bytes are kept
 _KEPT_SHARE = 0.9  # of the bound, after an eviction: the folder is listed once for many blocks
 
 
@@ -32,7 +35,7 @@ def default_folder() -> str:
 
 @dataclass(frozen=True)
 class CacheSettings:
-    """Where blocks of remote shards are kept, and how much is asked for at a time."""
+    """Where blocks of remote shards are kept, and how many requests are made at a time."""
 
     folder: str | None = None  # None: grappa-cache-<uid> in the temporary folder
     max_bytes: int = 16 * 2**30  # 0: nothing is kept
@@ -40,9 +43,9 @@ class CacheSettings:
 
 
 class BlockCache:
-    """Blocks by key. All of them together, also those being written, never take more than `max_bytes`.
+    """Blocks by key; all of them together, also those being written, never take more than `max_bytes`.
 
-    A block appears by one rename. The least recently read go first; a reader that holds one open keeps its bytes.
+    A block appears by one rename. The least recently read are evicted first; an open one keeps its bytes.
     """
 
     def __init__(self, settings: CacheSettings) -> None:
@@ -91,12 +94,12 @@ class BlockCache:
                 if total + len(data) > self.max_bytes:
                     total = self._evict(min(int(_KEPT_SHARE * self.max_bytes), self.max_bytes - len(data)))
                 with temporary.open("wb") as file:
-                    file.truncate(len(data))  # counted by whoever lists the folder from now on
+                    file.truncate(len(data))  # counted by every listing of the folder from now on
                 os.ftruncate(ledger, 0)
                 os.pwrite(ledger, str(total + len(data)).encode(), 0)
             with temporary.open("rb+") as file:
                 file.write(data)
-            with self._ledger():  # or whoever lists the folder might see neither name
+            with self._ledger():  # or a listing of the folder might have neither name
                 temporary.replace(self.folder / key)
         except FileNotFoundError:  # evicted while it was written: a bound that holds little more than this block
             return
@@ -106,7 +109,7 @@ class BlockCache:
 
     @contextmanager
     def _ledger(self) -> Iterator[int]:
-        """The file that says how many bytes are kept, locked against other threads and processes."""
+        """The file that holds how many bytes are kept, locked against other threads and processes."""
         handle = os.open(self.folder / _LEDGER, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
@@ -134,21 +137,16 @@ class BlockCache:
         return total
 
 
-BLOCK = 4 * 2**20  # bytes: a request's latency is small beside it
-_ALONE = 3  # images of a block that are fetched alone: about what the whole block costs in latency and bytes
-_AHEAD = 2  # blocks fetched beyond one that was read in sequence
-
-
 class _State(Enum):
     UNSEEN = auto()
     TOUCHED = auto()  # images of it were read alone
     WHOLE = auto()  # it went to the cache
-    LOST = auto()  # it went there and was evicted before half of it was read: the cache is too small for whole blocks
+    EVICTED = auto()  # from the cache before half of it was read: the cache is too small for whole blocks
 
 
 @dataclass
 class _Seen:
-    """What a process knows of a block."""
+    """How a process has read a block so far."""
 
     state: _State = _State.UNSEEN
     used: int = 0  # bytes read of it since it came to this state
@@ -173,8 +171,8 @@ def open_blocks(about: RemoteObject, settings: CacheSettings) -> BlockFile:
 class BlockFile:
     """Reads like an OpenFile, and is safe from many threads.
 
-    The first images read from a block are fetched alone: a neighbour drawn for a pair may be all that is ever wanted of
-    its block. A further one fetches the block whole, and blocks fetched in sequence bring the next ones with them. A
+    The first images read from a block are fetched alone: a neighbour drawn for a pair may be all that is ever read of
+    its block. A further one fetches the block whole, and for blocks fetched in sequence the next ones are prefetched. A
     block that left the cache with less than half of it read is read image by image until that much is made up for: with
     a cache that is too small, requests are many, but at most three times the bytes asked for are read.
     """
@@ -185,7 +183,7 @@ class BlockFile:
         self._cache = BlockCache(settings)
         self._settings = settings
         self._seen: dict[int, _Seen] = defaultdict(_Seen)
-        self._under_way: dict[int, Future[bytes]] = {}
+        self._fetching: dict[int, Future[bytes]] = {}
         self._lock = threading.Lock()
         self._name = hashlib.sha256(f"{about.url}\n{about.size}\n{about.version}".encode()).hexdigest()[:32]
 
@@ -216,14 +214,14 @@ class BlockFile:
             seen = self._seen[number]
             if kept is None and seen.state is _State.WHOLE:  # it may have come in between
                 kept = self._cache.read(self._key(number), start - first, end - start)
-            alone = kept is None and number not in self._under_way and self._is_read_alone(number)
+            alone = kept is None and number not in self._fetching and self._is_read_alone(number)
             if kept is not None:
                 seen.state = _State.WHOLE
             seen.used += end - start
         if kept is not None or alone:
             return kept
-        data = self._whole(number)
-        self._read_ahead(number)
+        data = self._fetch_whole(number)
+        self._fetch_next(number)
         return data[start - first : end - first]
 
     def _is_read_alone(self, number: int) -> bool:
@@ -232,19 +230,19 @@ class BlockFile:
         if seen.state is _State.TOUCHED:
             seen.alone += 1
             return seen.alone <= _ALONE
-        if seen.state is _State.UNSEEN or seen.used >= half:  # or it was gone only after it had served
+        if seen.state is _State.UNSEEN or seen.used >= half:  # or it was evicted only after most of it had been read
             seen.state, seen.used, seen.alone = _State.TOUCHED, 0, 1
         elif seen.state is _State.WHOLE:
-            seen.state, seen.used = _State.LOST, 0
+            seen.state, seen.used = _State.EVICTED, 0
         return True
 
-    def _whole(self, number: int) -> bytes:
-        """A block, fetched once however many threads want it."""
+    def _fetch_whole(self, number: int) -> bytes:
+        """A block, fetched once however many threads read it."""
         with self._lock:
-            coming = self._under_way.get(number)
+            coming = self._fetching.get(number)
             own: Future[bytes] = Future()
             if coming is None:
-                self._under_way[number] = own
+                self._fetching[number] = own
         if coming is not None:
             return coming.result()
         try:
@@ -258,25 +256,25 @@ class BlockFile:
             with self._lock:
                 if own.exception() is None:
                     self._seen[number] = _Seen(_State.WHOLE)
-                del self._under_way[number]
+                del self._fetching[number]
         return data
 
-    def _read_ahead(self, number: int) -> None:
+    def _fetch_next(self, number: int) -> None:
         with self._lock:
             if self._seen[number - 1].state is not _State.WHOLE:
                 return
             following = range(number + 1, min(number + 1 + _AHEAD, -(-self.about.size // BLOCK)))
             new = (_State.UNSEEN, _State.TOUCHED)
-            wanted = [n for n in following if n not in self._under_way and self._seen[n].state in new]
-        for n in wanted:
+            missing = [n for n in following if n not in self._fetching and self._seen[n].state in new]
+        for n in missing:
             if not self._cache.has(self._key(n)):
-                fetchers(self._settings).submit(self._bring, n)  # an error shows when the block itself is wanted
+                fetchers(self._settings).submit(self._prefetch, n)  # an error is raised when the block itself is read
 
-    def _bring(self, number: int) -> None:
+    def _prefetch(self, number: int) -> None:
         with self._lock:
             if self._seen[number].state is _State.WHOLE:  # several readers asked for it
                 return
-        self._whole(number)
+        self._fetch_whole(number)
 
     def _length(self, number: int) -> int:
         return min(BLOCK, self.about.size - number * BLOCK)

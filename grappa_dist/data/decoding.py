@@ -1,7 +1,7 @@
 """From the bytes of a file to upright RGB pixels. Shapes: H, W of an image.
 
-Plain JPEG files go to the fast decoder, all others, and all that it complains of, to Pillow, whose verdict counts. Both
-are libjpeg-turbo for JPEG and give the same pixels at full scale, to the bit (tests/data/test_decoding.py).
+Plain JPEG files go to the fast decoder; all others, and all that it refuses, go to Pillow, which decides. For JPEG both
+are libjpeg-turbo and give the same pixels at full scale, to the bit (tests/data/test_decoding.py).
 """
 
 from __future__ import annotations
@@ -19,32 +19,29 @@ from numpy.typing import NDArray
 from PIL import Image
 
 COPIED = {"jpg": "jpg", "jpeg": "jpeg", "png": "png", "webp": "webp", "jfif": "jpg", "jpe": "jpg"}  # -> in a shard
-
-
 REWRITTEN = ("bmp", "gif", "tif", "tiff")  # become PNG: readers of shards expect the four suffixes above
-
-
-TAKEN = (*COPIED, *REWRITTEN)
-
+TAKEN = (*COPIED, *REWRITTEN)  # by make_shards
 
 Pixels = NDArray[np.uint8]
 MAX_PIXELS = 64 * 2**20  # more is taken for a decompression bomb
 MAX_SCANNED = 16 * MAX_PIXELS  # pixels times scans of a JPEG: a scan goes over all pixels, and may cost few bytes
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # by content; files of the web often carry another format's suffix
-# Readers let through whatever their parsers meet. Not MemoryError: it tells of the machine, and the row may be good.
+# What Pillow's parsers raise on damaged files. Not MemoryError: the machine may be at fault, and the row good.
 _UNREADABLE = (
-    *(
-        OSError,
-        ValueError,
-        SyntaxError,
-        EOFError,
-        LookupError,
-        ArithmeticError,
-        TypeError,
-        AttributeError,
-        RuntimeError,
-    ),
-    *(AssertionError, struct.error, zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning),
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    LookupError,
+    ArithmeticError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    AssertionError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
 )
 _ORIENTATION = 0x0112  # EXIF
 _UPRIGHT = {
@@ -136,14 +133,14 @@ def decode(data: bytes, formats: tuple[str, ...] = FORMATS) -> Image.Image:
         image = Image.open(BytesIO(data), formats=formats)
         _refuse_bomb(*image.size, scans=data.count(_SCAN) if data[:2] == _JPEG else 1)
         if image.mode == "F":
-            raise BadImage("floating-point pixels, whose range the file does not tell")
+            raise BadImage("floating-point pixels, whose range the file does not give")
         image.load()
         return to_rgb(upright(image))
     except BadImage:
         raise
     except _UNREADABLE as error:
-        said = re.sub(r" at 0x[0-9a-f]+", "", str(error))  # an address would differ from run to run
-        reason = " ".join(said.split()) or "no message"
+        text = re.sub(r" at 0x[0-9a-f]+", "", str(error))  # an address would differ from run to run
+        reason = " ".join(text.split()) or "no message"
         raise BadImage(f"{type(error).__name__}: {reason}") from None
 
 
@@ -183,7 +180,7 @@ def _plain_jpeg(data: bytes) -> tuple[int, int, int, bool] | None:
 
 
 def _turn_of(data: bytes) -> Image.Transpose | None:
-    """How EXIF data (or their twin in XMP) say that a JPEG is to be turned: Pillow reads the header alone."""
+    """The turn that the EXIF data of a JPEG (or the same in XMP) ask for; Pillow reads the header alone."""
     try:
         return _transpose_of(Image.open(BytesIO(data), formats=("JPEG",)))
     except _UNREADABLE as error:

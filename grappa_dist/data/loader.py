@@ -1,4 +1,7 @@
-"""Reads ahead in threads; decoding and resizing leave the interpreter free. Shapes: B rows of a batch."""
+"""Batches of images, read ahead in threads: decoding and resizing release the interpreter lock.
+
+Shapes: B rows of a batch.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ Make = Callable[[Picture, int], Pixels]  # image and row id -> the pixels of tha
 def read_batches(
     jobs: Iterable[Job], read: Callable[[Job], Result], *, threads: int, depth: int | None = None
 ) -> Generator[Result, None, None]:
-    """read(job) of every job, in their order, while later ones are read in threads; closing it ends the threads.
+    """read(job) of every job, in their order, while later jobs are read in threads; closing it ends the threads.
 
     Args:
         threads: 0 reads in the caller's thread.

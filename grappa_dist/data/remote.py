@@ -111,7 +111,7 @@ def list_tars(entry: str) -> list[RemoteObject]:
 
 
 def objects_at(urls: Iterable[str]) -> list[RemoteObject]:
-    """Size and version of some objects, asked for side by side."""
+    """Size and version of some objects, asked for in parallel."""
 
     def of(url: str) -> RemoteObject:
         return _object(url, _attempt(url, "its headers", lambda fs, path: fs.info(path)))
@@ -193,8 +193,8 @@ def _attempt(url: str, what: str, ask: Callable[[Any, str], Result], **missing: 
                 raise ValueError(f"{url}: not there (asked for {what})") from None
             if _status(cause) == 412 or type(cause).__name__ == "FileExpired":  # s3fs has it
                 raise ValueError(f"{url}: {what}: another object than was indexed; the shard changed") from None
-            said = " ".join(str(cause).split()) or type(cause).__name__
-            raise ValueError(f"{url}: {what} cannot be read: {type(cause).__name__}: {said}") from error
+            reason = " ".join(str(cause).split()) or type(cause).__name__
+            raise ValueError(f"{url}: {what} cannot be read: {type(cause).__name__}: {reason}") from error
     raise AssertionError("the last attempt returns or raises")
 
 

@@ -79,7 +79,7 @@ def _pieces(about: RemoteObject, settings: CacheSettings) -> Iterator[bytes]:
 
 
 class _Stream(io.RawIOBase):
-    """A file that is read forwards once and hashed on its way; the last two pieces can be gone back to."""
+    """A file that is read forwards once and hashed as it is read; the last two pieces can be read again."""
 
     def __init__(self, pieces: Iterator[bytes]) -> None:
         self._pieces = pieces
@@ -147,10 +147,10 @@ def list_remote(entry: str) -> list[RemoteObject]:
 def committed_indexes(
     tars: Sequence[RemoteObject], whole: Sequence[str], cache: IndexCache
 ) -> dict[str, tuple[Shard, RemoteRows]]:
-    """Shard and index of the tars, by URL, that have an index beside them.
+    """Shard and index of each tar, by URL, that has an index beside it.
 
     Args:
-        whole: folders of which every shard was asked for.
+        whole: folders whose shards are all among the tars.
     """
     folders: dict[str, list[RemoteObject]] = {}
     for tar in tars:

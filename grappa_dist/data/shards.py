@@ -24,34 +24,7 @@ from grappa_dist.data.remote_index import RemoteRows
 from grappa_dist.data.rng import Purpose, permutation
 from grappa_dist.data.tars import key_at
 
-
-@lru_cache(maxsize=128)
-def _open(shard: Shard) -> OpenFile:
-    return OpenFile(shard.path, (shard.bytes, shard.version) if shard.version else None)
-
-
 _FETCHING = [threading.Lock() for _ in range(64)]  # by shard: threads that need the same index wait for one fetch
-
-
-def _rows_of(index: Index, shard: Shard) -> NDArray[Any]:
-    if isinstance(index, RemoteRows):
-        with _FETCHING[hash(index.url) % len(_FETCHING)]:
-            return _map(index, shard)
-    return index if isinstance(index, np.ndarray) else _map(index, shard)
-
-
-@lru_cache(maxsize=256)  # each map holds a descriptor
-def _map(index: str | RemoteRows, shard: Shard) -> NDArray[Any]:
-    if isinstance(index, RemoteRows):
-        return index.load(shard)
-    with open(index, "rb") as file:
-        if index != f"{shard.path}.npy":  # it is named by the fingerprint of its tar
-            return read_rows(file, shard, index, remedy=REMADE)
-        rows = read_rows(file, shard, index)
-    check_places(rows, shard, _open(shard), index)
-    return rows
-
-
 _ANY = 2**32  # bytes of a JSON member
 _LARGEST_NAMED = 2**24  # of one that is read for a name: a tar's names have 2^20 bytes at most, six digits for each
 
@@ -110,7 +83,7 @@ class ImageShards:
         return ImageShards((self.shards[shard],), (self.indexes[shard],), self.cache)
 
     def some(self, rows: int, seed: int) -> ImageShards:
-        """Whole shards, drawn by the seed, with at least so many rows; all of them where there are no more."""
+        """Whole shards, drawn by the seed, with at least `rows` rows; all of them where there are no more."""
         if len(self) <= rows:
             return self
         order = permutation(len(self.shards), Purpose.SOME_SHARDS, seed)
@@ -148,7 +121,7 @@ class ImageShards:
         return self._read(shard, int(place["offset"]), int(place["size"]))
 
     def images(self, rows: Iterable[int]) -> Iterator[bytes | BadImage]:
-        """The image files of some rows, or why one is bad, in their order; remote ones are asked for side by side."""
+        """The image files of some rows, or why one is bad, in their order; remote ones are requested in parallel."""
         if self._any_remote:
             return fetchers(self.cache).map(self._image_or_why, rows)
         return map(self._image_or_why, rows)
@@ -177,20 +150,20 @@ class ImageShards:
         return labels
 
     def name(self, row: int) -> str:
-        """The name of a row's file before it came into the shard, `name` of its JSON member; "" where none is told.
+        """The name of a row's file before it came into the shard, `name` of its JSON member; "" where there is none.
 
         A name that was not UTF-8 has surrogates in place of the bytes, as names in Python do.
         """
         text = self._json_member(row, _LARGEST_NAMED)
         try:
-            said = {} if text is None else json.loads(text)
+            content = {} if text is None else json.loads(text)
         except (ValueError, RecursionError):
             return ""
-        name = said.get("name") if isinstance(said, dict) else None
+        name = content.get("name") if isinstance(content, dict) else None
         return name if isinstance(name, str) else ""
 
     def _json_member(self, row: int, most: int) -> bytes | None:
-        """The bytes of a row's JSON member; None where there is none, or none of at most so many bytes."""
+        """The bytes of a row's JSON member; None where there is none, or a larger one than `most` bytes."""
         shard, position = self.locate(row)
         place = self.index(shard)[position]
         offset, size = int(place["json_offset"]), int(place["json_size"])
@@ -205,7 +178,7 @@ class ImageShards:
         if refusal(rows[position]) == REFUSED[DAMAGED]:
             return ""
         before = position - 1
-        while before >= 0 and refusal(rows[before]):  # such a row does not tell where it ends
+        while before >= 0 and refusal(rows[before]):  # such a row does not have its end
             before -= 1
         start = 0 if before < 0 else int(rows["offset"][before]) + int(rows["size"][before])
         offset = int(rows["offset"][position])
@@ -229,3 +202,27 @@ class ImageShards:
         if is_remote(about.path):
             return open_blocks(RemoteObject(about.path, about.bytes, about.version), self.cache)
         return _open(about)
+
+
+@lru_cache(maxsize=128)
+def _open(shard: Shard) -> OpenFile:
+    return OpenFile(shard.path, (shard.bytes, shard.version) if shard.version else None)
+
+
+def _rows_of(index: Index, shard: Shard) -> NDArray[Any]:
+    if isinstance(index, RemoteRows):
+        with _FETCHING[hash(index.url) % len(_FETCHING)]:
+            return _map(index, shard)
+    return index if isinstance(index, np.ndarray) else _map(index, shard)
+
+
+@lru_cache(maxsize=256)  # each map holds a descriptor
+def _map(index: str | RemoteRows, shard: Shard) -> NDArray[Any]:
+    if isinstance(index, RemoteRows):
+        return index.load(shard)
+    with open(index, "rb") as file:
+        if index != f"{shard.path}.npy":  # it is named by the fingerprint of its tar
+            return read_rows(file, shard, index, remedy=REMADE)
+        rows = read_rows(file, shard, index)
+    check_places(rows, shard, _open(shard), index)
+    return rows

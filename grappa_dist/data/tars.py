@@ -1,8 +1,8 @@
 """Headers of plain tars, read without trust: whatever the bytes are, time is linear in them and memory is bounded.
 
-`tarfile` parses the 512 bytes of a header. The walk from one to the next is ours: tarfile's believes in sizes below
-zero and goes round in circles, reads extended headers of any size, by expressions of quadratic time and one call inside
-the other, and keeps every header that it has met.
+`tarfile` parses the 512 bytes of a header. The walk from one to the next is ours: that of tarfile accepts sizes below
+zero and loops on them, reads extended headers of any size, with expressions of quadratic time and by recursion, and
+keeps every header in memory.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _EXTENDED = 2**20  # bytes of an extended header at most: it holds a name and so
 _PAX = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
 _LONG = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 _SPARSE = "GNU.sparse."  # what begins the keys of pax records of a sparse file
-_KEYS = ("path", "size", _SPARSE, f"{_SPARSE}name")  # what is kept of pax records
+_KEYS = ("path", "size", _SPARSE, f"{_SPARSE}name")  # of pax records that are kept
 _NAME = re.compile(r"^((?:.*/)?[^/.]+)\.([^/]*)$", re.DOTALL)  # WebDataset's grouping: the first dot of the base name
 
 
@@ -29,7 +29,7 @@ class DamagedTar(ValueError):
 
     Attributes:
         offset: where what cannot be read begins, at most the size of the file.
-        cut: whether the file ends inside a member, so that nothing tells how much is missing.
+        cut: whether the file ends inside a member, so that how much is missing is unknown.
     """
 
     def __init__(self, path: Path | str, offset: int, reason: str, *, cut: bool = False) -> None:
@@ -99,7 +99,7 @@ def _next_member(file: IO[bytes], at: int, end: int) -> tuple[TarInfo, int] | No
         data = _read(file, at, header.size, end)
         at += _blocks(header.size)
         if header.type in _PAX:
-            own = _records(data) | own  # of two that say the same, the first one counts
+            own = _records(data) | own  # of two for the same key, the first one counts
         elif header.type == tarfile.GNUTYPE_LONGNAME:
             own.setdefault("path", _text(data.partition(b"\0")[0]))
 
@@ -123,7 +123,7 @@ def _header(file: IO[bytes], at: int, end: int) -> tuple[TarInfo | None, bytes]:
 def _with_records(
     file: IO[bytes], header: TarInfo, block: bytes, at: int, end: int, records: dict[str, str]
 ) -> tuple[TarInfo, int]:
-    """A member whose data, or sparse maps, begin at `at`, after what pax records say of it; and where they end."""
+    """A member whose data, or sparse maps, begin at `at`, with what pax records say of it; and where they end."""
     if header.type == tarfile.GNUTYPE_SPARSE:
         header.sparse = b""
         more = block[482]
@@ -152,7 +152,7 @@ def _records(data: bytes) -> dict[str, str]:
             raise _Damage(f"an extended header with a broken record at its byte {at}")
         key = _text(data[space + 1 : equals]) if equals - space < 64 else ""
         if key.startswith(_SPARSE) and key != f"{_SPARSE}name":
-            key = _SPARSE  # one for all: what is kept does not grow with what a tar says
+            key = _SPARSE  # one for all: what is kept does not grow with the records
         if key in _KEYS:
             value = _text(data[equals + 1 : until - 1])
             found[key] = value.rstrip("/") if key == "path" else value
@@ -181,7 +181,7 @@ def _read(file: IO[bytes], at: int, size: int, end: int) -> bytes:
 
 
 def _blocks(size: int) -> int:
-    """Bytes that so many take in a tar."""
+    """Bytes that `size` bytes take in a tar."""
     return -(-size // _BLOCK) * _BLOCK
 
 

@@ -1,6 +1,6 @@
-"""From an image to what a model sees. Shapes: H, W of the image, V views, S the side of what a model sees.
+"""From an image to the pixels of a model: the view of tests, random views, and a fingerprint of this machine's pixels.
 
-What the decoders and resizers of this machine make of one fixed image: part of the fingerprint of what they feed.
+Shapes: H, W of the image, V views, S the side of the pixels.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ INTERPOLATIONS = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+PIXELS_VERSION = 2  # of our own arithmetic: raise it when the same image gives other pixels
 _LONG = 8  # from this aspect on, an image is not resized outside its crop
 # torch has these for bytes, some six times as fast as Pillow and within one grey level of it
 _TORCH = ("bilinear", "bicubic")
@@ -160,7 +161,6 @@ def _crop_size(size: tuple[int, int], min_scale: float, draws: NDArray[np.float6
     return min(width, height * 4 / 3), min(height, width * 4 / 3)
 
 
-PIXELS_VERSION = 2  # of our own arithmetic: raise it when the same image gives other pixels
 _JPEG = base64.b64decode(  # 34 x 26 pixels, chroma at half the resolution
     "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDABsSFBcUERsXFhceHBsgKEIrKCUlKFE6PTBCYFVlZF9VXVtqeJmBanGQc1tdhbWGkJ6jq62rZ4C8ybqm"
     "x5moq6T/2wBDARweHigjKE4rK06kbl1upKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKT/wAARCAAaACID"
@@ -179,12 +179,12 @@ def pixels_class() -> str:
     Names and versions of decoders would tell apart what is equal, and miss a library that was built otherwise.
     """
     picture, image = open_picture(_JPEG), decode(_JPEG)
-    made = [picture.pixels(), picture.pixels(2), np.array(image)]
+    samples = [picture.pixels(), picture.pixels(2), np.array(image)]
     for name, method in (("bicubic", Image.Resampling.BICUBIC), ("bilinear", Image.Resampling.BILINEAR)):
-        made += [Preprocess(size, "squash", name).test(picture) for size in (16, 40)]
-        made.append(np.array(image.resize((16, 16), method)))
-    made.append(Preprocess(16, "squash", "lanczos").test(Picture.of(image)))
+        samples += [Preprocess(size, "squash", name).test(picture) for size in (16, 40)]
+        samples.append(np.array(image.resize((16, 16), method)))
+    samples.append(Preprocess(16, "squash", "lanczos").test(Picture.of(image)))
     digest = hashlib.sha256(str(PIXELS_VERSION).encode())
-    for pixels in made:
+    for pixels in samples:
         digest.update(np.ascontiguousarray(pixels).tobytes())
     return digest.hexdigest()[:10]

@@ -21,18 +21,18 @@ Member = tuple[str, bytes]  # suffix and content
 def members(image: bytes, suffix: str, label: str | None, task: str | None, *, name: str | None = None) -> list[Member]:
     """What a row consists of: its image, and its JSON where label, task or the name of its file is given."""
     found = [(suffix.lower(), image)]
-    said = {"label": label, "task": task} | ({} if name is None else {"name": name})
-    if any(value is not None for value in said.values()):
-        found.append(("json", _as_json(said)))
+    content = {"label": label, "task": task} | ({} if name is None else {"name": name})
+    if any(value is not None for value in content.values()):
+        found.append(("json", _as_json(content)))
     return found
 
 
-def _as_json(said: dict[str, str | None]) -> bytes:
+def _as_json(content: dict[str, str | None]) -> bytes:
     """UTF-8; where a file's name is not, ASCII with an escape for each such byte, which `os.fsencode` undoes."""
     try:
-        return json.dumps(said, ensure_ascii=False).encode()
+        return json.dumps(content, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        return json.dumps(said).encode()
+        return json.dumps(content).encode()
 
 
 def member_bytes(size: int) -> int:
@@ -60,7 +60,7 @@ class TarShard:
         self._tar.close()
         sync(self.path)
         rows, shard = index_shard(self.path)
-        assert len(rows) == self.rows, "the index lost a row"
+        assert len(rows) == self.rows, "the index lacks a row"
         write_rows(self.path.with_name(f"{shard.name}.npy"), rows)
         return shard
 
