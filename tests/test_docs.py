@@ -59,6 +59,12 @@ def test_every_link_leads_to_a_file_and_a_heading(document: str) -> None:
     assert wrong == []
 
 
+@pytest.mark.parametrize("document", DOCS)
+def test_every_target_of_make_that_a_document_names_exists(document: str) -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"(?:`|\$ )make ([a-z-]+)", DOCS[document])) - targets == set()
+
+
 def anchors(text: str) -> set[str]:
     """The anchors of a page's headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
