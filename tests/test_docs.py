@@ -18,11 +18,29 @@ DOCS = {
     str(path.relative_to(ROOT)): path.read_text()
     for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
 }
+FOLDERS = ("grappa_dist", "launch", "benchmarks", "examples", "cluster", "configs", "tests")
+TEXT = (".py", ".yaml", ".sh", ".env", ".sbatch")
 ARCHITECTURE = DOCS["docs/architecture.md"]
 TESTS = {str(path.relative_to(ROOT)): path.read_text() for path in (ROOT / "tests").rglob("*.py")}
 FILE = re.compile(r"(?<![\w./<*>-])[\w-]+(?:/[\w.-]+)*\.(?:py|sh|sbatch|yaml|toml|env)\b")
 OUTSIDE = {"mine.yaml", "mine.sh", "mine.py", "clamped_vit_tiny.py"}  # of a user, in examples; of the measurements
 OF_CLUSTER = {path.name for path in (ROOT / "cluster").rglob("*") if path.is_file()}  # named without their folder
+CODE = [
+    ROOT / "Makefile",
+    ROOT / "pyproject.toml",
+    *(p for f in FOLDERS for p in (ROOT / f).rglob("*") if p.suffix in TEXT),
+]
+WORDS_OF_CODE = {word for path in CODE for word in re.findall(r"\w+", path.read_text())}
+OF_OTHERS = {
+    "AWS_PROFILE",
+    "FSSPEC_S3_ANON",
+    "UV_FIND_LINKS",
+    "UV_TORCH_BACKEND",
+    "IPC_LOCK",
+    "PreemptMode",
+    "IndexHNSWFlat",
+    "reducing_gap",
+}
 
 
 def section(text: str, heading: str) -> str:
@@ -63,6 +81,13 @@ def test_every_link_leads_to_a_file_and_a_heading(document: str) -> None:
 def test_every_target_of_make_that_a_document_names_exists(document: str) -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"(?:`|\$ )make ([a-z-]+)", DOCS[document])) - targets == set()
+
+
+@pytest.mark.parametrize("document", DOCS)
+def test_every_identifier_that_a_document_names_occurs_in_the_code(document: str) -> None:
+    named = {part for token in re.findall(r"`([A-Za-z_][\w.]*)(?:\(|`|=)", DOCS[document]) for part in token.split(".")}
+    own = {name for name in named if re.search(r"_|[a-z][A-Z]", name)}  # a word of one piece may be anything
+    assert sorted(own - WORDS_OF_CODE - OF_OTHERS) == []
 
 
 def anchors(text: str) -> set[str]:

@@ -71,10 +71,10 @@ def test_the_loss_falls_and_does_not_depend_on_the_number_of_ranks(tmp_path: Pat
 
 
 def cluster_from_a_sample(comm: Comm, x: np.ndarray, cuts: list[int]) -> tuple[np.ndarray, np.ndarray, list[float]]:
-    share = join_rows(comm, part_of(x, cuts[comm.rank], cuts[comm.rank + 1]), device=CPU)
+    sharded = join_rows(comm, part_of(x, cuts[comm.rank], cuts[comm.rank + 1]), device=CPU)
     choice = Choice("sampled-start", "exact", "a test")  # type: ignore[arg-type]
     method = Method(choice=choice, iterations=5, sample_rows_per_cluster=6)
-    run = example("A clustering method").WithSampledStart(share, CLUSTERS, method, 3, 0, {}, ClusteringCallbacks())
+    run = example("A clustering method").WithSampledStart(sharded, CLUSTERS, method, 3, 0, {}, ClusteringCallbacks())
     result = run.cluster().result
     return result.centroids, np.concatenate(result.labels), result.inertia
 
