@@ -1,4 +1,4 @@
-# What a person types. The environment lives in .venv; PYTHON chooses the interpreter that makes it.
+# The commands of development. The environment is .venv; PYTHON chooses the interpreter that makes it.
 PYTHON ?= python3
 VENV ?= .venv
 FAISS ?= cpu
@@ -15,7 +15,7 @@ $(READY): pyproject.toml setup.py constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(FAISS),dev]'
 	touch $(READY)
 
-demo: $(READY) ## the whole pipeline on a small collection that the program draws: table, report and model in runs/demo
+demo: $(READY) ## the whole pipeline on a data set that the program generates: table, report and model in runs/demo
 	$(BIN)/python launch/full_pipeline.py --config configs/demo.yaml --out runs/demo
 
 test: $(READY) ## the tests that need no GPU and no cluster
@@ -49,7 +49,7 @@ bench: $(READY) ## reading against webdataset, k-means against faiss (long; the 
 wheel: $(READY) ## a wheel in wheels/
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir wheels .
 
-lock: ## requirements-lock.txt anew, from pyproject.toml and constraints.txt; needs uv, and the CPU build of torch (CONTRIBUTING.md)
+lock: ## requirements-lock.txt again, from pyproject.toml and constraints.txt; needs uv, and the CPU build of torch (CONTRIBUTING.md)
 	uv pip compile --quiet pyproject.toml --extra cpu --extra dev -c constraints.txt --generate-hashes --no-annotate \
 	  --python-version 3.11 --python-platform x86_64-manylinux_2_28 --custom-compile-command 'make lock' -o requirements-lock.txt
 
