@@ -347,7 +347,7 @@ our own decoding) and against decoding alone, from memory. The same images, crop
 Prints images/s and ratios (ours / baseline: above 1, ours is faster), for the augmented crops of training and for test
 views."""
 EXAMPLE = """example, half a minute:
-  python launch/bench.py data --rows 512 --repeats 1 --json json
+  python launch/bench.py data --rows 512 --repeats 1 --json data.json
 
 `images/CPU s` is the speed of one core, whatever else the machine does."""
 

@@ -462,7 +462,7 @@ Ratios are baseline / ours, of the fastest run of each side.
 With --ranks also the correlation matrix of Barlow Twins, value and gradients, over that many processes of one thread:
 by rows, whole on every rank, and whole by plain autograd; ratios are to the first of these."""
 EXAMPLE = """examples, half a minute each:
-  python launch/bench.py fuse --repeats 9 --json json
+  python launch/bench.py fuse --repeats 9 --json fuse.json
   python launch/bench.py fuse --ranks 2 --width 4096 --pairs 256 --batch 1 --depth 1"""
 
 

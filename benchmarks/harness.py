@@ -45,6 +45,7 @@ _VARIANCE_SHARES = (0.2, 0.2, 0.2, 0.15, 0.25)  # of a drawn row: common mean, t
 _BLOCK = 8192  # rows that are computed at once
 _PRODUCT_SIDE = {"cpu": 2048, "cuda": 8192}  # of the square matrices that give the arithmetic limit
 _PRODUCT_RUNS = 5
+_CONTEXT = multiprocessing.get_context("spawn")  # of workers: a fork would inherit the parent's threads and memory
 
 
 # The command line
@@ -353,8 +354,6 @@ def squared_error(rows: np.ndarray, centroids: np.ndarray, labels: np.ndarray) -
 
 
 # Workers: processes of this machine with one thread each, joined by gloo
-
-_CONTEXT = multiprocessing.get_context("spawn")  # a fork would inherit the parent's threads and memory
 
 
 def run_workers(work: Callable[..., Any], size: int, *args: Any) -> list[Any]:

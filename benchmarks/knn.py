@@ -352,7 +352,7 @@ With --approximate also the graph by inverted lists, with the recall that it rep
 seconds, CPU seconds, and the ratios of both to ours (baseline / ours: above 1, ours is faster)."""
 EXAMPLE = """examples, a minute, and ten:
   python launch/bench.py knn --rows 20000 --neighbours 10 --workers 2
-  python launch/bench.py knn --approximate --rows 200000 --baselines faiss.knn --repeats 1 --json json"""
+  python launch/bench.py knn --approximate --rows 200000 --baselines faiss.knn --repeats 1 --json knn.json"""
 
 
 def arguments(add: Callable[..., Any]) -> None:

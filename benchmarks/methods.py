@@ -142,7 +142,7 @@ DESCRIPTION = """\
 The methods of `clustering.method` against exact k-means on the same drawn rows: time, seeding included, and the loss
 in inertia and labels; and exact k-means with a bound on the size of clusters."""
 EXAMPLE = """example, half a minute:
-  python launch/bench.py methods --rows 20000 --num-labels 1024 --probes 4 --json json"""
+  python launch/bench.py methods --rows 20000 --num-labels 1024 --probes 4 --json methods.json"""
 
 
 def arguments(add: Callable[..., Any]) -> None:

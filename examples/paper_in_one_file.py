@@ -1,8 +1,9 @@
 """The paper in one straightforward script of one process: embed, k-means, adapt, fuse, evaluate.
 
 Written as with timm, faiss and a DataLoader alone: plain modules, autograd through the frozen backbone, one adaptor set
-after the other, all logits of the classifier at once. Of the package it imports the settings and the backbone. It
-is the baseline of `launch/bench.py pipeline`, and runs on folders of images, the test images as TASK/LABEL/FILE:
+after the other, all logits of the classifier at once. Of the package, which must be installed, it imports the settings
+and the backbone. It is the baseline of `launch/bench.py pipeline`, and runs on folders of images, the test images as
+TASK/LABEL/FILE:
 
     python examples/paper_in_one_file.py --config configs/demo.yaml --train DIR --test DIR adapt.epochs=1
 
