@@ -259,7 +259,7 @@ def label(comm: Comm, job: LabelJob, killed_after: int | None) -> None:
 def test_killed_ranks_and_other_ranks_that_go_on_change_no_byte(tmp_path: Path, killed_after: int) -> None:
     nums = (3, 5, 12)
     killed, whole = (label_job(tmp_path, Store(tmp_path / name), nums) for name in ("killed", "whole"))
-    with pytest.raises(RuntimeError, match="rank 1 of 2 died without a word"):
+    with pytest.raises(RuntimeError, match="rank 1 of 2 died without an error message"):
         run_ranks(label, 2, killed, killed_after)
     assert any((artifact.begin() / PROGRESS_FILE).exists() for artifact in killed.labels.values())
     run_ranks(label, 3, killed, None)
