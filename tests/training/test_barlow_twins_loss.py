@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from grappa_dist.distributed.collectives import Comm
-from grappa_dist.training.barlow_twins_loss import barlow_twins
+from grappa_dist.training import barlow_twins
 from tests import reference
 from tests.processes import run_ranks
 

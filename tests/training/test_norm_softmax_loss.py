@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from grappa_dist.distributed.collectives import Comm
-from grappa_dist.training import norm_softmax_loss
-from grappa_dist.training.norm_softmax_loss import add_scores, class_gradient, no_scores, norm_softmax, norm_softmax_sum
+from grappa_dist.training import norm_softmax, norm_softmax_loss
+from grappa_dist.training.norm_softmax_loss import add_scores, class_gradient, no_scores, norm_softmax_sum
 from tests import reference
 from tests.processes import run_ranks
 
