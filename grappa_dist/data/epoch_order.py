@@ -14,7 +14,7 @@ Rows = NDArray[np.int64]
 class EpochOrder:
     """Which rows batch t of an epoch holds: a pure function of (seed, epoch, t), whatever the number of ranks.
 
-    Shards are shuffled; the good rows in that order are cut into V streams, which are read side by side, each nearly
+    Shards are shuffled; the good rows in that order are cut into V streams, which are read in parallel, each nearly
     sequentially: rows move only inside windows. The epoch takes one row of each stream in turn. Memory does not grow
     with n: a row id is computed from its place in the epoch.
 
@@ -52,12 +52,8 @@ class EpochOrder:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         return -(-self.num_rows // batch_size)
 
-    def batch(self, t: int, batch_size: int) -> Rows:
-        """Row ids of batch t, (B,)."""
-        return self._rows(self._places(t, batch_size))
-
-    def batch_share(self, t: int, batch_size: int, rank: int, size: int) -> Rows:
-        """Row ids of batch t that lie in the streams of one of `size` ranks; perhaps none."""
+    def batch(self, t: int, batch_size: int, rank: int = 0, size: int = 1) -> Rows:
+        """Row ids of batch t, (B,), or those of them that lie in the streams of one of `size` ranks, perhaps none."""
         if not 0 <= rank < size:
             raise ValueError(f"rank must lie in 0..{size - 1}, got {rank}")
         places = self._places(t, batch_size)

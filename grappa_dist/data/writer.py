@@ -80,20 +80,17 @@ class ShardWriter:
         folder: str | os.PathLike[str],
         *,
         rows_per_shard: int | None = 1000,
-        max_bytes: int | None = None,
         prefix: str = "shard",
     ) -> None:
-        for name, limit in (("rows_per_shard", rows_per_shard), ("max_bytes", max_bytes)):
-            if limit is not None and limit < 1:
-                raise ValueError(f"{name} must be at least 1, got {limit}")
+        if rows_per_shard is not None and rows_per_shard < 1:
+            raise ValueError(f"rows_per_shard must be at least 1, got {rows_per_shard}")
         self.folder = Path(folder).absolute()
-        self.rows_per_shard, self.max_bytes, self.prefix = rows_per_shard, max_bytes, prefix
+        self.rows_per_shard, self.prefix = rows_per_shard, prefix
         self.shards: list[Shard] = []
         self.rows = 0
         self.reused = False
         self._partial = self.folder.with_name(f".{self.folder.name}.{os.getpid()}.{os.urandom(4).hex()}.partial")
         self._tar: TarShard | None = None
-        self._rows_here = self._bytes_here = 0
 
     def __enter__(self) -> ShardWriter:
         self._finished = committed_index(self.folder)
@@ -108,22 +105,13 @@ class ShardWriter:
         """Appends an image, and its JSON where label, task or its file's name is given; its row id in this folder."""
         if suffix.lower() not in IMAGE_SUFFIXES:
             raise ValueError(f"image {self.rows}: suffix {suffix!r}; expected one of {', '.join(IMAGE_SUFFIXES)}")
-        row_members = members(image, suffix, label, task, name=name)
-        size = sum(member_bytes(len(data)) for _, data in row_members)
-        if self._is_full(size):
+        if self._tar is not None and self._tar.rows == self.rows_per_shard:
             self._close_shard()
         if self._tar is None:
             self._tar = TarShard(self._partial / f"{self.prefix}-{len(self.shards):06d}.tar")
-        self._tar.add(self.rows, row_members)
+        self._tar.add(self.rows, members(image, suffix, label, task, name=name))
         self.rows += 1
-        self._rows_here += 1
-        self._bytes_here += size
         return self.rows - 1
-
-    def _is_full(self, size: int) -> bool:
-        too_many = self.rows_per_shard is not None and self._rows_here >= self.rows_per_shard
-        too_large = self.max_bytes is not None and self._rows_here > 0 and self._bytes_here + size > self.max_bytes
-        return too_many or too_large
 
     def _close_shard(self) -> None:
         if self._tar is None:
@@ -135,7 +123,6 @@ class ShardWriter:
             if known is None or known[0].fingerprint != shard.fingerprint:
                 raise self._other_content()
         self.shards.append(shard)
-        self._rows_here = self._bytes_here = 0
 
     def _other_content(self) -> ValueError:
         return ValueError(

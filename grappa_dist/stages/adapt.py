@@ -153,7 +153,7 @@ def measure_rates(device: torch.device, job: AdaptJob) -> Measured:
     gpu, asked = device.type == "cuda", job.adapt.micro_batch
     most = min(GPU_IMAGES if gpu else CPU_IMAGES, asked if isinstance(asked, int) else job.training.global_batch)
     model = _model(job, 2, device)
-    rows = job.training.order(0).batch_share(0, job.training.global_batch, 0, 1)
+    rows = job.training.order(0).batch(0, job.training.global_batch, 0, 1)
     rows = rows[: images_that_fit(model, memory_budget(model, usable).images(min(most, len(rows))))]
     preprocess = model.backbone.preprocess
     decode_s = _seconds(lambda: _decode(job, preprocess, rows.tolist())) / len(rows)

@@ -59,7 +59,7 @@ class Pairs:
         comm, batch = self._context.comm, self._training.global_batch
 
         def read(at: int) -> Pixels:
-            rows = order.batch_share(at, batch, comm.rank, comm.size)
+            rows = order.batch(at, batch, comm.rank, comm.size)
             if graph is None:  # so that an image is read and decoded once for both views
                 return self._views(rows, epoch, (0, 1))
             partners = self._partners(rows, epoch, graph)

@@ -107,7 +107,7 @@ def augmented_batches(
 
     def read(step: int) -> tuple[Pixels, Rows]:
         epoch, t = divmod(step, per_epoch)
-        rows = orders[epoch].batch_share(t, training.global_batch, comm.rank, comm.size)
+        rows = orders[epoch].batch(t, training.global_batch, comm.rank, comm.size)
         return augmented(training, preprocess, rows, epoch=epoch, area=area), rows
 
     return read_batches(steps, read, threads=training.decode_threads)

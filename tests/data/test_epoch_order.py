@@ -48,7 +48,7 @@ def test_every_good_row_appears_once_an_epoch_and_ranks_partition_its_batches(
     assert max(lengths) - min(lengths) <= 1
     assert max(lengths) <= batch_size
     for t, batch in enumerate(batches):
-        shares = [order.batch_share(t, batch_size, rank, ranks).tolist() for rank in range(ranks)]
+        shares = [order.batch(t, batch_size, rank, ranks).tolist() for rank in range(ranks)]
         assert sorted(row for share in shares for row in share) == sorted(batch.tolist())
 
 
@@ -58,7 +58,7 @@ def test_the_example_of_the_docstring_holds() -> None:
     assert rows[7] == 6
     assert rows[4] in (4, 5)
     assert [set(rows[stream::3]) for stream in range(3)] == [{0, 1, 2, 3}, {4, 5, 6}, {7, 8, 9}]
-    assert sorted(order.batch_share(0, 10, 0, 2).tolist()) == [0, 1, 2, 3, 7, 8, 9]
+    assert sorted(order.batch(0, 10, 0, 2).tolist()) == [0, 1, 2, 3, 7, 8, 9]
 
 
 def test_a_batch_does_not_depend_on_the_batches_drawn_before_it() -> None:
@@ -93,7 +93,7 @@ def test_an_epoch_resumed_on_other_numbers_of_ranks_reads_exactly_the_rows_that_
             order = EpochOrder(shards, np.array([3, 60]), seed=1, epoch=2, streams=8, window=16)
             assert order.batches(30) == 9
             for t in steps:
-                list(shards.images(order.batch_share(t, 30, rank, ranks).tolist()))
+                list(shards.images(order.batch(t, 30, rank, ranks).tolist()))
         of_parts.append(set(read))
         assert len(read) == len(of_parts[-1])  # none twice
     good = {b"%d/%d" % shards.locate(row) for row in range(251)} - {b"%d/%d" % shards.locate(row) for row in (3, 60)}
@@ -104,7 +104,7 @@ def test_an_epoch_resumed_on_other_numbers_of_ranks_reads_exactly_the_rows_that_
 def test_a_rank_reads_its_own_streams_only_and_each_nearly_in_order() -> None:
     shards = shards_of(1024, 1024)
     order = EpochOrder(shards, np.array([], dtype=np.int64), seed=0, epoch=0, streams=4, window=32)
-    share = np.concatenate([order.batch_share(t, 64, rank=1, size=2) for t in range(order.batches(64))])
+    share = np.concatenate([order.batch(t, 64, rank=1, size=2) for t in range(order.batches(64))])
     assert len(share) == 1024
     runs = [share[0::2], share[1::2]]  # its two streams take turns
     for run in runs:
@@ -124,7 +124,7 @@ def test_an_epoch_of_one_row_and_of_none() -> None:
     one = EpochOrder(shards_of(0, 1, 0), none, seed=0, epoch=0)
     assert one.batches(256) == 1
     assert one.batch(0, 256).tolist() == [0]
-    assert [len(one.batch_share(0, 256, rank, 3)) for rank in range(3)] == [1, 0, 0]
+    assert [len(one.batch(0, 256, rank, 3)) for rank in range(3)] == [1, 0, 0]
     empty = EpochOrder(shards_of(2), np.array([0, 1]), seed=0, epoch=0)
     assert empty.batches(4) == 0
     with pytest.raises(IndexError, match="batch 0"):
@@ -156,7 +156,7 @@ def test_wrong_settings_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match="got -1"):
         EpochOrder(shards, np.array([], dtype=np.int64), seed=-1, epoch=0)
     with pytest.raises(ValueError, match="rank"):
-        EpochOrder(shards, np.array([], dtype=np.int64), seed=0, epoch=0).batch_share(0, 2, 2, 2)
+        EpochOrder(shards, np.array([], dtype=np.int64), seed=0, epoch=0).batch(0, 2, 2, 2)
 
 
 def batch_of_rows(order: EpochOrder, batch_size: int) -> np.ndarray:

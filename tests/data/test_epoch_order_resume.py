@@ -96,7 +96,7 @@ def test_the_first_batch_after_a_random_step_of_ten_million_rows_comes_soon_and_
     shards = ImageShards.open([f"{web.url}/d"], tmp_path / "index", settings)
     opened = time.perf_counter() - start
     order = EpochOrder(shards, np.array([3, 10**6]), seed=1, epoch=2)
-    rows = order.batch_share(t, BATCH, rank, ranks).tolist()
+    rows = order.batch(t, BATCH, rank, ranks).tolist()
     data = list(shards.images(rows))
     seconds = time.perf_counter() - start
 

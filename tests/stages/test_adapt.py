@@ -153,10 +153,10 @@ def test_a_global_batch_has_the_same_rows_on_any_number_of_ranks(world: World) -
     for epoch in (0, 3):
         seen = []
         for t in range(images.steps_per_epoch()):
-            whole = images.order(epoch).batch_share(t, tiny.BATCH, 0, 1)
+            whole = images.order(epoch).batch(t, tiny.BATCH, 0, 1)
             seen += whole.tolist()
             for size in (2, 3, 7):
-                parts = [images.order(epoch).batch_share(t, tiny.BATCH, rank, size) for rank in range(size)]
+                parts = [images.order(epoch).batch(t, tiny.BATCH, rank, size) for rank in range(size)]
                 assert sorted(np.concatenate(parts)) == sorted(whole)
         assert sorted(seen) == [row for row in range(tiny.NUM_ROWS) if row != tiny.BAD]
 
@@ -170,7 +170,7 @@ def test_no_rank_has_more_of_a_batch_than_its_share(world: World, streams: int) 
         places = [[(start + i) % streams % ranks for i in range(tiny.BATCH)] for start in range(streams)]
         assert images.rank_share(ranks) == max(of_batch.count(rank) for of_batch in places for rank in range(ranks))
         for t, rank in np.ndindex(images.steps_per_epoch(), ranks):
-            assert len(images.order(0).batch_share(t, tiny.BATCH, rank, ranks)) <= images.rank_share(ranks)
+            assert len(images.order(0).batch(t, tiny.BATCH, rank, ranks)) <= images.rank_share(ranks)
     assert rank_share(128, 4, 128) == 32
 
 

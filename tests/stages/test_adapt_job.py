@@ -110,7 +110,7 @@ def test_a_gradient_that_is_not_finite_stops_all_ranks_before_the_update_and_spo
 ) -> None:
     # Checkpoints are of two steps each.
     job = job_in(trained, f"overflow-{size}", clip_norm=None, micro_batch=tiny.BATCH)
-    rows = job.training.order(0).batch_share(2, tiny.BATCH, 0, 1)
+    rows = job.training.order(0).batch(2, tiny.BATCH, 0, 1)
     named = ", ".join(f"{row} ({job.training.images.where(row)})" for row in sorted(rows)[:NAMED])
     found = run_ranks(error_when_a_gradient_overflows, size, job, timeout_s=400)
     for message in found:
@@ -188,7 +188,7 @@ def error_when_broken(comm: Comm, job: AdaptJob) -> str:
 def test_a_loss_that_is_not_finite_names_the_images_whose_features_are_not(drawn: Path) -> None:
     job = job_in(drawn, "nan", micro_batch=tiny.BATCH)
     job = replace(job, backbone=job.backbone.model_copy(update={"name": "tests.stages.test_adapt_job:broken"}))
-    rows = [job.training.order(0).batch_share(0, tiny.BATCH, rank, 2)[1] for rank in range(2)]
+    rows = [job.training.order(0).batch(0, tiny.BATCH, rank, 2)[1] for rank in range(2)]
     named = ", ".join(f"{row} ({job.training.images.where(row)})" for row in sorted(rows))
     losses = ", ".join(f"loss k={k} is nan" for k in KS)
     expected = f"k=3+k=4+k=5: {losses} at step 0; nothing was updated; images of that step: {named}"
