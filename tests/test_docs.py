@@ -90,6 +90,17 @@ def test_every_identifier_that_a_document_names_occurs_in_the_code(document: str
     assert sorted(own - WORDS_OF_CODE - OF_OTHERS) == []
 
 
+def test_every_option_of_a_measurement_exists() -> None:
+    sources = [
+        path for folder in ("benchmarks", "launch", "grappa_dist/make_shards") for path in (ROOT / folder).glob("*.py")
+    ]
+    known = {word for path in sources for word in re.findall(r"\w+", path.read_text())}
+    commands = re.findall(r"launch/bench\.py[^`#]+", DOCS["docs/experiments.md"] + DOCS["docs/scale.md"])
+    options = {option for command in commands for option in re.findall(r"--([a-z][a-z-]+)", command)}
+    assert len(options) > 10
+    assert {option for option in options if option.replace("-", "_") not in known} == set()
+
+
 def anchors(text: str) -> set[str]:
     """The anchors of a page's headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
