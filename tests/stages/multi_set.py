@@ -1,4 +1,4 @@
-"""Jobs of three adaptor sets in the tiny world, trained in every way that must not matter."""
+"""Jobs of three adaptor sets in the tiny world, trained in all ways that must give the same sets."""
 
 from __future__ import annotations
 

@@ -233,7 +233,7 @@ def test_training_moves_the_adaptors_alone(world: World) -> None:
     assert any("patch_embed" in name for name in left)
 
 
-def test_sampled_classes_make_another_set_and_all_classes_go_without_saying(world: World) -> None:
+def test_sampled_classes_make_another_set_and_all_classes_are_left_out_of_the_fingerprint(world: World) -> None:
     folder, _ = world
     jobs = (job_in(folder, "names"), job_in(folder, "names", sampled_classes=0.5))
     plain, sampled = (job.sets[0].artifact for job in jobs)

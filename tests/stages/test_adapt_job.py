@@ -26,7 +26,7 @@ from tests.stages import tiny
 from tests.stages.multi_set import KS, SCANT, close, job_in, run, weights
 
 
-def test_the_log_says_how_many_images_at_a_time_and_why(trained: Path) -> None:
+def test_the_log_has_the_batch_size_and_the_reason_for_it(trained: Path) -> None:
     (one,) = job_in(trained, "auto", (3,)).sets
     (begins,) = [event for event in read_events(one.artifact.path / "metrics.jsonl") if event["name"] == "begins"]
     assert begins["micro_batch"] == "3"
@@ -35,7 +35,7 @@ def test_the_log_says_how_many_images_at_a_time_and_why(trained: Path) -> None:
     assert not (one.artifact.path / "checkpoints").exists()
 
 
-def test_a_compiled_job_says_so_and_one_without_a_gpu_says_why_not(trained: Path) -> None:
+def test_a_compiled_job_logs_it_and_one_without_a_gpu_logs_why_not(trained: Path) -> None:
     (one,) = job_in(trained, "compiled", (3,)).sets
     begins = next(event for event in read_events(one.artifact.path / "metrics.jsonl") if event["name"] == "begins")
     assert begins["compile"] == "compiled; 4 images take 1000.0 ms compiled, 2000.0 ms plain"

@@ -1,4 +1,4 @@
-"""What training against classifiers may rely on: where a loss is finite, so is all that its classes learn from it."""
+"""Where the loss of training against classifiers is finite, so is all that its classes learn from it."""
 
 from __future__ import annotations
 

@@ -146,7 +146,7 @@ def test_only_queries_and_keys_learn_and_they_learn_in_every_layer(world: Path) 
     assert all(not torch.equal(tensor, start[name]) for name, tensor in found.items())
 
 
-def test_it_learns_and_says_how_its_attention_moves(world: Path) -> None:
+def test_it_learns_and_logs_how_its_attention_moves(world: Path) -> None:
     steps = tiny.steps_of(weights(world, "1").parent)
     assert sum(s["loss"] for s in steps[-3:]) < sum(s["loss"] for s in steps[:3])
     for step in steps:

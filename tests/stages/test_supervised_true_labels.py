@@ -90,7 +90,7 @@ def test_labels_are_read_once(world: World) -> None:
     assert world.here.asked == before == ["read_ground_truth", "write_true_labels"]
 
 
-def test_how_many_take_no_part_is_said_with_the_first_of_them(
+def test_how_many_take_no_part_is_logged_with_the_first_of_them(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     World(tmp_path, some).read()

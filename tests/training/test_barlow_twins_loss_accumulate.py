@@ -110,7 +110,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(sizes: tuple[int, ..
             assert found["parts"] == -(-2 * sizes[rank] // micro_batch)
 
 
-def test_the_noise_floor_is_far_below_what_another_loss_would_change() -> None:
+def test_rounding_noise_is_far_below_what_another_loss_would_change() -> None:
     whole, module = expected()["grads"], Fused()
     for first, second in zip(*(view.split(4) for view in views()), strict=True):  # summing losses of micro-batches
         (module.loss(module(first), module(second)) * (len(first) / PAIRS)).backward()

@@ -14,7 +14,7 @@ from grappa_dist.training.barlow_twins_loss import (
 
 @pytest.mark.parametrize("dim", [1, 5, 8, 300])
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
-def test_shares_of_blocks_add_up_to_the_loss_and_each_becomes_its_gradient(dim: int, size: int) -> None:
+def test_parts_of_blocks_add_up_to_the_loss_and_each_block_becomes_its_gradient(dim: int, size: int) -> None:
     beta, c = 0.3, torch.randn(dim, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(dim))
     c.requires_grad_()
     eye = torch.eye(dim, dtype=torch.float64)

@@ -21,7 +21,7 @@ STEPS = torch.arange(23, dtype=torch.int32)
 
 @dataclass(frozen=True)
 class Played(Comm):
-    """One of several ranks, played by threads: they gather and meet as processes do."""
+    """One of several ranks, as a thread: they gather and meet at barriers as processes do."""
 
     meeting: threading.Barrier = field(default_factory=lambda: threading.Barrier(1))
     given: dict[int, Tensor] = field(default_factory=dict)
@@ -136,7 +136,9 @@ def test_a_checkpoint_is_on_disk_before_it_has_its_name(tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize(("setting", "device"), [("capturable", "meta"), ("fused", "meta"), (None, "cpu")])
-def test_numbers_of_an_optimizer_go_where_it_wants_them(tmp_path: Path, setting: str | None, device: str) -> None:
+def test_numbers_of_an_optimizer_are_loaded_onto_the_device_that_it_needs(
+    tmp_path: Path, setting: str | None, device: str
+) -> None:
     module = nn.Linear(2, 1)
     optimizer = torch.optim.Adam(module.parameters())
     module(torch.ones(1, 2)).sum().backward()

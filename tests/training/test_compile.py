@@ -68,7 +68,7 @@ def test_what_is_not_faster_is_not_used() -> None:
     assert is_compiled(packed) == {False}
 
 
-def test_a_compiler_that_fails_is_not_used_and_its_error_is_told() -> None:
+def test_a_compiler_that_fails_is_not_used_and_its_error_is_reported() -> None:
     def failing(graph: Any, inputs: Any) -> Any:
         raise OSError("no compiler\nfor this GPU")
 

@@ -72,7 +72,7 @@ def test_what_does_not_fit_is_halved_until_it_does() -> None:
         assert tried == expected
 
 
-def test_where_not_one_image_fits_the_error_says_what_to_change() -> None:
+def test_where_not_one_image_fits_the_error_names_what_to_change() -> None:
     with pytest.raises(ValueError, match=r"not one image fits .* lower adapt\.sets_per_job.*allocate 2 GiB") as caught:
         limited(0, [])
     assert "\n" not in str(caught.value)

@@ -39,7 +39,7 @@ def test_decay_is_added_to_the_gradient() -> None:
     assert float(weight.detach()) == pytest.approx(3.5, abs=1e-4)
 
 
-def test_adaptors_and_classes_have_the_betas_and_the_eps_that_the_settings_tell() -> None:
+def test_adaptors_and_classes_have_the_betas_and_the_eps_that_the_docs_state() -> None:
     of_adaptors = adam([nn.Parameter(torch.ones(1))], 0.1).defaults
     assert (*of_adaptors["betas"], of_adaptors["eps"]) == (BETA1, BETA2, EPS) == (0.9, 0.999, 1e-8)
     settings = (Path(__file__).parents[2] / "docs" / "settings.md").read_text()

@@ -14,7 +14,7 @@ NAMES = ("tensorboard", "wandb", "mlflow")
 
 
 class Recorder:
-    """Stands for any of the packages: notes what is called on it, and gives itself back."""
+    """Stands for any of the packages: records the calls on it, and returns itself."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
@@ -86,9 +86,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Server:
 
 
 @pytest.mark.parametrize(("name", "logged"), [("tensorboard", "add_scalar"), ("wandb", "log")])
-def test_a_tracker_hears_of_every_step_and_is_closed(
-    recorder: Recorder, tmp_path: Path, name: str, logged: str
-) -> None:
+def test_a_tracker_logs_every_step_and_is_closed(recorder: Recorder, tmp_path: Path, name: str, logged: str) -> None:
     (tracker,) = trackers_of([name], tmp_path / "mine", "k=4+k=5")
     assert recorder.calls == []  # it opens when it first logs a step: a server that does not answer ends nothing
     tracker.log(7, {"loss k=4": 0.5})
@@ -101,7 +99,7 @@ def test_a_tracker_hears_of_every_step_and_is_closed(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_one_that_never_heard_of_a_step_has_nothing_to_close(
+def test_a_tracker_without_a_step_has_nothing_to_close(
     recorder: Recorder, server: Server, tmp_path: Path, name: str
 ) -> None:
     trackers_of([name], tmp_path, "k=4")[0].close()
@@ -145,7 +143,7 @@ def test_tensorboard_reads_back_every_step_once_after_a_resume(tmp_path: Path) -
     assert {event.value for event in read.Scalars("lr")} == {0.5}
 
 
-def test_a_resumed_job_replaces_what_it_says_again(recorder: Recorder, tmp_path: Path) -> None:
+def test_a_resumed_job_replaces_what_it_logs_again(recorder: Recorder, tmp_path: Path) -> None:
     (tracker,) = trackers_of(["tensorboard"], tmp_path, "k=4")
     tracker.log(5, {"loss": 1.0})
     (call,) = recorder.named("SummaryWriter")
