@@ -50,9 +50,10 @@ from benchmarks.harness import (
     turns,
     watched_memory,
 )
+from grappa_dist.config import ClusteringConfig
 from grappa_dist.distributed.collectives import Comm
 from grappa_dist.distributed.sharded_rows import Rows, join_rows
-from grappa_dist.kmeans.lloyd import KMeans, sharded_kmeans
+from grappa_dist.kmeans.lloyd import KMeansTask, sharded_kmeans
 from grappa_dist.kmeans.seeding import oversampled_centroids, seed_centroids
 
 OURS = "ours"
@@ -243,8 +244,9 @@ def _run_side(name: str, rows: np.ndarray, initial: np.ndarray, counts: tuple[in
     """One run; `counts` = (iterations, seed, rows of a shard)."""
     iterations, seed, shard_rows = counts
     if name == OURS:
-        shards, how = in_shards(rows, shard_rows), KMeans(iterations=iterations, initial=initial)
-        ours, timing = timed(lambda: sharded_kmeans(Comm(), shards, len(initial), how))
+        config = ClusteringConfig(iterations=max(1, iterations))  # without any update, ours stops by itself
+        shards, task = in_shards(rows, shard_rows), KMeansTask(config, initial=initial)
+        ours, timing = timed(lambda: sharded_kmeans(Comm(), shards, len(initial), task))
         objective = squared_error(rows, ours.centroids, np.concatenate(ours.labels))
         shares = ours.exact_share, ours.searched_share
         return Side(name, timing, len(ours.inertia) - 1, objective, ours.inertia[0], *shares)
@@ -296,7 +298,7 @@ def _time_kmeans(comm: Comm, file: Path, starts: np.ndarray, iterations: int) ->
     own = mapped[comm.rank * len(mapped) // comm.size : (comm.rank + 1) * len(mapped) // comm.size]
     float(own.sum())  # reads every page, so that no side waits for the disk
     _warm_up_worker(comm, own)
-    rows, how = _all_good([own]), KMeans(iterations=iterations, initial=initial)
+    rows, how = _all_good([own]), KMeansTask(ClusteringConfig(iterations=iterations), initial=initial)
     comm.barrier()
     return timed(lambda: sharded_kmeans(comm, rows, len(initial), how))[1]
 
@@ -314,13 +316,13 @@ def _growth(comm: Comm, file: Path, num_labels: int, times: int) -> int:
     rows = _all_good([mapped] * times)  # the same file several times: its pages are not counted anyway
     before = anonymous_bytes()
     with watched_memory() as peak:
-        sharded_kmeans(comm, rows, num_labels, KMeans(iterations=_MEMORY_ITERATIONS))
+        sharded_kmeans(comm, rows, num_labels, KMeansTask(ClusteringConfig(iterations=_MEMORY_ITERATIONS)))
     return peak[0] - before
 
 
 def _warm_up_worker(comm: Comm, rows: np.ndarray) -> None:
     """Loads libraries."""
-    sharded_kmeans(comm, _all_good([rows[:_WORKER_WARM_UP_ROWS]]), 2, KMeans(iterations=1))
+    sharded_kmeans(comm, _all_good([rows[:_WORKER_WARM_UP_ROWS]]), 2, KMeansTask(ClusteringConfig(iterations=1)))
 
 
 def _all_good(shards: list[np.ndarray]) -> Rows:

@@ -19,9 +19,10 @@ from benchmarks.harness import (
     machine,
     timed,
 )
+from grappa_dist.config import ClusteringConfig
 from grappa_dist.distributed.collectives import Comm
 from grappa_dist.distributed.sharded_rows import ShardedRows, join_rows
-from grappa_dist.kmeans.methods import AssignmentKind, Choice, Clustering, Method, Name, Wanted, cluster
+from grappa_dist.kmeans.methods import AssignmentKind, Choice, Clustering, ClusteringTask, Name, cluster
 
 METHODS: tuple[tuple[Name, AssignmentKind], ...] = (
     ("exact", "exact"),
@@ -79,25 +80,25 @@ def measure_methods(settings: MethodsSettings, log: Log) -> list[MethodFindings]
         for probes in settings.probes if inverted_lists else settings.probes[:1]:
             title = f"{name}, {assignment} labels" + (f", {probes} probes" if inverted_lists else "")
             log(title)
-            found.append(_run(sharded, settings, title, _method(settings, Choice(name, assignment, ""), probes)))
+            found.append(_run(sharded, title, _task(settings, Choice(name, assignment, ""), probes)))
     title = f"exact, balance {settings.balance:g}"
     log(title)
-    balanced = _method(settings, Choice("exact", "exact", ""), 1, settings.balance)
-    return [*found, _run(sharded, settings, title, balanced)]
+    balanced = _task(settings, Choice("exact", "exact", ""), 1, settings.balance)
+    return [*found, _run(sharded, title, balanced)]
 
 
-def _method(settings: MethodsSettings, choice: Choice, probes: int, balance: float | None = None) -> Method:
-    return Method(
-        choice=choice,
+def _task(settings: MethodsSettings, choice: Choice, probes: int, balance: float | None = None) -> ClusteringTask:
+    config = ClusteringConfig(
         iterations=settings.iterations,
         sample_rows_per_cluster=settings.sample_rows_per_cluster,
         probes=probes,
         balance=balance,
     )
+    return ClusteringTask(settings.num_labels, config, choice)
 
 
-def _run(sharded: ShardedRows, settings: MethodsSettings, title: str, method: Method) -> MethodFindings:
-    return MethodFindings(title, *timed(lambda: cluster(sharded, Wanted(settings.num_labels, method))))
+def _run(sharded: ShardedRows, title: str, task: ClusteringTask) -> MethodFindings:
+    return MethodFindings(title, *timed(lambda: cluster(sharded, task)))
 
 
 def as_json(header: dict[str, str], settings: MethodsSettings, found: Sequence[MethodFindings]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The labels of this rank's rows with their distances to the centroids, and the passes over the rows that set them.
+"""Labels of this rank's rows with their distances to the centroids, and the passes over the rows that assign them.
 
 Shapes: n rows of this rank, P of one block, K centroids, D dimensions.
 """
@@ -19,14 +19,14 @@ from grappa_dist.search.candidates import Centroids
 from grappa_dist.search.fixed_point import exact_square
 from grappa_dist.search.rerank import Assignment, assign
 
-_LIMB = 24  # bits of a squared distance that are summed apart, so that 2**36 rows fit
+_LIMB = 24  # low bits of a squared distance, summed separately from the rest, so that 2**36 rows fit
 
 Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
 class RowLabels:
-    """Of all rows of this rank, by position; in scratch, outside of the process's own memory."""
+    """Labels of all rows of this rank, by position; in scratch files instead of process memory."""
 
     labels: Tensor  # (n,) int32, -1 for bad rows and before the first pass
     squares: Tensor  # (n,) int64, exact squared distance to the centroid of the label, in units of 2**-48
@@ -64,7 +64,7 @@ class RowLabels:
 
 @dataclass(frozen=True)
 class AssignedRows:
-    """Some rows, and the nearest centroids that a search found for them."""
+    """Some rows with the nearest centroids that a search found for them."""
 
     positions: Tensor  # (P,) in host memory
     x: Tensor  # (P, D) grid rows
@@ -74,65 +74,65 @@ class AssignedRows:
 
 @dataclass
 class LabelPasses:
-    """A clustering between its passes over the rows, by any search: labels, and what the rows of a label add up to.
+    """A clustering between its passes over the rows, by any search: labels, and the sums of the rows of each label.
 
-    The sums are not made anew in each pass: rows that change their label are taken from one sum and added to another.
+    The sums are not computed anew in each pass: rows that change their label move from one sum to another.
     """
 
     sharded: ShardedRows
     rows: RowLabels
     stats: Stats  # of all ranks
-    undecided: int = 0  # of this rank in the last pass, as is `searched`
-    searched: int = 0
+    undecided: int = 0  # rows of this rank that floats left undecided in the last pass
+    searched: int = 0  # distances computed on this rank in the last pass
 
     @staticmethod
     def over(sharded: ShardedRows, num_labels: int) -> LabelPasses:
         return LabelPasses(sharded, RowLabels.of(sharded), Stats.zeros(num_labels, sharded.dim, sharded.device))
 
-    def advance(self, work: Callable[[Item], AssignedRows], items: Iterable[Item]) -> None:
-        """Labels, distances and stats by what `work` finds for each item."""
+    def advance(self, search: Callable[[Item], AssignedRows], items: Iterable[Item]) -> None:
+        """One pass: labels, distances and stats from the result of `search` for each item."""
         change = Stats.zeros(len(self.stats.counts), self.sharded.dim, self.sharded.device)
         self.undecided = self.searched = 0
-        for settled in self.sharded.each(work, items):
-            _add_moves(change, self.rows, settled)
-            _keep(self.rows, settled)
-            self.undecided += settled.found.undecided
-            self.searched += settled.searched
+        for assigned in self.sharded.each(search, items):
+            _add_reassignments(change, self.rows, assigned)
+            _store(self.rows, assigned)
+            self.undecided += assigned.found.undecided
+            self.searched += assigned.searched
         self.stats.add_changes_(change, self.sharded.total)
 
 
 def assign_rows(
-    sharded: ShardedRows, work: Callable[[Item], AssignedRows], items: Iterable[Item]
+    sharded: ShardedRows, search: Callable[[Item], AssignedRows], items: Iterable[Item]
 ) -> tuple[RowLabels, Tensor]:
-    """Labels as `work` finds them, in one pass that adds nothing up; and of all ranks, (2,), how many rows floats left
-    undecided and how many distances were computed."""
-    rows, told = RowLabels.of(sharded), torch.zeros(2, dtype=torch.int64)
-    for settled in sharded.each(work, items):
-        _keep(rows, settled)
-        told += torch.tensor([settled.found.undecided, settled.searched])
-    return rows, sharded.total(told)
+    """Labels by `search`, in one pass without sums; and over all ranks, (2,), how many rows floats left undecided and
+    how many distances were computed."""
+    rows, counts = RowLabels.of(sharded), torch.zeros(2, dtype=torch.int64)
+    for assigned in sharded.each(search, items):
+        _store(rows, assigned)
+        counts += torch.tensor([assigned.found.undecided, assigned.searched])
+    return rows, sharded.total(counts)
 
 
-def exactly(sharded: ShardedRows, centroids: Tensor) -> Callable[[tuple[Tensor, Tensor]], AssignedRows]:
-    """The search for the nearest centroid of each row of a share's block."""
+def exact_search(sharded: ShardedRows, centroids: Tensor) -> Callable[[tuple[Tensor, Tensor]], AssignedRows]:
+    """The search for the nearest centroid of each row of a block."""
     prepared = Centroids.of(centroids, sharded.generator)
 
-    def work(block: tuple[Tensor, Tensor]) -> AssignedRows:
+    def search(block: tuple[Tensor, Tensor]) -> AssignedRows:
         positions, x = block
         return AssignedRows(positions, x, assign(x, prepared), len(x) * len(centroids))
 
-    return work
+    return search
 
 
-def _keep(rows: RowLabels, settled: AssignedRows) -> None:
-    rows.labels[settled.positions] = settled.found.labels.int().cpu()
-    rows.squares[settled.positions] = settled.found.squares.cpu()
+def _store(rows: RowLabels, assigned: AssignedRows) -> None:
+    rows.labels[assigned.positions] = assigned.found.labels.int().cpu()
+    rows.squares[assigned.positions] = assigned.found.squares.cpu()
 
 
-def _add_moves(change: Stats, rows: RowLabels, settled: AssignedRows) -> None:
-    after, before = settled.found.labels, rows.labels[settled.positions].long().to(settled.x.device)
-    moved = (before != after).nonzero()[:, 0]
-    if len(moved):
-        first_time = bool((before[moved] < 0).any())  # then it is that of all rows of the block
-        x = settled.x[moved]
-        change.add_(x, exact_square(x), after[moved], None if first_time else before[moved])
+def _add_reassignments(change: Stats, rows: RowLabels, assigned: AssignedRows) -> None:
+    after, before = assigned.found.labels, rows.labels[assigned.positions].long().to(assigned.x.device)
+    reassigned = (before != after).nonzero()[:, 0]
+    if len(reassigned):
+        first_pass = bool((before[reassigned] < 0).any())  # then it is the first one of all rows of the block
+        x = assigned.x[reassigned]
+        change.add_(x, exact_square(x), after[reassigned], None if first_pass else before[reassigned])

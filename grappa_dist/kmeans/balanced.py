@@ -1,4 +1,4 @@
-"""Labels under a bound on the size of a cluster: the nearest rows keep theirs, the others go where there is room.
+"""Labels under a bound on cluster sizes: a cluster keeps its nearest rows, the others go to clusters with capacity.
 
 Every step is a function of all rows: exact distances, ties by row and by label. So the labels are the same bits on any
 number of ranks. No row travels.
@@ -22,32 +22,32 @@ from grappa_dist.kmeans.ivf import nearest_exactly
 from grappa_dist.kmeans.sampling import distributed_topk
 from grappa_dist.search.candidates import Centroids
 
-CHOICES = 16  # clusters with room that are looked up per row at a time
+CHOICES = 16  # nearest clusters with capacity that are found per row at a time
 _SQUARE_BITS = 51
-_FREE = -2  # of a row without a cluster; -1 is a bad row
+_FREE = -2  # label of a row without a cluster; -1 is a bad row
 
 
 def largest_size(num_rows: int, num_labels: int, balance: float) -> int:
     """Rows that a cluster may have: `balance` times the mean size, rounded up."""
-    return ceil(Fraction(str(balance)) * num_rows / num_labels)  # as it was written, 1.1 and not 1.1000000000000001
+    return ceil(Fraction(str(balance)) * num_rows / num_labels)  # of the decimal, 1.1 and not 1.1000000000000001
 
 
 @dataclass(frozen=True)
 class Balanced:
-    """What the bound took."""
+    """How labels were changed by the bound."""
 
     largest: int  # rows that a cluster may have
-    moved: int  # rows of all ranks that are not with their first cluster
+    moved: int  # rows of all ranks that are not in their nearest cluster
     rounds: int
 
 
 def balance_labels(sharded: ShardedRows, rows: RowLabels, centroids: Tensor, largest: int) -> Balanced:
     """Changes labels, in place, until no cluster has more than `largest` rows.
 
-    A cluster that has more keeps its nearest ones. The others apply to the nearest cluster that has room, which takes
-    the nearest of them as far as it goes; then those left apply to the next, until all have a place.
+    A larger cluster keeps its nearest rows. The others apply to the nearest cluster with capacity, which takes the
+    nearest of them up to its capacity; then the remaining ones apply to the next, until every row has a cluster.
     """
-    assert largest * len(centroids) >= sharded.num_good, "there must be room for all"
+    assert largest * len(centroids) >= sharded.num_good, "there must be capacity for all"
     counts = rows.counts(sharded, len(centroids))
     moved = int((counts - largest).clamp(min=0).sum())
     if not moved:
@@ -55,84 +55,85 @@ def balance_labels(sharded: ShardedRows, rows: RowLabels, centroids: Tensor, lar
     _trim(sharded, rows, counts, largest)
     left, rounds = moved, 0
     while left:
-        room = largest - rows.counts(sharded, len(centroids))
-        left = _Round.of(sharded, rows, centroids, room).place_all(left)
+        capacity = largest - rows.counts(sharded, len(centroids))
+        left = _Round.of(sharded, rows, centroids, capacity).place_all(left)
         rounds += 1
     return Balanced(largest, moved, rounds)
 
 
 def _trim(sharded: ShardedRows, rows: RowLabels, counts: Tensor, largest: int) -> None:
-    """Frees the rows that an overfull cluster cannot keep."""
+    """Frees the rows that a cluster above the bound cannot keep."""
     over = counts > largest
     groups = scratch((len(rows.labels),), torch.int32)
     for some in _slices(len(groups)):
         labels = rows.labels[some]
         groups[some] = torch.where((labels >= 0) & over[labels.clamp(min=0).long()], labels, -1)
-    cut = distributed_topk(sharded, groups, rows.squares, torch.where(over, largest, 0), bits=_SQUARE_BITS)
+    selection = distributed_topk(sharded, groups, rows.squares, torch.where(over, largest, 0), bits=_SQUARE_BITS)
     for some in _slices(len(groups)):
-        kept = cut.takes(groups[some], rows.squares[some], torch.arange(some.start, some.stop) + sharded.first)
+        kept = selection.takes(groups[some], rows.squares[some], torch.arange(some.start, some.stop) + sharded.first)
         rows.labels[some] = torch.where((groups[some] >= 0) & ~kept, _FREE, rows.labels[some])
 
 
 @dataclass(frozen=True)
 class _Round:
-    """The free rows of this rank, and the nearest clusters that had room when it began."""
+    """The free rows of this rank, and their nearest clusters with capacity at the start of the round."""
 
     sharded: ShardedRows
     rows: RowLabels
-    room: Tensor  # (K,) int64
+    capacity: Tensor  # (K,) int64
     positions: Tensor  # (m,) int64
     labels: Tensor  # (m, t) int32, nearest first
     squares: Tensor  # (m, t) int64
-    asked: Tensor  # (n,) int32, the cluster that a row applies to, or -1
+    applied: Tensor  # (n,) int32, the cluster that a row applies to, or -1
     keys: Tensor  # (n,) int64, its squared distance
 
     @staticmethod
-    def of(sharded: ShardedRows, rows: RowLabels, centroids: Tensor, room: Tensor) -> _Round:
-        vacant = (room > 0).nonzero()[:, 0]
+    def of(sharded: ShardedRows, rows: RowLabels, centroids: Tensor, capacity: Tensor) -> _Round:
+        vacant = (capacity > 0).nonzero()[:, 0]
         positions = _free(rows)
         num, t = len(positions), min(CHOICES, len(vacant))
         labels, squares = scratch((num, t), torch.int32), scratch((num, t), torch.int64)
-        known = Centroids.of(centroids[vacant.to(centroids.device)])
+        prepared = Centroids.of(centroids[vacant.to(centroids.device)])
 
         def work(first: int) -> tuple[slice, Tensor, Tensor]:
             some = slice(first, min(num, first + sharded.block_rows))
-            near, far = nearest_exactly(sharded.read(positions[some]), known, t)
+            near, far = nearest_exactly(sharded.read(positions[some]), prepared, t)
             return some, vacant[near.cpu()].int(), far.cpu()
 
         for some, near, far in sharded.each(work, range(0, num, sharded.block_rows)):
             labels[some], squares[some] = near, far
         all_rows = (len(rows.labels),)
-        asked, keys = scratch(all_rows, torch.int32).fill_(-1), scratch(all_rows, torch.int64)
-        return _Round(sharded, rows, room.clone(), positions, labels, squares, asked, keys)
+        applied, keys = scratch(all_rows, torch.int32).fill_(-1), scratch(all_rows, torch.int64)
+        return _Round(sharded, rows, capacity.clone(), positions, labels, squares, applied, keys)
 
     def place_all(self, left: int) -> int:
-        """Applications until every free row has a place or has asked all of its choices; the free rows of all ranks."""
-        for _ in range(self.labels.shape[1]):  # a cluster that turned rows away is full, so each asks every choice
+        """Applications until each free row has a cluster or all of its choices are full; the free rows left on all ranks."""
+        for _ in range(self.labels.shape[1]):  # a cluster that refused rows is full, so every choice is tried
             if not left:
                 break
             left -= self._apply()
         return left
 
     def _apply(self) -> int:
-        """Every free row asks the nearest of its choices that has room; how many rows of all ranks were taken."""
+        """Every free row applies to the nearest of its choices with capacity; how many rows of all ranks were taken."""
         for some in _slices(len(self.positions)):
             positions = self.positions[some]
-            vacant = self.room[self.labels[some].long()] > 0
+            vacant = self.capacity[self.labels[some].long()] > 0
             choice = vacant.int().argmax(1, keepdim=True)  # the first of the largest
-            asks = vacant.any(1) & (self.rows.labels[positions] == _FREE)
-            self.asked[positions] = torch.where(asks, self.labels[some].gather(1, choice)[:, 0], -1)
+            applies = vacant.any(1) & (self.rows.labels[positions] == _FREE)
+            self.applied[positions] = torch.where(applies, self.labels[some].gather(1, choice)[:, 0], -1)
             self.keys[positions] = self.squares[some].gather(1, choice)[:, 0]
-        cut = distributed_topk(self.sharded, self.asked, self.keys, self.room, bits=_SQUARE_BITS)
-        taken = torch.zeros_like(self.room)
+        selection = distributed_topk(self.sharded, self.applied, self.keys, self.capacity, bits=_SQUARE_BITS)
+        taken = torch.zeros_like(self.capacity)
         for some in _slices(len(self.positions)):
             positions = self.positions[some]
-            asked, keys = self.asked[positions], self.keys[positions]
-            won = cut.takes(asked, keys, positions + self.sharded.first)
-            self.rows.labels[positions[won]], self.rows.squares[positions[won]] = asked[won], keys[won]
-            taken += torch.bincount(asked[won].long(), minlength=len(taken))
+            applied, keys = self.applied[positions], self.keys[positions]
+            accepted = selection.takes(applied, keys, positions + self.sharded.first)
+            self.rows.labels[positions[accepted]] = applied[accepted]
+            self.rows.squares[positions[accepted]] = keys[accepted]
+            taken += torch.bincount(applied[accepted].long(), minlength=len(taken))
         taken = self.sharded.total(taken)
-        self.room.sub_(taken)
+        self.capacity.sub_(taken)
         return int(taken.sum())
 
 

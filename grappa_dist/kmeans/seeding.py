@@ -1,24 +1,18 @@
-"""k-means++ over the rows of all ranks, in rounds: the same centroids on any number of ranks.
+"""First centroids over the rows of all ranks, by k-means++ or k-means||: the same on any number of ranks.
 
-Shapes: K centroids, D dimensions, k of them found so far, m candidates of one round.
+k-means++ (Arthur and Vassilvitskii, 2007) draws each centroid in proportion to the squared distance (D^2) from those
+before it. Here it draws in rounds: many candidates at once, which are thinned out so that their law is that of one draw
+at a time (`accept`), so that rows are read once a round instead of K times.
 
-k-means|| over the rows of all ranks (Bahmani et al., Scalable K-Means++, 2012): a few readings, whatever K is.
+k-means|| (Bahmani et al., Scalable K-Means++, 2012) needs a few passes over the rows for any K. Rounds draw many rows
+by their D^2 weights, in all more rows than centroids. Each counts as often as it is a row's nearest, and k-means++
+picks the centroids among them. The paper draws each row independently, so that a round has about l rows; here it has
+exactly l: those with the shortest exponential waiting times with D^2 as the rate (`kmeans.sampling.race_keys`).
 
-Rounds draw many rows at once by their squared distances from those drawn before, more rows in all than there are
-centroids to be. Each counts as often as it is a row's nearest, and k-means++ picks the centroids among them.
+What is drawn and which draws are kept are functions of integers only.
 
-The paper draws each row by itself, so that a round has about l rows. Here a round has l rows exactly: those that come
-first when each waits for an exponential time with its squared distance as the rate (`ops.hashing.race_keys`).
-
-Shapes: n rows of this rank, K centroids, M candidates of all ranks, D dimensions.
-
-Squared distances of all ranks' rows from the nearest centroid so far, by which first centroids are drawn.
-
-Shapes: n rows of this rank, P of one block, D dimensions, m rows that are looked for.
-
-k-means++ by rounds: what is drawn, and which draws are kept, as functions of integers alone.
-
-Shapes: m candidate rows of one round.
+Shapes: n rows of this rank, P of one block, K centroids, k of them found so far, M candidates of all ranks, m
+candidates of one round or rows to be read, D dimensions.
 """
 
 from __future__ import annotations
@@ -40,16 +34,340 @@ from grappa_dist.search.rerank import FAR, Assignment, assign
 
 Init = Literal["k-means++", "k-means||"]
 
-
-_TABLE = 2048  # candidates of which distances to each other are a square table
-_SHARE = 64  # a round adds at most this share of the centroids, where that is more than a table of candidates
+_TABLE = 2048  # candidates whose distances to each other are one square table
+_SHARE = 64  # a round has at most 1 / 64 of the centroids as candidates, where that is more than one table
 LARGER_ROUNDS_ABOVE = _TABLE * _SHARE  # centroids
 OVERSAMPLING_ROUNDS = 5  # of k-means||, after its first row
 _SHIFT = 21  # from units of 2**-48 to units of 2**-27
+_AT_ONCE = 2**14  # centroids that a block of rows is compared with, so that their table of distances stays small
+_READ = 256  # rows that are read individually between two checks for a requested stop
+
+
+@dataclass(frozen=True, eq=False)
+class SeedingCandidates:
+    """Rows of all ranks from which k-means|| picks the centroids."""
+
+    places: Tensor  # (M,) int64 among all rows, ascending
+    times: Tensor  # (M,) int64, how many rows each of them is the nearest to
+
+
+@dataclass(frozen=True, eq=False)
+class SeedingState:
+    """The state of an initialisation after a round; everything else follows from the rows, so it can be resumed."""
+
+    places: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))  # (k,) among all rows, by round
+    drawn: int = 0  # rows so far, including those that were dropped
+    candidates: SeedingCandidates | None = None  # from which places are drawn, if not from all rows
+
+
+OnRound = Callable[[SeedingState, int], None]
+"""Called after each round with the state, and with how many rows the present part of the initialisation draws."""
+
+
+def ignore_round(seeded: SeedingState, wanted: int) -> None:
+    """The default of `on_round`."""
+
+
+def seed_centroids(
+    sharded: ShardedRows,
+    num_labels: int,
+    seed: int,
+    *,
+    resume: SeedingState | None = None,
+    on_round: OnRound = ignore_round,
+) -> Tensor:
+    """k-means++ centroids, (K, D), by `draw_centroids`; rows that were not drawn, the lowest first, fill up.
+
+    Args:
+        resume: what `on_round` was told last, of the same rows, K and seed.
+
+    Raises:
+        ValueError: the places in `resume` are not of good rows.
+        Stopped: on all ranks, when any was asked to stop.
+    """
+    seeded, rows = draw_centroids(D2Weights.of(sharded), num_labels, seed, resume or SeedingState(), on_round)
+    missing = num_labels - len(rows)
+    return torch.cat([rows, rows_at(sharded, _lowest_left(sharded, seeded, missing))]) if missing else rows
+
+
+def draw_centroids(
+    weights: D2Weights, num_labels: int, seed: int, resume: SeedingState, on_round: OnRound = ignore_round
+) -> tuple[SeedingState, Tensor]:
+    """k-means++: each centroid is a row drawn in proportion to its squared distance from those before it.
+
+    A round draws up to half as many candidates as there are centroids and thins them out so that their law is that of
+    one draw at a time (`accept`). So the rows are read by matrix products, once a round, instead of K times. Draws are
+    integers below an integer total, located in the order of all rows.
+
+    Returns:
+        The last state, and the centroids (k, D): K of them, or fewer when no row is left at a distance.
+    """
+    sharded, seeded = weights.sharded, resume
+    parts = [torch.zeros(0, sharded.dim, device=sharded.device)]
+    if len(resume.places):
+        check_places(weights, resume, num_labels)
+        parts = [rows_at(sharded, resume.places)]
+        weights.lower(parts)
+    while len(seeded.places) < num_labels and any(totals := weights.totals()):
+        seeded, rows = _round(weights, totals, seeded, num_labels=num_labels, seed=seed)
+        parts.append(rows)
+        on_round(seeded, num_labels)
+    return seeded, torch.cat(parts)
+
+
+def _round(
+    weights: D2Weights, totals: list[int], before: SeedingState, *, num_labels: int, seed: int
+) -> tuple[SeedingState, Tensor]:
+    """Draws candidates, thins them out and lowers the weights; the state after it, and the new centroids (k', D)."""
+    missing = num_labels - len(before.places)
+    numbers = range(before.drawn, before.drawn + candidates_per_round(len(before.places), missing))
+    targets = [draw(sum(totals), *RowDraw.CANDIDATE.key(seed, num_labels, j)) for j in numbers]
+    places, found = weights.located(targets, totals)
+    candidates = rows_at(weights.sharded, places)
+    tests = [
+        draw(weight, *RowDraw.CANDIDATE_TEST.key(seed, num_labels, j)) for j, weight in zip(numbers, found, strict=True)
+    ]
+    kept = accept(candidates, found, tests, missing)
+    weights.lower([candidates[kept]], len(before.places))
+    return SeedingState(torch.cat([before.places, places[kept]]), numbers.stop), candidates[kept]
+
+
+def check_places(weights: D2Weights, resume: SeedingState, at_most: int) -> None:
+    """Raises ValueError on all ranks unless the places are different good rows, not more than can have been drawn."""
+    sharded, places = weights.sharded, resume.places
+    own = places[on_this_rank(sharded, places)] - sharded.first
+    good, differ = int(sharded.total((weights.squares[own] > 0).sum()[None])), len(places.unique())
+    if not (good == differ == len(places) <= min(at_most, resume.drawn)):
+        raise ValueError(
+            f"resume has {len(places)} rows drawn from {resume.drawn} candidates, of which {differ} differ and "
+            f"{good} are good rows; expected as many good rows, all different, up to {at_most} of them"
+        )
+
+
+def _lowest_left(sharded: ShardedRows, seeded: SeedingState, num: int) -> Tensor:
+    """Places of the lowest good rows of all ranks that were not drawn, (num,)."""
+    own = seeded.places[on_this_rank(sharded, seeded.places)] - sharded.first
+    left = sharded.rows.num_good - len(own)
+    slot = sum(int(n) for n in sharded.gather(torch.tensor([left]))[: sharded.comm.rank])  # left on lower ranks
+    places = torch.zeros(num, dtype=torch.int64)
+    for positions in sharded.good_positions():
+        free = positions[~torch.isin(positions, own)][: max(0, num - slot)]
+        places[slot : slot + len(free)] = free + sharded.first
+        slot += len(free)
+        if slot >= num:
+            break
+    return sharded.total(places)
+
+
+def oversampled_centroids(
+    sharded: ShardedRows,
+    num_labels: int,
+    seed: int,
+    *,
+    resume: SeedingState | None = None,
+    on_round: OnRound = ignore_round,
+) -> Tensor:
+    """k-means|| centroids, (K, D), all of them rows.
+
+    Where fewer than K of the candidates differ, k-means++ goes on among all rows.
+
+    Args:
+        resume: what `on_round` was told last, of the same rows, K and seed.
+
+    Raises:
+        ValueError: the places in `resume` are not of good rows.
+        Stopped: on all ranks, when any was asked to stop.
+    """
+    picked = resume or SeedingState()
+    candidates = picked.candidates
+    if candidates is None:
+        candidates = _seed_candidates(sharded, num_labels, seed, picked, on_round)
+        picked = SeedingState(candidates=candidates)
+        on_round(picked, num_labels)
+    else:
+        _check_picked(sharded, candidates, picked)
+    seeded, centroids = _pick(sharded, candidates, num_labels, seed, picked, on_round)
+    return centroids if len(centroids) == num_labels else seed_centroids(sharded, num_labels, seed, resume=seeded)
+
+
+def _pick(
+    sharded: ShardedRows,
+    candidates: SeedingCandidates,
+    num_labels: int,
+    seed: int,
+    picked: SeedingState,
+    on_round: OnRound,
+) -> tuple[SeedingState, Tensor]:
+    """k-means++ among the candidates, weighted by `times`: the last state, and centroids (k, D)."""
+    here = on_this_rank(sharded, candidates.places)
+    own = candidates.places[here] - sharded.first
+    sample = copy_rows(sharded, own.split(sharded.block_rows) if len(own) else (), len(own))
+
+    def among_all(seeded: SeedingState) -> SeedingState:  # from places among the candidates
+        return SeedingState(candidates.places[seeded.places], seeded.drawn, candidates)
+
+    before = SeedingState(torch.searchsorted(candidates.places, picked.places), picked.drawn)
+    weights = D2Weights.of(sample, times=candidates.times[here])
+    seeded, centroids = draw_centroids(
+        weights, num_labels, seed, before, lambda now, wanted: on_round(among_all(now), wanted)
+    )
+    return among_all(seeded), centroids
+
+
+def _check_picked(sharded: ShardedRows, candidates: SeedingCandidates, picked: SeedingState) -> None:
+    """Raises ValueError on all ranks unless the candidates are different good rows, and include those picked."""
+    check_places(D2Weights.of(sharded), SeedingState(candidates.places, len(candidates.places)), sharded.num_good)
+    if not bool(torch.isin(picked.places, candidates.places).all()):
+        raise ValueError("resume has picked rows that are none of its candidates")
+
+
+def _seed_candidates(
+    sharded: ShardedRows, num_labels: int, seed: int, seeded: SeedingState, on_round: OnRound
+) -> SeedingCandidates:
+    at_once = rows_per_oversampling_round(num_labels)
+    wanted = 1 + OVERSAMPLING_ROUNDS * at_once
+    weights, found = D2Weights.of(sharded, nearest=True), seeded.places
+    if len(found):
+        check_places(weights, seeded, wanted)
+        rows = rows_at(sharded, found)
+        rounds = (rows[:1], *rows[1:].split(at_once))  # as they were drawn: of equal weights the first round counts
+        weights.lower([some for some in rounds if len(some)])
+    while len(found) < wanted and any(weights.totals()):
+        num = at_once if len(found) else 1
+        key = RowDraw.OVERSAMPLED.key(seed, num_labels, len(found))
+        new = _places(sharded, Draw.of(sharded, num, *key, weights=weights.squares))
+        weights.lower([rows_at(sharded, new)], len(found))
+        found = torch.cat([found, new])
+        on_round(SeedingState(found, len(found)), wanted)
+    order = found.argsort()
+    return SeedingCandidates(found[order], _times(weights, len(found))[order])
+
+
+def _places(sharded: ShardedRows, draw: Draw) -> Tensor:
+    """Places of the drawn rows of all ranks, ascending, (m,)."""
+    own = torch.cat([torch.zeros(0, dtype=torch.int64), *draw.positions()]) + sharded.first
+    sizes = torch.cat(sharded.gather(torch.tensor([len(own)])))
+    places, before = torch.zeros(int(sizes.sum()), dtype=torch.int64), int(sizes[: sharded.comm.rank].sum())
+    places[before : before + len(own)] = own
+    return sharded.total(places)
+
+
+def _times(weights: D2Weights, num: int) -> Tensor:
+    """How many rows of all ranks each of `num` candidates is the nearest to, (M,)."""
+    assert weights.nearest is not None
+    times = torch.zeros(num, dtype=torch.int64)
+    for positions in weights.sharded.good_positions():
+        times.index_add_(0, weights.nearest[positions], torch.ones_like(positions))
+    return weights.sharded.total(times)
+
+
+@dataclass(frozen=True)
+class D2Weights:
+    """D^2 weights of this rank's rows, lowered in place as centroids are found."""
+
+    sharded: ShardedRows
+    squares: Tensor  # (n,) int64, in units of 2**-27; 0 for bad rows
+    nearest: Tensor | None = None  # (n,) int32, the nearest centroid; of several with the same weight the first
+    times: Tensor | None = None  # (n,) int64, multiplicity of each row; by default 1
+
+    @staticmethod
+    def of(sharded: ShardedRows, *, nearest: bool = False, times: Tensor | None = None) -> D2Weights:
+        """Equal weights of all good rows: the first centroid may be any of them."""
+        num = (len(sharded.rows),)
+        labels = scratch(num, torch.int32).fill_(-1) if nearest else None
+        weights = D2Weights(sharded, scratch(num, torch.int64), labels, times)
+        weights._fill(1)
+        return weights
+
+    def _fill(self, value: int) -> None:
+        """Gives all good rows the same weight."""
+        for positions in self.sharded.good_positions():
+            self.squares[positions] = value
+
+    def totals(self) -> list[int]:
+        """Sums of the weights of each rank."""
+        return [int(total) for total in self.sharded.gather(self._counted().sum()[None])]
+
+    def located(self, targets: list[int], totals: list[int]) -> tuple[Tensor, list[int]]:
+        """Places among all rows, (m,), and squares of the rows on which targets below the sum of all totals fall.
+
+        A target falls on the row at which the running sum of weights passes it.
+        """
+        lower_ranks = sum(totals[: self.sharded.comm.rank])
+        ends = self._counted().cumsum(0)
+        own = [i for i, t in enumerate(targets) if 0 <= t - lower_ranks < totals[self.sharded.comm.rank]]
+        found = torch.zeros(len(targets), 2, dtype=torch.int64)
+        if own:
+            positions = torch.searchsorted(ends, torch.tensor([targets[i] - lower_ranks for i in own]), right=True)
+            found[own] = torch.stack([positions + self.sharded.first, self.squares[positions]], 1)
+        places, squares = self.sharded.total(found).unbind(1)
+        return places, squares.tolist()
+
+    def lower(self, rounds: Sequence[Tensor], first: int = 0) -> None:
+        """Lowers the weights to the distances from the nearest of some new centroids, in one pass over the rows.
+
+        Args:
+            rounds: centroids (m, D) each, in the order in which they were found; `first` were found before them.
+        """
+        if not first:
+            self._fill(FAR)
+        prepared = [[Centroids.of(part, self.sharded.generator) for part in some.split(_AT_ONCE)] for some in rounds]
+
+        def work(block: RowBlock) -> tuple[Tensor, Tensor, Tensor]:
+            x, known = block.x, self.squares[block.positions].to(self.sharded.device)
+            labels, before = torch.full_like(known, -1), first
+            for parts, some in zip(prepared, rounds, strict=True):
+                found = _nearest(x, block.squares, parts, from_weights(known))
+                now = to_weights(found.squares)
+                nearer = now < known
+                known, labels = torch.where(nearer, now, known), torch.where(nearer, found.labels + before, labels)
+                before += len(some)
+            nearer = labels >= 0
+            return block.positions[nearer.cpu()], known[nearer].cpu(), labels[nearer].int().cpu()
+
+        for positions, squares, labels in self.sharded.each(work, self.sharded.row_blocks()):
+            self.squares[positions] = squares
+            if self.nearest is not None:
+                self.nearest[positions] = labels
+
+    def _counted(self) -> Tensor:
+        return self.squares if self.times is None else self.squares * self.times
+
+
+def _nearest(x: Tensor, squares: Tensor, parts: Sequence[Centroids], within: Tensor) -> Assignment:
+    """As `assign` with all parts at once; labels continue from part to part."""
+    best = Assignment(torch.full_like(squares, -1, dtype=torch.int64), torch.full_like(squares, FAR, dtype=torch.int64))
+    first = 0
+    for part in parts:
+        found = assign(x, part, squares=squares, within=within)
+        nearer = found.squares < best.squares
+        labels = torch.where(nearer, found.labels + first, best.labels)
+        best = Assignment(labels, torch.minimum(found.squares, best.squares))
+        within = torch.minimum(within, best.squares.double() / GRID**2)
+        first += len(part.values)
+    return best
+
+
+def rows_at(sharded: ShardedRows, places: Tensor) -> Tensor:
+    """Grid rows (m, D) at some places among all rows, on all ranks."""
+    rows = torch.zeros(len(places), sharded.dim)
+    own = on_this_rank(sharded, places).nonzero()[:, 0]
+
+    def read(some: Tensor) -> tuple[Tensor, Tensor]:
+        return some, sharded.rows.take(places[some] - sharded.first)
+
+    for some, x in sharded.each(read, own.split(_READ) if len(own) else ()):
+        rows[some] = x
+    return sharded.total(rows).to(sharded.device)
+
+
+def on_this_rank(sharded: ShardedRows, places: Tensor) -> Tensor:
+    """Which places among all rows belong to this rank, (m,) bool."""
+    return (places >= sharded.first) & (places < sharded.first + len(sharded.rows))
 
 
 def to_weights(squares: Tensor) -> Tensor:
-    """Squared distances from units of 2**-48 to units of 2**-27, rounded up so that only equal rows are at 0.
+    """Squared distances from units of 2**-48 to units of 2**-27, rounded up so that only equal rows have 0.
 
     Each is at most 4 and a bit, so the weights of 2**33 rows add up to less than 2**63.
     """
@@ -57,20 +375,20 @@ def to_weights(squares: Tensor) -> Tensor:
 
 
 def from_weights(weights: Tensor) -> Tensor:
-    """The largest squared distances, float64, that have these weights or lower ones."""
+    """The largest squared distances, float64, with at most these weights."""
     return weights.double() / 2**27
 
 
-def candidates_of(num: int, missing: int) -> int:
+def candidates_per_round(num: int, missing: int) -> int:
     """How many rows a round draws when there are `num` centroids and `missing` are still to be found.
 
-    More of them make fewer rounds; those that lie near to each other are drawn in vain.
+    More of them make fewer rounds; of those that lie near each other most are dropped.
     """
     return max(1, min(num // 2, missing, max(_TABLE, num // _SHARE)))
 
 
-def oversampled_at_once(num_labels: int) -> int:
-    """How many rows each round of k-means|| draws: all together 2.5 times as many as there are centroids to be.
+def rows_per_oversampling_round(num_labels: int) -> int:
+    """How many rows each round of k-means|| draws: over all rounds 2.5 times as many as the centroids wanted.
 
     Of its paper's factors 0.1 to 10 per centroid (Bahmani et al., 2012, section 5) this is the least with which five
     rounds are more than enough.
@@ -111,330 +429,3 @@ def _between(rows: Tensor, squares: Tensor, some: Sequence[int], others: Sequenc
     a, b = list(some), list(others)
     table = squares[a][:, None] + squares[b] - 2 * exact_dot(rows[a], rows[b])
     return to_weights(table.long()).cpu().numpy()
-
-
-_AT_ONCE = 2**14  # centroids that a block of rows is compared with, so that their table of distances stays small
-_READ = 256  # rows that are looked up one by one between two looks at the other ranks
-
-
-@dataclass(frozen=True)
-class D2Weights:
-    """Weights of this rank's rows, lowered in place as centroids are found."""
-
-    sharded: ShardedRows
-    squares: Tensor  # (n,) int64, in units of 2**-27; 0 for bad rows
-    nearest: Tensor | None = None  # (n,) int32, the nearest centroid; of several rounds the first of that weight
-    times: Tensor | None = None  # (n,) int64, by which each counts; once each where it is None
-
-    @staticmethod
-    def of(sharded: ShardedRows, *, nearest: bool = False, times: Tensor | None = None) -> D2Weights:
-        """The same for all good rows: the first centroid may be any of them."""
-        num = (len(sharded.rows),)
-        labels = scratch(num, torch.int32).fill_(-1) if nearest else None
-        weights = D2Weights(sharded, scratch(num, torch.int64), labels, times)
-        weights._fill(1)
-        return weights
-
-    def _fill(self, value: int) -> None:
-        """Gives all good rows the same weight."""
-        for positions in self.sharded.good_positions():
-            self.squares[positions] = value
-
-    def totals(self) -> list[int]:
-        """Sums of each rank's."""
-        return [int(total) for total in self.sharded.gather(self._counted().sum()[None])]
-
-    def located(self, targets: list[int], totals: list[int]) -> tuple[Tensor, list[int]]:
-        """Places among all rows, (m,), and squares of the rows on which targets below the sum of all totals fall.
-
-        A target falls on the row at which the running sum of weights passes it; the rank that has it tells the others.
-        """
-        lower_ranks = sum(totals[: self.sharded.comm.rank])
-        ends = self._counted().cumsum(0)
-        own = [i for i, t in enumerate(targets) if 0 <= t - lower_ranks < totals[self.sharded.comm.rank]]
-        found = torch.zeros(len(targets), 2, dtype=torch.int64)
-        if own:
-            positions = torch.searchsorted(ends, torch.tensor([targets[i] - lower_ranks for i in own]), right=True)
-            found[own] = torch.stack([positions + self.sharded.first, self.squares[positions]], 1)
-        places, squares = self.sharded.total(found).unbind(1)
-        return places, squares.tolist()
-
-    def lower(self, rounds: Sequence[Tensor], first: int = 0) -> None:
-        """Lowers the weights to those by the nearest of some new centroids, in one reading of the rows.
-
-        Args:
-            rounds: centroids (m, D) each, in the order in which they were found; `first` were found before them.
-        """
-        if not first:
-            self._fill(FAR)
-        prepared = [[Centroids.of(part, self.sharded.generator) for part in some.split(_AT_ONCE)] for some in rounds]
-
-        def work(block: RowBlock) -> tuple[Tensor, Tensor, Tensor]:
-            x, known = block.x, self.squares[block.positions].to(self.sharded.device)
-            labels, before = torch.full_like(known, -1), first
-            for parts, some in zip(prepared, rounds, strict=True):
-                found = _nearest(x, block.squares, parts, from_weights(known))
-                now = to_weights(found.squares)
-                nearer = now < known
-                known, labels = torch.where(nearer, now, known), torch.where(nearer, found.labels + before, labels)
-                before += len(some)
-            nearer = labels >= 0
-            return block.positions[nearer.cpu()], known[nearer].cpu(), labels[nearer].int().cpu()
-
-        for positions, squares, labels in self.sharded.each(work, self.sharded.row_blocks()):
-            self.squares[positions] = squares
-            if self.nearest is not None:
-                self.nearest[positions] = labels
-
-    def _counted(self) -> Tensor:
-        return self.squares if self.times is None else self.squares * self.times
-
-
-def _nearest(x: Tensor, squares: Tensor, parts: Sequence[Centroids], within: Tensor) -> Assignment:
-    """As `assign` with all parts at once; labels count on from part to part."""
-    best = Assignment(torch.full_like(squares, -1, dtype=torch.int64), torch.full_like(squares, FAR, dtype=torch.int64))
-    first = 0
-    for part in parts:
-        found = assign(x, part, squares=squares, within=within)
-        nearer = found.squares < best.squares
-        labels = torch.where(nearer, found.labels + first, best.labels)
-        best = Assignment(labels, torch.minimum(found.squares, best.squares))
-        within = torch.minimum(within, best.squares.double() / GRID**2)
-        first += len(part.values)
-    return best
-
-
-def rows_at(sharded: ShardedRows, places: Tensor) -> Tensor:
-    """Grid rows (m, D) at some places among all rows, on all ranks."""
-    rows = torch.zeros(len(places), sharded.dim)
-    own = on_this_rank(sharded, places).nonzero()[:, 0]
-
-    def read(some: Tensor) -> tuple[Tensor, Tensor]:
-        return some, sharded.rows.take(places[some] - sharded.first)
-
-    for some, x in sharded.each(read, own.split(_READ) if len(own) else ()):
-        rows[some] = x
-    return sharded.total(rows).to(sharded.device)
-
-
-def on_this_rank(sharded: ShardedRows, places: Tensor) -> Tensor:
-    """Which places among all rows are of this rank's rows, (m,) bool."""
-    return (places >= sharded.first) & (places < sharded.first + len(sharded.rows))
-
-
-@dataclass(frozen=True, eq=False)
-class SeedingCandidates:
-    """Rows of all ranks of which some become centroids."""
-
-    places: Tensor  # (M,) int64 among all rows, ascending
-    times: Tensor  # (M,) int64, rows that each of them is the nearest to
-
-
-@dataclass(frozen=True, eq=False)
-class SeedingState:
-    """Where an initialisation stands after a round: enough to go on from, as everything else follows from the rows."""
-
-    places: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))  # (k,) among all rows, by round
-    drawn: int = 0  # rows so far, those dropped again among them
-    candidates: SeedingCandidates | None = None  # that places are drawn from, where not from all rows
-
-
-OnRound = Callable[[SeedingState, int], None]
-"""Is told after each round where the initialisation stands, and how many rows its present part looks for."""
-
-
-def no_callback(seeded: SeedingState, wanted: int) -> None:
-    """Nobody is told."""
-
-
-def seed_centroids(
-    sharded: ShardedRows,
-    num_labels: int,
-    seed: int,
-    *,
-    resume: SeedingState | None = None,
-    on_round: OnRound = no_callback,
-) -> Tensor:
-    """k-means++ centroids, (K, D), by `draw_centroids`; rows that are not chosen, the lowest first, fill up.
-
-    Args:
-        resume: what `on_round` was told last, of the same rows, K and seed.
-
-    Raises:
-        ValueError: the places in `resume` are not of good rows.
-        Stopped: on all ranks, when any was asked to stop.
-    """
-    seeded, rows = draw_centroids(D2Weights.of(sharded), num_labels, seed, resume or SeedingState(), on_round)
-    missing = num_labels - len(rows)
-    return torch.cat([rows, rows_at(sharded, _lowest_left(sharded, seeded, missing))]) if missing else rows
-
-
-def draw_centroids(
-    weights: D2Weights, num_labels: int, seed: int, resume: SeedingState, on_round: OnRound = no_callback
-) -> tuple[SeedingState, Tensor]:
-    """k-means++: each centroid a row drawn in proportion to its squared distance from those before it.
-
-    A round draws up to half as many candidates as there are centroids and thins them out so that their law is that of
-    one draw at a time (`accept`). So the rows are read by matrix products, once a round, instead of K times. Draws are
-    integers below an integer total, located in the order of all rows.
-
-    Returns:
-        Where it ends, and the centroids (k, D): K of them, or fewer when no row is left at a distance.
-    """
-    sharded, seeded = weights.sharded, resume
-    parts = [torch.zeros(0, sharded.dim, device=sharded.device)]
-    if len(resume.places):
-        check_places(weights, resume, num_labels)
-        parts = [rows_at(sharded, resume.places)]
-        weights.lower(parts)
-    while len(seeded.places) < num_labels and any(totals := weights.totals()):
-        seeded, rows = _round(weights, totals, seeded, num_labels=num_labels, seed=seed)
-        parts.append(rows)
-        on_round(seeded, num_labels)
-    return seeded, torch.cat(parts)
-
-
-def _round(
-    weights: D2Weights, totals: list[int], before: SeedingState, *, num_labels: int, seed: int
-) -> tuple[SeedingState, Tensor]:
-    """Draws candidates, thins them out and lowers the weights; where that leads, and the new centroids (k', D)."""
-    missing = num_labels - len(before.places)
-    numbers = range(before.drawn, before.drawn + candidates_of(len(before.places), missing))
-    targets = [draw(sum(totals), *RowDraw.CANDIDATE.key(seed, num_labels, j)) for j in numbers]
-    places, found = weights.located(targets, totals)
-    candidates = rows_at(weights.sharded, places)
-    tests = [
-        draw(weight, *RowDraw.CANDIDATE_TEST.key(seed, num_labels, j)) for j, weight in zip(numbers, found, strict=True)
-    ]
-    kept = accept(candidates, found, tests, missing)
-    weights.lower([candidates[kept]], len(before.places))
-    return SeedingState(torch.cat([before.places, places[kept]]), numbers.stop), candidates[kept]
-
-
-def check_places(weights: D2Weights, resume: SeedingState, at_most: int) -> None:
-    """Raises on all ranks unless the places are of different good rows, and no more than can have been drawn."""
-    sharded, places = weights.sharded, resume.places
-    own = places[on_this_rank(sharded, places)] - sharded.first
-    good, differ = int(sharded.total((weights.squares[own] > 0).sum()[None])), len(places.unique())
-    if not (good == differ == len(places) <= min(at_most, resume.drawn)):
-        raise ValueError(
-            f"resume has {len(places)} rows drawn from {resume.drawn} candidates, of which {differ} differ and "
-            f"{good} are good rows; expected as many good rows, all different, up to {at_most} of them"
-        )
-
-
-def _lowest_left(sharded: ShardedRows, seeded: SeedingState, num: int) -> Tensor:
-    """Places of the lowest good rows of all ranks that were not chosen, (num,)."""
-    own = seeded.places[on_this_rank(sharded, seeded.places)] - sharded.first
-    left = sharded.rows.num_good - len(own)
-    slot = sum(int(n) for n in sharded.gather(torch.tensor([left]))[: sharded.comm.rank])  # left on lower ranks
-    places = torch.zeros(num, dtype=torch.int64)
-    for positions in sharded.good_positions():
-        free = positions[~torch.isin(positions, own)][: max(0, num - slot)]
-        places[slot : slot + len(free)] = free + sharded.first
-        slot += len(free)
-        if slot >= num:
-            break
-    return sharded.total(places)
-
-
-def oversampled_centroids(
-    sharded: ShardedRows,
-    num_labels: int,
-    seed: int,
-    *,
-    resume: SeedingState | None = None,
-    on_round: OnRound = no_callback,
-) -> Tensor:
-    """k-means|| centroids, (K, D), all of them rows.
-
-    Where fewer than K of the candidates differ, k-means++ goes on among all rows.
-
-    Args:
-        resume: what `on_round` was told last, of the same rows, K and seed.
-
-    Raises:
-        ValueError: the places in `resume` are not of good rows.
-        Stopped: on all ranks, when any was asked to stop.
-    """
-    picked = resume or SeedingState()
-    candidates = picked.candidates
-    if candidates is None:
-        candidates = _seed_candidates(sharded, num_labels, seed, picked, on_round)
-        picked = SeedingState(candidates=candidates)
-        on_round(picked, num_labels)
-    else:
-        _check_picked(sharded, candidates, picked)
-    seeded, centroids = _pick(sharded, candidates, num_labels, seed, picked, on_round)
-    return centroids if len(centroids) == num_labels else seed_centroids(sharded, num_labels, seed, resume=seeded)
-
-
-def _pick(
-    sharded: ShardedRows,
-    candidates: SeedingCandidates,
-    num_labels: int,
-    seed: int,
-    picked: SeedingState,
-    on_round: OnRound,
-) -> tuple[SeedingState, Tensor]:
-    """k-means++ among the candidates, each of which counts as often as it says: where it ends, and centroids (k, D)."""
-    here = on_this_rank(sharded, candidates.places)
-    own = candidates.places[here] - sharded.first
-    sample = copy_rows(sharded, own.split(sharded.block_rows) if len(own) else (), len(own))
-
-    def among_all(seeded: SeedingState) -> SeedingState:
-        return SeedingState(candidates.places[seeded.places], seeded.drawn, candidates)
-
-    before = SeedingState(torch.searchsorted(candidates.places, picked.places), picked.drawn)
-    weights = D2Weights.of(sample, times=candidates.times[here])
-    seeded, centroids = draw_centroids(
-        weights, num_labels, seed, before, lambda now, wanted: on_round(among_all(now), wanted)
-    )
-    return among_all(seeded), centroids
-
-
-def _check_picked(sharded: ShardedRows, candidates: SeedingCandidates, picked: SeedingState) -> None:
-    """Raises on all ranks unless the candidates are different good rows, and those picked are among them."""
-    check_places(D2Weights.of(sharded), SeedingState(candidates.places, len(candidates.places)), sharded.num_good)
-    if not bool(torch.isin(picked.places, candidates.places).all()):
-        raise ValueError("resume has picked rows that are none of its candidates")
-
-
-def _seed_candidates(
-    sharded: ShardedRows, num_labels: int, seed: int, seeded: SeedingState, on_round: OnRound
-) -> SeedingCandidates:
-    at_once = oversampled_at_once(num_labels)
-    wanted = 1 + OVERSAMPLING_ROUNDS * at_once
-    weights, found = D2Weights.of(sharded, nearest=True), seeded.places
-    if len(found):
-        check_places(weights, seeded, wanted)
-        rows = rows_at(sharded, found)
-        rounds = (rows[:1], *rows[1:].split(at_once))  # as they were drawn: of near ones the first round's counts
-        weights.lower([some for some in rounds if len(some)])
-    while len(found) < wanted and any(weights.totals()):
-        num = at_once if len(found) else 1
-        key = RowDraw.OVERSAMPLED.key(seed, num_labels, len(found))
-        new = _places(sharded, Draw.of(sharded, num, *key, weights=weights.squares))
-        weights.lower([rows_at(sharded, new)], len(found))
-        found = torch.cat([found, new])
-        on_round(SeedingState(found, len(found)), wanted)
-    order = found.argsort()
-    return SeedingCandidates(found[order], _times(weights, len(found))[order])
-
-
-def _places(sharded: ShardedRows, draw: Draw) -> Tensor:
-    """Of the drawn rows of all ranks, ascending, (m,)."""
-    own = torch.cat([torch.zeros(0, dtype=torch.int64), *draw.positions()]) + sharded.first
-    sizes = torch.cat(sharded.gather(torch.tensor([len(own)])))
-    places, before = torch.zeros(int(sizes.sum()), dtype=torch.int64), int(sizes[: sharded.comm.rank].sum())
-    places[before : before + len(own)] = own
-    return sharded.total(places)
-
-
-def _times(weights: D2Weights, num: int) -> Tensor:
-    """How many rows of all ranks belong to each of so many candidates, (M,)."""
-    assert weights.nearest is not None
-    times = torch.zeros(num, dtype=torch.int64)
-    for positions in weights.sharded.good_positions():
-        times.index_add_(0, weights.nearest[positions], torch.ones_like(positions))
-    return weights.sharded.total(times)

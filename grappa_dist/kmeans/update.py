@@ -1,6 +1,6 @@
-"""The sums of k-means, and new centroids from them: integers, which may be added in any order.
+"""The update of k-means: sums of the rows of each label, and new centroids from them. Integers add in any order.
 
-Which centroid is the nearest of a row is decided in search/rerank.py and kmeans/yinyang.py.
+Which centroid is nearest to a row is decided in search/rerank.py and kmeans/yinyang.py.
 
 Shapes: P rows of one block, K centroids, D dimensions.
 """
@@ -25,7 +25,7 @@ _LOW, _LOW_BITS = 24, 2**24 - 1  # where a sum of squares is cut in two
 
 @dataclass(frozen=True)
 class Stats:
-    """What some rows say about the centroids; adds up over rows, and rows may change from one to another."""
+    """Counts and sums of the rows of each label: they add up over rows, and rows may change from label to label."""
 
     counts: Tensor  # (K,) int64
     sums: Tensor  # (K, D) int64, in units of 2**-24: 2**37 unit rows fit
@@ -41,7 +41,7 @@ class Stats:
         return self.counts, self.sums, self.squares
 
     def add_(self, x: Tensor, squares: Tensor, labels: Tensor, leaving: Tensor | None = None) -> None:
-        """Adds grid rows with their exact squared norms in place; and takes them away from the labels they leave."""
+        """Adds grid rows with their exact squared norms, in place, and subtracts them from the labels they leave."""
         squares = squares.long()
         signed = [(labels, 1)] if leaving is None else [(labels, 1), (leaving, -1)]
         _add_rows_(self.sums, x, signed)
@@ -51,7 +51,7 @@ class Stats:
             self.squares[1].index_add_(0, their, squares >> _LOW, alpha=sign)
 
     def add_changes_(self, change: Stats, allsum: Callable[[Tensor], Tensor]) -> None:
-        """Adds, in place, what the rows of all ranks have changed, given this rank's part."""
+        """Adds, in place, the changes of all ranks, given those of this rank."""
         for kept, of_rank in zip(self.tensors, change.tensors, strict=True):
             kept.add_(allsum(of_rank))
 
@@ -72,8 +72,8 @@ class Stats:
 def _long_dots(c: Tensor, sums: Tensor) -> list[int]:
     """Exact dot products of grid rows (K, D) with int64 rows, in units of 2**-24.
 
-    They may exceed 64 bits. So the int64 rows are cut into pieces of as many bits as leave room for a product with 25
-    bits and its sum over D, and what the pieces give is put together as Python integers.
+    They may exceed 64 bits. So the int64 rows are cut into pieces of so few bits that products with 25 bits and their
+    sums over D fit into int64, and the results of the pieces are added up as Python integers.
     """
     width = 62 - 25 - math.ceil(math.log2(c.shape[1] + 1))
     pieces = int(sums.abs().max()).bit_length() // width + 1
@@ -89,11 +89,11 @@ def _long_dots(c: Tensor, sums: Tensor) -> list[int]:
 
 
 def _add_rows_(sums: Tensor, x: Tensor, signed: Sequence[tuple[Tensor, int]]) -> None:
-    """Adds grid rows to int64 sums by labels, or takes them away from others by sign.
+    """Adds grid rows to int64 sums by labels, or subtracts them, by sign.
 
     Float64 adds them many times as fast and, up to 2**29 rows, exactly too.
     """
-    if len(x) < len(sums):  # too few rows to pay for a table of their own
+    if len(x) < len(sums):  # too few rows to pay for a separate table
         values = (x * GRID).long()
         for labels, sign in signed:
             sums.index_add_(0, labels, values, alpha=sign)
@@ -107,17 +107,22 @@ def _add_rows_(sums: Tensor, x: Tensor, signed: Sequence[tuple[Tensor, int]]) ->
     sums.add_(block.mul_(GRID).long())
 
 
-def finish(
+def update_centroids(
     centroids: Tensor, stats: Stats, spreads: Sequence[int], step: int, *, spherical: bool = False
 ) -> tuple[Tensor, int]:
-    """New grid centroids, (K, D), and how many empty clusters were given a part of another one.
+    """Lloyd's update: c_k = (sum of the rows with label k) / (their number), rounded to the grid.
+
+    With `spherical` the means are normalised to unit length. An empty cluster gets a part of a large one.
 
     Args:
         spreads: of `stats` around `centroids`.
         step: number of the update, from which the repair of empty clusters draws.
+
+    Returns:
+        New grid centroids, (K, D), and how many empty clusters were repaired.
     """
     counts = stats.counts.clamp(min=1)[:, None]
-    means = torch.div(2 * stats.sums + counts, 2 * counts, rounding_mode="floor")  # nearest grid point, halves upwards
+    means = torch.div(2 * stats.sums + counts, 2 * counts, rounding_mode="floor")  # nearest grid point, ties upwards
     new = torch.where(stats.counts[:, None] > 0, (means.double() / GRID).float(), centroids)  # nothing to round
     if spherical:
         new = _normalise(new)
@@ -135,8 +140,8 @@ def _split_largest(new: Tensor, counts: Sequence[int], spreads: Sequence[int], s
     """Moves each empty centroid, in place, next to that of the largest cluster that still has unequal rows.
 
     The large cluster keeps its mean, so inertia cannot rise. The offset points in a direction drawn from (step, label)
-    and is small against the spread, so about half of the rows prefer the moved centroid; the largest counts as half
-    from then on.
+    and is small compared with the spread, so about half of the rows are nearer to the moved centroid; from then on the
+    large cluster counts as half its size.
     """
     largest = [(-n, label) for label, n in enumerate(counts) if n > 1 and spreads[label] > 0]
     heapq.heapify(largest)

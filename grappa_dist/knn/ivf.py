@@ -18,12 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from grappa_dist.config import ClusteringConfig
 from grappa_dist.data.rng import RowDraw
 from grappa_dist.distributed.collectives import Comm, wire_device
 from grappa_dist.distributed.sharded_rows import Rows, ShardedRows, join_rows, side_by_side
-from grappa_dist.kmeans.assignments import exactly
+from grappa_dist.kmeans.assignments import exact_search
 from grappa_dist.kmeans.ivf import nearest_set
-from grappa_dist.kmeans.lloyd import KMeans, kmeans
+from grappa_dist.kmeans.lloyd import KMeansTask, kmeans
 from grappa_dist.kmeans.sampling import Draw, sample_rows
 from grappa_dist.knn.block_search import MOST_ROWS, Block, Found, Neighbours, Side, merge, search_one_way, to_scores
 from grappa_dist.knn.exact import Blocks, join_blocks, sharded_knn
@@ -173,10 +174,10 @@ class InvertedLists:
         """The lists of rows of which all are good; all ranks together have at least one."""
         num = num_lists_of(sharded.num_good)
         sample = sample_rows(sharded, num * _FIT_ROWS, *RowDraw.KNN_FIT_SAMPLE.key(seed, num))
-        fit = kmeans(sample, num, KMeans(iterations=_FIT_UPDATES, seed=seed))
+        fit = kmeans(sample, num, KMeansTask(ClusteringConfig(iterations=_FIT_UPDATES), seed=seed))
         centroids = Centroids.of(torch.from_numpy(fit.centroids))
         labels = torch.zeros(len(sharded.rows), dtype=torch.int32)
-        for assigned in sharded.each(exactly(sharded, centroids.values), sharded.blocks()):
+        for assigned in sharded.each(exact_search(sharded, centroids.values), sharded.blocks()):
             labels[assigned.positions] = assigned.found.labels.int()
         counts = torch.bincount(labels, minlength=num)
         return InvertedLists(sharded, centroids, labels, torch.stack(sharded.gather(counts[None])).reshape(-1, num))

@@ -1,12 +1,8 @@
 """pseudo_label: features -> N partitions of the images, one per number of clusters K (k-means over all ranks).
 
-Which numbers of labels are fitted at the same time; a matter of memory and speed, never of a result.
-
-A pass over the rows can serve several K (kmeans/lloyd.py), so that they are read once in place of once for each.
-
-What is said of one clustering: the statistics beside its labels, and the shortcuts that it took, in words.
-
-The file from which a stopped clustering goes on: where each of its parts stood.
+Rows stay in the workers that read them. A pass over the rows can serve several K (kmeans/lloyd.py); which K are fitted
+at the same time is a matter of memory and speed, never of the result. A K that was stopped continues from its
+checkpoint, and statistics are written next to the labels, for console and report.
 """
 
 from __future__ import annotations
@@ -52,9 +48,7 @@ from grappa_dist.kmeans.methods import (
     Choice,
     Clustering,
     ClusteringCallbacks,
-    Method,
-    Size,
-    Wanted,
+    ClusteringTask,
     choose,
     cluster,
     cluster_together,
@@ -64,23 +58,238 @@ from grappa_dist.kmeans.seeding import LARGER_ROUNDS_ABOVE, SeedingCandidates, S
 from grappa_dist.kmeans.yinyang import num_bounds
 from grappa_dist.stages.run import Run
 
+STATS_FILE = "stats.json"
+PROGRESS_FILE = "progress.safetensors"  # the checkpoint
+SEEDING_SAVE_S = 30.0  # between two saves during an initialisation, whose rounds may be many and short
+LEAST_AGREEMENT = 0.95  # of labels found through lists with the exact ones; below, a warning
+LADDER_SETS = 8
+FINEST = 17  # power of two of the largest K for `auto`
+COARSEST, STEPS_BELOW = 8, 3  # of its smallest K: the paper's, or as many steps below the largest
 
-def size_histogram(counts: Sequence[int] | NDArray[np.integer]) -> list[int]:
-    """Clusters by size, for `Clustering.sizes`: entry 0 counts empty ones, b those of 2^(b-1) to 2^b - 1 images."""
-    _, bits = np.frexp(np.asarray(counts, dtype=np.float64))  # frexp's exponent of n is its bit length, 0 for 0
-    return [int(n) for n in np.bincount(bits)] if len(bits) else []
+
+def ladder(num_rows: int) -> tuple[int, ...]:
+    """K for `auto`: powers of two from 256 to about the number of images, at most 8 of them, evenly spread.
+
+    None is above the finest of the paper: larger K cost so much memory and time that they must be set explicitly. Few
+    images begin below 256, at an eighth of the largest K: a fusion needs sets that differ, and the paper's larger K
+    span 8 images per label to about one.
+    """
+    top = min(int(np.log2(max(1.0, num_rows if num_rows < 3 else 0.99 * num_rows))), FINEST)
+    low = max(min(1, top), min(COARSEST, top - STEPS_BELOW))
+    exponents = np.linspace(low, top, min(LADDER_SETS, top - low + 1))
+    return tuple(dict.fromkeys(int(2 ** round(e)) for e in exponents))
 
 
-SEEDING_SAVE_S = 30.0  # from one save of an initialisation that is under way to the next: rounds may be many and short
+def num_labels(config: ClusteringConfig, num_rows: int) -> tuple[int, ...]:
+    """K_1..K_N of a config.
+
+    Raises:
+        ValueError: a K is larger than the number of images.
+    """
+    if config.num_labels == "auto":
+        return ladder(num_rows)
+    if max(config.num_labels) > num_rows:
+        raise ValueError(f"clustering.num_labels={max(config.num_labels)} is more than the {num_rows} training images")
+    return config.num_labels
 
 
-def saver(path: Path, rank: int) -> Callable[[Checkpoint], None]:
-    """Saves every update, and the initialisation now and then; on rank 0."""
+def check_good_rows(config: ClusteringConfig, nums: Iterable[int], num_rows: int, num_bad: int) -> None:
+    """Raises ValueError where a K is larger than the number of images without the bad ones."""
+    good = num_rows - num_bad
+    if max(nums) > good:
+        asked = "auto" if config.num_labels == "auto" else list(config.num_labels)
+        right = f"give numbers up to {good}, such as {list(ladder(good))}" if good else "there is nothing to cluster"
+        raise ValueError(
+            f"clustering.num_labels={asked} has K={max(nums)}, but {num_bad} of the {num_rows} training images are bad "
+            f"and {good} are left: {right}"
+        )
+
+
+def labels_of(
+    store: Store, config: ClusteringConfig, seed: int, num: int, features: Sequence[Artifact], *, num_rows: int
+) -> Artifact:
+    """The artefact of one K: its settings are those that its method uses, with `auto` resolved."""
+    choice = choose(config, num, num_rows)
+    settings: dict[str, object] = {name: getattr(config, name) for name in ("iterations", "tolerance", "spherical")}
+    if choice.name != "exact":  # defaults are left out of the fingerprint: flat k-means, one restart, no bound
+        settings |= {"method": choice.name, "assignment": choice.assignment}
+    if choice.name == "sampled":
+        settings["sample_rows_per_cluster"] = config.sample_rows_per_cluster
+    if "approximate" in (choice.name, choice.assignment):
+        settings["probes"] = config.probes
+    settings |= {"balance": config.balance} if config.balance is not None else {}
+    settings |= {"restarts": config.restarts} if config.restarts > 1 else {}
+    if choice.init == "k-means||":
+        settings["init"] = choice.init
+    elif choice.name in FLAT and num > LARGER_ROUNDS_ABOVE:
+        settings["seeding"] = "larger rounds"  # which draw other first centroids than rounds of fixed size
+    inputs = numbered("shard", features)
+    return store.artifact(f"labels/k={num}", {**settings, "num_labels": num, "seed": seed}, inputs)
+
+
+@dataclass(frozen=True)
+class LabelJob:
+    """The input of every rank of the clustering job."""
+
+    features: RowArrays
+    shard_names: tuple[str, ...]
+    bad: np.ndarray
+    labels: Mapping[int, Artifact]  # the K that are still missing
+    clustering: ClusteringConfig
+    seed: int
+
+    def choice(self, k: int) -> Choice:
+        """The method of one K."""
+        return choose(self.clustering, k, self.features.starts[-1])
+
+
+def pseudo_label(
+    run: Run, labels: Mapping[int, Artifact], features: RowArrays, images: ImageShards, bad: np.ndarray
+) -> None:
+    """Clusters the features into every K that has no labels yet."""
+    missing = {k: artifact for k, artifact in labels.items() if not artifact.complete}
+    if not missing:
+        return
+    check_good_rows(run.config.clustering, missing, len(images), len(bad))
+    names = tuple(shard.name for shard in images.shards)
+    job = LabelJob(features, names, bad, missing, run.config.clustering, run.config.seed)
+    ranks = min(run.runner.num_workers, len(images.shards))
+    what = f"K = {', '.join(map(str, missing))}, {len(images)} rows in {pluralize(ranks, 'worker')}"
+    with run.console.stage("pseudo_label", what):
+        for line in describe_choices(run.config.clustering, list(missing), len(images)):
+            run.console.log(f"pseudo_label: {line}")
+        run.runner.run_jobs([Job("pseudo_label", label_ranks, job, ranks)])
+        wait_until_seen(missing.values())
+        for k, artifact in missing.items():
+            for line in describe_shortcuts(json.loads((artifact.path / STATS_FILE).read_text())):
+                run.console.log(f"pseudo_label: k={k}: {line}")
+
+
+def describe_choices(config: ClusteringConfig, nums: Sequence[int], num_rows: int) -> list[str]:
+    """A line per method and initialisation: its K, and the reason for the largest of them."""
+    ways: dict[tuple[str, str], list[int]] = {}
+    for num in sorted(nums):
+        choice = choose(config, num, num_rows)
+        ways.setdefault((choice.name, choice.init), []).append(num)
+    return [
+        f"K = {', '.join(map(str, ks))}: {name} ({choose(config, ks[-1], num_rows).reason})"
+        for (name, _), ks in ways.items()
+    ]
+
+
+def label_ranks(context: RankContext, job: LabelJob) -> None:
+    """One rank: maps its shards' features and runs every k-means with the others; rank 0 commits."""
+    comm = context.comm
+    shards = own_shards(job.features.starts, comm.rank, comm.size)
+    rows = Rows(
+        [job.features.shard(i) for i in shards],
+        [_good(job, i) for i in shards],
+        [job.shard_names[i] for i in shards],
+    )
+    sharded = join_rows(comm, rows, device=context.device, stop_requested=context.stop_requested)
+    missing = [k for k, artifact in job.labels.items() if not context.of_rank_0(artifact.complete)]  # after a restart
+    for group in _at_once(job, missing, sharded.dim):
+        for k, found in _clusterings(context, job, sharded, group):
+            _commit(context, job, k, dict(zip(shards, found.result.labels, strict=True)), found)
+
+
+def _at_once(job: LabelJob, nums: Sequence[int], dim: int) -> list[list[int]]:
+    """The K in the order in which they are fitted, grouped where a pass over the rows serves several."""
+    shared = [k for k in nums if shares_passes(job.clustering, job.choice(k))]
+    return [*groups(shared, dim), *([k] for k in nums if k not in shared)]
+
+
+def _clusterings(
+    context: RankContext, job: LabelJob, sharded: ShardedRows, group: Sequence[int]
+) -> Iterator[tuple[int, Clustering]]:
+    tasks = (_task(context, job, sharded, k) for k in group)
+    if len(group) == 1:
+        yield group[0], cluster(sharded, next(tasks))
+        return
+    for place, found in cluster_together(sharded, tasks):
+        yield group[place], found
+
+
+def _commit(context: RankContext, job: LabelJob, k: int, labels: Mapping[int, np.ndarray], found: Clustering) -> None:
+    """Every rank writes the labels of its shards, rank 0 the rest."""
+    artifact, comm = job.labels[k], context.comm
+    folder = artifact.begin()
+    for shard, of_rows in labels.items():
+        np.save(folder / rows_file(shard), of_rows)
+    comm.barrier()
+    if comm.rank == 0:
+        np.save(folder / CENTROIDS_FILE, found.result.centroids)
+        write_stats(folder, k, found, job.choice(k))
+        (folder / PROGRESS_FILE).unlink(missing_ok=True)
+        artifact.commit(expected=[rows_file(shard) for shard in range(len(job.shard_names))])
+    comm.barrier()
+
+
+def _task(context: RankContext, job: LabelJob, sharded: ShardedRows, k: int) -> ClusteringTask:
+    """One clustering, which continues from its checkpoint if there is one."""
+    artifact, name = job.labels[k], f"K={k} ({list(job.labels).index(k) + 1}/{len(job.labels)})"
+    context.report({"phase": f"{name} initialisation"})
+    path = artifact.begin() / PROGRESS_FILE
+    checkpoint, problem = load_checkpoint(path)
+    raise_together(context.comm, problem)
+    seen = {int(n) for n in sharded.gather(torch.tensor([checkpoint_digest(checkpoint)]))}
+    if len(seen) > 1:
+        raise RuntimeError(f"{path}: ranks read different contents")
+
+    def report_seeding(part: str, found: int, wanted: int) -> None:
+        context.report({"phase": f"{name} {part}seeding {found:,} of {wanted:,}"})
+
+    def report_iteration(part: str, iteration: int, inertia: float) -> None:
+        context.report({"phase": f"{name} {part}iteration {iteration}, inertia {inertia:.1f}"})
+
+    callbacks = ClusteringCallbacks(
+        on_iteration=report_iteration,
+        on_seeding=report_seeding,
+        on_checkpoint=checkpoint_saver(path, context.comm.rank),
+    )
+    return ClusteringTask(k, job.clustering, job.choice(k), job.seed, checkpoint, callbacks)
+
+
+def _good(job: LabelJob, shard: int) -> np.ndarray:
+    first, after = job.features.starts[shard], job.features.starts[shard + 1]
+    good = np.ones(after - first, dtype=bool)
+    good[job.bad[(job.bad >= first) & (job.bad < after)] - first] = False
+    return good
+
+
+def groups(nums: Sequence[int], dim: int) -> list[list[int]]:
+    """The numbers of labels in groups that are fitted at the same time: from the largest on, each joins the first group
+    whose memory budget allows it.
+
+    A group has no more centroids than the largest K, so it needs no more memory; and its bounds take at most half as
+    much scratch as the rows themselves, or what the largest K takes if that is more.
+    """
+    most_centroids = max(nums, default=0)
+    most_scratch = max(2 * dim, *(scratch_bytes(num, dim) for num in nums)) if nums else 0
+    found: list[list[int]] = []
+    for num in sorted(nums, reverse=True):
+        for group in found:
+            together = [*group, num]
+            if sum(together) <= most_centroids and sum(scratch_bytes(k, dim) for k in together) <= most_scratch:
+                group.append(num)
+                break
+        else:
+            found.append([num])
+    return [sorted(group) for group in reversed(found)]
+
+
+def scratch_bytes(num_labels: int, dim: int) -> int:
+    """Bytes of scratch per row: its bounds, label and squared norm (kmeans/yinyang.py)."""
+    return 4 * num_bounds(num_labels, dim) + 16
+
+
+def checkpoint_saver(path: Path, rank: int) -> Callable[[Checkpoint], None]:
+    """A function that saves, on rank 0, every update, and an initialisation every `SEEDING_SAVE_S` seconds."""
     last = -math.inf
 
     def save(checkpoint: Checkpoint) -> None:
         nonlocal last
-        seeding = any(progress.seeded for progress in checkpoint.values())
+        seeding = any(state.seeded for state in checkpoint.values())
         if rank == 0 and not (seeding and time.monotonic() - last < SEEDING_SAVE_S):
             save_checkpoint(path, checkpoint)
             last = time.monotonic()
@@ -89,18 +298,19 @@ def saver(path: Path, rank: int) -> Callable[[Checkpoint], None]:
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    tensors = {part: _tensor(progress) for part, progress in checkpoint.items()}
-    figures = {part: json.dumps(_figures(progress)) for part, progress in checkpoint.items()}
+    """Writes the k-means checkpoint: a tensor for each part, and its numbers in the metadata."""
+    tensors = {part: _tensor(state) for part, state in checkpoint.items()}
+    figures = {part: json.dumps(_figures(state)) for part, state in checkpoint.items()}
     with replacing(path) as temporary:
         save_file(tensors, temporary, figures)
 
 
-def _tensor(progress: KMeansState) -> np.ndarray:
-    """Centroids; or the places of the rows that are to be some, from which the rows are read again, (k,) int64; or, of
-    the candidates for them, (M, 3) int64: places, how often they count, and the order in which they were picked."""
-    seeded = progress.seeded
+def _tensor(state: KMeansState) -> np.ndarray:
+    """Centroids (K, D); during an initialisation the places of the rows drawn, (k,) int64, or for its candidates (M, 3)
+    int64: places, how often they count, and the order in which they were picked."""
+    seeded = state.seeded
     if seeded is None:
-        return progress.centroids
+        return state.centroids
     if seeded.candidates is None:
         return seeded.places.numpy()
     places, times = seeded.candidates.places.numpy(), seeded.candidates.times.numpy()
@@ -109,19 +319,19 @@ def _tensor(progress: KMeansState) -> np.ndarray:
     return np.stack([places, times, picked], 1)
 
 
-def _figures(progress: KMeansState) -> list[Any]:
-    return [progress.inertia, progress.repaired, *([progress.seeded.drawn] if progress.seeded else [])]
+def _figures(state: KMeansState) -> list[Any]:
+    return [state.inertia, state.repaired, *([state.seeded.drawn] if state.seeded else [])]
 
 
 def load_checkpoint(path: Path) -> tuple[Checkpoint, str]:
-    """What was saved, if anything, and what is wrong with it."""
+    """The saved checkpoint, {} without a file, and what is wrong with the file, "" when nothing is."""
     if not path.exists():
         return {}, ""
     checkpoint = dict[str, KMeansState]()
     try:
         with safe_open(path, "np") as file:
             for part, text in file.metadata().items():
-                checkpoint[part] = _progress(file.get_tensor(part), *json.loads(text))
+                checkpoint[part] = _state(file.get_tensor(part), *json.loads(text))
                 if problem := checkpoint[part].problem():
                     return {}, f"{path} is damaged ({part}: {problem}); delete it to begin this K again"
     except (SafetensorError, ValueError, TypeError, AttributeError) as error:  # or what another program has written
@@ -129,15 +339,15 @@ def load_checkpoint(path: Path) -> tuple[Checkpoint, str]:
     return checkpoint, ""
 
 
-def _progress(tensor: np.ndarray, inertia: list[int], repaired: int, drawn: int | None = None) -> KMeansState:
+def _state(tensor: np.ndarray, inertia: list[int], repaired: int, drawn: int | None = None) -> KMeansState:
     if drawn is None:
         return KMeansState(tensor, tuple(inertia), repaired)
     if tensor.dtype != np.int64 or not (tensor.ndim == 1 or tensor.shape[1:] == (3,)):
         raise ValueError(f"places are {tensor.shape} {tensor.dtype}")
-    return KMeansState(np.zeros((0, 0), np.float32), (), seeded=_seeded(torch.from_numpy(tensor), drawn))
+    return KMeansState(np.zeros((0, 0), np.float32), (), seeded=_seeding_state(torch.from_numpy(tensor), drawn))
 
 
-def _seeded(tensor: Tensor, drawn: int) -> SeedingState:
+def _seeding_state(tensor: Tensor, drawn: int) -> SeedingState:
     if tensor.ndim == 1:
         return SeedingState(tensor, drawn)
     places, times, picked = tensor.unbind(1)
@@ -145,22 +355,18 @@ def _seeded(tensor: Tensor, drawn: int) -> SeedingState:
     return SeedingState(places[order], drawn, SeedingCandidates(places.contiguous(), times.contiguous()))
 
 
-def digest(checkpoint: Checkpoint) -> int:
-    """63 bits that tell one state from another."""
-    state = hashlib.blake2b(digest_size=8)
+def checkpoint_digest(checkpoint: Checkpoint) -> int:
+    """A hash of 63 bits."""
+    found = hashlib.blake2b(digest_size=8)
     for part in sorted(checkpoint):
-        progress, tensor = checkpoint[part], _tensor(checkpoint[part])
-        state.update(json.dumps([part, *_figures(progress), tensor.shape]).encode())
-        state.update(tensor.tobytes())
-    return int.from_bytes(state.digest(), "big") >> 1
-
-
-STATS_FILE = "stats.json"
-LEAST_AGREEMENT = 0.95  # of labels found through lists with the exact ones; below, a warning
+        state, tensor = checkpoint[part], _tensor(checkpoint[part])
+        found.update(json.dumps([part, *_figures(state), tensor.shape]).encode())
+        found.update(tensor.tobytes())
+    return int.from_bytes(found.digest(), "big") >> 1
 
 
 def write_stats(folder: Path, k: int, found: Clustering, choice: Choice) -> None:
-    """Writes what a person can judge the clustering by, for console and report."""
+    """Writes the statistics of a clustering, for console and report."""
     result, counts = found.result, found.result.counts
     agreement, balanced = found.agreement, found.balanced
     stats = {
@@ -190,7 +396,7 @@ def write_stats(folder: Path, k: int, found: Clustering, choice: Choice) -> None
 
 
 def describe_shortcuts(stats: Mapping[str, Any]) -> list[str]:
-    """What the shortcuts of one clustering came to, none where it took none."""
+    """Lines on the effect of the shortcuts of one clustering; none for plain exact k-means."""
     lines = []
     if stats["sampled_share"] < 1:
         lines.append(f"centroids were fitted to a sample of {100 * stats['sampled_share']:.3g} % of the rows")
@@ -209,226 +415,7 @@ def describe_shortcuts(stats: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def groups(nums: Sequence[int], dim: int) -> list[list[int]]:
-    """The numbers of labels in groups that are fitted at the same time: from the largest on, each joins the first group
-    that has room for it.
-
-    A group needs no more memory than the largest K of all needs alone, as it has no more centroids; and its bounds take
-    at most half as much scratch as the rows themselves, or what the largest K takes if that is more.
-    """
-    most_centroids = max(nums, default=0)
-    most_scratch = max(2 * dim, *(scratch_bytes(num, dim) for num in nums)) if nums else 0
-    found: list[list[int]] = []
-    for num in sorted(nums, reverse=True):
-        for group in found:
-            together = [*group, num]
-            if sum(together) <= most_centroids and sum(scratch_bytes(k, dim) for k in together) <= most_scratch:
-                group.append(num)
-                break
-        else:
-            found.append([num])
-    return [sorted(group) for group in reversed(found)]
-
-
-def scratch_bytes(num_labels: int, dim: int) -> int:
-    """Of a row: its bounds, label and squared norm, as kmeans/yinyang.py keeps them."""
-    return 4 * num_bounds(num_labels, dim) + 16
-
-
-PROGRESS_FILE = "progress.safetensors"
-LADDER_SETS = 8
-FINEST = 17  # power of two of the largest K for `auto`
-COARSEST, STEPS_BELOW = 8, 3  # of its smallest K: the paper's, or as many steps below the largest
-
-
-@dataclass(frozen=True)
-class LabelJob:
-    """What every rank of the clustering job is told."""
-
-    features: RowArrays
-    shard_names: tuple[str, ...]
-    bad: np.ndarray
-    labels: Mapping[int, Artifact]  # the K that are still missing
-    clustering: ClusteringConfig
-    seed: int
-
-
-def ladder(num_rows: int) -> tuple[int, ...]:
-    """K for `auto`: powers of two from 256 to about the number of images, at most 8 of them, evenly spread.
-
-    None is above the finest of the paper: what K = millions costs in memory and time, one should ask for. Few images
-    begin below 256, at an eighth of the largest K: a fusion needs sets that differ, and from 8 images a label to about
-    one is what the paper's larger K span.
-    """
-    top = min(int(np.log2(max(1.0, num_rows if num_rows < 3 else 0.99 * num_rows))), FINEST)
-    low = max(min(1, top), min(COARSEST, top - STEPS_BELOW))
-    exponents = np.linspace(low, top, min(LADDER_SETS, top - low + 1))
-    return tuple(dict.fromkeys(int(2 ** round(e)) for e in exponents))
-
-
-def num_labels(config: ClusteringConfig, num_rows: int) -> tuple[int, ...]:
-    """K_1..K_N of a config.
-
-    Raises:
-        ValueError: a K is larger than the number of images.
-    """
-    if config.num_labels == "auto":
-        return ladder(num_rows)
-    if max(config.num_labels) > num_rows:
-        raise ValueError(f"clustering.num_labels={max(config.num_labels)} is more than the {num_rows} training images")
-    return config.num_labels
-
-
-def check_good_rows(config: ClusteringConfig, nums: Iterable[int], num_rows: int, num_bad: int) -> None:
-    """Raises ValueError where a K is larger than the number of images that are left without the bad ones."""
-    good = num_rows - num_bad
-    if max(nums) > good:
-        asked = "auto" if config.num_labels == "auto" else list(config.num_labels)
-        right = f"give numbers up to {good}, such as {list(ladder(good))}" if good else "there is nothing to cluster"
-        raise ValueError(
-            f"clustering.num_labels={asked} has K={max(nums)}, but {num_bad} of the {num_rows} training images are bad "
-            f"and {good} are left: {right}"
-        )
-
-
-def choice_of(config: ClusteringConfig, num: int, num_rows: int) -> Choice:
-    """How K = `num` labels are found for so many images, and why."""
-    return choose(config.method, config.assignment, config.init, Size(num_rows, num, config.iterations, config.probes))
-
-
-def labels_of(
-    store: Store, config: ClusteringConfig, seed: int, num: int, features: Sequence[Artifact], *, num_rows: int
-) -> Artifact:
-    """Its settings are those that this method heeds, `auto` settled: another way to write the same is the same."""
-    choice = choice_of(config, num, num_rows)
-    settings: dict[str, object] = {name: getattr(config, name) for name in ("iterations", "tolerance", "spherical")}
-    if choice.name != "exact":  # flat k-means, one restart and no bound go without saying
-        settings |= {"method": choice.name, "assignment": choice.assignment}
-    if choice.name == "sampled":
-        settings["sample_rows_per_cluster"] = config.sample_rows_per_cluster
-    if "approximate" in (choice.name, choice.assignment):
-        settings["probes"] = config.probes
-    settings |= {"balance": config.balance} if config.balance is not None else {}
-    settings |= {"restarts": config.restarts} if config.restarts > 1 else {}
-    if choice.init == "k-means||":
-        settings["init"] = choice.init
-    elif choice.name in FLAT and num > LARGER_ROUNDS_ABOVE:
-        settings["seeding"] = "larger rounds"  # which find other first centroids than those of one size
-    inputs = numbered("shard", features)
-    return store.artifact(f"labels/k={num}", {**settings, "num_labels": num, "seed": seed}, inputs)
-
-
-def pseudo_label(
-    run: Run, labels: Mapping[int, Artifact], features: RowArrays, images: ImageShards, bad: np.ndarray
-) -> None:
-    """Clusters the features into every K that has no labels yet; rows stay in the workers that read them."""
-    missing = {k: artifact for k, artifact in labels.items() if not artifact.complete}
-    if not missing:
-        return
-    check_good_rows(run.config.clustering, missing, len(images), len(bad))
-    names = tuple(shard.name for shard in images.shards)
-    job = LabelJob(features, names, bad, missing, run.config.clustering, run.config.seed)
-    ranks = min(run.runner.num_workers, len(images.shards))
-    what = f"K = {', '.join(map(str, missing))}, {len(images)} rows in {pluralize(ranks, 'worker')}"
-    with run.console.stage("pseudo_label", what):
-        for line in describe_choices(run.config.clustering, list(missing), len(images)):
-            run.console.log(f"pseudo_label: {line}")
-        run.runner.run_jobs([Job("pseudo_label", label_ranks, job, ranks)])
-        wait_until_seen(missing.values())
-        for k, artifact in missing.items():
-            for line in describe_shortcuts(json.loads((artifact.path / STATS_FILE).read_text())):
-                run.console.log(f"pseudo_label: k={k}: {line}")
-
-
-def describe_choices(config: ClusteringConfig, nums: Sequence[int], num_rows: int) -> list[str]:
-    """A line per method and initialisation: its K, and why it is that of the largest of them."""
-    ways: dict[tuple[str, str], list[int]] = {}
-    for num in sorted(nums):
-        choice = choice_of(config, num, num_rows)
-        ways.setdefault((choice.name, choice.init), []).append(num)
-    return [
-        f"K = {', '.join(map(str, ks))}: {name} ({choice_of(config, ks[-1], num_rows).reason})"
-        for (name, _), ks in ways.items()
-    ]
-
-
-def label_ranks(context: RankContext, job: LabelJob) -> None:
-    """One rank: maps its shards' features and takes part in every k-means; rank 0 commits."""
-    comm = context.comm
-    shards = own_shards(job.features.starts, comm.rank, comm.size)
-    rows = Rows(
-        [job.features.shard(i) for i in shards],
-        [_good(job, i) for i in shards],
-        [job.shard_names[i] for i in shards],
-    )
-    sharded = join_rows(comm, rows, device=context.device, stop_requested=context.stop_requested)
-    missing = [k for k, artifact in job.labels.items() if not context.of_rank_0(artifact.complete)]  # after a restart
-    for group in _at_once(job, missing, sharded.dim):
-        for k, found in _clusterings(context, job, sharded, group):
-            _commit(context, job, k, dict(zip(shards, found.result.labels, strict=True)), found)
-
-
-def _at_once(job: LabelJob, nums: Sequence[int], dim: int) -> list[list[int]]:
-    """The K in the order in which they are made, and those of which passes over the rows serve several."""
-    shared = [k for k in nums if shares_passes(_method(job, k))]
-    return [*groups(shared, dim), *([k] for k in nums if k not in shared)]
-
-
-def _clusterings(
-    context: RankContext, job: LabelJob, sharded: ShardedRows, group: Sequence[int]
-) -> Iterator[tuple[int, Clustering]]:
-    wanted = (_wanted(context, job, sharded, k) for k in group)
-    if len(group) == 1:
-        yield group[0], cluster(sharded, next(wanted))
-        return
-    for place, found in cluster_together(sharded, wanted):
-        yield group[place], found
-
-
-def _commit(context: RankContext, job: LabelJob, k: int, labels: Mapping[int, np.ndarray], found: Clustering) -> None:
-    """Every rank writes the labels of its shards, rank 0 the rest."""
-    artifact, comm = job.labels[k], context.comm
-    folder = artifact.begin()
-    for shard, of_rows in labels.items():
-        np.save(folder / rows_file(shard), of_rows)
-    comm.barrier()
-    if comm.rank == 0:
-        np.save(folder / CENTROIDS_FILE, found.result.centroids)
-        write_stats(folder, k, found, _method(job, k).choice)
-        (folder / PROGRESS_FILE).unlink(missing_ok=True)
-        artifact.commit(expected=[rows_file(shard) for shard in range(len(job.shard_names))])
-    comm.barrier()
-
-
-def _wanted(context: RankContext, job: LabelJob, sharded: ShardedRows, k: int) -> Wanted:
-    """One clustering, from its last saved update if there is one."""
-    artifact, name = job.labels[k], f"K={k} ({list(job.labels).index(k) + 1}/{len(job.labels)})"
-    context.report({"phase": f"{name} initialisation"})
-    path = artifact.begin() / PROGRESS_FILE
-    checkpoint, problem = load_checkpoint(path)
-    raise_together(context.comm, problem)
-    seen = {int(n) for n in sharded.gather(torch.tensor([digest(checkpoint)]))}
-    if len(seen) > 1:
-        raise RuntimeError(f"{path}: ranks read different contents")
-
-    def show_seeding(part: str, found: int, wanted: int) -> None:
-        context.report({"phase": f"{name} {part}seeding {found:,} of {wanted:,}"})
-
-    def show(part: str, iteration: int, inertia: float) -> None:
-        context.report({"phase": f"{name} {part}iteration {iteration}, inertia {inertia:.1f}"})
-
-    told = ClusteringCallbacks(on_iteration=show, on_seeding=show_seeding, on_update=saver(path, context.comm.rank))
-    return Wanted(k, _method(job, k), seed=job.seed, checkpoint=checkpoint or {}, told=told)
-
-
-def _method(job: LabelJob, num: int) -> Method:
-    how = job.clustering
-    same = ("iterations", "tolerance", "spherical", "sample_rows_per_cluster", "probes", "balance", "restarts")
-    return Method(choice=choice_of(how, num, job.features.starts[-1]), **{key: getattr(how, key) for key in same})
-
-
-def _good(job: LabelJob, shard: int) -> np.ndarray:
-    first, after = job.features.starts[shard], job.features.starts[shard + 1]
-    good = np.ones(after - first, dtype=bool)
-    good[job.bad[(job.bad >= first) & (job.bad < after)] - first] = False
-    return good
+def size_histogram(counts: Sequence[int] | NDArray[np.integer]) -> list[int]:
+    """Clusters by size, for `Clustering.sizes`: entry 0 counts empty ones, b those of 2^(b-1) to 2^b - 1 images."""
+    _, bits = np.frexp(np.asarray(counts, dtype=np.float64))  # frexp's exponent of n is its bit length, 0 for 0
+    return [int(n) for n in np.bincount(bits)] if len(bits) else []

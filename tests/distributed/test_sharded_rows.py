@@ -10,8 +10,8 @@ import torch
 from grappa_dist.distributed.collectives import Comm
 from grappa_dist.distributed.sharded_rows import RowBlock, Rows, ShardedRows, join_rows, side_by_side
 from grappa_dist.distributed.worker import Stopped
-from grappa_dist.kmeans.lloyd import KMeans, kmeans
-from tests.kmeans.test_lloyd import clustered
+from grappa_dist.kmeans.lloyd import KMeansTask, kmeans
+from tests.kmeans.test_lloyd import clustered, unchecked
 from tests.processes import run_ranks
 
 pytestmark = pytest.mark.usefixtures("two_threads")
@@ -37,7 +37,7 @@ def one_slow_rank(comm: Comm) -> list[float]:
     if comm.rank == comm.size - 1:
         blocks = sharded.row_blocks
         object.__setattr__(sharded, "row_blocks", lambda: map(slowly, blocks()))
-    return kmeans(sharded, 1, KMeans(iterations=0)).inertia
+    return kmeans(sharded, 1, KMeansTask(unchecked(iterations=0))).inertia
 
 
 def test_a_rank_whose_pass_takes_longer_than_a_collective_waits_holds_the_others_up_and_no_more() -> None:

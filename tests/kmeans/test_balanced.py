@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from grappa_dist.distributed.collectives import Comm
-from grappa_dist.kmeans.assignments import assign_rows, exactly
+from grappa_dist.kmeans.assignments import assign_rows, exact_search
 from grappa_dist.kmeans.balanced import balance_labels, largest_size
 from grappa_dist.search.fixed_point import to_grid
 from tests.kmeans.test_lloyd import clustered, distances, good_rows, lattice
@@ -27,7 +27,7 @@ def balanced(comm: Comm, block_rows: int) -> dict[str, tuple[list[np.ndarray], i
     found = {}
     for name, (x, c, largest) in CASES.items():
         sharded, centroids = shard_rows(comm, x, block_rows), to_grid(torch.from_numpy(c.copy()))
-        rows, _ = assign_rows(sharded, exactly(sharded, centroids), sharded.blocks())
+        rows, _ = assign_rows(sharded, exact_search(sharded, centroids), sharded.blocks())
         done = balance_labels(sharded, rows, centroids, largest)
         found[name] = (rows.by_shard(sharded), done.moved, rows.inertia(sharded))
     return found

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from grappa_dist.kmeans.ivf import Lists, Propose, assign_probed, inverted_file, nearest_exactly
+from grappa_dist.kmeans.ivf import CentroidLists, ProbedSearch, assign_probed, faiss_search, nearest_exactly
 from grappa_dist.search.candidates import Centroids
 from grappa_dist.search.fixed_point import GRID, to_grid
 from grappa_dist.search.rerank import assign
@@ -36,10 +36,10 @@ def test_no_row_has_no_nearest() -> None:
     assert labels.shape == squares.shape == (0, 2)
 
 
-def floats(lists: Lists) -> Propose:
+def floats(lists: CentroidLists) -> ProbedSearch:
     """Every pair in float32, moved by up to a third of what the error bound allows."""
 
-    def propose(x: torch.Tensor, probed: torch.Tensor, t: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def search(x: torch.Tensor, probed: torch.Tensor, t: int) -> tuple[torch.Tensor, torch.Tensor]:
         owners = torch.empty(len(lists.whole.values), dtype=torch.int64)
         for i, members in enumerate(lists.members):
             owners[members] = i
@@ -49,21 +49,22 @@ def floats(lists: Lists) -> Propose:
         values, found = torch.where(allowed, table, torch.inf).topk(t, dim=1, largest=False)
         return values, torch.where(values.isfinite(), found, -1)
 
-    return propose
+    return search
 
 
-@pytest.mark.parametrize("proposals", ["none", "floats", "faiss"])
-@pytest.mark.parametrize("copies", [1, 2, 6])  # more equal centroids than are proposed
+@pytest.mark.parametrize("search", ["none", "floats", "faiss"])
+@pytest.mark.parametrize("copies", [1, 2, 6])  # more equal centroids than candidates
 @pytest.mark.parametrize("probes", [1, 2, 50])
-def test_a_row_gets_the_nearest_centroid_of_its_lists(probes: int, copies: int, proposals: str) -> None:
-    x, c, heads = unit_rows(200, 5, 0), unit_rows(20, 5, 1).repeat(copies, 1), unit_rows(7, 5, 2)
-    owners = torch.randint(0, 6, (len(c),), generator=torch.Generator().manual_seed(3))  # no centroid has the last head
-    lists = Lists.of(Centroids.of(c), heads, owners)
+def test_a_row_gets_the_nearest_centroid_of_its_lists(probes: int, copies: int, search: str) -> None:
+    x, c, coarse = unit_rows(200, 5, 0), unit_rows(20, 5, 1).repeat(copies, 1), unit_rows(7, 5, 2)
+    owners = torch.randint(
+        0, 6, (len(c),), generator=torch.Generator().manual_seed(3)
+    )  # no centroid has the last of them
+    lists = CentroidLists.of(Centroids.of(c), coarse, owners)
     assert len(lists.members) == 6
-    ways = {"none": None, "floats": floats(lists), "faiss": inverted_file(lists, probes)}
-    propose = ways[proposals]
-    probed = assign_probed(x, lists, probes, propose)
-    near = naive(x, heads[:6]).argsort(dim=1, stable=True)[:, :probes]
+    searches = {"none": None, "floats": floats(lists), "faiss": faiss_search(lists, probes)}
+    probed = assign_probed(x, lists, probes, searches[search])
+    near = naive(x, coarse[:6]).argsort(dim=1, stable=True)[:, :probes]
     allowed = (owners[None, :, None] == near[:, None, :]).any(2)
     table = torch.where(allowed, naive(x, c), 2**62)
     assert torch.equal(probed.found.squares, table.min(1).values)
@@ -74,5 +75,5 @@ def test_a_row_gets_the_nearest_centroid_of_its_lists(probes: int, copies: int, 
 
 def test_all_lists_give_the_exact_assignment() -> None:
     x, c = unit_rows(100, 5, 0), Centroids.of(unit_rows(30, 5, 1))
-    lists = Lists.of(c, unit_rows(4, 5, 2), torch.arange(30) % 4)
+    lists = CentroidLists.of(c, unit_rows(4, 5, 2), torch.arange(30) % 4)
     assert torch.equal(assign_probed(x, lists, 4).found.labels, assign(x, c).labels)

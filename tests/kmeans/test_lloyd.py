@@ -9,9 +9,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from grappa_dist.config import ClusteringConfig
 from grappa_dist.distributed.collectives import Comm
 from grappa_dist.distributed.sharded_rows import BLOCK_ROWS, Rows, join_rows
-from grappa_dist.kmeans.lloyd import BoundedPasses, KMeans, KMeansResult, KMeansState, sharded_kmeans
+from grappa_dist.kmeans.lloyd import (
+    BoundedPasses,
+    KMeansResult,
+    KMeansState,
+    KMeansTask,
+    ProgressCallbacks,
+    sharded_kmeans,
+)
 from grappa_dist.search.fixed_point import GRID, to_grid
 from tests.processes import run_ranks
 
@@ -67,9 +75,18 @@ def part_of(x: np.ndarray, first: int, last: int) -> Rows:
     return Rows([x[a:b] for a, b in edges], [good_rows(x)[a:b] for a, b in edges])
 
 
+SETTINGS = ("iterations", "tolerance", "spherical")
+
+
+def unchecked(**settings: Any) -> ClusteringConfig:
+    """Settings that a config would refuse: no iteration at all."""
+    return ClusteringConfig().model_copy(update=settings)
+
+
 def fit(comm: Comm, rows: Rows, settings: dict[str, Any], *, block_rows: int = BLOCK_ROWS, **more: Any) -> KMeansResult:
-    how = {**settings, **more}
-    return sharded_kmeans(comm, rows, how.pop("num_labels"), KMeans(**how), block_rows=block_rows)
+    given = {**settings, **more}
+    num_labels, config = given.pop("num_labels"), {k: given.pop(k) for k in SETTINGS if k in given}
+    return sharded_kmeans(comm, rows, num_labels, KMeansTask(unchecked(**config), **given), block_rows=block_rows)
 
 
 def run_cases(comm: Comm, block_rows: int) -> dict[str, KMeansResult]:
@@ -125,7 +142,9 @@ def distances(x: np.ndarray, centroids: np.ndarray) -> np.ndarray:
 def test_every_iteration_is_that_of_integer_arithmetic() -> None:
     x = clustered(300, 6, 8)
     centroids = to_grid(torch.from_numpy(x[:10])).numpy()
-    result = sharded_kmeans(Comm(), Rows([x], [np.ones(300, dtype=bool)]), 10, KMeans(iterations=5, initial=centroids))
+    result = sharded_kmeans(
+        Comm(), Rows([x], [np.ones(300, dtype=bool)]), 10, KMeansTask(unchecked(iterations=5), initial=centroids)
+    )
     rows = (to_grid(torch.from_numpy(x)).double() * GRID).long()
     for _ in range(5):
         labels = distances(x, centroids).argmin(1)
@@ -144,7 +163,7 @@ def test_as_many_labels_as_distinct_rows_leave_no_distance(alone: dict[str, KMea
     assert alone["all equal"].counts.tolist() == [37, 0, 0, 0]
 
 
-def test_equal_starts_are_told_apart_by_repairs(alone: dict[str, KMeansResult]) -> None:
+def test_equal_starts_are_separated_by_repairs(alone: dict[str, KMeansResult]) -> None:
     result = alone["equal starts"]
     assert (result.empty_repaired >= 7, result.empty_left) == (True, 0)
     assert result.inertia[-1] < 0.5 * result.inertia[0]
@@ -153,8 +172,8 @@ def test_equal_starts_are_told_apart_by_repairs(alone: dict[str, KMeansResult]) 
 def test_the_objective_is_that_of_faiss_from_the_same_start() -> None:
     x = clustered(2000, 16, 40)
     rows = Rows([x], [np.ones(len(x), dtype=bool)])
-    start = sharded_kmeans(Comm(), rows, 50, KMeans(iterations=0)).centroids
-    ours = sharded_kmeans(Comm(), rows, 50, KMeans(iterations=10, initial=start))
+    start = sharded_kmeans(Comm(), rows, 50, KMeansTask(unchecked(iterations=0))).centroids
+    ours = sharded_kmeans(Comm(), rows, 50, KMeansTask(unchecked(iterations=10), initial=start))
     theirs = faiss.Kmeans(16, 50, niter=10, max_points_per_centroid=10**9, min_points_per_centroid=1)
     theirs.train(x, init_centroids=start)
     objective = float(theirs.index.search(x, 1)[0].sum())
@@ -164,21 +183,29 @@ def test_the_objective_is_that_of_faiss_from_the_same_start() -> None:
 def test_seeding_is_as_good_as_that_of_faiss_and_better_than_random_rows() -> None:
     x = clustered(2000, 16, 40)
     rows = Rows([x], [np.ones(len(x), dtype=bool)])
-    starts = [sharded_kmeans(Comm(), rows, 40, KMeans(iterations=0, seed=seed)) for seed in range(5)]
+    starts = [sharded_kmeans(Comm(), rows, 40, KMeansTask(unchecked(iterations=0), seed=seed)) for seed in range(5)]
     seeded = [r.inertia[-1] for r in starts]
     assert len(set(seeded)) == 5
     chosen = [x[np.random.default_rng(seed).permutation(len(x))[:40]] for seed in range(5)]
-    random = [sharded_kmeans(Comm(), rows, 40, KMeans(iterations=0, initial=c)).inertia[-1] for c in chosen]
+    random = [
+        sharded_kmeans(Comm(), rows, 40, KMeansTask(unchecked(iterations=0), initial=c)).inertia[-1] for c in chosen
+    ]
     assert np.mean(seeded) < 0.9 * np.mean(random)
 
 
 def test_callback_and_tolerance_follow_inertia(alone: dict[str, KMeansResult]) -> None:
     x, settings = CASES["early stop"]
-    heard: list[tuple[int, float]] = []
+    reported: list[tuple[int, float]] = []
     rows = part_of(x, 0, len(x))
-    result = fit(Comm(), rows, settings, seed=3, on_iteration=lambda i, value: heard.append((i, value)))
-    assert [value for _, value in heard] == result.inertia == alone["early stop"].inertia
-    assert [i for i, _ in heard] == list(range(len(result.inertia)))
+    result = fit(
+        Comm(),
+        rows,
+        settings,
+        seed=3,
+        callbacks=ProgressCallbacks(on_iteration=lambda part, i, value: reported.append((i, value))),
+    )
+    assert [value for _, value in reported] == result.inertia == alone["early stop"].inertia
+    assert [i for i, _ in reported] == list(range(len(result.inertia)))
     assert 3 <= len(result.inertia) < 31
     *_, before, last = result.inertia
     assert before - last < 0.02 * before
@@ -210,12 +237,15 @@ def test_many_labels_are_searched_by_groups() -> None:
     assert len(passes.groups.members) > 1
 
 
-def test_more_pairs_of_row_and_centroid_than_32_bits_count_are_all_told_apart() -> None:
+def test_more_pairs_of_row_and_centroid_than_32_bits_count_are_all_distinguished() -> None:
     num, num_labels = 66_000, 33_000
     assert num * num_labels > 2**31
     x = clustered(num, 16, num)
     result = sharded_kmeans(
-        Comm(), Rows([x], [np.ones(num, dtype=bool)]), num_labels, KMeans(iterations=0, initial=x[-num_labels:])
+        Comm(),
+        Rows([x], [np.ones(num, dtype=bool)]),
+        num_labels,
+        KMeansTask(unchecked(iterations=0), initial=x[-num_labels:]),
     )
     some = np.random.default_rng(0).choice(num, 200, replace=False)
     exact = distances(x[some], to_grid(torch.from_numpy(x[-num_labels:])).numpy())
@@ -228,7 +258,7 @@ def test_a_value_a_little_above_one_counts_alike_in_any_shard_and_memory() -> No
     fixed = x.copy()
     fixed.flags.writeable = False
     found = [
-        sharded_kmeans(Comm(), Rows(shards, flags), 2, KMeans(initial=x[[1, 3]]))
+        sharded_kmeans(Comm(), Rows(shards, flags), 2, KMeansTask(initial=x[[1, 3]]))
         for shards, flags in (([x], [good]), ([x[:4], x[4:]], [good[:4], good[4:]]), ([fixed], [good]))
     ]
     assert len({tuple(result.inertia) for result in found}) == 1
@@ -243,9 +273,14 @@ def test_a_value_of_no_unit_row_is_refused() -> None:
 def test_a_resume_of_another_run_is_refused() -> None:
     rows = Rows([clustered(9, 4, 3)], [np.ones(9, dtype=bool)])
     with pytest.raises(ValueError, match=r"resume has \(2, 4\) centroids after 0 updates, expected \(3, 4\)"):
-        sharded_kmeans(Comm(), rows, 3, KMeans(resume=KMeansState(np.zeros((2, 4), np.float32), ())))
+        sharded_kmeans(Comm(), rows, 3, KMeansTask(resume=KMeansState(np.zeros((2, 4), np.float32), ())))
     with pytest.raises(ValueError, match="after at most 1"):
-        sharded_kmeans(Comm(), rows, 3, KMeans(iterations=1, resume=KMeansState(np.zeros((3, 4), np.float32), (5, 4))))
+        sharded_kmeans(
+            Comm(),
+            rows,
+            3,
+            KMeansTask(unchecked(iterations=1), resume=KMeansState(np.zeros((3, 4), np.float32), (5, 4))),
+        )
 
 
 @pytest.mark.parametrize(
@@ -262,7 +297,7 @@ def test_a_resume_with_numbers_that_no_update_makes_is_refused(value: float, wor
     centroids = to_grid(torch.from_numpy(x[:3])).numpy()
     centroids[1, 2] = value
     with pytest.raises(ValueError, match=f"resume: {words}"):
-        sharded_kmeans(Comm(), Rows([x], [np.ones(9, dtype=bool)]), 3, KMeans(resume=KMeansState(centroids, ())))
+        sharded_kmeans(Comm(), Rows([x], [np.ones(9, dtype=bool)]), 3, KMeansTask(resume=KMeansState(centroids, ())))
 
 
 @pytest.mark.parametrize(
@@ -270,8 +305,8 @@ def test_a_resume_with_numbers_that_no_update_makes_is_refused(value: float, wor
 )
 def test_settings_that_make_no_sense_are_named(settings: dict[str, Any]) -> None:
     (name,) = settings
-    with pytest.raises(ValueError, match=f"^{name} must be at least 0"):
-        KMeans(**settings)
+    with pytest.raises(ValueError, match=rf"for ClusteringConfig\n{name}\n +Input should be (greater|less) than"):
+        ClusteringConfig(**settings)
 
 
 def test_without_tolerance_all_updates_are_made_also_where_inertia_rises() -> None:
@@ -283,7 +318,9 @@ def test_without_tolerance_all_updates_are_made_also_where_inertia_rises() -> No
 
 def test_bounds_spare_most_distances_once_centroids_settle() -> None:
     x = clustered(6000, 64, 600)
-    result = sharded_kmeans(Comm(), Rows([x], [np.ones(len(x), dtype=bool)]), 1024, KMeans(iterations=12))
+    result = sharded_kmeans(
+        Comm(), Rows([x], [np.ones(len(x), dtype=bool)]), 1024, KMeansTask(unchecked(iterations=12))
+    )
     assert result.searched_share < 0.5
 
 
@@ -326,4 +363,4 @@ def test_impossible_input_is_refused_on_every_rank(fault: str, words: str) -> No
 def test_initial_centroids_of_another_shape_are_refused() -> None:
     rows = Rows([clustered(9, 4, 3)], [np.ones(9, dtype=bool)])
     with pytest.raises(ValueError, match=r"initial centroids must be \(3, 4\), found \(2, 4\)"):
-        sharded_kmeans(Comm(), rows, 3, KMeans(initial=np.zeros((2, 4), np.float32)))
+        sharded_kmeans(Comm(), rows, 3, KMeansTask(initial=np.zeros((2, 4), np.float32)))

@@ -19,18 +19,18 @@ import numpy as np
 import pytest
 
 from grappa_dist.artifacts import Artifact, Store
-from grappa_dist.config import Config, Resources
+from grappa_dist.config import ClusteringConfig, Config, Resources
 from grappa_dist.console import Console
 from grappa_dist.data.index import Shard
 from grappa_dist.data.shards import ImageShards
-from grappa_dist.distributed import sharded_rows as sharded
+from grappa_dist.distributed import sharded_rows
 from grappa_dist.distributed.collectives import Comm
 from grappa_dist.distributed.ray_cluster import Cluster
 from grappa_dist.distributed.runner import Job, Runner
 from grappa_dist.distributed.sharded_rows import Rows
 from grappa_dist.distributed.worker import RankContext
 from grappa_dist.kmeans import sampling
-from grappa_dist.kmeans.lloyd import KMeans, sharded_kmeans
+from grappa_dist.kmeans.lloyd import KMeansTask, sharded_kmeans
 from grappa_dist.kmeans.seeding import Init
 from grappa_dist.stages.embed import BAD_FILE, ROWS_FILE, bad_rows, feature_rows
 from grappa_dist.stages.pseudo_label import STATS_FILE, labels_of, num_labels, pseudo_label
@@ -108,13 +108,13 @@ def watched() -> Iterator[Seen]:
 def peaks(comm: Comm, folder: Path, init: Init) -> dict[int, int]:
     """The bytes that this rank takes for k-means, seeding included, by number of rows."""
     found = {}
-    sharded.PIECE = sampling.PIECE = BLOCK_ROWS  # pieces that a rank of few rows fills too
+    sharded_rows.PIECE = sampling.PIECE = BLOCK_ROWS  # pieces that a rank of few rows fills too
     for num in (FEW, FEW, MANY):  # the first time also loads libraries
         mapped = np.load(folder / f"{num}.npy", mmap_mode="r")
         own = mapped[comm.rank * num // comm.size : (comm.rank + 1) * num // comm.size]
         with watched() as seen:
             rows = Rows([own], [np.ones(len(own), dtype=bool)])
-            sharded_kmeans(comm, rows, 16, KMeans(iterations=2, init=init), block_rows=BLOCK_ROWS)
+            sharded_kmeans(comm, rows, 16, KMeansTask(ClusteringConfig(iterations=2), init=init), block_rows=BLOCK_ROWS)
         assert seen.looks > 20
         found[num] = seen.rise
     return found
@@ -199,7 +199,7 @@ def test_eight_times_the_rows_leave_the_driver_as_it_was_and_give_each_rank_its_
     (driver, *ranks), (more_driver, *more_ranks) = taken[FEW], taken[MANY]
     assert len(ranks) == len(more_ranks) == RANKS
     assert more_driver - driver < DRIVER < (MANY - FEW) * 4 * len(NUM_LABELS)
-    bound = SHARE + sharded.BLOCK_ROWS * ROW_IN_BLOCK
+    bound = SHARE + sharded_rows.BLOCK_ROWS * ROW_IN_BLOCK
     assert bound < MORE * DIM * 4  # it would not let the rows pass
     for before, after in zip(ranks, more_ranks, strict=True):
         assert after - before < bound

@@ -43,7 +43,7 @@ def test_rows_that_come_first_are_drawn_in_proportion_to_their_weights() -> None
     assert np.square(wins - expected).dot(1 / expected) < 16.3  # chi square with 3 degrees of freedom, 0.001
 
 
-def test_light_rows_are_told_apart_by_the_bits_that_count() -> None:
+def test_light_rows_are_distinguished_by_the_bits_that_count() -> None:
     weights = torch.tensor([1, 2, 3, 10])
     wins = np.zeros(4)
     for key in range(4000):

@@ -31,43 +31,43 @@ def shard_rows(comm: Comm, x: np.ndarray) -> ShardedRows:
 
 
 def rounds_of(name: str) -> tuple[np.ndarray, list[SeedingState]]:
-    """Centroids of a seeding that nothing interrupts, and what it said after each round."""
-    (x, num), said = CASES[name], list[SeedingState]()
+    """Centroids of a seeding that nothing interrupts, and its state after each round."""
+    (x, num), rounds = CASES[name], list[SeedingState]()
     return seed_centroids(
-        shard_rows(Comm(), x), num, 5, on_round=lambda seeded, wanted: said.append(seeded)
-    ).numpy(), said
+        shard_rows(Comm(), x), num, 5, on_round=lambda seeded, wanted: rounds.append(seeded)
+    ).numpy(), rounds
 
 
-def resumed(comm: Comm, name: str, said: list[SeedingState]) -> list[np.ndarray]:
+def resumed(comm: Comm, name: str, rounds: list[SeedingState]) -> list[np.ndarray]:
     x, num = CASES[name]
     sharded = shard_rows(comm, x)
-    return [seed_centroids(sharded, num, 5, resume=seeded).numpy() for seeded in said]
+    return [seed_centroids(sharded, num, 5, resume=seeded).numpy() for seeded in rounds]
 
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_a_seeding_resumed_after_any_round_ends_as_if_it_had_not_stopped(name: str, ranks: int) -> None:
-    whole, said = rounds_of(name)
-    assert len(said) >= 5
-    for found in run_ranks(resumed, ranks, name, said[::3] + said[-1:]):
+    whole, rounds = rounds_of(name)
+    assert len(rounds) >= 5
+    for found in run_ranks(resumed, ranks, name, rounds[::3] + rounds[-1:]):
         assert all(np.array_equal(centroids, whole) for centroids in found)
 
 
 def test_every_round_adds_to_what_was_drawn() -> None:
-    whole, said = rounds_of("clusters")
+    whole, rounds = rounds_of("clusters")
     x = CASES["clusters"][0]
-    assert [len(seeded.places) for seeded in said[:3]] == [1, 2, 3]
-    for before, after in pairwise(said):
+    assert [len(seeded.places) for seeded in rounds[:3]] == [1, 2, 3]
+    for before, after in pairwise(rounds):
         assert torch.equal(after.places[: len(before.places)], before.places)
         assert after.drawn - before.drawn == max(1, min(len(before.places) // 2, 60 - len(before.places)))
-    assert good_rows(x)[said[-1].places].all()
-    assert len(said[-1].places) == len(whole) == 60
+    assert good_rows(x)[rounds[-1].places].all()
+    assert len(rounds[-1].places) == len(whole) == 60
 
 
 def test_the_lowest_rows_that_were_not_chosen_fill_up() -> None:
     name = "fewer distinct rows than labels"
-    whole, said = rounds_of(name)
-    chosen, good = said[-1].places.tolist(), np.flatnonzero(good_rows(CASES[name][0]))
+    whole, rounds = rounds_of(name)
+    chosen, good = rounds[-1].places.tolist(), np.flatnonzero(good_rows(CASES[name][0]))
     rest = [row for row in good.tolist() if row not in chosen][: 40 - len(chosen)]
     assert len(chosen) < 40
     wanted = torch.from_numpy(CASES[name][0])[[*chosen, *rest]].numpy()

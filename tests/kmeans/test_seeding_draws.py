@@ -10,7 +10,7 @@ from torch import Tensor
 
 from grappa_dist.data.rng import draw
 from grappa_dist.kmeans import seeding
-from grappa_dist.kmeans.seeding import accept, candidates_of, to_weights
+from grappa_dist.kmeans.seeding import accept, candidates_per_round, to_weights
 from grappa_dist.search.fixed_point import GRID, to_grid
 
 
@@ -76,15 +76,15 @@ def test_many_candidates_are_thinned_out_block_by_block_to_the_same_end(monkeypa
 
 
 def test_a_round_draws_half_a_table_or_a_share_of_the_centroids() -> None:
-    few = [candidates_of(num, 10**6) for num in (0, 1, 2, 3, 100, 4096, 5000, 131_072 + 63)]
+    few = [candidates_per_round(num, 10**6) for num in (0, 1, 2, 3, 100, 4096, 5000, 131_072 + 63)]
     assert few == [1, 1, 1, 1, 50, 2048, 2048, 2048]
-    assert candidates_of(131_072 + 64, 10**6) == 2049
-    assert candidates_of(640_000, 10**6) == 10_000
-    assert [candidates_of(100, 7), candidates_of(640_000, 1)] == [7, 1]
+    assert candidates_per_round(131_072 + 64, 10**6) == 2049
+    assert candidates_per_round(640_000, 10**6) == 10_000
+    assert [candidates_per_round(100, 7), candidates_per_round(640_000, 1)] == [7, 1]
 
 
 def test_a_million_centroids_take_some_two_hundred_rounds() -> None:
     num, rounds = 1, 1
     while num < 10**6:
-        num, rounds = num + candidates_of(num, 10**6 - num), rounds + 1
+        num, rounds = num + candidates_per_round(num, 10**6 - num), rounds + 1
     assert 200 < rounds < 230  # where all candidates are kept

@@ -104,12 +104,12 @@ def naive_candidates(x: np.ndarray, num: int, seed: int) -> tuple[list[int], Ten
 @pytest.mark.parametrize("name", CASES)
 def test_candidates_and_what_they_stand_for_are_those_of_the_plain_algorithm(name: str) -> None:
     x, num = CASES[name]
-    said = list[SeedingState]()
+    states = list[SeedingState]()
     sharded = shard_rows(Comm(), x)
-    drawn = oversampling._candidates(sharded, num, 5, SeedingState(), lambda seeded, wanted: said.append(seeded))
+    drawn = oversampling._seed_candidates(sharded, num, 5, SeedingState(), lambda seeded, wanted: states.append(seeded))
     places, times = drawn.places.tolist(), drawn.times.tolist()
     found, counts = naive_candidates(x, num, 5)
-    assert said[-1].places.tolist() == found
+    assert states[-1].places.tolist() == found
     assert places == sorted(found)
     assert dict(zip(places, times, strict=True)) == dict(zip(found, counts.tolist(), strict=True))
     assert sum(times) == good_rows(x).sum()
@@ -127,30 +127,30 @@ def test_a_row_that_counts_several_times_is_drawn_like_so_many_rows() -> None:
 
 
 def rounds_of(name: str) -> tuple[np.ndarray, list[tuple[SeedingState, int]]]:
-    """Centroids of an initialisation that nothing interrupts, and what it said after each round."""
-    (x, num), said = CASES[name], list[tuple[SeedingState, int]]()
+    """Centroids of an initialisation that nothing interrupts, and its state after each round."""
+    (x, num), states = CASES[name], list[tuple[SeedingState, int]]()
     sharded = shard_rows(Comm(), x)
-    return oversampled_centroids(sharded, num, 5, on_round=lambda *told: said.append(told)).numpy(), said
+    return oversampled_centroids(sharded, num, 5, on_round=lambda *state: states.append(state)).numpy(), states
 
 
-def resumed(comm: Comm, name: str, said: list[SeedingState]) -> list[np.ndarray]:
+def resumed(comm: Comm, name: str, states: list[SeedingState]) -> list[np.ndarray]:
     x, num = CASES[name]
-    return [oversampled_centroids(shard_rows(comm, x), num, 5, resume=seeded).numpy() for seeded in said]
+    return [oversampled_centroids(shard_rows(comm, x), num, 5, resume=seeded).numpy() for seeded in states]
 
 
 @pytest.mark.parametrize(("name", "ranks"), [("clusters", 1), ("clusters", 3), ("exact ties", 3), ("each its own", 2)])
 def test_an_initialisation_resumed_after_any_round_ends_as_if_it_had_not_stopped(name: str, ranks: int) -> None:
-    whole, said = rounds_of(name)
-    for found in run_ranks(resumed, ranks, name, [seeded for seeded, _ in said]):
-        assert len(found) == len(said) > 1
+    whole, states = rounds_of(name)
+    for found in run_ranks(resumed, ranks, name, [seeded for seeded, _ in states]):
+        assert len(found) == len(states) > 1
         assert all(np.array_equal(centroids, whole) for centroids in found)
 
 
 def test_every_round_adds_half_as_many_rows_as_there_are_labels() -> None:
-    _, said = rounds_of("clusters")
-    rounds = [(len(seeded.places), wanted) for seeded, wanted in said if seeded.candidates is None]
-    assert rounds == [(n, 151) for n in (1, 31, 61, 91, 121, 151)]
-    picks = [(len(seeded.places), wanted) for seeded, wanted in said[len(rounds) :]]
+    _, states = rounds_of("clusters")
+    sizes = [(len(seeded.places), wanted) for seeded, wanted in states if seeded.candidates is None]
+    assert sizes == [(n, 151) for n in (1, 31, 61, 91, 121, 151)]
+    picks = [(len(seeded.places), wanted) for seeded, wanted in states[len(sizes) :]]
     assert picks[0] == (0, 60)
     assert picks[-1] == (60, 60)
     assert picks == sorted(picks)
@@ -188,11 +188,17 @@ class Reads:
 
 
 def test_rows_are_read_six_times_and_fewer_where_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, said = rounds_of("clusters")
+    whole, states = rounds_of("clusters")
     sharded = shard_rows(Comm(), CASES["clusters"][0])
     reads, good = Reads(sharded, monkeypatch), sharded.num_good
-    first_pick = [seeded.candidates is None for seeded, _ in said].index(False)
-    for resume, times in ((None, 6), (said[0][0], 6), (said[2][0], 4), (said[first_pick][0], 0), (said[-1][0], 0)):
+    first_pick = [seeded.candidates is None for seeded, _ in states].index(False)
+    for resume, times in (
+        (None, 6),
+        (states[0][0], 6),
+        (states[2][0], 4),
+        (states[first_pick][0], 0),
+        (states[-1][0], 0),
+    ):
         reads.rows = 0
         assert np.array_equal(oversampled_centroids(sharded, 60, 5, resume=resume).numpy(), whole)
         assert reads.rows == times * good + 151  # rounds, all before in one; candidates
@@ -243,7 +249,7 @@ def test_rows_that_all_lie_near_to_each_other_are_drawn_by_their_distances_too()
     rng = np.random.default_rng(0)
     x = np.concatenate([rng.uniform(0, 2e-5, 2000), rng.uniform(0, 5e-2, 100)]).astype(np.float32)[:, None]
     sharded = join_rows(Comm(), Rows([x], [np.ones(len(x), dtype=bool)]), device=torch.device("cpu"))
-    places = oversampling._candidates(sharded, 20, 0, SeedingState(), lambda seeded, wanted: None).places
+    places = oversampling._seed_candidates(sharded, 20, 0, SeedingState(), lambda seeded, wanted: None).places
     assert int((places >= 2000).sum()) > 0.8 * len(places)  # 2 or 3 if all were alike
 
 

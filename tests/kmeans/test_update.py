@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grappa_dist.kmeans.update import Stats, finish
+from grappa_dist.kmeans.update import Stats, update_centroids
 from grappa_dist.search.candidates import Centroids
 from grappa_dist.search.fixed_point import GRID, exact_square, to_grid
 from grappa_dist.search.rerank import assign
@@ -31,7 +31,7 @@ def stats_of(x: Tensor, c: Tensor) -> Stats:
 
 
 def finished(c: Tensor, stats: Stats, step: int = 0, *, spherical: bool = False) -> tuple[Tensor, int]:
-    return finish(c, stats, stats.spreads(Centroids.of(c)), step, spherical=spherical)
+    return update_centroids(c, stats, stats.spreads(Centroids.of(c)), step, spherical=spherical)
 
 
 def test_stats_add_in_any_order_and_to_the_sums_of_python() -> None:
@@ -76,7 +76,7 @@ def test_spreads_hold_where_64_bits_would_not() -> None:
 
 def test_means_are_the_nearest_grid_points_and_halves_go_up() -> None:
     stats = Stats(torch.tensor([2, 2, 3]), torch.tensor([[3], [-3], [-4]]), torch.zeros(2, 3, dtype=torch.int64))
-    means, repaired = finish(torch.zeros(3, 1), stats, [0, 0, 0], 0)
+    means, repaired = update_centroids(torch.zeros(3, 1), stats, [0, 0, 0], 0)
     assert integers(means).tolist() == [[2], [-1], [-1]]
     assert repaired == 0
 
@@ -99,16 +99,16 @@ def test_an_empty_cluster_takes_rows_of_the_largest_that_has_unequal_ones() -> N
     sums = torch.stack([torch.from_numpy(integers(r)).sum(0) for r in (spread, equal, spread[:0], spread[:0])])
     centroids = torch.cat([to_grid(spread.mean(0, keepdim=True)), equal[:1], torch.zeros(2, 3)])
     stats, spreads = Stats(counts, sums, torch.zeros(2, 4, dtype=torch.int64)), [2**48, 0, 0, 0]
-    new, repaired = finish(centroids, stats, spreads, step=3)
+    new, repaired = update_centroids(centroids, stats, spreads, step=3)
     assert repaired == 2
-    assert torch.equal(new[:2], finish(centroids, stats, [0] * 4, step=3)[0][:2])
+    assert torch.equal(new[:2], update_centroids(centroids, stats, [0] * 4, step=3)[0][:2])
     assert 0 < (new[2] - new[0]).norm() < 0.3
     assert 0 < (new[3] - new[0]).norm() < 0.3
     shared, unshared = stats_of(spread, new), stats_of(spread, new[:2])
     assert (shared.counts[[0, 2, 3]] > 0).sum() >= 2
     assert sum(shared.spreads(Centroids.of(new))) < sum(unshared.spreads(Centroids.of(new[:2])))
-    assert torch.equal(finish(centroids, stats, spreads, step=3)[0], new)
-    later = [finish(centroids, stats, spreads, step=step)[0] for step in range(4, 9)]
+    assert torch.equal(update_centroids(centroids, stats, spreads, step=3)[0], new)
+    later = [update_centroids(centroids, stats, spreads, step=step)[0] for step in range(4, 9)]
     assert not all(torch.equal(other, new) for other in later)  # another step tries another direction
 
 
@@ -124,7 +124,7 @@ def test_a_cluster_near_an_axis_is_split_inside_of_the_grid() -> None:
     rows = to_grid(torch.tensor([[-0.9922, 0.1247], [-0.9922, -0.1247]]))
     counts, sums = torch.tensor([2, 0]), torch.stack([torch.from_numpy(integers(rows)).sum(0), torch.zeros(2)]).long()
     stats = Stats(counts, sums, torch.zeros(2, 2, dtype=torch.int64))
-    new, repaired = finish(rows[:1].repeat(2, 1), stats, [2**50, 0], 0)
+    new, repaired = update_centroids(rows[:1].repeat(2, 1), stats, [2**50, 0], 0)
     assert repaired == 1
     assert float(new.abs().max()) <= 1
     assert not torch.equal(new[0], new[1])

@@ -17,13 +17,13 @@ from grappa_dist.data.shards import ImageShards
 from grappa_dist.distributed.collectives import Comm
 from grappa_dist.distributed.worker import RankContext, Stopped
 from grappa_dist.kmeans.lloyd import KMeansState
+from grappa_dist.kmeans.methods import choose
 from grappa_dist.report.content import Clustering
-from grappa_dist.stages import pseudo_label as checkpoint
+from grappa_dist.stages import pseudo_label as pseudo_label_stage
 from grappa_dist.stages.pseudo_label import (
     PROGRESS_FILE,
     LabelJob,
     check_good_rows,
-    choice_of,
     describe_choices,
     describe_shortcuts,
     label_ranks,
@@ -93,7 +93,7 @@ def test_more_labels_than_good_images_are_refused_by_the_settings_name() -> None
     check_good_rows(asked, (4, 9), 10, 1)
 
 
-def test_bad_images_are_counted_before_any_worker_is_asked(tmp_path: Path) -> None:
+def test_bad_images_are_counted_before_any_job_runs(tmp_path: Path) -> None:
     settings = Config(name="few", data=DataConfig(train=("none",)), backbone=BackboneConfig(name="no:backbone"))
     job, here = label_job(tmp_path, Store(tmp_path), (256,)), Here()
     images = ImageShards(tuple(Shard(name, "", n, 0, name) for name, n in (("a", 200), ("b", 100))), ())
@@ -131,7 +131,7 @@ def test_ranks_have_about_as_many_rows_each(ranks: int) -> None:
     assert max(rows) - min(rows) <= 2 * sizes.max()
 
 
-def test_shards_of_billions_of_rows_are_shared_out_exactly() -> None:
+def test_shards_of_billions_of_rows_are_distributed_exactly() -> None:
     starts = np.cumsum([0] + [2**40] * 6).tolist()
     assert [list(own_shards(starts, rank, 3)) for rank in range(3)] == [[0, 1], [2, 3], [4, 5]]
 
@@ -151,11 +151,13 @@ def label_job(folder: Path, store: Store, nums: tuple[int, ...] = (12,), **setti
     return LabelJob(features, names, np.array([5, 70]), labels, clustering, 0)
 
 
-def context(stop_after: int | None, heard: list[str]) -> RankContext:
+def context(stop_after: int | None, reported: list[str]) -> RankContext:
     def report(status: dict[str, str]) -> None:
-        heard.append(status["phase"])
+        reported.append(status["phase"])
 
-    return RankContext(Comm(), torch.device("cpu"), report, lambda: stop_after is not None and len(heard) > stop_after)
+    return RankContext(
+        Comm(), torch.device("cpu"), report, lambda: stop_after is not None and len(reported) > stop_after
+    )
 
 
 def files_of(artifact: Artifact) -> dict[str, bytes]:
@@ -176,7 +178,7 @@ WAYS: dict[str, tuple[dict[str, Any], int]] = {  # settings, and reports before 
 
 @pytest.fixture
 def every_round_saved(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "SEEDING_SAVE_S", 0.0)
+    monkeypatch.setattr(pseudo_label_stage, "SEEDING_SAVE_S", 0.0)
 
 
 @pytest.mark.usefixtures("every_round_saved")
@@ -192,9 +194,9 @@ def test_a_stopped_clustering_goes_on_from_its_last_update_to_the_same_files(tmp
     artifact = stopped.labels[12]
     assert (artifact.begin() / PROGRESS_FILE).exists()
     assert not artifact.complete
-    heard: list[str] = []
-    label_ranks(context(None, heard), stopped)
-    assert heard[1:] == unbroken[len(before) :]  # the update that it was told of last had been saved
+    reported: list[str] = []
+    label_ranks(context(None, reported), stopped)
+    assert reported[1:] == unbroken[len(before) :]  # the last reported update had been saved
     found, expected = files_of(artifact), files_of(whole.labels[12])
     assert set(found) == {"stats.json", "centroids.npy", *map(rows_file, range(5))}
     assert all(found[rows_file(i)] == expected[rows_file(i)] for i in range(5))
@@ -206,21 +208,21 @@ def test_a_stopped_clustering_goes_on_from_its_last_update_to_the_same_files(tmp
     assert Clustering(**json.loads(found["stats.json"])).method == stats["method"]  # the report takes them
 
 
-def test_seeding_is_told_and_stops_and_is_saved_now_and_then(tmp_path: Path) -> None:
-    job, heard = label_job(tmp_path, Store(tmp_path / "run")), list[str]()
+def test_seeding_is_reported_and_stops_and_is_saved_now_and_then(tmp_path: Path) -> None:
+    job, reported = label_job(tmp_path, Store(tmp_path / "run")), list[str]()
     with pytest.raises(Stopped):
-        label_ranks(context(4, heard), job)
-    assert heard == ["K=12 (1/1) initialisation", *(f"K=12 (1/1) seeding {found} of 12" for found in (1, 2, 3, 4))]
+        label_ranks(context(4, reported), job)
+    assert reported == ["K=12 (1/1) initialisation", *(f"K=12 (1/1) seeding {found} of 12" for found in (1, 2, 3, 4))]
     found, problem = load_checkpoint(job.labels[12].begin() / PROGRESS_FILE)
     saved = found["0/fit"].seeded
     assert (problem, saved and len(saved.places)) == ("", 1)  # rounds that follow within half a minute are not saved
 
 
 def test_a_job_asked_to_stop_before_it_begins_makes_no_pass(tmp_path: Path) -> None:
-    job, heard = label_job(tmp_path, Store(tmp_path / "run"), (12, 3)), list[str]()
+    job, reported = label_job(tmp_path, Store(tmp_path / "run"), (12, 3)), list[str]()
     with pytest.raises(Stopped):
-        label_ranks(context(0, heard), job)
-    assert heard == ["K=3 (2/2) initialisation"]
+        label_ranks(context(0, reported), job)
+    assert reported == ["K=3 (2/2) initialisation"]
 
 
 @pytest.mark.parametrize("stop_after", [1, 4, 8, 15, 30])
@@ -228,11 +230,11 @@ def test_a_job_asked_to_stop_before_it_begins_makes_no_pass(tmp_path: Path) -> N
 def test_several_numbers_of_labels_are_fitted_at_once_and_end_as_alone(tmp_path: Path, stop_after: int) -> None:
     nums = (12, 3, 5)
     job = label_job(tmp_path, Store(tmp_path / "at once"), nums)
-    heard: list[str] = []
+    reported: list[str] = []
     with pytest.raises(Stopped):
-        label_ranks(context(stop_after, heard), job)
-    label_ranks(context(None, heard), job)
-    first = [said.split(" (")[0] for said in heard if "iteration 2" in said]
+        label_ranks(context(stop_after, reported), job)
+    label_ranks(context(None, reported), job)
+    first = [line.split(" (")[0] for line in reported if "iteration 2" in line]
     assert first[:2] == ["K=3", "K=5"]  # in turns, and before the largest
     for num in nums:
         alone = label_job(tmp_path, Store(tmp_path / f"alone {num}"), (num,))
@@ -244,12 +246,12 @@ def test_several_numbers_of_labels_are_fitted_at_once_and_end_as_alone(tmp_path:
 
 def label(comm: Comm, job: LabelJob, killed_after: int | None) -> None:
     """A rank of the job; the last rank kills itself after so many reports."""
-    heard = 0
+    reported = 0
 
     def report(status: dict[str, str]) -> None:
-        nonlocal heard
-        heard += 1
-        if comm.rank == comm.size - 1 and heard == killed_after:
+        nonlocal reported
+        reported += 1
+        if comm.rank == comm.size - 1 and reported == killed_after:
             os.kill(os.getpid(), signal.SIGKILL)
 
     label_ranks(RankContext(comm, torch.device("cpu"), report, lambda: False), job)
@@ -291,7 +293,7 @@ def name_of(tmp_path: Path, num_rows: int = 300, **settings: Any) -> str:
     return labels_of(Store(tmp_path), ClusteringConfig(**settings), 0, 12, [], num_rows=num_rows).fingerprint
 
 
-def test_only_what_the_method_heeds_names_the_labels(tmp_path: Path) -> None:
+def test_only_settings_that_the_method_uses_name_the_labels(tmp_path: Path) -> None:
     plain = name_of(tmp_path)
     for same in ({"method": "exact"}, {"probes": 3}, {"sample_rows_per_cluster": 3}, {"assignment": "approximate"}):
         assert name_of(tmp_path, **same) == plain
@@ -313,7 +315,7 @@ def test_only_what_the_method_heeds_names_the_labels(tmp_path: Path) -> None:
 
 def test_auto_has_the_name_of_what_it_chose(tmp_path: Path) -> None:
     num_rows = 10**12
-    chosen = choice_of(ClusteringConfig(), 12, num_rows)
+    chosen = choose(ClusteringConfig(), 12, num_rows)
     assert chosen.name != "exact"
     assert name_of(tmp_path, num_rows) == name_of(tmp_path, num_rows, method=chosen.name, assignment=chosen.assignment)
 
@@ -323,7 +325,7 @@ def test_exact_labels_keep_the_name_they_had_before_there_were_methods(tmp_path:
     assert settings == {"iterations": 20, "tolerance": 0.0, "spherical": False, "num_labels": 12, "seed": 0}
 
 
-def test_choices_and_shortcuts_are_said_in_words(tmp_path: Path) -> None:
+def test_choices_and_shortcuts_are_described(tmp_path: Path) -> None:
     lines = describe_choices(ClusteringConfig(), (10**6, 256, 4096), 10**8)
     assert lines[0].startswith("K = 256, 4096: exact (exact k-means takes 8.6e+12 pairs")
     assert lines[1].startswith("K = 1000000: approximate (exact k-means would take 2.1e+15 pairs")
@@ -331,9 +333,9 @@ def test_choices_and_shortcuts_are_said_in_words(tmp_path: Path) -> None:
                     assignment="approximate", probes=1, balance=1.1)  # fmt: skip
     label_ranks(context(None, []), job)
     stats = json.loads(files_of(job.labels[12])["stats.json"])
-    said = describe_shortcuts(stats)
-    assert said[0] == f"centroids were fitted to a sample of {100 * 60 / 298:.3g} % of the rows"
-    assert said[1].startswith("labels agree with the exact ones on")
-    assert "298 rows drawn, WARNING: less than 95 %, raise clustering.probes" in said[1]
-    assert said[2].startswith(f"{stats['moved']} rows moved, no cluster has more than 28; inertia")
+    lines = describe_shortcuts(stats)
+    assert lines[0] == f"centroids were fitted to a sample of {100 * 60 / 298:.3g} % of the rows"
+    assert lines[1].startswith("labels agree with the exact ones on")
+    assert "298 rows drawn, WARNING: less than 95 %, raise clustering.probes" in lines[1]
+    assert lines[2].startswith(f"{stats['moved']} rows moved, no cluster has more than 28; inertia")
     assert 0 < stats["largest"] <= 28
