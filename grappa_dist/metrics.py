@@ -1,16 +1,14 @@
-"""Retrieval metrics, leave one out by cosine: R-Precision, MAP@R (Musgrave et al. 2020) and recall at 1.
+"""Retrieval metrics, leave one out by cosine: R-Precision, MAP@R (Musgrave et al. 2020) and recall at 1; and how nested
+two partitions of the same rows are.
 
-Every image is a query against all others. R is the number of other images of its class; a class of one is gallery,
-never query; a row with a negative label is neither. Equal scores are ordered by row id. A product in float32 finds the
-nearest; where its error leaves open whether a relevant image comes before an irrelevant one, exact scores decide. Sums
-are integers, so block size, threads and the division of queries among workers do not change a bit.
+Every image is a query against all others. R is the number of other images of its class; the image of a class of one is
+never a query, but in the gallery; a row with a negative label is neither. Equal scores are ordered by row id. A product
+in float32 finds the nearest; where its error bound leaves open whether a relevant image comes before an irrelevant one,
+exact scores decide. Sums are integers, so block size, threads and the division of queries among workers do not change
+a bit.
 
 Shapes: n rows, g gallery rows (those with a label), b queries of a block, k the largest R among them, t >= k
-candidates, D dimensions.
-
-How two partitions of the same rows agree: is the finer one nested in the coarser one. Label -1 is no label.
-
-Shapes: n rows.
+candidates, D dimensions. In partitions, label -1 is no label.
 """
 
 from __future__ import annotations
@@ -28,6 +26,162 @@ from torch import Tensor
 from grappa_dist.search.candidates import float_error, norm_of, true_products
 from grappa_dist.search.fixed_point import exact_dot, exact_square, to_grid
 from grappa_dist.search.rerank import pair_dots
+
+_TABLE = 2**24  # scores of a block
+_SPARE = 8  # candidates beyond k in the first search
+_MANY = 16  # more than this times k, and more than 1 / 16 of the gallery, are too many candidates
+_UNIT = 2**40  # a query's metric in [0, 1] as an integer: they add in any order, and 2**23 of them fit in int64
+
+
+def retrieval_scores(z: Tensor, labels: Tensor, *, block_rows: int | None = None) -> dict[str, float]:
+    """`r_precision`, `map_at_r`, `recall_at_1` and `queries` of features (n, D) with integer labels (n,)."""
+    return retrieval_sums(z, labels, range(len(z)), block_rows=block_rows).finish()
+
+
+def retrieval_sums(z: Tensor, labels: Tensor, query_rows: range, *, block_rows: int | None = None) -> RetrievalSums:
+    """The sums over those of `query_rows` that are queries; ranges that cover all rows once add up to the whole.
+
+    Args:
+        z: (n, D), all rows, of any length but finite; labels (n,) integers, negative where there is none.
+        block_rows: queries scored at once; a block holds block_rows * g float32 scores. Without it, 64 MiB of them.
+    """
+    _check(z, labels, query_rows, block_rows)
+    rows = torch.nonzero(labels >= 0).flatten()  # (g,) in order, so a place in the gallery orders as a row id does
+    classes = torch.unique(labels[rows], return_inverse=True)[1]  # (g,)
+    others = torch.bincount(classes)[classes] - 1 if len(rows) else classes  # (g,) R of each
+    chosen = torch.zeros(len(z), dtype=torch.bool, device=z.device)
+    chosen[query_rows.start : query_rows.stop : query_rows.step] = True
+    queries = torch.nonzero(chosen[rows] & (others > 0)).flatten()
+    queries = queries[others[queries].argsort()]  # of like R side by side: a block has one k
+    gallery = _Gallery.of(to_grid(F.normalize(z[rows].double(), dim=1)), classes)
+    sums = RetrievalSums()
+    for block in queries.split(block_rows or max(1, _TABLE // max(1, len(rows)))):
+        if len(block):
+            sums += _block_sums(_relevance(gallery, block, int(others[block].max())), others[block])
+    return sums
+
+
+@dataclass(frozen=True)
+class RetrievalSums:
+    """Sums of the metrics over queries, which add up. All but `queries` in units of 2**-40."""
+
+    queries: int = 0
+    r_precision: int = 0
+    map_at_r: int = 0
+    recall_at_1: int = 0
+
+    def __add__(self, other: RetrievalSums) -> RetrievalSums:
+        return RetrievalSums(
+            self.queries + other.queries,
+            self.r_precision + other.r_precision,
+            self.map_at_r + other.map_at_r,
+            self.recall_at_1 + other.recall_at_1,
+        )
+
+    def finish(self) -> dict[str, float]:
+        """Means over queries, in [0, 1], and `queries`, their number; without queries all are 0."""
+        whole = _UNIT * max(self.queries, 1)
+        return {
+            "r_precision": self.r_precision / whole,
+            "map_at_r": self.map_at_r / whole,
+            "recall_at_1": self.recall_at_1 / whole,
+            "queries": self.queries,
+        }
+
+
+@dataclass(frozen=True)
+class _Gallery:
+    """The rows that queries are compared with, including the queries."""
+
+    rows: Tensor  # (g, D) float32 on the grid
+    classes: Tensor  # (g,)
+    error: float  # of a float32 score
+
+    @staticmethod
+    def of(rows: Tensor, classes: Tensor) -> _Gallery:
+        return _Gallery(rows, classes, float_error(rows.shape[1], norm_of(exact_square(rows)) ** 2))
+
+
+def _relevance(gallery: _Gallery, queries: Tensor, k: int) -> Tensor:
+    """Which of a query's t nearest are of its class, best first: (b, t), in certain order for the first k."""
+    candidates = _candidates(gallery, queries, k)
+    if candidates is None:
+        return gallery.classes[_nearest_exactly(gallery, queries, k)] == gallery.classes[queries, None]
+    scores, columns = candidates
+    relevant = gallery.classes[columns] == gallery.classes[queries, None]
+    # Scores that follow each other within the error form a chain. Between chains the order is certain, and within one
+    # it matters only where relevant and irrelevant ones mix.
+    chain = F.pad((scores[:, :-1] - scores[:, 1:] > 2 * gallery.error).cumsum(1), (1, 0))
+    of_chain = torch.zeros_like(chain)
+    hits = of_chain.scatter_add(1, chain, relevant.long())
+    mixed = (hits > 0) & (hits < of_chain.scatter_add(1, chain, torch.ones_like(chain)))
+    places = mixed.gather(1, chain).nonzero().unbind(1)
+    if len(places[0]):
+        found = columns[places]
+        exact = pair_dots(gallery.rows, gallery.rows, (queries[places[0]], found))
+        order = _lexsort(found, -exact, places[0] * chain.shape[1] + chain[places])
+        relevant[places] = relevant[places][order]
+    return relevant
+
+
+def _candidates(gallery: _Gallery, queries: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
+    """All that may be among the k nearest of each query: float32 scores (b, t), best first, and columns (b, t).
+
+    None where these are many, as for collapsed features: then exact scores of all take less time.
+    """
+    with true_products():
+        scores = gallery.rows[queries] @ gallery.rows.T
+    scores[torch.arange(len(queries), device=scores.device), queries] = -torch.inf
+    most = len(gallery.rows) - 1
+    found = scores.topk(min(k + _SPARE, most), dim=1)
+    threshold = found.values[:, k - 1 : k] - 2 * gallery.error
+    if found.values.shape[1] < most and bool((found.values[:, -1:] >= threshold).any()):
+        count = int((scores >= threshold).sum(1).max())
+        if count > max(_MANY * k, len(scores[0]) // _MANY):
+            return None
+        found = scores.topk(min(count, most), dim=1)
+    return found.values, found.indices
+
+
+def _nearest_exactly(gallery: _Gallery, queries: Tensor, k: int) -> Tensor:
+    """The k best columns by exact scores with all, best first, a tie to the lower column, without the query: (b, k)."""
+    scores = exact_dot(gallery.rows[queries], gallery.rows)
+    scores[torch.arange(len(queries), device=scores.device), queries] = -torch.inf
+    return scores.argsort(dim=1, descending=True, stable=True)[:, :k]
+
+
+def _lexsort(*keys: Tensor) -> Tensor:
+    """The order by the last key; where it is equal, by the one before it, and so on."""
+    order = torch.arange(len(keys[0]), device=keys[0].device)
+    for key in keys:
+        order = order[key[order].argsort(stable=True)]
+    return order
+
+
+def _block_sums(relevant: Tensor, others: Tensor) -> RetrievalSums:
+    """Sums over a block from the relevance of the nearest (b, t), of which the first R (b,) count."""
+    ranks = torch.arange(1, relevant.shape[1] + 1, device=relevant.device)
+    relevant = relevant & (ranks <= others[:, None])
+    hits = relevant.cumsum(1)
+    precisions = (hits.double() * _UNIT / ranks).round().long() * relevant  # (b, t) integers: their sum has no order
+    return RetrievalSums(
+        queries=len(others),
+        r_precision=int((hits[:, -1].double() * _UNIT / others).round().long().sum()),
+        map_at_r=int((precisions.sum(1) // others).sum()),
+        recall_at_1=int(relevant[:, 0].sum()) * _UNIT,
+    )
+
+
+def _check(z: Tensor, labels: Tensor, query_rows: range, block_rows: int | None) -> None:
+    if z.ndim != 2 or labels.shape != z.shape[:1] or labels.is_floating_point() or labels.device != z.device:
+        raise ValueError(
+            f"retrieval: z must be (n, D) and labels n integers on the same device, "
+            f"got {tuple(z.shape)} on {z.device} and {labels.dtype} {tuple(labels.shape)} on {labels.device}"
+        )
+    if query_rows.step < 1 or query_rows.start < 0 or query_rows.stop > len(z):
+        raise ValueError(f"retrieval: query_rows must rise within [0, {len(z)}), got {query_rows}")
+    if block_rows is not None and block_rows < 1:
+        raise ValueError(f"retrieval: block_rows must be at least 1, got {block_rows}")
 
 
 def nestedness(coarse: NDArray[np.integer[Any]], fine: NDArray[np.integer[Any]]) -> float:
@@ -67,160 +221,3 @@ def _purity(coarse: NDArray[np.int64], fine: NDArray[np.int64]) -> float:
     pairs, counts = np.unique(fine * width + coarse, return_counts=True)  # sorted, so a fine cluster's pairs are a run
     firsts = np.flatnonzero(np.diff(pairs // width, prepend=-1))
     return float(np.maximum.reduceat(counts, firsts).sum() / len(fine))
-
-
-_TABLE = 2**24  # scores of a block
-_SPARE = 8  # candidates above k that are asked for at first
-_MANY = 16  # times k, and of the gallery a part as large, are too many candidates
-_UNIT = 2**40  # a query's metric in [0, 1] as an integer: they add in any order, and 2**23 of them fit in int64
-
-
-@dataclass(frozen=True)
-class RetrievalSums:
-    """What some queries say about the metrics; adds up over queries. All but `queries` in units of 2**-40."""
-
-    queries: int = 0
-    r_precision: int = 0
-    map_at_r: int = 0
-    recall_at_1: int = 0
-
-    def __add__(self, other: RetrievalSums) -> RetrievalSums:
-        return RetrievalSums(
-            self.queries + other.queries,
-            self.r_precision + other.r_precision,
-            self.map_at_r + other.map_at_r,
-            self.recall_at_1 + other.recall_at_1,
-        )
-
-    def finish(self) -> dict[str, float]:
-        """Means over queries, in [0, 1], and `queries`, their number; without queries all are 0."""
-        whole = _UNIT * max(self.queries, 1)
-        return {
-            "r_precision": self.r_precision / whole,
-            "map_at_r": self.map_at_r / whole,
-            "recall_at_1": self.recall_at_1 / whole,
-            "queries": self.queries,
-        }
-
-
-def retrieval_scores(z: Tensor, labels: Tensor, *, block_rows: int | None = None) -> dict[str, float]:
-    """`r_precision`, `map_at_r`, `recall_at_1` and `queries` of features (n, D) with integer labels (n,)."""
-    return retrieval_sums(z, labels, range(len(z)), block_rows=block_rows).finish()
-
-
-def retrieval_sums(z: Tensor, labels: Tensor, query_rows: range, *, block_rows: int | None = None) -> RetrievalSums:
-    """The sums over those of `query_rows` that are queries; ranges that cover all rows once add up to the whole.
-
-    Args:
-        z: (n, D), all rows, of any length but finite; labels (n,) integers, negative where there is none.
-        block_rows: queries scored at once; a block holds block_rows * g float32 scores. Without it, 64 MiB of them.
-    """
-    _check(z, labels, query_rows, block_rows)
-    rows = torch.nonzero(labels >= 0).flatten()  # (g,) in order, so a place in the gallery orders as a row id does
-    classes = torch.unique(labels[rows], return_inverse=True)[1]  # (g,)
-    others = torch.bincount(classes)[classes] - 1 if len(rows) else classes  # (g,) R of each
-    chosen = torch.zeros(len(z), dtype=torch.bool, device=z.device)
-    chosen[query_rows.start : query_rows.stop : query_rows.step] = True
-    queries = torch.nonzero(chosen[rows] & (others > 0)).flatten()
-    queries = queries[others[queries].argsort()]  # of like R side by side: a block has one k
-    gallery = _Gallery.of(to_grid(F.normalize(z[rows].double(), dim=1)), classes)
-    sums = RetrievalSums()
-    for block in queries.split(block_rows or max(1, _TABLE // max(1, len(rows)))):
-        if len(block):
-            sums += _block_sums(_relevance(gallery, block, int(others[block].max())), others[block])
-    return sums
-
-
-@dataclass(frozen=True)
-class _Gallery:
-    """What queries are compared with, themselves among it."""
-
-    rows: Tensor  # (g, D) float32 on the grid
-    classes: Tensor  # (g,)
-    error: float  # of a float32 score
-
-    @staticmethod
-    def of(rows: Tensor, classes: Tensor) -> _Gallery:
-        return _Gallery(rows, classes, float_error(rows.shape[1], norm_of(exact_square(rows)) ** 2))
-
-
-def _relevance(gallery: _Gallery, queries: Tensor, k: int) -> Tensor:
-    """Which of a query's t nearest are of its class, best first: (b, t), of which the first k are certain."""
-    candidates = _candidates(gallery, queries, k)
-    if candidates is None:
-        return gallery.classes[_nearest_exactly(gallery, queries, k)] == gallery.classes[queries, None]
-    scores, columns = candidates
-    relevant = gallery.classes[columns] == gallery.classes[queries, None]
-    # Scores that follow each other within the error form a chain. Between chains the order is certain, and within one
-    # it matters only where relevant and irrelevant ones mix.
-    chain = F.pad((scores[:, :-1] - scores[:, 1:] > 2 * gallery.error).cumsum(1), (1, 0))
-    of_chain = torch.zeros_like(chain)
-    hits = of_chain.scatter_add(1, chain, relevant.long())
-    mixed = (hits > 0) & (hits < of_chain.scatter_add(1, chain, torch.ones_like(chain)))
-    places = mixed.gather(1, chain).nonzero().unbind(1)
-    if len(places[0]):
-        found = columns[places]
-        exact = pair_dots(gallery.rows, gallery.rows, (queries[places[0]], found))
-        order = _lexsort(found, -exact, places[0] * chain.shape[1] + chain[places])
-        relevant[places] = relevant[places][order]
-    return relevant
-
-
-def _candidates(gallery: _Gallery, queries: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
-    """All that may be among the k nearest of each query: float32 scores (b, t), best first, and columns (b, t).
-
-    None where these are many, as of features that have collapsed: then exact scores of all take less time.
-    """
-    with true_products():
-        scores = gallery.rows[queries] @ gallery.rows.T
-    scores[torch.arange(len(queries), device=scores.device), queries] = -torch.inf
-    most = len(gallery.rows) - 1
-    found = scores.topk(min(k + _SPARE, most), dim=1)
-    floor = found.values[:, k - 1 : k] - 2 * gallery.error
-    if found.values.shape[1] < most and bool((found.values[:, -1:] >= floor).any()):
-        count = int((scores >= floor).sum(1).max())
-        if count > max(_MANY * k, len(scores[0]) // _MANY):
-            return None
-        found = scores.topk(min(count, most), dim=1)
-    return found.values, found.indices
-
-
-def _nearest_exactly(gallery: _Gallery, queries: Tensor, k: int) -> Tensor:
-    """The k best columns by exact scores with all, best first, a tie to the lower column, without the query: (b, k)."""
-    scores = exact_dot(gallery.rows[queries], gallery.rows)
-    scores[torch.arange(len(queries), device=scores.device), queries] = -torch.inf
-    return scores.argsort(dim=1, descending=True, stable=True)[:, :k]
-
-
-def _lexsort(*keys: Tensor) -> Tensor:
-    """The order by the last key, where that is equal by the one before it, and so on."""
-    order = torch.arange(len(keys[0]), device=keys[0].device)
-    for key in keys:
-        order = order[key[order].argsort(stable=True)]
-    return order
-
-
-def _block_sums(relevant: Tensor, others: Tensor) -> RetrievalSums:
-    """Sums over a block from what is relevant among the nearest (b, t), of which the first R (b,) count."""
-    ranks = torch.arange(1, relevant.shape[1] + 1, device=relevant.device)
-    relevant = relevant & (ranks <= others[:, None])
-    hits = relevant.cumsum(1)
-    precisions = (hits.double() * _UNIT / ranks).round().long() * relevant  # (b, t) integers: their sum has no order
-    return RetrievalSums(
-        queries=len(others),
-        r_precision=int((hits[:, -1].double() * _UNIT / others).round().long().sum()),
-        map_at_r=int((precisions.sum(1) // others).sum()),
-        recall_at_1=int(relevant[:, 0].sum()) * _UNIT,
-    )
-
-
-def _check(z: Tensor, labels: Tensor, query_rows: range, block_rows: int | None) -> None:
-    if z.ndim != 2 or labels.shape != z.shape[:1] or labels.is_floating_point() or labels.device != z.device:
-        raise ValueError(
-            f"retrieval: z must be (n, D) and labels n integers beside it, "
-            f"got {tuple(z.shape)} on {z.device} and {labels.dtype} {tuple(labels.shape)} on {labels.device}"
-        )
-    if query_rows.step < 1 or query_rows.start < 0 or query_rows.stop > len(z):
-        raise ValueError(f"retrieval: query_rows must rise within [0, {len(z)}), got {query_rows}")
-    if block_rows is not None and block_rows < 1:
-        raise ValueError(f"retrieval: block_rows must be at least 1, got {block_rows}")

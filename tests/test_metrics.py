@@ -20,7 +20,7 @@ def random_labels(num: int, classes: int, seed: int = 1) -> Tensor:
     return torch.randint(-1, classes, (num,), generator=torch.Generator().manual_seed(seed))
 
 
-def judge(z: Tensor, labels: Tensor) -> dict[str, float]:
+def baseline(z: Tensor, labels: Tensor) -> dict[str, float]:
     grid = to_grid(F.normalize(z.double(), dim=1))
     return reference.retrieval(exact_dot(grid, grid).tolist(), labels.tolist())
 
@@ -29,7 +29,7 @@ def judge(z: Tensor, labels: Tensor) -> dict[str, float]:
 @pytest.mark.parametrize("block_rows", [1, 7, 256])
 def test_scores_equal_the_reference(num: int, dim: int, classes: int, block_rows: int) -> None:
     z, labels = features(num, dim), random_labels(num, classes)
-    assert retrieval_scores(z, labels, block_rows=block_rows) == pytest.approx(judge(z, labels), abs=1e-11)
+    assert retrieval_scores(z, labels, block_rows=block_rows) == pytest.approx(baseline(z, labels), abs=1e-11)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -37,7 +37,7 @@ def test_exact_ties_are_broken_by_row_id(seed: int) -> None:
     corners = features(3, 2, seed)
     z = corners[torch.randint(3, (41,), generator=torch.Generator().manual_seed(seed))]  # many copies of three points
     labels = random_labels(41, 5, seed)
-    expected = judge(z, labels)
+    expected = baseline(z, labels)
     for block_rows in (1, 5, 100):
         assert retrieval_scores(z, labels, block_rows=block_rows) == pytest.approx(expected, abs=1e-11)
 
@@ -51,7 +51,7 @@ def test_scores_closer_than_the_error_of_float32_are_told_apart(seed: int) -> No
     in_floats, exactly = grid @ grid.T, exact_dot(grid, grid)
     assert not torch.equal(in_floats.argsort(dim=1), exactly.argsort(dim=1))
     for block_rows in (1, 17, None):
-        assert retrieval_scores(z, labels, block_rows=block_rows) == pytest.approx(judge(z, labels), abs=1e-11)
+        assert retrieval_scores(z, labels, block_rows=block_rows) == pytest.approx(baseline(z, labels), abs=1e-11)
 
 
 def test_features_that_have_collapsed_are_scored_by_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,13 +61,13 @@ def test_features_that_have_collapsed_are_scored_by_one_product(monkeypatch: pyt
     monkeypatch.setattr("grappa_dist.metrics.pair_dots", refuse)
     z = torch.ones(300, 16) + 1e-6 * features(300, 16)
     labels = random_labels(300, 100)
-    assert retrieval_scores(z, labels) == pytest.approx(judge(z, labels), abs=1e-11)
+    assert retrieval_scores(z, labels) == pytest.approx(baseline(z, labels), abs=1e-11)
 
 
 def test_classes_of_unlike_sizes_are_scored_together() -> None:
     labels = torch.cat([torch.zeros(70, dtype=torch.int64), torch.arange(40) // 2 + 1])
     z = features(21, 5)[labels] + features(110, 5, seed=1)
-    assert retrieval_scores(z, labels) == pytest.approx(judge(z, labels), abs=1e-11)
+    assert retrieval_scores(z, labels) == pytest.approx(baseline(z, labels), abs=1e-11)
 
 
 def test_ties_go_to_the_lower_row_by_hand() -> None:

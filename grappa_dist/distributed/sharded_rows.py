@@ -1,4 +1,4 @@
-"""The rows of one rank in their shards, and what all ranks know about the rows of all; passes over them, sums, scratch.
+"""The rows of one rank in their shards, their place among the rows of all ranks, and passes and sums over all ranks.
 
 Ranks hold the rows in rank order, so a row's place among all rows does not depend on the split. Every number that
 travels is an integer. Before anything is computed, every row is checked.

@@ -107,7 +107,7 @@ class _Round:
         return _Round(sharded, rows, capacity.clone(), positions, labels, squares, applied, keys)
 
     def place_all(self, left: int) -> int:
-        """Applications until each free row has a cluster or all of its choices are full; the free rows left on all ranks."""
+        """Applications until every free row has a cluster or full choices only; the free rows left on all ranks."""
         for _ in range(self.labels.shape[1]):  # a cluster that refused rows is full, so every choice is tried
             if not left:
                 break

@@ -79,11 +79,11 @@ def seed_centroids(
     """k-means++ centroids, (K, D), by `draw_centroids`; rows that were not drawn, the lowest first, fill up.
 
     Args:
-        resume: what `on_round` was told last, of the same rows, K and seed.
+        resume: the last state passed to `on_round`, of the same rows, K and seed.
 
     Raises:
         ValueError: the places in `resume` are not of good rows.
-        Stopped: on all ranks, when any was asked to stop.
+        Stopped: on all ranks, when a stop was requested on any of them.
     """
     seeded, rows = draw_centroids(D2Weights.of(sharded), num_labels, seed, resume or SeedingState(), on_round)
     missing = num_labels - len(rows)
@@ -172,11 +172,11 @@ def oversampled_centroids(
     Where fewer than K of the candidates differ, k-means++ goes on among all rows.
 
     Args:
-        resume: what `on_round` was told last, of the same rows, K and seed.
+        resume: the last state passed to `on_round`, of the same rows, K and seed.
 
     Raises:
         ValueError: the places in `resume` are not of good rows.
-        Stopped: on all ranks, when any was asked to stop.
+        Stopped: on all ranks, when a stop was requested on any of them.
     """
     picked = resume or SeedingState()
     candidates = picked.candidates

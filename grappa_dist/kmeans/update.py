@@ -20,7 +20,7 @@ from torch import Tensor
 from grappa_dist.search.candidates import Centroids
 from grappa_dist.search.fixed_point import GRID, cached_rows, exact_square, to_grid
 
-_LOW, _LOW_BITS = 24, 2**24 - 1  # where a sum of squares is cut in two
+_LOW, _LOW_BITS = 24, 2**24 - 1  # a sum of squares is split into low bits and the rest
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ from grappa_dist.search.fixed_point import GRID, exact_square
 from grappa_dist.search.rerank import Competitors, best_of_all, decide_competitors, decide_pairs, pair_squares
 
 _GROUP_STEPS = 5  # of the k-means that groups the centroids
-_FEW_LABELS = 512  # at most so many centroids are one group
+_FEW_LABELS = 512  # up to this number, centroids are a single group
 _GROUP_SIZE = 256  # centroids per bound, at least, on average
 _DIMENSIONS_PER_BOUND = 8  # of a row for each of its lower bounds, at least
 _MOST = 0.75  # of the rows: then all are searched, which is faster than selecting them

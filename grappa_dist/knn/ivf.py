@@ -58,9 +58,10 @@ class Recall:
 
     @property
     def reached(self) -> str:
+        """The recall reached, or the probes that the sample needs, as text."""
         of = f"{self.probes} of {self.lists} lists"
         if not self.recall_rows:
-            return f"a sample asks for {of}"
+            return f"a sample needs {of}"
         return f"recall is {self.recall:.4f} with a standard error of {self.recall_error:.4f} with {of}"
 
 
@@ -138,7 +139,7 @@ def _allow_exact(num: int, recall_floor: float, last: Recall, log: Callable[[str
     """Logs that the search will be exact; raises ValueError where there are too many rows for that."""
     failed = f"lists do not reach fuse.recall_floor={recall_floor}: {last.reached}"
     if num > MOST_EXACT_ROWS:
-        raise ValueError(f"{failed}; {num} rows are too many for an exact search, set a lower floor")
+        raise ValueError(f"{failed}; {num} rows are too many for an exact search, set a lower fuse.recall_floor")
     log(f"{failed}; comparing all pairs of {num} rows")
 
 

@@ -134,7 +134,7 @@ def decide_competitors(
     first, rows, labels = competitors.first, competitors.rows, competitors.labels
     products = _differences(x, centroids, competitors)
     further = (centroids.squares[labels] - centroids.squares[first[rows]]) / GRID**2 + 2 * products
-    # The rounding of c_i - c_j counts as one more operation, for which float_error has room.
+    # The rounding of c_i - c_j counts as one more operation, which float_error allows for.
     error = 2 * float_error(x.shape[1], norm_of(squares) * 2 * centroids.norm) + 2.0**-48
     least = torch.zeros_like(squares).scatter_reduce_(0, rows, further, "amin")  # the first one's is 0, exactly
     first_near, near = least >= -2 * error, further <= least[rows] + 2 * error

@@ -1,6 +1,6 @@
 """The largest inner products of each row with many targets, by one Triton kernel: no table of all products is made.
 
-Imported where a GPU is used alone, since it needs triton. With TRITON_INTERPRET=1 it runs on a CPU, very slowly.
+Imported only where a GPU is used, since it needs triton. With TRITON_INTERPRET=1 it runs on a CPU, very slowly.
 
 Shapes: P rows, K targets, E columns.
 """
@@ -46,7 +46,7 @@ def _kernel(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr,
     TARGETS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    WIDEN: tl.constexpr,  # the interpreter does not know bfloat16 products; in float32 they are the same numbers
+    WIDEN: tl.constexpr,  # the interpreter has no bfloat16 products; in float32 they are the same numbers
 ):
     """One tile of rows against all targets, tile by tile, keeping the three largest products of each row."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)

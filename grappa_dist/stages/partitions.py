@@ -1,4 +1,4 @@
-"""partitions: all pseudo-labels -> what a person needs to judge them: how nested they are, and sample clusters."""
+"""partitions: all pseudo-labels -> statistics of the partitions: how nested they are, and sample clusters of each."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from grappa_dist.stages.run import Run
 PARTITIONS_FILE = "partitions.json"
 MOST_ROWS = 1_000_000  # that nestedness is computed on; of more rows, a sample
 SHUFFLES = 8  # permutations behind the value by chance
-DRAWN_CLUSTERS = 2  # of each K, beside the largest and the one of median size
+DRAWN_CLUSTERS = 2  # of each K, in addition to the largest and the one of median size
 CLUSTER_IMAGES = 6  # shown of each cluster
 
 
 @dataclass(frozen=True)
 class PartitionsTask:
-    """What judging the partitions needs."""
+    """The partitions, and the artefact of their statistics."""
 
     labels: Mapping[int, RowArrays]  # by K; -1 for rows that do not decode
     artifact: Artifact
@@ -44,7 +44,7 @@ def partitions_of(store: Store, seed: int, labels: Mapping[int, Artifact]) -> Ar
 
 
 def partition_statistics(run: Run, artifact: Artifact, labels: Mapping[int, RowArrays]) -> None:
-    """Compares the partitions and picks sample clusters, once."""
+    """Writes the statistics of the partitions, if they are missing."""
     if not artifact.complete:
         with run.console.stage("partitions", f"how K = {', '.join(map(str, labels))} agree, and samples of each"):
             run.runner.map(compute_statistics, [PartitionsTask(labels, artifact)])
@@ -111,7 +111,7 @@ def _picked(sizes: NDArray[np.int64], k: int, settings: Mapping[str, Any]) -> li
 
 
 def _places(label: int, size: int, k: int, settings: Mapping[str, Any]) -> NDArray[np.int64]:
-    """Which of a cluster's rows are shown, counted in the order of rows; drawn, since the nearest would flatter it."""
+    """Which of a cluster's rows are shown, counted in row order: drawn, since the nearest rows would not be typical."""
     draw = generator(Purpose.CLUSTER_IMAGES, settings["seed"], k, label)
     return np.sort(draw.choice(size, min(settings["cluster_images"], size), replace=False))
 

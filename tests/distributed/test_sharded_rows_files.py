@@ -53,7 +53,7 @@ def test_a_bad_row_now_and_then_copies_nothing() -> None:
     rows = Rows(shards, [np.ones(len(s), dtype=bool) for s in shards])
     for shard, good in zip(shards, rows.good, strict=True):
         good[len(good) // 2] = len(good) == 1
-        shard[~good] = 9  # not of the grid's size, but nobody takes it
+        shard[~good] = 9  # not of the grid's size, but it is never read
     plain = (True,) * 4
     (positions,) = rows.positions(1000)
     pieces = rows.pieces(positions, plain)

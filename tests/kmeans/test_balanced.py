@@ -19,7 +19,7 @@ CASES: dict[str, tuple[np.ndarray, np.ndarray, int]] = {  # rows, centroids, row
     "equal rows": (np.repeat(clustered(1, 5, 1), 60, axis=0), clustered(40, 5, 3, seed=4), 2),
     "equal centroids": (clustered(50, 5, 3), np.repeat(clustered(1, 5, 1, seed=4), 25, axis=0), 2),
     "ties": (lattice(), lattice()[::3], 4),
-    "room for all": (clustered(50, 5, 3), clustered(4, 5, 3, seed=4), 50),
+    "capacity for all": (clustered(50, 5, 3), clustered(4, 5, 3, seed=4), 50),
 }
 
 
@@ -34,19 +34,19 @@ def balanced(comm: Comm, block_rows: int) -> dict[str, tuple[list[np.ndarray], i
 
 
 def naive(x: np.ndarray, c: np.ndarray, largest: int) -> np.ndarray:
-    """Overfull clusters keep their nearest; the others apply, all at once, to the nearest cluster with room."""
+    """Overfull clusters keep their nearest; the others apply, all at once, to the nearest cluster with capacity."""
     squares = distances(x, c)
     labels = squares.argmin(1)
     for k in range(len(c)):
         own = np.flatnonzero(labels == k)
         labels[own[np.argsort(squares[own, k], kind="stable")[largest:]]] = -1
     while (labels < 0).any():
-        room = largest - np.bincount(labels[labels >= 0], minlength=len(c))
+        capacity = largest - np.bincount(labels[labels >= 0], minlength=len(c))
         free = np.flatnonzero(labels < 0)
-        asked = np.where(room > 0, squares[free], 2**62).argmin(1)
-        for k in np.unique(asked):
-            own = free[asked == k]
-            labels[own[np.argsort(squares[own, k], kind="stable")[: room[k]]]] = k
+        applied = np.where(capacity > 0, squares[free], 2**62).argmin(1)
+        for k in np.unique(applied):
+            own = free[applied == k]
+            labels[own[np.argsort(squares[own, k], kind="stable")[: capacity[k]]]] = k
     return labels
 
 

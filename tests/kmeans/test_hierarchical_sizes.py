@@ -12,7 +12,7 @@ from grappa_dist.kmeans.hierarchical import apportion
     ("sizes", "num_labels", "expected"),
     [
         ([10, 10, 10], 3, [1, 1, 1]),
-        ([10, 10, 10], 4, [2, 1, 1]),  # equal claims: the lowest first
+        ([10, 10, 10], 4, [2, 1, 1]),  # equal remainders: the lowest first
         ([1, 0, 99], 10, [1, 0, 9]),
         ([100, 1, 1, 1], 4, [1, 1, 1, 1]),  # the single rows take what the large one could claim
         ([3, 3, 1], 7, [3, 3, 1]),

@@ -135,7 +135,7 @@ def embedded(folder: Path, num: int) -> tuple[ImageShards, list[Artifact]]:
     features = []
     for seed, name in enumerate(names):
         features.append(Store(folder).artifact(f"features/{name}", {}, {}))
-        features[-1].path.mkdir(parents=True)  # no manifest: nobody here asks whether they are complete
+        features[-1].path.mkdir(parents=True)  # no manifest: completeness is not checked here
         write_rows(features[-1].path / ROWS_FILE, SHARD_ROWS, seed)
         (features[-1].path / BAD_FILE).write_text(json.dumps({"7": "is cut"} if name == names[-1] else {}))
     return ImageShards(tuple(Shard(f"{name}.tar", "", SHARD_ROWS, 0, name) for name in names), ()), features
@@ -148,8 +148,8 @@ def taken_by_rank(function: Callable[[RankContext, Any], None], context: RankCon
 
 
 @dataclass
-class Watching:
-    """A runner that notes how many bytes each rank of its jobs took."""
+class MeasuringRunner:
+    """A runner that measures how many bytes each rank of its jobs takes."""
 
     runner: Runner
     taken: list[int] = field(default_factory=list)
@@ -163,7 +163,9 @@ class Watching:
         self.taken = [taken for ranks in found.values() for taken in ranks]
 
 
-def stage(config: Config, root: Path, runner: Watching, images: ImageShards, features: list[Artifact]) -> list[int]:
+def stage(
+    config: Config, root: Path, runner: MeasuringRunner, images: ImageShards, features: list[Artifact]
+) -> list[int]:
     """The bytes that the driver takes for pseudo_label, from finished features on, then those of its ranks."""
     store = Store(root)
     with watched() as seen:
@@ -185,8 +187,10 @@ def drive(comm: Comm, folder: Path) -> dict[int, list[int]]:
     inputs = {num: embedded(folder / str(num), num) for num in (FEW, MANY)}
     cluster = Cluster(RESOURCES)
     try:
-        runner, found = Watching(Runner(cluster, RESOURCES)), {}
-        for number, num in enumerate((MANY, FEW, MANY)):  # the first loads libraries and makes room for small objects
+        runner, found = MeasuringRunner(Runner(cluster, RESOURCES)), {}
+        for number, num in enumerate(
+            (MANY, FEW, MANY)
+        ):  # the first loads libraries and allocates memory for small objects
             found[num] = stage(config, folder / f"run-{number}", runner, *inputs[num])
         return found
     finally:

@@ -229,10 +229,10 @@ def test_a_rank_that_looks_up_many_rows_holds_the_others_up_and_no_more() -> Non
 
 
 def stopped_after(comm: Comm, looks: int) -> bool:
-    asked = iter(range(looks))
+    polls = iter(range(looks))
     sharded = shard_rows(comm, CASES["clusters"][0])
     last = comm.rank == comm.size - 1
-    sharded = replace(sharded, stop_requested=lambda: last and next(asked, None) is None)
+    sharded = replace(sharded, stop_requested=lambda: last and next(polls, None) is None)
     try:
         oversampled_centroids(sharded, 60, 5)
     except Stopped:

@@ -92,7 +92,7 @@ def test_near_ties_and_equal_centroids_go_to_the_lowest_index(num_groups: int) -
 
 
 @pytest.mark.parametrize("num_groups", [1, 3])
-def test_crowds_of_equal_centroids_are_larger_than_all_proposals(num_groups: int) -> None:
+def test_more_centroids_may_be_equally_near_than_there_are_candidates(num_groups: int) -> None:
     c = torch.cat([unit_rows(3, 16, seed=1), unit_rows(1, 16).repeat(12, 1), unit_rows(1, 16).repeat(9, 1)])
     c = to_grid(c + torch.randint(0, 2, c.shape, generator=torch.Generator().manual_seed(2)) / GRID)
     x = torch.cat([unit_rows(20, 16, seed=3), unit_rows(1, 16).repeat(15, 1)])
@@ -126,24 +126,24 @@ def test_many_tiny_steps_do_not_outrun_the_bounds() -> None:
         follow(x, path, Groups.around(c, 4), generator)
 
 
-def test_moves_say_what_changed() -> None:
+def test_reassignments_are_the_changed_labels() -> None:
     x, c = unit_rows(100, 8), unit_rows(12, 8, seed=1)
     path = walk(c, 5)
     before = torch.full((len(x),), -1)
-    for moves, centroids in zip(follow(x, path, Groups.around(c, 4)), path, strict=True):
+    for reassigned, centroids in zip(follow(x, path, Groups.around(c, 4)), path, strict=True):
         after = torch.from_numpy(squares(x, centroids).argmin(1))
         changed = (before != after).nonzero()[:, 0]
-        assert moves.rows.tolist() == changed.tolist()
-        assert torch.equal(moves.before, before[changed])
-        assert torch.equal(moves.after, after[changed])
+        assert reassigned.rows.tolist() == changed.tolist()
+        assert torch.equal(reassigned.before, before[changed])
+        assert torch.equal(reassigned.after, after[changed])
         before = after
 
 
 def test_centroids_that_stand_still_are_not_searched_again() -> None:
     generator = torch.Generator().manual_seed(0)
-    heads = torch.eye(64)[:32]
-    x = to_grid(F.normalize(heads.repeat(20, 1) + 0.02 * torch.randn(640, 64, generator=generator), dim=1))
-    first, second = follow(x, [heads, heads], Groups.around(heads, 4))
+    coarse = torch.eye(64)[:32]
+    x = to_grid(F.normalize(coarse.repeat(20, 1) + 0.02 * torch.randn(640, 64, generator=generator), dim=1))
+    first, second = follow(x, [coarse, coarse], Groups.around(coarse, 4))
     assert (first.searched, second.searched) == (640 * 32, 0)
 
 
@@ -152,9 +152,9 @@ def test_rows_far_from_any_tie_are_decided_by_floats() -> None:
     assert [m.by_integers for m in follow(c.repeat(3, 1), [c], Groups.around(c, 2))] == [0]
 
 
-def test_no_rows_make_no_moves() -> None:
+def test_no_rows_make_no_reassignments() -> None:
     c = unit_rows(3, 4)
     groups = Groups.around(c, 2)
     x = torch.zeros(0, 4)
-    moves = reassign(lambda rows: [x[rows]], GroupedCentroids.of(c, groups), unknown(x, groups))
-    assert (len(moves.rows), moves.searched) == (0, 0)
+    reassigned = reassign(lambda rows: [x[rows]], GroupedCentroids.of(c, groups), unknown(x, groups))
+    assert (len(reassigned.rows), reassigned.searched) == (0, 0)

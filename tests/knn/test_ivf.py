@@ -123,7 +123,7 @@ def test_too_many_rows_for_an_exact_search_are_refused(probes: int | None, monke
     if probes:
         monkeypatch.setattr(ivf.Sample, "probes_for", lambda *_: probes)
     reached = (
-        r"recall is 0\.\d+ with a standard error of 0\.\d+ with 16 of 34" if probes else r"a sample asks for \d+ of 34"
+        r"recall is 0\.\d+ with a standard error of 0\.\d+ with 16 of 34" if probes else r"a sample needs \d+ of 34"
     )
     with pytest.raises(ValueError, match=f"fuse.recall_floor=0.99: {reached} lists; 300 rows are too many"):
         graph(Comm(), unit_rows(300, 64), slice(None), 0.99)

@@ -125,7 +125,7 @@ def test_pairs_have_the_dots_and_squares_of_integer_arithmetic() -> None:
     assert squares.tolist() == squares_in_integers(x, c)[rows, labels].tolist()
 
 
-def test_of_pairs_the_nearest_wins_and_the_lowest_of_equal_ones() -> None:
+def test_of_pairs_the_nearest_is_taken_and_the_lowest_of_equal_ones() -> None:
     x, c = unit_rows(4, 6), torch.cat([unit_rows(2, 6, seed=1), unit_rows(2, 6, seed=1)])
     pairs = (torch.tensor([0, 0, 1, 3, 3, 3]), torch.tensor([2, 0, 3, 3, 2, 1]))
     found = nearest_of_pairs(x, exact_square(x), Centroids.of(c), pairs)

@@ -34,7 +34,7 @@ def named(store: Store, ks: Sequence[int], seed: int = 0) -> Artifact:
     return partitions_of(store, seed, {k: store.artifact(f"labels/k={k}", {}, {}) for k in ks})
 
 
-def judged(root: Path, by_k: Mapping[int, Sequence[int]], seed: int = 0) -> dict[str, Any]:
+def statistics(root: Path, by_k: Mapping[int, Sequence[int]], seed: int = 0) -> dict[str, Any]:
     run = tiny.run_in(tiny.config(["nowhere"]), root, tiny.Here())
     artifact = named(run.store, list(by_k), seed)
     partition_statistics(run, artifact, label_files(root, by_k))
@@ -51,7 +51,7 @@ LABELS = {  # out of order, as a config may be
 
 
 def test_consecutive_partitions_are_compared_from_coarse_to_fine(tmp_path: Path) -> None:
-    nestings = judged(tmp_path, LABELS)["nestings"]
+    nestings = statistics(tmp_path, LABELS)["nestings"]
     assert [(n["coarse"], n["fine"], n["rows"], n["of"]) for n in nestings] == [(2, 8, 40, 40), (8, 40, 40, 40)]
     assert [n["nestedness"] for n in nestings] == [1.0, 1.0]
     assert nestings[0]["chance"] < 0.9
@@ -59,7 +59,7 @@ def test_consecutive_partitions_are_compared_from_coarse_to_fine(tmp_path: Path)
 
 
 def test_each_sample_cluster_shows_rows_of_its_own_in_order(tmp_path: Path) -> None:
-    for sheet in judged(tmp_path, LABELS)["sheets"]:
+    for sheet in statistics(tmp_path, LABELS)["sheets"]:
         values = LABELS[sheet["k"]]
         labels = [cluster["label"] for cluster in sheet["clusters"]]
         assert len(labels) == len(set(labels)) == min(4, len({*values} - {-1}))
@@ -73,7 +73,7 @@ def test_each_sample_cluster_shows_rows_of_its_own_in_order(tmp_path: Path) -> N
 def test_the_first_clusters_are_the_largest_and_the_one_of_median_size(tmp_path: Path) -> None:
     sizes = {3: 15, 0: 11, 4: 7, 1: 4, 6: 3}  # 2 and 5 are empty
     values = [label for label, size in sizes.items() for _ in range(size)]
-    (sheet,) = judged(tmp_path, {7: values})["sheets"]
+    (sheet,) = statistics(tmp_path, {7: values})["sheets"]
     assert [(c["pick"], c["label"]) for c in sheet["clusters"][:2]] == [("largest", 3), ("median", 4)]
     assert [c["pick"] for c in sheet["clusters"][2:]] == ["drawn", "drawn"]
     assert {c["label"] for c in sheet["clusters"][2:]} < {0, 1, 6}
@@ -81,20 +81,20 @@ def test_the_first_clusters_are_the_largest_and_the_one_of_median_size(tmp_path:
 
 @pytest.mark.parametrize(("k", "picks"), [(1, ["largest"]), (2, ["largest", "median"])])
 def test_one_partition_of_few_clusters_is_shown_whole(tmp_path: Path, k: int, picks: list[str]) -> None:
-    found = judged(tmp_path, {k: [row % k for row in range(NUM)]})
+    found = statistics(tmp_path, {k: [row % k for row in range(NUM)]})
     assert found["nestings"] == []
     assert [c["pick"] for c in found["sheets"][0]["clusters"]] == picks
 
 
 def test_a_partition_without_any_label_has_no_sample_clusters(tmp_path: Path) -> None:
-    assert judged(tmp_path, {3: [-1] * NUM})["sheets"] == [{"k": 3, "clusters": []}]
+    assert statistics(tmp_path, {3: [-1] * NUM})["sheets"] == [{"k": 3, "clusters": []}]
 
 
 def test_what_is_drawn_depends_on_the_seed_alone(tmp_path: Path) -> None:
     roots = [tmp_path / name for name in "abc"]
     for root in roots:
         root.mkdir()
-    same, again, other = (judged(root, LABELS, seed) for root, seed in zip(roots, (0, 0, 1), strict=True))
+    same, again, other = (statistics(root, LABELS, seed) for root, seed in zip(roots, (0, 0, 1), strict=True))
     assert same == again
     assert same["sheets"] != other["sheets"]
 
@@ -110,7 +110,7 @@ def test_of_more_rows_than_allowed_a_sample_is_compared_and_said(
         return nestedness(coarse, fine)
 
     monkeypatch.setattr(partitions, "nestedness", watched)
-    nestings = judged(tmp_path, {k: [row // (60 // k) for row in range(NUM)] for k in (20, 30, 60)})["nestings"]
+    nestings = statistics(tmp_path, {k: [row // (60 // k) for row in range(NUM)] for k in (20, 30, 60)})["nestings"]
     assert [(n["rows"], n["of"]) for n in nestings] == [(16, 40)] * 2
     rows = compared[3]  # with K = 60 a label is the row
     assert len(set(rows.tolist())) == 16
@@ -118,7 +118,7 @@ def test_of_more_rows_than_allowed_a_sample_is_compared_and_said(
         assert found.tolist() == (rows // (60 // k)).tolist()
 
 
-def test_partitions_are_judged_once(tmp_path: Path) -> None:
+def test_statistics_are_computed_once(tmp_path: Path) -> None:
     here = tiny.Here()
     run = tiny.run_in(tiny.config(["nowhere"]), tmp_path, here)
     files, artifact = label_files(tmp_path, LABELS), named(run.store, list(LABELS))
