@@ -11,9 +11,10 @@ import numpy as np
 import torch
 
 from grappa_dist.artifacts import RowArrays
+from grappa_dist.config import ClusteringConfig
 from grappa_dist.distributed.collectives import Comm
 from grappa_dist.distributed.sharded_rows import join_rows
-from grappa_dist.kmeans.methods import Choice, ClusteringCallbacks, Method
+from grappa_dist.kmeans.methods import Choice, ClusteringTask
 from grappa_dist.training.loop import Schedule, train
 from tests.kmeans.test_lloyd import clustered, part_of
 from tests.processes import run_ranks
@@ -73,9 +74,8 @@ def test_the_loss_falls_and_does_not_depend_on_the_number_of_ranks(tmp_path: Pat
 def cluster_from_a_sample(comm: Comm, x: np.ndarray, cuts: list[int]) -> tuple[np.ndarray, np.ndarray, list[float]]:
     sharded = join_rows(comm, part_of(x, cuts[comm.rank], cuts[comm.rank + 1]), device=CPU)
     choice = Choice("sampled-start", "exact", "a test")  # type: ignore[arg-type]
-    method = Method(choice=choice, iterations=5, sample_rows_per_cluster=6)
-    run = example("A clustering method").WithSampledStart(sharded, CLUSTERS, method, 3, 0, {}, ClusteringCallbacks())
-    result = run.cluster().result
+    task = ClusteringTask(CLUSTERS, ClusteringConfig(iterations=5, sample_rows_per_cluster=6), choice)
+    result = example("A clustering method").WithSampledStart(sharded, task, 3, 0, {}).cluster().result
     return result.centroids, np.concatenate(result.labels), result.inertia
 
 

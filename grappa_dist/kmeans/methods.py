@@ -172,7 +172,7 @@ def cluster_together(sharded: ShardedRows, tasks: Iterable[ClusteringTask]) -> I
     Args:
         tasks: taken one by one, each when its initialisation is due; `shares_passes` of all.
     """
-    running: dict[Fit, tuple[int, _Restart]] = {}
+    running: dict[Fit, tuple[int, Restart]] = {}
     for place, task in enumerate(tasks):
         assert shares_passes(task.config, task.choice)
         run = _first_run(sharded, task)
@@ -204,23 +204,23 @@ def cluster(sharded: ShardedRows, task: ClusteringTask) -> Clustering:
     return replace(found[best.number], restarts=tuple(states[run.done].inertia[0] * SQUARE_UNIT for run in runs))
 
 
-def _first_run(sharded: ShardedRows, task: ClusteringTask) -> _Restart:
+def _first_run(sharded: ShardedRows, task: ClusteringTask) -> Restart:
     sharded.check_labels(task.num_labels)
-    return _Restart(sharded, task, task.seed, 0, dict(task.checkpoint))
+    return Restart(sharded, task, task.seed, 0, dict(task.checkpoint))
 
 
-def _best(states: Checkpoint, runs: list[_Restart]) -> _Restart:
+def _best(states: Checkpoint, runs: list[Restart]) -> Restart:
     return min(runs, key=lambda run: (states[run.done].inertia[0], run.number))
 
 
-def _keep_only(states: dict[str, KMeansState], best: _Restart) -> None:
+def _keep_only(states: dict[str, KMeansState], best: Restart) -> None:
     """Drops the centroids of all other restarts."""
     for key in [k for k in states if not k.endswith("/done") and not k.startswith(f"{best.number}/")]:
         del states[key]
 
 
 @dataclass(frozen=True)
-class _Restart:
+class Restart:
     """One run of a method, of which there may be several with other seeds."""
 
     sharded: ShardedRows
@@ -244,7 +244,7 @@ class _Restart:
 
     def start_exact(self) -> Fit:
         """Plain k-means before its first pass."""
-        return start_fit(self.sharded, self.task.num_labels, self._part("fit"))
+        return start_fit(self.sharded, self.task.num_labels, self.part("fit"))
 
     def finish_exact(self, result: KMeansResult) -> Clustering:
         """The clustering from the result of plain k-means."""
@@ -260,7 +260,7 @@ class _Restart:
         num_labels = self.task.num_labels
         num = num_labels * self.task.config.sample_rows_per_cluster
         sample = sample_rows(self.sharded, num, *RowDraw.FIT_SAMPLE.key(self.seed, num_labels))
-        fit = run_fit(start_fit(sample, num_labels, self._part("fit")))
+        fit = run_fit(start_fit(sample, num_labels, self.part("fit")))
         found = self._label_rows(KMeansState(fit.centroids, (), fit.empty_repaired), len(fit.inertia) - 1)
         return replace(found, sampled_rows=sample.num_good)
 
@@ -275,7 +275,7 @@ class _Restart:
             for part in ("coarse", "fine"):
                 self.states.pop(self._key(part))
             self._save("refined", start)
-        fit, passes = refine(self.sharded, start, self._part("refined"))
+        fit, passes = refine(self.sharded, start, self.part("refined"))
         if self.task.choice.assignment == "exact":
             return self._label_rows(fit, len(fit.inertia) - 1)
         counts = self.sharded.total(torch.tensor([passes.undecided, passes.searched]))
@@ -286,8 +286,8 @@ class _Restart:
         coarse, fine = self.states.get(self._key("coarse")), self.states.get(self._key("fine"))
         if coarse is None or fine is None:  # where there is a fine state, the coarse one is final
             num = isqrt(self.task.num_labels)
-            coarse = KMeansState(run_fit(start_fit(self.sharded, num, self._part("coarse"))).centroids, ())
-        return fit_subclusters(self.sharded, coarse.centroids, self.task.num_labels, self._part("fine"))
+            coarse = KMeansState(run_fit(start_fit(self.sharded, num, self.part("coarse"))).centroids, ())
+        return fit_subclusters(self.sharded, coarse.centroids, self.task.num_labels, self.part("fine"))
 
     def _label_rows(self, fit: KMeansState, updates: int) -> Clustering:
         """All rows by their nearest centroid, exactly or through inverted lists."""
@@ -333,17 +333,17 @@ class _Restart:
         )
         return replace(found, result=result, balanced=balanced, unbalanced_inertia=unbalanced)
 
-    def _part(self, part: str) -> KMeansTask:
-        """The k-means of one part of the method."""
+    def part(self, name: str) -> KMeansTask:
+        """The k-means of one part of the method: it resumes from the part's state and saves it after every update."""
         restart = f"restart {self.number + 1}, " if self.task.config.restarts > 1 else ""
         return KMeansTask(
             self.task.config,
             seed=self.seed,
             init=self.task.choice.init,
-            resume=self.states.get(self._key(part)),
-            part=restart + ("" if part == "fit" else f"{part} "),
+            resume=self.states.get(self._key(name)),
+            part=restart + ("" if name == "fit" else f"{name} "),
             callbacks=self.task.callbacks,
-            on_update=lambda state: self._save(part, state),
+            on_update=lambda state: self._save(name, state),
         )
 
     def _key(self, part: str) -> str:
