@@ -20,7 +20,7 @@ def prefetch(
     depth: int,
     start_thread: Callable[[], object] = lambda: None,
 ) -> Generator[Result, None, None]:
-    """function(item) of every item, in their order, by threads of its own; closing it ends the threads.
+    """function(item) of every item, in their order, by a new pool of threads; closing it ends them.
 
     Args:
         depth: as of `prefetch_with`.

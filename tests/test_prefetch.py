@@ -1,4 +1,4 @@
-"""Ordered prefetch by threads of its own and by those of a pool."""
+"""Ordered prefetch by new threads and by those of a pool."""
 
 from __future__ import annotations
 

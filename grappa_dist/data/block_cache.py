@@ -54,15 +54,15 @@ class BlockCache:
         if self.max_bytes:
             try:
                 self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-                mine = settings.folder is not None or self.folder.stat().st_uid == os.getuid()
+                is_own = settings.folder is not None or self.folder.stat().st_uid == os.getuid()
             except OSError as error:
                 raise self._unusable(error.strerror) from error
-            if not mine:
+            if not is_own:
                 raise self._unusable("it belongs to another user")
 
     def _unusable(self, reason: str | None) -> ValueError:
         return ValueError(
-            f"resources.cache_dir={self.folder}: {reason}; expected a folder on a local disk with room for "
+            f"resources.cache_dir={self.folder}: {reason}; expected a folder on a local disk with space for "
             f"resources.cache_bytes={self.max_bytes}, or cache_bytes=0"
         )
 
@@ -141,7 +141,7 @@ class _State(Enum):
     UNSEEN = auto()
     TOUCHED = auto()  # images of it were read alone
     WHOLE = auto()  # it went to the cache
-    EVICTED = auto()  # from the cache before half of it was read: the cache is too small for whole blocks
+    EVICTED = auto()  # before half of it was read: the cache is too small for whole blocks
 
 
 @dataclass
@@ -159,7 +159,7 @@ def _pool(pid: int, in_flight: int) -> ThreadPoolExecutor:
 
 
 def fetchers(settings: CacheSettings) -> ThreadPoolExecutor:
-    """The threads of this process that fetch from remote stores; their number bounds what is in flight."""
+    """The threads of this process that fetch from remote stores; their number bounds the requests in flight."""
     return _pool(os.getpid(), settings.in_flight)
 
 

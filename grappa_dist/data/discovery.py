@@ -214,7 +214,7 @@ def instead_of(entry: str) -> str:
     files = _files(entry)
     below = sorted({os.path.dirname(path) for path in files if path.endswith(".tar")})
     if unfinished := [match[0] for path in below if (match := _UNFINISHED.match(path))]:
-        return f"; {unfinished[0]} is in the making: run the command that began it again, and it is finished"
+        return f"; {unfinished[0]} is unfinished: run the command that began it again to finish it"
     if below:
         more = f" and {len(below) - _SHOWN} more" if len(below) > _SHOWN else ""
         return f"; there are tars one level or more below: name {' or '.join(map(shlex.quote, below[:_SHOWN]))}{more}"

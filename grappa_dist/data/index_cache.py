@@ -99,7 +99,7 @@ def _damaged(path: Path | None, reason: str) -> ValueError:
 def local_state(tar: Path) -> dict[str, str | int]:
     """What changes with the bytes of a file: many a tool sets `mtime` back to what it was elsewhere, none `ctime`.
 
-    A link has a `ctime` of its own: it may be turned to an older file.
+    A link has its own `ctime`: it may be turned to an older file.
     """
     stat = tar.stat()
     ctime_ns = max(stat.st_ctime_ns, tar.lstat().st_ctime_ns)

@@ -216,7 +216,7 @@ def store_of(url: str) -> tuple[Any, str]:
 
 
 def library_errors() -> tuple[type[BaseException], ...]:
-    """What reading may raise: the libraries' own kinds share no ancestor, and only those in use are loaded."""
+    """What reading may raise: the libraries' errors have no common base class, and only libraries in use are loaded."""
     kinds = [("aiohttp", "ClientError"), ("botocore.exceptions", "BotoCoreError")]
     kinds += [("botocore.exceptions", "ClientError"), ("gcsfs.retry", "HttpError")]
     kinds += [("google.auth.exceptions", "GoogleAuthError")]

@@ -93,7 +93,7 @@ def mat_variable(path: Path, name: str) -> NDArray[Any]:
         ) from None
     try:
         content = loadmat(path, squeeze_me=True)
-    except Exception as error:  # of a damaged file, whatever scipy stumbles over: zlib.error, IndexError, ...
+    except Exception as error:  # of a damaged file scipy raises many kinds: zlib.error, IndexError, ...
         raise ValueError(f"{path}: not a MATLAB file that scipy reads: {' '.join(str(error).split())}") from None
     if name not in content:
         has = ", ".join(key for key in content if not key.startswith("__"))

@@ -15,12 +15,12 @@ from typing import Any
 from grappa_dist.data.discovery import committed_index
 from grappa_dist.data.index import COMMITTED, INDEX_VERSION, entry
 from grappa_dist.files import read_json, write_json
-from grappa_dist.make_shards.filling import MAKING, Filled, ShardJob, already_filled, fill_all
+from grappa_dist.make_shards.filling import UNFINISHED_DIR, Filled, ShardJob, already_filled, fill_all
 from grappa_dist.make_shards.planning import FolderPlan
 from grappa_dist.make_shards.progress import Log, Progress
 
 _PLAN = "plan.json"
-_LOGGED_BAD = 20  # undecodable files that are logged as they are met
+_LOGGED_BAD = 20  # undecodable files that are logged one by one
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Building:
         shards = [self.filled[number].shard for number in range(self.plan.shards)]
         lines = [entry(shard) for shard in shards]
         write_json(self.partial / COMMITTED, {"version": INDEX_VERSION, "plan": self.plan.fingerprint, "shards": lines})
-        shutil.rmtree(self.partial / MAKING)
+        shutil.rmtree(self.partial / UNFINISHED_DIR)
         self.partial.rename(self.plan.folder)
         self.finished = True
 
@@ -56,72 +56,6 @@ class Building:
         if self.lock >= 0:
             os.close(self.lock)
             self.lock = -1
-
-
-def open_building(plan: FolderPlan) -> Building:
-    """The folder as earlier runs left it.
-
-    Raises:
-        ValueError: it, or its unfinished part, was made by another plan.
-    """
-    partial = plan.folder.with_name(f".{plan.folder.name}.partial")
-    building = Building(plan, partial)
-    if committed_index(plan.folder) is not None:
-        if read_json(plan.folder / COMMITTED).get("plan") != plan.fingerprint:
-            raise ValueError(
-                f"{plan.folder}: finished, with other shards than these; remove it or write to another folder"
-            )
-        building.finished = building.reused = True
-    elif plan.folder.is_dir() and any(plan.folder.iterdir()):
-        raise ValueError(f"{plan.folder}: not empty and without {COMMITTED}; expected a new or a finished folder")
-    elif partial.is_dir():
-        _compare(plan, partial)
-    return building
-
-
-def _compare(plan: FolderPlan, partial: Path) -> None:
-    """Raises ValueError where another plan began the folder."""
-    for where in (partial / COMMITTED, partial / MAKING / _PLAN):
-        if where.is_file():
-            began: dict[str, Any] = read_json(where)
-            if began.get("plan") == plan.fingerprint:
-                return
-            before, now = began.get("settings", {}), plan.settings
-            other = [
-                f"{key} was {before[key]}, now {now[key]}" for key in now if key in before and before[key] != now[key]
-            ]
-            raise ValueError(
-                f"{partial}: begun with another plan ({'; '.join(other) or 'other files, labels or order'}); "
-                "run that again to go on, or remove the folder to start over"
-            )
-
-
-def begin(building: Building) -> None:
-    """Prepares a folder: takes the lock, writes the plan, finds the shards that an earlier run finished.
-
-    Raises:
-        ValueError: another run is writing it.
-    """
-    plan, partial = building.plan, building.partial
-    unfinished = partial / MAKING
-    unfinished.mkdir(parents=True, exist_ok=True)
-    building.lock = os.open(unfinished / "lock", os.O_RDWR | os.O_CREAT)
-    try:
-        fcntl.flock(building.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"{partial}: another run is writing here; expected one at a time") from None
-    _compare(plan, partial)  # again: another run may have begun, and ended, before the lock was taken
-    if not (partial / COMMITTED).is_file():
-        write_json(unfinished / _PLAN, {"plan": plan.fingerprint, "settings": plan.settings})
-    for left in unfinished.glob("unfinished-*"):
-        shutil.rmtree(left, ignore_errors=True)
-    if (partial / COMMITTED).is_file():  # killed while it was given its name
-        shutil.rmtree(unfinished)
-        partial.rename(plan.folder)
-        building.finished = True
-        return
-    found = {number: already_filled(partial, number) for number in range(plan.shards)}
-    building.filled = {number: filled for number, filled in found.items() if filled is not None}
 
 
 def build(
@@ -175,3 +109,69 @@ def _fill_missing(
 def bad_files(buildings: Sequence[Building]) -> Counter[str]:
     """Files that do not decode, by reason, where that was tried."""
     return sum((filled.bad for building in buildings for filled in building.filled.values()), Counter())
+
+
+def open_building(plan: FolderPlan) -> Building:
+    """The folder as earlier runs left it.
+
+    Raises:
+        ValueError: it, or its unfinished part, was made by another plan.
+    """
+    partial = plan.folder.with_name(f".{plan.folder.name}.partial")
+    building = Building(plan, partial)
+    if committed_index(plan.folder) is not None:
+        if read_json(plan.folder / COMMITTED).get("plan") != plan.fingerprint:
+            raise ValueError(
+                f"{plan.folder}: finished, with other shards than these; remove it or write to another folder"
+            )
+        building.finished = building.reused = True
+    elif plan.folder.is_dir() and any(plan.folder.iterdir()):
+        raise ValueError(f"{plan.folder}: not empty and without {COMMITTED}; expected a new or a finished folder")
+    elif partial.is_dir():
+        _compare(plan, partial)
+    return building
+
+
+def _compare(plan: FolderPlan, partial: Path) -> None:
+    """Raises ValueError where another plan began the folder."""
+    for where in (partial / COMMITTED, partial / UNFINISHED_DIR / _PLAN):
+        if where.is_file():
+            began: dict[str, Any] = read_json(where)
+            if began.get("plan") == plan.fingerprint:
+                return
+            before, now = began.get("settings", {}), plan.settings
+            other = [
+                f"{key} was {before[key]}, now {now[key]}" for key in now if key in before and before[key] != now[key]
+            ]
+            raise ValueError(
+                f"{partial}: begun with another plan ({'; '.join(other) or 'other files, labels or order'}); "
+                "run that again to go on, or remove the folder to start over"
+            )
+
+
+def begin(building: Building) -> None:
+    """Prepares a folder: takes the lock, writes the plan, finds the shards that an earlier run finished.
+
+    Raises:
+        ValueError: another run is writing it.
+    """
+    plan, partial = building.plan, building.partial
+    unfinished = partial / UNFINISHED_DIR
+    unfinished.mkdir(parents=True, exist_ok=True)
+    building.lock = os.open(unfinished / "lock", os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(building.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{partial}: another run is writing here; expected one at a time") from None
+    _compare(plan, partial)  # again: another run may have begun, and ended, before the lock was taken
+    if not (partial / COMMITTED).is_file():
+        write_json(unfinished / _PLAN, {"plan": plan.fingerprint, "settings": plan.settings})
+    for left in unfinished.glob("unfinished-*"):
+        shutil.rmtree(left, ignore_errors=True)
+    if (partial / COMMITTED).is_file():  # killed while it was given its name
+        shutil.rmtree(unfinished)
+        partial.rename(plan.folder)
+        building.finished = True
+        return
+    found = {number: already_filled(partial, number) for number in range(plan.shards)}
+    building.filled = {number: filled for number, filled in found.items() if filled is not None}

@@ -23,9 +23,12 @@ from grappa_dist.data.writer import TarShard, members
 from grappa_dist.files import read_json, write_json
 from grappa_dist.make_shards.sources import Encoded, Place, encoded
 
-MAKING = "making"  # in an unfinished folder: its plan, its lock, records of its finished shards, unfinished ones
-_THREADS = 2  # one reads while the other decodes; more work side by side is the business of processes
+UNFINISHED_DIR = "making"  # in an unfinished folder: its plan, its lock, unfinished shards, records of finished ones
+_THREADS = 2  # one reads while the other decodes; processes do the rest in parallel
 _NAMED = 20  # undecodable files of a shard that are named
+_POLL_S = 0.5
+_counter: Any = None  # in a worker process: images written by all workers
+_stop: Any = None  # in a worker process: the event that stops it
 
 
 class Stopped(Exception):
@@ -76,7 +79,7 @@ def fill(job: ShardJob, count: Callable[[int], None], stopped: Callable[[], bool
     Args:
         count: called with the number of images that were written.
     """
-    desk = Path(job.folder) / MAKING / f"unfinished-{os.getpid()}-{os.urandom(4).hex()}"
+    desk = Path(job.folder) / UNFINISHED_DIR / f"unfinished-{os.getpid()}-{os.urandom(4).hex()}"
     desk.mkdir()
     tar = TarShard(desk / shard_name(job.number))
     bad: Counter[str] = Counter()
@@ -118,7 +121,7 @@ def _commit(filled: Filled, desk: Path) -> None:
 
 
 def _record(folder: Path, number: int) -> Path:
-    return folder / MAKING / f"{shard_name(number)}.json"
+    return folder / UNFINISHED_DIR / f"{shard_name(number)}.json"
 
 
 def already_filled(folder: Path, number: int) -> Filled | None:
@@ -132,11 +135,6 @@ def already_filled(folder: Path, number: int) -> Filled | None:
     if not tar.is_file() or tar.stat().st_size != shard.bytes or not tar.with_name(f"{tar.name}.npy").is_file():
         return None
     return Filled(str(folder), number, shard, Counter(content["bad"]), tuple(content["named"]))
-
-
-_POLL_S = 0.5
-_counter: Any = None  # of a worker process: images written by all, and whether to stop
-_stop: Any = None
 
 
 class WorkerDied(RuntimeError):

@@ -48,11 +48,11 @@ def test_parts_one_level_below_are_named(tmp_path: Path) -> None:
     assert main(["--images", str(tmp_path / "photos"), "--out", str(tmp_path / "shards")]) == 0
     assert f"name {tmp_path}/shards/test or {tmp_path}/shards/train" in refused(tmp_path / "shards")
     (tmp_path / "shards" / "train").rename(tmp_path / "shards" / ".train.partial")
-    assert f"{tmp_path}/shards/.train.partial is in the making" in refused(tmp_path / "shards")
+    assert f"{tmp_path}/shards/.train.partial is unfinished" in refused(tmp_path / "shards")
     deep = tmp_path / "begun" / ".train.partial" / "making" / "unfinished-1"
     deep.mkdir(parents=True)
     (deep / "shard-000000.tar").write_bytes(b"")
-    assert f"{tmp_path}/begun/.train.partial is in the making" in refused(tmp_path / "begun")
+    assert f"{tmp_path}/begun/.train.partial is unfinished" in refused(tmp_path / "begun")
 
 
 def test_nothing_is_presumed_where_there_is_nothing(tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def test_a_finished_folder_is_known_by_its_plan_and_no_image_is_read_again(tmp_p
 
 @pytest.fixture
 def half_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
-    """Images, and the folder in the making of a run that broke off in the third of its four train shards."""
+    """Images, and the unfinished folder of a run that broke off in the third of its four train shards."""
     images = photos(tmp_path, 24)
     make(images, tmp_path / "whole", images_per_shard=3)
     real, read = filling._content, list[str]()
