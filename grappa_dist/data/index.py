@@ -234,7 +234,7 @@ def shard_of(line: Any, path: str, where: Path | str) -> Shard:
     """The shard that a line of the index file `where` describes.
 
     Raises:
-        ValueError: the line is not as `entry` makes it; a name is no path, a fingerprint names files of the index cache.
+        ValueError: the line is not as `entry` makes it; a name is no path, a fingerprint names files we keep.
     """
     names: tuple[Any, ...] = ()
     counts: tuple[Any, ...] = ()
