@@ -33,7 +33,9 @@ class Purpose(Enum):
     RANDOM_ADAPTORS = "random adaptors"  # seed, set
     FUSION = "fusion"  # seed; one start for the fusion with and without labels, so that these can be compared
     MEASURED_ADAPTORS = "rates"  # set: weights of a model whose speed is measured
-    EVALUATION_SAMPLE = "evaluation sample"  # seed, or seed, task, or seed, task, 1 or 2
+    # seed, or seed, task, or seed, task, 1 or 2. One stream draws the view queries and the rows that they are searched
+    # among; which queries are among these rows is correlated, and no matter: all are added to them.
+    EVALUATION_SAMPLE = "evaluation sample"
     GALLERY = "gallery"  # seed, task
     NESTED_ROWS = "rows of nestedness"  # seed
     NESTED_BY_CHANCE = "nestedness by chance"  # seed, K, next K
@@ -83,14 +85,17 @@ class RowDraw(Enum):
     """What a single integer, or a hash of each row, is drawn for: the form of its key.
 
     A form has a number in each place that is always the same, and a name in each that the caller fills. Keys of two
-    forms of one length can be equal: (seed, K, 1) is candidate 1 of k-means++ and the sample of `sampled`; (seed, K,
-    6, 1) is the test of candidate 6 and the second round of k-means||; (seed, 10, 6, 6) is a round of k-means|| for
-    K = 10 and the recall sample of 10 neighbours in epoch 6. tests/data/test_rng.py lists all such pairs.
+    forms of one length can be equal; tests/data/test_rng.py lists all such pairs. Are these correlated draws?
 
-    Are these correlated draws? No. Where one of the two is a single integer, the digest is taken modulo a sum of
-    weights there and mixed with the places of rows here, and the test finds what they draw uncorrelated. Where both are
-    hashes of rows, the rows are the same, but stand for things that nothing compares: first centroids of k-means, and a
-    sample of a later k-NN search. Forms that cannot meet would change the labels of every run.
+    - An integer and hashes of rows: no. (seed, K, 1) is candidate 1 of k-means++ and the sample of `sampled`; (seed, K,
+      6, 1) is the test of candidate 6 and the second round of k-means||. The digest is taken modulo a sum of weights in
+      one and mixed with the places of rows in the other; the test finds what they draw uncorrelated.
+    - Hashes of rows, twice: yes, and harmless. The id 6 is used twice: (seed, 10, 6, 6) is a round of k-means|| for K =
+      10 and the recall sample of 10 neighbours in epoch 6. Their keys are equal in that epoch alone, where K and the
+      number of neighbours both are 9 or both 10. About 5 of the 1024 rows that measure recall may then be rows that
+      began another clustering, which the search does not use. The id 2 of `hierarchical` is alike: in epoch 2.
+
+    Forms that cannot meet would change the labels of every run.
     """
 
     CANDIDATE = ("seed", "K", "candidate")  # of k-means++: where among the D^2 weights
@@ -98,7 +103,7 @@ class RowDraw(Enum):
     OVERSAMPLED = ("seed", "K", 6, "rows so far")  # rows of a round of k-means||
     RESTART = ("seed", "restart", 0)  # its seed
     FIT_SAMPLE = ("seed", "K", 1)  # rows to which `sampled` fits centroids
-    FAMILY_START = ("seed", "K", 2, "round")  # first centroids within families of `hierarchical`
+    HIERARCHICAL_START = ("seed", "K", 2, "round")  # first centroids within the coarse clusters of `hierarchical`
     AGREEMENT = ("seed", "K", 3)  # rows whose approximate labels are compared with the exact ones
     KNN_FIT_SAMPLE = ("seed", "lists", 5)  # rows to which the centroids of inverted lists are fitted
     KNN_RECALL = ("seed", "k", "epoch", 6)  # rows that measure recall

@@ -166,7 +166,7 @@ def _first_centroids(clusters: CoarseClusters, num_labels: int, seed: int) -> Te
     squares = scratch(num_rows, torch.int64).fill_(_FAR)
     present, at_once = torch.zeros_like(numbers), (numbers > 0).long()
     for number in itertools.count():
-        _race_keys(clusters, squares, (keys, groups), RowDraw.FAMILY_START.key(seed, num_labels, number))
+        _race_keys(clusters, squares, (keys, groups), RowDraw.HIERARCHICAL_START.key(seed, num_labels, number))
         drawn, rows = _drawn_rows(clusters, groups, keys, at_once)
         slots = torch.cat([first[i] + present[i] + torch.arange(int(n)) for i, n in enumerate(drawn)])
         centroids[slots] = rows

@@ -1,4 +1,4 @@
-"""Purposes of random numbers: each has a name of its own, and what is drawn for two of them is not correlated."""
+"""Purposes of random numbers: each has one name, and where keys of two are equal, what they draw is known."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 
 from grappa_dist.data.rng import Purpose, RowDraw, draw, generator, permutation, philox, torch_seed, view_generator
 from grappa_dist.kmeans.sampling import HASH_BITS, row_hashes
+from grappa_dist.kmeans.seeding import OVERSAMPLING_ROUNDS, rows_per_oversampling_round
 
 PACKAGE = Path(__file__).parents[2] / "grappa_dist"
 MORE_THAN_ONCE = {  # each on purpose; see the tables of data/rng.py
@@ -26,9 +27,9 @@ CAN_MEET = {  # pairs of forms whose keys can be equal
     ("CANDIDATE", "AGREEMENT"),
     ("CANDIDATE", "KNN_FIT_SAMPLE"),
     ("CANDIDATE_TEST", "OVERSAMPLED"),
-    ("CANDIDATE_TEST", "FAMILY_START"),
+    ("CANDIDATE_TEST", "HIERARCHICAL_START"),
     ("OVERSAMPLED", "KNN_RECALL"),
-    ("FAMILY_START", "KNN_RECALL"),
+    ("HIERARCHICAL_START", "KNN_RECALL"),
 }
 
 
@@ -39,7 +40,7 @@ def test_every_purpose_is_used_in_one_place_but_for_those_that_say_why() -> None
     assert uses == {name: MORE_THAN_ONCE.get(name, 1) for name in named}
 
 
-def test_purposes_have_tags_of_their_own() -> None:
+def test_no_two_purposes_have_one_tag() -> None:
     tags = {hashlib.sha256(purpose.value.encode()).digest()[:4] for purpose in Purpose}
     assert len(tags) == len(Purpose)
 
@@ -81,6 +82,17 @@ def test_keys_of_two_forms_are_equal_in_the_listed_cases_alone() -> None:
         )
 
     assert {(a.name, b.name) for a, b in combinations(RowDraw, 2) if can_meet(a, b)} == CAN_MEET
+
+
+def test_the_id_6_of_two_hashes_gives_one_key_in_one_epoch_for_9_and_10_labels_alone() -> None:
+    def rounds(num_labels: int) -> set[tuple[int, ...]]:
+        drawn = [1 + i * rows_per_oversampling_round(num_labels) for i in range(OVERSAMPLING_ROUNDS)]
+        return {RowDraw.OVERSAMPLED.key(0, num_labels, rows) for rows in (0, *drawn)}
+
+    equal = [
+        (k, epoch) for k in range(1, 200) for epoch in range(50) if RowDraw.KNN_RECALL.key(0, k, epoch) in rounds(k)
+    ]
+    assert equal == [(9, 6), (10, 6)]
 
 
 @pytest.mark.parametrize("total", [10**9 + 7, 2**63])  # a sum of weights may be any number, also a power of two
