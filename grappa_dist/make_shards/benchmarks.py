@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from grappa_dist.make_shards.progress import Log
+from grappa_dist.make_shards.progress import Log, align
 from grappa_dist.make_shards.sources import FolderSource, Item, image_suffix
 
 _DEPTH = 2  # levels below the root at which a data set may lie
@@ -286,11 +286,7 @@ def comparison(found: Sequence[tuple[DataSet, Counts]]) -> list[str]:
         pairs = zip(numbers, data_set.expected, strict=True)
         cells = [f"{has:,} of {should:,}{' ' if has == should else '*'}" for has, should in pairs]
         lines.append((data_set.name, *cells))
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return [
-        "  ".join([line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))])
-        for line in lines
-    ]
+    return align(lines)
 
 
 def gather(

@@ -14,7 +14,7 @@ from grappa_dist.data.decoding import TAKEN
 from grappa_dist.data.rng import Purpose, permutation
 from grappa_dist.make_shards.building import Building, bad_files, build
 from grappa_dist.make_shards.planning import Limits, plan_folder, prefixes_of
-from grappa_dist.make_shards.progress import Log, Progress, duration
+from grappa_dist.make_shards.progress import Log, Progress, align, duration
 from grappa_dist.make_shards.sources import Columns, Item, Source, csv_items, folder_items, open_source, task_name
 
 SPLITS = ("train", "test")
@@ -229,8 +229,4 @@ def table(splits: dict[str, list[Item]]) -> str:
             items = [item for item in splits[split] if task in (item.task, "all")]
             cells += [len({(item.task, item.label) for item in items if item.label is not None}), len(items)]
         lines.append((task, *(f"{cell:,}" for cell in cells)))
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))])
-        for line in lines
-    )
+    return "\n".join(align(lines))

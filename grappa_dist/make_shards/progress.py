@@ -1,10 +1,10 @@
-"""Progress of a long command on stderr: a line that renews itself on a terminal, a line now and then elsewhere."""
+"""What a long command prints: on a terminal a progress line that renews itself, elsewhere one now and then; tables."""
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TextIO
 
@@ -78,3 +78,12 @@ def duration(seconds: float) -> str:
     if whole < 60:
         return f"{whole} s"
     return f"{whole // 60}:{whole % 60:02d} min" if whole < 3600 else f"{whole // 3600}:{whole % 3600 // 60:02d} h"
+
+
+def align(lines: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table, its first column aligned to the left, the others to the right."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return [
+        "  ".join([line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))])
+        for line in lines
+    ]
