@@ -243,7 +243,7 @@ def test_huge_inputs_stay_bounded(tmp_path: Path) -> None:
 
 
 def test_images_that_have_no_row_are_counted_among_the_bad_ones(tmp_path: Path) -> None:
-    bad = [BadRow(shard="s.tar", key="a", reason="empty"), BadRow(shard="s.tar", key="", reason="lost", images=497)]
+    bad = [BadRow(shard="s.tar", key="a", reason="empty"), BadRow(shard="s.tar", key="", reason="missing", images=497)]
     html = render(ReportContent(title="t", bad_rows=bad), tmp_path)
     assert "498 images could not be read" in html
     assert re.search(r"lost<(?:(?!<tr).)*>497<", html)

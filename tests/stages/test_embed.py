@@ -174,7 +174,7 @@ def test_dirt_is_kept_as_bad_rows_with_shard_and_key_and_stops_nothing(tmp_path:
     found = {images.key(row): why for row, why in bad_reasons(images, features).items()}
     assert list(found) == ["empty", "cut", "page", "bomb", "k", "last", ""]
     assert (len(images), images.shards[0].ignored) == (15, 2)
-    reasons = ("empty file", "runcated", "identify", "pixels", "second", "cut off", "lost")
+    reasons = ("empty file", "runcated", "identify", "pixels", "second", "cut off", "missing")
     assert all(part in why for part, why in zip(reasons, found.values(), strict=True)), found
     message = r"20 of 28 images are bad .*about 13 have no row.*dirty\.tar: image 'empty': empty file; .*'cut': "
     with pytest.raises(ValueError, match=message):
