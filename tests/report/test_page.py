@@ -246,7 +246,7 @@ def test_images_that_have_no_row_are_counted_among_the_bad_ones(tmp_path: Path) 
     bad = [BadRow(shard="s.tar", key="a", reason="empty"), BadRow(shard="s.tar", key="", reason="missing", images=497)]
     html = render(ReportContent(title="t", bad_rows=bad), tmp_path)
     assert "498 images could not be read" in html
-    assert re.search(r"lost<(?:(?!<tr).)*>497<", html)
+    assert re.search(r"missing<(?:(?!<tr).)*>497<", html)
 
 
 def test_bad_images_are_listed_by_the_names_of_their_files_where_these_are_known(tmp_path: Path) -> None:
