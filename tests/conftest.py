@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.stores import Door, door_to, s3_server, upstream
+from tests.stores import StoreProxy, proxy_to, s3_server, upstream
 
 THREADS = torch.get_num_threads()
 
@@ -41,15 +41,15 @@ def two_threads(one_thread: None) -> None:
 
 @dataclass
 class Bucket:
-    """A bucket that the code under test sees through the door alone; tests fill it behind its back."""
+    """A bucket that the code under test sees through the proxy alone; tests fill it behind its back."""
 
     name: str
-    door: Door
+    proxy: StoreProxy
     client: Any
-    writable: bool = False  # through the door
+    writable: bool = False  # through the proxy
 
     def allow_writing(self) -> None:
-        self.writable, self.door.refuse = True, lambda method, path: None
+        self.writable, self.proxy.refuse = True, lambda method, path: None
 
     def names(self) -> list[str]:
         return [entry["Key"] for entry in self.client.list_objects_v2(Bucket=self.name).get("Contents", [])]
@@ -68,7 +68,7 @@ class Bucket:
 
 
 @pytest.fixture(scope="session")
-def s3_door() -> Iterator[tuple[Door, Any]]:
+def s3_door() -> Iterator[tuple[StoreProxy, Any]]:
     for package in ("s3fs", "moto", "boto3", "flask"):
         pytest.importorskip(package, reason=f"{package} is not installed: nothing is read from s3:// here")
     import boto3
@@ -79,24 +79,24 @@ def s3_door() -> Iterator[tuple[Door, Any]]:
         "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_EC2_METADATA_DISABLED": "true",
     }
-    with s3_server() as port, door_to(upstream(port)) as door, pytest.MonkeyPatch.context() as patch:
+    with s3_server() as port, proxy_to(upstream(port)) as proxy, pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith(("AWS_", "FSSPEC_S3"))]:
             patch.delenv(name)
-        for name, value in {**settings, "AWS_ENDPOINT_URL": door.url}.items():
+        for name, value in {**settings, "AWS_ENDPOINT_URL": proxy.url}.items():
             patch.setenv(name, value)
-        yield door, boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}")
+        yield proxy, boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}")
 
 
 @pytest.fixture
-def bucket(s3_door: tuple[Door, Any], request: pytest.FixtureRequest) -> Iterator[Bucket]:
-    """An empty bucket of its own; writing through the door is refused."""
-    door, client = s3_door
+def bucket(s3_door: tuple[StoreProxy, Any], request: pytest.FixtureRequest) -> Iterator[Bucket]:
+    """An empty bucket of its own; writing through the proxy is refused."""
+    proxy, client = s3_door
     name = f"bucket-{abs(hash(request.node.nodeid)) % 10**12}"
     client.create_bucket(Bucket=name)
-    door.reset()
-    door.refuse = lambda method, path: None if method in ("GET", "HEAD") else 403
-    bucket = Bucket(name, door, client)
+    proxy.reset()
+    proxy.refuse = lambda method, path: None if method in ("GET", "HEAD") else 403
+    bucket = Bucket(name, proxy, client)
     yield bucket
-    writes = [r for r in door.requests if r.method not in ("GET", "HEAD")]
-    door.reset()
+    writes = [r for r in proxy.requests if r.method not in ("GET", "HEAD")]
+    proxy.reset()
     assert bucket.writable or writes == [], "a bucket of images may be read-only"

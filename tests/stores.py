@@ -1,4 +1,4 @@
-"""Stores on loopback: a folder over HTTP, or a real S3 protocol server behind a door that counts, delays and breaks."""
+"""Stores on loopback: a folder over HTTP, or an S3 server, behind a proxy that counts, delays and breaks requests."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Request:
 
 
 @dataclass
-class Door:
+class StoreProxy:
     """What a test sees of a store, and how it breaks it."""
 
     port: int = 0
@@ -47,7 +47,7 @@ class Door:
 
     def reset(self) -> None:
         self.requests.clear()
-        fresh = Door()
+        fresh = StoreProxy()
         self.latency_s, self.refuse, self.cut, self.change = fresh.latency_s, fresh.refuse, fresh.cut, fresh.change
 
     def ranges(self, ending: str = "") -> list[tuple[int, int]]:
@@ -58,9 +58,9 @@ class Door:
 
 
 @contextmanager
-def door_to(backend: Backend) -> Iterator[Door]:
-    """A door to a backend, on a free port of loopback."""
-    door = Door()
+def proxy_to(backend: Backend) -> Iterator[StoreProxy]:
+    """A proxy to a backend, on a free port of loopback."""
+    proxy = StoreProxy()
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -74,16 +74,16 @@ def door_to(backend: Backend) -> Iterator[Door]:
 
         def answer(self) -> None:
             given = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            time.sleep(door.latency_s)
-            refused, cut = door.refuse(self.command, self.path), door.cut(self.command, self.path)
+            time.sleep(proxy.latency_s)
+            refused, cut = proxy.refuse(self.command, self.path), proxy.cut(self.command, self.path)
             if refused is None:
-                status, headers, body = door.change(backend(self.command, self.path, dict(self.headers), given))
+                status, headers, body = proxy.change(backend(self.command, self.path, dict(self.headers), given))
             else:
                 status, headers, body = refused, {}, b""
             sent = body if cut is None else body[:cut]
             asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
             span = None if asked is None else (int(asked[1]), int(asked[2]))
-            door.requests.append(Request(self.command, self.path, span, 0 if self.command == "HEAD" else len(sent)))
+            proxy.requests.append(Request(self.command, self.path, span, 0 if self.command == "HEAD" else len(sent)))
             self.send_response(status)
             for name, value in headers.items():
                 self.send_header(name, value)
@@ -100,11 +100,11 @@ def door_to(backend: Backend) -> Iterator[Door]:
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    door.port = server.server_address[1]
+    proxy.port = server.server_address[1]
     thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
     thread.start()
     try:
-        yield door
+        yield proxy
     finally:
         server.shutdown()
         server.server_close()

@@ -13,7 +13,7 @@ import pytest
 from grappa_dist.data import block_cache as blocks
 from grappa_dist.data.block_cache import BLOCK, BlockFile, CacheSettings
 from grappa_dist.data.remote import objects_at
-from tests.stores import Door, door_to, ranged
+from tests.stores import StoreProxy, proxy_to, ranged
 
 NUM_BLOCKS, IMAGE = 6, 50_000
 DATA = np.random.default_rng(0).integers(0, 256, NUM_BLOCKS * BLOCK - 12_345, dtype=np.uint8).tobytes()
@@ -21,13 +21,13 @@ PLACES = range(0, len(DATA) - IMAGE, IMAGE)
 
 
 @pytest.fixture(scope="module")
-def web() -> Iterator[Door]:
+def web() -> Iterator[StoreProxy]:
     """A web server of one large object, held in memory."""
-    with door_to(lambda method, _, headers, __: ranged(DATA, headers, '"1"', head=method == "HEAD")) as door:
-        yield door
+    with proxy_to(lambda method, _, headers, __: ranged(DATA, headers, '"1"', head=method == "HEAD")) as proxy:
+        yield proxy
 
 
-def open_file(web: Door, folder: Path, cache_bytes: int) -> BlockFile:
+def open_file(web: StoreProxy, folder: Path, cache_bytes: int) -> BlockFile:
     web.reset()
     about = objects_at([f"{web.url}/t.tar"])[0]
     return BlockFile(about, CacheSettings(str(folder / "cache"), cache_bytes, 4))
@@ -39,11 +39,13 @@ def read_alone(file: BlockFile) -> None:
         assert file.read(0, 10) == DATA[:10]
 
 
-def sent(web: Door) -> int:
+def sent(web: StoreProxy) -> int:
     return web.sent("t.tar")
 
 
-def test_reading_through_takes_whole_blocks_and_hardly_more_bytes_than_there_are(web: Door, tmp_path: Path) -> None:
+def test_reading_through_takes_whole_blocks_and_hardly_more_bytes_than_there_are(
+    web: StoreProxy, tmp_path: Path
+) -> None:
     file = open_file(web, tmp_path, 2**26)
     for at in PLACES:
         assert file.read(at, IMAGE) == DATA[at : at + IMAGE]
@@ -55,14 +57,14 @@ def test_reading_through_takes_whole_blocks_and_hardly_more_bytes_than_there_are
     assert sent(web) in (0, before)
 
 
-def test_a_shuffled_window_takes_each_block_once(web: Door, tmp_path: Path) -> None:
+def test_a_shuffled_window_takes_each_block_once(web: StoreProxy, tmp_path: Path) -> None:
     file = open_file(web, tmp_path, 2**26)
     for at in np.random.default_rng(1).permutation(list(PLACES)).tolist():
         assert file.read(at, IMAGE) == DATA[at : at + IMAGE]
     assert sent(web) < 1.3 * len(DATA)
 
 
-def test_a_lone_image_is_all_that_is_fetched_of_its_block(web: Door, tmp_path: Path) -> None:
+def test_a_lone_image_is_all_that_is_fetched_of_its_block(web: StoreProxy, tmp_path: Path) -> None:
     file = open_file(web, tmp_path, 2**26)
     for number in range(NUM_BLOCKS - 1):
         file.read(number * BLOCK + 100, 1000)
@@ -71,7 +73,7 @@ def test_a_lone_image_is_all_that_is_fetched_of_its_block(web: Door, tmp_path: P
 
 @pytest.mark.parametrize("cache_bytes", [0, BLOCK - 1, BLOCK, 2 * BLOCK])
 def test_a_cache_that_is_too_small_reads_at_most_three_times_the_bytes(
-    web: Door, tmp_path: Path, cache_bytes: int
+    web: StoreProxy, tmp_path: Path, cache_bytes: int
 ) -> None:
     file, asked = open_file(web, tmp_path, cache_bytes), 0
     for at in np.random.default_rng(2).choice(list(PLACES), 4 * len(PLACES)).tolist():
@@ -81,7 +83,7 @@ def test_a_cache_that_is_too_small_reads_at_most_three_times_the_bytes(
     assert cache_bytes or sent(web) == asked
 
 
-def test_threads_that_want_one_block_fetch_it_once(web: Door, tmp_path: Path) -> None:
+def test_threads_that_want_one_block_fetch_it_once(web: StoreProxy, tmp_path: Path) -> None:
     file = open_file(web, tmp_path, 2**26)
     read_alone(file)
     web.latency_s = 0.2
@@ -92,7 +94,7 @@ def test_threads_that_want_one_block_fetch_it_once(web: Door, tmp_path: Path) ->
     assert web.ranges().count((0, BLOCK - 1)) == 1
 
 
-def test_many_threads_that_read_through_take_each_block_once(web: Door, tmp_path: Path) -> None:
+def test_many_threads_that_read_through_take_each_block_once(web: StoreProxy, tmp_path: Path) -> None:
     file = open_file(web, tmp_path, 2**26)
     with ThreadPoolExecutor(8) as pool:
         for at, data in zip(PLACES, pool.map(lambda at: file.read(at, IMAGE), PLACES), strict=True):
@@ -103,7 +105,7 @@ def test_many_threads_that_read_through_take_each_block_once(web: Door, tmp_path
 
 
 def test_an_error_of_a_block_fails_every_reader_that_waits_for_it_and_the_next_one_asks_again(
-    web: Door, tmp_path: Path
+    web: StoreProxy, tmp_path: Path
 ) -> None:
     file = open_file(web, tmp_path, 2**26)
     read_alone(file)
@@ -120,7 +122,7 @@ def test_an_error_of_a_block_fails_every_reader_that_waits_for_it_and_the_next_o
     assert file.read(5, 10) == DATA[5:15]
 
 
-def test_places_beyond_the_object_are_refused_without_asking(web: Door, tmp_path: Path) -> None:
+def test_places_beyond_the_object_are_refused_without_asking(web: StoreProxy, tmp_path: Path) -> None:
     file = open_file(web, tmp_path, 0)
     with pytest.raises(ValueError, match=rf"t\.tar: has {len(DATA)} bytes, but the index has 20 bytes at"):
         file.read(len(DATA) - 10, 20)
@@ -128,7 +130,7 @@ def test_places_beyond_the_object_are_refused_without_asking(web: Door, tmp_path
     assert web.ranges() == []
 
 
-def test_no_more_requests_are_in_flight_than_asked_for(web: Door) -> None:
+def test_no_more_requests_are_in_flight_than_asked_for(web: StoreProxy) -> None:
     pool = blocks.fetchers(CacheSettings(in_flight=3))
     running, most, lock = 0, 0, threading.Lock()
     gate = threading.Barrier(3, timeout=10)

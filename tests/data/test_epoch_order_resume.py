@@ -24,7 +24,7 @@ from grappa_dist.distributed.collectives import Comm
 from tests.conftest import Bucket
 from tests.kmeans.test_methods_memory import watched
 from tests.processes import run_ranks
-from tests.stores import Answer, Door, door_to
+from tests.stores import Answer, StoreProxy, proxy_to
 
 NUM_SHARDS, ROWS, IMAGE = 1000, 10_000, 3_000
 STRIDE = 512 + 3072  # a header and an image in blocks of a tar
@@ -61,7 +61,7 @@ def row_index() -> bytes:
 
 
 @pytest.fixture(scope="module")
-def web() -> Iterator[Door]:
+def web() -> Iterator[StoreProxy]:
     listing, one_shard, rows = listing_of(NUM_SHARDS), listing_of(1), row_index()
 
     def answer(method: str, path: str, headers: dict[str, str], _: bytes) -> Answer:
@@ -77,13 +77,13 @@ def web() -> Iterator[Door]:
         span = {"ETag": f'"{number}"', "Content-Range": f"bytes {first}-{last}/{SHARD_BYTES}"}
         return 206, span, content(number, first, last)
 
-    with door_to(answer) as door:
-        yield door
+    with proxy_to(answer) as proxy:
+        yield proxy
 
 
 @pytest.mark.parametrize(("rank", "ranks"), [(0, 1), (2, 3)])
 def test_the_first_batch_after_a_random_step_of_ten_million_rows_comes_soon_and_reads_little(
-    web: Door, tmp_path: Path, rank: int, ranks: int
+    web: StoreProxy, tmp_path: Path, rank: int, ranks: int
 ) -> None:
     settings = CacheSettings(str(tmp_path / "cache"), 2**30, 16)
     ImageShards.open([f"{web.url}/d"], tmp_path / "index", settings)  # the driver of the run that was stopped
@@ -128,7 +128,9 @@ def taken_by_a_reader(comm: Comm, url: str, folder: Path) -> tuple[int, int]:
     return len(shards), seen.rise
 
 
-def test_a_reader_takes_no_more_memory_for_ten_million_rows_than_for_ten_thousand(web: Door, tmp_path: Path) -> None:
+def test_a_reader_takes_no_more_memory_for_ten_million_rows_than_for_ten_thousand(
+    web: StoreProxy, tmp_path: Path
+) -> None:
     web.latency_s = 0.0
     found = dict(run_ranks(taken_by_a_reader, 1, f"{web.url}/{f}", tmp_path / f)[0] for f in ("one", "d"))
     print(f"\nbytes taken by rows: {found}")
@@ -143,7 +145,7 @@ def test_requests_in_flight_make_random_images_come_faster(bucket: Bucket, tmp_p
             writer.write(draw.bytes(30_000), "jpg")
     where = bucket.upload(tmp_path / "f")
     rows = draw.permutation(400)[:128].tolist()
-    bucket.door.latency_s = 0.02
+    bucket.proxy.latency_s = 0.02
     seconds = {}
     for in_flight in (1, 4, 16, 64):
         shards = ImageShards.open([where], tmp_path / "index", CacheSettings(max_bytes=0, in_flight=in_flight))
@@ -154,9 +156,9 @@ def test_requests_in_flight_make_random_images_come_faster(bucket: Bucket, tmp_p
     rates = ", ".join(f"{n} in flight {len(rows) / s:.0f}/s" for n, s in seconds.items())
     print(f"\nimages of 30 kB by range requests to S3, 20 ms each: {rates}")
     shards = ImageShards.open([where], tmp_path / "index", CacheSettings(str(tmp_path / "cache"), 2**28, 16))
-    bucket.door.requests.clear()
+    bucket.proxy.requests.clear()
     start = time.perf_counter()
     assert len(list(shards.images(range(400)))) == 400
     took = time.perf_counter() - start
-    print(f"read through: {400 / took:.0f}/s, {len(bucket.door.requests)} requests")
+    print(f"read through: {400 / took:.0f}/s, {len(bucket.proxy.requests)} requests")
     assert seconds[1] > 2 * seconds[16]  # on idle cores far more: here the server is the limit

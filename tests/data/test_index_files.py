@@ -16,7 +16,7 @@ from grappa_dist.data.index import COMMITTED, ROW, Shard, read_rows
 from grappa_dist.data.shards import ImageShards
 from tests.data.test_tars_damaged import time_limit
 from tests.data.written import write_folder, write_tar
-from tests.stores import door_to, folder_backend
+from tests.stores import folder_backend, proxy_to
 
 WRONG = [
     ("fingerprint", "/tmp/x"),
@@ -50,8 +50,8 @@ def test_an_index_with_a_wrong_line_is_refused_here_and_on_a_store_and_nothing_i
     content["shards"][0][key] = value
     where.write_text(json.dumps(content))
     message = rf"f/index\.json: not an index of shards; each needs .*fingerprint of 64 hex digits, got .*{key}"
-    with door_to(folder_backend(tmp_path / "web")) as door:
-        for folder in (tmp_path / "web" / "f", f"{door.url}/f"):
+    with proxy_to(folder_backend(tmp_path / "web")) as proxy:
+        for folder in (tmp_path / "web" / "f", f"{proxy.url}/f"):
             with pytest.raises(ValueError, match=message):
                 ImageShards.open([folder], tmp_path / "index", CacheSettings(str(tmp_path / "cache"), 2**20, 4))
     assert not list((tmp_path).glob("index/*"))
@@ -147,8 +147,8 @@ def test_a_damaged_file_of_the_index_cache_is_refused_and_one_of_another_version
     write_folder(tmp_path / "web" / "f", 4, rows_per_shard=2)
     write_tar(tmp_path / "t.tar", {"a.jpg": b"a"})
     copy = Path(shutil.copytree(tmp_path / "web" / "f", tmp_path / "copy"))
-    with door_to(folder_backend(tmp_path / "web")) as door:
-        for entry, kinds in ((tmp_path / "t.tar", ""), (copy, ".unchanged"), (f"{door.url}/f", ".seen")):
+    with proxy_to(folder_backend(tmp_path / "web")) as proxy:
+        for entry, kinds in ((tmp_path / "t.tar", ""), (copy, ".unchanged"), (f"{proxy.url}/f", ".seen")):
             index = tmp_path / f"index{kinds}"
             settings = CacheSettings(str(tmp_path / "cache"), 2**20, 4)
             before = ImageShards.open([entry], index, settings)
@@ -164,4 +164,4 @@ def test_a_damaged_file_of_the_index_cache_is_refused_and_one_of_another_version
             ValueError,
             match=r"seen\.json: a damaged file of the index cache: 'shard-000000\.tar' has \['a'\], expected a",
         ):
-            ImageShards.open([f"{door.url}/f"], index, settings)
+            ImageShards.open([f"{proxy.url}/f"], index, settings)

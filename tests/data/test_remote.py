@@ -15,7 +15,7 @@ from grappa_dist.data.remote import RemoteFile, list_tars, objects_at
 from grappa_dist.data.shards import ImageShards
 from tests.conftest import Bucket
 from tests.data.written import write_folder, write_tar
-from tests.stores import Answer, Door, door_to, folder_backend
+from tests.stores import Answer, StoreProxy, folder_backend, proxy_to
 
 SIZES = {"a": 7, "b": 1, "c": 0, "d": 30}  # uneven, one shard without a row
 
@@ -39,11 +39,11 @@ def cache(tmp_path: Path) -> CacheSettings:
 
 
 @pytest.fixture
-def web(tmp_path: Path) -> Iterator[Door]:
+def web(tmp_path: Path) -> Iterator[StoreProxy]:
     """A web server of the folder `web`."""
     (tmp_path / "web").mkdir()
-    with door_to(folder_backend(tmp_path / "web")) as door:
-        yield door
+    with proxy_to(folder_backend(tmp_path / "web")) as proxy:
+        yield proxy
 
 
 @pytest.mark.parametrize("entry", ["", "/*.tar", "/[a-d].tar"])
@@ -80,11 +80,11 @@ def test_a_tar_is_read_once_to_index_it_and_not_again_by_the_next_run(
     where = bucket.upload(raw_shards(tmp_path / "raw"))
     sizes = sum(path.stat().st_size for path in (tmp_path / "raw").iterdir())
     first = ImageShards.open([where], tmp_path / "index", cache)
-    assert bucket.door.sent(".tar") == sizes
-    bucket.door.requests.clear()
+    assert bucket.proxy.sent(".tar") == sizes
+    bucket.proxy.requests.clear()
     assert ImageShards.open([where], tmp_path / "index", cache) == first
-    assert bucket.door.sent(".tar") == 0
-    assert len(bucket.door.requests) < 6
+    assert bucket.proxy.sent(".tar") == 0
+    assert len(bucket.proxy.requests) < 6
 
 
 def test_where_a_writer_left_an_index_no_tar_is_read_before_an_image_is_wanted(
@@ -93,15 +93,15 @@ def test_where_a_writer_left_an_index_no_tar_is_read_before_an_image_is_wanted(
     write_folder(tmp_path / "f", 40, rows_per_shard=10)
     where = bucket.upload(tmp_path / "f")
     shards = ImageShards.open([where], tmp_path / "index", cache)
-    assert bucket.door.sent(".tar") == bucket.door.sent(".npy") == 0
+    assert bucket.proxy.sent(".tar") == bucket.proxy.sent(".npy") == 0
     assert shards.image_bytes(33) == bytes([33]) * 34
-    assert bucket.door.ranges(".tar") == [(int(shards.index(3)[3]["offset"]), int(shards.index(3)[3]["offset"]) + 33)]
-    assert [r.path for r in bucket.door.requests if r.method == "GET"][-2].endswith("shard-000003.tar.npy")
+    assert bucket.proxy.ranges(".tar") == [(int(shards.index(3)[3]["offset"]), int(shards.index(3)[3]["offset"]) + 33)]
+    assert [r.path for r in bucket.proxy.requests if r.method == "GET"][-2].endswith("shard-000003.tar.npy")
     again = ImageShards.open([where], tmp_path / "index", CacheSettings(cache.folder, 0, 4))
-    bucket.door.requests.clear()
+    bucket.proxy.requests.clear()
     assert read(again) == read(ImageShards.open([tmp_path / "f"], None))
-    assert bucket.door.sent("000003.tar.npy") == 0  # the run keeps it
-    assert bucket.door.sent("000002.tar.npy") == (tmp_path / "f" / "shard-000002.tar.npy").stat().st_size
+    assert bucket.proxy.sent("000003.tar.npy") == 0  # the run keeps it
+    assert bucket.proxy.sent("000002.tar.npy") == (tmp_path / "f" / "shard-000002.tar.npy").stat().st_size
 
 
 @pytest.mark.parametrize("with_index", [True, False])
@@ -161,7 +161,7 @@ def test_a_tar_cut_off_on_the_store_keeps_what_is_whole_and_one_without_a_header
         assert shards.key(len(shards) - 1) == ""
 
 
-def test_what_is_not_there_is_reported(bucket: Bucket, web: Door) -> None:
+def test_what_is_not_there_is_reported(bucket: Bucket, web: StoreProxy) -> None:
     for entry in (bucket.url, f"{bucket.url}/none", f"{bucket.url}/none/*.tar", f"{web.url}/none"):
         with pytest.raises(ValueError, match=r"nothing at .*/"):
             ImageShards.open([entry], None)
@@ -172,7 +172,7 @@ def test_what_is_not_there_is_reported(bucket: Bucket, web: Door) -> None:
 
 @pytest.mark.parametrize("with_index", [True, False])
 def test_rows_of_a_web_server_are_those_of_the_disk(
-    web: Door, cache: CacheSettings, tmp_path: Path, with_index: bool
+    web: StoreProxy, cache: CacheSettings, tmp_path: Path, with_index: bool
 ) -> None:
     write_folder(tmp_path / "web" / "f", 9, rows_per_shard=4)
     entry = f"{web.url}/f"
@@ -187,7 +187,9 @@ def test_rows_of_a_web_server_are_those_of_the_disk(
         fresh.image_bytes(8)
 
 
-def test_a_listing_of_links_names_the_tars_of_a_web_folder(web: Door, cache: CacheSettings, tmp_path: Path) -> None:
+def test_a_listing_of_links_names_the_tars_of_a_web_folder(
+    web: StoreProxy, cache: CacheSettings, tmp_path: Path
+) -> None:
     raw_shards(tmp_path / "web" / "f")
     page = "".join(f'<a href="{name}.tar">{name}</a>' for name in "badc").encode()
 
@@ -204,12 +206,12 @@ def test_a_listing_of_links_names_the_tars_of_a_web_folder(web: Door, cache: Cac
     assert [tar.name for tar in list_tars(f"{web.url}/f")] == ["a.tar", "b.tar", "c.tar", "d.tar"]
 
 
-def a_file(web: Door, folder: Path, data: bytes = bytes(range(250)) * 40) -> RemoteFile:
+def a_file(web: StoreProxy, folder: Path, data: bytes = bytes(range(250)) * 40) -> RemoteFile:
     (folder / "web" / "t.tar").write_bytes(data)
     return RemoteFile(objects_at([f"{web.url}/t.tar"])[0])
 
 
-def test_an_error_of_the_moment_is_tried_again_and_a_lasting_one_named(web: Door, tmp_path: Path) -> None:
+def test_an_error_of_the_moment_is_tried_again_and_a_lasting_one_named(web: StoreProxy, tmp_path: Path) -> None:
     file, answers = a_file(web, tmp_path), iter([503, 429, None, None, *[503] * 99])
     web.refuse = lambda method, path: next(answers) if method == "GET" else None
     assert file.fetch(1, 3) == b"\x01\x02"
@@ -226,7 +228,7 @@ def test_an_error_of_the_moment_is_tried_again_and_a_lasting_one_named(web: Door
         assert len(web.requests) - asked == 1
 
 
-def test_a_connection_that_breaks_off_is_tried_again(web: Door, tmp_path: Path) -> None:
+def test_a_connection_that_breaks_off_is_tried_again(web: StoreProxy, tmp_path: Path) -> None:
     file, cuts = a_file(web, tmp_path), iter([10, 0, None, *[10] * 99])
     assert len(file.fetch(0, 1)) == 1
     web.cut = lambda method, path: next(cuts)
@@ -235,7 +237,7 @@ def test_a_connection_that_breaks_off_is_tried_again(web: Door, tmp_path: Path) 
         file.fetch(0, 1000)
 
 
-def test_a_range_that_is_answered_with_other_bytes_is_refused(web: Door, tmp_path: Path) -> None:
+def test_a_range_that_is_answered_with_other_bytes_is_refused(web: StoreProxy, tmp_path: Path) -> None:
     file = a_file(web, tmp_path)
     assert len(file.fetch(0, 1)) == 1
     web.change = lambda answer: (answer[0], answer[1], answer[2][:-3])
@@ -255,7 +257,7 @@ def test_s3_errors_name_the_shard_and_the_range_and_no_secret(bucket: Bucket, tm
     assert len(shards.image_bytes(0)) == 1
     offset = int(shards.index(0)[1]["offset"])
     for status in (403, 500):
-        bucket.door.refuse = lambda method, path, status=status: status  # type: ignore[misc]
+        bucket.proxy.refuse = lambda method, path, status=status: status  # type: ignore[misc]
         with pytest.raises(ValueError) as caught:
             shards.image_bytes(1)
         message = str(caught.value)
@@ -263,8 +265,8 @@ def test_s3_errors_name_the_shard_and_the_range_and_no_secret(bucket: Bucket, tm
         assert "\n" not in message
         assert "test-secret" not in message
         assert "test-key" not in message
-    bucket.door.refuse = lambda method, path: None
-    bucket.door.change = lambda answer: (answer[0], answer[1], answer[2][:1])
+    bucket.proxy.refuse = lambda method, path: None
+    bucket.proxy.change = lambda answer: (answer[0], answer[1], answer[2][:1])
     with pytest.raises(ValueError, match=r"shard-000000\.tar: 1 of 2 bytes came"):
         shards.image_bytes(1)
 

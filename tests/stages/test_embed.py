@@ -252,5 +252,5 @@ def test_features_of_shards_on_s3_are_the_same_artefacts_with_the_same_bytes(
     for one, other in zip(remote, features, strict=True):
         assert (one.path / "rows.npy").read_bytes() == (other.path / "rows.npy").read_bytes()
     assert bad_rows(images, remote).tolist() == [tiny.BAD]
-    assert bucket.door.sent(".tar") < 2 * sum(shard.bytes for shard in images.shards)
+    assert bucket.proxy.sent(".tar") < 2 * sum(shard.bytes for shard in images.shards)
     assert any((tmp_path / "cache").iterdir())

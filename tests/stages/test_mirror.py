@@ -41,7 +41,7 @@ def test_what_was_copied_comes_back_file_by_file_and_the_manifest_is_written_las
     unfinished = artifact_in(tmp_path / "a", 3, made=False)
     unfinished.begin()
     Mirror(f"{bucket.url}/runs/x").save([*made, unfinished])
-    writes = [r.path.split("?")[0].rpartition("/")[2] for r in bucket.door.requests if r.method in ("PUT", "POST")]
+    writes = [r.path.split("?")[0].rpartition("/")[2] for r in bucket.proxy.requests if r.method in ("PUT", "POST")]
     assert [at for at, name in enumerate(writes) if name == "manifest.json"] == [3, 7, 11]
     assert not any("k=3" in key for key in bucket.names())
 
@@ -51,23 +51,23 @@ def test_what_was_copied_comes_back_file_by_file_and_the_manifest_is_written_las
         there.check()
         assert contents(here) == contents(there)
     assert not elsewhere[3].complete
-    bucket.door.requests.clear()
+    bucket.proxy.requests.clear()
     again = Mirror(f"{bucket.url}/runs/x")
     again.save(made)
     assert again.fetch(elsewhere) == []
-    assert [r.method for r in bucket.door.requests] == ["GET"]  # one listing
+    assert [r.method for r in bucket.proxy.requests] == ["GET"]  # one listing
 
 
 def test_a_copy_without_its_manifest_does_not_count_and_is_made_again(bucket: Bucket, tmp_path: Path) -> None:
     bucket.allow_writing()
     made, mirror = artifact_in(tmp_path / "a", 2), Mirror(bucket.url)
-    bucket.door.refuse = lambda method, path: 403 if method == "PUT" and "manifest" in path else None
+    bucket.proxy.refuse = lambda method, path: 403 if method == "PUT" and "manifest" in path else None
     with pytest.raises(ValueError, match=rf"mirror={bucket.url}: cannot be used \(labels/k=2.*written\): Permission"):
         mirror.save([made])
     assert len(bucket.names()) == 3
     absent = artifact_in(tmp_path / "b", 2, made=False)
     assert Mirror(bucket.url).fetch([absent]) == []
-    bucket.door.refuse = lambda method, path: None
+    bucket.proxy.refuse = lambda method, path: None
     mirror.save([made])
     assert Mirror(bucket.url).fetch([absent]) == [absent]
 
@@ -132,12 +132,12 @@ def test_a_store_that_cannot_be_written_to_fails_the_run_at_its_end_and_loses_no
 ) -> None:
     bucket.allow_writing()
     settings = settings_on(bucket, tmp_path)
-    bucket.door.refuse = lambda method, path: None if method in ("GET", "HEAD") else 403
+    bucket.proxy.refuse = lambda method, path: None if method in ("GET", "HEAD") else 403
     with pytest.raises(ValueError, match=r"mirror=s3://.*written.*PermissionError"):
         pipeline._run(tiny.run_in(settings, tmp_path / "run", tiny.Here()))
     assert "warning: mirror=s3://" in capsys.readouterr().err
     assert (tmp_path / "run" / "report" / "report.html").is_file()
-    bucket.door.refuse = lambda method, path: None
+    bucket.proxy.refuse = lambda method, path: None
     again = tiny.Here()
     pipeline._run(tiny.run_in(settings, tmp_path / "run", again))
     assert again.asked == []

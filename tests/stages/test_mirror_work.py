@@ -83,9 +83,9 @@ def test_another_machine_gets_the_newest_checkpoint_and_what_else_a_restart_can_
     assert mirror_of(bucket, tmp_path / "b").fetch() == [f"{first.name}.partial"]
     assert contents(artifacts_in(tmp_path / "b")[0].partial) == of_restart(6)
     assert len(bucket.names()) == 5  # state.json and four copies: none of step 5
-    bucket.door.requests.clear()
+    bucket.proxy.requests.clear()
     mirror.save(())
-    assert not bucket.door.requests  # nothing has changed
+    assert not bucket.proxy.requests  # nothing has changed
 
 
 def test_a_folder_that_was_begun_here_is_left_alone(bucket: Bucket, tmp_path: Path) -> None:
@@ -105,14 +105,14 @@ def test_a_copy_is_whole_whatever_request_was_the_last(bucket: Bucket, tmp_path:
     mirror_of(bucket, tmp_path / "a").save(())
     for step, allowed in enumerate((*range(6), 100), start=6):
         work_until(artifact, step)
-        bucket.door.requests.clear()
-        bucket.door.refuse = lambda method, path, most=allowed: (  # type: ignore[misc]
-            403 if method in WRITES and sum(r.method in WRITES for r in bucket.door.requests) >= most else None
+        bucket.proxy.requests.clear()
+        bucket.proxy.refuse = lambda method, path, most=allowed: (  # type: ignore[misc]
+            403 if method in WRITES and sum(r.method in WRITES for r in bucket.proxy.requests) >= most else None
         )
         mirror = mirror_of(bucket, tmp_path / "a")
         with suppress(ValueError):
             mirror.save(())
-        bucket.door.refuse = lambda method, path: None
+        bucket.proxy.refuse = lambda method, path: None
         there = tmp_path / f"b{step}"
         assert mirror_of(bucket, there).fetch() == [f"{artifact.name}.partial"]
         found = contents(artifacts_in(there)[0].partial)
@@ -132,9 +132,9 @@ def test_a_checkpoint_that_goes_while_it_is_copied_is_copied_all_the_same(bucket
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             (folder / "metrics.jsonl").write_text("")
 
-    bucket.door.refuse = lose  # type: ignore[assignment]
+    bucket.proxy.refuse = lose  # type: ignore[assignment]
     mirror_of(bucket, tmp_path / "a").save(())
-    bucket.door.refuse = lambda method, path: None
+    bucket.proxy.refuse = lambda method, path: None
     assert not (tmp_path / "a" / ASIDE).exists()
     assert mirror_of(bucket, tmp_path / "b").fetch() == [f"{artifact.name}.partial"]
     assert contents(artifacts_in(tmp_path / "b")[0].partial) == of_restart(5)
