@@ -59,7 +59,7 @@ from grappa_dist.kmeans.yinyang import num_bounds
 from grappa_dist.stages.run import Run
 
 STATS_FILE = "stats.json"
-PROGRESS_FILE = "progress.safetensors"  # the checkpoint
+CHECKPOINT_FILE = "progress.safetensors"
 SEEDING_SAVE_S = 30.0  # between two saves during an initialisation, whose rounds may be many and short
 LEAST_AGREEMENT = 0.95  # of labels found through lists with the exact ones; below, a warning
 LADDER_SETS = 8
@@ -220,7 +220,7 @@ def _commit(context: RankContext, job: LabelJob, k: int, labels: Mapping[int, np
     if comm.rank == 0:
         np.save(folder / CENTROIDS_FILE, found.result.centroids)
         write_stats(folder, k, found, job.choice(k))
-        (folder / PROGRESS_FILE).unlink(missing_ok=True)
+        (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
         artifact.commit(expected=[rows_file(shard) for shard in range(len(job.shard_names))])
     comm.barrier()
 
@@ -229,7 +229,7 @@ def _task(context: RankContext, job: LabelJob, sharded: ShardedRows, k: int) -> 
     """One clustering, which continues from its checkpoint if there is one."""
     artifact, name = job.labels[k], f"K={k} ({list(job.labels).index(k) + 1}/{len(job.labels)})"
     context.report({"phase": f"{name} initialisation"})
-    path = artifact.begin() / PROGRESS_FILE
+    path = artifact.begin() / CHECKPOINT_FILE
     checkpoint, problem = load_checkpoint(path)
     raise_together(context.comm, problem)
     seen = {int(n) for n in sharded.gather(torch.tensor([checkpoint_digest(checkpoint)]))}

@@ -21,7 +21,7 @@ from grappa_dist.kmeans.methods import choose
 from grappa_dist.report.content import Clustering
 from grappa_dist.stages import pseudo_label as pseudo_label_stage
 from grappa_dist.stages.pseudo_label import (
-    PROGRESS_FILE,
+    CHECKPOINT_FILE,
     LabelJob,
     check_good_rows,
     describe_choices,
@@ -192,7 +192,7 @@ def test_a_stopped_clustering_goes_on_from_its_last_update_to_the_same_files(tmp
     with pytest.raises(Stopped):
         label_ranks(context(stop_after, before), stopped)
     artifact = stopped.labels[12]
-    assert (artifact.begin() / PROGRESS_FILE).exists()
+    assert (artifact.begin() / CHECKPOINT_FILE).exists()
     assert not artifact.complete
     reported: list[str] = []
     label_ranks(context(None, reported), stopped)
@@ -213,7 +213,7 @@ def test_seeding_is_reported_and_stops_and_is_saved_now_and_then(tmp_path: Path)
     with pytest.raises(Stopped):
         label_ranks(context(4, reported), job)
     assert reported == ["K=12 (1/1) initialisation", *(f"K=12 (1/1) seeding {found} of 12" for found in (1, 2, 3, 4))]
-    found, problem = load_checkpoint(job.labels[12].begin() / PROGRESS_FILE)
+    found, problem = load_checkpoint(job.labels[12].begin() / CHECKPOINT_FILE)
     saved = found["0/fit"].seeded
     assert (problem, saved and len(saved.places)) == ("", 1)  # rounds that follow within half a minute are not saved
 
@@ -263,7 +263,7 @@ def test_killed_ranks_and_other_ranks_that_go_on_change_no_byte(tmp_path: Path, 
     killed, whole = (label_job(tmp_path, Store(tmp_path / name), nums) for name in ("killed", "whole"))
     with pytest.raises(RuntimeError, match="rank 1 of 2 died without an error message"):
         run_ranks(label, 2, killed, killed_after)
-    assert any((artifact.begin() / PROGRESS_FILE).exists() for artifact in killed.labels.values())
+    assert any((artifact.begin() / CHECKPOINT_FILE).exists() for artifact in killed.labels.values())
     run_ranks(label, 3, killed, None)
     run_ranks(label, 1, whole, None)
     for num in nums:
@@ -274,8 +274,8 @@ def test_killed_ranks_and_other_ranks_that_go_on_change_no_byte(tmp_path: Path, 
 
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     job = label_job(tmp_path, Store(tmp_path / "run"))
-    (job.labels[12].begin() / PROGRESS_FILE).write_bytes(b"half")
-    with pytest.raises(ValueError, match=rf"{PROGRESS_FILE} is damaged .*; delete it"):
+    (job.labels[12].begin() / CHECKPOINT_FILE).write_bytes(b"half")
+    with pytest.raises(ValueError, match=rf"{CHECKPOINT_FILE} is damaged .*; delete it"):
         label_ranks(context(None, []), job)
 
 
@@ -284,8 +284,8 @@ def test_a_checkpoint_with_numbers_that_no_update_makes_is_named(tmp_path: Path,
     job = label_job(tmp_path, Store(tmp_path / "run"))
     centroids = np.full((12, 8), 0.25, np.float32)
     centroids[3, 1] = value
-    save_checkpoint(job.labels[12].begin() / PROGRESS_FILE, {"0/fit": KMeansState(centroids, (7,))})
-    with pytest.raises(ValueError, match=rf"{PROGRESS_FILE} is damaged \(0/fit: centroid 3 {fault}.*; delete it"):
+    save_checkpoint(job.labels[12].begin() / CHECKPOINT_FILE, {"0/fit": KMeansState(centroids, (7,))})
+    with pytest.raises(ValueError, match=rf"{CHECKPOINT_FILE} is damaged \(0/fit: centroid 3 {fault}.*; delete it"):
         label_ranks(context(None, []), job)
 
 
