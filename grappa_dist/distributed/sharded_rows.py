@@ -34,7 +34,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 BLOCK_ROWS = 16384  # rows worked on at once: enough that their products outweigh the calls around them
-PIECE = 2**16  # rows looked at together where only integers per row are read
+PIECE = 2**16  # rows processed together where only integers per row are read
 _RUN = 32  # mean length of a run of consecutive rows; shorter runs are copied together instead of viewed one by one
 _GRID_ROWS = 128  # rows checked at once, in a core's cache
 

@@ -101,7 +101,7 @@ class KMeansResult:
     empty_repaired: int  # empty clusters that were given a part of another one, over all iterations
     empty_left: int  # labels without a row
     exact_share: float  # of all assignments, those decided in integers; depends on ranks, blocks and machine
-    searched_share: float  # of all distances to all centroids, those that bounds did not spare; likewise
+    searched_share: float  # of all distances to all centroids, those that bounds did not save; likewise
 
 
 def sharded_kmeans(
@@ -310,7 +310,7 @@ def shared_pass(wanted: Sequence[tuple[BoundedPasses, Tensor]]) -> list[Centroid
 
 @dataclass
 class BoundedPasses:
-    """An exact k-means between its passes: labels, bounds of distances that spare most of the search, and the sums of
+    """An exact k-means between its passes: labels, bounds of distances that save most of the search, and the sums of
     the rows of each label, which change only by rows that change their label."""
 
     sharded: ShardedRows

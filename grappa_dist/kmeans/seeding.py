@@ -169,7 +169,7 @@ def oversampled_centroids(
 ) -> Tensor:
     """k-means|| centroids, (K, D), all of them rows.
 
-    Where fewer than K of the candidates differ, k-means++ goes on among all rows.
+    Where fewer than K of the candidates differ, k-means++ continues among all rows.
 
     Args:
         resume: the last state passed to `on_round`, of the same rows, K and seed.

@@ -1,11 +1,11 @@
-"""Yinyang k-means (Ding et al., ICML 2015): bounds spare the search where a row's nearest centroid cannot have changed.
+"""Yinyang k-means (Ding et al., ICML 2015): bounds avoid the search where a row's nearest centroid cannot have changed.
 
 A row keeps an upper bound of the distance to its own centroid and, per group of centroids, a lower bound of the
 distance to every other centroid of the group. By the triangle inequality a centroid that moves by s shifts either bound
 by at most s. A group whose lower bound stays above the upper bound cannot hold the row's nearest centroid and is not
 searched.
 
-Bounds only spare work: labels are those of `assign`, decided in exact integers, for any groups and any estimates. With
+Bounds only save work: labels are those of `assign`, decided in exact integers, for any groups and any estimates. With
 a single group, a row is searched among all centroids or not at all (`reassign_single_group`), since the only lower
 bound is that to all other centroids. With several groups, a row is in one of five cases:
 

@@ -32,7 +32,7 @@ from grappa_dist.search.bf16 import Bf16Generator
 from grappa_dist.search.candidates import norm_of, true_products
 from grappa_dist.search.fixed_point import exact_square, to_grid
 
-KEPT_BYTES = 2**31  # of own blocks kept on a device; further ones are read again for every block they meet
+KEPT_BYTES = 2**31  # of own blocks kept on a device; further ones are read again for every block they are compared with
 _BLOCKS = 8  # of a rank, at least, so that threads have about the same work
 _LEAST_ROWS = 1024  # of a block that is made smaller only for that reason
 

@@ -321,7 +321,7 @@ class ListSearch:
 
 
 def _by_list(lists: Tensor, num_lists: int) -> tuple[Tensor, ...]:
-    """The rows of `lists` (P, p) that contain each list, ascending; -1 stands for no list."""
+    """The rows of `lists` (P, p) that contain each list, ascending; -1 means no list."""
     order = lists.flatten().argsort(stable=True) // lists.shape[1]
     sizes = torch.bincount(lists.flatten() + 1, minlength=num_lists + 1).tolist()
     return torch.split(order, sizes)[1:]

@@ -211,7 +211,7 @@ class _Table:
 
     @staticmethod
     def of(products: Tensor, num: int) -> _Table:
-        """Of products in bfloat16, of which the first `num` columns count. The others spare maxima a ragged end."""
+        """Of products in bfloat16, of which the first `num` columns count; the others are padding."""
         entries, width = products.float(), products.shape[1]
         if width <= 2**16:
             columns = torch.arange(width, dtype=torch.int32, device=entries.device)
@@ -238,7 +238,7 @@ def _best_columns(table: _Table, t: int, bounds: PairBounds, *, within_base: boo
 
     Uses the table up. Places of a row stay free, at -inf, once a score lies so far below the first that no later one
     can be the nearest's; the second at the earliest, or, where only true scores of 0 or more matter, once scores lie so
-    far below 0. The last place stands for later scores too.
+    far below 0. The last place represents later scores too.
     """
     best, first = table.take_largest()
     rows, values = torch.arange(len(best), device=best.device), best.new_full((t, len(best)), -math.inf)
