@@ -43,7 +43,7 @@ def test_exact_ties_are_broken_by_row_id(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_scores_closer_than_the_error_of_float32_are_told_apart(seed: int) -> None:
+def test_scores_closer_than_the_error_of_float32_are_ordered_exactly(seed: int) -> None:
     draws = torch.Generator().manual_seed(seed)
     z = F.normalize(features(1, 64, seed), dim=1) + 2.0**-22 * torch.randn(60, 64, generator=draws)
     labels = torch.randint(6, (60,), generator=draws)

@@ -14,7 +14,7 @@ def two_shards() -> Rows:
     return Rows([unit_rows(5, 4), np.zeros((0, 4), np.float32), unit_rows(3, 4, seed=1)], good, ["a", "b", "c"])
 
 
-def test_blocks_give_every_good_row_once_whatever_their_size() -> None:
+def test_blocks_of_any_size_contain_every_good_row_once() -> None:
     rows = two_shards()
     whole = to_grid(torch.from_numpy(np.concatenate(rows.shards)))
     for size, threads in ((1, 1), (2, 1), (2, 3), (3, 2), (100, 2)):

@@ -55,7 +55,7 @@ def test_ranks_and_groups_of_lists_change_no_bit(monkeypatch: pytest.MonkeyPatch
             assert all(of[name]["recall"] == wanted["recall"] for of in found)
 
 
-def test_what_is_found_are_the_best_of_the_lists_and_recall_is_what_it_says() -> None:
+def test_the_best_of_the_lists_are_found_and_recall_is_as_stated() -> None:
     x = CASES["drawn"]()
     found = graph(Comm(), x, slice(None))
     true, scores = sharded_knn(Comm(), x, ids_of(x), K)
@@ -106,7 +106,7 @@ def test_every_epoch_is_measured_on_another_sample(monkeypatch: pytest.MonkeyPat
     assert first.recall.recall != second.recall.recall
 
 
-def test_where_no_probes_would_do_the_search_is_exact_and_says_so_before() -> None:
+def test_where_no_probes_reach_the_floor_the_search_is_exact_and_logs_it_before() -> None:
     x, lines = unit_rows(300, 64), list[str]()  # without any structure
     found = graph(Comm(), x, slice(None), 0.99, log=lines.append)
     assert (found.recall.searched, found.recall.recall) == ("exact", 1.0)
