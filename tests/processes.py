@@ -71,15 +71,19 @@ def _collect(readers: list[Connection], deadline: float) -> list[Any]:
         if not ready:
             late = [rank for rank in range(len(readers)) if rank not in results]
             raise TimeoutError(f"ranks {late} of {len(readers)} did not finish in time")
+        failures = []
         for reader in ready:
             rank = readers.index(reader)  # type: ignore[arg-type]
             try:
                 ok, value = pickle.loads(readers[rank].recv_bytes())
-            except EOFError:
+            except EOFError:  # before failures: a rank that dies makes others fail
                 raise RuntimeError(f"rank {rank} of {len(readers)} died without an error message") from None
-            if not ok:
-                raise RuntimeError(f"rank {rank} of {len(readers)} failed:\n{value}")
-            results[rank] = value
+            if ok:
+                results[rank] = value
+            else:
+                failures.append(f"rank {rank} of {len(readers)} failed:\n{value}")
+        if failures:
+            raise RuntimeError(failures[0])
     return [results[rank] for rank in range(len(readers))]
 
 
