@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from grappa_dist.config import Config
 from tests.structure import PACKAGE, ROOT, TREES, imported_modules, name_of
-from tests.test_house_rules import LEVELS
+from tests.test_house_rules import LEVELS, MAY_DISTRIBUTE
 
 DOCS = {
     str(path.relative_to(ROOT)): path.read_text()
@@ -133,6 +133,11 @@ def test_the_levels_of_imports_are_those_that_are_tested() -> None:
     block = section(ARCHITECTURE, "Who may import what").split("```")[1]
     levels = [tuple(line.split()) for line in block.splitlines()[1:]]
     assert levels == [tuple(part for part in parts if not part.startswith("_")) for parts in LEVELS[1:]]
+
+
+def test_what_may_import_the_distributed_libraries_is_named() -> None:
+    text = section(ARCHITECTURE, "Who may import what")
+    assert [name for name in MAY_DISTRIBUTE if f"`{name.removeprefix('grappa_dist/')}`" not in text] == []
 
 
 def paths() -> dict[str, list[tuple[str, list[str]]]]:
