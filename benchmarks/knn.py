@@ -169,8 +169,8 @@ def _compare(rows: np.ndarray, k: int, settings: KnnSettings, log: Log) -> Compa
         return sharded_knn(Comm(), x, np.arange(len(x)), k)[0]
 
     def approximate(x: np.ndarray) -> np.ndarray:
-        floor, key = settings.recall_floor, (settings.seed, 0)
-        graph = approximate_knn(Comm(), x, np.arange(len(x)), k, recall_floor=floor, key=key)
+        recall_floor, key = settings.recall_floor, (settings.seed, 0)
+        graph = approximate_knn(Comm(), x, np.arange(len(x)), k, recall_floor=recall_floor, key=key)
         recalls.append(graph.recall)
         return graph.ids
 

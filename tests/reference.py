@@ -1,4 +1,4 @@
-"""Every op once more, the slow and obvious way: the judge of the fast ones. Takes any float dtype, uses one process."""
+"""Every op once more, the slow and obvious way, to compare the fast ones with. Any float dtype, one process."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def grappa_layer(
     """Algorithm 1 to the letter: the output (B, T, D) of one fused layer around a plain pre-norm ViT block.
 
     `block` has norm1, attn, norm2 and mlp (layer scale and drop path, if any, are identities); `downs` and `ups` are
-    the two halves of the N adaptors, `q` and `k` the projections of the attention over them.
+    both projections of the N adaptors, `q` and `k` the projections of the attention over them.
     """
     x: Tensor = h_prev + block.attn(block.norm1(h_prev))  # (B, T, D)
     y = block.mlp(block.norm2(x))

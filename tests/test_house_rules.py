@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -137,3 +138,52 @@ def test_every_module_is_imported_by_a_test_or_by_one_that_is(folder: str) -> No
     while more := {m for file in TREES if name_of(file) in reached for m in imported_modules(file)} - reached:
         reached |= more
     assert [m for m in sorted(MODULES) if m.startswith(folder) and m not in reached] == []
+
+
+RETIRED = {  # what is said in place of what; docs/words.md. Names on disk stay: "truth", "packs/", the key "lost"
+    "bf16, micro-batches": r"\bhalves\b|\bHal(f|ves)[A-Z]",
+    "error bound, score margin": r"\bgaps? (of|between) pairs|\b_?gaps\b(?!\.$| in)|\bGaps\b",
+    "threshold": r"\bsift\w*|\bfloors\b",
+    "candidates, generate": r"\b[Pp]ropos\w+",
+    "competitors, unresolved, nearest": r"\brivals?\b|\bcrowd\w*|\bwho[_ ](may[_ ])?wins?\b",
+    "satisfies its error bound": r"\bkeeps?[_ ]its[_ ]word",
+    "ShardedRows": r"\bclass Share\b|: Share\b",
+    "distributed top-k select": r"\bclass Cut\b|\bdef lowest\b",
+    "D^2 weights": r"\b[Rr]ow[_ ]?[Ww]eights\b",
+    "single group": r"\bone[_ ]group\b",
+    "checkpoint": r"\btrail\b|_trail\b|\bTrail\b",
+    "callback, logger": r"\bTold\b|\bAudience\b|\b(is|are|was) told\b|\bhears?\b|\b(say|tell)[=:]|\.say\(",
+    "sharded module": r"\bclass Beside\b",
+    "baseline": r"\b[Jj]udge[sd]?_?\b",
+    "ground truth": r"(?<!ground[ _-])(?<!Ground )\b(?!truth-)truth\b(?!\")|\bTRUTH_",
+    "attention statistics": r"\bAttentionWatch|\bwatching\b",
+    "describe_, format_": r"\bin[_ ]words\b",
+    "memory budget, capacity, space": r"\b[Rr]oom\b",
+    "automatic batch size": r"\bfitting\b(?! \()",
+    "current model": r"of the moment",
+    "default, left out of the fingerprint": r"goe?s? without saying",
+    "multi-set job": r"(?<!struct\.)(?<![\"/])\bpacks?\b(?![/\"(.])",
+    "pluralize": r"\bcounted\(",
+    "release": r"\blet[_ ]go\b",
+    "missing images": r"\blost[_ ](images?|files?)\b|\bclass (Lost|Loss)\b",
+    "make_shards": r"data[./]making\b",
+    "generate the demo data set": r"\bdraws? (a|the) collection|draw_collection|has_drawn",
+    "waiting for slower ranks": r"\blong[_ ]work\b",
+    "randomly initialised adaptor sets": r"\bown[_ ]sets\b|\bset of its own\b",
+}
+PROSE = ("*.py", "*.md", "*.yaml", "*.toml", "*.sh", "Makefile")
+
+
+@pytest.mark.parametrize("instead", RETIRED)
+def test_retired_words_do_not_come_back(instead: str) -> None:
+    own = {ROOT / "docs" / "words.md", Path(__file__)}
+    skipped = {".venv", ".git", "runs", "shards", "build", "wheels"}
+    files = (path for pattern in PROSE for path in ROOT.rglob(pattern) if path not in own)
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in files
+        if not skipped & set(path.relative_to(ROOT).parts)
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if re.search(RETIRED[instead], line)
+    ]
+    assert found == []

@@ -13,8 +13,7 @@ from benchmarks.harness import drawn_rows
 from grappa_dist.distributed.collectives import Comm
 from grappa_dist.distributed.sharded_rows import Rows, ShardedRows, join_rows
 from grappa_dist.distributed.worker import Stopped
-from grappa_dist.kmeans import seeding as oversampling
-from grappa_dist.kmeans import seeding as row_weights
+from grappa_dist.kmeans import seeding
 from grappa_dist.kmeans.sampling import race_keys, row_hashes
 from grappa_dist.kmeans.seeding import (
     D2Weights,
@@ -106,7 +105,7 @@ def test_candidates_and_what_they_stand_for_are_those_of_the_plain_algorithm(nam
     x, num = CASES[name]
     states = list[SeedingState]()
     sharded = shard_rows(Comm(), x)
-    drawn = oversampling._seed_candidates(sharded, num, 5, SeedingState(), lambda seeded, wanted: states.append(seeded))
+    drawn = seeding._seed_candidates(sharded, num, 5, SeedingState(), lambda seeded, wanted: states.append(seeded))
     places, times = drawn.places.tolist(), drawn.times.tolist()
     found, counts = naive_candidates(x, num, 5)
     assert states[-1].places.tolist() == found
@@ -208,13 +207,13 @@ def test_rows_are_read_six_times_and_fewer_where_it_goes_on(monkeypatch: pytest.
 def test_rows_compared_with_few_candidates_at_a_time_change_no_bit(dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
     x = clustered(600, dim, 30)
     whole = oversampled_centroids(shard_rows(Comm(), x), 120, 5)
-    monkeypatch.setattr(row_weights, "_AT_ONCE", 7)
+    monkeypatch.setattr(seeding, "_AT_ONCE", 7)
     assert torch.equal(oversampled_centroids(shard_rows(Comm(), x), 120, 5), whole)
 
 
 def slow_look_up(comm: Comm) -> int:
     """On the last rank, which has nearly all rows, each row that is drawn takes its time."""
-    row_weights._READ, oversampling.OVERSAMPLING_ROUNDS = 8, 2
+    seeding._READ, seeding.OVERSAMPLING_ROUNDS = 8, 2
     x = clustered(300, 4, 9)
     own = x[:3] if comm.rank == 0 else x[3:]
     sharded = join_rows(comm, Rows([own], [np.ones(len(own), dtype=bool)]), device=torch.device("cpu"))
@@ -249,7 +248,7 @@ def test_rows_that_all_lie_near_to_each_other_are_drawn_by_their_distances_too()
     rng = np.random.default_rng(0)
     x = np.concatenate([rng.uniform(0, 2e-5, 2000), rng.uniform(0, 5e-2, 100)]).astype(np.float32)[:, None]
     sharded = join_rows(Comm(), Rows([x], [np.ones(len(x), dtype=bool)]), device=torch.device("cpu"))
-    places = oversampling._seed_candidates(sharded, 20, 0, SeedingState(), lambda seeded, wanted: None).places
+    places = seeding._seed_candidates(sharded, 20, 0, SeedingState(), lambda seeded, wanted: None).places
     assert int((places >= 2000).sum()) > 0.8 * len(places)  # 2 or 3 if all were alike
 
 

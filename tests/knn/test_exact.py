@@ -39,7 +39,7 @@ CASES = {
 
 
 def ids_of(x: np.ndarray) -> np.ndarray:
-    """Row ids with gaps: bad rows are left out before."""
+    """Row ids that are not consecutive: bad rows are left out before."""
     return np.arange(len(x), dtype=np.int64) * 3 + 2**40
 
 

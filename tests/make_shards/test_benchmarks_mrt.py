@@ -101,10 +101,10 @@ def test_the_zero_shot_sets_only_test_and_pets_takes_what_its_list_names(tmp_pat
 def test_the_expected_counts_are_those_of_the_paper_and_add_up_to_its_totals() -> None:
     totals = [sum(data_set.expected[i] for data_set in MRT) for i in range(4)]
     assert totals == [11_668, 133_339, 11_665, 133_876]
-    halves = {"aircraft": 100, "cars": 196, "cub": 200, "flowers": 102, "food101": 101}
+    train_classes = {"aircraft": 100, "cars": 196, "cub": 200, "flowers": 102, "food101": 101}
     for data_set in MRT:
-        if data_set.name in halves:
-            split = counts(halved([Listed("", f"{label:03d}") for label in range(halves[data_set.name])]))
+        if data_set.name in train_classes:
+            split = counts(halved([Listed("", f"{label:03d}") for label in range(train_classes[data_set.name])]))
             assert (split[0], split[2]) == (data_set.expected[0], data_set.expected[2])
 
 

@@ -125,11 +125,11 @@ def kept(comm: Comm, way: str, num: int, dim: int) -> int:
     a, b = (z.float().requires_grad_() for z in views(num, dim))
     sizes: dict[int, int] = {}
 
-    def pack(tensor: Tensor) -> Tensor:
+    def keep(tensor: Tensor) -> Tensor:
         sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() // 4
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         value = WAYS[way](comm)(a, b, BETA)
     given = {z.untyped_storage().data_ptr() for z in (a, b)}
     assert value.requires_grad
