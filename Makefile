@@ -2,10 +2,12 @@
 PYTHON ?= python3
 VENV ?= .venv
 FAISS ?= cpu
+PROCESSES ?= 2
+PYTEST = $(BIN)/python -m pytest -q --numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: help demo test test-fast test-long test-cluster test-cluster-fast check format bench wheel lock clean
+.PHONY: help demo test test-all test-long test-cluster test-cluster-fast check format bench wheel lock clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -18,11 +20,11 @@ $(READY): pyproject.toml setup.py constraints.txt
 demo: $(READY) ## the whole pipeline on a data set that the program generates: table, report and model in runs/demo
 	$(BIN)/python launch/full_pipeline.py --config configs/demo.yaml --out runs/demo
 
-test: $(READY) ## the tests that need no GPU and no cluster
-	$(BIN)/python -m pytest -q -m 'not cluster and not long'
+test: $(READY) ## every module and a whole pipeline with kills, in minutes on two cores; needs no GPU and no cluster
+	$(PYTEST) -m 'not slow and not long and not cluster'
 
-test-fast: $(READY) ## the tests without those that run the whole pipeline
-	$(BIN)/python -m pytest -q -m 'not cluster and not e2e and not long'
+test-all: $(READY) ## the rest of what runs on every push and needs no cluster
+	$(PYTEST) -m 'slow and not long and not cluster'
 
 test-long: $(READY) ## tests that take too long for every push: jobs killed at random steps by ten seeds, local clusters, five ranks, ...
 	$(BIN)/python -m pytest -q -m 'long and not cluster'

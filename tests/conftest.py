@@ -15,6 +15,11 @@ from tests.stores import StoreProxy, proxy_to, s3_server, upstream
 THREADS = torch.get_num_threads()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole pipelines first: files go to processes in this order (Makefile), and these take longest."""
+    items.sort(key=lambda item: item.get_closest_marker("e2e") is None)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def ctrl_c() -> None:
     """Heard here and by the programs that tests start, which a shell that runs the tests in the background prevents."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,10 +40,11 @@ def imports(tree: ast.Module) -> Iterator[str]:
             yield from (f"{'.' * node.level}{node.module}.{alias.name}" for alias in node.names)
 
 
-def imported_modules(file: str) -> set[str]:
+@cache
+def imported_modules(file: str) -> frozenset[str]:
     """The modules of this repository that a file imports."""
     found = {name if name in MODULES else name.rpartition(".")[0] for name in imports(TREES[file])}
-    return (found & MODULES.keys()) - {name_of(file)}
+    return frozenset(found & MODULES.keys()) - {name_of(file)}
 
 
 def modules_of(folder: str) -> list[str]:

@@ -165,6 +165,7 @@ def blocks(kind: str) -> str:
     return "".join(re.findall(rf"```{kind}\n(.*?)```", section, re.DOTALL))
 
 
+@pytest.mark.slow
 def test_the_readmes_search_of_a_folder_finds_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import ast
 import re
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -131,10 +132,34 @@ def test_tests_mirror_the_package() -> None:
     assert wrong == []
 
 
+def is_slow(decorated: ast.AST) -> bool:
+    """Whether `make test` leaves it out."""
+    marks = {node.attr for node in ast.walk(decorated) if isinstance(node, ast.Attribute)}
+    return bool(marks & {"slow", "long", "cluster"})
+
+
+def has_fast_test(tree: ast.Module) -> bool:
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "pytestmark" and is_slow(node.value):
+            return False
+    tests = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"))
+    whole = (
+        [mark for mark in test.decorator_list if not isinstance(mark, ast.Call)] for test in tests
+    )  # not of one case
+    return any(not any(is_slow(mark) for mark in marks) for marks in whole)
+
+
+@cache
+def modules_of_fast_tests() -> frozenset[str]:
+    """The modules that fast tests import."""
+    trees = (ast.parse(path.read_text()) for path in (ROOT / "tests").rglob("test_*.py"))
+    names = {name for tree in trees if has_fast_test(tree) for name in imports(tree)}
+    return frozenset(names | {name.rpartition(".")[0] for name in names}) & MODULES.keys()
+
+
 @pytest.mark.parametrize("folder", ["grappa_dist", "benchmarks", "examples"])
-def test_every_module_is_imported_by_a_test_or_by_one_that_is(folder: str) -> None:
-    tested = {name for path in (ROOT / "tests").rglob("*.py") for name in imports(ast.parse(path.read_text()))}
-    reached = {module for module in MODULES if any(f"{name}.".startswith(f"{module}.") for name in tested)}
+def test_every_module_is_imported_by_a_test_of_make_test_or_by_a_module_that_is(folder: str) -> None:
+    reached = set(modules_of_fast_tests())
     while more := {m for file in TREES if name_of(file) in reached for m in imported_modules(file)} - reached:
         reached |= more
     assert [m for m in sorted(MODULES) if m.startswith(folder) and m not in reached] == []

@@ -23,6 +23,7 @@ def findings() -> KMeansFindings:
     return measure_kmeans(settings, lambda line: None)
 
 
+@pytest.mark.slow
 def test_every_side_starts_from_the_same_centroids_and_ends_at_the_same_objective(findings: KMeansFindings) -> None:
     rows = drawn_rows(ROWS, DIM, 0)
     for found in findings.comparisons:

@@ -128,6 +128,7 @@ def taken_by_a_reader(comm: Comm, url: str, folder: Path) -> tuple[int, int]:
     return len(shards), seen.rise
 
 
+@pytest.mark.slow
 def test_a_reader_takes_no_more_memory_for_ten_million_rows_than_for_ten_thousand(
     web: StoreProxy, tmp_path: Path
 ) -> None:
@@ -138,6 +139,7 @@ def test_a_reader_takes_no_more_memory_for_ten_million_rows_than_for_ten_thousan
     assert found[10**7] - found[10**4] < 10**7 * ROW.itemsize / 5
 
 
+@pytest.mark.slow
 def test_requests_in_flight_make_random_images_come_faster(bucket: Bucket, tmp_path: Path) -> None:
     with ShardWriter(tmp_path / "f", rows_per_shard=100) as writer:
         draw = np.random.default_rng(0)

@@ -197,6 +197,7 @@ def read_unless(flag: Path) -> None:
         raise FileNotFoundError(f"{flag} is in the way")
 
 
+@pytest.mark.slow
 def test_a_node_that_does_not_pass_stops_the_run_before_any_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -150,6 +150,7 @@ def wait_for_stop(context: RankContext, marker: str) -> str:
     return "stopped"
 
 
+@pytest.mark.slow
 def test_results_of_tasks_come_in_their_order_from_all_workers(runner: Runner) -> None:
     counts: list[int] = []
     results = runner.map(square, list(range(9)), counts.append)
@@ -168,7 +169,7 @@ def test_a_task_whose_process_dies_is_tried_again(runner: Runner, events: Record
     assert runner.sharing == 2
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_job_whose_rank_dies_restarts_whole_and_ends(
     runner: Runner, events: Recorder, tmp_path: Path, victim: int
 ) -> None:
@@ -178,6 +179,7 @@ def test_a_job_whose_rank_dies_restarts_whole_and_ends(
     assert len(events.of("job_begins")) == 2
 
 
+@pytest.mark.slow
 def test_a_job_or_task_starts_on_fresh_workers_where_idle_ones_have_died_and_no_attempt_is_counted(
     cluster: Cluster, events: Recorder
 ) -> None:
@@ -256,6 +258,7 @@ def test_an_error_without_a_message_is_reported_by_its_name(cluster: Cluster, ev
         runner.run_jobs([Job("links", lose_link, None, 2)])
 
 
+@pytest.mark.slow
 def test_a_job_that_always_dies_fails_with_its_last_reason(runner: Runner, events: Recorder, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"always_die 0 failed 3 times, last with: .+"):
         runner.map(always_die, [str(tmp_path)])
@@ -292,6 +295,7 @@ def test_a_job_of_more_ranks_than_workers_is_refused(runner: Runner) -> None:
         runner.run_jobs([Job("wide", sum_of_ranks, (-1, ""), 3)])
 
 
+@pytest.mark.slow
 def test_a_job_that_fails_for_good_lets_the_others_save_their_state(
     cluster: Cluster, runner: Runner, events: Recorder, tmp_path: Path
 ) -> None:

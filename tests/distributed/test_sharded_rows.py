@@ -40,6 +40,7 @@ def one_slow_rank(comm: Comm) -> list[float]:
     return kmeans(sharded, 1, KMeansTask(unchecked(iterations=0))).inertia
 
 
+@pytest.mark.slow
 def test_a_rank_whose_pass_takes_longer_than_a_collective_waits_holds_the_others_up_and_no_more() -> None:
     assert 0.5 * BLOCKS > WAIT_S  # the seeding has such a pass, and so has the assignment
     first, last = run_ranks(one_slow_rank, 2, collective_s=WAIT_S)
@@ -55,6 +56,7 @@ def one_slow_look(comm: Comm) -> int:
     return join_rows(comm, rows, block_rows=10, device=torch.device("cpu")).num_good
 
 
+@pytest.mark.slow
 def test_a_rank_whose_look_at_its_rows_takes_long_holds_the_others_up_and_no_more() -> None:
     assert run_ranks(one_slow_look, 2, collective_s=WAIT_S) == [10 * BLOCKS + 3] * 2
 

@@ -51,6 +51,7 @@ def wait_in_one(comm: Comm) -> None:
     comm.barrier()
 
 
+@pytest.mark.slow
 def test_one_collective_would_not_have_waited_so_long() -> None:
     with pytest.raises(RuntimeError, match=r"[Tt]imed out"):
         run_ranks(wait_in_one, 2, collective_s=WAIT_S)

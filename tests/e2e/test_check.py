@@ -10,7 +10,7 @@ import pytest
 from grappa_dist.distributed.preflight import versions
 from tests.e2e import runs
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 def test_check_prints_what_the_nodes_have_and_makes_nothing(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ import yaml
 from grappa_dist.distributed.runner import STOP_GRACE_S
 from tests.e2e import runs
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]
 RAY = str(Path(sys.executable).with_name("ray"))
 
 

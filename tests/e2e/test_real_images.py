@@ -18,7 +18,7 @@ from grappa_dist.stages.embed import Embedding, embed_rows
 
 EXPECTED = {"cub100": 47.8, "grocery": 35.3, "omniglot_small": 21.6, "eth80": 37.7}  # R-Precision in percent
 
-pytestmark = [pytest.mark.e2e, pytest.mark.shared, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.shared, pytest.mark.timeout(900)]
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,10 @@ def alone() -> dict[str, KMeansResult]:
     return run_cases(Comm(), 10**6)
 
 
-@pytest.mark.parametrize(("size", "block_rows"), [(1, 50), (2, 17), (3, 1000), (5, 64)])
+@pytest.mark.parametrize(
+    ("size", "block_rows"),
+    [(1, 50), (2, 17), pytest.param(3, 1000, marks=pytest.mark.slow), pytest.param(5, 64, marks=pytest.mark.slow)],
+)
 def test_ranks_and_blocks_change_no_bit(alone: dict[str, KMeansResult], size: int, block_rows: int) -> None:
     found = [run_cases(Comm(), block_rows)] if size == 1 else run_ranks(run_cases, size, block_rows)
     for name, expected in alone.items():
@@ -237,6 +240,7 @@ def test_many_labels_are_searched_by_groups() -> None:
     assert len(passes.groups.members) > 1
 
 
+@pytest.mark.slow
 def test_more_pairs_of_row_and_centroid_than_32_bits_count_are_all_distinguished() -> None:
     num, num_labels = 66_000, 33_000
     assert num * num_labels > 2**31

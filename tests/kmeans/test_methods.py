@@ -84,7 +84,8 @@ def figures(found: Clustering) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize(
-    ("size", "block_rows"), [(1, 50), (2, 83), (3, 1000), pytest.param(5, 64, marks=pytest.mark.long)]
+    ("size", "block_rows"),
+    [(1, 50), (2, 83), pytest.param(3, 1000, marks=pytest.mark.slow), pytest.param(5, 64, marks=pytest.mark.long)],
 )
 def test_ranks_and_blocks_change_no_bit_of_any_method(alone: dict[str, Clustering], size: int, block_rows: int) -> None:
     ranks = [run_cases(Comm(), block_rows)] if size == 1 else run_ranks(run_cases, size, block_rows)
@@ -96,6 +97,7 @@ def test_ranks_and_blocks_change_no_bit_of_any_method(alone: dict[str, Clusterin
             assert figures(found[name]) == figures(expected), name
 
 
+@pytest.mark.slow
 def test_pieces_of_any_size_change_no_bit(alone: dict[str, Clustering], monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (balance, hierarchical, sampling, row_labels):
         monkeypatch.setattr(module, "PIECE", 13)

@@ -120,6 +120,7 @@ def peaks(comm: Comm, folder: Path, init: Init) -> dict[int, int]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("init", get_args(Init))
 def test_memory_of_k_means_grows_by_labels_and_not_by_rows(tmp_path: Path, init: Init) -> None:
     for num in (FEW, MANY):

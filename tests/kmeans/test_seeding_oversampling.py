@@ -62,7 +62,10 @@ def centroids_of(comm: Comm, block_rows: int) -> dict[str, np.ndarray]:
     }
 
 
-@pytest.mark.parametrize(("ranks", "block_rows"), [(1, 7), (2, 64), (3, 50), (5, 16384)])
+@pytest.mark.parametrize(
+    ("ranks", "block_rows"),
+    [(1, 7), (2, 64), pytest.param(3, 50, marks=pytest.mark.slow), pytest.param(5, 16384, marks=pytest.mark.slow)],
+)
 def test_centroids_are_the_same_on_any_number_of_ranks_and_blocks(ranks: int, block_rows: int) -> None:
     for found in run_ranks(centroids_of, ranks, block_rows):
         for name, centroids in alone().items():
@@ -137,7 +140,15 @@ def resumed(comm: Comm, name: str, states: list[SeedingState]) -> list[np.ndarra
     return [oversampled_centroids(shard_rows(comm, x), num, 5, resume=seeded).numpy() for seeded in states]
 
 
-@pytest.mark.parametrize(("name", "ranks"), [("clusters", 1), ("clusters", 3), ("exact ties", 3), ("each its own", 2)])
+@pytest.mark.parametrize(
+    ("name", "ranks"),
+    [
+        ("clusters", 1),
+        pytest.param("clusters", 3, marks=pytest.mark.slow),
+        pytest.param("exact ties", 3, marks=pytest.mark.slow),
+        ("each its own", 2),
+    ],
+)
 def test_an_initialisation_resumed_after_any_round_ends_as_if_it_had_not_stopped(name: str, ranks: int) -> None:
     whole, states = rounds_of(name)
     for found in run_ranks(resumed, ranks, name, [seeded for seeded, _ in states]):
@@ -222,6 +233,7 @@ def slow_look_up(comm: Comm) -> int:
     return len(oversampled_centroids(sharded, 60, 0))
 
 
+@pytest.mark.slow
 def test_a_rank_that_looks_up_many_rows_holds_the_others_up_and_no_more() -> None:
     assert 30 * 0.05 > 1.0  # a round of it takes longer than a collective waits
     assert run_ranks(slow_look_up, 2, collective_s=1.0) == [60, 60]

@@ -43,6 +43,7 @@ def run_cases(comm: Comm, gathered: int) -> dict[str, dict[str, Any]]:
     return graphs
 
 
+@pytest.mark.slow
 def test_ranks_and_groups_of_lists_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ivf, "GATHERED_ROWS", ivf.GATHERED_ROWS)  # put back after
     alone = run_cases(Comm(), 2**15)

@@ -223,6 +223,7 @@ def test_the_script_runs_from_anywhere_and_ends_with_2_without_a_traceback(tmp_p
     assert bad.stderr == "make_shards: seed must be at least 0, got -1\n"
 
 
+@pytest.mark.slow
 @pytest.mark.shared
 @pytest.mark.skipif(
     "GRAPPA_SHARED" not in os.environ, reason="GRAPPA_SHARED names no folder with images/<task>.tar and .csv"

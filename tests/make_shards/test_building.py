@@ -241,7 +241,11 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, byte
 
 @pytest.mark.parametrize(
     ("number", "to_worker", "status"),
-    [(signal.SIGKILL, False, -9), (signal.SIGTERM, False, 143), (signal.SIGKILL, True, 1)],
+    [
+        (signal.SIGKILL, False, -9),
+        pytest.param(signal.SIGTERM, False, 143, marks=pytest.mark.slow),
+        pytest.param(signal.SIGKILL, True, 1, marks=pytest.mark.slow),
+    ],
 )
 def test_a_killed_run_goes_on_to_the_same_bytes_and_leaves_no_process(
     many: tuple[Path, dict[str, bytes]], tmp_path: Path, number: int, to_worker: bool, status: int

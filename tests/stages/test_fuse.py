@@ -105,6 +105,7 @@ def error_of_a_nan_gradient(comm: Comm, job: FuseJob) -> str:
     return str(error.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_gradient_that_is_not_finite_stops_all_ranks_before_the_update(world: World, size: int) -> None:
     folder, _ = world

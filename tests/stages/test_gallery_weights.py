@@ -124,6 +124,7 @@ def killed_before_the_log_has_it(run: Run) -> Run:
     return replace(run, console=Silent(Events(run.store.root / EVENTS_FILE)))
 
 
+@pytest.mark.slow
 def test_a_run_with_the_variant_scores_it_and_shows_its_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

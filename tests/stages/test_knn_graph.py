@@ -79,6 +79,7 @@ def graph_with_a_slow_rank(comm: Comm, shards: Sequence[str], folder: Path) -> n
     return graph.take(np.arange(tiny.NUM_ROWS))
 
 
+@pytest.mark.slow
 def test_a_rank_that_embeds_for_longer_than_a_collective_waits_is_waited_for(tmp_path: Path) -> None:
     shards = tiny.write_shards(tmp_path / "images")
     alone = graph_with_a_slow_rank(Comm(), shards, tmp_path)

@@ -98,6 +98,7 @@ def settings_on(bucket: Bucket, folder: Path) -> Config:
     return settings.model_copy(update={"mirror": f"{bucket.url}/runs/tiny"})
 
 
+@pytest.mark.slow
 def test_a_run_that_lost_its_directory_goes_on_from_the_store_and_does_nothing_again(
     bucket: Bucket, tmp_path: Path
 ) -> None:
@@ -127,6 +128,7 @@ def test_a_run_that_was_to_end_early_names_no_report(bucket: Bucket, tmp_path: P
     assert "runs/tiny/latest.json" not in bucket.names()
 
 
+@pytest.mark.slow
 def test_a_store_that_cannot_be_written_to_fails_the_run_at_its_end_and_loses_nothing(
     bucket: Bucket, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -85,6 +85,7 @@ def test_how_a_set_is_trained_does_not_name_it(drawn: Path) -> None:
     assert names.isdisjoint(one.artifact.name for one in job_in(drawn, "names", clip_norm=1.0).sets)
 
 
+@pytest.mark.slow
 def test_a_multi_set_job_stopped_on_two_ranks_under_zero_goes_on_alone_and_on_three_ranks(trained: Path) -> None:
     job = job_in(trained, "stopped", zero_stage=1)
     steps = multi_set_jobs.job_folder(job.sets) / "checkpoints"

@@ -47,6 +47,7 @@ def is_compiled(packed: PackedGrappa) -> set[bool]:
     return {layer.compiled is not None for layer in packed.layers}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("recompute", "timm"), [(False, True), (True, False)])
 def test_compiled_layers_have_the_features_and_gradients_of_plain_ones(recompute: bool, timm: bool) -> None:
     packed = model(recompute=recompute, timm=timm)
@@ -112,6 +113,7 @@ def test_a_compiler_that_makes_one_gradient_nan_is_not_used() -> None:
     assert is_compiled(packed) == {False}
 
 
+@pytest.mark.slow
 def test_batches_of_any_size_need_no_graph_beyond_those_of_the_trial() -> None:
     packed = model()
     compile_if_it_wins(packed, 12, backend="aot_eager", measure=timings(2.0, 1.0), bf16=False)
