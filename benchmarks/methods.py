@@ -22,9 +22,9 @@ from benchmarks.harness import (
 from grappa_dist.config import ClusteringConfig
 from grappa_dist.distributed.collectives import Comm
 from grappa_dist.distributed.sharded_rows import ShardedRows, join_rows
-from grappa_dist.kmeans.methods import AssignmentKind, Choice, Clustering, ClusteringTask, Name, cluster
+from grappa_dist.kmeans.methods import AssignmentKind, Choice, Clustering, ClusteringTask, MethodName, cluster
 
-METHODS: tuple[tuple[Name, AssignmentKind], ...] = (
+METHODS: tuple[tuple[MethodName, AssignmentKind], ...] = (
     ("exact", "exact"),
     ("approximate", "exact"),
     ("approximate", "approximate"),

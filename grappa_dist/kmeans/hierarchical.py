@@ -28,7 +28,7 @@ from grappa_dist.kmeans.update import Stats, update_centroids
 from grappa_dist.search.candidates import Centroids
 from grappa_dist.search.rerank import assign
 
-_FAR = 2**51  # above any squared distance
+_NO_CENTROID = 2**51  # squared distance of a row whose cluster has no centroid yet: above any other
 
 
 def fit_subclusters(sharded: ShardedRows, coarse: np.ndarray, num_labels: int, task: KMeansTask) -> KMeansState:
@@ -163,7 +163,7 @@ def _first_centroids(clusters: CoarseClusters, num_labels: int, seed: int) -> Te
     centroids = torch.zeros(num_labels, sharded.dim, device=sharded.device)
     num_rows = (len(sharded.rows),)
     keys, groups = scratch(num_rows, torch.int64), scratch(num_rows, torch.int32).fill_(-1)
-    squares = scratch(num_rows, torch.int64).fill_(_FAR)
+    squares = scratch(num_rows, torch.int64).fill_(_NO_CENTROID)
     present, at_once = torch.zeros_like(numbers), (numbers > 0).long()
     for number in itertools.count():
         _race_keys(clusters, squares, (keys, groups), RowDraw.HIERARCHICAL_START.key(seed, num_labels, number))

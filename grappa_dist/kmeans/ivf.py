@@ -2,8 +2,8 @@
 
 Centroids are kept in L lists of near centroids, each with a coarse centroid: a k-means of the centroids, which every
 rank computes itself. A row is compared with the centroids in the lists of its `probes` nearest coarse centroids and
-gets the nearest. Both steps are exact, ties going to the lowest index, so a label is a function of the row, the lists
-and the number of probes: the same bits on any number of ranks, and in a resumed run.
+gets the nearest of them. Both steps are exact, ties go to the lowest index, so a label is a function of the row, the
+lists and the number of probes: the same bits on any number of ranks, and in a resumed run.
 
 Shapes: P rows of one block, K centroids, L = sqrt(K) lists, D dimensions, p probes, t candidates per row.
 """
@@ -207,10 +207,8 @@ def faiss_search(lists: CentroidLists, probes: int) -> ProbedSearch:
 
     def search(x: Tensor, probed: Tensor, t: int) -> tuple[Tensor, Tensor]:
         faiss.omp_set_num_threads(torch.get_num_threads())
-        unused = np.zeros(
-            probed.shape, np.float32
-        )  # distances to coarse centroids, which an index without residuals ignores
-        distances, found = index.search_preassigned(x.numpy(), t, probed.numpy(), unused)
+        ignored = np.zeros(probed.shape, np.float32)  # distances to coarse centroids: only residuals would need them
+        distances, found = index.search_preassigned(x.numpy(), t, probed.numpy(), ignored)
         return torch.from_numpy(distances), torch.from_numpy(found)
 
     return search

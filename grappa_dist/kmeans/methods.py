@@ -43,9 +43,9 @@ from grappa_dist.search.candidates import Centroids
 from grappa_dist.search.fixed_point import exact_square
 from grappa_dist.search.rerank import Assignment, pair_squares
 
-Name = Literal["exact", "sampled", "hierarchical", "approximate"]
+MethodName = Literal["exact", "sampled", "hierarchical", "approximate"]
 AssignmentKind = Literal["exact", "approximate"]
-FLAT: tuple[Name, ...] = ("exact", "sampled")
+FLAT: tuple[MethodName, ...] = ("exact", "sampled")
 """Methods that fit all centroids at once, not on two levels."""
 
 PAIRS = 5 * 10**13
@@ -61,7 +61,7 @@ k-means||."""
 class Choice:
     """How one K is clustered: the settings that were "auto", resolved, and the reason."""
 
-    name: Name
+    name: MethodName
     assignment: AssignmentKind  # of all rows, with the final centroids
     reason: str
     init: Init = "k-means++"  # of the flat fit: of all centroids, or of the coarse ones where there are two levels
@@ -76,7 +76,7 @@ def choose(config: ClusteringConfig, num_labels: int, num_rows: int) -> Choice:
     return Choice(name, assignment, reason + assignment_reason + init_reason, init)
 
 
-def fit_pairs(name: Name, config: ClusteringConfig, num_labels: int, num_rows: int) -> int:
+def fit_pairs(name: MethodName, config: ClusteringConfig, num_labels: int, num_rows: int) -> int:
     """Pairs of row and centroid that a fit compares, without the savings by bounds.
 
     exact: n K (I + 1). hierarchical: n C (I + 1) for either level. approximate: the same, then per update n C coarse
@@ -92,10 +92,10 @@ def fit_pairs(name: Name, config: ClusteringConfig, num_labels: int, num_rows: i
     }[name]
 
 
-def _method(config: ClusteringConfig, num_labels: int, num_rows: int) -> tuple[Name, str]:
+def _method(config: ClusteringConfig, num_labels: int, num_rows: int) -> tuple[MethodName, str]:
     if config.method != "auto":
         return config.method, f"clustering.method is {config.method}"
-    names: tuple[Name, ...] = ("exact", "approximate", "hierarchical")
+    names: tuple[MethodName, ...] = ("exact", "approximate", "hierarchical")
     exact, lists, levels = (fit_pairs(name, config, num_labels, num_rows) for name in names)
     if exact <= PAIRS:
         return "exact", f"exact k-means takes {exact:.1e} pairs of row and centroid, at most {PAIRS:.0e} are spent"
@@ -105,7 +105,9 @@ def _method(config: ClusteringConfig, num_labels: int, num_rows: int) -> tuple[N
     return "hierarchical", f"{too_many}, and updates through lists {lists:.1e}; two levels take {levels:.1e}"
 
 
-def _assignment(name: Name, config: ClusteringConfig, num_labels: int, num_rows: int) -> tuple[AssignmentKind, str]:
+def _assignment(
+    name: MethodName, config: ClusteringConfig, num_labels: int, num_rows: int
+) -> tuple[AssignmentKind, str]:
     if name == "exact":
         return "exact", ""
     pairs = num_rows * num_labels

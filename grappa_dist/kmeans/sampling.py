@@ -40,8 +40,8 @@ def sample_rows(sharded: ShardedRows, num: int, *key: int) -> ShardedRows:
     """
     if num >= sharded.num_good:
         return sharded
-    draw = Draw.of(sharded, num, *key)
-    return copy_rows(sharded, draw.positions(), len(draw))
+    drawn = Draw.of(sharded, num, *key)
+    return copy_rows(sharded, drawn.positions(), len(drawn))
 
 
 def copy_rows(sharded: ShardedRows, positions: Iterable[Tensor], num: int) -> ShardedRows:

@@ -1,13 +1,13 @@
 """First centroids over the rows of all ranks, by k-means++ or k-means||: the same on any number of ranks.
 
 k-means++ (Arthur and Vassilvitskii, 2007) draws each centroid in proportion to the squared distance (D^2) from those
-before it. Here it draws in rounds: many candidates at once, which are thinned out so that their law is that of one draw
-at a time (`accept`), so that rows are read once a round instead of K times.
+before it. Here it draws in rounds: many candidates at once, which are thinned out so that they have the distribution of
+one draw at a time (`accept`). So rows are read once a round instead of K times.
 
 k-means|| (Bahmani et al., Scalable K-Means++, 2012) needs a few passes over the rows for any K. Rounds draw many rows
-by their D^2 weights, in all more rows than centroids. Each counts as often as it is a row's nearest, and k-means++
-picks the centroids among them. The paper draws each row independently, so that a round has about l rows; here it has
-exactly l: those with the shortest exponential waiting times with D^2 as the rate (`kmeans.sampling.race_keys`).
+by their D^2 weights, in all more rows than centroids. k-means++ picks the centroids among them, each weighted by the
+number of rows that it is the nearest to. The paper draws each row independently, so that a round has about l rows; here
+it has exactly l: those with the shortest exponential waiting times with D^2 as the rate (`kmeans.sampling.race_keys`).
 
 What is drawn and which draws are kept are functions of integers only.
 
@@ -95,9 +95,9 @@ def draw_centroids(
 ) -> tuple[SeedingState, Tensor]:
     """k-means++: each centroid is a row drawn in proportion to its squared distance from those before it.
 
-    A round draws up to half as many candidates as there are centroids and thins them out so that their law is that of
-    one draw at a time (`accept`). So the rows are read by matrix products, once a round, instead of K times. Draws are
-    integers below an integer total, located in the order of all rows.
+    A round draws up to half as many candidates as there are centroids and thins them out so that they have the
+    distribution of one draw at a time (`accept`). So the rows are read once a round, by matrix products, instead of K
+    times. Draws are integers below an integer total, located in the order of all rows.
 
     Returns:
         The last state, and the centroids (k, D): K of them, or fewer when no row is left at a distance.
@@ -122,7 +122,7 @@ def _round(
     missing = num_labels - len(before.places)
     numbers = range(before.drawn, before.drawn + candidates_per_round(len(before.places), missing))
     targets = [draw(sum(totals), *RowDraw.CANDIDATE.key(seed, num_labels, j)) for j in numbers]
-    places, found = weights.located(targets, totals)
+    places, found = weights.locate(targets, totals)
     candidates = rows_at(weights.sharded, places)
     tests = [
         draw(weight, *RowDraw.CANDIDATE_TEST.key(seed, num_labels, j)) for j, weight in zip(numbers, found, strict=True)
@@ -243,9 +243,9 @@ def _seed_candidates(
     return SeedingCandidates(found[order], _times(weights, len(found))[order])
 
 
-def _places(sharded: ShardedRows, draw: Draw) -> Tensor:
+def _places(sharded: ShardedRows, drawn: Draw) -> Tensor:
     """Places of the drawn rows of all ranks, ascending, (m,)."""
-    own = torch.cat([torch.zeros(0, dtype=torch.int64), *draw.positions()]) + sharded.first
+    own = torch.cat([torch.zeros(0, dtype=torch.int64), *drawn.positions()]) + sharded.first
     sizes = torch.cat(sharded.gather(torch.tensor([len(own)])))
     places, before = torch.zeros(int(sizes.sum()), dtype=torch.int64), int(sizes[: sharded.comm.rank].sum())
     places[before : before + len(own)] = own
@@ -288,7 +288,7 @@ class D2Weights:
         """Sums of the weights of each rank."""
         return [int(total) for total in self.sharded.gather(self._counted().sum()[None])]
 
-    def located(self, targets: list[int], totals: list[int]) -> tuple[Tensor, list[int]]:
+    def locate(self, targets: list[int], totals: list[int]) -> tuple[Tensor, list[int]]:
         """Places among all rows, (m,), and squares of the rows on which targets below the sum of all totals fall.
 
         A target falls on the row at which the running sum of weights passes it.
@@ -397,11 +397,11 @@ def rows_per_oversampling_round(num_labels: int) -> int:
 
 
 def accept(rows: Tensor, weights: Sequence[int], draws: Sequence[int], at_most: int) -> list[int]:
-    """Which of m candidates become centroids, as ascending positions, so that their law is that of k-means++.
+    """Which of m candidates become centroids, as ascending positions, so that these are distributed as by k-means++.
 
-    Candidates were drawn in proportion to their squared distances `weights` before this round. Taken in order, each is
-    kept with probability (distance by now) / (distance then), so the kept one follows the distances by now, as if the
-    distances of all rows had been updated after every single choice.
+    Candidates were drawn in proportion to `weights`, their squared distances before this round. Taken in order, each is
+    kept with probability (weight now) / (weight then), where the weight now is that of its distance from the centroids
+    accepted so far. That is as if the distances of all rows had been updated after every single choice.
 
     Args:
         draws: for each candidate an integer drawn from [0, weight).

@@ -152,9 +152,8 @@ def _split_largest(new: Tensor, counts: Sequence[int], spreads: Sequence[int], s
         size, source = largest[0]
         root_mean_square = math.sqrt(spreads[source] / counts[source]) / GRID
         length = max(1, round(root_mean_square * GRID / (4 * dim))) / GRID
-        bits = np.unpackbits(
-            np.frombuffer(hashlib.shake_256(f"{step}/{empty}".encode()).digest(dim // 8 + 1), np.uint8)
-        )
+        drawn = hashlib.shake_256(f"{step}/{empty}".encode()).digest(dim // 8 + 1)
+        bits = np.unpackbits(np.frombuffer(drawn, np.uint8))
         signs = torch.from_numpy(bits[:dim].astype(np.float64) * 2 - 1).to(new.device)
         new[empty] = to_grid((new[source].double() + length * signs).clamp(-1, 1))
         repaired += 1

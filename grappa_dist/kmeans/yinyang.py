@@ -170,21 +170,21 @@ def reassign(take: Take, centroids: GroupedCentroids, bounds: Bounds) -> Reassig
     """
     if len(centroids.parts) == 1:
         return reassign_single_group(take, centroids.whole, bounds)
-    block = _open_rows(take, centroids, bounds)
-    if not len(block.rows):
-        return Reassignments.none(block.rows.device)
-    candidates = _generate_candidates(
-        block, centroids, (bounds.lower[block.rows] <= bounds.upper[block.rows, None]).T.contiguous()
-    )
-    nearest = _find_nearest(block, centroids, _remaining_candidates(block, candidates))
-    _rebound(bounds, block, candidates, nearest, centroids.groups)
-    changed = (nearest.labels != block.own).nonzero()[:, 0]
-    labels = (block.rows[changed], block.own[changed], nearest.labels[changed])
+    open_rows = _open_rows(take, centroids, bounds)
+    rows, own = open_rows.rows, open_rows.own
+    if not len(rows):
+        return Reassignments.none(rows.device)
+    open_groups = (bounds.lower[rows] <= bounds.upper[rows, None]).T.contiguous()
+    candidates = _generate_candidates(open_rows, centroids, open_groups)
+    nearest = _find_nearest(open_rows, centroids, _remaining_candidates(open_rows, candidates))
+    _rebound(bounds, open_rows, candidates, nearest, centroids.groups)
+    changed = (nearest.labels != own).nonzero()[:, 0]
+    labels = (rows[changed], own[changed], nearest.labels[changed])
     return Reassignments(*labels, nearest.by_integers, candidates.searched)
 
 
 @dataclass(frozen=True)
-class _Block:
+class _OpenRows:
     """The rows of a block that may change their label."""
 
     rows: Tensor  # (M,) positions in the block
@@ -195,7 +195,7 @@ class _Block:
     prepared: PreparedRows
 
 
-def _open_rows(take: Take, centroids: GroupedCentroids, bounds: Bounds) -> _Block:
+def _open_rows(take: Take, centroids: GroupedCentroids, bounds: Bounds) -> _OpenRows:
     """Rows with a group that may hold a nearer centroid, also given the exact distance to their own centroid."""
     generator = centroids.whole.generator
     rows = _most_or_these((bounds.lower <= bounds.upper[:, None]).any(1))
@@ -203,7 +203,7 @@ def _open_rows(take: Take, centroids: GroupedCentroids, bounds: Bounds) -> _Bloc
     if bool((own < 0).any()):
         infinite = torch.full_like(squares, math.inf)
         prepared = generator.rows(pieces, squares, squares / GRID**2, within_base=False)
-        return _Block(rows, lambda some: joined(take(rows[some])), squares, own, infinite, prepared)
+        return _OpenRows(rows, lambda some: joined(take(rows[some])), squares, own, infinite, prepared)
     some = joined(pieces)
     in_order = torch.arange(len(rows), device=rows.device)
     distances = pair_squares(some, squares, centroids.whole, (in_order, own)) / GRID**2
@@ -211,7 +211,7 @@ def _open_rows(take: Take, centroids: GroupedCentroids, bounds: Bounds) -> _Bloc
     still = _most_or_these((bounds.lower[rows] <= bounds.upper[rows, None]).any(1))
     some, squares, distances = _pick(some, still), squares[still], distances[still]
     prepared = generator.rows([some], squares, distances, within_base=True)
-    return _Block(rows[still], partial(some.index_select, 0), squares, own[still], distances, prepared)
+    return _OpenRows(rows[still], partial(some.index_select, 0), squares, own[still], distances, prepared)
 
 
 @dataclass(frozen=True)
@@ -229,21 +229,21 @@ class _GroupCandidates:
     searched: int
 
 
-def _generate_candidates(block: _Block, centroids: GroupedCentroids, open_groups: Tensor) -> _GroupCandidates:
+def _generate_candidates(open_rows: _OpenRows, centroids: GroupedCentroids, open_groups: Tensor) -> _GroupCandidates:
     shape = (2, *open_groups.shape)
-    distances = torch.full(shape, math.inf, device=block.rows.device)
-    labels = torch.zeros(shape, dtype=torch.int64, device=block.rows.device)
+    distances = torch.full(shape, math.inf, device=open_rows.rows.device)
+    labels = torch.zeros(shape, dtype=torch.int64, device=open_rows.rows.device)
     others, unresolved, error, searched = [], [], 0.0, 0
     for g, (members, part) in enumerate(zip(centroids.groups.members, centroids.parts, strict=True)):
         rows = _most_or_these(open_groups[g])
         if not len(rows):
             continue
         open_groups[g, rows] = True
-        found = part.generator.nearest(block.prepared.pick(rows), part, min(_CANDIDATES_PER_GROUP, len(members)))
+        found = part.generator.nearest(open_rows.prepared.pick(rows), part, min(_CANDIDATES_PER_GROUP, len(members)))
         for place in range(min(2, len(members))):
             distances[place, g].index_copy_(0, rows, found.distances[:, place])
             labels[place, g].index_copy_(0, rows, members[found.labels[:, place]])
-        near = found.distances <= _reach(found.distances[:, 0], block.own_distances[rows], found.error)[:, None]
+        near = found.distances <= _reach(found.distances[:, 0], open_rows.own_distances[rows], found.error)[:, None]
         of_rows, places = near[:, 2:].nonzero().unbind(1)
         places += 2
         others.append((rows[of_rows], members[found.labels[of_rows, places]], found.distances[of_rows, places]))
@@ -269,46 +269,46 @@ class _Remaining:
     unresolved: list[tuple[int, Tensor]]  # unresolved groups, and their rows
 
 
-def _remaining_candidates(block: _Block, candidates: _GroupCandidates) -> _Remaining:
+def _remaining_candidates(open_rows: _OpenRows, candidates: _GroupCandidates) -> _Remaining:
     """Separates cases 4 and 5, by estimates and the exact distance to the own centroid."""
-    is_own = (candidates.labels == block.own) & block.own_distances.isfinite()
+    is_own = (candidates.labels == open_rows.own) & open_rows.own_distances.isfinite()
     competitors = candidates.distances.masked_fill(is_own, math.inf).flatten(0, 1)  # (2 G, M)
     labels = candidates.labels.flatten(0, 1)
     best, place = competitors.min(0)
-    above = torch.minimum(best.double() + candidates.error, block.own_distances)  # the nearest is no farther
-    reach = _reach(best, block.own_distances, candidates.error)
-    near, stay = competitors <= reach, block.own_distances <= above
+    above = torch.minimum(best.double() + candidates.error, open_rows.own_distances)  # the nearest is no farther
+    reach = _reach(best, open_rows.own_distances, candidates.error)
+    near, stay = competitors <= reach, open_rows.own_distances <= above
     further = [(rows[some], of[some]) for rows, of, d in candidates.others if len(some := _within(d, reach, rows))]
     unresolved = [(g, rows[some]) for g, rows, d in candidates.unresolved if len(some := _within(d, reach, rows))]
     num = near.sum(0) + stay
     for rows in (*(rows for rows, _ in further), *(rows for _, rows in unresolved)):
         num[rows] += 2
-    first = torch.where(stay, block.own, labels.gather(0, place[None])[0])
+    first = torch.where(stay, open_rows.own, labels.gather(0, place[None])[0])
     undecided = (num > 1).nonzero()[:, 0]
     staying = undecided[stay[undecided]]
     places, some = near[:, undecided].nonzero().unbind(1)
     rows = undecided[some]
-    pairs = [(staying, block.own[staying]), (rows, labels[places, rows]), *further]
+    pairs = [(staying, open_rows.own[staying]), (rows, labels[places, rows]), *further]
     return _Remaining(first, above, undecided, pairs, unresolved)
 
 
 @dataclass(frozen=True)
 class _Nearest:
-    """Nearest centroids of the open rows."""
+    """The nearest centroids of the open rows."""
 
     labels: Tensor  # (M,) int64, exact
     above: Tensor  # (M,) float64, at least the squared distance
     by_integers: int
 
 
-def _find_nearest(block: _Block, centroids: GroupedCentroids, remaining: _Remaining) -> _Nearest:
+def _find_nearest(open_rows: _OpenRows, centroids: GroupedCentroids, remaining: _Remaining) -> _Nearest:
     """Decides case 5, exactly."""
     labels, above, undecided = remaining.first, remaining.above, remaining.undecided
     if not len(undecided):
         return _Nearest(labels, above, 0)
-    pairs = [*remaining.pairs, *_nearest_of_unresolved(block, centroids, remaining.unresolved)]
+    pairs = [*remaining.pairs, *_nearest_of_unresolved(open_rows, centroids, remaining.unresolved)]
     rows, of_rows = (torch.cat(column) for column in zip(*pairs, strict=True))
-    x, squares = block.at(undecided), block.squares[undecided]
+    x, squares = open_rows.at(undecided), open_rows.squares[undecided]
     found = decide_pairs(x, squares, centroids.whole, (torch.searchsorted(undecided, rows), of_rows))
     labels[undecided] = found.labels
     above[undecided] = torch.minimum(above[undecided], found.above)
@@ -319,18 +319,20 @@ def _find_nearest(block: _Block, centroids: GroupedCentroids, remaining: _Remain
 
 
 def _nearest_of_unresolved(
-    block: _Block, centroids: GroupedCentroids, unresolved: list[tuple[int, Tensor]]
+    open_rows: _OpenRows, centroids: GroupedCentroids, unresolved: list[tuple[int, Tensor]]
 ) -> Iterator[_Pairs]:
     """The exact nearest of each unresolved group."""
     for g, rows in unresolved:
-        yield rows, centroids.groups.members[g][best_of_all(block.at(rows), centroids.parts[g])[0]]
+        yield rows, centroids.groups.members[g][best_of_all(open_rows.at(rows), centroids.parts[g])[0]]
 
 
 def _within(distances: Tensor, reach: Tensor, rows: Tensor) -> Tensor:
     return (distances <= reach[rows]).nonzero()[:, 0]
 
 
-def _rebound(bounds: Bounds, block: _Block, candidates: _GroupCandidates, nearest: _Nearest, groups: Groups) -> None:
+def _rebound(
+    bounds: Bounds, open_rows: _OpenRows, candidates: _GroupCandidates, nearest: _Nearest, groups: Groups
+) -> None:
     """Writes the new labels and bounds of the open rows.
 
     By (1) to (3) of `Candidates` no other centroid of an open group is nearer than d - error, d being the estimate of
@@ -338,14 +340,14 @@ def _rebound(bounds: Bounds, block: _Block, candidates: _GroupCandidates, neares
     """
     others = torch.where(candidates.labels[0] == nearest.labels, candidates.distances[1], candidates.distances[0])
     least = rooted(others.double() - candidates.error, 1 - SLACK).T
-    lower = torch.where(candidates.open.T, least, bounds.lower[block.rows])
-    left = ((nearest.labels != block.own) & block.own_distances.isfinite()).nonzero()[:, 0]
-    old = groups.of[block.own[left]]  # the old centroid is now one of the others
-    gone = rooted(block.own_distances[left], 1 - SLACK)
+    lower = torch.where(candidates.open.T, least, bounds.lower[open_rows.rows])
+    left = ((nearest.labels != open_rows.own) & open_rows.own_distances.isfinite()).nonzero()[:, 0]
+    old = groups.of[open_rows.own[left]]  # the old centroid is now one of the others
+    gone = rooted(open_rows.own_distances[left], 1 - SLACK)
     lower[left, old] = torch.minimum(lower[left, old], gone)
-    bounds.lower[block.rows] = lower
-    bounds.labels[block.rows] = nearest.labels.int()
-    bounds.upper[block.rows] = rooted(nearest.above, 1 + SLACK)
+    bounds.lower[open_rows.rows] = lower
+    bounds.labels[open_rows.rows] = nearest.labels.int()
+    bounds.upper[open_rows.rows] = rooted(nearest.above, 1 + SLACK)
 
 
 def _pick(x: Tensor, rows: Tensor) -> Tensor:
@@ -376,12 +378,18 @@ def reassign_single_group(take: Take, centroids: Centroids, bounds: Bounds) -> R
 
 
 def _select_rows(found: Candidates, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Labels and whether they are possible, (t, M) each, of some rows."""
+    """The candidates of some rows and whether each may be the nearest, (t, M) int64 and (t, M) bool."""
     return found.labels.T.index_select(1, rows), found.possible.T.index_select(1, rows)
 
 
-def _decide(x: Tensor, squares: Tensor, centroids: Centroids, candidates: _Pairs) -> tuple[Tensor, Tensor]:
-    """The nearest of the possible candidates, (M,), and which rows floats left undecided, (M,) bool."""
+def _decide(
+    x: Tensor, squares: Tensor, centroids: Centroids, candidates: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The nearest of the possible candidates, (M,), and which rows floats left undecided, (M,) bool.
+
+    Args:
+        candidates: of `_select_rows`.
+    """
     labels, possible = candidates
     places, rows = possible[1:].nonzero().unbind(1)
     nearest, undecided = decide_competitors(

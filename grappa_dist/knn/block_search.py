@@ -188,7 +188,7 @@ class Found:
     rows: Tensor  # (t,) positions
     best: Neighbours  # (t, k)
 
-    def into(self, best: Neighbours) -> None:
+    def merge_into(self, best: Neighbours) -> None:
         """Merges them into the lists of the whole block, in place."""
         whole = merge(Neighbours(best.scores[self.rows], best.ids[self.rows]), self.best)
         best.scores[self.rows], best.ids[self.rows] = whole.scores, whole.ids
@@ -216,21 +216,21 @@ class _Pairs:
 
 def search_one_way(a: Side, b: Side, best: Neighbours) -> list[Found]:
     """Neighbours of the queries a among the targets b; a row is not its own neighbour."""
-    return _Search(a, b, best, None).run()[0] if len(a) and len(b) else []
+    return _ThresholdSearch(a, b, best, None).run()[0] if len(a) and len(b) else []
 
 
 def search_both_ways(a: Side, b: Side, best: tuple[Neighbours, Neighbours]) -> tuple[list[Found], list[Found]]:
     """Neighbours of the rows of either block in the other; the blocks have no row in common."""
-    return _Search(a, b, *best).run() if len(a) and len(b) else ([], [])
+    return _ThresholdSearch(a, b, *best).run() if len(a) and len(b) else ([], [])
 
 
 def search_within(a: Side, best: Neighbours) -> list[Found]:
     """Neighbours of the rows of a block within the block."""
-    return _Search(a, a, best, best).run()[0] if len(a) else []
+    return _ThresholdSearch(a, a, best, best).run()[0] if len(a) else []
 
 
 @dataclass(frozen=True)
-class _Search:
+class _ThresholdSearch:
     """One block of rows against one of targets; with `back`, for the lists of the targets as well."""
 
     a: Side

@@ -255,7 +255,7 @@ class _Ring:
         self._each(lambda i, _, a, __: search_both_ways(self.own.side(i), theirs, (a, known)), tasks, lists)
         back = Neighbours(self._moved(home.scores, -hop), self._moved(home.ids, -hop))
         if len(mine.ids):
-            Found(torch.arange(len(mine.ids)), back).into(self.best[number])
+            Found(torch.arange(len(mine.ids)), back).merge_into(self.best[number])
 
     def _each(
         self,
@@ -272,7 +272,7 @@ class _Ring:
         for task, found in zip(tasks, done, strict=True):
             for i, parts in zip(task, found, strict=True):
                 for part in parts:
-                    part.into(lists[i])
+                    part.merge_into(lists[i])
 
     def _most_blocks(self) -> int:
         number = torch.tensor([len(self.own)], device=wire_device(self.comm))

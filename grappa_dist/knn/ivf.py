@@ -208,17 +208,17 @@ class InvertedLists:
         found[torch.from_numpy(here)] = self.labels[torch.from_numpy(places[here])].long() + 1
         return self.sharded.total(found) - 1
 
-    def rank_of(self, x: Tensor, lists: Tensor) -> Tensor:
-        """How many lists are nearer to each row (m, D) than the given lists (m, k), (m, k) int64."""
+    def num_nearer(self, x: Tensor, lists: Tensor) -> Tensor:
+        """How many lists are nearer to each row (m, D) than each of the lists (m, k): (m, k) int64."""
         far = self.centroids.squares - 2 * exact_dot(x, self.centroids.values)  # (m, L), less |x|^2
         order = far.argsort(dim=1, stable=True)  # of equal ones the lower first
-        ranks = torch.empty_like(order).scatter_(1, order, torch.arange(len(self)).expand_as(order))
-        return ranks.gather(1, lists.clamp(min=0))
+        places = torch.empty_like(order).scatter_(1, order, torch.arange(len(self)).expand_as(order))
+        return places.gather(1, lists.clamp(min=0))
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """Rows of one list that are searched at once: at most as many as a block may have."""
+    """Rows of one list that are searched at once: at most `MOST_ROWS`."""
 
     number: int  # of the list
     first: int  # among the rows of the list, of all ranks
@@ -286,7 +286,7 @@ class ListSearch:
         items = ((p, t, Neighbours(best.scores[p], best.ids[p])) for p, t in tasks)
         for places, found in side_by_side(work, items, torch.get_num_threads()):
             for part in found:
-                Found(places[part.rows], part.best).into(best)
+                Found(places[part.rows], part.best).merge_into(best)
 
     def _groups(self) -> Iterator[list[_Piece]]:
         """All rows of all lists, some lists at a time."""
@@ -336,9 +336,9 @@ class Sample:
     near: Tensor  # (m, k) ids, -1 where there is none
 
     @staticmethod
-    def two_of(sharded: ShardedRows, blocks: Blocks, what: tuple[int, int, int]) -> tuple[Sample, Sample]:
-        """Two disjoint samples, by (k, seed, epoch)."""
-        k, seed, epoch = what
+    def two_of(sharded: ShardedRows, blocks: Blocks, key: tuple[int, int, int]) -> tuple[Sample, Sample]:
+        """Two disjoint samples, drawn by `key`: (k, seed, epoch)."""
+        k, seed, epoch = key
         draw = Draw.of(sharded, min(SAMPLE_ROWS, sharded.num_good), *RowDraw.KNN_RECALL.key(seed, k, epoch))
         parts = list(draw.blocks())
         own = torch.cat([p for p, _ in parts]) if parts else torch.zeros(0, dtype=torch.int64)
@@ -353,7 +353,7 @@ class Sample:
         items = ((i, Neighbours(best.scores.clone(), best.ids)) for i in range(len(blocks)))
         for found in side_by_side(work, items, torch.get_num_threads()):
             for part in found:
-                part.into(best)
+                part.merge_into(best)
         whole = Neighbours.none(len(ids), k)
         for scores, near in zip(sharded.gather(best.scores), sharded.gather(best.ids), strict=True):
             whole = merge(whole, Neighbours(scores, near))
@@ -366,7 +366,7 @@ class Sample:
         real = self.near >= 0
         if not bool(real.any()):
             return 1
-        needed = lists.rank_of(self.rows, lists.lists_of(self.near.numpy(), own_ids))[real].sort().values + 1
+        needed = lists.num_nearer(self.rows, lists.lists_of(self.near.numpy(), own_ids))[real].sort().values + 1
         return int(needed[min(len(needed), max(1, -int(-recall * len(needed) // 1))) - 1])
 
     def recall(self, comm: Comm, own_ids: np.ndarray, found: Tensor) -> tuple[float, float]:

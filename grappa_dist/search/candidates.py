@@ -23,7 +23,7 @@ from torch import Tensor
 from grappa_dist.search.fixed_point import GRID, exact_square
 
 SLACK = 2.0**-20
-"""A fraction larger than what a few operations in float32 round away, be it of an estimate or of a bound."""
+"""A fraction above what a few operations in float32 round away of an estimate or of a bound."""
 
 _TILE = 2**23  # elements of the largest float32 table made at once
 
@@ -35,8 +35,8 @@ def float_error(dim: int, size: float) -> float:
     """How far a float32 dot product or squared distance over `dim` dimensions may lie from the true one.
 
     In any order, n float32 operations err by at most n u / (1 - n u) times the sum of their terms' absolute values,
-    u = 2**-24. That is `size`: |x||c| for a dot product, (|x| + |c|)^2 for a squared distance, be it summed directly or
-    as |x|^2 + |c|^2 - 2 x.c; no term goes through more than dim + 4 operations.
+    u = 2**-24. `size` bounds that sum: |x||c| for a dot product, (|x| + |c|)^2 for a squared distance, summed directly
+    or as |x|^2 + |c|^2 - 2 x.c. No term goes through more than dim + 4 operations.
     """
     steps = (dim + 4) * 2.0**-24
     if steps >= 0.5:
@@ -139,8 +139,8 @@ class Centroids:
     @cached_property
     def pair_distances(self) -> tuple[Tensor, Tensor]:
         """At least the distances between any two, and between what the form leaves out of them, (K, K) float32."""
-        rests = self.values - self.form[:, : self.values.shape[1]].float()  # rounds nothing, and lies on the grid
-        return _distances(self.values, self.squares), _distances(rests, exact_square(rests))
+        left_out = self.values - self.form[:, : self.values.shape[1]].float()  # rounds nothing, and lies on the grid
+        return _distances(self.values, self.squares), _distances(left_out, exact_square(left_out))
 
     def pick(self, labels: Tensor) -> Centroids:
         """Some of them."""

@@ -15,7 +15,7 @@ from tests.knn.test_block_search_topk import brute_force, pairs, unit_rows
 
 def merged(best: Neighbours, found: list[Found]) -> Neighbours:
     for part in found:
-        part.into(best)
+        part.merge_into(best)
     return best
 
 
