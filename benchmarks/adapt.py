@@ -59,7 +59,7 @@ from grappa_dist.models.packed import activation_bytes
 from grappa_dist.stages.adapt_job import AdaptJob, AdaptObjective
 from grappa_dist.stages.multi_set_jobs import AdaptSet
 from grappa_dist.training.batches import TrainingImages
-from grappa_dist.training.compile import compile_if_it_wins
+from grappa_dist.training.compile import compile_if_faster
 from grappa_dist.training.deepspeed_engine import Engine
 from grappa_dist.training.optim import adam
 
@@ -343,7 +343,7 @@ def _measure_step(comm: Comm, settings: AdaptSettings) -> StepFindings:
     device = torch.device(settings.device)
     with single_process_group(device) as comm:
         model = learning_model(settings).to(device)
-        compiled = compile_if_it_wins(model, settings.images) if settings.compiled else "not compiled"
+        compiled = compile_if_faster(model, settings.images) if settings.compiled else "not compiled"
         learning = [p for p in model.parameters() if p.requires_grad]
         engine = Engine(model, adam(learning, _RATE), comm, device)
         images, weights = random_images(settings), torch.linspace(-1, 1, model.embed_dim, device=device)

@@ -195,7 +195,7 @@ def nestedness(coarse: NDArray[np.integer[Any]], fine: NDArray[np.integer[Any]])
 
 
 def chance_nestedness(
-    coarse: NDArray[np.integer[Any]], fine: NDArray[np.integer[Any]], draws: np.random.Generator, shuffles: int
+    coarse: NDArray[np.integer[Any]], fine: NDArray[np.integer[Any]], rng: np.random.Generator, shuffles: int
 ) -> float:
     """The mean nestedness when the coarse labels are permuted over the labelled rows, by `shuffles` permutations.
 
@@ -203,7 +203,7 @@ def chance_nestedness(
     large. The expectation of a maximum of hypergeometric counts has no short formula, hence permutations.
     """
     coarse, fine = _labelled(coarse, fine)
-    return math.fsum(_purity(draws.permutation(coarse), fine) for _ in range(shuffles)) / shuffles
+    return math.fsum(_purity(rng.permutation(coarse), fine) for _ in range(shuffles)) / shuffles
 
 
 def _labelled(

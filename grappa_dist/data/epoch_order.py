@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from grappa_dist.data.rng import Purpose, permutation
 from grappa_dist.data.shards import ImageShards
 
-Rows = NDArray[np.int64]
+RowIds = NDArray[np.int64]
 
 
 class EpochOrder:
@@ -28,7 +28,7 @@ class EpochOrder:
     """
 
     def __init__(
-        self, shards: ImageShards, bad: Rows, *, seed: int, epoch: int, streams: int = 128, window: int = 1024
+        self, shards: ImageShards, bad: RowIds, *, seed: int, epoch: int, streams: int = 128, window: int = 1024
     ) -> None:
         for name, value in (("streams", streams), ("window", window)):
             if value < 1:
@@ -44,7 +44,7 @@ class EpochOrder:
         shuffled = permutation(len(shards.shards), Purpose.SHARD_ORDER, seed, epoch)
         self._shard_good = good_starts[:-1][shuffled]  # first good row of each shard, in the epoch's order
         self._shard_starts = np.cumsum(np.concatenate([[0], np.diff(good_starts)[shuffled]]))[:-1]
-        self._windows: dict[int, tuple[int, Rows]] = {}  # the last window of each stream
+        self._windows: dict[int, tuple[int, RowIds]] = {}  # the last window of each stream
 
     def batches(self, batch_size: int) -> int:
         """Number of batches: none is larger than `batch_size`, and they differ by at most one row."""
@@ -52,21 +52,21 @@ class EpochOrder:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         return -(-self.num_rows // batch_size)
 
-    def batch(self, t: int, batch_size: int, rank: int = 0, size: int = 1) -> Rows:
+    def batch(self, t: int, batch_size: int, rank: int = 0, size: int = 1) -> RowIds:
         """Row ids of batch t, (B,), or those of them that lie in the streams of one of `size` ranks, perhaps none."""
         if not 0 <= rank < size:
             raise ValueError(f"rank must lie in 0..{size - 1}, got {rank}")
         places = self._places(t, batch_size)
         return self._rows(places[places % self.streams % size == rank])
 
-    def _places(self, t: int, batch_size: int) -> Rows:
+    def _places(self, t: int, batch_size: int) -> RowIds:
         """Places of batch t in the epoch, (B,)."""
         steps = self.batches(batch_size)
         if not 0 <= t < steps:
             raise IndexError(f"batch {t} is outside 0..{steps - 1}")
         return np.arange(t * self.num_rows // steps, (t + 1) * self.num_rows // steps)
 
-    def _rows(self, places: Rows) -> Rows:
+    def _rows(self, places: RowIds) -> RowIds:
         """Row ids at places of the epoch, (B,) from (B,)."""
         if len(places) == 0:
             return places
@@ -82,10 +82,10 @@ class EpochOrder:
         place = stream * shortest + np.minimum(stream, longer) + position  # in the good rows of the shuffled shards
         shard = np.searchsorted(self._shard_starts, place, side="right") - 1
         good = self._shard_good[shard] + place - self._shard_starts[shard]
-        rows: Rows = good + np.searchsorted(self._bad_shift, good, side="right")
+        rows: RowIds = good + np.searchsorted(self._bad_shift, good, side="right")
         return rows
 
-    def _shuffle(self, stream: int, window: int) -> Rows:
+    def _shuffle(self, stream: int, window: int) -> RowIds:
         """The shuffle inside one window of a stream, (window,) or shorter at the stream's end."""
         known = self._windows.get(stream)
         if known is None or known[0] != window:

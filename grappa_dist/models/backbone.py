@@ -1,7 +1,6 @@
-"""The frozen ViT, from timm or from a user's own function. Shapes: B images, S pixels a side, T tokens, D channels.
+"""The frozen ViT, from timm or from a user's own function; it is checked on one image before it is used.
 
-Also here: the trial of one image that shows whether a backbone takes images of a size, and the precision of a forward
-pass (on a GPU, matrix products in bfloat16 around float32 weights).
+Shapes: B images, S pixels a side, T tokens, D channels.
 """
 
 from __future__ import annotations
@@ -31,10 +30,10 @@ _TRIAL_SCALE = 0.1  # of the weights that a model on "meta" is tried with
 
 
 def forward_precision(device: torch.device, *, bf16: bool | None = None) -> AbstractContextManager[object]:
-    """The context of a forward pass; weights, their gradients and the optimizer's state are float32 in any case.
+    """The precision of a forward pass, as a context; weights, their gradients and optimizer states are always float32.
 
     Args:
-        bf16: whether matrix products are in bfloat16; None: on a GPU alone, as in training.
+        bf16: whether matrix products are in bfloat16; None: only on a GPU, as in training.
     """
     enabled = device.type == "cuda" if bf16 is None else bf16
     return torch.autocast(device.type, torch.bfloat16) if enabled else nullcontext()
@@ -95,7 +94,7 @@ def create_backbone(
     Args:
         overrides: fields of `Preprocess`; what is absent comes from timm's data config, else it is ImageNet's.
         checkpoint: a local file of weights (safetensors, or a torch file that loads with weights_only).
-        pretrained: False builds the architecture alone, for weights that are loaded afterwards.
+        pretrained: False builds the architecture only, for weights that are loaded afterwards.
 
     Raises:
         ValueError: an unknown model, function or file, or weights that do not fit or cannot be downloaded.
@@ -315,10 +314,10 @@ def _on_cpu(patches: nn.Module) -> nn.Module:
     """The module itself, or a copy with random weights where it has none."""
     if not any(tensor.is_meta for tensor in (*patches.parameters(), *patches.buffers())):
         return patches
-    draws = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
     filled = copy.deepcopy(patches).to_empty(device="cpu")
     for parameter in filled.parameters():
-        parameter.copy_(_TRIAL_SCALE * torch.randn(parameter.shape, generator=draws))
+        parameter.copy_(_TRIAL_SCALE * torch.randn(parameter.shape, generator=rng))
     for buffer in filled.buffers():
         buffer.zero_()
     return filled

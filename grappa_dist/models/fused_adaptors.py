@@ -26,7 +26,7 @@ _gelu_, _gelu_backward = torch.ops.aten.gelu_.default, torch.ops.aten.gelu_backw
 
 
 @dataclass(frozen=True)
-class Scores:
+class AttentionParameters:
     """The parameters of the attention: Q and K (D, D), or K^T Q, or neither for equal scores; and a prior (N,)."""
 
     query: Tensor | None = None
@@ -35,7 +35,7 @@ class Scores:
     product: Tensor | None = None
 
 
-def attention(pooled: Tensor, gelu: Tensor, up: Tensor, up_bias: Tensor, scores: Scores) -> Tensor:
+def attention(pooled: Tensor, gelu: Tensor, up: Tensor, up_bias: Tensor, parameters: AttentionParameters) -> Tensor:
     """Eq. (3), as trained and run: alpha (B, N) = softmax_i( (Q h) . (K A_i) / sqrt(D) + prior_i ), h and A_i pooled.
 
     Args:
@@ -43,47 +43,49 @@ def attention(pooled: Tensor, gelu: Tensor, up: Tensor, up_bias: Tensor, scores:
         gelu: the mean of GELU(down(h)) over tokens, (B, F).
     """
     num_sets, dim = up_bias.shape
-    projected = _projected(pooled, scores)
+    projected = _projected(pooled, parameters)
     if projected is None:
         logits = pooled.new_zeros((len(pooled), num_sets))
     else:
         within = (F.linear(projected, up) * gelu).view(-1, num_sets, len(up) // num_sets).sum(-1)
         logits = (within + F.linear(projected, up_bias)) / math.sqrt(dim)
-    return (logits if scores.prior is None else logits + scores.prior).softmax(-1)
+    return (logits if parameters.prior is None else logits + parameters.prior).softmax(-1)
 
 
-def _projected(pooled: Tensor, scores: Scores) -> Tensor | None:
+def _projected(pooled: Tensor, parameters: AttentionParameters) -> Tensor | None:
     """K^T Q h, (B, D), whose products with A_i are those of Q h with K A_i."""
-    if scores.product is not None:
-        return F.linear(pooled, scores.product)
-    if scores.query is None or scores.key is None:
+    if parameters.product is not None:
+        return F.linear(pooled, parameters.product)
+    if parameters.query is None or parameters.key is None:
         return None
-    return F.linear(F.linear(pooled, scores.query), scores.key.T)
+    return F.linear(F.linear(pooled, parameters.query), parameters.key.T)
 
 
-def fused_adaptors(h: Tensor, weights: Weights, scores: Scores) -> tuple[Tensor, Tensor]:
+def fused_adaptors(h: Tensor, weights: Weights, parameters: AttentionParameters) -> tuple[Tensor, Tensor]:
     """The output (B, T, D) in the type of h, and alpha (B, N), detached.
 
     Under autocast the two large products run in its type, everything pooled in that of Q and K.
     """
     h, kind = h.contiguous(), h.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else h.dtype
-    inputs = (h, *weights, scores.query, scores.key, scores.prior, scores.product)
+    inputs = (h, *weights, parameters.query, parameters.key, parameters.prior, parameters.product)
     with torch.autocast(kind, enabled=False):
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
             out: tuple[Tensor, Tensor] = _Fused.apply(dtype, *inputs)  # type: ignore[no-untyped-call]
             return out
         down, down_bias, *_ = weights
         a = _gelu_(F.linear(h.to(dtype), down.to(dtype), down_bias.to(dtype)))
-        alpha, _ = _weigh(h, a, weights, scores)
+        alpha, _ = _weigh(h, a, weights, parameters)
         return _add_up(h, a, alpha, weights), alpha
 
 
-def _weigh(h: Tensor, a: Tensor, weights: Weights, scores: Scores) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+def _weigh(
+    h: Tensor, a: Tensor, weights: Weights, parameters: AttentionParameters
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """alpha (B, N), and the pooled h (B, D) and the pooled GELU (B, F) that it is computed from."""
     *_, up, up_bias = weights
     pooled = h.mean(1, dtype=up.dtype), a.mean(1, dtype=up.dtype)
-    return attention(*pooled, up, up_bias, scores), pooled
+    return attention(*pooled, up, up_bias, parameters), pooled
 
 
 def _add_up(h: Tensor, a: Tensor, alpha: Tensor, weights: Weights) -> Tensor:
@@ -140,11 +142,11 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, dtype: torch.dtype, h: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
-        weights, scores = rest[:4], Scores(*rest[4:])
+        weights, parameters = rest[:4], AttentionParameters(*rest[4:])
         down, down_bias, *_ = weights
         z = F.linear(h.to(dtype), down.to(dtype), down_bias.to(dtype))  # (B, T, F)
         a = F.gelu(z)
-        alpha, pooled = _weigh(h, a, weights, scores)  # type: ignore[arg-type]
+        alpha, pooled = _weigh(h, a, weights, parameters)  # type: ignore[arg-type]
         out = _add_up(h, a, alpha, weights)  # type: ignore[arg-type]
         ctx.save_for_backward(z, alpha, *pooled, h if _Inputs(*ctx.needs_input_grad).down else None, *rest)
         ctx.tokens, ctx.h_dtype = h.shape[1], h.dtype
@@ -154,7 +156,7 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        z, alpha, pooled_h, pooled_a, h, down, _, up, up_bias, *scored = ctx.saved_tensors
+        z, alpha, pooled_h, pooled_a, h, down, _, up, up_bias, *parameters = ctx.saved_tensors
         needs = _Inputs(*ctx.needs_input_grad)
         out_grad = grads[0].contiguous()
         flat = out_grad.to(z.dtype).view(-1, len(down[0]))
@@ -164,7 +166,7 @@ class _Fused(torch.autograd.Function):
         up_grad = (a * wide).view(-1, len(up)).T @ flat if needs.up else None
         per_unit = a.mul_(grad_a).sum(1, dtype=up.dtype)
         grad_alpha = per_unit.view(*alpha.shape, -1).sum(-1) + F.linear(summed, up_bias)
-        small = _attention_grads(_Leaves(pooled_h, pooled_a, up, up_bias, *scored), grad_alpha, needs)
+        small = _attention_grads(_Leaves(pooled_h, pooled_a, up, up_bias, *parameters), grad_alpha, needs)
         grad_a.mul_(wide).add_((small.gelu / ctx.tokens).to(z.dtype).unsqueeze(1))
         grad_z = _gelu_backward(grad_a, z)
         grad_h = None
@@ -176,8 +178,8 @@ class _Fused(torch.autograd.Function):
         up_grad = None if up_grad is None else up_grad.to(up.dtype) + small.up
         up_bias_grad = alpha.T @ summed + small.up_bias if needs.up_bias else None
         down_grad = None if down_grad is None else down_grad.to(down.dtype)
-        of_scores = (small.query, small.key, small.prior, small.product)
-        return _Inputs(None, grad_h, down_grad, down_bias_grad, up_grad, up_bias_grad, *of_scores)
+        of_attention = (small.query, small.key, small.prior, small.product)
+        return _Inputs(None, grad_h, down_grad, down_bias_grad, up_grad, up_bias_grad, *of_attention)
 
 
 def _attention_grads(leaves: _Leaves, grad: Tensor, needs: _Inputs) -> _Leaves:
@@ -186,8 +188,8 @@ def _attention_grads(leaves: _Leaves, grad: Tensor, needs: _Inputs) -> _Leaves:
     with torch.enable_grad():
         copies = [t if t is None else t.detach().requires_grad_(n) for t, n in zip(leaves, needed, strict=True)]
         fresh = _Leaves(*copies)  # type: ignore[arg-type]  # those that may be None are
-        scores = Scores(fresh.query, fresh.key, fresh.prior, fresh.product)
-        alpha = attention(fresh.pooled, fresh.gelu, fresh.up, fresh.up_bias, scores)
+        parameters = AttentionParameters(fresh.query, fresh.key, fresh.prior, fresh.product)
+        alpha = attention(fresh.pooled, fresh.gelu, fresh.up, fresh.up_bias, parameters)
     learned = [t for t in fresh if t is not None and t.requires_grad]
     if not alpha.requires_grad:
         found = {id(t): torch.zeros_like(t) for t in learned}

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from grappa_dist.models.backbone import Backbone
-from grappa_dist.models.fused_adaptors import Scores, Weights, fused_adaptors
+from grappa_dist.models.fused_adaptors import AttentionParameters, Weights, fused_adaptors
 
 
 class Adaptors(nn.Module):
@@ -40,21 +40,21 @@ class Adaptors(nn.Module):
         self.up_bias = nn.Parameter(torch.zeros(num_sets, dim))
 
     @torch.no_grad()
-    def initialise(self, generator: torch.Generator) -> None:
+    def initialise(self, rng: torch.Generator) -> None:
         """The default init of a linear layer for `down`, zeros for `up`."""
         bound = 1 / math.sqrt(self.dim)
-        self.down_weight.uniform_(-bound, bound, generator=generator)
-        self.down_bias.uniform_(-bound, bound, generator=generator)
+        self.down_weight.uniform_(-bound, bound, generator=rng)
+        self.down_bias.uniform_(-bound, bound, generator=rng)
         self.up_weight.zero_()
         self.up_bias.zero_()
 
     @torch.no_grad()
-    def randomise(self, generator: torch.Generator) -> None:
+    def randomise(self, rng: torch.Generator) -> None:
         """The default init of a linear layer for `down` and `up`: the start of sets that no labels have trained."""
-        self.initialise(generator)
+        self.initialise(rng)
         bound = 1 / math.sqrt(self.bottleneck)
-        self.up_weight.uniform_(-bound, bound, generator=generator)
-        self.up_bias.uniform_(-bound, bound, generator=generator)
+        self.up_weight.uniform_(-bound, bound, generator=rng)
+        self.up_bias.uniform_(-bound, bound, generator=rng)
 
     def tensors(self, index: int) -> dict[str, Tensor]:
         """Adaptor `index` in the layout of two linear layers: down (H, D), (H,) and up (D, H), (D,)."""
@@ -87,11 +87,11 @@ class Attention(nn.Module):
         self.key = nn.Parameter(torch.full((dim, dim), math.nan))
 
     @torch.no_grad()
-    def initialise(self, generator: torch.Generator) -> None:
+    def initialise(self, rng: torch.Generator) -> None:
         """The default init of a linear layer."""
         bound = 1 / math.sqrt(len(self.query))
-        self.query.uniform_(-bound, bound, generator=generator)
-        self.key.uniform_(-bound, bound, generator=generator)
+        self.query.uniform_(-bound, bound, generator=rng)
+        self.key.uniform_(-bound, bound, generator=rng)
 
 
 class WideSet(nn.Module):
@@ -146,20 +146,20 @@ class GrappaLayer(nn.Module):
         h: Tensor = self.block(tokens, *args, **kwargs)
         sets = self.adaptors
         if self.wide is not None:
-            out, _ = fused_adaptors(h, self.wide.weights, Scores())
+            out, _ = fused_adaptors(h, self.wide.weights, AttentionParameters())
             self.alpha = self._constant_alpha().expand(len(h), -1)
             return out
         weights = (sets.down_weight, sets.down_bias, sets.up_weight, sets.up_bias)
-        out, self.alpha = fused_adaptors(h, weights, self._scores())
+        out, self.alpha = fused_adaptors(h, weights, self._attention_parameters())
         return out
 
-    def _scores(self) -> Scores:
+    def _attention_parameters(self) -> AttentionParameters:
         if self._has_constant_alpha:
-            return Scores(prior=self.prior)
+            return AttentionParameters(prior=self.prior)
         assert self.attention is not None
         if self.product is not None:
-            return Scores(product=self.product, prior=self.prior)
-        return Scores(self.attention.query, self.attention.key, prior=self.prior)
+            return AttentionParameters(product=self.product, prior=self.prior)
+        return AttentionParameters(self.attention.query, self.attention.key, prior=self.prior)
 
     @property
     def _has_constant_alpha(self) -> bool:

@@ -118,10 +118,10 @@ class PackedGrappa(nn.Module):
         """The adaptors of one set, by layer."""
         return [layer.sets[index] for layer in self.layers]  # type: ignore[misc]
 
-    def initialise(self, index: int, generator: torch.Generator) -> None:
-        """The initial weights of one set, a function of the generator alone."""
+    def initialise(self, index: int, rng: torch.Generator) -> None:
+        """The initial weights of one set, a function of `rng` alone."""
         for adaptors in self.adaptors(index):
-            adaptors.initialise(generator)
+            adaptors.initialise(rng)
 
     def parameters_of(self, index: int) -> list[nn.Parameter]:
         """The parameters that one set learns, without its classifier."""

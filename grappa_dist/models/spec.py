@@ -219,18 +219,18 @@ def load_grappa(run_or_model_dir: Path) -> tuple[Grappa, dict[str, Any]]:
 _latest: dict[tuple[Any, ...], nn.Module] = {}
 
 
-def built(spec: ModelSpec, device: torch.device) -> nn.Module:
+def cached_model(spec: ModelSpec, device: torch.device) -> nn.Module:
     """`build`, which keeps the last model: a worker embeds many shards with one."""
     sets = (spec.bottleneck, spec.adaptors, spec.fusion, spec.galleries)
     key = (spec.backbone.model_dump_json(), *sets, spec.weights_sha256, spec.set_weights, str(device))
     if key not in _latest:
-        forget_built()
+        release_cached_model()
         _latest[key] = build(spec, device)
     return _latest[key]
 
 
-def forget_built() -> None:
-    """Releases the memory of the model that `built` keeps."""
+def release_cached_model() -> None:
+    """Releases the memory of the model that `cached_model` keeps."""
     if _latest:
         _latest.clear()
         release_memory()  # some backbones hold references to themselves

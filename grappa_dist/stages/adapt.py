@@ -1,8 +1,8 @@
 """adapt: images + one partition P_i -> the adaptor set of P_i (step 2 of the paper).
 
-Each job is a world of its own, jobs run side by side as far as the workers go, and a job trains one set or several.
+A job trains one set or several in its own process group. Jobs run side by side as far as there are workers.
 With `adapt.sets_per_job=auto` one worker is measured on a few images: how fast it decodes and trains, and what that
-takes of its memory. Only where things run follows from these figures, never what is computed.
+takes of its memory. These figures decide where sets are trained, never what is computed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from grappa_dist.distributed.runner import Job
 from grappa_dist.distributed.worker import release_memory
 from grappa_dist.models import PackedGrappa
 from grappa_dist.models.backbone import forward_precision
-from grappa_dist.models.spec import build_backbone, forget_built
+from grappa_dist.models.spec import build_backbone, release_cached_model
 from grappa_dist.search.backends import least_seconds
 from grappa_dist.stages.adapt_job import AdaptJob, starting_centroids, train_adaptors
 from grappa_dist.stages.embed import to_images
@@ -64,7 +64,9 @@ def adapt(
     bad: NDArray[np.int64],
 ) -> None:
     """Trains every adaptor set that does not exist yet, several in a job and jobs side by side as asked for."""
-    sets = [_set(run.config, k, labels[k], adaptors[k], images) for k in adaptors]  # all: a job may lack one only
+    sets = [
+        _set(run.config, k, labels[k], adaptors[k], images) for k in adaptors
+    ]  # complete ones too: a multi-set job may lack only one
     train_sets(run, sets, images, bad)
 
 
@@ -148,7 +150,7 @@ class Measured:
 
 def measure_rates(device: torch.device, job: AdaptJob) -> Measured:
     """Seconds and bytes an image on this worker, with images of the first step; a task of one worker."""
-    forget_built()
+    release_cached_model()
     usable = usable_bytes(device, job.sharing)  # before anything is allocated
     gpu, asked = device.type == "cuda", job.adapt.micro_batch
     most = min(GPU_IMAGES if gpu else CPU_IMAGES, asked if isinstance(asked, int) else job.training.global_batch)

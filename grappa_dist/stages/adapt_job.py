@@ -20,11 +20,13 @@ from torch import Tensor
 
 from grappa_dist.artifacts import CENTROIDS_FILE, Artifact, RowArrays
 from grappa_dist.config import AdaptConfig, BackboneConfig
+from grappa_dist.data.decoding import Pixels
+from grappa_dist.data.epoch_order import RowIds
 from grappa_dist.data.rng import Purpose, torch_seed
 from grappa_dist.data.transforms import Preprocess
 from grappa_dist.distributed.worker import RankContext
 from grappa_dist.models import PackedGrappa
-from grappa_dist.models.spec import build_backbone, forget_built
+from grappa_dist.models.spec import build_backbone, release_cached_model
 from grappa_dist.stages.embed import to_images
 from grappa_dist.stages.multi_set_jobs import (
     AdaptSet,
@@ -35,9 +37,9 @@ from grappa_dist.stages.multi_set_jobs import (
     job_folder,
     short_name,
 )
-from grappa_dist.training.batches import Pixels, Rows, TrainingImages, augmented_batches
+from grappa_dist.training.batches import TrainingImages, augmented_batches
 from grappa_dist.training.classifier import Classifier, ClassifierSettings
-from grappa_dist.training.compile import compile_if_it_wins
+from grappa_dist.training.compile import compile_if_faster
 from grappa_dist.training.deepspeed_engine import Engine
 from grappa_dist.training.loop import Reporting, Schedule, train
 from grappa_dist.training.memory import (
@@ -64,13 +66,13 @@ def classifier_for(
     *,
     seed: int,
     centroids: Path | None,
-    draws: torch.Generator,
+    rng: torch.Generator,
 ) -> Classifier:
-    """A classifier of K classes of D channels, `shape`, at its start: the centroids, or random rows from `draws`."""
+    """A classifier of K classes of D channels, `shape`, at its start: the centroids, or random rows from `rng`."""
     of_classes = torch_seed(Purpose.CLASSES, seed, shape[0])
     settings = ClassifierSettings(config.gamma, config.weight_decay, config.sampled_classes, of_classes)
     classifier = Classifier(context.comm, context.device, shape, settings)
-    classifier.start(centroids, draws)
+    classifier.start(centroids, rng)
     return classifier
 
 
@@ -92,7 +94,7 @@ class Sums:
 
     @property
     def figures(self) -> dict[str, float]:
-        """Figures for the log: losses and hits in the mean of the sets, and the wait times images."""
+        """Sums of figures for the log: losses and hits, averaged over the sets; the wait is multiplied by `images`."""
         loss, correct = self.of_sets.mean(0).tolist()
         return {"images": self.images, "waited_s": self.waited_s * self.images, "loss": loss, "accuracy": correct}
 
@@ -111,8 +113,8 @@ class ClassificationObjective:
     ) -> None:
         self._context, self._training, self._preprocess, self._classes = context, training, preprocess, classes
         self._steps, self._area = training.num_steps(config.epochs), config.min_crop_area
-        self._batches: Generator[tuple[Pixels, Rows], None, None] | None = None
-        self._rows: Rows = np.empty(0, dtype=np.int64)  # of the last step
+        self._batches: Generator[tuple[Pixels, RowIds], None, None] | None = None
+        self._rows: RowIds = np.empty(0, dtype=np.int64)  # of the last step
         self._not_finite: list[Tensor] = []  # bool, by micro-batch: which of them have features that are not finite
 
     def begin(self, step: int) -> None:
@@ -120,7 +122,7 @@ class ClassificationObjective:
         self._batches = augmented_batches(self._training, self._preprocess, self._context.comm, steps, self._area)
 
     def gradients(self, engine: Engine, step: int, micro_batch: int, after: Callable[[], None] = lambda: None) -> Sums:
-        """Computes those of the next images, in micro-batches of at most `micro_batch`.
+        """Computes the gradients of the next images, in micro-batches of at most `micro_batch`; returns their sums.
 
         Args:
             after: called after a forward pass of some images, to look at the model.
@@ -178,15 +180,15 @@ class ClassificationObjective:
 
 @dataclass(frozen=True)
 class AdaptJob:
-    """What every rank of a job needs, which trains one adaptor set or several on the same images."""
+    """What every rank of a job needs to train one adaptor set, or several on the same images."""
 
     sets: tuple[AdaptSet, ...]
     training: TrainingImages
     backbone: BackboneConfig
     adapt: AdaptConfig
     trackers: tuple[str, ...] = ()
-    sharing: int = 1  # workers of a node, at the most, which share its memory
-    compiled: bool = False  # where that is faster
+    sharing: int = 1  # most workers of a node, which share its memory
+    compiled: bool = False  # whether layers are compiled where that is faster
 
     @property
     def name(self) -> str:
@@ -198,7 +200,7 @@ def train_adaptors(context: RankContext, job: AdaptJob) -> None:
     config, comm, steps = job.adapt, context.comm, job.training.num_steps(job.adapt.epochs)
     if _is_done(context, job):
         return
-    forget_built()
+    release_cached_model()
     root = job.sets[0].artifact.root
     with naming_lack_of_memory(job.name, adapt_advice(config)), ExitStack() as stack:
         objective = AdaptObjective(context, job)
@@ -256,15 +258,15 @@ class AdaptObjective(ClassificationObjective):
         self._micro_batch = self._micro_batch_size()
         if job.compiled:
             at_a_time = even_size(self._most_images, self._micro_batch)
-            self.decisions["compile"] = compile_if_it_wins(self.model, at_a_time)
+            self.decisions["compile"] = compile_if_faster(self.model, at_a_time)
 
     def _initialise(self, context: RankContext, index: int) -> Classifier:
         """Initialises a set as if it were alone: its adaptors and then, by further draws, its classifier."""
         one, seed = self._job.sets[index], self._job.training.seed
-        draws = torch.Generator().manual_seed(torch_seed(Purpose.ADAPTORS, seed, one.num_labels))
-        self.model.initialise(index, draws)
+        rng = torch.Generator().manual_seed(torch_seed(Purpose.ADAPTORS, seed, one.num_labels))
+        self.model.initialise(index, rng)
         shape = (one.num_labels, self.model.embed_dim)
-        return classifier_for(context, self._job.adapt, shape, seed=seed, centroids=one.centroids, draws=draws)
+        return classifier_for(context, self._job.adapt, shape, seed=seed, centroids=one.centroids, rng=rng)
 
     def _micro_batch_size(self) -> int:
         """As asked for, or as large as fits into memory with the classifiers."""
@@ -287,7 +289,7 @@ class AdaptObjective(ClassificationObjective):
 
     def backward(self, engine: Engine, step: int) -> dict[str, float]:
         sums = self.gradients(engine, step, self._micro_batch)
-        # Each set is clipped by itself, as if it were alone.
+        # The gradient of each set is clipped separately, as in a job of this set only.
         return self._figures(sums, engine.clip(self._learning, self._job.adapt.clip_norm))
 
     def _figures(self, sums: Sums, norms: list[float]) -> dict[str, float]:

@@ -26,7 +26,7 @@ from grappa_dist.data.shards import ImageShards
 from grappa_dist.data.transforms import pixels_class
 from grappa_dist.files import write_json
 from grappa_dist.models.backbone import forward_precision
-from grappa_dist.models.spec import ModelSpec, backbone_settings, built, preprocess_of
+from grappa_dist.models.spec import ModelSpec, backbone_settings, cached_model, preprocess_of
 from grappa_dist.search.fixed_point import to_grid
 from grappa_dist.stages.gallery_weights import by_gallery
 from grappa_dist.stages.run import Run
@@ -97,7 +97,7 @@ def embed_shard(device: torch.device, task: EmbedTask) -> None:
     artifact = task.artifact
     if artifact.complete:
         return
-    model = built(task.spec, device)
+    model = cached_model(task.spec, device)
     rows = np.arange(len(task.images)) + task.first
     folder = artifact.begin()
     features = np.zeros((len(rows), int(model.embed_dim)), dtype=np.float32)  # type: ignore[arg-type]

@@ -25,7 +25,7 @@ from grappa_dist.files import write_json
 from grappa_dist.knn.exact import sharded_knn
 from grappa_dist.metrics import retrieval_scores
 from grappa_dist.models import Grappa
-from grappa_dist.models.spec import ModelSpec, built, preprocess_of
+from grappa_dist.models.spec import ModelSpec, cached_model, preprocess_of
 from grappa_dist.stages.embed import to_images
 from grappa_dist.stages.gallery_weights import by_gallery
 from grappa_dist.stages.ground_truth import GroundTruth, load_ground_truth, write_ground_truth
@@ -121,7 +121,7 @@ def _scores(task: ModelTask, ground_truth: GroundTruth) -> list[dict[str, Any]]:
 @torch.inference_mode()
 def _insight(task: ModelTask, ground_truth: GroundTruth, device: torch.device) -> dict[str, Any]:
     """How often an augmented view finds its source, which images are near, and the weights of the sets."""
-    found = _Insight(task, ground_truth, built(task.spec, device), device)
+    found = _Insight(task, ground_truth, cached_model(task.spec, device), device)
     attention = found.attention() if task.spec.weights_vary else {}
     return {**found.views_find_sources(), **found.neighbours_agree(), "galleries": found.galleries(), **attention}
 

@@ -38,7 +38,7 @@ from grappa_dist.models.spec import (
     ADAPTORS_FILE,
     FUSION_FILE,
     build_backbone,
-    forget_built,
+    release_cached_model,
     save_random_sets,
 )
 from grappa_dist.stages.embed import Embedding, to_images
@@ -141,7 +141,7 @@ def train_fusion(context: RankContext, job: FuseJob) -> None:
     """One rank of a fusion job: builds and trains; rank 0 saves Q and K. The projector is discarded."""
     if context.of_rank_0(job.artifact.complete):
         return
-    forget_built()
+    release_cached_model()
     config, folder, name = job.fuse, job.artifact.begin(), job.variant.name
     steps = job.training.num_steps(config.epochs)
     by_adam = job.variant.optimizer == "adam"
@@ -203,11 +203,11 @@ class FuseObjective:
             self.grappa.load_adaptors([load_file(a.path / ADAPTORS_FILE) for a in job.adaptors])
         self.grappa.trainable_attention(and_adaptors=job.random_sets > 0)
         projector = Projector(backbone.embed_dim, job.fuse.projector)
-        draws = torch.Generator().manual_seed(torch_seed(Purpose.FUSION, job.training.seed))
+        rng = torch.Generator().manual_seed(torch_seed(Purpose.FUSION, job.training.seed))
         for layer in self.grappa.layers:
             if layer.attention is not None:
-                layer.attention.initialise(draws)
-        projector.initialise(draws)
+                layer.attention.initialise(rng)
+        projector.initialise(rng)
         self.module = FusionModule(self.grappa, projector).to(context.device)
         self._penalty = penalty_of(context.comm, job.fuse.global_batch, job.fuse.projector[-1])
         self._pairs = Pairs(
@@ -256,11 +256,11 @@ def randomise_adaptors(model: Grappa, seed: int) -> None:
     """Initialises all sets; set i is a function of seed and i, so the one set of M+A_1 is the first of M*."""
     first, sets = model.layers[0].adaptors, []
     for index in range(first.num_sets):
-        draws = torch.Generator().manual_seed(torch_seed(Purpose.RANDOM_ADAPTORS, seed, index))
+        rng = torch.Generator().manual_seed(torch_seed(Purpose.RANDOM_ADAPTORS, seed, index))
         tensors: dict[str, Tensor] = {}
         for number in range(len(model.layers)):
             adaptors = Adaptors(1, first.dim, first.bottleneck)
-            adaptors.randomise(draws)
+            adaptors.randomise(rng)
             tensors |= {f"layers.{number}.{name}": tensor for name, tensor in adaptors.tensors(0).items()}
         sets.append(tensors)
     model.load_adaptors(sets)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from grappa_dist.artifacts import RowArrays
 from grappa_dist.config import FuseConfig
-from grappa_dist.data.decoding import Picture
+from grappa_dist.data.decoding import Picture, Pixels
 from grappa_dist.data.loader import load_images, read_batches
 from grappa_dist.data.rng import Purpose, generator, view_generator
 from grappa_dist.data.transforms import Preprocess
@@ -22,7 +22,7 @@ from grappa_dist.distributed.worker import RankContext
 from grappa_dist.models import Grappa
 from grappa_dist.stages.embed import Embedding
 from grappa_dist.stages.knn_graph import Graphs
-from grappa_dist.training.batches import Pixels, TrainingImages
+from grappa_dist.training.batches import TrainingImages
 
 
 class Pairs:

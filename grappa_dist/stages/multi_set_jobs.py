@@ -9,7 +9,7 @@ checkpoint for all of its sets, which is removed when the sets are committed. Th
     saved        the weights of all of its sets are written, each in its unfinished artefact (`finish_job`)
     committed    the artefacts are complete, and the folder is gone (`commit_trained`)
 
-A kill may come between any two. `commit_leftovers` brings jobs that were saved to their end, before others begin.
+A kill may come between any two. Before jobs begin, `commit_leftovers` commits the sets of those that were saved.
 """
 
 from __future__ import annotations

@@ -68,12 +68,12 @@ def _nestings(task: PartitionsTask, labels: Mapping[int, RowArrays]) -> Iterator
     rows = np.sort(draw.choice(total, settings["most_rows"], replace=False)) if sample else np.arange(total)
     for k, finer in pairwise(labels):
         coarse, fine = labels[k].take(rows), labels[finer].take(rows)
-        draws = generator(Purpose.NESTED_BY_CHANCE, settings["seed"], k, finer)
+        rng = generator(Purpose.NESTED_BY_CHANCE, settings["seed"], k, finer)
         yield {
             "coarse": k,
             "fine": finer,
             "nestedness": nestedness(coarse, fine),
-            "chance": chance_nestedness(coarse, fine, draws, settings["shuffles"]),
+            "chance": chance_nestedness(coarse, fine, rng, settings["shuffles"]),
             "rows": len(rows),
             "of": total,
         }

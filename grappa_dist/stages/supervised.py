@@ -42,7 +42,7 @@ from grappa_dist.distributed.runner import Job
 from grappa_dist.distributed.worker import RankContext
 from grappa_dist.files import replacing, write_json
 from grappa_dist.models import Grappa
-from grappa_dist.models.spec import ADAPTORS_FILE, FUSION_FILE, build_backbone, forget_built
+from grappa_dist.models.spec import ADAPTORS_FILE, FUSION_FILE, build_backbone, release_cached_model
 from grappa_dist.stages.adapt import train_sets
 from grappa_dist.stages.adapt_job import Classes, ClassificationObjective, classifier_for, starting_centroids
 from grappa_dist.stages.fuse import AttentionStatistics
@@ -224,7 +224,7 @@ def train_supervised_fusion(context: RankContext, job: SupervisedJob) -> None:
     """One rank: builds and trains; rank 0 saves Q and K. The classifier is discarded."""
     if context.of_rank_0(job.artifact.complete):
         return
-    forget_built()
+    release_cached_model()
     config, folder, peak = job.adapt, job.artifact.begin(), job.adapt.learning_rate
     steps = job.training.num_steps(config.epochs)
     with naming_lack_of_memory(SUPERVISED, fuse_advice(job.micro_batch)), ExitStack() as stack:
@@ -256,14 +256,14 @@ class SupervisedObjective(ClassificationObjective):
         self.module = Grappa(backbone, len(job.adaptors), config.bottleneck, attention=True)
         self.module.load_adaptors([load_file(a.path / ADAPTORS_FILE) for a in job.adaptors])
         self.module.trainable_attention()
-        draws = torch.Generator().manual_seed(torch_seed(Purpose.FUSION, seed))  # all fusions start alike
+        rng = torch.Generator().manual_seed(torch_seed(Purpose.FUSION, seed))  # all fusions start alike
         for layer in self.module.layers:
             assert layer.attention is not None
-            layer.attention.initialise(draws)
+            layer.attention.initialise(rng)
         self.module.to(context.device)
         self.learning = [p for p in self.module.parameters() if p.requires_grad]
         shape = (job.num_classes, backbone.embed_dim)
-        self.classifier = classifier_for(context, config, shape, seed=seed, centroids=job.centroids, draws=draws)
+        self.classifier = classifier_for(context, config, shape, seed=seed, centroids=job.centroids, rng=rng)
         classes = [Classes(job.labels, self.classifier)]
         super().__init__(context, config, job.training, backbone.preprocess, classes=classes)
         self._attention = AttentionStatistics(self.module)

@@ -193,11 +193,11 @@ class Projector(nn.Module):
         self.norms = nn.ModuleList(GlobalBatchNorm(width) for width in widths[:-1])
 
     @torch.no_grad()
-    def initialise(self, generator: torch.Generator) -> None:
+    def initialise(self, rng: torch.Generator) -> None:
         """The default init of linear layers."""
         for linear in self.linears:
             bound = 1 / math.sqrt(linear.in_features)  # type: ignore[arg-type]
-            linear.weight.uniform_(-bound, bound, generator=generator)  # type: ignore[operator]
+            linear.weight.uniform_(-bound, bound, generator=rng)  # type: ignore[operator]
 
     def forward(self, z: Tensor, allsum: AllSum = lambda t: t) -> Tensor:
         """Features (B, channels) -> (B, D); each call is one view and uses that view's statistics."""

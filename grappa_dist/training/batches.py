@@ -9,11 +9,10 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from grappa_dist.config import BackboneConfig, Config, DataConfig
-from grappa_dist.data.decoding import Picture
-from grappa_dist.data.epoch_order import EpochOrder
+from grappa_dist.data.decoding import Picture, Pixels
+from grappa_dist.data.epoch_order import EpochOrder, RowIds
 from grappa_dist.data.loader import load_images, read_batches
 from grappa_dist.data.rng import view_generator
 from grappa_dist.data.shards import ImageShards
@@ -21,23 +20,20 @@ from grappa_dist.data.transforms import Preprocess
 from grappa_dist.distributed.collectives import Comm
 from grappa_dist.models.spec import backbone_settings
 
-Pixels = NDArray[np.uint8]
-Rows = NDArray[np.int64]
-
 
 @dataclass(frozen=True)
 class TrainingImages:
     """The images of a training job and their order: the same global batches on any number of ranks."""
 
     images: ImageShards
-    bad: NDArray[np.int64]
+    bad: RowIds
     data: DataConfig
     global_batch: int
     seed: int
     decode_threads: int
 
     @staticmethod
-    def of(config: Config, images: ImageShards, bad: NDArray[np.int64], global_batch: int) -> TrainingImages:
+    def of(config: Config, images: ImageShards, bad: RowIds, global_batch: int) -> TrainingImages:
         """All images but the rows `bad`, in batches of `global_batch` images over all ranks."""
         return TrainingImages(images, bad, config.data, global_batch, config.seed, config.resources.decode_threads)
 
@@ -87,7 +83,7 @@ def describe_idle_ranks(data: DataConfig, ranks: int) -> str:
 
 
 def augmented(
-    training: TrainingImages, preprocess: Preprocess, rows: Sequence[int] | Rows, *, epoch: int, area: float
+    training: TrainingImages, preprocess: Preprocess, rows: Sequence[int] | RowIds, *, epoch: int, area: float
 ) -> Pixels:
     """A random crop of each row in an epoch, of at least `area` of its image: (B, S, S, 3)."""
     size = preprocess.image_size
@@ -100,12 +96,12 @@ def augmented(
 
 def augmented_batches(
     training: TrainingImages, preprocess: Preprocess, comm: Comm, steps: range, area: float
-) -> Generator[tuple[Pixels, Rows], None, None]:
+) -> Generator[tuple[Pixels, RowIds], None, None]:
     """This rank's crops and row ids of some steps, read ahead; steps are counted through all epochs."""
     per_epoch = training.steps_per_epoch()
     orders = {epoch: training.order(epoch) for epoch in {step // per_epoch for step in steps}}
 
-    def read(step: int) -> tuple[Pixels, Rows]:
+    def read(step: int) -> tuple[Pixels, RowIds]:
         epoch, t = divmod(step, per_epoch)
         rows = orders[epoch].batch(t, training.global_batch, comm.rank, comm.size)
         return augmented(training, preprocess, rows, epoch=epoch, area=area), rows

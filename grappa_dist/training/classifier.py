@@ -70,7 +70,7 @@ class Classifier:
         self._scored: list[_Scored] = []
 
     @torch.no_grad()
-    def start(self, centroids: Path | None, draws: torch.Generator) -> None:
+    def start(self, centroids: Path | None, rng: torch.Generator) -> None:
         """Fills the classes with unit rows: the directions of the partition's centroids, or random ones.
 
         The length matters although the cosine ignores it: Adam changes every entry by about the learning rate, so long
@@ -86,7 +86,7 @@ class Classifier:
             end = min(start + _START_ROWS, self.num_rows)
             low, high = max(start, self.first), min(end, self.end)
             if given is None:  # every rank draws all rows
-                block = torch.randn(end - start, self._dim, generator=draws)[max(low - start, 0) : high - start]
+                block = torch.randn(end - start, self._dim, generator=rng)[max(low - start, 0) : high - start]
             elif low < high:
                 block = torch.from_numpy(np.array(given[low:high], dtype=np.float32))
             if low < high:

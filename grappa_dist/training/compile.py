@@ -41,7 +41,7 @@ def seconds(work: Callable[[], object]) -> float:
     return least_seconds(work, ROUNDS)
 
 
-def compile_if_it_wins(
+def compile_if_faster(
     model: PackedGrappa,
     images: int,
     *,
@@ -49,7 +49,7 @@ def compile_if_it_wins(
     measure: Measure = seconds,
     bf16: bool | None = None,
 ) -> str:
-    """Compiles the layers if that pays for a batch of `images`; returns what was found, for the log.
+    """Compiles the layers if that makes a batch of `images` faster; returns what was found, for the log.
 
     To be called before there is an engine, whose hooks would take the trial's gradients.
 

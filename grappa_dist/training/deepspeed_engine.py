@@ -118,7 +118,7 @@ class Engine:
         return {p: gradient for p, gradient in found.items() if gradient is not None}
 
     def _set_gradients(self, gradients: Mapping[nn.Parameter, Tensor]) -> None:
-        """Puts what `gradients` gave, and was changed, back."""
+        """Writes back what `gradients` returned, after it was changed."""
         from deepspeed.utils import safe_set_full_grad
 
         for parameter, gradient in gradients.items() if self._zero is not None else ():
@@ -158,12 +158,11 @@ class _ZeroState:
         self._link()
         found = dict[nn.Parameter, dict[str, Tensor]]()
         for piece, group in self._pieces():
+            of_piece = sorted(self._optimizer.state[piece].items())  # ranks may hold them in other orders
             for parameter in group:
                 found[parameter] = {
                     key: safe_get_full_optimizer_state(parameter, key) if value.ndim else value.clone()
-                    for key, value in sorted(
-                        self._optimizer.state[piece].items()
-                    )  # ranks may hold them in other orders
+                    for key, value in of_piece
                 }
         return found
 

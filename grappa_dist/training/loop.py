@@ -44,10 +44,9 @@ class Objective(Protocol):
     def backward(self, engine: Engine, step: int) -> dict[str, float]:
         """This rank's sums of figures, which add over ranks.
 
-        `images`, `loss` and `gradient_norm` (both times images) are among them: a gradient may be no number although
-        the loss is one, and nothing is updated where a figure is not finite.
+        `images`, `loss` and `gradient_norm` (these two multiplied by the images) are among them: a gradient may be NaN
+        where the loss is finite, and nothing is updated where a figure is not finite.
         """
-        ...
 
 
 class ShardedModule(Protocol):
@@ -60,6 +59,8 @@ class ShardedModule(Protocol):
 
 @dataclass(frozen=True)
 class Schedule:
+    """How many steps a job has, when it saves its state, and the learning rate of each step."""
+
     steps: int
     checkpoint_steps: int
     learning_rate: Callable[[int], float]
@@ -108,8 +109,12 @@ def train(
 ) -> bool:
     """Trains from the newest checkpoint in `folder` to the end; False when it was asked to stop and saved its state.
 
-    `sharded` modules, by the name that checkpoints have for them, are outside the engine; what they learn from must be
-    finite where the loss is. An ArithmeticError names the step, and images, where a figure is not finite.
+    Args:
+        sharded: the modules outside the engine, by their names in checkpoints. Their gradients must be finite where the
+            loss is.
+
+    Raises:
+        ArithmeticError: a figure is not finite; the message names the step and its images.
     """
     shards = {name: module.shard() for name, module in sharded.items()}
     start = _same_on_all_ranks(context, load_checkpoint(folder, objective.module, optimizer, shards), job)

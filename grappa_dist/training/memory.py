@@ -25,10 +25,8 @@ from grappa_dist.models import PackedGrappa
 from grappa_dist.models.backbone import forward_precision
 from grappa_dist.models.packed import activation_bytes
 
-GPU_SHARE, CPU_SHARE = (
-    0.8,
-    0.5,
-)  # of free memory; on a CPU images wait in memory too, and there is no error when it is full
+# Of free memory. On a CPU decoded images wait in it too, and there is no error when it is full.
+GPU_SHARE, CPU_SHARE = 0.8, 0.5
 LAYERS_AT_WORK = 6  # a layer going forward or backward takes as much as this many keep: 4.5 to 6 were seen
 FILE = "checkpoints/micro_batch.json"
 
@@ -102,10 +100,10 @@ def even_size(count: int, most: int) -> int:
 
 
 def micro_batch_size(asked: int | None, most: int, num_sets: int, *, on_gpu: bool) -> int:
-    """As asked for; null: all images that a rank may have of a batch, `most`, and on a CPU the part of them that leaves
-    all sets together with as many activations as one set alone has.
+    """As asked for, at most `most`, the images that a rank may have of a batch. None: `most` on a GPU; on a CPU the
+    part of it with which all sets together have as many activations as one set has with `most`.
 
-    Larger tensors leave a CPU's caches and are allocated anew each time: 8 sets were a third slower.
+    Larger tensors do not fit a CPU's caches and are allocated anew each time: 8 sets were a third slower.
     """
     if asked is not None:
         return min(asked, most)

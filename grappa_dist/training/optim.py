@@ -130,7 +130,7 @@ class RowState:
         return RowState(self.rows[where], self.mean[where], self.square[where], self.steps[where])
 
     def put(self, where: Tensor, part: RowState) -> None:
-        """Writes what `at(where)` gave, and was changed, back."""
+        """Writes back what `at(where)` returned, after it was changed."""
         for name, tensor in part.tensors().items():
             self.tensors()[name][where] = tensor
 

@@ -19,7 +19,7 @@ from grappa_dist.models.spec import (
     backbone_settings,
     build,
     build_backbone,
-    built,
+    cached_model,
     preprocess_of,
 )
 from tests.models import tiny
@@ -102,10 +102,10 @@ def test_a_description_builds_the_backbone_one_set_the_average_and_the_fusion(tm
 def test_a_worker_keeps_the_last_model(tmp_path: Path) -> None:
     sets, fusion = saved_sets(Store(tmp_path), 2)
     spec = ModelSpec("neighbours", OWN, 3, sets, fusion)
-    first = built(spec, CPU)
-    assert built(replace(spec), CPU) is first
-    assert built(replace(spec, fusion=None), CPU) is not first
-    assert built(spec, CPU) is not first
+    first = cached_model(spec, CPU)
+    assert cached_model(replace(spec), CPU) is first
+    assert cached_model(replace(spec, fusion=None), CPU) is not first
+    assert cached_model(spec, CPU) is not first
 
 
 def test_inputs_of_a_description_are_all_its_artifacts(tmp_path: Path) -> None:

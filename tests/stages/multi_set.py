@@ -19,7 +19,7 @@ from grappa_dist.stages import adapt_job as adapting
 from grappa_dist.stages.adapt import adaptors_of
 from grappa_dist.stages.adapt_job import AdaptJob, train_adaptors
 from grappa_dist.stages.multi_set_jobs import AdaptSet
-from grappa_dist.training.compile import compile_if_it_wins
+from grappa_dist.training.compile import compile_if_faster
 from tests.stages import tiny
 
 KS = (3, 4, 5)
@@ -55,8 +55,8 @@ def train_all_ways(comm: Comm, folder: Path) -> None:
             patch.setattr(adapting, "usable_bytes", lambda device, sharing: SCANT)
             run(comm, job_in(folder, "auto", micro_batch="auto"))
             seconds = iter((2.0, 1.0))  # of a plain pass and of a compiled one
-            cheap = partial(compile_if_it_wins, backend="aot_eager", measure=lambda _: next(seconds), bf16=False)
-            patch.setattr(adapting, "compile_if_it_wins", cheap)
+            cheap = partial(compile_if_faster, backend="aot_eager", measure=lambda _: next(seconds), bf16=False)
+            patch.setattr(adapting, "compile_if_faster", cheap)
             run(comm, replace(job_in(folder, "compiled", micro_batch=5), compiled=True))
     else:
         run(comm, job_in(folder, "zero", micro_batch=5, zero_stage=2))

@@ -15,7 +15,7 @@ from grappa_dist.console import read_events
 from grappa_dist.distributed.collectives import Comm
 from grappa_dist.distributed.worker import release_memory
 from grappa_dist.models import PackedGrappa
-from grappa_dist.models.spec import ModelSpec, built
+from grappa_dist.models.spec import ModelSpec, cached_model
 from grappa_dist.stages import adapt_job as adapting
 from grappa_dist.stages.adapt_job import AdaptJob
 from grappa_dist.training.deepspeed_engine import Engine
@@ -54,7 +54,7 @@ def batch_sizes_tried(comm: Comm, job: AdaptJob) -> list[Any]:
             "automatic_batch_size",
             lambda c, model, folder, most, usable: fit(c, model, folder, *note(most), usable),
         )
-        patch.setattr(adapting, "compile_if_it_wins", lambda model, images: note(images) and "not compiled")
+        patch.setattr(adapting, "compile_if_faster", lambda model, images: note(images) and "not compiled")
 
         def note(images: int) -> list[int]:
             seen.append(images)
@@ -134,7 +134,7 @@ def left_of_a_job(comm: Comm, job: AdaptJob) -> tuple[set[str], set[str]]:
         init(objective, *given)
         parts["model"], parts["rows"] = weakref.ref(objective.model), weakref.ref(objective.classifiers[0].state.rows)
 
-    embedding = built(ModelSpec("backbone", job.backbone), tiny.CPU)
+    embedding = cached_model(ModelSpec("backbone", job.backbone), tiny.CPU)
     embedding.itself = [embedding]  # type: ignore[assignment]  # as some are held by what they are made of
     parts["embedding"] = weakref.ref(embedding)
     del embedding
