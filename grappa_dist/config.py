@@ -115,7 +115,7 @@ class AdaptConfig(Section):
     micro_batch: Count | Literal["auto"] | None = None  # images at a time per rank; null: its batch; auto: by memory
     activation_checkpointing: bool = False  # less memory for a second forward pass
     zero_stage: int = 0  # of DeepSpeed: 1 partitions the adaptors' optimizer state over the ranks, 2 gradients too
-    supervised: bool = False  # also trains a set on the labels of the training images, only to compare with
+    supervised: bool = False  # also trains a set on the labels of the training images, as a baseline
 
     def of_result(self) -> dict[str, Any]:
         """The settings that decide the trained set; `clip_norm` and `sampled_classes` only if not at their default."""
@@ -172,8 +172,8 @@ class Variant:
         return VARIANTS[name]
 
     @property
-    def to_compare_with(self) -> bool:
-        """Whether it is a row of the table only: adaptors that start at random, or labels, are not the method."""
+    def is_baseline(self) -> bool:
+        """Whether it only serves to compare with: adaptors that start at random, or labels, are not the method."""
         return self.labels or self.start != "adapted"
 
     def num_random_sets(self, num_partitions: int) -> int:
@@ -243,7 +243,7 @@ class EvaluateConfig(Section):
     gallery_hits: Count = 5
     view_queries: Annotated[int, Field(ge=0)] = 512  # images whose augmented view is searched for its source
     train_images: Count = 20_000  # without data.test this many training images, in whole shards, are evaluated instead
-    export: str | None = None  # the fusion variant that becomes the model; null: the last not there to compare with
+    export: str | None = None  # the fusion variant that becomes the model; null: the last that is no baseline
 
 
 class Resources(Section):
@@ -292,8 +292,8 @@ class Config(Section):
 
     @property
     def exported(self) -> str:
-        """The fusion variant that becomes the model; by default the last that is not there to compare with."""
-        of_method = [name for name in self.fuse.variants if not Variant.parse(name).to_compare_with]
+        """The fusion variant that becomes the model; by default the last that is no baseline."""
+        of_method = [name for name in self.fuse.variants if not Variant.parse(name).is_baseline]
         return self.evaluate.export or (of_method or self.fuse.variants)[-1]
 
     @property

@@ -72,7 +72,7 @@ def _exported(config: Config, store: Store, spec: ModelSpec, ks: Sequence[int]) 
 
 
 def on_pairs(config: Config, num_sets: int) -> list[str]:
-    """The variants that a job trains on pairs of images; a single set of a partition has nothing to weigh."""
+    """The variants that are trained on pairs of images. With a single partition only randomly initialised sets are."""
     variants = map(Variant.parse, config.fuse.variants)
     return [v.name for v in variants if v.pairs and (num_sets > 1 or v.start != "adapted")]
 
@@ -92,8 +92,8 @@ def _fusions(
         same = (store, name, config.backbone, settled, config.data, config.seed)
         random_sets = Variant.parse(name).num_random_sets(len(sets))
         if random_sets:
-            shape = {"bottleneck": config.adapt.bottleneck, "num_sets": random_sets}
-            fusions[name] = fusion_of(*same, numbered("shard", features), shape)
+            of_sets = {"bottleneck": config.adapt.bottleneck, "num_sets": random_sets}
+            fusions[name] = fusion_of(*same, numbered("shard", features), of_sets)
         else:
             fusions[name] = fusion_of(*same, numbered("adaptors", sets))
     if supervision is not None and supervision.fusion is not None:
@@ -111,9 +111,8 @@ def _supervision(
     classes = true_labels_of(store, ground_truth, features)
     where = (store, config.backbone, config.adapt, config.data, config.seed)
     adaptors = adaptors_of(*where, classes, name=SUPERVISED_SET) if config.adapt.supervised else None
-    return Supervision(
-        ground_truth, classes, adaptors, supervised_fusion_of(store, config, classes, sets) if fused else None
-    )
+    fusion = supervised_fusion_of(store, config, classes, sets) if fused else None
+    return Supervision(ground_truth, classes, adaptors, fusion)
 
 
 def _models(

@@ -50,7 +50,7 @@ def run(config: Config, root: Path, until: str | None = None) -> tuple[Path, lis
 
     Raises:
         ValueError: a setting or an input is wrong; the message names it and what would be right.
-        Terminated: SIGTERM or Ctrl-C came; what was running has saved its state, unless `waited_s` says otherwise.
+        Terminated: after SIGTERM or Ctrl-C; jobs have saved their state, unless its `waited_s` is set.
     """
     with running(config, root) as context:
         return _run(context, until)

@@ -1,6 +1,7 @@
 """What a run would do: its stages, what is reused, jobs with their workers and steps, rough sizes. Writes nothing.
 
-A timm backbone is built without its weights, so its shapes are known; of a backbone of one's own little is known.
+A timm backbone is built without its weights, which gives its shapes. Any other backbone is not built: its number of
+channels is known only where features exist.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from grappa_dist.training.batches import describe_idle_ranks, rank_share, steps_
 from grappa_dist.training.memory import image_bytes, micro_batch_size
 
 CLASSIFIER_PRODUCTS = 4  # of images and classes: scores, pull, scores again, gradient
-DIM = 384  # channels that sizes are given for if the backbone's are not known: a plan does not build one of your own
+DIM = 384  # channels for which sizes are given where the backbone's are not known
 KMEANS_BYTES = 56  # per entry of a centroid, at most; docs/scale.md
 CORE_FLOPS = 3.7e10  # rate of a CPU core in the classifier, Adam included; measured, docs/scale.md
 
@@ -69,12 +70,12 @@ def _table(config: Config, root: Path) -> str:
             lines += [f"{'':<14} {line}" for line in describe_choices(config.clustering, ks, sizes["train"])]
         if name == "adapt":
             lines += [f"{'':<14} {line}" for line in _describe_adapt(config, len(ks), backbone)]
-        if idle := describe_idle_ranks(config.data, _ranks_of(name, config.resources)):
+        if idle := describe_idle_ranks(config.data, _ranks_of_stage(name, config.resources)):
             lines.append(f"{'':<14} {idle}")
     return "\n".join([*lines, *_costs(config, sizes["train"], ks, dim), _classifiers(config, ks, dim)])
 
 
-def _ranks_of(stage: str, where: Resources) -> int:
+def _ranks_of_stage(stage: str, where: Resources) -> int:
     """Ranks of a job of a stage that trains; 0 if they are not known."""
     workers = known_workers(where)
     return {"adapt": ranks_of(where, workers), "fuse": workers or 0}.get(stage, 0)
@@ -91,7 +92,7 @@ def _stages(
     yield "partitions", what, [flow.partitions] if flow else []
     steps = f"{pluralize(adapt_steps, 'step')} of {config.adapt.global_batch} images each"
     yield "adapt", f"{_describe_jobs(config, len(ks))}, {steps}", list(flow.adaptors.values()) if flow else []
-    yield from _supervision(config, flow, ks, adapt_steps)
+    yield from _supervised_stages(config, flow, ks, adapt_steps)
     yield "fuse", _describe_fuse(config, ks, sizes["train"]), list(flow.on_pairs.values()) if flow else []
     models = 1 + len(ks) + len(config.fuse.variants) + config.adapt.supervised
     scores = list(flow.scores.values()) if flow else []
@@ -101,7 +102,7 @@ def _stages(
     yield (
         "report, model",
         f"report/report.html, report/metrics.json, model/ ({config.exported})",
-        ([flow.report, flow.model] if flow else []),
+        [flow.report, flow.model] if flow else [],
     )
 
 
@@ -195,11 +196,11 @@ def _describe_memory(config: Config, backbone: Backbone, num_sets: int, ranks: i
     )
 
 
-def _supervision(
+def _supervised_stages(
     config: Config, flow: Flow | None, ks: tuple[int, ...], steps: int
 ) -> Iterable[tuple[str, str, list[Artifact]]]:
     """The stages that use the labels of the training images; how many there are is not known before they are read."""
-    made, where = flow.supervision if flow else None, config.resources
+    supervision, where = flow.supervision if flow else None, config.resources
     jobs = {
         SUPERVISED_SET: (config.adapt.supervised, pluralize(ranks_of(where, known_workers(where)), "rank")),
         SUPERVISED: (SUPERVISED in config.fuse.variants and len(ks) > 1, "all ranks"),
@@ -208,12 +209,16 @@ def _supervision(
         yield (
             "true_labels",
             "labels of the training images, read before anything else; one task",
-            ([made.ground_truth, made.classes] if made else []),
+            [supervision.ground_truth, supervision.classes] if supervision else [],
         )
     for name, (asked, ranks) in jobs.items():
         if asked:
             what = f"with labels of the training images: one job on {ranks}, at most {steps} steps"
-            yield name, f"{what} of {config.adapt.global_batch} images", [made.trained[name]] if made else []
+            yield (
+                name,
+                f"{what} of {config.adapt.global_batch} images",
+                [supervision.trained[name]] if supervision else [],
+            )
 
 
 def _describe_fuse(config: Config, ks: tuple[int, ...], num_rows: int) -> str:

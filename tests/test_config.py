@@ -235,4 +235,4 @@ def test_a_trained_variant_has_an_optimizer_and_learns_from_pairs_or_labels() ->
     for variant in VARIANTS.values():
         assert (variant.optimizer is not None) == (variant.pairs is not None or variant.labels)
         assert variant.num_random_sets(5) == {"random-one": 1, "random-all": 5}.get(variant.name, 0)
-    assert [name for name, v in VARIANTS.items() if v.to_compare_with] == ["random-one", "random-all", "supervised"]
+    assert [name for name, v in VARIANTS.items() if v.is_baseline] == ["random-one", "random-all", "supervised"]

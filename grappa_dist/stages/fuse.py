@@ -1,9 +1,9 @@
 """fuse: N adaptor sets and the attention that weighs them for each image (step 3 of the paper).
 
-A variant is trained by one job over all ranks, on pairs of images, with the loss of Barlow Twins, Eq. (4). Variants to
-compare with (rows M+A_1 and M* of the paper's table) train their adaptors as well, from a random start: that of linear
-layers by default, in both matrices of a bottleneck (ours; the paper only says "random"). So the features of the first
-step are not the backbone's, and no zero leaves the attention without a gradient.
+A variant is trained by one job over all ranks, on pairs of images, with the loss of Barlow Twins, Eq. (4). The
+baselines M+A_1 and M* of the paper's table train their adaptors as well, from random values: the default init of linear
+layers for both matrices of a bottleneck (ours; the paper only says "random"). So the features of the first step are not
+the backbone's, and no zero leaves the attention without a gradient.
 
 Shapes: B images of this rank, b of a micro-batch, S pixels a side, L layers, N sets, D channels.
 """
@@ -34,13 +34,7 @@ from grappa_dist.distributed.worker import RankContext
 from grappa_dist.files import replacing
 from grappa_dist.models import Adaptors, Grappa
 from grappa_dist.models.backbone import forward_precision
-from grappa_dist.models.spec import (
-    ADAPTORS_FILE,
-    FUSION_FILE,
-    build_backbone,
-    release_cached_model,
-    save_random_sets,
-)
+from grappa_dist.models.spec import ADAPTORS_FILE, FUSION_FILE, build_backbone, release_cached_model, save_random_sets
 from grappa_dist.stages.embed import Embedding, to_images
 from grappa_dist.stages.fuse_pairs import Pairs
 from grappa_dist.stages.run import Run
@@ -51,7 +45,7 @@ from grappa_dist.training.loop import Schedule, train
 from grappa_dist.training.memory import fuse_advice, naming_lack_of_memory
 from grappa_dist.training.optim import Lars, adam
 
-BUCKET = 5 * 10**8  # gradients that the engine copies together to add them up over the ranks, even if there is only one
+BUCKET = 5 * 10**8  # most gradients in one buffer of the engine's all-reduce, which it fills for a single rank too
 
 
 @dataclass(frozen=True)
@@ -91,7 +85,7 @@ def fusion_of(
 
 
 def describe_unfused(fuse: FuseConfig, num_sets: int) -> str:
-    """What the variants are if there is only one adaptor set; empty if there are several."""
+    """The note that one adaptor set leaves nothing to fuse; "" if there are several."""
     same = [name for name in fuse.variants if Variant.parse(name).start == "adapted"]
     if num_sets > 1 or not same:
         return ""
@@ -149,11 +143,11 @@ def train_fusion(context: RankContext, job: FuseJob) -> None:
     with naming_lack_of_memory(name, fuse_advice(config.micro_batch)), ExitStack() as stack:
         objective = FuseObjective(context, job, folder)
         stack.callback(objective.close)
-        optimizer = (
-            adam([p for p in objective.module.parameters() if p.requires_grad], peak)
-            if by_adam
-            else Lars(lars_groups(objective.module), lr=peak, weight_decay=config.lars_weight_decay)
-        )
+        optimizer: torch.optim.Optimizer
+        if by_adam:
+            optimizer = adam([p for p in objective.module.parameters() if p.requires_grad], peak)
+        else:
+            optimizer = Lars(lars_groups(objective.module), lr=peak, weight_decay=config.lars_weight_decay)
         schedule = Schedule.falling(steps, config.checkpoint_steps, peak=peak, warmup_steps=config.warmup_steps)
         done = train(context, objective, optimizer, schedule, folder=folder, job=name)
         if done and context.comm.rank == 0:

@@ -69,24 +69,6 @@ def batches_of_rank(good: Sequence[int], batch: int, rank: int, size: int) -> li
     return parts
 
 
-def _open_features(path: Path, progress: Path, shape: tuple[int, int]) -> tuple[NDArray[np.float32], int]:
-    """A memory map of features, and how many of its rows an interrupted attempt has computed."""
-    if not shape[0]:  # a memory map cannot be empty
-        return np.zeros(shape, dtype=np.float32), 0
-    if path.exists() and progress.exists():
-        features: NDArray[np.float32] = np.lib.format.open_memmap(path, mode="r+")
-        if features.shape == shape:
-            return features, int(json.loads(progress.read_text()))
-    progress.unlink(missing_ok=True)
-    return np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape), 0
-
-
-def _save_progress(features: NDArray[np.float32], reached: int, progress: Path) -> None:
-    if isinstance(features, np.memmap):
-        features.flush()
-        write_json(progress, reached)
-
-
 class Graphs:
     """Builds the graph of every epoch, by all ranks of a job together; a resumed job finds those that are complete."""
 
@@ -127,13 +109,13 @@ class Graphs:
         k, cosine = self._settings.neighbours, self._settings.duplicate_cosine
         copies = are_duplicates(graph.ids[:, :k], graph.scores[:, :k], cosine)
         near = without_duplicates(graph.ids, graph.scores, cosine, k) if self._settings.skip_duplicates else graph.ids
-        self._write(folder, ids, near)
+        self._write_neighbours(folder, ids, near)
         found: dict[str, Any] = {"epoch": epoch, "graph": kind, **asdict(graph.recall)}
         if kind == "approximate":
             recall = graph.recall
             figure = "exact" if recall.searched == "exact" else f"{recall.recall:.3f} ± {recall.recall_error:.3f}"
             self._context.report({"phase": f"epoch {epoch}: k-NN graph with recall {figure}"})
-        self._describe(folder, ids, near, {**found, **self._duplicates(near, copies)})
+        self._write_statistics(folder, ids, near, {**found, **self._duplicates(near, copies)})
 
     def _features(self, folder: Path) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Ids of this rank's share of the good rows, ascending, and their features by the current model, on disk."""
@@ -190,7 +172,7 @@ class Graphs:
             log=lambda text: self._context.report({"phase": f"epoch {epoch}: {text}"}),
         )
 
-    def _write(self, folder: Path, ids: NDArray[np.int64], near: NDArray[np.int64]) -> None:
+    def _write_neighbours(self, folder: Path, ids: NDArray[np.int64], near: NDArray[np.int64]) -> None:
         """Writes a table for each shard, every rank the rows that it has, and syncs them to the disk."""
         images, comm = self._training.images, self._context.comm
         for shard in own_shards(images.starts.tolist(), comm.rank, comm.size):
@@ -215,18 +197,20 @@ class Graphs:
     def _duplicates(self, near: NDArray[np.int64], copies: NDArray[np.bool_]) -> dict[str, float]:
         """How many of all rows have near-duplicates among their k nearest, and how many have no neighbour."""
         counts = [len(near), int(copies.any(1).sum()), int(copies.sum()), int((near < 0).all(1).sum())]
-        rows, with_copies, pairs, alone = self._sum(counts)
+        rows, with_copies, pairs, without = self._sum(counts)
         return {
             "duplicate_cosine": self._settings.duplicate_cosine,
             "rows_with_duplicates_share": with_copies / max(1, rows),
             "duplicate_pairs": pairs,
-            "rows_without_neighbour": alone,
+            "rows_without_neighbour": without,
         }
 
     def _sum(self, counts: list[int]) -> list[int]:
         return self._context.comm.sum_(torch.tensor(counts, device=self._context.device)).tolist()
 
-    def _describe(self, folder: Path, ids: NDArray[np.int64], near: NDArray[np.int64], figures: dict[str, Any]) -> None:
+    def _write_statistics(
+        self, folder: Path, ids: NDArray[np.int64], near: NDArray[np.int64], figures: dict[str, Any]
+    ) -> None:
         """Rank 0 writes the statistics of the graph, with how often neighbours share each pseudo-label."""
         valid = near >= 0
         shares = {}
@@ -236,6 +220,24 @@ class Graphs:
             shares[f"k={k}"] = counts[0] / max(1, counts[1])
         self._context.comm.barrier()
         if self._context.comm.rank == 0:
-            for scratch in folder.glob("features-*"):
-                scratch.unlink()
+            for file in folder.glob("features-*"):
+                file.unlink()
             write_json(folder / "statistics.json", {**figures, "neighbours_share_pseudo_label": shares})
+
+
+def _open_features(path: Path, progress: Path, shape: tuple[int, int]) -> tuple[NDArray[np.float32], int]:
+    """A memory map of features, and how many of its rows an interrupted attempt has computed."""
+    if not shape[0]:  # a memory map cannot be empty
+        return np.zeros(shape, dtype=np.float32), 0
+    if path.exists() and progress.exists():
+        features: NDArray[np.float32] = np.lib.format.open_memmap(path, mode="r+")
+        if features.shape == shape:
+            return features, int(json.loads(progress.read_text()))
+    progress.unlink(missing_ok=True)
+    return np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape), 0
+
+
+def _save_progress(features: NDArray[np.float32], reached: int, progress: Path) -> None:
+    if isinstance(features, np.memmap):
+        features.flush()
+        write_json(progress, reached)

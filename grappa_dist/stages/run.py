@@ -32,7 +32,7 @@ def running(config: Config, root: Path) -> Iterator[Run]:
 
     Raises:
         ValueError: the directory cannot be written to, or another run writes to it.
-        Terminated: SIGTERM or Ctrl-C came; what was running has saved its state, unless `waited_s` says otherwise.
+        Terminated: after SIGTERM or Ctrl-C; jobs have saved their state, unless its `waited_s` is set.
     """
     store, new = Store(root), [path for path in (root, *root.parents) if not path.exists()]
     with store.lock():

@@ -109,12 +109,8 @@ def train(
 ) -> bool:
     """Trains from the newest checkpoint in `folder` to the end; False when it was asked to stop and saved its state.
 
-    Args:
-        sharded: the modules outside the engine, by their names in checkpoints. Their gradients must be finite where the
-            loss is.
-
-    Raises:
-        ArithmeticError: a figure is not finite; the message names the step and its images.
+    `sharded` are the modules outside the engine, by their names in checkpoints; their gradients must be finite where
+    the loss is. An ArithmeticError names the step, and its images, where a figure is not finite.
     """
     shards = {name: module.shard() for name, module in sharded.items()}
     start = _same_on_all_ranks(context, load_checkpoint(folder, objective.module, optimizer, shards), job)
