@@ -20,12 +20,12 @@ from typing import Any
 
 from benchmarks.harness import Log, aligned, aligned_header, check_least, machine
 from examples.paper_in_one_file import AVERAGE, NEIGHBOURS, TRANSFORMS, PaperScript, Pictures
+from grappa_dist import pipeline
 from grappa_dist.artifacts import Store
 from grappa_dist.config import Config, load
 from grappa_dist.console import EVENTS_FILE
 from grappa_dist.data.open_images import generate_data_set, generated_data_set, open_images
 from grappa_dist.data.shards import ImageShards
-from grappa_dist.pipeline import run as run_pipeline
 
 OURS, SCRIPT = "ours", "the script"
 DEMO = Path(__file__).parents[1] / "configs/demo.yaml"
@@ -106,7 +106,7 @@ def measure_pipeline(settings: PipelineSettings, log: Log) -> PipelineFindings:
 def _ours(config: Config, root: Path) -> Side:
     start = time.perf_counter()
     with redirect_stdout(sys.stderr):
-        found = run_pipeline(config, root)
+        found = pipeline.run(config, root)
     assert found is not None
     seconds = seconds_by_step((root / EVENTS_FILE).read_text().splitlines())
     seconds[OTHER] = time.perf_counter() - start - sum(seconds.values())

@@ -16,7 +16,7 @@ from grappa_dist.models import Backbone, PackedGrappa
 from grappa_dist.models.spec import build_backbone
 from grappa_dist.plan import plan
 from grappa_dist.training.memory import memory_budget
-from tests.models import tiny as models
+from tests.models.tiny import TIMM_KWARGS
 from tests.stages import tiny
 
 SECTIONS: dict[str, Any] = {
@@ -100,7 +100,7 @@ def test_a_plan_prices_the_projector_in_memory_and_traffic(tmp_path: Path) -> No
 
 def test_a_plan_shows_what_waits_for_what_and_the_memory_of_a_step(tmp_path: Path) -> None:
     paths = tiny.write_shards(tmp_path / "images")
-    timm = {"name": "timm:vit_tiny_patch16_224", "kwargs": models.TIMM_KWARGS, "image_size": 32}
+    timm = {"name": "timm:vit_tiny_patch16_224", "kwargs": TIMM_KWARGS, "image_size": 32}
 
     def plan_with(**sections: Any) -> str:
         return plan(tiny.config(paths, **{**SECTIONS, **sections}), tmp_path / "run")
@@ -168,7 +168,7 @@ def test_a_plan_shows_what_is_reused(tmp_path: Path) -> None:
 
 def test_a_plan_shows_sizes_for_the_channels_that_are_known(tmp_path: Path) -> None:
     paths = tiny.write_shards(tmp_path / "images")
-    timm = {"name": "timm:vit_tiny_patch16_224", "kwargs": models.TIMM_KWARGS, "image_size": 32}
+    timm = {"name": "timm:vit_tiny_patch16_224", "kwargs": TIMM_KWARGS, "image_size": 32}
     lines = lines_of(tiny.config(paths, **SECTIONS, backbone=timm), tmp_path / "run")
     text = "timm:vit_tiny_patch16_224: 24 channels; image_size=32, resize=crop, interpolation=bicubic"
     assert lines["backbone"] == text

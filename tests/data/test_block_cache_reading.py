@@ -1,4 +1,4 @@
-"""Which requests reading makes: whole blocks for who reads through, single images for who does not."""
+"""Which requests are made: whole blocks where a shard is read through, single images where it is not."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from grappa_dist.data import block_cache as blocks
+from grappa_dist.data import block_cache
 from grappa_dist.data.block_cache import BLOCK, BlockFile, CacheSettings
 from grappa_dist.data.remote import objects_at
 from tests.stores import StoreProxy, proxy_to, ranged
@@ -131,7 +131,7 @@ def test_places_beyond_the_object_are_refused_without_asking(web: StoreProxy, tm
 
 
 def test_no_more_requests_are_in_flight_than_asked_for(web: StoreProxy) -> None:
-    pool = blocks.fetchers(CacheSettings(in_flight=3))
+    pool = block_cache.fetchers(CacheSettings(in_flight=3))
     running, most, lock = 0, 0, threading.Lock()
     gate = threading.Barrier(3, timeout=10)
 

@@ -8,7 +8,6 @@ import pytest
 
 from grappa_dist.artifacts import Store
 from grappa_dist.config import DataConfig
-from grappa_dist.data import open_images as module
 from grappa_dist.data.open_images import (
     ends_of,
     generate_data_set,
@@ -106,7 +105,7 @@ def test_a_tar_without_an_index_is_read_once_also_when_nothing_may_be_written(
     paths = tiny.write_shards(tmp_path / "images", (4, 5), bad=())
     for path in paths:
         (Path(path) / "index.json").unlink()
-    monkeypatch.setattr(module, "INDEXING_S", 0)
+    monkeypatch.setattr("grappa_dist.data.open_images.INDEXING_S", 0)
     store, data, logged = Store(tmp_path / "run"), DataConfig(train=tuple(paths)), list[str]()
     first, _ = open_images(data, store, log=logged.append)
     assert logged == [f"load: {count} tars without an index, or newer than theirs, read to the end" for count in (1, 2)]

@@ -9,29 +9,28 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from grappa_dist.data import decoding
-from grappa_dist.data import transforms as probe
+from grappa_dist.data import decoding, transforms
 from grappa_dist.data.decoding import decode, open_picture
 
 
 def test_the_probe_is_a_plain_jpeg_that_both_decoders_read_alike() -> None:
-    assert decoding._plain_jpeg(probe._JPEG) is not None
-    pixels = open_picture(probe._JPEG).pixels()
+    assert decoding._plain_jpeg(transforms._JPEG) is not None
+    pixels = open_picture(transforms._JPEG).pixels()
     assert pixels.shape == (26, 34, 3)
     assert pixels.std() > 20
-    assert np.array_equal(pixels, np.asarray(decode(probe._JPEG)))
+    assert np.array_equal(pixels, np.asarray(decode(transforms._JPEG)))
 
 
 def test_other_pixels_of_any_step_and_other_arithmetic_of_ours_give_another_class(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def seen() -> str:
-        return probe.pixels_class.__wrapped__()
+        return transforms.pixels_class.__wrapped__()
 
-    classes = [seen(), probe.pixels_class()]
+    classes = [seen(), transforms.pixels_class()]
     assert len(set(classes)) == 1
     with monkeypatch.context() as patch:
-        patch.setattr(probe, "PIXELS_VERSION", probe.PIXELS_VERSION + 1)
+        patch.setattr(transforms, "PIXELS_VERSION", transforms.PIXELS_VERSION + 1)
         classes.append(seen())
     with monkeypatch.context() as patch:
         fast = decoding.simplejpeg.decode_jpeg
@@ -48,4 +47,4 @@ def test_the_class_does_not_depend_on_the_vector_instructions_of_the_processor()
     code = "from grappa_dist.data.transforms import pixels_class; print(pixels_class())"
     plain = {**os.environ, "ATEN_CPU_CAPABILITY": "default", "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run([sys.executable, "-c", code], env=plain, capture_output=True, text=True, timeout=120)
-    assert done.stdout.strip() == probe.pixels_class(), done.stderr
+    assert done.stdout.strip() == transforms.pixels_class(), done.stderr

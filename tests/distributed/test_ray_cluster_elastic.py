@@ -25,11 +25,11 @@ RESOURCES = Resources(cpus_per_worker=1, placement_timeout_s=200, collective_tim
 @pytest.fixture(scope="module")
 def machines() -> Iterator[Any]:
     """A head without CPUs; the tests add nodes of one CPU."""
-    from ray.cluster_utils import Cluster as Machines
+    from ray import cluster_utils
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")
-        machines = Machines(
+        machines = cluster_utils.Cluster(
             initialize_head=True,
             head_node_args={"num_cpus": 0, "include_dashboard": False, "object_store_memory": 2**27},
         )

@@ -16,7 +16,7 @@ import pytest
 
 from grappa_dist.config import Resources
 from grappa_dist.console import Ending, Terminated
-from grappa_dist.distributed import ray_cluster as cluster_module
+from grappa_dist.distributed import ray_cluster
 from grappa_dist.distributed.preflight import Checks, versions
 from grappa_dist.distributed.ray_cluster import Cluster
 from grappa_dist.distributed.runner import Job, Runner
@@ -219,7 +219,7 @@ sys.exit(Ending().of(work))
 
 
 def test_nodes_whose_storage_hangs_are_awaited_together(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(cluster_module, "SURVEY_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(ray_cluster, "SURVEY_TIMEOUT_S", 1.0)
     ray = Ray("abcd", lambda ref: ref.worker.node if ref.method == "ready" else None)
     ray.each_wait = lambda timeout_s: time.sleep(min(timeout_s, 0.1))
     nodes = iter("abcd")

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from grappa_dist.distributed import worker as workers
+from grappa_dist.distributed import worker
 
 
 class Ended(Exception):
@@ -18,15 +18,15 @@ def end(status: int) -> None:
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers, "LOOK_S", 0.02)
-    monkeypatch.setattr(workers.os, "_exit", end)
+    monkeypatch.setattr(worker, "LOOK_S", 0.02)
+    monkeypatch.setattr(worker.os, "_exit", end)
 
 
 def test_a_worker_that_cannot_reach_the_head_ends_itself() -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))  # nothing listens
         with pytest.raises(Ended, match="75"):
-            workers._end_when_cut_off(closed.getsockname())
+            worker._end_when_cut_off(closed.getsockname())
 
 
 def test_a_head_that_is_too_busy_to_answer_counts_as_reached(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,7 +37,7 @@ def test_a_head_that_is_too_busy_to_answer_counts_as_reached(monkeypatch: pytest
 
     def count(seconds: float) -> None:
         looks.append(seconds)
-        if len(looks) > 3 * workers.CUT_OFF_TRIES:
+        if len(looks) > 3 * worker.CUT_OFF_TRIES:
             raise Enough
 
     monkeypatch.setattr(time, "sleep", count)
@@ -45,11 +45,11 @@ def test_a_head_that_is_too_busy_to_answer_counts_as_reached(monkeypatch: pytest
         head.bind(("127.0.0.1", 0))
         head.listen(100)  # and accepts no connection
         with pytest.raises(Enough):
-            workers._end_when_cut_off(head.getsockname())
+            worker._end_when_cut_off(head.getsockname())
 
 
 def test_one_connection_to_the_head_resets_the_count_of_failed_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    answers = [False] * (workers.CUT_OFF_TRIES - 1) + [True] + [False] * workers.CUT_OFF_TRIES
+    answers = [False] * (worker.CUT_OFF_TRIES - 1) + [True] + [False] * worker.CUT_OFF_TRIES
 
     def look(address: object, timeout_s: float) -> socket.socket:
         if answers.pop(0):
@@ -58,5 +58,5 @@ def test_one_connection_to_the_head_resets_the_count_of_failed_ones(monkeypatch:
 
     monkeypatch.setattr(socket, "create_connection", look)
     with pytest.raises(Ended):
-        workers._end_when_cut_off(("10.0.0.1", 1))
+        worker._end_when_cut_off(("10.0.0.1", 1))
     assert answers == []

@@ -11,9 +11,7 @@ import torch
 from grappa_dist.config import ClusteringConfig
 from grappa_dist.distributed.collectives import Comm
 from grappa_dist.distributed.sharded_rows import ShardedRows, join_rows
-from grappa_dist.kmeans import assignments as row_labels
-from grappa_dist.kmeans import balanced as balance
-from grappa_dist.kmeans import hierarchical, sampling
+from grappa_dist.kmeans import assignments, balanced, hierarchical, sampling
 from grappa_dist.kmeans.lloyd import KMeansState, KMeansTask, sharded_kmeans
 from grappa_dist.kmeans.methods import Choice, Clustering, ClusteringCallbacks, ClusteringTask, cluster
 from grappa_dist.search.fixed_point import GRID, to_grid
@@ -99,7 +97,7 @@ def test_ranks_and_blocks_change_no_bit_of_any_method(alone: dict[str, Clusterin
 
 @pytest.mark.slow
 def test_pieces_of_any_size_change_no_bit(alone: dict[str, Clustering], monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (balance, hierarchical, sampling, row_labels):
+    for module in (assignments, balanced, hierarchical, sampling):
         monkeypatch.setattr(module, "PIECE", 13)
     for name, found in run_cases(Comm(), 100).items():
         assert np.array_equal(np.concatenate(found.result.labels), np.concatenate(alone[name].result.labels)), name

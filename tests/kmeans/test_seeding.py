@@ -9,7 +9,7 @@ import torch
 
 from grappa_dist.distributed.collectives import Comm
 from grappa_dist.distributed.sharded_rows import Rows, ShardedRows, join_rows
-from grappa_dist.kmeans import seeding as sharded_seeding
+from grappa_dist.kmeans import seeding
 from grappa_dist.kmeans.seeding import SeedingState, seed_centroids
 from tests.kmeans.test_lloyd import clustered, cuts, good_rows, part_of
 from tests.processes import run_ranks
@@ -89,8 +89,6 @@ def test_rows_that_fill_up_are_looked_for_no_further_than_needed(monkeypatch: py
     x = np.repeat(clustered(1, 3, 1), 5 * 2**16, axis=0)
     sharded = join_rows(Comm(), Rows([x], [np.ones(len(x), dtype=bool)]), device=torch.device("cpu"))
     looked = list[int]()
-    monkeypatch.setattr(
-        sharded_seeding.torch, "isin", lambda a, b, isin=torch.isin: looked.append(len(a)) or isin(a, b)
-    )
+    monkeypatch.setattr(seeding.torch, "isin", lambda a, b, isin=torch.isin: looked.append(len(a)) or isin(a, b))
     assert len(seed_centroids(sharded, 4, 0)) == 4
     assert looked == [2**16]

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grappa_dist.knn import block_search as knn
+from grappa_dist.knn import block_search
 from grappa_dist.knn.block_search import Block, Neighbours, are_duplicates, extend, merge, to_scores, without_duplicates
 from grappa_dist.search.candidates import float_error, largest_float32
 from grappa_dist.search.fixed_point import GRID, to_grid
@@ -68,9 +68,9 @@ def test_float_noise_within_the_bound_changes_no_list() -> None:
 
 def test_tiles_and_columns_do_not_change_a_list(monkeypatch: pytest.MonkeyPatch) -> None:
     x = collection(8)
-    monkeypatch.setattr(knn, "MOST_ROWS", 8)
+    monkeypatch.setattr(block_search, "MOST_ROWS", 8)
     for tile in (8, 50):
-        monkeypatch.setattr(knn, "_TILE", tile)
+        monkeypatch.setattr(block_search, "_TILE", tile)
         assert pairs(extend(Neighbours.none(len(x.ids), 4), x, Block.of(x.rows, x.ids))) == brute_force(x, x, 4)
 
 

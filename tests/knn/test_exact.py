@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from grappa_dist.distributed.collectives import Comm
-from grappa_dist.knn import exact as knn_blocks
+from grappa_dist.knn import exact
 from grappa_dist.knn.exact import sharded_knn
 from grappa_dist.search.fixed_point import GRID, to_grid
 from tests.processes import run_ranks
@@ -57,7 +57,7 @@ def run_cases(
         own = slice(edges[comm.rank], edges[comm.rank + 1])
         with pytest.MonkeyPatch.context() as patch:
             if kept_bytes is not None:
-                patch.setattr(knn_blocks, "KEPT_BYTES", kept_bytes)
+                patch.setattr(exact, "KEPT_BYTES", kept_bytes)
             results[name] = sharded_knn(
                 comm, x[own], ids_of(x)[own], k, block_rows=block_rows, copies=copies, device=device
             )
@@ -110,11 +110,11 @@ def test_blocks_within_the_memory_budget_are_read_once(monkeypatch: pytest.Monke
         read.append(len(rows))
         return to_grid(rows)
 
-    monkeypatch.setattr(knn_blocks, "to_grid", counting)
+    monkeypatch.setattr(exact, "to_grid", counting)
     sharded_knn(Comm(), x, ids, 3, block_rows=10, copies=True)
     assert read == [10] * 3
     read.clear()
-    monkeypatch.setattr(knn_blocks, "KEPT_BYTES", 2 * 10 * 8 * 4 + 1)  # two of three
+    monkeypatch.setattr(exact, "KEPT_BYTES", 2 * 10 * 8 * 4 + 1)  # two of three
     sharded_knn(Comm(), x, ids, 3, block_rows=10, copies=True)
     assert read == [10] * (2 + 1 + 3)  # the third as one that travels, and for each of them
 

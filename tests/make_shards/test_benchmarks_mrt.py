@@ -12,7 +12,7 @@ import pytest
 
 from grappa_dist.config import load
 from grappa_dist.data.shards import ImageShards
-from grappa_dist.make_shards import benchmarks as readers
+from grappa_dist.make_shards import benchmarks
 from grappa_dist.make_shards.benchmarks import (
     MRT,
     Listed,
@@ -51,7 +51,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def test_aircraft_splits_its_variants_by_name_whatever_list_an_image_is_in(tmp_path: Path) -> None:
-    listed = readers.aircraft(layouts.aircraft(tmp_path))
+    listed = benchmarks.aircraft(layouts.aircraft(tmp_path))
     assert sides(listed) == {"train": {"707-320": 2, "A330-200": 3}, "test": {"Model B200": 2}}
     assert all((tmp_path / "fgvc-aircraft-2013b" / image.file).is_file() for image in listed)
 
@@ -61,41 +61,41 @@ def test_aircraft_splits_its_variants_by_name_whatever_list_an_image_is_in(tmp_p
 )
 def test_cars_splits_its_classes_by_id_in_every_layout(tmp_path: Path, write: Callable[[Path], Path]) -> None:
     folder = write(tmp_path)
-    listed = readers.cars(folder)
+    listed = benchmarks.cars(folder)
     assert sides(listed) == {"train": {"001": 3, "002": 2}, "test": {"010": 2, "011": 1}}
     assert all((folder / image.file).is_file() for image in listed)
 
 
 def test_cub_splits_its_classes_by_id_and_labels_say_id_and_name(tmp_path: Path) -> None:
-    listed = readers.cub(layouts.cub(tmp_path))
+    listed = benchmarks.cub(layouts.cub(tmp_path))
     train = {"001.Black_footed_Albatross": 2, "002.Laysan_Albatross": 2}
     assert sides(listed) == {"train": train, "test": {"010.Red_winged_Blackbird": 2}}
 
 
 def test_flowers_splits_its_classes_by_number_not_by_the_digits_of_it(tmp_path: Path) -> None:
-    listed = readers.flowers(layouts.flowers(tmp_path))
+    listed = benchmarks.flowers(layouts.flowers(tmp_path))
     assert sides(listed) == {"train": {"001": 1, "002": 2, "010": 1}, "test": {"077": 2, "100": 1}}
     assert listed[2] == Listed("jpg/image_00003.jpg", "010", "train")
 
 
 def test_food_splits_its_classes_by_name_and_the_odd_one_trains(tmp_path: Path) -> None:
-    listed = readers.food101(layouts.food101(tmp_path))
+    listed = benchmarks.food101(layouts.food101(tmp_path))
     assert sides(listed) == {"train": {"apple_pie": 2, "baklava": 2}, "test": {"waffles": 2}}
 
 
 def test_products_splits_by_its_official_lists(tmp_path: Path) -> None:
-    listed = readers.products(layouts.products(tmp_path))
+    listed = benchmarks.products(layouts.products(tmp_path))
     assert sides(listed) == {"train": {"00001": 2, "00002": 1}, "test": {"11319": 1}}
     assert listed[0].file == "bicycle_final/111085122800001_1.JPG"
 
 
 def test_the_zero_shot_sets_only_test_and_pets_takes_what_its_list_names(tmp_path: Path) -> None:
-    assert sides(readers.dtd(layouts.dtd(tmp_path))) == {"test": {"banded": 2, "zigzagged": 2}}
+    assert sides(benchmarks.dtd(layouts.dtd(tmp_path))) == {"test": {"banded": 2, "zigzagged": 2}}
     for below in ("2750", "EuroSAT_RGB"):
         folder = layouts.eurosat(tmp_path / below, below)
-        assert sides(readers.eurosat(folder)) == {"test": {"AnnualCrop": 3, "SeaLake": 3}}
+        assert sides(benchmarks.eurosat(folder)) == {"test": {"AnnualCrop": 3, "SeaLake": 3}}
     pets = {"Abyssinian": 2, "american_bulldog": 1, "yorkshire_terrier": 1}
-    assert sides(readers.pets(layouts.pets(tmp_path))) == {"test": pets}
+    assert sides(benchmarks.pets(layouts.pets(tmp_path))) == {"test": pets}
 
 
 def test_the_expected_counts_are_those_of_the_paper_and_add_up_to_its_totals() -> None:
@@ -244,18 +244,18 @@ def test_a_broken_list_is_named_in_one_line(
 def test_a_mat_file_with_other_content_says_what_it_has(tmp_path: Path) -> None:
     layouts.write_mat(layouts.flowers(tmp_path) / "imagelabels.mat", classes=[1, 2])
     with pytest.raises(ValueError, match="no variable 'labels'; it has classes"):
-        readers.flowers(tmp_path / "flowers-102")
+        benchmarks.flowers(tmp_path / "flowers-102")
     folder = layouts.cars(tmp_path)
     layouts.write_mat(folder / "cars_annos.mat", annotations=layouts.annotations(("fname",), [("a",), ("b",)]))
     with pytest.raises(ValueError, match="without the field 'relative_im_path'; they have fname"):
-        readers.cars(folder)
+        benchmarks.cars(folder)
 
 
 def test_without_scipy_the_error_says_which_file_needs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = layouts.flowers(tmp_path)
     monkeypatch.setitem(sys.modules, "scipy.io", None)
     with pytest.raises(ValueError, match=r"imagelabels\.mat: a MATLAB file, and reading it needs scipy"):
-        readers.flowers(folder)
+        benchmarks.flowers(folder)
 
 
 @pytest.mark.parametrize(

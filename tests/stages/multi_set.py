@@ -15,7 +15,7 @@ from grappa_dist.artifacts import Store
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.distributed.collectives import Comm
 from grappa_dist.models.spec import ADAPTORS_FILE
-from grappa_dist.stages import adapt_job as adapting
+from grappa_dist.stages import adapt_job
 from grappa_dist.stages.adapt import adaptors_of
 from grappa_dist.stages.adapt_job import AdaptJob, train_adaptors
 from grappa_dist.stages.multi_set_jobs import AdaptSet
@@ -52,11 +52,11 @@ def train_all_ways(comm: Comm, folder: Path) -> None:
         run(comm, job_in(folder, "unclipped", clip_norm=None))
         run(comm, job_in(folder, "sparing", micro_batch=3, activation_checkpointing=True))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(adapting, "usable_bytes", lambda device, sharing: SCANT)
+            patch.setattr(adapt_job, "usable_bytes", lambda device, sharing: SCANT)
             run(comm, job_in(folder, "auto", micro_batch="auto"))
             seconds = iter((2.0, 1.0))  # of a plain pass and of a compiled one
             cheap = partial(compile_if_faster, backend="aot_eager", measure=lambda _: next(seconds), bf16=False)
-            patch.setattr(adapting, "compile_if_faster", cheap)
+            patch.setattr(adapt_job, "compile_if_faster", cheap)
             run(comm, replace(job_in(folder, "compiled", micro_batch=5), compiled=True))
     else:
         run(comm, job_in(folder, "zero", micro_batch=5, zero_stage=2))

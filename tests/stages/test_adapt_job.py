@@ -16,11 +16,11 @@ from grappa_dist.distributed.collectives import Comm
 from grappa_dist.distributed.worker import release_memory
 from grappa_dist.models import PackedGrappa
 from grappa_dist.models.spec import ModelSpec, cached_model
-from grappa_dist.stages import adapt_job as adapting
+from grappa_dist.stages import adapt_job
 from grappa_dist.stages.adapt_job import AdaptJob
 from grappa_dist.training.deepspeed_engine import Engine
 from grappa_dist.training.loop import NAMED
-from tests.models import tiny as tiny_models
+from tests.models.tiny import create
 from tests.processes import run_ranks
 from tests.stages import tiny
 from tests.stages.multi_set import KS, SCANT, close, job_in, run, weights
@@ -40,27 +40,27 @@ def test_a_compiled_job_logs_it_and_one_without_a_gpu_logs_why_not(trained: Path
     begins = next(event for event in read_events(one.artifact.path / "metrics.jsonl") if event["name"] == "begins")
     assert begins["compile"] == "compiled; 4 images take 1000.0 ms compiled, 2000.0 ms plain"
     context = tiny.Watcher().context(Comm())
-    plain = adapting.AdaptObjective(context, replace(job_in(trained, "names"), compiled=True))
+    plain = adapt_job.AdaptObjective(context, replace(job_in(trained, "names"), compiled=True))
     assert plain.decisions["compile"] == "not compiled: no GPU"
 
 
 def batch_sizes_tried(comm: Comm, job: AdaptJob) -> list[Any]:
     """The largest batch that is asked for, and the one that torch.compile is tried with."""
-    seen, fit = list[Any](), adapting.automatic_batch_size
+    seen, fit = list[Any](), adapt_job.automatic_batch_size
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(adapting, "usable_bytes", lambda device, sharing: SCANT)
+        patch.setattr(adapt_job, "usable_bytes", lambda device, sharing: SCANT)
         patch.setattr(
-            adapting,
+            adapt_job,
             "automatic_batch_size",
             lambda c, model, folder, most, usable: fit(c, model, folder, *note(most), usable),
         )
-        patch.setattr(adapting, "compile_if_faster", lambda model, images: note(images) and "not compiled")
+        patch.setattr(adapt_job, "compile_if_faster", lambda model, images: note(images) and "not compiled")
 
         def note(images: int) -> list[int]:
             seen.append(images)
             return [images]
 
-        adapting.AdaptObjective(tiny.Watcher().context(comm), job)
+        adapt_job.AdaptObjective(tiny.Watcher().context(comm), job)
     return seen
 
 
@@ -77,7 +77,7 @@ def test_no_more_images_are_tried_than_a_rank_has_of_a_step(drawn: Path) -> None
 
 def broken(dim: int, depth: int) -> torch.nn.Module:
     """Gives features that are not finite for the second image of a batch."""
-    model: Any = tiny_models.create(dim, depth)
+    model: Any = create(dim, depth)
     where = torch.zeros(tiny.BATCH, 1, 1).index_fill(0, torch.tensor(1), torch.nan)
     model.patch_embed.register_forward_hook(lambda module, given, tokens: tokens + where[: len(tokens)])
     return model  # type: ignore[no-any-return]
@@ -128,9 +128,9 @@ def test_a_gradient_that_is_not_finite_stops_all_ranks_before_the_update_and_spo
 def left_of_a_job(comm: Comm, job: AdaptJob) -> tuple[set[str], set[str]]:
     """What lives of the parts of a job that is over, and of the model that the worker embedded with: before and after
     the worker releases memory, where the collector does not run by itself."""
-    parts, init = dict[str, weakref.ref[Any]](), adapting.AdaptObjective.__init__
+    parts, init = dict[str, weakref.ref[Any]](), adapt_job.AdaptObjective.__init__
 
-    def watched(objective: adapting.AdaptObjective, *given: Any) -> None:
+    def watched(objective: adapt_job.AdaptObjective, *given: Any) -> None:
         init(objective, *given)
         parts["model"], parts["rows"] = weakref.ref(objective.model), weakref.ref(objective.classifiers[0].state.rows)
 
@@ -140,7 +140,7 @@ def left_of_a_job(comm: Comm, job: AdaptJob) -> tuple[set[str], set[str]]:
     del embedding
     gc.disable()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(adapting.AdaptObjective, "__init__", watched)
+        patch.setattr(adapt_job.AdaptObjective, "__init__", watched)
         run(comm, job)
     before = {name for name, part in parts.items() if part() is not None}
     release_memory()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from grappa_dist.models import PackedGrappa
-from grappa_dist.stages import adapt as rates
+from grappa_dist.stages import adapt
 from grappa_dist.training.memory import image_bytes
 from tests.stages import tiny
 from tests.stages.multi_set import job_in
@@ -24,8 +24,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def measured(
-    folder: Path, patch: pytest.MonkeyPatch, usable: int, runs_with: int = 99, **adapt: Any
-) -> tuple[list[tuple[int, int]], rates.Measured]:
+    folder: Path, patch: pytest.MonkeyPatch, usable: int, runs_with: int = 99, **settings: Any
+) -> tuple[list[tuple[int, int]], adapt.Measured]:
     """Sets and images of the passes that are timed, where `usable` bytes seem free and fewer images may run."""
     timed, before = list[tuple[int, int]](), list[weakref.ref[PackedGrappa]]()
 
@@ -36,19 +36,19 @@ def measured(
         timed.append((model.num_sets, len(images)))
         return 3.0 * model.num_sets * len(images)
 
-    patch.setattr(rates, "usable_bytes", lambda device, sharing: usable)
-    patch.setattr(rates, "images_that_fit", lambda model, images: min(images, runs_with))
-    patch.setattr(rates, "_train_s", seconds)
-    found = rates.measure_rates(tiny.CPU, job_in(folder, "rates", **adapt))
+    patch.setattr(adapt, "usable_bytes", lambda device, sharing: usable)
+    patch.setattr(adapt, "images_that_fit", lambda model, images: min(images, runs_with))
+    patch.setattr(adapt, "_train_s", seconds)
+    found = adapt.measure_rates(tiny.CPU, job_in(folder, "rates", **settings))
     return timed, found
 
 
 def test_images_are_as_many_as_two_sets_have_memory_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one, two = (
-        image_bytes(rates._model(job_in(folder, "rates"), count, tiny.CPU), recompute=False) for count in (1, 2)
+        image_bytes(adapt._model(job_in(folder, "rates"), count, tiny.CPU), recompute=False) for count in (1, 2)
     )
     assert one < two
-    for usable, images in ((10**9, rates.CPU_IMAGES), (5 * two, 5), (0, 1)):
+    for usable, images in ((10**9, adapt.CPU_IMAGES), (5 * two, 5), (0, 1)):
         timed, found = measured(folder, monkeypatch, usable)
         assert timed == [(2, images), (1, images)]
         assert (found.budget.usable_bytes, found.budget.image_bytes, found.channels) == (usable, one, 16)

@@ -29,8 +29,7 @@ from grappa_dist.stages.embed import (
     to_images,
 )
 from tests.conftest import Bucket
-from tests.data.test_decoding import encoded, png_header
-from tests.data.test_decoding import picture as drawn
+from tests.data.test_decoding import encoded, picture, png_header
 from tests.data.written import write_tar
 from tests.stages import tiny
 
@@ -146,7 +145,7 @@ def test_the_share_that_the_error_names_is_enough(tmp_path: Path, count: int, to
 
 
 def dirty_members() -> list[tuple[str, bytes]]:
-    image, exif = drawn(60, 40), Image.Exif()
+    image, exif = picture(60, 40), Image.Exif()
     exif[0x0112] = 6
     jpeg = encoded(image, "JPEG")
     good = {
@@ -168,7 +167,7 @@ def dirty_members() -> list[tuple[str, bytes]]:
 def test_dirt_is_kept_as_bad_rows_with_shard_and_key_and_stops_nothing(tmp_path: Path) -> None:
     write_tar(tmp_path / "images" / "dirty.tar", dirty_members(), tarfile.GNU_FORMAT)
     whole = (tmp_path / "images" / "dirty.tar").read_bytes()
-    (tmp_path / "images" / "dirty.tar").write_bytes(whole[: whole.rindex(encoded(drawn(60, 40), "JPEG")) + 600])
+    (tmp_path / "images" / "dirty.tar").write_bytes(whole[: whole.rindex(encoded(picture(60, 40), "JPEG")) + 600])
     settings = tiny.config([str(tmp_path / "images")], data={"max_bad_share": 0.75})
     _, images, features = embed_in(tmp_path / "run", settings)
     found = {images.key(row): why for row, why in bad_reasons(images, features).items()}
@@ -182,7 +181,7 @@ def test_dirt_is_kept_as_bad_rows_with_shard_and_key_and_stops_nothing(tmp_path:
 
 
 def test_images_without_a_row_count_as_bad_before_any_is_embedded(tmp_path: Path) -> None:
-    jpeg = encoded(drawn(60, 40), "JPEG")
+    jpeg = encoded(picture(60, 40), "JPEG")
     misnamed = {f"IMG.{number}.jpg": jpeg for number in range(3)}
     write_tar(tmp_path / "images" / "a.tar", {**{f"{row}.jpg": jpeg for row in range(9)}, **misnamed})
     cut = write_tar(tmp_path / "images" / "b.tar", {f"{row}.jpg": jpeg for row in range(9)})

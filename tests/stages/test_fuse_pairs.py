@@ -17,7 +17,7 @@ from grappa_dist.data.writer import ShardWriter
 from grappa_dist.distributed.collectives import Comm
 from grappa_dist.models import Grappa
 from grappa_dist.models.spec import ModelSpec, build, build_backbone
-from grappa_dist.stages import knn_graph as graph_module
+from grappa_dist.stages import knn_graph
 from grappa_dist.stages.embed import Embedding, embed_rows
 from grappa_dist.stages.fuse_pairs import Pairs
 from tests.processes import run_ranks
@@ -197,7 +197,7 @@ def test_a_static_graph_is_made_once_and_gives_the_partners_of_every_epoch(
     pairs = pairs_of(settings, tmp_path, Comm(), neighbours=True)
     embedded, seen, partners_of = list[int](), list[tuple[int, RowArrays]](), pairs._partners
 
-    def pluralize(model: Grappa, images: ImageShards, rows: np.ndarray, **how: Any) -> Iterator[Any]:
+    def counting_rows(model: Grappa, images: ImageShards, rows: np.ndarray, **how: Any) -> Iterator[Any]:
         embedded.append(len(rows))
         return embed_rows(model, images, rows, **how)
 
@@ -206,7 +206,7 @@ def test_a_static_graph_is_made_once_and_gives_the_partners_of_every_epoch(
         seen.append((epoch, graph))
         return partners_of(rows, epoch, graph)
 
-    monkeypatch.setattr(graph_module, "embed_rows", pluralize)
+    monkeypatch.setattr(knn_graph, "embed_rows", counting_rows)
     monkeypatch.setattr(pairs, "_partners", watched)
     for step in range(3 * tiny.STEPS_PER_EPOCH):
         pairs.at(step)

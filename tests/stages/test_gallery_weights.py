@@ -16,7 +16,7 @@ from grappa_dist.console import EVENTS_FILE, Console, Events, read_events
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.models import Grappa
 from grappa_dist.models.spec import ModelSpec, build
-from grappa_dist.stages import gallery_weights as stage
+from grappa_dist.stages import gallery_weights
 from grappa_dist.stages.embed import Embedding, bad_rows, embed, embed_rows, feature_rows, features_of
 from grappa_dist.stages.gallery_weights import (
     effective_rank,
@@ -88,7 +88,7 @@ def test_each_task_is_a_gallery_of_its_own_without_bad_rows(world: World) -> Non
 def test_what_the_weights_depend_on_names_them(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     store, ground_truth = world.run.store, ground_truth_of(world.run.store, world.images, labelled=True)
     names = {galleries_of(store, 0, copies, ground_truth, {}).name for copies in (0.999, 0.9)}
-    monkeypatch.setattr(stage, "MOST_IMAGES", 10)
+    monkeypatch.setattr(gallery_weights, "MOST_IMAGES", 10)
     assert len(names | {galleries_of(store, 0, 0.999, ground_truth, {}).name}) == 3
 
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grappa_dist.stages import gallery_weights as galleries
+from grappa_dist.stages import gallery_weights
 from grappa_dist.stages.gallery_weights import effective_rank, set_weights, transitivity
 
 
@@ -27,7 +27,7 @@ def naive(z: Tensor, k: int, copies: float = 1.1) -> list[float]:
 def test_transitivity_is_that_of_the_neighbours_one_by_one(
     num: int, k: int, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(galleries, "_BLOCK", block)
+    monkeypatch.setattr(gallery_weights, "_BLOCK", block)
     z = unit(num)
     assert transitivity(z, k).tolist() == pytest.approx(naive(z, k))
 

@@ -15,7 +15,7 @@ from grappa_dist.artifacts import RowArrays
 from grappa_dist.config import Config, FuseConfig
 from grappa_dist.distributed.collectives import Comm
 from grappa_dist.distributed.worker import Stopped
-from grappa_dist.stages import knn_graph as graph_module
+from grappa_dist.stages import knn_graph
 from grappa_dist.stages.embed import embed_rows
 from grappa_dist.stages.knn_graph import EXACT_ROWS, batches_of_rank, graph_kind
 from tests.processes import run_ranks
@@ -74,7 +74,7 @@ def graph_with_a_slow_rank(comm: Comm, shards: Sequence[str], folder: Path) -> n
             yield found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(graph_module, "embed_rows", slow)
+        patch.setattr(knn_graph, "embed_rows", slow)
         graph = pairs_of(tiny.config(shards), folder, comm, neighbours=True)._graphs.of(0)
     return graph.take(np.arange(tiny.NUM_ROWS))
 
@@ -94,7 +94,7 @@ def test_a_graph_that_was_stopped_while_it_embedded_goes_on_with_the_rest(
     settings = settings_of(tiny.write_shards(tmp_path / "images"))
     asked, embedded = list[bool](), list[int]()
 
-    def pluralize(model: Any, images: Any, rows: np.ndarray, **how: Any) -> Iterator[Any]:
+    def counting_rows(model: Any, images: Any, rows: np.ndarray, **how: Any) -> Iterator[Any]:
         for place, unit, bad in embed_rows(model, images, rows, **how):
             embedded.append(len(unit))
             yield place, unit, bad
@@ -103,7 +103,7 @@ def test_a_graph_that_was_stopped_while_it_embedded_goes_on_with_the_rest(
         asked.append(True)
         return len(asked) > 2
 
-    monkeypatch.setattr(graph_module, "embed_rows", pluralize)
+    monkeypatch.setattr(knn_graph, "embed_rows", counting_rows)
     stopped = pairs_of(settings, tmp_path / "a", Comm(), neighbours=True)._graphs
     stopped._context = replace(stopped._context, stop_requested=stop_requested)
     with pytest.raises(Stopped):

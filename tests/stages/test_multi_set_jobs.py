@@ -13,8 +13,7 @@ from grappa_dist.artifacts import Artifact
 from grappa_dist.console import METRICS_FILE, read_events
 from grappa_dist.distributed.collectives import Comm
 from grappa_dist.models.spec import ADAPTORS_FILE
-from grappa_dist.stages import adapt_job as adapting
-from grappa_dist.stages import multi_set_jobs
+from grappa_dist.stages import adapt_job, multi_set_jobs
 from grappa_dist.stages.adapt_job import AdaptJob
 from tests.processes import run_ranks
 from tests.stages import tiny
@@ -159,7 +158,7 @@ def run_with_late_files(comm: Comm, job: AdaptJob) -> bool:
         if comm.rank == 1:
             patch.setattr(Artifact, "complete", property(lambda artifact: False))
             patch.setattr(multi_set_jobs, "begin_job", None)
-            patch.setattr(adapting, "begin_job", None)
+            patch.setattr(adapt_job, "begin_job", None)
         run(comm, job)
     comm.barrier()  # rank 0 commits after the other is done
     return all(one.artifact.complete for one in job.sets)

@@ -19,7 +19,6 @@ from grappa_dist.distributed.worker import RankContext, Stopped
 from grappa_dist.kmeans.lloyd import KMeansState
 from grappa_dist.kmeans.methods import choose
 from grappa_dist.report.content import Clustering
-from grappa_dist.stages import pseudo_label as pseudo_label_stage
 from grappa_dist.stages.pseudo_label import (
     CHECKPOINT_FILE,
     LabelJob,
@@ -178,7 +177,7 @@ WAYS: dict[str, tuple[dict[str, Any], int]] = {  # settings, and reports before 
 
 @pytest.fixture
 def every_round_saved(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pseudo_label_stage, "SEEDING_SAVE_S", 0.0)
+    monkeypatch.setattr("grappa_dist.stages.pseudo_label.SEEDING_SAVE_S", 0.0)
 
 
 @pytest.mark.usefixtures("every_round_saved")

@@ -25,13 +25,13 @@ from grappa_dist.training.memory import (
     naming_lack_of_memory,
     usable_bytes,
 )
-from tests.models import tiny as tiny_models
+from tests.models.tiny import create
 from tests.processes import run_ranks
 from tests.stages import tiny
 
 
 def model(*, recompute: bool = False) -> PackedGrappa:
-    packed = PackedGrappa(Backbone(tiny_models.create(), Preprocess(image_size=32)), 2, 3, recompute=recompute)
+    packed = PackedGrappa(Backbone(create(), Preprocess(image_size=32)), 2, 3, recompute=recompute)
     for index in range(2):
         packed.initialise(index, torch.Generator().manual_seed(index))
         for parameter in packed.parameters_of(index):
