@@ -434,13 +434,12 @@ def step_text(settings: AdaptSettings, found: StepFindings) -> str:
 SECTIONS = ("softmax", "packing", "last-block", "step")
 SHORT = "against materialised logits"
 DESCRIPTION = """\
-softmax: the classifier of step 2, its gradients and Adam, against one that materialises the logits: ours in
-chunks of classes, in chunks and sharded over ranks, and with sampled classes. Prints seconds of a step, its memory
-beside weights, gradient and state of Adam, and the peak of a rank. packing: several adaptor sets in one job against as
-many jobs one after the other, decoding included. last-block: a step of the model with the last block
-for the class token alone against the whole block. step: a step of the model, its images/s and its share of the
-arithmetic limit of this machine, measured in the same run. The last three run on a GPU with --device cuda, in
-bfloat16."""
+softmax: the classifier of step 2, its gradients and Adam, against one that materialises the logits: ours in chunks of
+classes, in chunks and sharded over ranks, and with sampled classes. Prints seconds of a step, its memory beside
+weights, gradient and state of Adam, and the peak of a rank. packing: several adaptor sets in one job against as many
+jobs one after the other, decoding included. last-block: a step of the model with the last block for the class token
+alone against the whole block. step: a step of the model, its images/s and its share of the arithmetic limit of this
+machine, measured in the same run. The last three run on a GPU with --device cuda, in bfloat16."""
 EXAMPLE = """example, a minute:
   python launch/bench.py adapt --classes 100000 --repeats 1 --json adapt.json
 

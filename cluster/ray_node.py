@@ -180,8 +180,9 @@ def interfaces() -> Iterator[tuple[str, str]]:
 
 
 def interface_of(host: str) -> dict[str, str]:
-    """Which interface collectives take. Gloo needs exactly one name, and what it guesses is often the loopback;
-    to NCCL a name without = is a prefix.
+    """Variables that name the interface of collectives.
+
+    Gloo needs exactly one name, and what it guesses is often the loopback; NCCL takes a name without = for a prefix.
     """
     name = next((name for name, address in interfaces() if address == host), None)
     return {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": f"={name}"} if name else {}
@@ -295,8 +296,8 @@ def descendants(root: int) -> list[int]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
-                state_and_on = (entry / "stat").read_text().rpartition(")")[2].split()
-                children[int(state_and_on[1])].append(int(entry.name))
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+                children[int(fields[1])].append(int(entry.name))
     found, todo = list[int](), [root]
     while todo:
         below = children[todo.pop()]

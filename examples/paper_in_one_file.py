@@ -1,6 +1,6 @@
 """The paper in one straightforward script of one process: embed, k-means, adapt, fuse, evaluate.
 
-Written as with timm, faiss and a DataLoader alone: plain modules, autograd through the frozen backbone, one adaptor set
+Written with timm, faiss and a DataLoader alone: plain modules, autograd through the frozen backbone, one adaptor set
 after the other, all logits of the classifier at once. Of the package, which must be installed, it imports the settings
 and the backbone. It is the baseline of `launch/bench.py pipeline`, and runs on folders of images, the test images as
 TASK/LABEL/FILE:

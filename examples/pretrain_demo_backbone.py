@@ -2,7 +2,7 @@
 
     python examples/pretrain_demo_backbone.py --out FILE
 
-The doodles are of sixteen kinds, none of which is in the demo's collection. Besides its kind a doodle has a count from
+The doodles are of sixteen kinds, none of which is in the demo data set. Besides its kind a doodle has a count from
 0 to 3, which adds points, petals, rungs or rays to it, and two hues.
 
 Shapes: B images of one step, T tokens, D channels.
@@ -196,7 +196,7 @@ class Example:
 
 
 def example(seed: int, index: int) -> Example:
-    """Doodle `index` of a seed, a pure function of both; drawings of the collection use other random numbers."""
+    """Doodle `index` of a seed, a pure function of both; drawings of the demo data set use other random numbers."""
     rng = stream("doodles", seed, index)
     kind, count = int(rng.integers(len(DOODLES))), int(rng.integers(COUNTS))
     hue, second = (int(value) for value in rng.integers(HUES, size=2))

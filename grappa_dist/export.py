@@ -184,7 +184,7 @@ def _check_settings(overrides: Iterable[str]) -> None:
     for key in (override.partition("=")[0] for override in overrides):
         if key not in _EMBED_SETTINGS:
             raise ValueError(
-                f"{key}: has no say in embedding, for which the model brings its own settings; "
+                f"{key}: is no setting of embedding, for which the model brings its own settings; "
                 f"expected one of {', '.join(_EMBED_SETTINGS)}"
             )
 

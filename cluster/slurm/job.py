@@ -1,4 +1,4 @@
-"""What a Slurm job does on its first node: Ray on all nodes as job steps, the program beside them, an orderly end.
+"""Runs on the first node of a Slurm job: starts Ray on all nodes as job steps, runs the program, ends the nodes.
 
     job.py [options] -- <command of a Ray node> -- <flags of ray start> -- <program>
 
@@ -58,7 +58,7 @@ class Step:
                     self.reported[key] = value
 
     @property
-    def lives(self) -> bool:
+    def is_running(self) -> bool:
         return self.process.poll() is None
 
     def release(self) -> None:
@@ -94,7 +94,7 @@ class Cluster:
         self._await(lambda: "head" in head.reported, deadline, stopped)  # the address at which the head will be
         if self.nodes[1:]:
             self._step("workers", self.nodes[1:], ["--address", head.reported["head"]])
-        self._await(lambda: self.alive == len(self.nodes), deadline, stopped)
+        self._await(lambda: self.num_alive == len(self.nodes), deadline, stopped)
         return head.reported["head"]
 
     def _step(self, name: str, nodes: list[str], arguments: list[str]) -> Step:
@@ -111,11 +111,11 @@ class Cluster:
             if lost:
                 raise NotStarted(lost)
             if time.monotonic() > deadline:
-                raise NotStarted(f"{self.alive} of {len(self.nodes)} nodes have joined in time; see {self.logs}")
+                raise NotStarted(f"{self.num_alive} of {len(self.nodes)} nodes have joined in time; see {self.logs}")
             time.sleep(POLL_S)
 
     @property
-    def alive(self) -> int:
+    def num_alive(self) -> int:
         return int(self.steps[0].reported.get("alive", 0))
 
     def lost(self, of: int | None = None) -> str:
@@ -123,24 +123,24 @@ class Cluster:
         for step in self.steps:
             if "failed" in step.reported and not of:
                 return f"Ray failed on {step.reported['failed']}; the log is {step.log}"
-            if not step.lives:
+            if not step.is_running:
                 return f"step {step.name} has ended; its log is {step.log}"
-        return f"{self.alive} of {of} nodes are alive" if of and self.alive < of else ""
+        return f"{self.num_alive} of {of} nodes are alive" if of and self.num_alive < of else ""
 
     @property
-    def lives(self) -> bool:
-        return self.steps[0].lives
+    def is_running(self) -> bool:
+        return self.steps[0].is_running
 
     def end(self) -> None:
         for step in self.steps:
             step.release()
-        end = time.monotonic() + (LOST_END_S if self.alive < len(self.nodes) else END_S)
+        end = time.monotonic() + (LOST_END_S if self.num_alive < len(self.nodes) else END_S)
         for step in self.steps:
             step.end(max(1.0, end - time.monotonic()))
 
 
 class Job:
-    """The program, and what is to become of it when a signal comes or a node goes."""
+    """The program, and how it ends after a signal or the loss of a node."""
 
     def __init__(self, given: argparse.Namespace, cluster: Cluster) -> None:
         self.given, self.cluster = given, cluster
@@ -175,10 +175,10 @@ class Job:
         known = len(self.cluster.nodes)
         while process.poll() is None:
             lost = self.cluster.lost(known)
-            if lost and self.given.node_loss == "stay" and self.cluster.lives:
-                if self.cluster.alive < known:
+            if lost and self.given.node_loss == "stay" and self.cluster.is_running:
+                if self.cluster.num_alive < known:
                     log(f"{lost}; going on")
-                    known = self.cluster.alive
+                    known = self.cluster.num_alive
                 lost = ""  # no reason to hurry, should the time limit come
             elif lost:
                 self.ask(lost, range(1, 256))
@@ -186,7 +186,7 @@ class Job:
                 log(f"{self.why}: asking the program to save and end")
                 process.terminate()
                 asked = time.monotonic()
-            patience_s = (LOST_S if lost else self.given.save_s) if self.cluster.lives else CUT_OFF_S
+            patience_s = (LOST_S if lost else self.given.save_s) if self.cluster.is_running else CUT_OFF_S
             if asked is not None and time.monotonic() > asked + patience_s:
                 log(f"the program did not end within {patience_s:g} s")
                 process.kill()

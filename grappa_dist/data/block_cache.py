@@ -164,8 +164,8 @@ def fetchers(settings: CacheSettings) -> ThreadPoolExecutor:
 
 
 @lru_cache(maxsize=4096)  # no descriptor is held; what is kept is which blocks were seen
-def open_blocks(about: RemoteObject, settings: CacheSettings) -> BlockFile:
-    return BlockFile(about, settings)
+def open_blocks(source: RemoteObject, settings: CacheSettings) -> BlockFile:
+    return BlockFile(source, settings)
 
 
 class BlockFile:
@@ -177,22 +177,22 @@ class BlockFile:
     a cache that is too small, requests are many, but at most three times the bytes asked for are read.
     """
 
-    def __init__(self, about: RemoteObject, settings: CacheSettings) -> None:
-        self.about = about
-        self._remote = RemoteFile(about)
+    def __init__(self, source: RemoteObject, settings: CacheSettings) -> None:
+        self.source = source
+        self._remote = RemoteFile(source)
         self._cache = BlockCache(settings)
         self._settings = settings
         self._seen: dict[int, _Seen] = defaultdict(_Seen)
         self._fetching: dict[int, Future[bytes]] = {}
         self._lock = threading.Lock()
-        self._name = hashlib.sha256(f"{about.url}\n{about.size}\n{about.version}".encode()).hexdigest()[:32]
+        self._name = hashlib.sha256(f"{source.url}\n{source.size}\n{source.version}".encode()).hexdigest()[:32]
 
     def read(self, offset: int, size: int) -> bytes:
         """The bytes at a place."""
         end = offset + size
-        if end > self.about.size:
+        if end > self.source.size:
             raise ValueError(
-                f"{self.about.url}: has {self.about.size} bytes, but the index has {size} bytes at {offset}"
+                f"{self.source.url}: has {self.source.size} bytes, but the index has {size} bytes at {offset}"
             )
         numbers = range(offset // BLOCK, -(-end // BLOCK))
         parts = []
@@ -263,7 +263,7 @@ class BlockFile:
         with self._lock:
             if self._seen[number - 1].state is not _State.WHOLE:
                 return
-            following = range(number + 1, min(number + 1 + _AHEAD, -(-self.about.size // BLOCK)))
+            following = range(number + 1, min(number + 1 + _AHEAD, -(-self.source.size // BLOCK)))
             new = (_State.UNSEEN, _State.TOUCHED)
             missing = [n for n in following if n not in self._fetching and self._seen[n].state in new]
         for n in missing:
@@ -277,7 +277,7 @@ class BlockFile:
         self._fetch_whole(number)
 
     def _length(self, number: int) -> int:
-        return min(BLOCK, self.about.size - number * BLOCK)
+        return min(BLOCK, self.source.size - number * BLOCK)
 
     def _key(self, number: int) -> str:
         return f"{self._name}-{number}"
@@ -287,7 +287,7 @@ class ReadAt(io.RawIOBase):
     """A file object over a BlockFile, for readers of headers."""
 
     def __init__(self, file: BlockFile) -> None:
-        self.name, self._file, self._at = file.about.url, file, 0
+        self.name, self._file, self._at = file.source.url, file, 0
 
     def readable(self) -> bool:
         return True
@@ -304,6 +304,6 @@ class ReadAt(io.RawIOBase):
         return offset
 
     def read(self, size: int = -1) -> bytes:
-        data = self._file.read(self._at, max(0, min(size, self._file.about.size - self._at)))
+        data = self._file.read(self._at, max(0, min(size, self._file.source.size - self._at)))
         self._at += len(data)
         return data

@@ -1,4 +1,4 @@
-"""Finds shards and their indexes, makes the indexes that are missing, and says what to do where there are no shards."""
+"""Finds shards and their indexes, makes missing indexes, and, where there are no shards, names what would make them."""
 
 from __future__ import annotations
 
@@ -63,9 +63,9 @@ def find_shards(
     tars = _list_tars(paths)
     cache = IndexCache(None if index_dir is None else index_dir.absolute(), write)
     folders = {tar.parent: _LocalIndex(tar.parent) for tar in tars if isinstance(tar, Path)}
-    far = [tar for tar in tars if isinstance(tar, RemoteObject)]
-    whole = [str(path).rstrip("/") for path in paths if is_remote(str(path))]
-    remote = committed_indexes(far, whole, cache)
+    remote_tars = [tar for tar in tars if isinstance(tar, RemoteObject)]
+    remote_folders = [str(path).rstrip("/") for path in paths if is_remote(str(path))]
+    remote = committed_indexes(remote_tars, remote_folders, cache)
 
     def find(tar: Tar) -> IndexedShard:
         if isinstance(tar, RemoteObject):

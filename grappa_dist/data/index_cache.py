@@ -69,13 +69,13 @@ class IndexCache:
     def put_versions(self, folder: str, versions: Versions) -> None:
         self._write(folder, ".seen.json", versions)
 
-    def _path(self, about: str, kind: str) -> Path | None:
-        name = f"{hashlib.sha256(os.fsencode(about)).hexdigest()[:32]}{kind}"
+    def _path(self, address: str, kind: str) -> Path | None:
+        name = f"{hashlib.sha256(os.fsencode(address)).hexdigest()[:32]}{kind}"
         return None if self.folder is None else self.folder / name
 
-    def _read(self, about: str, kind: str) -> tuple[Path | None, dict[str, Any]]:
+    def _read(self, address: str, kind: str) -> tuple[Path | None, dict[str, Any]]:
         """The path and the content of a file; None and nothing where there is none."""
-        path = self._path(about, kind)
+        path = self._path(address, kind)
         if path is None or not path.is_file():
             return None, {}
         try:
@@ -86,8 +86,8 @@ class IndexCache:
             raise _damaged(path, f"a {type(content).__name__}, expected an object")
         return path, content
 
-    def _write(self, about: str, kind: str, content: Mapping[str, Any]) -> None:
-        path = self._path(about, kind)
+    def _write(self, address: str, kind: str, content: Mapping[str, Any]) -> None:
+        path = self._path(address, kind)
         if path is not None and self.write:
             write_json(path, content)
 

@@ -131,14 +131,14 @@ def fetch_whole(url: str) -> bytes | None:
 class RemoteFile:
     """An object read by ranges; safe from many threads. It must still be the one that was listed."""
 
-    def __init__(self, about: RemoteObject) -> None:
-        self.about = about
+    def __init__(self, source: RemoteObject) -> None:
+        self.source = source
         self._file: Any = None
         self._lock = threading.Lock()
 
     def fetch(self, start: int, end: int) -> bytes:
         """The bytes of a range, in one request."""
-        url, what = self.about.url, f"bytes {start}-{end - 1}"
+        url, what = self.source.url, f"bytes {start}-{end - 1}"
         if end == start:
             return b""
         data: bytes = _attempt(url, what, lambda *_: self._opened()._fetch_range(start, end))
@@ -153,19 +153,19 @@ class RemoteFile:
         """The library's file, which refuses another version where the store can (If-Match)."""
         with self._lock:
             if self._file is None:
-                fs, path = store_of(self.about.url)
-                if is_http(self.about.url):
+                fs, path = store_of(self.source.url)
+                if is_http(self.source.url):
                     found = fs.info(path)
                     strong = {"headers": {"If-Match": found["ETag"]}} if found.get("ETag", "").startswith('"') else {}
                     file = fs.open(path, block_size=1, size=found["size"], cache_type="none", **strong)
                 else:
                     file = fs.open(path, cache_type="none")
                     found = file.details
-                now = _object(self.about.url, found)
-                if now != self.about:
+                now = _object(self.source.url, found)
+                if now != self.source:
                     raise ValueError(
-                        f"{self.about.url}: its size and version are {now.size}, {now.version or 'none'}, but "
-                        f"{self.about.size}, {self.about.version or 'none'} when it was indexed; the shard changed"
+                        f"{self.source.url}: its size and version are {now.size}, {now.version or 'none'}, but "
+                        f"{self.source.size}, {self.source.version or 'none'} when it was indexed; the shard changed"
                     )
                 self._file = file
             return self._file

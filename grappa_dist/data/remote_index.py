@@ -58,24 +58,24 @@ class RemoteRows:
             return read_rows(file, shard, self.local, remedy=REMADE)
 
 
-def index_remote(about: RemoteObject, settings: CacheSettings) -> tuple[NDArray[Any], Shard]:
+def index_remote(source: RemoteObject, settings: CacheSettings) -> tuple[NDArray[Any], Shard]:
     """Places of a remote tar's images in file order, (P,) of ROW, and its shard; the tar is read once."""
-    stream = _Stream(_pieces(about, settings))
-    found = scan(cast(IO[bytes], stream), about.url, about.size)
+    stream = _Stream(_pieces(source, settings))
+    found = scan(cast(IO[bytes], stream), source.url, source.size)
     fingerprint, rows = stream.finish(), found.rows
     return rows, Shard(
-        about.name, about.url, len(rows), about.size, fingerprint, found.ignored, about.version, found.missing
+        source.name, source.url, len(rows), source.size, fingerprint, found.ignored, source.version, found.missing
     )
 
 
-def _pieces(about: RemoteObject, settings: CacheSettings) -> Iterator[bytes]:
+def _pieces(source: RemoteObject, settings: CacheSettings) -> Iterator[bytes]:
     """The bytes of an object in order, some requests ahead."""
-    remote = RemoteFile(about)
+    remote = RemoteFile(source)
 
     def fetch(start: int) -> bytes:
-        return remote.fetch(start, min(start + _PIECE, about.size))
+        return remote.fetch(start, min(start + _PIECE, source.size))
 
-    return prefetch_with(fetchers(settings), fetch, range(0, about.size, _PIECE), depth=_PIECES_AHEAD)
+    return prefetch_with(fetchers(settings), fetch, range(0, source.size, _PIECE), depth=_PIECES_AHEAD)
 
 
 class _Stream(io.RawIOBase):
@@ -145,12 +145,12 @@ def list_remote(entry: str) -> list[RemoteObject]:
 
 
 def committed_indexes(
-    tars: Sequence[RemoteObject], whole: Sequence[str], cache: IndexCache
+    tars: Sequence[RemoteObject], whole_folders: Sequence[str], cache: IndexCache
 ) -> dict[str, tuple[Shard, RemoteRows]]:
     """Shard and index of each tar, by URL, that has an index beside it.
 
     Args:
-        whole: folders whose shards are all among the tars.
+        whole_folders: those whose shards are all among the tars.
     """
     folders: dict[str, list[RemoteObject]] = {}
     for tar in tars:
@@ -160,7 +160,7 @@ def committed_indexes(
         known = committed_remote(folder)
         if known is None:
             continue
-        gone = known.keys() - {tar.name for tar in found} if folder in whole else set()
+        gone = known.keys() - {tar.name for tar in found} if folder in whole_folders else set()
         for name in sorted(gone):
             raise ValueError(f"{folder}/{name}: missing, but the index beside it has it; the shards changed")
         _check_committed(folder, known, found, cache)
@@ -182,19 +182,19 @@ def _check_committed(
     """
     before = cache.versions(folder)
     now = {}
-    for about in found:
-        shard = known[about.name][0] if about.name in known else None
-        if shard is None or shard.bytes != about.size:
+    for tar in found:
+        shard = known[tar.name][0] if tar.name in known else None
+        if shard is None or shard.bytes != tar.size:
             expected = "absent" if shard is None else shard.bytes
             raise ValueError(
-                f"{about.url}: its size is {about.size} but the index beside it says {expected}; "
+                f"{tar.url}: its size is {tar.size} but the index beside it says {expected}; "
                 "the shards changed after indexing"
             )
-        now[about.name] = (shard.fingerprint, about.version)
-        fingerprint, version = before.get(about.name, now[about.name])
-        if fingerprint == shard.fingerprint and version != about.version:
+        now[tar.name] = (shard.fingerprint, tar.version)
+        fingerprint, version = before.get(tar.name, now[tar.name])
+        if fingerprint == shard.fingerprint and version != tar.version:
             raise ValueError(
-                f"{about.url}: its version is {about.version} but was {version} in an earlier run, "
+                f"{tar.url}: its version is {tar.version} but was {version} in an earlier run, "
                 "and the index beside it is the same; the shard changed after indexing"
             )
     if (merged := {**before, **now}) != before:

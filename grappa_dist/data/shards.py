@@ -198,10 +198,10 @@ class ImageShards:
         return self._file(shard).read(offset, size)
 
     def _file(self, shard: int) -> OpenFile | BlockFile:
-        about = self.shards[shard]
-        if is_remote(about.path):
-            return open_blocks(RemoteObject(about.path, about.bytes, about.version), self.cache)
-        return _open(about)
+        tar = self.shards[shard]
+        if is_remote(tar.path):
+            return open_blocks(RemoteObject(tar.path, tar.bytes, tar.version), self.cache)
+        return _open(tar)
 
 
 @lru_cache(maxsize=128)

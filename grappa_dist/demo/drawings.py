@@ -1,4 +1,4 @@
-"""The demo's collection: images that the program draws, in three retrieval tasks of differing granularity.
+"""The demo data set: images that the program draws, in three retrieval tasks of differing granularity.
 
 `kinds`      sixteen kinds of things with large variation within each: any boat is a boat
 `species`    butterflies: a species is a wing shape, a spot pattern, a band and an approximate hue
@@ -41,7 +41,7 @@ SPLITS = ("train", "test")
 
 @dataclass(frozen=True)
 class Drawing:
-    """One image of the collection; `task` and `label` are for evaluation alone."""
+    """One image of the data set; `task` and `label` are for evaluation alone."""
 
     split: str  # "train" or "test"; the classes of the two are disjoint
     task: str
@@ -86,7 +86,7 @@ def sizes(scale: float = 1.0) -> dict[str, int]:
 
 
 def draw(scale: float = 1.0, seed: int = 0) -> Iterator[Drawing]:
-    """Draws the collection: train first; within a split task by task, class by class."""
+    """Draws the data set: train first; within a split task by task, class by class."""
     for split in SPLITS:
         for task in tasks(scale):
             for label in task.classes(split):

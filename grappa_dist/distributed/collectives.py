@@ -132,12 +132,12 @@ class Comm:
             return tensor
         after, before = (self.rank + by) % self.size, (self.rank - by) % self.size
         length = torch.zeros(1, dtype=torch.int64, device=tensor.device)
-        self._exchange(torch.tensor([len(tensor)], device=tensor.device), after, length, before)
+        self._send_and_receive(torch.tensor([len(tensor)], device=tensor.device), after, length, before)
         received = tensor.new_empty((int(length), *tensor.shape[1:]))
-        self._exchange(tensor.contiguous(), after, received, before)
+        self._send_and_receive(tensor.contiguous(), after, received, before)
         return received
 
-    def _exchange(self, sent: Tensor, after: int, received: Tensor, before: int) -> None:
+    def _send_and_receive(self, sent: Tensor, after: int, received: Tensor, before: int) -> None:
         """Sends and receives at once: one after the other, two GPUs could wait for each other for ever."""
         operations = [dist.P2POp(dist.isend, sent, after)] if len(sent) else []
         operations += [dist.P2POp(dist.irecv, received, before)] if len(received) else []

@@ -15,6 +15,7 @@ from typing import TypeVar
 import torch
 
 from grappa_dist.config import Resources
+from grappa_dist.console import pluralize
 
 Item = TypeVar("Item")
 
@@ -118,7 +119,7 @@ def check_capacity(workers: int, ranks: int) -> None:
     """Raises ValueError where a job of so many ranks can never run."""
     if ranks > workers:
         raise ValueError(
-            f"resources.adapt_ranks={ranks} is more than the {workers} worker{'s' * (workers != 1)}: "
+            f"resources.adapt_ranks={ranks} is more than the {pluralize(workers, 'worker')}: "
             f"{ranks - workers} missing; lower it, or raise resources.workers"
         )
 
@@ -136,6 +137,6 @@ def describe_placement(num_jobs: int, workers: int, ranks: int) -> str:
     order = several if len(sizes) > 1 else "all at once"
     rest = f", {sizes[-1]} in the last" if sizes[-1] != sizes[0] else ""
     idle = workers - sizes[0] * ranks
-    line = f"{num_jobs} job{'s' * (num_jobs > 1)} of {ranks} rank{'s' * (ranks > 1)}, {order}{rest}"
+    line = f"{pluralize(num_jobs, 'job')} of {pluralize(ranks, 'rank')}, {order}{rest}"
     line += f", in {len(sizes)} waves" if len(sizes) > 1 else ""
     return line + (f"; {idle} of {workers} workers idle" if idle else "")

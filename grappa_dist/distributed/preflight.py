@@ -96,7 +96,7 @@ def survey(checks: Checks, token: Path, node: str, name: str, *, workers: int, g
 def _storage(root: Path, token: Path, node: str) -> str:
     """Reads what the driver wrote and writes it again under the node's name; why that fails, or ""."""
     try:
-        content = _late(lambda: (token / "driver").read_text())
+        content = _read_when_visible(lambda: (token / "driver").read_text())
         (token / _file_of(node)).write_text(content)
     except FileNotFoundError:
         return f"the run directory {root} is not the one that the driver writes to; put --out on storage that all share"
@@ -109,7 +109,7 @@ def _file_of(node: str) -> str:
     return "node-" + hashlib.sha256(node.encode()).hexdigest()[:16]
 
 
-def _late(read: Callable[[], str]) -> str:
+def _read_when_visible(read: Callable[[], str]) -> str:
     """What `read` returns, once the file is visible."""
     end = time.monotonic() + LATE_FILE_S
     while True:
@@ -175,7 +175,7 @@ def answered(token: Path, node: str, facts: Facts) -> Facts:
     if facts.storage:
         return facts
     try:
-        content = _late(lambda: (token / _file_of(node)).read_text())
+        content = _read_when_visible(lambda: (token / _file_of(node)).read_text())
     except OSError:
         content = ""
     why = "" if content == token.name else f"the driver does not see what it writes to {token.parent}"

@@ -99,7 +99,7 @@ class _Tries:
     """Attempts at one job."""
 
     attempts: int = 0  # in which it was given to its workers and failed
-    in_vain: int = 0  # starts since then in which an idle worker turned out to be dead
+    dead_starts: int = 0  # starts since then in which an idle worker turned out to be dead
 
 
 @dataclass
@@ -113,10 +113,10 @@ class Runner:
     _signals: Signals = field(default_factory=Signals)
 
     def handle_signals(self) -> AbstractContextManager[None]:
-        """While inside, SIGTERM raises Terminated, after running jobs have stopped at their next step and saved, or
-        have had a minute for it.
+        """While inside, SIGTERM raises Terminated and Ctrl-C Interrupted.
 
-        Ctrl-C raises Interrupted likewise; pressed again, it waits for no job.
+        Before that, running jobs stop at their next step and save, for which they have a minute. Ctrl-C pressed again
+        waits for no job.
         """
         return self._signals.handled()
 
@@ -285,16 +285,18 @@ class Runner:
         if cause is not None and _is_final(error, job):
             raise cause from error
         if running.begun:
-            tries.attempts, tries.in_vain = tries.attempts + 1, 0
+            tries.attempts, tries.dead_starts = tries.attempts + 1, 0
         else:
-            tries.in_vain += 1
+            tries.dead_starts += 1
         reason = (str(cause or error).strip() or type(cause or error).__name__).splitlines()[-1]
         self.on_event("job_failed", job=job.name, attempt=tries.attempts, reason=reason)
         if tries.attempts > self.resources.max_restarts:
             raise RuntimeError(f"{job.name} failed {tries.attempts} times, last with: {reason}") from error
-        if tries.in_vain > self.resources.max_restarts + self.cluster.size:  # each may have been on a lost node, once
+        if (
+            tries.dead_starts > self.resources.max_restarts + self.cluster.size
+        ):  # each may have been on a lost node, once
             raise RuntimeError(
-                f"{job.name} cannot begin: {tries.in_vain} times in a row a worker had died before it was given "
+                f"{job.name} cannot begin: {tries.dead_starts} times in a row a worker had died before it was given "
                 f"anything to do, last with: {reason}"
             ) from error
 

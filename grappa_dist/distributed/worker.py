@@ -24,6 +24,8 @@ from grappa_dist.distributed.preflight import Checks, Facts, node_name, survey
 LOOK_S = 3.0  # between two checks that the head can be reached, and the timeout of one
 CUT_OFF_TRIES = 4  # about when the head, too, gives up a node that it cannot reach
 CUT_OFF_STATUS = 75
+_END = object()  # of an iterator
+Piece = TypeVar("Piece")
 Place = tuple[int, int, str]  # rank, size, address of rank 0
 
 
@@ -116,8 +118,11 @@ class Worker:
 
 
 def release_memory() -> None:
-    """Frees the memory of a finished job: an engine and its module hold each other until Python's collector runs, which
-    counts objects and not their bytes on a GPU."""
+    """Frees the memory of a finished job.
+
+    An engine and its module refer to each other until Python's collector runs, which counts objects and not their bytes
+    on a GPU.
+    """
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
@@ -150,11 +155,6 @@ def _node_address() -> str:
     import ray
 
     return str(ray.util.get_node_ip_address())
-
-
-_END = object()
-
-Piece = TypeVar("Piece")
 
 
 def wait_for_slower_ranks(context: RankContext, work: Generator[None, None, None]) -> None:

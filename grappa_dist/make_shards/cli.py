@@ -1,4 +1,4 @@
-"""Makes WebDataset shards of labelled or unlabelled images: OUT/train and OUT/test. Killed, it goes on when run again.
+"""Makes WebDataset shards of labelled or unlabelled images: OUT/train and OUT/test. Run again, it goes on after a kill.
 
 python launch/make_shards.py --csv birds.csv --images birds.tar --csv food.csv --images food/ --out shards
 python launch/make_shards.py --images class_folders/ --out shards

@@ -79,9 +79,9 @@ def fill(job: ShardJob, count: Callable[[int], None], stopped: Callable[[], bool
     Args:
         count: called with the number of images that were written.
     """
-    desk = Path(job.folder) / UNFINISHED_DIR / f"unfinished-{os.getpid()}-{os.urandom(4).hex()}"
-    desk.mkdir()
-    tar = TarShard(desk / shard_name(job.number))
+    unfinished = Path(job.folder) / UNFINISHED_DIR / f"unfinished-{os.getpid()}-{os.urandom(4).hex()}"
+    unfinished.mkdir()
+    tar = TarShard(unfinished / shard_name(job.number))
     bad: Counter[str] = Counter()
     named: list[str] = []
     try:
@@ -95,11 +95,11 @@ def fill(job: ShardJob, count: Callable[[int], None], stopped: Callable[[], bool
                 named.append(f"{row.where} does not decode; it keeps row {number}")
             count(1)
         filled = Filled(job.folder, job.number, tar.finish(), bad, tuple(named[:_NAMED]))
-        _commit(filled, desk)
+        _commit(filled, unfinished)
         return filled
     finally:
         tar.close()
-        shutil.rmtree(desk, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _content(row: Row, image_size: int | None) -> Encoded:
@@ -111,11 +111,11 @@ def _kind(reason: str) -> str:
     return re.sub(r"\d+", "#", re.sub(r" <[^>]*>", "", reason))
 
 
-def _commit(filled: Filled, desk: Path) -> None:
+def _commit(filled: Filled, unfinished: Path) -> None:
     """Moves the index, then the tar into the folder, then writes the record that both are there."""
     folder, name = Path(filled.folder), filled.shard.name
     for file in (f"{name}.npy", name):
-        (desk / file).replace(folder / file)
+        (unfinished / file).replace(folder / file)
     content = {"shard": entry(filled.shard), "bad": dict(filled.bad), "named": list(filled.named)}
     write_json(_record(folder, filled.number), content)
 
@@ -173,7 +173,7 @@ def _in_processes(
             pending |= {pool.submit(_fill, job) for job in islice(jobs, len(done))}
     except BrokenProcessPool:
         raise WorkerDied(
-            "a worker process was killed, for want of memory perhaps; run the same again to go on"
+            "a worker process was killed, perhaps for lack of memory; run the same again to go on"
         ) from None
     finally:
         stop.set()

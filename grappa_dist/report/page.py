@@ -227,16 +227,16 @@ def gallery_section(content: ReportContent, images: Images) -> str:
 
 
 def clustering_section(content: ReportContent, images: Images) -> str:
-    agreement = nesting_table(content) + contact_sheets(content, images)
+    partitions = nesting_table(content) + contact_sheets(content, images)
     if not content.clusterings:
-        return agreement
+        return partitions
     items = sorted(content.clusterings, key=lambda c: c.k)
     lead = (
         '<p class="lead">k-means groups the frozen backbone\'s features into K clusters; the cluster of an image is '
         "its pseudo-label. A small K is a coarse view of the images, a large one separates near-duplicates.</p>"
     )
     charts = grid([_inertia(items), _size_lines(items)])
-    return lead + charts + _cluster_table(items) + method_table(items) + _size_charts(items) + agreement
+    return lead + charts + _cluster_table(items) + method_table(items) + _size_charts(items) + partitions
 
 
 def _inertia(items: list[Clustering]) -> str:

@@ -57,7 +57,7 @@ class GalleriesTask:
 
 def galleries_of(
     store: Store, seed: int, copies: float, ground_truth: Artifact, features: Mapping[str, Sequence[Artifact]]
-) -> Artifact:  # fmt: skip
+) -> Artifact:
     """The artefact of the weights.
 
     Args:
@@ -69,9 +69,13 @@ def galleries_of(
 
 
 def weigh_galleries(
-    run: Run, images: ImageShards, ground_truth: Artifact, features: Mapping[str, RowArrays], bad: NDArray[np.int64],
+    run: Run,
+    images: ImageShards,
+    ground_truth: Artifact,
+    features: Mapping[str, RowArrays],
+    bad: NDArray[np.int64],
     artifact: Artifact,
-) -> None:  # fmt: skip
+) -> None:
     """Computes the weights of the sets for every task, and logs them before anything is evaluated with them."""
     if not artifact.complete:
         with run.console.stage("galleries", f"{len(features)} adaptor sets on {len(images)} images"):

@@ -167,7 +167,12 @@ class WorkMirror:
     """Copies of unfinished folders, each below its name in the run directory."""
 
     def __init__(self, remote: RemoteFolder, names: Iterable[str], artifacts: Sequence[Artifact]) -> None:
-        """Args: names: of the objects on the store; artifacts: of the run, finished or not, at least one."""
+        """Reads which folders the store has.
+
+        Args:
+            names: of the objects on the store.
+            artifacts: of the run, finished or not, at least one.
+        """
         self._remote, self._root = remote, artifacts[0].root
         self._artifacts = {a.name: a for a in artifacts}
         there = sorted(names)

@@ -98,12 +98,12 @@ def _too_few(images: ImageShards, labels: NDArray[np.int64], classes: int) -> st
 def _by_shard(images: ImageShards, labels: NDArray[np.int64]) -> str:
     """How many labels the shards lack, and the first image of each that has none."""
     lacks = []
-    for shard, about in enumerate(images.shards):
-        rows = images.shard_rows(shard)
+    for number, shard in enumerate(images.shards):
+        rows = images.shard_rows(number)
         missing = np.flatnonzero(labels[rows.start : rows.stop] < 0)
         if len(missing):
             first = images.where(rows.start + int(missing[0]))
-            lacks.append(f"{len(missing)} of {about.rows} lack one, the first is {first}")
+            lacks.append(f"{len(missing)} of {shard.rows} lack one, the first is {first}")
     more = f"; and {len(lacks) - NAMED} more shards" if len(lacks) > NAMED else ""
     return "; ".join(lacks[:NAMED]) + more
 
