@@ -52,7 +52,7 @@ def retrieval_sums(z: Tensor, labels: Tensor, query_rows: range, *, block_rows: 
     chosen = torch.zeros(len(z), dtype=torch.bool, device=z.device)
     chosen[query_rows.start : query_rows.stop : query_rows.step] = True
     queries = torch.nonzero(chosen[rows] & (others > 0)).flatten()
-    queries = queries[others[queries].argsort()]  # of like R side by side: a block has one k
+    queries = queries[others[queries].argsort()]  # by R, so that the queries of a block need about as many neighbours
     gallery = _Gallery.of(to_grid(F.normalize(z[rows].double(), dim=1)), classes)
     sums = RetrievalSums()
     for block in queries.split(block_rows or max(1, _TABLE // max(1, len(rows)))):

@@ -108,7 +108,9 @@ class _Round:
 
     def place_all(self, left: int) -> int:
         """Applications until every free row has a cluster or full choices only; the free rows left on all ranks."""
-        for _ in range(self.labels.shape[1]):  # a cluster that refused rows is full, so every choice is tried
+        for _ in range(
+            self.labels.shape[1]
+        ):  # a cluster that did not take all who applied is full, so every choice is tried
             if not left:
                 break
             left -= self._apply()

@@ -48,7 +48,7 @@ class SeedingCandidates:
     """Rows of all ranks from which k-means|| picks the centroids."""
 
     places: Tensor  # (M,) int64 among all rows, ascending
-    times: Tensor  # (M,) int64, how many rows each of them is the nearest to
+    times: Tensor  # (M,) int64, multiplicity: how many rows each of them is the nearest to
 
 
 @dataclass(frozen=True, eq=False)
@@ -286,7 +286,7 @@ class D2Weights:
 
     def totals(self) -> list[int]:
         """Sums of the weights of each rank."""
-        return [int(total) for total in self.sharded.gather(self._counted().sum()[None])]
+        return [int(total) for total in self.sharded.gather(self._with_multiplicity().sum()[None])]
 
     def locate(self, targets: list[int], totals: list[int]) -> tuple[Tensor, list[int]]:
         """Places among all rows, (m,), and squares of the rows on which targets below the sum of all totals fall.
@@ -294,7 +294,7 @@ class D2Weights:
         A target falls on the row at which the running sum of weights passes it.
         """
         lower_ranks = sum(totals[: self.sharded.comm.rank])
-        ends = self._counted().cumsum(0)
+        ends = self._with_multiplicity().cumsum(0)
         own = [i for i, t in enumerate(targets) if 0 <= t - lower_ranks < totals[self.sharded.comm.rank]]
         found = torch.zeros(len(targets), 2, dtype=torch.int64)
         if own:
@@ -330,7 +330,8 @@ class D2Weights:
             if self.nearest is not None:
                 self.nearest[positions] = labels
 
-    def _counted(self) -> Tensor:
+    def _with_multiplicity(self) -> Tensor:
+        """Weights (n,) in which a row counts as often as `times` has it."""
         return self.squares if self.times is None else self.squares * self.times
 
 

@@ -57,7 +57,7 @@ def sharded_knn(
         ids: their row ids (P,) int64, ascending, different over all ranks.
         block_rows: rows that travel, and rows compared with them, at most; it changes memory, not the result.
         bf16: estimates in bfloat16; by default where they are faster.
-        copies: every block visits every rank, and a pair of rows is compared on both sides; by default on a GPU.
+        copies: blocks are copied to every rank, and a pair of rows is compared on both ranks; by default on a GPU.
     """
     device = torch.device(device)
     copies = device.type == "cuda" if copies is None else copies

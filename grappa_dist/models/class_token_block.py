@@ -137,7 +137,7 @@ def _projected(attn: Any, x: Tensor) -> list[Tensor]:
 
 
 def _bias(attn: Any) -> Tensor | None:
-    """(3 * A * C,): in the layer in timm's plain attention, apart in the others."""
+    """(3 * A * C,): of the `qkv` layer in timm's plain attention, three separate parameters in the others."""
     if getattr(attn, "q_bias", None) is None:
         bias: Tensor | None = attn.qkv.bias
         return bias

@@ -5,7 +5,7 @@ Shapes: B images, T tokens, D channels, N sets, H bottleneck; F = N * H, the bot
 
 `attention` is Eq. (3) and `fused_adaptors` the whole layer after its block; both run in training and inference.
 
-The mean over tokens commutes with the up-projection, so the attention needs the pooled GELU alone. The backward pass
+The mean over tokens commutes with the up-projection, so the attention needs only the pooled GELU. The backward pass
 needs one (B, T, F) tensor, the input of the GELU; the GELU is computed again, which is cheap. `h` is kept only where
 the down-projection learns.
 """

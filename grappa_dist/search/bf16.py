@@ -236,7 +236,7 @@ class _Table:
 def _best_columns(table: _Table, t: int, bounds: PairBounds, *, within_base: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The largest scores per row, (t, P), descending, their columns, and which of them may be the nearest's.
 
-    Uses the table up. Places of a row stay free, at -inf, once a score lies so far below the first that no later one
+    Overwrites the table. Places of a row stay free, at -inf, once a score lies so far below the first that no later one
     can be the nearest's; the second at the earliest, or, where only true scores of 0 or more matter, once scores lie so
     far below 0. The last place represents later scores too.
     """

@@ -125,8 +125,8 @@ def decide_competitors(
 ) -> tuple[Tensor, Tensor]:
     """The exactly nearest of each row's first centroid and its competitors, (P,), and the rows float32 did not decide.
 
-    |x - c_j|^2 - |x - c_i|^2 = |c_j|^2 - |c_i|^2 + 2 x.(c_i - c_j): one product for two centroids, from which their
-    common part is gone before anything is rounded.
+    |x - c_j|^2 - |x - c_i|^2 = |c_j|^2 - |c_i|^2 + 2 x.(c_i - c_j): one product for two centroids, in which their
+    common part cancels before anything is rounded.
 
     Args:
         squares: (P,) float64, exact |x|^2.

@@ -39,8 +39,8 @@ def barlow_twins(
 ) -> Tensor:
     """Eq. (4) on the global batch, a scalar that is the same on every rank.
 
-    Ranks may hold uneven parts of the batch, also none (0, D); the za and zb of every rank must need gradients all the
-    same, since the backward pass sums over ranks too and waits for all of them.
+    Ranks may hold uneven parts of the batch, also none (0, D). Even then za and zb must require gradients, since the
+    backward pass sums over ranks too and waits for all of them.
 
     Args:
         za, zb: (B, D), row i of both from one pair; computed in float32 at least, whatever autocast says.

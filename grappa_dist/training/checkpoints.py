@@ -86,7 +86,7 @@ def save_checkpoint(
 def load_checkpoint(
     folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, shards: Mapping[str, RowShard] | None = None
 ) -> int:
-    """Loads the newest checkpoint, if any, into module, optimizer and shards; the number of steps behind it.
+    """Loads the newest checkpoint, if any, into module, optimizer and shards; returns its number of finished steps.
 
     Raises:
         ValueError: the checkpoint is of another version, or some of its rows are missing.

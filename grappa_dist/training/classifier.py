@@ -31,7 +31,7 @@ _HASHED_ROWS = {"cpu": 2**16, "cuda": 2**24}  # at a time: a core's cache; work 
 
 @dataclass(frozen=True)
 class _Scored:
-    """What the step of the classes needs from images that were scored before."""
+    """What `Classifier.step` needs of the images that were scored before it."""
 
     unit_z: Tensor  # (A, D)
     places: Tensor  # (A,) of their classes among this rank's active rows; -1: on another rank

@@ -1,9 +1,9 @@
 """DeepSpeed as the training engine: every update goes through it. Its config is derived here, never written by hand.
 
-ZeRO stages 1 and 2 string the parameters of a group into one flat vector and give every rank an equal piece of it, with
+ZeRO stages 1 and 2 concatenate the parameters of a group to a flat vector. Every rank has an equal piece of it, with
 the optimizer's state of that piece and, after a backward pass, its averaged gradients. A parameter may lie in several
-pieces. Checkpoints and norms need whole tensors, which the accessors of `deepspeed.utils` give and take. A checkpoint
-thus loads on any number of ranks and at any stage. What the accessors lack:
+pieces. Checkpoints and norms need whole tensors, which the accessors of `deepspeed.utils` read and write. So a
+checkpoint loads on any number of ranks and at any stage. What the accessors lack:
 
 - Numbers of the optimizer's state (Adam's step) have no accessor. They are read and written in the torch optimizer,
   whose groups have the flat piece as their only parameter.
@@ -202,8 +202,8 @@ def _check_zero(stage: int, optimizer: torch.optim.Optimizer) -> None:
 
 
 def _deepspeed(device: torch.device) -> Any:
-    """DeepSpeed, with errors alone in its log, and without the C++ extension that its CPU backend would compile for
-    half a minute."""
+    """DeepSpeed, which logs errors only, without the C++ extension that its CPU backend would compile for half a
+    minute."""
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed

@@ -19,7 +19,7 @@ _MLFLOW_TAG = "grappa_job"
 class Tracker(Protocol):
     """Logs a job's steps, on rank 0; a resumed job logs steps again that it had logged before it was killed.
 
-    It opens at the first step that it logs, so a server that does not answer shows there.
+    It opens at the first step that it logs, so that this call fails where a server does not answer.
     """
 
     def log(self, step: int, figures: Mapping[str, float]) -> None: ...
