@@ -39,9 +39,9 @@ ASIDE = ".mirror"  # in the run directory: links to the files being copied, whic
 _PERIOD_S = 20.0
 _IN_FLIGHT = 8  # requests at a time
 _TRIES = 5  # to list a folder while checkpoints come and go
-_USED = (  # in this order: what belongs to a checkpoint is there before it, and features go when their graph is there
+_USED = (  # in this order: what belongs to a checkpoint is there before it
     *("progress.safetensors", "checkpoints/step-*[0-9]/*", "checkpoints/*.json"),
-    *("knn/features-*[0-9]/*", "knn/epoch-*[0-9]/*", MULTI_SET_FILE, METRICS_FILE),
+    *("knn/epoch-*[0-9]/*", MULTI_SET_FILE, METRICS_FILE),
 )
 _PROGRESS = ("progress.safetensors", "checkpoints/step-")  # without any of these a restart begins anew
 
