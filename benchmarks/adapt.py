@@ -72,7 +72,7 @@ _RATE = 1e-3
 
 @dataclass(frozen=True)
 class AdaptSettings:
-    """Options of `bench.py adapt` but for the section softmax."""
+    """Options of `bench.py adapt` except for the section softmax."""
 
     sets: int
     backbone: str

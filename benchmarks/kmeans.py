@@ -4,8 +4,8 @@ Ours gives exact labels, so the baselines' time includes their final search for 
 side reads all rows `iterations` + 1 times. Ours stops when no centroid moves any more; the baselines then run as many
 updates as ours did, and faiss may stop earlier still, when its objective does not change.
 
-Measured besides: seeding, the speedup of several workers, and the memory of one worker as rows grow, each in processes
-of its own.
+Also measured: seeding, and, in separate processes, the speedup of several workers and the memory of one worker as rows
+grow.
 
 Shapes: P rows, K centroids, D dimensions.
 """

@@ -111,7 +111,7 @@ def open_picture(data: bytes) -> Picture:
         least = {} if shrink == 1 else {"min_width": -(-width // shrink), "min_height": -(-height // shrink)}
         try:
             pixels: Pixels = simplejpeg.decode_jpeg(data, min_factor=shrink, **least)
-        except ValueError:  # damaged, perhaps in a way that Pillow forgives
+        except ValueError:  # damaged, perhaps in a way that Pillow can still read
             return np.array(decode(data))
         return pixels if turn is None else _TURN[turn](pixels)
 

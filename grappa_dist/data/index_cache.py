@@ -97,9 +97,9 @@ def _damaged(path: Path | None, reason: str) -> ValueError:
 
 
 def local_state(tar: Path) -> dict[str, str | int]:
-    """What changes with the bytes of a file: many a tool sets `mtime` back to what it was elsewhere, none `ctime`.
+    """What changes with the bytes of a file: many tools restore `mtime` on a copy, none `ctime`.
 
-    A link has its own `ctime`: it may be turned to an older file.
+    A link has its own `ctime`: it may be pointed to an older file.
     """
     stat = tar.stat()
     ctime_ns = max(stat.st_ctime_ns, tar.lstat().st_ctime_ns)
@@ -109,7 +109,7 @@ def local_state(tar: Path) -> dict[str, str | int]:
 def verify_unchanged(tar: Path, described: Shard, indexed_ns: int, cache: IndexCache) -> bool:
     """Compares the checksum of a shard that was touched after the index beside it was written, once.
 
-    A writer leaves the index last, so what it wrote is older. A copy may well be newer, so time alone proves nothing;
+    A writer leaves the index last, so what it wrote is older. A copy may be newer, so time alone proves nothing;
     but only where it is newer are all bytes read. A shard that was found good is kept with its size and times.
 
     Args:

@@ -129,7 +129,7 @@ def ends_of(*data_sets: ImageShards) -> tuple[ImageShards, ...]:
 
 
 def read_a_little(parts: Iterable[ImageShards]) -> None:
-    """Reads the first and the last image of each: raises what prevents that, but for a bad image."""
+    """Reads the first and the last image of each: raises what prevents that, except for a bad image."""
     for images in parts:
         for row in {0, len(images) - 1}:
             with contextlib.suppress(BadImage):

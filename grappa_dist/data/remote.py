@@ -1,6 +1,6 @@
 """Objects on s3://, gs:// and http(s)://: listed, and read by ranges, through fsspec. Nothing here writes.
 
-Credentials, endpoints and proxies are the library's business (environment, configuration files); none is logged.
+The library reads credentials, endpoints and proxies (environment, configuration files); none is logged.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class RemoteObject:
-    """One object as it was listed: `version` is its ETag, else what else the store says of its content, else empty."""
+    """One object as it was listed: `version` is its ETag, else its generation or its time of change, else empty."""
 
     url: str
     size: int

@@ -72,7 +72,7 @@ def _version(name: str) -> str:
 
 
 def _own_version() -> str:
-    """A digest of our sources: a stale copy on one node may well have the same number."""
+    """A digest of our sources: a stale copy on one node may have the same version."""
     folder = Path(__file__).parents[1]
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*.py") if path.is_file()):  # not an editor's broken link

@@ -209,7 +209,7 @@ class Runner:
                     continue
                 running.remove(r)
                 if isinstance(outcome, BaseException):
-                    self._failed(r, outcome, tries[r.job.name], running)
+                    self._handle_failure(r, outcome, tries[r.job.name], running)
                     free = self._replace(r.workers, free)  # all of them: survivors may be blocked in a collective
                     waiting.appendleft(r.job)
                 else:
@@ -272,15 +272,17 @@ class Runner:
         self._give(running, address=answers[0])
         return None
 
-    def _failed(self, running: _Running, error: BaseException, tries: _Tries, others: Sequence[_Running]) -> None:
+    def _handle_failure(
+        self, running: _Running, error: BaseException, tries: _Tries, others: Sequence[_Running]
+    ) -> None:
         """Raises when another attempt is pointless, once the other jobs have saved their state."""
         try:
-            self._count(running, error, tries)
+            self._count_attempt(running, error, tries)
         except Exception:
             self._ask_to_stop(others)
             raise
 
-    def _count(self, running: _Running, error: BaseException, tries: _Tries) -> None:
+    def _count_attempt(self, running: _Running, error: BaseException, tries: _Tries) -> None:
         job, cause = running.job, getattr(error, "cause", None)
         if cause is not None and _is_final(error, job):
             raise cause from error

@@ -10,7 +10,7 @@ from typing import TextIO
 
 Log = Callable[[str], None]  # takes a line
 
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # but tabs and ends of lines
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # except tabs and ends of lines
 
 
 class Terminal:

@@ -92,7 +92,7 @@ class Scores:
         return (round(100 * self.value(model, task), 1) - round(100 * self.value(over, task), 1)) / 100
 
     def best(self, task: str | None, metric: Metric = "r_precision") -> set[str]:
-        """The best models, at the precision a table prints, but for the oracle and models trained with labels."""
+        """The best models, at the precision a table prints, except the oracle and models trained with labels."""
         unsupervised = [m for m in self.models if m != ORACLE and m not in SAW_LABELS]
         shown = {m: round(100 * self.value(m, task, metric), 1) for m in unsupervised}
         top = max((v for v in shown.values() if math.isfinite(v)), default=math.nan)
