@@ -22,7 +22,7 @@ time.sleep(60)
 class OneNodeLost:
     """A cluster of two nodes whose second is gone, and with it the job step of all nodes but the first."""
 
-    nodes, alive, lives = ("n1", "n2"), 1, True
+    nodes, num_alive, is_running = ("n1", "n2"), 1, True
 
     def lost(self, of: int) -> str:
         return "step workers has ended"
