@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+import pytest
 import torch
 
 from grappa_dist.artifacts import RowArrays
@@ -65,6 +66,7 @@ def train_alignment(comm: Comm, folder: Path) -> list[float]:
     return tiny.losses_of(folder)
 
 
+@pytest.mark.slow
 def test_the_loss_falls_and_does_not_depend_on_the_number_of_ranks(tmp_path: Path) -> None:
     losses = {size: run_ranks(train_alignment, size, tmp_path / str(size))[0] for size in (1, 2)}
     assert np.mean(losses[1][-5:]) < 0.5 * np.mean(losses[1][:5])
@@ -79,6 +81,7 @@ def cluster_from_a_sample(comm: Comm, x: np.ndarray, cuts: list[int]) -> tuple[n
     return result.centroids, np.concatenate(result.labels), result.inertia
 
 
+@pytest.mark.slow
 def test_the_clustering_method_gives_the_same_bits_on_any_number_of_ranks() -> None:
     x = clustered(300, 8, 20)
     ((centroids, labels, inertia),) = run_ranks(cluster_from_a_sample, 1, x, [0, 300])

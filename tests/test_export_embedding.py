@@ -29,6 +29,7 @@ from tests.test_export import exported
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 def test_embeddings_are_those_of_the_exported_model_with_the_images_keys(tmp_path: Path) -> None:
     exported(tmp_path / "run")
     paths = tiny.write_shards(tmp_path / "images")

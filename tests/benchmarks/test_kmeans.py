@@ -37,6 +37,7 @@ def test_every_side_starts_from_the_same_centroids_and_ends_at_the_same_objectiv
             assert 1 <= side.iterations <= 3
 
 
+@pytest.mark.slow
 def test_ratios_and_memory_are_numbers(findings: KMeansFindings) -> None:
     written = json.loads(json.dumps(as_json(HEADER, findings)))
     for found in written["kmeans"]:

@@ -81,6 +81,7 @@ def web() -> Iterator[StoreProxy]:
         yield proxy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rank", "ranks"), [(0, 1), (2, 3)])
 def test_the_first_batch_after_a_random_step_of_ten_million_rows_comes_soon_and_reads_little(
     web: StoreProxy, tmp_path: Path, rank: int, ranks: int

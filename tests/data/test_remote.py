@@ -251,6 +251,7 @@ def test_a_range_that_is_answered_with_other_bytes_is_refused(web: StoreProxy, t
         file.fetch(1000, 2000)
 
 
+@pytest.mark.slow
 def test_s3_errors_name_the_shard_and_the_range_and_no_secret(bucket: Bucket, tmp_path: Path) -> None:
     write_folder(tmp_path / "f", 4, rows_per_shard=2)
     shards = ImageShards.open([bucket.upload(tmp_path / "f")], None, CacheSettings(max_bytes=0))

@@ -106,7 +106,7 @@ def test_a_tar_of_many_members_takes_no_more_memory_than_one_of_few(tmp_path: Pa
             assert sum(1 for _ in members_of(file, file.name)) == members
             peaks.append(tracemalloc.get_traced_memory()[1])
             tracemalloc.stop()
-    assert peaks[1] < 1.5 * peaks[0]
+    assert peaks[1] < peaks[0] + 100_000  # 5 bytes a member; other threads of this process may allocate meanwhile
 
 
 def test_a_key_is_found_from_the_end_of_any_member_before_it(tmp_path: Path) -> None:

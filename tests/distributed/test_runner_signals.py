@@ -93,7 +93,8 @@ def test_a_program_in_the_background_still_ignores_ctrl_c() -> None:
         signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.parametrize("again", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("again", [False, True])
 def test_ctrl_c_in_a_terminal_lets_every_rank_save_and_a_second_one_ends_at_once(tmp_path: Path, again: bool) -> None:
     """As a terminal does it: the signal goes to every process of the group, Ray's and the workers' among them."""
     marker, takes_s = tmp_path / "job", 300.0 if again else 1.0

@@ -40,6 +40,7 @@ def work(comm: Comm, stop_after: int | None = None) -> tuple[list[int], bool]:
     return done, False
 
 
+@pytest.mark.slow
 def test_ranks_that_have_finished_wait_longer_than_a_collective_for_one_that_makes_progress() -> None:
     found = run_ranks(work, 3, collective_s=WAIT_S)
     assert found == [([*range(num), -1], False) for num in PIECES]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -18,30 +17,14 @@ from tests.stages.tiny import files_below
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 
-@dataclass(frozen=True)
-class Begun:
-    """The output and the files of a run that ended after a stage."""
-
-    out: Path
-    printed: str
-    left: dict[str, int]  # every file with its time of change
-
-
 @pytest.fixture(scope="session")
-def begun(tmp_path_factory: pytest.TempPathFactory) -> Begun:
-    out = tmp_path_factory.mktemp("finished")
-    ended = runs.run(out, "--until", "pseudo_label")
-    assert ended.returncode == 0, ended.stderr
-    return Begun(out, ended.stdout, files_below(out))
-
-
-@pytest.fixture(scope="session")
-def finished(begun: Begun) -> Path:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that no one has killed."""
-    ended = runs.run(begun.out)
+    out = tmp_path_factory.mktemp("finished")
+    ended = runs.run(out)
     assert ended.returncode == 0, ended.stderr
     assert "report.html" in ended.stdout
-    return begun.out
+    return out
 
 
 def test_a_run_leaves_scores_of_every_model_on_every_task(finished: Path) -> None:
@@ -55,12 +38,19 @@ def test_a_run_leaves_scores_of_every_model_on_every_task(finished: Path) -> Non
         assert row["queries"] > 0
 
 
-def test_a_run_can_end_after_a_stage_and_go_on_later(begun: Begun, finished: Path) -> None:
-    assert "done up to pseudo_label" in begun.printed
-    made = {path: time for path, time in begun.left.items() if path.endswith("manifest.json")}
+@pytest.mark.slow
+def test_a_run_can_end_after_a_stage_and_go_on_later(tmp_path: Path) -> None:
+    begun = runs.run(tmp_path, "--until", "pseudo_label")
+    assert begun.returncode == 0, begun.stderr
+    assert "done up to pseudo_label" in begun.stdout
+    left = files_below(tmp_path)
+    made = {path: time for path, time in left.items() if path.endswith("manifest.json")}
     assert len([path for path in made if path.startswith("labels/k=")]) == 2
-    assert not any(path.startswith(("adaptors/", "models/", "reports/")) for path in begun.left)
-    assert made.items() <= files_below(finished).items()  # what was there was not made again
+    assert not any(path.startswith(("adaptors/", "models/", "reports/")) for path in left)
+    ended = runs.run(tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert "report.html" in ended.stdout
+    assert made.items() <= files_below(tmp_path).items()  # what was there was not made again
 
 
 def test_steps_of_two_adaptor_jobs_overlap_in_time(finished: Path) -> None:
@@ -138,7 +128,7 @@ def test_sigterm_saves_state_and_the_next_run_goes_on(finished: Path, tmp_path: 
         ("adapt.epoch=3", "did you mean 'epochs'"),
         ("clustering.num_labels=[100000]", "clustering.num_labels=100000"),
         ("backbone.name=nowhere:create", "nowhere"),
-        ("resources.workers=64", "64"),
+        pytest.param("resources.workers=64", "64", marks=pytest.mark.slow),
     ],
 )
 def test_bad_settings_end_with_one_line_and_exit_code_two(tmp_path: Path, override: str, message: str) -> None:

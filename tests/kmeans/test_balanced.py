@@ -50,7 +50,7 @@ def naive(x: np.ndarray, c: np.ndarray, largest: int) -> np.ndarray:
     return labels
 
 
-@pytest.mark.parametrize(("size", "block_rows"), [(1, 1000), (1, 7), (3, 16)])
+@pytest.mark.parametrize(("size", "block_rows"), [(1, 1000), (1, 7), pytest.param(3, 16, marks=pytest.mark.slow)])
 def test_labels_are_those_of_the_naive_rounds_and_no_cluster_is_too_large(size: int, block_rows: int) -> None:
     ranks = [balanced(Comm(), block_rows)] if size == 1 else run_ranks(balanced, size, block_rows)
     for name, (x, c, largest) in CASES.items():

@@ -44,6 +44,7 @@ def resumed(comm: Comm, name: str, rounds: list[SeedingState]) -> list[np.ndarra
     return [seed_centroids(sharded, num, 5, resume=seeded).numpy() for seeded in rounds]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_a_seeding_resumed_after_any_round_ends_as_if_it_had_not_stopped(name: str, ranks: int) -> None:

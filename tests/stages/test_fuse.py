@@ -137,6 +137,7 @@ def weights(folder: Path, out: str, variant: str = "neighbours") -> bytes:
     return (job_in(folder, out, variant).artifact.path / FUSION_FILE).read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["transforms", "neighbours"])
 def test_the_losses_do_not_depend_on_the_number_of_ranks(world: World, variant: str) -> None:
     folder, _ = world

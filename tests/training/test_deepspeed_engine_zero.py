@@ -116,6 +116,7 @@ def train_at_all_stages(
     return {stage: train(comm, stage, steps, saved.get(stage), clip) for stage in (0, 1, 2)}
 
 
+@pytest.mark.slow
 def test_any_stage_is_the_bare_optimizer_on_the_whole_batch_through_two_ranks_then_one_then_three() -> None:
     clip = 0.05
     losses, expected = alone(clip)
