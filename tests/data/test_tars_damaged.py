@@ -132,7 +132,12 @@ def outcomes_of(tar: Path) -> Counter[str]:
 
 @pytest.mark.parametrize("damage", [random_bytes, cut, header_with_a_valid_checksum, blocks_moved, size_field])
 @pytest.mark.parametrize(
-    "format", [tarfile.USTAR_FORMAT, pytest.param(tarfile.GNU_FORMAT, marks=pytest.mark.slow), tarfile.PAX_FORMAT]
+    "format",
+    [
+        tarfile.USTAR_FORMAT,
+        pytest.param(tarfile.GNU_FORMAT, marks=pytest.mark.slow),
+        pytest.param(tarfile.PAX_FORMAT, marks=pytest.mark.slow),
+    ],
 )
 def test_a_damaged_tar_is_refused_or_its_rows_are_read_or_bad(tmp_path: Path, format: int, damage: Damage) -> None:
     long = "d" * 70 + "/" + "e" * 80

@@ -81,14 +81,9 @@ def figures(found: Clustering) -> tuple[Any, ...]:
     return (*of_result, *of_method, found.restarts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("size", "block_rows"),
-    [
-        pytest.param(1, 50, marks=pytest.mark.slow),
-        (2, 83),
-        pytest.param(3, 1000, marks=pytest.mark.slow),
-        pytest.param(5, 64, marks=pytest.mark.long),
-    ],
+    ("size", "block_rows"), [(1, 50), (2, 83), (3, 1000), pytest.param(5, 64, marks=pytest.mark.long)]
 )
 def test_ranks_and_blocks_change_no_bit_of_any_method(alone: dict[str, Clustering], size: int, block_rows: int) -> None:
     ranks = [run_cases(Comm(), block_rows)] if size == 1 else run_ranks(run_cases, size, block_rows)
