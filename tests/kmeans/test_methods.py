@@ -189,6 +189,7 @@ def test_lists_mostly_agree_with_the_exact_assignment(alone: dict[str, Clusterin
 RESUMED = [name for name in CASES if "one row" not in name and name != "sampled, all"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_run_resumed_after_any_update_ends_as_if_it_had_not_stopped(alone: dict[str, Clustering], name: str) -> None:
     rows, how = CASES[name]

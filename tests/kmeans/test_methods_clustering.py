@@ -51,8 +51,9 @@ def labels_of(found: list[Clustering]) -> np.ndarray:
     return np.concatenate([labels for one in found for labels in one.result.labels])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("balance", [None, 1.5])
-@pytest.mark.parametrize("ranks", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_each_of_several_is_the_same_as_alone(ranks: int, balance: float | None) -> None:
     of_ranks = run_ranks(all_at_once, ranks, balance)
     sharded = shard_rows(Comm())
