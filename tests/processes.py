@@ -21,6 +21,7 @@ from grappa_dist.distributed.collectives import process_group
 # plain fork it inherits nothing of the test session.
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "tests.preloaded"])
+DEATH_SEEN_S = 2.0  # after a failure, the wait for the death of a rank that may have caused it
 
 
 def free_address() -> str:
@@ -65,25 +66,28 @@ def run_ranks(
 
 def _collect(readers: list[Connection], deadline: float) -> list[Any]:
     results: dict[int, Any] = {}
-    while len(results) < len(readers):
-        waiting = [reader for rank, reader in enumerate(readers) if rank not in results]
-        ready = wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
+    failures: dict[int, str] = {}
+    while left := [reader for rank, reader in enumerate(readers) if rank not in results and rank not in failures]:
+        ready = wait(left, timeout=max(0.0, deadline - time.monotonic()))
         if not ready:
-            late = [rank for rank in range(len(readers)) if rank not in results]
-            raise TimeoutError(f"ranks {late} of {len(readers)} did not finish in time")
-        failures = []
+            break
         for reader in ready:
             rank = readers.index(reader)  # type: ignore[arg-type]
             try:
                 ok, value = pickle.loads(readers[rank].recv_bytes())
-            except EOFError:  # before failures: a rank that dies makes others fail
+            except EOFError:
                 raise RuntimeError(f"rank {rank} of {len(readers)} died without an error message") from None
             if ok:
                 results[rank] = value
-            else:
-                failures.append(f"rank {rank} of {len(readers)} failed:\n{value}")
-        if failures:
-            raise RuntimeError(failures[0])
+                continue
+            if not failures:  # perhaps since another rank has died, which is seen a moment later
+                deadline = min(deadline, time.monotonic() + DEATH_SEEN_S)
+            failures[rank] = f"rank {rank} of {len(readers)} failed:\n{value}"
+    for failure in failures.values():
+        raise RuntimeError(failure)
+    if len(results) < len(readers):
+        late = [rank for rank in range(len(readers)) if rank not in results]
+        raise TimeoutError(f"ranks {late} of {len(readers)} did not finish in time")
     return [results[rank] for rank in range(len(readers))]
 
 
