@@ -72,9 +72,10 @@ def _add_images(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--split",
-        choices=("classes", "column", "none"),
-        help="classes (default): the first half of each task's sorted classes, rounded up, trains; "
-        "column: what the CSV's column `split` says, train or test; none: all images train, labels are optional",
+        choices=("classes", "folders", "column", "none"),
+        help="classes: the first half of each task's sorted classes, rounded up, trains; folders: DIR/train/CLASS/FILE "
+        "trains and DIR/val or DIR/test tests; column: what the CSV's column `split` says, train or test; none: all "
+        "images train, labels are optional. Default: folders where there are such folders and no others, else classes",
     )
 
 
@@ -131,7 +132,7 @@ def _make(args: argparse.Namespace, terminal: Terminal) -> str:
         label_column=args.label_column,
         task_column=args.task_column or "dataset",
         task=args.task,
-        split="column" if args.benchmark else args.split or "classes",
+        split="column" if args.benchmark else args.split,
         image_size=args.image_size,
         images_per_shard=args.images_per_shard,
         shard_bytes=None if args.shard_bytes is None else parse_bytes(args.shard_bytes),

@@ -13,9 +13,10 @@ from typing import Literal
 from grappa_dist.data.decoding import TAKEN
 from grappa_dist.data.rng import Purpose, permutation
 from grappa_dist.make_shards.building import Building, bad_files, build
+from grappa_dist.make_shards.class_folders import folder_items, part_of, task_name
 from grappa_dist.make_shards.planning import Limits, plan_folder, prefixes_of
 from grappa_dist.make_shards.progress import Log, Progress, align, duration
-from grappa_dist.make_shards.sources import Columns, Item, Source, csv_items, folder_items, open_source, task_name
+from grappa_dist.make_shards.sources import Columns, Item, Source, csv_items, open_source
 
 SPLITS = ("train", "test")
 
@@ -27,15 +28,17 @@ class CollectionConfig:
     label_column: str | None = None  # None: "fine", which may be absent where no label is needed
     task_column: str = "dataset"
     task: str | None = None  # one name for all images of every pair
-    split: Literal["classes", "column", "none"] = "classes"
+    split: Literal["classes", "folders", "column", "none"] | None = (
+        None  # None: folders where there are such, else classes
+    )
     image_size: int | None = None  # shorter side of what is larger; None copies the files as they are
     images_per_shard: int | None = None  # None: 1000, or any number where shard_bytes is given
     shard_bytes: int | None = None  # a tar is at most so large
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.split not in ("classes", "column", "none"):
-            raise ValueError(f"split must be classes, column or none, got {self.split!r}")
+        if self.split not in ("classes", "folders", "column", "none", None):
+            raise ValueError(f"split must be classes, folders, column or none, got {self.split!r}")
         for name in ("image_size", "images_per_shard", "shard_bytes"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -70,8 +73,8 @@ class Work:
 def make_shards(pairs: Sequence[tuple[str | None, str]], out: Path, cfg: CollectionConfig, work: Work) -> str:
     """Table of what is in OUT/train and OUT/test, which it writes from pairs of (CSV or None, images)."""
     sources = [(csv, open_source(images)) for csv, images in pairs]
-    _check_tasks([source.path for csv, source in sources if csv is None], cfg.task)
-    items = _items(sources, cfg)
+    _check_tasks([source.path for csv, source in sources if csv is None], cfg)
+    items = _items(sources, cfg, work.log)
     _check_names(items)
     skipped = sum((source.skipped for _, source in sources), Counter())
     return write_items(items, out, cfg, work=work, skipped=skipped)
@@ -114,7 +117,7 @@ def write_items(
     return table(splits)
 
 
-def _check_tasks(paths: Sequence[Path], task: str | None) -> None:
+def _check_tasks(paths: Sequence[Path], cfg: CollectionConfig) -> None:
     """Images without a CSV are each of one task, by the name of their folder or tar."""
     real, first = set[Path](), dict[str, Path]()
     for path in paths:
@@ -122,10 +125,17 @@ def _check_tasks(paths: Sequence[Path], task: str | None) -> None:
             raise ValueError(f"{path}: named twice")
         real.add(path.resolve())
         alike = first.setdefault(task_name(path), path)
-        if task is None and alike is not path:
+        if cfg.task is None and alike is not path:
             raise ValueError(
                 f"{alike} and {path}: both would be the task {task_name(path)!r}; rename one, or give --task to both"
             )
+    parts = {part_of(task_name(path)): path for path in paths if cfg.split != "classes" and cfg.task is None}
+    if "train" in parts and len(parts.keys() - {None}) > 1:
+        train, test = parts["train"], next(path for part, path in parts.items() if part not in (None, "train"))
+        raise ValueError(
+            f"{train} and {test}: would be two tasks, but look like parts of one data set; put both below one "
+            "folder and name that folder, or give --task for one task, or --split classes"
+        )
 
 
 def _check_names(items: Sequence[Item]) -> None:
@@ -173,31 +183,33 @@ def summary(buildings: Sequence[Building], skipped: Counter[str], seconds: float
     return [*lines, f"took {duration(seconds)}"]
 
 
-def _items(sources: Sequence[tuple[str | None, Source]], cfg: CollectionConfig) -> list[Item]:
+def _items(sources: Sequence[tuple[str | None, Source]], cfg: CollectionConfig, log: Log) -> list[Item]:
     columns = Columns(
         label=cfg.label_column or "fine",
-        label_required=cfg.split == "classes" or cfg.label_column is not None,
+        label_required=cfg.split in ("classes", None) or cfg.label_column is not None,
         task=cfg.task_column,
         split="split" if cfg.split == "column" else None,
         task_name=cfg.task,
     )
     items: list[Item] = []
     for csv, source in sources:
+        if csv is not None and cfg.split == "folders":
+            raise ValueError(f"{csv}: --split folders is for images without a CSV; expected --split column")
         if csv is not None:
             items += csv_items(csv, source, columns)
         elif cfg.split == "column":
             raise ValueError(f"{source.path}: --split column needs a CSV with a column 'split'")
         else:
-            items += folder_items(source, cfg.task, labelled=cfg.split == "classes")
+            items += folder_items(source, cfg.task, cfg.split, log)
     return items
 
 
-def split_items(items: Sequence[Item], split: str) -> dict[str, list[Item]]:
+def split_items(items: Sequence[Item], split: str | None) -> dict[str, list[Item]]:
     """The images that train and those that test, each in the order given."""
-    if split == "classes":
-        train = train_classes(items)
-        sides = ["train" if (item.task, item.label) in train else "test" for item in items]
-    elif split == "column":
+    if split in ("classes", None):
+        train = train_classes([item for item in items if item.split is None])
+        sides = [item.split or ("train" if (item.task, item.label) in train else "test") for item in items]
+    elif split in ("column", "folders"):
         sides = [_side_of(item) for item in items]
     else:
         sides = ["train"] * len(items)

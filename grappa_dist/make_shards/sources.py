@@ -20,6 +20,7 @@ from grappa_dist.data.index import OpenFile
 from grappa_dist.data.tars import members_of
 
 FILE_COLUMN = "file"  # of a CSV
+FOREIGN = {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}  # folders
 QUALITY = 95  # of JPEG
 
 
@@ -236,40 +237,13 @@ def _needed(path: str, has: Sequence[str], columns: Columns) -> list[str]:
     return needed
 
 
-def folder_items(source: Source, task: str | None, *, labelled: bool) -> list[Item]:
-    """The images in class folders, or, where no label is needed, anywhere; sorted by name.
-
-    Args:
-        task: by default the name of the folder or tar.
-    """
-    names = [name for name in source.names() if _is_taken(name, source.skipped)]
-    if not names:
-        raise ValueError(f"{source.path}: no images; expected files ending in {', '.join(TAKEN)}")
-    labels: dict[str, str | None] = {name: intern(name.partition("/")[0]) if "/" in name else None for name in names}
-    flat = [name for name, label in labels.items() if label is None]
-    if flat and labelled:
-        raise ValueError(
-            f"{source.path}: {flat[0]!r} lies in no class folder; expected CLASS/FILE, or a CSV, or --split none"
-        )
-    if labelled and len(set(labels.values())) < 2:
-        raise ValueError(
-            f"{source.path}: one class folder, {labels[names[0]]!r}; expected two or more, a CSV, or --split none"
-        )
-    if flat:  # a pile with subfolders, whose names need not be classes
-        labels = dict.fromkeys(names)
-    task = task or task_name(source.path)
-    return [Item(source, name, labels[name], task) for name in names]
-
-
-def task_name(path: Path) -> str:
-    """The task of the images of a folder or tar that nothing else names."""
-    return path.name.removesuffix(".tar")
-
-
-def _is_taken(name: str, skipped: Counter[str]) -> bool:
+def is_taken(name: str, skipped: Counter[str]) -> bool:
     """Whether a file is a visible image; counts why not."""
-    if any(part.startswith(".") for part in name.split("/")):
+    folders = name.split("/")
+    if any(part.startswith(".") for part in folders):
         skipped["hidden"] += 1
+    elif FOREIGN.intersection(folders):
+        skipped["in a folder of the system or of another program"] += 1
     elif image_suffix(name) is None:
         suffix = os.path.splitext(name)[1].lower()
         skipped[f"of the suffix {suffix!r}" if suffix else "without a suffix"] += 1
