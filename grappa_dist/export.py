@@ -5,7 +5,7 @@ Shapes: B images, S pixels a side, L layers, N sets, P rows of one shard, D chan
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from grappa_dist.data.decoding import to_rgb, upright
 from grappa_dist.data.index import Shard, describe_missing
 from grappa_dist.data.open_images import cache_of
 from grappa_dist.data.shards import ImageShards
+from grappa_dist.data.transforms import Preprocess
 from grappa_dist.files import read_json, replacing, write_json, write_json_list
 from grappa_dist.models import Grappa
 from grappa_dist.models.spec import (
@@ -32,6 +33,7 @@ from grappa_dist.models.spec import (
     build,
     exported_spec,
     load_grappa,
+    tensors_of,
 )
 from grappa_dist.stages.embed import BAD_FILE, ROWS_FILE, embed, features_of
 from grappa_dist.stages.gallery_weights import load_galleries, set_weights, transitivity
@@ -45,17 +47,30 @@ _EMBED_SETTINGS = (
 )
 
 
-def load_model(run_or_model_dir: str | Path) -> RetrievalModel:
+def load_model(run_or_model_dir: str | Path, *, trust_modules: bool | None = None) -> RetrievalModel:
     """The model of a run directory or of an exported model directory, on the CPU.
 
-    A backbone called `module:function` needs that module importable.
+    Args:
+        trust_modules: whether the module of a backbone called `module:function` may be imported, which runs it; it must
+            be importable. None: only for a run directory that belongs to the user of this process.
 
     Raises:
-        ValueError: the directory holds no model, or one of an unknown format.
+        ValueError: the directory holds no model, one of an unknown format, or one that names a module which is not
+            trusted.
     """
-    grappa, config = load_grappa(Path(run_or_model_dir))
+    grappa, config = load_grappa(Path(run_or_model_dir), trust_modules=trust_modules)
     galleries = {task: torch.tensor(weights) for task, weights in config.get("galleries", {}).items()}
     return RetrievalModel(grappa, config["sets"], galleries)
+
+
+@dataclass(frozen=True)
+class Transform:
+    """The test transform: a PIL image of any size and mode -> (3, S, S) in [0, 1]."""
+
+    preprocess: Preprocess
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        return torch.from_numpy(self.preprocess.test(to_rgb(upright(image)))).permute(2, 0, 1).float() / 255
 
 
 class RetrievalModel(nn.Module):
@@ -72,12 +87,7 @@ class RetrievalModel(nn.Module):
         self.grappa, self.sets = grappa.requires_grad_(False).eval(), sets
         self.galleries = dict(galleries or {})
         self.grappa.fold()
-        preprocess = grappa.backbone.preprocess
-
-        def transform(image: Image.Image) -> Tensor:
-            return torch.from_numpy(preprocess.test(to_rgb(upright(image)))).permute(2, 0, 1).float() / 255
-
-        self.transform: Callable[[Image.Image], Tensor] = transform
+        self.transform = Transform(grappa.backbone.preprocess)
 
     @property
     def embed_dim(self) -> int:
@@ -135,7 +145,7 @@ def export_model(spec: ModelSpec, artifact: Artifact) -> None:
     assert isinstance(grappa, Grappa)
     folder = artifact.begin()
     with replacing(folder / WEIGHTS_FILE) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in grappa.state_dict().items()}, temporary)
+        save_file(tensors_of(grappa), temporary)
     config = {
         "format": FORMAT,
         "variant": spec.name,
@@ -152,7 +162,13 @@ def export_model(spec: ModelSpec, artifact: Artifact) -> None:
 
 
 def embed_images(
-    model: Path, paths: Sequence[str], out: Path, overrides: Iterable[str] = (), *, gallery: str | None = None
+    model: Path,
+    paths: Sequence[str],
+    out: Path,
+    overrides: Iterable[str] = (),
+    *,
+    gallery: str | None = None,
+    trust_modules: bool | None = None,
 ) -> Path:
     """Embeds the images of some shards, as an input of a search index; returns the path of `embeddings.json` in `out`.
 
@@ -164,11 +180,12 @@ def embed_images(
         model: a run directory, or that of an exported model.
         overrides: `key=value` of data.max_bad_share, embed.batch_size and most of resources.
         gallery: the task whose set weights are used, for a model of the variant `gallery`.
+        trust_modules: as for `load_model`.
 
     Raises:
         ValueError: there is no such model, or a path or setting is wrong.
     """
-    spec = exported_spec(model, gallery)
+    spec = exported_spec(model, gallery, trust_modules=trust_modules)
     data = {"train": tuple(paths)}
     overrides = list(overrides)
     config = read({"name": "embeddings", "data": data, "backbone": {"name": spec.backbone.name}}, overrides)

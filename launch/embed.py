@@ -29,6 +29,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--gallery", help="of a model of the variant gallery: the task whose weights are used")
     parser.add_argument("--out", required=True, help="the folder for the embeddings")
     parser.add_argument(
+        "--trust-modules",
+        action="store_true",
+        default=None,
+        help="import the module that a model from elsewhere names as its backbone; it is run",
+    )
+    parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="data.max_bad_share, embed.batch_size or of resources"
     )
     return parser.parse_intermixed_args()
@@ -39,7 +45,8 @@ def work(asked: argparse.Namespace, ending: Ending) -> None:
     from grappa_dist.stages.run import run_root
 
     ending.log_dir = root = run_root(asked.out, "embeddings")
-    found = embed_images(Path(asked.model), asked.images, root, asked.overrides, gallery=asked.gallery)
+    options = {"gallery": asked.gallery, "trust_modules": asked.trust_modules}
+    found = embed_images(Path(asked.model), asked.images, root, asked.overrides, **options)
     print(f"embeddings  {found}")
 
 

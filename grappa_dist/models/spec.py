@@ -6,6 +6,8 @@ import hashlib
 import importlib.util
 import json
 import os
+import stat
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
@@ -25,6 +27,7 @@ from grappa_dist.models.backbone import check_name, check_weights
 
 ADAPTORS_FILE, FUSION_FILE = "adaptors.safetensors", "grappa.safetensors"
 FORMAT = 1  # of an exported model
+OWN_BACKBONES = ("timm", "grappa_dist.demo.backbone")  # what a model may name without a word of its caller
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 
 
@@ -42,6 +45,7 @@ class ModelSpec:
     exported: Path | None = None  # directory of an exported model, in place of the artefacts
     weights_sha256: str = ""  # of the exported weights
     set_weights: tuple[float, ...] = ()  # of the exported model, where not as exported
+    trusted: bool = False  # whether the module that an exported model names may be imported
 
     @property
     def inputs(self) -> dict[str, Artifact | str]:
@@ -131,7 +135,7 @@ def check_ready(config: BackboneConfig) -> None:
 def build(spec: ModelSpec, device: torch.device) -> nn.Module:
     """The model of a description, frozen, on the device; an exported one folded, as its weights are final."""
     if spec.exported is not None:
-        exported = load_grappa(spec.exported)[0].requires_grad_(False).eval()
+        exported = load_grappa(spec.exported, trust_modules=spec.trusted)[0].requires_grad_(False).eval()
         if spec.set_weights:
             exported.weigh(torch.tensor(spec.set_weights))
         exported.fold()
@@ -167,17 +171,22 @@ def save_random_sets(model: Grappa, folder: Path) -> None:
         save_file(tensors, temporary)
 
 
-def exported_spec(run_or_model_dir: Path, gallery: str | None = None) -> ModelSpec:
+def exported_spec(
+    run_or_model_dir: Path, gallery: str | None = None, *, trust_modules: bool | None = None
+) -> ModelSpec:
     """The description of an exported model.
 
     Args:
         gallery: the task of the run whose set weights are used; None: as exported, which is the average for the variant
             `gallery`.
+        trust_modules: as for `load_grappa`.
 
     Raises:
-        ValueError: the directory holds no model, one of an unknown format, or one without weights for that gallery.
+        ValueError: the directory holds no model, one of an unknown format, one that names a module which is not
+            trusted, or one without weights for that gallery.
     """
     folder, config = exported_config(run_or_model_dir)
+    check_trust(run_or_model_dir, config["backbone"]["name"], trust_modules)
     backbone = BackboneConfig(name=config["backbone"]["name"], kwargs=config["backbone"]["kwargs"])
     path = folder / WEIGHTS_FILE
     weights = _sha256(str(path), path.stat().st_mtime_ns)
@@ -188,7 +197,12 @@ def exported_spec(run_or_model_dir: Path, gallery: str | None = None) -> ModelSp
         )
     set_weights = tuple(galleries[gallery]) if gallery is not None else ()
     return ModelSpec(
-        config["variant"], backbone, exported=folder.resolve(), weights_sha256=weights, set_weights=set_weights
+        config["variant"],
+        backbone,
+        exported=folder.resolve(),
+        weights_sha256=weights,
+        set_weights=set_weights,
+        trusted=True,
     )
 
 
@@ -206,14 +220,83 @@ def exported_config(run_or_model_dir: Path) -> tuple[Path, dict[str, Any]]:
     return folder, config
 
 
-def load_grappa(run_or_model_dir: Path) -> tuple[Grappa, dict[str, Any]]:
-    """An exported model with its weights, and the content of its config.json."""
+def check_trust(run_or_model_dir: Path, name: str, trust_modules: bool | None) -> None:
+    """Raises ValueError where a model names a module that would be imported, and so run, without its caller's word.
+
+    A model directory is data, which may come from anyone. A run directory of the caller's own user is trusted as the
+    run was, which imported that module.
+    """
+    trusted = _is_own_run(run_or_model_dir) if trust_modules is None else trust_modules
+    if not trusted and name.partition(":")[0] not in OWN_BACKBONES:
+        raise ValueError(
+            f"the model of {run_or_model_dir} names the backbone {name}: that module would be imported and run. If you "
+            "trust whoever wrote the model, load it with trust_modules=True (launch/embed.py: --trust-modules)"
+        )
+
+
+def _is_own_run(folder: Path) -> bool:
+    """Whether this is a run directory with its model inside, which belongs to the user of this process."""
+    run, config = folder.resolve(), (folder / "model" / CONFIG_FILE).resolve()
+    if not config.is_file() or not config.is_relative_to(run):
+        return False
+    found = [path.stat() for path in (run, config)]
+    return all(path.st_uid == os.geteuid() and not path.st_mode & stat.S_IWOTH for path in found)
+
+
+def load_grappa(run_or_model_dir: Path, *, trust_modules: bool | None = None) -> tuple[Grappa, dict[str, Any]]:
+    """An exported model with its weights, and the content of its config.json.
+
+    Args:
+        trust_modules: whether the module of a backbone `module:function` may be imported; None: only for a run
+            directory that belongs to the user of this process.
+
+    Raises:
+        ValueError: the directory holds no model, one of an unknown format, or one that names a module which is not
+            trusted.
+    """
     folder, config = exported_config(run_or_model_dir)
+    check_trust(run_or_model_dir, config["backbone"]["name"], trust_modules)
     pixels = {name: tuple(value) if isinstance(value, list) else value for name, value in config["pixels"].items()}
     backbone = create_backbone(config["backbone"]["name"], config["backbone"]["kwargs"], pixels, pretrained=False)
     grappa = Grappa(backbone, len(config["sets"]), config["bottleneck"], attention=config["attention"])
-    grappa.load_state_dict(load_file(folder / WEIGHTS_FILE))
+    load_tensors(grappa, load_file(folder / WEIGHTS_FILE))
     return grappa, config
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """The state of a model as a file holds it: each tensor contiguous and in memory of its own.
+
+    A tensor with several names, as a backbone that wraps another module has them, is there once, under the first.
+    """
+    found, storages = dict[str, Tensor](), set[int]()
+    for name, tensor in _distinct(model).items():
+        tensor = tensor.contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        found[name] = tensor.clone() if storage in storages else tensor
+        storages.add(storage)
+    return found
+
+
+def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Fills a model with what `tensors_of` gave.
+
+    Raises:
+        RuntimeError: they are of another model.
+    """
+    twins = {name for name in model.state_dict() if name not in _distinct(model)}
+    missing, unexpected = model.load_state_dict(dict(tensors), strict=False)
+    missing = [name for name in missing if name not in twins]
+    if missing or unexpected:
+        raise RuntimeError(f"the model's weights are of another backbone: missing {missing}, unknown {unexpected}")
+
+
+def _distinct(model: nn.Module) -> dict[str, Tensor]:
+    """The state of a model, a tensor with several names under the first alone."""
+    found = dict[tuple[object, ...], tuple[str, Tensor]]()
+    for name, tensor in model.state_dict().items():
+        place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        found.setdefault(place if tensor.data_ptr() else (name,), (name, tensor))  # empty ones have no place
+    return dict(found.values())
 
 
 _latest: dict[tuple[Any, ...], nn.Module] = {}
