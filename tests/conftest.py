@@ -83,6 +83,7 @@ def s3_door() -> Iterator[tuple[StoreProxy, Any]]:
         "AWS_SECRET_ACCESS_KEY": "test-secret",
         "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_MAX_ATTEMPTS": "1",  # by botocore itself: it would wait for seconds
     }
     with s3_server() as port, proxy_to(upstream(port)) as proxy, pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith(("AWS_", "FSSPEC_S3"))]:

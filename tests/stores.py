@@ -40,6 +40,9 @@ class StoreProxy:
     refuse: Callable[[str, str], int | None] = lambda method, path: None  # status instead of an answer
     cut: Callable[[str, str], int | None] = lambda method, path: None  # bytes after which the connection closes
     change: Callable[[Answer], Answer] = lambda answer: answer
+    spoil: Callable[[BaseHTTPRequestHandler, Answer], Answer | None] = lambda handler, answer: (
+        answer
+    )  # None: it ended it
 
     @property
     def url(self) -> str:
@@ -49,6 +52,7 @@ class StoreProxy:
         self.requests.clear()
         fresh = StoreProxy()
         self.latency_s, self.refuse, self.cut, self.change = fresh.latency_s, fresh.refuse, fresh.cut, fresh.change
+        self.spoil = fresh.spoil
 
     def ranges(self, ending: str = "") -> list[tuple[int, int]]:
         return [r.range for r in self.requests if r.range is not None and r.path.split("?")[0].endswith(ending)]
@@ -80,6 +84,11 @@ def proxy_to(backend: Backend) -> Iterator[StoreProxy]:
                 status, headers, body = proxy.change(backend(self.command, self.path, dict(self.headers), given))
             else:
                 status, headers, body = refused, {}, b""
+            spoilt = proxy.spoil(self, (status, headers, body))
+            if spoilt is None:
+                self.close_connection = True
+                return
+            status, headers, body = spoilt
             sent = body if cut is None else body[:cut]
             asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
             span = None if asked is None else (int(asked[1]), int(asked[2]))
@@ -99,7 +108,11 @@ def proxy_to(backend: Backend) -> Iterator[StoreProxy]:
         def log_message(self, *_: object) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    class Server(ThreadingHTTPServer):
+        def handle_error(self, request: object, client_address: object) -> None:
+            """Nothing is printed about clients that are gone, or connections that a test has ended."""
+
+    server = Server(("127.0.0.1", 0), Handler)
     proxy.port = server.server_address[1]
     thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
     thread.start()

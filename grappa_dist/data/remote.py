@@ -1,15 +1,21 @@
 """Objects on s3://, gs:// and http(s)://: listed, and read by ranges, through fsspec. Nothing here writes.
 
 The library reads credentials, endpoints and proxies (environment, configuration files); none is logged.
+
+Stores fail now and then. What may pass (500, 503 and the like, timeouts, broken connections, answers that are cut off
+or hold other bytes than those asked for) is asked for again, ATTEMPTS times in all with growing pauses, and is then a
+StoreUnavailable, an OSError: another attempt of the job, or of the run, may find the store well. All else is a
+ValueError that names the object: it is missing or refused, or it is not the one that was listed.
 """
 
 from __future__ import annotations
 
+import random
 import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -22,8 +28,18 @@ INSTALL = {  # protocol -> what to install
     "https": "pip install aiohttp",
 }
 CONNECTIONS = 64  # per process and store; botocore's own limit of 10 would hold back what is in flight
-_ATTEMPTS = 5  # of http(s), which fsspec does not repeat; s3fs and gcsfs repeat by themselves
-_TRANSIENT_STATUS = frozenset({408, 429, 500, 502, 503, 504})
+ATTEMPTS = 6  # at one request
+PAUSE_S = 0.25  # before the second attempt, at most; then twice as long each time
+_CONNECT_S, _SILENT_S, _REQUEST_S = 10.0, 30.0, 600.0  # of http(s): to connect, between two bytes, in all
+_PASSING_STATUS = frozenset({408, 429, 500, 502, 503, 504})
+_PASSING_KINDS = frozenset(  # by name: only libraries in use are loaded
+    {
+        *("ClientConnectionError", "ClientPayloadError"),  # aiohttp
+        *("HTTPClientError", "ResponseParserError", "IncompleteReadError", "FlexibleChecksumError"),  # botocore
+    }
+)
+_PASSING_CODES = frozenset({"SlowDown", "InternalError", "ServiceUnavailable", "RequestTimeout"})  # of S3
+_QUERY = re.compile(r"\?[^\s'\"]*")
 _HEADERS_AT_ONCE = 32
 Result = TypeVar("Result")
 
@@ -43,6 +59,14 @@ class RemoteObject:
     @property
     def folder(self) -> str:
         return self.url.rpartition("/")[0]
+
+
+class StoreUnavailable(OSError):
+    """A store failed ATTEMPTS times in a way that may pass."""
+
+
+class BrokenAnswer(Exception):
+    """An answer that is cut off, or holds other bytes than those asked for."""
 
 
 class Traffic:
@@ -138,15 +162,17 @@ class RemoteFile:
 
     def fetch(self, start: int, end: int) -> bytes:
         """The bytes of a range, in one request."""
-        url, what = self.source.url, f"bytes {start}-{end - 1}"
         if end == start:
             return b""
-        data: bytes = _attempt(url, what, lambda *_: self._opened()._fetch_range(start, end))
+        data: bytes = _attempt(self.source.url, f"bytes {start}-{end - 1}", lambda *_: self._fetch(start, end))
         TRAFFIC.add(len(data))
+        return data
+
+    def _fetch(self, start: int, end: int) -> bytes:
+        file = self._opened()
+        data: bytes = file(start, end) if isinstance(file, _HttpRanges) else file._fetch_range(start, end)
         if len(data) != end - start:
-            raise ValueError(
-                f"{url}: {len(data)} of {end - start} bytes came for {what}; cut off, or the server has no ranges"
-            )
+            raise BrokenAnswer(f"{len(data)} of {end - start} bytes came")
         return data
 
     def _opened(self) -> Any:
@@ -156,11 +182,12 @@ class RemoteFile:
                 fs, path = store_of(self.source.url)
                 if is_http(self.source.url):
                     found = fs.info(path)
-                    strong = {"headers": {"If-Match": found["ETag"]}} if found.get("ETag", "").startswith('"') else {}
-                    file = fs.open(path, block_size=1, size=found["size"], cache_type="none", **strong)
+                    file: Any = _HttpRanges(fs, path, self.source, str(found.get("ETag", "")))
                 else:
                     file = fs.open(path, cache_type="none")
                     found = file.details
+                    if found.get("ETag") and hasattr(file, "read_kw"):  # s3fs: held by the store, and by us
+                        file.read_kw = {**file.read_kw, "IfMatch": found["ETag"]}
                 now = _object(self.source.url, found)
                 if now != self.source:
                     raise ValueError(
@@ -171,31 +198,94 @@ class RemoteFile:
             return self._file
 
 
+@dataclass(frozen=True)
+class _HttpRanges:
+    """Ranges of an object on http(s), each held against what was listed: fsspec would take any answer of the length."""
+
+    fs: Any
+    path: str
+    source: RemoteObject
+    tag: str  # its ETag, with quotes
+
+    def __call__(self, start: int, end: int) -> bytes:
+        from fsspec.asyn import sync
+
+        return bytes(sync(self.fs.loop, self._get, start, end))
+
+    async def _get(self, start: int, end: int) -> bytes:
+        options = dict(self.fs.kwargs)
+        headers = {**options.pop("headers", {}), "Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
+        if self.tag.startswith('"'):
+            headers["If-Match"] = self.tag
+        session = await self.fs.set_session()
+        async with session.get(self.fs.encode_url(self.path), headers=headers, **options) as answer:
+            if answer.status != 416:
+                answer.raise_for_status()
+            self._compare(answer.status, answer.headers, start, end)
+            data: bytes = await answer.read()
+            return data
+
+    def _compare(self, status: int, headers: Mapping[str, str], start: int, end: int) -> None:
+        """Raises ValueError where the answer is of another object, BrokenAnswer where it is of another range."""
+        if status == 416:
+            raise self._changed(f"status 416, no such bytes, but it had {self.source.size}")
+        if status != 206:
+            raise ValueError(
+                f"{self.source.url}: status {status} for bytes {start}-{end - 1}; the server has no ranges, and shards "
+                "are read by ranges: serve them by one that does"
+            )
+        if self.tag and headers.get("ETag", self.tag) != self.tag:
+            raise self._changed(f"its version is {headers['ETag']}, but was {self.tag}")
+        found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", headers.get("Content-Range", ""))
+        if found and (int(found[1]), int(found[2])) != (start, end - 1):
+            raise BrokenAnswer(f"bytes {found[1]}-{found[2]} came")
+        if found and found[3] not in ("*", str(self.source.size)):
+            raise self._changed(f"it has {found[3]} bytes, but had {self.source.size}")
+
+    def _changed(self, how: str) -> ValueError:
+        return ValueError(f"{self.source.url}: {how} when it was indexed; the shard changed")
+
+
+def patiently(ask: Callable[[], Result]) -> Result:
+    """What `ask()` returns; what may pass is tried ATTEMPTS times, and its last error raised."""
+    for attempt in range(1, ATTEMPTS):
+        try:
+            return ask()
+        except library_errors() as error:
+            if not is_passing(error):
+                raise
+            time.sleep(PAUSE_S * 2 ** (attempt - 1) * random.uniform(0.5, 1.0))  # not all readers at one moment
+    return ask()
+
+
 def _attempt(url: str, what: str, ask: Callable[[Any, str], Result], **missing: Any) -> Any:
-    """What `ask(file system, path)` returns; transient errors of http(s) are tried again, all others named.
+    """What `ask(file system, path)` returns; errors name the object and what was asked for.
 
     Args:
         missing: `missing=value` is returned where the object does not exist.
     """
-    for attempt in range(_ATTEMPTS):
-        try:
-            return ask(*store_of(url))
-        except library_errors() as error:
-            if isinstance(error, ValueError) and str(error).startswith(url):
-                raise
-            cause = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error
-            if is_http(url) and attempt + 1 < _ATTEMPTS and _is_transient(cause):
-                time.sleep(0.1 * 2**attempt)
-                continue
-            if _is_missing(cause):
-                if missing:
-                    return missing["missing"]
-                raise ValueError(f"{url}: not there (asked for {what})") from None
-            if _status(cause) == 412 or type(cause).__name__ == "FileExpired":  # s3fs has it
-                raise ValueError(f"{url}: {what}: another object than was indexed; the shard changed") from None
-            reason = " ".join(str(cause).split()) or type(cause).__name__
-            raise ValueError(f"{url}: {what} cannot be read: {type(cause).__name__}: {reason}") from error
-    raise AssertionError("the last attempt returns or raises")
+    try:
+        return patiently(lambda: ask(*store_of(url)))
+    except library_errors() as error:
+        if isinstance(error, ValueError) and str(error).startswith(url):
+            raise
+        cause = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error
+        if is_passing(error):
+            raise StoreUnavailable(f"{url}: {what} cannot be read in {ATTEMPTS} attempts: {describe(cause)}") from error
+        if _is_missing(cause):
+            if missing:
+                return missing["missing"]
+            raise ValueError(f"{url}: not there (asked for {what})") from None
+        status = _status(error) or _status(error.__cause__)
+        if status in (412, 416) or type(cause).__name__ == "FileExpired":  # s3fs has it
+            raise ValueError(f"{url}: {what}: another object than was indexed; the shard changed") from None
+        raise ValueError(f"{url}: {what} cannot be read: {describe(cause)}") from error
+
+
+def describe(error: BaseException) -> str:
+    """A library's error in one line, without the queries of URLs, which may hold a signature."""
+    text = _QUERY.sub("", " ".join(str(error).split()))
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def store_of(url: str) -> tuple[Any, str]:
@@ -208,38 +298,59 @@ def store_of(url: str) -> tuple[Any, str]:
     if protocol == "s3":
         configured = conf.get("s3", {}).get("config_kwargs", {})
         options["config_kwargs"] = {"max_pool_connections": CONNECTIONS, **configured}
+        options["local_expiry_check"] = True  # the version in each answer is compared, too
+    elif is_http(url):
+        import aiohttp
+
+        limits = aiohttp.ClientTimeout(_REQUEST_S, sock_connect=_CONNECT_S, sock_read=_SILENT_S)
+        options["client_kwargs"] = {"timeout": limits, **conf.get(protocol, {}).get("client_kwargs", {})}
     try:
         found: tuple[Any, str] = url_to_fs(url, **options)
     except ImportError as error:
         raise ValueError(f"{url}: {protocol}:// needs a package that is not installed: {INSTALL[protocol]}") from error
+    if protocol == "s3":
+        found[0].retries = 1  # of its own: `patiently` has them, beside those of botocore
     return found
 
 
 def library_errors() -> tuple[type[BaseException], ...]:
     """What reading may raise: the libraries' errors have no common base class, and only libraries in use are loaded."""
     kinds = [("aiohttp", "ClientError"), ("botocore.exceptions", "BotoCoreError")]
-    kinds += [("botocore.exceptions", "ClientError"), ("gcsfs.retry", "HttpError")]
-    kinds += [("google.auth.exceptions", "GoogleAuthError")]
+    kinds += [("botocore.exceptions", "ClientError"), ("botocore.parsers", "ResponseParserError")]
+    kinds += [("gcsfs.retry", "HttpError"), ("google.auth.exceptions", "GoogleAuthError")]
     loaded = [getattr(sys.modules[module], name) for module, name in kinds if module in sys.modules]
-    return (OSError, ValueError, *loaded)
+    return (OSError, ValueError, KeyError, BrokenAnswer, *loaded)  # KeyError: a page of a listing without its next page
 
 
-def _status(error: BaseException) -> int | None:
-    return getattr(error, "status", None)  # aiohttp's ClientResponseError
+def is_passing(error: BaseException) -> bool:
+    """Whether the same request may succeed later: the store is busy or out of reach, or its answer was cut off."""
+    for each in filter(None, (error, error.__cause__)):
+        kinds = {kind.__name__ for kind in type(each).__mro__}
+        if isinstance(each, BrokenAnswer | TimeoutError | ConnectionError | KeyError) or kinds & _PASSING_KINDS:
+            return True
+        if _status(each) in _PASSING_STATUS or _code(each) in _PASSING_CODES:
+            return True
+    return False
+
+
+def _status(error: BaseException | None) -> int | None:
+    """The HTTP status in an error of aiohttp, botocore or gcsfs; None where there is none."""
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):
+        return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    found = getattr(error, "status", None) or getattr(error, "code", None)
+    return found if isinstance(found, int) else None
+
+
+def _code(error: BaseException | None) -> str | None:
+    """The code in an error of botocore."""
+    response = getattr(error, "response", None)
+    return response.get("Error", {}).get("Code") if isinstance(response, dict) else None
 
 
 def _is_missing(error: BaseException) -> bool:
-    code = getattr(error, "response", None) or {}  # botocore's ClientError
-    gone = isinstance(code, dict) and code.get("Error", {}).get("Code") in ("NoSuchBucket", "NoSuchKey")
+    gone = _code(error) in ("NoSuchBucket", "NoSuchKey")
     return gone or isinstance(error, FileNotFoundError) or _status(error) == 404
-
-
-def _is_transient(error: BaseException) -> bool:
-    import aiohttp
-
-    if isinstance(error, aiohttp.ClientResponseError):
-        return error.status in _TRANSIENT_STATUS
-    return isinstance(error, aiohttp.ClientConnectionError | aiohttp.ClientPayloadError | TimeoutError)
 
 
 def _object(url: str, info: dict[str, Any]) -> RemoteObject:

@@ -28,8 +28,17 @@ from typing import Any
 
 from grappa_dist.artifacts import MANIFEST, Artifact
 from grappa_dist.console import METRICS_FILE, Console
-from grappa_dist.data.remote import check_url, library_errors, store_of
-from grappa_dist.files import sync
+from grappa_dist.data.remote import (
+    BrokenAnswer,
+    StoreUnavailable,
+    check_url,
+    describe,
+    is_passing,
+    library_errors,
+    patiently,
+    store_of,
+)
+from grappa_dist.files import parse_json, sync
 from grappa_dist.stages.flow import Flow
 from grappa_dist.stages.multi_set_jobs import MULTI_SET_FILE, multi_set_members
 
@@ -116,7 +125,7 @@ class Mirror:
         wanted = [a for a in artifacts if a.name in self.complete and not a.complete]
         for artifact in wanted:
             manifest = f"{artifact.name}/{MANIFEST}"
-            sizes: dict[str, int] = json.loads(self.remote.read(manifest))["files"]
+            sizes: dict[str, int] = self.remote.read_json(manifest)["files"]
             objects = {name: f"{artifact.name}/{name}" for name in (*sizes, MANIFEST)}
             shutil.rmtree(artifact.partial, ignore_errors=True)  # of an attempt that is no longer needed
             self.remote.fetch(objects, sizes, artifact.path, listed_in=manifest)
@@ -150,7 +159,7 @@ class _State:
 
     @staticmethod
     def read(remote: RemoteFolder, name: str) -> _State:
-        found = json.loads(remote.read(name))
+        found = remote.read_json(name)
         return _State(tuple(found["artifacts"]), found["objects"], found["sizes"])
 
 
@@ -308,6 +317,7 @@ class RemoteFolder:
 
     Raises:
         ValueError: in every method, when the store refuses; the message has the request and the URL.
+        StoreUnavailable: likewise, when it still fails after several attempts, in a way that may pass.
     """
 
     def __init__(self, url: str) -> None:
@@ -318,15 +328,28 @@ class RemoteFolder:
         found = self._call("listed", lambda: self._fs.find(self._path))
         return {name.removeprefix(self._path).strip("/") for name in found}
 
-    def read(self, name: str) -> bytes:
-        data: bytes = self._call(f"{name} read", lambda: self._fs.cat_file(self._at(name)))
-        return data
+    def read_json(self, name: str) -> Any:
+        def read() -> Any:
+            try:
+                return parse_json(self._fs.cat_file(self._at(name)), name)
+            except ValueError as error:
+                raise BrokenAnswer(str(error)) from None
+
+        return self._call(f"{name} read", read)
 
     def write(self, name: str, data: bytes) -> None:
         self._call(f"{name} written", lambda: self._fs.pipe_file(self._at(name), data))
 
-    def get(self, name: str, path: Path) -> None:
-        self._call(f"{name} read", lambda: self._fs.get_file(self._at(name), str(path)))
+    def get(self, name: str, path: Path, size: int | None = None) -> None:
+        """Copies an object to a file; an answer cut short of `size` is asked for again, if the object has that size."""
+
+        def copy() -> None:
+            self._fs.get_file(self._at(name), str(path))
+            found = path.stat().st_size
+            if size not in (None, found) and self._fs.info(self._at(name))["size"] == size:
+                raise BrokenAnswer(f"{found} of {size} bytes came")
+
+        self._call(f"{name} read", copy)
 
     def put(self, path: Path, name: str) -> None:
         self._call(f"{name} written", lambda: self._fs.put_file(str(path), self._at(name)))
@@ -355,7 +378,7 @@ class RemoteFolder:
             if PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
                 raise ValueError(f"{self.url}/{listed_in}: names {file!r}, outside of its folder")
             (fresh / file).parent.mkdir(parents=True, exist_ok=True)
-        _each(objects, lambda file: self.get(objects[file], fresh / file))
+        _each(objects, lambda file: self.get(objects[file], fresh / file, sizes.get(file)))
         for file, size in sizes.items():
             if (found := (fresh / file).stat().st_size) != size:
                 raise ValueError(
@@ -370,10 +393,10 @@ class RemoteFolder:
 
     def _call(self, what: str, do: Callable[[], Any]) -> Any:
         try:
-            return do()
+            return patiently(do)
         except library_errors() as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise ValueError(f"mirror={self.url}: cannot be used ({what}): {type(error).__name__}: {reason}") from error
+            kind = StoreUnavailable if is_passing(error) else ValueError
+            raise kind(f"mirror={self.url}: cannot be used ({what}): {describe(error)}") from error
 
 
 def _each(names: Iterable[str], do: Callable[[str], None]) -> None:

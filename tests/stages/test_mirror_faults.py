@@ -1,0 +1,54 @@
+"""A mirror on a store that fails now and then, or answers wrongly: what is copied and fetched is whole all the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from grappa_dist.artifacts import Artifact, Store
+from grappa_dist.data import remote
+from grappa_dist.data.remote import StoreUnavailable
+from grappa_dist.stages.mirror import Mirror
+from tests.conftest import Bucket
+from tests.faults.faulty_http import PASSING, Fault, always, now_and_then
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "PAUSE_S", 0.001)
+
+
+def artifact_in(root: Path, *, made: bool) -> Artifact:
+    artifact = Store(root).artifact("labels/k=2", {}, {})
+    if made:
+        folder = artifact.begin()
+        for number in range(12):
+            (folder / f"rows-{number}.npy").write_bytes(bytes([number]) * 1001)
+        artifact.commit()
+    return artifact
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_copy_over_a_store_that_fails_now_and_then_is_whole(bucket: Bucket, tmp_path: Path, seed: int) -> None:
+    bucket.allow_writing()
+    bucket.proxy.spoil = now_and_then(seed, 0.3, PASSING - {Fault.RESET})  # s3fs has no end of its own after these
+    made, fetched = artifact_in(tmp_path / "a", made=True), artifact_in(tmp_path / "b", made=False)
+    Mirror(bucket.url).save([made])
+    assert Mirror(bucket.url).fetch([fetched]) == [fetched]
+    for path in made.path.iterdir():
+        assert (fetched.path / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_store_that_keeps_failing_is_named_with_the_request(bucket: Bucket, tmp_path: Path) -> None:
+    bucket.allow_writing()
+    made, fetched = artifact_in(tmp_path / "a", made=True), artifact_in(tmp_path / "b", made=False)
+    Mirror(bucket.url).save([made])
+    mirror = Mirror(bucket.url)
+    bucket.proxy.spoil = always(Fault.SHORT)
+    with pytest.raises(StoreUnavailable, match=rf"mirror={bucket.url}: .*\(labels/k=2.*read\): .*(not JSON|hecksum)"):
+        mirror.fetch([fetched])
+    bucket.proxy.spoil = always(Fault.SLOW_DOWN)
+    with pytest.raises(StoreUnavailable, match=r"request rate|Service Unavailable"):
+        mirror.fetch([fetched])
+    assert not fetched.path.exists()
