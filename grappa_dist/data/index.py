@@ -21,7 +21,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from grappa_dist.data.tars import DamagedTar, members_of, split_name
+from grappa_dist.data.tars import DamagedTar, Zeros, members_of, split_name
 from grappa_dist.files import parse_json, replacing
 
 COMMITTED = "index.json"  # written last beside finished shards
@@ -36,8 +36,9 @@ REFUSED = {  # numbers at which no JSON member can begin: the first block of a t
     2: "a link or a sparse file, no plain file",
     3: f"more than {_LARGEST} bytes",
     4: "the shard is damaged or cut off from here on, and what follows is missing",
+    5: "its last bytes are zeros, as are those behind it where the next member should be",
 }
-_SECOND, _LINK, _LARGE, DAMAGED = REFUSED
+_SECOND, _LINK, _LARGE, DAMAGED, _TORN = REFUSED
 REMADE = "; remove it, and it is made or fetched again"
 _NO_MEMBER = (0, 0)
 _FIRST_NAMES, _NAME_LENGTH = 20, 300  # of misnamed images of a shard, kept for messages
@@ -51,7 +52,7 @@ _UNREADABLE = (ValueError, EOFError, TypeError, SyntaxError, RecursionError, Mem
 class Missing:
     """How many images of a tar have no row."""
 
-    behind: int = 0  # behind a damage: an estimate
+    behind: int = 0  # behind a damage, or where zeros are: an estimate
     misnamed: int = 0  # whose name has another dot before its suffix, and whose key has no image
     names: tuple[str, ...] = ()  # the first of these
 
@@ -68,7 +69,7 @@ class Shard:
     path: str
     rows: int
     bytes: int
-    fingerprint: str  # sha256 of the tar
+    fingerprint: str  # sha256 of the tar; another one where there are zeros in it, see `fingerprint_of`
     ignored: int = 0  # members that are neither an image nor the JSON of one
     version: str = ""  # when it was found: of a remote tar its ETag, of a local one its time of change
     missing: Missing = Missing()
@@ -81,6 +82,7 @@ class Scan:
     rows: NDArray[Any]
     ignored: int
     missing: Missing
+    inner_zeros: bool = False  # members, or damage, behind zeros that could pass for the end
 
 
 def index_shard(path: str | os.PathLike[str]) -> tuple[NDArray[Any], Shard]:
@@ -89,7 +91,7 @@ def index_shard(path: str | os.PathLike[str]) -> tuple[NDArray[Any], Shard]:
     with path.open("rb") as file:
         stat = os.fstat(file.fileno())
         found = scan(file, path, stat.st_size)
-        fingerprint = sha256_of(file)
+        fingerprint = fingerprint_of(found, sha256_of(file))
     return found.rows, Shard(
         path.name,
         str(path.absolute()),
@@ -100,6 +102,14 @@ def index_shard(path: str | os.PathLike[str]) -> tuple[NDArray[Any], Shard]:
         version_of(stat),
         found.missing,
     )
+
+
+def fingerprint_of(found: Scan, sha256: str) -> str:
+    """Names the rows of a tar.
+
+    Programs up to November 2026 took the first block of zeros for the end: what they kept of such a tar has fewer rows.
+    """
+    return hashlib.sha256(f"{sha256} and behind zeros".encode()).hexdigest() if found.inner_zeros else sha256
 
 
 def version_of(stat: os.stat_result) -> str:
@@ -118,50 +128,86 @@ def scan(file: IO[bytes], path: Path | str, size: int) -> Scan:
 
     An image that cannot be used keeps a row, which says why. A tar that is damaged further on ends with such a row.
     """
-    images: dict[str, tuple[int, int]] = {}
-    texts: dict[str, tuple[int, int]] = {}
-    refused: list[tuple[int, int, int, int]] = []
-    others: dict[str, list[str]] = {}  # names of further images of a key, as far as suffixes say
-    damage: list[tuple[int, int, int, int]] = []  # one row at most, the last
-    ignored = behind = 0
+    found = _Members()
     try:
-        for member in members_of(file, path, size):
-            key, suffix = (None if member.isdir() else split_name(member.name)) or ("", "")
-            is_image = suffix in IMAGE_SUFFIXES
-            if is_image and (why := _why_refused(images, key, member)):
-                refused.append((member.offset_data, 0, why, 0))
-            elif is_image:
-                images[key] = (member.offset_data, member.size)
-            elif suffix == "json" and not _why_refused(texts, key, member):
-                texts[key] = (member.offset_data, member.size)
-            elif suffix.rpartition(".")[2] in IMAGE_SUFFIXES:
-                others.setdefault(key, []).append(member.name)
-            else:
-                ignored += not member.isdir()
+        for member in members_of(file, path, size, on_zeros=found.pass_zeros):
+            found.add(member)
     except DamagedTar as error:
-        if not images and not refused:
+        if not found.images and not found.refused:
             raise
-        behind = _missing_behind(error, [*images.values()], size)
-        damage = [(error.offset, 0, DAMAGED, 0)]
-    places = sorted([*((*image, *texts.get(key, _NO_MEMBER)) for key, image in images.items()), *refused])
-    misnamed = [name for key, names in others.items() if key not in images for name in names]
-    ignored += sum(key not in images for key in texts) + sum(map(len, others.values())) - len(misnamed)
-    missing = Missing(behind, len(misnamed), tuple(name[:_NAME_LENGTH] for name in misnamed[:_FIRST_NAMES]))
-    return Scan(np.array(places + damage, dtype=ROW), ignored, missing)
+        return found.scan(size, error)
+    return found.scan(size, None)
 
 
-def _missing_behind(damage: DamagedTar, images: list[tuple[int, int]], size: int) -> int:
-    """About how many images are missing behind a damage: its bytes over those of an image so far.
+class _Members:
+    """What a walk through a tar has met so far."""
+
+    def __init__(self) -> None:
+        self.images: dict[str, tuple[int, int]] = {}
+        self.refused: list[tuple[int, int, int, int]] = []
+        self._texts: dict[str, tuple[int, int]] = {}
+        self._others: dict[str, list[str]] = {}  # names of further images of a key, as far as suffixes say
+        self._ignored = self._bytes_of_zeros = 0
+        self._inner_zeros = False
+        self._last = ""  # key of the last member, if it is an image
+
+    def add(self, member: tarfile.TarInfo) -> None:
+        key, suffix = (None if member.isdir() else split_name(member.name)) or ("", "")
+        is_image = suffix in IMAGE_SUFFIXES
+        self._last = key if is_image else ""
+        if is_image and (why := _why_refused(self.images, key, member)):
+            self.refused.append((member.offset_data, 0, why, 0))
+        elif is_image:
+            self.images[key] = (member.offset_data, member.size)
+        elif suffix == "json" and not _why_refused(self._texts, key, member):
+            self._texts[key] = (member.offset_data, member.size)
+        elif suffix.rpartition(".")[2] in IMAGE_SUFFIXES:
+            self._others.setdefault(key, []).append(member.name)
+        else:
+            self._ignored += not member.isdir()
+
+    def pass_zeros(self, zeros: Zeros) -> None:
+        """Notes zeros; an image that they seem to begin in is refused."""
+        self._inner_zeros = True
+        if not zeros.padding:
+            self._bytes_of_zeros += zeros.end - zeros.start
+        offset, length = self.images.get(self._last, _NO_MEMBER)
+        if not zeros.padding and zeros.torn and 0 <= zeros.start - offset - length < 512:
+            self.refused.append((self.images.pop(self._last)[0], 0, _TORN, 0))
+
+    def scan(self, size: int, damage: DamagedTar | None) -> Scan:
+        """The result, for a tar of `size` bytes that may end in a damage."""
+        if damage is not None and damage.zeros is not None:
+            self.pass_zeros(damage.zeros._replace(end=damage.zeros.start, padding=False))
+        behind = _missing_behind(damage, [*self.images.values()], size, self._bytes_of_zeros)
+        images, others = self.images, self._others
+        places = sorted(
+            [*((*image, *self._texts.get(key, _NO_MEMBER)) for key, image in images.items()), *self.refused]
+        )
+        if damage is not None:
+            places.append((damage.offset, 0, DAMAGED, 0))
+        misnamed = [name for key, names in others.items() if key not in images for name in names]
+        ignored = self._ignored + sum(key not in images for key in self._texts)
+        ignored += sum(map(len, others.values())) - len(misnamed)
+        missing = Missing(behind, len(misnamed), tuple(name[:_NAME_LENGTH] for name in misnamed[:_FIRST_NAMES]))
+        return Scan(np.array(places, dtype=ROW), ignored, missing, self._inner_zeros)
+
+
+def _missing_behind(damage: DamagedTar | None, images: list[tuple[int, int]], size: int, zeros: int) -> int:
+    """About how many images are missing behind a damage and in `zeros` bytes: these over the bytes of an image so far.
 
     How a file that ends inside a member would have gone on is unknown: as many images again are presumed.
     """
-    if not images:
+    if not images or (damage is None and not zeros):
         return 0
     whole = [(offset, length) for offset, length in images if offset + length <= size]
     end = max((offset + length for offset, length in whole), default=0)
-    each = end / len(whole) if whole else size
+    each = max(1, (end - zeros) / len(whole)) if whole else size
+    in_zeros = max(1, round(zeros / each)) if zeros else 0
+    if damage is None:
+        return in_zeros
     missing = (size - (end if damage.cut else damage.offset)) / each if each else 0
-    return max(round(missing), len(images) if damage.cut else 0)
+    return in_zeros + max(round(missing), len(images) if damage.cut else 0)
 
 
 def _why_refused(found: Mapping[str, object], key: str, member: tarfile.TarInfo) -> int:
@@ -335,7 +381,7 @@ def count_missing(shards: Sequence[Shard]) -> int:
 
 def list_missing(shards: Sequence[Shard]) -> Iterator[MissingImages]:
     """What is missing by shard, the first of the names one by one."""
-    behind = "missing behind the place from which on the shard is damaged or cut off, as an estimate"
+    behind = "missing in zeros, or behind the place where the shard is damaged or cut off, as an estimate"
     misnamed = "a further dot in its name, which ends a key at the first one, and no image of just that key: rename it"
     for shard in shards:
         missing = shard.missing
@@ -351,8 +397,8 @@ def describe_missing(shards: Sequence[Shard]) -> Iterator[str]:
     behind, where = _count_and_shards(shards, lambda missing: missing.behind)
     if behind:
         yield (
-            f"about {behind} images are missing in {where}: damaged, or cut off, after the rows that are read; "
-            "fetch or make these shards again"
+            f"about {behind} images are missing in {where}: damaged or cut off after the rows that are read, or zeros "
+            "where images should be; fetch or make these shards again"
         )
     misnamed, where = _count_and_shards(shards, lambda missing: missing.misnamed)
     if misnamed:

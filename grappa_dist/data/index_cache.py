@@ -18,7 +18,7 @@ from grappa_dist.files import read_json, write_json
 
 State = Mapping[str, str | int]  # of a tar: what changes whenever its bytes do, as far as its store tells
 Versions = Mapping[str, tuple[str, str]]  # name of an object -> fingerprint in the index beside it, and version
-READER = 2  # raise it when the same tar gives other rows, or something else is kept of it
+READER = 3  # raise it when the same tar gives other rows, or something else is kept of it
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import IO, Any, cast
 from numpy.typing import NDArray
 
 from grappa_dist.data.block_cache import CacheSettings, fetchers
-from grappa_dist.data.index import COMMITTED, REMADE, Shard, read_index, read_rows, scan
+from grappa_dist.data.index import COMMITTED, REMADE, Shard, fingerprint_of, read_index, read_rows, scan
 from grappa_dist.data.index_cache import IndexCache
 from grappa_dist.data.remote import (
     RemoteFile,
@@ -62,7 +62,7 @@ def index_remote(source: RemoteObject, settings: CacheSettings) -> tuple[NDArray
     """Places of a remote tar's images in file order, (P,) of ROW, and its shard; the tar is read once."""
     stream = _Stream(_pieces(source, settings))
     found = scan(cast(IO[bytes], stream), source.url, source.size)
-    fingerprint, rows = stream.finish(), found.rows
+    fingerprint, rows = fingerprint_of(found, stream.finish()), found.rows
     return rows, Shard(
         source.name, source.url, len(rows), source.size, fingerprint, found.ignored, source.version, found.missing
     )

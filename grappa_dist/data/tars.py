@@ -10,13 +10,17 @@ from __future__ import annotations
 import os
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from tarfile import TarInfo
-from typing import IO
+from typing import IO, NamedTuple
 
 _BLOCK = 512
 _EXTENDED = 2**20  # bytes of an extended header at most: it holds a name and some attributes
+_RECORD = 10_240  # bytes, to whose multiple a tar is filled up with zeros, where its writer was not told otherwise
+_RECORDS = [2**power for power in range(12, 21)]  # others that are usual: 4 KiB to 1 MiB
+_END_MARK = 1024  # two blocks of zeros
+_PIECE = 2**18  # bytes of zeros that are looked through at a time
 _PAX = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
 _LONG = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 _SPARSE = "GNU.sparse."  # what begins the keys of pax records of a sparse file
@@ -30,11 +34,23 @@ class DamagedTar(ValueError):
     Attributes:
         offset: where what cannot be read begins, at most the size of the file.
         cut: whether the file ends inside a member, so that how much is missing is unknown.
+        zeros: where zeros are the damage.
     """
 
-    def __init__(self, path: Path | str, offset: int, reason: str, *, cut: bool = False) -> None:
+    def __init__(
+        self, path: Path | str, offset: int, reason: str, *, cut: bool = False, zeros: Zeros | None = None
+    ) -> None:
         super().__init__(f"{path}: not a plain tar, or cut off or damaged, at byte {offset}: {reason}")
-        self.offset, self.cut = offset, cut
+        self.offset, self.cut, self.zeros = offset, cut, zeros
+
+
+class Zeros(NamedTuple):
+    """A stretch of zeros where a header or the end of a tar should be."""
+
+    start: int
+    end: int
+    torn: bool  # the last block of the member before is zeros as well, so a part of it may be missing
+    padding: bool  # no more than the end mark of a tar that another one follows; else members may be missing
 
 
 class _Damage(Exception):
@@ -51,31 +67,71 @@ def split_name(name: str) -> tuple[str, str] | None:
     return (match[1], match[2].lower()) if match else None
 
 
-def members_of(file: IO[bytes], path: Path | str, size: int | None = None, start: int = 0) -> Iterator[TarInfo]:
+def members_of(
+    file: IO[bytes],
+    path: Path | str,
+    size: int | None = None,
+    start: int = 0,
+    on_zeros: Callable[[Zeros], object] | None = None,
+) -> Iterator[TarInfo]:
     """Headers of a plain tar, from the one at `start` to the end; the data of the last may be cut off.
 
-    Sparse files have a `sparse` that is not None; their maps are not read.
+    A tar may be several, one behind the other: what follows the end mark of one is read as well. Sparse files have a
+    `sparse` that is not None; their maps are not read.
 
     Args:
         size: of the file; None: it is a local one and is asked.
+        on_zeros: called for each stretch of zeros that members follow; None: one that is no padding is a damage.
 
     Raises:
-        DamagedTar: it is another kind of file, or cut off or damaged.
+        DamagedTar: it is another kind of file, or cut off or damaged, or ends in more zeros than fill up a tar.
     """
     end = os.fstat(file.fileno()).st_size if size is None else size
-    at = start
+    at = begin = start  # begin: of the tar in the file that is being read
+    zeros: Zeros | None = None
     while True:
         try:
             found = _next_member(file, at, end)
         except _Damage as error:
-            raise DamagedTar(path, at, str(error), cut=error.cut) from None
+            raise _damaged(path, at, error, zeros) from None
         if found is None:
-            return
+            zeros = _zeros_at(file, at, end, begin)
+            if not zeros.padding and (zeros.end == end or on_zeros is None):
+                raise DamagedTar(path, at, f"{zeros.end - at} bytes of zeros, more than fill up a tar", zeros=zeros)
+            if zeros.end == end:
+                return
+            at, begin = zeros.end, zeros.end if zeros.padding else begin
+            continue
+        if zeros is not None and zeros.end == at and on_zeros is not None:
+            on_zeros(zeros)
         member, after = found
         yield member
         if after > end:
             raise DamagedTar(path, end, f"a member reaches to byte {after}", cut=True)
         at = after
+
+
+def _damaged(path: Path | str, at: int, why: _Damage, zeros: Zeros | None) -> DamagedTar:
+    """The error for a damage at a byte; where zeros end there, it began with them."""
+    if zeros is None or zeros.end != at:
+        return DamagedTar(path, at, str(why), cut=why.cut)
+    reason = f"{zeros.end - zeros.start} bytes of zeros, and what follows is no header: {why}"
+    return DamagedTar(path, zeros.start, reason, zeros=zeros)
+
+
+def _zeros_at(file: IO[bytes], at: int, end: int, begin: int) -> Zeros:
+    """The zeros that begin at a block, to the end or to a block that is no zeros, in a tar that begins at `begin`."""
+    torn = at >= begin + _BLOCK and not any(_read(file, at - _BLOCK, _BLOCK, end))
+    until = at
+    while until < end:
+        piece = _read(file, until, min(_PIECE, end - until), end)
+        if other := piece.lstrip(b"\0"):
+            until += (len(piece) - len(other)) // _BLOCK * _BLOCK
+            break
+        until += len(piece)
+    records = [_RECORD, *(size for size in _RECORDS if until == end or size > _RECORD)]
+    filled = max((size for size in records if (until - begin) % size == 0), default=0)
+    return Zeros(at, until, torn, padding=until - at < _END_MARK + max(filled, 1))
 
 
 def _next_member(file: IO[bytes], at: int, end: int) -> tuple[TarInfo, int] | None:
@@ -193,7 +249,7 @@ def key_at(file: IO[bytes], size: int, start: int, offset: int) -> str:
     Args:
         size: of the file.
     """
-    for member in members_of(file, file.name, size, _blocks(start)):
+    for member in members_of(file, file.name, size, _blocks(start), on_zeros=lambda zeros: None):
         if member.offset_data == offset:
             named = split_name(member.name)
             assert named is not None, f"{member.name} was indexed without a key"
