@@ -53,6 +53,10 @@ class Zeros(NamedTuple):
     padding: bool  # no more than the end mark of a tar that another one follows; else members may be missing
 
 
+OnZeros = Callable[[Zeros], object] | None
+_NO_ZEROS = Zeros(-1, -1, torn=False, padding=True)
+
+
 class _Damage(Exception):
     """What is wrong with a header, or with what follows it."""
 
@@ -68,11 +72,7 @@ def split_name(name: str) -> tuple[str, str] | None:
 
 
 def members_of(
-    file: IO[bytes],
-    path: Path | str,
-    size: int | None = None,
-    start: int = 0,
-    on_zeros: Callable[[Zeros], object] | None = None,
+    file: IO[bytes], path: Path | str, size: int | None = None, start: int = 0, on_zeros: OnZeros = None
 ) -> Iterator[TarInfo]:
     """Headers of a plain tar, from the one at `start` to the end; the data of the last may be cut off.
 
@@ -87,8 +87,7 @@ def members_of(
         DamagedTar: it is another kind of file, or cut off or damaged, or ends in more zeros than fill up a tar.
     """
     end = os.fstat(file.fileno()).st_size if size is None else size
-    at = begin = start  # begin: of the tar in the file that is being read
-    zeros: Zeros | None = None
+    at, begin, zeros = start, start, _NO_ZEROS  # begin: of the tar in the file that is being read
     while True:
         try:
             found = _next_member(file, at, end)
@@ -102,7 +101,7 @@ def members_of(
                 return
             at, begin = zeros.end, zeros.end if zeros.padding else begin
             continue
-        if zeros is not None and zeros.end == at and on_zeros is not None:
+        if zeros.end == at and on_zeros is not None:
             on_zeros(zeros)
         member, after = found
         yield member
@@ -111,9 +110,9 @@ def members_of(
         at = after
 
 
-def _damaged(path: Path | str, at: int, why: _Damage, zeros: Zeros | None) -> DamagedTar:
+def _damaged(path: Path | str, at: int, why: _Damage, zeros: Zeros) -> DamagedTar:
     """The error for a damage at a byte; where zeros end there, it began with them."""
-    if zeros is None or zeros.end != at:
+    if zeros.end != at:
         return DamagedTar(path, at, str(why), cut=why.cut)
     reason = f"{zeros.end - zeros.start} bytes of zeros, and what follows is no header: {why}"
     return DamagedTar(path, zeros.start, reason, zeros=zeros)
