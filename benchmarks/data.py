@@ -200,7 +200,7 @@ def _cpu_s() -> float:
     for child in multiprocessing.active_children():
         stat = Path(f"/proc/{child.pid}/stat")
         if stat.exists():
-            fields = stat.read_text().rpartition(")")[2].split()
+            fields = stat.read_text(encoding="utf-8").rpartition(")")[2].split()
             total += (int(fields[11]) + int(fields[12])) / _TICKS  # utime and stime
     return total
 

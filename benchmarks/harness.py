@@ -104,7 +104,7 @@ def cores() -> int:
 def _processor() -> str:
     path = Path("/proc/cpuinfo")
     if path.exists():
-        for line in path.read_text().splitlines():
+        for line in path.read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
@@ -200,7 +200,7 @@ def turns(sides: Sequence[str], repeats: int) -> Iterator[list[str]]:
 
 def anonymous_bytes() -> int:
     """Resident memory of this process without pages of mapped files, which the kernel may drop."""
-    with open("/proc/self/status") as status:
+    with open("/proc/self/status", encoding="utf-8") as status:
         return next(int(line.split()[1]) for line in status if line.startswith("RssAnon")) * 1024
 
 

@@ -108,7 +108,7 @@ def _ours(config: Config, root: Path) -> Side:
     with redirect_stdout(sys.stderr):
         found = pipeline.run(config, root)
     assert found is not None
-    seconds = seconds_by_step((root / EVENTS_FILE).read_text().splitlines())
+    seconds = seconds_by_step((root / EVENTS_FILE).read_text(encoding="utf-8").splitlines())
     seconds[OTHER] = time.perf_counter() - start - sum(seconds.values())
     scores: dict[str, dict[str, float]] = {}
     for row in found[1]:

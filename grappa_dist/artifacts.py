@@ -8,8 +8,6 @@ K centroids, D dimensions.
 
 from __future__ import annotations
 
-import fcntl
-import json
 import os
 import shutil
 import time
@@ -24,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from grappa_dist.config import fingerprint
-from grappa_dist.files import sync, write_json
+from grappa_dist.files import lock_file, read_json, sync, write_json
 
 MANIFEST, LOCK = "manifest.json", ".lock"
 CENTROIDS_FILE = "centroids.npy"  # (K, D) float32, in an artefact of labels
@@ -94,7 +92,7 @@ class Artifact:
         """Raises ValueError when a file of the manifest is missing or has another size."""
         if not self.complete:
             raise ValueError(f"{self.path} is not finished: it has no {MANIFEST}")
-        manifest = json.loads((self.path / MANIFEST).read_text())
+        manifest = read_json(self.path / MANIFEST)
         for name, size in manifest["files"].items():
             path = self.path / name
             found = path.stat().st_size if path.exists() else None
@@ -142,16 +140,14 @@ class Store:
         """One driver at a time; a second one is refused at once."""
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            handle = open(self.root / LOCK, "w")  # noqa: SIM115 - closed below, after what it protects
+            handle = lock_file(self.root / LOCK)
+        except BlockingIOError as held:
+            raise ValueError(
+                f"another run{held} is writing to {self.root}; wait for it or choose another --out"
+            ) from None
         except OSError as error:
             raise ValueError(f"--out {self.root} cannot be written to: {error.strerror}") from error
         with handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(
-                    f"another run is writing to {self.root}; wait for it or choose another --out"
-                ) from None
             yield
 
     def publish(self, link: str, artifact: Artifact) -> Path:

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from grappa_dist.output import printable, unprinted, without_secrets
+
 EVENTS_FILE = "events.jsonl"  # of a run, in its directory
 METRICS_FILE = "metrics.jsonl"  # of a training job, in its folder
 COUNTER_S = 2.0  # between two lines of a counter
@@ -58,11 +60,12 @@ class Events:
     def __init__(self, path: Path, **always: Any) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         _drop_cut_line(path)
-        self._file = open(path, "a", buffering=1)  # noqa: SIM115 - kept open for the run
+        self._file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - kept open for the run
         self._always = always
 
     def __call__(self, name: str, **figures: Any) -> None:
-        self._file.write(json.dumps({"t": round(time.time(), 3), **self._always, "name": name, **figures}) + "\n")
+        line = json.dumps({"t": round(time.time(), 3), **self._always, "name": name, **figures})
+        self._file.write(f"{without_secrets(line)}\n")
 
     def close(self) -> None:
         self._file.close()
@@ -79,7 +82,7 @@ def read_events(path: Path) -> Iterator[dict[str, Any]]:
     """The events of a file; a last line cut short by a crash is left out."""
     if not path.exists():
         return
-    with open(path) as lines:
+    with open(path, encoding="utf-8") as lines:
         for line in lines:
             if line.endswith("\n"):
                 yield json.loads(line)
@@ -95,7 +98,7 @@ class Console:
 
     def log(self, text: str) -> None:
         minutes, seconds = divmod(int(time.monotonic() - self._began), 60)
-        print(f"[{minutes:3d}:{seconds:02d}] {text}", file=sys.stderr, flush=True)
+        print(f"[{minutes:3d}:{seconds:02d}] {printable(without_secrets(text))}", file=sys.stderr, flush=True)
 
     def event(self, name: str, **figures: Any) -> None:
         if self._events:
@@ -191,17 +194,24 @@ class Ending:
             return _ended("interrupted;" if ended.at_once else f"interrupted; {_saved(ended)},", INTERRUPTED)
         except Terminated as ended:
             return _ended(f"terminated; {_saved(ended)},", TERMINATED)
+        if why := unprinted():
+            print(f"warning: done, but standard output could not be written: {why}", file=sys.stderr)
         return 0
 
     def _failed(self, error: Exception, status: int) -> int:
         place = ""
         if self.log_dir is not None and self.log_dir.is_dir():
             log = self.log_dir / "errors.log"
-            with contextlib.suppress(OSError), open(log, "a") as file:
-                traceback.print_exception(error, file=file)
+            with contextlib.suppress(OSError), open(log, "a", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(without_secrets("".join(traceback.format_exception(error))))
                 place = f" (traceback in {log})"
-        print(f"error: {' '.join(str(error).split()) or type(error).__name__}{place}", file=sys.stderr)
+        print(f"error: {one_line(error)}{printable(place)}", file=sys.stderr)
         return status
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, for a terminal; its kind where it says nothing."""
+    return printable(without_secrets(" ".join(str(error).split()))) or type(error).__name__
 
 
 def _saved(ended: Terminated) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import socket
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
 @contextmanager
@@ -43,17 +46,41 @@ def read_json(path: Path) -> Any:
 
 def write_json(path: Path, value: Any) -> None:
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1) + "\n")
+        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
 def write_json_list(path: Path, values: Iterable[Any]) -> None:
     """Writes the same as `write_json` of a list, without holding the list in memory."""
-    with replacing(path) as temporary, open(temporary, "w") as file:
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         between = "[\n "
         for value in values:
             file.write(between + json.dumps(value))
             between = ",\n "
         file.write("[]\n" if between.startswith("[") else "\n]\n")
+
+
+def lock_file(path: Path) -> IO[str]:
+    """The file, held by this process alone until it is closed, with who holds it since when as its content.
+
+    Raises:
+        BlockingIOError: another process holds it; the error says which one, as far as the file has it.
+    """
+    file = open(path, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115 - closed by the caller
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = " ".join(file.read(500).split())
+        file.close()
+        raise BlockingIOError(f" ({holder})" if holder else "") from None
+    try:
+        file.truncate(0)
+        since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}\n")
+        file.flush()
+    except OSError:  # a full disk: the lock holds without
+        pass
+    return file
 
 
 def sync(path: Path) -> None:

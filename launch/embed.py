@@ -11,6 +11,7 @@ if importlib.util.find_spec("grappa_dist") is None:  # from a checkout or a job'
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from grappa_dist.console import STATUSES, Ending
+from grappa_dist.output import guard_output, printable
 
 
 def parse() -> argparse.Namespace:
@@ -47,9 +48,10 @@ def work(asked: argparse.Namespace, ending: Ending) -> None:
     ending.log_dir = root = run_root(asked.out, "embeddings")
     options = {"gallery": asked.gallery, "trust_modules": asked.trust_modules}
     found = embed_images(Path(asked.model), asked.images, root, asked.overrides, **options)
-    print(f"embeddings  {found}")
+    print(printable(f"embeddings  {found}"))
 
 
 if __name__ == "__main__":
+    guard_output()
     asked, ending = parse(), Ending()
     sys.exit(ending.of(lambda: work(asked, ending)))

@@ -11,6 +11,7 @@ if importlib.util.find_spec("grappa_dist") is None:  # from a checkout or a job'
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from grappa_dist.console import STATUSES, Ending
+from grappa_dist.output import guard_output, printable
 
 
 def parse() -> argparse.Namespace:
@@ -38,13 +39,13 @@ def work(asked: argparse.Namespace, ending: Ending) -> None:
     if asked.dry_run:
         from grappa_dist.plan import plan
 
-        print(plan(config, root))
+        print(printable(plan(config, root)))
         return
     from grappa_dist.pipeline import check, run
     from grappa_dist.report import console_table
 
     if asked.check:
-        print(check(config, root))
+        print(printable(check(config, root)))
         return
     ending.log_dir = root
     found = run(config, root, asked.until)
@@ -53,9 +54,10 @@ def work(asked: argparse.Namespace, ending: Ending) -> None:
         return
     report, rows = found
     print(console_table(rows, has_test=config.has_test))
-    print(f"report  {report / 'report.html'}\nmodel   {root / 'model'}")
+    print(printable(f"report  {report / 'report.html'}\nmodel   {root / 'model'}"))
 
 
 if __name__ == "__main__":
+    guard_output()
     asked, ending = parse(), Ending()
     sys.exit(ending.of(lambda: work(asked, ending)))

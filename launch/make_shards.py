@@ -11,8 +11,10 @@ if importlib.util.find_spec("grappa_dist") is None:  # from a checkout, not inst
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from grappa_dist.make_shards.cli import main
+from grappa_dist.output import guard_output
 
 if __name__ == "__main__":
+    guard_output()
     # leaves through the writer, which keeps finished shards and removes unfinished ones
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))

@@ -91,11 +91,11 @@ def start_node(
     command += ["--object-store", given.object_store, "--interface", given.interface]
     command += ["--temp-dir", str(folder / f"n{number}"), *arguments]
     command += ["--until-eof"] * (lifeline != subprocess.DEVNULL)
-    with open(folder / f"node-{number}.log", "w") as output:
+    with open(folder / f"node-{number}.log", "w", encoding="utf-8") as output:
         process = subprocess.Popen(
             command, stdin=lifeline, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
-    with open(folder / "nodes.jsonl", "a") as nodes:
+    with open(folder / "nodes.jsonl", "a", encoding="utf-8") as nodes:
         nodes.write(json.dumps({"pid": process.pid, "began": began(process.pid)}) + "\n")
     return process
 
@@ -103,9 +103,9 @@ def start_node(
 def await_in(log: Path, pattern: str, needed: list[subprocess.Popen[bytes]]) -> str:
     """The first match of a pattern in a log, or of the pattern's last group; waits for it."""
     end = time.monotonic() + START_S
-    while not (match := re.search(pattern, log.read_text())):
+    while not (match := re.search(pattern, log.read_text(encoding="utf-8"))):
         if time.monotonic() > end or any(process.poll() is not None for process in needed):
-            logs = "\n".join(path.read_text()[-1000:] for path in sorted(log.parent.glob("node-*.log")))
+            logs = "\n".join(path.read_text(encoding="utf-8")[-1000:] for path in sorted(log.parent.glob("node-*.log")))
             raise Failed(f"a node did not start:\n{logs}")
         time.sleep(POLL_S)
     return match[match.lastindex or 0]
@@ -114,7 +114,7 @@ def await_in(log: Path, pattern: str, needed: list[subprocess.Popen[bytes]]) -> 
 def began(pid: int) -> str | None:
     """When a process began, in clock ticks since the machine did; None if there is none. Tells a reused pid apart."""
     with contextlib.suppress(OSError):
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
         return None if fields[0] == "Z" else fields[19]
     return None
 
@@ -124,7 +124,7 @@ def stop(folder: Path) -> int:
     if not (folder / "nodes.jsonl").exists():
         shutil.rmtree(folder, ignore_errors=True)
         return 0
-    nodes = [json.loads(line) for line in (folder / "nodes.jsonl").read_text().splitlines()]
+    nodes = [json.loads(line) for line in (folder / "nodes.jsonl").read_text(encoding="utf-8").splitlines()]
     for group in (nodes[1:], nodes[:1]):
         for number in (signal.SIGTERM, signal.SIGKILL):
             end = time.monotonic() + END_S

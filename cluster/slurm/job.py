@@ -50,7 +50,7 @@ class Step:
 
     def _read(self) -> None:
         assert self.process.stdout is not None
-        with open(self.log, "a") as log:
+        with open(self.log, "a", encoding="utf-8") as log:
             for line in self.process.stdout:
                 log.write(line)
                 log.flush()

@@ -96,8 +96,8 @@ def survey(checks: Checks, token: Path, node: str, name: str, *, workers: int, g
 def _storage(root: Path, token: Path, node: str) -> str:
     """Reads what the driver wrote and writes it again under the node's name; why that fails, or ""."""
     try:
-        content = _read_when_visible(lambda: (token / "driver").read_text())
-        (token / _file_of(node)).write_text(content)
+        content = _read_when_visible(lambda: (token / "driver").read_text(encoding="utf-8"))
+        (token / _file_of(node)).write_text(content, encoding="utf-8")
     except FileNotFoundError:
         return f"the run directory {root} is not the one that the driver writes to; put --out on storage that all share"
     except OSError as error:
@@ -133,7 +133,7 @@ def free_memory() -> int:
     """Bytes that processes here can still take: of the machine, or of the container's limit where that is less."""
     free = int(os.sysconf("SC_AVPHYS_PAGES")) * int(os.sysconf("SC_PAGE_SIZE"))
     try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
+        for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("MemAvailable:"):
                 free = int(line.split()[1]) * 1024
         free = int(min(free, _left_in_container(Path("/sys/fs/cgroup"))))
@@ -144,11 +144,11 @@ def free_memory() -> int:
 
 def _left_in_container(group: Path) -> float:
     """Bytes up to the control group's limit; the page cache counts against it, but is released on demand."""
-    limit = (group / "memory.max").read_text().strip()
+    limit = (group / "memory.max").read_text(encoding="utf-8").strip()
     if limit == "max":
         return math.inf
-    kinds = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-    return int(limit) - int((group / "memory.current").read_text()) + int(kinds.get("inactive_file", 0))
+    kinds = dict(line.split() for line in (group / "memory.stat").read_text(encoding="utf-8").splitlines())
+    return int(limit) - int((group / "memory.current").read_text(encoding="utf-8")) + int(kinds.get("inactive_file", 0))
 
 
 @contextmanager
@@ -158,7 +158,7 @@ def token_in(root: Path) -> Iterator[Path]:
     token = root / f".preflight-{uuid4().hex[:12]}"
     try:
         token.mkdir(parents=True)
-        (token / "driver").write_text(token.name)
+        (token / "driver").write_text(token.name, encoding="utf-8")
     except OSError as error:
         raise ValueError(f"the run directory {root} cannot be written: {error.strerror or error}") from None
     try:
@@ -175,7 +175,7 @@ def answered(token: Path, node: str, facts: Facts) -> Facts:
     if facts.storage:
         return facts
     try:
-        content = _read_when_visible(lambda: (token / _file_of(node)).read_text())
+        content = _read_when_visible(lambda: (token / _file_of(node)).read_text(encoding="utf-8"))
     except OSError:
         content = ""
     why = "" if content == token.name else f"the driver does not see what it writes to {token.parent}"

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from grappa_dist.data.discovery import committed_index
 from grappa_dist.data.index import COMMITTED, INDEX_VERSION, entry
-from grappa_dist.files import read_json, write_json
+from grappa_dist.files import lock_file, read_json, write_json
 from grappa_dist.make_shards.filling import UNFINISHED_DIR, Filled, ShardJob, already_filled, fill_all
 from grappa_dist.make_shards.planning import FolderPlan
 from grappa_dist.make_shards.progress import Log, Progress
@@ -32,7 +30,7 @@ class Building:
     filled: dict[int, Filled] = field(default_factory=dict)
     finished: bool = False
     reused: bool = False
-    lock: int = -1  # descriptor
+    lock: IO[str] | None = None
 
     @property
     def is_full(self) -> bool:
@@ -53,9 +51,9 @@ class Building:
         self.finished = True
 
     def close(self) -> None:
-        if self.lock >= 0:
-            os.close(self.lock)
-            self.lock = -1
+        if self.lock is not None:
+            self.lock.close()
+            self.lock = None
 
 
 def build(
@@ -158,11 +156,10 @@ def begin(building: Building) -> None:
     plan, partial = building.plan, building.partial
     unfinished = partial / UNFINISHED_DIR
     unfinished.mkdir(parents=True, exist_ok=True)
-    building.lock = os.open(unfinished / "lock", os.O_RDWR | os.O_CREAT)
     try:
-        fcntl.flock(building.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"{partial}: another run is writing here; expected one at a time") from None
+        building.lock = lock_file(unfinished / "lock")
+    except BlockingIOError as held:
+        raise ValueError(f"{partial}: another run is writing here{held}; expected one at a time") from None
     _compare(plan, partial)  # again: another run may have begun, and ended, before the lock was taken
     if not (partial / COMMITTED).is_file():
         write_json(unfinished / _PLAN, {"plan": plan.fingerprint, "settings": plan.settings})

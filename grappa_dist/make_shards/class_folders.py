@@ -11,7 +11,7 @@ from typing import Literal
 
 from grappa_dist.data.decoding import TAKEN
 from grappa_dist.make_shards.progress import Log
-from grappa_dist.make_shards.sources import Item, Source, is_taken
+from grappa_dist.make_shards.sources import Item, Source, as_utf8, is_taken
 
 Part = Literal["train", "val", "test"]
 _MORE = r"([-_ ]?(set|split|data|images|\d+))?"
@@ -24,7 +24,7 @@ _PARTS: Mapping[Part, re.Pattern[str]] = {
 
 def task_name(path: Path) -> str:
     """The task of the images of a folder or tar that nothing else names."""
-    return path.name.removesuffix(".tar")
+    return as_utf8(path.name).removesuffix(".tar")
 
 
 def part_of(folder: str) -> Part | None:

@@ -20,6 +20,7 @@ from grappa_dist.make_shards.collection import CollectionConfig, Work, make_shar
 from grappa_dist.make_shards.filling import WorkerDied
 from grappa_dist.make_shards.planning import parse_bytes
 from grappa_dist.make_shards.progress import Terminal
+from grappa_dist.output import printable, unprinted, without_secrets
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,19 +30,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     _check(parser, args)
     terminal = Terminal(sys.stderr)
     try:
-        print(_make(args, terminal))
+        print(printable(_make(args, terminal)))
     except (ValueError, OSError, WorkerDied) as error:
         terminal.log(f"make_shards: {' '.join(str(error).split())}")
         return 1 if isinstance(error, WorkerDied) else 2
     except SystemExit:  # of the signals below
         terminal.log("make_shards: stopped; the same command goes on from the shards that are finished")
         raise
+    if why := unprinted():
+        terminal.log(f"make_shards: warning: done, but standard output could not be written: {why}")
     return 0
 
 
 def _local_folder(text: str) -> Path:
     if "://" in text:
-        raise argparse.ArgumentTypeError(f"{text}: expected a local folder; upload it once it is finished")
+        shown = without_secrets(text)
+        raise argparse.ArgumentTypeError(f"{shown}: expected a local folder; upload it once it is finished")
     return Path(text)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -146,9 +145,8 @@ def _check_names(items: Sequence[Item]) -> None:
                 name.encode()
             except UnicodeEncodeError:
                 first = next(item for item in items if name in (item.label, item.task))
-                raise ValueError(
-                    f"{os.fsencode(first.where)!r}: the class or task {os.fsencode(name)!r} is not UTF-8; rename it"
-                ) from None
+                where, found = (text.encode("utf-8", "surrogateescape") for text in (first.where, name))
+                raise ValueError(f"{where!r}: the class or task {found!r} is not UTF-8; rename it") from None
 
 
 def _in_order(items: Sequence[Item], split: str, seed: int) -> Sequence[Item]:

@@ -23,7 +23,7 @@ from grappa_dist.data.loader import read_batches
 from grappa_dist.data.rng import Purpose, permutation
 from grappa_dist.data.writer import member_bytes, members
 from grappa_dist.make_shards.filling import Row, ShardJob
-from grappa_dist.make_shards.sources import Item, encoded, encoder
+from grappa_dist.make_shards.sources import Item, as_utf8, encoded, encoder
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]I?|)B?", re.IGNORECASE)
@@ -184,7 +184,7 @@ def prefixes_of(sources: Iterable[Path], base: Path | None = None) -> dict[Path,
     paths = {source: os.path.normpath(source) for source in sources}
     above = os.path.normpath(base) if base is not None else os.path.commonpath(paths.values())
     relative = {source: os.path.relpath(path, above) for source, path in paths.items()}
-    return {source: "" if path == "." else f"{path}/" for source, path in relative.items()}
+    return {source: "" if path == "." else f"{as_utf8(path)}/" for source, path in relative.items()}
 
 
 def _row(item: Item, prefixes: Mapping[Path, str]) -> Row:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TextIO
 
-Log = Callable[[str], None]  # takes a line
+from grappa_dist.output import printable, without_secrets
 
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # except tabs and ends of lines
+Log = Callable[[str], None]  # takes a line
 
 
 class Terminal:
@@ -23,7 +22,7 @@ class Terminal:
 
     def log(self, line: str) -> None:
         """A line that stays; control characters, as names of files may have, are shown and not obeyed."""
-        self._write(f"{_CONTROLS.sub(lambda found: repr(found[0])[1:-1], line)}\n")
+        self._write(f"{printable(without_secrets(line))}\n")
         self._renewed = False
 
     def renew(self, line: str) -> None:

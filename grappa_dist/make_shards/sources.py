@@ -42,8 +42,18 @@ def _open(path: str) -> OpenFile:
     return OpenFile(path)
 
 
+def as_utf8(name: str) -> str:
+    """A name from the file system, read as UTF-8 whatever the locale; bytes that are none become lone surrogates."""
+    return os.fsencode(name).decode("utf-8", "surrogateescape")
+
+
+def on_disk(name: str) -> str:
+    """The inverse of `as_utf8`."""
+    return os.fsdecode(name.encode("utf-8", "surrogateescape"))
+
+
 class Source(Protocol):
-    """Files by name."""
+    """Files by name, as UTF-8 has it."""
 
     path: Path
     skipped: Counter[str]  # by reason: what is there but cannot be taken
@@ -90,7 +100,7 @@ class FolderSource:
 
     def names(self) -> list[str]:
         start = len(os.path.join(self.path, ""))
-        return sorted(name[start:] for name in self._below(str(self.path), ()))
+        return sorted(as_utf8(name[start:]) for name in self._below(str(self.path), ()))
 
     def _below(self, folder: str, above: tuple[str, ...]) -> Iterator[str]:
         """Paths of files; `above` are the real paths of the folders that hold this one, to which a link may lead."""
@@ -107,13 +117,16 @@ class FolderSource:
                     yield from self._below(entry.path, above)
 
     def has(self, name: str) -> bool:
-        return os.path.isfile(os.path.join(self.path, name))
+        return os.path.isfile(self._at(name))
 
     def place(self, name: str) -> Place:
-        return Place(os.path.join(self.path, name))
+        return Place(self._at(name))
 
     def size(self, name: str) -> int:
-        return os.stat(os.path.join(self.path, name)).st_size
+        return os.stat(self._at(name)).st_size
+
+    def _at(self, name: str) -> str:
+        return os.path.join(self.path, on_disk(name))
 
 
 def open_source(path: str) -> Source:

@@ -21,7 +21,7 @@ from grappa_dist.artifacts import Artifact, numbered
 from grappa_dist.config import BackboneConfig
 from grappa_dist.data.transforms import Preprocess
 from grappa_dist.distributed.worker import release_memory
-from grappa_dist.files import replacing
+from grappa_dist.files import read_json, replacing
 from grappa_dist.models import Backbone, Grappa, check_image_size, create_backbone
 from grappa_dist.models.backbone import check_name, check_weights
 
@@ -214,7 +214,7 @@ def exported_config(run_or_model_dir: Path) -> tuple[Path, dict[str, Any]]:
         raise ValueError(
             f"{run_or_model_dir} holds no model: expected {CONFIG_FILE}, or model/{CONFIG_FILE} of a finished run"
         )
-    config: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text())
+    config: dict[str, Any] = read_json(folder / CONFIG_FILE)
     if config.get("format") != FORMAT:
         raise ValueError(f"{folder / CONFIG_FILE}: format {config.get('format')!r}, this version reads {FORMAT}")
     return folder, config

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 import platform
 import re
@@ -20,6 +19,7 @@ from grappa_dist.console import EVENTS_FILE, METRICS_FILE, duration, read_events
 from grappa_dist.data.decoding import decode
 from grappa_dist.data.index import count_missing, list_missing
 from grappa_dist.data.shards import ImageShards
+from grappa_dist.files import read_json
 from grappa_dist.report import (
     Clustering,
     ClusterSample,
@@ -65,7 +65,7 @@ def score_rows(flow: Flow) -> list[ScoreRow]:
     """All scores and, after the adaptor sets, the oracle's; [] without labels."""
     rows: list[ScoreRow] = []
     for model, artifact in flow.scores.items():
-        rows += [_score_row(model, row) for row in json.loads((artifact.path / SCORES_FILE).read_text())]
+        rows += [_score_row(model, row) for row in read_json(artifact.path / SCORES_FILE)]
     sets = [row for row in rows if row["model"].startswith("k=")]
     frozen = [row for row in rows if row["model"] == "backbone"]
     return [*frozen, *sets, *best_sets(sets), *(row for row in rows if row not in (*frozen, *sets))]
@@ -90,11 +90,11 @@ def _score_row(model: str, row: Mapping[str, Any]) -> ScoreRow:
 
 
 def _content(run: Run, flow: Flow, rows: list[ScoreRow]) -> ReportContent:
-    insights = {m: json.loads((a.path / INSIGHT_FILE).read_text()) for m, a in flow.insights.items()}
+    insights = {m: read_json(a.path / INSIGHT_FILE) for m, a in flow.insights.items()}
     logs = {job_of(a): steps_of(a) for a in _trained(flow)}
     fused = {v: logs[job_of(a)] for v, a in flow.fusions.items()}
     decays = {v: by_step(steps, "decay_to_gradient") for v, steps in fused.items()}
-    partitions = json.loads((flow.partitions.path / PARTITIONS_FILE).read_text())
+    partitions = read_json(flow.partitions.path / PARTITIONS_FILE)
     return ReportContent(
         title=run.config.name,
         rows=rows,
@@ -107,7 +107,7 @@ def _content(run: Run, flow: Flow, rows: list[ScoreRow]) -> ReportContent:
         decay={v: [median(layer) for layer in zip(*d, strict=True)] for v, d in decays.items() if d},
         sets=[f"k={k}" for k in flow.adaptors],
         random_sets={m: spec.sets for m, spec in flow.models.items() if spec.random_sets},
-        clusterings=[Clustering(**json.loads((a.path / STATS_FILE).read_text())) for a in flow.labels.values()],
+        clusterings=[Clustering(**read_json(a.path / STATS_FILE)) for a in flow.labels.values()],
         nestings=[Nesting(**nesting) for nesting in partitions["nestings"]],
         sheets=[ContactSheet(k=s["k"], clusters=_samples(flow.train, s["clusters"])) for s in partitions["sheets"]],
         curves={job: curve(steps) for job, steps in logs.items()},
@@ -174,7 +174,7 @@ def neighbour_figures(fusions: Mapping[str, Artifact], num_rows: int) -> Iterato
 def graphs_of(artifact: Artifact) -> dict[int, dict[str, Any]]:
     """The statistics of each graph by epoch, ascending; empty if there are no graphs."""
     found = {int(path.parent.name[6:]): path for path in artifact.path.glob("knn/epoch-*/statistics.json")}
-    return {epoch: json.loads(found[epoch].read_text()) for epoch in sorted(found)}
+    return {epoch: read_json(found[epoch]) for epoch in sorted(found)}
 
 
 def _galleries(flow: Flow, insights: Mapping[str, Any]) -> Iterator[Gallery]:

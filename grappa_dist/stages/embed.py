@@ -5,7 +5,6 @@ Shapes: P rows of one shard, B the padded batch, S pixels a side, D channels.
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +23,7 @@ from grappa_dist.data.index import Shard, count_missing, describe_missing
 from grappa_dist.data.loader import load_or_skip, read_batches
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.data.transforms import pixels_class
-from grappa_dist.files import write_json
+from grappa_dist.files import read_json, write_json
 from grappa_dist.models.backbone import forward_precision
 from grappa_dist.models.spec import ModelSpec, backbone_settings, cached_model, preprocess_of
 from grappa_dist.search.fixed_point import to_grid
@@ -160,7 +159,7 @@ def bad_reasons(images: ImageShards, features: Sequence[Artifact]) -> dict[int, 
 
 def _bad_of(images: ImageShards, shard: int, artifact: Artifact) -> dict[int, str]:
     first = images.shard_rows(shard).start
-    found = json.loads((artifact.path / BAD_FILE).read_text())
+    found = read_json(artifact.path / BAD_FILE)
     return {first + int(position): why for position, why in found.items()}
 
 

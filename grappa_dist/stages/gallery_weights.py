@@ -16,7 +16,6 @@ effective rank logged with it shows a set that has lost dimensions; no weight de
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -29,7 +28,7 @@ from grappa_dist.artifacts import Artifact, RowArrays, Store, wait_until_seen
 from grappa_dist.console import EVENTS_FILE, read_events
 from grappa_dist.data.rng import Purpose, generator
 from grappa_dist.data.shards import ImageShards
-from grappa_dist.files import write_json
+from grappa_dist.files import read_json, write_json
 from grappa_dist.models import Grappa
 from grappa_dist.models.spec import ModelSpec
 from grappa_dist.stages.ground_truth import TASKS_FILE, load_ground_truth, write_ground_truth
@@ -126,7 +125,7 @@ def weigh_sets(device: torch.device, task: GalleriesTask) -> None:
 
 def load_galleries(artifact: Artifact) -> dict[str, dict[str, list[float]]]:
     """By task: transitivity, effective rank and weights, (N,) each; in the order of task numbers."""
-    found: dict[str, dict[str, list[float]]] = json.loads((artifact.path / GALLERIES_FILE).read_text())
+    found: dict[str, dict[str, list[float]]] = read_json(artifact.path / GALLERIES_FILE)
     return found
 
 

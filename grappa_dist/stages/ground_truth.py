@@ -5,7 +5,6 @@ Those of test images serve evaluation; those of training images are read for sup
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 
 from grappa_dist.artifacts import Artifact, Store, wait_until_seen
 from grappa_dist.data.shards import BadLabels, ImageShards
-from grappa_dist.files import write_json
+from grappa_dist.files import read_json, write_json
 from grappa_dist.stages.run import Run
 
 MOST_UNREADABLE = 100  # JSON members that do not parse, kept by name
@@ -44,7 +43,7 @@ def write_ground_truth(run: Run, images: ImageShards, ground_truth: Artifact, st
         return
     run.runner.map(read_ground_truth, [(images, ground_truth)])
     wait_until_seen([ground_truth])
-    unreadable = json.loads((ground_truth.path / NAMES_FILE).read_text())["unreadable"]
+    unreadable = read_json(ground_truth.path / NAMES_FILE)["unreadable"]
     if unreadable["images"]:
         run.console.log(
             f"{stage}: warning: {unreadable['images']} images count as without a label: {unreadable['first'][0]}"
@@ -78,6 +77,6 @@ def read_ground_truth(device: torch.device, task: tuple[ImageShards, Artifact]) 
 
 
 def load_ground_truth(artifact: Artifact) -> GroundTruth:
-    names = json.loads((artifact.path / NAMES_FILE).read_text())
+    names = read_json(artifact.path / NAMES_FILE)
     tasks, labels = (np.load(artifact.path / f, mmap_mode="r", allow_pickle=False) for f in (TASKS_FILE, LABELS_FILE))
     return GroundTruth(tasks, labels, names["tasks"], names["labels"])

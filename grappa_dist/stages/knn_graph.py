@@ -5,7 +5,6 @@ Shapes: P good rows of this rank, k neighbours, b rows of a padded batch.
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Generator, Mapping, Sequence
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 from grappa_dist.artifacts import RowArrays, own_shards, rows_file
 from grappa_dist.config import FuseConfig
 from grappa_dist.distributed.worker import RankContext, wait_for_slower_ranks
-from grappa_dist.files import sync, write_json
+from grappa_dist.files import read_json, sync, write_json
 from grappa_dist.knn.block_search import are_duplicates, without_duplicates
 from grappa_dist.knn.exact import sharded_knn
 from grappa_dist.knn.ivf import Graph, Recall, approximate_knn
@@ -232,7 +231,7 @@ def _open_features(path: Path, progress: Path, shape: tuple[int, int]) -> tuple[
     if path.exists() and progress.exists():
         features: NDArray[np.float32] = np.lib.format.open_memmap(path, mode="r+")
         if features.shape == shape:
-            return features, int(json.loads(progress.read_text()))
+            return features, int(read_json(progress))
     progress.unlink(missing_ok=True)
     return np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape), 0
 

@@ -38,7 +38,7 @@ from grappa_dist.data.remote import (
     patiently,
     store_of,
 )
-from grappa_dist.files import parse_json, sync
+from grappa_dist.files import parse_json, read_json, sync
 from grappa_dist.stages.flow import Flow
 from grappa_dist.stages.multi_set_jobs import MULTI_SET_FILE, multi_set_members
 
@@ -135,7 +135,7 @@ class Mirror:
         """Copies what is finished and not there yet, each with its manifest last."""
         for artifact in artifacts:
             if artifact.name not in self.complete and artifact.complete:
-                files: dict[str, int] = json.loads((artifact.path / MANIFEST).read_text())["files"]
+                files: dict[str, int] = read_json(artifact.path / MANIFEST)["files"]
                 _each(files, partial(self._put, artifact))
                 self._put(artifact, MANIFEST)
                 self.complete.add(artifact.name)

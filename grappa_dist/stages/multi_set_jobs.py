@@ -28,7 +28,7 @@ from grappa_dist.artifacts import Artifact, RowArrays
 from grappa_dist.config import fingerprint
 from grappa_dist.console import METRICS_FILE, read_events
 from grappa_dist.distributed.placement import split_evenly
-from grappa_dist.files import replacing, write_json
+from grappa_dist.files import read_json, replacing, write_json
 from grappa_dist.models.spec import ADAPTORS_FILE
 
 MULTI_SET_FOLDER, MULTI_SET_FILE = "packs", "pack.json"  # of all multi-set jobs; in the folder of each: its sets
@@ -82,7 +82,7 @@ def _multi_set_jobs(sets: Sequence[AdaptSet]) -> list[tuple[AdaptSet, ...]]:
 def multi_set_members(root: Path) -> dict[str, tuple[str, ...]]:
     """The names of the artefacts that each multi-set job trains, by the name of its folder."""
     paths = sorted(root.glob(f"{MULTI_SET_FOLDER}/*/{MULTI_SET_FILE}"))
-    return {path.parent.name: tuple(json.loads(path.read_text())["sets"]) for path in paths}
+    return {path.parent.name: tuple(read_json(path)["sets"]) for path in paths}
 
 
 def job_folder(sets: Sequence[AdaptSet]) -> Path:
@@ -133,7 +133,7 @@ def finish_job(sets: Sequence[AdaptSet], adaptors: Sequence[Mapping[str, Tensor]
 
 def _write_log(source: Path, target: Path, one: AdaptSet) -> None:
     """The log of one set, as if it had been trained alone."""
-    with replacing(target) as temporary, open(temporary, "w") as file:
+    with replacing(target) as temporary, open(temporary, "w", encoding="utf-8") as file:
         for event in read_events(source):
             file.write(json.dumps(_event_of_set(event, one)) + "\n")
 

@@ -40,7 +40,7 @@ from grappa_dist.distributed.collectives import raise_together
 from grappa_dist.distributed.runner import Job
 from grappa_dist.distributed.sharded_rows import Rows, ShardedRows, join_rows
 from grappa_dist.distributed.worker import RankContext
-from grappa_dist.files import replacing, write_json
+from grappa_dist.files import read_json, replacing, write_json
 from grappa_dist.kmeans.lloyd import KMeansState
 from grappa_dist.kmeans.methods import (
     FLAT,
@@ -161,7 +161,7 @@ def pseudo_label(
         run.runner.run_jobs([Job("pseudo_label", label_ranks, job, ranks)])
         wait_until_seen(missing.values())
         for k, artifact in missing.items():
-            for line in describe_shortcuts(json.loads((artifact.path / STATS_FILE).read_text())):
+            for line in describe_shortcuts(read_json(artifact.path / STATS_FILE)):
                 run.console.log(f"pseudo_label: k={k}: {line}")
 
 

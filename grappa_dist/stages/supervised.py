@@ -13,7 +13,6 @@ Shapes: P rows of one shard, K classes, N sets, D channels.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -40,7 +39,7 @@ from grappa_dist.data.rng import Purpose, torch_seed
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.distributed.runner import Job
 from grappa_dist.distributed.worker import RankContext
-from grappa_dist.files import replacing, write_json
+from grappa_dist.files import read_json, replacing, write_json
 from grappa_dist.models import Grappa
 from grappa_dist.models.spec import ADAPTORS_FILE, FUSION_FILE, build_backbone, release_cached_model
 from grappa_dist.stages.adapt import train_sets
@@ -152,7 +151,7 @@ def write_true_labels(device: torch.device, task: TrueLabelsTask) -> None:
 
 def class_counts(artifact: Artifact) -> dict[str, int]:
     """The numbers of `classes`, of `labelled` images and of all `images`."""
-    found: dict[str, int] = json.loads((artifact.path / STATS_FILE).read_text())
+    found: dict[str, int] = read_json(artifact.path / STATS_FILE)
     return found
 
 

@@ -211,7 +211,7 @@ class _Log:
 def _drop_steps(path: Path, start: int) -> None:
     """Drops from a log what a killed attempt wrote after the checkpoint that this one resumes from."""
     if path.exists():
-        lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
         kept = [line for line in lines if json.loads(line).get("step", 0) < start]
         with replacing(path) as temporary:
-            temporary.write_text("".join(kept))
+            temporary.write_text("".join(kept), encoding="utf-8")

@@ -8,7 +8,6 @@ it again.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ import torch
 from grappa_dist.config import AdaptConfig
 from grappa_dist.distributed.preflight import free_memory
 from grappa_dist.distributed.worker import RankContext
-from grappa_dist.files import write_json
+from grappa_dist.files import read_json, write_json
 from grappa_dist.models import PackedGrappa
 from grappa_dist.models.backbone import forward_precision
 from grappa_dist.models.packed import activation_bytes
@@ -152,7 +151,7 @@ def automatic_batch_size(
 def _kept_size(folder: Path, ranks: int) -> int:
     """The size that the job began with on as many ranks; 0: none."""
     path = folder / FILE
-    kept = json.loads(path.read_text()) if path.exists() else {"ranks": 0}
+    kept = read_json(path) if path.exists() else {"ranks": 0}
     return int(kept["images"]) if kept["ranks"] == ranks else 0
 
 
