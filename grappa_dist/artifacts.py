@@ -143,7 +143,7 @@ class Store:
             handle = lock_file(self.root / LOCK)
         except BlockingIOError as held:
             raise ValueError(
-                f"another run{held} is writing to {self.root}; wait for it or choose another --out"
+                f"another run is writing to {self.root}{held}; wait for it or choose another --out"
             ) from None
         except OSError as error:
             raise ValueError(f"--out {self.root} cannot be written to: {error.strerror}") from error

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 import threading
 from itertools import pairwise
 from pathlib import Path
@@ -128,7 +130,10 @@ def test_a_second_driver_is_refused_until_the_first_is_done(tmp_path: Path) -> N
     root = tmp_path / "not" / "yet" / "there"
     with (
         Store(root).lock(),
-        pytest.raises(ValueError, match=f"another run is writing to {root}; wait for it or choose"),
+        pytest.raises(
+            ValueError,
+            match=rf"another run is writing to {root} \(process {os.getpid()} on {socket.gethostname()} since 20.*Z\); wait",
+        ),
         Store(root).lock(),
     ):
         pass

@@ -120,6 +120,22 @@ def test_nothing_is_unpickled_and_no_error_is_swallowed_bare() -> None:
     assert wrong == []
 
 
+def test_text_files_are_utf_8_whatever_the_locale() -> None:
+    wrong = []
+    for path in (path for folder in ("grappa_dist", "launch", "cluster") for path in (ROOT / folder).rglob("*.py")):
+        for call in (
+            node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)
+        ):
+            name = ast.unparse(call.func).rpartition(".")[2]
+            modes = [arg.value for arg in call.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
+            is_text = name in ("read_text", "write_text") or (
+                ast.unparse(call.func) in ("open", "os.fdopen") and not any("b" in mode for mode in modes)
+            )
+            named = {keyword.arg for keyword in call.keywords}
+            wrong += [(path.name, ast.unparse(call))] * (is_text and "encoding" not in named)
+    assert wrong == []
+
+
 def test_tests_mirror_the_package() -> None:
     """Each is named after the module that it tests, and perhaps a topic; other folders are tests of the whole."""
     wrong = []
