@@ -36,5 +36,5 @@ def test_the_holder_is_named_to_others_and_a_killed_one_holds_nothing(tmp_path: 
 def test_a_lock_without_a_holders_name_is_still_refused(tmp_path: Path) -> None:
     with lock_file(tmp_path / "lock"):
         (tmp_path / "lock").write_text("", encoding="utf-8")
-        with pytest.raises(BlockingIOError, match="^$"):
+        with pytest.raises(BlockingIOError, match=r"^$"):
             lock_file(tmp_path / "lock")
