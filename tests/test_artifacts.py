@@ -132,7 +132,7 @@ def test_a_second_driver_is_refused_until_the_first_is_done(tmp_path: Path) -> N
         Store(root).lock(),
         pytest.raises(
             ValueError,
-            match=rf"another run is writing to {root} \(process {os.getpid()} on {socket.gethostname()} since .*\); wait",
+            match=rf"another run is writing to {root} \(process {os.getpid()} on {socket.gethostname()} since .*\)",
         ),
         Store(root).lock(),
     ):
