@@ -27,7 +27,7 @@ from grappa_dist.distributed.ray_cluster import Cluster
 from grappa_dist.export import export_model
 from grappa_dist.layout import lay_out
 from grappa_dist.models.spec import build_backbone, check_ready
-from grappa_dist.report.collect import describe_bad_images, report
+from grappa_dist.report.collect import describe_bad_images, describe_labels, report
 from grappa_dist.report.content import ScoreRow
 from grappa_dist.stages.adapt import adapt
 from grappa_dist.stages.embed import bad_rows, embed, feature_rows
@@ -75,6 +75,7 @@ def _run(context: Run, until: str | None = None) -> tuple[Path, list[ScoreRow]] 
                 return None
         found = report(context, flow)
         _log_any(console, describe_bad_images(flow, reported=True))
+        _log_any(console, "" if found[1] else describe_labels(flow))
         return found
 
 

@@ -12,6 +12,7 @@ import os
 import re
 import tarfile
 import tokenize
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from io import BufferedReader
@@ -42,6 +43,7 @@ _SECOND, _LINK, _LARGE, DAMAGED, _TORN = REFUSED
 REMADE = "; remove it, and it is made or fetched again"
 _NO_MEMBER = (0, 0)
 _FIRST_NAMES, _NAME_LENGTH = 20, 300  # of misnamed images of a shard, kept for messages
+_LONGEST_SUFFIX, _SUFFIXES, _SHOWN_SUFFIXES = 30, 1000, 8  # of ignored members
 _SHOWN = 3  # shards that a message names
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 # What numpy's reader of headers may raise
@@ -73,6 +75,7 @@ class Shard:
     ignored: int = 0  # members that are neither an image nor the JSON of one
     version: str = ""  # when it was found: of a remote tar its ETag, of a local one its time of change
     missing: Missing = Missing()
+    others: tuple[tuple[str, int], ...] = ()  # suffixes of ignored members with their numbers, the most frequent ones
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,7 @@ class Scan:
     rows: NDArray[Any]
     ignored: int
     missing: Missing
+    others: tuple[tuple[str, int], ...]
     inner_zeros: bool = False  # members, or damage, behind zeros that could pass for the end
 
 
@@ -101,6 +105,7 @@ def index_shard(path: str | os.PathLike[str]) -> tuple[NDArray[Any], Shard]:
         found.ignored,
         version_of(stat),
         found.missing,
+        found.others,
     )
 
 
@@ -146,9 +151,10 @@ class _Members:
         self.images: dict[str, tuple[int, int]] = {}
         self.refused: list[tuple[int, int, int, int]] = []
         self._texts: dict[str, tuple[int, int]] = {}
-        self._others: dict[str, list[str]] = {}  # names of further images of a key, as far as suffixes say
+        self._further: dict[str, list[str]] = {}  # names of further images of a key, as far as suffixes say
         self._ignored = self._bytes_of_zeros = 0
         self._inner_zeros = False
+        self._suffixes = Counter[str]()  # of ignored members
         self._last = ""  # key of the last member, if it is an image
 
     def add(self, member: tarfile.TarInfo) -> None:
@@ -162,9 +168,11 @@ class _Members:
         elif suffix == "json" and not _why_refused(self._texts, key, member):
             self._texts[key] = (member.offset_data, member.size)
         elif suffix.rpartition(".")[2] in IMAGE_SUFFIXES:
-            self._others.setdefault(key, []).append(member.name)
-        else:
-            self._ignored += not member.isdir()
+            self._further.setdefault(key, []).append(member.name)
+        elif not member.isdir():
+            self._ignored += 1
+            if suffix in self._suffixes or (0 < len(suffix) <= _LONGEST_SUFFIX and len(self._suffixes) < _SUFFIXES):
+                self._suffixes[suffix] += 1
 
     def pass_zeros(self, zeros: Zeros) -> None:
         """Notes zeros; an image that they seem to begin in is refused."""
@@ -180,17 +188,18 @@ class _Members:
         if damage is not None and damage.zeros is not None:
             self.pass_zeros(damage.zeros._replace(end=damage.zeros.start, padding=False))
         behind = _missing_behind(damage, [*self.images.values()], size, self._bytes_of_zeros)
-        images, others = self.images, self._others
+        images, further = self.images, self._further
         places = sorted(
             [*((*image, *self._texts.get(key, _NO_MEMBER)) for key, image in images.items()), *self.refused]
         )
         if damage is not None:
             places.append((damage.offset, 0, DAMAGED, 0))
-        misnamed = [name for key, names in others.items() if key not in images for name in names]
+        misnamed = [name for key, names in further.items() if key not in images for name in names]
         ignored = self._ignored + sum(key not in images for key in self._texts)
-        ignored += sum(map(len, others.values())) - len(misnamed)
+        ignored += sum(map(len, further.values())) - len(misnamed)
         missing = Missing(behind, len(misnamed), tuple(name[:_NAME_LENGTH] for name in misnamed[:_FIRST_NAMES]))
-        return Scan(np.array(places, dtype=ROW), ignored, missing, self._inner_zeros)
+        others = tuple(self._suffixes.most_common(_SHOWN_SUFFIXES))
+        return Scan(np.array(places, dtype=ROW), ignored, missing, others, self._inner_zeros)
 
 
 def _missing_behind(damage: DamagedTar | None, images: list[tuple[int, int]], size: int, zeros: int) -> int:
@@ -272,7 +281,8 @@ def write_rows(path: Path, rows: NDArray[Any]) -> None:
 
 def entry(shard: Shard) -> dict[str, Any]:
     """A shard's line in an index file: all but where it lies; missing images only where there are any."""
-    line = {key: value for key, value in asdict(shard).items() if key not in ("path", "version", "missing")}
+    line = {key: value for key, value in asdict(shard).items() if key not in ("path", "version", "missing", "others")}
+    line |= {"others": [list(pair) for pair in shard.others]} if shard.others else {}
     return line | {"lost": asdict(shard.missing)} if shard.missing.images else line
 
 
@@ -284,11 +294,14 @@ def shard_of(line: Any, path: str, where: Path | str) -> Shard:
     """
     names: tuple[Any, ...] = ()
     counts: tuple[Any, ...] = ()
+    others: list[tuple[Any, Any]] = []
     try:
         missing = line.get("lost", {"behind": 0, "misnamed": 0, "names": []})
-        names = (line["name"], line["fingerprint"], *missing["names"])
+        others = [(suffix, number) for suffix, number in line.get("others", [])]
+        names = (line["name"], line["fingerprint"], *missing["names"], *(suffix for suffix, _ in others))
         counts = (line["rows"], line["bytes"], line["ignored"], missing["behind"], missing["misnamed"])
-    except (AttributeError, KeyError, TypeError):
+        counts += tuple(number for _, number in others)
+    except (AttributeError, KeyError, TypeError, ValueError):
         pass
     right = bool(names) and all(type(name) is str for name in names) and all(type(n) is int and n >= 0 for n in counts)
     if not right or names[0] in ("", ".", "..") or {"/", "\0"} & set(names[0]) or not _FINGERPRINT.fullmatch(names[1]):
@@ -296,8 +309,9 @@ def shard_of(line: Any, path: str, where: Path | str) -> Shard:
             f"{where}: not an index of shards; each needs a name without /, rows, bytes and ignored from 0 on, and a "
             f"fingerprint of 64 hex digits, got {line!r:.300}"
         )
-    rows, size, ignored, behind, misnamed = counts
-    return Shard(names[0], path, rows, size, names[1], ignored, missing=Missing(behind, misnamed, tuple(names[2:])))
+    rows, size, ignored, behind, misnamed = counts[:5]
+    lost = Missing(behind, misnamed, names[2 : len(names) - len(others)])
+    return Shard(names[0], path, rows, size, names[1], ignored, missing=lost, others=tuple(others))
 
 
 def read_index(text: bytes, where: Path | str) -> list[Shard]:

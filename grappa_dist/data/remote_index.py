@@ -64,7 +64,15 @@ def index_remote(source: RemoteObject, settings: CacheSettings) -> tuple[NDArray
     found = scan(cast(IO[bytes], stream), source.url, source.size)
     fingerprint, rows = fingerprint_of(found, stream.finish()), found.rows
     return rows, Shard(
-        source.name, source.url, len(rows), source.size, fingerprint, found.ignored, source.version, found.missing
+        source.name,
+        source.url,
+        len(rows),
+        source.size,
+        fingerprint,
+        found.ignored,
+        source.version,
+        found.missing,
+        found.others,
     )
 
 

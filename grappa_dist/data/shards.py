@@ -25,8 +25,7 @@ from grappa_dist.data.rng import Purpose, permutation
 from grappa_dist.data.tars import key_at
 
 _FETCHING = [threading.Lock() for _ in range(64)]  # by shard: threads that need the same index wait for one fetch
-_ANY = 2**32  # bytes of a JSON member
-_LARGEST_NAMED = 2**24  # of one that is read for a name: a tar's names have 2^20 bytes at most, six digits for each
+_LARGEST_JSON = 2**24  # bytes of a JSON member: a name in a tar has 2^20 bytes at most, six digits for each
 
 
 class BadLabels(ValueError):
@@ -138,7 +137,10 @@ class ImageShards:
         Raises:
             BadLabels: it is no JSON object.
         """
-        text = self._json_member(row, _ANY)
+        shard, position = self.locate(row)
+        if (size := int(self.index(shard)[position]["json_size"])) > _LARGEST_JSON:
+            raise BadLabels(f"{self.where(row)}: its JSON member has {size} bytes; {_LARGEST_JSON} are read at most")
+        text = self._json_member(row)
         if text is None:
             return None
         try:
@@ -154,7 +156,7 @@ class ImageShards:
 
         A name that was not UTF-8 has surrogates in place of the bytes, as names in Python do.
         """
-        text = self._json_member(row, _LARGEST_NAMED)
+        text = self._json_member(row)
         try:
             content = {} if text is None else json.loads(text)
         except (ValueError, RecursionError):
@@ -162,12 +164,12 @@ class ImageShards:
         name = content.get("name") if isinstance(content, dict) else None
         return name if isinstance(name, str) else ""
 
-    def _json_member(self, row: int, most: int) -> bytes | None:
-        """The bytes of a row's JSON member; None where there is none, or a larger one than `most` bytes."""
+    def _json_member(self, row: int) -> bytes | None:
+        """The bytes of a row's JSON member; None where there is none, or too large a one."""
         shard, position = self.locate(row)
         place = self.index(shard)[position]
         offset, size = int(place["json_offset"]), int(place["json_size"])
-        if not 0 < size <= most or offset + size > self.shards[shard].bytes:
+        if not 0 < size <= _LARGEST_JSON or offset + size > self.shards[shard].bytes:
             return None
         return self._read(shard, offset, size)
 

@@ -6,6 +6,7 @@ import io
 import math
 import platform
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -99,6 +100,7 @@ def _content(run: Run, flow: Flow, rows: list[ScoreRow]) -> ReportContent:
         title=run.config.name,
         rows=rows,
         has_test=_has_test(flow),
+        labels="" if rows else describe_labels(flow),
         label_free=[*_view_figures(insights), *neighbour_figures(flow.fusions, len(flow.train))],
         attention={m: i["attention"] for m, i in insights.items() if "attention" in i},
         entropy={m: i["entropy"] for m, i in insights.items() if "entropy" in i},
@@ -240,6 +242,33 @@ def describe_bad_images(flow: Flow, *, reported: bool) -> str:
         those = "those that have a row," if any(missing.values()) else "them"
         where = f"features/backbone/*/bad.json list {those} with reasons"
     return f"bad images, which take part in nothing: {' and '.join(counts)}; {where}"
+
+
+def describe_labels(flow: Flow) -> str:
+    """Why the test images give no scores, and what to do about it; "" where nothing is evaluated by labels.
+
+    Expects the ground truth, and that there are no scores.
+    """
+    if not _has_test(flow):
+        return ""
+    found = load_ground_truth(flow.ground_truth)
+    images, labelled = len(found.labels), int((np.asarray(found.labels) >= 0).sum())
+    if labelled:
+        return (
+            f"{labelled} of {images} test images have a label, but no two good ones of a task have the same: each "
+            "query needs another image of its class"
+        )
+    suffixes = Counter[str]()
+    for shard in flow.test.shards:
+        suffixes.update(dict(shard.others))
+    members = ", ".join(f".{suffix} ({number})" for suffix, number in suffixes.most_common(8))
+    keys = ", ".join(f"{key!r:.40}" for key in found.other_keys)
+    return (
+        f"None of {images} test images has a label. Labels are read from the JSON member beside an image, "
+        '<key>.json with {"label": ..., "task": ...}'
+        + (f"; there the JSON members have {keys}" if keys else "")
+        + (f"; other members of the tars are not read: {members}" if members else "")
+    )
 
 
 def _bad(images: ImageShards, features: Sequence[Artifact]) -> Iterator[BadRow]:

@@ -123,6 +123,7 @@ class ReportContent:
     title: str
     rows: list[ScoreRow] = field(default_factory=list)  # [] without labels
     has_test: bool = True  # else training images were evaluated
+    labels: str = ""  # where there are no scores: which labels were read
     label_free: list[LabelFree] = field(default_factory=list)
     attention: dict[str, dict[str, list[list[float]]]] = field(default_factory=dict)  # fusion, group: (L, N) mean
     entropy: dict[str, list[float]] = field(default_factory=dict)  # fusion: (L,) mean entropy / log N, 1 = uniform

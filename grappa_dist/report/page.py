@@ -141,11 +141,11 @@ def page(content: ReportContent) -> str:
 
 def headline_section(content: ReportContent) -> str:
     if not content.rows:
-        lacks = "The test images carry no labels"
+        lacks = content.labels or "The test images carry no labels"
         if not content.has_test:
             lacks = "There is no test set (data.test), so the models were looked at on training images"
         why = "The label-free figures and the galleries need no labels."
-        return absent(f"{lacks}, and there are no retrieval scores. {why}")
+        return absent(f"There are no retrieval scores. {lacks}. {why}")
     scores = Scores.of(content.rows)
     key = (
         '<p class="note"><b>Large:</b> R-Precision in percent. <b>Small:</b> MAP@R. <b>Signed:</b> points of '

@@ -109,7 +109,10 @@ def console_table(rows: list[ScoreRow], *, has_test: bool = True) -> str:
     if not rows and not has_test:
         return "No test set, so no retrieval scores: see the report's label-free figures, of training images."
     if not rows:
-        return "No labels in the test set, so no retrieval scores: see the report's label-free figures, of its images."
+        return (
+            "No retrieval scores, for no two images of the test set have the same label; the log says which labels "
+            "were read. See the report's label-free figures, of its images."
+        )
     scores = Scores.of(rows)
 
     def pair(model: str, task: str | None) -> str:

@@ -1,23 +1,31 @@
 """Ground truth: the JSON members of the images -> task and label of every row. Shapes: n rows.
 
-Those of test images serve evaluation; those of training images are read for supervised baselines alone.
+Those of test images serve evaluation; those of training images are read for supervised baselines alone. Which values
+are none, and which are the same, is decided in data/labels.py.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from grappa_dist.artifacts import Artifact, Store, wait_until_seen
+from grappa_dist.data.labels import Names, named
 from grappa_dist.data.shards import BadLabels, ImageShards
 from grappa_dist.files import read_json, write_json
 from grappa_dist.stages.run import Run
 
 MOST_UNREADABLE = 100  # JSON members that do not parse, kept by name
 TASKS_FILE, LABELS_FILE, NAMES_FILE = "tasks.npy", "labels.npy", "names.json"
+RULE = 2  # of data/labels.py
+_NO_TASK = "all"
+_KEYS_NAMED = 8  # of JSON members without a label
 
 
 @dataclass(frozen=True)
@@ -28,26 +36,46 @@ class GroundTruth:
     labels: NDArray[np.int64]
     task_names: list[str]
     label_names: list[str]
+    other_keys: list[str]  # of JSON members, where none of them has a label
 
     def rows(self, task: int) -> NDArray[np.int64]:
         return np.flatnonzero(self.tasks == task)
 
 
 def ground_truth_of(store: Store, images: ImageShards, *, labelled: bool) -> Artifact:
-    return store.artifact("truth", {"labelled": labelled}, {"images": images.fingerprint})
+    """The artefact; a name of its own where one made by an earlier rule says something else than the rule of now."""
+    artifact = store.artifact("truth", {"labelled": labelled}, {"images": images.fingerprint})
+    if artifact.complete and _is_outdated(read_json(artifact.path / NAMES_FILE)):
+        return store.artifact("truth", {"labelled": labelled, "rule": RULE}, {"images": images.fingerprint})
+    return artifact
+
+
+def _is_outdated(names: dict[str, Any]) -> bool:
+    """Whether what an earlier rule found holds a class that is none, or two that are one, or may lack the task 0."""
+    if "rule" in names:
+        return False
+    tasks, labels = names["tasks"], names["labels"]
+    found = [[named(text).name for text in of] for of in (tasks, labels)]
+    equal = len(set(found[0])) < len(tasks) or (len(tasks) == 1 and len(set(found[1])) < len(labels))
+    lists = any(text.startswith(("[", "{")) for text in (*tasks, *labels))
+    zero = _NO_TASK in tasks and any(text.replace(".", "").isdigit() for text in tasks)
+    return equal or lists or zero or None in found[0] or None in found[1]
 
 
 def write_ground_truth(run: Run, images: ImageShards, ground_truth: Artifact, stage: str) -> None:
-    """Reads tasks and labels, once; warns of unreadable ones in the name of the stage."""
+    """Reads tasks and labels, once; warns in the name of the stage of what is unreadable or counts as none."""
     if ground_truth.complete:
         return
     run.runner.map(read_ground_truth, [(images, ground_truth)])
     wait_until_seen([ground_truth])
-    unreadable = read_json(ground_truth.path / NAMES_FILE)["unreadable"]
+    names = read_json(ground_truth.path / NAMES_FILE)
+    unreadable = names["unreadable"]
     if unreadable["images"]:
         run.console.log(
             f"{stage}: warning: {unreadable['images']} images count as without a label: {unreadable['first'][0]}"
         )
+    for line in names.get("remarks", []):
+        run.console.log(f"{stage}: warning: {line}")
 
 
 def read_ground_truth(device: torch.device, task: tuple[ImageShards, Artifact]) -> None:
@@ -55,28 +83,34 @@ def read_ground_truth(device: torch.device, task: tuple[ImageShards, Artifact]) 
     images, artifact = task
     folder, labelled = artifact.begin(), bool(artifact.settings["labelled"])
     tasks, labels = np.zeros(len(images), np.int64), np.full(len(images), -1, np.int64)
-    task_ids: dict[str, int] = {}
-    label_ids: dict[tuple[str, str], int] = {}
-    unreadable = list[str]()
-    for row in range(len(images)):
-        try:
-            member = (images.labels(row) if labelled else None) or {}
-        except BadLabels as why:
-            unreadable.append(str(why))
-            member = {}
-        name = str(member.get("task") or "all")
-        tasks[row] = task_ids.setdefault(name, len(task_ids))
-        if member.get("label") is not None:
-            labels[row] = label_ids.setdefault((name, str(member["label"])), len(label_ids))
+    task_names, label_names = Names(), Names()
+    keys, unreadable = Counter[str](), list[str]()
+    for row, member in enumerate(_members(images, unreadable) if labelled else [{}] * len(images)):
+        number = task_names.number(member.get("task"))
+        tasks[row] = task_names.number(_NO_TASK) if number < 0 else number
+        labels[row] = label_names.number(member.get("label"), within=int(tasks[row]))
+        keys.update(key for key in member if len(keys) < 100)
     np.save(folder / TASKS_FILE, tasks)
     np.save(folder / LABELS_FILE, labels)
-    names = {"tasks": list(task_ids), "labels": [label for _, label in label_ids]}
+    names = {"tasks": task_names.shown, "labels": label_names.shown, "rule": RULE}
     bad = {"images": len(unreadable), "first": unreadable[:MOST_UNREADABLE]}
-    write_json(folder / NAMES_FILE, {**names, "unreadable": bad})
+    remarks = {"remarks": [*label_names.described("label"), *task_names.described("task")]}
+    others = {"other_keys": [key for key, _ in keys.most_common(_KEYS_NAMED)]} if (labels < 0).all() else {}
+    write_json(folder / NAMES_FILE, {**names, "unreadable": bad, **(remarks if remarks["remarks"] else {}), **others})
     artifact.commit()
+
+
+def _members(images: ImageShards, unreadable: list[str]) -> Iterator[dict[str, Any]]:
+    """The JSON object of every row; an empty one where there is none or it cannot be used, which is noted."""
+    for row in range(len(images)):
+        try:
+            yield images.labels(row) or {}
+        except BadLabels as why:
+            unreadable.append(str(why))
+            yield {}
 
 
 def load_ground_truth(artifact: Artifact) -> GroundTruth:
     names = read_json(artifact.path / NAMES_FILE)
     tasks, labels = (np.load(artifact.path / f, mmap_mode="r", allow_pickle=False) for f in (TASKS_FILE, LABELS_FILE))
-    return GroundTruth(tasks, labels, names["tasks"], names["labels"])
+    return GroundTruth(tasks, labels, names["tasks"], names["labels"], names.get("other_keys", []))

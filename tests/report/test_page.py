@@ -130,7 +130,7 @@ def test_a_score_that_is_not_finite_is_null_in_the_metrics(tmp_path: Path) -> No
 def test_without_labels_the_report_succeeds_and_says_so(tmp_path: Path) -> None:
     content = replace(full(), rows=[], galleries=[gallery(None, None, None)])
     html = render(content, tmp_path)
-    assert "carry no labels" in html
+    assert "The test images carry no labels" in html
     assert "nothing is marked" in html
     assert html.index('id="label-free"') < html.index('id="galleries"')
     assert json.loads((tmp_path / "metrics.json").read_text()) == {"rows": []}

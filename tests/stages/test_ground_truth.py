@@ -6,9 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from grappa_dist.artifacts import Store
 from grappa_dist.data.shards import BadLabels, ImageShards
-from grappa_dist.stages.ground_truth import ground_truth_of, load_ground_truth, write_ground_truth
+from grappa_dist.files import write_json
+from grappa_dist.stages.ground_truth import (
+    GroundTruth,
+    ground_truth_of,
+    load_ground_truth,
+    read_ground_truth,
+    write_ground_truth,
+)
+from tests.data.written import write_tar
 from tests.stages import tiny
 
 
@@ -32,3 +42,82 @@ def test_an_image_whose_json_member_is_broken_counts_as_without_a_label(
     assert "2 images count as without a label: image 3: its JSON member does not parse" in capsys.readouterr().err
     write_ground_truth(run, images, artifact, "evaluate")
     assert not capsys.readouterr().err
+
+
+def tar_of(folder: Path, texts: list[str], **others: bytes) -> ImageShards:
+    """Images with these JSON members, and further members of suffixes `others`."""
+    members = {f"{row}.{suffix}": data for row, text in enumerate(texts) for suffix, data in [("json", text.encode())]}
+    members |= {f"{row}.jpg": b"image" for row in range(len(texts))}
+    members |= {f"{row}.{suffix}": data for row in range(len(texts)) for suffix, data in others.items()}
+    return ImageShards.open([write_tar(folder / "t.tar", members)], None)
+
+
+def read(folder: Path, images: ImageShards) -> tuple[list[tuple[int, int]], GroundTruth]:
+    artifact = ground_truth_of(Store(folder / "run"), images, labelled=True)
+    read_ground_truth(torch.device("cpu"), (images, artifact))
+    found = load_ground_truth(artifact)
+    return list(zip(found.tasks.tolist(), found.labels.tolist(), strict=True)), found
+
+
+def test_absent_labels_are_no_class_and_equal_ones_are_one(tmp_path: Path) -> None:
+    texts = ['{"label": "a"}', '{"label": NaN}', '{"label": null}', '{"label": ""}', '{"label": " a"}', "{}"]
+    found, names = read(tmp_path, tar_of(tmp_path, texts))
+    assert found == [(0, 0), (0, -1), (0, -1), (0, -1), (0, 0), (0, -1)]
+    assert (names.task_names, names.label_names) == (["all"], ["a"])
+
+
+def test_a_task_of_zero_is_a_task_and_numbers_are_one_in_all_ways_of_writing(tmp_path: Path) -> None:
+    pairs = [("0", "1"), ("0.0", "1.0"), ('"0"', '"1"'), ("1", "1"), ("NaN", "1"), ("null", '"1.0"'), ("[0]", "[1]")]
+    texts = [f'{{"task": {task}, "label": {label}}}' for task, label in pairs]
+    found, names = read(tmp_path, tar_of(tmp_path, texts))
+    assert found == [(0, 0), (0, 0), (0, 0), (1, 1), (2, 2), (2, 2), (0, 0)]
+    assert (names.task_names, names.label_names) == (["0", "1", "all"], ["1", "1", "1"])
+
+
+def test_a_json_member_that_is_a_bomb_is_without_a_label(tmp_path: Path) -> None:
+    bombs = ["[" * 10**5, '{"a":' * 10**5, f'{{"label": {"9" * 10**5}}}', '{"label": "' + "x" * 2**24 + '"}']
+    found, _ = read(tmp_path, tar_of(tmp_path, ['{"label": "a"}', *bombs]))
+    assert found == [(0, 0)] + [(0, -1)] * 4
+
+
+def test_what_counts_as_none_is_said_with_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = tar_of(tmp_path, ['{"label": NaN}'] * 3 + ['{"label": 1}', '{"label": "1"}', '{"label": -1}'])
+    settings = tiny.config([str(tmp_path / "t.tar")])
+    run = tiny.run_in(settings, tmp_path / "run", tiny.Here())
+    write_ground_truth(run, images, ground_truth_of(run.store, images, labelled=True), "evaluate")
+    said = capsys.readouterr().err
+    assert "evaluate: warning: 4 images have a label that counts as none (3 NaN, 1 -1)" in said
+    assert "1 label names are written in several ways and count as one each, such as 1 and '1'" in said
+
+
+@pytest.mark.parametrize(
+    ("tasks", "labels", "outdated"),
+    [
+        (["all"], ["a", "b"], False),
+        (["all"], ["1.0", "2.0"], False),
+        (["a", "b"], ["x", "x"], False),
+        (["all"], ["a", "nan"], True),
+        (["all"], ["1", "1.0"], True),
+        (["all"], ["[1, 2]"], True),
+        (["all", "1"], ["a"], True),
+        (["nan"], ["a"], True),
+    ],
+)
+def test_what_an_earlier_rule_found_keeps_its_name_unless_this_rule_says_otherwise(
+    tmp_path: Path, tasks: list[str], labels: list[str], outdated: bool
+) -> None:
+    images, store = tar_of(tmp_path, ['{"label": "a"}']), Store(tmp_path / "run")
+    before = ground_truth_of(store, images, labelled=True)
+    write_json(before.begin() / "names.json", {"tasks": tasks, "labels": labels, "unreadable": {"images": 0}})
+    before.commit()
+    after = ground_truth_of(store, images, labelled=True)
+    assert (after.name != before.name) == outdated
+    if outdated:
+        read_ground_truth(torch.device("cpu"), (images, after))
+        assert load_ground_truth(ground_truth_of(store, images, labelled=True)).label_names == ["a"]
+
+
+def test_keys_beside_which_no_label_stands_are_kept(tmp_path: Path) -> None:
+    images = tar_of(tmp_path, ['{"class": 3, "url": "u"}', '{"class": 4}'], cls=b"1", txt=b"a cat")
+    assert read(tmp_path, images)[1].other_keys == ["class", "url"]
+    assert dict(images.shards[0].others) == {"cls": 2, "txt": 2}
