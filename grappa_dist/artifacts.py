@@ -9,7 +9,6 @@ K centroids, D dimensions.
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from grappa_dist.config import fingerprint
-from grappa_dist.files import lock_file, read_json, sync, write_json
+from grappa_dist.files import lock_file, make_folder, map_array, read_json, remove_folder, rename, sync, write_json
 
 MANIFEST, LOCK = "manifest.json", ".lock"
 CENTROIDS_FILE = "centroids.npy"  # (K, D) float32, in an artefact of labels
@@ -58,7 +57,7 @@ class Artifact:
 
     def begin(self) -> Path:
         """The folder to write into; what an earlier attempt left there is kept."""
-        self.partial.mkdir(parents=True, exist_ok=True)
+        make_folder(self.partial)
         return self.partial
 
     def commit(self, discard: Sequence[str] = (), expected: Sequence[str] = ()) -> None:
@@ -70,7 +69,7 @@ class Artifact:
         _wait((self.partial / name for name in expected), SEEN_S)
         for pattern in (*discard, MANIFEST, "**/.*"):  # also what a killed attempt left unfinished
             for path in list(self.partial.glob(pattern)):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                remove_folder(path) if path.is_dir() else path.unlink(missing_ok=True)
         found = {p.relative_to(self.partial).as_posix() for p in self.partial.rglob("*") if p.is_file()}
         names = sorted(found | set(expected))  # files of other machines may exist and not be listed yet
         files = {name: (self.partial / name).stat().st_size for name in names}
@@ -85,7 +84,7 @@ class Artifact:
         for name in files:
             sync(self.partial / name)
         write_json(self.partial / MANIFEST, manifest)
-        os.rename(self.partial, self.path)
+        rename(self.partial, self.path)
         sync(self.path.parent)
 
     def check(self) -> None:
@@ -202,7 +201,7 @@ class RowArrays:
 def _map(path: str) -> NDArray[Any]:
     # Torch takes no read-only memory; with "c" the file is not changed either. Slicing a plain array is ten times as
     # fast as slicing a numpy.memmap.
-    return np.asarray(np.load(path, mmap_mode="c", allow_pickle=False))
+    return np.asarray(map_array(path, "c"))
 
 
 def rows_file(shard: int) -> str:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from grappa_dist.output import printable, unprinted, without_secrets
+from grappa_dist.storage import open_to_append, open_to_read, tried_again
 
 EVENTS_FILE = "events.jsonl"  # of a run, in its directory
 METRICS_FILE = "metrics.jsonl"  # of a training job, in its folder
@@ -58,14 +59,15 @@ class Events:
     """Appends events to a JSONL file: {"t": unix seconds, "stage", "job", "name", ...figures}."""
 
     def __init__(self, path: Path, **always: Any) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _drop_cut_line(path)
-        self._file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - kept open for the run
+        tried_again(lambda: path.parent.mkdir(parents=True, exist_ok=True), path)
+        tried_again(lambda: _drop_cut_line(path), path)
+        self._file = open_to_append(path)
         self._always = always
 
     def __call__(self, name: str, **figures: Any) -> None:
         line = json.dumps({"t": round(time.time(), 3), **self._always, "name": name, **figures})
-        self._file.write(f"{without_secrets(line)}\n")
+        self._file.write(f"{without_secrets(line)}\n".encode())
+        self._file.flush()
 
     def close(self) -> None:
         self._file.close()
@@ -82,9 +84,9 @@ def read_events(path: Path) -> Iterator[dict[str, Any]]:
     """The events of a file; a last line cut short by a crash is left out."""
     if not path.exists():
         return
-    with open(path, encoding="utf-8") as lines:
+    with open_to_read(path) as lines:
         for line in lines:
-            if line.endswith("\n"):
+            if line.endswith(b"\n"):
                 yield json.loads(line)
 
 

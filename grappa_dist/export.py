@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from grappa_dist.artifacts import Artifact, Store, wait_until_seen
@@ -23,7 +22,7 @@ from grappa_dist.data.index import Shard, describe_missing
 from grappa_dist.data.open_images import cache_of
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.data.transforms import Preprocess
-from grappa_dist.files import read_json, replacing, write_json, write_json_list
+from grappa_dist.files import read_json, save_tensors, write_json, write_json_list
 from grappa_dist.models import Grappa
 from grappa_dist.models.spec import (
     CONFIG_FILE,
@@ -144,8 +143,7 @@ def export_model(spec: ModelSpec, artifact: Artifact) -> None:
     grappa = build(spec, torch.device("cpu"))
     assert isinstance(grappa, Grappa)
     folder = artifact.begin()
-    with replacing(folder / WEIGHTS_FILE) as temporary:
-        save_file(tensors_of(grappa), temporary)
+    save_tensors(folder / WEIGHTS_FILE, tensors_of(grappa))
     config = {
         "format": FORMAT,
         "variant": spec.name,
@@ -291,7 +289,7 @@ def write_keys(device: torch.device, task: KeysTask) -> bool:
     if artifact.complete:
         return (artifact.path / NAMES_FILE).exists()
     folder = artifact.begin()
-    write_json_list(folder / KEYS_FILE, (task.images.key(row) for row in rows))
-    write_json_list(folder / NAMES_FILE, names())
+    write_json_list(folder / KEYS_FILE, lambda: (task.images.key(row) for row in rows))
+    write_json_list(folder / NAMES_FILE, names)
     artifact.commit(discard=() if named else (NAMES_FILE,))
     return named

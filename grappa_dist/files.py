@@ -1,34 +1,60 @@
-"""Files that appear whole or not at all, and stay after a power cut."""
+"""Files that appear whole or not at all, and stay after a power cut; errors of storage that pass are tried again."""
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import io
 import json
 import os
+import shutil
 import socket
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from grappa_dist.storage import Result, open_to_read, open_to_write, tried_again
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place, whole and synced, when the block ends without an error.
+def replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Lets `write(temporary)` write a file beside `path`, which then takes its place, whole and synced.
 
     The last rename wins. No other writer has the same temporary name, not even a process with the same id on another
-    machine.
+    machine. After an error that may pass, one of the sync included, `write` is called again: a system may forget what it
+    failed to write, so that another sync alone would report success.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}")
-    try:
-        yield temporary
-        sync(temporary)
-        os.chmod(temporary, 0o666 & ~_umask())  # some writers make private files; others share this storage
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+
+    def attempt() -> None:
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}")
+        try:
+            write(temporary)
+            _sync(temporary)
+            os.chmod(temporary, 0o666 & ~_umask())  # some writers make private files; others share this storage
+            os.replace(temporary, path)
+        finally:
+            with suppress(OSError):  # the disk may be read-only by now; a commit removes what is left
+                temporary.unlink(missing_ok=True)
+
+    make_folder(path.parent)
+    tried_again(attempt, path)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    def write(temporary: Path) -> None:
+        with open_to_write(temporary) as file:
+            file.write(data)
+
+    replace(path, write)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text as UTF-8; a file name that was not UTF-8 keeps its bytes."""
+    write_bytes(path, text.encode("utf-8", "surrogateescape"))
 
 
 def parse_json(text: bytes, where: Path | str) -> Any:
@@ -39,24 +65,95 @@ def parse_json(text: bytes, where: Path | str) -> Any:
         raise ValueError(f"{where}: not JSON: {error}") from None
 
 
+def read_bytes(path: Path) -> bytes:
+    with open_to_read(path) as file:
+        return file.read()
+
+
 def read_json(path: Path) -> Any:
     """The value of a JSON file; a ValueError names the file."""
-    return parse_json(path.read_bytes(), path)
+    return parse_json(read_bytes(path), path)
 
 
 def write_json(path: Path, value: Any) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
-def write_json_list(path: Path, values: Iterable[Any]) -> None:
-    """Writes the same as `write_json` of a list, without holding the list in memory."""
-    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        between = "[\n "
-        for value in values:
-            file.write(between + json.dumps(value))
-            between = ",\n "
-        file.write("[]\n" if between.startswith("[") else "\n]\n")
+def write_json_list(path: Path, values: Callable[[], Iterable[Any]]) -> None:
+    """Writes the same as `write_json` of a list, without holding the list in memory.
+
+    Args:
+        values: begins to yield them, again if they have to be written again.
+    """
+
+    def write(temporary: Path) -> None:
+        with open_to_write(temporary) as file:
+            between = "[\n "
+            for value in values():
+                file.write(f"{between}{json.dumps(value)}".encode())
+                between = ",\n "
+            file.write(b"[]\n" if between.startswith("[") else b"\n]\n")
+
+    replace(path, write)
+
+
+class _Plain:
+    """A file that numpy takes for none of the C library, whose errors have no number."""
+
+    def __init__(self, file: io.BufferedWriter) -> None:
+        self.write = file.write
+
+
+def save_array(path: Path, array: NDArray[Any]) -> None:
+    """A .npy file; `path` ends in .npy."""
+
+    def write(temporary: Path) -> None:
+        with open_to_write(temporary) as file:
+            np.save(_Plain(file), array, allow_pickle=False)
+
+    replace(path, write)
+
+
+def map_array(path: Path | str, mode: Literal["r", "r+", "c"] = "r") -> NDArray[Any]:
+    """The array of a .npy file, mapped into memory; `mode` is that of numpy.memmap."""
+
+    def load() -> NDArray[Any]:
+        return np.load(path, mmap_mode=mode, allow_pickle=False)
+
+    return tried_again(load, path)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
+    """A .safetensors file of torch tensors."""
+    from safetensors.torch import save_file
+
+    named = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    replace(path, lambda temporary: save_file(named, temporary, metadata=None if metadata is None else dict(metadata)))
+
+
+def read_tensors(path: Path) -> dict[str, Any]:
+    """The torch tensors of a .safetensors file, on the CPU."""
+    from safetensors.torch import load_file
+
+    return open_tensors(path, lambda: load_file(path))
+
+
+def open_tensors(path: Path, load: Callable[[], Result]) -> Result:
+    """What `load()` returns, a call of safetensors that reads a file, whose every error is "No such file" there."""
+
+    def attempt() -> Result:
+        try:
+            return load()
+        except FileNotFoundError:
+            open_to_read(path).close()  # says why, unless there is no such file
+            raise OSError(errno.EIO, "opened only at the second attempt", str(path)) from None
+
+    return tried_again(attempt, path)
+
+
+def make_folder(path: Path) -> None:
+    """A folder and those above it, unless they are there."""
+    tried_again(lambda: path.mkdir(parents=True, exist_ok=True), path)
 
 
 def lock_file(path: Path) -> IO[str]:
@@ -83,8 +180,44 @@ def lock_file(path: Path) -> IO[str]:
     return file
 
 
+def rename(source: Path, target: Path) -> None:
+    """Renames a file or folder. An error may come though it was done, as when a reply was lost on its way."""
+
+    def attempt() -> None:
+        try:
+            os.rename(source, target)
+        except FileNotFoundError:
+            if source.exists() or not target.exists():
+                raise
+
+    tried_again(attempt, target)
+
+
+def remove_folder(path: Path) -> None:
+    """A folder with all that is in it; nothing where there is none."""
+
+    def attempt() -> None:
+        with suppress(FileNotFoundError):
+            shutil.rmtree(path)
+
+    tried_again(attempt, path)
+
+
 def sync(path: Path) -> None:
-    """Flushes a file to the disk, or makes renames inside a folder survive a power cut."""
+    """Flushes a file to the disk, or makes renames inside a folder survive a power cut.
+
+    A file that cannot be flushed is written anew: a system may forget what it failed to write, and report it once.
+    """
+    if path.is_dir():
+        tried_again(lambda: _sync(path), path)
+        return
+    try:
+        _sync(path)
+    except OSError:
+        replace(path, lambda temporary: shutil.copyfile(path, temporary))
+
+
+def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from grappa_dist.artifacts import Artifact, Store
@@ -19,6 +18,7 @@ from grappa_dist.config import SUPERVISED, SUPERVISED_SET, BackboneConfig, Confi
 from grappa_dist.console import pluralize
 from grappa_dist.data.open_images import generated_sizes, is_generated, open_images
 from grappa_dist.distributed.placement import check_capacity, describe_placement, known_workers, may_have_gpus, ranks_of
+from grappa_dist.files import map_array
 from grappa_dist.layout import lay_out, on_pairs
 from grappa_dist.models import Backbone, PackedGrappa
 from grappa_dist.models.backbone import check_name
@@ -139,7 +139,7 @@ def _known_width(model: Backbone | None, features: Sequence[Artifact]) -> int | 
     if model is not None:
         return model.embed_dim
     done = next((artifact for artifact in features if artifact.complete), None)
-    return None if done is None else int(np.load(done.path / ROWS_FILE, mmap_mode="r").shape[1])
+    return None if done is None else int(map_array(done.path / ROWS_FILE).shape[1])
 
 
 def _describe_jobs(config: Config, num_sets: int) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from grappa_dist.artifacts import MANIFEST, Artifact, RowArrays, Store, wait_until_seen
-from grappa_dist.files import replacing, write_json
+from grappa_dist.files import replace, write_json
 
 
 def artifact(root: Path, **settings: object) -> Artifact:
@@ -204,9 +204,11 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     write_json(path, {"a": 1})
 
     def fail() -> None:
-        with replacing(path) as temporary:
+        def write(temporary: Path) -> None:
             temporary.write_text("{half")
             raise ArithmeticError
+
+        replace(path, write)
 
     with pytest.raises(ArithmeticError):
         fail()

@@ -36,7 +36,7 @@ LEVELS = (  # a part imports parts of lower levels, and files of its own
     ("data", "distributed"),
     ("metrics", "artifacts"),
     ("search", "config", "console", "files", "prefetch", "_compat"),
-    ("output",),
+    ("output", "storage"),
 )
 DISTRIBUTED = ("ray", "deepspeed", "torch.distributed", "faiss")
 MAY_DISTRIBUTE = (

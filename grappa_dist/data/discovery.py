@@ -32,6 +32,7 @@ from grappa_dist.data.index import (
 from grappa_dist.data.index_cache import IndexCache, State, local_state, verify_unchanged
 from grappa_dist.data.remote import RemoteObject, is_remote
 from grappa_dist.data.remote_index import RemoteRows, committed_indexes, index_remote, list_remote
+from grappa_dist.files import read_bytes
 
 Tar = Path | RemoteObject
 Index = str | RemoteRows | NDArray[Any]  # a .npy of ROW, one that is fetched when it is needed, or the rows
@@ -131,7 +132,7 @@ def committed_index(folder: Path) -> dict[str, tuple[Shard, str]] | None:
     where = folder / COMMITTED
     if not where.is_file():
         return None
-    shards = read_index(where.read_bytes(), where)
+    shards = read_index(read_bytes(where), where)
     sizes = {tar.name: tar.stat().st_size for tar in folder.glob("*.tar") if tar.is_file()}
     described = {shard.name: shard.bytes for shard in shards}
     for name in sorted(sizes.keys() | described.keys()):

@@ -23,7 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from grappa_dist.data.tars import DamagedTar, Zeros, members_of, split_name
-from grappa_dist.files import parse_json, replacing
+from grappa_dist.files import parse_json, save_array
+from grappa_dist.storage import open_to_read, tried_again
 
 COMMITTED = "index.json"  # written last beside finished shards
 INDEX_VERSION = 1
@@ -92,7 +93,7 @@ class Scan:
 def index_shard(path: str | os.PathLike[str]) -> tuple[NDArray[Any], Shard]:
     """Places of a tar's images in file order, (P,) of ROW, and its shard."""
     path = Path(path)
-    with path.open("rb") as file:
+    with open_to_read(path) as file:
         stat = os.fstat(file.fileno())
         found = scan(file, path, stat.st_size)
         fingerprint = fingerprint_of(found, sha256_of(file))
@@ -242,7 +243,7 @@ class OpenFile:
 
     def __init__(self, path: str | os.PathLike[str], listed: tuple[int, str] | None = None) -> None:
         self.path, self._listed = str(path), listed
-        self.fd = os.open(path, os.O_RDONLY)
+        self.fd = tried_again(lambda: os.open(path, os.O_RDONLY), self.path)
 
     def read(self, offset: int, size: int) -> bytes:
         """The bytes at a place; safe from many threads.
@@ -250,7 +251,7 @@ class OpenFile:
         Raises:
             ValueError: they are not all there, or the file is no longer the one that was listed.
         """
-        data = os.pread(self.fd, size, offset)
+        data = tried_again(lambda: os.pread(self.fd, size, offset), self.path)
         if self._listed is not None:
             self._compare(self._listed)
         if len(data) != size:
@@ -260,7 +261,7 @@ class OpenFile:
         return data
 
     def _compare(self, listed: tuple[int, str]) -> None:
-        stat = os.fstat(self.fd)
+        stat = tried_again(lambda: os.fstat(self.fd), self.path)
         now = (stat.st_size, version_of(stat))
         if now != listed:
             raise ValueError(
@@ -275,8 +276,7 @@ class OpenFile:
 
 
 def write_rows(path: Path, rows: NDArray[Any]) -> None:
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        np.save(file, rows, allow_pickle=False)
+    save_array(path, rows)
 
 
 def entry(shard: Shard) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from grappa_dist.data.index import COMMITTED, Shard, entry, sha256_of, shard_of
 from grappa_dist.files import read_json, write_json
+from grappa_dist.storage import open_to_read, tried_again
 
 State = Mapping[str, str | int]  # of a tar: what changes whenever its bytes do, as far as its store tells
 Versions = Mapping[str, tuple[str, str]]  # name of an object -> fingerprint in the index beside it, and version
@@ -101,8 +102,8 @@ def local_state(tar: Path) -> dict[str, str | int]:
 
     A link has its own `ctime`: it may be pointed to an older file.
     """
-    stat = tar.stat()
-    ctime_ns = max(stat.st_ctime_ns, tar.lstat().st_ctime_ns)
+    stat, link = tried_again(lambda: (tar.stat(), tar.lstat()), tar)
+    ctime_ns = max(stat.st_ctime_ns, link.st_ctime_ns)
     return {"path": str(tar), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "ctime_ns": ctime_ns}
 
 
@@ -129,7 +130,7 @@ def verify_unchanged(tar: Path, described: Shard, indexed_ns: int, cache: IndexC
     checked = {**state, "fingerprint": described.fingerprint}
     if cache.is_verified(str(tar), checked):
         return False
-    with open(tar, "rb") as file:
+    with open_to_read(tar) as file:
         found = sha256_of(file)
     if found != described.fingerprint:
         raise ValueError(

@@ -24,8 +24,9 @@ from grappa_dist.data.remote import (
     list_tars,
     objects_at,
 )
-from grappa_dist.files import replacing
+from grappa_dist.files import write_bytes
 from grappa_dist.prefetch import prefetch_with
+from grappa_dist.storage import open_to_read
 
 _PIECE = 8 * 2**20  # bytes of one request while a tar is read through
 _PIECES_AHEAD = 3
@@ -52,9 +53,8 @@ class RemoteRows:
                 )
             if self.local is None:
                 return rows
-            with replacing(Path(self.local)) as temporary:
-                temporary.write_bytes(data)
-        with open(self.local, "rb") as file:
+            write_bytes(Path(self.local), data)
+        with open_to_read(self.local) as file:
             return read_rows(file, shard, self.local, remedy=REMADE)
 
 

@@ -23,6 +23,7 @@ from grappa_dist.data.remote import RemoteObject, is_remote
 from grappa_dist.data.remote_index import RemoteRows
 from grappa_dist.data.rng import Purpose, permutation
 from grappa_dist.data.tars import key_at
+from grappa_dist.storage import open_to_read
 
 _FETCHING = [threading.Lock() for _ in range(64)]  # by shard: threads that need the same index wait for one fetch
 _LARGEST_JSON = 2**24  # bytes of a JSON member: a name in a tar has 2^20 bytes at most, six digits for each
@@ -187,7 +188,7 @@ class ImageShards:
         opened = self._file(shard)
         if isinstance(opened, BlockFile):
             return key_at(cast(IO[bytes], ReadAt(opened)), self.shards[shard].bytes, start, offset)
-        with open(self.shards[shard].path, "rb") as file:
+        with open_to_read(self.shards[shard].path) as file:
             return key_at(file, self.shards[shard].bytes, start, offset)
 
     def where(self, row: int) -> str:
@@ -222,7 +223,7 @@ def _rows_of(index: Index, shard: Shard) -> NDArray[Any]:
 def _map(index: str | RemoteRows, shard: Shard) -> NDArray[Any]:
     if isinstance(index, RemoteRows):
         return index.load(shard)
-    with open(index, "rb") as file:
+    with open_to_read(index) as file:
         if index != f"{shard.path}.npy":  # it is named by the fingerprint of its tar
             return read_rows(file, shard, index, remedy=REMADE)
         rows = read_rows(file, shard, index)

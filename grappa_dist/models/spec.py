@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from grappa_dist.artifacts import Artifact, numbered
 from grappa_dist.config import BackboneConfig
 from grappa_dist.data.transforms import Preprocess
 from grappa_dist.distributed.worker import release_memory
-from grappa_dist.files import read_json, replacing
+from grappa_dist.files import read_json, read_tensors, save_tensors
 from grappa_dist.models import Backbone, Grappa, check_image_size, create_backbone
 from grappa_dist.models.backbone import check_name, check_weights
 
@@ -146,15 +145,15 @@ def build(spec: ModelSpec, device: torch.device) -> nn.Module:
     model = Grappa(backbone, len(spec.sets), spec.bottleneck, attention=spec.has_attention)
     model.load_adaptors(_load_sets(spec))
     if spec.fusion:
-        model.load_attention(load_file(spec.fusion.path / FUSION_FILE))
+        model.load_attention(read_tensors(spec.fusion.path / FUSION_FILE))
     return model.requires_grad_(False).eval().to(device)
 
 
 def _load_sets(spec: ModelSpec) -> list[dict[str, Tensor]]:
     if not spec.random_sets or spec.fusion is None:
-        return [load_file(a.path / ADAPTORS_FILE) for a in spec.adaptors]
+        return [read_tensors(a.path / ADAPTORS_FILE) for a in spec.adaptors]
     sets: list[dict[str, Tensor]] = [{} for _ in range(spec.random_sets)]
-    for name, tensor in load_file(spec.fusion.path / ADAPTORS_FILE).items():
+    for name, tensor in read_tensors(spec.fusion.path / ADAPTORS_FILE).items():
         _, index, rest = name.split(".", 2)
         sets[int(index)][rest] = tensor
     return sets
@@ -167,8 +166,7 @@ def save_random_sets(model: Grappa, folder: Path) -> None:
         for index in range(model.layers[0].adaptors.num_sets)
         for name, tensor in model.adaptor_tensors(index).items()
     }
-    with replacing(folder / ADAPTORS_FILE) as temporary:
-        save_file(tensors, temporary)
+    save_tensors(folder / ADAPTORS_FILE, tensors)
 
 
 def exported_spec(
@@ -259,7 +257,7 @@ def load_grappa(run_or_model_dir: Path, *, trust_modules: bool | None = None) ->
     pixels = {name: tuple(value) if isinstance(value, list) else value for name, value in config["pixels"].items()}
     backbone = create_backbone(config["backbone"]["name"], config["backbone"]["kwargs"], pixels, pretrained=False)
     grappa = Grappa(backbone, len(config["sets"]), config["bottleneck"], attention=config["attention"])
-    load_tensors(grappa, load_file(folder / WEIGHTS_FILE))
+    load_tensors(grappa, read_tensors(folder / WEIGHTS_FILE))
     return grappa, config
 
 

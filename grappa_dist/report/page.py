@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from grappa_dist.console import pluralize
+from grappa_dist.files import write_bytes, write_text
 from grappa_dist.report.attention import attention_section
 from grappa_dist.report.clusters import contact_sheets, method_table, nesting_table
 from grappa_dist.report.content import Clustering, LabelFree, ReportContent, ScoreRow
@@ -86,8 +87,8 @@ def write_report(content: ReportContent, out_dir: str | Path) -> None:
     out = Path(out_dir)
     rows = [_json_row(row) for row in content.rows]
     metrics = json.dumps({"rows": rows}, indent=1, allow_nan=False)
-    (out / "metrics.json").write_text(metrics + "\n", encoding="utf-8")
-    (out / "report.html").write_text(page(content), encoding="utf-8", errors="replace")
+    write_text(out / "metrics.json", metrics + "\n")
+    write_bytes(out / "report.html", page(content).encode("utf-8", "replace"))
 
 
 def _json_row(row: ScoreRow) -> dict[str, str | int | float | None]:

@@ -23,7 +23,7 @@ from grappa_dist.data.index import Shard, count_missing, describe_missing
 from grappa_dist.data.loader import load_or_skip, read_batches
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.data.transforms import pixels_class
-from grappa_dist.files import read_json, write_json
+from grappa_dist.files import read_json, save_array, write_json
 from grappa_dist.models.backbone import forward_precision
 from grappa_dist.models.spec import ModelSpec, backbone_settings, cached_model, preprocess_of
 from grappa_dist.search.fixed_point import to_grid
@@ -106,7 +106,7 @@ def embed_shard(device: torch.device, task: EmbedTask) -> None:
         for place, unit, bad in embed_rows(model, task.images, inside, device=device, how=task.how):
             features[inside[place]] = unit
             reasons |= bad
-    np.save(folder / ROWS_FILE, features)
+    save_array(folder / ROWS_FILE, features)
     write_json(folder / BAD_FILE, {str(row): why for row, why in reasons.items()})
     artifact.commit()
 

@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from grappa_dist.artifacts import Artifact, RowArrays, Store, wait_until_seen
@@ -31,7 +30,7 @@ from grappa_dist.data.rng import Purpose, torch_seed
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.distributed.runner import Job
 from grappa_dist.distributed.worker import RankContext
-from grappa_dist.files import replacing
+from grappa_dist.files import read_tensors, save_tensors
 from grappa_dist.models import Adaptors, Grappa
 from grappa_dist.models.backbone import forward_precision
 from grappa_dist.models.spec import ADAPTORS_FILE, FUSION_FILE, build_backbone, release_cached_model, save_random_sets
@@ -151,8 +150,7 @@ def train_fusion(context: RankContext, job: FuseJob) -> None:
         schedule = Schedule.falling(steps, config.checkpoint_steps, peak=peak, warmup_steps=config.warmup_steps)
         done = train(context, objective, optimizer, schedule, folder=folder, job=name)
         if done and context.comm.rank == 0:
-            with replacing(folder / FUSION_FILE) as temporary:
-                save_file(objective.grappa.attention_tensors(), temporary)
+            save_tensors(folder / FUSION_FILE, objective.grappa.attention_tensors())
             if job.random_sets:
                 save_random_sets(objective.grappa, folder)
             job.artifact.commit(discard=["checkpoints", "knn/*.partial"])
@@ -194,7 +192,7 @@ class FuseObjective:
         if job.random_sets:
             randomise_adaptors(self.grappa, job.training.seed)
         else:
-            self.grappa.load_adaptors([load_file(a.path / ADAPTORS_FILE) for a in job.adaptors])
+            self.grappa.load_adaptors([read_tensors(a.path / ADAPTORS_FILE) for a in job.adaptors])
         self.grappa.trainable_attention(and_adaptors=job.random_sets > 0)
         projector = Projector(backbone.embed_dim, job.fuse.projector)
         rng = torch.Generator().manual_seed(torch_seed(Purpose.FUSION, job.training.seed))

@@ -28,7 +28,7 @@ from grappa_dist.artifacts import Artifact, RowArrays, Store, wait_until_seen
 from grappa_dist.console import EVENTS_FILE, read_events
 from grappa_dist.data.rng import Purpose, generator
 from grappa_dist.data.shards import ImageShards
-from grappa_dist.files import read_json, write_json
+from grappa_dist.files import map_array, read_json, save_array, write_json
 from grappa_dist.models import Grappa
 from grappa_dist.models.spec import ModelSpec
 from grappa_dist.stages.ground_truth import TASKS_FILE, load_ground_truth, write_ground_truth
@@ -118,7 +118,7 @@ def weigh_sets(device: torch.device, task: GalleriesTask) -> None:
             "effective_rank": ranks,
             "weights": set_weights(torch.stack(shares)).tolist(),
         }
-    np.save(folder / TASKS_FILE, ground_truth.tasks)
+    save_array(folder / TASKS_FILE, ground_truth.tasks)
     write_json(folder / GALLERIES_FILE, found)
     task.artifact.commit()
 
@@ -136,7 +136,7 @@ def by_gallery(spec: ModelSpec, model: nn.Module, rows: NDArray[np.int64]) -> It
         return
     assert isinstance(model, Grappa)
     weights = [torch.tensor(g["weights"]) for g in load_galleries(spec.galleries).values()]
-    tasks = np.load(spec.galleries.path / TASKS_FILE, mmap_mode="r", allow_pickle=False)[rows]
+    tasks = map_array(spec.galleries.path / TASKS_FILE)[rows]
     for task in np.unique(tasks).tolist():
         model.weigh(weights[task])
         yield rows[tasks == task]

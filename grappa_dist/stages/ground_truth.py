@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from grappa_dist.artifacts import Artifact, Store, wait_until_seen
 from grappa_dist.data.labels import Names, named
 from grappa_dist.data.shards import BadLabels, ImageShards
-from grappa_dist.files import read_json, write_json
+from grappa_dist.files import map_array, read_json, save_array, write_json
 from grappa_dist.stages.run import Run
 
 MOST_UNREADABLE = 100  # JSON members that do not parse, kept by name
@@ -90,8 +90,8 @@ def read_ground_truth(device: torch.device, task: tuple[ImageShards, Artifact]) 
         tasks[row] = task_names.number(_NO_TASK) if number < 0 else number
         labels[row] = label_names.number(member.get("label"), within=int(tasks[row]))
         keys.update(key for key in member if len(keys) < 100)
-    np.save(folder / TASKS_FILE, tasks)
-    np.save(folder / LABELS_FILE, labels)
+    save_array(folder / TASKS_FILE, tasks)
+    save_array(folder / LABELS_FILE, labels)
     names = {"tasks": task_names.shown, "labels": label_names.shown, "rule": RULE}
     bad = {"images": len(unreadable), "first": unreadable[:MOST_UNREADABLE]}
     remarks = {"remarks": [*label_names.described("label"), *task_names.described("task")]}

@@ -21,14 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from grappa_dist.artifacts import Artifact, RowArrays
 from grappa_dist.config import fingerprint
 from grappa_dist.console import METRICS_FILE, read_events
 from grappa_dist.distributed.placement import split_evenly
-from grappa_dist.files import read_json, replacing, write_json
+from grappa_dist.files import make_folder, read_json, save_tensors, write_json, write_text
 from grappa_dist.models.spec import ADAPTORS_FILE
 
 MULTI_SET_FOLDER, MULTI_SET_FILE = "packs", "pack.json"  # of all multi-set jobs; in the folder of each: its sets
@@ -109,7 +108,7 @@ def begin_job(sets: Sequence[AdaptSet]) -> Path:
     if len(sets) == 1:
         return sets[0].artifact.begin()
     folder = job_folder(sets)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     if not (folder / MULTI_SET_FILE).exists():
         write_json(folder / MULTI_SET_FILE, {"sets": [s.artifact.name for s in sets]})
     return folder
@@ -126,16 +125,13 @@ def finish_job(sets: Sequence[AdaptSet], adaptors: Sequence[Mapping[str, Tensor]
         folder = one.artifact.begin()
         if len(sets) > 1:
             _write_log(job_folder(sets) / METRICS_FILE, folder / METRICS_FILE, one)
-        with replacing(folder / ADAPTORS_FILE) as temporary:
-            save_file(dict(adaptors[number]), temporary)
+        save_tensors(folder / ADAPTORS_FILE, adaptors[number])
     commit_trained(sets)
 
 
 def _write_log(source: Path, target: Path, one: AdaptSet) -> None:
     """The log of one set, as if it had been trained alone."""
-    with replacing(target) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        for event in read_events(source):
-            file.write(json.dumps(_event_of_set(event, one)) + "\n")
+    write_text(target, "".join(json.dumps(_event_of_set(event, one)) + "\n" for event in read_events(source)))
 
 
 def _event_of_set(event: Mapping[str, Any], one: AdaptSet) -> dict[str, Any]:

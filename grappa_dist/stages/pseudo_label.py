@@ -40,7 +40,7 @@ from grappa_dist.distributed.collectives import raise_together
 from grappa_dist.distributed.runner import Job
 from grappa_dist.distributed.sharded_rows import Rows, ShardedRows, join_rows
 from grappa_dist.distributed.worker import RankContext
-from grappa_dist.files import read_json, replacing, write_json
+from grappa_dist.files import open_tensors, read_json, replace, save_array, write_json
 from grappa_dist.kmeans.lloyd import KMeansState
 from grappa_dist.kmeans.methods import (
     FLAT,
@@ -215,10 +215,10 @@ def _commit(context: RankContext, job: LabelJob, k: int, labels: Mapping[int, np
     artifact, comm = job.labels[k], context.comm
     folder = artifact.begin()
     for shard, of_rows in labels.items():
-        np.save(folder / rows_file(shard), of_rows)
+        save_array(folder / rows_file(shard), of_rows)
     comm.barrier()
     if comm.rank == 0:
-        np.save(folder / CENTROIDS_FILE, found.result.centroids)
+        save_array(folder / CENTROIDS_FILE, found.result.centroids)
         write_stats(folder, k, found, job.choice(k))
         (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
         artifact.commit(expected=[rows_file(shard) for shard in range(len(job.shard_names))])
@@ -301,8 +301,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Writes the k-means checkpoint: a tensor for each part, and its numbers in the metadata."""
     tensors = {part: _tensor(state) for part, state in checkpoint.items()}
     figures = {part: json.dumps(_figures(state)) for part, state in checkpoint.items()}
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, figures)
+    replace(path, lambda temporary: save_file(tensors, temporary, figures))
 
 
 def _tensor(state: KMeansState) -> np.ndarray:
@@ -329,7 +328,7 @@ def load_checkpoint(path: Path) -> tuple[Checkpoint, str]:
         return {}, ""
     checkpoint = dict[str, KMeansState]()
     try:
-        with safe_open(path, "np") as file:
+        with open_tensors(path, lambda: safe_open(path, "np")) as file:
             for part, text in file.metadata().items():
                 checkpoint[part] = _state(file.get_tensor(part), *json.loads(text))
                 if problem := checkpoint[part].problem():

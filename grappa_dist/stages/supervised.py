@@ -21,7 +21,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
 
 from grappa_dist.artifacts import (
     CENTROIDS_FILE,
@@ -39,7 +38,7 @@ from grappa_dist.data.rng import Purpose, torch_seed
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.distributed.runner import Job
 from grappa_dist.distributed.worker import RankContext
-from grappa_dist.files import read_json, replacing, write_json
+from grappa_dist.files import read_json, read_tensors, save_array, save_tensors, write_json
 from grappa_dist.models import Grappa
 from grappa_dist.models.spec import ADAPTORS_FILE, FUSION_FILE, build_backbone, release_cached_model
 from grappa_dist.stages.adapt import train_sets
@@ -139,11 +138,11 @@ def write_true_labels(device: torch.device, task: TrueLabelsTask) -> None:
     sums = torch.zeros(len(classes), task.features.shard(0).shape[1], dtype=torch.float64)
     for shard in range(len(starts) - 1):
         own = numbers[starts[shard] : starts[shard + 1]]
-        np.save(folder / rows_file(shard), own)
+        save_array(folder / rows_file(shard), own)
         known = np.flatnonzero(own >= 0)
         sums.index_add_(0, torch.from_numpy(own[known]), torch.from_numpy(task.features.shard(shard)[known]).double())
     counts = np.bincount(numbers[numbers >= 0], minlength=len(classes))
-    np.save(folder / CENTROIDS_FILE, (sums / torch.from_numpy(counts)[:, None]).float().numpy())
+    save_array(folder / CENTROIDS_FILE, (sums / torch.from_numpy(counts)[:, None]).float().numpy())
     labelled, images = int(counts.sum()), len(labels)
     write_json(folder / STATS_FILE, {"classes": len(classes), "labelled": labelled, "images": images})
     task.artifact.commit()
@@ -241,8 +240,7 @@ def train_supervised_fusion(context: RankContext, job: SupervisedJob) -> None:
             reporting=Reporting(objective.suspects),
         )
         if done and context.comm.rank == 0:
-            with replacing(folder / FUSION_FILE) as temporary:
-                save_file(objective.module.attention_tensors(), temporary)
+            save_tensors(folder / FUSION_FILE, objective.module.attention_tensors())
             job.artifact.commit(discard=["checkpoints"])
 
 
@@ -253,7 +251,7 @@ class SupervisedObjective(ClassificationObjective):
         self._job, config, seed = job, job.adapt, job.training.seed
         backbone = build_backbone(job.backbone)
         self.module = Grappa(backbone, len(job.adaptors), config.bottleneck, attention=True)
-        self.module.load_adaptors([load_file(a.path / ADAPTORS_FILE) for a in job.adaptors])
+        self.module.load_adaptors([read_tensors(a.path / ADAPTORS_FILE) for a in job.adaptors])
         self.module.trainable_attention()
         rng = torch.Generator().manual_seed(torch_seed(Purpose.FUSION, seed))  # all fusions start alike
         for layer in self.module.layers:

@@ -10,7 +10,6 @@ Shapes: the first dimension of a shard's tensors is its rows.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,11 +17,10 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from grappa_dist.distributed.worker import RankContext
-from grappa_dist.files import replacing, sync
+from grappa_dist.files import make_folder, rename, save_tensors, sync
 from grappa_dist.training.deepspeed_engine import State
 
 KEEP_CHECKPOINTS = 2
@@ -66,7 +64,7 @@ def save_checkpoint(
     if context.comm.rank == 0:
         for left in done.parent.glob(".step-*"):  # by killed attempts; no rank writes before the barrier below
             shutil.rmtree(left, ignore_errors=True)
-        partial.mkdir(parents=True, exist_ok=True)
+        make_folder(partial)
         _write(partial / ENGINE_FILE, _replicated(module, state), {"step": str(step), "files": json.dumps(files)})
     context.comm.barrier()
     for name, shard in (shards or {}).items():
@@ -76,7 +74,7 @@ def save_checkpoint(
     context.comm.barrier()
     if context.comm.rank == 0:
         sync(partial)
-        os.rename(partial, done)
+        rename(partial, done)
         sync(done.parent)
         for old in _checkpoints(folder)[:-KEEP_CHECKPOINTS]:
             shutil.rmtree(old.rename(old.with_name(f".{old.name}.old")))  # a partly removed one never has that name
@@ -153,8 +151,7 @@ def _replicated(module: nn.Module, state: State) -> dict[str, Tensor]:
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    with replacing(path) as temporary:
-        save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata=metadata)
+    save_tensors(path, tensors, metadata)
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from grappa_dist.data.rng import RowDraw
 from grappa_dist.distributed.collectives import Comm
+from grappa_dist.files import map_array
 from grappa_dist.kmeans.sampling import HASH_BITS, row_hashes
 from grappa_dist.training.checkpoints import RowShard
 from grappa_dist.training.norm_softmax_loss import Scores, chunks, class_gradient, image_gradient, score_classes
@@ -79,7 +80,7 @@ class Classifier:
         Raises:
             ValueError: the file of centroids does not have K rows of D channels.
         """
-        given = None if centroids is None else np.load(centroids, mmap_mode="r", allow_pickle=False)
+        given = None if centroids is None else map_array(centroids)
         if given is not None and given.shape != (self.num_rows, self._dim):
             raise ValueError(f"{centroids} has shape {given.shape}, must be {(self.num_rows, self._dim)}")
         for start in range(0, self.end, _START_ROWS):

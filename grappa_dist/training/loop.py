@@ -23,7 +23,7 @@ from torch import nn
 
 from grappa_dist.console import METRICS_FILE, Events
 from grappa_dist.distributed.worker import RankContext
-from grappa_dist.files import replacing
+from grappa_dist.files import read_bytes, write_text
 from grappa_dist.training.checkpoints import RowShard, load_checkpoint, save_checkpoint
 from grappa_dist.training.deepspeed_engine import Engine
 from grappa_dist.training.trackers import Tracker, TrackerGroup
@@ -211,7 +211,6 @@ class _Log:
 def _drop_steps(path: Path, start: int) -> None:
     """Drops from a log what a killed attempt wrote after the checkpoint that this one resumes from."""
     if path.exists():
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+        lines = [line for line in read_bytes(path).decode().splitlines(keepends=True) if line.endswith("\n")]
         kept = [line for line in lines if json.loads(line).get("step", 0) < start]
-        with replacing(path) as temporary:
-            temporary.write_text("".join(kept), encoding="utf-8")
+        write_text(path, "".join(kept))

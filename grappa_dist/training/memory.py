@@ -141,7 +141,6 @@ def automatic_batch_size(
     why += f"; {expected} were too many" if images < expected else ""
     of_all = [int(n) for n in comm.gather(torch.tensor([images], device=context.device))]
     if comm.rank == 0:
-        (folder / FILE).parent.mkdir(parents=True, exist_ok=True)
         write_json(folder / FILE, {"images": min(of_all), "ranks": comm.size})
     return AutomaticBatch(
         min(of_all), why if min(of_all) == images else f"another rank has memory for {min(of_all)} only"
