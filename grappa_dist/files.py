@@ -25,7 +25,7 @@ def replace(path: Path, write: Callable[[Path], object]) -> None:
     """Lets `write(temporary)` write a file beside `path`, which then takes its place, whole and synced.
 
     The last rename wins. No other writer has the same temporary name, not even a process with the same id on another
-    machine. After an error that may pass, one of the sync included, `write` is called again: a system may forget what it
+    machine. After an error that may pass, also in the sync, `write` is called again: a system may forget what it
     failed to write, so that another sync alone would report success.
     """
 
@@ -52,7 +52,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     replace(path, write)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_utf8(path: Path, text: str) -> None:
     """Writes a text as UTF-8; a file name that was not UTF-8 keeps its bytes."""
     write_bytes(path, text.encode("utf-8", "surrogateescape"))
 
@@ -76,7 +76,7 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=1) + "\n")
+    write_utf8(path, json.dumps(value, indent=1) + "\n")
 
 
 def write_json_list(path: Path, values: Callable[[], Iterable[Any]]) -> None:

@@ -103,7 +103,7 @@ import numpy as np, torch
 from grappa_dist.console import Events, read_events
 from grappa_dist.files import *
 folder = Path(sys.argv[1])
-for i in range(8):
+for i in range(3):
     at = folder / str(i)
     tensors = {f"{j}": torch.full((50, 7), float(j)) for j in range(20)}
     save_tensors(at / "a.safetensors", tensors, {"step": "1"})
@@ -112,8 +112,8 @@ for i in range(8):
     assert np.array_equal(map_array(at / "a.npy"), np.arange(10000))
     write_json(at / "a.json", {"i": i})
     assert read_json(at / "a.json") == {"i": i}
-    write_json_list(at / "l.json", lambda: range(3000))
-    assert read_json(at / "l.json") == list(range(3000))
+    write_json_list(at / "l.json", lambda: range(1000))
+    assert read_json(at / "l.json") == list(range(1000))
     sync(at / "a.json")
     rename(at / "a.json", at / "b.json")
     sync(at)
@@ -130,13 +130,13 @@ remove_folder(folder / "0")
 
 
 @pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable()))
-def test_what_is_written_and_read_is_whole_where_a_twentieth_of_all_calls_fail(tmp_path: Path) -> None:
+def test_what_is_written_and_read_is_whole_where_calls_fail_at_random(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     with StorageErrors(tmp_path / "control", [tmp_path / "disk"], seed=1) as errors:
-        errors.err(0.05, kinds=31)
+        errors.err(0.1, kinds=31)
         command = [sys.executable, "-c", EVERYTHING, str(tmp_path / "disk")]
         done = subprocess.run(
             command, env=os.environ | errors.environment, capture_output=True, text=True, timeout=100, check=False
         )
         assert done.returncode == 0, done.stderr
-        assert errors.counts.failed > 20
+        assert errors.counts.failed > 5

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from grappa_dist.console import pluralize
-from grappa_dist.files import write_bytes, write_text
+from grappa_dist.files import write_bytes, write_utf8
 from grappa_dist.report.attention import attention_section
 from grappa_dist.report.clusters import contact_sheets, method_table, nesting_table
 from grappa_dist.report.content import Clustering, LabelFree, ReportContent, ScoreRow
@@ -87,7 +87,7 @@ def write_report(content: ReportContent, out_dir: str | Path) -> None:
     out = Path(out_dir)
     rows = [_json_row(row) for row in content.rows]
     metrics = json.dumps({"rows": rows}, indent=1, allow_nan=False)
-    write_text(out / "metrics.json", metrics + "\n")
+    write_utf8(out / "metrics.json", metrics + "\n")
     write_bytes(out / "report.html", page(content).encode("utf-8", "replace"))
 
 

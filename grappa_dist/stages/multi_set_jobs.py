@@ -27,7 +27,7 @@ from grappa_dist.artifacts import Artifact, RowArrays
 from grappa_dist.config import fingerprint
 from grappa_dist.console import METRICS_FILE, read_events
 from grappa_dist.distributed.placement import split_evenly
-from grappa_dist.files import make_folder, read_json, save_tensors, write_json, write_text
+from grappa_dist.files import make_folder, read_json, save_tensors, write_json, write_utf8
 from grappa_dist.models.spec import ADAPTORS_FILE
 
 MULTI_SET_FOLDER, MULTI_SET_FILE = "packs", "pack.json"  # of all multi-set jobs; in the folder of each: its sets
@@ -131,7 +131,7 @@ def finish_job(sets: Sequence[AdaptSet], adaptors: Sequence[Mapping[str, Tensor]
 
 def _write_log(source: Path, target: Path, one: AdaptSet) -> None:
     """The log of one set, as if it had been trained alone."""
-    write_text(target, "".join(json.dumps(_event_of_set(event, one)) + "\n" for event in read_events(source)))
+    write_utf8(target, "".join(json.dumps(_event_of_set(event, one)) + "\n" for event in read_events(source)))
 
 
 def _event_of_set(event: Mapping[str, Any], one: AdaptSet) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from torch import nn
 
 from grappa_dist.console import METRICS_FILE, Events
 from grappa_dist.distributed.worker import RankContext
-from grappa_dist.files import read_bytes, write_text
+from grappa_dist.files import read_bytes, write_utf8
 from grappa_dist.training.checkpoints import RowShard, load_checkpoint, save_checkpoint
 from grappa_dist.training.deepspeed_engine import Engine
 from grappa_dist.training.trackers import Tracker, TrackerGroup
@@ -213,4 +213,4 @@ def _drop_steps(path: Path, start: int) -> None:
     if path.exists():
         lines = [line for line in read_bytes(path).decode().splitlines(keepends=True) if line.endswith("\n")]
         kept = [line for line in lines if json.loads(line).get("step", 0) < start]
-        write_text(path, "".join(kept))
+        write_utf8(path, "".join(kept))
