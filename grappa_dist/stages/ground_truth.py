@@ -112,5 +112,5 @@ def _members(images: ImageShards, unreadable: list[str]) -> Iterator[dict[str, A
 
 def load_ground_truth(artifact: Artifact) -> GroundTruth:
     names = read_json(artifact.path / NAMES_FILE)
-    tasks, labels = (np.load(artifact.path / f, mmap_mode="r", allow_pickle=False) for f in (TASKS_FILE, LABELS_FILE))
+    tasks, labels = (map_array(artifact.path / f) for f in (TASKS_FILE, LABELS_FILE))
     return GroundTruth(tasks, labels, names["tasks"], names["labels"], names.get("other_keys", []))
