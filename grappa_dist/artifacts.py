@@ -204,6 +204,11 @@ def _map(path: str) -> NDArray[Any]:
     return np.asarray(map_array(path, "c"))
 
 
+def forget_maps() -> None:
+    """Drops the maps of arrays that are kept for further reading: a disk keeps the bytes of removed files for them."""
+    _map.cache_clear()
+
+
 def rows_file(shard: int) -> str:
     """The name of the file with one shard's rows: labels are (P,) int32."""
     return f"rows-{shard:06d}.npy"

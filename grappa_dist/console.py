@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import shutil
 import sys
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +24,8 @@ from grappa_dist.storage import open_to_append, open_to_read, tried_again
 
 EVENTS_FILE = "events.jsonl"  # of a run, in its directory
 METRICS_FILE = "metrics.jsonl"  # of a training job, in its folder
+EVENTS_BYTES = 32 * 2**20  # of them, and as many of the part before
+_TAIL_BYTES = 2**16
 COUNTER_S = 2.0  # between two lines of a counter
 
 FAILED, CONFIG_ERROR, INTERRUPTED, TERMINATED = 1, 2, 130, 143
@@ -56,28 +61,64 @@ class Interrupted(Terminated):
 
 
 class Events:
-    """Appends events to a JSONL file: {"t": unix seconds, "stage", "job", "name", ...figures}."""
+    """Appends events to a JSONL file: {"t": unix seconds, "stage", "job", "name", ...figures}.
 
-    def __init__(self, path: Path, **always: Any) -> None:
+    Args:
+        most_bytes: a larger file becomes `<name>.old`, in place of the one before, and a new one begins with all of its
+            events that are not progress; None: it may grow.
+    """
+
+    def __init__(self, path: Path, most_bytes: int | None = None, **always: Any) -> None:
         tried_again(lambda: path.parent.mkdir(parents=True, exist_ok=True), path)
         tried_again(lambda: _drop_cut_line(path), path)
+        self._path, self._most_bytes, self._always = path, most_bytes, always
         self._file = open_to_append(path)
-        self._always = always
 
     def __call__(self, name: str, **figures: Any) -> None:
         line = json.dumps({"t": round(time.time(), 3), **self._always, "name": name, **figures})
         self._file.write(f"{without_secrets(line)}\n".encode())
         self._file.flush()
+        if self._most_bytes is not None and self._file.tell() > self._most_bytes:
+            self._file.close()
+            tried_again(lambda: _begin_anew(self._path, self._most_bytes or 0), self._path)
+            self._file = open_to_append(self._path)
 
     def close(self) -> None:
         self._file.close()
 
 
+def _begin_anew(path: Path, most_bytes: int) -> None:
+    """Copies a file of events to `<name>.old`, then leaves in it what is not progress: half of its bound at most."""
+    fresh, old = path.with_name(f".{path.name}.new"), path.with_name(f"{path.name}.old")
+    shutil.copyfile(path, fresh)
+    os.replace(fresh, old)
+    kept, size = deque[str](), 0
+    with open(old, encoding="utf-8") as lines:
+        for line in lines:
+            if json.loads(line)["name"] != "progress":
+                kept.append(line)
+                size += len(line.encode())
+                while size > most_bytes // 2:
+                    size -= len(kept.popleft().encode())
+    fresh.write_text("".join(kept), encoding="utf-8")
+    os.replace(fresh, path)
+
+
 def _drop_cut_line(path: Path) -> None:
     """Removes a last line that a crash cut short: the next event would be appended to it."""
-    if path.exists():
-        with open(path, "rb+") as file:
-            file.truncate(file.read().rfind(b"\n") + 1)
+    if not path.exists():
+        return
+    with open(path, "rb+") as file:
+        end = file.seek(0, os.SEEK_END)
+        while end:  # from the end, a piece at a time: the log of a long job is long
+            start = max(0, end - _TAIL_BYTES)
+            file.seek(start)
+            found = file.read(end - start).rfind(b"\n")
+            if found >= 0:
+                file.truncate(start + found + 1)
+                return
+            end = start
+        file.truncate(0)
 
 
 def read_events(path: Path) -> Iterator[dict[str, Any]]:

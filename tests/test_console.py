@@ -29,6 +29,40 @@ def test_a_last_line_that_a_crash_cut_short_is_left_out(cut: str, tmp_path: Path
     assert [event["name"] for event in read_events(path)] == ["a"]
 
 
+def test_a_last_line_longer_than_what_is_read_at_a_time_is_cut_off_whole(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    path.write_text('{"name": "a"}\n' + "x" * 200_000)
+    Events(path).close()
+    assert path.read_text() == '{"name": "a"}\n'
+
+
+def test_events_are_bounded_and_all_but_progress_is_carried_over(tmp_path: Path) -> None:
+    path, bound = tmp_path / "events.jsonl", 20_000
+    events = Events(path, bound)
+    for number in range(3000):
+        events("progress", job="k=4", done=number, of=3000)
+        if number % 100 == 0:
+            events("stage_ends", stage=str(number))
+        assert sum(file.stat().st_size for file in tmp_path.iterdir()) <= 2 * bound + 200
+    events.close()
+    found = list(read_events(path))
+    assert [e["stage"] for e in found if e["name"] == "stage_ends"] == [str(n) for n in range(0, 3000, 100)]
+    last = [e["done"] for e in found if e["name"] == "progress"]
+    before = [e["done"] for e in read_events(tmp_path / "events.jsonl.old") if e["name"] == "progress"]
+    assert [*before, *last] == list(range(before[0], 3000))
+    assert {file.name for file in tmp_path.iterdir()} == {"events.jsonl", "events.jsonl.old"}
+
+
+def test_events_that_are_no_progress_are_bounded_too_and_the_newest_are_kept(tmp_path: Path) -> None:
+    events = Events(tmp_path / "events.jsonl", 10_000)
+    for number in range(1000):
+        events("job_failed", attempt=number)
+    events.close()
+    kept = [event["attempt"] for event in read_events(tmp_path / "events.jsonl")]
+    assert kept == list(range(kept[0], 1000))
+    assert len(kept) > 50
+
+
 @pytest.mark.parametrize("before", ["", '{"name": "a"}\n', '{"name": "a"}\n{"name": "b', "{"])
 def test_a_restart_writes_on_without_running_into_a_cut_line(before: str, tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"

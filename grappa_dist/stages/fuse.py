@@ -36,6 +36,7 @@ from grappa_dist.models.backbone import forward_precision
 from grappa_dist.models.spec import ADAPTORS_FILE, FUSION_FILE, build_backbone, release_cached_model, save_random_sets
 from grappa_dist.stages.embed import Embedding, to_images
 from grappa_dist.stages.fuse_pairs import Pairs
+from grappa_dist.stages.knn_graph import remove_neighbours
 from grappa_dist.stages.run import Run
 from grappa_dist.training.barlow_twins_loss import Projector, accumulate, barlow_twins, penalty_of, rows_are_cheaper
 from grappa_dist.training.batches import TrainingImages, describe_idle_ranks, trained_by
@@ -153,6 +154,7 @@ def train_fusion(context: RankContext, job: FuseJob) -> None:
             save_tensors(folder / FUSION_FILE, objective.grappa.attention_tensors())
             if job.random_sets:
                 save_random_sets(objective.grappa, folder)
+            remove_neighbours(folder / "knn", range(1, config.epochs - 1))
             job.artifact.commit(discard=["checkpoints", "knn/*.partial"])
 
 

@@ -21,8 +21,9 @@ from grappa_dist.data.transforms import Preprocess
 from grappa_dist.distributed.worker import RankContext
 from grappa_dist.models import Grappa
 from grappa_dist.stages.embed import Embedding
-from grappa_dist.stages.knn_graph import Graphs
+from grappa_dist.stages.knn_graph import Graphs, remove_neighbours
 from grappa_dist.training.batches import TrainingImages
+from grappa_dist.training.checkpoints import oldest_step
 
 
 class Pairs:
@@ -42,11 +43,12 @@ class Pairs:
         folder: Path,
     ) -> None:
         self._context, self._training, self._preprocess = context, training, preprocess
-        self._settings, self._neighbours = settings, neighbours
+        self._settings, self._neighbours, self._folder = settings, neighbours, folder
         self._graphs = Graphs(
             context, training, model, settings=settings, embedding=embedding, labels=labels, folder=folder
         )
         self._per_epoch = training.steps_per_epoch()
+        self._removed_before = 1  # the first graph is kept: it is the same in every run
         self._batches: Generator[Pixels, None, None] | None = None
         self.waited_s = 0.0  # for the pixels of the last step
 
@@ -55,6 +57,7 @@ class Pairs:
         self.close()
         epoch, t = divmod(step, self._per_epoch)
         graph = self._graphs.of(epoch if self._settings.refresh else 0) if self._neighbours else None
+        self._remove_old_graphs()
         order = self._training.order(epoch)
         comm, batch = self._context.comm, self._training.global_batch
 
@@ -66,6 +69,13 @@ class Pairs:
             return np.concatenate([self._views(rows, epoch, (0,)), self._views(partners, epoch, (1,))])
 
         self._batches = read_batches(range(t, self._per_epoch), read, threads=self._training.decode_threads)
+
+    def _remove_old_graphs(self) -> None:
+        """Removes the neighbours of epochs that no restart needs; by now no rank reads the graph of an earlier one."""
+        if self._context.comm.rank == 0:
+            first_needed = oldest_step(self._folder.parent) // self._per_epoch
+            remove_neighbours(self._folder, range(self._removed_before, first_needed))
+            self._removed_before = max(self._removed_before, first_needed)
 
     def at(self, step: int) -> Pixels:
         """The pairs of a step, (2B, S, S, 3): all anchors, then their partners. Steps must come in order."""

@@ -6,8 +6,9 @@ Shapes: P good rows of this rank, k neighbours, b rows of a padded batch.
 from __future__ import annotations
 
 import os
+import shutil
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from grappa_dist.artifacts import RowArrays, own_shards, rows_file
+from grappa_dist.artifacts import RowArrays, forget_maps, own_shards, rows_file
 from grappa_dist.config import FuseConfig
 from grappa_dist.distributed.worker import RankContext, wait_for_slower_ranks
 from grappa_dist.files import read_json, sync, write_json
@@ -36,6 +37,17 @@ def graph_kind(settings: FuseConfig, num_rows: int) -> Literal["exact", "approxi
     if settings.graph != "auto":
         return settings.graph
     return "exact" if num_rows <= EXACT_ROWS else "approximate"
+
+
+def remove_neighbours(folder: Path, epochs: Iterable[int]) -> None:
+    """Removes the neighbours of the graphs of some epochs, and keeps their statistics.
+
+    Args:
+        folder: of all graphs of a job.
+    """
+    for epoch in epochs:
+        for path in sorted((folder / f"epoch-{epoch}").glob("rows-*.npy")):  # the first of them says that all are there
+            path.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -89,9 +101,11 @@ class Graphs:
         """Row ids of the neighbours of every row, (n, k) int64 by shard; -1: none."""
         images = self._training.images
         folder, partial = self._folder / f"epoch-{epoch}", self._folder / f"epoch-{epoch}.partial"
-        if not self._context.of_rank_0(folder.exists()):
+        forget_maps()
+        if not self._context.of_rank_0((folder / rows_file(0)).exists()):
             self._make(epoch, partial)
             if self._context.comm.rank == 0:
+                shutil.rmtree(folder, ignore_errors=True)  # one whose neighbours were removed
                 sync(partial)
                 os.rename(partial, folder)
                 sync(folder.parent)

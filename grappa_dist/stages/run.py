@@ -12,7 +12,7 @@ from pathlib import Path
 
 from grappa_dist.artifacts import LOCK, Store
 from grappa_dist.config import Config
-from grappa_dist.console import EVENTS_FILE, Console, Events
+from grappa_dist.console import EVENTS_BYTES, EVENTS_FILE, Console, Events
 from grappa_dist.data.remote import is_remote
 from grappa_dist.distributed.ray_cluster import SUBMITTED_JOB, Cluster
 from grappa_dist.distributed.runner import Runner
@@ -36,7 +36,7 @@ def running(config: Config, root: Path) -> Iterator[Run]:
     """
     store, new = Store(root), [path for path in (root, *root.parents) if not path.exists()]
     with store.lock():
-        console = Console(Events(root / EVENTS_FILE))
+        console = Console(Events(root / EVENTS_FILE, EVENTS_BYTES))
         cluster = Cluster(config.resources, log=console.log)
         runner = Runner(cluster, config.resources, console.jobs, console.event)
         try:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -19,6 +20,8 @@ from grappa_dist.data.shards import ImageShards
 from grappa_dist.data.transforms import Preprocess
 from grappa_dist.distributed.collectives import Comm
 from grappa_dist.models.spec import backbone_settings
+
+EPOCHS_AT_ONCE = 4  # whose order is kept: threads read some steps ahead
 
 
 @dataclass(frozen=True)
@@ -99,11 +102,11 @@ def augmented_batches(
 ) -> Generator[tuple[Pixels, RowIds], None, None]:
     """This rank's crops and row ids of some steps, read ahead; steps are counted through all epochs."""
     per_epoch = training.steps_per_epoch()
-    orders = {epoch: training.order(epoch) for epoch in {step // per_epoch for step in steps}}
+    order = lru_cache(maxsize=EPOCHS_AT_ONCE)(training.order)  # each holds a window of every stream
 
     def read(step: int) -> tuple[Pixels, RowIds]:
         epoch, t = divmod(step, per_epoch)
-        rows = orders[epoch].batch(t, training.global_batch, comm.rank, comm.size)
+        rows = order(epoch).batch(t, training.global_batch, comm.rank, comm.size)
         return augmented(training, preprocess, rows, epoch=epoch, area=area), rows
 
     return read_batches(steps, read, threads=training.decode_threads)

@@ -108,6 +108,11 @@ def load_checkpoint(
     return step
 
 
+def oldest_step(folder: Path) -> int:
+    """The step of the oldest checkpoint that is kept, from which a restart may go on; 0 where there is none."""
+    return min((int(path.name.removeprefix("step-")) for path in _checkpoints(folder)), default=0)
+
+
 def _files_of_all(context: RankContext, shards: Mapping[str, RowShard]) -> list[str]:
     """The names of all ranks' files, without any that a late rank of an earlier attempt may add."""
     files = list[str]()

@@ -23,7 +23,8 @@ from torch import nn
 
 from grappa_dist.console import METRICS_FILE, Events
 from grappa_dist.distributed.worker import RankContext
-from grappa_dist.files import read_bytes, write_utf8
+from grappa_dist.files import replace
+from grappa_dist.storage import open_to_read, open_to_write
 from grappa_dist.training.checkpoints import RowShard, load_checkpoint, save_checkpoint
 from grappa_dist.training.deepspeed_engine import Engine
 from grappa_dist.training.trackers import Tracker, TrackerGroup
@@ -211,6 +212,11 @@ class _Log:
 def _drop_steps(path: Path, start: int) -> None:
     """Drops from a log what a killed attempt wrote after the checkpoint that this one resumes from."""
     if path.exists():
-        lines = [line for line in read_bytes(path).decode().splitlines(keepends=True) if line.endswith("\n")]
-        kept = [line for line in lines if json.loads(line).get("step", 0) < start]
-        write_utf8(path, "".join(kept))
+
+        def write(fresh: Path) -> None:
+            with open_to_read(path) as lines, open_to_write(fresh) as kept:
+                kept.writelines(
+                    line for line in lines if line.endswith(b"\n") and json.loads(line).get("step", 0) < start
+                )
+
+        replace(path, write)

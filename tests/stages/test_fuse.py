@@ -76,7 +76,8 @@ def fuse_all_ways(comm: Comm, folder: Path) -> dict[str, Any]:
     comm.barrier()  # rank 0 has committed
     after = tiny.files_below(killed.artifact.path / "knn")
     phases = [str(status["phase"]) for status in resumed.statuses if "phase" in status]
-    return {"graphs": graphs, "kept": graphs.items() <= after.items(), "phases": phases}
+    kept = graphs["epoch-1/statistics.json"] == after["epoch-1/statistics.json"]  # its neighbours are not
+    return {"graphs": graphs, "kept": kept, "phases": phases}
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +201,7 @@ def graph(folder: Path, out: str, epoch: int) -> np.ndarray:
     return np.concatenate([np.load(table) for table in tables])
 
 
-@pytest.mark.parametrize("epoch", range(4))
+@pytest.mark.parametrize("epoch", [0, 3])
 def test_a_graph_holds_neither_bad_rows_nor_the_row_itself(world: World, epoch: int) -> None:
     near = graph(world[0], "2", epoch)
     assert near.shape == (tiny.NUM_ROWS, 3)
@@ -249,8 +250,8 @@ def test_where_attention_has_no_gradient_the_share_of_decay_is_unknown() -> None
     assert found == pytest.approx([math.nan, math.nan, 0.5], nan_ok=True)
 
 
-def test_a_finished_fusion_keeps_its_graphs_but_no_scratch(world: World) -> None:
+def test_a_finished_fusion_keeps_its_first_graph_and_its_last_and_no_scratch(world: World) -> None:
     files = tiny.files_below(job_in(world[0], "2-killed", "neighbours").artifact.path)
-    tables = {f"knn/epoch-{e}/rows-{s:06d}.npy" for e in range(4) for s in range(len(tiny.SIZES))}
+    tables = {f"knn/epoch-{e}/rows-{s:06d}.npy" for e in (0, 3) for s in range(len(tiny.SIZES))}
     statistics = {f"knn/epoch-{e}/statistics.json" for e in range(4)}
     assert set(files) == {"grappa.safetensors", "metrics.jsonl", "manifest.json", *tables, *statistics}
