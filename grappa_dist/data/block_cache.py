@@ -1,6 +1,8 @@
 """Remote shards read in blocks, kept in a bounded cache on a local disk that the processes of a machine share.
 
-Whole blocks are fetched where a shard is read through, single images where it is not.
+Whole blocks are fetched where a shard is read through, single images where it is not. A block's file ends with a
+checksum of each PIECE of it, and is held against these whenever it is read: a file with another bit in it, cut off,
+zeroed or under another block's name is removed, and the block fetched again.
 """
 
 from __future__ import annotations
@@ -11,21 +13,29 @@ import io
 import os
 import tempfile
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum, auto
 from functools import lru_cache
 from pathlib import Path
+
+import numpy as np
+import xxhash
 
 from grappa_dist.data.remote import RemoteFile, RemoteObject
 
 BLOCK = 4 * 2**20  # bytes: a request's latency is small beside it
 _ALONE = 3  # images of a block that are fetched alone: about what the whole block costs in latency and bytes
 _AHEAD = 2  # blocks fetched beyond one that was read in sequence
+PIECE = 2**16  # bytes with a checksum of their own: so many at least are read where an image lies
+_SUM_BYTES = 8
 _LEDGER = ".bytes"  # the file that holds how many bytes are kept
+DAMAGED_LOG = "damaged.log"  # a line for each file that was removed because it was damaged
+_LOG_BYTES = 2**16  # about; then it is left as it is
 _KEPT_SHARE = 0.9  # of the bound, after an eviction: the folder is listed once for many blocks
 
 
@@ -67,23 +77,43 @@ class BlockCache:
         )
 
     def read(self, key: str, offset: int, size: int) -> bytes | None:
-        """Bytes of a block, or None where it is not kept."""
+        """Bytes of a block, or None where it is not kept, or was damaged and is no longer kept."""
         try:
             handle = os.open(self.folder / key, os.O_RDONLY)
         except FileNotFoundError:
             return None
         try:
             os.utime(handle)
-            data = os.pread(handle, size, offset)
+            first = offset // PIECE * PIECE
+            length = _length_of(os.fstat(handle).st_size)
+            pieces = range(first // PIECE, -(-(offset + size) // PIECE))
+            data = os.pread(handle, min(pieces.stop * PIECE, length) - first, first)
+            sums = os.pread(handle, len(pieces) * _SUM_BYTES, length + pieces.start * _SUM_BYTES)
         finally:
             os.close(handle)
-        return data if len(data) == size else None
+        if offset + size > length:  # whoever asks knows the block's length: the file is cut off
+            self._drop(key, f"has no byte {offset + size}")
+            return None
+        if sums != _sums(key, data, first):
+            self._drop(key, f"bytes {first} to {first + len(data)} are not those that were written")
+            return None
+        return data[offset - first : offset - first + size]
+
+    def _drop(self, key: str, why: str) -> None:
+        """Removes a damaged file, and says so in the log of the folder."""
+        (self.folder / key).unlink(missing_ok=True)
+        log = self.folder / DAMAGED_LOG
+        with suppress(OSError):
+            if not log.exists() or log.stat().st_size < _LOG_BYTES:
+                with log.open("a") as file:
+                    file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} {key}: {why}\n")
 
     def has(self, key: str) -> bool:
         return (self.folder / key).exists()
 
     def put(self, key: str, data: bytes) -> None:
-        """Keeps a block, unless it alone is larger than the bound."""
+        """Keeps a block with its checksums, unless it alone is larger than the bound."""
+        data += _sums(key, data, 0)
         if len(data) > self.max_bytes:
             return
         temporary = self.folder / f".{key}.{os.getpid()}.{os.urandom(4).hex()}"
@@ -121,7 +151,7 @@ class BlockCache:
         """Removes the blocks that were read longest ago until `limit` holds; how many bytes are left."""
         found = []
         for entry in os.scandir(self.folder):
-            if entry.name == _LEDGER:
+            if entry.name in (_LEDGER, DAMAGED_LOG):
                 continue
             try:
                 stat = entry.stat()
@@ -135,6 +165,31 @@ class BlockCache:
             Path(path).unlink(missing_ok=True)
             total -= size
         return total
+
+
+def _sums(key: str, data: bytes, first: int) -> bytes:
+    """Checksums of the pieces of a block's bytes from `first` on, which also tell blocks and places apart."""
+    name = xxhash.xxh3_64_intdigest(key.encode())
+    pieces = memoryview(data)
+    sums = [
+        xxhash.xxh3_64_intdigest(pieces[at : at + PIECE], seed=(name + first + at) % 2**64)
+        for at in range(0, len(data), PIECE)
+    ]
+    return np.array(sums, dtype="<u8").tobytes()
+
+
+def _length_of(file_bytes: int) -> int:
+    """Bytes of the block in a file of this size: what `len(data) + len(_sums(data))` makes of them, inverted."""
+    whole, rest = divmod(file_bytes, PIECE + _SUM_BYTES)
+    return whole * PIECE + max(0, rest - _SUM_BYTES)
+
+
+def count_damaged(settings: CacheSettings) -> int:
+    """Lines in the log of damaged files; 0 where there is none."""
+    try:
+        return (Path(settings.folder or default_folder()) / DAMAGED_LOG).read_bytes().count(b"\n")
+    except OSError:
+        return 0
 
 
 class _State(Enum):
@@ -185,7 +240,7 @@ class BlockFile:
         self._seen: dict[int, _Seen] = defaultdict(_Seen)
         self._fetching: dict[int, Future[bytes]] = {}
         self._lock = threading.Lock()
-        self._name = hashlib.sha256(f"{source.url}\n{source.size}\n{source.version}".encode()).hexdigest()[:32]
+        self._name = hashlib.sha256(f"{source.url}\n{source.size}\n{source.version}\nsums".encode()).hexdigest()[:32]
 
     def read(self, offset: int, size: int) -> bytes:
         """The bytes at a place."""

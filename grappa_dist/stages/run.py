@@ -13,6 +13,8 @@ from pathlib import Path
 from grappa_dist.artifacts import LOCK, Store
 from grappa_dist.config import Config
 from grappa_dist.console import EVENTS_BYTES, EVENTS_FILE, Console, Events
+from grappa_dist.data.block_cache import DAMAGED_LOG, count_damaged, default_folder
+from grappa_dist.data.open_images import cache_of
 from grappa_dist.data.remote import is_remote
 from grappa_dist.distributed.ray_cluster import SUBMITTED_JOB, Cluster
 from grappa_dist.distributed.runner import Runner
@@ -39,9 +41,13 @@ def running(config: Config, root: Path) -> Iterator[Run]:
         console = Console(Events(root / EVENTS_FILE, EVENTS_BYTES))
         cluster = Cluster(config.resources, log=console.log)
         runner = Runner(cluster, config.resources, console.jobs, console.event)
+        damaged = count_damaged(cache_of(config.resources))
         try:
             with runner.handle_signals():
                 yield Run(config, store, runner, console)
+                if new_ones := count_damaged(cache_of(config.resources)) - damaged:
+                    log = Path(config.resources.cache_dir or default_folder()) / DAMAGED_LOG
+                    console.log(f"warning: {new_ones} cached blocks of shards were damaged and fetched again: {log}")
         except ValueError:
             _remove_unused(root, new)
             raise

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from grappa_dist.data import block_cache
-from grappa_dist.data.block_cache import BLOCK, BlockFile, CacheSettings
+from grappa_dist.data.block_cache import BLOCK, BlockFile, CacheSettings, count_damaged
 from grappa_dist.data.remote import objects_at
 from tests.stores import StoreProxy, proxy_to, ranged
 
@@ -146,3 +146,15 @@ def test_no_more_requests_are_in_flight_than_asked_for(web: StoreProxy) -> None:
 
     list(pool.map(work, range(9)))
     assert most == 3
+
+
+def test_a_block_that_was_damaged_on_the_disk_is_fetched_again(web: StoreProxy, tmp_path: Path) -> None:
+    file = open_file(web, tmp_path, 2**26)
+    assert all(file.read(at, IMAGE) == DATA[at : at + IMAGE] for at in PLACES)
+    kept = sorted(path for path in (tmp_path / "cache").iterdir() if path.stat().st_size > IMAGE)
+    for path in kept[:3]:
+        with path.open("r+b") as handle:
+            handle.seek(1_000_000)
+            handle.write(b"damage")
+    assert all(file.read(at, IMAGE) == DATA[at : at + IMAGE] for at in PLACES)
+    assert count_damaged(CacheSettings(str(tmp_path / "cache"))) == 3
