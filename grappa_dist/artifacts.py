@@ -197,7 +197,7 @@ class RowArrays:
         return values
 
 
-@lru_cache(maxsize=512)  # each map holds a file descriptor
+@lru_cache(maxsize=512)
 def _map(path: str) -> NDArray[Any]:
     # Torch takes no read-only memory; with "c" the file is not changed either. Slicing a plain array is ten times as
     # fast as slicing a numpy.memmap.

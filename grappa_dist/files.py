@@ -114,13 +114,27 @@ def save_array(path: Path, array: NDArray[Any]) -> None:
     replace(path, write)
 
 
-def map_array(path: Path | str, mode: Literal["r", "r+", "c"] = "r") -> NDArray[Any]:
-    """The array of a .npy file, mapped into memory; `mode` is that of numpy.memmap."""
+def map_array(path: Path | str, mode: Literal["r", "c"] = "r") -> NDArray[Any]:
+    """The array of a .npy file, as `map_file` maps it; with "c" it may be written to, and the file stays as it is."""
 
     def load() -> NDArray[Any]:
-        return np.load(path, mmap_mode=mode, allow_pickle=False)
+        found = np.load(path, mmap_mode="r", allow_pickle=False)  # checks the header, and is dropped again
+        array: NDArray[Any] = np.ndarray(found.shape, found.dtype, map_file(path), found.offset, found.strides)
+        array.setflags(write=mode == "c")
+        return array
 
     return tried_again(load, path)
+
+
+def map_file(path: Path | str) -> NDArray[np.uint8]:
+    """The bytes of a file that is not empty, mapped into memory without an open file for it, as numpy's maps have.
+
+    A process may have far more maps than open files, so it can map every shard of a run at once.
+    """
+    import torch
+
+    storage = torch.UntypedStorage.from_file(str(path), False, os.path.getsize(path))
+    return torch.empty(0, dtype=torch.uint8).set_(storage).numpy()  # type: ignore[arg-type]
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from grappa_dist.data.tars import DamagedTar, Zeros, members_of, split_name
-from grappa_dist.files import parse_json, save_array
+from grappa_dist.files import map_file, parse_json, save_array
 from grappa_dist.storage import open_to_read, tried_again
 
 COMMITTED = "index.json"  # written last beside finished shards
@@ -353,7 +353,7 @@ def read_rows(file: IO[bytes], shard: Shard, where: str, *, remedy: str = "") ->
             f"of {ROW.itemsize} bytes; it is cut off, or the index of another shard{remedy}"
         )
     if isinstance(file, BufferedReader):
-        return np.memmap(file, dtype=ROW, mode="r", offset=start, shape=shape)
+        return map_file(where)[start:].view(ROW)
     file.seek(start)
     return np.frombuffer(file.read(size), dtype=ROW)
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import resource
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -204,10 +205,16 @@ class ImageShards:
         tar = self.shards[shard]
         if is_remote(tar.path):
             return open_blocks(RemoteObject(tar.path, tar.bytes, tar.version), self.cache)
-        return _open(tar)
+        return _opener()(tar)
 
 
-@lru_cache(maxsize=128)
+@cache
+def _opener() -> Callable[[Shard], OpenFile]:
+    """`_open` with a cache: of 128 tars, or for a quarter of the files that this process may have open."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return lru_cache(maxsize=128 if limit == resource.RLIM_INFINITY else min(128, limit // 4))(_open)
+
+
 def _open(shard: Shard) -> OpenFile:
     return OpenFile(shard.path, (shard.bytes, shard.version) if shard.version else None)
 
@@ -219,7 +226,7 @@ def _rows_of(index: Index, shard: Shard) -> NDArray[Any]:
     return index if isinstance(index, np.ndarray) else _map(index, shard)
 
 
-@lru_cache(maxsize=256)  # each map holds a descriptor
+@lru_cache(maxsize=256)
 def _map(index: str | RemoteRows, shard: Shard) -> NDArray[Any]:
     if isinstance(index, RemoteRows):
         return index.load(shard)
@@ -227,5 +234,5 @@ def _map(index: str | RemoteRows, shard: Shard) -> NDArray[Any]:
         if index != f"{shard.path}.npy":  # it is named by the fingerprint of its tar
             return read_rows(file, shard, index, remedy=REMADE)
         rows = read_rows(file, shard, index)
-    check_places(rows, shard, _open(shard), index)
+    check_places(rows, shard, _opener()(shard), index)
     return rows
