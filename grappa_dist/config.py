@@ -9,21 +9,72 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+
+from grappa_dist.output import has_secret, is_secret_name, without_secrets
+
+MOST_BYTES, MOST_VALUES, MOST_DEPTH = 2**20, 100_000, 50  # of a config, aliases written out
+_PATH_SETTINGS = (
+    ("", "out", "mirror"),
+    ("data", "train", "test"),
+    ("backbone", "checkpoint"),
+    ("resources", "cache_dir"),
+)
+_VARIABLE = re.compile(r"\$(?:\$|([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})")
+
+
+def expanded(path: str, option: str) -> str:
+    """A path as it is meant: `~` is a home folder, `$NAME` and `${NAME}` are variables, `$$` is a dollar sign.
+
+    Args:
+        option: where it was given, for the message.
+
+    Raises:
+        ValueError: there is no such user, or the variable is not set or empty.
+    """
+    try:
+        return _expanded(path)
+    except ValueError as error:
+        raise ValueError(f"{option} {path}: {error}") from None
+
+
+def _expanded(path: str) -> str:
+    def value(found: re.Match[str]) -> str:
+        if found[0] == "$$":
+            return "$"
+        name = found[1] or found[2]
+        if not os.environ.get(name):
+            raise ValueError(f"the variable {name} is not set; a dollar sign in a name is written as $$")
+        return os.environ[name]
+
+    home = os.path.expanduser(path)
+    if home.startswith("~"):
+        raise ValueError(f"there is no user {home.partition('/')[0][1:]!r}; a folder of that name is ./{path}")
+    return _VARIABLE.sub(value, home)
+
+
+def _as_path(value: str) -> str:
+    try:
+        return _expanded(value)
+    except ValueError as error:
+        raise PydanticCustomError("path", "{why}", {"why": str(error)}) from None
 
 
 def _as_tuple(value: Any) -> Any:
     return (value,) if isinstance(value, str | int) else value
 
 
-Paths = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+PathText = Annotated[str, AfterValidator(_as_path)]
+Paths = Annotated[tuple[PathText, ...], BeforeValidator(_as_tuple)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveFraction = Annotated[float, Field(gt=0, le=1)]
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -62,7 +113,7 @@ class BackboneConfig(Section):
 
     name: Modulepath  # timm:<model> or <module>:<function>
     kwargs: dict[str, Any] = {}
-    checkpoint: str | None = None  # a safetensors or weights-only file, instead of timm's download
+    checkpoint: PathText | None = None  # a safetensors or weights-only file, instead of timm's download
     image_size: Count | None = None
     resize: Literal["crop", "squash"] | None = None  # shorter side then centre crop, or straight to a square
     interpolation: Literal["bicubic", "bilinear", "lanczos"] | None = None
@@ -261,7 +312,7 @@ class Resources(Section):
     compile: Literal["never", "auto"] = "never"  # torch.compile for adaptor jobs; auto: on a GPU where it pays
     collective_timeout_s: Annotated[float, Field(gt=0)] = 600.0
     num_cpus: Count | None = None  # size of a local cluster that we start; null: all
-    cache_dir: str | None = None  # blocks of remote shards; null: grappa-cache-<uid> in a node's temporary folder
+    cache_dir: PathText | None = None  # blocks of remote shards; null: grappa-cache-<uid> in a node's temporary folder
     cache_bytes: Annotated[int, Field(ge=0)] = 16 * 2**30  # of all processes of a node together; 0: keep nothing
     requests_in_flight: Count = 16  # to remote shards, of one process
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()  # also log the metrics of adaptor jobs
@@ -269,8 +320,10 @@ class Resources(Section):
 
 class Config(Section):
     name: str
-    out: str | None = None  # the run directory; null: runs/<name>
-    mirror: Annotated[str, Field(pattern="^(s3|gs)://")] | None = None  # a store that keeps artefacts and checkpoints
+    out: PathText | None = None  # the run directory; null: runs/<name>
+    mirror: Annotated[PathText, Field(pattern="^(s3|gs)://")] | None = (
+        None  # a store that keeps artefacts and checkpoints
+    )
     seed: Annotated[int, Field(ge=0)] = 0
     notes: tuple[str, ...] = ()  # shown in the report, e.g. what the backbone was trained with
     data: DataConfig
@@ -302,7 +355,18 @@ class Config(Section):
         return bool(self.data.test or self.data.collection)
 
     def yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        """The settings as a file that `load` reads as this config."""
+
+        def quoted(value: Any) -> Any:
+            if isinstance(value, str):
+                return _VARIABLE.sub(lambda found: f"${found[0]}", value)
+            return [quoted(path) for path in value] if isinstance(value, list) else value
+
+        tree = self.model_dump(mode="json")
+        for section, *keys in _PATH_SETTINGS:
+            of_section = tree[section] if section else tree
+            of_section.update({key: quoted(of_section[key]) for key in keys})
+        return yaml.safe_dump(tree, sort_keys=False)
 
 
 def fingerprint(*parts: Any) -> str:
@@ -312,7 +376,28 @@ def fingerprint(*parts: Any) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that is given twice; yaml would silently drop the first."""
+    """Refuses a key that is given twice, of which yaml would silently drop the first, and texts that grow or nest."""
+
+    _depth = 0
+
+    def get_single_data(self) -> Any:
+        node = self.get_single_node()
+        if node is None:
+            return None
+        _count_values(node, {})
+        try:
+            return self.construct_document(node)
+        except ValueError as error:  # of a date or number that is none
+            raise yaml.MarkedYAMLError(problem=str(error)) from None
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self._depth += 1
+        if self._depth > MOST_DEPTH:
+            mark = self.peek_event().start_mark
+            raise yaml.MarkedYAMLError(problem=f"more than {MOST_DEPTH} levels deep", problem_mark=mark)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
@@ -324,6 +409,24 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
+def _count_values(node: yaml.Node, counts: dict[int, int]) -> int:
+    """The values of a node, as often as aliases repeat them.
+
+    Args:
+        counts: of the nodes that were counted before, by id; 0 while one is being counted.
+    """
+    if id(node) not in counts:
+        counts[id(node)] = 0
+        parts = node.value if isinstance(node, yaml.CollectionNode) else []
+        flat = [n for part in parts for n in (part if isinstance(part, tuple) else (part,))]
+        counts[id(node)] = 1 + sum(_count_values(part, counts) for part in flat)
+        if counts[id(node)] > MOST_VALUES:
+            raise yaml.MarkedYAMLError(problem=f"more than {MOST_VALUES} values", problem_mark=node.start_mark)
+    if not counts[id(node)]:
+        raise yaml.MarkedYAMLError(problem="an alias within what it names", problem_mark=node.start_mark)
+    return counts[id(node)]
+
+
 def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """The config of a YAML file and `key.sub=value` overrides (values are YAML).
 
@@ -331,13 +434,17 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         ValueError: naming the key, the value found and what would be right.
     """
     try:
-        tree = _Loader(Path(path).read_bytes()).get_single_data()
+        with open(expanded(str(path), "config"), "rb") as file:
+            text = file.read(MOST_BYTES + 1)
+        if len(text) > MOST_BYTES:
+            raise ValueError(f"config {path} is longer than {MOST_BYTES} bytes; expected a YAML file of settings")
+        tree = _Loader(text).get_single_data()
     except FileNotFoundError:
         raise ValueError(f"config {path} does not exist") from None
     except OSError as error:
         raise ValueError(f"config {path} cannot be read: {error.strerror}") from error
     except yaml.YAMLError as error:
-        raise ValueError(f"config {path} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(f"config {path} is not valid YAML: {without_secrets(' '.join(str(error).split()))}") from error
     if not isinstance(tree, dict):
         raise ValueError(f"config {path} must be a mapping of sections, got {type(tree).__name__}")
     return read(tree, overrides)
@@ -351,27 +458,47 @@ def read(tree: dict[str, Any], overrides: Iterable[str] = ()) -> Config:
     """
     for override in overrides:
         _set(tree, override)
+    for key, secret in _secrets(tree):
+        raise ValueError(
+            f"{key}: {secret}, and settings are written into manifests, events, report and model; expected none "
+            "(credentials belong in the environment or the libraries' own files)"
+        )
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
         raise ValueError("; ".join(map(_describe, error.errors()[:3]))) from error
 
 
+def _secrets(tree: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """The keys of settings that hold a credential, with how that is known; the value is not repeated."""
+    if isinstance(tree, dict):
+        for name, value in tree.items():
+            where = f"{key}.{name}".removeprefix(".")
+            if isinstance(value, str) and value and is_secret_name(str(name)):
+                yield where, "has the name of a credential"
+            yield from _secrets(value, where)
+    elif isinstance(tree, list | tuple):
+        for value in tree:
+            yield from _secrets(value, key)
+    elif isinstance(tree, str) and has_secret(tree):
+        yield key, "holds a credential (a user, password or signature in a URL, or the value of a secret variable)"
+
+
 def _set(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ValueError(f"override {override!r} must look like section.key=value")
+        raise ValueError(f"override {without_secrets(override)!r} must look like section.key=value")
     *parents, leaf = key.split(".")
     node = tree
     for parent in parents:
         child = node.setdefault(parent, {})
         if not isinstance(child, dict):
-            raise ValueError(f"override {override!r}: {parent!r} is not a section")
+            raise ValueError(f"override {without_secrets(override)!r}: {parent!r} is not a section")
         node = child
     try:
         node[leaf] = _Loader(text).get_single_data()
     except yaml.YAMLError as error:
-        raise ValueError(f"override {override!r}: the value is not valid YAML") from error
+        raise ValueError(f"override {without_secrets(override)!r}: the value is not valid YAML") from error
 
 
 def _describe(problem: Mapping[str, Any]) -> str:
@@ -384,7 +511,7 @@ def _describe(problem: Mapping[str, Any]) -> str:
         return f"unknown key {where}; {hint}"
     if problem["type"] == "missing":
         return f"{where} is missing"
-    if where == "mirror":
+    if where == "mirror" and problem["type"] != "path":
         return f"{where}={problem['input']!r}: must be s3://<bucket>/<prefix> or gs://<bucket>/<prefix>"
     if problem["type"] == "string_pattern_mismatch":
         return f"{where}={problem['input']!r}: must be <module>:<function>, or timm:<model> for a backbone"

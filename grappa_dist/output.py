@@ -7,6 +7,7 @@ import os
 import re
 import select
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 HIDDEN = "***"  # in place of a secret
@@ -16,7 +17,8 @@ _HARMFUL = re.compile(
     "\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"  # direction, invisible, line separators
     "\U000e0000-\U000e007f\ud800-\udfff]"  # tags; lone surrogates, as in file names that are not UTF-8
 )
-_PASSWORD = re.compile(r"(?<=://)[^\s/@'\"<>]*(?::[^\s@'\"<>]*)?@")
+_PASSWORD = re.compile(r"(?<=://)[^\s/@'\"<>]*(?::[^\s@'\"<>]*)?@")  # in any text: rather too much than too little
+_USER = re.compile(r"://[^\s/@'\"<>]*@|\b(s3|gs)://[^\s@'\"<>]*:[^\s@'\"<>]*@")  # in a URL that is to be used
 _QUERY = re.compile(r"(\w://[^\s?'\"<>]*\?)[^\s'\"<>]+")
 _SIGNED = re.compile(
     r"[?&](x-(amz|goog)-(signature|credential|security-token)|signature|sig|token|key|\w*key_?id)=", re.IGNORECASE
@@ -39,16 +41,22 @@ def is_secret_name(name: str) -> bool:
     return bool(_SECRET_NAME.search(name))
 
 
-def has_secret(url: str) -> bool:
-    """Whether a URL in the text has a user or password, or a query that signs it."""
-    return bool(_PASSWORD.search(url) or ("://" in url and _SIGNED.search(url)))
+def has_secret(text: str) -> bool:
+    """Whether a URL in the text has a user, a password or a query that signs it, or the value of a secret variable."""
+    return bool(_USER.search(text) or ("://" in text and _SIGNED.search(text)) or any(_values_in(text)))
+
+
+def _values_in(text: str) -> Iterator[str]:
+    """The values of secret variables that are in the text; those that are paths are none."""
+    for name, value in os.environ.items():
+        if len(value) >= _SHORTEST and value in text and is_secret_name(name) and not os.path.exists(value):
+            yield value
 
 
 def without_secrets(text: str) -> str:
     """The text without users and passwords in URLs, without their queries, and without values of secret variables."""
-    for name, value in os.environ.items():
-        if len(value) >= _SHORTEST and value in text and is_secret_name(name) and not os.path.exists(value):
-            text = text.replace(value, HIDDEN)
+    for value in _values_in(text):
+        text = text.replace(value, HIDDEN)
     if "://" in text:
         text = _QUERY.sub(rf"\1{HIDDEN}", _PASSWORD.sub(f"{HIDDEN}@", text))
     return text

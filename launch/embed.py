@@ -42,12 +42,13 @@ def parse() -> argparse.Namespace:
 
 
 def work(asked: argparse.Namespace, ending: Ending) -> None:
+    from grappa_dist.config import expanded
     from grappa_dist.export import embed_images
     from grappa_dist.stages.run import run_root
 
-    ending.log_dir = root = run_root(asked.out, "embeddings")
+    ending.log_dir = root = run_root(expanded(asked.out, "--out"), "embeddings")
     options = {"gallery": asked.gallery, "trust_modules": asked.trust_modules}
-    found = embed_images(Path(asked.model), asked.images, root, asked.overrides, **options)
+    found = embed_images(Path(expanded(asked.model, "--model")), asked.images, root, asked.overrides, **options)
     print(printable(f"embeddings  {found}"))
 
 

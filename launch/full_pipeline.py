@@ -31,11 +31,11 @@ def parse() -> argparse.Namespace:
 
 
 def work(asked: argparse.Namespace, ending: Ending) -> None:
-    from grappa_dist.config import load
+    from grappa_dist.config import expanded, load
     from grappa_dist.stages.run import run_root
 
     config = load(asked.config, asked.overrides)
-    root = run_root(asked.out or config.out, config.name)
+    root = run_root(expanded(asked.out, "--out") if asked.out else config.out, config.name)
     if asked.dry_run:
         from grappa_dist.plan import plan
 

@@ -236,3 +236,141 @@ def test_a_trained_variant_has_an_optimizer_and_learns_from_pairs_or_labels() ->
         assert (variant.optimizer is not None) == (variant.pairs is not None or variant.labels)
         assert variant.num_random_sets(5) == {"random-one": 1, "random-all": 5}.get(variant.name, 0)
     assert [name for name, v in VARIANTS.items() if v.is_baseline] == ["random-one", "random-all", "supervised"]
+
+
+MINIMAL = "name: a\ndata: {train: x}\nbackbone: {name: 'timm:vit'}\n"
+
+
+@pytest.fixture
+def minimal(tmp_path: Path) -> Path:
+    (tmp_path / "config.yaml").write_text(MINIMAL, encoding="utf-8")
+    return tmp_path / "config.yaml"
+
+
+PATHS = {
+    "out": lambda config: config.out,
+    "data.train": lambda config: config.data.train[0],
+    "data.test": lambda config: config.data.test[0],
+    "backbone.checkpoint": lambda config: config.backbone.checkpoint,
+    "resources.cache_dir": lambda config: config.resources.cache_dir,
+}
+
+
+@pytest.mark.parametrize("key", PATHS)
+def test_home_folders_and_variables_are_expanded_in_every_path(
+    key: str, minimal: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("SCRATCH", "/scratch/me")
+    monkeypatch.delenv("NOT_SET", raising=False)
+    for text, meant in (
+        ("~/a b", "/home/me/a b"),
+        ("'~'", "/home/me"),
+        ("$SCRATCH/$SCRATCH", "/scratch/me//scratch/me"),
+        ("'${SCRATCH}x/~'", "/scratch/mex/~"),
+        ("./~/x", "./~/x"),
+        ("a$$b/$5$", "a$b/$5$"),
+    ):
+        assert PATHS[key](load(minimal, [f"{key}={text}"])) == meant
+    for text, why in (
+        ("$NOT_SET/x", "the variable NOT_SET is not set"),
+        ("~nobody-of-that-name/x", "there is no user 'nobody-of-that-name'; a folder of that name is ./~nobody"),
+    ):
+        with pytest.raises(ValueError, match=f"^{re.escape(key)}.*={re.escape(repr(text))}: {re.escape(why)}"):
+            load(minimal, [f"{key}={text}"])
+
+
+def test_a_variable_may_hold_the_mirror_and_the_rule_for_mirrors_holds_for_its_value(
+    minimal: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BUCKET", "s3://bucket")
+    assert load(minimal, ["mirror=$BUCKET/x"]).mirror == "s3://bucket/x"
+    monkeypatch.setenv("BUCKET", "/disk")
+    with pytest.raises(ValueError, match="must be s3://<bucket>"):
+        load(minimal, ["mirror=$BUCKET/x"])
+
+
+def test_a_dollar_sign_in_a_path_survives_the_yaml_of_the_config(minimal: Path) -> None:
+    config = load(minimal, ["out=/a$$b/$$$$", "data.test=[$$x, 5$]"])
+    assert (config.out, config.data.test) == ("/a$b/$$", ("$x", "5$"))
+    minimal.write_text(config.yaml(), encoding="utf-8")
+    assert load(minimal) == config
+
+
+BOMB = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
+    f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
+)
+MERGES = "a: &a {x: 1}\n" + "".join(
+    f"{new}: &{new} {{<<: [{', '.join([f'*{old}'] * 9)}]}}\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (BOMB, "more than 100000 values"),
+        (MERGES, "more than 100000 values"),
+        ("a: &a [*a]", "an alias within what it names"),
+        ("[" * 100_000, "more than 50 levels deep"),
+        ("a: " + "{a: " * 60 + "1" + "}" * 60, "more than 50 levels deep"),
+        ("#" * 2**20 + "\nname: a", "longer than 1048576 bytes"),
+        ("seed: " + "9" * 5000, "not valid YAML"),
+        ("name: 2024-13-45", "not valid YAML: month must be"),
+        ("name: a\nname: b", "'name' is given twice"),
+        ("seed: 1\ndata: {train: x, train: y}", "'train' is given twice"),
+        ("name: \x00", "not valid YAML"),
+        ("a: 1\n--- \nb: 2", "not valid YAML"),
+        ("!!python/object/apply:os.system ['true']", "not valid YAML"),
+        ("1: 2\n" + MINIMAL, "1"),
+        ("", "must be a mapping"),
+    ],
+)
+def test_texts_that_grow_nest_or_repeat_are_refused_at_once(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "config.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path / "config.yaml")
+
+
+def test_a_config_that_never_ends_is_refused() -> None:
+    with pytest.raises(ValueError, match="longer than"):
+        load("/dev/zero")
+
+
+def test_aliases_within_reason_are_read(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(
+        "name: a\ndata: {train: &x [x], test: *x}\nbackbone: {name: 'timm:vit'}\n", encoding="utf-8"
+    )
+    assert load(tmp_path / "config.yaml").data.test == ("x",)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "data.train=[https://user:planted-secret@host/x.tar]",
+        "data.train=['s3://AKIA:planted/secret@bucket']",
+        "data.test='https://host/x.tar?X-Amz-Signature=planted-secret'",
+        "mirror=s3://AKIA:planted-secret@bucket/x",
+        "mirror=https://user:planted-secret@host",
+        "out=s3://AKIA:planted-secret@bucket/x",
+        "backbone.kwargs={url: 'https://user:planted-secret@host'}",
+        "backbone.kwargs.api_token=planted-secret",
+        "data.collection_kwargs={deep: [{password: planted-secret}]}",
+        "notes=['made with planted-secret-of-environment']",
+        "name=https://user:planted-secret@host",
+        "nothing.here=https://user:planted-secret@host",
+        "adapt.epochs=https://user:planted-secret@host",
+    ],
+)
+def test_credentials_are_refused_by_key_and_not_repeated(
+    override: str, minimal: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "planted-secret-of-environment")
+    with pytest.raises(ValueError, match="credential") as refusal:
+        load(minimal, [override])
+    assert "planted" not in str(refusal.value)
+    assert str(refusal.value).startswith(override.partition("=")[0])
+
+
+def test_settings_whose_names_only_sound_like_credentials_are_taken(minimal: Path) -> None:
+    kwargs = "{class_token: true, num_tokens: 4, global_pool: token, key: null}"
+    assert load(minimal, [f"backbone.kwargs={kwargs}"]).backbone.kwargs["global_pool"] == "token"

@@ -121,17 +121,13 @@ def test_help_and_wrong_options_are_printed_in_any_encoding(program: str, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("streams", "env"),
-    [("", {"PYTHONIOENCODING": "ascii"}), ("| head -n 1", {}), (">/dev/full", {}), (">&-", {})],
-)
-def test_a_plan_is_printed_or_lost_and_the_program_ends_with_0(
-    streams: str, env: dict[str, str], images: Path, tmp_path: Path
-) -> None:
+def test_a_plan_that_nobody_reads_ends_with_0(images: Path, tmp_path: Path) -> None:
     shell(f"$PY $LAUNCH/make_shards.py --images '{images}' --out 漢 --workers 1 --split none", tmp_path)
     text = "name: ĸ漢\ndata: {train: 漢/train}\nbackbone: {name: 'timm:vit_tiny_patch16_224'}\n"
     (tmp_path / "c.yaml").write_text(text, encoding="utf-8")
-    done = shell(f"$PY $LAUNCH/full_pipeline.py --config c.yaml --dry-run {streams}", tmp_path, **env)
+    done = shell(
+        "$PY $LAUNCH/full_pipeline.py --config c.yaml --dry-run | head -n 1", tmp_path, PYTHONIOENCODING="ascii"
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -197,6 +193,7 @@ def test_other_names_are_no_secrets(name: str) -> None:
         ("https://host/x?a=b&X-Amz-Signature=ab", True),
         ("https://host/x?page=2", False),
         ("s3://bucket/a@b", False),
+        ("http://127.0.0.1:9000/a@b.tar", False),
     ],
 )
 def test_a_url_with_a_secret_is_known(url: str, found: bool) -> None:

@@ -84,7 +84,7 @@ class ShardWriter:
     ) -> None:
         if rows_per_shard is not None and rows_per_shard < 1:
             raise ValueError(f"rows_per_shard must be at least 1, got {rows_per_shard}")
-        self.folder = Path(folder).absolute()
+        self.folder = Path(folder).expanduser().absolute()
         self.rows_per_shard, self.prefix = rows_per_shard, prefix
         self.shards: list[Shard] = []
         self.rows = 0

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from grappa_dist.config import expanded
 from grappa_dist.make_shards.benchmarks import gather
 from grappa_dist.make_shards.collection import CollectionConfig, Work, make_shards, write_items
 from grappa_dist.make_shards.filling import WorkerDied
@@ -46,7 +47,14 @@ def _local_folder(text: str) -> Path:
     if "://" in text:
         shown = without_secrets(text)
         raise argparse.ArgumentTypeError(f"{shown}: expected a local folder; upload it once it is finished")
-    return Path(text)
+    return _path(text)
+
+
+def _path(text: str) -> Path:
+    try:
+        return Path(expanded(text, "path"))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _arguments() -> argparse.ArgumentParser:
@@ -85,7 +93,7 @@ def _add_images(group: argparse._ArgumentGroup) -> None:
 
 def _add_benchmark(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--benchmark", choices=("mrt",), help="the benchmark of the paper")
-    group.add_argument("--root", type=Path, metavar="DIR", help="holds the data sets, up to two levels below")
+    group.add_argument("--root", type=_path, metavar="DIR", help="holds the data sets, up to two levels below")
     group.add_argument(
         "--part",
         choices=("mrt", "zeroshot"),
@@ -147,4 +155,6 @@ def _make(args: argparse.Namespace, terminal: Terminal) -> str:
         only = args.only.split(",") if args.only else None
         items, skipped = gather(args.root, args.part or "mrt", only, strict=args.strict, log=terminal.log)
         return write_items(items, args.out, cfg, work=work, skipped=skipped, base=args.root.absolute())
-    return make_shards(list(zip(args.csv or [None] * len(args.images), args.images, strict=True)), args.out, cfg, work)
+    images = [expanded(path, "--images") for path in args.images]
+    csvs = [expanded(path, "--csv") for path in args.csv] or [None] * len(images)
+    return make_shards(list(zip(csvs, images, strict=True)), args.out, cfg, work)

@@ -18,6 +18,7 @@ from grappa_dist.data.open_images import cache_of
 from grappa_dist.data.remote import is_remote
 from grappa_dist.distributed.ray_cluster import SUBMITTED_JOB, Cluster
 from grappa_dist.distributed.runner import Runner
+from grappa_dist.output import printable, without_secrets
 
 
 @dataclass(frozen=True)
@@ -71,13 +72,11 @@ def run_root(out: str | None, name: str) -> Path:
     """The run directory, absolute; warns if it is in the temporary folder of a submitted job, which Ray removes."""
     if out is not None and is_remote(out):
         raise ValueError(
-            f"out={out}: artefacts are renamed, locked and memory-mapped; expected a folder on a file system that all "
-            f"nodes share, with mirror={out} beside it to keep artefacts and checkpoints on the store"
+            f"out={without_secrets(out)}: artefacts are renamed, locked and memory-mapped; expected a folder on a file system that all "
+            f"nodes share, with mirror={without_secrets(out)} beside it to keep artefacts and checkpoints on the store"
         )
     root = Path(out or f"runs/{name}").absolute()
     if SUBMITTED_JOB in os.environ and root.is_relative_to(Path.cwd()):
-        print(
-            f"warning: {root} lies in the job's temporary folder and goes with it; give --out an absolute path",
-            file=sys.stderr,
-        )
+        line = f"warning: {root} lies in the job's temporary folder and goes with it; give --out an absolute path"
+        print(printable(line), file=sys.stderr)
     return root

@@ -280,6 +280,23 @@ def test_options_that_do_not_go_together_are_refused(
     assert message in capsys.readouterr().err
 
 
+def test_home_folders_and_variables_are_expanded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("SCRATCH", str(tmp_path / "scratch"))
+    monkeypatch.delenv("NOT_SET", raising=False)
+    write_images(tmp_path / "home", "fruit/a/1.png", "fruit/b/2.png")
+    assert main(["--images=~/fruit", "--out=$SCRATCH/out"]) == 0
+    assert (tmp_path / "scratch" / "out" / "train" / "index.json").is_file()
+    capsys.readouterr()
+    assert "the variable NOT_SET is not set" in refused(capsys, "--images", "$NOT_SET/x", "--out", "out")
+    with pytest.raises(SystemExit, match="2"):
+        main(["--images=~/fruit", "--out=$NOT_SET/out"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["home", "scratch"]
+
+
 def test_folders_of_one_name_may_be_one_task_by_wish(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_images(tmp_path, "here/1.png", "there/here/2.png")
     argv = ["--images", str(tmp_path / "here"), "--images", str(tmp_path / "there/here"), "--task", "both"]
