@@ -7,7 +7,7 @@ PYTEST = $(BIN)/python -m pytest -q --numprocesses $(PROCESSES) --dist loadfile 
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: help demo test test-all test-long test-cluster test-cluster-fast check format bench wheel lock clean
+.PHONY: help demo test test-all test-long test-cluster test-cluster-fast check format bench wheel lock audit clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -54,6 +54,9 @@ wheel: $(READY) ## a wheel in wheels/
 lock: ## requirements-lock.txt again, from pyproject.toml and constraints.txt; needs uv, and the CPU build of torch (CONTRIBUTING.md)
 	uv pip compile --quiet pyproject.toml --extra cpu --extra dev -c constraints.txt --generate-hashes --no-annotate \
 	  --python-version 3.11 --python-platform x86_64-manylinux_2_28 --custom-compile-command 'make lock' -o requirements-lock.txt
+
+audit: ## known vulnerabilities of what requirements-lock.txt names, by pip-audit; SKIPPED where no database answers
+	PYTHON=$(PYTHON) tests/audit.sh
 
 clean: ## removes the environment and build leftovers; runs/ stays
 	rm -rf $(VENV) build wheels *.egg-info

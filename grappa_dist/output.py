@@ -12,7 +12,7 @@ from typing import Any
 
 HIDDEN = "***"  # in place of a secret
 _WAIT_S = 10.0  # for a reader that is slow, where the stream does not block
-_HARMFUL = re.compile(
+HARMFUL = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # controls, among them the start of a terminal's escape sequences; not tab, newline
     "\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"  # direction, invisible, line separators
     "\U000e0000-\U000e007f\ud800-\udfff]"  # tags; lone surrogates, as in file names that are not UTF-8
@@ -33,7 +33,7 @@ _SHORTEST = 8  # characters of a secret in the environment that is looked for in
 
 def printable(text: str) -> str:
     """The text with control characters, marks of direction and lone surrogates as escapes; lines stay lines."""
-    return _HARMFUL.sub(lambda found: ascii(found[0])[1:-1], text)
+    return HARMFUL.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def is_secret_name(name: str) -> bool:

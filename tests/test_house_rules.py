@@ -110,11 +110,14 @@ def test_launch_files_have_no_logic_of_their_own() -> None:
 
 def test_nothing_is_unpickled_and_no_error_is_swallowed_bare() -> None:
     safe = {"allow_pickle": False, "weights_only": True}
+    loaders = {"np.load": "allow_pickle", "torch.load": "weights_only", "timm.models.load_state_dict": "weights_only"}
     wrong = []
     for file, tree in TREES.items():
         for node in ast.walk(tree):
             if isinstance(node, ast.keyword) and node.arg in safe:
                 wrong += [(file, node.arg)] * (getattr(node.value, "value", None) is not safe[node.arg])
+            if isinstance(node, ast.Call) and (needed := loaders.get(ast.unparse(node.func))):
+                wrong += [(file, ast.unparse(node))] * (needed not in {keyword.arg for keyword in node.keywords})
             wrong += [(file, "except:")] * (isinstance(node, ast.ExceptHandler) and node.type is None)
         wrong += [(file, name) for name in imports(tree) if name.startswith(("pickle.load", "dill", "cloudpickle"))]
     assert wrong == []

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import html
 import math
-import unicodedata
 from collections.abc import Iterable
+
+from grappa_dist.output import HARMFUL
 
 MISSING = "–"
 
@@ -18,16 +19,7 @@ def text(value: object, most: int = 300) -> str:
     """`value` escaped for element text and quoted attributes, cut to `most` characters."""
     plain = str(value)
     plain = plain if len(plain) <= most else plain[: most - 1] + "…"
-    return html.escape("".join("\N{REPLACEMENT CHARACTER}" if _harmful(c) else c for c in plain), quote=True)
-
-
-def _harmful(c: str) -> bool:
-    """Control characters, lone surrogates, and marks that change the direction of the text around them."""
-    return (
-        (unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t")
-        or "\u202a" <= c <= "\u202e"
-        or "\u2066" <= c <= "\u2069"
-    )
+    return html.escape(HARMFUL.sub("\N{REPLACEMENT CHARACTER}", plain), quote=True)
 
 
 def percent(fraction: float, digits: int = 1) -> str:

@@ -31,6 +31,11 @@ SMALL = (
     "resources.num_cpus=2",
 )
 PATIENCE_S = 400.0
+PLANTED = "planted-secret-"  # how the secrets in the environment of every run begin
+SECRETS = (
+    *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "WANDB_API_KEY", "HF_TOKEN"),
+    *("MLFLOW_TRACKING_PASSWORD", "GITHUB_TOKEN", "DB_PASSWORD"),
+)
 
 
 def command(out: Path, *overrides: str) -> list[str]:
@@ -142,4 +147,5 @@ def weights(out: Path) -> dict[str, str]:
 
 
 def _environment() -> dict[str, str]:
-    return {**{k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}, "PYTHONPATH": str(ROOT)}
+    kept = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    return {**kept, **{name: f"{PLANTED}{name}" for name in SECRETS}, "PYTHONPATH": str(ROOT)}

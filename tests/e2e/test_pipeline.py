@@ -38,6 +38,13 @@ def test_a_run_leaves_scores_of_every_model_on_every_task(finished: Path) -> Non
         assert row["queries"] > 0
 
 
+def test_a_run_writes_no_secret_of_its_environment(finished: Path) -> None:
+    files = [path for path in finished.rglob("*") if path.is_file()]
+    written = {path.name for path in files}
+    assert {"manifest.json", "events.jsonl", "metrics.jsonl", "report.html", "config.json", "index.json"} <= written
+    assert [path for path in files if runs.PLANTED.encode() in path.read_bytes()] == []
+
+
 @pytest.mark.slow
 def test_a_run_can_end_after_a_stage_and_go_on_later(tmp_path: Path) -> None:
     begun = runs.run(tmp_path, "--until", "pseudo_label")
@@ -128,6 +135,8 @@ def test_sigterm_saves_state_and_the_next_run_goes_on(finished: Path, tmp_path: 
         ("adapt.epoch=3", "did you mean 'epochs'"),
         ("clustering.num_labels=[100000]", "clustering.num_labels=100000"),
         ("backbone.name=nowhere:create", "nowhere"),
+        (f"mirror=s3://AKIA:{runs.PLANTED}x@bucket/x", "mirror: holds a credential"),
+        (f"backbone.kwargs.url=https://host/x?sig={runs.PLANTED}x", "backbone.kwargs.url: holds a credential"),
         pytest.param("resources.workers=64", "64", marks=pytest.mark.slow),
     ],
 )
@@ -138,6 +147,7 @@ def test_bad_settings_end_with_one_line_and_exit_code_two(tmp_path: Path, overri
     assert len(error) == 1
     assert message in error[0]
     assert "Traceback" not in ended.stderr
+    assert runs.PLANTED not in ended.stdout + ended.stderr
 
 
 def test_a_dry_run_touches_nothing(tmp_path: Path) -> None:
