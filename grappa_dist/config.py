@@ -393,8 +393,7 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         self._depth += 1
         if self._depth > MOST_DEPTH:
-            mark = self.peek_event().start_mark
-            raise yaml.MarkedYAMLError(problem=f"more than {MOST_DEPTH} levels deep", problem_mark=mark)
+            raise yaml.MarkedYAMLError(problem=f"more than {MOST_DEPTH} levels deep")
         node = super().compose_node(parent, index)
         self._depth -= 1
         return node

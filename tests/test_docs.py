@@ -16,7 +16,12 @@ from tests.test_house_rules import LEVELS, MAY_DISTRIBUTE
 
 DOCS = {
     str(path.relative_to(ROOT)): path.read_text()
-    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md")))
+    for path in (
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        ROOT / "SECURITY.md",
+        *sorted((ROOT / "docs").glob("*.md")),
+    )
 }
 FOLDERS = ("grappa_dist", "launch", "benchmarks", "examples", "cluster", "configs", "tests")
 TEXT = (".py", ".yaml", ".sh", ".env", ".sbatch")

@@ -156,5 +156,5 @@ def _make(args: argparse.Namespace, terminal: Terminal) -> str:
         items, skipped = gather(args.root, args.part or "mrt", only, strict=args.strict, log=terminal.log)
         return write_items(items, args.out, cfg, work=work, skipped=skipped, base=args.root.absolute())
     images = [expanded(path, "--images") for path in args.images]
-    csvs = [expanded(path, "--csv") for path in args.csv] or [None] * len(images)
-    return make_shards(list(zip(csvs, images, strict=True)), args.out, cfg, work)
+    csvs: list[str | None] = [expanded(path, "--csv") for path in args.csv]
+    return make_shards(list(zip(csvs or [None] * len(images), images, strict=True)), args.out, cfg, work)

@@ -40,7 +40,9 @@ MOST_PROFILES = 24
 MOST_CONFIG = 100_000  # characters
 _TIMES = {"step", "epoch", "time_s", "seconds"}  # keys of a curve that are no metric
 _NAMES = {"loss": "Loss", "accuracy": "Accuracy", "lr": "Learning rate", "images_per_s": "Images per second"}
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"  # no scripts, nothing is fetched
+_POLICY = (  # no scripts, nothing is fetched
+    "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+)
 _WORDS = (
     (
         "R-Precision",

@@ -71,9 +71,10 @@ def _remove_unused(root: Path, new: Sequence[Path]) -> None:
 def run_root(out: str | None, name: str) -> Path:
     """The run directory, absolute; warns if it is in the temporary folder of a submitted job, which Ray removes."""
     if out is not None and is_remote(out):
+        shown = without_secrets(out)
         raise ValueError(
-            f"out={without_secrets(out)}: artefacts are renamed, locked and memory-mapped; expected a folder on a file system that all "
-            f"nodes share, with mirror={without_secrets(out)} beside it to keep artefacts and checkpoints on the store"
+            f"out={shown}: artefacts are renamed, locked and memory-mapped; expected a folder on a file system that "
+            f"all nodes share, with mirror={shown} beside it to keep artefacts and checkpoints on the store"
         )
     root = Path(out or f"runs/{name}").absolute()
     if SUBMITTED_JOB in os.environ and root.is_relative_to(Path.cwd()):
