@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,7 +18,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from grappa_dist.artifacts import Artifact, RowArrays, Store, wait_until_seen
+from grappa_dist.artifacts import MANIFEST, Artifact, RowArrays, Store, wait_until_seen
 from grappa_dist.config import EmbedConfig
 from grappa_dist.console import pluralize
 from grappa_dist.data.index import Shard, count_missing, describe_missing
@@ -53,14 +55,45 @@ class EmbedTask:
 
 
 def features_of(store: Store, spec: ModelSpec, embed: EmbedConfig, images: ImageShards) -> tuple[Artifact, ...]:
-    """One artefact per shard, so that new shards alone are embedded."""
+    """One artefact per shard, so that new shards alone are embedded.
+
+    An artefact has the name of its shard, and a shard may be renamed: what is missing under the present name, and was
+    made of the same bytes under another one, is taken from there.
+    """
     settings = {"backbone": backbone_settings(spec.backbone), **embed.model_dump(), "pixels": pixels_class()}
 
     def of(shard: Shard) -> Artifact:
         kind = f"features/{spec.name}/{shard.name.removesuffix('.tar')}"
         return store.artifact(kind, settings, {"shard": shard.fingerprint, **spec.inputs})
 
-    return tuple(of(shard) for shard in images.shards)
+    wanted = [of(shard) for shard in images.shards]
+    folder = store.root / "features" / spec.name
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    others = there - {artifact.path.name for artifact in wanted}
+    missing = [artifact.path.name not in there for artifact in wanted]
+    if not others or not any(missing):
+        return tuple(wanted)
+    kinds = _kinds_by_shard(folder / name for name in sorted(others))
+    return tuple(
+        _made_before(store, artifact, kinds) if is_missing else artifact
+        for artifact, is_missing in zip(wanted, missing, strict=True)
+    )
+
+
+def _kinds_by_shard(folders: Iterable[Path]) -> dict[str, list[str]]:
+    """The kinds of finished features by the fingerprint of their shard."""
+    found: dict[str, list[str]] = {}
+    for folder in folders:
+        with suppress(OSError, ValueError, KeyError, TypeError):  # unfinished, or not ours
+            manifest = read_json(folder / MANIFEST)
+            found.setdefault(manifest["inputs"]["shard"], []).append(manifest["kind"])
+    return found
+
+
+def _made_before(store: Store, wanted: Artifact, kinds: Mapping[str, Sequence[str]]) -> Artifact:
+    """The finished artefact of the same settings and inputs under another name of the shard, else the wanted one."""
+    same = (store.artifact(kind, wanted.settings, wanted.inputs) for kind in kinds.get(wanted.inputs["shard"], ()))
+    return next((artifact for artifact in same if artifact.complete), wanted)
 
 
 def embed(run: Run, images: ImageShards, spec: ModelSpec, features: Sequence[Artifact]) -> None:
