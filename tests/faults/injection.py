@@ -63,8 +63,8 @@ def why_unavailable() -> str | None:
     return None if _compiler() else "no C compiler (gcc, cc, clang) to build tests/faults/storage_errors.c with"
 
 
-def library() -> Path:
-    """The shared library, built once per version of its source, for this user.
+def library(source: Path = SOURCE) -> Path:
+    """A shared library of one C file, built once per version of its source, for this user.
 
     Raises:
         RuntimeError: it does not compile, or there is no compiler.
@@ -72,14 +72,14 @@ def library() -> Path:
     compiler = _compiler()
     if compiler is None:
         raise RuntimeError(str(why_unavailable()))
-    digest = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]
-    built = Path(tempfile.gettempdir()) / f"storage_errors-{os.getuid()}-{digest}.so"
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()[:16]
+    built = Path(tempfile.gettempdir()) / f"{source.stem}-{os.getuid()}-{digest}.so"
     if not built.exists():
         fresh = built.with_name(f".{built.name}.{os.getpid()}")
-        command = [compiler, "-shared", "-fPIC", "-O2", "-Wall", "-o", str(fresh), str(SOURCE), "-ldl"]
+        command = [compiler, "-shared", "-fPIC", "-O2", "-Wall", "-o", str(fresh), str(source), "-ldl"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
         if done.returncode:
-            raise RuntimeError(f"{SOURCE} does not compile:\n{done.stderr}")
+            raise RuntimeError(f"{source} does not compile:\n{done.stderr}")
         os.replace(fresh, built)
     return built
 

@@ -1,0 +1,155 @@
+"""A dozen faults in one run directory, and the parts of the matrix that has hundreds of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.faults.clock import Clock
+from tests.faults.faults import FAULTS
+from tests.faults.injection import why_unavailable
+from tests.faults.matrix import ON_STORE, available, plan_for, prepare, trials_of
+from tests.faults.mounts import namespace
+from tests.faults.small_run import STAGES, digest, role_of
+from tests.faults.table import HEAD, table
+from tests.faults.trials import plan_of
+
+DOZEN = (  # by stage; the program is started again after each fault that ends it
+    ("start", "SIGTERM"),
+    ("pseudo_label", "kill -9 of the worker of rank 0"),
+    ("adapt", "kill -9 of the other worker"),
+    ("adapt", "SIGSTOP of a worker, seconds"),
+    ("adapt", "clock jumps a day ahead"),
+    ("adapt", "run directory turns read-only"),
+    ("adapt", "0.2 % of reads, writes and fsyncs answer EIO"),
+    ("adapt", "disk full at the run directory, injected"),
+    ("fuse", "clock jumps a day back"),
+    ("fuse", "no more open files in a worker"),
+    ("fuse", "kill -9 of the driver"),
+    ("evaluate", "SIGINT"),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.e2e
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable()))
+def test_a_run_with_a_dozen_faults_ends_with_the_bytes_of_one_without(tmp_path: Path) -> None:
+    prepare(tmp_path)
+    plan = [(stage, FAULTS[name]) for stage, name in DOZEN]
+    trials = trials_of(24, plan, tmp_path, seconds=600, stop_s=5)
+    for trial in trials:
+        print(trial)
+    assert [(trial.fault, trial.wrong) for trial in trials if trial.wrong] == []
+    assert Counter(trial.outcome for trial in trials)["missed"] <= 2  # a machine that is busy is late
+
+
+def test_over_as_many_seeds_as_there_are_faults_each_fault_meets_each_stage() -> None:
+    names = list(FAULTS)
+    met = [(stage, fault.name) for seed in range(len(names)) for stage, fault in plan_of(seed, names)]
+    assert Counter(met) == {(stage, name): 1 for stage in STAGES for name in names}
+    assert plan_of(3, names) == plan_of(3, names)
+
+
+def test_every_fault_that_can_be_injected_here_is_in_the_matrix() -> None:
+    planned = {fault.name for seed in range(3 * len(FAULTS) * (ON_STORE + 1)) for _, fault in plan_for(seed)}
+    assert planned == set(available())
+
+
+def test_the_table_counts_trials_by_fault_and_leaves_out_what_did_not_happen() -> None:
+    trial = {"fault": "SIGTERM", "outcome": "ended", "wrong": [], "noticed_s": 1.0, "recovered_s": 4.0}
+    more = [
+        {"noticed_s": 3.0, "recovered_s": None},
+        {"outcome": "missed"},
+        {"fault": "SIGINT", "outcome": "went on", "wrong": ["differs from an undisturbed run: labels/k=4-0"]},
+    ]
+    assert table([trial, *(trial | change for change in more)]).splitlines() == [
+        *HEAD,
+        "| SIGTERM | 2 | 0 | 2 | 0 | 2.0, 3.0 | 4.0, 4.0 |",
+        "| SIGINT | 1 | 1 | 0 | 1 | 1.0, 1.0 | 4.0, 4.0 |",
+        "| all | 3 | 1 | 2 | 1 | 1.0, 3.0 | 4.0, 4.0 |",
+    ]
+
+
+def test_a_digest_covers_every_byte_but_times(tmp_path: Path) -> None:
+    manifest = {"kind": "a", "fingerprint": "b", "settings": {}, "inputs": {}, "files": {"x": 1}, "created": "now"}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / "metrics.jsonl").write_text("1\n")
+    (tmp_path / "x").write_bytes(b"1")
+    before = digest(tmp_path)
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"created": "later"}))
+    (tmp_path / "metrics.jsonl").write_text("2\n")
+    assert digest(tmp_path) == before
+    (tmp_path / "x").write_bytes(b"2")
+    assert digest(tmp_path) != before
+
+
+@pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable()))
+def test_the_clock_of_a_process_jumps_while_it_runs_and_its_waits_last_as_long(tmp_path: Path) -> None:
+    clock = Clock(tmp_path / "clock")
+    program = """
+import threading, time
+def now():
+    lock, began = threading.Lock(), time.monotonic()
+    lock.acquire(), lock.acquire(timeout=0.1)
+    print(time.time(), time.monotonic() - began, flush=True)
+now(); input(); now(); input(); now()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", program],
+        env=os.environ | clock.environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        for offset_s in (0.0, 86_400.0, -86_400.0):
+            said, waited_s = map(float, process.stdout.readline().split())
+            assert said == pytest.approx(time.time() + offset_s, abs=60)
+            assert 0.1 <= waited_s < 30
+            clock.jump_to(86_400.0 if offset_s == 0 else -86_400.0)
+            process.stdin.write("\n")
+            process.stdin.flush() if offset_s >= 0 else None
+
+
+@pytest.mark.skipif(namespace() is None, reason="no mount namespace can be made here")
+def test_small_disks_fill_up_in_a_namespace_alone(tmp_path: Path) -> None:
+    program = """
+import sys
+from pathlib import Path
+from tests.faults.mounts import small_disks
+disk = Path(sys.argv[1])
+with small_disks([disk]):
+    try:
+        (disk / "x").write_bytes(bytes(2**27))
+    except OSError as error:
+        print(error.strerror)
+"""
+    command = [*(namespace() or ()), sys.executable, "-c", program, str(tmp_path / "disk")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("No space left on device\n", "")
+    assert list((tmp_path / "disk").iterdir()) == []
+    alone = subprocess.run([sys.executable, *command[-3:]], capture_output=True, text=True, timeout=60)
+    assert "RuntimeError: disks are mounted in a namespace alone" in alone.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "role"),
+    [
+        (["/x/bin/python", "/x/launch/full_pipeline.py", "--out", "raylet"], "driver"),
+        (["/x/raylet/raylet", "--agent=/x/dashboard/agent.py"], "raylet"),
+        (["/x/gcs/gcs_server", "--log_dir=/x"], "GCS"),
+        (["ray::Worker.run_rank"], "worker"),
+        (["/x/bin/python", "-u", "/x/log_monitor.py"], "log_monitor.py"),
+    ],
+)
+def test_processes_are_told_apart_by_their_command_lines(line: list[str], role: str) -> None:
+    assert role_of(line) == role

@@ -1,0 +1,276 @@
+"""One run directory with a fault in each of its stages, until it is finished: every fault is a trial."""
+
+from __future__ import annotations
+
+import random
+import re
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tests.e2e.runs import last_step
+from tests.faults.faults import FAULTS, Fault, Missed, Scene
+from tests.faults.small_run import STAGES, Driver, SmallRun, Watch
+
+STEPS = {"adapt": ("adaptors/k=4", 30), "fuse": ("fusion/neighbours", 12)}  # a job, and its number of steps
+LOOK_S = 0.02
+NOTICED_S = 30.0  # the most that may pass until a lost process is noticed
+GONE_S = 20.0  # the most that processes may outlive their driver
+MOST_S = 180.0  # until a run goes on or ends; it waits a minute for jobs to save their state
+LASTS_S = 30.0  # of a fault that lasts until the program ends, where it does not
+QUIET_S = 3.0  # no failure but progress for so long: the fault has no effect yet
+STARTS = 4  # the most starts without a fault that a run may need to end
+
+
+@dataclass
+class Trial:
+    """A fault, and what came of it."""
+
+    fault: str
+    stage: str  # that the run was in
+    seed: str
+    outcome: str = ""  # went on, ended (and the next start went on), missed, hung
+    status: int | None = None  # of the program, where it ended
+    said: str = ""  # its error
+    noticed_s: float | None = None
+    recovered_s: float | None = None  # from the fault, or from the next start, until work went on
+    gone_s: float | None = None  # until no process of an ended program was left
+    wrong: list[str] = field(default_factory=list)  # what contradicts docs/reliability.md
+
+
+def plan_of(seed: int, names: Sequence[str]) -> list[tuple[str, Fault]]:
+    """A fault for every stage."""
+    plan = []
+    for stage in STAGES:
+        order = sorted(names)
+        random.Random(f"{stage} {seed // len(order)}").shuffle(order)
+        plan.append((stage, FAULTS[order[seed % len(order)]]))
+    return plan
+
+
+@dataclass
+class _Injected:
+    """The last fault of the program that runs now."""
+
+    trial: Trial
+    fault: Fault
+    driver: Driver
+    at: float
+
+
+@dataclass
+class Trials:
+    """The trials of one run directory, one after another.
+
+    Args:
+        reference: the digest of every artefact of a run that nothing has happened to.
+        prepared: storage, clock and server of a Scene, as far as the faults need them.
+        begin_until: no trial begins after this time of the monotonic clock.
+        stop_s: how long a process is stopped by the fault that says minutes.
+    """
+
+    run: SmallRun
+    seed: int
+    reference: Mapping[str, str]
+    prepared: Mapping[str, Any] = field(default_factory=dict)
+    begin_until: float = float("inf")
+    stop_s: float = 120.0
+    done: list[Trial] = field(default_factory=list)
+    _driver: Driver | None = None
+    _last: _Injected | None = None
+    _restarted: list[tuple[Trial, float]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.watch = Watch(self.run)
+
+    def all_of(self, plan: Sequence[tuple[str, Fault]]) -> list[Trial]:
+        """The trials of a plan, after the run has ended well or in vain."""
+        for number, (stage, fault) in enumerate(plan):
+            if time.monotonic() > self.begin_until:
+                break
+            trial = Trial(fault.name, stage, f"{self.seed}.{number}")
+            self.done.append(trial)
+            try:
+                self._attempt(trial, stage, fault, random.Random(trial.seed))
+            except Missed as why:
+                trial.outcome, trial.said = "missed", str(why)
+            if self._driver is not None and self._driver.process.poll() is not None and self._ended():
+                break
+        self._finish()
+        for trial, began in self._restarted:
+            on = self._goes_on(began)
+            trial.recovered_s = None if on is None else round(on - began, 1)
+        return self.done
+
+    def _start(self) -> Driver:
+        driver = self._driver = self.run.start()
+        if self._last is not None and self._last.trial.outcome in ("ended", "hung"):
+            self._restarted.append((self._last.trial, driver.began))
+        return driver
+
+    def _attempt(self, trial: Trial, stage: str, fault: Fault, draws: random.Random) -> None:
+        driver = self._driver or self._start()
+        scene = Scene(self.run, driver, draws, **self.prepared)
+        self._await_point(driver, stage, draws)
+        lasts = self._lasts(fault, draws)
+        fault.inject(scene)
+        self._last = _Injected(trial, fault, driver, time.monotonic())
+        self.watch.look()
+        trial.stage = self.watch.stage(driver.began)
+        try:
+            self._follow(self._last, scene, lasts)
+        finally:
+            fault.undo(scene)
+
+    def _await_point(self, driver: Driver, stage: str, draws: random.Random) -> None:
+        """Waits for a random moment of a stage: after one of its steps, or after a while."""
+        self._until(driver, lambda: self._reached(stage, driver.began))
+        if stage in STEPS and draws.random() < 0.5:
+            job, steps = STEPS[stage]
+            first = last_step(self.run.root, job) + 1
+            step = draws.randrange(first, steps) if first < steps else steps - 1
+            self._until(driver, lambda: last_step(self.run.root, job) >= step)
+        else:
+            end = time.monotonic() + draws.uniform(0, STAGES[stage])
+            self._until(driver, lambda: time.monotonic() >= end)
+
+    def _until(self, driver: Driver, happened: Callable[[], bool]) -> None:
+        end = time.monotonic() + MOST_S
+        while not happened():
+            if driver.process.poll() is not None:
+                raise Missed("the run ended before")
+            if time.monotonic() > end:
+                raise Missed("the point was not reached")
+            time.sleep(LOOK_S)
+            self.watch.look()
+
+    def _reached(self, stage: str, began: float) -> bool:
+        """Whether work on a stage has begun, or on a later one where an earlier start has finished it."""
+        if stage == "start" or (stage == "embed" and any(self.run.root.glob("features/backbone/*"))):
+            return True
+        return self.watch.furthest(began) >= list(STAGES).index(stage)
+
+    def _lasts(self, fault: Fault, draws: random.Random) -> float:
+        if "minutes" in fault.name:
+            return self.stop_s
+        return LASTS_S if fault.lasts_s is None else draws.uniform(*fault.lasts_s)
+
+    def _follow(self, injected: _Injected, scene: Scene, lasts: float) -> None:
+        """Waits until the program has ended or goes on."""
+        trial, fault, at = injected.trial, injected.fault, injected.at
+        before, undone = self.watch.written(), False
+        while injected.driver.process.poll() is None:
+            time.sleep(LOOK_S)
+            now = time.monotonic() - at
+            self.watch.look()
+            failed = self._failed(at)
+            if now >= lasts and not undone:
+                fault.undo(scene)
+                undone, before = True, self.watch.written()
+            if now > lasts + MOST_S:
+                trial.outcome = "hung"
+                trial.wrong.append(f"neither ended nor went on within {MOST_S:g} s")
+                self.run.end_all()
+                injected.driver.process.wait(timeout=30)
+            elif undone and not fault.ends and self._went_on(trial, at, failed, now - lasts, before):
+                trial.outcome = "went on"
+                return
+
+    def _failed(self, at: float) -> float | None:
+        """When the run first noticed that a job had failed, after a fault at that moment."""
+        return next((seen for seen, _ in self.watch.since(at, "job_failed")), None)
+
+    def _went_on(self, trial: Trial, at: float, failed: float | None, since_s: float, before: tuple[int, int]) -> bool:
+        if failed is None:  # it has not harmed any job, at least not yet
+            return since_s > QUIET_S and self.watch.written() != before
+        on = self._goes_on(failed)
+        if on is None:
+            return False
+        trial.noticed_s, trial.recovered_s = round(failed - at, 2), round(on - at, 1)
+        return True
+
+    def _goes_on(self, moment: float) -> float | None:
+        """When, after that moment, the run first reported work that goes on."""
+        names = ("job_begins", "progress", "stage_ends")
+        return min((at for name in names for at, _ in self.watch.since(moment, name)), default=None)
+
+    def _ended(self) -> bool:
+        """Takes note of how the program ended, and what it left; whether it has ended well."""
+        ended, driver, last = time.monotonic(), self._driver, self._last
+        assert driver is not None
+        self._driver, status = None, driver.process.wait()
+        self.watch.look()
+        if last is None:
+            raise RuntimeError(f"the program ended with {status} before any fault:\n{driver.output}")
+        trial = last.trial
+        if last.driver is driver:
+            self._judge(last, status, ended)
+        elif status:
+            trial.wrong.append(f"the next start ended with {status}: {driver.error()}")
+        trial.gone_s = self._gone()
+        if trial.gone_s is None:
+            left = ", ".join(sorted(set(self.run.processes().values())))
+            trial.wrong.append(f"processes left after {GONE_S:g} s: {left}"[:300])
+            self.run.end_all()
+        trial.wrong += self._differing(partly=True)
+        return status == 0
+
+    def _judge(self, last: _Injected, status: int, ended: float) -> None:
+        """Whether the program may end in this way by this fault."""
+        trial, fault, driver = last.trial, last.fault, last.driver
+        trial.status = status
+        if trial.outcome == "hung":
+            return
+        trial.outcome = "ended" if status else "went on"
+        if status and trial.noticed_s is None:
+            trial.noticed_s = round((self._failed(last.at) or ended) - last.at, 2)
+            if fault.ends and trial.noticed_s > NOTICED_S and fault.group == "kills":
+                trial.wrong.append(f"noticed after {trial.noticed_s:g} s, more than {NOTICED_S:g}")
+        if status not in {0, *fault.statuses}:
+            trial.wrong.append(f"exit status {status}")
+        if status > 0:
+            trial.said = driver.error() or (driver.output.splitlines() or [""])[-1]
+            if status < 128 and not driver.error():
+                trial.wrong.append("not one line that says why")
+            if not re.search(fault.says, trial.said):
+                trial.wrong.append(f"its line does not match {fault.says!r}")
+
+    def _gone(self) -> float | None:
+        """Seconds until no process of the run is left; None: some are for too long."""
+        began = time.monotonic()
+        while self.run.processes():
+            if time.monotonic() - began > GONE_S:
+                return None
+            time.sleep(0.1)
+        return round(time.monotonic() - began, 1)
+
+    def _differing(self, *, partly: bool) -> list[str]:
+        """Finished artefacts with other bytes than those of the undisturbed run; missing ones too, unless `partly`."""
+        found = self.run.artefacts()
+        names = [name for name, value in found.items() if self.reference.get(name) != value]
+        names += [name for name in self.reference if name not in found and not partly]
+        return [f"differs from an undisturbed run: {name}" for name in names]
+
+    def _finish(self) -> None:
+        """Starts the program until it ends well; then all must be there, and nothing else be left."""
+        wrong = [f"has not ended well after {STARTS} starts"]
+        for _ in range(STARTS):
+            if self._driver is None and self._last is not None and self._last.trial.status == 0:
+                wrong = []  # the last fault did not keep the program from ending well
+                break
+            driver = self._driver or self._start()
+            try:
+                driver.process.wait(timeout=4 * MOST_S)
+            except subprocess.TimeoutExpired:
+                self.run.end_all()
+            if self._ended():
+                wrong = []
+                break
+        wrong += self._differing(partly=False)
+        if left := self.run.left():
+            wrong.append(f"left in the temporary directory: {', '.join(left)}")
+        for trial in self.done:
+            if trial.outcome != "missed":
+                trial.wrong += wrong
