@@ -7,7 +7,7 @@ PYTEST = $(BIN)/python -m pytest -q --numprocesses $(PROCESSES) --dist loadfile 
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: help demo test test-all test-long test-cluster test-cluster-fast check format bench wheel lock audit clean
+.PHONY: help demo test test-all test-long test-faults test-cluster test-cluster-fast check format bench wheel lock audit clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -28,6 +28,15 @@ test-all: $(READY) ## the rest of what runs on every push and needs no cluster
 
 test-long: $(READY) ## tests that take too long for every push: jobs killed at random steps by ten seeds, local clusters, five ranks, ...
 	$(BIN)/python -m pytest -q -m 'long and not cluster'
+
+FAULT_TRIALS ?= 300
+FAULT_MINUTES ?= 600
+FAULT_RUNS ?= 1
+FAULT_STOP_S ?= 120
+FAULT_OUT ?= runs/faults
+test-faults: $(READY) ## faults at seeded points of small runs, with a table in runs/faults; FAULT_TRIALS=300, FAULT_MINUTES=..., FAULT_RUNS=2 at a time
+	$(BIN)/python -m tests.faults.matrix --out $(FAULT_OUT) --trials $(FAULT_TRIALS) --minutes $(FAULT_MINUTES) \
+	  --side-by-side $(FAULT_RUNS) --stop-s $(FAULT_STOP_S)
 
 test-cluster: $(READY) ## tests on several machines in namespaces, about 40 minutes on 2 cores; needs root, and Slurm: tests/cluster/install_slurm.sh
 	$(BIN)/python -m pytest -q -m cluster tests/cluster

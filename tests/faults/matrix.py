@@ -22,6 +22,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+from grappa_dist.distributed.preflight import versions
 from tests.e2e.runs import ROOT
 from tests.faults.clock import Clock
 from tests.faults.faults import FAULTS, KILLS, STORES, Fault
@@ -61,6 +62,7 @@ def temporary() -> Iterator[Path]:
 
 def prepare(folder: Path) -> None:
     """Images, and the digests of what a run makes of them to which nothing happens."""
+    shutil.rmtree(folder / "data", ignore_errors=True)
     write_data(folder / "data")
     write_config(folder / "local.yaml", str(folder / "data"))
     with temporary() as at:
@@ -68,12 +70,20 @@ def prepare(folder: Path) -> None:
         driver = run.start()
         if driver.process.wait(timeout=300):
             raise RuntimeError(f"the run without faults ended with {driver.process.returncode}:\n{driver.output}")
-        (folder / "reference.json").write_text(json.dumps(run.artefacts()))
+        reference = {"versions": versions(), "artefacts": run.artefacts()}
+        (folder / "reference.json").write_text(json.dumps(reference))
+
+
+def is_prepared(folder: Path) -> bool:
+    """Whether `prepare` has been called with these sources: others may name artefacts in another way."""
+    path = folder / "reference.json"
+    return path.exists() and json.loads(path.read_text())["versions"] == versions()
 
 
 def trials_of(seed: int, plan: Sequence[tuple[str, Fault]], folder: Path, seconds: float, stop_s: float) -> list[Trial]:
     """The trials of one run directory. `folder` holds what `prepare` has made."""
-    reference, needs = json.loads((folder / "reference.json").read_text()), {fault.needs for _, fault in plan}
+    reference = json.loads((folder / "reference.json").read_text())["artefacts"]
+    needs = {fault.needs for _, fault in plan}
     with temporary() as at, ExitStack() as stack:
         run, config, prepared = at / "run", folder / "local.yaml", {}
         variables: dict[str, str] = {}
@@ -151,7 +161,7 @@ def main() -> int:
         print(table(read(out)))
         return 0
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "reference.json").exists():
+    if not is_prepared(folder):
         prepare(folder)
     if asked.seed is not None:
         found = trials_of(asked.seed, plan_for(asked.seed), folder, asked.seconds, asked.stop_s)
