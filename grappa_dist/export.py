@@ -206,7 +206,12 @@ def _check_settings(overrides: Iterable[str]) -> None:
 
 def _embed(run: Run, spec: ModelSpec) -> Path:
     paths = run.config.data.train
-    images = ImageShards.open(paths, run.store.root / "index", cache_of(run.config.resources))
+    images = ImageShards.open(
+        paths,
+        run.store.root / "index",
+        cache_of(run.config.resources),
+        log=lambda line: run.console.log(f"warning: {line}"),
+    )
     if not len(images):
         raise ValueError(f"--images {' '.join(paths)}: the shards hold no images (jpg, jpeg, png, webp)")
     for line in describe_missing(images.shards):

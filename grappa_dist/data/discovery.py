@@ -8,7 +8,7 @@ import os
 import re
 import shlex
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
@@ -19,13 +19,23 @@ from numpy.typing import NDArray
 
 from grappa_dist.data.block_cache import CacheSettings
 from grappa_dist.data.decoding import TAKEN
+from grappa_dist.data.entries import (
+    copies_among,
+    describe_passed_over,
+    expand_braces,
+    is_named_like_a_copy,
+    is_shard_name,
+    resembles_shard,
+)
 from grappa_dist.data.index import (
     COMMITTED,
     IMAGE_SUFFIXES,
     Shard,
     describe_missing,
     index_shard,
+    is_foreign_index,
     read_index,
+    sha256_of,
     version_of,
     write_rows,
 )
@@ -33,11 +43,14 @@ from grappa_dist.data.index_cache import IndexCache, State, local_state, verify_
 from grappa_dist.data.remote import RemoteObject, is_remote
 from grappa_dist.data.remote_index import RemoteRows, committed_indexes, index_remote, list_remote
 from grappa_dist.files import read_bytes
+from grappa_dist.storage import open_to_read
 
 Tar = Path | RemoteObject
 Index = str | RemoteRows | NDArray[Any]  # a .npy of ROW, one that is fetched when it is needed, or the rows
 IndexedShard = tuple[Shard, Index]
 
+_NO_SHARDS = "which by their names are no shards"
+_COPIES = "which are copies of other shards there"
 _LOOKED_AT = 10_000  # entries below a folder, at most
 _SHOWN = 3  # folders that a message names
 _UNFINISHED = re.compile(r".*/\.[^/]+\.partial(?=/|$)")
@@ -50,6 +63,7 @@ def find_shards(
     *,
     write: bool = True,
     on_read: Callable[[], object] = lambda: None,
+    log: Callable[[str], object] = lambda line: None,
 ) -> list[IndexedShard]:
     """Shards that `paths` name, each with its index file, or, where there is none and none may be written, its rows.
 
@@ -57,30 +71,29 @@ def find_shards(
         index_dir: of the index cache, which also takes the rows of tars that brought no index; None: nowhere.
         write: whether anything is put there.
         on_read: called, by any of several threads, for each tar that had to be read to the end.
+        log: called with a line for what is passed over: hidden files, folders, copies, indexes of other programs.
 
     Raises:
         ValueError: nothing is there, no shard has an image, or a shard is damaged or not what its index describes.
     """
-    tars = _list_tars(paths)
+    tars = _list_tars(paths, log)
     cache = IndexCache(None if index_dir is None else index_dir.absolute(), write)
-    folders = {tar.parent: _LocalIndex(tar.parent) for tar in tars if isinstance(tar, Path)}
+    parents = dict.fromkeys(tar.parent for tar in tars if isinstance(tar, Path))
+    folders = {parent: _LocalIndex(parent, log) for parent in parents}
     remote_tars = [tar for tar in tars if isinstance(tar, RemoteObject)]
     remote_folders = [str(path).rstrip("/") for path in paths if is_remote(str(path))]
-    remote = committed_indexes(remote_tars, remote_folders, cache)
+    remote = committed_indexes(remote_tars, remote_folders, cache, log)
 
-    def find(tar: Tar) -> IndexedShard:
+    def find(tar: Tar) -> IndexedShard | None:
         if isinstance(tar, RemoteObject):
             return remote.get(tar.url) or _indexed(tar, lambda: index_remote(tar, settings), cache, on_read)
         folder = folders[tar.parent]
         if folder.shards is None:
             return _indexed(tar, lambda: index_shard(tar), cache, on_read)
-        shard, rows = folder.shard(tar)
-        if verify_unchanged(tar, shard, folder.written_ns, cache):
-            on_read()
-        return replace(shard, version=version_of(tar.stat())), rows
+        return None if tar.name in folder.copies else folder.shard(tar, cache, on_read)
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        found = list(pool.map(find, tars))
+        found = _without_copies([one for one in pool.map(find, tars) if one is not None], log)
     _check_images([shard for shard, _ in found], paths)
     return found
 
@@ -104,44 +117,94 @@ def _indexed(
     return shard, str(kept)
 
 
+def _without_copies(found: list[IndexedShard], log: Callable[[str], object]) -> list[IndexedShard]:
+    """All but those that are copies, by name and bytes, of another one of their folder."""
+    folders: dict[str, list[int]] = {}
+    for place, (shard, _) in enumerate(found):
+        folders.setdefault(shard.path.rpartition("/")[0], []).append(place)
+    left_out = set[int]()
+    for folder, places in folders.items():
+        copies = copies_among([(found[place][0].name, found[place][0].fingerprint) for place in places])
+        left_out |= {places[copy] for copy in copies}
+        _log_any(log, describe_passed_over(folder, (found[places[copy]][0].name for copy in copies), _COPIES))
+    return [one for place, one in enumerate(found) if place not in left_out]
+
+
+def _log_any(log: Callable[[str], object], line: str) -> None:
+    if line:
+        log(line)
+
+
 class _LocalIndex:
     """The index that a writer left beside the tars of a folder.
 
     Attributes:
         shards: None where there is no such index.
-        written_ns: when it was written, which was after the tars.
+        copies: names of tars that are none of the shards, but have the bytes of one.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, log: Callable[[str], object]) -> None:
         self.shards, self._where = committed_index(folder), folder / COMMITTED
-        self.written_ns = 0 if self.shards is None else self._where.stat().st_mtime_ns
+        if self.shards is None and self._where.is_file():
+            log(f"passed over: {self._where}, which is no index of shards, but another program's")
+        self.copies = set() if self.shards is None else _unlisted(folder, self.shards)
+        _log_any(log, describe_passed_over(str(folder), self.copies, _COPIES))
+        self._written_ns = 0 if self.shards is None else self._where.stat().st_mtime_ns
 
-    def shard(self, tar: Path) -> tuple[Shard, str]:
+    def shard(self, tar: Path, cache: IndexCache, on_read: Callable[[], object]) -> IndexedShard:
+        """The shard of a tar with its index file, compared with the checksum where the tar is newer."""
         known = {} if self.shards is None else self.shards
         if tar.name not in known:
             raise ValueError(f"shards: {tar} is none of the shards of {self._where}; expected one of these, or all")
-        return known[tar.name]
+        shard, rows = known[tar.name]
+        if verify_unchanged(tar, shard, self._written_ns, cache):
+            on_read()
+        return replace(shard, version=version_of(tar.stat())), rows
 
 
 def committed_index(folder: Path) -> dict[str, tuple[Shard, str]] | None:
-    """Shards by name with their index files, as the writer left them; None where no writer finished.
+    """Shards by name with their index files, as the writer left them; None where no writer of ours finished.
 
     Raises:
         ValueError: the folder's tars are no longer those that the index describes.
     """
     where = folder / COMMITTED
-    if not where.is_file():
+    text = read_bytes(where) if where.is_file() else None
+    if text is None or is_foreign_index(text):
         return None
-    shards = read_index(read_bytes(where), where)
-    sizes = {tar.name: tar.stat().st_size for tar in folder.glob("*.tar") if tar.is_file()}
-    described = {shard.name: shard.bytes for shard in shards}
-    for name in sorted(sizes.keys() | described.keys()):
-        if sizes.get(name) != described.get(name):
-            has, expected = sizes.get(name, "missing"), described.get(name, "absent")
+    shards = read_index(text, where)
+    for shard in sorted(shards, key=lambda shard: shard.name):
+        tar = folder / shard.name
+        has = tar.stat().st_size if tar.is_file() else "missing"
+        if has != shard.bytes:
             raise ValueError(
-                f"{folder / name}: its size is {has} but {where} says {expected}; the shards changed after indexing"
+                f"{tar}: its size is {has} but {where} says {shard.bytes}; the shards changed after indexing"
             )
-    return {s.name: (replace(s, path=str(folder / s.name)), str(folder / f"{s.name}.npy")) for s in shards}
+    listed = {s.name: (replace(s, path=str(folder / s.name)), str(folder / f"{s.name}.npy")) for s in shards}
+    _unlisted(folder, listed)
+    return listed
+
+
+def _unlisted(folder: Path, listed: Mapping[str, tuple[Shard, str]]) -> set[str]:
+    """Names of tars that are none of the listed shards but copies of one, by name and bytes.
+
+    Raises:
+        ValueError: there is another tar.
+    """
+    names = sorted(tar.name for tar in folder.glob("*.tar") if tar.name not in listed and tar.is_file())
+    for name in filter(is_shard_name, names):
+        size = (folder / name).stat().st_size
+        alike = [s for s, _ in listed.values() if s.bytes == size and is_named_like_a_copy(name, s.name)]
+        fingerprint = ""
+        if alike:
+            with open_to_read(folder / name) as file:
+                fingerprint = sha256_of(file)
+        if fingerprint not in {shard.fingerprint for shard in alike}:
+            raise ValueError(
+                f"{folder / name}: is none of the shards that {folder / COMMITTED} lists, from which it is absent; "
+                "move it to another folder and name that as well, or delete the index to have all tars indexed anew"
+            )
+    return {name for name in names if is_shard_name(name)}
 
 
 def _check_images(shards: Sequence[Shard], paths: Sequence[str | os.PathLike[str]]) -> None:
@@ -154,11 +217,11 @@ def _check_images(shards: Sequence[Shard], paths: Sequence[str | os.PathLike[str
         )
 
 
-def _list_tars(paths: Sequence[str | os.PathLike[str]]) -> list[Tar]:
+def _list_tars(paths: Sequence[str | os.PathLike[str]], log: Callable[[str], object]) -> list[Tar]:
     """The tars that all entries name, in their order."""
     if isinstance(paths, (str, os.PathLike)):
         raise ValueError(f"shards: expected a list of paths, got {paths!r}")
-    tars = [tar for path in paths for tar in _tars_of(str(path))]
+    tars = [tar for path in paths for tar in _tars_of(str(path), log)]
     for address, times in Counter(map(_address, tars)).items():
         if times > 1:
             raise ValueError(f"shards: {address} is named {times} times; expected once")
@@ -175,11 +238,13 @@ def _state(tar: Tar) -> State:
     return {**local_state(tar), "version": version_of(tar.stat())}
 
 
-def _tars_of(entry: str) -> Sequence[Tar]:
-    """The tars that one entry names, sorted."""
+def _tars_of(entry: str, log: Callable[[str], object]) -> Sequence[Tar]:
+    """The tars that one entry names, sorted; names in braces in their order."""
     if not is_remote(entry):
-        return _local_tars(entry)
-    found = list_remote(entry)
+        return _local_tars(entry, log)
+    listed = list_remote(entry)
+    found = [tar for tar in listed if is_shard_name(tar.name) or entry.endswith(tar.name)]
+    _log_any(log, describe_passed_over(entry, (tar.name for tar in listed if tar not in found), _NO_SHARDS))
     if not found:
         raise ValueError(
             f"shards: nothing at {entry}; expected a folder of .tar objects, a .tar, a pattern such as DIR/*.tar or a "
@@ -188,23 +253,35 @@ def _tars_of(entry: str) -> Sequence[Tar]:
     return found
 
 
-def _local_tars(entry: str) -> list[Path]:
-    """Absolute paths of the tars that one entry names, sorted; a pattern names what ends in .tar."""
+def _local_tars(entry: str, log: Callable[[str], object]) -> list[Path]:
+    """Absolute paths of the tars that one entry names, sorted; a pattern names what ends in .tar.
+
+    Braces stand for several entries, unless something has them in its name.
+    """
+    passed = list[str]()
     if os.path.isdir(entry):
-        tars: Iterable[str] = (str(tar) for tar in Path(entry).glob("*.tar"))
+        names = os.listdir(entry)
+        tars: Iterable[str] = (os.path.join(entry, name) for name in names if is_shard_name(name))
+        passed = [name for name in names if resembles_shard(name)]
     elif os.path.isfile(entry):
-        tars = [entry]
+        return [Path(os.path.abspath(entry))]
     else:
-        tars = (path for path in glob.glob(entry, recursive=True) if path.endswith(".tar"))
+        tars = [path for path in glob.glob(entry, recursive=True) if path.endswith(".tar")]
+        if not tars and (names := expand_braces(entry)) != [entry]:
+            return [tar for name in names for tar in _local_tars(name, log)]
     found = sorted(Path(os.path.abspath(tar)) for tar in tars)
+    folders = [tar for tar in found if tar.is_dir()]
+    line = describe_passed_over(entry, [*passed, *(f"{tar.name}/" for tar in folders)], _NO_SHARDS)
+    found = [tar for tar in found if tar not in folders]
     if not found:
         raise ValueError(
-            f"shards: nothing at {entry}; expected a folder of .tar files, a .tar file or a pattern such as DIR/*.tar"
-            f"{instead_of(entry)}"
+            f"shards: nothing at {entry}; expected a folder of .tar files, a .tar file, a pattern such as DIR/*.tar or "
+            f"names such as DIR/shard-{{000..127}}.tar{f'; {line}' if line else instead_of(entry)}"
         )
     for tar in found:
         if not tar.is_file():
             raise ValueError(f"shards: {tar} is no file, or a link to none; expected a tar")
+    _log_any(log, line)
     return found
 
 

@@ -8,6 +8,7 @@ own. Shapes: P images of one shard.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import tarfile
@@ -320,14 +321,34 @@ def read_index(text: bytes, where: Path | str) -> list[Shard]:
     Raises:
         ValueError: it is no such file.
     """
-    content = parse_json(text, where)
+    rename = "; rename it if another program made it"
+    try:
+        content = parse_json(text, where)
+    except ValueError as error:
+        raise ValueError(f"{error}{rename}") from None
     if not isinstance(content, dict) or not isinstance(content.get("shards"), list):
-        raise ValueError(f"{where}: not an index of shards; expected an object with a list `shards`")
+        raise ValueError(f"{where}: not an index of shards; expected an object with a list `shards`{rename}")
     shards = [shard_of(line, "", where) for line in content["shards"]]
     names = [shard.name for shard in shards]
     if len(set(names)) < len(names):
         raise ValueError(f"{where}: has two shards of one name; expected each once")
     return shards
+
+
+def is_foreign_index(text: bytes) -> bool:
+    """Whether a file of the name of our index is JSON that another program wrote, as wids and MosaicML do.
+
+    What is no JSON may be one of ours that is damaged, so it is none of another program.
+    """
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    lines = content.get("shards") if isinstance(content, dict) else None
+    if not isinstance(lines, list):
+        return True
+    ours = content.get("version") == INDEX_VERSION or any(isinstance(x, dict) and "fingerprint" in x for x in lines)
+    return not ours
 
 
 def read_rows(file: IO[bytes], shard: Shard, where: str, *, remedy: str = "") -> NDArray[Any]:

@@ -33,15 +33,16 @@ def open_images(
     """Training and test images; test is None where there are none, and the training images are looked at instead.
 
     Args:
-        log: gets a line now and then about tars that are read to the end, and one for each way in which images are
-            missing.
+        log: gets a line now and then about tars that are read to the end, one for what is passed over in a folder, and
+            one for each way in which images are missing.
     """
     index, cache, on_read = store.root / "index", cache_of(where or Resources()), _read_tars_logger(log)
     if data.collection:
         folder = generated_data_set(store, data).path
         return ImageShards.open([folder / "train"], index), ImageShards.open([folder / "test"], index)
-    train = ImageShards.open(data.train, index, cache, write=write_index, on_read=on_read)
-    test = ImageShards.open(data.test, index, cache, write=write_index, on_read=on_read) if data.test else None
+    how: dict[str, Any] = {"write": write_index, "on_read": on_read, "log": lambda line: log(f"warning: {line}")}
+    train = ImageShards.open(data.train, index, cache, **how)
+    test = ImageShards.open(data.test, index, cache, **how) if data.test else None
     for line in describe_missing([*train.shards, *(test.shards if test else ())]):
         log(f"warning: {line}")
     if not len(train):

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+from grappa_dist.data.entries import expand_braces
+
 INSTALL = {  # protocol -> what to install
     "s3": "pip install 'grappa-dist[s3]' (s3fs)",
     "gs": "pip install 'grappa-dist[gs]' (gcsfs)",
@@ -118,7 +120,7 @@ def check_url(url: str) -> str:
 def list_tars(entry: str) -> list[RemoteObject]:
     """The tars that one entry names, by name: a folder, a tar, a pattern, or a range such as x-{000..127}.tar."""
     url = check_url(entry)
-    if (names := _expanded(url)) != [url]:
+    if (names := expand_braces(url)) != [url]:
         return objects_at(names)
     if "*" in url or "[" in url:
         found = _attempt(url, "listing", lambda fs, path: fs.glob(path, detail=True)).values()
@@ -359,17 +361,3 @@ def _object(url: str, info: dict[str, Any]) -> RemoteObject:
     found = (info.get(key) for key in ("ETag", "etag", "generation", "Last-Modified"))
     version = next((str(value) for value in found if value), "")
     return RemoteObject(url, int(info["size"]), version.removeprefix("W/").strip('"'))
-
-
-def _expanded(url: str) -> list[str]:
-    """The URLs of x-{000..127}.tar, as WebDataset writes them."""
-    match = re.search(r"\{(\d+)\.\.(\d+)\}", url)
-    if match is None:
-        return [url]
-    first, last = match[1], match[2]
-    numbers = range(int(first), int(last) + 1)
-    if not numbers:
-        raise ValueError(f"shards: {url} counts from {first} to {last}, which names nothing")
-    return [
-        whole for n in numbers for whole in _expanded(f"{url[: match.start()]}{n:0{len(first)}d}{url[match.end() :]}")
-    ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, cast
@@ -12,7 +12,16 @@ from typing import IO, Any, cast
 from numpy.typing import NDArray
 
 from grappa_dist.data.block_cache import CacheSettings, fetchers
-from grappa_dist.data.index import COMMITTED, REMADE, Shard, fingerprint_of, read_index, read_rows, scan
+from grappa_dist.data.index import (
+    COMMITTED,
+    REMADE,
+    Shard,
+    fingerprint_of,
+    is_foreign_index,
+    read_index,
+    read_rows,
+    scan,
+)
 from grappa_dist.data.index_cache import IndexCache
 from grappa_dist.data.remote import (
     RemoteFile,
@@ -134,11 +143,16 @@ class _Stream(io.RawIOBase):
         return self._digest.hexdigest()
 
 
-def committed_remote(folder: str) -> dict[str, tuple[Shard, str]] | None:
+def committed_remote(
+    folder: str, log: Callable[[str], object] = lambda line: None
+) -> dict[str, tuple[Shard, str]] | None:
     """Shards by name with the URLs of their index files, as a writer left them; None where there is no such index."""
     where = f"{folder}/{COMMITTED}"
     text = fetch_whole(where)
     if text is None:
+        return None
+    if is_foreign_index(text):
+        log(f"passed over: {where}, which is no index of shards, but another program's")
         return None
     return {s.name: (replace(s, path=f"{folder}/{s.name}"), f"{folder}/{s.name}.npy") for s in read_index(text, where)}
 
@@ -153,19 +167,23 @@ def list_remote(entry: str) -> list[RemoteObject]:
 
 
 def committed_indexes(
-    tars: Sequence[RemoteObject], whole_folders: Sequence[str], cache: IndexCache
+    tars: Sequence[RemoteObject],
+    whole_folders: Sequence[str],
+    cache: IndexCache,
+    log: Callable[[str], object] = lambda line: None,
 ) -> dict[str, tuple[Shard, RemoteRows]]:
     """Shard and index of each tar, by URL, that has an index beside it.
 
     Args:
         whole_folders: those whose shards are all among the tars.
+        log: called with a line for each index of another program.
     """
     folders: dict[str, list[RemoteObject]] = {}
     for tar in tars:
         folders.setdefault(tar.folder, []).append(tar)
     result = {}
     for folder, found in folders.items():
-        known = committed_remote(folder)
+        known = committed_remote(folder, log)
         if known is None:
             continue
         gone = known.keys() - {tar.name for tar in found} if folder in whole_folders else set()
@@ -191,11 +209,15 @@ def _check_committed(
     before = cache.versions(folder)
     now = {}
     for tar in found:
-        shard = known[tar.name][0] if tar.name in known else None
-        if shard is None or shard.bytes != tar.size:
-            expected = "absent" if shard is None else shard.bytes
+        if tar.name not in known:
             raise ValueError(
-                f"{tar.url}: its size is {tar.size} but the index beside it says {expected}; "
+                f"{tar.url}: is none of the shards that the index beside it lists, from which it is absent; move it to "
+                "another folder and name that as well, or delete the index to have all tars indexed anew"
+            )
+        shard = known[tar.name][0]
+        if shard.bytes != tar.size:
+            raise ValueError(
+                f"{tar.url}: its size is {tar.size} but the index beside it says {shard.bytes}; "
                 "the shards changed after indexing"
             )
         now[tar.name] = (shard.fingerprint, tar.version)

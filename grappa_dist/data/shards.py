@@ -50,6 +50,7 @@ class ImageShards:
         *,
         write: bool = True,
         on_read: Callable[[], object] = lambda: None,
+        log: Callable[[str], object] = lambda line: None,
     ) -> ImageShards:
         """The shards of folders, tars or glob patterns, here or on a remote store, in that order and by name in each.
 
@@ -58,8 +59,10 @@ class ImageShards:
 
         Args:
             on_read: called, by any of several threads, for each tar that had to be read to the end.
+            log: called with a line for what is passed over.
         """
-        found = find_shards(paths, None if index_dir is None else Path(index_dir), cache, write=write, on_read=on_read)
+        folder = None if index_dir is None else Path(index_dir)
+        found = find_shards(paths, folder, cache, write=write, on_read=on_read, log=log)
         return ImageShards(tuple(shard for shard, _ in found), tuple(index for _, index in found), cache)
 
     @cached_property

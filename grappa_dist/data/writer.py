@@ -95,7 +95,11 @@ class ShardWriter:
     def __enter__(self) -> ShardWriter:
         self._finished = committed_index(self.folder)
         if self._finished is None and self.folder.is_dir() and any(self.folder.iterdir()):
-            raise ValueError(f"{self.folder}: not empty and without {COMMITTED}; expected a new or a finished folder")
+            first = min(os.listdir(self.folder))
+            raise ValueError(
+                f"{self.folder}: not empty (it has {first!r:.100}) and without the {COMMITTED} of finished shards; "
+                "expected a new or a finished folder"
+            )
         self._partial.mkdir(parents=True)
         return self
 

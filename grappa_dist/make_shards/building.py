@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -124,7 +125,11 @@ def open_building(plan: FolderPlan) -> Building:
             )
         building.finished = building.reused = True
     elif plan.folder.is_dir() and any(plan.folder.iterdir()):
-        raise ValueError(f"{plan.folder}: not empty and without {COMMITTED}; expected a new or a finished folder")
+        first = min(os.listdir(plan.folder))
+        raise ValueError(
+            f"{plan.folder}: not empty (it has {first!r:.100}) and without the {COMMITTED} of finished shards; "
+            "expected a new or a finished folder"
+        )
     elif partial.is_dir():
         _compare(plan, partial)
     return building

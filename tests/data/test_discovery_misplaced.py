@@ -59,7 +59,7 @@ def test_nothing_is_presumed_where_there_is_nothing(tmp_path: Path) -> None:
     (tmp_path / "empty" / "deep").mkdir(parents=True)
     (tmp_path / "loop").symlink_to(tmp_path)
     for path in ("empty", "gone"):
-        assert refused(tmp_path / path).endswith("or a pattern such as DIR/*.tar")
+        assert refused(tmp_path / path).endswith("or names such as DIR/shard-{000..127}.tar")
 
 
 def test_a_link_that_leads_to_itself_is_passed_over(tmp_path: Path) -> None:

@@ -289,8 +289,3 @@ def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(ValueError, match=r"^gs://b/t\.tar: .*not installed: pip install 'grappa-dist\[gs\]'"):
         ImageShards.open(["gs://b/t.tar"], None)
-
-
-def test_a_numbered_range_that_names_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match="counts from 3 to 1"):
-        list_tars("http://host/t-{3..1}.tar")

@@ -128,7 +128,7 @@ def test_shards_that_changed_after_they_were_written_are_refused(tmp_path: Path)
 
 def test_a_broken_index_file_is_refused_by_name(tmp_path: Path) -> None:
     write_folder(tmp_path / "f", 2)
-    for text in ("{", "[]", '{"shards": [{"name": "x"}]}'):
+    for text in ("{", "", '{"version": 1, "shards": [{"name": "x"}]}'):
         (tmp_path / "f" / "index.json").write_text(text)
         with pytest.raises(ValueError, match=r"index\.json"):
             ImageShards.open([tmp_path / "f"], None)
