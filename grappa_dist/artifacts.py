@@ -100,6 +100,15 @@ class Artifact:
                 raise ValueError(f"{path} {state}; remove {self.path} to have it made again")
 
 
+def remove_artifact(folder: Path) -> None:
+    """Removes a folder, finished or not; one that is only half removed never has the name of a finished artefact."""
+    gone = folder.with_name(f"{folder.name.removesuffix('.removed')}.removed")
+    if gone != folder:
+        remove_folder(gone)
+        rename(folder, gone)
+    remove_folder(gone)
+
+
 def numbered(role: str, artifacts: Iterable[Artifact]) -> dict[str, Artifact]:
     """Several inputs of one role, by names in their order: "shard 0", "shard 1", ..."""
     return {f"{role} {i}": artifact for i, artifact in enumerate(artifacts)}

@@ -24,10 +24,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", help="the run directory (default: `out` of the config, else runs/<name>)")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and the plan; touch nothing")
     parser.add_argument("--check", action="store_true", help="check artefacts and nodes, make nothing")
+    parser.add_argument("--clean", action="store_true", help="list what no result of this configuration needs")
+    parser.add_argument("--yes", action="store_true", help="with --clean: remove it")
     stages = ("embed", "pseudo_label", "adapt", "fuse")
     parser.add_argument("--until", choices=stages, help="end after this stage, without a report")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. adapt.epochs=1")
-    return parser.parse_intermixed_args()  # settings may stand among the options
+    asked = parser.parse_intermixed_args()  # settings may stand among the options
+    if asked.yes and not asked.clean:
+        parser.error("--yes goes with --clean")
+    return asked
 
 
 def work(asked: argparse.Namespace, ending: Ending) -> None:
@@ -40,6 +45,11 @@ def work(asked: argparse.Namespace, ending: Ending) -> None:
         from grappa_dist.plan import plan
 
         print(printable(plan(config, root)))
+        return
+    if asked.clean:
+        from grappa_dist.clean import clean
+
+        print(printable(clean(config, root, remove=asked.yes)))
         return
     from grappa_dist.pipeline import check, run
     from grappa_dist.report import console_table

@@ -26,7 +26,7 @@ from tests.structure import (
 
 LEVELS = (  # a part imports parts of lower levels, and files of its own
     ("__init__",),
-    ("pipeline", "plan"),
+    ("pipeline", "plan", "clean"),
     ("layout", "export"),
     ("report",),
     ("stages",),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,13 @@ class IndexCache:
 
     def put_versions(self, folder: str, versions: Versions) -> None:
         self._write(folder, ".seen.json", versions)
+
+    def names_of(self, shards: Sequence[Shard]) -> set[str]:
+        """The names of all files that may be kept of some shards."""
+        kinds = (".json", ".unchanged.json")
+        paths = [self._path(shard.path, kind) for shard in shards for kind in kinds]
+        paths += [self._path(shard.path.rpartition("/")[0], ".seen.json") for shard in shards]
+        return {path.name for path in (*paths, *map(self.rows_path, shards)) if path is not None}
 
     def _path(self, address: str, kind: str) -> Path | None:
         name = f"{hashlib.sha256(os.fsencode(address)).hexdigest()[:32]}{kind}"

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from grappa_dist.artifacts import Artifact, Store
+from grappa_dist.artifacts import Artifact, Store, remove_artifact
 from grappa_dist.config import Config
 from grappa_dist.console import EVENTS_FILE, METRICS_FILE, duration, read_events
 from grappa_dist.data.decoding import decode
@@ -43,6 +43,7 @@ from grappa_dist.stages.run import Run
 from grappa_dist.stages.supervised import class_counts
 
 THUMBNAIL_PX = 112
+KEEP_REPORTS = 10
 TRACKED = ("torch", "timm", "deepspeed", "ray", "webdataset", "grappa_dist")
 Steps = Sequence[Mapping[str, Any]]
 
@@ -59,7 +60,17 @@ def report(run: Run, flow: Flow) -> tuple[Path, list[ScoreRow]]:
         with run.console.stage("report", "writing"):
             write_report(_content(run, flow, rows), flow.report.begin())
             flow.report.commit()
-    return run.store.publish("report", flow.report), rows
+    published = run.store.publish("report", flow.report)
+    remove_old_reports(run.store.root, flow.report)
+    return published, rows
+
+
+def remove_old_reports(root: Path, newest: Artifact) -> None:
+    """Keeps the newest KEEP_REPORTS reports of a run directory, among them the one that was just published."""
+    found = [path for path in (root / "reports").glob("report-*/manifest.json") if path.parent != newest.path]
+    made = sorted((read_json(path)["created"], path.parent) for path in found)
+    for _, folder in made[: -(KEEP_REPORTS - 1)]:
+        remove_artifact(folder)
 
 
 def score_rows(flow: Flow) -> list[ScoreRow]:
