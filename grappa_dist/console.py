@@ -137,6 +137,7 @@ class Console:
     def __init__(self, events: Events | None = None) -> None:
         self._events = events
         self._began = time.monotonic()
+        self._noted: set[tuple[str, str]] = set()  # (job, note) that has been logged
         self._off: set[tuple[str, str]] = set()  # (job, tracker) whose failure has been logged
 
     def log(self, text: str) -> None:
@@ -160,8 +161,16 @@ class Console:
             self.event("stage_ends", stage=name, seconds=round(time.monotonic() - began, 3))
 
     def jobs(self, status: Mapping[str, Mapping[str, Any]]) -> None:
-        """One line with all running jobs side by side, each status an event too; a failed tracker is logged once."""
-        known = {name: figures for name, figures in status.items() if figures}
+        """One line with all running jobs side by side, each status an event too; notes and failed trackers are logged
+        once."""
+        for name, figures in status.items():
+            for note in {(name, text) for text in figures.get("notes", ())} - self._noted:
+                self._noted.add(note)
+                self.log(f"{name}: {note[1]}")
+                self.event("note", job=name, text=note[1])
+        known = {
+            name: figures for name, of in status.items() if (figures := {k: v for k, v in of.items() if k != "notes"})
+        }
         for name, figures in known.items():
             self.event("progress", job=name, **figures)
             for off in {(name, tracker) for tracker in figures.get("trackers_off", ())} - self._off:

@@ -12,10 +12,12 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import IO, Any, Literal
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from grappa_dist.storage import Result, open_to_read, open_to_write, tried_again
@@ -165,6 +167,15 @@ def open_tensors(path: Path, load: Callable[[], Result]) -> Result:
     return tried_again(attempt, path)
 
 
+def xxh3_of(path: Path) -> str:
+    """The checksum of a file's bytes, 16 hex digits; it tells damage by chance, at the speed of memory."""
+    digest = xxhash.xxh3_64()
+    with open_to_read(path) as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def make_folder(path: Path) -> None:
     """A folder and those above it, unless they are there."""
     tried_again(lambda: path.mkdir(parents=True, exist_ok=True), path)
@@ -205,6 +216,14 @@ def rename(source: Path, target: Path) -> None:
                 raise
 
     tried_again(attempt, target)
+
+
+def set_aside(damaged: Path) -> Path:
+    """Renames a damaged file or folder, so that nothing finds it; its new path, `.damaged-<name>` with a number."""
+    numbered = (damaged.with_name(f".damaged-{damaged.name}-{i}") for i in count(1))
+    aside = next(path for path in numbered if not path.exists())
+    rename(damaged, aside)
+    return aside
 
 
 def remove_folder(path: Path) -> None:

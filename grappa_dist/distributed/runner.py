@@ -213,6 +213,7 @@ class Runner:
                     free = self._replace(r.workers, free)  # all of them: survivors may be blocked in a collective
                     waiting.appendleft(r.job)
                 else:
+                    self._show_notes(r)
                     free += r.workers
                     yield r.job.name, outcome if r.job.ranks else outcome[0]
             if running and time.monotonic() - shown > STATUS_S:
@@ -301,6 +302,11 @@ class Runner:
                 f"{job.name} cannot begin: {tries.dead_starts} times in a row a worker had died before it was given "
                 f"anything to do, last with: {reason}"
             ) from error
+
+    def _show_notes(self, finished: _Running) -> None:
+        """Shows what a job that has ended had to say, as it may have ended before anybody asked."""
+        notes = {name: status.get("notes") for name, status in self._statuses([finished]).items()}
+        self.on_status({name: {"notes": texts} for name, texts in notes.items() if texts})
 
     def _statuses(self, running: Sequence[_Running]) -> dict[str, Any]:
         import ray

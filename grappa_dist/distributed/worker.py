@@ -41,6 +41,7 @@ class RankContext:
     device: torch.device
     report: Callable[[dict[str, Any]], None]  # progress; the driver shows the latest status of rank 0
     stop_requested: Callable[[], bool]  # whether to save and return
+    note: Callable[[str], None] = lambda text: None  # what the run is to say; the driver shows each of rank 0's once
 
     def of_rank_0(self, flag: bool) -> bool:
         """Rank 0's flag, on all ranks: for what lies on storage, which other nodes may see some time later."""
@@ -53,6 +54,7 @@ class Worker:
     def __init__(self, threads: int, gpus: float) -> None:
         self._threads, self._gpus = threads, gpus
         self._status: dict[str, Any] = {}
+        self._notes: list[str] = []  # of the running function
         self._stop = threading.Event()
         threading.Thread(target=_end_when_cut_off, args=(_head_address(),), daemon=True).start()
 
@@ -87,7 +89,7 @@ class Worker:
         backend = "nccl" if device.type == "cuda" else "gloo"
         try:
             with process_group(rank, size, address, backend=backend, timeout_s=timeout_s) as comm:
-                context = RankContext(comm, device, self._set_status, self._stop.is_set)
+                context = RankContext(comm, device, self._set_status, self._stop.is_set, self._notes.append)
                 try:
                     return function(context, job)
                 except Stopped:
@@ -96,8 +98,8 @@ class Worker:
             release_memory()
 
     def status(self) -> dict[str, Any]:
-        """What the running function reported last."""
-        return self._status
+        """What the running function reported last, and its notes."""
+        return self._status | ({"notes": list(self._notes)} if self._notes else {})
 
     def stop(self) -> None:
         self._stop.set()
@@ -110,7 +112,7 @@ class Worker:
         self._status = status
 
     def _prepare(self) -> None:
-        self._status = {}
+        self._status, self._notes = {}, []
         torch.set_num_threads(self._threads)  # holds for the calling thread, so it is set at each call
         import faiss
 

@@ -36,11 +36,10 @@ from grappa_dist.artifacts import (
 from grappa_dist.config import ClusteringConfig
 from grappa_dist.console import pluralize
 from grappa_dist.data.shards import ImageShards
-from grappa_dist.distributed.collectives import raise_together
 from grappa_dist.distributed.runner import Job
 from grappa_dist.distributed.sharded_rows import Rows, ShardedRows, join_rows
 from grappa_dist.distributed.worker import RankContext
-from grappa_dist.files import open_tensors, read_json, replace, save_array, write_json
+from grappa_dist.files import open_tensors, read_json, rename, replace, save_array, set_aside, write_json
 from grappa_dist.kmeans.lloyd import KMeansState
 from grappa_dist.kmeans.methods import (
     FLAT,
@@ -60,6 +59,8 @@ from grappa_dist.stages.run import Run
 
 STATS_FILE = "stats.json"
 CHECKPOINT_FILE = "progress.safetensors"
+PREVIOUS_FILE = "previous.safetensors"  # the checkpoint before it
+_JOB, _DIGEST = "job", "digest"  # in the metadata of a checkpoint, beside its parts; earlier versions wrote neither
 SEEDING_SAVE_S = 30.0  # between two saves during an initialisation, whose rounds may be many and short
 LEAST_AGREEMENT = 0.95  # of labels found through lists with the exact ones; below, a warning
 LADDER_SETS = 8
@@ -220,7 +221,8 @@ def _commit(context: RankContext, job: LabelJob, k: int, labels: Mapping[int, np
     if comm.rank == 0:
         save_array(folder / CENTROIDS_FILE, found.result.centroids)
         write_stats(folder, k, found, job.choice(k))
-        (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
+        for name in (CHECKPOINT_FILE, PREVIOUS_FILE):
+            (folder / name).unlink(missing_ok=True)
         artifact.commit(expected=[rows_file(shard) for shard in range(len(job.shard_names))])
     comm.barrier()
 
@@ -230,11 +232,7 @@ def _task(context: RankContext, job: LabelJob, sharded: ShardedRows, k: int) -> 
     artifact, name = job.labels[k], f"K={k} ({list(job.labels).index(k) + 1}/{len(job.labels)})"
     context.report({"phase": f"{name} initialisation"})
     path = artifact.begin() / CHECKPOINT_FILE
-    checkpoint, problem = load_checkpoint(path)
-    raise_together(context.comm, problem)
-    seen = {int(n) for n in sharded.gather(torch.tensor([checkpoint_digest(checkpoint)]))}
-    if len(seen) > 1:
-        raise RuntimeError(f"{path}: ranks read different contents")
+    checkpoint = newest_checkpoint(context, path)
 
     def report_seeding(part: str, found: int, wanted: int) -> None:
         context.report({"phase": f"{name} {part}seeding {found:,} of {wanted:,}"})
@@ -298,9 +296,12 @@ def checkpoint_saver(path: Path, rank: int) -> Callable[[Checkpoint], None]:
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Writes the k-means checkpoint: a tensor for each part, and its numbers in the metadata."""
+    """Writes the k-means checkpoint: a tensor for each part, and its numbers in the metadata; keeps the one before."""
     tensors = {part: _tensor(state) for part, state in checkpoint.items()}
     figures = {part: json.dumps(_figures(state)) for part, state in checkpoint.items()}
+    figures |= {_JOB: path.parent.name, _DIGEST: str(checkpoint_digest(checkpoint))}
+    if path.exists():
+        rename(path, path.with_name(PREVIOUS_FILE))
     replace(path, lambda temporary: save_file(tensors, temporary, figures))
 
 
@@ -322,6 +323,32 @@ def _figures(state: KMeansState) -> list[Any]:
     return [state.inertia, state.repaired, *([state.seeded.drawn] if state.seeded else [])]
 
 
+def newest_checkpoint(context: RankContext, path: Path) -> Checkpoint:
+    """The newest k-means checkpoint that no rank finds damaged, the same on all ranks; {} without one.
+
+    The damaged ones are set aside.
+
+    Raises:
+        RuntimeError: ranks read different contents.
+    """
+    comm = context.comm
+    for file in (path, path.with_name(PREVIOUS_FILE)):
+        checkpoint, problem = load_checkpoint(file)
+        found = torch.tensor([bool(problem), checkpoint_digest(checkpoint)], device=context.device)
+        damaged, digests = torch.stack(comm.gather(found)).T.tolist()
+        if any(damaged):
+            if comm.rank == 0:
+                aside = set_aside(file)
+                what = problem or f"damaged as rank {damaged.index(1)} reads it"
+                context.note(f"k-means checkpoint {file} is not used: {what}; set aside as {aside.name}")
+            comm.barrier()
+        elif len(set(digests)) > 1:
+            raise RuntimeError(f"{file}: ranks read different contents")
+        elif checkpoint:
+            return checkpoint
+    return {}
+
+
 def load_checkpoint(path: Path) -> tuple[Checkpoint, str]:
     """The saved checkpoint, {} without a file, and what is wrong with the file, "" when nothing is."""
     if not path.exists():
@@ -329,12 +356,18 @@ def load_checkpoint(path: Path) -> tuple[Checkpoint, str]:
     checkpoint = dict[str, KMeansState]()
     try:
         with open_tensors(path, lambda: safe_open(path, "np")) as file:
-            for part, text in file.metadata().items():
+            figures = dict(file.metadata())
+            job, digest = figures.pop(_JOB, path.parent.name), figures.pop(_DIGEST, None)
+            for part, text in figures.items():
                 checkpoint[part] = _state(file.get_tensor(part), *json.loads(text))
                 if problem := checkpoint[part].problem():
-                    return {}, f"{path} is damaged ({part}: {problem}); delete it to begin this K again"
+                    return {}, f"{part}: {problem}"
     except (SafetensorError, ValueError, TypeError, AttributeError) as error:  # or what another program has written
-        return {}, f"{path} is damaged ({error}); delete it to begin this K again"
+        return {}, str(error)
+    if job != path.parent.name:
+        return {}, f"it was written for {job}"
+    if digest is not None and digest != str(checkpoint_digest(checkpoint)):
+        return {}, "its content does not have the checksum in it"
     return checkpoint, ""
 
 

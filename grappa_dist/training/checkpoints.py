@@ -3,6 +3,9 @@
     checkpoints/step-000000050/
       engine.safetensors              what every rank has alike, and the list of the other files, written by rank 0
       <name>.<first>-<end>.safetensors    rows of what is spread over the ranks, written by the rank that holds them
+      checksums.json                  of all of these files, written last
+
+The newest whole checkpoint is loaded; damaged ones are renamed to `.damaged-step-...` and named in the job's log.
 
 Shapes: the first dimension of a shard's tensors is its rows.
 """
@@ -13,18 +16,30 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from grappa_dist.distributed.worker import RankContext
-from grappa_dist.files import make_folder, rename, save_tensors, sync
+from grappa_dist.files import (
+    make_folder,
+    open_tensors,
+    read_json,
+    rename,
+    save_tensors,
+    set_aside,
+    sync,
+    write_json,
+    xxh3_of,
+)
 from grappa_dist.training.deepspeed_engine import State
 
 KEEP_CHECKPOINTS = 2
 ENGINE_FILE = "engine.safetensors"
+SUMS_FILE = "checksums.json"  # {"job": its folder, "files": {name: xxh3}}; checkpoints of earlier versions have none
 _FILE_BYTES = 256 * 2**20  # of rows: serialising makes a copy of a file's tensors
 
 
@@ -59,22 +74,19 @@ def save_checkpoint(
     The checkpoint appears when all ranks have written their part; the oldest is then removed.
     """
     done = folder / "checkpoints" / f"step-{step:09d}"
-    partial = done.with_name(f".{done.name}.partial")
-    files = _files_of_all(context, shards or {})
+    unfinished = done.with_name(f".{done.name}.partial")
     if context.comm.rank == 0:
         for left in done.parent.glob(".step-*"):  # by killed attempts; no rank writes before the barrier below
             shutil.rmtree(left, ignore_errors=True)
-        make_folder(partial)
-        _write(partial / ENGINE_FILE, _replicated(module, state), {"step": str(step), "files": json.dumps(files)})
+        make_folder(unfinished)
     context.comm.barrier()
-    for name, shard in (shards or {}).items():
-        for first, end in shard.ranges():
-            rows = {key: t[first - shard.first : end - shard.first].cpu() for key, t in shard.tensors.items()}
-            _write(partial / _file_name(name, first, end), rows, {})
-    context.comm.barrier()
+    sums = _write_rows(context, unfinished, shards or {})
     if context.comm.rank == 0:
-        sync(partial)
-        rename(partial, done)
+        metadata = {"step": str(step), "files": json.dumps(list(sums))}
+        sums[ENGINE_FILE] = _write(unfinished / ENGINE_FILE, _replicated(module, state), metadata)
+        write_json(unfinished / SUMS_FILE, {"job": folder.name, "files": sums})
+        sync(unfinished)
+        rename(unfinished, done)
         sync(done.parent)
         for old in _checkpoints(folder)[:-KEEP_CHECKPOINTS]:
             shutil.rmtree(old.rename(old.with_name(f".{old.name}.old")))  # a partly removed one never has that name
@@ -82,45 +94,108 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, shards: Mapping[str, RowShard] | None = None
+    context: RankContext,
+    folder: Path,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    shards: Mapping[str, RowShard] | None = None,
 ) -> int:
-    """Loads the newest checkpoint, if any, into module, optimizer and shards; returns its number of finished steps.
+    """Loads the newest whole checkpoint, if any, into module, optimizer and shards; returns its number of finished
+    steps, 0 without one. All ranks call it together and load the same.
 
     Raises:
-        ValueError: the checkpoint is of another version, or some of its rows are missing.
+        RuntimeError: ranks see checkpoints of different steps.
     """
-    found = _checkpoints(folder)
-    if not found:
+    found = _newest_whole(context, folder)
+    if found is None:
         return 0
-    with safe_open(found[-1] / ENGINE_FILE, framework="pt") as file, torch.no_grad():
+    path = found / ENGINE_FILE
+    with open_tensors(path, lambda: safe_open(path, framework="pt")) as file, torch.no_grad():
         on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
         saved = sorted(file.keys())  # one order on all ranks: gathering a state sums it entry by entry
         for name, p in _trainable(module).items():
             p.copy_(file.get_tensor(name))
             state = {key.split("|")[1]: file.get_tensor(key) for key in saved if key.startswith(f"{name}|")}
             optimizer.state[p] = {k: v.to(p.device) if v.ndim or on_device else v for k, v in state.items()}
-        metadata = file.metadata() or {}
-    if not {"step", "files"} <= metadata.keys():
-        raise ValueError(f"{found[-1]} was not written by this version of grappa_dist; remove it to train anew")
-    step, files = int(metadata["step"]), json.loads(metadata["files"])
+        metadata = file.metadata()
     for name, shard in (shards or {}).items():
-        _load_rows(found[-1], [file for file in files if file.startswith(f"{name}.")], name, shard)
-    return step
+        files = [file for file in json.loads(metadata["files"]) if file.startswith(f"{name}.")]
+        _load_rows(found, files, name, shard)
+    return int(metadata["step"])
 
 
 def oldest_step(folder: Path) -> int:
     """The step of the oldest checkpoint that is kept, from which a restart may go on; 0 where there is none."""
-    return min((int(path.name.removeprefix("step-")) for path in _checkpoints(folder)), default=0)
+    return min(map(step_of, _checkpoints(folder)), default=0)
 
 
-def _files_of_all(context: RankContext, shards: Mapping[str, RowShard]) -> list[str]:
-    """The names of all ranks' files, without any that a late rank of an earlier attempt may add."""
-    files = list[str]()
+def step_of(checkpoint: Path) -> int:
+    """Finished steps of a checkpoint, by its name."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def _newest_whole(context: RankContext, folder: Path) -> Path | None:
+    """The newest checkpoint that no rank finds damaged; the damaged ones are set aside."""
+    comm, damaged = context.comm, set[str]()
+    while True:
+        found = [path for path in _checkpoints(folder) if path.name not in damaged]
+        newest = found[-1] if found else None
+        step = -1 if newest is None else step_of(newest)
+        steps = {int(s) for s in comm.gather(torch.tensor([step], device=context.device))}
+        if len(steps) > 1:  # a file system that shows files late; another attempt will see them
+            raise RuntimeError(f"{folder}: ranks found checkpoints of different steps, {sorted(steps)}")
+        if newest is None:
+            return None
+        problem = _problem(newest, comm.rank, comm.size)
+        whose = [bool(flag) for flag in comm.gather(torch.tensor([bool(problem)], device=context.device))]
+        if not any(whose):
+            return newest
+        damaged.add(newest.name)
+        if comm.rank == 0:
+            aside = set_aside(newest)
+            what = problem or f"damaged as rank {whose.index(True)} reads it"
+            context.note(f"checkpoint {newest} is not used: {what}; set aside as {aside.name}")
+        comm.barrier()
+
+
+def _problem(checkpoint: Path, rank: int, size: int) -> str:
+    """What is wrong with a checkpoint, "" if nothing is: every rank reads what all load, and a part of the rows."""
+    try:
+        known = read_json(checkpoint / SUMS_FILE) if (checkpoint / SUMS_FILE).exists() else None
+        if known and known["job"] != checkpoint.parent.parent.name:
+            return f"it was written for {known['job']}"
+        path = checkpoint / ENGINE_FILE
+        with open_tensors(path, partial(safe_open, path, framework="pt")) as file:
+            metadata = file.metadata() or {}
+        if not {"step", "files"} <= metadata.keys():
+            return f"{ENGINE_FILE} was not written by this version of grappa_dist"
+        if int(metadata["step"]) != step_of(checkpoint):
+            return f"{ENGINE_FILE} is of step {metadata['step']}"
+        for name in (ENGINE_FILE, *json.loads(metadata["files"])[rank::size]):
+            open_tensors(checkpoint / name, partial(safe_open, checkpoint / name, framework="pt"))
+            if known and (found := xxh3_of(checkpoint / name)) != known["files"][name]:
+                return f"{name} has the checksum {found}, {SUMS_FILE} says {known['files'][name]}"
+    except (FileNotFoundError, NotADirectoryError) as error:
+        return f"a file is missing: {error}"
+    except (SafetensorError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def _write_rows(context: RankContext, folder: Path, shards: Mapping[str, RowShard]) -> dict[str, str]:
+    """Writes this rank's files of rows; the checksums of all ranks' files by name, once all have written theirs."""
+    sums = dict[str, str]()
     for name, shard in shards.items():
-        own = torch.tensor(list(shard.ranges()), dtype=torch.int64, device=context.device).reshape(-1, 2)
-        ranges = torch.cat(context.comm.gather(own)).tolist()
-        files += [_file_name(name, first, end) for first, end in ranges]
-    return files
+        own = []
+        for first, end in shard.ranges():
+            rows = {key: t[first - shard.first : end - shard.first].cpu() for key, t in shard.tensors.items()}
+            found = _write(folder / _file_name(name, first, end), rows, {})
+            own.append([first, end, *(int(found[i : i + 8], 16) for i in (0, 8))])  # halves: int64 has a sign
+        table = torch.tensor(own, dtype=torch.int64, device=context.device).reshape(-1, 4)
+        for first, end, high, low in torch.cat(context.comm.gather(table)).tolist():
+            sums[_file_name(name, first, end)] = f"{high:08x}{low:08x}"
+    context.comm.barrier()
+    return sums
 
 
 def _file_name(shard: str, first: int, end: int) -> str:
@@ -140,7 +215,7 @@ def _load_rows(checkpoint: Path, files: Sequence[str], name: str, shard: RowShar
         low, high = max(first, reached), min(end, shard.end)
         if low != reached or low >= high or not path.exists():
             continue
-        with safe_open(path, framework="pt") as file:
+        with open_tensors(path, partial(safe_open, path, framework="pt")) as file:
             for key, tensor in shard.tensors.items():
                 tensor[low - shard.first : high - shard.first] = file.get_slice(key)[low - first : high - first]
         reached = high
@@ -155,8 +230,10 @@ def _replicated(module: nn.Module, state: State) -> dict[str, Tensor]:
     return tensors
 
 
-def _write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+def _write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> str:
+    """Writes a file; its checksum, of the bytes as they can be read again."""
     save_tensors(path, tensors, metadata)
+    return xxh3_of(path)
 
 
 def _checkpoints(folder: Path) -> list[Path]:

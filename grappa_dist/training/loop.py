@@ -114,7 +114,7 @@ def train(
     the loss is. An ArithmeticError names the step, and its images, where a figure is not finite.
     """
     shards = {name: module.shard() for name, module in sharded.items()}
-    start = _same_on_all_ranks(context, load_checkpoint(folder, objective.module, optimizer, shards), job)
+    start = load_checkpoint(context, folder, objective.module, optimizer, shards)
     engine = Engine(objective.module, optimizer, context.comm, context.device, zero_stage=zero_stage)
     with ExitStack() as stack:
         stack.callback(engine.close)
@@ -135,13 +135,6 @@ def train(
                 if stop:
                     return False
         return True
-
-
-def _same_on_all_ranks(context: RankContext, start: int, job: str) -> int:
-    starts = {int(s) for s in context.comm.gather(torch.tensor([start], device=context.device))}
-    if len(starts) > 1:  # a file system that shows files late; another attempt will see them
-        raise RuntimeError(f"{job}: ranks found checkpoints of different steps, {sorted(starts)}")
-    return start
 
 
 def _reduce(context: RankContext, sums: dict[str, float]) -> tuple[dict[str, float], bool]:

@@ -15,6 +15,7 @@ from grappa_dist.distributed.collectives import Comm
 from grappa_dist.distributed.worker import RankContext
 from grappa_dist.models.spec import ADAPTORS_FILE
 from grappa_dist.stages.adapt_job import train_adaptors
+from grappa_dist.stages.multi_set_jobs import job_folder
 from tests.processes import run_ranks
 from tests.stages import tiny
 from tests.stages.multi_set import job_in
@@ -53,6 +54,28 @@ def weights(folder: Path, out: str) -> list[bytes]:
 
 def test_a_job_killed_at_a_random_step_ends_with_the_same_bytes(tmp_path: Path) -> None:
     ends_with_the_same_bytes(tmp_path, range(2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "then"), [(2, 2), (2, 1), (1, 2)])
+def test_a_killed_job_whose_newest_checkpoint_is_cut_ends_as_if_it_had_only_the_one_before(
+    tmp_path: Path, ranks: int, then: int
+) -> None:
+    tiny.write_shards(tmp_path / "images")
+    killed_after = {"without": CHECKPOINT_STEPS + 1, "cut": 2 * CHECKPOINT_STEPS + 1}
+    for out, steps in killed_after.items():
+        with pytest.raises(RuntimeError, match="died without an error message"):
+            run_ranks(train_until, ranks, tmp_path, out, steps)
+        newest = max(job_folder(job_in(tmp_path, out, KS, **SETTINGS).sets).glob("checkpoints/step-*"))
+        assert int(newest.name.removeprefix("step-")) == steps - 1
+        if out == "cut":
+            for file in newest.glob("*.safetensors"):
+                os.truncate(file, file.stat().st_size // 2)
+        run_ranks(train_until, then, tmp_path, out, None)
+    assert weights(tmp_path, "cut") == weights(tmp_path, "without")
+    if ranks == then:  # sums over other ranks end with other bits
+        run_ranks(train_until, then, tmp_path, "straight", None)
+        assert weights(tmp_path, "cut") == weights(tmp_path, "straight")
 
 
 @pytest.mark.long

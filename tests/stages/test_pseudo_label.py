@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from grappa_dist.kmeans.methods import choose
 from grappa_dist.report.content import Clustering
 from grappa_dist.stages.pseudo_label import (
     CHECKPOINT_FILE,
+    PREVIOUS_FILE,
     LabelJob,
     check_good_rows,
     describe_choices,
@@ -271,21 +273,45 @@ def test_killed_ranks_and_other_ranks_that_go_on_change_no_byte(tmp_path: Path, 
         assert all(found[name] == expected[name] for name in found if name != "stats.json")
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
-    job = label_job(tmp_path, Store(tmp_path / "run"))
-    (job.labels[12].begin() / CHECKPOINT_FILE).write_bytes(b"half")
-    with pytest.raises(ValueError, match=rf"{CHECKPOINT_FILE} is damaged .*; delete it"):
-        label_ranks(context(None, []), job)
+@pytest.mark.usefixtures("every_round_saved")
+@pytest.mark.parametrize("damage", ["cut", "zeros", "a bit", "of another K", "older", "all"])
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_ends_with_the_same_files(
+    tmp_path: Path, damage: str
+) -> None:
+    whole, stopped = (label_job(tmp_path, Store(tmp_path / name)) for name in ("whole", "stopped"))
+    label_ranks(context(None, []), whole)
+    with pytest.raises(Stopped):
+        label_ranks(context(14, []), stopped)
+    newest, before = (stopped.labels[12].begin() / name for name in (CHECKPOINT_FILE, PREVIOUS_FILE))
+    content = newest.read_bytes()
+    if damage == "of another K":
+        save_checkpoint(tmp_path / "k=13.partial" / newest.name, load_checkpoint(newest)[0])
+        newest.write_bytes((tmp_path / "k=13.partial" / newest.name).read_bytes())
+    else:
+        flipped = content[:-20] + bytes([content[-20] ^ 1]) + content[-19:]
+        newest.write_bytes({"cut": content[:-9], "zeros": bytes(len(content)), "a bit": flipped}.get(damage, content))
+    if damage in ("older", "all"):
+        before.write_bytes(b"half")
+    if damage == "all":
+        newest.write_bytes(b"")
+    notes, reported = list[str](), list[str]()
+    label_ranks(replace(context(None, reported), note=notes.append), stopped)
+    named = {"older": [], "all": [newest, before]}.get(damage, [newest])
+    assert [note.partition(" is not used: ")[0] for note in notes] == [f"k-means checkpoint {path}" for path in named]
+    assert all(f"set aside as .damaged-{path.name}-1" in note for note, path in zip(notes, named, strict=True))
+    assert any("seeding" in phase for phase in reported) == (damage == "all")
+    found, expected = files_of(stopped.labels[12]), files_of(whole.labels[12])
+    assert set(found) == set(expected)
+    assert all(found[name] == expected[name] for name in found if name != "stats.json")
 
 
 @pytest.mark.parametrize(("value", "fault"), [(np.nan, "is not finite"), (0.1, "is off the grid")])
-def test_a_checkpoint_with_numbers_that_no_update_makes_is_named(tmp_path: Path, value: float, fault: str) -> None:
-    job = label_job(tmp_path, Store(tmp_path / "run"))
+def test_a_checkpoint_with_numbers_that_no_update_makes_is_damaged(tmp_path: Path, value: float, fault: str) -> None:
     centroids = np.full((12, 8), 0.25, np.float32)
     centroids[3, 1] = value
-    save_checkpoint(job.labels[12].begin() / CHECKPOINT_FILE, {"0/fit": KMeansState(centroids, (7,))})
-    with pytest.raises(ValueError, match=rf"{CHECKPOINT_FILE} is damaged \(0/fit: centroid 3 {fault}.*; delete it"):
-        label_ranks(context(None, []), job)
+    save_checkpoint(tmp_path / CHECKPOINT_FILE, {"0/fit": KMeansState(centroids, (7,))})
+    found, problem = load_checkpoint(tmp_path / CHECKPOINT_FILE)
+    assert (found, problem.startswith(f"0/fit: centroid 3 {fault}")) == ({}, True)
 
 
 def name_of(tmp_path: Path, num_rows: int = 300, **settings: Any) -> str:

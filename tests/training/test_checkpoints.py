@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import shutil
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -52,11 +54,27 @@ def save(folder: Path, step: int, parts: list[tuple[int, int]]) -> None:
         list(ranks.map(one, [Played(rank, len(parts), meeting, given) for rank in range(len(parts))]))
 
 
-def load(folder: Path, first: int, end: int) -> tuple[int, dict[str, Tensor]]:
-    tensors = {"rows": torch.full((end - first, 4), torch.nan), "steps": torch.zeros(end - first, dtype=torch.int32)}
-    module = nn.Linear(2, 1)
-    optimizer = torch.optim.Adam(module.parameters())
-    return load_checkpoint(folder, module, optimizer, {"classifier": RowShard(first, tensors)}), tensors
+def load(folder: Path, first: int, end: int, notes: list[str] | None = None) -> tuple[int, dict[str, Tensor]]:
+    ((step, tensors),) = load_together(folder, [(first, end)], notes)
+    return step, tensors
+
+
+def load_together(
+    folder: Path, parts: list[tuple[int, int]], notes: list[str] | None = None
+) -> list[tuple[int, dict[str, Tensor]]]:
+    """What ranks with these row ranges load, and in `notes` what they note."""
+
+    def one(comm: Comm) -> tuple[int, dict[str, Tensor]]:
+        a, b = parts[comm.rank]
+        tensors = {"rows": torch.full((b - a, 4), torch.nan), "steps": torch.zeros(b - a, dtype=torch.int32)}
+        module = nn.Linear(2, 1)
+        optimizer = torch.optim.Adam(module.parameters())
+        context = replace(Watcher().context(comm), note=([] if notes is None else notes).append)
+        return load_checkpoint(context, folder, module, optimizer, {"classifier": RowShard(a, tensors)}), tensors
+
+    meeting, given = threading.Barrier(len(parts)), dict[int, Tensor]()
+    with ThreadPoolExecutor(len(parts)) as ranks:
+        return list(ranks.map(one, [Played(rank, len(parts), meeting, given) for rank in range(len(parts))]))
 
 
 @pytest.mark.parametrize(
@@ -83,7 +101,7 @@ def test_what_a_killed_attempt_left_is_neither_loaded_nor_taken_over(tmp_path: P
     assert load(tmp_path, 0, 23)[0] == 5
     save(tmp_path, 6, [(0, 23)])
     assert load(tmp_path, 0, 23)[0] == 6
-    assert len(list((tmp_path / "checkpoints" / "step-000000006").iterdir())) == 2  # rows and engine
+    assert len(list((tmp_path / "checkpoints" / "step-000000006").iterdir())) == 3  # rows, engine, checksums
     assert not partial.exists()
 
 
@@ -93,10 +111,11 @@ def test_a_checkpoint_under_its_name_is_whole(tmp_path: Path, monkeypatch: pytes
 
     written = list[str]()
 
-    def fails(path: Path, *args: object) -> None:
+    def fails(path: Path, *args: object) -> str:
         written.append(path.name)
         if len(written) == 2:
             raise Power
+        return "0" * 16
 
     monkeypatch.setattr(checkpoints, "_write", fails)
     with pytest.raises(Power):
@@ -105,12 +124,81 @@ def test_a_checkpoint_under_its_name_is_whole(tmp_path: Path, monkeypatch: pytes
     assert load(tmp_path, 0, 23)[0] == 0
 
 
-def test_a_checkpoint_of_another_version_is_refused_by_name(tmp_path: Path) -> None:
-    save(tmp_path, 5, [(0, 23)])
-    file = tmp_path / "checkpoints" / "step-000000005" / checkpoints.ENGINE_FILE
-    save_file(load_file(file), file, metadata={"step": "5"})
-    with pytest.raises(ValueError, match=r"step-000000005 was not written by this version.*remove it"):
-        load(tmp_path, 0, 23)
+def flip(path: Path, at: float = 0.5) -> None:
+    content = bytearray(path.read_bytes())
+    content[int(at * len(content))] ^= 16
+    path.write_bytes(content)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def zero(path: Path) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def of_another_version(path: Path) -> None:
+    save_file(load_file(path), path, metadata={"step": "6"})
+
+
+ENGINE = "step-000000006/engine.safetensors"
+ROWS = "step-000000006/classifier.000000000011-000000000023.safetensors"
+SUMS = "step-000000006/checksums.json"
+DAMAGES: list[tuple[str, Callable[[Path], object]]] = [
+    *((name, damage) for name in (ENGINE, ROWS, SUMS) for damage in (flip, cut, zero)),
+    *((name, Path.unlink) for name in (ENGINE, ROWS)),
+    (ENGINE, of_another_version),
+    ("step-000000006", shutil.rmtree),
+]
+
+
+@pytest.mark.parametrize(("name", "damage"), DAMAGES)
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_damaged_checkpoint_is_set_aside_and_named_and_the_one_before_is_loaded(
+    tmp_path: Path, name: str, damage: Callable[[Path], object], size: int
+) -> None:
+    for step in (5, 6):
+        save(tmp_path, step, [(0, 11), (11, 23)])
+    found, notes = tmp_path / "checkpoints", list[str]()
+    damage(found / name)
+    if not (found / "step-000000006").exists():
+        (found / "step-000000006").mkdir()  # empty
+    parts = [(23 * rank // size, 23 * (rank + 1) // size) for rank in range(size)]
+    for (first, end), (step, tensors) in zip(parts, load_together(tmp_path, parts, notes), strict=True):
+        assert step == 5
+        assert torch.equal(tensors["rows"], ALL_ROWS[first:end])
+    assert sorted(path.name for path in found.iterdir()) == [".damaged-step-000000006-1", "step-000000005"]
+    assert len(notes) == 1
+    assert f"checkpoint {found / 'step-000000006'} is not used: " in notes[0]
+    assert "set aside as .damaged-step-000000006-1" in notes[0]
+    save(tmp_path, 6, [(0, 23)])
+    assert load(tmp_path, 0, 23)[0] == 6
+
+
+def test_without_a_whole_checkpoint_training_begins_anew(tmp_path: Path) -> None:
+    for step in (5, 6):
+        save(tmp_path, step, [(0, 23)])
+        cut(tmp_path / "checkpoints" / f"step-{step:09d}" / checkpoints.ENGINE_FILE)
+    notes = list[str]()
+    assert load(tmp_path, 0, 23, notes)[0] == 0
+    assert len(notes) == 2
+
+
+def test_a_checkpoint_of_another_job_is_not_loaded(tmp_path: Path) -> None:
+    save(tmp_path / "k=8", 5, [(0, 23)])
+    shutil.copytree(tmp_path / "k=8", tmp_path / "k=24")
+    notes = list[str]()
+    assert load(tmp_path / "k=24", 0, 23, notes)[0] == 0
+    assert "it was written for k=8" in notes[0]
+
+
+def test_a_checkpoint_of_an_earlier_version_that_had_no_checksums_is_loaded(tmp_path: Path) -> None:
+    save(tmp_path, 5, [(0, 11), (11, 23)])
+    (tmp_path / "checkpoints" / "step-000000005" / checkpoints.SUMS_FILE).unlink()
+    step, found = load(tmp_path, 0, 23)
+    assert step == 5
+    assert torch.equal(found["rows"], ALL_ROWS)
 
 
 def test_what_killed_attempts_left_goes_with_the_next_checkpoint(tmp_path: Path) -> None:
@@ -147,7 +235,7 @@ def test_numbers_of_an_optimizer_are_loaded_onto_the_device_that_it_needs(
     other = nn.Linear(2, 1, device="meta")  # stands for a GPU
     restored = torch.optim.Adam(other.parameters())
     restored.param_groups[0] |= {setting: True} if setting else {}
-    load_checkpoint(tmp_path, other, restored)
+    load_checkpoint(Watcher().context(Comm()), tmp_path, other, restored)
     for known in restored.state.values():
         assert known["step"].device.type == device
         assert known["exp_avg"].device.type == "meta"
