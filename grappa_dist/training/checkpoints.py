@@ -190,7 +190,7 @@ def _write_rows(context: RankContext, folder: Path, shards: Mapping[str, RowShar
         for first, end in shard.ranges():
             rows = {key: t[first - shard.first : end - shard.first].cpu() for key, t in shard.tensors.items()}
             found = _write(folder / _file_name(name, first, end), rows, {})
-            own.append([first, end, *(int(found[i : i + 8], 16) for i in (0, 8))])  # halves: int64 has a sign
+            own.append([first, end, *(int(found[i : i + 8], 16) for i in (0, 8))])  # in two parts: int64 has a sign
         table = torch.tensor(own, dtype=torch.int64, device=context.device).reshape(-1, 4)
         for first, end, high, low in torch.cat(context.comm.gather(table)).tolist():
             sums[_file_name(name, first, end)] = f"{high:08x}{low:08x}"
