@@ -32,8 +32,8 @@ from grappa_dist.models.spec import (
     build,
     exported_spec,
     load_grappa,
-    tensors_of,
 )
+from grappa_dist.models.weights import tensors_of
 from grappa_dist.stages.embed import BAD_FILE, ROWS_FILE, embed, features_of
 from grappa_dist.stages.gallery_weights import load_galleries, set_weights, transitivity
 from grappa_dist.stages.run import Run, running

@@ -7,6 +7,7 @@ what would be made.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from grappa_dist.distributed.ray_cluster import Cluster
 from grappa_dist.export import export_model
 from grappa_dist.layout import lay_out
 from grappa_dist.models.spec import build_backbone, check_ready
+from grappa_dist.models.trial import Verdict, describe_difference, verdict_of
 from grappa_dist.report.collect import describe_bad_images, describe_labels, report
 from grappa_dist.report.content import ScoreRow
 from grappa_dist.stages.adapt import adapt
@@ -63,10 +65,16 @@ def _run(context: Run, until: str | None = None) -> tuple[Path, list[ScoreRow]] 
             generate_data_set(config.data, generated_data_set(store, config.data))
     train, test = open_images(config.data, store, config.resources, log=console.log)
     flow = lay_out(config, store, train, test)
-    context.runner.require(checks_of(config, store, flow))
+    checks = checks_of(config, store, flow)
+    context.runner.require(checks)
     with mirrored(config.mirror, flow, console):
         if flow.needs_backbone(until):
-            check_ready(config.backbone)
+            tried = _tried(config, store)
+            for warning in tried.warnings:
+                console.log(f"warning: {warning}")
+            context.runner.require(
+                replace(checks, backbone=partial(describe_difference, config.backbone, tried.weights))
+            )
         console.log(_describe_run(flow, has_test=config.has_test))
         _log_any(console, describe_unfused(config.fuse, len(flow.labels)))
         for stage in _stages(context, flow):
@@ -157,6 +165,12 @@ def checks_of(config: Config, store: Store, flow: Flow) -> Checks:
     return Checks(store.root.absolute(), partial(read_a_little, ends_of(flow.train, flow.test)), need)
 
 
+def _tried(config: Config, store: Store, *, keep: bool = True) -> Verdict:
+    """The verdict on a backbone that is still needed."""
+    check_ready(config.backbone)
+    return verdict_of(config.backbone, store.root / "index", keep=keep)
+
+
 def check(config: Config, root: Path) -> str:
     """Checks the artefacts of the run, and starts the workers to see whether every node can take part.
 
@@ -177,12 +191,17 @@ def check(config: Config, root: Path) -> str:
         for artifact in made:
             artifact.check()
         finished = not flow.needs_backbone()
+    warnings: tuple[str, ...] = ()
     if not finished:
-        check_ready(config.backbone)
+        tried = _tried(config, store, keep=False)
+        warnings = tuple(f"warning: {warning}\n" for warning in tried.warnings)
+        assert cluster.checks is not None
+        compare = partial(describe_difference, config.backbone, tried.weights)
+        cluster.checks = replace(cluster.checks, backbone=compare)
     try:
         count = len(cluster.workers())
         workers, artefacts = pluralize(count, "worker"), pluralize(len(made), "artefact")
-        return f"{table(cluster.facts.values())}\n{workers} can start; {artefacts} there and whole"
+        return f"{''.join(warnings)}{table(cluster.facts.values())}\n{workers} can start; {artefacts} there and whole"
     finally:
         cluster.close()
 

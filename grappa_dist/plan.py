@@ -40,7 +40,7 @@ CORE_FLOPS = 3.7e10  # rate of a CPU core in the classifier, Adam included; meas
 
 def plan(config: Config, root: Path) -> str:
     """The resolved config and the plan, as text. Writes nothing."""
-    check_name(config.backbone.name)
+    check_name(config.backbone.name, config.backbone.kwargs)
     return f"{config.yaml()}\n{_table(config, root)}"
 
 

@@ -15,7 +15,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import import_module, metadata, util
 from pathlib import Path
@@ -35,6 +35,9 @@ class Checks:
     root: Path  # the run directory
     read_data: Callable[[], None]  # reads a little of the images, or raises the error that prevents it
     worker_bytes: int = 0  # memory that one worker needs at least
+    backbone: Callable[[], str] | None = (
+        None  # why the backbone built here is not the driver's, or ""; None: not needed
+    )
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class Facts:
     data: str = ""  # why the images cannot be read
     gpu: str = ""  # why the GPU that a worker was given cannot be used
     memory_bytes: int = 0  # free for one worker: of its GPU, else its part of the node's memory
+    backbone: str = ""  # why a backbone that is built there is not the driver's
 
 
 def node_name(address: str) -> str:
@@ -179,7 +183,7 @@ def answered(token: Path, node: str, facts: Facts) -> Facts:
     except OSError:
         content = ""
     why = "" if content == token.name else f"the driver does not see what it writes to {token.parent}"
-    return Facts(facts.node, facts.versions, why, facts.data, facts.gpu, facts.memory_bytes)
+    return replace(facts, storage=why)
 
 
 def problems(own_versions: Mapping[str, str], nodes: Sequence[Facts], worker_bytes: int) -> list[str]:
@@ -189,7 +193,7 @@ def problems(own_versions: Mapping[str, str], nodes: Sequence[Facts], worker_byt
         for name, version in facts.versions.items():
             if version != own_versions[name]:
                 where[f"{name} {version}, the driver has {own_versions[name]}"].append(facts.node)
-        for problem in (facts.storage, facts.data, facts.gpu):
+        for problem in (facts.storage, facts.data, facts.gpu, facts.backbone):
             if problem:
                 where[problem].append(facts.node)
         if facts.memory_bytes < worker_bytes and not facts.gpu:

@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from grappa_dist.distributed.worker import Worker
 
 CONNECT_TIMEOUT_S = 5.0
 SURVEY_TIMEOUT_S = 60.0  # a storage that hangs must not hang the run
+BACKBONE_TIMEOUT_S = 600.0  # to import timm and read some gigabytes of weights, on all nodes at once
 START_ATTEMPTS = 3  # Ray may place a worker on a node that has died without Ray having noticed
 SUBMITTED_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by `ray job submit`
 
@@ -257,12 +258,36 @@ class Cluster:
             calls = {n: w.survey.remote(self.checks, token, n, sharing.count(n)) for n, w in new.items()}
             self._await(list(calls.values()), SURVEY_TIMEOUT_S)  # all at once: several may hang
             found = {node: answered(token, node, _facts(node, ref)) for node, ref in calls.items()}
+        found = self._compare_backbones(found, new)
         wrong = {node: problems(versions(), [facts], self.checks.worker_bytes) for node, facts in found.items()}
         self._refused = {*self._refused, *wrong} - {node for node, lines in wrong.items() if not lines}
         self.facts |= {node: facts for node, facts in found.items() if not wrong[node]}
         in_order = sorted(found.values(), key=lambda facts: facts.node)
         lines = problems(versions(), in_order, self.checks.worker_bytes)
         return f"preflight: {'; '.join(lines)}" if lines else ""
+
+    def _compare_backbones(self, found: Mapping[str, Facts], workers: Mapping[str, Any]) -> dict[str, Facts]:
+        """The facts with what came of building the backbone on the nodes that have no problem so far."""
+        assert self.checks is not None
+        sound = [node for node, facts in found.items() if not problems(versions(), [facts], self.checks.worker_bytes)]
+        if self.checks.backbone is None:
+            return dict(found)
+        calls = {node: workers[node].compare_backbone.remote(self.checks) for node in sound}
+        self._await(list(calls.values()), BACKBONE_TIMEOUT_S)
+        whys = {node: _backbone(ref) for node, ref in calls.items()}
+        return {node: replace(facts, backbone=whys.get(node, "")) for node, facts in found.items()}
+
+
+def _backbone(ref: Any) -> str:
+    import ray
+
+    try:
+        why: str = ray.get(ref, timeout=0)
+        return why
+    except ray.exceptions.GetTimeoutError:
+        return f"the backbone is not built within {BACKBONE_TIMEOUT_S:.0f} s; does the storage of its weights hang?"
+    except ray.exceptions.RayError as error:
+        return f"the backbone cannot be built: {str(error).strip().splitlines()[-1]}"
 
 
 def _facts(node: str, ref: Any) -> Facts:

@@ -69,6 +69,11 @@ class Worker:
         name = node_name(_node_address())
         return survey(checks, token, node, name, workers=workers, gpu=bool(self._gpus))
 
+    def compare_backbone(self, checks: Checks) -> str:
+        """Why the backbone that is built here is not the driver's, or ""."""
+        torch.set_num_threads(self._threads)
+        return checks.backbone() if checks.backbone is not None else ""
+
     def free_address(self) -> str:
         """host:port for a process group whose rank 0 is here."""
         host = _node_address()

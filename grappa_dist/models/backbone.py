@@ -5,27 +5,33 @@ Shapes: B images, S pixels a side, T tokens, D channels.
 
 from __future__ import annotations
 
+import ast
 import copy
-import importlib
-import pickle
+import importlib.util
+import inspect
+import traceback
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import lru_cache
+from itertools import chain
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from grappa_dist._compat import declare_torchvision_ops
 from grappa_dist.data.transforms import Preprocess
+from grappa_dist.models.weights import load_own, timm_from_file
 
-# What loading a file of something else, or of another model's weights, raises
-_MISFITS = (RuntimeError, LookupError, EOFError, TypeError, AttributeError, pickle.UnpicklingError, SafetensorError)
+# Arguments of timm.create_model that a run sets itself, or that would read files which a model names
+_SET_HERE = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "num_classes"}
 _LARGEST_PATCH = 64  # pixels at the lower edge that are tried before they count as seen
+Patches = Callable[[Tensor], Any]  # images to tokens
 _TRIAL_SCALE = 0.1  # of the weights that a model on "meta" is tried with
 
 
@@ -47,12 +53,7 @@ class Backbone(nn.Module):
 
     def __init__(self, model: nn.Module, preprocess: Preprocess) -> None:
         super().__init__()
-        missing = [name for name in ("patch_embed", "blocks", "norm", "embed_dim") if not hasattr(model, name)]
-        if missing:
-            raise ValueError(
-                f"backbone.name: {type(model).__name__} has no {', '.join(missing)}; "
-                "it needs patch_embed, blocks, norm, embed_dim"
-            )
+        _check_parts(model)
         for parameter in model.parameters():
             parameter.data = parameter.data.contiguous()  # the engine broadcasts bytes and refuses strides
         self.model = model.requires_grad_(False).eval()
@@ -66,6 +67,11 @@ class Backbone(nn.Module):
         """The transformer blocks, a ModuleList or Sequential that can be assigned to."""
         return self.model.blocks
 
+    @property
+    def is_timms(self) -> bool:
+        """Whether it has the two methods of timm's models, which add registers, poolings and norms."""
+        return hasattr(self.model, "forward_features") and hasattr(self.model, "forward_head")
+
     def train(self, mode: bool = True) -> Backbone:
         """Stays in eval mode: the method has no dropout or batch statistics in the frozen model."""
         return super().train(False)
@@ -73,12 +79,31 @@ class Backbone(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         x = (images - self.mean) / self.std
         model: Any = self.model
-        if hasattr(model, "forward_features") and hasattr(model, "forward_head"):  # timm: registers, poolings, norms
+        if self.is_timms:
             return model.forward_head(model.forward_features(x), pre_logits=True)
         tokens = model.patch_embed(x)
         for block in model.blocks:
             tokens = block(tokens)
         return model.norm(tokens)[:, 0]
+
+
+def _check_parts(model: nn.Module) -> None:
+    """Raises ValueError for a module without the parts of a ViT that adaptors are put into."""
+    parts: Any = model
+    what = f"backbone.name: {type(model).__name__}"
+    missing = [name for name in ("patch_embed", "blocks", "norm", "embed_dim") if not hasattr(model, name)]
+    if missing:
+        raise ValueError(f"{what} has no {', '.join(missing)}; it needs patch_embed, blocks, norm, embed_dim")
+    for name in ("patch_embed", "norm"):
+        if not callable(getattr(model, name)) or isinstance(getattr(model, name), nn.ModuleList):
+            raise ValueError(f"{what}.{name} is a {type(getattr(model, name)).__name__}, expected one module to call")
+    if not isinstance(parts.blocks, nn.ModuleList | nn.Sequential) or not len(parts.blocks):
+        of = "an empty " * (isinstance(parts.blocks, nn.Module) and not len(list(parts.blocks.children()))) or "a "
+        raise ValueError(
+            f"{what}.blocks is {of}{type(parts.blocks).__name__}, expected a ModuleList or Sequential of the blocks"
+        )
+    if not isinstance(parts.embed_dim, int) or isinstance(parts.embed_dim, bool) or parts.embed_dim < 1:
+        raise ValueError(f"{what}.embed_dim is {parts.embed_dim!r}, expected the number of channels, an int")
 
 
 def create_backbone(
@@ -105,7 +130,7 @@ def create_backbone(
     if source != "timm":
         model = _call(source, function, kwargs)
         if checkpoint and pretrained:
-            _load(model, checkpoint)
+            load_own(model, checkpoint)
         return Backbone(model, replace(_default_preprocess(model), **overrides))
     size = {"img_size": overrides["image_size"]} if "image_size" in overrides else {}
     model = _timm(function, {**size, **kwargs}, checkpoint if pretrained else None, pretrained)
@@ -131,97 +156,154 @@ def _default_preprocess(model: nn.Module) -> Preprocess:
 
 
 def _call(module: str, function: str, kwargs: Mapping[str, Any]) -> nn.Module:
+    """What a user's function returns, in float32 on the CPU."""
+    name = f"backbone.name={module}:{function}"
     try:
-        create = getattr(importlib.import_module(module), function)
-    except ModuleNotFoundError as error:
-        raise ValueError(f"backbone.name={module}:{function}: {error}; is its folder on PYTHONPATH?") from error
+        create = getattr(_import(name, module), function)
     except AttributeError as error:
-        raise ValueError(f"backbone.name={module}:{function}: the module has no {function!r}") from error
+        raise ValueError(f"{name}: the module has no {function!r}") from error
+    if not callable(create):
+        raise ValueError(f"{name}: {function!r} is a {type(create).__name__}, expected a function")
     try:
-        return create(**kwargs)
+        signature = inspect.signature(create)
+    except ValueError:  # a function of C
+        signature = inspect.signature(lambda **_: None)
+    try:
+        signature.bind(**kwargs)
     except TypeError as error:
-        raise ValueError(f"backbone.kwargs={dict(kwargs)}: {error}") from error
-
-
-def _load(model: nn.Module, path: str) -> None:
+        raise ValueError(f"{name}: backbone.kwargs={dict(kwargs)}: {error}") from error
     try:
-        if path.endswith(".safetensors"):
-            from safetensors.torch import load_file
+        model = create(**kwargs)
+    except (Exception, SystemExit) as error:  # a user's function may raise anything
+        raise ValueError(f"{name}: {function}({_arguments(kwargs)}) raised {_describe(error)}") from error
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{name}: {function} returned a {type(model).__name__}, expected a torch.nn.Module")
+    tensors = chain(model.named_parameters(), model.named_buffers())
+    unset = [key for key, tensor in tensors if tensor.is_meta or nn.parameter.is_lazy(tensor)]
+    if unset:
+        raise ValueError(f"{name}: {unset[0]} has no values yet (a lazy module, or one on the device meta)")
+    model.to("cpu", torch.float32)  # half-precision weights keep their values
+    return model
 
-            weights = load_file(path)
-        else:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
-    except _MISFITS as error:
-        raise _unreadable(path) from error
+
+def _import(name: str, module: str) -> ModuleType:
     try:
-        model.load_state_dict(weights)
-    except _MISFITS as error:
-        raise _misfit(path, error) from error
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        where = "; is its folder on PYTHONPATH?" if module.startswith(error.name or module) else ""
+        raise ValueError(f"{name}: {error}{where or f', which {module} imports'}") from error
+    except (Exception, SystemExit) as error:  # a user's module may raise anything
+        raise ValueError(f"{name}: importing {module} raised {_describe(error)}") from error
+
+
+def _arguments(kwargs: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={value!r}" for key, value in kwargs.items())
+
+
+def _describe(error: BaseException) -> str:
+    """An exception of a user's code in one line, with the place that raised it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    if isinstance(error, SyntaxError) and error.filename:
+        where = f" ({error.filename}, line {error.lineno})"
+    else:
+        where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+    text = " ".join((error.msg if isinstance(error, SyntaxError) else str(error)).split())[:300]
+    return f"{type(error).__name__}: {text}{where}"
 
 
 def _timm(name: str, kwargs: Mapping[str, Any], checkpoint: str | None, pretrained: bool) -> nn.Module:
     _check_timm(name)
+    if taken := sorted(_SET_HERE & kwargs.keys()):
+        raise ValueError(f"backbone.kwargs has {taken[0]}, which is set here; weights are named by backbone.checkpoint")
     import timm
 
     if pretrained and not checkpoint:
         check_weights(f"timm:{name}")
     try:
         if checkpoint:
-            return _timm_from_file(name, kwargs, checkpoint)
+            return timm_from_file(name, kwargs, checkpoint)
         return timm.create_model(name, pretrained=pretrained, num_classes=0, **kwargs)
     except (TypeError, AssertionError) as error:
         raise ValueError(f"backbone.kwargs={dict(kwargs)} do not suit timm:{name}: {error}") from error
 
 
-def _timm_from_file(name: str, kwargs: Mapping[str, Any], checkpoint: str) -> nn.Module:
-    """The model with a file's weights, which timm renames and resizes as it does with downloaded ones."""
-    if checkpoint.endswith(".npz"):
-        raise _unreadable(checkpoint)
-    import timm
+def check_name(name: str, kwargs: Mapping[str, Any] | None = None) -> None:
+    """Checks what can be checked of a backbone without building it; a user's own module is read and not imported.
 
-    def create(**options: Any) -> Any:
-        torch.manual_seed(0)
-        return timm.create_model(name, num_classes=0, **options, **kwargs)
-
-    with torch.random.fork_rng(devices=()):
-        untouched = create(pretrained=False)
-        try:
-            # Not as {"file": ...}: older versions of timm unpickle that, with any code in it
-            weights = timm.models.load_state_dict(checkpoint, weights_only=True)
-        except _MISFITS as error:
-            raise _unreadable(checkpoint) from error
-        try:
-            model = create(pretrained=True, pretrained_cfg_overlay={"state_dict": weights})
-            del model.pretrained_cfg["state_dict"]  # a copy of all weights
-        except _MISFITS as error:
-            raise _misfit(checkpoint, error) from error
-    # timm accepts missing weights where it drops a classifier: what still equals the seeded values was never loaded
-    pairs = zip(model.named_parameters(), untouched.parameters(), strict=True)
-    missing = [key for (key, a), b in pairs if a.ndim > 1 and torch.equal(a, b) and (a != a.flatten()[0]).any()]
-    if missing:
-        raise _misfit(checkpoint, f"it has no {', '.join(missing[:3])}" + ", ..." * (len(missing) > 3))
-    loaded: nn.Module = model
-    return loaded
-
-
-def _unreadable(checkpoint: str) -> ValueError:
-    """Without the text of the original error, which advises to unpickle what may run code."""
-    return ValueError(
-        f"backbone.checkpoint={checkpoint!r} cannot be read as weights: expected an undamaged .safetensors file, or a "
-        "PyTorch file (.pt, .pth, .bin) of tensors alone, as torch.save(model.state_dict(), FILE) writes it"
-    )
-
-
-def _misfit(checkpoint: str, why: object) -> ValueError:
-    reason = " ".join(str(why).split())
-    return ValueError(f"backbone.checkpoint={checkpoint!r} does not fit the backbone: {reason[:300]}")
-
-
-def check_name(name: str) -> None:
-    """Raises ValueError for a `timm:` model that this timm does not know."""
-    source, _, model = name.partition(":")
+    Raises:
+        ValueError: this timm does not know the model; or there is no such module or function, or it does not take
+            these arguments.
+    """
+    source, _, function = name.partition(":")
     if source == "timm":
-        _check_timm(model)
+        _check_timm(function)
+    else:
+        _check_function(name, source_of(name), function, kwargs or {})
+
+
+@lru_cache
+def source_of(name: str) -> str:
+    """The path of the file of a user's own module; the module is not imported.
+
+    Raises:
+        ValueError: there is none.
+    """
+    module = name.partition(":")[0]
+    try:
+        spec = importlib.util.find_spec(module)
+    except ModuleNotFoundError:  # its package
+        spec = None
+    except (Exception, SystemExit) as error:  # the package is imported, and may raise anything
+        raise ValueError(f"backbone.name={name}: importing its package raised {_describe(error)}") from error
+    if spec is None or spec.origin is None or not Path(spec.origin).is_file():
+        raise ValueError(f"backbone.name={name}: there is no module {module!r}; is its folder on PYTHONPATH?")
+    return spec.origin
+
+
+def _check_function(name: str, path: str, function: str, kwargs: Mapping[str, Any]) -> None:
+    if not path.endswith(".py"):
+        return
+    try:
+        tree = ast.parse(Path(path).read_bytes())
+    except (SyntaxError, ValueError) as error:
+        where = f"line {error.lineno}: {error.msg}" if isinstance(error, SyntaxError) else str(error)
+        raise ValueError(f"backbone.name={name}: {path} is no Python: {where}") from error
+    found = _bound_names(tree)
+    if function not in found and not found.keys() & {"*", "__getattr__", "globals"}:
+        functions = [key for key, node in found.items() if isinstance(node, ast.FunctionDef) and key[0] != "_"]
+        raise ValueError(
+            f"backbone.name={name}: {path} has no {function!r}; its functions: {', '.join(functions) or 'none'}"
+        )
+    node = found.get(function)
+    if isinstance(node, ast.FunctionDef) and not node.decorator_list:
+        _check_arguments(name, node.args, kwargs)
+
+
+def _bound_names(tree: ast.AST) -> dict[str, ast.AST]:
+    """Names of a module's own level with what binds them; "*" and "globals" where there may be others."""
+    found = dict[str, ast.AST]()
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            found[node.name] = node
+            continue
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            found |= {(alias.asname or alias.name).partition(".")[0]: node for alias in node.names}
+        elif isinstance(node, ast.Name) and (isinstance(node.ctx, ast.Store) or node.id == "globals"):
+            found[node.id] = node
+        found |= _bound_names(node)
+    return found
+
+
+def _check_arguments(name: str, taken: ast.arguments, kwargs: Mapping[str, Any]) -> None:
+    """Raises ValueError for arguments that a function does not take, or lacks."""
+    by_place = [argument.arg for argument in (*taken.posonlyargs, *taken.args)]
+    needed = by_place[: len(by_place) - len(taken.defaults)]
+    needed += [a.arg for a, default in zip(taken.kwonlyargs, taken.kw_defaults, strict=True) if default is None]
+    known = {argument.arg for argument in (*taken.args, *taken.kwonlyargs)}
+    missing, unknown = [key for key in needed if key not in kwargs], sorted(kwargs.keys() - known)
+    if missing or (unknown and taken.kwarg is None):
+        what = f"lacks {', '.join(missing)}" if missing else f"has {', '.join(unknown)}, which it does not take"
+        raise ValueError(f"backbone.name={name}: backbone.kwargs={dict(kwargs)} {what}")
 
 
 def check_weights(name: str) -> None:
@@ -287,9 +369,9 @@ def _check(backbone: Backbone, name: str, kwargs: Mapping[str, Any]) -> None:
     wrong = f"backbone.image_size={size} does not suit backbone.name={name}"
     try:
         tokens = _tokens(patches, torch.zeros(1, 3, size, size))
-    except (RuntimeError, AssertionError, ValueError) as error:
+    except Exception as error:  # a user's module may raise anything
         right = _accepted_size(patches, _declared_sizes(backbone.model, kwargs), size)
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         if right is None:
             raise ValueError(
                 f"backbone.name={name}: patch_embed fails on an image of backbone.image_size={size} ({reason}); "
@@ -297,11 +379,13 @@ def _check(backbone: Backbone, name: str, kwargs: Mapping[str, Any]) -> None:
             ) from error
         advice = f"it takes backbone.image_size={right}, or kwargs that make it for {size}"
         raise ValueError(f"{wrong}: {advice} ({reason})") from error
-    plain = not hasattr(backbone.model, "forward_features")
-    if plain and not (tokens.ndim == 3 and tokens.shape[::2] == (1, backbone.embed_dim)):
+    is_tensor = isinstance(tokens, Tensor)
+    right_shape = is_tensor and tokens.ndim == 3 and tokens.shape[::2] == (1, backbone.embed_dim)
+    if not (right_shape or (is_tensor and backbone.is_timms)):
+        made = tuple(tokens.shape) if is_tensor else f"a {type(tokens).__name__}"
         raise ValueError(
             f"backbone.name={name}: patch_embed must make tokens (B, T, embed_dim) of images, here "
-            f"(1, T, {backbone.embed_dim}); it makes {tuple(tokens.shape)}"
+            f"(1, T, {backbone.embed_dim}); it makes {made}"
         )
     if unseen := _unseen(patches, size, tokens):
         raise ValueError(
@@ -310,9 +394,11 @@ def _check(backbone: Backbone, name: str, kwargs: Mapping[str, Any]) -> None:
         )
 
 
-def _on_cpu(patches: nn.Module) -> nn.Module:
+def _on_cpu(patches: Patches) -> Patches:
     """The module itself, or a copy with random weights where it has none."""
-    if not any(tensor.is_meta for tensor in (*patches.parameters(), *patches.buffers())):
+    if not isinstance(patches, nn.Module) or not any(
+        tensor.is_meta for tensor in (*patches.parameters(), *patches.buffers())
+    ):
         return patches
     rng = torch.Generator().manual_seed(0)
     filled = copy.deepcopy(patches).to_empty(device="cpu")
@@ -323,13 +409,14 @@ def _on_cpu(patches: nn.Module) -> nn.Module:
     return filled
 
 
-def _tokens(patches: nn.Module, images: Tensor) -> Tensor:
+def _tokens(patches: Patches, images: Tensor) -> Tensor:
     """The tokens of images; some models return the shape of the grid of patches with them."""
-    found: Tensor | tuple[Tensor, ...] = patches(images)
-    return found if isinstance(found, Tensor) else found[0]
+    found = patches(images)
+    tokens: Tensor = found[0] if isinstance(found, tuple | list) and found else found
+    return tokens
 
 
-def _unseen(patches: nn.Module, size: int, blank: Tensor) -> int:
+def _unseen(patches: Patches, size: int, blank: Tensor) -> int:
     """Rows of pixels at the lower edge that change no token."""
     for unseen in range(min(_LARGEST_PATCH, size)):
         image = torch.zeros(1, 3, size, size)
@@ -348,12 +435,12 @@ def _declared_sizes(model: nn.Module, kwargs: Mapping[str, Any]) -> Iterable[int
             yield side
 
 
-def _accepted_size(patches: nn.Module, sizes: Iterable[int], refused: int) -> int | None:
+def _accepted_size(patches: Patches, sizes: Iterable[int], refused: int) -> int | None:
     """The first of the sizes, but the refused one, that the patches take; else None."""
     for size in sizes:
         try:
             patches(torch.zeros(1, 3, size, size))
-        except (RuntimeError, AssertionError, ValueError):
+        except Exception:  # a user's module may raise anything
             continue
         if size != refused:
             return size

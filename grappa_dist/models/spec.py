@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import os
 import stat
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
@@ -22,7 +20,8 @@ from grappa_dist.data.transforms import Preprocess
 from grappa_dist.distributed.worker import release_memory
 from grappa_dist.files import read_json, read_tensors, save_tensors
 from grappa_dist.models import Backbone, Grappa, check_image_size, create_backbone
-from grappa_dist.models.backbone import check_name, check_weights
+from grappa_dist.models.backbone import check_name, check_weights, source_of
+from grappa_dist.models.weights import load_tensors
 
 ADAPTORS_FILE, FUSION_FILE = "adaptors.safetensors", "grappa.safetensors"
 FORMAT = 1  # of an exported model
@@ -76,27 +75,14 @@ def backbone_settings(config: BackboneConfig) -> dict[str, Any]:
         ValueError: the checkpoint or the module is not there.
     """
     settings = config.model_dump(mode="json", exclude={"checkpoint"})
-    module = config.name.partition(":")[0]
-    if module != "timm":
-        source = _source_of(module, config.name)
+    if not config.name.startswith("timm:"):
+        source = source_of(config.name)
         settings["source_sha256"] = _sha256(source, os.stat(source).st_mtime_ns)
     if config.checkpoint:
         if not Path(config.checkpoint).is_file():
             raise ValueError(f"backbone.checkpoint={config.checkpoint!r} does not exist")
         settings["checkpoint_sha256"] = _sha256(config.checkpoint, Path(config.checkpoint).stat().st_mtime_ns)
     return settings
-
-
-@lru_cache
-def _source_of(module: str, name: str) -> str:
-    """The path of a module's file; the module is not imported."""
-    try:
-        spec = importlib.util.find_spec(module)
-    except ModuleNotFoundError:  # its package
-        spec = None
-    if spec is None or spec.origin is None or not Path(spec.origin).is_file():
-        raise ValueError(f"backbone.name={name}: there is no module {module!r}; is its folder on PYTHONPATH?")
-    return spec.origin
 
 
 @lru_cache
@@ -257,44 +243,13 @@ def load_grappa(run_or_model_dir: Path, *, trust_modules: bool | None = None) ->
     pixels = {name: tuple(value) if isinstance(value, list) else value for name, value in config["pixels"].items()}
     backbone = create_backbone(config["backbone"]["name"], config["backbone"]["kwargs"], pixels, pretrained=False)
     grappa = Grappa(backbone, len(config["sets"]), config["bottleneck"], attention=config["attention"])
-    load_tensors(grappa, read_tensors(folder / WEIGHTS_FILE))
-    return grappa, config
-
-
-def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """The state of a model as a file holds it: each tensor contiguous and in memory of its own.
-
-    A tensor with several names, as a backbone that wraps another module has them, is there once, under the first.
-    """
-    found, storages = dict[str, Tensor](), set[int]()
-    for name, tensor in _distinct(model).items():
-        tensor = tensor.contiguous()
-        storage = tensor.untyped_storage().data_ptr()
-        found[name] = tensor.clone() if storage in storages else tensor
-        storages.add(storage)
-    return found
-
-
-def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Fills a model with what `tensors_of` gave.
-
-    Raises:
-        RuntimeError: they are of another model.
-    """
-    twins = {name for name in model.state_dict() if name not in _distinct(model)}
-    missing, unexpected = model.load_state_dict(dict(tensors), strict=False)
-    missing = [name for name in missing if name not in twins]
+    missing, unexpected = load_tensors(grappa, read_tensors(folder / WEIGHTS_FILE))
     if missing or unexpected:
-        raise RuntimeError(f"the model's weights are of another backbone: missing {missing}, unknown {unexpected}")
-
-
-def _distinct(model: nn.Module) -> dict[str, Tensor]:
-    """The state of a model, a tensor with several names under the first alone."""
-    found = dict[tuple[object, ...], tuple[str, Tensor]]()
-    for name, tensor in model.state_dict().items():
-        place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        found.setdefault(place if tensor.data_ptr() else (name,), (name, tensor))  # empty ones have no place
-    return dict(found.values())
+        raise ValueError(
+            f"{folder / WEIGHTS_FILE} is of another model than {config['backbone']['name']} builds here: it lacks "
+            f"{', '.join(missing[:3]) or 'nothing'} and has {', '.join(unexpected[:3]) or 'nothing'} beside"
+        )
+    return grappa, config
 
 
 _latest: dict[tuple[Any, ...], nn.Module] = {}
