@@ -349,7 +349,8 @@ def _check_own_forward(name: str, backbone: Backbone, images: Tensor) -> None:
         ValueError: they differ, or the blocks get other tokens there.
     """
     x = (images - backbone.mean) / backbone.std
-    features, tokens = _run(name, "a forward pass", lambda: _with_first_tokens(backbone, lambda: backbone(images)))
+    with _watched_blocks(name, backbone, len(images)):
+        features, tokens = _run(name, "a forward pass", lambda: _with_first_tokens(backbone, lambda: backbone(images)))
     if not isinstance(features, Tensor) or not bool(features.isfinite().all()):
         return  # which is refused by itself
     for method in ("forward", "forward_features"):

@@ -23,8 +23,9 @@ def load_own(model: nn.Module, path: str) -> None:
     Raises:
         ValueError: the file is of something else, or of another model.
     """
-    weights = _tensors(path, _read(path))
-    expected = model.state_dict()
+    weights, expected = _read(path), model.state_dict()
+    if not (isinstance(weights, Mapping) and weights and all(isinstance(t, Tensor) for t in weights.values())):
+        raise _misfit(path, _flat(weights), expected)
     try:
         missing, unexpected = load_tensors(model, weights)
     except _MISFITS as error:
@@ -132,12 +133,13 @@ def _read(path: str) -> Any:
     try:
         with open(path, "rb") as file:
             start = file.read(512)
-        if start[8:9] == b"{":
-            return load_file(path)
-        if why := _no_weights(start):
-            raise _unreadable(path, why)
-        with torch.serialization.safe_globals([argparse.Namespace]):  # the options of a training, beside its weights
-            return torch.load(path, map_location="cpu", weights_only=True)
+            if start[8:9] == b"{":
+                return load_file(path)
+            if why := _no_weights(start):
+                raise _unreadable(path, why)
+            file.seek(0)
+            with torch.serialization.safe_globals([argparse.Namespace]):  # options of a training, beside its weights
+                return torch.load(file, map_location="cpu", weights_only=True)
     except PermissionError as error:
         raise ValueError(f"backbone.checkpoint={path!r} cannot be read: {error.strerror}") from error
     except _MISFITS as error:
@@ -180,17 +182,6 @@ def _unwrapped(found: Any) -> Mapping[str, Any]:
             inner: Mapping[str, Any] = found[key]
             return inner
     return found
-
-
-def _tensors(path: str, found: Any) -> dict[str, Tensor]:
-    """What a file holds, if it is tensors by name.
-
-    Raises:
-        ValueError: it is not.
-    """
-    if isinstance(found, Mapping) and found and all(isinstance(value, Tensor) for value in found.values()):
-        return dict(found)
-    raise _misfit(path, _flat(found), {})
 
 
 def _flat(found: Any, above: str = "") -> dict[str, Any]:

@@ -35,6 +35,8 @@ from grappa_dist.stages.run import Run
 ROWS_FILE, BAD_FILE = "rows.npy", "bad.json"
 CHECK_INTERVAL_S = 5.0  # between counts of the bad rows of finished shards
 NAMED_BAD = 3  # bad rows that the error names
+COMPARED = 256  # rows of all that are looked at for features that are all alike
+ALIKE = 1e-6  # of a unit row: twice the rounding of float32
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,8 @@ def embed(run: Run, images: ImageShards, spec: ModelSpec, features: Sequence[Art
 
             run.runner.map(embed_shard, tasks, done)
             wait_until_seen(features)
+        if alike := _describe_alike(feature_rows(images, features)):
+            run.console.log(f"warning: embed {spec.name}: {alike}")
     check_bad_share(images, bad_reasons(images, features), run.config.data.max_bad_share)
 
 
@@ -163,10 +167,35 @@ def embed_rows(
         padded[: len(pixels)] = pixels
         with forward_precision(device):
             z = model(to_images(padded, device)).float()[: len(pixels)]
-        unit = to_grid(F.normalize(z, dim=1))  # what is stored is what k-means and k-NN compare, bit for bit
         part = rows[start : start + len(pixels)]
+        _refuse_not_finite(z, images, part, reasons)
+        unit = to_grid(F.normalize(z, dim=1))  # what is stored is what k-means and k-NN compare, bit for bit
         unit[[i for i, row in enumerate(part.tolist()) if row in reasons]] = 0
         yield slice(start, start + len(pixels)), unit.cpu().numpy(), reasons
+
+
+def _refuse_not_finite(z: Tensor, images: ImageShards, rows: NDArray[np.int64], reasons: Mapping[int, str]) -> None:
+    """Raises ValueError for features that are not finite, of images that decode."""
+    wrong = [int(row) for row in rows[~z.isfinite().all(1).cpu().numpy()] if row not in reasons]
+    if wrong:
+        raise ValueError(
+            f"embed: the model's features are not finite (NaN or infinite) for {pluralize(len(wrong), 'image')} of a "
+            f"batch of {len(rows)}, the first is {images.where(wrong[0])}: is a weight of the backbone or an adaptor "
+            "not finite, or a value too large for the precision?"
+        )
+
+
+def _describe_alike(features: RowArrays) -> str:
+    """A warning if images all have the same feature, by some of them; else ""."""
+    count = features.starts[-1]
+    rows = features.take(np.unique(np.linspace(0, count - 1, min(count, COMPARED)).astype(np.int64)))
+    units = rows[rows.any(1)]  # those of bad images are zero
+    if len(units) < 2 or float(np.abs(units - units[0]).max()) > ALIKE:
+        return ""
+    return (
+        f"the features of {len(units)} images that were compared are all alike, so nothing can be told apart: is the "
+        "backbone trained, and are mean and std those that it was trained with?"
+    )
 
 
 def to_images(pixels: NDArray[np.uint8], device: torch.device) -> Tensor:
