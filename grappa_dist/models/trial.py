@@ -16,8 +16,7 @@ from typing import Any
 
 import torch
 import xxhash
-from safetensors.torch import load as read_tensors
-from safetensors.torch import save as write_tensors
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from grappa_dist.config import BackboneConfig, fingerprint
@@ -65,16 +64,26 @@ def verdict_of(config: BackboneConfig, index: Path, *, keep: bool = True) -> Ver
     """
     path = index / VERDICT_FILE
     of = fingerprint({"backbone": backbone_settings(config), "versions": versions()})
-    if path.is_file() and (known := read_json(path)).get("of") == of:
-        weights = known["weights"]
-        sums = {name: (float(a), float(b)) for name, (a, b) in weights["sums"].items()}
-        return Verdict(Weights(weights["digest"], sums), tuple(known["warnings"]))
+    if known := _kept(path, of):
+        return known
     began = time.monotonic()
     verdict = try_backbone(config)
     if keep and time.monotonic() - began > KEPT_FROM_S:
         index.mkdir(parents=True, exist_ok=True)
         write_json(path, {"of": of, **asdict(verdict)})
     return verdict
+
+
+def _kept(path: Path, of: str) -> Verdict | None:
+    """The verdict in a file, if it is of that backbone."""
+    try:
+        found = read_json(path) if path.is_file() else {}
+        if found.get("of") != of:
+            return None
+        sums = {name: (float(a), float(b)) for name, (a, b) in found["weights"]["sums"].items()}
+        return Verdict(Weights(found["weights"]["digest"], sums), tuple(found["warnings"]))
+    except (ValueError, LookupError, TypeError, AttributeError):  # a damaged file
+        return None
 
 
 def try_backbone(config: BackboneConfig) -> Verdict:
@@ -423,7 +432,7 @@ def _check_export(name: str, config: BackboneConfig, backbone: Backbone, weights
     right = _run(name, "a forward pass with adaptors", lambda: model(image))
     reached = _reached(right)
     _refuse_skipped(name, [i for i, one in enumerate(model.layers) if id(one.adaptors.up_bias) not in reached])
-    stored = _run(name, "its export", lambda: write_tensors(tensors_of(model.requires_grad_(False))))
+    stored = _run(name, "its export", lambda: save(tensors_of(model.requires_grad_(False))))
     again = create_backbone(config.name, config.kwargs, pixels, pretrained=False)
     given = config.name.startswith("timm:") or config.checkpoint
     if why := "" if given else _difference(weights_of(again), weights):
@@ -432,7 +441,7 @@ def _check_export(name: str, config: BackboneConfig, backbone: Backbone, weights
             "as backbone.checkpoint, or draw them after torch.manual_seed"
         )
     loaded = _with_adaptors(again)
-    missing, unexpected = _run(name, "loading its export", lambda: load_tensors(loaded, read_tensors(stored)))
+    missing, unexpected = _run(name, "loading its export", lambda: load_tensors(loaded, load(stored)))
     with torch.no_grad():
         differs = _distance(_run(name, "a forward pass after export", lambda: loaded(image)), right) > ROUNDING
     if missing or unexpected or differs:

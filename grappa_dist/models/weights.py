@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import pickle
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from grappa_dist.files import open_to_read, read_tensors
 
 # What loading a file of something else, or of another model's weights, raises
 _MISFITS = (RuntimeError, LookupError, EOFError, TypeError, AttributeError, pickle.UnpicklingError, SafetensorError)
@@ -131,10 +133,10 @@ def _equal_tensors(a: nn.Module, b: nn.Module) -> list[str]:
 def _read(path: str) -> Any:
     """What a file of tensors holds, by its content and not by the end of its name."""
     try:
-        with open(path, "rb") as file:
+        with open_to_read(Path(path)) as file:
             start = file.read(512)
             if start[8:9] == b"{":
-                return load_file(path)
+                return read_tensors(Path(path))
             if why := _no_weights(start):
                 raise _unreadable(path, why)
             file.seek(0)

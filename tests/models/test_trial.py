@@ -150,6 +150,11 @@ def test_a_verdict_that_took_long_is_read_again_until_the_backbone_changes(
     first = verdict_of(odd("with_head"), tmp_path / "index")
     monkeypatch.setattr(trial, "try_backbone", lambda config: pytest.fail("tried again"))
     assert verdict_of(odd("with_head"), tmp_path / "index") == first
+    for damage in ("{", "[]", '{"of": 3}'):
+        (tmp_path / "other").mkdir(exist_ok=True)
+        (tmp_path / "other" / trial.VERDICT_FILE).write_text(damage)
+        with pytest.raises(pytest.fail.Exception, match="tried again"):
+            verdict_of(odd("with_head"), tmp_path / "other")
     with pytest.raises(pytest.fail.Exception, match="tried again"):
         verdict_of(odd("with_head").model_copy(update={"image_size": 16}), tmp_path / "index")
 
