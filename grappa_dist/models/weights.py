@@ -12,7 +12,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from grappa_dist.files import open_to_read, read_tensors
+from grappa_dist.files import read_tensors
+from grappa_dist.storage import open_to_read
 
 # What loading a file of something else, or of another model's weights, raises
 _MISFITS = (RuntimeError, LookupError, EOFError, TypeError, AttributeError, pickle.UnpicklingError, SafetensorError)
