@@ -8,25 +8,45 @@ K centroids, D dimensions.
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from grappa_dist.checksums import (
+    MANIFEST,
+    DamagedArtifact,
+    compare_size,
+    damaged,
+    digest_of,
+    forget,
+    manifest_in,
+    map_rows,
+    set_aside,
+    verified,
+)
 from grappa_dist.config import fingerprint
-from grappa_dist.files import lock_file, make_folder, map_array, read_json, remove_folder, rename, sync, write_json
+from grappa_dist.files import Sum, lock_file, make_folder, recorded, remove_folder, rename, sync, write_json
 
-MANIFEST, LOCK = "manifest.json", ".lock"
+LOCK = ".lock"
 CENTROIDS_FILE = "centroids.npy"  # (K, D) float32, in an artefact of labels
 SEEN_S = 90.0  # network file systems cache for at most 60 s, by default, that a file was not there
 LOOK_S = 0.5
+UNIT_ERROR = 2**-6  # of the squared norm of a unit row; search.fixed_point takes no more
+CONTENT_BYTES = 2**30  # of finished artefacts, read when a run starts; the rest is read when it is first used
+_AT_ONCE = 8  # files looked at side by side
+
+
+class NotSeen(TimeoutError):
+    """What another process has finished cannot be seen here."""
 
 
 @dataclass(frozen=True)
@@ -67,37 +87,118 @@ class Artifact:
             expected: files that other machines wrote, which may become visible here some time later.
         """
         _wait((self.partial / name for name in expected), SEEN_S)
-        for pattern in (*discard, MANIFEST, "**/.*"):  # also what a killed attempt left unfinished
+        for pattern in (*discard, MANIFEST):
             for path in list(self.partial.glob(pattern)):
                 remove_folder(path) if path.is_dir() else path.unlink(missing_ok=True)
-        found = {p.relative_to(self.partial).as_posix() for p in self.partial.rglob("*") if p.is_file()}
-        names = sorted(found | set(expected))  # files of other machines may exist and not be listed yet
-        files = {name: (self.partial / name).stat().st_size for name in names}
-        manifest = {
+        found = {p.relative_to(self.partial) for p in self.partial.rglob("*") if p.is_file()}
+        seen = {p.as_posix() for p in found if not any(part.startswith(".") for part in p.parts)}
+        names = sorted(seen | set(expected))  # files of other machines may exist and not be listed yet
+        files = {name: vars(_sum_of(self.partial / name)) for name in names}
+        for path in list(self.partial.glob("**/.*")):  # checksums, and what a killed attempt left unfinished
+            remove_folder(path) if path.is_dir() else path.unlink(missing_ok=True)
+        for name in names:
+            sync(self.partial / name)
+        self._write_manifest(files)
+        if self.path.is_dir() and not self.complete:  # somebody has removed its manifest
+            set_aside(self.path)
+        rename(self.partial, self.path)
+        sync(self.path.parent)
+
+    def _write_manifest(self, files: Mapping[str, Mapping[str, Any]]) -> None:
+        content = {
             "kind": self.kind,
             "fingerprint": self.fingerprint,
             "settings": dict(self.settings),
             "inputs": dict(self.inputs),
-            "files": files,
+            "files": dict(files),
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
-        for name in files:
-            sync(self.partial / name)
-        write_json(self.partial / MANIFEST, manifest)
-        rename(self.partial, self.path)
-        sync(self.path.parent)
+        write_json(self.partial / MANIFEST, {**content, "xxh3": digest_of(content)})
 
-    def check(self) -> None:
-        """Raises ValueError when a file of the manifest is missing or has another size."""
+    @property
+    def files(self) -> Mapping[str, Sum]:
+        """The files of a finished artefact by their names, as its manifest lists them.
+
+        Raises:
+            DamagedArtifact: the manifest cannot be read.
+        """
+        return manifest_in(str(self.path))
+
+    def check(self, content_bytes: int | None = 0) -> None:
+        """Holds the files against the manifest: sizes, and the contents of the smallest up to so many bytes.
+
+        Args:
+            content_bytes: None: all.
+
+        Raises:
+            DamagedArtifact: one of them is damaged or missing.
+        """
         if not self.complete:
             raise ValueError(f"{self.path} is not finished: it has no {MANIFEST}")
-        manifest = read_json(self.path / MANIFEST)
-        for name, size in manifest["files"].items():
-            path = self.path / name
-            found = path.stat().st_size if path.exists() else None
-            if found != size:
-                state = "is missing" if found is None else f"has {found} bytes, its manifest says {size}"
-                raise ValueError(f"{path} {state}; remove {self.path} to have it made again")
+        for damage in look_at([self], content_bytes).damages:
+            raise damage
+
+
+def _sum_of(path: Path) -> Sum:
+    """What the writer of a file has recorded, or else what the file holds."""
+    known = recorded(path)
+    return known if known is not None and known.bytes == path.stat().st_size else Sum.of(path)
+
+
+@dataclass(frozen=True)
+class Look:
+    """What looking at finished artefacts has found."""
+
+    damages: list[DamagedArtifact]  # at most one of each artefact
+    without_checksums: list[Artifact]  # made before manifests had them
+    num_bytes: int  # whose content was looked at
+    all_bytes: int
+
+
+def look_at(artifacts: Iterable[Artifact], content_bytes: int | None = None) -> Look:
+    """Holds finished artefacts against their manifests: all sizes, and contents, the smallest files first.
+
+    Nothing counts that this process has found before.
+
+    Args:
+        content_bytes: to be read at most; None: all.
+    """
+    forget()
+    artifacts = [artifact for artifact in artifacts if artifact.complete]
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        found = dict(zip(artifacts, pool.map(_check_sizes, artifacts), strict=True))
+        listed = {a: a.files for a, damage in found.items() if damage is None}
+        files = sorted((s.bytes, a.name, name) for a, of_one in listed.items() for name, s in of_one.items() if s.xxh3)
+        ends = itertools.accumulate(size for size, _, _ in files)
+        chosen = [f for f, end in zip(files, ends, strict=True) if content_bytes is None or end <= content_bytes]
+        home = {a.name: a for a in artifacts}
+        paths = [home[of].path / name for _, of, name in chosen]
+        for (_, of, _), damage in zip(chosen, pool.map(_check_content, paths), strict=True):
+            found[home[of]] = found[home[of]] or damage
+    return Look(
+        damages=[damage for damage in found.values() if damage is not None],
+        without_checksums=[a for a, of_one in listed.items() if any(s.xxh3 is None for s in of_one.values())],
+        num_bytes=sum(size for size, _, _ in chosen),
+        all_bytes=sum(s.bytes for of_one in listed.values() for s in of_one.values()),
+    )
+
+
+def _check_sizes(artifact: Artifact) -> DamagedArtifact | None:
+    try:
+        for name, expected in artifact.files.items():
+            if why := compare_size(artifact.path / name, expected):
+                return DamagedArtifact(str(artifact.path / name), str(artifact.path), why)
+    except DamagedArtifact as damage:  # of the manifest
+        return damage
+    return None
+
+
+def _check_content(path: Path) -> DamagedArtifact | None:
+    try:
+        verified(path)
+    except DamagedArtifact as damage:
+        return damage
+    return None
 
 
 def remove_artifact(folder: Path) -> None:
@@ -118,18 +219,33 @@ def wait_until_seen(artifacts: Iterable[Artifact], timeout_s: float = SEEN_S) ->
     """Waits for artefacts that other machines have finished: a network file system may show them some time later.
 
     Raises:
-        TimeoutError: one of them is still not visible.
+        NotSeen: one of them is still not visible.
     """
     _wait((artifact.path / MANIFEST for artifact in artifacts), timeout_s)
 
 
 def _wait(paths: Iterable[Path], timeout_s: float) -> None:
-    until = time.monotonic() + timeout_s
+    """Looks for the files; counts looks, not seconds, as a process may be held up or its clock set."""
+    left = round(timeout_s / LOOK_S)
     for path in paths:
         while not path.exists():
-            if time.monotonic() > until:
-                raise TimeoutError(f"{path} was written on another machine and is not seen here after {timeout_s:g} s")
+            if not left:
+                raise NotSeen(f"{path} was written and is not seen here after {timeout_s:g} s{_seen_instead(path)}")
+            left -= 1
             time.sleep(LOOK_S)
+            with suppress(OSError):
+                os.scandir(path.parent).close()  # opening a folder refreshes what a network file system has cached
+
+
+def _seen_instead(path: Path) -> str:
+    """What lies where a file is not seen, and what to do."""
+    folder = path.parent
+    partial = folder.with_name(f"{folder.name}.partial")
+    if partial.is_dir():
+        return f"; its job has ended and left {partial} unfinished: run again, which goes on from there"
+    if folder.is_dir():
+        return f"; {folder} is there without it: run again, which sets it aside and makes it anew"
+    return f"; is {folder.parent} on storage that all machines share? Look for {folder.name} there, then run again"
 
 
 @dataclass(frozen=True)
@@ -173,26 +289,52 @@ class RowArrays:
 
     paths: tuple[str, ...]
     starts: tuple[int, ...]  # first row id of every shard and, last, the number of rows
+    below: int | None = None  # of labels: what every value is below, and none is below -1
 
     @staticmethod
-    def of(paths: Iterable[Path], starts: NDArray[np.int64]) -> RowArrays:
-        """The array in the files of the shards, in order, with `starts` as above."""
-        return RowArrays(tuple(map(str, paths)), tuple(starts.tolist()))
+    def of(paths: Iterable[Path], starts: NDArray[np.int64], below: int | None = None) -> RowArrays:
+        """The array in the files of the shards, in order, with `starts` and `below` as above."""
+        return RowArrays(tuple(map(str, paths)), tuple(starts.tolist()), below)
 
     def shard(self, index: int) -> NDArray[Any]:
         """The rows of one shard, (P, ...).
 
         Raises:
-            ValueError: the file does not have the shard's number of rows.
+            DamagedArtifact: the file is not what was written, does not have the shard's number of rows, or has labels
+                out of range.
         """
-        rows: NDArray[Any] = _map(self.paths[index])
+        rows: NDArray[Any] = map_rows(self.paths[index], self.below)
         expected = self.starts[index + 1] - self.starts[index]
         if len(rows) != expected:
-            raise ValueError(
-                f"{self.paths[index]} has {len(rows)} rows, its shard has {expected}; "
-                "remove its folder to have it made anew"
-            )
+            raise damaged(Path(self.paths[index]), f"has {len(rows)} rows, its shard has {expected}")
         return rows
+
+    def take_unit(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """The features of some rows that decode, (B, D).
+
+        Raises:
+            DamagedArtifact: as `shard`, or one of them is no unit row.
+        """
+        values: NDArray[np.float32] = self.take(rows)
+        for place, norm in _not_unit(values):
+            shard = int(np.searchsorted(self.starts, rows[place], side="right")) - 1
+            self._refuse(shard, int(rows[place]) - self.starts[shard], norm)
+        return values
+
+    def unit_shard(self, index: int, good: NDArray[np.bool_]) -> NDArray[np.float32]:
+        """The features of one shard, (P, D), of which those that are `good`, (P,), are unit rows.
+
+        Raises:
+            DamagedArtifact: as `shard`, or one of them is no unit row.
+        """
+        values: NDArray[np.float32] = self.shard(index)
+        for position, norm in _not_unit(values):
+            if good[position]:
+                self._refuse(index, position, norm)
+        return values
+
+    def _refuse(self, shard: int, position: int, norm: float) -> None:
+        raise damaged(Path(self.paths[shard]), f"has a row {position} of norm {norm:.6g}, features must be unit rows")
 
     def take(self, rows: NDArray[np.int64]) -> NDArray[Any]:
         """The values at some row ids, (B, ...)."""
@@ -206,16 +348,11 @@ class RowArrays:
         return values
 
 
-@lru_cache(maxsize=512)
-def _map(path: str) -> NDArray[Any]:
-    # Torch takes no read-only memory; with "c" the file is not changed either. Slicing a plain array is ten times as
-    # fast as slicing a numpy.memmap.
-    return np.asarray(map_array(path, "c"))
-
-
-def forget_maps() -> None:
-    """Drops the maps of arrays that are kept for further reading: a disk keeps the bytes of removed files for them."""
-    _map.cache_clear()
+def _not_unit(values: NDArray[np.float32]) -> Iterator[tuple[int, float]]:
+    """Positions and norms of rows that are no unit rows."""
+    squares = np.einsum("bd,bd->b", values, values)
+    for position in np.flatnonzero(~(np.abs(squares - 1) < UNIT_ERROR)).tolist():  # NaN as well
+        yield position, float(squares[position]) ** 0.5
 
 
 def rows_file(shard: int) -> str:
@@ -223,9 +360,9 @@ def rows_file(shard: int) -> str:
     return f"rows-{shard:06d}.npy"
 
 
-def label_rows(artifact: Artifact, starts: NDArray[np.int64]) -> RowArrays:
+def label_rows(artifact: Artifact, starts: NDArray[np.int64], num_labels: int | None = None) -> RowArrays:
     """The labels of all rows, with `starts` as in RowArrays; -1 for rows that do not decode."""
-    return RowArrays.of((artifact.path / rows_file(i) for i in range(len(starts) - 1)), starts)
+    return RowArrays.of((artifact.path / rows_file(i) for i in range(len(starts) - 1)), starts, num_labels)
 
 
 def own_shards(starts: Sequence[int], rank: int, size: int) -> range:

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grappa_dist.artifacts import MANIFEST, Artifact, Store, remove_artifact
+from grappa_dist.artifacts import Artifact, Store, remove_artifact
+from grappa_dist.checksums import MANIFEST
 from grappa_dist.config import Config
 from grappa_dist.console import pluralize
 from grappa_dist.data.index import Shard
@@ -22,7 +23,7 @@ from grappa_dist.data.index_cache import IndexCache
 from grappa_dist.data.open_images import generated_data_set, is_generated, open_images
 from grappa_dist.files import read_json
 from grappa_dist.layout import lay_out
-from grappa_dist.stages.mirror import artifacts_of
+from grappa_dist.stages.flow import artifacts_of
 from grappa_dist.stages.multi_set_jobs import MULTI_SET_FILE, MULTI_SET_FOLDER
 
 _ARTIFACT = re.compile(r"(?P<name>.+-[0-9a-f]{10})(?P<state>(\.(partial|removed|fetched|damaged(-\d+)?))*)")

@@ -1,4 +1,7 @@
-"""Files that appear whole or not at all, and stay after a power cut; errors of storage that pass are tried again."""
+"""Files that appear whole or not at all, stay after a power cut, and have a checksum; errors that pass are tried again.
+
+The checksum is xxh3 of 128 bits (xxhash): it tells damage by chance, at the speed of memory, and guards against nobody.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -22,13 +26,37 @@ from numpy.typing import NDArray
 
 from grappa_dist.storage import Result, open_to_read, open_to_write, tried_again
 
+_READ_BYTES = 2**20
 
-def replace(path: Path, write: Callable[[Path], object]) -> None:
+
+@dataclass(frozen=True)
+class Sum:
+    """The size and the checksum of a file."""
+
+    bytes: int
+    xxh3: str | None  # 32 hex digits; None: not known
+
+    @staticmethod
+    def of(path: Path | str) -> Sum:
+        """Reads all of a file."""
+        digest, buffer, size = xxhash.xxh3_128(), memoryview(bytearray(_READ_BYTES)), 0
+        with open_to_read(path) as file:
+            while count := file.readinto(buffer):
+                digest.update(buffer[:count])
+                size += count
+        return Sum(size, digest.hexdigest())
+
+
+def replace(path: Path, write: Callable[[Path], object], *, summed: bool = False) -> None:
     """Lets `write(temporary)` write a file beside `path`, which then takes its place, whole and synced.
 
     The last rename wins. No other writer has the same temporary name, not even a process with the same id on another
     machine. After an error that may pass, also in the sync, `write` is called again: a system may forget what it
     failed to write, so that another sync alone would report success.
+
+    Args:
+        summed: whether to record the checksum of the file beside it, for `recorded`: another process, perhaps on
+            another machine, then need not read the file.
     """
 
     def attempt() -> None:
@@ -36,14 +64,37 @@ def replace(path: Path, write: Callable[[Path], object]) -> None:
         try:
             write(temporary)
             _sync(temporary)
+            found = Sum.of(temporary) if summed else None  # still in this machine's memory
             os.chmod(temporary, 0o666 & ~_umask())  # some writers make private files; others share this storage
+            if found is not None:
+                _record_of(path).unlink(missing_ok=True)  # of an older file under this name
             os.replace(temporary, path)
+            if found is not None:
+                record(path, found)
         finally:
             with suppress(OSError):  # the disk may be read-only by now; a commit removes what is left
                 temporary.unlink(missing_ok=True)
 
     make_folder(path.parent)
     tried_again(attempt, path)
+
+
+def record(path: Path, found: Sum | None = None) -> None:
+    """Records the checksum of a file, for `recorded`; without `found` the file is read."""
+    write_json(_record_of(path), vars(found or Sum.of(path)))
+
+
+def recorded(path: Path) -> Sum | None:
+    """The checksum that was recorded of a file; None where none was, or none that can be read."""
+    try:
+        found = read_json(_record_of(path))
+        return Sum(int(found["bytes"]), str(found["xxh3"]))
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def _record_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.xxh3")
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -106,14 +157,14 @@ class _Plain:
         self.write = file.write
 
 
-def save_array(path: Path, array: NDArray[Any]) -> None:
-    """A .npy file; `path` ends in .npy."""
+def save_array(path: Path, array: NDArray[Any], *, summed: bool = False) -> None:
+    """A .npy file; `path` ends in .npy, `summed` is as for `replace`."""
 
     def write(temporary: Path) -> None:
         with open_to_write(temporary) as file:
             np.save(_Plain(file), array, allow_pickle=False)
 
-    replace(path, write)
+    replace(path, write, summed=summed)
 
 
 def map_array(path: Path | str, mode: Literal["r", "c"] = "r") -> NDArray[Any]:
@@ -139,12 +190,15 @@ def map_file(path: Path | str) -> NDArray[np.uint8]:
     return torch.empty(0, dtype=torch.uint8).set_(storage).numpy()  # type: ignore[arg-type]
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
-    """A .safetensors file of torch tensors."""
+def save_tensors(
+    path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None, *, summed: bool = False
+) -> None:
+    """A .safetensors file of torch tensors; `summed` is as for `replace`."""
     from safetensors.torch import save_file
 
     named = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    replace(path, lambda temporary: save_file(named, temporary, metadata=None if metadata is None else dict(metadata)))
+    about = None if metadata is None else dict(metadata)
+    replace(path, lambda temporary: save_file(named, temporary, metadata=about), summed=summed)
 
 
 def read_tensors(path: Path) -> dict[str, Any]:

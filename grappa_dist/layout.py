@@ -11,9 +11,10 @@ from grappa_dist.data.shards import ImageShards
 from grappa_dist.models.spec import ModelSpec
 from grappa_dist.report.collect import report_of
 from grappa_dist.stages.adapt import adaptors_of
+from grappa_dist.stages.damages import damages_among
 from grappa_dist.stages.embed import features_of
 from grappa_dist.stages.evaluate import insight_of, scores_of
-from grappa_dist.stages.flow import Flow, Supervision
+from grappa_dist.stages.flow import Flow, Supervision, artifacts_of
 from grappa_dist.stages.fuse import fusion_of
 from grappa_dist.stages.gallery_weights import galleries_of
 from grappa_dist.stages.ground_truth import ground_truth_of
@@ -24,7 +25,7 @@ from grappa_dist.stages.supervised import supervised_fusion_of, true_labels_of
 
 
 def lay_out(config: Config, store: Store, train: ImageShards, test: ImageShards | None) -> Flow:
-    """Names all artefacts. Reads nothing but the index of the images, and writes nothing."""
+    """Names all artefacts. Reads the index of the images and what was damaged before, and writes nothing."""
     frozen = ModelSpec("backbone", config.backbone)
     features = features_of(store, frozen, config.embed, train)
     ks = num_labels(config.clustering, len(train))
@@ -44,8 +45,7 @@ def lay_out(config: Config, store: Store, train: ImageShards, test: ImageShards 
         m: insight_of(store, ground_truth, m, config.evaluate, config.seed, f) for m, f in test_features.items()
     }
     partitions = partitions_of(store, config.seed, labels)
-    made_of = {f"scores {m}": a for m, a in scores.items()} | {f"insight {m}": a for m, a in insights.items()}
-    return Flow(
+    flow = Flow(
         train=train,
         test=images,
         supervision=supervision,
@@ -60,9 +60,27 @@ def lay_out(config: Config, store: Store, train: ImageShards, test: ImageShards 
         galleries=galleries,
         scores=scores,
         insights=insights,
-        report=report_of(store, config, made_of | {"partitions": partitions}),
+        report=report_of(store, config, _shown(scores, insights, partitions)),
         model=_exported(config, store, models[config.exported], ks),
     )
+    return _with_damages(flow, config, store)
+
+
+def _shown(
+    scores: Mapping[str, Artifact], insights: Mapping[str, Artifact], partitions: Artifact
+) -> dict[str, Artifact]:
+    """What the report is made of."""
+    of_models = {f"scores {m}": a for m, a in scores.items()} | {f"insight {m}": a for m, a in insights.items()}
+    return of_models | {"partitions": partitions}
+
+
+def _with_damages(flow: Flow, config: Config, store: Store) -> Flow:
+    """The flow with a report of what was damaged and made anew, which has a name of its own."""
+    damages = tuple(damages_among(store.root, (artifact.name for artifact in artifacts_of(flow))))
+    if not damages:
+        return flow
+    shown = _shown(flow.scores, flow.insights, flow.partitions)
+    return replace(flow, damages=damages, report=report_of(store, config, shown, damages))
 
 
 def _exported(config: Config, store: Store, spec: ModelSpec, ks: Sequence[int]) -> Artifact:

@@ -6,12 +6,13 @@ what would be made.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from grappa_dist.artifacts import Artifact, RowArrays, Store, label_rows
+from grappa_dist.artifacts import CONTENT_BYTES, Artifact, NotSeen, RowArrays, Store, label_rows, look_at
+from grappa_dist.checksums import MANIFEST, DamagedArtifact
 from grappa_dist.config import Config
 from grappa_dist.console import Console, pluralize
 from grappa_dist.data.open_images import (
@@ -32,16 +33,19 @@ from grappa_dist.models.trial import Verdict, describe_difference, verdict_of
 from grappa_dist.report.collect import describe_bad_images, describe_labels, report
 from grappa_dist.report.content import ScoreRow
 from grappa_dist.stages.adapt import adapt
+from grappa_dist.stages.damages import Mending
 from grappa_dist.stages.embed import bad_rows, embed, feature_rows
 from grappa_dist.stages.evaluate import Evaluation, evaluate
-from grappa_dist.stages.flow import Flow
+from grappa_dist.stages.flow import Flow, artifacts_of
 from grappa_dist.stages.fuse import describe_unfused, fuse, least_bytes
 from grappa_dist.stages.gallery_weights import weigh_galleries
-from grappa_dist.stages.mirror import artifacts_of, mirrored
+from grappa_dist.stages.mirror import mirrored
 from grappa_dist.stages.partitions import partition_statistics
 from grappa_dist.stages.pseudo_label import pseudo_label
 from grappa_dist.stages.run import Run, running
 from grappa_dist.stages.supervised import adapt_supervised, fuse_supervised, name_classes, read_true_labels
+
+NAMED = 5  # damaged files that an error names
 
 
 def run(config: Config, root: Path, until: str | None = None) -> tuple[Path, list[ScoreRow]] | None:
@@ -59,15 +63,34 @@ def run(config: Config, root: Path, until: str | None = None) -> tuple[Path, lis
 
 
 def _run(context: Run, until: str | None = None) -> tuple[Path, list[ScoreRow]] | None:
+    mending = Mending(context)
+    while True:
+        try:
+            found = _flow(context, mending, until)
+            _log_any(context.console, mending.describe())
+            return found
+        except DamagedArtifact as damage:
+            mending.mend(damage)
+        except NotSeen as error:
+            mending.look_again(error)
+        context.runner.renew_workers()  # which may have mapped what was set aside
+
+
+def _flow(context: Run, mending: Mending, until: str | None) -> tuple[Path, list[ScoreRow]] | None:
+    """Once through all stages, after a look at what is reused."""
     config, store, console = context.config, context.store, context.console
+    if config.data.collection:
+        mending.check([generated_data_set(store, config.data)])
     if not is_generated(config.data, store):
         with console.stage("load", f"generating the demo data set {config.data.collection}"):
             generate_data_set(config.data, generated_data_set(store, config.data))
     train, test = open_images(config.data, store, config.resources, log=console.log)
     flow = lay_out(config, store, train, test)
+    if mending.check(artifacts_of(flow)):
+        flow = lay_out(config, store, train, test)  # the report tells of it
     checks = checks_of(config, store, flow)
     context.runner.require(checks)
-    with mirrored(config.mirror, flow, console):
+    with mirrored(config.mirror, flow, mending):
         if flow.needs_backbone(until):
             tried = _tried(config, store)
             for warning in tried.warnings:
@@ -98,7 +121,7 @@ def _stages(context: Run, flow: Flow) -> Iterator[str]:
 
     bad = bad_rows(train, flow.features)
     pseudo_label(context, flow.labels, feature_rows(train, flow.features), train, bad)
-    labels = {k: label_rows(artifact, train.starts) for k, artifact in flow.labels.items()}
+    labels = {k: label_rows(artifact, train.starts, k) for k, artifact in flow.labels.items()}
     partition_statistics(context, flow.partitions, labels)
     yield "pseudo_label"
 
@@ -171,26 +194,32 @@ def _tried(config: Config, store: Store, *, keep: bool = True) -> Verdict:
     return verdict_of(config.backbone, store.root / "index", keep=keep)
 
 
-def check(config: Config, root: Path) -> str:
+def check(config: Config, root: Path, *, deep: bool = False) -> str:
     """Checks the artefacts of the run, and starts the workers to see whether every node can take part.
 
-    Returns a line per node, and one that counts workers and artefacts.
+    Writes nothing where all artefacts are there; else a file that is removed again, to see that all nodes can.
+
+    Args:
+        deep: whether all bytes of all artefacts are read, or only the smallest files up to CONTENT_BYTES.
+
+    Returns:
+        A line per node, and one that counts workers and artefacts.
 
     Raises:
-        ValueError: an artefact is damaged, with its file; a node cannot take part; the backbone cannot be built; or its
-            weights are not available and still needed.
+        ValueError: artefacts are damaged, with their files; a node cannot take part; the backbone cannot be built; or
+            its weights are not available and still needed.
     """
     build_backbone(config.backbone, pretrained=False)
-    store, made, finished = Store(root), list[Artifact](), False
+    store, whole, finished = Store(root), "0 artefacts there and whole", False
     cluster = Cluster(config.resources, Checks(root.absolute(), _nothing))
     if is_generated(config.data, store):
         train, test = open_images(config.data, store, config.resources, write_index=False)
         flow = lay_out(config, store, train, test)
-        cluster.checks = checks_of(config, store, flow)
-        made = [artifact for artifact in artifacts_of(flow) if artifact.complete]
-        for artifact in made:
-            artifact.check()
+        of_run = artifacts_of(flow)
         finished = not flow.needs_backbone()
+        cluster.checks = replace(checks_of(config, store, flow), writes=not all(a.complete for a in of_run))
+        generated = [generated_data_set(store, config.data)] if config.data.collection else []
+        whole = _check_artifacts([*generated, *of_run], deep=deep)
     warnings: tuple[str, ...] = ()
     if not finished:
         tried = _tried(config, store, keep=False)
@@ -200,10 +229,29 @@ def check(config: Config, root: Path) -> str:
         cluster.checks = replace(cluster.checks, backbone=compare)
     try:
         count = len(cluster.workers())
-        workers, artefacts = pluralize(count, "worker"), pluralize(len(made), "artefact")
-        return f"{''.join(warnings)}{table(cluster.facts.values())}\n{workers} can start; {artefacts} there and whole"
+        return f"{''.join(warnings)}{table(cluster.facts.values())}\n{pluralize(count, 'worker')} can start; {whole}"
     finally:
         cluster.close()
+
+
+def _check_artifacts(artifacts: Sequence[Artifact], *, deep: bool) -> str:
+    """How many are whole; raises a ValueError that names those that are not."""
+    made = [artifact for artifact in artifacts if artifact.path.is_dir()]
+    look = look_at(made, None if deep else CONTENT_BYTES)
+    wrong = [f"{d.path} {d.why}" for d in look.damages]
+    wrong += [f"{artifact.path / MANIFEST} is missing" for artifact in made if not artifact.complete]
+    if wrong:
+        more = f"; and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
+        raise ValueError(
+            f"{pluralize(len(wrong), 'damaged artefact')}: {'; '.join(wrong[:NAMED])}{more}. "
+            "A run sets them aside and makes them anew"
+        )
+    whole = f"{pluralize(len(made), 'artefact')} there and whole"
+    if look.num_bytes < look.all_bytes and not deep:
+        whole += f", by all sizes and the content of {look.num_bytes:,} of {look.all_bytes:,} bytes (--deep reads all)"
+    if old := len(look.without_checksums):
+        whole += f"; {old} of them by size alone, made before there were checksums"
+    return whole
 
 
 def _nothing() -> None:

@@ -24,6 +24,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", help="the run directory (default: `out` of the config, else runs/<name>)")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and the plan; touch nothing")
     parser.add_argument("--check", action="store_true", help="check artefacts and nodes, make nothing")
+    parser.add_argument("--deep", action="store_true", help="with --check: read all bytes of all artefacts")
     parser.add_argument("--clean", action="store_true", help="list what no result of this configuration needs")
     parser.add_argument("--yes", action="store_true", help="with --clean: remove it")
     stages = ("embed", "pseudo_label", "adapt", "fuse")
@@ -41,6 +42,8 @@ def work(asked: argparse.Namespace, ending: Ending) -> None:
 
     config = load(asked.config, asked.overrides)
     root = run_root(expanded(asked.out, "--out") if asked.out else config.out, config.name)
+    if asked.deep and not asked.check:
+        raise ValueError("--deep goes with --check: it reads all bytes of the artefacts that are there")
     if asked.dry_run:
         from grappa_dist.plan import plan
 
@@ -55,7 +58,7 @@ def work(asked: argparse.Namespace, ending: Ending) -> None:
     from grappa_dist.report import console_table
 
     if asked.check:
-        print(printable(check(config, root)))
+        print(printable(check(config, root, deep=asked.deep)))
         return
     ending.log_dir = root
     found = run(config, root, asked.until)

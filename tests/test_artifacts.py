@@ -4,13 +4,18 @@ import json
 import os
 import socket
 import threading
+import time
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import xxhash
 
-from grappa_dist.artifacts import MANIFEST, Artifact, RowArrays, Store, wait_until_seen
+from grappa_dist import artifacts
+from grappa_dist.artifacts import Artifact, Look, NotSeen, RowArrays, Store, look_at, rows_file, wait_until_seen
+from grappa_dist.checksums import MANIFEST, DamagedArtifact
 from grappa_dist.files import replace, write_json
 
 
@@ -36,7 +41,8 @@ def test_an_artifact_appears_when_it_is_whole(tmp_path: Path) -> None:
     assert not made.partial.exists()
     assert (made.path / "inner" / "file.txt").read_text() == "hello"
     manifest = json.loads((made.path / MANIFEST).read_text())
-    assert manifest["files"] == {"inner/file.txt": 5}
+    hello = {"bytes": 5, "xxh3": xxhash.xxh3_128_hexdigest(b"hello")}
+    assert manifest["files"] == {"inner/file.txt": hello}
     assert (manifest["kind"], manifest["fingerprint"]) == ("labels/k=4", made.fingerprint)
     assert manifest["inputs"] == {"features": "abc"}
     made.check()
@@ -83,7 +89,7 @@ def test_a_file_that_went_missing_or_changed_its_size_is_named(content: str | No
     path = made.path / "file.txt"
     path.unlink() if content is None else path.write_text(content)
     words = "is missing" if content is None else f"has {len(content)} bytes, its manifest says 5"
-    with pytest.raises(ValueError, match=rf"file\.txt {words}; remove .*labels/k=4"):
+    with pytest.raises(ValueError, match=rf"file\.txt {words}; the same run again sets .*labels/k=4"):
         made.check()
 
 
@@ -98,8 +104,10 @@ def test_what_another_machine_finishes_is_waited_for_and_named_if_it_never_comes
     threading.Timer(0.2, late.commit).start()
     wait_until_seen([late])
     assert late.complete
-    with pytest.raises(TimeoutError, match=r"never-.*manifest.json.*not seen here after 0.1 s"):
-        wait_until_seen([late, Store(tmp_path).artifact("never", {}, {})], 0.1)
+    with pytest.raises(
+        TimeoutError, match=r"never-.*manifest.json .*not seen here after 0.5 s; is .* on storage that all"
+    ):
+        wait_until_seen([late, Store(tmp_path).artifact("never", {}, {})], 0.5)
 
 
 def test_a_commit_waits_for_the_files_that_others_write(tmp_path: Path) -> None:
@@ -107,7 +115,7 @@ def test_a_commit_waits_for_the_files_that_others_write(tmp_path: Path) -> None:
     folder = artifact.begin()
     threading.Timer(0.2, lambda: (folder / "rows-1.npy").write_bytes(b"x")).start()
     artifact.commit(expected=["rows-1.npy"])
-    assert json.loads((artifact.path / "manifest.json").read_text())["files"] == {"rows-1.npy": 1}
+    assert artifact.files["rows-1.npy"].bytes == 1
 
 
 def test_the_fingerprint_tells_settings_inputs_and_kind_and_not_the_place(tmp_path: Path) -> None:
@@ -216,3 +224,110 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     write_json(path, {"a": 2})
     assert json.loads(path.read_text()) == {"a": 2}
     assert [p.name for p in path.parent.iterdir()] == ["value.json"]
+
+
+def test_a_folder_that_lost_its_manifest_is_set_aside_and_not_in_the_way(tmp_path: Path) -> None:
+    made = finished(tmp_path, "lost")
+    (made.path / MANIFEST).unlink()
+    assert finished(tmp_path, "again").path.joinpath("file.txt").read_text() == "again"
+    assert (made.path.with_name(f"{made.path.name}.damaged") / "file.txt").read_text() == "lost"
+
+
+def test_what_is_not_seen_is_told_by_what_lies_there(tmp_path: Path) -> None:
+    never = artifact(tmp_path)
+    partial = never.begin()
+    with pytest.raises(NotSeen, match=rf"its job has ended and left {partial} unfinished: run again"):
+        wait_until_seen([never], 0.1)
+    partial.rename(never.path)
+    with pytest.raises(NotSeen, match=rf"{never.path} is there without it: run again, which sets it aside"):
+        wait_until_seen([never], 0.1)
+
+
+def test_waiting_counts_looks_and_not_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    late, slept = Store(tmp_path).artifact("late", {}, {}), list[float]()
+
+    def sleep(seconds: float) -> None:  # each nap is an hour by any clock
+        slept.append(seconds)
+        if len(slept) == 3:
+            late.begin()
+            late.commit()
+
+    clock = SimpleNamespace(
+        sleep=sleep, monotonic=lambda: 3600.0 * len(slept), strftime=time.strftime, gmtime=time.gmtime
+    )
+    monkeypatch.setattr(artifacts, "time", clock)
+    wait_until_seen([late])
+    assert len(slept) == 3
+
+
+def many(root: Path) -> list[Artifact]:
+    """Three finished artefacts of two files each: 1, 10 and 100 bytes, and as many more."""
+    made = []
+    for number in range(3):
+        made.append(artifact(root, number=number))
+        folder = made[-1].begin()
+        (folder / "a.bin").write_bytes(b"a" * 10**number)
+        (folder / "b.bin").write_bytes(b"b" * 10**number)
+        made[-1].commit()
+    return made
+
+
+def flip(path: Path, at: int = 0) -> None:
+    """Changes one bit of a file, and neither its size nor its times."""
+    data, stat = bytearray(path.read_bytes()), path.stat()
+    data[at] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def test_sizes_are_all_checked_and_contents_from_the_smallest_on(tmp_path: Path) -> None:
+    made = many(tmp_path)
+    assert look_at(made) == Look([], [], 222, 222)
+    assert look_at(made, 22).num_bytes == 22
+    for number in (1, 2):
+        flip(made[number].path / "b.bin")
+    assert [d.path for d in look_at(made, 22).damages] == [str(made[1].path / "b.bin")]
+    assert [d.folder for d in look_at(made).damages] == [str(made[1].path), str(made[2].path)]
+    (made[2].path / "a.bin").write_bytes(b"cut")
+    (made[0].path / "a.bin").unlink()
+    found = [str(damage) for damage in look_at(made, 0).damages]
+    assert f"{made[0].path}/a.bin is missing; the same run again sets {made[0].path} aside" in found[0]
+    assert "a.bin has 3 bytes, its manifest says 100" in found[1]
+
+
+def test_artefacts_made_before_checksums_are_held_against_their_sizes(tmp_path: Path) -> None:
+    made = finished(tmp_path)
+    manifest = json.loads((made.path / MANIFEST).read_text())
+    del manifest["xxh3"]
+    (made.path / MANIFEST).write_text(json.dumps(manifest | {"files": {"file.txt": 5}}))
+    assert look_at([made]) == Look([], [made], 0, 5)
+    (made.path / "file.txt").write_text("hallo")
+    made.check(None)
+    (made.path / "file.txt").write_text("hello!")
+    assert "has 6 bytes" in str(look_at([made]).damages[0])
+
+
+def test_labels_out_of_range_and_rows_of_another_length_are_damages_where_no_checksum_knows(tmp_path: Path) -> None:
+    folder = artifact(tmp_path).begin()
+    save = [np.array([-1, 0, 3], np.int32), np.array([-2, 0], np.int32), np.array([4], np.int32)]
+    for number, labels in enumerate(save):
+        np.save(folder / rows_file(number), labels)
+    arrays = RowArrays.of((folder / rows_file(i) for i in range(3)), np.array([0, 3, 5, 6]), below=4)
+    assert arrays.shard(0).tolist() == [-1, 0, 3]
+    for shard, words in ((1, "has labels from -2 to 0, expected -1 to 3"), (2, "has labels from 4 to 4")):
+        with pytest.raises(DamagedArtifact, match=words):
+            arrays.shard(shard)
+    rows = np.eye(2, 4, dtype=np.float32)
+    rows[1, 1] = np.nan
+    np.save(folder / "features.npy", np.concatenate([rows, rows * 0]))
+    features = RowArrays.of([folder / "features.npy"], np.array([0, 4]))
+    assert features.take_unit(np.array([0])).tolist() == [[1, 0, 0, 0]]
+    for row, norm in ((1, "nan"), (2, "0"), (3, "nan")):
+        with pytest.raises(
+            DamagedArtifact, match=rf"features.npy has a row {row} of norm {norm}, features must be unit"
+        ):
+            features.take_unit(np.array([0, row]))
+    good = np.array([True, False, False, False])
+    assert features.unit_shard(0, good).shape == (4, 4)
+    with pytest.raises(DamagedArtifact, match="has a row 2 of norm 0"):
+        features.unit_shard(0, ~good & [False, False, True, False])

@@ -14,7 +14,7 @@ from grappa_dist.config import Config
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.layout import lay_out
 from grappa_dist.report.collect import KEEP_REPORTS, remove_old_reports
-from grappa_dist.stages.mirror import artifacts_of
+from grappa_dist.stages.flow import artifacts_of
 from tests.data.written import write_tar
 from tests.stages import tiny
 

@@ -35,6 +35,7 @@ LEVELS = (  # a part imports parts of lower levels, and files of its own
     ("kmeans", "make_shards"),
     ("data", "distributed"),
     ("metrics", "artifacts"),
+    ("checksums",),
     ("search", "config", "console", "files", "prefetch", "_compat"),
     ("output", "storage"),
 )

@@ -13,9 +13,8 @@ from grappa_dist.config import AdaptConfig, BackboneConfig, DataConfig, FuseConf
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.layout import lay_out
 from grappa_dist.stages.adapt import adaptors_of
-from grappa_dist.stages.flow import Flow
+from grappa_dist.stages.flow import Flow, artifacts_of
 from grappa_dist.stages.fuse import fusion_of
-from grappa_dist.stages.mirror import artifacts_of
 from tests.stages import tiny
 
 BOTH = {"variants": ("average", "transforms", "neighbours")}

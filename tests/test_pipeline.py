@@ -38,7 +38,7 @@ def test_a_check_names_a_file_that_is_no_longer_what_its_manifest_says(
     assert pipeline.check(settings, tmp_path).endswith("2 workers can start; 7 artefacts there and whole")
     (cut,) = tmp_path.glob("labels/k=4-*/centroids.npy")
     cut.write_bytes(cut.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=r"centroids.npy has \d+ bytes, its manifest says \d+; remove"):
+    with pytest.raises(ValueError, match=r"centroids.npy has \d+ bytes, its manifest says \d+\. A run sets them aside"):
         pipeline.check(settings, tmp_path)
 
 

@@ -35,6 +35,7 @@ class Checks:
     root: Path  # the run directory
     read_data: Callable[[], None]  # reads a little of the images, or raises the error that prevents it
     worker_bytes: int = 0  # memory that one worker needs at least
+    writes: bool = True  # whether the run directory is written to
     backbone: Callable[[], str] | None = (
         None  # why the backbone built here is not the driver's, or ""; None: not needed
     )
@@ -84,10 +85,11 @@ def _own_version() -> str:
     return f"sources {digest.hexdigest()[:8]}"
 
 
-def survey(checks: Checks, token: Path, node: str, name: str, *, workers: int, gpu: bool) -> Facts:
+def survey(checks: Checks, token: Path | None, node: str, name: str, *, workers: int, gpu: bool) -> Facts:
     """The facts of the node that this process runs on, `workers` of which share its memory.
 
     Args:
+        token: of the driver in the run directory; None where nothing is written there.
         node: Ray's id of the node; several nodes may be on one host.
         name: of the node, for messages.
     """
@@ -97,8 +99,10 @@ def survey(checks: Checks, token: Path, node: str, name: str, *, workers: int, g
     return Facts(name, versions(), _storage(checks.root, token, node), _data(checks), why, free)
 
 
-def _storage(root: Path, token: Path, node: str) -> str:
+def _storage(root: Path, token: Path | None, node: str) -> str:
     """Reads what the driver wrote and writes it again under the node's name; why that fails, or ""."""
+    if token is None:
+        return "" if root.is_dir() else f"the run directory {root} is not there; put --out on storage that all share"
     try:
         content = _read_when_visible(lambda: (token / "driver").read_text(encoding="utf-8"))
         (token / _file_of(node)).write_text(content, encoding="utf-8")
@@ -174,9 +178,9 @@ def token_in(root: Path) -> Iterator[Path]:
                 folder.rmdir()
 
 
-def answered(token: Path, node: str, facts: Facts) -> Facts:
+def answered(token: Path | None, node: str, facts: Facts) -> Facts:
     """The facts, after the driver has looked for what the node wrote."""
-    if facts.storage:
+    if token is None or facts.storage:
         return facts
     try:
         content = _read_when_visible(lambda: (token / _file_of(node)).read_text(encoding="utf-8"))

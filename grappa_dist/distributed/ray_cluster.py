@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,11 @@ class Cluster:
         """The id of a worker's node, so that the ranks of a job can share a node."""
         assert self._node_of is not None
         return self._node_of[worker]
+
+    @property
+    def started(self) -> bool:
+        """Whether workers were started."""
+        return self._node_of is not None
 
     @property
     def size(self) -> int:
@@ -254,7 +260,7 @@ class Cluster:
         if self.checks is None or not new:
             return ""
         sharing = [*up.values(), *(self._node_of or {}).values()]
-        with token_in(self.checks.root) as token:
+        with token_in(self.checks.root) if self.checks.writes else nullcontext() as token:
             calls = {n: w.survey.remote(self.checks, token, n, sharing.count(n)) for n, w in new.items()}
             self._await(list(calls.values()), SURVEY_TIMEOUT_S)  # all at once: several may hang
             found = {node: answered(token, node, _facts(node, ref)) for node, ref in calls.items()}

@@ -137,6 +137,12 @@ class Runner:
         """What every node must pass before it works."""
         self.cluster.checks = checks
 
+    def renew_workers(self) -> None:
+        """Replaces all workers that are up, and with them what they hold in memory."""
+        if self.cluster.started:
+            with self._polling_signals():
+                self.cluster.replace(self.cluster.workers())
+
     @property
     def num_workers(self) -> int:
         with self._polling_signals():

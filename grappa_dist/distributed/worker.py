@@ -64,7 +64,7 @@ class Worker:
 
         return str(ray.get_runtime_context().get_node_id())
 
-    def survey(self, checks: Checks, token: Path, node: str, workers: int) -> Facts:
+    def survey(self, checks: Checks, token: Path | None, node: str, workers: int) -> Facts:
         """The facts of this node, of that id, when `workers` of ours share it."""
         name = node_name(_node_address())
         return survey(checks, token, node, name, workers=workers, gpu=bool(self._gpus))

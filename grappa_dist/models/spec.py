@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from grappa_dist.artifacts import Artifact, numbered
+from grappa_dist.checksums import damaged, verified
 from grappa_dist.config import BackboneConfig
 from grappa_dist.data.transforms import Preprocess
 from grappa_dist.distributed.worker import release_memory
@@ -131,15 +133,31 @@ def build(spec: ModelSpec, device: torch.device) -> nn.Module:
     model = Grappa(backbone, len(spec.sets), spec.bottleneck, attention=spec.has_attention)
     model.load_adaptors(_load_sets(spec))
     if spec.fusion:
-        model.load_attention(read_tensors(spec.fusion.path / FUSION_FILE))
+        model.load_attention(load_weights(spec.fusion.path / FUSION_FILE))
     return model.requires_grad_(False).eval().to(device)
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """Trained tensors of an artefact.
+
+    Raises:
+        DamagedArtifact: the file is not what was written, or has a number that is not finite.
+    """
+    try:
+        tensors: dict[str, Tensor] = read_tensors(verified(path))
+    except SafetensorError as error:
+        raise damaged(path, f"is no safetensors file: {error}") from None
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise damaged(path, f"has numbers in {name} that are not finite")
+    return tensors
 
 
 def _load_sets(spec: ModelSpec) -> list[dict[str, Tensor]]:
     if not spec.random_sets or spec.fusion is None:
-        return [read_tensors(a.path / ADAPTORS_FILE) for a in spec.adaptors]
+        return [load_weights(a.path / ADAPTORS_FILE) for a in spec.adaptors]
     sets: list[dict[str, Tensor]] = [{} for _ in range(spec.random_sets)]
-    for name, tensor in read_tensors(spec.fusion.path / ADAPTORS_FILE).items():
+    for name, tensor in load_weights(spec.fusion.path / ADAPTORS_FILE).items():
         _, index, rest = name.split(".", 2)
         sets[int(index)][rest] = tensor
     return sets

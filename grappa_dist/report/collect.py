@@ -8,6 +8,7 @@ import platform
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from grappa_dist.artifacts import Artifact, Store, remove_artifact
+from grappa_dist.checksums import load_json, verified
 from grappa_dist.config import Config
 from grappa_dist.console import EVENTS_FILE, METRICS_FILE, duration, read_events
 from grappa_dist.data.decoding import decode
@@ -33,6 +35,7 @@ from grappa_dist.report import (
 )
 from grappa_dist.report.content import BadRow, LabelFree, ScoreRow
 from grappa_dist.report.page import MOST_BAD_ROWS
+from grappa_dist.stages.damages import DAMAGES_FILE, Damage, damages_among
 from grappa_dist.stages.embed import bad_reasons
 from grappa_dist.stages.evaluate import INSIGHT_FILE, NEIGHBOURS, SCORES_FILE
 from grappa_dist.stages.flow import Flow
@@ -44,12 +47,14 @@ from grappa_dist.stages.supervised import class_counts
 
 THUMBNAIL_PX = 112
 KEEP_REPORTS = 10
+MOST_DAMAGES = 20  # that the report names
 TRACKED = ("torch", "timm", "deepspeed", "ray", "webdataset", "grappa_dist")
 Steps = Sequence[Mapping[str, Any]]
 
 
-def report_of(store: Store, config: Config, inputs: Mapping[str, Artifact]) -> Artifact:
-    shown = {"name": config.name, "notes": list(config.notes), "config": config.yaml()}
+def report_of(store: Store, config: Config, inputs: Mapping[str, Artifact], damages: Sequence[Damage] = ()) -> Artifact:
+    shown: dict[str, Any] = {"name": config.name, "notes": list(config.notes), "config": config.yaml()}
+    shown |= {"damages": [vars(damage) for damage in damages]} if damages else {}
     return store.artifact("reports/report", shown, inputs)
 
 
@@ -67,17 +72,24 @@ def report(run: Run, flow: Flow) -> tuple[Path, list[ScoreRow]]:
 
 def remove_old_reports(root: Path, newest: Artifact) -> None:
     """Keeps the newest KEEP_REPORTS reports of a run directory, among them the one that was just published."""
-    found = [path for path in (root / "reports").glob("report-*/manifest.json") if path.parent != newest.path]
-    made = sorted((read_json(path)["created"], path.parent) for path in found)
+    made = sorted((when, folder) for when, folder in _reports(root) if folder != newest.path)
     for _, folder in made[: -(KEEP_REPORTS - 1)]:
         remove_artifact(folder)
+
+
+def _reports(root: Path) -> Iterator[tuple[str, Path]]:
+    """When the reports of a run directory were made, and their folders; damaged ones are left alone."""
+    for path in (root / "reports").glob("report-*/manifest.json"):
+        if not path.parent.suffix:  # of folders set aside
+            with suppress(ValueError, KeyError, TypeError):
+                yield str(read_json(path)["created"]), path.parent
 
 
 def score_rows(flow: Flow) -> list[ScoreRow]:
     """All scores and, after the adaptor sets, the oracle's; [] without labels."""
     rows: list[ScoreRow] = []
     for model, artifact in flow.scores.items():
-        rows += [_score_row(model, row) for row in read_json(artifact.path / SCORES_FILE)]
+        rows += [_score_row(model, row) for row in load_json(artifact.path / SCORES_FILE)]
     sets = [row for row in rows if row["model"].startswith("k=")]
     frozen = [row for row in rows if row["model"] == "backbone"]
     return [*frozen, *sets, *best_sets(sets), *(row for row in rows if row not in (*frozen, *sets))]
@@ -102,11 +114,11 @@ def _score_row(model: str, row: Mapping[str, Any]) -> ScoreRow:
 
 
 def _content(run: Run, flow: Flow, rows: list[ScoreRow]) -> ReportContent:
-    insights = {m: read_json(a.path / INSIGHT_FILE) for m, a in flow.insights.items()}
+    insights = {m: load_json(a.path / INSIGHT_FILE) for m, a in flow.insights.items()}
     logs = {job_of(a): steps_of(a) for a in _trained(flow)}
     fused = {v: logs[job_of(a)] for v, a in flow.fusions.items()}
     decays = {v: by_step(steps, "decay_to_gradient") for v, steps in fused.items()}
-    partitions = read_json(flow.partitions.path / PARTITIONS_FILE)
+    partitions = load_json(flow.partitions.path / PARTITIONS_FILE)
     return ReportContent(
         title=run.config.name,
         rows=rows,
@@ -120,7 +132,7 @@ def _content(run: Run, flow: Flow, rows: list[ScoreRow]) -> ReportContent:
         decay={v: [median(layer) for layer in zip(*d, strict=True)] for v, d in decays.items() if d},
         sets=[f"k={k}" for k in flow.adaptors],
         random_sets={m: spec.sets for m, spec in flow.models.items() if spec.random_sets},
-        clusterings=[Clustering(**read_json(a.path / STATS_FILE)) for a in flow.labels.values()],
+        clusterings=[Clustering(**load_json(a.path / STATS_FILE)) for a in flow.labels.values()],
         nestings=[Nesting(**nesting) for nesting in partitions["nestings"]],
         sheets=[ContactSheet(k=s["k"], clusters=_samples(flow.train, s["clusters"])) for s in partitions["sheets"]],
         curves={job: curve(steps) for job, steps in logs.items()},
@@ -128,7 +140,7 @@ def _content(run: Run, flow: Flow, rows: list[ScoreRow]) -> ReportContent:
         bad_rows=[*_bad(flow.train, flow.features), *_bad_test(flow)],
         facts=_facts(run, flow, logs),
         config_yaml=run.config.yaml(),
-        notes=[*run.config.notes, *_supervision_note(flow)],
+        notes=[*run.config.notes, *_supervision_note(flow), *_damage_notes(run, flow)],
     )
 
 
@@ -145,6 +157,15 @@ def _supervision_note(flow: Flow) -> Iterator[str]:
             f"({found['classes']:,} classes of {found['labelled']:,} images, of {found['images']:,}). "
             "No other row was trained with a label."
         )
+
+
+def _damage_notes(run: Run, flow: Flow) -> Iterator[str]:
+    """What was damaged and made anew, the report itself included."""
+    damages = [*flow.damages, *damages_among(run.store.root, [flow.report.name])]
+    for damage in damages[:MOST_DAMAGES]:
+        yield f"Damaged and made anew: {damage}."
+    if len(damages) > MOST_DAMAGES:
+        yield f"Damaged and made anew as well: {len(damages) - MOST_DAMAGES} more; {DAMAGES_FILE} lists them."
 
 
 def _view_figures(insights: Mapping[str, Any]) -> Iterator[LabelFree]:
@@ -187,7 +208,7 @@ def neighbour_figures(fusions: Mapping[str, Artifact], num_rows: int) -> Iterato
 def graphs_of(artifact: Artifact) -> dict[int, dict[str, Any]]:
     """The statistics of each graph by epoch, ascending; empty if there are no graphs."""
     found = {int(path.parent.name[6:]): path for path in artifact.path.glob("knn/epoch-*/statistics.json")}
-    return {epoch: read_json(found[epoch]) for epoch in sorted(found)}
+    return {epoch: load_json(found[epoch]) for epoch in sorted(found)}
 
 
 def _galleries(flow: Flow, insights: Mapping[str, Any]) -> Iterator[Gallery]:
@@ -367,7 +388,7 @@ def _installed(name: str) -> bool:
 
 def steps_of(artifact: Artifact) -> Steps:
     """The steps in the log of the job."""
-    return [event for event in read_events(artifact.path / METRICS_FILE) if event["name"] == "step"]
+    return [event for event in read_events(verified(artifact.path / METRICS_FILE)) if event["name"] == "step"]
 
 
 def curve(steps: Steps) -> list[dict[str, float]]:

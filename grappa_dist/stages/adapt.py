@@ -71,7 +71,7 @@ def adapt(
 
 
 def _set(config: Config, k: int, labels: Artifact, adaptors: Artifact, images: ImageShards) -> AdaptSet:
-    return AdaptSet(k, label_rows(labels, images.starts), adaptors, starting_centroids(config.adapt, labels))
+    return AdaptSet(k, label_rows(labels, images.starts, k), adaptors, starting_centroids(config.adapt, labels))
 
 
 def train_sets(run: Run, sets: Sequence[AdaptSet], images: ImageShards, bad: NDArray[np.int64]) -> None:

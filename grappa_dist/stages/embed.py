@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from grappa_dist.artifacts import MANIFEST, Artifact, RowArrays, Store, wait_until_seen
+from grappa_dist.artifacts import Artifact, RowArrays, Store, wait_until_seen
+from grappa_dist.checksums import MANIFEST, load_json
 from grappa_dist.config import EmbedConfig
 from grappa_dist.console import pluralize
 from grappa_dist.data.index import Shard, count_missing, describe_missing
@@ -221,7 +222,7 @@ def bad_reasons(images: ImageShards, features: Sequence[Artifact]) -> dict[int, 
 
 def _bad_of(images: ImageShards, shard: int, artifact: Artifact) -> dict[int, str]:
     first = images.shard_rows(shard).start
-    found = read_json(artifact.path / BAD_FILE)
+    found = load_json(artifact.path / BAD_FILE)
     return {first + int(position): why for position, why in found.items()}
 
 

@@ -85,11 +85,11 @@ def evaluate(
         for m in specs
         if not (scores[m].complete and insights[m].complete)
     ]
-    if tasks:
+    if tasks or not ground_truth.complete:
         with run.console.stage("evaluate", f"{len(tasks)} models on {len(images)} images"):
             write_ground_truth(run, images, ground_truth, "evaluate")
             queries = len(tasks) * run.config.evaluate.view_queries
-            run.runner.map(evaluate_model, tasks, run.console.counter("models", len(tasks), queries))
+            run.runner.map(evaluate_model, tasks, run.console.counter("models", max(1, len(tasks)), queries))
             wait_until_seen(artifact for task in tasks for artifact in (task.scores, task.insight))
 
 
@@ -113,7 +113,7 @@ def _scores(task: ModelTask, ground_truth: GroundTruth) -> list[dict[str, Any]]:
         rows = ground_truth.rows(number)
         rows = rows[labels[rows] >= 0]
         if len(rows):
-            z = torch.from_numpy(task.features.take(rows))
+            z = torch.from_numpy(task.features.take_unit(rows))
             scores.append({"task": name, **retrieval_scores(z, torch.from_numpy(labels[rows]))})
     return [s for s in scores if s["queries"]]
 
@@ -141,7 +141,7 @@ class _Insight:
         """The share of augmented views whose nearest image is their source, among at most GALLERY_ROWS images."""
         rows = self._sample(self._good, self._settings.view_queries)
         gallery = np.union1d(self._sample(self._good, GALLERY_ROWS), rows)
-        base = torch.from_numpy(self._task.features.take(gallery)).to(self._device)
+        base = torch.from_numpy(self._task.features.take_unit(gallery)).to(self._device)
         found = 0
         for part, z in self._features(rows, self._augmented):
             found += int((gallery[(z @ base.T).argmax(1).cpu().numpy()] == part).sum())
@@ -153,7 +153,7 @@ class _Insight:
         labels, tasks = self._ground_truth.labels[rows], self._ground_truth.tasks[rows]
         if not (labels >= 0).any():
             return {}
-        near, _ = sharded_knn(Comm(), self._task.features.take(rows), np.arange(len(rows)), NEIGHBOURS)
+        near, _ = sharded_knn(Comm(), self._task.features.take_unit(rows), np.arange(len(rows)), NEIGHBOURS)
         valid = near >= 0
         labelled = valid & (labels >= 0)[:, None]
         same_task = valid & (tasks[near] == tasks[:, None])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
 
 from grappa_dist.artifacts import Artifact
 from grappa_dist.config import SUPERVISED, SUPERVISED_SET, Variant
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.models.spec import ModelSpec
+from grappa_dist.stages.damages import Damage
 
 
 class Supervision(NamedTuple):
@@ -47,6 +48,7 @@ class Flow:
     insights: Mapping[str, Artifact]
     report: Artifact
     model: Artifact
+    damages: tuple[Damage, ...] = ()  # of these artefacts, which were made anew
 
     @property
     def on_pairs(self) -> dict[str, Artifact]:
@@ -71,3 +73,19 @@ class Flow:
         stages = [*made]
         wanted = stages if until is None else stages[: stages.index(until) + 1]
         return any(not artifact.complete for stage in wanted for artifact in made[stage])
+
+
+def artifacts_of(flow: Flow) -> list[Artifact]:
+    """All artefacts of a run, each once, in the order in which they are made."""
+    found: dict[str, Artifact] = {}
+
+    def add(value: Any) -> None:
+        if isinstance(value, Artifact):
+            found[value.name] = value
+        elif isinstance(value, Mapping | tuple):
+            for part in value.values() if isinstance(value, Mapping) else value:
+                add(part)
+
+    for field in fields(flow):
+        add(getattr(flow, field.name))
+    return list(found.values())

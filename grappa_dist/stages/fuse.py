@@ -30,10 +30,17 @@ from grappa_dist.data.rng import Purpose, torch_seed
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.distributed.runner import Job
 from grappa_dist.distributed.worker import RankContext
-from grappa_dist.files import read_tensors, save_tensors
+from grappa_dist.files import save_tensors
 from grappa_dist.models import Adaptors, Grappa
 from grappa_dist.models.backbone import forward_precision
-from grappa_dist.models.spec import ADAPTORS_FILE, FUSION_FILE, build_backbone, release_cached_model, save_random_sets
+from grappa_dist.models.spec import (
+    ADAPTORS_FILE,
+    FUSION_FILE,
+    build_backbone,
+    load_weights,
+    release_cached_model,
+    save_random_sets,
+)
 from grappa_dist.stages.embed import Embedding, to_images
 from grappa_dist.stages.fuse_pairs import Pairs
 from grappa_dist.stages.knn_graph import remove_neighbours
@@ -194,7 +201,7 @@ class FuseObjective:
         if job.random_sets:
             randomise_adaptors(self.grappa, job.training.seed)
         else:
-            self.grappa.load_adaptors([read_tensors(a.path / ADAPTORS_FILE) for a in job.adaptors])
+            self.grappa.load_adaptors([load_weights(a.path / ADAPTORS_FILE) for a in job.adaptors])
         self.grappa.trainable_attention(and_adaptors=job.random_sets > 0)
         projector = Projector(backbone.embed_dim, job.fuse.projector)
         rng = torch.Generator().manual_seed(torch_seed(Purpose.FUSION, job.training.seed))

@@ -25,10 +25,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from grappa_dist.artifacts import Artifact, RowArrays, Store, wait_until_seen
+from grappa_dist.checksums import load_array, load_json
 from grappa_dist.console import EVENTS_FILE, read_events
 from grappa_dist.data.rng import Purpose, generator
 from grappa_dist.data.shards import ImageShards
-from grappa_dist.files import map_array, read_json, save_array, write_json
+from grappa_dist.files import save_array, write_json
 from grappa_dist.models import Grappa
 from grappa_dist.models.spec import ModelSpec
 from grappa_dist.stages.ground_truth import TASKS_FILE, load_ground_truth, write_ground_truth
@@ -109,7 +110,7 @@ def weigh_sets(device: torch.device, task: GalleriesTask) -> None:
         rows = np.sort(draw.choice(rows, MOST_IMAGES, replace=False)) if len(rows) > MOST_IMAGES else rows
         shares, ranks = [], []
         for features in task.features.values():
-            z = torch.from_numpy(features.take(rows)).to(device)
+            z = torch.from_numpy(features.take_unit(rows)).to(device)
             shares.append(transitivity(z, copies=task.copies).cpu())
             ranks.append(round(effective_rank(z), 2))
         found[name] = {
@@ -125,7 +126,7 @@ def weigh_sets(device: torch.device, task: GalleriesTask) -> None:
 
 def load_galleries(artifact: Artifact) -> dict[str, dict[str, list[float]]]:
     """By task: transitivity, effective rank and weights, (N,) each; in the order of task numbers."""
-    found: dict[str, dict[str, list[float]]] = read_json(artifact.path / GALLERIES_FILE)
+    found: dict[str, dict[str, list[float]]] = load_json(artifact.path / GALLERIES_FILE)
     return found
 
 
@@ -136,7 +137,7 @@ def by_gallery(spec: ModelSpec, model: nn.Module, rows: NDArray[np.int64]) -> It
         return
     assert isinstance(model, Grappa)
     weights = [torch.tensor(g["weights"]) for g in load_galleries(spec.galleries).values()]
-    tasks = map_array(spec.galleries.path / TASKS_FILE)[rows]
+    tasks = load_array(spec.galleries.path / TASKS_FILE)[rows]
     for task in np.unique(tasks).tolist():
         model.weigh(weights[task])
         yield rows[tasks == task]

@@ -16,9 +16,10 @@ import torch
 from numpy.typing import NDArray
 
 from grappa_dist.artifacts import Artifact, Store, wait_until_seen
+from grappa_dist.checksums import load_array, load_json
 from grappa_dist.data.labels import Names, named
 from grappa_dist.data.shards import BadLabels, ImageShards
-from grappa_dist.files import map_array, read_json, save_array, write_json
+from grappa_dist.files import save_array, write_json
 from grappa_dist.stages.run import Run
 
 MOST_UNREADABLE = 100  # JSON members that do not parse, kept by name
@@ -45,7 +46,7 @@ class GroundTruth:
 def ground_truth_of(store: Store, images: ImageShards, *, labelled: bool) -> Artifact:
     """The artefact; a name of its own where one made by an earlier rule says something else than the rule of now."""
     artifact = store.artifact("truth", {"labelled": labelled}, {"images": images.fingerprint})
-    if artifact.complete and _is_outdated(read_json(artifact.path / NAMES_FILE)):
+    if artifact.complete and _is_outdated(load_json(artifact.path / NAMES_FILE)):
         return store.artifact("truth", {"labelled": labelled, "rule": RULE}, {"images": images.fingerprint})
     return artifact
 
@@ -68,7 +69,7 @@ def write_ground_truth(run: Run, images: ImageShards, ground_truth: Artifact, st
         return
     run.runner.map(read_ground_truth, [(images, ground_truth)])
     wait_until_seen([ground_truth])
-    names = read_json(ground_truth.path / NAMES_FILE)
+    names = load_json(ground_truth.path / NAMES_FILE)
     unreadable = names["unreadable"]
     if unreadable["images"]:
         run.console.log(
@@ -111,6 +112,6 @@ def _members(images: ImageShards, unreadable: list[str]) -> Iterator[dict[str, A
 
 
 def load_ground_truth(artifact: Artifact) -> GroundTruth:
-    names = read_json(artifact.path / NAMES_FILE)
-    tasks, labels = (map_array(artifact.path / f) for f in (TASKS_FILE, LABELS_FILE))
+    names = load_json(artifact.path / NAMES_FILE)
+    tasks, labels = (load_array(artifact.path / f) for f in (TASKS_FILE, LABELS_FILE))
     return GroundTruth(tasks, labels, names["tasks"], names["labels"], names.get("other_keys", []))

@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from grappa_dist.artifacts import RowArrays, forget_maps, own_shards, rows_file
+from grappa_dist.artifacts import RowArrays, own_shards, rows_file
+from grappa_dist.checksums import forget_maps
 from grappa_dist.config import FuseConfig
 from grappa_dist.distributed.worker import RankContext, wait_for_slower_ranks
-from grappa_dist.files import read_json, sync, write_json
+from grappa_dist.files import read_json, record, sync, write_json
 from grappa_dist.knn.block_search import are_duplicates, without_duplicates
 from grappa_dist.knn.exact import sharded_knn
 from grappa_dist.knn.ivf import Graph, Recall, approximate_knn
@@ -206,6 +207,9 @@ class Graphs:
                 handle.seek(header + int(places[0]) * table[0].nbytes)
                 handle.write(table.tobytes())
             sync(path)  # a machine syncs only what it wrote itself
+        comm.barrier()
+        for shard in own_shards(images.starts.tolist(), comm.rank, comm.size):
+            record(folder / rows_file(shard))  # all of it is there now
 
     def _duplicates(self, near: NDArray[np.int64], copies: NDArray[np.bool_]) -> dict[str, float]:
         """How many of all rows have near-duplicates among their k nearest, and how many have no neighbour."""

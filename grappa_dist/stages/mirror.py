@@ -21,12 +21,15 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from grappa_dist.artifacts import MANIFEST, Artifact
+import xxhash
+
+from grappa_dist.artifacts import Artifact
+from grappa_dist.checksums import MANIFEST, compare, read_manifest, verified
 from grappa_dist.console import METRICS_FILE, Console
 from grappa_dist.data.remote import (
     BrokenAnswer,
@@ -38,8 +41,9 @@ from grappa_dist.data.remote import (
     patiently,
     store_of,
 )
-from grappa_dist.files import parse_json, read_json, sync
-from grappa_dist.stages.flow import Flow
+from grappa_dist.files import Sum, parse_json, sync
+from grappa_dist.stages.damages import Damage, Mending
+from grappa_dist.stages.flow import Flow, artifacts_of
 from grappa_dist.stages.multi_set_jobs import MULTI_SET_FILE, multi_set_members
 
 LATEST = "latest.json"  # names the report and the model of the run that ended last
@@ -56,16 +60,16 @@ _PROGRESS = ("progress.safetensors", "checkpoints/step-")  # without any of thes
 
 
 @contextmanager
-def mirrored(url: str | None, flow: Flow, console: Console) -> Iterator[None]:
+def mirrored(url: str | None, flow: Flow, mending: Mending) -> Iterator[None]:
     """Fetches what is on the store; while the block runs, and when it ends, copies what is new to the store."""
     if url is None:
         yield
         return
-    mirror, artifacts = Mirror(url), artifacts_of(flow)
+    mirror, artifacts, console = Mirror(url), artifacts_of(flow), mending.run.console
     work = WorkMirror(mirror.remote, mirror.found, artifacts)
-    if fetched := mirror.fetch(artifacts):
+    if fetched := mirror.fetch(artifacts, mending):
         console.log(f"{len(fetched)} artefacts fetched from {mirror.remote.url}")
-    if begun := work.fetch():
+    if begun := work.fetch(console.log):
         console.log(f"fetched from {mirror.remote.url}, to go on with: {', '.join(begun)}")
 
     def save() -> None:
@@ -96,22 +100,6 @@ def _copy(save: Callable[[], None], stop: threading.Event, console: Console) -> 
             console.log(f"warning: {error}")
 
 
-def artifacts_of(flow: Flow) -> list[Artifact]:
-    """All artefacts of a run, each once, in the order in which they are made."""
-    found: dict[str, Artifact] = {}
-
-    def add(value: Any) -> None:
-        if isinstance(value, Artifact):
-            found[value.name] = value
-        elif isinstance(value, Mapping | tuple):
-            for part in value.values() if isinstance(value, Mapping) else value:
-                add(part)
-
-    for field in fields(flow):
-        add(getattr(flow, field.name))
-    return list(found.values())
-
-
 class Mirror:
     """Copies of finished artefacts below a URL."""
 
@@ -120,23 +108,47 @@ class Mirror:
         self.found = self.remote.names()
         self.complete = {name.removesuffix(f"/{MANIFEST}") for name in self.found if name.endswith(f"/{MANIFEST}")}
 
-    def fetch(self, artifacts: Iterable[Artifact]) -> list[Artifact]:
-        """Fetches what the store has and the run directory lacks; each artefact appears by one rename."""
-        wanted = [a for a in artifacts if a.name in self.complete and not a.complete]
-        for artifact in wanted:
+    def fetch(self, artifacts: Iterable[Artifact], mending: Mending) -> list[Artifact]:
+        """Fetches what the store has and the run directory lacks; each artefact appears by one rename.
+
+        A copy that is not what was written is set aside on the store, and does not appear. So is one without checksums
+        of an artefact that was damaged here, as the copy may have been made later.
+        """
+        fetched, damaged_here = list[Artifact](), {damage.artifact for damage in mending.damages}
+        for artifact in (a for a in artifacts if a.name in self.complete and not a.complete):
             manifest = f"{artifact.name}/{MANIFEST}"
-            sizes: dict[str, int] = self.remote.read_json(manifest)["files"]
-            objects = {name: f"{artifact.name}/{name}" for name in (*sizes, MANIFEST)}
-            shutil.rmtree(artifact.partial, ignore_errors=True)  # of an attempt that is no longer needed
-            self.remote.fetch(objects, sizes, artifact.path, listed_in=manifest)
-        return wanted
+            try:
+                sums = self.remote.read_manifest(manifest)
+                if artifact.name in damaged_here and any(listed.xxh3 is None for listed in sums.values()):
+                    raise DamagedCopy(MANIFEST, "has no checksums, and the artefact was damaged in the run directory")
+                objects = {name: f"{artifact.name}/{name}" for name in (*sums, MANIFEST)}
+                shutil.rmtree(artifact.partial, ignore_errors=True)  # of an attempt that is no longer needed
+                self.remote.fetch(objects, sums, artifact.path, listed_in=manifest)
+                fetched.append(artifact)
+            except DamagedCopy as damage:
+                aside = self._set_aside(artifact.name)
+                mending.add(Damage(artifact.name, damage.file, damage.why, f"{self.remote.url}/{aside}"))
+        return fetched
+
+    def _set_aside(self, name: str) -> str:
+        """Renames a copy, its manifest first; returns its new name."""
+        taken = {found.removeprefix(f"{name}.damaged").partition("/")[0] for found in self.found}
+        aside = next(f"{name}.damaged{end}" for end in ("", *(f"-{n}" for n in range(2, 1000))) if end not in taken)
+        files = [found.removeprefix(f"{name}/") for found in self.found if found.startswith(f"{name}/")]
+        for file in sorted(files, key=lambda file: file != MANIFEST):
+            self.remote.move(f"{name}/{file}", f"{aside}/{file}")
+        self.complete.discard(name)
+        return aside
 
     def save(self, artifacts: Iterable[Artifact]) -> None:
-        """Copies what is finished and not there yet, each with its manifest last."""
+        """Copies what is finished and not there yet, each with its manifest last.
+
+        Raises:
+            DamagedArtifact: a file is not what was written; it is not copied.
+        """
         for artifact in artifacts:
             if artifact.name not in self.complete and artifact.complete:
-                files: dict[str, int] = read_json(artifact.path / MANIFEST)["files"]
-                _each(files, partial(self._put, artifact))
+                _each(artifact.files, partial(self._put, artifact))
                 self._put(artifact, MANIFEST)
                 self.complete.add(artifact.name)
 
@@ -146,7 +158,8 @@ class Mirror:
         self.remote.write(LATEST, text)
 
     def _put(self, artifact: Artifact, name: str) -> None:
-        self.remote.put(artifact.path / name, f"{artifact.name}/{name}")
+        path = artifact.path / name
+        self.remote.put(path if name == MANIFEST else verified(path), f"{artifact.name}/{name}")
 
 
 @dataclass(frozen=True)
@@ -156,11 +169,21 @@ class _State:
     artifacts: tuple[str, ...]  # names of those that the folder becomes
     objects: Mapping[str, str]  # names of the copies, by the file of the folder
     sizes: Mapping[str, int]  # in bytes, likewise
+    xxh3: Mapping[str, str] = field(default_factory=dict, compare=False)  # likewise; not of copies of older versions
 
     @staticmethod
     def read(remote: RemoteFolder, name: str) -> _State:
         found = remote.read_json(name)
-        return _State(tuple(found["artifacts"]), found["objects"], found["sizes"])
+        return _State(tuple(found["artifacts"]), found["objects"], found["sizes"], found.get("xxh3", {}))
+
+    @property
+    def sums(self) -> dict[str, Sum]:
+        return {file: Sum(size, self.xxh3.get(file)) for file, size in self.sizes.items()}
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Checksums by the names of the copies."""
+        return {self.objects[file]: digest for file, digest in self.xxh3.items()}
 
 
 @dataclass(frozen=True)
@@ -170,6 +193,10 @@ class _Snapshot:
     state: _State
     paths: Mapping[str, Path]
     read: Mapping[str, bytes]  # contents of those that change in place
+
+    def digest(self, file: str) -> str:
+        """The checksum of a file."""
+        return xxhash.xxh3_128_hexdigest(self.read[file]) if file in self.read else str(Sum.of(self.paths[file]).xxh3)
 
 
 class WorkMirror:
@@ -191,15 +218,23 @@ class WorkMirror:
         listed = {name for folder, s in self._saved.items() for name in (f"{folder}/{STATE}", *s.objects.values())}
         self._strays = {n for n in there if n.startswith(ours)} - listed  # of a run that was killed while it copied
 
-    def fetch(self) -> list[str]:
-        """Fetches every folder that is neither finished nor begun here, each by one rename; returns their names."""
+    def fetch(self, log: Callable[[str], None]) -> list[str]:
+        """Fetches every folder that is neither finished nor begun here, each by one rename; returns their names.
+
+        A copy that is not what was written is no longer listed on the store, and that work begins anew.
+        """
         fetched = []
-        for folder, state in self._saved.items():
+        for folder, state in list(self._saved.items()):
             here = self._root / folder
             if here.exists() or all(self._artifacts[name].complete for name in state.artifacts):
                 continue
-            self._remote.fetch(state.objects, state.sizes, here, listed_in=f"{folder}/{STATE}")
-            fetched.append(folder)
+            try:
+                self._remote.fetch(state.objects, state.sums, here, listed_in=f"{folder}/{STATE}")
+                fetched.append(folder)
+            except DamagedCopy as damage:
+                self._remote.move(f"{folder}/{STATE}", f"{folder}/{STATE}.damaged")
+                del self._saved[folder]
+                log(f"warning: {self._remote.url}/{folder}: {damage}: not used, so this begins anew")
         return fetched
 
     def save(self, finished: Collection[str]) -> None:
@@ -231,7 +266,10 @@ class WorkMirror:
         new = [file for file, name in state.objects.items() if name not in old]
         self._strays |= {state.objects[file] for file in new}  # until they are listed
         _each(new, partial(self._copy, snapshot))
-        text = {"artifacts": state.artifacts, "objects": state.objects, "sizes": state.sizes}
+        known = before.digests if before else {}
+        known |= {state.objects[file]: snapshot.digest(file) for file in new}
+        state = replace(state, xxh3={file: known[name] for file, name in state.objects.items() if name in known})
+        text = vars(state)
         self._remote.write(f"{folder}/{STATE}", (json.dumps(text, indent=1) + "\n").encode())
         self._saved[folder] = state
         self._strays = (self._strays | old) - set(state.objects.values())
@@ -312,6 +350,19 @@ def _usable(folder: Path) -> list[Path]:
     return [path for path in found if path.parent.parent.name != "checkpoints" or path.parent in newest]
 
 
+class DamagedCopy(ValueError):
+    """A copy on the store is not what was written.
+
+    Args:
+        file: in its folder.
+        why: what follows it in a sentence.
+    """
+
+    def __init__(self, file: str, why: str) -> None:
+        super().__init__(f"{file} {why}")
+        self.file, self.why = file, why
+
+
 class RemoteFolder:
     """Objects below a URL on an object store, by their names relative to it.
 
@@ -351,6 +402,20 @@ class RemoteFolder:
 
         self._call(f"{name} read", copy)
 
+    def _fetch_file(self, file: str, name: str, path: Path, expected: Sum | None) -> None:
+        """Gets a file, twice if it is not what was expected."""
+        why = ""
+        for _ in range(2):
+            try:
+                self.get(name, path, expected.bytes if expected else None)
+            except ValueError as error:
+                if isinstance(error.__cause__, FileNotFoundError):
+                    raise DamagedCopy(file, "is missing") from None
+                raise
+            if expected is None or not (why := compare(path, expected)):
+                return
+        raise DamagedCopy(file, why)
+
     def put(self, path: Path, name: str) -> None:
         self._call(f"{name} written", lambda: self._fs.put_file(str(path), self._at(name)))
 
@@ -363,14 +428,41 @@ class RemoteFolder:
         with suppress(FileNotFoundError):
             self._fs.rm_file(self._at(name))
 
-    def fetch(self, objects: Mapping[str, str], sizes: Mapping[str, int], target: Path, *, listed_in: str) -> None:
+    def read_manifest(self, name: str) -> dict[str, Sum]:
+        """The files that a manifest lists.
+
+        Raises:
+            DamagedCopy: the manifest is damaged.
+        """
+
+        def read() -> dict[str, Sum]:
+            try:
+                return read_manifest(self._fs.cat_file(self._at(name)), name)
+            except ValueError as error:
+                raise BrokenAnswer(str(error).removeprefix(f"{name}: ")) from None
+
+        try:
+            found: dict[str, Sum] = self._call(f"{name} read", read)
+            return found
+        except StoreUnavailable as error:
+            if isinstance(error.__cause__, BrokenAnswer):
+                raise DamagedCopy(MANIFEST, f"is damaged: {error.__cause__}") from None
+            raise
+
+    def move(self, name: str, to: str) -> None:
+        """Copies an object on the store and removes it under its old name."""
+        self._call(f"{name} copied", lambda: self._fs.cp_file(self._at(name), self._at(to)))
+        self.remove([name])
+
+    def fetch(self, objects: Mapping[str, str], sums: Mapping[str, Sum], target: Path, *, listed_in: str) -> None:
         """A folder of files, each from its object; it appears by one rename.
 
         Args:
-            listed_in: the object that lists the files and their sizes, for errors.
+            listed_in: the object that lists the files, for errors.
 
         Raises:
-            ValueError: a file would lie outside of the folder, or has another size; nothing appears.
+            DamagedCopy: a file is missing, or is not what `sums` says; nothing appears.
+            ValueError: a file would lie outside of the folder.
         """
         fresh = target.with_name(f"{target.name}.fetched")
         shutil.rmtree(fresh, ignore_errors=True)
@@ -378,13 +470,11 @@ class RemoteFolder:
             if PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
                 raise ValueError(f"{self.url}/{listed_in}: names {file!r}, outside of its folder")
             (fresh / file).parent.mkdir(parents=True, exist_ok=True)
-        _each(objects, lambda file: self.get(objects[file], fresh / file, sizes.get(file)))
-        for file, size in sizes.items():
-            if (found := (fresh / file).stat().st_size) != size:
-                raise ValueError(
-                    f"{self.url}/{objects[file]}: {found} bytes, {listed_in} says {size}; "
-                    f"remove {self.url}/{listed_in} to have it made again"
-                )
+        try:
+            _each(objects, lambda file: self._fetch_file(file, objects[file], fresh / file, sums.get(file)))
+        except DamagedCopy:
+            shutil.rmtree(fresh, ignore_errors=True)
+            raise
         os.rename(fresh, target)
         sync(target.parent)
 

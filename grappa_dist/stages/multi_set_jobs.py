@@ -125,7 +125,7 @@ def finish_job(sets: Sequence[AdaptSet], adaptors: Sequence[Mapping[str, Tensor]
         folder = one.artifact.begin()
         if len(sets) > 1:
             _write_log(job_folder(sets) / METRICS_FILE, folder / METRICS_FILE, one)
-        save_tensors(folder / ADAPTORS_FILE, adaptors[number])
+        save_tensors(folder / ADAPTORS_FILE, adaptors[number], summed=True)
     commit_trained(sets)
 
 

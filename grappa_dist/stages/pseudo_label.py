@@ -33,13 +33,14 @@ from grappa_dist.artifacts import (
     rows_file,
     wait_until_seen,
 )
+from grappa_dist.checksums import load_json
 from grappa_dist.config import ClusteringConfig
 from grappa_dist.console import pluralize
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.distributed.runner import Job
 from grappa_dist.distributed.sharded_rows import Rows, ShardedRows, join_rows
 from grappa_dist.distributed.worker import RankContext
-from grappa_dist.files import open_tensors, read_json, rename, replace, save_array, set_aside, write_json
+from grappa_dist.files import open_tensors, rename, replace, save_array, set_aside, write_json
 from grappa_dist.kmeans.lloyd import KMeansState
 from grappa_dist.kmeans.methods import (
     FLAT,
@@ -162,7 +163,7 @@ def pseudo_label(
         run.runner.run_jobs([Job("pseudo_label", label_ranks, job, ranks)])
         wait_until_seen(missing.values())
         for k, artifact in missing.items():
-            for line in describe_shortcuts(read_json(artifact.path / STATS_FILE)):
+            for line in describe_shortcuts(load_json(artifact.path / STATS_FILE)):
                 run.console.log(f"pseudo_label: k={k}: {line}")
 
 
@@ -182,11 +183,9 @@ def label_ranks(context: RankContext, job: LabelJob) -> None:
     """One rank: maps its shards' features and runs every k-means with the others; rank 0 commits."""
     comm = context.comm
     shards = own_shards(job.features.starts, comm.rank, comm.size)
-    rows = Rows(
-        [job.features.shard(i) for i in shards],
-        [_good(job, i) for i in shards],
-        [job.shard_names[i] for i in shards],
-    )
+    good = [_good(job, i) for i in shards]
+    features = [job.features.unit_shard(i, of_shard) for i, of_shard in zip(shards, good, strict=True)]
+    rows = Rows(features, good, [job.shard_names[i] for i in shards])
     sharded = join_rows(comm, rows, device=context.device, stop_requested=context.stop_requested)
     missing = [k for k, artifact in job.labels.items() if not context.of_rank_0(artifact.complete)]  # after a restart
     for group in _at_once(job, missing, sharded.dim):
@@ -216,7 +215,7 @@ def _commit(context: RankContext, job: LabelJob, k: int, labels: Mapping[int, np
     artifact, comm = job.labels[k], context.comm
     folder = artifact.begin()
     for shard, of_rows in labels.items():
-        save_array(folder / rows_file(shard), of_rows)
+        save_array(folder / rows_file(shard), of_rows, summed=True)
     comm.barrier()
     if comm.rank == 0:
         save_array(folder / CENTROIDS_FILE, found.result.centroids)

@@ -32,15 +32,16 @@ from grappa_dist.artifacts import (
     rows_file,
     wait_until_seen,
 )
+from grappa_dist.checksums import load_json
 from grappa_dist.config import SUPERVISED, SUPERVISED_SET, AdaptConfig, BackboneConfig, Config
 from grappa_dist.console import pluralize
 from grappa_dist.data.rng import Purpose, torch_seed
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.distributed.runner import Job
 from grappa_dist.distributed.worker import RankContext
-from grappa_dist.files import read_json, read_tensors, save_array, save_tensors, write_json
+from grappa_dist.files import save_array, save_tensors, write_json
 from grappa_dist.models import Grappa
-from grappa_dist.models.spec import ADAPTORS_FILE, FUSION_FILE, build_backbone, release_cached_model
+from grappa_dist.models.spec import ADAPTORS_FILE, FUSION_FILE, build_backbone, load_weights, release_cached_model
 from grappa_dist.stages.adapt import train_sets
 from grappa_dist.stages.adapt_job import Classes, ClassificationObjective, classifier_for, starting_centroids
 from grappa_dist.stages.fuse import AttentionStatistics
@@ -67,12 +68,12 @@ def read_true_labels(run: Run, images: ImageShards, ground_truth: Artifact, clas
     """Reads the labels before anything else is done, so that a run that lacks them ends at once.
 
     Args:
-        classes: the artefact of their classes; where it is complete, labels are not read again.
+        classes: the artefact of their classes; where both are complete, labels are not read again.
 
     Raises:
         ValueError: there are fewer than two classes; names the shards and how many labels they lack.
     """
-    if classes.complete:
+    if classes.complete and ground_truth.complete:
         return
     with run.console.stage("true_labels", f"{ASKED_BY} asks for the labels of {len(images)} training images"):
         write_ground_truth(run, images, ground_truth, "true_labels")
@@ -150,7 +151,7 @@ def write_true_labels(device: torch.device, task: TrueLabelsTask) -> None:
 
 def class_counts(artifact: Artifact) -> dict[str, int]:
     """The numbers of `classes`, of `labelled` images and of all `images`."""
-    found: dict[str, int] = read_json(artifact.path / STATS_FILE)
+    found: dict[str, int] = load_json(artifact.path / STATS_FILE)
     return found
 
 
@@ -166,7 +167,7 @@ def adapt_supervised(run: Run, adaptors: Artifact, labels: Artifact, images: Ima
     if not adaptors.complete:
         classes = class_counts(labels)["classes"]
         start = starting_centroids(run.config.adapt, labels)
-        one = AdaptSet(classes, label_rows(labels, images.starts), adaptors, start, SUPERVISED_SET)
+        one = AdaptSet(classes, label_rows(labels, images.starts, classes), adaptors, start, SUPERVISED_SET)
         train_sets(run, [one], images, without_class(labels, images))
 
 
@@ -186,7 +187,7 @@ def fuse_supervised(
     training = TrainingImages.of(config, images, without_class(labels, images), config.adapt.global_batch)
     job = SupervisedJob(
         adaptors=tuple(adaptors),
-        labels=label_rows(labels, images.starts),
+        labels=label_rows(labels, images.starts, classes),
         num_classes=classes,
         centroids=starting_centroids(config.adapt, labels),
         training=training,
@@ -251,7 +252,7 @@ class SupervisedObjective(ClassificationObjective):
         self._job, config, seed = job, job.adapt, job.training.seed
         backbone = build_backbone(job.backbone)
         self.module = Grappa(backbone, len(job.adaptors), config.bottleneck, attention=True)
-        self.module.load_adaptors([read_tensors(a.path / ADAPTORS_FILE) for a in job.adaptors])
+        self.module.load_adaptors([load_weights(a.path / ADAPTORS_FILE) for a in job.adaptors])
         self.module.trainable_attention()
         rng = torch.Generator().manual_seed(torch_seed(Purpose.FUSION, seed))  # all fusions start alike
         for layer in self.module.layers:

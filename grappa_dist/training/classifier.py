@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from grappa_dist.checksums import damaged, load_array
 from grappa_dist.data.rng import RowDraw
 from grappa_dist.distributed.collectives import Comm
-from grappa_dist.files import map_array
 from grappa_dist.kmeans.sampling import HASH_BITS, row_hashes
 from grappa_dist.training.checkpoints import RowShard
 from grappa_dist.training.norm_softmax_loss import Scores, chunks, class_gradient, image_gradient, score_classes
@@ -78,9 +78,10 @@ class Classifier:
         rows hardly turn, and the adaptors would bend the features towards classes that stay where they started.
 
         Raises:
-            ValueError: the file of centroids does not have K rows of D channels.
+            DamagedArtifact: the file of centroids is not what was written.
+            ValueError: it does not have K rows of D channels.
         """
-        given = None if centroids is None else map_array(centroids)
+        given = None if centroids is None else load_array(centroids)
         if given is not None and given.shape != (self.num_rows, self._dim):
             raise ValueError(f"{centroids} has shape {given.shape}, must be {(self.num_rows, self._dim)}")
         for start in range(0, self.end, _START_ROWS):
@@ -90,6 +91,8 @@ class Classifier:
                 block = torch.randn(end - start, self._dim, generator=rng)[max(low - start, 0) : high - start]
             elif low < high:
                 block = torch.from_numpy(np.array(given[low:high], dtype=np.float32))
+                if centroids is not None and not block.isfinite().all():
+                    raise damaged(centroids, "has numbers that are not finite")
             if low < high:
                 self.state.rows[low - self.first : high - self.first] = F.normalize(block, dim=1)
 

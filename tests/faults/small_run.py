@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from grappa_dist.artifacts import MANIFEST
+from grappa_dist.checksums import MANIFEST
 from grappa_dist.console import METRICS_FILE
 from tests.e2e.runs import ROOT
 from tests.stages import tiny

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from grappa_dist.artifacts import Store
+from grappa_dist.checksums import forget
 from grappa_dist.console import Events
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.data.writer import ShardWriter
@@ -106,14 +107,22 @@ def test_a_graph_that_fell_back_to_an_exact_search_is_reported_so_in_place_of_a_
     lists = {"searched": "lists", "recall": 0.93, "recall_error": 0.005, "recall_rows": 512}
     exact = {"searched": "exact", "recall": 1.0, "recall_error": 0.0, "recall_rows": 0}
     expected = ["through 3 of 9 lists, recall 0.9300 ± 0.0050", "exactly: lists did not reach fuse.recall_floor"]
-    for epoch, found in enumerate((lists, exact)):
-        folder = flow.fusions["neighbours"].path / f"knn/epoch-{epoch}"
-        folder.mkdir(parents=True)
-        (folder / "statistics.json").write_text(json.dumps({**common, **found, "neighbours_share_pseudo_label": {}}))
+
+    def make(found: dict[int, dict[str, Any]]) -> None:
+        shutil.rmtree(flow.fusions["neighbours"].path, ignore_errors=True)
+        folder = flow.fusions["neighbours"].begin()
+        for epoch, figures in found.items():
+            of_graph = {**common, **figures, "neighbours_share_pseudo_label": {}}
+            write_json(folder / f"knn/epoch-{epoch}/statistics.json", of_graph)
+        flow.fusions["neighbours"].commit()
+        forget()
+
+    for epoch, found in enumerate(({0: lists}, {0: lists, 1: exact})):
+        make(found)
         shown = [f["value"] for f in neighbour_figures(flow.fusions, 40) if f["figure"].startswith("true neighbours")]
         assert shown == ([0.93] if epoch == 0 else [])
     assert dict(graph_facts(flow.fusions)) == {about: f"epoch 1 {expected[0]}; epoch 2 {expected[1]}"}
-    shutil.rmtree(flow.fusions["neighbours"].path / "knn/epoch-0")
+    make({1: exact})
     assert dict(graph_facts(flow.fusions)) == {about: expected[1]}
 
 
@@ -133,7 +142,7 @@ def test_entropy_and_decay_are_read_from_the_log_by_layer_and_unknown_ratios_are
 
 
 def logs(flow: Flow) -> dict[str, Steps]:
-    return {job_of(artifact): steps_of(artifact) for artifact in flow.adaptors.values()}
+    return {job_of(artifact): steps_of(artifact) for artifact in flow.adaptors.values() if artifact.complete}
 
 
 def test_the_share_of_time_that_jobs_waited_for_data_is_shown_if_they_logged_it(tmp_path: Path) -> None:

@@ -10,11 +10,15 @@ import pytest
 
 from grappa_dist import pipeline
 from grappa_dist.artifacts import Artifact, Store
+from grappa_dist.checksums import DamagedArtifact
 from grappa_dist.config import Config
 from grappa_dist.data.open_images import open_images
-from grappa_dist.stages.mirror import Mirror, artifacts_of
+from grappa_dist.stages.damages import Mending, read_damages
+from grappa_dist.stages.flow import artifacts_of
+from grappa_dist.stages.mirror import Mirror
 from tests.conftest import Bucket
 from tests.stages import tiny
+from tests.test_artifacts import flip
 
 
 def artifact_in(root: Path, number: int = 0, *, made: bool = True) -> Artifact:
@@ -26,6 +30,10 @@ def artifact_in(root: Path, number: int = 0, *, made: bool = True) -> Artifact:
             (folder / name).write_bytes(bytes([number]) * size)
         artifact.commit()
     return artifact
+
+
+def mending_in(root: Path) -> Mending:
+    return Mending(tiny.run_in(tiny.config(["images"]), root, tiny.Here()))
 
 
 def contents(artifact: Artifact) -> dict[str, bytes]:
@@ -46,7 +54,7 @@ def test_what_was_copied_comes_back_file_by_file_and_the_manifest_is_written_las
     assert not any("k=3" in key for key in bucket.names())
 
     elsewhere = [artifact_in(tmp_path / "b", number, made=False) for number in range(4)]
-    assert len(Mirror(f"{bucket.url}/runs/x/").fetch(elsewhere)) == 3
+    assert len(Mirror(f"{bucket.url}/runs/x/").fetch(elsewhere, mending_in(tmp_path / "b"))) == 3
     for here, there in zip(made, elsewhere, strict=False):
         there.check()
         assert contents(here) == contents(there)
@@ -54,7 +62,7 @@ def test_what_was_copied_comes_back_file_by_file_and_the_manifest_is_written_las
     bucket.proxy.requests.clear()
     again = Mirror(f"{bucket.url}/runs/x")
     again.save(made)
-    assert again.fetch(elsewhere) == []
+    assert again.fetch(elsewhere, mending_in(tmp_path / "b")) == []
     assert [r.method for r in bucket.proxy.requests] == ["GET"]  # one listing
 
 
@@ -66,27 +74,74 @@ def test_a_copy_without_its_manifest_does_not_count_and_is_made_again(bucket: Bu
         mirror.save([made])
     assert len(bucket.names()) == 3
     absent = artifact_in(tmp_path / "b", 2, made=False)
-    assert Mirror(bucket.url).fetch([absent]) == []
+    assert Mirror(bucket.url).fetch([absent], mending_in(tmp_path / "b")) == []
     bucket.proxy.refuse = lambda method, path: None
     mirror.save([made])
-    assert Mirror(bucket.url).fetch([absent]) == [absent]
+    assert Mirror(bucket.url).fetch([absent], mending_in(tmp_path / "b")) == [absent]
 
 
-def test_a_copy_that_was_damaged_is_refused_and_does_not_appear(bucket: Bucket, tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", ["changed", "short", "missing", "manifest"])
+def test_a_damaged_copy_is_set_aside_on_the_store_and_made_and_copied_anew(
+    damage: str, bucket: Bucket, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     bucket.allow_writing()
     made = artifact_in(tmp_path / "a", 2)
     Mirror(bucket.url).save([made])
-    bucket.put(f"{made.name}/rows-0.npy", b"short")
+    key = f"{made.name}/{'manifest.json' if damage == 'manifest' else 'rows-0.npy'}"
+    if damage == "missing":
+        bucket.client.delete_object(Bucket=bucket.name, Key=key)
+    else:
+        bucket.put(key, b"short" if damage in ("short", "manifest") else b"x" * 2001)
+    before = bucket.names()
+    absent, mirror, mending = artifact_in(tmp_path / "b", 2, made=False), Mirror(bucket.url), mending_in(tmp_path / "b")
+    assert mirror.fetch([absent], mending) == []
+    assert not absent.path.exists()
+    assert bucket.names() == [name.replace(made.name, f"{made.name}.damaged") for name in before]
+    assert f"damaged: {made.name}: {key.rpartition('/')[2]} " in capsys.readouterr().err
+    assert [d.aside for d in read_damages(tmp_path / "b")] == [f"{bucket.url}/{made.name}.damaged"]
+    mirror.save([artifact_in(tmp_path / "b", 2)])
+    assert Mirror(bucket.url).fetch([artifact_in(tmp_path / "c", 2, made=False)], mending_in(tmp_path / "c"))
+
+
+def test_what_is_damaged_here_is_not_copied_and_comes_back_from_a_copy_that_is_known_to_be_whole(
+    bucket: Bucket, tmp_path: Path
+) -> None:
+    bucket.allow_writing()
+    made = artifact_in(tmp_path / "a", 2)
+    Mirror(bucket.url).save([made])
+    other = artifact_in(tmp_path / "a", 3)
+    flip(other.path / "rows-0.npy")
+    flip(made.path / "rows-0.npy")
+    with pytest.raises(DamagedArtifact, match=r"k=3.*rows-0.npy does not hold what was written"):
+        Mirror(bucket.url).save([made, other])
+    assert not any(name.startswith(f"{other.name}/manifest") for name in bucket.names())
+    mending = mending_in(tmp_path / "a")
+    assert mending.check([made])
+    assert Mirror(bucket.url).fetch([made], mending) == [made]
+    made.check(None)
+
+
+def test_a_copy_without_checksums_does_not_replace_what_was_damaged(bucket: Bucket, tmp_path: Path) -> None:
+    bucket.allow_writing()
+    made = artifact_in(tmp_path / "a", 2)
+    Mirror(bucket.url).save([made])
+    sizes = {name: listed.bytes for name, listed in made.files.items()}
+    bucket.put(f"{made.name}/manifest.json", json.dumps({"files": sizes}).encode())
+    lost = artifact_in(tmp_path / "b", 2, made=False)
+    assert Mirror(bucket.url).fetch([lost], mending_in(tmp_path / "b")) == [lost]  # it is all there is
+    flip(made.path / "rows-0.npy")
+    mending = mending_in(tmp_path / "a")
+    mending.check([made])
+    assert Mirror(bucket.url).fetch([made], mending) == []
+    assert any(name.startswith(f"{made.name}.damaged/") for name in bucket.names())
+
+
+def test_a_manifest_cannot_name_a_file_outside_of_its_folder(bucket: Bucket, tmp_path: Path) -> None:
+    bucket.allow_writing()
     absent = artifact_in(tmp_path / "b", 2, made=False)
-    with pytest.raises(ValueError, match=r"rows-0\.npy: 5 bytes, .*manifest.json says 2001; remove .*manifest\.json"):
-        Mirror(bucket.url).fetch([absent])
-    bucket.client.delete_object(Bucket=bucket.name, Key=f"{made.name}/rows-0.npy")
-    with pytest.raises(ValueError, match=r"cannot be used \(labels/k=2.*rows-0\.npy read\)"):
-        Mirror(bucket.url).fetch([absent])
-    manifest = json.dumps({"files": {"../../outside": 3}}).encode()
-    bucket.put(f"{made.name}/manifest.json", manifest)
-    with pytest.raises(ValueError, match=r"names '\.\./\.\./outside', outside of its folder"):
-        Mirror(bucket.url).fetch([absent])
+    bucket.put(f"{absent.name}/manifest.json", json.dumps({"files": {"../../outside": 3}}).encode())
+    with pytest.raises(ValueError, match=r"manifest.json: names '\.\./\.\./outside', outside of its folder"):
+        Mirror(bucket.url).fetch([absent], mending_in(tmp_path / "b"))
     assert not absent.complete
 
 

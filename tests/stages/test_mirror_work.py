@@ -80,7 +80,7 @@ def test_another_machine_gets_the_newest_checkpoint_and_what_else_a_restart_can_
     for step in (5, 6):
         work_until(first, step)
         mirror.save(())
-    assert mirror_of(bucket, tmp_path / "b").fetch() == [f"{first.name}.partial"]
+    assert mirror_of(bucket, tmp_path / "b").fetch(print) == [f"{first.name}.partial"]
     assert contents(artifacts_in(tmp_path / "b")[0].partial) == of_restart(6)
     assert len(bucket.names()) == 5  # state.json and four copies: none of step 5
     bucket.proxy.requests.clear()
@@ -94,7 +94,7 @@ def test_a_folder_that_was_begun_here_is_left_alone(bucket: Bucket, tmp_path: Pa
     mirror_of(bucket, tmp_path / "a").save(())
     here = work_until(artifacts_in(tmp_path / "b")[0], 2)
     before = contents(here)
-    assert mirror_of(bucket, tmp_path / "b").fetch() == []
+    assert mirror_of(bucket, tmp_path / "b").fetch(print) == []
     assert contents(here) == before
 
 
@@ -114,7 +114,7 @@ def test_a_copy_is_whole_whatever_request_was_the_last(bucket: Bucket, tmp_path:
             mirror.save(())
         bucket.proxy.refuse = lambda method, path: None
         there = tmp_path / f"b{step}"
-        assert mirror_of(bucket, there).fetch() == [f"{artifact.name}.partial"]
+        assert mirror_of(bucket, there).fetch(print) == [f"{artifact.name}.partial"]
         found = contents(artifacts_in(there)[0].partial)
         steps = [int(name.split("/")[1][5:]) for name in found if name.endswith("engine.safetensors")]
         assert found == of_restart(steps[0])
@@ -136,7 +136,7 @@ def test_a_checkpoint_that_goes_while_it_is_copied_is_copied_all_the_same(bucket
     mirror_of(bucket, tmp_path / "a").save(())
     bucket.proxy.refuse = lambda method, path: None
     assert not (tmp_path / "a" / ASIDE).exists()
-    assert mirror_of(bucket, tmp_path / "b").fetch() == [f"{artifact.name}.partial"]
+    assert mirror_of(bucket, tmp_path / "b").fetch(print) == [f"{artifact.name}.partial"]
     assert contents(artifacts_in(tmp_path / "b")[0].partial) == of_restart(5)
 
 
@@ -160,7 +160,7 @@ def test_checkpoints_that_come_and_go_leave_the_mirror_running(bucket: Bucket, t
     trainer.join()
     mirror.save(())
     newest = max(int(path.name[5:]) for path in (folder / "checkpoints").glob("step-*"))
-    assert mirror_of(bucket, tmp_path / "b").fetch() == [f"{artifact.name}.partial"]
+    assert mirror_of(bucket, tmp_path / "b").fetch(print) == [f"{artifact.name}.partial"]
     assert contents(artifacts_in(tmp_path / "b")[0].partial) == of_restart(newest)
 
 
@@ -173,11 +173,11 @@ def test_copies_go_when_the_store_has_what_is_finished_and_not_before(bucket: Bu
     elsewhere = artifacts_in(tmp_path / "b")[0]
     elsewhere.begin()
     elsewhere.commit()
-    assert mirror_of(bucket, tmp_path / "b").fetch() == []
+    assert mirror_of(bucket, tmp_path / "b").fetch(print) == []
     shutil.rmtree(folder / "checkpoints")
     artifact.commit()
     mirror.save(())
-    assert mirror_of(bucket, tmp_path / "c").fetch() == [f"{artifact.name}.partial"]
+    assert mirror_of(bucket, tmp_path / "c").fetch(print) == [f"{artifact.name}.partial"]
     mirror.save({artifact.name})
     assert bucket.names() == []
 
@@ -191,12 +191,13 @@ def test_jobs_of_several_sets_are_copied_by_their_folder(bucket: Bucket, tmp_pat
     (tmp_path / "moved").rename(job)
     (job / MULTI_SET_FILE).write_text(json.dumps({"sets": [first.name, second.name]}))
     mirror_of(bucket, tmp_path / "a").save(())
-    assert mirror_of(bucket, tmp_path / "b").fetch() == ["packs/0123456789"]
+    assert mirror_of(bucket, tmp_path / "b").fetch(print) == ["packs/0123456789"]
     remote = RemoteFolder(f"{bucket.url}/runs/x")
     stranger = WorkMirror(remote, remote.names(), [third])
-    assert stranger.fetch() == []
+    assert stranger.fetch(print) == []
     stranger.save(())
-    assert mirror_of(bucket, tmp_path / "c").fetch() == ["packs/0123456789"]  # a run of other sets has left it alone
+    # a run of other sets has left it alone
+    assert mirror_of(bucket, tmp_path / "c").fetch(print) == ["packs/0123456789"]
 
 
 @pytest.mark.parametrize("place", ["../x.partial", "packs/../../x"])
@@ -206,15 +207,15 @@ def test_a_store_cannot_name_a_folder_outside_of_the_run(bucket: Bucket, tmp_pat
     remote = RemoteFolder(f"{bucket.url}/runs/x")
 
     class Lying(RemoteFolder):
-        def read(self, name: str) -> bytes:
-            return json.dumps(state).encode()
+        def read_json(self, name: str) -> Any:
+            return state
 
     lying = Lying(remote.url)
-    assert WorkMirror(lying, [f"{place}/{STATE}"], artifacts_in(tmp_path / "a")).fetch() == []
+    assert WorkMirror(lying, [f"{place}/{STATE}"], artifacts_in(tmp_path / "a")).fetch(print) == []
     own = artifacts_in(tmp_path / "a")[0]
     state |= {"artifacts": [own.name], "objects": {"../../x": "x"}}
     with pytest.raises(ValueError, match=r"state.json: names '../../x', outside of its folder"):
-        WorkMirror(lying, [f"{own.name}.partial/{STATE}"], artifacts_in(tmp_path / "a")).fetch()
+        WorkMirror(lying, [f"{own.name}.partial/{STATE}"], artifacts_in(tmp_path / "a")).fetch(print)
 
 
 class Stopped(Exception):
@@ -251,3 +252,25 @@ def test_a_run_that_lost_its_directory_goes_on_in_the_middle_of_a_job(bucket: Bu
         resumed = tmp_path / "elsewhere" / "adaptors" / straight.name
         assert (resumed / ADAPTORS_FILE).read_bytes() == (straight / ADAPTORS_FILE).read_bytes()
     assert {event["step"] for event in tiny.steps_of(resumed)} == set(range(15))
+
+
+@pytest.mark.parametrize("damage", [b"x" * 9, None])
+def test_a_damaged_copy_of_work_is_not_used_and_the_work_begins_anew(
+    bucket: Bucket, tmp_path: Path, damage: bytes | None
+) -> None:
+    bucket.allow_writing()
+    artifact, told = artifacts_in(tmp_path / "a")[0], list[str]()
+    work_until(artifact, 5)
+    mirror_of(bucket, tmp_path / "a").save(())
+    (key,) = (name for name in bucket.names() if "engine.safetensors@" in name)
+    size = len(bucket.client.get_object(Bucket=bucket.name, Key=key)["Body"].read())
+    if damage is None:
+        bucket.client.delete_object(Bucket=bucket.name, Key=key)
+    else:
+        bucket.put(key, damage[:1] * size)  # of the same size
+    assert mirror_of(bucket, tmp_path / "b").fetch(told.append) == []
+    assert not artifacts_in(tmp_path / "b")[0].partial.exists()
+    assert "engine.safetensors" in told[0]
+    assert "not used, so this begins anew" in told[0]
+    assert mirror_of(bucket, tmp_path / "b").fetch(told.append) == []
+    assert len(told) == 1

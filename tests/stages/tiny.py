@@ -175,6 +175,9 @@ class Here:
     def require(self, checks: Checks) -> None:
         self.checks.append(checks)
 
+    def renew_workers(self) -> None:
+        """There are none."""
+
     def map(
         self, function: Any, tasks: Sequence[Any], progress: Callable[[int], None] = lambda count: None
     ) -> list[Any]:

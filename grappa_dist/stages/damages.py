@@ -1,0 +1,118 @@
+"""Damaged artefacts of a run: found, set aside, recorded, and named at the end and in the report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from grappa_dist.artifacts import CONTENT_BYTES, Artifact, NotSeen, look_at
+from grappa_dist.checksums import MANIFEST, DamagedArtifact, set_aside
+from grappa_dist.console import Events, pluralize, read_events
+from grappa_dist.stages.run import Run
+
+DAMAGES_FILE = "damages.jsonl"  # in the run directory: what was set aside, once and for all
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A folder that was set aside."""
+
+    artifact: str  # its name
+    file: str  # in its folder
+    why: str  # what follows the file in a sentence
+    aside: str  # where it lies now, in the run directory or on the mirror
+
+    def __str__(self) -> str:
+        return f"{self.artifact}: {self.file} {self.why}; kept as {self.aside}"
+
+
+def read_damages(root: Path) -> list[Damage]:
+    """What was set aside in a run directory, by this run and by earlier ones."""
+    keys = Damage.__dataclass_fields__.keys()
+    return [Damage(**{key: str(event[key]) for key in keys}) for event in read_events(root / DAMAGES_FILE)]
+
+
+@dataclass
+class Mending:
+    """What this run has set aside, each artefact once: a second time the storage is at fault."""
+
+    run: Run
+    damages: list[Damage] = field(default_factory=list)
+    names: set[str] = field(default_factory=set)  # of the folders in the run directory
+    unseen: list[str] = field(default_factory=list)
+    told: set[str] = field(default_factory=set)  # artefacts without checksums
+
+    def check(self, artifacts: Sequence[Artifact]) -> bool:
+        """Sets aside what is damaged among finished artefacts: all sizes are checked, and contents within
+        CONTENT_BYTES. Whether there was anything."""
+        before = len(self.damages)
+        for artifact in artifacts:
+            if not artifact.complete and artifact.path.is_dir():
+                self.mend(DamagedArtifact(str(artifact.path / MANIFEST), str(artifact.path), "is missing"))
+        look = look_at(artifacts, CONTENT_BYTES)
+        for damage in look.damages:
+            self.mend(damage)
+        self._tell_old(look.without_checksums)
+        if look.all_bytes:
+            self.run.console.event("artefacts_checked", bytes=look.num_bytes, of_bytes=look.all_bytes)
+        return len(self.damages) > before
+
+    def _tell_old(self, artifacts: Iterable[Artifact]) -> None:
+        old = {artifact.name for artifact in artifacts} - self.told
+        if old:
+            self.run.console.log(
+                f"{pluralize(len(old), 'artefact')} made before there were checksums: sizes alone are checked"
+            )
+        self.told |= old
+
+    def mend(self, damage: DamagedArtifact) -> None:
+        """Sets the folder of a damaged artefact aside, so that it is made anew.
+
+        Raises:
+            DamagedArtifact: it does not belong to the run directory.
+            ValueError: it was made anew by this run and is damaged again.
+        """
+        root, folder = self.run.store.root, Path(damage.folder)
+        if not folder.is_relative_to(root):
+            raise damage
+        name = folder.relative_to(root).as_posix()
+        if name in self.names:
+            raise ValueError(
+                f"{damage.path} {damage.why}, for the second time in this run: is the storage or the memory of the "
+                f"machine that writes it at fault? Nothing was removed; {root / DAMAGES_FILE} lists what was set aside"
+            ) from damage
+        self.names.add(name)
+        file = Path(damage.path).relative_to(folder).as_posix()
+        self.add(Damage(name, file, damage.why, set_aside(folder).relative_to(root).as_posix()))
+
+    def add(self, damage: Damage) -> None:
+        """Records what has been set aside."""
+        self.damages.append(damage)
+        self.run.console.log(f"damaged: {damage}; it is made anew")
+        events = Events(self.run.store.root / DAMAGES_FILE)
+        events("damaged", **vars(damage))
+        events.close()
+
+    def look_again(self, error: NotSeen) -> None:
+        """Goes on after a finished artefact was not seen: what is there is used, and what is not is made.
+
+        Raises:
+            NotSeen: it is the same one as before.
+        """
+        if str(error) in self.unseen:
+            raise error
+        self.unseen.append(str(error))
+        self.run.console.log(f"warning: {error}. This run looks again, and makes what it does not find")
+
+    def describe(self) -> str:
+        """A line for the end of the run; "" where nothing was damaged."""
+        return f"damaged and made anew: {' | '.join(map(str, self.damages))}" if self.damages else ""
+
+
+def damages_among(root: Path, names: Iterable[str]) -> Iterator[Damage]:
+    """The damages of artefacts of these names, finished or not, in the order in which they were found."""
+    known = set(names)
+    for damage in read_damages(root):
+        if damage.artifact.removesuffix(".partial") in known:
+            yield damage
