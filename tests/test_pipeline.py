@@ -127,7 +127,7 @@ def test_the_report_shows_sample_clusters_without_the_bad_image_and_how_nested_t
 def test_the_report_lists_the_bad_image(finished: Finished) -> None:
     page = (finished[0] / "report" / "report.html").read_text()
     assert "part2-000000.tar" in page
-    assert "UnidentifiedImageError" in page
+    assert "that can be read" in page
 
 
 def test_a_second_run_does_nothing_but_log_the_bad_image_again(

@@ -12,11 +12,14 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from io import BytesIO
+from typing import Any
 
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
+
+from grappa_dist.data.metadata import PNG, is_webp, without_metadata, without_much_metadata
 
 COPIED = {"jpg": "jpg", "jpeg": "jpeg", "png": "png", "webp": "webp", "jfif": "jpg", "jpe": "jpg"}  # -> in a shard
 REWRITTEN = ("bmp", "gif", "tif", "tiff")  # become PNG: readers of shards expect the four suffixes above
@@ -44,6 +47,10 @@ _UNREADABLE = (
     Image.DecompressionBombWarning,
 )
 _ORIENTATION = 0x0112  # EXIF
+_TIFF_BITS, _TIFF_SAMPLES = 258, 339  # tags
+_TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4}  # of a tag's values
+_DARK = 16  # of 256 levels: 12 bits read as 16
+_WIDEST_RUNS = 2**18
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -129,19 +136,110 @@ def decode(data: bytes, formats: tuple[str, ...] = FORMATS) -> Image.Image:
     """
     if not data:
         raise BadImage("empty file")
+    _refuse_header(data)
+    data = without_much_metadata(data)
+    try:
+        return _decoded(data, formats)
+    except BadImage:
+        bare = without_metadata(data)
+        if bare is None:
+            raise
+        try:  # pixels decide
+            return _decoded(bare, formats)
+        except BadImage:
+            pass
+        raise
+
+
+def _decoded(data: bytes, formats: tuple[str, ...]) -> Image.Image:
     try:
         image = Image.open(BytesIO(data), formats=formats)
         _refuse_bomb(*image.size, scans=data.count(_SCAN) if data[:2] == _JPEG else 1)
-        if image.mode == "F":
-            raise BadImage("floating-point pixels, whose range the file does not give")
         image.load()
-        return to_rgb(upright(image))
+        turn = _transpose_of(image)
+        rgb = to_rgb(_told_apart(image, deep=_is_deep(image, data)))
+        return rgb if turn is None else rgb.transpose(turn)
     except BadImage:
         raise
+    except UnidentifiedImageError:
+        kinds = f"{', '.join(formats[:-1])} or {formats[-1]}"
+        raise BadImage(f"no {kinds} that can be read; it begins with {data[:12]!r}") from None
     except _UNREADABLE as error:
-        text = re.sub(r" at 0x[0-9a-f]+", "", str(error))  # an address would differ from run to run
-        reason = " ".join(text.split()) or "no message"
-        raise BadImage(f"{type(error).__name__}: {reason}") from None
+        raise BadImage(_reason(error)) from None
+
+
+def _reason(error: BaseException) -> str:
+    text = re.sub(r"<[^<>]* object( at 0x[0-9a-f]+)?>", "the file", str(error))  # an address differs from run to run
+    text = re.sub(r" at 0x[0-9a-f]+", "", text)
+    return f"{type(error).__name__}: {' '.join(text.split())[:300] or 'no message'}"
+
+
+def _told_apart(image: Image.Image, *, deep: bool) -> Image.Image:
+    """An image whose numbers have a known range, or are put into one.
+
+    Args:
+        deep: whether a sample has 16 bits.
+
+    Raises:
+        BadImage: there is nothing to tell its range by, and it would be black.
+    """
+    if image.mode == "I" and getattr(image, "tag_v2", {}).get(_TIFF_SAMPLES, (1,))[0] == 1:  # unsigned
+        return Image.fromarray(_as_bytes(np.asarray(image).view(np.uint32)))
+    if deep and not image.mode.startswith("I"):  # of colours Pillow gives the upper 8 bits alone
+        colours = [band for band in image.getbands() if band not in "Aa"]
+        if max(int(np.asarray(image.getchannel(band)).max()) for band in colours) < _DARK:
+            raise BadImage(
+                f"16 bits a colour, none of which is above {_DARK} of 256 levels: of fewer bits, as it seems"
+            )
+    return image
+
+
+def _is_deep(image: Image.Image, data: bytes) -> bool:
+    """Whether the file, a PNG or TIFF, has 16 bits a sample."""
+    tags = getattr(image, "tag_v2", None)
+    return 16 in tags.get(_TIFF_BITS, ()) if tags else data[:8] == PNG and data[24] == 16
+
+
+def _as_bytes(values: NDArray[Any]) -> NDArray[np.uint8]:
+    """Whole numbers in 8 bits: 16 bits lose 8; of another range, which no file gives, the brightest is above 127.
+
+    Numbers below a quarter of 16 bits would be near black; 8, 10, 12 and 14 bits are often kept in 16 or 32.
+    """
+    low, high = min(0, int(values.min(initial=0))), int(values.max(initial=0))
+    span = high - low
+    shift = 8 if 2**14 <= span < 2**16 else max(0, span.bit_length() - 8)
+    if low or span > 2**31:
+        values = values.astype(np.int64) - low
+    return (values >> shift).clip(0, 255).astype(np.uint8)
+
+
+def _refuse_header(data: bytes) -> None:
+    """Refuses what takes memory beyond its pixels before Pillow knows their number.
+
+    Raises:
+        BadImage: for the canvas of a WebP, steps in a BMP and tags of a TIFF that are out of all proportion.
+    """
+    if is_webp(data) and data[12:16] == b"VP8X" and len(data) >= 30:
+        width, height = (int.from_bytes(data[at : at + 3], "little") + 1 for at in (24, 27))
+        _refuse_bomb(width, height, scans=1)
+    if data[:2] == b"BM" and data[30:34] in (b"\1\0\0\0", b"\2\0\0\0"):
+        width = int.from_bytes(data[18:22], "little", signed=True)
+        if width > _WIDEST_RUNS:  # a step of two bytes skips up to 255 rows
+            raise BadImage(f"a BMP of run lengths {width} pixels wide; {_WIDEST_RUNS} are decoded at most")
+    if data[:4] in (b"II*\0", b"MM\0*") and (size := _tags_size(data)) > len(data):
+        raise BadImage(f"tags of {size} bytes in a TIFF of {len(data)}")
+
+
+def _tags_size(data: bytes) -> int:
+    """Bytes that the tags of the first page of a TIFF say they have."""
+    order = "<" if data[:2] == b"II" else ">"
+    try:
+        (at,) = struct.unpack_from(f"{order}I", data, 4)
+        (count,) = struct.unpack_from(f"{order}H", data, at)
+        entries = struct.iter_unpack(f"{order}HHI4x", data[at + 2 : at + 2 + 12 * count])
+        return sum(_TYPE_BYTES.get(kind, 1) * number for _, kind, number in entries)
+    except struct.error:  # damaged, which Pillow will say
+        return 0
 
 
 def _refuse_bomb(width: int, height: int, scans: int) -> None:
@@ -182,9 +280,9 @@ def _plain_jpeg(data: bytes) -> tuple[int, int, int, bool] | None:
 def _turn_of(data: bytes) -> Image.Transpose | None:
     """The turn that the EXIF data of a JPEG (or the same in XMP) ask for; Pillow reads the header alone."""
     try:
-        return _transpose_of(Image.open(BytesIO(data), formats=("JPEG",)))
-    except _UNREADABLE as error:
-        raise BadImage(f"{type(error).__name__}: {' '.join(str(error).split())}") from None
+        return _transpose_of(Image.open(BytesIO(without_much_metadata(data)), formats=("JPEG",)))
+    except _UNREADABLE:  # as broken EXIF: the pixels decide
+        return None
 
 
 def _transpose_of(image: Image.Image) -> Image.Transpose | None:
@@ -201,12 +299,17 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The image in RGB: 16 bit scaled to 8, what is transparent on white."""
+    """The image in RGB: whole numbers of more bits scaled to 8, what is transparent on white.
+
+    Raises:
+        BadImage: its pixels are floating-point numbers.
+    """
+    if image.mode == "F":
+        raise BadImage("floating-point pixels, whose range the file does not give")
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    if image.mode.startswith("I"):  # 16 bit grey, which a plain conversion would clip at 255
-        grey = np.asarray(image).astype(np.int64) >> 8
-        return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode.startswith("I"):  # grey of 16 or 32 bits, which a plain conversion would clip at 255
+        return Image.fromarray(_as_bytes(np.asarray(image))).convert("RGB")
     if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
