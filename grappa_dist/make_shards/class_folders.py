@@ -10,6 +10,7 @@ from sys import intern
 from typing import Literal
 
 from grappa_dist.data.decoding import TAKEN
+from grappa_dist.data.labels import named
 from grappa_dist.make_shards.progress import Log
 from grappa_dist.make_shards.sources import Item, Source, as_utf8, is_taken
 
@@ -67,16 +68,36 @@ def folder_items(source: Source, task: str | None, split: str | None, log: Log) 
     task = task or task_name(source.path)
     found = None if split == "classes" else _find_split(source, names, split)
     if found is None:
-        labels = _classes(source, names, labelled=split != "none")
+        labels = _named(source, _classes(source, names, labelled=split != "none"), log, labelled=split != "none")
         return [Item(source, name, labels[name], task) for name in names]
     taken = [name for name in names if _top(name) in found.sides]
     if found.left_out:
         source.skipped[f"in {_shown(found.left_out)}"] += len(names) - len(taken)
-    labels = _classes_below(source, taken, labelled=split != "none")
+    below = _classes_below(source, taken, labelled=split != "none")
+    labels = _named(source, below, log, labelled=split != "none")
     if split == "none":
         return [Item(source, name, labels[name], task) for name in taken]
     log(found.describe(source.path, labelled=any(label is not None for label in labels.values())))
     return [Item(source, name, labels[name], task, found.sides[_top(name)]) for name in taken]
+
+
+def _named(source: Source, folders: Mapping[str, str | None], log: Log, *, labelled: bool) -> dict[str, str | None]:
+    """The label of every image, by the rule that evaluation has for what is written (data/labels.py).
+
+    Args:
+        folders: the class folder of every image, by its name.
+    """
+    labels: dict[str | None, str | None] = {None: None}
+    written = dict[str, str]()  # by label
+    for folder in dict.fromkeys(folder for folder in folders.values() if folder is not None):
+        found = named(folder)
+        if found.name is None and labelled:
+            raise ValueError(f"{source.path}: class folder {folder!r} counts as no label ({found.remark}); rename it")
+        labels[folder] = None if found.name is None else intern(found.name)
+        other = written.setdefault(found.name or "", folder)
+        if found.name is not None and other != folder:
+            log(f"warning: {source.path}: the folders {other!r} and {folder!r} are one class, {found.name!r}")
+    return {name: labels[folder] for name, folder in folders.items()}
 
 
 def _top(name: str) -> str:
@@ -122,7 +143,7 @@ def _shown(folders: Sequence[str]) -> str:
 
 def _classes(source: Source, names: Sequence[str], *, labelled: bool) -> dict[str, str | None]:
     """The class of every image: the folder at the top."""
-    labels: dict[str, str | None] = {name: intern(_top(name)) or None for name in names}
+    labels: dict[str, str | None] = {name: _top(name) or None for name in names}
     flat = [name for name, label in labels.items() if label is None]
     if flat and labelled:
         raise ValueError(
@@ -152,4 +173,4 @@ def _classes_below(source: Source, names: Sequence[str], *, labelled: bool) -> d
             below |= dict.fromkeys(inside, "")
     if len(set(below.values())) < 2:  # such as train/images and val/images: no class
         return dict.fromkeys(names)
-    return {name: intern(label) or None for name, label in below.items()}
+    return {name: label or None for name, label in below.items()}

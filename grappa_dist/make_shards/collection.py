@@ -13,9 +13,10 @@ from grappa_dist.data.decoding import TAKEN
 from grappa_dist.data.rng import Purpose, permutation
 from grappa_dist.make_shards.building import Building, bad_files, build
 from grappa_dist.make_shards.class_folders import folder_items, part_of, task_name
+from grappa_dist.make_shards.lists import Columns, csv_items
 from grappa_dist.make_shards.planning import Limits, plan_folder, prefixes_of
 from grappa_dist.make_shards.progress import Log, Progress, align, duration
-from grappa_dist.make_shards.sources import Columns, Item, Source, csv_items, open_source
+from grappa_dist.make_shards.sources import Item, Source, open_source
 
 SPLITS = ("train", "test")
 
@@ -72,6 +73,9 @@ class Work:
 def make_shards(pairs: Sequence[tuple[str | None, str]], out: Path, cfg: CollectionConfig, work: Work) -> str:
     """Table of what is in OUT/train and OUT/test, which it writes from pairs of (CSV or None, images)."""
     sources = [(csv, open_source(images)) for csv, images in pairs]
+    if len(set(pairs)) < len(pairs):
+        twice = next(images for csv, images in pairs if pairs.count((csv, images)) > 1)
+        raise ValueError(f"{twice}: named twice")
     _check_tasks([source.path for csv, source in sources if csv is None], cfg)
     items = _items(sources, cfg, work.log)
     _check_names(items)
@@ -118,11 +122,12 @@ def write_items(
 
 def _check_tasks(paths: Sequence[Path], cfg: CollectionConfig) -> None:
     """Images without a CSV are each of one task, by the name of their folder or tar."""
-    real, first = set[Path](), dict[str, Path]()
+    real, first = Counter(path.resolve() for path in paths), dict[str, Path]()
     for path in paths:
-        if path.resolve() in real:
+        if real[path.resolve()] > 1:
             raise ValueError(f"{path}: named twice")
-        real.add(path.resolve())
+        for other in real.keys() & set(path.resolve().parents):
+            raise ValueError(f"{path}: lies in {other}, whose images would be there twice; name one of the two")
         alike = first.setdefault(task_name(path), path)
         if cfg.task is None and alike is not path:
             raise ValueError(
@@ -184,7 +189,8 @@ def summary(buildings: Sequence[Building], skipped: Counter[str], seconds: float
 def _items(sources: Sequence[tuple[str | None, Source]], cfg: CollectionConfig, log: Log) -> list[Item]:
     columns = Columns(
         label=cfg.label_column or "fine",
-        label_required=cfg.split in ("classes", None) or cfg.label_column is not None,
+        label_required=cfg.split in ("classes", None),
+        label_named=cfg.label_column is not None,
         task=cfg.task_column,
         split="split" if cfg.split == "column" else None,
         task_name=cfg.task,
@@ -194,7 +200,7 @@ def _items(sources: Sequence[tuple[str | None, Source]], cfg: CollectionConfig, 
         if csv is not None and cfg.split == "folders":
             raise ValueError(f"{csv}: --split folders is for images without a CSV; expected --split column")
         if csv is not None:
-            items += csv_items(csv, source, columns)
+            items += csv_items(csv, source, columns, log)
         elif cfg.split == "column":
             raise ValueError(f"{source.path}: --split column needs a CSV with a column 'split'")
         else:

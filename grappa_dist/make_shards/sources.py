@@ -1,16 +1,15 @@
-"""The images that become shards: found in a tar or a folder, with a CSV or in class folders, and perhaps re-encoded."""
+"""The images that become shards: in a tar or a folder, and perhaps re-encoded."""
 
 from __future__ import annotations
 
-import csv
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
-from sys import intern
 from typing import NamedTuple, Protocol
 
 from PIL import Image, features
@@ -19,7 +18,6 @@ from grappa_dist.data.decoding import COPIED, FORMATS, REWRITTEN, TAKEN, BadImag
 from grappa_dist.data.index import OpenFile
 from grappa_dist.data.tars import members_of
 
-FILE_COLUMN = "file"  # of a CSV
 FOREIGN = {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}  # folders
 QUALITY = 95  # of JPEG
 
@@ -33,7 +31,10 @@ class Place(NamedTuple):
 
     def read(self) -> bytes:
         if self.size < 0:
-            return Path(self.path).read_bytes()
+            try:
+                return Path(self.path).read_bytes()
+            except OSError as error:  # one of reading, unlike one of opening, does not name the file
+                raise type(error)(error.errno, error.strerror, self.path) from None
         return _open(self.path).read(self.offset, self.size)
 
 
@@ -74,7 +75,9 @@ class TarSource:
         with path.open("rb") as file:
             for member in members_of(file, path):
                 if member.isreg() and not member.issparse():
-                    self._places[member.name.removeprefix("./")] = (member.offset_data, member.size)
+                    name = member.name.removeprefix("./")
+                    self.skipped["an earlier file of the same name in a tar"] += name in self._places
+                    self._places[name] = (member.offset_data, member.size)
                 else:
                     self.skipped["a link or special file in a tar"] += not member.isdir()
 
@@ -91,6 +94,19 @@ class TarSource:
         return self._places[name][1]
 
 
+class _Above(NamedTuple):
+    """The real path of a folder, and the folders through which it was reached."""
+
+    real: str
+    above: _Above | None = None
+
+    def has(self, path: str) -> bool:
+        one: _Above | None = self
+        while one is not None and one.real != path:
+            one = one.above
+        return one is not None
+
+
 class FolderSource:
     """The files below a folder, also behind links."""
 
@@ -100,21 +116,26 @@ class FolderSource:
 
     def names(self) -> list[str]:
         start = len(os.path.join(self.path, ""))
-        return sorted(as_utf8(name[start:]) for name in self._below(str(self.path), ()))
+        return sorted(as_utf8(name[start:]) for name in self._below())
 
-    def _below(self, folder: str, above: tuple[str, ...]) -> Iterator[str]:
-        """Paths of files; `above` are the real paths of the folders that hold this one, to which a link may lead."""
-        above = (*above, os.path.realpath(folder))
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.is_file():
-                    yield entry.path
-                elif not entry.is_dir():
-                    self.skipped["a link to nothing, a pipe or another special file"] += 1
-                elif entry.is_symlink() and os.path.realpath(entry.path) in above:
-                    self.skipped["a link to a folder that holds it"] += 1
-                else:
-                    yield from self._below(entry.path, above)
+    def _below(self) -> Iterator[str]:
+        """Paths of files. A link to a folder that holds it is left out; other links are followed."""
+        left = [(str(self.path), _Above(os.path.realpath(self.path)))]
+        while left:
+            folder, here = left.pop()
+            with _scanned(folder) as entries:
+                for entry in entries:
+                    kind = _kind_of(entry)
+                    if kind == "file":
+                        yield entry.path
+                    elif not kind:
+                        self.skipped["a link to nothing, a pipe or another special file"] += 1
+                    elif not entry.is_symlink():
+                        left.append((entry.path, _Above(os.path.join(here.real, entry.name), here)))
+                    elif here.has(real := os.path.realpath(entry.path)):
+                        self.skipped["a link to a folder that holds it"] += 1
+                    else:
+                        left.append((entry.path, _Above(real, here)))
 
     def has(self, name: str) -> bool:
         return os.path.isfile(self._at(name))
@@ -123,10 +144,28 @@ class FolderSource:
         return Place(self._at(name))
 
     def size(self, name: str) -> int:
-        return os.stat(self._at(name)).st_size
+        path = self._at(name)
+        if not os.access(path, os.R_OK):  # before anything is written, and not in the middle of it
+            raise ValueError(f"{path}: cannot be read by this user; expected images that can, or another folder")
+        return os.stat(path).st_size
 
     def _at(self, name: str) -> str:
         return os.path.join(self.path, on_disk(name))
+
+
+def _kind_of(entry: os.DirEntry[str]) -> str:
+    """file, folder, or "" for what is neither."""
+    try:
+        return "file" if entry.is_file() else "folder" if entry.is_dir() else ""
+    except OSError:  # a link that leads to itself
+        return ""
+
+
+def _scanned(folder: str) -> AbstractContextManager[Iterator[os.DirEntry[str]]]:
+    try:
+        return os.scandir(folder)
+    except OSError as error:
+        raise ValueError(f"{folder}: this folder cannot be read: {error.strerror}") from None
 
 
 def open_source(path: str) -> Source:
@@ -173,81 +212,6 @@ def image_suffix(name: str) -> str | None:
     """The lower-case image suffix of a file, or None; dots elsewhere in the name do not matter here."""
     base, dot, suffix = name.rpartition("/")[2].rpartition(".")
     return suffix.lower() if base and dot and suffix.lower() in TAKEN else None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Columns:
-    """Which columns of a CSV hold what; None: not read."""
-
-    label: str | None = "fine"
-    label_required: bool = True
-    task: str = "dataset"
-    split: str | None = None
-    task_name: str | None = None  # one task for all rows, instead of the column
-
-
-def csv_items(path: str, source: Source, columns: Columns) -> list[Item]:
-    """The images that a CSV lists, in its order; ValueError where one is not there."""
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: does not exist; expected a CSV with a column {FILE_COLUMN!r}")
-    items: list[Item] = []
-    names: set[str] = set()
-    for line, row in _csv_rows(path, columns):
-        where = f"{path} line {line}"
-        name = row[FILE_COLUMN].removeprefix("./")
-        if image_suffix(name) is None:
-            raise ValueError(f"{where}: {name!r} has no image suffix; expected {', '.join(TAKEN)}")
-        if name in names:
-            raise ValueError(f"{where}: {name!r} is listed twice")
-        if not source.has(name):
-            raise ValueError(f"{where}: {name!r} is not in {source.path}")
-        names.add(name)
-        label = None if columns.label is None else row.get(columns.label)
-        task = columns.task_name or row[columns.task]
-        split = intern(row[columns.split]) if columns.split else None
-        items.append(Item(source, name, label and intern(label), intern(task), split, path, line))
-    if not items:
-        raise ValueError(f"{path}: no rows")
-    return items
-
-
-def _csv_rows(path: str, columns: Columns) -> Iterator[tuple[int, dict[str, str]]]:
-    """Rows with their lines; the columns that must be there are there and filled."""
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        try:
-            has = list(reader.fieldnames or [])
-            needed = _needed(path, has, columns)
-            for row in reader:
-                where = f"{path} line {reader.line_num}"
-                if None in row or None in row.values():
-                    raise ValueError(f"{where}: {_width(row)} fields; expected {len(has)} ({', '.join(has)})")
-                for column in needed:
-                    if not row[column].strip():
-                        raise ValueError(f"{where}: column {column!r} is empty")
-                yield reader.line_num, row
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: not a CSV in UTF-8: {error}") from None
-
-
-def _width(row: dict[str, str]) -> int:
-    extra: Sequence[str] = row.get(None, ())  # type: ignore[call-overload]
-    return sum(value is not None for key, value in row.items() if key is not None) + len(extra)
-
-
-def _needed(path: str, has: Sequence[str], columns: Columns) -> list[str]:
-    """The columns that every row must fill."""
-    needed = [FILE_COLUMN]
-    if columns.label is not None and (columns.label_required or columns.label in has):
-        needed.append(columns.label)
-    if columns.task_name is None:
-        needed.append(columns.task)
-    if columns.split is not None:
-        needed.append(columns.split)
-    for column in needed:
-        if column not in has:
-            raise ValueError(f"{path}: no column {column!r}; it has {', '.join(has) or 'none'}")
-    return needed
 
 
 def is_taken(name: str, skipped: Counter[str]) -> bool:
