@@ -162,6 +162,6 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
 
 def test_five_thousand_rows_take_seconds() -> None:
     z, labels = features(5000, 192), random_labels(5000, 50)
-    start = time.monotonic()
+    start = time.process_time()  # of this process: others may keep the machine busy
     retrieval_scores(z, labels)
-    assert time.monotonic() - start < 20  # one to two on an idle pair of cores
+    assert time.process_time() - start < 20  # two to four

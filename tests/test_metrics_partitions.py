@@ -90,6 +90,6 @@ def test_unrelated_partitions_are_as_nested_as_chance() -> None:
 
 def test_a_million_rows_take_a_second_or_two() -> None:
     a, b = labels(1_000_000, 4096, 0), labels(1_000_000, 65_536, 1)
-    began = time.perf_counter()
+    began = time.process_time()  # of this process: others may keep the machine busy
     nestedness(a, b)
-    assert time.perf_counter() - began < 5.0
+    assert time.process_time() - began < 5.0

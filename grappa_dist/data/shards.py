@@ -198,7 +198,7 @@ class ImageShards:
     def where(self, row: int) -> str:
         """Shard and key of a row, and the name of its file where it is known, for messages."""
         key, name = self.key(row), self.name(row)
-        image = f": image {key!r}" + (f" ({name!r:.300})" if name else "")
+        image = f": image {key!r:.300}" + (f" ({name!r:.300})" if name else "")
         return self.shards[self.locate(row)[0]].path + (image if key else "")
 
     def _read(self, shard: int, offset: int, size: int) -> bytes:

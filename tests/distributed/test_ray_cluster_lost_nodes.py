@@ -133,7 +133,7 @@ def test_sigterm_while_a_worker_cannot_be_placed_ends_the_run(monkeypatch: pytes
     timer.start()
     with pytest.raises(Terminated), runner.handle_signals():
         runner.num_workers if call == "num_workers" else runner.run_jobs([Job("one", print, None, 1)])
-    assert time.monotonic() - began < 0.5 + 5
+    assert time.monotonic() - began < 60  # placing would take 300 s
 
 
 def test_sigterm_that_comes_with_the_last_result_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,7 +232,7 @@ def test_nodes_whose_storage_hangs_are_awaited_together(monkeypatch: pytest.Monk
         ValueError, match=r"^preflight: a, b, c and 1 more: no answer within 1 s; does its storage hang\?$"
     ):
         cluster._settle()
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 3.5  # one after the other they would take 4 s
 
 
 def test_sigterm_while_storage_hangs_ends_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
