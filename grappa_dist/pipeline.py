@@ -6,7 +6,7 @@ what would be made.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -92,7 +92,7 @@ def _flow(context: Run, mending: Mending, until: str | None) -> tuple[Path, list
     context.runner.require(checks)
     with mirrored(config.mirror, flow, mending):
         if flow.needs_backbone(until):
-            tried = _tried(config, store)
+            tried = _tried(config, store, log=console.log)
             for warning in tried.warnings:
                 console.log(f"warning: {warning}")
             context.runner.require(
@@ -188,10 +188,11 @@ def checks_of(config: Config, store: Store, flow: Flow) -> Checks:
     return Checks(store.root.absolute(), partial(read_a_little, ends_of(flow.train, flow.test)), need)
 
 
-def _tried(config: Config, store: Store, *, keep: bool = True) -> Verdict:
-    """The verdict on a backbone that is still needed."""
+def _tried(config: Config, store: Store, *, log: Callable[[str], None] | None = None) -> Verdict:
+    """The verdict on a backbone that is still needed; without `log`, as nothing is made, none is kept."""
     check_ready(config.backbone)
-    return verdict_of(config.backbone, store.root / "index", keep=keep)
+    index = store.root / "index"
+    return verdict_of(config.backbone, index, log=log) if log else verdict_of(config.backbone, index, keep=False)
 
 
 def check(config: Config, root: Path, *, deep: bool = False) -> str:
@@ -222,7 +223,7 @@ def check(config: Config, root: Path, *, deep: bool = False) -> str:
         whole = _check_artifacts([*generated, *of_run], deep=deep)
     warnings: tuple[str, ...] = ()
     if not finished:
-        tried = _tried(config, store, keep=False)
+        tried = _tried(config, store)
         warnings = tuple(f"warning: {warning}\n" for warning in tried.warnings)
         assert cluster.checks is not None
         compare = partial(describe_difference, config.backbone, tried.weights)

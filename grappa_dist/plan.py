@@ -23,6 +23,7 @@ from grappa_dist.layout import lay_out, on_pairs
 from grappa_dist.models import Backbone, PackedGrappa
 from grappa_dist.models.backbone import check_name
 from grappa_dist.models.spec import build_backbone
+from grappa_dist.models.trial import check_shapes
 from grappa_dist.stages.embed import ROWS_FILE, check_bad_share
 from grappa_dist.stages.flow import Flow
 from grappa_dist.stages.fuse import describe_unfused, projector_bytes
@@ -121,7 +122,9 @@ def _without_weights(config: BackboneConfig) -> Backbone | None:
     if not config.name.startswith("timm:"):
         return None
     with torch.device("meta"):
-        return build_backbone(config, pretrained=False)
+        backbone = build_backbone(config, pretrained=False)
+        check_shapes(config, backbone)
+    return backbone
 
 
 def _describe_backbone(config: BackboneConfig, model: Backbone | None) -> Iterator[str]:

@@ -42,6 +42,24 @@ def test_a_check_names_a_file_that_is_no_longer_what_its_manifest_says(
         pipeline.check(settings, tmp_path)
 
 
+def test_a_backbone_is_tried_before_any_worker_is_used_and_again_on_every_node(
+    tmp_path: Path, shards: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = tiny.Here()
+    odd = {"name": "tests.models.odd:by_numpy", "kwargs": {}, "image_size": 32}
+    with pytest.raises(ValueError, match="each call makes other weights"):
+        pipeline._run(tiny.run_in(tiny.config(shards, backbone=odd), tmp_path / "refused", here))
+    assert here.asked == []
+    odd = {"name": "tests.models.odd:with_head", "kwargs": {}, "image_size": 32}
+    pipeline._run(tiny.run_in(tiny.config(shards, backbone=odd), tmp_path / "run", here), "embed")
+    assert "1 of its parameters change no feature: head.weight" in capsys.readouterr().err
+    compare = here.checks[-1].backbone
+    assert compare is not None
+    assert compare() == ""
+    pipeline._run(tiny.run_in(tiny.config(shards, backbone=odd), tmp_path / "run", here), "embed")
+    assert here.checks[-1].backbone is None  # nothing that needs it is missing
+
+
 def test_a_check_refuses_an_image_size_before_any_worker_starts(
     tmp_path: Path, shards: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

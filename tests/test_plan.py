@@ -291,3 +291,21 @@ def test_a_plan_warns_of_images_missing_in_a_damaged_tar_and_ends_as_the_run_wou
     with pytest.raises(ValueError, match=r"images are bad \(about \d+ have no row\)"):
         plan(strict, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("timm:crossvit_9_240", "CrossVit.patch_embed is a ModuleList"),
+        ("timm:deepseek_vit_412m_enc", "a forward pass of images of .* pixels raises NotImplementedError"),
+        ("tests.models.odd:nothing", "has no 'nothing'; its functions: wrapped, with_block"),
+        ("tests.models.odd:with_block", "backbone.kwargs={} lacks name"),
+        ("no_such_module:create", "there is no module 'no_such_module'"),
+    ],
+)
+def test_a_backbone_that_cannot_be_used_is_refused_as_far_as_that_is_seen_without_building_it(
+    name: str, words: str, tmp_path: Path
+) -> None:
+    settings = Config(name="x", data={"train": ["demo"]}, backbone={"name": name})
+    with pytest.raises(ValueError, match=words):
+        plan(settings, tmp_path)

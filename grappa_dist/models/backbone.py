@@ -126,7 +126,8 @@ def create_backbone(
     """
     source, _, function = name.partition(":")
     if checkpoint and pretrained and not Path(checkpoint).is_file():
-        raise ValueError(f"backbone.checkpoint={checkpoint!r} does not exist")
+        what = "is no file" if Path(checkpoint).exists() else "does not exist"
+        raise ValueError(f"backbone.checkpoint={checkpoint!r} {what}")
     if source != "timm":
         model = _call(source, function, kwargs)
         if checkpoint and pretrained:
@@ -309,7 +310,17 @@ def _check_arguments(name: str, taken: ast.arguments, kwargs: Mapping[str, Any])
 def check_weights(name: str) -> None:
     """Raises ValueError where the weights of a `timm:` model are neither in the local cache nor can be downloaded."""
     source, _, model = name.partition(":")
-    if source == "timm" and not _weights_reachable(model):
+    if source != "timm":
+        return
+    import timm
+
+    cfg = timm.get_pretrained_cfg(model)
+    if cfg is None or not cfg.has_weights:
+        raise ValueError(
+            f"backbone.name={name}: timm has no weights for it; name others (timm.list_pretrained()) or set "
+            "backbone.checkpoint=FILE.safetensors"
+        )
+    if not _weights_reachable(model):
         raise ValueError(
             f"the weights of backbone.name={name} are not in the local cache and their hub cannot be reached; "
             "download them elsewhere and set backbone.checkpoint=FILE.safetensors"

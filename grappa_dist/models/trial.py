@@ -52,12 +52,15 @@ class Verdict:
     warnings: tuple[str, ...]
 
 
-def verdict_of(config: BackboneConfig, index: Path, *, keep: bool = True) -> Verdict:
+def verdict_of(
+    config: BackboneConfig, index: Path, *, keep: bool = True, log: Callable[[str], None] = lambda text: None
+) -> Verdict:
     """As `try_backbone`; a verdict that took more than a second to find is read again by the next run.
 
     Args:
         index: the index folder of the run.
         keep: whether to write there.
+        log: is given a line before the backbone is tried.
 
     Raises:
         ValueError: the backbone cannot be used, and why.
@@ -66,6 +69,7 @@ def verdict_of(config: BackboneConfig, index: Path, *, keep: bool = True) -> Ver
     of = fingerprint({"backbone": backbone_settings(config), "versions": versions()})
     if known := _kept(path, of):
         return known
+    log(f"backbone: building {config.name} and trying it on two images")
     began = time.monotonic()
     verdict = try_backbone(config)
     if keep and time.monotonic() - began > KEPT_FROM_S:
@@ -104,6 +108,19 @@ def try_backbone(config: BackboneConfig) -> Verdict:
             raise ValueError(f"{name}: a forward pass changes its buffers; a frozen model must stay as it is")
         _check_export(name, config, backbone, weights, images[:1])
     return Verdict(weights, tuple(warnings))
+
+
+def check_shapes(config: BackboneConfig, backbone: Backbone) -> None:
+    """Runs a backbone without weights, on the device meta, for the shapes of its features and of its blocks' tokens.
+
+    Raises:
+        ValueError: they are others than adaptors need.
+    """
+    name, size = f"backbone.name={config.name}", backbone.preprocess.image_size
+    with torch.no_grad(), _watched_blocks(name, backbone, 2):
+        images = torch.zeros(2, 3, size, size, device="meta")
+        features = _run(name, f"a forward pass of images of {size} pixels", lambda: backbone(images))
+    _check_shape(name, features, (2, backbone.embed_dim))
 
 
 def weights_of(module: nn.Module) -> Weights:
@@ -215,13 +232,17 @@ def _check_features(name: str, backbone: Backbone, images: Tensor) -> list[str]:
     return _warnings(name, together, unused)
 
 
-def _check_form(name: str, features: object, shape: tuple[int, int]) -> None:
+def _check_shape(name: str, features: object, shape: tuple[int, int]) -> None:
     if not isinstance(features, Tensor):
         raise ValueError(f"{name}: features are a {type(features).__name__}, expected a tensor (B, embed_dim)")
     if tuple(features.shape) != shape:
         raise ValueError(
             f"{name}: features of {shape[0]} images are {tuple(features.shape)}, expected (B, embed_dim), here {shape}"
         )
+
+
+def _check_form(name: str, features: Tensor, shape: tuple[int, int]) -> None:
+    _check_shape(name, features, shape)
     if features.dtype != torch.float32:
         raise ValueError(f"{name}: features are {features.dtype}, expected torch.float32")
     if not bool(features.isfinite().all()):

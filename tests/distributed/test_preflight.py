@@ -39,6 +39,7 @@ def test_each_kind_of_problem_is_one_line_that_names_its_nodes() -> None:
         Facts("b", OURS | {"torch": "2.10.0"}, storage="the run directory /runs is another", memory_bytes=8 * GIB),
         Facts("c", OURS | {"faiss": "missing"} | {"torch": "2.13.0"}, data="no shard", memory_bytes=GIB),
         Facts("d", OURS, gpu="torch sees no GPU"),
+        Facts("e", OURS, backbone="the backbone is built with other weights", memory_bytes=8 * GIB),
     ]
     assert problems(OURS | {"faiss": "1.15.1"}, nodes, 2 * GIB) == [
         "a, b: torch 2.10.0, the driver has 2.13.0",
@@ -47,6 +48,7 @@ def test_each_kind_of_problem_is_one_line_that_names_its_nodes() -> None:
         "c: no shard",
         "c: a worker needs 2.0 GiB of memory at least, 1.0 GiB is free",
         "d: torch sees no GPU",
+        "e: the backbone is built with other weights",
     ]
 
 

@@ -30,3 +30,13 @@ def test_check_refuses_what_does_not_fit_in_one_line(tmp_path: Path) -> None:
     assert ended.stderr.splitlines() == [
         "error: 9 workers need 9 CPU, the Ray cluster has 2; lower resources.workers or resources.cpus_per_worker"
     ]
+
+
+def test_check_compares_the_weights_that_a_worker_builds_with_those_of_the_driver(tmp_path: Path) -> None:
+    odd = ("backbone.name=tests.models.odd:by_process", "backbone.image_size=32")
+    ended = runs.run(tmp_path / "run", "--check", "resources.workers=1", *odd)
+    assert ended.returncode == 2, ended.stderr
+    (error,) = ended.stderr.splitlines()
+    assert error.startswith("error: preflight: ")
+    what = "the backbone is built with other weights than on the driver: model.patch_embed.linear.weight; does its"
+    assert what in error

@@ -11,9 +11,12 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from grappa_dist.config import BackboneConfig
 from grappa_dist.data.transforms import Preprocess
 from grappa_dist.models import Backbone, check_image_size, create_backbone
-from tests.models import tiny
+from grappa_dist.models.spec import build_backbone
+from grappa_dist.models.trial import try_backbone
+from tests.models import odd, tiny
 
 OWN = "tests.models.tiny:create"
 
@@ -201,6 +204,28 @@ def test_the_example_in_the_docs_is_a_backbone(tmp_path: Path, monkeypatch: pyte
     assert backbone(torch.rand(2, 3, 32, 32)).shape == (2, 64)
     with pytest.raises(ValueError, match=r"it takes backbone\.image_size=32"):
         check_image_size(create_backbone(name, kwargs, {"image_size": 48}), name, kwargs)
+
+
+def test_a_vit_of_torch_hub_in_the_wrapper_of_the_docs_has_the_features_of_its_own_forward(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "extending.md").read_text()
+    code = page.partition("## A backbone\n")[2].split("```python\n")[2].partition("```")[0]
+    (tmp_path / "dino_of_the_docs.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for kind in ("dino", "dinov2"):
+        monkeypatch.setattr(torch.hub, "load", lambda repository, name, kind=kind: odd.seeded(kind))
+        config = BackboneConfig(name="dino_of_the_docs:create", image_size=32)
+        (warning,) = try_backbone(config).warnings
+        assert warning.endswith("1 of its parameters change no feature: hub.mask_token")
+        images = torch.rand(2, 3, 32, 32)
+        backbone = build_backbone(config)
+        right = odd.seeded(kind).eval()((images - backbone.mean) / backbone.std)
+        torch.testing.assert_close(backbone(images), right, rtol=1e-5, atol=1e-5)
+
+
+def test_a_timm_model_without_weights_is_refused_unless_a_file_has_them() -> None:
+    refused("backbone.name=timm:vit_giant_patch14_224: timm has no weights for it", "timm:vit_giant_patch14_224")
 
 
 def test_a_backbone_is_a_class_token_after_the_norm() -> None:

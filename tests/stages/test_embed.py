@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from grappa_dist.artifacts import Artifact, Store
-from grappa_dist.config import Config
+from grappa_dist.config import BackboneConfig, Config
 from grappa_dist.data.decoding import decode
 from grappa_dist.data.open_images import open_images
 from grappa_dist.data.shards import ImageShards
@@ -253,3 +253,23 @@ def test_features_of_shards_on_s3_are_the_same_artefacts_with_the_same_bytes(
     assert bad_rows(images, remote).tolist() == [tiny.BAD]
     assert bucket.proxy.sent(".tar") < 2 * sum(shard.bytes for shard in images.shards)
     assert any((tmp_path / "cache").iterdir())
+
+
+def with_backbone(settings: Config, function: str, **kwargs: object) -> Config:
+    backbone = {"name": f"tests.models.odd:{function}", "kwargs": kwargs, "image_size": tiny.SIZE_PX}
+    return settings.model_copy(update={"backbone": BackboneConfig(**backbone)})  # type: ignore[arg-type]
+
+
+def test_features_that_are_not_finite_name_the_image_and_not_the_clustering(tmp_path: Path, settings: Config) -> None:
+    words = r"features are not finite \(NaN or infinite\) for 8 images of a batch of 8, the first is .*\.tar: image"
+    with pytest.raises(ValueError, match=words):
+        embed_in(tmp_path, with_backbone(settings, "filled", value=float("nan")))
+
+
+@pytest.mark.parametrize(("function", "warned"), [("constant", True), ("wrapped", False)])
+def test_features_that_are_all_alike_are_warned_of(
+    function: str, warned: bool, tmp_path: Path, settings: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    embed_in(tmp_path, with_backbone(settings, function))
+    warning = f"warning: embed backbone: the features of {tiny.NUM_ROWS - 1} images that were compared are all alike"
+    assert (warning in capsys.readouterr().err) == warned
