@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -29,6 +30,14 @@ _TAIL_BYTES = 2**16
 COUNTER_S = 2.0  # between two lines of a counter
 
 FAILED, CONFIG_ERROR, INTERRUPTED, TERMINATED = 1, 2, 130, 143
+_MEMORY = re.compile(
+    r"MemoryError|unable to allocate|can't allocate memory|out of memory|low on memory|bad_alloc", re.IGNORECASE
+)
+_SETTING = re.compile(r"\b(embed|clustering|adapt|fuse|evaluate|resources)\.[a-z]+_?[a-z]+")
+_LESS_MEMORY = (
+    "less memory is needed with fewer resources.workers on a node, and with smaller values of embed.batch_size "
+    "(embed), clustering.num_labels (pseudo_label), adapt.micro_batch (adapt), fuse.micro_batch and fuse.projector"
+)
 STATUSES = (
     "Exit status: 0 done, 2 a setting or an input is wrong, 143 after SIGTERM and 130 after Ctrl-C with state saved "
     "(or a line that says it is not; a second Ctrl-C stops at once, without), 1 anything else."
@@ -262,8 +271,10 @@ class Ending:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, for a terminal; its kind where it says nothing."""
-    return printable(without_secrets(" ".join(str(error).split()))) or type(error).__name__
+    """What an error says, for a terminal; its kind where it says nothing; settings where memory was short."""
+    text = printable(without_secrets(" ".join(str(error).split()))) or type(error).__name__
+    short = isinstance(error, MemoryError) or _MEMORY.search(text)
+    return f"{text}; {_LESS_MEMORY}" if short and not _SETTING.search(text) else text
 
 
 def _saved(ended: Terminated) -> str:

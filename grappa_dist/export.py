@@ -34,7 +34,7 @@ from grappa_dist.models.spec import (
     load_grappa,
 )
 from grappa_dist.models.weights import tensors_of
-from grappa_dist.stages.embed import BAD_FILE, ROWS_FILE, embed, features_of
+from grappa_dist.stages.embed import BAD_FILE, ROWS_FILE, bad_reasons, embed, features_of
 from grappa_dist.stages.gallery_weights import load_galleries, set_weights, transitivity
 from grappa_dist.stages.run import Run, running
 
@@ -127,7 +127,7 @@ class RetrievalModel(nn.Module):
             self.weigh(None)
         count = sum(map(len, features[0]))
         if count < 3:
-            raise ValueError(f"condition: the gallery has {count} images, it needs three at least")
+            raise ValueError(f"condition: the gallery has {pluralize(count, 'image')}, it needs three at least")
         weights = set_weights(torch.stack([transitivity(torch.cat(z)).cpu() for z in features]))
         self.weigh(weights)
         return weights
@@ -218,8 +218,11 @@ def _embed(run: Run, spec: ModelSpec) -> Path:
         run.console.log(f"warning: {line}")
     features = features_of(run.store, spec, run.config.embed, images)
     if all(artifact.complete for artifact in features):
-        run.console.log(f"embed: all {len(features)} shards were embedded before")
+        before = "the shard was" if len(features) == 1 else f"all {len(features)} shards were"
+        run.console.log(f"embed: {before} embedded before")
     embed(run, images, spec, features)
+    if line := _describe_bad(images, bad_reasons(images, features)):
+        run.console.log(f"warning: {line}")
     shards = [
         {
             "shard": shard.name,
@@ -234,6 +237,17 @@ def _embed(run: Run, spec: ModelSpec) -> Path:
     path = run.store.root / LIST_FILE
     write_json(path, {"model": spec.name, "model_sha256": spec.weights_sha256, "images": len(images), "shards": shards})
     return path
+
+
+def _describe_bad(images: ImageShards, reasons: Mapping[int, str]) -> str:
+    """How many images have no embedding, with the first of them and why; "" if all have one."""
+    if not reasons:
+        return ""
+    row = min(reasons)
+    return (
+        f"{len(reasons)} of {pluralize(len(images), 'image')} could not be read: zeros in `rows`, listed in `bad` of "
+        f"{LIST_FILE}; the first is {images.where(row)}: {reasons[row]}"
+    )
 
 
 @dataclass(frozen=True)

@@ -177,7 +177,7 @@ def _describe_run(flow: Flow, *, has_test: bool) -> str:
         tested = f"and no test set: {len(flow.test)} of them are looked at in its place"
     return (
         f"{pluralize(len(flow.train), 'training image')} {tested}; K = {', '.join(map(str, flow.labels))}; "
-        f"{reused} of {len(made)} artefacts are there and reused"
+        f"{reused} of {pluralize(len(made), 'artefact')} are there and reused"
     )
 
 

@@ -168,7 +168,7 @@ def _describe_adapt(config: Config, num_sets: int, backbone: Backbone | None) ->
     if workers is not None:
         check_capacity(workers, ranks)
     if workers is not None and per_job != "auto":
-        yield f"on {workers} workers: {describe_placement(-(-num_sets // per_job), workers, ranks)}"
+        yield f"on {pluralize(workers, 'worker')}: {describe_placement(-(-num_sets // per_job), workers, ranks)}"
     if backbone is not None:
         if per_job == "auto":
             of_one = _describe_memory(config, backbone, 1, ranks)
@@ -194,7 +194,7 @@ def _describe_memory(config: Config, backbone: Backbone, num_sets: int, ranks: i
     return (
         f"activations in float32, those of a layer at work among them: {each / 2**20:.1f} MiB an image and set "
         f"({other / 2**20:.1f} with{'out' * recomputes} adapt.activation_checkpointing), {total:.1f} GiB a rank for "
-        f"{at_once} images and {num_sets} set{'s' * (num_sets > 1)} (adapt.micro_batch lowers it)"
+        f"{pluralize(at_once, 'image')} and {pluralize(num_sets, 'set')} (adapt.micro_batch lowers it)"
         f"{fewer}; the last block computes {whole}"
     )
 
@@ -216,7 +216,7 @@ def _supervised_stages(
         )
     for name, (asked, ranks) in jobs.items():
         if asked:
-            what = f"with labels of the training images: one job on {ranks}, at most {steps} steps"
+            what = f"with labels of the training images: one job on {ranks}, at most {pluralize(steps, 'step')}"
             yield (
                 name,
                 f"{what} of {config.adapt.global_batch} images",

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
-from grappa_dist.console import Console, Events, duration, pluralize, read_events
+from grappa_dist.config import Config
+from grappa_dist.console import Console, Ending, Events, duration, one_line, pluralize, read_events
 
 
 def test_events_are_read_as_they_were_written(tmp_path: Path) -> None:
@@ -109,6 +111,31 @@ def test_the_console_logs_once_for_each_job_which_tracker_is_off(capsys: pytest.
     printed = capsys.readouterr().err
     assert [printed.count(f"k={k}: Mlflow failed and is switched off") for k in (4, 5, 6)] == [1, 1, 0]
     assert "k=4: 4/9 | k=5: 4/9 | k=6: 1/9" in printed
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        MemoryError("Unable to allocate 8.00 GiB for an array with shape (4, 5)"),
+        RuntimeError("k=64 failed 4 times, last with: DefaultCPUAllocator: can't allocate memory: you tried ..."),
+        RuntimeError("neighbours failed 4 times, last with: Task was killed due to the node running low on memory."),
+    ],
+)
+def test_an_error_of_memory_names_settings_that_need_less(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        raise error
+
+    assert Ending().of(fail) == 1
+    line = capsys.readouterr().err
+    assert line.startswith(f"error: {str(error) or 'MemoryError'}; less memory is needed with fewer resources.workers")
+    named = re.findall(r"\b([a-z]+)\.([a-z_]+)", line.partition("less memory")[2])
+    assert named
+    assert all(key in Config.model_fields[section].annotation.model_fields for section, key in named)  # type: ignore[union-attr]
+
+
+def test_an_error_that_names_a_setting_already_gets_no_advice(capsys: pytest.CaptureFixture[str]) -> None:
+    assert one_line(ValueError("out of memory; lower adapt.micro_batch")) == "out of memory; lower adapt.micro_batch"
 
 
 def test_counts_have_the_plural_of_their_noun_and_thousands_separators() -> None:

@@ -37,6 +37,8 @@ def test_embeddings_are_those_of_the_exported_model_with_the_images_keys(tmp_pat
     command += ["--out", str(tmp_path / "out"), "resources.num_cpus=1", "embed.batch_size=8", "data.max_bad_share=0.1"]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr
+    count = sum(tiny.SIZES)
+    assert f"warning: 1 of {count} images could not be read: zeros in `rows`, listed in `bad`" in ended.stderr
     listing = json.loads((tmp_path / "out" / "embeddings.json").read_text())
     images = ImageShards.open(paths, tmp_path / "index")
     assert listing["images"] == len(images)
@@ -69,6 +71,17 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tiny.Here:
 
     monkeypatch.setattr("grappa_dist.export.running", running)
     return runner
+
+
+def test_images_that_have_no_embedding_are_counted_and_the_first_is_named_each_time(
+    here: tiny.Here, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = tiny.write_shards(tmp_path / "images")
+    for _ in range(2):  # the second time nothing is embedded
+        embed_images(tmp_path / "run", paths, tmp_path / "out", ["data.max_bad_share=0.1"])
+        logged = capsys.readouterr().err
+        assert f"warning: 1 of {sum(tiny.SIZES)} images could not be read: zeros in `rows`" in logged
+        assert f"the first is {ImageShards.open(paths, None).where(tiny.BAD)}: " in logged
 
 
 def listed(found: Path, what: str) -> list[Any]:

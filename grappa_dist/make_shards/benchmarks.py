@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from grappa_dist.console import pluralize
 from grappa_dist.make_shards.progress import Log, align
 from grappa_dist.make_shards.sources import FolderSource, Item, image_suffix
 
@@ -316,7 +317,7 @@ def gather(
     wrong = differences(found)
     if strict and wrong:
         raise ValueError(f"{root}: {'; '.join(wrong)}")
-    for line in [*wrong, *(f"{number:,} files, {reason}" for reason, number in absent.items())]:
+    for line in [*wrong, *(f"{pluralize(number, 'file')}, {reason}" for reason, number in absent.items())]:
         log(f"warning: {line}")
     if not items:
         raise ValueError(f"{root}: none of the listed images is there")

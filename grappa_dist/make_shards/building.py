@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from grappa_dist.console import pluralize
 from grappa_dist.data.discovery import committed_index
 from grappa_dist.data.index import COMMITTED, INDEX_VERSION, entry
 from grappa_dist.files import lock_file, read_json, write_json
@@ -86,7 +87,8 @@ def _fill_missing(
         shown.had_images += sum(filled.shard.rows for filled in building.filled.values())
         shown.done_shards += len(building.filled)
         if building.filled:
-            log(f"{building.plan.folder}: {len(building.filled):,} of {building.plan.shards:,} shards were there")
+            shards = pluralize(building.plan.shards, "shard")
+            log(f"{building.plan.folder}: {len(building.filled):,} of {shards} were there")
     by_folder = {str(building.partial): building for building in open_ones}
     jobs = (job for building in open_ones for job in building.jobs())
     logged = 0

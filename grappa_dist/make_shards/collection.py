@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from grappa_dist.console import pluralize
 from grappa_dist.data.decoding import TAKEN
 from grappa_dist.data.rng import Purpose, permutation
 from grappa_dist.make_shards.building import Building, bad_files, build
@@ -170,19 +171,22 @@ def summary(buildings: Sequence[Building], skipped: Counter[str], seconds: float
         classes = len({(item.task, item.label) for item in items if item.label is not None})
         done = "was finished before, with these images" if building.reused else "written"
         lines.append(
-            f"{folder}: {len(items):,} images, {classes:,} classes, {len({item.task for item in items}):,} tasks, "
-            f"{building.plan.shards:,} shards, {size:,} bytes; {done}"
+            f"{folder}: {pluralize(len(items), 'image')}, {pluralize(classes, 'class', 'classes')}, "
+            f"{pluralize(len({item.task for item in items}), 'task')}, {pluralize(building.plan.shards, 'shard')}, "
+            f"{size:,} bytes; {done}"
         )
     for reason, number in skipped.most_common():
-        lines.append(f"left out: {number:,} files, {reason}")
+        lines.append(f"left out: {pluralize(number, 'file')}, {reason}")
     if skipped:
         lines.append(f"taken are files ending in {', '.join(TAKEN)}")
     bad = bad_files(buildings)
     lines += [
-        f"kept as they are, for they do not decode: {number:,} files, {why}" for why, number in bad.most_common(8)
+        f"kept as they are, for they do not decode: {pluralize(number, 'file')}, {why}"
+        for why, number in bad.most_common(8)
     ]
     if len(bad) > 8:
-        lines.append(f"kept as they are: {sum(bad.values()):,} files in all, for {len(bad):,} reasons")
+        files = pluralize(sum(bad.values()), "file")
+        lines.append(f"kept as they are: {files} in all, for {len(bad):,} reasons")
     return [*lines, f"took {duration(seconds)}"]
 
 

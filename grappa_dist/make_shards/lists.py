@@ -11,6 +11,7 @@ from pathlib import Path
 from sys import intern
 from typing import IO
 
+from grappa_dist.console import pluralize
 from grappa_dist.data.decoding import TAKEN
 from grappa_dist.data.labels import named
 from grappa_dist.make_shards.progress import Log
@@ -64,7 +65,8 @@ def csv_items(path: str, source: Source, columns: Columns, log: Log) -> list[Ite
             "(--label-column names another)"
         )
     elif unlabelled := sum(item.label is None for item in items):
-        log(f"warning: {path}: column {columns.label!r} names no label for {unlabelled:,} of {len(items):,} images")
+        of = pluralize(len(items), "image")
+        log(f"warning: {path}: column {columns.label!r} names no label for {unlabelled:,} of {of}")
     return items
 
 
@@ -110,7 +112,8 @@ def _csv_rows(path: str, columns: Columns) -> Iterator[tuple[int, dict[str, str]
             for row in reader:
                 where = f"{path} line {reader.line_num}"
                 if None in row or None in row.values():
-                    raise ValueError(f"{where}: {_width(row)} fields; expected {len(has)} ({', '.join(has)})")
+                    fields = pluralize(_width(row), "field")
+                    raise ValueError(f"{where}: {fields}; expected {len(has)} ({', '.join(has)})")
                 for column in needed:
                     if not row[column].strip():
                         raise ValueError(f"{where}: column {column!r} is empty")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TextIO
 
+from grappa_dist.console import pluralize
 from grappa_dist.output import printable, without_secrets
 
 Log = Callable[[str], None]  # takes a line
@@ -67,7 +68,7 @@ def progress_line(images: tuple[int, int], shards: tuple[int, int], seconds: flo
     """How far it is, how fast, and how long it will take; `made` images took the seconds, the others were there."""
     rate = made / seconds if seconds > 0 else 0.0
     left = duration((images[1] - images[0]) / rate) if rate > 0 else "unknown"
-    done = f"{images[0]:,} of {images[1]:,} images, {shards[0]:,} of {shards[1]:,} shards"
+    done = f"{images[0]:,} of {pluralize(images[1], 'image')}, {shards[0]:,} of {pluralize(shards[1], 'shard')}"
     return f"{done}, {rate:,.0f} images/s, {left} left"
 
 

@@ -274,7 +274,7 @@ def check_bad_share(images: ImageShards, bad: Mapping[int, str], limit: float, r
     unless = ", unless more of the others are bad," if so_far else ""
     kept = f". What is embedded is kept, and{unless} reused with data.max_bad_share={enough}"
     raise ValueError(
-        f"embed: {count} of {total} images are bad{so_far} ({', '.join(counts)}), "
+        f"embed: {count} of {pluralize(total, 'image')} are bad{so_far} ({', '.join(counts)}), "
         f"data.max_bad_share={limit} allows {limit * total:.0f}. "
         f"The first: {'; '.join([first] * bool(bad) + list(describe_missing(images.shards)))}. "
         "Mend or leave out these shards, or raise data.max_bad_share: bad images take no part in anything"

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from grappa_dist.artifacts import Artifact, RowArrays, Store, numbered, wait_until_seen
 from grappa_dist.config import Config, EvaluateConfig
+from grappa_dist.console import pluralize
 from grappa_dist.data.decoding import Picture
 from grappa_dist.data.loader import Make, load_images
 from grappa_dist.data.rng import Purpose, generator, view_generator
@@ -86,7 +87,7 @@ def evaluate(
         if not (scores[m].complete and insights[m].complete)
     ]
     if tasks or not ground_truth.complete:
-        with run.console.stage("evaluate", f"{len(tasks)} models on {len(images)} images"):
+        with run.console.stage("evaluate", f"{pluralize(len(tasks), 'model')} on {pluralize(len(images), 'image')}"):
             write_ground_truth(run, images, ground_truth, "evaluate")
             queries = len(tasks) * run.config.evaluate.view_queries
             run.runner.map(evaluate_model, tasks, run.console.counter("models", max(1, len(tasks)), queries))

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from grappa_dist.artifacts import Artifact, RowArrays, Store, wait_until_seen
 from grappa_dist.checksums import load_array, load_json
-from grappa_dist.console import EVENTS_FILE, read_events
+from grappa_dist.console import EVENTS_FILE, pluralize, read_events
 from grappa_dist.data.rng import Purpose, generator
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.files import save_array, write_json
@@ -78,7 +78,8 @@ def weigh_galleries(
 ) -> None:
     """Computes the weights of the sets for every task, and logs them before anything is evaluated with them."""
     if not artifact.complete:
-        with run.console.stage("galleries", f"{len(features)} adaptor sets on {len(images)} images"):
+        what = f"{pluralize(len(features), 'adaptor set')} on {pluralize(len(images), 'image')}"
+        with run.console.stage("galleries", what):
             write_ground_truth(run, images, ground_truth, "galleries")
             config = run.config
             task = GalleriesTask(ground_truth, features, bad, config.seed, config.fuse.duplicate_cosine, artifact)

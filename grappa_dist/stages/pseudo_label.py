@@ -156,7 +156,7 @@ def pseudo_label(
     names = tuple(shard.name for shard in images.shards)
     job = LabelJob(features, names, bad, missing, run.config.clustering, run.config.seed)
     ranks = min(run.runner.num_workers, len(images.shards))
-    what = f"K = {', '.join(map(str, missing))}, {len(images)} rows in {pluralize(ranks, 'worker')}"
+    what = f"K = {', '.join(map(str, missing))}, {pluralize(len(images), 'row')} in {pluralize(ranks, 'worker')}"
     with run.console.stage("pseudo_label", what):
         for line in describe_choices(run.config.clustering, list(missing), len(images)):
             run.console.log(f"pseudo_label: {line}")

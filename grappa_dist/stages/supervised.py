@@ -83,7 +83,8 @@ def read_true_labels(run: Run, images: ImageShards, ground_truth: Artifact, clas
             raise ValueError(_too_few(images, labels, found))
         missing = int((labels < 0).sum())
         without = f"; {missing} have none and take no part: {_by_shard(images, labels)}" if missing else ""
-        run.console.log(f"true_labels: {found} classes of {len(labels) - missing} images{without}")
+        of = pluralize(len(labels) - missing, "image")
+        run.console.log(f"true_labels: {pluralize(found, 'class', 'classes')} of {of}{without}")
 
 
 def _too_few(images: ImageShards, labels: NDArray[np.int64], classes: int) -> str:
@@ -197,7 +198,8 @@ def fuse_supervised(
         artifact=fusion,
     )
     ranks, steps = run.runner.num_workers, training.num_steps(config.adapt.epochs)
-    with run.console.stage("fuse", f"{SUPERVISED}, {classes} classes, {steps} steps on {pluralize(ranks, 'rank')}"):
+    what = f"{SUPERVISED}, {pluralize(classes, 'class', 'classes')}, {pluralize(steps, 'step')}"
+    with run.console.stage("fuse", f"{what} on {pluralize(ranks, 'rank')}"):
         if idle := describe_idle_ranks(config.data, ranks):
             run.console.log(f"fuse: {idle}")
         run.runner.run_jobs([Job(SUPERVISED, train_supervised_fusion, job, ranks)])

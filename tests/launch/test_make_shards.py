@@ -317,7 +317,7 @@ def test_links_to_nothing_pipes_and_loops_are_left_out_and_counted(
     assert len(rows_of(tmp_path / "out" / "train")) == 3
     message = capsys.readouterr().err
     assert "left out: 2 files, a link to nothing, a pipe or another special file" in message
-    assert "left out: 1 files, a link to a folder that holds it" in message
+    assert "left out: 1 file, a link to a folder that holds it" in message
 
 
 def test_a_class_folder_that_is_not_utf8_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

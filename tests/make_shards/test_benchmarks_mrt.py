@@ -183,7 +183,7 @@ def test_listed_images_that_are_not_there_are_left_out_counted_and_named(root: P
     assert len(items) == 5
     assert sum(absent.values()) == 1
     missing = "cub: listed but not there, such as images/002.Laysan_Albatross/Laysan_Albatross_0001_1.jpg"
-    assert f"warning: 1 files, {missing}" in logged
+    assert f"warning: 1 file, {missing}" in logged
 
 
 def test_missing_data_sets_are_named_with_what_was_looked_for_and_where(

@@ -91,13 +91,11 @@ def test_the_summary_counts_images_classes_shards_bytes_and_why_files_were_left_
     (images / ".cache" / "a.jpg").write_bytes(b"")
     logged = "\n".join(make(images, tmp_path / "out", images_per_shard=4, image_size=16))
     size = sum(tar.stat().st_size for tar in (tmp_path / "out" / "train").glob("*.tar"))
-    assert f"train: 10 images, 2 classes, 1 tasks, 3 shards, {size:,} bytes; written" in logged
-    assert "left out: 1 files, of the suffix '.txt'" in logged
-    assert "left out: 1 files, hidden" in logged
+    assert f"train: 10 images, 2 classes, 1 task, 3 shards, {size:,} bytes; written" in logged
+    assert "left out: 1 file, of the suffix '.txt'" in logged
+    assert "left out: 1 file, hidden" in logged
     assert "0005.jpg does not decode; it keeps row" in logged
-    assert (
-        "kept as they are, for they do not decode: 1 files, no JPEG, PNG, WEBP, GIF or BMP that can be read" in logged
-    )
+    assert "kept as they are, for they do not decode: 1 file, no JPEG, PNG, WEBP, GIF or BMP that can be read" in logged
 
 
 def test_a_finished_folder_is_known_by_its_plan_and_no_image_is_read_again(tmp_path: Path) -> None:

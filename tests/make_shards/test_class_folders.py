@@ -120,7 +120,7 @@ def test_other_folders_beside_a_split_are_left_out_by_wish(tmp_path: Path) -> No
     data = write(tmp_path / "data", *below("train", "val"), "figures/1.jpg")
     rows, logged = made(data, tmp_path / "out", "folders")
     assert rows == {"train": expected(below("train")), "test": expected(below("val"))}
-    assert "left out: 1 files, in figures/" in logged
+    assert "left out: 1 file, in figures/" in logged
 
 
 @pytest.mark.parametrize(

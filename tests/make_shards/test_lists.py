@@ -81,7 +81,7 @@ def test_a_label_column_that_is_not_there_is_said_with_those_that_are(folder: Pa
         ("file,fine\n../images/a/1.jpg,x\n", {}, "line 2: .* lies outside of"),
         ("file,fine\n/etc/x.jpg,x\n", {}, "line 2: '/etc/x.jpg' lies outside of"),
         ("file,fine\na/1.jpg,x\n./a/./1.jpg,x\n", {}, "line 3: 'a/1.jpg' is listed twice"),
-        ("file,fine\nnew\nline.jpg,x\n", {}, "line 2: 1 fields; expected 2"),
+        ("file,fine\nnew\nline.jpg,x\n", {}, "line 2: 1 field; expected 2"),
         ("file,fine\n9.jpg,x\n", {}, r"line 2: '9\.jpg' is not in"),
         ("file,fine\na/1.jpg,x\n".encode("utf-16"), {}, "not a CSV in UTF-8"),
         ("file,fine\n\udcff.jpg,x\n", {}, "not a CSV in UTF-8"),

@@ -98,5 +98,5 @@ def test_a_folder_of_all_kinds_becomes_shards_that_decode_within_the_size_asked_
     assert {decode(images.image_bytes(row)).size for row in range(len(images))} == {(40, 30)}
     assert sorted(images.name(row).partition(".")[2] for row in range(len(images))) == sorted([*kinds] * 6)
     assert all(shard.bytes <= 1.3 * 40_960 for shard in images.shards)
-    assert {"left out: 1 files, of the suffix '.heic'", "left out: 1 files, without a suffix"} <= set(logged)
+    assert {"left out: 1 file, of the suffix '.heic'", "left out: 1 file, without a suffix"} <= set(logged)
     assert sum(line.startswith("taken are files ending in jpg, jpeg, png, ") for line in logged) == 1
