@@ -80,7 +80,9 @@ time_t time(time_t *at) {
         until = &back; \
         return real passed; \
     }
-WAITS(pthread_cond_timedwait, 1, (pthread_cond_t *c, pthread_mutex_t *m, const struct timespec *until), (c, m, until))
+#define MONOTONIC_CONDITION 2u /* glibc's flag of a condition whose waits are by the monotonic clock */
+WAITS(pthread_cond_timedwait, !(c->__data.__wrefs & MONOTONIC_CONDITION),
+      (pthread_cond_t *c, pthread_mutex_t *m, const struct timespec *until), (c, m, until))
 WAITS(pthread_mutex_timedlock, 1, (pthread_mutex_t *m, const struct timespec *until), (m, until))
 WAITS(sem_timedwait, 1, (sem_t *s, const struct timespec *until), (s, until))
 WAITS(pthread_cond_clockwait, of_day(clock),
