@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -39,6 +40,14 @@ STAGES = {  # where faults are injected, and the seconds within which they come
     "fuse": 2.5,
     "evaluate": 2.5,
     "report": 0.1,
+}
+MADE_IN = {  # patterns of what each stage makes; features of the frozen backbone are the first
+    "embed": ("features",),
+    "pseudo_label": ("labels", "partitions-*"),
+    "adapt": ("adaptors", "packs"),
+    "fuse": ("fusion",),
+    "evaluate": ("features/[!b]*", "scores", "insight", "galleries*"),
+    "report": ("models", "model", "reports", "report"),
 }
 STAGE_OF = {"partitions": "pseudo_label", "export": "report"}  # stages of the program in those above
 TORCHS_CACHE = "torchinductor_"  # a folder for each user, which importing torch's compiler makes and keeps
@@ -127,6 +136,13 @@ class SmallRun:
                 command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=variables, start_new_session=True
             )
         return Driver(process, log)
+
+    def rewind(self, stage: str) -> None:
+        """Removes what a stage and those after it have made, so that the next start makes it again."""
+        stages = list(MADE_IN)
+        for pattern in (p for s in stages[stages.index(stage) :] for p in MADE_IN[s]):
+            for path in self.root.glob(pattern):
+                path.unlink() if path.is_symlink() else shutil.rmtree(path)
 
     def processes(self) -> dict[int, str]:
         """Every living process of the run and what it is; of others, the command."""

@@ -21,19 +21,19 @@ from tests.faults.small_run import STAGES, digest, role_of
 from tests.faults.table import HEAD, table
 from tests.faults.trials import plan_of
 
-DOZEN = (  # by stage; the program is started again after each fault that ends it
-    ("start", "SIGTERM"),
+DOZEN = (  # in this order; the program is started again after each fault that ends it
     ("pseudo_label", "kill -9 of the worker of rank 0"),
     ("adapt", "kill -9 of the other worker"),
-    ("adapt", "SIGSTOP of a worker, seconds"),
+    ("fuse", "SIGTERM"),
+    ("fuse", "SIGSTOP of a worker, seconds"),
+    ("evaluate", "kill -9 of the driver"),
+    ("evaluate", "run directory turns read-only"),
+    ("start", "0.2 % of reads, writes and fsyncs answer EIO"),
     ("adapt", "clock jumps a day ahead"),
-    ("adapt", "run directory turns read-only"),
-    ("adapt", "0.2 % of reads, writes and fsyncs answer EIO"),
     ("adapt", "disk full at the run directory, injected"),
+    ("adapt", "no more open files in a worker"),
     ("fuse", "clock jumps a day back"),
-    ("fuse", "no more open files in a worker"),
-    ("fuse", "kill -9 of the driver"),
-    ("evaluate", "SIGINT"),
+    ("fuse", "SIGINT"),
 )
 
 

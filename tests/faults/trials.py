@@ -79,6 +79,8 @@ class Trials:
     stop_s: float = 120.0
     done: list[Trial] = field(default_factory=list)
     _driver: Driver | None = None
+    _whole: bool = False  # whether the program has ended well, and all artefacts are there
+    _compared: int = 0  # so many trials belong to runs that have ended well
     _last: _Injected | None = None
     _restarted: list[tuple[Trial, float]] = field(default_factory=list)
 
@@ -90,14 +92,17 @@ class Trials:
         for number, (stage, fault) in enumerate(plan):
             if time.monotonic() > self.begin_until:
                 break
+            if self._whole:  # what is finished is made again, from this stage on
+                self.run.rewind("embed" if stage == "start" else stage)
+                self._whole = False
             trial = Trial(fault.name, stage, f"{self.seed}.{number}")
             self.done.append(trial)
             try:
                 self._attempt(trial, stage, fault, random.Random(trial.seed))
             except Missed as why:
                 trial.outcome, trial.said = "missed", str(why)
-            if self._driver is not None and self._driver.process.poll() is not None and self._ended():
-                break
+            if self._driver is not None and self._driver.process.poll() is not None:
+                self._ended()
         self._finish()
         for trial, began in self._restarted:
             on = self._goes_on(began)
@@ -196,8 +201,8 @@ class Trials:
         names = ("job_begins", "progress", "stage_ends")
         return min((at for name in names for at, _ in self.watch.since(moment, name)), default=None)
 
-    def _ended(self) -> bool:
-        """Takes note of how the program ended, and what it left; whether it has ended well."""
+    def _ended(self) -> None:
+        """Takes note of how the program ended, and of what it left."""
         ended, driver, last = time.monotonic(), self._driver, self._last
         assert driver is not None
         self._driver, status = None, driver.process.wait()
@@ -214,8 +219,14 @@ class Trials:
             left = ", ".join(sorted(set(self.run.processes().values())))
             trial.wrong.append(f"processes left after {GONE_S:g} s: {left}"[:300])
             self.run.end_all()
-        trial.wrong += self._differing(partly=True)
-        return status == 0
+        self._whole = status == 0
+        wrong = self._differing(partly=not self._whole)
+        if self._whole and (left := self.run.left()):
+            wrong.append(f"left in the temporary directory: {', '.join(left)}")
+        for one in self.done[self._compared :] if self._whole else [trial]:
+            if one.outcome != "missed":
+                one.wrong += wrong
+        self._compared = len(self.done) if self._whole else self._compared
 
     def _judge(self, last: _Injected, status: int, ended: float) -> None:
         """Whether the program may end in this way by this fault."""
@@ -254,23 +265,15 @@ class Trials:
         return [f"differs from an undisturbed run: {name}" for name in names]
 
     def _finish(self) -> None:
-        """Starts the program until it ends well; then all must be there, and nothing else be left."""
-        wrong = [f"has not ended well after {STARTS} starts"]
+        """Starts the program, where a fault has ended it, until it ends well."""
         for _ in range(STARTS):
-            if self._driver is None and self._last is not None and self._last.trial.status == 0:
-                wrong = []  # the last fault did not keep the program from ending well
-                break
+            if self._whole:
+                return
             driver = self._driver or self._start()
             try:
                 driver.process.wait(timeout=4 * MOST_S)
             except subprocess.TimeoutExpired:
                 self.run.end_all()
-            if self._ended():
-                wrong = []
-                break
-        wrong += self._differing(partly=False)
-        if left := self.run.left():
-            wrong.append(f"left in the temporary directory: {', '.join(left)}")
-        for trial in self.done:
-            if trial.outcome != "missed":
-                trial.wrong += wrong
+            self._ended()
+        for trial in self.done[self._compared :] if not self._whole else ():
+            trial.wrong.append(f"has not ended well after {STARTS} starts")
