@@ -6,21 +6,26 @@ Starts small runs, injects one fault after another into each of them, and writes
     python -m tests.faults.matrix --trials 300 --minutes 30 --side-by-side 2
     python -m tests.faults.matrix --seed 12          # the trials of one run directory again
     python -m tests.faults.matrix --table            # the table of what is there
+    python -m tests.faults.matrix --document         # writes it into docs/reliability.md
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from grappa_dist.distributed.preflight import versions
 from tests.e2e.runs import ROOT
@@ -29,11 +34,12 @@ from tests.faults.faults import FAULTS, KILLS, STORES, Fault
 from tests.faults.injection import StorageErrors, why_unavailable
 from tests.faults.mounts import namespace, small_disks
 from tests.faults.small_run import STAGES, SmallRun, write_config, write_data
-from tests.faults.table import table
+from tests.faults.table import table, written_into
 from tests.faults.trials import Trial, Trials, plan_of
 from tests.stores import folder_backend, proxy_to
 
 ON_STORE = 4  # every so many runs, and one more, one reads its images from a store
+DOCUMENT = ROOT / "docs" / "reliability.md"
 PREFIX = "gf-"  # of temporary folders: short, since sockets lie below them
 
 
@@ -85,7 +91,7 @@ def trials_of(seed: int, plan: Sequence[tuple[str, Fault]], folder: Path, second
     reference = json.loads((folder / "reference.json").read_text())["artefacts"]
     needs = {fault.needs for _, fault in plan}
     with temporary() as at, ExitStack() as stack:
-        run, config, prepared = at / "run", folder / "local.yaml", {}
+        run, config, prepared = at / "run", folder / "local.yaml", dict[str, Any]()
         variables: dict[str, str] = {}
         if "mounts" in needs:
             stack.enter_context(small_disks([run, at / "tmp"]))
@@ -136,7 +142,18 @@ def side_by_side(folder: Path, asked: argparse.Namespace) -> None:
         running = [process for process in running if process.poll() is None]
 
 
-def read(path: Path) -> list[dict[str, object]]:
+def caption(trials: Sequence[Mapping[str, Any]]) -> str:
+    """What the trials ran on, and which found something that contradicts the document."""
+    happened = [trial for trial in trials if trial["outcome"] != "missed"]
+    wrong = [trial for trial in happened if trial["wrong"]]
+    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    where = f"{os.cpu_count()} cores ({model[1] if model else platform.machine()})"
+    first = f"{len(happened)} trials, {time.strftime('%-d %B %Y')}, on {where}."
+    found = f"In {len(wrong)} of them something was not as promised{':' if wrong else '.'}"
+    return f"{first} {found}" + "".join(f"\n\n- {one['fault']}, in {one['stage']}: {one['wrong'][0]}" for one in wrong)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
@@ -150,6 +167,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, help="one run directory alone")
     parser.add_argument("--seconds", type=float, default=36_000.0, help="with --seed: no trial begins later")
     parser.add_argument("--table", action="store_true", help="print the table of what is there")
+    parser.add_argument("--document", action="store_true", help=f"write it into {DOCUMENT.relative_to(ROOT)} too")
     return parser.parse_args()
 
 
@@ -157,8 +175,10 @@ def main() -> int:
     asked = parse()
     folder = asked.out.resolve()
     out = folder / "trials.jsonl"
-    if asked.table:
+    if asked.table or asked.document:
         print(table(read(out)))
+        if asked.document:
+            DOCUMENT.write_text(written_into(DOCUMENT.read_text(), read(out), caption(read(out))))
         return 0
     folder.mkdir(parents=True, exist_ok=True)
     if not is_prepared(folder):

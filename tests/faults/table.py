@@ -7,18 +7,28 @@ from statistics import median
 from typing import Any
 
 from tests.faults.faults import FAULTS
+from tests.faults.small_run import STAGES
 
 HEAD = (
-    "| fault | trials | went on | ended, next start went on | results lost | seconds to notice | to go on |",
+    "| fault | trials | went on | ended | results lost | seconds to notice | seconds to go on |",
     "|---|---|---|---|---|---|---|",
 )
+BEGIN, END = "<!-- trials: written by tests.faults.matrix -->\n", "<!-- end of trials -->\n"  # in a document
 
 
 def table(trials: Sequence[Mapping[str, Any]]) -> str:
-    """A row per fault, in the order of FAULTS, and one for all; seconds are the median and the most."""
+    """A row per fault, in the order of FAULTS, each stage, and one for all; seconds: the median and the most."""
     happened = [trial for trial in trials if trial["outcome"] != "missed"]
     rows = [_row(name, [t for t in happened if t["fault"] == name]) for name in FAULTS]
-    return "\n".join([*HEAD, *filter(None, rows), _row("all", happened)])
+    rows += [_row(f"*any, in {stage}*", [t for t in happened if t["stage"] == stage]) for stage in STAGES]
+    return "\n".join([*HEAD, *filter(None, rows), _row("**all**", happened)])
+
+
+def written_into(document: str, trials: Sequence[Mapping[str, Any]], caption: str) -> str:
+    """The document, with the caption and the table of these trials in place of those between its markers."""
+    before, _, rest = document.partition(BEGIN)
+    after = rest.partition(END)[2]
+    return f"{before}{BEGIN}{caption}\n\n{table(trials)}\n{END}{after}"
 
 
 def lost(trial: Mapping[str, Any]) -> bool:

@@ -15,10 +15,10 @@ import pytest
 from tests.faults.clock import Clock
 from tests.faults.faults import FAULTS
 from tests.faults.injection import why_unavailable
-from tests.faults.matrix import ON_STORE, available, plan_for, prepare, trials_of
+from tests.faults.matrix import DOCUMENT, ON_STORE, available, plan_for, prepare, trials_of
 from tests.faults.mounts import namespace
 from tests.faults.small_run import STAGES, digest, role_of
-from tests.faults.table import HEAD, table
+from tests.faults.table import BEGIN, END, HEAD, table, written_into
 from tests.faults.trials import plan_of
 
 DOZEN = (  # in this order; the program is started again after each fault that ends it
@@ -63,19 +63,29 @@ def test_every_fault_that_can_be_injected_here_is_in_the_matrix() -> None:
     assert planned == set(available())
 
 
-def test_the_table_counts_trials_by_fault_and_leaves_out_what_did_not_happen() -> None:
-    trial = {"fault": "SIGTERM", "outcome": "ended", "wrong": [], "noticed_s": 1.0, "recovered_s": 4.0}
+def test_the_table_counts_trials_by_fault_and_stage_and_leaves_out_what_did_not_happen() -> None:
+    trial = {"fault": "SIGTERM", "stage": "fuse", "outcome": "ended", "wrong": [], "noticed_s": 1.0, "recovered_s": 4.0}
     more = [
         {"noticed_s": 3.0, "recovered_s": None},
         {"outcome": "missed"},
         {"fault": "SIGINT", "outcome": "went on", "wrong": ["differs from an undisturbed run: labels/k=4-0"]},
     ]
-    assert table([trial, *(trial | change for change in more)]).splitlines() == [
+    trials = [trial, *(trial | change for change in more)]
+    assert table(trials).splitlines() == [
         *HEAD,
         "| SIGTERM | 2 | 0 | 2 | 0 | 2.0, 3.0 | 4.0, 4.0 |",
         "| SIGINT | 1 | 1 | 0 | 1 | 1.0, 1.0 | 4.0, 4.0 |",
-        "| all | 3 | 1 | 2 | 1 | 1.0, 3.0 | 4.0, 4.0 |",
+        "| *any, in fuse* | 3 | 1 | 2 | 1 | 1.0, 3.0 | 4.0, 4.0 |",
+        "| **all** | 3 | 1 | 2 | 1 | 1.0, 3.0 | 4.0, 4.0 |",
     ]
+    once = written_into(f"before\n{BEGIN}old\n{END}after\n", trials, "Three trials.")
+    assert once == f"before\n{BEGIN}Three trials.\n\n{table(trials)}\n{END}after\n"
+    assert written_into(once, trials, "Three trials.") == once
+
+
+def test_the_document_has_a_place_for_the_table() -> None:
+    text = DOCUMENT.read_text()
+    assert text.count(BEGIN) == text.count(END) == 1
 
 
 def test_a_digest_covers_every_byte_but_times(tmp_path: Path) -> None:
