@@ -93,6 +93,11 @@ class Driver:
     def output(self) -> str:
         return self.log.read_text(errors="replace")
 
+    @property
+    def said_last(self) -> str:
+        """Its last line; Ray reports the death of workers whenever it comes to it."""
+        return next((line for line in reversed(self.output.splitlines()) if "(raylet)" not in line), "")
+
     def error(self) -> str:
         """The one line that says why it ended, or "" if there is none or more than that."""
         lines = [line for line in self.output.splitlines() if line.startswith(("error: ", "Traceback"))]

@@ -242,7 +242,7 @@ class Trials:
         if status not in {0, *fault.statuses}:
             trial.wrong.append(f"exit status {status}")
         if status > 0:
-            trial.said = driver.error() or (driver.output.splitlines() or [""])[-1]
+            trial.said = driver.error() or driver.said_last
             if status < 128 and not driver.error():
                 trial.wrong.append("not one line that says why")
             if not re.search(fault.says, trial.said):
