@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import math
 import os
+import socket
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -176,14 +177,19 @@ def process_group(
     """
     host, port = address.rsplit(":", 1)
     os.environ.update(MASTER_ADDR=host, MASTER_PORT=port, RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK="0")
+    timeout = datetime.timedelta(seconds=timeout_s)
     try:
-        dist.init_process_group(
-            backend,
-            rank=rank,
-            world_size=size,
-            timeout=datetime.timedelta(seconds=timeout_s),
-            init_method=f"tcp://{address}",
+        store = dist.TCPStore(  # type: ignore[attr-defined]
+            host,
+            int(port),
+            size,
+            rank == 0,
+            timeout,
+            master_listen_fd=_listening(host, int(port)) if rank == 0 else None,
         )
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    except OSError as error:
+        raise ConnectionError(f"no process group at {address}: {error.strerror}") from error
     except dist.DistNetworkError as error:
         raise ConnectionError(f"no process group at {address}: {str(error).splitlines()[0]}") from error
     try:
@@ -191,6 +197,12 @@ def process_group(
         dist.barrier()
     finally:
         _destroy()
+
+
+def _listening(host: str, port: int) -> int:
+    """A socket that listens at this address alone; by itself torch's store listens on all interfaces."""
+    with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as server:
+        return server.detach()
 
 
 def _destroy() -> None:

@@ -6,32 +6,25 @@ those that no node can hold any more. How many workers the nodes can hold is com
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import shutil
-import signal
-import socket
 import sys
-import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from grappa_dist.config import Resources
 from grappa_dist.console import Terminated
+from grappa_dist.distributed.connection import connect
+from grappa_dist.distributed.local_ray import LocalRay
 from grappa_dist.distributed.placement import check_capacity
 from grappa_dist.distributed.preflight import Checks, Facts, answered, problems, token_in, versions
 from grappa_dist.distributed.worker import Worker
 
-CONNECT_TIMEOUT_S = 5.0
 SURVEY_TIMEOUT_S = 60.0  # a storage that hangs must not hang the run
 BACKBONE_TIMEOUT_S = 600.0  # to import timm and read some gigabytes of weights, on all nodes at once
+DEATH_POLL_S = 0.1
 START_ATTEMPTS = 3  # Ray may place a worker on a node that has died without Ray having noticed
-SUBMITTED_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by `ray job submit`
 
 
 @dataclass(frozen=True)
@@ -51,11 +44,12 @@ class Cluster:
     checks: Checks | None = None  # what every node must pass before it works
     log: Callable[[str], None] = lambda text: None
     stopping: Callable[[], bool] = lambda: False  # whether to stop waiting, because of a signal
-    owned: Path | None = None  # temporary folder of a local cluster that this run ends
+    local: LocalRay | None = None  # one that this run has started and ends
     facts: dict[str, Facts] = field(default_factory=dict)  # of the nodes that passed, by node id
     _refused: set[str] = field(default_factory=set)  # nodes that joined later and did not pass
     _gpus: float = 0.0  # per worker, by the nodes at the start: it stays when only CPU nodes are left
     _begun: bool = False
+    _restarts: int = 0  # of a local Ray
     _node_of: dict[Any, str] | None = None  # workers that are up -> the ids of their nodes; None before the start
     _arriving: dict[Any, _Start] = field(default_factory=dict)
 
@@ -63,10 +57,49 @@ class Cluster:
         """Connects to Ray unless that is done; starts no workers.
 
         Raises:
-            ValueError: nothing answers at RAY_ADDRESS, or it runs other versions.
+            ValueError: no Ray that this run can use answers at RAY_ADDRESS.
+            RuntimeError: a local Ray did not start.
             Terminated: SIGTERM came meanwhile.
         """
-        self.owned = connect(self.resources) or self.owned
+        self.local = connect(self.resources, self.log) or self.local
+
+    def ray_has_died(self, patience_s: float = 0.0) -> bool:
+        """Whether a local Ray can no longer be used.
+
+        Args:
+            patience_s: how long to wait for it to die, after an error that its death may have caused.
+        """
+        end = time.monotonic() + patience_s
+        while self.local is not None:
+            if self.local.dead():
+                return True
+            if time.monotonic() >= end:
+                break
+            time.sleep(DEATH_POLL_S)
+        return False
+
+    def check_ray(self) -> None:
+        """Raises RuntimeError when a local Ray has died: calls to it may take minutes to fail."""
+        if self.ray_has_died():
+            raise RuntimeError("Ray on this machine has died; run the same command again to go on")
+
+    def restart_ray(self) -> None:
+        """Replaces a local Ray that has died; its workers are gone, and `gather` starts others.
+
+        Raises:
+            RuntimeError: that has happened more often than resources.max_restarts.
+        """
+        assert self.local is not None
+        part = self.local.dead()
+        self.local.end()
+        self.local, self._node_of, self._arriving, self.facts = None, None, {}, {}
+        if self._restarts == self.resources.max_restarts:
+            raise RuntimeError(
+                f"Ray on this machine has died {self._restarts + 1} times, the last time its {part}; is memory short? "
+                "What is finished is kept: run the same command again to go on"
+            )
+        self._restarts += 1
+        self.log(f"Ray's {part} on this machine has died; starting Ray again and going on from what is saved")
 
     def workers(self) -> list[Any]:
         """The worker actors that are up.
@@ -175,18 +208,22 @@ class Cluster:
         ray = sys.modules.get("ray")
         if ray is None or not ray.is_initialized():
             return
-        for worker in [*(self._node_of or {}), *self._arriving]:
-            ray.kill(worker)
+        if not self.ray_has_died():  # it would not answer
+            for worker in [*(self._node_of or {}), *self._arriving]:
+                ray.kill(worker)
         self._node_of, self._arriving = None, {}
-        ray.shutdown()
-        if self.owned:
-            shutil.rmtree(self.owned, ignore_errors=True)
+        if self.local:
+            self.local.end()
+            self.local = None
+        else:
+            ray.shutdown()
 
     def _settle(self) -> None:
         """Waits until no worker is starting any more."""
         while self._arriving:
             if self.stopping():
                 raise Terminated
+            self.check_ray()
             self.arrived(timeout_s=1.0)
 
     def _await(self, refs: list[Any], patience_s: float) -> None:
@@ -197,6 +234,7 @@ class Cluster:
         while refs and (left := end - time.monotonic()) > 0:
             if self.stopping():
                 raise Terminated
+            self.check_ray()
             _, refs = ray.wait(refs, num_returns=len(refs), timeout=min(1.0, left))
 
     def _capacity(self) -> int:
@@ -376,84 +414,3 @@ def _shortage(nodes: Iterable[Mapping[str, Any]], count: int, need: Mapping[str,
         f"{count} workers of {need['CPU']:g} CPU and {need['GPU']:g} GPU do not fit: the nodes can hold {fit} "
         f"({shares}); lower resources.workers or resources.cpus_per_worker"
     )
-
-
-def check_faiss() -> None:
-    if importlib.util.find_spec("faiss") is None:
-        raise ValueError("faiss is not installed; install grappa-dist[cpu], or grappa-dist[gpu] where there are GPUs")
-
-
-def check_answers(address: str) -> None:
-    """Raises ValueError when nothing listens at host:port; Ray itself would wait for minutes."""
-    host, colon, port = address.removeprefix("ray://").rpartition(":")
-    if colon and port.isdigit():
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
-        except OSError as error:
-            raise ValueError(f"RAY_ADDRESS={address} does not answer: {error.strerror or error}") from None
-
-
-def connect(resources: Resources) -> Path | None:
-    """Connects unless that is done; the temporary folder of a local cluster that it has started.
-
-    Raises:
-        ValueError: nothing answers at RAY_ADDRESS, or it runs other versions of Ray or Python.
-        Terminated: SIGTERM or Ctrl-C came meanwhile.
-    """
-    import ray
-
-    if ray.is_initialized():
-        return None
-    check_faiss()
-    handler = signal.getsignal(signal.SIGTERM)  # ray.init installs its own
-    try:
-        if not os.environ.get("RAY_ADDRESS"):
-            return _start_local(ray, resources)
-        _join(ray)
-        return None
-    except SystemExit:  # raised by Ray's own handler
-        raise Terminated from None
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, handler)
-
-
-def _quiet() -> dict[str, Any]:
-    return {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
-
-
-def _paths() -> str:
-    return os.pathsep.join(dict.fromkeys(p or os.getcwd() for p in sys.path if "site-packages" not in p))
-
-
-def _join(ray: Any) -> None:
-    submitted = SUBMITTED_JOB in os.environ  # its runtime environment is set then, and its folder can be imported
-    environment = None if submitted else {"env_vars": {"PYTHONPATH": _paths()}}
-    check_answers(os.environ["RAY_ADDRESS"])
-    try:
-        ray.init(address=os.environ["RAY_ADDRESS"], runtime_env=environment, **_quiet())
-    except RuntimeError as error:
-        if "ersion mismatch" not in str(error):
-            raise
-        raise ValueError(f"RAY_ADDRESS={os.environ['RAY_ADDRESS']}: {' '.join(str(error).split())}") from None
-
-
-def _start_local(ray: Any, resources: Resources) -> Path:
-    # Without this Ray writes a token that later clusters of this user would require.
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ["PYTHONPATH"] = _paths()
-    owned = Path(tempfile.mkdtemp(prefix="grappa-", dir="/tmp"))  # short: sockets live in it
-    try:
-        ray.init(
-            address="local",
-            num_cpus=resources.num_cpus,
-            include_dashboard=False,
-            object_store_memory=2**28,  # big arrays go through storage
-            _temp_dir=str(owned),
-            **_quiet(),
-        )
-    except BaseException:  # a signal may come meanwhile
-        shutil.rmtree(owned, ignore_errors=True)
-        raise
-    return owned

@@ -1,6 +1,6 @@
 """Runs tasks and jobs on the workers: places them, tries failed ones again, and stops all of them on a signal.
 
-SIGTERM and Ctrl-C let running jobs save their state before the run ends; a second Ctrl-C ends the run at once.
+SIGTERM, SIGHUP and Ctrl-C let running jobs save their state before the run ends; a second Ctrl-C ends the run at once.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from grappa_dist.distributed.ray_cluster import Cluster
 POLL_S = 0.5
 STATUS_S = 5.0
 STOP_GRACE_S = 60.0  # for running jobs to save their state
+RAY_DEATH_S = 1.0  # after an error, for a death of Ray that may have caused it
 ERROR_GRACE_S = 2.0  # for the other ranks of a failed job to report their errors
 
 
@@ -40,7 +41,7 @@ class Job:
 
 @dataclass
 class Signals:
-    """SIGTERM and Ctrl-C as the main thread receives them."""
+    """SIGTERM, the SIGHUP of a closed terminal, and Ctrl-C as the main thread receives them."""
 
     polled: bool = False  # `stop_requested` is called now and then: what a handler raises while Ray waits may be lost
     _stop_requested: bool = False
@@ -61,7 +62,7 @@ class Signals:
 
     @contextmanager
     def handled(self) -> Iterator[None]:
-        """While inside, SIGTERM raises Terminated and Ctrl-C Interrupted: at once, or where signals are polled."""
+        """While inside, SIGTERM and SIGHUP raise Terminated, Ctrl-C Interrupted: at once, or where they are polled."""
 
         def handle(number: int, _: object) -> None:
             self._stop_requested = True
@@ -69,9 +70,10 @@ class Signals:
             if not self.polled:
                 raise Terminated
 
-        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-        if before[signal.SIGINT] == signal.SIG_IGN:  # a shell sets this for what runs in the background
-            del before[signal.SIGINT]
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
+        for number in (signal.SIGHUP, signal.SIGINT):  # nohup ignores the one, a shell's background the other
+            if before[number] == signal.SIG_IGN:
+                del before[number]
         try:
             for number in before:
                 signal.signal(number, handle)
@@ -113,7 +115,7 @@ class Runner:
     _signals: Signals = field(default_factory=Signals)
 
     def handle_signals(self) -> AbstractContextManager[None]:
-        """While inside, SIGTERM raises Terminated and Ctrl-C Interrupted.
+        """While inside, SIGTERM and SIGHUP raise Terminated, Ctrl-C raises Interrupted.
 
         Before that, running jobs stop at their next step and save, for which they have a minute. Ctrl-C pressed again
         waits for no job.
@@ -146,13 +148,13 @@ class Runner:
     @property
     def num_workers(self) -> int:
         with self._polling_signals():
-            return len(self.cluster.gather())
+            return len(self._gather())
 
     @property
     def sharing(self) -> int:
         """Workers on the node that has the most of them."""
         with self._polling_signals():
-            nodes = [self.cluster.node_of(worker) for worker in self.cluster.gather()]
+            nodes = [self.cluster.node_of(worker) for worker in self._gather()]
         return max(map(nodes.count, nodes), default=1)
 
     def map(
@@ -189,9 +191,29 @@ class Runner:
 
     def _run(self, jobs: Sequence[Job]) -> Generator[tuple[str, Any], None, None]:
         """Name and results of each job, or the result of a task, as soon as it has finished."""
+        left = {job.name: job for job in jobs}
         with self._polling_signals():
-            self.cluster.gather()
-            yield from self._finished(jobs)
+            while left:
+                self._gather()
+                try:
+                    for name, result in self._finished(list(left.values())):
+                        del left[name]
+                        yield name, result
+                except Exception:
+                    if not self.cluster.ray_has_died(RAY_DEATH_S):
+                        raise
+
+    def _gather(self) -> list[Any]:
+        """The workers; a local Ray that has died is started again first."""
+        while True:
+            if self.cluster.ray_has_died():
+                self.cluster.restart_ray()
+                self.cluster.connect()
+            try:
+                return self.cluster.gather()
+            except Exception:
+                if not self.cluster.ray_has_died(RAY_DEATH_S):
+                    raise
 
     def _finished(self, jobs: Sequence[Job]) -> Iterator[tuple[str, Any]]:
         import ray
@@ -204,6 +226,7 @@ class Runner:
         while waiting or running:
             if self._signals.stop_requested():
                 self._stop(running)
+            self.cluster.check_ray()
             free += self.cluster.arrived(timeout_s=0 if running else POLL_S)
             while waiting and len(free) >= self._ranks(waiting[0]):
                 running.append(self._start(waiting.popleft(), free))

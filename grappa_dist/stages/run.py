@@ -16,7 +16,8 @@ from grappa_dist.console import EVENTS_BYTES, EVENTS_FILE, Console, Events
 from grappa_dist.data.block_cache import DAMAGED_LOG, count_damaged, default_folder
 from grappa_dist.data.open_images import cache_of
 from grappa_dist.data.remote import is_remote
-from grappa_dist.distributed.ray_cluster import SUBMITTED_JOB, Cluster
+from grappa_dist.distributed.connection import SUBMITTED_JOB
+from grappa_dist.distributed.ray_cluster import Cluster
 from grappa_dist.distributed.runner import Runner
 from grappa_dist.output import printable, without_secrets
 

@@ -13,8 +13,9 @@ import torch
 
 from grappa_dist.config import Resources
 from grappa_dist.distributed import preflight
+from grappa_dist.distributed.connection import check_answers
 from grappa_dist.distributed.preflight import Checks, Facts, answered, free_memory, problems, survey, token_in, versions
-from grappa_dist.distributed.ray_cluster import Cluster, check_answers
+from grappa_dist.distributed.ray_cluster import Cluster
 from grappa_dist.distributed.runner import Runner
 
 OURS = {"python": "3.11.7", "torch": "2.13.0"}

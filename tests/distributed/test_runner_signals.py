@@ -65,6 +65,17 @@ def test_a_signal_that_is_not_polled_for_ends_the_run_at_once() -> None:
     assert not isinstance(terminated.value, Interrupted)
 
 
+def test_a_closed_terminal_is_like_sigterm() -> None:
+    with pytest.raises(Terminated) as ended, Signals().handled():
+        press(signal.SIGHUP)
+    assert not isinstance(ended.value, Interrupted)
+    polled = Signals(polled=True)
+    with polled.handled():
+        press(signal.SIGHUP)
+        assert (polled.stop_requested(), polled.interrupted) == (True, False)
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+
+
 def test_where_signals_are_polled_a_second_ctrl_c_waits_for_no_job() -> None:
     signals = Signals(polled=True)
 
@@ -83,14 +94,15 @@ def test_where_signals_are_polled_a_second_ctrl_c_waits_for_no_job() -> None:
     assert ended.value.at_once
 
 
-def test_a_program_in_the_background_still_ignores_ctrl_c() -> None:
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_program_in_the_background_or_under_nohup_still_ignores_what_it_did(number: signal.Signals) -> None:
+    before = signal.signal(number, signal.SIG_IGN)
     try:
         with Signals().handled():
-            press()
-        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+            press(number)
+        assert signal.getsignal(number) == signal.SIG_IGN
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before)
 
 
 @pytest.mark.slow
