@@ -29,6 +29,8 @@ def answer(ref: Ref) -> Any:
         return f"{ref.worker.node}:1"
     if ref.method == "ready":
         return ref.worker.node
+    if ref.method == "status":
+        return {}
     return None if ref.worker.node == "b" else "done"
 
 
