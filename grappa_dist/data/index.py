@@ -158,6 +158,8 @@ class _Members:
         self._inner_zeros = False
         self._suffixes = Counter[str]()  # of ignored members
         self._last = ""  # key of the last member, if it is an image
+        self._numbered, self._step = ("", -1), 1  # the last key that ends in a number; the largest step so far
+        self._padding = self._doubtful = 0  # bytes of zeros that pass for an end mark: since the last image, in all
 
     def add(self, member: tarfile.TarInfo) -> None:
         key, suffix = (None if member.isdir() else split_name(member.name)) or ("", "")
@@ -167,6 +169,7 @@ class _Members:
             self.refused.append((member.offset_data, 0, why, 0))
         elif is_image:
             self.images[key] = (member.offset_data, member.size)
+            self._follow(key)
         elif suffix == "json" and not _why_refused(self._texts, key, member):
             self._texts[key] = (member.offset_data, member.size)
         elif suffix.rpartition(".")[2] in IMAGE_SUFFIXES:
@@ -179,17 +182,32 @@ class _Members:
     def pass_zeros(self, zeros: Zeros) -> None:
         """Notes zeros; an image that they seem to begin in is refused."""
         self._inner_zeros = True
-        if not zeros.padding:
+        text_missing = self._last not in self._texts and len(self._texts) == len(self.images) - 1 > 0
+        if not zeros.padding or zeros.start == 0 or (self._last and text_missing):
             self._bytes_of_zeros += zeros.end - zeros.start
+        else:
+            self._padding = zeros.end - zeros.start
         offset, length = self.images.get(self._last, _NO_MEMBER)
         if not zeros.padding and zeros.torn and 0 <= zeros.start - offset - length < 512:
             self.refused.append((self.images.pop(self._last)[0], 0, _TORN, 0))
+
+    def _follow(self, key: str) -> None:
+        """Notes the number at the end of a key: one that jumps behind zeros says that these may have been images."""
+        prefix, digits = key.rstrip("0123456789"), len(key) - len(key.rstrip("0123456789"))
+        number = int(key[-digits:]) if 0 < digits <= 18 else -1
+        before, self._numbered = self._numbered, (prefix, number)
+        if number >= 0 and before[0] == prefix and before[1] >= 0:
+            if self._padding and number - before[1] > self._step:
+                self._doubtful += self._padding
+            elif not self._padding:
+                self._step = max(self._step, number - before[1])
+        self._padding = 0
 
     def scan(self, size: int, damage: DamagedTar | None) -> Scan:
         """The result, for a tar of `size` bytes that may end in a damage."""
         if damage is not None and damage.zeros is not None:
             self.pass_zeros(damage.zeros._replace(end=damage.zeros.start, padding=False))
-        behind = _missing_behind(damage, [*self.images.values()], size, self._bytes_of_zeros)
+        behind = _missing_behind(damage, [*self.images.values()], size, self._bytes_of_zeros, self._doubtful)
         images, further = self.images, self._further
         places = sorted(
             [*((*image, *self._texts.get(key, _NO_MEMBER)) for key, image in images.items()), *self.refused]
@@ -204,17 +222,23 @@ class _Members:
         return Scan(np.array(places, dtype=ROW), ignored, missing, others, self._inner_zeros)
 
 
-def _missing_behind(damage: DamagedTar | None, images: list[tuple[int, int]], size: int, zeros: int) -> int:
-    """About how many images are missing behind a damage and in `zeros` bytes: these over the bytes of an image so far.
+def _missing_behind(
+    damage: DamagedTar | None, images: list[tuple[int, int]], size: int, zeros: int, doubtful: int
+) -> int:
+    """About how many images are missing behind a damage and in zeros: the bytes over those of an image so far.
 
     How a file that ends inside a member would have gone on is unknown: as many images again are presumed.
+
+    Args:
+        zeros: bytes in which at least one image is missing.
+        doubtful: bytes of zeros in which as many are missing as fit.
     """
-    if not images or (damage is None and not zeros):
+    if not images or (damage is None and not zeros + doubtful):
         return 0
     whole = [(offset, length) for offset, length in images if offset + length <= size]
     end = max((offset + length for offset, length in whole), default=0)
-    each = max(1, (end - zeros) / len(whole)) if whole else size
-    in_zeros = max(1, round(zeros / each)) if zeros else 0
+    each = max(1, (end - zeros - doubtful) / len(whole)) if whole else size
+    in_zeros = (max(1, round(zeros / each)) if zeros else 0) + round(doubtful / each)
     if damage is None:
         return in_zeros
     missing = (size - (end if damage.cut else damage.offset)) / each if each else 0

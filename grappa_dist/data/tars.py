@@ -129,7 +129,7 @@ def _zeros_at(file: IO[bytes], at: int, end: int, begin: int) -> Zeros:
             break
         until += len(piece)
     records = [_RECORD, *(size for size in _RECORDS if until == end or size > _RECORD)]
-    filled = max((size for size in records if (until - begin) % size == 0), default=0)
+    filled = max((size for size in records if 0 in ((until - begin) % size, until % size)), default=0)
     return Zeros(at, until, torn, padding=until - at < _END_MARK + max(filled, 1))
 
 

@@ -143,3 +143,20 @@ def test_an_index_kept_by_an_earlier_reader_does_not_hide_what_lies_behind_zeros
     after = ImageShards.open([tmp_path / "t.tar"], tmp_path / "index")
     assert (len(before), len(after)) == (8, 12)
     assert before.fingerprint != after.fingerprint  # else features of 8 rows would count for 12
+
+
+def test_a_hole_that_looks_like_an_end_mark_is_told_by_the_numbers_of_keys(tmp_path: Path) -> None:
+    whole = tar_of(tmp_path, range(40))
+    assert 4 * EACH == 10_240  # so a hole may end where the record of a tar would
+    assert read_and_missing(tmp_path, put(whole, 4 * EACH, bytes(4 * EACH))) == (36, 4)
+    every_third = [tar_of(tmp_path, range(first, first + 21, 3)) for first in (0, 21, 42)]
+    assert read_and_missing(tmp_path, b"".join(every_third)) == (21, 0)
+    assert read_and_missing(tmp_path, tar_of(tmp_path, range(20, 28)) + tar_of(tmp_path, range(8))) == (16, 0)
+
+
+def test_a_hole_in_place_of_a_label_is_counted(tmp_path: Path) -> None:
+    members = {f"{row}.{suffix}": IMAGE if suffix == "jpg" else b"{}" for row in range(9) for suffix in ("jpg", "json")}
+    whole = write_tar(tmp_path / "made.tar", members).read_bytes()
+    at = next(at for at in range(0, len(whole), BLOCK) if whole[at : at + 7] == b"5.json\0")
+    assert read_and_missing(tmp_path, put(whole, at, bytes(2 * BLOCK))) == (9, 1)
+    assert read_and_missing(tmp_path, whole) == (9, 0)
