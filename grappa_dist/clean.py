@@ -34,7 +34,7 @@ _KINDS = frozenset(  # first parts of the kinds of artefacts
     }
 )
 _DEEPEST = 3  # parts of an artefact's path, as of features/<model>/<shard>
-_INDEX = re.compile(r"[0-9a-f]{32}(\.npy|(\.unchanged|\.seen)?\.json)")
+_INDEX = re.compile(r"[0-9a-f]{32}(\.npy|\.sum|(\.unchanged|\.seen)?\.json)")
 _TEMPORARY = re.compile(r"\..+\.\d+\.[0-9a-f]{8}")  # of files.replace
 _WHY = {"partial": "unfinished", "removed": "half removed", "fetched": "half fetched", "": "of other settings or data"}
 

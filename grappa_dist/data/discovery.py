@@ -39,7 +39,14 @@ from grappa_dist.data.index import (
     version_of,
     write_rows,
 )
-from grappa_dist.data.index_cache import IndexCache, State, local_state, verify_unchanged
+from grappa_dist.data.index_cache import (
+    IndexCache,
+    State,
+    forget_rows,
+    local_state,
+    rows_are_whole,
+    verify_unchanged,
+)
 from grappa_dist.data.remote import RemoteObject, is_remote
 from grappa_dist.data.remote_index import RemoteRows, committed_indexes, index_remote, list_remote
 from grappa_dist.files import read_bytes
@@ -86,10 +93,10 @@ def find_shards(
 
     def find(tar: Tar) -> IndexedShard | None:
         if isinstance(tar, RemoteObject):
-            return remote.get(tar.url) or _indexed(tar, lambda: index_remote(tar, settings), cache, on_read)
+            return remote.get(tar.url) or _indexed(tar, lambda: index_remote(tar, settings), cache, on_read, log)
         folder = folders[tar.parent]
         if folder.shards is None:
-            return _indexed(tar, lambda: index_shard(tar), cache, on_read)
+            return _indexed(tar, lambda: index_shard(tar), cache, on_read, log)
         return None if tar.name in folder.copies else folder.shard(tar, cache, on_read)
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -99,20 +106,29 @@ def find_shards(
 
 
 def _indexed(
-    tar: Tar, make: Callable[[], tuple[NDArray[Any], Shard]], cache: IndexCache, on_read: Callable[[], object]
+    tar: Tar,
+    make: Callable[[], tuple[NDArray[Any], Shard]],
+    cache: IndexCache,
+    on_read: Callable[[], object],
+    log: Callable[[str], object],
 ) -> IndexedShard:
     """The shard of a tar that brought no index: from the index cache while the tar is in the same state, else made."""
     address, state = _address(tar), _state(tar)
     known = cache.shard(address, state)
     kept = None if known is None else cache.rows_path(known)
     if known is not None and kept is not None and kept.is_file():
-        return known, str(kept)
+        if rows_are_whole(kept, write=cache.writes):
+            return known, str(kept)
+        log(f"{kept}: damaged, so {address} is read again")
+        if cache.writes:
+            forget_rows(kept)
     rows, shard = make()
     on_read()
     kept = cache.rows_path(shard)
     if kept is None or not cache.writes:
         return shard, rows
     write_rows(kept, rows)
+    rows_are_whole(kept, write=True)
     cache.put_shard(address, state, shard)
     return shard, str(kept)
 

@@ -7,18 +7,22 @@ shard had the checksum of its index, and the versions of the objects of a remote
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from grappa_dist.data.index import COMMITTED, Shard, entry, sha256_of, shard_of
-from grappa_dist.files import read_json, write_json
+from grappa_dist.files import read_bytes, read_json, write_json, write_utf8
 from grappa_dist.storage import open_to_read, tried_again
 
 State = Mapping[str, str | int]  # of a tar: what changes whenever its bytes do, as far as its store tells
 Versions = Mapping[str, tuple[str, str]]  # name of an object -> fingerprint in the index beside it, and version
+SUM_SUFFIX = ".sum"  # of the checksum beside kept rows
 READER = 3  # raise it when the same tar gives other rows, or something else is kept of it
 
 
@@ -75,7 +79,8 @@ class IndexCache:
         kinds = (".json", ".unchanged.json")
         paths = [self._path(shard.path, kind) for shard in shards for kind in kinds]
         paths += [self._path(shard.path.rpartition("/")[0], ".seen.json") for shard in shards]
-        return {path.name for path in (*paths, *map(self.rows_path, shards)) if path is not None}
+        rows = [path for path in map(self.rows_path, shards) if path is not None]
+        return {path.name for path in (*paths, *rows, *(path.with_suffix(SUM_SUFFIX) for path in rows)) if path}
 
     def _path(self, address: str, kind: str) -> Path | None:
         name = f"{hashlib.sha256(os.fsencode(address)).hexdigest()[:32]}{kind}"
@@ -92,12 +97,40 @@ class IndexCache:
             raise _damaged(path, str(error).removeprefix(f"{path}: ")) from None
         if not isinstance(content, dict):
             raise _damaged(path, f"a {type(content).__name__}, expected an object")
+        checksum = content.pop("xxh3", None)  # absent in files of earlier versions
+        if checksum not in (None, found := _checksum(content)):
+            raise _damaged(path, f"its content has the checksum {found}, and was written with {checksum!r:.100}")
         return path, content
 
     def _write(self, address: str, kind: str, content: Mapping[str, Any]) -> None:
         path = self._path(address, kind)
         if path is not None and self.write:
-            write_json(path, content)
+            write_json(path, {**content, "xxh3": _checksum(content)})
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_64_hexdigest(json.dumps(content, sort_keys=True).encode())
+
+
+def rows_are_whole(path: Path, *, write: bool) -> bool:
+    """Whether the rows that an index cache keeps are those that were written, by the checksum beside them.
+
+    Args:
+        write: whether a checksum may be put beside rows that have none, which are then taken as they are.
+    """
+    beside = path.with_suffix(SUM_SUFFIX)
+    found = xxhash.xxh3_128_hexdigest(read_bytes(path))
+    if beside.is_file():
+        return read_bytes(beside).decode("ascii", "replace") == found
+    if write:
+        write_utf8(beside, found)
+    return True
+
+
+def forget_rows(path: Path) -> None:
+    """Removes damaged rows with their checksum."""
+    path.with_suffix(SUM_SUFFIX).unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
 
 
 def _damaged(path: Path | None, reason: str) -> ValueError:

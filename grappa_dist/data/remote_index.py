@@ -22,7 +22,7 @@ from grappa_dist.data.index import (
     read_rows,
     scan,
 )
-from grappa_dist.data.index_cache import IndexCache
+from grappa_dist.data.index_cache import IndexCache, forget_rows, rows_are_whole
 from grappa_dist.data.remote import (
     RemoteFile,
     RemoteObject,
@@ -50,7 +50,10 @@ class RemoteRows:
 
     def load(self, shard: Shard) -> NDArray[Any]:
         """Places of the shard's images, (P,) of ROW."""
-        if self.local is None or not Path(self.local).is_file():
+        kept = None if self.local is None else Path(self.local)
+        if kept is not None and kept.is_file() and not rows_are_whole(kept, write=True):
+            forget_rows(kept)
+        if kept is None or not kept.is_file():
             data = fetch_whole(self.url)
             if data is None:
                 raise ValueError(f"{self.url}: not there; {shard.path} was indexed with it")
@@ -60,11 +63,12 @@ class RemoteRows:
                     f"{self.url}: its rows end at byte {end}, but {shard.path} has {shard.bytes}; it is the index of "
                     "another shard"
                 )
-            if self.local is None:
+            if kept is None:
                 return rows
-            write_bytes(Path(self.local), data)
-        with open_to_read(self.local) as file:
-            return read_rows(file, shard, self.local, remedy=REMADE)
+            write_bytes(kept, data)
+            rows_are_whole(kept, write=True)
+        with open_to_read(kept) as file:
+            return read_rows(file, shard, str(kept), remedy=REMADE)
 
 
 def index_remote(source: RemoteObject, settings: CacheSettings) -> tuple[NDArray[Any], Shard]:

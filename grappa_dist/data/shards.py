@@ -20,6 +20,7 @@ from grappa_dist.data.block_cache import BlockFile, CacheSettings, ReadAt, fetch
 from grappa_dist.data.decoding import BadImage
 from grappa_dist.data.discovery import Index, find_shards
 from grappa_dist.data.index import DAMAGED, REFUSED, REMADE, OpenFile, Shard, check_places, read_rows, refusal
+from grappa_dist.data.index_cache import rows_are_whole
 from grappa_dist.data.remote import RemoteObject, is_remote
 from grappa_dist.data.remote_index import RemoteRows
 from grappa_dist.data.rng import Purpose, permutation
@@ -235,6 +236,8 @@ def _map(index: str | RemoteRows, shard: Shard) -> NDArray[Any]:
         return index.load(shard)
     with open_to_read(index) as file:
         if index != f"{shard.path}.npy":  # it is named by the fingerprint of its tar
+            if not rows_are_whole(Path(index), write=False):
+                raise ValueError(f"{index}: damaged since the run began{REMADE}")
             return read_rows(file, shard, index, remedy=REMADE)
         rows = read_rows(file, shard, index)
     check_places(rows, shard, _opener()(shard), index)
