@@ -110,10 +110,19 @@ def write_utf8(path: Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8", "surrogateescape"))
 
 
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of a JSON text; a ValueError names a key that is given twice, of which json would drop the first."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r:.80} is given twice")
+    return found
+
+
 def parse_json(text: bytes, where: Path | str) -> Any:
-    """The value of a JSON text; a ValueError names `where` the text is from."""
+    """The value of a JSON text without repeated keys; a ValueError names `where` the text is from."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON: {error}") from None
 

@@ -11,7 +11,17 @@ import numpy as np
 import pytest
 
 from grappa_dist import files, storage
-from grappa_dist.files import map_array, read_tensors, rename, replace, save_array, sync, write_bytes, write_json_list
+from grappa_dist.files import (
+    map_array,
+    read_json,
+    read_tensors,
+    rename,
+    replace,
+    save_array,
+    sync,
+    write_bytes,
+    write_json_list,
+)
 from tests.faults.injection import StorageErrors, why_unavailable
 
 
@@ -140,3 +150,20 @@ def test_what_is_written_and_read_is_whole_where_calls_fail_at_random(tmp_path: 
         )
         assert done.returncode == 0, done.stderr
         assert errors.counts.failed > 5
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ('{"a": 1, "b": {"c": 1, "c": 2}}', "'c' is given twice"),
+        ("[" * 100_000, "not JSON"),
+        ('{"a":' * 100_000, "not JSON"),
+        ("9" * 5000, "not JSON"),
+        ("\udcff", "not JSON"),
+        ("", "not JSON"),
+    ],
+)
+def test_json_that_repeats_a_key_nests_or_is_none_is_an_error_of_its_file(tmp_path: Path, text: str, why: str) -> None:
+    (tmp_path / "a.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError, match=rf"a\.json: .*{why}"):
+        read_json(tmp_path / "a.json")

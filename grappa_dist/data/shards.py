@@ -25,6 +25,7 @@ from grappa_dist.data.remote import RemoteObject, is_remote
 from grappa_dist.data.remote_index import RemoteRows
 from grappa_dist.data.rng import Purpose, permutation
 from grappa_dist.data.tars import key_at
+from grappa_dist.files import unique
 from grappa_dist.storage import open_to_read
 
 _FETCHING = [threading.Lock() for _ in range(64)]  # by shard: threads that need the same index wait for one fetch
@@ -150,7 +151,7 @@ class ImageShards:
         if text is None:
             return None
         try:
-            labels = json.loads(text)
+            labels = json.loads(text, object_pairs_hook=unique)
         except (ValueError, RecursionError) as error:
             raise BadLabels(f"{self.where(row)}: its JSON member does not parse: {error}") from None
         if not isinstance(labels, dict):

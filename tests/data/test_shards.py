@@ -135,9 +135,11 @@ def test_a_broken_index_file_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_json_that_does_not_parse_names_shard_and_key(tmp_path: Path) -> None:
-    write_tar(tmp_path / "t.tar", {"a/k.jpg": b"", "a/k.json": b"{", "b.jpg": b"", "b.json": b"[]"})
+    bad = {"a/k": b"{", "b": b"[]", "c": b"[" * 60_000, "d": b'{"label": "x", "label": "y"}'}
+    members = {f"{key}.{end}": data for key, text in bad.items() for end, data in (("jpg", b""), ("json", text))}
+    write_tar(tmp_path / "t.tar", members)
     shards = ImageShards.open([tmp_path], None)
-    for row, key in enumerate(("a/k", "b")):
+    for row, key in enumerate(bad):
         with pytest.raises(ValueError, match=f"t.tar: image '{key}': its JSON"):
             shards.labels(row)
 
