@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from grappa_dist.output import printable, unprinted, without_secrets
-from grappa_dist.storage import open_to_append, open_to_read, tried_again
+from grappa_dist.storage import described, open_to_append, open_to_read, tried_again
 
 EVENTS_FILE = "events.jsonl"  # of a run, in its directory
 METRICS_FILE = "metrics.jsonl"  # of a training job, in its folder
@@ -260,7 +260,7 @@ class Ending:
         return 0
 
     def _failed(self, error: Exception, status: int) -> int:
-        place = ""
+        error, place = described(error), ""
         if self.log_dir is not None and self.log_dir.is_dir():
             log = self.log_dir / "errors.log"
             with contextlib.suppress(OSError), open(log, "a", encoding="utf-8", errors="backslashreplace") as file:

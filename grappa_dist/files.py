@@ -159,6 +159,19 @@ def write_json_list(path: Path, values: Callable[[], Iterable[Any]]) -> None:
     replace(path, write)
 
 
+def write_inside(path: Path, offset: int, data: bytes) -> None:
+    """Writes a part of a file, and syncs it, while other processes may write other parts of it."""
+
+    def attempt() -> None:
+        with open(path, "r+b") as file:
+            file.seek(offset)
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+
+    tried_again(attempt, path)
+
+
 class _Plain:
     """A file that numpy takes for none of the C library, whose errors have no number."""
 
@@ -230,15 +243,6 @@ def open_tensors(path: Path, load: Callable[[], Result]) -> Result:
     return tried_again(attempt, path)
 
 
-def xxh3_of(path: Path) -> str:
-    """The checksum of a file's bytes, 16 hex digits; it tells damage by chance, at the speed of memory."""
-    digest = xxhash.xxh3_64()
-    with open_to_read(path) as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def make_folder(path: Path) -> None:
     """A folder and those above it, unless they are there."""
     tried_again(lambda: path.mkdir(parents=True, exist_ok=True), path)
@@ -281,7 +285,7 @@ def rename(source: Path, target: Path) -> None:
     tried_again(attempt, target)
 
 
-def set_aside(damaged: Path) -> Path:
+def hide_damaged(damaged: Path) -> Path:
     """Renames a damaged file or folder, so that nothing finds it; its new path, `.damaged-<name>` with a number."""
     numbered = (damaged.with_name(f".damaged-{damaged.name}-{i}") for i in count(1))
     aside = next(path for path in numbered if not path.exists())

@@ -14,6 +14,7 @@ import re
 import resource
 import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,8 +27,9 @@ PASSING = frozenset(
         *(errno.ECONNABORTED, errno.ECONNRESET, errno.ECONNREFUSED, errno.ESHUTDOWN),
     }
 )
-FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
-LASTING = FULL | {errno.EROFS, errno.EMFILE, errno.ENFILE}  # another attempt would end alike
+WITHOUT_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
+LASTING = WITHOUT_SPACE | {errno.EMFILE, errno.ENFILE}  # another attempt a moment later would end alike
+MOST_OPEN_FILES = 2**16
 PAUSES_S = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 4.0)  # before the second attempt, the third, ...
 # How other languages' libraries state the number of an error: "(os error 5)"; "...: Input/output error (5)"
 _NUMBER = re.compile(r"\(os error (\d+)\)|: [A-Z][A-Za-z/ -]+ \((\d+)\)")
@@ -46,7 +48,7 @@ def tried_again(attempt: Callable[[], Result], where: Path | str, remedy: str = 
 
     Args:
         where: the path that is worked on, for messages.
-        remedy: which setting names another place; by default --out.
+        remedy: which setting names another place; by default --out, or TMPDIR for what lies there.
 
     Raises:
         StorageError: the file system is full or read-only, too many files are open, or every attempt failed.
@@ -90,12 +92,22 @@ def explained(number: int, where: Path | str, remedy: str = "") -> StorageError:
     else:
         what = "free some, or raise the quota" if number == errno.EDQUOT else "free some"
         reason += f", {shutil.disk_usage(place).free:,} bytes are free"
-    other = remedy or "--out names another place"
+    temporary = Path(where).absolute().is_relative_to(tempfile.gettempdir())
+    other = remedy or f"{'TMPDIR or --out' if temporary else '--out'} names another place"
     return StorageError(
         number,
         f"{where}: {reason} on the file system {mount} of {host}; {what} ({other}), then run the same command again: "
         "what is finished is kept",
     )
+
+
+def described(error: Exception) -> Exception:
+    """The error, or where a file system without space, or too many open files, is its cause, one that says so."""
+    if not isinstance(error, OSError) or isinstance(error, StorageError) or error.errno not in LASTING:
+        return error
+    found = explained(error.errno, error.filename or tempfile.gettempdir())
+    found.__cause__ = error
+    return found
 
 
 def _existing(path: Path) -> Path:
@@ -146,8 +158,14 @@ def open_to_append(path: Path | str) -> io.BufferedWriter:
     return io.BufferedWriter(tried_again(lambda: PatientFile(path, "a"), path))
 
 
+def allocate(handle: int, num_bytes: int, where: Path | str, remedy: str = "") -> None:
+    """Takes the disk space of an open file: a full disk is an error here, not the end of the process at some write."""
+    tried_again(lambda: os.posix_fallocate(handle, 0, num_bytes), where, remedy)
+
+
 def raise_open_files() -> None:
-    """Lets this process, and those that it starts, have as many open files as the system's administrator allows."""
+    """Lets this process, and those that it starts, have MOST_OPEN_FILES, or as many as the administrator allows."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    allowed = MOST_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < allowed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))

@@ -18,6 +18,7 @@ from grappa_dist.console import Interrupted, Terminated
 from grappa_dist.distributed.placement import check_capacity, choose_workers
 from grappa_dist.distributed.preflight import Checks
 from grappa_dist.distributed.ray_cluster import Cluster
+from grappa_dist.storage import WITHOUT_SPACE
 
 POLL_S = 0.5
 STATUS_S = 5.0
@@ -389,8 +390,10 @@ def _errors(finished: Sequence[Any]) -> list[BaseException]:
 def _is_final(error: BaseException, job: Job) -> bool:
     """Whether another attempt would not help: an error of a rank itself, not a dead process or a broken connection.
 
-    Errors of a file system or a store are not final either, as they may pass.
+    Errors of a file system or a store are not final either, as they may pass; that it is full or read-only is.
     """
     cause = getattr(error, "cause", None)
+    if isinstance(cause, OSError) and cause.errno in WITHOUT_SPACE:
+        return True
     passing = (OSError, RuntimeError) if job.ranks > 1 else OSError
     return cause is not None and not isinstance(cause, passing)

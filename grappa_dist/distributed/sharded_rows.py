@@ -9,7 +9,6 @@ Shapes: P rows of one block, D dimensions.
 from __future__ import annotations
 
 import math
-import os
 import tempfile
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
@@ -29,6 +28,7 @@ from grappa_dist.search.backends import bf16_generator, bf16_is_faster, nearest
 from grappa_dist.search.bf16 import Bf16Generator
 from grappa_dist.search.candidates import CandidateGenerator, Float32Generator, joined
 from grappa_dist.search.fixed_point import GRID, LARGEST, NORM_LIMIT, exact_square, to_grid
+from grappa_dist.storage import allocate
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -409,9 +409,6 @@ def scratch(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     numbers: np.dtype = torch.zeros(0, dtype=dtype).numpy().dtype
     num_bytes = math.prod(shape) * numbers.itemsize
     with tempfile.TemporaryFile(prefix="grappa-") as file:
-        try:
-            os.posix_fallocate(file.fileno(), 0, num_bytes)  # a full disk is an error here, not a crash at some write
-        except OSError as error:
-            where = f"{tempfile.gettempdir()} (TMPDIR names another folder)"
-            raise OSError(error.errno, f"{where}: {num_bytes} bytes of scratch: {error.strerror}") from error
+        where = f"{tempfile.gettempdir()}: {num_bytes:,} bytes of scratch"
+        allocate(file.fileno(), num_bytes, where, "TMPDIR names another place")
         return torch.from_numpy(np.memmap(file, dtype=numbers, mode="r+", shape=shape))

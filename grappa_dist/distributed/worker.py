@@ -20,6 +20,7 @@ import torch
 
 from grappa_dist.distributed.collectives import Comm, process_group, wire_device
 from grappa_dist.distributed.preflight import Checks, Facts, node_name, survey
+from grappa_dist.storage import raise_open_files
 
 LOOK_S = 3.0  # between two checks that the head can be reached, and the timeout of one
 CUT_OFF_TRIES = 4  # about when the head, too, gives up a node that it cannot reach
@@ -52,6 +53,7 @@ class Worker:
     """A Ray actor with some CPUs and perhaps a GPU. While it works, it still answers `status` and `stop`."""
 
     def __init__(self, threads: int, gpus: float) -> None:
+        raise_open_files()
         self._threads, self._gpus = threads, gpus
         self._status: dict[str, Any] = {}
         self._notes: list[str] = []  # of the running function

@@ -5,8 +5,7 @@ Shapes: P good rows of this rank, k neighbours, b rows of a padded batch.
 
 from __future__ import annotations
 
-import os
-import shutil
+import contextlib
 import time
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,17 +15,32 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from xxhash import xxh3_64_hexdigest
 
 from grappa_dist.artifacts import RowArrays, own_shards, rows_file
 from grappa_dist.checksums import forget_maps
 from grappa_dist.config import FuseConfig
 from grappa_dist.distributed.worker import RankContext, wait_for_slower_ranks
-from grappa_dist.files import read_json, record, sync, write_json
+from grappa_dist.files import (
+    make_folder,
+    Sum,
+    hide_damaged,
+    read_json,
+    record,
+    recorded,
+    remove_folder,
+    rename,
+    save_array,
+    sync,
+    write_inside,
+    write_json,
+)
 from grappa_dist.knn.block_search import are_duplicates, without_duplicates
 from grappa_dist.knn.exact import sharded_knn
 from grappa_dist.knn.ivf import Graph, Recall, approximate_knn
 from grappa_dist.models import Grappa
 from grappa_dist.stages.embed import Embedding, embed_rows
+from grappa_dist.storage import allocate, tried_again
 from grappa_dist.training.batches import TrainingImages
 
 SAVE_S = 60.0  # between two records of how many features of a graph are computed
@@ -103,18 +117,33 @@ class Graphs:
         images = self._training.images
         folder, partial = self._folder / f"epoch-{epoch}", self._folder / f"epoch-{epoch}.partial"
         forget_maps()
-        if not self._context.of_rank_0((folder / rows_file(0)).exists()):
+        if not self._context.of_rank_0((folder / rows_file(0)).exists()) or self._set_aside_damaged(folder):
             self._make(epoch, partial)
             if self._context.comm.rank == 0:
-                shutil.rmtree(folder, ignore_errors=True)  # one whose neighbours were removed
+                remove_folder(folder)  # one whose neighbours were removed
                 sync(partial)
-                os.rename(partial, folder)
+                rename(partial, folder)
                 sync(folder.parent)
         self._context.comm.barrier()
         return RowArrays.of((folder / rows_file(i) for i in range(len(images.shards))), images.starts)
 
+    def _set_aside_damaged(self, folder: Path) -> bool:
+        """Whether the graph of an earlier attempt is damaged, on any rank's shards; it is set aside."""
+        comm, own = self._context.comm, [folder / name for name in self._own_files()]
+        damaged = any(not path.exists() or (recorded(path) or Sum.of(path)) != Sum.of(path) for path in own)
+        if not self._sum([int(damaged)])[0]:
+            return False
+        if comm.rank == 0:
+            self._context.note(f"k-NN graph {folder} is damaged; set aside as {hide_damaged(folder).name}, made anew")
+        comm.barrier()
+        return True
+
+    def _own_files(self) -> list[str]:
+        comm, starts = self._context.comm, self._training.images.starts.tolist()
+        return [rows_file(shard) for shard in own_shards(starts, comm.rank, comm.size)]
+
     def _make(self, epoch: int, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         kind = graph_kind(self._settings, len(self._training.images))
         self._context.report({"phase": f"epoch {epoch}: embedding for the k-NN graph"})
         ids, features = self._features(folder)
@@ -140,15 +169,14 @@ class Graphs:
         ids = np.concatenate([*rows, np.zeros(0, dtype=np.int64)])
         name = f"features-{comm.rank}-of-{comm.size}"
         progress = folder / f"{name}.json"
-        features, done = _open_features(folder / f"{name}.npy", progress, (len(ids), self._model.embed_dim))
-        wait_for_slower_ranks(self._context, self._embed(rows, features, done, progress))
-        return ids, features
+        features = _Features(folder / f"{name}.npy", progress, (len(ids), self._model.embed_dim))
+        wait_for_slower_ranks(self._context, self._embed(rows, features))
+        return ids, features.rows
 
-    def _embed(
-        self, rows: Sequence[NDArray[np.int64]], features: NDArray[np.float32], done: int, progress: Path
-    ) -> Generator[None, None, None]:
-        """Fills in the features after the first `done` rows by batches, and records from time to time how many."""
-        first, reached, saved = 0, done, time.monotonic()
+    def _embed(self, rows: Sequence[NDArray[np.int64]], features: _Features) -> Generator[None, None, None]:
+        """Fills in the features that are not saved yet by batches, and saves them from time to time."""
+        done = reached = features.reached
+        first, saved = 0, time.monotonic()
         try:
             for some in rows:
                 left = some[max(0, done - first) :]  # `done` ends a batch
@@ -156,15 +184,15 @@ class Graphs:
                 for place, unit, _ in embed_rows(
                     self._model, self._training.images, left, device=self._context.device, how=self._embedding
                 ):
-                    features[start + place.start : start + place.stop] = unit
+                    features.rows[start + place.start : start + place.stop] = unit
                     reached = start + place.stop
                     if time.monotonic() - saved > SAVE_S:
-                        _save_progress(features, reached, progress)
+                        features.save(reached)
                         saved = time.monotonic()
                     yield
                 first += len(some)
         finally:
-            _save_progress(features, reached, progress)
+            features.save(reached)
 
     def _good_of(self, shard: int) -> NDArray[np.int64]:
         rows = self._training.images.shard_rows(shard)
@@ -191,8 +219,7 @@ class Graphs:
         images, comm = self._training.images, self._context.comm
         for shard in own_shards(images.starts.tolist(), comm.rank, comm.size):
             path = folder / rows_file(shard)
-            np.save(path, np.full((images.shards[shard].rows, near.shape[1]), -1, dtype=np.int64))
-            sync(path)
+            save_array(path, np.full((images.shards[shard].rows, near.shape[1]), -1, dtype=np.int64))
         comm.barrier()
         owners = np.searchsorted(images.starts, ids, side="right") - 1
         for shard in np.unique(owners).tolist():
@@ -201,15 +228,11 @@ class Graphs:
             table = np.full((int(places[-1] - places[0]) + 1, near.shape[1]), -1, dtype=np.int64)
             table[places - places[0]] = near[inside]
             path = folder / rows_file(shard)
-            # Not through a memory map: two machines that write to one page would overwrite each other's rows.
-            with open(path, "r+b") as handle:
-                header = os.path.getsize(path) - images.shards[shard].rows * table[0].nbytes
-                handle.seek(header + int(places[0]) * table[0].nbytes)
-                handle.write(table.tobytes())
-            sync(path)  # a machine syncs only what it wrote itself
+            header = path.stat().st_size - images.shards[shard].rows * table[0].nbytes
+            write_inside(path, header + int(places[0]) * table[0].nbytes, table.tobytes())
         comm.barrier()
-        for shard in own_shards(images.starts.tolist(), comm.rank, comm.size):
-            record(folder / rows_file(shard))  # all of it is there now
+        for name in self._own_files():
+            record(folder / name)  # all of it is there now
 
     def _duplicates(self, near: NDArray[np.int64], copies: NDArray[np.bool_]) -> dict[str, float]:
         """How many of all rows have near-duplicates among their k nearest, and how many have no neighbour."""
@@ -242,19 +265,41 @@ class Graphs:
             write_json(folder / "statistics.json", {**figures, "neighbours_share_pseudo_label": shares})
 
 
-def _open_features(path: Path, progress: Path, shape: tuple[int, int]) -> tuple[NDArray[np.float32], int]:
-    """A memory map of features, and how many of its rows an interrupted attempt has computed."""
-    if not shape[0]:  # a memory map cannot be empty
-        return np.zeros(shape, dtype=np.float32), 0
-    if path.exists() and progress.exists():
-        features: NDArray[np.float32] = np.lib.format.open_memmap(path, mode="r+")
-        if features.shape == shape:
-            return features, int(read_json(progress))
-    progress.unlink(missing_ok=True)
-    return np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape), 0
+class _Features:
+    """Features on disk, (n, D), filled in from the first row on; an interrupted attempt's are gone on with.
 
+    Their checksums are saved with how many there are: `progress` has [first row, row after, xxh3] of each part.
+    """
 
-def _save_progress(features: NDArray[np.float32], reached: int, progress: Path) -> None:
-    if isinstance(features, np.memmap):
-        features.flush()
-        write_json(progress, reached)
+    def __init__(self, path: Path, progress: Path, shape: tuple[int, int]) -> None:
+        self._progress, self._parts = progress, list[tuple[int, int, str]]()
+        self.rows: NDArray[np.float32] = np.zeros(shape, dtype=np.float32)
+        if not shape[0]:  # a memory map cannot be empty
+            return
+        if path.exists() and progress.exists():
+            with contextlib.suppress(ValueError, TypeError):  # damaged, or of an earlier version
+                found: NDArray[np.float32] = np.lib.format.open_memmap(path, mode="r+")
+                if found.shape == shape and found.dtype == np.float32:
+                    self.rows = found
+                    for first, after, known in read_json(progress):
+                        if first != self.reached or xxh3_64_hexdigest(found[first:after].tobytes()) != known:
+                            break
+                        self._parts.append((first, after, known))
+                    return
+        self._parts = []
+        progress.unlink(missing_ok=True)
+        self.rows = tried_again(lambda: np.lib.format.open_memmap(path, "w+", np.dtype(np.float32), shape), path)
+        with open(path, "r+b") as file:
+            allocate(file.fileno(), path.stat().st_size, path)
+
+    @property
+    def reached(self) -> int:
+        """The first row that is not saved."""
+        return self._parts[-1][1] if self._parts else 0
+
+    def save(self, reached: int) -> None:
+        if isinstance(self.rows, np.memmap) and reached > self.reached:
+            self.rows.flush()
+            checksum = xxh3_64_hexdigest(self.rows[self.reached : reached].tobytes())
+            self._parts.append((self.reached, reached, checksum))
+            write_json(self._progress, self._parts)

@@ -40,7 +40,7 @@ from grappa_dist.data.shards import ImageShards
 from grappa_dist.distributed.runner import Job
 from grappa_dist.distributed.sharded_rows import Rows, ShardedRows, join_rows
 from grappa_dist.distributed.worker import RankContext
-from grappa_dist.files import open_tensors, rename, replace, save_array, set_aside, write_json
+from grappa_dist.files import open_tensors, rename, replace, save_array, hide_damaged, write_json
 from grappa_dist.kmeans.lloyd import KMeansState
 from grappa_dist.kmeans.methods import (
     FLAT,
@@ -337,7 +337,7 @@ def newest_checkpoint(context: RankContext, path: Path) -> Checkpoint:
         damaged, digests = torch.stack(comm.gather(found)).T.tolist()
         if any(damaged):
             if comm.rank == 0:
-                aside = set_aside(file)
+                aside = hide_damaged(file)
                 what = problem or f"damaged as rank {damaged.index(1)} reads it"
                 context.note(f"k-means checkpoint {file} is not used: {what}; set aside as {aside.name}")
             comm.barrier()

@@ -20,6 +20,7 @@ from grappa_dist.distributed.connection import SUBMITTED_JOB
 from grappa_dist.distributed.ray_cluster import Cluster
 from grappa_dist.distributed.runner import Runner
 from grappa_dist.output import printable, without_secrets
+from grappa_dist.storage import raise_open_files
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ def running(config: Config, root: Path) -> Iterator[Run]:
         ValueError: the directory cannot be written to, or another run writes to it.
         Terminated: after SIGTERM or Ctrl-C; jobs have saved their state, unless its `waited_s` is set.
     """
+    raise_open_files()
     store, new = Store(root), [path for path in (root, *root.parents) if not path.exists()]
     with store.lock():
         console = Console(Events(root / EVENTS_FILE, EVENTS_BYTES))

@@ -24,13 +24,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from grappa_dist.distributed.worker import RankContext
-from grappa_dist.files import (
+from grappa_dist.files import Sum, hide_damaged, make_folder, open_tensors, read_json, rename, save_tensors, sync, write_json
     make_folder,
     open_tensors,
     read_json,
     rename,
     save_tensors,
-    set_aside,
+    hide_damaged,
     sync,
     write_json,
     xxh3_of,
@@ -152,7 +152,7 @@ def _newest_whole(context: RankContext, folder: Path) -> Path | None:
             return newest
         damaged.add(newest.name)
         if comm.rank == 0:
-            aside = set_aside(newest)
+            aside = hide_damaged(newest)
             what = problem or f"damaged as rank {whose.index(True)} reads it"
             context.note(f"checkpoint {newest} is not used: {what}; set aside as {aside.name}")
         comm.barrier()
@@ -173,7 +173,7 @@ def _problem(checkpoint: Path, rank: int, size: int) -> str:
             return f"{ENGINE_FILE} is of step {metadata['step']}"
         for name in (ENGINE_FILE, *json.loads(metadata["files"])[rank::size]):
             open_tensors(checkpoint / name, partial(safe_open, checkpoint / name, framework="pt"))
-            if known and (found := xxh3_of(checkpoint / name)) != known["files"][name]:
+            if known and (found := Sum.of(checkpoint / name).xxh3) != known["files"][name]:
                 return f"{name} has the checksum {found}, {SUMS_FILE} says {known['files'][name]}"
     except (FileNotFoundError, NotADirectoryError) as error:
         return f"a file is missing: {error}"
@@ -190,10 +190,10 @@ def _write_rows(context: RankContext, folder: Path, shards: Mapping[str, RowShar
         for first, end in shard.ranges():
             rows = {key: t[first - shard.first : end - shard.first].cpu() for key, t in shard.tensors.items()}
             found = _write(folder / _file_name(name, first, end), rows, {})
-            own.append([first, end, *(int(found[i : i + 8], 16) for i in (0, 8))])  # in two parts: int64 has a sign
-        table = torch.tensor(own, dtype=torch.int64, device=context.device).reshape(-1, 4)
-        for first, end, high, low in torch.cat(context.comm.gather(table)).tolist():
-            sums[_file_name(name, first, end)] = f"{high:08x}{low:08x}"
+            own.append([first, end, *(int(found[i : i + 8], 16) for i in range(0, 32, 8))])  # 32 bits each
+        table = torch.tensor(own, dtype=torch.int64, device=context.device).reshape(-1, 6)
+        for first, end, *parts in torch.cat(context.comm.gather(table)).tolist():
+            sums[_file_name(name, first, end)] = "".join(f"{part:08x}" for part in parts)
     context.comm.barrier()
     return sums
 
@@ -233,7 +233,7 @@ def _replicated(module: nn.Module, state: State) -> dict[str, Tensor]:
 def _write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> str:
     """Writes a file; its checksum, of the bytes as they can be read again."""
     save_tensors(path, tensors, metadata)
-    return xxh3_of(path)
+    return str(Sum.of(path).xxh3)
 
 
 def _checkpoints(folder: Path) -> list[Path]:
