@@ -208,7 +208,8 @@ def map_file(path: Path | str) -> NDArray[np.uint8]:
     """
     import torch
 
-    storage = torch.UntypedStorage.from_file(str(path), False, os.path.getsize(path))
+    size = tried_again(lambda: os.path.getsize(path), path)
+    storage = tried_again(lambda: torch.UntypedStorage.from_file(str(path), False, size), path)
     return torch.empty(0, dtype=torch.uint8).set_(storage).numpy()  # type: ignore[arg-type]
 
 

@@ -22,9 +22,9 @@ from grappa_dist.checksums import forget_maps
 from grappa_dist.config import FuseConfig
 from grappa_dist.distributed.worker import RankContext, wait_for_slower_ranks
 from grappa_dist.files import (
-    make_folder,
     Sum,
     hide_damaged,
+    make_folder,
     read_json,
     record,
     recorded,

@@ -40,7 +40,7 @@ from grappa_dist.data.shards import ImageShards
 from grappa_dist.distributed.runner import Job
 from grappa_dist.distributed.sharded_rows import Rows, ShardedRows, join_rows
 from grappa_dist.distributed.worker import RankContext
-from grappa_dist.files import open_tensors, rename, replace, save_array, hide_damaged, write_json
+from grappa_dist.files import hide_damaged, open_tensors, rename, replace, save_array, write_json
 from grappa_dist.kmeans.lloyd import KMeansState
 from grappa_dist.kmeans.methods import (
     FLAT,

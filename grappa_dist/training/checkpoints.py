@@ -24,16 +24,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from grappa_dist.distributed.worker import RankContext
-from grappa_dist.files import Sum, hide_damaged, make_folder, open_tensors, read_json, rename, save_tensors, sync, write_json
+from grappa_dist.files import (
+    Sum,
+    hide_damaged,
     make_folder,
     open_tensors,
     read_json,
     rename,
     save_tensors,
-    hide_damaged,
     sync,
     write_json,
-    xxh3_of,
 )
 from grappa_dist.training.deepspeed_engine import State
 

@@ -88,8 +88,9 @@ def test_a_rank_that_embeds_for_longer_than_a_collective_waits_is_waited_for(tmp
         np.testing.assert_array_equal(seen, alone)
 
 
-def test_a_graph_that_was_stopped_while_it_embedded_goes_on_with_the_rest(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_graph_that_was_stopped_while_it_embedded_goes_on_with_what_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: bool
 ) -> None:
     settings = settings_of(tiny.write_shards(tmp_path / "images"))
     asked, embedded = list[bool](), list[int]()
@@ -110,12 +111,36 @@ def test_a_graph_that_was_stopped_while_it_embedded_goes_on_with_the_rest(
         stopped.of(0)
     first = sum(embedded)
     assert 0 < first < tiny.NUM_ROWS - 1
+    if damaged:
+        path = next((tmp_path / "a").rglob("features-*.npy"))
+        content = bytearray(path.read_bytes())
+        content[content.index(b"\n") + 9] ^= 8  # of the first row, behind numpy's header
+        path.write_bytes(content)
     resumed = pairs_of(settings, tmp_path / "a", Comm(), neighbours=True)._graphs.of(0)
-    assert sum(embedded) == tiny.NUM_ROWS - 1  # the bad row is in none, and no row in both
+    # The bad row is in none, and no row in both, unless what was saved is not used.
+    assert sum(embedded) == tiny.NUM_ROWS - 1 + damaged * first
     straight = pairs_of(settings, tmp_path / "b", Comm(), neighbours=True)._graphs.of(0)
     every = np.arange(tiny.NUM_ROWS)
     np.testing.assert_array_equal(resumed.take(every), straight.take(every))
     assert not list((tmp_path / "a").rglob("features-*"))
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_a_damaged_graph_is_set_aside_named_and_made_anew(tmp_path: Path, missing: bool) -> None:
+    settings = settings_of(tiny.write_shards(tmp_path / "images"))
+    graphs = pairs_of(settings, tmp_path / "run", Comm(), neighbours=True)._graphs
+    every, notes = np.arange(tiny.NUM_ROWS), list[str]()
+    whole = graphs.of(0).take(every)
+    file = max((tmp_path / "run").rglob("epoch-0/rows-*.npy"))
+    if missing:
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:-8] + bytes(8))
+    graphs._context = replace(graphs._context, note=notes.append)
+    np.testing.assert_array_equal(graphs.of(0).take(every), whole)
+    assert notes == [f"k-NN graph {file.parent} is damaged; set aside as .damaged-epoch-0-1, made anew"]
+    graphs.of(0)
+    assert len(notes) == 1
 
 
 def test_a_graph_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,7 +115,7 @@ def test_a_checkpoint_under_its_name_is_whole(tmp_path: Path, monkeypatch: pytes
         written.append(path.name)
         if len(written) == 2:
             raise Power
-        return "0" * 16
+        return "0" * 32
 
     monkeypatch.setattr(checkpoints, "_write", fails)
     with pytest.raises(Power):
