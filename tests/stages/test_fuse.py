@@ -172,7 +172,7 @@ def test_a_job_killed_in_the_second_epoch_reuses_its_graph_and_ends_with_the_sam
 ) -> None:
     folder, found = world
     for rank in found[size]:
-        assert len(rank["graphs"]) == len(tiny.SIZES) + 1  # one table a shard, and statistics
+        assert len(rank["graphs"]) == 2 * len(tiny.SIZES) + 1  # a table a shard and its checksum, and statistics
         assert rank["kept"]
         assert not any(phase.startswith("epoch 1:") for phase in rank["phases"])
         assert any(phase.startswith("epoch 2:") for phase in rank["phases"])
