@@ -290,10 +290,7 @@ def describe_labels(flow: Flow) -> str:
             f"{labelled} of {images} test images have a label, but no two good ones of a task have the same: each "
             "query needs another image of its class"
         )
-    suffixes = Counter[str]()
-    for shard in flow.test.shards:
-        suffixes.update(dict(shard.others))
-    members = ", ".join(f".{suffix} ({number})" for suffix, number in suffixes.most_common(8))
+    members = _suffixes(flow.test)
     keys = ", ".join(f"{key!r:.40}" for key in found.other_keys)
     return (
         f"None of {images} test images has a label. Labels are read from the JSON member beside an image, "
@@ -327,7 +324,8 @@ def _facts(run: Run, flow: Flow, logs: Mapping[str, Steps]) -> dict[str, str]:
         if event["name"] == "stage_ends":
             seconds[event["stage"]] = seconds.get(event["stage"], 0.0) + event["seconds"]
     tested = f"{len(flow.test)} test" if _has_test(flow) else ""
-    ignored = [f"{_ignored(flow.train)} training", *([f"{_ignored(flow.test)} test"] if tested else [])]
+    sets = {"training": flow.train, **({"test": flow.test} if tested else {})}
+    ignored = [f"{_ignored(images)} {name} {_suffixes(images)}".strip() for name, images in sets.items()]
     facts = {
         "images": f"{len(flow.train)} training, {tested or f'no test set: {len(flow.test)} of these were looked at'}",
         "members of the tars that are no images": ", ".join(ignored),
@@ -376,6 +374,14 @@ def waiting_facts(logs: Mapping[str, Steps]) -> dict[str, str]:
 
 def _ignored(images: ImageShards) -> int:
     return sum(shard.ignored for shard in images.shards)
+
+
+def _suffixes(images: ImageShards) -> str:
+    """The most frequent suffixes of members that are not read, with their numbers."""
+    found = Counter[str]()
+    for shard in images.shards:
+        found.update(dict(shard.others))
+    return ", ".join(f".{suffix} ({number})" for suffix, number in found.most_common(8))
 
 
 def _installed(name: str) -> bool:
