@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grappa_dist.output import printable, unprinted, without_secrets
+from grappa_dist.output import printable, printable_line, unprinted, without_secrets
 from grappa_dist.storage import described, open_to_append, open_to_read, tried_again
 
 EVENTS_FILE = "events.jsonl"  # of a run, in its directory
@@ -151,7 +151,7 @@ class Console:
 
     def log(self, text: str) -> None:
         minutes, seconds = divmod(int(time.monotonic() - self._began), 60)
-        print(f"[{minutes:3d}:{seconds:02d}] {printable(without_secrets(text))}", file=sys.stderr, flush=True)
+        print(f"[{minutes:3d}:{seconds:02d}] {printable_line(without_secrets(text))}", file=sys.stderr, flush=True)
 
     def event(self, name: str, **figures: Any) -> None:
         if self._events:

@@ -36,6 +36,11 @@ def printable(text: str) -> str:
     return HARMFUL.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
+def printable_line(text: str) -> str:
+    """The same as one line: the name of a file cannot add lines to a log."""
+    return printable(text).replace("\n", "\\n")
+
+
 def is_secret_name(name: str) -> bool:
     """Whether a variable or setting of that name usually holds a credential: AWS_SECRET_ACCESS_KEY, api_token, ..."""
     return bool(_SECRET_NAME.search(name))

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from grappa_dist.console import Console, Ending, Events
+from grappa_dist.make_shards.progress import Terminal, align
 from grappa_dist.output import HIDDEN, has_secret, is_secret_name, printable, without_secrets
 from tests.launch.test_make_shards import png
 
@@ -144,6 +145,13 @@ def test_a_plan_that_nobody_reads_ends_with_0(images: Path, tmp_path: Path) -> N
 )
 def test_what_would_steer_a_terminal_or_hide_text_is_shown_as_escapes(text: str, shown: str) -> None:
     assert printable(text) == shown
+
+
+def test_a_name_with_line_breaks_adds_no_line_to_a_log_or_table(capsys: pytest.CaptureFixture[str]) -> None:
+    Console().log("image 'a\n[  0:00] done' is bad")
+    Terminal(sys.stderr).log("image 'a\nmake_shards: done' is bad")
+    assert len(capsys.readouterr().err.splitlines()) == 2
+    assert align([["a\nb", "1"], ["c", "22"]]) == ["a\\nb   1", "c     22"]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TextIO
 
 from grappa_dist.console import pluralize
-from grappa_dist.output import printable, without_secrets
+from grappa_dist.output import printable_line, without_secrets
 
 Log = Callable[[str], None]  # takes a line
 
@@ -23,7 +23,7 @@ class Terminal:
 
     def log(self, line: str) -> None:
         """A line that stays; control characters, as names of files may have, are shown and not obeyed."""
-        self._write(f"{printable(without_secrets(line))}\n")
+        self._write(f"{printable_line(without_secrets(line))}\n")
         self._renewed = False
 
     def renew(self, line: str) -> None:
@@ -82,6 +82,7 @@ def duration(seconds: float) -> str:
 
 def align(lines: Sequence[Sequence[str]]) -> list[str]:
     """The lines of a table, its first column aligned to the left, the others to the right."""
+    lines = [[printable_line(cell) for cell in line] for line in lines]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return [
         "  ".join([line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))])

@@ -49,4 +49,4 @@ def test_only_a_terminal_gets_a_line_that_renews_itself() -> None:
 def test_control_characters_in_a_name_are_shown_and_not_obeyed() -> None:
     stream = io.StringIO()
     Terminal(stream).log("a\x1b[31m.txt\tleft\x9bout\nnext")
-    assert stream.getvalue() == "a\\x1b[31m.txt\tleft\\x9bout\nnext\n"
+    assert stream.getvalue() == "a\\x1b[31m.txt\tleft\\x9bout\\nnext\n"
