@@ -27,7 +27,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 STARTED = "Ray runtime started."
-LONGEST_TEMP_DIR = 40  # Ray's sockets lie 60 to 65 characters below it, and the system allows 107 in all
+LONGEST_TEMP_DIR = 40  # Ray's sockets lie up to 66 characters below it, and the system allows 107 in all
+RAYS_OWN = "r"  # its folder in the temporary one: Ray opens it to all users, who cannot enter the one above
 GRACE_S = 5.0
 STALE_S = 60.0  # a younger folder may be about to be locked
 LOG_BYTES = 4 * 2**20  # kept of one log file of Ray's
@@ -216,7 +217,7 @@ def ray_command(given: argparse.Namespace, host: str, port: int) -> list[str]:
     ray = Path(sys.executable).with_name("ray")
     command = [str(ray) if ray.exists() else "ray", "start", "--block", "--log-color=false", "--disable-usage-stats"]
     command += [f"--node-ip-address={host}", f"--num-cpus={given.cpus}", f"--object-store-memory={store}"]
-    command += [f"--temp-dir={given.temp_dir}", "--min-worker-port=0", "--max-worker-port=0"]
+    command += [f"--temp-dir={given.temp_dir / RAYS_OWN}", "--min-worker-port=0", "--max-worker-port=0"]
     command += ["--dashboard-agent-listen-port=0"]
     command += [f"--num-gpus={given.gpus}"] * (given.gpus is not None)
     command += [f"--object-spilling-directory={given.spill_dir}"] * bool(given.spill_dir)
@@ -250,7 +251,7 @@ def make_folders(folders: list[Path]) -> None:
 def make_folder(temp_dir: Path) -> int:
     """Makes a folder that is removed at the end; a lock that this process holds distinguishes it from one left behind.
 
-    No other user may read it: Ray lets all users read and write what it makes below.
+    No other user may enter it: Ray lets all users read and write what it makes below.
     """
     temp_dir.mkdir(mode=0o700, parents=True)
     lock = os.open(temp_dir / "lock", os.O_CREAT | os.O_RDWR)
@@ -308,10 +309,11 @@ def descendants(root: int) -> list[int]:
 
 def keep_logs(temp_dir: Path, into: Path) -> None:
     """Copies the end of every log of the session to storage."""
-    for log in sorted((temp_dir / "session_latest" / "logs").rglob("*")):
+    logs = temp_dir / RAYS_OWN / "session_latest" / "logs"
+    for log in sorted(logs.rglob("*")):
         if not log.is_file() or log.stat().st_size == 0:
             continue
-        copy = into / log.relative_to(temp_dir / "session_latest" / "logs")
+        copy = into / log.relative_to(logs)
         with contextlib.suppress(OSError):
             copy.parent.mkdir(parents=True, exist_ok=True)
             with open(log, "rb") as source, open(copy, "wb") as target:

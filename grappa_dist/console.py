@@ -39,8 +39,8 @@ _LESS_MEMORY = (
     "(embed), clustering.num_labels (pseudo_label), adapt.micro_batch (adapt), fuse.micro_batch and fuse.projector"
 )
 STATUSES = (
-    "Exit status: 0 done, 2 a setting or an input is wrong, 143 after SIGTERM and 130 after Ctrl-C with state saved "
-    "(or a line that says it is not; a second Ctrl-C stops at once, without), 1 anything else."
+    "Exit status: 0 done, 2 a setting or an input is wrong, 143 after SIGTERM or SIGHUP and 130 after Ctrl-C with "
+    "state saved (or a line that says it is not; a second Ctrl-C stops at once, without), 1 anything else."
 )
 
 

@@ -7,6 +7,7 @@ for /opt/grappa), no limit on CPU or memory and no separate user.
 from __future__ import annotations
 
 import json
+import secrets
 import shlex
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -21,6 +22,7 @@ from tests.cluster.manifests import groups
 from tests.cluster.rays import environment
 from tests.e2e.runs import ROOT
 
+TOKEN = secrets.token_hex(32)  # of the Secret that the operator makes
 UNITS = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 HEALTHY = "import sys, urllib.request as u; sys.exit(b'success' not in u.urlopen(sys.argv[1], timeout=5).read())"
 GENERATED = {"block": "true", "metrics-export-port": "8080", "dashboard-agent-listen-port": "52365"}
@@ -47,9 +49,11 @@ def mount(machine: Machine, pod: Mapping[str, Any], claims: Mapping[str, Path]) 
     machine.output("bash", "-c", "\n".join(script))
 
 
-def variables(pod: Mapping[str, Any]) -> dict[str, str]:
+def variables(pod: Mapping[str, Any], job: Mapping[str, Any]) -> dict[str, str]:
+    """A pod's environment: the operator gives the same token to all pods of a cluster, and to the submitter."""
     given = {entry["name"]: entry["value"] for entry in pod["containers"][0].get("env", [])}
-    return environment(RAY_AUTH_MODE="disabled", RAY_DISABLE_USAGE_STATS="1", **given)
+    mode = job["spec"]["rayClusterSpec"]["authOptions"]["mode"]
+    return environment(RAY_AUTH_MODE=mode, RAY_AUTH_TOKEN=TOKEN, RAY_DISABLE_USAGE_STATS="1", **given)
 
 
 def start_command(group: Mapping[str, Any], head: str) -> str:
@@ -96,7 +100,7 @@ def pods_of(job: Mapping[str, Any], bench: Bench, claims: Mapping[str, Path], lo
             mount(machine, spec, claims)
             file = stack.enter_context(open(logs / f"{machine.name}.log", "w"))
             command = ["bash", "-c", start_command(group, machines[0].address)]
-            process = machine.popen(command, env=variables(spec), stdout=file, stderr=subprocess.STDOUT)
+            process = machine.popen(command, env=variables(spec, job), stdout=file, stderr=subprocess.STDOUT)
             stack.callback(process.wait, timeout=60)
             stack.callback(machine.crash)
         yield machines[-1]
@@ -108,5 +112,5 @@ def run_job(job: Mapping[str, Any], bench: Bench, claims: Mapping[str, Path], lo
         spec = job["spec"]["submitterPodTemplate"]["spec"]
         mount(submitter, spec, claims)
         command = submit_command(job["spec"], f"http://{bench[0].address}:8265")
-        ended = submitter.run("bash", "-c", command, env=variables(spec), timeout_s=400)
+        ended = submitter.run("bash", "-c", command, env=variables(spec, job), timeout_s=400)
         return ended.returncode, ended.stdout + ended.stderr

@@ -200,6 +200,13 @@ def test_a_job_cleans_up_and_only_a_queued_one_waits(rendered: dict[str, list[di
     assert float(stop["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"]) > STOP_GRACE_S
 
 
+def test_every_ray_asks_for_a_token_that_kuberay_makes(rendered: dict[str, list[dict[str, Any]]]) -> None:
+    for folder in OVERLAYS:
+        spec = only(rendered[folder])["spec"]
+        assert spec.get("rayClusterSpec", spec)["authOptions"] == {"mode": "token"}
+    assert "RAY_AUTH" not in (FOLDER / "Dockerfile").read_text()  # nothing that would override it
+
+
 def test_one_version_of_ray_everywhere() -> None:
     version = settings()["ray_version"]
     assert f"ray=={version}" in (ROOT / "constraints.txt").read_text()

@@ -55,15 +55,16 @@ def test_folders_are_private_to_their_owner_and_all_made_or_none(tmp_path: Path)
 
 def test_nothing_stays_below_the_spill_folder(tmp_path: Path) -> None:
     temp_dir = Path(f"/tmp/gn{os.getpid()}")
-    (tmp_path / "ray").write_text(
-        '#!/bin/sh\necho "$@"\nfor i; do case $i in *spilling*) touch "${i#*=}/x"; esac; done\n'
-    )
+    touch = 'for i; do case $i in *spilling*) touch "${i#*=}/x"; esac; done'
+    (tmp_path / "ray").write_text(f'#!/bin/sh\necho "$@"\nstat -c mode=%a {temp_dir}\n{touch}\n')
     (tmp_path / "ray").chmod(0o755)
     (tmp_path / "python").symlink_to(sys.executable)  # beside which a node looks for its ray
     command = [str(tmp_path / "python"), str(ROOT / "cluster" / "ray_node.py"), "--cpus", "1", "--object-store", "1M"]
     command += ["--temp-dir", str(temp_dir), "--spill-dir", str(tmp_path / "spill"), "--interface", "lo"]
     ended = subprocess.run(command, text=True, capture_output=True, timeout=60)
     assert f"--object-spilling-directory={tmp_path}/spill/{socket.gethostname()}-{temp_dir.name}" in ended.stdout
+    assert f"--temp-dir={temp_dir}/r " in ended.stdout  # Ray opens that one to all users
+    assert "mode=700" in ended.stdout
     assert list((tmp_path / "spill").iterdir()) == []
     assert not temp_dir.exists()
 
