@@ -133,3 +133,23 @@ def test_a_backbone_whose_tensors_have_two_names_is_exported_once_and_loads(tmp_
     model = load_model(artifact.path, trust_modules=True)
     right = torch.nn.functional.normalize(build(spec, CPU)(given), dim=1)
     torch.testing.assert_close(model(given), right, rtol=1e-5, atol=1e-5)
+
+
+def test_a_module_that_has_changed_since_the_export_is_named_with_what_differs(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    sets, fusion = saved_sets(store, 2)
+    backbone = BackboneConfig(name="tests.models.tiny:create", kwargs={"dim": 8, "depth": 2}, image_size=16)
+    artifact = store.artifact("models/neighbours", {}, {})
+    export_model(ModelSpec("neighbours", backbone, 3, sets, fusion), artifact)
+    copied = tmp_path / "copied"
+    shutil.copytree(artifact.path, copied)
+    for kwargs, words in (
+        ({"dim": 8, "depth": 3}, r"tiny:create builds here: it lacks backbone\.model\.blocks\.2"),
+        ({"dim": 4, "depth": 2}, "tiny:create builds here: Error.* size mismatch"),
+    ):
+        config = json.loads((artifact.path / CONFIG_FILE).read_text())
+        config["backbone"]["kwargs"] = kwargs
+        (copied / CONFIG_FILE).write_text(json.dumps(config))
+        (copied / "manifest.json").unlink(missing_ok=True)
+        with pytest.raises(ValueError, match=words):
+            load_model(copied, trust_modules=True)

@@ -183,7 +183,17 @@ def _call(module: str, function: str, kwargs: Mapping[str, Any]) -> nn.Module:
     unset = [key for key, tensor in tensors if tensor.is_meta or nn.parameter.is_lazy(tensor)]
     if unset:
         raise ValueError(f"{name}: {unset[0]} has no values yet (a lazy module, or one on the device meta)")
-    model.to("cpu", torch.float32)  # half-precision weights keep their values
+    return _plain(model)
+
+
+def _plain(model: nn.Module) -> nn.Module:
+    """The module on the CPU, its numbers in float32, which holds those of half precision exactly."""
+    model.cpu()
+    for tensor in chain(model.parameters(), model.buffers()):
+        if tensor.is_floating_point() and tensor.dtype != torch.float32:
+            tensor.data = tensor.data.float()
+        if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+            tensor.data = tensor.data.contiguous()  # one number in many places, into which nothing can be loaded
     return model
 
 

@@ -261,11 +261,18 @@ def load_grappa(run_or_model_dir: Path, *, trust_modules: bool | None = None) ->
     pixels = {name: tuple(value) if isinstance(value, list) else value for name, value in config["pixels"].items()}
     backbone = create_backbone(config["backbone"]["name"], config["backbone"]["kwargs"], pixels, pretrained=False)
     grappa = Grappa(backbone, len(config["sets"]), config["bottleneck"], attention=config["attention"])
-    missing, unexpected = load_tensors(grappa, read_tensors(folder / WEIGHTS_FILE))
+    name, path = config["backbone"]["name"], folder / WEIGHTS_FILE
+    tensors = read_tensors(path)
+    try:
+        missing, unexpected = load_tensors(grappa, tensors)
+    except RuntimeError as error:  # shapes
+        raise ValueError(
+            f"{path} is of another model than {name} builds here: {' '.join(str(error).split())}"
+        ) from error
     if missing or unexpected:
         raise ValueError(
-            f"{folder / WEIGHTS_FILE} is of another model than {config['backbone']['name']} builds here: it lacks "
-            f"{', '.join(missing[:3]) or 'nothing'} and has {', '.join(unexpected[:3]) or 'nothing'} beside"
+            f"{path} is of another model than {name} builds here: it lacks {', '.join(missing[:3]) or 'nothing'} and "
+            f"has {', '.join(unexpected[:3]) or 'nothing'} beside"
         )
     return grappa, config
 

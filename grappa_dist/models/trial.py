@@ -127,7 +127,8 @@ def weights_of(module: nn.Module) -> Weights:
     """Of all parameters and buffers, those left out of state dicts among them."""
     sums = dict[str, tuple[float, float]]()
     for name, tensor in _tensors(module):
-        values = tensor.detach().double()
+        values = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
+        values = values.double()
         sums[name] = (float(values.sum()), float(values.abs().sum()))
     return Weights(_digest(module), sums)
 
@@ -213,7 +214,7 @@ def _check_features(name: str, backbone: Backbone, images: Tensor) -> list[str]:
     what = f"a forward pass of images of {images.shape[-1]} pixels"
     with _tracked(backbone), _watched_blocks(name, backbone, len(images)):
         together: Tensor = _run(name, what, lambda: backbone(images))
-        _check_form(name, together, (len(images), backbone.embed_dim))
+        _check_form(name, together, (len(images), backbone.embed_dim), backbone.model)
         unseen = _unseen_by_gradients(backbone.model, together)
     with torch.no_grad():
         alone, again = (_run(name, what, lambda: backbone(images[:1])) for _ in range(2))
@@ -241,12 +242,14 @@ def _check_shape(name: str, features: object, shape: tuple[int, int]) -> None:
         )
 
 
-def _check_form(name: str, features: Tensor, shape: tuple[int, int]) -> None:
+def _check_form(name: str, features: Tensor, shape: tuple[int, int], model: nn.Module) -> None:
     _check_shape(name, features, shape)
     if features.dtype != torch.float32:
         raise ValueError(f"{name}: features are {features.dtype}, expected torch.float32")
     if not bool(features.isfinite().all()):
-        raise ValueError(f"{name}: features of images of noise are not finite (NaN or infinite), though weights are")
+        buffers = [key for key, tensor in model.named_buffers() if bool(tensor.isnan().any())]
+        of = f"; its buffer {buffers[0]} is NaN" if buffers else ", though its weights are"
+        raise ValueError(f"{name}: features of images of noise are not finite (NaN or infinite){of}")
 
 
 def _warnings(name: str, features: Tensor, unused: Sequence[str]) -> list[str]:

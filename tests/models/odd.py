@@ -227,6 +227,21 @@ def filled(value: float, name: str = "norm.weight") -> nn.Module:
     return model
 
 
+def with_nan_buffer() -> nn.Module:
+    model: Any = tiny.create()
+    model.norm = nn.Sequential(model.norm, Scaled(torch.full((8,), float("nan"))))
+    return model
+
+
+class Scaled(nn.Module):
+    def __init__(self, scale: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("scale", scale)
+
+    def forward(self, tokens: Tensor) -> Any:
+        return tokens * self.scale
+
+
 def constant() -> nn.Module:
     model: Any = tiny.create()
     with torch.no_grad():
@@ -273,6 +288,17 @@ def tied() -> nn.Module:
     model.register_buffer("turned", table.T)
     model.register_buffer("number", torch.tensor(3.0))
     model.register_buffer("none", torch.zeros(0))
+    return model
+
+
+def with_buffers() -> nn.Module:
+    """Complex numbers, as rotary positions have them, one number in many places, and a weight that is computed."""
+    model: Any = tiny.create()
+    model.register_buffer("rotations", torch.polar(torch.ones(3), torch.arange(3.0)), persistent=False)
+    model.register_buffer("mask", torch.zeros(1, 1).expand(4, 4))
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        model.norm = nn.Sequential(model.norm, torch.nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)))
     return model
 
 

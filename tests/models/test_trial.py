@@ -45,7 +45,12 @@ REFUSED = {
         odd("filled", value=float("nan")),
         odd("filled", value=float("inf")),
     ],
-    "features of images of noise are not finite": [odd("filled", value=3e38, name="patch_embed.linear.weight")],
+    "features of images of noise are not finite (NaN or infinite); its buffer norm.1.scale is NaN": [
+        odd("with_nan_buffer")
+    ],
+    "features of images of noise are not finite (NaN or infinite), though": [
+        odd("filled", value=3e38, name="patch_embed.linear.weight")
+    ],
     "norm._extra_state in its state_dict is a dict": [odd("extra_state")],
     "extra.weight has no values yet": [odd("lazy")],
     "has no values yet (a lazy module, or one on the device meta)": [odd("on_meta")],
@@ -81,6 +86,7 @@ def test_what_cannot_be_used_is_refused_and_said_why(words: str, config: Backbon
         odd("seeded", kind="same"),
         odd("hub_with_tokens"),
         odd("tied"),
+        odd("with_buffers"),
         odd("of_type", name="bfloat16"),
         odd("of_type", name="float16"),
         odd("of_type", name="float64"),
