@@ -51,7 +51,7 @@ def load_model(run_or_model_dir: str | Path, *, trust_modules: bool | None = Non
 
     Args:
         trust_modules: whether the module of a backbone called `module:function` may be imported, which runs it; it must
-            be importable. None: only for a run directory that belongs to the user of this process.
+            be importable. None: only in a run directory where a run of the same user imported it.
 
     Raises:
         ValueError: the directory holds no model, one of an unknown format, or one that names a module which is not

@@ -28,7 +28,7 @@ from grappa_dist.distributed.preflight import Checks, table
 from grappa_dist.distributed.ray_cluster import Cluster
 from grappa_dist.export import export_model
 from grappa_dist.layout import lay_out
-from grappa_dist.models.spec import build_backbone, check_ready
+from grappa_dist.models.spec import build_backbone, check_ready, note_module
 from grappa_dist.models.trial import Verdict, describe_difference, verdict_of
 from grappa_dist.report.collect import describe_bad_images, describe_labels, report
 from grappa_dist.report.content import ScoreRow
@@ -93,6 +93,7 @@ def _flow(context: Run, mending: Mending, until: str | None) -> tuple[Path, list
     with mirrored(config.mirror, flow, mending):
         if flow.needs_backbone(until):
             tried = _tried(config, store, log=console.log)
+            note_module(store.root / "index", config.backbone)
             for warning in tried.warnings:
                 console.log(f"warning: {warning}")
             context.runner.require(

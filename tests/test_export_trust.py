@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from grappa_dist.artifacts import Store
 from grappa_dist.config import BackboneConfig
 from grappa_dist.export import Transform, embed_images, export_model, load_model
-from grappa_dist.models.spec import CONFIG_FILE, ModelSpec, build
+from grappa_dist.models.spec import CONFIG_FILE, MODULES_FILE, ModelSpec, build, note_module
 from tests.models.test_spec import CPU, saved_sets
 from tests.test_export import exported, images
 
@@ -57,20 +57,35 @@ def test_a_model_directory_runs_no_module_that_it_names_unless_its_caller_says_s
     assert (tmp_path / "ran").exists()
 
 
-def test_a_run_directory_of_ones_own_is_trusted_as_its_run_was(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_directory_is_trusted_with_the_module_that_its_run_imported(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    note = run / "index" / MODULES_FILE
+    note_module(run / "index", BackboneConfig(name="timm:vit_tiny_patch16_224"))
+    assert not note.exists()
+    note_module(run / "index", BackboneConfig(name="own_vit:create", kwargs={"dim": 8}))
+    with pytest.raises(ValueError, match="names the backbone own_vit:create"):  # other arguments
+        load_model(run)
+    note_module(run / "index", BackboneConfig(name="own_vit:create", kwargs={"dim": 8, "depth": 2}))
+
+    def refused(of: Path) -> None:
+        with pytest.raises(ValueError, match="names the backbone own_vit:create"):
+            load_model(of)
+
+    refused(run / "model")  # not the run's directory
+    shutil.copytree(run, tmp_path / "copy", symlinks=True)
+    refused(tmp_path / "copy")
+    note.chmod(0o620)
+    refused(run)
+    note.chmod(0o600)
     monkeypatch.setattr("os.geteuid", lambda: 4321)
-    with pytest.raises(ValueError, match="names the backbone own_vit:create"):
-        load_model(run)
+    refused(run)
     monkeypatch.undo()
-    run.chmod(0o777)
-    with pytest.raises(ValueError, match="names the backbone own_vit:create"):
-        load_model(run)
-    run.chmod(0o755)
-    sys.path.insert(0, str(run.parent))
-    try:
-        assert load_model(run)(torch.rand(2, 3, 16, 16)).shape == (2, 8)
-    finally:
-        sys.path.remove(str(run.parent))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert not (tmp_path / "ran").exists()
+    assert load_model(run)(torch.rand(2, 3, 16, 16)).shape == (2, 8)
+    note.write_text("{")
+    refused(run)
 
 
 def test_functions_of_the_standard_library_are_no_backbones(tmp_path: Path) -> None:

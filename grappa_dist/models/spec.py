@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import stat
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
@@ -17,18 +18,20 @@ from torch import Tensor, nn
 
 from grappa_dist.artifacts import Artifact, numbered
 from grappa_dist.checksums import damaged, verified
-from grappa_dist.config import BackboneConfig
+from grappa_dist.config import BackboneConfig, fingerprint
 from grappa_dist.data.transforms import Preprocess
 from grappa_dist.distributed.worker import release_memory
-from grappa_dist.files import read_json, read_tensors, save_tensors
+from grappa_dist.files import read_json, read_tensors, replace, save_tensors
 from grappa_dist.models import Backbone, Grappa, check_image_size, create_backbone
 from grappa_dist.models.backbone import check_name, check_weights, source_of
 from grappa_dist.models.weights import load_tensors
+from grappa_dist.storage import open_to_write
 
 ADAPTORS_FILE, FUSION_FILE = "adaptors.safetensors", "grappa.safetensors"
 FORMAT = 1  # of an exported model
 OWN_BACKBONES = ("timm", "grappa_dist.demo.backbone")  # what a model may name without a word of its caller
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+MODULES_FILE = "modules.json"  # in the index folder of a run
 
 
 @dataclass(frozen=True)
@@ -188,7 +191,7 @@ def exported_spec(
             trusted, or one without weights for that gallery.
     """
     folder, config = exported_config(run_or_model_dir)
-    check_trust(run_or_model_dir, config["backbone"]["name"], trust_modules)
+    check_trust(run_or_model_dir, config["backbone"], trust_modules)
     backbone = BackboneConfig(name=config["backbone"]["name"], kwargs=config["backbone"]["kwargs"])
     path = folder / WEIGHTS_FILE
     weights = _sha256(str(path), path.stat().st_mtime_ns)
@@ -222,42 +225,70 @@ def exported_config(run_or_model_dir: Path) -> tuple[Path, dict[str, Any]]:
     return folder, config
 
 
-def check_trust(run_or_model_dir: Path, name: str, trust_modules: bool | None) -> None:
+def check_trust(run_or_model_dir: Path, backbone: Mapping[str, Any], trust_modules: bool | None) -> None:
     """Raises ValueError where a model names a module that would be imported, and so run, without its caller's word.
 
-    A model directory is data, which may come from anyone. A run directory of the caller's own user is trusted as the
-    run was, which imported that module.
+    A model directory is data, which may come from anyone. In a run directory that module is trusted which a run of
+    this user imported there, as `note_module` has noted it.
     """
-    trusted = _is_own_run(run_or_model_dir) if trust_modules is None else trust_modules
-    if not trusted and name.partition(":")[0] not in OWN_BACKBONES:
+    name = backbone["name"]
+    trusted = name.partition(":")[0] in OWN_BACKBONES or trust_modules
+    if trust_modules is None and not trusted:
+        trusted = _of_module(name, backbone["kwargs"]) in _noted(run_or_model_dir / "index" / MODULES_FILE)
+    if not trusted:
         raise ValueError(
             f"the model of {run_or_model_dir} names the backbone {name}: that module would be imported and run. If you "
             "trust whoever wrote the model, load it with trust_modules=True (launch/embed.py: --trust-modules)"
         )
 
 
-def _is_own_run(folder: Path) -> bool:
-    """Whether this is a run directory with its model inside, which belongs to the user of this process."""
-    run, config = folder.resolve(), (folder / "model" / CONFIG_FILE).resolve()
-    if not config.is_file() or not config.is_relative_to(run):
-        return False
-    found = [path.stat() for path in (run, config)]
-    return all(path.st_uid == os.geteuid() and not path.st_mode & stat.S_IWOTH for path in found)
+def note_module(index: Path, config: BackboneConfig) -> None:
+    """Notes in the index folder of a run that it imports the module of its backbone.
+
+    The note holds the number of its own file (inode): in a copy, or unpacked from an archive of someone else, it is
+    void. Mirrors do not have it.
+    """
+    path, own = index / MODULES_FILE, _of_module(config.name, config.kwargs)
+    known = _noted(path)
+    if config.name.partition(":")[0] in OWN_BACKBONES or own in known:
+        return
+
+    def write(temporary: Path) -> None:
+        with open_to_write(temporary) as file:
+            note = {"inode": os.fstat(file.fileno()).st_ino, "modules": sorted({*known, own})}
+            file.write(json.dumps(note).encode())
+
+    replace(path, write)
+    path.chmod(0o600)
+
+
+def _of_module(name: str, kwargs: Mapping[str, Any]) -> str:
+    return fingerprint({"name": name, "kwargs": dict(kwargs)})
+
+
+def _noted(path: Path) -> set[str]:
+    """The modules in a note that a process of this user wrote, and that nobody else can have changed."""
+    try:
+        found, note = path.lstat(), read_json(path)
+        private = stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o022
+        return set(note["modules"]) if private and note["inode"] == found.st_ino else set()
+    except (OSError, ValueError, LookupError, TypeError):
+        return set()
 
 
 def load_grappa(run_or_model_dir: Path, *, trust_modules: bool | None = None) -> tuple[Grappa, dict[str, Any]]:
     """An exported model with its weights, and the content of its config.json.
 
     Args:
-        trust_modules: whether the module of a backbone `module:function` may be imported; None: only for a run
-            directory that belongs to the user of this process.
+        trust_modules: whether the module of a backbone `module:function` may be imported; None: only in a run directory
+            where a run of the same user imported it.
 
     Raises:
         ValueError: the directory holds no model, one of an unknown format, or one that names a module which is not
             trusted.
     """
     folder, config = exported_config(run_or_model_dir)
-    check_trust(run_or_model_dir, config["backbone"]["name"], trust_modules)
+    check_trust(run_or_model_dir, config["backbone"], trust_modules)
     pixels = {name: tuple(value) if isinstance(value, list) else value for name, value in config["pixels"].items()}
     backbone = create_backbone(config["backbone"]["name"], config["backbone"]["kwargs"], pixels, pretrained=False)
     grappa = Grappa(backbone, len(config["sets"]), config["bottleneck"], attention=config["attention"])
