@@ -270,7 +270,9 @@ class Store:
                 f"another run is writing to {self.root}{held}; wait for it or choose another --out"
             ) from None
         except OSError as error:
-            raise ValueError(f"--out {self.root} cannot be written to: {error.strerror}") from error
+            raise ValueError(
+                f"--out {self.root} cannot be written to: {error.strerror} (--dry-run and --check only read)"
+            ) from error
         with handle:
             yield
 

@@ -215,13 +215,14 @@ def check(config: Config, root: Path, *, deep: bool = False) -> str:
     store, whole, finished = Store(root), "0 artefacts there and whole", False
     cluster = Cluster(config.resources, Checks(root.absolute(), _nothing))
     if is_generated(config.data, store):
+        made = [generated_data_set(store, config.data)] if config.data.collection else []
+        _check_artifacts(made, deep=deep)  # what follows reads it
         train, test = open_images(config.data, store, config.resources, write_index=False)
         flow = lay_out(config, store, train, test)
-        of_run = artifacts_of(flow)
+        made += artifacts_of(flow)
+        whole = _check_artifacts(made, deep=deep)
         finished = not flow.needs_backbone()
-        cluster.checks = replace(checks_of(config, store, flow), writes=not all(a.complete for a in of_run))
-        generated = [generated_data_set(store, config.data)] if config.data.collection else []
-        whole = _check_artifacts([*generated, *of_run], deep=deep)
+        cluster.checks = replace(checks_of(config, store, flow), writes=not all(a.complete for a in made))
     warnings: tuple[str, ...] = ()
     if not finished:
         tried = _tried(config, store)

@@ -51,6 +51,21 @@ def run(out: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def run_with(change: str, out: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """As `run`, after an assignment to a name in a module, in the driver alone."""
+    program, *arguments = command(out, *overrides)[1:]
+    module = change.partition(" = ")[0].rpartition(".")[0]
+    start = "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], None, '__main__')"
+    code = f"import runpy, sys, {module}; {change}; {start}"
+    return subprocess.run(
+        [sys.executable, "-c", code, program, *arguments],
+        text=True,
+        capture_output=True,
+        timeout=PATIENCE_S,
+        env=_environment(),
+    )
+
+
 @contextmanager
 def running(out: Path, *overrides: str) -> Iterator[subprocess.Popen[str]]:
     """The program, while something happens to it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from grappa_dist import load_model
+from grappa_dist.stages.damages import read_damages
 from tests.e2e import runs
 from tests.stages.tiny import files_below
 
@@ -114,6 +116,25 @@ def test_killed_workers_and_a_killed_driver_change_no_byte_of_the_result(finishe
     assert len(resumed) == 3
     assert all(step >= 4 and step % 4 == 0 for step in resumed)  # from a checkpoint, not from the beginning
     assert runs.weights(out) == runs.weights(finished)
+
+
+@pytest.mark.slow
+def test_damage_that_workers_meet_is_made_anew_with_the_same_bytes(tmp_path: Path) -> None:
+    until = ("--until", "pseudo_label", "data.collection_kwargs={scale: 0.1}", "clustering.num_labels=[24]")
+    begun = runs.run(tmp_path, *until)
+    assert begun.returncode == 0, begun.stderr
+    (labels,), (rows,) = tmp_path.glob("labels/k=24-*/rows-000000.npy"), tmp_path.glob("features/backbone/*/rows.npy")
+    before = {path: path.read_bytes() for path in (labels, rows)}
+    for path, data in before.items():
+        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    shutil.rmtree(next(tmp_path.glob("partitions-*")))  # whose task reads the labels, which are made of the features
+    ended = runs.run_with("grappa_dist.stages.damages.CONTENT_BYTES = 0", tmp_path, *until)  # nothing is read before
+    assert ended.returncode == 0, ended.stderr
+    assert {path: path.read_bytes() for path in before} == before
+    names = [path.parent.relative_to(tmp_path).as_posix() for path in before]
+    assert [damage.artifact for damage in read_damages(tmp_path)] == names
+    assert all((tmp_path / f"{name}.damaged" / path.name).is_file() for name, path in zip(names, before, strict=True))
+    assert f"damaged and made anew: {names[0]}: rows-000000.npy does not hold what was written" in ended.stderr
 
 
 @pytest.mark.long
