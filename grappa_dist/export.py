@@ -6,8 +6,10 @@ Shapes: B images, S pixels a side, L layers, N sets, P rows of one shard, D chan
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +24,7 @@ from grappa_dist.data.index import Shard, describe_missing
 from grappa_dist.data.open_images import cache_of
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.data.transforms import Preprocess
-from grappa_dist.files import read_json, save_tensors, write_json, write_json_list
+from grappa_dist.files import Sum, read_json, save_tensors, write_json, write_json_list
 from grappa_dist.models import Grappa
 from grappa_dist.models.spec import (
     CONFIG_FILE,
@@ -34,6 +36,7 @@ from grappa_dist.models.spec import (
     load_grappa,
 )
 from grappa_dist.models.weights import tensors_of
+from grappa_dist.stages.damages import Mending
 from grappa_dist.stages.embed import BAD_FILE, ROWS_FILE, bad_reasons, embed, features_of
 from grappa_dist.stages.gallery_weights import load_galleries, set_weights, transitivity
 from grappa_dist.stages.run import Run, running
@@ -55,7 +58,7 @@ def load_model(run_or_model_dir: str | Path, *, trust_modules: bool | None = Non
 
     Raises:
         ValueError: the directory holds no model, one of an unknown format, or one that names a module which is not
-            trusted.
+            trusted; or a file of it does not hold what was exported.
     """
     grappa, config = load_grappa(Path(run_or_model_dir), trust_modules=trust_modules)
     galleries = {task: torch.tensor(weights) for task, weights in config.get("galleries", {}).items()}
@@ -152,6 +155,7 @@ def export_model(spec: ModelSpec, artifact: Artifact) -> None:
         "pixels": asdict(grappa.backbone.preprocess),
         "bottleneck": spec.bottleneck,
         "attention": spec.has_attention,
+        "files": {WEIGHTS_FILE: vars(Sum.of(folder / WEIGHTS_FILE))},  # for copies without the manifest
     }
     if spec.galleries is not None:
         config["galleries"] = {task: gallery["weights"] for task, gallery in load_galleries(spec.galleries).items()}
@@ -172,7 +176,8 @@ def embed_images(
 
     That file lists per shard: `rows`, unit rows (P, D) float32; `keys`, the images' keys in the same order; `names`,
     their file names before they were put into the shard, null for an image, or a shard, without any; and `bad`, the
-    positions whose image does not decode, with the reason: their rows are zero.
+    positions whose image does not decode, with the reason: their rows are zero. `xxh3` has the checksum (xxh3 of 128
+    bits) of each of these files, null of those that were made before there were any.
 
     Args:
         model: a run directory, or that of an exported model.
@@ -191,7 +196,11 @@ def embed_images(
     with running(config, out) as run:
         if spec.name == "gallery" and gallery is None:
             run.console.log("warning: the model weighs its sets by galleries and none was named: this is their average")
-        return _embed(run, spec)
+        mending = Mending(run)
+        found = mending.mended(lambda: _embed(run, spec, mending))
+        if line := mending.describe():
+            run.console.log(line)
+        return found
 
 
 def _check_settings(overrides: Iterable[str]) -> None:
@@ -204,7 +213,7 @@ def _check_settings(overrides: Iterable[str]) -> None:
             )
 
 
-def _embed(run: Run, spec: ModelSpec) -> Path:
+def _embed(run: Run, spec: ModelSpec, mending: Mending) -> Path:
     paths = run.config.data.train
     images = ImageShards.open(
         paths,
@@ -217,26 +226,35 @@ def _embed(run: Run, spec: ModelSpec) -> Path:
     for line in describe_missing(images.shards):
         run.console.log(f"warning: {line}")
     features = features_of(run.store, spec, run.config.embed, images)
+    keys = [_keys_of(run.store, shard) for shard in images.shards]
+    mending.check([*features, *keys])
     if all(artifact.complete for artifact in features):
         before = "the shard was" if len(features) == 1 else f"all {len(features)} shards were"
         run.console.log(f"embed: {before} embedded before")
     embed(run, images, spec, features)
     if line := _describe_bad(images, bad_reasons(images, features)):
         run.console.log(f"warning: {line}")
+    files = _write_keys(run, images, keys)
     shards = [
-        {
-            "shard": shard.name,
-            "images": shard.rows,
-            "rows": f"{of_rows.name}/{ROWS_FILE}",
-            "keys": files.keys,
-            "names": files.names,
-            "bad": f"{of_rows.name}/{BAD_FILE}",
-        }
-        for shard, of_rows, files in zip(images.shards, features, _write_keys(run, images), strict=True)
+        _entry(shard, of_rows, of_keys, found)
+        for shard, of_rows, of_keys, found in zip(images.shards, features, keys, files, strict=True)
     ]
     path = run.store.root / LIST_FILE
     write_json(path, {"model": spec.name, "model_sha256": spec.weights_sha256, "images": len(images), "shards": shards})
     return path
+
+
+def _entry(shard: Shard, of_rows: Artifact, of_keys: Artifact, files: KeyFiles) -> dict[str, Any]:
+    """The files of one shard as `embeddings.json` lists them: paths below it, and the xxh3 of each."""
+    paths = {
+        "rows": f"{of_rows.name}/{ROWS_FILE}",
+        "keys": files.keys,
+        "names": files.names,
+        "bad": f"{of_rows.name}/{BAD_FILE}",
+    }
+    listed = {f"{a.name}/{name}": found.xxh3 for a in (of_rows, of_keys) for name, found in a.files.items()}
+    xxh3 = {what: listed[path] if path is not None else None for what, path in paths.items()}
+    return {"shard": shard.name, "images": shard.rows, **paths, "xxh3": xxh3}
 
 
 def _describe_bad(images: ImageShards, reasons: Mapping[int, str]) -> str:
@@ -264,9 +282,8 @@ class KeyFiles:
     names: str | None  # None where no image of the shard has the name of its file
 
 
-def _write_keys(run: Run, images: ImageShards) -> list[KeyFiles]:
+def _write_keys(run: Run, images: ImageShards, artifacts: Sequence[Artifact]) -> list[KeyFiles]:
     """Keys and names of every shard; the workers write those that are missing."""
-    artifacts = [_keys_of(run.store, shard) for shard in images.shards]
     missing = {artifact: number for number, artifact in enumerate(artifacts) if not artifact.complete}
     has_names = _listed(run.store.root / LIST_FILE)
     if missing:
@@ -283,8 +300,11 @@ def _keys_of(store: Store, shard: Shard) -> Artifact:
 
 def _listed(path: Path) -> dict[str, bool]:
     """Whether shards have names, by the path of their keys, from the list of an earlier call."""
-    shards = read_json(path)["shards"] if path.exists() else []
-    return {shard["keys"]: shard["names"] is not None for shard in shards}
+    if not path.exists():
+        return {}
+    with suppress(ValueError, KeyError, TypeError):  # a damaged list is written anew
+        return {shard["keys"]: shard["names"] is not None for shard in read_json(path)["shards"]}
+    return {}
 
 
 def _key_files(artifact: Artifact, has_names: Mapping[str, bool]) -> KeyFiles:

@@ -11,8 +11,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from grappa_dist.artifacts import CONTENT_BYTES, Artifact, NotSeen, RowArrays, Store, label_rows, look_at
-from grappa_dist.checksums import MANIFEST, DamagedArtifact
+from grappa_dist.artifacts import CONTENT_BYTES, Artifact, RowArrays, Store, label_rows, look_at
+from grappa_dist.checksums import MANIFEST
 from grappa_dist.config import Config
 from grappa_dist.console import Console, pluralize
 from grappa_dist.data.open_images import (
@@ -64,16 +64,9 @@ def run(config: Config, root: Path, until: str | None = None) -> tuple[Path, lis
 
 def _run(context: Run, until: str | None = None) -> tuple[Path, list[ScoreRow]] | None:
     mending = Mending(context)
-    while True:
-        try:
-            found = _flow(context, mending, until)
-            _log_any(context.console, mending.describe())
-            return found
-        except DamagedArtifact as damage:
-            mending.mend(damage)
-        except NotSeen as error:
-            mending.look_again(error)
-        context.runner.renew_workers()  # which may have mapped what was set aside
+    found = mending.mended(lambda: _flow(context, mending, until))
+    _log_any(context.console, mending.describe())
+    return found
 
 
 def _flow(context: Run, mending: Mending, until: str | None) -> tuple[Path, list[ScoreRow]] | None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 
 import grappa_dist
 from grappa_dist.artifacts import Artifact, Store
+from grappa_dist.checksums import MANIFEST
 from grappa_dist.config import BackboneConfig
 from grappa_dist.export import RetrievalModel, export_model, load_model
 from grappa_dist.files import write_json
@@ -19,6 +21,7 @@ from grappa_dist.models import Grappa, create_backbone
 from grappa_dist.models.spec import ADAPTORS_FILE, CONFIG_FILE, FUSION_FILE, ModelSpec, build, exported_spec
 from grappa_dist.stages.gallery_weights import GALLERIES_FILE, set_weights, transitivity
 from tests.models import tiny
+from tests.test_artifacts import flip
 
 SIZE, BOTTLENECK = 32, 3
 
@@ -240,5 +243,40 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
     _, artifact = exported(tmp_path)
     path = artifact.path / CONFIG_FILE
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": 2}))
+    (artifact.path / MANIFEST).unlink()
     with pytest.raises(ValueError, match=r"config\.json: format 2, this version reads 1"):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("where", ["run", "copy"])
+def test_a_damaged_model_is_not_loaded_and_the_error_says_what_to_do(name: str, where: str, tmp_path: Path) -> None:
+    _, artifact = exported(tmp_path / "run")
+    folder = tmp_path / "run"
+    if where == "copy":
+        folder = shutil.copytree(artifact.path, tmp_path / "taken along")
+    load_model(folder)
+    path = (folder / "model" if where == "run" else folder) / name
+    flip(path.resolve(), -2)
+    with pytest.raises(ValueError, match=rf"{name} does not hold what was written: .* the model is damaged. Copy"):
+        load_model(folder)
+    path.resolve().unlink()
+    with pytest.raises(ValueError, match=rf"{name} is missing: the model is damaged|holds no model"):
+        load_model(folder)
+
+
+def test_the_weights_of_a_model_without_its_manifest_are_checked_and_older_models_are_taken_as_they_are(
+    tmp_path: Path,
+) -> None:
+    _, artifact = exported(tmp_path)
+    (artifact.path / MANIFEST).unlink()
+    weights, config = artifact.path / "model.safetensors", artifact.path / CONFIG_FILE
+    expected = load_model(artifact.path).grappa.state_dict()
+    flip(weights, -1)
+    with pytest.raises(ValueError, match=r"model.safetensors does not hold what was written"):
+        exported_spec(artifact.path)
+    older = json.loads(config.read_text())
+    del older["files"]
+    config.write_text(json.dumps(older))
+    found = load_model(artifact.path).grappa.state_dict()
+    assert sum(not torch.equal(found[name], expected[name]) for name in expected) == 1

@@ -20,10 +20,11 @@ from grappa_dist.data.decoding import decode
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.data.writer import ShardWriter
 from grappa_dist.export import embed_images, load_model
-from grappa_dist.files import read_json
+from grappa_dist.files import Sum, read_json
 from grappa_dist.make_shards.collection import CollectionConfig, Work, make_shards
 from grappa_dist.stages.run import Run
 from tests.stages import tiny
+from tests.test_artifacts import flip
 from tests.test_export import exported
 
 ROOT = Path(__file__).parents[1]
@@ -212,3 +213,26 @@ def test_the_readmes_search_of_a_folder_finds_the_file(
     hits = capsys.readouterr().out.splitlines()
     assert hits[0] == "1.000  'some/4.png'"
     assert len(hits) == 5
+
+
+def test_damaged_embeddings_are_noticed_and_made_anew_and_their_checksums_are_listed(
+    here: tiny.Here, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths, allow = tiny.write_shards(tmp_path / "images"), ["data.max_bad_share=0.1"]
+    out = tmp_path / "out"
+    found = embed_images(tmp_path / "run", paths, out, allow)
+    first = read_json(found)["shards"][0]
+    for what in ("rows", "keys", "bad"):
+        assert first["xxh3"][what] == Sum.of(out / first[what]).xxh3
+    assert first["names"] is first["xxh3"]["names"] is None
+    before = {what: (out / first[what]).read_bytes() for what in ("rows", "keys")}
+    text = found.read_text()
+    for what in before:
+        flip(out / first[what], -3)
+    found.write_text("{")
+    here.asked.clear()
+    assert embed_images(tmp_path / "run", paths, out, allow).read_text() == text
+    assert here.asked == ["embed_shard", "write_keys"]
+    assert {what: (out / first[what]).read_bytes() for what in before} == before
+    assert len(list(out.glob("*/**/*.damaged"))) == 2
+    assert "damaged and made anew: " in capsys.readouterr().err

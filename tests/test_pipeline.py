@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
+import sys
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -17,8 +22,10 @@ from grappa_dist._compat import declare_torchvision_ops
 from grappa_dist.artifacts import Store
 from grappa_dist.config import Config
 from grappa_dist.data.shards import ImageShards
+from grappa_dist.distributed.preflight import Checks, survey
 from grappa_dist.layout import lay_out
 from grappa_dist.models.spec import check_ready
+from grappa_dist.plan import plan
 from tests.stages import tiny
 from tests.test_layout import ROWS
 
@@ -224,3 +231,59 @@ def test_a_run_with_all_rows_to_compare_with_scores_them_and_says_which_saw_labe
     again = tiny.Here()
     pipeline._run(tiny.run_in(settings, tmp_path / "run", again))
     assert again.asked == []
+
+
+READ_ONLY: set[str] = set()  # folders that the hook guards; a hook stays for as long as the process
+WRITES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.utime")
+
+
+def _refuse(event: str, arguments: tuple[Any, ...]) -> None:
+    if event == "open":
+        path, mode, flags = arguments
+        writes = bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)) or any(c in (mode or "") for c in "wax+")
+    else:
+        path, writes = arguments[0], event in WRITES
+    if writes and READ_ONLY and isinstance(path, str | os.PathLike) and os.fspath(path).startswith(tuple(READ_ONLY)):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), os.fspath(path))
+
+
+@pytest.fixture(scope="module")
+def hooked() -> None:
+    sys.addaudithook(lambda event, arguments: _refuse(event, arguments) if READ_ONLY else None)
+
+
+@pytest.fixture
+def read_only(hooked: None, finished: Finished) -> Iterator[tuple[Path, Config]]:
+    root, settings, _ = finished
+    READ_ONLY.add(str(root))
+    yield root, settings
+    READ_ONLY.clear()
+
+
+def test_the_plan_and_the_check_of_a_finished_run_write_nothing(
+    read_only: tuple[Path, Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, settings = read_only
+    with pytest.raises(OSError, match="Read-only"):
+        (root / "x").write_text("x")
+    before = tiny.files_below(root)
+    assert "all reused" in plan(settings, root)
+    surveyed = list[str]()
+
+    class Cluster(SimpleNamespace):
+        checks: Checks
+
+        def workers(self) -> list[int]:
+            assert not self.checks.writes
+            surveyed.append(survey(self.checks, None, "id", "here", workers=1, gpu=False).storage)
+            return [1, 2]
+
+    monkeypatch.setattr(pipeline, "Cluster", lambda *_: Cluster(facts={}, close=lambda: None))
+    assert pipeline.check(settings, root, deep=True).endswith("artefacts there and whole")
+    assert surveyed == [""]
+    assert tiny.files_below(root) == before
+    only_read = r"cannot be written to: Read-only .* \(--dry-run and --check only read\)"
+    with pytest.raises(ValueError, match=only_read), Store(root).lock():
+        pass
+    elsewhere = Checks(root / "nowhere", lambda: None, writes=False)
+    assert "is not there" in survey(elsewhere, None, "id", "here", workers=1, gpu=False).storage

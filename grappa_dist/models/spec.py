@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,11 +18,19 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from grappa_dist.artifacts import Artifact, numbered
+<<<<<<< HEAD
 from grappa_dist.checksums import damaged, verified
 from grappa_dist.config import BackboneConfig, fingerprint
 from grappa_dist.data.transforms import Preprocess
 from grappa_dist.distributed.worker import release_memory
 from grappa_dist.files import read_json, read_tensors, replace, save_tensors
+=======
+from grappa_dist.checksums import MANIFEST, compare, damaged, read_manifest, verified
+from grappa_dist.config import BackboneConfig
+from grappa_dist.data.transforms import Preprocess
+from grappa_dist.distributed.worker import release_memory
+from grappa_dist.files import Sum, read_bytes, read_json, read_tensors, save_tensors
+>>>>>>> f224e8c (Exported models and embeddings are checked when they are read; a finished run on a read-only disk can be looked at)
 from grappa_dist.models import Backbone, Grappa, check_image_size, create_backbone
 from grappa_dist.models.backbone import check_name, check_weights, source_of
 from grappa_dist.models.weights import load_tensors
@@ -193,7 +202,7 @@ def exported_spec(
     folder, config = exported_config(run_or_model_dir)
     check_trust(run_or_model_dir, config["backbone"], trust_modules)
     backbone = BackboneConfig(name=config["backbone"]["name"], kwargs=config["backbone"]["kwargs"])
-    path = folder / WEIGHTS_FILE
+    path = _whole(folder, WEIGHTS_FILE, config)
     weights = _sha256(str(path), path.stat().st_mtime_ns)
     galleries: dict[str, list[float]] = config.get("galleries", {})
     if gallery is not None and gallery not in galleries:
@@ -212,20 +221,50 @@ def exported_spec(
 
 
 def exported_config(run_or_model_dir: Path) -> tuple[Path, dict[str, Any]]:
-    """The directory of an exported model, given that or its run's, and the content of its config.json."""
+    """The directory of an exported model, given that or its run's, and the content of its config.json.
+
+    Raises:
+        ValueError: the directory holds no model, one of an unknown format, or one whose config.json was damaged.
+    """
     folder = run_or_model_dir
     folder = folder / "model" if (folder / "model" / CONFIG_FILE).is_file() else folder
     if not (folder / CONFIG_FILE).is_file():
         raise ValueError(
             f"{run_or_model_dir} holds no model: expected {CONFIG_FILE}, or model/{CONFIG_FILE} of a finished run"
         )
-    config: dict[str, Any] = read_json(folder / CONFIG_FILE)
+    config: dict[str, Any] = read_json(_whole(folder, CONFIG_FILE))
     if config.get("format") != FORMAT:
         raise ValueError(f"{folder / CONFIG_FILE}: format {config.get('format')!r}, this version reads {FORMAT}")
     return folder, config
 
 
+<<<<<<< HEAD
 def check_trust(run_or_model_dir: Path, backbone: Mapping[str, Any], trust_modules: bool | None) -> None:
+=======
+def _whole(folder: Path, name: str, config: Mapping[str, Any] = MappingProxyType({})) -> Path:
+    """The path of a file of an exported model, once it is found to hold what was written.
+
+    Its checksum is in manifest.json, or where that was not copied along in config.json. Models that were exported
+    before there were checksums are taken as they are.
+
+    Raises:
+        ValueError: the file is damaged or missing.
+    """
+    manifest, path = folder / MANIFEST, folder / name
+    if manifest.is_file():
+        files = read_manifest(read_bytes(manifest), manifest)
+    else:
+        files = {file: Sum(**found) for file, found in config.get("files", {}).items()}
+    if name in files and (why := compare(path, files[name])):
+        raise ValueError(
+            f"{path} {why}: the model is damaged. Copy it again from where it was exported, or run the command of its "
+            f"run directory again, which makes it anew (if {name} was changed on purpose, remove {manifest})"
+        )
+    return path
+
+
+def check_trust(run_or_model_dir: Path, name: str, trust_modules: bool | None) -> None:
+>>>>>>> f224e8c (Exported models and embeddings are checked when they are read; a finished run on a read-only disk can be looked at)
     """Raises ValueError where a model names a module that would be imported, and so run, without its caller's word.
 
     A model directory is data, which may come from anyone. In a run directory that module is trusted which a run of
@@ -284,14 +323,15 @@ def load_grappa(run_or_model_dir: Path, *, trust_modules: bool | None = None) ->
             where a run of the same user imported it.
 
     Raises:
-        ValueError: the directory holds no model, one of an unknown format, or one that names a module which is not
-            trusted.
+        ValueError: the directory holds no model, one of an unknown format, one that names a module which is not
+            trusted, or a file of it is damaged.
     """
     folder, config = exported_config(run_or_model_dir)
     check_trust(run_or_model_dir, config["backbone"], trust_modules)
     pixels = {name: tuple(value) if isinstance(value, list) else value for name, value in config["pixels"].items()}
     backbone = create_backbone(config["backbone"]["name"], config["backbone"]["kwargs"], pixels, pretrained=False)
     grappa = Grappa(backbone, len(config["sets"]), config["bottleneck"], attention=config["attention"])
+<<<<<<< HEAD
     name, path = config["backbone"]["name"], folder / WEIGHTS_FILE
     tensors = read_tensors(path)
     try:
@@ -300,6 +340,9 @@ def load_grappa(run_or_model_dir: Path, *, trust_modules: bool | None = None) ->
         raise ValueError(
             f"{path} is of another model than {name} builds here: {' '.join(str(error).split())}"
         ) from error
+=======
+    missing, unexpected = load_tensors(grappa, read_tensors(_whole(folder, WEIGHTS_FILE, config)))
+>>>>>>> f224e8c (Exported models and embeddings are checked when they are read; a finished run on a read-only disk can be looked at)
     if missing or unexpected:
         raise ValueError(
             f"{path} is of another model than {name} builds here: it lacks {', '.join(missing[:3]) or 'nothing'} and "

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from grappa_dist.artifacts import CONTENT_BYTES, Artifact, NotSeen, look_at
 from grappa_dist.checksums import MANIFEST, DamagedArtifact, set_aside
@@ -12,6 +13,9 @@ from grappa_dist.console import Events, pluralize, read_events
 from grappa_dist.stages.run import Run
 
 DAMAGES_FILE = "damages.jsonl"  # in the run directory: what was set aside, once and for all
+
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,21 @@ class Mending:
     names: set[str] = field(default_factory=set)  # of the folders in the run directory
     unseen: list[str] = field(default_factory=list)
     told: set[str] = field(default_factory=set)  # artefacts without checksums
+
+    def mended(self, work: Callable[[], Result]) -> Result:
+        """What `work()` returns; when it meets a damaged artefact, that is set aside, and `work` called again.
+
+        Raises:
+            DamagedArtifact, ValueError, NotSeen: as `mend` and `look_again`.
+        """
+        while True:
+            try:
+                return work()
+            except DamagedArtifact as damage:
+                self.mend(damage)
+            except NotSeen as error:
+                self.look_again(error)
+            self.run.runner.renew_workers()  # which may have mapped what was set aside
 
     def check(self, artifacts: Sequence[Artifact]) -> bool:
         """Sets aside what is damaged among finished artefacts: all sizes are checked, and contents within
