@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,7 +66,7 @@ class Mending:
     def check(self, artifacts: Sequence[Artifact]) -> bool:
         """Sets aside what is damaged among finished artefacts: all sizes are checked, and contents within
         CONTENT_BYTES. Whether there was anything."""
-        before = len(self.damages)
+        before, began = len(self.damages), time.monotonic()
         for artifact in artifacts:
             if not artifact.complete and artifact.path.is_dir():
                 self.mend(DamagedArtifact(str(artifact.path / MANIFEST), str(artifact.path), "is missing"))
@@ -74,7 +75,8 @@ class Mending:
             self.mend(damage)
         self._tell_old(look.without_checksums)
         if look.all_bytes:
-            self.run.console.event("artefacts_checked", bytes=look.num_bytes, of_bytes=look.all_bytes)
+            took = round(time.monotonic() - began, 4)
+            self.run.console.event("artefacts_checked", bytes=look.num_bytes, of_bytes=look.all_bytes, seconds=took)
         return len(self.damages) > before
 
     def _tell_old(self, artifacts: Iterable[Artifact]) -> None:
