@@ -18,19 +18,11 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from grappa_dist.artifacts import Artifact, numbered
-<<<<<<< HEAD
-from grappa_dist.checksums import damaged, verified
+from grappa_dist.checksums import MANIFEST, compare, damaged, read_manifest, verified
 from grappa_dist.config import BackboneConfig, fingerprint
 from grappa_dist.data.transforms import Preprocess
 from grappa_dist.distributed.worker import release_memory
-from grappa_dist.files import read_json, read_tensors, replace, save_tensors
-=======
-from grappa_dist.checksums import MANIFEST, compare, damaged, read_manifest, verified
-from grappa_dist.config import BackboneConfig
-from grappa_dist.data.transforms import Preprocess
-from grappa_dist.distributed.worker import release_memory
-from grappa_dist.files import Sum, read_bytes, read_json, read_tensors, save_tensors
->>>>>>> f224e8c (Exported models and embeddings are checked when they are read; a finished run on a read-only disk can be looked at)
+from grappa_dist.files import Sum, read_bytes, read_json, read_tensors, replace, save_tensors
 from grappa_dist.models import Backbone, Grappa, check_image_size, create_backbone
 from grappa_dist.models.backbone import check_name, check_weights, source_of
 from grappa_dist.models.weights import load_tensors
@@ -238,9 +230,6 @@ def exported_config(run_or_model_dir: Path) -> tuple[Path, dict[str, Any]]:
     return folder, config
 
 
-<<<<<<< HEAD
-def check_trust(run_or_model_dir: Path, backbone: Mapping[str, Any], trust_modules: bool | None) -> None:
-=======
 def _whole(folder: Path, name: str, config: Mapping[str, Any] = MappingProxyType({})) -> Path:
     """The path of a file of an exported model, once it is found to hold what was written.
 
@@ -263,8 +252,7 @@ def _whole(folder: Path, name: str, config: Mapping[str, Any] = MappingProxyType
     return path
 
 
-def check_trust(run_or_model_dir: Path, name: str, trust_modules: bool | None) -> None:
->>>>>>> f224e8c (Exported models and embeddings are checked when they are read; a finished run on a read-only disk can be looked at)
+def check_trust(run_or_model_dir: Path, backbone: Mapping[str, Any], trust_modules: bool | None) -> None:
     """Raises ValueError where a model names a module that would be imported, and so run, without its caller's word.
 
     A model directory is data, which may come from anyone. In a run directory that module is trusted which a run of
@@ -331,8 +319,7 @@ def load_grappa(run_or_model_dir: Path, *, trust_modules: bool | None = None) ->
     pixels = {name: tuple(value) if isinstance(value, list) else value for name, value in config["pixels"].items()}
     backbone = create_backbone(config["backbone"]["name"], config["backbone"]["kwargs"], pixels, pretrained=False)
     grappa = Grappa(backbone, len(config["sets"]), config["bottleneck"], attention=config["attention"])
-<<<<<<< HEAD
-    name, path = config["backbone"]["name"], folder / WEIGHTS_FILE
+    name, path = config["backbone"]["name"], _whole(folder, WEIGHTS_FILE, config)
     tensors = read_tensors(path)
     try:
         missing, unexpected = load_tensors(grappa, tensors)
@@ -340,9 +327,6 @@ def load_grappa(run_or_model_dir: Path, *, trust_modules: bool | None = None) ->
         raise ValueError(
             f"{path} is of another model than {name} builds here: {' '.join(str(error).split())}"
         ) from error
-=======
-    missing, unexpected = load_tensors(grappa, read_tensors(_whole(folder, WEIGHTS_FILE, config)))
->>>>>>> f224e8c (Exported models and embeddings are checked when they are read; a finished run on a read-only disk can be looked at)
     if missing or unexpected:
         raise ValueError(
             f"{path} is of another model than {name} builds here: it lacks {', '.join(missing[:3]) or 'nothing'} and "
