@@ -21,6 +21,7 @@ LONGEST_SOCKET = 107  # characters of a socket's path; the system's limit
 BELOW_FOLDER = len("/r/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")
 PARTS = ("gcs_server", "raylet")  # the processes without which it is of no use
 OBJECT_STORE_BYTES = 2**28  # big arrays go through storage
+LOG_BYTES = 32 * 2**20
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,9 @@ def _variables(folder: Path) -> dict[str, str | None]:
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # see _loopback
         # Else Ray ends this process 60 s after its GCS has died, though another Ray may be started
         "RAY_gcs_rpc_server_reconnect_timeout_s": "600",
+        # Of each log, and one older part of it; without a bound Ray does not rotate what workers print
+        "RAY_ROTATION_MAX_BYTES": os.environ.get("RAY_ROTATION_MAX_BYTES", str(LOG_BYTES)),
+        "RAY_ROTATION_BACKUP_COUNT": os.environ.get("RAY_ROTATION_BACKUP_COUNT", "1"),
     }
     if sys.platform == "linux":  # the ranks' sockets, likewise
         found |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "=lo"}
