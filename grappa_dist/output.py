@@ -118,8 +118,8 @@ def _guarded(number: int, stream: Any) -> io.TextIOWrapper:
         stream.flush()
     raw = _Tolerant(number)
     buffered: Any = io.BufferedWriter(raw)
-    is_line_buffered = number == 2 or raw.isatty()
-    return io.TextIOWrapper(buffered, encoding, errors="backslashreplace", line_buffering=is_line_buffered)
+    at_once = number == 2 or raw.isatty() or (stream is not None and stream.write_through)  # PYTHONUNBUFFERED
+    return io.TextIOWrapper(buffered, encoding, errors="backslashreplace", line_buffering=at_once)
 
 
 def unprinted() -> str:

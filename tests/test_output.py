@@ -75,6 +75,13 @@ def test_characters_that_an_encoding_lacks_are_printed_as_escapes(encoding: str,
     assert ("\\u6f22 \\udcff" in done.stdout) == (encoding != "utf-8")
 
 
+def test_an_unbuffered_program_prints_at_once(tmp_path: Path) -> None:
+    (tmp_path / "waits.py").write_text(
+        "import os\nfrom grappa_dist.output import guard_output\nguard_output()\nprint('before')\nos._exit(0)\n"
+    )
+    assert shell("$PY -u waits.py", tmp_path).stdout == "before\n"
+
+
 def test_a_closed_stream_is_not_given_to_the_next_file(tmp_path: Path) -> None:
     (tmp_path / "opens.py").write_text(
         "from grappa_dist.output import guard_output\nguard_output()\nassert open('x', 'w').fileno() > 2\n"

@@ -68,6 +68,11 @@ def folder_items(source: Source, task: str | None, split: str | None, log: Log) 
     task = task or task_name(source.path)
     found = None if split == "classes" else _find_split(source, names, split)
     if found is None:
+        if split != "none" and (below := _split_below(names)):
+            log(
+                f"warning: {source.path}: in the class folders lie {_shown(below)}, which is not taken as a split; "
+                "a CSV that lists the images can have one (--split column)"
+            )
         labels = _named(source, _classes(source, names, labelled=split != "none"), log, labelled=split != "none")
         return [Item(source, name, labels[name], task) for name in names]
     taken = [name for name in names if _top(name) in found.sides]
@@ -134,6 +139,14 @@ def _find_split(source: Source, names: Sequence[str], split: str | None) -> Fold
             "divide its classes, or give --split classes where these are classes, or --split none to train on all"
         )
     return None
+
+
+def _split_below(names: Sequence[str]) -> list[str]:
+    """The folders in class folders that are called as parts of a split are; [] unless there are two such parts."""
+    below = sorted({_top(name.partition("/")[2]) for name in names})
+    parts = {folder: part_of(folder) for folder in below}
+    found = [folder for folder, part in parts.items() if part is not None]
+    return found if "train" in parts.values() and len({parts[folder] for folder in found}) > 1 else []
 
 
 def _shown(folders: Sequence[str]) -> str:

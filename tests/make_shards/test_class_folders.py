@@ -108,6 +108,14 @@ def test_a_class_among_others_stays_a_class(tmp_path: Path, names: tuple[str, ..
     assert "split" not in logged
 
 
+def test_a_split_within_the_classes_is_not_taken_and_it_is_said(tmp_path: Path) -> None:
+    data = write(tmp_path / "data", "cat/train/1.jpg", "cat/test/2.jpg", "dog/train/3.jpg")
+    rows, logged = made(data, tmp_path / "out")
+    assert [label for _, label in rows["train"]] == ["cat", "cat"]
+    assert "in the class folders lie test/, train/, which is not taken as a split" in logged
+    assert "not taken" not in made(data, tmp_path / "none", "none")[1]
+
+
 def test_without_a_split_all_images_train_and_the_classes_are_still_below(tmp_path: Path) -> None:
     data = write(tmp_path / "data", *below("train", "val"))
     assert made(data, tmp_path / "out", "none")[0] == {"train": expected(below("train", "val"))}
