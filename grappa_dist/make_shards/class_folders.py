@@ -68,9 +68,9 @@ def folder_items(source: Source, task: str | None, split: str | None, log: Log) 
     task = task or task_name(source.path)
     found = None if split == "classes" else _find_split(source, names, split)
     if found is None:
-        if split != "none" and (below := _split_below(names)):
+        if split != "none" and (parts := _split_below(names)):
             log(
-                f"warning: {source.path}: in the class folders lie {_shown(below)}, which is not taken as a split; "
+                f"warning: {source.path}: in the class folders lie {_shown(parts)}, which is not taken as a split; "
                 "a CSV that lists the images can have one (--split column)"
             )
         labels = _named(source, _classes(source, names, labelled=split != "none"), log, labelled=split != "none")
