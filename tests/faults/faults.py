@@ -14,10 +14,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tests.e2e import runs
+from tests.faults import faulty_http
 from tests.faults.clock import Clock
 from tests.faults.injection import StorageErrors
 from tests.faults.small_run import Driver, SmallRun
-from tests.stores import Answer, StoreProxy
+from tests.stores import StoreProxy
 
 TARGET_S = 20.0  # for a process that is to be hit to be there
 DAY_S = 86_400.0
@@ -73,7 +74,7 @@ class Fault:
         group: rows of the table are sorted by it.
         undo: ends a fault that lasts.
         lasts_s: how long it lasts, at least and at most; None: until the program ends.
-        ends: whether the program cannot go on.
+        awaited: whether nothing else happens until it is noticed: the program goes on for a while, or ends.
         statuses: what the program may end with while the fault lasts, or because of it.
         says: a pattern that the one line of an error must match.
         needs: what has to be prepared before the run starts.
@@ -84,7 +85,7 @@ class Fault:
     inject: Callable[[Scene], None]
     undo: Callable[[Scene], None] = lambda scene: None
     lasts_s: tuple[float, float] | None = (0.0, 0.0)
-    ends: bool = False
+    awaited: bool = False
     statuses: tuple[int, ...] = (0,)
     says: str = ""
     needs: str = ""
@@ -191,45 +192,38 @@ def _jump(offset_s: float) -> Callable[[Scene], None]:
     return inject
 
 
-def _serve(**behaviour: object) -> Callable[[Scene], None]:
+def _serve(kind: faulty_http.Fault | None) -> Callable[[Scene], None]:
+    """From now on the store answers all requests in this wrong way."""
+
     def inject(scene: Scene) -> None:
         assert scene.server is not None
-        for name, value in behaviour.items():
-            setattr(scene.server, name, value)
+        scene.server.spoil = faulty_http.always(kind)
 
     return inject
 
 
-def _serve_well(scene: Scene) -> None:
-    assert scene.server is not None
-    scene.server.reset()
-
-
-def _another_etag(answer: Answer) -> Answer:
-    status, headers, body = answer
-    return status, {**headers, "ETag": '"0123456789abcdef0123456789abcdef"'}, body
-
-
 WORKER = "worker"
 KILLS = (
-    Fault("kill -9 of the driver", "kills", _kill("driver"), ends=True, statuses=(-9,)),
+    Fault("kill -9 of the driver", "kills", _kill("driver"), awaited=True, statuses=(-9,)),
     Fault("kill -9 of the worker of rank 0", "kills", _kill(WORKER)),
     Fault("kill -9 of the other worker", "kills", _kill(WORKER, 1)),
-    Fault("kill -9 of the raylet", "kills", _kill("raylet"), ends=True, statuses=(0, 1)),
-    Fault("kill -9 of the GCS", "kills", _kill("GCS"), ends=True, statuses=(0, 1)),
-    Fault("kill -9 of the dashboard agent", "kills", _kill("dashboard agent"), lasts_s=(12.0, 12.0), statuses=(0, 1)),
+    Fault("kill -9 of the raylet", "kills", _kill("raylet"), awaited=True, statuses=(0, 1)),
+    Fault("kill -9 of the GCS", "kills", _kill("GCS"), awaited=True, statuses=(0, 1)),
+    Fault("kill -9 of the dashboard agent", "kills", _kill("dashboard agent"), awaited=True, statuses=(0, 1)),
     Fault(
         "kill -9 of the runtime environment agent",
         "kills",
         _kill("runtime environment agent"),
-        lasts_s=(12.0, 12.0),
+        awaited=True,
         statuses=(0, 1),
     ),
 )
 SIGNALS = (
-    Fault("SIGTERM", "signals", _kill("driver", 0, signal.SIGTERM), ends=True, statuses=(143, -15), says="terminated"),
-    Fault("SIGINT", "signals", _kill("driver", 0, signal.SIGINT), ends=True, statuses=(130, -2), says="interrupted"),
-    Fault("SIGHUP", "signals", _kill("driver", 0, signal.SIGHUP), ends=True, statuses=(143, 129, -1), says=""),
+    Fault(
+        "SIGTERM", "signals", _kill("driver", 0, signal.SIGTERM), awaited=True, statuses=(143, -15), says="terminated"
+    ),
+    Fault("SIGINT", "signals", _kill("driver", 0, signal.SIGINT), awaited=True, statuses=(130, -2), says="interrupted"),
+    Fault("SIGHUP", "signals", _kill("driver", 0, signal.SIGHUP), awaited=True, statuses=(143, 129, -1), says=""),
     Fault("SIGSTOP of a worker, seconds", "signals", _stop, _continue, (2.0, 10.0)),
     Fault("SIGSTOP of a worker, minutes", "signals", _stop, _continue, (120.0, 120.0)),
 )
@@ -322,12 +316,20 @@ CLOCKS = (
     Fault("clock jumps a day ahead", "clock", _jump(DAY_S), needs="clock"),
     Fault("clock jumps a day back", "clock", _jump(-DAY_S), needs="clock"),
 )
-_SERVED = Fault("", "object store", lambda scene: None, _serve_well, (1.0, 8.0), statuses=(0, 1), needs="server")
-STORES = (
-    replace(_SERVED, name="store answers 500", inject=_serve(refuse=lambda method, path: 500)),
-    replace(_SERVED, name="store answers 503", inject=_serve(refuse=lambda method, path: 503)),
-    replace(_SERVED, name="store does not answer", inject=_serve(latency_s=90.0), lasts_s=(5.0, 40.0)),
-    replace(_SERVED, name="store sends short bodies", inject=_serve(cut=lambda method, path: 700)),
-    replace(_SERVED, name="store sends another ETag", inject=_serve(change=_another_etag)),
+_SERVED = Fault("", "object store", lambda scene: None, _serve(None), (1.0, 8.0), statuses=(0, 1), needs="server")
+STORES = tuple(
+    replace(
+        _SERVED, name=f"store: {name}", inject=_serve(kind), lasts_s=(5.0, 40.0) if "no answer" in name else (1.0, 8.0)
+    )
+    for name, kind in (
+        ("status 500", faulty_http.Fault.ERROR),
+        ("status 503", faulty_http.Fault.SLOW_DOWN),
+        ("no answer", faulty_http.Fault.HANG),
+        ("connections are reset", faulty_http.Fault.RESET),
+        ("bodies end early", faulty_http.Fault.CUT),
+        ("short bodies, announced as whole", faulty_http.Fault.SHORT),
+        ("bytes of another range", faulty_http.Fault.OTHER_RANGE),
+        ("another ETag", faulty_http.Fault.OTHER_TAG),
+    )
 )
 FAULTS = {fault.name: fault for fault in (*KILLS, *SIGNALS, *LIMITS, *DISKS, *CLOCKS, *STORES)}

@@ -15,6 +15,7 @@ from tests.faults.faults import FAULTS, Fault, Missed, Scene
 from tests.faults.small_run import STAGES, Driver, SmallRun, Watch
 
 STEPS = {"adapt": ("adaptors/k=4", 30), "fuse": ("fusion/neighbours", 12)}  # a job, and its number of steps
+RAY_DIED = "has died; starting Ray again"  # of distributed/ray_cluster.py
 LOOK_S = 0.02
 NOTICED_S = 30.0  # the most that may pass until a lost process is noticed
 GONE_S = 20.0  # the most that processes may outlive their driver
@@ -80,6 +81,8 @@ class Trials:
     done: list[Trial] = field(default_factory=list)
     _driver: Driver | None = None
     _whole: bool = False  # whether the program has ended well, and all artefacts are there
+    _deaths: int = 0  # of Ray, that the program running now has reported
+    _died: list[float] = field(default_factory=list)  # when these were seen
     _compared: int = 0  # so many trials belong to runs that have ended well
     _last: _Injected | None = None
     _restarted: list[tuple[Trial, float]] = field(default_factory=list)
@@ -110,7 +113,8 @@ class Trials:
         return self.done
 
     def _start(self) -> Driver:
-        driver = self._driver = self.run.start()
+        driver, self._deaths = self.run.start(), 0
+        self._driver = driver
         if self._last is not None and self._last.trial.outcome in ("ended", "hung"):
             self._restarted.append((self._last.trial, driver.began))
         return driver
@@ -179,20 +183,25 @@ class Trials:
                 trial.wrong.append(f"neither ended nor went on within {MOST_S:g} s")
                 self.run.end_all()
                 injected.driver.process.wait(timeout=30)
-            elif undone and not fault.ends and self._went_on(trial, at, failed, now - lasts, before):
+            elif undone and 0 in fault.statuses and self._went_on(injected, failed, now - lasts, before):
                 trial.outcome = "went on"
                 return
 
     def _failed(self, at: float) -> float | None:
-        """When the run first noticed that a job had failed, after a fault at that moment."""
-        return next((seen for seen, _ in self.watch.since(at, "job_failed")), None)
+        """When the run first noticed that a job or its Ray had failed, after a fault at that moment."""
+        if self._driver is not None and self._driver.output.count(RAY_DIED) > self._deaths:
+            self._deaths += 1
+            self._died.append(time.monotonic())
+        seen = [at for at, _ in self.watch.since(at, "job_failed")] + [died for died in self._died if died >= at]
+        return min(seen, default=None)
 
-    def _went_on(self, trial: Trial, at: float, failed: float | None, since_s: float, before: tuple[int, int]) -> bool:
+    def _went_on(self, injected: _Injected, failed: float | None, since_s: float, before: tuple[int, int]) -> bool:
         if failed is None:  # it has not harmed any job, at least not yet
-            return since_s > QUIET_S and self.watch.written() != before
+            return not injected.fault.awaited and since_s > QUIET_S and self.watch.written() != before
         on = self._goes_on(failed)
         if on is None:
             return False
+        trial, at = injected.trial, injected.at
         trial.noticed_s, trial.recovered_s = round(failed - at, 2), round(on - at, 1)
         return True
 
@@ -237,7 +246,7 @@ class Trials:
         trial.outcome = "ended" if status else "went on"
         if status and trial.noticed_s is None:
             trial.noticed_s = round((self._failed(last.at) or ended) - last.at, 2)
-            if fault.ends and trial.noticed_s > NOTICED_S and fault.group == "kills":
+            if trial.noticed_s > NOTICED_S and fault.group == "kills":
                 trial.wrong.append(f"noticed after {trial.noticed_s:g} s, more than {NOTICED_S:g}")
         if status not in {0, *fault.statuses}:
             trial.wrong.append(f"exit status {status}")
