@@ -17,6 +17,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -128,18 +129,28 @@ def side_by_side(folder: Path, asked: argparse.Namespace) -> None:
     out, end = folder / "trials.jsonl", time.monotonic() + 60 * asked.minutes
     running: list[subprocess.Popen[bytes]] = []
     seed = 1 + max((int(trial["seed"].split(".")[0]) for trial in read(out)), default=-1)
-    while running or (time.monotonic() < end and len(read(out)) < asked.trials):
-        left = asked.trials - len(read(out)) - len(STAGES) * len(running)
-        if len(running) < asked.side_by_side and time.monotonic() < end and left > 0:
-            given = ["--seed", str(seed), "--out", str(folder), "--stop-s", str(asked.stop_s)]
-            seconds = ["--seconds", str(max(1.0, end - time.monotonic()))]
-            command = [sys.executable, "-m", "tests.faults.matrix", *given, *seconds]
-            if "mounts" in {fault.needs for _, fault in plan_for(seed)}:
-                command = [*(namespace() or ()), *command]
-            running.append(subprocess.Popen(command, cwd=ROOT))
-            seed += 1
-        time.sleep(0.5)
-        running = [process for process in running if process.poll() is None]
+    try:
+        while running or (time.monotonic() < end and len(read(out)) < asked.trials):
+            left = asked.trials - len(read(out)) - len(STAGES) * len(running)
+            if len(running) < asked.side_by_side and time.monotonic() < end and left > 0:
+                running.append(start(seed, folder, end - time.monotonic(), asked.stop_s))
+                seed += 1
+            time.sleep(0.5)
+            running = [process for process in running if process.poll() is None]
+    finally:
+        for process in running:  # they end their programs
+            process.send_signal(signal.SIGINT)
+        for process in running:
+            process.wait(timeout=60)
+
+
+def start(seed: int, folder: Path, seconds: float, stop_s: float) -> subprocess.Popen[bytes]:
+    """A process of its own for one run directory, where its faults need small disks in a namespace of its own."""
+    given = ["--seed", str(seed), "--out", str(folder), "--stop-s", str(stop_s), "--seconds", str(max(1.0, seconds))]
+    command = [sys.executable, "-m", "tests.faults.matrix", *given]
+    if "mounts" in {fault.needs for _, fault in plan_for(seed)}:
+        command = [*(namespace() or ()), *command]
+    return subprocess.Popen(command, cwd=ROOT)
 
 
 def caption(trials: Sequence[Mapping[str, Any]]) -> str:
