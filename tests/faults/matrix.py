@@ -120,7 +120,7 @@ def keep_logs(run: SmallRun, seed: int, done: Sequence[Trial], folder: Path) -> 
     if any(trial.wrong for trial in done) or not done:
         kept = folder / "logs" / str(seed)
         kept.mkdir(parents=True, exist_ok=True)
-        for path in [*run.folder.glob("start-*.log"), *run.root.glob("*.jsonl"), *run.root.glob("errors.log")]:
+        for path in [*run.folder.glob("start-*"), *run.root.glob("*.jsonl"), *run.root.glob("errors.log")]:
             shutil.copy(path, kept / path.name)
 
 

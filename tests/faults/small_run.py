@@ -86,7 +86,7 @@ class Driver:
     """One start of the program."""
 
     process: subprocess.Popen[bytes]
-    log: Path
+    log: Path  # what it writes on stderr
     began: float = field(default_factory=time.monotonic)
 
     @property
@@ -95,8 +95,8 @@ class Driver:
 
     @property
     def said_last(self) -> str:
-        """Its last line; Ray reports the death of workers whenever it comes to it."""
-        return next((line for line in reversed(self.output.splitlines()) if "(raylet)" not in line), "")
+        """The last line of its progress and errors."""
+        return (self.output.splitlines() or [""])[-1]
 
     def error(self) -> str:
         """The one line that says why it ended, or "" if there is none or more than that."""
@@ -136,9 +136,9 @@ class SmallRun:
         }
         program = [sys.executable, str(ROOT / "launch" / "full_pipeline.py")]
         command = [*program, "--config", str(self.config), "--out", str(self.root)]
-        with open(log, "wb") as file:
+        with open(log, "wb") as file, open(log.with_suffix(".out"), "wb") as results:
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=variables, start_new_session=True
+                command, stdin=subprocess.DEVNULL, stdout=results, stderr=file, env=variables, start_new_session=True
             )
         return Driver(process, log)
 
