@@ -10,9 +10,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,12 @@ class SmallRun:
                 command, stdin=subprocess.DEVNULL, stdout=results, stderr=file, env=variables, start_new_session=True
             )
         return Driver(process, log)
+
+    def has_made(self, stage: str, artefacts: Collection[str]) -> bool:
+        """Whether a stage is finished, so far as it makes any of these artefacts."""
+        patterns = [end for pattern in MADE_IN[stage] for end in (pattern, f"{pattern}/*")]
+        made = self.artefacts()
+        return all(name in made for name in artefacts if any(fnmatch(name, pattern) for pattern in patterns))
 
     def rewind(self, stage: str) -> None:
         """Removes what a stage and those after it have made, so that the next start makes it again."""

@@ -17,7 +17,7 @@ from tests.faults.faults import FAULTS
 from tests.faults.injection import why_unavailable
 from tests.faults.matrix import DOCUMENT, ON_STORE, available, plan_for, prepare, trials_of
 from tests.faults.mounts import namespace
-from tests.faults.small_run import STAGES, digest, role_of
+from tests.faults.small_run import STAGES, SmallRun, digest, role_of
 from tests.faults.table import BEGIN, END, HEAD, table, written_into
 from tests.faults.trials import plan_of
 
@@ -164,6 +164,20 @@ with small_disks([disk]):
     assert list((tmp_path / "disk").iterdir()) == []
     alone = subprocess.run([sys.executable, *command[-3:]], capture_output=True, text=True, timeout=60)
     assert "RuntimeError: disks are mounted in a namespace alone" in alone.stderr
+
+
+def test_what_a_stage_has_made_is_made_again_with_all_that_follows(tmp_path: Path) -> None:
+    run = SmallRun(tmp_path, tmp_path / "unused.yaml")
+    for name in ("features/backbone/a-0", "labels/k=4-0", "adaptors/k=4-0", "scores/average-0"):
+        (run.root / name).mkdir(parents=True)
+        manifest = {"kind": "", "fingerprint": "", "settings": {}, "inputs": {}, "files": {}}
+        (run.root / name / "manifest.json").write_text(json.dumps(manifest))
+    reference = run.artefacts()
+    assert len(reference) == 4
+    assert run.has_made("pseudo_label", reference)
+    assert not run.has_made("adapt", [*reference, "adaptors/k=6-0"])
+    run.rewind("adapt")
+    assert list(run.artefacts()) == ["features/backbone/a-0", "labels/k=4-0"]
 
 
 @pytest.mark.parametrize(
