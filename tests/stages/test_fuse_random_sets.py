@@ -209,7 +209,7 @@ def test_the_exported_model_is_the_one_that_was_trained(world: Path, variant: st
     spec = ModelSpec(variant, backbone, BOTTLENECK, fusion=artifact(world, "1", variant), random_sets=random_sets)
     made = Store(tmp_path).artifact(f"models/{variant}", {}, spec.inputs)
     export_model(spec, made)
-    model = load_model(made.path)
+    model = load_model(made.path, trust_modules=True)
     images = torch.rand(4, 3, tiny.SIZE_PX, tiny.SIZE_PX, generator=torch.Generator().manual_seed(0))
     built: Any = build(spec, tiny.CPU)
     expected = torch.nn.functional.normalize(built(images), dim=1)
