@@ -13,7 +13,7 @@ from grappa_dist.models.spec import ModelSpec
 from grappa_dist.report.collect import report_of
 from grappa_dist.stages.adapt import adaptors_of
 from grappa_dist.stages.damages import damages_among
-from grappa_dist.stages.embed import features_of
+from grappa_dist.stages.embed import FROZEN, features_of, held_against
 from grappa_dist.stages.evaluate import insight_of, scores_of
 from grappa_dist.stages.flow import Flow, Supervision, artifacts_of
 from grappa_dist.stages.fuse import fusion_of
@@ -27,7 +27,7 @@ from grappa_dist.stages.supervised import supervised_fusion_of, true_labels_of
 
 def lay_out(config: Config, store: Store, train: ImageShards, test: ImageShards | None) -> Flow:
     """Names all artefacts. Reads the index of the images and what was damaged before, and writes nothing."""
-    frozen = ModelSpec("backbone", config.backbone)
+    frozen = ModelSpec(FROZEN, config.backbone)
     features = features_of(store, frozen, config.embed, train)
     ks = num_labels(config.clustering, len(train))
     labels = {k: labels_of(store, config.clustering, config.seed, k, features, num_rows=len(train)) for k in ks}
@@ -47,8 +47,8 @@ def lay_out(config: Config, store: Store, train: ImageShards, test: ImageShards 
     }
     partitions = partitions_of(store, config.seed, labels)
     flow = Flow(
-        train=train,
-        test=images,
+        train=held_against(train, features),
+        test=held_against(images, test_features[FROZEN]),
         supervision=supervision,
         features=features,
         labels=labels,
@@ -144,7 +144,7 @@ def _models(
     """All models that are evaluated, in the order of the table."""
     fused = ModelSpec("", config.backbone, config.adapt.bottleneck, tuple(adaptors.values()))
     models: dict[str, ModelSpec] = {
-        "backbone": ModelSpec("backbone", config.backbone),
+        FROZEN: ModelSpec(FROZEN, config.backbone),
         **{f"k={k}": replace(fused, name=f"k={k}", adaptors=(a,)) for k, a in adaptors.items()},
     }
     for name in config.fuse.variants:

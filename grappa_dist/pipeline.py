@@ -216,6 +216,8 @@ def check(config: Config, root: Path, *, deep: bool = False) -> str:
         whole = _check_artifacts(made, deep=deep)
         finished = not flow.needs_backbone()
         cluster.checks = replace(checks_of(config, store, flow), writes=not all(a.complete for a in made))
+        if deep:
+            whole += f"; {pluralize(flow.train.check_images() + flow.test.check_images(), 'image')} as embedded"
     warnings: tuple[str, ...] = ()
     if not finished:
         tried = _tried(config, store)

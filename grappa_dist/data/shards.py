@@ -8,6 +8,7 @@ import os
 import resource
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache, cached_property, lru_cache
 from pathlib import Path
@@ -15,11 +16,23 @@ from typing import IO, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
+from xxhash import xxh3_64_intdigest
 
+from grappa_dist.checksums import map_rows
 from grappa_dist.data.block_cache import BlockFile, CacheSettings, ReadAt, fetchers, open_blocks
 from grappa_dist.data.decoding import BadImage
 from grappa_dist.data.discovery import Index, find_shards
-from grappa_dist.data.index import DAMAGED, REFUSED, REMADE, OpenFile, Shard, check_places, read_rows, refusal
+from grappa_dist.data.index import (
+    COMMITTED,
+    DAMAGED,
+    REFUSED,
+    REMADE,
+    OpenFile,
+    Shard,
+    check_places,
+    read_rows,
+    refusal,
+)
 from grappa_dist.data.index_cache import rows_are_whole
 from grappa_dist.data.remote import RemoteObject, is_remote
 from grappa_dist.data.remote_index import RemoteRows
@@ -32,17 +45,33 @@ _FETCHING = [threading.Lock() for _ in range(64)]  # by shard: threads that need
 _LARGEST_JSON = 2**24  # bytes of a JSON member: a name in a tar has 2^20 bytes at most, six digits for each
 
 
+_SUMS: dict[str, bool] = {}  # whether there is such a file of checksums
+_CHECKED_AT_ONCE = 8
+
+
 class BadLabels(ValueError):
     """The JSON member of an image cannot be used; the message names shard and key."""
 
 
+class ChangedImage(ValueError):
+    """An image has other bytes than when its features were made."""
+
+
 @dataclass(frozen=True)
 class ImageShards:
-    """Handle on shards of images: small, picklable, and read from any thread or process."""
+    """Handle on shards of images: small, picklable, and read from any thread or process.
+
+    Attributes:
+        sums: of each shard a file with the xxh3 of every image, (P,) uint64, 0: unknown; it need not exist yet. What is
+            read is held against it.
+        record: (rows,) uint64, gets the xxh3 of every image that is read.
+    """
 
     shards: tuple[Shard, ...]
     indexes: tuple[Index, ...] = field(compare=False, repr=False)
     cache: CacheSettings = field(default=CacheSettings(), compare=False, repr=False)  # of what is read from remote ones
+    sums: tuple[str, ...] = field(default=(), compare=False, repr=False)
+    record: NDArray[np.uint64] | None = field(default=None, compare=False, repr=False)
 
     @staticmethod
     def open(
@@ -86,7 +115,7 @@ class ImageShards:
 
     def part(self, shard: int) -> ImageShards:
         """One shard by itself, its rows counted from 0: what a task needs that reads no other."""
-        return ImageShards((self.shards[shard],), (self.indexes[shard],), self.cache)
+        return self._of([shard])
 
     def some(self, rows: int, seed: int) -> ImageShards:
         """Whole shards, drawn by the seed, with at least `rows` rows; all of them where there are no more."""
@@ -95,7 +124,13 @@ class ImageShards:
         order = permutation(len(self.shards), Purpose.SOME_SHARDS, seed)
         enough = int(np.searchsorted(np.cumsum(np.diff(self.starts)[order]), rows)) + 1
         chosen = sorted(order[:enough].tolist())
-        return ImageShards(tuple(self.shards[i] for i in chosen), tuple(self.indexes[i] for i in chosen), self.cache)
+        return self._of(chosen)
+
+    def _of(self, chosen: Sequence[int]) -> ImageShards:
+        sums = tuple(self.sums[i] for i in chosen) if self.sums else ()
+        return ImageShards(
+            tuple(self.shards[i] for i in chosen), tuple(self.indexes[i] for i in chosen), self.cache, sums
+        )
 
     def shard_rows(self, shard: int) -> range:
         """Row ids of one shard."""
@@ -117,6 +152,7 @@ class ImageShards:
 
         Raises:
             BadImage: the index says why the row has none.
+            ChangedImage: it has other bytes than when its features were made.
         """
         shard, position = self.locate(row)
         place = self.index(shard)[position]
@@ -124,7 +160,38 @@ class ImageShards:
             raise BadImage(f"{why} (byte {place['offset']})")
         if int(place["offset"]) + int(place["size"]) > self.shards[shard].bytes:
             raise BadImage("cut off: the shard ends inside it")
-        return self._read(shard, int(place["offset"]), int(place["size"]))
+        data = self._read(shard, int(place["offset"]), int(place["size"]))
+        if self.record is not None:
+            self.record[row] = xxh3_64_intdigest(data)
+        if self.sums and (known := _sum_of(self.sums[shard], position)):
+            self._compare(row, data, known)
+        return data
+
+    def _compare(self, row: int, data: bytes, known: int) -> None:
+        found = xxh3_64_intdigest(data)
+        if found != known:
+            raise ChangedImage(
+                f"{self.where(row)}: its bytes are not those that its features were made of (xxh3 {found:016x}, was "
+                f"{known:016x}): the tar was damaged, or changed while its size and times stayed. Restore it from "
+                f"where it came. If that was on purpose, make its shards again, or remove the {COMMITTED} beside it"
+            )
+
+    def check_images(self) -> int:
+        """Reads all images whose checksum is known, and holds them against it; how many these are.
+
+        Raises:
+            ChangedImage: one has other bytes than when its features were made.
+        """
+        rows = [
+            row
+            for shard, path in enumerate(self.sums)
+            for row in self.shard_rows(shard)
+            if _sum_of(path, row - int(self.starts[shard]))
+        ]
+        with ThreadPoolExecutor(_CHECKED_AT_ONCE) as pool:
+            for _ in pool.map(self._image_or_why, rows):
+                pass
+        return len(rows)
 
     def images(self, rows: Iterable[int]) -> Iterator[bytes | BadImage]:
         """The image files of some rows, or why one is bad, in their order; remote ones are requested in parallel."""
@@ -222,6 +289,22 @@ def _opener() -> Callable[[Shard], OpenFile]:
 
 def _open(shard: Shard) -> OpenFile:
     return OpenFile(shard.path, (shard.bytes, shard.version) if shard.version else None)
+
+
+def _sum_of(path: str, position: int) -> int:
+    """The recorded xxh3 of an image; 0: unknown."""
+    if not _is_there(path):
+        return 0
+    return int(map_rows(path, None)[position])
+
+
+def _is_there(path: str) -> bool:
+    if path not in _SUMS:
+        found = os.path.exists(path)
+        if not found and not os.path.exists(os.path.dirname(path)):
+            return False  # the features are not finished, and may have it later
+        _SUMS[path] = found  # finished features of an earlier version have none
+    return _SUMS[path]
 
 
 def _rows_of(index: Index, shard: Shard) -> NDArray[Any]:

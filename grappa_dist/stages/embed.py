@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +34,8 @@ from grappa_dist.stages.gallery_weights import by_gallery
 from grappa_dist.stages.run import Run
 
 ROWS_FILE, BAD_FILE = "rows.npy", "bad.json"
+FROZEN = "backbone"  # the name of the frozen backbone as a model
+SUMS_FILE = "sums.npy"  # of features of the frozen backbone: (P,) uint64, xxh3 of every image that was embedded
 CHECK_INTERVAL_S = 5.0  # between counts of the bad rows of finished shards
 NAMED_BAD = 3  # bad rows that the error names
 COMPARED = 256  # rows of all that are looked at for features that are all alike
@@ -130,21 +132,29 @@ def embed(run: Run, images: ImageShards, spec: ModelSpec, features: Sequence[Art
 
 
 def embed_shard(device: torch.device, task: EmbedTask) -> None:
-    """Embeds one shard and commits its artefact: rows.npy (P, D), and bad.json {position: reason}."""
+    """Embeds one shard and commits its artefact: rows.npy (P, D), and bad.json {position: reason}.
+
+    What the frozen backbone reads, which is the first to read an image, is recorded in sums.npy; others are held
+    against that.
+    """
     artifact = task.artifact
     if artifact.complete:
         return
     model = cached_model(task.spec, device)
     rows = np.arange(len(task.images)) + task.first
+    sums = np.zeros(len(rows), dtype=np.uint64) if task.spec.name == FROZEN else None
+    images = replace(task.images, record=sums)
     folder = artifact.begin()
     features = np.zeros((len(rows), int(model.embed_dim)), dtype=np.float32)  # type: ignore[arg-type]
     reasons: dict[int, str] = {}
     for part in by_gallery(task.spec, model, rows):
         inside = part - task.first
-        for place, unit, bad in embed_rows(model, task.images, inside, device=device, how=task.how):
+        for place, unit, bad in embed_rows(model, images, inside, device=device, how=task.how):
             features[inside[place]] = unit
             reasons |= bad
     save_array(folder / ROWS_FILE, features)
+    if sums is not None:
+        save_array(folder / SUMS_FILE, sums)
     write_json(folder / BAD_FILE, {str(row): why for row, why in reasons.items()})
     artifact.commit()
 
@@ -205,6 +215,11 @@ def to_images(pixels: NDArray[np.uint8], device: torch.device) -> Tensor:
     if device.type == "cuda":  # from pinned memory the copy runs while the CPU goes on
         images = images.pin_memory()
     return images.to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 255
+
+
+def held_against(images: ImageShards, features: Sequence[Artifact]) -> ImageShards:
+    """The images, each compared when it is read with what the frozen backbone has read, once its features are there."""
+    return replace(images, sums=tuple(str(artifact.path / SUMS_FILE) for artifact in features))
 
 
 def feature_rows(images: ImageShards, features: Sequence[Artifact]) -> RowArrays:

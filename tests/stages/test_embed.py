@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,20 +14,27 @@ import torch.nn.functional as F
 from PIL import Image
 
 from grappa_dist.artifacts import Artifact, Store
+from grappa_dist.checksums import forget_maps
 from grappa_dist.config import BackboneConfig, Config
+from grappa_dist.data import shards
 from grappa_dist.data.decoding import decode
+from grappa_dist.data.loader import load_images
 from grappa_dist.data.open_images import open_images
-from grappa_dist.data.shards import ImageShards
+from grappa_dist.data.shards import ChangedImage, ImageShards
 from grappa_dist.models.spec import ModelSpec, build, preprocess_of
 from grappa_dist.stages.embed import (
+    SUMS_FILE,
     Embedding,
+    EmbedTask,
     bad_reasons,
     bad_rows,
     check_bad_share,
     embed,
     embed_rows,
+    embed_shard,
     feature_rows,
     features_of,
+    held_against,
     to_images,
 )
 from tests.conftest import Bucket
@@ -69,6 +78,65 @@ def test_a_row_of_features_belongs_to_the_image_of_that_row(settings: Config, tm
             alone = F.normalize(model(to_images(pixels, tiny.CPU)), dim=1)[0].numpy()
         np.testing.assert_allclose(z[row], alone, atol=1e-5)
     assert len(np.unique(z.round(4), axis=0)) == tiny.NUM_ROWS
+
+
+def change(images: ImageShards, row: int, offset: int = 5) -> None:
+    """Flips a bit of an image in its tar, whose size and times stay."""
+    shard, position = images.locate(row)
+    tar, place = images.shards[shard].path, images.index(shard)[position]
+    before = os.stat(tar)
+    with open(tar, "r+b") as file:
+        file.seek(int(place["offset"]) + offset)
+        (byte,) = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
+    os.utime(tar, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_an_image_that_has_changed_since_it_was_embedded_is_named_by_whatever_reads_it(tmp_path: Path) -> None:
+    settings = tiny.config(tiny.write_shards(tmp_path / "images"))
+    _, opened, features = embed_in(tmp_path / "run", settings)
+    images = held_against(opened, features)
+    assert images.check_images() == tiny.NUM_ROWS
+    change(images, 15)
+    for row in range(tiny.NUM_ROWS):
+        if row != 15:
+            images.image_bytes(row)
+    expected = rf"part2.*image '{images.key(15)}'.* its bytes are not those that its features were made of .*Restore it"
+    readers: list[Callable[[], object]] = [
+        lambda: images.image_bytes(15),
+        lambda: images.part(images.locate(15)[0]).images([15 - int(images.starts[images.locate(15)[0]])]).__next__(),
+        lambda: load_images(images, [14, 15], lambda picture, row: np.zeros((1,), np.uint8), (1,)),
+        images.check_images,
+        lambda: embed_shard(tiny.CPU, task_of(images, settings, Store(tmp_path / "other"), name="k=4")),
+    ]
+    for read in readers:
+        with pytest.raises(ChangedImage, match=expected):
+            read()
+    for artifact in features:  # of an earlier version
+        (artifact.path / SUMS_FILE).unlink()
+    forget_maps()
+    shards._SUMS.clear()
+    assert images.check_images() == 0
+    images.image_bytes(15)
+
+
+def task_of(images: ImageShards, settings: Config, store: Store, name: str) -> EmbedTask:
+    """The embedding of the shard of row 15 by a model of that name."""
+    shard, spec = images.locate(15)[0], ModelSpec(name, settings.backbone)
+    artifact = features_of(store, spec, settings.embed, images)[shard]
+    return EmbedTask(images.part(shard), int(images.starts[shard]), spec, artifact, Embedding(4, 2))
+
+
+def test_images_that_are_not_embedded_yet_are_read_and_compared_with_nothing(tmp_path: Path) -> None:
+    settings = tiny.config(tiny.write_shards(tmp_path / "images"))
+    opened, spec = ImageShards.open(settings.data.train, None), ModelSpec("backbone", settings.backbone)
+    features = features_of(Store(tmp_path / "run"), spec, settings.embed, opened)
+    images = held_against(opened, features)
+    assert images.check_images() == 0
+    images.image_bytes(15)
+    embed(tiny.run_in(settings, tmp_path / "run", tiny.Here()), images, spec, features)
+    assert images.check_images() == tiny.NUM_ROWS
 
 
 def test_a_bad_row_is_zero_and_listed_with_its_reason(settings: Config, tmp_path: Path) -> None:
