@@ -213,11 +213,9 @@ def check(config: Config, root: Path, *, deep: bool = False) -> str:
         train, test = open_images(config.data, store, config.resources, write_index=False)
         flow = lay_out(config, store, train, test)
         made += artifacts_of(flow)
-        whole = _check_artifacts(made, deep=deep)
+        whole = _check_artifacts(made, deep=deep) + (_check_images(flow) if deep else "")
         finished = not flow.needs_backbone()
         cluster.checks = replace(checks_of(config, store, flow), writes=not all(a.complete for a in made))
-        if deep:
-            whole += f"; {pluralize(flow.train.check_images() + flow.test.check_images(), 'image')} as embedded"
     warnings: tuple[str, ...] = ()
     if not finished:
         tried = _tried(config, store)
@@ -230,6 +228,11 @@ def check(config: Config, root: Path, *, deep: bool = False) -> str:
         return f"{''.join(warnings)}{table(cluster.facts.values())}\n{pluralize(count, 'worker')} can start; {whole}"
     finally:
         cluster.close()
+
+
+def _check_images(flow: Flow) -> str:
+    """How many images are as they were embedded; raises a ValueError that names one that is not."""
+    return f"; {pluralize(flow.train.check_images() + flow.test.check_images(), 'image')} as embedded"
 
 
 def _check_artifacts(artifacts: Sequence[Artifact], *, deep: bool) -> str:
