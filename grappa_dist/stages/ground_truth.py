@@ -46,16 +46,20 @@ class GroundTruth:
 def ground_truth_of(store: Store, images: ImageShards, *, labelled: bool) -> Artifact:
     """The artefact; a name of its own where one made by an earlier rule says something else than the rule of now."""
     artifact = store.artifact("truth", {"labelled": labelled}, {"images": images.fingerprint})
-    if artifact.complete and _is_outdated(load_json(artifact.path / NAMES_FILE)):
+    if artifact.complete and _is_outdated(artifact):
         return store.artifact("truth", {"labelled": labelled, "rule": RULE}, {"images": images.fingerprint})
     return artifact
 
 
-def _is_outdated(names: dict[str, Any]) -> bool:
+def _is_outdated(artifact: Artifact) -> bool:
     """Whether what an earlier rule found holds a class that is none, or two that are one, or may lack the task 0."""
+    try:
+        names = load_json(artifact.path / NAMES_FILE)
+        tasks, labels = names["tasks"], names["labels"]
+    except (OSError, ValueError, KeyError, TypeError):  # damaged, which its checksum will show
+        return False
     if "rule" in names:
         return False
-    tasks, labels = names["tasks"], names["labels"]
     found = [[named(text).name for text in of] for of in (tasks, labels)]
     equal = len(set(found[0])) < len(tasks) or (len(tasks) == 1 and len(set(found[1])) < len(labels))
     lists = any(text.startswith(("[", "{")) for text in (*tasks, *labels))

@@ -100,23 +100,25 @@ def test_of_several_names_for_a_member_the_first_counts_as_for_tarfile(tmp_path:
 ALLOCATIONS = """
 import sys, tracemalloc
 from grappa_dist.data.tars import members_of
-with open(sys.argv[1], "rb") as file:
-    tracemalloc.start()
-    members = sum(1 for _ in members_of(file, file.name))
-    print(members, tracemalloc.get_traced_memory()[1])
+for name in sys.argv[1:]:
+    with open(name, "rb") as file:
+        tracemalloc.start()
+        members = sum(1 for _ in members_of(file, name))
+        print(members, tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
 """
 
 
 def test_a_tar_of_many_members_takes_no_more_memory_than_one_of_few(tmp_path: Path) -> None:
-    peaks = []
-    for members in (100, 20_000):
-        data = b"".join(header(f"{row:07d}.jpg", 0) for row in range(members)) + bytes(1024)
-        (tmp_path / "t.tar").write_bytes(data)
-        # A process without other threads, whose allocations would be counted
-        command = [sys.executable, "-c", ALLOCATIONS, str(tmp_path / "t.tar")]
-        found, peak = map(int, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
-        assert found == members
-        peaks.append(peak)
+    sizes, names = (100, 20_000), list[str]()
+    for members in sizes:
+        names.append(str(tmp_path / f"{members}.tar"))
+        Path(names[-1]).write_bytes(b"".join(header(f"{row:07d}.jpg", 0) for row in range(members)) + bytes(1024))
+    # A process without other threads, whose allocations would be counted
+    command = [sys.executable, "-c", ALLOCATIONS, *names]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    found, peaks = zip(*(map(int, line.split()) for line in printed), strict=True)
+    assert found == sizes
     assert peaks[1] < peaks[0] + 100_000  # 5 bytes a member
 
 

@@ -117,6 +117,15 @@ def test_what_an_earlier_rule_found_keeps_its_name_unless_this_rule_says_otherwi
         assert load_ground_truth(ground_truth_of(store, images, labelled=True)).label_names == ["a"]
 
 
+def test_a_damaged_list_of_names_keeps_its_name_until_its_checksum_is_looked_at(tmp_path: Path) -> None:
+    images, store = tar_of(tmp_path, ['{"label": "a"}']), Store(tmp_path / "run")
+    artifact = ground_truth_of(store, images, labelled=True)
+    read_ground_truth(torch.device("cpu"), (images, artifact))
+    for text in (b"", bytes(100), b"[]", b"{}", b"null"):
+        (artifact.path / "names.json").write_bytes(text)
+        assert ground_truth_of(store, images, labelled=True).name == artifact.name
+
+
 def test_keys_beside_which_no_label_stands_are_kept(tmp_path: Path) -> None:
     images = tar_of(tmp_path, ['{"class": 3, "url": "u"}', '{"class": 4}'], cls=b"1", txt=b"a cat")
     assert read(tmp_path, images)[1].other_keys == ["class", "url"]
