@@ -60,7 +60,7 @@ def load_model(run_or_model_dir: str | Path, *, trust_modules: bool | None = Non
         ValueError: the directory holds no model, one of an unknown format, or one that names a module which is not
             trusted; or a file of it does not hold what was exported.
     """
-    grappa, config = load_grappa(Path(run_or_model_dir), trust_modules=trust_modules)
+    grappa, config = load_grappa(Path(run_or_model_dir).expanduser(), trust_modules=trust_modules)
     galleries = {task: torch.tensor(weights) for task, weights in config.get("galleries", {}).items()}
     return RetrievalModel(grappa, config["sets"], galleries)
 
@@ -188,7 +188,7 @@ def embed_images(
     Raises:
         ValueError: there is no such model, or a path or setting is wrong.
     """
-    spec = exported_spec(model, gallery, trust_modules=trust_modules)
+    spec = exported_spec(model.expanduser(), gallery, trust_modules=trust_modules)
     data = {"train": tuple(paths)}
     overrides = list(overrides)
     config = read({"name": "embeddings", "data": data, "backbone": {"name": spec.backbone.name}}, overrides)

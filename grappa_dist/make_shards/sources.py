@@ -17,6 +17,7 @@ from PIL import Image, features
 from grappa_dist.data.decoding import COPIED, FORMATS, REWRITTEN, TAKEN, BadImage, decode
 from grappa_dist.data.index import OpenFile
 from grappa_dist.data.tars import members_of
+from grappa_dist.files import read_bytes
 
 FOREIGN = {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}  # folders
 QUALITY = 95  # of JPEG
@@ -31,10 +32,7 @@ class Place(NamedTuple):
 
     def read(self) -> bytes:
         if self.size < 0:
-            try:
-                return Path(self.path).read_bytes()
-            except OSError as error:  # one of reading, unlike one of opening, does not name the file
-                raise type(error)(error.errno, error.strerror, self.path) from None
+            return read_bytes(Path(self.path))
         return _open(self.path).read(self.offset, self.size)
 
 

@@ -40,6 +40,7 @@ def running(config: Config, root: Path) -> Iterator[Run]:
         Terminated: after SIGTERM or Ctrl-C; jobs have saved their state, unless its `waited_s` is set.
     """
     raise_open_files()
+    root = root.expanduser()  # of callers in Python: no folder is ever called "~"
     store, new = Store(root), [path for path in (root, *root.parents) if not path.exists()]
     with store.lock():
         console = Console(Events(root / EVENTS_FILE, EVENTS_BYTES))

@@ -38,3 +38,15 @@ def test_what_was_there_what_was_begun_and_what_is_no_mistake_of_the_input_stays
     with pytest.raises(ValueError, match="wrong"):
         end_with(wrong, tmp_path / "gone" / "run")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["begun", "made", "other", "there"]
+
+
+def test_no_run_makes_a_folder_that_is_called_as_a_home_folder_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    with running(tiny.config(["nowhere"]), Path("~/runs/x")) as context:
+        assert context.store.root == tmp_path / "home" / "runs" / "x"
+    assert list((tmp_path / "here").iterdir()) == []
+    assert (tmp_path / "home" / "runs" / "x" / "events.jsonl").is_file()
