@@ -68,6 +68,7 @@ def clean(config: Config, root: Path, *, remove: bool) -> str:
         shards = [*train.shards, *(test.shards if test else ())]
         strange = list[Path]()
         found = [*_artifacts(root, needed, strange), *_jobs(root, needed), *_index(root, shards), *_temporary(root)]
+        found.sort(key=lambda each: each.path)
         for each in found if remove else ():
             remove_artifact(each.path) if each.path.is_dir() else each.path.unlink(missing_ok=True)
     return _describe(root, found, strange, removed=remove)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import socket
 import struct
 import threading
@@ -96,7 +97,8 @@ def spoilt(fault: Fault, handler: BaseHTTPRequestHandler, answer: Answer) -> Ans
         case Fault.SHORT if handler.command == "GET" and status in (200, 206) and b"<ListBucketResult" not in body:
             return status, headers, half
         case Fault.OTHER_RANGE if asks_for_range:
-            return status, {**headers, "Content-Range": f"bytes 0-{len(body) - 1}/{10**6}"}, bytes(len(body))
+            span = re.sub(r"\d+(?=[-/])", lambda place: str(int(place[0]) + 1), headers["Content-Range"])
+            return status, {**headers, "Content-Range": span}, bytes(len(body))
         case Fault.OTHER_TAG if status < 300:
             return status, {**headers, "ETag": '"another"'}, body
         case Fault.NO_RANGE if asks_for_range:

@@ -12,6 +12,7 @@ from grappa_dist.data.remote import StoreUnavailable
 from grappa_dist.stages.mirror import Mirror
 from tests.conftest import Bucket
 from tests.faults.faulty_http import PASSING, Fault, always, now_and_then
+from tests.stages.test_mirror import mending_in
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +36,7 @@ def test_a_copy_over_a_store_that_fails_now_and_then_is_whole(bucket: Bucket, tm
     bucket.proxy.spoil = now_and_then(seed, 0.3, PASSING - {Fault.RESET})  # s3fs has no end of its own after these
     made, fetched = artifact_in(tmp_path / "a", made=True), artifact_in(tmp_path / "b", made=False)
     Mirror(bucket.url).save([made])
-    assert Mirror(bucket.url).fetch([fetched]) == [fetched]
+    assert Mirror(bucket.url).fetch([fetched], mending_in(tmp_path / "b")) == [fetched]
     for path in made.path.iterdir():
         assert (fetched.path / path.name).read_bytes() == path.read_bytes()
 
@@ -47,8 +48,8 @@ def test_a_store_that_keeps_failing_is_named_with_the_request(bucket: Bucket, tm
     mirror = Mirror(bucket.url)
     bucket.proxy.spoil = always(Fault.SHORT)
     with pytest.raises(StoreUnavailable, match=rf"mirror={bucket.url}: .*\(labels/k=2.*read\): .*(not JSON|hecksum)"):
-        mirror.fetch([fetched])
+        mirror.fetch([fetched], mending_in(tmp_path / "b"))
     bucket.proxy.spoil = always(Fault.SLOW_DOWN)
     with pytest.raises(StoreUnavailable, match=r"request rate|Service Unavailable"):
-        mirror.fetch([fetched])
+        mirror.fetch([fetched], mending_in(tmp_path / "b"))
     assert not fetched.path.exists()
