@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 import grappa_dist
 from grappa_dist import pipeline
@@ -74,6 +75,19 @@ def test_a_check_refuses_an_image_size_before_any_worker_starts(
     backbone = {"name": "tests.models.tiny:create", "image_size": 20}
     with pytest.raises(ValueError, match=r"backbone\.image_size=20 .* do not reach the last 4 of 20 pixels; .*=16$"):
         pipeline.check(tiny.config(shards, backbone=backbone), tmp_path)
+
+
+def test_a_check_refuses_weights_of_another_model_before_any_worker_starts(
+    tmp_path: Path, shards: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "Cluster", lambda *_: SimpleNamespace(workers=lambda: pytest.fail("workers start")))
+    torch.save({"layer1.0.conv1.weight": torch.zeros(3, 3)}, tmp_path / "w.pth")
+    backbone = {"name": "tests.models.tiny:create", "image_size": 32, "checkpoint": str(tmp_path / "w.pth")}
+    with pytest.raises(
+        ValueError, match=r"w\.pth' does not fit the backbone: .*it has layer1\.0\.conv1\.weight"
+    ):
+        pipeline.check(tiny.config(shards, backbone=backbone), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_missing_weights_are_an_error_before_any_worker_is_used(
