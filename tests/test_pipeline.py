@@ -83,9 +83,7 @@ def test_a_check_refuses_weights_of_another_model_before_any_worker_starts(
     monkeypatch.setattr(pipeline, "Cluster", lambda *_: SimpleNamespace(workers=lambda: pytest.fail("workers start")))
     torch.save({"layer1.0.conv1.weight": torch.zeros(3, 3)}, tmp_path / "w.pth")
     backbone = {"name": "tests.models.tiny:create", "image_size": 32, "checkpoint": str(tmp_path / "w.pth")}
-    with pytest.raises(
-        ValueError, match=r"w\.pth' does not fit the backbone: .*it has layer1\.0\.conv1\.weight"
-    ):
+    with pytest.raises(ValueError, match=r"w\.pth' does not fit the backbone: .*it has layer1\.0\.conv1\.weight"):
         pipeline.check(tiny.config(shards, backbone=backbone), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
