@@ -107,7 +107,8 @@ def trials_of(seed: int, plan: Sequence[tuple[str, Fault]], folder: Path, second
             both = f"{clock.environment['LD_PRELOAD']} {variables.get('LD_PRELOAD', '')}".strip()
             variables |= {**clock.environment, "LD_PRELOAD": both}
         small = SmallRun(at, config, variables)
-        trials = Trials(small, seed, reference, prepared, time.monotonic() + seconds, stop_s)
+        until, other_names = time.monotonic() + seconds, "reports/" if "server" in needs else None
+        trials = Trials(small, seed, reference, prepared, until, stop_s, other_names)
         try:
             return trials.all_of(plan)
         finally:
