@@ -17,5 +17,7 @@ if __name__ == "__main__":
     guard_output()
     # leaves through the writer, which keeps finished shards and removes unfinished ones
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+        signal.signal(signal.SIGHUP, lambda *_: sys.exit(143))
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
     sys.exit(main())

@@ -118,6 +118,15 @@ def sum_of_ranks(context: RankContext, spec: tuple[int, str]) -> tuple[int, int]
     return context.comm.rank, int(total)
 
 
+def sum_with_a_rank_stopped(context: RankContext, marker: str) -> int:
+    """Rank 1 is stopped once, as by SIGSTOP from outside, and what it would write afterwards is there to be seen."""
+    if context.comm.rank == 1 and once(marker):
+        Path(marker).write_text(str(os.getpid()))
+        os.kill(os.getpid(), signal.SIGSTOP)
+        Path(marker + ".went-on").touch()
+    return int(context.comm.sum_(torch.tensor([context.comm.rank + 1])))
+
+
 def refuse_on_rank(context: RankContext, spec: tuple[int, str]) -> None:
     """One rank finds its input bad while the other sits in a collective."""
     rank, folder = spec
@@ -324,3 +333,38 @@ def test_sigterm_lets_jobs_save_their_state(runner: Runner, tmp_path: Path) -> N
         runner.run_jobs([Job("long", wait_for_stop, str(marker), 1)])
     thread.join()
     assert Path(f"{marker}.saved").exists()
+
+
+@pytest.mark.long
+def test_a_rank_that_stands_still_is_ended_and_its_job_starts_again(
+    cluster: Cluster, events: Recorder, tmp_path: Path
+) -> None:
+    marker = str(tmp_path / "stopped")
+    runner = Runner(cluster, RESOURCES.model_copy(update={"collective_timeout_s": 5}), on_event=events)
+    with runner.handle_signals():
+        assert runner.run_jobs([Job("sum", sum_with_a_rank_stopped, marker, 2)]) == {"sum": [3, 3]}
+    assert [figures["attempt"] for figures in events.of("job_failed")] == [1]
+    end, pid = time.monotonic() + 20, int(Path(marker).read_text())
+    while Path(f"/proc/{pid}").exists() and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not Path(f"/proc/{pid}").exists()  # it could otherwise go on later and write beside its successor
+    assert not Path(marker + ".went-on").exists()
+
+
+@pytest.mark.long
+def test_a_rank_that_stands_still_for_a_while_costs_time_alone(
+    runner: Runner, events: Recorder, tmp_path: Path
+) -> None:
+    marker = tmp_path / "stopped"
+
+    def go_on() -> None:
+        while not (marker.exists() and marker.read_text()):
+            time.sleep(0.05)
+        time.sleep(2.0)
+        os.kill(int(marker.read_text()), signal.SIGCONT)
+
+    waker = threading.Thread(target=go_on, daemon=True)
+    waker.start()
+    assert runner.run_jobs([Job("sum", sum_with_a_rank_stopped, str(marker), 2)]) == {"sum": [3, 3]}
+    assert events.of("job_failed") == []
+    assert Path(f"{marker}.went-on").exists()

@@ -108,7 +108,27 @@ def test_a_program_in_the_background_or_under_nohup_still_ignores_what_it_did(nu
 @pytest.mark.slow
 @pytest.mark.parametrize("again", [False, True])
 def test_ctrl_c_in_a_terminal_lets_every_rank_save_and_a_second_one_ends_at_once(tmp_path: Path, again: bool) -> None:
-    """As a terminal does it: the signal goes to every process of the group, Ray's and the workers' among them."""
+    status, lines, saved = signalled(tmp_path, signal.SIGINT, again=again)
+    assert status == 130
+    first, last = lines
+    assert first == "interrupted: saving; press Ctrl-C again to stop at once\n"
+    state = "" if again else " state is saved,"
+    assert last == f"interrupted;{state} run the same command again to go on\n"
+    assert saved == (set() if again else {"job.saved-0", "job.saved-1"})
+
+
+@pytest.mark.slow
+def test_a_closed_terminal_lets_every_rank_save(tmp_path: Path) -> None:
+    status, lines, saved = signalled(tmp_path, signal.SIGHUP, again=False)
+    assert (status, saved) == (143, {"job.saved-0", "job.saved-1"})
+    assert lines == ["terminated; state is saved, run the same command again to go on\n"]
+
+
+def signalled(tmp_path: Path, number: signal.Signals, *, again: bool) -> tuple[int, list[str], set[str]]:
+    """The program's exit status, its lines and what its ranks have saved, after a signal while they work.
+
+    As a terminal does it: the signal goes to every process of the group, Ray's and the workers' among them.
+    """
     marker, takes_s = tmp_path / "job", 300.0 if again else 1.0
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"PYTHONPATH": str(ROOT)}
     command: list[Any] = [sys.executable, "-c", PROGRAM, str(marker), str(takes_s)]
@@ -119,20 +139,15 @@ def test_ctrl_c_in_a_terminal_lets_every_rank_save_and_a_second_one_ends_at_once
         end = time.monotonic() + PATIENCE_S
         while len(list(tmp_path.glob("job.rank-*"))) < 2 and time.monotonic() < end:
             time.sleep(0.05)
-        os.killpg(program.pid, signal.SIGINT)
+        os.killpg(program.pid, number)
         assert program.stderr is not None
         lines = [program.stderr.readline()]
         if again:
-            os.killpg(program.pid, signal.SIGINT)
+            os.killpg(program.pid, number)
         lines += program.stderr.readlines()
-        assert program.wait(timeout=PATIENCE_S) == 130
+        status = program.wait(timeout=PATIENCE_S)
     finally:
         patience.cancel()
         program.kill()
         program.wait()
-    first, last = lines
-    assert first == "interrupted: saving; press Ctrl-C again to stop at once\n"
-    state = "" if again else " state is saved,"
-    assert last == f"interrupted;{state} run the same command again to go on\n"
-    saved = {path.name for path in tmp_path.glob("job.saved-*")}
-    assert saved == (set() if again else {"job.saved-0", "job.saved-1"})
+    return status, lines, {path.name for path in tmp_path.glob("job.saved-*")}
