@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from grappa_dist.distributed import leftovers
+from grappa_dist.storage import described
 
 LOOPBACK = "127.0.0.1"
 LONGEST_SOCKET = 107  # characters of a socket's path; the system's limit
@@ -79,9 +80,8 @@ def start(ray: Any, num_cpus: int | None, log: Callable[[str], None], **settings
         _end(folder, watcher, lock)
         if not isinstance(error, Exception):  # a signal
             raise
-        raise RuntimeError(
-            f"Ray did not start on this machine: {(str(error).strip() or type(error).__name__).splitlines()[-1]}"
-        ) from error
+        said = str(described(error)).strip() or type(error).__name__
+        raise RuntimeError(f"Ray did not start on this machine: {said.splitlines()[-1]}") from error
     address = ray.get_runtime_context().gcs_address
     if not address.startswith(LOOPBACK + ":"):
         log(f"warning: Ray {ray.__version__} listens on {address}, not on {LOOPBACK} alone; a token guards it")
