@@ -30,9 +30,21 @@ def without_much_metadata(data: bytes) -> bytes:
     """The file, without its metadata but for orientation where they are so many that reading them takes long."""
     if data[:4] == GIF and _gif_image_at(data) > MUCH:
         return _bare_gif(data) or data
-    if data[:2] == JPEG and len(data) > MUCH and sum(end - at for at, end, _ in _segments(data)) > MUCH:
-        return _bare_jpeg(data, turned=True) or data
+    if data[:2] == JPEG and len(data) > MUCH and max((end for _, end, _ in _segments(data)), default=0) > MUCH:
+        return _bare_jpeg(data, turned=True)
+    if data[:8] == PNG and len(data) > MUCH and sum(_other_bytes(data)) > MUCH:
+        return _bare_png(data)
     return data
+
+
+def _other_bytes(data: bytes) -> Iterator[int]:
+    """Bytes of each chunk of a PNG that decides no pixel."""
+    at = len(PNG)
+    while at < len(data):
+        length = 12 + int.from_bytes(data[at : at + 4], "big")
+        if data[at + 4 : at + 8] not in _PIXELS:
+            yield length
+        at += length
 
 
 def without_metadata(data: bytes) -> bytes | None:
@@ -98,8 +110,8 @@ def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
     """(start, end, marker) of each segment of a JPEG before the first scan; fewer where their chain breaks."""
     at = 2
     while at + 4 <= len(data) and data[at] == 0xFF:
-        if data[at + 1] == 0xFF:  # a byte that fills up
-            at += 1
+        if data[at + 1] == 0xFF:  # bytes that fill up
+            at = len(data) - len(data[at:].lstrip(b"\xff")) - 1
             continue
         if data[at + 1] == 0xDA:
             return

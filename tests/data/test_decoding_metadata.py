@@ -71,6 +71,7 @@ PNGS = {
     "an animation that is none": png_with(chunk(b"acTL", b"\0\0\0\0\0\0\0\0"), chunk(b"fcTL", b"")),
     "a length beyond the end": png_with(struct.pack(">I", 2**31 - 1) + b"tEXtComment\0x" + bytes(4)),
     "a length that is too short": png_with(struct.pack(">I", 3) + b"tEXtComment\0xyz" + bytes(4)),
+    "a hundred thousand empty chunks": png_with(chunk(b"teSt", b"") * 10**5),
     "an unknown chunk": png_with(chunk(b"prVt", b"x" * 100, crc=1)),
 }
 JPEGS = {
@@ -82,6 +83,7 @@ JPEGS = {
     "a profile of no part": jpeg_with(segment(0xE2, b"ICC_PROFILE\0")),
     "pictures of a MPO that are none": jpeg_with(segment(0xE2, b"MPF\0II*\0\xff\xff\xff\xff")),
     "Photoshop that is none": jpeg_with(segment(0xED, b"Photoshop 3.0\0" + b"8BIM\x03\xed\0\0\0\0\0\x10xx")),
+    "5 MiB that fill up": JPEG[:2] + b"\xff" * 5 * MIB + JPEG[2:],
     "JFIF of no length": jpeg_with(segment(0xE0, b"JFIF\0")),
     "Adobe of no length": jpeg_with(segment(0xEE, b"Adob")),
     "40 MiB of EXIF": jpeg_with(*[segment(0xE1, b"Exif\0\0" + b"x" * 65000)] * 640),
