@@ -99,7 +99,7 @@ class Artifact:
         for name in names:
             sync(self.partial / name)
         self._write_manifest(files)
-        if self.path.is_dir() and not self.complete:  # somebody has removed its manifest
+        if os.path.lexists(self.path) and not self.complete:  # somebody has removed its manifest
             set_aside(self.path)
         rename(self.partial, self.path)
         sync(self.path.parent)

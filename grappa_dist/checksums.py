@@ -52,8 +52,11 @@ def digest_of(content: Mapping[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(plain.encode())
 
 
-def read_manifest(text: bytes, where: Path | str) -> dict[str, Sum]:
+def read_manifest(text: bytes, where: Path | str, folder: str | None = None) -> dict[str, Sum]:
     """The files that a manifest lists; without checksums where it was written before there were any.
+
+    Args:
+        folder: the name of the folder whose manifest it should be: folders may have been exchanged as a whole.
 
     Raises:
         ValueError: it is no manifest, or is damaged; the message names `where` it is from.
@@ -70,6 +73,9 @@ def read_manifest(text: bytes, where: Path | str) -> dict[str, Sum]:
         if not isinstance(listed, dict) or listed.keys() != {"bytes", "xxh3"} or not isinstance(listed["bytes"], int):
             raise ValueError(f"{where}: lists {name!r} with {listed!r:.100}, expected bytes and xxh3")
         found[name] = Sum(**listed)
+    of = f"{str(content.get('kind')).rpartition('/')[2]}-{content.get('fingerprint')}"
+    if folder not in (None, of):
+        raise ValueError(f"{where}: is the manifest of {of}")
     return found
 
 
@@ -77,7 +83,7 @@ def read_manifest(text: bytes, where: Path | str) -> dict[str, Sum]:
 def manifest_in(folder: str) -> Mapping[str, Sum]:
     path = Path(folder) / MANIFEST
     try:
-        return read_manifest(read_bytes(path), path)
+        return read_manifest(read_bytes(path), path, path.parent.name)
     except FileNotFoundError:
         if not os.path.isdir(folder):
             raise

@@ -233,6 +233,15 @@ def test_a_folder_that_lost_its_manifest_is_set_aside_and_not_in_the_way(tmp_pat
     assert (made.path.with_name(f"{made.path.name}.damaged") / "file.txt").read_text() == "lost"
 
 
+def test_a_link_to_nothing_is_not_in_the_way_of_an_artefact(tmp_path: Path) -> None:
+    made = artifact(tmp_path)
+    made.begin()
+    made.path.symlink_to(tmp_path / "gone")
+    made.commit()
+    assert made.complete
+    assert made.path.with_name(f"{made.path.name}.damaged").is_symlink()
+
+
 def test_what_is_not_seen_is_told_by_what_lies_there(tmp_path: Path) -> None:
     never = artifact(tmp_path)
     partial = never.begin()

@@ -144,6 +144,18 @@ def test_every_bit_of_a_manifest_counts(tmp_path: Path) -> None:
             read_manifest(text.replace(old, new).encode(), "here")
 
 
+def test_folders_that_were_exchanged_are_told_by_their_names(tmp_path: Path) -> None:
+    first, second = artifact(tmp_path), Store(tmp_path).artifact("labels/k=8", {}, {})
+    second.begin()
+    second.commit()
+    first.path.rename(tmp_path / "x")
+    second.path.rename(first.path)
+    (tmp_path / "x").rename(second.path)
+    for each, other in ((first, second), (second, first)):
+        with pytest.raises(DamagedArtifact, match=rf"manifest.json is the manifest of {other.path.name}"):
+            each.check()
+
+
 def test_files_of_an_unfinished_artefact_are_compared_with_their_records(tmp_path: Path) -> None:
     made = Store(tmp_path).artifact("fusion/neighbours", {}, {})
     path = made.begin() / "knn" / "epoch-0" / "rows-000000.npy"

@@ -81,12 +81,20 @@ def swap(path: Path) -> None:
     other.write_bytes(mine)
 
 
+def swap_folders(path: Path) -> None:
+    other = one(path.parents[1], f"*/{path.name}")
+    path.parent.rename(path.parents[1] / "x")
+    other.parent.rename(path.parent)
+    (path.parents[1] / "x").rename(other.parent)
+
+
 DAMAGES: dict[str, tuple[str, Callable[[Path], object]]] = {
     "features zeroed": ("features/backbone/part2*/rows.npy", zero_a_quarter),
     "labels changed": ("labels/k=4-*/rows-000000.npy", change_labels),
     "labels beyond K": ("labels/k=6-*/rows-000000.npy", lambda path: change_labels(path, 6)),
     "an exponent in adaptors": ("adaptors/k=4-*/adaptors.safetensors", flip_an_exponent),
     "adaptors swapped": ("adaptors/k=6-*/adaptors.safetensors", swap),
+    "adaptors swapped with their manifests": ("adaptors/k=6-*/manifest.json", swap_folders),
     "one bit in adaptors": ("adaptors/k=6-*/adaptors.safetensors", lambda path: flip(path, -1)),
     "centroids": ("labels/k=4-*/centroids.npy", lambda path: flip(path, -2)),
     "test features zeroed": ("features/average/part0*/rows.npy", zero_a_quarter),
@@ -114,7 +122,7 @@ def test_every_damage_is_found_by_name(damage: str, damaged_run: tuple[Path, Con
     do(path)
     found = look_at(artifacts_in(root, settings)).damages
     assert str(path) in {each.path for each in found}
-    assert len(found) == (2 if damage == "adaptors swapped" else 1)
+    assert len(found) == (2 if "swapped" in damage else 1)
     assert found[0].folder in {str(artifact.path) for artifact in artifacts_in(root, settings)}
 
 

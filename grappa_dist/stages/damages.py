@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -68,7 +69,7 @@ class Mending:
         CONTENT_BYTES. Whether there was anything."""
         before, began = len(self.damages), time.monotonic()
         for artifact in artifacts:
-            if not artifact.complete and artifact.path.is_dir():
+            if not artifact.complete and os.path.lexists(artifact.path):  # or a link to nothing
                 self.mend(DamagedArtifact(str(artifact.path / MANIFEST), str(artifact.path), "is missing"))
         look = look_at(artifacts, CONTENT_BYTES)
         for damage in look.damages:

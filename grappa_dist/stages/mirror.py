@@ -437,7 +437,7 @@ class RemoteFolder:
 
         def read() -> dict[str, Sum]:
             try:
-                return read_manifest(self._fs.cat_file(self._at(name)), name)
+                return read_manifest(self._fs.cat_file(self._at(name)), name, PurePosixPath(name).parent.name)
             except ValueError as error:
                 raise BrokenAnswer(str(error).removeprefix(f"{name}: ")) from None
 

@@ -24,6 +24,7 @@ from typing import Any
 from torch import Tensor
 
 from grappa_dist.artifacts import Artifact, RowArrays
+from grappa_dist.checksums import DamagedArtifact
 from grappa_dist.config import fingerprint
 from grappa_dist.console import METRICS_FILE, read_events
 from grappa_dist.distributed.placement import split_evenly
@@ -79,9 +80,21 @@ def _multi_set_jobs(sets: Sequence[AdaptSet]) -> list[tuple[AdaptSet, ...]]:
 
 
 def multi_set_members(root: Path) -> dict[str, tuple[str, ...]]:
-    """The names of the artefacts that each multi-set job trains, by the name of its folder."""
-    paths = sorted(root.glob(f"{MULTI_SET_FOLDER}/*/{MULTI_SET_FILE}"))
-    return {path.parent.name: tuple(read_json(path)["sets"]) for path in paths}
+    """The names of the artefacts that each multi-set job trains, by the name of its folder.
+
+    Raises:
+        DamagedArtifact: a file of names cannot be read.
+    """
+    paths = [path for path in sorted(root.glob(f"{MULTI_SET_FOLDER}/*/{MULTI_SET_FILE}")) if not path.parent.suffix]
+    return {path.parent.name: _members_in(path) for path in paths}  # a suffix: it was set aside
+
+
+def _members_in(path: Path) -> tuple[str, ...]:
+    try:
+        return tuple(map(str, read_json(path)["sets"]))
+    except (ValueError, KeyError, TypeError) as error:
+        why = f"does not name the sets of a job: {str(error).removeprefix(f'{path}: ')}"
+        raise DamagedArtifact(str(path), str(path.parent), why) from None
 
 
 def job_folder(sets: Sequence[AdaptSet]) -> Path:

@@ -126,7 +126,8 @@ def test_a_copy_without_checksums_does_not_replace_what_was_damaged(bucket: Buck
     made = artifact_in(tmp_path / "a", 2)
     Mirror(bucket.url).save([made])
     sizes = {name: listed.bytes for name, listed in made.files.items()}
-    bucket.put(f"{made.name}/manifest.json", json.dumps({"files": sizes}).encode())
+    manifest = {"kind": made.kind, "fingerprint": made.fingerprint, "files": sizes}
+    bucket.put(f"{made.name}/manifest.json", json.dumps(manifest).encode())
     lost = artifact_in(tmp_path / "b", 2, made=False)
     assert Mirror(bucket.url).fetch([lost], mending_in(tmp_path / "b")) == [lost]  # it is all there is
     flip(made.path / "rows-0.npy")
@@ -139,7 +140,8 @@ def test_a_copy_without_checksums_does_not_replace_what_was_damaged(bucket: Buck
 def test_a_manifest_cannot_name_a_file_outside_of_its_folder(bucket: Bucket, tmp_path: Path) -> None:
     bucket.allow_writing()
     absent = artifact_in(tmp_path / "b", 2, made=False)
-    bucket.put(f"{absent.name}/manifest.json", json.dumps({"files": {"../../outside": 3}}).encode())
+    manifest = {"kind": absent.kind, "fingerprint": absent.fingerprint, "files": {"../../outside": 3}}
+    bucket.put(f"{absent.name}/manifest.json", json.dumps(manifest).encode())
     with pytest.raises(ValueError, match=r"manifest.json: names '\.\./\.\./outside', outside of its folder"):
         Mirror(bucket.url).fetch([absent], mending_in(tmp_path / "b"))
     assert not absent.complete

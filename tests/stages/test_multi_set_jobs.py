@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from grappa_dist.artifacts import Artifact
+from grappa_dist.checksums import DamagedArtifact, set_aside
 from grappa_dist.console import METRICS_FILE, read_events
 from grappa_dist.distributed.collectives import Comm
 from grappa_dist.models.spec import ADAPTORS_FILE
@@ -167,3 +168,17 @@ def run_with_late_files(comm: Comm, job: AdaptJob) -> bool:
 def test_rank_zero_alone_decides_whether_a_job_is_done(trained: Path) -> None:
     for out, epochs in (("packed-2", 3), ("late", 1)):
         assert run_ranks(run_with_late_files, 2, job_in(trained, out, epochs=epochs), timeout_s=60) == [True, True]
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"sets": 3}'])
+def test_a_damaged_list_of_a_jobs_sets_is_named_and_no_longer_in_the_way_once_it_is_set_aside(
+    text: str, tmp_path: Path
+) -> None:
+    job = tmp_path / multi_set_jobs.MULTI_SET_FOLDER / "0123456789"
+    job.mkdir(parents=True)
+    (job / multi_set_jobs.MULTI_SET_FILE).write_text(text)
+    with pytest.raises(DamagedArtifact, match="does not name the sets of a job") as caught:
+        multi_set_jobs.multi_set_members(tmp_path)
+    assert caught.value.folder == str(job)
+    set_aside(job)
+    assert multi_set_jobs.multi_set_members(tmp_path) == {}
