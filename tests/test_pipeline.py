@@ -291,7 +291,7 @@ def test_the_plan_and_the_check_of_a_finished_run_write_nothing(
             return [1, 2]
 
     monkeypatch.setattr(pipeline, "Cluster", lambda *_: Cluster(facts={}, close=lambda: None))
-    assert pipeline.check(settings, root, deep=True).endswith("artefacts there and whole")
+    assert "artefacts there and whole" in pipeline.check(settings, root, deep=True)
     assert surveyed == [""]
     assert tiny.files_below(root) == before
     only_read = r"cannot be written to: Read-only .* \(--dry-run and --check only read\)"
