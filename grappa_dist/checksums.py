@@ -163,12 +163,17 @@ def forget() -> None:
     """Forgets which files this process has looked at, and closes those that it has mapped."""
     _verified.clear()
     manifest_in.cache_clear()
-    forget_maps()
-
-
-def forget_maps() -> None:
-    """Drops the maps of arrays that are kept for further reading: a disk keeps the bytes of removed files for them."""
     map_rows.cache_clear()
+
+
+def forget_maps(folder: Path) -> None:
+    """Drops the maps that are kept for further reading, and what is known of the files below a folder.
+
+    A disk keeps the bytes of removed files for their maps.
+    """
+    map_rows.cache_clear()
+    for path in [path for path in _verified if path.startswith(f"{folder}/")]:
+        del _verified[path]
 
 
 def damaged(path: Path, why: str) -> ValueError:

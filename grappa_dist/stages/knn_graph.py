@@ -61,7 +61,8 @@ def remove_neighbours(folder: Path, epochs: Iterable[int]) -> None:
         folder: of all graphs of a job.
     """
     for epoch in epochs:
-        for path in sorted((folder / f"epoch-{epoch}").glob("rows-*.npy")):  # the first of them says that all are there
+        tables = folder / f"epoch-{epoch}"  # of which the first says that all are there
+        for path in (*sorted(tables.glob("rows-*.npy")), *tables.glob(".rows-*.npy.xxh3")):
             path.unlink(missing_ok=True)
 
 
@@ -116,7 +117,7 @@ class Graphs:
         """Row ids of the neighbours of every row, (n, k) int64 by shard; -1: none."""
         images = self._training.images
         folder, partial = self._folder / f"epoch-{epoch}", self._folder / f"epoch-{epoch}.partial"
-        forget_maps()
+        forget_maps(self._folder)
         if not self._context.of_rank_0((folder / rows_file(0)).exists()) or self._set_aside_damaged(folder):
             self._make(epoch, partial)
             if self._context.comm.rank == 0:
