@@ -265,7 +265,8 @@ class Cluster:
         return actor.options(
             num_cpus=where.cpus_per_worker,
             num_gpus=self._gpus,
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}},
+            # The second: no Python that a worker starts may import from the current directory first
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads), "PYTHONSAFEPATH": "1"}},
         ).remote(threads, self._gpus)
 
     def _give_up_late(self, up: set[Any]) -> None:

@@ -158,6 +158,7 @@ def fill_all(
 def _in_processes(
     jobs: Iterable[ShardJob], workers: int, add_images: Callable[[int], None]
 ) -> Generator[Filled, None, None]:
+    os.environ["PYTHONSAFEPATH"] = "1"  # else a process that is spawned imports from the current directory first
     context = multiprocessing.get_context("spawn")  # a fork would copy the locks of our threads
     counter, stop, counted = context.Value("q", 0), context.Event(), 0
     pool = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(counter, stop))

@@ -90,7 +90,7 @@ def test_it_listens_on_the_loopback_alone_and_workers_import_as_this_process(clu
     assert found <= LOOPBACK
     there = list(dict.fromkeys(map(os.path.abspath, path)))
     assert there[: len(import_path())] == import_path()
-    assert [Path(extra).name for extra in there[len(import_path()) :]] == ["workers"]  # Ray's own, at the very end
+    assert there[len(import_path()) :] == []
     assert folder == os.getcwd()
 
 

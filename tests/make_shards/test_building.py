@@ -66,6 +66,17 @@ def test_any_number_of_processes_writes_the_same_bytes(tmp_path: Path, settings:
     assert len(ImageShards.open([tmp_path / "out1" / "train"], None)) == 21
 
 
+def test_processes_import_nothing_from_the_current_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images, elsewhere = photos(tmp_path / "photos", 6), tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for module in ("random", "threading", "numpy"):
+        (elsewhere / f"{module}.py").write_text("raise SystemExit('the one in the current directory')\n")
+    monkeypatch.chdir(elsewhere)
+    monkeypatch.setenv("PYTHONSAFEPATH", "")
+    make(images, tmp_path / "out", workers=2)
+    assert (tmp_path / "out" / "train").is_dir()
+
+
 @pytest.mark.parametrize("suffix", ["kept", "re-encoded"])
 def test_no_tar_of_copies_is_larger_than_asked_for_and_re_encoded_ones_come_close(tmp_path: Path, suffix: str) -> None:
     images = photos(tmp_path, 120, size=40)
