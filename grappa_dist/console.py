@@ -131,13 +131,22 @@ def _drop_cut_line(path: Path) -> None:
 
 
 def read_events(path: Path) -> Iterator[dict[str, Any]]:
-    """The events of a file; a last line cut short by a crash is left out."""
+    """The events of a file; a last line cut short by a crash is left out, and lines that are damaged."""
     if not path.exists():
         return
     with open_to_read(path) as lines:
         for line in lines:
-            if line.endswith(b"\n"):
-                yield json.loads(line)
+            event = parse_event(line)
+            if event is not None:
+                yield event
+
+
+def parse_event(line: bytes) -> dict[str, Any] | None:
+    """An event from its line; None if that is cut short or damaged."""
+    with contextlib.suppress(ValueError, RecursionError):
+        event = json.loads(line) if line.endswith(b"\n") else None
+        return event if isinstance(event, dict) else None
+    return None
 
 
 class Console:

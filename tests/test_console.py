@@ -141,3 +141,18 @@ def test_an_error_that_names_a_setting_already_gets_no_advice(capsys: pytest.Cap
 def test_counts_have_the_plural_of_their_noun_and_thousands_separators() -> None:
     assert [pluralize(n, "image") for n in (0, 1, 2, 12_345)] == ["0 images", "1 image", "2 images", "12,345 images"]
     assert [pluralize(n, "query", "queries") for n in (1, 2_000)] == ["1 query", "2,000 queries"]
+
+
+def test_damaged_lines_of_events_are_left_out(tmp_path: Path) -> None:
+    (path := tmp_path / "events.jsonl").write_bytes(b'{"a": 1}\n' + bytes(9) + b'\n{"b": \xff}\n[]\n{"c": 3}\n{"d":')
+    assert list(read_events(path)) == [{"a": 1}, {"c": 3}]
+
+
+def test_a_note_of_a_job_is_logged_once_and_is_an_event(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console(Events(tmp_path / "events.jsonl"))
+    console.jobs({"k=8": {"notes": ["a checkpoint is damaged"]}, "k=9": {}})
+    console.jobs({"k=8": {"notes": ["a checkpoint is damaged"], "done": 3, "of": 4}})
+    lines = [line.partition("] ")[2] for line in capsys.readouterr().err.splitlines()]
+    assert lines == ["k=8: a checkpoint is damaged", "k=8: 3/4"]
+    events = [(e["name"], e.get("text")) for e in read_events(tmp_path / "events.jsonl")]
+    assert events == [("note", "a checkpoint is damaged"), ("progress", None)]

@@ -5,7 +5,6 @@ The learning rate is a pure function of the step, so a resumed run needs no sche
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import socket
@@ -21,7 +20,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from grappa_dist.console import METRICS_FILE, Events
+from grappa_dist.console import METRICS_FILE, Events, parse_event
 from grappa_dist.distributed.worker import RankContext
 from grappa_dist.files import replace
 from grappa_dist.storage import open_to_read, open_to_write
@@ -208,8 +207,9 @@ def _drop_steps(path: Path, start: int) -> None:
 
         def write(fresh: Path) -> None:
             with open_to_read(path) as lines, open_to_write(fresh) as kept:
-                kept.writelines(
-                    line for line in lines if line.endswith(b"\n") and json.loads(line).get("step", 0) < start
-                )
+                for line in lines:
+                    event = parse_event(line)
+                    if event is not None and event.get("step", 0) < start:
+                        kept.write(line)
 
         replace(path, write)

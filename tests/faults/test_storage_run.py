@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import errno
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,17 +21,19 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("s")
+def config() -> Iterator[Path]:
+    folder = Path(tempfile.mkdtemp(prefix="gf-", dir="/tmp"))  # short: sockets lie below
     write_data(folder / "data")
     write_config(folder / "run.yaml", str(folder / "data"))
-    return folder / "run.yaml"
+    yield folder / "run.yaml"
+    shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(config: Path) -> dict[str, str]:
     run = SmallRun(config.parent / "whole", config)
-    assert run.start().process.wait(timeout=600) == 0
+    driver = run.start()
+    assert driver.process.wait(timeout=600) == 0, driver.output
     return run.artefacts()
 
 
@@ -64,7 +69,7 @@ def test_a_full_disk_ends_a_run_with_a_line_and_the_next_start_with_space_ends_w
         storage.full_after(capacity)
         try:
             driver = run.start()
-            assert driver.process.wait(timeout=600) in (1, 2)
+            assert driver.process.wait(timeout=600) in (1, 2), driver.output
             assert "No space left on device" in driver.error()
             assert str(run.root) in driver.error()
             assert all(undisturbed[name] == found for name, found in run.artefacts().items())
