@@ -20,7 +20,7 @@ from tests.faults.injection import StorageErrors
 from tests.faults.small_run import Driver, SmallRun
 from tests.stores import StoreProxy
 
-TARGET_S = 20.0  # for a process that is to be hit to be there
+TARGET_S = 60.0  # for a process that is to be hit to be there
 DAY_S = 86_400.0
 LIMIT_MARGIN_BYTES = 2**20
 
