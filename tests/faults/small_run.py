@@ -29,7 +29,9 @@ ROLES = {  # how a command line begins, after the folder of the program -> what 
     "full_pipeline.py": "driver",
     "gcs_server": "GCS",
     "raylet": "raylet",
+    "agent.py": "dashboard agent",  # until it has given itself the next name
     "ray::DashboardAgent": "dashboard agent",
+    "main.py": "runtime environment agent",
     "ray::RuntimeEnvAgent": "runtime environment agent",
     "ray::Worker": "worker",
 }

@@ -187,6 +187,7 @@ def test_what_a_stage_has_made_is_made_again_with_all_that_follows(tmp_path: Pat
         (["/x/raylet/raylet", "--agent=/x/dashboard/agent.py"], "raylet"),
         (["/x/gcs/gcs_server", "--log_dir=/x"], "GCS"),
         (["ray::Worker.run_rank"], "worker"),
+        (["/x/bin/python", "-u", "/x/dashboard/agent.py", "--node-id=x"], "dashboard agent"),
         (["/x/bin/python", "-u", "/x/log_monitor.py"], "log_monitor.py"),
     ],
 )
