@@ -161,7 +161,7 @@ def caption(trials: Sequence[Mapping[str, Any]]) -> str:
     model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     where = f"{os.cpu_count()} cores ({model[1] if model else platform.machine()})"
     first = f"{len(happened)} trials, {time.strftime('%-d %B %Y')}, on {where}."
-    found = f"In {len(wrong)} of them something was not as promised{':' if wrong else '.'}"
+    found = f"In {len(wrong) or 'none'} of them something was not as promised{':' if wrong else '.'}"
     return f"{first} {found}" + "".join(f"\n\n- {one['fault']}, in {one['stage']}: {one['wrong'][0]}" for one in wrong)
 
 
@@ -185,6 +185,8 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     asked = parse()
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell sets this for what runs in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     folder = asked.out.resolve()
     out = folder / "trials.jsonl"
     if asked.table or asked.document:
