@@ -234,9 +234,12 @@ class Watch:
         return ((at, event) for at, event in self.events if at >= moment and event["name"] == name)
 
     def stage(self, began: float) -> str:
-        """The stage of STAGES that the program begun at that moment is in."""
-        begun = [e["stage"] for at, e in self.events if at >= began and e["name"] in ("stage_begins", "stage_ends")]
-        return begun[-1] if begun else "start"
+        """The stage of STAGES that the program begun at that moment is in; "start" until its workers have begun."""
+        events = [event for at, event in self.events if at >= began]
+        begun = [e["stage"] for e in events if e["name"] in ("stage_begins", "stage_ends")]
+        works = any(e["name"] in ("job_begins", "progress") for e in events)
+        embeds = begun[-1:] == ["embed"] and any(self.run.root.glob("features/backbone/*"))
+        return begun[-1] if begun and (works or embeds) else "start"
 
     def furthest(self, began: float) -> int:
         """The number, in STAGES, of the last stage that workers have begun to work on since that moment."""

@@ -17,7 +17,7 @@ from tests.faults.faults import FAULTS
 from tests.faults.injection import why_unavailable
 from tests.faults.matrix import DOCUMENT, ON_STORE, available, plan_for, prepare, trials_of
 from tests.faults.mounts import namespace
-from tests.faults.small_run import STAGES, SmallRun, digest, role_of
+from tests.faults.small_run import STAGES, SmallRun, Watch, digest, role_of
 from tests.faults.table import BEGIN, END, HEAD, table, written_into
 from tests.faults.trials import plan_of
 
@@ -178,6 +178,24 @@ def test_what_a_stage_has_made_is_made_again_with_all_that_follows(tmp_path: Pat
     assert not run.has_made("adapt", [*reference, "adaptors/k=6-0"])
     run.rewind("adapt")
     assert list(run.artefacts()) == ["features/backbone/a-0", "labels/k=4-0"]
+
+
+def test_a_program_is_at_its_start_until_workers_have_begun(tmp_path: Path) -> None:
+    run = SmallRun(tmp_path, tmp_path / "unused.yaml")
+    run.root.mkdir()
+    watch, seen = Watch(run), []
+    events = [
+        {"name": "stage_begins", "stage": "adapt"},
+        {"name": "job_begins", "job": "k=4"},
+        {"name": "stage_begins", "stage": "export"},
+    ]
+    for event in events:
+        with open(run.root / "events.jsonl", "a") as file:
+            file.write(json.dumps(event) + "\n")
+        watch.look()
+        seen.append(watch.stage(0))
+    assert seen == ["start", "adapt", "report"]
+    assert watch.stage(time.monotonic()) == "start"  # of a later start
 
 
 @pytest.mark.parametrize(
