@@ -31,7 +31,7 @@ DOZEN = (  # in this order; the program is started again after each fault that e
     ("start", "0.2 % of reads, writes and fsyncs answer EIO"),
     ("adapt", "clock jumps a day ahead"),
     ("adapt", "run directory turns read-only"),
-    ("fuse", "kill -9 of the GCS"),
+    ("fuse", "clock jumps a day back"),
     ("fuse", "disk full at the run directory, injected"),
     ("evaluate", "SIGHUP"),
 )
