@@ -18,6 +18,7 @@ STEPS = {"adapt": ("adaptors/k=4", 30), "fuse": ("fusion/neighbours", 12)}  # a 
 RAY_DIED = "has died; starting Ray again"  # of distributed/ray_cluster.py
 LOOK_S = 0.02
 NOTICED_S = 30.0  # the most that may pass until a lost process is noticed
+STARTS_S = 45.0  # while Ray starts: it waits 30 s by itself for what has died
 GONE_S = 20.0  # the most that processes may outlive their driver
 MOST_S = 180.0  # until a run goes on or ends; it waits a minute for jobs to save their state
 LASTS_S = 30.0  # of a fault that lasts until the program ends, where it does not
@@ -249,8 +250,9 @@ class Trials:
         trial.outcome = "ended" if status else "went on"
         if status and trial.noticed_s is None:
             trial.noticed_s = round((self._failed(last.at) or ended) - last.at, 2)
-            if trial.noticed_s > NOTICED_S and fault.group == "kills":
-                trial.wrong.append(f"noticed after {trial.noticed_s:g} s, more than {NOTICED_S:g}")
+            most_s = STARTS_S if trial.stage == "start" else NOTICED_S
+            if trial.noticed_s > most_s and fault.group == "kills":
+                trial.wrong.append(f"noticed after {trial.noticed_s:g} s, more than {most_s:g}")
         if status not in {0, *fault.statuses}:
             trial.wrong.append(f"exit status {status}")
         if status > 0:
