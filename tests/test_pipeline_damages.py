@@ -208,11 +208,18 @@ def test_damage_for_the_second_time_ends_the_run(damaged_run: tuple[Path, Config
     mending = Mending(run)
     mending.mend(damage)
     shutil.copytree(next(root.glob("features/backbone/part1*.damaged")), rows.parent)
-    with pytest.raises(ValueError, match=r"rows.npy has other bytes, for the second time in this run: is the storage"):
+    with pytest.raises(
+        RuntimeError, match=r"rows.npy has other bytes, for the second time in this run: is the storage"
+    ):
         mending.mend(damage)
     elsewhere = DamagedArtifact("/other/models/x-0123456789/a", "/other/models/x-0123456789", "is missing")
-    with pytest.raises(DamagedArtifact):
-        mending.mend(elsewhere)
+    for other in (elsewhere, DamagedArtifact(str(root / MANIFEST), str(root), "is missing")):
+        with pytest.raises(DamagedArtifact):
+            mending.mend(other)
+    assert root.is_dir()
+    with (root / DAMAGES_FILE).open("a") as file:
+        file.write('{"name": "damaged"}\n')
+    assert read_damages(root) == mending.damages
 
 
 def test_what_is_not_seen_is_looked_for_once_more(

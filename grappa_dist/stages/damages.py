@@ -36,7 +36,8 @@ class Damage:
 def read_damages(root: Path) -> list[Damage]:
     """What was set aside in a run directory, by this run and by earlier ones."""
     keys = Damage.__dataclass_fields__.keys()
-    return [Damage(**{key: str(event[key]) for key in keys}) for event in read_events(root / DAMAGES_FILE)]
+    events = (event for event in read_events(root / DAMAGES_FILE) if keys <= event.keys())
+    return [Damage(**{key: str(event[key]) for key in keys}) for event in events]
 
 
 @dataclass
@@ -53,7 +54,7 @@ class Mending:
         """What `work()` returns; when it meets a damaged artefact, that is set aside, and `work` called again.
 
         Raises:
-            DamagedArtifact, ValueError, NotSeen: as `mend` and `look_again`.
+            DamagedArtifact, RuntimeError, NotSeen: as `mend` and `look_again`.
         """
         while True:
             try:
@@ -93,14 +94,14 @@ class Mending:
 
         Raises:
             DamagedArtifact: it does not belong to the run directory.
-            ValueError: it was made anew by this run and is damaged again.
+            RuntimeError: it was made anew by this run and is damaged again.
         """
         root, folder = self.run.store.root, Path(damage.folder)
-        if not folder.is_relative_to(root):
+        if root not in folder.parents:
             raise damage
         name = folder.relative_to(root).as_posix()
         if name in self.names:
-            raise ValueError(
+            raise RuntimeError(
                 f"{damage.path} {damage.why}, for the second time in this run: is the storage or the memory of the "
                 f"machine that writes it at fault? Nothing was removed; {root / DAMAGES_FILE} lists what was set aside"
             ) from damage

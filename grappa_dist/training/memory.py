@@ -16,11 +16,10 @@ from pathlib import Path
 
 import torch
 
-from grappa_dist.checksums import load_json
 from grappa_dist.config import AdaptConfig
 from grappa_dist.distributed.preflight import free_memory
 from grappa_dist.distributed.worker import RankContext
-from grappa_dist.files import write_json
+from grappa_dist.files import read_json, write_json
 from grappa_dist.models import PackedGrappa
 from grappa_dist.models.backbone import forward_precision
 from grappa_dist.models.packed import activation_bytes
@@ -151,8 +150,11 @@ def automatic_batch_size(
 def _kept_size(folder: Path, ranks: int) -> int:
     """The size that the job began with on as many ranks; 0: none."""
     path = folder / FILE
-    kept = load_json(path) if path.exists() else {"ranks": 0}
-    return int(kept["images"]) if kept["ranks"] == ranks else 0
+    try:
+        kept = read_json(path) if path.exists() else {"ranks": 0}
+        return int(kept["images"]) if kept["ranks"] == ranks else 0
+    except (ValueError, LookupError, TypeError):  # damaged: it is measured anew
+        return 0
 
 
 def images_that_fit(model: PackedGrappa, images: int) -> int:

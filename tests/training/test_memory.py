@@ -124,6 +124,12 @@ def test_ranks_agree_on_what_fits_all_and_a_job_goes_on_with_it(tmp_path: Path) 
     assert again == AutomaticBatch(10, "as when the job began on 2 ranks")
     (alone,) = run_ranks(uneven, 1, tmp_path, 60 * image)
     assert alone.images == 32  # two parts, if 60 fit
+    job = tmp_path / "run-2026113012" / "packs" / "0123456789"  # a run may be called as artefacts are
+    for damaged in ("", "[]", "{}", '{"images": null, "ranks": 1}'):
+        (job / memory.FILE).parent.mkdir(parents=True, exist_ok=True)
+        (job / memory.FILE).write_text(damaged)
+        assert uneven(Comm(), job, 60 * image).images == 32
+    assert uneven(Comm(), job, 20 * image).images == 32
     assert uneven(Comm(), tmp_path / "ample", 10**6 * image).images == 64
     assert uneven(Comm(), tmp_path / "full", 0).images == 1
 
