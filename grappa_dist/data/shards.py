@@ -182,16 +182,12 @@ class ImageShards:
         Raises:
             ChangedImage: one has other bytes than when its features were made.
         """
-        rows = [
-            row
-            for shard, path in enumerate(self.sums)
-            for row in self.shard_rows(shard)
-            if _sum_of(path, row - int(self.starts[shard]))
-        ]
+        checked = 0
         with ThreadPoolExecutor(_CHECKED_AT_ONCE) as pool:
-            for _ in pool.map(self._image_or_why, rows):
-                pass
-        return len(rows)
+            for shard, path in enumerate(self.sums):  # one by one: a list of all rows may not fit into memory
+                rows = [row for position, row in enumerate(self.shard_rows(shard)) if _sum_of(path, position)]
+                checked += sum(1 for _ in pool.map(self._image_or_why, rows))
+        return checked
 
     def images(self, rows: Iterable[int]) -> Iterator[bytes | BadImage]:
         """The image files of some rows, or why one is bad, in their order; remote ones are requested in parallel."""
