@@ -101,15 +101,16 @@ def _begin_anew(path: Path, most_bytes: int) -> None:
     fresh, old = path.with_name(f".{path.name}.new"), path.with_name(f"{path.name}.old")
     shutil.copyfile(path, fresh)
     os.replace(fresh, old)
-    kept, size = deque[str](), 0
-    with open(old, encoding="utf-8") as lines:
+    kept, size = deque[bytes](), 0
+    with open(old, "rb") as lines:
         for line in lines:
-            if json.loads(line)["name"] != "progress":
+            event = parse_event(line)
+            if event is not None and event.get("name") != "progress":
                 kept.append(line)
-                size += len(line.encode())
+                size += len(line)
                 while size > most_bytes // 2:
-                    size -= len(kept.popleft().encode())
-    fresh.write_text("".join(kept), encoding="utf-8")
+                    size -= len(kept.popleft())
+    fresh.write_bytes(b"".join(kept))
     os.replace(fresh, path)
 
 

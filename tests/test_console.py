@@ -65,6 +65,15 @@ def test_events_that_are_no_progress_are_bounded_too_and_the_newest_are_kept(tmp
     assert len(kept) > 50
 
 
+def test_a_damaged_line_goes_when_events_begin_anew(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    path.write_bytes(b'{"name": "stage_ends"}\n\xff\x00{\n[]\n{"t": 1}\n')
+    events = Events(path, 100)
+    events("progress", done="x" * 100)
+    events.close()
+    assert path.read_bytes() == b'{"name": "stage_ends"}\n{"t": 1}\n'
+
+
 @pytest.mark.parametrize("before", ["", '{"name": "a"}\n', '{"name": "a"}\n{"name": "b', "{"])
 def test_a_restart_writes_on_without_running_into_a_cut_line(before: str, tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
