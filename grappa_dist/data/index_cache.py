@@ -112,18 +112,27 @@ def _checksum(content: Mapping[str, Any]) -> str:
     return xxhash.xxh3_64_hexdigest(json.dumps(content, sort_keys=True).encode())
 
 
+_whole: dict[Path, State] = {}  # rows that this process has read and found whole, with the state they were in
+
+
 def rows_are_whole(path: Path, *, write: bool) -> bool:
     """Whether the rows that an index cache keeps are those that were written, by the checksum beside them.
+
+    A process reads them once, and again when the file changes: of many shards, rows are mapped again and again.
 
     Args:
         write: whether a checksum may be put beside rows that have none, which are then taken as they are.
     """
-    beside = path.with_suffix(SUM_SUFFIX)
+    beside, state = path.with_suffix(SUM_SUFFIX), local_state(path)
+    has_checksum = beside.is_file()
+    if has_checksum and _whole.get(path) == state:
+        return True
     found = xxhash.xxh3_128_hexdigest(read_bytes(path))
-    if beside.is_file():
-        return read_bytes(beside).decode("ascii", "replace") == found
-    if write:
+    if has_checksum and read_bytes(beside).decode("ascii", "replace") != found:
+        return False
+    if write and not has_checksum:
         write_utf8(beside, found)
+    _whole[path] = state
     return True
 
 

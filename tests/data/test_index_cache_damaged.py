@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from grappa_dist.data import shards
+from grappa_dist.data import index_cache, shards
 from grappa_dist.data.block_cache import CacheSettings
 from grappa_dist.data.shards import ImageShards
 from tests.data.written import write_folder, write_tar
@@ -59,6 +59,21 @@ def test_damaged_rows_of_a_remote_shard_are_fetched_again(tmp_path: Path, kind: 
         rows = found.indexes[0].load(found.shards[0])  # type: ignore[union-attr]
         assert kept.read_bytes() == whole
         assert int(rows["size"][3]) == 4
+
+
+def test_a_process_reads_rows_once_however_often_they_are_mapped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = ImageShards.open([write_tar(tmp_path / "t.tar", {"a.jpg": b"a"})], tmp_path / "index")
+    (kept,) = (tmp_path / "index").glob("*.npy")
+    monkeypatch.setattr(index_cache, "read_bytes", lambda path: pytest.fail("read again"))
+    for _ in range(2):
+        shards._map.cache_clear()
+        assert images.image_bytes(0) == b"a"
+    monkeypatch.undo()
+    damage(kept, "a bit")
+    with pytest.raises(ValueError, match=r"damaged since the run began; remove it"):
+        images.image_bytes(0)
 
 
 def test_a_changed_digit_in_what_is_known_of_a_shard_is_named(tmp_path: Path) -> None:
