@@ -25,6 +25,7 @@ from grappa_dist.files import Sum, map_array, parse_json, read_bytes, read_json,
 
 MANIFEST = "manifest.json"
 _UNFINISHED = ".partial"
+MOST_MAPS = 2**14  # of rows, kept by a process, which may have 2^16: random rows of a shard without one take long
 _DEPTH = 4  # folders of an artefact inside each other, at most
 _HOME = re.compile(r"-[0-9a-f]{10}(\.partial)?$")  # the end of the name of an artefact's folder
 
@@ -172,7 +173,7 @@ def forget_maps(folder: Path) -> None:
     A disk keeps the bytes of removed files for their maps.
     """
     map_rows.cache_clear()
-    for path in [path for path in _verified if path.startswith(f"{folder}/")]:
+    for path in [path for path in list(_verified) if path.startswith(f"{folder}/")]:
         del _verified[path]
 
 
@@ -224,7 +225,7 @@ def _mapped(path: Path, mode: Literal["r", "c"]) -> NDArray[Any]:
         raise damaged(path, f"is no array: {error}") from None
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=MOST_MAPS)
 def map_rows(path: str, below: int | None) -> NDArray[Any]:
     """An array of rows that is kept mapped; of labels it also knows what they must be below.
 
