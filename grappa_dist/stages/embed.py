@@ -38,7 +38,7 @@ FROZEN = "backbone"  # the name of the frozen backbone as a model
 SUMS_FILE = "sums.npy"  # of features of the frozen backbone: (P,) uint64, xxh3 of every image that was embedded
 CHECK_INTERVAL_S = 5.0  # between counts of the bad rows of finished shards
 NAMED_BAD = 3  # bad rows that the error names
-COMPARED = 256  # rows of all that are looked at for features that are all alike
+PLACES, COMPARED = 16, 16  # where features are looked at for all being alike, and rows there: few shards are read
 ALIKE = 1e-6  # of a unit row: twice the rounding of float32
 
 
@@ -199,7 +199,9 @@ def _refuse_not_finite(z: Tensor, images: ImageShards, rows: NDArray[np.int64], 
 def _describe_alike(features: RowArrays) -> str:
     """A warning if images all have the same feature, by some of them; else ""."""
     count = features.starts[-1]
-    rows = features.take(np.unique(np.linspace(0, count - 1, min(count, COMPARED)).astype(np.int64)))
+    places = np.linspace(0, max(0, count - COMPARED), PLACES).astype(np.int64)
+    some = np.unique((places[:, None] + np.arange(COMPARED)).clip(max=count - 1))
+    rows = features.take(some)
     units = rows[rows.any(1)]  # those of bad images are zero
     if len(units) < 2 or float(np.abs(units - units[0]).max()) > ALIKE:
         return ""

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from grappa_dist.artifacts import Artifact, Store
-from grappa_dist.checksums import forget_maps
+from grappa_dist.checksums import forget
 from grappa_dist.config import BackboneConfig, Config
 from grappa_dist.data import shards
 from grappa_dist.data.decoding import decode
@@ -115,7 +115,7 @@ def test_an_image_that_has_changed_since_it_was_embedded_is_named_by_whatever_re
             read()
     for artifact in features:  # of an earlier version
         (artifact.path / SUMS_FILE).unlink()
-    forget_maps()
+    forget()
     shards._SUMS.clear()
     assert images.check_images() == 0
     images.image_bytes(15)
