@@ -141,9 +141,10 @@ class Runner:
         self.cluster.checks = checks
 
     def renew_workers(self) -> None:
-        """Replaces all workers that are up, and with them what they hold in memory."""
+        """Replaces all workers that are up, and with them what they hold in memory; their nodes are checked again."""
         if self.cluster.started:
             with self._polling_signals():
+                self.cluster.facts.clear()  # what is needed of a node may be more than before, such as the backbone
                 self.cluster.replace(self.cluster.workers())
 
     @property

@@ -17,7 +17,7 @@ import pytest
 from grappa_dist.config import Resources
 from grappa_dist.console import Ending, Terminated
 from grappa_dist.distributed import ray_cluster
-from grappa_dist.distributed.preflight import Checks, versions
+from grappa_dist.distributed.preflight import Checks, Facts, versions
 from grappa_dist.distributed.ray_cluster import Cluster
 from grappa_dist.distributed.runner import Job, Runner
 from tests.distributed.standins import Ray, Ref, Worker
@@ -43,6 +43,16 @@ def started(ray: Ray, monkeypatch: pytest.MonkeyPatch, workers: list[Worker], **
     monkeypatch.setattr(cluster, "connect", lambda: None)
     monkeypatch.setattr(cluster, "_new_worker", lambda: Worker("a"))
     return cluster
+
+
+def test_nodes_of_renewed_workers_are_checked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    old = [Worker("a")]
+    cluster = started(Ray("a", answer), monkeypatch, old)
+    cluster.facts["a"] = Facts("a")
+    Runner(cluster, cluster.resources).renew_workers()
+    assert old[0].asked == ["killed"]
+    assert cluster.facts == {}
+    assert cluster.size == 1
 
 
 @pytest.mark.parametrize("elastic", [False, True])
