@@ -44,7 +44,8 @@ from grappa_dist.data.remote import (
 from grappa_dist.files import Sum, parse_json, sync
 from grappa_dist.stages.damages import Damage, Mending
 from grappa_dist.stages.flow import Flow, artifacts_of
-from grappa_dist.stages.multi_set_jobs import MULTI_SET_FILE, multi_set_members
+from grappa_dist.stages.multi_set_jobs import MULTI_SET_FILE, MULTI_SET_FOLDER, multi_set_members
+from grappa_dist.storage import Result
 
 LATEST = "latest.json"  # names the report and the model of the run that ended last
 STATE = "state.json"
@@ -173,8 +174,17 @@ class _State:
 
     @staticmethod
     def read(remote: RemoteFolder, name: str) -> _State:
-        found = remote.read_json(name)
-        return _State(tuple(found["artifacts"]), found["objects"], found["sizes"], found.get("xxh3", {}))
+        """Raises DamagedCopy for what is none."""
+
+        def parse(text: bytes) -> _State:
+            found = parse_json(text, name)
+            try:
+                objects, sizes, xxh3 = (dict(found.get(key, {})) for key in ("objects", "sizes", "xxh3"))
+                return _State(tuple(found["artifacts"]), objects, sizes, xxh3)
+            except (LookupError, TypeError, ValueError, AttributeError):
+                raise ValueError(f"{name}: {found!r:.100}") from None
+
+        return remote.read(name, parse)
 
     @property
     def sums(self) -> dict[str, Sum]:
@@ -212,8 +222,14 @@ class WorkMirror:
         self._remote, self._root = remote, artifacts[0].root
         self._artifacts = {a.name: a for a in artifacts}
         there = sorted(names)
-        states = {n.removesuffix(f"/{STATE}"): _State.read(remote, n) for n in there if n.endswith(f"/{STATE}")}
-        self._saved = {folder: state for folder, state in states.items() if self._is_ours(folder, state)}
+        self._saved, self._damaged = dict[str, _State](), dict[str, DamagedCopy]()
+        for folder in (name.removesuffix(f"/{STATE}") for name in there if name.endswith(f"/{STATE}")):
+            if self._is_named_as_ours(folder):
+                try:
+                    self._saved[folder] = _State.read(remote, f"{folder}/{STATE}")
+                except DamagedCopy as damage:
+                    self._damaged[folder] = damage
+        self._saved = {f: state for f, state in self._saved.items() if set(state.artifacts) <= self._artifacts.keys()}
         ours = tuple(f"{folder}/" for folder in (*(f"{name}.partial" for name in self._artifacts), *self._saved))
         listed = {name for folder, s in self._saved.items() for name in (f"{folder}/{STATE}", *s.objects.values())}
         self._strays = {n for n in there if n.startswith(ours)} - listed  # of a run that was killed while it copied
@@ -224,6 +240,8 @@ class WorkMirror:
         A copy that is not what was written is no longer listed on the store, and that work begins anew.
         """
         fetched = []
+        for folder, damage in self._damaged.items():
+            self._refuse(folder, damage, log)
         for folder, state in list(self._saved.items()):
             here = self._root / folder
             if here.exists() or all(self._artifacts[name].complete for name in state.artifacts):
@@ -232,10 +250,13 @@ class WorkMirror:
                 self._remote.fetch(state.objects, state.sums, here, listed_in=f"{folder}/{STATE}")
                 fetched.append(folder)
             except DamagedCopy as damage:
-                self._remote.move(f"{folder}/{STATE}", f"{folder}/{STATE}.damaged")
                 del self._saved[folder]
-                log(f"warning: {self._remote.url}/{folder}: {damage}: not used, so this begins anew")
+                self._refuse(folder, damage, log)
         return fetched
+
+    def _refuse(self, folder: str, damage: DamagedCopy, log: Callable[[str], None]) -> None:
+        self._remote.move(f"{folder}/{STATE}", f"{folder}/{STATE}.damaged")
+        log(f"warning: {self._remote.url}/{folder}: {damage}: not used, so this begins anew")
 
     def save(self, finished: Collection[str]) -> None:
         """Copies what has changed since the last call, and removes what is no longer needed.
@@ -282,10 +303,10 @@ class WorkMirror:
         else:
             self._remote.put(snapshot.paths[file], name)
 
-    def _is_ours(self, folder: str, state: _State) -> bool:
-        """Whether it is a folder of this run, and not a path that the store should not name."""
-        is_job = re.fullmatch(r"packs/\w+", folder) and set(state.artifacts) <= self._artifacts.keys()
-        return bool(is_job) or (folder.removesuffix(".partial") in self._artifacts and folder.endswith(".partial"))
+    def _is_named_as_ours(self, folder: str) -> bool:
+        """Whether a folder may be of this run, and is no path that the store should not name."""
+        is_partial = folder.endswith(".partial") and folder.removesuffix(".partial") in self._artifacts
+        return is_partial or re.fullmatch(rf"{MULTI_SET_FOLDER}/\w+", folder) is not None
 
     def _in_progress(self) -> dict[str, tuple[str, ...]]:
         """Unfinished folders, with the names of the artefacts that they become."""
@@ -379,14 +400,27 @@ class RemoteFolder:
         found = self._call("listed", lambda: self._fs.find(self._path))
         return {name.removeprefix(self._path).strip("/") for name in found}
 
-    def read_json(self, name: str) -> Any:
-        def read() -> Any:
-            try:
-                return parse_json(self._fs.cat_file(self._at(name)), name)
-            except ValueError as error:
-                raise BrokenAnswer(str(error)) from None
+    def read(self, name: str, parse: Callable[[bytes], Result]) -> Result:
+        """What an object holds, by a function that raises a ValueError for what it cannot be.
 
-        return self._call(f"{name} read", read)
+        Raises:
+            DamagedCopy: it is that at every attempt.
+        """
+
+        def read() -> Result:
+            data = self._fs.cat_file(self._at(name))
+            try:
+                return parse(data)
+            except ValueError as error:
+                raise BrokenAnswer(str(error).removeprefix(f"{name}: ")) from None
+
+        try:
+            found: Result = self._call(f"{name} read", read)
+            return found
+        except StoreUnavailable as error:
+            if isinstance(error.__cause__, BrokenAnswer):
+                raise DamagedCopy(PurePosixPath(name).name, f"is damaged: {error.__cause__}") from None
+            raise
 
     def write(self, name: str, data: bytes) -> None:
         self._call(f"{name} written", lambda: self._fs.pipe_file(self._at(name), data))
@@ -434,20 +468,7 @@ class RemoteFolder:
         Raises:
             DamagedCopy: the manifest is damaged.
         """
-
-        def read() -> dict[str, Sum]:
-            try:
-                return read_manifest(self._fs.cat_file(self._at(name)), name, PurePosixPath(name).parent.name)
-            except ValueError as error:
-                raise BrokenAnswer(str(error).removeprefix(f"{name}: ")) from None
-
-        try:
-            found: dict[str, Sum] = self._call(f"{name} read", read)
-            return found
-        except StoreUnavailable as error:
-            if isinstance(error.__cause__, BrokenAnswer):
-                raise DamagedCopy(MANIFEST, f"is damaged: {error.__cause__}") from None
-            raise
+        return self.read(name, lambda text: read_manifest(text, name, PurePosixPath(name).parent.name))
 
     def move(self, name: str, to: str) -> None:
         """Copies an object on the store and removes it under its old name."""

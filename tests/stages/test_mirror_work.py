@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import pytest
 
 from grappa_dist import pipeline
 from grappa_dist.artifacts import Artifact, Store
+from grappa_dist.data import remote
 from grappa_dist.distributed.collectives import Comm
 from grappa_dist.distributed.runner import Job
 from grappa_dist.models.spec import ADAPTORS_FILE
@@ -66,8 +67,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def mirror_of(bucket: Bucket, root: Path) -> WorkMirror:
-    remote = RemoteFolder(f"{bucket.url}/runs/x")
-    return WorkMirror(remote, remote.names(), artifacts_in(root))
+    folder = RemoteFolder(f"{bucket.url}/runs/x")
+    return WorkMirror(folder, folder.names(), artifacts_in(root))
 
 
 def test_another_machine_gets_the_newest_checkpoint_and_what_else_a_restart_can_use(
@@ -204,13 +205,13 @@ def test_jobs_of_several_sets_are_copied_by_their_folder(bucket: Bucket, tmp_pat
 def test_a_store_cannot_name_a_folder_outside_of_the_run(bucket: Bucket, tmp_path: Path, place: str) -> None:
     bucket.allow_writing()
     state: dict[str, Any] = {"artifacts": [artifacts_in(tmp_path)[0].name], "objects": {"x": "x"}, "sizes": {"x": 1}}
-    remote = RemoteFolder(f"{bucket.url}/runs/x")
+    honest = RemoteFolder(f"{bucket.url}/runs/x")
 
     class Lying(RemoteFolder):
-        def read_json(self, name: str) -> Any:
-            return state
+        def read(self, name: str, parse: Callable[[bytes], Any]) -> Any:
+            return parse(json.dumps(state).encode())
 
-    lying = Lying(remote.url)
+    lying = Lying(honest.url)
     assert WorkMirror(lying, [f"{place}/{STATE}"], artifacts_in(tmp_path / "a")).fetch(print) == []
     own = artifacts_in(tmp_path / "a")[0]
     state |= {"artifacts": [own.name], "objects": {"../../x": "x"}}
@@ -274,3 +275,20 @@ def test_a_damaged_copy_of_work_is_not_used_and_the_work_begins_anew(
     assert "not used, so this begins anew" in told[0]
     assert mirror_of(bucket, tmp_path / "b").fetch(told.append) == []
     assert len(told) == 1
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"[]", b'{"artifacts": 1}', b'{"artifacts": [], "objects": [1]}'])
+def test_a_damaged_list_of_copies_ends_no_run(
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: bytes
+) -> None:
+    monkeypatch.setattr(remote, "PAUSE_S", 0.001)
+    bucket.allow_writing()
+    work_until(artifacts_in(tmp_path / "a")[0], 5)
+    mirror_of(bucket, tmp_path / "a").save(())
+    (key,) = (name for name in bucket.names() if name.endswith(STATE))
+    bucket.put(key, text)
+    told = list[str]()
+    for _ in range(2):
+        assert mirror_of(bucket, tmp_path / "b").fetch(told.append) == []
+    assert len(told) == 1
+    assert f"{STATE} is damaged" in told[0]
