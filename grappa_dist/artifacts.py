@@ -35,6 +35,7 @@ from grappa_dist.checksums import (
 )
 from grappa_dist.config import fingerprint
 from grappa_dist.files import Sum, lock_file, make_folder, recorded, remove_folder, rename, sync, write_json
+from grappa_dist.storage import tried_again
 
 LOCK = ".lock"
 CENTROIDS_FILE = "centroids.npy"  # (K, D) float32, in an artefact of labels
@@ -73,7 +74,7 @@ class Artifact:
 
     @property
     def complete(self) -> bool:
-        return (self.path / MANIFEST).exists()
+        return tried_again((self.path / MANIFEST).exists, self.path)
 
     def begin(self) -> Path:
         """The folder to write into; what an earlier attempt left there is kept."""

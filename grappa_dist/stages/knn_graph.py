@@ -131,7 +131,7 @@ class Graphs:
     def _set_aside_damaged(self, folder: Path) -> bool:
         """Whether the graph of an earlier attempt is damaged, on any rank's shards; it is set aside."""
         comm, own = self._context.comm, [folder / name for name in self._own_files()]
-        damaged = any(not path.exists() or (recorded(path) or Sum.of(path)) != Sum.of(path) for path in own)
+        damaged = any(not path.exists() or recorded(path) not in (None, Sum.of(path)) for path in own)
         if not self._sum([int(damaged)])[0]:
             return False
         if comm.rank == 0:
