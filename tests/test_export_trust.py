@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from grappa_dist.artifacts import Store
+from grappa_dist.artifacts import MANIFEST, Store
 from grappa_dist.config import BackboneConfig
 from grappa_dist.export import Transform, embed_images, export_model, load_model
 from grappa_dist.models.spec import CONFIG_FILE, MODULES_FILE, ModelSpec, build, note_module
@@ -94,6 +94,7 @@ def test_functions_of_the_standard_library_are_no_backbones(tmp_path: Path) -> N
     config = json.loads((artifact.path / CONFIG_FILE).read_text())
     config["backbone"] = {"name": "os:system", "kwargs": {"command": f"touch {tmp_path / 'ran'}"}}
     (tmp_path / "model2" / CONFIG_FILE).write_text(json.dumps(config))
+    (tmp_path / "model2" / MANIFEST).unlink()  # as whoever means harm would
     with pytest.raises(ValueError, match="names the backbone os:system"):
         load_model(tmp_path / "model2")
     assert not (tmp_path / "ran").exists()

@@ -159,10 +159,11 @@ with small_disks([disk]):
         print(error.strerror)
 """
     command = [*(namespace() or ()), sys.executable, "-c", program, str(tmp_path / "disk")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
     assert (done.stdout, done.stderr) == ("No space left on device\n", "")
     assert list((tmp_path / "disk").iterdir()) == []
-    alone = subprocess.run([sys.executable, *command[-3:]], capture_output=True, text=True, timeout=60)
+    alone = subprocess.run([sys.executable, *command[-3:]], capture_output=True, text=True, timeout=60, env=environment)
     assert "RuntimeError: disks are mounted in a namespace alone" in alone.stderr
 
 

@@ -53,7 +53,7 @@ def dies(comm: Comm, job: Job, name: str, call: int) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         if name == "save":
-            patch.setattr(multi_set_jobs, "save_file", dying(multi_set_jobs.save_file))
+            patch.setattr(multi_set_jobs, "save_tensors", dying(multi_set_jobs.save_tensors))
         elif name == "commit":
             patch.setattr(Artifact, "commit", dying(Artifact.commit))
         else:
