@@ -254,15 +254,18 @@ def lock_file(path: Path) -> IO[str]:
 
     Raises:
         BlockingIOError: another process holds it; the error says which one, as far as the file has it.
+        OSError: it cannot be written, or its file system has no locks.
     """
     file = open(path, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115 - closed by the caller
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except OSError as error:
         file.seek(0)
         holder = " ".join(file.read(500).split())
         file.close()
-        raise BlockingIOError(f" ({holder})" if holder else "") from None
+        if isinstance(error, BlockingIOError):
+            raise BlockingIOError(f" ({holder})" if holder else "") from None
+        raise OSError(error.errno, f"{error.strerror}, it cannot be locked") from error
     try:
         file.truncate(0)
         since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

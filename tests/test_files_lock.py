@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import socket
 import subprocess
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from grappa_dist.artifacts import Store
 from grappa_dist.files import lock_file
 
 HOLDS = "import sys; from pathlib import Path; from grappa_dist.files import lock_file\n"
@@ -38,3 +41,13 @@ def test_a_lock_without_a_holders_name_is_still_refused(tmp_path: Path) -> None:
         (tmp_path / "lock").write_text("", encoding="utf-8")
         with pytest.raises(BlockingIOError, match=r"^$"):
             lock_file(tmp_path / "lock")
+
+
+def test_a_file_system_without_locks_is_named_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    expected = r"cannot be written to: No locks available, it cannot be locked"
+    with pytest.raises(ValueError, match=expected), Store(tmp_path).lock():
+        pass
