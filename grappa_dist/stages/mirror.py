@@ -45,7 +45,7 @@ from grappa_dist.files import Sum, parse_json, sync
 from grappa_dist.stages.damages import Damage, Mending
 from grappa_dist.stages.flow import Flow, artifacts_of
 from grappa_dist.stages.multi_set_jobs import MULTI_SET_FILE, MULTI_SET_FOLDER, multi_set_members
-from grappa_dist.storage import Result
+from grappa_dist.storage import LASTING, Result, described
 
 LATEST = "latest.json"  # names the report and the model of the run that ended last
 STATE = "state.json"
@@ -506,6 +506,8 @@ class RemoteFolder:
         try:
             return patiently(do)
         except library_errors() as error:
+            if isinstance(error, OSError) and error.errno in LASTING:  # of the run directory
+                raise described(error) from error
             kind = StoreUnavailable if is_passing(error) else ValueError
             raise kind(f"mirror={self.url}: cannot be used ({what}): {describe(error)}") from error
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from grappa_dist.artifacts import Artifact, Store
 from grappa_dist.data import remote
 from grappa_dist.data.remote import StoreUnavailable
 from grappa_dist.stages.mirror import Mirror
+from grappa_dist.storage import StorageError
 from tests.conftest import Bucket
 from tests.faults.faulty_http import PASSING, Fault, always, now_and_then
 from tests.stages.test_mirror import mending_in
@@ -53,3 +56,18 @@ def test_a_store_that_keeps_failing_is_named_with_the_request(bucket: Bucket, tm
     with pytest.raises(StoreUnavailable, match=r"request rate|Service Unavailable"):
         mirror.fetch([fetched], mending_in(tmp_path / "b"))
     assert not fetched.path.exists()
+
+
+def test_a_full_disk_is_no_fault_of_the_store_or_a_setting(
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket.allow_writing()
+    Mirror(bucket.url).save([artifact_in(tmp_path / "a", made=True)])
+    mirror, fetched = Mirror(bucket.url), artifact_in(tmp_path / "b", made=False)
+
+    def refuse(_: str, local: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), local)
+
+    monkeypatch.setattr(mirror.remote._fs, "get_file", refuse)
+    with pytest.raises(StorageError, match=r"rows-0.npy: No space left on device, [\d,]+ bytes are free on the file"):
+        mirror.fetch([fetched], mending_in(tmp_path / "b"))
