@@ -228,7 +228,8 @@ def _check_features(name: str, backbone: Backbone, images: Tensor) -> list[str]:
                 f"{name}: an image has other features alone than beside another one, as where a BatchNorm uses the "
                 "statistics of the batch; its features must depend on the image alone"
             )
-        unused = _unused(backbone, unseen, images[:1], alone)
+        # where no gradient flows at all, all are unseen, which takes long to tell apart and is refused later
+        unused = _unused(backbone, unseen, images[:1], alone) if together.requires_grad else []
     _refuse_unused_tokens(name, unused)
     return _warnings(name, together, unused)
 
