@@ -23,6 +23,8 @@ from uuid import uuid4
 
 import torch
 
+from grappa_dist.files import make_folder, read_bytes, write_bytes
+
 PACKAGES = ("torch", "ray", "deepspeed", "faiss")
 LATE_FILE_S = 5.0  # a network file system may show a new file this late
 NAMED = 3  # nodes named for one problem
@@ -104,8 +106,7 @@ def _storage(root: Path, token: Path | None, node: str) -> str:
     if token is None:
         return "" if root.is_dir() else f"the run directory {root} is not there; put --out on storage that all share"
     try:
-        content = _read_when_visible(lambda: (token / "driver").read_text(encoding="utf-8"))
-        (token / _file_of(node)).write_text(content, encoding="utf-8")
+        write_bytes(token / _file_of(node), _read_when_visible(token / "driver"))
     except FileNotFoundError:
         return f"the run directory {root} is not the one that the driver writes to; put --out on storage that all share"
     except OSError as error:
@@ -117,12 +118,12 @@ def _file_of(node: str) -> str:
     return "node-" + hashlib.sha256(node.encode()).hexdigest()[:16]
 
 
-def _read_when_visible(read: Callable[[], str]) -> str:
-    """What `read` returns, once the file is visible."""
+def _read_when_visible(path: Path) -> bytes:
+    """What a file holds, once it is visible."""
     end = time.monotonic() + LATE_FILE_S
     while True:
         try:
-            return read()
+            return read_bytes(path)
         except FileNotFoundError:
             if time.monotonic() > end:
                 raise
@@ -165,8 +166,8 @@ def token_in(root: Path) -> Iterator[Path]:
     made = [folder for folder in (root, *root.parents) if not folder.exists()]
     token = root / f".preflight-{uuid4().hex[:12]}"
     try:
-        token.mkdir(parents=True)
-        (token / "driver").write_text(token.name, encoding="utf-8")
+        make_folder(token)
+        write_bytes(token / "driver", token.name.encode())
     except OSError as error:
         raise ValueError(f"the run directory {root} cannot be written: {error.strerror or error}") from None
     try:
@@ -183,10 +184,10 @@ def answered(token: Path | None, node: str, facts: Facts) -> Facts:
     if token is None or facts.storage:
         return facts
     try:
-        content = _read_when_visible(lambda: (token / _file_of(node)).read_text(encoding="utf-8"))
+        content = _read_when_visible(token / _file_of(node))
     except OSError:
-        content = ""
-    why = "" if content == token.name else f"the driver does not see what it writes to {token.parent}"
+        content = b""
+    why = "" if content == token.name.encode() else f"the driver does not see what it writes to {token.parent}"
     return replace(facts, storage=why)
 
 

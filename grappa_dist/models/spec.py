@@ -26,7 +26,7 @@ from grappa_dist.files import Sum, read_bytes, read_json, read_tensors, replace,
 from grappa_dist.models import Backbone, Grappa, check_image_size, create_backbone
 from grappa_dist.models.backbone import check_name, check_weights, source_of
 from grappa_dist.models.weights import load_tensors
-from grappa_dist.storage import open_to_write
+from grappa_dist.storage import open_to_read, open_to_write
 
 ADAPTORS_FILE, FUSION_FILE = "adaptors.safetensors", "grappa.safetensors"
 FORMAT = 1  # of an exported model
@@ -94,7 +94,7 @@ def backbone_settings(config: BackboneConfig) -> dict[str, Any]:
 @lru_cache
 def _sha256(path: str, mtime_ns: int) -> str:
     """A file's hash, computed once for the names of many artefacts."""
-    with open(path, "rb") as file:
+    with open_to_read(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
