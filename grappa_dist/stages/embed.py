@@ -8,8 +8,10 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +40,7 @@ FROZEN = "backbone"  # the name of the frozen backbone as a model
 SUMS_FILE = "sums.npy"  # of features of the frozen backbone: (P,) uint64, xxh3 of every image that was embedded
 CHECK_INTERVAL_S = 5.0  # between counts of the bad rows of finished shards
 NAMED_BAD = 3  # bad rows that the error names
+READ_AT_ONCE = 8  # lists of bad rows: many small files, which take long on a network file system
 PLACES, COMPARED = 16, 16  # where features are looked at for all being alike, and rows there: few shards are read
 ALIKE = 1e-6  # of a unit row: twice the rounding of float32
 
@@ -232,8 +235,9 @@ def feature_rows(images: ImageShards, features: Sequence[Artifact]) -> RowArrays
 def bad_reasons(images: ImageShards, features: Sequence[Artifact]) -> dict[int, str]:
     """Why rows are bad, by row id, over all shards."""
     reasons: dict[int, str] = {}
-    for shard, artifact in enumerate(features):
-        reasons |= _bad_of(images, shard, artifact)
+    with ThreadPoolExecutor(READ_AT_ONCE) as pool:
+        for of_shard in pool.map(partial(_bad_of, images), range(len(features)), features):
+            reasons |= of_shard
     return reasons
 
 
