@@ -142,7 +142,7 @@ class Runner:
 
     def renew_workers(self) -> None:
         """Replaces all workers that are up, and with them what they hold in memory; their nodes are checked again."""
-        if self.cluster.started:
+        if self.cluster.started and not self.cluster.ray_has_died():  # else all are new once it is started again
             with self._polling_signals():
                 self.cluster.facts.clear()  # what is needed of a node may be more than before, such as the backbone
                 self.cluster.replace(self.cluster.workers())
