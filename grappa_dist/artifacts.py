@@ -94,11 +94,13 @@ class Artifact:
         found = {p.relative_to(self.partial) for p in self.partial.rglob("*") if p.is_file()}
         seen = {p.as_posix() for p in found if not any(part.startswith(".") for part in p.parts)}
         names = sorted(seen | set(expected))  # files of other machines may exist and not be listed yet
-        files = {name: vars(_sum_of(self.partial / name)) for name in names}
+        paths = {name: self.partial / name for name in names}
+        # What a writer has recorded holds even where the file has another size by now: then it is damaged
+        files = {name: vars(recorded(path) or Sum.of(path)) for name, path in paths.items()}
         for path in list(self.partial.glob("**/.*")):  # checksums, and what a killed attempt left unfinished
             remove_folder(path) if path.is_dir() else path.unlink(missing_ok=True)
-        for name in names:
-            sync(self.partial / name)
+        for path in paths.values():
+            sync(path)
         self._write_manifest(files)
         if os.path.lexists(self.path) and not self.complete:  # somebody has removed its manifest
             set_aside(self.path)
@@ -138,12 +140,6 @@ class Artifact:
             raise ValueError(f"{self.path} is not finished: it has no {MANIFEST}")
         for damage in look_at([self], content_bytes).damages:
             raise damage
-
-
-def _sum_of(path: Path) -> Sum:
-    """What the writer of a file has recorded, or else what the file holds."""
-    known = recorded(path)
-    return known if known is not None and known.bytes == path.stat().st_size else Sum.of(path)
 
 
 @dataclass(frozen=True)

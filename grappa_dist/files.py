@@ -66,8 +66,7 @@ def replace(path: Path, write: Callable[[Path], object], *, summed: bool = False
             _sync(temporary)
             found = Sum.of(temporary) if summed else None  # still in this machine's memory
             os.chmod(temporary, 0o666 & ~_umask())  # some writers make private files; others share this storage
-            if found is not None:
-                _record_of(path).unlink(missing_ok=True)  # of an older file under this name
+            _record_of(path).unlink(missing_ok=True)  # of an older file under this name
             os.replace(temporary, path)
             if found is not None:
                 record(path, found)

@@ -57,12 +57,23 @@ def test_an_older_record_does_not_count(tmp_path: Path) -> None:
     for content in (b"one", b"two"):
         replace(path, lambda temporary, content=content: temporary.write_bytes(content), summed=True)
     assert recorded(path) == Sum(3, xxhash.xxh3_128_hexdigest(b"two"))
-    path.write_bytes(b"other size")  # by something that records nothing
+    replace(path, lambda temporary: temporary.write_bytes(b"three"))
+    assert recorded(path) is None
     for text in ("", "[]", '{"bytes": 1}'):
         (made.partial / ".b.bin.xxh3").write_text(text)
         assert recorded(made.partial / "b.bin") is None
     made.commit()
-    assert made.files["a.bin"] == Sum(10, xxhash.xxh3_128_hexdigest(b"other size"))
+    assert made.files["a.bin"] == Sum(5, xxhash.xxh3_128_hexdigest(b"three"))
+
+
+def test_a_file_that_is_cut_before_the_commit_is_damaged_after_it(tmp_path: Path) -> None:
+    made = Store(tmp_path).artifact("labels/k=4", {}, {})
+    save_array(made.begin() / "rows.npy", np.arange(5), summed=True)
+    with (made.partial / "rows.npy").open("rb+") as file:
+        file.truncate(140)
+    made.commit()
+    with pytest.raises(DamagedArtifact, match="has 140 bytes, its manifest says 168"):
+        load_array(made.path / "rows.npy")
 
 
 def test_a_file_is_read_whole_once_by_a_process_and_again_when_it_changes(
