@@ -14,6 +14,7 @@ import re
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import lru_cache
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +22,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from grappa_dist.files import Sum, map_array, parse_json, read_bytes, read_json, recorded, rename, sync
+from grappa_dist.files import Sum, map_array, parse_json, read_bytes, read_json, recorded, rename_to_free
 
 MANIFEST = "manifest.json"
 _UNFINISHED = ".partial"
@@ -244,9 +245,7 @@ def map_rows(path: str, below: int | None) -> NDArray[Any]:
 
 def set_aside(folder: Path) -> Path:
     """Renames a damaged folder, which keeps all that is in it; returns where it lies now."""
-    names = (f"{folder.name}.damaged", *(f"{folder.name}.damaged-{number}" for number in range(2, 1000)))
-    aside = next(path for path in map(folder.with_name, names) if not os.path.lexists(path))
-    rename(folder, aside)
-    sync(folder.parent)
+    numbered = (f"{folder.name}.damaged-{number}" for number in count(2))
+    aside = rename_to_free(folder, chain([f"{folder.name}.damaged"], numbered))
     forget()
     return aside

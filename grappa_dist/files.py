@@ -290,10 +290,15 @@ def rename(source: Path, target: Path) -> None:
 
 def hide_damaged(damaged: Path) -> Path:
     """Renames a damaged file or folder, so that nothing finds it; its new path, `.damaged-<name>` with a number."""
-    numbered = (damaged.with_name(f".damaged-{damaged.name}-{i}") for i in count(1))
-    aside = next(path for path in numbered if not path.exists())
-    rename(damaged, aside)
-    return aside
+    return rename_to_free(damaged, (f".damaged-{damaged.name}-{number}" for number in count(1)))
+
+
+def rename_to_free(path: Path, names: Iterable[str]) -> Path:
+    """Gives a file or folder the first of the names that nothing beside it has; its new path."""
+    target = next(one for one in map(path.with_name, names) if not os.path.lexists(one))
+    rename(path, target)
+    sync(path.parent)
+    return target
 
 
 def remove_folder(path: Path) -> None:
