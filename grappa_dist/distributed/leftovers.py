@@ -12,6 +12,7 @@ import fcntl
 import os
 import shutil
 import signal
+import stat
 import sys
 import tempfile
 import time
@@ -68,9 +69,10 @@ def remove(folder: Path, sparing: Collection[int] = ()) -> None:
 
 
 def _users(folder: Path, sparing: Collection[int]) -> Iterator[int]:
-    """This user's processes that have a file of the folder open, or its token in their environment.
+    """This user's processes that write to a file of the folder, or have its token in their environment.
 
-    Some of Ray's processes overwrite their environment with their title, and all of them have a log open.
+    Some of Ray's processes overwrite their environment with their title, and all of them write a log. Whoever only
+    reads one is left alone.
     """
     mark = f"{TOKEN_VARIABLE}={folder / TOKEN}".encode()
     for entry in Path("/proc").glob("[0-9]*"):
@@ -78,14 +80,14 @@ def _users(folder: Path, sparing: Collection[int]) -> Iterator[int]:
         with contextlib.suppress(OSError):  # it has ended
             if pid in sparing or entry.stat().st_uid != os.getuid():
                 continue
-            if mark in (entry / "environ").read_bytes().split(b"\0") or _has_open(entry / "fd", f"{folder}/"):
+            if mark in (entry / "environ").read_bytes().split(b"\0") or _writes(entry / "fd", f"{folder}/"):
                 yield pid
 
 
-def _has_open(descriptors: Path, below: str) -> bool:
+def _writes(descriptors: Path, below: str) -> bool:
     for link in descriptors.iterdir():
         with contextlib.suppress(OSError):  # closed meanwhile
-            if os.readlink(link).startswith(below):
+            if os.readlink(link).startswith(below) and link.lstat().st_mode & stat.S_IWUSR:  # as it was opened
                 return True
     return False
 

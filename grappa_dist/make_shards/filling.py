@@ -129,12 +129,16 @@ def already_filled(folder: Path, number: int) -> Filled | None:
     record = _record(folder, number)
     if not record.is_file():
         return None
-    content: dict[str, Any] = read_json(record)
     tar = folder / shard_name(number)
-    shard = shard_of(content["shard"], str(tar), record)
+    try:
+        content: dict[str, Any] = read_json(record)
+        shard = shard_of(content["shard"], str(tar), record)
+        bad, named = Counter[str](content["bad"]), tuple(content["named"])
+    except (ValueError, TypeError, KeyError):  # it is damaged, and the shard is made again
+        return None
     if not tar.is_file() or tar.stat().st_size != shard.bytes or not tar.with_name(f"{tar.name}.npy").is_file():
         return None
-    return Filled(str(folder), number, shard, Counter(content["bad"]), tuple(content["named"]))
+    return Filled(str(folder), number, shard, bad, named)
 
 
 class WorkerDied(RuntimeError):

@@ -12,11 +12,12 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import xxhash
-from safetensors.torch import load, save
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from grappa_dist.config import BackboneConfig, fingerprint
@@ -457,7 +458,6 @@ def _check_export(name: str, config: BackboneConfig, backbone: Backbone, weights
     right = _run(name, "a forward pass with adaptors", lambda: model(image))
     reached = _reached(right)
     _refuse_skipped(name, [i for i, one in enumerate(model.layers) if id(one.adaptors.up_bias) not in reached])
-    stored = _run(name, "its export", lambda: save(tensors_of(model.requires_grad_(False))))
     again = create_backbone(config.name, config.kwargs, pixels, pretrained=False)
     given = config.name.startswith("timm:") or config.checkpoint
     if why := "" if given else _difference(weights_of(again), weights):
@@ -466,7 +466,10 @@ def _check_export(name: str, config: BackboneConfig, backbone: Backbone, weights
             "as backbone.checkpoint, or draw them after torch.manual_seed"
         )
     loaded = _with_adaptors(again)
-    missing, unexpected = _run(name, "loading its export", lambda: load_tensors(loaded, load(stored)))
+    with TemporaryDirectory(prefix="grappa-export-") as folder:  # its tensors are then mapped, not copied
+        path = Path(folder) / "model.safetensors"
+        _run(name, "its export", lambda: save_file(tensors_of(model.requires_grad_(False)), path))
+        missing, unexpected = _run(name, "loading its export", lambda: load_tensors(loaded, load_file(path)))
     with torch.no_grad():
         differs = _distance(_run(name, "a forward pass after export", lambda: loaded(image)), right) > ROUNDING
     if missing or unexpected or differs:

@@ -42,9 +42,11 @@ def test_a_folder_and_those_who_use_it_go_and_nobody_else(
     with open(folder / "log", "w") as log:
         writing, named = sleeper(started, stderr=log), sleeper(started, env=token)
         other, spared = sleeper(started), sleeper(started, stderr=log)
+    with open(folder / "log") as log:
+        reading = sleeper(started, stdin=log)
     leftovers.remove(folder, sparing=[spared.pid])
     assert (writing.wait(10), named.wait(10)) == (-9, -9)
-    assert (other.poll(), spared.poll()) == (None, None)
+    assert (other.poll(), spared.poll(), reading.poll()) == (None, None, None)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -171,6 +171,10 @@ def lose_note(partial: Path) -> None:
     (partial / "making" / "shard-000000.tar.json").unlink()
 
 
+def damage_note(partial: Path) -> None:
+    (partial / "making" / "shard-000000.tar.json").write_text("{}")
+
+
 def leave_scraps(partial: Path) -> None:
     (partial / "making" / "unfinished-1-ab").mkdir()
     (partial / "making" / "unfinished-1-ab" / "shard-000002.tar").write_bytes(b"half")
@@ -182,7 +186,7 @@ def lose_everything(partial: Path) -> None:
     partial.mkdir()
 
 
-@pytest.mark.parametrize("spoil", [cut_tar, lose_index, lose_note, leave_scraps, lose_everything])
+@pytest.mark.parametrize("spoil", [cut_tar, lose_index, lose_note, damage_note, leave_scraps, lose_everything])
 def test_nothing_unfinished_is_mistaken_for_finished(
     half_done: tuple[Path, Path], tmp_path: Path, spoil: Callable[[Path], None]
 ) -> None:

@@ -121,6 +121,22 @@ def test_an_image_that_has_changed_since_it_was_embedded_is_named_by_whatever_re
     images.image_bytes(15)
 
 
+def test_an_image_that_is_read_wrongly_once_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = tiny.config(tiny.write_shards(tmp_path / "images"))
+    _, opened, features = embed_in(tmp_path / "run", settings)
+    images = held_against(opened, features)
+    right, real, reads = images.image_bytes(15), ImageShards._read, list[int]()
+
+    def read(self: ImageShards, shard: int, offset: int, size: int) -> bytes:
+        reads.append(offset)
+        data = real(self, shard, offset, size)
+        return data if len(reads) > 1 else bytes([data[0] ^ 1]) + data[1:]
+
+    monkeypatch.setattr(ImageShards, "_read", read)
+    assert images.image_bytes(15) == right
+    assert len(reads) == 2
+
+
 def task_of(images: ImageShards, settings: Config, store: Store, name: str) -> EmbedTask:
     """The embedding of the shard of row 15 by a model of that name."""
     shard, spec = images.locate(15)[0], ModelSpec(name, settings.backbone)

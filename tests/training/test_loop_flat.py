@@ -58,14 +58,13 @@ def fuse(comm: Comm, folder: Path, epochs: int) -> dict[int, dict[str, int]]:
 
 
 def _thirds(epochs: int) -> list[int]:
-    """Steps in the middle of epochs: after warming up, one third later, and near the end."""
+    """Steps in the middle of epochs: warming up, one third later, and near the end."""
     return [tiny.STEPS_PER_EPOCH * epoch + 2 for epoch in (epochs // 3, 2 * epochs // 3, epochs - 1)]
 
 
 def check(found: dict[int, dict[str, int]]) -> None:
-    """Between the first look and the last, neither blocks (but for pools of small objects), files nor threads grew."""
-    (_, before), *_, (_, after) = sorted(found.items())
-    assert len(found) == 3
+    """Between the last two looks, neither blocks (but for pools of small objects), files nor threads grew."""
+    _, (_, before), (_, after) = sorted(found.items())
     assert after["blocks"] - before["blocks"] < 600, found
     assert after["files"] <= before["files"] + 2, found
     assert after["threads"] <= before["threads"] + 1, found
