@@ -84,6 +84,12 @@ def role_of(arguments: Sequence[str]) -> str:
     return next((role for begin, role in ROLES.items() if program.startswith(begin)), program)
 
 
+def _listen() -> None:
+    """Takes signals as a program in a terminal does, also where this one runs in the background or under nohup."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 @dataclass
 class Driver:
     """One start of the program."""
@@ -141,7 +147,13 @@ class SmallRun:
         command = [*program, "--config", str(self.config), "--out", str(self.root)]
         with open(log, "wb") as file, open(log.with_suffix(".out"), "wb") as results:
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=results, stderr=file, env=variables, start_new_session=True
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=results,
+                stderr=file,
+                env=variables,
+                start_new_session=True,
+                preexec_fn=_listen,
             )
         return Driver(process, log)
 
