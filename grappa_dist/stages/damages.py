@@ -130,7 +130,10 @@ class Mending:
 
     def describe(self) -> str:
         """A line for the end of the run; "" where nothing was damaged."""
-        return f"damaged and made anew: {' | '.join(map(str, self.damages))}" if self.damages else ""
+        if not self.damages:
+            return ""
+        names = ", ".join(damage.artifact for damage in self.damages)
+        return f"damaged and made anew: {names}; {self.run.store.root / DAMAGES_FILE} has the reasons"
 
 
 def damages_among(root: Path, names: Iterable[str]) -> Iterator[Damage]:
