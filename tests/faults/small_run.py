@@ -21,6 +21,7 @@ import yaml
 
 from grappa_dist.checksums import MANIFEST
 from grappa_dist.console import METRICS_FILE
+from grappa_dist.stages.pseudo_label import STATS_FILE
 from tests.e2e.runs import ROOT
 from tests.stages import tiny
 
@@ -55,6 +56,7 @@ MADE_IN = {  # patterns of what each stage makes; features of the frozen backbon
 STAGE_OF = {"partitions": "pseudo_label", "export": "report"}  # stages of the program in those above
 TORCHS_CACHE = "torchinductor_"  # a folder for each user, which importing torch's compiler makes and keeps
 WITH_TIMES = {METRICS_FILE, "report.html"}  # beside the same results, they hold when these were made
+EFFORT = {"exact_share", "searched_share"}  # in statistics of a clustering: of the passes since it began or resumed
 
 
 def write_data(folder: Path) -> None:
@@ -203,7 +205,7 @@ class SmallRun:
 
 
 def digest(folder: Path) -> str:
-    """sha256 over the names and bytes of all files, except for what holds times."""
+    """sha256 over the names and bytes of all files, except for what holds times or the effort of a clustering."""
     whole = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         whole.update(f"{path.relative_to(folder)}\n".encode())
@@ -211,6 +213,11 @@ def digest(folder: Path) -> str:
             manifest = json.loads(path.read_text())
             kept = {key: manifest[key] for key in ("kind", "fingerprint", "settings", "inputs")}
             whole.update(json.dumps([kept, sorted(manifest["files"])]).encode())
+        elif path.name == STATS_FILE:
+            statistics = json.loads(path.read_text())
+            whole.update(
+                json.dumps({key: statistics[key] for key in statistics.keys() - EFFORT}, sort_keys=True).encode()
+            )
         elif path.name not in WITH_TIMES:
             whole.update(hashlib.sha256(path.read_bytes()).digest())
     return whole.hexdigest()
