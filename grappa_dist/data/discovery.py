@@ -89,7 +89,7 @@ def find_shards(
     folders = {parent: _LocalIndex(parent, log) for parent in parents}
     remote_tars = [tar for tar in tars if isinstance(tar, RemoteObject)]
     remote_folders = [str(path).rstrip("/") for path in paths if is_remote(str(path))]
-    remote = committed_indexes(remote_tars, remote_folders, cache, log)
+    remote = committed_indexes(remote_tars, remote_folders, cache, settings, log)
 
     def find(tar: Tar) -> IndexedShard | None:
         if isinstance(tar, RemoteObject):

@@ -174,6 +174,7 @@ def committed_indexes(
     tars: Sequence[RemoteObject],
     whole_folders: Sequence[str],
     cache: IndexCache,
+    settings: CacheSettings,
     log: Callable[[str], object] = lambda line: None,
 ) -> dict[str, tuple[Shard, RemoteRows]]:
     """Shard and index of each tar, by URL, that has an index beside it.
@@ -193,7 +194,7 @@ def committed_indexes(
         gone = known.keys() - {tar.name for tar in found} if folder in whole_folders else set()
         for name in sorted(gone):
             raise ValueError(f"{folder}/{name}: missing, but the index beside it has it; the shards changed")
-        _check_committed(folder, known, found, cache)
+        _check_committed(folder, known, found, cache, settings, log)
         for tar in found:
             shard, rows = known[tar.name]
             kept = cache.rows_path(shard)
@@ -203,9 +204,17 @@ def committed_indexes(
 
 
 def _check_committed(
-    folder: str, known: dict[str, tuple[Shard, str]], found: Sequence[RemoteObject], cache: IndexCache
+    folder: str,
+    known: dict[str, tuple[Shard, str]],
+    found: Sequence[RemoteObject],
+    cache: IndexCache,
+    settings: CacheSettings,
+    log: Callable[[str], object],
 ) -> None:
     """Compares the objects of a folder with its index, and with what an earlier run listed there.
+
+    An object of another version under the same index is read, since its bytes may be the same: it was copied, or the
+    store once gave a wrong version. A plan, which cannot keep the result, leaves that to the run.
 
     Raises:
         ValueError: an object is new, has another size, or has changed under an index that has not.
@@ -226,10 +235,19 @@ def _check_committed(
             )
         now[tar.name] = (shard.fingerprint, tar.version)
         fingerprint, version = before.get(tar.name, now[tar.name])
-        if fingerprint == shard.fingerprint and version != tar.version:
-            raise ValueError(
-                f"{tar.url}: its version is {tar.version} but was {version} in an earlier run, "
-                "and the index beside it is the same; the shard changed after indexing"
-            )
+        if fingerprint == shard.fingerprint and version != tar.version and cache.writes:
+            log(f"{tar.url}: another version than in an earlier run, is read to see whether its bytes are the same")
+            _check_content(tar, shard, version, settings)
     if (merged := {**before, **now}) != before:
         cache.put_versions(folder, merged)
+
+
+def _check_content(tar: RemoteObject, shard: Shard, before: str, settings: CacheSettings) -> None:
+    """Raises ValueError when an object, of another version than before, no longer has the bytes that were indexed."""
+    content = _Stream(_pieces(tar, settings)).finish()
+    if content != shard.fingerprint:
+        raise ValueError(
+            f"{tar.url}: its version is {tar.version} but was {before} in an earlier run, and its bytes are no longer "
+            f"those that the index beside it describes (sha256 {content[:12]}..., expected "
+            f"{shard.fingerprint[:12]}...); the shard changed after indexing"
+        )

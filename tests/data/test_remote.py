@@ -12,6 +12,7 @@ import pytest
 from grappa_dist.data import remote
 from grappa_dist.data.block_cache import CacheSettings
 from grappa_dist.data.decoding import BadImage
+from grappa_dist.data.index_cache import IndexCache
 from grappa_dist.data.remote import RemoteFile, StoreUnavailable, list_tars, objects_at
 from grappa_dist.data.shards import ImageShards
 from tests.conftest import Bucket
@@ -147,6 +148,23 @@ def test_a_shard_that_changed_between_runs_is_refused_or_indexed_again(
     bucket.client.delete_object(Bucket=bucket.name, Key="f/shard-000001.tar")
     with pytest.raises(ValueError, match=r"shard-000001\.tar: missing"):
         ImageShards.open([where], None, cache)
+
+
+def test_a_shard_of_another_version_with_the_same_bytes_is_the_same(
+    bucket: Bucket, cache: CacheSettings, tmp_path: Path
+) -> None:
+    write_folder(tmp_path / "f", 4, rows_per_shard=2)
+    where, kept = bucket.upload(tmp_path / "f", "f/"), IndexCache(tmp_path / "index")
+    before = ImageShards.open([where], tmp_path / "index", cache)
+    right = kept.versions(where.rstrip("/"))
+    assert len(right) == 2
+    kept.put_versions(where.rstrip("/"), {name: (fingerprint, "another") for name, (fingerprint, _) in right.items()})
+    logged = list[str]()
+    again = ImageShards.open([where], tmp_path / "index", cache, log=logged.append)
+    assert again.fingerprint == before.fingerprint
+    assert kept.versions(where.rstrip("/")) == right
+    assert [line.split(": ")[0].rsplit("/", 1)[1] for line in logged] == ["shard-000000.tar", "shard-000001.tar"]
+    assert all("is read to see whether its bytes are the same" in line for line in logged)
 
 
 def test_a_tar_cut_off_on_the_store_keeps_what_is_whole_and_one_without_a_header_is_refused(

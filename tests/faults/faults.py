@@ -319,7 +319,11 @@ CLOCKS = (
 _SERVED = Fault("", "object store", lambda scene: None, _serve(None), (1.0, 8.0), statuses=(0, 1), needs="server")
 STORES = tuple(
     replace(
-        _SERVED, name=f"store: {name}", inject=_serve(kind), lasts_s=(5.0, 40.0) if "no answer" in name else (1.0, 8.0)
+        _SERVED,
+        name=f"store: {name}",
+        inject=_serve(kind),
+        lasts_s=(5.0, 40.0) if "no answer" in name else (1.0, 8.0),
+        statuses=(0, 1, 2) if "ETag" in name else (0, 1),  # 2: another object than was listed
     )
     for name, kind in (
         ("status 500", faulty_http.Fault.ERROR),
