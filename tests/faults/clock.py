@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.faults.injection import library
+from tests.faults.injection import preloaded
 
 SOURCE = Path(__file__).with_name("clock_jump.c")
 
@@ -33,5 +34,8 @@ class Clock:
     @property
     def environment(self) -> dict[str, str]:
         """What a process needs in its environment; processes that it starts inherit it (Ray's workers included)."""
-        loaded = f"{library(SOURCE)} {os.environ.get('LD_PRELOAD', '')}".strip()
-        return {"LD_PRELOAD": loaded, "CLOCK_JUMP": str(self.path.resolve()), "RAY_LD_PRELOAD_ON_WORKERS": "1"}
+        return self.environment_after(os.environ)
+
+    def environment_after(self, before: Mapping[str, str]) -> dict[str, str]:
+        """The same for processes that also load what `before` does."""
+        return preloaded(SOURCE, {"CLOCK_JUMP": str(self.path.resolve())}, before)

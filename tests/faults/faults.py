@@ -252,16 +252,14 @@ LIMITS = (
     ),
 )
 FULL = "No space left|Errno 28|disk|space|full"
+_FULL_DISK = Fault("", "storage", lambda scene: None, _make_space, (8.0, 8.0), statuses=(0, 1), needs="mounts")
 DISKS = (
-    Fault(
-        "disk full at the run directory",
-        "storage",
-        _fill(lambda scene: scene.run.root),
-        _make_space,
-        None,
-        statuses=(0, 1),
+    replace(
+        _FULL_DISK,
+        name="disk full at the run directory",
+        inject=_fill(lambda scene: scene.run.root),
+        lasts_s=None,
         says=FULL,
-        needs="mounts",
     ),
     Fault(
         "disk full at the run directory, injected",
@@ -273,24 +271,8 @@ DISKS = (
         says=FULL,
         needs="storage",
     ),
-    Fault(
-        "disk full at TMPDIR",
-        "storage",
-        _fill(lambda scene: scene.run.temporary),
-        _make_space,
-        (8.0, 8.0),
-        statuses=(0, 1),
-        needs="mounts",
-    ),
-    Fault(
-        "disk full at /dev/shm",
-        "storage",
-        _fill(lambda scene: Path("/dev/shm")),
-        _make_space,
-        (8.0, 8.0),
-        statuses=(0, 1),
-        needs="mounts",
-    ),
+    replace(_FULL_DISK, name="disk full at TMPDIR", inject=_fill(lambda scene: scene.run.temporary)),
+    replace(_FULL_DISK, name="disk full at /dev/shm", inject=_fill(lambda scene: Path("/dev/shm"))),
     Fault(
         "run directory turns read-only",
         "storage",

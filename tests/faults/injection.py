@@ -18,7 +18,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -53,7 +53,6 @@ class Counts:
 
     failed: int  # at random
     full: int  # with ENOSPC
-    refused: int  # with EROFS
 
 
 def why_unavailable() -> str | None:
@@ -84,6 +83,16 @@ def library(source: Path = SOURCE) -> Path:
     return built
 
 
+def preloaded(source: Path, variables: Mapping[str, str], before: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Variables for processes that load the library of a C file, and what `before` loads, into all that they start.
+
+    Args:
+        variables: what the library reads.
+    """
+    loaded = f"{library(source)} {before.get('LD_PRELOAD', '')}".strip()
+    return {**variables, "LD_PRELOAD": loaded, "RAY_LD_PRELOAD_ON_WORKERS": "1"}
+
+
 class StorageErrors:
     """Faults of the files below some folders, in all processes started with `environment`; none until one is set.
 
@@ -105,12 +114,11 @@ class StorageErrors:
     @property
     def environment(self) -> dict[str, str]:
         """What a process needs in its environment; processes that it starts inherit it (Ray's workers included)."""
-        loaded = f"{library()} {os.environ.get('LD_PRELOAD', '')}".strip()
-        return {"LD_PRELOAD": loaded, "STORAGE_ERRORS": str(self._path), "RAY_LD_PRELOAD_ON_WORKERS": "1"}
+        return preloaded(SOURCE, {"STORAGE_ERRORS": str(self._path)})
 
     @property
     def counts(self) -> Counts:
-        return Counts(self._control.failed, self._control.full, self._control.refused)
+        return Counts(self._control.failed, self._control.full)
 
     def err(self, rate: float, error: int = errno.EIO, kinds: int = READ | WRITE | SYNC | OPEN) -> None:
         """That share of the calls of these kinds fails with `error`; 0 ends it."""

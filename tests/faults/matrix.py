@@ -60,6 +60,7 @@ def plan_for(seed: int) -> list[tuple[str, Fault]]:
 
 @contextmanager
 def temporary() -> Iterator[Path]:
+    """A folder with a short name, since sockets lie below it; removed at the end."""
     folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir="/tmp"))
     try:
         yield folder
@@ -104,8 +105,7 @@ def trials_of(seed: int, plan: Sequence[tuple[str, Fault]], folder: Path, second
             variables |= storage.environment
         if "clock" in needs:
             prepared["clock"] = clock = Clock(at / "clock")
-            both = f"{clock.environment['LD_PRELOAD']} {variables.get('LD_PRELOAD', '')}".strip()
-            variables |= {**clock.environment, "LD_PRELOAD": both}
+            variables |= clock.environment_after({**os.environ, **variables})
         small = SmallRun(at, config, variables)
         until, other_names = time.monotonic() + seconds, "reports/" if "server" in needs else None
         trials = Trials(small, seed, reference, prepared, until, stop_s, other_names)

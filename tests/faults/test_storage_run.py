@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import errno
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.faults.injection import StorageErrors, why_unavailable
+from tests.faults.matrix import temporary
 from tests.faults.small_run import SmallRun, write_config, write_data
 
 pytestmark = [
@@ -22,11 +21,10 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def config() -> Iterator[Path]:
-    folder = Path(tempfile.mkdtemp(prefix="gf-", dir="/tmp"))  # short: sockets lie below
-    write_data(folder / "data")
-    write_config(folder / "run.yaml", str(folder / "data"))
-    yield folder / "run.yaml"
-    shutil.rmtree(folder)
+    with temporary() as folder:
+        write_data(folder / "data")
+        write_config(folder / "run.yaml", str(folder / "data"))
+        yield folder / "run.yaml"
 
 
 @pytest.fixture(scope="module")
