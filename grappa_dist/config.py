@@ -443,7 +443,8 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     except OSError as error:
         raise ValueError(f"config {path} cannot be read: {error.strerror}") from error
     except yaml.YAMLError as error:
-        raise ValueError(f"config {path} is not valid YAML: {without_secrets(' '.join(str(error).split()))}") from error
+        why = " ".join(str(error).replace(' in "<byte string>",', " in").split())
+        raise ValueError(f"config {path} is not valid YAML: {without_secrets(why)}") from error
     if not isinstance(tree, dict):
         raise ValueError(f"config {path} must be a mapping of sections, got {type(tree).__name__}")
     return read(tree, overrides)

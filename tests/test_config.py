@@ -155,6 +155,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"config .*broken\.yaml is not valid YAML") as caught:
             load(tmp_path / "broken.yaml")
         assert "\n" not in str(caught.value)
+        assert "byte string" not in str(caught.value)
 
 
 def test_a_key_that_is_given_twice_is_refused_at_any_depth(tmp_path: Path) -> None:
