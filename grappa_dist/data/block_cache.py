@@ -39,10 +39,6 @@ _LOG_BYTES = 2**16  # about; then it is left as it is
 _KEPT_SHARE = 0.9  # of the bound, after an eviction: the folder is listed once for many blocks
 
 
-def default_folder() -> str:
-    return str(Path(tempfile.gettempdir()) / f"grappa-cache-{os.getuid()}")
-
-
 @dataclass(frozen=True)
 class CacheSettings:
     """Where blocks of remote shards are kept, and how many requests are made at a time."""
@@ -50,6 +46,10 @@ class CacheSettings:
     folder: str | None = None  # None: grappa-cache-<uid> in the temporary folder
     max_bytes: int = 16 * 2**30  # 0: nothing is kept
     in_flight: int = 16  # requests of one process
+
+    @property
+    def path(self) -> Path:
+        return Path(self.folder or Path(tempfile.gettempdir()) / f"grappa-cache-{os.getuid()}")
 
 
 class BlockCache:
@@ -60,7 +60,7 @@ class BlockCache:
 
     def __init__(self, settings: CacheSettings) -> None:
         self.max_bytes = settings.max_bytes
-        self.folder = Path(settings.folder or default_folder())
+        self.folder = settings.path
         if self.max_bytes:
             try:
                 self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -187,7 +187,7 @@ def _length_of(file_bytes: int) -> int:
 def count_damaged(settings: CacheSettings) -> int:
     """Lines in the log of damaged files; 0 where there is none."""
     try:
-        return (Path(settings.folder or default_folder()) / DAMAGED_LOG).read_bytes().count(b"\n")
+        return (settings.path / DAMAGED_LOG).read_bytes().count(b"\n")
     except OSError:
         return 0
 

@@ -37,7 +37,6 @@ from grappa_dist.data.index import (
     read_index,
     sha256_of,
     version_of,
-    write_rows,
 )
 from grappa_dist.data.index_cache import (
     IndexCache,
@@ -49,7 +48,7 @@ from grappa_dist.data.index_cache import (
 )
 from grappa_dist.data.remote import RemoteObject, is_remote
 from grappa_dist.data.remote_index import RemoteRows, committed_indexes, index_remote, list_remote
-from grappa_dist.files import read_bytes
+from grappa_dist.files import read_bytes, save_array
 from grappa_dist.storage import open_to_read
 
 Tar = Path | RemoteObject
@@ -127,7 +126,7 @@ def _indexed(
     kept = cache.rows_path(shard)
     if kept is None or not cache.writes:
         return shard, rows
-    write_rows(kept, rows)
+    save_array(kept, rows)
     rows_are_whole(kept, write=True)
     cache.put_shard(address, state, shard)
     return shard, str(kept)
@@ -141,7 +140,7 @@ def _without_copies(found: list[IndexedShard], log: Callable[[str], object]) -> 
     left_out = set[int]()
     for folder, places in folders.items():
         copies = copies_among([(found[place][0].name, found[place][0].fingerprint) for place in places])
-        left_out |= {places[copy] for copy in copies}
+        left_out.update(places[copy] for copy in copies)
         _log_any(log, describe_passed_over(folder, (found[places[copy]][0].name for copy in copies), _COPIES))
     return [one for place, one in enumerate(found) if place not in left_out]
 
@@ -160,7 +159,7 @@ class _LocalIndex:
     """
 
     def __init__(self, folder: Path, log: Callable[[str], object]) -> None:
-        self.shards, self._where = committed_index(folder), folder / COMMITTED
+        self.shards, self._where = _listed(folder), folder / COMMITTED
         if self.shards is None and self._where.is_file():
             log(f"passed over: {self._where}, which is no index of shards, but another program's")
         self.copies = set() if self.shards is None else _unlisted(folder, self.shards)
@@ -184,6 +183,23 @@ def committed_index(folder: Path) -> dict[str, tuple[Shard, str]] | None:
     Raises:
         ValueError: the folder's tars are no longer those that the index describes.
     """
+    listed = _listed(folder)
+    if listed is not None:
+        _unlisted(folder, listed)
+    return listed
+
+
+def refuse_other_files(folder: Path) -> None:
+    """Raises ValueError when a folder that no writer finished has anything in it: shards are not mixed with it."""
+    if folder.is_dir() and (names := os.listdir(folder)):
+        raise ValueError(
+            f"{folder}: not empty (it has {min(names)!r:.100}) and without the {COMMITTED} of finished shards; "
+            "expected a new or a finished folder"
+        )
+
+
+def _listed(folder: Path) -> dict[str, tuple[Shard, str]] | None:
+    """The same; tars that the index does not list are not looked at."""
     where = folder / COMMITTED
     text = read_bytes(where) if where.is_file() else None
     if text is None or is_foreign_index(text):
@@ -196,9 +212,7 @@ def committed_index(folder: Path) -> dict[str, tuple[Shard, str]] | None:
             raise ValueError(
                 f"{tar}: its size is {has} but {where} says {shard.bytes}; the shards changed after indexing"
             )
-    listed = {s.name: (replace(s, path=str(folder / s.name)), str(folder / f"{s.name}.npy")) for s in shards}
-    _unlisted(folder, listed)
-    return listed
+    return {s.name: (replace(s, path=str(folder / s.name)), str(folder / f"{s.name}.npy")) for s in shards}
 
 
 def _unlisted(folder: Path, listed: Mapping[str, tuple[Shard, str]]) -> set[str]:
@@ -207,8 +221,9 @@ def _unlisted(folder: Path, listed: Mapping[str, tuple[Shard, str]]) -> set[str]
     Raises:
         ValueError: there is another tar.
     """
-    names = sorted(tar.name for tar in folder.glob("*.tar") if tar.name not in listed and tar.is_file())
-    for name in filter(is_shard_name, names):
+    unlisted = (name for name in os.listdir(folder) if is_shard_name(name) and name not in listed)
+    names = sorted(name for name in unlisted if (folder / name).is_file())
+    for name in names:
         size = (folder / name).stat().st_size
         alike = [s for s, _ in listed.values() if s.bytes == size and is_named_like_a_copy(name, s.name)]
         fingerprint = ""
@@ -220,7 +235,7 @@ def _unlisted(folder: Path, listed: Mapping[str, tuple[Shard, str]]) -> set[str]
                 f"{folder / name}: is none of the shards that {folder / COMMITTED} lists, from which it is absent; "
                 "move it to another folder and name that as well, or delete the index to have all tars indexed anew"
             )
-    return {name for name in names if is_shard_name(name)}
+    return set(names)
 
 
 def _check_images(shards: Sequence[Shard], paths: Sequence[str | os.PathLike[str]]) -> None:
@@ -258,9 +273,13 @@ def _tars_of(entry: str, log: Callable[[str], object]) -> Sequence[Tar]:
     """The tars that one entry names, sorted; names in braces in their order."""
     if not is_remote(entry):
         return _local_tars(entry, log)
-    listed = list_remote(entry)
-    found = [tar for tar in listed if is_shard_name(tar.name) or entry.endswith(tar.name)]
-    _log_any(log, describe_passed_over(entry, (tar.name for tar in listed if tar not in found), _NO_SHARDS))
+    found, passed = list[RemoteObject](), list[str]()
+    for tar in list_remote(entry):
+        if is_shard_name(tar.name) or entry.endswith(tar.name):
+            found.append(tar)
+        else:
+            passed.append(tar.name)
+    _log_any(log, describe_passed_over(entry, passed, _NO_SHARDS))
     if not found:
         raise ValueError(
             f"shards: nothing at {entry}; expected a folder of .tar objects, a .tar, a pattern such as DIR/*.tar or a "
@@ -285,18 +304,20 @@ def _local_tars(entry: str, log: Callable[[str], object]) -> list[Path]:
         tars = [path for path in glob.glob(entry, recursive=True) if path.endswith(".tar")]
         if not tars and (names := expand_braces(entry)) != [entry]:
             return [tar for name in names for tar in _local_tars(name, log)]
-    found = sorted(Path(os.path.abspath(tar)) for tar in tars)
-    folders = [tar for tar in found if tar.is_dir()]
-    line = describe_passed_over(entry, [*passed, *(f"{tar.name}/" for tar in folders)], _NO_SHARDS)
-    found = [tar for tar in found if tar not in folders]
+    found = list[Path]()
+    for tar in sorted(Path(os.path.abspath(tar)) for tar in tars):
+        if tar.is_file():
+            found.append(tar)
+        elif tar.is_dir():
+            passed.append(f"{tar.name}/")
+        else:
+            raise ValueError(f"shards: {tar} is no file, or a link to none; expected a tar")
+    line = describe_passed_over(entry, passed, _NO_SHARDS)
     if not found:
         raise ValueError(
             f"shards: nothing at {entry}; expected a folder of .tar files, a .tar file, a pattern such as DIR/*.tar or "
             f"names such as DIR/shard-{{000..127}}.tar{f'; {line}' if line else instead_of(entry)}"
         )
-    for tar in found:
-        if not tar.is_file():
-            raise ValueError(f"shards: {tar} is no file, or a link to none; expected a tar")
     _log_any(log, line)
     return found
 

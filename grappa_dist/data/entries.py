@@ -57,8 +57,8 @@ def describe_passed_over(folder: str, names: Iterable[str], why: str) -> str:
     return f"passed over in {folder}, {why}: {shown}{more}" if names else ""
 
 
-def copies_among(tars: Sequence[tuple[str, str]]) -> dict[int, int]:
-    """Place of each tar that is a copy by name and bytes -> place of the one that it copies.
+def copies_among(tars: Sequence[tuple[str, str]]) -> list[int]:
+    """The places of the tars that are copies, by name and bytes, of another one.
 
     Args:
         tars: name and fingerprint of those of one folder.
@@ -66,10 +66,9 @@ def copies_among(tars: Sequence[tuple[str, str]]) -> dict[int, int]:
     by_bytes: dict[str, list[int]] = {}
     for place, (_, fingerprint) in enumerate(tars):
         by_bytes.setdefault(fingerprint, []).append(place)
-    return {
-        place: other
+    return [
+        place
         for same in by_bytes.values()
         for place in same
-        for other in same
-        if is_named_like_a_copy(tars[place][0], tars[other][0])
-    }
+        if any(is_named_like_a_copy(tars[place][0], tars[other][0]) for other in same)
+    ]

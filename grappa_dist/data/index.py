@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from grappa_dist.data.tars import DamagedTar, Zeros, members_of, split_name
-from grappa_dist.files import map_file, parse_json, save_array
+from grappa_dist.files import map_file, parse_json
 from grappa_dist.storage import open_to_read, tried_again
 
 COMMITTED = "index.json"  # written last beside finished shards
@@ -73,7 +73,7 @@ class Shard:
     path: str
     rows: int
     bytes: int
-    fingerprint: str  # sha256 of the tar; another one where there are zeros in it, see `fingerprint_of`
+    fingerprint: str  # sha256 of the tar; another one where there are zeros in it, see `Scan.shard`
     ignored: int = 0  # members that are neither an image nor the JSON of one
     version: str = ""  # when it was found: of a remote tar its ETag, of a local one its time of change
     missing: Missing = Missing()
@@ -90,6 +90,16 @@ class Scan:
     others: tuple[tuple[str, int], ...]
     inner_zeros: bool = False  # members, or damage, behind zeros that could pass for the end
 
+    def shard(self, name: str, path: str, size: int, sha256: str, version: str) -> Shard:
+        """The shard that a tar of these bytes is.
+
+        Programs up to November 2026 took the first block of zeros for the end: what they kept of a tar with inner zeros
+        has fewer rows, so such a one has another fingerprint.
+        """
+        if self.inner_zeros:
+            sha256 = hashlib.sha256(f"{sha256} and behind zeros".encode()).hexdigest()
+        return Shard(name, path, len(self.rows), size, sha256, self.ignored, version, self.missing, self.others)
+
 
 def index_shard(path: str | os.PathLike[str]) -> tuple[NDArray[Any], Shard]:
     """Places of a tar's images in file order, (P,) of ROW, and its shard."""
@@ -97,26 +107,8 @@ def index_shard(path: str | os.PathLike[str]) -> tuple[NDArray[Any], Shard]:
     with open_to_read(path) as file:
         stat = os.fstat(file.fileno())
         found = scan(file, path, stat.st_size)
-        fingerprint = fingerprint_of(found, sha256_of(file))
-    return found.rows, Shard(
-        path.name,
-        str(path.absolute()),
-        len(found.rows),
-        stat.st_size,
-        fingerprint,
-        found.ignored,
-        version_of(stat),
-        found.missing,
-        found.others,
-    )
-
-
-def fingerprint_of(found: Scan, sha256: str) -> str:
-    """Names the rows of a tar.
-
-    Programs up to November 2026 took the first block of zeros for the end: what they kept of such a tar has fewer rows.
-    """
-    return hashlib.sha256(f"{sha256} and behind zeros".encode()).hexdigest() if found.inner_zeros else sha256
+        sha256 = sha256_of(file)
+    return found.rows, found.shard(path.name, str(path.absolute()), stat.st_size, sha256, version_of(stat))
 
 
 def version_of(stat: os.stat_result) -> str:
@@ -298,10 +290,6 @@ class OpenFile:
     def __del__(self) -> None:
         if hasattr(self, "fd"):
             os.close(self.fd)
-
-
-def write_rows(path: Path, rows: NDArray[Any]) -> None:
-    save_array(path, rows)
 
 
 def entry(shard: Shard) -> dict[str, Any]:

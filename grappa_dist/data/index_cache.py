@@ -17,7 +17,7 @@ from typing import Any
 import xxhash
 
 from grappa_dist.data.index import COMMITTED, Shard, entry, sha256_of, shard_of
-from grappa_dist.files import read_bytes, read_json, write_json, write_utf8
+from grappa_dist.files import Sum, read_bytes, read_json, write_json, write_utf8
 from grappa_dist.storage import open_to_read, tried_again
 
 State = Mapping[str, str | int]  # of a tar: what changes whenever its bytes do, as far as its store tells
@@ -127,7 +127,7 @@ def rows_are_whole(path: Path, *, write: bool) -> bool:
     has_checksum = beside.is_file()
     if has_checksum and _whole.get(path) == state:
         return True
-    found = xxhash.xxh3_128_hexdigest(read_bytes(path))
+    found = str(Sum.of(path).xxh3)
     if has_checksum and read_bytes(beside).decode("ascii", "replace") != found:
         return False
     if write and not has_checksum:

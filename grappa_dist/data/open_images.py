@@ -74,6 +74,11 @@ def generated_data_set(store: Store, data: DataConfig) -> Artifact:
     return store.artifact("collection", settings, {})
 
 
+def generated_artifacts(store: Store, data: DataConfig) -> list[Artifact]:
+    """The data set that the program generates; none where the shards are the user's."""
+    return [generated_data_set(store, data)] if data.collection else []
+
+
 def is_generated(data: DataConfig, store: Store) -> bool:
     """Whether nothing is left to generate: there is such a data set, or the shards are the user's."""
     return data.collection is None or generated_data_set(store, data).complete

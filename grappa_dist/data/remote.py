@@ -18,10 +18,11 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import urlsplit
 
 from grappa_dist.data.entries import expand_braces
+from grappa_dist.storage import Result
 
 INSTALL = {  # protocol -> what to install
     "s3": "pip install 'grappa-dist[s3]' (s3fs)",
@@ -43,7 +44,6 @@ _PASSING_KINDS = frozenset(  # by name: only libraries in use are loaded
 _PASSING_CODES = frozenset({"SlowDown", "InternalError", "ServiceUnavailable", "RequestTimeout"})  # of S3
 _QUERY = re.compile(r"\?[^\s'\"]*")
 _HEADERS_AT_ONCE = 32
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from grappa_dist.data.index import (
     COMMITTED,
     REMADE,
     Shard,
-    fingerprint_of,
     is_foreign_index,
     read_index,
     read_rows,
@@ -75,18 +74,7 @@ def index_remote(source: RemoteObject, settings: CacheSettings) -> tuple[NDArray
     """Places of a remote tar's images in file order, (P,) of ROW, and its shard; the tar is read once."""
     stream = _Stream(_pieces(source, settings))
     found = scan(cast(IO[bytes], stream), source.url, source.size)
-    fingerprint, rows = fingerprint_of(found, stream.finish()), found.rows
-    return rows, Shard(
-        source.name,
-        source.url,
-        len(rows),
-        source.size,
-        fingerprint,
-        found.ignored,
-        source.version,
-        found.missing,
-        found.others,
-    )
+    return found.rows, found.shard(source.name, source.url, source.size, stream.finish(), source.version)
 
 
 def _pieces(source: RemoteObject, settings: CacheSettings) -> Iterator[bytes]:

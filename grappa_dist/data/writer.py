@@ -11,9 +11,9 @@ from io import BytesIO
 from pathlib import Path
 from types import TracebackType
 
-from grappa_dist.data.discovery import committed_index
-from grappa_dist.data.index import COMMITTED, IMAGE_SUFFIXES, INDEX_VERSION, Shard, entry, index_shard, write_rows
-from grappa_dist.files import sync, write_json
+from grappa_dist.data.discovery import committed_index, refuse_other_files
+from grappa_dist.data.index import COMMITTED, IMAGE_SUFFIXES, INDEX_VERSION, Shard, entry, index_shard
+from grappa_dist.files import save_array, sync, write_json
 
 Member = tuple[str, bytes]  # suffix and content
 
@@ -61,7 +61,7 @@ class TarShard:
         sync(self.path)
         rows, shard = index_shard(self.path)
         assert len(rows) == self.rows, "the index lacks a row"
-        write_rows(self.path.with_name(f"{shard.name}.npy"), rows)
+        save_array(self.path.with_name(f"{shard.name}.npy"), rows)
         return shard
 
     def close(self) -> None:
@@ -94,12 +94,8 @@ class ShardWriter:
 
     def __enter__(self) -> ShardWriter:
         self._finished = committed_index(self.folder)
-        if self._finished is None and self.folder.is_dir() and any(self.folder.iterdir()):
-            first = min(os.listdir(self.folder))
-            raise ValueError(
-                f"{self.folder}: not empty (it has {first!r:.100}) and without the {COMMITTED} of finished shards; "
-                "expected a new or a finished folder"
-            )
+        if self._finished is None:
+            refuse_other_files(self.folder)
         self._partial.mkdir(parents=True)
         return self
 

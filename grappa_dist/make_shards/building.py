@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from grappa_dist.console import pluralize
-from grappa_dist.data.discovery import committed_index
+from grappa_dist.data.discovery import committed_index, refuse_other_files
 from grappa_dist.data.index import COMMITTED, INDEX_VERSION, entry
 from grappa_dist.files import lock_file, read_json, write_json
 from grappa_dist.make_shards.filling import UNFINISHED_DIR, Filled, ShardJob, already_filled, fill_all
@@ -126,13 +125,9 @@ def open_building(plan: FolderPlan) -> Building:
                 f"{plan.folder}: finished, with other shards than these; remove it or write to another folder"
             )
         building.finished = building.reused = True
-    elif plan.folder.is_dir() and any(plan.folder.iterdir()):
-        first = min(os.listdir(plan.folder))
-        raise ValueError(
-            f"{plan.folder}: not empty (it has {first!r:.100}) and without the {COMMITTED} of finished shards; "
-            "expected a new or a finished folder"
-        )
-    elif partial.is_dir():
+        return building
+    refuse_other_files(plan.folder)
+    if partial.is_dir():
         _compare(plan, partial)
     return building
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from grappa_dist.artifacts import LOCK, Store
 from grappa_dist.config import Config
 from grappa_dist.console import EVENTS_BYTES, EVENTS_FILE, Console, Events
-from grappa_dist.data.block_cache import DAMAGED_LOG, count_damaged, default_folder
+from grappa_dist.data.block_cache import DAMAGED_LOG, count_damaged
 from grappa_dist.data.open_images import cache_of
 from grappa_dist.data.remote import is_remote
 from grappa_dist.distributed.connection import SUBMITTED_JOB
@@ -37,7 +37,7 @@ def running(config: Config, root: Path) -> Iterator[Run]:
 
     Raises:
         ValueError: the directory cannot be written to, or another run writes to it.
-        Terminated: after SIGTERM or Ctrl-C; jobs have saved their state, unless its `waited_s` is set.
+        Terminated: after SIGTERM, SIGHUP or Ctrl-C; jobs have saved their state, unless its `waited_s` is set.
     """
     raise_open_files()
     root = root.expanduser()  # of callers in Python: no folder is ever called "~"
@@ -46,12 +46,13 @@ def running(config: Config, root: Path) -> Iterator[Run]:
         console = Console(Events(root / EVENTS_FILE, EVENTS_BYTES))
         cluster = Cluster(config.resources, log=console.log)
         runner = Runner(cluster, config.resources, console.jobs, console.event)
-        damaged = count_damaged(cache_of(config.resources))
+        cache = cache_of(config.resources)
+        damaged = count_damaged(cache)
         try:
             with runner.handle_signals():
                 yield Run(config, store, runner, console)
-                if new_ones := count_damaged(cache_of(config.resources)) - damaged:
-                    log = Path(config.resources.cache_dir or default_folder()) / DAMAGED_LOG
+                if new_ones := count_damaged(cache) - damaged:
+                    log = cache.path / DAMAGED_LOG
                     console.log(f"warning: {new_ones} cached blocks of shards were damaged and fetched again: {log}")
         except ValueError:
             _remove_unused(root, new)
