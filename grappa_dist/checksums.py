@@ -11,10 +11,10 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import lru_cache
-from itertools import chain, count
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -243,9 +243,14 @@ def map_rows(path: str, below: int | None) -> NDArray[Any]:
     return rows
 
 
+def names_aside(name: str) -> Iterator[str]:
+    """Names for the damaged folder of that name, the first choice first."""
+    yield f"{name}.damaged"
+    yield from (f"{name}.damaged-{number}" for number in count(2))
+
+
 def set_aside(folder: Path) -> Path:
     """Renames a damaged folder, which keeps all that is in it; returns where it lies now."""
-    numbered = (f"{folder.name}.damaged-{number}" for number in count(2))
-    aside = rename_to_free(folder, chain([f"{folder.name}.damaged"], numbered))
+    aside = rename_to_free(folder, names_aside(folder.name))
     forget()
     return aside

@@ -17,10 +17,10 @@ from typing import Any
 from grappa_dist.artifacts import Artifact, Store, remove_artifact
 from grappa_dist.checksums import MANIFEST
 from grappa_dist.config import Config
-from grappa_dist.console import pluralize
+from grappa_dist.console import format_bytes, pluralize
 from grappa_dist.data.index import Shard
 from grappa_dist.data.index_cache import IndexCache
-from grappa_dist.data.open_images import generated_data_set, is_generated, open_images
+from grappa_dist.data.open_images import generated_artifacts, is_generated, open_images
 from grappa_dist.files import read_json
 from grappa_dist.layout import lay_out
 from grappa_dist.stages.flow import artifacts_of
@@ -62,9 +62,8 @@ def clean(config: Config, root: Path, *, remove: bool) -> str:
         if not is_generated(config.data, store):
             raise ValueError(f"{config.data.collection} is not generated in {root} yet, so what is needed is unknown")
         train, test = open_images(config.data, store, config.resources, write_index=False)
-        needed = {a.name: a for a in artifacts_of(lay_out(config, store, train, test))}
-        if config.data.collection:
-            needed[generated_data_set(store, config.data).name] = generated_data_set(store, config.data)
+        made = (*generated_artifacts(store, config.data), *artifacts_of(lay_out(config, store, train, test)))
+        needed = {artifact.name: artifact for artifact in made}
         shards = [*train.shards, *(test.shards if test else ())]
         strange = list[Path]()
         found = [*_artifacts(root, needed, strange), *_jobs(root, needed), *_index(root, shards), *_temporary(root)]
@@ -158,17 +157,11 @@ def _size(folder: Path) -> int:
 
 
 def _describe(root: Path, found: list[Unneeded], strange: list[Path], *, removed: bool) -> str:
-    lines = [f"{_in_units(each.size):>10}  {each.path.relative_to(root)}  ({each.why})" for each in found]
+    lines = [f"{format_bytes(each.size):>10}  {each.path.relative_to(root)}  ({each.why})" for each in found]
     lines += [f"{'kept':>10}  {path.relative_to(root)}  (it has files that are not ours)" for path in strange]
-    total = f"{pluralize(len(found), 'file or folder', 'files and folders')}, {_in_units(sum(e.size for e in found))}"
+    total = (
+        f"{pluralize(len(found), 'file or folder', 'files and folders')}, {format_bytes(sum(e.size for e in found))}"
+    )
     if not found:
         return "\n".join([*lines, f"{root}: nothing that this configuration does not need"])
     return "\n".join([*lines, f"{total} removed" if removed else f"{total}; nothing is removed without --yes"])
-
-
-def _in_units(num_bytes: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if num_bytes < 1024:
-            return f"{num_bytes:.0f} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:.1f} GiB"

@@ -24,7 +24,7 @@ from grappa_dist.data.index import Shard, describe_missing
 from grappa_dist.data.open_images import cache_of
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.data.transforms import Preprocess
-from grappa_dist.files import Sum, read_json, save_tensors, write_json, write_json_list
+from grappa_dist.files import Sum, read_json, recorded, save_tensors, write_json, write_json_list
 from grappa_dist.models import Grappa
 from grappa_dist.models.spec import (
     CONFIG_FILE,
@@ -37,7 +37,7 @@ from grappa_dist.models.spec import (
 )
 from grappa_dist.models.weights import tensors_of
 from grappa_dist.stages.damages import Mending
-from grappa_dist.stages.embed import BAD_FILE, ROWS_FILE, bad_reasons, embed, features_of
+from grappa_dist.stages.embed import BAD_FILE, ROWS_FILE, embed, features_of
 from grappa_dist.stages.gallery_weights import load_galleries, set_weights, transitivity
 from grappa_dist.stages.run import Run, running
 
@@ -146,7 +146,7 @@ def export_model(spec: ModelSpec, artifact: Artifact) -> None:
     grappa = build(spec, torch.device("cpu"))
     assert isinstance(grappa, Grappa)
     folder = artifact.begin()
-    save_tensors(folder / WEIGHTS_FILE, tensors_of(grappa))
+    save_tensors(folder / WEIGHTS_FILE, tensors_of(grappa), summed=True)
     config = {
         "format": FORMAT,
         "variant": spec.name,
@@ -155,7 +155,9 @@ def export_model(spec: ModelSpec, artifact: Artifact) -> None:
         "pixels": asdict(grappa.backbone.preprocess),
         "bottleneck": spec.bottleneck,
         "attention": spec.has_attention,
-        "files": {WEIGHTS_FILE: vars(Sum.of(folder / WEIGHTS_FILE))},  # for copies without the manifest
+        "files": {
+            WEIGHTS_FILE: vars(recorded(folder / WEIGHTS_FILE) or Sum.of(folder / WEIGHTS_FILE))
+        },  # for copies without the manifest
     }
     if spec.galleries is not None:
         config["galleries"] = {task: gallery["weights"] for task, gallery in load_galleries(spec.galleries).items()}
@@ -197,10 +199,7 @@ def embed_images(
         if spec.name == "gallery" and gallery is None:
             run.console.log("warning: the model weighs its sets by galleries and none was named: this is their average")
         mending = Mending(run)
-        found = mending.mended(lambda: _embed(run, spec, mending))
-        if line := mending.describe():
-            run.console.log(line)
-        return found
+        return mending.mended(lambda: _embed(run, spec, mending))
 
 
 def _check_settings(overrides: Iterable[str]) -> None:
@@ -231,8 +230,8 @@ def _embed(run: Run, spec: ModelSpec, mending: Mending) -> Path:
     if all(artifact.complete for artifact in features):
         before = "the shard was" if len(features) == 1 else f"all {len(features)} shards were"
         run.console.log(f"embed: {before} embedded before")
-    embed(run, images, spec, features)
-    if line := _describe_bad(images, bad_reasons(images, features)):
+    reasons = embed(run, images, spec, features)
+    if line := _describe_bad(images, reasons):
         run.console.log(f"warning: {line}")
     files = _write_keys(run, images, keys)
     shards = [

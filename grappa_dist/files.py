@@ -92,6 +92,12 @@ def recorded(path: Path) -> Sum | None:
         return None
 
 
+def remove_recorded(path: Path) -> None:
+    """Removes a file, and the checksum that was recorded of it."""
+    for one in (path, _record_of(path)):
+        one.unlink(missing_ok=True)
+
+
 def _record_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.xxh3")
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from grappa_dist.artifacts import Artifact, Store, numbered
 from grappa_dist.config import SUPERVISED, SUPERVISED_SET, Config, Variant
-from grappa_dist.data.open_images import generated_data_set
+from grappa_dist.data.open_images import generated_artifacts
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.models.spec import ModelSpec
 from grappa_dist.report.collect import report_of
@@ -77,8 +77,8 @@ def _shown(
 
 def _with_damages(flow: Flow, config: Config, store: Store) -> Flow:
     """The flow with a report of what was damaged and made anew, which has a name of its own."""
-    generated = [generated_data_set(store, config.data)] if config.data.collection else []
-    damages = tuple(damages_among(store.root, (artifact.name for artifact in (*generated, *artifacts_of(flow)))))
+    artifacts = (*generated_artifacts(store, config.data), *artifacts_of(flow))
+    damages = tuple(damages_among(store.root, (artifact.name for artifact in artifacts)))
     if not damages:
         return flow
     shown = _shown(flow.scores, flow.insights, flow.partitions)

@@ -18,6 +18,7 @@ from grappa_dist.console import Console, pluralize
 from grappa_dist.data.open_images import (
     ends_of,
     generate_data_set,
+    generated_artifacts,
     generated_data_set,
     is_generated,
     open_images,
@@ -56,7 +57,7 @@ def run(config: Config, root: Path, until: str | None = None) -> tuple[Path, lis
 
     Raises:
         ValueError: a setting or an input is wrong; the message names it and what would be right.
-        Terminated: after SIGTERM or Ctrl-C; jobs have saved their state, unless its `waited_s` is set.
+        Terminated: after SIGTERM, SIGHUP or Ctrl-C; jobs have saved their state, unless its `waited_s` is set.
     """
     with running(config, root) as context:
         return _run(context, until)
@@ -64,16 +65,13 @@ def run(config: Config, root: Path, until: str | None = None) -> tuple[Path, lis
 
 def _run(context: Run, until: str | None = None) -> tuple[Path, list[ScoreRow]] | None:
     mending = Mending(context)
-    found = mending.mended(lambda: _flow(context, mending, until))
-    _log_any(context.console, mending.describe())
-    return found
+    return mending.mended(lambda: _flow(context, mending, until))
 
 
 def _flow(context: Run, mending: Mending, until: str | None) -> tuple[Path, list[ScoreRow]] | None:
     """Once through all stages, after a look at what is reused."""
     config, store, console = context.config, context.store, context.console
-    if config.data.collection:
-        mending.check([generated_data_set(store, config.data)])
+    mending.check(generated_artifacts(store, config.data))
     if not is_generated(config.data, store):
         with console.stage("load", f"generating the demo data set {config.data.collection}"):
             generate_data_set(config.data, generated_data_set(store, config.data))
@@ -82,16 +80,14 @@ def _flow(context: Run, mending: Mending, until: str | None) -> tuple[Path, list
     if mending.check(artifacts_of(flow)):
         flow = lay_out(config, store, train, test)  # the report tells of it
     checks = checks_of(config, store, flow)
-    context.runner.require(checks)
     with mirrored(config.mirror, flow, mending):
         if flow.needs_backbone(until):
             tried = _tried(config, store, log=console.log)
             note_module(store.root / "index", config.backbone)
             for warning in tried.warnings:
                 console.log(f"warning: {warning}")
-            context.runner.require(
-                replace(checks, backbone=partial(describe_difference, config.backbone, tried.weights))
-            )
+            checks = replace(checks, backbone=partial(describe_difference, config.backbone, tried.weights))
+        context.runner.require(checks)
         console.log(_describe_run(flow, has_test=config.has_test))
         _log_any(console, describe_unfused(config.fuse, len(flow.labels)))
         for stage in _stages(context, flow):
@@ -208,7 +204,7 @@ def check(config: Config, root: Path, *, deep: bool = False) -> str:
     store, whole, finished = Store(root), "0 artefacts there and whole", False
     cluster = Cluster(config.resources, Checks(root.absolute(), _nothing))
     if is_generated(config.data, store):
-        made = [generated_data_set(store, config.data)] if config.data.collection else []
+        made = generated_artifacts(store, config.data)
         _check_artifacts(made, deep=deep)  # what follows reads it
         train, test = open_images(config.data, store, config.resources, write_index=False)
         flow = lay_out(config, store, train, test)

@@ -15,7 +15,7 @@ import torch
 
 from grappa_dist.artifacts import Artifact, Store
 from grappa_dist.config import SUPERVISED, SUPERVISED_SET, BackboneConfig, Config, Resources, Variant
-from grappa_dist.console import pluralize
+from grappa_dist.console import format_bytes, pluralize
 from grappa_dist.data.open_images import generated_sizes, is_generated, open_images
 from grappa_dist.distributed.placement import check_capacity, describe_placement, known_workers, may_have_gpus, ranks_of
 from grappa_dist.files import map_array
@@ -98,7 +98,9 @@ def _stages(
     models = 1 + len(ks) + len(config.fuse.variants) + config.adapt.supervised
     scores = list(flow.scores.values()) if flow else []
     looked_at = "images" if config.has_test else "training images, as there is no data.test"
-    what = f"{models} models on {sizes['test']} {looked_at}, {_size(4 * dim * models * sizes['test'])} of features"
+    what = (
+        f"{models} models on {sizes['test']} {looked_at}, {format_bytes(4 * dim * models * sizes['test'])} of features"
+    )
     yield "evaluate", what, scores
     yield (
         "report, model",
@@ -247,12 +249,12 @@ def _costs(config: Config, num_rows: int, ks: tuple[int, ...], dim: int) -> Iter
     widths = [dim, *config.fuse.projector]
     projector = sum(a * b for a, b in pairwise(widths))
     yield (
-        f"rough bytes    (at {dim} channels) features {_size(4 * dim * num_rows)}, "
-        f"labels {_size(4 * len(ks) * num_rows)}, "
-        f"k-NN graph {_size(8 * config.fuse.neighbours * num_rows)} an epoch; "
-        f"per rank: projector, gradients and momentum {_size(projector_bytes(projector))}, "
-        f"correlation matrix {_size(4 * config.fuse.projector[-1] ** 2)}; "
-        f"per worker: k-means of K = {max(ks)} {_size(KMEANS_BYTES * max(ks) * dim)}"
+        f"rough bytes    (at {dim} channels) features {format_bytes(4 * dim * num_rows)}, "
+        f"labels {format_bytes(4 * len(ks) * num_rows)}, "
+        f"k-NN graph {format_bytes(8 * config.fuse.neighbours * num_rows)} an epoch; "
+        f"per rank: projector, gradients and momentum {format_bytes(projector_bytes(projector))}, "
+        f"correlation matrix {format_bytes(4 * config.fuse.projector[-1] ** 2)}; "
+        f"per worker: k-means of K = {max(ks)} {format_bytes(KMEANS_BYTES * max(ks) * dim)}"
     )
     if on_pairs(config, len(ks)):
         yield _fuse_traffic(config, projector)
@@ -267,9 +269,10 @@ def _fuse_traffic(config: Config, projector: int) -> str:
     gradients = 2 * (ranks - 1) / ranks * projector
     of_matrix = "pairs for rows of the correlation matrix and their gradients" if by_row else "the correlation matrix"
     return (
-        f"fuse traffic   on {ranks} ranks a step sends and receives about {_size(4 * (gradients + cost.sent))} each: "
-        f"the projector's gradients {_size(4 * gradients)}, {of_matrix} {_size(4 * cost.sent)}; for that matrix, "
-        f"{'cut up by rows' if by_row else 'whole on every rank'}, a rank holds {_size(4 * cost.held)}"
+        f"fuse traffic   on {ranks} ranks a step sends and receives about "
+        f"{format_bytes(4 * (gradients + cost.sent))} each: the projector's gradients {format_bytes(4 * gradients)}, "
+        f"{of_matrix} {format_bytes(4 * cost.sent)}; for that matrix, "
+        f"{'cut up by rows' if by_row else 'whole on every rank'}, a rank holds {format_bytes(4 * cost.held)}"
     )
 
 
@@ -284,13 +287,5 @@ def _classifiers(config: Config, ks: Sequence[int], dim: int) -> str:
     time = "" if may_have_gpus(config.resources) else f", {flops / CORE_FLOPS:.2g} s of a CPU core"
     return (
         f"classifier     (at {dim} channels) of K = {', '.join(map(str, of_a_job))}: {rows} classes a rank{sampled}; "
-        f"rows and Adam {_size(4 * (3 * dim + 1) * rows)} a rank, a step {flops / 1e9:.3g} GFLOP a rank{time}"
+        f"rows and Adam {format_bytes(4 * (3 * dim + 1) * rows)} a rank, a step {flops / 1e9:.3g} GFLOP a rank{time}"
     )
-
-
-def _size(num_bytes: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if num_bytes < 1024:
-            return f"{num_bytes:.0f} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:.1f} GiB"

@@ -45,7 +45,10 @@ class LocalRay:
         import ray
 
         ray.shutdown()
-        _end(self.folder, self._watcher, self._lock)
+        leftovers.remove(self.folder, sparing=[self._watcher.pid])
+        self._watcher.kill()
+        self._watcher.wait()
+        os.close(self._lock)
 
 
 def start(ray: Any, num_cpus: int | None, log: Callable[[str], None], **settings: Any) -> LocalRay:
@@ -61,7 +64,7 @@ def start(ray: Any, num_cpus: int | None, log: Callable[[str], None], **settings
         RuntimeError: it did not start.
     """
     folder, lock = _folder(log)
-    watcher = _watcher(folder)
+    local = LocalRay(folder, _watcher(folder), lock)
     try:
         _write_token(folder)
         with _environment(_variables(folder)), _held_back(signal.SIGHUP), _loopback(ray):
@@ -76,8 +79,7 @@ def start(ray: Any, num_cpus: int | None, log: Callable[[str], None], **settings
                 **settings,
             )
     except BaseException as error:
-        ray.shutdown()
-        _end(folder, watcher, lock)
+        local.end()
         if not isinstance(error, Exception):  # a signal
             raise
         said = str(described(error)).strip() or type(error).__name__
@@ -85,7 +87,7 @@ def start(ray: Any, num_cpus: int | None, log: Callable[[str], None], **settings
     address = ray.get_runtime_context().gcs_address
     if not address.startswith(LOOPBACK + ":"):
         log(f"warning: Ray {ray.__version__} listens on {address}, not on {LOOPBACK} alone; a token guards it")
-    return LocalRay(folder, watcher, lock)
+    return local
 
 
 def _watcher(folder: Path) -> subprocess.Popen[bytes]:
@@ -199,10 +201,3 @@ def _loopback(ray: Any) -> Iterator[None]:
         yield
     finally:
         constants.ENABLE_RAY_CLUSTER = before
-
-
-def _end(folder: Path, watcher: subprocess.Popen[bytes], lock: int) -> None:
-    leftovers.remove(folder, sparing=[watcher.pid])
-    watcher.kill()
-    watcher.wait()
-    os.close(lock)

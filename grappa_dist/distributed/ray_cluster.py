@@ -314,9 +314,9 @@ class Cluster:
     def _compare_backbones(self, found: Mapping[str, Facts], workers: Mapping[str, Any]) -> dict[str, Facts]:
         """The facts with what came of building the backbone on the nodes that have no problem so far."""
         assert self.checks is not None
-        sound = [node for node, facts in found.items() if not problems(versions(), [facts], self.checks.worker_bytes)]
         if self.checks.backbone is None:
             return dict(found)
+        sound = [node for node, facts in found.items() if not problems(versions(), [facts], self.checks.worker_bytes)]
         calls = {node: workers[node].compare_backbone.remote(self.checks) for node in sound}
         self._await(list(calls.values()), BACKBONE_TIMEOUT_S)
         whys = {node: _backbone(ref) for node, ref in calls.items()}

@@ -20,6 +20,7 @@ import torch
 
 from grappa_dist.distributed.collectives import Comm, process_group, wire_device
 from grappa_dist.distributed.preflight import Checks, Facts, node_name, survey
+from grappa_dist.files import hide_damaged
 from grappa_dist.storage import raise_open_files
 
 LOOK_S = 3.0  # between two checks that the head can be reached, and the timeout of one
@@ -47,6 +48,22 @@ class RankContext:
     def of_rank_0(self, flag: bool) -> bool:
         """Rank 0's flag, on all ranks: for what lies on storage, which other nodes may see some time later."""
         return bool(self.comm.broadcast(torch.tensor([flag], dtype=torch.int64, device=self.device), 0))
+
+    def set_aside_damaged(self, path: Path, problem: str, what: str) -> bool:
+        """Whether any rank finds a file or folder damaged, which rank 0 then sets aside. All ranks call it together.
+
+        Args:
+            problem: what this rank finds wrong with it; "" where nothing is.
+            what: it is, for a note.
+        """
+        found = [bool(flag) for flag in self.comm.gather(torch.tensor([bool(problem)], device=self.device))]
+        if not any(found):
+            return False
+        if self.comm.rank == 0:
+            why = problem or f"damaged as rank {found.index(True)} reads it"
+            self.note(f"{what} {path} is not used: {why}; set aside as {hide_damaged(path).name}")
+        self.comm.barrier()
+        return True
 
 
 class Worker:

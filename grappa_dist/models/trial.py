@@ -26,7 +26,7 @@ from grappa_dist.files import read_json, write_json
 from grappa_dist.models.backbone import Backbone, create_backbone
 from grappa_dist.models.grappa import Grappa
 from grappa_dist.models.spec import backbone_settings, build_backbone
-from grappa_dist.models.weights import load_tensors, tensors_of
+from grappa_dist.models.weights import listed, load_tensors, tensors_of
 
 VERDICT_FILE = "backbone.json"  # in the index folder of a run
 KEPT_FROM_S = 1.0  # a trial that takes longer is not made again
@@ -74,7 +74,6 @@ def verdict_of(
     began = time.monotonic()
     verdict = try_backbone(config)
     if keep and time.monotonic() - began > KEPT_FROM_S:
-        index.mkdir(parents=True, exist_ok=True)
         write_json(path, {"of": of, **asdict(verdict)})
     return verdict
 
@@ -169,8 +168,7 @@ def _difference(found: Weights, expected: Weights) -> str:
     differing = [name for name in names if not _near(found.sums.get(name), expected.sums.get(name))]
     if not differing:
         return ""
-    more = f" and {len(differing) - NAMED} more" if len(differing) > NAMED else ""
-    return f"{', '.join(differing[:NAMED])}{more}; does its function draw random numbers, or read a file that differs?"
+    return f"{listed(differing)}; does its function draw random numbers, or read a file that differs?"
 
 
 def _near(a: tuple[float, float] | None, b: tuple[float, float] | None) -> bool:
@@ -208,10 +206,7 @@ def _check_features(name: str, backbone: Backbone, images: Tensor) -> list[str]:
     """
     bad = [key for key, tensor in backbone.model.named_parameters() if not bool(tensor.isfinite().all())]
     if bad:
-        raise ValueError(
-            f"{name}: its weights are not finite (NaN or infinite): {', '.join(bad[:NAMED])}"
-            + f" and {len(bad) - NAMED} more" * (len(bad) > NAMED)
-        )
+        raise ValueError(f"{name}: its weights are not finite (NaN or infinite): {listed(bad)}")
     what = f"a forward pass of images of {images.shape[-1]} pixels"
     with _tracked(backbone), _watched_blocks(name, backbone, len(images)):
         together: Tensor = _run(name, what, lambda: backbone(images))

@@ -221,14 +221,14 @@ def _misfit(
         without = f", without {rest!r} in front of the names" if rest else ""
         parts.append(f"its names begin with {prefix!r}; save {inside} to a file of their own{without}")
     if expected:
-        parts.append(f"it has no {_listed(absent)}" if absent else "")
+        parts.append(f"it has no {listed(absent)}" if absent else "")
         parts.append("; ".join(_reshaped(found, expected)[:_NAMED]))
-    parts.append(f"it has {_listed(unknown)}" + ", which the backbone has not" * bool(expected) if unknown else "")
+    parts.append(f"it has {listed(unknown)}" + ", which the backbone has not" * bool(expected) if unknown else "")
     reason = "; ".join(part for part in parts if part) or " ".join(str(error).split())[:300]
     return ValueError(f"backbone.checkpoint={checkpoint!r} does not fit the backbone: {reason}")
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
     return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
 
 

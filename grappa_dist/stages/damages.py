@@ -7,17 +7,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 from grappa_dist.artifacts import CONTENT_BYTES, Artifact, NotSeen, look_at
 from grappa_dist.checksums import MANIFEST, DamagedArtifact, set_aside
 from grappa_dist.console import Events, pluralize, read_events
 from grappa_dist.stages.run import Run
+from grappa_dist.storage import Result
 
 DAMAGES_FILE = "damages.jsonl"  # in the run directory: what was set aside, once and for all
-
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -53,12 +50,17 @@ class Mending:
     def mended(self, work: Callable[[], Result]) -> Result:
         """What `work()` returns; when it meets a damaged artefact, that is set aside, and `work` called again.
 
+        The last line is what was damaged.
+
         Raises:
             DamagedArtifact, RuntimeError, NotSeen: as `mend` and `look_again`.
         """
         while True:
             try:
-                return work()
+                found = work()
+                if self.damages:
+                    self.run.console.log(self.describe())
+                return found
             except DamagedArtifact as damage:
                 self.mend(damage)
             except NotSeen as error:
@@ -129,9 +131,7 @@ class Mending:
         self.run.console.log(f"warning: {error}. This run looks again, and makes what it does not find")
 
     def describe(self) -> str:
-        """A line for the end of the run; "" where nothing was damaged."""
-        if not self.damages:
-            return ""
+        """A line for the end of the run."""
         names = ", ".join(damage.artifact for damage in self.damages)
         return f"damaged and made anew: {names}; {self.run.store.root / DAMAGES_FILE} has the reasons"
 

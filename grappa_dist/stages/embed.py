@@ -104,8 +104,11 @@ def _made_before(store: Store, wanted: Artifact, kinds: Mapping[str, Sequence[st
     return next((artifact for artifact in same if artifact.complete), wanted)
 
 
-def embed(run: Run, images: ImageShards, spec: ModelSpec, features: Sequence[Artifact]) -> None:
+def embed(run: Run, images: ImageShards, spec: ModelSpec, features: Sequence[Artifact]) -> dict[int, str]:
     """Embeds the shards that have no features yet, one task per shard, on all workers.
+
+    Returns:
+        The bad rows, and why each is bad.
 
     Raises:
         ValueError: more than data.max_bad_share of the images are bad or missing.
@@ -131,7 +134,9 @@ def embed(run: Run, images: ImageShards, spec: ModelSpec, features: Sequence[Art
             wait_until_seen(features)
         if alike := _describe_alike(feature_rows(images, features)):
             run.console.log(f"warning: embed {spec.name}: {alike}")
-    check_bad_share(images, bad_reasons(images, features), run.config.data.max_bad_share)
+    reasons = bad_reasons(images, features)
+    check_bad_share(images, reasons, run.config.data.max_bad_share)
+    return reasons
 
 
 def embed_shard(device: torch.device, task: EmbedTask) -> None:
@@ -146,7 +151,8 @@ def embed_shard(device: torch.device, task: EmbedTask) -> None:
     model = cached_model(task.spec, device)
     rows = np.arange(len(task.images)) + task.first
     sums = np.zeros(len(rows), dtype=np.uint64) if task.spec.name == FROZEN else None
-    images = replace(task.images, record=sums)
+    # what is recorded here is what others are held against
+    images = task.images if sums is None else replace(task.images, record=sums, sums=())
     folder = artifact.begin()
     features = np.zeros((len(rows), int(model.embed_dim)), dtype=np.float32)  # type: ignore[arg-type]
     reasons: dict[int, str] = {}

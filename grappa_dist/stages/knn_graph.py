@@ -29,6 +29,7 @@ from grappa_dist.files import (
     record,
     recorded,
     remove_folder,
+    remove_recorded,
     rename,
     save_array,
     sync,
@@ -61,9 +62,8 @@ def remove_neighbours(folder: Path, epochs: Iterable[int]) -> None:
         folder: of all graphs of a job.
     """
     for epoch in epochs:
-        tables = folder / f"epoch-{epoch}"  # of which the first says that all are there
-        for path in (*sorted(tables.glob("rows-*.npy")), *tables.glob(".rows-*.npy.xxh3")):
-            path.unlink(missing_ok=True)
+        for path in sorted((folder / f"epoch-{epoch}").glob("rows-*.npy")):  # the first says that all are there
+            remove_recorded(path)
 
 
 @dataclass(frozen=True)

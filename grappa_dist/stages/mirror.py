@@ -29,7 +29,7 @@ from typing import Any
 import xxhash
 
 from grappa_dist.artifacts import Artifact
-from grappa_dist.checksums import MANIFEST, compare, read_manifest, verified
+from grappa_dist.checksums import MANIFEST, compare, names_aside, read_manifest, verified
 from grappa_dist.console import METRICS_FILE, Console
 from grappa_dist.data.remote import (
     BrokenAnswer,
@@ -41,7 +41,7 @@ from grappa_dist.data.remote import (
     patiently,
     store_of,
 )
-from grappa_dist.files import Sum, parse_json, sync
+from grappa_dist.files import Sum, make_folder, parse_json, rename, sync
 from grappa_dist.stages.damages import Damage, Mending
 from grappa_dist.stages.flow import Flow, artifacts_of
 from grappa_dist.stages.multi_set_jobs import MULTI_SET_FILE, MULTI_SET_FOLDER, multi_set_members
@@ -133,8 +133,7 @@ class Mirror:
 
     def _set_aside(self, name: str) -> str:
         """Renames a copy, its manifest first; returns its new name."""
-        taken = {found.removeprefix(f"{name}.damaged").partition("/")[0] for found in self.found}
-        aside = next(f"{name}.damaged{end}" for end in ("", *(f"-{n}" for n in range(2, 1000))) if end not in taken)
+        aside = next(a for a in names_aside(name) if not any(found.startswith(f"{a}/") for found in self.found))
         files = [found.removeprefix(f"{name}/") for found in self.found if found.startswith(f"{name}/")]
         for file in sorted(files, key=lambda file: file != MANIFEST):
             self.remote.move(f"{name}/{file}", f"{aside}/{file}")
@@ -490,13 +489,13 @@ class RemoteFolder:
         for file in objects:
             if PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
                 raise ValueError(f"{self.url}/{listed_in}: names {file!r}, outside of its folder")
-            (fresh / file).parent.mkdir(parents=True, exist_ok=True)
+            make_folder((fresh / file).parent)
         try:
             _each(objects, lambda file: self._fetch_file(file, objects[file], fresh / file, sums.get(file)))
         except DamagedCopy:
             shutil.rmtree(fresh, ignore_errors=True)
             raise
-        os.rename(fresh, target)
+        rename(fresh, target)
         sync(target.parent)
 
     def _at(self, name: str) -> str:

@@ -40,7 +40,7 @@ from grappa_dist.data.shards import ImageShards
 from grappa_dist.distributed.runner import Job
 from grappa_dist.distributed.sharded_rows import Rows, ShardedRows, join_rows
 from grappa_dist.distributed.worker import RankContext
-from grappa_dist.files import hide_damaged, open_tensors, rename, replace, save_array, write_json
+from grappa_dist.files import open_tensors, rename, replace, save_array, write_json
 from grappa_dist.kmeans.lloyd import KMeansState
 from grappa_dist.kmeans.methods import (
     FLAT,
@@ -330,20 +330,14 @@ def newest_checkpoint(context: RankContext, path: Path) -> Checkpoint:
     Raises:
         RuntimeError: ranks read different contents.
     """
-    comm = context.comm
     for file in (path, path.with_name(PREVIOUS_FILE)):
         checkpoint, problem = load_checkpoint(file)
-        found = torch.tensor([bool(problem), checkpoint_digest(checkpoint)], device=context.device)
-        damaged, digests = torch.stack(comm.gather(found)).T.tolist()
-        if any(damaged):
-            if comm.rank == 0:
-                aside = hide_damaged(file)
-                what = problem or f"damaged as rank {damaged.index(1)} reads it"
-                context.note(f"k-means checkpoint {file} is not used: {what}; set aside as {aside.name}")
-            comm.barrier()
-        elif len(set(digests)) > 1:
+        if context.set_aside_damaged(file, problem, "k-means checkpoint"):
+            continue
+        digests = context.comm.gather(torch.tensor([checkpoint_digest(checkpoint)], device=context.device))
+        if len(set(torch.cat(digests).tolist())) > 1:
             raise RuntimeError(f"{file}: ranks read different contents")
-        elif checkpoint:
+        if checkpoint:
             return checkpoint
     return {}
 

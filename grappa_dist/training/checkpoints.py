@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from grappa_dist.distributed.worker import RankContext
 from grappa_dist.files import (
     Sum,
-    hide_damaged,
     make_folder,
     open_tensors,
     read_json,
@@ -146,16 +145,9 @@ def _newest_whole(context: RankContext, folder: Path) -> Path | None:
             raise RuntimeError(f"{folder}: ranks found checkpoints of different steps, {sorted(steps)}")
         if newest is None:
             return None
-        problem = _problem(newest, comm.rank, comm.size)
-        whose = [bool(flag) for flag in comm.gather(torch.tensor([bool(problem)], device=context.device))]
-        if not any(whose):
+        if not context.set_aside_damaged(newest, _problem(newest, comm.rank, comm.size), "checkpoint"):
             return newest
         damaged.add(newest.name)
-        if comm.rank == 0:
-            aside = hide_damaged(newest)
-            what = problem or f"damaged as rank {whose.index(True)} reads it"
-            context.note(f"checkpoint {newest} is not used: {what}; set aside as {aside.name}")
-        comm.barrier()
 
 
 def _problem(checkpoint: Path, rank: int, size: int) -> str:
