@@ -136,8 +136,9 @@ def test_a_reader_takes_no_more_memory_for_ten_million_rows_than_for_ten_thousan
     web.latency_s = 0.0
     found = dict(run_ranks(taken_by_a_reader, 1, f"{web.url}/{f}", tmp_path / f)[0] for f in ("one", "d"))
     print(f"\nbytes taken by rows: {found}")
-    # Row indexes that are on their way come on top, some 32 at a time, and 3 kB a shard; not their 240 MB.
-    assert found[10**7] - found[10**4] < 10**7 * ROW.itemsize / 5
+    # Row indexes that are on their way come on top, and 3 kB a shard: 30 to 60 MB, by timing; not the 154 MB of the
+    # 640 that are read, nor the 240 MB of all.
+    assert found[10**7] - found[10**4] < 10**7 * ROW.itemsize / 2
 
 
 @pytest.mark.slow

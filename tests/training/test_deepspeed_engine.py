@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -195,3 +197,15 @@ def test_gradients_are_not_clipped() -> None:
     ((small, large),) = run_ranks(steps_of_sgd, 1, (2.0**-10, 2.0**10))
     assert small.norm() > 0
     torch.testing.assert_close(small, large)
+
+
+def test_no_operator_of_deepspeeds_is_compiled_to_see_whether_it_can_be() -> None:
+    """Trials leave a folder in TMPDIR where their process is killed."""
+    program = """
+import tempfile, torch
+from grappa_dist.training.deepspeed_engine import _deepspeed
+tempfile.mkdtemp = lambda *args, **kwargs: print("a folder for a trial") or 1 / 0
+assert not _deepspeed(torch.device("cpu")).ops.__compatible_ops__.get("deepspeed_shm_comm", False)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "trial" not in done.stdout
