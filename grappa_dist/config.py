@@ -354,6 +354,27 @@ class Config(Section):
         """Whether there are test images; else training images are evaluated in their place."""
         return bool(self.data.test or self.data.collection)
 
+    def absolute(self, root: Path) -> Config:
+        """The same settings for any working directory: local paths of files are absolute, `out` is the run directory.
+
+        Args:
+            root: the run directory.
+        """
+
+        def of(path: str) -> str:
+            return path if "://" in path else os.path.abspath(path)
+
+        data = {"train": tuple(map(of, self.data.train)), "test": tuple(map(of, self.data.test))}
+        checkpoint, cache_dir = self.backbone.checkpoint, self.resources.cache_dir
+        return self.model_copy(
+            update={
+                "out": of(str(root)),
+                "data": self.data.model_copy(update=data),
+                "backbone": self.backbone.model_copy(update={"checkpoint": checkpoint and of(checkpoint)}),
+                "resources": self.resources.model_copy(update={"cache_dir": cache_dir and of(cache_dir)}),
+            }
+        )
+
     def yaml(self) -> str:
         """The settings as a file that `load` reads as this config."""
 

@@ -43,7 +43,7 @@ from grappa_dist.stages.gallery_weights import weigh_galleries
 from grappa_dist.stages.mirror import mirrored
 from grappa_dist.stages.partitions import partition_statistics
 from grappa_dist.stages.pseudo_label import pseudo_label
-from grappa_dist.stages.run import Run, running
+from grappa_dist.stages.run import Run, keeping_config, running
 from grappa_dist.stages.supervised import adapt_supervised, fuse_supervised, name_classes, read_true_labels
 
 NAMED = 5  # damaged files that an error names
@@ -59,7 +59,7 @@ def run(config: Config, root: Path, until: str | None = None) -> tuple[Path, lis
         ValueError: a setting or an input is wrong; the message names it and what would be right.
         Terminated: after SIGTERM, SIGHUP or Ctrl-C; jobs have saved their state, unless its `waited_s` is set.
     """
-    with running(config, root) as context:
+    with running(config, root) as context, keeping_config(context):
         return _run(context, until)
 
 

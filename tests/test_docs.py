@@ -28,7 +28,7 @@ TEXT = (".py", ".yaml", ".sh", ".env", ".sbatch")
 ARCHITECTURE = DOCS["docs/architecture.md"]
 TESTS = {str(path.relative_to(ROOT)): path.read_text() for path in (ROOT / "tests").rglob("*.py")}
 FILE = re.compile(r"(?<![\w./<*>-])[\w-]+(?:/[\w.-]+)*\.(?:py|sh|sbatch|yaml|toml|env)\b")
-OUTSIDE = {"mine.yaml", "mine.sh", "mine.py", "clamped_vit_tiny.py"}  # of a user, in examples; of the measurements
+OUTSIDE = {"mine.yaml", "mine.sh", "mine.py", "clamped_vit_tiny.py", "config.yaml"}  # of a user, in examples; of a run
 OF_CLUSTER = {path.name for path in (ROOT / "cluster").rglob("*") if path.is_file()}  # named without their folder
 CODE = [
     ROOT / "Makefile",

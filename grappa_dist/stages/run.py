@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from grappa_dist.artifacts import LOCK, Store
-from grappa_dist.config import Config
+from grappa_dist.config import Config, load
 from grappa_dist.console import EVENTS_BYTES, EVENTS_FILE, Console, Events
 from grappa_dist.data.block_cache import DAMAGED_LOG, count_damaged
 from grappa_dist.data.open_images import cache_of
@@ -19,8 +19,11 @@ from grappa_dist.data.remote import is_remote
 from grappa_dist.distributed.connection import SUBMITTED_JOB
 from grappa_dist.distributed.ray_cluster import Cluster
 from grappa_dist.distributed.runner import Runner
+from grappa_dist.files import write_utf8
 from grappa_dist.output import printable, without_secrets
 from grappa_dist.storage import raise_open_files
+
+CONFIG_FILE = "config.yaml"  # of a run, in its directory: the settings of the latest that was not refused
 
 
 @dataclass(frozen=True)
@@ -61,9 +64,42 @@ def running(config: Config, root: Path) -> Iterator[Run]:
             cluster.close()
 
 
+@contextmanager
+def keeping_config(context: Run) -> Iterator[None]:
+    """Writes the settings into the run directory; undone where they are refused before any stage has begun."""
+    path, text = context.store.root / CONFIG_FILE, context.config.absolute(context.store.root).yaml()
+    before = path.read_text(encoding="utf-8") if path.exists() else None
+    begun = _events_bytes(context.store.root)
+    if before != text:
+        write_utf8(path, text)
+    try:
+        yield
+    except ValueError:
+        if before != text and _events_bytes(context.store.root) == begun:
+            path.unlink() if before is None else write_utf8(path, before)
+        raise
+
+
+def read_config(root: Path, overrides: Iterable[str] = ()) -> Config:
+    """The settings of the latest run in a directory, into which the overrides are written.
+
+    Raises:
+        ValueError: there is no such run, or an override is wrong.
+    """
+    if not (root / CONFIG_FILE).is_file():
+        there = "it has none" if root.is_dir() else "there is no such folder"
+        raise ValueError(f"{root}: expected a run directory with its {CONFIG_FILE}, but {there}")
+    return load(str(root / CONFIG_FILE).replace("$", "$$"), overrides)
+
+
+def _events_bytes(root: Path) -> int:
+    """They grow when a stage begins."""
+    return (root / EVENTS_FILE).stat().st_size
+
+
 def _remove_unused(root: Path, new: Sequence[Path]) -> None:
     """Removes the folders that a run has made, if it was refused before it began any work."""
-    begun = {path.name for path in root.iterdir()} - {LOCK, EVENTS_FILE} or (root / EVENTS_FILE).stat().st_size
+    begun = {path.name for path in root.iterdir()} - {LOCK, EVENTS_FILE} or _events_bytes(root)
     if begun or root not in new:
         return
     with contextlib.suppress(OSError):  # another process has put something there meanwhile

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from grappa_dist.config import Config
 from grappa_dist.pipeline import run
-from grappa_dist.stages.run import Run, running
+from grappa_dist.stages.run import CONFIG_FILE, Run, keeping_config, read_config, running
 from tests.stages import tiny
 
 
@@ -50,3 +51,45 @@ def test_no_run_makes_a_folder_that_is_called_as_a_home_folder_is_written(
         assert context.store.root == tmp_path / "home" / "runs" / "x"
     assert list((tmp_path / "here").iterdir()) == []
     assert (tmp_path / "home" / "runs" / "x" / "events.jsonl").is_file()
+
+
+def keep(settings: Config, root: Path, *, begin: bool = True, error: Exception | None = None) -> None:
+    with running(settings, root) as context, keeping_config(context):
+        if begin:
+            context.console.event("stage_begins")
+        if error is not None:
+            raise error
+
+
+def test_a_run_directory_holds_the_settings_of_its_latest_run_for_any_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "a $HOME"
+    settings = tiny.config(["photos", "s3://bucket/x"], backbone={"checkpoint": "dino.pt"})
+    monkeypatch.chdir(tmp_path)
+    keep(settings, root)
+    monkeypatch.chdir("/")
+    found = read_config(root, ["adapt.epochs=2"])
+    assert found == read_config(root).model_copy(update={"adapt": found.adapt})
+    assert (found.adapt.epochs, read_config(root).adapt.epochs) == (2, settings.adapt.epochs)
+    assert found.data.train == (str(tmp_path / "photos"), "s3://bucket/x")
+    assert (found.backbone.checkpoint, found.out) == (str(tmp_path / "dino.pt"), str(root))
+    written = (root / CONFIG_FILE).stat().st_mtime_ns
+    keep(read_config(root), root)
+    assert (root / CONFIG_FILE).stat().st_mtime_ns == written  # nothing has changed
+    with pytest.raises(ValueError, match=r"a run directory with its config\.yaml, but there is no such folder"):
+        read_config(tmp_path / "elsewhere")
+
+
+def test_settings_that_were_refused_before_any_work_are_not_kept(tmp_path: Path) -> None:
+    root, wrong = tmp_path / "run", ValueError("wrong")
+    with pytest.raises(ValueError, match="wrong"):
+        keep(tiny.config(["nowhere"]), root, begin=False, error=wrong)
+    assert not root.exists()
+    keep(tiny.config(["there"]), root)
+    with pytest.raises(ValueError, match="wrong"):
+        keep(tiny.config(["nowhere"]), root, begin=False, error=wrong)
+    assert read_config(root).data.train[0].endswith("/there")
+    with pytest.raises(ValueError, match="wrong"):
+        keep(tiny.config(["begun"]), root, error=wrong)
+    assert read_config(root).data.train[0].endswith("/begun")
