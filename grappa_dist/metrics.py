@@ -30,7 +30,9 @@ from grappa_dist.search.rerank import pair_dots
 _TABLE = 2**24  # scores of a block
 _SPARE = 8  # candidates beyond k in the first search
 _MANY = 16  # more than this times k, and more than 1 / 16 of the gallery, are too many candidates
-_UNIT = 2**40  # a query's metric in [0, 1] as an integer: they add in any order, and 2**23 of them fit in int64
+METRICS = ("r_precision", "map_at_r", "recall_at_1")
+_UNIT = 2**40  # a query's metric in [0, 1] as an integer: they add in any order
+_MOST = 2**22  # whose sum fits in int64
 
 
 def retrieval_scores(z: Tensor, labels: Tensor, *, block_rows: int | None = None) -> dict[str, float]:
@@ -41,24 +43,58 @@ def retrieval_scores(z: Tensor, labels: Tensor, *, block_rows: int | None = None
 def retrieval_sums(z: Tensor, labels: Tensor, query_rows: range, *, block_rows: int | None = None) -> RetrievalSums:
     """The sums over those of `query_rows` that are queries; ranges that cover all rows once add up to the whole.
 
+    Arguments as of `query_scores`.
+    """
+    return query_scores(z, labels, query_rows, block_rows=block_rows).sums()
+
+
+def query_scores(
+    z: Tensor, labels: Tensor, query_rows: range | None = None, *, block_rows: int | None = None
+) -> QueryScores:
+    """The metrics of each query; their sums are `retrieval_sums`, to the bit.
+
     Args:
         z: (n, D), all rows, of any length but finite; labels (n,) integers, negative where there is none.
+        query_rows: the rows that may be queries; None: all.
         block_rows: queries scored at once; a block holds block_rows * g float32 scores. Without it, 64 MiB of them.
+
+    Raises:
+        ValueError: the arguments do not fit each other.
     """
+    query_rows = range(len(z)) if query_rows is None else query_rows
     _check(z, labels, query_rows, block_rows)
     rows = torch.nonzero(labels >= 0).flatten()  # (g,) in order, so a place in the gallery orders as a row id does
     classes = torch.unique(labels[rows], return_inverse=True)[1]  # (g,)
     others = torch.bincount(classes)[classes] - 1 if len(rows) else classes  # (g,) R of each
     chosen = torch.zeros(len(z), dtype=torch.bool, device=z.device)
     chosen[query_rows.start : query_rows.stop : query_rows.step] = True
-    queries = torch.nonzero(chosen[rows] & (others > 0)).flatten()
-    queries = queries[others[queries].argsort()]  # by R, so that the queries of a block need about as many neighbours
+    queries = torch.nonzero(chosen[rows] & (others > 0)).flatten()  # (q,)
+    by_size = others[queries].argsort()  # by R, so that the queries of a block need about as many neighbours
     gallery = _Gallery.of(to_grid(F.normalize(z[rows].double(), dim=1)), classes)
-    sums = RetrievalSums()
-    for block in queries.split(block_rows or max(1, _TABLE // max(1, len(rows)))):
-        if len(block):
-            sums += _block_sums(_relevance(gallery, block, int(others[block].max())), others[block])
-    return sums
+    found = torch.zeros(len(queries), 3, dtype=torch.int64, device=z.device)
+    for places in by_size.split(block_rows or max(1, _TABLE // max(1, len(rows)))):
+        if len(places):
+            block = queries[places]
+            found[places] = _block_scores(_relevance(gallery, block, int(others[block].max())), others[block])
+    return QueryScores(rows[queries].cpu().numpy(), found.cpu().numpy())
+
+
+@dataclass(frozen=True)
+class QueryScores:
+    """The metrics of q queries, in ascending order of their rows."""
+
+    rows: NDArray[np.int64]  # (q,) row ids
+    units: NDArray[np.int64]  # (q, 3) R-Precision, MAP@R and recall@1 in units of 2**-40
+
+    def sums(self) -> RetrievalSums:
+        parts = (self.units[start : start + _MOST] for start in range(0, len(self.units), _MOST))
+        found = (RetrievalSums(len(part), *part.sum(0).tolist()) for part in parts)
+        return sum(found, RetrievalSums())
+
+    def values(self, metric: str = "r_precision") -> NDArray[np.float64]:
+        """One of METRICS for each query, (q,), in [0, 1]."""
+        values: NDArray[np.float64] = self.units[:, METRICS.index(metric)] / _UNIT
+        return values
 
 
 @dataclass(frozen=True)
@@ -158,18 +194,17 @@ def _lexsort(*keys: Tensor) -> Tensor:
     return order
 
 
-def _block_sums(relevant: Tensor, others: Tensor) -> RetrievalSums:
-    """Sums over a block from the relevance of the nearest (b, t), of which the first R (b,) count."""
+def _block_scores(relevant: Tensor, others: Tensor) -> Tensor:
+    """R-Precision, MAP@R and recall@1 in units of 2**-40, (b, 3), from the relevance of the nearest (b, t).
+
+    The first R (b,) of these count.
+    """
     ranks = torch.arange(1, relevant.shape[1] + 1, device=relevant.device)
     relevant = relevant & (ranks <= others[:, None])
     hits = relevant.cumsum(1)
     precisions = (hits.double() * _UNIT / ranks).round().long() * relevant  # (b, t) integers: their sum has no order
-    return RetrievalSums(
-        queries=len(others),
-        r_precision=int((hits[:, -1].double() * _UNIT / others).round().long().sum()),
-        map_at_r=int((precisions.sum(1) // others).sum()),
-        recall_at_1=int(relevant[:, 0].sum()) * _UNIT,
-    )
+    r_precision = (hits[:, -1].double() * _UNIT / others).round().long()
+    return torch.stack([r_precision, precisions.sum(1) // others, relevant[:, 0].long() * _UNIT], 1)
 
 
 def _check(z: Tensor, labels: Tensor, query_rows: range, block_rows: int | None) -> None:

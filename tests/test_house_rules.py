@@ -34,7 +34,7 @@ LEVELS = (  # a part imports parts of lower levels, and files of its own
     ("models", "knn", "demo"),
     ("kmeans", "make_shards"),
     ("data", "distributed"),
-    ("metrics", "artifacts"),
+    ("metrics", "significance", "artifacts"),
     ("checksums",),
     ("search", "config", "console", "files", "prefetch", "_compat"),
     ("output", "storage"),

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grappa_dist.metrics import RetrievalSums, retrieval_scores, retrieval_sums
+from grappa_dist.metrics import METRICS, RetrievalSums, query_scores, retrieval_scores, retrieval_sums
 from grappa_dist.search.fixed_point import exact_dot, to_grid
 from tests import reference
 
@@ -165,3 +165,46 @@ def test_five_thousand_rows_take_seconds() -> None:
     start = time.process_time()  # of this process: others may keep the machine busy
     retrieval_scores(z, labels)
     assert time.process_time() - start < 20  # two to four
+
+
+def by_hand(z: Tensor, labels: Tensor) -> list[tuple[int, float, float, float]]:
+    """Row, R-Precision, MAP@R and recall@1 of every query, from all pairs."""
+    grid = to_grid(F.normalize(z.double(), dim=1))
+    scores, classes = exact_dot(grid, grid).tolist(), labels.tolist()
+    found = []
+    for query in range(len(classes)):
+        gallery = [row for row in range(len(classes)) if classes[row] >= 0 and row != query]
+        size = sum(classes[row] == classes[query] for row in gallery)
+        if classes[query] >= 0 and size:
+            ranked = sorted(gallery, key=lambda row: (-scores[query][row], row))[:size]
+            hits = [classes[row] == classes[query] for row in ranked]
+            precisions = [sum(hits[: i + 1]) / (i + 1) for i in range(size) if hits[i]]
+            found.append((query, sum(hits) / size, sum(precisions) / size, float(hits[0])))
+    return found
+
+
+@pytest.mark.parametrize("block_rows", [1, 7, None])
+def test_the_scores_of_each_query_equal_the_reference(block_rows: int | None) -> None:
+    z, labels = features(60, 5), random_labels(60, 7)
+    found, expected = query_scores(z, labels, block_rows=block_rows), by_hand(z, labels)
+    assert found.rows.tolist() == [row for row, *_ in expected]
+    for at, metric in enumerate(METRICS, start=1):
+        assert found.values(metric) == pytest.approx([query[at] for query in expected], abs=1e-11)
+
+
+def test_the_scores_of_queries_add_up_to_the_sums_to_the_bit() -> None:
+    z, labels = features(101, 6), random_labels(101, 9)
+    z[50:] = z[:51].clone()
+    whole = query_scores(z, labels)
+    assert whole.sums() == retrieval_sums(z, labels, range(101))
+    assert whole.sums().finish() == retrieval_scores(z, labels)
+    parts = [query_scores(z, labels, rows, block_rows=3) for rows in (range(0, 101, 2), range(1, 101, 2))]
+    together = {
+        row: units for part in parts for row, units in zip(part.rows.tolist(), part.units.tolist(), strict=True)
+    }
+    assert [together[row] for row in whole.rows.tolist()] == whole.units.tolist()
+
+
+def test_without_queries_there_are_no_scores_of_queries() -> None:
+    found = query_scores(features(3, 2), torch.tensor([0, 1, -1]))
+    assert (len(found.rows), found.units.shape, found.sums()) == (0, (0, 3), RetrievalSums())
