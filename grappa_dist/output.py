@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import io
 import os
 import re
 import select
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 HIDDEN = "***"  # in place of a secret
@@ -39,6 +40,12 @@ def printable(text: str) -> str:
 def printable_line(text: str) -> str:
     """The same as one line: the name of a file cannot add lines to a log."""
     return printable(text).replace("\n", "\\n")
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """For the end of a message about a misspelt name, e.g. " Did you mean 'fuse'?"; "" if no known one is like it."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def is_secret_name(name: str) -> bool:

@@ -53,7 +53,9 @@ def modules_of(folder: str) -> list[str]:
 
 
 def short_modules(folder: str) -> list[str]:
-    return [file for file in modules_of(folder) if LINES[file] < FEW_LINES]
+    """But for `__main__` and the verbs of the command line, whose files are found by their names."""
+    named = [f"{folder}/__main__.py", *modules_of(f"{folder}/cli")]
+    return [file for file in modules_of(folder) if LINES[file] < FEW_LINES and file not in named]
 
 
 class Function(NamedTuple):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from grappa_dist.cli.main import VERBS
 from tests.structure import (
     LINES,
     MODULES,
@@ -25,6 +26,8 @@ from tests.structure import (
 )
 
 LEVELS = (  # a part imports parts of lower levels, and files of its own
+    ("__main__",),
+    ("cli",),
     ("__init__",),
     ("pipeline", "plan", "clean"),
     ("layout", "export"),
@@ -180,7 +183,12 @@ def modules_of_fast_tests() -> frozenset[str]:
 
 @pytest.mark.parametrize("folder", ["grappa_dist", "benchmarks", "examples"])
 def test_every_module_is_imported_by_a_test_of_make_test_or_by_a_module_that_is(folder: str) -> None:
-    reached = set(modules_of_fast_tests())
+    by_name = {
+        "grappa_dist.__main__",
+        "grappa_dist.cli",
+        *(f"grappa_dist.cli.{verb}" for verb in VERBS),
+    }  # tests/cli/test_main.py
+    reached = set(modules_of_fast_tests()) | by_name & MODULES.keys()
     while more := {m for file in TREES if name_of(file) in reached for m in imported_modules(file)} - reached:
         reached |= more
     assert [m for m in sorted(MODULES) if m.startswith(folder) and m not in reached] == []
