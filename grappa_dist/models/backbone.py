@@ -12,7 +12,7 @@ import inspect
 import traceback
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import lru_cache
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from grappa_dist._compat import declare_torchvision_ops
 from grappa_dist.data.transforms import Preprocess
-from grappa_dist.models.weights import load_own, timm_from_file
+from grappa_dist.models.weights import load_own, timm_with_weights
 
 # Arguments of timm.create_model that a run sets itself, or that would read files which a model names
 _SET_HERE = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "num_classes"}
@@ -51,13 +51,14 @@ class Backbone(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, model: nn.Module, preprocess: Preprocess) -> None:
+    def __init__(self, model: nn.Module, preprocess: Preprocess, remarks: Sequence[str] = ()) -> None:
         super().__init__()
         _check_parts(model)
         for parameter in model.parameters():
             parameter.data = parameter.data.contiguous()  # the engine broadcasts bytes and refuses strides
         self.model = model.requires_grad_(False).eval()
         self.preprocess = preprocess
+        self.remarks = tuple(remarks)  # on its weights
         self.embed_dim = int(model.embed_dim)  # type: ignore[arg-type]
         self.register_buffer("mean", torch.tensor(preprocess.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(preprocess.std).view(1, 3, 1, 1), persistent=False)
@@ -134,10 +135,10 @@ def create_backbone(
             load_own(model, checkpoint)
         return Backbone(model, replace(_default_preprocess(model), **overrides))
     size = {"img_size": overrides["image_size"]} if "image_size" in overrides else {}
-    model = _timm(function, {**size, **kwargs}, checkpoint if pretrained else None, pretrained)
+    model, remarks = _timm(function, {**size, **kwargs}, checkpoint if pretrained else None, pretrained)
     # timm's data config has the size of the pretraining, whatever size was asked for
     size = {"image_size": kwargs["img_size"]} if isinstance(kwargs.get("img_size"), int) else {}
-    return Backbone(model, replace(_default_preprocess(model), **{**size, **overrides}))
+    return Backbone(model, replace(_default_preprocess(model), **{**size, **overrides}), remarks)
 
 
 def _default_preprocess(model: nn.Module) -> Preprocess:
@@ -222,7 +223,10 @@ def _describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}{where}"
 
 
-def _timm(name: str, kwargs: Mapping[str, Any], checkpoint: str | None, pretrained: bool) -> nn.Module:
+def _timm(
+    name: str, kwargs: Mapping[str, Any], checkpoint: str | None, pretrained: bool
+) -> tuple[nn.Module, Sequence[str]]:
+    """The model, and remarks on its weights."""
     _check_timm(name)
     if taken := sorted(_SET_HERE & kwargs.keys()):
         raise ValueError(f"backbone.kwargs has {taken[0]}, which is set here; weights are named by backbone.checkpoint")
@@ -231,9 +235,9 @@ def _timm(name: str, kwargs: Mapping[str, Any], checkpoint: str | None, pretrain
     if pretrained and not checkpoint:
         check_weights(f"timm:{name}")
     try:
-        if checkpoint:
-            return timm_from_file(name, kwargs, checkpoint)
-        return timm.create_model(name, pretrained=pretrained, num_classes=0, **kwargs)
+        if pretrained:
+            return timm_with_weights(name, kwargs, checkpoint)
+        return timm.create_model(name, pretrained=False, num_classes=0, **kwargs), ()
     except (TypeError, AssertionError) as error:
         raise ValueError(f"backbone.kwargs={dict(kwargs)} do not suit timm:{name}: {error}") from error
 

@@ -29,6 +29,7 @@ from grappa_dist.models.spec import backbone_settings, build_backbone
 from grappa_dist.models.weights import listed, load_tensors, tensors_of
 
 VERDICT_FILE = "backbone.json"  # in the index folder of a run
+RULES = 2  # of what is refused: a verdict by earlier ones is not read again
 KEPT_FROM_S = 1.0  # a trial that takes longer is not made again
 ROUNDING = 1e-5  # of the length of a feature: far above the rounding of one computation in another order
 ALIKE = 1e-3  # the same of two ways to compute it
@@ -67,7 +68,7 @@ def verdict_of(
         ValueError: the backbone cannot be used, and why.
     """
     path = index / VERDICT_FILE
-    of = fingerprint({"backbone": backbone_settings(config), "versions": versions()})
+    of = fingerprint({"backbone": backbone_settings(config), "versions": versions(), "rules": RULES})
     if known := _kept(path, of):
         return known
     log(f"backbone: building {config.name} and trying it on two images")
@@ -103,7 +104,7 @@ def try_backbone(config: BackboneConfig) -> Verdict:
         images = _noise(backbone.preprocess.image_size)
         if not backbone.is_timms:
             _check_own_forward(name, backbone, images)
-        warnings = _check_features(name, backbone, images)
+        warnings = [*backbone.remarks, *_check_features(name, backbone, images)]
         if _digest(backbone) != weights.digest:
             raise ValueError(f"{name}: a forward pass changes its buffers; a frozen model must stay as it is")
         _check_export(name, config, backbone, weights, images[:1])

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import pickle
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +15,16 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from grappa_dist.console import pluralize
 from grappa_dist.files import read_tensors
 from grappa_dist.storage import open_to_read
 
 # What loading a file of something else, or of another model's weights, raises
 _MISFITS = (RuntimeError, LookupError, EOFError, TypeError, AttributeError, pickle.UnpicklingError, SafetensorError)
 _NAMED = 3  # keys that a message lists
+_PATCHES = "patch_embed.proj.weight"  # in timm's ViTs
+_BLOCK = re.compile(r"blocks\.(\d+)\.")
+_OF_TRAINING = re.compile("head|classifier|decoder|mask|^fc$")  # in the first part of a name
 
 
 def load_own(model: nn.Module, path: str) -> None:
@@ -26,15 +33,15 @@ def load_own(model: nn.Module, path: str) -> None:
     Raises:
         ValueError: the file is of something else, or of another model.
     """
-    weights, expected = _read(path), model.state_dict()
+    weights, expected, whose = _read(path), model.state_dict(), f"backbone.checkpoint={path!r} does"
     if not (isinstance(weights, Mapping) and weights and all(isinstance(t, Tensor) for t in weights.values())):
-        raise _misfit(path, _flat(weights), expected)
+        raise _misfit(whose, _flat(weights), expected)
     try:
         missing, unexpected = load_tensors(model, weights)
     except _MISFITS as error:
-        raise _misfit(path, weights, expected, error) from error
-    if missing or unexpected:
-        raise _misfit(path, weights, expected, missing=missing)
+        raise _misfit(whose, weights, expected, error) from error
+    if missing or unexpected or _reshaped(weights, expected):
+        raise _misfit(whose, weights, expected, missing=missing)
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
@@ -85,50 +92,102 @@ def _names_of_one_tensor(state: Mapping[str, Tensor]) -> dict[str, list[str]]:
     return {name: names for names in groups.values() for name in names}
 
 
-def timm_from_file(name: str, kwargs: Mapping[str, Any], checkpoint: str) -> nn.Module:
-    """The model with a file's weights, which timm renames and resizes as it does with downloaded ones.
+def timm_with_weights(name: str, kwargs: Mapping[str, Any], checkpoint: str | None) -> tuple[nn.Module, list[str]]:
+    """A timm model with the weights of a file, else with its own, as timm renames and resizes them; and remarks.
 
     Raises:
-        ValueError: the file is of something else, or of another model.
+        ValueError: the file is of something else, or the weights are of another model, which timm itself accepts
+            wherever it drops a classifier.
     """
     import timm
 
-    found = _read(checkpoint)
-    weights = timm.models.clean_state_dict(dict(_unwrapped(found)))
-    if not weights:
+    found: Any = _read(checkpoint) if checkpoint else {}
+    weights = dict(timm.models.clean_state_dict(dict(_unwrapped(found))))
+    if checkpoint and not weights:
         raise _unreadable(checkpoint, "it holds no tensors")
-
-    def create(seed: int, **options: Any) -> Any:
-        torch.manual_seed(seed)
-        return timm.create_model(name, num_classes=0, **options, **kwargs)
-
-    def filled(seed: int) -> Any:
-        model = create(seed, pretrained=True, pretrained_cfg_overlay={"state_dict": dict(weights)})
-        del model.pretrained_cfg["state_dict"]  # a copy of all weights
-        return model
-
-    with torch.random.fork_rng(devices=()):
-        untouched = create(0, pretrained=False)
+    overlay: dict[str, Any] = {"pretrained_cfg_overlay": {"state_dict": dict(weights)}} if checkpoint else {}
+    whose = f"backbone.checkpoint={checkpoint!r} does" if checkpoint else f"the weights of backbone.name=timm:{name} do"
+    with torch.device("meta"):
+        expected = (empty := timm.create_model(name, pretrained=False, num_classes=0, **kwargs)).state_dict()
+    with torch.random.fork_rng(devices=()), _watched_loading(type(empty)) as loading:
         try:
-            model = filled(0)
+            model: Any = timm.create_model(name, pretrained=True, num_classes=0, **overlay, **kwargs)
         except _MISFITS as error:
-            raise _misfit(checkpoint, _flat(found), untouched.state_dict(), error) from error
-        missing = _equal_tensors(untouched, model)
-        if missing:  # never loaded, or saved by someone who seeded as is done here
-            missing = sorted(set(missing) & set(_equal_tensors(create(1, pretrained=False), filled(1))))
-    if missing:
-        raise _misfit(checkpoint, _flat(found), untouched.state_dict(), missing=missing)
+            if not loading.given and not checkpoint:  # there was nothing to load
+                raise
+            raise _misfit(whose, _flat(found) or loading.given, expected, error) from error
+    if checkpoint:
+        del model.pretrained_cfg["state_dict"]  # a copy of all weights
+    if loading.missing:
+        raise _misfit(whose, _flat(found) or loading.given, expected, missing=loading.missing)
+    cut_off = [key for key in loading.unexpected if "depth" in kwargs and _block(key) >= kwargs["depth"]]
+    foreign = [key for key in loading.unexpected if key not in cut_off and _is_of_backbone(key, model)]
+    differs = _reshaped(loading.given, expected) or _sides(weights) not in ((), _sides(expected))
+    if foreign or differs:
+        raise _misfit(whose, weights or loading.given, expected, missing=(), unknown=foreign)
     loaded: nn.Module = model
-    return loaded
+    return loaded, list(_remarks(str(checkpoint), weights, expected, loading.unexpected)) if checkpoint else []
 
 
-def _equal_tensors(a: nn.Module, b: nn.Module) -> list[str]:
-    """Names of the parameters that are equal in two models, those of one value aside.
+@dataclass
+class _Loading:
+    """What timm gave a model to load, once it had renamed and resized weights, and what did not fit."""
 
-    timm accepts missing weights where it drops a classifier: what still equals the seeded values was never loaded.
+    given: Mapping[str, Any] = field(default_factory=dict)
+    missing: Sequence[str] = ()
+    unexpected: Sequence[str] = ()
+
+
+@contextmanager
+def _watched_loading(kind: type[nn.Module]) -> Iterator[_Loading]:
+    """Notes what does not fit while models of a class are filled: timm tells its log and nobody else."""
+    loading, plain = _Loading(), kind.load_state_dict
+
+    def load(self: nn.Module, state: Mapping[str, Any], *_: Any, **__: Any) -> Any:
+        loading.given = state
+        found = plain(self, state, strict=False)
+        loading.missing, loading.unexpected = found
+        return type(found)([], [])
+
+    of_class = vars(kind).get("load_state_dict")
+    kind.load_state_dict = load  # type: ignore[method-assign, assignment]
+    try:
+        yield loading
+    finally:
+        if of_class is None:
+            del kind.load_state_dict
+        else:
+            kind.load_state_dict = of_class  # type: ignore[method-assign]
+
+
+def _is_of_backbone(key: str, model: nn.Module) -> bool:
+    """Whether a name that a model has not shows weights of another one: a further block, norm or token.
+
+    Heads, decoders and mask tokens belong to a training.
     """
-    pairs = zip(a.named_parameters(), b.parameters(), strict=True)
-    return [key for (key, x), y in pairs if x.ndim > 1 and torch.equal(x, y) and bool((x != x.flatten()[0]).any())]
+    top, _, rest = key.partition(".")
+    return not _OF_TRAINING.search(top) and (not rest or top in dict(model.named_children()))
+
+
+def _sides(tensors: Mapping[str, Any]) -> tuple[int, ...]:
+    """The sides of a patch in pixels, by timm's names; () if they are not to be seen."""
+    patches = tensors.get(_PATCHES)
+    return tuple(patches.shape[2:]) if isinstance(patches, Tensor) and patches.ndim == 4 else ()
+
+
+def _remarks(
+    checkpoint: str, weights: Mapping[str, Any], expected: Mapping[str, Tensor], unused: Sequence[str]
+) -> Iterator[str]:
+    """What is accepted of a file, and should be known."""
+    if unused:
+        yield f"backbone.checkpoint={checkpoint!r} has {listed(unused)}, which the backbone has not: not used"
+    positions = (weights.get("pos_embed"), expected.get("pos_embed"))
+    found, wanted = (tuple(p.shape) if isinstance(p, Tensor) else None for p in positions)
+    if found and wanted and found != wanted:
+        yield (
+            f"backbone.checkpoint={checkpoint!r} has positions for images of another size, which are resized: "
+            f"pos_embed is {found}, here {wanted} (backbone.image_size is the size in pixels)"
+        )
 
 
 def _read(path: str) -> Any:
@@ -198,34 +257,60 @@ def _flat(found: Any, above: str = "") -> dict[str, Any]:
 
 
 def _reshaped(found: Mapping[str, Any], expected: Mapping[str, Tensor]) -> list[str]:
-    """What differs in shape, as a message has it."""
+    """What differs in shape or is no number of floating point, as a message has it."""
     both = ((key, found[key], expected[key]) for key in found if key in expected and isinstance(found[key], Tensor))
-    return [f"{key} is {tuple(a.shape)}, expected {tuple(b.shape)}" for key, a, b in both if a.shape != b.shape]
+    shapes, types = list[str](), list[str]()
+    for key, a, b in both:
+        if a.shape != b.shape:
+            shapes.append(f"{key} is {tuple(a.shape)}, expected {tuple(b.shape)}")
+        elif b.is_floating_point() and not a.is_floating_point():
+            types.append(f"{key} is {a.dtype}, expected torch.float32 or another floating point type")
+    return [*shapes, *types]
 
 
 def _misfit(
-    checkpoint: str,
+    whose: str,
     found: Mapping[str, Any],
     expected: Mapping[str, Tensor],
     error: object = "",
     *,
     missing: Sequence[str] | None = None,
+    unknown: Sequence[str] | None = None,
 ) -> ValueError:
-    """An error that names keys of the file and those that are expected."""
+    """An error that names keys of the file and those that are expected.
+
+    Args:
+        whose: how the sentence begins: what it is that "does" not fit.
+        missing: names that nothing is loaded into; None: those expected that the file has not.
+        unknown: names that show another model; None: those of the file that are not expected.
+    """
     absent = [key for key in expected if key not in found] if missing is None else list(missing)
-    unknown = [key for key in found if key not in expected]
+    beyond = [key for key in found if key not in expected] if unknown is None else list(unknown)
     parts = []
     if prefix := _prefix(found, expected):
         where, _, rest = prefix.rpartition("/")
         inside = f"the tensors in {where!r}" if where else "its tensors"
         without = f", without {rest!r} in front of the names" if rest else ""
         parts.append(f"its names begin with {prefix!r}; save {inside} to a file of their own{without}")
+    elif _num_blocks(found) not in (0, _num_blocks(expected)):
+        parts.append(f"it has {pluralize(_num_blocks(found), 'block')}, the backbone {_num_blocks(expected)}")
     if expected:
         parts.append(f"it has no {listed(absent)}" if absent else "")
         parts.append("; ".join(_reshaped(found, expected)[:_NAMED]))
-    parts.append(f"it has {listed(unknown)}" + ", which the backbone has not" * bool(expected) if unknown else "")
+    parts.append(f"it has {listed(beyond)}" + ", which the backbone has not" * bool(expected) if beyond else "")
     reason = "; ".join(part for part in parts if part) or " ".join(str(error).split())[:300]
-    return ValueError(f"backbone.checkpoint={checkpoint!r} does not fit the backbone: {reason}")
+    return ValueError(f"{whose} not fit the backbone: {reason}")
+
+
+def _num_blocks(names: Iterable[str]) -> int:
+    """How many blocks names as those of timm have; 0 where there are none."""
+    return len({_block(name) for name in names} - {-1})
+
+
+def _block(name: str) -> int:
+    """The number of a block, in a name as those of timm; -1 if it is not of one."""
+    found = _BLOCK.match(name)
+    return int(found[1]) if found else -1
 
 
 def listed(names: Sequence[str]) -> str:

@@ -70,7 +70,71 @@ def test_a_file_of_other_names_is_refused_with_those_found_and_those_expected(
     message = refusal(name, tmp_path / "w.pth")
     assert words in message
     if name == tiny.TIMM or kind in ("a part", "another model"):
-        assert re.search(r"it has no [\w.]+weight", message)
+        assert re.search(r"it has no (cls_token|[\w.]+weight)", message)
+
+
+OTHER_MODELS: dict[str, tuple[dict[str, Any], str]] = {
+    "deeper": ({"depth": 13}, "it has 13 blocks, the backbone 12; it has blocks.12.norm1.weight, blocks.12.norm1.bias"),
+    "shallower": ({"depth": 1}, "it has 1 block, the backbone 12; it has no blocks.1.norm1.weight"),
+    "wider": ({"embed_dim": 48}, "cls_token is (1, 1, 48), expected (1, 1, 24)"),
+    "patches": ({"patch_size": 8}, "patch_embed.proj.weight is (24, 3, 8, 8), expected (24, 3, 16, 16)"),
+    "layer scale": ({"init_values": 1e-5}, "it has blocks.0.ls1.gamma, blocks.0.ls2.gamma"),
+    "norms of q and k": ({"qk_norm": True}, "it has blocks.0.attn.q_norm.weight"),
+    "no biases": ({"qkv_bias": False}, "it has no blocks.0.attn.qkv.bias, blocks.1.attn.qkv.bias, blocks.2.attn"),
+    "norm before": ({"pre_norm": True}, "it has norm_pre.weight, norm_pre.bias, which the backbone has not"),
+    "registers": ({"reg_tokens": 4, "no_embed_class": True}, "it has reg_token, which the backbone has not"),
+    "mean of tokens": ({"class_token": False, "global_pool": "avg"}, "it has no cls_token, norm.weight"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_MODELS)
+def test_weights_of_another_architecture_are_refused_though_timm_takes_them(kind: str, tmp_path: Path) -> None:
+    changed, words = OTHER_MODELS[kind]
+    kwargs = {"img_size": 32, "embed_dim": 24, "num_heads": 3, "no_embed_class": changed.get("no_embed_class", False)}
+    torch.save(tiny.timm_vit(**{**kwargs, **changed}).state_dict(), tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=re.escape(words)):
+        create_backbone(tiny.TIMM, kwargs, {}, checkpoint=str(tmp_path / "w.pth"))
+    assert "load_state_dict" not in vars(type(tiny.timm_vit()))
+
+
+def test_a_depth_that_is_asked_for_takes_the_first_blocks_of_a_deeper_model(tmp_path: Path) -> None:
+    torch.save(tiny.timm_vit(**{**tiny.TIMM_KWARGS, "depth": 4}).state_dict(), tmp_path / "w.pth")
+    found = create_backbone(tiny.TIMM, tiny.TIMM_KWARGS, {}, checkpoint=str(tmp_path / "w.pth"))
+    assert len(found.blocks) == 2
+    assert "has blocks.2.norm1.weight, blocks.2.norm1.bias, blocks.2.attn.qkv.weight and 21 more" in found.remarks[0]
+
+
+@pytest.mark.parametrize("name", [tiny.TIMM, OWN])
+@pytest.mark.parametrize("kind", ["norm.", "bias"])
+def test_a_part_of_the_weights_is_refused_also_where_all_of_it_is_ones_or_zeros(
+    name: str, kind: str, tmp_path: Path
+) -> None:
+    torch.save({key: t for key, t in state(name).items() if kind not in key}, tmp_path / "w.pth")
+    assert re.search(r"it has no [\w., ]*(norm|bias)", refusal(name, tmp_path / "w.pth"))
+
+
+@pytest.mark.parametrize("name", [tiny.TIMM, OWN])
+def test_integers_are_no_weights(name: str, tmp_path: Path) -> None:
+    torch.save({key: (100 * t).to(torch.int8) for key, t in state(name).items()}, tmp_path / "w.pth")
+    assert "torch.int8, expected torch.float32 or another floating point type" in refusal(name, tmp_path / "w.pth")
+
+
+def test_what_a_training_has_beside_the_backbone_and_other_sizes_of_images_are_remarked(tmp_path: Path) -> None:
+    tensors = tiny.timm_vit(**{**tiny.TIMM_KWARGS, "img_size": 64}).state_dict()
+    torch.save({**tensors, "decoder.weight": torch.ones(2), "head.mlp.weight": torch.ones(2)}, tmp_path / "w.pth")
+    beside, sizes = create_backbone(tiny.TIMM, tiny.TIMM_KWARGS, {}, checkpoint=str(tmp_path / "w.pth")).remarks
+    assert beside.endswith(" has decoder.weight, head.mlp.weight, which the backbone has not: not used")
+    assert "pos_embed is (1, 17, 24), here (1, 5, 24)" in sizes
+
+
+def test_weights_that_timm_has_for_a_model_are_refused_for_one_of_other_kwargs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the parts that they lack would be random, without a word."""
+    of_hub = tiny.timm_vit().state_dict()
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", lambda *_, **__: dict(of_hub))
+    monkeypatch.setattr("grappa_dist.models.backbone.check_weights", lambda name: None)
+    assert torch.equal(create_backbone(tiny.TIMM, tiny.TIMM_KWARGS, {}).model.norm.weight, of_hub["norm.weight"])
+    with pytest.raises(ValueError, match=r"^the weights of backbone\.name=timm:\S+ do not fit the backbone: it has 2 "):
+        create_backbone(tiny.TIMM, {**tiny.TIMM_KWARGS, "depth": 3}, {})
 
 
 @pytest.mark.parametrize("seed", [0, 1])
