@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from grappa_dist.extras import MissingPackage, explained
 from grappa_dist.output import printable, printable_line, unprinted, without_secrets
 from grappa_dist.storage import described, open_to_append, open_to_read, tried_again
 
@@ -266,6 +267,9 @@ class Ending:
             work()
         except ValueError as error:
             return self._failed(error, CONFIG_ERROR)
+        except ImportError as error:
+            known = explained(error)
+            return self._failed(known, CONFIG_ERROR if isinstance(known, MissingPackage) else FAILED)
         except Exception as error:
             return self._failed(error, FAILED)
         except KeyboardInterrupt:

@@ -40,7 +40,7 @@ LEVELS = (  # a part imports parts of lower levels, and files of its own
     ("metrics", "significance", "artifacts"),
     ("checksums",),
     ("search", "config", "console", "files", "prefetch", "_compat"),
-    ("output", "storage"),
+    ("output", "storage", "extras"),
 )
 DISTRIBUTED = ("ray", "deepspeed", "torch.distributed", "faiss")
 MAY_DISTRIBUTE = (

@@ -16,6 +16,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 import grappa_dist
+from grappa_dist.extras import EXTRAS
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -52,14 +53,14 @@ def test_the_wheel_holds_every_module_the_demo_weights_and_the_type_marker_and_n
     assert {"grappa_dist/py.typed", "grappa_dist/demo/drawings_vit.safetensors"} <= inside
 
 
-def test_a_user_gets_neither_the_tools_of_development_nor_faiss_unasked(wheel: Path) -> None:
+def test_a_light_install_brings_neither_the_tools_of_development_nor_what_runs_need(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         metadata = Parser().parsestr(archive.read(name).decode())
     asked = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
-    optional = ("pytest", "mypy", "ruff", "faiss", "scipy", "s3fs", "gcsfs", "moto")
+    optional = ("pytest", "mypy", "ruff", "moto", "faiss", *(name.replace("_", "-") for name in EXTRAS))
     assert [line for line in asked if line.startswith(optional)] == []
-    assert {"cpu", "gpu", "benchmarks", "s3", "gs", "dev"} == set(metadata.get_all("Provides-Extra", []))
+    assert {*EXTRAS.values(), "gpu", "run", "dev"} == set(metadata.get_all("Provides-Extra", []))
 
 
 def _pins(file: str) -> dict[str, Version]:
@@ -69,8 +70,13 @@ def _pins(file: str) -> dict[str, Version]:
 
 
 def _requirements(*extras: str) -> list[Requirement]:
+    """Those of the package and of these extras, and of the extras that these name in turn."""
     lines = PROJECT["dependencies"] + [line for extra in extras for line in PROJECT["optional-dependencies"][extra]]
-    return [Requirement(line) for line in lines]
+    found = [Requirement(line) for line in lines]
+    own = {extra for requirement in found if requirement.name == PROJECT["name"] for extra in requirement.extras}
+    if own - set(extras):
+        return _requirements(*{*extras, *own})
+    return [requirement for requirement in found if requirement.name != PROJECT["name"]]
 
 
 def test_the_version_of_the_package_is_that_of_its_metadata() -> None:
@@ -99,3 +105,10 @@ def test_the_lock_gives_a_hash_for_every_package_and_no_address() -> None:
     assert len(entries) == len(_pins("requirements-lock.txt"))
     assert [entry for entry in entries if not re.search(r"--hash=sha256:[0-9a-f]{64}$", entry, re.MULTILINE)] == []
     assert "://" not in text
+
+
+def test_every_optional_module_is_brought_by_the_extra_that_its_message_names() -> None:
+    distributions = {"faiss": "faiss-cpu"}
+    for module, extra in EXTRAS.items():
+        brought = {canonicalize_name(requirement.name) for requirement in _requirements(extra)}
+        assert distributions.get(module, canonicalize_name(module)) in brought, module

@@ -22,14 +22,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from grappa_dist.data.entries import expand_braces
+from grappa_dist.extras import require
 from grappa_dist.storage import Result
 
-INSTALL = {  # protocol -> what to install
-    "s3": "pip install 'grappa-dist[s3]' (s3fs)",
-    "gs": "pip install 'grappa-dist[gs]' (gcsfs)",
-    "http": "pip install aiohttp",
-    "https": "pip install aiohttp",
-}
+PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "http": "aiohttp", "https": "aiohttp"}  # of each protocol, for fsspec
 CONNECTIONS = 64  # per process and store; botocore's own limit of 10 would hold back what is in flight
 ATTEMPTS = 6  # at one request
 PAUSE_S = 0.25  # before the second attempt, at most; then twice as long each time
@@ -106,8 +102,8 @@ def check_url(url: str) -> str:
         ValueError: another protocol than we read, or a secret in the URL, which is not repeated.
     """
     parts = urlsplit(url)
-    if parts.scheme not in INSTALL:
-        known = ", ".join(f"{protocol}://" for protocol in INSTALL)
+    if parts.scheme not in PACKAGES:
+        known = ", ".join(f"{protocol}://" for protocol in PACKAGES)
         raise ValueError(f"shards: {parts.scheme}:// is not read; expected one of {known} or a mounted folder")
     if "@" in parts.netloc or (is_http(url) and (parts.query or parts.fragment)):
         raise ValueError(
@@ -296,6 +292,7 @@ def store_of(url: str) -> tuple[Any, str]:
     from fsspec.core import url_to_fs
 
     protocol = urlsplit(url).scheme
+    require(PACKAGES[protocol], what=url)
     options: dict[str, Any] = {"use_listings_cache": False}
     if protocol == "s3":
         configured = conf.get("s3", {}).get("config_kwargs", {})
@@ -306,10 +303,7 @@ def store_of(url: str) -> tuple[Any, str]:
 
         limits = aiohttp.ClientTimeout(_REQUEST_S, sock_connect=_CONNECT_S, sock_read=_SILENT_S)
         options["client_kwargs"] = {"timeout": limits, **conf.get(protocol, {}).get("client_kwargs", {})}
-    try:
-        found: tuple[Any, str] = url_to_fs(url, **options)
-    except ImportError as error:
-        raise ValueError(f"{url}: {protocol}:// needs a package that is not installed: {INSTALL[protocol]}") from error
+    found: tuple[Any, str] = url_to_fs(url, **options)
     if protocol == "s3":
         found[0].retries = 1  # of its own: `patiently` has them, beside those of botocore
     return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import signal
 import socket
@@ -15,7 +14,9 @@ from grappa_dist.config import Resources
 from grappa_dist.console import Terminated
 from grappa_dist.distributed import local_ray
 from grappa_dist.distributed.local_ray import LocalRay
+from grappa_dist.extras import require
 
+NEEDED = ("ray", "deepspeed", "faiss")  # on every node
 CONNECT_TIMEOUT_S = 5.0
 GREETING_S = 2.0
 SUBMITTED_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by `ray job submit`
@@ -36,16 +37,16 @@ def connect(resources: Resources, log: Callable[[str], None] = lambda text: None
     """Connects unless that is done; the local Ray that it has started.
 
     Raises:
-        ValueError: RAY_ADDRESS is not an address, nothing answers there, it runs other versions of Ray or Python, or
-            wants a token.
+        ValueError: a package is not installed; RAY_ADDRESS is not an address, nothing answers there, it runs other
+            versions of Ray or Python, or wants a token.
         RuntimeError: a local Ray did not start.
         Terminated: SIGTERM or Ctrl-C came meanwhile.
     """
+    require(*NEEDED)
     import ray
 
     if ray.is_initialized():
         return None
-    check_faiss()
     handler = signal.getsignal(signal.SIGTERM)  # ray.init installs its own
     try:
         if os.environ.get("RAY_ADDRESS", "local") in ("", "local"):
@@ -58,11 +59,6 @@ def connect(resources: Resources, log: Callable[[str], None] = lambda text: None
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)
-
-
-def check_faiss() -> None:
-    if importlib.util.find_spec("faiss") is None:
-        raise ValueError("faiss is not installed; install grappa-dist[cpu], or grappa-dist[gpu] where there are GPUs")
 
 
 def check_answers(address: str) -> None:

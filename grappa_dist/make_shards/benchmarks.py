@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from grappa_dist.console import pluralize
+from grappa_dist.extras import require
 from grappa_dist.make_shards.progress import Log, align
 from grappa_dist.make_shards.sources import FolderSource, Item, image_suffix
 
@@ -85,13 +86,9 @@ def in_class_folders(folder: Path, below: str) -> list[Listed]:
 
 def mat_variable(path: Path, name: str) -> NDArray[Any]:
     """A variable of a MATLAB file, as an array of one dimension."""
-    try:
-        from scipy.io import loadmat
-    except ImportError:
-        raise ValueError(
-            f"{path}: a MATLAB file, and reading it needs scipy, which is not installed; "
-            "pip install 'grappa-dist[benchmarks]', or scipy itself"
-        ) from None
+    require("scipy", what=f"{path}, a MATLAB file")
+    from scipy.io import loadmat
+
     try:
         content = loadmat(path, squeeze_me=True)
     except Exception as error:  # of a damaged file scipy raises many kinds: zlib.error, IndexError, ...

@@ -1,0 +1,80 @@
+"""A light install: what works without the optional packages, and the line that names a missing one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from grappa_dist.console import Ending
+from grappa_dist.extras import EXTRAS, MissingPackage, install_line, require
+from tests.test_export import SIZE, exported
+
+ROOT = Path(__file__).parents[1]
+WITHOUT = f"import sys; sys.modules.update(dict.fromkeys({list(EXTRAS)})); "  # as if none of them were installed
+COMMAND = "from grappa_dist.cli.main import main; sys.exit(main(sys.argv[1:]))"
+CONFIG = "name: light\ndata: {train: photos}\nbackbone: {name: 'timm:vit_tiny_patch16_224'}\n"
+
+
+def light(code: str, *args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Python without the optional packages."""
+    command = [sys.executable, "-c", WITHOUT + code, *args]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_a_missing_package_is_one_line_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(MissingPackage) as caught:
+        require("json", "pyarrow", what="photos.parquet")
+    assert str(caught.value) == (
+        "photos.parquet: needs pyarrow, which is not installed: pip install 'grappa-dist[parquet]'"
+    )
+    require("json", "click")
+
+
+@pytest.mark.parametrize("module", ["ray", "faiss"])
+def test_a_package_that_comes_as_cpu_and_gpu_names_both(module: str) -> None:
+    assert install_line(module) == "pip install 'grappa-dist[cpu]', or 'grappa-dist[gpu]' where there are GPUs"
+
+
+def test_an_import_of_a_missing_package_anywhere_ends_a_program_with_its_install_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def work(name: str) -> None:
+        __import__(name)
+
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    assert Ending().of(lambda: work("deepspeed")) == 2
+    assert capsys.readouterr().err == f"error: deepspeed is not installed: {install_line('deepspeed')}\n"
+    assert Ending().of(lambda: work("no_such_module")) == 1  # a bug, or a user's module
+    assert "No module named 'no_such_module'" in capsys.readouterr().err
+
+
+def test_a_run_without_what_it_needs_says_so_in_one_line_and_leaves_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "light.yaml").write_text(CONFIG)
+    script = f"import runpy; runpy.run_path({str(ROOT / 'launch' / 'full_pipeline.py')!r}, run_name='__main__')"
+    done = light(script, "--config", "light.yaml", "--out", str(tmp_path / "out"), cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: ray is not installed: {install_line('ray')}\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_loads_embeds_and_is_scored_without_the_optional_packages(tmp_path: Path) -> None:
+    exported(tmp_path / "run")
+    code = (
+        "import torch, grappa_dist; from grappa_dist.metrics import retrieval_scores; "
+        f"z = grappa_dist.load_model('run')(torch.rand(4, 3, {SIZE}, {SIZE})); "
+        "print(sorted(retrieval_scores(z, torch.tensor([0, 0, 1, 1]))))"
+    )
+    done = light(code, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "r_precision" in done.stdout
+
+
+@pytest.mark.parametrize("args", [["--help"], ["--version"], ["check", "--help"]])
+def test_help_and_version_work_without_the_optional_packages(args: list[str], tmp_path: Path) -> None:
+    done = light(COMMAND, *args, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "grappa-dist" in done.stdout
