@@ -22,6 +22,7 @@ from grappa_dist.data.index import Shard
 from grappa_dist.data.index_cache import IndexCache
 from grappa_dist.data.open_images import generated_artifacts, is_generated, open_images
 from grappa_dist.files import read_json
+from grappa_dist.inputs import look
 from grappa_dist.layout import lay_out
 from grappa_dist.stages.flow import artifacts_of
 from grappa_dist.stages.multi_set_jobs import MULTI_SET_FILE, MULTI_SET_FOLDER
@@ -61,6 +62,13 @@ def clean(config: Config, root: Path, *, remove: bool) -> str:
     with store.lock():
         if not is_generated(config.data, store):
             raise ValueError(f"{config.data.collection} is not generated in {root} yet, so what is needed is unknown")
+        inputs = look(config.data, root)
+        if inputs.missing:
+            raise ValueError(
+                f"{pluralize(inputs.missing, 'image')} of data.train and data.test are in no shard yet, so what is "
+                "needed is unknown; run it first"
+            )
+        config = config.model_copy(update={"data": inputs.of_shards()})
         train, test = open_images(config.data, store, config.resources, write_index=False)
         made = (*generated_artifacts(store, config.data), *artifacts_of(lay_out(config, store, train, test)))
         needed = {artifact.name: artifact for artifact in made}

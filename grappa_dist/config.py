@@ -25,7 +25,7 @@ from grappa_dist.output import has_secret, is_secret_name, without_secrets
 MOST_BYTES, MOST_VALUES, MOST_DEPTH = 2**20, 100_000, 50  # of a config, aliases written out
 _PATH_SETTINGS = (
     ("", "out", "mirror"),
-    ("data", "train", "test"),
+    ("data", "train", "test", "shards_dir"),
     ("backbone", "checkpoint"),
     ("resources", "cache_dir"),
 )
@@ -88,12 +88,14 @@ class Section(BaseModel):
 
 
 class DataConfig(Section):
-    """Where the images are: folders of WebDataset tars (or glob patterns), or a function that generates a data set."""
+    """Where the images are: folders of images or of WebDataset tars, or a function that generates a data set."""
 
     train: Paths = ()  # unlabelled images to adapt to
     test: Paths = ()  # images to evaluate on; labels optional; empty: label-free figures on the training images
     collection: Modulepath | None = None  # "module:function" that yields images, instead of train and test
     collection_kwargs: dict[str, Any] = {}
+    split: Literal["auto", "none", "classes"] = "auto"  # of folders of images in data.train: auto: train/ beside test/
+    shards_dir: PathText | None = None  # gets the shards that are made of images; null: shards/ in the run directory
     max_bad_share: Fraction = 0.01  # more undecodable rows than this stop the run
     streams: Count = 128  # V: an epoch is cut into this many sequential streams (part of the result, ranks are not)
     shuffle_window: Count = 1024  # rows of a stream that are shuffled together
@@ -364,12 +366,13 @@ class Config(Section):
         def of(path: str) -> str:
             return path if "://" in path else os.path.abspath(path)
 
-        data = {"train": tuple(map(of, self.data.train)), "test": tuple(map(of, self.data.test))}
+        shards_dir = self.data.shards_dir and of(self.data.shards_dir)
+        data = {key: tuple(map(of, getattr(self.data, key))) for key in ("train", "test")}
         checkpoint, cache_dir = self.backbone.checkpoint, self.resources.cache_dir
         return self.model_copy(
             update={
                 "out": of(str(root)),
-                "data": self.data.model_copy(update=data),
+                "data": self.data.model_copy(update={**data, "shards_dir": shards_dir}),
                 "backbone": self.backbone.model_copy(update={"checkpoint": checkpoint and of(checkpoint)}),
                 "resources": self.resources.model_copy(update={"cache_dir": cache_dir and of(cache_dir)}),
             }

@@ -28,6 +28,7 @@ from grappa_dist.distributed.placement import known_workers
 from grappa_dist.distributed.preflight import Checks, table
 from grappa_dist.distributed.ray_cluster import Cluster
 from grappa_dist.export import export_model
+from grappa_dist.inputs import look, prepared
 from grappa_dist.layout import lay_out
 from grappa_dist.models.spec import build_backbone, check_ready, note_module
 from grappa_dist.models.trial import Verdict, describe_difference, verdict_of
@@ -64,6 +65,7 @@ def run(config: Config, root: Path, until: str | None = None) -> tuple[Path, lis
 
 
 def _run(context: Run, until: str | None = None) -> tuple[Path, list[ScoreRow]] | None:
+    context = replace(context, config=prepared(context.config, context.store.root, log=context.console.log))
     mending = Mending(context)
     return mending.mended(lambda: _flow(context, mending, until))
 
@@ -203,7 +205,9 @@ def check(config: Config, root: Path, *, deep: bool = False) -> str:
     build_backbone(config.backbone, pretrained=False)
     store, whole, finished = Store(root), "0 artefacts there and whole", False
     cluster = Cluster(config.resources, Checks(root.absolute(), _nothing))
-    if is_generated(config.data, store):
+    inputs = look(config.data, root)
+    config = config.model_copy(update={"data": inputs.of_shards()})
+    if is_generated(config.data, store) and not inputs.missing:
         made = generated_artifacts(store, config.data)
         _check_artifacts(made, deep=deep)  # what follows reads it
         train, test = open_images(config.data, store, config.resources, write_index=False)

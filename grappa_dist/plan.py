@@ -19,6 +19,7 @@ from grappa_dist.console import format_bytes, pluralize
 from grappa_dist.data.open_images import generated_sizes, is_generated, open_images
 from grappa_dist.distributed.placement import check_capacity, describe_placement, known_workers, may_have_gpus, ranks_of
 from grappa_dist.files import map_array
+from grappa_dist.inputs import look
 from grappa_dist.layout import lay_out, on_pairs
 from grappa_dist.models import Backbone, PackedGrappa
 from grappa_dist.models.backbone import check_name
@@ -49,14 +50,20 @@ def _table(config: Config, root: Path) -> str:
     store = Store(root)
     lines = [f"run directory  {root}", f"workers        {_workers(config.resources)}"]
     backbone = _without_weights(config.backbone)
+    flow: Flow | None
     lines += [f"backbone       {line}" for line in _describe_backbone(config.backbone, backbone)]
-    if is_generated(config.data, store):
+    inputs = look(config.data, root, log=lines.append)
+    config = config.model_copy(update={"data": inputs.of_shards()})
+    if inputs.missing:
+        flow, sizes = None, inputs.sizes
+        lines.append(f"shards         to be made of {pluralize(inputs.missing, 'image')}, once")
+    elif is_generated(config.data, store):
         warnings = list[str]()
         train, test = open_images(config.data, store, config.resources, write_index=False, log=warnings.append)
         lines += warnings
         check_bad_share(train, {}, config.data.max_bad_share)
         laid_out = lay_out(config, store, train, test)
-        flow: Flow | None = laid_out
+        flow = laid_out
         check_bad_share(laid_out.test, {}, config.data.max_bad_share)
         sizes = {"train": len(train), "test": len(laid_out.test)}
     else:

@@ -34,7 +34,7 @@ LEVELS = (  # a part imports parts of lower levels, and files of its own
     ("report",),
     ("stages",),
     ("training",),
-    ("models", "knn", "demo"),
+    ("models", "knn", "demo", "inputs"),
     ("kmeans", "make_shards"),
     ("data", "distributed"),
     ("metrics", "significance", "artifacts"),

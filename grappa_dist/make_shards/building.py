@@ -14,7 +14,7 @@ from grappa_dist.console import pluralize
 from grappa_dist.data.discovery import committed_index, refuse_other_files
 from grappa_dist.data.index import COMMITTED, INDEX_VERSION, entry
 from grappa_dist.files import lock_file, read_json, write_json
-from grappa_dist.make_shards.filling import UNFINISHED_DIR, Filled, ShardJob, already_filled, fill_all
+from grappa_dist.make_shards.filling import THREADS, UNFINISHED_DIR, Filled, ShardJob, already_filled, fill_all
 from grappa_dist.make_shards.planning import FolderPlan
 from grappa_dist.make_shards.progress import Log, Progress
 
@@ -58,19 +58,25 @@ class Building:
 
 
 def build(
-    plans: Sequence[FolderPlan], workers: int, *, log: Log, progress: Callable[[int, int], Progress]
+    plans: Sequence[FolderPlan],
+    workers: int,
+    *,
+    log: Log,
+    progress: Callable[[int, int], Progress],
+    threads: int = THREADS,
 ) -> list[Building]:
     """Writes what is missing of the folders; each is complete when it has its name.
 
     Args:
         progress: makes the progress report from the numbers of images and shards.
+        threads: that read and decode, with one worker.
     """
     buildings = [open_building(plan) for plan in plans]  # all are checked before any is changed
     try:
         for building in buildings:
             if not building.finished:
                 begin(building)
-        _fill_missing(buildings, workers, log, progress)
+        _fill_missing(buildings, (workers, threads), log, progress)
     finally:
         for building in buildings:
             building.close()
@@ -78,7 +84,7 @@ def build(
 
 
 def _fill_missing(
-    buildings: Sequence[Building], workers: int, log: Log, progress: Callable[[int, int], Progress]
+    buildings: Sequence[Building], at_once: tuple[int, int], log: Log, progress: Callable[[int, int], Progress]
 ) -> None:
     open_ones = [building for building in buildings if not building.finished]
     shown = progress(sum(len(b.plan.items) for b in open_ones), sum(b.plan.shards for b in open_ones))
@@ -91,7 +97,8 @@ def _fill_missing(
     by_folder = {str(building.partial): building for building in open_ones}
     jobs = (job for building in open_ones for job in building.jobs())
     logged = 0
-    with closing(fill_all(jobs, max(1, min(workers, shown.shards - shown.done_shards)), shown.add_images)) as filling:
+    workers = max(1, min(at_once[0], shown.shards - shown.done_shards))
+    with closing(fill_all(jobs, workers, shown.add_images, threads=at_once[1])) as filling:
         for filled in filling:
             building = by_folder[filled.folder]
             building.filled[filled.number] = filled
@@ -111,13 +118,18 @@ def bad_files(buildings: Sequence[Building]) -> Counter[str]:
     return sum((filled.bad for building in buildings for filled in building.filled.values()), Counter())
 
 
+def partial_of(folder: Path) -> Path:
+    """What a folder is called while it is made."""
+    return folder.with_name(f".{folder.name}.partial")
+
+
 def open_building(plan: FolderPlan) -> Building:
     """The folder as earlier runs left it.
 
     Raises:
         ValueError: it, or its unfinished part, was made by another plan.
     """
-    partial = plan.folder.with_name(f".{plan.folder.name}.partial")
+    partial = partial_of(plan.folder)
     building = Building(plan, partial)
     if committed_index(plan.folder) is not None:
         if read_json(plan.folder / COMMITTED).get("plan") != plan.fingerprint:

@@ -12,9 +12,10 @@ from typing import Literal
 from grappa_dist.data.decoding import TAKEN
 from grappa_dist.data.labels import named
 from grappa_dist.make_shards.progress import Log
-from grappa_dist.make_shards.sources import Item, Source, as_utf8, is_taken
+from grappa_dist.make_shards.sources import Item, Source, as_utf8, image_suffix, is_taken
 
 Part = Literal["train", "val", "test"]
+ONE_SIDE = ("none", "test")  # splits by which all images train, or all test: labels are optional
 _MORE = r"([-_ ]?(set|split|data|images|\d+))?"
 _PARTS: Mapping[Part, re.Pattern[str]] = {
     "train": re.compile(rf"train(ing)?{_MORE}", re.IGNORECASE),
@@ -52,12 +53,15 @@ class FolderSplit:
         )
 
 
-def folder_items(source: Source, task: str | None, split: str | None, log: Log) -> list[Item]:
+def folder_items(
+    source: Source, task: str | None, split: str | None, log: Log, *, labelled: bool | None = None
+) -> list[Item]:
     """The images in class folders, in folders of a split, or, where no label is needed, anywhere; sorted by name.
 
     Args:
         task: by default the name of the folder or tar.
         split: as in CollectionConfig.
+        labelled: whether every image must have a label; by default where the split needs it.
 
     Raises:
         ValueError: there are none, or the folders leave open what they say.
@@ -66,21 +70,21 @@ def folder_items(source: Source, task: str | None, split: str | None, log: Log) 
     if not names:
         raise ValueError(f"{source.path}: no images; expected files ending in {', '.join(TAKEN)}")
     task = task or task_name(source.path)
+    labelled = split not in ONE_SIDE if labelled is None else labelled
     found = None if split == "classes" else _find_split(source, names, split)
     if found is None:
-        if split != "none" and (parts := _split_below(names)):
+        if split not in ONE_SIDE and (parts := _split_below(names)):
             log(
                 f"warning: {source.path}: in the class folders lie {_shown(parts)}, which is not taken as a split; "
                 "a CSV that lists the images can have one (--split column)"
             )
-        labels = _named(source, _classes(source, names, labelled=split != "none"), log, labelled=split != "none")
+        labels = _named(source, _classes(source, names, labelled=labelled), log, labelled=labelled)
         return [Item(source, name, labels[name], task) for name in names]
     taken = [name for name in names if _top(name) in found.sides]
     if found.left_out:
         source.skipped[f"in {_shown(found.left_out)}"] += len(names) - len(taken)
-    below = _classes_below(source, taken, labelled=split != "none")
-    labels = _named(source, below, log, labelled=split != "none")
-    if split == "none":
+    labels = _named(source, _classes_below(source, taken, labelled=labelled), log, labelled=labelled)
+    if split in ONE_SIDE:
         return [Item(source, name, labels[name], task) for name in taken]
     log(found.describe(source.path, labelled=any(label is not None for label in labels.values())))
     return [Item(source, name, labels[name], task, found.sides[_top(name)]) for name in taken]
@@ -109,6 +113,13 @@ def _top(name: str) -> str:
     return name.partition("/")[0] if "/" in name else ""
 
 
+def parts_of_split(source: Source) -> tuple[str, ...]:
+    """The folders at the top if they are the parts of a split, train/ and val/ or test/, and there is nothing else."""
+    tops = {_top(name) for name in source.names() if image_suffix(name) and not name.startswith(".")}
+    parts = {part_of(top) for top in tops}
+    return tuple(sorted(tops)) if "train" in parts and len(parts) > 1 and None not in parts else ()
+
+
 def _find_split(source: Source, names: Sequence[str], split: str | None) -> FolderSplit | None:
     """The split that folders at the top make; None where they are classes."""
     tops = sorted({_top(name) for name in names})
@@ -117,7 +128,7 @@ def _find_split(source: Source, names: Sequence[str], split: str | None) -> Fold
     train, val, test = ([top for top in tops if parts[top] == part] for part in _PARTS)
     where = source.path
     is_split = bool(train and (val or test))
-    if split == "none":
+    if split in ONE_SIDE:
         return FolderSplit(dict.fromkeys(tops, "train")) if is_split or not others else None
     if split == "folders" and not is_split:
         raise ValueError(

@@ -14,10 +14,11 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 from grappa_dist.config import expanded
 from grappa_dist.make_shards.benchmarks import gather
-from grappa_dist.make_shards.collection import CollectionConfig, Work, make_shards, write_items
+from grappa_dist.make_shards.collection import CollectionConfig, Split, Work, make_shards, write_items
 from grappa_dist.make_shards.filling import WorkerDied
 from grappa_dist.make_shards.planning import parse_bytes
 from grappa_dist.make_shards.progress import Terminal
@@ -84,10 +85,11 @@ def _add_images(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--split",
-        choices=("classes", "folders", "column", "none"),
+        choices=get_args(Split),
         help="classes: the first half of each task's sorted classes, rounded up, trains; folders: DIR/train/CLASS/FILE "
         "trains and DIR/val or DIR/test tests; column: what the CSV's column `split` says, train or test; none: all "
-        "images train, labels are optional. Default: folders where there are such folders and no others, else classes",
+        "images train, test: all test; labels are optional in both. Default: folders where there are such folders and "
+        "no others, else classes",
     )
 
 

@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar, get_args
 
 from grappa_dist.console import pluralize
 from grappa_dist.data.decoding import TAKEN
@@ -19,7 +19,9 @@ from grappa_dist.make_shards.planning import Limits, plan_folder, prefixes_of
 from grappa_dist.make_shards.progress import Log, Progress, align, duration
 from grappa_dist.make_shards.sources import Item, Source, open_source
 
+Split = Literal["classes", "folders", "column", "none", "test"]
 SPLITS = ("train", "test")
+Row = TypeVar("Row")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,17 +31,15 @@ class CollectionConfig:
     label_column: str | None = None  # None: "fine", which may be absent where no label is needed
     task_column: str = "dataset"
     task: str | None = None  # one name for all images of every pair
-    split: Literal["classes", "folders", "column", "none"] | None = (
-        None  # None: folders where there are such, else classes
-    )
+    split: Split | None = None  # None: folders where there are such, else classes
     image_size: int | None = None  # shorter side of what is larger; None copies the files as they are
     images_per_shard: int | None = None  # None: 1000, or any number where shard_bytes is given
     shard_bytes: int | None = None  # a tar is at most so large
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.split not in ("classes", "folders", "column", "none", None):
-            raise ValueError(f"split must be classes, folders, column or none, got {self.split!r}")
+        if self.split not in (*get_args(Split), None):
+            raise ValueError(f"split must be classes, folders, column, none or test, got {self.split!r}")
         for name in ("image_size", "images_per_shard", "shard_bytes"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -107,7 +107,7 @@ def write_items(
     plans = [
         plan_folder(
             (out / split).absolute(),
-            _in_order(splits[split], split, cfg.seed),
+            in_order(splits[split], split, cfg.seed),
             cfg.limits,
             cfg.image_size,
             prefixes=prefixes,
@@ -155,7 +155,7 @@ def _check_names(items: Sequence[Item]) -> None:
                 raise ValueError(f"{where!r}: the class or task {found!r} is not UTF-8; rename it") from None
 
 
-def _in_order(items: Sequence[Item], split: str, seed: int) -> Sequence[Item]:
+def in_order(items: Sequence[Row], split: str, seed: int) -> Sequence[Row]:
     """The train rows shuffled, or the test rows as they are."""
     if split != "train":
         return items
@@ -220,7 +220,7 @@ def split_items(items: Sequence[Item], split: str | None) -> dict[str, list[Item
     elif split in ("column", "folders"):
         sides = [_side_of(item) for item in items]
     else:
-        sides = ["train"] * len(items)
+        sides = ["test" if split == "test" else "train"] * len(items)
     return {name: [item for item, side in zip(items, sides, strict=True) if side == name] for name in SPLITS}
 
 

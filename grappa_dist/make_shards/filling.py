@@ -24,7 +24,7 @@ from grappa_dist.files import read_json, write_json
 from grappa_dist.make_shards.sources import Encoded, Place, encoded
 
 UNFINISHED_DIR = "making"  # in an unfinished folder: its plan, its lock, unfinished shards, records of finished ones
-_THREADS = 2  # one reads while the other decodes; processes do the rest in parallel
+THREADS = 2  # one reads while the other decodes; processes do the rest in parallel
 _NAMED = 20  # undecodable files of a shard that are named
 _POLL_S = 0.5
 _counter: Any = None  # in a worker process: images written by all workers
@@ -73,7 +73,7 @@ def shard_name(number: int) -> str:
     return f"shard-{number:06d}.tar"
 
 
-def fill(job: ShardJob, count: Callable[[int], None], stopped: Callable[[], bool]) -> Filled:
+def fill(job: ShardJob, count: Callable[[int], None], stopped: Callable[[], bool], *, threads: int = THREADS) -> Filled:
     """Writes a shard and commits it; the same job makes the same bytes.
 
     Args:
@@ -85,7 +85,7 @@ def fill(job: ShardJob, count: Callable[[int], None], stopped: Callable[[], bool
     bad: Counter[str] = Counter()
     named: list[str] = []
     try:
-        contents = read_batches(job.rows, lambda row: _content(row, job.image_size), threads=_THREADS)
+        contents = read_batches(job.rows, lambda row: _content(row, job.image_size), threads=threads)
         for number, (row, content) in enumerate(zip(job.rows, contents, strict=True), start=job.first_row):
             if stopped():
                 raise Stopped
@@ -146,17 +146,18 @@ class WorkerDied(RuntimeError):
 
 
 def fill_all(
-    jobs: Iterable[ShardJob], workers: int, add_images: Callable[[int], None]
+    jobs: Iterable[ShardJob], workers: int, add_images: Callable[[int], None], *, threads: int = THREADS
 ) -> Generator[Filled, None, None]:
     """The filled shards as they are finished, in any order; closing it stops the rest.
 
     Args:
         workers: processes; 1 works in this one.
         add_images: called with the number of images that were written since the last call, perhaps 0.
+        threads: that read and decode, where this process alone works.
     """
     if workers > 1:
         return _in_processes(iter(jobs), workers, add_images)
-    return (fill(job, add_images, lambda: False) for job in jobs)
+    return (fill(job, add_images, lambda: False, threads=threads) for job in jobs)
 
 
 def _in_processes(

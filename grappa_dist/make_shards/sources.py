@@ -61,6 +61,7 @@ class Source(Protocol):
     def has(self, name: str) -> bool: ...
     def place(self, name: str) -> Place: ...
     def size(self, name: str) -> int: ...
+    def stamp(self, name: str) -> str: ...  # of the file's state: another one where it has changed
 
 
 class TarSource:
@@ -90,6 +91,9 @@ class TarSource:
 
     def size(self, name: str) -> int:
         return self._places[name][1]
+
+    def stamp(self, name: str) -> str:
+        return f"{self._places[name]} {stamp_of(self.path)}"
 
 
 class _Above(NamedTuple):
@@ -147,8 +151,17 @@ class FolderSource:
             raise ValueError(f"{path}: cannot be read by this user; expected images that can, or another folder")
         return os.stat(path).st_size
 
+    def stamp(self, name: str) -> str:
+        return stamp_of(self._at(name))
+
     def _at(self, name: str) -> str:
         return os.path.join(self.path, on_disk(name))
+
+
+def stamp_of(path: str | os.PathLike[str]) -> str:
+    """Size and time of change of a file."""
+    stat = os.stat(path)
+    return f"{stat.st_size} {stat.st_mtime_ns}"
 
 
 def _kind_of(entry: os.DirEntry[str]) -> str:

@@ -1,0 +1,178 @@
+"""The entries of `data.train` and `data.test`: shards as they are, and all else as the shards that are made of it once.
+
+`look` writes nothing and knows how many images there are; `Inputs.make` makes what is missing. A folder is taken with
+the rules of make_shards, except that no label is needed: class folders give labels, and all images of an entry of
+`data.train` train unless the folder has parts (train/ with val/ or test/), or `data.split` divides its classes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from grappa_dist.config import Config, DataConfig
+from grappa_dist.console import pluralize
+from grappa_dist.inputs.growing import Growing, count_rows
+from grappa_dist.inputs.kinds import kind_of
+from grappa_dist.make_shards.class_folders import folder_items, parts_of_split
+from grappa_dist.make_shards.collection import SPLITS, split_items
+from grappa_dist.make_shards.progress import Log
+from grappa_dist.make_shards.sources import Item, open_source
+
+SHARDS_DIR = "shards"  # below a run directory
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Shards that are named, or the images of something else."""
+
+    name: str
+    growing: Growing | None = None  # None: shards
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Of its shards, as far as they are made."""
+        return (self.name,) if self.growing is None else self.growing.made().paths
+
+    @property
+    def missing(self) -> int:
+        """Images that are in no shard yet."""
+        return 0 if self.growing is None else int((~self.growing.made().holds).sum())
+
+    def make(self, log: Log) -> tuple[str, ...]:
+        return (self.name,) if self.growing is None else self.growing.make(log).paths
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the training and the test images of a run are."""
+
+    data: DataConfig
+    root: Path
+    train: tuple[Entry, ...] = ()
+    test: tuple[Entry, ...] = ()
+
+    @property
+    def missing(self) -> int:
+        """Images of which shards are still to be made."""
+        return sum(entry.missing for entry in (*self.train, *self.test))
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """How many images there are, by train and test; reads the indexes of what are shards already."""
+        return {side: self._size(getattr(self, side)) for side in SPLITS}
+
+    def _size(self, entries: Sequence[Entry]) -> int:
+        images = sum(len(entry.growing.items) for entry in entries if entry.growing is not None)
+        return images + count_rows([entry.name for entry in entries if entry.growing is None], self.root / "index")
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Those that hold the shards that are made of entries."""
+        return tuple(entry.growing.folder for entry in (*self.train, *self.test) if entry.growing is not None)
+
+    def of_shards(self) -> DataConfig:
+        """The same data as shards, as far as they are made."""
+        return self._data([entry.paths for entry in self.train], [entry.paths for entry in self.test])
+
+    def make(self, log: Log) -> DataConfig:
+        """The same data as shards; makes those that are missing."""
+        return self._data([entry.make(log) for entry in self.train], [entry.make(log) for entry in self.test])
+
+    def _data(self, train: Sequence[tuple[str, ...]], test: Sequence[tuple[str, ...]]) -> DataConfig:
+        if not self.folders:
+            return self.data
+        return self.data.model_copy(update={"train": sum(train, ()), "test": sum(test, ())})
+
+
+def look(data: DataConfig, root: Path, *, log: Log = lambda line: None) -> Inputs:
+    """What the entries of a config are. Lists files and writes nothing.
+
+    Args:
+        root: the run directory.
+        log: gets a line for each entry that is no shards.
+
+    Raises:
+        ValueError: an entry holds nothing that can be used, or a file in it cannot be read.
+    """
+    if data.collection or all(kind_of(entry) == "shards" for entry in (*data.train, *data.test)):
+        shards = {side: tuple(map(Entry, getattr(data, side))) for side in SPLITS}
+        return Inputs(data, root, **shards)
+    where = (root / SHARDS_DIR).absolute() if data.shards_dir is None else Path(data.shards_dir).absolute()
+    train, of_train = list[Entry](), list[Entry]()
+    for entry in data.train:
+        sides = _sides_of(entry, data.split, log)
+        train.append(_entry(entry, where, "train", sides))
+        if sides is not None and sides["test"]:
+            of_train.append(_entry(entry, where, "test", sides))
+    test = []
+    for entry in data.test:
+        sides = _sides_of(entry, data.split if entry in data.train else "none", log)
+        items = None if sides is None else {"test": sides["test"] or sides["train"]}
+        test.append(_entry(entry, where, "test", items))
+    found = Inputs(data, root, tuple(train), tuple(test or of_train))
+    _describe(found.train, "to adapt to", log)
+    _describe(found.test, "to test on", log)
+    if test and {entry.name for entry in of_train} - set(data.test):
+        log("the test parts of data.train are not used, for data.test names other images")
+    return found
+
+
+def prepared(config: Config, root: Path, *, log: Log = lambda line: None) -> Config:
+    """The config with shards as its data; what is no shards is made into some once, below `root` or data.shards_dir."""
+    return config.model_copy(update={"data": look(config.data, root, log=log).make(log)})
+
+
+def shards_of(paths: Sequence[str], root: Path, *, log: Log = lambda line: None) -> tuple[str, ...]:
+    """Shards of all images that the paths name, in the order of the paths; what is none is made into some, once.
+
+    For commands that are given images without settings of a run; made shards lie in `root`/shards. Class folders give
+    labels.
+
+    Raises:
+        ValueError: a path holds nothing that can be used.
+    """
+    where = (root / SHARDS_DIR).absolute()
+    entries = tuple(_entry(path, where, "test", _all_of(path, log)) for path in paths)
+    _describe(entries, "to look at", log)
+    return tuple(shard for entry in entries for shard in entry.make(log))
+
+
+def _all_of(entry: str, log: Log) -> dict[str, list[Item]] | None:
+    """All images of an entry, as those of its test side; None of shards."""
+    sides = _sides_of(entry, "none", log)
+    return None if sides is None else {"test": sides["train"]}
+
+
+def _sides_of(entry: str, split: str, log: Log) -> dict[str, list[Item]] | None:
+    """The images of an entry by train and test; None of shards."""
+    if kind_of(entry) == "shards":
+        return None
+    source = open_source(entry)
+    if split == "classes":
+        return split_items(folder_items(source, None, "classes", log), "classes")
+    if split == "auto" and parts_of_split(open_source(entry)):
+        return split_items(folder_items(source, None, "folders", log, labelled=False), "folders")
+    return split_items(folder_items(source, None, "none", log), "none")
+
+
+def _entry(entry: str, where: Path, side: str, sides: dict[str, list[Item]] | None) -> Entry:
+    if sides is None:
+        return Entry(entry)
+    path = os.path.abspath(entry)
+    digest = hashlib.sha256(f"{path}\0{side}".encode("utf-8", "surrogateescape")).hexdigest()[:10]
+    name = re.sub(r"[^\w.-]+", "-", os.path.basename(path)).strip(".-") or "images"
+    return Entry(entry, Growing(entry, where / f"{name}-{side}-{digest}", side, sides[side]))
+
+
+def _describe(entries: Sequence[Entry], purpose: str, log: Log) -> None:
+    for entry in entries:
+        if entry.growing is not None:
+            items = entry.growing.items
+            classes = {(item.task, item.label) for item in items if item.label is not None}
+            labels = f"in {pluralize(len(classes), 'class', 'classes')}" if classes else "without labels"
+            log(f"{entry.name}: {pluralize(len(items), 'image')} {purpose}, {labels}")

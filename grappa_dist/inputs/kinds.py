@@ -1,0 +1,56 @@
+"""What an entry of `data.train` names, told from its name and, for a folder, from the files in it."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import islice
+from typing import Literal
+
+from grappa_dist.data.decoding import TAKEN
+from grappa_dist.data.entries import is_shard_name
+from grappa_dist.data.index import COMMITTED
+from grappa_dist.data.remote import is_remote
+from grappa_dist.make_shards.sources import FOREIGN
+
+Kind = Literal["shards", "folder"]
+_LOOKED_AT = 100_000  # entries below a folder, at most
+
+
+def kind_of(entry: str) -> Kind:
+    """What an entry is; all that is none of ours counts as shards, whose errors say what is expected.
+
+    A folder with tars is one of shards, whatever else lies in it: programs that write shards leave other files there.
+    """
+    if is_remote(entry) or not os.path.isdir(entry):
+        return "shards"
+    names = os.listdir(entry)
+    if COMMITTED in names or any(map(is_shard_name, names)):
+        return "shards"
+    for path in islice(_files(entry), _LOOKED_AT):
+        if is_image_name(path):
+            return "folder"
+        if is_shard_name(os.path.basename(path)):
+            return "shards"  # one level or more below: an error names these folders
+    return "shards"
+
+
+def is_image_name(path: str) -> bool:
+    return path.lower().endswith(tuple(f".{suffix}" for suffix in TAKEN))
+
+
+def _files(folder: str) -> Iterator[str]:
+    """The files below a folder, nearer ones first, without hidden ones and those of the system."""
+    folders, seen = deque([folder]), {os.path.realpath(folder)}
+    while folders:
+        with suppress(OSError), os.scandir(folders.popleft()) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                if entry.name.startswith(".") or entry.name in FOREIGN:
+                    continue
+                if not entry.is_dir():
+                    yield entry.path
+                elif (real := os.path.realpath(entry.path)) not in seen:
+                    seen.add(real)
+                    folders.append(entry.path)
