@@ -62,13 +62,13 @@ def clean(config: Config, root: Path, *, remove: bool) -> str:
     with store.lock():
         if not is_generated(config.data, store):
             raise ValueError(f"{config.data.collection} is not generated in {root} yet, so what is needed is unknown")
-        inputs = look(config.data, root)
+        inputs = look(config, root)
         if inputs.missing:
             raise ValueError(
                 f"{pluralize(inputs.missing, 'image')} of data.train and data.test are in no shard yet, so what is "
                 "needed is unknown; run it first"
             )
-        config = config.model_copy(update={"data": inputs.of_shards()})
+        config = inputs.config
         train, test = open_images(config.data, store, config.resources, write_index=False)
         made = (*generated_artifacts(store, config.data), *artifacts_of(lay_out(config, store, train, test)))
         needed = {artifact.name: artifact for artifact in made}

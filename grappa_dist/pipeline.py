@@ -205,8 +205,7 @@ def check(config: Config, root: Path, *, deep: bool = False) -> str:
     build_backbone(config.backbone, pretrained=False)
     store, whole, finished = Store(root), "0 artefacts there and whole", False
     cluster = Cluster(config.resources, Checks(root.absolute(), _nothing))
-    inputs = look(config.data, root)
-    config = config.model_copy(update={"data": inputs.of_shards()})
+    config = (inputs := look(config, root)).config
     if is_generated(config.data, store) and not inputs.missing:
         made = generated_artifacts(store, config.data)
         _check_artifacts(made, deep=deep)  # what follows reads it

@@ -52,8 +52,8 @@ def _table(config: Config, root: Path) -> str:
     backbone = _without_weights(config.backbone)
     flow: Flow | None
     lines += [f"backbone       {line}" for line in _describe_backbone(config.backbone, backbone)]
-    inputs = look(config.data, root, log=lines.append)
-    config = config.model_copy(update={"data": inputs.of_shards()})
+    inputs = look(config, root, log=lines.append)
+    config = inputs.config
     if inputs.missing:
         flow, sizes = None, inputs.sizes
         lines.append(f"shards         to be made of {pluralize(inputs.missing, 'image')}, once")

@@ -1,5 +1,6 @@
 """What `data.train` and `data.test` may name besides shards: folders of images, which become shards once."""
 
 from grappa_dist.inputs.entries import Inputs, look, prepared, shards_of
+from grappa_dist.inputs.kinds import kind_of
 
-__all__ = ["Inputs", "look", "prepared", "shards_of"]
+__all__ = ["Inputs", "kind_of", "look", "prepared", "shards_of"]

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from grappa_dist.config import Config, DataConfig
+from grappa_dist.config import Config
 from grappa_dist.console import pluralize
 from grappa_dist.inputs.growing import Growing, count_rows
 from grappa_dist.inputs.kinds import kind_of
@@ -51,7 +51,7 @@ class Entry:
 class Inputs:
     """What the training and the test images of a run are."""
 
-    data: DataConfig
+    given: Config
     root: Path
     train: tuple[Entry, ...] = ()
     test: tuple[Entry, ...] = ()
@@ -75,22 +75,24 @@ class Inputs:
         """Those that hold the shards that are made of entries."""
         return tuple(entry.growing.folder for entry in (*self.train, *self.test) if entry.growing is not None)
 
-    def of_shards(self) -> DataConfig:
-        """The same data as shards, as far as they are made."""
-        return self._data([entry.paths for entry in self.train], [entry.paths for entry in self.test])
+    @property
+    def config(self) -> Config:
+        """The settings with shards as their data, as far as these are made."""
+        return self._with([entry.paths for entry in self.train], [entry.paths for entry in self.test])
 
-    def make(self, log: Log) -> DataConfig:
-        """The same data as shards; makes those that are missing."""
-        return self._data([entry.make(log) for entry in self.train], [entry.make(log) for entry in self.test])
+    def make(self, log: Log) -> Config:
+        """The settings with shards as their data; makes those that are missing."""
+        return self._with([entry.make(log) for entry in self.train], [entry.make(log) for entry in self.test])
 
-    def _data(self, train: Sequence[tuple[str, ...]], test: Sequence[tuple[str, ...]]) -> DataConfig:
+    def _with(self, train: Sequence[tuple[str, ...]], test: Sequence[tuple[str, ...]]) -> Config:
         if not self.folders:
-            return self.data
-        return self.data.model_copy(update={"train": sum(train, ()), "test": sum(test, ())})
+            return self.given
+        data = self.given.data.model_copy(update={"train": sum(train, ()), "test": sum(test, ())})
+        return self.given.model_copy(update={"data": data})
 
 
-def look(data: DataConfig, root: Path, *, log: Log = lambda line: None) -> Inputs:
-    """What the entries of a config are. Lists files and writes nothing.
+def look(config: Config, root: Path, *, log: Log = lambda line: None) -> Inputs:
+    """What data.train and data.test are. Lists files and writes nothing.
 
     Args:
         root: the run directory.
@@ -99,9 +101,10 @@ def look(data: DataConfig, root: Path, *, log: Log = lambda line: None) -> Input
     Raises:
         ValueError: an entry holds nothing that can be used, or a file in it cannot be read.
     """
+    data = config.data
     if data.collection or all(kind_of(entry) == "shards" for entry in (*data.train, *data.test)):
         shards = {side: tuple(map(Entry, getattr(data, side))) for side in SPLITS}
-        return Inputs(data, root, **shards)
+        return Inputs(config, root, **shards)
     where = (root / SHARDS_DIR).absolute() if data.shards_dir is None else Path(data.shards_dir).absolute()
     train, of_train = list[Entry](), list[Entry]()
     for entry in data.train:
@@ -114,7 +117,7 @@ def look(data: DataConfig, root: Path, *, log: Log = lambda line: None) -> Input
         sides = _sides_of(entry, data.split if entry in data.train else "none", log)
         items = None if sides is None else {"test": sides["test"] or sides["train"]}
         test.append(_entry(entry, where, "test", items))
-    found = Inputs(data, root, tuple(train), tuple(test or of_train))
+    found = Inputs(config, root, tuple(train), tuple(test or of_train))
     _describe(found.train, "to adapt to", log)
     _describe(found.test, "to test on", log)
     if test and {entry.name for entry in of_train} - set(data.test):
@@ -124,7 +127,7 @@ def look(data: DataConfig, root: Path, *, log: Log = lambda line: None) -> Input
 
 def prepared(config: Config, root: Path, *, log: Log = lambda line: None) -> Config:
     """The config with shards as its data; what is no shards is made into some once, below `root` or data.shards_dir."""
-    return config.model_copy(update={"data": look(config.data, root, log=log).make(log)})
+    return look(config, root, log=log).make(log)
 
 
 def shards_of(paths: Sequence[str], root: Path, *, log: Log = lambda line: None) -> tuple[str, ...]:

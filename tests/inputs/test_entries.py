@@ -58,7 +58,7 @@ def test_shards_stay_what_they_are(tmp_path: Path) -> None:
     given = tiny.config(tiny.write_shards(tmp_path / "shards"))
     assert prepared(given, tmp_path / "run") == given
     assert not (tmp_path / "run").exists()
-    assert look(given.data, tmp_path / "run").sizes == {"train": 40, "test": 0}
+    assert look(given, tmp_path / "run").sizes == {"train": 40, "test": 0}
 
 
 def test_class_folders_give_labels_and_all_of_them_train(tmp_path: Path) -> None:
@@ -102,12 +102,12 @@ def test_classes_are_divided_where_the_setting_says_so(tmp_path: Path) -> None:
 def test_looking_writes_nothing_and_knows_how_many_images_there_are(tmp_path: Path) -> None:
     photos = write_images(tmp_path / "photos", ["train/a/1.png", "train/b/1.png", "test/a/2.png"])
     before = tiny.files_below(tmp_path)
-    found = look(config(photos).data, tmp_path / "run")
+    found = look(config(photos), tmp_path / "run")
     assert (found.sizes, found.missing) == ({"train": 2, "test": 1}, 3)
     assert tiny.files_below(tmp_path) == before
     found.make(lambda line: None)
-    again = look(config(photos).data, tmp_path / "run")
-    assert (again.missing, again.of_shards()) == (0, found.make(lambda line: None))
+    again = look(config(photos), tmp_path / "run")
+    assert (again.missing, again.config) == (0, found.make(lambda line: None))
 
 
 def test_shards_may_be_made_elsewhere_for_several_runs(tmp_path: Path) -> None:
