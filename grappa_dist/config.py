@@ -90,12 +90,12 @@ class Section(BaseModel):
 class DataConfig(Section):
     """Where the images are: folders of images or of WebDataset tars, or a function that generates a data set."""
 
-    train: Paths = ()  # unlabelled images to adapt to
+    train: Paths = ()  # the images to adapt to; labels are read only for rows that use them
     test: Paths = ()  # images to evaluate on; labels optional; empty: label-free figures on the training images
-    collection: Modulepath | None = None  # "module:function" that yields images, instead of train and test
-    collection_kwargs: dict[str, Any] = {}
+    collection: Modulepath | None = None  # `module:function` that yields images, instead of train and test
+    collection_kwargs: dict[str, Any] = {}  # its arguments
     split: Literal["auto", "none", "classes"] = "auto"  # of folders of images in data.train: auto: train/ beside test/
-    shards_dir: PathText | None = None  # gets the shards that are made of images; null: shards/ in the run directory
+    shards_dir: PathText | None = None  # gets the shards that are made of images; null: `shards/` in the run directory
     max_bad_share: Fraction = 0.01  # more undecodable rows than this stop the run
     streams: Count = 128  # V: an epoch is cut into this many sequential streams (part of the result, ranks are not)
     shuffle_window: Count = 1024  # rows of a stream that are shuffled together
@@ -113,14 +113,14 @@ class DataConfig(Section):
 class BackboneConfig(Section):
     """The frozen ViT. Pixel settings that are null come from timm's data config, else they are ImageNet's."""
 
-    name: Modulepath  # timm:<model> or <module>:<function>
-    kwargs: dict[str, Any] = {}
+    name: Modulepath  # `timm:<model>` or `<module>:<function>`
+    kwargs: dict[str, Any] = {}  # arguments of the model or function
     checkpoint: PathText | None = None  # a safetensors or weights-only file, instead of timm's download
-    image_size: Count | None = None
-    resize: Literal["crop", "squash"] | None = None  # shorter side then centre crop, or straight to a square
-    interpolation: Literal["bicubic", "bilinear", "lanczos"] | None = None
-    mean: Rgb | None = None
-    std: Rgb | None = None
+    image_size: Count | None = None  # side of what the model sees, in pixels; null: timm's, else 224
+    resize: Literal["crop", "squash"] | None = None  # test images: null, crop: shorter side, then centre crop
+    interpolation: Literal["bicubic", "bilinear", "lanczos"] | None = None  # null: timm's, else bicubic
+    mean: Rgb | None = None  # of RGB in [0, 1], subtracted inside the model; null: timm's, else ImageNet's
+    std: Rgb | None = None  # divided by, likewise
 
 
 class EmbedConfig(Section):
@@ -131,7 +131,7 @@ class ClusteringConfig(Section):
     """Pseudo-labels: k-means with N numbers of clusters."""
 
     num_labels: tuple[Count, ...] | Literal["auto"] = "auto"  # K_1..K_N; auto: powers of two up to n or 2^17
-    iterations: Count = 20
+    iterations: Count = 20  # updates of the centroids at most; fewer when they no longer move
     tolerance: Annotated[float, Field(ge=0, lt=1)] = 0.0  # stop when inertia falls by less than this fraction; 0: never
     spherical: bool = False  # re-normalise means (ours; the paper's k-means does not)
     init: Literal["auto", "k-means++", "k-means||"] = "auto"  # first centroids; auto: by K and n
@@ -152,18 +152,18 @@ class ClusteringConfig(Section):
 class AdaptConfig(Section):
     """Training of one adaptor set. Defaults: lr, weight decay and loss from the paper, the rest ours."""
 
-    bottleneck: Count = 64  # H
+    bottleneck: Count = 64  # H, width of an adaptor
     gamma: Rate = 16.0  # scale of the norm-softmax, Eq. (2)
-    global_batch: Count = 128
-    epochs: Count = 3
-    learning_rate: Rate = 1e-3
+    global_batch: Count = 128  # images of a step over all ranks, at most: the batches of an epoch have even sizes
+    epochs: Count = 3  # passes over the training images
+    learning_rate: Rate = 1e-3  # peak of Adam's rate; half a cosine takes it to 0
     weight_decay: Rate = 1e-3  # L2 added to the gradient (Adam, not AdamW)
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: Annotated[int, Field(ge=0)] = 0  # of a linear climb to the peak
     classifier: Literal["centroids", "random"] = "centroids"  # where the throw-away classifier starts
     sampled_classes: PositiveFraction = 1.0  # fraction of the classes in the softmax of a step; 1: all
-    min_crop_area: PositiveFraction = 0.25  # random resized crop
+    min_crop_area: PositiveFraction = 0.25  # smallest fraction of the image in a random crop
     clip_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None  # of the gradient of a set's adaptors
-    checkpoint_steps: Count = 50
+    checkpoint_steps: Count = 50  # steps between checkpoints
     sets_per_job: Count | Literal["auto"] = 1  # trained together, on images decoded once; auto: by measured rates
     micro_batch: Count | Literal["auto"] | None = None  # images at a time per rank; null: its batch; auto: by memory
     activation_checkpointing: bool = False  # less memory for a second forward pass
@@ -253,25 +253,25 @@ VARIANTS: Mapping[str, Variant] = {  # in the order of the report
 class FuseConfig(Section):
     """The fusion: its variants, and the training of those that learn from pairs of images."""
 
-    variants: tuple[VariantName, ...] = ("average", "transforms", "neighbours")
-    global_batch: Annotated[int, Field(ge=2)] = 256
+    variants: tuple[VariantName, ...] = ("average", "transforms", "neighbours")  # how sets become one model
+    global_batch: Annotated[int, Field(ge=2)] = 256  # pairs of a step over all ranks, at most
     micro_batch: Count = 64  # images at a time per rank; the loss is that of the whole batch for any value
-    epochs: Count = 1
-    projector: tuple[Count, ...] = (8192, 8192, 8192)
+    epochs: Count = 1  # passes over the training images
+    projector: tuple[Count, ...] = (8192, 8192, 8192)  # widths of its layers; thrown away after training
     beta: Rate = 0.0051  # off-diagonal weight, Eq. (4)
-    loss_scale: Rate = 0.024  # "scaling" of the Barlow Twins code
+    loss_scale: Rate = 0.024  # factor of the loss; one reading of "scaling"
     neighbours: Count = 5  # k of the k-NN graph
     refresh: bool = True  # rebuild the graph every epoch, else once
     graph: Literal["auto", "exact", "approximate"] = "auto"  # auto: exact up to a million images
     recall_floor: Annotated[float, Field(ge=0, lt=1)] = 0.9  # of true neighbours that an approximate graph must find
     duplicate_cosine: Annotated[float, Field(gt=0, le=1)] = 0.999  # neighbours above it count as near-duplicates
     skip_duplicates: bool = False  # take no near-duplicates: the neighbours are the k nearest others of the 2k nearest
-    lars_learning_rate: Rate = 0.5  # the recipe of the paper
-    lars_weight_decay: Rate = 1e-3
-    adam_learning_rate: Rate = 1e-3  # the second recipe: Adam without decay
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    min_crop_area: PositiveFraction = 0.25
-    checkpoint_steps: Count = 20
+    lars_learning_rate: Rate = 0.5  # peak rate of LARS (momentum 0.9, eta 0.001)
+    lars_weight_decay: Rate = 1e-3  # of LARS; biases and norms have none
+    adam_learning_rate: Rate = 1e-3  # peak rate of the -adam variants, which have no decay
+    warmup_steps: Annotated[int, Field(ge=0)] = 0  # of a linear climb to the peak
+    min_crop_area: PositiveFraction = 0.25  # smallest fraction of the image in a random crop
+    checkpoint_steps: Count = 20  # steps between checkpoints
 
     def of_variant(self, name: str) -> dict[str, Any]:
         """The settings that decide the result of one variant, once `graph` is settled. An exact graph is left out."""
@@ -292,8 +292,8 @@ class FuseConfig(Section):
 
 
 class EvaluateConfig(Section):
-    gallery_queries: Annotated[int, Field(ge=0)] = 4  # per task, shown in the report
-    gallery_hits: Count = 5
+    gallery_queries: Annotated[int, Field(ge=0)] = 4  # queries of a task that the report shows
+    gallery_hits: Count = 5  # neighbours shown for each
     view_queries: Annotated[int, Field(ge=0)] = 512  # images whose augmented view is searched for its source
     train_images: Count = 20_000  # without data.test this many training images, in whole shards, are evaluated instead
     export: str | None = None  # the fusion variant that becomes the model; null: the last that is no baseline
@@ -302,31 +302,31 @@ class EvaluateConfig(Section):
 class Resources(Section):
     """Where it runs. No setting here changes which rows are in a batch; more ranks change float rounding only."""
 
-    workers: Count | Literal["auto"] = "auto"  # long-lived worker processes; auto: one per GPU, else one per CPU
-    cpus_per_worker: Count = 1
+    workers: Count | Literal["auto"] = "auto"  # long-lived processes; auto: one per GPU, else per cpus_per_worker CPUs
+    cpus_per_worker: Count = 1  # CPUs that Ray reserves for each
     gpus_per_worker: Literal[0, 1, "auto"] = "auto"  # 0: on CPUs, whatever GPUs there are
     adapt_ranks: Count = 1  # ranks per adaptor job; jobs run side by side as far as the workers go
     threads: Count | Literal["auto"] = "auto"  # torch and faiss threads per worker; auto: cpus_per_worker
-    decode_threads: Count = 2
+    decode_threads: Count = 2  # threads of a worker that read and decode images ahead
     max_restarts: Annotated[int, Field(ge=0)] = 3  # of one job or shard, after its process died
     elastic: bool = False  # go on with fewer workers where some are gone or missing, and use nodes that join
     placement_timeout_s: Annotated[float, Field(gt=0)] = 300.0  # how long a worker may take to be placed and start
     compile: Literal["never", "auto"] = "never"  # torch.compile for adaptor jobs; auto: on a GPU where it pays
-    collective_timeout_s: Annotated[float, Field(gt=0)] = 600.0
-    num_cpus: Count | None = None  # size of a local cluster that we start; null: all
-    cache_dir: PathText | None = None  # blocks of remote shards; null: grappa-cache-<uid> in a node's temporary folder
-    cache_bytes: Annotated[int, Field(ge=0)] = 16 * 2**30  # of all processes of a node together; 0: keep nothing
+    collective_timeout_s: Annotated[float, Field(gt=0)] = 600.0  # how long a rank waits for others in a collective
+    num_cpus: Count | None = None  # CPUs of the local Ray that the program starts; null: all
+    cache_dir: PathText | None = None  # blocks of remote shards; null: `grappa-cache-<uid>` in a node's TMPDIR
+    cache_bytes: Annotated[int, Field(ge=0)] = 16 * 2**30  # 16 GiB, of all processes of a node together; 0: none
     requests_in_flight: Count = 16  # to remote shards, of one process
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()  # also log the metrics of adaptor jobs
 
 
 class Config(Section):
-    name: str
-    out: PathText | None = None  # the run directory; null: runs/<name>
+    name: str  # title of the report, name of the default run directory
+    out: PathText | None = None  # the run directory; null: `runs/<name>`
     mirror: Annotated[PathText, Field(pattern="^(s3|gs)://")] | None = (
         None  # a store that keeps artefacts and checkpoints
     )
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0)] = 0  # of k-means, initial weights, order, augmentation, neighbours, samples
     notes: tuple[str, ...] = ()  # shown in the report, e.g. what the backbone was trained with
     data: DataConfig
     backbone: BackboneConfig

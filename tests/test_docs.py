@@ -11,6 +11,7 @@ import pytest
 from pydantic import BaseModel
 
 from grappa_dist.config import Config
+from tests import settings_page
 from tests.structure import PACKAGE, ROOT, TREES, imported_modules, name_of
 from tests.test_house_rules import LEVELS, MAY_DISTRIBUTE
 
@@ -147,8 +148,8 @@ def test_what_may_import_the_distributed_libraries_is_named() -> None:
 
 
 def paths() -> dict[str, list[tuple[str, list[str]]]]:
-    """What is looked for -> the (file, names) that lead to it, from README on."""
-    rows = re.findall(r"^\| (.+) \|$", section(ARCHITECTURE, "From README to a formula"), re.MULTILINE)[1:]
+    """What is looked for -> the (file, names) that lead to it, from the page's first table on."""
+    rows = re.findall(r"^\| (.+) \|$", section(ARCHITECTURE, "From a step to its formula"), re.MULTILINE)[1:]
     found = {}
     for what, *cells in (row.split(" | ") for row in rows):
         parts = [re.findall(r"`([^`]+)`", cell) for cell in cells]
@@ -164,7 +165,7 @@ def test_a_path_of_the_reader_has_four_files_at_most_each_of_which_leads_to_the_
         defined = {node.name for node in ast.walk(TREES[file]) if isinstance(node, ast.ClassDef | ast.FunctionDef)}
         assert names, f"{file}: no function is named"
         assert set(names) <= defined, f"{file} lacks {set(names) - defined}"
-    assert path[0][0] in DOCS["README.md"], f"README does not name {path[0][0]}"
+    assert path[0][0] in section(ARCHITECTURE, "In two minutes"), f"the table of steps does not name {path[0][0]}"
     for (file, _), (following, names) in pairwise(path):
         folder = name_of(following).rpartition(".")[0]
         assert {name_of(following), folder} & imported_modules(file), f"{file} does not import {following}"
@@ -174,3 +175,28 @@ def test_a_path_of_the_reader_has_four_files_at_most_each_of_which_leads_to_the_
 
 def test_paths_lead_to_every_formula() -> None:
     assert len(paths()) >= 5
+
+
+def test_the_tables_of_settings_are_those_of_the_schema() -> None:
+    page = DOCS["docs/settings.md"]
+    assert settings_page.written(page) == page, "python -m tests.settings_page writes them again"
+
+
+def test_every_setting_has_a_meaning_in_the_tables() -> None:
+    rows = re.findall(r"^\| `(\w+)` \|(.*)\|$", DOCS["docs/settings.md"], re.MULTILINE)
+    assert len(rows) > 60
+    assert [name for name, cells in rows if "||" in cells.replace(" ", "").replace(r"\|\|", "")] == []
+
+
+def test_the_readme_is_short() -> None:
+    assert len(DOCS["README.md"].splitlines()) <= 150
+
+
+def test_every_message_that_troubleshooting_quotes_is_one_of_the_code() -> None:
+    parts = [path.read_text() for folder in ("grappa_dist", "launch") for path in sorted((ROOT / folder).rglob("*.py"))]
+    code = re.sub(r'"\s*\n\s*f?"', "", "\n".join(parts))  # strings over several lines as one
+    symptoms = re.findall(r"^\| (.+?) \| .+ \| .+ \|$", DOCS["docs/troubleshooting.md"], re.MULTILINE)
+    quoted = [message for symptom in symptoms for message in re.findall(r"`([^`]{9,})`", symptom)]
+    assert len(quoted) > 25
+    pieces = [piece for message in quoted for piece in message.split("...") if len(piece.strip()) > 5]
+    assert [piece for piece in pieces if piece.strip() not in code] == []

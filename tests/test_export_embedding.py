@@ -25,6 +25,7 @@ from grappa_dist.make_shards.collection import CollectionConfig, Work, make_shar
 from grappa_dist.stages.run import Run
 from tests.stages import tiny
 from tests.test_artifacts import flip
+from tests.test_docs import section
 from tests.test_export import exported
 
 ROOT = Path(__file__).parents[1]
@@ -175,13 +176,13 @@ def test_settings_that_would_change_nothing_are_refused(
 
 
 def blocks(kind: str) -> str:
-    """What the section of the README on searching a folder has of a language."""
-    section = (ROOT / "README.md").read_text().partition("### Search a folder of images\n")[2].partition("\n### ")[0]
-    return "".join(re.findall(rf"```{kind}\n(.*?)```", section, re.DOTALL))
+    """What the docs on embedding a folder have of a language."""
+    page = (ROOT / "docs" / "evaluate_and_search.md").read_text()
+    return "".join(re.findall(rf"```{kind}\n(.*?)```", section(page, "Embed a folder"), re.DOTALL))
 
 
 @pytest.mark.slow
-def test_the_readmes_search_of_a_folder_finds_the_file(
+def test_the_docs_search_of_a_folder_finds_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     exported(tmp_path / "runs" / "mine")
@@ -209,7 +210,7 @@ def test_the_readmes_search_of_a_folder_finds_the_file(
         assert (program, ended.returncode) == ("python", 0), ended.stderr
     monkeypatch.chdir(tmp_path)
     capsys.readouterr()
-    exec(compile(blocks("python"), "README.md", "exec"), {})
+    exec(compile(blocks("python"), "evaluate_and_search.md", "exec"), {})
     hits = capsys.readouterr().out.splitlines()
     assert hits[0] == "1.000  'some/4.png'"
     assert len(hits) == 5

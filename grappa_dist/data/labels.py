@@ -2,7 +2,7 @@
 
 Programs write one class in several ways (a column of pandas with a gap makes 1 to 1.0; file systems compose letters
 differently), and write "no label" in several ways. Read literally, images without a label would be a class, and one
-class two: wrong scores that nothing shows. docs/settings.md has the rule for users.
+class two: wrong scores that nothing shows. docs/own_images.md has the rule for users.
 """
 
 from __future__ import annotations

@@ -1,0 +1,173 @@
+"""Every command in the documents exists with its options, and is marked with the test that runs it or what it needs.
+
+A block of shell commands has an HTML comment above it: `<!-- run by: test_... -->` or `<!-- needs: a GPU -->`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shlex
+import shutil
+import sys
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import click
+import pytest
+
+from benchmarks.cli import add_commands
+from benchmarks.harness import OneLineParser
+from grappa_dist.cli.main import VERBS, group
+from grappa_dist.make_shards import cli as make_shards
+from grappa_dist.make_shards.cli import main as write_shards
+from tests.stages import tiny
+from tests.structure import ROOT
+from tests.test_docs import DOCS
+
+BLOCK = re.compile(
+    r"^(?:<!-- (?P<kind>run by|needs): (?P<what>[^\n]+?) -->\n)?```(?:sh|bash|console)\n(?P<text>.*?)^```",
+    re.MULTILINE | re.DOTALL,
+)
+OTHERS = {  # programs of others, whose options are not checked
+    *("pip", "docker", "kubectl", "ray", "openssl", "cp", "export", "eval", "umask", "$EDITOR"),
+}
+
+
+class Block(NamedTuple):
+    document: str
+    kind: str | None
+    what: str | None
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.document}: {self.text.strip().splitlines()[0][:60]}"
+
+
+BLOCKS = [
+    Block(name, *found.group("kind", "what", "text")) for name, text in DOCS.items() for found in BLOCK.finditer(text)
+]
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """The words of every simple command in a block: without prompts, comments, assignments and here-documents."""
+    text = re.sub(r"<<'(\w+)'.*?^\1$", "", text.replace("\\\n", " "), flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"\w+=\([^)]*\)|for \w+ in [^;]*; do|\bdone\b|\$\([^)]*\)", "", text)
+    for line in text.splitlines():
+        lexer = shlex.shlex(line.removeprefix("$ "), posix=True, punctuation_chars="&;|()")
+        lexer.whitespace_split, lexer.commenters = True, "#"
+        words: list[str] = []
+        for word in (*lexer, ";"):
+            if not set(word) <= set("&;|()"):
+                words.append(word)
+                continue
+            while words and re.match(r"\w+=", words[0]):
+                del words[0]
+            if words:
+                yield words
+            words = []
+
+
+def check_verb(args: list[str]) -> None:
+    """Parses the words of `grappa-dist` without running anything."""
+    if not args or args[0].startswith("-"):
+        group.make_context("grappa-dist", args, resilient_parsing=True)
+        return
+    verb = group.get_command(click.Context(group), args[0])
+    assert verb is not None
+    verb.make_context(args[0], args[1:], parent=click.Context(group, info_name="grappa-dist"))
+
+
+def check_script(script: str, args: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parses the words of a program of this repository without running it."""
+    assert (ROOT / script).is_file(), script
+    if script == "launch/make_shards.py":
+        make_shards._check(make_shards._arguments(), make_shards._arguments().parse_args(args))
+    elif script == "launch/bench.py":
+        parser = OneLineParser()
+        add_commands(parser)
+        parser.parse_args(args)
+    else:
+        spec = importlib.util.spec_from_file_location("a_program_of_the_documents", ROOT / script)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        monkeypatch.setattr(sys, "argv", [script, *args])
+        module.parse()
+
+
+def check_module(module: str, args: list[str]) -> None:
+    """Sees that `python -m` finds a module, and that its source has the options."""
+    spec = importlib.util.find_spec(module)
+    assert spec is not None, f"there is no module {module}"
+    if module.split(".")[0] == "tests":
+        assert spec.origin is not None
+        source = Path(spec.origin).read_text()
+        assert [word for word in args if word.startswith("--") and f'"{word}' not in source] == []
+
+
+def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    program, *args = words
+    if program == "grappa-dist":
+        check_verb(args)
+    elif program in ("python", ".venv/bin/python"):
+        if args[0] == "-m":
+            check_module(args[1], args[2:])
+        else:
+            check_script(args[0], args[1:], monkeypatch)
+    elif program == "make":
+        makefile = (ROOT / "Makefile").read_text()
+        for word in args:
+            name, _, value = word.partition("=")
+            assert re.search(rf"^{name}{' [?]=' if value else ':'}", makefile, re.MULTILINE), word
+    elif "/" in program:
+        assert os.access(ROOT / program, os.X_OK), program
+    else:
+        assert program in OTHERS, f"{program} is no program that the documents may name"
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+def test_a_block_of_commands_says_which_test_runs_it_or_what_it_needs(block: Block) -> None:
+    assert block.what, "put <!-- run by: test_... --> or <!-- needs: ... --> above it"
+    if block.kind == "run by":
+        assert re.fullmatch(r"test_\w+(, test_\w+)*", block.what), block.what
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+def test_the_commands_of_a_block_exist_with_their_options(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
+    for words in commands(block.text):
+        if words[0] == "grappa-dist" and words[1] in VERBS and not (ROOT / f"grappa_dist/cli/{words[1]}.py").exists():
+            pytest.skip(f"{words[1]} is not there yet")
+        try:
+            check(words, monkeypatch)
+        except (SystemExit, click.ClickException) as error:
+            pytest.fail(f"{shlex.join(words)}: {error}")
+
+
+def picture(path: Path, number: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(tiny.picture(number))
+
+
+def test_the_shards_commands_of_the_docs_write_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for number in range(8):
+        picture(tmp_path / "photos" / f"class {number % 4}" / f"{number}.png", number)
+        picture(tmp_path / "pile" / f"{number}.png", number)
+        picture(tmp_path / "food" / f"{number}.png", number)
+    with tarfile.open("birds.tar", "w") as tar:
+        tar.add("food", "birds")
+    for task, folder in (("birds", "birds/"), ("food", "")):
+        rows = [f"{folder}{number}.png,{number % 4},{task}" for number in range(8)]
+        Path(f"{task}.csv").write_text("\n".join(["file,fine,dataset", *rows]))
+    (block,) = (b for b in BLOCKS if b.what == "test_the_shards_commands_of_the_docs_write_shards")
+    written = {"photos": {"train", "test"}, "birds.csv": {"train", "test"}, "pile": {"train"}}
+    for words in commands(block.text):
+        shutil.rmtree("shards", ignore_errors=True)
+        assert words[:2] == ["grappa-dist", "shards"]
+        assert write_shards([*words[2:], "--workers", "1"]) == 0
+        assert {path.name for path in Path("shards").iterdir()} == written[words[3]]
