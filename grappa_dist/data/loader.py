@@ -5,19 +5,39 @@ Shapes: B rows of a batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from grappa_dist.data.decoding import BadImage, Picture, Pixels, open_picture
-from grappa_dist.data.shards import ImageShards
 from grappa_dist.prefetch import prefetch
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 Make = Callable[[Picture, int], Pixels]  # image and row id -> the pixels of that row, all of one shape
+
+
+class Images(Protocol):
+    """Images by row id: shards (data/shards.py), or files that lie in folders (retrieval/images.py)."""
+
+    def __len__(self) -> int: ...
+
+    def images(self, rows: Iterable[int]) -> Iterator[bytes | BadImage]:
+        """The image files of some rows, or why one is bad, in their order."""
+
+    def where(self, row: int) -> str:
+        """Where the image of a row lies, for messages."""
+
+    def name(self, row: int) -> str:
+        """The name of a row's file; "" where it is not known."""
+
+    def key(self, row: int) -> str:
+        """The name of a row in its shard, or of its file."""
+
+    def labels(self, row: int) -> dict[str, Any] | None:
+        """What is noted of a row, such as `label` and `task`."""
 
 
 def read_batches(
@@ -37,13 +57,13 @@ def read_batches(
 
 
 def load_or_skip(
-    shards: ImageShards, rows: Sequence[int] | NDArray[np.int64], make: Make, shape: tuple[int, ...]
+    images: Images, rows: Sequence[int] | NDArray[np.int64], make: Make, shape: tuple[int, ...]
 ) -> tuple[Pixels, dict[int, str]]:
     """What `make` makes of each row, (B, *shape), and why for the rows that do not decode; those stay black."""
     pixels = np.zeros((len(rows), *shape), dtype=np.uint8)
     reasons: dict[int, str] = {}
     numbers = [int(row) for row in rows]
-    for line, row, data in zip(pixels, numbers, shards.images(numbers), strict=True):
+    for line, row, data in zip(pixels, numbers, images.images(numbers), strict=True):
         try:
             if isinstance(data, BadImage):
                 raise data
@@ -53,11 +73,9 @@ def load_or_skip(
     return pixels, reasons
 
 
-def load_images(
-    shards: ImageShards, rows: Sequence[int] | NDArray[np.int64], make: Make, shape: tuple[int, ...]
-) -> Pixels:
+def load_images(images: Images, rows: Sequence[int] | NDArray[np.int64], make: Make, shape: tuple[int, ...]) -> Pixels:
     """What `make` makes of each row, (B, *shape), where every row is known to decode."""
-    pixels, reasons = load_or_skip(shards, rows, make, shape)
+    pixels, reasons = load_or_skip(images, rows, make, shape)
     for row, reason in reasons.items():
-        raise ValueError(f"{shards.where(row)} (row {row}) does not decode: {reason}")
+        raise ValueError(f"{images.where(row)} (row {row}) does not decode: {reason}")
     return pixels

@@ -18,7 +18,7 @@ from grappa_dist.report.attention import attention_section
 from grappa_dist.report.clusters import contact_sheets, method_table, nesting_table
 from grappa_dist.report.content import Clustering, LabelFree, ReportContent, ScoreRow
 from grappa_dist.report.gallery import Images, galleries
-from grappa_dist.report.html import MARK, STYLE, absent, number, percent, points, sentences, table, text
+from grappa_dist.report.html import MARK, POLICY, STYLE, absent, number, percent, points, sentences, table, text
 from grappa_dist.report.plots import COLOURS, Axes, Series, bar_chart, grid, line_chart
 from grappa_dist.report.scores import (
     AVERAGE,
@@ -40,9 +40,6 @@ MOST_PROFILES = 24
 MOST_CONFIG = 100_000  # characters
 _TIMES = {"step", "epoch", "time_s", "seconds"}  # keys of a curve that are no metric
 _NAMES = {"loss": "Loss", "accuracy": "Accuracy", "lr": "Learning rate", "images_per_s": "Images per second"}
-_POLICY = (  # no scripts, nothing is fetched
-    "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
-)
 _WORDS = (
     (
         "R-Precision",
@@ -132,7 +129,7 @@ def page(content: ReportContent) -> str:
     title = text(content.title, 200)
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
         f"<title>{title}</title><style>{STYLE}</style></head><body>"

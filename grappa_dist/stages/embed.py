@@ -25,7 +25,7 @@ from grappa_dist.checksums import MANIFEST, load_json
 from grappa_dist.config import EmbedConfig
 from grappa_dist.console import pluralize
 from grappa_dist.data.index import Shard, count_missing, describe_missing
-from grappa_dist.data.loader import load_or_skip, read_batches
+from grappa_dist.data.loader import Images, load_or_skip, read_batches
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.data.transforms import pixels_class
 from grappa_dist.files import read_json, save_array, write_json
@@ -170,7 +170,7 @@ def embed_shard(device: torch.device, task: EmbedTask) -> None:
 
 @torch.inference_mode()
 def embed_rows(
-    model: nn.Module, images: ImageShards, rows: NDArray[np.int64], *, device: torch.device, how: Embedding
+    model: nn.Module, images: Images, rows: NDArray[np.int64], *, device: torch.device, how: Embedding
 ) -> Iterator[tuple[slice, NDArray[np.float32], dict[int, str]]]:
     """Yields by batch: the place in `rows`, unit features (b, D), and why rows do not decode; these have zeros."""
     preprocess = preprocess_of(model)
@@ -194,7 +194,7 @@ def embed_rows(
         yield slice(start, start + len(pixels)), unit.cpu().numpy(), reasons
 
 
-def _refuse_not_finite(z: Tensor, images: ImageShards, rows: NDArray[np.int64], reasons: Mapping[int, str]) -> None:
+def _refuse_not_finite(z: Tensor, images: Images, rows: NDArray[np.int64], reasons: Mapping[int, str]) -> None:
     """Raises ValueError for features that are not finite, of images that decode."""
     wrong = [int(row) for row in rows[~z.isfinite().all(1).cpu().numpy()] if row not in reasons]
     if wrong:

@@ -7,7 +7,7 @@ are none, and which are the same, is decided in data/labels.py.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,22 +87,30 @@ def read_ground_truth(device: torch.device, task: tuple[ImageShards, Artifact]) 
     """Reads the JSON members and commits the artefact: the only place that reads them."""
     images, artifact = task
     folder, labelled = artifact.begin(), bool(artifact.settings["labelled"])
-    tasks, labels = np.zeros(len(images), np.int64), np.full(len(images), -1, np.int64)
-    task_names, label_names = Names(), Names()
-    keys, unreadable = Counter[str](), list[str]()
-    for row, member in enumerate(_members(images, unreadable) if labelled else [{}] * len(images)):
+    unreadable = list[str]()
+    found, remarks = numbered_members(_members(images, unreadable) if labelled else [{}] * len(images), len(images))
+    save_array(folder / TASKS_FILE, found.tasks)
+    save_array(folder / LABELS_FILE, found.labels)
+    names = {"tasks": found.task_names, "labels": found.label_names, "rule": RULE}
+    bad = {"images": len(unreadable), "first": unreadable[:MOST_UNREADABLE]}
+    lines = {"remarks": remarks} if remarks else {}
+    others = {"other_keys": found.other_keys} if (found.labels < 0).all() else {}
+    write_json(folder / NAMES_FILE, {**names, "unreadable": bad, **lines, **others})
+    artifact.commit()
+
+
+def numbered_members(members: Iterable[Mapping[str, Any]], count: int) -> tuple[GroundTruth, list[str]]:
+    """Tasks and labels of `count` rows from what is noted of each; lines about what names nothing, or is the same."""
+    tasks, labels = np.zeros(count, np.int64), np.full(count, -1, np.int64)
+    task_names, label_names, keys = Names(), Names(), Counter[str]()
+    for row, member in enumerate(members):
         number = task_names.number(member.get("task"))
         tasks[row] = task_names.number(_NO_TASK) if number < 0 else number
         labels[row] = label_names.number(member.get("label"), within=int(tasks[row]))
         keys.update(key for key in member if len(keys) < 100)
-    save_array(folder / TASKS_FILE, tasks)
-    save_array(folder / LABELS_FILE, labels)
-    names = {"tasks": task_names.shown, "labels": label_names.shown, "rule": RULE}
-    bad = {"images": len(unreadable), "first": unreadable[:MOST_UNREADABLE]}
-    remarks = {"remarks": [*label_names.described("label"), *task_names.described("task")]}
-    others = {"other_keys": [key for key, _ in keys.most_common(_KEYS_NAMED)]} if (labels < 0).all() else {}
-    write_json(folder / NAMES_FILE, {**names, "unreadable": bad, **(remarks if remarks["remarks"] else {}), **others})
-    artifact.commit()
+    other_keys = [key for key, _ in keys.most_common(_KEYS_NAMED)] if (labels < 0).all() else []
+    found = GroundTruth(tasks, labels, task_names.shown, label_names.shown, other_keys)
+    return found, [*label_names.described("label"), *task_names.described("task")]
 
 
 def _members(images: ImageShards, unreadable: list[str]) -> Iterator[dict[str, Any]]:

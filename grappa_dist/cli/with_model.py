@@ -1,0 +1,72 @@
+"""What the verbs share that embed images in this process: the options of the model, and of how it is run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from grappa_dist.retrieval.embedding import Embedder
+
+Options = dict[str, Any]  # by name, as click gives them
+
+
+def with_model(*, required: bool = True) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The options of a verb about a model, which `embedder_of` reads."""
+
+    def decorated(work: Callable[..., Any]) -> Callable[..., Any]:
+        for option in (
+            click.option("--decode-threads", type=click.IntRange(0), default=2, show_default=True),
+            click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True),
+            click.option(
+                "--device", default="auto", show_default=True, help="cpu, cuda or cuda:N; auto: a GPU if there is one."
+            ),
+            click.option(
+                "--trust-modules",
+                is_flag=True,
+                default=None,
+                help="Import the module that a model from elsewhere names as its backbone; it is run.",
+            ),
+            click.option("--checkpoint", metavar="FILE", help="The weights of a backbone that --model names."),
+            click.option("--gallery", metavar="TASK", help="Of a model of the variant gallery: whose weights to use."),
+            click.option(
+                "--model",
+                required=required,
+                metavar="M",
+                help="A run directory, an exported model, timm:NAME or MODULE:FUNCTION.",
+            ),
+        ):
+            work = option(work)
+        return work
+
+    return decorated
+
+
+def embedder_of(options: Options) -> Embedder:
+    """The model that the options name, opened, and how it is run.
+
+    Raises:
+        ValueError: there is no such model or device.
+    """
+    from grappa_dist.config import expanded
+    from grappa_dist.console import Console
+    from grappa_dist.retrieval.embedding import Embedder
+    from grappa_dist.retrieval.opening import open_model
+
+    model = open_model(
+        expanded(options["model"], "--model"),
+        options["device"],
+        gallery=options["gallery"],
+        checkpoint=options["checkpoint"],
+        trust_modules=options["trust_modules"],
+    )
+    return Embedder(model, Console(), options["batch_size"], options["decode_threads"])
+
+
+def places_of(given: tuple[str, ...], option: str = "--images") -> list[str]:
+    """Paths as they are meant: `~` and `$NAME` stand for what they name."""
+    from grappa_dist.config import expanded
+
+    return [expanded(path, option) for path in given]

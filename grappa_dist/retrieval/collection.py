@@ -1,0 +1,276 @@
+"""Embeddings that are searched: made before by `embed`, or made here of images and kept where that is asked for.
+
+On disk they are as `embed_images` of export.py writes them: `embeddings.json` lists files with the rows, keys, names
+and bad positions of each part, with their checksums. Shapes: n rows of a part, D channels.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from xxhash import xxh3_64_hexdigest
+
+from grappa_dist.data.decoding import BadImage
+from grappa_dist.data.loader import Images
+from grappa_dist.data.shards import ImageShards
+from grappa_dist.export import KEYS_FILE, LIST_FILE, NAMES_FILE
+from grappa_dist.files import Sum, map_array, read_json, save_array, write_json
+from grappa_dist.retrieval.embedding import Embedder
+from grappa_dist.retrieval.images import ImageFiles, open_images
+from grappa_dist.retrieval.opening import OpenModel
+from grappa_dist.stages.embed import BAD_FILE, ROWS_FILE
+
+STAMPS_FILE = "stamps.json"  # size and time of change of every file, so that only new and changed ones are embedded
+
+
+@dataclass(frozen=True)
+class Part:
+    """Embeddings of some images, in order."""
+
+    rows: NDArray[np.float32] = field(repr=False)  # (n, D), zero where bad
+    bad: Mapping[int, str] = field(repr=False)  # why, by position
+    read_names: Callable[[], Sequence[str]] = field(repr=False)
+    image: Callable[[int], bytes | BadImage] = field(repr=False)  # the file at a position
+
+    @cached_property
+    def names(self) -> Sequence[str]:
+        return self.read_names()
+
+
+@dataclass(frozen=True)
+class Collection:
+    """All parts; a row id is the position in their concatenation."""
+
+    parts: tuple[Part, ...]
+
+    @cached_property
+    def starts(self) -> NDArray[np.int64]:
+        return np.cumsum([0, *(len(part.rows) for part in self.parts)], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    @property
+    def rows(self) -> list[NDArray[np.float32]]:
+        return [part.rows for part in self.parts]
+
+    @cached_property
+    def bad(self) -> dict[int, str]:
+        """Why rows are no embeddings, by row id."""
+        starts = self.starts.tolist()
+        return {starts[i] + place: why for i, part in enumerate(self.parts) for place, why in part.bad.items()}
+
+    def name(self, row: int) -> str:
+        part, place = self._locate(row)
+        return part.names[place]
+
+    def image(self, row: int) -> bytes | BadImage:
+        """The file of a row, or why there is none."""
+        part, place = self._locate(row)
+        return part.image(place)
+
+    def _locate(self, row: int) -> tuple[Part, int]:
+        number = int(np.searchsorted(self.starts, row, side="right")) - 1
+        return self.parts[number], row - int(self.starts[number])
+
+
+def open_collection(
+    paths: Sequence[str], embedder: Callable[[], Embedder], *, keep: Path | None = None, any_model: bool = False
+) -> Collection:
+    """The embeddings of a folder that `embed` made, or of images, which are embedded here.
+
+    Args:
+        embedder: the model, opened when it is needed.
+        keep: a folder for the embeddings of images, which are reused where the files are as they were.
+        any_model: whether embeddings of any model will do, since nothing else is compared with them.
+
+    Raises:
+        ValueError: there are no images; or the embeddings are damaged, or of another model.
+    """
+    if len(paths) == 1 and (Path(paths[0]).expanduser() / LIST_FILE).exists():
+        folder = Path(paths[0]).expanduser()
+        return stored(folder, None if any_model else embedder().model)
+    model = embedder()
+    images = open_images(paths, log=model.console.log)
+    if keep is not None:
+        return _kept(images, model, keep)
+    found = model.embed(images)
+    return Collection((Part(found.rows, found.bad, lambda: names_of(images), lambda row: _read(images, row)),))
+
+
+def names_of(images: Images) -> list[str]:
+    return [images.name(row) or images.key(row) for row in range(len(images))]
+
+
+def _read(images: Images, row: int) -> bytes | BadImage:
+    return next(iter(images.images([row])))
+
+
+def stored(folder: Path, model: OpenModel | None) -> Collection:
+    """The embeddings of a folder, their files held against the checksums that are listed.
+
+    Args:
+        model: that they must be of; None: any.
+    """
+    listing = _listing(folder)
+    if model is not None:
+        _check_model(folder, listing, model)
+    try:
+        parts = tuple(_stored_part(folder, entry) for entry in listing["shards"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _damaged(folder / LIST_FILE, f"is no list of embeddings ({type(error).__name__}: {error})") from None
+    dims = {part.rows.shape[1] for part in parts}
+    if not parts or len(dims) != 1:
+        raise _damaged(folder / LIST_FILE, f"lists rows of {sorted(dims) or 'no'} channels")
+    return Collection(parts)
+
+
+def _listing(folder: Path) -> dict[str, Any]:
+    path = folder / LIST_FILE
+    try:
+        found = read_json(path)
+    except ValueError as error:
+        raise _damaged(path, str(error).removeprefix(f"{path}: ")) from None
+    if not isinstance(found, dict) or not isinstance(found.get("shards"), list):
+        raise _damaged(path, "is no list of embeddings")
+    return found
+
+
+def _damaged(path: Path, why: str) -> ValueError:
+    return ValueError(f"{path}: {why}: the embeddings are damaged; run the command that made them again")
+
+
+def _check_model(folder: Path, listing: Mapping[str, Any], model: OpenModel) -> None:
+    """Raises ValueError for embeddings of other weights: their cosines with a query would mean nothing."""
+    theirs, gallery = listing.get("model_sha256"), listing.get("gallery")
+    if theirs == model.sha256 and gallery == model.gallery:
+        return
+    of = f"{listing.get('model')}{f', gallery {gallery}' if gallery else ''}, sha256 {str(theirs)[:12]}"
+    raise ValueError(
+        f"{folder}: these embeddings are of another model ({of}) than {model.describe()}; name the model that made "
+        "them, or embed the images with this one"
+    )
+
+
+def _stored_part(folder: Path, entry: Mapping[str, Any]) -> Part:
+    paths = {what: folder / entry[what] for what in ("rows", "keys", "names", "bad") if entry[what] is not None}
+    for what, path in paths.items():
+        expected = entry.get("xxh3", {}).get(what)
+        if not path.is_file():
+            raise _damaged(path, "is missing")
+        if expected is not None and Sum.of(path).xxh3 != expected:
+            raise _damaged(path, "does not hold what was written")
+    try:
+        rows = map_array(paths["rows"], "c") if entry["images"] else np.zeros((0, 1), np.float32)
+    except (ValueError, EOFError) as error:
+        raise _damaged(paths["rows"], f"is no array: {error}") from None
+    if rows.ndim != 2 or rows.dtype != np.float32 or len(rows) != entry["images"]:
+        raise _damaged(paths["rows"], f"has rows {rows.shape} of {rows.dtype}, expected {entry['images']} of float32")
+    bad = {int(place): str(why) for place, why in read_json(paths["bad"]).items()}
+
+    def names() -> list[str]:
+        named = read_json(paths["names"]) if "names" in paths else [None] * len(rows)
+        return [name or key for name, key in zip(named, read_json(paths["keys"]), strict=True)]
+
+    return Part(rows, bad, names, _Files(entry.get("source"), names))
+
+
+@dataclass(frozen=True)
+class _Files:
+    """The files of a stored part, where they still lie where they were embedded from."""
+
+    source: str | None  # a folder or a shard; None: not listed
+    names: Callable[[], Sequence[str]]
+
+    @cached_property
+    def _shard(self) -> ImageShards:
+        return ImageShards.open([self.source or ""], None)
+
+    def __call__(self, place: int) -> bytes | BadImage:
+        if self.source is None:
+            return BadImage("where the image lies is not listed")
+        try:
+            if self.source.endswith(".tar"):
+                return _read(self._shard, place)
+            return _read(open_images([os.path.join(self.source, self.names()[place])]), 0)
+        except (ValueError, OSError) as error:  # it was moved, or is of another machine
+            return BadImage(str(error))
+
+
+def _kept(images: Images, embedder: Embedder, folder: Path) -> Collection:
+    """Embeddings of images that are kept in a folder: what has the name, size and time of before is not made again."""
+    if not isinstance(images, ImageFiles):
+        raise ValueError("embeddings are kept of folders and lists; of shards, `grappa-dist embed` writes them")
+    names, stamps = names_of(images), [images.stamp(row) for row in range(len(images))]
+    before = _reusable(folder, embedder.model)
+    known = [before.get((name, stamp)) for name, stamp in zip(names, stamps, strict=True)]
+    fresh = np.array([row for row, one in enumerate(known) if one is None], dtype=np.int64)
+    made = embedder.embed(images, fresh)
+    rows = np.zeros((len(images), made.rows.shape[1]), np.float32)
+    rows[fresh] = made.rows
+    bad = dict(made.bad)
+    for row, one in enumerate(known):
+        if one is not None:
+            rows[row] = one
+    if len(fresh) < len(images):
+        embedder.console.log(f"{folder}: {len(images) - len(fresh):,} of {len(images):,} images were embedded before")
+    if len(fresh) or len(before) != len(images):
+        source = str(images.items[0].source.path) if images.items else ""
+        _write(folder, rows, _Listed(source, names, stamps, bad), embedder.model)
+    return Collection((Part(rows, bad, lambda: names, lambda row: _read(images, row)),))
+
+
+def _reusable(folder: Path, model: OpenModel) -> dict[tuple[str, str], NDArray[np.float32]]:
+    """Rows that are kept in a folder, by name and stamp; those that were bad are tried again."""
+    if not (folder / LIST_FILE).exists():
+        return {}
+    found = stored(folder, model)
+    listed = _listing(folder)["shards"][0]
+    if "stamps" not in listed:
+        raise ValueError(f"{folder}: holds embeddings that `grappa-dist embed` made; name another folder to keep these")
+    (part,) = found.parts
+    stamps = read_json(folder / listed["stamps"])
+    return {
+        (name, stamp): part.rows[place]
+        for place, (name, stamp) in enumerate(zip(part.names, stamps, strict=True))
+        if place not in part.bad
+    }
+
+
+@dataclass(frozen=True)
+class _Listed:
+    """What is listed of embeddings that are kept."""
+
+    source: str  # the folder that names begin at
+    names: Sequence[str]
+    stamps: Sequence[str]
+    bad: Mapping[int, str]
+
+
+def _write(folder: Path, rows: NDArray[np.float32], listed: _Listed, model: OpenModel) -> None:
+    """Writes the files under a name of their own, then the list that names them: a search sees the old or the new."""
+    mark = xxh3_64_hexdigest(json.dumps([model.sha256, model.gallery, listed.names, listed.stamps]).encode())
+    inside = f"images-{mark}"
+    files = {"rows": ROWS_FILE, "keys": KEYS_FILE, "names": NAMES_FILE, "bad": BAD_FILE, "stamps": STAMPS_FILE}
+    paths = {what: f"{inside}/{name}" for what, name in files.items()}
+    save_array(folder / paths["rows"], rows)
+    bad = {str(row): why for row, why in listed.bad.items()}
+    contents = {"keys": listed.names, "names": listed.names, "bad": bad, "stamps": listed.stamps}
+    for what, content in contents.items():
+        write_json(folder / paths[what], content)
+    xxh3 = {what: Sum.of(folder / path).xxh3 for what, path in paths.items()}
+    entry = {"shard": inside, "source": listed.source, "images": len(rows), **paths, "xxh3": xxh3}
+    about = {"model": model.variant, "model_sha256": model.sha256, "gallery": model.gallery}
+    write_json(folder / LIST_FILE, {**about, "images": len(rows), "shards": [entry]})
+    for old in folder.glob("images-*"):
+        if old.name != inside:
+            shutil.rmtree(old, ignore_errors=True)

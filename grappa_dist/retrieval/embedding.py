@@ -1,0 +1,79 @@
+"""Images to unit embeddings in this process, by batches, with progress; images that do not decode are listed.
+
+The computation is that of a run's stage embed. Memory: the rows, (n, D) float32, and the batches that are read ahead.
+Shapes: n images, D channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from grappa_dist.console import Console, pluralize
+from grappa_dist.data.loader import Images
+from grappa_dist.output import printable_line
+from grappa_dist.retrieval.opening import OpenModel
+from grappa_dist.stages.embed import Embedding, embed_rows
+
+BATCH_SIZE, DECODE_THREADS = 64, 2
+NAMED = 20  # images that could not be read, named in messages
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """Unit rows of images, zeros for those that do not decode, and why these do not."""
+
+    rows: NDArray[np.float32]  # (n, D)
+    bad: dict[int, str]  # by row
+
+
+@dataclass(frozen=True)
+class Embedder:
+    """A model with how it is run."""
+
+    model: OpenModel
+    console: Console
+    batch_size: int = BATCH_SIZE
+    threads: int = DECODE_THREADS
+
+    def embed(self, images: Images, rows: NDArray[np.int64] | None = None) -> Embedded:
+        """Embeds some images, by default all.
+
+        Args:
+            rows: (n,) row ids.
+
+        Raises:
+            ValueError: an embedding of an image that decodes is not finite.
+        """
+        rows = np.arange(len(images)) if rows is None else rows
+        found = np.zeros((len(rows), int(self.model.model.embed_dim)), np.float32)  # type: ignore[arg-type]
+        bad: dict[int, str] = {}
+        if not len(rows):
+            return Embedded(found, bad)
+        how = Embedding(max(1, min(self.batch_size, len(rows))), self.threads)
+        done = self.console.counter(f"embed {self.model.variant}", len(rows), len(rows))
+        batches = embed_rows(self.model.model, images, rows, device=self.model.device, how=how)
+        for place, unit, reasons in batches:
+            found[place] = unit
+            bad |= reasons
+            done(place.start + len(unit))
+        return Embedded(found, bad)
+
+
+def describe_bad(names: dict[str, str], images: int) -> Iterator[str]:
+    """Lines that count the images which could not be read, and name them with the reason.
+
+    Args:
+        names: why, by the name of the image.
+        images: how many were tried.
+    """
+    if not names:
+        return
+    yield f"{len(names):,} of {pluralize(images, 'image')} could not be read and are left out:"
+    for name, why in list(names.items())[:NAMED]:
+        yield f"  {printable_line(name)}: {printable_line(why)}"
+    if len(names) > NAMED:
+        yield f"  and {len(names) - NAMED:,} more"

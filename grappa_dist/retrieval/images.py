@@ -1,0 +1,143 @@
+"""The images that a verb looks at, read where they lie: folders, lists, single files, or shards.
+
+A run makes shards of its images first, since it reads them many times; here each is read once.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from grappa_dist.data.decoding import COPIED, BadImage
+from grappa_dist.data.entries import is_shard_name
+from grappa_dist.data.index import COMMITTED
+from grappa_dist.data.loader import Images
+from grappa_dist.data.remote import is_remote
+from grappa_dist.data.shards import ImageShards
+from grappa_dist.make_shards.class_folders import folder_items, task_name
+from grappa_dist.make_shards.lists import Columns, csv_items
+from grappa_dist.make_shards.sources import FolderSource, Item, encoded, image_suffix, open_source
+from grappa_dist.storage import described
+
+LISTS = (".csv", ".tsv")
+_LABEL_COLUMNS, _TASK_COLUMNS = ("label", "fine", "class"), ("task", "dataset")
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """Files of images as they lie in folders; a row id is the position in `items`."""
+
+    items: Sequence[Item]
+    several: bool = False  # whether names need the folder before them
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def images(self, rows: Iterable[int]) -> Iterator[bytes | BadImage]:
+        """The files of some rows, or why one is bad, in their order."""
+        return map(self._image_or_why, rows)
+
+    def _image_or_why(self, row: int) -> bytes | BadImage:
+        item = self.items[row]
+        try:
+            data = item.place.read()
+        except OSError as error:  # it went away meanwhile, or is not ours to read
+            return BadImage(f"cannot be read: {error.strerror or described(error)}")
+        if item.suffix in COPIED:
+            return data
+        made = encoded(data, item.suffix, None)  # as make_shards writes it
+        return made.data if made.bad is None else BadImage(made.bad)
+
+    def where(self, row: int) -> str:
+        return self.items[row].where
+
+    def name(self, row: int) -> str:
+        """The name of the file below its folder; with the folder where there are several."""
+        item = self.items[row]
+        return os.path.join(item.source.path, item.name) if self.several else item.name
+
+    def key(self, row: int) -> str:
+        return self.name(row)
+
+    def labels(self, row: int) -> dict[str, Any] | None:
+        item = self.items[row]
+        return {"label": item.label, "task": item.task}
+
+    def stamp(self, row: int) -> str:
+        """What tells whether the file has changed: its size and time of change."""
+        item = self.items[row]
+        return item.source.stamp(item.name)
+
+
+def open_images(
+    paths: Sequence[str], *, labelled: bool = False, label_column: str | None = None, log: Log = lambda line: None
+) -> Images:
+    """The images of folders, of CSVs that list them, of single files or of shards; not of both files and shards.
+
+    Args:
+        labelled: whether folders are classes; of a folder that is split, those that test are taken. Else the names of
+            folders mean nothing.
+        label_column: of a CSV, by default `label`, `fine` or `class`.
+        log: gets a line for what is passed over.
+
+    Raises:
+        ValueError: there are none, or they cannot be read, or not as classes.
+    """
+    given = [os.path.expanduser(path) for path in paths]
+    if not given:
+        raise ValueError("no images are given; expected a folder, a CSV that lists them, or shards")
+    of_shards = [path for path in given if _are_shards(path)]
+    if len(of_shards) == len(given):
+        shards = ImageShards.open(given, None, log=log)
+        if not len(shards):
+            raise ValueError(f"{' '.join(given)}: the shards hold no images")
+        return shards
+    if of_shards:
+        raise ValueError(f"{of_shards[0]} is a shard, or has some, and other images are none; expected one kind")
+    items = [item for path in given for item in _items(path, labelled, label_column, log)]
+    return ImageFiles(items, several=len({item.source.path for item in items}) > 1)
+
+
+def _are_shards(path: str) -> bool:
+    if is_remote(path) or path.endswith(".tar") or (not os.path.exists(path) and any(c in path for c in "*?[{")):
+        return True
+    return os.path.isdir(path) and any(is_shard_name(name) or name == COMMITTED for name in os.listdir(path))
+
+
+def _items(path: str, labelled: bool, label_column: str | None, log: Log) -> list[Item]:
+    """The images of a folder or a list, or a single one."""
+    if path.lower().endswith(LISTS) and os.path.isfile(path):
+        columns = _columns(path, label_column)
+        return csv_items(path, FolderSource(Path(path).absolute().parent), columns, log)
+    if os.path.isfile(path) and image_suffix(path) is not None:
+        place = Path(path).absolute()
+        return [Item(FolderSource(place.parent), place.name, None, task_name(place.parent))]
+    if not os.path.isdir(path):
+        what = "is no folder, image or CSV" if os.path.exists(path) else "does not exist"
+        raise ValueError(f"{path}: {what}; expected a folder of images, a CSV that lists them, or shards")
+    source = open_source(path)
+    items = folder_items(source, None, None if labelled else "none", log)
+    if testing := [item for item in items if item.split == "test"]:
+        items = testing
+    for reason, count in source.skipped.items():
+        if count:
+            log(f"{path}: {count:,} files left out: {reason}")
+    return items
+
+
+def _columns(path: str, label_column: str | None) -> Columns:
+    """The columns of a CSV: the label that is named or the usual one, and a task where a column has it."""
+    with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
+        head = file.readline()
+    delimiter = next((d for d in ",;\t|" if d in head), ",")
+    names = [name.strip() for name in next(csv.reader([head], delimiter=delimiter), [])]
+    label = label_column or next((name for name in _LABEL_COLUMNS if name in names), _LABEL_COLUMNS[0])
+    task = next((name for name in _TASK_COLUMNS if name in names), None)
+    one = None if task else task_name(Path(path).with_suffix(""))
+    return Columns(label=label, label_required=False, label_named=label_column is not None,
+                   task=task or _TASK_COLUMNS[0], task_name=one)  # fmt: skip

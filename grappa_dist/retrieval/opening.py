@@ -1,0 +1,148 @@
+"""Any model by its name: a run directory, an exported model, or a backbone without adaptors; on a device.
+
+Shapes: N adaptor sets, D channels.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from grappa_dist.config import BackboneConfig
+from grappa_dist.export import RetrievalModel, load_model
+from grappa_dist.models import Backbone, Grappa
+from grappa_dist.models.backbone import check_name
+from grappa_dist.models.spec import build_backbone, exported_spec, preprocess_of
+
+OWN_BACKBONE = "backbone"  # the word for the backbone of a model that has adaptors
+_BACKBONE_NAME = re.compile(r"[A-Za-z_][\w.]*:[\w.-]+")  # timm:<model> or <module>:<function>
+Named = str | Path | nn.Module  # what a caller may give as a model
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    """A model that is ready to embed images."""
+
+    name: str  # as the caller called it
+    variant: str  # "average", "neighbours", ...; "backbone" without adaptors
+    model: nn.Module = field(repr=False)  # a Backbone or a Grappa, frozen, on its device
+    sha256: str  # of its weights
+    galleries: Mapping[str, Tensor] = field(default_factory=dict, repr=False)  # weights (N,) of its sets, by task
+    gallery: str | None = None  # the one whose weights are set
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def has_adaptors(self) -> bool:
+        return isinstance(self.model, Grappa)
+
+    def describe(self) -> str:
+        """For messages: the name, which of a run's models it is, and the beginning of the hash of its weights."""
+        what = f"{self.variant}{f', gallery {self.gallery}' if self.gallery else ''}"
+        return f"{self.name} ({what}, sha256 {self.sha256[:12]})"
+
+    def weigh(self, task: str) -> None:
+        """Sets the weights of the adaptor sets that the run found for a task, where it found some."""
+        if self.gallery is None and isinstance(self.model, Grappa) and task in self.galleries:
+            self.model.weigh(self.galleries[task])
+            self.model.fold()
+
+    def backbone(self) -> OpenModel:
+        """The same backbone without adaptors, on the same device."""
+        if not isinstance(self.model, Grappa):
+            return self
+        bare = copy.deepcopy(self.model.backbone)
+        for place, layer in enumerate(list(bare.blocks)):
+            bare.blocks[place] = layer.block
+        return OpenModel(f"the backbone of {self.name}", OWN_BACKBONE, bare, _sha256_of(bare))
+
+
+def open_model(
+    given: Named,
+    device: str = "auto",
+    *,
+    gallery: str | None = None,
+    checkpoint: str | None = None,
+    trust_modules: bool | None = None,
+) -> OpenModel:
+    """The model that a name stands for.
+
+    Args:
+        given: a run directory, that of an exported model, `timm:<model>`, `<module>:<function>`, or a model in memory:
+            what `load_model` returns, or a `Backbone`, which are used where they are.
+        device: "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:<number>".
+        gallery: of a model of the variant `gallery`: the task whose weights of the sets are used.
+        checkpoint: a file with the weights of a backbone that is named.
+        trust_modules: as for `load_model`; a module that is named here itself is imported.
+
+    Raises:
+        ValueError: there is no such model, or no such device; the message says what would be right.
+    """
+    where = device_of(device)
+    if isinstance(given, nn.Module):
+        return _in_memory(given)
+    text = str(given)
+    if _BACKBONE_NAME.fullmatch(text) and not Path(text).exists():
+        return _bare(text, checkpoint, where)
+    folder = Path(text).expanduser()
+    if not folder.is_dir():
+        raise ValueError(
+            f"{text}: is no folder; expected a run directory, an exported model's, timm:<model> or <module>:<function>"
+        )
+    if checkpoint is not None:
+        raise ValueError(f"a checkpoint is for a backbone such as timm:<model>; {text} has weights of its own")
+    spec = exported_spec(folder, gallery, trust_modules=trust_modules)
+    model = load_model(folder, trust_modules=trust_modules)
+    if gallery is not None:
+        model.weigh(model.galleries[gallery])
+    return OpenModel(text, spec.name, model.grappa.to(where), spec.weights_sha256, model.galleries, gallery)
+
+
+def _bare(name: str, checkpoint: str | None, device: torch.device) -> OpenModel:
+    check_name(name)
+    bare = build_backbone(BackboneConfig(name=name, checkpoint=checkpoint)).to(device)
+    return OpenModel(name, OWN_BACKBONE, bare, _sha256_of(bare))
+
+
+def device_of(name: str) -> torch.device:
+    """The device of a name; "auto": a GPU where there is one.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    known = ["cpu", *(["cuda"] if count else []), *(f"cuda:{number}" for number in range(count))]
+    if name not in known:
+        raise ValueError(f"device {name!r}: this machine has {', '.join(known)}; expected one of them, or auto")
+    return torch.device(name)
+
+
+def _in_memory(model: nn.Module) -> OpenModel:
+    inner = model.grappa if isinstance(model, RetrievalModel) else model
+    if not isinstance(inner, Backbone | Grappa):
+        raise ValueError(
+            f"a {type(model).__name__} is given as a model; expected what grappa_dist.load_model returns, or its path"
+        )
+    galleries = model.galleries if isinstance(model, RetrievalModel) else {}
+    variant = "adapted" if isinstance(inner, Grappa) else OWN_BACKBONE
+    return OpenModel(f"a {type(model).__name__}", variant, inner.eval(), _sha256_of(inner), galleries)
+
+
+def _sha256_of(model: nn.Module) -> str:
+    """A hash of the weights, and of what images become before the model sees them."""
+    digest = hashlib.sha256(repr(sorted(asdict(preprocess_of(model)).items())).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from grappa_dist.retrieval import nearest as module
+from grappa_dist.retrieval.nearest import nearest
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("block", [1, 3, 100])
+@pytest.mark.parametrize("k", [1, 4, 50])
+def test_the_nearest_are_those_of_a_sort_of_all_cosines(block: int, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BLOCK", block)
+    monkeypatch.setattr(module, "QUERIES", 2)
+    rng = np.random.default_rng(0)
+    rows = rng.integers(-3, 4, (20, 4)).astype(np.float32)  # whole numbers: products are exact, and many are equal
+    rows[7] = rows[3]
+    queries, bad = rows[[3, 5, 8]], {0, 5}
+    found = nearest(queries, [rows[:9], rows[9:9], rows[9:]], bad, k, CPU)
+    for query, cosines, ids in zip(queries, found.cosines, found.rows, strict=True):
+        scores = rows @ query
+        expected = sorted((row for row in range(20) if row not in bad), key=lambda row: (-scores[row], row))[:k]
+        assert ids.tolist() == expected
+        assert cosines.tolist() == scores[expected].tolist()
