@@ -7,37 +7,55 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
+import socket
 import sys
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grappa_dist.extras import MissingPackage, explained
-from grappa_dist.output import printable, printable_line, unprinted, without_secrets
+from grappa_dist.output import is_live, mode, printable, printable_line, unprinted, without_secrets
+from grappa_dist.progress import Counter, RunTime, Status, about, describe_jobs, duration, gist, is_done, stage_left
 from grappa_dist.storage import described, open_to_append, open_to_read, tried_again
 
+if TYPE_CHECKING:
+    from grappa_dist.bars import Bars
+
 EVENTS_FILE = "events.jsonl"  # of a run, in its directory
+LOG_FILE = "run.log"  # what the console of a run has logged, beside it
 METRICS_FILE = "metrics.jsonl"  # of a training job, in its folder
-EVENTS_BYTES = 32 * 2**20  # of them, and as many of the part before
+EVENTS_BYTES = 32 * 2**20  # of events, and of a log; as many of the part before
 _TAIL_BYTES = 2**16
-COUNTER_S = 2.0  # between two lines of a counter
+LINE_S = 5.0  # between two lines of progress
+_IN_STAGE = "in stage "  # begins the note of an error that has the name of the stage
+_WARNING = re.compile(r"(\w+: )?(warning|damaged)\b")
 
 FAILED, CONFIG_ERROR, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 _MEMORY = re.compile(
     r"MemoryError|unable to allocate|can't allocate memory|out of memory|low on memory|bad_alloc", re.IGNORECASE
 )
 _SETTING = re.compile(r"\b(embed|clustering|adapt|fuse|evaluate|resources)\.[a-z]+_?[a-z]+")
-_LESS_MEMORY = (
-    "less memory is needed with fewer resources.workers on a node, and with smaller values of embed.batch_size "
-    "(embed), clustering.num_labels (pseudo_label), adapt.micro_batch (adapt), fuse.micro_batch and fuse.projector"
+_FEWER_WORKERS = "less memory is needed with fewer resources.workers on a node, and with smaller values of"
+_LESS_MEMORY = {  # settings by the stage that was short
+    "embed": "embed.batch_size and resources.decode_threads",
+    "pseudo_label": "clustering.num_labels",
+    "adapt": "adapt.micro_batch and adapt.sets_per_job",
+    "fuse": "fuse.micro_batch and fuse.projector",
+    "evaluate": "embed.batch_size and evaluate.view_queries",
+}
+_LESS_MEMORY_ANYWHERE = (
+    "embed.batch_size (embed), clustering.num_labels (pseudo_label), adapt.micro_batch (adapt), fuse.micro_batch and "
+    "fuse.projector"
 )
 STATUSES = (
     "Exit status: 0 done, 2 a setting or an input is wrong, 143 after SIGTERM or SIGHUP and 130 after Ctrl-C with "
@@ -70,49 +88,76 @@ class Interrupted(Terminated):
         self.at_once = at_once
 
 
-class Events:
-    """Appends events to a JSONL file: {"t": unix seconds, "stage", "job", "name", ...figures}.
+class LogFile:
+    """Lines that are appended to a file.
 
     Args:
-        most_bytes: a larger file becomes `<name>.old`, in place of the one before, and a new one begins with all of its
-            events that are not progress; None: it may grow.
+        most_bytes: a larger file becomes `<name>.old`, in place of the one before; None: it may grow.
+        keeps: whether a line is carried over into the new one, which has half of the bound for them.
     """
 
-    def __init__(self, path: Path, most_bytes: int | None = None, **always: Any) -> None:
+    def __init__(
+        self, path: Path, most_bytes: int | None = None, keeps: Callable[[bytes], bool] = lambda line: False
+    ) -> None:
         tried_again(lambda: path.parent.mkdir(parents=True, exist_ok=True), path)
         tried_again(lambda: _drop_cut_line(path), path)
-        self._path, self._most_bytes, self._always = path, most_bytes, always
+        self._path, self._most_bytes, self._keeps = path, most_bytes, keeps
         self._file = open_to_append(path)
 
-    def __call__(self, name: str, **figures: Any) -> None:
-        line = json.dumps({"t": round(time.time(), 3), **self._always, "name": name, **figures})
-        self._file.write(f"{without_secrets(line)}\n".encode())
+    def write(self, line: str) -> None:
+        self._file.write(f"{line}\n".encode("utf-8", "backslashreplace"))
         self._file.flush()
         if self._most_bytes is not None and self._file.tell() > self._most_bytes:
             self._file.close()
-            tried_again(lambda: _begin_anew(self._path, self._most_bytes or 0), self._path)
+            tried_again(lambda: self._begin_anew(self._most_bytes or 0), self._path)
             self._file = open_to_append(self._path)
+
+    def _begin_anew(self, most_bytes: int) -> None:
+        """Copies the file to `<name>.old`, then leaves in it what it keeps: half of its bound at most."""
+        path = self._path
+        fresh, old = path.with_name(f".{path.name}.new"), path.with_name(f"{path.name}.old")
+        shutil.copyfile(path, fresh)
+        os.replace(fresh, old)
+        kept, size = deque[bytes](), 0
+        with open(old, "rb") as lines:
+            for line in filter(self._keeps, lines):
+                kept.append(line)
+                size += len(line)
+                while size > most_bytes // 2:
+                    size -= len(kept.popleft())
+        fresh.write_bytes(b"".join(kept))
+        os.replace(fresh, path)
 
     def close(self) -> None:
         self._file.close()
 
 
-def _begin_anew(path: Path, most_bytes: int) -> None:
-    """Copies a file of events to `<name>.old`, then leaves in it what is not progress: half of its bound at most."""
-    fresh, old = path.with_name(f".{path.name}.new"), path.with_name(f"{path.name}.old")
-    shutil.copyfile(path, fresh)
-    os.replace(fresh, old)
-    kept, size = deque[bytes](), 0
-    with open(old, "rb") as lines:
-        for line in lines:
-            event = parse_event(line)
-            if event is not None and event.get("name") != "progress":
-                kept.append(line)
-                size += len(line)
-                while size > most_bytes // 2:
-                    size -= len(kept.popleft())
-    fresh.write_bytes(b"".join(kept))
-    os.replace(fresh, path)
+class Events:
+    """Appends events to a JSONL file: {"t": unix seconds, "stage", "job", "name", ...figures}.
+
+    Args:
+        most_bytes: as for LogFile; all events that are not progress are carried over.
+    """
+
+    def __init__(self, path: Path, most_bytes: int | None = None, **always: Any) -> None:
+        self._always = always
+        self._file = LogFile(path, most_bytes, _is_no_progress)
+
+    def __call__(self, name: str, **figures: Any) -> None:
+        self._file.write(event_line(name, **self._always, **figures))
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def event_line(name: str, **figures: Any) -> str:
+    """An event as a line of JSON, without secrets."""
+    return without_secrets(json.dumps({"t": round(time.time(), 3), "name": name, **figures}))
+
+
+def _is_no_progress(line: bytes) -> bool:
+    event = parse_event(line)
+    return event is not None and event.get("name") != "progress"
 
 
 def _drop_cut_line(path: Path) -> None:
@@ -152,72 +197,191 @@ def parse_event(line: bytes) -> dict[str, Any] | None:
 
 
 class Console:
-    """Progress on stderr; the table and the report's path go to stdout."""
+    """Progress on stderr; the table and the report's path go to stdout. `output.MODE` says what is shown, and how.
 
-    def __init__(self, events: Events | None = None) -> None:
-        self._events = events
-        self._began = time.monotonic()
+    Args:
+        events: gets an event for everything that may be counted later.
+        log_file: gets every line that is logged, whatever is shown, with date, time and UTC offset.
+    """
+
+    def __init__(
+        self,
+        events: Events | None = None,
+        log_file: LogFile | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._events, self._log_file, self._clock = events, log_file, clock
+        self._began = self._stage_began = clock()
+        self._run_time = RunTime()
         self._noted: set[tuple[str, str]] = set()  # (job, note) that has been logged
         self._off: set[tuple[str, str]] = set()  # (job, tracker) whose failure has been logged
+        self._shown: dict[str, tuple[Any, ...]] = {}  # the gist of the last line of progress
+        self._shown_at = self._event_at = -math.inf
+        self._stage_left: float | None = None
+        self._bars: Bars | None = None
+        if mode() == "auto" and is_live(sys.stderr):
+            from grappa_dist.bars import Bars
 
-    def log(self, text: str) -> None:
-        minutes, seconds = divmod(int(time.monotonic() - self._began), 60)
-        print(f"[{minutes:3d}:{seconds:02d}] {printable_line(without_secrets(text))}", file=sys.stderr, flush=True)
+            self._bars = Bars(sys.stderr, self._footer)
+
+    def log(self, text: str, *, warning: bool | None = None) -> None:
+        """Prints a line, and writes it into the log.
+
+        Args:
+            warning: whether it is shown with --quiet, too; None: if it says that it is a warning, or tells of damage.
+        """
+        text = printable_line(without_secrets(text))
+        self._write(text)
+        is_warning = bool(_WARNING.match(text)) if warning is None else warning
+        if mode() == "json":
+            print(event_line("log", text=text, warning=is_warning), flush=True)
+        elif mode() == "auto" or is_warning:
+            self._print(text)
+
+    def _write(self, text: str) -> None:
+        if self._log_file:
+            self._log_file.write(f"{datetime.now().astimezone().isoformat(' ', 'seconds')} {text}")
+
+    def _print(self, text: str) -> None:
+        minutes, seconds = divmod(int(self._clock() - self._began), 60)
+        line = f"[{minutes:3d}:{seconds:02d}] {text}"
+        if self._bars:
+            self._bars.log(line)
+        else:
+            print(line, file=sys.stderr, flush=True)
 
     def event(self, name: str, **figures: Any) -> None:
         if self._events:
             self._events(name, **figures)
+        if mode() == "json":
+            print(event_line(name, **figures), flush=True)
+
+    @contextmanager
+    def run(self) -> Iterator[None]:
+        """A run from its begin to its end, which are events with the process, and the error if one ends it."""
+        self.event("run_begins", pid=os.getpid(), host=socket.gethostname())
+        try:
+            yield
+        except BaseException as error:
+            stopped = isinstance(error, Terminated | KeyboardInterrupt)
+            with contextlib.suppress(OSError):  # a full disk: the error that is raised says so
+                self._end("stopped" if stopped else "failed", "" if stopped else one_line(error))
+            raise
+        else:
+            self._end("done")
+        finally:
+            self.close()
+
+    def _end(self, how: str, error: str = "") -> None:
+        self._write(f"error: {error}" if error else how)
+        self.event("run_ends", how=how, **({"error": error} if error else {}))
+
+    def close(self) -> None:
+        """Removes the bars, and closes the files."""
+        if self._bars:
+            self._bars.close()
+        for file in (self._events, self._log_file):
+            if file:
+                file.close()
+
+    def expect(self, seconds: Mapping[str, Sequence[float]]) -> None:
+        """Takes how long the stages to come are expected to take, each part of them, for the time left of the run."""
+        self._run_time = RunTime(seconds, self._run_time.stage)
 
     @contextmanager
     def stage(self, name: str, what: str) -> Iterator[None]:
-        """Logs the begin of a stage, and how long it took."""
+        """Logs the begin of a stage, and how long it took; an error of it has a note with its name."""
         self.log(f"{name}: {what}")
-        self.event("stage_begins", stage=name)
-        began = time.monotonic()
+        self.event("stage_begins", stage=name, what=what)
+        began = self._stage_began = self._clock()
+        self._run_time.stage, self._stage_left = name, None
+        self._show_bars({})
         try:
             yield
-            self.log(f"{name}: done in {duration(time.monotonic() - began)}")
+            self.log(f"{name}: done in {duration(self._clock() - began)}")
+        except Exception as error:
+            error.add_note(f"{_IN_STAGE}{name}")
+            raise
         finally:  # an attempt that fails took its time too
-            self.event("stage_ends", stage=name, seconds=round(time.monotonic() - began, 3))
+            seconds = self._clock() - began
+            self._run_time.end(seconds)
+            self._show_bars(None)
+            self.event("stage_ends", stage=name, seconds=round(seconds, 3))
 
     def jobs(self, status: Mapping[str, Mapping[str, Any]]) -> None:
-        """One line with all running jobs side by side, each status an event too; notes and failed trackers are logged
-        once."""
+        """Shows all running jobs side by side, each status an event too; notes and failed trackers are logged once.
+
+        A line is printed when one of them has got on, LINE_S apart, and at once when a job is done.
+        """
         for name, figures in status.items():
             for note in {(name, text) for text in figures.get("notes", ())} - self._noted:
                 self._noted.add(note)
-                self.log(f"{name}: {note[1]}")
+                self.log(f"{name}: {note[1]}", warning=True)
                 self.event("note", job=name, text=note[1])
+            for off in {(name, tracker) for tracker in figures.get("trackers_off", ())} - self._off:
+                self._off.add(off)
+                text = f"{name}: {off[1]} failed and is switched off; its error is in the job's {METRICS_FILE}"
+                self.log(text, warning=True)
         known = {
             name: figures for name, of in status.items() if (figures := {k: v for k, v in of.items() if k != "notes"})
         }
-        for name, figures in known.items():
-            self.event("progress", job=name, **figures)
-            for off in {(name, tracker) for tracker in figures.get("trackers_off", ())} - self._off:
-                self._off.add(off)
-                self.log(f"{name}: {off[1]} failed and is switched off; its error is in the job's {METRICS_FILE}")
         if known:
-            self.log(" | ".join(f"{name}: {_figures(figures)}" for name, figures in known.items()))
+            self._stage_left = stage_left(known)
+            self._show_bars(known)
+            self._record(known)
+            self._log_progress(known)
 
-    def counter(self, job: str, parts: int, images: int) -> Callable[[int], None]:
-        """A callback for the number of finished parts: logs it with the speed and the time left, not too often."""
-        began = shown = time.monotonic()
+    def _record(self, jobs: Mapping[str, Status]) -> None:
+        now = self._clock()
+        if now - self._event_at < LINE_S and not any(map(is_done, jobs.values())):
+            return
+        self._event_at, left = now, self.run_left_s()
+        of_run = {} if left is None else {"run_left_s": round(left, 1)}
+        for name, figures in jobs.items():
+            self.event("progress", job=name, **figures, **of_run)
 
-        def done(count: int) -> None:
-            nonlocal shown
-            now = time.monotonic()
-            left = (now - began) / count * (parts - count)
-            status = {
-                "done": count,
-                "of": parts,
-                "images_per_s": images * count / parts / max(now - began, 1e-9),
-                "left_s": left,
-            }
-            if count == parts or now - shown > COUNTER_S:
-                self.jobs({job: status})
-                shown = now
+    def _log_progress(self, jobs: Mapping[str, Status]) -> None:
+        now, new = self._clock(), gist(jobs)
+        if new == self._shown or (now - self._shown_at < LINE_S and not any(map(is_done, jobs.values()))):
+            return
+        self._shown, self._shown_at = new, now
+        line = describe_jobs(jobs)
+        left = self.run_left_s()
+        line += f" | run: {about(left)} left" if left is not None else ""
+        self._write(printable_line(without_secrets(line)))
+        if mode() == "auto" and not self._bars:
+            self._print(line)
 
-        return done
+    def _show_bars(self, jobs: Mapping[str, Status] | None) -> None:
+        """Shows these jobs on a terminal; None: nothing."""
+        if self._bars and jobs is None:
+            self._bars.close()
+        elif self._bars and jobs is not None:
+            self._bars.show(jobs)
+
+    def run_left_s(self) -> float | None:
+        """Seconds that the whole run will still take, about; None where they are not known."""
+        return self._run_time.left_s(self._clock() - self._stage_began, self._stage_left)
+
+    def _footer(self) -> str:
+        """The stage that runs, for how long, and how long it and the run will take still."""
+        parts = [f"{self._run_time.stage} {duration(self._clock() - self._stage_began)}"]
+        parts += [f"{about(self._stage_left)} left"] if self._stage_left is not None else []
+        left = self.run_left_s()
+        return ", ".join(parts) + (f"; run {about(left)} left" if left is not None else "")
+
+    def counter(self, job: str, sizes: Sequence[int], unit: str = "images") -> Counter:
+        """Counts what is done of some tasks, and shows it; called with the index of each task that has finished.
+
+        Args:
+            sizes: images, or other units, of each task.
+        """
+        return Counter(sizes, lambda status: self.jobs({job: status}), unit, self._clock)
+
+
+def print_result(text: str, **figures: Any) -> None:
+    """Prints what a run has come to on standard output; with --json as an event with these figures, too."""
+    print(event_line("result", text=text, **figures) if mode() == "json" else printable(text), flush=mode() == "json")
 
 
 def pluralize(count: int, one: str, many: str | None = None) -> str:
@@ -232,28 +396,6 @@ def format_bytes(num_bytes: float) -> str:
             return f"{num_bytes:.0f} {unit}"
         num_bytes /= 1024
     return f"{num_bytes:.1f} GiB"
-
-
-def duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}m{rest:02d}s" if minutes else f"{seconds:.1f}s"
-
-
-def _figures(status: Mapping[str, Any]) -> str:
-    parts = []
-    if "phase" in status:
-        parts.append(str(status["phase"]))
-    if status.get("of"):
-        parts.append(f"{status['done']}/{status['of']}")
-    if "loss" in status:
-        parts.append(f"loss {status['loss']:.3f}")
-    if status.get("images_per_s"):
-        parts.append(f"{status['images_per_s']:.0f} img/s")
-    if "data_wait_share" in status:
-        parts.append(f"{status['data_wait_share']:.0%} waiting for data")
-    if status.get("left_s") is not None:
-        parts.append(f"{duration(status['left_s'])} left")
-    return " ".join(parts)
 
 
 @dataclass
@@ -289,15 +431,27 @@ class Ending:
             with contextlib.suppress(OSError), open(log, "a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(without_secrets("".join(traceback.format_exception(error))))
                 place = f" (traceback in {log})"
-        print(f"error: {one_line(error)}{printable(place)}", file=sys.stderr)
+        text = one_line(error)
+        print(f"error: {text}{printable(place)}", file=sys.stderr)
+        if mode() == "json":
+            print(event_line("error", text=text, status=status), flush=True)
         return status
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, for a terminal; its kind where it says nothing; settings where memory was short."""
+    """What an error says, for a terminal; its kind where it says nothing; settings where memory was short.
+
+    An error of a worker begins with the stage that it was raised in.
+    """
     text = printable(without_secrets(" ".join(str(error).split()))) or type(error).__name__
+    chain = [error, *filter(None, [error.__cause__, getattr(error.__cause__, "__cause__", None)])]
+    notes = [note for one in chain for note in getattr(one, "__notes__", ())]
+    stage = next((note.removeprefix(_IN_STAGE) for note in notes if note.startswith(_IN_STAGE)), "")
+    of_worker = any(type(one).__module__.partition(".")[0] == "ray" for one in chain)
     short = isinstance(error, MemoryError) or _MEMORY.search(text)
-    return f"{text}; {_LESS_MEMORY}" if short and not _SETTING.search(text) else text
+    if short and not _SETTING.search(text):
+        text += f"; {_FEWER_WORKERS} {_LESS_MEMORY.get(stage, _LESS_MEMORY_ANYWHERE)}"
+    return f"{stage}: {text}" if of_worker and stage and not text.startswith(stage) else text
 
 
 def _saved(ended: Terminated) -> str:

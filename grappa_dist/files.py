@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from grappa_dist.storage import Result, open_to_read, open_to_write, tried_again
 
 _READ_BYTES = 2**20
+LOCK_TRIES, LOCK_PAUSE_S = 3, 0.05
 
 
 @dataclass(frozen=True)
@@ -257,13 +258,15 @@ def make_folder(path: Path) -> None:
 def lock_file(path: Path) -> IO[str]:
     """The file, held by this process alone until it is closed, with who holds it since when as its content.
 
+    Who only looks whether it is held has it for a moment, so it is tried LOCK_TRIES times.
+
     Raises:
         BlockingIOError: another process holds it; the error says which one, as far as the file has it.
         OSError: it cannot be written, or its file system has no locks.
     """
     file = open(path, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115 - closed by the caller
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(file)
     except OSError as error:
         file.seek(0)
         holder = " ".join(file.read(500).split())
@@ -279,6 +282,31 @@ def lock_file(path: Path) -> IO[str]:
     except OSError:  # a full disk: the lock holds without
         pass
     return file
+
+
+def _lock(file: IO[str]) -> None:
+    for left in reversed(range(LOCK_TRIES)):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if not left:
+                raise
+            time.sleep(LOCK_PAUSE_S)
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the file with `lock_file`, as far as this machine can see; writes nothing.
+
+    Raises:
+        OSError: there is no such file, it cannot be read, or its file system has no locks.
+    """
+    with open(path, "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def rename(source: Path, target: Path) -> None:

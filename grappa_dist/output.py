@@ -9,8 +9,9 @@ import re
 import select
 import sys
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, Literal, TextIO
 
+Mode = Literal["auto", "quiet", "json"]
 HIDDEN = "***"  # in place of a secret
 _WAIT_S = 10.0  # for a reader that is slow, where the stream does not block
 HARMFUL = re.compile(
@@ -30,6 +31,32 @@ _SECRET_NAME = re.compile(
     re.IGNORECASE,
 )
 _SHORTEST = 8  # characters of a secret in the environment that is looked for in texts
+
+
+_chosen: Mode = "auto"
+
+
+def choose_mode(*, quiet: bool = False, json: bool = False) -> None:
+    """Says what this process shows of a run, from now on: `quiet`, warnings, errors and the end alone; `json`, an
+    object a line on standard output; else bars on a terminal, and lines elsewhere.
+
+    Raises:
+        ValueError: both are asked for.
+    """
+    global _chosen
+    if quiet and json:
+        raise ValueError("--quiet and --json: expected one of them")
+    _chosen = "quiet" if quiet else "json" if json else "auto"
+
+
+def mode() -> Mode:
+    return _chosen
+
+
+def is_live(stream: TextIO | None) -> bool:
+    """Whether lines of a stream can be replaced: a terminal that is not a dumb one."""
+    terminal = os.environ.get("TERM", "").lower()
+    return stream is not None and stream.isatty() and terminal not in ("", "dumb", "unknown")
 
 
 def printable(text: str) -> str:

@@ -11,7 +11,7 @@ if importlib.util.find_spec("grappa_dist") is None:  # from a checkout or a job'
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from grappa_dist.console import STATUSES, Ending
-from grappa_dist.output import guard_output, printable
+from grappa_dist.output import choose_mode, guard_output, printable
 
 
 def parse() -> argparse.Namespace:
@@ -29,6 +29,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--yes", action="store_true", help="with --clean: remove it")
     stages = ("embed", "pseudo_label", "adapt", "fuse")
     parser.add_argument("--until", choices=stages, help="end after this stage, without a report")
+    parser.add_argument("--quiet", action="store_true", help="show warnings, errors and the end only")
+    parser.add_argument("--json", action="store_true", help="show an object a line on stdout, as in events.jsonl")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. adapt.epochs=1")
     asked = parser.parse_intermixed_args()  # settings may stand among the options
     if asked.yes and not asked.clean:
@@ -41,6 +43,7 @@ def work(asked: argparse.Namespace, ending: Ending) -> None:
     from grappa_dist.stages.run import run_root
 
     config = load(asked.config, asked.overrides)
+    choose_mode(quiet=asked.quiet, json=asked.json)
     root = run_root(expanded(asked.out, "--out") if asked.out else config.out, config.name)
     if asked.deep and not asked.check:
         raise ValueError("--deep goes with --check: it reads all bytes of the artefacts that are there")

@@ -1,12 +1,29 @@
 from __future__ import annotations
 
+import json
+import os
 import re
+import socket
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from grappa_dist.config import Config
-from grappa_dist.console import Console, Ending, Events, duration, one_line, pluralize, read_events
+from grappa_dist.console import (
+    LINE_S,
+    Console,
+    Ending,
+    Events,
+    LogFile,
+    Terminated,
+    one_line,
+    pluralize,
+    print_result,
+    read_events,
+)
+from grappa_dist.output import choose_mode
 
 
 def test_events_are_read_as_they_were_written(tmp_path: Path) -> None:
@@ -104,17 +121,11 @@ def test_a_console_without_events_only_prints(capsys: pytest.CaptureFixture[str]
     assert "embed: nothing" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0, "0.0s"), (0.04, "0.0s"), (59.4, "59.4s"), (59.6, "1m00s"), (61, "1m01s"), (7200, "120m00s")],
-)
-def test_a_duration_is_short(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
-
-
 def test_the_console_logs_once_for_each_job_which_tracker_is_off(capsys: pytest.CaptureFixture[str]) -> None:
-    console = Console()
+    now = [0.0]
+    console = Console(clock=lambda: now[0])
     for done in (3, 4):
+        now[0] += LINE_S
         status = {"done": done, "of": 9, "trackers_off": ["Mlflow"]}
         console.jobs({"k=4": status, "k=5": status, "k=6": {"done": 1, "of": 9}})
     printed = capsys.readouterr().err
@@ -165,3 +176,138 @@ def test_a_note_of_a_job_is_logged_once_and_is_an_event(tmp_path: Path, capsys: 
     assert lines == ["k=8: a checkpoint is damaged", "k=8: 3/4"]
     events = [(e["name"], e.get("text")) for e in read_events(tmp_path / "events.jsonl")]
     assert events == [("note", "a checkpoint is damaged"), ("progress", None)]
+
+
+@pytest.fixture
+def mode(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    monkeypatch.setattr("grappa_dist.output._chosen", "auto")  # and back to it after the test
+    return choose_mode
+
+
+def test_a_line_is_printed_when_something_has_changed_and_not_more_often_than_that(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    now = [0.0]
+    console = Console(Events(tmp_path / "events.jsonl"), clock=lambda: now[0])
+    for second, done in enumerate([1, 2, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 4, 5, 6, 7, 8, 9]):
+        now[0] = second
+        console.jobs({"k=4": {"done": done, "of": 9, "images_per_s": second + 1.0}})
+    lines = [line.partition("] ")[2] for line in capsys.readouterr().err.splitlines()]
+    assert [line.split()[1] for line in lines] == ["1/9", "3/9", "4/9", "9/9"]
+    progress = [e["done"] for e in read_events(tmp_path / "events.jsonl") if e["name"] == "progress"]
+    assert progress == [1, 3, 3, 7, 9]  # by time alone
+
+
+def test_with_quiet_warnings_and_damage_alone_are_printed_and_all_is_in_the_log(
+    tmp_path: Path, mode: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    mode(quiet=True)
+    console = Console(log_file=LogFile(tmp_path / "run.log"))
+    with console.stage("embed", "3 images"):
+        console.log("warning: a shard is old")
+        console.log("embed: warning: a label is no label")
+        console.log("damaged: labels; it is made anew")
+        console.jobs({"k=4": {"done": 1, "of": 2, "trackers_off": ["Mlflow"], "notes": ["a checkpoint is damaged"]}})
+    print_result("table")
+    console.close()
+    printed = capsys.readouterr()
+    assert [line.partition("] ")[2].split()[0] for line in printed.err.splitlines()] == [
+        "warning:", "embed:", "damaged:", "k=4:", "k=4:"
+    ]  # fmt: skip
+    assert printed.out == "table\n"
+    log = (tmp_path / "run.log").read_text(encoding="utf-8").splitlines()
+    stamps = {line[:25] for line in log}
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[+-]\d\d:\d\d", stamp) for stamp in stamps)
+    assert [line[26:].split(" in ")[0] for line in log if "k=4" not in line] == [
+        "embed: 3 images", "warning: a shard is old", "embed: warning: a label is no label",
+        "damaged: labels; it is made anew", "embed: done"
+    ]  # fmt: skip
+    assert any(line.endswith("k=4: 1/2") for line in log)
+
+
+def test_json_is_one_object_a_line_with_the_events_of_the_file_and_what_is_logged(
+    tmp_path: Path, mode: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    mode(json=True)
+    console = Console(Events(tmp_path / "events.jsonl"))
+
+    def work() -> None:
+        with console.run(), console.stage("embed", "two\nlines"):
+            console.jobs({"k=4": {"done": 1, "of": 2}})
+            raise RuntimeError("no\nway")
+
+    assert Ending().of(work) == 1
+    print_result("table", report="r.html")
+    printed = capsys.readouterr()
+    assert printed.err == "error: no way\n"
+    found = [json.loads(line) for line in printed.out.splitlines()]
+    written = list(read_events(tmp_path / "events.jsonl"))
+    assert [(e["name"], e.get("stage")) for e in found if e["name"] not in ("log", "error", "result")] == [
+        (e["name"], e.get("stage")) for e in written
+    ]
+    assert [e["name"] for e in written] == ["run_begins", "stage_begins", "progress", "stage_ends", "run_ends"]
+    assert [e["text"] for e in found if e["name"] == "log"] == ["embed: two\\nlines"]
+    assert found[-2:] == [
+        {"t": found[-2]["t"], "name": "error", "text": "no way", "status": 1},
+        {"t": found[-1]["t"], "name": "result", "text": "table", "report": "r.html"},
+    ]
+    with pytest.raises(ValueError, match="--quiet and --json: expected one of them"):
+        mode(quiet=True, json=True)
+
+
+def test_the_log_is_appended_to_bounded_and_has_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "planted-secret-1")
+    path, bound = tmp_path / "run.log", 4000
+    for start in range(4):
+        console = Console(log_file=LogFile(path, bound))
+        for number in range(40):
+            console.log(f"start {start} line {number} https://u:p@host planted-secret-1 \x1b[2J")
+        console.close()
+    lines = path.read_text(encoding="utf-8").splitlines()
+    before = (tmp_path / "run.log.old").read_text(encoding="utf-8").splitlines()
+    assert max(file.stat().st_size for file in tmp_path.iterdir()) < bound + 200
+    assert lines[-1].endswith("start 3 line 39 https://***@host *** \\x1b[2J")
+    numbers = [int(line.split()[3]) * 40 + int(line.split()[5]) for line in (*before, *lines)]
+    assert numbers == list(range(numbers[0], 160))  # none is lost between the two
+    assert "planted" not in "".join(before + lines)
+
+
+def test_how_a_run_ends_is_an_event_and_a_line_of_the_log(tmp_path: Path) -> None:
+    def ends(error: BaseException | None) -> None:
+        console = Console(Events(tmp_path / "events.jsonl"), LogFile(tmp_path / "run.log"))
+        with console.run():
+            if error:
+                raise error
+
+    for error in (None, ValueError("data.train: none"), Terminated(), KeyboardInterrupt()):
+        with pytest.raises(type(error)) if error else nullcontext():
+            ends(error)
+    events = list(read_events(tmp_path / "events.jsonl"))
+    assert [e["name"] for e in events] == ["run_begins", "run_ends"] * 4
+    assert {(e["pid"], e["host"]) for e in events[::2]} == {(os.getpid(), socket.gethostname())}
+    assert [(e["how"], e.get("error")) for e in events[1::2]] == [
+        ("done", None), ("failed", "data.train: none"), ("stopped", None), ("stopped", None)
+    ]  # fmt: skip
+    log = [line[26:] for line in (tmp_path / "run.log").read_text(encoding="utf-8").splitlines()]
+    assert log == ["done", "error: data.train: none", "stopped", "stopped"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "setting"),
+    [("embed", "embed.batch_size"), ("pseudo_label", "clustering.num_labels"), ("fuse", "fuse.projector")],
+)
+def test_an_error_of_memory_names_the_settings_of_the_stage_that_was_short(stage: str, setting: str) -> None:
+    with pytest.raises(MemoryError) as caught, Console().stage(stage, ""):
+        raise MemoryError
+    line = one_line(caught.value)
+    sections = set(re.findall(r"\b([a-z]+)\.[a-z_]+", line.partition("values of ")[2]))
+    assert setting in line
+    assert sections <= {setting.partition(".")[0], "resources"}
+
+
+def test_an_error_of_a_worker_begins_with_its_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    of_ray = type("RayTaskError", (Exception,), {"__module__": "ray.exceptions"})
+    for cause, text in ((of_ray("x"), "fuse: /data: Input/output error"), (None, "/data: Input/output error")):
+        with pytest.raises(OSError) as caught, Console().stage("fuse", ""):
+            raise OSError("/data: Input/output error") from cause
+        assert one_line(caught.value) == text

@@ -40,7 +40,8 @@ LEVELS = (  # a part imports parts of lower levels, and files of its own
     ("metrics", "significance", "artifacts"),
     ("checksums",),
     ("search", "config", "console", "files", "prefetch", "_compat"),
-    ("output", "storage", "extras"),
+    ("bars",),
+    ("output", "storage", "extras", "progress"),
 )
 DISTRIBUTED = ("ray", "deepspeed", "torch.distributed", "faiss")
 MAY_DISTRIBUTE = (

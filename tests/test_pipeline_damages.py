@@ -129,7 +129,7 @@ def test_every_damage_is_found_by_name(damage: str, damaged_run: tuple[Path, Con
 def contents(root: Path) -> dict[str, str]:
     """Digests of all files that a run made, but for those that tell times."""
     told = re.compile(
-        rf"(events|index/|{DAMAGES_FILE}|reports/|report/|manifest.json|errors.log|metrics.jsonl|\.damaged)"
+        rf"(events|run.log|index/|{DAMAGES_FILE}|reports/|report/|manifest.json|errors.log|metrics.jsonl|\.damaged)"
     )
     files = (path for path in root.rglob("*") if path.is_file() and not told.search(str(path.relative_to(root))))
     return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}

@@ -21,10 +21,11 @@ from grappa_dist.distributed.ray_cluster import Cluster
 from grappa_dist.storage import WITHOUT_SPACE
 
 POLL_S = 0.5
-STATUS_S = 5.0
+STATUS_S = 1.0  # between two looks at what running jobs report
 STOP_GRACE_S = 60.0  # for running jobs to save their state
 RAY_DEATH_S = 1.0  # after an error, for a death of Ray that may have caused it
 ERROR_GRACE_S = 2.0  # for the other ranks of a failed job to report their errors
+OnTasks = Callable[[Sequence[Mapping[str, Any]]], None]  # called with what running tasks report
 
 
 @dataclass(frozen=True)
@@ -163,19 +164,22 @@ class Runner:
         self,
         function: Callable[[Any, Any], Any],
         tasks: Sequence[Any],
-        progress: Callable[[int], None] = lambda count: None,
+        progress: Callable[[int], None] = lambda index: None,
+        running: Callable[[Sequence[Mapping[str, Any]]], None] = lambda reports: None,
     ) -> list[Any]:
         """Results of `function(device, task)` in order; a task whose process died is tried again elsewhere.
 
         Args:
-            progress: called with the number of finished tasks after each of them.
+            progress: called with the index of each task that has finished.
+            running: called now and then with what the running tasks report of themselves.
         """
         jobs = [Job(f"{function.__name__} {i}", function, task, 0) for i, task in enumerate(tasks)]
+        index = {job.name: i for i, job in enumerate(jobs)}
         results: dict[str, Any] = {}
-        with closing(self._run(jobs)) as finished:
+        with closing(self._run(jobs, running)) as finished:
             for name, result in finished:
                 results[name] = result
-                progress(len(results))
+                progress(index[name])
         return [results[job.name] for job in jobs]
 
     def run_jobs(self, jobs: Sequence[Job], done: Callable[[str], None] = lambda name: None) -> dict[str, list[Any]]:
@@ -185,20 +189,20 @@ class Runner:
             done: called with the name of each job that has finished.
         """
         results: dict[str, list[Any]] = {}
-        with closing(self._run(jobs)) as finished:
+        with closing(self._run(jobs, lambda reports: None)) as finished:
             for name, result in finished:
                 results[name] = result
                 done(name)
         return results
 
-    def _run(self, jobs: Sequence[Job]) -> Generator[tuple[str, Any], None, None]:
+    def _run(self, jobs: Sequence[Job], on_tasks: OnTasks) -> Generator[tuple[str, Any], None, None]:
         """Name and results of each job, or the result of a task, as soon as it has finished."""
         left = {job.name: job for job in jobs}
         with self._polling_signals():
             while left:
                 self._gather()
                 try:
-                    for name, result in self._finished(list(left.values())):
+                    for name, result in self._finished(list(left.values()), on_tasks):
                         del left[name]
                         yield name, result
                 except Exception:
@@ -217,7 +221,7 @@ class Runner:
                 if not self.cluster.ray_has_died(RAY_DEATH_S):
                     raise
 
-    def _finished(self, jobs: Sequence[Job]) -> Iterator[tuple[str, Any]]:
+    def _finished(self, jobs: Sequence[Job], on_tasks: OnTasks) -> Iterator[tuple[str, Any]]:
         import ray
 
         waiting, tries = deque(jobs), {job.name: _Tries() for job in jobs}
@@ -248,7 +252,7 @@ class Runner:
                     free += r.workers
                     yield r.job.name, outcome if r.job.ranks else outcome[0]
             if running and time.monotonic() - shown > STATUS_S:
-                self.on_status(self._statuses(running))
+                self._show(running, waiting, on_tasks)
                 shown = time.monotonic()
 
     def _ranks(self, job: Job) -> int:
@@ -334,6 +338,16 @@ class Runner:
                 f"anything to do, last with: {reason}"
             ) from error
 
+    def _show(self, running: Sequence[_Running], waiting: Sequence[Job], on_tasks: OnTasks) -> None:
+        """Tells what jobs report, with how many of them wait for workers, and what tasks report."""
+        statuses = self._statuses(running)
+        jobs = {r.job.name for r in running if r.job.ranks}
+        more = {"waiting": len(waiting)} if waiting else {}
+        if found := {name: status | (more if status else {}) for name, status in statuses.items() if name in jobs}:
+            self.on_status(found)
+        if tasks := [status for name, status in statuses.items() if name not in jobs]:
+            on_tasks(tasks)
+
     def _show_notes(self, finished: _Running) -> None:
         """Shows what a job that has ended had to say, as it may have ended before anybody asked."""
         notes = {name: status.get("notes") for name, status in self._statuses([finished]).items()}
@@ -342,11 +356,10 @@ class Runner:
     def _statuses(self, running: Sequence[_Running]) -> dict[str, Any]:
         import ray
 
-        jobs = [r for r in running if r.job.ranks]
-        refs = [r.workers[0].status.options(concurrency_group="control").remote() for r in jobs]
+        refs = [r.workers[0].status.options(concurrency_group="control").remote() for r in running]
         ready, _ = ray.wait(refs, num_returns=len(refs), timeout=POLL_S) if refs else ([], [])
         statuses = dict[str, Any]()
-        for r, ref in zip(jobs, refs, strict=True):
+        for r, ref in zip(running, refs, strict=True):
             try:
                 statuses[r.job.name] = ray.get(ref) if ref in ready else {}
             except ray.exceptions.RayError:

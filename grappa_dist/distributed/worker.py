@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Generator
 from contextlib import closing
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,6 +30,8 @@ CUT_OFF_STATUS = 75
 _END = object()  # of an iterator
 Piece = TypeVar("Piece")
 Place = tuple[int, int, str]  # rank, size, address of rank 0
+Report = Callable[[dict[str, Any]], None]
+_task_report: ContextVar[Report] = ContextVar("task_report", default=lambda status: None)
 
 
 class Stopped(Exception):
@@ -41,7 +44,7 @@ class RankContext:
 
     comm: Comm
     device: torch.device
-    report: Callable[[dict[str, Any]], None]  # progress; the driver shows the latest status of rank 0
+    report: Report  # progress; the driver shows the latest status of rank 0
     stop_requested: Callable[[], bool]  # whether to save and return
     note: Callable[[str], None] = lambda text: None  # what the run is to say; the driver shows each of rank 0's once
 
@@ -101,8 +104,9 @@ class Worker:
             return f"{host}:{probe.getsockname()[1]}"
 
     def run(self, function: Callable[[torch.device, Any], Any], task: Any) -> Any:
-        """A task of one process."""
+        """A task of one process, which may use `report_of_task`."""
         self._prepare()
+        _task_report.set(self._set_status)
         return function(self._device(), task)
 
     def run_rank(self, function: Callable[[RankContext, Any], Any], job: Any, place: Place, timeout_s: float) -> Any:
@@ -141,6 +145,11 @@ class Worker:
         import faiss
 
         faiss.omp_set_num_threads(self._threads)
+
+
+def report_of_task() -> Report:
+    """Takes how far the task of this thread is, `done` units in so many `seconds`; to nobody outside of a worker."""
+    return _task_report.get()
 
 
 def release_memory() -> None:

@@ -16,8 +16,9 @@ from grappa_dist.make_shards.building import Building, bad_files, build
 from grappa_dist.make_shards.class_folders import folder_items, part_of, task_name
 from grappa_dist.make_shards.lists import Columns, csv_items
 from grappa_dist.make_shards.planning import Limits, plan_folder, prefixes_of
-from grappa_dist.make_shards.progress import Log, Progress, align, duration
+from grappa_dist.make_shards.progress import Log, Progress, align
 from grappa_dist.make_shards.sources import Item, Source, open_source
+from grappa_dist.progress import duration
 
 Split = Literal["classes", "folders", "column", "none", "test"]
 SPLITS = ("train", "test")

@@ -9,6 +9,7 @@ from typing import TextIO
 
 from grappa_dist.console import pluralize
 from grappa_dist.output import printable_line, without_secrets
+from grappa_dist.progress import about
 
 Log = Callable[[str], None]  # takes a line
 
@@ -67,17 +68,9 @@ class Progress:
 def progress_line(images: tuple[int, int], shards: tuple[int, int], seconds: float, made: int) -> str:
     """How far it is, how fast, and how long it will take; `made` images took the seconds, the others were there."""
     rate = made / seconds if seconds > 0 else 0.0
-    left = duration((images[1] - images[0]) / rate) if rate > 0 else "unknown"
+    left = f", {about((images[1] - images[0]) / rate)} left" if rate > 0 else ""
     done = f"{images[0]:,} of {pluralize(images[1], 'image')}, {shards[0]:,} of {pluralize(shards[1], 'shard')}"
-    return f"{done}, {rate:,.0f} images/s, {left} left"
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people: 42 s, 7:05 min, 3:20 h."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    return f"{whole // 60}:{whole % 60:02d} min" if whole < 3600 else f"{whole // 3600}:{whole % 3600 // 60:02d} h"
+    return f"{done}, {rate:,.0f} images/s{left}"
 
 
 def align(lines: Sequence[Sequence[str]]) -> list[str]:

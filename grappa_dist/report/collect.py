@@ -18,11 +18,12 @@ import numpy as np
 from grappa_dist.artifacts import Artifact, Store, remove_artifact
 from grappa_dist.checksums import load_json, verified
 from grappa_dist.config import Config
-from grappa_dist.console import EVENTS_FILE, METRICS_FILE, duration, read_events
+from grappa_dist.console import EVENTS_FILE, METRICS_FILE, read_events
 from grappa_dist.data.decoding import decode
 from grappa_dist.data.index import count_missing, list_missing
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.files import read_json
+from grappa_dist.progress import duration
 from grappa_dist.report import (
     Clustering,
     ClusterSample,

@@ -28,6 +28,7 @@ from grappa_dist.data.index import Shard, count_missing, describe_missing
 from grappa_dist.data.loader import Images, load_or_skip, read_batches
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.data.transforms import pixels_class
+from grappa_dist.distributed.worker import report_of_task
 from grappa_dist.files import read_json, save_array, write_json
 from grappa_dist.models.backbone import forward_precision
 from grappa_dist.models.spec import ModelSpec, backbone_settings, cached_model, preprocess_of
@@ -123,14 +124,14 @@ def embed(run: Run, images: ImageShards, spec: ModelSpec, features: Sequence[Art
         with run.console.stage("embed", what):
             how = Embedding(run.config.embed.batch_size, run.config.resources.decode_threads)
             tasks = [EmbedTask(images.part(i), images.shard_rows(i).start, spec, features[i], how) for i in missing]
-            counter = run.console.counter(f"embed {spec.name}", len(missing), rows)
+            counter = run.console.counter(f"embed {spec.name}", [images.shards[i].rows for i in missing])
             early = _EarlyCheck(images, features, run.config.data.max_bad_share)
 
-            def done(count: int) -> None:
-                counter(count)
+            def done(index: int) -> None:
+                counter(index)
                 early.check()
 
-            run.runner.map(embed_shard, tasks, done)
+            run.runner.map(embed_shard, tasks, done, counter.running)
             wait_until_seen(features)
         if alike := _describe_alike(feature_rows(images, features)):
             run.console.log(f"warning: embed {spec.name}: {alike}")
@@ -156,11 +157,14 @@ def embed_shard(device: torch.device, task: EmbedTask) -> None:
     folder = artifact.begin()
     features = np.zeros((len(rows), int(model.embed_dim)), dtype=np.float32)  # type: ignore[arg-type]
     reasons: dict[int, str] = {}
+    report, began, done = report_of_task(), time.monotonic(), 0
     for part in by_gallery(task.spec, model, rows):
         inside = part - task.first
         for place, unit, bad in embed_rows(model, images, inside, device=device, how=task.how):
             features[inside[place]] = unit
             reasons |= bad
+            done += len(unit)
+            report({"done": done, "seconds": time.monotonic() - began})
     save_array(folder / ROWS_FILE, features)
     if sums is not None:
         save_array(folder / SUMS_FILE, sums)

@@ -89,8 +89,7 @@ def evaluate(
     if tasks or not ground_truth.complete:
         with run.console.stage("evaluate", f"{pluralize(len(tasks), 'model')} on {pluralize(len(images), 'image')}"):
             write_ground_truth(run, images, ground_truth, "evaluate")
-            queries = len(tasks) * run.config.evaluate.view_queries
-            run.runner.map(evaluate_model, tasks, run.console.counter("models", max(1, len(tasks)), queries))
+            run.runner.map(evaluate_model, tasks, run.console.counter("evaluate", [1] * len(tasks), "models"))
             wait_until_seen(artifact for task in tasks for artifact in (task.scores, task.insight))
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from grappa_dist.artifacts import LOCK, Store
 from grappa_dist.config import Config, load
-from grappa_dist.console import EVENTS_BYTES, EVENTS_FILE, Console, Events
+from grappa_dist.console import EVENTS_BYTES, EVENTS_FILE, LOG_FILE, Console, Events, LogFile, read_events
 from grappa_dist.data.block_cache import DAMAGED_LOG, count_damaged
 from grappa_dist.data.open_images import cache_of
 from grappa_dist.data.remote import is_remote
@@ -48,20 +48,30 @@ def running(config: Config, root: Path) -> Iterator[Run]:
     root = root.expanduser()  # of callers in Python: no folder is ever called "~"
     store, new = Store(root), [path for path in (root, *root.parents) if not path.exists()]
     with store.lock():
-        console = Console(Events(root / EVENTS_FILE, EVENTS_BYTES))
-        cluster = Cluster(config.resources, log=console.log)
-        runner = Runner(cluster, config.resources, console.jobs, console.event)
-        cache = cache_of(config.resources)
-        damaged = count_damaged(cache)
+        try:
+            with _working(config, store) as context:
+                yield context
+        except ValueError:
+            _remove_unused(root, new)
+            raise
+
+
+@contextmanager
+def _working(config: Config, store: Store) -> Iterator[Run]:
+    console = Console(
+        Events(store.root / EVENTS_FILE, EVENTS_BYTES), log_file=LogFile(store.root / LOG_FILE, EVENTS_BYTES)
+    )
+    cluster = Cluster(config.resources, log=console.log)
+    runner = Runner(cluster, config.resources, console.jobs, console.event)
+    cache = cache_of(config.resources)
+    damaged = count_damaged(cache)
+    with console.run():
         try:
             with runner.handle_signals():
                 yield Run(config, store, runner, console)
                 if new_ones := count_damaged(cache) - damaged:
                     log = cache.path / DAMAGED_LOG
                     console.log(f"warning: {new_ones} cached blocks of shards were damaged and fetched again: {log}")
-        except ValueError:
-            _remove_unused(root, new)
-            raise
         finally:
             cluster.close()
 
@@ -101,12 +111,13 @@ def _events_bytes(root: Path) -> int:
 
 def _remove_unused(root: Path, new: Sequence[Path]) -> None:
     """Removes the folders that a run has made, if it was refused before it began any work."""
-    begun = {path.name for path in root.iterdir()} - {LOCK, EVENTS_FILE} or _events_bytes(root)
-    if begun or root not in new:
+    told = {root / name for name in (LOCK, EVENTS_FILE, LOG_FILE)}
+    events = {event["name"] for event in read_events(root / EVENTS_FILE)} - {"run_begins", "run_ends"}
+    if events or set(root.iterdir()) - told or root not in new:
         return
     with contextlib.suppress(OSError):  # another process has put something there meanwhile
-        (root / EVENTS_FILE).unlink()
-        (root / LOCK).unlink()
+        for path in told:
+            path.unlink(missing_ok=True)
         for path in new:
             path.rmdir()
 

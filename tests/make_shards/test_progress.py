@@ -4,21 +4,13 @@ from __future__ import annotations
 
 import io
 
-from grappa_dist.make_shards.progress import Progress, Terminal, duration, progress_line
+from grappa_dist.make_shards.progress import Progress, Terminal, progress_line
 
 
 def test_the_line_says_how_far_how_fast_and_how_long_still() -> None:
     line = progress_line((1500, 9500), (1, 9), 10.0, 1000)  # 500 were there before
-    assert line == "1,500 of 9,500 images, 1 of 9 shards, 100 images/s, 1:20 min left"
-    assert progress_line((0, 10), (0, 1), 0.0, 0).endswith("0 images/s, unknown left")
-    assert [duration(s) for s in (0, 59.4, 60, 3599, 3600, 90_000)] == [
-        "0 s",
-        "59 s",
-        "1:00 min",
-        "59:59 min",
-        "1:00 h",
-        "25:00 h",
-    ]
+    assert line == "1,500 of 9,500 images, 1 of 9 shards, 100 images/s, about 1m20s left"
+    assert progress_line((0, 10), (0, 1), 0.0, 0).endswith("0 images/s")
 
 
 def test_a_line_is_logged_once_per_interval() -> None:

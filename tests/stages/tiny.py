@@ -179,13 +179,17 @@ class Here:
         """There are none."""
 
     def map(
-        self, function: Any, tasks: Sequence[Any], progress: Callable[[int], None] = lambda count: None
+        self,
+        function: Any,
+        tasks: Sequence[Any],
+        progress: Callable[[int], None] = lambda index: None,
+        running: Callable[[Sequence[Any]], None] = lambda reports: None,
     ) -> list[Any]:
         self.asked += [function.__name__] * len(tasks)
         results = []
-        for number, task in enumerate(tasks, start=1):
+        for index, task in enumerate(tasks):
             results.append(function(CPU, task))
-            progress(number)
+            progress(index)
         return results
 
     def run_jobs(self, jobs: Sequence[Job], done: Callable[[str], None] = lambda name: None) -> dict[str, list[Any]]:
