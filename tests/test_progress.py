@@ -38,13 +38,13 @@ def test_rates_and_times_alone_are_nothing_new() -> None:
     assert gist({"k=4": status}) != gist({"k=5": status})
 
 
-def counted(*sizes: int, unit: str = "images") -> tuple[Counter, list[float], list[dict[str, Any]]]:
+def counter_of(*sizes: int, unit: str = "images") -> tuple[Counter, list[float], list[dict[str, Any]]]:
     now, shown = [100.0], list[Any]()
     return Counter(sizes, shown.append, unit, clock=lambda: now[0]), now, shown
 
 
 def test_images_are_counted_within_tasks_and_the_rate_begins_with_the_first_batch() -> None:
-    counter, now, shown = counted(60, 40)
+    counter, now, shown = counter_of(60, 40)
     now[0] += 30  # until workers are up
     counter.running([{"done": 0}, {}])
     assert shown == []
@@ -61,7 +61,7 @@ def test_images_are_counted_within_tasks_and_the_rate_begins_with_the_first_batc
 
 
 def test_without_reports_a_rate_is_known_from_the_second_task_on_and_only_images_have_one() -> None:
-    counter, now, shown = counted(1, 1, 1, unit="models")
+    counter, now, shown = counter_of(1, 1, 1, unit="models")
     now[0] += 20
     counter(1)
     assert shown == [{"done": 1, "of": 3, "unit": "models"}]
