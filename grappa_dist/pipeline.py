@@ -20,6 +20,7 @@ from grappa_dist.data.open_images import (
     generate_data_set,
     generated_artifacts,
     generated_data_set,
+    generator_of,
     is_generated,
     open_images,
     read_a_little,
@@ -41,7 +42,7 @@ from grappa_dist.stages.evaluate import Evaluation, evaluate
 from grappa_dist.stages.flow import Flow, artifacts_of
 from grappa_dist.stages.fuse import describe_unfused, fuse, least_bytes
 from grappa_dist.stages.gallery_weights import weigh_galleries
-from grappa_dist.stages.mirror import mirrored
+from grappa_dist.stages.mirror import Mirror, mirrored
 from grappa_dist.stages.partitions import partition_statistics
 from grappa_dist.stages.pseudo_label import pseudo_label
 from grappa_dist.stages.run import Run, keeping_config, running
@@ -199,10 +200,10 @@ def check(config: Config, root: Path, *, deep: bool = False) -> str:
         A line per node, and one that counts workers and artefacts.
 
     Raises:
-        ValueError: artefacts are damaged, with their files; a node cannot take part; the backbone cannot be built; or
-            its weights are not available and still needed.
+        ValueError: artefacts are damaged, with their files; a node cannot take part; the backbone cannot be built; its
+            weights are not available and still needed; or the mirror cannot be read.
     """
-    build_backbone(config.backbone, pretrained=False)
+    _check_settings(config, Store(root))
     store, whole, finished = Store(root), "0 artefacts there and whole", False
     cluster = Cluster(config.resources, Checks(root.absolute(), _nothing))
     config = (inputs := look(config, root)).config
@@ -227,6 +228,15 @@ def check(config: Config, root: Path, *, deep: bool = False) -> str:
         return f"{''.join(warnings)}{table(cluster.facts.values())}\n{pluralize(count, 'worker')} can start; {whole}"
     finally:
         cluster.close()
+
+
+def _check_settings(config: Config, store: Store) -> None:
+    """Raises what a run would, where what the settings name cannot be built, called or read."""
+    build_backbone(config.backbone, pretrained=False)
+    if config.mirror is not None:
+        Mirror(config.mirror)
+    if not is_generated(config.data, store):
+        generator_of(config.data)
 
 
 def _check_images(flow: Flow) -> str:

@@ -15,20 +15,21 @@ import torch
 
 from grappa_dist.artifacts import Artifact, Store
 from grappa_dist.config import SUPERVISED, SUPERVISED_SET, BackboneConfig, Config, Resources, Variant
-from grappa_dist.console import format_bytes, pluralize
+from grappa_dist.console import format_bytes, one_line, pluralize
 from grappa_dist.data.open_images import generated_sizes, is_generated, open_images
 from grappa_dist.distributed.placement import check_capacity, describe_placement, known_workers, may_have_gpus, ranks_of
 from grappa_dist.files import map_array
 from grappa_dist.inputs import look
 from grappa_dist.layout import lay_out, on_pairs
 from grappa_dist.models import Backbone, PackedGrappa
-from grappa_dist.models.backbone import check_name
-from grappa_dist.models.spec import build_backbone
+from grappa_dist.models.backbone import check_name, check_weights
+from grappa_dist.models.spec import build_backbone, check_checkpoint
 from grappa_dist.models.trial import check_shapes
 from grappa_dist.stages.embed import ROWS_FILE, check_bad_share
 from grappa_dist.stages.flow import Flow
 from grappa_dist.stages.fuse import describe_unfused, projector_bytes
 from grappa_dist.stages.knn_graph import graph_kind
+from grappa_dist.stages.mirror import Mirror
 from grappa_dist.stages.pseudo_label import describe_choices, num_labels
 from grappa_dist.training.barlow_twins_loss import by_rows_cost, rows_are_cheaper, whole_cost
 from grappa_dist.training.batches import describe_idle_ranks, rank_share, steps_per_epoch
@@ -51,7 +52,7 @@ def _table(config: Config, root: Path) -> str:
     lines = [f"run directory  {root}", f"workers        {_workers(config.resources)}"]
     backbone = _without_weights(config.backbone)
     flow: Flow | None
-    lines += [f"backbone       {line}" for line in _describe_backbone(config.backbone, backbone)]
+    lines += [*_describe_backbone(config.backbone, backbone), *_look_ahead(config)]
     inputs = look(config, root, log=lines.append)
     config = inputs.config
     if inputs.missing:
@@ -141,9 +142,26 @@ def _describe_backbone(config: BackboneConfig, model: Backbone | None) -> Iterat
     if model is not None:
         given = model.preprocess
         yield (
-            f"{config.name}: {model.embed_dim} channels; image_size={given.image_size}, resize={given.resize}, "
-            f"interpolation={given.interpolation}"
+            f"backbone       {config.name}: {model.embed_dim} channels; image_size={given.image_size}, "
+            f"resize={given.resize}, interpolation={given.interpolation}"
         )
+
+
+def _look_ahead(config: Config) -> Iterator[str]:
+    """What a run would find of weights and mirror. Loads the weights of a timm model from a file, to see that they fit.
+
+    Raises:
+        ValueError: the checkpoint cannot be used.
+    """
+    yield from (f"warning: {remark}" for remark in check_checkpoint(config.backbone))
+    if config.backbone.checkpoint is None and not check_weights(config.backbone.name, download=False):
+        yield f"{'':<14} its weights are not in the local cache: a run downloads them"
+    if config.mirror is not None:
+        try:
+            there = Mirror(config.mirror).complete
+            yield f"mirror         {config.mirror}: {pluralize(len(there), 'artefact')}, fetched where missing here"
+        except (ValueError, OSError) as error:  # this machine may not be the one of the run
+            yield f"warning: the mirror cannot be read from here: {one_line(error)}"
 
 
 def _known_width(model: Backbone | None, features: Sequence[Artifact]) -> int | None:

@@ -39,7 +39,7 @@ LEVELS = (  # a part imports parts of lower levels, and files of its own
     ("data", "distributed"),
     ("metrics", "significance", "artifacts"),
     ("checksums",),
-    ("search", "config", "console", "files", "prefetch", "_compat"),
+    ("search", "config", "console", "files", "functions", "prefetch", "_compat"),
     ("bars",),
     ("output", "storage", "extras", "progress"),
 )

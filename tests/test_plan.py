@@ -16,7 +16,7 @@ from grappa_dist.models import Backbone, PackedGrappa
 from grappa_dist.models.spec import build_backbone
 from grappa_dist.plan import plan
 from grappa_dist.training.memory import memory_budget
-from tests.models.tiny import TIMM_KWARGS
+from tests.models.tiny import TIMM, TIMM_KWARGS, timm_vit
 from tests.stages import tiny
 
 SECTIONS: dict[str, Any] = {
@@ -300,6 +300,7 @@ def test_a_plan_warns_of_images_missing_in_a_damaged_tar_and_ends_as_the_run_wou
         ("timm:deepseek_vit_412m_enc", "a forward pass of images of .* pixels raises NotImplementedError"),
         ("tests.models.odd:nothing", "has no 'nothing'; its functions: wrapped, with_block"),
         ("tests.models.odd:with_block", "backbone.kwargs={} lacks name"),
+        ("tests.models.odd:NUMBER", "'NUMBER' is of type int, expected a function"),
         ("no_such_module:create", "there is no module 'no_such_module'"),
     ],
 )
@@ -309,3 +310,54 @@ def test_a_backbone_that_cannot_be_used_is_refused_as_far_as_that_is_seen_withou
     settings = Config(name="x", data={"train": ["demo"]}, backbone={"name": name})
     with pytest.raises(ValueError, match=words):
         plan(settings, tmp_path)
+
+
+@pytest.mark.parametrize("name", [TIMM, "tests.models.tiny:create"])
+def test_a_checkpoint_that_cannot_be_used_is_refused_by_the_plan(name: str, tmp_path: Path) -> None:
+    shards, path = tiny.write_shards(tmp_path / "images"), tmp_path / "w.pth"
+
+    def planned(**tensors: Any) -> str:
+        if tensors:
+            torch.save(tensors, path)
+        return plan(tiny.config(shards, backbone={"name": name, **kwargs, "checkpoint": str(path)}), tmp_path / "run")
+
+    kwargs: dict[str, Any] = {"kwargs": TIMM_KWARGS} if name == TIMM else {"kwargs": {}}
+    with pytest.raises(ValueError, match=r"^backbone\.checkpoint='.*w\.pth' does not exist$"):
+        planned()
+    path.write_text("<!DOCTYPE html>")
+    with pytest.raises(ValueError, match="it is a web page"):
+        planned()
+    if name == TIMM:
+        with pytest.raises(ValueError, match="it has 1 block, the backbone 2"):
+            planned(**timm_vit(**{**TIMM_KWARGS, "depth": 1}).state_dict())
+        assert "\nwarning: backbone.checkpoint=" in planned(
+            **timm_vit(**TIMM_KWARGS).state_dict(), decoder=torch.ones(1)
+        )
+
+
+def test_a_plan_says_where_a_mirror_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without refusing to plan: the machine of the run may reach it."""
+
+    def unreachable(url: str) -> None:
+        raise ValueError(f"{url}: listed: no route")
+
+    monkeypatch.setattr("grappa_dist.plan.Mirror", unreachable)
+    settings = tiny.config(tiny.write_shards(tmp_path / "images")).model_copy(update={"mirror": "s3://b/p"})
+    text = plan(settings, tmp_path / "run")
+    assert "\nwarning: the mirror cannot be read from here: s3://b/p: listed: no route\n" in text
+
+
+@pytest.mark.parametrize(
+    ("collection", "words"),
+    [
+        ("tests.data.test_open_images:nothing", "the module tests.data.test_open_images has no 'nothing'"),
+        ("tests.data.test_open_images:COLLECTION", "'COLLECTION' is of type str, expected a function"),
+        ("tests.nowhere:draw", "No module named 'tests.nowhere'; is its folder on PYTHONPATH?"),
+        ("tests.models.tiny:create", r"a plan needs the numbers of images; .*expected sizes\("),
+    ],
+)
+def test_a_data_set_that_cannot_be_generated_is_refused_by_the_plan(
+    collection: str, words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=rf"^data\.collection={collection}: .*{words}"):
+        plan(tiny.config([], data={"train": (), "collection": collection}), tmp_path / "run")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -17,6 +16,7 @@ from grappa_dist.data.index import describe_missing
 from grappa_dist.data.rng import Purpose, permutation
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.data.writer import ShardWriter
+from grappa_dist.functions import check_arguments, import_function
 
 ROWS_PER_SHARD = 256  # of a generated data set
 INDEXING_S = 5.0  # between two lines about tars that have to be read
@@ -88,8 +88,8 @@ def generate_data_set(data: DataConfig, artifact: Artifact) -> None:
     """Writes the shards of a generated data set; its function yields items with split, task, label, encoded, suffix."""
     if artifact.complete:
         return
+    generated = list(generator_of(data)(**data.collection_kwargs))
     folder = artifact.begin()
-    generated = list(_call(data))
     for split in ("train", "test"):
         items = [item for item in generated if item.split == split]
         with ShardWriter(folder / split, rows_per_shard=ROWS_PER_SHARD) as writer:
@@ -100,29 +100,34 @@ def generate_data_set(data: DataConfig, artifact: Artifact) -> None:
 
 
 def generated_sizes(data: DataConfig) -> dict[str, int]:
-    """How many images a data set will have, without generating it: the `sizes` beside its function."""
-    module = _module(data)
-    return dict(module.sizes(**{k: v for k, v in data.collection_kwargs.items() if k != "seed"}))
+    """How many images a data set will have, without generating it: the `sizes` beside its function.
 
-
-def _call(data: DataConfig) -> Iterable[Any]:
-    assert data.collection is not None
-    function = data.collection.split(":")[1]
-    module = _module(data)
-    if not hasattr(module, function):
-        raise ValueError(f"data.collection={data.collection}: the module has no {function!r}")
+    Raises:
+        ValueError: it could not be generated, as far as that is seen without trying, or there is no `sizes`.
+    """
+    generator_of(data)
+    name = f"{str(data.collection).partition(':')[0]}:sizes"
     try:
-        return getattr(module, function)(**data.collection_kwargs)
-    except TypeError as error:
-        raise ValueError(f"data.collection_kwargs={data.collection_kwargs}: {error}") from error
+        sizes = import_function("data.collection", name)
+    except ValueError as error:
+        raise ValueError(
+            f"data.collection={data.collection}: a plan needs the numbers of images; beside the function, expected "
+            'sizes(**collection_kwargs) -> {"train": ..., "test": ...}'
+        ) from error
+    kwargs = {k: v for k, v in data.collection_kwargs.items() if k != "seed"}
+    check_arguments(f"data.collection_kwargs={data.collection_kwargs}, for {name}", sizes, kwargs)
+    return dict(sizes(**kwargs))
 
 
-def _module(data: DataConfig) -> Any:
-    assert data.collection is not None
-    try:
-        return importlib.import_module(data.collection.split(":")[0])
-    except ModuleNotFoundError as error:
-        raise ValueError(f"data.collection={data.collection}: {error}; is its folder on PYTHONPATH?") from error
+def generator_of(data: DataConfig) -> Callable[..., Iterable[Any]]:
+    """The function that generates a data set.
+
+    Raises:
+        ValueError: there is none, or it does not take these arguments.
+    """
+    function = import_function("data.collection", str(data.collection))
+    check_arguments(f"data.collection_kwargs={data.collection_kwargs}", function, data.collection_kwargs)
+    return function
 
 
 def ends_of(*data_sets: ImageShards) -> tuple[ImageShards, ...]:

@@ -8,8 +8,7 @@ from __future__ import annotations
 import ast
 import copy
 import importlib.util
-import inspect
-import traceback
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,7 +17,6 @@ from dataclasses import replace
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -26,6 +24,7 @@ from torch import Tensor, nn
 
 from grappa_dist._compat import declare_torchvision_ops
 from grappa_dist.data.transforms import Preprocess
+from grappa_dist.functions import check_arguments, describe_raised, import_function
 from grappa_dist.models.weights import load_own, timm_with_weights
 
 # Arguments of timm.create_model that a run sets itself, or that would read files which a model names
@@ -126,9 +125,6 @@ def create_backbone(
         ValueError: an unknown model, function or file, or weights that do not fit or cannot be downloaded.
     """
     source, _, function = name.partition(":")
-    if checkpoint and pretrained and not Path(checkpoint).is_file():
-        what = "is no file" if Path(checkpoint).exists() else "does not exist"
-        raise ValueError(f"backbone.checkpoint={checkpoint!r} {what}")
     if source != "timm":
         model = _call(source, function, kwargs)
         if checkpoint and pretrained:
@@ -160,24 +156,12 @@ def _default_preprocess(model: nn.Module) -> Preprocess:
 def _call(module: str, function: str, kwargs: Mapping[str, Any]) -> nn.Module:
     """What a user's function returns, in float32 on the CPU."""
     name = f"backbone.name={module}:{function}"
-    try:
-        create = getattr(_import(name, module), function)
-    except AttributeError as error:
-        raise ValueError(f"{name}: the module has no {function!r}") from error
-    if not callable(create):
-        raise ValueError(f"{name}: {function!r} is a {type(create).__name__}, expected a function")
-    try:
-        signature = inspect.signature(create)
-    except ValueError:  # a function of C
-        signature = inspect.signature(lambda **_: None)
-    try:
-        signature.bind(**kwargs)
-    except TypeError as error:
-        raise ValueError(f"{name}: backbone.kwargs={dict(kwargs)}: {error}") from error
+    create = import_function("backbone.name", f"{module}:{function}")
+    check_arguments(f"{name}: backbone.kwargs={dict(kwargs)}", create, kwargs)
     try:
         model = create(**kwargs)
     except (Exception, SystemExit) as error:  # a user's function may raise anything
-        raise ValueError(f"{name}: {function}({_arguments(kwargs)}) raised {_describe(error)}") from error
+        raise ValueError(f"{name}: {function}({_arguments(kwargs)}) raised {describe_raised(error)}") from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"{name}: {function} returned a {type(model).__name__}, expected a torch.nn.Module")
     tensors = chain(model.named_parameters(), model.named_buffers())
@@ -198,29 +182,8 @@ def _plain(model: nn.Module) -> nn.Module:
     return model
 
 
-def _import(name: str, module: str) -> ModuleType:
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        where = "; is its folder on PYTHONPATH?" if module.startswith(error.name or module) else ""
-        raise ValueError(f"{name}: {error}{where or f', which {module} imports'}") from error
-    except (Exception, SystemExit) as error:  # a user's module may raise anything
-        raise ValueError(f"{name}: importing {module} raised {_describe(error)}") from error
-
-
 def _arguments(kwargs: Mapping[str, Any]) -> str:
     return ", ".join(f"{key}={value!r}" for key, value in kwargs.items())
-
-
-def _describe(error: BaseException) -> str:
-    """An exception of a user's code in one line, with the place that raised it."""
-    frames = traceback.extract_tb(error.__traceback__)
-    if isinstance(error, SyntaxError) and error.filename:
-        where = f" ({error.filename}, line {error.lineno})"
-    else:
-        where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
-    text = " ".join((error.msg if isinstance(error, SyntaxError) else str(error)).split())[:300]
-    return f"{type(error).__name__}: {text}{where}"
 
 
 def _timm(
@@ -269,7 +232,7 @@ def source_of(name: str) -> str:
     except ModuleNotFoundError:  # its package
         spec = None
     except (Exception, SystemExit) as error:  # the package is imported, and may raise anything
-        raise ValueError(f"backbone.name={name}: importing its package raised {_describe(error)}") from error
+        raise ValueError(f"backbone.name={name}: importing its package raised {describe_raised(error)}") from error
     if spec is None or spec.origin is None or not Path(spec.origin).is_file():
         raise ValueError(f"backbone.name={name}: there is no module {module!r}; is its folder on PYTHONPATH?")
     return spec.origin
@@ -289,9 +252,48 @@ def _check_function(name: str, path: str, function: str, kwargs: Mapping[str, An
         raise ValueError(
             f"backbone.name={name}: {path} has no {function!r}; its functions: {', '.join(functions) or 'none'}"
         )
+    _check_imports(name, tree)
     node = found.get(function)
+    if isinstance(node, ast.AsyncFunctionDef):
+        raise ValueError(f"backbone.name={name}: {function!r} is a coroutine (async def), expected a function")
+    if kind := _kinds_of_constants(tree).get(function):
+        raise ValueError(f"backbone.name={name}: {function!r} is of type {kind}, expected a function")
     if isinstance(node, ast.FunctionDef) and not node.decorator_list:
-        _check_arguments(name, node.args, kwargs)
+        _check_static_arguments(name, node.args, kwargs)
+
+
+def _check_imports(name: str, tree: ast.Module) -> None:
+    """Raises ValueError for a package that a module imports in any case, and that is not installed."""
+    module = name.partition(":")[0]
+    for node in tree.body:
+        named = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            named = [node.module]
+        for package in (found.partition(".")[0] for found in named):
+            if package not in sys.modules and importlib.util.find_spec(package) is None:
+                raise ValueError(f"backbone.name={name}: No module named {package!r}, which {module} imports")
+
+
+def _kinds_of_constants(tree: ast.Module) -> dict[str, str]:
+    """By name, the type of what a module's own level assigns where that is written out, such as a number or a list."""
+    kinds = dict[str, str]()
+    for node in tree.body:
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            for target in targets:
+                if isinstance(target, ast.Name):
+                    kinds[target.id] = _kind_of(node.value)
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            kinds.pop(node.name, None)
+    return kinds
+
+
+def _kind_of(value: ast.expr | None) -> str:
+    """The type of a value that is written out; "" of any other expression."""
+    try:
+        return "" if value is None else type(ast.literal_eval(value)).__name__
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return ""
 
 
 def _bound_names(tree: ast.AST) -> dict[str, ast.AST]:
@@ -309,7 +311,7 @@ def _bound_names(tree: ast.AST) -> dict[str, ast.AST]:
     return found
 
 
-def _check_arguments(name: str, taken: ast.arguments, kwargs: Mapping[str, Any]) -> None:
+def _check_static_arguments(name: str, taken: ast.arguments, kwargs: Mapping[str, Any]) -> None:
     """Raises ValueError for arguments that a function does not take, or lacks."""
     by_place = [argument.arg for argument in (*taken.posonlyargs, *taken.args)]
     needed = by_place[: len(by_place) - len(taken.defaults)]
@@ -321,11 +323,15 @@ def _check_arguments(name: str, taken: ast.arguments, kwargs: Mapping[str, Any])
         raise ValueError(f"backbone.name={name}: backbone.kwargs={dict(kwargs)} {what}")
 
 
-def check_weights(name: str) -> None:
-    """Raises ValueError where the weights of a `timm:` model are neither in the local cache nor can be downloaded."""
+def check_weights(name: str, *, download: bool = True) -> bool:
+    """Whether the weights are on this machine; always so of another model than timm's.
+
+    Raises:
+        ValueError: timm has none for the model; or, with `download`, their hub cannot be reached either.
+    """
     source, _, model = name.partition(":")
     if source != "timm":
-        return
+        return True
     import timm
 
     cfg = timm.get_pretrained_cfg(model)
@@ -334,11 +340,13 @@ def check_weights(name: str) -> None:
             f"backbone.name={name}: timm has no weights for it; name others (timm.list_pretrained()) or set "
             "backbone.checkpoint=FILE.safetensors"
         )
-    if not _weights_reachable(model):
+    cached = _are_cached(model)
+    if download and not cached and not _is_hub_reachable():
         raise ValueError(
             f"the weights of backbone.name={name} are not in the local cache and their hub cannot be reached; "
             "download them elsewhere and set backbone.checkpoint=FILE.safetensors"
         )
+    return cached
 
 
 def _check_timm(name: str) -> None:
@@ -357,17 +365,22 @@ def _check_timm(name: str) -> None:
         raise ValueError(f"backbone.name=timm:{name}: {error}") from error
 
 
-def _weights_reachable(name: str) -> bool:
-    """Whether timm will find the weights; checked first because its own retries take a minute."""
+def _are_cached(name: str) -> bool:
+    """Whether timm will find the weights on this machine, or raise its own error at once."""
     import timm
-    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub import try_to_load_from_cache
 
     cfg = timm.get_pretrained_cfg(name)
     if cfg is None or not cfg.hf_hub_id:
-        return True  # timm raises its own error at once
-    files = [cfg.hf_hub_filename] if cfg.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
-    if any(isinstance(try_to_load_from_cache(cfg.hf_hub_id, file), str) for file in files):
         return True
+    files = [cfg.hf_hub_filename] if cfg.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
+    return any(isinstance(try_to_load_from_cache(cfg.hf_hub_id, file), str) for file in files)
+
+
+def _is_hub_reachable() -> bool:
+    """Checked first because timm's own retries take a minute."""
+    from huggingface_hub import constants
+
     try:
         urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=5).close()
     except urllib.error.HTTPError:

@@ -25,7 +25,7 @@ from grappa_dist.distributed.worker import release_memory
 from grappa_dist.files import Sum, read_bytes, read_json, read_tensors, replace, save_tensors
 from grappa_dist.models import Backbone, Grappa, check_image_size, create_backbone
 from grappa_dist.models.backbone import check_name, check_weights, source_of
-from grappa_dist.models.weights import load_tensors
+from grappa_dist.models.weights import check_weights_file, load_tensors
 from grappa_dist.storage import open_to_read, open_to_write
 
 ADAPTORS_FILE, FUSION_FILE = "adaptors.safetensors", "grappa.safetensors"
@@ -110,6 +110,20 @@ def build_backbone(config: BackboneConfig, *, pretrained: bool = True) -> Backbo
     )
     check_image_size(backbone, config.name, config.kwargs)
     return backbone
+
+
+def check_checkpoint(config: BackboneConfig) -> tuple[str, ...]:
+    """Checks a checkpoint as far as that takes no module of a user's own; remarks on it.
+
+    Raises:
+        ValueError: it does not exist, holds no weights, or those of another model of timm.
+    """
+    if config.checkpoint is None:
+        return ()
+    if config.name.startswith("timm:"):
+        return build_backbone(config).remarks
+    check_weights_file(config.checkpoint)
+    return ()
 
 
 def check_ready(config: BackboneConfig) -> None:

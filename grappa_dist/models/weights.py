@@ -190,8 +190,18 @@ def _remarks(
         )
 
 
+def check_weights_file(path: str) -> None:
+    """Raises ValueError for a file that is not there, or holds no weights of any model."""
+    found = _read(path)
+    if not any(isinstance(tensor, Tensor) for tensor in _flat(found).values()):
+        raise _unreadable(path, "it holds no tensors")
+
+
 def _read(path: str) -> Any:
     """What a file of tensors holds, by its content and not by the end of its name."""
+    if not Path(path).is_file():
+        what = "is no file" if Path(path).exists() else "does not exist"
+        raise ValueError(f"backbone.checkpoint={path!r} {what}")
     try:
         with open_to_read(Path(path)) as file:
             start = file.read(512)

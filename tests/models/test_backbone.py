@@ -50,7 +50,9 @@ def test_unknown_weights_of_a_known_timm_model_are_refused() -> None:
 
 def test_an_unknown_module_or_function_is_refused() -> None:
     refused("backbone.name=no_such_module:create: No module named", "no_such_module:create")
-    refused("backbone.name=tests.models.tiny:creat: the module has no 'creat'", "tests.models.tiny:creat")
+    refused(
+        "backbone.name=tests.models.tiny:creat: the module tests.models.tiny has no 'creat'", "tests.models.tiny:creat"
+    )
 
 
 def test_what_is_no_vit_is_refused_naming_what_it_lacks() -> None:

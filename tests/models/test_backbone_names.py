@@ -87,8 +87,31 @@ def test_a_module_that_cannot_be_imported_is_refused_with_the_reason(
     source: str, words: str, module: str, tmp_path: Path
 ) -> None:
     (tmp_path / f"{module}.py").write_text(f"{source}\ndef create(): ...\n")
-    with pytest.raises(ValueError, match=re.escape(words.format(module=module))):
+    with pytest.raises(ValueError, match=re.escape(words.format(module=module))) as caught:
         create_backbone(f"{module}:create", {}, {})
+    if source.startswith("import no_such_package"):
+        with pytest.raises(ValueError, match=re.escape(str(caught.value))):
+            check_name(f"{module}:create")
+    else:
+        check_name(f"{module}:create")
+
+
+@pytest.mark.parametrize(
+    ("source", "kind"),
+    [("create = 3", "of type int"), ("create: list = [1]", "of type list"), ("async def create(): ...", "a coroutine")],
+)
+def test_what_is_no_function_is_refused_without_importing_it(
+    source: str, kind: str, module: str, tmp_path: Path
+) -> None:
+    (tmp_path / f"{module}.py").write_text(f"1 / 0\n{source}\n")
+    with pytest.raises(ValueError, match=f"'create' is {kind}.*, expected a function"):
+        check_name(f"{module}:create")
+    (tmp_path / f"{module}.py").write_text(f"{source}\ndef create(): ...\n")
+    check_name(f"{module}:create")
+
+
+def test_a_package_that_a_module_can_do_without_is_no_fault(module: str, tmp_path: Path) -> None:
+    (tmp_path / f"{module}.py").write_text("try:\n    import no_such_package\nexcept ImportError: ...\ncreate = len\n")
     check_name(f"{module}:create")
 
 

@@ -57,7 +57,7 @@ REFUSED = {
     "raises() raised TypeError: a fault inside (": [odd("raises")],
     "exits() raised SystemExit: 3": [odd("exits")],
     "pair returned a tuple, expected a torch.nn.Module": [odd("pair")],
-    "'NUMBER' is a int, expected a function": [odd("NUMBER")],
+    "'NUMBER' is of type int, expected a function": [odd("NUMBER")],
     "OwnVit.blocks is a list, expected a ModuleList or Sequential": [odd("with_part", name="blocks", kind="list")],
     "OwnVit.blocks is an empty ModuleList": [odd("with_part", name="blocks", kind="empty")],
     "OwnVit.embed_dim is (8, 8), expected the number of channels": [odd("with_part", name="embed_dim", kind="pair")],
