@@ -6,7 +6,6 @@ and `resources` do not change the result: they enter the fingerprint of no artef
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import os
@@ -20,7 +19,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from grappa_dist.output import has_secret, is_secret_name, without_secrets
+from grappa_dist.output import has_secret, is_secret_name, suggestion, without_secrets
 
 MOST_BYTES, MOST_VALUES, MOST_DEPTH = 2**20, 100_000, 50  # of a config, aliases written out
 _PATH_SETTINGS = (
@@ -221,7 +220,8 @@ class Variant:
             ValueError: there is none.
         """
         if name not in VARIANTS:
-            raise ValueError(f"{name!r} is not a variant of the fusion; there are {', '.join(VARIANTS)}")
+            hint = suggestion(name, VARIANTS)
+            raise ValueError(f"{name!r} is not a variant of the fusion; there are {', '.join(VARIANTS)}{hint}")
         return VARIANTS[name]
 
     @property
@@ -339,9 +339,10 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _export_exists(self) -> Config:
-        if self.evaluate.export not in (None, *self.fuse.variants):
+        if self.evaluate.export is not None and self.evaluate.export not in self.fuse.variants:
             raise ValueError(
                 f"evaluate.export={self.evaluate.export!r} is not one of fuse.variants {list(self.fuse.variants)}"
+                f"{suggestion(self.evaluate.export, self.fuse.variants)}"
             )
         return self
 
@@ -530,13 +531,15 @@ def _describe(problem: Mapping[str, Any]) -> str:
     where = ".".join(str(part) for part in problem["loc"] if not branch.match(str(part)))
     if problem["type"] == "extra_forbidden":
         known = sorted(_fields(problem["loc"][:-1]))
-        close = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
-        return f"unknown key {where}; {hint}"
+        hint = suggestion(str(problem["loc"][-1]), known) or f"; known keys: {', '.join(known)}"
+        return f"unknown key {where}{hint}"
     if problem["type"] == "missing":
         return f"{where} is missing"
     if where == "mirror" and problem["type"] != "path":
         return f"{where}={problem['input']!r}: must be s3://<bucket>/<prefix> or gs://<bucket>/<prefix>"
+    if problem["type"] == "literal_error":
+        known = re.findall(r"'([^']*)'", problem["ctx"]["expected"])
+        return f"{where}={problem['input']!r}: {problem['msg']}{suggestion(str(problem['input']), known)}"
     if problem["type"] == "string_pattern_mismatch":
         return f"{where}={problem['input']!r}: must be <module>:<function>, or timm:<model> for a backbone"
     message = problem["msg"].removeprefix("Value error, ").replace("tuple", "list")

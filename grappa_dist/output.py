@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import io
 import os
@@ -9,7 +10,7 @@ import re
 import select
 import sys
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal, TextIO
+from typing import Any, Literal, NoReturn, TextIO
 
 Mode = Literal["auto", "quiet", "json"]
 HIDDEN = "***"  # in place of a secret
@@ -70,9 +71,20 @@ def printable_line(text: str) -> str:
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """For the end of a message about a misspelt name, e.g. " Did you mean 'fuse'?"; "" if no known one is like it."""
+    """For the end of a message about a misspelt name, e.g. "; did you mean 'fuse'?"; "" if no known one is like it."""
     close = difflib.get_close_matches(name, list(known), n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+class Parser(argparse.ArgumentParser):
+    """Adds a suggestion to the message about a misspelt option or choice."""
+
+    def error(self, message: str) -> NoReturn:
+        if unknown := re.match(r"unrecognized arguments: (-[^\s=]+)", message):
+            message += suggestion(unknown[1], self._option_string_actions)
+        elif wrong := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
+            message += suggestion(wrong[1], re.findall(r"[^\s,]+", wrong[2].replace(chr(39), "")))
+        super().error(message)
 
 
 def is_secret_name(name: str) -> bool:

@@ -11,11 +11,11 @@ if importlib.util.find_spec("grappa_dist") is None:  # from a checkout or a job'
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from grappa_dist.console import STATUSES, Ending
-from grappa_dist.output import choose_mode, guard_output, printable
+from grappa_dist.output import Parser, choose_mode, guard_output, printable
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__,
         epilog="Runs on the Ray cluster of RAY_ADDRESS, else on a local one that it starts and ends. "
         f"A second run reuses whatever is finished; a changed setting makes anew just what depends on it. {STATUSES}",

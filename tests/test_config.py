@@ -74,6 +74,9 @@ def test_the_yaml_of_a_config_loads_as_that_config(tmp_path: Path) -> None:
 
 WRONG = [
     ("adpt.epochs=1", "unknown key adpt; did you mean 'adapt'?"),
+    ("fuse.variants=[averge]", "did you mean 'average'?"),
+    ("backbone.resize=squsah", "did you mean 'squash'?"),
+    ("evaluate.export=transform", "did you mean 'transforms'?"),
     ("adapt.epoch=1", "unknown key adapt.epoch; did you mean 'epochs'?"),
     ("fuse.zzz=1", "unknown key fuse.zzz; known keys: adam_learning_rate, beta"),
     ("fuse.graph_features=reused", "unknown key fuse.graph_features; known keys: adam_learning_rate, beta"),

@@ -61,6 +61,7 @@ def test_a_run_without_what_it_needs_says_so_in_one_line_and_leaves_no_folder(tm
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_model_loads_embeds_and_is_scored_without_the_optional_packages(tmp_path: Path) -> None:
     exported(tmp_path / "run")
     code = (

@@ -47,7 +47,7 @@ class _Verbs(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command:
         known = self.list_commands(ctx)
         if name not in known:
-            raise click.UsageError(f"there is no verb {name!r}.{suggestion(name, known)}", ctx)
+            raise click.UsageError(f"there is no verb {name!r}{suggestion(name, known)}", ctx)
         found: click.Command = import_module(f"grappa_dist.cli.{name}").command
         return found
 

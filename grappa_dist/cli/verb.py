@@ -55,7 +55,7 @@ class OneOf(click.Choice[str]):
     """One of several words; a misspelt one gets a suggestion."""
 
     def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:
-        return f"{super().get_invalid_choice_message(value, ctx)}{suggestion(str(value), self.choices)}"
+        return super().get_invalid_choice_message(value, ctx).rstrip(".") + suggestion(str(value), self.choices)
 
 
 def words(name: str, metavar: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

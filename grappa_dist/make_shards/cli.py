@@ -1,16 +1,10 @@
-"""Makes WebDataset shards of labelled or unlabelled images: OUT/train and OUT/test. Run again, it goes on after a kill.
-
-python launch/make_shards.py --csv birds.csv --images birds.tar --csv food.csv --images food/ --out shards
-python launch/make_shards.py --images class_folders/ --out shards
-python launch/make_shards.py --images pile/ --split none --out shards --image-size 256 --shard-bytes 500MB
-python launch/make_shards.py --benchmark mrt --root datasets/ --out shards/mrt
-python launch/make_shards.py --benchmark mrt --part zeroshot --root datasets/ --out shards/zeroshot
-"""
+"""Makes WebDataset shards of images, labelled or not: OUT/train and OUT/test. A second call goes on after a kill."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,12 +16,32 @@ from grappa_dist.make_shards.collection import CollectionConfig, Split, Work, ma
 from grappa_dist.make_shards.filling import WorkerDied
 from grappa_dist.make_shards.planning import parse_bytes
 from grappa_dist.make_shards.progress import Terminal
-from grappa_dist.output import printable, unprinted, without_secrets
+from grappa_dist.output import Parser, printable, unprinted, without_secrets
+
+EXAMPLES = (
+    "--images class_folders/ --out shards",
+    "--images pile/ --split none --out shards --image-size 256 --shard-bytes 500MB",
+    "--csv birds.csv --images birds.tar --csv food.csv --images food/ --out shards",
+    "--benchmark mrt --root datasets/ --out shards/mrt",
+    "--benchmark mrt --part zeroshot --root datasets/ --out shards/zeroshot",
+)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Writes the shards that the arguments ask for and prints a table of them; the exit status."""
-    parser = _arguments()
+def stop_on_signals() -> None:
+    """From now on a signal leaves through the writer, which keeps finished shards and removes unfinished ones."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+        signal.signal(signal.SIGHUP, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+
+
+def main(argv: Sequence[str] | None = None, program: str = "python launch/make_shards.py") -> int:
+    """Writes the shards that the arguments ask for and prints a table of them; the exit status.
+
+    Args:
+        program: how it was called, for its help.
+    """
+    parser = arguments(program)
     args = parser.parse_args(argv)
     _check(parser, args)
     terminal = Terminal(sys.stderr)
@@ -58,8 +72,14 @@ def _path(text: str) -> Path:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def _arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(program: str) -> argparse.ArgumentParser:
+    """The options, for a program that is called in this way."""
+    examples = "\n".join(f"  {program} {example}" for example in EXAMPLES)
+    parser = Parser(
+        prog=program.removeprefix("python launch/"),
+        description=f"{__doc__}\nExamples:\n{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument(
         "--out", type=_local_folder, required=True, metavar="DIR", help="gets train/ and, with a test half, test/"
     )

@@ -26,6 +26,7 @@ from grappa_dist._compat import declare_torchvision_ops
 from grappa_dist.data.transforms import Preprocess
 from grappa_dist.functions import check_arguments, describe_raised, import_function
 from grappa_dist.models.weights import load_own, timm_with_weights
+from grappa_dist.output import suggestion
 
 # Arguments of timm.create_model that a run sets itself, or that would read files which a model names
 _SET_HERE = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "num_classes"}
@@ -354,15 +355,13 @@ def _check_timm(name: str) -> None:
     import timm
 
     if not timm.is_model(name):
-        close = timm.list_models(f"*{name.split('.')[0][:12]}*")[:3]
-        raise ValueError(
-            f"backbone.name=timm:{name}: timm {timm.__version__} has no such model"
-            + (f"; near it: {', '.join(close)}" if close else "")
-        )
+        hint = suggestion(name, [*timm.list_models(), *timm.list_pretrained()])
+        raise ValueError(f"backbone.name=timm:{name}: timm {timm.__version__} has no such model{hint}")
     try:
         timm.get_pretrained_cfg(name)
     except RuntimeError as error:  # the model exists, its weights of this name do not
-        raise ValueError(f"backbone.name=timm:{name}: {error}") from error
+        hint = suggestion(name, timm.list_pretrained(f"{name.partition('.')[0]}.*"))
+        raise ValueError(f"backbone.name=timm:{name}: {error}{hint}") from error
 
 
 def _are_cached(name: str) -> bool:

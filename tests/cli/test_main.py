@@ -41,9 +41,9 @@ def test_a_verb_has_help_with_examples_that_begin_with_its_name(name: str) -> No
 @pytest.mark.parametrize(
     ("args", "line"),
     [
-        (["runn"], "error: there is no verb 'runn'."),
+        (["shardz"], "error: there is no verb 'shardz'; did you mean 'shards'?"),
         (["--hlep"], "error: No such option '--hlep'."),
-        (["a\x1bverb"], r"error: there is no verb 'a\x1bverb'."),
+        (["a\x1bverb"], r"error: there is no verb 'a\x1bverb'"),
     ],
 )
 def test_a_misspelt_word_is_one_line_on_stderr_and_status_2(

@@ -52,11 +52,11 @@ def test_wrong_arguments_that_a_verb_finds_itself_leave_as_they_are() -> None:
     assert called("--", "--") == (2, "nothing to echo")
 
 
-@pytest.mark.parametrize(("word", "hint"), [("fues", " Did you mean 'fuse'?"), ("zzz", "")])
+@pytest.mark.parametrize(("word", "hint"), [("fues", "; did you mean 'fuse'?"), ("zzz", "")])
 def test_a_misspelt_choice_gets_a_suggestion(word: str, hint: str) -> None:
     status, text = called("--until", word)
     assert status == 2
-    assert text.endswith(f"'{word}' is not one of 'embed', 'adapt', 'fuse'.{hint}")
+    assert text.endswith(f"'{word}' is not one of 'embed', 'adapt', 'fuse'{hint}")
 
 
 def test_help_has_the_docstring_the_examples_and_the_statuses() -> None:

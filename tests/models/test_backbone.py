@@ -40,7 +40,7 @@ def refused(words: str, name: str, kwargs: dict[str, Any] | None = None, **optio
 
 def test_an_unknown_timm_model_is_refused_with_names_near_it() -> None:
     refused("backbone.name=timm:vit_tiny_patch16_225: timm", "timm:vit_tiny_patch16_225", pretrained=False)
-    refused("near it: vit_tiny", "timm:vit_tiny_patch16_225", pretrained=False)
+    refused("no such model; did you mean 'vit_tiny_patch16_224'", "timm:vit_tiny_patch16_225", pretrained=False)
 
 
 def test_unknown_weights_of_a_known_timm_model_are_refused() -> None:
