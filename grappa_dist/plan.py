@@ -1,13 +1,14 @@
-"""What a run would do: its stages, what is reused, jobs with their workers and steps, rough sizes. Writes nothing.
+"""What a run would do: how long it takes, its stages, what is reused, jobs with their workers and steps, sizes.
 
-A timm backbone is built without its weights, which gives its shapes. Any other backbone is not built: its number of
-channels is known only where features exist.
+Writes nothing. A timm backbone is built without its weights, which gives its shapes. Any other backbone is built only
+where it is measured: without that its number of channels is known only where features exist.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,15 +17,29 @@ import torch
 from grappa_dist.artifacts import Artifact, Store
 from grappa_dist.config import SUPERVISED, SUPERVISED_SET, BackboneConfig, Config, Resources, Variant
 from grappa_dist.console import format_bytes, one_line, pluralize
+from grappa_dist.data.open_images import ROWS_PER_SHARD as GENERATED_PER_SHARD
 from grappa_dist.data.open_images import generated_sizes, is_generated, open_images
 from grappa_dist.distributed.placement import check_capacity, describe_placement, known_workers, may_have_gpus, ranks_of
+from grappa_dist.estimate import (
+    CENTROID_BYTES,
+    CLASSIFIER_PRODUCTS,
+    Estimator,
+    describe_seconds,
+    dominating,
+    needs,
+    work_ahead,
+    work_of,
+)
 from grappa_dist.files import map_array
-from grappa_dist.inputs import look
+from grappa_dist.inputs import Inputs, look
+from grappa_dist.inputs.growing import IMAGES_PER_SHARD
 from grappa_dist.layout import lay_out, on_pairs
 from grappa_dist.models import Backbone, PackedGrappa
 from grappa_dist.models.backbone import check_name, check_weights
 from grappa_dist.models.spec import build_backbone, check_checkpoint
 from grappa_dist.models.trial import check_shapes
+from grappa_dist.progress import duration
+from grappa_dist.rates import SAMPLES, Rates, measure, some_images, stored_rates
 from grappa_dist.stages.embed import ROWS_FILE, check_bad_share
 from grappa_dist.stages.flow import Flow
 from grappa_dist.stages.fuse import describe_unfused, projector_bytes
@@ -35,43 +50,72 @@ from grappa_dist.training.barlow_twins_loss import by_rows_cost, rows_are_cheape
 from grappa_dist.training.batches import describe_idle_ranks, rank_share, steps_per_epoch
 from grappa_dist.training.memory import image_bytes, micro_batch_size
 
-CLASSIFIER_PRODUCTS = 4  # of images and classes: scores, pull, scores again, gradient
 DIM = 384  # channels for which sizes are given where the backbone's are not known
-KMEANS_BYTES = 56  # per entry of a centroid, at most; docs/scale.md
 CORE_FLOPS = 3.7e10  # rate of a CPU core in the classifier, Adam included; measured, docs/scale.md
 
 
-def plan(config: Config, root: Path) -> str:
-    """The resolved config and the plan, as text. Writes nothing."""
+def plan(config: Config, root: Path, *, measured: bool = False) -> str:
+    """The plan and the resolved config, as text. Writes nothing.
+
+    Args:
+        measured: whether this machine is measured, for some ten seconds, where no run has stored its rates; without
+            rates the plan does not say how long the run takes.
+    """
     check_name(config.backbone.name, config.backbone.kwargs)
-    return f"{config.yaml()}\n{_table(config, root)}"
+    return f"{_table(config, root, measured=measured)}\n\n{config.yaml()}"
 
 
-def _table(config: Config, root: Path) -> str:
-    store = Store(root)
+@dataclass(frozen=True)
+class _Images:
+    """The images of a run, and what is there of it: nothing where they are in no shards yet."""
+
+    sizes: Mapping[str, int]  # train and test
+    flow: Flow | None = None
+    missing: int = 0  # images of which shards are to be made
+    files: Sequence[bytes] = ()  # of some of them
+
+    @property
+    def mean_bytes(self) -> int:
+        return sum(map(len, self.files)) // max(1, len(self.files))
+
+
+def _images(config: Config, store: Store, inputs: Inputs, lines: list[str]) -> _Images:
+    if inputs.missing:
+        lines.append(f"shards         to be made of {pluralize(inputs.missing, 'image')}, once")
+        sizes = inputs.sizes if config.has_test else {**inputs.sizes, "test": inputs.sizes["train"]}
+        return _Images(sizes, missing=inputs.missing, files=inputs.some_files(SAMPLES))
+    if not is_generated(config.data, store):
+        sizes = generated_sizes(config.data)
+        lines.append(f"load           {config.data.collection} generates {sizes['train']} + {sizes['test']} images")
+        return _Images(sizes)
+    warnings = list[str]()
+    train, test = open_images(config.data, store, config.resources, write_index=False, log=warnings.append)
+    lines += warnings
+    check_bad_share(train, {}, config.data.max_bad_share)
+    flow = lay_out(config, store, train, test)
+    check_bad_share(flow.test, {}, config.data.max_bad_share)
+    return _Images({"train": len(train), "test": len(flow.test)}, flow, files=some_images(train))
+
+
+def _table(config: Config, root: Path, *, measured: bool) -> str:
     lines = [f"run directory  {root}", f"workers        {_workers(config.resources)}"]
     backbone = _without_weights(config.backbone)
-    flow: Flow | None
-    lines += [*_describe_backbone(config.backbone, backbone), *_look_ahead(config)]
     inputs = look(config, root, log=lines.append)
-    config = inputs.config
-    if inputs.missing:
-        flow, sizes = None, inputs.sizes
-        lines.append(f"shards         to be made of {pluralize(inputs.missing, 'image')}, once")
-    elif is_generated(config.data, store):
-        warnings = list[str]()
-        train, test = open_images(config.data, store, config.resources, write_index=False, log=warnings.append)
-        lines += warnings
-        check_bad_share(train, {}, config.data.max_bad_share)
-        laid_out = lay_out(config, store, train, test)
-        flow = laid_out
-        check_bad_share(laid_out.test, {}, config.data.max_bad_share)
-        sizes = {"train": len(train), "test": len(laid_out.test)}
-    else:
-        flow, sizes = None, generated_sizes(config.data)
-        lines.append(f"load           {config.data.collection} generates {sizes['train']} + {sizes['test']} images")
+    config = _to_be(inputs)
+    images = _images(config, Store(root), inputs, lines)
+    sizes, flow = images.sizes, images.flow
     ks = num_labels(config.clustering, sizes["train"])
+    rates = stored_rates(root, config, len(ks))
+    built = build_backbone(config.backbone, pretrained=False) if measured and rates is None else None
+    backbone = backbone or built
     dim = _known_width(backbone, flow.features if flow else ()) or DIM
+    lines += [*_describe_backbone(config.backbone, backbone), *_look_ahead(config)]
+    if rates is not None:
+        lines += _takes(config, root, images, rates, dim, backbone, "by rates that were measured here before")
+    elif built is not None:
+        rates = measure(config, len(ks), built, images.files, fuses=bool(on_pairs(config, len(ks))))
+        how = f"by rates measured on this machine in {duration(rates.measured_s)}"
+        lines += _takes(config, root, images, rates, dim, backbone, how)
     for name, text, artifacts in _stages(config, flow, sizes, ks, dim):
         makes = name != "fuse" or bool(on_pairs(config, len(ks)))
         lines.append(f"{name:<14} {text}; {_reuse(artifacts)}" if makes else f"{name:<14} {text}")
@@ -84,6 +128,37 @@ def _table(config: Config, root: Path) -> str:
     return "\n".join([*lines, *_costs(config, sizes["train"], ks, dim), _classifiers(config, ks, dim)])
 
 
+def _to_be(inputs: Inputs) -> Config:
+    """The settings with shards as their data or, while shards are missing, with the test images that there will be."""
+    if not inputs.missing:
+        return inputs.config
+    test = tuple(entry.name for entry in inputs.test)
+    return inputs.given.model_copy(update={"data": inputs.given.data.model_copy(update={"test": test})})
+
+
+def _takes(
+    config: Config, root: Path, images: _Images, rates: Rates, dim: int, backbone: Backbone | None, how: str
+) -> Iterator[str]:
+    """How long the run takes and what it needs, and warnings.
+
+    Args:
+        how: the rates are known.
+    """
+    if images.flow is not None:
+        work = work_of(images.flow)
+    else:
+        rows_per_shard = GENERATED_PER_SHARD if config.data.collection else IMAGES_PER_SHARD
+        work = work_ahead(config, images.sizes, sharded=images.missing, rows_per_shard=rows_per_shard)
+    estimator = Estimator(config, work, rates, dim)
+    total, of_stages = describe_seconds(estimator)
+    yield f"time           {total}, {how}"
+    yield f"{'':<14} {of_stages}"
+    if backbone is not None:
+        yield from needs(estimator, root, backbone, sharded_bytes=images.missing * images.mean_bytes).lines()
+    if warning := dominating(estimator):
+        yield warning
+
+
 def _ranks_of_stage(stage: str, where: Resources) -> int:
     """Ranks of a job of a stage that trains; 0 if they are not known."""
     workers = known_workers(where)
@@ -91,7 +166,7 @@ def _ranks_of_stage(stage: str, where: Resources) -> int:
 
 
 def _stages(
-    config: Config, flow: Flow | None, sizes: dict[str, int], ks: tuple[int, ...], dim: int
+    config: Config, flow: Flow | None, sizes: Mapping[str, int], ks: tuple[int, ...], dim: int
 ) -> Iterable[tuple[str, str, list[Artifact]]]:
     adapt_steps = config.adapt.epochs * steps_per_epoch(sizes["train"], config.adapt.global_batch)
     features = list(flow.features) if flow else []
@@ -205,9 +280,9 @@ def _describe_adapt(config: Config, num_sets: int, backbone: Backbone | None) ->
 
 
 def _describe_memory(config: Config, backbone: Backbone, num_sets: int, ranks: int) -> str:
-    """Activations of an image in a step, counted on a model without weights as for the automatic batch size."""
+    """Activations of an image in a step, counted on a model as for the automatic batch size."""
     adapt = config.adapt
-    with torch.device("meta"):
+    with torch.device(backbone.mean.device):  # meta, unless it was built to be measured
         model = PackedGrappa(copy.deepcopy(backbone), 1, adapt.bottleneck)  # wraps the blocks in place
     recomputes = adapt.activation_checkpointing
     each, other = (image_bytes(model, recompute=recompute) for recompute in (recomputes, not recomputes))
@@ -279,7 +354,7 @@ def _costs(config: Config, num_rows: int, ks: tuple[int, ...], dim: int) -> Iter
         f"k-NN graph {format_bytes(8 * config.fuse.neighbours * num_rows)} an epoch; "
         f"per rank: projector, gradients and momentum {format_bytes(projector_bytes(projector))}, "
         f"correlation matrix {format_bytes(4 * config.fuse.projector[-1] ** 2)}; "
-        f"per worker: k-means of K = {max(ks)} {format_bytes(KMEANS_BYTES * max(ks) * dim)}"
+        f"per worker: k-means of K = {max(ks)} {format_bytes(CENTROID_BYTES * max(ks) * dim)}"
     )
     if on_pairs(config, len(ks)):
         yield _fuse_traffic(config, projector)

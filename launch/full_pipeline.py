@@ -22,7 +22,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--config", required=True, help="a YAML file, e.g. configs/demo.yaml")
     parser.add_argument("--out", help="the run directory (default: `out` of the config, else runs/<name>)")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved config and the plan; touch nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and the resolved config; touch nothing")
     parser.add_argument("--check", action="store_true", help="check artefacts and nodes, make nothing")
     parser.add_argument("--deep", action="store_true", help="with --check: read all bytes of all artefacts")
     parser.add_argument("--clean", action="store_true", help="list what no result of this configuration needs")
@@ -50,7 +50,7 @@ def work(asked: argparse.Namespace, ending: Ending) -> None:
     if asked.dry_run:
         from grappa_dist.plan import plan
 
-        print(printable(plan(config, root)))
+        print(printable(plan(config, root, measured=True)))
         return
     if asked.clean:
         from grappa_dist.clean import clean

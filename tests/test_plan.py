@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from grappa_dist import rates
 from grappa_dist.artifacts import Store
 from grappa_dist.config import BackboneConfig, Config
 from grappa_dist.data.shards import ImageShards
@@ -15,6 +16,7 @@ from grappa_dist.layout import lay_out
 from grappa_dist.models import Backbone, PackedGrappa
 from grappa_dist.models.spec import build_backbone
 from grappa_dist.plan import plan
+from grappa_dist.rates import measure, store_rates
 from grappa_dist.training.memory import memory_budget
 from tests.models.tiny import TIMM, TIMM_KWARGS, timm_vit
 from tests.stages import tiny
@@ -205,9 +207,11 @@ def test_a_plan_builds_the_model_once(tmp_path: Path, monkeypatch: pytest.Monkey
     assert built == ["timm:vit_tiny_patch16_224"]
 
 
-def test_a_plan_opens_with_every_setting(tmp_path: Path) -> None:
+def test_a_plan_ends_with_every_setting(tmp_path: Path) -> None:
     settings = tiny.config(tiny.write_shards(tmp_path / "images"), **SECTIONS)
-    assert plan(settings, tmp_path / "run").startswith(settings.yaml())
+    text = plan(settings, tmp_path / "run")
+    assert text.startswith("run directory")
+    assert text.endswith(f"\n\n{settings.yaml()}")
 
 
 def test_a_plan_shows_what_a_classifier_takes_of_a_rank(tmp_path: Path) -> None:
@@ -361,3 +365,25 @@ def test_a_data_set_that_cannot_be_generated_is_refused_by_the_plan(
 ) -> None:
     with pytest.raises(ValueError, match=rf"^data\.collection={collection}: .*{words}"):
         plan(tiny.config([], data={"train": (), "collection": collection}), tmp_path / "run")
+
+
+def test_a_plan_of_a_folder_of_images_says_how_long_it_takes_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "photos").mkdir()
+    for number in range(12):
+        (tmp_path / "photos" / f"{number}.png").write_bytes(tiny.picture(number))
+    settings, before = tiny.config([str(tmp_path / "photos")], **SECTIONS), tiny.files_below(tmp_path)
+    monkeypatch.setattr(rates, "PART_S", 0.01)
+    text = plan(settings, tmp_path / "run", measured=True)
+    assert tiny.files_below(tmp_path) == before
+    lines = text.splitlines()
+    (place,) = (number for number, line in enumerate(lines) if line.startswith("time  "))
+    assert re.search(r"about .* on 2 workers, by rates measured on this machine in ", lines[place])
+    assert re.search(r"start .*, shards .*, embed .*, adapt .*, fuse .*, evaluate .*, report ", lines[place + 1])
+    assert lines[place + 2].startswith("memory         about")
+    assert lines[place + 3].startswith("disk           about")
+    assert place < lines.index("name: tiny")
+    assert "time  " not in plan(settings, tmp_path / "run")  # nobody has measured
+    store_rates(tmp_path / "run", measure(settings, 2, build_backbone(settings.backbone), [], fuses=True))
+    assert "on 2 workers, by rates that were measured here before" in plan(settings, tmp_path / "run", measured=True)

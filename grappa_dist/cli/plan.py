@@ -23,4 +23,4 @@ def command(ending: Ending, given: tuple[str, ...], config: str | None, out: str
     settings, root = settings_of(given, config, out)
     from grappa_dist.plan import plan
 
-    print(printable(plan(settings, root)))
+    print(printable(plan(settings, root, measured=True)))

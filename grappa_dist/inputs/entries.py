@@ -70,6 +70,12 @@ class Inputs:
         images = sum(len(entry.growing.items) for entry in entries if entry.growing is not None)
         return images + count_rows([entry.name for entry in entries if entry.growing is None], self.root / "index")
 
+    def some_files(self, count: int) -> list[bytes]:
+        """Files of some training images that are in no shards yet, evenly spread."""
+        items = [item for entry in self.train if entry.growing is not None for item in entry.growing.items]
+        step = max(1, len(items) // count)
+        return [item.source.place(item.name).read() for item in items[::step][:count]]
+
     @property
     def folders(self) -> tuple[Path, ...]:
         """Those that hold the shards that are made of entries."""
