@@ -1,1 +1,1 @@
-"""Five verbs: embed, pseudo_label, adapt, fuse, evaluate. Each reads artefacts and writes one."""
+"""Five stages: embed, pseudo_label, adapt, fuse, evaluate. Each reads artefacts and writes one."""
