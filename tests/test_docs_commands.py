@@ -21,9 +21,10 @@ import pytest
 
 from benchmarks.cli import add_commands
 from benchmarks.harness import OneLineParser
-from grappa_dist.cli.main import VERBS, group
+from grappa_dist.cli.main import VERBS, group, main
 from grappa_dist.make_shards import cli as make_shards
 from grappa_dist.make_shards.cli import main as write_shards
+from tests.retrieval.photos import model_in, write_photos
 from tests.stages import tiny
 from tests.structure import ROOT
 from tests.test_docs import DOCS
@@ -148,6 +149,24 @@ def test_the_commands_of_a_block_exist_with_their_options(block: Block, monkeypa
             pytest.fail(f"{shlex.join(words)}: {error}")
 
 
+def run_by(test: str) -> list[list[list[str]]]:
+    """The commands of each block that a test runs."""
+    return [list(commands(block.text)) for block in BLOCKS if block.kind == "run by" and test in block.what.split(", ")]
+
+
+def test_the_commands_on_a_model_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model_in(Path("runs", "mine"))
+    write_photos(Path("photos"))
+    shutil.copy("photos/cat/2.png", "query.jpg")
+    for words in (words for lines in run_by("test_the_commands_on_a_model_run") for words in lines):
+        assert main(words[1:]) == 0, shlex.join(words)
+        said = capsys.readouterr().out
+        assert "cat/2.png" in said or "groups.csv" in said, shlex.join(words)
+
+
 def picture(path: Path, number: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(tiny.picture(number))
@@ -164,9 +183,9 @@ def test_the_shards_commands_of_the_docs_write_shards(tmp_path: Path, monkeypatc
     for task, folder in (("birds", "birds/"), ("food", "")):
         rows = [f"{folder}{number}.png,{number % 4},{task}" for number in range(8)]
         Path(f"{task}.csv").write_text("\n".join(["file,fine,dataset", *rows]))
-    (block,) = (b for b in BLOCKS if b.what == "test_the_shards_commands_of_the_docs_write_shards")
+    (lines,) = run_by("test_the_shards_commands_of_the_docs_write_shards")
     written = {"photos": {"train", "test"}, "birds.csv": {"train", "test"}, "pile": {"train"}}
-    for words in commands(block.text):
+    for words in lines:
         shutil.rmtree("shards", ignore_errors=True)
         assert words[:2] == ["grappa-dist", "shards"]
         assert write_shards([*words[2:], "--workers", "1"]) == 0
