@@ -128,8 +128,10 @@ class Group:
 
 def find_groups(collection: Collection, threshold: float, device: torch.device, console: Console) -> list[Group]:
     """The groups of two images or more, in the order of their first images."""
-    done = console.counter("compare", len(collection), len(collection))
-    firsts, cosines = group_duplicates(collection.rows, collection.bad, threshold, device, done)
+    counter = console.counter("compare", [len(collection)])
+    firsts, cosines = group_duplicates(
+        collection.rows, collection.bad, threshold, device, lambda rows: counter.running([{"done": rows}])
+    )
     order = np.argsort(firsts, kind="stable")  # members of a group in a row, its first one first
     edges = np.flatnonzero(np.diff(firsts[order], prepend=-2))
     members = [part for part in np.split(order, edges[1:]) if len(part) > 1 and firsts[part[0]] >= 0]

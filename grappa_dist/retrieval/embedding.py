@@ -54,12 +54,12 @@ class Embedder:
         if not len(rows):
             return Embedded(found, bad)
         how = Embedding(max(1, min(self.batch_size, len(rows))), self.threads)
-        done = self.console.counter(f"embed {self.model.variant}", len(rows), len(rows))
+        counter = self.console.counter(f"embed {self.model.variant}", [len(rows)])
         batches = embed_rows(self.model.model, images, rows, device=self.model.device, how=how)
         for place, unit, reasons in batches:
             found[place] = unit
             bad |= reasons
-            done(place.start + len(unit))
+            counter.running([{"done": place.start + len(unit)}])
         return Embedded(found, bad)
 
 
