@@ -111,7 +111,7 @@ def _ours(config: Config, root: Path) -> Side:
     seconds = seconds_by_step((root / EVENTS_FILE).read_text(encoding="utf-8").splitlines())
     seconds[OTHER] = time.perf_counter() - start - sum(seconds.values())
     scores: dict[str, dict[str, float]] = {}
-    for row in found[1]:
+    for row in found.rows:
         scores.setdefault(row["model"], {})[row["task"]] = row["r_precision"]
     return Side(seconds, scores)
 

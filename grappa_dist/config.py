@@ -186,6 +186,7 @@ class AdaptConfig(Section):
         return self
 
 
+AUTO, BACKBONE = "auto", "backbone"  # of evaluate.export
 SUPERVISED = "supervised"  # attention over the sets, trained with the labels of the training images
 SUPERVISED_SET = "supervised-set"  # an adaptor set trained with them: adapt.supervised, not a variant of the fusion
 VariantName = Literal[
@@ -296,7 +297,9 @@ class EvaluateConfig(Section):
     gallery_hits: Count = 5  # neighbours shown for each
     view_queries: Annotated[int, Field(ge=0)] = 512  # images whose augmented view is searched for its source
     train_images: Count = 20_000  # without data.test this many training images, in whole shards, are evaluated instead
-    export: str | None = None  # the fusion variant that becomes the model; null: the last that is no baseline
+    # The exported model: auto, backbone, k=<K> or a variant. auto: the best on half of the labelled test queries, and
+    # without labels the last of fuse.variants that is no baseline
+    export: Annotated[str, BeforeValidator(lambda value: AUTO if value is None else value)] = AUTO
 
 
 class Resources(Section):
@@ -339,18 +342,21 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _export_exists(self) -> Config:
-        if self.evaluate.export is not None and self.evaluate.export not in self.fuse.variants:
+        asked, ks = self.evaluate.export, self.clustering.num_labels
+        sets = [asked] * bool(re.fullmatch(r"k=[1-9]\d*", asked)) if ks == "auto" else [f"k={k}" for k in ks]
+        others = [SUPERVISED_SET] if self.adapt.supervised else []
+        if asked not in (allowed := [AUTO, BACKBONE, *sets, *self.fuse.variants, *others]):
             raise ValueError(
-                f"evaluate.export={self.evaluate.export!r} is not one of fuse.variants {list(self.fuse.variants)}"
-                f"{suggestion(self.evaluate.export, self.fuse.variants)}"
+                f"evaluate.export={asked!r}: expected one of {', '.join(allowed)}"
+                f"{' or k=<K> of a set' if ks == 'auto' else ''}{suggestion(asked, allowed)}"
             )
         return self
 
     @property
     def exported(self) -> str:
-        """The fusion variant that becomes the model; by default the last that is no baseline."""
+        """The model that is exported where no labelled test images choose it."""
         of_method = [name for name in self.fuse.variants if not Variant.parse(name).is_baseline]
-        return self.evaluate.export or (of_method or self.fuse.variants)[-1]
+        return (of_method or self.fuse.variants)[-1] if self.evaluate.export == AUTO else self.evaluate.export
 
     @property
     def has_test(self) -> bool:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from grappa_dist.config import Config, Variant
+from grappa_dist.config import BACKBONE, Config, Variant
 from grappa_dist.console import format_bytes, pluralize
 from grappa_dist.distributed import placement
 from grappa_dist.distributed.placement import known_workers, may_have_gpus, ranks_of, split_evenly
@@ -28,7 +28,6 @@ from grappa_dist.models import Backbone, PackedGrappa
 from grappa_dist.progress import duration
 from grappa_dist.rates import Rates
 from grappa_dist.stages.adapt import LEAST_IMAGES
-from grappa_dist.stages.embed import FROZEN
 from grappa_dist.stages.flow import Flow
 from grappa_dist.stages.fuse import projector_bytes
 from grappa_dist.stages.pseudo_label import num_labels
@@ -102,7 +101,7 @@ def work_ahead(config: Config, sizes: Mapping[str, int], *, sharded: int, rows_p
     rows = sizes["train"]
     test_rows = sizes["test"] if config.has_test else min(rows, config.evaluate.train_images)
     ks = num_labels(config.clustering, rows)
-    models = [FROZEN, *(f"k={k}" for k in ks), *config.fuse.variants]
+    models = [BACKBONE, *(f"k={k}" for k in ks), *config.fuse.variants]
     shards, tested = (tuple(map(len, split_evenly(range(n), rows_per_shard))) for n in (rows, test_rows))
     same = not config.has_test  # training images are looked at, and have their features
     return Work(
@@ -114,7 +113,7 @@ def work_ahead(config: Config, sizes: Mapping[str, int], *, sharded: int, rows_p
         labels=ks,
         sets=ks,
         fusions=tuple(on_pairs(config, len(ks))),
-        tested={model: () if same and model == FROZEN else tested for model in models},
+        tested={model: () if same and model == BACKBONE else tested for model in models},
         scored=len(models),
         reports=True,
     )
@@ -222,7 +221,8 @@ class Estimator:
         each_s = (rates.adapted_s - rates.forward_s) / max(1, self.work.num_sets)
         seconds = 0.0
         for model, shards in self.work.tested.items():
-            extra_s = {FROZEN: 0.0}.get(model, each_s if model.startswith("k=") else rates.adapted_s - rates.forward_s)
+            adapted_s = each_s if model.startswith("k=") else rates.adapted_s - rates.forward_s
+            extra_s = 0.0 if model == BACKBONE else adapted_s
             seconds += self._embed(shards, rates.forward_s + max(0.0, extra_s))
         queries = min(self.config.evaluate.view_queries, rows)
         views_s = queries * rates.image_s(rates.augment_s, rates.adapted_s)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -102,9 +103,12 @@ class RetrievalModel(nn.Module):
 
     @torch.no_grad()
     def attention(self, images: Tensor) -> Tensor:
-        """The weights of the adaptor sets in each layer for each image, (B, L, N), in the order of `sets`."""
+        """The weights of the adaptor sets in each layer for each image, (B, L, N), in the order of `sets`.
+
+        A model that is the backbone alone has N = L = 0.
+        """
         self.grappa(images)
-        return self.grappa.last_attention()
+        return self.grappa.last_attention() if self.sets else images.new_zeros(len(images), 0, 0)
 
     @torch.no_grad()
     def condition(self, gallery: Iterable[Tensor]) -> Tensor:
@@ -118,8 +122,10 @@ class RetrievalModel(nn.Module):
             gallery: batches of images, RGB in [0, 1], (b, 3, S, S) each; a sample of some thousands is enough.
 
         Raises:
-            ValueError: the gallery has fewer than three images.
+            ValueError: the gallery has fewer than three images, or the model has no sets.
         """
+        if not self.sets:
+            raise ValueError("condition: the model is the backbone alone and has no adaptor sets to weigh")
         features: list[list[Tensor]] = [[] for _ in self.sets]
         try:
             for images in gallery:
@@ -141,11 +147,20 @@ class RetrievalModel(nn.Module):
         self.grappa.fold()
 
 
-def export_model(spec: ModelSpec, artifact: Artifact) -> None:
-    """Writes the model's weights, backbone included, and the settings that build it again."""
-    grappa = build(spec, torch.device("cpu"))
-    assert isinstance(grappa, Grappa)
-    folder = artifact.begin()
+def export_model(spec: ModelSpec, artifact: Artifact, why: Mapping[str, Any] = MappingProxyType({})) -> None:
+    """Makes an artefact of the model; arguments as of `write_model`."""
+    write_model(spec, artifact.begin(), why)
+    artifact.commit()
+
+
+def write_model(spec: ModelSpec, folder: Path, why: Mapping[str, Any] = MappingProxyType({})) -> None:
+    """Writes the model's weights, backbone included, and the settings that build it again, into a folder.
+
+    Args:
+        why: how this model came to be the one, for a reader of config.json.
+    """
+    model = build(spec, torch.device("cpu"))
+    grappa = model if isinstance(model, Grappa) else Grappa.of_backbone(model)
     save_tensors(folder / WEIGHTS_FILE, tensors_of(grappa), summed=True)
     config = {
         "format": FORMAT,
@@ -155,6 +170,7 @@ def export_model(spec: ModelSpec, artifact: Artifact) -> None:
         "pixels": asdict(grappa.backbone.preprocess),
         "bottleneck": spec.bottleneck,
         "attention": spec.has_attention,
+        "why": dict(why),
         "files": {
             WEIGHTS_FILE: vars(recorded(folder / WEIGHTS_FILE) or Sum.of(folder / WEIGHTS_FILE))
         },  # for copies without the manifest
@@ -162,7 +178,6 @@ def export_model(spec: ModelSpec, artifact: Artifact) -> None:
     if spec.galleries is not None:
         config["galleries"] = {task: gallery["weights"] for task, gallery in load_galleries(spec.galleries).items()}
     write_json(folder / CONFIG_FILE, config)
-    artifact.commit()
 
 
 def embed_images(

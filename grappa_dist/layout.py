@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from grappa_dist.artifacts import Artifact, Store, numbered
-from grappa_dist.config import SUPERVISED, SUPERVISED_SET, Config, Variant
+from grappa_dist.config import AUTO, BACKBONE, SUPERVISED, SUPERVISED_SET, Config, Variant
 from grappa_dist.data.open_images import generated_artifacts
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.models.spec import ModelSpec
 from grappa_dist.report.collect import report_of
 from grappa_dist.stages.adapt import adaptors_of
 from grappa_dist.stages.damages import damages_among
-from grappa_dist.stages.embed import FROZEN, features_of, held_against
+from grappa_dist.stages.embed import features_of, held_against
 from grappa_dist.stages.evaluate import insight_of, scores_of
 from grappa_dist.stages.flow import Flow, Supervision, artifacts_of
 from grappa_dist.stages.fuse import fusion_of
@@ -23,11 +23,12 @@ from grappa_dist.stages.knn_graph import graph_kind
 from grappa_dist.stages.partitions import partitions_of
 from grappa_dist.stages.pseudo_label import labels_of, num_labels
 from grappa_dist.stages.supervised import supervised_fusion_of, true_labels_of
+from grappa_dist.verdict import RULE, candidates
 
 
 def lay_out(config: Config, store: Store, train: ImageShards, test: ImageShards | None) -> Flow:
     """Names all artefacts. Reads the index of the images and what was damaged before, and writes nothing."""
-    frozen = ModelSpec(FROZEN, config.backbone)
+    frozen = ModelSpec(BACKBONE, config.backbone)
     features = features_of(store, frozen, config.embed, train)
     ks = num_labels(config.clustering, len(train))
     labels = {k: labels_of(store, config.clustering, config.seed, k, features, num_rows=len(train)) for k in ks}
@@ -48,7 +49,7 @@ def lay_out(config: Config, store: Store, train: ImageShards, test: ImageShards 
     partitions = partitions_of(store, config.seed, labels)
     flow = Flow(
         train=held_against(train, features),
-        test=held_against(images, test_features[FROZEN]),
+        test=held_against(images, test_features[BACKBONE]),
         supervision=supervision,
         features=features,
         labels=labels,
@@ -62,7 +63,7 @@ def lay_out(config: Config, store: Store, train: ImageShards, test: ImageShards 
         scores=scores,
         insights=insights,
         report=report_of(store, config, _shown(scores, insights, partitions)),
-        model=_exported(config, store, models[config.exported], ks),
+        model=_exported(config, store, models, scores if test is not None else {}),
     )
     return _with_damages(flow, config, store)
 
@@ -85,8 +86,28 @@ def _with_damages(flow: Flow, config: Config, store: Store) -> Flow:
     return replace(flow, damages=damages, report=report_of(store, config, shown, damages))
 
 
-def _exported(config: Config, store: Store, spec: ModelSpec, ks: Sequence[int]) -> Artifact:
-    sets = spec.sets if spec.random_sets else list(ks)
+def _exported(
+    config: Config, store: Store, models: Mapping[str, ModelSpec], scores: Mapping[str, Artifact]
+) -> Artifact:
+    """The exported model: named by what it is made of or, where scores choose it, by these.
+
+    Args:
+        scores: of test images, which may turn out to have no labels; {} without test images.
+
+    Raises:
+        ValueError: `evaluate.export` names a set that the run does not have.
+    """
+    if config.evaluate.export == AUTO and scores:
+        possible = candidates(models)
+        settings = {"backbone": config.backbone.name, "candidates": possible, "else": config.exported, "rule": RULE}
+        inputs = {f"scores {m}": scores[m] for m in dict.fromkeys([*possible, config.exported])}
+        return store.artifact("models/auto", settings, inputs)
+    if config.exported not in models:
+        names = ", ".join(name for name in models if name.startswith("k="))
+        raise ValueError(f"evaluate.export={config.exported!r}: the run has the sets {names}")
+    spec = models[config.exported]
+    ks = [int(name.removeprefix("k=")) for name in models if name.startswith("k=")]
+    sets = spec.sets if spec.random_sets else ks
     settings = {"backbone": config.backbone.name, "sets": sets, "variant": spec.name}
     return store.artifact("models/" + spec.name, settings, spec.inputs)
 
@@ -144,7 +165,7 @@ def _models(
     """All models that are evaluated, in the order of the table."""
     fused = ModelSpec("", config.backbone, config.adapt.bottleneck, tuple(adaptors.values()))
     models: dict[str, ModelSpec] = {
-        FROZEN: ModelSpec(FROZEN, config.backbone),
+        BACKBONE: ModelSpec(BACKBONE, config.backbone),
         **{f"k={k}": replace(fused, name=f"k={k}", adaptors=(a,)) for k, a in adaptors.items()},
     }
     for name in config.fuse.variants:

@@ -7,7 +7,7 @@ what would be made.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -32,13 +32,16 @@ from grappa_dist.export import export_model
 from grappa_dist.inputs import look, prepared
 from grappa_dist.layout import lay_out
 from grappa_dist.models.spec import build_backbone, check_ready, note_module
-from grappa_dist.models.trial import Verdict, describe_difference, verdict_of
+from grappa_dist.models.trial import Verdict as TrialVerdict
+from grappa_dist.models.trial import describe_difference, verdict_of
+from grappa_dist.report import console_table
 from grappa_dist.report.collect import describe_bad_images, describe_labels, report
 from grappa_dist.report.content import ScoreRow
+from grappa_dist.report.verdict import verdict_lines, why_exported, without_labels
 from grappa_dist.stages.adapt import adapt
 from grappa_dist.stages.damages import Mending
 from grappa_dist.stages.embed import bad_rows, embed, feature_rows
-from grappa_dist.stages.evaluate import Evaluation, evaluate
+from grappa_dist.stages.evaluate import Evaluation, evaluate, task_queries
 from grappa_dist.stages.flow import Flow, artifacts_of
 from grappa_dist.stages.fuse import describe_unfused, fuse, least_bytes
 from grappa_dist.stages.gallery_weights import weigh_galleries
@@ -47,12 +50,35 @@ from grappa_dist.stages.partitions import partition_statistics
 from grappa_dist.stages.pseudo_label import pseudo_label
 from grappa_dist.stages.run import Run, keeping_config, running
 from grappa_dist.stages.supervised import adapt_supervised, fuse_supervised, name_classes, read_true_labels
+from grappa_dist.verdict import Verdict, verdict_on
 
 NAMED = 5  # damaged files that an error names
 
 
-def run(config: Config, root: Path, until: str | None = None) -> tuple[Path, list[ScoreRow]] | None:
-    """Makes whatever is missing; the report's folder and the rows of its table.
+@dataclass(frozen=True)
+class Finished:
+    """What a run has come to."""
+
+    report: Path  # the folder of report.html and metrics.json
+    model: Path  # the exported model
+    rows: list[ScoreRow]  # of the table of scores; [] without labels
+    verdict: Verdict | None  # None without labelled test images
+    has_test: bool
+
+    def text(self) -> str:
+        """All that is printed at the end: the scores, where report and model are and, last, the verdict."""
+        run = str(self.model.parent)
+        if self.verdict is None:
+            lines = without_labels(run, has_test=self.has_test)
+        else:
+            lines = verdict_lines(self.verdict, run)
+        table = console_table(self.rows, has_test=self.has_test)
+        places = f"report  {self.report / 'report.html'}\nmodel   {self.model}"
+        return "\n".join([table, places, *lines])
+
+
+def run(config: Config, root: Path, until: str | None = None) -> Finished | None:
+    """Makes whatever is missing; what the run has come to, or None where it ends after a stage.
 
     Args:
         until: embed, pseudo_label, adapt or fuse, to end after that stage, without a report.
@@ -65,13 +91,13 @@ def run(config: Config, root: Path, until: str | None = None) -> tuple[Path, lis
         return _run(context, until)
 
 
-def _run(context: Run, until: str | None = None) -> tuple[Path, list[ScoreRow]] | None:
+def _run(context: Run, until: str | None = None) -> Finished | None:
     context = replace(context, config=prepared(context.config, context.store.root, log=context.console.log))
     mending = Mending(context)
     return mending.mended(lambda: _flow(context, mending, until))
 
 
-def _flow(context: Run, mending: Mending, until: str | None) -> tuple[Path, list[ScoreRow]] | None:
+def _flow(context: Run, mending: Mending, until: str | None) -> Finished | None:
     """Once through all stages, after a look at what is reused."""
     config, store, console = context.config, context.store, context.console
     mending.check(generated_artifacts(store, config.data))
@@ -97,16 +123,28 @@ def _flow(context: Run, mending: Mending, until: str | None) -> tuple[Path, list
             if stage == until:
                 _log_any(console, describe_bad_images(flow, reported=False))
                 return None
-        found = report(context, flow)
-        _log_any(console, describe_bad_images(flow, reported=True))
-        _log_any(console, "" if found[1] else describe_labels(flow))
-        return found
+        return _finish(context, flow)
+
+
+def _finish(context: Run, flow: Flow) -> Finished:
+    """Exports a model, which the scores choose where they may, and writes the report."""
+    config, store, console = context.config, context.store, context.console
+    tasks = task_queries(flow.ground_truth, flow.scores)
+    verdict = verdict_on(tasks, flow.models, config.evaluate.export) if tasks else None
+    exported = verdict.exported if verdict else config.exported
+    if not flow.model.complete:
+        with console.stage("export", exported):
+            export_model(flow.models[exported], flow.model, why_exported(verdict, config.evaluate.export))
+    model = store.publish("model", flow.model)
+    folder, rows = report(context, flow, verdict)
+    _log_any(console, describe_bad_images(flow, reported=True))
+    _log_any(console, "" if rows else describe_labels(flow))
+    return Finished(folder, model, rows, verdict, config.has_test)
 
 
 def _stages(context: Run, flow: Flow) -> Iterator[str]:
     """Makes what is missing, stage by stage; yields the name of each finished stage."""
-    config, store, console, train = context.config, context.store, context.console, flow.train
-    labelled = flow.supervision
+    train, labelled = flow.train, flow.supervision
     if labelled is not None:
         read_true_labels(context, train, labelled.ground_truth, labelled.classes)
     embed(context, train, flow.models["backbone"], flow.features)
@@ -137,10 +175,6 @@ def _stages(context: Run, flow: Flow) -> Iterator[str]:
         embed(context, flow.test, flow.models[name], flow.test_features[name])
     bad = bad_rows(flow.test, flow.test_features["backbone"])
     evaluate(context, flow.test, bad, flow.models, Evaluation(flow.ground_truth, features, flow.scores, flow.insights))
-    if not flow.model.complete:
-        with console.stage("export", config.exported):
-            export_model(flow.models[config.exported], flow.model)
-    store.publish("model", flow.model)
     yield "evaluate"
 
 
@@ -181,7 +215,7 @@ def checks_of(config: Config, store: Store, flow: Flow) -> Checks:
     return Checks(store.root.absolute(), partial(read_a_little, ends_of(flow.train, flow.test)), need)
 
 
-def _tried(config: Config, store: Store, *, log: Callable[[str], None] | None = None) -> Verdict:
+def _tried(config: Config, store: Store, *, log: Callable[[str], None] | None = None) -> TrialVerdict:
     """The verdict on a backbone that is still needed; without `log`, as nothing is made, none is kept."""
     check_ready(config.backbone)
     index = store.root / "index"

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from grappa_dist.artifacts import Artifact, Store
-from grappa_dist.config import SUPERVISED, SUPERVISED_SET, BackboneConfig, Config, Resources, Variant
+from grappa_dist.config import AUTO, SUPERVISED, SUPERVISED_SET, BackboneConfig, Config, Resources, Variant
 from grappa_dist.console import format_bytes, one_line, pluralize
 from grappa_dist.data.open_images import ROWS_PER_SHARD as GENERATED_PER_SHARD
 from grappa_dist.data.open_images import generated_sizes, is_generated, open_images
@@ -187,9 +187,15 @@ def _stages(
     yield "evaluate", what, scores
     yield (
         "report, model",
-        f"report/report.html, report/metrics.json, model/ ({config.exported})",
+        f"report/report.html, report/metrics.json, model/ ({_describe_exported(config)})",
         [flow.report, flow.model] if flow else [],
     )
+
+
+def _describe_exported(config: Config) -> str:
+    if config.evaluate.export == AUTO and config.has_test:
+        return f"the best on half of the labelled test queries; without labels, {config.exported}"
+    return config.exported
 
 
 def _workers(where: Resources) -> str:

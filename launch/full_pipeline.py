@@ -58,7 +58,6 @@ def work(asked: argparse.Namespace, ending: Ending) -> None:
         print(printable(clean(config, root, remove=asked.yes)))
         return
     from grappa_dist.pipeline import check, run
-    from grappa_dist.report import console_table
 
     if asked.check:
         print(printable(check(config, root, deep=asked.deep)))
@@ -68,9 +67,7 @@ def work(asked: argparse.Namespace, ending: Ending) -> None:
     if found is None:
         print(f"done up to {asked.until}; the same command without --until goes on")
         return
-    report, rows = found
-    print(console_table(rows, has_test=config.has_test))
-    print(printable(f"report  {report / 'report.html'}\nmodel   {root / 'model'}"))
+    print(printable(found.text()))
 
 
 if __name__ == "__main__":

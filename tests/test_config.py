@@ -101,7 +101,9 @@ WRONG = [
     ("clustering.num_labels=[]", "clustering.num_labels must be distinct and not empty, got []"),
     ("fuse.variants=[average, average]", "fuse.variants must be distinct and not empty, got ['average', 'average']"),
     ("fuse.variants=[mean]", "fuse.variants.0='mean': Input should be 'average', 'gallery'"),
-    ("evaluate.export=oracle", "evaluate.export='oracle' is not one of fuse.variants ['average', 'transforms', 'neigh"),
+    ("evaluate.export=oracle", "evaluate.export='oracle': expected one of auto, backbone, average, transforms, ne"),
+    ("evaluate.export=k=05", "transforms, neighbours or k=<K> of a set"),
+    ("evaluate.export=supervised-set", "evaluate.export='supervised-set': expected one of auto, backbone, average, "),
     (
         "data.collection=a.b:c",
         "give either data.train (folders of shards) or data.collection, got data.train=['shards']",
@@ -140,6 +142,12 @@ def test_a_row_to_compare_with_becomes_the_model_only_where_it_is_asked_for_or_a
     assert config(tmp_path, SMALL, (variants,)).exported == "neighbours"
     assert config(tmp_path, SMALL, (variants, "evaluate.export=random-all")).exported == "random-all"
     assert config(tmp_path, SMALL, ("fuse.variants=[random-one, supervised]",)).exported == "supervised"
+    assert config(tmp_path, SMALL, ("evaluate.export=null",)).evaluate.export == "auto"  # as files of before say
+    for model in ("backbone", "k=64"):
+        assert config(tmp_path, SMALL, (f"evaluate.export={model}",)).exported == model
+    with pytest.raises(ValueError, match=r"evaluate.export='k=5': expected one of auto, backbone, k=4, k=8, average, "):
+        config(tmp_path, SMALL, ("clustering.num_labels=[4, 8]", "evaluate.export=k=5"))
+    assert config(tmp_path, SMALL, ("adapt.supervised=true", "evaluate.export=supervised-set")).evaluate.export
 
 
 @pytest.mark.parametrize("tree", [None, [1, 2], "text"])

@@ -95,6 +95,30 @@ def test_weights_are_exported_bit_for_bit_and_folding_them_changes_rounding_alon
     assert model.grappa.backbone.preprocess == expected.backbone.preprocess  # type: ignore[union-attr]
 
 
+def test_the_backbone_is_exported_and_loaded_bit_for_bit(tmp_path: Path) -> None:
+    spec = replace(fake_run(tmp_path), name="backbone", adaptors=(), fusion=None)
+    artifact = Store(tmp_path).artifact("models/backbone", {}, spec.inputs)
+    export_model(spec, artifact, {"reason": "asked for"})
+    model, frozen = load_model(artifact.path), build(spec, torch.device("cpu"))
+    assert torch.equal(model.grappa(images(3)), frozen(images(3)))
+    assert torch.equal(build(exported_spec(artifact.path), torch.device("cpu"))(images(3)), frozen(images(3)))
+    assert (model.sets, tuple(model.attention(images(3)).shape)) == ([], (3, 0, 0))
+    assert json.loads((artifact.path / CONFIG_FILE).read_text())["why"] == {"reason": "asked for"}
+    with pytest.raises(ValueError, match="the backbone alone and has no adaptor sets"):
+        model.condition([images(4)])
+
+
+def test_a_single_set_is_exported_and_loaded(tmp_path: Path) -> None:
+    fused = fake_run(tmp_path, 2)
+    spec = replace(fused, name="k=1", adaptors=fused.adaptors[1:], fusion=None)
+    artifact = Store(tmp_path).artifact("models/k=1", {}, spec.inputs)
+    export_model(spec, artifact)
+    model = load_model(artifact.path)
+    assert model.sets == ["k=1"]
+    expected = build(spec, torch.device("cpu"))(images(3))
+    torch.testing.assert_close(model.grappa(images(3)), expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("weighed", [(), (0.2, 0.8, 0.0), (0.0, 1.0, 0.0)])
 @pytest.mark.parametrize("fused", [True, False])
 def test_an_exported_model_is_built_folded_for_bulk_embedding_which_changes_rounding_alone(

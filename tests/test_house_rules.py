@@ -36,7 +36,7 @@ LEVELS = (  # a part imports parts of lower levels, and files of its own
     ("stages",),
     ("training",),
     ("models", "knn", "demo", "inputs"),
-    ("kmeans", "make_shards"),
+    ("kmeans", "make_shards", "verdict"),
     ("data", "distributed"),
     ("metrics", "significance", "artifacts"),
     ("checksums",),

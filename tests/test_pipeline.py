@@ -27,8 +27,11 @@ from grappa_dist.distributed.preflight import Checks, survey
 from grappa_dist.layout import lay_out
 from grappa_dist.models.spec import check_ready
 from grappa_dist.plan import plan
+from grappa_dist.report.verdict import conclusion
 from tests.stages import tiny
 from tests.test_layout import ROWS
+
+Finished = tuple[Path, Config, list[str]]
 
 
 @pytest.fixture(scope="module")
@@ -127,15 +130,59 @@ def test_missing_weights_are_an_error_before_any_worker_is_used(
 
 
 @pytest.fixture(scope="module")
+def labelled(tmp_path_factory: pytest.TempPathFactory, finished: Finished) -> tuple[Config, pipeline.Finished]:
+    """The same run, now with test images that have labels, which choose the model."""
+    root = tmp_path_factory.mktemp("labelled")
+    shutil.copytree(finished[0], root, dirs_exist_ok=True, symlinks=True)
+    test = tiny.write_shards(root / "images", label=lambda row: str(row % tiny.GROUPS), seed=1)
+    old = finished[1]
+    data, evaluate = {**old.data.model_dump(), "test": test}, {**old.evaluate.model_dump(), "export": "auto"}
+    settings, here = Config.model_validate({**old.model_dump(), "data": data, "evaluate": evaluate}), tiny.Here()
+    found = pipeline._run(tiny.run_in(settings, root, here))
+    assert found is not None
+    assert {"k=4", "pseudo_label"}.isdisjoint(here.asked)  # nothing is trained again
+    return settings, found
+
+
+def test_a_model_chosen_by_half_of_the_queries_is_exported_and_says_why(
+    labelled: tuple[Config, pipeline.Finished],
+) -> None:
+    settings, found = labelled
+    assert found.verdict is not None
+    config = json.loads((found.model / "config.json").read_text())
+    assert config["variant"] == found.verdict.exported
+    assert config["why"]["validation"] == found.verdict.validation
+    assert set(found.verdict.validation) == {"backbone", "average", "k=4", "k=6"}
+    assert found.model.resolve().name.startswith("auto-")
+    flow = lay_out(
+        settings,
+        Store(found.model.parent),
+        *(ImageShards.open(p, None) for p in (settings.data.train, settings.data.test)),
+    )
+    assert flow.model.path == found.model.resolve()
+    model = grappa_dist.load_model(found.model, trust_modules=True)
+    assert model(torch.rand(2, 3, tiny.SIZE_PX, tiny.SIZE_PX)).shape == (2, 16)
+
+
+def test_what_is_printed_last_and_what_metrics_say_is_the_verdict(labelled: tuple[Config, pipeline.Finished]) -> None:
+    _, found = labelled
+    assert found.verdict is not None
+    lines = found.text().splitlines()
+    assert lines[-1] == conclusion(found.verdict, str(found.model.parent))
+    metrics = json.loads((found.report / "metrics.json").read_text())
+    assert metrics["verdict"]["mean"]["gain"] == found.verdict.mean.gain
+    assert metrics["verdict"]["exported"] == found.verdict.exported
+    queries = found.verdict.mean.queries + found.verdict.validation_queries
+    assert queries == metrics["rows"][0]["queries"] == tiny.NUM_ROWS - 1
+
+
+@pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, shards: list[str]) -> tuple[Path, Config, list[str]]:
     """A run on images without labels, one of them bad, that ends with the average of two sets."""
     root = tmp_path_factory.mktemp("run")
     settings, here = tiny.config(shards, adapt={"epochs": 1}, fuse={"variants": ("average",)}), tiny.Here()
     pipeline._run(tiny.run_in(settings, root, here))
     return root, settings, here.asked
-
-
-Finished = tuple[Path, Config, list[str]]
 
 
 def test_a_run_does_every_stage_once(finished: Finished) -> None:
@@ -157,7 +204,7 @@ def test_the_nodes_are_checked_for_what_is_still_to_be_made(tmp_path: Path, shar
 
 def test_a_run_without_labels_has_no_rows_and_its_report_says_so(finished: Finished) -> None:
     root, _, _ = finished
-    assert json.loads((root / "report" / "metrics.json").read_text()) == {"rows": []}
+    assert json.loads((root / "report" / "metrics.json").read_text()) == {"rows": [], "verdict": None}
     page = (root / "report" / "report.html").read_text().lower()
     assert "there is no test set (data.test), so the models were looked at on training images" in page
     assert "40 training, no test set: 40 of these were looked at" in page

@@ -36,6 +36,7 @@ class Purpose(Enum):
     # seed, or seed, task, or seed, task, 1 or 2. One stream draws the view queries and the rows that they are searched
     # among; which queries are among these rows is correlated, and no matter: all are added to them.
     EVALUATION_SAMPLE = "evaluation sample"
+    VALIDATION_HALF = "validation half"  # none: runs of other seeds have the same queries in it
     GALLERY = "gallery"  # seed, task
     NESTED_ROWS = "rows of nestedness"  # seed
     NESTED_BY_CHANCE = "nestedness by chance"  # seed, K, next K

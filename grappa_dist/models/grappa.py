@@ -191,19 +191,28 @@ class GrappaLayer(nn.Module):
 
 
 class Grappa(nn.Module):
-    """A frozen backbone whose every block is a Grappa layer: RGB in [0, 1] (B, 3, S, S) -> features z (B, D)."""
+    """A frozen backbone whose every block is a Grappa layer: RGB in [0, 1] (B, 3, S, S) -> features z (B, D).
+
+    Without sets, `of_backbone`, the blocks stay as they are.
+    """
 
     def __init__(self, backbone: Backbone, num_sets: int, bottleneck: int, *, attention: bool) -> None:
         super().__init__()
-        self.backbone = backbone
+        self.backbone, self.num_sets = backbone, num_sets
         self.embed_dim = backbone.embed_dim
-        for index, block in enumerate(list(backbone.blocks)):
+        for index, block in enumerate(list(backbone.blocks) if num_sets else ()):
             adaptors = Adaptors(num_sets, backbone.embed_dim, bottleneck)
             backbone.blocks[index] = GrappaLayer(block, adaptors, Attention(backbone.embed_dim) if attention else None)
 
+    @classmethod
+    def of_backbone(cls, backbone: nn.Module) -> Grappa:
+        """The backbone as a model without adaptor sets: the same features, bit for bit."""
+        assert isinstance(backbone, Backbone)
+        return cls(backbone, 0, 0, attention=False)
+
     @property
     def layers(self) -> list[GrappaLayer]:
-        return list(self.backbone.blocks)
+        return list(self.backbone.blocks) if self.num_sets else []
 
     def forward(self, images: Tensor) -> Tensor:
         return self.backbone(images)
@@ -217,7 +226,7 @@ class Grappa(nn.Module):
         Raises:
             ValueError: they are not N, or not such numbers.
         """
-        sets = self.layers[0].adaptors.num_sets
+        sets = self.num_sets
         if weights is not None and (
             weights.shape != (sets,) or not bool((weights >= 0).all() and weights.isfinite().all() and weights.any())
         ):
@@ -248,8 +257,8 @@ class Grappa(nn.Module):
         Raises:
             ValueError: the sets are not N, or of another depth or width.
         """
-        if len(sets) != self.layers[0].adaptors.num_sets:
-            raise ValueError(f"{len(sets)} adaptor sets for a model of {self.layers[0].adaptors.num_sets}")
+        if len(sets) != self.num_sets:
+            raise ValueError(f"{len(sets)} adaptor sets for a model of {self.num_sets}")
         for tensors in sets:
             _check_fit("an adaptor set", tensors, self.adaptor_tensors())
         for i, layer in enumerate(self.layers):

@@ -45,6 +45,7 @@ from grappa_dist.stages.partitions import PARTITIONS_FILE
 from grappa_dist.stages.pseudo_label import STATS_FILE
 from grappa_dist.stages.run import Run
 from grappa_dist.stages.supervised import class_counts
+from grappa_dist.verdict import Verdict
 
 THUMBNAIL_PX = 112
 KEEP_REPORTS = 10
@@ -59,12 +60,12 @@ def report_of(store: Store, config: Config, inputs: Mapping[str, Artifact], dama
     return store.artifact("reports/report", shown, inputs)
 
 
-def report(run: Run, flow: Flow) -> tuple[Path, list[ScoreRow]]:
+def report(run: Run, flow: Flow, verdict: Verdict | None = None) -> tuple[Path, list[ScoreRow]]:
     """Writes the report if its inputs changed; its folder and the rows of the table."""
     rows = score_rows(flow)
     if not flow.report.complete:
         with run.console.stage("report", "writing"):
-            write_report(_content(run, flow, rows), flow.report.begin())
+            write_report(_content(run, flow, rows, verdict), flow.report.begin())
             flow.report.commit()
     published = run.store.publish("report", flow.report)
     remove_old_reports(run.store.root, flow.report)
@@ -114,7 +115,7 @@ def _score_row(model: str, row: Mapping[str, Any]) -> ScoreRow:
     }
 
 
-def _content(run: Run, flow: Flow, rows: list[ScoreRow]) -> ReportContent:
+def _content(run: Run, flow: Flow, rows: list[ScoreRow], verdict: Verdict | None) -> ReportContent:
     insights = {m: load_json(a.path / INSIGHT_FILE) for m, a in flow.insights.items()}
     logs = {job_of(a): steps_of(a) for a in _trained(flow)}
     fused = {v: logs[job_of(a)] for v, a in flow.fusions.items()}
@@ -123,6 +124,7 @@ def _content(run: Run, flow: Flow, rows: list[ScoreRow]) -> ReportContent:
     return ReportContent(
         title=run.config.name,
         rows=rows,
+        verdict=verdict,
         has_test=_has_test(flow),
         labels="" if rows else describe_labels(flow),
         label_free=[*_view_figures(insights), *neighbour_figures(flow.fusions, len(flow.train))],

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, NotRequired, TypedDict
 
+from grappa_dist.verdict import Verdict
+
 
 class ScoreRow(TypedDict):
     """Retrieval of one model on one task; fractions in [0, 1]."""
@@ -122,6 +124,7 @@ class ReportContent:
 
     title: str
     rows: list[ScoreRow] = field(default_factory=list)  # [] without labels
+    verdict: Verdict | None = None  # None without labels
     has_test: bool = True  # else training images were evaluated
     labels: str = ""  # where there are no scores: which labels were read
     label_free: list[LabelFree] = field(default_factory=list)

@@ -12,6 +12,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Literal
 
+from grappa_dist.config import BACKBONE
 from grappa_dist.console import pluralize
 from grappa_dist.files import write_bytes, write_utf8
 from grappa_dist.report.attention import attention_section
@@ -22,7 +23,6 @@ from grappa_dist.report.html import MARK, POLICY, STYLE, absent, number, percent
 from grappa_dist.report.plots import COLOURS, Axes, Series, bar_chart, grid, line_chart
 from grappa_dist.report.scores import (
     AVERAGE,
-    BACKBONE,
     ORACLE,
     SAW_LABELS,
     Scores,
@@ -32,6 +32,7 @@ from grappa_dist.report.scores import (
     score_table,
 )
 from grappa_dist.report.sentences import read_scores
+from grappa_dist.report.verdict import as_json
 
 MOST_BAD_ROWS = 100
 MOST_CLUSTERINGS = 24  # histograms
@@ -85,7 +86,7 @@ def write_report(content: ReportContent, out_dir: str | Path) -> None:
     """Writes metrics.json and report.html into a directory that exists."""
     out = Path(out_dir)
     rows = [_json_row(row) for row in content.rows]
-    metrics = json.dumps({"rows": rows}, indent=1, allow_nan=False)
+    metrics = json.dumps({"rows": rows, "verdict": as_json(content.verdict)}, indent=1, allow_nan=False)
     write_utf8(out / "metrics.json", metrics + "\n")
     write_bytes(out / "report.html", page(content).encode("utf-8", "replace"))
 

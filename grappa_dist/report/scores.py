@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from grappa_dist.config import SUPERVISED, SUPERVISED_SET, VARIANTS, Variant
+from grappa_dist.config import BACKBONE, SUPERVISED, SUPERVISED_SET, VARIANTS, Variant
 from grappa_dist.report.content import ScoreRow
 from grappa_dist.report.html import MISSING, percent, points, text
 
 Metric = Literal["r_precision", "map_at_r", "recall_at_1"]
-BACKBONE, ORACLE, AVERAGE = "backbone", "oracle", "average"
+ORACLE, AVERAGE = "oracle", "average"
 SAW_LABELS = (SUPERVISED_SET, SUPERVISED)
 _FAMILIES = (BACKBONE, "set", ORACLE, "fusion", "random", "supervised", "other")
 WIDTH = 120  # characters of a terminal

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from grappa_dist.config import BACKBONE
 from grappa_dist.console import pluralize
 from grappa_dist.report.html import percent, points
-from grappa_dist.report.scores import AVERAGE, BACKBONE, ORACLE, Scores, kind
+from grappa_dist.report.scores import AVERAGE, ORACLE, Scores, kind
 
 Sentence = tuple[str, str]
 UNIFORM = 0.99  # normalised entropy above which a learned fusion is practically the average

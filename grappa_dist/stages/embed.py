@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from grappa_dist.artifacts import Artifact, RowArrays, Store, wait_until_seen
 from grappa_dist.checksums import MANIFEST, load_json
-from grappa_dist.config import EmbedConfig
+from grappa_dist.config import BACKBONE, EmbedConfig
 from grappa_dist.console import pluralize
 from grappa_dist.data.index import Shard, count_missing, describe_missing
 from grappa_dist.data.loader import Images, load_or_skip, read_batches
@@ -37,7 +37,6 @@ from grappa_dist.stages.gallery_weights import by_gallery
 from grappa_dist.stages.run import Run
 
 ROWS_FILE, BAD_FILE = "rows.npy", "bad.json"
-FROZEN = "backbone"  # the name of the frozen backbone as a model
 SUMS_FILE = "sums.npy"  # of features of the frozen backbone: (P,) uint64, xxh3 of every image that was embedded
 CHECK_INTERVAL_S = 5.0  # between counts of the bad rows of finished shards
 NAMED_BAD = 3  # bad rows that the error names
@@ -151,7 +150,7 @@ def embed_shard(device: torch.device, task: EmbedTask) -> None:
         return
     model = cached_model(task.spec, device)
     rows = np.arange(len(task.images)) + task.first
-    sums = np.zeros(len(rows), dtype=np.uint64) if task.spec.name == FROZEN else None
+    sums = np.zeros(len(rows), dtype=np.uint64) if task.spec.name == BACKBONE else None
     # what is recorded here is what others are held against
     images = task.images if sums is None else replace(task.images, record=sums, sums=())
     folder = artifact.begin()

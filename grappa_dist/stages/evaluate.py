@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from grappa_dist.artifacts import Artifact, RowArrays, Store, numbered, wait_until_seen
+from grappa_dist.checksums import load_array
 from grappa_dist.config import Config, EvaluateConfig
 from grappa_dist.console import pluralize
 from grappa_dist.data.decoding import Picture
@@ -22,17 +23,18 @@ from grappa_dist.data.loader import Make, load_images
 from grappa_dist.data.rng import Purpose, generator, view_generator
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.distributed.collectives import Comm
-from grappa_dist.files import write_json
+from grappa_dist.files import save_array, write_json
 from grappa_dist.knn.exact import sharded_knn
-from grappa_dist.metrics import retrieval_scores
+from grappa_dist.metrics import QueryScores, query_scores
 from grappa_dist.models import Grappa
 from grappa_dist.models.spec import ModelSpec, cached_model, preprocess_of
 from grappa_dist.stages.embed import to_images
 from grappa_dist.stages.gallery_weights import by_gallery
 from grappa_dist.stages.ground_truth import GroundTruth, load_ground_truth, write_ground_truth
 from grappa_dist.stages.run import Run
+from grappa_dist.verdict import TaskQueries
 
-SCORES_FILE, INSIGHT_FILE = "scores.json", "insight.json"
+SCORES_FILE, QUERIES_FILE, INSIGHT_FILE = "scores.json", "queries.npy", "insight.json"
 BATCH = 64  # images at a time through a model, for insight
 GALLERY_ROWS = 20_000  # images that views and gallery queries are searched among, at most
 ATTENTION_IMAGES = 128  # per task
@@ -65,7 +67,7 @@ class ModelTask:
 
 
 def scores_of(store: Store, ground_truth: Artifact, model: str, features: Sequence[Artifact]) -> Artifact:
-    return store.artifact(f"scores/{model}", {}, {"truth": ground_truth, **numbered("shard", features)})
+    return store.artifact(f"scores/{model}", {"queries": True}, {"truth": ground_truth, **numbered("shard", features)})
 
 
 def insight_of(
@@ -97,25 +99,47 @@ def evaluate_model(device: torch.device, task: ModelTask) -> None:
     """Computes and commits what is missing of one model: scores with labels, and insight without."""
     ground_truth = load_ground_truth(task.ground_truth)
     if not task.scores.complete:
-        write_json(task.scores.begin() / SCORES_FILE, _scores(task, ground_truth))
+        scores, queries = _scores(task, ground_truth)
+        write_json(task.scores.begin() / SCORES_FILE, scores)
+        save_array(task.scores.begin() / QUERIES_FILE, queries)
         task.scores.commit()
     if not task.insight.complete:
         write_json(task.insight.begin() / INSIGHT_FILE, _insight(task, ground_truth, device))
         task.insight.commit()
 
 
-def _scores(task: ModelTask, ground_truth: GroundTruth) -> list[dict[str, Any]]:
-    """Leave-one-out retrieval on every labelled task; rows that do not decode are neither query nor gallery."""
+def _scores(task: ModelTask, ground_truth: GroundTruth) -> tuple[list[dict[str, Any]], NDArray[np.int64]]:
+    """Leave-one-out retrieval on every labelled task; rows that do not decode are neither query nor gallery.
+
+    Returns:
+        The means of each task, and (q, 4) of all queries: the row, then the metrics in units of `QueryScores`.
+    """
     labels = ground_truth.labels.copy()
     labels[task.bad] = -1
-    scores = []
+    scores, queries = [], [np.empty((0, 4), np.int64)]
     for number, name in enumerate(ground_truth.task_names):
         rows = ground_truth.rows(number)
         rows = rows[labels[rows] >= 0]
         if len(rows):
             z = torch.from_numpy(task.features.take_unit(rows))
-            scores.append({"task": name, **retrieval_scores(z, torch.from_numpy(labels[rows]))})
-    return [s for s in scores if s["queries"]]
+            found = query_scores(z, torch.from_numpy(labels[rows]))
+            scores.append({"task": name, **found.sums().finish()})
+            queries.append(np.column_stack([rows[found.rows], found.units]))
+    return [s for s in scores if s["queries"]], np.concatenate(queries)
+
+
+def task_queries(ground_truth: Artifact, scores: Mapping[str, Artifact]) -> list[TaskQueries]:
+    """The queries of each labelled task and what every model reached on them; [] without labels."""
+    known = load_ground_truth(ground_truth)
+    found = {m: load_array(artifact.path / QUERIES_FILE) for m, artifact in scores.items()}  # (q, 4) each
+    rows = next(iter(found.values()))[:, 0] if found else np.empty(0, np.int64)
+    r_precision = {m: QueryScores(rows, of_model[:, 1:]).values() for m, of_model in found.items()}
+    tasks = []
+    for number, name in enumerate(known.task_names):
+        kept = known.tasks[rows] == number
+        if kept.any():
+            tasks.append(TaskQueries(name, known.labels[rows], r_precision).some(kept))
+    return tasks
 
 
 @torch.inference_mode()

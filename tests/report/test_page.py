@@ -117,7 +117,7 @@ def render(content: ReportContent, out: Path) -> str:
 def test_the_metrics_come_back_as_they_were_written(tmp_path: Path) -> None:
     content = full()
     write_report(content, tmp_path)
-    assert json.loads((tmp_path / "metrics.json").read_text()) == {"rows": content.rows}
+    assert json.loads((tmp_path / "metrics.json").read_text()) == {"rows": content.rows, "verdict": None}
 
 
 def test_a_score_that_is_not_finite_is_null_in_the_metrics(tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_without_labels_the_report_succeeds_and_says_so(tmp_path: Path) -> None:
     assert "The test images carry no labels" in html
     assert "nothing is marked" in html
     assert html.index('id="label-free"') < html.index('id="galleries"')
-    assert json.loads((tmp_path / "metrics.json").read_text()) == {"rows": []}
+    assert json.loads((tmp_path / "metrics.json").read_text()) == {"rows": [], "verdict": None}
 
 
 def test_hostile_text_is_escaped_everywhere(tmp_path: Path) -> None:

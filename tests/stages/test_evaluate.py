@@ -11,10 +11,18 @@ import torch
 
 from grappa_dist.config import Config
 from grappa_dist.data.shards import ImageShards
-from grappa_dist.metrics import retrieval_scores
+from grappa_dist.metrics import QueryScores, retrieval_scores
 from grappa_dist.models.spec import ModelSpec
 from grappa_dist.stages.embed import bad_rows, embed, feature_rows, features_of
-from grappa_dist.stages.evaluate import NEIGHBOURS, Evaluation, evaluate, insight_of, scores_of
+from grappa_dist.stages.evaluate import (
+    NEIGHBOURS,
+    QUERIES_FILE,
+    Evaluation,
+    evaluate,
+    insight_of,
+    scores_of,
+    task_queries,
+)
 from grappa_dist.stages.ground_truth import ground_truth_of, load_ground_truth
 from tests.stages import tiny
 
@@ -79,9 +87,23 @@ def test_scores_of_a_model_are_those_of_its_feature_arrays(labelled: Evaluation,
         assert found[task]["queries"] == len(rows)
 
 
+@pytest.mark.parametrize("model", ["backbone", "average"])
+def test_the_scores_of_each_query_are_kept_and_add_up_to_the_scores(labelled: Evaluation, model: str) -> None:
+    tasks = task_queries(labelled.ground_truth, labelled.scores)
+    kept = np.load(labelled.scores[model].path / QUERIES_FILE)
+    assert [task.task for task in tasks] == ["even", "odd"]
+    for number, (task, row) in enumerate(zip(tasks, scores(labelled, model), strict=True)):
+        rows = [r for r in range(tiny.NUM_ROWS - 1) if r % 2 == number and r != tiny.BAD and label_of(r) is not None]
+        mine = kept[kept[:, 0] % 2 == number]
+        assert mine[:, 0].tolist() == rows
+        assert task.classes.tolist() == load_ground_truth(labelled.ground_truth).labels[rows].tolist()
+        assert QueryScores(mine[:, 0], mine[:, 1:]).sums().finish() == {k: v for k, v in row.items() if k != "task"}
+        assert task.r_precision[model].tolist() == (mine[:, 1] / 2**40).tolist()
+
+
 def test_a_task_of_single_images_has_no_row_of_scores(tmp_path: Path) -> None:
     *_, evaluation, _, _ = evaluate_in(tmp_path, str, lambda row: "singles")
-    assert scores(evaluation, "backbone") == []
+    assert scores(evaluation, "backbone") == task_queries(evaluation.ground_truth, evaluation.scores) == []
     assert len(set(load_ground_truth(evaluation.ground_truth).labels.tolist())) == tiny.NUM_ROWS
 
 

@@ -1,0 +1,153 @@
+"""The verdict of a run as sentences: whether it helps, by how much, how sure, and what next."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from grappa_dist.config import AUTO, BACKBONE
+from grappa_dist.console import pluralize
+from grappa_dist.report.html import percent, points
+from grappa_dist.verdict import Gain, Verdict
+
+LABELLED = 200  # test images that tell a gain of some points
+SEEDS_CAVEAT = "one seed was run: how much another seed changes is not in the interval (--seeds 0,1,2 shows it)"
+MOST_WANTED = 100_000  # queries; a difference that needs more is too small to look for
+MOST_TASKS = 12  # lines
+_TRY_MORE = "more training images, other numbers of clusters (clustering.num_labels), or more epochs (adapt.epochs)"
+
+
+def describe_gain(gain: float, than: str = "the backbone") -> str:
+    """A difference of fractions, for example "1.2 points below the backbone"."""
+    if round(100 * gain, 1) == 0:
+        return f"within 0.1 points of {than}"
+    return f"{percent(abs(gain))} points {'above' if gain > 0 else 'below'} {than}"
+
+
+def describe_sureness(gain: Gain) -> str:
+    """For example "95% interval +0.4 to +2.0, p = 0.004, 512 queries"."""
+    p = "p < 0.001" if gain.p_value < 0.001 else f"p = {gain.p_value:.3f}"
+    queries = pluralize(gain.queries, "query", "queries")
+    return f"95% interval {points(gain.low)} to {points(gain.high)}, {p}, {queries}"
+
+
+def verdict_lines(verdict: Verdict, run: str) -> list[str]:
+    """The verdict as text, its conclusion last.
+
+    Args:
+        run: the run directory, for the commands.
+    """
+    return [*_figures(verdict), *(f"  note: {line}" for line in caveats(verdict)), conclusion(verdict, run)]
+
+
+def caveats(verdict: Verdict) -> list[str]:
+    """What the figures do not say, as sentences."""
+    return [*verdict.caveats, SEEDS_CAVEAT]
+
+
+def conclusion(verdict: Verdict, run: str) -> str:
+    """One line: whether it helps, by how much, how sure, what is exported, what next."""
+    mean, model = verdict.mean, verdict.compared
+    by = f"{model} is {describe_gain(mean.gain)} in {_figure(verdict)} ({describe_sureness(mean)})"
+    if verdict.exported == BACKBONE and verdict.asked == AUTO:
+        return (
+            "No adapted model was better than the backbone on the queries that choose, so the exported model is the "
+            f"backbone. On the other queries, {by}; it was the best of them. Next: {_TRY_MORE}"
+        )
+    asked = " The exported model is the backbone, as evaluate.export asks." if verdict.exported == BACKBONE else ""
+    if mean.outcome == "better":
+        return f"Better than the backbone: {by}.{asked} Next: {_use(run)}"
+    if mean.outcome == "worse":
+        return f"Worse than the backbone: {by}.{asked} Next: {_keep(verdict)}{_TRY_MORE}"
+    return f"Not shown to be better than the backbone: {by}.{asked} Next: {_tell(mean)}"
+
+
+def _figure(verdict: Verdict) -> str:
+    several = len(verdict.tasks) > 1
+    return f"mean R-Precision over {len(verdict.tasks)} tasks" if several else "R-Precision"
+
+
+def _use(run: str) -> str:
+    return f"search your images with it, grappa-dist search --model {run}"
+
+
+def _keep(verdict: Verdict) -> str:
+    if verdict.exported == BACKBONE:
+        return ""
+    return "the backbone itself (evaluate.export=backbone); " + (
+        "" if verdict.asked == AUTO else "evaluate.export=auto exports what is best on half of the queries; "
+    )
+
+
+def _tell(mean: Gain) -> str:
+    """How many queries would tell a difference of this size, as the interval narrows by the root of their number."""
+    wide = (mean.high - mean.low) / 2
+    wanted = mean.queries * (wide / mean.gain) ** 2 if round(100 * mean.gain, 1) else math.inf
+    if wanted > MOST_WANTED:
+        return f"nothing to gain here, it seems; else {_TRY_MORE}"
+    size = 10 ** max(1, len(str(round(wanted))) - 1)
+    number = f"{math.ceil(wanted / size) * size:,}"
+    return f"some {number} test queries would tell a difference of this size; else {_TRY_MORE}"
+
+
+def _figures(verdict: Verdict) -> Iterator[str]:
+    yield f"verdict  {verdict.compared} against the backbone, R-Precision in percent{_queries(verdict)}"
+    rows = [verdict.mean, *verdict.tasks] if len(verdict.tasks) > 1 else list(verdict.tasks)
+    names = [f"mean of {len(verdict.tasks)} tasks" if row.task is None else row.task for row in rows]
+    wide = min(30, max(map(len, names)))
+    for name, row in list(zip(names, rows, strict=True))[: MOST_TASKS + 1]:
+        shown = f"{percent(row.baseline)} -> {percent(row.value)}"
+        yield f"  {name[:wide]:<{wide}}  {shown:<14}  {points(row.gain):>5}  ({describe_sureness(row)})"
+    if len(rows) > MOST_TASKS + 1:
+        yield f"  and {len(rows) - MOST_TASKS - 1} more tasks: metrics.json has all"
+
+
+def _queries(verdict: Verdict) -> str:
+    if not verdict.validation:
+        return ""
+    queries = pluralize(verdict.validation_queries, "other query", "other queries")
+    return f", on the queries that took no part in choosing it ({queries} did)"
+
+
+def as_json(verdict: Verdict | None) -> dict[str, Any] | None:
+    """The verdict as metrics.json has it; fractions, not percent."""
+    if verdict is None:
+        return None
+    return {
+        "exported": verdict.exported,
+        "compared": verdict.compared,
+        "asked": verdict.asked,
+        "outcome": verdict.mean.outcome,
+        "mean": _gain_json(verdict.mean),
+        "tasks": [_gain_json(gain) for gain in verdict.tasks],
+        "validation": dict(verdict.validation),
+        "validation_queries": verdict.validation_queries,
+        "caveats": caveats(verdict),
+    }
+
+
+def _gain_json(gain: Gain) -> Mapping[str, Any]:
+    return {**vars(gain), "gain": gain.gain}
+
+
+def why_exported(verdict: Verdict | None, asked: str) -> dict[str, Any]:
+    """What config.json of an exported model says of how it came to be the one."""
+    if asked != AUTO:
+        return {"export": asked, "reason": "asked for"}
+    if verdict is None:
+        reason = "no labelled test images to choose by: the last of fuse.variants that is no baseline"
+        return {"export": asked, "reason": reason}
+    queries = pluralize(verdict.validation_queries, "labelled test query", "labelled test queries")
+    reason = f"the best mean R-Precision on {queries}, half of all; the verdict is of the other half"
+    return {"export": asked, "reason": reason, "validation": dict(verdict.validation)}
+
+
+def without_labels(run: str, *, has_test: bool) -> list[str]:
+    """The last lines of a run that nothing can be said of."""
+    lacks = "no test image with a label that another one shares" if has_test else "no labelled test images"
+    return [
+        f"Not known: whether this model is better than the backbone; there were {lacks}. No figure here is a score.",
+        f"Some {LABELLED} labelled images, two or more of each class, would settle it: put them into a folder for each "
+        f"class and run  grappa-dist evaluate --model {run} --images <folder>",
+    ]

@@ -1,0 +1,171 @@
+"""Which model of a run is exported, and whether it is better than the backbone, by the labels of test images.
+
+The figure is R-Precision: the mean over a task's queries, then over tasks. To choose among models and to say how good
+the chosen one is takes two sets of queries, as the best of many is in part the luckiest: half of the queries, the
+validation half, chooses, and the other half is reported. Both are searched among the same images, and both have every
+class. Where nothing is chosen, all queries are reported.
+
+Shapes: q queries of a task.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from grappa_dist.config import AUTO, BACKBONE, VARIANTS
+from grappa_dist.data.rng import Purpose, permutation
+from grappa_dist.significance import bootstrap_interval, mean_over_tasks, paired_test
+
+FEW = 30  # queries of a task, fewer than which are said to be few
+RULE = 1  # of candidates, validation half and choice; part of the name of a model that was chosen
+
+
+@dataclass(frozen=True)
+class TaskQueries:
+    """The queries of one task, and how each model did on each of them."""
+
+    task: str
+    classes: NDArray[np.int64]  # (q,) the label of each query
+    r_precision: Mapping[str, NDArray[np.float64]]  # by model, (q,) in [0, 1]
+
+    def some(self, kept: NDArray[np.bool_]) -> TaskQueries:
+        """Those of the queries that `kept` (q,) marks."""
+        return TaskQueries(self.task, self.classes[kept], {m: values[kept] for m, values in self.r_precision.items()})
+
+    def less(self, model: str, baseline: str) -> NDArray[np.float64]:
+        """R-Precision of a model less that of another, (q,)."""
+        return self.r_precision[model] - self.r_precision[baseline]
+
+
+@dataclass(frozen=True)
+class Gain:
+    """How much better a model is than the backbone, on one task or in the mean; fractions in [0, 1]."""
+
+    task: str | None  # None: the mean over tasks
+    queries: int
+    classes: int
+    value: float  # R-Precision of the model
+    baseline: float  # and of the backbone, on the same queries
+    low: float  # of the gain, the 95 % bootstrap interval over queries
+    high: float
+    p_value: float  # of the paired permutation test of no difference, two-sided
+
+    @property
+    def gain(self) -> float:
+        return self.value - self.baseline
+
+    @property
+    def outcome(self) -> Literal["better", "worse", "unsure"]:
+        """Whether the interval lies on one side of zero."""
+        return "better" if self.low > 0 else "worse" if self.high < 0 else "unsure"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a run has come to. Without labelled test images there is none."""
+
+    exported: str  # the model in `<run>/model`
+    compared: str  # with the backbone: the exported model, or the best other one where the backbone is exported
+    asked: str  # evaluate.export
+    mean: Gain
+    tasks: tuple[Gain, ...]
+    validation: Mapping[str, float]  # mean R-Precision on the half that chose; {} where nothing was chosen
+    validation_queries: int
+    caveats: tuple[str, ...]  # as sentences
+
+
+def candidates(models: Iterable[str]) -> list[str]:
+    """The models that may be chosen, the simplest first: backbone, average, single sets, trained fusions.
+
+    No baseline and nothing that saw labels; and not `gallery`, which as a model is the average until it is given the
+    images that are searched, so its scores are not those of what would be exported.
+    """
+    found = set(models)
+    sets = sorted((m for m in found if m.startswith("k=")), key=lambda m: int(m[2:]))
+    fusions = [v.name for v in VARIANTS.values() if not v.is_baseline and not v.per_gallery]
+    return [m for m in (BACKBONE, *fusions[:1], *sets, *fusions[1:]) if m in found]
+
+
+def validation_half(classes: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which queries of a task are of the validation half, (q,): of each class every second one, in a shuffled order.
+
+    A function of the labels (q,) alone, so that runs with other settings or seeds have the same one.
+    """
+    shuffled = permutation(len(classes), Purpose.VALIDATION_HALF)
+    order = shuffled[np.argsort(classes[shuffled], kind="stable")]
+    chosen = np.zeros(len(classes), dtype=np.bool_)
+    chosen[order[1::2]] = True
+    return chosen
+
+
+def choose(tasks: Sequence[TaskQueries], models: Sequence[str]) -> tuple[str, dict[str, float]]:
+    """The best by mean R-Precision over tasks, the first of equals; and that figure of all of them."""
+    means = {m: math.fsum(math.fsum(t.r_precision[m]) / len(t.classes) for t in tasks) / len(tasks) for m in models}
+    return max(models, key=lambda m: means[m]), means
+
+
+def verdict_on(tasks: Sequence[TaskQueries], models: Iterable[str], asked: str) -> Verdict:
+    """The verdict on a run.
+
+    Args:
+        tasks: with queries in each; at least one.
+        models: all models of the run.
+        asked: evaluate.export: AUTO, or the model that is exported.
+    """
+    if asked not in (AUTO, BACKBONE):
+        mean, each = gains(tasks, asked)
+        return Verdict(asked, asked, asked, mean, each, {}, 0, _caveats(each))
+    split = [(task, validation_half(task.classes)) for task in tasks]
+    validation, reported = ([task.some(half == way) for task, half in split] for way in (True, False))
+    possible = candidates(models)
+    best, means = choose(validation, possible)
+    exported = BACKBONE if asked == BACKBONE else best
+    adapted = [m for m in possible if m != BACKBONE]
+    compared = best if best != BACKBONE else choose(validation, adapted)[0]
+    mean, each = gains(reported, compared)
+    num_queries = sum(len(task.classes) for task in validation)
+    return Verdict(exported, compared, asked, mean, each, means, num_queries, _caveats(each))
+
+
+def gains(tasks: Sequence[TaskQueries], model: str, baseline: str = BACKBONE) -> tuple[Gain, tuple[Gain, ...]]:
+    """How much better one model is than another: in the mean over tasks, and on each."""
+    each = tuple(_gain([task], model, baseline, task.task) for task in tasks)
+    return (replace(each[0], task=None) if len(tasks) == 1 else _gain(tasks, model, baseline, None)), each
+
+
+def _gain(tasks: Sequence[TaskQueries], model: str, baseline: str, name: str | None) -> Gain:
+    differences = [task.less(model, baseline) for task in tasks]
+    low, high = bootstrap_interval(differences)
+    return Gain(
+        task=name,
+        queries=sum(len(task.classes) for task in tasks),
+        classes=sum(len(np.unique(task.classes)) for task in tasks),
+        value=mean_over_tasks([task.r_precision[model] for task in tasks]),
+        baseline=mean_over_tasks([task.r_precision[baseline] for task in tasks]),
+        low=low,
+        high=high,
+        p_value=paired_test(differences),
+    )
+
+
+def _caveats(each: Sequence[Gain]) -> tuple[str, ...]:
+    """What makes the figures say less than they seem to."""
+    found = []
+    if few := [f"{g.task} ({g.queries})" for g in each if g.queries < FEW]:
+        found.append(f"few queries, so the interval is wide and itself rough: {_some(few)}")
+    if single := [str(g.task) for g in each if g.classes == 1]:
+        found.append(f"all queries are of one class, which tells no models apart: {_some(single)}")
+    if len(each) == 1:
+        found.append("the test images are of one task: nothing is known of others")
+    return tuple(found)
+
+
+def _some(names: Sequence[str], most: int = 8) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
