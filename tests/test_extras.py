@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -79,3 +80,14 @@ def test_help_and_version_work_without_the_optional_packages(args: list[str], tm
     done = light(COMMAND, *args, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert "grappa-dist" in done.stdout
+
+
+def test_doctor_says_of_a_light_install_what_is_missing_and_that_no_run_is_possible(tmp_path: Path) -> None:
+    done = light(COMMAND, "doctor", "--json", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (1, "")
+    findings = {finding["name"]: finding for finding in json.loads(done.stdout)}
+    for name, module in {"Ray": "ray", "DeepSpeed": "deepspeed", "faiss": "faiss"}.items():
+        assert findings[name]["means"] == f"runs need it: {install_line(module)}"
+    assert [name for name, finding in findings.items() if finding["stops_runs"]] == ["Ray", "DeepSpeed", "faiss"]
+    assert findings["HEIC"]["means"] == f"such photos are left out: {install_line('pillow_heif')}"
+    assert findings["parquet"]["means"] == install_line("pyarrow")

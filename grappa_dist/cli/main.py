@@ -56,13 +56,29 @@ class _Verbs(click.Group):
             formatter.write_dl([(name, VERBS[name]) for name in self.list_commands(ctx)])
 
 
+def _print_versions(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        from grappa_dist.doctor import versions
+
+        for name, found in versions(__version__).items():
+            print(printable_line(f"{name:<12} {found}"))
+        ctx.exit()
+
+
 @click.group(
     cls=_Verbs,
     subcommand_metavar="VERB ...",
     epilog=_COMPLETION,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-@click.version_option(__version__, prog_name="grappa-dist")
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_versions,
+    help="Print versions of this package and of what it uses, for bug reports.",
+)
 def group() -> None:
     """One image-retrieval model, adapted from a frozen vision transformer with unlabelled images.
 

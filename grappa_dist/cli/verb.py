@@ -22,27 +22,28 @@ _SETTING = re.compile(r"[a-z_]+(\.\w+)*=")
 def verb(name: str, *, examples: Sequence[str], statuses: str = STATUSES) -> Callable[..., click.Command]:
     """Makes a function the command of a verb. It gets `ending: Ending` and, by name, what its click options say.
 
-    Its docstring is the help, with the examples below. What it raises becomes the exit status (see `Ending`); wrong
-    arguments (`click.UsageError`) leave as they are.
+    Its docstring is the help, with the examples below. A number that it returns is the exit status, as is what it
+    raises (see `Ending`); wrong arguments (`click.UsageError`) leave as they are.
     """
 
     def decorated(work: Callable[..., object]) -> click.Command:
         @functools.wraps(work)  # with the options that click has noted on it
         @click.pass_context
         def call(ctx: click.Context, /, **options: Any) -> int:
-            refused: list[click.ClickException] = []
+            found: object = None
 
             def worked() -> None:
+                nonlocal found
                 try:
-                    work(ending, **options)
+                    found = work(ending, **options)
                 except click.ClickException as error:
-                    refused.append(error)
+                    found = error
 
             ending = Ending()
             status = ending.of(worked)
-            if refused:
-                raise refused[0]
-            return status
+            if isinstance(found, click.ClickException):
+                raise found
+            return found if status == 0 and isinstance(found, int) else status
 
         listed = "\n".join(f"  {line}" for line in examples)
         epilog = f"\b\nExamples:\n{listed}\n\n{statuses}"

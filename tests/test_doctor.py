@@ -1,0 +1,81 @@
+"""What the machine has: findings, what they mean, and whether they stop runs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from grappa_dist import doctor
+from grappa_dist.doctor import Finding, describe, examine, usable_cores, versions
+
+
+def test_every_line_of_this_machine_has_a_name_a_state_and_what_was_found(tmp_path: Path) -> None:
+    findings = {finding.name: finding for finding in examine(tmp_path / "not" / "yet" / "there")}
+    assert {"Python", "torch", "GPU", "NCCL", "Ray", "DeepSpeed", "faiss", "JPEG", "formats", "HEIC"} <= findings.keys()
+    assert {"parquet", "cores", "memory", "/dev/shm", "runs", "TMPDIR", "open files"} <= findings.keys()
+    installed = ("Python", "torch", "DeepSpeed", "faiss", "JPEG", "HEIC", "parquet")
+    assert {findings[name].state for name in installed} == {"ok"}
+    assert findings["DeepSpeed"].found.startswith(metadata.version("deepspeed"))
+    assert all(finding.found for finding in findings.values())
+    assert not (tmp_path / "not").exists()
+
+
+def test_an_address_that_does_not_answer_stops_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")  # discard
+    (ray,) = doctor._ray(start_ray=False)
+    assert ray.stops_runs
+    assert ray.means == "RAY_ADDRESS=127.0.0.1:9 does not answer: Connection refused"
+
+
+def test_a_package_that_is_missing_has_its_install_line_and_one_that_fails_its_reason(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (parquet,) = doctor._parquet()
+    assert (parquet.state, parquet.means) == ("missing", "pip install 'grappa-dist[parquet]'")
+    monkeypatch.delitem(sys.modules, "pyarrow")
+    (tmp_path / "pyarrow.py").write_text("raise ImportError('libarrow.so: cannot open shared object file')")
+    monkeypatch.syspath_prepend(tmp_path)
+    (parquet,) = doctor._parquet()
+    assert (parquet.state, parquet.found) == (
+        "missing",
+        "installed, but its import fails: libarrow.so: cannot open shared object file",
+    )
+
+
+@pytest.mark.parametrize(("quota", "cores"), [("max 100000", 4.0), ("150000 100000", 1.5), ("800000 100000", 4.0)])
+def test_cores_are_those_of_the_container_where_it_has_fewer(
+    quota: str, cores: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(4)))
+    (tmp_path / "cpu.max").write_text(f"{quota}\n")
+    assert usable_cores(tmp_path) == cores
+    assert usable_cores(tmp_path / "none") == 4
+
+
+def test_the_last_line_says_whether_runs_are_possible() -> None:
+    good, little = Finding("torch", "ok", "2.13.0"), Finding("memory", "warning", "1 MiB free", "little")
+    assert describe([good]) == "ok       torch  2.13.0\nRuns are possible here."
+    assert describe([good, little]).splitlines()[1:] == [
+        "warning  memory  1 MiB free; little",
+        "Runs are possible here, with 1 warning.",
+    ]
+    stopped = Finding("Ray", "missing", "not installed", "runs need it", stops_runs=True)
+    assert describe([stopped, little]).endswith("No run is possible here as it is: Ray. See above.")
+
+
+def test_versions_are_those_of_the_metadata_and_import_nothing() -> None:
+    found = versions("1.2.3")
+    assert found["torch"].startswith(f"{metadata.version('torch')} (built ")
+    assert found["faiss"] == f"{metadata.version('faiss-cpu')} (faiss-cpu)"
+    assert found["grappa-dist"] == (f"1.2.3 ({Path(doctor.__file__).parent})")
+    code = (
+        "import sys; from grappa_dist.doctor import versions; versions(''); "
+        "sys.exit(bool({'torch', 'numpy', 'ray', 'faiss', 'PIL'} & sys.modules.keys()))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
