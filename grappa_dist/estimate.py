@@ -25,8 +25,9 @@ from grappa_dist.kmeans.methods import choose as choose_method
 from grappa_dist.kmeans.methods import fit_pairs
 from grappa_dist.layout import on_pairs
 from grappa_dist.models import Backbone, PackedGrappa
+from grappa_dist.models.spec import build_backbone
 from grappa_dist.progress import duration
-from grappa_dist.rates import Rates
+from grappa_dist.rates import Rates, measure, some_images, store_rates, stored_rates
 from grappa_dist.stages.adapt import LEAST_IMAGES
 from grappa_dist.stages.flow import Flow
 from grappa_dist.stages.fuse import projector_bytes
@@ -44,6 +45,7 @@ CLASSIFIER_PRODUCTS = 4  # of images and classes: scores, pull, scores again, gr
 DOMINATES, WORTH_S = 0.5, 300.0  # a setting is named from this share of this many seconds on
 SHARDED_S = 1e-3  # to copy an image's file into a shard
 FEW_SETS = 3
+MEASURED_FROM = 100  # training images from which on a run measures the machine
 # Bytes: a worker process with its libraries, the driver's; an entry of a centroid; a report with its pictures.
 WORKER_BYTES, DRIVER_BYTES, CENTROID_BYTES, REPORT_BYTES = 700 * 2**20, 700 * 2**20, 56, 16 * 2**20  # docs/scale.md
 CHECKPOINTS = 2  # of a job on disk: the newest and the one before
@@ -133,20 +135,32 @@ class Estimator:
     dim: int
 
     def stages(self) -> dict[str, float]:
-        """By stage, those that have something to do; the start of the workers is one of them."""
-        if self.work.is_nothing:
-            return {"report": REPORT_S} if self.work.reports else {}
-        found = {
-            "start": START_S,
-            "shards": SHARDED_S * self.work.sharded,
-            "embed": self._embed(self.work.embedded, self.rates.forward_s),
-            "pseudo_label": sum(map(self._cluster, self.work.labels)),
-            "adapt": self._adapt(),
-            "fuse": sum(map(self._fuse, self.work.fusions)),
-            "evaluate": self._evaluate(),
-            "report": REPORT_S,
-        }
+        """By stage, those that have something to do; embedding for the evaluation counts as that."""
+        parts = self.parts()
+        if not parts:
+            return {}
+        tested_s = sum(parts.get("embed", [])[bool(self.work.embedded) :])
+        found = {stage: sum(seconds) for stage, seconds in parts.items()}
+        found |= {"embed": found.get("embed", 0.0) - tested_s, "evaluate": found.get("evaluate", 0.0) + tested_s}
         return {stage: seconds for stage, seconds in found.items() if seconds}
+
+    def parts(self) -> dict[str, list[float]]:
+        """By stage as a run names it, in the order in which its parts come; the start of the workers is one of them."""
+        work = self.work
+        if work.is_nothing:
+            return {"report": [REPORT_S]} if work.reports else {}
+        embeds = [(BACKBONE, work.embedded), *work.tested.items()]
+        found = {
+            "start": [START_S],
+            "shards": [SHARDED_S * work.sharded],
+            "embed": [self._embed(shards, self._forward_s(model)) for model, shards in embeds if shards],
+            "pseudo_label": [sum(map(self._cluster, work.labels))],
+            "adapt": [self._adapt()],
+            "fuse": list(map(self._fuse, work.fusions)),
+            "evaluate": [self._evaluate()],
+            "report": [REPORT_S],
+        }
+        return {stage: seconds for stage, seconds in found.items() if any(seconds)}
 
     @property
     def workers(self) -> int:
@@ -216,18 +230,19 @@ class Estimator:
     def projector_weights(self) -> int:
         return sum(a * b for a, b in pairwise([self.dim, *self.config.fuse.projector]))
 
+    def _forward_s(self, model: str) -> float:
+        """Of an image, by a model of the table."""
+        extra_s = max(0.0, self.rates.adapted_s - self.rates.forward_s)  # of all adaptor sets
+        if model == BACKBONE:
+            return self.rates.forward_s
+        return self.rates.forward_s + (extra_s / max(1, self.work.num_sets) if model.startswith("k=") else extra_s)
+
     def _evaluate(self) -> float:
         rows, rates = self.work.test_rows, self.rates
-        each_s = (rates.adapted_s - rates.forward_s) / max(1, self.work.num_sets)
-        seconds = 0.0
-        for model, shards in self.work.tested.items():
-            adapted_s = each_s if model.startswith("k=") else rates.adapted_s - rates.forward_s
-            extra_s = 0.0 if model == BACKBONE else adapted_s
-            seconds += self._embed(shards, rates.forward_s + max(0.0, extra_s))
         queries = min(self.config.evaluate.view_queries, rows)
         views_s = queries * rates.image_s(rates.augment_s, rates.adapted_s)
         score_s = SCORE_S + views_s + 2 * self.dim * rows**2 / rates.flops
-        return seconds + makespan([score_s] * self.work.scored, self.workers)
+        return makespan([score_s] * self.work.scored, self.workers)
 
 
 def makespan(seconds: Iterable[float], slots: int) -> float:
@@ -236,6 +251,24 @@ def makespan(seconds: Iterable[float], slots: int) -> float:
     for each in seconds:
         heapq.heapreplace(free, free[0] + each)
     return max(free)
+
+
+def expected(config: Config, root: Path, flow: Flow) -> Estimator | None:
+    """What a run expects, by rates that it has stored, or measures and stores; None where neither is worth it.
+
+    Nothing is measured for few images, for a cluster, whose machines may be others, or where there is a GPU, whose
+    memory is the workers'.
+    """
+    work, ks = work_of(flow), tuple(flow.labels)
+    rates = stored_rates(root, config, len(ks))
+    if rates is None:
+        if work.is_nothing or len(flow.train) < MEASURED_FROM or may_have_gpus(config.resources):
+            return None
+        backbone = build_backbone(config.backbone, pretrained=False)
+        files = some_images(flow.train)
+        rates = measure(config, len(ks), backbone, files, fuses=bool(on_pairs(config, len(ks))))
+        store_rates(root, rates)
+    return Estimator(config, work, rates, rates.channels)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from grappa_dist.data.open_images import (
 from grappa_dist.distributed.placement import known_workers
 from grappa_dist.distributed.preflight import Checks, table
 from grappa_dist.distributed.ray_cluster import Cluster
+from grappa_dist.estimate import describe_seconds, expected
 from grappa_dist.export import export_model
 from grappa_dist.inputs import look, prepared
 from grappa_dist.layout import lay_out
@@ -119,6 +120,8 @@ def _flow(context: Run, mending: Mending, until: str | None) -> Finished | None:
         context.runner.require(checks)
         console.log(_describe_run(flow, has_test=config.has_test))
         _log_any(console, describe_unfused(config.fuse, len(flow.labels)))
+        if until is None:
+            _log_any(console, _expect(context, flow))
         for stage in _stages(context, flow):
             if stage == until:
                 _log_any(console, describe_bad_images(flow, reported=False))
@@ -176,6 +179,16 @@ def _stages(context: Run, flow: Flow) -> Iterator[str]:
     bad = bad_rows(flow.test, flow.test_features["backbone"])
     evaluate(context, flow.test, bad, flow.models, Evaluation(flow.ground_truth, features, flow.scores, flow.insights))
     yield "evaluate"
+
+
+def _expect(context: Run, flow: Flow) -> str:
+    """Tells the console how long the stages take, if that is known; one line about it."""
+    estimator = expected(context.config, context.store.root, flow)
+    if estimator is None:
+        return ""
+    to_come = {stage: parts for stage, parts in estimator.parts().items() if stage != "start"}  # no stage of its own
+    context.console.expect(to_come)
+    return ": ".join(filter(None, describe_seconds(estimator)))
 
 
 def _weigh(context: Run, flow: Flow, features: Mapping[str, RowArrays]) -> None:

@@ -55,6 +55,7 @@ class Rates:
     fused_s: float  # an image of a step of a fusion: forward and backward
     flops: float  # per second, of float32 matrix products
     weight_s: float  # a weight of an optimizer's step
+    channels: int  # D
     on_gpu: bool  # decoding runs beside the rest there, and takes time from it on a CPU
     of: str  # what was measured: settings and machine, as a fingerprint
     measured_s: float
@@ -123,6 +124,7 @@ def measure(config: Config, num_sets: int, backbone: Backbone, files: Sequence[b
         fused_s=fused_s,
         flops=flops,
         weight_s=weight_s,
+        channels=backbone.embed_dim,
         on_gpu=on_gpu,
         of=measured_settings(config, num_sets),
         measured_s=time.monotonic() - began,

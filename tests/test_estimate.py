@@ -29,6 +29,7 @@ RATES = Rates(
     fused_s=0.3,
     flops=1e10,
     weight_s=1e-8,
+    channels=16,
     on_gpu=False,
     of="",
     measured_s=1.0,
