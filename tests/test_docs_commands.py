@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import sys
 import tarfile
 from collections.abc import Iterator
@@ -23,7 +24,6 @@ from benchmarks.cli import add_commands
 from benchmarks.harness import OneLineParser
 from grappa_dist.cli.main import VERBS, group, main
 from grappa_dist.make_shards import cli as make_shards
-from grappa_dist.make_shards.cli import main as write_shards
 from tests.retrieval.photos import model_in, write_photos
 from tests.stages import tiny
 from tests.structure import ROOT
@@ -77,16 +77,24 @@ def check_verb(args: list[str]) -> None:
     if not args or args[0].startswith("-"):
         group.make_context("grappa-dist", args, resilient_parsing=True)
         return
+    if args[0] == "shards":  # hands its words on
+        parse_shards(args[1:])
+        return
     verb = group.get_command(click.Context(group), args[0])
     assert verb is not None
     verb.make_context(args[0], args[1:], parent=click.Context(group, info_name="grappa-dist"))
+
+
+def parse_shards(args: list[str]) -> None:
+    parser = make_shards.arguments("grappa-dist shards")
+    make_shards._check(parser, parser.parse_args(args))
 
 
 def check_script(script: str, args: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Parses the words of a program of this repository without running it."""
     assert (ROOT / script).is_file(), script
     if script == "launch/make_shards.py":
-        make_shards._check(make_shards._arguments(), make_shards._arguments().parse_args(args))
+        parse_shards(args)
     elif script == "launch/bench.py":
         parser = OneLineParser()
         add_commands(parser)
@@ -154,12 +162,22 @@ def run_by(test: str) -> list[list[list[str]]]:
     return [list(commands(block.text)) for block in BLOCKS if block.kind == "run by" and test in block.what.split(", ")]
 
 
+@pytest.fixture
+def process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Puts back what the command replaces in its process: its streams, and what it does on signals."""
+    for stream in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, stream, getattr(sys, stream))
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("process")
 def test_the_commands_on_a_model_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for stream in ("stdout", "stderr"):
-        monkeypatch.setattr(sys, stream, getattr(sys, stream))  # which the command replaces
     model_in(Path("runs", "mine"))
     write_photos(Path("photos"))
     shutil.copy("photos/cat/2.png", "query.jpg")
@@ -174,6 +192,7 @@ def picture(path: Path, number: int) -> None:
     path.write_bytes(tiny.picture(number))
 
 
+@pytest.mark.usefixtures("process")
 def test_the_shards_commands_of_the_docs_write_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for number in range(8):
@@ -189,6 +208,5 @@ def test_the_shards_commands_of_the_docs_write_shards(tmp_path: Path, monkeypatc
     written = {"photos": {"train", "test"}, "birds.csv": {"train", "test"}, "pile": {"train"}}
     for words in lines:
         shutil.rmtree("shards", ignore_errors=True)
-        assert words[:2] == ["grappa-dist", "shards"]
-        assert write_shards([*words[2:], "--workers", "1"]) == 0
+        assert main([*words[1:], "--workers", "1"]) == 0
         assert {path.name for path in Path("shards").iterdir()} == written[words[3]]
