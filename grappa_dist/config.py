@@ -297,7 +297,7 @@ class EvaluateConfig(Section):
     gallery_hits: Count = 5  # neighbours shown for each
     view_queries: Annotated[int, Field(ge=0)] = 512  # images whose augmented view is searched for its source
     train_images: Count = 20_000  # without data.test this many training images, in whole shards, are evaluated instead
-    # The exported model: auto, backbone, k=<K> or a variant. auto: the best on half of the labelled test queries, and
+    # The exported model: auto, backbone, `k=<K>` or a variant. auto: the best on half of the labelled test queries, and
     # without labels the last of fuse.variants that is no baseline
     export: Annotated[str, BeforeValidator(lambda value: AUTO if value is None else value)] = AUTO
 

@@ -186,6 +186,7 @@ def test_every_setting_has_a_meaning_in_the_tables() -> None:
     rows = re.findall(r"^\| `(\w+)` \|(.*)\|$", DOCS["docs/settings.md"], re.MULTILINE)
     assert len(rows) > 60
     assert [name for name, cells in rows if "||" in cells.replace(" ", "").replace(r"\|\|", "")] == []
+    assert [name for name, cells in rows if re.search(r" <\w", re.sub("`[^`]*`", "", cells))] == [], "HTML to a browser"
 
 
 def test_the_readme_is_short() -> None:
