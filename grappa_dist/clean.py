@@ -75,6 +75,7 @@ def clean(config: Config, root: Path, *, remove: bool) -> str:
         shards = [*train.shards, *(test.shards if test else ())]
         strange = list[Path]()
         found = [*_artifacts(root, needed, strange), *_jobs(root, needed), *_index(root, shards), *_temporary(root)]
+        found += [Unneeded(path, "shards of images that are not named now", _size(path)) for path in inputs.unneeded()]
         found.sort(key=lambda each: each.path)
         for each in found if remove else ():
             remove_artifact(each.path) if each.path.is_dir() else each.path.unlink(missing_ok=True)
@@ -161,6 +162,8 @@ def _files(folder: Path) -> set[str]:
 
 
 def _size(folder: Path) -> int:
+    if folder.is_file():
+        return folder.stat().st_size
     return sum(os.lstat(folder / file).st_size for file in _files(folder))
 
 

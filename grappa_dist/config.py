@@ -93,8 +93,10 @@ class DataConfig(Section):
     test: Paths = ()  # images to evaluate on; labels optional; empty: label-free figures on the training images
     collection: Modulepath | None = None  # `module:function` that yields images, instead of train and test
     collection_kwargs: dict[str, Any] = {}  # its arguments
-    split: Literal["auto", "none", "classes"] = "auto"  # of folders of images in data.train: auto: train/ beside test/
+    split: Literal["auto", "none", "classes"] = "auto"  # auto: by folders train/ and test/; classes: half of them test
     shards_dir: PathText | None = None  # gets the shards that are made of images; null: `shards/` in the run directory
+    label_field: str | None = None  # column of a table or list, or key of JSON members, with the label; null: `label`
+    label_member: Literal["json", "txt", "cls"] = "json"  # of a tar: which file beside an image has its label
     max_bad_share: Fraction = 0.01  # more undecodable rows than this stop the run
     streams: Count = 128  # V: an epoch is cut into this many sequential streams (part of the result, ranks are not)
     shuffle_window: Count = 1024  # rows of a stream that are shuffled together
@@ -103,7 +105,7 @@ class DataConfig(Section):
     def _one_source(self) -> DataConfig:
         if bool(self.train) == bool(self.collection):
             raise ValueError(
-                "give either data.train (folders of shards) or data.collection, "
+                "give either data.train (folders of images or of shards) or data.collection, "
                 f"got data.train={list(self.train)} and data.collection={self.collection!r}"
             )
         return self

@@ -74,6 +74,14 @@ _JPEG, _SCAN = b"\xff\xd8", b"\xff\xda"
 _SOF, _PROGRESSIVE, _SOS, _APP1 = (0xC0, 0xC1, 0xC2), 0xC2, 0xDA, 0xE1  # JPEG markers
 
 
+def suffix_of(data: bytes) -> str:
+    """The suffix, one of TAKEN, of a file by its first bytes; jpg where they are of none of these formats."""
+    if is_webp(data):
+        return "webp"
+    begins = ((PNG, "png"), (b"GIF8", "gif"), (b"BM", "bmp"), (b"II*\0", "tif"), (b"MM\0*", "tif"))
+    return next((suffix for begin, suffix in begins if data.startswith(begin)), "jpg")
+
+
 class BadImage(ValueError):
     """The bytes are no image that we read; the message says why."""
 

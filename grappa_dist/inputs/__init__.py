@@ -1,4 +1,4 @@
-"""What `data.train` and `data.test` may name besides shards: folders of images, which become shards once."""
+"""What `data.train` and `data.test` may name besides shards: folders, tables and lists of images."""
 
 from grappa_dist.inputs.entries import Inputs, look, prepared, shards_of
 from grappa_dist.inputs.kinds import kind_of

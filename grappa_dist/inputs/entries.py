@@ -11,19 +11,21 @@ import hashlib
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from grappa_dist.config import Config
 from grappa_dist.console import pluralize
 from grappa_dist.inputs.growing import Growing, count_rows
+from grappa_dist.inputs.images import Images, images_of
 from grappa_dist.inputs.kinds import kind_of
-from grappa_dist.make_shards.class_folders import folder_items, parts_of_split
-from grappa_dist.make_shards.collection import SPLITS, split_items
+from grappa_dist.make_shards.collection import SPLITS
+from grappa_dist.make_shards.left_out import FILE as LIST_FILE
+from grappa_dist.make_shards.left_out import LeftOut, described, joined, write_list
 from grappa_dist.make_shards.progress import Log
-from grappa_dist.make_shards.sources import Item, open_source
 
 SHARDS_DIR = "shards"  # below a run directory
+_FOLDER = re.compile(r".+-(train|test)-[0-9a-f]{10}(\.removed)?")  # of the shards of an entry
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Entry:
 
     name: str
     growing: Growing | None = None  # None: shards
+    left_out: LeftOut = field(default_factory=LeftOut)
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -86,9 +89,21 @@ class Inputs:
         """The settings with shards as their data, as far as these are made."""
         return self._with([entry.paths for entry in self.train], [entry.paths for entry in self.test])
 
+    def unneeded(self) -> list[Path]:
+        """Shards in the run directory that were made of images which no entry names now."""
+        folders = {folder.name for folder in self.folders}
+        mine = self.root / SHARDS_DIR
+        others = [path for path in mine.iterdir() if path.name not in folders] if mine.is_dir() else []
+        grown = [entry.growing for entry in (*self.train, *self.test) if entry.growing is not None]
+        below = [path for growing in grown if growing.folder.parent == mine.absolute() for path in growing.unneeded()]
+        return sorted([path for path in others if _FOLDER.fullmatch(path.name) and path.is_dir()] + below)
+
     def make(self, log: Log) -> Config:
         """The settings with shards as their data; makes those that are missing."""
-        return self._with([entry.make(log) for entry in self.train], [entry.make(log) for entry in self.test])
+        made = self._with([entry.make(log) for entry in self.train], [entry.make(log) for entry in self.test])
+        if self.folders:
+            list_left_out(self.root, (*self.train, *self.test), log)
+        return made
 
     def _with(self, train: Sequence[tuple[str, ...]], test: Sequence[tuple[str, ...]]) -> Config:
         if not self.folders:
@@ -113,16 +128,17 @@ def look(config: Config, root: Path, *, log: Log = lambda line: None) -> Inputs:
         return Inputs(config, root, **shards)
     where = (root / SHARDS_DIR).absolute() if data.shards_dir is None else Path(data.shards_dir).absolute()
     train, of_train = list[Entry](), list[Entry]()
-    for entry in data.train:
-        sides = _sides_of(entry, data.split, log)
-        train.append(_entry(entry, where, "train", sides))
-        if sides is not None and sides["test"]:
-            of_train.append(_entry(entry, where, "test", sides))
+    for name in data.train:
+        images = images_of(name, data.split, data.label_field, log)
+        train.append(_entry(name, where, "train", images))
+        if images is not None and images.test:
+            of_train.append(_entry(name, where, "test", images))
     test = []
-    for entry in data.test:
-        sides = _sides_of(entry, data.split if entry in data.train else "none", log)
-        items = None if sides is None else {"test": sides["test"] or sides["train"]}
-        test.append(_entry(entry, where, "test", items))
+    for name in data.test:
+        divided = data.split == "auto" or name in data.train
+        images = images_of(name, data.split if divided else "none", data.label_field, log)
+        images = images if images is None or images.test else images.all_test()
+        test.append(_entry(name, where, "test", images))
     found = Inputs(config, root, tuple(train), tuple(test or of_train))
     _describe(found.train, "to adapt to", log)
     _describe(found.test, "to test on", log)
@@ -136,7 +152,9 @@ def prepared(config: Config, root: Path, *, log: Log = lambda line: None) -> Con
     return look(config, root, log=log).make(log)
 
 
-def shards_of(paths: Sequence[str], root: Path, *, log: Log = lambda line: None) -> tuple[str, ...]:
+def shards_of(
+    paths: Sequence[str], root: Path, *, label_field: str | None = None, log: Log = lambda line: None
+) -> tuple[str, ...]:
     """Shards of all images that the paths name, in the order of the paths; what is none is made into some, once.
 
     For commands that are given images without settings of a run; made shards lie in `root`/shards. Class folders give
@@ -146,36 +164,33 @@ def shards_of(paths: Sequence[str], root: Path, *, log: Log = lambda line: None)
         ValueError: a path holds nothing that can be used.
     """
     where = (root / SHARDS_DIR).absolute()
-    entries = tuple(_entry(path, where, "test", _all_of(path, log)) for path in paths)
+    found = [(path, images_of(path, "none", label_field, log)) for path in paths]
+    entries = [_entry(path, where, "test", images and images.all_test()) for path, images in found]
     _describe(entries, "to look at", log)
-    return tuple(shard for entry in entries for shard in entry.make(log))
+    shards = tuple(shard for entry in entries for shard in entry.make(log))
+    list_left_out(root, entries, log)
+    return shards
 
 
-def _all_of(entry: str, log: Log) -> dict[str, list[Item]] | None:
-    """All images of an entry, as those of its test side; None of shards."""
-    sides = _sides_of(entry, "none", log)
-    return None if sides is None else {"test": sides["train"]}
-
-
-def _sides_of(entry: str, split: str, log: Log) -> dict[str, list[Item]] | None:
-    """The images of an entry by train and test; None of shards."""
-    if kind_of(entry) == "shards":
-        return None
-    source = open_source(entry)
-    if split == "classes":
-        return split_items(folder_items(source, None, "classes", log), "classes")
-    if split == "auto" and parts_of_split(open_source(entry)):
-        return split_items(folder_items(source, None, "folders", log, labelled=False), "folders")
-    return split_items(folder_items(source, None, "none", log), "none")
-
-
-def _entry(entry: str, where: Path, side: str, sides: dict[str, list[Item]] | None) -> Entry:
-    if sides is None:
-        return Entry(entry)
-    path = os.path.abspath(entry)
+def _entry(name: str, where: Path, side: str, images: Images | None) -> Entry:
+    if images is None:
+        return Entry(name)
+    path = os.path.abspath(name)
     digest = hashlib.sha256(f"{path}\0{side}".encode("utf-8", "surrogateescape")).hexdigest()[:10]
-    name = re.sub(r"[^\w.-]+", "-", os.path.basename(path)).strip(".-") or "images"
-    return Entry(entry, Growing(entry, where / f"{name}-{side}-{digest}", side, sides[side]))
+    stem = re.sub(r"[^\w.-]+", "-", os.path.basename(path)).strip(".-") or "images"
+    items = images.train if side == "train" else images.test
+    growing = Growing(name, where / f"{stem}-{side}-{digest}", side, items, images.base, images.is_ordered)
+    return Entry(name, growing, images.left_out)
+
+
+def list_left_out(root: Path, entries: Sequence[Entry], log: Log) -> None:
+    """Lists the files that entries leave out in `left_out.csv` of a directory, and logs how many, why, and where."""
+    by_name = {entry.name: entry.left_out for entry in entries}
+    files = joined(left_out.below(f"{name.rstrip('/')}/") for name, left_out in by_name.items())
+    if write_list(root / LIST_FILE, files.files):
+        for line in described(files.counts):
+            log(line)
+        log(f"all of them by name: {root / LIST_FILE}")
 
 
 def _describe(entries: Sequence[Entry], purpose: str, log: Log) -> None:

@@ -35,6 +35,7 @@ from grappa_dist.make_shards.sources import Item
 
 IMAGES_PER_SHARD = 1000
 _GENERATION = re.compile(r"\d{3,}")
+_MADE = re.compile(r"\.?(?P<number>\d{3,})(\.npy|\.partial)?")
 _CHUNK, _THREADS = 1024, 16  # files whose state a thread asks for at a time, as for sizes in planning.py
 _PROGRESS_S = 5.0  # between two lines
 
@@ -55,11 +56,12 @@ class Growing:
     folder: Path
     side: str  # train or test: training images are shuffled
     items: Sequence[Item] = field(repr=False)
+    base: Path  # the folder from which the names of files count
     is_ordered: bool = False  # whether the images keep their order even where they train
 
     @cached_property
     def prefixes(self) -> Mapping[Path, str]:
-        return prefixes_of({item.source.path for item in self.items})
+        return prefixes_of({item.source.path for item in self.items}, self.base)
 
     @cached_property
     def keys(self) -> NDArray[np.uint64]:
@@ -87,6 +89,13 @@ class Growing:
             used = [str(tar) for tar, keys in shards if _take(keys, ordered, order, holds)]
             paths += [str(folder)] if len(used) == len(shards) > 0 else used
         return Made(tuple(paths), holds)
+
+    def unneeded(self) -> list[Path]:
+        """What lies in the folder and holds no image of now: folders of shards, and unfinished ones."""
+        used = {path if Path(path).name.isdigit() else os.path.dirname(path) for path in self.made().paths}
+        files = self.folder.iterdir() if self.folder.is_dir() else ()
+        mine = ((path, _MADE.fullmatch(path.name)) for path in files)
+        return sorted(path for path, name in mine if name and str(self.folder / name["number"]) not in used)
 
     def make(self, log: Log) -> Made:
         """The shards of all images; those of images that have none yet are made.

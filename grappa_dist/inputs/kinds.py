@@ -13,32 +13,45 @@ from grappa_dist.data.decoding import TAKEN
 from grappa_dist.data.entries import is_shard_name
 from grappa_dist.data.index import COMMITTED
 from grappa_dist.data.remote import is_remote
+from grappa_dist.inputs.tables import ARROW, PARQUET, is_saved
+from grappa_dist.make_shards.lists import LINES
 from grappa_dist.make_shards.sources import FOREIGN
 
-Kind = Literal["shards", "folder"]
-_LOOKED_AT = 100_000  # entries below a folder, at most
+Kind = Literal["shards", "folder", "table", "list"]
+_LISTS = (".csv", ".tsv", LINES)
+_LOOKED_AT = 10_000  # entries below a folder, at most
 
 
 def kind_of(entry: str) -> Kind:
-    """What an entry is; all that is none of ours counts as shards, whose errors say what is expected.
+    """What an entry is: shards, a folder of images, a table with images, or a list of images.
 
-    A folder with tars is one of shards, whatever else lies in it: programs that write shards leave other files there.
+    All that is none of ours counts as shards, whose errors say what is expected. A folder with tars is one of shards,
+    whatever else lies in it: programs that write shards leave parquet, JSON and other files there.
     """
-    if is_remote(entry) or not os.path.isdir(entry):
+    if is_remote(entry):
         return "shards"
-    names = os.listdir(entry)
+    if os.path.isdir(entry):
+        return _kind_of_folder(entry)
+    if entry.endswith((PARQUET, ARROW)):
+        return "table"
+    return "list" if entry.endswith(_LISTS) else "shards"
+
+
+def _kind_of_folder(folder: str) -> Kind:
+    names = os.listdir(folder)
     if COMMITTED in names or any(map(is_shard_name, names)):
         return "shards"
-    for path in islice(_files(entry), _LOOKED_AT):
-        if is_image_name(path):
-            return "folder"
+    if is_saved(folder):
+        return "table"
+    images = tables = 0
+    for path in islice(_files(folder), _LOOKED_AT):
         if is_shard_name(os.path.basename(path)):
             return "shards"  # one level or more below: an error names these folders
-    return "shards"
-
-
-def is_image_name(path: str) -> bool:
-    return path.lower().endswith(tuple(f".{suffix}" for suffix in TAKEN))
+        images += path.lower().endswith(tuple(f".{suffix}" for suffix in TAKEN))
+        tables += path.endswith(PARQUET)
+    if not images and not tables:
+        return "shards"
+    return "folder" if images > tables else "table"  # a picture or two beside tables belongs to a description of them
 
 
 def _files(folder: str) -> Iterator[str]:

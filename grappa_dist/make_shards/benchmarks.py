@@ -7,7 +7,6 @@ set says which text or MATLAB files name its images, with what label.
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,9 +18,11 @@ from numpy.typing import NDArray
 
 from grappa_dist.console import pluralize
 from grappa_dist.extras import require
+from grappa_dist.make_shards.left_out import LeftOut
 from grappa_dist.make_shards.progress import Log, align
 from grappa_dist.make_shards.sources import FolderSource, Item, image_suffix
 
+_NOT_THERE = "listed but not there"
 _DEPTH = 2  # levels below the root at which a data set may lie
 
 
@@ -287,10 +288,8 @@ def comparison(found: Sequence[tuple[DataSet, Counts]]) -> list[str]:
     return align(lines)
 
 
-def gather(
-    root: Path, part: str, only: Sequence[str] | None, *, strict: bool, log: Log
-) -> tuple[list[Item], Counter[str]]:
-    """The images of all data sets, with task, label and side; and how many listed files were not there.
+def gather(root: Path, part: str, only: Sequence[str] | None, *, strict: bool, log: Log) -> tuple[list[Item], LeftOut]:
+    """The images of all data sets, with task, label and side; and the listed files that were not there.
 
     Args:
         strict: a count that is not the expected one is an error, not a warning.
@@ -301,12 +300,14 @@ def gather(
     data_sets = chosen(part, only)
     folders = find(root, data_sets)
     items: list[Item] = []
-    absent: Counter[str] = Counter()
-    found = []
+    absent = LeftOut()
+    found, warnings = [], list[str]()
     for data_set in data_sets:
         there, missing = _present(data_set.read(folders[data_set.name]), folders[data_set.name])
+        for file in missing:
+            absent.add(f"{os.path.relpath(folders[data_set.name], root)}/{file}", f"{data_set.name}: {_NOT_THERE}")
         if missing:
-            absent[f"{data_set.name}: listed but not there, such as {missing[0]}"] = len(missing)
+            warnings.append(f"{pluralize(len(missing), 'file')}, {data_set.name}: {_NOT_THERE}, such as {missing[0]}")
         found.append((data_set, counts(there)))
         items += _items(data_set.name, folders[data_set.name], there)
     for line in comparison(found):
@@ -314,7 +315,7 @@ def gather(
     wrong = differences(found)
     if strict and wrong:
         raise ValueError(f"{root}: {'; '.join(wrong)}")
-    for line in [*wrong, *(f"{pluralize(number, 'file')}, {reason}" for reason, number in absent.items())]:
+    for line in [*wrong, *warnings]:
         log(f"warning: {line}")
     if not items:
         raise ValueError(f"{root}: none of the listed images is there")

@@ -113,7 +113,13 @@ def _fill_missing(
             building.finish()
 
 
-def bad_files(buildings: Sequence[Building]) -> Counter[str]:
+def bad_files(buildings: Sequence[Building]) -> list[tuple[str, str]]:
+    """Names of files that do not decode, and why, where that was tried."""
+    filled = [building.filled[number] for building in buildings for number in sorted(building.filled)]
+    return [file for one in filled for file in one.bad_files]
+
+
+def bad_reasons(buildings: Sequence[Building]) -> Counter[str]:
     """Files that do not decode, by reason, where that was tried."""
     return sum((filled.bad for building in buildings for filled in building.filled.values()), Counter())
 

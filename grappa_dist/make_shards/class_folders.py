@@ -34,6 +34,13 @@ def part_of(folder: str) -> Part | None:
     return next((part for part, name in _PARTS.items() if name.fullmatch(folder)), None)
 
 
+def sides_of(parts: Sequence[Part]) -> list[Literal["train", "test"] | None]:
+    """Whether each image trains or tests; what is called val tests where nothing is called test, else it is left."""
+    sides: dict[Part, Literal["train", "test"] | None] = {"train": "train", "test": "test"}
+    sides["val"] = None if "test" in parts else "test"
+    return [sides[part] for part in parts]
+
+
 @dataclass(frozen=True)
 class FolderSplit:
     """Folders at the top of a data set that say which images train and which test."""
@@ -66,7 +73,7 @@ def folder_items(
     Raises:
         ValueError: there are none, or the folders leave open what they say.
     """
-    names = [name for name in source.names() if is_taken(name, source.skipped)]
+    names = [name for name in source.names() if is_taken(name, source.left_out)]
     if not names:
         raise ValueError(f"{source.path}: no images; expected files ending in {', '.join(TAKEN)}")
     task = task or task_name(source.path)
@@ -82,7 +89,9 @@ def folder_items(
         return [Item(source, name, labels[name], task) for name in names]
     taken = [name for name in names if _top(name) in found.sides]
     if found.left_out:
-        source.skipped[f"in {_shown(found.left_out)}"] += len(names) - len(taken)
+        for name in names:
+            if _top(name) not in found.sides:
+                source.left_out.add(name, f"in {_shown([_top(name)])}, which neither trains nor tests")
     labels = _named(source, _classes_below(source, taken, labelled=labelled), log, labelled=labelled)
     if split in ONE_SIDE:
         return [Item(source, name, labels[name], task) for name in taken]

@@ -175,8 +175,8 @@ def _make(args: argparse.Namespace, terminal: Terminal) -> str:
     work = Work(args.workers, terminal.log, terminal.renew if terminal.is_interactive else None)
     if args.benchmark:
         only = args.only.split(",") if args.only else None
-        items, skipped = gather(args.root, args.part or "mrt", only, strict=args.strict, log=terminal.log)
-        return write_items(items, args.out, cfg, work=work, skipped=skipped, base=args.root.absolute())
+        items, left_out = gather(args.root, args.part or "mrt", only, strict=args.strict, log=terminal.log)
+        return write_items(items, args.out, cfg, work=work, left_out=left_out, base=args.root.absolute())
     images = [expanded(path, "--images") for path in args.images]
     csvs: list[str | None] = [expanded(path, "--csv") for path in args.csv]
     return make_shards(list(zip(csvs or [None] * len(images), images, strict=True)), args.out, cfg, work)

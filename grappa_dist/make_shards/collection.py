@@ -12,8 +12,10 @@ from typing import Literal, TypeVar, get_args
 from grappa_dist.console import pluralize
 from grappa_dist.data.decoding import TAKEN
 from grappa_dist.data.rng import Purpose, permutation
-from grappa_dist.make_shards.building import Building, bad_files, build
-from grappa_dist.make_shards.class_folders import folder_items, part_of, task_name
+from grappa_dist.make_shards.building import Building, bad_files, bad_reasons, build
+from grappa_dist.make_shards.class_folders import Part, folder_items, part_of, sides_of, task_name
+from grappa_dist.make_shards.left_out import FILE as LIST_FILE
+from grappa_dist.make_shards.left_out import LeftOut, described, joined, write_list
 from grappa_dist.make_shards.lists import Columns, csv_items
 from grappa_dist.make_shards.planning import Limits, plan_folder, prefixes_of
 from grappa_dist.make_shards.progress import Log, Progress, align
@@ -81,8 +83,7 @@ def make_shards(pairs: Sequence[tuple[str | None, str]], out: Path, cfg: Collect
     _check_tasks([source.path for csv, source in sources if csv is None], cfg)
     items = _items(sources, cfg, work.log)
     _check_names(items)
-    skipped = sum((source.skipped for _, source in sources), Counter())
-    return write_items(items, out, cfg, work=work, skipped=skipped)
+    return write_items(items, out, cfg, work=work, sources=[source for _, source in sources])
 
 
 def write_items(
@@ -91,17 +92,21 @@ def write_items(
     cfg: CollectionConfig,
     *,
     work: Work,
-    skipped: Counter[str],
+    sources: Sequence[Source] = (),
+    left_out: LeftOut = LeftOut(),  # noqa: B008 - not changed
     base: Path | None = None,
 ) -> str:
     """Table of what is in OUT/train and OUT/test, which it writes from the items.
 
     Args:
+        sources: of the items, with what they leave out.
+        left_out: further files that are.
         base: the folder from which the names of their files count; by default the deepest that holds all sources.
     """
     began = time.monotonic()
     prefixes = prefixes_of({item.source.path for item in items}, base)
     splits = split_items(items, cfg.split)
+    left_out = joined([left_out, *(source.left_out.below(prefixes.get(source.path, "")) for source in sources)])
     for split in SPLITS:
         if not splits[split] and (out / split).exists():
             raise ValueError(f"{out / split}: exists, but these images have no {split} part; choose another folder")
@@ -117,9 +122,21 @@ def write_items(
         if splits[split]
     ]
     buildings = build(plans, work.workers, log=work.log, progress=work.progress)
-    for line in summary(buildings, skipped, time.monotonic() - began):
+    for line in [*summary(buildings, left_out.counts), *_listed(out, buildings, left_out)]:
         work.log(line)
+    work.log(f"took {duration(time.monotonic() - began)}")
     return table(splits)
+
+
+def _listed(out: Path, buildings: Sequence[Building], left_out: LeftOut) -> list[str]:
+    """Lists the files that are left out, and those that do not decode, beside the folders; a line that says where."""
+    path = out / LIST_FILE
+    if path.is_file() and any(building.reused for building in buildings):
+        return [
+            f"left_out.csv of an earlier call is kept: {path}"
+        ]  # what does not decode is known from that call alone
+    files = [*left_out.files, *((name, f"kept, but it does not decode: {why}") for name, why in bad_files(buildings))]
+    return [f"all of them by name: {path}"] if write_list(path, files) else []
 
 
 def _check_tasks(paths: Sequence[Path], cfg: CollectionConfig) -> None:
@@ -163,7 +180,7 @@ def in_order(items: Sequence[Row], split: str, seed: int) -> Sequence[Row]:
     return [items[i] for i in permutation(len(items), Purpose.DATA_SET_ORDER, seed).tolist()]
 
 
-def summary(buildings: Sequence[Building], skipped: Counter[str], seconds: float) -> list[str]:
+def summary(buildings: Sequence[Building], left_out: Counter[str]) -> list[str]:
     """What was written, and what was not, as lines."""
     lines = []
     for building in buildings:
@@ -176,11 +193,10 @@ def summary(buildings: Sequence[Building], skipped: Counter[str], seconds: float
             f"{pluralize(len({item.task for item in items}), 'task')}, {pluralize(building.plan.shards, 'shard')}, "
             f"{size:,} bytes; {done}"
         )
-    for reason, number in skipped.most_common():
-        lines.append(f"left out: {pluralize(number, 'file')}, {reason}")
-    if skipped:
+    lines += described(left_out)
+    if left_out:
         lines.append(f"taken are files ending in {', '.join(TAKEN)}")
-    bad = bad_files(buildings)
+    bad = bad_reasons(buildings)
     lines += [
         f"kept as they are, for they do not decode: {pluralize(number, 'file')}, {why}"
         for why, number in bad.most_common(8)
@@ -188,7 +204,7 @@ def summary(buildings: Sequence[Building], skipped: Counter[str], seconds: float
     if len(bad) > 8:
         files = pluralize(sum(bad.values()), "file")
         lines.append(f"kept as they are: {files} in all, for {len(bad):,} reasons")
-    return [*lines, f"took {duration(seconds)}"]
+    return lines
 
 
 def _items(sources: Sequence[tuple[str | None, Source]], cfg: CollectionConfig, log: Log) -> list[Item]:
@@ -219,7 +235,11 @@ def split_items(items: Sequence[Item], split: str | None) -> dict[str, list[Item
         train = train_classes([item for item in items if item.split is None])
         sides = [item.split or ("train" if (item.task, item.label) in train else "test") for item in items]
     elif split in ("column", "folders"):
-        sides = [_side_of(item) for item in items]
+        found = sides_of([_part_of(item) for item in items])
+        for item, side in zip(items, found, strict=True):
+            if side is None:
+                item.source.left_out.add(item.name, f"in {item.split}, which neither trains nor tests")
+        sides = [side or "" for side in found]
     else:
         sides = ["test" if split == "test" else "train"] * len(items)
     return {name: [item for item, side in zip(items, sides, strict=True) if side == name] for name in SPLITS}
@@ -229,15 +249,17 @@ def train_classes(items: Sequence[Item]) -> set[tuple[str, str | None]]:
     """(task, label) of every class that trains: in each task the first half, rounded up, by name."""
     labels: dict[str, set[str]] = defaultdict(set)
     for item in items:
-        assert item.label is not None, f"{item.where}: taken without a label"
+        if item.label is None:
+            raise ValueError(f"{item.where}: has no label, by which classes are divided; expected one for every image")
         labels[item.task].add(item.label)
     return {(task, label) for task, names in labels.items() for label in sorted(names)[: (len(names) + 1) // 2]}
 
 
-def _side_of(item: Item) -> str:
-    if item.split not in SPLITS:
-        raise ValueError(f"{item.where}: split is {item.split!r}; expected {' or '.join(SPLITS)}")
-    return item.split
+def _part_of(item: Item) -> Part:
+    part = part_of((item.split or "").strip())
+    if part is None:
+        raise ValueError(f"{item.where}: split is {item.split!r}; expected train, val, valid, validation or test")
+    return part
 
 
 def table(splits: dict[str, list[Item]]) -> str:

@@ -21,7 +21,7 @@ from grappa_dist.data.index import Shard, entry, shard_of
 from grappa_dist.data.loader import read_batches
 from grappa_dist.data.writer import TarShard, members
 from grappa_dist.files import read_json, write_json
-from grappa_dist.make_shards.sources import Encoded, Place, encoded
+from grappa_dist.make_shards.sources import Encoded, Readable, encoded
 
 UNFINISHED_DIR = "making"  # in an unfinished folder: its plan, its lock, unfinished shards, records of finished ones
 THREADS = 2  # one reads while the other decodes; processes do the rest in parallel
@@ -39,7 +39,7 @@ class Stopped(Exception):
 class Row:
     """One image on its way into a shard."""
 
-    place: Place
+    place: Readable
     suffix: str
     label: str | None
     task: str | None
@@ -67,6 +67,7 @@ class Filled:
     shard: Shard
     bad: Counter[str]  # by reason
     named: tuple[str, ...]  # lines about the first of them
+    bad_files: tuple[tuple[str, str], ...] = ()  # name and reason of each
 
 
 def shard_name(number: int) -> str:
@@ -84,6 +85,7 @@ def fill(job: ShardJob, count: Callable[[int], None], stopped: Callable[[], bool
     tar = TarShard(unfinished / shard_name(job.number))
     bad: Counter[str] = Counter()
     named: list[str] = []
+    bad_files: list[tuple[str, str]] = []
     try:
         contents = read_batches(job.rows, lambda row: _content(row, job.image_size), threads=threads)
         for number, (row, content) in enumerate(zip(job.rows, contents, strict=True), start=job.first_row):
@@ -92,9 +94,10 @@ def fill(job: ShardJob, count: Callable[[int], None], stopped: Callable[[], bool
             tar.add(number, members(content.data, content.suffix, row.label, row.task, name=row.name))
             if content.bad is not None:
                 bad[_kind(content.bad)] += 1
+                bad_files.append((row.name, content.bad))
                 named.append(f"{row.where} does not decode; it keeps row {number}")
             count(1)
-        filled = Filled(job.folder, job.number, tar.finish(), bad, tuple(named[:_NAMED]))
+        filled = Filled(job.folder, job.number, tar.finish(), bad, tuple(named[:_NAMED]), tuple(bad_files))
         _commit(filled, unfinished)
         return filled
     finally:
@@ -116,8 +119,8 @@ def _commit(filled: Filled, unfinished: Path) -> None:
     folder, name = Path(filled.folder), filled.shard.name
     for file in (f"{name}.npy", name):
         (unfinished / file).replace(folder / file)
-    content = {"shard": entry(filled.shard), "bad": dict(filled.bad), "named": list(filled.named)}
-    write_json(_record(folder, filled.number), content)
+    found = {"bad": dict(filled.bad), "named": list(filled.named), "bad_files": list(map(list, filled.bad_files))}
+    write_json(_record(folder, filled.number), {"shard": entry(filled.shard), **found})
 
 
 def _record(folder: Path, number: int) -> Path:
@@ -134,11 +137,12 @@ def already_filled(folder: Path, number: int) -> Filled | None:
         content: dict[str, Any] = read_json(record)
         shard = shard_of(content["shard"], str(tar), record)
         bad, named = Counter[str](content["bad"]), tuple(content["named"])
+        bad_files = tuple((str(name), str(why)) for name, why in content["bad_files"])
     except (ValueError, TypeError, KeyError):  # it is damaged, and the shard is made again
         return None
     if not tar.is_file() or tar.stat().st_size != shard.bytes or not tar.with_name(f"{tar.name}.npy").is_file():
         return None
-    return Filled(str(folder), number, shard, bad, named)
+    return Filled(str(folder), number, shard, bad, named, bad_files)
 
 
 class WorkerDied(RuntimeError):

@@ -184,6 +184,7 @@ def prefixes_of(sources: Iterable[Path], base: Path | None = None) -> dict[Path,
     paths = {source: os.path.normpath(source) for source in sources}
     above = os.path.normpath(base) if base is not None else os.path.commonpath(paths.values())
     relative = {source: os.path.relpath(path, above) for source, path in paths.items()}
+    relative |= {source: "" for source, path in paths.items() if path == os.sep != above}  # of absolute names
     return {source: "" if path == "." else f"{as_utf8(path)}/" for source, path in relative.items()}
 
 

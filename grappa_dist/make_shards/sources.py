@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -14,13 +13,20 @@ from typing import NamedTuple, Protocol
 
 from PIL import Image, features
 
-from grappa_dist.data.decoding import COPIED, FORMATS, REWRITTEN, TAKEN, BadImage, decode
+from grappa_dist.data.decoding import COPIED, FORMATS, REWRITTEN, TAKEN, BadImage, decode, suffix_of
 from grappa_dist.data.index import OpenFile
 from grappa_dist.data.tars import members_of
 from grappa_dist.files import read_bytes
+from grappa_dist.make_shards.left_out import LeftOut
 
 FOREIGN = {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}  # folders
 QUALITY = 95  # of JPEG
+
+
+class Readable(Protocol):
+    """Where the bytes of an image lie."""
+
+    def read(self) -> bytes: ...
 
 
 class Place(NamedTuple):
@@ -55,11 +61,11 @@ class Source(Protocol):
     """Files by name, as UTF-8 has it."""
 
     path: Path
-    skipped: Counter[str]  # by reason: what is there but cannot be taken
+    left_out: LeftOut  # what is there but cannot be taken
 
     def names(self) -> list[str]: ...
     def has(self, name: str) -> bool: ...
-    def place(self, name: str) -> Place: ...
+    def place(self, name: str) -> Readable: ...
     def size(self, name: str) -> int: ...
     def stamp(self, name: str) -> str: ...  # of the file's state: another one where it has changed
 
@@ -69,16 +75,17 @@ class TarSource:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.skipped: Counter[str] = Counter()
+        self.left_out = LeftOut()
         self._places: dict[str, tuple[int, int]] = {}
         with path.open("rb") as file:
             for member in members_of(file, path):
                 if member.isreg() and not member.issparse():
                     name = member.name.removeprefix("./")
-                    self.skipped["an earlier file of the same name in a tar"] += name in self._places
+                    if name in self._places:
+                        self.left_out.add(name, "an earlier file of the same name in a tar")
                     self._places[name] = (member.offset_data, member.size)
-                else:
-                    self.skipped["a link or special file in a tar"] += not member.isdir()
+                elif not member.isdir():
+                    self.left_out.add(member.name, "a link or special file in a tar")
 
     def names(self) -> list[str]:
         return sorted(self._places)
@@ -114,7 +121,7 @@ class FolderSource:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.skipped: Counter[str] = Counter()
+        self.left_out = LeftOut()
 
     def names(self) -> list[str]:
         start = len(os.path.join(self.path, ""))
@@ -131,13 +138,16 @@ class FolderSource:
                     if kind == "file":
                         yield entry.path
                     elif not kind:
-                        self.skipped["a link to nothing, a pipe or another special file"] += 1
+                        self._leave_out(entry.path, "a link to nothing, a pipe or another special file")
                     elif not entry.is_symlink():
                         left.append((entry.path, _Above(os.path.join(here.real, entry.name), here)))
                     elif here.has(real := os.path.realpath(entry.path)):
-                        self.skipped["a link to a folder that holds it"] += 1
+                        self._leave_out(entry.path, "a link to a folder that holds it")
                     else:
                         left.append((entry.path, _Above(real, here)))
+
+    def _leave_out(self, path: str, reason: str) -> None:
+        self.left_out.add(as_utf8(os.path.relpath(path, self.path)), reason)
 
     def has(self, name: str) -> bool:
         return os.path.isfile(self._at(name))
@@ -210,12 +220,11 @@ class Item:
 
     @property
     def suffix(self) -> str:
-        suffix = image_suffix(self.name)
-        assert suffix is not None, f"{self.name} was taken without an image's suffix"
-        return suffix
+        """That of its name; "" where only its content tells what it is, as of rows of tables."""
+        return image_suffix(self.name) or ""
 
     @property
-    def place(self) -> Place:
+    def place(self) -> Readable:
         return self.source.place(self.name)
 
 
@@ -225,16 +234,16 @@ def image_suffix(name: str) -> str | None:
     return suffix.lower() if base and dot and suffix.lower() in TAKEN else None
 
 
-def is_taken(name: str, skipped: Counter[str]) -> bool:
-    """Whether a file is a visible image; counts why not."""
+def is_taken(name: str, left_out: LeftOut) -> bool:
+    """Whether a file is a visible image; notes why not."""
     folders = name.split("/")
     if any(part.startswith(".") for part in folders):
-        skipped["hidden"] += 1
+        left_out.add(name, "hidden")
     elif FOREIGN.intersection(folders):
-        skipped["in a folder of the system or of another program"] += 1
+        left_out.add(name, "in a folder of the system or of another program")
     elif image_suffix(name) is None:
         suffix = os.path.splitext(name)[1].lower()
-        skipped[f"of the suffix {suffix!r}" if suffix else "without a suffix"] += 1
+        left_out.add(name, f"of the suffix {suffix!r}" if suffix else "without a suffix")
     else:
         return True
     return False
@@ -255,8 +264,9 @@ def encoded(data: bytes, suffix: str, image_size: int | None) -> Encoded:
     What is rewritten becomes a PNG in any case: of an animation or of several pages the first.
 
     Args:
-        suffix: of the file, one of TAKEN.
+        suffix: of the file, one of TAKEN, or "" to tell it by its content.
     """
+    suffix = suffix or suffix_of(data)
     rewritten, kept = suffix in REWRITTEN, COPIED.get(suffix, "png")
     if not data:
         return Encoded(data, kept, "empty file")

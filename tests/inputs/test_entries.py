@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 
+from grappa_dist.clean import clean
 from grappa_dist.config import Config
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.inputs import look, prepared, shards_of
 from grappa_dist.make_shards.sources import on_disk
+from grappa_dist.plan import plan
 from tests.stages import tiny
 
 
@@ -148,3 +150,33 @@ def test_paths_of_commands_keep_their_order(tmp_path: Path) -> None:
     paths = shards_of([*shards, str(photos)], tmp_path / "out")
     assert paths[:-1] == tuple(shards)
     assert names_of(paths[-1:]) == ["test/2.png", "train/1.png"]  # all of it, for no run divides it
+
+
+def test_cleaning_names_the_shards_of_images_that_are_gone_and_no_others(tmp_path: Path) -> None:
+    photos = write_images(tmp_path / "photos", [f"{n}.png" for n in range(12)])
+    other = write_images(tmp_path / "other", ["1.png"])
+    run = tmp_path / "run"
+    prepared(config(other), run)
+    prepared(config(photos), run)
+    (photos / "0.png").unlink()
+    prepared(config(photos), run)
+    (run / "shards" / "mine").mkdir()
+    found = {path.relative_to(run / "shards").as_posix() for path in look(config(photos), run).unneeded()}
+    photos_dir, other_dir = (next((run / "shards").glob(f"{name}-train-*")).name for name in ("photos", "other"))
+    assert found == {other_dir, f"{photos_dir}/000", f"{photos_dir}/000.npy"}
+    listed = clean(config(photos), run, remove=True)
+    assert f"shards/{photos_dir}/000  (shards of images that are not named now)" in listed
+    assert look(config(photos), run).unneeded() == []
+    assert len(names_of(prepared(config(photos), run).data.train)) == 11
+
+
+def test_cleaning_before_shards_are_made_is_refused_and_planning_is_not(tmp_path: Path) -> None:
+    photos = write_images(tmp_path / "photos", [f"{n}.png" for n in range(30)])
+    (tmp_path / "run").mkdir()
+    with pytest.raises(ValueError, match=r"30 images of data\.train and data\.test are in no shard yet"):
+        clean(config(photos), tmp_path / "run", remove=True)
+    before = tiny.files_below(tmp_path)
+    text = plan(config(photos), tmp_path / "run")
+    assert tiny.files_below(tmp_path) == before
+    assert "shards         to be made of 30 images, once" in text
+    assert "30 training images" in text

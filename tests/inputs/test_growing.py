@@ -85,13 +85,13 @@ def test_making_goes_on_after_a_kill_and_starts_over_where_the_folder_has_change
     monkeypatch.setattr(filling, "_commit", killed)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            Growing("photos", tmp_path / "made", "test", items).make(lambda line: None)
+            Growing("photos", tmp_path / "made", "test", items, photos).make(lambda line: None)
     monkeypatch.setattr(filling, "_commit", real)
     partial = tmp_path / "made" / ".000.partial"
     assert sorted(path.name for path in partial.glob("*.tar")) == ["shard-000000.tar", "shard-000001.tar"]
     kept = (partial / "shard-000000.tar").stat().st_ino
     lines = list[str]()
-    made = Growing("photos", tmp_path / "made", "test", items).make(lines.append)
+    made = Growing("photos", tmp_path / "made", "test", items, photos).make(lines.append)
     assert (tmp_path / "made" / "000" / "shard-000000.tar").stat().st_ino == kept
     assert made.holds.all()
     assert any("2 of 2 shards were there" in line for line in lines)

@@ -62,8 +62,8 @@ def test_links_that_loop_or_lead_nowhere_are_left_out_and_others_are_followed(tm
     (pile / "b" / "a").symlink_to("../a")
     source = FolderSource(pile)
     assert source.names() == ["a/1.jpg", "a/b/2.jpg", "b/2.jpg", "b/a/1.jpg"]
-    assert source.skipped["a link to nothing, a pipe or another special file"] == 3
-    assert source.skipped["a link to a folder that holds it"] == 4
+    assert source.left_out.counts["a link to nothing, a pipe or another special file"] == 3
+    assert source.left_out.counts["a link to a folder that holds it"] == 4
 
 
 def test_folders_may_be_as_deep_as_the_file_system_has_them(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_of_two_files_of_one_name_in_a_tar_the_last_is_taken_and_the_other_count
     source = TarSource(tmp_path / "pile.tar")
     assert source.names() == ["1.jpg"]
     assert source.place("1.jpg").read() == b"second"
-    assert source.skipped["an earlier file of the same name in a tar"] == 1
+    assert source.left_out.counts["an earlier file of the same name in a tar"] == 1
 
 
 def test_no_image_is_taken_twice_through_two_folders_or_lists(tmp_path: Path) -> None:

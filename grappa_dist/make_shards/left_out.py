@@ -1,0 +1,72 @@
+"""Files that become no rows, or whose rows a run will leave out: counted by reason, and listed by name in a file."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from grappa_dist.console import pluralize
+from grappa_dist.files import read_bytes, write_utf8
+from grappa_dist.output import printable_line
+
+FILE = "left_out.csv"
+_REASONS = 8  # that a message names
+
+
+@dataclass
+class LeftOut:
+    """Names of files, each with the reason why it is left out."""
+
+    files: list[tuple[str, str]] = field(default_factory=list)
+
+    def add(self, name: str, reason: str) -> None:
+        self.files.append((name, reason))
+
+    @property
+    def counts(self) -> Counter[str]:
+        """By reason."""
+        return Counter(reason for _, reason in self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def below(self, prefix: str) -> LeftOut:
+        """The same with something before each name."""
+        return LeftOut([(f"{prefix}{name}", reason) for name, reason in self.files])
+
+
+def joined(parts: Iterable[LeftOut]) -> LeftOut:
+    return LeftOut([file for part in parts for file in part.files])
+
+
+def described(counts: Counter[str]) -> list[str]:
+    """A line for each of the most frequent reasons."""
+    lines = [
+        f"left out: {pluralize(number, 'file')}, {reason}" for reason, number in counts.most_common(_REASONS) if number
+    ]
+    if len(counts) > _REASONS:
+        lines.append(f"left out: {pluralize(counts.total(), 'file')} in all, for {len(counts):,} reasons")
+    return lines
+
+
+def write_list(path: Path, files: Sequence[tuple[str, str]]) -> bool:
+    """Writes a CSV with the columns file and reason, unless it is there with this content; removes it for no files.
+
+    Returns:
+        Whether there is such a file.
+    """
+    if not files:
+        path.unlink(missing_ok=True)
+        return False
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("file", "reason"))
+    writer.writerows((name, printable_line(reason)) for name, reason in files)
+    content = text.getvalue()
+    if not path.is_file() or read_bytes(path) != content.encode("utf-8", "surrogateescape"):
+        write_utf8(path, content)
+    return True
