@@ -106,7 +106,7 @@ WRONG = [
     ("evaluate.export=supervised-set", "evaluate.export='supervised-set': expected one of auto, backbone, average, "),
     (
         "data.collection=a.b:c",
-        "give either data.train (folders of shards) or data.collection, got data.train=['shards']",
+        "give either data.train (folders of images or of shards) or data.collection, got data.train=['shards']",
     ),
     ("data.train=[]", "got data.train=[] and data.collection=None"),
     ("backbone.name=vit_tiny", "backbone.name='vit_tiny': must be <module>:<function>, or timm:<model>"),

@@ -5,7 +5,6 @@ A run makes shards of its images first, since it reads them many times; here eac
 
 from __future__ import annotations
 
-import csv
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,13 +17,12 @@ from grappa_dist.data.index import COMMITTED
 from grappa_dist.data.loader import Images
 from grappa_dist.data.remote import is_remote
 from grappa_dist.data.shards import ImageShards
+from grappa_dist.inputs.images import images_of
+from grappa_dist.inputs.kinds import kind_of
 from grappa_dist.make_shards.class_folders import folder_items, task_name
-from grappa_dist.make_shards.lists import Columns, csv_items
 from grappa_dist.make_shards.sources import FolderSource, Item, encoded, image_suffix, open_source
 from grappa_dist.storage import described
 
-LISTS = (".csv", ".tsv")
-_LABEL_COLUMNS, _TASK_COLUMNS = ("label", "fine", "class"), ("task", "dataset")
 Log = Callable[[str], None]
 
 
@@ -104,40 +102,29 @@ def open_images(
 
 
 def _are_shards(path: str) -> bool:
-    if is_remote(path) or path.endswith(".tar") or (not os.path.exists(path) and any(c in path for c in "*?[{")):
+    if is_remote(path) or path.endswith(".tar"):
         return True
+    if not os.path.exists(path) and any(c in path for c in "*?[{"):
+        return kind_of(path) == "shards"
     return os.path.isdir(path) and any(is_shard_name(name) or name == COMMITTED for name in os.listdir(path))
 
 
 def _items(path: str, labelled: bool, label_column: str | None, log: Log) -> list[Item]:
-    """The images of a folder or a list, or a single one."""
-    if path.lower().endswith(LISTS) and os.path.isfile(path):
-        columns = _columns(path, label_column)
-        return csv_items(path, FolderSource(Path(path).absolute().parent), columns, log)
+    """The images of a folder, a list or a table, or a single one."""
     if os.path.isfile(path) and image_suffix(path) is not None:
         place = Path(path).absolute()
         return [Item(FolderSource(place.parent), place.name, None, task_name(place.parent))]
+    if kind_of(path) in ("list", "table"):
+        found = images_of(path, "auto" if labelled else "none", label_column, log)
+        assert found is not None, "only shards give none"
+        return [*(found.test or found.train)]
     if not os.path.isdir(path):
-        what = "is no folder, image or CSV" if os.path.exists(path) else "does not exist"
-        raise ValueError(f"{path}: {what}; expected a folder of images, a CSV that lists them, or shards")
+        what = "is no folder, image, list or table" if os.path.exists(path) else "does not exist"
+        raise ValueError(f"{path}: {what}; expected a folder of images, a CSV that lists them, parquet, or shards")
     source = open_source(path)
     items = folder_items(source, None, None if labelled else "none", log)
     if testing := [item for item in items if item.split == "test"]:
         items = testing
-    for reason, count in source.skipped.items():
-        if count:
-            log(f"{path}: {count:,} files left out: {reason}")
+    for reason, count in source.left_out.counts.items():
+        log(f"{path}: {count:,} files left out: {reason}")
     return items
-
-
-def _columns(path: str, label_column: str | None) -> Columns:
-    """The columns of a CSV: the label that is named or the usual one, and a task where a column has it."""
-    with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
-        head = file.readline()
-    delimiter = next((d for d in ",;\t|" if d in head), ",")
-    names = [name.strip() for name in next(csv.reader([head], delimiter=delimiter), [])]
-    label = label_column or next((name for name in _LABEL_COLUMNS if name in names), _LABEL_COLUMNS[0])
-    task = next((name for name in _TASK_COLUMNS if name in names), None)
-    one = None if task else task_name(Path(path).with_suffix(""))
-    return Columns(label=label, label_required=False, label_named=label_column is not None,
-                   task=task or _TASK_COLUMNS[0], task_name=one)  # fmt: skip

@@ -100,9 +100,9 @@ def test_a_file_that_went_away_is_a_bad_image_and_not_the_end(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("place", "message"),
     [
-        ("nowhere", "does not exist; expected a folder of images, a CSV that lists them, or shards"),
+        ("nowhere", "does not exist; expected a folder of images, a CSV that lists them, parquet, or shards"),
         ("empty", "no images; expected files ending in jpg"),
-        ("notes.txt", "is no folder, image or CSV"),
+        ("notes.txt", "is no folder, image, list or table"),
     ],
 )
 def test_where_there_are_no_images_it_is_said(place: str, message: str, tmp_path: Path) -> None:
