@@ -4,6 +4,8 @@ The public API, which tests/test_public_api.py holds:
 
 grappa_dist.load_model(run_or_model_dir)
     The adapted model of a run or of an exported directory: RGB images (B, 3, S, S) -> unit embeddings (B, D).
+grappa_dist.evaluate(model, images)
+    R-Precision, MAP@R and Recall@1 of a model on labelled images, beside its backbone, and how sure the difference is.
 grappa_dist.metrics.retrieval_scores(z, labels)
     R-Precision, MAP@R and Recall@1 of features (n, D) with labels (n,), leave-one-out.
 grappa_dist.training.norm_softmax(z, weight, labels, gamma)
@@ -16,18 +18,19 @@ grappa_dist.models.Grappa(backbone, num_sets, bottleneck, attention)
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load_model"]
+__all__ = ["__version__", "evaluate", "load_model"]
+_HOMES = {"evaluate": "grappa_dist.retrieval.evaluation", "load_model": "grappa_dist.export"}
 
 if TYPE_CHECKING:
     from grappa_dist.export import load_model
+    from grappa_dist.retrieval.evaluation import evaluate
 
 
 def __getattr__(name: str) -> Any:
-    if name == "load_model":  # torch loads when a model does, not before
-        from grappa_dist.export import load_model
-
-        return load_model
+    if name in _HOMES:  # torch loads when a model does, not before
+        return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

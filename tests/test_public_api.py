@@ -18,6 +18,7 @@ import grappa_dist
 
 API = {
     "grappa_dist.load_model": ["run_or_model_dir"],
+    "grappa_dist.evaluate": ["model", "images"],
     "grappa_dist.metrics.retrieval_scores": ["z", "labels"],
     "grappa_dist.training.norm_softmax": ["z", "weight", "labels", "gamma"],
     "grappa_dist.training.barlow_twins": ["za", "zb", "beta", "allsum"],

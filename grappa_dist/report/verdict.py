@@ -49,23 +49,35 @@ def caveats(verdict: Verdict) -> list[str]:
 def conclusion(verdict: Verdict, run: str) -> str:
     """One line: whether it helps, by how much, how sure, what is exported, what next."""
     mean, model = verdict.mean, verdict.compared
-    by = f"{model} is {describe_gain(mean.gain)} in {_figure(verdict)} ({describe_sureness(mean)})"
+    tasks = len(verdict.tasks)
     if verdict.exported == BACKBONE and verdict.asked == AUTO:
+        by = _by(mean, model, "the backbone", tasks)
         return (
             "No adapted model was better than the backbone on the queries that choose, so the exported model is the "
             f"backbone. On the other queries, {by}; it was the best of them. Next: {_TRY_MORE}"
         )
     asked = " The exported model is the backbone, as evaluate.export asks." if verdict.exported == BACKBONE else ""
+    found = describe_comparison(mean, model, "the backbone", tasks=tasks)
     if mean.outcome == "better":
-        return f"Better than the backbone: {by}.{asked} Next: {_use(run)}"
+        return f"{found}{asked} Next: {_use(run)}"
     if mean.outcome == "worse":
-        return f"Worse than the backbone: {by}.{asked} Next: {_keep(verdict)}{_TRY_MORE}"
-    return f"Not shown to be better than the backbone: {by}.{asked} Next: {_tell(mean)}"
+        return f"{found}{asked} Next: {_keep(verdict)}{_TRY_MORE}"
+    return f"{found}{asked} Next: {_tell(mean)}"
 
 
-def _figure(verdict: Verdict) -> str:
-    several = len(verdict.tasks) > 1
-    return f"mean R-Precision over {len(verdict.tasks)} tasks" if several else "R-Precision"
+def describe_comparison(mean: Gain, model: str, than: str, *, tasks: int) -> str:
+    """One sentence: whether a model is better than another one, by how much, how sure.
+
+    Args:
+        mean: over this many tasks.
+    """
+    begins = {"better": "Better than", "worse": "Worse than", "unsure": "Not shown to be better than"}
+    return f"{begins[mean.outcome]} {than}: {_by(mean, model, than, tasks)}."
+
+
+def _by(mean: Gain, model: str, than: str, tasks: int) -> str:
+    figure = f"mean R-Precision over {tasks} tasks" if tasks > 1 else "R-Precision"
+    return f"{model} is {describe_gain(mean.gain, than)} in {figure} ({describe_sureness(mean)})"
 
 
 def _use(run: str) -> str:

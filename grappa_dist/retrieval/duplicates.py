@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import csv
 import io
+import time
 from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Collection as Members
 from dataclasses import dataclass
@@ -128,10 +129,13 @@ class Group:
 
 def find_groups(collection: Collection, threshold: float, device: torch.device, console: Console) -> list[Group]:
     """The groups of two images or more, in the order of their first images."""
-    counter = console.counter("compare", [len(collection)])
-    firsts, cosines = group_duplicates(
-        collection.rows, collection.bad, threshold, device, lambda rows: counter.running([{"done": rows}])
-    )
+    with console.stage("compare", pluralize(len(collection), "image")):
+        counter, began = console.counter("compare", [len(collection)]), time.monotonic()
+
+        def done(rows: int) -> None:
+            counter.running([{"done": rows, "seconds": time.monotonic() - began}])
+
+        firsts, cosines = group_duplicates(collection.rows, collection.bad, threshold, device, done)
     order = np.argsort(firsts, kind="stable")  # members of a group in a row, its first one first
     edges = np.flatnonzero(np.diff(firsts[order], prepend=-2))
     members = [part for part in np.split(order, edges[1:]) if len(part) > 1 and firsts[part[0]] >= 0]

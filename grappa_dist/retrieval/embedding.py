@@ -6,6 +6,7 @@ Shapes: n images, D channels.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -54,12 +55,13 @@ class Embedder:
         if not len(rows):
             return Embedded(found, bad)
         how = Embedding(max(1, min(self.batch_size, len(rows))), self.threads)
-        counter = self.console.counter(f"embed {self.model.variant}", [len(rows)])
         batches = embed_rows(self.model.model, images, rows, device=self.model.device, how=how)
-        for place, unit, reasons in batches:
-            found[place] = unit
-            bad |= reasons
-            counter.running([{"done": place.start + len(unit)}])
+        with self.console.stage("embed", f"{self.model.variant}, {pluralize(len(rows), 'image')}"):
+            counter, began = self.console.counter(f"embed {self.model.variant}", [len(rows)]), time.monotonic()
+            for place, unit, reasons in batches:
+                found[place] = unit
+                bad |= reasons
+                counter.running([{"done": place.start + len(unit), "seconds": time.monotonic() - began}])
         return Embedded(found, bad)
 
 

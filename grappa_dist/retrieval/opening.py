@@ -19,6 +19,7 @@ from grappa_dist.config import BackboneConfig
 from grappa_dist.export import RetrievalModel, load_model
 from grappa_dist.models import Backbone, Grappa
 from grappa_dist.models.backbone import check_name
+from grappa_dist.models.grappa import GrappaLayer
 from grappa_dist.models.spec import build_backbone, exported_spec, preprocess_of
 
 OWN_BACKBONE = "backbone"  # the word for the backbone of a model that has adaptors
@@ -43,7 +44,7 @@ class OpenModel:
 
     @property
     def has_adaptors(self) -> bool:
-        return isinstance(self.model, Grappa)
+        return isinstance(self.model, Grappa) and any(isinstance(b, GrappaLayer) for b in self.model.backbone.blocks)
 
     def describe(self) -> str:
         """For messages: the name, which of a run's models it is, and the beginning of the hash of its weights."""
@@ -58,7 +59,7 @@ class OpenModel:
 
     def backbone(self) -> OpenModel:
         """The same backbone without adaptors, on the same device."""
-        if not isinstance(self.model, Grappa):
+        if not isinstance(self.model, Grappa) or not self.has_adaptors:
             return self
         bare = copy.deepcopy(self.model.backbone)
         for place, layer in enumerate(list(bare.blocks)):
