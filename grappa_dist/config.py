@@ -28,6 +28,7 @@ _PATH_SETTINGS = (
     ("backbone", "checkpoint"),
     ("resources", "cache_dir"),
 )
+CONFIG_FILE = "config.yaml"  # of a run, in its directory: the settings of the latest that was not refused
 _VARIABLE = re.compile(r"\$(?:\$|([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})")
 
 

@@ -216,6 +216,7 @@ class Console:
         self._noted: set[tuple[str, str]] = set()  # (job, note) that has been logged
         self._off: set[tuple[str, str]] = set()  # (job, tracker) whose failure has been logged
         self._shown: dict[str, tuple[Any, ...]] = {}  # the gist of the last line of progress
+        self._recorded: set[str] = set()  # the jobs of the last events of progress
         self._shown_at = self._event_at = -math.inf
         self._stage_left: float | None = None
         self._bars: Bars | None = None
@@ -304,14 +305,14 @@ class Console:
             raise
         finally:  # an attempt that fails took its time too
             seconds = self._clock() - began
-            self._run_time.end(seconds)
             self._show_bars(None)
+            self._run_time.end(seconds)
             self.event("stage_ends", stage=name, seconds=round(seconds, 3))
 
     def jobs(self, status: Mapping[str, Mapping[str, Any]]) -> None:
         """Shows all running jobs side by side, each status an event too; notes and failed trackers are logged once.
 
-        A line is printed when one of them has got on, LINE_S apart, and at once when a job is done.
+        A line is printed when one of them has got on, LINE_S apart; at once when a job is done, and for other jobs.
         """
         for name, figures in status.items():
             for note in {(name, text) for text in figures.get("notes", ())} - self._noted:
@@ -331,18 +332,23 @@ class Console:
             self._record(known)
             self._log_progress(known)
 
+    def phase(self, what: str, text: str) -> None:
+        """Shows what happens before any job runs."""
+        self.jobs({what: {"phase": text}})
+
     def _record(self, jobs: Mapping[str, Status]) -> None:
-        now = self._clock()
-        if now - self._event_at < LINE_S and not any(map(is_done, jobs.values())):
+        now, known = self._clock(), jobs.keys() == self._recorded
+        if known and now - self._event_at < LINE_S and not any(map(is_done, jobs.values())):
             return
-        self._event_at, left = now, self.run_left_s()
+        self._event_at, self._recorded, left = now, set(jobs), self.run_left_s()
         of_run = {} if left is None else {"run_left_s": round(left, 1)}
         for name, figures in jobs.items():
             self.event("progress", job=name, **figures, **of_run)
 
     def _log_progress(self, jobs: Mapping[str, Status]) -> None:
         now, new = self._clock(), gist(jobs)
-        if new == self._shown or (now - self._shown_at < LINE_S and not any(map(is_done, jobs.values()))):
+        at_once = new.keys() != self._shown.keys() or any(map(is_done, jobs.values()))
+        if new == self._shown or (now - self._shown_at < LINE_S and not at_once):
             return
         self._shown, self._shown_at = new, now
         line = describe_jobs(jobs)

@@ -125,6 +125,7 @@ def _flow(context: Run, mending: Mending, until: str | None) -> Finished | None:
         for stage in _stages(context, flow):
             if stage == until:
                 _log_any(console, describe_bad_images(flow, reported=False))
+                console.event("ended_early", until=until)
                 return None
         return _finish(context, flow)
 

@@ -49,7 +49,7 @@ def connect(resources: Resources, log: Callable[[str], None] = lambda text: None
         return None
     handler = signal.getsignal(signal.SIGTERM)  # ray.init installs its own
     try:
-        if os.environ.get("RAY_ADDRESS", "local") in ("", "local"):
+        if is_local(os.environ.get("RAY_ADDRESS", "")):
             settings = {**_quiet(), "job_config": _importing_as_here(ray)}
             return local_ray.start(ray, resources.num_cpus, log, **settings)
         _join(ray, os.environ["RAY_ADDRESS"])
@@ -59,6 +59,17 @@ def connect(resources: Resources, log: Callable[[str], None] = lambda text: None
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)
+
+
+def is_connected() -> bool:
+    """Whether this process is connected to a Ray."""
+    ray = sys.modules.get("ray")
+    return ray is not None and ray.is_initialized()
+
+
+def is_local(address: str) -> bool:
+    """Whether RAY_ADDRESS asks for a Ray of the run's own."""
+    return address in ("", "local")
 
 
 def check_answers(address: str) -> None:

@@ -6,6 +6,7 @@ those that no node can hold any more. How many workers the nodes can hold is com
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import Any
 
 from grappa_dist.config import Resources
 from grappa_dist.console import Terminated
-from grappa_dist.distributed.connection import connect
+from grappa_dist.distributed.connection import connect, is_connected, is_local
 from grappa_dist.distributed.local_ray import LocalRay
 from grappa_dist.distributed.placement import check_capacity
 from grappa_dist.distributed.preflight import Checks, Facts, answered, problems, token_in, versions
@@ -43,6 +44,7 @@ class Cluster:
     resources: Resources
     checks: Checks | None = None  # what every node must pass before it works
     log: Callable[[str], None] = lambda text: None
+    on_phase: Callable[[str, str], None] = lambda what, text: None  # what is waited for, and how it comes along
     stopping: Callable[[], bool] = lambda: False  # whether to stop waiting, because of a signal
     local: LocalRay | None = None  # one that this run has started and ends
     facts: dict[str, Facts] = field(default_factory=dict)  # of the nodes that passed, by node id
@@ -61,6 +63,9 @@ class Cluster:
             RuntimeError: a local Ray did not start.
             Terminated: SIGTERM came meanwhile.
         """
+        if not is_connected():
+            address = os.environ.get("RAY_ADDRESS", "")
+            self.on_phase("Ray", "starts on this machine" if is_local(address) else f"connecting to {address}")
         self.local = connect(self.resources, self.log) or self.local
 
     def ray_has_died(self, patience_s: float = 0.0) -> bool:
@@ -112,7 +117,9 @@ class Cluster:
             self.connect()
             nodes = _alive()
             self._gpus = gpus_per_worker(nodes, self.resources)
-            self._start(workers_to_start(nodes, self.resources))
+            count = workers_to_start(nodes, self.resources)
+            self.on_phase("workers", f"{count} to start")
+            self._start(count)
             self._node_of = {}
             self._settle()
             self._begun = True

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from grappa_dist.artifacts import LOCK, Store
-from grappa_dist.config import Config, load
+from grappa_dist.config import CONFIG_FILE, Config, load
 from grappa_dist.console import EVENTS_BYTES, EVENTS_FILE, LOG_FILE, Console, Events, LogFile, read_events
 from grappa_dist.data.block_cache import DAMAGED_LOG, count_damaged
 from grappa_dist.data.open_images import cache_of
@@ -23,8 +23,6 @@ from grappa_dist.extras import require
 from grappa_dist.files import write_utf8
 from grappa_dist.output import printable, without_secrets
 from grappa_dist.storage import raise_open_files
-
-CONFIG_FILE = "config.yaml"  # of a run, in its directory: the settings of the latest that was not refused
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ def _working(config: Config, store: Store) -> Iterator[Run]:
     console = Console(
         Events(store.root / EVENTS_FILE, EVENTS_BYTES), log_file=LogFile(store.root / LOG_FILE, EVENTS_BYTES)
     )
-    cluster = Cluster(config.resources, log=console.log)
+    cluster = Cluster(config.resources, log=console.log, on_phase=console.phase)
     runner = Runner(cluster, config.resources, console.jobs, console.event)
     cache = cache_of(config.resources)
     damaged = count_damaged(cache)

@@ -120,6 +120,7 @@ def train(
         log = _Log(context, folder / METRICS_FILE, job, reporting, start=start, steps=schedule.steps)
         stack.callback(log.close)
         objective.begin(start)
+        log.begin()
         for step in range(start, schedule.steps):
             figures, stop = _reduce(context, objective.backward(engine, step))
             if any(not math.isfinite(v) for name, v in figures.items() if not name.startswith(_MAY_BE_UNDEFINED)):
@@ -164,7 +165,8 @@ class _Log:
         self, context: RankContext, path: Path, job: str, reporting: Reporting, *, start: int, steps: int
     ) -> None:
         self._context, self._job, self._steps = context, job, steps
-        self._recent: deque[tuple[float, float, float]] = deque([(time.monotonic(), 0.0, 0.0)], maxlen=_RECENT + 1)
+        self._recent = deque[tuple[float, float, float]](maxlen=_RECENT + 1)  # time, images, seconds of waiting
+        self._first: tuple[int, float] | None = None  # the first step, and when it had ended
         self._events, self._trackers = None, None
         if context.comm.rank == 0:
             _drop_steps(path, start)
@@ -172,6 +174,10 @@ class _Log:
             where = {"ranks": context.comm.size, "host": socket.gethostname(), "pid": os.getpid()}
             self._events("begins", at_step=start, **where, **reporting.decisions)
             self._trackers = TrackerGroup(reporting.trackers(), self._tracker_failed)
+
+    def begin(self) -> None:
+        """The first step begins; what comes before it takes no part in rates."""
+        self._recent.append((time.monotonic(), 0.0, 0.0))
 
     def step(self, step: int, rate: float, figures: dict[str, float]) -> None:
         waited_s = figures.pop("waited_s", None)
@@ -184,11 +190,23 @@ class _Log:
             self._events("step", step=step, lr=rate, images_per_s=round(speed, 1), **waits, **figures)
         if self._trackers:
             self._trackers.log(step, {"lr": rate, "images_per_s": speed, **waits, **figures})
-        left = (self._steps - step - 1) * elapsed / len(recent)
-        status: dict[str, object] = {"loss": figures["loss"], "images_per_s": speed, **waits, "left_s": left}
+        status: dict[str, object] = {"loss": figures["loss"], "images_per_s": speed, **waits}
+        if (left := self._left_s(step)) is not None:
+            status["left_s"] = left
         if self._trackers and self._trackers.failed:
             status["trackers_off"] = self._trackers.failed
         self._context.report({"done": step + 1, "of": self._steps, **status})
+
+    def _left_s(self, step: int) -> float | None:
+        """Seconds by all steps but the first, which has what later ones do not: None before there are such.
+
+        What some steps have alone, as the k-NN graph of an epoch, is so spread over all.
+        """
+        now = self._recent[-1][0]
+        if self._first is None:
+            self._first = (step, now)
+        first, then = self._first
+        return (self._steps - step - 1) * (now - then) / (step - first) if step > first else None
 
     def close(self) -> None:
         if self._trackers:
