@@ -327,14 +327,19 @@ class Console:
             name: figures for name, of in status.items() if (figures := {k: v for k, v in of.items() if k != "notes"})
         }
         if known:
-            self._stage_left = stage_left(known)
-            self._show_bars(known)
-            self._record(known)
-            self._log_progress(known)
+            self._run_time.started(self._clock() - self._stage_began)
+            self._show(known)
+
+    def _show(self, jobs: Mapping[str, Status]) -> None:
+        self._stage_left = stage_left(jobs)
+        self._show_bars(jobs)
+        self._record(jobs)
+        self._log_progress(jobs)
 
     def phase(self, what: str, text: str) -> None:
-        """Shows what happens before any job runs."""
-        self.jobs({what: {"phase": text}})
+        """Shows how the start of workers comes along."""
+        self._run_time.starting = True
+        self._show({what: {"phase": text}})
 
     def _record(self, jobs: Mapping[str, Status]) -> None:
         now, known = self._clock(), jobs.keys() == self._recorded

@@ -119,6 +119,9 @@ class Counter:
         self.show(status)
 
 
+START = "start"  # of the workers: a stage for itself here, and the first part of the stage that needs them first
+
+
 @dataclass
 class RunTime:
     """The time left for a whole run, from what its stages were expected to take and from what they do take.
@@ -129,11 +132,19 @@ class RunTime:
     expected: Mapping[str, Sequence[float]] = field(default_factory=dict)  # seconds of each part, by stage
     stage: str = ""  # that runs now
     ended: dict[str, list[float]] = field(default_factory=dict)  # what the parts took that have ended
+    starting: bool = False  # workers start
+    _started_s: float = 0.0  # of the stage that runs now: until the workers were up
+
+    def started(self, elapsed: float) -> None:
+        """Workers are up, so long after the stage that runs now has begun."""
+        if self.starting:
+            self.starting, self._started_s = False, elapsed
+            self.ended.setdefault(START, []).append(elapsed)
 
     def end(self, seconds: float) -> None:
         """The stage that ran has ended."""
-        self.ended.setdefault(self.stage, []).append(seconds)
-        self.stage = ""
+        self.ended.setdefault(self.stage, []).append(seconds - self._started_s)
+        self.stage, self.starting, self._started_s = "", False, 0.0
 
     def left_s(self, elapsed: float, stage_left: float | None) -> float | None:
         """Seconds; None where they are not known.
@@ -144,8 +155,9 @@ class RunTime:
         """
         if not self.expected:
             return None
+        elapsed -= self._started_s
         to_come = {name: parts[len(self.ended.get(name, ())) :] for name, parts in self.expected.items()}
-        now, *later = to_come.pop(self.stage, ()) or (0.0,)
+        now, *later = to_come.pop(START if self.starting else self.stage, ()) or (0.0,)
         factor = self._factor(now, None if stage_left is None else elapsed + stage_left)
         left = max(0.0, now * factor - elapsed) if stage_left is None else stage_left
         return left + factor * (sum(later) + sum(map(sum, to_come.values())))
@@ -153,9 +165,10 @@ class RunTime:
     def _factor(self, expected_now: float, takes_now: float | None) -> float:
         """By how much stages take longer than expected: those that have ended, and the one that says how long."""
         pairs = [
-            (e, t)
+            (expected, took)
             for name, parts in self.expected.items()
-            for e, t in zip(parts, self.ended.get(name, ()), strict=False)
+            for expected, took in zip(parts, self.ended.get(name, ()), strict=False)
+            if name != START
         ]
         if takes_now is not None:
             pairs.append((expected_now, takes_now))

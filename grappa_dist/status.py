@@ -179,7 +179,7 @@ def _status(root: Path, record: _Record, *, locked: bool, process: str) -> RunSt
     last = max((time_ for time_ in (record.last, *(_number(j.get("t")) for j in jobs.values())) if time_), default=None)
     state = _state(record, locked=locked)
     ago = 0.0 if last is None else max(0.0, time.time() - last)
-    left, of_run = stage_left(jobs), next((_number(job.get("run_left_s")) for job in jobs.values()), None)
+    left, of_run = stage_left(jobs), next((job["run_left_s"] for job in jobs.values() if "run_left_s" in job), None)
     runs = state in ("running", "unclear")
     return RunStatus(
         run=str(root),

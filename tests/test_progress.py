@@ -99,3 +99,18 @@ def test_the_time_left_of_a_run_follows_what_its_stages_really_take() -> None:
     run.end(10.0)
     run.stage = "fuse"  # once more than expected
     assert run.left_s(1.0, 3.0) == pytest.approx(3 + 5 * 84 / 90)
+
+
+def test_the_start_of_workers_is_no_part_of_the_stage_that_waits_for_it() -> None:
+    run = RunTime({"start": [14.0], "embed": [10.0], "adapt": [40.0]}, stage="embed")
+    run.starting = True
+    assert run.left_s(4.0, None) == 10 + 50
+    assert run.left_s(30.0, None) == 50
+    run.started(30.0)
+    assert run.left_s(34.0, None) == 6 + 40
+    assert run.left_s(34.0, 16.0) == 16 + 2 * 40
+    run.end(50.0)
+    assert run.ended == {"start": [30.0], "embed": [20.0]}
+    run.stage = "adapt"
+    run.started(3.0)  # they are up already
+    assert run.left_s(0.0, None) == 2 * 40
