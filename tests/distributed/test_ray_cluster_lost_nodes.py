@@ -163,10 +163,10 @@ def test_an_error_of_the_progress_callback_is_raised_and_signals_are_no_longer_p
     cluster = started(ray, monkeypatch, [Worker("a")])
     runner = Runner(cluster, cluster.resources)
 
-    def refuse(count: int) -> None:
-        raise ValueError(f"{count} is enough")
+    def refuse(index: int) -> None:
+        raise ValueError(f"{index} is enough")
 
-    with pytest.raises(ValueError, match="1 is enough"):
+    with pytest.raises(ValueError, match="0 is enough"):
         runner.map(print, [1, 2], refuse)
     assert not runner._signals.polled
 
