@@ -115,6 +115,7 @@ nav a{color:var(--muted);text-decoration:none;white-space:nowrap;font-size:14px}
 nav a:hover,nav a:focus-visible{color:var(--accent)}
 section{background:var(--card);border:1px solid var(--rule);border-radius:12px;padding:22px 24px;margin:18px 0;
 scroll-margin-top:48px}
+.verdict{margin:0 0 16px;max-width:86ch;font-size:16.5px;overflow-wrap:anywhere}
 .lead{margin:0 0 14px;max-width:78ch;color:var(--muted)}
 .note{font-size:13px;color:var(--muted);margin:8px 0 0;max-width:90ch}
 .absent{color:var(--muted);margin:4px 0}

@@ -31,8 +31,8 @@ from grappa_dist.report.scores import (
     recall_table,
     score_table,
 )
-from grappa_dist.report.sentences import read_scores
-from grappa_dist.report.verdict import as_json
+from grappa_dist.report.sentences import describe_gain, read_scores
+from grappa_dist.report.verdict import as_json, verdict_section
 
 MOST_BAD_ROWS = 100
 MOST_CLUSTERINGS = 24  # histograms
@@ -111,6 +111,7 @@ def page(content: ReportContent) -> str:
     """The whole page as HTML."""
     images = Images()  # of all sections, so that each image is stored once
     sections = [
+        ("verdict", "The verdict", verdict_section(content.verdict)),
         ("scores", "Retrieval scores", headline_section(content)),
         ("galleries", "Galleries", gallery_section(content, images)),
         ("attention", "Attention", attention_section(content)),
@@ -121,7 +122,7 @@ def page(content: ReportContent) -> str:
         ("run", "The run", run_section(content)),
     ]
     if not content.rows:  # then figures without labels come first
-        sections.insert(1, sections.pop(5))
+        sections.insert(2, sections.pop(6))
     present = [s for s in sections if s[2]]
     links = "".join(f'<a href="#{anchor}">{name}</a>' for anchor, name, _ in present)
     body = "".join(f'<section id="{anchor}"><h2>{name}</h2>{markup}</section>' for anchor, name, markup in present)
@@ -150,8 +151,8 @@ def headline_section(content: ReportContent) -> str:
     scores = Scores.of(content.rows)
     key = (
         '<p class="note"><b>Large:</b> R-Precision in percent. <b>Small:</b> MAP@R. <b>Signed:</b> points of '
-        "R-Precision over the backbone, drawn to one scale. ★ is the best of its column at the precision shown; "
-        "the oracle and rows trained with labels do not compete.</p>"
+        "R-Precision above (+) or below (−) the backbone, drawn to one scale. ★ is the best of its column at the "
+        "precision shown; the oracle and rows trained with labels do not compete.</p>"
     )
     recall = f'<details class="fold"><summary>Recall@1</summary>{recall_table(scores)}</details>'
     reading = f"<h3>In sentences</h3>{sentences(read_scores(scores))}"
@@ -164,7 +165,7 @@ def _tiles(scores: Scores) -> str:
     tiles = []
     if lead is not None:
         over = scores.gain(lead, None)
-        sub = f"{lead}, {points(over)} over the backbone" if math.isfinite(over) else lead
+        sub = f"{lead}, {describe_gain(over)}" if math.isfinite(over) else lead
         mean = "mean R-Precision" if len(scores.tasks) > 1 else "R-Precision"
         tiles.append((mean, percent(scores.value(lead, None)), sub))
         gains = [scores.gain(lead, task) for task in scores.tasks]

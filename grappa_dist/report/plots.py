@@ -16,6 +16,7 @@ COLOURS = 8  # --c0 .. --c7; later series are dashed
 MOST_POINTS = 160  # of one line
 MOST_SERIES = 24
 TINY = 1e-290  # smaller values are not drawn on a log scale
+MOST_NAME = 18  # characters of a row of a forest plot
 MARKERS = 40  # lines of up to this many points show them, with their values on hover
 
 
@@ -200,14 +201,60 @@ def bar_chart(values: Sequence[float], names: Sequence[str], axes: Axes) -> str:
     return figure(axes.title, _svg("".join(parts), axes.title), axes.note)
 
 
+@dataclass(frozen=True)
+class Interval:
+    """A row of a forest plot."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+    shown: str  # the value as text
+    tip: str = ""
+
+    @property
+    def colour(self) -> str:
+        return "up" if self.low > 0 else "down" if self.high < 0 else "muted"
+
+
+def forest_plot(rows: Sequence[Interval], axes: Axes) -> str:
+    """Values with their intervals, one below the other, about a common zero; the first row stands out."""
+    left, right, step, top = 118, 52, 26, 8
+    bottom = top + step * len(rows)
+    low, high = min(0.0, *(r.low for r in rows)), max(0.0, *(r.high for r in rows))
+    pad = 0.06 * (high - low) or 1.0
+    low, high = low - pad, high + pad
+
+    def px(x: float) -> float:
+        return left + (x - low) / (high - low) * (WIDTH - left - right)
+
+    parts = []
+    for value in ticks(low, high, 4):
+        parts.append(f'<path class="grid" d="M{px(value):.1f} {top}V{bottom}"/>')
+        parts.append(f'<text x="{px(value):.1f}" y="{bottom + 16}" text-anchor="middle">{_tick(value)}</text>')
+    parts.append(f'<path class="axis" d="M{px(0):.1f} {top}V{bottom}"/>')
+    for place, row in enumerate(rows):
+        y, weight = top + step * (place + 0.5), ' font-weight="700"' if place == 0 else ""
+        name = row.name if len(row.name) <= MOST_NAME else f"{row.name[: MOST_NAME - 1]}…"
+        line = f'<path class="line" d="M{px(row.low):.1f} {y:.1f}H{px(row.high):.1f}"/>'
+        dot = f'<circle cx="{px(row.value):.1f}" cy="{y:.1f}" r="{5 if place == 0 else 4}"/>'
+        parts.append(f'<text x="0" y="{y + 4:.1f}"{weight}>{text(name)}</text>')
+        parts.append(f'<g style="--s:var(--{row.colour})"><title>{text(row.tip or row.name)}</title>{line}{dot}</g>')
+        parts.append(f'<text x="{WIDTH}" y="{y + 4:.1f}" text-anchor="end"{weight}>{text(row.shown)}</text>')
+    parts.append(
+        f'<text x="{(left + WIDTH - right) / 2}" y="{bottom + 32}" text-anchor="middle">{text(axes.x_label)}</text>'
+    )
+    return figure(axes.title, _svg("".join(parts), axes.title, bottom + 38), axes.note)
+
+
 def grid(figures: Sequence[str]) -> str:
     """Figures side by side as the width allows: two columns for a few, else three."""
     few = " few" if len(figures) in (1, 2, 4) else ""
     return f'<div class="charts{few}">{"".join(figures)}</div>' if figures else ""
 
 
-def _svg(body: str, title: str) -> str:
-    return f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{text(title)}">{body}</svg>'
+def _svg(body: str, title: str, height: int = HEIGHT) -> str:
+    return f'<svg class="chart" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{text(title)}">{body}</svg>'
 
 
 def figure(title: str, body: str, note: str = "") -> str:

@@ -130,7 +130,7 @@ def console_table(rows: list[ScoreRow], *, has_test: bool = True) -> str:
 
     blocks = [_block("R-Precision / MAP@R, percent (* best R-Precision of its column)", scores, pair)]
     if BACKBONE in scores.models:
-        blocks.append(_block("R-Precision gained over the backbone, points", scores, gain))
+        blocks.append(_block("R-Precision above the backbone (-: below it), points", scores, gain))
     blocks.append(_block("recall@1, percent (* best of its column)", scores, recall))
     labelled = [m for m in SAW_LABELS if m in scores.models]
     if labelled:

@@ -22,6 +22,13 @@ MOST = 8  # items of a list within a sentence
 MOST_TASKS = 24  # with a sentence of their own
 
 
+def describe_gain(gain: float, than: str = "the backbone") -> str:
+    """A difference of fractions, for example "1.2 points below the backbone"."""
+    if round(100 * gain, 1) == 0:
+        return f"within 0.1 points of {than}"
+    return f"{percent(abs(gain))} points {'above' if gain > 0 else 'below'} {than}"
+
+
 def read_scores(scores: Scores) -> list[Sentence]:
     """Which task gains, what falls below the backbone, and how far the best fusion is from the oracle."""
     found: list[Sentence | None] = [_task(scores, task) for task in scores.tasks[:MOST_TASKS]]
@@ -39,11 +46,12 @@ def _task(scores: Scores, task: str) -> Sentence:
     parts = []
     if fusions:
         top = max(fusions, key=lambda m: fusions[m])
-        over = f", {points(scores.gain(top, task))} on the backbone's {percent(base)}" if math.isfinite(base) else ""
+        over = describe_gain(scores.gain(top, task), f"the backbone's {percent(base)}")
+        over = f", {over}" if math.isfinite(base) else ""
         parts.append(f"the best fusion, {top}, reaches {percent(fusions[top])}{over}")
     if sets:
         top = max(sets, key=lambda m: sets[m])
-        over = f" ({points(scores.gain(top, task))})" if math.isfinite(base) else ""
+        over = f", {describe_gain(scores.gain(top, task))}" if math.isfinite(base) else ""
         parts.append(f"the best single set is {top} with {percent(sets[top])}{over}")
     if not parts:
         top = max(measured, key=lambda m: measured[m])
@@ -97,7 +105,7 @@ def _against_average(scores: Scores) -> Sentence | None:
     if max(abs(g) for g in gains.values()) < 0.0025:
         return "Learned or average", f"{lead} is within a quarter of a point of the plain average on every task."
     if len(gains) == 1:
-        return "Learned or average", f"{lead} differs from the plain average by {points(gains[low])} points."
+        return "Learned or average", f"{lead} is {describe_gain(gains[low], 'the plain average')}."
     return (
         "Learned or average",
         f"against the plain average, {lead} runs from {points(gains[low])} ({low}) to {points(gains[high])} ({high}).",

@@ -8,21 +8,17 @@ from typing import Any
 
 from grappa_dist.config import AUTO, BACKBONE
 from grappa_dist.console import pluralize
-from grappa_dist.report.html import percent, points
+from grappa_dist.report.html import percent, points, text
+from grappa_dist.report.plots import Axes, Interval, forest_plot
+from grappa_dist.report.sentences import describe_gain
 from grappa_dist.verdict import Gain, Verdict
 
 LABELLED = 200  # test images that tell a gain of some points
 SEEDS_CAVEAT = "one seed was run: how much another seed changes is not in the interval (--seeds 0,1,2 shows it)"
 MOST_WANTED = 100_000  # queries; a difference that needs more is too small to look for
 MOST_TASKS = 12  # lines
+MOST_DRAWN = 24  # tasks
 _TRY_MORE = "more training images, other numbers of clusters (clustering.num_labels), or more epochs (adapt.epochs)"
-
-
-def describe_gain(gain: float, than: str = "the backbone") -> str:
-    """A difference of fractions, for example "1.2 points below the backbone"."""
-    if round(100 * gain, 1) == 0:
-        return f"within 0.1 points of {than}"
-    return f"{percent(abs(gain))} points {'above' if gain > 0 else 'below'} {than}"
 
 
 def describe_sureness(gain: Gain) -> str:
@@ -120,6 +116,39 @@ def _queries(verdict: Verdict) -> str:
         return ""
     queries = pluralize(verdict.validation_queries, "other query", "other queries")
     return f", on the queries that took no part in choosing it ({queries} did)"
+
+
+def verdict_section(verdict: Verdict | None) -> str:
+    """The conclusion, the gains with their intervals as a picture, and what these do not say; "" without labels."""
+    if verdict is None:
+        return ""
+    rows = [verdict.mean, *verdict.tasks] if len(verdict.tasks) > 1 else list(verdict.tasks)
+    shown = [_interval(row, len(verdict.tasks)) for row in rows[: MOST_DRAWN + 1]]
+    hidden = len(rows) - len(shown)
+    note = "A dot is the gain, its line the 95% bootstrap interval over queries; the line at 0 is the backbone."
+    note += f" {hidden} more tasks are in metrics.json." if hidden else ""
+    axes = Axes(title=f"{verdict.compared} against the backbone", x_label="points of R-Precision", note=note)
+    items = "".join(f"<li>{text(line, 1000)}</li>" for line in [_queries_note(verdict), *caveats(verdict)] if line)
+    return (
+        f'<p class="verdict">{text(conclusion(verdict, "<run directory>"), 1000)}</p>'
+        f'{forest_plot(shown, axes)}<ul class="reading">{items}</ul>'
+    )
+
+
+def _interval(row: Gain, num_tasks: int) -> Interval:
+    name = row.task if row.task is not None else f"mean of {num_tasks} tasks"
+    tip = f"{name}: {percent(row.baseline)} to {percent(row.value)}, {describe_sureness(row)}"
+    return Interval(name, 100 * row.gain, 100 * row.low, 100 * row.high, points(row.gain), tip)
+
+
+def _queries_note(verdict: Verdict) -> str:
+    if not verdict.validation:
+        return ""
+    chose, models = pluralize(verdict.validation_queries, "query", "queries"), len(verdict.validation)
+    return (
+        f"{chose} chose among {models} models; the other {verdict.mean.queries:,}, of the same classes, are reported "
+        "here. The table below is of all queries."
+    )
 
 
 def as_json(verdict: Verdict | None) -> dict[str, Any] | None:

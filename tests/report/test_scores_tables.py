@@ -22,7 +22,7 @@ def table(tasks: list[str]) -> str:
 
 
 def test_the_best_of_a_task_is_marked_and_the_oracle_does_not_compete() -> None:
-    block = table(["cars"]).split("\n\nR-Precision gained")[0]
+    block = table(["cars"]).split("\n\nR-Precision above")[0]
     marked = [line for line in block.splitlines()[1:] if "*" in line]
     assert [line.split() for line in marked] == [["k=1024", "42.0*/21.0"]]
 
@@ -41,13 +41,13 @@ def test_ties_at_the_precision_shown_are_all_marked() -> None:
 
 
 def test_models_go_from_the_backbone_over_sets_by_size_to_fusions() -> None:
-    block = table(["cars"]).split("\n\nR-Precision gained")[0]
+    block = table(["cars"]).split("\n\nR-Precision above")[0]
     names = [line.split()[0] for line in block.splitlines()[2:] if line]
     assert names == ["backbone", "k=64", "k=1024", "oracle", "average", "neighbours-adam"]
 
 
 def test_gains_over_the_backbone_are_signed_points() -> None:
-    gains = table(["cars"]).split("\n\nR-Precision gained")[1]
+    gains = table(["cars"]).split("\n\nR-Precision above")[1]
     assert "+12.0" in gains
     assert "-5.0" in gains
 
@@ -56,7 +56,7 @@ def test_gains_are_the_differences_of_the_scores_shown() -> None:
     text = console_table([row("backbone", "t", 0.58251), row("average", "t", 0.58249)])
     assert "58.3*/29.1" in text
     assert "58.2/29.1" in text
-    assert text.split("gained over")[1].split("recall")[0].split()[-2:] == ["average", "-0.1"]
+    assert text.split("above the backbone (-: below it)")[1].split("recall")[0].split()[-2:] == ["average", "-0.1"]
 
 
 def test_six_tasks_with_long_names_fit_a_terminal_and_columns_line_up() -> None:
@@ -93,7 +93,7 @@ def test_a_task_without_queries_and_a_missing_row_show_a_dash() -> None:
 
 
 def test_a_table_without_a_backbone_has_no_gains() -> None:
-    assert "gained" not in console_table([row("average", "a", 0.5)])
+    assert "above the backbone" not in console_table([row("average", "a", 0.5)])
 
 
 def test_rows_trained_with_labels_are_named_come_last_and_do_not_compete() -> None:
