@@ -162,6 +162,9 @@ def run_by(test: str) -> list[list[list[str]]]:
     return [list(commands(block.text)) for block in BLOCKS if block.kind == "run by" and test in block.what.split(", ")]
 
 
+SAID = {"search": "cat/2.png", "duplicates": "near-duplicates among 12 images", "evaluate": "R-Precision"}
+
+
 @pytest.fixture
 def process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Puts back what the command replaces in its process: its streams, and what it does on signals."""
@@ -178,13 +181,14 @@ def test_the_commands_on_a_model_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    model_in(Path("runs", "mine"))
+    for name in ("mine", "other"):
+        model_in(Path("runs", name))
     write_photos(Path("photos"))
     shutil.copy("photos/cat/2.png", "query.jpg")
     for words in (words for lines in run_by("test_the_commands_on_a_model_run") for words in lines):
         assert main(words[1:]) == 0, shlex.join(words)
         said = capfd.readouterr().out
-        assert ("cat/2.png" if words[1] == "search" else "near-duplicates among 12 images") in said, shlex.join(words)
+        assert SAID[words[1]] in said, shlex.join(words)
 
 
 def picture(path: Path, number: int) -> None:
