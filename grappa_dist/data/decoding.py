@@ -11,23 +11,26 @@ import struct
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from io import BytesIO
 from typing import Any
 
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError, features
 
 from grappa_dist.data.metadata import PNG, is_webp, without_metadata, without_much_metadata
 
 COPIED = {"jpg": "jpg", "jpeg": "jpeg", "png": "png", "webp": "webp", "jfif": "jpg", "jpe": "jpg"}  # -> in a shard
 REWRITTEN = ("bmp", "gif", "tif", "tiff")  # become PNG: readers of shards expect the four suffixes above
-TAKEN = (*COPIED, *REWRITTEN)  # by make_shards
+REENCODED = ("heic", "heif", "avif")  # become JPEG, as they are compressed with losses too
+TAKEN = (*COPIED, *REWRITTEN, *REENCODED)  # by make_shards
 
 Pixels = NDArray[np.uint8]
 MAX_PIXELS = 64 * 2**20  # more is taken for a decompression bomb
 MAX_SCANNED = 16 * MAX_PIXELS  # pixels times scans of a JPEG: a scan goes over all pixels, and may cost few bytes
+MORE_FORMATS = {**dict.fromkeys(REWRITTEN, ("TIFF",)), **dict.fromkeys(REENCODED, ("HEIF", "AVIF"))}  # by suffix
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # by content; files of the web often carry another format's suffix
 # What Pillow's parsers raise on damaged files. Not MemoryError: the machine may be at fault, and the row good.
 _UNREADABLE = (
@@ -46,6 +49,7 @@ _UNREADABLE = (
     Image.DecompressionBombError,
     Image.DecompressionBombWarning,
 )
+_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1", b"avif", b"avis")  # of HEIF
 _ORIENTATION = 0x0112  # EXIF
 _TIFF_BITS, _TIFF_SAMPLES = 258, 339  # tags
 _TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4}  # of a tag's values
@@ -78,8 +82,24 @@ def suffix_of(data: bytes) -> str:
     """The suffix, one of TAKEN, of a file by its first bytes; jpg where they are of none of these formats."""
     if is_webp(data):
         return "webp"
+    if data[4:8] == b"ftyp" and (brand := data[8:12]) in _BRANDS:
+        return "avif" if brand in (b"avif", b"avis") else "heic"
     begins = ((PNG, "png"), (b"GIF8", "gif"), (b"BM", "bmp"), (b"II*\0", "tif"), (b"MM\0*", "tif"))
     return next((suffix for begin, suffix in begins if data.startswith(begin)), "jpg")
+
+
+@cache
+def describe_missing_decoder(suffix: str) -> str:
+    """What files of a suffix need and is not installed, with its install line; "" where nothing is missing."""
+    if suffix == "avif":
+        return "" if features.check("avif") else "AVIF, which this Pillow does not decode: pip install 'pillow>=11.3'"
+    if suffix in REENCODED:
+        try:
+            from pillow_heif import register_heif_opener
+        except ImportError:
+            return "HEIC, which needs pillow-heif: pip install 'grappa-dist[heif]'"
+        register_heif_opener(thumbnails=False)
+    return ""
 
 
 class BadImage(ValueError):
@@ -171,13 +191,18 @@ def _decoded(data: bytes, formats: tuple[str, ...]) -> Image.Image:
         raise
     except UnidentifiedImageError:
         kinds = f"{', '.join(formats[:-1])} or {formats[-1]}"
-        raise BadImage(f"no {kinds} that can be read; it begins with {data[:12]!r}") from None
+        raise BadImage(f"no {kinds} that can be read; it begins with {_shown(data[:12])}") from None
     except _UNREADABLE as error:
         raise BadImage(_reason(error)) from None
 
 
+def _shown(data: bytes) -> str:
+    """Some bytes as text where they are one, else in hexadecimal."""
+    return f"'{data.decode()}'" if data.isascii() and data.decode().isprintable() else data.hex(" ")
+
+
 def _reason(error: BaseException) -> str:
-    text = re.sub(r"<[^<>]* object( at 0x[0-9a-f]+)?>", "the file", str(error))  # an address differs from run to run
+    text = re.sub(r"<[^<>]*\b(object|class)\b[^<>]*>", "the file", str(error))  # as Python shows what has no name
     text = re.sub(r" at 0x[0-9a-f]+", "", text)
     return f"{type(error).__name__}: {' '.join(text.split())[:300] or 'no message'}"
 

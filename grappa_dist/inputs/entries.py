@@ -185,10 +185,9 @@ def _entry(name: str, where: Path, side: str, images: Images | None) -> Entry:
 
 def list_left_out(root: Path, entries: Sequence[Entry], log: Log) -> None:
     """Lists the files that entries leave out in `left_out.csv` of a directory, and logs how many, why, and where."""
-    by_name = {entry.name: entry.left_out for entry in entries}
-    files = joined(left_out.below(f"{name.rstrip('/')}/") for name, left_out in by_name.items())
+    files = LeftOut(list(dict.fromkeys(joined(entry.left_out for entry in entries).files)))
     if write_list(root / LIST_FILE, files.files):
-        for line in described(files.counts):
+        for line in described(files):
             log(line)
         log(f"all of them by name: {root / LIST_FILE}")
 

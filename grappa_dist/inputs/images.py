@@ -15,7 +15,7 @@ from grappa_dist.make_shards.left_out import LeftOut, joined
 from grappa_dist.make_shards.lists import FILE_COLUMN, LINES, Columns, csv_items, header_of
 from grappa_dist.make_shards.planning import prefixes_of
 from grappa_dist.make_shards.progress import Log
-from grappa_dist.make_shards.sources import FolderSource, Item, Source, open_source
+from grappa_dist.make_shards.sources import FolderSource, Item, Source, as_utf8, open_source
 
 _FILES = (FILE_COLUMN, "file_name", "path", "image")  # columns that may name the files
 _LABELS, _TASKS, _SPLIT = ("label", "fine", "class"), ("task", "dataset"), "split"
@@ -39,8 +39,10 @@ class Images:
 
     @property
     def left_out(self) -> LeftOut:
+        """What is left out, by absolute names."""
         prefixes = prefixes_of({source.path for source in self.sources}, self.base)
-        return joined(source.left_out.below(prefixes[source.path]) for source in self.sources)
+        found = joined(source.left_out.below(prefixes[source.path]) for source in self.sources)
+        return LeftOut([(os.path.join(as_utf8(str(self.base)), name), reason) for name, reason in found.files])
 
     def all_test(self) -> Images:
         """The same images, all of them on the test side."""

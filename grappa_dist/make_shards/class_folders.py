@@ -11,6 +11,7 @@ from typing import Literal
 
 from grappa_dist.data.decoding import TAKEN
 from grappa_dist.data.labels import named
+from grappa_dist.make_shards.left_out import described
 from grappa_dist.make_shards.progress import Log
 from grappa_dist.make_shards.sources import Item, Source, as_utf8, image_suffix, is_taken
 
@@ -75,7 +76,8 @@ def folder_items(
     """
     names = [name for name in source.names() if is_taken(name, source.left_out)]
     if not names:
-        raise ValueError(f"{source.path}: no images; expected files ending in {', '.join(TAKEN)}")
+        others = "".join(f"; {line}" for line in described(source.left_out))
+        raise ValueError(f"{source.path}: no images; expected files ending in {', '.join(TAKEN)}{others}")
     task = task or task_name(source.path)
     labelled = split not in ONE_SIDE if labelled is None else labelled
     found = None if split == "classes" else _find_split(source, names, split)

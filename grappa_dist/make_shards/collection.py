@@ -122,7 +122,7 @@ def write_items(
         if splits[split]
     ]
     buildings = build(plans, work.workers, log=work.log, progress=work.progress)
-    for line in [*summary(buildings, left_out.counts), *_listed(out, buildings, left_out)]:
+    for line in [*summary(buildings, left_out), *_listed(out, buildings, left_out)]:
         work.log(line)
     work.log(f"took {duration(time.monotonic() - began)}")
     return table(splits)
@@ -180,7 +180,7 @@ def in_order(items: Sequence[Row], split: str, seed: int) -> Sequence[Row]:
     return [items[i] for i in permutation(len(items), Purpose.DATA_SET_ORDER, seed).tolist()]
 
 
-def summary(buildings: Sequence[Building], left_out: Counter[str]) -> list[str]:
+def summary(buildings: Sequence[Building], left_out: LeftOut) -> list[str]:
     """What was written, and what was not, as lines."""
     lines = []
     for building in buildings:
@@ -194,7 +194,7 @@ def summary(buildings: Sequence[Building], left_out: Counter[str]) -> list[str]:
             f"{size:,} bytes; {done}"
         )
     lines += described(left_out)
-    if left_out:
+    if left_out.files:
         lines.append(f"taken are files ending in {', '.join(TAKEN)}")
     bad = bad_reasons(buildings)
     lines += [

@@ -14,7 +14,8 @@ from grappa_dist.files import read_bytes, write_utf8
 from grappa_dist.output import printable_line
 
 FILE = "left_out.csv"
-_REASONS = 8  # that a message names
+_REASONS, _NAMES = 8, 3  # that a message names
+_LONGEST = 60  # characters of a name in a message, its last ones
 
 
 @dataclass
@@ -43,10 +44,16 @@ def joined(parts: Iterable[LeftOut]) -> LeftOut:
     return LeftOut([file for part in parts for file in part.files])
 
 
-def described(counts: Counter[str]) -> list[str]:
-    """A line for each of the most frequent reasons."""
+def described(left_out: LeftOut) -> list[str]:
+    """A line for each of the most frequent reasons, with the first names."""
+    counts, names = left_out.counts, dict[str, list[str]]()
+    for name, reason in left_out.files:
+        first = names.setdefault(reason, [])
+        if len(first) < _NAMES:
+            first.append(name if len(name) <= _LONGEST else f"...{name[-_LONGEST:]}")
     lines = [
-        f"left out: {pluralize(number, 'file')}, {reason}" for reason, number in counts.most_common(_REASONS) if number
+        f"left out: {pluralize(number, 'file')}, {reason} ({', '.join(names[reason])}{', ...' * (number > _NAMES)})"
+        for reason, number in counts.most_common(_REASONS)
     ]
     if len(counts) > _REASONS:
         lines.append(f"left out: {pluralize(counts.total(), 'file')} in all, for {len(counts):,} reasons")

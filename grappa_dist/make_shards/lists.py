@@ -13,7 +13,7 @@ from sys import intern
 from typing import IO
 
 from grappa_dist.console import pluralize
-from grappa_dist.data.decoding import TAKEN
+from grappa_dist.data.decoding import TAKEN, describe_missing_decoder
 from grappa_dist.data.labels import named
 from grappa_dist.files import parse_json
 from grappa_dist.make_shards.progress import Log
@@ -58,6 +58,9 @@ def csv_items(path: str, source: Source, columns: Columns, log: Log, *, elsewher
         if (of, name) in names:
             raise ValueError(f"{where}: {name!r} is listed twice")
         names.add((of, name))
+        if missing := describe_missing_decoder(image_suffix(name) or ""):
+            of.left_out.add(name, missing)
+            continue
         label = _name_in(row, columns.label, where, required=columns.label_required) if columns.label in row else None
         task = columns.task_name or _name_in(row, columns.task, where, required=True)
         split = intern(row[columns.split].strip()) if columns.split else None

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from grappa_dist.data.decoding import REWRITTEN
+from grappa_dist.data.decoding import COPIED
 from grappa_dist.data.loader import read_batches
 from grappa_dist.data.rng import Purpose, permutation
 from grappa_dist.data.writer import member_bytes, members
@@ -75,12 +75,13 @@ def plan_folder(
     """
     sizes = file_sizes(items)
     starts = cut(_row_sizes(items, sizes, limits, image_size, prefixes=prefixes), limits.rows, limits.bytes)
+    encoded_ones = {item.suffix for item in items if _is_encoded(item, image_size)}
     settings = {
         "images": len(items),
         "images_per_shard": limits.rows,
         "shard_bytes": limits.bytes,
         "image_size": image_size,
-        "encoder": encoder() if any(_is_encoded(item, image_size) for item in items) else None,
+        "encoder": encoder(encoded_ones) if encoded_ones else None,
         "names": True,  # the JSON of a row holds the name of its file
     }
     files = (prefixes[item.source.path] + item.name for item in items)
@@ -123,7 +124,7 @@ def _fingerprint(settings: object, items: Sequence[Item], sizes: NDArray[np.int6
 
 def _is_encoded(item: Item, image_size: int | None) -> bool:
     """Whether a file is not simply copied, so that its size in a shard is not known beforehand."""
-    return image_size is not None or item.suffix in REWRITTEN
+    return image_size is not None or (item.suffix != "" and item.suffix not in COPIED)
 
 
 def file_sizes(items: Sequence[Item]) -> NDArray[np.int64]:

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import lru_cache
+from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from PIL import Image, features
 
-from grappa_dist.data.decoding import COPIED, FORMATS, REWRITTEN, TAKEN, BadImage, decode, suffix_of
+from grappa_dist.data.decoding import (
+    COPIED,
+    FORMATS,
+    MORE_FORMATS,
+    REENCODED,
+    TAKEN,
+    BadImage,
+    decode,
+    describe_missing_decoder,
+    suffix_of,
+)
 from grappa_dist.data.index import OpenFile
 from grappa_dist.data.tars import members_of
 from grappa_dist.files import read_bytes
@@ -244,6 +255,8 @@ def is_taken(name: str, left_out: LeftOut) -> bool:
     elif image_suffix(name) is None:
         suffix = os.path.splitext(name)[1].lower()
         left_out.add(name, f"of the suffix {suffix!r}" if suffix else "without a suffix")
+    elif missing := describe_missing_decoder(image_suffix(name) or ""):
+        left_out.add(name, missing)
     else:
         return True
     return False
@@ -261,19 +274,21 @@ class Encoded:
 def encoded(data: bytes, suffix: str, image_size: int | None) -> Encoded:
     """The image re-encoded to a shorter side of `image_size`; as it is where that is None or not smaller.
 
-    What is rewritten becomes a PNG in any case: of an animation or of several pages the first.
+    What is rewritten becomes a PNG in any case, HEIC and AVIF a JPEG: of an animation or of several pages the first.
 
     Args:
         suffix: of the file, one of TAKEN, or "" to tell it by its content.
     """
     suffix = suffix or suffix_of(data)
-    rewritten, kept = suffix in REWRITTEN, COPIED.get(suffix, "png")
+    rewritten, kept = suffix not in COPIED, COPIED.get(suffix, "jpg" if suffix in REENCODED else "png")
     if not data:
         return Encoded(data, kept, "empty file")
     if image_size is None and not rewritten:
         return Encoded(data, kept)
+    if missing := describe_missing_decoder(suffix):
+        return Encoded(data, kept, missing)
     try:
-        image = decode(data, (*FORMATS, "TIFF") if rewritten else FORMATS)
+        image = decode(data, (*FORMATS, *MORE_FORMATS.get(suffix, ())))
     except BadImage as error:
         return Encoded(data, kept, str(error))
     smaller = image if image_size is None else shrunk(image, image_size)
@@ -296,7 +311,15 @@ def shrunk(image: Image.Image, shorter_side: int) -> Image.Image:
     return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def encoder() -> str:
-    """What makes the bytes of a re-encoded image: other versions may make others."""
+def encoder(suffixes: Collection[str] = ()) -> str:
+    """What makes the bytes of a re-encoded image: other versions may make others.
+
+    Args:
+        suffixes: of the images; further libraries decode some.
+    """
     versions = [f"{name} {features.version(name)}" for name in ("pil", "jpg", "zlib", "webp")]
+    if "avif" in suffixes:
+        versions.append(f"avif {features.version('avif')}")
+    if {"heic", "heif"} & set(suffixes):
+        versions.append(f"pillow-heif {version('pillow-heif')}")
     return f"bicubic, JPEG {QUALITY} or PNG, {', '.join(versions)}"

@@ -20,8 +20,9 @@ from grappa_dist.data.shards import ImageShards
 from grappa_dist.inputs.images import images_of
 from grappa_dist.inputs.kinds import kind_of
 from grappa_dist.make_shards.class_folders import folder_items, task_name
+from grappa_dist.make_shards.left_out import described
 from grappa_dist.make_shards.sources import FolderSource, Item, encoded, image_suffix, open_source
-from grappa_dist.storage import described
+from grappa_dist.storage import described as described_error
 
 Log = Callable[[str], None]
 
@@ -45,7 +46,7 @@ class ImageFiles:
         try:
             data = item.place.read()
         except OSError as error:  # it went away meanwhile, or is not ours to read
-            return BadImage(f"cannot be read: {error.strerror or described(error)}")
+            return BadImage(f"cannot be read: {error.strerror or described_error(error)}")
         if item.suffix in COPIED:
             return data
         made = encoded(data, item.suffix, None)  # as make_shards writes it
@@ -125,6 +126,6 @@ def _items(path: str, labelled: bool, label_column: str | None, log: Log) -> lis
     items = folder_items(source, None, None if labelled else "none", log)
     if testing := [item for item in items if item.split == "test"]:
         items = testing
-    for reason, count in source.left_out.counts.items():
-        log(f"{path}: {count:,} files left out: {reason}")
+    for line in described(source.left_out):
+        log(f"{path}: {line}")
     return items

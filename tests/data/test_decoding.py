@@ -124,7 +124,7 @@ def test_text_and_formats_that_are_not_read_are_bad() -> None:
 def test_a_reason_is_the_same_in_every_run() -> None:
     with pytest.raises(BadImage) as found:
         decode(b"<html>404</html>")
-    assert str(found.value) == "no JPEG, PNG, WEBP, GIF or BMP that can be read; it begins with b'<html>404</h'"
+    assert str(found.value) == "no JPEG, PNG, WEBP, GIF or BMP that can be read; it begins with '<html>404</h'"
 
 
 PLAIN: dict[str, dict[str, Any]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from grappa_dist.data.decoding import COPIED, REWRITTEN, TAKEN, decode
+from grappa_dist.data.decoding import (
+    COPIED,
+    REENCODED,
+    REWRITTEN,
+    TAKEN,
+    decode,
+    describe_missing_decoder,
+    suffix_of,
+)
 from grappa_dist.data.index import IMAGE_SUFFIXES
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.make_shards.collection import CollectionConfig, Work, make_shards
@@ -80,7 +89,7 @@ def test_copies_keep_their_bytes_and_empty_files_are_reported_without_decoding()
     ]
     assert encoded(b"", "jpg", None).bad == "empty file"
     assert set(COPIED.values()) == set(IMAGE_SUFFIXES)
-    assert set(TAKEN) == {*COPIED, *REWRITTEN}
+    assert set(TAKEN) == {*COPIED, *REWRITTEN, *REENCODED}
 
 
 def test_a_folder_of_all_kinds_becomes_shards_that_decode_within_the_size_asked_for(tmp_path: Path) -> None:
@@ -89,7 +98,7 @@ def test_a_folder_of_all_kinds_becomes_shards_that_decode_within_the_size_asked_
     for number in range(42):
         suffix, format = list(kinds.items())[number % len(kinds)]
         (tmp_path / "pile" / f"{number}.{suffix}").write_bytes(saved(picture(40, 30), format))
-    (tmp_path / "pile" / "a.heic").write_bytes(b"")
+    (tmp_path / "pile" / "a.mp4").write_bytes(b"")
     (tmp_path / "pile" / "README").write_bytes(b"")
     logged: list[str] = []
     cfg = CollectionConfig(split="none", shard_bytes=40_960)
@@ -98,5 +107,47 @@ def test_a_folder_of_all_kinds_becomes_shards_that_decode_within_the_size_asked_
     assert {decode(images.image_bytes(row)).size for row in range(len(images))} == {(40, 30)}
     assert sorted(images.name(row).partition(".")[2] for row in range(len(images))) == sorted([*kinds] * 6)
     assert all(shard.bytes <= 1.3 * 40_960 for shard in images.shards)
-    assert {"left out: 1 file, of the suffix '.heic'", "left out: 1 file, without a suffix"} <= set(logged)
+    assert {"left out: 1 file, of the suffix '.mp4' (a.mp4)", "left out: 1 file, without a suffix (README)"} <= set(
+        logged
+    )
     assert sum(line.startswith("taken are files ending in jpg, jpeg, png, ") for line in logged) == 1
+
+
+@pytest.mark.parametrize(("suffix", "format"), [("heic", "HEIF"), ("heif", "HEIF"), ("avif", "AVIF")])
+def test_photos_of_phones_become_jpeg_upright(suffix: str, format: str) -> None:
+    assert describe_missing_decoder(suffix) == ""
+    image, exif = Image.new("RGB", (64, 48), "white"), Image.Exif()
+    image.paste((200, 30, 30), (0, 0, 32, 24))
+    exif[0x0112] = 6
+    data = saved(image, format, exif=exif.tobytes(), quality=90)
+    assert suffix_of(data) == ("avif" if suffix == "avif" else "heic")
+    made = encoded(data, suffix, None)
+    assert (made.suffix, made.bad) == ("jpg", None)
+    shown = np.asarray(decode(made.data)).astype(int)
+    assert np.abs(shown - np.asarray(image.transpose(Image.Transpose.ROTATE_270))).mean() < 5
+    assert Image.open(io.BytesIO(encoded(data, "", 24).data)).size == (24, 32)  # what it is is told by its content
+    cut = encoded(data[: len(data) // 2], suffix, None)
+    assert (cut.suffix, bool(cut.bad)) == ("jpg", True)
+
+
+def test_without_their_decoder_photos_are_left_out_by_name_with_the_install_line_and_the_rest_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "photos").mkdir()
+    for number in range(5):
+        (tmp_path / "photos" / f"{number}.HEIC").write_bytes(b"x")
+    (tmp_path / "photos" / "1.png").write_bytes(saved(picture(8, 8), "PNG"))
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    describe_missing_decoder.cache_clear()
+    lines = list[str]()
+    try:
+        cfg = CollectionConfig(split="none")
+        make_shards([(None, str(tmp_path / "photos"))], tmp_path / "out", cfg, Work(1, lines.append))
+        assert encoded(b"x", "heic", None).bad == "HEIC, which needs pillow-heif: pip install 'grappa-dist[heif]'"
+    finally:
+        describe_missing_decoder.cache_clear()
+    needs = "HEIC, which needs pillow-heif: pip install 'grappa-dist[heif]'"
+    assert f"left out: 5 files, {needs} (0.HEIC, 1.HEIC, 2.HEIC, ...)" in lines
+    assert f"all of them by name: {tmp_path / 'out' / 'left_out.csv'}" in lines
+    assert (tmp_path / "out" / "left_out.csv").read_text().count("HEIC, which needs") == 5
+    assert len(ImageShards.open([str(tmp_path / "out" / "train")], None)) == 1
