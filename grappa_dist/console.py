@@ -401,12 +401,33 @@ def pluralize(count: int, one: str, many: str | None = None) -> str:
 
 
 def format_bytes(num_bytes: float) -> str:
-    """For example "512 B" or "1.5 GiB"."""
+    """For example "512 B", "1.5 GiB" or "20.0 TiB"."""
     for unit in ("B", "KiB", "MiB"):
-        if num_bytes < 1024:
+        if round(num_bytes) < 1024:
             return f"{num_bytes:.0f} {unit}"
         num_bytes /= 1024
-    return f"{num_bytes:.1f} GiB"
+    return f"{num_bytes:.1f} GiB" if num_bytes < 1023.95 else f"{num_bytes / 1024:.1f} TiB"
+
+
+def format_number(value: float, digits: int = 3) -> str:
+    """A figure of so many significant digits: "0.035", "1.24", "110", "12,300", "12 million", "3 x 10^-7"."""
+    if not math.isfinite(value) or value == 0:
+        return "0" if value == 0 else str(float(value))
+    rounded = float(f"{value:.{digits - 1}e}")
+    exponent = math.floor(math.log10(abs(rounded)))
+    if not -5 < exponent < 15:
+        return f"{_plain(rounded / 10.0**exponent, digits)} x 10^{exponent}"
+    for power, word in ((12, " trillion"), (9, " billion"), (6, " million")):
+        if exponent >= power:
+            return _plain(rounded / 10.0**power, digits) + word
+    return _plain(rounded, digits)
+
+
+def _plain(value: float, digits: int) -> str:
+    """The number without an exponent, thousands apart, without zeros at its end."""
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    text = f"{value:,.{decimals}f}"
+    return text.rstrip("0").rstrip(".") if decimals else text
 
 
 @dataclass

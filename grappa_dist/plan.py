@@ -16,7 +16,7 @@ import torch
 
 from grappa_dist.artifacts import Artifact, Store
 from grappa_dist.config import AUTO, SUPERVISED, SUPERVISED_SET, BackboneConfig, Config, Resources, Variant
-from grappa_dist.console import format_bytes, one_line, pluralize
+from grappa_dist.console import format_bytes, format_number, one_line, pluralize
 from grappa_dist.data.open_images import ROWS_PER_SHARD as GENERATED_PER_SHARD
 from grappa_dist.data.open_images import generated_sizes, is_generated, open_images
 from grappa_dist.distributed.placement import check_capacity, describe_placement, known_workers, may_have_gpus, ranks_of
@@ -108,8 +108,9 @@ def _table(config: Config, root: Path, *, measured: bool) -> str:
     rates = stored_rates(root, config, len(ks))
     built = build_backbone(config.backbone, pretrained=False) if measured and rates is None else None
     backbone = backbone or built
-    dim = _known_width(backbone, flow.features if flow else ()) or DIM
-    lines += [*_describe_backbone(config.backbone, backbone), *_look_ahead(config)]
+    width = _known_width(backbone, flow.features if flow else ())
+    dim = width or DIM
+    lines += [*_describe_backbone(config.backbone, backbone, width), *_look_ahead(config)]
     if rates is not None:
         lines += _takes(config, root, images, rates, dim, backbone, "by rates that were measured here before")
     elif built is not None:
@@ -218,14 +219,22 @@ def _without_weights(config: BackboneConfig) -> Backbone | None:
     return backbone
 
 
-def _describe_backbone(config: BackboneConfig, model: Backbone | None) -> Iterator[str]:
-    """Channels and preprocessing of a known backbone, with the values that the settings leave to timm."""
+def _describe_backbone(config: BackboneConfig, model: Backbone | None, width: int | None) -> Iterator[str]:
+    """Channels and preprocessing of a known backbone, with the values that the settings leave to timm.
+
+    Args:
+        width: channels, if they are known.
+    """
     if model is not None:
         given = model.preprocess
         yield (
             f"backbone       {config.name}: {model.embed_dim} channels; image_size={given.image_size}, "
             f"resize={given.resize}, interpolation={given.interpolation}"
         )
+    elif width is not None:
+        yield f"backbone       {config.name}: {width} channels, by its features"
+    else:
+        yield f"backbone       {config.name}: not built for this plan; sizes below are those of {DIM} channels"
 
 
 def _look_ahead(config: Config) -> Iterator[str]:
@@ -390,8 +399,9 @@ def _classifiers(config: Config, ks: Sequence[int], dim: int) -> str:
     taking_part = rows * adapt.sampled_classes
     flops = CLASSIFIER_PRODUCTS * 2 * adapt.global_batch * taking_part * dim
     sampled = f"; {adapt.sampled_classes:.0%} of them in a step" if adapt.sampled_classes < 1 else ""
-    time = "" if may_have_gpus(config.resources) else f", {flops / CORE_FLOPS:.2g} s of a CPU core"
+    time = "" if may_have_gpus(config.resources) else f", {format_number(flops / CORE_FLOPS, 2)} s of a CPU core"
+    step = f"a step {format_number(flops / 1e9)} GFLOP a rank{time}"
     return (
         f"classifier     (at {dim} channels) of K = {', '.join(map(str, of_a_job))}: {rows} classes a rank{sampled}; "
-        f"rows and Adam {format_bytes(4 * (3 * dim + 1) * rows)} a rank, a step {flops / 1e9:.3g} GFLOP a rank{time}"
+        f"rows and Adam {format_bytes(4 * (3 * dim + 1) * rows)} a rank, {step}"
     )

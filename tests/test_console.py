@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import socket
@@ -18,6 +19,8 @@ from grappa_dist.console import (
     Events,
     LogFile,
     Terminated,
+    format_bytes,
+    format_number,
     one_line,
     pluralize,
     print_result,
@@ -311,3 +314,31 @@ def test_an_error_of_a_worker_begins_with_its_stage(monkeypatch: pytest.MonkeyPa
         with pytest.raises(OSError) as caught, Console().stage("fuse", ""):
             raise OSError("/data: Input/output error") from cause
         assert one_line(caught.value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "digits", "text"),
+    [
+        (110.0, 2, "110"),
+        (1.25, 2, "1.2"),
+        (0.0347, 2, "0.035"),
+        (0.99996, 3, "1"),
+        (12_345.6, 3, "12,300"),
+        (1.2e7, 2, "12 million"),
+        (5e13, 1, "50 trillion"),
+        (999_999.0, 3, "1 million"),
+        (3.21e-7, 2, "3.2 x 10^-7"),
+        (4e16, 2, "4 x 10^16"),
+        (-1500.0, 2, "-1,500"),
+        (0.0, 3, "0"),
+        (math.inf, 3, "inf"),
+    ],
+)
+def test_figures_have_no_exponent_of_a_programming_language(value: float, digits: int, text: str) -> None:
+    assert format_number(value, digits) == text
+
+
+def test_bytes_change_their_unit_before_they_have_four_digits() -> None:
+    assert [format_bytes(b) for b in (0, 1023, 1024, 1024**2 - 1, 1.5 * 2**30, 2**40)] == [
+        *("0 B", "1023 B", "1 KiB", "1 MiB", "1.5 GiB", "1.0 TiB")
+    ]

@@ -178,10 +178,14 @@ def test_a_plan_shows_sizes_for_the_channels_that_are_known(tmp_path: Path) -> N
     assert lines["classifier"].startswith("(at 24 channels)")
     own = tiny.config(paths, **SECTIONS)
     assert lines_of(own, tmp_path / "run")["rough bytes"].startswith("(at 384 channels)")
+    assert lines_of(own, tmp_path / "run")["backbone"].endswith(
+        "not built for this plan; sizes below are those of 384 channels"
+    )
     flow = lay_out(own, Store(tmp_path / "run"), ImageShards.open(own.data.train, None), None)
     np.save(flow.features[0].begin() / "rows.npy", np.zeros((1, 16), dtype=np.float32))
     flow.features[0].commit()
     assert lines_of(own, tmp_path / "run")["rough bytes"].startswith("(at 16 channels)")
+    assert lines_of(own, tmp_path / "run")["backbone"].endswith(": 16 channels, by its features")
 
 
 def test_a_plan_refuses_an_image_size_that_a_model_of_timm_does_not_take(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from grappa_dist.config import ClusteringConfig
+from grappa_dist.console import format_number
 from grappa_dist.data.rng import RowDraw, draw
 from grappa_dist.distributed.sharded_rows import ShardedRows
 from grappa_dist.kmeans.assignments import AssignedRows, RowLabels, assign_rows, exact_search
@@ -92,17 +93,22 @@ def fit_pairs(name: MethodName, config: ClusteringConfig, num_labels: int, num_r
     }[name]
 
 
+def _count(pairs: float) -> str:
+    return format_number(pairs, 2)
+
+
 def _method(config: ClusteringConfig, num_labels: int, num_rows: int) -> tuple[MethodName, str]:
     if config.method != "auto":
         return config.method, f"clustering.method is {config.method}"
     names: tuple[MethodName, ...] = ("exact", "approximate", "hierarchical")
     exact, lists, levels = (fit_pairs(name, config, num_labels, num_rows) for name in names)
+    pairs, limit = f"{_count(exact)} pairs of row and centroid", _count(PAIRS)
     if exact <= PAIRS:
-        return "exact", f"exact k-means takes {exact:.1e} pairs of row and centroid, at most {PAIRS:.0e} are spent"
-    too_many = f"exact k-means would take {exact:.1e} pairs of row and centroid, more than {PAIRS:.0e}"
+        return "exact", f"exact k-means takes {pairs}, at most {limit} are spent"
+    too_many = f"exact k-means would take {pairs}, more than {limit}"
     if lists <= PAIRS:
-        return "approximate", f"{too_many}; two levels and updates through lists take {lists:.1e}"
-    return "hierarchical", f"{too_many}, and updates through lists {lists:.1e}; two levels take {levels:.1e}"
+        return "approximate", f"{too_many}; two levels and updates through lists take {_count(lists)}"
+    return "hierarchical", f"{too_many}, and updates through lists {_count(lists)}; two levels take {_count(levels)}"
 
 
 def _assignment(
@@ -114,8 +120,8 @@ def _assignment(
     if config.assignment != "auto":
         return config.assignment, f"; clustering.assignment is {config.assignment}"
     if pairs <= PAIRS:
-        return "exact", f"; exact labels at the end take {pairs:.1e} pairs"
-    return "approximate", f"; exact labels at the end would take {pairs:.1e} pairs"
+        return "exact", f"; exact labels at the end take {_count(pairs)} pairs"
+    return "approximate", f"; exact labels at the end would take {_count(pairs)} pairs"
 
 
 def _init(config: ClusteringConfig, num_centroids: int, num_rows: int) -> Init:

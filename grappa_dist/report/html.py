@@ -10,6 +10,7 @@ import html
 import math
 from collections.abc import Iterable
 
+from grappa_dist.console import format_number
 from grappa_dist.output import HARMFUL
 
 MISSING = "–"
@@ -42,7 +43,7 @@ def number(value: float) -> str:
     """A number for a reader: thousands apart, four significant digits below that."""
     if not math.isfinite(value):
         return MISSING
-    return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.4g}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else format_number(value, 4)
 
 
 def decimal(value: float, digits: int) -> str:

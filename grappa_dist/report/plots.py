@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import numpy as np
 
@@ -17,6 +18,8 @@ MOST_POINTS = 160  # of one line
 MOST_SERIES = 24
 TINY = 1e-290  # smaller values are not drawn on a log scale
 MOST_NAME = 18  # characters of a row of a forest plot
+LEAST_SPAN = 1e-3  # of a linear axis, as a share of its largest value
+_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 MARKERS = 40  # lines of up to this many points show them, with their values on hover
 
 
@@ -41,6 +44,7 @@ class Axes:
     log_y: bool = False
     y_range: tuple[float, float] | None = None
     x_names: list[str] = field(default_factory=list)  # names of x = 0, 1, ... instead of numbers
+    whole_y: bool = False  # whether values are counts
     note: str = ""
 
 
@@ -115,6 +119,8 @@ def _frame(lines: Sequence[tuple[list[float], list[float]]], axes: Axes) -> _Fra
     if axes.y_range is None and axes.log_y:
         low, high = low / 1.15, high * 1.15
     elif axes.y_range is None:
+        short = max(0.0, LEAST_SPAN * max(abs(low), abs(high)) - (high - low))  # else labels would not differ
+        low, high = low - short / 2, high + short / 2
         pad = 0.06 * (high - low) or abs(high) * 0.05 or 0.5
         low, high = (0.0 if 0 <= low < pad else low - pad), high + pad
     return _Frame(x, (low, high), axes.log_y)
@@ -133,37 +139,61 @@ def ticks(low: float, high: float, about: int = 5, *, whole: bool = False) -> li
     return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def _log_ticks(low: float, high: float) -> list[float]:
+def log_ticks(low: float, high: float) -> list[float]:
+    """Powers of ten within [low, high] and, of a short range, numbers between them; about six at most."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    steps = (1,) if len(decades) > 4 else (1, 2, 5)
-    return [m * 10.0**d for d in decades for m in steps if low <= m * 10.0**d <= high] or [low, high]
+    for steps in ((1,), (1, 3), (1, 2, 5)):
+        every = math.ceil(len(decades) / 6) if steps == (1,) else 1
+        found = [m * 10.0**d for d in decades[::every] for m in steps if low <= m * 10.0**d <= high]
+        if len(found) > 2:
+            return found
+    return ticks(low, high)
+
+
+def tick_labels(values: Sequence[float]) -> tuple[list[str], str]:
+    """Evenly spaced numbers as texts that differ as they do; and what all are multiplied with, such as "× 10⁻³".
+
+    Large and small numbers are divided by a power of ten, since a label has room for seven characters.
+    """
+    most = max((abs(v) for v in values), default=0.0)
+    power = math.floor(math.log10(most) + 1e-9) if most and math.isfinite(most) else 0
+    power = 0 if 1e-2 <= most < 1e5 else power
+    step = min((b - a for a, b in pairwise(values)), default=most) / 10.0**power
+    decimals = next((d for d in range(9) if abs(round(step, d) - step) < 1e-6 * abs(step)), 9)
+    scale = f"× 10{str(power).translate(_RAISED)}" if power else ""
+    return [f"{v / 10.0**power:,.{decimals}f}".replace("-", "−") for v in values], scale
 
 
 def _grid(frame: _Frame, axes: Axes) -> str:
     parts = []
-    for value in _log_ticks(*frame.y) if frame.log_y else ticks(*frame.y):
+    levels = log_ticks(*frame.y) if frame.log_y else ticks(*frame.y, whole=axes.whole_y)
+    labels, scale = ([_tick(v) for v in levels], "") if frame.log_y else tick_labels(levels)
+    for value, label in zip(levels, labels, strict=True):
         y = frame.py(value)
         parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
-        parts.append(f'<text x="{LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{_tick(value)}</text>')
+        parts.append(f'<text x="{LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
     every = math.ceil(len(axes.x_names) / 8) if axes.x_names else 1
     named = [(float(i), text(name, 12)) for i, name in enumerate(axes.x_names) if i % every == 0]
-    for value, label in named or [(v, _tick(v)) for v in ticks(*frame.x, whole=True)]:
+    few = 5 if frame.x[1] < 1e5 else 3
+    for value, label in named or [(v, f"{v:,.0f}".replace("-", "−")) for v in ticks(*frame.x, few, whole=True)]:
         parts.append(f'<text x="{frame.px(value):.1f}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle">{label}</text>')
     middle = (TOP + HEIGHT - BOTTOM) / 2
     parts.append(f'<path class="axis" d="M{LEFT} {HEIGHT - BOTTOM}H{WIDTH - RIGHT}"/>')
     parts.append(
         f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 5}" text-anchor="middle">{text(axes.x_label)}</text>'
     )
+    y_label = f"{axes.y_label} {scale}".strip()
     turn = f'transform="rotate(-90 12 {middle})"'
-    parts.append(f'<text x="12" y="{middle}" text-anchor="middle" {turn}>{text(axes.y_label)}</text>')
+    parts.append(f'<text x="12" y="{middle}" text-anchor="middle" {turn}>{text(y_label)}</text>')
     return "".join(parts)
 
 
 def _tick(value: float) -> str:
-    if value and (abs(value) >= 1e5 or abs(value) < 1e-2):
+    """A number on a log scale."""
+    if abs(value) >= 1e5 or abs(value) < 1e-2:
         mantissa, exponent = f"{value:.2e}".split("e")
         return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}".replace("-", "−")
-    return number(round(value, 10)).replace("-", "−")
+    return number(round(value, 10))
 
 
 def _line(frame: _Frame, xs: Sequence[float], ys: Sequence[float], dash: str) -> str:
@@ -191,7 +221,7 @@ def bar_chart(values: Sequence[float], names: Sequence[str], axes: Axes) -> str:
         return figure(axes.title, '<p class="absent">Nothing to draw.</p>', axes.note)
     high = max(v for v in values if math.isfinite(v))
     frame = _Frame((-0.6, len(values) - 0.4), axes.y_range or (0.0, high * 1.06), log_y=False)
-    parts = [_grid(frame, Axes(title="", x_label=axes.x_label, y_label=axes.y_label, x_names=list(names)))]
+    parts = [_grid(frame, replace(axes, x_names=list(names), whole_y=True))]
     width = 0.8 * (frame.px(1) - frame.px(0))
     for place, (name, value) in enumerate(zip(names, values, strict=True)):
         if math.isfinite(value) and value > 0:

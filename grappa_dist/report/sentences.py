@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from grappa_dist.config import BACKBONE
-from grappa_dist.console import pluralize
+from grappa_dist.console import format_number, pluralize
 from grappa_dist.report.html import percent, points
 from grappa_dist.report.scores import AVERAGE, ORACLE, Scores, kind
 
@@ -161,7 +161,8 @@ def _uniform_layers(entropy: list[float], decay: Sequence[float]) -> list[Senten
         ]
     over = [i for i, ratio in zip(flat, known, strict=True) if ratio > 1]
     ratios = [decay[i] for i in over]
-    times = f"{min(ratios):.2g} to {max(ratios):.2g} times" if len(over) > 1 else f"{ratios[0]:.2g} times"
+    low, high = (format_number(ratio, 2) for ratio in (min(ratios), max(ratios)))
+    times = f"{low} times" if low == high else f"{low} to {high} times"
     where = "" if over == flat else f" (in {_layers(over)})"
     return [("Why", f"{layers}: decay of Q and K exceeds their gradient by {times}{where}, in the median step.")]
 

@@ -35,7 +35,7 @@ from grappa_dist.artifacts import (
 )
 from grappa_dist.checksums import load_json
 from grappa_dist.config import ClusteringConfig
-from grappa_dist.console import pluralize
+from grappa_dist.console import format_number, pluralize
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.distributed.runner import Job
 from grappa_dist.distributed.sharded_rows import Rows, ShardedRows, join_rows
@@ -424,7 +424,9 @@ def describe_shortcuts(stats: Mapping[str, Any]) -> list[str]:
     """Lines on the effect of the shortcuts of one clustering; none for plain exact k-means."""
     lines = []
     if stats["sampled_share"] < 1:
-        lines.append(f"centroids were fitted to a sample of {100 * stats['sampled_share']:.3g} % of the rows")
+        lines.append(
+            f"centroids were fitted to a sample of {format_number(100 * stats['sampled_share'])} % of the rows"
+        )
     agreement = stats["agreement"]
     if agreement is not None:
         rows = stats["agreement_rows"]
@@ -435,7 +437,7 @@ def describe_shortcuts(stats: Mapping[str, Any]) -> list[str]:
         more = stats["inertia"][-1] - stats["unbalanced_inertia"]
         lines.append(
             f"{stats['moved']} rows moved, no cluster has more than {stats['bound']}; "
-            f"inertia {stats['inertia'][-1]:.6g}, of which {more:.3g} for that"
+            f"inertia {format_number(stats['inertia'][-1], 6)}, of which {format_number(more)} for that"
         )
     return lines
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from grappa_dist.console import format_number
 from grappa_dist.models import PackedGrappa
 from grappa_dist.models.backbone import forward_precision
 from grappa_dist.search.backends import least_seconds
@@ -41,6 +42,10 @@ def seconds(work: Callable[[], object]) -> float:
     return least_seconds(work, ROUNDS)
 
 
+def _too_far(distance: float, allowed: float) -> str:
+    return "" if distance <= allowed else f"off by {format_number(distance, 2)}, {format_number(allowed, 2)} allowed"
+
+
 def compile_if_faster(
     model: PackedGrappa,
     images: int,
@@ -69,7 +74,7 @@ def compile_if_faster(
             layer.compiled = torch.compile(layer.compute, backend=backend)
         found = _pass(model, few, bf16=bf16)
         allowed = max(FURTHER * plain.distance(right), ROUNDING)
-        why = "" if found.distance(right) <= allowed else f"off by {found.distance(right):.1e}, {allowed:.1e} allowed"
+        why = _too_far(found.distance(right), allowed)
         compiled_s = measure(lambda: _pass(model, noise, bf16=bf16))
         if not why and GAIN * compiled_s > plain_s:
             why = "not faster"

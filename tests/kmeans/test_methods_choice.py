@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from grappa_dist.config import ClusteringConfig
+from grappa_dist.console import format_number
 from grappa_dist.kmeans.methods import PAIRS, PLUS_PLUS_LABELS, Choice, choose, fit_pairs
 
 
@@ -28,7 +29,7 @@ def test_auto_takes_the_most_exact_method_that_is_affordable(
 ) -> None:
     found = chosen(rows, labels, iterations=20, probes=8)
     assert (found.name, found.assignment) == (name, assignment)
-    assert f"{rows * labels * 21:.1e} pairs" in found.reason
+    assert f"{format_number(rows * labels * 21, 2)} pairs" in found.reason
 
 
 def test_the_limit_itself_is_affordable() -> None:

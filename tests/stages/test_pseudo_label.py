@@ -352,8 +352,8 @@ def test_exact_labels_keep_the_name_they_had_before_there_were_methods(tmp_path:
 
 def test_choices_and_shortcuts_are_described(tmp_path: Path) -> None:
     lines = describe_choices(ClusteringConfig(), (10**6, 256, 4096), 10**8)
-    assert lines[0].startswith("K = 256, 4096: exact (exact k-means takes 8.6e+12 pairs")
-    assert lines[1].startswith("K = 1000000: approximate (exact k-means would take 2.1e+15 pairs")
+    assert lines[0].startswith("K = 256, 4096: exact (exact k-means takes 8.6 trillion pairs")
+    assert lines[1].startswith("K = 1000000: approximate (exact k-means would take 2.1 x 10^15 pairs")
     job = label_job(tmp_path, Store(tmp_path / "run"), method="sampled", sample_rows_per_cluster=5,
                     assignment="approximate", probes=1, balance=1.1)  # fmt: skip
     label_ranks(context(None, []), job)
