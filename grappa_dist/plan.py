@@ -86,7 +86,10 @@ def _images(config: Config, store: Store, inputs: Inputs, lines: list[str]) -> _
         return _Images(sizes, missing=inputs.missing, files=inputs.some_files(SAMPLES))
     if not is_generated(config.data, store):
         sizes = generated_sizes(config.data)
-        lines.append(f"load           {config.data.collection} generates {sizes['train']} + {sizes['test']} images")
+        lines.append(
+            f"load           {config.data.collection} generates {sizes['train']:,} training and {sizes['test']:,} test "
+            "images"
+        )
         return _Images(sizes)
     warnings = list[str]()
     train, test = open_images(config.data, store, config.resources, write_index=False, log=warnings.append)
@@ -171,7 +174,7 @@ def _stages(
 ) -> Iterable[tuple[str, str, list[Artifact]]]:
     adapt_steps = config.adapt.epochs * steps_per_epoch(sizes["train"], config.adapt.global_batch)
     features = list(flow.features) if flow else []
-    yield "embed", f"{sizes['train']} training images, a task per shard", features
+    yield "embed", f"{pluralize(sizes['train'], 'training image')}, a task per shard", features
     yield "pseudo_label", f"K = {', '.join(map(str, ks))}; one job", list(flow.labels.values()) if flow else []
     what = "how consecutive K agree, sample clusters of each; one task"
     yield "partitions", what, [flow.partitions] if flow else []
@@ -182,9 +185,8 @@ def _stages(
     models = 1 + len(ks) + len(config.fuse.variants) + config.adapt.supervised
     scores = list(flow.scores.values()) if flow else []
     looked_at = "images" if config.has_test else "training images, as there is no data.test"
-    what = (
-        f"{models} models on {sizes['test']} {looked_at}, {format_bytes(4 * dim * models * sizes['test'])} of features"
-    )
+    features_bytes = format_bytes(4 * dim * models * sizes["test"])
+    what = f"{models} models on {sizes['test']:,} {looked_at}, {features_bytes} of features"
     yield "evaluate", what, scores
     yield (
         "report, model",

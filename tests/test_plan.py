@@ -258,7 +258,7 @@ def test_a_data_set_that_is_to_be_generated_is_planned_without_generating_it(tmp
         "collection_kwargs": {"count": 20},
     }
     lines = lines_of(tiny.config([], data=data, **SECTIONS), tmp_path / "run")
-    assert "generates 20 + 3 images" in lines["load"]
+    assert "generates 20 training and 3 test images" in lines["load"]
     assert "14 steps of 16 images" in lines["adapt"]
     assert "to be made" in lines["fuse"]
     assert not (tmp_path / "run").exists()
@@ -294,7 +294,7 @@ def test_a_plan_warns_of_images_missing_in_a_damaged_tar_and_ends_as_the_run_wou
     tar = next(folder.glob("*.tar"))
     tar.write_bytes(tar.read_bytes()[: tar.stat().st_size // 2 + 100])  # inside a member
     text = plan(settings, tmp_path / "run")
-    assert re.search(rf"\nwarning: about \d+ images are missing in {re.escape(str(tar))}", text)
+    assert re.search(rf"\nwarning: about \d+ images? (is|are) missing in {re.escape(str(tar))}", text)
     strict = settings.model_copy(update={"data": settings.data.model_copy(update={"max_bad_share": 0.05})})
     with pytest.raises(ValueError, match=r"images are bad \(about \d+ have no row\)"):
         plan(strict, tmp_path / "run")

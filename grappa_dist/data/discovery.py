@@ -17,6 +17,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from grappa_dist.console import pluralize
 from grappa_dist.data.block_cache import CacheSettings
 from grappa_dist.data.decoding import TAKEN
 from grappa_dist.data.entries import (
@@ -243,7 +244,8 @@ def _check_images(shards: Sequence[Shard], paths: Sequence[str | os.PathLike[str
         ignored = sum(shard.ignored for shard in shards)
         missing = "".join(f"; {line}" for line in describe_missing(shards))
         raise ValueError(
-            f"shards: no images in {', '.join(map(str, paths))} ({len(shards)} tars, {ignored} other members); "
+            f"shards: no images in {', '.join(map(str, paths))} ({pluralize(len(shards), 'tar')}, "
+            f"{pluralize(ignored, 'other member')}); "
             f"expected members <key>.{'|'.join(IMAGE_SUFFIXES)}{missing}"
         )
 

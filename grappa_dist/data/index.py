@@ -23,6 +23,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from grappa_dist.console import pluralize
 from grappa_dist.data.tars import DamagedTar, Zeros, members_of, split_name
 from grappa_dist.files import map_file, parse_json
 from grappa_dist.storage import open_to_read, tried_again
@@ -444,7 +445,8 @@ def describe_missing(shards: Sequence[Shard]) -> Iterator[str]:
     behind, where = _count_and_shards(shards, lambda missing: missing.behind)
     if behind:
         yield (
-            f"about {behind} images are missing in {where}: damaged or cut off after the rows that are read, or zeros "
+            f"about {pluralize(behind, 'image is', 'images are')} missing in {where}: "
+            f"damaged or cut off after the rows that are read, or zeros "
             "where images should be; fetch or make these shards again"
         )
     misnamed, where = _count_and_shards(shards, lambda missing: missing.misnamed)
@@ -454,7 +456,8 @@ def describe_missing(shards: Sequence[Shard]) -> Iterator[str]:
         folder, slash, base = stem.rpartition("/")
         right = f"{folder}{slash}{base.replace('.', '_')}.{suffix}"
         yield (
-            f"{misnamed} images are left out in {where}: a key ends at the first dot of a name, and theirs have no "
+            f"{pluralize(misnamed, 'image is', 'images are')} left out in {where}: "
+            f"a key ends at the first dot of a name, and theirs have no "
             f"image of just that key; rename {name!r:.200} to {right!r:.200}, and so on"
         )
 

@@ -13,6 +13,8 @@ import unicodedata
 from collections import Counter
 from typing import NamedTuple
 
+from grappa_dist.console import pluralize
+
 LONGEST = 1000  # characters of a name: a text, say, is no class
 # As pandas, Python and JSON write a value that is missing; "NA" and "none" are names of countries and of classes
 _MISSING = frozenset({"nan", "NaN", "NAN", "-nan", "-NaN", "<NA>", "None", "null", "NULL"})
@@ -104,7 +106,8 @@ class Names:
         if written := [f"{number} {remark}" for remark, number in self.remarks.most_common() if number]:
             more = f" and {len(written) - 5} other kinds" if len(written) > 5 else ""
             lines.append(
-                f"{self.remarks.total()} images have a {what} that counts as none ({', '.join(written[:5])}{more}); "
+                f"{pluralize(self.remarks.total(), 'image has', 'images have')} a {what} that counts as none "
+                f"({', '.join(written[:5])}{more}); "
                 f"where it is a {what}, give it another name"
             )
         if self.merged:

@@ -10,6 +10,7 @@ from typing import Any
 
 from grappa_dist.artifacts import Artifact, Store
 from grappa_dist.config import DataConfig, Resources
+from grappa_dist.console import pluralize
 from grappa_dist.data.block_cache import CacheSettings
 from grappa_dist.data.decoding import BadImage
 from grappa_dist.data.index import describe_missing
@@ -60,7 +61,7 @@ def _read_tars_logger(log: Callable[[str], None]) -> Callable[[], None]:
             count += 1
             if time.monotonic() - logged > INDEXING_S:
                 logged = time.monotonic()
-                log(f"load: {count} tars without an index, or newer than theirs, read to the end")
+                log(f"load: {pluralize(count, 'tar')} without an index, or newer than it, read to the end")
 
     return on_read
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from grappa_dist.config import Resources
-from grappa_dist.console import Terminated
+from grappa_dist.console import Terminated, pluralize
 from grappa_dist.distributed.connection import connect, is_connected, is_local
 from grappa_dist.distributed.local_ray import LocalRay
 from grappa_dist.distributed.placement import check_capacity
@@ -288,7 +288,7 @@ class Cluster:
         elif self.resources.elastic and self._begun and late:
             surplus = min(self.size - self._capacity(), self.size - 1, len(late))
             if surplus > 0:
-                self._give_up(list(late)[-surplus:], f"{surplus} workers no longer fit the nodes")
+                self._give_up(list(late)[-surplus:], f"{pluralize(surplus, 'worker')} no longer fit the nodes")
 
     def _give_up(self, workers: Sequence[Any], why: str) -> None:
         import ray
@@ -411,7 +411,8 @@ def _shortage(nodes: Iterable[Mapping[str, Any]], count: int, need: Mapping[str,
         have = sum(node["Resources"].get(name, 0) for node in nodes)
         if count * each > have:
             return (
-                f"{count} workers need {count * each:g} {name}, the Ray cluster has {have:g}; "
+                f"{pluralize(count, 'worker needs', 'workers need')} {count * each:g} {name}, the Ray cluster "
+                f"has {have:g}; "
                 f"lower resources.workers or resources.{name.lower()}s_per_worker"
             )
     shares = ", ".join(
@@ -419,6 +420,7 @@ def _shortage(nodes: Iterable[Mapping[str, Any]], count: int, need: Mapping[str,
         for node in nodes
     )
     return (
-        f"{count} workers of {need['CPU']:g} CPU and {need['GPU']:g} GPU do not fit: the nodes can hold {fit} "
+        f"{pluralize(count, 'worker')} of {need['CPU']:g} CPU and {need['GPU']:g} GPU "
+        f"{'does' if count == 1 else 'do'} not fit: the nodes can hold {fit} "
         f"({shares}); lower resources.workers or resources.cpus_per_worker"
     )

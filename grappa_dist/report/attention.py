@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from grappa_dist.console import pluralize
 from grappa_dist.report.content import ReportContent
 from grappa_dist.report.html import absent, decimal, sentences, text
 from grappa_dist.report.plots import COLOURS, Axes, Series, figure, grid, line_chart
@@ -61,7 +62,7 @@ def _variant(content: ReportContent, variant: str) -> str:
     curves = _in_training(content, variant, sets)
     maps = _maps(shown, sets) if shown else ""
     hidden = len(groups) - len(shown)
-    maps += f'<p class="note">{hidden} more groups not shown.</p>' if hidden else ""
+    maps += f'<p class="note">{pluralize(hidden, "more group")} not shown.</p>' if hidden else ""
     if maps and uniform(entropy):
         maps = f'<details class="fold"><summary>Its maps, close to blank</summary>{maps}</details>'
     return f"<h3>{text(variant, 40)}</h3>{reading}{curves}{maps}"

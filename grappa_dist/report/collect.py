@@ -18,7 +18,7 @@ import numpy as np
 from grappa_dist.artifacts import Artifact, Store, remove_artifact
 from grappa_dist.checksums import load_json, verified
 from grappa_dist.config import Config
-from grappa_dist.console import EVENTS_FILE, METRICS_FILE, read_events
+from grappa_dist.console import EVENTS_FILE, METRICS_FILE, pluralize, read_events
 from grappa_dist.data.decoding import decode
 from grappa_dist.data.index import count_missing, list_missing
 from grappa_dist.data.shards import ImageShards
@@ -157,7 +157,8 @@ def _supervision_note(flow: Flow) -> Iterator[str]:
         found = class_counts(flow.supervision.classes)
         yield (
             f"{' and '.join(flow.supervision.trained)}: trained with the labels of the training images "
-            f"({found['classes']:,} classes of {found['labelled']:,} images, of {found['images']:,}). "
+            f"({pluralize(found['classes'], 'class', 'classes')} of {pluralize(found['labelled'], 'image')}, "
+            f"of {found['images']:,}). "
             "No other row was trained with a label."
         )
 
@@ -290,7 +291,8 @@ def describe_labels(flow: Flow) -> str:
     images, labelled = len(found.labels), int((np.asarray(found.labels) >= 0).sum())
     if labelled:
         return (
-            f"{labelled} of {images} test images have a label, but no two good ones of a task have the same: each "
+            f"{labelled} of {images} test images {'has' if labelled == 1 else 'have'} a label, "
+            f"but no two good ones of a task have the same: each "
             "query needs another image of its class"
         )
     members = _suffixes(flow.test)

@@ -384,7 +384,7 @@ def _share(item: LabelFree | None) -> str:
     if item is None or not math.isfinite(item["value"]):
         return percent(math.nan)
     wide = min(1.0, max(0.0, item["value"]))
-    tip = f"of {item['queries']:,} queries"
+    tip = f"of {pluralize(item['queries'], 'query', 'queries')}"
     meter = f'<span class="meter"><i style="width:{wide:.1%}"></i></span>'
     return f'<span title="{tip}">{percent(item["value"])}</span>{meter}'
 

@@ -153,7 +153,7 @@ def log_ticks(low: float, high: float) -> list[float]:
 def tick_labels(values: Sequence[float]) -> tuple[list[str], str]:
     """Evenly spaced numbers as texts that differ as they do; and what all are multiplied with, such as "× 10⁻³".
 
-    Large and small numbers are divided by a power of ten, since a label has room for seven characters.
+    Large and small numbers are divided by a power of ten, as a label is seven characters at most.
     """
     most = max((abs(v) for v in values), default=0.0)
     power = math.floor(math.log10(most) + 1e-9) if most and math.isfinite(most) else 0
@@ -259,9 +259,11 @@ def forest_plot(rows: Sequence[Interval], axes: Axes) -> str:
         return left + (x - low) / (high - low) * (WIDTH - left - right)
 
     parts = []
-    for value in ticks(low, high, 4):
+    values = ticks(low, high, 4)
+    labels, scale = tick_labels(values)
+    for value, label in zip(values, labels, strict=True):
         parts.append(f'<path class="grid" d="M{px(value):.1f} {top}V{bottom}"/>')
-        parts.append(f'<text x="{px(value):.1f}" y="{bottom + 16}" text-anchor="middle">{_tick(value)}</text>')
+        parts.append(f'<text x="{px(value):.1f}" y="{bottom + 16}" text-anchor="middle">{label}</text>')
     parts.append(f'<path class="axis" d="M{px(0):.1f} {top}V{bottom}"/>')
     for place, row in enumerate(rows):
         y, weight = top + step * (place + 0.5), ' font-weight="700"' if place == 0 else ""
@@ -272,7 +274,8 @@ def forest_plot(rows: Sequence[Interval], axes: Axes) -> str:
         parts.append(f'<g style="--s:var(--{row.colour})"><title>{text(row.tip or row.name)}</title>{line}{dot}</g>')
         parts.append(f'<text x="{WIDTH}" y="{y + 4:.1f}" text-anchor="end"{weight}>{text(row.shown)}</text>')
     parts.append(
-        f'<text x="{(left + WIDTH - right) / 2}" y="{bottom + 32}" text-anchor="middle">{text(axes.x_label)}</text>'
+        f'<text x="{(left + WIDTH - right) / 2}" y="{bottom + 32}" text-anchor="middle">'
+        f"{text(f'{axes.x_label} {scale}'.strip())}</text>"
     )
     return figure(axes.title, _svg("".join(parts), axes.title, bottom + 38), axes.note)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from grappa_dist.config import BACKBONE, SUPERVISED, SUPERVISED_SET, VARIANTS, Variant
+from grappa_dist.console import pluralize
 from grappa_dist.report.content import ScoreRow
 from grappa_dist.report.html import MISSING, percent, points, text
 
@@ -188,7 +189,11 @@ def score_table(scores: Scores) -> str:
         top = model in scores.best(task)
         mark = '<b class="star" title="best of this column">★</b>' if top else ""
         body = f'<span class="rp">{mark}{percent(rp)}</span><span class="map">{percent(map_at_r)}</span>'
-        where = "mean over tasks" if task is None else f"{task}, {scores.queries(model, task):,} queries"
+        where = (
+            "mean over tasks"
+            if task is None
+            else f"{task}, {pluralize(scores.queries(model, task), 'query', 'queries')}"
+        )
         tip = f"{model} on {where}: R-Precision {percent(rp, 2)}, MAP@R {percent(map_at_r, 2)}"
         gain = math.nan if model == BACKBONE else scores.gain(model, task)
         return f'<td{" class=best" if top else ""} title="{text(tip)}">{body}{_gain_bar(gain, low, high)}</td>'
@@ -242,4 +247,4 @@ def _column_head(scores: Scores, task: str | None) -> str:
     if task is None:
         return "mean<small>over tasks</small>"
     most = max((scores.queries(model, task) for model in scores.models), default=0)
-    return f"{text(task, 60)}<small>{most:,} queries</small>"
+    return f"{text(task, 60)}<small>{pluralize(most, 'query', 'queries')}</small>"

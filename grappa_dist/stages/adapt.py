@@ -116,7 +116,7 @@ def _per_job(run: Run, whole: AdaptJob, sets: Sequence[AdaptSet]) -> int:
     chosen = sets_per_job(num_sets, slots, rates, most)
     run.console.event("sets_per_job", chosen=chosen, slots=slots, most=most, **vars(rates), **vars(found.budget))
     run.console.log(
-        f"adapt: {chosen} sets to a job: an image takes {1e3 * rates.decode_s:.1f} ms to decode, "
+        f"adapt: {pluralize(chosen, 'set')} to a job: an image takes {1e3 * rates.decode_s:.1f} ms to decode, "
         f"{1e3 * rates.shared_s:.1f} ms once and {1e3 * rates.set_s:.1f} ms a set to train, "
         f"{pluralize(slots, 'job')} at a time" + (f"; a worker's memory holds {most} sets" if most < num_sets else "")
     )

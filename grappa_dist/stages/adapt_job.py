@@ -20,6 +20,7 @@ from torch import Tensor
 
 from grappa_dist.artifacts import CENTROIDS_FILE, Artifact, RowArrays
 from grappa_dist.config import AdaptConfig, BackboneConfig
+from grappa_dist.console import pluralize
 from grappa_dist.data.decoding import Pixels
 from grappa_dist.data.epoch_order import RowIds
 from grappa_dist.data.rng import Purpose, torch_seed
@@ -279,7 +280,7 @@ class AdaptObjective(ClassificationObjective):
             usable -= sum(t.nbytes for c in self.classifiers for t in c.shard().tensors.values())
         found = automatic_batch_size(context, self.model, job_folder(job.sets), self._most_images, usable)
         self.decisions |= {"micro_batch": str(found.images), "micro_batch_because": found.why}
-        context.report({"phase": f"at most {found.images} images at a time ({found.why})"})
+        context.report({"phase": f"at most {pluralize(found.images, 'image')} at a time ({found.why})"})
         return found.images
 
     @property

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from grappa_dist.artifacts import Artifact, Store, wait_until_seen
 from grappa_dist.checksums import load_array, load_json
+from grappa_dist.console import pluralize
 from grappa_dist.data.labels import Names, named
 from grappa_dist.data.shards import BadLabels, ImageShards
 from grappa_dist.files import save_array, write_json
@@ -77,7 +78,8 @@ def write_ground_truth(run: Run, images: ImageShards, ground_truth: Artifact, st
     unreadable = names["unreadable"]
     if unreadable["images"]:
         run.console.log(
-            f"{stage}: warning: {unreadable['images']} images count as without a label: {unreadable['first'][0]}"
+            f"{stage}: warning: {pluralize(unreadable['images'], 'image counts', 'images count')} as without a label: "
+            f"{unreadable['first'][0]}"
         )
     for line in names.get("remarks", []):
         run.console.log(f"{stage}: warning: {line}")

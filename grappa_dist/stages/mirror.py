@@ -30,7 +30,7 @@ import xxhash
 
 from grappa_dist.artifacts import Artifact
 from grappa_dist.checksums import MANIFEST, compare, names_aside, read_manifest, verified
-from grappa_dist.console import METRICS_FILE, Console
+from grappa_dist.console import METRICS_FILE, Console, pluralize
 from grappa_dist.data.remote import (
     BrokenAnswer,
     StoreUnavailable,
@@ -69,7 +69,7 @@ def mirrored(url: str | None, flow: Flow, mending: Mending) -> Iterator[None]:
     mirror, artifacts, console = Mirror(url), artifacts_of(flow), mending.run.console
     work = WorkMirror(mirror.remote, mirror.found, artifacts)
     if fetched := mirror.fetch(artifacts, mending):
-        console.log(f"{len(fetched)} artefacts fetched from {mirror.remote.url}")
+        console.log(f"{pluralize(len(fetched), 'artefact')} fetched from {mirror.remote.url}")
     if begun := work.fetch(console.log):
         console.log(f"fetched from {mirror.remote.url}, to go on with: {', '.join(begun)}")
 

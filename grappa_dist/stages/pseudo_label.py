@@ -91,7 +91,9 @@ def num_labels(config: ClusteringConfig, num_rows: int) -> tuple[int, ...]:
     if config.num_labels == "auto":
         return ladder(num_rows)
     if max(config.num_labels) > num_rows:
-        raise ValueError(f"clustering.num_labels={max(config.num_labels)} is more than the {num_rows} training images")
+        raise ValueError(
+            f"clustering.num_labels={max(config.num_labels)} is more than the {pluralize(num_rows, 'training image')}"
+        )
     return config.num_labels
 
 
@@ -430,13 +432,13 @@ def describe_shortcuts(stats: Mapping[str, Any]) -> list[str]:
     agreement = stats["agreement"]
     if agreement is not None:
         rows = stats["agreement_rows"]
-        lines.append(f"labels agree with the exact ones on {100 * agreement:.2f} % of {rows} rows drawn")
+        lines.append(f"labels agree with the exact ones on {100 * agreement:.2f} % of {pluralize(rows, 'row')} drawn")
         if agreement < LEAST_AGREEMENT:
             lines[-1] += f", WARNING: less than {100 * LEAST_AGREEMENT:.0f} %, raise clustering.probes"
     if stats["bound"] is not None:
         more = stats["inertia"][-1] - stats["unbalanced_inertia"]
         lines.append(
-            f"{stats['moved']} rows moved, no cluster has more than {stats['bound']}; "
+            f"{pluralize(stats['moved'], 'row')} moved, no cluster has more than {stats['bound']}; "
             f"inertia {format_number(stats['inertia'][-1], 6)}, of which {format_number(more)} for that"
         )
     return lines

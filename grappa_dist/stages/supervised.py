@@ -75,7 +75,9 @@ def read_true_labels(run: Run, images: ImageShards, ground_truth: Artifact, clas
     """
     if classes.complete and ground_truth.complete:
         return
-    with run.console.stage("true_labels", f"{ASKED_BY} asks for the labels of {len(images)} training images"):
+    with run.console.stage(
+        "true_labels", f"{ASKED_BY} asks for the labels of {pluralize(len(images), 'training image')}"
+    ):
         write_ground_truth(run, images, ground_truth, "true_labels")
         labels = load_ground_truth(ground_truth).labels
         found = len(np.unique(labels[labels >= 0]))
@@ -90,8 +92,8 @@ def read_true_labels(run: Run, images: ImageShards, ground_truth: Artifact, clas
 def _too_few(images: ImageShards, labels: NDArray[np.int64], classes: int) -> str:
     return (
         f'{ASKED_BY} needs the labels of at least two classes, from members <key>.json with "label" beside the '
-        f"training images; found {classes} classes on {int((labels >= 0).sum())} of {len(labels)} images: "
-        f"{_by_shard(images, labels)}"
+        f"training images; found {pluralize(classes, 'class', 'classes')} on {int((labels >= 0).sum())} of "
+        f"{len(labels)} images: {_by_shard(images, labels)}"
     )
 
 
@@ -104,7 +106,7 @@ def _by_shard(images: ImageShards, labels: NDArray[np.int64]) -> str:
         if len(missing):
             first = images.where(rows.start + int(missing[0]))
             lacks.append(f"{len(missing)} of {shard.rows} lack one, the first is {first}")
-    more = f"; and {len(lacks) - NAMED} more shards" if len(lacks) > NAMED else ""
+    more = f"; and {pluralize(len(lacks) - NAMED, 'more shard')}" if len(lacks) > NAMED else ""
     return "; ".join(lacks[:NAMED]) + more
 
 
@@ -113,7 +115,7 @@ def name_classes(
 ) -> None:
     """Numbers the classes of the rows that can be read, unless that is done."""
     if not artifact.complete:
-        with run.console.stage("true_labels", f"classes of {features.starts[-1]} training images"):
+        with run.console.stage("true_labels", f"classes of {pluralize(features.starts[-1], 'training image')}"):
             run.runner.map(write_true_labels, [TrueLabelsTask(ground_truth, features, bad, artifact)])
             wait_until_seen([artifact])
 

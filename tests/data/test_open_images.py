@@ -108,7 +108,9 @@ def test_a_tar_without_an_index_is_read_once_also_when_nothing_may_be_written(
     monkeypatch.setattr("grappa_dist.data.open_images.INDEXING_S", 0)
     store, data, logged = Store(tmp_path / "run"), DataConfig(train=tuple(paths)), list[str]()
     first, _ = open_images(data, store, log=logged.append)
-    assert logged == [f"load: {count} tars without an index, or newer than theirs, read to the end" for count in (1, 2)]
+    assert logged == [
+        f"load: {count} without an index, or newer than it, read to the end" for count in ("1 tar", "2 tars")
+    ]
     again, _ = open_images(data, store, write_index=False, log=logged.append)
     assert again == first
     assert len(logged) == 2

@@ -38,7 +38,7 @@ def test_as_many_workers_start_as_fit_the_nodes_but_no_more_than_asked() -> None
     [
         ([node(4)], {"workers": 5}, r"5 workers need 5 CPU, the Ray cluster has 4; lower resources\.workers"),
         ([node(4, 1), node(4)], {"workers": 2}, "2 workers need 2 GPU, the Ray cluster has 1"),
-        ([], {}, "1 workers need 1 CPU, the Ray cluster has 0"),
+        ([], {}, "1 worker needs 1 CPU, the Ray cluster has 0"),
         (
             [node(3), node(3)],
             {"workers": 3, "cpus_per_worker": 2},

@@ -285,7 +285,7 @@ def test_a_job_that_always_dies_fails_with_its_last_reason(runner: Runner, event
         ),
         (
             {"workers": 1, "gpus_per_worker": 1},
-            r"1 workers need 1 GPU, the Ray cluster has 0.*resources\.gpus_per_worker",
+            r"1 worker needs 1 GPU, the Ray cluster has 0.*resources\.gpus_per_worker",
         ),
         ({"workers": 2, "adapt_ranks": 3}, r"resources\.adapt_ranks=3 is more than the 2 workers"),
     ],

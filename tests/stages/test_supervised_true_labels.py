@@ -106,7 +106,7 @@ def test_how_many_take_no_part_is_logged_with_the_first_of_them(
             lambda row: None,
             r"found 0 classes on 0 of 40 images: 13 of 13 lack one, the first is .*part-0.*; 1 of 1 lack one",
         ),
-        (lambda row: "only" if row == 6 else None, r"found 1 classes on 1 of 40 images: 12 of 13 lack one"),
+        (lambda row: "only" if row == 6 else None, r"found 1 class on 1 of 40 images: 12 of 13 lack one"),
     ],
 )
 def test_too_few_classes_are_an_error_that_names_shards_and_images(
@@ -116,7 +116,7 @@ def test_too_few_classes_are_an_error_that_names_shards_and_images(
     for _ in range(2):  # also where the labels were read by an attempt before
         with pytest.raises(ValueError, match=rf"adapt\.supervised or .* at least two classes.*{words}") as caught:
             poor.read()
-        assert "and 1 more shards" in str(caught.value)
+        assert "and 1 more shard" in str(caught.value)
         assert "\n" not in str(caught.value)
 
 
