@@ -26,6 +26,8 @@ from grappa_dist.data.open_images import cache_of
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.data.transforms import Preprocess
 from grappa_dist.files import Sum, read_json, recorded, save_tensors, write_json, write_json_list
+from grappa_dist.inputs import shards_of
+from grappa_dist.make_shards.left_out import write_list
 from grappa_dist.models import Grappa
 from grappa_dist.models.spec import (
     CONFIG_FILE,
@@ -43,6 +45,7 @@ from grappa_dist.stages.gallery_weights import load_galleries, set_weights, tran
 from grappa_dist.stages.run import Run, running
 
 KEYS_FILE, NAMES_FILE, LIST_FILE = "keys.json", "names.json", "embeddings.json"
+BAD_LIST = "bad_images.csv"  # beside the list: names of images and reasons
 _OF_TRAINING = ("adapt_ranks", "compile", "collective_timeout_s", "trackers")
 _EMBED_SETTINGS = (
     *("data.max_bad_share", "embed.batch_size"),
@@ -194,10 +197,12 @@ def embed_images(
     That file lists per shard: `rows`, unit rows (P, D) float32; `keys`, the images' keys in the same order; `names`,
     their file names before they were put into the shard, null for an image, or a shard, without any; and `bad`, the
     positions whose image does not decode, with the reason: their rows are zero. `xxh3` has the checksum (xxh3 of 128
-    bits) of each of these files, null of those that were made before there were any.
+    bits) of each of these files, null of those that were made before there were any. `source` is the shard's path, and
+    `bad_images.csv` names all bad images with the reason.
 
     Args:
         model: a run directory, or that of an exported model.
+        paths: shards; of what else `data.train` may name, such as folders, shards are made once, below `out`.
         overrides: `key=value` of data.max_bad_share, embed.batch_size and most of resources.
         gallery: the task whose set weights are used, for a model of the variant `gallery`.
         trust_modules: as for `load_model`.
@@ -214,7 +219,7 @@ def embed_images(
         if spec.name == "gallery" and gallery is None:
             run.console.log("warning: the model weighs its sets by galleries and none was named: this is their average")
         mending = Mending(run)
-        return mending.mended(lambda: _embed(run, spec, mending))
+        return mending.mended(lambda: _embed(run, spec, gallery, mending))
 
 
 def _check_settings(overrides: Iterable[str]) -> None:
@@ -227,8 +232,9 @@ def _check_settings(overrides: Iterable[str]) -> None:
             )
 
 
-def _embed(run: Run, spec: ModelSpec, mending: Mending) -> Path:
-    paths = run.config.data.train
+def _embed(run: Run, spec: ModelSpec, gallery: str | None, mending: Mending) -> Path:
+    given = run.config.data.train
+    paths = shards_of(given, run.store.root, log=run.console.log)
     images = ImageShards.open(
         paths,
         run.store.root / "index",
@@ -236,7 +242,7 @@ def _embed(run: Run, spec: ModelSpec, mending: Mending) -> Path:
         log=lambda line: run.console.log(f"warning: {line}"),
     )
     if not len(images):
-        raise ValueError(f"--images {' '.join(paths)}: the shards hold no images (jpg, jpeg, png, webp)")
+        raise ValueError(f"--images {' '.join(given)}: the shards hold no images (jpg, jpeg, png, webp)")
     for line in describe_missing(images.shards):
         run.console.log(f"warning: {line}")
     features = features_of(run.store, spec, run.config.embed, images)
@@ -253,9 +259,26 @@ def _embed(run: Run, spec: ModelSpec, mending: Mending) -> Path:
         _entry(shard, of_rows, of_keys, found)
         for shard, of_rows, of_keys, found in zip(images.shards, features, keys, files, strict=True)
     ]
-    path = run.store.root / LIST_FILE
-    write_json(path, {"model": spec.name, "model_sha256": spec.weights_sha256, "images": len(images), "shards": shards})
+    path, bad = run.store.root / LIST_FILE, sorted(reasons.items())
+    write_list(path.with_name(BAD_LIST), [(images.name(row) or images.where(row), why) for row, why in bad])
+    about = {"model": spec.name, "model_sha256": spec.weights_sha256, "gallery": gallery}
+    write_json(path, {**about, "images": len(images), "bad": len(bad), "shards": shards})
     return path
+
+
+def describe_embeddings(path: Path) -> str:
+    """What is printed at the end: where the embeddings are and, where images have none, how many and where they are
+    named.
+
+    Args:
+        path: that `embed_images` returned.
+    """
+    found = read_json(path)
+    lines = [f"embeddings  {path}"]
+    if found["bad"]:
+        of = pluralize(found["images"], "image")
+        lines.append(f"left out    {found['bad']:,} of {of} could not be read: named in {path.with_name(BAD_LIST)}")
+    return "\n".join(lines)
 
 
 def _entry(shard: Shard, of_rows: Artifact, of_keys: Artifact, files: KeyFiles) -> dict[str, Any]:
@@ -268,7 +291,7 @@ def _entry(shard: Shard, of_rows: Artifact, of_keys: Artifact, files: KeyFiles) 
     }
     listed = {f"{a.name}/{name}": found.xxh3 for a in (of_rows, of_keys) for name, found in a.files.items()}
     xxh3 = {what: listed[path] if path is not None else None for what, path in paths.items()}
-    return {"shard": shard.name, "images": shard.rows, **paths, "xxh3": xxh3}
+    return {"shard": shard.name, "source": shard.path, "images": shard.rows, **paths, "xxh3": xxh3}
 
 
 def _describe_bad(images: ImageShards, reasons: Mapping[int, str]) -> str:

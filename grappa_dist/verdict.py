@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -120,7 +120,7 @@ def verdict_on(tasks: Sequence[TaskQueries], models: Iterable[str], asked: str) 
     """
     if asked not in (AUTO, BACKBONE):
         mean, each = gains(tasks, asked)
-        return Verdict(asked, asked, asked, mean, each, {}, 0, _caveats(each))
+        return Verdict(asked, asked, asked, mean, each, {}, 0, caveats_on(each))
     split = [(task, validation_half(task.classes)) for task in tasks]
     validation, reported = ([task.some(half == way) for task, half in split] for way in (True, False))
     possible = candidates(models)
@@ -130,7 +130,7 @@ def verdict_on(tasks: Sequence[TaskQueries], models: Iterable[str], asked: str) 
     compared = best if best != BACKBONE else choose(validation, adapted)[0]
     mean, each = gains(reported, compared)
     num_queries = sum(len(task.classes) for task in validation)
-    return Verdict(exported, compared, asked, mean, each, means, num_queries, _caveats(each))
+    return Verdict(exported, compared, asked, mean, each, means, num_queries, caveats_on(each))
 
 
 def gains(tasks: Sequence[TaskQueries], model: str, baseline: str = BACKBONE) -> tuple[Gain, tuple[Gain, ...]]:
@@ -154,8 +154,19 @@ def _gain(tasks: Sequence[TaskQueries], model: str, baseline: str, name: str | N
     )
 
 
-def _caveats(each: Sequence[Gain]) -> tuple[str, ...]:
-    """What makes the figures say less than they seem to."""
+class Counted(Protocol):
+    """Figures of a task."""
+
+    @property
+    def task(self) -> str | None: ...
+    @property
+    def queries(self) -> int: ...
+    @property
+    def classes(self) -> int: ...
+
+
+def caveats_on(each: Sequence[Counted]) -> tuple[str, ...]:
+    """What makes the figures of some tasks say less than they seem to."""
     found = []
     if few := [f"{g.task} ({g.queries})" for g in each if g.queries < FEW]:
         found.append(f"few queries, so the interval is wide and itself rough: {_some(few)}")

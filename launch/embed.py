@@ -25,7 +25,7 @@ def parse() -> argparse.Namespace:
         "--images",
         required=True,
         nargs="+",
-        help="folders of shards (see make_shards.py), tars or patterns; also s3://",
+        help="folders of shards (see make_shards.py), tars or patterns, also s3://; folders of images, parquet, lists",
     )
     parser.add_argument("--gallery", help="of a model of the variant gallery: the task whose weights are used")
     parser.add_argument("--out", required=True, help="the folder for the embeddings")
@@ -43,13 +43,13 @@ def parse() -> argparse.Namespace:
 
 def work(asked: argparse.Namespace, ending: Ending) -> None:
     from grappa_dist.config import expanded
-    from grappa_dist.export import embed_images
+    from grappa_dist.export import describe_embeddings, embed_images
     from grappa_dist.stages.run import run_root
 
     ending.log_dir = root = run_root(expanded(asked.out, "--out"), "embeddings")
     options = {"gallery": asked.gallery, "trust_modules": asked.trust_modules}
     found = embed_images(Path(expanded(asked.model, "--model")), asked.images, root, asked.overrides, **options)
-    print(printable(f"embeddings  {found}"))
+    print(printable(describe_embeddings(found)))
 
 
 if __name__ == "__main__":

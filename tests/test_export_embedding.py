@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import json
 import re
 import shlex
@@ -19,10 +20,12 @@ from grappa_dist.config import Config
 from grappa_dist.data.decoding import decode
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.data.writer import ShardWriter
-from grappa_dist.export import embed_images, load_model
+from grappa_dist.export import describe_embeddings, embed_images, load_model
 from grappa_dist.files import Sum, read_json
 from grappa_dist.make_shards.collection import CollectionConfig, Work, make_shards
+from grappa_dist.retrieval.collection import open_collection
 from grappa_dist.stages.run import Run
+from tests.retrieval.photos import embedder, write_photos
 from tests.stages import tiny
 from tests.test_artifacts import flip
 from tests.test_docs import section
@@ -80,10 +83,39 @@ def test_images_that_have_no_embedding_are_counted_and_the_first_is_named_each_t
 ) -> None:
     paths = tiny.write_shards(tmp_path / "images")
     for _ in range(2):  # the second time nothing is embedded
-        embed_images(tmp_path / "run", paths, tmp_path / "out", ["data.max_bad_share=0.1"])
+        found = embed_images(tmp_path / "run", paths, tmp_path / "out", ["data.max_bad_share=0.1"])
         logged = capsys.readouterr().err
         assert f"warning: 1 of {sum(tiny.SIZES)} images could not be read: zeros in `rows`" in logged
-        assert f"the first is {ImageShards.open(paths, None).where(tiny.BAD)}: " in logged
+        where = ImageShards.open(paths, None).where(tiny.BAD)
+        assert f"the first is {where}: " in logged
+        assert describe_embeddings(found).splitlines() == [
+            f"embeddings  {found}",
+            f"left out    1 of {sum(tiny.SIZES)} images could not be read: named in {found.parent / 'bad_images.csv'}",
+        ]
+        with (tmp_path / "out" / "bad_images.csv").open(newline="") as file:
+            ((name, reason),) = list(csv.reader(file))[1:]
+        assert name == where
+        assert reason.startswith("no JPEG")
+
+
+def test_a_folder_becomes_shards_below_the_embeddings_which_search_reads_with_its_files(
+    here: tiny.Here, tmp_path: Path
+) -> None:
+    names = write_photos(tmp_path / "photos")
+    found = embed_images(tmp_path / "run", [str(tmp_path / "photos")], tmp_path / "out", ["embed.batch_size=8"])
+    assert describe_embeddings(found) == f"embeddings  {found}"
+    assert not (tmp_path / "out" / "bad_images.csv").exists()
+    run = embedder(str(tmp_path / "run"))
+    collection = open_collection([str(tmp_path / "out")], lambda: run)
+    assert [collection.name(row) for row in range(len(collection))] == names
+    assert collection.image(5) == (tmp_path / "photos" / names[5]).read_bytes()
+    fresh = open_collection([str(tmp_path / "photos")], lambda: run)
+    np.testing.assert_allclose(np.concatenate(collection.rows), np.concatenate(fresh.rows), atol=1e-5)
+    (tmp_path / "photos" / "new.png").write_bytes(tiny.picture(99))
+    here.asked.clear()
+    embed_images(tmp_path / "run", [str(tmp_path / "photos")], tmp_path / "out", ["embed.batch_size=8"])
+    assert here.asked == ["embed_shard", "write_keys"]
+    assert len(open_collection([str(tmp_path / "out")], lambda: run)) == len(names) + 1
 
 
 def listed(found: Path, what: str) -> list[Any]:
@@ -191,17 +223,6 @@ def test_the_docs_search_of_a_folder_finds_the_file(
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(tiny.picture(number))
     (tmp_path / "query.jpg").write_bytes(tiny.picture(4))
-    images = ["embed.py", "--model", "runs/mine", "--images", "photos", "--out", "embeddings/photos"]
-    wrong = subprocess.run(
-        [sys.executable, ROOT / "launch" / images[0], *images[1:]],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert wrong.returncode == 2
-    assert wrong.stderr.count("python launch/make_shards.py --images photos --split none --out photos-shards") == 1
-    assert not (tmp_path / "embeddings").exists()
     for line in blocks("sh").splitlines():
         program, script, *argv = shlex.split(line)
         few = ["resources.num_cpus=1", "embed.batch_size=8"] * (script == "launch/embed.py")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grappa_dist.data.decoding import COPIED, BadImage
+from grappa_dist.data.decoding import COPIED, TAKEN, BadImage
 from grappa_dist.data.entries import is_shard_name
 from grappa_dist.data.index import COMMITTED
 from grappa_dist.data.loader import Images
@@ -19,10 +19,10 @@ from grappa_dist.data.remote import is_remote
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.inputs.images import images_of
 from grappa_dist.inputs.kinds import kind_of
-from grappa_dist.make_shards.class_folders import folder_items, task_name
+from grappa_dist.make_shards.class_folders import task_name
 from grappa_dist.make_shards.left_out import described
-from grappa_dist.make_shards.sources import FolderSource, Item, encoded, image_suffix, open_source
-from grappa_dist.storage import described as described_error
+from grappa_dist.make_shards.sources import FolderSource, Item, encoded, image_suffix
+from grappa_dist.storage import described as error_text
 
 Log = Callable[[str], None]
 
@@ -46,7 +46,7 @@ class ImageFiles:
         try:
             data = item.place.read()
         except OSError as error:  # it went away meanwhile, or is not ours to read
-            return BadImage(f"cannot be read: {error.strerror or described_error(error)}")
+            return BadImage(f"cannot be read: {error.strerror or error_text(error)}")
         if item.suffix in COPIED:
             return data
         made = encoded(data, item.suffix, None)  # as make_shards writes it
@@ -76,12 +76,12 @@ class ImageFiles:
 def open_images(
     paths: Sequence[str], *, labelled: bool = False, label_column: str | None = None, log: Log = lambda line: None
 ) -> Images:
-    """The images of folders, of CSVs that list them, of single files or of shards; not of both files and shards.
+    """The images of folders, lists and tables, of single files, or of shards; not of both shards and others.
 
     Args:
         labelled: whether folders are classes; of a folder that is split, those that test are taken. Else the names of
             folders mean nothing.
-        label_column: of a CSV, by default `label`, `fine` or `class`.
+        label_column: of a list or table, by default `label`, `fine` or `class`.
         log: gets a line for what is passed over.
 
     Raises:
@@ -115,17 +115,18 @@ def _items(path: str, labelled: bool, label_column: str | None, log: Log) -> lis
     if os.path.isfile(path) and image_suffix(path) is not None:
         place = Path(path).absolute()
         return [Item(FolderSource(place.parent), place.name, None, task_name(place.parent))]
-    if kind_of(path) in ("list", "table"):
-        found = images_of(path, "auto" if labelled else "none", label_column, log)
-        assert found is not None, "only shards give none"
-        return [*(found.test or found.train)]
-    if not os.path.isdir(path):
-        what = "is no folder, image, list or table" if os.path.exists(path) else "does not exist"
-        raise ValueError(f"{path}: {what}; expected a folder of images, a CSV that lists them, parquet, or shards")
-    source = open_source(path)
-    items = folder_items(source, None, None if labelled else "none", log)
-    if testing := [item for item in items if item.split == "test"]:
-        items = testing
-    for line in described(source.left_out):
+    found = images_of(path, "auto" if labelled else "none", label_column, log)
+    if found is None:
+        what = "does not exist; expected"
+        if os.path.exists(path):
+            what = "is no folder, image, list or table; expected"
+        if os.path.isdir(path):
+            what = f"no images; expected files ending in {', '.join(TAKEN)}, or"
+        raise ValueError(f"{path}: {what} a folder of images, a CSV or JSONL list, parquet, or shards")
+    items = [*(found.test or found.train)]
+    if labelled and os.path.isdir(path) and all(item.label is None for item in items):
+        flat = next((item.name for item in items if "/" not in item.name), items[0].name)
+        raise ValueError(f"{path}: {flat!r} lies in no class folder; expected CLASS/FILE, or a list with labels")
+    for line in described(found.left_out):
         log(f"{path}: {line}")
     return items

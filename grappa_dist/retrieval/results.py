@@ -17,6 +17,7 @@ from grappa_dist.report.html import percent
 from grappa_dist.report.verdict import describe_comparison
 from grappa_dist.retrieval.embedding import describe_bad
 from grappa_dist.retrieval.evaluation import Evaluated, Scores
+from grappa_dist.verdict import caveats_on
 
 _HEAD = ("task", "model", "queries", "classes", "R-Precision", "95% interval", "MAP@R", "recall@1")
 
@@ -33,7 +34,9 @@ def describe(found: Evaluated) -> str:
         lines.append(
             f"{pluralize(means.alone, 'image')} alone in a class: searched, but no query, as there is nothing to find"
         )
-    lines += [printable_line(remark) for remark in found.remarks]
+    lines += [
+        f"note: {printable_line(line)}" for line in (*found.remarks, *caveats_on(next(iter(found.scores.values()))))
+    ]
     lines += describe_bad(dict(found.bad), found.images)
     if found.gains:
         model, other = found.models

@@ -60,7 +60,7 @@ def test_several_places_have_their_folder_in_the_names_and_what_is_no_image_is_s
     images = open_images([str(tmp_path / "a"), str(tmp_path / "b" / "0.png"), str(tmp_path / "b")], log=said.append)
     expected = [str(tmp_path / folder / "0.png") for folder in ("a", "b", "b")]
     assert [images.name(row) for row in range(3)] == expected
-    assert said == [f"{tmp_path / 'b'}: left out: 1 file, of the suffix '.txt' (notes.txt)"]
+    assert said == [f"{tmp_path / 'b'}: left out: 1 file, of the suffix '.txt' ({tmp_path / 'b' / 'notes.txt'})"]
 
 
 def test_shards_are_read_as_a_run_reads_them(tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_a_file_that_went_away_is_a_bad_image_and_not_the_end(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("place", "message"),
     [
-        ("nowhere", "does not exist; expected a folder of images, a CSV that lists them, parquet, or shards"),
+        ("nowhere", "does not exist; expected a folder of images, a CSV or JSONL list, parquet, or shards"),
         ("empty", "no images; expected files ending in jpg"),
         ("notes.txt", "is no folder, image, list or table"),
     ],
@@ -112,8 +112,8 @@ def test_where_there_are_no_images_it_is_said(place: str, message: str, tmp_path
         open_images([str(tmp_path / place)])
 
 
-def test_one_class_cannot_be_evaluated(tmp_path: Path) -> None:
-    (tmp_path / "one").mkdir()
-    (tmp_path / "one" / "a.png").write_bytes(tiny.picture(0))
-    with pytest.raises(ValueError, match="one class folder, 'one'"):
-        open_images([str(tmp_path)], labelled=True)
+def test_images_in_no_class_folder_cannot_be_evaluated(tmp_path: Path) -> None:
+    write_photos(tmp_path / "photos")
+    (tmp_path / "photos" / "flat.png").write_bytes(tiny.picture(0))
+    with pytest.raises(ValueError, match=r"photos: 'flat.png' lies in no class folder; expected CLASS/FILE"):
+        open_images([str(tmp_path / "photos")], labelled=True)

@@ -41,7 +41,7 @@ def test_the_text_has_every_task_of_both_models_what_is_left_out_and_the_verdict
     assert lines[8].split()[:6] == ["mean", "of", "2", "tasks", "average", "50"]
     assert lines[10:] == [
         "2 images alone in a class: searched, but no query, as there is nothing to find",
-        "3 images without a label: neither query nor searched",
+        "note: 3 images without a label: neither query nor searched",
         "1 of 104 images could not be read and are left out:",
         r"  x\x1b.png: empty file",
         "Better than the backbone: average is 2.0 points above the backbone in mean R-Precision over 2 tasks (95% "
@@ -66,6 +66,10 @@ def test_without_another_model_there_is_no_verdict() -> None:
     found = replace(FOUND, models={"average": "a"}, scores=one, means={"average": scores(None, 0.6)}, gains=[])
     assert "than" not in describe(found)
     assert "mean of" not in describe(found)
+    one_class = replace(found, scores={"average": [replace(one["average"][0], classes=1, queries=9)]})
+    lines = describe(one_class).splitlines()
+    assert "note: all queries are of one class, which tells no models apart: cars" in lines
+    assert "note: few queries, so the interval is wide and itself rough: cars (9)" in lines
 
 
 def test_json_and_csv_have_the_figures_as_fractions(tmp_path: Path) -> None:
