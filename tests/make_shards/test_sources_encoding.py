@@ -125,7 +125,7 @@ def test_photos_of_phones_become_jpeg_upright(suffix: str, format: str) -> None:
     assert (made.suffix, made.bad) == ("jpg", None)
     shown = np.asarray(decode(made.data)).astype(int)
     assert np.abs(shown - np.asarray(image.transpose(Image.Transpose.ROTATE_270))).mean() < 5
-    assert Image.open(io.BytesIO(encoded(data, "", 24).data)).size == (24, 32)  # what it is is told by its content
+    assert Image.open(io.BytesIO(encoded(data, "", 24).data)).size == (24, 32)  # told by its content
     cut = encoded(data[: len(data) // 2], suffix, None)
     assert (cut.suffix, bool(cut.bad)) == ("jpg", True)
 

@@ -60,7 +60,9 @@ def test_several_places_have_their_folder_in_the_names_and_what_is_no_image_is_s
     images = open_images([str(tmp_path / "a"), str(tmp_path / "b" / "0.png"), str(tmp_path / "b")], log=said.append)
     expected = [str(tmp_path / folder / "0.png") for folder in ("a", "b", "b")]
     assert [images.name(row) for row in range(3)] == expected
-    assert said == [f"{tmp_path / 'b'}: left out: 1 file, of the suffix '.txt' ({tmp_path / 'b' / 'notes.txt'})"]
+    (line,) = said
+    assert line.startswith(f"{tmp_path / 'b'}: left out: 1 file, of the suffix '.txt' (")
+    assert line.endswith("/b/notes.txt)")
 
 
 def test_shards_are_read_as_a_run_reads_them(tmp_path: Path) -> None:
