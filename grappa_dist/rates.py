@@ -69,7 +69,7 @@ def measured_settings(config: Config, num_sets: int) -> str:
     """What rates depend on: settings of the models, what a worker has, and the machine."""
     where, adapt = config.resources, config.adapt
     model = [backbone_settings(config.backbone), adapt.bottleneck, adapt.activation_checkpointing, num_sets]
-    return fingerprint(*model, _threads(where), _at_once(where), _machine(where))
+    return fingerprint(*model, _threads(where), workers_here(where), machine_name(where))
 
 
 def stored_rates(root: Path, config: Config, num_sets: int) -> Rates | None:
@@ -105,7 +105,7 @@ def measure(config: Config, num_sets: int, backbone: Backbone, files: Sequence[b
     on_gpu = may_have_gpus(config.resources) and torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     with _threads_of_a_worker(config.resources):
-        bench = _Bench(device, _at_once(config.resources))
+        bench = _Bench(device, workers_here(config.resources))
         decode_s, augment_s = _decoding(bench, backbone.preprocess, files, config.adapt.min_crop_area)
         forward_s = bench.forward(backbone)
         one_s = set_s = bench.step(_sets(backbone, config, 1))
@@ -277,7 +277,7 @@ def _threads(where: Resources) -> int:
     return where.cpus_per_worker if where.threads == "auto" else where.threads
 
 
-def _at_once(where: Resources) -> int:
+def workers_here(where: Resources) -> int:
     """Threads that stand for the workers of this machine; a GPU has one."""
     if may_have_gpus(where) and torch.cuda.is_available():
         return 1
@@ -285,7 +285,7 @@ def _at_once(where: Resources) -> int:
     return min(known_workers(where) or here, here, MOST_AT_ONCE)
 
 
-def _machine(where: Resources) -> str:
+def machine_name(where: Resources) -> str:
     """What computes here."""
     if may_have_gpus(where) and torch.cuda.is_available():
         return str(torch.cuda.get_device_name())

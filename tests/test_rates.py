@@ -54,7 +54,7 @@ def test_rates_are_kept_for_the_models_and_the_machine_that_they_were_measured_w
     others = ({"adapt": {"bottleneck": 5}}, {"backbone": {"image_size": 16}}, {"resources": {"cpus_per_worker": 2}})
     assert [stored_rates(tmp_path, tiny.config(["nowhere"], **other), 2) for other in others] == [None] * 3
     assert stored_rates(tmp_path, settings, 3) is None
-    monkeypatch.setattr(rates, "_machine", lambda where: "another machine")
+    monkeypatch.setattr(rates, "machine_name", lambda where: "another machine")
     assert stored_rates(tmp_path, settings, 2) is None
     monkeypatch.undo()
     path = tmp_path / rates.RATES_FILE
