@@ -91,8 +91,8 @@ def settings_of(given: Sequence[str], config: str | None, out: str | None) -> tu
         click.UsageError: neither or both of a run directory and --config are given, or several run directories.
         ValueError: there is no such run or file, or a setting is wrong.
     """
-    from grappa_dist.config import CONFIG_FILE, expanded, load
-    from grappa_dist.stages.run import run_root
+    from grappa_dist.config import expanded, load
+    from grappa_dist.stages.run import read_config, run_root
 
     places, settings = split_words(given)
     if config is not None and not places:
@@ -101,4 +101,4 @@ def settings_of(given: Sequence[str], config: str | None, out: str | None) -> tu
     if len(places) != 1 or config is not None or out is not None:
         raise click.UsageError("expected one run directory, or --config FILE and perhaps --out DIR")
     root = run_root(expanded(places[0], "RUN"), "")
-    return load(root / CONFIG_FILE, settings), root
+    return read_config(root, settings), root

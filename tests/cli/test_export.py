@@ -1,0 +1,43 @@
+"""`grappa-dist export` lists the models of a run and writes one of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from grappa_dist import load_model
+from grappa_dist.cli.export import command
+from grappa_dist.stages.run import CONFIG_FILE
+from tests.cli.calling import called
+from tests.stages import tiny
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run that has trained nothing."""
+    shards = tiny.write_shards(tmp_path / "images", sizes=(9, 4), bad=())
+    root = tmp_path / "run"
+    root.mkdir()
+    (root / CONFIG_FILE).write_text(tiny.config(shards).absolute(root).yaml())
+    return root
+
+
+def test_the_models_are_listed_and_one_of_them_becomes_a_folder(run: Path, tmp_path: Path) -> None:
+    assert called(command, str(run)) == (0, "backbone\n", "")
+    found = called(command, str(run), "--name", "backbone", "--out", str(tmp_path / "model"))
+    assert found == (0, f"model   {tmp_path / 'model'}\n", "")
+    assert load_model(tmp_path / "model", trust_modules=True).sets == []
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        (["--name", "backbone"], "error: --name and --out go together"),
+        (["--name", "bakbone", "--out", "model"], "has no model 'bakbone'; it has backbone; did you mean 'backbone'?"),
+    ],
+)
+def test_what_is_wrong_is_one_line_and_status_2(args: list[str], line: str, run: Path) -> None:
+    found = called(command, str(run), *args)
+    assert (found.status, found.out) == (2, "")
+    assert line in found.err
