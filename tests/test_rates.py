@@ -38,7 +38,7 @@ def test_every_rate_is_measured_and_nothing_of_the_process_or_the_backbone_chang
     assert (found.flops > 1e6, found.on_gpu, found.shared_s > 0) == (True, False, sets_per_job > 1)
     noise = measure(settings, 2, backbone, [], fuses=False)
     assert noise.decode_s > 0
-    assert noise.fused_s == noise.set_s + noise.shared_s
+    assert noise.set_s + noise.shared_s == pytest.approx(max(noise.fused_s, noise.set_s))  # of a step of one set
 
 
 def test_rates_are_kept_for_the_models_and_the_machine_that_they_were_measured_with(
