@@ -39,7 +39,7 @@ def lay_out(config: Config, store: Store, train: ImageShards, test: ImageShards 
     fusions = _fusions(config, store, len(train), features, sets, supervision)
     models = _models(config, adaptors, fusions, supervision)
     images = test or train.some(config.evaluate.train_images, config.seed)
-    ground_truth = ground_truth_of(store, images, labelled=test is not None)
+    ground_truth = ground_truth_of(store, images, labelled=test is not None, data=config.data)
     models, galleries = _with_galleries(config, store, models, ground_truth, images)
     test_features = {m: features_of(store, spec, config.embed, images) for m, spec in models.items()}
     scores = {m: scores_of(store, ground_truth, m, f) for m, f in test_features.items()}
@@ -148,7 +148,7 @@ def _supervision(
     fused = SUPERVISED in config.fuse.variants and len(sets) > 1
     if not config.adapt.supervised and not fused:
         return None
-    ground_truth = ground_truth_of(store, train, labelled=True)
+    ground_truth = ground_truth_of(store, train, labelled=True, data=config.data)
     classes = true_labels_of(store, ground_truth, features)
     where = (store, config.backbone, config.adapt, config.data, config.seed)
     adaptors = adaptors_of(*where, classes, name=SUPERVISED_SET) if config.adapt.supervised else None

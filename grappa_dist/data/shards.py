@@ -9,6 +9,7 @@ import resource
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, cached_property, lru_cache
 from pathlib import Path
@@ -37,11 +38,12 @@ from grappa_dist.data.index_cache import rows_are_whole
 from grappa_dist.data.remote import RemoteObject, is_remote
 from grappa_dist.data.remote_index import RemoteRows
 from grappa_dist.data.rng import Purpose, permutation
-from grappa_dist.data.tars import key_at
+from grappa_dist.data.tars import key_at, sibling_at
 from grappa_dist.files import unique
 from grappa_dist.storage import open_to_read
 
 _FETCHING = [threading.Lock() for _ in range(64)]  # by shard: threads that need the same index wait for one fetch
+_LARGEST_TEXT = 2**16  # bytes of another member that is read as a label
 _LARGEST_JSON = 2**24  # bytes of a JSON member: a name in a tar has 2^20 bytes at most, six digits for each
 
 
@@ -235,6 +237,43 @@ class ImageShards:
         name = content.get("name") if isinstance(content, dict) else None
         return name if isinstance(name, str) else ""
 
+    def text(self, row: int, suffix: str) -> str:
+        """The text of the file of a suffix beside a row's image; "" where there is none.
+
+        Raises:
+            BadLabels: it is no UTF-8, or too large.
+        """
+        shard, position = self.locate(row)
+        if refusal(self.index(shard)[position]):
+            return ""
+        start, offset = self._ends_before(shard, position), int(self.index(shard)[position]["offset"])
+        with self._opened(shard) as file:
+            place = sibling_at(file, self.shards[shard].bytes, start, offset, suffix)
+        if place is None:
+            return ""
+        if place[1] > _LARGEST_TEXT:
+            raise BadLabels(f"{self.where(row)}: its {suffix} has {place[1]} bytes; {_LARGEST_TEXT} are read at most")
+        try:
+            return self._read(shard, *place).decode()
+        except UnicodeDecodeError:
+            raise BadLabels(f"{self.where(row)}: its {suffix} is no UTF-8") from None
+
+    def _ends_before(self, shard: int, position: int) -> int:
+        """Where the image before a row ends; 0 for the first."""
+        rows, before = self.index(shard), position - 1
+        while before >= 0 and refusal(rows[before]):  # such a row does not have its end
+            before -= 1
+        return 0 if before < 0 else int(rows["offset"][before]) + int(rows["size"][before])
+
+    @contextmanager
+    def _opened(self, shard: int) -> Iterator[IO[bytes]]:
+        opened = self._file(shard)
+        if isinstance(opened, BlockFile):
+            yield cast(IO[bytes], ReadAt(opened))
+            return
+        with open_to_read(self.shards[shard].path) as file:
+            yield file
+
     def _json_member(self, row: int) -> bytes | None:
         """The bytes of a row's JSON member; None where there is none, or too large a one."""
         shard, position = self.locate(row)
@@ -250,15 +289,8 @@ class ImageShards:
         rows = self.index(shard)
         if refusal(rows[position]) == REFUSED[DAMAGED]:
             return ""
-        before = position - 1
-        while before >= 0 and refusal(rows[before]):  # such a row does not have its end
-            before -= 1
-        start = 0 if before < 0 else int(rows["offset"][before]) + int(rows["size"][before])
-        offset = int(rows["offset"][position])
-        opened = self._file(shard)
-        if isinstance(opened, BlockFile):
-            return key_at(cast(IO[bytes], ReadAt(opened)), self.shards[shard].bytes, start, offset)
-        with open_to_read(self.shards[shard].path) as file:
+        with self._opened(shard) as file:
+            start, offset = self._ends_before(shard, position), int(rows["offset"][position])
             return key_at(file, self.shards[shard].bytes, start, offset)
 
     def where(self, row: int) -> str:

@@ -254,3 +254,25 @@ def key_at(file: IO[bytes], size: int, start: int, offset: int) -> str:
             assert named is not None, f"{member.name} was indexed without a key"
             return named[0]
     raise ValueError(f"{file.name}: no member begins at byte {offset}; the shard changed after it was indexed")
+
+
+def sibling_at(file: IO[bytes], size: int, start: int, offset: int, suffix: str) -> tuple[int, int] | None:
+    """Offset and size of the plain file of a suffix that has the key of the member whose data begin at `offset`.
+
+    It is looked for from `start`, the end of any image before it, to the first member of another key behind the image.
+    """
+    key, before = None, dict[str, tuple[int, int]]()
+    for member in members_of(file, file.name, size, _blocks(start), on_zeros=lambda zeros: None):
+        named = split_name(member.name)
+        is_one = named is not None and named[1] == suffix and member.isreg() and not member.issparse()
+        if named is not None and member.offset_data == offset:
+            key = named[0]
+            if key in before:
+                return before[key]
+        elif key is not None and (named is None or named[0] != key):
+            return None
+        elif named is not None and is_one and key is None:
+            before[named[0]] = (member.offset_data, member.size)
+        elif is_one:
+            return member.offset_data, member.size
+    return None

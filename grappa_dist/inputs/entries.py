@@ -108,7 +108,8 @@ class Inputs:
     def _with(self, train: Sequence[tuple[str, ...]], test: Sequence[tuple[str, ...]]) -> Config:
         if not self.folders:
             return self.given
-        data = self.given.data.model_copy(update={"train": sum(train, ()), "test": sum(test, ())})
+        of_made = {"label_field": None, "label_member": "json"}  # what is made has its labels under the usual key
+        data = self.given.data.model_copy(update={"train": sum(train, ()), "test": sum(test, ()), **of_made})
         return self.given.model_copy(update={"data": data})
 
 
@@ -140,11 +141,31 @@ def look(config: Config, root: Path, *, log: Log = lambda line: None) -> Inputs:
         images = images if images is None or images.test else images.all_test()
         test.append(_entry(name, where, "test", images))
     found = Inputs(config, root, tuple(train), tuple(test or of_train))
+    _check_labels(found)
     _describe(found.train, "to adapt to", log)
     _describe(found.test, "to test on", log)
     if test and {entry.name for entry in of_train} - set(data.test):
         log("the test parts of data.train are not used, for data.test names other images")
     return found
+
+
+def _check_labels(found: Inputs) -> None:
+    """Raises ValueError where a setting would be about shards, and about what has its labels elsewhere."""
+    data, entries = found.given.data, (*found.train, *found.test)
+    shards = [entry.name for entry in entries if entry.growing is None]
+    others = [entry.name for entry in entries if entry.growing is not None]
+    if data.label_member != "json" and others:
+        raise ValueError(f"data.label_member={data.label_member}: is for shards; {others[0]} is none")
+    if data.label_field is not None and all(kind_of(entry.name) == "folder" for entry in entries):
+        raise ValueError(
+            f"data.label_field={data.label_field}: there is no column or key of that name in folders of images, whose "
+            "classes are the folders below; expected a list, a table or shards"
+        )
+    if data.label_field is not None and shards and others:
+        raise ValueError(
+            f"data.label_field={data.label_field}: would be a key of the shards {shards[0]} and a column of "
+            f"{others[0]}; expected one kind where it is set"
+        )
 
 
 def prepared(config: Config, root: Path, *, log: Log = lambda line: None) -> Config:

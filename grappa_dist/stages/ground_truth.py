@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from grappa_dist.artifacts import Artifact, Store, wait_until_seen
 from grappa_dist.checksums import load_array, load_json
+from grappa_dist.config import DataConfig
 from grappa_dist.console import pluralize
 from grappa_dist.data.labels import Names, named
 from grappa_dist.data.shards import BadLabels, ImageShards
@@ -44,11 +45,19 @@ class GroundTruth:
         return np.flatnonzero(self.tasks == task)
 
 
-def ground_truth_of(store: Store, images: ImageShards, *, labelled: bool) -> Artifact:
-    """The artefact; a name of its own where one made by an earlier rule says something else than the rule of now."""
-    artifact = store.artifact("truth", {"labelled": labelled}, {"images": images.fingerprint})
+def ground_truth_of(store: Store, images: ImageShards, *, labelled: bool, data: DataConfig | None = None) -> Artifact:
+    """The artefact; a name of its own where one made by an earlier rule says something else than the rule of now.
+
+    Args:
+        data: says where labels are; by default under the key `label`.
+    """
+    settings: dict[str, Any] = {"labelled": labelled}
+    if data is not None and labelled:
+        settings |= {} if data.label_field is None else {"label_field": data.label_field}
+        settings |= {} if data.label_member == "json" else {"label_member": data.label_member}
+    artifact = store.artifact("truth", settings, {"images": images.fingerprint})
     if artifact.complete and _is_outdated(artifact):
-        return store.artifact("truth", {"labelled": labelled, "rule": RULE}, {"images": images.fingerprint})
+        return store.artifact("truth", {**settings, "rule": RULE}, {"images": images.fingerprint})
     return artifact
 
 
@@ -69,8 +78,13 @@ def _is_outdated(artifact: Artifact) -> bool:
 
 
 def write_ground_truth(run: Run, images: ImageShards, ground_truth: Artifact, stage: str) -> None:
-    """Reads tasks and labels, once; warns in the name of the stage of what is unreadable or counts as none."""
+    """Reads tasks and labels, once; warns in the name of the stage of what is unreadable or counts as none.
+
+    Raises:
+        ValueError: no image has a label where a setting says that they are.
+    """
     if ground_truth.complete:
+        _refuse_none(ground_truth)
         return
     run.runner.map(read_ground_truth, [(images, ground_truth)])
     wait_until_seen([ground_truth])
@@ -83,6 +97,18 @@ def write_ground_truth(run: Run, images: ImageShards, ground_truth: Artifact, st
         )
     for line in names.get("remarks", []):
         run.console.log(f"{stage}: warning: {line}")
+    _refuse_none(ground_truth)
+
+
+def _refuse_none(ground_truth: Artifact) -> None:
+    """Raises ValueError where a setting says where labels are, and no image has one there."""
+    asked = {key: value for key, value in ground_truth.settings.items() if key.startswith("label_")}
+    if asked and (load_array(ground_truth.path / LABELS_FILE) < 0).all():
+        keys = ", ".join(f"{key!r:.40}" for key in load_json(ground_truth.path / NAMES_FILE).get("other_keys", []))
+        raise ValueError(
+            f"{' and '.join(f'data.{key}={value}' for key, value in asked.items())}: no image has a label there; its "
+            f"JSON members have {keys or 'no keys'}"
+        )
 
 
 def read_ground_truth(device: torch.device, task: tuple[ImageShards, Artifact]) -> None:
@@ -90,7 +116,9 @@ def read_ground_truth(device: torch.device, task: tuple[ImageShards, Artifact]) 
     images, artifact = task
     folder, labelled = artifact.begin(), bool(artifact.settings["labelled"])
     unreadable = list[str]()
-    found, remarks = numbered_members(_members(images, unreadable) if labelled else [{}] * len(images), len(images))
+    found, remarks = numbered_members(
+        _members(images, artifact.settings, unreadable) if labelled else [{}] * len(images), len(images)
+    )
     save_array(folder / TASKS_FILE, found.tasks)
     save_array(folder / LABELS_FILE, found.labels)
     names = {"tasks": found.task_names, "labels": found.label_names, "rule": RULE}
@@ -115,11 +143,18 @@ def numbered_members(members: Iterable[Mapping[str, Any]], count: int) -> tuple[
     return found, [*label_names.described("label"), *task_names.described("task")]
 
 
-def _members(images: ImageShards, unreadable: list[str]) -> Iterator[dict[str, Any]]:
-    """The JSON object of every row; an empty one where there is none or it cannot be used, which is noted."""
+def _members(images: ImageShards, settings: Mapping[str, Any], unreadable: list[str]) -> Iterator[dict[str, Any]]:
+    """The JSON object of every row; an empty one where there is none or it cannot be used, which is noted.
+
+    Its `label` is the value of the key, or the text of the file beside the image, that the settings name.
+    """
+    key, suffix = settings.get("label_field", "label"), settings.get("label_member")
     for row in range(len(images)):
         try:
-            yield images.labels(row) or {}
+            member = images.labels(row) or {}
+            if suffix is not None or key != "label":
+                member = {**member, "label": images.text(row, suffix) if suffix else member.get(key)}
+            yield member
         except BadLabels as why:
             unreadable.append(str(why))
             yield {}

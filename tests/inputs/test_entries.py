@@ -180,3 +180,17 @@ def test_cleaning_before_shards_are_made_is_refused_and_planning_is_not(tmp_path
     assert tiny.files_below(tmp_path) == before
     assert "shards         to be made of 30 images, once" in text
     assert "30 training images" in text
+
+
+def test_settings_about_labels_that_are_about_nothing_given_are_refused(tmp_path: Path) -> None:
+    photos = write_images(tmp_path / "photos", ["a/1.png", "b/1.png"])
+    with pytest.raises(ValueError, match=r"data\.label_field=breed: there is no column or key of that name in folders"):
+        look(config(photos, label_field="breed"), tmp_path / "run")
+    with pytest.raises(ValueError, match=r"data\.label_member=txt: is for shards; .*photos is none"):
+        look(config(photos, label_member="txt"), tmp_path / "run")
+    (photos / "list.csv").write_text("file,breed\na/1.png,x\n")
+    [shards, *_] = tiny.write_shards(tmp_path / "shards")
+    with pytest.raises(ValueError, match=r"data\.label_field=breed: would be a key of the shards"):
+        look(config(shards, photos / "list.csv", label_field="breed"), tmp_path / "run")
+    made = prepared(config(photos, photos / "list.csv", label_field="breed"), tmp_path / "run").data
+    assert ([row["label"] for row in rows_of(made.test)], made.label_field) == (["x"], None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ import pytest
 import torch
 
 from grappa_dist.artifacts import Store
+from grappa_dist.data.open_images import open_images
 from grappa_dist.data.shards import BadLabels, ImageShards
 from grappa_dist.files import write_json
+from grappa_dist.inputs import prepared
 from grappa_dist.stages.ground_truth import (
     GroundTruth,
     ground_truth_of,
@@ -130,3 +133,53 @@ def test_keys_beside_which_no_label_stands_are_kept(tmp_path: Path) -> None:
     images = tar_of(tmp_path, ['{"class": 3, "url": "u"}', '{"class": 4}'], cls=b"1", txt=b"a cat")
     assert read(tmp_path, images)[1].other_keys == ["class", "url"]
     assert dict(images.shards[0].others) == {"cls": 2, "txt": 2}
+
+
+def downloaded(folder: Path) -> Path:
+    """Tars as img2dataset writes them: a caption, its JSON and the image of each, and other files beside the tars."""
+    for number in range(2):
+        members = dict[str, bytes]()
+        for row in range(3):
+            key = f"{number:05d}{row:04d}"
+            text = {"caption": f"a photo {row}", "url": "https://x/y", "key": key, "breed": ["cat", "dog"][row % 2]}
+            members[f"{key}.cls"] = str(row % 2).encode()  # before the image, as sorted names are
+            members[f"{key}.jpg"] = tiny.picture(10 * number + row)
+            members[f"{key}.json"] = json.dumps(text).encode()
+            members[f"{key}.txt"] = f"kind {row % 2}\n".encode()
+        write_tar(folder / f"{number:05d}.tar", members)
+        (folder / f"{number:05d}.parquet").write_bytes(b"PAR1")
+        (folder / f"{number:05d}_stats.json").write_text("{}")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("settings", "labels", "names"),
+    [
+        ({}, [-1] * 6, []),
+        ({"label_field": "breed"}, [0, 1, 0, 0, 1, 0], ["cat", "dog"]),
+        ({"label_member": "txt"}, [0, 1, 0, 0, 1, 0], ["kind 0", "kind 1"]),
+        ({"label_member": "cls"}, [0, 1, 0, 0, 1, 0], ["0", "1"]),
+    ],
+)
+def test_an_output_of_img2dataset_gives_labels_where_a_setting_says_and_no_warning(
+    tmp_path: Path, settings: dict[str, Any], labels: list[int], names: list[str]
+) -> None:
+    config = tiny.config([str(downloaded(tmp_path / "data"))], data=settings)
+    lines = list[str]()
+    images, _ = open_images(prepared(config, tmp_path / "run").data, Store(tmp_path / "run"), log=lines.append)
+    assert (len(images), lines) == (6, [])
+    artifact = ground_truth_of(Store(tmp_path / "run"), images, labelled=True, data=config.data)
+    read_ground_truth(torch.device("cpu"), (images, artifact))
+    found = load_ground_truth(artifact)
+    assert (found.labels.tolist(), found.label_names) == (labels, names)
+    assert artifact.settings == {"labelled": True, **settings}
+
+
+def test_a_key_that_no_image_has_is_an_error_that_names_those_there_are(tmp_path: Path) -> None:
+    config = tiny.config([str(downloaded(tmp_path / "data"))], data={"label_field": "kind"})
+    images = ImageShards.open(config.data.train, None)
+    run = tiny.run_in(config, tmp_path / "run", tiny.Here())
+    artifact = ground_truth_of(run.store, images, labelled=True, data=config.data)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"data\.label_field=kind: no image has a label there; .*'caption', 'url'"):
+            write_ground_truth(run, images, artifact, "evaluate")
