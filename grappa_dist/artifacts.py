@@ -275,9 +275,13 @@ class Store:
 
     def publish(self, link: str, artifact: Artifact) -> Path:
         """Points `<root>/<link>` at a finished artefact, replacing the old link atomically."""
+        return self.point(link, artifact.name)
+
+    def point(self, link: str, target: str) -> Path:
+        """Points `<root>/<link>` at what lies in the run directory under the name `target`."""
         path, fresh = self.root / link, self.root / f".{link}.new"
         fresh.unlink(missing_ok=True)
-        fresh.symlink_to(artifact.name)
+        fresh.symlink_to(target)
         os.replace(fresh, path)
         return path
 

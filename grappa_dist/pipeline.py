@@ -51,7 +51,7 @@ from grappa_dist.stages.partitions import partition_statistics
 from grappa_dist.stages.pseudo_label import pseudo_label
 from grappa_dist.stages.run import Run, keeping_config, running
 from grappa_dist.stages.supervised import adapt_supervised, fuse_supervised, name_classes, read_true_labels
-from grappa_dist.verdict import Verdict, verdict_on
+from grappa_dist.verdict import TaskQueries, Verdict, verdict_on
 
 NAMED = 5  # damaged files that an error names
 
@@ -64,6 +64,7 @@ class Finished:
     model: Path  # the exported model
     rows: list[ScoreRow]  # of the table of scores; [] without labels
     verdict: Verdict | None  # None without labelled test images
+    queries: Sequence[TaskQueries]  # of each task; [] likewise
     has_test: bool
 
     def text(self) -> str:
@@ -143,7 +144,7 @@ def _finish(context: Run, flow: Flow) -> Finished:
     folder, rows = report(context, flow, verdict)
     _log_any(console, describe_bad_images(flow, reported=True))
     _log_any(console, "" if rows else describe_labels(flow))
-    return Finished(folder, model, rows, verdict, config.has_test)
+    return Finished(folder, model, rows, verdict, tasks, config.has_test)
 
 
 def _stages(context: Run, flow: Flow) -> Iterator[str]:

@@ -121,8 +121,9 @@ def verdict_on(tasks: Sequence[TaskQueries], models: Iterable[str], asked: str) 
     if asked not in (AUTO, BACKBONE):
         mean, each = gains(tasks, asked)
         return Verdict(asked, asked, asked, mean, each, {}, 0, caveats_on(each))
-    split = [(task, validation_half(task.classes)) for task in tasks]
-    validation, reported = ([task.some(half == way) for task, half in split] for way in (True, False))
+    chosen_by = [validation_half(task.classes) for task in tasks]
+    validation = [task.some(half) for task, half in zip(tasks, chosen_by, strict=True)]
+    reported = [task.some(~half) for task, half in zip(tasks, chosen_by, strict=True)]
     possible = candidates(models)
     best, means = choose(validation, possible)
     exported = BACKBONE if asked == BACKBONE else best
@@ -131,6 +132,45 @@ def verdict_on(tasks: Sequence[TaskQueries], models: Iterable[str], asked: str) 
     mean, each = gains(reported, compared)
     num_queries = sum(len(task.classes) for task in validation)
     return Verdict(exported, compared, asked, mean, each, means, num_queries, caveats_on(each))
+
+
+@dataclass(frozen=True)
+class SeedsVerdict:
+    """What several runs that differ in their seed alone have come to."""
+
+    seeds: tuple[int, ...]
+    compared: tuple[str, ...]  # the exported model of each; where evaluate.export is the backbone, the best other one
+    each: tuple[float, ...]  # the gain of each, in the mean over tasks
+    asked: str  # evaluate.export
+    mean: Gain  # of the mean over seeds of what each query reached; its interval is over queries
+    tasks: tuple[Gain, ...]
+    caveats: tuple[str, ...]
+
+    @property
+    def outcome(self) -> Literal["better", "worse", "unsure"]:
+        """Better or worse where the interval and every seed are on one side of zero."""
+        if self.mean.outcome == "better" and min(self.each) > 0:
+            return "better"
+        return "worse" if self.mean.outcome == "worse" and max(self.each) < 0 else "unsure"
+
+
+def verdict_over(runs: Mapping[int, tuple[Sequence[TaskQueries], Verdict]]) -> SeedsVerdict:
+    """The verdict on runs of the same test images by their seeds: the model of each against the backbone.
+
+    Where the queries have chosen, those of the other half are taken, the same in all runs.
+    """
+    first = next(iter(runs.values()))[1]
+    models = [v.compared if v.asked == BACKBONE else v.exported for _, v in runs.values()]
+    combined = []
+    for same in zip(*(tasks for tasks, _ in runs.values()), strict=True):
+        found = [task.r_precision[model] for task, model in zip(same, models, strict=True)]
+        values = {BACKBONE: same[0].r_precision[BACKBONE], "mean": np.mean(found, axis=0)}
+        values |= {str(seed): of_seed for seed, of_seed in zip(runs, found, strict=True)}
+        task = TaskQueries(same[0].task, same[0].classes, values)
+        combined.append(task.some(~validation_half(task.classes)) if first.validation else task)
+    each = [mean_over_tasks([task.less(str(seed), BACKBONE) for task in combined]) for seed in runs]
+    mean, of_tasks = gains(combined, "mean")
+    return SeedsVerdict(tuple(runs), tuple(models), tuple(each), first.asked, mean, of_tasks, caveats_on(of_tasks))
 
 
 def gains(tasks: Sequence[TaskQueries], model: str, baseline: str = BACKBONE) -> tuple[Gain, tuple[Gain, ...]]:

@@ -29,12 +29,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--yes", action="store_true", help="with --clean: remove it")
     stages = ("embed", "pseudo_label", "adapt", "fuse")
     parser.add_argument("--until", choices=stages, help="end after this stage, without a report")
+    parser.add_argument("--seeds", metavar="0,1,2", help="a run for each, in <out>/seed-<seed>, and a verdict over all")
     parser.add_argument("--quiet", action="store_true", help="show warnings, errors and the end only")
     parser.add_argument("--json", action="store_true", help="show an object a line on stdout, as in events.jsonl")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. adapt.epochs=1")
     asked = parser.parse_intermixed_args()  # settings may stand among the options
     if asked.yes and not asked.clean:
         parser.error("--yes goes with --clean")
+    if asked.seeds and (asked.dry_run or asked.check or asked.clean):
+        parser.error("--seeds goes with a run; for one of its runs give --out <out>/seed-<seed> seed=<seed>")
     return asked
 
 
@@ -63,7 +66,11 @@ def work(asked: argparse.Namespace, ending: Ending) -> None:
         print(printable(check(config, root, deep=asked.deep)))
         return
     ending.log_dir = root
-    found = run(config, root, asked.until)
+    if asked.seeds:
+        from grappa_dist.seeds import parse_seeds, run_seeds
+
+        several = run_seeds(config, root, parse_seeds(asked.seeds), asked.until)
+    found = several if asked.seeds else run(config, root, asked.until)
     if found is None:
         print(f"done up to {asked.until}; the same command without --until goes on")
         return

@@ -29,7 +29,7 @@ LEVELS = (  # a part imports parts of lower levels, and files of its own
     ("__main__",),
     ("cli",),
     ("__init__",),
-    ("bench",),
+    ("bench", "seeds"),
     ("pipeline", "plan", "clean", "doctor", "status", "retrieval", "run_models"),
     ("estimate",),
     ("layout", "export", "rates"),

@@ -168,7 +168,7 @@ def test_what_is_printed_last_and_what_metrics_say_is_the_verdict(labelled: tupl
     _, found = labelled
     assert found.verdict is not None
     lines = found.text().splitlines()
-    assert lines[-1] == conclusion(found.verdict, str(found.model.parent))
+    assert lines[-1] == conclusion(found.verdict, str(found.model.parent)).replace("−", "-")
     metrics = json.loads((found.report / "metrics.json").read_text())
     assert metrics["verdict"]["mean"]["gain"] == found.verdict.mean.gain
     assert metrics["verdict"]["exported"] == found.verdict.exported

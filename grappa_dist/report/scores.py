@@ -129,17 +129,17 @@ def console_table(rows: list[ScoreRow], *, has_test: bool = True) -> str:
         mark = "*" if model in scores.best(task, "recall_at_1") else " "
         return percent(scores.value(model, task, "recall_at_1")) + mark
 
-    blocks = [_block("R-Precision / MAP@R, percent (* best R-Precision of its column)", scores, pair)]
+    blocks = [titled_grid("R-Precision / MAP@R, percent (* best R-Precision of its column)", scores, pair)]
     if BACKBONE in scores.models:
-        blocks.append(_block("R-Precision above the backbone (-: below it), points", scores, gain))
-    blocks.append(_block("recall@1, percent (* best of its column)", scores, recall))
+        blocks.append(titled_grid("R-Precision above the backbone (-: below it), points", scores, gain))
+    blocks.append(titled_grid("recall@1, percent (* best of its column)", scores, recall))
     labelled = [m for m in SAW_LABELS if m in scores.models]
     if labelled:
         blocks.append(f"Trained with labels, out of competition: {', '.join(labelled)}. No other row was.")
     return "\n\n".join(blocks)
 
 
-def _block(title: str, scores: Scores, cell: Callable[[str, str | None], str]) -> str:
+def titled_grid(title: str, scores: Scores, cell: Callable[[str, str | None], str]) -> str:
     """One titled grid, in slices of columns that fit a terminal."""
     columns = scores.columns
     slices = [columns[at : at + COLUMNS] for at in range(0, len(columns), COLUMNS)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from grappa_dist.config import AUTO, BACKBONE
@@ -18,7 +18,7 @@ SEEDS_CAVEAT = "one seed was run: how much another seed changes is not in the in
 MOST_WANTED = 100_000  # queries; a difference that needs more is too small to look for
 MOST_TASKS = 12  # lines
 MOST_DRAWN = 24  # tasks
-_TRY_MORE = "more training images, other numbers of clusters (clustering.num_labels), or more epochs (adapt.epochs)"
+TRY_MORE = "more training images, other clustering.num_labels, or more adapt.epochs"
 
 
 def describe_sureness(gain: Gain) -> str:
@@ -34,7 +34,14 @@ def verdict_lines(verdict: Verdict, run: str) -> list[str]:
     Args:
         run: the run directory, for the commands.
     """
-    return [*_figures(verdict), *(f"  note: {line}" for line in caveats(verdict)), conclusion(verdict, run)]
+    head = f"verdict  {verdict.compared} against the backbone, R-Precision in percent{_queries(verdict)}"
+    notes = [f"  note: {line}" for line in caveats(verdict)]
+    return as_console([head, *gain_lines(verdict.mean, verdict.tasks), *notes, conclusion(verdict, run)])
+
+
+def as_console(lines: Sequence[str]) -> list[str]:
+    """With the minus of a terminal, as the tables of scores have it."""
+    return [line.replace("−", "-") for line in lines]
 
 
 def caveats(verdict: Verdict) -> list[str]:
@@ -50,15 +57,15 @@ def conclusion(verdict: Verdict, run: str) -> str:
         by = _by(mean, model, "the backbone", tasks)
         return (
             "No adapted model was better than the backbone on the queries that choose, so the exported model is the "
-            f"backbone. On the other queries, {by}; it was the best of them. Next: {_TRY_MORE}"
+            f"backbone. On the other queries, {by}; it was the best of them. Next: {TRY_MORE}"
         )
     asked = " The exported model is the backbone, as evaluate.export asks." if verdict.exported == BACKBONE else ""
     found = describe_comparison(mean, model, "the backbone", tasks=tasks)
     if mean.outcome == "better":
         return f"{found}{asked} Next: {_use(run)}"
     if mean.outcome == "worse":
-        return f"{found}{asked} Next: {_keep(verdict)}{_TRY_MORE}"
-    return f"{found}{asked} Next: {_tell(mean)}"
+        return f"{found}{asked} Next: {_keep(verdict)}{TRY_MORE}"
+    return f"{found}{asked} Next: {_tell(verdict)}"
 
 
 def describe_comparison(mean: Gain, model: str, than: str, *, tasks: int) -> str:
@@ -88,21 +95,22 @@ def _keep(verdict: Verdict) -> str:
     )
 
 
-def _tell(mean: Gain) -> str:
+def _tell(verdict: Verdict) -> str:
     """How many queries would tell a difference of this size, as the interval narrows by the root of their number."""
+    mean, queries = verdict.mean, verdict.mean.queries + verdict.validation_queries
     wide = (mean.high - mean.low) / 2
-    wanted = mean.queries * (wide / mean.gain) ** 2 if round(100 * mean.gain, 1) else math.inf
+    wanted = queries * (wide / mean.gain) ** 2 if round(100 * mean.gain, 1) else math.inf
     if wanted > MOST_WANTED:
-        return f"nothing to gain here, it seems; else {_TRY_MORE}"
+        return f"nothing to gain here, it seems; else {TRY_MORE}"
     size = 10 ** max(1, len(str(round(wanted))) - 1)
-    number = f"{math.ceil(wanted / size) * size:,}"
-    return f"some {number} test queries would tell a difference of this size; else {_TRY_MORE}"
+    number = f"{math.ceil(max(wanted, queries + 1) / size) * size:,}"
+    return f"some {number} labelled test images (now {queries:,}) would tell a difference of this size; else {TRY_MORE}"
 
 
-def _figures(verdict: Verdict) -> Iterator[str]:
-    yield f"verdict  {verdict.compared} against the backbone, R-Precision in percent{_queries(verdict)}"
-    rows = [verdict.mean, *verdict.tasks] if len(verdict.tasks) > 1 else list(verdict.tasks)
-    names = [f"mean of {len(verdict.tasks)} tasks" if row.task is None else row.task for row in rows]
+def gain_lines(mean: Gain, tasks: Sequence[Gain]) -> Iterator[str]:
+    """A line for the mean over tasks and one for each task."""
+    rows = [mean, *tasks] if len(tasks) > 1 else list(tasks)
+    names = [f"mean of {len(tasks)} tasks" if row.task is None else row.task for row in rows]
     wide = min(30, max(map(len, names)))
     for name, row in list(zip(names, rows, strict=True))[: MOST_TASKS + 1]:
         shown = f"{percent(row.baseline)} -> {percent(row.value)}"
@@ -160,15 +168,16 @@ def as_json(verdict: Verdict | None) -> dict[str, Any] | None:
         "compared": verdict.compared,
         "asked": verdict.asked,
         "outcome": verdict.mean.outcome,
-        "mean": _gain_json(verdict.mean),
-        "tasks": [_gain_json(gain) for gain in verdict.tasks],
+        "mean": gain_json(verdict.mean),
+        "tasks": [gain_json(gain) for gain in verdict.tasks],
         "validation": dict(verdict.validation),
         "validation_queries": verdict.validation_queries,
         "caveats": caveats(verdict),
     }
 
 
-def _gain_json(gain: Gain) -> Mapping[str, Any]:
+def gain_json(gain: Gain) -> Mapping[str, Any]:
+    """A gain as metrics.json has it."""
     return {**vars(gain), "gain": gain.gain}
 
 

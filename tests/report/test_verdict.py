@@ -63,7 +63,7 @@ def test_a_worse_model_is_called_worse_and_not_shown_is_not_better() -> None:
     assert "evaluate.export=backbone" in worse
     unsure = conclusion(verdict(0.002, half_width=0.004), "runs/mine")
     assert unsure.startswith("Not shown to be better than the backbone: k=64 is 0.2 points above the backbone")
-    assert "some 4,000 test queries would tell a difference of this size" in unsure  # 800 * (0.4 / 0.2) ** 2 = 3,200
+    assert "some 7,000 labelled test images (now 1,610) would tell" in unsure  # 1,610 * (0.4 / 0.2) ** 2 = 6,440
     assert "would tell" not in conclusion(verdict(0.0), "runs/mine")
 
 
@@ -78,7 +78,7 @@ def test_where_the_backbone_is_exported_the_last_line_says_so() -> None:
 def test_the_lines_have_the_mean_each_task_and_the_caveats_and_end_with_the_conclusion() -> None:
     found = verdict(0.012)
     lines = verdict_lines(found, "runs/mine")
-    assert lines[-1] == conclusion(found, "runs/mine")
+    assert lines[-1] == conclusion(found, "runs/mine").replace("−", "-")
     assert "on the queries that took no part in choosing it (810 other queries did)" in lines[0]
     assert re.search(r"mean of 2 tasks  60.0 -> 61.2 +\+1.2 ", lines[1])
     assert [line.split()[0] for line in lines[2:4]] == ["birds", "cars"]
