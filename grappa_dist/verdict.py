@@ -61,6 +61,11 @@ class Gain:
         return self.value - self.baseline
 
     @property
+    def shown_gain(self) -> float:
+        """The difference of the two as percent with one digit are shown, so that figures agree."""
+        return (round(100 * self.value, 1) - round(100 * self.baseline, 1)) / 100
+
+    @property
     def outcome(self) -> Literal["better", "worse", "unsure"]:
         """Whether the interval lies on one side of zero."""
         return "better" if self.low > 0 else "worse" if self.high < 0 else "unsure"

@@ -56,7 +56,7 @@ def seeds_conclusion(verdict: SeedsVerdict) -> str:
     figure = f"mean R-Precision over {len(verdict.tasks)} tasks" if several else "R-Precision"
     low, high = min(verdict.each), max(verdict.each)
     by = (
-        f"over {len(verdict.seeds)} seeds {_model(verdict)} is {describe_gain(verdict.mean.gain)} in {figure} "
+        f"over {len(verdict.seeds)} seeds {_model(verdict)} is {describe_gain(verdict.mean.shown_gain)} in {figure} "
         f"({describe_sureness(verdict.mean)}; by seed {points(low)} to {points(high)})"
     )
     if all(model == BACKBONE for model in verdict.compared):

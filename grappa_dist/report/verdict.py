@@ -80,7 +80,7 @@ def describe_comparison(mean: Gain, model: str, than: str, *, tasks: int) -> str
 
 def _by(mean: Gain, model: str, than: str, tasks: int) -> str:
     figure = f"mean R-Precision over {tasks} tasks" if tasks > 1 else "R-Precision"
-    return f"{model} is {describe_gain(mean.gain, than)} in {figure} ({describe_sureness(mean)})"
+    return f"{model} is {describe_gain(mean.shown_gain, than)} in {figure} ({describe_sureness(mean)})"
 
 
 def _use(run: str) -> str:
@@ -114,7 +114,7 @@ def gain_lines(mean: Gain, tasks: Sequence[Gain]) -> Iterator[str]:
     wide = min(30, max(map(len, names)))
     for name, row in list(zip(names, rows, strict=True))[: MOST_TASKS + 1]:
         shown = f"{percent(row.baseline)} -> {percent(row.value)}"
-        yield f"  {name[:wide]:<{wide}}  {shown:<14}  {points(row.gain):>5}  ({describe_sureness(row)})"
+        yield f"  {name[:wide]:<{wide}}  {shown:<14}  {points(row.shown_gain):>5}  ({describe_sureness(row)})"
     if len(rows) > MOST_TASKS + 1:
         yield f"  and {len(rows) - MOST_TASKS - 1} more tasks: metrics.json has all"
 
@@ -146,7 +146,7 @@ def verdict_section(verdict: Verdict | None) -> str:
 def _interval(row: Gain, num_tasks: int) -> Interval:
     name = row.task if row.task is not None else f"mean of {num_tasks} tasks"
     tip = f"{name}: {percent(row.baseline)} to {percent(row.value)}, {describe_sureness(row)}"
-    return Interval(name, 100 * row.gain, 100 * row.low, 100 * row.high, points(row.gain), tip)
+    return Interval(name, 100 * row.gain, 100 * row.low, 100 * row.high, points(row.shown_gain), tip)
 
 
 def _queries_note(verdict: Verdict) -> str:
