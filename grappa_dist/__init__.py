@@ -2,6 +2,8 @@
 
 The public API, which tests/test_public_api.py holds:
 
+grappa_dist.fit(images, out)
+    A run from Python, as `grappa-dist run` makes it: its model, scores, report and verdict.
 grappa_dist.load_model(run_or_model_dir)
     The adapted model of a run or of an exported directory: RGB images (B, 3, S, S) -> unit embeddings (B, D).
 grappa_dist.evaluate(model, images)
@@ -22,11 +24,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "evaluate", "load_model"]
-_HOMES = {"evaluate": "grappa_dist.retrieval.evaluation", "load_model": "grappa_dist.export"}
+__all__ = ["__version__", "evaluate", "fit", "load_model"]
+_HOMES = {
+    "evaluate": "grappa_dist.retrieval.evaluation",
+    "fit": "grappa_dist.fitted",
+    "load_model": "grappa_dist.export",
+}
 
 if TYPE_CHECKING:
     from grappa_dist.export import load_model
+    from grappa_dist.fitted import fit
     from grappa_dist.retrieval.evaluation import evaluate
 
 

@@ -188,7 +188,10 @@ def _expect(context: Run, flow: Flow) -> str:
     estimator = expected(context.config, context.store.root, flow)
     if estimator is None:
         return ""
-    to_come = {stage: parts for stage, parts in estimator.parts().items() if stage != "start"}  # no stage of its own
+    to_come = estimator.parts()
+    start_s = sum(to_come.pop("start", []))  # no stage of its own, but part of the first that comes
+    for parts in [*to_come.values()][:1]:
+        parts[0] += start_s
     context.console.expect(to_come)
     return ": ".join(filter(None, describe_seconds(estimator)))
 

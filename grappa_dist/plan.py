@@ -32,7 +32,7 @@ from grappa_dist.estimate import (
 )
 from grappa_dist.files import map_array
 from grappa_dist.inputs import Inputs, look
-from grappa_dist.inputs.growing import IMAGES_PER_SHARD
+from grappa_dist.inputs.growing import images_per_shard
 from grappa_dist.layout import lay_out, on_pairs
 from grappa_dist.models import Backbone, PackedGrappa
 from grappa_dist.models.backbone import check_name, check_weights
@@ -151,7 +151,7 @@ def _takes(
     if images.flow is not None:
         work = work_of(images.flow)
     else:
-        rows_per_shard = GENERATED_PER_SHARD if config.data.collection else IMAGES_PER_SHARD
+        rows_per_shard = GENERATED_PER_SHARD if config.data.collection else images_per_shard(images.sizes["train"])
         work = work_ahead(config, images.sizes, sharded=images.missing, rows_per_shard=rows_per_shard)
     estimator = Estimator(config, work, rates, dim)
     total, of_stages = describe_seconds(estimator)

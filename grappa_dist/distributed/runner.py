@@ -6,6 +6,7 @@ SIGTERM, SIGHUP and Ctrl-C let running jobs save their state before the run ends
 from __future__ import annotations
 
 import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -64,7 +65,13 @@ class Signals:
 
     @contextmanager
     def handled(self) -> Iterator[None]:
-        """While inside, SIGTERM and SIGHUP raise Terminated, Ctrl-C Interrupted: at once, or where they are polled."""
+        """While inside, SIGTERM and SIGHUP raise Terminated, Ctrl-C Interrupted: at once, or where they are polled.
+
+        Outside of the main thread, which alone may handle signals, nothing changes.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
 
         def handle(number: int, _: object) -> None:
             self._stop_requested = True

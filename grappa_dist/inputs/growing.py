@@ -33,7 +33,7 @@ from grappa_dist.make_shards.planning import Limits, plan_folder, prefixes_of
 from grappa_dist.make_shards.progress import Log, Progress
 from grappa_dist.make_shards.sources import Item
 
-IMAGES_PER_SHARD = 1000
+MOST_PER_SHARD, LEAST_PER_SHARD, SHARDS = 1000, 32, 8  # images; shards of few images, which workers share
 _GENERATION = re.compile(r"\d{3,}")
 _MADE = re.compile(r"\.?(?P<number>\d{3,})(\.npy|\.partial)?")
 _CHUNK, _THREADS = 1024, 16  # files whose state a thread asks for at a time, as for sizes in planning.py
@@ -133,7 +133,7 @@ class Growing:
         plan = plan_folder(
             folder,
             [self.items[place] for place in order],
-            Limits(IMAGES_PER_SHARD, None),
+            Limits(images_per_shard(len(missing)), None),
             None,
             prefixes=self.prefixes,
         )
@@ -142,6 +142,11 @@ class Growing:
             shutil.rmtree(partial)  # what was begun was of other images
         save_array(keys, self.keys[order])
         build([plan], 1, log=log, progress=_progress(log), threads=len(os.sched_getaffinity(0)))
+
+
+def images_per_shard(count: int) -> int:
+    """Of so many images: a shard is embedded by one worker, so that few images are of several shards, too."""
+    return max(LEAST_PER_SHARD, min(MOST_PER_SHARD, -(-count // SHARDS)))
 
 
 def _progress(log: Log) -> Callable[[int, int], Progress]:

@@ -16,7 +16,7 @@ from tests.inputs.test_entries import names_of, write_images
 
 @pytest.fixture(autouse=True)
 def _two_a_shard(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(growing, "IMAGES_PER_SHARD", 2)
+    monkeypatch.setattr(growing, "images_per_shard", lambda count: 2)
 
 
 def tars_below(root: Path) -> dict[str, bytes]:

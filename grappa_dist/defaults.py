@@ -1,0 +1,275 @@
+"""The settings of a run that was given images and no config: what suits their number and the machine, and what tests.
+
+They are written into the run directory with the run, so that a further call goes on with them, whatever the machine;
+arguments that are given again replace what is there. docs/own_images.md has the reasons for the values.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from grappa_dist.config import CONFIG_FILE, BackboneConfig, Config, DataConfig, Section, read
+from grappa_dist.console import pluralize
+from grappa_dist.data.index import COMMITTED
+from grappa_dist.inputs import Inputs, look
+from grappa_dist.inputs.entries import Entry
+from grappa_dist.stages.run import read_config
+
+Log = Callable[[str], None]
+Split = Literal["test", "none", "classes", "folders"]
+SPLITS: tuple[Split, ...] = ("test", "none", "classes", "folders")
+BACKBONE = "timm:vit_small_patch16_224.dino"
+LEAST_IMAGES = 8
+FEW_IMAGES, SOME_IMAGES = 1000, 10_000  # from which on there are more sets, fewer epochs and larger batches
+LEAST_CLASSES = 4  # to be divided: two that train, two that test
+MOST_WORKERS = 4  # on a CPU: each has a copy of the model
+MOST_LABELS = 4096  # on a CPU, where classifiers of more classes take most of the time
+DENSE = 5  # images a label of the finest set
+NAMED = 4  # classes of a side that a line names
+
+
+def settings_of_run(
+    images: Sequence[str],
+    root: Path,
+    *,
+    test: Sequence[str] = (),
+    split: Split | None = None,
+    backbone: str | None = None,
+    overrides: Sequence[str] = (),
+    log: Log = lambda line: None,
+) -> Config:
+    """The settings of a run that may have begun: those of its directory with what is given anew, else fresh ones.
+
+    Args:
+        images: folders of images, lists or shards; empty: those of the run directory.
+        split: which images test, where `test` does not say.
+        overrides: `section.key=value`.
+        log: gets a few lines that say what was chosen.
+
+    Raises:
+        ValueError: there is neither a run nor images; an argument or the images cannot be used.
+    """
+    if not (root / CONFIG_FILE).is_file():
+        return starting_config(images, root, test=test, split=split, backbone=backbone, overrides=overrides, log=log)
+    before = read_config(root)
+    given = [f"backbone.name={backbone}"] if backbone else []
+    config = read_config(root, [*given, *overrides])
+    if images or test or split:
+        old = before.data.train if not images else tuple(images)
+        data = divided(_as_shards(old, test), root, split=split, log=log)
+        config = config.model_copy(update={"data": config.data.model_copy(update=data)})
+    config = _on_this_machine(config).absolute(root)
+    changed = ", ".join(_changes(before, config))
+    log(f"{root / CONFIG_FILE}: goes on with these settings{f', but for {changed}' if changed else ''}")
+    return config
+
+
+def starting_config(
+    images: Sequence[str],
+    root: Path,
+    *,
+    test: Sequence[str] = (),
+    split: Split | None = None,
+    backbone: str | None = None,
+    has_gpu: bool | None = None,
+    overrides: Sequence[str] = (),
+    log: Log = lambda line: None,
+) -> Config:
+    """The settings that a run starts from; the arguments are those of `settings_of_run`.
+
+    Args:
+        has_gpu: whether to choose for a GPU; None: whether there is one here or may be in a cluster.
+
+    Raises:
+        ValueError: there are no images, or too few; the arguments or the images cannot be used.
+    """
+    if not images:
+        raise ValueError(f"expected a folder of images; {root} has no {CONFIG_FILE} of an earlier run to go on with")
+    has_gpu = torch.cuda.is_available() or bool(os.environ.get("RAY_ADDRESS")) if has_gpu is None else has_gpu
+    data = divided(_as_shards(images, test), root, split=split, log=log)
+    rows = _sizes(data, root)["train"]
+    if rows < LEAST_IMAGES:
+        what = f"{', '.join(map(str, images))}: {pluralize(rows, 'image')} to adapt to"
+        raise ValueError(f"{what}; expected at least {LEAST_IMAGES}, better some hundreds")
+    chosen = _for_gpu(rows) if has_gpu else _for_cpu(rows, len(os.sched_getaffinity(0)))
+    tree = {"name": root.name or "run", "data": data, "backbone": {"name": backbone or BACKBONE}, **chosen}
+    config = read(tree, overrides).absolute(root)
+    for line in _describe(config, has_gpu=has_gpu):
+        log(line)
+    return config
+
+
+def _for_cpu(rows: int, cores: int) -> dict[str, dict[str, Any]]:
+    """Sections that differ from the defaults where no worker has a GPU."""
+    if rows < FEW_IMAGES:
+        ks, epochs, batch = _labels(rows, 2), 2, 32
+    else:
+        ks, epochs, batch = _labels(rows, 4), 2 if rows < SOME_IMAGES else 1, 64 if rows < SOME_IMAGES else 128
+    return {
+        "embed": {"batch_size": 16},
+        "clustering": {"num_labels": ks},
+        "adapt": {"epochs": epochs, "global_batch": batch, "micro_batch": 8},
+        "fuse": {"variants": ["average"], "projector": [1024, 1024, 1024], "micro_batch": 16},
+        "evaluate": {"view_queries": 64},
+        "resources": {"cpus_per_worker": _cpus_per_worker(cores)},
+    }
+
+
+def _for_gpu(rows: int) -> dict[str, dict[str, Any]]:
+    """The same where workers have GPUs: the defaults, but enough steps for few images."""
+    if rows >= FEW_IMAGES:
+        return {"adapt": {"micro_batch": "auto"}}
+    return {"clustering": {"num_labels": _labels(rows, 4)}, "adapt": {"epochs": 4, "global_batch": 32}}
+
+
+def _labels(rows: int, sets: int) -> list[int]:
+    """Powers of two, the finest with about DENSE images a label, each a quarter of the next."""
+    finest = min(2 ** round(math.log2(max(2, rows / DENSE))), MOST_LABELS)
+    return [k for step in reversed(range(sets)) if (k := finest // 4**step) > 1]
+
+
+def _cpus_per_worker(cores: int) -> int:
+    return max(1, cores // MOST_WORKERS)
+
+
+def _on_this_machine(config: Config) -> Config:
+    """With workers that fit: one of a larger machine may have asked for more CPUs than there are."""
+    where, cores = config.resources, len(os.sched_getaffinity(0))
+    if os.environ.get("RAY_ADDRESS") or where.cpus_per_worker <= (where.num_cpus or cores):
+        return config
+    fewer = {"cpus_per_worker": _cpus_per_worker(cores)}
+    return config.model_copy(update={"resources": where.model_copy(update=fewer)})
+
+
+def _describe(config: Config, *, has_gpu: bool) -> list[str]:
+    """What was chosen, in a few lines."""
+    clustering, adapt, fuse = config.clustering, config.adapt, config.fuse
+    ks = "auto" if clustering.num_labels == "auto" else ", ".join(map(str, clustering.num_labels))
+    where = "a GPU" if has_gpu else "a CPU, as there is no GPU"
+    lines = [
+        f"settings for {where}: adaptor sets for K = {ks}, {pluralize(adapt.epochs, 'epoch')} each in batches of "
+        f"{adapt.global_batch}; the backbone is {config.backbone.name}"
+    ]
+    if fuse.variants == ("average",):
+        lines.append(
+            "no fusion is trained: all sets count alike, which no trained fusion has beaten so far "
+            "('fuse.variants=[average, neighbours]' trains one)"
+        )
+    lines.append(f"all settings are in {Path(config.out or '.') / CONFIG_FILE}; each can be given as section.key=value")
+    return lines
+
+
+def divided(paths: Mapping[str, Sequence[str]], root: Path, *, split: Split | None, log: Log) -> dict[str, Any]:
+    """The section `data` for images: which of them train and which test.
+
+    Without `split`, test images are those that are named, or the folders test/ or val/ beside train/, or, of at least
+    LEAST_CLASSES class folders, the second half of the classes; of fewer classes or images all test, too. Images
+    without classes all train, and none test.
+
+    Args:
+        paths: to train on and to test on.
+
+    Raises:
+        ValueError: the images do not have what `split` needs.
+    """
+    train, test = list(paths["train"]), list(paths["test"])
+    if test and split not in (None, "none"):
+        raise ValueError(f"--split {split} and --test: expected one of them, for both say which images test")
+    data: dict[str, Any] = {"train": train, "test": test, "split": "none" if split in ("none", "test") else "auto"}
+    if split == "test":
+        return {**data, "test": train}
+    if split == "classes":
+        return _by_classes(data, root, log)
+    found = _look(data, root)
+    if split == "folders" and not found.test:
+        raise ValueError(f"--split folders: {', '.join(train)} has no folders train/ beside test/ or val/")
+    if test or found.test or split is not None:
+        return data
+    classes = _classes(found.train)
+    if not classes:
+        return data
+    trains = sorted(classes)[: -(-len(classes) // 2)]  # as make_shards divides them
+    if len(classes) >= LEAST_CLASSES and sum(classes[name] for name in trains) >= LEAST_IMAGES:
+        return _by_classes(data, root, log)
+    log(
+        f"{pluralize(len(classes), 'class folder')} with {pluralize(classes.total(), 'image')}, too few to be divided: "
+        "all images train, without their labels, and all test (--split none tests none)"
+    )
+    return {**data, "test": train}
+
+
+def _by_classes(data: dict[str, Any], root: Path, log: Log) -> dict[str, Any]:
+    """Half of the classes train and the others test, which a line says."""
+    data = {**data, "split": "classes"}
+    found = _look(data, root)
+    for entries, does in ((found.train, "train, without their labels"), (found.test, "test")):
+        classes = sorted(_classes(entries))
+        names = ", ".join(classes[:NAMED]) + (f" and {len(classes) - NAMED} more" if len(classes) > NAMED else "")
+        log(f"{pluralize(len(classes), 'class', 'classes')} {does}: {names}")
+    return data
+
+
+def _classes(entries: Sequence[Entry]) -> Counter[str]:
+    """Images of each class; empty unless every image has one."""
+    items = [item for entry in entries if entry.growing is not None for item in entry.growing.items]
+    labels = Counter(item.label for item in items if item.label is not None)
+    return Counter({str(label): n for label, n in labels.items()}) if labels.total() == len(items) else Counter()
+
+
+def _as_shards(images: Sequence[str], test: Sequence[str]) -> dict[str, list[str]]:
+    """The paths to train on and to test on; a folder of make_shards counts as its parts train/ and test/."""
+    found: dict[str, list[str]] = {"train": [], "test": list(test)}
+    for path in images:
+        parts = [part for part in ("train", "test") if (Path(path) / part / COMMITTED).is_file()]
+        if "train" not in parts:
+            found["train"].append(path)
+            continue
+        for part in parts if not test else ["train"]:
+            found[part].append(str(Path(path) / part))
+    return found
+
+
+def _look(data: Mapping[str, Any], root: Path) -> Inputs:
+    return look(Config(name="", data=DataConfig.model_validate(data), backbone=BackboneConfig(name=BACKBONE)), root)
+
+
+def _sizes(data: Mapping[str, Any], root: Path) -> dict[str, int]:
+    return _look(data, root).sizes
+
+
+def _changes(before: Config, now: Config) -> list[str]:
+    """The settings that differ, as section.key."""
+    found = list[str]()
+    for name in type(now).model_fields:
+        old, new = getattr(before, name), getattr(now, name)
+        if isinstance(new, Section):
+            found += [f"{name}.{key}" for key in type(new).model_fields if getattr(old, key) != getattr(new, key)]
+        elif old != new:
+            found.append(name)
+    return found
+
+
+def as_overrides(settings: Mapping[str, Any]) -> list[str]:
+    """Settings of a Python call as `section.key=value`: {"adapt.epochs": 5} and {"adapt": {"epochs": 5}} alike.
+
+    Raises:
+        ValueError: a value is none that a config can hold.
+    """
+    found = list[str]()
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            found += as_overrides({f"{key}.{inner}": of_inner for inner, of_inner in value.items()})
+            continue
+        try:
+            found.append(f"{key}={json.dumps(value, default=os.fspath)}")
+        except TypeError:
+            raise ValueError(f"{key}={value!r}: expected a number, a text, a list or None") from None
+    return found

@@ -1,0 +1,97 @@
+"""`grappa-dist run`: what its words and options mean; the run itself is a stand-in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grappa_dist import rates
+from grappa_dist.cli.run import SPLITS, STAGES, command
+from grappa_dist.config import CONFIG_FILE, Config
+from grappa_dist.defaults import SPLITS as KNOWN_SPLITS
+from tests.cli.calling import called
+from tests.stages import tiny
+from tests.test_defaults import flat, in_classes, keep
+
+VIT = ("--backbone", "tests.models.tiny:create", "backbone.image_size=32")
+
+
+class Asked(list[tuple[Config, Path, str | None]]):
+    """Runs that were asked for."""
+
+    def run(self, config: Config, root: Path, until: str | None = None) -> Any:
+        self.append((config, root, until))
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Asked:
+    asked = Asked()
+    monkeypatch.setattr("grappa_dist.pipeline.run", asked.run)
+    monkeypatch.chdir(tmp_path)
+    return asked
+
+
+def test_a_folder_is_run_with_settings_that_suit_it_and_those_that_are_given(asked: Asked, tmp_path: Path) -> None:
+    in_classes(tmp_path / "photos", 4, 4)
+    found = called(command, "photos", *VIT, "--out", "mine", "adapt.epochs=7", "--until", "embed")
+    assert (found.status, found.out) == (0, "done up to embed; the same command without --until goes on\n")
+    assert "2 classes test: class-2, class-3" in found.err
+    ((config, root, until),) = asked
+    assert (root, until, config.adapt.epochs) == (tmp_path / "mine", "embed", 7)
+    assert config.data.train == (str(tmp_path / "photos"),)
+    called(command, "photos", *VIT, "--until", "embed", "--split", "none")
+    assert asked[1][1] == tmp_path / "runs" / "photos"
+    assert asked[1][0].data.split == "none"
+
+
+def test_a_run_directory_alone_goes_on_and_a_config_is_taken_as_it_is(asked: Asked, tmp_path: Path) -> None:
+    config = tiny.config([flat(tmp_path / "photos")])
+    keep(config, tmp_path / "mine")
+    assert called(command, "--out", "mine", "--until", "fuse").status == 0
+    assert called(command, "--config", "mine/config.yaml", "--out", "other", "seed=5", "--until", "fuse").status == 0
+    (first, root, _), (second, other, _) = asked
+    assert (root, other) == (tmp_path / "mine", tmp_path / "other")
+    assert first == config.absolute(root)
+    assert second == config.model_copy(update={"seed": 5})
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(
+    asked: Asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rates, "PART_S", 0.01)
+    flat(tmp_path / "photos")
+    before = tiny.files_below(tmp_path)
+    found = called(command, "photos", *VIT, "--dry-run")
+    assert found.out.startswith(f"run directory  {tmp_path / 'runs' / 'photos'}\n")
+    assert "\ntime           about " in found.out
+    assert (asked, tiny.files_below(tmp_path)) == ([], before)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "expected images, or --out DIR of a run that has begun, or --config FILE"),
+        (("photos", "--config", "x.yaml"), "--config FILE names the images"),
+        (("photos", "--split", "clases"), "did you mean 'classes'?"),
+        (("photos", "--until", "embeed"), "did you mean 'embed'?"),
+        (("--out", "nothing"), f"nothing has no {CONFIG_FILE} of an earlier run to go on with"),
+        (("photos", "adapt.epoch=3"), "unknown key adapt.epoch; did you mean 'epochs'?"),
+        (("photos", "--quiet", "--json"), "--quiet and --json: expected one of them"),
+        (("nowhere",), "nothing at nowhere"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_in_a_line(
+    asked: Asked, tmp_path: Path, words: tuple[str, ...], message: str
+) -> None:
+    flat(tmp_path / "photos")
+    found = called(command, *words)
+    assert (found.status, asked) == (2, [])
+    assert message in found.err.splitlines()[-1]
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_choices_are_those_of_the_package() -> None:
+    assert SPLITS == KNOWN_SPLITS
+    assert STAGES == ("embed", "pseudo_label", "adapt", "fuse")

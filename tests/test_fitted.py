@@ -1,0 +1,112 @@
+"""A run from Python, with tasks and jobs in this process."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import grappa_dist
+from grappa_dist import fitted, pipeline
+from grappa_dist.config import Config
+from grappa_dist.console import Interrupted, Terminated
+from grappa_dist.distributed.runner import Signals
+from grappa_dist.fitted import FittedRun
+from grappa_dist.stages.run import read_config
+from tests.stages import tiny
+from tests.test_defaults import in_classes
+
+SETTINGS: dict[str, Any] = {
+    "backbone": {"kwargs": {"dim": 16, "depth": 2}, "image_size": 32},
+    "adapt": {"bottleneck": 4, "epochs": 1},
+    "clustering.num_labels": [2],
+    "clustering.iterations": 2,
+    "evaluate": {"view_queries": 4, "gallery_queries": 1, "gallery_hits": 2},
+}
+
+
+def run_here(here: tiny.Here) -> Callable[..., Any]:
+    """A run without Ray, with the files that a run keeps."""
+
+    def run(config: Config, root: Path) -> Any:
+        with pipeline.keeping_config(context := tiny.run_in(config, root, here)):
+            return pipeline._run(context)
+
+    return run
+
+
+def fit(root: Path, photos: str, here: tiny.Here, **more: Any) -> FittedRun:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fitted, "run", run_here(here))
+        return grappa_dist.fit(photos, out=root, backbone="tests.models.tiny:create", settings=SETTINGS, **more)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[FittedRun, str]:
+    folder = tmp_path_factory.mktemp("fit")
+    photos = in_classes(folder / "photos", 4, 4)
+    return fit(folder / "run", photos, tiny.Here(), seed=3), photos
+
+
+def test_three_lines_give_a_model_scores_a_report_and_a_verdict(done: tuple[FittedRun, str]) -> None:
+    run, _ = done
+    assert run.model(torch.rand(1, 3, 32, 32)).shape == (1, 16)
+    assert run.model is run.model
+    assert {row["model"] for row in run.scores} >= {"backbone", "k=2", "average"}
+    assert run.verdict is not None
+    assert run.report.read_text().startswith("<!")
+    page = run.report._repr_html_()
+    assert page.startswith('<iframe srcdoc="&lt;!')
+    assert "<script" not in page
+    assert str(run).splitlines()[0].startswith("R-Precision / MAP@R")
+    config = read_config(run.root)
+    assert (config.seed, config.adapt.epochs, config.evaluate.view_queries) == (3, 1, 4)
+
+
+def test_a_further_call_reuses_what_is_there_and_makes_what_is_new(done: tuple[FittedRun, str]) -> None:
+    run, photos = done
+    again = tiny.Here()
+    same = fit(run.root, photos, again)
+    assert again.asked == []
+    assert same.scores == run.scores
+    assert read_config(run.root).seed == 3  # which was not given again
+
+
+def test_errors_are_those_of_the_command(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"expected a folder of images; .*nothing has no config\.yaml"):
+        grappa_dist.fit(out=tmp_path / "nothing")
+    photos = in_classes(tmp_path / "photos", 4, 4)
+    with pytest.raises(ValueError, match=r"unknown key adapt\.epoch; did you mean 'epochs'"):
+        grappa_dist.fit(photos, tmp_path / "run", adapt={"epoch": 3})
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("stopped", "raised"), [(Interrupted(at_once=False), KeyboardInterrupt), (Terminated(), RuntimeError)]
+)
+def test_a_signal_ends_a_call_with_what_python_programs_expect(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: BaseException, raised: type[BaseException]
+) -> None:
+    def stop(config: Config, root: Path) -> None:
+        raise stopped
+
+    monkeypatch.setattr(fitted, "run", stop)
+    with pytest.raises(raised, match="the same call goes on"):
+        grappa_dist.fit(in_classes(tmp_path / "photos", 4, 4), tmp_path / "run", quiet=True)
+
+
+def test_signals_are_left_alone_outside_of_the_main_thread() -> None:
+    entered = list[bool]()
+
+    def work() -> None:
+        with Signals().handled():
+            entered.append(True)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert entered == [True]
