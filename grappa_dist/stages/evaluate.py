@@ -5,6 +5,7 @@ Shapes: n rows, D channels, L layers, N adaptor sets.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +39,7 @@ SCORES_FILE, QUERIES_FILE, INSIGHT_FILE = "scores.json", "queries.npy", "insight
 BATCH = 64  # images at a time through a model, for insight
 GALLERY_ROWS = 20_000  # images that views and gallery queries are searched among, at most
 ATTENTION_IMAGES = 128  # per task
+SPREAD = "spread over classes"  # how queries of galleries are chosen where there are labels
 NEIGHBOURS = 5  # of each image, counted by shared task and shared label
 VIEW, VIEW_CROP_AREA = 2, 0.25  # training uses views 0 and 1
 
@@ -75,6 +77,8 @@ def insight_of(
 ) -> Artifact:
     inputs = {"truth": ground_truth, **numbered("shard", features)}
     figures = {**settings.model_dump(exclude={"export", "train_images"}), "seed": seed, "neighbours": NEIGHBOURS}
+    if ground_truth.settings["labelled"]:
+        figures["queries"] = SPREAD
     return store.artifact(f"insight/{model}", figures, inputs)
 
 
@@ -142,6 +146,18 @@ def task_queries(ground_truth: Artifact, scores: Mapping[str, Artifact]) -> list
     return tasks
 
 
+def spread_over_classes(labels: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    """The first images of every class, then the second ones, and so on: `count` places in the labels (n,).
+
+    Images that are alone in their class or have no label (-1), for which nothing right can be found, come last.
+    """
+    sizes, seen, turns = Counter(labels.tolist()), Counter[int](), list[tuple[bool, int]]()
+    for label in labels.tolist():
+        turns.append((label < 0 or sizes[label] == 1, seen[label]))
+        seen[label] += 1
+    return np.array(sorted(range(len(turns)), key=lambda place: turns[place])[:count], dtype=np.int64)
+
+
 @torch.inference_mode()
 def _insight(task: ModelTask, ground_truth: GroundTruth, device: torch.device) -> dict[str, Any]:
     """How often an augmented view finds its source, which images are near, and the weights of the sets."""
@@ -193,13 +209,21 @@ class _Insight:
         galleries = []
         for task in range(len(self._ground_truth.task_names)):
             rows = self._sample(np.intersect1d(self._ground_truth.rows(task), self._good), GALLERY_ROWS, task, 2)
-            queries = self._sample(rows, self._settings.gallery_queries, task)
+            queries = self._gallery_queries(rows, task)
             for query in queries.tolist():
                 scores = self._scores_of(query, rows)
                 order = np.argsort(-scores, kind="stable")[: min(self._settings.gallery_hits, len(rows) - 1)]
                 hits = [{"row": int(rows[i]), "score": float(scores[i])} for i in order]
                 galleries.append({"task": task, "query": query, "hits": hits})
         return galleries
+
+    def _gallery_queries(self, rows: NDArray[np.int64], task: int) -> NDArray[np.int64]:
+        """Some of a task's rows, sorted; of as many classes as possible where they have labels."""
+        labels, count = self._ground_truth.labels[rows], self._settings.gallery_queries
+        if not (labels >= 0).any():
+            return self._sample(rows, count, task)
+        order = generator(Purpose.EVALUATION_SAMPLE, self._seed, task).permutation(len(rows))
+        return np.sort(rows[order[spread_over_classes(labels[order], count)]])
 
     def attention(self) -> dict[str, Any]:
         """Mean attention per task, (L, N) each, over a sample; mean entropy as a share of log N, (L,)."""
