@@ -328,12 +328,12 @@ def _facts(run: Run, flow: Flow, logs: Mapping[str, Steps]) -> dict[str, str]:
     for event in read_events(run.store.root / EVENTS_FILE):
         if event["name"] == "stage_ends":
             seconds[event["stage"]] = seconds.get(event["stage"], 0.0) + event["seconds"]
-    tested = f"{len(flow.test)} test" if _has_test(flow) else ""
+    tested = f"{len(flow.test):,} test" if _has_test(flow) else ""
     sets = {"training": flow.train, **({"test": flow.test} if tested else {})}
     ignored = [f"{_ignored(images)} {name} {_suffixes(images)}".strip() for name, images in sets.items()]
     facts = {
-        "images": f"{len(flow.train)} training, {tested or f'no test set: {len(flow.test)} of these were looked at'}",
-        "members of the tars that are no images": ", ".join(ignored),
+        "images": f"{len(flow.train):,} training, {tested or f'no test set: {len(flow.test):,} of them looked at'}",
+        **({"members of the tars that are no images": ", ".join(ignored)} if any(map(_ignored, sets.values())) else {}),
         "backbone": run.config.backbone.name,
         "seed": str(run.config.seed),
         "time by stage (all attempts)": ", ".join(f"{stage} {duration(s)}" for stage, s in seconds.items()),

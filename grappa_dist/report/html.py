@@ -86,14 +86,15 @@ MARK = (
 
 _LIGHT = """
 --bg:#f5f6f8;--card:#fff;--ink:#17202b;--muted:#5a6675;--rule:#e1e6ec;--wash:#eef2f6;--accent:#0a5ca8;
---up:#0a5ca8;--down:#b84a00;--more:#1467b8;--less:#d9690a;--on:#fff;--best:#eaf2fb;--warn:#fff6e6;--warn-rule:#e2a93b;
+--up:#0a5ca8;--down:#b84a00;--more:#1467b8;--less:#d9690a;--on:#fff;--best:#eaf2fb;--warn:#fff6e6;
+--warn-rule:#e2a93b;--edge:#17202b38;
 --c0:#0072b2;--c1:#d55e00;--c2:#009e73;--c3:#cc79a7;--c4:#b8860b;--c5:#3fa9e0;--c6:#6a4c93;--c7:#596673;
 --right:#0a7d5a;--wrong:#b84a00;color-scheme:light dark;
 """
 _DARK = """
 --bg:#0e1319;--card:#161d26;--ink:#e7ecf2;--muted:#9aa7b5;--rule:#28323e;--wash:#1d2630;--accent:#7db8f0;
 --up:#7db8f0;--down:#f2a05c;--more:#62aef5;--less:#f0954a;--on:#0c1218;--best:#1a2b3e;--warn:#2b2314;
---warn-rule:#a87a24;
+--warn-rule:#a87a24;--edge:#000c;
 --c0:#58aee8;--c1:#f08a4b;--c2:#3fc79a;--c3:#e59cc4;--c4:#dcb543;--c5:#93d3f7;--c6:#b39ddb;--c7:#9fb0bf;
 --right:#3fc79a;--wrong:#f2a05c;
 """
@@ -143,7 +144,10 @@ font:12.5px/1.5 ui-monospace,"SF Mono",Menlo,Consolas,monospace;margin:0}
 """
 
 _TABLES = """
-.scroll{overflow-x:auto;margin:0 -4px;padding:0 4px}
+.scroll{overflow-x:auto;margin:0 -4px;padding:0 4px;background:linear-gradient(90deg,var(--card) 40%,transparent) 0 0,
+linear-gradient(270deg,var(--card) 40%,transparent) 100% 0,linear-gradient(90deg,var(--edge),transparent) 0 0,
+linear-gradient(270deg,var(--edge),transparent) 100% 0;background-size:44px 100%,44px 100%,14px 100%,14px 100%;
+background-repeat:no-repeat;background-attachment:local,local,scroll,scroll}
 table{border-collapse:separate;border-spacing:0;font-variant-numeric:tabular-nums;width:100%}
 th{font-weight:600;text-align:left}
 thead th{font-size:13px;color:var(--muted);border-bottom:1px solid var(--rule);padding:6px 10px;vertical-align:bottom}
@@ -250,15 +254,23 @@ section{padding:16px 14px;border-radius:10px}
 .query{flex-basis:auto;width:120px}
 .facts{grid-template-columns:1fr}
 .facts dd{border-top:0;padding-top:0}
-.score td{min-width:74px}
-.score th,.score td{padding-left:7px;padding-right:7px}
-.score tbody th{min-width:98px;white-space:normal;overflow-wrap:break-word;font-size:13.5px}
-.score .delta{display:block;min-width:0;margin:0}
+.score td{min-width:54px}
+.score th,.score td,.score td:last-child,.score th:last-child{padding-left:4px;padding-right:4px}
+.score thead th{font-size:12px;padding-left:7px}
+.score thead th:first-child{padding-left:0}
+nav{position:static;flex-wrap:wrap}
+.score tbody th{min-width:78px;white-space:normal;overflow-wrap:break-word;font-size:13px}
+.score .map,.score .delta{display:block;min-width:0;margin:0}
 .score .delta:empty{display:none}
 thead small{white-space:normal}
 .few .chart text,.chart text{font-size:13px}
 }
-@media print{nav{display:none}section{break-inside:avoid-page;border:0}}
+@media print{nav{display:none}section{break-inside:auto;border:0;padding:8px 0;margin:0}
+.scroll{overflow:visible;background:none}
+.score th,.score td{padding-left:4px;padding-right:4px}
+.score td{min-width:0}
+figure,.card,.strip,tr{break-inside:avoid}
+tbody th{position:static}}
 """
 
 STYLE = (

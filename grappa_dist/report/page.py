@@ -40,7 +40,14 @@ MOST_METRICS = 8  # charts for one kind of job
 MOST_PROFILES = 24
 MOST_CONFIG = 100_000  # characters
 _TIMES = {"step", "epoch", "time_s", "seconds"}  # keys of a curve that are no metric
-_NAMES = {"loss": "Loss", "accuracy": "Accuracy", "lr": "Learning rate", "images_per_s": "Images per second"}
+_NAMES = {
+    "loss": "Loss",
+    "accuracy": "Accuracy on training images",
+    "lr": "Learning rate",
+    "images_per_s": "Images per second",
+    "entropy": "Entropy of attention / log N, mean of layers",
+    "decay_to_gradient": "Weight decay / gradient of Q and K, mean of layers",
+}
 _WORDS = (
     (
         "R-Precision",
@@ -166,7 +173,7 @@ def _tiles(scores: Scores) -> str:
     if lead is not None:
         over = scores.gain(lead, None)
         sub = f"{lead}, {describe_gain(over)}" if math.isfinite(over) else lead
-        mean = "mean R-Precision" if len(scores.tasks) > 1 else "R-Precision"
+        mean = "mean R-Precision, percent" if len(scores.tasks) > 1 else "R-Precision, percent"
         tiles.append((mean, percent(scores.value(lead, None)), sub))
         gains = [scores.gain(lead, task) for task in scores.tasks]
         measured = [g for g in gains if math.isfinite(g)]
@@ -201,7 +208,7 @@ def _profiles(scores: Scores) -> str:
         lines += [
             Series(m, edge, [100 * scores.value(m, task)] * 2, colour, dashed=colour == 7) for m, colour in levels
         ]
-        axes = Axes(title=task, x_label="K", y_label="R-Precision", x_names=[m.removeprefix("k=") for m in sets])
+        axes = Axes(title=task, x_label="K", y_label="R-Precision, %", x_names=[m.removeprefix("k=") for m in sets])
         charts.append(line_chart(lines, axes))
     lead = (
         '<h3>Which granularity suits which task</h3><p class="lead">One adaptor set at a time, from coarse to fine. '
@@ -255,7 +262,11 @@ def _size_lines(items: list[Clustering]) -> str:
     lines = [Series(f"k={c.k}", range(len(c.sizes)), [100 * n / max(1, sum(c.sizes)) for n in c.sizes]) for c in items]
     note = "A point counts the clusters with at least this many images and fewer than at the next point."
     axes = Axes(
-        title="Cluster sizes", x_label="images a cluster, from", y_label="% of clusters", x_names=names, note=note
+        title="Cluster sizes",
+        x_label="images in a cluster, at least",
+        y_label="% of clusters",
+        x_names=names,
+        note=note,
     )
     return line_chart(lines, axes)
 
@@ -270,8 +281,8 @@ def _cluster_table(items: list[Clustering]) -> str:
     head = [
         "K",
         "iterations",
-        "median",
-        "largest",
+        "median size",
+        "largest size",
         "imbalance",
         "singletons",
         "empty, repaired",
@@ -295,7 +306,7 @@ def _cluster_table(items: list[Clustering]) -> str:
         for c in items
     ]
     note = (
-        '<p class="note">Median and largest are in images a cluster. Imbalance is 1 when all clusters are of one size. '
+        '<p class="note">Sizes are in images. Imbalance is 1 when all clusters are of one size. '
         "Singletons are clusters of one image. Empty clusters get a new centroid while iterating; those left at the "
         "end train nothing. Exact: rows with centroids too close for floating point, settled by exact arithmetic. "
         "Searched: distances that were computed, of all between rows and centroids; bounds excluded the others.</p>"
@@ -306,7 +317,7 @@ def _cluster_table(items: list[Clustering]) -> str:
 def _size_charts(items: list[Clustering]) -> str:
     charts = []
     for c in items[:MOST_CLUSTERINGS]:
-        axes = Axes(title=f"k={c.k}", x_label="images a cluster, from", y_label="clusters")
+        axes = Axes(title=f"k={c.k}", x_label="images in a cluster, at least", y_label="clusters")
         charts.append(bar_chart([float(n) for n in c.sizes], _size_names(len(c.sizes)), axes))
     return f'<details class="fold"><summary>Cluster sizes, one by one</summary>{grid(charts)}</details>'
 

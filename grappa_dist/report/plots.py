@@ -12,7 +12,7 @@ import numpy as np
 from grappa_dist.report.html import number, text
 
 WIDTH, HEIGHT = 380, 230
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 38
+LEFT, RIGHT, TOP, BOTTOM = 68, 12, 12, 38
 COLOURS = 8  # --c0 .. --c7; later series are dashed
 MOST_POINTS = 160  # of one line
 MOST_SERIES = 24

@@ -164,7 +164,7 @@ def _uniform_layers(entropy: list[float], decay: Sequence[float]) -> list[Senten
     low, high = (format_number(ratio, 2) for ratio in (min(ratios), max(ratios)))
     times = f"{low} times" if low == high else f"{low} to {high} times"
     where = "" if over == flat else f" (in {_layers(over)})"
-    return [("Why", f"{layers}: decay of Q and K exceeds their gradient by {times}{where}, in the median step.")]
+    return [("Why", f"{layers}: decay of Q and K is {times} their gradient{where}, in the median step.")]
 
 
 def _layers(indices: list[int]) -> str:
