@@ -27,7 +27,7 @@ from grappa_dist.data.shards import ImageShards
 from grappa_dist.data.transforms import Preprocess
 from grappa_dist.files import Sum, read_json, recorded, save_tensors, write_json, write_json_list
 from grappa_dist.inputs import shards_of
-from grappa_dist.make_shards.left_out import write_list
+from grappa_dist.make_shards.left_out import BAD_LIST, write_list
 from grappa_dist.models import Grappa
 from grappa_dist.models.spec import (
     CONFIG_FILE,
@@ -45,7 +45,6 @@ from grappa_dist.stages.gallery_weights import load_galleries, set_weights, tran
 from grappa_dist.stages.run import Run, running
 
 KEYS_FILE, NAMES_FILE, LIST_FILE = "keys.json", "names.json", "embeddings.json"
-BAD_LIST = "bad_images.csv"  # beside the list: names of images and reasons
 _OF_TRAINING = ("adapt_ranks", "compile", "collective_timeout_s", "trackers")
 _EMBED_SETTINGS = (
     *("data.max_bad_share", "embed.batch_size"),

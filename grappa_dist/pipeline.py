@@ -32,11 +32,12 @@ from grappa_dist.estimate import describe_seconds, expected
 from grappa_dist.export import export_model
 from grappa_dist.inputs import look, prepared
 from grappa_dist.layout import lay_out
+from grappa_dist.make_shards.left_out import BAD_LIST
 from grappa_dist.models.spec import build_backbone, check_ready, note_module
 from grappa_dist.models.trial import Verdict as TrialVerdict
 from grappa_dist.models.trial import describe_difference, verdict_of
 from grappa_dist.report import console_table
-from grappa_dist.report.collect import describe_bad_images, describe_labels, report
+from grappa_dist.report.collect import describe_bad_images, describe_labels, list_bad_images, report
 from grappa_dist.report.content import ScoreRow
 from grappa_dist.report.verdict import verdict_lines, why_exported, without_labels
 from grappa_dist.stages.adapt import adapt
@@ -66,6 +67,7 @@ class Finished:
     verdict: Verdict | None  # None without labelled test images
     queries: Sequence[TaskQueries]  # of each task; [] likewise
     has_test: bool
+    left_out: str  # how many images could not be used, and which file names them; "" if all could
 
     def text(self) -> str:
         """All that is printed at the end: the scores, where report and model are and, last, the verdict."""
@@ -76,7 +78,7 @@ class Finished:
             lines = verdict_lines(self.verdict, run)
         table = console_table(self.rows, has_test=self.has_test)
         places = f"report  {self.report / 'report.html'}\nmodel   {self.model}"
-        return "\n".join([table, places, *lines])
+        return "\n".join([table, places, *([self.left_out] if self.left_out else []), *lines])
 
 
 def run(config: Config, root: Path, until: str | None = None) -> Finished | None:
@@ -144,7 +146,8 @@ def _finish(context: Run, flow: Flow) -> Finished:
     folder, rows = report(context, flow, verdict)
     _log_any(console, describe_bad_images(flow, reported=True))
     _log_any(console, "" if rows else describe_labels(flow))
-    return Finished(folder, model, rows, verdict, tasks, config.has_test)
+    left_out = list_bad_images(flow, store.root / BAD_LIST)
+    return Finished(folder, model, rows, verdict, tasks, config.has_test, left_out)
 
 
 def _stages(context: Run, flow: Flow) -> Iterator[str]:

@@ -234,8 +234,12 @@ def test_a_second_run_does_nothing_but_log_the_bad_image_again(
 ) -> None:
     root, settings, _ = finished
     before, here = tiny.files_below(root), tiny.Here()
-    pipeline._run(tiny.run_in(settings, root, here))
+    done = pipeline._run(tiny.run_in(settings, root, here))
     assert here.asked == []
+    assert done is not None
+    listed = root / "bad_images.csv"
+    assert f"\nleft out  1 of 40 images could not be used: named in {listed}\n" in done.text()
+    assert 'part2-000000.tar: 000000001,"no JPEG' in listed.read_text()
     printed = capsys.readouterr().err
     assert "40 training images and no test set: 40 of them are looked at in its place; K = 4, 6" in printed
     message = "bad images, which take part in nothing: 1 of 40 training images; "

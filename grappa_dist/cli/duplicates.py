@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from grappa_dist.cli.verb import verb
-from grappa_dist.cli.with_model import embedder_of, places_of, with_model
+from grappa_dist.cli.with_model import embedder_of, list_left_out, places_of, with_model
 from grappa_dist.console import Ending
 from grappa_dist.output import printable
 
@@ -65,5 +65,6 @@ def command(
         path = Path(expanded(out, "--out"))
         write_groups(path, groups)
         print(printable(f"groups  {path}"))
-    for line in describe_bad({collection.name(row): why for row, why in collection.bad.items()}, len(collection)):
+    bad = {collection.name(row): why for row, why in collection.bad.items()}
+    for line in describe_bad(bad, len(collection), list_left_out(options, bad)):
         print(line)

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from grappa_dist.cli.verb import verb
-from grappa_dist.cli.with_model import places_of, with_model
+from grappa_dist.cli.with_model import list_left_out, places_of, with_model
 from grappa_dist.console import Ending
 
 
@@ -55,8 +55,9 @@ def command(
 
     paths = [None if path is None else Path(expanded(path, option)) for path, option in
              ((json_path, "--json"), (csv_path, "--csv"))]  # fmt: skip
-    model = expanded(options.pop("model"), "--model")
+    model = expanded(options["model"], "--model")
+    how = {name: given for name, given in options.items() if name not in ("model", "left_out")}
     other = None if against == "none" else expanded(against, "--against")
-    found = evaluate(model, places_of((*images, *more)), against=other, label_column=label_column, **options)
+    found = evaluate(model, places_of((*images, *more)), against=other, label_column=label_column, **how)
     write_results(found, *paths)
-    print(describe(found))
+    print(describe(found, list_left_out(options, found.bad)))

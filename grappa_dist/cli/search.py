@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from grappa_dist.cli.verb import verb
-from grappa_dist.cli.with_model import embedder_of, places_of, with_model
+from grappa_dist.cli.with_model import embedder_of, list_left_out, places_of, with_model
 from grappa_dist.console import Console, Ending, pluralize
 from grappa_dist.output import printable
 
@@ -56,7 +56,8 @@ def command(
     collection = open_collection(places_of(images), lambda: embedder, keep=folder)
     answers, asked = search(places_of(queries, "QUERY"), collection, embedder, k=hits)
     print(describe(answers))
-    for line in describe_bad({collection.name(row): why for row, why in collection.bad.items()}, len(collection)):
+    bad = {collection.name(row): why for row, why in collection.bad.items()}
+    for line in describe_bad(bad, len(collection), list_left_out(options, bad)):
         print(line)
     if sheet is not None:
         lost = write_sheet(sheet, answers, collection, asked)

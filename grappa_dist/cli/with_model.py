@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -30,6 +31,7 @@ def with_model(*, required: bool = True) -> Callable[[Callable[..., Any]], Calla
                 help="Import the module that a model from elsewhere names as its backbone; it is run.",
             ),
             click.option("--checkpoint", metavar="FILE", help="The weights of a backbone that --model names."),
+            click.option("--left-out", metavar="FILE", help="A CSV that names the images that could not be read."),
             click.option("--gallery", metavar="TASK", help="Of a model of the variant gallery: whose weights to use."),
             click.option(
                 "--model",
@@ -70,3 +72,19 @@ def places_of(given: tuple[str, ...], option: str = "--images") -> list[str]:
     from grappa_dist.config import expanded
 
     return [expanded(path, option) for path in given]
+
+
+def list_left_out(options: Options, bad: Mapping[str, str]) -> Path | None:
+    """Writes the CSV that --left-out asks for; its path.
+
+    Args:
+        bad: why images could not be read, by name; without any the CSV is removed.
+    """
+    from grappa_dist.config import expanded
+    from grappa_dist.make_shards.left_out import write_list
+
+    if options["left_out"] is None:
+        return None
+    path = Path(expanded(options["left_out"], "--left-out"))
+    write_list(path, list(bad.items()))
+    return path

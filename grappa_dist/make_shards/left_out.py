@@ -14,6 +14,7 @@ from grappa_dist.files import read_bytes, write_utf8
 from grappa_dist.output import printable_line
 
 FILE = "left_out.csv"
+BAD_LIST = "bad_images.csv"  # likewise, of images that are in shards and could not be read
 _REASONS, _NAMES = 8, 3  # that a message names
 _LONGEST = 60  # characters of a name in a message, its last ones
 

@@ -23,6 +23,7 @@ from grappa_dist.data.decoding import decode
 from grappa_dist.data.index import count_missing, list_missing
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.files import read_json
+from grappa_dist.make_shards.left_out import write_list
 from grappa_dist.progress import duration
 from grappa_dist.report import (
     Clustering,
@@ -48,6 +49,7 @@ from grappa_dist.stages.supervised import class_counts
 from grappa_dist.verdict import Verdict
 
 THUMBNAIL_PX = 112
+MOST_NAMED = 10_000  # bad images whose file's name is read, which takes a request on a store
 KEEP_REPORTS = 10
 MOST_DAMAGES = 20  # that the report names
 TRACKED = ("torch", "timm", "deepspeed", "ray", "webdataset", "grappa_dist")
@@ -258,9 +260,7 @@ def describe_bad_images(flow: Flow, *, reported: bool) -> str:
     Args:
         reported: whether there is a report; else only the training images have been read.
     """
-    groups = {"training": (flow.train, flow.features)}
-    if reported and _has_test(flow):
-        groups["test"] = (flow.test, flow.test_features["backbone"])
+    groups = _read(flow, reported=reported)
     unread = {name: len(bad_reasons(*group)) for name, group in groups.items()}
     missing = {name: count_missing(images.shards) for name, (images, _) in groups.items()}
     counts = [
@@ -278,6 +278,32 @@ def describe_bad_images(flow: Flow, *, reported: bool) -> str:
         those = "those that have a row," if any(missing.values()) else "them"
         where = f"features/backbone/*/bad.json list {those} with reasons"
     return f"bad images, which take part in nothing: {' and '.join(counts)}; {where}"
+
+
+def _read(flow: Flow, *, reported: bool) -> dict[str, tuple[ImageShards, tuple[Artifact, ...]]]:
+    """The images that were read, and their features by the backbone: training and, with a report, test images."""
+    groups = {"training": (flow.train, flow.features)}
+    if reported and _has_test(flow):
+        groups["test"] = (flow.test, flow.test_features["backbone"])
+    return groups
+
+
+def list_bad_images(flow: Flow, path: Path) -> str:
+    """Lists the images that could not be used in a CSV, by the names of their files; a line that says so, or ""."""
+    listed, count, total = list[tuple[str, str]](), 0, 0
+    for images, features in _read(flow, reported=True).values():
+        bad, missing = bad_reasons(images, features), count_missing(images.shards)
+        for number, (row, why) in enumerate(sorted(bad.items())):
+            name = images.name(row) if number < MOST_NAMED else ""
+            listed.append((name or f"{images.shards[images.locate(row)[0]].path}: {images.key(row)}", why))
+        listed += [
+            (f"{some.shard.path}: {some.key}", f"{pluralize(some.images, 'image')}: {some.reason}")
+            for some in list_missing(images.shards)
+        ]
+        count, total = count + len(bad) + missing, total + len(images) + missing
+    if not write_list(path, listed):
+        return ""
+    return f"left out  {count:,} of {pluralize(total, 'image')} could not be used: named in {path}"
 
 
 def describe_labels(flow: Flow) -> str:

@@ -7,8 +7,9 @@ Shapes: n images, D channels.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,17 +66,19 @@ class Embedder:
         return Embedded(found, bad)
 
 
-def describe_bad(names: dict[str, str], images: int) -> Iterator[str]:
-    """Lines that count the images which could not be read, and name them with the reason.
+def describe_bad(names: Mapping[str, str], images: int, path: Path | None = None) -> Iterator[str]:
+    """Lines that count the images which could not be read and name them with the reason, the first of very many.
 
     Args:
         names: why, by the name of the image.
         images: how many were tried.
+        path: a CSV that names all of them.
     """
     if not names:
         return
-    yield f"{len(names):,} of {pluralize(images, 'image')} could not be read and are left out:"
-    for name, why in list(names.items())[:NAMED]:
+    where = f"; named in {printable_line(str(path))}" if path else ""
+    yield f"left out: {len(names):,} of {pluralize(images, 'image')} could not be read{where}"
+    for name, why in list(names.items())[: 0 if path else NAMED]:
         yield f"  {printable_line(name)}: {printable_line(why)}"
-    if len(names) > NAMED:
-        yield f"  and {len(names) - NAMED:,} more"
+    if len(names) > NAMED and not path:
+        yield f"  and {len(names) - NAMED:,} more (--left-out FILE lists all)"

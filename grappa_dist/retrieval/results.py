@@ -22,8 +22,12 @@ from grappa_dist.verdict import caveats_on
 _HEAD = ("task", "model", "queries", "classes", "R-Precision", "95% interval", "MAP@R", "recall@1")
 
 
-def describe(found: Evaluated) -> str:
-    """Tables, what was left out, and the verdict in the last line."""
+def describe(found: Evaluated, left_out: Path | None = None) -> str:
+    """Tables, what was left out, and the verdict in the last line.
+
+    Args:
+        left_out: a CSV that names the images which could not be read.
+    """
     lines = [f"{name}: {printable_line(what)}" for name, what in found.models.items()]
     lines += [
         "leave-one-out, in percent; every query among the other images of its task",
@@ -37,7 +41,7 @@ def describe(found: Evaluated) -> str:
     lines += [
         f"note: {printable_line(line)}" for line in (*found.remarks, *caveats_on(next(iter(found.scores.values()))))
     ]
-    lines += describe_bad(dict(found.bad), found.images)
+    lines += describe_bad(found.bad, found.images, left_out)
     if found.gains:
         model, other = found.models
         than = "the backbone" if other == "backbone" else other

@@ -21,7 +21,7 @@ def test_copies_are_one_group_in_the_csv_and_embeddings_need_no_model(tmp_path: 
     lines = first.out.splitlines()
     assert lines[0].startswith("1 group of near-duplicates among 12 images; without them, 11 images are left")
     assert lines[1] == f"groups  {out}"
-    assert lines[2] == "1 of 13 images could not be read and are left out:"
+    assert lines[2] == "left out: 1 of 13 images could not be read"
     with out.open(newline="", encoding="utf-8") as file:
         found = list(csv.reader(file))
     assert [line[:2] for line in found[1:]] == [["1", "cat/0.png"], ["1", "cat/copy\n.png"]]

@@ -20,12 +20,16 @@ def test_a_folder_is_searched_and_kept_and_what_is_bad_is_named(tmp_path: Path) 
     lines = first.out.splitlines()
     assert lines[0] == "1.000  cat/2.png"
     assert len(lines) == 4
-    assert lines[2] == "1 of 12 images could not be read and are left out:"
+    assert lines[2] == "left out: 1 of 12 images could not be read"
     assert lines[3].startswith("  cat/1.png: no JPEG")
     again = called(command, "--model", model, "--images", keep, "--out", str(sheet), "-k", "2", query)
     assert again.out.splitlines()[:4] == lines
     assert again.out.splitlines()[4] == f"sheet  {sheet}"
     assert sheet.read_text().count("<figure") == 3
+    listed = tmp_path / "left_out.csv"
+    named = called(command, "--model", model, "--images", keep, "--left-out", str(listed), "-k", "1", query)
+    assert named.out.splitlines()[1:] == [f"left out: 1 of 12 images could not be read; named in {listed}"]
+    assert listed.read_text().startswith("file,reason\ncat/1.png,")
 
 
 @pytest.mark.parametrize(

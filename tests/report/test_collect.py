@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import json
 import math
 import shutil
@@ -25,6 +26,7 @@ from grappa_dist.report.collect import (
     describe_bad_images,
     graph_facts,
     job_of,
+    list_bad_images,
     median,
     neighbour_figures,
     score_rows,
@@ -193,3 +195,9 @@ def test_the_line_on_bad_images_counts_those_without_a_row_and_names_the_place_o
         )
         listed = "them" if bad in (0, 100) else "the first 100"
         assert describe_bad_images(flow, reported=True) == f"{expected}{counts}; the report lists {listed} with reasons"
+        path = root / "bad_images.csv"
+        of = counts.partition(" training")[0]
+        assert list_bad_images(flow, path) == f"left out  {of} images could not be used: named in {path}"
+        with path.open(newline="") as file:
+            lines = list(csv.reader(file))
+        assert len(lines) == 1 + int(counts.split()[0])

@@ -42,7 +42,7 @@ def test_the_text_has_every_task_of_both_models_what_is_left_out_and_the_verdict
     assert lines[10:] == [
         "2 images alone in a class: searched, but no query, as there is nothing to find",
         "note: 3 images without a label: neither query nor searched",
-        "1 of 104 images could not be read and are left out:",
+        "left out: 1 of 104 images could not be read",
         r"  x\x1b.png: empty file",
         "Better than the backbone: average is 2.0 points above the backbone in mean R-Precision over 2 tasks (95% "
         "interval +1.0 to +3.0, p < 0.001, 100 queries).",
