@@ -57,18 +57,19 @@ def settings_of_run(
     Raises:
         ValueError: there is neither a run nor images; an argument or the images cannot be used.
     """
-    if not (root / CONFIG_FILE).is_file():
+    kept = next((path for path in (root / CONFIG_FILE, *configs_of_seeds(root)) if path.is_file()), None)
+    if kept is None:
         return starting_config(images, root, test=test, split=split, backbone=backbone, overrides=overrides, log=log)
-    before = read_config(root)
+    before = read_config(kept.parent).absolute(root)
     given = [f"backbone.name={backbone}"] if backbone else []
-    config = read_config(root, [*given, *overrides])
-    if images or test or split:
-        old = before.data.train if not images else tuple(images)
-        data = divided(_as_shards(old, test), root, split=split, log=log)
+    config = read_config(kept.parent, [*given, *overrides])
+    paths = _as_shards(images or before.data.train, test)
+    if test or split or tuple(map(os.path.abspath, paths["train"])) != before.data.train:
+        data = divided(paths, root, split=split, log=log)
         config = config.model_copy(update={"data": config.data.model_copy(update=data)})
     config = _on_this_machine(config).absolute(root)
     changed = ", ".join(_changes(before, config))
-    log(f"{root / CONFIG_FILE}: goes on with these settings{f', but for {changed}' if changed else ''}")
+    log(f"{kept}: goes on with these settings{f', but for {changed}' if changed else ''}")
     return config
 
 
@@ -138,6 +139,12 @@ def _labels(rows: int, sets: int) -> list[int]:
 
 def _cpus_per_worker(cores: int) -> int:
     return max(1, cores // MOST_WORKERS)
+
+
+def configs_of_seeds(root: Path) -> list[Path]:
+    """The settings of each run in a folder of runs that differ in their seed, by seed."""
+    found = [path for path in root.glob(f"seed-*/{CONFIG_FILE}") if path.parent.name[5:].isdecimal()]
+    return sorted(found, key=lambda path: int(path.parent.name[5:]))
 
 
 def _on_this_machine(config: Config) -> Config:

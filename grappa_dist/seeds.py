@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from grappa_dist.artifacts import Artifact, Store
-from grappa_dist.config import Config
+from grappa_dist.config import CONFIG_FILE, Config
 from grappa_dist.data.open_images import generated_artifacts, is_generated, open_images
+from grappa_dist.defaults import configs_of_seeds
 from grappa_dist.files import make_folder, remove_folder, rename, write_json
 from grappa_dist.inputs import look
 from grappa_dist.layout import lay_out
@@ -54,6 +55,11 @@ def parse_seeds(text: str) -> list[int]:
     if len(seeds) < len(parts) or len(set(seeds)) < len(seeds):
         raise ValueError(f"--seeds {text}: expected different whole numbers with commas between, such as 0,1,2")
     return seeds
+
+
+def seeds_of(root: Path) -> list[int]:
+    """The seeds of an earlier call, if the folder is that of several runs."""
+    return [] if (root / CONFIG_FILE).exists() else [int(path.parent.name[5:]) for path in configs_of_seeds(root)]
 
 
 def run_seeds(config: Config, root: Path, seeds: Sequence[int], until: str | None = None) -> FinishedSeeds | None:

@@ -15,6 +15,7 @@ from grappa_dist import defaults
 from grappa_dist.config import CONFIG_FILE, Config
 from grappa_dist.defaults import as_overrides, settings_of_run, starting_config
 from grappa_dist.inputs import look
+from grappa_dist.seeds import seeds_of
 from tests.stages import tiny
 
 VIT = "tests.models.tiny:create"
@@ -189,6 +190,8 @@ def test_a_run_goes_on_with_its_settings_but_for_those_that_are_given_again(
     changed = settings_of_run([], root, split="none", overrides=["seed=4"], log=lines.append)
     assert (changed.seed, changed.data.test, changed.adapt.epochs) == (4, (), 9)
     assert lines[-1].endswith("goes on with these settings, but for seed, data.split")
+    keep(changed, root)
+    assert settings_of_run([photos], root).data.split == "none"  # as it was asked for before
     others = flat(tmp_path / "others")
     assert settings_of_run([others], root, log=lines.append).data.train == (others,)
     assert re.search(r"but for data\.train, data\.split$", lines[-1])
@@ -211,3 +214,16 @@ def test_settings_of_python_become_those_of_the_command() -> None:
     assert as_overrides(given) == expected
     with pytest.raises(ValueError, match=r"^seed=<object .*>: expected a number, a text, a list or None"):
         as_overrides({"seed": object()})
+
+
+def test_runs_of_several_seeds_go_on_with_the_settings_of_the_first(tmp_path: Path) -> None:
+    root, photos = tmp_path / "run", flat(tmp_path / "photos")
+    for seed in (10, 2):
+        config = settings_of_run([photos], root, overrides=[f"seed={seed}", "adapt.epochs=9"])
+        (root / f"seed-{seed}").mkdir(parents=True)
+        keep(config, root / f"seed-{seed}")
+    assert seeds_of(root) == [2, 10]
+    found = settings_of_run([], root)
+    assert (found.adapt.epochs, found.seed, found.out) == (9, 2, str(root))
+    keep(found, root)
+    assert seeds_of(root) == []

@@ -25,6 +25,7 @@ SPLITS = ("test", "none", "classes", "folders")  # of defaults.py, which takes s
         "grappa-dist run photos/ --out runs/mine",
         "grappa-dist run photos/ --test labelled/ --out runs/mine adapt.epochs=4",
         "grappa-dist run --out runs/mine                  # goes on with that run",
+        "grappa-dist run photos/ --out runs/mine --seeds 0,1,2",
         "grappa-dist run --config mine.yaml --out runs/mine",
     ],
 )
@@ -41,15 +42,20 @@ SPLITS = ("test", "none", "classes", "folders")  # of defaults.py, which takes s
 @click.option("--config", metavar="FILE", help="A YAML file with all settings, in place of images and defaults.")
 @click.option("--dry-run", is_flag=True, help="Print the plan, and what it takes; write nothing.")
 @click.option("--until", type=OneOf(STAGES), help="End after this stage, without a report.")
+@click.option("--seeds", metavar="0,1,2", help="A run for each, in DIR/seed-<seed>, and a verdict over all.")
 @click.option("--quiet", is_flag=True, help="Show warnings, errors and the end only.")
 @click.option("--json", is_flag=True, help="Show an object a line on stdout, as in events.jsonl.")
-def command(ending: Ending, given: tuple[str, ...], dry_run: bool, until: str | None, **options: Any) -> None:
+def command(
+    ending: Ending, given: tuple[str, ...], dry_run: bool, until: str | None, seeds: str | None, **options: Any
+) -> None:
     """Adapts a model to images: a folder, shards, or a list. Called again, it goes on or reuses what is there.
 
     The settings suit the number of images and this machine, and are kept in the run directory. Any other is given as
     section.key=value.
     """
     choose_mode(quiet=options.pop("quiet"), json=options.pop("json"))
+    if seeds and dry_run:
+        raise click.UsageError("--seeds: the plan of each run is that of one; leave it out, or leave out --dry-run")
     config, root = _settings(given, **options)
     if dry_run:
         from grappa_dist.plan import plan
@@ -57,9 +63,11 @@ def command(ending: Ending, given: tuple[str, ...], dry_run: bool, until: str | 
         print(printable(plan(config, root, measured=True)))
         return
     from grappa_dist.pipeline import run
+    from grappa_dist.seeds import parse_seeds, run_seeds, seeds_of
 
     ending.log_dir = root
-    finished = run(config, root, until)
+    several = parse_seeds(seeds) if seeds else seeds_of(root)
+    finished = run_seeds(config, root, several, until) if several else run(config, root, until)
     if finished is None:
         print(f"done up to {until}; the same command without --until goes on")
     else:

@@ -345,7 +345,8 @@ def check_weights(name: str, *, download: bool = True) -> bool:
     if download and not cached and not _is_hub_reachable():
         raise ValueError(
             f"the weights of backbone.name={name} are not in the local cache and their hub cannot be reached; "
-            "download them elsewhere and set backbone.checkpoint=FILE.safetensors"
+            "download them elsewhere and set backbone.checkpoint=FILE.safetensors, or name another backbone "
+            "(backbone.name=timm:<model> or <module>:<function>)"
         )
     return cached
 

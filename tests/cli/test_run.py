@@ -57,6 +57,23 @@ def test_a_run_directory_alone_goes_on_and_a_config_is_taken_as_it_is(asked: Ask
     assert second == config.model_copy(update={"seed": 5})
 
 
+def test_several_seeds_are_run_as_asked_for_or_as_they_were_begun(
+    asked: Asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = list[list[int]]()
+
+    def run_seeds(config: Config, root: Path, seeds: list[int], until: str | None) -> None:
+        seen.append(seeds)
+
+    monkeypatch.setattr("grappa_dist.seeds.run_seeds", run_seeds)
+    photos = flat(tmp_path / "photos")
+    called(command, photos, *VIT, "--out", "mine", "--seeds", "3,1", "--until", "embed")
+    (tmp_path / "mine" / "seed-1").mkdir(parents=True)
+    keep(tiny.config([photos]), tmp_path / "mine" / "seed-1")
+    called(command, "--out", "mine", "--until", "embed")
+    assert (seen, asked) == ([[3, 1], [1]], [])
+
+
 def test_a_dry_run_prints_the_plan_and_writes_nothing(
     asked: Asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -80,6 +97,8 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(
         (("photos", "adapt.epoch=3"), "unknown key adapt.epoch; did you mean 'epochs'?"),
         (("photos", "--quiet", "--json"), "--quiet and --json: expected one of them"),
         (("nowhere",), "nothing at nowhere"),
+        (("photos", "--seeds", "1,1"), "--seeds 1,1: expected different whole numbers"),
+        (("photos", "--seeds", "1,2", "--dry-run"), "leave out --dry-run"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_in_a_line(
