@@ -118,7 +118,7 @@ def page(content: ReportContent) -> str:
     """The whole page as HTML."""
     images = Images()  # of all sections, so that each image is stored once
     sections = [
-        ("verdict", "The verdict", verdict_section(content.verdict)),
+        ("verdict", "The verdict", _verdict(content)),
         ("scores", "Retrieval scores", headline_section(content)),
         ("galleries", "Galleries", gallery_section(content, images)),
         ("attention", "Attention", attention_section(content)),
@@ -146,6 +146,12 @@ def page(content: ReportContent) -> str:
         "<p>One image-search model for many tasks, adapted without labels.</p></div></header>"
         f'<nav aria-label="Sections">{links}</nav><main>{aside}{body}{images.definitions()}</main></body></html>\n'
     )
+
+
+def _verdict(content: ReportContent) -> str:
+    if content.rows and content.verdict is None:
+        return ""
+    return verdict_section(content.verdict, has_test=content.has_test)
 
 
 def headline_section(content: ReportContent) -> str:

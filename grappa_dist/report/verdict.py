@@ -18,6 +18,7 @@ SEEDS_CAVEAT = "one seed was run: how much another seed changes is not in the in
 MOST_WANTED = 100_000  # queries; a difference that needs more is too small to look for
 MOST_TASKS = 12  # lines
 MOST_DRAWN = 24  # tasks
+_RUN = "<run directory>"  # in the commands of a page, which does not say where its run lies
 TRY_MORE = "more training images, other clustering.num_labels, or more adapt.epochs"
 
 
@@ -102,7 +103,7 @@ def _tell(verdict: Verdict) -> str:
     wanted = queries * (wide / mean.gain) ** 2 if round(100 * mean.gain, 1) else math.inf
     if wanted > MOST_WANTED:
         return f"nothing to gain here, it seems; else {TRY_MORE}"
-    size = 10 ** max(1, len(str(round(wanted))) - 1)
+    size = 10 ** max(1, len(str(round(wanted))) - 2)
     number = f"{math.ceil(max(wanted, queries + 1) / size) * size:,}"
     return f"some {number} labelled test images (now {queries:,}) would tell a difference of this size; else {TRY_MORE}"
 
@@ -126,20 +127,25 @@ def _queries(verdict: Verdict) -> str:
     return f", on the queries that took no part in choosing it ({queries} did)"
 
 
-def verdict_section(verdict: Verdict | None) -> str:
-    """The conclusion, the gains with their intervals as a picture, and what these do not say; "" without labels."""
+def verdict_section(verdict: Verdict | None, *, has_test: bool) -> str:
+    """The conclusion, the gains with their intervals as a picture, and what these do not say; or what is not known."""
     if verdict is None:
-        return ""
+        lines = without_labels(_RUN, has_test=has_test)
+        return "".join(f'<p class="verdict">{text(line, 1000)}</p>' for line in lines)
     rows = [verdict.mean, *verdict.tasks] if len(verdict.tasks) > 1 else list(verdict.tasks)
     shown = [_interval(row, len(verdict.tasks)) for row in rows[: MOST_DRAWN + 1]]
     hidden = len(rows) - len(shown)
     note = "A dot is the gain, its line the 95% bootstrap interval over queries; the line at 0 is the backbone."
     note += f" {hidden} more tasks are in metrics.json." if hidden else ""
     axes = Axes(title=f"{verdict.compared} against the backbone", x_label="points of R-Precision", note=note)
-    items = "".join(f"<li>{text(line, 1000)}</li>" for line in [_queries_note(verdict), *caveats(verdict)] if line)
+    notes = [
+        line[0].upper() + line[1:].rstrip(".") + "." for line in (_queries_note(verdict), *caveats(verdict)) if line
+    ]
+    items = "".join(f"<li>{text(line, 1000)}</li>" for line in notes)
+    found, _, following = conclusion(verdict, _RUN).partition(" Next: ")
     return (
-        f'<p class="verdict">{text(conclusion(verdict, "<run directory>"), 1000)}</p>'
-        f'{forest_plot(shown, axes)}<ul class="reading">{items}</ul>'
+        f'<p class="verdict"><b>{text(found, 1000)}</b></p><p class="verdict">Next: {text(following, 1000)}.</p>'
+        f'<div class="charts few">{forest_plot(shown, axes)}<ul class="reading">{items}</ul></div>'
     )
 
 

@@ -63,7 +63,7 @@ def test_a_worse_model_is_called_worse_and_not_shown_is_not_better() -> None:
     assert "evaluate.export=backbone" in worse
     unsure = conclusion(verdict(0.002, half_width=0.004), "runs/mine")
     assert unsure.startswith("Not shown to be better than the backbone: k=64 is 0.2 points above the backbone")
-    assert "some 7,000 labelled test images (now 1,610) would tell" in unsure  # 1,610 * (0.4 / 0.2) ** 2 = 6,440
+    assert "some 6,500 labelled test images (now 1,610) would tell" in unsure  # 1,610 * (0.4 / 0.2) ** 2 = 6,440
     assert "would tell" not in conclusion(verdict(0.0), "runs/mine")
 
 
@@ -115,7 +115,12 @@ def test_the_page_opens_with_the_verdict_and_draws_every_gain(tmp_path: Path) ->
     assert re.findall(r'end"[^>]*>([^<]*)</text>', section) == ["−1.2", "−0.2", "−2.2"]
     assert "810 queries chose among 2 models; the other 800" in section
     assert json.loads((tmp_path / "metrics.json").read_text())["verdict"] == json.loads(json.dumps(as_json(found)))
-    assert verdict_section(None) == ""
+
+
+def test_without_labels_the_page_opens_with_what_is_not_known() -> None:
+    section = verdict_section(None, has_test=False)
+    assert "Not known: whether this model is better than the backbone" in section
+    assert "grappa-dist evaluate --model &lt;run directory&gt;" in section
 
 
 def test_the_metrics_have_what_the_documents_list() -> None:
