@@ -37,7 +37,8 @@ from grappa_dist.training.memory import LAYERS_AT_WORK, image_bytes, micro_batch
 
 # Seconds that hardly depend on the sizes, on a CPU core: Ray and its workers until the first task; a job until its
 # first step, with its checkpoints; an iteration of k-means beside its products; a model's scores; the report.
-START_S, JOB_S, ITERATION_S, SCORE_S, REPORT_S = 14.0, 3.0, 0.03, 0.5, 4.0
+START_S, JOB_S, ITERATION_S, SCORE_S, REPORT_S = 14.0, 2.0, 0.02, 0.3, 1.0
+PLAIN_FLOPS = 4e10  # of a CPU core for which that holds; slower or busy ones take longer for all of it
 COMPUTED = 0.31  # of the pairs of a k-means; bounds spare the others (docs/scale.md)
 SEEDED = 2.5  # pairs of first centroids, in n K
 PASSES = 6  # products of a layer and an image in a step: forward, and two backward; two operations each
@@ -148,17 +149,17 @@ class Estimator:
         """By stage as a run names it, in the order in which its parts come; the start of the workers is one of them."""
         work = self.work
         if work.is_nothing:
-            return {"report": [REPORT_S]} if work.reports else {}
+            return {"report": [self._fixed(REPORT_S)]} if work.reports else {}
         embeds = [(BACKBONE, work.embedded), *work.tested.items()]
         found = {
-            "start": [START_S],
+            "start": [self._fixed(START_S)],
             "shards": [SHARDED_S * work.sharded],
             "embed": [self._embed(shards, self._forward_s(model)) for model, shards in embeds if shards],
             "pseudo_label": [sum(map(self._cluster, work.labels))],
             "adapt": [self._adapt()],
             "fuse": list(map(self._fuse, work.fusions)),
             "evaluate": [self._evaluate()],
-            "report": [REPORT_S],
+            "report": [self._fixed(REPORT_S)],
         }
         return {stage: seconds for stage, seconds in found.items() if any(seconds)}
 
@@ -167,6 +168,10 @@ class Estimator:
         """W; where only a cluster knows it, those of this machine."""
         found = known_workers(self.config.resources)
         return found or max(1, torch.cuda.device_count() if may_have_gpus(self.config.resources) else 1)
+
+    def _fixed(self, seconds: float) -> float:
+        """What takes so long on a plain core, here."""
+        return seconds * max(1.0, PLAIN_FLOPS / self.rates.flops)
 
     def _embed(self, shards: Sequence[int], forward_s: float) -> float:
         return makespan((self._shard_s(rows, forward_s) for rows in shards), self.workers)
@@ -182,7 +187,7 @@ class Estimator:
         name = choose_method(settings, k, self.work.rows).name
         pairs = COMPUTED * fit_pairs(name, settings, k, self.work.rows) + SEEDED * self.work.rows * k
         products_s = 2 * self.dim * pairs / (self.rates.flops * ranks)
-        return settings.restarts * (products_s + settings.iterations * ITERATION_S)
+        return settings.restarts * (products_s + settings.iterations * self._fixed(ITERATION_S))
 
     def _adapt(self) -> float:
         adapt, ranks = self.config.adapt, ranks_of(self.config.resources, self.workers)
@@ -201,7 +206,7 @@ class Estimator:
         classes = adapt.sampled_classes * sum(sets)
         class_s = 2 * CLASSIFIER_PRODUCTS * rows * classes * self.dim / self.rates.flops
         step_s = self.rates.weight_s * 3 * self.dim * classes * steps_per_epoch(rows, adapt.global_batch)
-        return JOB_S + adapt.epochs * (rows * image_s + class_s + step_s) / ranks
+        return self._fixed(JOB_S) + adapt.epochs * (rows * image_s + class_s + step_s) / ranks
 
     def _fuse(self, name: str) -> float:
         fuse, variant, rows = self.config.fuse, Variant.parse(name), self.work.rows
@@ -216,7 +221,7 @@ class Estimator:
             features_s = rows * self.rates.image_s(self.rates.decode_s, self.rates.adapted_s)
             graph_s = features_s + 2 * self.dim * rows**2 / self.rates.flops
             seconds += (fuse.epochs if fuse.refresh else 1) * graph_s / self.workers
-        return JOB_S + seconds
+        return self._fixed(JOB_S) + seconds
 
     def projector_s(self) -> float:
         """Of a step: products with its weights and of the correlation matrix, and the update of the weights."""
@@ -241,7 +246,7 @@ class Estimator:
         rows, rates = self.work.test_rows, self.rates
         queries = min(self.config.evaluate.view_queries, rows)
         views_s = queries * rates.image_s(rates.augment_s, rates.adapted_s)
-        score_s = SCORE_S + views_s + 2 * self.dim * rows**2 / rates.flops
+        score_s = self._fixed(SCORE_S) + views_s + 2 * self.dim * rows**2 / rates.flops
         return makespan([score_s] * self.work.scored, self.workers)
 
 

@@ -27,7 +27,7 @@ RATES = Rates(
     shared_s=0.05,
     set_s=0.15,
     fused_s=0.3,
-    flops=1e10,
+    flops=4e10,
     weight_s=1e-8,
     channels=16,
     on_gpu=False,
@@ -70,7 +70,7 @@ def test_seconds_follow_from_images_sets_epochs_and_workers() -> None:
     pairs, graphs = 3 * 2 * 1000 * 0.32 / 2, 3 * 1000 * 0.15 / 2
     assert stages["fuse"] == pytest.approx(pairs + graphs, rel=0.05)
     models = 1000 / 2 * (2 * (0.01 + 0.12) + 2 * (0.01 + 0.14))  # the backbone's features are there
-    assert stages["evaluate"] == pytest.approx(models + 3 * (0.5 + 100 * 0.16), rel=0.05)  # five models, two at once
+    assert stages["evaluate"] == pytest.approx(models + 3 * (0.3 + 100 * 0.16), rel=0.05)  # five models, two at once
     together = ahead(settings(adapt={"sets_per_job": 2})).stages()["adapt"]
     assert together == pytest.approx(2 * 1000 * (0.02 + 0.05 + 2 * 0.15), rel=0.05)
     assert ahead(settings(resources={"workers": 1})).stages()["embed"] == pytest.approx(1000 * 0.11)
@@ -93,7 +93,7 @@ def test_on_a_gpu_decoding_runs_beside_the_rest() -> None:
 def test_a_projector_costs_products_and_an_update_of_its_weights() -> None:
     narrow, wide = (ahead(settings(fuse={"projector": (w, w, w), "global_batch": 256})) for w in (64, 1024))
     weights = 16 * 1024 + 2 * 1024**2
-    expected = (12 * 128 * weights + 6 * 128 * 1024**2) / 1e10 + 1e-8 * (weights + 1024**2 / 2)
+    expected = (12 * 128 * weights + 6 * 128 * 1024**2) / 4e10 + 1e-8 * (weights + 1024**2 / 2)
     assert wide.projector_s() == pytest.approx(expected)
     assert narrow.projector_s() < expected / 50
 
@@ -116,10 +116,15 @@ def test_what_is_there_takes_no_time(tmp_path: Path) -> None:
     assert describe_seconds(Estimator(config, done, RATES, 16)) == ("nothing is left to be made", "")
 
 
+def test_a_slow_or_busy_core_takes_longer_for_what_does_not_depend_on_the_sizes() -> None:
+    plain, busy = (ahead(settings(), rates=replace(RATES, flops=flops)).stages()["start"] for flops in (9e10, 1e10))
+    assert (plain, busy) == (estimate.START_S, 4 * estimate.START_S)
+
+
 def test_the_setting_that_dominates_is_named_with_a_cheaper_value() -> None:
     wide = {"projector": (8192, 8192, 8192), "global_batch": 256}
     small = {name: getattr(RATES, name) / 100 for name in ("forward_s", "adapted_s", "shared_s", "set_s", "fused_s")}
-    fast = replace(RATES, decode_s=1e-4, augment_s=2e-4, **small)
+    fast = replace(RATES, flops=1e10, decode_s=1e-4, augment_s=2e-4, **small)
     text = dominating(ahead(settings(fuse=wide), rates=fast))
     assert text.startswith("warning: fuse.projector=[8192, 8192, 8192] takes ")
     assert "with fuse.projector=[1024, 1024, 1024] the run takes about" in text
