@@ -19,10 +19,11 @@ from grappa_dist.console import pluralize
 from grappa_dist.inputs.growing import Growing, count_rows
 from grappa_dist.inputs.images import Images, images_of
 from grappa_dist.inputs.kinds import kind_of
-from grappa_dist.make_shards.collection import SPLITS
+from grappa_dist.make_shards.collection import CLASSES_FILE, SPLITS, describe_classes
 from grappa_dist.make_shards.left_out import FILE as LIST_FILE
 from grappa_dist.make_shards.left_out import LeftOut, described, joined, write_list
 from grappa_dist.make_shards.progress import Log
+from grappa_dist.make_shards.sources import Item
 
 SHARDS_DIR = "shards"  # below a run directory
 _FOLDER = re.compile(r".+-(train|test)-[0-9a-f]{10}(\.removed)?")  # of the shards of an entry
@@ -69,6 +70,9 @@ class Inputs:
         """How many images there are, by train and test; reads the indexes of what are shards already."""
         return {side: self._size(getattr(self, side)) for side in SPLITS}
 
+    def _items(self, entries: Sequence[Entry]) -> list[Item]:
+        return [item for entry in entries if entry.growing is not None for item in entry.growing.items]
+
     def _size(self, entries: Sequence[Entry]) -> int:
         images = sum(len(entry.growing.items) for entry in entries if entry.growing is not None)
         return images + count_rows([entry.name for entry in entries if entry.growing is None], self.root / "index")
@@ -101,8 +105,12 @@ class Inputs:
     def make(self, log: Log) -> Config:
         """The settings with shards as their data; makes those that are missing."""
         made = self._with([entry.make(log) for entry in self.train], [entry.make(log) for entry in self.test])
+        list_left_out(self.root, (*self.train, *self.test), log)
         if self.folders:
-            list_left_out(self.root, (*self.train, *self.test), log)
+            for line in describe_classes(
+                {side: self._items(getattr(self, side)) for side in SPLITS}, self.root / CLASSES_FILE
+            ):
+                log(line)
         return made
 
     def _with(self, train: Sequence[tuple[str, ...]], test: Sequence[tuple[str, ...]]) -> Config:

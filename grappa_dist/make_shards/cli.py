@@ -98,7 +98,7 @@ def _add_images(group: argparse._ArgumentGroup) -> None:
         metavar="FILE",
         help="columns file, fine (label) and dataset (task); one for each --images, or none at all",
     )
-    group.add_argument("--label-column", metavar="NAME", help="default: fine")
+    group.add_argument("--label-column", metavar="NAME", help="default: fine; '' where there are no labels")
     group.add_argument("--task-column", metavar="NAME", help="default: dataset")
     group.add_argument(
         "--task", metavar="NAME", help="one task for all images; default: the column, or the folder's name"
@@ -164,7 +164,7 @@ def _make(args: argparse.Namespace, terminal: Terminal) -> str:
     """Table of what was written."""
     cfg = CollectionConfig(
         label_column=args.label_column,
-        task_column=args.task_column or "dataset",
+        task_column=args.task_column,
         task=args.task,
         split="column" if args.benchmark else args.split,
         image_size=args.image_size,

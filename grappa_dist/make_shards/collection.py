@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar, get_args
@@ -15,7 +15,7 @@ from grappa_dist.data.rng import Purpose, permutation
 from grappa_dist.make_shards.building import Building, bad_files, bad_reasons, build
 from grappa_dist.make_shards.class_folders import Part, folder_items, part_of, sides_of, task_name
 from grappa_dist.make_shards.left_out import FILE as LIST_FILE
-from grappa_dist.make_shards.left_out import LeftOut, described, joined, write_list
+from grappa_dist.make_shards.left_out import LeftOut, described, joined, write_list, write_table
 from grappa_dist.make_shards.lists import Columns, csv_items
 from grappa_dist.make_shards.planning import Limits, plan_folder, prefixes_of
 from grappa_dist.make_shards.progress import Log, Progress, align
@@ -24,6 +24,8 @@ from grappa_dist.progress import duration
 
 Split = Literal["classes", "folders", "column", "none", "test"]
 SPLITS = ("train", "test")
+CLASSES_FILE = "classes.csv"
+_SHOWN_CLASSES = 5
 Row = TypeVar("Row")
 
 
@@ -31,8 +33,8 @@ Row = TypeVar("Row")
 class CollectionConfig:
     """How images become shards."""
 
-    label_column: str | None = None  # None: "fine", which may be absent where no label is needed
-    task_column: str = "dataset"
+    label_column: str | None = None  # None: "fine", which may be absent if split is none or test; "": no labels
+    task_column: str | None = None  # None: "dataset"
     task: str | None = None  # one name for all images of every pair
     split: Split | None = None  # None: folders where there are such, else classes
     image_size: int | None = None  # shorter side of what is larger; None copies the files as they are
@@ -47,6 +49,10 @@ class CollectionConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.label_column == "" and self.split in ("classes", None):
+            raise ValueError("label_column is empty, but classes are divided by labels; expected another split")
+        if self.task_column is not None and self.task is not None:
+            raise ValueError(f"task_column={self.task_column} and task={self.task}; expected one of them")
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0, got {self.seed}")
 
@@ -122,7 +128,8 @@ def write_items(
         if splits[split]
     ]
     buildings = build(plans, work.workers, log=work.log, progress=work.progress)
-    for line in [*summary(buildings, left_out), *_listed(out, buildings, left_out)]:
+    lines = [*summary(buildings, left_out), *_listed(out, buildings, left_out)]
+    for line in [*lines, *describe_classes(splits, out / CLASSES_FILE)]:
         work.log(line)
     work.log(f"took {duration(time.monotonic() - began)}")
     return table(splits)
@@ -208,12 +215,15 @@ def summary(buildings: Sequence[Building], left_out: LeftOut) -> list[str]:
 
 
 def _items(sources: Sequence[tuple[str | None, Source]], cfg: CollectionConfig, log: Log) -> list[Item]:
+    if all(csv is None for csv, _ in sources) and (option := cfg.label_column or cfg.task_column):
+        raise ValueError(f"{option}: a column, and there is no CSV to have it; expected --csv, or neither column")
     columns = Columns(
-        label=cfg.label_column or "fine",
+        label=None if cfg.label_column == "" else cfg.label_column or "fine",
         label_required=cfg.split in ("classes", None),
-        label_named=cfg.label_column is not None,
-        task=cfg.task_column,
+        label_named=cfg.label_column is not None or cfg.split == "column",
+        task=cfg.task_column or "dataset",
         split="split" if cfg.split == "column" else None,
+        hint=" (--label-column names another; --label-column '' says that there are no labels)",
         task_name=cfg.task,
     )
     items: list[Item] = []
@@ -260,6 +270,23 @@ def _part_of(item: Item) -> Part:
     if part is None:
         raise ValueError(f"{item.where}: split is {item.split!r}; expected train, val, valid, validation or test")
     return part
+
+
+def describe_classes(splits: Mapping[str, Sequence[Item]], path: Path) -> list[str]:
+    """Which classes train and which test, as lines with the first names; where not all are shown, a CSV has them."""
+    found = {side: Counter((item.task, item.label) for item in items if item.label) for side, items in splits.items()}
+    several = len({task for classes in found.values() for task, _ in classes}) > 1
+    lines, rows = list[str](), list[tuple[str, ...]]()
+    for side, classes in found.items():
+        names = sorted((task, str(label)) for task, label in classes)
+        shown = ", ".join(f"{task}: {label}" if several else label for task, label in names[:_SHOWN_CLASSES])
+        more = ", ..." if len(names) > _SHOWN_CLASSES else ""
+        lines += [f"classes that {side}: {len(names):,} ({shown}{more})"] if names else []
+        rows += [(side, task, label, str(classes[task, label])) for task, label in names]
+    if any(len(classes) > _SHOWN_CLASSES for classes in found.values()):
+        write_table(path, ("side", "task", "class", "images"), rows)
+        lines.append(f"all classes: {path}")
+    return lines
 
 
 def table(splits: dict[str, list[Item]]) -> str:

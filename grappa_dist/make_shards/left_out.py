@@ -70,11 +70,16 @@ def write_list(path: Path, files: Sequence[tuple[str, str]]) -> bool:
     if not files:
         path.unlink(missing_ok=True)
         return False
+    write_table(path, ("file", "reason"), [(name, printable_line(reason)) for name, reason in files])
+    return True
+
+
+def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Writes a CSV, unless it is there with this content."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("file", "reason"))
-    writer.writerows((name, printable_line(reason)) for name, reason in files)
+    writer.writerow(columns)
+    writer.writerows(rows)
     content = text.getvalue()
     if not path.is_file() or read_bytes(path) != content.encode("utf-8", "surrogateescape"):
         write_utf8(path, content)
-    return True

@@ -34,6 +34,7 @@ class Columns:
     label_named: bool = False  # by the user, or needed: it must be there, and name a label in some row
     task: str = "dataset"
     split: str | None = None
+    hint: str = ""  # for messages: how to name another label
     task_name: str | None = None  # one task for all rows, instead of the column
 
 
@@ -212,7 +213,8 @@ def _needed(path: str, has: Sequence[str], columns: Columns) -> list[str]:
         *([columns.label] if columns.label and (columns.label_required or columns.label_named) else []),
     ):
         if column not in has:
-            raise ValueError(f"{path}: no column {column!r}; it has {', '.join(has) or 'none'}")
+            others = columns.hint if column == columns.label else ""
+            raise ValueError(f"{path}: no column {column!r}; it has {', '.join(has) or 'none'}{others}")
     for column in (*needed, columns.label or ""):
         if has.count(column) > 1:
             raise ValueError(f"{path}: {has.count(column)} columns are called {column!r}; expected one")
