@@ -116,16 +116,10 @@ def write_items(
     for split in SPLITS:
         if not splits[split] and (out / split).exists():
             raise ValueError(f"{out / split}: exists, but these images have no {split} part; choose another folder")
+    ordered = {split: in_order(splits[split], split, cfg.seed) for split in SPLITS if splits[split]}
     plans = [
-        plan_folder(
-            (out / split).absolute(),
-            in_order(splits[split], split, cfg.seed),
-            cfg.limits,
-            cfg.image_size,
-            prefixes=prefixes,
-        )
-        for split in SPLITS
-        if splits[split]
+        plan_folder((out / split).absolute(), rows, cfg.limits, cfg.image_size, prefixes=prefixes)
+        for split, rows in ordered.items()
     ]
     buildings = build(plans, work.workers, log=work.log, progress=work.progress)
     lines = [*summary(buildings, left_out), *_listed(out, buildings, left_out)]

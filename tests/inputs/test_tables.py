@@ -150,7 +150,7 @@ def test_damaged_files_and_names_that_lead_elsewhere_are_refused(tmp_path: Path)
 
 
 def test_rows_may_be_read_in_any_order_by_several_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(growing, "IMAGES_PER_SHARD", 7)
+    monkeypatch.setattr(growing, "images_per_shard", lambda count: 7)
     path = write_parquet(tmp_path / "a.parquet", table(50), row_group_size=20)
     from grappa_dist.inputs.tables import Table
 
