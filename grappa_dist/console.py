@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from grappa_dist.extras import MissingPackage, explained
 from grappa_dist.output import is_live, mode, printable, printable_line, unprinted, without_secrets
@@ -283,7 +283,8 @@ class Console:
             self._bars.close()
         for file in (self._events, self._log_file):
             if file:
-                file.close()
+                with contextlib.suppress(OSError):  # a full disk has been an error when it was written to
+                    file.close()
 
     def expect(self, seconds: Mapping[str, Sequence[float]]) -> None:
         """Takes how long the stages to come are expected to take, each part of them, for the time left of the run."""
@@ -390,9 +391,29 @@ class Console:
         return Counter(sizes, lambda status: self.jobs({job: status}), unit, self._clock)
 
 
-def print_result(text: str, **figures: Any) -> None:
-    """Prints what a run has come to on standard output; with --json as an event with these figures, too."""
-    print(event_line("result", text=text, **figures) if mode() == "json" else printable(text), flush=mode() == "json")
+class Outcome(Protocol):
+    """What a run has come to."""
+
+    def text(self) -> str:
+        """All that is printed at the end."""
+        ...
+
+    def figures(self) -> dict[str, Any]:
+        """The same for programs."""
+        ...
+
+
+def print_end(found: Outcome | None, until: str | None = None) -> None:
+    """Prints what a run has come to on standard output; with --json as an event with its figures, too.
+
+    Args:
+        until: the stage that it was to end after, where nothing is found.
+    """
+    text = f"done up to {until}; the same command without --until goes on" if found is None else found.text()
+    if mode() == "json":
+        print(event_line("result", text=text, **({"until": until} if found is None else found.figures())), flush=True)
+    else:
+        print(printable(text))
 
 
 def pluralize(count: int, one: str, many: str | None = None) -> str:

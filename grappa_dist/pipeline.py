@@ -7,9 +7,10 @@ what would be made.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from grappa_dist.artifacts import CONTENT_BYTES, Artifact, RowArrays, Store, label_rows, look_at
 from grappa_dist.checksums import MANIFEST
@@ -79,6 +80,11 @@ class Finished:
         table = console_table(self.rows, has_test=self.has_test)
         places = f"report  {self.report / 'report.html'}\nmodel   {self.model}"
         return "\n".join([table, places, *([self.left_out] if self.left_out else []), *lines])
+
+    def figures(self) -> dict[str, Any]:
+        """The same for programs; the table is in metrics.json beside the report."""
+        verdict = None if self.verdict is None else asdict(self.verdict)
+        return {"report": str(self.report / "report.html"), "model": str(self.model), "verdict": verdict}
 
 
 def run(config: Config, root: Path, until: str | None = None) -> Finished | None:
@@ -191,11 +197,7 @@ def _expect(context: Run, flow: Flow) -> str:
     estimator = expected(context.config, context.store.root, flow)
     if estimator is None:
         return ""
-    to_come = estimator.parts()
-    start_s = sum(to_come.pop("start", []))  # no stage of its own, but part of the first that comes
-    for parts in [*to_come.values()][:1]:
-        parts[0] += start_s
-    context.console.expect(to_come)
+    context.console.expect(estimator.parts())
     return ": ".join(filter(None, describe_seconds(estimator)))
 
 

@@ -6,8 +6,9 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from grappa_dist.artifacts import Artifact, Store
 from grappa_dist.config import CONFIG_FILE, Config
@@ -42,6 +43,12 @@ class FinishedSeeds:
             return "\n".join([*places, *without_labels(str(self.root), has_test=first.has_test)])
         table = seeds_table({seed: one.rows for seed, one in self.runs.items()})
         return "\n".join([table, "", *places, *seeds_lines(self.verdict)])
+
+    def figures(self) -> dict[str, Any]:
+        """The same for programs."""
+        verdict = None if self.verdict is None else asdict(self.verdict)
+        runs = {seed: one.figures() for seed, one in self.runs.items()}
+        return {"runs": runs, "model": str(self.root / "model"), "verdict": verdict}
 
 
 def parse_seeds(text: str) -> list[int]:

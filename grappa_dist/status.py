@@ -219,7 +219,7 @@ def _next(root: Path, state: State) -> Iterator[str]:
     elif state == "done" and (report.exists() or embeddings.exists()):
         yield from (str(path) for path in (report, root / "model", embeddings) if path.exists())
     elif state != "unclear" and (root / CONFIG_FILE).exists():
-        yield f"grappa-dist run --config {shlex.quote(str(root / CONFIG_FILE))}"
+        yield f"grappa-dist run --out {shlex.quote(str(root))}"
     elif state != "unclear":
         yield "the command of this run once more: it goes on from what is finished"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 if importlib.util.find_spec("grappa_dist") is None:  # from a checkout or a job's working directory, not installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from grappa_dist.console import STATUSES, Ending
+from grappa_dist.console import STATUSES, Ending, print_end
 from grappa_dist.output import Parser, choose_mode, guard_output, printable
 
 
@@ -71,10 +71,7 @@ def work(asked: argparse.Namespace, ending: Ending) -> None:
 
         several = run_seeds(config, root, parse_seeds(asked.seeds), asked.until)
     found = several if asked.seeds else run(config, root, asked.until)
-    if found is None:
-        print(f"done up to {asked.until}; the same command without --until goes on")
-        return
-    print(printable(found.text()))
+    print_end(found, asked.until)
 
 
 if __name__ == "__main__":

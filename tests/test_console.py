@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -23,10 +24,11 @@ from grappa_dist.console import (
     format_number,
     one_line,
     pluralize,
-    print_result,
+    print_end,
     read_events,
 )
 from grappa_dist.output import choose_mode
+from grappa_dist.storage import StorageError, open_to_append
 
 
 def test_events_are_read_as_they_were_written(tmp_path: Path) -> None:
@@ -201,6 +203,16 @@ def test_a_line_is_printed_when_something_has_changed_and_not_more_often_than_th
     assert progress == [1, 3, 3, 7, 9]  # by time alone
 
 
+class Found:
+    """What a run has come to."""
+
+    def text(self) -> str:
+        return "table"
+
+    def figures(self) -> dict[str, str]:
+        return {"report": "r.html"}
+
+
 def test_with_quiet_warnings_and_damage_alone_are_printed_and_all_is_in_the_log(
     tmp_path: Path, mode: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -211,7 +223,7 @@ def test_with_quiet_warnings_and_damage_alone_are_printed_and_all_is_in_the_log(
         console.log("embed: warning: a label is no label")
         console.log("damaged: labels; it is made anew")
         console.jobs({"k=4": {"done": 1, "of": 2, "trackers_off": ["Mlflow"], "notes": ["a checkpoint is damaged"]}})
-    print_result("table")
+    print_end(Found())
     console.close()
     printed = capsys.readouterr()
     assert [line.partition("] ")[2].split()[0] for line in printed.err.splitlines()] == [
@@ -240,7 +252,7 @@ def test_json_is_one_object_a_line_with_the_events_of_the_file_and_what_is_logge
             raise RuntimeError("no\nway")
 
     assert Ending().of(work) == 1
-    print_result("table", report="r.html")
+    print_end(Found())
     printed = capsys.readouterr()
     assert printed.err == "error: no way\n"
     found = [json.loads(line) for line in printed.out.splitlines()]
@@ -342,3 +354,18 @@ def test_bytes_change_their_unit_before_they_have_four_digits() -> None:
     assert [format_bytes(b) for b in (0, 1023, 1024, 1024**2 - 1, 1.5 * 2**30, 2**40)] == [
         *("0 B", "1023 B", "1 KiB", "1 MiB", "1.5 GiB", "1.0 TiB")
     ]
+
+
+@pytest.mark.parametrize("name", ["events.jsonl", "run.log"])
+def test_a_full_disk_is_an_error_that_names_the_file_and_closing_is_none(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def opened(path: Path) -> io.BufferedWriter:
+        if path.name == name:
+            path.symlink_to("/dev/full")
+        return open_to_append(path)
+
+    monkeypatch.setattr("grappa_dist.console.open_to_append", opened)
+    console = Console(Events(tmp_path / "events.jsonl"), LogFile(tmp_path / "run.log"))
+    with pytest.raises(StorageError, match=rf"{tmp_path}/{name}: No space left on device, .* free some"), console.run():
+        console.log("a line")

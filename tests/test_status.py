@@ -88,7 +88,7 @@ def test_a_run_that_has_ended_says_how_and_what_to_do_next(
     found = status(tmp_path)
     assert found.state == state
     assert found.error == ("k=8: no memory" if state == "failed" else "")
-    goes_on = f"grappa-dist run --config {tmp_path / CONFIG_FILE}"
+    goes_on = f"grappa-dist run --out {tmp_path}"
     assert found.next == ((str(tmp_path / "report" / "report.html"),) if state == "done" else (goes_on,))
     assert text in describe_status(found)
     assert f"log    {tmp_path / 'run.log'}" in describe_status(found)

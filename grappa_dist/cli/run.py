@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from grappa_dist.cli.verb import OneOf, split_words, verb, words
-from grappa_dist.console import Ending
+from grappa_dist.console import Ending, print_end
 from grappa_dist.output import choose_mode, printable
 
 if TYPE_CHECKING:
@@ -68,10 +68,7 @@ def command(
     ending.log_dir = root
     several = parse_seeds(seeds) if seeds else seeds_of(root)
     finished = run_seeds(config, root, several, until) if several else run(config, root, until)
-    if finished is None:
-        print(f"done up to {until}; the same command without --until goes on")
-    else:
-        print(printable(finished.text()))
+    print_end(finished, until)
 
 
 def _settings(

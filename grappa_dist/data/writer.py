@@ -7,6 +7,7 @@ import os
 import shutil
 import tarfile
 from collections.abc import Iterable
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +15,7 @@ from types import TracebackType
 from grappa_dist.data.discovery import committed_index, refuse_other_files
 from grappa_dist.data.index import COMMITTED, IMAGE_SUFFIXES, INDEX_VERSION, Shard, entry, index_shard
 from grappa_dist.files import save_array, sync, write_json
+from grappa_dist.storage import open_to_write
 
 Member = tuple[str, bytes]  # suffix and content
 
@@ -46,7 +48,8 @@ class TarShard:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.rows = 0
-        self._tar = tarfile.open(path, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+        self._file = open_to_write(path)  # whose errors name it, and say what to do
+        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
 
     def add(self, row: int, row_members: Iterable[Member]) -> None:
         for ending, data in row_members:
@@ -58,6 +61,7 @@ class TarShard:
     def finish(self) -> Shard:
         """The shard, whose bytes are on disk and whose index lies beside it."""
         self._tar.close()
+        self._file.close()
         sync(self.path)
         rows, shard = index_shard(self.path)
         assert len(rows) == self.rows, "the index lacks a row"
@@ -65,7 +69,10 @@ class TarShard:
         return shard
 
     def close(self) -> None:
-        self._tar.close()
+        """Ends the writing of a tar that is of no use, unless it is finished."""
+        for file in (self._tar, self._file):
+            with suppress(OSError):  # of a disk that is still full
+                file.close()
 
 
 class ShardWriter:

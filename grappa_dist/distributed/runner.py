@@ -22,7 +22,7 @@ from grappa_dist.distributed.ray_cluster import Cluster
 from grappa_dist.storage import WITHOUT_SPACE
 
 POLL_S = 0.5
-STATUS_S = 1.0  # between two looks at what running jobs report
+STATUS_S, ASKED_AT_ONCE = 1.0, 50  # seconds between two looks at what so many running jobs report; more have longer
 STOP_GRACE_S = 60.0  # for running jobs to save their state
 RAY_DEATH_S = 1.0  # after an error, for a death of Ray that may have caused it
 ERROR_GRACE_S = 2.0  # for the other ranks of a failed job to report their errors
@@ -255,10 +255,11 @@ class Runner:
                     free = self._replace(r.workers, free)  # all of them: survivors may be blocked in a collective
                     waiting.appendleft(r.job)
                 else:
-                    self._show_notes(r)
+                    if r.job.ranks:
+                        self._show_notes(r)
                     free += r.workers
                     yield r.job.name, outcome if r.job.ranks else outcome[0]
-            if running and time.monotonic() - shown > STATUS_S:
+            if running and time.monotonic() - shown > STATUS_S * max(1, len(running) / ASKED_AT_ONCE):
                 self._show(running, waiting, on_tasks)
                 shown = time.monotonic()
 
@@ -344,6 +345,8 @@ class Runner:
                 f"{job.name} cannot begin: {tries.dead_starts} times in a row a worker had died before it was given "
                 f"anything to do, last with: {reason}"
             ) from error
+        if running.begun:
+            self.cluster.log(f"warning: {job.name} failed and is tried again: {reason}")
 
     def _show(self, running: Sequence[_Running], waiting: Sequence[Job], on_tasks: OnTasks) -> None:
         """Tells what jobs report, with how many of them wait for workers, and what tasks report."""

@@ -17,6 +17,7 @@ from grappa_dist.make_shards.filling import WorkerDied
 from grappa_dist.make_shards.planning import parse_bytes
 from grappa_dist.make_shards.progress import Terminal
 from grappa_dist.output import Parser, printable, unprinted, without_secrets
+from grappa_dist.storage import described
 
 EXAMPLES = (
     "--images class_folders/ --out shards",
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None, program: str = "python launch/make_s
     try:
         print(printable(_make(args, terminal)))
     except (ValueError, OSError, WorkerDied) as error:
-        terminal.log(f"make_shards: {' '.join(str(error).split())}")
+        terminal.log(f"make_shards: {' '.join(str(described(error)).split())}")
         return 1 if isinstance(error, WorkerDied) else 2
     except SystemExit:  # of the signals below
         terminal.log("make_shards: stopped; the same command goes on from the shards that are finished")

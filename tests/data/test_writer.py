@@ -9,7 +9,8 @@ import pytest
 
 from grappa_dist.data.index import index_shard
 from grappa_dist.data.shards import ImageShards
-from grappa_dist.data.writer import ShardWriter
+from grappa_dist.data.writer import ShardWriter, TarShard
+from grappa_dist.storage import StorageError
 from tests.data.written import files_in, write_folder
 
 
@@ -57,3 +58,13 @@ def test_a_broken_off_write_leaves_nothing(tmp_path: Path) -> None:
         write_folder(tmp_path / "f", 1)
     with pytest.raises(ValueError, match="suffix 'gif'"), ShardWriter(tmp_path / "g") as writer:
         writer.write(b"a", "gif")
+
+
+def test_a_full_disk_is_named_with_the_tar_and_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "shard-000000.tar").symlink_to("/dev/full")
+    tar = TarShard(tmp_path / "shard-000000.tar")
+    try:
+        with pytest.raises(StorageError, match=rf"{tmp_path}/shard-000000.tar: No space left on device, .* free some"):
+            tar.add(0, [("jpg", bytes(2**20))])
+    finally:
+        tar.close()  # raises nothing more

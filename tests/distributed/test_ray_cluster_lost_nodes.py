@@ -67,12 +67,14 @@ def test_a_dead_nodes_idle_workers_are_given_no_job(monkeypatch: pytest.MonkeyPa
     ray.each_wait = die_later
     workers = [Worker("b") for _ in range(8)]
     cluster = started(ray, monkeypatch, workers, elastic=elastic, max_restarts=1)
-    failed: list[dict[str, Any]] = []
+    failed, logged = list[dict[str, Any]](), list[str]()
+    cluster.log = logged.append
     runner = Runner(
         cluster, cluster.resources, on_event=lambda name, **f: failed.append(f) if name == "job_failed" else None
     )
     assert runner.run_jobs([Job("one", print, None, ranks)]) == {"one": ["done"] if ranks else "done"}
     assert [event["attempt"] for event in failed] == [1]
+    assert "warning: one failed and is tried again: The actor died because its node has died." in logged
     assert sum(bool({"run", "run_rank"} & set(worker.asked)) for worker in workers) == 1
     assert all("killed" in worker.asked for worker in workers)
     assert {cluster.node_of(worker) for worker in cluster.workers()} == {"a"}
@@ -154,6 +156,33 @@ def test_sigterm_that_comes_with_the_last_result_is_not_forgotten(monkeypatch: p
     runner = Runner(cluster, cluster.resources)
     with pytest.raises(Terminated), runner.handle_signals():
         runner.run_jobs([Job("one", print, None, 1)], lambda name: os.kill(os.getpid(), signal.SIGTERM))
+
+
+def test_what_running_tasks_and_jobs_report_is_passed_on_with_how_many_jobs_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    done, waits = list[int](), iter(range(10**6))
+
+    def answer_later(ref: Ref) -> Any:
+        if ref.method in ("run", "run_rank"):
+            return "done" if done else None
+        return {"done": 3} if ref.method == "status" else answer(ref)
+
+    def pass_time(_: float) -> None:
+        if next(waits) == 20:
+            done.append(1)
+
+    monkeypatch.setattr("grappa_dist.distributed.runner.STATUS_S", 0.0)
+    cluster = started(Ray("a", answer_later, each_wait=pass_time), monkeypatch, [Worker("a"), Worker("a")])
+    reports, statuses = list[Any](), list[Any]()
+    runner = Runner(cluster, cluster.resources, on_status=statuses.append)
+    assert runner.map(print, [1, 2, 3], running=reports.append) == ["done"] * 3
+    assert reports[0] == [{"done": 3}, {"done": 3}]
+    assert statuses == []
+    done.clear()
+    waits = iter(range(10**6))
+    runner.run_jobs([Job(f"k={k}", print, None, 1) for k in range(3)])
+    assert statuses[0] == {f"k={k}": {"done": 3, "waiting": 1} for k in range(2)}
 
 
 def test_an_error_of_the_progress_callback_is_raised_and_signals_are_no_longer_polled(

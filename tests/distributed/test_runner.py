@@ -19,6 +19,7 @@ import torch
 
 from grappa_dist.config import Resources
 from grappa_dist.console import Terminated
+from grappa_dist.distributed.local_ray import NICENESS
 from grappa_dist.distributed.ray_cluster import Cluster
 from grappa_dist.distributed.runner import Job, Runner
 from grappa_dist.distributed.worker import RankContext
@@ -167,6 +168,8 @@ def test_results_of_tasks_come_in_their_order_from_all_workers(runner: Runner) -
     assert sorted(finished) == list(range(9))
     assert len({result[2] for result in results}) == 2
     assert os.getpid() not in {result[2] for result in results}
+    nice = {os.getpriority(os.PRIO_PROCESS, result[2]) for result in results}
+    assert nice == {min(19, os.getpriority(os.PRIO_PROCESS, 0) + NICENESS)}
     assert runner.map(square, []) == []
 
 

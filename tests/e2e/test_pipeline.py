@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 
 from grappa_dist import load_model
 from grappa_dist.stages.damages import read_damages
+from grappa_dist.status import status
 from tests.e2e import runs
 from tests.stages.tiny import files_below
 
@@ -62,6 +64,17 @@ def test_a_run_can_end_after_a_stage_and_go_on_later(tmp_path: Path) -> None:
     assert made.items() <= files_below(tmp_path).items()  # what was there was not made again
 
 
+def test_a_finished_run_has_a_log_and_a_status_that_say_so(finished: Path) -> None:
+    found = status(finished)
+    assert (found.state, found.stage, found.error) == ("done", "", "")
+    assert found.next == (str(finished / "report" / "report.html"), str(finished / "model"))
+    assert {"embed", "pseudo_label", "adapt", "fuse", "evaluate", "report"} <= found.ended_stages.keys()
+    log = (finished / "run.log").read_text(encoding="utf-8")
+    assert re.search(r"^\d{4}-\d\d-\d\d [\d:]{8}[+-]\d\d:\d\d embed: backbone, \d+ images in \d+ shards?$", log, re.M)
+    assert re.search(r" embed backbone: (\d+)/\1 images", log)
+    assert log.endswith(" done\n")
+
+
 def test_steps_of_two_adaptor_jobs_overlap_in_time(finished: Path) -> None:
     spans = [
         [float(str(e["t"])) for e in runs.metrics(finished, f"adaptors/k={k}") if e["name"] == "step"] for k in (8, 24)
@@ -102,8 +115,11 @@ def test_killed_workers_and_a_killed_driver_change_no_byte_of_the_result(finishe
         runs.kill_rank_one(driver, out, "fusion/neighbours")
         assert runs.embeds_for_graph(out, "neighbours", epoch=1, rank=1)  # it was at it when it was killed
         runs.wait_for(lambda: runs.last_step(out, "fusion/neighbours") >= 7, driver)  # step 6 is the first of epoch 1
+        at_work = status(out)
         driver.send_signal(signal.SIGKILL)
         driver.wait(timeout=30)
+    assert (at_work.state, at_work.stage, status(out).state) == ("running", "fuse", "died")
+    assert at_work.error.startswith("neighbours: ")  # the rank that was killed
     with runs.running(out, *trained) as driver:  # one of two ranks of fuse; the other sits in a collective
         runs.wait_for(lambda: runs.last_step(out, "fusion/neighbours") >= 12, driver)
         runs.kill_rank_zero(out, "fusion/neighbours")
