@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
+import random
 import re
 import shutil
 import subprocess
@@ -14,8 +17,10 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+from PIL import Image, ImageDraw
 
 import grappa_dist
+from grappa_dist.cli.main import VERBS
 from grappa_dist.extras import EXTRAS
 
 ROOT = Path(__file__).parents[1]
@@ -112,3 +117,84 @@ def test_every_optional_module_is_brought_by_the_extra_that_its_message_names() 
     for module, extra in EXTRAS.items():
         brought = {canonicalize_name(requirement.name) for requirement in _requirements(extra)}
         assert distributions.get(module, canonicalize_name(module)) in brought, module
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that has what the wheel installs, without its dependencies."""
+    folder = tmp_path_factory.mktemp("installed")
+    offline = ("--no-deps", "--no-index", "--no-cache-dir", "--disable-pip-version-check", "--quiet")
+    command = [sys.executable, "-m", "pip", "install", *offline, "--target", str(folder), str(wheel)]
+    subprocess.run(command, check=True, timeout=180, cwd=folder)
+    return folder
+
+
+def from_wheel(installed: Path, cwd: Path, *command: str, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
+    """Runs Python with the package as the wheel installs it, in a folder that has no checkout on its path."""
+    env = {**os.environ, "PYTHONPATH": str(installed)}
+    return subprocess.run(
+        [sys.executable, *command], cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout_s, check=False
+    )
+
+
+def test_the_wheel_brings_the_command_with_every_verb(installed: Path, tmp_path: Path) -> None:
+    script = str(installed / "bin" / "grappa-dist")
+    done = from_wheel(installed, tmp_path, script, "--version")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[0] == f"grappa-dist  {grappa_dist.__version__} ({installed / 'grappa_dist'})"
+    done = from_wheel(installed, tmp_path, script, "--help")
+    assert [verb for verb in VERBS if f"  {verb} " not in done.stdout] == []
+
+
+VERBS_ON_A_RUN = (
+    "status runs/mine",
+    "plan runs/mine",
+    "check runs/mine",
+    "clean runs/mine",
+    "export runs/mine --name backbone --out models/backbone",
+    "embed --model runs/mine --images photos --out embeddings",
+    "search --model runs/mine --images photos photos/disc/0.jpg",
+    "evaluate --model models/backbone --images photos",
+    "duplicates --images embeddings --threshold 0.999",
+    "shards --images photos --out shards --workers 1",
+    "doctor",
+)
+ALL_OF_THEM = """
+import json, sys
+from grappa_dist.cli.main import main
+for command in json.loads(sys.argv[1]):
+    print(f"$ {command}", flush=True)
+    assert main(command.split()) == 0, command
+"""
+
+
+@pytest.mark.slow
+def test_a_wheel_alone_goes_from_photos_to_a_model_and_every_verb_works_on_it(installed: Path, tmp_path: Path) -> None:
+    write_photos(tmp_path / "photos")
+    settings = ("clustering.num_labels=[4]", "adapt.epochs=1", "fuse.variants=[average]")
+    backbone = ("--backbone", "grappa_dist.demo.backbone:create")
+    script = str(installed / "bin" / "grappa-dist")
+    run = ("run", "photos", "--out", "runs/mine", *backbone, *settings)
+    done = from_wheel(installed, tmp_path, script, *run, timeout_s=240)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs" / "mine" / "model").is_dir()
+    done = from_wheel(installed, tmp_path, "-c", ALL_OF_THEM, json.dumps(VERBS_ON_A_RUN), timeout_s=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("$ ") == len(VERBS_ON_A_RUN)
+    assert {command.split()[0] for command in VERBS_ON_A_RUN} | {"run", "bench"} == VERBS.keys()  # tests/test_bench.py
+
+
+def write_photos(folder: Path) -> None:
+    """Sixty photos of four classes: a shape of its own colour on a dark ground."""
+    draws = random.Random(0)
+    for kind, colour in {"disc": "red", "square": "green", "bar": "blue", "ring": "white"}.items():
+        (folder / kind).mkdir(parents=True)
+        for number in range(15):
+            ground = tuple(draws.randrange(60) for _ in range(3))
+            image, x, y = Image.new("RGB", (72, 64), ground), draws.randrange(32), draws.randrange(24)
+            canvas = ImageDraw.Draw(image)
+            if kind in ("disc", "ring"):
+                canvas.ellipse((x, y, x + 36, y + 36), colour if kind == "disc" else None, colour, 6)
+            else:
+                canvas.rectangle((x, y, x + 36, y + (36 if kind == "square" else 9)), colour)
+            image.save(folder / kind / f"{number}.jpg", quality=95)
