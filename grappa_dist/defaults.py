@@ -28,6 +28,7 @@ Split = Literal["test", "none", "classes", "folders"]
 SPLITS: tuple[Split, ...] = ("test", "none", "classes", "folders")
 BACKBONE = "timm:vit_small_patch16_224.dino"
 LEAST_IMAGES = 8
+BAD_IMAGES = 5  # that stop no run of few images, unless they are a fifth of them
 FEW_IMAGES, SOME_IMAGES = 1000, 10_000  # from which on there are more sets, fewer epochs and larger batches
 LEAST_CLASSES = 4  # to be divided: two that train, two that test
 MOST_WORKERS = 4  # on a CPU: each has a copy of the model
@@ -100,6 +101,8 @@ def starting_config(
     if rows < LEAST_IMAGES:
         what = f"{', '.join(map(str, images))}: {pluralize(rows, 'image')} to adapt to"
         raise ValueError(f"{what}; expected at least {LEAST_IMAGES}, better some hundreds")
+    if rows < BAD_IMAGES / DataConfig.model_fields["max_bad_share"].default:
+        data["max_bad_share"] = min(0.2, round(BAD_IMAGES / rows, 3))
     chosen = _for_gpu(rows) if has_gpu else _for_cpu(rows, len(os.sched_getaffinity(0)))
     tree = {"name": root.name or "run", "data": data, "backbone": {"name": backbone or BACKBONE}, **chosen}
     config = read(tree, overrides).absolute(root)

@@ -7,6 +7,7 @@ where it is measured: without that its number of channels is known only where fe
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -155,7 +156,8 @@ def _takes(
         work = work_ahead(config, images.sizes, sharded=images.missing, rows_per_shard=rows_per_shard)
     estimator = Estimator(config, work, rates, dim)
     total, of_stages = describe_seconds(estimator)
-    yield f"time           {total}, {how}"
+    other = "; the machines of the cluster may be others, and more" if os.environ.get("RAY_ADDRESS") else ""
+    yield f"time           {total}, {how}{other}"
     yield f"{'':<14} {of_stages}"
     if backbone is not None:
         yield from needs(estimator, root, backbone, sharded_bytes=images.missing * images.mean_bytes).lines()

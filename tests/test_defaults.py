@@ -135,6 +135,7 @@ def test_sets_epochs_and_batches_follow_from_the_images_and_the_machine(
         config = starting_config([photos], tmp_path / "run", has_gpu=has_gpu)
         assert config.fuse.projector[0] == (8192 if has_gpu else 1024)
         assert ("neighbours" in config.fuse.variants) == has_gpu
+        assert config.data.max_bad_share == pytest.approx(max(0.01, min(0.2, 5 / rows)), rel=0.05)
         ks = config.clustering.num_labels
         assert ks == "auto" or max(ks) < rows
         return ks if ks == "auto" else list(ks), config.adapt.epochs, config.adapt.global_batch

@@ -390,4 +390,7 @@ def test_a_plan_of_a_folder_of_images_says_how_long_it_takes_and_writes_nothing(
     assert place < lines.index("name: tiny")
     assert "time  " not in plan(settings, tmp_path / "run")  # nobody has measured
     store_rates(tmp_path / "run", measure(settings, 2, build_backbone(settings.backbone), [], fuses=True))
-    assert "on 2 workers, by rates that were measured here before" in plan(settings, tmp_path / "run", measured=True)
+    text = plan(settings, tmp_path / "run", measured=True)
+    assert "on 2 workers, by rates that were measured here before\n" in text
+    monkeypatch.setenv("RAY_ADDRESS", "elsewhere:6379")
+    assert "; the machines of the cluster may be others, and more\n" in plan(settings, tmp_path / "run")
