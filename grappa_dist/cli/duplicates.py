@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from grappa_dist.cli.verb import verb
+from grappa_dist.cli.verb import split_words, verb, words
 from grappa_dist.cli.with_model import embedder_of, list_left_out, places_of, with_model
 from grappa_dist.console import Ending
 from grappa_dist.output import printable
@@ -20,7 +20,7 @@ from grappa_dist.output import printable
         "grappa-dist duplicates --images embeddings/photos --threshold 0.95",
     ],
 )
-@click.argument("more", nargs=-1, metavar="[PLACE]...")
+@words("given", "[PLACE]...")
 @click.option("--threshold", type=float, default=0.98, show_default=True, help="The least cosine, in (0, 1].")
 @click.option("--out", metavar="FILE", help="A CSV: group, name, cosine with the first of the group.")
 @click.option(
@@ -35,7 +35,7 @@ from grappa_dist.output import printable
 )
 @with_model(required=False)
 def command(
-    ending: Ending, images: tuple[str, ...], more: tuple[str, ...], threshold: float, out: str | None,
+    ending: Ending, images: tuple[str, ...], given: tuple[str, ...], threshold: float, out: str | None,
     keep: str | None, **options: Any,
 ) -> None:  # fmt: skip
     """Lists groups of images that are nearly the same.
@@ -51,10 +51,12 @@ def command(
     from grappa_dist.retrieval.embedding import Embedder, describe_bad
     from grappa_dist.retrieval.opening import device_of
 
+    more, settings = split_words(given)
+
     def embedder() -> Embedder:
         if options["model"] is None:
             raise click.UsageError("images need a model that embeds them: --model (embeddings need none)")
-        return embedder_of(options)
+        return embedder_of(options, settings)
 
     folder = Path(expanded(keep, "--keep")) if keep else None
     places = places_of((*images, *more))

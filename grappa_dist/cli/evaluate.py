@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from grappa_dist.cli.verb import verb
+from grappa_dist.cli.verb import split_words, verb, words
 from grappa_dist.cli.with_model import list_left_out, places_of, with_model
 from grappa_dist.console import Ending
 
@@ -18,10 +18,10 @@ from grappa_dist.console import Ending
         "grappa-dist evaluate --model runs/mine --images photos/",
         "grappa-dist evaluate --model runs/mine --images list.csv --label-column breed --json scores.json",
         "grappa-dist evaluate --model runs/mine --against runs/other --images shards/test",
-        "grappa-dist evaluate --model timm:vit_small_patch16_224.dino --images photos/",
+        "grappa-dist evaluate --model timm:vit_small_patch16_224.dino --images photos/ backbone.image_size=112",
     ],
 )
-@click.argument("more", nargs=-1, metavar="[PLACE]...")
+@words("given", "[PLACE]...")
 @click.option("--csv", "csv_path", metavar="FILE", help="Write a line for each task and model there.")
 @click.option("--json", "json_path", metavar="FILE", help="Write all figures there.")
 @click.option(
@@ -41,7 +41,7 @@ from grappa_dist.console import Ending
 )
 @with_model()
 def command(
-    ending: Ending, images: tuple[str, ...], more: tuple[str, ...], against: str, label_column: str | None,
+    ending: Ending, images: tuple[str, ...], given: tuple[str, ...], against: str, label_column: str | None,
     json_path: str | None, csv_path: str | None, **options: Any,
 ) -> None:  # fmt: skip
     """Scores a model on labelled images, beside its backbone or another model.
@@ -55,9 +55,12 @@ def command(
 
     paths = [None if path is None else Path(expanded(path, option)) for path, option in
              ((json_path, "--json"), (csv_path, "--csv"))]  # fmt: skip
+    more, settings = split_words(given)
     model = expanded(options["model"], "--model")
     how = {name: given for name, given in options.items() if name not in ("model", "left_out")}
     other = None if against == "none" else expanded(against, "--against")
-    found = evaluate(model, places_of((*images, *more)), against=other, label_column=label_column, **how)
+    found = evaluate(
+        model, places_of((*images, *more)), against=other, label_column=label_column, settings=settings, **how
+    )
     write_results(found, *paths)
     print(describe(found, list_left_out(options, found.bad)))

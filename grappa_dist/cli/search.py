@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from grappa_dist.cli.verb import verb
+from grappa_dist.cli.verb import split_words, verb, words
 from grappa_dist.cli.with_model import embedder_of, list_left_out, places_of, with_model
 from grappa_dist.console import Console, Ending, pluralize
 from grappa_dist.output import printable
@@ -21,7 +21,7 @@ from grappa_dist.output import printable
         "grappa-dist search --model runs/mine --images embeddings/photos --out sheet.html a.jpg b.jpg",
     ],
 )
-@click.argument("queries", nargs=-1, required=True, metavar="QUERY...")
+@words("given", "QUERY...")
 @click.option("-k", "hits", type=click.IntRange(1), default=10, show_default=True, help="How many hits.")
 @click.option("--out", metavar="FILE", help="A contact sheet: a page (.html) or a picture (.jpg, .png).")
 @click.option(
@@ -36,7 +36,7 @@ from grappa_dist.output import printable
 )
 @with_model()
 def command(
-    ending: Ending, queries: tuple[str, ...], images: tuple[str, ...], hits: int, out: str | None, keep: str | None,
+    ending: Ending, given: tuple[str, ...], images: tuple[str, ...], hits: int, out: str | None, keep: str | None,
     **options: Any,
 ) -> None:  # fmt: skip
     """Prints the images that look most like each QUERY: cosine and name, nearest first.
@@ -48,10 +48,13 @@ def command(
     from grappa_dist.retrieval.embedding import describe_bad
     from grappa_dist.retrieval.search import check_sheet, describe, search, write_sheet
 
+    queries, settings = split_words(given)
+    if not queries:
+        raise click.UsageError("missing QUERY: the image that is searched for")
     sheet = Path(expanded(out, "--out")) if out else None
     if sheet is not None:
         check_sheet(sheet)
-    embedder = embedder_of(options)
+    embedder = embedder_of(options, settings)
     folder = Path(expanded(keep, "--keep")) if keep else None
     collection = open_collection(places_of(images), lambda: embedder, keep=folder)
     answers, asked = search(places_of(queries, "QUERY"), collection, embedder, k=hits)

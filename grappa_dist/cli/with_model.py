@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,14 +30,13 @@ def with_model(*, required: bool = True) -> Callable[[Callable[..., Any]], Calla
                 default=None,
                 help="Import the module that a model from elsewhere names as its backbone; it is run.",
             ),
-            click.option("--checkpoint", metavar="FILE", help="The weights of a backbone that --model names."),
             click.option("--left-out", metavar="FILE", help="A CSV that names the images that could not be read."),
             click.option("--gallery", metavar="TASK", help="Of a model of the variant gallery: whose weights to use."),
             click.option(
                 "--model",
                 required=required,
                 metavar="M",
-                help="A run directory, an exported model, timm:NAME or MODULE:FUNCTION.",
+                help="A run directory, an exported model, or timm:NAME or MODULE:FUNCTION with backbone.KEY=VALUE.",
             ),
         ):
             work = option(work)
@@ -46,8 +45,11 @@ def with_model(*, required: bool = True) -> Callable[[Callable[..., Any]], Calla
     return decorated
 
 
-def embedder_of(options: Options) -> Embedder:
+def embedder_of(options: Options, settings: Sequence[str] = ()) -> Embedder:
     """The model that the options name, opened, and how it is run.
+
+    Args:
+        settings: `backbone.key=value`, of a backbone that is named.
 
     Raises:
         ValueError: there is no such model or device.
@@ -61,13 +63,13 @@ def embedder_of(options: Options) -> Embedder:
         expanded(options["model"], "--model"),
         options["device"],
         gallery=options["gallery"],
-        checkpoint=options["checkpoint"],
+        settings=settings,
         trust_modules=options["trust_modules"],
     )
     return Embedder(model, Console(), options["batch_size"], options["decode_threads"])
 
 
-def places_of(given: tuple[str, ...], option: str = "--images") -> list[str]:
+def places_of(given: Sequence[str], option: str = "--images") -> list[str]:
     """Paths as they are meant: `~` and `$NAME` stand for what they name."""
     from grappa_dist.config import expanded
 

@@ -6,7 +6,7 @@ images (stages/evaluate.py). Shapes: n images, q queries of a task, D channels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,7 @@ def evaluate(
     against: Named | None = OWN_BACKBONE,
     label_column: str | None = None,
     gallery: str | None = None,
-    checkpoint: str | None = None,
+    settings: Iterable[str] = (),
     trust_modules: bool | None = None,
     device: str = "auto",
     batch_size: int = BATCH_SIZE,
@@ -87,7 +87,7 @@ def evaluate(
             nothing. A model without adaptors has no other backbone, and is compared with nothing by "backbone".
         label_column: the column of a CSV, or the key of the shards' JSON members, that has the labels.
         gallery: of a model of the variant `gallery`: the task whose weights are used, in place of each task's own.
-        checkpoint: the weights of a backbone that `model` names.
+        settings: `backbone.key=value`, as of a run, of a backbone that `model` or `against` names.
         trust_modules: as for `load_model`.
         device: "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:<number>".
 
@@ -98,8 +98,9 @@ def evaluate(
     console = Console()
     found = open_images(places, labelled=True, label_column=label_column, log=console.log)
     labels = _labels_of(found, label_column)
-    opened = open_model(model, device, gallery=gallery, checkpoint=checkpoint, trust_modules=trust_modules)
-    other = _other(opened, against, device, trust_modules)
+    how: dict[str, Any] = {"settings": tuple(settings), "trust_modules": trust_modules}
+    opened = open_model(model, device, gallery=gallery, **how)
+    other = _other(opened, against, device, **how)
     models = (
         {opened.variant: opened} if other is None else dict(zip(_called(opened, other), (opened, other), strict=True))
     )
@@ -123,12 +124,12 @@ def _evaluated(embedders: Mapping[str, Embedder], images: Images, labels: _Label
     )
 
 
-def _other(model: OpenModel, against: Named | None, device: str, trust_modules: bool | None) -> OpenModel | None:
+def _other(model: OpenModel, against: Named | None, device: str, **how: Any) -> OpenModel | None:
     if against is None:
         return None
     if isinstance(against, str) and against == OWN_BACKBONE:
         return model.backbone() if model.has_adaptors else None
-    return open_model(against, device, trust_modules=trust_modules)
+    return open_model(against, device, **how)
 
 
 def _called(model: OpenModel, other: OpenModel) -> tuple[str, str]:

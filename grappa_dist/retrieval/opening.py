@@ -8,14 +8,14 @@ from __future__ import annotations
 import copy
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from grappa_dist.config import BackboneConfig
+from grappa_dist.config import read
 from grappa_dist.export import RetrievalModel, load_model
 from grappa_dist.models import Backbone, Grappa
 from grappa_dist.models.backbone import check_name
@@ -72,7 +72,7 @@ def open_model(
     device: str = "auto",
     *,
     gallery: str | None = None,
-    checkpoint: str | None = None,
+    settings: Iterable[str] = (),
     trust_modules: bool | None = None,
 ) -> OpenModel:
     """The model that a name stands for.
@@ -82,7 +82,7 @@ def open_model(
             what `load_model` returns, or a `Backbone`, which are used where they are.
         device: "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:<number>".
         gallery: of a model of the variant `gallery`: the task whose weights of the sets are used.
-        checkpoint: a file with the weights of a backbone that is named.
+        settings: `backbone.key=value`, as of a run, for a backbone that is named; other models have theirs.
         trust_modules: as for `load_model`; a module that is named here itself is imported.
 
     Raises:
@@ -93,14 +93,12 @@ def open_model(
         return _in_memory(given)
     text = str(given)
     if _BACKBONE_NAME.fullmatch(text) and not Path(text).exists():
-        return _bare(text, checkpoint, where)
+        return _bare(text, settings, where)
     folder = Path(text).expanduser()
     if not folder.is_dir():
         raise ValueError(
             f"{text}: is no folder; expected a run directory, an exported model's, timm:<model> or <module>:<function>"
         )
-    if checkpoint is not None:
-        raise ValueError(f"a checkpoint is for a backbone such as timm:<model>; {text} has weights of its own")
     spec = exported_spec(folder, gallery, trust_modules=trust_modules)
     model = load_model(folder, trust_modules=trust_modules)
     if gallery is not None:
@@ -108,9 +106,14 @@ def open_model(
     return OpenModel(text, spec.name, model.grappa.to(where), spec.weights_sha256, model.galleries, gallery)
 
 
-def _bare(name: str, checkpoint: str | None, device: torch.device) -> OpenModel:
-    check_name(name)
-    bare = build_backbone(BackboneConfig(name=name, checkpoint=checkpoint)).to(device)
+def _bare(name: str, settings: Iterable[str], device: torch.device) -> OpenModel:
+    for setting in settings:
+        if not setting.startswith("backbone.") or setting.startswith("backbone.name"):
+            raise ValueError(f"{setting}: expected settings of the backbone, such as backbone.image_size=224")
+    tree = {"name": "model", "data": {"train": ("none",)}, "backbone": {"name": name}}
+    config = read(tree, settings).backbone
+    check_name(name, config.kwargs)
+    bare = build_backbone(config).to(device)
     return OpenModel(name, OWN_BACKBONE, bare, _sha256_of(bare))
 
 

@@ -88,14 +88,15 @@ def test_scores_are_those_of_pytorch_metric_learning_with_copies_and_classes_of_
 
 def test_a_bare_backbone_is_compared_with_another_model_or_with_nothing(tmp_path: Path) -> None:
     write_photos(tmp_path / "photos", bad=("cat/1.png",))
-    alone = evaluate(OWN, [tmp_path / "photos"])
+    small = ["backbone.image_size=32"]
+    alone = evaluate(OWN, [tmp_path / "photos"], settings=small)
     assert (list(alone.scores), alone.gains) == (["backbone"], [])
     assert list(alone.bad) == ["cat/1.png"]
-    both = evaluate(model_in(tmp_path / "run"), str(tmp_path / "photos"), against=OWN)
+    both = evaluate(model_in(tmp_path / "run"), str(tmp_path / "photos"), against=OWN, settings=small)
     assert list(both.scores) == ["neighbours", "backbone"]
     assert both.scores["backbone"] == alone.scores["backbone"]
     assert both.gains[0].baseline == pytest.approx(alone.means["backbone"].r_precision)
-    same = evaluate(OWN, tmp_path / "photos", against=OWN)
+    same = evaluate(OWN, tmp_path / "photos", against=OWN, settings=small)
     assert list(same.scores) == [f"{OWN} (1)", f"{OWN} (2)"]
     assert same.gains[0].gain == 0
     assert same.gains[0].p_value == 1

@@ -98,8 +98,13 @@ def test_weights_of_a_gallery_are_set_where_they_are_asked_for(tmp_path: Path) -
         open_model(artifact.path, gallery="cats")
 
 
-def test_a_checkpoint_is_for_backbones(tmp_path: Path) -> None:
-    spec = fake_run(tmp_path / "other")
-    exported(tmp_path / "run")
-    with pytest.raises(ValueError, match="has weights of its own"):
-        open_model(tmp_path / "run", checkpoint=spec.backbone.checkpoint)
+def test_a_backbone_that_is_named_has_the_settings_of_a_run(tmp_path: Path) -> None:
+    spec = fake_run(tmp_path / "run")
+    sizes = ["backbone.kwargs={img_size: 32, embed_dim: 24, depth: 2, num_heads: 3}", "backbone.image_size=32"]
+    opened = open_model(tiny.TIMM, settings=[*sizes, f"backbone.checkpoint={spec.backbone.checkpoint}"])
+    frozen = create_backbone(tiny.TIMM, tiny.TIMM_KWARGS, {}, checkpoint=spec.backbone.checkpoint)
+    assert torch.equal(opened.model(images(2)), frozen(images(2)))
+    with pytest.raises(ValueError, match=r"unknown key backbone.image_sise; did you mean 'image_size'"):
+        open_model(OWN, settings=["backbone.image_sise=32"])
+    with pytest.raises(ValueError, match=r"adapt.epochs=1: expected settings of the backbone, such as backbone.image_"):
+        open_model(OWN, settings=["adapt.epochs=1"])
