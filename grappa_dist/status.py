@@ -113,7 +113,7 @@ class Reader:
             ValueError: the folder is no run directory.
         """
         self._root = root
-        if not any((root / name).exists() for name in (LOCK, EVENTS_FILE, CONFIG_FILE)):
+        if not _is_run(root):
             there = "it has no " + ", no ".join((EVENTS_FILE, CONFIG_FILE)) if root.is_dir() else "there is none"
             raise ValueError(f"{root}: expected a run directory, but {there}")
         self._record, self._file, self._offset = _Record(), (0, 0), 0
@@ -159,18 +159,32 @@ def status(root: Path) -> RunStatus:
     return Reader(root).look()
 
 
-def follow(root: Path, pause_s: float = FOLLOW_S) -> Iterator[RunStatus]:
-    """How far a run is, again and again until it has ended.
+def runs_in(root: Path) -> list[Path]:
+    """The folder itself or, where several seeds run in it, the run directory of each seed."""
+    seeds = [path for path in root.glob("seed-*") if path.name[5:].isdecimal() and (path / EVENTS_FILE).exists()]
+    return sorted(seeds, key=lambda path: int(path.name[5:])) if seeds and not _is_run(root) else [root]
+
+
+def _is_run(root: Path) -> bool:
+    return any((root / name).exists() for name in (LOCK, EVENTS_FILE, CONFIG_FILE))
+
+
+def follow(root: Path, pause_s: float = FOLLOW_S) -> Iterator[list[RunStatus]]:
+    """How far a run is, or that of each seed, again and again until none goes on.
 
     Raises:
         ValueError: the folder is no run directory.
     """
-    reader = Reader(root)
+    readers, went_on = dict[Path, Reader](), True
     while True:
-        found = reader.look()
+        runs = runs_in(root)
+        readers = {run: readers.get(run) or Reader(run) for run in runs}
+        found = [reader.look() for reader in readers.values()]
         yield found
-        if found.state not in ("running", "unclear"):
+        goes_on = any(each.state in ("running", "unclear") for each in found)
+        if not goes_on and (len(runs) == 1 or not went_on):  # between two seeds there is a moment without a run
             return
+        went_on = goes_on
         time.sleep(pause_s)
 
 

@@ -18,7 +18,7 @@ from grappa_dist.artifacts import Store
 from grappa_dist.cli.main import main
 from grappa_dist.config import CONFIG_FILE
 from grappa_dist.console import EVENTS_FILE, Console, Events, LogFile, Terminated
-from grappa_dist.status import Reader, describe_status, follow, status
+from grappa_dist.status import Reader, describe_status, follow, runs_in, status
 from tests.stages.tiny import files_below
 
 
@@ -165,9 +165,23 @@ def test_following_ends_with_the_run(tmp_path: Path) -> None:
     with Store(tmp_path).lock():
         write(tmp_path, begins(), STAGE)
         looks = follow(tmp_path, pause_s=0.0)
-        assert [next(looks).state for _ in range(2)] == ["running", "running"]
+        assert [next(looks)[0].state for _ in range(2)] == ["running", "running"]
     write(tmp_path, {"name": "run_ends", "how": "done"})
-    assert [look.state for look in looks] == ["done"]
+    assert [[each.state for each in look] for look in looks] == [["done"]]
+
+
+def test_of_several_seeds_each_is_shown_until_none_goes_on(tmp_path: Path) -> None:
+    for seed in (10, 2):
+        write(tmp_path / f"seed-{seed}", begins(), {"name": "run_ends", "how": "done"})
+    (tmp_path / "seed-x").mkdir()
+    assert runs_in(tmp_path) == [tmp_path / "seed-2", tmp_path / "seed-10"]
+    looks = follow(tmp_path, pause_s=0.0)
+    assert [each.state for each in next(looks)] == ["done", "done"]
+    with Store(tmp_path / "seed-11").lock():
+        write(tmp_path / "seed-11", begins(), STAGE)
+        assert [each.state for each in next(looks)] == ["done", "done", "running"]
+    write(tmp_path / "seed-11", {"name": "run_ends", "how": "failed", "error": "x"})
+    assert [[each.state for each in look] for look in looks] == [["done", "done", "failed"]] * 2
 
 
 def test_a_look_at_the_lock_refuses_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from grappa_dist.output import printable
 @click.option("--follow", is_flag=True, help="Look again every 2 s until the run ends.")
 def command(ending: Ending, run: str, as_json: bool, follow: bool) -> None:
     """Shows how far the run in the directory RUN is: stage, jobs, rates, time left, the last error, what to do next.
+    Of several seeds, each is shown.
 
     It reads the run's files alone and writes none, so it may be called at any time, also on another machine that
     shares the directory.
@@ -30,8 +31,9 @@ def command(ending: Ending, run: str, as_json: bool, follow: bool) -> None:
     from grappa_dist.config import expanded
 
     root = Path(expanded(run, "RUN")).absolute()
-    show = status.status_json if as_json else status.describe_status
-    for text in _changes(map(show, status.follow(root) if follow else [status.status(root)])):
+    show, between = (status.status_json, "\n") if as_json else (status.describe_status, "\n\n")
+    looks = status.follow(root) if follow else [[status.status(run) for run in status.runs_in(root)]]
+    for text in _changes(between.join(map(show, found)) for found in looks):
         print(printable(text), flush=True)
 
 
