@@ -123,7 +123,7 @@ def _for_cpu(rows: int, cores: int) -> dict[str, dict[str, Any]]:
         "adapt": {"epochs": epochs, "global_batch": batch, "micro_batch": 8},
         "fuse": {"variants": ["average"], "projector": [1024, 1024, 1024], "micro_batch": 16},
         "evaluate": {"view_queries": 64},
-        "resources": {"cpus_per_worker": _cpus_per_worker(cores)},
+        "resources": {"cpus_per_worker": _cpus_per_worker(cores), "adapt_ranks": max(1, _workers(cores) // len(ks))},
     }
 
 
@@ -144,6 +144,10 @@ def _cpus_per_worker(cores: int) -> int:
     return max(1, cores // MOST_WORKERS)
 
 
+def _workers(cores: int) -> int:
+    return cores // _cpus_per_worker(cores)
+
+
 def configs_of_seeds(root: Path) -> list[Path]:
     """The settings of each run in a folder of runs that differ in their seed, by seed."""
     found = [path for path in root.glob(f"seed-*/{CONFIG_FILE}") if path.parent.name[5:].isdecimal()]
@@ -151,11 +155,16 @@ def configs_of_seeds(root: Path) -> list[Path]:
 
 
 def _on_this_machine(config: Config) -> Config:
-    """With workers that fit: one of a larger machine may have asked for more CPUs than there are."""
-    where, cores = config.resources, len(os.sched_getaffinity(0))
-    if os.environ.get("RAY_ADDRESS") or where.cpus_per_worker <= (where.num_cpus or cores):
+    """With workers that fit: a larger machine may have asked for more CPUs, and more of them for a job."""
+    where, cores = config.resources, config.resources.num_cpus or len(os.sched_getaffinity(0))
+    if os.environ.get("RAY_ADDRESS"):
         return config
-    fewer = {"cpus_per_worker": _cpus_per_worker(cores)}
+    fewer: dict[str, int] = {}
+    if where.cpus_per_worker > cores:
+        fewer["cpus_per_worker"] = _cpus_per_worker(cores)
+    workers = cores // fewer.get("cpus_per_worker", where.cpus_per_worker)
+    if where.workers == "auto" and where.gpus_per_worker == "auto" and where.adapt_ranks > workers:
+        fewer["adapt_ranks"] = workers
     return config.model_copy(update={"resources": where.model_copy(update=fewer)})
 
 
@@ -173,7 +182,8 @@ def _describe(config: Config, *, has_gpu: bool) -> list[str]:
             "no fusion is trained: all sets count alike, which no trained fusion has beaten so far "
             "('fuse.variants=[average, neighbours]' trains one)"
         )
-    lines.append(f"all settings are in {Path(config.out or '.') / CONFIG_FILE}; each can be given as section.key=value")
+    kept = Path(config.out or ".") / CONFIG_FILE
+    lines.append(f"a run keeps all settings in {kept}; each can be given as section.key=value")
     return lines
 
 

@@ -62,7 +62,7 @@ def test_half_of_the_class_folders_train_and_the_others_test_and_lines_name_them
         "3 classes train, without their labels: class-0, class-1, class-2",
         "2 classes test: class-3, class-4",
     ]
-    assert lines[-1].startswith(f"all settings are in {tmp_path / 'run' / CONFIG_FILE}; ")
+    assert lines[-1].startswith(f"a run keeps all settings in {tmp_path / 'run' / CONFIG_FILE}; ")
     assert not (tmp_path / "run").exists()
     many = list[str]()
     starting_config([in_classes(tmp_path / "more", 12, 2)], tmp_path / "run", log=many.append)
@@ -203,10 +203,11 @@ def test_workers_fit_the_machine_on_which_a_run_goes_on(tmp_path: Path, monkeypa
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(32)))
     config = settings_of_run([photos], root)
-    assert config.resources.cpus_per_worker == 8
+    assert (config.resources.cpus_per_worker, config.resources.adapt_ranks) == (8, 4)  # four workers, one set
     keep(config, root)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(4)))
-    assert settings_of_run([], root).resources.cpus_per_worker == 1
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(2)))
+    fewer = settings_of_run([], root).resources
+    assert (fewer.cpus_per_worker, fewer.adapt_ranks) == (1, 2)
 
 
 def test_settings_of_python_become_those_of_the_command() -> None:
