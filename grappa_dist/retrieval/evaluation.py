@@ -83,8 +83,7 @@ def evaluate(
     Args:
         model: a run directory, an exported model's, `timm:<model>`, `<module>:<function>`, or what `load_model` gives.
         images: class folders, a CSV with labels, or shards with labels; one or several.
-        against: the model to compare with, named as `model` is; "backbone": the model's own, without adaptors; None:
-            nothing. A model without adaptors has no other backbone, and is compared with nothing by "backbone".
+        against: the model to compare with; "backbone": the model's own, if it has adaptors; None: nothing.
         label_column: the column of a CSV, or the key of the shards' JSON members, that has the labels.
         gallery: of a model of the variant `gallery`: the task whose weights are used, in place of each task's own.
         settings: `backbone.key=value`, as of a run, of a backbone that `model` or `against` names.
