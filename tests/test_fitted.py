@@ -11,11 +11,12 @@ import pytest
 import torch
 
 import grappa_dist
-from grappa_dist import fitted, pipeline
+from grappa_dist import estimate, fitted, pipeline, rates
 from grappa_dist.config import Config
 from grappa_dist.console import Interrupted, Terminated
 from grappa_dist.distributed.runner import Signals
 from grappa_dist.fitted import FittedRun
+from grappa_dist.plan import plan
 from grappa_dist.stages.run import read_config
 from tests.stages import tiny
 from tests.test_defaults import in_classes
@@ -49,7 +50,10 @@ def fit(root: Path, photos: str, here: tiny.Here, **more: Any) -> FittedRun:
 def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[FittedRun, str]:
     folder = tmp_path_factory.mktemp("fit")
     photos = in_classes(folder / "photos", 4, 4)
-    return fit(folder / "run", photos, tiny.Here(), seed=3), photos
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(estimate, "MEASURED_FROM", 1)
+        patch.setattr(rates, "PART_S", 0.01)
+        return fit(folder / "run", photos, tiny.Here(), seed=3), photos
 
 
 def test_three_lines_give_a_model_scores_a_report_and_a_verdict(done: tuple[FittedRun, str]) -> None:
@@ -65,6 +69,15 @@ def test_three_lines_give_a_model_scores_a_report_and_a_verdict(done: tuple[Fitt
     assert str(run).splitlines()[0].startswith("R-Precision / MAP@R")
     config = read_config(run.root)
     assert (config.seed, config.adapt.epochs, config.evaluate.view_queries) == (3, 1, 4)
+
+
+def test_a_run_keeps_the_rates_that_it_has_measured(done: tuple[FittedRun, str]) -> None:
+    run, _ = done
+    config = read_config(run.root)
+    found = rates.stored_rates(run.root, config, 1)
+    assert found is not None
+    assert found.channels == 16
+    assert "by rates that were measured here before" in plan(config, run.root)
 
 
 def test_a_further_call_reuses_what_is_there_and_makes_what_is_new(done: tuple[FittedRun, str]) -> None:
