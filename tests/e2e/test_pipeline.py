@@ -86,7 +86,7 @@ def test_the_exported_model_maps_images_to_unit_rows(finished: Path) -> None:
     model = load_model(finished)
     images = torch.rand(3, 3, 48, 48, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(model(images).norm(dim=1), torch.ones(3))
-    assert model.attention(images).shape == (3, len(model.grappa.layers), 2)
+    assert model.attention(images).shape == (3, len(model.grappa.layers), len(model.sets))
 
 
 def test_a_second_run_reuses_everything_and_starts_no_cluster(finished: Path) -> None:
