@@ -14,30 +14,28 @@ from grappa_dist.artifacts import Artifact, Store
 from grappa_dist.config import CONFIG_FILE, Config
 from grappa_dist.data.open_images import generated_artifacts, is_generated, open_images
 from grappa_dist.defaults import configs_of_seeds
-from grappa_dist.files import make_folder, remove_folder, rename, write_json
+from grappa_dist.files import make_folder, remove_folder, rename, write_json, write_utf8
 from grappa_dist.inputs import look
 from grappa_dist.layout import lay_out
 from grappa_dist.pipeline import Finished, run
-from grappa_dist.report.seeds import seeds_json, seeds_lines, seeds_table
+from grappa_dist.report.seeds import seeds_json, seeds_lines, seeds_page, seeds_table
 from grappa_dist.report.verdict import without_labels
 from grappa_dist.stages.flow import artifacts_of
 from grappa_dist.verdict import SeedsVerdict, verdict_over
-
-SEEDS_FILE = "seeds.json"
 
 
 @dataclass(frozen=True)
 class FinishedSeeds:
     """What runs of several seeds have come to."""
 
-    root: Path  # its `model` and `report` are those of the first seed
+    root: Path  # its `model` is that of the first seed, its `report` of all
     runs: Mapping[int, Finished]  # by seed
     verdict: SeedsVerdict | None  # None without labelled test images
 
     def text(self) -> str:
         """All that is printed at the end; the verdict over seeds last."""
         first = next(iter(self.runs.values()))
-        places = [f"seed {seed}  {one.report / 'report.html'}" for seed, one in self.runs.items()]
+        places = [f"report  {self.root / 'report' / 'report.html'}"]
         places += [f"model   {self.root / 'model'}  (of the first seed: none is chosen by its score)"]
         if self.verdict is None:
             return "\n".join([*places, *without_labels(str(self.root), has_test=first.has_test)])
@@ -96,9 +94,10 @@ def run_seeds(config: Config, root: Path, seeds: Sequence[int], until: str | Non
         return None
     labelled = {seed: (one.queries, one.verdict) for seed, one in found.items() if one.verdict is not None}
     verdict = verdict_over(labelled) if labelled else None
-    write_json(root / SEEDS_FILE, seeds_json({seed: one.rows for seed, one in found.items()}, verdict))
-    for link in ("model", "report"):
-        Store(root).point(link, f"{_folder(root, seeds[0]).name}/{link}")
+    rows = {seed: one.rows for seed, one in found.items()}
+    write_json(root / "report" / "metrics.json", seeds_json(rows, verdict))
+    write_utf8(root / "report" / "report.html", seeds_page(config.name, rows, verdict))
+    Store(root).point("model", f"{_folder(root, seeds[0]).name}/model")
     return FinishedSeeds(root, found, verdict)
 
 

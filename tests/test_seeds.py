@@ -98,8 +98,11 @@ def test_the_folder_of_all_seeds_has_the_model_of_the_first_and_the_figures_of_a
     images = torch.rand(2, 3, tiny.SIZE_PX, tiny.SIZE_PX)
     both = [load_model(path, trust_modules=True)(images) for path in (found.root, found.root / "seed-3")]
     assert torch.equal(*both)
-    assert (found.root / "report" / "report.html").is_file()
-    kept = json.loads((found.root / "seeds.json").read_text())
+    page = (found.root / "report" / "report.html").read_text()
+    for seed in SEEDS:
+        assert (found.root / "report" / f"../seed-{seed}/report/report.html").is_file()
+        assert f'href="../seed-{seed}/report/report.html"' in page
+    kept = json.loads((found.root / "report" / "metrics.json").read_text())
     assert kept["seeds"] == list(SEEDS)
     (average,) = (row["r_precision"] for row in kept["rows"] if row["model"] == "average")
     assert average["mean"] == pytest.approx(np.mean(average["by_seed"]))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -130,12 +131,21 @@ def page(content: ReportContent) -> str:
     ]
     if not content.rows:  # then figures without labels come first
         sections.insert(2, sections.pop(6))
-    present = [s for s in sections if s[2]]
-    links = "".join(f'<a href="#{anchor}">{name}</a>' for anchor, name, _ in present)
-    body = "".join(f'<section id="{anchor}"><h2>{name}</h2>{markup}</section>' for anchor, name, markup in present)
     notes = "".join(f"<li>{text(note, 1000)}</li>" for note in content.notes)
     aside = f'<ul class="notes" aria-label="Notes">{notes}</ul>' if notes else ""
-    title = text(content.title, 200)
+    return document(content.title, sections, before=aside, after=images.definitions())
+
+
+def document(name: str, sections: Sequence[tuple[str, str, str]], *, before: str = "", after: str = "") -> str:
+    """A page with a title, of sections that are given as anchor, heading and markup; those without markup are left out.
+
+    Args:
+        before: markup ahead of the sections; `after` behind them.
+    """
+    present = [s for s in sections if s[2]]
+    links = "".join(f'<a href="#{anchor}">{heading}</a>' for anchor, heading, _ in present)
+    body = "".join(f'<section id="{at}"><h2>{heading}</h2>{markup}</section>' for at, heading, markup in present)
+    title = text(name, 200)
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
@@ -144,7 +154,7 @@ def page(content: ReportContent) -> str:
         f"<title>{title}</title><style>{STYLE}</style></head><body>"
         f"<header>{MARK}<div><h1>{title}</h1>"
         "<p>One image-search model for many tasks, adapted without labels.</p></div></header>"
-        f'<nav aria-label="Sections">{links}</nav><main>{aside}{body}{images.definitions()}</main></body></html>\n'
+        f'<nav aria-label="Sections">{links}</nav><main>{before}{body}{after}</main></body></html>\n'
     )
 
 

@@ -9,10 +9,20 @@ from typing import Any
 
 from grappa_dist.config import BACKBONE
 from grappa_dist.report.content import ScoreRow
-from grappa_dist.report.html import MISSING, points
+from grappa_dist.report.html import MISSING, points, text
+from grappa_dist.report.page import document
+from grappa_dist.report.plots import Axes, Interval, forest_plot
 from grappa_dist.report.scores import Scores, titled_grid
 from grappa_dist.report.sentences import describe_gain
-from grappa_dist.report.verdict import TRY_MORE, as_console, describe_sureness, gain_json, gain_lines
+from grappa_dist.report.verdict import (
+    MOST_DRAWN,
+    TRY_MORE,
+    as_console,
+    describe_sureness,
+    gain_json,
+    gain_lines,
+    interval,
+)
 from grappa_dist.verdict import SeedsVerdict
 
 
@@ -68,8 +78,40 @@ def seeds_conclusion(verdict: SeedsVerdict) -> str:
     return f"Not shown to be better than the backbone: {by}. Next: more labelled test images; else {TRY_MORE}"
 
 
+def seeds_page(title: str, rows: Mapping[int, list[ScoreRow]], verdict: SeedsVerdict | None) -> str:
+    """The page of all seeds, for `<run>/report/report.html`, with links to those of each."""
+    links = "".join(f'<li><a href="../seed-{s}/report/report.html">seed {s}</a></li>' for s in rows)
+    table = f"<pre>{text(seeds_table(rows), 100_000)}</pre>" if any(rows.values()) else ""
+    sections = [("verdict", "The verdict over seeds", _section(verdict)), ("scores", "Retrieval scores", table)]
+    return document(title, [*sections, ("runs", "The reports of the seeds", f'<ul class="reading">{links}</ul>')])
+
+
+def _section(verdict: SeedsVerdict | None) -> str:
+    if verdict is None:
+        return '<p class="verdict">Not known: there are no labelled test images to compare the models on.</p>'
+    found, _, following = seeds_conclusion(verdict).partition(" Next: ")
+    several = [verdict.mean, *verdict.tasks] if len(verdict.tasks) > 1 else list(verdict.tasks)
+    drawn = [interval(gain, len(verdict.tasks)) for gain in several[: MOST_DRAWN + 1]]
+    for seed, model, gain in zip(verdict.seeds, verdict.compared, verdict.each, strict=True):
+        at = 100 * gain
+        drawn.append(Interval(f"seed {seed}: {model}", at, at, at, points(gain)))
+    axes = Axes(title=f"{_model(verdict)} against the backbone", x_label="points of R-Precision", note=_PLOT_NOTE)
+    notes = "".join(f"<li>{text(note[0].upper() + note[1:], 1000)}.</li>" for note in (*verdict.caveats, _INTERVAL))
+    more = f'<p class="verdict">Next: {text(following, 1000)}.</p>' if following else ""
+    return (
+        f'<p class="verdict"><b>{text(found, 1000)}</b></p>{more}'
+        f'<div class="charts few">{forest_plot(drawn, axes)}<ul class="reading">{notes}</ul></div>'
+    )
+
+
+_PLOT_NOTE = (
+    "Lines are 95% bootstrap intervals over queries of the mean over seeds; a seed's dot is its mean over tasks. "
+    "The line at 0 is the backbone."
+)
+
+
 def seeds_json(rows: Mapping[int, list[ScoreRow]], verdict: SeedsVerdict | None) -> dict[str, Any]:
-    """What seeds.json has: the rows of each seed's metrics.json, mean and spread of each score, and the verdict."""
+    """What metrics.json of several seeds has: every score by seed, its mean and spread, and the verdict."""
     scores = {seed: Scores.of(of_seed) for seed, of_seed in rows.items()}
     first = next(iter(scores.values()))
     table = []

@@ -133,7 +133,7 @@ def verdict_section(verdict: Verdict | None, *, has_test: bool) -> str:
         lines = without_labels(_RUN, has_test=has_test)
         return "".join(f'<p class="verdict">{text(line, 1000)}</p>' for line in lines)
     rows = [verdict.mean, *verdict.tasks] if len(verdict.tasks) > 1 else list(verdict.tasks)
-    shown = [_interval(row, len(verdict.tasks)) for row in rows[: MOST_DRAWN + 1]]
+    shown = [interval(row, len(verdict.tasks)) for row in rows[: MOST_DRAWN + 1]]
     hidden = len(rows) - len(shown)
     note = "A dot is the gain, its line the 95% bootstrap interval over queries; the line at 0 is the backbone."
     note += f" {hidden} more tasks are in metrics.json." if hidden else ""
@@ -149,7 +149,8 @@ def verdict_section(verdict: Verdict | None, *, has_test: bool) -> str:
     )
 
 
-def _interval(row: Gain, num_tasks: int) -> Interval:
+def interval(row: Gain, num_tasks: int) -> Interval:
+    """A gain as a row of a forest plot."""
     name = row.task if row.task is not None else f"mean of {num_tasks} tasks"
     tip = f"{name}: {percent(row.baseline)} to {percent(row.value)}, {describe_sureness(row)}"
     return Interval(name, 100 * row.gain, 100 * row.low, 100 * row.high, points(row.shown_gain), tip)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from grappa_dist.report.content import ScoreRow
-from grappa_dist.report.seeds import seeds_conclusion, seeds_json, seeds_lines, seeds_table
+from grappa_dist.report.seeds import seeds_conclusion, seeds_json, seeds_lines, seeds_page, seeds_table
 from grappa_dist.verdict import SeedsVerdict
 from tests.report.test_verdict import gain
 
@@ -45,6 +45,15 @@ def test_the_gain_of_each_seed_is_shown() -> None:
     lines = seeds_lines(verdict(0.012, (0.010, 0.012, 0.014)))
     assert "  seed 2: average, +1.4 points" in lines
     assert "by seed +1.0 to +1.4" in lines[-1]
+
+
+def test_the_page_draws_the_gains_of_tasks_and_seeds() -> None:
+    found = verdict(0.012, (-0.001, 0.020, 0.017))
+    page = seeds_page("mine", {seed: rows(0.4, 0.5) for seed in range(3)}, found)
+    assert page.count("<circle") == 6  # the mean, two tasks, three seeds
+    assert "<b>Not shown to be better than the backbone" in page
+    assert "52.0 ±2.0" in seeds_page("mine", {0: rows(0.4, 0.5), 1: rows(0.4, 0.52), 2: rows(0.4, 0.54)}, found)
+    assert "no labelled test images" in seeds_page("mine", {0: [], 1: []}, None)
 
 
 def test_the_file_has_every_score_by_seed_and_the_verdict() -> None:
