@@ -266,6 +266,9 @@ class Store:
             raise ValueError(
                 f"another run is writing to {self.root}{held}; wait for it or choose another --out"
             ) from None
+        except (FileExistsError, NotADirectoryError):
+            file = next(path for path in (self.root, *self.root.parents) if path.exists() and not path.is_dir())
+            raise ValueError(f"--out {self.root}: {file} is a file, expected a folder, or a new name") from None
         except OSError as error:
             raise ValueError(
                 f"--out {self.root} cannot be written to: {error.strerror} (--dry-run and --check only read)"
@@ -280,6 +283,11 @@ class Store:
     def point(self, link: str, target: str) -> Path:
         """Points `<root>/<link>` at what lies in the run directory under the name `target`."""
         path, fresh = self.root / link, self.root / f".{link}.new"
+        if path.is_dir() and not path.is_symlink():
+            raise ValueError(
+                f"{path} is a folder, expected a link that the run can replace (a copy without links has folders in "
+                "their place): remove or rename it, then run the same command again"
+            )
         fresh.unlink(missing_ok=True)
         fresh.symlink_to(target)
         os.replace(fresh, path)

@@ -473,15 +473,26 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
             raise ValueError(f"config {path} is longer than {MOST_BYTES} bytes; expected a YAML file of settings")
         tree = _Loader(text).get_single_data()
     except FileNotFoundError:
-        raise ValueError(f"config {path} does not exist") from None
+        raise ValueError(f"config {str(path) or repr('')} does not exist") from None
+    except IsADirectoryError:
+        raise ValueError(f"config {path} is a folder, expected a YAML file of settings") from None
     except OSError as error:
         raise ValueError(f"config {path} cannot be read: {error.strerror}") from error
     except yaml.YAMLError as error:
-        why = " ".join(str(error).replace(' in "<byte string>",', " in").split())
-        raise ValueError(f"config {path} is not valid YAML: {without_secrets(why)}") from error
+        raise ValueError(f"config {path} is not valid YAML: {_why_no_yaml(error)}") from error
     if not isinstance(tree, dict):
-        raise ValueError(f"config {path} must be a mapping of sections, got {type(tree).__name__}")
+        kind = {"NoneType": "nothing", "list": "a list", "str": "a text"}.get(type(tree).__name__, repr(tree))
+        raise ValueError(f"config {path} holds {kind}, expected sections of settings: name, data, backbone and others")
     return read(tree, overrides)
+
+
+def _why_no_yaml(error: yaml.YAMLError) -> str:
+    why = " ".join(str(error).replace(' in "<byte string>",', " in").split())
+    if isinstance(error, yaml.reader.ReaderError):
+        return f"it is no text in UTF-8 ({why})"
+    if "'\\t' that cannot start" in why:
+        why += "; YAML is indented by spaces, not tabs"
+    return without_secrets(why)
 
 
 def read(tree: dict[str, Any], overrides: Iterable[str] = ()) -> Config:
@@ -551,8 +562,17 @@ def _describe(problem: Mapping[str, Any]) -> str:
         return f"{where}={problem['input']!r}: {problem['msg']}{suggestion(str(problem['input']), known)}"
     if problem["type"] == "string_pattern_mismatch":
         return f"{where}={problem['input']!r}: must be <module>:<function>, or timm:<model> for a backbone"
+    if problem["type"] == "model_type":
+        return f"{where}={_as_yaml(problem['input'])}: expected settings below it"
+    if problem["input"] is None:
+        return f"{where}=null: {problem['msg']}"
     message = problem["msg"].removeprefix("Value error, ").replace("tuple", "list")
     return message if problem["type"] == "value_error" else f"{where}={problem['input']!r}: {message}"
+
+
+def _as_yaml(value: Any) -> str:
+    text = yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()
+    return text[:100]
 
 
 def _fields(loc: Iterable[str | int]) -> set[str]:

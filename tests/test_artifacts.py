@@ -340,3 +340,22 @@ def test_labels_out_of_range_and_rows_of_another_length_are_damages_where_no_che
     assert features.unit_shard(0, good).shape == (4, 4)
     with pytest.raises(DamagedArtifact, match="has a row 2 of norm 0"):
         features.unit_shard(0, ~good & [False, False, True, False])
+
+
+def test_a_run_directory_that_is_a_file_or_below_one_is_refused_by_that_file(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for root in (tmp_path / "file", tmp_path / "file" / "run"):
+        with (
+            pytest.raises(ValueError, match=rf"^--out {root}: {tmp_path / 'file'} is a file, expected a folder"),
+            Store(root).lock(),
+        ):
+            pass
+
+
+def test_a_folder_in_the_place_of_a_link_is_named(tmp_path: Path) -> None:
+    """As a copy of a run directory without its links has it."""
+    store = Store(tmp_path)
+    (tmp_path / "report").mkdir()
+    with pytest.raises(ValueError, match=r"report is a folder, expected a link .*: remove or rename it"):
+        store.point("report", "reports/report-1")
+    assert [path.name for path in tmp_path.iterdir()] == ["report"]

@@ -92,8 +92,8 @@ WRONG = [
     ("clustering.tolerance=1", "clustering.tolerance=1: Input should be less than 1"),
     ("data.max_bad_share=2", "data.max_bad_share=2: Input should be less than or equal to 1"),
     ("data.train=5", "data.train.0=5: Input should be a valid string"),
-    ("data=3", "data=3: Input should be a valid dictionary"),
-    ("adapt=", "adapt=None: Input should be a valid dictionary"),
+    ("data=3", "data=3: expected settings below it"),
+    ("adapt=", "adapt=null: expected settings below it"),
     ("clustering.num_labels=abc", "clustering.num_labels='abc': Input should be a valid list"),
     ("clustering.num_labels=abc", "clustering.num_labels='abc': Input should be 'auto'"),
     ("clustering.num_labels=[4, a]", "clustering.num_labels.1='a': Input should be a valid integer"),
@@ -152,14 +152,16 @@ def test_a_row_to_compare_with_becomes_the_model_only_where_it_is_asked_for_or_a
 
 @pytest.mark.parametrize("tree", [None, [1, 2], "text"])
 def test_a_file_that_holds_no_sections_is_refused(tree: Any, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"config\.yaml must be a mapping of sections, got \w+$"):
+    with pytest.raises(
+        ValueError, match=r"config\.yaml holds .*, expected sections of settings: name, data, backbone and others$"
+    ):
         config(tmp_path, tree)
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"config .*nowhere\.yaml does not exist"):
         load(tmp_path / "nowhere.yaml")
-    with pytest.raises(ValueError, match=r"config .* cannot be read: Is a directory"):
+    with pytest.raises(ValueError, match=r"config .* is a folder, expected a YAML file of settings"):
         load(tmp_path)
     for content in (b"name: [1", b"a: b: c", b"name: \xff\xfe\x00"):
         (tmp_path / "broken.yaml").write_bytes(content)
@@ -334,7 +336,7 @@ MERGES = "a: &a {x: 1}\n" + "".join(
         ("a: 1\n--- \nb: 2", "not valid YAML"),
         ("!!python/object/apply:os.system ['true']", "not valid YAML"),
         ("1: 2\n" + MINIMAL, "1"),
-        ("", "must be a mapping"),
+        ("", "holds nothing, expected sections"),
     ],
 )
 def test_texts_that_grow_nest_or_repeat_are_refused_at_once(tmp_path: Path, text: str, message: str) -> None:
@@ -386,3 +388,42 @@ def test_credentials_are_refused_by_key_and_not_repeated(
 def test_settings_whose_names_only_sound_like_credentials_are_taken(minimal: Path) -> None:
     kwargs = "{class_token: true, num_tokens: 4, global_pool: token, key: null}"
     assert load(minimal, [f"backbone.kwargs={kwargs}"]).backbone.kwargs["global_pool"] == "token"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "holds nothing, expected sections of settings"),
+        (b"# a comment\n", "holds nothing"),
+        (b"- a\n- b\n", "holds a list"),
+        (b"hello\n", "holds a text"),
+        (b"3\n", "holds 3"),
+        (b"name: x\ndata:\n\ttrain: a\n", "YAML is indented by spaces, not tabs"),
+        (b"name: caf\xe9\n", "it is no text in UTF-8"),
+        (bytes(range(128, 256)), "it is no text in UTF-8"),
+        (
+            b"name: x\ndata: [1, 2]\nbackbone: 3\n",
+            "data=[1, 2]: expected settings below it; backbone=3: expected settings below it",
+        ),
+        (
+            b"name:\ndata:\nbackbone:\n",
+            "name=null: Input should be a valid string; data=null: expected settings below it",
+        ),
+    ],
+)
+def test_a_file_that_is_no_config_is_refused_in_one_plain_line(content: bytes, words: str, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(words)) as caught:
+        load(tmp_path / "c.yaml")
+    assert not re.search(r"NoneType|DataConfig|\n", str(caught.value))
+
+
+def test_ends_of_lines_and_marks_of_other_systems_are_read(tmp_path: Path) -> None:
+    text = (ROOT / "configs" / "demo.yaml").read_text()
+    for name, data in {
+        "crlf": text.replace("\n", "\r\n").encode(),
+        "bom": b"\xef\xbb\xbf" + text.encode(),
+        "utf16": text.encode("utf-16"),
+    }.items():
+        (tmp_path / name).write_bytes(data)
+        assert load(tmp_path / name) == load(ROOT / "configs" / "demo.yaml")
