@@ -317,8 +317,8 @@ def _local_tars(entry: str, log: Callable[[str], object]) -> list[Path]:
     line = describe_passed_over(entry, passed, _NO_SHARDS)
     if not found:
         raise ValueError(
-            f"shards: nothing at {entry}; expected a folder of .tar files, a .tar file, a pattern such as DIR/*.tar or "
-            f"names such as DIR/shard-{{000..127}}.tar{f'; {line}' if line else instead_of(entry)}"
+            f"shards: nothing at {entry}; expected a folder of images or of .tar files, a .tar file, a pattern such as "
+            f"DIR/*.tar or names such as DIR/shard-{{000..127}}.tar{f'; {line}' if line else instead_of(entry)}"
         )
     _log_any(log, line)
     return found
