@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 
 TRAINING = "cpu"  # or gpu
+RUNS = ("ray", "deepspeed", "faiss")  # what every run needs, on all nodes
 EXTRAS = {  # module -> extra, as in pyproject.toml
     "ray": TRAINING,
     "deepspeed": TRAINING,

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from grappa_dist.config import Config
 from grappa_dist.console import Interrupted, Terminated
 from grappa_dist.defaults import Split, as_overrides, settings_of_run
+from grappa_dist.extras import RUNS, require
 from grappa_dist.output import choose_mode, printable
 from grappa_dist.pipeline import Finished, run
 from grappa_dist.report.content import ScoreRow
@@ -57,6 +58,7 @@ def fit(
         ValueError: an argument, a setting or an input is wrong; the message is that of the command.
         KeyboardInterrupt: after Ctrl-C; state is saved, and the same call goes on.
     """
+    require(*RUNS)
     root = run_root(os.fspath(out), "mine")
     choose_mode(quiet=quiet)
     config = settings_of_run(

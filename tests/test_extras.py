@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from grappa_dist.console import Ending
 from grappa_dist.extras import EXTRAS, MissingPackage, install_line, require
@@ -15,6 +16,7 @@ from tests.test_export import SIZE, exported
 
 ROOT = Path(__file__).parents[1]
 WITHOUT = f"import sys; sys.modules.update(dict.fromkeys({list(EXTRAS)})); "  # as if none of them were installed
+SCRIPT = str(ROOT / "launch" / "full_pipeline.py")
 COMMAND = "from grappa_dist.cli.main import main; sys.exit(main(sys.argv[1:]))"
 CONFIG = "name: light\ndata: {train: photos}\nbackbone: {name: 'timm:vit_tiny_patch16_224'}\n"
 
@@ -53,10 +55,21 @@ def test_an_import_of_a_missing_package_anywhere_ends_a_program_with_its_install
     assert "No module named 'no_such_module'" in capsys.readouterr().err
 
 
-def test_a_run_without_what_it_needs_says_so_in_one_line_and_leaves_no_folder(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("program", "args"),
+    [
+        (f"import runpy; runpy.run_path({SCRIPT!r}, run_name='__main__')", ["--config", "light.yaml"]),
+        (COMMAND, ["run", "photos"]),
+    ],
+)
+def test_a_run_without_what_it_needs_says_so_in_one_line_and_leaves_no_folder(
+    program: str, args: list[str], tmp_path: Path
+) -> None:
     (tmp_path / "light.yaml").write_text(CONFIG)
-    script = f"import runpy; runpy.run_path({str(ROOT / 'launch' / 'full_pipeline.py')!r}, run_name='__main__')"
-    done = light(script, "--config", "light.yaml", "--out", str(tmp_path / "out"), cwd=tmp_path)
+    (tmp_path / "photos").mkdir()
+    for number in range(8):
+        Image.new("RGB", (8, 8), (30 * number, 0, 0)).save(tmp_path / "photos" / f"{number}.png")
+    done = light(program, *args, "--out", str(tmp_path / "out"), cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"error: ray is not installed: {install_line('ray')}\n"
     assert not (tmp_path / "out").exists()

@@ -10,6 +10,7 @@ import click
 
 from grappa_dist.cli.verb import OneOf, split_words, verb, words
 from grappa_dist.console import Ending, print_end
+from grappa_dist.extras import RUNS, require
 from grappa_dist.output import choose_mode, printable
 
 if TYPE_CHECKING:
@@ -56,6 +57,8 @@ def command(
     choose_mode(quiet=options.pop("quiet"), json=options.pop("json"))
     if seeds and dry_run:
         raise click.UsageError("--seeds: the plan of each run is that of one; leave it out, or leave out --dry-run")
+    if not dry_run:
+        require(*RUNS)  # before any setting is chosen
     config, root = _settings(given, **options)
     if dry_run:
         from grappa_dist.plan import plan

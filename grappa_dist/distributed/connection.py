@@ -14,9 +14,8 @@ from grappa_dist.config import Resources
 from grappa_dist.console import Terminated
 from grappa_dist.distributed import local_ray
 from grappa_dist.distributed.local_ray import LocalRay
-from grappa_dist.extras import require
+from grappa_dist.extras import RUNS, require
 
-NEEDED = ("ray", "deepspeed", "faiss")  # on every node
 CONNECT_TIMEOUT_S = 5.0
 GREETING_S = 2.0
 SUBMITTED_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by `ray job submit`
@@ -42,7 +41,7 @@ def connect(resources: Resources, log: Callable[[str], None] = lambda text: None
         RuntimeError: a local Ray did not start.
         Terminated: SIGTERM or Ctrl-C came meanwhile.
     """
-    require(*NEEDED)
+    require(*RUNS)
     import ray
 
     if ray.is_initialized():

@@ -16,10 +16,10 @@ from grappa_dist.console import EVENTS_BYTES, EVENTS_FILE, LOG_FILE, Console, Ev
 from grappa_dist.data.block_cache import DAMAGED_LOG, count_damaged
 from grappa_dist.data.open_images import cache_of
 from grappa_dist.data.remote import is_remote
-from grappa_dist.distributed.connection import NEEDED, SUBMITTED_JOB
+from grappa_dist.distributed.connection import SUBMITTED_JOB
 from grappa_dist.distributed.ray_cluster import Cluster
 from grappa_dist.distributed.runner import Runner
-from grappa_dist.extras import require
+from grappa_dist.extras import RUNS, require
 from grappa_dist.files import write_utf8
 from grappa_dist.output import printable, without_secrets
 from grappa_dist.storage import raise_open_files
@@ -41,7 +41,7 @@ def running(config: Config, root: Path) -> Iterator[Run]:
         ValueError: a package is not installed; the directory cannot be written to, or another run writes to it.
         Terminated: after SIGTERM, SIGHUP or Ctrl-C; jobs have saved their state, unless its `waited_s` is set.
     """
-    require(*NEEDED)  # before a folder is made
+    require(*RUNS)  # before a folder is made
     raise_open_files()
     root = root.expanduser()  # of callers in Python: no folder is ever called "~"
     store, new = Store(root), [path for path in (root, *root.parents) if not path.exists()]
