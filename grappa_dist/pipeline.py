@@ -7,7 +7,7 @@ what would be made.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ from grappa_dist.models.trial import describe_difference, verdict_of
 from grappa_dist.report import console_table
 from grappa_dist.report.collect import describe_bad_images, describe_labels, list_bad_images, report
 from grappa_dist.report.content import ScoreRow
-from grappa_dist.report.verdict import verdict_lines, why_exported, without_labels
+from grappa_dist.report.verdict import as_json, verdict_lines, why_exported, without_labels
 from grappa_dist.stages.adapt import adapt
 from grappa_dist.stages.damages import Mending
 from grappa_dist.stages.embed import bad_rows, embed, feature_rows
@@ -83,8 +83,8 @@ class Finished:
 
     def figures(self) -> dict[str, Any]:
         """The same for programs; the table is in metrics.json beside the report."""
-        verdict = None if self.verdict is None else asdict(self.verdict)
-        return {"report": str(self.report / "report.html"), "model": str(self.model), "verdict": verdict}
+        places = {"report": str(self.report / "report.html"), "model": str(self.model)}
+        return {**places, "verdict": as_json(self.verdict)}
 
 
 def run(config: Config, root: Path, until: str | None = None) -> Finished | None:

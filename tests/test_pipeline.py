@@ -207,8 +207,17 @@ def test_a_run_without_labels_has_no_rows_and_its_report_says_so(finished: Finis
     assert json.loads((root / "report" / "metrics.json").read_text()) == {"rows": [], "verdict": None}
     page = (root / "report" / "report.html").read_text().lower()
     assert "there is no test set (data.test), so the models were looked at on training images" in page
-    assert "40 training, no test set: 40 of these were looked at" in page
+    assert "40 training, no test set: 40 of them looked at" in page
     assert "augmented view finds its source" in page
+
+
+def test_without_labels_the_last_lines_say_what_is_not_known_and_what_would_settle_it(tmp_path: Path) -> None:
+    for has_test in (True, False):
+        found = pipeline.Finished(tmp_path / "report", tmp_path / "model", [], None, [], has_test, "")
+        *_, place, unknown, command = found.text().splitlines()
+        assert place == f"model   {tmp_path / 'model'}"
+        assert unknown.startswith("Not known: whether this model is better than the backbone")
+        assert command.endswith(f"grappa-dist evaluate --model {tmp_path} --images <folder>")
 
 
 def test_the_report_shows_sample_clusters_without_the_bad_image_and_how_nested_they_are(finished: Finished) -> None:
