@@ -52,6 +52,8 @@ RESULTS = {
     "data.test": "evaluate",
     "data.max_bad_share": "no",
     "data.shards_dir": "no",
+    "data.label_field": "evaluate",
+    "data.label_member": "evaluate",
     "data.streams": "adapt",
     "data.shuffle_window": "adapt",
     "adapt.supervised": "its row",

@@ -96,7 +96,8 @@ def _of_folder(entry: str, split: str, log: Log) -> Images:
 def _of_table(entry: str, label_field: str | None, log: Log) -> Images:
     files = files_of(entry)
     tables = [Table(Path(path).absolute(), label_field) for path in files]
-    task = task_name(Path(entry if os.path.exists(entry) else os.path.dirname(entry)).absolute())
+    named = Path(entry).absolute() if os.path.exists(entry) else Path(entry).absolute().parent
+    task = task_name(named if named.is_dir() else named.with_suffix(""))
     items = [item for table, part in zip(tables, files.values(), strict=True) for item in table.items(task, part)]
     if items and label_field is not None and all(item.label is None for item in items):
         raise ValueError(f"{entry}: column {label_field!r}, which data.label_field names, has no label in any row")

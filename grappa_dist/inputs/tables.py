@@ -1,6 +1,6 @@
 """Images in the rows of tables: parquet files, and folders that `datasets.save_to_disk` has written (Arrow streams).
 
-Read by pyarrow alone. Of a row the bytes of its image are read when they are needed, a few rows at a time. A path in a
+Read by pyarrow alone. Of a row the bytes of its image are read when they are needed, one by one. A path in a
 row is a name and nothing is opened by it.
 """
 
@@ -12,7 +12,7 @@ import os
 import re
 import threading
 from bisect import bisect_right
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ from grappa_dist.make_shards.sources import Item, stamp_of
 DATA_SET, STATE, DATA_SETS = "dataset_info.json", "state.json", "dataset_dict.json"  # of save_to_disk
 PARQUET, ARROW = ".parquet", ".arrow"
 _LABELS, _TASKS = ("label", "labels"), ("task",)
-_AT_ONCE, _KEPT = 16, 4  # rows of a batch, batches that are kept: threads ask for rows a little out of order
+_KEPT, _KEPT_BYTES = 64, 2**26  # rows that are kept at most: threads ask for rows a little out of order
 _DIGITS = 9
 
 
@@ -172,7 +172,7 @@ class RowPlace:
 
 
 class _Cursor:
-    """Reads the images of a parquet file forwards, a few rows at a time; going back begins at the row group."""
+    """Reads the images of a parquet file forwards, row by row; going back begins at the row group."""
 
     def __init__(self, path: str, column: str, is_struct: bool) -> None:
         from pyarrow import parquet
@@ -181,34 +181,31 @@ class _Cursor:
         self._column, self._is_struct = column, is_struct
         counts = [self._file.metadata.row_group(i).num_rows for i in range(self._file.metadata.num_row_groups)]
         self._starts = list(accumulate(counts, initial=0))
-        self._kept: deque[tuple[int, Any]] = deque(maxlen=_KEPT)
+        self._kept: OrderedDict[int, bytes] = OrderedDict()
         self._batches: Iterator[Any] = iter(())
         self._group, self._next = -1, 0
         self._lock = threading.Lock()
 
     def read(self, row: int) -> bytes:
         with self._lock:
-            while not (batch := self._holding(row)):
+            while row not in self._kept:
                 self._advance(row)
-            return _bytes_in(batch[1][row - batch[0]], self._is_struct)
-
-    def _holding(self, row: int) -> tuple[int, Any] | None:
-        return next((kept for kept in self._kept if kept[0] <= row < kept[0] + len(kept[1])), None)
+            return self._kept[row]
 
     def _advance(self, row: int) -> None:
-        """Keeps the next batch of the row's group."""
+        """Keeps the next row of the row's group, and the last ones before it."""
         group = bisect_right(self._starts, row) - 1
         if group != self._group or row < self._next:
             self._batches, self._group, self._next = self._open(group), group, self._starts[group]
-        values = next(self._batches).column(0)
-        self._kept.append((self._next, values))
-        self._next += len(values)
+        self._kept[self._next] = _bytes_in(next(self._batches).column(0)[0], self._is_struct)
+        self._next += 1
+        while len(self._kept) > 1 and (len(self._kept) > _KEPT or sum(map(len, self._kept.values())) > _KEPT_BYTES):
+            self._kept.popitem(last=False)
 
     def _open(self, group: int) -> Iterator[Any]:
         column = f"{self._column}.bytes" if self._is_struct else self._column
-        opened: Iterator[Any] = self._file.iter_batches(
-            _AT_ONCE, row_groups=[group], columns=[column], use_threads=False
-        )
+        # one by one, so that no more than one image that claims to be huge is in memory
+        opened: Iterator[Any] = self._file.iter_batches(1, row_groups=[group], columns=[column], use_threads=False)
         return opened
 
 
