@@ -1,4 +1,4 @@
-"""Finds shards and their indexes, makes missing indexes, and, where there are no shards, names what would make them."""
+"""Finds shards and their indexes, makes missing indexes, and, where there are no shards, says where some are."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 
 from grappa_dist.console import pluralize
 from grappa_dist.data.block_cache import CacheSettings
-from grappa_dist.data.decoding import TAKEN
 from grappa_dist.data.entries import (
     copies_among,
     describe_passed_over,
@@ -316,16 +315,17 @@ def _local_tars(entry: str, log: Callable[[str], object]) -> list[Path]:
             raise ValueError(f"shards: {tar} is no file, or a link to none; expected a tar")
     line = describe_passed_over(entry, passed, _NO_SHARDS)
     if not found:
+        elsewhere = f"; {line}" if line else instead_of(entry)
         raise ValueError(
-            f"shards: nothing at {entry}; expected a folder of images or of .tar files, a .tar file, a pattern such as "
-            f"DIR/*.tar or names such as DIR/shard-{{000..127}}.tar{f'; {line}' if line else instead_of(entry)}"
+            f"shards: nothing at {entry}; expected a folder of images or of .tar files, a list of images, parquet, a "
+            f".tar file, a pattern such as DIR/*.tar or names such as DIR/shard-{{000..127}}.tar{elsewhere}"
         )
     _log_any(log, line)
     return found
 
 
 def instead_of(entry: str) -> str:
-    """The end of an error about a local path without a tar: where its shards are, or what makes some; else ""."""
+    """The end of an error about a local path without a tar: where its shards are; else ""."""
     if not os.path.isdir(entry):
         return ""
     files = _files(entry)
@@ -335,17 +335,7 @@ def instead_of(entry: str) -> str:
     if below:
         more = f" and {len(below) - _SHOWN} more" if len(below) > _SHOWN else ""
         return f"; there are tars one level or more below: name {' or '.join(map(shlex.quote, below[:_SHOWN]))}{more}"
-    image = next((path for path in files if path.lower().endswith(tuple(f".{s}" for s in TAKEN))), None)
-    if image is None:
-        return ""
-    folder = os.path.normpath(entry)
-    folder = f"./{folder}" if folder.startswith("-") else folder
-    out = f"{folder if os.path.basename(folder) not in ('.', '..') else os.path.abspath(folder)}-shards"
-    command = f"python launch/make_shards.py --images {shlex.quote(folder)} --split none --out {shlex.quote(out)}"
-    return (
-        f". It holds images, such as {image!r}, and no shards of them: make these by `{command}`, "
-        f"then name {shlex.quote(os.path.join(out, 'train'))}"
-    )
+    return ""
 
 
 def _files(folder: str) -> list[str]:

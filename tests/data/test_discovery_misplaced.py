@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 
 import pytest
@@ -15,30 +14,6 @@ def refused(path: Path | str) -> str:
     with pytest.raises(ValueError, match="shards: nothing at ") as error:
         ImageShards.open([path], None)
     return str(error.value)
-
-
-@pytest.mark.parametrize("folder", ["photos", "my photos", "it's", "-x"])
-def test_a_folder_of_images_is_answered_with_the_command_that_makes_shards_of_it(
-    tmp_path: Path, folder: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    for number in range(3):
-        path = Path(folder) / "a" / f"{number}.PNG"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(picture(number))
-    message = refused(f"./{folder}/")
-    command, _, then = message.partition("`")[2].partition("`, then name ")
-    program, script, *argv = shlex.split(command)
-    assert (program, script) == ("python", "launch/make_shards.py")
-    assert main(argv) == 0
-    assert len(ImageShards.open(shlex.split(then), None)) == 3
-
-
-def test_the_current_folder_has_its_shards_made_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "here").mkdir()
-    (tmp_path / "here" / "a.jpg").write_bytes(b"")
-    monkeypatch.chdir(tmp_path / "here")
-    assert f"--out {tmp_path}/here-shards" in refused(".")
 
 
 def test_parts_one_level_below_are_named(tmp_path: Path) -> None:

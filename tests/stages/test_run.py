@@ -13,8 +13,8 @@ from tests.stages import tiny
 
 def test_a_run_that_is_refused_before_it_begins_leaves_no_folder(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
-    (tmp_path / "photos" / "a.png").write_bytes(tiny.picture(0))
-    with pytest.raises(ValueError, match=r"shards: nothing at .*photos.*make_shards\.py --images"):
+    (tmp_path / "photos" / "notes.txt").write_text("no image")
+    with pytest.raises(ValueError, match=r"shards: nothing at .*photos; expected a folder of images"):
         run(tiny.config([str(tmp_path / "photos")]), tmp_path / "runs" / "deep" / "mine")
     assert [path.name for path in tmp_path.iterdir()] == ["photos"]
 
