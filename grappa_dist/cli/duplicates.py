@@ -67,6 +67,6 @@ def command(
         path = Path(expanded(out, "--out"))
         write_groups(path, groups)
         print(printable(f"groups  {path}"))
-    bad = {collection.name(row): why for row, why in collection.bad.items()}
+    bad = [(collection.name(row), why) for row, why in collection.bad.items()]
     for line in describe_bad(bad, len(collection), list_left_out(options, bad)):
         print(line)

@@ -59,7 +59,7 @@ def command(
     collection = open_collection(places_of(images), lambda: embedder, keep=folder)
     answers, asked = search(places_of(queries, "QUERY"), collection, embedder, k=hits)
     print(describe(answers))
-    bad = {collection.name(row): why for row, why in collection.bad.items()}
+    bad = [(collection.name(row), why) for row, why in collection.bad.items()]
     for line in describe_bad(bad, len(collection), list_left_out(options, bad)):
         print(line)
     if sheet is not None:

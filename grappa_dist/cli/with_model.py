@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,11 +76,11 @@ def places_of(given: Sequence[str], option: str = "--images") -> list[str]:
     return [expanded(path, option) for path in given]
 
 
-def list_left_out(options: Options, bad: Mapping[str, str]) -> Path | None:
+def list_left_out(options: Options, bad: Sequence[tuple[str, str]]) -> Path | None:
     """Writes the CSV that --left-out asks for; its path.
 
     Args:
-        bad: why images could not be read, by name; without any the CSV is removed.
+        bad: names of images that could not be read, and why; without any the CSV is removed.
     """
     from grappa_dist.config import expanded
     from grappa_dist.make_shards.left_out import write_list
@@ -88,5 +88,5 @@ def list_left_out(options: Options, bad: Mapping[str, str]) -> Path | None:
     if options["left_out"] is None:
         return None
     path = Path(expanded(options["left_out"], "--left-out"))
-    write_list(path, list(bad.items()))
+    write_list(path, bad)
     return path

@@ -108,7 +108,11 @@ def open_collection(
 
 
 def names_of(images: Images) -> list[str]:
-    return [images.name(row) or images.key(row) for row in range(len(images))]
+    """The names of files; where a shard has none, shard and key, as keys of several shards may be the same."""
+    if not isinstance(images, ImageShards):
+        return [images.name(row) for row in range(len(images))]
+    shards = [shard.name for shard in images.shards for _ in range(shard.rows)]
+    return [images.name(row) or f"{shards[row]}: {images.key(row)}" for row in range(len(images))]
 
 
 def _read(images: Images, row: int) -> bytes | BadImage:
@@ -179,7 +183,7 @@ def _stored_part(folder: Path, entry: Mapping[str, Any]) -> Part:
 
     def names() -> list[str]:
         named = read_json(paths["names"]) if "names" in paths else [None] * len(rows)
-        return [name or key for name, key in zip(named, read_json(paths["keys"]), strict=True)]
+        return [name or f"{entry['shard']}: {key}" for name, key in zip(named, read_json(paths["keys"]), strict=True)]
 
     return Part(rows, bad, names, _Files(entry.get("source"), names))
 

@@ -7,7 +7,7 @@ Shapes: n images, D channels.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,19 +66,19 @@ class Embedder:
         return Embedded(found, bad)
 
 
-def describe_bad(names: Mapping[str, str], images: int, path: Path | None = None) -> Iterator[str]:
+def describe_bad(bad: Sequence[tuple[str, str]], images: int, path: Path | None = None) -> Iterator[str]:
     """Lines that count the images which could not be read and name them with the reason, the first of very many.
 
     Args:
-        names: why, by the name of the image.
+        bad: names of images, and why.
         images: how many were tried.
         path: a CSV that names all of them.
     """
-    if not names:
+    if not bad:
         return
     where = f"; named in {printable_line(str(path))}" if path else ""
-    yield f"left out: {len(names):,} of {pluralize(images, 'image')} could not be read{where}"
-    for name, why in list(names.items())[: 0 if path else NAMED]:
+    yield f"left out: {len(bad):,} of {pluralize(images, 'image')} could not be read{where}"
+    for name, why in bad[: 0 if path else NAMED]:
         yield f"  {printable_line(name)}: {printable_line(why)}"
-    if len(names) > NAMED and not path:
-        yield f"  and {len(names) - NAMED:,} more (--left-out FILE lists all)"
+    if len(bad) > NAMED and not path:
+        yield f"  and {len(bad) - NAMED:,} more (--left-out FILE lists all)"

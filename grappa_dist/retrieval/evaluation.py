@@ -52,7 +52,7 @@ class Evaluated:
         scores: by model, the model first: the tasks in their order.
         means: by model, the mean over tasks.
         gains: of the model over the other one: the mean, then each task; empty where nothing is compared.
-        bad: why images could not be read, by name.
+        bad: names of images that could not be read, and why.
         remarks: sentences about labels.
     """
 
@@ -61,7 +61,7 @@ class Evaluated:
     scores: Mapping[str, Sequence[Scores]]
     means: Mapping[str, Scores]
     gains: Sequence[Gain]
-    bad: Mapping[str, str]
+    bad: Sequence[tuple[str, str]]
     remarks: Sequence[str]
 
 
@@ -118,7 +118,7 @@ def _evaluated(embedders: Mapping[str, Embedder], images: Images, labels: _Label
         {name: [task.scores() for task in tasks] for name, tasks in queries.items()},
         {name: _mean(tasks) for name, tasks in queries.items()},
         _gains(queries),
-        {images.name(row) or images.where(row): why for row, why in bad.items()},
+        [(images.name(row) or images.where(row), why) for row, why in sorted(bad.items())],
         labels.remarks,
     )
 

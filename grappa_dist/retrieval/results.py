@@ -73,7 +73,7 @@ def as_json(found: Evaluated) -> dict[str, Any]:
         "scores": {model: [asdict(of_task) for of_task in scores] for model, scores in found.scores.items()},
         "means": {model: asdict(mean) for model, mean in found.means.items()},
         "gains": [{**vars(gain), "gain": gain.gain, "outcome": gain.outcome} for gain in found.gains],
-        "left_out": dict(found.bad),
+        "left_out": [{"file": name, "reason": why} for name, why in found.bad],
         "remarks": list(found.remarks),
     }
 

@@ -112,3 +112,12 @@ def test_embeddings_of_shards_are_not_kept_here(tmp_path: Path) -> None:
     run = embedder(model_in(tmp_path / "run"))
     with pytest.raises(ValueError, match="of shards, `grappa-dist embed` writes them"):
         open_collection(paths, lambda: run, keep=tmp_path / "keep")
+
+
+def test_images_of_shards_without_names_are_called_by_shard_and_key(tmp_path: Path) -> None:
+    paths = tiny.write_shards(tmp_path / "shards", (2, 2), bad=())
+    run = embedder(model_in(tmp_path / "run"))
+    found = open_collection(paths, lambda: run)
+    expected = [f"part{part}-000000.tar: {row:09d}" for part in (0, 1) for row in range(2)]
+    assert names_in(found) == expected
+    assert found.image(3) == tiny.picture(3)

@@ -41,17 +41,17 @@ def test_some_rows_or_none(tmp_path: Path) -> None:
 
 
 def test_bad_images_are_counted_and_named_on_lines_of_their_own_or_in_a_file() -> None:
-    assert list(describe_bad({}, 9)) == []
-    lines = list(describe_bad({"a\n\x1b.png": "empty file", "b.png": "no\nimage"}, 9))
+    assert list(describe_bad([], 9)) == []
+    lines = list(describe_bad([("a\n\x1b.png", "empty file"), ("b.png", "no\nimage")], 9))
     assert lines == [
         "left out: 2 of 9 images could not be read",
         r"  a\n\x1b.png: empty file",
         r"  b.png: no\nimage",
     ]
-    many = list(describe_bad({f"{number}.png": "why" for number in range(25)}, 30))
+    many = list(describe_bad([("same.png", "why")] * 25, 30))
     assert len(many) == 22
     assert many[-1] == "  and 5 more (--left-out FILE lists all)"
     path = Path("left_out.csv")
-    assert list(describe_bad({"a.png": "empty file"}, 9, path)) == [
+    assert list(describe_bad([("a.png", "empty file")], 9, path)) == [
         "left out: 1 of 9 images could not be read; named in left_out.csv"
     ]

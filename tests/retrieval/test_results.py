@@ -28,7 +28,7 @@ FOUND = Evaluated(
     {"average": [scores("cars", 0.6), scores("a\nb", 0.64)], "backbone": [scores("cars", 0.6), scores("a\nb", 0.6)]},
     {"average": scores(None, 0.62), "backbone": scores(None, 0.6)},
     [gain(None, 0.01, 0.03), gain("cars", -0.01, 0.02), gain("a\nb", 0.02, 0.05)],
-    {"x\x1b.png": "empty file"},
+    [("x\x1b.png", "empty file")],
     ["3 images without a label: neither query nor searched"],
 )
 
@@ -79,7 +79,7 @@ def test_json_and_csv_have_the_figures_as_fractions(tmp_path: Path) -> None:
     assert found["means"]["backbone"]["task"] is None
     assert [row["outcome"] for row in found["gains"]] == ["better", "unsure", "better"]
     assert found["gains"][0]["gain"] == pytest.approx(0.02)
-    assert found["left_out"] == {"x\x1b.png": "empty file"}
+    assert found["left_out"] == [{"file": "x\x1b.png", "reason": "empty file"}]
     with (tmp_path / "scores.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["model"], row["task"]) for row in rows[:2]] == [("average", "cars"), ("average", "a\nb")]
