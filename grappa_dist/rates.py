@@ -142,9 +142,11 @@ class _Bench:
         Args:
             most: images at a time, at most.
         """
-        once_s = self._together(work, 1)  # warms up, too
-        if once_s > part_s / 2:
+        once_s = self._together(work, 1)  # warms up, too, and may take twice as long for that
+        if once_s > 3 * part_s:
             return once_s
+        if once_s > part_s / 2:
+            return min(once_s, self._together(work, 1))
         count = int(min(most, max(1, part_s / 2 / once_s)))
         return min(self._together(work, count) for _ in range(2)) / count
 
