@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from grappa_dist.files import make_folder, remove_folder, rename, write_json, wr
 from grappa_dist.inputs import look
 from grappa_dist.layout import lay_out
 from grappa_dist.pipeline import Finished, run
-from grappa_dist.report.seeds import seeds_json, seeds_lines, seeds_page, seeds_table
+from grappa_dist.report.seeds import seeds_json, seeds_lines, seeds_page, seeds_table, verdict_json
 from grappa_dist.report.verdict import without_labels
 from grappa_dist.stages.flow import artifacts_of
 from grappa_dist.verdict import SeedsVerdict, verdict_over
@@ -37,6 +37,7 @@ class FinishedSeeds:
         first = next(iter(self.runs.values()))
         places = [f"report  {self.root / 'report' / 'report.html'}"]
         places += [f"model   {self.root / 'model'}  (of the first seed: none is chosen by its score)"]
+        places += [first.left_out] if first.left_out else []
         if self.verdict is None:
             return "\n".join([*places, *without_labels(str(self.root), has_test=first.has_test)])
         table = seeds_table({seed: one.rows for seed, one in self.runs.items()})
@@ -44,9 +45,8 @@ class FinishedSeeds:
 
     def figures(self) -> dict[str, Any]:
         """The same for programs."""
-        verdict = None if self.verdict is None else asdict(self.verdict)
         runs = {seed: one.figures() for seed, one in self.runs.items()}
-        return {"runs": runs, "model": str(self.root / "model"), "verdict": verdict}
+        return {"runs": runs, "model": str(self.root / "model"), "verdict": verdict_json(self.verdict)}
 
 
 def parse_seeds(text: str) -> list[int]:

@@ -121,15 +121,20 @@ def seeds_json(rows: Mapping[int, list[ScoreRow]], verdict: SeedsVerdict | None)
             if all(map(math.isfinite, values)):
                 spread = {"mean": statistics.fmean(values), "standard_deviation": _spread(values)}
                 table.append({"model": model, "task": task, "r_precision": {**spread, "by_seed": values}})
-    found = None
-    if verdict is not None:
-        found = {
-            "compared": dict(zip(map(str, verdict.seeds), verdict.compared, strict=True)),
-            "gains": dict(zip(map(str, verdict.seeds), verdict.each, strict=True)),
-            "asked": verdict.asked,
-            "outcome": verdict.outcome,
-            "mean": gain_json(verdict.mean),
-            "tasks": [gain_json(gain) for gain in verdict.tasks],
-            "caveats": [*verdict.caveats, _INTERVAL],
-        }
-    return {"seeds": list(rows), "rows": table, "verdict": found}
+    return {"seeds": list(rows), "rows": table, "verdict": verdict_json(verdict)}
+
+
+def verdict_json(verdict: SeedsVerdict | None) -> dict[str, Any] | None:
+    """The verdict over seeds as metrics.json has it; fractions, not percent."""
+    if verdict is None:
+        return None
+    seeds = [str(seed) for seed in verdict.seeds]
+    return {
+        "compared": dict(zip(seeds, verdict.compared, strict=True)),
+        "gains": dict(zip(seeds, verdict.each, strict=True)),
+        "asked": verdict.asked,
+        "outcome": verdict.outcome,
+        "mean": gain_json(verdict.mean),
+        "tasks": [gain_json(gain) for gain in verdict.tasks],
+        "caveats": [*verdict.caveats, _INTERVAL],
+    }
