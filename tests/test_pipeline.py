@@ -28,6 +28,7 @@ from grappa_dist.layout import lay_out
 from grappa_dist.models.spec import check_ready
 from grappa_dist.plan import plan
 from grappa_dist.report.verdict import conclusion
+from tests.models.tiny import TIMM, timm_vit
 from tests.stages import tiny
 from tests.test_layout import ROWS
 
@@ -102,6 +103,11 @@ def test_a_check_refuses_weights_of_another_model_before_any_worker_starts(
     torch.save({"layer1.0.conv1.weight": torch.zeros(3, 3)}, tmp_path / "w.pth")
     backbone = {"name": "tests.models.tiny:create", "image_size": 32, "checkpoint": str(tmp_path / "w.pth")}
     with pytest.raises(ValueError, match=r"w\.pth' does not fit the backbone: .*it has layer1\.0\.conv1\.weight"):
+        pipeline.check(tiny.config(shards, backbone=backbone), tmp_path / "run")
+    small = {"img_size": 32, "embed_dim": 24, "num_heads": 3}
+    torch.save(timm_vit(TIMM, depth=13, **small).state_dict(), tmp_path / "w.pth")  # timm takes its first blocks
+    backbone = {"name": TIMM, "kwargs": small, "checkpoint": str(tmp_path / "w.pth")}
+    with pytest.raises(ValueError, match=r"w\.pth' does not fit the backbone: it has 13 blocks, the backbone 12"):
         pipeline.check(tiny.config(shards, backbone=backbone), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
