@@ -329,10 +329,10 @@ class Console:
         }
         if known:
             self._run_time.started(self._clock() - self._stage_began)
+            self._stage_left = stage_left({name: known.get(name, {}) for name in status})
             self._show(known)
 
     def _show(self, jobs: Mapping[str, Status]) -> None:
-        self._stage_left = stage_left(jobs)
         self._show_bars(jobs)
         self._record(jobs)
         self._log_progress(jobs)
@@ -346,10 +346,11 @@ class Console:
         now, known = self._clock(), jobs.keys() == self._recorded
         if known and now - self._event_at < LINE_S and not any(map(is_done, jobs.values())):
             return
-        self._event_at, self._recorded, left = now, set(jobs), self.run_left_s()
-        of_run = {} if left is None else {"run_left_s": round(left, 1)}
+        self._event_at, self._recorded = now, set(jobs)
+        left = {"stage_left_s": self._stage_left, "run_left_s": self.run_left_s()}
+        of_all = {name: round(seconds, 1) for name, seconds in left.items() if seconds is not None}
         for name, figures in jobs.items():
-            self.event("progress", job=name, **figures, **of_run)
+            self.event("progress", job=name, **figures, **of_all)
 
     def _log_progress(self, jobs: Mapping[str, Status]) -> None:
         now, new = self._clock(), gist(jobs)

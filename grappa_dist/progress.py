@@ -119,6 +119,7 @@ class Counter:
         self.show(status)
 
 
+PRIOR = 0.1
 START = "start"  # of the workers: a stage for itself here, and the first part of the stage that needs them first
 
 
@@ -163,7 +164,10 @@ class RunTime:
         return left + factor * (sum(later) + sum(map(sum, to_come.values())))
 
     def _factor(self, expected_now: float, takes_now: float | None) -> float:
-        """By how much stages take longer than expected: those that have ended, and the one that says how long."""
+        """By how much stages take longer than expected: those that have ended, and the one that says how long.
+
+        A short first stage tells little of a long run, so a share of it, PRIOR, counts as being as expected.
+        """
         pairs = [
             (expected, took)
             for name, parts in self.expected.items()
@@ -173,4 +177,7 @@ class RunTime:
         if takes_now is not None:
             pairs.append((expected_now, takes_now))
         pairs = [(expected, took) for expected, took in pairs if expected > 0]
-        return sum(took for _, took in pairs) / sum(expected for expected, _ in pairs) if pairs else 1.0
+        if not pairs:
+            return 1.0
+        as_expected = PRIOR * sum(sum(parts) for name, parts in self.expected.items() if name != START)
+        return (as_expected + sum(took for _, took in pairs)) / (as_expected + sum(expected for expected, _ in pairs))

@@ -18,11 +18,12 @@ from grappa_dist.artifacts import LOCK
 from grappa_dist.config import CONFIG_FILE
 from grappa_dist.console import EVENTS_FILE, LOG_FILE, parse_event
 from grappa_dist.files import is_locked
-from grappa_dist.progress import about, describe, duration, stage_left
+from grappa_dist.progress import about, describe, duration
 
 State = Literal["running", "done", "stopped", "failed", "died", "unclear", "not begun"]
 FOLLOW_S = 2.0  # between two looks
 _TOGETHER_S = 1.0  # between the statuses of jobs that are reported at once
+_OF_ALL = ("t", "stage_left_s", "run_left_s")  # alike in the reports of all jobs
 _LATEST = 256  # reports of progress that are kept
 
 
@@ -193,8 +194,12 @@ def _status(root: Path, record: _Record, *, locked: bool, process: str) -> RunSt
     last = max((time_ for time_ in (record.last, *(_number(j.get("t")) for j in jobs.values())) if time_), default=None)
     state = _state(record, locked=locked)
     ago = 0.0 if last is None else max(0.0, time.time() - last)
-    left, of_run = stage_left(jobs), next((job["run_left_s"] for job in jobs.values() if "run_left_s" in job), None)
     runs = state in ("running", "unclear")
+
+    def left(name: str) -> float | None:
+        found = next((seconds for job in jobs.values() if (seconds := _number(job.get(name))) is not None), None)
+        return max(0.0, found - ago) if runs and found is not None else None
+
     return RunStatus(
         run=str(root),
         state=state,
@@ -203,9 +208,9 @@ def _status(root: Path, record: _Record, *, locked: bool, process: str) -> RunSt
         last_event=last,
         stage=record.stage,
         stage_since=record.stage_since,
-        jobs={name: {key: job[key] for key in job if key not in ("t", "run_left_s")} for name, job in jobs.items()},
-        left_s=max(0.0, left - ago) if runs and left is not None else None,
-        run_left_s=max(0.0, of_run - ago) if runs and of_run is not None else None,
+        jobs={name: {key: job[key] for key in job if key not in _OF_ALL} for name, job in jobs.items()},
+        left_s=left("stage_left_s"),
+        run_left_s=left("run_left_s"),
         ended_stages=record.ended_stages,
         until=record.until,
         error=record.error,

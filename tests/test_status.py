@@ -46,7 +46,9 @@ def test_a_run_that_goes_on_shows_its_stage_its_jobs_and_the_time_left(tmp_path:
             root, begins(), {"name": "stage_begins", "stage": "embed"},
             {"name": "stage_ends", "stage": "embed", "seconds": 61.2}, STAGE, progress("k=9", 90, left_s=0.0),
         )  # fmt: skip
-        write(root, {"t": time.time() - 9, **progress("k=4", 1)}, progress("k=4", 25, run_left_s=300.0))
+        write(
+            root, {"t": time.time() - 9, **progress("k=4", 1)}, progress("k=4", 25, stage_left_s=20.0, run_left_s=300.0)
+        )
         found = status(root)
         before = files_below(root)
         text = describe_status(status(root))

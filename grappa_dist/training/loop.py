@@ -30,6 +30,7 @@ from grappa_dist.training.trackers import Tracker, TrackerGroup
 
 NAMED = 5  # images, in a message
 _MAY_BE_UNDEFINED = "decay_to_gradient"  # NaN where there is no gradient, with a model that is fine
+_FEW = 3  # steps, too few for a time left
 _RECENT = 20  # steps that speed and waiting are averaged over
 
 
@@ -198,7 +199,7 @@ class _Log:
         self._context.report({"done": step + 1, "of": self._steps, **status})
 
     def _left_s(self, step: int) -> float | None:
-        """Seconds by all steps but the first, which has what later ones do not: None before there are such.
+        """Seconds by all steps but the first, which has what later ones do not: None before there are _FEW of them.
 
         What some steps have alone, as the k-NN graph of an epoch, is so spread over all.
         """
@@ -206,7 +207,7 @@ class _Log:
         if self._first is None:
             self._first = (step, now)
         first, then = self._first
-        return (self._steps - step - 1) * (now - then) / (step - first) if step > first else None
+        return (self._steps - step - 1) * (now - then) / (step - first) if step - first >= _FEW else None
 
     def close(self) -> None:
         if self._trackers:
