@@ -111,9 +111,9 @@ def test_the_split_column_is_obeyed_and_other_values_are_refused(
     assert main([*pair, "--split", "column", "--out", str(tmp_path / "out")]) == 0
     assert [data for _, _, data in rows_of(tmp_path / "out" / "test")] == [png(2)]
     capsys.readouterr()
-    (tmp_path / "birds.csv").write_text(text.replace("a.1.png,train", "a.1.png,val"))
+    (tmp_path / "birds.csv").write_text(text.replace("a.1.png,train", "a.1.png,holdout"))
     message = refused(capsys, *pair, "--split", "column", "--out", tmp_path / "other")
-    assert "birds.csv line 3: split is 'val'; expected train or test" in message
+    assert "birds.csv line 3: split is 'holdout'; expected train, val, valid, validation or test" in message
     assert not (tmp_path / "other").exists()
 
 
@@ -172,7 +172,7 @@ def test_larger_images_are_re_encoded_and_bad_ones_keep_their_row(
         ("file", "path", [], "birds.csv: no column 'file'"),
         ("", "", ["--label-column", "species"], "no column 'species'"),
         ("b.0.png", "b.7.png", [], "birds.csv line 4: 'birds/b.7.png' is not in"),
-        ("b.0.png", "b.0.heic", [], "line 4: 'birds/b.0.heic' has no image suffix; expected jpg, "),
+        ("b.0.png", "b.0.mp4", [], "line 4: 'birds/b.0.mp4' has no image suffix; expected jpg, "),
         ("b.0.png", "a.0.png", [], "line 4: 'birds/a.0.png' is listed twice"),
         (",b,", ",,", [], "line 4: column 'fine' is empty"),
         (",b,any", ",b", [], "line 4: 4 fields; expected 5"),
