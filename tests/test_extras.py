@@ -12,6 +12,7 @@ from PIL import Image
 
 from grappa_dist.console import Ending
 from grappa_dist.extras import EXTRAS, MissingPackage, install_line, require
+from grappa_dist.inputs.tables import Table
 from tests.test_export import SIZE, exported
 
 ROOT = Path(__file__).parents[1]
@@ -35,6 +36,14 @@ def test_a_missing_package_is_one_line_with_the_command_that_installs_it(monkeyp
         "photos.parquet: needs pyarrow, which is not installed: pip install 'grappa-dist[parquet]'"
     )
     require("json", "click")
+
+
+def test_a_table_without_pyarrow_is_named_with_the_install_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(MissingPackage, match=r"t\.parquet: needs pyarrow, .*'grappa-dist\[parquet\]'"):
+        Table(tmp_path / "t.parquet")
 
 
 @pytest.mark.parametrize("module", ["ray", "faiss"])

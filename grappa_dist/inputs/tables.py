@@ -23,6 +23,7 @@ from sys import intern
 from typing import Any
 
 from grappa_dist.data.labels import named
+from grappa_dist.extras import require
 from grappa_dist.files import read_json
 from grappa_dist.make_shards.class_folders import Part, part_of
 from grappa_dist.make_shards.left_out import LeftOut
@@ -101,6 +102,7 @@ class Table:
     """A file of rows: the interface of a `Source` of make_shards, whose names are numbers of rows."""
 
     def __init__(self, path: Path, label_field: str | None = None) -> None:
+        require("pyarrow", what=str(path))
         self.path = path
         self.left_out = LeftOut()
         self.is_parquet = path.name.endswith(PARQUET)

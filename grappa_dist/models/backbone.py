@@ -362,7 +362,8 @@ def _check_timm(name: str) -> None:
         timm.get_pretrained_cfg(name)
     except RuntimeError as error:  # the model exists, its weights of this name do not
         hint = suggestion(name, timm.list_pretrained(f"{name.partition('.')[0]}.*"))
-        raise ValueError(f"backbone.name=timm:{name}: {error}{hint}") from error
+        why = str(error).removesuffix(".")
+        raise ValueError(f"backbone.name=timm:{name}: {why}{hint}") from error
 
 
 def _are_cached(name: str) -> bool:
