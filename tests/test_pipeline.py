@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import sys
 import urllib.error
@@ -168,6 +169,13 @@ def test_a_model_chosen_by_half_of_the_queries_is_exported_and_says_why(
     assert flow.model.path == found.model.resolve()
     model = grappa_dist.load_model(found.model, trust_modules=True)
     assert model(torch.rand(2, 3, tiny.SIZE_PX, tiny.SIZE_PX)).shape == (2, 16)
+
+
+def test_galleries_show_the_chosen_model_beside_the_backbone(labelled: tuple[Config, pipeline.Finished]) -> None:
+    _, found = labelled
+    assert found.verdict is not None
+    lanes = set(re.findall(r'class="lane"><p>([^<]*)', (found.report / "report.html").read_text()))
+    assert lanes == {"backbone", "average", found.verdict.compared}
 
 
 def test_what_is_printed_last_and_what_metrics_say_is_the_verdict(labelled: tuple[Config, pipeline.Finished]) -> None:

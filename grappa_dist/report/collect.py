@@ -141,7 +141,7 @@ def _content(run: Run, flow: Flow, rows: list[ScoreRow], verdict: Verdict | None
         nestings=[Nesting(**nesting) for nesting in partitions["nestings"]],
         sheets=[ContactSheet(k=s["k"], clusters=_samples(flow.train, s["clusters"])) for s in partitions["sheets"]],
         curves={job: curve(steps) for job, steps in logs.items()},
-        galleries=list(_galleries(flow, insights)),
+        galleries=list(_galleries(flow, insights, verdict.compared if verdict else None)),
         bad_rows=[*_bad(flow.train, flow.features), *_bad_test(flow)],
         facts=_facts(run, flow, logs),
         config_yaml=run.config.yaml(),
@@ -217,9 +217,10 @@ def graphs_of(artifact: Artifact) -> dict[int, dict[str, Any]]:
     return {epoch: load_json(found[epoch]) for epoch in sorted(found)}
 
 
-def _galleries(flow: Flow, insights: Mapping[str, Any]) -> Iterator[Gallery]:
+def _galleries(flow: Flow, insights: Mapping[str, Any], chosen: str | None) -> Iterator[Gallery]:
+    """What the backbone, the fusions and, of the single sets, the chosen model retrieve."""
     ground_truth = load_ground_truth(flow.ground_truth)
-    shown = [m for m in ("backbone", *flow.models) if m == "backbone" or not m.startswith("k=")]
+    shown = [m for m in ("backbone", *flow.models) if m in ("backbone", chosen) or not m.startswith("k=")]
     for number, first in enumerate(insights["backbone"]["galleries"]):
         query = first["query"]
         hits = {m: insights[m]["galleries"][number]["hits"] for m in dict.fromkeys(shown)}
