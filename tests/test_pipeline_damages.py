@@ -193,10 +193,10 @@ class Failing(tiny.Here):
         super().__init__()
         self.errors = list(errors)
 
-    def map(self, function: Any, tasks: Sequence[Any], progress: Any = lambda count: None) -> list[Any]:
+    def map(self, function: Any, tasks: Sequence[Any], *callbacks: Any) -> list[Any]:
         if self.errors:
             raise self.errors.pop(0)
-        return super().map(function, tasks, progress)
+        return super().map(function, tasks, *callbacks)
 
 
 def test_damage_for_the_second_time_ends_the_run(damaged_run: tuple[Path, Config]) -> None:
