@@ -21,6 +21,7 @@ from grappa_dist.console import pluralize
 from grappa_dist.data.index import COMMITTED
 from grappa_dist.inputs import Inputs, look
 from grappa_dist.inputs.entries import Entry
+from grappa_dist.inputs.growing import WHOLE
 from grappa_dist.stages.run import read_config
 
 Log = Callable[[str], None]
@@ -118,11 +119,11 @@ def _for_cpu(rows: int, cores: int) -> dict[str, dict[str, Any]]:
     else:
         ks, epochs, batch = _labels(rows, 4), 2 if rows < SOME_IMAGES else 1, 64 if rows < SOME_IMAGES else 128
     return {
-        "embed": {"batch_size": 16},
+        "embed": {"batch_size": WHOLE},
         "clustering": {"num_labels": ks},
         "adapt": {"epochs": epochs, "global_batch": batch, "micro_batch": 8},
         "fuse": {"variants": ["average"], "projector": [1024, 1024, 1024], "micro_batch": 16},
-        "evaluate": {"view_queries": 64},
+        "evaluate": {"view_queries": 32},
         "resources": {"cpus_per_worker": _cpus_per_worker(cores), "adapt_ranks": max(1, _workers(cores) // len(ks))},
     }
 

@@ -34,6 +34,7 @@ from grappa_dist.make_shards.progress import Log, Progress
 from grappa_dist.make_shards.sources import Item
 
 MOST_PER_SHARD, LEAST_PER_SHARD, SHARDS = 1000, 32, 8  # images; shards of few images, which workers share
+WHOLE = 16  # images of a batch in which few are embedded, which is padded (defaults.py)
 _GENERATION = re.compile(r"\d{3,}")
 _MADE = re.compile(r"\.?(?P<number>\d{3,})(\.npy|\.partial)?")
 _CHUNK, _THREADS = 1024, 16  # files whose state a thread asks for at a time, as for sizes in planning.py
@@ -146,7 +147,7 @@ class Growing:
 
 def images_per_shard(count: int) -> int:
     """Of so many images: a shard is embedded by one worker, so that few images are of several shards, too."""
-    return max(LEAST_PER_SHARD, min(MOST_PER_SHARD, -(-count // SHARDS)))
+    return max(LEAST_PER_SHARD, min(MOST_PER_SHARD, count // SHARDS // WHOLE * WHOLE))
 
 
 def _progress(log: Log) -> Callable[[int, int], Progress]:

@@ -9,6 +9,7 @@ import pytest
 
 from grappa_dist.inputs import growing, shards_of
 from grappa_dist.inputs.growing import Growing
+from grappa_dist.inputs.growing import images_per_shard as growing_images_per_shard
 from grappa_dist.make_shards.class_folders import folder_items
 from grappa_dist.make_shards.sources import FolderSource
 from tests.inputs.test_entries import names_of, write_images
@@ -112,3 +113,8 @@ def test_a_damaged_folder_of_shards_is_made_again_beside_it(tmp_path: Path) -> N
     [other] = shards_of([str(photos)], tmp_path / "run")
     assert other != folder
     assert names_of((other,)) == ["0.png"]
+
+
+def test_few_images_are_of_several_shards_of_whole_batches() -> None:
+    found = [growing_images_per_shard(count) for count in (1, 100, 300, 600, 8000, 10**6)]
+    assert found == [32, 32, 32, 64, 992, 1000]
