@@ -18,7 +18,7 @@ from grappa_dist.config import Config
 from grappa_dist.console import Interrupted, Terminated
 from grappa_dist.defaults import Split, as_overrides, settings_of_run
 from grappa_dist.extras import RUNS, require
-from grappa_dist.output import choose_mode, printable
+from grappa_dist.output import printable, quietly
 from grappa_dist.pipeline import Finished, run
 from grappa_dist.report.content import ScoreRow
 from grappa_dist.stages.run import run_root
@@ -60,17 +60,17 @@ def fit(
     """
     require(*RUNS)
     root = run_root(os.fspath(out), "mine")
-    choose_mode(quiet=quiet)
-    config = settings_of_run(
-        _paths(images),
-        root,
-        test=_paths(test),
-        split=split,
-        backbone=backbone,
-        overrides=as_overrides({**(settings or {}), **sections}),
-        log=lambda line: None if quiet else print(printable(line), file=sys.stderr),
-    )
-    return FittedRun(root, _run(config, root))
+    with quietly(quiet):
+        config = settings_of_run(
+            _paths(images),
+            root,
+            test=_paths(test),
+            split=split,
+            backbone=backbone,
+            overrides=as_overrides({**(settings or {}), **sections}),
+            log=lambda line: None if quiet else print(printable(line), file=sys.stderr),
+        )
+        return FittedRun(root, _run(config, root))
 
 
 def _run(config: Config, root: Path) -> Finished:

@@ -10,6 +10,7 @@ import re
 import select
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, NoReturn, TextIO
 
 Mode = Literal["auto", "quiet", "json"]
@@ -48,6 +49,18 @@ def choose_mode(*, quiet: bool = False, json: bool = False) -> None:
     if quiet and json:
         raise ValueError("--quiet and --json: expected one of them")
     _chosen = "quiet" if quiet else "json" if json else "auto"
+
+
+@contextmanager
+def quietly(quiet: bool) -> Iterator[None]:
+    """While inside, as `choose_mode(quiet=quiet)` says; afterwards as before."""
+    global _chosen
+    before = _chosen
+    choose_mode(quiet=quiet)
+    try:
+        yield
+    finally:
+        _chosen = before
 
 
 def mode() -> Mode:

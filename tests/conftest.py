@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from grappa_dist.output import choose_mode
 from tests.stores import StoreProxy, proxy_to, s3_server, upstream
 
 THREADS = torch.get_num_threads()
@@ -36,6 +37,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(THREADS)
+
+
+@pytest.fixture(autouse=True)
+def lines() -> None:
+    """What a test shows of a run is its own choice, whatever the test before has chosen."""
+    choose_mode()
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from grappa_dist.config import Config
 from grappa_dist.console import Interrupted, Terminated
 from grappa_dist.distributed.runner import Signals
 from grappa_dist.fitted import FittedRun
+from grappa_dist.output import mode
 from grappa_dist.plan import plan
 from grappa_dist.stages.run import read_config
 from tests.stages import tiny
@@ -110,6 +111,7 @@ def test_a_signal_ends_a_call_with_what_python_programs_expect(
     monkeypatch.setattr(fitted, "run", stop)
     with pytest.raises(raised, match="the same call goes on"):
         grappa_dist.fit(in_classes(tmp_path / "photos", 4, 4), tmp_path / "run", quiet=True)
+    assert mode() == "auto"  # a later call is not quiet
 
 
 def test_signals_are_left_alone_outside_of_the_main_thread() -> None:

@@ -109,7 +109,7 @@ def test_a_compiler_that_makes_one_gradient_nan_is_not_used() -> None:
 
     packed = model(timm=False)
     found = compile_if_faster(packed, 2, backend=wrong, measure=timings(2.0, 1.0), bf16=False)  # type: ignore[arg-type]
-    assert found.startswith("not compiled: off by nan, 1.0e-05 allowed")
+    assert found.startswith("not compiled: off by nan, 1 x 10^-5 allowed")
     assert is_compiled(packed) == {False}
 
 
