@@ -62,6 +62,11 @@ def _expanded(path: str) -> str:
     return _VARIABLE.sub(value, home)
 
 
+def absolute_path(path: str) -> str:
+    """The same place for any working directory; addresses of stores are left as they are."""
+    return path if "://" in path else os.path.abspath(path)
+
+
 def _as_path(value: str) -> str:
     try:
         return _expanded(value)
@@ -373,9 +378,7 @@ class Config(Section):
             root: the run directory.
         """
 
-        def of(path: str) -> str:
-            return path if "://" in path else os.path.abspath(path)
-
+        of = absolute_path
         shards_dir = self.data.shards_dir and of(self.data.shards_dir)
         data = {key: tuple(map(of, getattr(self.data, key))) for key in ("train", "test")}
         checkpoint, cache_dir = self.backbone.checkpoint, self.resources.cache_dir

@@ -16,13 +16,13 @@ from typing import Any, Literal
 
 import torch
 
-from grappa_dist.config import CONFIG_FILE, BackboneConfig, Config, DataConfig, Section, read
+from grappa_dist.config import CONFIG_FILE, BackboneConfig, Config, DataConfig, Section, absolute_path, read
 from grappa_dist.console import pluralize
 from grappa_dist.data.index import COMMITTED
 from grappa_dist.inputs import Inputs, look
 from grappa_dist.inputs.entries import Entry
 from grappa_dist.inputs.growing import WHOLE
-from grappa_dist.stages.run import read_config
+from grappa_dist.stages.run import configs_of_seeds, read_config
 
 Log = Callable[[str], None]
 Split = Literal["test", "none", "classes", "folders"]
@@ -66,8 +66,8 @@ def settings_of_run(
     given = [f"backbone.name={backbone}"] if backbone else []
     config = read_config(kept.parent, [*given, *overrides])
     paths = _as_shards(images or before.data.train, test)
-    if test or split or tuple(map(os.path.abspath, paths["train"])) != before.data.train:
-        data = divided(paths, root, split=split, log=log)
+    if test or split or (images and tuple(map(absolute_path, paths["train"])) != before.data.train):
+        data = {"collection": None, "collection_kwargs": {}, **divided(paths, root, split=split, log=log)}
         config = config.model_copy(update={"data": config.data.model_copy(update=data)})
     config = _on_this_machine(config).absolute(root)
     changed = ", ".join(_changes(before, config))
@@ -147,12 +147,6 @@ def _cpus_per_worker(cores: int) -> int:
 
 def _workers(cores: int) -> int:
     return cores // _cpus_per_worker(cores)
-
-
-def configs_of_seeds(root: Path) -> list[Path]:
-    """The settings of each run in a folder of runs that differ in their seed, by seed."""
-    found = [path for path in root.glob(f"seed-*/{CONFIG_FILE}") if path.parent.name[5:].isdecimal()]
-    return sorted(found, key=lambda path: int(path.parent.name[5:]))
 
 
 def _on_this_machine(config: Config) -> Config:

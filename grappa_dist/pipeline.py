@@ -51,7 +51,7 @@ from grappa_dist.stages.gallery_weights import weigh_galleries
 from grappa_dist.stages.mirror import Mirror, mirrored
 from grappa_dist.stages.partitions import partition_statistics
 from grappa_dist.stages.pseudo_label import pseudo_label
-from grappa_dist.stages.run import Run, keeping_config, running
+from grappa_dist.stages.run import Run, keeping_config, refuse_seeds, running
 from grappa_dist.stages.supervised import adapt_supervised, fuse_supervised, name_classes, read_true_labels
 from grappa_dist.verdict import TaskQueries, Verdict, verdict_on
 
@@ -97,6 +97,7 @@ def run(config: Config, root: Path, until: str | None = None) -> Finished | None
         ValueError: a setting or an input is wrong; the message names it and what would be right.
         Terminated: after SIGTERM, SIGHUP or Ctrl-C; jobs have saved their state, unless its `waited_s` is set.
     """
+    refuse_seeds(root.expanduser())
     with running(config, root) as context, keeping_config(context):
         return _run(context, until)
 

@@ -13,7 +13,6 @@ from typing import Any
 from grappa_dist.artifacts import Artifact, Store
 from grappa_dist.config import CONFIG_FILE, Config
 from grappa_dist.data.open_images import generated_artifacts, is_generated, open_images
-from grappa_dist.defaults import configs_of_seeds
 from grappa_dist.files import make_folder, remove_folder, rename, write_json, write_utf8
 from grappa_dist.inputs import look
 from grappa_dist.layout import lay_out
@@ -21,6 +20,7 @@ from grappa_dist.pipeline import Finished, run
 from grappa_dist.report.seeds import seeds_json, seeds_lines, seeds_page, seeds_table, verdict_json
 from grappa_dist.report.verdict import without_labels
 from grappa_dist.stages.flow import artifacts_of
+from grappa_dist.stages.run import configs_of_seeds
 from grappa_dist.verdict import SeedsVerdict, verdict_over
 
 
@@ -74,12 +74,14 @@ def run_seeds(config: Config, root: Path, seeds: Sequence[int], until: str | Non
     the folders of the others.
 
     Raises:
-        ValueError: there is no seed, or as of `pipeline.run`.
+        ValueError: there is no seed, the folder is that of a single run, or as of `pipeline.run`.
         Terminated: as of `pipeline.run`.
     """
     if not seeds:
         raise ValueError("seeds: expected one at least")
     root = root.expanduser()
+    if (root / CONFIG_FILE).exists() or (root / "report").is_symlink():
+        raise ValueError(f"{root} is the directory of a single run; expected another one for runs of several seeds")
     shards = config.data.shards_dir or str((root / "shards").absolute())  # images of folders become shards once
     data = config.data if config.data.collection else config.data.model_copy(update={"shards_dir": shards})
     found: dict[int, Finished] = {}
@@ -95,9 +97,10 @@ def run_seeds(config: Config, root: Path, seeds: Sequence[int], until: str | Non
     labelled = {seed: (one.queries, one.verdict) for seed, one in found.items() if one.verdict is not None}
     verdict = verdict_over(labelled) if labelled else None
     rows = {seed: one.rows for seed, one in found.items()}
-    write_json(root / "report" / "metrics.json", seeds_json(rows, verdict))
-    write_utf8(root / "report" / "report.html", seeds_page(config.name, rows, verdict))
-    Store(root).point("model", f"{_folder(root, seeds[0]).name}/model")
+    with Store(root / "report").lock():  # not of the folder itself, which would look like a single run
+        write_json(root / "report" / "metrics.json", seeds_json(rows, verdict))
+        write_utf8(root / "report" / "report.html", seeds_page(config.name, rows, verdict))
+        Store(root).point("model", f"{_folder(root, seeds[0]).name}/model")
     return FinishedSeeds(root, found, verdict)
 
 

@@ -198,6 +198,22 @@ def test_a_run_goes_on_with_its_settings_but_for_those_that_are_given_again(
     assert re.search(r"but for data\.train, data\.split$", lines[-1])
 
 
+def test_what_tests_stays_where_no_images_are_given_again(tmp_path: Path) -> None:
+    config = tiny.config(["s3://bucket/train"], data={"test": ("s3://bucket/test",)})
+    keep(config, tmp_path / "run")
+    for given in ([], ["s3://bucket/train"]):
+        assert settings_of_run(given, tmp_path / "run").data == config.data
+
+
+def test_images_take_the_place_of_a_generated_data_set(tmp_path: Path) -> None:
+    generated = {"train": (), "collection": "grappa_dist.demo.collection:create", "collection_kwargs": {"classes": 3}}
+    keep(tiny.config([], data=generated), tmp_path / "run")
+    photos, lines = flat(tmp_path / "photos"), list[str]()
+    data = settings_of_run([photos], tmp_path / "run", log=lines.append).data
+    assert (data.train, data.collection, data.collection_kwargs) == ((photos,), None, {})
+    assert lines[-1].endswith("but for data.train, data.collection, data.collection_kwargs")
+
+
 def test_workers_fit_the_machine_on_which_a_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root, photos = tmp_path / "run", flat(tmp_path / "photos")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)

@@ -88,6 +88,16 @@ def test_a_run_directory_is_trusted_with_the_module_that_its_run_imported(
     refused(run)
 
 
+def test_the_model_of_several_seeds_is_trusted_as_that_of_the_first(run: Path, tmp_path: Path) -> None:
+    several = tmp_path / "several"
+    shutil.copytree(run, several / "seed-0", symlinks=True)
+    Store(several).point("model", "seed-0/model")
+    with pytest.raises(ValueError, match="names the backbone own_vit:create"):
+        load_model(several)
+    note_module(several / "seed-0" / "index", BackboneConfig(name="own_vit:create", kwargs={"dim": 8, "depth": 2}))
+    assert load_model(several).embed_dim == 8
+
+
 def test_functions_of_the_standard_library_are_no_backbones(tmp_path: Path) -> None:
     _, artifact = exported(tmp_path)
     shutil.copytree(artifact.path, tmp_path / "model2")

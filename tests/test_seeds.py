@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from grappa_dist import load_model, pipeline, seeds
-from grappa_dist.config import Config
+from grappa_dist.artifacts import LOCK
+from grappa_dist.config import CONFIG_FILE, Config
 from grappa_dist.report.seeds import seeds_conclusion
 from grappa_dist.seeds import FinishedSeeds, parse_seeds, run_seeds
+from grappa_dist.stages.run import read_config
 from grappa_dist.verdict import validation_half
 from tests.stages import tiny
 
@@ -102,6 +104,7 @@ def test_the_folder_of_all_seeds_has_the_model_of_the_first_and_the_figures_of_a
     for seed in SEEDS:
         assert (found.root / "report" / f"../seed-{seed}/report/report.html").is_file()
         assert f'href="../seed-{seed}/report/report.html"' in page
+    assert not (found.root / LOCK).exists()  # by which `status` knows a single run
     kept = json.loads((found.root / "report" / "metrics.json").read_text())
     assert kept["seeds"] == list(SEEDS)
     (average,) = (row["r_precision"] for row in kept["rows"] if row["model"] == "average")
@@ -118,6 +121,29 @@ def test_seeds_are_read_from_a_command_line(text: str, found: list[int]) -> None
 def test_what_is_no_list_of_seeds_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="expected different whole numbers"):
         parse_seeds(text)
+
+
+def test_the_directory_of_a_single_run_is_no_folder_of_several(tmp_path: Path) -> None:
+    for made, begin in {"config.yaml": Path.touch, "report": lambda path: path.symlink_to("reports/of-one")}.items():
+        root = tmp_path / made / "run"
+        root.mkdir(parents=True)
+        begin(root / made)
+        with pytest.raises(ValueError, match=r"run is the directory of a single run; expected another"):
+            run_seeds(tiny.config(["nowhere"]), root, SEEDS)
+        assert [path.name for path in root.iterdir()] == [made]
+
+
+def test_a_folder_of_several_is_no_directory_of_a_single_run(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    for seed in (10, 2):
+        (root / f"seed-{seed}").mkdir(parents=True)
+        (root / f"seed-{seed}" / CONFIG_FILE).write_text(tiny.config(["nowhere"]).yaml())
+    names = f"{root}/seed-2, {root}/seed-10"
+    with pytest.raises(ValueError, match=f"run has runs of several seeds: expected one of {names}, or another dir"):
+        pipeline.run(tiny.config(["nowhere"]), root)
+    with pytest.raises(ValueError, match=f"it has runs of several seeds, which have theirs: {names}$"):
+        read_config(root)
+    assert {path.name for path in root.iterdir()} == {"seed-2", "seed-10"}
 
 
 def test_no_seed_at_all_is_refused(tmp_path: Path) -> None:

@@ -275,12 +275,19 @@ def check_trust(run_or_model_dir: Path, backbone: Mapping[str, Any], trust_modul
     name = backbone["name"]
     trusted = name.partition(":")[0] in OWN_BACKBONES or trust_modules
     if trust_modules is None and not trusted:
-        trusted = _of_module(name, backbone["kwargs"]) in _noted(run_or_model_dir / "index" / MODULES_FILE)
+        trusted = _of_module(name, backbone["kwargs"]) in _noted(_run_of(run_or_model_dir) / "index" / MODULES_FILE)
     if not trusted:
         raise ValueError(
             f"the model of {run_or_model_dir} names the backbone {name}: that module would be imported and run. If you "
             "trust whoever wrote the model, load it with trust_modules=True (launch/embed.py: --trust-modules)"
         )
+
+
+def _run_of(root: Path) -> Path:
+    """The run whose model is loaded; a folder of runs of several seeds links that of the first, `seed-0/model`."""
+    link = root / "model"
+    target = Path(os.readlink(link)) if link.is_symlink() else Path()
+    return root / target.parent if target.name == "model" else root
 
 
 def note_module(index: Path, config: BackboneConfig) -> None:

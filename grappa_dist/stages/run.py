@@ -98,8 +98,27 @@ def read_config(root: Path, overrides: Iterable[str] = ()) -> Config:
     """
     if not (root / CONFIG_FILE).is_file():
         there = "it has none" if root.is_dir() else "there is no such folder"
+        if several := configs_of_seeds(root):
+            there = f"it has runs of several seeds, which have theirs: {_names(several)}"
         raise ValueError(f"{root}: expected a run directory with its {CONFIG_FILE}, but {there}")
     return load(str(root / CONFIG_FILE).replace("$", "$$"), overrides)
+
+
+def configs_of_seeds(root: Path) -> list[Path]:
+    """The settings of each run in a folder of runs that differ in their seed, by seed."""
+    found = [path for path in root.glob(f"seed-*/{CONFIG_FILE}") if path.parent.name[5:].isdecimal()]
+    return sorted(found, key=lambda path: int(path.parent.name[5:]))
+
+
+def refuse_seeds(root: Path) -> None:
+    """Raises ValueError where a single run would write into a folder of runs that differ in their seed."""
+    several = configs_of_seeds(root)
+    if several and not (root / CONFIG_FILE).exists():
+        raise ValueError(f"{root} has runs of several seeds: expected one of {_names(several)}, or another directory")
+
+
+def _names(configs: Sequence[Path]) -> str:
+    return ", ".join(str(path.parent) for path in configs)
 
 
 def _events_bytes(root: Path) -> int:
@@ -128,7 +147,7 @@ def run_root(out: str | None, name: str) -> Path:
             f"out={shown}: artefacts are renamed, locked and memory-mapped; expected a folder on a file system that "
             f"all nodes share, with mirror={shown} beside it to keep artefacts and checkpoints on the store"
         )
-    root = Path(out or f"runs/{name}").absolute()
+    root = Path(out or f"runs/{name}").expanduser().absolute()
     if SUBMITTED_JOB in os.environ and root.is_relative_to(Path.cwd()):
         line = f"warning: {root} lies in the job's temporary folder and goes with it; give --out an absolute path"
         print(printable(line), file=sys.stderr)
