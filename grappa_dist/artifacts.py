@@ -264,15 +264,13 @@ class Store:
             handle = lock_file(self.root / LOCK)
         except BlockingIOError as held:
             raise ValueError(
-                f"another run is writing to {self.root}{held}; wait for it or choose another --out"
+                f"another run is writing to {self.root}{held}; wait for it, or choose another directory"
             ) from None
         except (FileExistsError, NotADirectoryError):
             file = next(path for path in (self.root, *self.root.parents) if path.exists() and not path.is_dir())
-            raise ValueError(f"--out {self.root}: {file} is a file, expected a folder, or a new name") from None
+            raise ValueError(f"{self.root}: {file} is a file, expected a folder, or a new name") from None
         except OSError as error:
-            raise ValueError(
-                f"--out {self.root} cannot be written to: {error.strerror} (--dry-run and --check only read)"
-            ) from error
+            raise ValueError(f"{self.root} cannot be written to: {error.strerror}") from error
         with handle:
             yield
 

@@ -57,7 +57,7 @@ def clean(config: Config, root: Path, *, remove: bool) -> str:
             unknown what is needed.
     """
     if not root.is_dir():
-        raise ValueError(f"--out {root}: no run directory, so there is nothing to clean")
+        raise ValueError(f"{root}: no such directory, so there is nothing to clean")
     store = Store(root)
     with store.lock():
         if not is_generated(config.data, store):

@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,9 +22,9 @@ from grappa_dist.data.index import COMMITTED
 from grappa_dist.inputs import Inputs, look
 from grappa_dist.inputs.entries import Entry
 from grappa_dist.inputs.growing import WHOLE
+from grappa_dist.make_shards.progress import Log
 from grappa_dist.stages.run import configs_of_seeds, read_config
 
-Log = Callable[[str], None]
 Split = Literal["test", "none", "classes", "folders"]
 SPLITS: tuple[Split, ...] = ("test", "none", "classes", "folders")
 BACKBONE = "timm:vit_small_patch16_224.dino"
@@ -35,7 +35,6 @@ LEAST_CLASSES = 4  # to be divided: two that train, two that test
 MOST_WORKERS = 4  # on a CPU: each has a copy of the model
 MOST_LABELS = 4096  # on a CPU, where classifiers of more classes take most of the time
 DENSE = 5  # images a label of the finest set
-NAMED = 4  # classes of a side that a line names
 
 
 def settings_of_run(
@@ -202,7 +201,7 @@ def divided(paths: Mapping[str, Sequence[str]], root: Path, *, split: Split | No
     if split == "test":
         return {**data, "test": train}
     if split == "classes":
-        return _by_classes(data, root, log)
+        return {**data, "split": "classes"}
     found = _look(data, root)
     if split == "folders" and not found.test:
         raise ValueError(f"--split folders: {', '.join(train)} has no folders train/ beside test/ or val/")
@@ -213,23 +212,12 @@ def divided(paths: Mapping[str, Sequence[str]], root: Path, *, split: Split | No
         return data
     trains = sorted(classes)[: -(-len(classes) // 2)]  # as make_shards divides them
     if len(classes) >= LEAST_CLASSES and sum(classes[name] for name in trains) >= LEAST_IMAGES:
-        return _by_classes(data, root, log)
+        return {**data, "split": "classes"}
     log(
         f"{pluralize(len(classes), 'class folder')} with {pluralize(classes.total(), 'image')}, too few to be divided: "
         "all images train, without their labels, and all test (--split none tests none)"
     )
     return {**data, "test": train}
-
-
-def _by_classes(data: dict[str, Any], root: Path, log: Log) -> dict[str, Any]:
-    """Half of the classes train and the others test, which a line says."""
-    data = {**data, "split": "classes"}
-    found = _look(data, root)
-    for entries, does in ((found.train, "train, without their labels"), (found.test, "test")):
-        classes = sorted(_classes(entries))
-        names = ", ".join(classes[:NAMED]) + (f" and {len(classes) - NAMED} more" if len(classes) > NAMED else "")
-        log(f"{pluralize(len(classes), 'class', 'classes')} {does}: {names}")
-    return data
 
 
 def _classes(entries: Sequence[Entry]) -> Counter[str]:

@@ -251,8 +251,6 @@ def _embed(run: Run, spec: ModelSpec, gallery: str | None, mending: Mending) -> 
         before = "the shard was" if len(features) == 1 else f"all {len(features)} shards were"
         run.console.log(f"embed: {before} embedded before")
     reasons = embed(run, images, spec, features)
-    if line := _describe_bad(images, reasons):
-        run.console.log(f"warning: {line}")
     files = _write_keys(run, images, keys)
     shards = [
         _entry(shard, of_rows, of_keys, found)
@@ -276,7 +274,10 @@ def describe_embeddings(path: Path) -> str:
     lines = [f"embeddings  {path}"]
     if found["bad"]:
         of = pluralize(found["images"], "image")
-        lines.append(f"left out    {found['bad']:,} of {of} could not be read: named in {path.with_name(BAD_LIST)}")
+        lines.append(
+            f"left out    {found['bad']:,} of {of} could not be read; their rows are zeros: "
+            f"named, with reasons, in {path.with_name(BAD_LIST)}"
+        )
     return "\n".join(lines)
 
 
@@ -291,17 +292,6 @@ def _entry(shard: Shard, of_rows: Artifact, of_keys: Artifact, files: KeyFiles) 
     listed = {f"{a.name}/{name}": found.xxh3 for a in (of_rows, of_keys) for name, found in a.files.items()}
     xxh3 = {what: listed[path] if path is not None else None for what, path in paths.items()}
     return {"shard": shard.name, "source": shard.path, "images": shard.rows, **paths, "xxh3": xxh3}
-
-
-def _describe_bad(images: ImageShards, reasons: Mapping[int, str]) -> str:
-    """How many images have no embedding, with the first of them and why; "" if all have one."""
-    if not reasons:
-        return ""
-    row = min(reasons)
-    return (
-        f"{len(reasons)} of {pluralize(len(images), 'image')} could not be read: zeros in `rows`, listed in `bad` of "
-        f"{LIST_FILE}; the first is {images.where(row)}: {reasons[row]}"
-    )
 
 
 @dataclass(frozen=True)

@@ -69,17 +69,18 @@ class Finished:
     queries: Sequence[TaskQueries]  # of each task; [] likewise
     has_test: bool
     left_out: str  # how many images could not be used, and which file names them; "" if all could
+    labels: str = ""  # why the test images give no scores; "" where they do, or there are none
 
     def text(self) -> str:
         """All that is printed at the end: the scores, where report and model are and, last, the verdict."""
         run = str(self.model.parent)
         if self.verdict is None:
-            lines = without_labels(run, has_test=self.has_test)
+            lines = without_labels(run, has_test=self.has_test, why=self.labels)
         else:
             lines = verdict_lines(self.verdict, run)
-        table = console_table(self.rows, has_test=self.has_test)
+        table = console_table(self.rows) if self.rows else ""
         places = f"report  {self.report / 'report.html'}\nmodel   {self.model}"
-        return "\n".join([table, places, *([self.left_out] if self.left_out else []), *lines])
+        return "\n".join(filter(None, [table, places, self.left_out, *lines]))
 
     def figures(self) -> dict[str, Any]:
         """The same for programs; the table is in metrics.json beside the report."""
@@ -134,7 +135,7 @@ def _flow(context: Run, mending: Mending, until: str | None) -> Finished | None:
             _log_any(console, _expect(context, flow))
         for stage in _stages(context, flow):
             if stage == until:
-                _log_any(console, describe_bad_images(flow, reported=False))
+                _log_any(console, describe_bad_images(flow))
                 console.event("ended_early", until=until)
                 return None
         return _finish(context, flow)
@@ -151,10 +152,9 @@ def _finish(context: Run, flow: Flow) -> Finished:
             export_model(flow.models[exported], flow.model, why_exported(verdict, config.evaluate.export))
     model = store.publish("model", flow.model)
     folder, rows = report(context, flow, verdict)
-    _log_any(console, describe_bad_images(flow, reported=True))
-    _log_any(console, "" if rows else describe_labels(flow))
     left_out = list_bad_images(flow, store.root / BAD_LIST)
-    return Finished(folder, model, rows, verdict, tasks, config.has_test, left_out)
+    labels = "" if rows else describe_labels(flow)
+    return Finished(folder, model, rows, verdict, tasks, config.has_test, left_out, labels)
 
 
 def _stages(context: Run, flow: Flow) -> Iterator[str]:

@@ -39,7 +39,7 @@ class FinishedSeeds:
         places += [f"model   {self.root / 'model'}  (of the first seed: none is chosen by its score)"]
         places += [first.left_out] if first.left_out else []
         if self.verdict is None:
-            return "\n".join([*places, *without_labels(str(self.root), has_test=first.has_test)])
+            return "\n".join([*places, *without_labels(str(self.root), has_test=first.has_test, why=first.labels)])
         table = seeds_table({seed: one.rows for seed, one in self.runs.items()})
         return "\n".join([table, "", *places, *seeds_lines(self.verdict)])
 

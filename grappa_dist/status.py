@@ -63,18 +63,18 @@ class _Record:
     error_since: float | None = None
     progress: deque[bytes] = field(default_factory=lambda: deque(maxlen=_LATEST))  # of the stage; most are never parsed
 
-    def add(self, line: bytes) -> None:
-        """Takes one more event."""
+    def after(self, line: bytes) -> _Record:
+        """This record with one more event, or a new one where a run begins."""
         if b'"name": "progress"' in line:
             self.progress.append(line)
-            return
+            return self
         event = parse_event(line)
         if event is None:
-            return
+            return self
         name, self.last = event.get("name"), _number(event.get("t"))
         if name == "run_begins":
-            self.__init__(began=event, last=self.last)  # type: ignore[misc]
-        elif name == "stage_begins":
+            return _Record(began=event, last=self.last)
+        if name == "stage_begins":
             self.stage, self.stage_since = str(event.get("stage")), self.last
             self.progress.clear()
         elif name == "stage_ends":
@@ -89,6 +89,7 @@ class _Record:
             self.how = str(event.get("how"))
             if "error" in event:
                 self.error, self.error_since = str(event["error"]), self.last
+        return self
 
     def jobs(self) -> dict[str, dict[str, Any]]:
         """The jobs that were reported last, at once."""
@@ -148,7 +149,7 @@ class Reader:
                 if not line.endswith(b"\n"):  # it is being written
                     break
                 self._offset += len(line)
-                self._record.add(line)
+                self._record = self._record.after(line)
 
 
 def status(root: Path) -> RunStatus:

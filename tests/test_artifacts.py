@@ -346,7 +346,7 @@ def test_a_run_directory_that_is_a_file_or_below_one_is_refused_by_that_file(tmp
     (tmp_path / "file").touch()
     for root in (tmp_path / "file", tmp_path / "file" / "run"):
         with (
-            pytest.raises(ValueError, match=rf"^--out {root}: {tmp_path / 'file'} is a file, expected a folder"),
+            pytest.raises(ValueError, match=rf"^{root}: {tmp_path / 'file'} is a file, expected a folder"),
             Store(root).lock(),
         ):
             pass

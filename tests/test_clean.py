@@ -145,7 +145,7 @@ def test_nothing_is_cleaned_while_a_run_writes_or_where_none_is(tmp_path: Path, 
     make(tmp_path / "run", mine)
     with Store(tmp_path / "run").lock(), pytest.raises(ValueError, match="another run"):
         clean(mine, tmp_path / "run", remove=True)
-    with pytest.raises(ValueError, match="no run directory"):
+    with pytest.raises(ValueError, match="no such directory"):
         clean(mine, tmp_path / "none", remove=True)
     assert not (tmp_path / "none").exists()
     with pytest.raises(ValueError, match="nothing at"):  # the data is gone: unknown is what is needed

@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from grappa_dist.config import Config
+from grappa_dist.config import SUPERVISED, Config
 from grappa_dist.console import pluralize
 from grappa_dist.inputs.growing import Growing, count_rows
 from grappa_dist.inputs.images import Images, images_of
 from grappa_dist.inputs.kinds import kind_of
-from grappa_dist.make_shards.collection import CLASSES_FILE, SPLITS, describe_classes
+from grappa_dist.make_shards.collection import CLASSES_FILE, SPLITS, describe_classes, list_classes
 from grappa_dist.make_shards.left_out import FILE as LIST_FILE
 from grappa_dist.make_shards.left_out import LeftOut, described, joined, write_list
 from grappa_dist.make_shards.progress import Log
@@ -70,8 +70,10 @@ class Inputs:
         """How many images there are, by train and test; reads the indexes of what are shards already."""
         return {side: self._size(getattr(self, side)) for side in SPLITS}
 
-    def _items(self, entries: Sequence[Entry]) -> list[Item]:
-        return [item for entry in entries if entry.growing is not None for item in entry.growing.items]
+    @property
+    def items(self) -> dict[str, list[Item]]:
+        """The images that are in no shards of others, by train and test."""
+        return {side: [item for e in getattr(self, side) if e.growing for item in e.growing.items] for side in SPLITS}
 
     def _size(self, entries: Sequence[Entry]) -> int:
         images = sum(len(entry.growing.items) for entry in entries if entry.growing is not None)
@@ -79,7 +81,7 @@ class Inputs:
 
     def some_files(self, count: int) -> list[bytes]:
         """Files of some training images that are in no shards yet, evenly spread."""
-        items = [item for entry in self.train if entry.growing is not None for item in entry.growing.items]
+        items = self.items["train"]
         step = max(1, len(items) // count)
         return [item.source.place(item.name).read() for item in items[::step][:count]]
 
@@ -105,12 +107,9 @@ class Inputs:
     def make(self, log: Log) -> Config:
         """The settings with shards as their data; makes those that are missing."""
         made = self._with([entry.make(log) for entry in self.train], [entry.make(log) for entry in self.test])
-        list_left_out(self.root, (*self.train, *self.test), log)
-        if self.folders:
-            for line in describe_classes(
-                {side: self._items(getattr(self, side)) for side in SPLITS}, self.root / CLASSES_FILE
-            ):
-                log(line)
+        note_left_out(self.root, (*self.train, *self.test), log)
+        for line in list_classes(self.items, self.root / CLASSES_FILE):
+            log(line)
         return made
 
     def _with(self, train: Sequence[tuple[str, ...]], test: Sequence[tuple[str, ...]]) -> Config:
@@ -126,7 +125,7 @@ def look(config: Config, root: Path, *, log: Log = lambda line: None) -> Inputs:
 
     Args:
         root: the run directory.
-        log: gets a line for each entry that is no shards.
+        log: gets a line for each entry that is no shards, and which of their classes train and test.
 
     Raises:
         ValueError: an entry holds nothing that can be used, or a file in it cannot be read.
@@ -152,6 +151,9 @@ def look(config: Config, root: Path, *, log: Log = lambda line: None) -> Inputs:
     _check_labels(found)
     _describe(found.train, "to adapt to", log)
     _describe(found.test, "to test on", log)
+    labels_used = config.adapt.supervised or SUPERVISED in config.fuse.variants
+    for line in describe_classes(found.items, train="train" if labels_used else "train, without their labels"):
+        log(line)
     if test and {entry.name for entry in of_train} - set(data.test):
         log("the test parts of data.train are not used, for data.test names other images")
     return found
@@ -197,7 +199,7 @@ def shards_of(
     entries = [_entry(path, where, "test", images and images.all_test()) for path, images in found]
     _describe(entries, "to look at", log)
     shards = tuple(shard for entry in entries for shard in entry.make(log))
-    list_left_out(root, entries, log)
+    note_left_out(root, entries, log)
     return shards
 
 
@@ -212,7 +214,7 @@ def _entry(name: str, where: Path, side: str, images: Images | None) -> Entry:
     return Entry(name, growing, images.left_out)
 
 
-def list_left_out(root: Path, entries: Sequence[Entry], log: Log) -> None:
+def note_left_out(root: Path, entries: Sequence[Entry], log: Log) -> None:
     """Lists the files that entries leave out in `left_out.csv` of a directory, and logs how many, why, and where."""
     files = LeftOut(list(dict.fromkeys(joined(entry.left_out for entry in entries).files)))
     if write_list(root / LIST_FILE, files.files):

@@ -277,13 +277,9 @@ def _empty_cells(path: Path, image: str) -> int:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turns what pyarrow raises into an error that names the file; says how to install it where it is missing."""
+    """Turns what pyarrow raises into an error that names the file."""
     try:
         yield
-    except ImportError:
-        raise ValueError(
-            f"{path}: reading it needs pyarrow, which is not installed: pip install 'grappa-dist[parquet]'"
-        ) from None
     except ValueError as error:  # ArrowInvalid is one; ours name the file
         text = " ".join(str(error).split())
         if text.startswith(str(path)):

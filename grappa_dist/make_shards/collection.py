@@ -123,7 +123,7 @@ def write_items(
     ]
     buildings = build(plans, work.workers, log=work.log, progress=work.progress)
     lines = [*summary(buildings, left_out), *_listed(out, buildings, left_out)]
-    for line in [*lines, *describe_classes(splits, out / CLASSES_FILE)]:
+    for line in [*lines, *describe_classes(splits), *list_classes(splits, out / CLASSES_FILE)]:
         work.log(line)
     work.log(f"took {duration(time.monotonic() - began)}")
     return table(splits)
@@ -266,21 +266,36 @@ def _part_of(item: Item) -> Part:
     return part
 
 
-def describe_classes(splits: Mapping[str, Sequence[Item]], path: Path) -> list[str]:
-    """Which classes train and which test, as lines with the first names; where not all are shown, a CSV has them."""
-    found = {side: Counter((item.task, item.label) for item in items if item.label) for side, items in splits.items()}
+def describe_classes(splits: Mapping[str, Sequence[Item]], *, train: str = "train") -> list[str]:
+    """Which classes train and which test, as lines with the first names.
+
+    Args:
+        train: how the side train is named.
+    """
+    found = {side: _classes(items) for side, items in splits.items()}
     several = len({task for classes in found.values() for task, _ in classes}) > 1
-    lines, rows = list[str](), list[tuple[str, ...]]()
+    lines = list[str]()
     for side, classes in found.items():
-        names = sorted((task, str(label)) for task, label in classes)
-        shown = ", ".join(f"{task}: {label}" if several else label for task, label in names[:_SHOWN_CLASSES])
-        more = ", ..." if len(names) > _SHOWN_CLASSES else ""
-        lines += [f"classes that {side}: {len(names):,} ({shown}{more})"] if names else []
-        rows += [(side, task, label, str(classes[task, label])) for task, label in names]
-    if any(len(classes) > _SHOWN_CLASSES for classes in found.values()):
-        write_table(path, ("side", "task", "class", "images"), rows)
-        lines.append(f"all classes: {path}")
+        shown = ", ".join(f"{task}: {label}" if several else label for task, label in list(classes)[:_SHOWN_CLASSES])
+        more = ", ..." if len(classes) > _SHOWN_CLASSES else ""
+        does = train if side == "train" else side
+        lines += [f"classes that {does}: {len(classes):,} ({shown}{more})"] if classes else []
     return lines
+
+
+def list_classes(splits: Mapping[str, Sequence[Item]], path: Path) -> list[str]:
+    """Lists the classes in a CSV where `describe_classes` does not show all; a line that says where."""
+    found = {side: _classes(items) for side, items in splits.items()}
+    if all(len(classes) <= _SHOWN_CLASSES for classes in found.values()):
+        return []
+    rows = [(side, *name, str(images)) for side, classes in found.items() for name, images in classes.items()]
+    write_table(path, ("side", "task", "class", "images"), rows)
+    return [f"all classes: {path}"]
+
+
+def _classes(items: Sequence[Item]) -> dict[tuple[str, str], int]:
+    """How many images each class has, by (task, label), sorted."""
+    return dict(sorted(Counter((item.task, item.label) for item in items if item.label).items()))
 
 
 def table(splits: dict[str, list[Item]]) -> str:

@@ -279,7 +279,7 @@ def check_trust(run_or_model_dir: Path, backbone: Mapping[str, Any], trust_modul
     if not trusted:
         raise ValueError(
             f"the model of {run_or_model_dir} names the backbone {name}: that module would be imported and run. If you "
-            "trust whoever wrote the model, load it with trust_modules=True (launch/embed.py: --trust-modules)"
+            "trust whoever wrote the model, load it with --trust-modules, or trust_modules=True in Python"
         )
 
 

@@ -255,30 +255,28 @@ def _thumbnail(images: ImageShards, row: int) -> bytes:
     return buffer.getvalue()
 
 
-def describe_bad_images(flow: Flow, *, reported: bool) -> str:
-    """How many images could not be used, and where they are listed with reasons; "" if all could.
+def describe_bad_images(flow: Flow) -> str:
+    """How many training images could not be used, and where they are listed; "" if all could. Needs no report."""
+    count = _count_bad(flow, reported=False)
+    if not count:
+        return ""
+    those = "those that have a row," if count_missing(flow.train.shards) else "them"
+    return f"left out: {count} could not be used; features/backbone/*/bad.json list {those} with reasons"
+
+
+def _count_bad(flow: Flow, *, reported: bool) -> str:
+    """How many images of which could not be used; "" if all could.
 
     Args:
         reported: whether there is a report; else only the training images have been read.
     """
-    groups = _read(flow, reported=reported)
-    unread = {name: len(bad_reasons(*group)) for name, group in groups.items()}
-    missing = {name: count_missing(images.shards) for name, (images, _) in groups.items()}
-    counts = [
-        f"{unread[name] + missing[name]} of {len(images) + missing[name]} {name} images"
-        + (f" (about {missing[name]} have no row)" if missing[name] else "")
-        for name, (images, _) in groups.items()
-        if unread[name] + missing[name]
-    ]
-    if not counts:
-        return ""
-    if reported:
-        lines = sum(unread.values()) + sum(1 for images, _ in groups.values() for _ in list_missing(images.shards))
-        where = f"the report lists {'them' if lines <= MOST_BAD_ROWS else f'the first {MOST_BAD_ROWS}'} with reasons"
-    else:
-        those = "those that have a row," if any(missing.values()) else "them"
-        where = f"features/backbone/*/bad.json list {those} with reasons"
-    return f"bad images, which take part in nothing: {' and '.join(counts)}; {where}"
+    counts = list[str]()
+    for name, (images, features) in _read(flow, reported=reported).items():
+        missing = count_missing(images.shards)
+        if bad := len(bad_reasons(images, features)) + missing:
+            rowless = f" (about {missing:,} have no row)" if missing else ""
+            counts.append(f"{bad:,} of {pluralize(len(images) + missing, f'{name} image')}{rowless}")
+    return " and ".join(counts)
 
 
 def _read(flow: Flow, *, reported: bool) -> dict[str, tuple[ImageShards, tuple[Artifact, ...]]]:
@@ -291,20 +289,18 @@ def _read(flow: Flow, *, reported: bool) -> dict[str, tuple[ImageShards, tuple[A
 
 def list_bad_images(flow: Flow, path: Path) -> str:
     """Lists the images that could not be used in a CSV, by the names of their files; a line that says so, or ""."""
-    listed, count, total = list[tuple[str, str]](), 0, 0
+    listed = list[tuple[str, str]]()
     for images, features in _read(flow, reported=True).values():
-        bad, missing = bad_reasons(images, features), count_missing(images.shards)
-        for number, (row, why) in enumerate(sorted(bad.items())):
+        for number, (row, why) in enumerate(sorted(bad_reasons(images, features).items())):
             name = images.name(row) if number < MOST_NAMED else ""
             listed.append((name or f"{images.shards[images.locate(row)[0]].path}: {images.key(row)}", why))
         listed += [
             (f"{some.shard.path}: {some.key}", f"{pluralize(some.images, 'image')}: {some.reason}")
             for some in list_missing(images.shards)
         ]
-        count, total = count + len(bad) + missing, total + len(images) + missing
     if not write_list(path, listed):
         return ""
-    return f"left out  {count:,} of {pluralize(total, 'image')} could not be used: named in {path}"
+    return f"left out  {_count_bad(flow, reported=True)} could not be used: named, with reasons, in {path}"
 
 
 def describe_labels(flow: Flow) -> str:

@@ -105,15 +105,8 @@ class Scores:
         return max(scored, key=lambda m: self.value(m, None), default=None)
 
 
-def console_table(rows: list[ScoreRow], *, has_test: bool = True) -> str:
+def console_table(rows: list[ScoreRow]) -> str:
     """The scores as aligned text: R-Precision / MAP@R, the gain over the backbone, recall@1; `*` marks the best."""
-    if not rows and not has_test:
-        return "No test set, so no retrieval scores: see the report's label-free figures, of training images."
-    if not rows:
-        return (
-            "No retrieval scores, for no two images of the test set have the same label; the log says which labels "
-            "were read. See the report's label-free figures, of its images."
-        )
     scores = Scores.of(rows)
 
     def pair(model: str, task: str | None) -> str:

@@ -200,11 +200,17 @@ def why_exported(verdict: Verdict | None, asked: str) -> dict[str, Any]:
     return {"export": asked, "reason": reason, "validation": dict(verdict.validation)}
 
 
-def without_labels(run: str, *, has_test: bool) -> list[str]:
-    """The last lines of a run that nothing can be said of."""
+def without_labels(run: str, *, has_test: bool, why: str = "") -> list[str]:
+    """The last lines of a run that nothing can be said of.
+
+    Args:
+        why: which labels there are and which are read, if that is known.
+    """
     lacks = "no test image with a label that another one shares" if has_test else "no labelled test images"
     return [
-        f"Not known: whether this model is better than the backbone; there were {lacks}. No figure here is a score.",
+        f"Not known: whether this model is better than the backbone; there were {lacks}. "
+        "The report has label-free figures alone, and none of them is a score.",
+        *([why] if why else []),
         f"Some {LABELLED} labelled images, two or more of each class, would settle it: put them into a folder for each "
         f"class and run  grappa-dist evaluate --model {run} --images <folder>",
     ]

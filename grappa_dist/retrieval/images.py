@@ -6,7 +6,7 @@ A run makes shards of its images first, since it reads them many times; here eac
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,9 @@ from grappa_dist.inputs.images import images_of
 from grappa_dist.inputs.kinds import kind_of
 from grappa_dist.make_shards.class_folders import task_name
 from grappa_dist.make_shards.left_out import described
+from grappa_dist.make_shards.progress import Log
 from grappa_dist.make_shards.sources import FolderSource, Item, encoded, image_suffix
 from grappa_dist.storage import described as error_text
-
-Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)

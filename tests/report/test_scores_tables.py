@@ -72,11 +72,6 @@ def test_many_tasks_go_below_each_other() -> None:
     assert all(f"t{i}" in text.split() for i in range(30))
 
 
-def test_no_rows_give_a_sentence() -> None:
-    assert "no two images of the test set have the same label" in console_table([])
-    assert console_table([], has_test=False).startswith("No test set, so no retrieval scores")
-
-
 def test_control_characters_of_a_task_never_reach_the_terminal() -> None:
     text = console_table([row("backbone", "evil\x1b[2J\n\u202e", 0.5)])
     assert "\x1b" not in text

@@ -95,7 +95,7 @@ def test_without_labels_nothing_is_called_a_score_and_a_command_would_settle_it(
     for has_test in (True, False):
         lines = without_labels("runs/mine", has_test=has_test)
         assert "Not known" in lines[0]
-        assert "No figure here is a score" in lines[0]
+        assert "label-free figures alone, and none of them is a score" in lines[0]
         assert "Some 200 labelled images" in lines[1]
         assert lines[-1].endswith("grappa-dist evaluate --model runs/mine --images <folder>")
 
