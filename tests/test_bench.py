@@ -39,3 +39,11 @@ def test_photos_are_decoded_and_every_speed_is_finite(tmp_path: Path) -> None:
 def test_a_backbone_that_does_not_exist_is_refused_before_anything_is_measured() -> None:
     with pytest.raises(ValueError, match="no such model; did you mean 'vit_small_patch16_224'"):
         bench.bench("timm:vit_smal_patch16_224")
+
+
+@pytest.mark.parametrize("setting", ["fuse.epochs=3", "nonsense.typo=3", "img=1.jpg", "backbone.name=timm:vit"])
+def test_a_setting_that_changes_nothing_measured_is_refused(setting: str) -> None:
+    with pytest.raises(
+        ValueError, match=rf"^{setting}: has no part in what is measured; expected a setting of backbone"
+    ):
+        bench.bench("grappa_dist.demo.backbone:create", [], [setting])

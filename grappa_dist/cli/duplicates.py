@@ -52,6 +52,8 @@ def command(
     from grappa_dist.retrieval.opening import device_of
 
     more, settings = split_words(given)
+    if settings and options["model"] is None:
+        raise click.UsageError(f"{' '.join(settings)}: settings are for a backbone that --model names")
 
     def embedder() -> Embedder:
         if options["model"] is None:

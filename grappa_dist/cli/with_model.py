@@ -80,13 +80,13 @@ def list_left_out(options: Options, bad: Sequence[tuple[str, str]]) -> Path | No
     """Writes the CSV that --left-out asks for; its path.
 
     Args:
-        bad: names of images that could not be read, and why; without any the CSV is removed.
+        bad: names of images that could not be read, and why; without any the CSV has its columns alone.
     """
     from grappa_dist.config import expanded
-    from grappa_dist.make_shards.left_out import write_list
+    from grappa_dist.make_shards.left_out import write_rows
 
     if options["left_out"] is None:
         return None
     path = Path(expanded(options["left_out"], "--left-out"))
-    write_list(path, bad)
+    write_rows(path, bad)
     return path

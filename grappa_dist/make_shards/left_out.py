@@ -62,7 +62,7 @@ def described(left_out: LeftOut) -> list[str]:
 
 
 def write_list(path: Path, files: Sequence[tuple[str, str]]) -> bool:
-    """Writes a CSV with the columns file and reason, unless it is there with this content; removes it for no files.
+    """As `write_rows`, but for no files there is no CSV: one that is there is removed, so it must be the caller's own.
 
     Returns:
         Whether there is such a file.
@@ -70,8 +70,13 @@ def write_list(path: Path, files: Sequence[tuple[str, str]]) -> bool:
     if not files:
         path.unlink(missing_ok=True)
         return False
-    write_table(path, ("file", "reason"), [(name, printable_line(reason)) for name, reason in files])
+    write_rows(path, files)
     return True
+
+
+def write_rows(path: Path, files: Iterable[tuple[str, str]]) -> None:
+    """Writes a CSV with the columns file and reason, unless it is there with this content."""
+    write_table(path, ("file", "reason"), [(name, printable_line(reason)) for name, reason in files])
 
 
 def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -23,13 +24,14 @@ from grappa_dist.data.decoding import BadImage
 from grappa_dist.data.loader import Images
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.export import KEYS_FILE, LIST_FILE, NAMES_FILE
-from grappa_dist.files import Sum, map_array, read_json, save_array, write_json
+from grappa_dist.files import Sum, lock_file, map_array, read_json, save_array, write_json
 from grappa_dist.retrieval.embedding import Embedder
 from grappa_dist.retrieval.images import ImageFiles, open_images
 from grappa_dist.retrieval.opening import OpenModel
 from grappa_dist.stages.embed import BAD_FILE, ROWS_FILE
 
 STAMPS_FILE = "stamps.json"  # size and time of change of every file, so that only new and changed ones are embedded
+LOCK_FILE = "embeddings.lock"  # where embeddings are kept: held by the process that writes them
 
 
 @dataclass(frozen=True)
@@ -94,15 +96,19 @@ def open_collection(
         any_model: whether embeddings of any model will do, since nothing else is compared with them.
 
     Raises:
-        ValueError: there are no images; or the embeddings are damaged, or of another model.
+        ValueError: there are no images; or the embeddings are damaged, or of another model; or `keep` is in use, or a
+            folder of something else, or is given although the embeddings are there.
     """
     if len(paths) == 1 and (Path(paths[0]).expanduser() / LIST_FILE).exists():
         folder = Path(paths[0]).expanduser()
+        if keep is not None:
+            raise ValueError(f"{folder} holds embeddings, which are searched as they are; --keep is for images")
         return stored(folder, None if any_model else embedder().model)
     model = embedder()
     images = open_images(paths, log=model.console.log)
     if keep is not None:
-        return _kept(images, model, keep)
+        with _kept_in(keep):
+            return _kept(images, model, keep)
     found = model.embed(images)
     return Collection((Part(found.rows, found.bad, lambda: names_of(images), lambda row: _read(images, row)),))
 
@@ -130,8 +136,10 @@ def stored(folder: Path, model: OpenModel | None) -> Collection:
         _check_model(folder, listing, model)
     try:
         parts = tuple(_stored_part(folder, entry) for entry in listing["shards"])
-    except (KeyError, TypeError, AttributeError) as error:
-        raise _damaged(folder / LIST_FILE, f"is no list of embeddings ({type(error).__name__}: {error})") from None
+    except KeyError as missing:
+        raise _damaged(folder / LIST_FILE, f"is no list of embeddings (an entry has no {missing})") from None
+    except (TypeError, AttributeError):
+        raise _damaged(folder / LIST_FILE, "is no list of embeddings (an entry is not as it is written)") from None
     dims = {part.rows.shape[1] for part in parts}
     if not parts or len(dims) != 1:
         raise _damaged(folder / LIST_FILE, f"lists rows of {sorted(dims) or 'no'} channels")
@@ -210,6 +218,31 @@ class _Files:
             return BadImage(str(error))
 
 
+@contextmanager
+def _kept_in(folder: Path) -> Iterator[None]:
+    """Holds a folder in which embeddings are kept, which is made unless it is there.
+
+    Raises:
+        ValueError: another process holds it, or it has other files.
+    """
+    try:
+        if not any((folder / name).exists() for name in (LIST_FILE, LOCK_FILE)) and any(folder.iterdir()):
+            raise ValueError(
+                f"{folder}: holds other files; to keep embeddings, expected a new or an empty folder, or one that has "
+                "embeddings that were kept"
+            )
+    except FileNotFoundError:
+        folder.mkdir(parents=True)
+    except NotADirectoryError:
+        raise ValueError(f"{folder}: is a file; to keep embeddings, expected a folder") from None
+    try:
+        lock = lock_file(folder / LOCK_FILE)
+    except BlockingIOError as held:
+        raise ValueError(f"{folder}: another process keeps embeddings there{held}; wait for it") from None
+    with lock:
+        yield
+
+
 def _kept(images: Images, embedder: Embedder, folder: Path) -> Collection:
     """Embeddings of images that are kept in a folder: what has the name, size and time of before is not made again."""
     if not isinstance(images, ImageFiles):
@@ -261,7 +294,11 @@ class _Listed:
 
 
 def _write(folder: Path, rows: NDArray[np.float32], listed: _Listed, model: OpenModel) -> None:
-    """Writes the files under a name of their own, then the list that names them: a search sees the old or the new."""
+    """Writes the files under a name of their own, then the list that names them: a search sees the old or the new.
+
+    What the old list named is removed, and nothing else: what other folders hold is not known.
+    """
+    before = [entry["shard"] for entry in _listing(folder)["shards"]] if (folder / LIST_FILE).exists() else []
     mark = xxh3_64_hexdigest(json.dumps([model.sha256, model.gallery, listed.names, listed.stamps]).encode())
     inside = f"images-{mark}"
     files = {"rows": ROWS_FILE, "keys": KEYS_FILE, "names": NAMES_FILE, "bad": BAD_FILE, "stamps": STAMPS_FILE}
@@ -275,6 +312,6 @@ def _write(folder: Path, rows: NDArray[np.float32], listed: _Listed, model: Open
     entry = {"shard": inside, "source": listed.source, "images": len(rows), **paths, "xxh3": xxh3}
     about = {"model": model.variant, "model_sha256": model.sha256, "gallery": model.gallery}
     write_json(folder / LIST_FILE, {**about, "images": len(rows), "shards": [entry]})
-    for old in folder.glob("images-*"):
-        if old.name != inside:
-            shutil.rmtree(old, ignore_errors=True)
+    for old in before:
+        if old != inside:
+            shutil.rmtree(folder / old, ignore_errors=True)

@@ -21,7 +21,7 @@ from grappa_dist.data.shards import BadLabels, ImageShards
 from grappa_dist.metrics import METRICS, QueryScores, query_scores
 from grappa_dist.retrieval.embedding import BATCH_SIZE, DECODE_THREADS, Embedder
 from grappa_dist.retrieval.images import open_images
-from grappa_dist.retrieval.opening import OWN_BACKBONE, Named, OpenModel, open_model
+from grappa_dist.retrieval.opening import OWN_BACKBONE, Named, OpenModel, is_backbone, open_model
 from grappa_dist.significance import bootstrap_interval, mean_over_tasks
 from grappa_dist.stages.ground_truth import GroundTruth, numbered_members
 from grappa_dist.verdict import Gain, TaskQueries, gains
@@ -97,9 +97,10 @@ def evaluate(
     console = Console()
     found = open_images(places, labelled=True, label_column=label_column, log=console.log)
     labels = _labels_of(found, label_column)
-    how: dict[str, Any] = {"settings": tuple(settings), "trust_modules": trust_modules}
-    opened = open_model(model, device, gallery=gallery, **how)
-    other = _other(opened, against, device, **how)
+    of_other, given = against is not None and is_backbone(against), tuple(settings)
+    of_model = is_backbone(model) or not of_other  # which refuses them unless it is one
+    opened = open_model(model, device, gallery=gallery, settings=given if of_model else (), trust_modules=trust_modules)
+    other = _other(opened, against, device, settings=given if of_other else (), trust_modules=trust_modules)
     models = (
         {opened.variant: opened} if other is None else dict(zip(_called(opened, other), (opened, other), strict=True))
     )

@@ -82,18 +82,25 @@ def open_model(
             what `load_model` returns, or a `Backbone`, which are used where they are.
         device: "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:<number>".
         gallery: of a model of the variant `gallery`: the task whose weights of the sets are used.
-        settings: `backbone.key=value`, as of a run, for a backbone that is named; other models have theirs.
+        settings: `backbone.key=value`, as of a run, for a backbone that is named; a model that has its own takes none.
         trust_modules: as for `load_model`; a module that is named here itself is imported.
 
     Raises:
-        ValueError: there is no such model, or no such device; the message says what would be right.
+        ValueError: there is no such model, or no such device, or settings are given for a model that has its own; the
+            message says what would be right.
     """
     where = device_of(device)
+    if is_backbone(given):
+        return _bare(str(given), settings, where)
+    if needless := " ".join(settings):
+        what = f"a {type(given).__name__}" if isinstance(given, nn.Module) else given
+        raise ValueError(
+            f"{needless}: settings are for a backbone that is named, such as timm:<model>; {what} has its own "
+            "(a file whose name has a '=' is written with ./ before it)"
+        )
     if isinstance(given, nn.Module):
         return _in_memory(given)
     text = str(given)
-    if _BACKBONE_NAME.fullmatch(text) and not Path(text).exists():
-        return _bare(text, settings, where)
     folder = Path(text).expanduser()
     if not folder.is_dir():
         raise ValueError(
@@ -104,6 +111,11 @@ def open_model(
     if gallery is not None:
         model.weigh(model.galleries[gallery])
     return OpenModel(text, spec.name, model.grappa.to(where), spec.weights_sha256, model.galleries, gallery)
+
+
+def is_backbone(given: Named) -> bool:
+    """Whether this names a backbone, which takes settings, and no model that has its own."""
+    return not isinstance(given, nn.Module) and bool(_BACKBONE_NAME.fullmatch(str(given))) and not Path(given).exists()
 
 
 def _bare(name: str, settings: Iterable[str], device: torch.device) -> OpenModel:

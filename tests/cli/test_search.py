@@ -32,6 +32,15 @@ def test_a_folder_is_searched_and_kept_and_what_is_bad_is_named(tmp_path: Path) 
     assert listed.read_text().startswith("file,reason\ncat/1.png,")
 
 
+def test_the_list_of_what_was_left_out_has_its_columns_alone_where_nothing_was(tmp_path: Path) -> None:
+    (name, *_) = write_photos(tmp_path / "photos")
+    listed, photos = tmp_path / "left_out.csv", str(tmp_path / "photos")
+    listed.write_text("file,reason\nof before,no JPEG\n")
+    given = ["--model", model_in(tmp_path / "run"), "--images", photos, "--left-out", str(listed), f"{photos}/{name}"]
+    assert called(command, *given).status == 0
+    assert listed.read_text() == "file,reason\n"
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [

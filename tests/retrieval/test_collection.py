@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from grappa_dist.data.decoding import BadImage
-from grappa_dist.retrieval.collection import Collection, open_collection, stored
+from grappa_dist.files import lock_file
+from grappa_dist.retrieval.collection import LOCK_FILE, Collection, open_collection, stored
 from grappa_dist.retrieval.embedding import Embedder
 from tests.retrieval.photos import EACH, embedder, model_in, write_photos
 from tests.stages import tiny
@@ -104,6 +105,47 @@ def test_a_damaged_file_of_embeddings_is_refused_by_name(what: str, how: str, on
 def test_a_damaged_list_of_embeddings_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "embeddings.json").write_text(text)
     with pytest.raises(ValueError, match=rf"^{re.escape(str(tmp_path))}/embeddings.json: .*are damaged"):
+        stored(tmp_path, None)
+
+
+def test_folders_of_others_beside_kept_embeddings_stay(tmp_path: Path) -> None:
+    places, run, keep = kept(tmp_path)
+    theirs = keep / "images-2019" / "a.png"
+    theirs.parent.mkdir()
+    theirs.write_bytes(b"a photo")
+    (tmp_path / "photos" / "cat" / "0.png").unlink()
+    open_collection(places, lambda: run, keep=keep)
+    assert theirs.exists()
+    assert len([path for path in keep.iterdir() if path.is_dir()]) == 2
+
+
+def test_a_folder_of_other_files_is_no_place_for_embeddings(tmp_path: Path) -> None:
+    names = write_photos(tmp_path / "photos")
+    places, run = [str(tmp_path / "photos")], embedder(model_in(tmp_path / "run"))
+    with pytest.raises(ValueError, match=r"photos: holds other files; to keep embeddings, expected a new or an empty"):
+        open_collection(places, lambda: run, keep=tmp_path / "photos")
+    with pytest.raises(ValueError, match=r"0.png: is a file; to keep embeddings, expected a folder"):
+        open_collection(places, lambda: run, keep=tmp_path / "photos" / "cat" / "0.png")
+    assert len([path for path in (tmp_path / "photos").rglob("*") if path.is_file()]) == len(names)
+
+
+def test_embeddings_are_kept_by_one_process_at_a_time(tmp_path: Path) -> None:
+    places, run, keep = kept(tmp_path)
+    held = lock_file(keep / LOCK_FILE)
+    with held, pytest.raises(ValueError, match=r"keep: another process keeps embeddings there \(process \d+ on "):
+        open_collection(places, lambda: run, keep=keep)
+    assert len(open_collection(places, lambda: run, keep=keep)) == 3 * EACH
+
+
+def test_embeddings_are_not_kept_a_second_time(tmp_path: Path) -> None:
+    _, run, keep = kept(tmp_path)
+    with pytest.raises(ValueError, match="holds embeddings, which are searched as they are; --keep is for images"):
+        open_collection([str(keep)], lambda: run, keep=tmp_path / "second")
+
+
+def test_what_an_entry_of_a_list_lacks_is_named(tmp_path: Path) -> None:
+    (tmp_path / "embeddings.json").write_text('{"shards": [{}]}')
+    with pytest.raises(ValueError, match=r"is no list of embeddings \(an entry has no 'rows'\): the embeddings are"):
         stored(tmp_path, None)
 
 

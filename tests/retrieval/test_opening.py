@@ -108,3 +108,13 @@ def test_a_backbone_that_is_named_has_the_settings_of_a_run(tmp_path: Path) -> N
         open_model(OWN, settings=["backbone.image_sise=32"])
     with pytest.raises(ValueError, match=r"adapt.epochs=1: expected settings of the backbone, such as backbone.image_"):
         open_model(OWN, settings=["adapt.epochs=1"])
+
+
+def test_a_model_that_has_its_own_settings_takes_none(tmp_path: Path) -> None:
+    fake_run(tmp_path / "run")
+    message = (
+        r"img=1.jpg nonsense.typo=3: settings are for a backbone that is named, such as timm:<model>; .* has its own"
+    )
+    for model in (tmp_path / "run", open_model(OWN).model):
+        with pytest.raises(ValueError, match=message):
+            open_model(model, settings=["img=1.jpg", "nonsense.typo=3"])
