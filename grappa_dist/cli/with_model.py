@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from grappa_dist.retrieval import BATCH_SIZE, DECODE_THREADS
+
 if TYPE_CHECKING:
     from grappa_dist.retrieval.embedding import Embedder
 
@@ -19,8 +21,8 @@ def with_model(*, required: bool = True) -> Callable[[Callable[..., Any]], Calla
 
     def decorated(work: Callable[..., Any]) -> Callable[..., Any]:
         for option in (
-            click.option("--decode-threads", type=click.IntRange(0), default=2, show_default=True),
-            click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True),
+            click.option("--decode-threads", type=click.IntRange(0), default=DECODE_THREADS, show_default=True),
+            click.option("--batch-size", type=click.IntRange(1), default=BATCH_SIZE, show_default=True),
             click.option(
                 "--device", default="auto", show_default=True, help="cpu, cuda or cuda:N; auto: a GPU if there is one."
             ),

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from grappa_dist.console import Console, pluralize
 from grappa_dist.data.loader import Images
 from grappa_dist.output import printable_line
+from grappa_dist.retrieval import BATCH_SIZE, DECODE_THREADS
 from grappa_dist.retrieval.opening import OpenModel
 from grappa_dist.stages.embed import Embedding, embed_rows
 
-BATCH_SIZE, DECODE_THREADS = 64, 2
 NAMED = 20  # images that could not be read, named in messages
 
 

@@ -6,7 +6,7 @@ images (stages/evaluate.py). Shapes: n images, q queries of a task, D channels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,14 @@ from numpy.typing import NDArray
 
 from grappa_dist.console import Console, pluralize
 from grappa_dist.data.loader import Images
-from grappa_dist.data.shards import BadLabels, ImageShards
+from grappa_dist.data.shards import ImageShards
 from grappa_dist.metrics import METRICS, QueryScores, query_scores
-from grappa_dist.retrieval.embedding import BATCH_SIZE, DECODE_THREADS, Embedder
+from grappa_dist.retrieval import BATCH_SIZE, DECODE_THREADS
+from grappa_dist.retrieval.embedding import Embedder
 from grappa_dist.retrieval.images import open_images
 from grappa_dist.retrieval.opening import OWN_BACKBONE, Named, OpenModel, is_backbone, open_model
 from grappa_dist.significance import bootstrap_interval, mean_over_tasks
-from grappa_dist.stages.ground_truth import GroundTruth, numbered_members
+from grappa_dist.stages.ground_truth import GroundTruth, describe_unreadable, members_of, numbered_members
 from grappa_dist.verdict import Gain, TaskQueries, gains
 
 
@@ -97,10 +98,9 @@ def evaluate(
     console = Console()
     found = open_images(places, labelled=True, label_column=label_column, log=console.log)
     labels = _labels_of(found, label_column)
-    of_other, given = against is not None and is_backbone(against), tuple(settings)
-    of_model = is_backbone(model) or not of_other  # which refuses them unless it is one
-    opened = open_model(model, device, gallery=gallery, settings=given if of_model else (), trust_modules=trust_modules)
-    other = _other(opened, against, device, settings=given if of_other else (), trust_modules=trust_modules)
+    mine, theirs = _divided(tuple(settings), model, against)
+    opened = open_model(model, device, gallery=gallery, settings=mine, trust_modules=trust_modules)
+    other = _other(opened, against, device, settings=theirs, trust_modules=trust_modules)
     models = (
         {opened.variant: opened} if other is None else dict(zip(_called(opened, other), (opened, other), strict=True))
     )
@@ -122,6 +122,13 @@ def _evaluated(embedders: Mapping[str, Embedder], images: Images, labels: _Label
         [(images.name(row) or images.where(row), why) for row, why in sorted(bad.items())],
         labels.remarks,
     )
+
+
+def _divided(settings: tuple[str, ...], model: Named, against: Named | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The settings for each model: for those that are named backbones; else for the first, which refuses them."""
+    if against is None or not is_backbone(against):
+        return settings, ()
+    return settings if is_backbone(model) else (), settings
 
 
 def _other(model: OpenModel, against: Named | None, device: str, **how: Any) -> OpenModel | None:
@@ -153,9 +160,10 @@ def _labels_of(images: Images, column: str | None) -> _Labels:
         ValueError: none has a label.
     """
     unreadable = list[str]()
-    ground_truth, remarks = numbered_members(_members(images, column, unreadable), len(images))
+    key = column if isinstance(images, ImageShards) else None  # a list's items have theirs from its column
+    ground_truth, remarks = numbered_members(members_of(images, key, None, unreadable), len(images))
     if unreadable:
-        remarks.append(f"{len(unreadable):,} images count as without a label: {unreadable[0]}")
+        remarks.append(describe_unreadable(len(unreadable), unreadable[0]))
     if (ground_truth.labels < 0).all():
         noted = [key for key in ground_truth.other_keys if column is not None or key not in ("label", "task")]
         keys = f"; their JSON members have {', '.join(noted)}" if noted and isinstance(images, ImageShards) else ""
@@ -167,18 +175,6 @@ def _labels_of(images: Images, column: str | None) -> _Labels:
     if without := int((ground_truth.labels < 0).sum()):
         remarks.append(f"{pluralize(without, 'image')} without a label: neither query nor searched")
     return _Labels(ground_truth, remarks)
-
-
-def _members(images: Images, column: str | None, unreadable: list[str]) -> Iterator[dict[str, Any]]:
-    """What is noted of every image, its label under `label`."""
-    for row in range(len(images)):
-        try:
-            member = images.labels(row) or {}
-        except BadLabels as why:
-            unreadable.append(str(why))
-            member = {}
-        of_shards = isinstance(images, ImageShards) and column is not None  # a list's items have theirs from it
-        yield {**member, "label": member.get(column or "")} if of_shards else member
 
 
 @dataclass(frozen=True)

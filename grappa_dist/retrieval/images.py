@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from grappa_dist.console import pluralize
 from grappa_dist.data.decoding import COPIED, TAKEN, BadImage
 from grappa_dist.data.entries import is_shard_name
 from grappa_dist.data.index import COMMITTED
@@ -126,6 +127,12 @@ def _items(path: str, labelled: bool, label_column: str | None, log: Log) -> lis
     if labelled and os.path.isdir(path) and all(item.label is None for item in items):
         flat = next((item.name for item in items if "/" not in item.name), items[0].name)
         raise ValueError(f"{path}: {flat!r} lies in no class folder; expected CLASS/FILE, or a list with labels")
+    if found.test and found.train:
+        train, test = len(found.train), len(found.test)
+        log(
+            f"{path}: {pluralize(test, 'image that tests is', 'images that test are')} scored, "
+            f"{pluralize(train, 'that trains is', 'that train are')} not"
+        )
     for line in described(found.left_out):
         log(f"{path}: {line}")
     return items

@@ -92,12 +92,7 @@ def open_model(
     where = device_of(device)
     if is_backbone(given):
         return _bare(str(given), settings, where)
-    if needless := " ".join(settings):
-        what = f"a {type(given).__name__}" if isinstance(given, nn.Module) else given
-        raise ValueError(
-            f"{needless}: settings are for a backbone that is named, such as timm:<model>; {what} has its own "
-            "(a file whose name has a '=' is written with ./ before it)"
-        )
+    _refuse_settings(given, settings)
     if isinstance(given, nn.Module):
         return _in_memory(given)
     text = str(given)
@@ -116,6 +111,15 @@ def open_model(
 def is_backbone(given: Named) -> bool:
     """Whether this names a backbone, which takes settings, and no model that has its own."""
     return not isinstance(given, nn.Module) and bool(_BACKBONE_NAME.fullmatch(str(given))) and not Path(given).exists()
+
+
+def _refuse_settings(given: Named, settings: Iterable[str]) -> None:
+    if needless := " ".join(settings):
+        what = f"a {type(given).__name__}" if isinstance(given, nn.Module) else given
+        raise ValueError(
+            f"{needless}: settings are for a backbone that is named, such as timm:<model>; {what} has its own "
+            "(a file whose name has a '=' is written with ./ before it)"
+        )
 
 
 def _bare(name: str, settings: Iterable[str], device: torch.device) -> OpenModel:

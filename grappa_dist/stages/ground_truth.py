@@ -20,6 +20,7 @@ from grappa_dist.checksums import load_array, load_json
 from grappa_dist.config import DataConfig
 from grappa_dist.console import pluralize
 from grappa_dist.data.labels import Names, named
+from grappa_dist.data.loader import Images
 from grappa_dist.data.shards import BadLabels, ImageShards
 from grappa_dist.files import save_array, write_json
 from grappa_dist.stages.run import Run
@@ -91,10 +92,7 @@ def write_ground_truth(run: Run, images: ImageShards, ground_truth: Artifact, st
     names = load_json(ground_truth.path / NAMES_FILE)
     unreadable = names["unreadable"]
     if unreadable["images"]:
-        run.console.log(
-            f"{stage}: warning: {pluralize(unreadable['images'], 'image counts', 'images count')} as without a label: "
-            f"{unreadable['first'][0]}"
-        )
+        run.console.log(f"{stage}: warning: {describe_unreadable(unreadable['images'], unreadable['first'][0])}")
     for line in names.get("remarks", []):
         run.console.log(f"{stage}: warning: {line}")
     _refuse_none(ground_truth)
@@ -114,10 +112,14 @@ def _refuse_none(ground_truth: Artifact) -> None:
 def read_ground_truth(device: torch.device, task: tuple[ImageShards, Artifact]) -> None:
     """Reads the JSON members and commits the artefact: the only place that reads them."""
     images, artifact = task
-    folder, labelled = artifact.begin(), bool(artifact.settings["labelled"])
+    settings = artifact.settings
+    folder, labelled = artifact.begin(), bool(settings["labelled"])
     unreadable = list[str]()
     found, remarks = numbered_members(
-        _members(images, artifact.settings, unreadable) if labelled else [{}] * len(images), len(images)
+        members_of(images, settings.get("label_field"), settings.get("label_member"), unreadable)
+        if labelled
+        else [{}] * len(images),
+        len(images),
     )
     save_array(folder / TASKS_FILE, found.tasks)
     save_array(folder / LABELS_FILE, found.labels)
@@ -143,21 +145,29 @@ def numbered_members(members: Iterable[Mapping[str, Any]], count: int) -> tuple[
     return found, [*label_names.described("label"), *task_names.described("task")]
 
 
-def _members(images: ImageShards, settings: Mapping[str, Any], unreadable: list[str]) -> Iterator[dict[str, Any]]:
-    """The JSON object of every row; an empty one where there is none or it cannot be used, which is noted.
+def members_of(images: Images, key: str | None, suffix: str | None, unreadable: list[str]) -> Iterator[dict[str, Any]]:
+    """What is noted of every row, its label under `label`; nothing where it cannot be used.
 
-    Its `label` is the value of the key, or the text of the file beside the image, that the settings name.
+    Args:
+        key: the one that has the label; None: `label`.
+        suffix: of shards: of the file beside the image whose text is the label, in place of a key.
+        unreadable: gets a line for each row that cannot be used.
     """
-    key, suffix = settings.get("label_field", "label"), settings.get("label_member")
     for row in range(len(images)):
         try:
             member = images.labels(row) or {}
-            if suffix is not None or key != "label":
-                member = {**member, "label": images.text(row, suffix) if suffix else member.get(key)}
+            if suffix is not None and isinstance(images, ImageShards):
+                member = {**member, "label": images.text(row, suffix)}
+            elif key is not None:
+                member = {**member, "label": member.get(key)}
             yield member
         except BadLabels as why:
             unreadable.append(str(why))
             yield {}
+
+
+def describe_unreadable(count: int, first: str) -> str:
+    return f"{pluralize(count, 'image counts', 'images count')} as without a label: {first}"
 
 
 def load_ground_truth(artifact: Artifact) -> GroundTruth:

@@ -51,6 +51,17 @@ def test_a_csv_names_files_beside_it_and_its_label_column(tmp_path: Path) -> Non
         open_images([str(path)], labelled=True, label_column="knd")
 
 
+def test_of_a_list_with_a_split_it_is_said_how_many_images_are_scored(tmp_path: Path) -> None:
+    write_photos(tmp_path)
+    path = tmp_path / "l.csv"
+    path.write_text("file,label,split\ncat/0.png,x,train\ncat/1.png,x,test\ncat/2.png,x,test\n")
+    said: list[str] = []
+    assert len(open_images([str(path)], labelled=True, log=said.append)) == 2
+    assert said == [f"{path}: 2 images that test are scored, 1 that trains is not"]
+    assert len(open_images([str(path)], log=said.append)) == 3
+    assert len(said) == 1
+
+
 def test_several_places_have_their_folder_in_the_names_and_what_is_no_image_is_said(tmp_path: Path) -> None:
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
