@@ -26,7 +26,6 @@ from grappa_dist.make_shards.progress import Log
 from grappa_dist.stages.run import configs_of_seeds, read_config
 
 Split = Literal["test", "none", "classes", "folders"]
-SPLITS: tuple[Split, ...] = ("test", "none", "classes", "folders")
 BACKBONE = "timm:vit_small_patch16_224.dino"
 LEAST_IMAGES = 8
 BAD_IMAGES = 5  # that stop no run of few images, unless they are a fifth of them
@@ -266,13 +265,16 @@ def as_overrides(settings: Mapping[str, Any]) -> list[str]:
     Raises:
         ValueError: a value is none that a config can hold.
     """
+
+    def path(value: object) -> str:
+        if isinstance(value, os.PathLike):
+            return os.fspath(value)
+        raise ValueError(f"{key}: expected a number, a text, a list or None, got one of type {type(value).__name__}")
+
     found = list[str]()
     for key, value in settings.items():
         if isinstance(value, Mapping):
             found += as_overrides({f"{key}.{inner}": of_inner for inner, of_inner in value.items()})
             continue
-        try:
-            found.append(f"{key}={json.dumps(value, default=os.fspath)}")
-        except TypeError:
-            raise ValueError(f"{key}={value!r}: expected a number, a text, a list or None") from None
+        found.append(f"{key}={json.dumps(value, default=path)}")
     return found

@@ -21,7 +21,7 @@ from grappa_dist.extras import RUNS, require
 from grappa_dist.output import printable, quietly
 from grappa_dist.pipeline import Finished, run
 from grappa_dist.report.content import ScoreRow
-from grappa_dist.stages.run import run_root
+from grappa_dist.stages.run import name_after, run_root
 from grappa_dist.verdict import Verdict
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ StrPath = str | os.PathLike[str]
 
 def fit(
     images: StrPath | Iterable[StrPath] = (),
-    out: StrPath = "runs/mine",
+    out: StrPath | None = None,
     *,
     backbone: str | None = None,
     test: StrPath | Iterable[StrPath] = (),
@@ -46,7 +46,7 @@ def fit(
 
     Args:
         images: a folder of images, or several; lists and shards too. May be left out where `out` is a run directory.
-        out: the run directory. What it has is reused, and its settings hold but for those that are given here.
+        out: the run directory, whose settings hold but for those given here; None: runs/<name of the images' folder>.
         backbone: timm:<model> or <module>:<function>.
         test: images to score on; by default those that the folders name, or half of the classes.
         split: test, none, classes or folders: which images test.
@@ -59,10 +59,10 @@ def fit(
         KeyboardInterrupt: after Ctrl-C; state is saved, and the same call goes on.
     """
     require(*RUNS)
-    root = run_root(os.fspath(out), "mine")
+    photos, root = _places(images, out)
     with quietly(quiet):
         config = settings_of_run(
-            _paths(images),
+            photos,
             root,
             test=_paths(test),
             split=split,
@@ -71,6 +71,14 @@ def fit(
             log=lambda line: None if quiet else print(printable(line), file=sys.stderr),
         )
         return FittedRun(root, _run(config, root))
+
+
+def _places(images: StrPath | Iterable[StrPath], out: StrPath | None) -> tuple[Sequence[str], Path]:
+    """The images and the run directory."""
+    photos = _paths(images)
+    if not photos and out is None:
+        raise ValueError("expected images, or out=... of a run that has begun")
+    return photos, run_root(None if out is None else os.fspath(out), name_after(photos))
 
 
 def _run(config: Config, root: Path) -> Finished:
@@ -85,7 +93,8 @@ def _run(config: Config, root: Path) -> Finished:
 
 
 def _paths(given: StrPath | Iterable[StrPath]) -> Sequence[str]:
-    return [os.fspath(given)] if isinstance(given, str | os.PathLike) else [os.fspath(path) for path in given]
+    paths = [given] if isinstance(given, str | os.PathLike) else given
+    return [os.path.expanduser(os.fspath(path)) for path in paths]
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from grappa_dist.output import mode
 from grappa_dist.plan import plan
 from grappa_dist.stages.run import read_config
 from tests.stages import tiny
-from tests.test_defaults import in_classes
+from tests.test_defaults import flat, in_classes, keep
 
 SETTINGS: dict[str, Any] = {
     "backbone": {"kwargs": {"dim": 16, "depth": 2}, "image_size": 32},
@@ -97,6 +97,36 @@ def test_errors_are_those_of_the_command(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"unknown key adapt\.epoch; did you mean 'epochs'"):
         grappa_dist.fit(photos, tmp_path / "run", adapt={"epoch": 3})
     assert not (tmp_path / "run").exists()
+
+
+def test_the_directory_is_called_as_the_images_and_a_home_folder_is_meant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, asked = tmp_path / "home", list[tuple[Config, Path]]()
+
+    def note(config: Config, root: Path) -> None:
+        keep(config, root)
+        asked.append((config, root))
+        raise Terminated
+
+    def call(images: str, **given: Any) -> tuple[Config, Path]:
+        with pytest.raises(RuntimeError, match="terminated"):
+            grappa_dist.fit(images, quiet=True, **given)
+        return asked[-1]
+
+    monkeypatch.setattr(fitted, "run", note)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(tmp_path)
+    photos, lab = flat(home / "photos"), in_classes(home / "lab", 2)
+    (tmp_path / "runs").mkdir()
+    assert call("~/photos")[1] == tmp_path / "runs" / "photos"
+    first = call("~/photos", out="~/mine", test="~/lab")
+    assert first[1] == home / "mine"
+    assert (first[0].data.train, first[0].data.test) == ((photos,), (lab,))
+    assert call("~/photos", out="~/mine") == first
+    with pytest.raises(ValueError, match=r"^expected images, or out=\.\.\. of a run that has begun$"):
+        grappa_dist.fit()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["home", "runs"]
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from grappa_dist.config import Config
 
 STAGES = ("embed", "pseudo_label", "adapt", "fuse")
-SPLITS = ("test", "none", "classes", "folders")  # of defaults.py, which takes seconds to import
+SPLITS = ("test", "none", "classes", "folders")  # defaults.Split, as that module takes seconds to import
 
 
 @verb(
@@ -85,7 +85,7 @@ def _settings(
     """The settings of the run and its directory."""
     from grappa_dist.config import expanded, load
     from grappa_dist.defaults import settings_of_run
-    from grappa_dist.stages.run import run_root
+    from grappa_dist.stages.run import name_after, run_root
 
     places, overrides = split_words(given)
     if config is not None:
@@ -97,7 +97,7 @@ def _settings(
     images = [expanded(place, "IMAGES") for place in places]
     if not images and out is None:
         raise click.UsageError("expected images, or --out DIR of a run that has begun, or --config FILE")
-    root = run_root(expanded(out, "--out") if out else None, Path(images[0]).absolute().name if images else "")
+    root = run_root(expanded(out, "--out") if out else None, name_after(images))
     settings = settings_of_run(
         images,
         root,

@@ -139,6 +139,11 @@ def _remove_unused(root: Path, new: Sequence[Path]) -> None:
             path.rmdir()
 
 
+def name_after(images: Sequence[str]) -> str:
+    """What a run is called that was given no directory: as the folder of its images, however that is written."""
+    return os.path.basename(os.path.abspath(images[0])) if images else ""
+
+
 def run_root(out: str | None, name: str) -> Path:
     """The run directory, absolute; warns if it is in the temporary folder of a submitted job, which Ray removes."""
     if out is not None and is_remote(out):

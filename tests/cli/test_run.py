@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from grappa_dist import rates
 from grappa_dist.cli.run import SPLITS, STAGES, command
 from grappa_dist.config import CONFIG_FILE, Config
-from grappa_dist.defaults import SPLITS as KNOWN_SPLITS
+from grappa_dist.defaults import Split
 from tests.cli.calling import called
 from tests.stages import tiny
 from tests.test_defaults import flat, in_classes, keep
@@ -33,7 +33,9 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Asked:
     return asked
 
 
-def test_a_folder_is_run_with_settings_that_suit_it_and_those_that_are_given(asked: Asked, tmp_path: Path) -> None:
+def test_a_folder_is_run_with_settings_that_suit_it_and_those_that_are_given(
+    asked: Asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     in_classes(tmp_path / "photos", 4, 4)
     found = called(command, "photos", *VIT, "--out", "mine", "adapt.epochs=7", "--until", "embed")
     assert (found.status, found.out) == (0, "done up to embed; the same command without --until goes on\n")
@@ -44,6 +46,9 @@ def test_a_folder_is_run_with_settings_that_suit_it_and_those_that_are_given(ask
     called(command, "photos", *VIT, "--until", "embed", "--split", "none")
     assert asked[1][1] == tmp_path / "runs" / "photos"
     assert asked[1][0].data.split == "none"
+    monkeypatch.chdir(tmp_path / "photos" / "class-0")
+    called(command, "..", *VIT, "--until", "embed", "--split", "none")
+    assert asked[2][1] == tmp_path / "photos" / "class-0" / "runs" / "photos"
 
 
 def test_a_run_directory_alone_goes_on_and_a_config_is_taken_as_it_is(asked: Asked, tmp_path: Path) -> None:
@@ -112,5 +117,5 @@ def test_what_cannot_be_meant_is_refused_in_a_line(
 
 
 def test_the_choices_are_those_of_the_package() -> None:
-    assert SPLITS == KNOWN_SPLITS
+    assert get_args(Split) == SPLITS
     assert STAGES == ("embed", "pseudo_label", "adapt", "fuse")
