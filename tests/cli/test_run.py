@@ -39,10 +39,10 @@ def test_a_folder_is_run_with_settings_that_suit_it_and_those_that_are_given(
     in_classes(tmp_path / "photos", 4, 4)
     found = called(command, "photos", *VIT, "--out", "mine", "adapt.epochs=7", "--until", "embed")
     assert (found.status, found.out) == (0, "done up to embed; the same command without --until goes on\n")
-    assert "2 classes test: class-2, class-3" in found.err
+    assert "; the backbone is tests.models.tiny:create" in found.err
     ((config, root, until),) = asked
     assert (root, until, config.adapt.epochs) == (tmp_path / "mine", "embed", 7)
-    assert config.data.train == (str(tmp_path / "photos"),)
+    assert (config.data.train, config.data.split) == ((str(tmp_path / "photos"),), "classes")
     called(command, "photos", *VIT, "--until", "embed", "--split", "none")
     assert asked[1][1] == tmp_path / "runs" / "photos"
     assert asked[1][0].data.split == "none"
