@@ -23,6 +23,7 @@ from grappa_dist.data.rng import Purpose, permutation
 from grappa_dist.significance import bootstrap_interval, mean_over_tasks, paired_test
 
 FEW = 30  # queries of a task, fewer than which are said to be few
+LARGEST_P = 0.05  # from which on nothing is called better or worse
 RULE = 1  # of candidates, validation half and choice; part of the name of a model that was chosen
 
 
@@ -67,7 +68,9 @@ class Gain:
 
     @property
     def outcome(self) -> Literal["better", "worse", "unsure"]:
-        """Whether the interval lies on one side of zero."""
+        """Better or worse where interval and test agree: of few queries the interval alone is often too narrow."""
+        if self.p_value >= LARGEST_P:
+            return "unsure"
         return "better" if self.low > 0 else "worse" if self.high < 0 else "unsure"
 
 

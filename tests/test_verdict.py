@@ -86,6 +86,20 @@ def test_a_model_that_was_asked_for_is_compared_on_all_queries() -> None:
     assert (asked.exported, asked.compared) == ("backbone", "neighbours")
 
 
+@pytest.mark.parametrize(
+    ("queries", "changed", "p", "outcome"),
+    [(2, 2, 0.5, "unsure"), (3, 3, 0.25, "unsure"), (30, 4, 0.125, "unsure"), (30, 6, 0.03125, "better")],
+)
+def test_few_queries_that_changed_are_no_finding_though_the_interval_is_above_zero(
+    queries: int, changed: int, p: float, outcome: str
+) -> None:
+    for sign, expected in ((1, outcome), (-1, outcome.replace("better", "worse"))):
+        base, shift = np.full(queries, 0.5), sign * 0.1 * (np.arange(queries) < changed)
+        found = gains([TaskQueries("a", np.zeros(queries, np.int64), {"backbone": base, "k=4": base + shift})], "k=4")
+        assert min(sign * found[0].low, sign * found[0].high) > 0
+        assert (found[0].p_value, found[0].outcome) == (p, expected)
+
+
 def test_equal_models_are_no_finding() -> None:
     same = task("a", (20, 20))
     same = TaskQueries("a", same.classes, dict.fromkeys(MODELS, same.r_precision["backbone"]))

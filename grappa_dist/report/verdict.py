@@ -16,6 +16,8 @@ from grappa_dist.verdict import Gain, Verdict
 LABELLED = 200  # test images that tell a gain of some points
 SEEDS_CAVEAT = "one seed was run: how much another seed changes is not in the interval (--seeds 0,1,2 shows it)"
 MOST_WANTED = 100_000  # queries; a difference that needs more is too small to look for
+NARROW = 0.01  # bounds of an interval that leaves no gain worth looking for, as fractions
+POWER = ((1.960 + 0.842) / 1.960) ** 2  # times as many queries tell a difference in 80 % of the cases, not in half
 MOST_TASKS = 12  # lines
 MOST_DRAWN = 24  # tasks
 _RUN = "<run directory>"  # in the commands of a page, which does not say where its run lies
@@ -97,15 +99,21 @@ def _keep(verdict: Verdict) -> str:
 
 
 def _tell(verdict: Verdict) -> str:
-    """How many queries would tell a difference of this size, as the interval narrows by the root of their number."""
+    """What would tell more.
+
+    The interval narrows by the root of the number of queries, so that some number of them tells a difference of this
+    size, four times out of five.
+    """
     mean, queries = verdict.mean, verdict.mean.queries + verdict.validation_queries
     wide = (mean.high - mean.low) / 2
-    wanted = queries * (wide / mean.gain) ** 2 if round(100 * mean.gain, 1) else math.inf
+    wanted = POWER * queries * (wide / mean.gain) ** 2 if round(100 * mean.gain, 1) else math.inf
     if wanted > MOST_WANTED:
-        return f"nothing to gain here, it seems; else {TRY_MORE}"
+        if max(-mean.low, mean.high) < NARROW:
+            return f"nothing to gain here, it seems; else {TRY_MORE}"
+        return f"more labelled test images (now {queries:,}), as the interval is wide; else {TRY_MORE}"
     size = 10 ** max(1, len(str(round(wanted))) - 2)
     number = f"{math.ceil(max(wanted, queries + 1) / size) * size:,}"
-    return f"some {number} labelled test images (now {queries:,}) would tell a difference of this size; else {TRY_MORE}"
+    return f"some {number} labelled test images (now {queries:,}) would likely tell a difference of this size; else {TRY_MORE}"
 
 
 def gain_lines(mean: Gain, tasks: Sequence[Gain]) -> Iterator[str]:

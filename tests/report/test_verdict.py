@@ -63,8 +63,16 @@ def test_a_worse_model_is_called_worse_and_not_shown_is_not_better() -> None:
     assert "evaluate.export=backbone" in worse
     unsure = conclusion(verdict(0.002, half_width=0.004), "runs/mine")
     assert unsure.startswith("Not shown to be better than the backbone: k=64 is 0.2 points above the backbone")
-    assert "some 6,500 labelled test images (now 1,610) would tell" in unsure  # 1,610 * (0.4 / 0.2) ** 2 = 6,440
-    assert "would tell" not in conclusion(verdict(0.0), "runs/mine")
+    # 1,610 * (0.4 / 0.2) ** 2 = 6,440 images have such an interval end at zero, so half of the cases beyond it
+    assert "some 14,000 labelled test images (now 1,610) would likely tell" in unsure
+    assert "nothing to gain here, it seems" in conclusion(verdict(0.0), "runs/mine")
+
+
+def test_a_wide_interval_is_never_called_nothing_to_gain() -> None:
+    for by in (0.0, 0.002):  # from 10 queries: -18 to +18 points
+        line = conclusion(verdict(by, half_width=0.18), "runs/mine")
+        assert "nothing to gain" not in line
+        assert "more labelled test images (now 1,610), as the interval is wide" in line
 
 
 def test_where_the_backbone_is_exported_the_last_line_says_so() -> None:
