@@ -113,7 +113,8 @@ def _tell(verdict: Verdict) -> str:
         return f"more labelled test images (now {queries:,}), as the interval is wide; else {TRY_MORE}"
     size = 10 ** max(1, len(str(round(wanted))) - 2)
     number = f"{math.ceil(max(wanted, queries + 1) / size) * size:,}"
-    return f"some {number} labelled test images (now {queries:,}) would likely tell a difference of this size; else {TRY_MORE}"
+    wanted_images = f"some {number} labelled test images (now {queries:,})"
+    return f"{wanted_images} would likely tell a difference of this size; else {TRY_MORE}"
 
 
 def gain_lines(mean: Gain, tasks: Sequence[Gain]) -> Iterator[str]:
