@@ -219,6 +219,7 @@ class Console:
         self._recorded: set[str] = set()  # the jobs of the last events of progress
         self._shown_at = self._event_at = -math.inf
         self._stage_left: float | None = None
+        self.begun = set[str]()  # the stages that have begun
         self._bars: Bars | None = None
         if mode() == "auto" and is_live(sys.stderr):
             from grappa_dist.bars import Bars
@@ -296,6 +297,7 @@ class Console:
         self.log(f"{name}: {what}")
         self.event("stage_begins", stage=name, what=what)
         began = self._stage_began = self._clock()
+        self.begun.add(name)
         self._run_time.stage, self._stage_left = name, None
         self._show_bars({})
         try:

@@ -9,7 +9,8 @@ import copy
 import heapq
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -258,11 +259,16 @@ def makespan(seconds: Iterable[float], slots: int) -> float:
     return max(free)
 
 
-def expected(config: Config, root: Path, flow: Flow) -> Estimator | None:
+def expected(
+    config: Config, root: Path, flow: Flow, measuring: Callable[[], AbstractContextManager[None]] = nullcontext
+) -> Estimator | None:
     """What a run expects, by rates that it has stored, or measures and stores; None where neither is worth it.
 
     Nothing is measured for few images, for a cluster, whose machines may be others, or where there is a GPU, whose
     memory is the workers'.
+
+    Args:
+        measuring: entered while the machine is measured, which takes some ten seconds.
     """
     work, ks = work_of(flow), tuple(flow.labels)
     rates = stored_rates(root, config, len(ks))
@@ -271,7 +277,8 @@ def expected(config: Config, root: Path, flow: Flow) -> Estimator | None:
             return None
         backbone = build_backbone(config.backbone, pretrained=False)
         files = some_images(flow.train)
-        rates = measure(config, len(ks), backbone, files, fuses=bool(on_pairs(config, len(ks))))
+        with measuring():
+            rates = measure(config, len(ks), backbone, files, fuses=bool(on_pairs(config, len(ks))))
         store_rates(root, rates)
     return Estimator(config, work, rates, rates.channels)
 

@@ -233,7 +233,7 @@ def _check_settings(overrides: Iterable[str]) -> None:
 
 def _embed(run: Run, spec: ModelSpec, gallery: str | None, mending: Mending) -> Path:
     given = run.config.data.train
-    paths = shards_of(given, run.store.root, log=run.console.log)
+    paths = shards_of(given, run.store.root, log=run.console.log, console=run.console)
     images = ImageShards.open(
         paths,
         run.store.root / "index",

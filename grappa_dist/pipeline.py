@@ -104,7 +104,8 @@ def run(config: Config, root: Path, until: str | None = None) -> Finished | None
 
 
 def _run(context: Run, until: str | None = None) -> Finished | None:
-    context = replace(context, config=prepared(context.config, context.store.root, log=context.console.log))
+    console = context.console
+    context = replace(context, config=prepared(context.config, context.store.root, log=console.log, console=console))
     mending = Mending(context)
     return mending.mended(lambda: _flow(context, mending, until))
 
@@ -195,7 +196,8 @@ def _stages(context: Run, flow: Flow) -> Iterator[str]:
 
 def _expect(context: Run, flow: Flow) -> str:
     """Tells the console how long the stages take, if that is known; one line about it."""
-    estimator = expected(context.config, context.store.root, flow)
+    measuring = partial(context.console.stage, "measure", "this machine, to know how long the run takes")
+    estimator = expected(context.config, context.store.root, flow, measuring)
     if estimator is None:
         return ""
     context.console.expect(estimator.parts())

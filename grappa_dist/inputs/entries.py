@@ -10,12 +10,13 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from grappa_dist.config import SUPERVISED, Config
-from grappa_dist.console import pluralize
+from grappa_dist.console import Console, pluralize
 from grappa_dist.inputs.growing import Growing, count_rows
 from grappa_dist.inputs.images import Images, images_of
 from grappa_dist.inputs.kinds import kind_of
@@ -47,8 +48,8 @@ class Entry:
         """Images that are in no shard yet."""
         return 0 if self.growing is None else int((~self.growing.made().holds).sum())
 
-    def make(self, log: Log) -> tuple[str, ...]:
-        return (self.name,) if self.growing is None else self.growing.make(log).paths
+    def make(self, log: Log, count: Callable[[int], None] | None = None) -> tuple[str, ...]:
+        return (self.name,) if self.growing is None else self.growing.make(log, count).paths
 
 
 @dataclass(frozen=True)
@@ -104,9 +105,10 @@ class Inputs:
         below = [path for growing in grown if growing.folder.parent == mine.absolute() for path in growing.unneeded()]
         return sorted([path for path in others if _FOLDER.fullmatch(path.name) and path.is_dir()] + below)
 
-    def make(self, log: Log) -> Config:
-        """The settings with shards as their data; makes those that are missing."""
-        made = self._with([entry.make(log) for entry in self.train], [entry.make(log) for entry in self.test])
+    def make(self, log: Log, console: Console | None = None) -> Config:
+        """The settings with shards as their data; makes those that are missing, as a stage of the console."""
+        paths = _make([*self.train, *self.test], log, console)
+        made = self._with(paths[: len(self.train)], paths[len(self.train) :])
         note_left_out(self.root, (*self.train, *self.test), log)
         for line in list_classes(self.items, self.root / CLASSES_FILE):
             log(line)
@@ -178,18 +180,30 @@ def _check_labels(found: Inputs) -> None:
         )
 
 
-def prepared(config: Config, root: Path, *, log: Log = lambda line: None) -> Config:
-    """The config with shards as its data; what is no shards is made into some once, below `root` or data.shards_dir."""
-    return look(config, root, log=log).make(log)
+def prepared(config: Config, root: Path, *, log: Log = lambda line: None, console: Console | None = None) -> Config:
+    """The config with shards as its data; what is no shards is made into some once, below `root` or data.shards_dir.
+
+    Args:
+        console: shows the making of shards as a stage.
+    """
+    return look(config, root, log=log).make(log, console)
 
 
 def shards_of(
-    paths: Sequence[str], root: Path, *, label_field: str | None = None, log: Log = lambda line: None
+    paths: Sequence[str],
+    root: Path,
+    *,
+    label_field: str | None = None,
+    log: Log = lambda line: None,
+    console: Console | None = None,
 ) -> tuple[str, ...]:
     """Shards of all images that the paths name, in the order of the paths; what is none is made into some, once.
 
     For commands that are given images without settings of a run; made shards lie in `root`/shards. Class folders give
     labels.
+
+    Args:
+        console: shows the making of shards as a stage.
 
     Raises:
         ValueError: a path holds nothing that can be used.
@@ -198,9 +212,24 @@ def shards_of(
     found = [(path, images_of(path, "none", label_field, log)) for path in paths]
     entries = [_entry(path, where, "test", images and images.all_test()) for path, images in found]
     _describe(entries, "to look at", log)
-    shards = tuple(shard for entry in entries for shard in entry.make(log))
+    shards = tuple(shard for made in _make(entries, log, console) for shard in made)
     note_left_out(root, entries, log)
     return shards
+
+
+def _make(entries: Sequence[Entry], log: Log, console: Console | None) -> list[tuple[str, ...]]:
+    """The shards of each entry; where some are to be made and there is a console, that is a stage of it."""
+    sizes = [entry.missing for entry in entries]
+    if console is None or not any(sizes):
+        return [entry.make(log) for entry in entries]
+    with console.stage("shards", f"of {pluralize(sum(sizes), 'image')}"):
+        counter, began, made = console.counter("shards", sizes), time.monotonic(), list[tuple[str, ...]]()
+        for number, entry in enumerate(entries):
+            made.append(
+                entry.make(log, lambda done: counter.running([{"done": done, "seconds": time.monotonic() - began}]))
+            )
+            counter(number)
+    return made
 
 
 def _entry(name: str, where: Path, side: str, images: Images | None) -> Entry:

@@ -98,8 +98,11 @@ class Growing:
         mine = ((path, _MADE.fullmatch(path.name)) for path in files)
         return sorted(path for path, name in mine if name and str(self.folder / name["number"]) not in used)
 
-    def make(self, log: Log) -> Made:
+    def make(self, log: Log, count: Callable[[int], None] | None = None) -> Made:
         """The shards of all images; those of images that have none yet are made.
+
+        Args:
+            count: gets how many images of new shards are done, in place of lines about it.
 
         Raises:
             ValueError: an image cannot be read, or another process is making them.
@@ -117,11 +120,11 @@ class Growing:
         with lock:
             made = self.made()  # again: another run may have made them before the lock was taken
             if not made.holds.all():
-                self._add(np.flatnonzero(~made.holds), log, before=int(made.holds.sum()))
+                self._add(np.flatnonzero(~made.holds), log, count, before=int(made.holds.sum()))
                 made = self.made()
         return made
 
-    def _add(self, missing: NDArray[np.int64], log: Log, *, before: int) -> None:
+    def _add(self, missing: NDArray[np.int64], log: Log, count: Callable[[int], None] | None, *, before: int) -> None:
         """Makes a folder of shards of the images at these places."""
         log(
             f"{self.entry}: makes shards of {pluralize(len(missing), 'image')}, once, in {self.folder}"
@@ -142,7 +145,7 @@ class Growing:
         if partial.exists() and not (keys.is_file() and np.array_equal(map_array(keys), self.keys[order])):
             shutil.rmtree(partial)  # what was begun was of other images
         save_array(keys, self.keys[order])
-        build([plan], 1, log=log, progress=_progress(log), threads=len(os.sched_getaffinity(0)))
+        build([plan], 1, log=log, progress=_progress(log, count), threads=len(os.sched_getaffinity(0)))
 
 
 def images_per_shard(count: int) -> int:
@@ -150,8 +153,8 @@ def images_per_shard(count: int) -> int:
     return max(LEAST_PER_SHARD, min(MOST_PER_SHARD, count // SHARDS // WHOLE * WHOLE))
 
 
-def _progress(log: Log) -> Callable[[int, int], Progress]:
-    return lambda images, shards: Progress(images, shards, log, interval_s=_PROGRESS_S)
+def _progress(log: Log, count: Callable[[int], None] | None) -> Callable[[int, int], Progress]:
+    return lambda images, shards: Progress(images, shards, log, interval_s=_PROGRESS_S, count=count)
 
 
 def _take(

@@ -49,6 +49,7 @@ class Progress:
     had_images: int = 0  # finished before this run
     done_shards: int = 0
     made_images: int = 0
+    count: Callable[[int], None] | None = None  # gets the number of images that are done, in place of lines
     _began: float = field(init=False)
     _logged: float = field(init=False)
 
@@ -56,8 +57,11 @@ class Progress:
         self._began = self._logged = self.clock()
 
     def add_images(self, number: int) -> None:
-        """Counts images that were written, and logs if it is time."""
+        """Counts images that were written, and tells of it if it is time."""
         self.made_images += number
+        if self.count is not None:
+            self.count(self.had_images + self.made_images)
+            return
         now = self.clock()
         if now - self._logged >= self.interval_s:
             self._logged = now

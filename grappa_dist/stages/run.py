@@ -76,16 +76,15 @@ def _working(config: Config, store: Store) -> Iterator[Run]:
 
 @contextmanager
 def keeping_config(context: Run) -> Iterator[None]:
-    """Writes the settings into the run directory; undone where they are refused before any stage has begun."""
+    """Writes the settings into the run directory; undone where they are refused before more than shards is made."""
     path, text = context.store.root / CONFIG_FILE, context.config.absolute(context.store.root).yaml()
     before = path.read_text(encoding="utf-8") if path.exists() else None
-    begun = _events_bytes(context.store.root)
     if before != text:
         write_utf8(path, text)
     try:
         yield
     except ValueError:
-        if before != text and _events_bytes(context.store.root) == begun:
+        if before != text and context.console.begun <= {"shards"}:
             path.unlink() if before is None else write_utf8(path, before)
         raise
 
@@ -119,11 +118,6 @@ def refuse_seeds(root: Path) -> None:
 
 def _names(configs: Sequence[Path]) -> str:
     return ", ".join(str(path.parent) for path in configs)
-
-
-def _events_bytes(root: Path) -> int:
-    """They grow when a stage begins."""
-    return (root / EVENTS_FILE).stat().st_size
 
 
 def _remove_unused(root: Path, new: Sequence[Path]) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from grappa_dist.clean import clean
 from grappa_dist.config import Config
+from grappa_dist.console import Console, Events, read_events
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.inputs import look, prepared, shards_of
 from grappa_dist.make_shards.sources import on_disk
@@ -54,6 +55,20 @@ def test_a_folder_of_images_becomes_shards_below_the_run_directory_once(tmp_path
     assert prepared(config(photos), tmp_path / "run", log=lines.append).data == made
     assert tiny.files_below(tmp_path) == before
     assert lines == [f"{photos}: 7 images to adapt to, without labels"]
+
+
+def test_making_shards_is_a_stage_with_its_images_counted_and_none_where_all_are_there(tmp_path: Path) -> None:
+    photos = write_images(tmp_path / "photos", [f"{number}.png" for number in range(7)])
+    console = Console(Events(tmp_path / "events.jsonl"))
+    made = prepared(config(photos), tmp_path / "run", log=console.log, console=console)
+    events = list(read_events(tmp_path / "events.jsonl"))
+    assert [event.get("stage") for event in events if event["name"] == "stage_begins"] == ["shards"]
+    assert events[-1]["name"] == "stage_ends"
+    (last,) = [(event["done"], event["of"], event["unit"]) for event in events if event["name"] == "progress"][-1:]
+    assert last == (7, 7, "images")
+    assert prepared(config(photos), tmp_path / "run", log=console.log, console=console) == made
+    console.close()
+    assert len(list(read_events(tmp_path / "events.jsonl"))) == len(events)
 
 
 def test_shards_stay_what_they_are(tmp_path: Path) -> None:

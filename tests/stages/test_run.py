@@ -53,10 +53,11 @@ def test_no_run_makes_a_folder_that_is_called_as_a_home_folder_is_written(
     assert (tmp_path / "home" / "runs" / "x" / "events.jsonl").is_file()
 
 
-def keep(settings: Config, root: Path, *, begin: bool = True, error: Exception | None = None) -> None:
+def keep(settings: Config, root: Path, *, begin: str = "embed", error: Exception | None = None) -> None:
     with running(settings, root) as context, keeping_config(context):
         if begin:
-            context.console.event("stage_begins")
+            with context.console.stage(begin, "some"):
+                pass
         if error is not None:
             raise error
 
@@ -84,11 +85,13 @@ def test_a_run_directory_holds_the_settings_of_its_latest_run_for_any_working_di
 def test_settings_that_were_refused_before_any_work_are_not_kept(tmp_path: Path) -> None:
     root, wrong = tmp_path / "run", ValueError("wrong")
     with pytest.raises(ValueError, match="wrong"):
-        keep(tiny.config(["nowhere"]), root, begin=False, error=wrong)
+        keep(tiny.config(["nowhere"]), root, begin="", error=wrong)
     assert not root.exists()
     keep(tiny.config(["there"]), root)
     with pytest.raises(ValueError, match="wrong"):
-        keep(tiny.config(["nowhere"]), root, begin=False, error=wrong)
+        keep(tiny.config(["nowhere"]), root, begin="", error=wrong)
+    with pytest.raises(ValueError, match="wrong"):
+        keep(tiny.config(["nowhere"]), root, begin="shards", error=wrong)
     assert read_config(root).data.train[0].endswith("/there")
     with pytest.raises(ValueError, match="wrong"):
         keep(tiny.config(["begun"]), root, error=wrong)
