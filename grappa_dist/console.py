@@ -485,6 +485,7 @@ class Ending:
         if self.log_dir is not None and self.log_dir.is_dir():
             log = self.log_dir / "errors.log"
             with contextlib.suppress(OSError), open(log, "a", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(time.strftime("%Y-%m-%d %H:%M:%S %z\n"))
                 file.write(without_secrets("".join(traceback.format_exception(error))))
                 place = f" (traceback in {log})"
         text = one_line(error)

@@ -68,6 +68,7 @@ def _print_versions(ctx: click.Context, _: click.Parameter, wanted: bool) -> Non
 @click.group(
     cls=_Verbs,
     subcommand_metavar="VERB ...",
+    invoke_without_command=True,
     epilog=_COMPLETION,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -79,13 +80,16 @@ def _print_versions(ctx: click.Context, _: click.Parameter, wanted: bool) -> Non
     callback=_print_versions,
     help="Print versions of this package and of what it uses, for bug reports.",
 )
-def group() -> None:
+@click.pass_context
+def group(ctx: click.Context) -> None:
     """One image-retrieval model, adapted from a frozen vision transformer with unlabelled images.
 
     \b
     grappa-dist run photos/ --out runs/mine     adapts a model to a folder of images
     grappa-dist VERB --help                     says what a verb does, with examples
     """
+    if ctx.invoked_subcommand is None:
+        print(ctx.get_help())
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from grappa_dist.cli.verb import OneOf, split_words, verb, words
-from grappa_dist.console import Ending, print_end
+from grappa_dist.console import Ending, event_line, print_end
 from grappa_dist.extras import RUNS, require
-from grappa_dist.output import choose_mode, printable
+from grappa_dist.output import choose_mode, mode, printable
 
 if TYPE_CHECKING:
     from grappa_dist.config import Config
@@ -59,7 +59,7 @@ def command(
         raise click.UsageError("--seeds: the plan of each run is that of one; leave it out, or leave out --dry-run")
     if not dry_run:
         require(*RUNS)  # before any setting is chosen
-    config, root = _settings(given, **options)
+    config, root = settings_from(given, **options)
     if dry_run:
         from grappa_dist.plan import plan
 
@@ -74,15 +74,15 @@ def command(
     print_end(finished, until)
 
 
-def _settings(
+def settings_from(
     given: tuple[str, ...],
     config: str | None,
     out: str | None,
-    test: tuple[str, ...],
-    split: Any,
-    backbone: str | None,
+    test: tuple[str, ...] = (),
+    split: Any = None,
+    backbone: str | None = None,
 ) -> tuple[Config, Path]:
-    """The settings of the run and its directory."""
+    """The settings of a run of images, or of a config, and its directory; says what was chosen."""
     from grappa_dist.config import expanded, load
     from grappa_dist.defaults import settings_of_run
     from grappa_dist.stages.run import name_after, run_root
@@ -105,6 +105,14 @@ def _settings(
         split=split,
         backbone=backbone,
         overrides=overrides,
-        log=lambda line: print(printable(line), file=sys.stderr),
+        log=_say,
     )
     return settings, root
+
+
+def _say(line: str) -> None:
+    """Shows what was chosen, as the mode has it."""
+    if mode() == "json":
+        print(event_line("log", text=line, warning=False), flush=True)
+    elif mode() != "quiet":
+        print(printable(line), file=sys.stderr)

@@ -44,6 +44,6 @@ def test_plan_takes_settings_over_those_of_the_run_and_writes_nothing(run: Path)
 
 
 def test_a_folder_that_is_no_run_is_named_with_what_it_lacks(tmp_path: Path) -> None:
-    found = called(plan.command, str(tmp_path))
+    found = called(clean.command, str(tmp_path))
     assert (found.status, found.out) == (2, "")
     assert f"{tmp_path}: expected a run directory with its config.yaml" in found.err

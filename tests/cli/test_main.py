@@ -59,7 +59,8 @@ def test_a_misspelt_word_is_one_line_on_stderr_and_status_2(
     assert found.err.count("\n") == 1
 
 
-def test_the_package_runs_as_a_module() -> None:
-    done = subprocess.run([sys.executable, "-m", "grappa_dist", "--help"], capture_output=True, text=True, timeout=60)
+@pytest.mark.parametrize("args", [[], ["--help"]])
+def test_the_package_runs_as_a_module_and_without_a_verb_prints_the_help(args: list[str]) -> None:
+    done = subprocess.run([sys.executable, "-m", "grappa_dist", *args], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0
     assert done.stdout.startswith("Usage: grappa-dist [OPTIONS] VERB ...")

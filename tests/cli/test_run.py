@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 
 from grappa_dist import rates
+from grappa_dist.cli.plan import command as plan_command
 from grappa_dist.cli.run import SPLITS, STAGES, command
 from grappa_dist.config import CONFIG_FILE, Config
 from grappa_dist.defaults import Split
@@ -89,6 +91,19 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(
     assert found.out.startswith(f"run directory  {tmp_path / 'runs' / 'photos'}\n")
     assert "\ntime           about " in found.out
     assert (asked, tiny.files_below(tmp_path)) == ([], before)
+    planned = called(plan_command, "photos", *VIT)
+    assert planned.out.splitlines()[0] == found.out.splitlines()[0]
+    assert (planned.status, tiny.files_below(tmp_path)) == (0, before)
+
+
+@pytest.mark.parametrize(("option", "on_stdout"), [("--quiet", 0), ("--json", 1)])
+def test_what_was_chosen_is_shown_as_the_mode_has_it(asked: Asked, tmp_path: Path, option: str, on_stdout: int) -> None:
+    keep(tiny.config([flat(tmp_path / "photos")]), tmp_path / "mine")
+    found = called(command, "--out", "mine", option, "--until", "fuse")
+    assert found.err == ""
+    logged = [line for line in found.out.splitlines() if "goes on with" in line]
+    assert len(logged) == on_stdout
+    assert [json.loads(line)["name"] for line in logged] == ["log"] * on_stdout
 
 
 @pytest.mark.parametrize(
