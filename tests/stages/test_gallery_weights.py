@@ -138,17 +138,18 @@ def test_a_run_with_the_variant_scores_it_and_shows_its_weights(
     assert list((tmp_path / "run").glob("galleries-*/manifest.json"))
     assert not (tmp_path / "run" / "scores").exists()
     for _ in range(2):  # the second time logs nothing again
-        folder, rows = pipeline._run(tiny.run_in(settings, tmp_path / "run", tiny.Here()))
+        finished = pipeline._run(tiny.run_in(settings, tmp_path / "run", tiny.Here()))
+        assert finished is not None
     events = list(read_events(tmp_path / "run" / EVENTS_FILE))
     logged = [(number, e["task"]) for number, e in enumerate(events) if e["name"] == "gallery"]
     assert [task for _, task in logged] == ["even", "odd"]
     evaluated = [n for n, e in enumerate(events) if e["name"] == "stage_begins" and e["stage"] == "evaluate"]
     assert max(number for number, _ in logged) < min(evaluated)
-    assert {r["task"] for r in rows if r["model"] == "gallery"} == {"even", "odd"}
+    assert {r["task"] for r in finished.rows if r["model"] == "gallery"} == {"even", "odd"}
     (galleries,) = (tmp_path / "run").glob("galleries-*")
     weights = {name: g["weights"] for name, g in json.loads((galleries / "galleries.json").read_text()).items()}
     (insight,) = (tmp_path / "run" / "insight").glob("gallery-*")
     attention = json.loads((insight / "insight.json").read_text())["attention"]
     for name, layers in attention.items():
         np.testing.assert_allclose(layers, [weights[name]] * 2, atol=1e-6)
-    assert "neighbours of neighbours" in (folder / "report.html").read_text()
+    assert "neighbours of neighbours" in (finished.report / "report.html").read_text()
