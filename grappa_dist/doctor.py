@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Literal
 
-from grappa_dist.console import format_bytes, pluralize
+from grappa_dist.console import format_bytes, one_line, pluralize
 from grappa_dist.extras import install_line
 from grappa_dist.storage import MOST_OPEN_FILES
 
@@ -95,12 +95,33 @@ def examine(out: Path, *, start_ray: bool = False) -> list[Finding]:
         out: where runs would go.
         start_ray: whether a Ray of this machine's own is started and ended again, which takes some ten seconds.
     """
-    looks: Sequence[Callable[[], Iterator[Finding]]] = (
-        *(_python, _torch, _gpus, lambda: _ray(start_ray=start_ray), _deepspeed, _faiss),
-        *(_decoders, _formats, _parquet, _stores, _weights),
-        *(_cores, _memory, _shared_memory, lambda: _disk(out), _open_files),
-    )
-    return [finding for look in looks for finding in look()]
+    looks: dict[str, Callable[[], Iterator[Finding]]] = {
+        "Python": _python,
+        "torch": _torch,
+        "GPUs": _gpus,
+        "Ray": lambda: _ray(start_ray=start_ray),
+        "DeepSpeed": _deepspeed,
+        "faiss": _faiss,
+        "decoders": _decoders,
+        "formats": _formats,
+        "parquet": _parquet,
+        "stores": _stores,
+        "weights": _weights,
+        "cores": _cores,
+        "memory": _memory,
+        "/dev/shm": _shared_memory,
+        "disk": lambda: _disk(out),
+        "open files": _open_files,
+    }
+    return [finding for name, look in looks.items() for finding in _looked(name, look)]
+
+
+def _looked(name: str, look: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+    """What a look finds; what ends it, such as a package that is broken in a way of its own, is a finding too."""
+    try:
+        yield from look()
+    except Exception as error:
+        yield Finding(name, "warning", one_line(error), "this could not be looked at")
 
 
 def describe(findings: Sequence[Finding]) -> str:
@@ -127,7 +148,7 @@ def _imported(name: str, module: str, needed: str = "") -> ModuleType | Finding:
     try:
         if importlib.util.find_spec(module) is not None:
             return importlib.import_module(module)
-    except (ImportError, OSError) as error:
+    except Exception as error:  # not ImportError alone: protobuf, for one, raises TypeError
         why = " ".join(str(error).split())
         return Finding(name, "missing", f"installed, but its import fails: {why}", needed, bool(needed))
     how = install_line(module)

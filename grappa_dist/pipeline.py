@@ -104,13 +104,14 @@ def run(config: Config, root: Path, until: str | None = None) -> Finished | None
 
 
 def _run(context: Run, until: str | None = None) -> Finished | None:
-    console = context.console
+    console, data = context.console, context.config.data
     context = replace(context, config=prepared(context.config, context.store.root, log=console.log, console=console))
     mending = Mending(context)
-    return mending.mended(lambda: _flow(context, mending, until))
+    trained_on = not set(data.train).isdisjoint(data.test)  # as given: their shards have other names
+    return mending.mended(lambda: _flow(context, mending, until, trained_on=trained_on))
 
 
-def _flow(context: Run, mending: Mending, until: str | None) -> Finished | None:
+def _flow(context: Run, mending: Mending, until: str | None, *, trained_on: bool) -> Finished | None:
     """Once through all stages, after a look at what is reused."""
     config, store, console = context.config, context.store, context.console
     mending.check(generated_artifacts(store, config.data))
@@ -139,14 +140,14 @@ def _flow(context: Run, mending: Mending, until: str | None) -> Finished | None:
                 _log_any(console, describe_bad_images(flow))
                 console.event("ended_early", until=until)
                 return None
-        return _finish(context, flow)
+        return _finish(context, flow, trained_on=trained_on)
 
 
-def _finish(context: Run, flow: Flow) -> Finished:
+def _finish(context: Run, flow: Flow, *, trained_on: bool) -> Finished:
     """Exports a model, which the scores choose where they may, and writes the report."""
     config, store, console = context.config, context.store, context.console
     tasks = task_queries(flow.ground_truth, flow.scores)
-    verdict = verdict_on(tasks, flow.models, config.evaluate.export) if tasks else None
+    verdict = verdict_on(tasks, flow.models, config.evaluate.export, trained_on=trained_on) if tasks else None
     exported = verdict.exported if verdict else config.exported
     if not flow.model.complete:
         with console.stage("export", exported):

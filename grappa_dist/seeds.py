@@ -41,7 +41,7 @@ class FinishedSeeds:
         if self.verdict is None:
             return "\n".join([*places, *without_labels(str(self.root), has_test=first.has_test, why=first.labels)])
         table = seeds_table({seed: one.rows for seed, one in self.runs.items()})
-        return "\n".join([table, "", *places, *seeds_lines(self.verdict)])
+        return "\n".join([table, "", *places, *seeds_lines(self.verdict, str(self.root))])
 
     def figures(self) -> dict[str, Any]:
         """The same for programs."""

@@ -23,6 +23,7 @@ from grappa_dist.data.rng import Purpose, permutation
 from grappa_dist.significance import bootstrap_interval, mean_over_tasks, paired_test
 
 FEW = 30  # queries of a task, fewer than which are said to be few
+TRAINED_ON = "the models were adapted to test images too, without their labels: nothing is known of new images"
 LARGEST_P = 0.05  # from which on nothing is called better or worse
 RULE = 1  # of candidates, validation half and choice; part of the name of a model that was chosen
 
@@ -118,17 +119,19 @@ def choose(tasks: Sequence[TaskQueries], models: Sequence[str]) -> tuple[str, di
     return max(models, key=lambda m: means[m]), means
 
 
-def verdict_on(tasks: Sequence[TaskQueries], models: Iterable[str], asked: str) -> Verdict:
+def verdict_on(tasks: Sequence[TaskQueries], models: Iterable[str], asked: str, *, trained_on: bool = False) -> Verdict:
     """The verdict on a run.
 
     Args:
         tasks: with queries in each; at least one.
         models: all models of the run.
         asked: evaluate.export: AUTO, or the model that is exported.
+        trained_on: whether test images are among those that the models were adapted to.
     """
+    more = (TRAINED_ON,) if trained_on else ()
     if asked not in (AUTO, BACKBONE):
         mean, each = gains(tasks, asked)
-        return Verdict(asked, asked, asked, mean, each, {}, 0, caveats_on(each))
+        return Verdict(asked, asked, asked, mean, each, {}, 0, caveats_on(each) + more)
     chosen_by = [validation_half(task.classes) for task in tasks]
     validation = [task.some(half) for task, half in zip(tasks, chosen_by, strict=True)]
     reported = [task.some(~half) for task, half in zip(tasks, chosen_by, strict=True)]
@@ -139,7 +142,7 @@ def verdict_on(tasks: Sequence[TaskQueries], models: Iterable[str], asked: str) 
     compared = best if best != BACKBONE else choose(validation, adapted)[0]
     mean, each = gains(reported, compared)
     num_queries = sum(len(task.classes) for task in validation)
-    return Verdict(exported, compared, asked, mean, each, means, num_queries, caveats_on(each))
+    return Verdict(exported, compared, asked, mean, each, means, num_queries, caveats_on(each) + more)
 
 
 @dataclass(frozen=True)
@@ -178,7 +181,8 @@ def verdict_over(runs: Mapping[int, tuple[Sequence[TaskQueries], Verdict]]) -> S
         combined.append(task.some(~validation_half(task.classes)) if first.validation else task)
     each = [mean_over_tasks([task.less(str(seed), BACKBONE) for task in combined]) for seed in runs]
     mean, of_tasks = gains(combined, "mean")
-    return SeedsVerdict(tuple(runs), tuple(models), tuple(each), first.asked, mean, of_tasks, caveats_on(of_tasks))
+    notes = caveats_on(of_tasks) + tuple(line for line in first.caveats if line == TRAINED_ON)
+    return SeedsVerdict(tuple(runs), tuple(models), tuple(each), first.asked, mean, of_tasks, notes)
 
 
 def gains(tasks: Sequence[TaskQueries], model: str, baseline: str = BACKBONE) -> tuple[Gain, tuple[Gain, ...]]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -79,3 +81,25 @@ def test_versions_are_those_of_the_metadata_and_import_nothing() -> None:
         "sys.exit(bool({'torch', 'numpy', 'ray', 'faiss', 'PIL'} & sys.modules.keys()))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
+
+
+def test_what_ends_a_look_is_a_finding_and_the_other_looks_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = importlib.import_module
+
+    def imported(name: str) -> ModuleType:
+        if name == "ray":
+            raise TypeError("Descriptors cannot be created directly")
+        return real(name)
+
+    def none() -> None:
+        raise RuntimeError("no memory here")
+
+    monkeypatch.setattr(importlib, "import_module", imported)
+    monkeypatch.setattr("grappa_dist.distributed.preflight.free_memory", none)
+    found = {finding.name: finding for finding in examine(tmp_path)}
+    assert found["Ray"].stops_runs
+    assert "Descriptors cannot be created" in found["Ray"].found
+    assert (found["memory"].state, found["memory"].found) == ("warning", "no memory here")
+    assert {"open files", "cores"} <= found.keys()

@@ -231,7 +231,7 @@ def test_without_labels_the_last_lines_say_what_is_not_known_and_what_would_sett
         report, place, unknown, *said, command = found.text().splitlines()
         assert (report[:6], place, said) == ("report", f"model   {tmp_path / 'model'}", why)
         assert unknown.startswith("Not known: whether this model is better than the backbone")
-        assert command.endswith(f"grappa-dist evaluate --model {tmp_path} --images <folder>")
+        assert command.endswith(f"grappa-dist evaluate --model {tmp_path} --images FOLDER")
 
 
 def test_the_report_shows_sample_clusters_without_the_bad_image_and_how_nested_they_are(finished: Finished) -> None:

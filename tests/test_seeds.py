@@ -90,7 +90,7 @@ def test_the_end_shows_mean_and_spread_of_every_model_and_the_verdict_last(sever
     ]
     (shown,) = (line for line in lines if line.startswith("average"))
     assert shown.split()[1:] == [f"{np.mean(scores):.1f}", f"±{np.std(scores, ddof=1):.1f}"]
-    assert lines[-1] == seeds_conclusion(found.verdict).replace("−", "-")
+    assert lines[-1] == seeds_conclusion(found.verdict, str(found.root)).replace("−", "-")
     assert "by seed" in lines[-1] or "each exports the backbone" in lines[-1]
 
 

@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from grappa_dist.verdict import FEW, TaskQueries, candidates, choose, gains, validation_half, verdict_on
+from grappa_dist.verdict import (
+    FEW,
+    TRAINED_ON,
+    TaskQueries,
+    candidates,
+    choose,
+    gains,
+    validation_half,
+    verdict_on,
+    verdict_over,
+)
 
 MODELS = ("backbone", "k=4", "k=16", "average", "neighbours")
 
@@ -121,3 +131,11 @@ def test_few_queries_one_class_and_one_task_are_stated() -> None:
     assert len(single) == 1
     assert "one class" in single[0]
     assert "cars" in single[0]
+
+
+def test_test_images_that_the_models_were_adapted_to_are_a_caveat_also_over_seeds() -> None:
+    tasks = [task("a", (FEW, FEW)), task("b", (FEW, FEW))]
+    found = verdict_on(tasks, MODELS, "auto", trained_on=True)
+    assert found.caveats == (TRAINED_ON,)
+    assert verdict_on(tasks, MODELS, "average", trained_on=True).caveats == (TRAINED_ON,)
+    assert verdict_over({0: (tasks, found), 1: (tasks, found)}).caveats == (TRAINED_ON,)

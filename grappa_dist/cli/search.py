@@ -54,10 +54,13 @@ def command(
     sheet = Path(expanded(out, "--out")) if out else None
     if sheet is not None:
         check_sheet(sheet)
+    asked_for = places_of(queries, "QUERY")
+    if missing := [query for query in asked_for if not Path(query).exists()]:
+        raise ValueError(f"QUERY {missing[0]}: does not exist; expected an image")
     embedder = embedder_of(options, settings)
     folder = Path(expanded(keep, "--keep")) if keep else None
     collection = open_collection(places_of(images), lambda: embedder, keep=folder)
-    answers, asked = search(places_of(queries, "QUERY"), collection, embedder, k=hits)
+    answers, asked = search(asked_for, collection, embedder, k=hits)
     print(describe(answers))
     bad = [(collection.name(row), why) for row, why in collection.bad.items()]
     for line in describe_bad(bad, len(collection), list_left_out(options, bad)):

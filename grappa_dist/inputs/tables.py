@@ -170,7 +170,7 @@ class RowPlace:
 
     def read(self) -> bytes:
         with reading(Path(self.path)):
-            return _cursor(self.path, self.column, self.is_struct).read(self.row)
+            return _cursor(self.path, stamp_of(self.path), self.column, self.is_struct).read(self.row)
 
 
 class _Cursor:
@@ -229,7 +229,7 @@ def _bytes_in(value: Any, is_struct: bool) -> bytes:
 
 
 @lru_cache(maxsize=16)
-def _cursor(path: str, column: str, is_struct: bool) -> _Cursor | _Mapped:
+def _cursor(path: str, stamp: str, column: str, is_struct: bool) -> _Cursor | _Mapped:
     return (_Cursor if path.endswith(PARQUET) else _Mapped)(path, column, is_struct)
 
 

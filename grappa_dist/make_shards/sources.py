@@ -50,11 +50,12 @@ class Place(NamedTuple):
     def read(self) -> bytes:
         if self.size < 0:
             return read_bytes(Path(self.path))
-        return _open(self.path).read(self.offset, self.size)
+        return _open(self.path, stamp_of(self.path)).read(self.offset, self.size)
 
 
 @lru_cache(maxsize=64)
-def _open(path: str) -> OpenFile:
+def _open(path: str, stamp: str) -> OpenFile:
+    """A file stays open as long as its stamp says that it is the same."""
     return OpenFile(path)
 
 

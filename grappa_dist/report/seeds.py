@@ -16,11 +16,13 @@ from grappa_dist.report.scores import Scores, titled_grid
 from grappa_dist.report.sentences import describe_gain
 from grappa_dist.report.verdict import (
     MOST_DRAWN,
+    RUN,
     TRY_MORE,
     as_console,
     describe_sureness,
     gain_json,
     gain_lines,
+    how_to_use,
     interval,
 )
 from grappa_dist.verdict import SeedsVerdict
@@ -44,13 +46,13 @@ def _spread(values: list[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def seeds_lines(verdict: SeedsVerdict) -> list[str]:
+def seeds_lines(verdict: SeedsVerdict, run: str) -> list[str]:
     """The verdict over seeds as text, its conclusion last."""
     pairs = zip(verdict.seeds, verdict.compared, verdict.each, strict=True)
     each = [f"  seed {seed}: {model}, {points(gain)} points" for seed, model, gain in pairs]
     head = f"verdict  {_model(verdict)} of each seed against the backbone, R-Precision in percent, mean over seeds"
     notes = [f"  note: {line}" for line in (*verdict.caveats, _INTERVAL)]
-    return as_console([head, *gain_lines(verdict.mean, verdict.tasks), *each, *notes, seeds_conclusion(verdict)])
+    return as_console([head, *gain_lines(verdict.mean, verdict.tasks), *each, *notes, seeds_conclusion(verdict, run)])
 
 
 def _model(verdict: SeedsVerdict) -> str:
@@ -60,7 +62,7 @@ def _model(verdict: SeedsVerdict) -> str:
 _INTERVAL = "the interval is over queries; the gains of the seeds show what chance in training adds to it"
 
 
-def seeds_conclusion(verdict: SeedsVerdict) -> str:
+def seeds_conclusion(verdict: SeedsVerdict, run: str) -> str:
     """One line: whether it helps, by how much, how sure, what next."""
     several = len(verdict.tasks) > 1
     figure = f"mean R-Precision over {len(verdict.tasks)} tasks" if several else "R-Precision"
@@ -72,7 +74,7 @@ def seeds_conclusion(verdict: SeedsVerdict) -> str:
     if all(model == BACKBONE for model in verdict.compared):
         return f"No seed gave a model that is better than the backbone, so each exports the backbone. Next: {TRY_MORE}"
     if verdict.outcome == "better":
-        return f"Better than the backbone: {by}."
+        return f"Better than the backbone: {by}. Next: {how_to_use(run)}"
     if verdict.outcome == "worse":
         return f"Worse than the backbone: {by}. Next: the backbone itself (evaluate.export=backbone); {TRY_MORE}"
     return f"Not shown to be better than the backbone: {by}. Next: more labelled test images; else {TRY_MORE}"
@@ -89,7 +91,7 @@ def seeds_page(title: str, rows: Mapping[int, list[ScoreRow]], verdict: SeedsVer
 def _section(verdict: SeedsVerdict | None) -> str:
     if verdict is None:
         return '<p class="verdict">Not known: there are no labelled test images to compare the models on.</p>'
-    found, _, following = seeds_conclusion(verdict).partition(" Next: ")
+    found, _, following = seeds_conclusion(verdict, RUN).partition(" Next: ")
     several = [verdict.mean, *verdict.tasks] if len(verdict.tasks) > 1 else list(verdict.tasks)
     drawn = [interval(gain, len(verdict.tasks)) for gain in several[: MOST_DRAWN + 1]]
     for seed, model, gain in zip(verdict.seeds, verdict.compared, verdict.each, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ NARROW = 0.01  # bounds of an interval that leaves no gain worth looking for, as
 POWER = ((1.960 + 0.842) / 1.960) ** 2  # times as many queries tell a difference in 80 % of the cases, not in half
 MOST_TASKS = 12  # lines
 MOST_DRAWN = 24  # tasks
-_RUN = "<run directory>"  # in the commands of a page, which does not say where its run lies
+RUN = "RUN"  # in the commands of a page, which does not say where its run lies
 TRY_MORE = "more training images, other clustering.num_labels, or more adapt.epochs"
 
 
@@ -65,7 +66,7 @@ def conclusion(verdict: Verdict, run: str) -> str:
     asked = " The exported model is the backbone, as evaluate.export asks." if verdict.exported == BACKBONE else ""
     found = describe_comparison(mean, model, "the backbone", tasks=tasks)
     if mean.outcome == "better":
-        return f"{found}{asked} Next: {_use(run)}"
+        return f"{found}{asked} Next: {how_to_use(run)}"
     if mean.outcome == "worse":
         return f"{found}{asked} Next: {_keep(verdict)}{TRY_MORE}"
     return f"{found}{asked} Next: {_tell(verdict)}"
@@ -86,8 +87,9 @@ def _by(mean: Gain, model: str, than: str, tasks: int) -> str:
     return f"{model} is {describe_gain(mean.shown_gain, than)} in {figure} ({describe_sureness(mean)})"
 
 
-def _use(run: str) -> str:
-    return f"search your images with it, grappa-dist search --model {run}"
+def how_to_use(run: str) -> str:
+    """What to do with a better model."""
+    return f"search your images with it:  grappa-dist search --model {shlex.quote(run)} --images FOLDER QUERY"
 
 
 def _keep(verdict: Verdict) -> str:
@@ -139,7 +141,7 @@ def _queries(verdict: Verdict) -> str:
 def verdict_section(verdict: Verdict | None, *, has_test: bool) -> str:
     """The conclusion, the gains with their intervals as a picture, and what these do not say; or what is not known."""
     if verdict is None:
-        lines = without_labels(_RUN, has_test=has_test)
+        lines = without_labels(RUN, has_test=has_test)
         return "".join(f'<p class="verdict">{text(line, 1000)}</p>' for line in lines)
     rows = [verdict.mean, *verdict.tasks] if len(verdict.tasks) > 1 else list(verdict.tasks)
     shown = [interval(row, len(verdict.tasks)) for row in rows[: MOST_DRAWN + 1]]
@@ -151,7 +153,7 @@ def verdict_section(verdict: Verdict | None, *, has_test: bool) -> str:
         line[0].upper() + line[1:].rstrip(".") + "." for line in (_queries_note(verdict), *caveats(verdict)) if line
     ]
     items = "".join(f"<li>{text(line, 1000)}</li>" for line in notes)
-    found, _, following = conclusion(verdict, _RUN).partition(" Next: ")
+    found, _, following = conclusion(verdict, RUN).partition(" Next: ")
     return (
         f'<p class="verdict"><b>{text(found, 1000)}</b></p><p class="verdict">Next: {text(following, 1000)}.</p>'
         f'<div class="charts few">{forest_plot(shown, axes)}<ul class="reading">{items}</ul></div>'
@@ -221,5 +223,5 @@ def without_labels(run: str, *, has_test: bool, why: str = "") -> list[str]:
         "The report has label-free figures alone, and none of them is a score.",
         *([why] if why else []),
         f"Some {LABELLED} labelled images, two or more of each class, would settle it: put them into a folder for each "
-        f"class and run  grappa-dist evaluate --model {run} --images <folder>",
+        f"class and run  grappa-dist evaluate --model {shlex.quote(run)} --images FOLDER",
     ]

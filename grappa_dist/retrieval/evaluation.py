@@ -101,9 +101,9 @@ def evaluate(
     mine, theirs = _divided(tuple(settings), model, against)
     opened = open_model(model, device, gallery=gallery, settings=mine, trust_modules=trust_modules)
     other = _other(opened, against, device, settings=theirs, trust_modules=trust_modules)
-    models = (
-        {opened.variant: opened} if other is None else dict(zip(_called(opened, other), (opened, other), strict=True))
-    )
+    models = {opened.variant: opened}
+    if other is not None:
+        models = dict(zip(_called(opened, other, own=against == OWN_BACKBONE), (opened, other), strict=True))
     embedders = {name: Embedder(one, console, batch_size, decode_threads) for name, one in models.items()}
     return _evaluated(embedders, found, labels)
 
@@ -139,9 +139,14 @@ def _other(model: OpenModel, against: Named | None, device: str, **how: Any) -> 
     return open_model(against, device, **how)
 
 
-def _called(model: OpenModel, other: OpenModel) -> tuple[str, str]:
-    """Two different names: of the variants, else as the caller named them, else with numbers."""
-    for names in ((model.variant, other.variant), (model.name, other.name)):
+def _called(model: OpenModel, other: OpenModel, *, own: bool) -> tuple[str, str]:
+    """Two different names: of the variants, else as the caller named them, else with numbers.
+
+    Args:
+        own: whether the other is the model's own backbone, which alone is called so.
+    """
+    variant = other.variant if own or other.has_adaptors or not model.has_adaptors else other.name
+    for names in ((model.variant, variant), (model.name, other.name)):
         if names[0] != names[1]:
             return names
     return f"{model.name} (1)", f"{other.name} (2)"

@@ -44,7 +44,7 @@ def test_the_list_of_what_was_left_out_has_its_columns_alone_where_nothing_was(t
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"query": "nowhere.jpg"}, "error: nowhere.jpg: does not exist"),
+        ({"query": "nowhere.jpg"}, "error: QUERY nowhere.jpg: does not exist; expected an image"),
         ({"--images": "empty"}, "empty: no images; expected files ending in"),
         ({"--images": "nowhere"}, "error: nowhere: does not exist; expected a folder of images"),
         ({"--model": "nowhere"}, "error: nowhere: is no folder; expected a run directory"),

@@ -167,3 +167,10 @@ def test_what_an_entry_is_is_told_from_its_name_and_files(tmp_path: Path) -> Non
     kinds = {"tars": "shards", "photos": "folder", "x.csv": "list", "x.jsonl": "list", "y/*.parquet": "table"}
     assert {name: kind_of(str(tmp_path / name)) for name in kinds} == kinds
     assert kind_of("s3://bucket/images") == kind_of(str(tmp_path / "{a,b}.tar")) == "shards"
+
+
+def test_a_file_that_was_replaced_is_read_anew_in_the_same_process(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet", table(3))
+    assert contents(shards_of([str(path)], tmp_path / "one")) == [tiny.picture(row) for row in range(3)]
+    write_parquet(tmp_path / "b.parquet", table(4, first=7)).replace(path)
+    assert contents(shards_of([str(path)], tmp_path / "two")) == [tiny.picture(row) for row in range(7, 11)]

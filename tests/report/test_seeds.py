@@ -37,12 +37,12 @@ def test_the_table_has_mean_and_standard_deviation() -> None:
     ],
 )
 def test_the_conclusion_takes_the_interval_and_every_seed(found: SeedsVerdict, begins: str) -> None:
-    assert seeds_conclusion(found).startswith(begins)
-    assert seeds_lines(found)[-1] == seeds_conclusion(found).replace("−", "-")
+    assert seeds_conclusion(found, "runs/my photos").startswith(begins)
+    assert seeds_lines(found, "runs/my photos")[-1] == seeds_conclusion(found, "runs/my photos").replace("−", "-")
 
 
 def test_the_gain_of_each_seed_is_shown() -> None:
-    lines = seeds_lines(verdict(0.012, (0.010, 0.012, 0.014)))
+    lines = seeds_lines(verdict(0.012, (0.010, 0.012, 0.014)), "runs/my photos")
     assert "  seed 2: average, +1.4 points" in lines
     assert "by seed +1.0 to +1.4" in lines[-1]
 

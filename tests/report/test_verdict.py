@@ -105,7 +105,7 @@ def test_without_labels_nothing_is_called_a_score_and_a_command_would_settle_it(
         assert "Not known" in lines[0]
         assert "label-free figures alone, and none of them is a score" in lines[0]
         assert "Some 200 labelled images" in lines[1]
-        assert lines[-1].endswith("grappa-dist evaluate --model runs/mine --images <folder>")
+        assert lines[-1].endswith("grappa-dist evaluate --model runs/mine --images FOLDER")
 
 
 def test_the_page_opens_with_the_verdict_and_draws_every_gain(tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_the_page_opens_with_the_verdict_and_draws_every_gain(tmp_path: Path) ->
 def test_without_labels_the_page_opens_with_what_is_not_known() -> None:
     section = verdict_section(None, has_test=False)
     assert "Not known: whether this model is better than the backbone" in section
-    assert "grappa-dist evaluate --model &lt;run directory&gt;" in section
+    assert "grappa-dist evaluate --model RUN" in section
 
 
 def test_the_metrics_have_what_the_documents_list() -> None:

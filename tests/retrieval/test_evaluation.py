@@ -93,8 +93,8 @@ def test_a_bare_backbone_is_compared_with_another_model_or_with_nothing(tmp_path
     assert (list(alone.scores), alone.gains) == (["backbone"], [])
     assert [name for name, _ in alone.bad] == ["cat/1.png"]
     both = evaluate(model_in(tmp_path / "run"), str(tmp_path / "photos"), against=OWN, settings=small)
-    assert list(both.scores) == ["neighbours", "backbone"]
-    assert both.scores["backbone"] == alone.scores["backbone"]
+    assert list(both.scores) == ["neighbours", OWN]  # which need not be the model's own
+    assert both.scores[OWN] == alone.scores["backbone"]
     assert both.gains[0].baseline == pytest.approx(alone.means["backbone"].r_precision)
     same = evaluate(OWN, tmp_path / "photos", against=OWN, settings=small)
     assert list(same.scores) == [f"{OWN} (1)", f"{OWN} (2)"]
