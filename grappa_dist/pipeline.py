@@ -31,9 +31,10 @@ from grappa_dist.distributed.preflight import Checks, table
 from grappa_dist.distributed.ray_cluster import Cluster
 from grappa_dist.estimate import describe_seconds, expected
 from grappa_dist.export import export_model
-from grappa_dist.inputs import look, prepared
+from grappa_dist.inputs import look
 from grappa_dist.layout import lay_out
 from grappa_dist.make_shards.left_out import BAD_LIST
+from grappa_dist.models.backbone import check_name
 from grappa_dist.models.spec import build_backbone, check_ready, note_module
 from grappa_dist.models.trial import Verdict as TrialVerdict
 from grappa_dist.models.trial import describe_difference, verdict_of
@@ -104,8 +105,12 @@ def run(config: Config, root: Path, until: str | None = None) -> Finished | None
 
 
 def _run(context: Run, until: str | None = None) -> Finished | None:
-    console, data = context.console, context.config.data
-    context = replace(context, config=prepared(context.config, context.store.root, log=console.log, console=console))
+    console, data, backbone = context.console, context.config.data, context.config.backbone
+    inputs = look(context.config, context.store.root, log=console.log)
+    if inputs.missing:  # making shards takes long, and a wrong name or missing weights would end the run after it
+        check_name(backbone.name, backbone.kwargs)
+        check_ready(backbone)
+    context = replace(context, config=inputs.make(console.log, console))
     mending = Mending(context)
     trained_on = not set(data.train).isdisjoint(data.test)  # as given: their shards have other names
     return mending.mended(lambda: _flow(context, mending, until, trained_on=trained_on))

@@ -136,6 +136,25 @@ def test_missing_weights_are_an_error_before_any_worker_is_used(
     check_ready(settings.backbone)
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("timm:vit_smal_patch16_224", "did you mean 'vit_small_patch16_224'"),
+        ("grappa_dist.demo.backbon:create", "grappa_dist.demo.backbon"),
+    ],
+)
+def test_a_wrong_name_of_the_backbone_is_an_error_before_shards_are_made(
+    tmp_path: Path, name: str, message: str
+) -> None:
+    (tmp_path / "photos").mkdir()
+    for number in range(9):
+        (tmp_path / "photos" / f"{number}.png").write_bytes(tiny.picture(number))
+    settings = tiny.config([str(tmp_path / "photos")], backbone={"name": name, "kwargs": {}})
+    with pytest.raises(ValueError, match=re.escape(message)):
+        pipeline._run(tiny.run_in(settings, tmp_path / "run", tiny.Here()))
+    assert not (tmp_path / "run" / "shards").exists()
+
+
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory: pytest.TempPathFactory, finished: Finished) -> tuple[Config, pipeline.Finished]:
     """The same run, now with test images that have labels, which choose the model."""
