@@ -17,6 +17,14 @@ EXTRAS = {  # module -> extra, as in pyproject.toml
     "s3fs": "s3",
     "gcsfs": "gs",
     "scipy": "benchmarks",
+    "onnx": "onnx",
+    "onnxscript": "onnx",
+    "onnxruntime": "onnx",
+    "starlette": "serve",
+    "uvicorn": "serve",
+    "umap": "map",
+    "sklearn": "sklearn",
+    "mteb": "mteb",
 }
 
 

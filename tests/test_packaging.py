@@ -26,6 +26,7 @@ from grappa_dist.extras import EXTRAS
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 TESTED_EXTRAS = ("cpu", "dev")  # what `make` installs, and what requirements-lock.txt is made of
+FOUND_SLOWLY = {"aiobotocore", "boto3", "botocore"}  # pip would try many versions of each
 SOURCES = ("grappa_dist", "tests", "launch", "configs", "docs", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 DATA = (".safetensors", ".typed")
 
@@ -91,8 +92,8 @@ def test_the_version_of_the_package_is_that_of_its_metadata() -> None:
 def test_every_pin_of_the_constraints_is_a_requirement_and_satisfies_its_range() -> None:
     ranges = {canonicalize_name(r.name): r.specifier for r in _requirements(*PROJECT["optional-dependencies"])}
     pins = _pins("constraints.txt")
-    assert pins.keys() - ranges.keys() == set()
-    assert [name for name, version in pins.items() if version not in ranges[name]] == []
+    assert pins.keys() - ranges.keys() == FOUND_SLOWLY
+    assert [name for name, version in pins.items() if name in ranges and version not in ranges[name]] == []
 
 
 def test_the_lock_has_every_requirement_in_its_range_and_every_pin_of_the_constraints() -> None:
@@ -113,7 +114,7 @@ def test_the_lock_gives_a_hash_for_every_package_and_no_address() -> None:
 
 
 def test_every_optional_module_is_brought_by_the_extra_that_its_message_names() -> None:
-    distributions = {"faiss": "faiss-cpu"}
+    distributions = {"faiss": "faiss-cpu", "umap": "umap-learn", "sklearn": "scikit-learn"}
     for module, extra in EXTRAS.items():
         brought = {canonicalize_name(requirement.name) for requirement in _requirements(extra)}
         assert distributions.get(module, canonicalize_name(module)) in brought, module

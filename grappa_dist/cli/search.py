@@ -46,7 +46,8 @@ def command(
     from grappa_dist.config import expanded
     from grappa_dist.retrieval.collection import open_collection
     from grappa_dist.retrieval.embedding import describe_bad
-    from grappa_dist.retrieval.search import check_sheet, describe, search, write_sheet
+    from grappa_dist.retrieval.search import describe, search, write_sheet
+    from grappa_dist.retrieval.sheet import check_sheet
 
     queries, settings = split_words(given)
     if not queries:
