@@ -17,7 +17,7 @@ from grappa_dist.output import printable
     examples=[
         "grappa-dist embed --model runs/mine --images photos/ --out embeddings/photos",
         "grappa-dist embed --model runs/mine --images shards/photos --out embeddings/photos resources.workers=4",
-        "grappa-dist search --model runs/mine --images embeddings/photos query.jpg",
+        "grappa-dist embed --model runs/mine --images photos/ --out embeddings/photos --index",
     ],
 )
 @words("given", "[PLACE]...")
@@ -35,11 +35,12 @@ from grappa_dist.output import printable
     default=None,
     help="Import the module that a model from elsewhere names as its backbone; it is run.",
 )
+@click.option("--index", is_flag=True, help="Make an index for search there as well, or bring it up to date.")
 @click.option("--gallery", metavar="TASK", help="Of a model of the variant gallery: whose weights to use.")
 @click.option("--model", required=True, metavar="M", help="A run directory, or an exported model's.")
 def command(
     ending: Ending, given: tuple[str, ...], model: str, images: tuple[str, ...], out: str, gallery: str | None,
-    trust_modules: bool | None,
+    index: bool, trust_modules: bool | None,
 ) -> None:  # fmt: skip
     """Embeds images with an adapted model, on the Ray cluster of RAY_ADDRESS, else on a local one.
 
@@ -47,12 +48,20 @@ def command(
     data.max_bad_share, embed.batch_size and most of resources.
     """
     from grappa_dist.config import expanded
+    from grappa_dist.console import Console
     from grappa_dist.export import describe_embeddings, embed_images
+    from grappa_dist.extras import require
+    from grappa_dist.retrieval.index import build_index, describe_index
     from grappa_dist.stages.run import run_root
 
     places, settings = split_words(given)
     ending.log_dir = root = run_root(expanded(out, "--out"), "embeddings")
     where = places_of((*images, *places))
     options = {"gallery": gallery, "trust_modules": trust_modules}
-    found = embed_images(Path(expanded(model, "--model")), where, root, settings, **options)  # type: ignore[arg-type]
+    if index:
+        require("faiss", what="--index")  # before all is embedded
+    folder = Path(expanded(model, "--model"))
+    found = embed_images(folder, where, root, settings, **options)  # type: ignore[arg-type]
     print(printable(describe_embeddings(found)))
+    if index:
+        print(printable(describe_index(build_index(root, folder, Console()))))

@@ -41,6 +41,7 @@ class Purpose(Enum):
     NESTED_ROWS = "rows of nestedness"  # seed
     NESTED_BY_CHANCE = "nestedness by chance"  # seed, K, next K
     SHOWN_CLUSTERS = "sample clusters"  # seed, K
+    INDEX_SAMPLE = "rows of a search index"  # lists: rows that train them; none: rows that measure the recall
     CLUSTER_IMAGES = "images of a cluster"  # seed, K, cluster
 
 

@@ -10,9 +10,11 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property, partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from grappa_dist.retrieval.opening import OpenModel
 from grappa_dist.stages.embed import BAD_FILE, ROWS_FILE
 
 STAMPS_FILE = "stamps.json"  # size and time of change of every file, so that only new and changed ones are embedded
+_AT_ONCE = 8  # files of parts that are read: many small ones, which take long on a network file system
 LOCK_FILE = "embeddings.lock"  # where embeddings are kept: held by the process that writes them
 
 
@@ -42,6 +45,7 @@ class Part:
     bad: Mapping[int, str] = field(repr=False)  # why, by position
     read_names: Callable[[], Sequence[str]] = field(repr=False)
     image: Callable[[int], bytes | BadImage] = field(repr=False)  # the file at a position
+    first: int = 0  # where in its shard the first of them lies
 
     @cached_property
     def names(self) -> Sequence[str]:
@@ -131,37 +135,49 @@ def stored(folder: Path, model: OpenModel | None) -> Collection:
     Args:
         model: that they must be of; None: any.
     """
-    listing = _listing(folder)
+    listing = read_list(folder / LIST_FILE)
     if model is not None:
-        _check_model(folder, listing, model)
+        check_model(folder, listing, model)
+    return Collection(tuple(part for parts in listed_parts(folder / LIST_FILE, folder, listing) for part in parts))
+
+
+def listed_parts(path: Path, folder: Path, listing: Mapping[str, Any]) -> list[tuple[Part, ...]]:
+    """The embeddings of each entry of a list, its files held against the checksums: what lies between rows that are
+    gone is a part.
+
+    Args:
+        path: of the list, for messages.
+        folder: that the paths in the list begin at.
+    """
     try:
-        parts = tuple(_stored_part(folder, entry) for entry in listing["shards"])
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            found = list(pool.map(partial(_stored_parts, folder), listing["shards"]))
     except KeyError as missing:
-        raise _damaged(folder / LIST_FILE, f"is no list of embeddings (an entry has no {missing})") from None
+        raise damaged(path, f"is no list of embeddings (an entry has no {missing})") from None
     except (TypeError, AttributeError):
-        raise _damaged(folder / LIST_FILE, "is no list of embeddings (an entry is not as it is written)") from None
-    dims = {part.rows.shape[1] for part in parts}
-    if not parts or len(dims) != 1:
-        raise _damaged(folder / LIST_FILE, f"lists rows of {sorted(dims) or 'no'} channels")
-    return Collection(parts)
-
-
-def _listing(folder: Path) -> dict[str, Any]:
-    path = folder / LIST_FILE
-    try:
-        found = read_json(path)
-    except ValueError as error:
-        raise _damaged(path, str(error).removeprefix(f"{path}: ")) from None
-    if not isinstance(found, dict) or not isinstance(found.get("shards"), list):
-        raise _damaged(path, "is no list of embeddings")
+        raise damaged(path, "is no list of embeddings (an entry is not as it is written)") from None
+    dims = {part.rows.shape[1] for parts in found for part in parts}
+    if len(dims) != 1:
+        raise damaged(path, f"lists rows of {sorted(dims) or 'no'} channels")
     return found
 
 
-def _damaged(path: Path, why: str) -> ValueError:
+def read_list(path: Path) -> dict[str, Any]:
+    """The list of a folder of embeddings: `shards`, and what they are of."""
+    try:
+        found = read_json(path)
+    except ValueError as error:
+        raise damaged(path, str(error).removeprefix(f"{path}: ")) from None
+    if not isinstance(found, dict) or not isinstance(found.get("shards"), list):
+        raise damaged(path, "is no list of embeddings")
+    return found
+
+
+def damaged(path: Path, why: str) -> ValueError:
     return ValueError(f"{path}: {why}: the embeddings are damaged; run the command that made them again")
 
 
-def _check_model(folder: Path, listing: Mapping[str, Any], model: OpenModel) -> None:
+def check_model(folder: Path, listing: Mapping[str, Any], model: OpenModel) -> None:
     """Raises ValueError for embeddings of other weights: their cosines with a query would mean nothing."""
     theirs, gallery = listing.get("model_sha256"), listing.get("gallery")
     if theirs == model.sha256 and gallery == model.gallery:
@@ -173,27 +189,41 @@ def _check_model(folder: Path, listing: Mapping[str, Any], model: OpenModel) -> 
     )
 
 
-def _stored_part(folder: Path, entry: Mapping[str, Any]) -> Part:
+def _stored_parts(folder: Path, entry: Mapping[str, Any]) -> tuple[Part, ...]:
     paths = {what: folder / entry[what] for what in ("rows", "keys", "names", "bad") if entry[what] is not None}
     for what, path in paths.items():
         expected = entry.get("xxh3", {}).get(what)
         if not path.is_file():
-            raise _damaged(path, "is missing")
+            raise damaged(path, "is missing")
         if expected is not None and Sum.of(path).xxh3 != expected:
-            raise _damaged(path, "does not hold what was written")
+            raise damaged(path, "does not hold what was written")
     try:
         rows = map_array(paths["rows"], "c") if entry["images"] else np.zeros((0, 1), np.float32)
     except (ValueError, EOFError) as error:
-        raise _damaged(paths["rows"], f"is no array: {error}") from None
+        raise damaged(paths["rows"], f"is no array: {error}") from None
     if rows.ndim != 2 or rows.dtype != np.float32 or len(rows) != entry["images"]:
-        raise _damaged(paths["rows"], f"has rows {rows.shape} of {rows.dtype}, expected {entry['images']} of float32")
+        raise damaged(paths["rows"], f"has rows {rows.shape} of {rows.dtype}, expected {entry['images']} of float32")
     bad = {int(place): str(why) for place, why in read_json(paths["bad"]).items()}
 
+    @cache
     def names() -> list[str]:
         named = read_json(paths["names"]) if "names" in paths else [None] * len(rows)
         return [name or f"{entry['shard']}: {key}" for name, key in zip(named, read_json(paths["keys"]), strict=True)]
 
-    return Part(rows, bad, names, _Files(entry.get("source"), names))
+    files = _Files(entry.get("source"), names)
+    edges = [-1, *sorted(entry.get("gone", ())), len(rows)]
+    whole = Part(rows, bad, names, files)
+    return tuple(_between(whole, low + 1, high) for low, high in pairwise(edges) if low + 1 < high)
+
+
+def _between(whole: Part, low: int, high: int) -> Part:
+    """The images of a part from one position up to another."""
+    if (low, high) == (0, len(whole.rows)):
+        return whole
+    bad = {place - low: why for place, why in whole.bad.items() if low <= place < high}
+    return Part(
+        whole.rows[low:high], bad, lambda: whole.names[low:high], lambda place: whole.image(low + place), first=low
+    )
 
 
 @dataclass(frozen=True)
@@ -271,7 +301,7 @@ def _reusable(folder: Path, model: OpenModel) -> dict[tuple[str, str], NDArray[n
     if not (folder / LIST_FILE).exists():
         return {}
     found = stored(folder, model)
-    listed = _listing(folder)["shards"][0]
+    listed = read_list(folder / LIST_FILE)["shards"][0]
     if "stamps" not in listed:
         raise ValueError(f"{folder}: holds embeddings that `grappa-dist embed` made; name another folder to keep these")
     (part,) = found.parts
@@ -298,7 +328,9 @@ def _write(folder: Path, rows: NDArray[np.float32], listed: _Listed, model: Open
 
     What the old list named is removed, and nothing else: what other folders hold is not known.
     """
-    before = [entry["shard"] for entry in _listing(folder)["shards"]] if (folder / LIST_FILE).exists() else []
+    before = (
+        [entry["shard"] for entry in read_list(folder / LIST_FILE)["shards"]] if (folder / LIST_FILE).exists() else []
+    )
     mark = xxh3_64_hexdigest(json.dumps([model.sha256, model.gallery, listed.names, listed.stamps]).encode())
     inside = f"images-{mark}"
     files = {"rows": ROWS_FILE, "keys": KEYS_FILE, "names": NAMES_FILE, "bad": BAD_FILE, "stamps": STAMPS_FILE}

@@ -5,7 +5,7 @@ Shapes: q queries, n rows, b rows of a block, D channels, k neighbours.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -56,15 +56,31 @@ def _best(scores: Tensor, ids: Tensor, k: int) -> Found:
 
 
 def _kept(scores: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    order = scores.argsort(dim=1, descending=True, stable=True)[:, :k]
-    return scores.gather(1, order), ids.gather(1, order)
+    k = min(k, scores.shape[1])
+    top = scores.topk(k, dim=1)
+    last = top.values[:, k - 1 :]  # of those that are equal to it, topk takes any
+    tied = ((scores == last).sum(1) > (top.values == last).sum(1)).nonzero().flatten()
+    places = top.indices.sort(dim=1).values
+    if len(tied):
+        places[tied] = scores[tied].argsort(dim=1, descending=True, stable=True)[:, :k].sort(dim=1).values
+    cosines, order = scores.gather(1, places).sort(dim=1, descending=True, stable=True)
+    return cosines, ids.gather(1, places.gather(1, order))
 
 
 def blocks_of(parts: Iterable[Rows], size: int) -> Iterator[tuple[int, Rows]]:
-    """The id of the first row and the rows of each block of at most `size`, in order."""
-    first = 0
+    """The id of the first row and the rows of each block of at most `size`, in order; small parts share a block."""
+    first, waiting, count = 0, list[Rows](), 0
     for part in parts:
         for start in range(0, len(part), size):
-            block = np.ascontiguousarray(part[start : start + size])
-            yield first + start, block
-        first += len(part)
+            piece = part[start : start + size]
+            if count + len(piece) > size:
+                yield first, _joined(waiting)
+                first, waiting, count = first + count, [], 0
+            waiting.append(piece)
+            count += len(piece)
+    if count:
+        yield first, _joined(waiting)
+
+
+def _joined(pieces: Sequence[Rows]) -> Rows:
+    return np.ascontiguousarray(pieces[0]) if len(pieces) == 1 else np.concatenate(pieces)

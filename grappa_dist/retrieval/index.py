@@ -1,0 +1,331 @@
+"""An index of embeddings: built beside them by faiss, grown with them, opened whole, searched by cosine.
+
+It lies in the folder `search` of a folder of embeddings. `index.json` names its files with their checksums, the
+embeddings that it is of and their model, and is written last: what it does not name counts for nothing, and whoever
+reads it sees one state, old or new. The files have names that are used once, and old ones are removed after it is
+written; who has them open goes on with what they held.
+
+A row has an id, of its shard's `first_id` and its position there, that stays while its shard is listed.
+Shapes: n rows, q queries, D channels, k hits.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from grappa_dist.console import Console, pluralize
+from grappa_dist.export import LIST_FILE
+from grappa_dist.extras import install_line, require
+from grappa_dist.files import Sum, lock_file, make_folder, read_bytes, replace, write_json
+from grappa_dist.output import printable_line
+from grappa_dist.retrieval import faiss_index
+from grappa_dist.retrieval.collection import Collection, Part, damaged, listed_parts, read_list
+from grappa_dist.retrieval.faiss_index import Ids, Kind, NumberedRows
+from grappa_dist.retrieval.nearest import Found, Rows, nearest
+from grappa_dist.retrieval.opening import OpenModel, open_model
+
+FOLDER, INDEX_FILE, LOCK_FILE, FORMAT = "search", "index.json", "lock", 1
+OPEN_TRIES = 5  # of an index that is replaced at that moment
+_OWN = re.compile(r"\.?(index-[0-9a-f]{16}\.faiss|images-[0-9a-f]{16}\.parquet)(\..*)?")
+
+
+@dataclass(frozen=True)
+class IndexedModel:
+    """The model whose embeddings an index holds."""
+
+    path: str  # where it lay
+    variant: str
+    sha256: str  # of its weights
+    gallery: str | None
+
+    def describe(self) -> str:
+        return f"{self.variant}{f', gallery {self.gallery}' if self.gallery else ''}, sha256 {self.sha256[:12]}"
+
+
+@dataclass(frozen=True)
+class SearchIndex:
+    """An index that is open, of one state of its folder."""
+
+    path: Path  # of its index.json
+    model: IndexedModel
+    kind: Kind
+    collection: Collection
+    ids: Ids = field(repr=False)  # of the rows of the collection, (n,), ascending
+    faiss: Any = field(repr=False)  # None where it is not installed: then search is exact
+    device: torch.device = field(default=torch.device("cpu"))  # of a search without it
+
+    def nearest(self, queries: Rows, k: int) -> Found:
+        """The k rows of the collection of the largest cosine with each query, best first; fewer where there are not k.
+
+        May be called from several threads.
+
+        Args:
+            queries: (q, D) unit rows.
+
+        Raises:
+            ValueError: the queries have another number of channels.
+        """
+        dim = self.collection.rows[0].shape[1]
+        if queries.ndim != 2 or queries.shape[1] != dim:
+            raise ValueError(f"queries of shape {queries.shape}: expected (q, {dim}), as the index has {dim} channels")
+        k = min(k, len(self.collection) - len(self.collection.bad))
+        if self.faiss is None:
+            return nearest(queries, self.collection.rows, self.collection.bad, k, self.device)
+        cosines, ids = faiss_index.search(self.faiss, queries, k, self.kind.probes)
+        return Found(torch.from_numpy(cosines), torch.from_numpy(np.searchsorted(self.ids, ids)))
+
+    def open_model(
+        self, given: str | None = None, device: str = "auto", *, trust_modules: bool | None = None
+    ) -> OpenModel:
+        """The model that the embeddings are of, for queries.
+
+        Args:
+            given: where it lies now, if that is elsewhere.
+            trust_modules: as for `load_model`.
+
+        Raises:
+            ValueError: it is not there, or another one is.
+        """
+        place = self.model.path if given is None else given
+        if given is None and not Path(place).is_dir():  # and nothing that names a module
+            raise ValueError(
+                f"{self.path}: its model ({self.model.describe()}) is no longer in {place}; name where it is by --model"
+            )
+        model = open_model(place, device, gallery=self.model.gallery, trust_modules=trust_modules)
+        if model.sha256 != self.model.sha256:
+            raise ValueError(
+                f"{self.path}: the index is of another model ({self.model.describe()}) than {model.describe()}; name "
+                "that one by --model, or make the index anew with this one: grappa-dist embed --index"
+            )
+        return model
+
+
+def has_faiss() -> bool:
+    return importlib.util.find_spec("faiss") is not None
+
+
+def describe_exact() -> str:
+    """What is said where faiss is not installed."""
+    return f"faiss is not installed, so all rows are compared, exactly: {install_line('faiss')}"
+
+
+def open_index(folder: Path | str, *, device: str | torch.device = "cpu") -> SearchIndex:
+    """The index of a folder of embeddings, its files held against their checksums.
+
+    Args:
+        device: for an exact search, where faiss is not installed.
+
+    Raises:
+        ValueError: there is none, or a file of it is damaged, which is named; the message says what to do.
+    """
+    path = _path_in(Path(folder).expanduser())
+    for left in reversed(range(OPEN_TRIES)):
+        try:
+            before = read_bytes(path)
+        except (FileNotFoundError, NotADirectoryError):
+            raise ValueError(
+                f"{folder}: there is no index; `grappa-dist embed --index` with --out {folder} makes one"
+            ) from None
+        try:
+            return _opened(path, torch.device(device))
+        except (ValueError, OSError):
+            if not left or read_bytes(path) == before:
+                raise  # else it was replaced meanwhile, and its old files were removed
+    raise AssertionError("the last try returns or raises")
+
+
+def _path_in(folder: Path) -> Path:
+    """Of the list, for a folder of embeddings, or that of its index."""
+    if folder.name == INDEX_FILE:
+        return folder
+    inside = folder / FOLDER / INDEX_FILE
+    return folder / INDEX_FILE if folder.name == FOLDER and not inside.exists() else inside
+
+
+def _opened(path: Path, device: torch.device) -> SearchIndex:
+    listed = _read(path)
+    parts = listed_parts(path, path.parent.parent, listed)
+    try:
+        ids = _ids_of(listed["shards"], parts)
+        kind, model = Kind(**listed["kind"]), IndexedModel(**listed["model"])
+        file = path.parent / _plain(listed["index"]["path"])
+        if Sum.of(file).xxh3 != listed["index"]["xxh3"]:
+            raise damaged(file, "does not hold what was written")
+    except FileNotFoundError as error:
+        raise damaged(Path(error.filename), "is missing") from None
+    except (KeyError, TypeError) as error:
+        raise damaged(path, f"is no list of an index ({error})") from None
+    index = faiss_index.read(file, mapped=bool(kind.lists)) if has_faiss() else None
+    collection = Collection(tuple(part for of in parts for part in of))
+    return SearchIndex(path, model, kind, collection, ids, index, device)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    listed = read_list(path)
+    if listed.get("format") != FORMAT:
+        raise ValueError(f"{path}: format {listed.get('format')!r}, this version reads {FORMAT}; make the index anew")
+    return listed
+
+
+def _plain(name: object) -> str:
+    """The name of a file beside the list, and no path out of the folder."""
+    if not isinstance(name, str) or not _OWN.fullmatch(name):
+        raise KeyError(f"{name!r:.80} is no name of its files")
+    return name
+
+
+def _ids_of(entries: Sequence[Mapping[str, Any]], parts: Sequence[Sequence[Part]]) -> Ids:
+    """The ids of the rows of all parts, in order."""
+    of_parts = [
+        int(entry["first_id"]) + part.first + np.arange(len(part.rows), dtype=np.int64)
+        for entry, of in zip(entries, parts, strict=True)
+        for part in of
+    ]
+    return np.concatenate([np.zeros(0, np.int64), *of_parts])
+
+
+def build_index(folder: Path, model: Path, console: Console) -> Path:
+    """Makes the index of a folder of embeddings, or brings it up to date; returns the path of its index.json.
+
+    Rows of shards that were indexed before stay, those of new shards are added, those of images that are gone are taken
+    out; all is made anew where the number of rows asks for another kind of index, or the old one is damaged. Memory:
+    the index, in which the rows are once; the embeddings are mapped.
+
+    Args:
+        model: whose embeddings they are, by its folder.
+
+    Raises:
+        ValueError: no image could be read, or another process builds the index.
+    """
+    require("faiss", what="--index")
+    make_folder(folder / FOLDER)
+    try:
+        lock = lock_file(folder / FOLDER / LOCK_FILE)
+    except BlockingIOError as held:
+        raise ValueError(f"{folder}: another process builds its index{held}; wait for it") from None
+    with lock:
+        listing = read_list(folder / LIST_FILE)
+        return _Building(folder, model, listing, console).build()
+
+
+@dataclass(frozen=True)
+class _Building:
+    folder: Path  # of the embeddings
+    model: Path
+    listing: Mapping[str, Any]  # of embeddings.json
+    console: Console
+
+    @property
+    def path(self) -> Path:
+        return self.folder / FOLDER / INDEX_FILE
+
+    def build(self) -> Path:
+        before = self._before()
+        entries = _numbered(self.listing["shards"], before["shards"] if before else [])
+        parts = listed_parts(self.folder / LIST_FILE, self.folder, {"shards": entries})
+        collection = Collection(tuple(part for of in parts for part in of))
+        if len(collection.bad) == len(collection):
+            raise ValueError(
+                f"{self.folder}: there is nothing to index: none of {len(collection)} images could be read"
+            )
+        rows = NumberedRows(collection.rows, _ids_of(entries, parts), np.array(sorted(collection.bad), np.int64))
+        about = {"model": self._about_model(), "shards": entries}
+        if before and all(before[key] == found for key, found in about.items()):
+            self.console.log(f"index: as before, {pluralize(len(rows.ids), 'image')}")
+        else:
+            self._write(rows, about, before)
+        self._remove_others()
+        return self.path
+
+    def _about_model(self) -> dict[str, Any]:
+        listed = self.listing
+        path = str(self.model.resolve())
+        return asdict(IndexedModel(path, listed["model"], listed["model_sha256"], listed.get("gallery")))
+
+    def _before(self) -> dict[str, Any] | None:
+        """The list of the index that is there, if it is whole and of this model."""
+        if not self.path.exists():
+            return None
+        try:
+            listed = _read(self.path)
+            file = self.path.parent / _plain(listed["index"]["path"])
+            if Sum.of(file).xxh3 != listed["index"]["xxh3"]:
+                raise damaged(file, "does not hold what was written")
+            Kind(**listed["kind"])
+        except (ValueError, OSError, KeyError, TypeError) as error:
+            self.console.log(f"warning: the index is made anew: {printable_line(str(error))}")
+            return None
+        same = [listed["model"].get(key) == self._about_model()[key] for key in ("sha256", "gallery")]
+        return listed if all(same) else None
+
+    def _write(self, rows: NumberedRows, about: Mapping[str, Any], before: Mapping[str, Any] | None) -> None:
+        count = len(rows.ids) - len(rows.bad)
+        with self.console.stage("index", pluralize(count, "image")):
+            kind = Kind(**before["kind"]) if before else None
+            if before is not None and kind is not None and kind.lists and kind.fits(count):
+                index = faiss_index.read(self.path.parent / before["index"]["path"])
+                faiss_index.update(index, rows)
+            else:
+                kind = Kind.of(count)
+                index = faiss_index.build(rows, kind)
+            kind = faiss_index.measured(index, rows, kind)
+            file = self.path.with_name(f"index-{os.urandom(8).hex()}.faiss")
+            replace(file, lambda temporary: faiss_index.write(index, temporary))
+        listed = {
+            "format": FORMAT,
+            **{"images": len(rows.ids), "bad": len(rows.bad), "channels": rows.parts[0].shape[1]},
+            "kind": asdict(kind),
+            "index": {"path": file.name, **asdict(Sum.of(file))},
+            **about,
+        }
+        write_json(self.path, listed)
+
+    def _remove_others(self) -> None:
+        """Files of older states, and what a build that was killed has left."""
+        named = {_read(self.path)["index"]["path"]}
+        for file in self.path.parent.iterdir():
+            if _OWN.fullmatch(file.name) and file.name not in named:
+                with suppress(FileNotFoundError):
+                    file.unlink()
+
+
+def _numbered(shards: Sequence[Mapping[str, Any]], before: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The entries of a list with the first id of each: those that had one keep it and their order, others follow."""
+    known = dict(zip(_keys_of(before), before, strict=True))
+    following = max((entry["first_id"] + entry["images"] for entry in before), default=0)
+    old, new = list[dict[str, Any]](), list[dict[str, Any]]()
+    for key, entry in zip(_keys_of(shards), shards, strict=True):
+        if key in known:
+            old.append({**entry, "first_id": known[key]["first_id"]})
+        else:
+            new.append({**entry, "first_id": following})
+            following += entry["images"]
+    return [*sorted(old, key=lambda entry: entry["first_id"]), *new]
+
+
+def _keys_of(entries: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
+    """What tells a shard's rows from others; a shard that is listed twice has a number as well."""
+    seen, keys = Counter[tuple[Any, ...]](), list[tuple[Any, ...]]()
+    for entry in entries:
+        key = (entry["rows"], entry["xxh3"]["rows"], entry.get("source"), entry["images"])
+        keys.append((*key, seen[key]))
+        seen[key] += 1
+    return keys
+
+
+def describe_index(path: Path) -> str:
+    """What is printed at the end of a build: where the index is, of how many images, and what it finds."""
+    listed = _read(path)
+    count = pluralize(listed["images"] - listed["bad"], "image")
+    return f"index       {path.parent}: {count}, {Kind(**listed['kind']).describe()}"

@@ -1,0 +1,140 @@
+"""An index of embeddings: what it finds is what an exact search finds; it grows, and is one state at any moment."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from grappa_dist.console import Console
+from grappa_dist.files import lock_file
+from grappa_dist.retrieval import faiss_index
+from grappa_dist.retrieval.index import SearchIndex, build_index, describe_index, open_index
+from grappa_dist.retrieval.nearest import nearest
+from tests.retrieval.embedded import BAD, CHANNELS, EACH, write_embeddings
+from tests.test_artifacts import flip
+
+CPU = torch.device("cpu")
+
+
+def built(folder: Path) -> SearchIndex:
+    build_index(folder, folder / "model", Console())
+    return open_index(folder)
+
+
+def names_in(index: SearchIndex) -> list[str]:
+    return [index.collection.name(row) for row in range(len(index.collection))]
+
+
+def check_exact(index: SearchIndex, k: int = 5) -> None:
+    """What is found is what the exact search finds."""
+    collection = index.collection
+    queries = np.concatenate(collection.rows)[::7] + 0.01
+    expected = nearest(queries, collection.rows, collection.bad, k, CPU)
+    found = index.nearest(queries, k)
+    assert found.rows.tolist() == expected.rows.tolist()
+    torch.testing.assert_close(found.cosines, expected.cosines)
+
+
+@pytest.fixture(params=["Flat", "IVF"])
+def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Whether indexes of some hundred rows have lists; with all probed, what they find is exact."""
+    if request.param == "IVF":
+        monkeypatch.setattr(faiss_index, "FLAT_ROWS", 30)
+        monkeypatch.setattr(faiss_index, "LISTS_PER_ROOT", 0.5)
+        monkeypatch.setattr(faiss_index, "RECALL", 1.01)
+    return str(request.param)
+
+
+def test_an_index_finds_what_an_exact_search_finds_and_grows_and_shrinks_with_the_embeddings(
+    kind: str, tmp_path: Path
+) -> None:
+    first = built(write_embeddings(tmp_path, [0, 1, 2]))
+    assert kind in first.kind.factory
+    check_exact(first)
+    assert describe_index(first.path).startswith(
+        f"index       {tmp_path}/search: {3 * EACH - 3} images, {first.kind.factory}"
+    )
+    write_embeddings(tmp_path, [2, 4, 0], gone={0: [0, 1, BAD, EACH - 1]})
+    second = built(tmp_path)
+    check_exact(second)
+    of_shards = {number: [f"{number}/{place}.png" for place in range(EACH)] for number in (0, 2, 4)}
+    of_shards[0] = [name for name in of_shards[0] if name not in ("0/0.png", "0/1.png", "0/3.png", "0/39.png")]
+    assert names_in(second) == [name for number in (0, 2, 4) for name in of_shards[number]]
+    assert len(names_in(first)) == 3 * EACH
+    check_exact(first)  # who has the old one open goes on with it
+    assert len(list((tmp_path / "search").glob("*.faiss"))) == 1
+
+
+def test_fewer_rows_than_hits_are_all_found_once(kind: str, tmp_path: Path) -> None:
+    index = built(write_embeddings(tmp_path, [0]))
+    found = index.nearest(np.eye(CHANNELS, dtype=np.float32), 1000)
+    assert found.rows.shape == (CHANNELS, EACH - 1)
+    assert all(sorted(row) == [place for place in range(EACH) if place != BAD] for row in found.rows.tolist())
+    with pytest.raises(ValueError, match=rf"queries of shape \(1, 3\): expected \(q, {CHANNELS}\)"):
+        index.nearest(np.ones((1, 3), np.float32), 2)
+
+
+def test_without_faiss_the_search_is_exact_and_no_index_is_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built(write_embeddings(tmp_path, [0, 1]))
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    index = open_index(tmp_path)
+    assert index.faiss is None
+    check_exact(index)
+    with pytest.raises(
+        ValueError, match=r"--index: needs faiss, which is not installed: pip install 'grappa-dist\[cpu\]'"
+    ):
+        build_index(tmp_path, tmp_path / "model", Console())
+
+
+def test_a_damaged_index_is_refused_by_name_and_made_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    index = built(write_embeddings(tmp_path, [0, 1]))
+    (file,) = index.path.parent.glob("*.faiss")
+    flip(file, -3)
+    with pytest.raises(
+        ValueError, match=rf"^{re.escape(str(file))}: does not hold what was written: .*run the command"
+    ):
+        open_index(tmp_path)
+    check_exact(built(tmp_path))
+    assert f"warning: the index is made anew: {file}: does not hold" in capsys.readouterr().err
+    index.path.write_text("{")
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(index.path))}: not JSON"):
+        open_index(tmp_path)
+    check_exact(built(tmp_path))
+    flip(tmp_path / "shard-1" / "rows.npy", -3)
+    with pytest.raises(ValueError, match=r"shard-1/rows.npy: does not hold what was written"):
+        open_index(tmp_path)
+
+
+def test_a_list_of_an_index_names_no_file_elsewhere(tmp_path: Path) -> None:
+    index = built(write_embeddings(tmp_path, [0]))
+    listed = json.loads(index.path.read_text())
+    for wrong in ("../../secret", "/etc/passwd", 3):
+        index.path.write_text(json.dumps({**listed, "index": {**listed["index"], "path": wrong}}))
+        with pytest.raises(ValueError, match=r"is no list of an index .* is no name of its files"):
+            open_index(tmp_path)
+    index.path.write_text(json.dumps({**listed, "format": 2}))
+    with pytest.raises(ValueError, match="format 2, this version reads 1"):
+        open_index(tmp_path)
+
+
+def test_an_index_is_built_by_one_process_at_a_time_and_of_some_image(tmp_path: Path) -> None:
+    built(write_embeddings(tmp_path, [0]))
+    with (
+        lock_file(tmp_path / "search" / "lock"),
+        pytest.raises(ValueError, match="another process builds its index"),
+    ):
+        build_index(tmp_path, tmp_path / "model", Console())
+    with pytest.raises(ValueError, match="there is no index; `grappa-dist embed --index` with --out"):
+        open_index(tmp_path / "elsewhere")
+    every = range(EACH)
+    write_embeddings(tmp_path, [0], gone={0: [place for place in every if place != BAD]})
+    with pytest.raises(ValueError, match="there is nothing to index: none of 1 images could be read"):
+        build_index(tmp_path, tmp_path / "model", Console())
