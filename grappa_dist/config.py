@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import pydantic
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
@@ -128,6 +129,13 @@ class BackboneConfig(Section):
     interpolation: Literal["bicubic", "bilinear", "lanczos"] | None = None  # null: timm's, else bicubic
     mean: Rgb | None = None  # of RGB in [0, 1], subtracted inside the model; null: timm's, else ImageNet's
     std: Rgb | None = None  # divided by, likewise
+    pool: Literal["token", "avg", "map"] | None = None  # of tokens to a feature; null: timm's. docs/backbones.md
+
+    @pydantic.model_serializer(mode="wrap")
+    def _left_out_by_default(self, settings: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """`pool` is there only if it is given, as artefacts were named before there was one."""
+        found: dict[str, Any] = settings(self)
+        return {key: value for key, value in found.items() if key != "pool" or value is not None}
 
 
 class EmbedConfig(Section):

@@ -168,7 +168,10 @@ def write_model(spec: ModelSpec, folder: Path, why: Mapping[str, Any] = MappingP
         "format": FORMAT,
         "variant": spec.name,
         "sets": spec.sets,
-        "backbone": {"name": spec.backbone.name, "kwargs": spec.backbone.kwargs},
+        "backbone": {
+            **{"name": spec.backbone.name, "kwargs": spec.backbone.kwargs},
+            **({"pool": spec.backbone.pool} if spec.backbone.pool else {}),
+        },
         "pixels": asdict(grappa.backbone.preprocess),
         "bottleneck": spec.bottleneck,
         "attention": spec.has_attention,

@@ -114,6 +114,7 @@ def create_backbone(
     *,
     checkpoint: str | None = None,
     pretrained: bool = True,
+    pool: str | None = None,
 ) -> Backbone:
     """The backbone called `timm:<model>` or `<module>:<function>`.
 
@@ -121,21 +122,49 @@ def create_backbone(
         overrides: fields of `Preprocess`; what is absent comes from timm's data config, else it is ImageNet's.
         checkpoint: a local file of weights (safetensors, or a torch file that loads with weights_only).
         pretrained: False builds the architecture only, for weights that are loaded afterwards.
+        pool: how the tokens of a timm model become a feature: "token", "avg" or "map"; None: as timm has it.
 
     Raises:
-        ValueError: an unknown model, function or file, or weights that do not fit or cannot be downloaded.
+        ValueError: an unknown model, function or file, a pooling that it has not, or weights that do not fit or cannot
+            be downloaded.
     """
     source, _, function = name.partition(":")
     if source != "timm":
+        if pool is not None:
+            raise ValueError(f"backbone.pool={pool}: is for models of timm; {name} pools its tokens by itself")
         model = _call(source, function, kwargs)
         if checkpoint and pretrained:
             load_own(model, checkpoint)
         return Backbone(model, replace(_default_preprocess(model), **overrides))
     size = {"img_size": overrides["image_size"]} if "image_size" in overrides else {}
     model, remarks = _timm(function, {**size, **kwargs}, checkpoint if pretrained else None, pretrained)
+    if pool is not None:
+        _set_pool(model, name, pool)
     # timm's data config has the size of the pretraining, whatever size was asked for
     size = {"image_size": kwargs["img_size"]} if isinstance(kwargs.get("img_size"), int) else {}
     return Backbone(model, replace(_default_preprocess(model), **{**size, **overrides}), remarks)
+
+
+@torch.no_grad()
+def _set_pool(model: Any, name: str, pool: str) -> None:
+    """Sets how a timm model pools its tokens, and sees on tokens of noise that it does; weights stay as they are.
+
+    Raises:
+        ValueError: the model has no such pooling.
+    """
+    before = getattr(model, "global_pool", None)
+    try:
+        model.reset_classifier(0, pool)
+    except (AssertionError, AttributeError, TypeError) as error:
+        why = f": {error}".rstrip(".: ")
+        raise ValueError(f"backbone.pool={pool}: {name} has no such pooling{why}; timm's is {before!r}") from error
+    if pool == "map" or next(model.parameters()).is_meta:
+        return
+    prefix, norm = model.num_prefix_tokens, model.fc_norm
+    tokens = torch.randn(1, prefix + 4, model.embed_dim, generator=torch.Generator().manual_seed(0))
+    expected = norm(tokens[:, 0] if pool == "token" else tokens[:, prefix:].mean(1))
+    if not torch.allclose(model.eval().forward_head(tokens, pre_logits=True), expected, atol=1e-5):
+        raise ValueError(f"backbone.pool={pool}: {name} pools its tokens in a way of its own, whatever is set")
 
 
 def _default_preprocess(model: nn.Module) -> Preprocess:

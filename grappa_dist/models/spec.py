@@ -106,7 +106,7 @@ def build_backbone(config: BackboneConfig, *, pretrained: bool = True) -> Backbo
     """
     overrides = config.model_dump(include={field.name for field in fields(Preprocess)}, exclude_none=True)
     backbone = create_backbone(
-        config.name, config.kwargs, overrides, checkpoint=config.checkpoint, pretrained=pretrained
+        config.name, config.kwargs, overrides, checkpoint=config.checkpoint, pretrained=pretrained, pool=config.pool
     )
     check_image_size(backbone, config.name, config.kwargs)
     return backbone
@@ -338,7 +338,8 @@ def load_grappa(run_or_model_dir: Path, *, trust_modules: bool | None = None) ->
     folder, config = exported_config(run_or_model_dir)
     check_trust(run_or_model_dir, config["backbone"], trust_modules)
     pixels = {name: tuple(value) if isinstance(value, list) else value for name, value in config["pixels"].items()}
-    backbone = create_backbone(config["backbone"]["name"], config["backbone"]["kwargs"], pixels, pretrained=False)
+    given = config["backbone"]
+    backbone = create_backbone(given["name"], given["kwargs"], pixels, pretrained=False, pool=given.get("pool"))
     grappa = Grappa(backbone, len(config["sets"]), config["bottleneck"], attention=config["attention"])
     name, path = config["backbone"]["name"], _whole(folder, WEIGHTS_FILE, config)
     tensors = read_tensors(path)

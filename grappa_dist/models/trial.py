@@ -454,7 +454,7 @@ def _check_export(name: str, config: BackboneConfig, backbone: Backbone, weights
     right = _run(name, "a forward pass with adaptors", lambda: model(image))
     reached = _reached(right)
     _refuse_skipped(name, [i for i, one in enumerate(model.layers) if id(one.adaptors.up_bias) not in reached])
-    again = create_backbone(config.name, config.kwargs, pixels, pretrained=False)
+    again = create_backbone(config.name, config.kwargs, pixels, pretrained=False, pool=config.pool)
     given = config.name.startswith("timm:") or config.checkpoint
     if why := "" if given else _difference(weights_of(again), weights):
         raise ValueError(
