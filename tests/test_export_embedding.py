@@ -7,8 +7,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 
-from grappa_dist.config import Config
 from grappa_dist.data.decoding import decode
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.data.writer import ShardWriter
@@ -24,7 +21,7 @@ from grappa_dist.export import describe_embeddings, embed_images, load_model
 from grappa_dist.files import Sum, read_json
 from grappa_dist.make_shards.collection import CollectionConfig, Work, make_shards
 from grappa_dist.retrieval.collection import open_collection
-from grappa_dist.stages.run import Run
+from tests.retrieval.embedded import here as of_embedding
 from tests.retrieval.photos import embedder, write_photos
 from tests.stages import tiny
 from tests.test_artifacts import flip
@@ -68,14 +65,7 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tiny.Here:
     """Work is done in this process, without Ray; a model lies in tmp_path/run."""
     exported(tmp_path / "run")
-    runner = tiny.Here()
-
-    @contextmanager
-    def running(config: Config, root: Path) -> Iterator[Run]:
-        yield tiny.run_in(config, root, runner)
-
-    monkeypatch.setattr("grappa_dist.export.running", running)
-    return runner
+    return of_embedding(monkeypatch)
 
 
 def test_images_that_have_no_embedding_are_counted_once_and_named_each_time(

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+import tempfile
+import webbrowser
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
+from grappa_dist.cli.embed import command as embed
 from grappa_dist.cli.search import command
 from tests.cli.calling import called
+from tests.retrieval.embedded import here
 from tests.retrieval.photos import model_in, write_photos
 
 
@@ -63,3 +69,91 @@ def test_what_is_wrong_is_one_line_and_status_2(
     found = called(command, *(word for pair in given.items() for word in pair), query)
     assert (found.status, found.out) == (2, "")
     assert message in found.err.splitlines()[-1]
+
+
+class Indexed(NamedTuple):
+    photos: Path
+    model: str
+    folder: str  # the embeddings with their index
+
+
+@pytest.fixture
+def indexed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Indexed:
+    here(monkeypatch)
+    write_photos(tmp_path / "photos", bad=("cat/1.png",))
+    made = Indexed(tmp_path / "photos", model_in(tmp_path / "run"), str(tmp_path / "out"))
+    found = embed_index(made)
+    assert found[1].startswith(f"index       {made.folder}/search: 11 images, IDMap2,Flat: exact")
+    return made
+
+
+def embed_index(made: Indexed) -> list[str]:
+    settings = ["embed.batch_size=8", "data.max_bad_share=0.2"]
+    given = ["--model", made.model, "--images", str(made.photos), "--out", made.folder, "--index", *settings]
+    found = called(embed, *given)
+    assert found.status == 0, found.err
+    return [line for line in found.out.splitlines() if not line.startswith("left out")]
+
+
+def test_an_index_answers_without_model_and_images_as_the_folder_does(
+    indexed: Indexed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    query = str(indexed.photos / "cat" / "2.png")
+    expected = called(command, "--model", indexed.model, "--images", str(indexed.photos), "-k", "5", query)
+    found = called(command, "--index", indexed.folder, "-k", "5", query)
+    assert (found.status, found.out.splitlines()) == (0, expected.out.splitlines()[:5])
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    exact = called(command, "--index", indexed.folder, "-k", "5", query)
+    assert exact.out == found.out
+    assert "faiss is not installed, so all rows are compared, exactly: pip install 'grappa-dist[cpu]'" in exact.err
+
+
+def test_a_sheet_is_opened_in_a_browser_where_there_is_one(
+    indexed: Indexed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = list[str]()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(webbrowser, "open", lambda url: opened.append(url) or len(opened) == 1)
+    query = str(indexed.photos / "cat" / "2.png")
+    found = called(command, "--index", indexed.folder, "--open", query)
+    (line,) = [line for line in found.out.splitlines() if line.startswith("sheet  ")]
+    page = Path(line.removeprefix("sheet  "))
+    assert opened == [page.as_uri()]
+    assert page.read_text().count("<figure") == 11
+    assert "no browser" not in found.err
+    sheet = page.with_name("sheet.jpg")
+    again = called(command, "--index", indexed.folder, "--open", "--out", str(sheet), query)
+    assert f"warning: there is no browser here that could open {sheet}" in again.err
+    assert opened[1] == sheet.as_uri()
+
+
+def test_the_model_of_an_index_is_the_one_it_was_made_with_wherever_that_is(indexed: Indexed, tmp_path: Path) -> None:
+    query = str(indexed.photos / "cat" / "2.png")
+    Path(indexed.model).rename(tmp_path / "moved")
+    gone = called(command, "--index", indexed.folder, query)
+    assert gone.status == 2
+    assert "its model (neighbours, sha256 " in gone.err
+    assert f"is no longer in {indexed.model}; name where it is by --model" in gone.err
+    assert called(command, "--index", indexed.folder, "--model", str(tmp_path / "moved"), query).status == 0
+    other = called(command, "--index", indexed.folder, "--model", "tests.models.tiny:create", query)
+    assert other.status == 2
+    assert "than tests.models.tiny:create (backbone, sha256 " in other.err
+
+
+def test_what_does_not_go_with_an_index_is_refused(indexed: Indexed) -> None:
+    query = str(indexed.photos / "cat" / "2.png")
+    for more in (["--images", "x"], ["--keep", "x"], ["--gallery", "x"], ["backbone.image_size=32"]):
+        found = called(command, "--index", indexed.folder, *more, query)
+        assert (found.status, "expected no --images, --keep, --gallery" in found.err) == (2, True)
+    assert "expected --index DIR, or --model M and --images PLACE" in called(command, "--images", "x", query).err
+    assert "there is no index; `grappa-dist embed --index`" in called(command, "--index", "nowhere", query).err
+
+
+def test_one_query_that_cannot_be_read_leaves_the_others_their_hits(indexed: Indexed) -> None:
+    queries = [str(indexed.photos / "cat" / name) for name in ("1.png", "2.png")]
+    found = called(command, "--index", indexed.folder, "-k", "1", *queries)
+    assert (found.status, found.out) == (0, "2.png\n1.000  cat/2.png\n")
+    assert "warning: QUERY 1.png cannot be read: no JPEG" in found.err
+    alone = called(command, "--index", indexed.folder, queries[0])
+    assert (alone.status, alone.out) == (2, "")
+    assert "error: the query 1.png cannot be read: no JPEG" in alone.err

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
+from grappa_dist.config import Config
 from grappa_dist.files import Sum, save_array, write_json
 from grappa_dist.retrieval.index import IndexedModel
+from grappa_dist.stages.run import Run
+from tests.stages import tiny
 
 CHANNELS, EACH, GROUPS = 8, 40, 6
 BAD = 3  # the position of a bad image in each shard
@@ -39,3 +44,15 @@ def _write_shard(folder: Path, number: int, gone: Sequence[int]) -> dict[str, An
     entry = {"shard": f"{name}.tar", "source": f"/nowhere/{name}.tar", "images": EACH, **paths}
     xxh3 = {what: Sum.of(folder / path).xxh3 for what, path in paths.items()}
     return {**entry, "xxh3": xxh3, **({"gone": list(gone)} if gone else {})}
+
+
+def here(monkeypatch: pytest.MonkeyPatch) -> tiny.Here:
+    """Lets `embed_images` work in this process, without Ray; what was asked of workers is in `asked`."""
+    runner = tiny.Here()
+
+    @contextmanager
+    def running(config: Config, root: Path) -> Iterator[Run]:
+        yield tiny.run_in(config, root, runner)
+
+    monkeypatch.setattr("grappa_dist.export.running", running)
+    return runner
