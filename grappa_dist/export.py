@@ -5,7 +5,7 @@ Shapes: B images, S pixels a side, L layers, N sets, P rows of one shard, D chan
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,11 +22,12 @@ from grappa_dist.config import Resources, read
 from grappa_dist.console import pluralize
 from grappa_dist.data.decoding import to_rgb, upright
 from grappa_dist.data.index import Shard, describe_missing
+from grappa_dist.data.labels import named
 from grappa_dist.data.open_images import cache_of
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.data.transforms import Preprocess
 from grappa_dist.files import Sum, read_json, recorded, save_tensors, write_json, write_json_list
-from grappa_dist.inputs import shards_of
+from grappa_dist.inputs import living_shards_of
 from grappa_dist.make_shards.left_out import BAD_LIST, write_list
 from grappa_dist.models import Grappa
 from grappa_dist.models.spec import (
@@ -42,9 +43,11 @@ from grappa_dist.models.weights import tensors_of
 from grappa_dist.stages.damages import Mending
 from grappa_dist.stages.embed import BAD_FILE, ROWS_FILE, embed, features_of
 from grappa_dist.stages.gallery_weights import load_galleries, set_weights, transitivity
+from grappa_dist.stages.ground_truth import members_of
 from grappa_dist.stages.run import Run, running
 
-KEYS_FILE, NAMES_FILE, LIST_FILE = "keys.json", "names.json", "embeddings.json"
+KEYS_FILE, NAMES_FILE, TASKS_FILE, LIST_FILE = "keys.json", "names.json", "tasks.json", "embeddings.json"
+OPTIONAL = {"names": NAMES_FILE, "tasks": TASKS_FILE}  # of a shard: not there where no image has any
 _OF_TRAINING = ("adapt_ranks", "compile", "collective_timeout_s", "trackers")
 _EMBED_SETTINGS = (
     *("data.max_bad_share", "embed.batch_size"),
@@ -197,10 +200,11 @@ def embed_images(
     """Embeds the images of some shards, as an input of a search index; returns the path of `embeddings.json` in `out`.
 
     That file lists per shard: `rows`, unit rows (P, D) float32; `keys`, the images' keys in the same order; `names`,
-    their file names before they were put into the shard, null for an image, or a shard, without any; and `bad`, the
-    positions whose image does not decode, with the reason: their rows are zero. `xxh3` has the checksum (xxh3 of 128
-    bits) of each of these files, null of those that were made before there were any. `source` is the shard's path, and
-    `bad_images.csv` names all bad images with the reason.
+    their file names before they were put into the shard, and `tasks`, null for an image, or a shard, without any; and
+    `bad`, the positions whose image does not decode, with the reason: their rows are zero. `xxh3` has the checksum
+    (xxh3 of 128 bits) of each of these files, null of those that were made before there were any. `source` is the
+    shard's path. `gone`, where there is any, has the positions of images that are no longer there: their rows count for
+    nothing. `bad_images.csv` names all bad images with the reason.
 
     Args:
         model: a run directory, or that of an exported model.
@@ -236,7 +240,7 @@ def _check_settings(overrides: Iterable[str]) -> None:
 
 def _embed(run: Run, spec: ModelSpec, gallery: str | None, mending: Mending) -> Path:
     given = run.config.data.train
-    paths = shards_of(given, run.store.root, log=run.console.log, console=run.console)
+    paths, gone_in = living_shards_of(given, run.store.root, log=run.console.log, console=run.console)
     images = ImageShards.open(
         paths,
         run.store.root / "index",
@@ -253,16 +257,19 @@ def _embed(run: Run, spec: ModelSpec, gallery: str | None, mending: Mending) -> 
     if all(artifact.complete for artifact in features):
         before = "the shard was" if len(features) == 1 else f"all {len(features)} shards were"
         run.console.log(f"embed: {before} embedded before")
-    reasons = embed(run, images, spec, features)
+    gone = [gone_in.get(shard.path, []) for shard in images.shards]
+    starts = (images.shard_rows(i).start for i in range(len(gone)))
+    rows = frozenset(start + place for start, places in zip(starts, gone, strict=True) for place in places)
+    reasons = embed(run, images, spec, features, gone=rows)
     files = _write_keys(run, images, keys)
     shards = [
-        _entry(shard, of_rows, of_keys, found)
-        for shard, of_rows, of_keys, found in zip(images.shards, features, keys, files, strict=True)
+        _entry(shard, of_rows, of_keys, found) | ({"gone": places} if places else {})
+        for shard, of_rows, of_keys, found, places in zip(images.shards, features, keys, files, gone, strict=True)
     ]
     path, bad = run.store.root / LIST_FILE, sorted(reasons.items())
     write_list(path.with_name(BAD_LIST), [(images.name(row) or images.where(row), why) for row, why in bad])
     about = {"model": spec.name, "model_sha256": spec.weights_sha256, "gallery": gallery}
-    write_json(path, {**about, "images": len(images), "bad": len(bad), "shards": shards})
+    write_json(path, {**about, "images": len(images) - len(rows), "bad": len(bad), "shards": shards})
     return path
 
 
@@ -288,8 +295,7 @@ def _entry(shard: Shard, of_rows: Artifact, of_keys: Artifact, files: KeyFiles) 
     """The files of one shard as `embeddings.json` lists them: paths below it, and the xxh3 of each."""
     paths = {
         "rows": f"{of_rows.name}/{ROWS_FILE}",
-        "keys": files.keys,
-        "names": files.names,
+        **vars(files),
         "bad": f"{of_rows.name}/{BAD_FILE}",
     }
     listed = {f"{a.name}/{name}": found.xxh3 for a in (of_rows, of_keys) for name, found in a.files.items()}
@@ -309,55 +315,68 @@ class KeyFiles:
 
     keys: str
     names: str | None  # None where no image of the shard has the name of its file
+    tasks: str | None  # None where none has a task
 
 
 def _write_keys(run: Run, images: ImageShards, artifacts: Sequence[Artifact]) -> list[KeyFiles]:
-    """Keys and names of every shard; the workers write those that are missing."""
+    """Keys, names and tasks of every shard; the workers write those that are missing."""
     missing = {artifact: number for number, artifact in enumerate(artifacts) if not artifact.complete}
-    has_names = _listed(run.store.root / LIST_FILE)
+    known = _listed(run.store.root / LIST_FILE)
     if missing:
         with run.console.stage("keys", f"and names of {pluralize(len(missing), 'shard')}"):
             found = run.runner.map(write_keys, [KeysTask(images.part(i), artifact) for artifact, i in missing.items()])
             wait_until_seen(missing)
-        has_names |= {f"{artifact.name}/{KEYS_FILE}": named for artifact, named in zip(missing, found, strict=True)}
-    return [_key_files(artifact, has_names) for artifact in artifacts]
+        known |= {f"{artifact.name}/{KEYS_FILE}": there for artifact, there in zip(missing, found, strict=True)}
+    return [_key_files(artifact, known) for artifact in artifacts]
 
 
 def _keys_of(store: Store, shard: Shard) -> Artifact:
-    return store.artifact(f"keys/{shard.name.removesuffix('.tar')}", {"names": True}, {"shard": shard.fingerprint})
+    kind = f"keys/{shard.name.removesuffix('.tar')}"
+    return store.artifact(kind, {"names": True, "tasks": True}, {"shard": shard.fingerprint})
 
 
-def _listed(path: Path) -> dict[str, bool]:
-    """Whether shards have names, by the path of their keys, from the list of an earlier call."""
+def _listed(path: Path) -> dict[str, list[str]]:
+    """Which of OPTIONAL the shards have, by the path of their keys, from the list of an earlier call."""
     if not path.exists():
         return {}
     with suppress(ValueError, KeyError, TypeError):  # a damaged list is written anew
-        return {shard["keys"]: shard["names"] is not None for shard in read_json(path)["shards"]}
+        listed = read_json(path)["shards"]
+        return {shard["keys"]: [what for what in OPTIONAL if shard[what] is not None] for shard in listed}
     return {}
 
 
-def _key_files(artifact: Artifact, has_names: Mapping[str, bool]) -> KeyFiles:
-    """The paths of one shard; looks for the file of names only where `has_names` lacks the shard."""
+def _key_files(artifact: Artifact, known: Mapping[str, Collection[str]]) -> KeyFiles:
+    """The paths of one shard; looks for files only where the shard is not `known`."""
     keys = f"{artifact.name}/{KEYS_FILE}"
-    named = has_names[keys] if keys in has_names else (artifact.path / NAMES_FILE).exists()
-    return KeyFiles(keys, f"{artifact.name}/{NAMES_FILE}" if named else None)
+    there = known[keys] if keys in known else _there(artifact)
+    return KeyFiles(keys, *(f"{artifact.name}/{file}" if what in there else None for what, file in OPTIONAL.items()))
 
 
-def write_keys(device: torch.device, task: KeysTask) -> bool:
-    """Writes the keys of one shard's images and the names of their files, in row order; whether there are any names."""
-    rows, artifact, named = range(len(task.images)), task.artifact, False
+def _there(artifact: Artifact) -> list[str]:
+    return [what for what, file in OPTIONAL.items() if (artifact.path / file).exists()]
 
-    def names() -> Iterator[str | None]:
-        nonlocal named
-        for row in rows:
-            name = task.images.name(row)
-            named = named or name != ""
-            yield name or None
 
+def write_keys(device: torch.device, task: KeysTask) -> list[str]:
+    """Writes the keys of one shard's images, the names of their files and their tasks, in row order; which of OPTIONAL
+    there are."""
+    images, artifact = task.images, task.artifact
     if artifact.complete:
-        return (artifact.path / NAMES_FILE).exists()
-    folder = artifact.begin()
-    write_json_list(folder / KEYS_FILE, lambda: (task.images.key(row) for row in rows))
-    write_json_list(folder / NAMES_FILE, names)
-    artifact.commit(discard=() if named else (NAMES_FILE,))
-    return named
+        return _there(artifact)
+    folder, seen = artifact.begin(), set[str]()
+
+    def noted(what: str, values: Iterable[str | None]) -> Iterator[str | None]:
+        for value in values:
+            if value:
+                seen.add(what)
+            yield value or None
+
+    rows = range(len(images))
+    write_json_list(folder / KEYS_FILE, lambda: map(images.key, rows))
+    write_json_list(folder / NAMES_FILE, lambda: noted("names", map(images.name, rows)))
+
+    def tasks() -> Iterator[str | None]:
+        return (named(member.get("task")).name for member in members_of(images, None, None, []))
+
+    write_json_list(folder / TASKS_FILE, lambda: noted("tasks", tasks()))
+    artifact.commit(discard=[file for what, file in OPTIONAL.items() if what not in seen])
+    return [what for what in OPTIONAL if what in seen]

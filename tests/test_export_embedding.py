@@ -107,6 +107,34 @@ def test_a_folder_becomes_shards_below_the_embeddings_which_search_reads_with_it
     assert len(open_collection([str(tmp_path / "out")], lambda: run)) == len(names) + 1
 
 
+def test_new_and_changed_images_alone_are_embedded_and_those_that_are_gone_count_for_nothing(
+    here: tiny.Here, tmp_path: Path
+) -> None:
+    photos, run = tmp_path / "photos", embedder(str(tmp_path / "run"))
+    names = write_photos(photos, bad=("cat/1.png",))
+    model, out = tmp_path / "run", tmp_path / "out"
+    embed_images(model, [str(photos)], out, ["embed.batch_size=8", "data.max_bad_share=0.1"])
+    (photos / "cat" / "1.png").unlink()
+    (photos / "anemone" / "0.png").unlink()
+    write_photos(tmp_path / "others")
+    shutil.copyfile(tmp_path / "others" / "cat" / "3.png", photos / "anemone" / "1.png")
+    found = embed_images(model, [str(photos)], out, ["embed.batch_size=8"])  # and none is bad
+    assert read_json(found)["images"] == len(names) - 2
+    assert read_json(found)["bad"] == 0
+    (old, new) = read_json(found)["shards"]
+    assert (len(old["gone"]), new["images"]) == (3, 1)
+    assert not (out / "bad_images.csv").exists()
+    collection = open_collection([str(out)], lambda: run)
+    assert collection.bad == {}
+    rows = dict(zip(map(collection.name, range(len(collection))), np.concatenate(collection.rows), strict=True))
+    fresh = open_collection([str(photos)], lambda: run)
+    assert sorted(rows) == sorted(fresh.name(row) for row in range(len(fresh)))
+    for row in range(len(fresh)):
+        np.testing.assert_allclose(rows[fresh.name(row)], fresh.rows[0][row], atol=1e-5)
+    for row, name in enumerate(map(collection.name, range(len(collection)))):
+        assert collection.image(row) == (photos / name).read_bytes()
+
+
 def listed(found: Path, what: str) -> list[Any]:
     """Keys or names of all images, or None for a shard that has none."""
     of_shards = [shard[what] for shard in json.loads(found.read_text())["shards"]]

@@ -12,7 +12,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from grappa_dist.config import SUPERVISED, Config
@@ -27,6 +27,7 @@ from grappa_dist.make_shards.progress import Log
 from grappa_dist.make_shards.sources import Item
 
 SHARDS_DIR = "shards"  # below a run directory
+USED_FROM = 0.5  # of a shard's images are there: then it is used by who passes over rows
 _FOLDER = re.compile(r".+-(train|test)-[0-9a-f]{10}(\.removed)?")  # of the shards of an entry
 
 
@@ -208,13 +209,32 @@ def shards_of(
     Raises:
         ValueError: a path holds nothing that can be used.
     """
+    entries = _looked_at(paths, root, label_field, log)
+    shards = tuple(shard for made in _make(entries, log, console) for shard in made)
+    note_left_out(root, entries, log)
+    return shards
+
+
+def living_shards_of(
+    paths: Sequence[str], root: Path, *, log: Log = lambda line: None, console: Console | None = None
+) -> tuple[tuple[str, ...], dict[str, list[int]]]:
+    """As `shards_of`, with fewer shards made anew: the rows, by tar, whose images are gone are to be passed over."""
+    entries = [
+        replace(entry, growing=entry.growing and replace(entry.growing, used_from=USED_FROM))
+        for entry in _looked_at(paths, root, None, log)
+    ]
+    shards = tuple(shard for made in _make(entries, log, console) for shard in made)
+    note_left_out(root, entries, log)
+    gone = [entry.growing.made().gone for entry in entries if entry.growing is not None]
+    return shards, {tar: rows for of_entry in gone for tar, rows in of_entry.items()}
+
+
+def _looked_at(paths: Sequence[str], root: Path, label_field: str | None, log: Log) -> list[Entry]:
     where = (root / SHARDS_DIR).absolute()
     found = [(path, images_of(path, "none", label_field, log)) for path in paths]
     entries = [_entry(path, where, "test", images and images.all_test()) for path, images in found]
     _describe(entries, "to look at", log)
-    shards = tuple(shard for made in _make(entries, log, console) for shard in made)
-    note_left_out(root, entries, log)
-    return shards
+    return entries
 
 
 def _make(entries: Sequence[Entry], log: Log, console: Console | None) -> list[tuple[str, ...]]:

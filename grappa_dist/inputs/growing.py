@@ -3,7 +3,9 @@
 The folder of an entry holds folders `000`, `001`, ..., each a finished folder of shards, and beside each the keys of
 its images in the order of rows, `000.npy`. A key stands for the name of a file, its state (size and time of change),
 its class and its task. A shard is used while all its images are there unchanged; what lies in no used shard becomes
-the next folder. So a file that is gone or changed makes its shard, and no other, be made anew without it.
+the next folder. So a file that is gone or changed makes its shard, and no other, be made anew without it. Who passes
+over rows uses a shard while a share of its images is there (`used_from`): then new and changed images alone are made
+into shards, until fewer are left.
 
 Shapes: n images that are there now.
 """
@@ -47,6 +49,7 @@ class Made:
 
     paths: tuple[str, ...]
     holds: NDArray[np.bool_]
+    gone: Mapping[str, list[int]] = field(default_factory=dict)  # by tar: rows whose images are no longer there
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class Growing:
     items: Sequence[Item] = field(repr=False)
     base: Path  # the folder from which the names of files count
     is_ordered: bool = False  # whether the images keep their order even where they train
+    used_from: float = 1.0  # the share of a shard's images that have to be there for it to be used
 
     @cached_property
     def prefixes(self) -> Mapping[Path, str]:
@@ -84,12 +88,17 @@ class Growing:
         order = np.argsort(self.keys, kind="stable")
         ordered = self.keys[order]
         holds = np.zeros(len(self.items), bool)
-        paths = list[str]()
+        paths, gone = list[str](), dict[str, list[int]]()
         for folder in _generations(self.folder):
-            shards = list(_shards_of(folder))
-            used = [str(tar) for tar, keys in shards if _take(keys, ordered, order, holds)]
+            shards, used = list(_shards_of(folder)), list[str]()
+            for tar, keys in shards:
+                there = _there(keys, ordered, order, holds)
+                if len(keys) and there.sum() >= max(1, self.used_from * len(keys)):
+                    holds[order[np.searchsorted(ordered, keys[there])]] = True
+                    used.append(str(tar))
+                    gone |= {} if there.all() else {str(tar): np.flatnonzero(~there).tolist()}
             paths += [str(folder)] if len(used) == len(shards) > 0 else used
-        return Made(tuple(paths), holds)
+        return Made(tuple(paths), holds, gone)
 
     def unneeded(self) -> list[Path]:
         """What lies in the folder and holds no image of now: folders of shards, and unfinished ones."""
@@ -157,18 +166,14 @@ def _progress(log: Log, count: Callable[[int], None] | None) -> Callable[[int, i
     return lambda images, shards: Progress(images, shards, log, interval_s=_PROGRESS_S, count=count)
 
 
-def _take(
+def _there(
     keys: NDArray[np.uint64], ordered: NDArray[np.uint64], order: NDArray[np.int64], holds: NDArray[np.bool_]
-) -> bool:
-    """Whether a shard of these images is used: all are there, and none is in a shard that is used already."""
+) -> NDArray[np.bool_]:
+    """Which images of a shard are there, and in no shard that is used already."""
     if not len(ordered):
-        return False
+        return np.zeros(len(keys), bool)
     places = np.searchsorted(ordered, keys).clip(max=len(ordered) - 1)
-    images = order[places]
-    if not (ordered[places] == keys).all() or holds[images].any():
-        return False
-    holds[images] = True
-    return True
+    return (ordered[places] == keys) & ~holds[order[places]]
 
 
 def _generations(folder: Path) -> list[Path]:

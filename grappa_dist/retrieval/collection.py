@@ -190,7 +190,8 @@ def check_model(folder: Path, listing: Mapping[str, Any], model: OpenModel) -> N
 
 
 def _stored_parts(folder: Path, entry: Mapping[str, Any]) -> tuple[Part, ...]:
-    paths = {what: folder / entry[what] for what in ("rows", "keys", "names", "bad") if entry[what] is not None}
+    optional = [what for what in ("names", "tasks") if entry.get(what) is not None]
+    paths = {what: folder / entry[what] for what in ("rows", "keys", "bad", *optional)}
     for what, path in paths.items():
         expected = entry.get("xxh3", {}).get(what)
         if not path.is_file():

@@ -34,6 +34,7 @@ from grappa_dist.retrieval.collection import Collection, Part, damaged, listed_p
 from grappa_dist.retrieval.faiss_index import Ids, Kind, NumberedRows
 from grappa_dist.retrieval.nearest import Found, Rows, nearest
 from grappa_dist.retrieval.opening import OpenModel, open_model
+from grappa_dist.retrieval.tables import Shard, write_tables
 
 FOLDER, INDEX_FILE, LOCK_FILE, FORMAT = "search", "index.json", "lock", 1
 OPEN_TRIES = 5  # of an index that is replaced at that moment
@@ -240,13 +241,27 @@ class _Building:
                 f"{self.folder}: there is nothing to index: none of {len(collection)} images could be read"
             )
         rows = NumberedRows(collection.rows, _ids_of(entries, parts), np.array(sorted(collection.bad), np.int64))
-        about = {"model": self._about_model(), "shards": entries}
-        if before and all(before[key] == found for key, found in about.items()):
+        tables = before["tables"] if before else []
+        listed = {
+            "format": FORMAT,
+            "model": self._about_model(),
+            **{"images": len(rows.ids), "bad": len(rows.bad), "channels": rows.parts[0].shape[1]},
+            **self._index(rows, before, is_same=before is not None and before["shards"] == entries),
+            "tables": self._tables(list(zip(entries, parts, strict=True)), tables),
+            "shards": entries,
+        }
+        if listed == before:
             self.console.log(f"index: as before, {pluralize(len(rows.ids), 'image')}")
         else:
-            self._write(rows, about, before)
-        self._remove_others()
+            write_json(self.path, listed)
+        self._remove_others(listed)
         return self.path
+
+    def _tables(self, shards: list[Shard], before: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        if importlib.util.find_spec("pyarrow") is None:
+            self.console.log(f"no parquet is written: needs pyarrow: {install_line('pyarrow')}")
+            return []
+        return write_tables(self.path.parent, self.folder, shards, before)
 
     def _about_model(self) -> dict[str, Any]:
         listed = self.listing
@@ -263,17 +278,22 @@ class _Building:
             if Sum.of(file).xxh3 != listed["index"]["xxh3"]:
                 raise damaged(file, "does not hold what was written")
             Kind(**listed["kind"])
+            for table in listed["tables"]:
+                _plain(table["path"])
         except (ValueError, OSError, KeyError, TypeError) as error:
             self.console.log(f"warning: the index is made anew: {printable_line(str(error))}")
             return None
         same = [listed["model"].get(key) == self._about_model()[key] for key in ("sha256", "gallery")]
         return listed if all(same) else None
 
-    def _write(self, rows: NumberedRows, about: Mapping[str, Any], before: Mapping[str, Any] | None) -> None:
+    def _index(self, rows: NumberedRows, before: Mapping[str, Any] | None, *, is_same: bool) -> dict[str, Any]:
+        """The kind of the index, and its file, which is written unless that of before is of the same rows."""
+        if before is not None and is_same:
+            return {key: before[key] for key in ("kind", "index")}
         count = len(rows.ids) - len(rows.bad)
         with self.console.stage("index", pluralize(count, "image")):
-            kind = Kind(**before["kind"]) if before else None
-            if before is not None and kind is not None and kind.lists and kind.fits(count):
+            kind = Kind(**before["kind"]) if before else Kind.of(count)
+            if before and kind.lists and kind.fits(count):
                 index = faiss_index.read(self.path.parent / before["index"]["path"])
                 faiss_index.update(index, rows)
             else:
@@ -282,18 +302,11 @@ class _Building:
             kind = faiss_index.measured(index, rows, kind)
             file = self.path.with_name(f"index-{os.urandom(8).hex()}.faiss")
             replace(file, lambda temporary: faiss_index.write(index, temporary))
-        listed = {
-            "format": FORMAT,
-            **{"images": len(rows.ids), "bad": len(rows.bad), "channels": rows.parts[0].shape[1]},
-            "kind": asdict(kind),
-            "index": {"path": file.name, **asdict(Sum.of(file))},
-            **about,
-        }
-        write_json(self.path, listed)
+        return {"kind": asdict(kind), "index": {"path": file.name, **asdict(Sum.of(file))}}
 
-    def _remove_others(self) -> None:
+    def _remove_others(self, listed: Mapping[str, Any]) -> None:
         """Files of older states, and what a build that was killed has left."""
-        named = {_read(self.path)["index"]["path"]}
+        named = {listed["index"]["path"], *(table["path"] for table in listed["tables"])}
         for file in self.path.parent.iterdir():
             if _OWN.fullmatch(file.name) and file.name not in named:
                 with suppress(FileNotFoundError):
@@ -325,7 +338,10 @@ def _keys_of(entries: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
 
 
 def describe_index(path: Path) -> str:
-    """What is printed at the end of a build: where the index is, of how many images, and what it finds."""
+    """What is printed at the end of a build: where the index is, of how many images, what it finds; and its tables."""
     listed = _read(path)
     count = pluralize(listed["images"] - listed["bad"], "image")
-    return f"index       {path.parent}: {count}, {Kind(**listed['kind']).describe()}"
+    lines = [f"index       {path.parent}: {count}, {Kind(**listed['kind']).describe()}"]
+    if listed["tables"]:
+        lines.append(f"parquet     {path.parent}/images-*.parquet: {pluralize(len(listed['tables']), 'file')}")
+    return "\n".join(lines)

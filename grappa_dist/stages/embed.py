@@ -104,8 +104,13 @@ def _made_before(store: Store, wanted: Artifact, kinds: Mapping[str, Sequence[st
     return next((artifact for artifact in same if artifact.complete), wanted)
 
 
-def embed(run: Run, images: ImageShards, spec: ModelSpec, features: Sequence[Artifact]) -> dict[int, str]:
+def embed(
+    run: Run, images: ImageShards, spec: ModelSpec, features: Sequence[Artifact], *, gone: frozenset[int] = frozenset()
+) -> dict[int, str]:
     """Embeds the shards that have no features yet, one task per shard, on all workers.
+
+    Args:
+        gone: rows that do not matter, bad or not.
 
     Returns:
         The bad rows, and why each is bad.
@@ -124,7 +129,7 @@ def embed(run: Run, images: ImageShards, spec: ModelSpec, features: Sequence[Art
             how = Embedding(run.config.embed.batch_size, run.config.resources.decode_threads)
             tasks = [EmbedTask(images.part(i), images.shard_rows(i).start, spec, features[i], how) for i in missing]
             counter = run.console.counter(f"embed {spec.name}", [images.shards[i].rows for i in missing])
-            early = _EarlyCheck(images, features, run.config.data.max_bad_share)
+            early = _EarlyCheck(images, features, run.config.data.max_bad_share, gone)
 
             def done(index: int) -> None:
                 counter(index)
@@ -134,7 +139,7 @@ def embed(run: Run, images: ImageShards, spec: ModelSpec, features: Sequence[Art
             wait_until_seen(features)
         if alike := _describe_alike(feature_rows(images, features)):
             run.console.log(f"warning: embed {spec.name}: {alike}")
-    reasons = bad_reasons(images, features)
+    reasons = {row: why for row, why in bad_reasons(images, features).items() if row not in gone}
     check_bad_share(images, reasons, run.config.data.max_bad_share)
     return reasons
 
@@ -264,8 +269,10 @@ def bad_rows(images: ImageShards, features: Sequence[Artifact]) -> NDArray[np.in
 class _EarlyCheck:
     """Stops a run as soon as it is certain that too many rows are bad, not only when all are embedded."""
 
-    def __init__(self, images: ImageShards, features: Sequence[Artifact], limit: float) -> None:
-        self._images, self._limit = images, limit
+    def __init__(
+        self, images: ImageShards, features: Sequence[Artifact], limit: float, gone: frozenset[int] = frozenset()
+    ) -> None:
+        self._images, self._limit, self._gone = images, limit, gone
         self._left = dict(enumerate(features))
         self._bad: dict[int, str] = {}
         self._rows = 0  # of the shards that were counted
@@ -276,7 +283,8 @@ class _EarlyCheck:
             return
         self._checked = time.monotonic()
         for shard in [shard for shard, artifact in self._left.items() if artifact.complete]:
-            self._bad |= _bad_of(self._images, shard, self._left.pop(shard))
+            bad = _bad_of(self._images, shard, self._left.pop(shard))
+            self._bad |= {row: why for row, why in bad.items() if row not in self._gone}
             self._rows += self._images.shards[shard].rows
         check_bad_share(self._images, self._bad, self._limit, rows=self._rows)
 

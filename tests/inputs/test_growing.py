@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from grappa_dist.inputs import growing, shards_of
+from grappa_dist.inputs import growing, living_shards_of, shards_of
 from grappa_dist.inputs.growing import Growing
 from grappa_dist.inputs.growing import images_per_shard as growing_images_per_shard
 from grappa_dist.make_shards.class_folders import folder_items
@@ -48,6 +48,26 @@ def test_what_is_gone_or_changed_makes_its_own_shard_be_made_anew(tmp_path: Path
     assert names_of(changed) == ["4.png", "5.png", "1.png", "2.png", "3.png"]
     again = shards_of([str(photos)], tmp_path / "run")
     assert again == changed
+
+
+def test_who_passes_over_rows_makes_shards_of_new_and_changed_images_alone_until_few_are_left(tmp_path: Path) -> None:
+    photos = write_images(tmp_path / "photos", [f"{n}.png" for n in range(6)])
+    run = tmp_path / "run"
+    [folder], gone = living_shards_of([str(photos)], run)
+    assert gone == {}
+    (photos / "0.png").unlink()
+    write_images(photos, ["3.png"], first=30)
+    changed, gone = living_shards_of([str(photos)], run)
+    assert changed == (folder, str(Path(folder).with_name("001")))
+    assert names_of(changed[1:]) == ["3.png"]
+    assert gone == {f"{folder}/shard-000000.tar": [0], f"{folder}/shard-000001.tar": [1]}
+    (photos / "1.png").unlink()
+    fewer, gone = living_shards_of([str(photos)], run)
+    assert fewer == (f"{folder}/shard-000001.tar", f"{folder}/shard-000002.tar", changed[1])
+    assert gone == {f"{folder}/shard-000001.tar": [1]}
+    write_images(photos, ["1.png"], first=1)
+    assert names_of(living_shards_of([str(photos)], run)[0][-1:]) == ["1.png"]
+    assert names_of(shards_of([str(photos)], run)) == ["4.png", "5.png", "3.png", "1.png", "2.png"]
 
 
 def test_a_file_that_comes_back_is_in_one_shard(tmp_path: Path) -> None:
