@@ -25,6 +25,7 @@ VERBS = {
     "evaluate": "Score a model on labelled images, beside its backbone.",
     "export": "Write a model of a finished run as a folder that load_model reads.",
     "duplicates": "List images that are nearly the same.",
+    "map": "Draw the embeddings of images as a page, backbone and adapted model side by side.",
     "status": "Show how far a run is, from another terminal.",
     "plan": "Show what a run would do, how long it would take and what it needs.",
     "check": "Check the artefacts of a run.",

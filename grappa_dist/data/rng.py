@@ -43,6 +43,7 @@ class Purpose(Enum):
     SHOWN_CLUSTERS = "sample clusters"  # seed, K
     INDEX_SAMPLE = "rows of a search index"  # lists: rows that train them; none: rows that measure the recall
     CLUSTER_IMAGES = "images of a cluster"  # seed, K, cluster
+    MAP = "map of embeddings"  # images: which are shown of many; images, 1: which have pictures
 
 
 def philox(purpose: Purpose, *numbers: int) -> np.random.Philox:

@@ -1,0 +1,139 @@
+"""`grappa-dist map`: the embeddings of images as a page, backbone and adapted model side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from grappa_dist.cli.verb import split_words, verb, words
+from grappa_dist.cli.with_model import Options, embedder_of, list_left_out, places_of, with_model
+from grappa_dist.console import Ending
+from grappa_dist.output import printable
+
+if TYPE_CHECKING:
+    from grappa_dist.retrieval.collection import Collection
+    from grappa_dist.retrieval.embedding import Embedder
+    from grappa_dist.retrieval.map_images import MapImages
+
+MOST = 100_000
+
+
+@verb(
+    "map",
+    examples=[
+        "grappa-dist map runs/mine",
+        "grappa-dist map --model runs/mine --images photos/ --out map.html",
+        "grappa-dist map --model runs/mine --images list.csv --label-column breed --keep embeddings/map",
+    ],
+)
+@words("given", "[RUN]")
+@click.option("--out", metavar="FILE", help="The page (default: map.html, in the directory of RUN).")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of UMAP's random numbers.")
+@click.option("--most", type=click.IntRange(10, MOST), default=MOST, show_default=True, help="Images of the map.")
+@click.option("--keep", metavar="DIR", help="With --images: keep the embeddings of both models there.")
+@click.option("--name", metavar="MODEL", help="With RUN: another of its models, as in the table of scores.")
+@click.option(
+    "--against",
+    default="backbone",
+    show_default=True,
+    metavar="OTHER",
+    help="With --model: the model of the first map, as --model; backbone: the model's own; none: a single map.",
+)
+@click.option("--label-column", metavar="NAME", help="The column of a CSV, or the key in shards, that has the labels.")
+@click.option(
+    "--images",
+    multiple=True,
+    metavar="PLACE",
+    help="Images: class folders or any folder, a CSV, shards. May be given several times.",
+)
+@with_model(required=False)
+def command(
+    ending: Ending, given: tuple[str, ...], images: tuple[str, ...], out: str | None, seed: int, most: int,
+    name: str | None, **options: object,
+) -> None:  # fmt: skip
+    """Draws images as points of a page, near where a model finds them alike: the backbone's map beside the adapted one.
+
+    Colours show classes, the pointer shows the image. RUN shows the images that a finished run was tested on, and
+    embeds nothing; --model embeds --images in this process.
+    """
+    from grappa_dist.config import expanded
+    from grappa_dist.console import Console
+    from grappa_dist.retrieval.map import lay_out_images
+    from grappa_dist.retrieval.map_images import images_of_run
+    from grappa_dist.retrieval.map_page import MapContent, write_map
+    from grappa_dist.retrieval.opening import device_of
+
+    runs, settings = split_words(given)
+    _check(runs, settings, images, name, options)
+    device = device_of(str(options["device"]))
+    if runs:
+        root = Path(expanded(runs[0], "RUN"))
+        path = Path(expanded(out, "--out")) if out else root / "map.html"
+        shown = images_of_run(root, most, name)
+    else:
+        path, shown = Path(expanded(out or "map.html", "--out")), _embedded(options, settings, images, most)
+    layouts = lay_out_images(shown.embeddings, Console(), device=device, seed=seed)
+    title = f"Map of {Path(expanded(runs[0], 'RUN')).resolve().name}" if runs else f"Map of {', '.join(images)}"
+    content = MapContent(title, layouts, shown.names, shown.ground_truth, shown.notes)
+    written = write_map(path, content, shown.read, threads=max(1, int(str(options["decode_threads"]))))
+    print(printable(f"map     {written.path}  ({written.bytes / 1e6:.1f} MB, {written.pictures:,} pictures)"))
+
+
+def _check(
+    runs: Sequence[str], settings: Sequence[str], images: Sequence[str], name: str | None, options: Options
+) -> None:
+    """Raises click.UsageError unless the words name either a run, or a model and images."""
+    if len(runs) > 1 or bool(runs) == bool(images) or bool(images) != (options["model"] is not None):
+        raise click.UsageError("expected one run directory, or --model and --images")
+    if runs and settings:
+        raise click.UsageError(f"{' '.join(settings)}: settings are for a backbone that --model names")
+    needless = [f"--{key.replace('_', '-')}" for key in ("label_column", "keep", "gallery", "left_out") if options[key]]
+    if runs and needless:
+        raise click.UsageError(f"{needless[0]} is for --model and --images; a run has its images and labels")
+    if name is not None and not runs:
+        raise click.UsageError("--name is for a run directory; --model names the model itself")
+
+
+def _embedded(options: Options, settings: Sequence[str], images: Sequence[str], most: int) -> MapImages:
+    from grappa_dist.config import expanded
+    from grappa_dist.retrieval.collection import open_collection
+    from grappa_dist.retrieval.embedding import describe_bad
+    from grappa_dist.retrieval.map_images import images_of_collections, labels_by_name
+
+    places = places_of(images)
+    collections: dict[str, Collection] = {}
+    embedders = _embedders(options, settings)
+    for number, (called, embedder) in enumerate(embedders.items()):
+        folder = Path(expanded(options["keep"], "--keep")) if options["keep"] else None
+        folder = folder / ("model" if number == len(embedders) - 1 else "against") if folder else None
+        collections[called] = open_collection(places, lambda embedder=embedder: embedder, keep=folder)  # type: ignore[misc]
+    labels = labels_by_name(places, options["label_column"], embedder.console.log)
+    found = collections[called]
+    bad = [(found.name(row), why) for row, why in found.bad.items()]
+    for line in describe_bad(bad, len(found), list_left_out(options, bad)):
+        print(line)
+    return images_of_collections(collections, labels, most)
+
+
+def _embedders(options: Options, settings: Sequence[str]) -> dict[str, Embedder]:
+    """The models by the names of their maps, that which is compared with first."""
+    from dataclasses import replace
+
+    from grappa_dist.config import expanded
+    from grappa_dist.retrieval.opening import open_model
+
+    mine = embedder_of(options, settings)
+    against = options["against"]
+    if against == "none" or (against == "backbone" and not mine.model.has_adaptors):
+        return {mine.model.variant: mine}
+    if against == "backbone":
+        return {"backbone": replace(mine, model=mine.model.backbone()), mine.model.variant: mine}
+    trusted = options["trust_modules"]
+    other = open_model(expanded(against, "--against"), options["device"], trust_modules=trusted)
+    first, second = other.name, mine.model.name
+    if first == second:
+        first, second = f"{first} (1)", f"{second} (2)"
+    return {first: replace(mine, model=other), second: mine}
