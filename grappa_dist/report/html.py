@@ -208,8 +208,8 @@ figcaption{font-weight:600;font-size:14px;margin-bottom:5px;overflow-wrap:anywhe
 .cell{fill:var(--wash)}
 .more{fill:var(--more)}
 .less{fill:var(--less)}
-.ink-more{color:var(--more)}
-.ink-less{color:var(--less)}
+.ink-more{color:var(--up)}
+.ink-less{color:var(--down)}
 .legend{display:flex;flex-wrap:wrap;gap:2px 16px;margin:5px 0 0;font-size:13px;color:var(--muted)}
 .legend span{display:inline-flex;align-items:center;gap:6px;overflow-wrap:anywhere}
 .key{width:22px;height:8px;flex:none}
@@ -283,11 +283,13 @@ pre{white-space:pre-wrap;overflow-wrap:anywhere}
 .score th,.score td{padding-left:4px;padding-right:4px}
 .score td{min-width:0}
 .score .map,.score .delta{display:block;min-width:0;margin:0}
-.score tbody th{white-space:normal;overflow-wrap:anywhere}
+.score{table-layout:fixed}
+.score th{white-space:normal;overflow-wrap:anywhere}
 .plain{font-size:11.5px}
 .plain thead th{font-size:11px}
 .plain td,.plain tbody th,.plain thead th{padding:4px 5px}
 .numeric td,.plain tbody th,thead small{white-space:normal}
+.plain th{overflow-wrap:anywhere}
 figure,.card,.strip,tr{break-inside:avoid}
 .lanes{grid-template-columns:1fr 1fr;gap:8px 14px}
 .query{flex-basis:104px}
