@@ -1,5 +1,5 @@
-"""Retrieval metrics, leave one out by cosine: R-Precision, MAP@R (Musgrave et al. 2020) and recall at 1; and how nested
-two partitions of the same rows are.
+"""Retrieval metrics, leave one out by cosine: R-Precision, MAP@R (Musgrave et al. 2020) and recall at 1; the same and
+others of lists that are found elsewhere (retrieval/ranking.py); and how nested two partitions of the same rows are.
 
 Every image is a query against all others. R is the number of other images of its class; the image of a class of one is
 never a query, but in the gallery; a row with a negative label is neither. Equal scores are ordered by row id. A product
@@ -14,6 +14,7 @@ candidates, D dimensions. In partitions, label -1 is no label.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,7 @@ _TABLE = 2**24  # scores of a block
 _SPARE = 8  # candidates beyond k in the first search
 _MANY = 16  # more than this times k, and more than 1 / 16 of the gallery, are too many candidates
 METRICS = ("r_precision", "map_at_r", "recall_at_1")
+DEPTHS = (1, 5, 10)  # k of the metrics of the k nearest
 _UNIT = 2**40  # a query's metric in [0, 1] as an integer: they add in any order
 _MOST = 2**22  # whose sum fits in int64
 
@@ -93,8 +95,7 @@ class QueryScores:
 
     def values(self, metric: str = "r_precision") -> NDArray[np.float64]:
         """One of METRICS for each query, (q,), in [0, 1]."""
-        values: NDArray[np.float64] = self.units[:, METRICS.index(metric)] / _UNIT
-        return values
+        return as_fractions(self.units[:, METRICS.index(metric)])
 
 
 @dataclass(frozen=True)
@@ -205,6 +206,49 @@ def _block_scores(relevant: Tensor, others: Tensor) -> Tensor:
     precisions = (hits.double() * _UNIT / ranks).round().long() * relevant  # (b, t) integers: their sum has no order
     r_precision = (hits[:, -1].double() * _UNIT / others).round().long()
     return torch.stack([r_precision, precisions.sum(1) // others, relevant[:, 0].long() * _UNIT], 1)
+
+
+def metrics_of(depths: Sequence[int] = DEPTHS) -> tuple[str, ...]:
+    """The names of what `list_units` computes: r_precision, map_at_r, then recall, precision and map_at k."""
+    return ("r_precision", "map_at_r", *(f"{name}_at_{k}" for name in ("recall", "precision", "map") for k in depths))
+
+
+def list_units(relevant: Tensor, sizes: Tensor, depths: Sequence[int] = DEPTHS) -> Tensor:
+    """The metrics of lists of neighbours, in units of 2**-40: (b, m) integers, in the order of `metrics_of`.
+
+    With R relevant images in the gallery, and P(i) the share of relevant ones among the first i:
+    R-Precision is P(R), and MAP@R the sum of P(i) over relevant places i <= R, divided by R. At a depth k, recall is 1
+    where any of the first k is relevant, else 0 (as in metric learning; in text retrieval that is the hit rate, and
+    recall the share of the R that is found); precision is P(k), also where the gallery has fewer than k; mAP@k is the
+    sum of P(i) over relevant places i <= k, divided by R, as trec_eval and pytorch-metric-learning have it, so it stays
+    below 1 where R > k.
+
+    Args:
+        relevant: (b, t) whether the i-th nearest is of the query's class; t is at least the largest R and depth, and
+            places beyond the gallery are False.
+        sizes: (b,) R of each query, at least 1.
+    """
+    at_r = _block_scores(relevant, sizes)[:, :2]
+    ranks = torch.arange(1, relevant.shape[1] + 1, device=relevant.device)
+    hits = relevant.cumsum(1)
+    summed = ((hits.double() * _UNIT / ranks).round().long() * relevant).cumsum(1)  # (b, t) integers
+    first = [hits[:, k - 1] for k in depths]
+    recall = [(found > 0).long() * _UNIT for found in first]
+    precision = [(found.double() * _UNIT / k).round().long() for found, k in zip(first, depths, strict=True)]
+    average = [summed[:, k - 1] // sizes for k in depths]
+    return torch.cat([at_r, torch.stack([*recall, *precision, *average], 1)], 1)
+
+
+def mean_of(units: NDArray[np.int64]) -> float:
+    """The mean of a metric (q,) in units of 2**-40, as `RetrievalSums.finish` has it; 0 without queries."""
+    parts = (units[start : start + _MOST] for start in range(0, len(units), _MOST))
+    return sum(int(part.sum()) for part in parts) / (_UNIT * max(len(units), 1))
+
+
+def as_fractions(units: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Metrics in units of 2**-40 as fractions."""
+    values: NDArray[np.float64] = units / _UNIT
+    return values
 
 
 def _check(z: Tensor, labels: Tensor, query_rows: range, block_rows: int | None) -> None:

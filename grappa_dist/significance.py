@@ -42,13 +42,31 @@ def bootstrap_interval(
     Raises:
         ValueError: there is no task, or one without queries.
     """
-    rng, means = np.random.default_rng(seed), np.zeros(draws)
-    for task in _checked(tasks):
+    columns = [task[:, None] for task in _checked(tasks)]
+    return bootstrap_intervals(columns, level=level, draws=draws, seed=seed)[0]
+
+
+def bootstrap_intervals(
+    tasks: Sequence[Values], *, level: float = 0.95, draws: int = DRAWS, seed: int = 0
+) -> list[tuple[float, float]]:
+    """The interval of each of several figures of the same queries, which are drawn once: `bootstrap_interval` of each.
+
+    Args:
+        tasks: one array (q, m) per task, a column for each figure.
+
+    Raises:
+        ValueError: there is no task, or one without queries.
+    """
+    _checked([task[:, 0] for task in tasks])
+    rng, means = np.random.default_rng(seed), np.zeros((tasks[0].shape[1], draws))
+    for task in tasks:
+        figures = [np.ascontiguousarray(figure) for figure in task.T]
         for part in _parts(draws, len(task)):
             picked = rng.integers(0, len(task), (part.stop - part.start, len(task)), dtype=np.int32)
-            means[part] += task[picked].mean(1) / len(tasks)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2]).tolist()
-    return low, high
+            for of_figure, figure in zip(means, figures, strict=True):
+                of_figure[part] += figure[picked].mean(1) / len(tasks)
+    bounds = np.quantile(means, [(1 - level) / 2, (1 + level) / 2], axis=1)
+    return [(low, high) for low, high in bounds.T.tolist()]
 
 
 def paired_test(tasks: Sequence[Values], *, draws: int = DRAWS, seed: int = 0) -> float:

@@ -46,6 +46,7 @@ OF_OTHERS = {
     "PreemptMode",
     "IndexHNSWFlat",
     "reducing_gap",
+    *("hit_rate_at_k", "map_at_k", "map_cut", "mean_average_precision", "mean_average_precision_at_r", "trec_eval"),
 }
 
 

@@ -207,6 +207,23 @@ def test_the_commands_on_a_model_run(
         assert SAID[words[1]] in said, shlex.join(words)
 
 
+@pytest.mark.usefixtures("process")
+def test_the_commands_on_a_split_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model_in(Path("runs", "mine"))
+    names = write_photos(Path("shop"))
+    for number in range(3):
+        picture(Path("asked", "cat", f"{number}.png"), 90 + number)
+        picture(Path("crawl", f"{number}.png"), 80 + number)
+    rows = [f'"shop/{name}","{name.split("/")[0]}",{("query", "gallery")[at % 2]}' for at, name in enumerate(names)]
+    Path("list.csv").write_text("\n".join(["file,label,side", *rows]))
+    for words in (words for lines in run_by("test_the_commands_on_a_split_run") for words in lines):
+        assert main(words[1:]) == 0, shlex.join(words)
+        assert "among the images of their task in a gallery of" in capfd.readouterr().out
+
+
 def picture(path: Path, number: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(tiny.picture(number))

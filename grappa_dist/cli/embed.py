@@ -36,7 +36,13 @@ from grappa_dist.output import printable
     help="Import the module that a model from elsewhere names as its backbone; it is run.",
 )
 @click.option("--index", is_flag=True, help="Make an index for search there as well, or bring it up to date.")
-@click.option("--gallery", metavar="TASK", help="Of a model of the variant gallery: whose weights to use.")
+@click.option(
+    "--gallery-weights",
+    "--gallery",
+    "gallery",
+    metavar="TASK",
+    help="Of a model of the variant gallery: the task whose weights of the sets to use.",
+)
 @click.option("--model", required=True, metavar="M", help="A run directory, or an exported model's.")
 def command(
     ending: Ending, given: tuple[str, ...], model: str, images: tuple[str, ...], out: str, gallery: str | None,

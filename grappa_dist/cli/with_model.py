@@ -16,8 +16,15 @@ if TYPE_CHECKING:
 Options = dict[str, Any]  # by name, as click gives them
 
 
-def with_model(*, required: bool = True) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """The options of a verb about a model, which `embedder_of` reads."""
+def with_model(
+    *, required: bool = True, weights: str = "--gallery"
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The options of a verb about a model, which `embedder_of` reads.
+
+    Args:
+        weights: an older name of --gallery-weights that the verb has as well; "" where it means something else there.
+    """
+    named = ("--gallery-weights", weights, "gallery") if weights else ("--gallery-weights",)
 
     def decorated(work: Callable[..., Any]) -> Callable[..., Any]:
         for option in (
@@ -33,7 +40,11 @@ def with_model(*, required: bool = True) -> Callable[[Callable[..., Any]], Calla
                 help="Import the module that a model from elsewhere names as its backbone; it is run.",
             ),
             click.option("--left-out", metavar="FILE", help="A CSV that names the images that could not be read."),
-            click.option("--gallery", metavar="TASK", help="Of a model of the variant gallery: whose weights to use."),
+            click.option(
+                *named,
+                metavar="TASK",
+                help="Of a model of the variant gallery: the task whose weights to use.",
+            ),
             click.option(
                 "--model",
                 required=required,

@@ -49,12 +49,15 @@ class Images:
         return replace(self, train=(), test=[*self.train, *self.test])
 
 
-def images_of(entry: str, split: str, label_field: str | None, log: Log) -> Images | None:
+def images_of(
+    entry: str, split: str, label_field: str | None, log: Log, *, split_column: str | None = None
+) -> Images | None:
     """The images of an entry; None of one that is shards.
 
     Args:
         split: auto: by the parts that folders, files or a column name; none: all train; classes: half of them train.
         label_field: the column of the labels, of a table or a list.
+        split_column: of a list: the column whose value its items have as `split`, by default `split`.
 
     Raises:
         ValueError: nothing in it can be used, or a column that was asked for is not there.
@@ -62,9 +65,11 @@ def images_of(entry: str, split: str, label_field: str | None, log: Log) -> Imag
     kind = kind_of(entry)
     if kind == "shards":
         return None
+    if split_column is not None and kind in ("folder", "table"):
+        raise ValueError(f"{entry}: is a {kind}; expected a CSV or {LINES} list with a column {split_column!r}")
     if kind == "folder":
         return _of_folder(entry, split, log)
-    found = _of_table(entry, label_field, log) if kind == "table" else _of_list(entry, label_field, log)
+    found = _of_table(entry, label_field, log) if kind == "table" else _of_list(entry, label_field, log, split_column)
     sides = split_items(found.train, _split_of(found.train, split))
     if not found.train:
         raise ValueError(f"{entry}: no rows; expected images")
@@ -106,17 +111,17 @@ def _of_table(entry: str, label_field: str | None, log: Log) -> Images:
     return Images(items, (), base.absolute(), is_ordered=True, sources=tables)
 
 
-def _of_list(entry: str, label_field: str | None, log: Log) -> Images:
+def _of_list(entry: str, label_field: str | None, log: Log, split_column: str | None) -> Images:
     """The images that a list names: relative to its folder, or anywhere by absolute paths."""
     path = Path(entry).absolute()
     if not path.is_file():
         raise ValueError(f"{entry}: does not exist; expected a CSV or {LINES} list, or a folder of images")
     source, elsewhere = FolderSource(path.parent), FolderSource(Path(path.anchor))
-    items = csv_items(str(path), source, _columns_of(path, label_field), log, elsewhere=elsewhere)
+    items = csv_items(str(path), source, _columns_of(path, label_field, split_column), log, elsewhere=elsewhere)
     return Images(items, (), path.parent, is_ordered=False, sources=[source, elsewhere])
 
 
-def _columns_of(path: Path, label_field: str | None) -> Columns:
+def _columns_of(path: Path, label_field: str | None, split_column: str | None) -> Columns:
     has = header_of(str(path))
     file = _first(_FILES, has)
     if file is None:
@@ -129,7 +134,7 @@ def _columns_of(path: Path, label_field: str | None) -> Columns:
         label_named=label_field is not None,
         task=task or "",
         task_name=None if task else path.stem,
-        split=_first((_SPLIT,), has),
+        split=split_column or _first((_SPLIT,), has),
     )
 
 

@@ -116,6 +116,9 @@ def _json_row(row: ScoreRow) -> dict[str, str | int | float | None]:
     }
 
 
+ABOUT = "One image-search model for many tasks, adapted without labels."
+
+
 def page(content: ReportContent) -> str:
     """The whole page as HTML."""
     images = Images()  # of all sections, so that each image is stored once
@@ -139,11 +142,14 @@ def page(content: ReportContent) -> str:
     return document(content.title, sections, before=aside, after=images.definitions())
 
 
-def document(name: str, sections: Sequence[tuple[str, str, str]], *, before: str = "", after: str = "") -> str:
+def document(
+    name: str, sections: Sequence[tuple[str, str, str]], *, before: str = "", after: str = "", about: str = ABOUT
+) -> str:
     """A page with a title, of sections that are given as anchor, heading and markup; those without markup are left out.
 
     Args:
         before: markup ahead of the sections; `after` behind them.
+        about: the line below the title.
     """
     present = [s for s in sections if s[2]]
     links = "".join(f'<a href="#{anchor}">{heading}</a>' for anchor, heading, _ in present)
@@ -156,7 +162,7 @@ def document(name: str, sections: Sequence[tuple[str, str, str]], *, before: str
         '<meta name="color-scheme" content="light dark">'
         f"<title>{title}</title><style>{STYLE}</style></head><body>"
         f"<header>{MARK}<div><h1>{title}</h1>"
-        "<p>One image-search model for many tasks, adapted without labels.</p></div></header>"
+        f"<p>{text(about, 500)}</p></div></header>"
         f'<nav aria-label="Sections">{links}</nav><main>{before}{body}{after}</main></body></html>\n'
     )
 

@@ -51,19 +51,45 @@ class Embedder:
             ValueError: an embedding of an image that decodes is not finite.
         """
         rows = np.arange(len(images)) if rows is None else rows
-        found = np.zeros((len(rows), int(self.model.model.embed_dim)), np.float32)  # type: ignore[arg-type]
+        found = np.zeros((len(rows), self.dim), np.float32)
         bad: dict[int, str] = {}
+        for start, unit, reasons in self.blocks(images, rows, 1):
+            found[start : start + len(unit)] = unit
+            bad |= reasons
+        return Embedded(found, bad)
+
+    @property
+    def dim(self) -> int:
+        """D."""
+        return int(self.model.model.embed_dim)  # type: ignore[arg-type]
+
+    def blocks(
+        self, images: Images, rows: NDArray[np.int64], size: int
+    ) -> Iterator[tuple[int, NDArray[np.float32], dict[int, str]]]:
+        """Embeds some images, block after block, so that not all rows need to fit into memory.
+
+        Args:
+            rows: (n,) row ids.
+            size: rows of a block, rounded up to whole batches.
+
+        Yields:
+            The place in `rows`, unit rows with zeros for those that do not decode, and why these do not, by row.
+        """
         if not len(rows):
-            return Embedded(found, bad)
+            return
         how = Embedding(max(1, min(self.batch_size, len(rows))), self.threads)
         batches = embed_rows(self.model.model, images, rows, device=self.model.device, how=how)
         with self.console.stage("embed", f"{self.model.variant}, {pluralize(len(rows), 'image')}"):
             counter, began = self.console.counter(f"embed {self.model.variant}", [len(rows)]), time.monotonic()
+            start, parts, bad = 0, list[NDArray[np.float32]](), dict[int, str]()
             for place, unit, reasons in batches:
-                found[place] = unit
+                parts.append(unit)
                 bad |= reasons
-                counter.running([{"done": place.start + len(unit), "seconds": time.monotonic() - began}])
-        return Embedded(found, bad)
+                done = place.start + len(unit)
+                counter.running([{"done": done, "seconds": time.monotonic() - began}])
+                if done - start >= size or done == len(rows):
+                    yield start, np.concatenate(parts), bad
+                    start, parts, bad = done, [], {}
 
 
 def describe_bad(bad: Sequence[tuple[str, str]], images: int, path: Path | None = None) -> Iterator[str]:

@@ -1,130 +1,113 @@
-"""Retrieval scores of any model on any labelled images, leave-one-out as in the paper, beside another model.
+"""Retrieval scores of any model on any labelled images, beside another model.
 
-Every labelled image is a query among the others of its task. The figures are those that a run computes of the same
-images (stages/evaluate.py). Shapes: n images, q queries of a task, D channels.
+Without a split every labelled image is a query among the others of its task, as in the paper, and the figures are those
+that a run computes of the same images (stages/evaluate.py). Shapes: n labelled images, q queries, D channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from grappa_dist.console import Console, pluralize
+from grappa_dist.data.decoding import BadImage
 from grappa_dist.data.loader import Images
-from grappa_dist.data.shards import ImageShards
-from grappa_dist.metrics import METRICS, QueryScores, query_scores
+from grappa_dist.metrics import DEPTHS, metrics_of
 from grappa_dist.retrieval import BATCH_SIZE, DECODE_THREADS
 from grappa_dist.retrieval.embedding import Embedder
-from grappa_dist.retrieval.images import open_images
 from grappa_dist.retrieval.opening import OWN_BACKBONE, Named, OpenModel, is_backbone, open_model
-from grappa_dist.significance import bootstrap_interval, mean_over_tasks
-from grappa_dist.stages.ground_truth import GroundTruth, describe_unreadable, members_of, numbered_members
-from grappa_dist.verdict import Gain, TaskQueries, gains
+from grappa_dist.retrieval.ranking import Ids, Ranker, Ranking, Rows, equal_pairs, relevant_counts
+from grappa_dist.retrieval.scores import (
+    Evaluated,
+    Lookup,
+    Mixed,
+    Queries,
+    Scores,
+    Searched,
+    class_scores,
+    compared,
+    mean_scores,
+    task_scores,
+)
+from grappa_dist.retrieval.splits import Given, Hashed, Split, open_split
 
-
-@dataclass(frozen=True)
-class Scores:
-    """One model on one task, or in the mean over tasks; figures in [0, 1]."""
-
-    task: str | None  # None: the mean over tasks
-    queries: int
-    classes: int  # of the queries
-    alone: int  # images that are the only one of their class, so that they are searched among and are no queries
-    r_precision: float
-    map_at_r: float
-    recall_at_1: float
-    low: float  # 95 % bootstrap interval of R-Precision over queries
-    high: float
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """What `evaluate` found.
-
-    Attributes:
-        models: what the model, and the one that it is compared with, are called in `scores`, and which they are.
-        images: how many there are; those of `bad` among them.
-        scores: by model, the model first: the tasks in their order.
-        means: by model, the mean over tasks.
-        gains: of the model over the other one: the mean, then each task; empty where nothing is compared.
-        bad: names of images that could not be read, and why.
-        remarks: sentences about labels.
-    """
-
-    models: Mapping[str, str]
-    images: int
-    scores: Mapping[str, Sequence[Scores]]
-    means: Mapping[str, Scores]
-    gains: Sequence[Gain]
-    bad: Sequence[tuple[str, str]]
-    remarks: Sequence[str]
+SHOWN = 10  # neighbours of each query that are kept by name
+BLOCK = 16_384  # distractors that are embedded before they are searched
+Paths = str | Path | Sequence[str | Path]
 
 
 def evaluate(
     model: Named,
-    images: str | Path | Sequence[str | Path],
+    images: Paths = (),
     *,
+    queries: Paths = (),
+    gallery: Paths = (),
+    distractors: Paths = (),
+    split_column: str | None = None,
     against: Named | None = OWN_BACKBONE,
     label_column: str | None = None,
-    gallery: str | None = None,
+    depths: Sequence[int] = DEPTHS,
+    gallery_weights: str | None = None,
     settings: Iterable[str] = (),
     trust_modules: bool | None = None,
     device: str = "auto",
     batch_size: int = BATCH_SIZE,
     decode_threads: int = DECODE_THREADS,
 ) -> Evaluated:
-    """R-Precision, MAP@R and recall@1 of a model on labelled images, and how sure it is better than another.
+    """Scores a model on labelled images, beside another one; docs/evaluate.md has the figures and what is searched.
 
     Args:
         model: a run directory, an exported model's, `timm:<model>`, `<module>:<function>`, or what `load_model` gives.
-        images: class folders, a CSV with labels, or shards with labels; one or several.
+        images: class folders, lists with labels, or shards with labels: every image is a query among the others, or
+            the side that `split_column` names: query, gallery or distractor. Else `queries` and `gallery`.
+        distractors: images without labels, searched as well: never queries and never relevant.
         against: the model to compare with; "backbone": the model's own, if it has adaptors; None: nothing.
-        label_column: the column of a CSV, or the key of the shards' JSON members, that has the labels.
-        gallery: of a model of the variant `gallery`: the task whose weights are used, in place of each task's own.
-        settings: `backbone.key=value`, as of a run, of a backbone that `model` or `against` names.
-        trust_modules: as for `load_model`.
-        device: "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:<number>".
+        label_column, split_column: of a list, or the keys of the shards' JSON members.
+        depths: k of recall, precision and mAP at k.
+        gallery_weights: of a model of the variant `gallery`: the task whose weights are used for all tasks.
+        settings, trust_modules, device: as of `open_model`; the settings are those of a backbone that is named.
 
     Raises:
-        ValueError: there is no such model or image, or no image has a label that another one shares.
+        ValueError: there is no such model or image, or no query has an image of its class to find.
     """
-    places = [str(place) for place in ([images] if isinstance(images, str | Path) else images)]
-    console = Console()
-    found = open_images(places, labelled=True, label_column=label_column, log=console.log)
-    labels = _labels_of(found, label_column)
-    mine, theirs = _divided(tuple(settings), model, against)
-    opened = open_model(model, device, gallery=gallery, settings=mine, trust_modules=trust_modules)
-    other = _other(opened, against, device, settings=theirs, trust_modules=trust_modules)
-    models = {opened.variant: opened}
-    if other is not None:
-        models = dict(zip(_called(opened, other, own=against == OWN_BACKBONE), (opened, other), strict=True))
+    console, ks, given = Console(), _checked(depths), Given(*map(_places, (images, queries, gallery, distractors)))
+    split = open_split(given, label_column=label_column, split_column=split_column, log=console.log)
+    how: dict[str, Any] = {"settings": tuple(settings), "trust_modules": trust_modules}
+    models = _models(model, against, device, gallery_weights, **how)
     embedders = {name: Embedder(one, console, batch_size, decode_threads) for name, one in models.items()}
-    return _evaluated(embedders, found, labels)
+    return _Evaluation(split, embedders, ks).evaluated()
 
 
-def _evaluated(embedders: Mapping[str, Embedder], images: Images, labels: _Labels) -> Evaluated:
-    queries, bad = dict[str, list[_Task]](), dict[int, str]()
-    for name, embedder in embedders.items():
-        queries[name], reasons = _queries_of(embedder, images, labels)
-        bad |= reasons
-    return Evaluated(
-        {name: embedder.model.describe() for name, embedder in embedders.items()},
-        len(images),
-        {name: [task.scores() for task in tasks] for name, tasks in queries.items()},
-        {name: _mean(tasks) for name, tasks in queries.items()},
-        _gains(queries),
-        [(images.name(row) or images.where(row), why) for row, why in sorted(bad.items())],
-        labels.remarks,
-    )
+def _checked(depths: Sequence[int]) -> tuple[int, ...]:
+    if not depths or min(depths) < 1 or len(set(depths)) < len(depths):
+        raise ValueError(f"depths {list(depths)}: expected different numbers of at least 1")
+    return tuple(sorted(depths))
 
 
-def _divided(settings: tuple[str, ...], model: Named, against: Named | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _models(
+    model: Named, against: Named | None, device: str, gallery: str | None, *, settings: tuple[str, ...], **how: Any
+) -> dict[str, OpenModel]:
+    """The model and the one that it is compared with, by what they are called."""
+    mine, theirs = _settings_of_each(settings, model, against)
+    opened = open_model(model, device, gallery=gallery, settings=mine, **how)
+    other = _other(opened, against, device, settings=theirs, **how)
+    if other is None:
+        return {opened.variant: opened}
+    return dict(zip(_called(opened, other, own=against == OWN_BACKBONE), (opened, other), strict=True))
+
+
+def _places(given: Paths) -> list[str]:
+    return [str(place) for place in ([given] if isinstance(given, str | Path) else given)]
+
+
+def _settings_of_each(
+    settings: tuple[str, ...], model: Named, against: Named | None
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The settings for each model: for those that are named backbones; else for the first, which refuses them."""
     if against is None or not is_backbone(against):
         return settings, ()
@@ -153,108 +136,227 @@ def _called(model: OpenModel, other: OpenModel, *, own: bool) -> tuple[str, str]
 
 
 @dataclass(frozen=True)
-class _Labels:
-    ground_truth: GroundTruth
-    remarks: list[str]
+class _Searches:
+    """What is searched by all models: (n,) labels of searched rows (else -1), and the queries."""
+
+    searched: Ids
+    queries: Ids  # (q,) rows
+    sizes: Ids  # (q,) R
+    hidden: tuple[Ids, Ids]  # pairs of a query's place and a row
 
 
-def _labels_of(images: Images, column: str | None) -> _Labels:
-    """Task and label of every image, by the rule of data/labels.py.
+@dataclass
+class _Evaluation:
+    """The models on the images of a split."""
 
-    Raises:
-        ValueError: none has a label.
-    """
-    unreadable = list[str]()
-    key = column if isinstance(images, ImageShards) else None  # a list's items have theirs from its column
-    ground_truth, remarks = numbered_members(members_of(images, key, None, unreadable), len(images))
-    if unreadable:
-        remarks.append(describe_unreadable(len(unreadable), unreadable[0]))
-    if (ground_truth.labels < 0).all():
-        noted = [key for key in ground_truth.other_keys if column is not None or key not in ("label", "task")]
-        keys = f"; their JSON members have {', '.join(noted)}" if noted and isinstance(images, ImageShards) else ""
-        asked = "" if column is None else f" under {column!r}"
-        raise ValueError(
-            f"none of {pluralize(len(images), 'image')} has a label{asked}{keys}; expected class folders, or a CSV or "
-            "shards with labels (--label-column names them)"
+    split: Split
+    embedders: Mapping[str, Embedder]
+    depths: tuple[int, ...]
+    bad: dict[int, str] = field(default_factory=dict)  # why, by row; distractors follow the labelled images
+    copies: set[int] = field(default_factory=set)  # distractors that are labelled images
+
+    def evaluated(self) -> Evaluated:
+        z = {name: self._embedded(embedder) for name, embedder in self.embedders.items()}
+        searches, unmatched = self._searches()
+        own, mixed = dict[str, Ranking](), dict[str, Ranking]()
+        for name, embedder in self.embedders.items():
+            own[name], among_all = self._search(embedder, z.pop(name), searches)
+            mixed |= {} if among_all is None else {name: among_all}
+        queries = self._queries(searches, own)
+        tasks = self.split.ground_truth.tasks[unmatched]
+        alone = {task: int((tasks == task).sum()) for task in np.unique(tasks).tolist()}
+        among = self._queries(searches, mixed) if len(mixed) == len(own) else None
+        return Evaluated(
+            {name: embedder.model.describe() for name, embedder in self.embedders.items()},
+            len(self.split.images) + (0 if self.split.distractors is None else len(self.split.distractors)),
+            {name: task_scores(queries, name, alone) for name in own},
+            {name: mean_scores(queries, name, alone) for name in own},
+            compared(queries),
+            [(self._named(row), why) for row, why in sorted(self.bad.items())],
+            [*self.split.remarks, *self._weighed()],
+            searched=self._counted(searches, unmatched),
+            mixed=None if among is None else _mixed(among, alone),
+            metric_gains={m: compared(queries, m)[0] for m in metrics_of(self.depths)} if len(own) > 1 else {},
+            classes=class_scores(queries),
+            unmatched=[] if self.split.leave_one_out else [self._described(row) for row in unmatched.tolist()],
+            queries=queries,
+            lookup=Lookup(self._named, self._label, self._image, self._same_class),
         )
-    if without := int((ground_truth.labels < 0).sum()):
-        remarks.append(f"{pluralize(without, 'image')} without a label: neither query nor searched")
-    return _Labels(ground_truth, remarks)
 
+    def _embedded(self, embedder: Embedder) -> Rows:
+        """Unit rows (n, D) of the labelled images, zero where there is none."""
+        split, model = self.split, embedder.model
+        found = np.zeros((len(split.images), embedder.dim), np.float32)
+        for task, rows in self._weightings(embedder, split.rows):
+            if task is not None:
+                model.weigh(task)
+            embedded = embedder.embed(split.images, rows)
+            found[rows] = embedded.rows
+            self.bad |= embedded.bad
+        return found
 
-@dataclass(frozen=True)
-class _Task:
-    """The queries of one task, for one model."""
+    def _weightings(self, embedder: Embedder, rows: Ids) -> Iterator[tuple[str | None, Ids]]:
+        """The rows that are embedded with the same weights of the sets, with the task that these are for."""
+        if not _weighs_tasks(embedder):
+            yield None, rows
+            return
+        for number, task in enumerate(self.split.ground_truth.task_names):
+            if len(some := rows[self.split.ground_truth.tasks[rows] == number]):
+                yield task, some
 
-    task: str
-    queries: QueryScores
-    classes: NDArray[np.int64]  # (q,) the label of each query
-    alone: int
+    def _searches(self) -> tuple[_Searches, Ids]:
+        """What is searched, and the rows of queries that have nothing to find.
 
-    def scores(self) -> Scores:
-        values = self.queries.values()
-        low, high = bootstrap_interval([values])
-        figures = self.queries.sums().finish()
-        means = {metric: figures[metric] for metric in METRICS}
-        return Scores(self.task, len(values), len(np.unique(self.classes)), self.alone, **means, low=low, high=high)
+        Raises:
+            ValueError: no query has.
+        """
+        split = self.split
+        good = np.ones(len(split.images), bool)
+        good[list(self.bad)] = False
+        labels = split.ground_truth.labels
+        searched = np.where(split.is_searched & good, labels, -1)
+        rows = np.flatnonzero(split.is_query & good)
+        hidden = (np.arange(len(rows)), rows)
+        if not split.leave_one_out:
+            places = np.flatnonzero(searched >= 0)
+            of_query, found = equal_pairs(split.images.hashes[rows], split.images.hashes[places])
+            hidden = (of_query, places[found])
+        sizes = relevant_counts(labels[rows], searched, hidden)
+        kept = np.flatnonzero(sizes > 0)
+        if not len(kept):
+            raise ValueError(
+                f"no image has a label that another one shares, among {pluralize(len(rows), 'labelled image')} that "
+                "can be read: there is nothing to find"
+                if split.leave_one_out
+                else f"none of {pluralize(len(rows), 'query', 'queries')} has an image of its class in the gallery of "
+                f"{pluralize(int((searched >= 0).sum()), 'image')}: are labels and tasks the same in both?"
+            )
+        moved = np.full(len(rows), -1)
+        moved[kept] = np.arange(len(kept))
+        pairs = moved[hidden[0]] >= 0
+        hidden = (moved[hidden[0]][pairs], hidden[1][pairs])
+        return _Searches(searched, rows[kept], sizes[kept], hidden), rows[sizes == 0]
 
+    def _search(self, embedder: Embedder, z: Rows, searches: _Searches) -> tuple[Ranking, Ranking | None]:
+        """What the queries find among the images of their task, and of all tasks where these are several."""
+        tasks = self.split.ground_truth.tasks
+        places = np.arange(len(searches.queries))
+        several = len(np.unique(tasks[self.split.rows])) > 1 and not _weighs_tasks(embedder)
+        rankings: list[list[Ranking]] = [[], []]
+        order = []
+        shown = z * (searches.searched >= 0)[:, None]
+        what = f"{embedder.model.variant}, {pluralize(len(places), 'query', 'queries')}"
+        for task, rows in self._weightings(embedder, searches.queries):
+            if task is not None:
+                embedder.model.weigh(task)
+            some = places if task is None else np.flatnonzero(np.isin(searches.queries, rows))
+            order.append(some)
+            rankers = [self._ranker(z, searches, some, tasks[searches.queries[some]], embedder)]
+            if several:
+                rankers.append(self._ranker(z, searches, some, None, embedder))
+            hidden = _among(searches.hidden, some)
+            with embedder.console.stage("search", what):
+                for ranker in rankers:
+                    ranker.add(shown, 0, groups=tasks, hidden=hidden)
+            self._distract(embedder, rankers)
+            for found, ranker in zip(rankings, rankers, strict=False):
+                found.append(ranker.finish(self.split.ground_truth.labels[searches.queries[some]], searches.searched))
+        own, among_all = (_joined(found, order) if found else None for found in rankings)
+        assert own is not None
+        return own, among_all
 
-def _queries_of(embedder: Embedder, images: Images, labels: _Labels) -> tuple[list[_Task], dict[int, str]]:
-    """How a model does on every query, by task; and why images could not be read, by row.
+    def _ranker(self, z: Rows, searches: _Searches, places: Ids, groups: Ids | None, embedder: Embedder) -> Ranker:
+        how: dict[str, Any] = {"depths": self.depths, "shown": SHOWN, "device": embedder.model.device}
+        return Ranker(z[searches.queries[places]], searches.sizes[places], groups=groups, **how)
 
-    Raises:
-        ValueError: there is no query.
-    """
-    ground_truth, tasks, bad = labels.ground_truth, list[_Task](), dict[int, str]()
-    weighed = bool(embedder.model.galleries) and embedder.model.gallery is None
-    whole = np.flatnonzero(ground_truth.labels >= 0)
-    parts = [whole[ground_truth.tasks[whole] == number] for number in range(len(ground_truth.task_names))]
-    together = None if weighed else embedder.embed(images, whole)
-    for number, rows in enumerate(parts):
-        if weighed:  # each task with the weights that the run found for it
-            embedder.model.weigh(ground_truth.task_names[number])
-        found = embedder.embed(images, rows) if together is None else together
-        places = np.arange(len(rows)) if together is None else np.searchsorted(whole, rows)
-        bad |= found.bad
-        good = np.array([row not in found.bad for row in rows.tolist()], dtype=bool)
-        task = _task(ground_truth.task_names[number], found.rows[places][good], ground_truth.labels[rows][good])
-        tasks += [task] * bool(len(task.classes))
-    if not tasks:
-        raise ValueError(
-            f"no image has a label that another one shares, among {pluralize(len(whole) - len(bad), 'labelled image')} "
-            "that can be read: there is nothing to find"
+    def _distract(self, embedder: Embedder, rankers: Sequence[Ranker]) -> None:
+        """Embeds the distractors and shows them to the queries, a block at a time."""
+        if self.split.distractors is None:
+            return
+        images, count = Hashed.over(self.split.distractors), len(self.split.images)
+        labelled = self.split.images.hashes
+        for start, rows, bad in embedder.blocks(images, np.arange(len(images)), BLOCK):
+            hashes = images.hashes[start : start + len(rows)]
+            copies = np.flatnonzero(np.isin(hashes, labelled) & (hashes != 0))
+            rows[copies] = 0
+            self.copies |= {start + place for place in copies.tolist()}
+            self.bad |= {count + row: why for row, why in bad.items()}
+            for ranker in rankers:
+                ranker.add(rows, count + start)
+
+    def _queries(self, searches: _Searches, rankings: Mapping[str, Ranking]) -> Queries:
+        known, rows = self.split.ground_truth, searches.queries
+        names = known.task_names, known.label_names
+        return Queries(rows, known.tasks[rows], known.labels[rows], rankings, *names, depths=self.depths)
+
+    def _counted(self, searches: _Searches, unmatched: Ids) -> Searched:
+        count, others = len(self.split.images), self.split.distractors
+        bad = sum(row >= count for row in self.bad)
+        return Searched(
+            self.split.leave_one_out,
+            queries=len(searches.queries) + len(unmatched),
+            gallery=int((searches.searched >= 0).sum()),
+            distractors=0 if others is None else len(others) - bad - len(self.copies),
+            copies=len(self.copies),
         )
-    return tasks, bad
+
+    def _weighed(self) -> list[str]:
+        weighed = [name for name, embedder in self.embedders.items() if _weighs_tasks(embedder)]
+        several = len(np.unique(self.split.ground_truth.tasks[self.split.rows])) > 1
+        if not weighed or not several:
+            return []
+        return [
+            f"{weighed[0]} has weights for each task, so its embeddings of several tasks are not compared: no gallery "
+            "that mixes them (--gallery-weights TASK takes those of one)"
+        ]
+
+    def _at(self, row: int) -> tuple[Images, int]:
+        count = len(self.split.images)
+        if row < count or self.split.distractors is None:
+            return self.split.images, row
+        return self.split.distractors, row - count
+
+    def _named(self, row: int) -> str:
+        images, row = self._at(row)
+        return images.name(row) or images.where(row)
+
+    def _label(self, row: int) -> str | None:
+        known = self.split.ground_truth
+        return known.label_names[known.labels[row]] if row < len(known.labels) else None
+
+    def _image(self, row: int) -> bytes | BadImage:
+        images, row = self._at(row)
+        return next(iter(images.images([row])))
+
+    def _same_class(self, one: int, other: int) -> bool:
+        labels = self.split.ground_truth.labels
+        return max(one, other) < len(labels) and bool(labels[one] == labels[other])
+
+    def _described(self, row: int) -> tuple[str, str, str]:
+        task = self.split.ground_truth.task_names[self.split.ground_truth.tasks[row]]
+        return self._named(row), task, self._label(row) or ""
 
 
-def _task(name: str, z: NDArray[np.float32], labels: NDArray[np.int64]) -> _Task:
-    found = query_scores(torch.from_numpy(z), torch.from_numpy(labels))
-    return _Task(name, found, labels[found.rows], len(labels) - len(found.rows))
+def _weighs_tasks(embedder: Embedder) -> bool:
+    """Whether the weights of the adaptor sets are those that a run found for each task."""
+    return bool(embedder.model.galleries) and embedder.model.gallery is None
 
 
-def _mean(tasks: Sequence[_Task]) -> Scores:
-    """The mean over tasks; a single task is its own."""
-    values = [task.queries.values() for task in tasks]
-    low, high = bootstrap_interval(values)
-    figures = {metric: mean_over_tasks([task.queries.values(metric) for task in tasks]) for metric in METRICS}
-    return Scores(
-        None,
-        queries=sum(map(len, values)),
-        classes=sum(len(np.unique(task.classes)) for task in tasks),
-        alone=sum(task.alone for task in tasks),
-        low=low,
-        high=high,
-        **figures,
-    )
+def _among(hidden: tuple[Ids, Ids], places: NDArray[np.int64]) -> tuple[Ids, Ids]:
+    """The pairs of some queries (their places, ascending), by their position among these."""
+    at = np.searchsorted(places, hidden[0])
+    kept = (at < len(places)) & (places[np.minimum(at, len(places) - 1)] == hidden[0])
+    return at[kept], hidden[1][kept]
 
 
-def _gains(queries: Mapping[str, Sequence[_Task]]) -> list[Gain]:
-    if len(queries) < 2:
-        return []
-    model, other = queries
-    both = [
-        TaskQueries(a.task, a.classes, {model: a.queries.values(), other: b.queries.values()})
-        for a, b in zip(queries[model], queries[other], strict=True)
-    ]
-    mean, each = gains(both, model, other)
-    return [mean, *each]
+def _joined(rankings: Sequence[Ranking], order: Sequence[Ids]) -> Ranking:
+    """The rankings of some queries each, in the order of all queries."""
+    back = np.argsort(np.concatenate(order))
+    units, ids, cosines = (np.concatenate([getattr(r, name) for r in rankings]) for name in ("units", "ids", "cosines"))
+    return Ranking(units[back], ids[back], cosines[back])
+
+
+def _mixed(queries: Queries, alone: Mapping[int, int]) -> Mixed:
+    scores: dict[str, list[Scores]] = {name: task_scores(queries, name, alone) for name in queries.rankings}
+    means = {name: mean_scores(queries, name, alone) for name in queries.rankings}
+    return Mixed(scores, means, compared(queries))

@@ -65,7 +65,8 @@ class ImageFiles:
 
     def labels(self, row: int) -> dict[str, Any] | None:
         item = self.items[row]
-        return {"label": item.label, "task": item.task}
+        side = {} if item.split is None else {"split": item.split}
+        return {"label": item.label, "task": item.task, **side}
 
     def stamp(self, row: int) -> str:
         """What tells whether the file has changed: its size and time of change."""
@@ -74,7 +75,12 @@ class ImageFiles:
 
 
 def open_images(
-    paths: Sequence[str], *, labelled: bool = False, label_column: str | None = None, log: Log = lambda line: None
+    paths: Sequence[str],
+    *,
+    labelled: bool = False,
+    label_column: str | None = None,
+    split_column: str | None = None,
+    log: Log = lambda line: None,
 ) -> Images:
     """The images of folders, lists and tables, of single files, or of shards; not of both shards and others.
 
@@ -82,6 +88,7 @@ def open_images(
         labelled: whether folders are classes; of a folder that is split, those that test are taken. Else the names of
             folders mean nothing.
         label_column: of a list or table, by default `label`, `fine` or `class`.
+        split_column: of a list, what its images have as `split`; of other inputs but shards it is refused.
         log: gets a line for what is passed over.
 
     Raises:
@@ -98,7 +105,7 @@ def open_images(
         return shards
     if of_shards:
         raise ValueError(f"{of_shards[0]} is a shard, or has some, and other images are none; expected one kind")
-    items = [item for path in given for item in _items(path, labelled, label_column, log)]
+    items = [item for path in given for item in _items(path, labelled, (label_column, split_column), log)]
     return ImageFiles(items, several=len({item.source.path for item in items}) > 1)
 
 
@@ -110,12 +117,14 @@ def _are_shards(path: str) -> bool:
     return os.path.isdir(path) and any(is_shard_name(name) or name == COMMITTED for name in os.listdir(path))
 
 
-def _items(path: str, labelled: bool, label_column: str | None, log: Log) -> list[Item]:
-    """The images of a folder, a list or a table, or a single one."""
+def _items(path: str, labelled: bool, columns: tuple[str | None, str | None], log: Log) -> list[Item]:
+    """The images of a folder, a list or a table, or a single one; columns of labels and of sides."""
     if os.path.isfile(path) and image_suffix(path) is not None:
         place = Path(path).absolute()
         return [Item(FolderSource(place.parent), place.name, None, task_name(place.parent))]
-    found = images_of(path, "auto" if labelled else "none", label_column, log)
+    found = images_of(
+        path, "auto" if labelled and columns[1] is None else "none", columns[0], log, split_column=columns[1]
+    )
     if found is None:
         what = "does not exist; expected"
         if os.path.exists(path):

@@ -52,9 +52,9 @@ class OpenModel:
         return f"{self.name} ({what}, sha256 {self.sha256[:12]})"
 
     def weigh(self, task: str) -> None:
-        """Sets the weights of the adaptor sets that the run found for a task, where it found some."""
-        if self.gallery is None and isinstance(self.model, Grappa) and task in self.galleries:
-            self.model.weigh(self.galleries[task])
+        """Sets the weights of the adaptor sets that the run found for a task; where it found none, those of none."""
+        if self.gallery is None and self.galleries and isinstance(self.model, Grappa):
+            self.model.weigh(self.galleries.get(task))
             self.model.fold()
 
     def backbone(self) -> OpenModel:

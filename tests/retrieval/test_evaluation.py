@@ -129,3 +129,78 @@ def test_all_images_of_one_class_are_found_and_all_bad_ones_are_not(tmp_path: Pa
     bad = tiny.write_shards(tmp_path / "bad", (5,), bad=range(5), label=lambda row: "one")
     with pytest.raises(ValueError, match="among 0 labelled images that can be read"):
         evaluate(OWN, bad)
+
+
+def test_a_query_does_not_find_its_own_bytes_and_one_without_its_class_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("grappa_dist.retrieval.evaluation.SHOWN", 12)
+    write_photos(tmp_path / "shop")
+    (tmp_path / "asked" / "cat").mkdir(parents=True)
+    (tmp_path / "asked" / "dog").mkdir()
+    (tmp_path / "asked" / "cat" / "renamed.png").write_bytes((tmp_path / "shop" / "cat" / "2.png").read_bytes())
+    (tmp_path / "asked" / "cat" / "new.png").write_bytes(tiny.picture(98))
+    (tmp_path / "asked" / "dog" / "a.png").write_bytes(tiny.picture(99))
+    found = evaluate(OWN, queries=tmp_path / "asked", gallery=tmp_path / "shop")
+    assert found.unmatched == [("dog/a.png", "shop", "dog")]
+    assert (found.searched.queries, found.searched.gallery) == (3, 3 * EACH)
+    (task,) = found.scores["backbone"]
+    assert (task.task, task.queries, task.alone) == ("shop", 2, 1)
+    assert found.queries is not None
+    assert found.lookup is not None
+    ids = found.queries.rankings["backbone"].ids.tolist()
+    names = {found.lookup.name(row): found_ids for row, found_ids in zip(found.queries.rows, ids, strict=True)}
+    own = 3 + 2 * EACH + 2  # three queries, then the images of two classes
+    assert found.lookup.name(own) == "cat/2.png"
+    assert own not in names["cat/renamed.png"]
+    assert own in names["cat/new.png"]
+    for path in (tmp_path / "asked" / "cat").iterdir():
+        path.unlink()
+    with pytest.raises(ValueError, match="none of 1 query has an image of its class in the gallery of 12 images"):
+        evaluate(OWN, queries=tmp_path / "asked", gallery=tmp_path / "shop")
+
+
+def test_distractors_are_searched_lower_the_scores_and_leave_out_copies_of_labelled_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("grappa_dist.retrieval.evaluation.BLOCK", 4)
+    write_photos(tmp_path / "photos")
+    alone = evaluate(OWN, tmp_path / "photos")
+    crawl = tmp_path / "crawl"
+    crawl.mkdir()
+    for number in range(9):
+        (crawl / f"{number}.png").write_bytes(tiny.picture(number + 50))
+    (crawl / "bad.png").write_bytes(b"no image")
+    (crawl / "copy.png").write_bytes((tmp_path / "photos" / "cat" / "0.png").read_bytes())
+    found = evaluate(OWN, tmp_path / "photos", distractors=crawl, batch_size=3)
+    assert (found.searched.distractors, found.searched.copies, found.images) == (9, 1, 12 + 11)
+    assert [name for name, _ in found.bad] == ["bad.png"]
+    assert found.queries is not None
+    assert found.lookup is not None
+    hits = {hit for hit in found.queries.rankings["backbone"].ids.flatten().tolist() if hit >= 12}
+    assert hits
+    assert {found.lookup.label(hit) for hit in hits} == {None}
+    assert "copy.png" not in {found.lookup.name(hit) for hit in hits}
+    before, after = alone.means["backbone"].figures, found.means["backbone"].figures
+    assert all(after[metric].value <= before[metric].value for metric in before)
+    assert after["r_precision"].value < before["r_precision"].value
+
+
+def test_a_gallery_of_all_tasks_is_scored_beside_that_of_each(
+    run: tuple[Path, dict[str, list[dict[str, object]]]], tmp_path: Path
+) -> None:
+    root, _ = run
+    found = evaluate(root, sorted((root / "images").iterdir()), trust_modules=True)
+    assert found.mixed is not None
+    for model, tasks in found.scores.items():
+        mixed = found.mixed.scores[model]
+        assert [s.task for s in mixed] == [s.task for s in tasks]
+        assert all(
+            m.figures[name].value <= s.figures[name].value
+            for m, s in zip(mixed, tasks, strict=True)
+            for name in m.figures
+        )
+    assert found.mixed.means["average"].r_precision < found.means["average"].r_precision
+    assert len(found.mixed.gains) == len(found.gains)
+    write_photos(tmp_path / "photos")
+    assert evaluate(OWN, tmp_path / "photos").mixed is None

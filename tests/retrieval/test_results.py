@@ -9,13 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from grappa_dist.retrieval.evaluation import Evaluated, Scores
-from grappa_dist.retrieval.results import describe, write_results
+from grappa_dist.metrics import metrics_of
+from grappa_dist.retrieval.results import describe, metric_name, write_results
+from grappa_dist.retrieval.scores import Evaluated, Figure, Mixed, Scores, Searched
 from grappa_dist.verdict import Gain
 
 
 def scores(task: str | None, value: float) -> Scores:
-    return Scores(task, 50, 5, 2, value, value - 0.1, value + 0.1, low=value - 0.02, high=value + 0.02)
+    figures = {m: Figure(value, value - 0.02, value + 0.02) for m in metrics_of()}
+    figures |= {"map_at_r": Figure(value - 0.1, 0, 1), "recall_at_1": Figure(value + 0.1, 0, 1)}
+    return Scores(task, 50, 5, 2, value, value - 0.1, value + 0.1, value - 0.02, value + 0.02, figures)
 
 
 def gain(task: str | None, low: float, high: float) -> Gain:
@@ -35,8 +38,10 @@ FOUND = Evaluated(
 
 def test_the_text_has_every_task_of_both_models_what_is_left_out_and_the_verdict_last() -> None:
     lines = describe(FOUND).splitlines()
-    assert " ".join(lines[3].split()) == "task model queries classes R-Precision 95% interval MAP@R recall@1"
-    assert " ".join(lines[4].split()) == "cars average 50 5 60.0 58.0 to 62.0 50.0 70.0"
+    assert " ".join(lines[3].split()) == (
+        "task model queries classes R-Precision 95% interval MAP@R recall@1 recall@5 recall@10 precision@10 mAP@10"
+    )
+    assert " ".join(lines[4].split()) == "cars average 50 5 60.0 58.0 to 62.0 50.0 70.0 60.0 60.0 60.0 60.0"
     assert lines[6].split()[:3] == [r"a\nb", "average", "50"]
     assert lines[8].split()[:6] == ["mean", "of", "2", "tasks", "average", "50"]
     assert lines[10:] == [
@@ -85,3 +90,28 @@ def test_json_and_csv_have_the_figures_as_fractions(tmp_path: Path) -> None:
     assert [(row["model"], row["task"]) for row in rows[:2]] == [("average", "cars"), ("average", "a\nb")]
     assert float(rows[0]["low"]) == 0.58
     write_results(FOUND, None, None)
+
+
+def test_queries_without_an_image_to_find_distractors_and_the_mixed_gallery_are_described() -> None:
+    mixed = Mixed(FOUND.scores, FOUND.means, FOUND.gains)
+    searched = Searched(leave_one_out=False, queries=50, gallery=1200, distractors=9000, copies=3)
+    unmatched = [(f"{number}.png", "cars", "a\x1bb") for number in range(22)]
+    lines = describe(replace(FOUND, mixed=mixed, searched=searched, unmatched=unmatched)).splitlines()
+    assert lines[2] == (
+        "in percent; 50 queries among the images of their task in a gallery of 1,200, and 9,000 distractors (3 more "
+        "left out, which are labelled images, byte for byte)"
+    )
+    assert lines[10] == "the same queries among the images of all tasks"
+    place = lines.index("22 queries not scored: the gallery has no image of their class, or none but themselves")
+    assert lines[place + 1] == r"  0.png (cars, a\x1bb)"
+    assert lines[place + 21] == "  and 2 more (--json FILE lists all)"
+
+
+def test_the_csv_has_every_metric_with_its_interval_in_both_galleries(tmp_path: Path) -> None:
+    found = replace(FOUND, mixed=Mixed(FOUND.scores, FOUND.means, FOUND.gains))
+    write_results(found, None, tmp_path / "scores.csv")
+    with (tmp_path / "scores.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["gallery"] for row in rows] == ["task"] * 4 + ["all"] * 4
+    assert (rows[0]["map_at_10"], rows[0]["map_at_10_low"], rows[0]["map_at_r_high"]) == ("0.6", "0.58", "1")
+    assert [metric_name(m) for m in metrics_of((1, 5))[:4]] == ["R-Precision", "MAP@R", "recall@1", "recall@5"]
