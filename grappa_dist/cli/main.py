@@ -22,6 +22,7 @@ VERBS = {
     "shards": "Make WebDataset shards of images in folders, tars or lists.",
     "embed": "Embed images with an adapted model.",
     "search": "Find the images that look most like a query.",
+    "serve": "Show a page that searches by an image, under backbone and adapted model side by side.",
     "evaluate": "Score a model on labelled images, beside its backbone.",
     "export": "Write a model of a finished run as a folder that load_model reads.",
     "duplicates": "List images that are nearly the same.",

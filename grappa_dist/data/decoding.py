@@ -9,7 +9,8 @@ from __future__ import annotations
 import re
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from io import BytesIO
@@ -153,6 +154,22 @@ def open_picture(data: bytes) -> Picture:
     return Picture(height, width, read) if turn in _LYING else Picture(width, height, read)
 
 
+def size_of(data: bytes, formats: tuple[str, ...] = FORMATS) -> tuple[int, int]:
+    """Width and height as they lie in a file, by its header: no pixel is decoded.
+
+    Args:
+        formats: as of `decode`.
+
+    Raises:
+        BadImage: the header is of no such format, or damaged.
+    """
+    if (plain := _plain_jpeg(data)) is not None:
+        return plain[:2]
+    _refuse_header(data)
+    with _refusing(data, formats):
+        return _opened(without_much_metadata(data), formats).size
+
+
 def decode(data: bytes, formats: tuple[str, ...] = FORMATS) -> Image.Image:
     """The RGB image in a file, upright, by Pillow; of an animation the first frame.
 
@@ -180,13 +197,27 @@ def decode(data: bytes, formats: tuple[str, ...] = FORMATS) -> Image.Image:
 
 
 def _decoded(data: bytes, formats: tuple[str, ...]) -> Image.Image:
-    try:
-        image = Image.open(BytesIO(data), formats=formats)
+    with _refusing(data, formats):
+        image = _opened(data, formats)
         _refuse_bomb(*image.size, scans=data.count(_SCAN) if data[:2] == _JPEG else 1)
         image.load()
         turn = _transpose_of(image)
         rgb = to_rgb(_told_apart(image, deep=_is_deep(image, data)))
         return rgb if turn is None else rgb.transpose(turn)
+
+
+def _opened(data: bytes, formats: tuple[str, ...]) -> Image.Image:
+    """Pillow's image, not decoded. Formats that no plugin reads here, such as HEIF, are left out: Pillow would fail."""
+    if not all(name in Image.OPEN for name in formats):
+        Image.init()  # registers those that come with Pillow
+    return Image.open(BytesIO(data), formats=[name for name in formats if name in Image.OPEN])
+
+
+@contextmanager
+def _refusing(data: bytes, formats: tuple[str, ...]) -> Iterator[None]:
+    """While inside, what Pillow raises on a file that it cannot read is a BadImage."""
+    try:
+        yield
     except BadImage:
         raise
     except UnidentifiedImageError:

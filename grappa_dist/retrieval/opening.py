@@ -35,6 +35,7 @@ class OpenModel:
     variant: str  # "average", "neighbours", ...; "backbone" without adaptors
     model: nn.Module = field(repr=False)  # a Backbone or a Grappa, frozen, on its device
     sha256: str  # of its weights
+    sets: tuple[str, ...] = ()  # names of the adaptor sets, (N,); none without adaptors
     galleries: Mapping[str, Tensor] = field(default_factory=dict, repr=False)  # weights (N,) of its sets, by task
     gallery: str | None = None  # the one whose weights are set
 
@@ -105,7 +106,8 @@ def open_model(
     model = load_model(folder, trust_modules=trust_modules)
     if gallery is not None:
         model.weigh(model.galleries[gallery])
-    return OpenModel(text, spec.name, model.grappa.to(where), spec.weights_sha256, model.galleries, gallery)
+    grappa, sets = model.grappa.to(where), tuple(model.sets)
+    return OpenModel(text, spec.name, grappa, spec.weights_sha256, sets, model.galleries, gallery)
 
 
 def is_backbone(given: Named) -> bool:
@@ -155,8 +157,9 @@ def _in_memory(model: nn.Module) -> OpenModel:
             f"a {type(model).__name__} is given as a model; expected what grappa_dist.load_model returns, or its path"
         )
     galleries = model.galleries if isinstance(model, RetrievalModel) else {}
+    sets = tuple(model.sets) if isinstance(model, RetrievalModel) else ()
     variant = "adapted" if isinstance(inner, Grappa) else OWN_BACKBONE
-    return OpenModel(f"a {type(model).__name__}", variant, inner.eval(), _sha256_of(inner), galleries)
+    return OpenModel(f"a {type(model).__name__}", variant, inner.eval(), _sha256_of(inner), sets, galleries)
 
 
 def _sha256_of(model: nn.Module) -> str:

@@ -130,6 +130,13 @@ def test_photos_of_phones_become_jpeg_upright(suffix: str, format: str) -> None:
     assert (cut.suffix, bool(cut.bad)) == ("jpg", True)
 
 
+def test_avif_is_read_where_nothing_reads_heif(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = saved(Image.new("RGB", (64, 48), "white"), "AVIF")
+    monkeypatch.delitem(Image.OPEN, "HEIF", raising=False)  # pillow-heif adds it, once the first HEIC is seen
+    made = encoded(data, "avif", None)
+    assert (made.suffix, made.bad) == ("jpg", None)
+
+
 def test_without_their_decoder_photos_are_left_out_by_name_with_the_install_line_and_the_rest_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
