@@ -7,7 +7,7 @@ PYTEST = $(BIN)/python -m pytest -q --numprocesses $(PROCESSES) --dist loadfile 
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: help demo test test-all test-long test-faults test-cluster test-cluster-fast check format bench wheel lock audit clean
+.PHONY: help demo screenshots test test-all test-long test-faults test-cluster test-cluster-fast check format bench wheel lock audit clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -19,6 +19,9 @@ $(READY): pyproject.toml setup.py constraints.txt
 
 demo: $(READY) ## the whole pipeline on a data set that the program generates: table, report and model in runs/demo
 	$(BIN)/python launch/full_pipeline.py --config configs/demo.yaml --out runs/demo
+
+screenshots: $(READY) ## docs/report.png of the report in runs/demo, which make demo makes; needs chromium (tests/install_chromium.sh)
+	$(BIN)/python -m tests.screenshots --run runs/demo --out docs/report.png
 
 test: $(READY) ## every module and a whole pipeline with kills, in minutes on two cores; needs no GPU and no cluster
 	$(PYTEST) -m 'not slow and not long and not cluster'

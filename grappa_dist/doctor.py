@@ -20,6 +20,7 @@ from types import ModuleType
 from typing import Literal
 
 from grappa_dist.console import format_bytes, one_line, pluralize
+from grappa_dist.distributed.machine import usable_cores
 from grappa_dist.extras import install_line
 from grappa_dist.storage import MOST_OPEN_FILES
 
@@ -27,7 +28,6 @@ State = Literal["ok", "warning", "missing"]
 FAISS = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cu12", "faiss-gpu-cu11", "faiss")  # distributions of one module
 REPORTED = ("torch", "torchvision", "timm", "numpy", "pillow", "simplejpeg", "ray", "deepspeed")
 LITTLE_DISK, LITTLE_MEMORY, FEW_FILES = 5 * 2**30, 2 * 2**30, 2**12
-GROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -294,14 +294,6 @@ def _weights() -> Iterator[Finding]:
     models = len(list(folder.glob("models--timm--*"))) if folder.is_dir() else 0
     offline = "; nothing is downloaded: HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else ""
     yield Finding("weights", "ok", f"{pluralize(models, 'model')} of timm in {folder}{offline}")
-
-
-def usable_cores(group: Path = GROUP) -> float:
-    """Cores that this process may use: those it is bound to, or the container's share where that is less."""
-    cores = float(len(os.sched_getaffinity(0)))
-    limit = group / "cpu.max"
-    quota, _, period = limit.read_text(encoding="utf-8").partition(" ") if limit.is_file() else ("max", "", "")
-    return cores if quota == "max" else min(cores, int(quota) / int(period))
 
 
 def _cores() -> Iterator[Finding]:

@@ -110,7 +110,7 @@ def _run(context: Run, until: str | None = None) -> Finished | None:
     if inputs.missing:  # making shards takes long, and a wrong name or missing weights would end the run after it
         check_name(backbone.name, backbone.kwargs)
         check_ready(backbone)
-    context = replace(context, config=inputs.make(console.log, console))
+    context = replace(context, config=inputs.make(console.log, console), given=context.config)
     mending = Mending(context)
     trained_on = not set(data.train).isdisjoint(data.test)  # as given: their shards have other names
     return mending.mended(lambda: _flow(context, mending, until, trained_on=trained_on))

@@ -27,6 +27,7 @@ from grappa_dist.config import Config, Resources, fingerprint
 from grappa_dist.data.decoding import BadImage, open_picture
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.data.transforms import Preprocess
+from grappa_dist.distributed.machine import processor
 from grappa_dist.distributed.placement import known_workers, may_have_gpus
 from grappa_dist.files import read_json, write_json
 from grappa_dist.models import Backbone, Grappa, PackedGrappa
@@ -291,12 +292,4 @@ def machine_name(where: Resources) -> str:
     """What computes here."""
     if may_have_gpus(where) and torch.cuda.is_available():
         return str(torch.cuda.get_device_name())
-    names = (line for line in _cpu_info() if line.startswith("model name"))
-    return next(names, "CPU").rpartition(":")[2].strip()
-
-
-def _cpu_info() -> list[str]:
-    try:
-        return Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:  # not Linux
-        return []
+    return processor() or "CPU"

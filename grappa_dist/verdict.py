@@ -35,10 +35,12 @@ class TaskQueries:
     task: str
     classes: NDArray[np.int64]  # (q,) the label of each query
     r_precision: Mapping[str, NDArray[np.float64]]  # by model, (q,) in [0, 1]
+    rows: NDArray[np.int64] | None = None  # (q,) the image of each query, where these are numbered
 
     def some(self, kept: NDArray[np.bool_]) -> TaskQueries:
         """Those of the queries that `kept` (q,) marks."""
-        return TaskQueries(self.task, self.classes[kept], {m: values[kept] for m, values in self.r_precision.items()})
+        values = {m: of_model[kept] for m, of_model in self.r_precision.items()}
+        return TaskQueries(self.task, self.classes[kept], values, None if self.rows is None else self.rows[kept])
 
     def less(self, model: str, baseline: str) -> NDArray[np.float64]:
         """R-Precision of a model less that of another, (q,)."""

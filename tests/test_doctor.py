@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import subprocess
 import sys
 from importlib import metadata
@@ -13,7 +12,7 @@ from types import ModuleType
 import pytest
 
 from grappa_dist import doctor
-from grappa_dist.doctor import Finding, describe, examine, usable_cores, versions
+from grappa_dist.doctor import Finding, describe, examine, versions
 
 
 def test_every_line_of_this_machine_has_a_name_a_state_and_what_was_found(tmp_path: Path) -> None:
@@ -48,16 +47,6 @@ def test_a_package_that_is_missing_has_its_install_line_and_one_that_fails_its_r
         "missing",
         "installed, but its import fails: libarrow.so: cannot open shared object file",
     )
-
-
-@pytest.mark.parametrize(("quota", "cores"), [("max 100000", 4.0), ("150000 100000", 1.5), ("800000 100000", 4.0)])
-def test_cores_are_those_of_the_container_where_it_has_fewer(
-    quota: str, cores: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(4)))
-    (tmp_path / "cpu.max").write_text(f"{quota}\n")
-    assert usable_cores(tmp_path) == cores
-    assert usable_cores(tmp_path / "none") == 4
 
 
 def test_the_last_line_says_whether_runs_are_possible() -> None:

@@ -23,6 +23,7 @@ from uuid import uuid4
 
 import torch
 
+from grappa_dist.distributed.machine import this_machine
 from grappa_dist.files import make_folder, read_bytes, write_bytes
 
 PACKAGES = ("torch", "ray", "deepspeed", "faiss")
@@ -54,6 +55,7 @@ class Facts:
     gpu: str = ""  # why the GPU that a worker was given cannot be used
     memory_bytes: int = 0  # free for one worker: of its GPU, else its part of the node's memory
     backbone: str = ""  # why a backbone that is built there is not the driver's
+    machine: str = ""  # what it is, without its name
 
 
 def node_name(address: str) -> str:
@@ -98,7 +100,8 @@ def survey(checks: Checks, token: Path | None, node: str, name: str, *, workers:
     usable = gpu and torch.cuda.is_available()
     why = f"torch {torch.__version__} sees no GPU here, though Ray has given one" if gpu and not usable else ""
     free = torch.cuda.mem_get_info()[0] if usable else free_memory() // workers
-    return Facts(name, versions(), _storage(checks.root, token, node), _data(checks), why, free)
+    machine = this_machine(seen_gpus=[torch.cuda.get_device_name()] if usable else []).describe()
+    return Facts(name, versions(), _storage(checks.root, token, node), _data(checks), why, free, machine=machine)
 
 
 def _storage(root: Path, token: Path | None, node: str) -> str:

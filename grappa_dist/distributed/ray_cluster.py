@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -129,6 +130,15 @@ class Cluster:
         """The id of a worker's node, so that the ranks of a job can share a node."""
         assert self._node_of is not None
         return self._node_of[worker]
+
+    def describe_nodes(self) -> list[dict[str, Any]]:
+        """What the workers that are up run on: nodes that are alike together, with their number and that of workers."""
+        nodes = Counter((self._node_of or {}).values())  # workers of each
+        alike: dict[str, list[int]] = {}
+        for node, workers in nodes.items():
+            machine = self.facts[node].machine if node in self.facts else ""
+            alike.setdefault(machine, []).append(workers)
+        return [{"machine": m, "nodes": len(w), "workers": sum(w)} for m, w in sorted(alike.items())]
 
     @property
     def started(self) -> bool:

@@ -122,6 +122,7 @@ class Runner:
     on_status: Callable[[Mapping[str, Mapping[str, Any]]], None] = lambda status: None  # rank 0's status of each job
     on_event: Callable[..., None] = lambda name, **figures: None
     _signals: Signals = field(default_factory=Signals)
+    _nodes: list[dict[str, Any]] = field(default_factory=list)  # of the last event about workers
 
     def handle_signals(self) -> AbstractContextManager[None]:
         """While inside, SIGTERM and SIGHUP raise Terminated, Ctrl-C raises Interrupted.
@@ -223,10 +224,15 @@ class Runner:
                 self.cluster.restart_ray()
                 self.cluster.connect()
             try:
-                return self.cluster.gather()
+                workers = self.cluster.gather()
             except Exception:
                 if not self.cluster.ray_has_died(RAY_DEATH_S):
                     raise
+            else:
+                if (nodes := self.cluster.describe_nodes()) != self._nodes:
+                    self._nodes = nodes
+                    self.on_event("workers", nodes=nodes)
+                return workers
 
     def _finished(self, jobs: Sequence[Job], on_tasks: OnTasks) -> Iterator[tuple[str, Any]]:
         import ray

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import math
-import platform
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,42 +14,38 @@ import numpy as np
 from grappa_dist.artifacts import Artifact, Store, remove_artifact
 from grappa_dist.checksums import load_json, verified
 from grappa_dist.config import Config
-from grappa_dist.console import EVENTS_FILE, METRICS_FILE, pluralize, read_events
-from grappa_dist.data.decoding import decode
+from grappa_dist.console import METRICS_FILE, pluralize, read_events
 from grappa_dist.data.index import count_missing, list_missing
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.files import read_json
 from grappa_dist.make_shards.left_out import write_list
-from grappa_dist.progress import duration
-from grappa_dist.report import (
+from grappa_dist.report.content import (
+    BadRow,
     Clustering,
-    ClusterSample,
     ContactSheet,
-    Gallery,
-    Hit,
+    LabelFree,
     Nesting,
     ReportContent,
-    write_report,
+    ScoreRow,
 )
-from grappa_dist.report.content import BadRow, LabelFree, ScoreRow
-from grappa_dist.report.page import MOST_BAD_ROWS
+from grappa_dist.report.examples import Pictures, changed_queries, cluster_samples, sample_galleries
+from grappa_dist.report.facts import Steps, facts_of, graphs_of, suffixes
+from grappa_dist.report.page import MOST_BAD_ROWS, write_report
+from grappa_dist.report.queries import class_gains, intervals_of
 from grappa_dist.stages.damages import DAMAGES_FILE, Damage, damages_among
 from grappa_dist.stages.embed import bad_reasons
-from grappa_dist.stages.evaluate import INSIGHT_FILE, NEIGHBOURS, SCORES_FILE
+from grappa_dist.stages.evaluate import INSIGHT_FILE, NEIGHBOURS, SCORES_FILE, task_queries
 from grappa_dist.stages.flow import Flow
-from grappa_dist.stages.ground_truth import GroundTruth, load_ground_truth
+from grappa_dist.stages.ground_truth import load_ground_truth
 from grappa_dist.stages.partitions import PARTITIONS_FILE
 from grappa_dist.stages.pseudo_label import STATS_FILE
 from grappa_dist.stages.run import Run
 from grappa_dist.stages.supervised import class_counts
 from grappa_dist.verdict import Verdict
 
-THUMBNAIL_PX = 112
 MOST_NAMED = 10_000  # bad images whose file's name is read, which takes a request on a store
 KEEP_REPORTS = 10
 MOST_DAMAGES = 20  # that the report names
-TRACKED = ("torch", "timm", "deepspeed", "ray", "webdataset", "grappa_dist")
-Steps = Sequence[Mapping[str, Any]]
 
 
 def report_of(store: Store, config: Config, inputs: Mapping[str, Artifact], damages: Sequence[Damage] = ()) -> Artifact:
@@ -123,9 +115,16 @@ def _content(run: Run, flow: Flow, rows: list[ScoreRow], verdict: Verdict | None
     fused = {v: logs[job_of(a)] for v, a in flow.fusions.items()}
     decays = {v: by_step(steps, "decay_to_gradient") for v, steps in fused.items()}
     partitions = load_json(flow.partitions.path / PARTITIONS_FILE)
+    tasks = task_queries(flow.ground_truth, flow.scores) if verdict else []
+    compared = verdict.compared if verdict else None
+    tested, trained = Pictures(flow.test), Pictures(flow.train)
     return ReportContent(
         title=run.config.name,
         rows=rows,
+        intervals=intervals_of(tasks),
+        classes=class_gains(tasks, compared) if compared else [],
+        class_names=load_ground_truth(flow.ground_truth).label_names,
+        changed=list(changed_queries(flow, tested, tasks, compared)) if compared else [],
         verdict=verdict,
         has_test=_has_test(flow),
         labels="" if rows else describe_labels(flow),
@@ -139,12 +138,12 @@ def _content(run: Run, flow: Flow, rows: list[ScoreRow], verdict: Verdict | None
         random_sets={m: spec.sets for m, spec in flow.models.items() if spec.random_sets},
         clusterings=[Clustering(**load_json(a.path / STATS_FILE)) for a in flow.labels.values()],
         nestings=[Nesting(**nesting) for nesting in partitions["nestings"]],
-        sheets=[ContactSheet(k=s["k"], clusters=_samples(flow.train, s["clusters"])) for s in partitions["sheets"]],
+        sheets=[ContactSheet(k=s["k"], clusters=cluster_samples(trained, s["clusters"])) for s in partitions["sheets"]],
         curves={job: curve(steps) for job, steps in logs.items()},
-        galleries=list(_galleries(flow, insights, verdict.compared if verdict else None)),
+        galleries=list(sample_galleries(flow, tested, insights, compared)),
         bad_rows=[*_bad(flow.train, flow.features), *_bad_test(flow)],
-        facts=_facts(run, flow, logs),
-        config_yaml=run.config.yaml(),
+        facts=facts_of(run, flow, logs, tested=_has_test(flow)),
+        config_yaml=(run.given or run.config).yaml(),
         notes=[*run.config.notes, *_supervision_note(flow), *_damage_notes(run, flow)],
     )
 
@@ -211,50 +210,6 @@ def neighbour_figures(fusions: Mapping[str, Artifact], num_rows: int) -> Iterato
                 yield LabelFree(model=variant, figure=figure, value=value, queries=num_rows, of_graph=True)
 
 
-def graphs_of(artifact: Artifact) -> dict[int, dict[str, Any]]:
-    """The statistics of each graph by epoch, ascending; empty if there are no graphs."""
-    found = {int(path.parent.name[6:]): path for path in artifact.path.glob("knn/epoch-*/statistics.json")}
-    return {epoch: load_json(found[epoch]) for epoch in sorted(found)}
-
-
-def _galleries(flow: Flow, insights: Mapping[str, Any], chosen: str | None) -> Iterator[Gallery]:
-    """What the backbone, the fusions and, of the single sets, the chosen model retrieve."""
-    ground_truth = load_ground_truth(flow.ground_truth)
-    shown = [m for m in ("backbone", *flow.models) if m in ("backbone", chosen) or not m.startswith("k=")]
-    for number, first in enumerate(insights["backbone"]["galleries"]):
-        query = first["query"]
-        hits = {m: insights[m]["galleries"][number]["hits"] for m in dict.fromkeys(shown)}
-        label = int(ground_truth.labels[query])
-        yield Gallery(
-            task=ground_truth.task_names[first["task"]],
-            query=_thumbnail(flow.test, query),
-            label=ground_truth.label_names[label] if label >= 0 else None,
-            results={m: [_hit(flow.test, ground_truth, label, hit) for hit in found] for m, found in hits.items()},
-        )
-
-
-def _hit(images: ImageShards, ground_truth: GroundTruth, label: int, hit: Mapping[str, Any]) -> Hit:
-    correct = None if label < 0 else bool(ground_truth.labels[hit["row"]] == label)
-    return Hit(image=_thumbnail(images, hit["row"]), score=hit["score"], correct=correct)
-
-
-def _samples(images: ImageShards, clusters: Sequence[Mapping[str, Any]]) -> list[ClusterSample]:
-    return [
-        ClusterSample(
-            pick=c["pick"], label=c["label"], size=c["size"], images=[_thumbnail(images, row) for row in c["rows"]]
-        )
-        for c in clusters
-    ]
-
-
-def _thumbnail(images: ImageShards, row: int) -> bytes:
-    image = decode(images.image_bytes(row))
-    image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=85)
-    return buffer.getvalue()
-
-
 def describe_bad_images(flow: Flow) -> str:
     """How many training images could not be used, and where they are listed; "" if all could. Needs no report."""
     count = _count_bad(flow, reported=False)
@@ -318,7 +273,7 @@ def describe_labels(flow: Flow) -> str:
             f"but no two good ones of a task have the same: each "
             "query needs another image of its class"
         )
-    members = _suffixes(flow.test)
+    members = suffixes(flow.test)
     keys = ", ".join(f"{key!r:.40}" for key in found.other_keys)
     return (
         f"None of {images} test images has a label. Labels are read from the JSON member beside an image, "
@@ -344,80 +299,6 @@ def _bad_test(flow: Flow) -> Iterator[BadRow]:
 
 def _has_test(flow: Flow) -> bool:
     return bool(flow.ground_truth.settings["labelled"])
-
-
-def _facts(run: Run, flow: Flow, logs: Mapping[str, Steps]) -> dict[str, str]:
-    seconds: dict[str, float] = {}
-    for event in read_events(run.store.root / EVENTS_FILE):
-        if event["name"] == "stage_ends":
-            seconds[event["stage"]] = seconds.get(event["stage"], 0.0) + event["seconds"]
-    tested = f"{len(flow.test):,} test" if _has_test(flow) else ""
-    sets = {"training": flow.train, **({"test": flow.test} if tested else {})}
-    ignored = [f"{_ignored(images)} {name} {_suffixes(images)}".strip() for name, images in sets.items()]
-    facts = {
-        "images": f"{len(flow.train):,} training, {tested or f'no test set: {len(flow.test):,} of them looked at'}",
-        **({"members of the tars that are no images": ", ".join(ignored)} if any(map(_ignored, sets.values())) else {}),
-        "backbone": run.config.backbone.name,
-        "seed": str(run.config.seed),
-        "time by stage (all attempts)": ", ".join(f"{stage} {duration(s)}" for stage, s in seconds.items()),
-        "machine": f"{platform.machine()}, Python {platform.python_version()}",
-        "versions": ", ".join(f"{name} {version(name)}" for name in TRACKED if _installed(name)),
-    }
-    made = {"labels": flow.labels.values(), "adaptors": flow.adaptors.values(), "fusions": flow.fusions.values()}
-    facts |= {name: ", ".join(a.name for a in group) for name, group in made.items()}
-    labelled = flow.supervision.trained.items() if flow.supervision else ()
-    facts |= {f"with labels: {name}": artifact.name for name, artifact in labelled}
-    facts |= waiting_facts(logs)
-    return facts | dict(graph_facts(flow.fusions)) | {"model": flow.model.name}
-
-
-def graph_facts(fusions: Mapping[str, Artifact]) -> Iterator[tuple[str, str]]:
-    """How neighbours were found by fusions whose graph is approximate."""
-    for variant, artifact in fusions.items():
-        graphs = graphs_of(artifact)
-        searches = {e: _describe_search(found) for e, found in graphs.items() if found.get("graph") == "approximate"}
-        if searches:
-            by_epoch = [f"epoch {epoch + 1} {how}" for epoch, how in searches.items()]
-            yield (
-                f"neighbours of {variant} were searched",
-                "; ".join(by_epoch if len(by_epoch) > 1 else searches.values()),
-            )
-
-
-def _describe_search(statistics: Mapping[str, Any]) -> str:
-    if not statistics["recall_rows"]:
-        return "exactly: lists did not reach fuse.recall_floor"
-    error = f" ± {statistics['recall_error']:.4f}" if "recall_error" in statistics else ""
-    return f"through {statistics['probes']} of {statistics['lists']} lists, recall {statistics['recall']:.4f}{error}"
-
-
-def waiting_facts(logs: Mapping[str, Steps]) -> dict[str, str]:
-    """The share of their time that the jobs waited for data, as a mean over steps."""
-    waits = []
-    for job, steps in logs.items():
-        shares = [step["data_wait_share"] for step in steps if "data_wait_share" in step]
-        waits += [f"{job} {np.mean(shares):.1%}"] if shares else []
-    return {"waiting for data": ", ".join(waits)} if waits else {}
-
-
-def _ignored(images: ImageShards) -> int:
-    return sum(shard.ignored for shard in images.shards)
-
-
-def _suffixes(images: ImageShards) -> str:
-    """The most frequent suffixes of members that are not read, with their numbers."""
-    found = Counter[str]()
-    for shard in images.shards:
-        found.update(dict(shard.others))
-    return ", ".join(f".{suffix} ({number})" for suffix, number in found.most_common(8))
-
-
-def _installed(name: str) -> bool:
-    try:
-        version(name)
-    except ModuleNotFoundError:
-        return False
-    return True
 
 
 def steps_of(artifact: Artifact) -> Steps:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, NotRequired, TypedDict
 
+from grappa_dist.report.queries import ClassGain, Intervals, Why
 from grappa_dist.verdict import Verdict
 
 
@@ -49,6 +50,7 @@ class Hit:
     image: bytes  # JPEG, PNG, WebP or GIF
     score: float
     correct: bool | None = None
+    name: str = ""  # of its file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +61,17 @@ class Gallery:
     results: dict[str, list[Hit]]
     task: str | None = None
     label: str | None = None
+    name: str = ""  # of its file
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChangedQuery:
+    """A query that the compared model is worst on, or on which it differs most from the backbone."""
+
+    why: Why
+    gallery: Gallery
+    value: float  # R-Precision of the compared model, a fraction
+    baseline: float  # and of the backbone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +137,7 @@ class ReportContent:
 
     title: str
     rows: list[ScoreRow] = field(default_factory=list)  # [] without labels
+    intervals: Intervals = field(default_factory=dict)  # of R-Precision
     verdict: Verdict | None = None  # None without labels
     has_test: bool = True  # else training images were evaluated
     labels: str = ""  # where there are no scores: which labels were read
@@ -140,6 +154,9 @@ class ReportContent:
     sheets: list[ContactSheet] = field(default_factory=list)
     curves: dict[str, list[dict[str, float]]] = field(default_factory=dict)  # job: [{"step", "loss", ...}]
     galleries: list[Gallery] = field(default_factory=list)
+    classes: list[ClassGain] = field(default_factory=list)  # the compared model against the backbone
+    class_names: list[str] = field(default_factory=list)  # by label
+    changed: list[ChangedQuery] = field(default_factory=list)
     bad_rows: list[BadRow] = field(default_factory=list)
     facts: dict[str, str] = field(default_factory=dict)
     config_yaml: str = ""

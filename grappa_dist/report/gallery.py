@@ -6,8 +6,9 @@ import base64
 from collections.abc import Sequence
 
 from grappa_dist.console import pluralize
-from grappa_dist.report.content import Gallery, Hit
-from grappa_dist.report.html import decimal, text
+from grappa_dist.report.content import ChangedQuery, Gallery, Hit
+from grappa_dist.report.html import decimal, percent, text
+from grappa_dist.report.queries import MOST_CHANGED, Why
 from grappa_dist.report.scores import ordered
 
 MOST_GALLERIES = 96  # in the page
@@ -77,31 +78,76 @@ def galleries(items: Sequence[Gallery], images: Images) -> str:
     return "".join(folds) + rest
 
 
-def _card(images: Images, item: Gallery) -> str:
+def changed_section(items: Sequence[ChangedQuery], model: str, images: Images) -> str:
+    """Queries that improved or worsened most and those that the model is worst on, a fold for each; "" without any."""
+    if not items:
+        return ""
+    lead = (
+        f'<p class="lead">Single queries by their R-Precision under {text(model, 40)} and under the backbone, each '
+        "with its nearest images under both, in order. ✓ is an image of the query's class, ✗ one of another class. Of "
+        "equal queries one of each class is shown first.</p>"
+    )
+    titles: dict[Why, str] = {
+        "improved": "Improved most",
+        "worsened": "Worsened most",
+        "worst": f"{model} is worst on",
+    }
+    folds = list[str]()
+    for why, title in titles.items():
+        group = sorted((item for item in items if item.why == why), key=_by_size)[:MOST_CHANGED]
+        if not group:
+            continue
+        cards = "".join(_card(images, item.gallery, _figures(item, model), named=True) for item in group)
+        head = f"<summary>{text(title, 60)} <small>{pluralize(len(group), 'query', 'queries')}</small></summary>"
+        is_open = " open" if not folds else ""
+        folds.append(f'<details class="fold"{is_open}>{head}<div class="cards">{cards}</div></details>')
+    return lead + "".join(folds)
+
+
+def _by_size(item: ChangedQuery) -> float:
+    """The largest change first, of the worst queries the lowest figure."""
+    return round(item.value if item.why == "worst" else -abs(item.value - item.baseline), 9)
+
+
+def _figures(item: ChangedQuery, model: str) -> str:
+    lines = ("R-Precision, percent:", f"backbone {percent(item.baseline)}", f"{text(model, 40)} {percent(item.value)}")
+    return "".join(f"<span>{line}</span>" for line in lines)
+
+
+def _card(images: Images, item: Gallery, figures: str = "", *, named: bool = False) -> str:
+    """A query and its lanes.
+
+    Args:
+        figures: markup below the query.
+        named: whether the files of the hits are named below them.
+    """
     models = ordered(item.results)[:MOST_MODELS]
     caption = "" if item.label is None else f"<b>{text(item.label, 60).replace('_', '_<wbr>')}</b>"
-    query = (
-        f'<div class="query"><span>query</span>{images.draw(item.query, "query " + (item.label or ""))}{caption}</div>'
-    )
-    lanes = "".join(_lane(images, model, item.results[model][:MOST_HITS]) for model in models)
+    caption += f"<small>{text(item.name, 120)}</small>" if item.name else ""
+    task = f" in {text(item.task, 60)}" if named and item.task else ""
+    about = " ".join(filter(None, ["query", item.label, item.name]))
+    query = f'<div class="query"><span>query{task}</span>{images.draw(item.query, about)}{caption}{figures}</div>'
+    lanes = "".join(_lane(images, model, item.results[model][:MOST_HITS], named=named) for model in models)
     return f'<article class="card">{query}<div class="lanes">{lanes}</div></article>'
 
 
-def _lane(images: Images, model: str, hits: Sequence[Hit]) -> str:
+def _lane(images: Images, model: str, hits: Sequence[Hit], *, named: bool) -> str:
     labelled = [hit for hit in hits if hit.correct is not None]
     right = sum(bool(hit.correct) for hit in labelled)
     tally = f"<small>{right} of {len(labelled)}</small>" if labelled else ""
-    tiles = "".join(_tile(images, place, hit) for place, hit in enumerate(hits, start=1))
+    tiles = "".join(_tile(images, place, hit, named=named) for place, hit in enumerate(hits, start=1))
     found = f'<div class="hits">{tiles}</div>' if tiles else "<em>nothing found</em>"
     return f'<div class="lane"><p>{text(model, 40)}{tally}</p>{found}</div>'
 
 
-def _tile(images: Images, place: int, hit: Hit) -> str:
+def _tile(images: Images, place: int, hit: Hit, *, named: bool) -> str:
     way, mark, word = {
         True: ("right", "✓", ", correct"),
         False: ("wrong", "✗", ", incorrect"),
         None: ("", "", ""),
     }[hit.correct]
     badge = f'<i aria-hidden="true">{mark}</i>' if mark else ""
-    tile = images.draw(hit.image, f"rank {place}, cosine {decimal(hit.score, 3)}{word}")
-    return f'<div class="hit {way}">{tile}{badge}<span>{decimal(hit.score, 2)}</span></div>'
+    name = f": {hit.name}" if hit.name else ""
+    tile = images.draw(hit.image, f"rank {place}, cosine {decimal(hit.score, 3)}{word}{name}")
+    below = f"<small>{text(hit.name.rpartition('/')[2], 60)}</small>" if named and hit.name else ""
+    return f'<div class="hit {way}">{tile}{badge}<span>{decimal(hit.score, 2)}</span>{below}</div>'

@@ -168,6 +168,7 @@ tbody th{position:sticky;left:0;background:var(--card);white-space:nowrap;z-inde
 .delta.up{color:var(--up)}
 .delta.down{color:var(--down)}
 .delta:empty{visibility:hidden}
+.range{display:block;color:var(--muted);font-size:11.5px;line-height:1.35}
 .bar{display:block;position:relative;height:4px;margin-top:4px}
 .bar i{position:absolute;top:0;height:4px;border-radius:2px;background:var(--up)}
 .bar i.down{background:var(--down)}
@@ -207,8 +208,8 @@ figcaption{font-weight:600;font-size:14px;margin-bottom:5px;overflow-wrap:anywhe
 .cell{fill:var(--wash)}
 .more{fill:var(--more)}
 .less{fill:var(--less)}
-.ink-more{color:var(--more)}
-.ink-less{color:var(--less)}
+.ink-more{color:var(--up)}
+.ink-less{color:var(--down)}
 .legend{display:flex;flex-wrap:wrap;gap:2px 16px;margin:5px 0 0;font-size:13px;color:var(--muted)}
 .legend span{display:inline-flex;align-items:center;gap:6px;overflow-wrap:anywhere}
 .key{width:22px;height:8px;flex:none}
@@ -227,6 +228,8 @@ gap:12px 24px}
 .lane p{margin:0 0 5px;font-size:13px;font-weight:600}
 .hits{display:grid;grid-template-columns:repeat(5,1fr);gap:7px}
 .hit{position:relative;font-size:11.5px;color:var(--muted);text-align:center;font-variant-numeric:tabular-nums}
+.hit small,.query small{margin:0;font-size:11px;line-height:1.3;color:var(--muted);overflow-wrap:anywhere}
+.hit small{display:-webkit-box;-webkit-line-clamp:3;-webkit-box-orient:vertical;overflow:hidden}
 .hit .tile{box-shadow:0 0 0 1px var(--rule)}
 .hit.right .tile{box-shadow:0 0 0 2px var(--right)}
 .hit.wrong .tile{box-shadow:0 0 0 2px var(--wrong);opacity:.82}
@@ -262,19 +265,40 @@ nav{position:static;flex-wrap:wrap}
 .score tbody th{min-width:78px;white-space:normal;overflow-wrap:break-word;font-size:13px}
 .score .map,.score .delta{display:block;min-width:0;margin:0}
 .score .delta:empty{display:none}
+.score .range{font-size:10.5px}
 thead small{white-space:normal}
 .few .chart text,.chart text{font-size:13px}
 }
-@media print{nav{display:none}section{break-inside:auto;border:0;padding:8px 0;margin:0}
-.scroll{overflow:visible;background:none}
+@media print{
+*{print-color-adjust:exact;-webkit-print-color-adjust:exact}
+:root{color-scheme:light}
+body{background:none;font-size:13px}
+header,main{max-width:none;padding-left:0;padding-right:0}
+nav{display:none}
+section{break-inside:auto;border:0;padding:8px 0;margin:0}
+h2,h3,summary{break-after:avoid}
+details::details-content{content-visibility:visible;height:auto}
+.scroll{overflow:visible;background:none;margin:0;padding:0}
+pre{white-space:pre-wrap;overflow-wrap:anywhere}
 .score th,.score td{padding-left:4px;padding-right:4px}
 .score td{min-width:0}
+.score .map,.score .delta{display:block;min-width:0;margin:0}
+.score{table-layout:fixed}
+.score th{white-space:normal;overflow-wrap:anywhere}
+.plain{font-size:11.5px}
+.plain thead th{font-size:11px}
+.plain td,.plain tbody th,.plain thead th{padding:4px 5px}
+.numeric td,.plain tbody th,thead small{white-space:normal}
+.plain th{overflow-wrap:anywhere}
 figure,.card,.strip,tr{break-inside:avoid}
-tbody th{position:static}}
+.lanes{grid-template-columns:1fr 1fr;gap:8px 14px}
+.query{flex-basis:104px}
+tbody th{position:static}
+}
 """
 
 STYLE = (
-    f":root{{{_LIGHT}}}@media(prefers-color-scheme:dark){{:root{{{_DARK}}}}}"
+    f":root{{{_LIGHT}}}@media screen and (prefers-color-scheme:dark){{:root{{{_DARK}}}}}"
     + _LAYOUT
     + _TABLES
     + _CHARTS

@@ -17,14 +17,15 @@ from grappa_dist.config import BACKBONE
 from grappa_dist.console import pluralize
 from grappa_dist.files import write_bytes, write_utf8
 from grappa_dist.report.attention import attention_section
+from grappa_dist.report.classes import classes_section
 from grappa_dist.report.clusters import contact_sheets, method_table, nesting_table
 from grappa_dist.report.content import Clustering, LabelFree, ReportContent, ScoreRow
-from grappa_dist.report.gallery import Images, galleries
+from grappa_dist.report.gallery import Images, changed_section, galleries
 from grappa_dist.report.html import MARK, POLICY, STYLE, absent, number, percent, points, sentences, table, text
 from grappa_dist.report.plots import COLOURS, Axes, Series, bar_chart, grid, line_chart
+from grappa_dist.report.queries import ORACLE
 from grappa_dist.report.scores import (
     AVERAGE,
-    ORACLE,
     SAW_LABELS,
     Scores,
     kind,
@@ -124,6 +125,8 @@ def page(content: ReportContent) -> str:
     sections = [
         ("verdict", "The verdict", _verdict(content)),
         ("scores", "Retrieval scores", headline_section(content)),
+        ("classes", "By class", classes_section(content.classes, content.class_names, _compared(content))),
+        ("queries", "Queries that changed most", changed_section(content.changed, _compared(content), images)),
         ("galleries", "Galleries", gallery_section(content, images)),
         ("attention", "Attention", attention_section(content)),
         ("clusterings", "Clusterings", clustering_section(content, images)),
@@ -133,7 +136,7 @@ def page(content: ReportContent) -> str:
         ("run", "The run", run_section(content)),
     ]
     if not content.rows:  # then figures without labels come first
-        sections.insert(2, sections.pop(6))
+        sections.insert(2, sections.pop(next(i for i, (anchor, _, _) in enumerate(sections) if anchor == "label-free")))
     notes = "".join(f"<li>{text(note, 1000)}</li>" for note in content.notes)
     aside = f'<ul class="notes" aria-label="Notes">{notes}</ul>' if notes else ""
     return document(content.title, sections, before=aside, after=images.definitions())
@@ -164,6 +167,11 @@ def document(
     )
 
 
+def _compared(content: ReportContent) -> str:
+    """The model that is compared with the backbone."""
+    return content.verdict.compared if content.verdict else "the model"
+
+
 def _verdict(content: ReportContent) -> str:
     if content.rows and content.verdict is None:
         return ""
@@ -178,14 +186,28 @@ def headline_section(content: ReportContent) -> str:
         why = "The label-free figures and the galleries need no labels."
         return absent(f"There are no retrieval scores. {lacks}. {why}")
     scores = Scores.of(content.rows)
+    interval = (
+        "<b>Below:</b> its 95% bootstrap interval over queries. All models have the same queries, so a gain may be "
+        "sure though intervals overlap: the verdict tells. "
+        if content.intervals
+        else ""
+    )
     key = (
-        '<p class="note"><b>Large:</b> R-Precision in percent. <b>Small:</b> MAP@R. <b>Signed:</b> points of '
-        "R-Precision above (+) or below (−) the backbone, drawn to one scale. ★ is the best of its column at the "
-        "precision shown; the oracle and rows trained with labels do not compete.</p>"
+        f'<p class="note"><b>Large:</b> R-Precision in percent. {interval}<b>Small:</b> MAP@R. <b>Signed:</b> '
+        "points of R-Precision above (+) or below (−) the backbone, drawn to one scale. ★ is the best of its column "
+        "at the precision shown; the oracle and rows trained with labels do not compete.</p>"
     )
     recall = f'<details class="fold"><summary>Recall@1</summary>{recall_table(scores)}</details>'
     reading = f"<h3>In sentences</h3>{sentences(read_scores(scores))}"
-    return _tiles(scores) + score_table(scores) + key + recall + reading + _profiles(scores) + _glossary()
+    return (
+        _tiles(scores)
+        + score_table(scores, content.intervals)
+        + key
+        + recall
+        + reading
+        + _profiles(scores)
+        + _glossary()
+    )
 
 
 def _tiles(scores: Scores) -> str:

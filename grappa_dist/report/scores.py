@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,13 +15,15 @@ from grappa_dist.config import BACKBONE, SUPERVISED, SUPERVISED_SET, VARIANTS, V
 from grappa_dist.console import pluralize
 from grappa_dist.report.content import ScoreRow
 from grappa_dist.report.html import MISSING, percent, points, text
+from grappa_dist.report.queries import ORACLE, Intervals
 
 Metric = Literal["r_precision", "map_at_r", "recall_at_1"]
-ORACLE, AVERAGE = "oracle", "average"
+AVERAGE = "average"
 SAW_LABELS = (SUPERVISED_SET, SUPERVISED)
 _FAMILIES = (BACKBONE, "set", ORACLE, "fusion", "random", "supervised", "other")
 WIDTH = 120  # characters of a terminal
 COLUMNS = 7  # six tasks and their mean side by side; more tasks go below
+MOST_COLUMNS = 140  # of a page: 139 tasks and their mean
 NAME = 16
 MEAN = "mean"
 _UNSEEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")  # categories that a terminal may act on or not show
@@ -169,11 +171,15 @@ def _padded(name: str, width: int, *, right: bool = False) -> str:
     return padding + shown if right else shown + padding
 
 
-def score_table(scores: Scores) -> str:
-    """The headline as HTML: R-Precision and MAP@R, the gain over the backbone as number and bar, the best marked."""
+def score_table(scores: Scores, intervals: Intervals | None = None) -> str:
+    """The headline as HTML: R-Precision and MAP@R, the gain over the backbone as number and bar, the best marked.
+
+    Args:
+        intervals: of R-Precision, shown below it where they are known.
+    """
     gains = [scores.gain(m, t) for m in scores.models if m != BACKBONE for t in scores.columns]
     finite = [g for g in gains if math.isfinite(g)]
-    low, high = min([0.0, *finite]), max([0.0, *finite])
+    least, most = min([0.0, *finite]), max([0.0, *finite])
 
     def cell(model: str, task: str | None) -> str:
         rp, map_at_r = scores.value(model, task), scores.value(model, task, "map_at_r")
@@ -188,23 +194,30 @@ def score_table(scores: Scores) -> str:
             else f"{task}, {pluralize(scores.queries(model, task), 'query', 'queries')}"
         )
         tip = f"{model} on {where}: R-Precision {percent(rp, 2)}, MAP@R {percent(map_at_r, 2)}"
+        interval = ""
+        low, high = (intervals or {}).get((model, task), (math.nan, math.nan))
+        if math.isfinite(low + high):
+            interval = f'<span class="range">{percent(low)}–{percent(high)}</span>'
+            tip += f", 95% interval {percent(low, 2)} to {percent(high, 2)}"
         gain = math.nan if model == BACKBONE else scores.gain(model, task)
-        return f'<td{" class=best" if top else ""} title="{text(tip)}">{body}{_gain_bar(gain, low, high)}</td>'
+        return (
+            f'<td{" class=best" if top else ""} title="{text(tip)}">{body}{gain_bar(gain, least, most, interval)}</td>'
+        )
 
     return _score_grid(scores, cell, "score")
 
 
-def _gain_bar(gain: float, low: float, high: float) -> str:
-    """A signed number over a bar from the common zero."""
+def gain_bar(gain: float, low: float, high: float, between: str = "") -> str:
+    """A signed number over a bar from the common zero, which `low` and `high` span; markup may stand between them."""
     if not math.isfinite(gain):
-        return '<span class="delta"></span><span class="bar"></span>'
+        return f'<span class="delta"></span>{between}<span class="bar"></span>'
     span = (high - low) or 1.0
     left, width = (min(gain, 0.0) - low) / span, abs(gain) / span
     way = "up" if gain > 0 else "down"
     zero = f'<u style="left:{-low / span:.1%}"></u>'
     bar = f'<i class="{way}" style="left:{left:.1%};width:{width:.1%}"></i>'
     shade = way if points(gain)[0] != "±" else ""
-    return f'<span class="delta {shade}">{points(gain)}</span><span class="bar">{bar}{zero}</span>'
+    return f'<span class="delta {shade}">{points(gain)}</span>{between}<span class="bar">{bar}{zero}</span>'
 
 
 def recall_table(scores: Scores) -> str:
@@ -221,14 +234,30 @@ def recall_table(scores: Scores) -> str:
 
 
 def _score_grid(scores: Scores, cell: Callable[[str, str | None], str], classes: str) -> str:
-    """Models down, tasks across; a line between families of models."""
-    head = "".join(f'<th scope="col">{_column_head(scores, task)}</th>' for task in scores.columns)
+    """Models down, tasks across, a line between families of models; of many tasks, one grid below the other."""
+    columns = scores.columns
+    if len(columns) > COLUMNS:  # the mean leads
+        columns = [None, *columns[:-1]][:MOST_COLUMNS]
+    slices = [columns[at : at + COLUMNS] for at in range(0, len(columns), COLUMNS)]
+    grids = [_score_slice(scores, part, cell, classes) for part in slices]
+    hidden = len(scores.columns) - len(columns)
+    more = f'<p class="note">{pluralize(hidden, "more task")}: metrics.json has all.</p>' if hidden else ""
+    if len(grids) < 3:
+        return "".join(grids) + more
+    rest = f"<summary>The other {sum(map(len, slices[1:]))} tasks</summary>{''.join(grids[1:])}{more}"
+    return f'{grids[0]}<details class="fold">{rest}</details>'
+
+
+def _score_slice(
+    scores: Scores, columns: Sequence[str | None], cell: Callable[[str, str | None], str], classes: str
+) -> str:
+    head = "".join(f'<th scope="col">{_column_head(scores, task)}</th>' for task in columns)
     body, previous = [], ""
     for model in scores.models:
         family = kind(model)
         opens = ' class="opens"' if previous and family != previous else ""
         previous = family
-        cells = "".join(cell(model, task) for task in scores.columns)
+        cells = "".join(cell(model, task) for task in columns)
         body.append(f'<tr{opens}><th scope="row">{text(model, 40)}</th>{cells}</tr>')
     return (
         f'<div class="scroll"><table class="{classes}"><thead><tr><th scope="col">model</th>{head}</tr></thead>'

@@ -13,7 +13,8 @@ import numpy as np
 from grappa_dist.config import BACKBONE
 from grappa_dist.console import format_number, pluralize
 from grappa_dist.report.html import percent, points
-from grappa_dist.report.scores import AVERAGE, ORACLE, Scores, kind
+from grappa_dist.report.queries import ORACLE
+from grappa_dist.report.scores import AVERAGE, Scores, kind
 
 Sentence = tuple[str, str]
 UNIFORM = 0.99  # normalised entropy above which a learned fusion is practically the average

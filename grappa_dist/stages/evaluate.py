@@ -142,7 +142,7 @@ def task_queries(ground_truth: Artifact, scores: Mapping[str, Artifact]) -> list
     for number, name in enumerate(known.task_names):
         kept = known.tasks[rows] == number
         if kept.any():
-            tasks.append(TaskQueries(name, known.labels[rows], r_precision).some(kept))
+            tasks.append(TaskQueries(name, known.labels[rows], r_precision, rows).some(kept))
     return tasks
 
 

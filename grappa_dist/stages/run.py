@@ -17,6 +17,7 @@ from grappa_dist.data.block_cache import DAMAGED_LOG, count_damaged
 from grappa_dist.data.open_images import cache_of
 from grappa_dist.data.remote import is_remote
 from grappa_dist.distributed.connection import SUBMITTED_JOB
+from grappa_dist.distributed.machine import origin
 from grappa_dist.distributed.ray_cluster import Cluster
 from grappa_dist.distributed.runner import Runner
 from grappa_dist.extras import RUNS, require
@@ -31,6 +32,7 @@ class Run:
     store: Store
     runner: Runner
     console: Console
+    given: Config | None = None  # the settings as they were given, where `config` has shards in place of folders
 
 
 @contextmanager
@@ -66,6 +68,7 @@ def _working(config: Config, store: Store) -> Iterator[Run]:
     with console.run():
         try:
             with runner.handle_signals():
+                console.event("origin", **origin())
                 yield Run(config, store, runner, console)
                 if new_ones := count_damaged(cache) - damaged:
                     log = cache.path / DAMAGED_LOG
@@ -123,7 +126,7 @@ def _names(configs: Sequence[Path]) -> str:
 def _remove_unused(root: Path, new: Sequence[Path]) -> None:
     """Removes the folders that a run has made, if it was refused before it began any work."""
     told = {root / name for name in (LOCK, EVENTS_FILE, LOG_FILE)}
-    events = {event["name"] for event in read_events(root / EVENTS_FILE)} - {"run_begins", "run_ends"}
+    events = {event["name"] for event in read_events(root / EVENTS_FILE)} - {"run_begins", "origin", "run_ends"}
     if events or set(root.iterdir()) - told or root not in new:
         return
     with contextlib.suppress(OSError):  # another process has put something there meanwhile

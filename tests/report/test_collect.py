@@ -18,21 +18,19 @@ from grappa_dist.data.writer import ShardWriter
 from grappa_dist.files import write_json
 from grappa_dist.layout import lay_out
 from grappa_dist.report.collect import (
-    Steps,
     _bad,
     best_sets,
     by_step,
     curve,
     describe_bad_images,
-    graph_facts,
     job_of,
     list_bad_images,
     median,
     neighbour_figures,
     score_rows,
     steps_of,
-    waiting_facts,
 )
+from grappa_dist.report.facts import Steps, graph_facts, waiting_facts
 from grappa_dist.report.page import MOST_BAD_ROWS
 from grappa_dist.stages.flow import Flow
 from tests.data.written import write_tar
