@@ -25,7 +25,7 @@ from grappa_dist.output import has_secret, is_secret_name, suggestion, without_s
 MOST_BYTES, MOST_VALUES, MOST_DEPTH = 2**20, 100_000, 50  # of a config, aliases written out
 _PATH_SETTINGS = (
     ("", "out", "mirror"),
-    ("data", "train", "test", "shards_dir"),
+    ("data", "train", "test", "shards_dir", "exclude"),
     ("backbone", "checkpoint"),
     ("resources", "cache_dir"),
 )
@@ -105,11 +105,15 @@ class DataConfig(Section):
     label_field: str | None = None  # column of a table or list, or key of JSON members, with the label; null: `label`
     label_member: Literal["json", "txt", "cls"] = "json"  # of a tar: which file beside an image has its label
     max_bad_share: Fraction = 0.01  # more undecodable rows than this stop the run
+    exclude: Paths = ()  # CSVs of images that take no part, as `grappa-dist duplicates` writes them
+    duplicates: Literal["drop", "weigh"] = "drop"  # that these drop; weigh: a group counts as one, shown in turn
     streams: Count = 128  # V: an epoch is cut into this many sequential streams (part of the result, ranks are not)
     shuffle_window: Count = 1024  # rows of a stream that are shuffled together
 
     @model_validator(mode="after")
     def _one_source(self) -> DataConfig:
+        if self.duplicates == "weigh" and not self.exclude:
+            raise ValueError("data.duplicates=weigh: is about groups that a list has; expected data.exclude with it")
         if bool(self.train) == bool(self.collection):
             raise ValueError(
                 "give either data.train (folders of images or of shards) or data.collection, "
@@ -388,7 +392,7 @@ class Config(Section):
 
         of = absolute_path
         shards_dir = self.data.shards_dir and of(self.data.shards_dir)
-        data = {key: tuple(map(of, getattr(self.data, key))) for key in ("train", "test")}
+        data = {key: tuple(map(of, getattr(self.data, key))) for key in ("train", "test", "exclude")}
         checkpoint, cache_dir = self.backbone.checkpoint, self.resources.cache_dir
         return self.model_copy(
             update={
@@ -408,9 +412,11 @@ class Config(Section):
             return [quoted(path) for path in value] if isinstance(value, list) else value
 
         tree = self.model_dump(mode="json")
+        if not self.data.exclude:  # reports are named by this text, and those of earlier versions have no such settings
+            del tree["data"]["exclude"], tree["data"]["duplicates"]
         for section, *keys in _PATH_SETTINGS:
             of_section = tree[section] if section else tree
-            of_section.update({key: quoted(of_section[key]) for key in keys})
+            of_section.update({key: quoted(of_section[key]) for key in keys if key in of_section})
         return yaml.safe_dump(tree, sort_keys=False)
 
 

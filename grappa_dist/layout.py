@@ -15,7 +15,8 @@ from grappa_dist.stages.adapt import adaptors_of
 from grappa_dist.stages.damages import damages_among
 from grappa_dist.stages.embed import features_of, held_against
 from grappa_dist.stages.evaluate import insight_of, scores_of
-from grappa_dist.stages.flow import Flow, Supervision, artifacts_of
+from grappa_dist.stages.exclude import excluding, exclusion_of
+from grappa_dist.stages.flow import Exclusion, Flow, Supervision, artifacts_of
 from grappa_dist.stages.fuse import fusion_of
 from grappa_dist.stages.gallery_weights import galleries_of
 from grappa_dist.stages.ground_truth import ground_truth_of
@@ -28,24 +29,23 @@ from grappa_dist.verdict import RULE, candidates
 
 def lay_out(config: Config, store: Store, train: ImageShards, test: ImageShards | None) -> Flow:
     """Names all artefacts. Reads the index of the images and what was damaged before, and writes nothing."""
-    frozen = ModelSpec(BACKBONE, config.backbone)
-    features = features_of(store, frozen, config.embed, train)
-    ks = num_labels(config.clustering, len(train))
-    labels = {k: labels_of(store, config.clustering, config.seed, k, features, num_rows=len(train)) for k in ks}
+    features = features_of(store, ModelSpec(BACKBONE, config.backbone), config.embed, train)
+    images = test or train.some(config.evaluate.train_images, config.seed)
+    excluded = exclusion_of(store, config.data, train, images, has_test=test is not None)
+    labels = _labels(config, store, train, features, excluded)
     settings = (config.backbone, config.adapt, config.data, config.seed)
     adaptors = {k: adaptors_of(store, *settings, artifact) for k, artifact in labels.items()}
     sets = list(adaptors.values())
-    supervision = _supervision(config, store, train, features, sets)
-    fusions = _fusions(config, store, len(train), features, sets, supervision)
+    supervision = _supervision(config, store, train, features, sets, excluded=excluded)
+    rows = {**numbered("shard", features), **excluding(excluded.train)}
+    fusions = _fusions(config, store, len(train), rows, sets, supervision)
     models = _models(config, adaptors, fusions, supervision)
-    images = test or train.some(config.evaluate.train_images, config.seed)
     ground_truth = ground_truth_of(store, images, labelled=test is not None, data=config.data)
-    models, galleries = _with_galleries(config, store, models, ground_truth, images)
+    models, galleries = _with_galleries(config, store, models, ground_truth, images, excluded=excluded)
     test_features = {m: features_of(store, spec, config.embed, images) for m, spec in models.items()}
-    scores = {m: scores_of(store, ground_truth, m, f) for m, f in test_features.items()}
-    insights = {
-        m: insight_of(store, ground_truth, m, config.evaluate, config.seed, f) for m, f in test_features.items()
-    }
+    how, out = (config.evaluate, config.seed), excluded.test
+    scores = {m: scores_of(store, ground_truth, m, f, excluded=out) for m, f in test_features.items()}
+    insights = {m: insight_of(store, ground_truth, m, *how, f, excluded=out) for m, f in test_features.items()}
     partitions = partitions_of(store, config.seed, labels)
     flow = Flow(
         train=held_against(train, features),
@@ -62,10 +62,21 @@ def lay_out(config: Config, store: Store, train: ImageShards, test: ImageShards 
         galleries=galleries,
         scores=scores,
         insights=insights,
+        excluded=excluded,
         report=report_of(store, config, _shown(scores, insights, partitions)),
         model=_exported(config, store, models, scores if test is not None else {}),
     )
     return _with_damages(flow, config, store)
+
+
+def _labels(
+    config: Config, store: Store, train: ImageShards, features: Sequence[Artifact], excluded: Exclusion
+) -> dict[int, Artifact]:
+    settings, seed, count = config.clustering, config.seed, len(train)
+    return {
+        k: labels_of(store, settings, seed, k, features, num_rows=count, excluded=excluded.train)
+        for k in num_labels(settings, count)
+    }
 
 
 def _shown(
@@ -122,11 +133,15 @@ def _fusions(
     config: Config,
     store: Store,
     num_rows: int,
-    features: Sequence[Artifact],
+    rows: Mapping[str, Artifact],
     sets: Sequence[Artifact],
     supervision: Supervision | None,
 ) -> dict[str, Artifact]:
-    """The artefacts of the fusions that are trained, by variant."""
+    """The artefacts of the fusions that are trained, by variant.
+
+    Args:
+        rows: features of the images, and which take no part, for fusions that depend on no adaptor set.
+    """
     fusions: dict[str, Artifact] = {}
     settled = config.fuse.model_copy(update={"graph": graph_kind(config.fuse, num_rows)})
     for name in on_pairs(config, len(sets)):
@@ -134,7 +149,7 @@ def _fusions(
         random_sets = Variant.parse(name).num_random_sets(len(sets))
         if random_sets:
             of_sets = {"bottleneck": config.adapt.bottleneck, "num_sets": random_sets}
-            fusions[name] = fusion_of(*same, numbered("shard", features), of_sets)
+            fusions[name] = fusion_of(*same, rows, of_sets)
         else:
             fusions[name] = fusion_of(*same, numbered("adaptors", sets))
     if supervision is not None and supervision.fusion is not None:
@@ -143,13 +158,19 @@ def _fusions(
 
 
 def _supervision(
-    config: Config, store: Store, train: ImageShards, features: Sequence[Artifact], sets: Sequence[Artifact]
+    config: Config,
+    store: Store,
+    train: ImageShards,
+    features: Sequence[Artifact],
+    sets: Sequence[Artifact],
+    *,
+    excluded: Exclusion,
 ) -> Supervision | None:
     fused = SUPERVISED in config.fuse.variants and len(sets) > 1
     if not config.adapt.supervised and not fused:
         return None
     ground_truth = ground_truth_of(store, train, labelled=True, data=config.data)
-    classes = true_labels_of(store, ground_truth, features)
+    classes = true_labels_of(store, ground_truth, features, excluded=excluded.train)
     where = (store, config.backbone, config.adapt, config.data, config.seed)
     adaptors = adaptors_of(*where, classes, name=SUPERVISED_SET) if config.adapt.supervised else None
     fusion = supervised_fusion_of(store, config, classes, sets) if fused else None
@@ -178,12 +199,19 @@ def _models(
 
 
 def _with_galleries(
-    config: Config, store: Store, models: dict[str, ModelSpec], ground_truth: Artifact, images: ImageShards
+    config: Config,
+    store: Store,
+    models: dict[str, ModelSpec],
+    ground_truth: Artifact,
+    images: ImageShards,
+    *,
+    excluded: Exclusion,
 ) -> tuple[dict[str, ModelSpec], Artifact | None]:
     """The models, and the weights of the sets for each gallery, if a variant asks for them."""
     per_gallery = [name for name in config.fuse.variants if Variant.parse(name).per_gallery]
     if not per_gallery:
         return models, None
     sets = {m: features_of(store, spec, config.embed, images) for m, spec in models.items() if m.startswith("k=")}
-    galleries = galleries_of(store, config.seed, config.fuse.duplicate_cosine, ground_truth, sets)
+    copies = config.fuse.duplicate_cosine
+    galleries = galleries_of(store, config.seed, copies, ground_truth, sets, excluded=excluded.test)
     return {**models, **{name: replace(models[name], galleries=galleries) for name in per_gallery}}, galleries

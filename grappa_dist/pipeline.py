@@ -12,6 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from grappa_dist.artifacts import CONTENT_BYTES, Artifact, RowArrays, Store, label_rows, look_at
 from grappa_dist.checksums import MANIFEST
 from grappa_dist.config import Config
@@ -46,6 +49,7 @@ from grappa_dist.stages.adapt import adapt
 from grappa_dist.stages.damages import Mending
 from grappa_dist.stages.embed import bad_rows, embed, feature_rows
 from grappa_dist.stages.evaluate import Evaluation, evaluate, task_queries
+from grappa_dist.stages.exclude import exclude, excluded_rows, turns_of
 from grappa_dist.stages.flow import Flow, artifacts_of
 from grappa_dist.stages.fuse import describe_unfused, fuse, least_bytes
 from grappa_dist.stages.gallery_weights import weigh_galleries
@@ -167,35 +171,40 @@ def _finish(context: Run, flow: Flow, *, trained_on: bool) -> Finished:
 def _stages(context: Run, flow: Flow) -> Iterator[str]:
     """Makes what is missing, stage by stage; yields the name of each finished stage."""
     train, labelled = flow.train, flow.supervision
+    exclude(context, flow.excluded, train, flow.test)
+    excluded = excluded_rows(flow.excluded.train)
     if labelled is not None:
         read_true_labels(context, train, labelled.ground_truth, labelled.classes)
-    embed(context, train, flow.models["backbone"], flow.features)
+    embed(context, train, flow.models["backbone"], flow.features, gone=frozenset(excluded.tolist()))
     yield "embed"
 
     bad = bad_rows(train, flow.features)
+    turns, bad = turns_of(context.config.data, flow.excluded.train, bad), np.union1d(bad, excluded)
     pseudo_label(context, flow.labels, feature_rows(train, flow.features), train, bad)
     labels = {k: label_rows(artifact, train.starts, k) for k, artifact in flow.labels.items()}
     partition_statistics(context, flow.partitions, labels)
     yield "pseudo_label"
 
-    adapt(context, flow.adaptors, flow.labels, train, bad)
+    adapt(context, flow.adaptors, flow.labels, train, bad, turns=turns)
     if labelled is not None:
         name_classes(context, labelled.ground_truth, feature_rows(train, flow.features), bad, labelled.classes)
         if labelled.adaptors is not None:
-            adapt_supervised(context, labelled.adaptors, labelled.classes, train)
+            adapt_supervised(context, labelled.adaptors, labelled.classes, train, turns=turns)
     yield "adapt"
 
-    fuse(context, flow.on_pairs, list(flow.adaptors.values()), labels, train, bad)
+    sets = list(flow.adaptors.values())
+    fuse(context, flow.on_pairs, sets, labels, train, bad, turns=turns)
     if labelled is not None and labelled.fusion is not None:
-        fuse_supervised(context, labelled.fusion, list(flow.adaptors.values()), labelled.classes, train)
+        fuse_supervised(context, labelled.fusion, sets, labelled.classes, train, turns=turns)
     yield "fuse"
 
     features = {m: feature_rows(flow.test, f) for m, f in flow.test_features.items()}
     for name in sorted(flow.models, key=lambda name: flow.models[name].galleries is not None):  # these read the others'
         if flow.models[name].galleries is not None:
             _weigh(context, flow, features)
-        embed(context, flow.test, flow.models[name], flow.test_features[name])
-    bad = bad_rows(flow.test, flow.test_features["backbone"])
+        gone = frozenset(excluded_rows(flow.excluded.test).tolist())
+        embed(context, flow.test, flow.models[name], flow.test_features[name], gone=gone)
+    bad = _no_test_rows(flow)
     evaluate(context, flow.test, bad, flow.models, Evaluation(flow.ground_truth, features, flow.scores, flow.insights))
     yield "evaluate"
 
@@ -214,8 +223,12 @@ def _weigh(context: Run, flow: Flow, features: Mapping[str, RowArrays]) -> None:
     """Weights of the adaptor sets for each task's gallery."""
     assert flow.galleries is not None
     sets = {f"k={k}": features[f"k={k}"] for k in flow.adaptors}
-    bad = bad_rows(flow.test, flow.test_features["backbone"])
-    weigh_galleries(context, flow.test, flow.ground_truth, sets, bad, flow.galleries)
+    weigh_galleries(context, flow.test, flow.ground_truth, sets, _no_test_rows(flow), flow.galleries)
+
+
+def _no_test_rows(flow: Flow) -> NDArray[np.int64]:
+    """Of the images that are evaluated, those that do not decode or are excluded, ascending."""
+    return np.union1d(bad_rows(flow.test, flow.test_features["backbone"]), excluded_rows(flow.excluded.test))
 
 
 def _log_any(console: Console, text: str) -> None:

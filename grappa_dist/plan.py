@@ -176,6 +176,9 @@ def _stages(
 ) -> Iterable[tuple[str, str, list[Artifact]]]:
     adapt_steps = config.adapt.epochs * steps_per_epoch(sizes["train"], config.adapt.global_batch)
     features = list(flow.features) if flow else []
+    if config.data.exclude:
+        found = [artifact for artifact in flow.excluded if artifact is not None] if flow else []
+        yield "exclude", f"images that {', '.join(config.data.exclude)} lists, found by their names", found
     yield "embed", f"{pluralize(sizes['train'], 'training image')}, a task per shard", features
     yield "pseudo_label", f"K = {', '.join(map(str, ks))}; one job", list(flow.labels.values()) if flow else []
     what = "how consecutive K agree, sample clusters of each; one task"

@@ -54,6 +54,8 @@ RESULTS = {
     "data.shards_dir": "no",
     "data.label_field": "evaluate",
     "data.label_member": "evaluate",
+    "data.exclude": "pseudo_label",
+    "data.duplicates": "adapt",
     "data.streams": "adapt",
     "data.shuffle_window": "adapt",
     "adapt.supervised": "its row",

@@ -28,6 +28,7 @@ class Purpose(Enum):
     DATA_SET_ORDER = "order of a collection"
     ENCODED_SIZES = "sizes of re-encoded images"  # none: the same places of every task
     NEIGHBOUR = "neighbour"  # seed, epoch, row
+    TURN = "near-duplicate that is shown"  # seed, epoch, row of the first of its group
     ADAPTORS = "adaptors"  # seed, K: start of a set, then of its classifier
     CLASSES = "classes"  # seed, K: the seed of the draw of classes below
     RANDOM_ADAPTORS = "random adaptors"  # seed, set

@@ -136,6 +136,14 @@ def _add_shards(group: argparse._ArgumentGroup) -> None:
         metavar="SIZE",
         help="such as 500MB: no tar is larger (with --image-size: about so large, from a sample of each task)",
     )
+    group.add_argument(
+        "--drop",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a CSV of images to leave out, as `grappa-dist duplicates` writes it: of near-duplicates, all but the "
+        "first of each group; may be repeated",
+    )
     group.add_argument("--seed", type=int, default=0, help="order of the train images; default: %(default)s")
     group.add_argument(
         "--workers",
@@ -172,6 +180,7 @@ def _make(args: argparse.Namespace, terminal: Terminal) -> str:
         images_per_shard=args.images_per_shard,
         shard_bytes=None if args.shard_bytes is None else parse_bytes(args.shard_bytes),
         seed=args.seed,
+        drop=tuple(expanded(path, "--drop") for path in args.drop),
     )
     work = Work(args.workers, terminal.log, terminal.renew if terminal.is_interactive else None)
     if args.benchmark:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -9,17 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar, get_args
 
+import numpy as np
+
 from grappa_dist.console import pluralize
 from grappa_dist.data.decoding import TAKEN
 from grappa_dist.data.rng import Purpose, permutation
 from grappa_dist.make_shards.building import Building, bad_files, bad_reasons, build
 from grappa_dist.make_shards.class_folders import Part, folder_items, part_of, sides_of, task_name
+from grappa_dist.make_shards.exclusions import read_exclusions
 from grappa_dist.make_shards.left_out import FILE as LIST_FILE
 from grappa_dist.make_shards.left_out import LeftOut, described, joined, write_list, write_table
 from grappa_dist.make_shards.lists import Columns, csv_items
 from grappa_dist.make_shards.planning import Limits, plan_folder, prefixes_of
 from grappa_dist.make_shards.progress import Log, Progress, align
-from grappa_dist.make_shards.sources import Item, Source, open_source
+from grappa_dist.make_shards.sources import Item, Source, as_utf8, open_source
 from grappa_dist.progress import duration
 
 Split = Literal["classes", "folders", "column", "none", "test"]
@@ -41,6 +45,7 @@ class CollectionConfig:
     images_per_shard: int | None = None  # None: 1000, or any number where shard_bytes is given
     shard_bytes: int | None = None  # a tar is at most so large
     seed: int = 0
+    drop: tuple[str, ...] = ()  # lists of images that are left out (exclusions.py)
 
     def __post_init__(self) -> None:
         if self.split not in (*get_args(Split), None):
@@ -111,8 +116,10 @@ def write_items(
     """
     began = time.monotonic()
     prefixes = prefixes_of({item.source.path for item in items}, base)
-    splits = split_items(items, cfg.split)
-    left_out = joined([left_out, *(source.left_out.below(prefixes.get(source.path, "")) for source in sources)])
+    splits, dropped = _without_dropped(split_items(items, cfg.split), cfg.drop, prefixes, work.log)
+    left_out = joined(
+        [left_out, dropped, *(source.left_out.below(prefixes.get(source.path, "")) for source in sources)]
+    )
     for split in SPLITS:
         if not splits[split] and (out / split).exists():
             raise ValueError(f"{out / split}: exists, but these images have no {split} part; choose another folder")
@@ -127,6 +134,34 @@ def write_items(
         work.log(line)
     work.log(f"took {duration(time.monotonic() - began)}")
     return table(splits)
+
+
+def _without_dropped(
+    splits: Mapping[str, list[Item]], lists: Sequence[str], prefixes: Mapping[Path, str], log: Log
+) -> tuple[dict[str, list[Item]], LeftOut]:
+    """The images without those that the lists drop, and these.
+
+    Args:
+        prefixes: by source, what comes before the names of its files in shards; absolute names do as well.
+
+    Raises:
+        ValueError: a list cannot be read, or names none of the images.
+    """
+    exclusions, left, dropped = read_exclusions(lists), dict(splits), LeftOut()
+    matched = np.zeros(len(exclusions.lines), bool)
+    for side, items in splits.items() if lists else ():
+        names = [f"{prefixes[item.source.path]}{item.name}" for item in items]
+        both = ((n, as_utf8(os.path.join(item.source.path, item.name))) for n, item in zip(names, items, strict=True))
+        found = exclusions.among(both, side)
+        matched |= found.matched
+        for row, reason in zip(found.rows.tolist(), found.reasons, strict=True):
+            dropped.add(names[row], reason)
+        out = frozenset(found.rows.tolist())
+        left[side] = [item for row, item in enumerate(items) if row not in out]
+    example = next((f"{prefixes[item.source.path]}{item.name}" for items in splits.values() for item in items), "")
+    if unknown := exclusions.check_matched(matched, example):
+        log(f"warning: {unknown}")
+    return left, dropped
 
 
 def _listed(out: Path, buildings: Sequence[Building], left_out: LeftOut) -> list[str]:

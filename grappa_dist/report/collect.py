@@ -35,7 +35,8 @@ from grappa_dist.report.queries import class_gains, intervals_of
 from grappa_dist.stages.damages import DAMAGES_FILE, Damage, damages_among
 from grappa_dist.stages.embed import bad_reasons
 from grappa_dist.stages.evaluate import INSIGHT_FILE, NEIGHBOURS, SCORES_FILE, task_queries
-from grappa_dist.stages.flow import Flow
+from grappa_dist.stages.exclude import describe_excluded, weigh_note
+from grappa_dist.stages.flow import Exclusion, Flow
 from grappa_dist.stages.ground_truth import load_ground_truth
 from grappa_dist.stages.partitions import PARTITIONS_FILE
 from grappa_dist.stages.pseudo_label import STATS_FILE
@@ -144,7 +145,7 @@ def _content(run: Run, flow: Flow, rows: list[ScoreRow], verdict: Verdict | None
         bad_rows=[*_bad(flow.train, flow.features), *_bad_test(flow)],
         facts=facts_of(run, flow, logs, tested=_has_test(flow)),
         config_yaml=(run.given or run.config).yaml(),
-        notes=[*run.config.notes, *_supervision_note(flow), *_damage_notes(run, flow)],
+        notes=[*run.config.notes, *_supervision_note(flow), *_exclusion_notes(run, flow), *_damage_notes(run, flow)],
     )
 
 
@@ -162,6 +163,13 @@ def _supervision_note(flow: Flow) -> Iterator[str]:
             f"of {found['images']:,}). "
             "No other row was trained with a label."
         )
+
+
+def _exclusion_notes(run: Run, flow: Flow) -> Iterator[str]:
+    """What `data.exclude` has left out, and how near-duplicates were trained with."""
+    lines = [*describe_excluded(flow.excluded), weigh_note(run.config.data, flow.excluded.train)]
+    if flow.excluded != Exclusion():
+        yield f"data.exclude ({', '.join(run.config.data.exclude)}): {'; '.join(filter(None, lines))}."
 
 
 def _damage_notes(run: Run, flow: Flow) -> Iterator[str]:

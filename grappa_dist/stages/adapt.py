@@ -32,7 +32,7 @@ from grappa_dist.stages.adapt_job import AdaptJob, starting_centroids, train_ada
 from grappa_dist.stages.embed import to_images
 from grappa_dist.stages.multi_set_jobs import AdaptSet, commit_leftovers, fresh_sets, jobs_of
 from grappa_dist.stages.run import Run
-from grappa_dist.training.batches import TrainingImages, augmented, describe_idle_ranks, trained_by
+from grappa_dist.training.batches import TrainingImages, Turns, augmented, describe_idle_ranks, trained_by
 from grappa_dist.training.memory import MemoryBudget, images_that_fit, memory_budget, micro_batch_size, usable_bytes
 from grappa_dist.training.trackers import check_trackers
 
@@ -62,19 +62,27 @@ def adapt(
     labels: Mapping[int, Artifact],
     images: ImageShards,
     bad: NDArray[np.int64],
+    *,
+    turns: Turns | None = None,
 ) -> None:
-    """Trains every adaptor set that does not exist yet, several in a job and jobs side by side as asked for."""
+    """Trains every adaptor set that does not exist yet, several in a job and jobs side by side as asked for.
+
+    Args:
+        turns: images that are shown in place of others, with `data.duplicates=weigh`.
+    """
     sets = [
         _set(run.config, k, labels[k], adaptors[k], images) for k in adaptors
     ]  # complete ones too: a multi-set job may lack only one
-    train_sets(run, sets, images, bad)
+    train_sets(run, sets, images, bad, turns=turns)
 
 
 def _set(config: Config, k: int, labels: Artifact, adaptors: Artifact, images: ImageShards) -> AdaptSet:
     return AdaptSet(k, label_rows(labels, images.starts, k), adaptors, starting_centroids(config.adapt, labels))
 
 
-def train_sets(run: Run, sets: Sequence[AdaptSet], images: ImageShards, bad: NDArray[np.int64]) -> None:
+def train_sets(
+    run: Run, sets: Sequence[AdaptSet], images: ImageShards, bad: NDArray[np.int64], *, turns: Turns | None = None
+) -> None:
     """Trains those of the sets that are missing on all images but the rows `bad`."""
     config = run.config
     commit_leftovers(sets)
@@ -82,7 +90,7 @@ def train_sets(run: Run, sets: Sequence[AdaptSet], images: ImageShards, bad: NDA
     if not missing:
         return
     check_trackers(config.resources.trackers)
-    training = TrainingImages.of(config, images, bad, config.adapt.global_batch)
+    training = TrainingImages.of(config, images, bad, config.adapt.global_batch, turns=turns)
     whole = AdaptJob(tuple(missing), training, config.backbone, config.adapt, config.resources.trackers)
     what = f"{pluralize(len(missing), 'adaptor set')} of {training.num_steps(config.adapt.epochs)} steps"
     with run.console.stage("adapt", what):

@@ -30,6 +30,7 @@ from grappa_dist.metrics import QueryScores, query_scores
 from grappa_dist.models import Grappa
 from grappa_dist.models.spec import ModelSpec, cached_model, preprocess_of
 from grappa_dist.stages.embed import to_images
+from grappa_dist.stages.exclude import excluding
 from grappa_dist.stages.gallery_weights import by_gallery
 from grappa_dist.stages.ground_truth import GroundTruth, load_ground_truth, write_ground_truth
 from grappa_dist.stages.run import Run
@@ -68,14 +69,29 @@ class ModelTask:
     config: Config
 
 
-def scores_of(store: Store, ground_truth: Artifact, model: str, features: Sequence[Artifact]) -> Artifact:
-    return store.artifact(f"scores/{model}", {"queries": True}, {"truth": ground_truth, **numbered("shard", features)})
+def scores_of(
+    store: Store,
+    ground_truth: Artifact,
+    model: str,
+    features: Sequence[Artifact],
+    *,
+    excluded: Artifact | None = None,
+) -> Artifact:
+    inputs = {"truth": ground_truth, **numbered("shard", features), **excluding(excluded)}
+    return store.artifact(f"scores/{model}", {"queries": True}, inputs)
 
 
 def insight_of(
-    store: Store, ground_truth: Artifact, model: str, settings: EvaluateConfig, seed: int, features: Sequence[Artifact]
+    store: Store,
+    ground_truth: Artifact,
+    model: str,
+    settings: EvaluateConfig,
+    seed: int,
+    features: Sequence[Artifact],
+    *,
+    excluded: Artifact | None = None,
 ) -> Artifact:
-    inputs = {"truth": ground_truth, **numbered("shard", features)}
+    inputs = {"truth": ground_truth, **numbered("shard", features), **excluding(excluded)}
     figures = {**settings.model_dump(exclude={"export", "train_images"}), "seed": seed, "neighbours": NEIGHBOURS}
     if ground_truth.settings["labelled"]:
         figures["queries"] = SPREAD

@@ -28,6 +28,13 @@ class Supervision(NamedTuple):
         return {name: artifact for name, artifact in both.items() if artifact is not None}
 
 
+class Exclusion(NamedTuple):
+    """Which rows `data.exclude` leaves out; None of images that no list says anything of."""
+
+    train: Artifact | None = None
+    test: Artifact | None = None  # of the images that are evaluated
+
+
 @dataclass(frozen=True)
 class Flow:
     """Every artefact of a run, in the order in which they are made."""
@@ -48,6 +55,7 @@ class Flow:
     insights: Mapping[str, Artifact]
     report: Artifact
     model: Artifact
+    excluded: Exclusion = Exclusion()  # noqa: RUF009 - not changed
     damages: tuple[Damage, ...] = ()  # of these artefacts, which were made anew
 
     @property

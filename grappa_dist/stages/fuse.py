@@ -46,7 +46,7 @@ from grappa_dist.stages.fuse_pairs import Pairs
 from grappa_dist.stages.knn_graph import remove_neighbours
 from grappa_dist.stages.run import Run
 from grappa_dist.training.barlow_twins_loss import Projector, accumulate, barlow_twins, penalty_of, rows_are_cheaper
-from grappa_dist.training.batches import TrainingImages, describe_idle_ranks, trained_by
+from grappa_dist.training.batches import TrainingImages, Turns, describe_idle_ranks, trained_by
 from grappa_dist.training.deepspeed_engine import Engine
 from grappa_dist.training.loop import Schedule, train
 from grappa_dist.training.memory import fuse_advice, naming_lack_of_memory
@@ -109,10 +109,12 @@ def fuse(
     labels: Mapping[int, RowArrays],
     images: ImageShards,
     bad: np.ndarray,
+    *,
+    turns: Turns | None = None,
 ) -> None:
     """Trains every variant on pairs that does not exist yet, one after the other, each on all workers."""
     config = run.config
-    training = TrainingImages.of(config, images, bad, config.fuse.global_batch)
+    training = TrainingImages.of(config, images, bad, config.fuse.global_batch, turns=turns)
     for name, artifact in fusions.items():
         if artifact.complete:
             continue

@@ -100,7 +100,7 @@ class Pairs:
             rngs = [view_generator(seed, epoch, row, view) for view in views]
             return self._preprocess.views(image, rngs, self._settings.min_crop_area)
 
-        pixels = load_images(self._training.images, rows, make, (len(views), side, side, 3))
+        pixels = load_images(self._training.shown(epoch), rows, make, (len(views), side, side, 3))
         return np.ascontiguousarray(pixels.swapaxes(0, 1)).reshape(-1, side, side, 3)
 
     def _partners(self, rows: NDArray[np.int64], epoch: int, graph: RowArrays) -> NDArray[np.int64]:

@@ -32,6 +32,7 @@ from grappa_dist.data.shards import ImageShards
 from grappa_dist.files import save_array, write_json
 from grappa_dist.models import Grappa
 from grappa_dist.models.spec import ModelSpec
+from grappa_dist.stages.exclude import excluding
 from grappa_dist.stages.ground_truth import TASKS_FILE, load_ground_truth, write_ground_truth
 from grappa_dist.stages.run import Run
 
@@ -56,7 +57,13 @@ class GalleriesTask:
 
 
 def galleries_of(
-    store: Store, seed: int, copies: float, ground_truth: Artifact, features: Mapping[str, Sequence[Artifact]]
+    store: Store,
+    seed: int,
+    copies: float,
+    ground_truth: Artifact,
+    features: Mapping[str, Sequence[Artifact]],
+    *,
+    excluded: Artifact | None = None,
 ) -> Artifact:
     """The artefact of the weights.
 
@@ -65,7 +72,7 @@ def galleries_of(
     """
     inputs = {f"{name} shard {i}": a for name, shards in features.items() for i, a in enumerate(shards)}
     settings = {"neighbours": NEIGHBOURS, "most_images": MOST_IMAGES, "duplicate_cosine": copies, "seed": seed}
-    return store.artifact("galleries", settings, {"truth": ground_truth, **inputs})
+    return store.artifact("galleries", settings, {"truth": ground_truth, **inputs, **excluding(excluded)})
 
 
 def weigh_galleries(

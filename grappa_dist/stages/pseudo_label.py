@@ -56,6 +56,7 @@ from grappa_dist.kmeans.methods import (
 )
 from grappa_dist.kmeans.seeding import LARGER_ROUNDS_ABOVE, SeedingCandidates, SeedingState
 from grappa_dist.kmeans.yinyang import num_bounds
+from grappa_dist.stages.exclude import excluding
 from grappa_dist.stages.run import Run
 
 STATS_FILE = "stats.json"
@@ -110,7 +111,14 @@ def check_good_rows(config: ClusteringConfig, nums: Iterable[int], num_rows: int
 
 
 def labels_of(
-    store: Store, config: ClusteringConfig, seed: int, num: int, features: Sequence[Artifact], *, num_rows: int
+    store: Store,
+    config: ClusteringConfig,
+    seed: int,
+    num: int,
+    features: Sequence[Artifact],
+    *,
+    num_rows: int,
+    excluded: Artifact | None = None,
 ) -> Artifact:
     """The artefact of one K: its settings are those that its method uses, with `auto` resolved."""
     choice = choose(config, num, num_rows)
@@ -127,7 +135,7 @@ def labels_of(
         settings["init"] = choice.init
     elif choice.name in FLAT and num > LARGER_ROUNDS_ABOVE:
         settings["seeding"] = "larger rounds"  # which draw other first centroids than rounds of fixed size
-    inputs = numbered("shard", features)
+    inputs = {**numbered("shard", features), **excluding(excluded)}
     return store.artifact(f"labels/k={num}", {**settings, "num_labels": num, "seed": seed}, inputs)
 
 

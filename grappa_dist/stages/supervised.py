@@ -44,12 +44,13 @@ from grappa_dist.models import Grappa
 from grappa_dist.models.spec import ADAPTORS_FILE, FUSION_FILE, build_backbone, load_weights, release_cached_model
 from grappa_dist.stages.adapt import train_sets
 from grappa_dist.stages.adapt_job import Classes, ClassificationObjective, classifier_for, starting_centroids
+from grappa_dist.stages.exclude import excluding
 from grappa_dist.stages.fuse import AttentionStatistics
 from grappa_dist.stages.ground_truth import load_ground_truth, write_ground_truth
 from grappa_dist.stages.multi_set_jobs import AdaptSet
 from grappa_dist.stages.pseudo_label import STATS_FILE
 from grappa_dist.stages.run import Run
-from grappa_dist.training.batches import TrainingImages, describe_idle_ranks, trained_by
+from grappa_dist.training.batches import TrainingImages, Turns, describe_idle_ranks, trained_by
 from grappa_dist.training.deepspeed_engine import Engine
 from grappa_dist.training.loop import Reporting, Schedule, train
 from grappa_dist.training.memory import fuse_advice, naming_lack_of_memory
@@ -59,9 +60,12 @@ ASKED_BY = "adapt.supervised or the variant supervised of fuse.variants"
 NAMED = 3  # shards, in a message
 
 
-def true_labels_of(store: Store, ground_truth: Artifact, features: Sequence[Artifact]) -> Artifact:
+def true_labels_of(
+    store: Store, ground_truth: Artifact, features: Sequence[Artifact], *, excluded: Artifact | None = None
+) -> Artifact:
     """The artefact of the classes, in the layout of a partition's."""
-    return store.artifact("labels/true", {}, {"truth": ground_truth, **numbered("shard", features)})
+    inputs = {"truth": ground_truth, **numbered("shard", features), **excluding(excluded)}
+    return store.artifact("labels/true", {}, inputs)
 
 
 def read_true_labels(run: Run, images: ImageShards, ground_truth: Artifact, classes: Artifact) -> None:
@@ -165,13 +169,15 @@ def without_class(artifact: Artifact, images: ImageShards) -> NDArray[np.int64]:
     return np.concatenate(found).astype(np.int64)
 
 
-def adapt_supervised(run: Run, adaptors: Artifact, labels: Artifact, images: ImageShards) -> None:
+def adapt_supervised(
+    run: Run, adaptors: Artifact, labels: Artifact, images: ImageShards, *, turns: Turns | None = None
+) -> None:
     """Trains the supervised set, by a job like those of the partitions."""
     if not adaptors.complete:
         classes = class_counts(labels)["classes"]
         start = starting_centroids(run.config.adapt, labels)
         one = AdaptSet(classes, label_rows(labels, images.starts, classes), adaptors, start, SUPERVISED_SET)
-        train_sets(run, [one], images, without_class(labels, images))
+        train_sets(run, [one], images, without_class(labels, images), turns=turns)
 
 
 def supervised_fusion_of(store: Store, config: Config, labels: Artifact, sets: Sequence[Artifact]) -> Artifact:
@@ -181,13 +187,19 @@ def supervised_fusion_of(store: Store, config: Config, labels: Artifact, sets: S
 
 
 def fuse_supervised(
-    run: Run, fusion: Artifact, adaptors: Sequence[Artifact], labels: Artifact, images: ImageShards
+    run: Run,
+    fusion: Artifact,
+    adaptors: Sequence[Artifact],
+    labels: Artifact,
+    images: ImageShards,
+    *,
+    turns: Turns | None = None,
 ) -> None:
     """Trains the supervised fusion, by one job on all workers."""
     if fusion.complete:
         return
     config, classes = run.config, class_counts(labels)["classes"]
-    training = TrainingImages.of(config, images, without_class(labels, images), config.adapt.global_batch)
+    training = TrainingImages.of(config, images, without_class(labels, images), config.adapt.global_batch, turns=turns)
     job = SupervisedJob(
         adaptors=tuple(adaptors),
         labels=label_rows(labels, images.starts, classes),

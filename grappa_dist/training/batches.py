@@ -5,23 +5,69 @@ Shapes: B images of this rank, S pixels a side.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
 from grappa_dist.config import BackboneConfig, Config, DataConfig
-from grappa_dist.data.decoding import Picture, Pixels
+from grappa_dist.data.decoding import BadImage, Picture, Pixels
 from grappa_dist.data.epoch_order import EpochOrder, RowIds
-from grappa_dist.data.loader import load_images, read_batches
-from grappa_dist.data.rng import view_generator
+from grappa_dist.data.loader import Images, load_images, read_batches
+from grappa_dist.data.rng import Purpose, generator, view_generator
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.data.transforms import Preprocess
 from grappa_dist.distributed.collectives import Comm
 from grappa_dist.models.spec import backbone_settings
 
 EPOCHS_AT_ONCE = 4  # whose order is kept: threads read some steps ahead
+
+
+@dataclass(frozen=True)
+class Turns:
+    """Rows that stand for others: in each epoch one of them is shown, drawn by (seed, epoch, row)."""
+
+    members: Mapping[int, tuple[int, ...]]  # by the row that stands for them
+
+    def shown(self, row: int, seed: int, epoch: int) -> int:
+        """The row whose image is shown in place of a row."""
+        if row not in self.members:
+            return row
+        all_of_them = (row, *self.members[row])
+        return all_of_them[int(generator(Purpose.TURN, seed, epoch, row).integers(len(all_of_them)))]
+
+
+@dataclass(frozen=True)
+class _InTurn:
+    """Images of which some are shown in place of others; rows keep their ids."""
+
+    base: ImageShards
+    turns: Turns
+    seed: int
+    epoch: int
+
+    def _shown(self, row: int) -> int:
+        return self.turns.shown(row, self.seed, self.epoch)
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+    def images(self, rows: Iterable[int]) -> Iterator[bytes | BadImage]:
+        return self.base.images(self._shown(row) for row in rows)
+
+    def where(self, row: int) -> str:
+        return self.base.where(self._shown(row))
+
+    def name(self, row: int) -> str:
+        return self.base.name(self._shown(row))
+
+    def key(self, row: int) -> str:
+        return self.base.key(self._shown(row))
+
+    def labels(self, row: int) -> dict[str, Any] | None:
+        return self.base.labels(self._shown(row))
 
 
 @dataclass(frozen=True)
@@ -34,11 +80,19 @@ class TrainingImages:
     global_batch: int
     seed: int
     decode_threads: int
+    turns: Turns | None = None
 
     @staticmethod
-    def of(config: Config, images: ImageShards, bad: RowIds, global_batch: int) -> TrainingImages:
+    def of(
+        config: Config, images: ImageShards, bad: RowIds, global_batch: int, *, turns: Turns | None = None
+    ) -> TrainingImages:
         """All images but the rows `bad`, in batches of `global_batch` images over all ranks."""
-        return TrainingImages(images, bad, config.data, global_batch, config.seed, config.resources.decode_threads)
+        threads = config.resources.decode_threads
+        return TrainingImages(images, bad, config.data, global_batch, config.seed, threads, turns)
+
+    def shown(self, epoch: int) -> Images:
+        """The images as an epoch shows them."""
+        return self.images if self.turns is None else _InTurn(self.images, self.turns, self.seed, epoch)
 
     def order(self, epoch: int) -> EpochOrder:
         data = self.data
@@ -71,6 +125,8 @@ def rank_share(global_batch: int, ranks: int, streams: int) -> int:
 def trained_by(backbone: BackboneConfig, data: DataConfig, seed: int, **recipe: object) -> dict[str, object]:
     """The settings that decide the result of a training job: its recipe, the backbone, and the rows of a batch."""
     order = data.model_dump(include={"streams", "shuffle_window"})
+    if data.exclude and data.duplicates == "weigh":
+        order["duplicates"] = data.duplicates
     return {"backbone": backbone_settings(backbone), **recipe, "data": order, "seed": seed}
 
 
@@ -94,7 +150,7 @@ def augmented(
     def make(image: Picture, row: int) -> Pixels:
         return preprocess.augment(image, view_generator(training.seed, epoch, row, 0), area)
 
-    return load_images(training.images, rows, make, (size, size, 3))
+    return load_images(training.shown(epoch), rows, make, (size, size, 3))
 
 
 def augmented_batches(
