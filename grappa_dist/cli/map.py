@@ -10,7 +10,7 @@ import click
 
 from grappa_dist.cli.verb import split_words, verb, words
 from grappa_dist.cli.with_model import Options, embedder_of, list_left_out, places_of, with_model
-from grappa_dist.console import Ending
+from grappa_dist.console import Ending, pluralize
 from grappa_dist.output import printable
 
 if TYPE_CHECKING:
@@ -33,6 +33,9 @@ MOST = 100_000
 @click.option("--out", metavar="FILE", help="The page (default: map.html, in the directory of RUN).")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of UMAP's random numbers.")
 @click.option("--most", type=click.IntRange(10, MOST), default=MOST, show_default=True, help="Images of the map.")
+@click.option(
+    "--fiftyone", metavar="DIR", help="Also a new folder that FiftyOne reads: images, labels, embeddings, points."
+)
 @click.option("--keep", metavar="DIR", help="With --images: keep the embeddings of both models there.")
 @click.option("--name", metavar="MODEL", help="With RUN: another of its models, as in the table of scores.")
 @click.option(
@@ -52,7 +55,7 @@ MOST = 100_000
 @with_model(required=False)
 def command(
     ending: Ending, given: tuple[str, ...], images: tuple[str, ...], out: str | None, seed: int, most: int,
-    name: str | None, **options: object,
+    name: str | None, fiftyone: str | None, **options: object,
 ) -> None:  # fmt: skip
     """Draws images as points of a page, near where a model finds them alike: the backbone's map beside the adapted one.
 
@@ -61,6 +64,7 @@ def command(
     """
     from grappa_dist.config import expanded
     from grappa_dist.console import Console
+    from grappa_dist.retrieval.fiftyone import check_new, write_fiftyone
     from grappa_dist.retrieval.map import lay_out_images
     from grappa_dist.retrieval.map_images import images_of_run
     from grappa_dist.retrieval.map_page import MapContent, write_map
@@ -69,6 +73,9 @@ def command(
     runs, settings = split_words(given)
     _check(runs, settings, images, name, options)
     device = device_of(str(options["device"]))
+    folder = Path(expanded(fiftyone, "--fiftyone")) if fiftyone else None
+    if folder is not None:
+        check_new(folder)
     if runs:
         root = Path(expanded(runs[0], "RUN"))
         path = Path(expanded(out, "--out")) if out else root / "map.html"
@@ -80,6 +87,8 @@ def command(
     content = MapContent(title, layouts, shown.names, shown.ground_truth, shown.notes)
     written = write_map(path, content, shown.read, threads=max(1, int(str(options["decode_threads"]))))
     print(printable(f"map     {written.path}  ({written.bytes / 1e6:.1f} MB, {written.pictures:,} pictures)"))
+    if folder is not None:
+        print(printable(f"fiftyone  {folder}  ({pluralize(write_fiftyone(folder, shown, layouts), 'image')})"))
 
 
 def _check(

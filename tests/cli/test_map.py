@@ -23,6 +23,7 @@ from tests.test_docs_commands import run_by
         (["a", "backbone.image_size=32"], "backbone.image_size=32: settings are for a backbone that --model names"),
         (["a", "--keep", "k"], "--keep is for --model and --images; a run has its images and labels"),
         (["--model", "m", "--images", "x", "--name", "k=4"], "--name is for a run directory; --model names the model"),
+        (["nowhere", "--fiftyone", "/"], "/ is there already; expected a folder that does not exist, or is empty"),
         (["nowhere"], "nowhere: expected a run directory with its"),
         (["--model", "nowhere", "--images", "x"], "nowhere: is no folder; expected a run directory"),
     ],
@@ -58,6 +59,8 @@ def test_the_commands_of_the_docs_draw_maps_and_kept_embeddings_are_used_again(
     assert Path("again.html").read_bytes() == Path("photos.html").read_bytes()
     assert "12 of 13 images were embedded before" in called(command, *kept).err
     assert sorted(path.name for path in Path("keep").iterdir()) == ["against", "model"]
-    single = called(command, *kept[:4], "--against", "none", "--out", "single.html")
+    more = ("--against", "none", "--out", "single.html", "--fiftyone", "samples")
+    single = called(command, *kept[:4], *more)
     assert single.status == 0
+    assert single.out.splitlines()[-1] == "fiftyone  samples  (12 images)"
     assert Path("single.html").read_text().count('<div class="plane"') == 1
