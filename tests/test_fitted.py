@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -72,6 +73,23 @@ def test_three_lines_give_a_model_scores_a_report_and_a_verdict(done: tuple[Fitt
     assert (config.seed, config.adapt.epochs, config.evaluate.view_queries) == (3, 1, 4)
 
 
+def test_the_report_shows_settings_as_they_were_given_and_images_by_the_names_of_their_files(
+    done: tuple[FittedRun, str],
+) -> None:
+    run, photos = done
+    page = run.report.read_text()
+    settings = page[page.index("<summary>Configuration</summary>") :]
+    assert f"- {photos}" in settings
+    assert "shards/" not in settings
+    assert "report written" in page
+    names = {path.relative_to(photos).as_posix() for path in Path(photos).rglob("*.png")}
+    shown = set(re.findall(r"query ([^ ]+ )?([^ <]+/[^ <]+)</title>", page))
+    assert {name for _, name in shown} <= names
+    assert shown
+    for section in ("classes", "galleries"):
+        assert f'<section id="{section}">' in page
+
+
 def test_a_run_keeps_the_rates_that_it_has_measured(done: tuple[FittedRun, str]) -> None:
     run, _ = done
     config = read_config(run.root)
@@ -84,7 +102,9 @@ def test_a_run_keeps_the_rates_that_it_has_measured(done: tuple[FittedRun, str])
 def test_a_further_call_reuses_what_is_there_and_makes_what_is_new(done: tuple[FittedRun, str]) -> None:
     run, photos = done
     again = tiny.Here()
+    page = run.report.read_bytes()
     same = fit(run.root, photos, again)
+    assert same.report.read_bytes() == page  # dates included
     assert again.asked == []
     assert same.scores == run.scores
     assert read_config(run.root).seed == 3  # which was not given again

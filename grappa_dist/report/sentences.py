@@ -81,7 +81,8 @@ def _against_oracle(scores: Scores) -> Sentence | None:
     }
     if not differences:
         return None
-    mean = sum(differences.values()) / len(differences)
+    mean = scores.gain(ORACLE, None, over=lead)  # as the tile has it
+    mean = mean if math.isfinite(mean) else sum(differences.values()) / len(differences)
     worst = max(differences, key=lambda t: differences[t])
     if round(100 * differences[worst], 1) <= 0:
         return "Fusion and oracle", f"{lead} reaches the oracle or passes it on every task, without its labels."

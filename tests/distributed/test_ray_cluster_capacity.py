@@ -5,7 +5,15 @@ from typing import Any
 import pytest
 
 from grappa_dist.config import Resources
-from grappa_dist.distributed.ray_cluster import gpus_per_worker, usable_workers, worker_capacity, workers_to_start
+from grappa_dist.distributed.preflight import Facts
+from grappa_dist.distributed.ray_cluster import (
+    Cluster,
+    gpus_per_worker,
+    usable_workers,
+    worker_capacity,
+    workers_to_start,
+)
+from grappa_dist.distributed.runner import Runner
 
 
 def node(cpus: float, gpus: float = 0, *, alive: bool = True) -> dict[str, Any]:
@@ -31,6 +39,26 @@ def test_as_many_workers_start_as_fit_the_nodes_but_no_more_than_asked() -> None
     assert workers_to_start(nodes, Resources(workers=3)) == 3
     assert usable_workers(nodes, Resources(workers=3), 1) == 3
     assert usable_workers(nodes[:1], Resources(workers=6), 1) == 4
+
+
+def test_nodes_that_are_alike_are_described_once_with_their_workers_and_each_change_is_an_event() -> None:
+    machines = {"a": "16 cores", "b": "8 cores", "c": "16 cores"}
+    cluster = Cluster(Resources(), facts={name: Facts(name, machine=what) for name, what in machines.items()})
+    cluster._node_of = {1: "a", 2: "a", 3: "b", 4: "c", 5: "unknown"}
+    alike = [
+        {"machine": "", "nodes": 1, "workers": 1},
+        {"machine": "16 cores", "nodes": 2, "workers": 3},
+        {"machine": "8 cores", "nodes": 1, "workers": 1},
+    ]
+    assert cluster.describe_nodes() == alike
+    events = list[Any]()
+    runner = Runner(cluster, Resources(), on_event=lambda name, **figures: events.append((name, figures)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Cluster, "gather", lambda self: list(self._node_of))
+        assert [len(runner._gather()) for _ in range(2)] == [5, 5]
+        del cluster._node_of[5]
+        runner._gather()
+    assert events == [("workers", {"nodes": alike}), ("workers", {"nodes": alike[1:]})]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from grappa_dist.report import queries
 from grappa_dist.report.queries import MOST_CHANGED, MOST_PER_TASK, changed_most, class_gains, intervals_of
 from grappa_dist.significance import bootstrap_interval
 from grappa_dist.verdict import TaskQueries
@@ -31,6 +32,17 @@ def test_intervals_are_the_bootstrap_of_the_values_of_each_task_and_of_the_mean_
     best = [max(("k=4", "k=8"), key=lambda m: t.r_precision[m].mean()) for t in tasks]
     assert found["oracle", "a"] == found[best[0], "a"]
     assert intervals_of([]) == {}
+
+
+def test_of_many_queries_intervals_are_those_of_the_bootstrap_to_a_part_of_their_width(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(queries, "MANY", 1000)
+    tasks = [task("a", 0, 1001), task("b", 1, 400)]
+    (low, high), wide = bootstrap_interval([t.r_precision["average"] for t in tasks]), intervals_of(tasks)
+    for model, name in (("average", None), ("average", "a")):
+        expected = (low, high) if name is None else bootstrap_interval([tasks[0].r_precision[model]])
+        assert wide[model, name] == pytest.approx(expected, abs=0.1 * (expected[1] - expected[0]))
 
 
 def test_the_gain_of_a_class_is_the_mean_over_its_queries() -> None:

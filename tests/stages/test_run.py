@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from grappa_dist.config import Config
+from grappa_dist.console import EVENTS_FILE, read_events
 from grappa_dist.pipeline import run
+from grappa_dist.report.facts import origin_facts
 from grappa_dist.stages.run import CONFIG_FILE, Run, keeping_config, read_config, running
 from tests.stages import tiny
 
@@ -17,6 +19,19 @@ def test_a_run_that_is_refused_before_it_begins_leaves_no_folder(tmp_path: Path)
     with pytest.raises(ValueError, match=r"shards: nothing at .*photos; expected a folder of images"):
         run(tiny.config([str(tmp_path / "photos")]), tmp_path / "runs" / "deep" / "mine")
     assert [path.name for path in tmp_path.iterdir()] == ["photos"]
+
+
+def test_what_a_run_runs_on_is_recorded_at_its_begin(tmp_path: Path) -> None:
+    with running(tiny.config(["nowhere"]), tmp_path):
+        pass
+    with running(tiny.config(["nowhere"]), tmp_path):
+        pass
+    events = list(read_events(tmp_path / EVENTS_FILE))
+    assert [event["name"] for event in events] == ["run_begins", "origin", "run_ends"] * 2
+    assert events[1].keys() >= {"machine", "versions", "code", "command"}
+    facts = origin_facts(events, events[-1]["t"])
+    assert facts["code"].startswith("grappa-dist ")
+    assert facts["run began"].endswith("the first of 2 starts")
 
 
 def end_with(error: Exception, root: Path, begin: Callable[[Run], object] = lambda run: None) -> None:
