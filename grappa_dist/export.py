@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from grappa_dist.artifacts import Artifact, Store, wait_until_seen
 from grappa_dist.config import Resources, read
 from grappa_dist.console import pluralize
-from grappa_dist.data.decoding import to_rgb, upright
+from grappa_dist.data.decoding import Picture, to_rgb, upright
 from grappa_dist.data.index import Shard, describe_missing
 from grappa_dist.data.labels import named
 from grappa_dist.data.open_images import cache_of
@@ -30,9 +30,8 @@ from grappa_dist.files import Sum, read_json, recorded, save_tensors, write_json
 from grappa_dist.inputs import living_shards_of
 from grappa_dist.make_shards.left_out import BAD_LIST, write_list
 from grappa_dist.models import Grappa
+from grappa_dist.models.model_config import CONFIG_FILE, FORMAT
 from grappa_dist.models.spec import (
-    CONFIG_FILE,
-    FORMAT,
     WEIGHTS_FILE,
     ModelSpec,
     build,
@@ -77,8 +76,9 @@ class Transform:
 
     preprocess: Preprocess
 
-    def __call__(self, image: Image.Image) -> Tensor:
-        return torch.from_numpy(self.preprocess.test(to_rgb(upright(image)))).permute(2, 0, 1).float() / 255
+    def __call__(self, image: Image.Image | Picture) -> Tensor:
+        upright_image = image if isinstance(image, Picture) else to_rgb(upright(image))
+        return torch.from_numpy(self.preprocess.test(upright_image)).permute(2, 0, 1).float() / 255
 
 
 class RetrievalModel(nn.Module):

@@ -11,7 +11,7 @@ from grappa_dist.export import write_model
 from grappa_dist.files import make_folder, remove_folder, rename
 from grappa_dist.inputs import look
 from grappa_dist.layout import lay_out
-from grappa_dist.models.spec import ModelSpec
+from grappa_dist.models.spec import ModelSpec, check_trust
 from grappa_dist.output import suggestion
 from grappa_dist.stages.run import read_config
 
@@ -36,22 +36,38 @@ def _is_trained(spec: ModelSpec) -> bool:
     return all(artifact.complete for artifact in needs)
 
 
-def export_from_run(run_dir: Path, name: str, out: Path) -> Path:
+def image_counts(run_dir: Path) -> dict[str, int]:
+    """How many images a run has adapted to, `train`, and how many it is scored on, `test`, if there are any.
+
+    Raises:
+        ValueError: there is no such run, or its images cannot be read.
+    """
+    config = read_config(run_dir)
+    inputs = look(config, run_dir)
+    train, test = open_images(inputs.config.data, Store(run_dir), config.resources, write_index=False)
+    return {"train": len(train)} | ({} if test is None else {"test": len(test)})
+
+
+def export_from_run(run_dir: Path, name: str, out: Path, *, trust_modules: bool | None = None) -> Path:
     """Writes one of the models of a run into a new folder, which `load_model` reads; returns it.
 
     Args:
         run_dir: of a run that has trained this model; it is not changed, and its `model` stays as it is.
         name: as in the table of scores: backbone, k=<K> or a variant.
         out: the folder; it must not exist, or be empty.
+        trust_modules: whether the module of a backbone `module:function` may be imported; None: only where a run of the
+            same user imported it.
 
     Raises:
-        ValueError: there is no such run or model, or the folder holds something.
+        ValueError: there is no such run or model, its module is not trusted, or the folder holds something.
     """
     models = models_of(run_dir)
     if name not in models:
         raise ValueError(f"{run_dir} has no model {name!r}; it has {', '.join(models)}{suggestion(name, models)}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is there already; expected a folder that does not exist, or is empty")
+    backbone = read_config(run_dir).backbone
+    check_trust(run_dir, {"name": backbone.name, "kwargs": backbone.kwargs}, trust_modules)
     partial = out.with_name(f".{out.name}.partial")
     remove_folder(partial)
     make_folder(partial)

@@ -18,7 +18,8 @@ from grappa_dist.config import BackboneConfig
 from grappa_dist.export import RetrievalModel, export_model, load_model
 from grappa_dist.files import write_json
 from grappa_dist.models import Grappa, create_backbone
-from grappa_dist.models.spec import ADAPTORS_FILE, CONFIG_FILE, FUSION_FILE, ModelSpec, build, exported_spec
+from grappa_dist.models.model_config import CONFIG_FILE
+from grappa_dist.models.spec import ADAPTORS_FILE, FUSION_FILE, ModelSpec, build, exported_spec
 from grappa_dist.stages.gallery_weights import GALLERIES_FILE, set_weights, transitivity
 from tests.models import tiny
 from tests.test_artifacts import flip

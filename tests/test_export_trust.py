@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 from grappa_dist.artifacts import MANIFEST, Store
 from grappa_dist.config import BackboneConfig
 from grappa_dist.export import Transform, embed_images, export_model, load_model
-from grappa_dist.models.spec import CONFIG_FILE, MODULES_FILE, ModelSpec, build, note_module
+from grappa_dist.models.model_config import CONFIG_FILE
+from grappa_dist.models.spec import MODULES_FILE, ModelSpec, build, note_module
 from tests.models.test_spec import CPU, saved_sets
 from tests.test_export import exported, images
 

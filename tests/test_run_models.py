@@ -14,7 +14,8 @@ from grappa_dist.data.shards import ImageShards
 from grappa_dist.files import write_utf8
 from grappa_dist.layout import lay_out
 from grappa_dist.models import Grappa
-from grappa_dist.models.spec import ADAPTORS_FILE, CONFIG_FILE, ModelSpec, build, build_backbone
+from grappa_dist.models.model_config import CONFIG_FILE
+from grappa_dist.models.spec import ADAPTORS_FILE, ModelSpec, build, build_backbone, note_module
 from grappa_dist.run_models import export_from_run, models_of
 from grappa_dist.stages.run import CONFIG_FILE as RUN_CONFIG
 from tests.stages import tiny
@@ -36,6 +37,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Model
         save_file(tensors, artifact.begin() / ADAPTORS_FILE)
         artifact.commit()
     write_utf8(root / RUN_CONFIG, settings.absolute(root).yaml())
+    note_module(root / "index", settings.backbone)
     return root, dict(flow.models)
 
 

@@ -78,11 +78,14 @@ class Backbone(nn.Module):
         return super().train(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = (images - self.mean) / self.std
+        return self.features((images - self.mean) / self.std)
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """The same of images that are normalised, in the type of the weights."""
         model: Any = self.model
         if self.is_timms:
-            return model.forward_head(model.forward_features(x), pre_logits=True)
-        tokens = model.patch_embed(x)
+            return model.forward_head(model.forward_features(pixels), pre_logits=True)
+        tokens = model.patch_embed(pixels)
         for block in model.blocks:
             tokens = block(tokens)
         return model.norm(tokens)[:, 0]

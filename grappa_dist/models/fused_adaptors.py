@@ -66,6 +66,8 @@ def fused_adaptors(h: Tensor, weights: Weights, parameters: AttentionParameters)
 
     Under autocast the two large products run in its type, everything pooled in that of Q and K.
     """
+    if torch.compiler.is_exporting():
+        return _exported(h, weights, parameters)
     h, kind = h.contiguous(), h.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else h.dtype
     inputs = (h, *weights, parameters.query, parameters.key, parameters.prior, parameters.product)
@@ -77,6 +79,21 @@ def fused_adaptors(h: Tensor, weights: Weights, parameters: AttentionParameters)
         a = _gelu_(F.linear(h.to(dtype), down.to(dtype), down_bias.to(dtype)))
         alpha, _ = _weigh(h, a, weights, parameters)
         return _add_up(h, a, alpha, weights), alpha
+
+
+def _exported(h: Tensor, weights: Weights, parameters: AttentionParameters) -> tuple[Tensor, Tensor]:
+    """The same for `torch.export`: nothing in place, as exporters may lose a write through a view, without an error.
+
+    Weights are of one type, perhaps of half precision; all that is pooled is computed in float32.
+    """
+    down, down_bias, up, up_bias = weights
+    a = F.gelu(F.linear(h, down, down_bias))
+    given = (parameters.query, parameters.key, parameters.prior, parameters.product)
+    wide = AttentionParameters(*(t if t is None else t.float() for t in given))
+    alpha = attention(h.float().mean(1), a.float().mean(1), up.float(), up_bias.float(), wide)
+    if len(up_bias) > 1:
+        a = a * _over_bottlenecks(alpha, len(up)).to(a.dtype)
+    return h + (alpha @ up_bias.float()).to(h.dtype).unsqueeze(1) + a @ up, alpha
 
 
 def _weigh(

@@ -25,13 +25,12 @@ from grappa_dist.distributed.worker import release_memory
 from grappa_dist.files import Sum, read_bytes, read_json, read_tensors, replace, save_tensors
 from grappa_dist.models import Backbone, Grappa, check_image_size, create_backbone
 from grappa_dist.models.backbone import check_name, check_weights, source_of
+from grappa_dist.models.model_config import CONFIG_FILE, check_config, check_size, is_own_backbone
 from grappa_dist.models.weights import check_weights_file, load_tensors
 from grappa_dist.storage import open_to_read, open_to_write
 
 ADAPTORS_FILE, FUSION_FILE = "adaptors.safetensors", "grappa.safetensors"
-FORMAT = 1  # of an exported model
-OWN_BACKBONES = ("timm", "grappa_dist.demo.backbone")  # what a model may name without a word of its caller
-CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+WEIGHTS_FILE = "model.safetensors"
 MODULES_FILE = "modules.json"  # in the index folder of a run
 
 
@@ -238,10 +237,7 @@ def exported_config(run_or_model_dir: Path) -> tuple[Path, dict[str, Any]]:
         raise ValueError(
             f"{run_or_model_dir} holds no model: expected {CONFIG_FILE}, or model/{CONFIG_FILE} of a finished run"
         )
-    config: dict[str, Any] = read_json(_whole(folder, CONFIG_FILE))
-    if config.get("format") != FORMAT:
-        raise ValueError(f"{folder / CONFIG_FILE}: format {config.get('format')!r}, this version reads {FORMAT}")
-    return folder, config
+    return folder, check_config(read_json(_whole(folder, CONFIG_FILE)), folder / CONFIG_FILE)
 
 
 def _whole(folder: Path, name: str, config: Mapping[str, Any] = MappingProxyType({})) -> Path:
@@ -273,7 +269,7 @@ def check_trust(run_or_model_dir: Path, backbone: Mapping[str, Any], trust_modul
     this user imported there, as `note_module` has noted it.
     """
     name = backbone["name"]
-    trusted = name.partition(":")[0] in OWN_BACKBONES or trust_modules
+    trusted = is_own_backbone(name, backbone["kwargs"]) or trust_modules
     if trust_modules is None and not trusted:
         trusted = _of_module(name, backbone["kwargs"]) in _noted(_run_of(run_or_model_dir) / "index" / MODULES_FILE)
     if not trusted:
@@ -298,7 +294,7 @@ def note_module(index: Path, config: BackboneConfig) -> None:
     """
     path, own = index / MODULES_FILE, _of_module(config.name, config.kwargs)
     known = _noted(path)
-    if config.name.partition(":")[0] in OWN_BACKBONES or own in known:
+    if is_own_backbone(config.name, config.kwargs) or own in known:
         return
 
     def write(temporary: Path) -> None:
@@ -338,10 +334,12 @@ def load_grappa(run_or_model_dir: Path, *, trust_modules: bool | None = None) ->
     folder, config = exported_config(run_or_model_dir)
     check_trust(run_or_model_dir, config["backbone"], trust_modules)
     pixels = {name: tuple(value) if isinstance(value, list) else value for name, value in config["pixels"].items()}
+    path = _whole(folder, WEIGHTS_FILE, config)
+    check_size(path, config, pixels)
     given = config["backbone"]
     backbone = create_backbone(given["name"], given["kwargs"], pixels, pretrained=False, pool=given.get("pool"))
     grappa = Grappa(backbone, len(config["sets"]), config["bottleneck"], attention=config["attention"])
-    name, path = config["backbone"]["name"], _whole(folder, WEIGHTS_FILE, config)
+    name = config["backbone"]["name"]
     tensors = read_tensors(path)
     try:
         missing, unexpected = load_tensors(grappa, tensors)

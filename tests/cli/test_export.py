@@ -8,6 +8,7 @@ import pytest
 
 from grappa_dist import load_model
 from grappa_dist.cli.export import command
+from grappa_dist.models.spec import note_module
 from grappa_dist.stages.run import CONFIG_FILE
 from tests.cli.calling import called
 from tests.stages import tiny
@@ -19,7 +20,9 @@ def run(tmp_path: Path) -> Path:
     shards = tiny.write_shards(tmp_path / "images", sizes=(9, 4), bad=())
     root = tmp_path / "run"
     root.mkdir()
-    (root / CONFIG_FILE).write_text(tiny.config(shards).absolute(root).yaml())
+    settings = tiny.config(shards)
+    (root / CONFIG_FILE).write_text(settings.absolute(root).yaml())
+    note_module(root / "index", settings.backbone)
     return root
 
 
@@ -33,7 +36,7 @@ def test_the_models_are_listed_and_one_of_them_becomes_a_folder(run: Path, tmp_p
 @pytest.mark.parametrize(
     ("args", "line"),
     [
-        (["--name", "backbone"], "error: --name and --out go together"),
+        (["--name", "backbone"], "error: --name and --out go together, unless there is --to"),
         (["--name", "bakbone", "--out", "model"], "has no model 'bakbone'; it has backbone; did you mean 'backbone'?"),
     ],
 )
