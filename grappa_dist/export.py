@@ -97,6 +97,11 @@ class RetrievalModel(nn.Module):
         self.grappa.fold()
         self.transform = Transform(grappa.backbone.preprocess)
 
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, trust_modules: bool | None = None) -> RetrievalModel:
+        """`load_model`, by the name that the Hub's libraries use; reads local folders alone, and downloads nothing."""
+        return load_model(folder, trust_modules=trust_modules)
+
     @property
     def embed_dim(self) -> int:
         return self.grappa.embed_dim

@@ -69,7 +69,7 @@ def check(model: Embed, exported: Embed, images: Iterable[Tensor], source: str, 
         least, count = min(least, float(cosines.min())), count + len(batch)
         sizes[len(batch)] = None
     if not count:
-        raise ValueError(f"the exported model cannot be checked: {source} has no image that can be read")
+        raise ValueError(f"the exported model cannot be checked: of {source} none can be read")
     return Check(count, source, least, NEEDED[dtype], tuple(sizes))
 
 

@@ -18,7 +18,8 @@ from grappa_dist.config import CONFIG_FILE as RUN_CONFIG
 from grappa_dist.console import format_bytes, pluralize
 from grappa_dist.export import RetrievalModel, load_model
 from grappa_dist.files import Sum, make_folder, remove_folder, rename, save_tensors, sync, write_json
-from grappa_dist.formats import exported_program, hub, onnx
+from grappa_dist.formats import exportable as exporting
+from grappa_dist.formats import hub, onnx
 from grappa_dist.formats.checking import CHECK_IMAGES, Check, Embed, check, images_to_check
 from grappa_dist.formats.exportable import (
     DTYPES,
@@ -140,9 +141,7 @@ def _opened(folder: Path, wanted: Wanted, log: Log) -> RetrievalModel:
     model = load_model(folder, trust_modules=True)  # as _model_folder has checked
     config = exported_config(folder)[1]
     if wanted.gallery is not None and wanted.to in FOLDERS:
-        raise ValueError(
-            f"--gallery {wanted.gallery}: a folder has the weights of all galleries; it is for onnx, torch"
-        )
+        raise ValueError(f"--gallery {wanted.gallery}: is for onnx and torch; a folder has those of all galleries")
     if wanted.gallery is not None and wanted.gallery not in model.galleries:
         known = ", ".join(model.galleries) or "none"
         raise ValueError(f"{folder} has no weights for the gallery {wanted.gallery!r}; it has {known}")
@@ -168,8 +167,8 @@ def _write_file(task: _Task, aside: Path, out: Path) -> Check:
         about |= {"opset": onnx.OPSET, "computes": "fp32" if narrow else wanted.dtype}
         onnx.write(traced, path, about, narrow=narrow)
     else:
-        exported_program.write(traced, path, about)
-    found = task.compared((onnx if wanted.to == "onnx" else exported_program).read(path))
+        exporting.write(traced, path, about)
+    found = task.compared((onnx if wanted.to == "onnx" else exporting).read(path))
     written = {"format": wanted.to, "file": out.name, **vars(Sum.of(path)), **about, "check": asdict(found)}
     write_json(aside / "record", written)
     sync(path)

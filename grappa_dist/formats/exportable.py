@@ -1,4 +1,4 @@
-"""The model as one graph that any runtime can hold: RGB in [0, 1] -> unit embeddings, with a free batch size.
+"""The model as one graph, RGB in [0, 1] -> unit embeddings, with a free batch size; and `torch.export` files of it.
 
 Shapes: B images, S pixels a side, L layers, N adaptor sets, D channels.
 """
@@ -6,11 +6,13 @@ Shapes: B images, S pixels a side, L layers, N adaptor sets, D channels.
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -24,6 +26,7 @@ from grappa_dist.functions import describe_raised
 
 Dtype = Literal["fp32", "fp16", "bf16"]
 DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+METADATA = "grappa_dist.json"  # a file in the archive: torch.export.load(path, extra_files={"grappa_dist.json": ""})
 INPUT, EMBEDDINGS, WEIGHTS = "images", "embeddings", "weights"  # names of the graph's input and outputs
 
 
@@ -59,7 +62,7 @@ class Exportable(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         pixels = ((images - self.mean) / self.std).to(self.dtype)
         z = F.normalize(self.grappa.backbone.features(pixels).float(), dim=1)
-        weights = (self.grappa.last_attention(),) if self.has_weights else ()
+        weights = (self.grappa.last_attention().float(),) if self.has_weights else ()
         for layer in self.grappa.layers:
             layer.alpha = None  # of this forward; an exporter refuses a module that keeps a result
         return z, *weights
@@ -88,6 +91,26 @@ def trace(model: Exportable, backbone: str) -> ExportedProgram:
         for private in ("stack_trace", "source_fn_stack"):  # with the paths of this machine
             node.meta.pop(private, None)
     return traced
+
+
+def write(traced: ExportedProgram, path: Path, about: Mapping[str, Any]) -> None:
+    """Writes a .pt2 file, which torch alone loads; `about` is kept in it as METADATA."""
+    traced._example_inputs = None  # they would be the one pickle in the archive
+    with quiet(), path.open("wb") as file:
+        torch.export.save(traced, file, extra_files={METADATA: json.dumps(about, indent=1)})
+
+
+def read(path: Path) -> Callable[[Tensor], Tensor]:
+    """The embeddings of images by a .pt2 file that was just written, (B, 3, S, S) -> (B, D)."""
+    with quiet():
+        module = torch.export.load(path).module()
+
+    def run(images: Tensor) -> Tensor:
+        with torch.no_grad():
+            found: Tensor = module(images)[0]
+        return found
+
+    return run
 
 
 @contextmanager
@@ -119,7 +142,7 @@ def describe_interface(model: Exportable, embed_dim: int) -> dict[str, Any]:
 
 
 def describe_preprocess(preprocess: Preprocess) -> dict[str, Any]:
-    """How an image file becomes the input: the settings, and the steps in words."""
+    """How an image file becomes the input: the settings, and the steps."""
     side, share = preprocess.image_size, preprocess.crop_share
     resize = f"resize to {side} x {side}, {preprocess.interpolation} with antialiasing"
     crop = [resize]

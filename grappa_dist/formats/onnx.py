@@ -30,7 +30,7 @@ def check_possible(size: int, what: str) -> None:
     if size > MOST_BYTES:
         raise ValueError(
             f"{what}: the weights have {size / 1e9:.1f} GB and an ONNX file ends at 2 GiB; "
-            "expected --dtype fp16, which halves them, or --to torch"
+            "expected --dtype fp16, or --to torch"
         )
 
 

@@ -45,7 +45,7 @@ def attention(pooled: Tensor, gelu: Tensor, up: Tensor, up_bias: Tensor, paramet
     num_sets, dim = up_bias.shape
     projected = _projected(pooled, parameters)
     if projected is None:
-        logits = pooled.new_zeros((len(pooled), num_sets))
+        logits = pooled.new_zeros((pooled.shape[0], num_sets))  # `len` would fix the batch size of an exported graph
     else:
         within = (F.linear(projected, up) * gelu).view(-1, num_sets, len(up) // num_sets).sum(-1)
         logits = (within + F.linear(projected, up_bias)) / math.sqrt(dim)

@@ -147,7 +147,7 @@ class GrappaLayer(nn.Module):
         sets = self.adaptors
         if self.wide is not None:
             out, _ = fused_adaptors(h, self.wide.weights, AttentionParameters())
-            self.alpha = self._constant_alpha().expand(len(h), -1)
+            self.alpha = self._constant_alpha().expand(h.shape[0], -1)
             return out
         weights = (sets.down_weight, sets.down_bias, sets.up_weight, sets.up_bias)
         out, self.alpha = fused_adaptors(h, weights, self._attention_parameters())
