@@ -31,7 +31,7 @@ LEVELS = (  # a part imports parts of lower levels, and files of its own
     ("__main__",),
     ("cli",),
     ("__init__",),
-    ("bench", "fitted", "seeds", "serving", "formats"),
+    ("bench", "fitted", "seeds", "serving", "formats", "integrations"),
     ("pipeline", "plan", "clean", "doctor", "status", "retrieval", "run_models"),
     ("estimate", "defaults"),
     ("layout", "export", "rates"),

@@ -28,7 +28,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 TESTED_EXTRAS = ("cpu", "dev")  # what `make` installs, and what requirements-lock.txt is made of
 FOUND_SLOWLY = {"aiobotocore", "boto3", "botocore"}  # pip would try many versions of each
 SOURCES = ("grappa_dist", "tests", "launch", "configs", "docs", "setup.py", "pyproject.toml", "README.md", "LICENSE")
-DATA = (".js", ".safetensors", ".typed")
+DATA = (".js", ".safetensors", ".typed", ".yaml")
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +158,7 @@ VERBS_ON_A_RUN = (
     "evaluate --model models/backbone --images photos",
     "duplicates --images embeddings --threshold 0.999",
     "shards --images photos --out shards --workers 1",
+    "tables runs/mine",
     "doctor",
 )
 ALL_OF_THEM = """

@@ -24,6 +24,7 @@ VERBS = {
     "search": "Find the images that look most like a query.",
     "serve": "Show a page that searches by an image, under backbone and adapted model side by side.",
     "evaluate": "Score a model on labelled images, beside its backbone.",
+    "tables": "Print the paper's tables with the scores of a run beside the published figures.",
     "export": "Write a model of a finished run as a folder that load_model reads.",
     "duplicates": "List images that are nearly the same.",
     "map": "Draw the embeddings of images as a page, backbone and adapted model side by side.",

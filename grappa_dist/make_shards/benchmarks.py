@@ -303,7 +303,7 @@ def gather(root: Path, part: str, only: Sequence[str] | None, *, strict: bool, l
     absent = LeftOut()
     found, warnings = [], list[str]()
     for data_set in data_sets:
-        there, missing = _present(data_set.read(folders[data_set.name]), folders[data_set.name])
+        there, missing = present(data_set.read(folders[data_set.name]), folders[data_set.name])
         for file in missing:
             absent.add(f"{os.path.relpath(folders[data_set.name], root)}/{file}", f"{data_set.name}: {_NOT_THERE}")
         if missing:
@@ -322,7 +322,7 @@ def gather(root: Path, part: str, only: Sequence[str] | None, *, strict: bool, l
     return items, absent
 
 
-def _present(listed: Sequence[Listed], folder: Path) -> tuple[list[Listed], list[str]]:
+def present(listed: Sequence[Listed], folder: Path) -> tuple[list[Listed], list[str]]:
     """The images that are there, and the files that are not."""
     names = set(FolderSource(folder).names())
     usable = [image.file in names and image_suffix(image.file) is not None for image in listed]
@@ -339,11 +339,11 @@ def find(root: Path, data_sets: Sequence[DataSet]) -> dict[str, Path]:
     """The folder of each data set: the root, or one up to two levels below it that has what a layout needs."""
     if not root.is_dir():
         raise ValueError(f"{root}: is no folder; expected one that holds the data sets")
-    folders = list(_folders(root.absolute(), _DEPTH))
+    folders = list(folders_below(root.absolute()))
     places: dict[str, Path] = {}
     missing = []
     for data_set in data_sets:
-        at = [folder for folder in folders if any(_has(folder, layout) for layout in data_set.layouts)]
+        at = [folder for folder in folders if any(has(folder, layout) for layout in data_set.layouts)]
         nearest = [folder for folder in at if len(folder.parts) == min(len(f.parts) for f in at)]
         if len(nearest) > 1:
             raise ValueError(f"{data_set.name}: in {nearest[0]} and in {nearest[1]}; expected one of them below {root}")
@@ -360,16 +360,16 @@ def find(root: Path, data_sets: Sequence[DataSet]) -> dict[str, Path]:
     return places
 
 
-def _folders(folder: Path, depth: int) -> Iterator[Path]:
+def folders_below(folder: Path, depth: int = _DEPTH) -> Iterator[Path]:
     """A folder and those below it, nearer ones first at every level, without hidden ones."""
     yield folder
     if depth:
         for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
             if not entry.name.startswith(".") and entry.is_dir():
-                yield from _folders(Path(entry.path), depth - 1)
+                yield from folders_below(Path(entry.path), depth - 1)
 
 
-def _has(folder: Path, layout: Sequence[str]) -> bool:
+def has(folder: Path, layout: Sequence[str]) -> bool:
     return all((folder / name).exists() for name in layout)
 
 
