@@ -292,6 +292,7 @@ pre{white-space:pre-wrap;overflow-wrap:anywhere}
 .plain th{overflow-wrap:anywhere}
 figure,.card,.strip,tr{break-inside:avoid}
 .lanes{grid-template-columns:1fr 1fr;gap:8px 14px}
+.charts,.charts.few,.maps,.strips{grid-template-columns:1fr 1fr}
 .query{flex-basis:104px}
 tbody th{position:static}
 }
