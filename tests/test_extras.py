@@ -85,6 +85,26 @@ def test_a_run_without_what_it_needs_says_so_in_one_line_and_leaves_no_folder(
 
 
 @pytest.mark.slow
+def test_a_folder_for_the_hub_is_made_and_loads_without_the_optional_packages(tmp_path: Path) -> None:
+    exported(tmp_path / "run")
+    verb = ["export", "run", "--to", "hub-folder", "--dtype", "bf16", "--out", "hub", "--check-count", "5"]
+    done = light(COMMAND, *verb, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    code = (
+        "import torch; from grappa_dist.export import RetrievalModel; "
+        f"print(RetrievalModel.from_pretrained('hub')(torch.rand(2, 3, {SIZE}, {SIZE})).norm(dim=1).round().tolist())"
+    )
+    done = light(code, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[1.0, 1.0]\n", "")
+    done = light(COMMAND, "export", "run", "--to", "onnx", "--out", "a.onnx", cwd=tmp_path)
+    assert (done.returncode, done.stderr.strip()) == (
+        2,
+        f"error: {tmp_path}/a.onnx: needs onnx, which is not installed: {install_line('onnx')}",
+    )
+    assert not (tmp_path / "a.onnx").exists()
+
+
+@pytest.mark.slow
 def test_a_model_loads_embeds_and_is_scored_without_the_optional_packages(tmp_path: Path) -> None:
     exported(tmp_path / "run")
     code = (

@@ -33,9 +33,26 @@ def test_the_models_are_listed_and_one_of_them_becomes_a_folder(run: Path, tmp_p
     assert load_model(tmp_path / "model", trust_modules=True).sets == []
 
 
+def test_with_to_a_model_of_the_run_is_written_in_that_format(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "model"
+    wanted = ["--name", "backbone", "--to", "safetensors", "--dtype", "bf16", "--check-count", "3"]
+    found = called(command, str(run), *wanted, "--out", str(out))
+    assert (found.status, found.err) == (0, "")
+    model, check, folder = found.out.splitlines()
+    assert model.startswith("model   backbone, 0 adaptor sets, ")
+    assert "on 3 images (generated drawings and noise); needs 0.999" in check
+    assert folder.startswith(f"folder  {out}  (")
+    assert load_model(out, trust_modules=True).sets == []
+
+
 @pytest.mark.parametrize(
     ("args", "line"),
     [
+        (["--dtype", "fp16"], "error: --dtype goes with --to"),
+        (["--check-count", "3"], "error: --check-count goes with --to"),
+        (["--to", "onnx"], "error: --to onnx needs --out, the file to write"),
+        (["--to", "onyx", "--out", "m"], "did you mean 'onnx'?"),
+        (["--to", "torch", "--out", "m.pt2"], "holds no model: expected config.json"),
         (["--name", "backbone"], "error: --name and --out go together, unless there is --to"),
         (["--name", "bakbone", "--out", "model"], "has no model 'bakbone'; it has backbone; did you mean 'backbone'?"),
     ],
