@@ -110,7 +110,7 @@ def _by_size(item: ChangedQuery) -> float:
 
 
 def _figures(item: ChangedQuery, model: str) -> str:
-    lines = ("R-Precision, percent:", f"backbone {percent(item.baseline)}", f"{text(model, 40)} {percent(item.value)}")
+    lines = ("R-Precision, %:", f"backbone {percent(item.baseline)}", f"{text(model, 40)} {percent(item.value)}")
     return "".join(f"<span>{line}</span>" for line in lines)
 
 
