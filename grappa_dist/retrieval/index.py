@@ -38,7 +38,8 @@ from grappa_dist.retrieval.tables import Shard, write_tables
 
 FOLDER, INDEX_FILE, LOCK_FILE, FORMAT = "search", "index.json", "lock", 1
 OPEN_TRIES = 5  # of an index that is replaced at that moment
-_OWN = re.compile(r"\.?(index-[0-9a-f]{16}\.faiss|images-[0-9a-f]{16}\.parquet)(\..*)?")
+_FILES = re.compile(r"index-[0-9a-f]{16}\.faiss|images-[0-9a-f]{16}\.parquet")  # that the list names
+_OWN = re.compile(rf"{_FILES.pattern}|\.({_FILES.pattern}|index\.json)\..*")  # and what a killed build leaves of them
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _plain(name: object) -> str:
     """The name of a file beside the list, and no path out of the folder."""
-    if not isinstance(name, str) or not _OWN.fullmatch(name):
+    if not isinstance(name, str) or not _FILES.fullmatch(name):
         raise KeyError(f"{name!r:.80} is no name of its files")
     return name
 

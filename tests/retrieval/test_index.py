@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
+from threading import Event, Thread
 
 import numpy as np
 import pytest
@@ -14,12 +17,13 @@ import torch
 from grappa_dist.console import Console
 from grappa_dist.files import lock_file
 from grappa_dist.retrieval import faiss_index
+from grappa_dist.retrieval import index as module
 from grappa_dist.retrieval.index import SearchIndex, build_index, describe_index, open_index
 from grappa_dist.retrieval.nearest import nearest
 from tests.retrieval.embedded import BAD, CHANNELS, EACH, write_embeddings
 from tests.test_artifacts import flip
 
-CPU = torch.device("cpu")
+CPU, ROOT = torch.device("cpu"), Path(__file__).parents[2]
 
 
 def built(folder: Path) -> SearchIndex:
@@ -138,3 +142,74 @@ def test_an_index_is_built_by_one_process_at_a_time_and_of_some_image(tmp_path: 
     write_embeddings(tmp_path, [0], gone={0: [place for place in every if place != BAD]})
     with pytest.raises(ValueError, match="there is nothing to index: none of 1 images could be read"):
         build_index(tmp_path, tmp_path / "model", Console())
+
+
+@pytest.mark.slow
+def test_a_build_that_is_killed_before_any_of_its_steps_leaves_the_old_index_or_the_new(tmp_path: Path) -> None:
+    built(write_embeddings(tmp_path / "old", [0, 1]))
+    write_embeddings(tmp_path / "new", [1, 2], gone={1: [4]})
+    command = [
+        sys.executable,
+        "-m",
+        "tests.retrieval.killed_builds",
+        *(str(tmp_path / d) for d in ("old", "new", "work")),
+    ]
+    one = os.environ | {"OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(command, cwd=ROOT, env=one, capture_output=True, text=True, timeout=500, check=True)
+    told = [json.loads(line) for line in ended.stdout.splitlines()]
+    assert all("error" not in one for one in told), ended.stdout
+    old, new = told[0]["names"], told[-1]["names"]
+    assert (len(old), len(new)) == (2 * EACH, 2 * EACH - 1)
+    killed, again = [one for one in told if one["step"] >= 0], [one for one in told if one["step"] < 0]
+    states = [one["names"] for one in killed]
+    assert {tuple(state) for state in states} == {tuple(old), tuple(new)}
+    assert states == sorted(states, key=lambda state: state == new)  # old before a step, new from then on
+    assert all(one["names"] == new and one["hits"] == told[-1]["hits"] for one in again)
+    assert all(one["files"] == [".faiss", ".json", ".parquet"] for one in (*again, killed[-1]))  # nothing is left over
+    assert len(killed) == 9  # three files synced and renamed, two removed; and the one that was not killed
+
+
+def test_a_reader_of_an_index_that_is_replaced_at_that_moment_reads_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built(write_embeddings(tmp_path, [0, 1]))
+    read, builds = module._opened, list[Path]()
+
+    def replaced_first(path: Path, device: torch.device) -> SearchIndex:
+        listed = path.read_bytes()
+        if not builds:
+            builds.append(build_index(write_embeddings(tmp_path, [1, 2]), tmp_path / "model", Console()))
+            fresh = path.read_bytes()
+            path.write_bytes(listed)  # what the reader has read before
+            try:
+                return read(path, device)
+            finally:
+                path.write_bytes(fresh)
+        return read(path, device)
+
+    monkeypatch.setattr(module, "_opened", replaced_first)
+    assert names_in(open_index(tmp_path))[-1] == "2/39.png"
+
+
+def test_readers_see_whole_states_while_an_index_is_built_again_and_again(tmp_path: Path) -> None:
+    built(write_embeddings(tmp_path, [0, 1]))
+    stop, seen, failed = Event(), set[tuple[str, ...]](), list[BaseException]()
+
+    def read() -> None:
+        while not stop.is_set():
+            try:
+                index = open_index(tmp_path)
+                seen.add(tuple(names_in(index)))
+                check_exact(index)
+            except Exception as error:
+                failed.append(error)
+                return
+
+    reader = Thread(target=read)
+    reader.start()
+    for number in range(12):
+        built(write_embeddings(tmp_path, [number % 3, 5]))
+    stop.set()
+    reader.join()
+    assert failed == []
+    assert {len(names) for names in seen} == {2 * EACH}
