@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import webbrowser
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from grappa_dist.cli.search import command as search
 from grappa_dist.data.decoding import decode
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.data.writer import ShardWriter
@@ -21,11 +24,11 @@ from grappa_dist.export import describe_embeddings, embed_images, load_model
 from grappa_dist.files import Sum, read_json
 from grappa_dist.make_shards.collection import CollectionConfig, Work, make_shards
 from grappa_dist.retrieval.collection import open_collection
+from tests.cli.calling import called
 from tests.retrieval.embedded import here as of_embedding
 from tests.retrieval.photos import embedder, write_photos
 from tests.stages import tiny
 from tests.test_artifacts import flip
-from tests.test_docs import section
 from tests.test_export import exported
 
 ROOT = Path(__file__).parents[1]
@@ -225,33 +228,41 @@ def test_settings_that_would_change_nothing_are_refused(
 
 
 def blocks(kind: str) -> str:
-    """What the docs on embedding a folder have of a language."""
-    page = (ROOT / "docs" / "evaluate_and_search.md").read_text()
-    return "".join(re.findall(rf"```{kind}\n(.*?)```", section(page, "Embed a folder"), re.DOTALL))
+    """What the docs on an index have of a language."""
+    page = (ROOT / "docs" / "index_and_search.md").read_text()
+    return "\n".join(re.findall(rf"```{kind}\n(.*?)```", page, re.DOTALL))
 
 
 @pytest.mark.slow
 def test_the_docs_search_of_a_folder_finds_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """The commands, and then faiss and a vector database, which read what they wrote."""
     exported(tmp_path / "runs" / "mine")
     for number in range(6):
         path = tmp_path / "photos" / "some" / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(tiny.picture(number))
     (tmp_path / "query.jpg").write_bytes(tiny.picture(4))
-    for line in blocks("sh").splitlines():
-        program, script, *argv = shlex.split(line)
-        few = ["resources.num_cpus=1", "embed.batch_size=8"] * (script == "launch/embed.py")
-        call = [sys.executable, str(ROOT / script), *argv, *few]
-        ended = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-        assert (program, ended.returncode) == ("python", 0), ended.stderr
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(webbrowser, "open", lambda url: url == (tmp_path / "sheet.html").as_uri())
+    (embedding, *searches) = [shlex.split(line) for line in blocks("sh").splitlines()]
+    call = [sys.executable, "-m", "grappa_dist", *embedding[1:], "resources.num_cpus=1", "embed.batch_size=8"]
+    here = os.environ | {"PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(call, env=here, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    for program, verb, *argv in searches:
+        found = called(search, *argv)
+        assert (program, verb, found.status) == ("grappa-dist", "search", 0), found.err
+        assert "warning" not in found.err
+    assert (tmp_path / "sheet.html").read_text().count("<figure") == 7
     capsys.readouterr()
-    exec(compile(blocks("python"), "evaluate_and_search.md", "exec"), {})
+    exec(compile(blocks("python"), "index_and_search.md", "exec"), {})
     hits = capsys.readouterr().out.splitlines()
     assert hits[0] == "1.000  'some/4.png'"
-    assert len(hits) == 5
+    assert len(hits) == 10
+    assert hits[:5] == hits[5:]  # of faiss, and of the database
+    assert [hit.replace("'", "") for hit in hits[:5]] == found.out.splitlines()[:5]
 
 
 def test_damaged_embeddings_are_noticed_and_made_anew_and_their_checksums_are_listed(

@@ -33,7 +33,8 @@ from grappa_dist.retrieval.opening import OpenModel
 from grappa_dist.stages.embed import BAD_FILE, ROWS_FILE
 
 STAMPS_FILE = "stamps.json"  # size and time of change of every file, so that only new and changed ones are embedded
-_AT_ONCE = 8  # files of parts that are read: many small ones, which take long on a network file system
+_AT_ONCE = 8  # files that are looked at: many small ones, which take long on a network file system
+_CHUNK = 1024  # files whose state a thread asks for at a time
 LOCK_FILE = "embeddings.lock"  # where embeddings are kept: held by the process that writes them
 
 
@@ -190,7 +191,7 @@ def check_model(folder: Path, listing: Mapping[str, Any], model: OpenModel) -> N
 
 
 def _stored_parts(folder: Path, entry: Mapping[str, Any]) -> tuple[Part, ...]:
-    optional = [what for what in ("names", "tasks") if entry.get(what) is not None]
+    optional = [what for what in ("names", "tasks", "stamps") if entry.get(what) is not None]
     paths = {what: folder / entry[what] for what in ("rows", "keys", "bad", *optional)}
     for what, path in paths.items():
         expected = entry.get("xxh3", {}).get(what)
@@ -278,14 +279,14 @@ def _kept(images: Images, embedder: Embedder, folder: Path) -> Collection:
     """Embeddings of images that are kept in a folder: what has the name, size and time of before is not made again."""
     if not isinstance(images, ImageFiles):
         raise ValueError("embeddings are kept of folders and lists; of shards, `grappa-dist embed` writes them")
-    names, stamps = names_of(images), [images.stamp(row) for row in range(len(images))]
-    before = _reusable(folder, embedder.model)
-    known = [before.get((name, stamp)) for name, stamp in zip(names, stamps, strict=True)]
+    names, stamps = names_of(images), _stamps_of(images)
+    listing = read_list(folder / LIST_FILE) if (folder / LIST_FILE).exists() else {"shards": []}
+    before = _reusable(folder, listing, embedder.model)
+    known = [before.get(one) for one in zip(names, stamps, strict=True)]
     fresh = np.array([row for row, one in enumerate(known) if one is None], dtype=np.int64)
     made = embedder.embed(images, fresh)
     rows = np.zeros((len(images), made.rows.shape[1]), np.float32)
     rows[fresh] = made.rows
-    bad = dict(made.bad)
     for row, one in enumerate(known):
         if one is not None:
             rows[row] = one
@@ -293,24 +294,31 @@ def _kept(images: Images, embedder: Embedder, folder: Path) -> Collection:
         embedder.console.log(f"{folder}: {len(images) - len(fresh):,} of {len(images):,} images were embedded before")
     if len(fresh) or len(before) != len(images):
         source = str(images.items[0].source.path) if images.items else ""
-        _write(folder, rows, _Listed(source, names, stamps, bad), embedder.model)
-    return Collection((Part(rows, bad, lambda: names, lambda row: _read(images, row)),))
+        _write(folder, rows, _Listed(source, names, stamps, made.bad), embedder.model)
+        for old in {entry["shard"] for entry in listing["shards"]} - {_inside(names, stamps, embedder.model)}:
+            shutil.rmtree(folder / old, ignore_errors=True)
+    return Collection((Part(rows, made.bad, lambda: names, lambda row: _read(images, row)),))
 
 
-def _reusable(folder: Path, model: OpenModel) -> dict[tuple[str, str], NDArray[np.float32]]:
+def _stamps_of(images: ImageFiles) -> list[str]:
+    """By threads, as files may lie on a network file system."""
+    chunks = [range(at, min(at + _CHUNK, len(images))) for at in range(0, len(images), _CHUNK)]
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        return [stamp for found in pool.map(lambda chunk: [*map(images.stamp, chunk)], chunks) for stamp in found]
+
+
+def _reusable(folder: Path, listing: Mapping[str, Any], model: OpenModel) -> dict[tuple[str, str], NDArray[np.float32]]:
     """Rows that are kept in a folder, by name and stamp; those that were bad are tried again."""
-    if not (folder / LIST_FILE).exists():
+    if not listing["shards"]:
         return {}
-    found = stored(folder, model)
-    listed = read_list(folder / LIST_FILE)["shards"][0]
-    if "stamps" not in listed:
+    check_model(folder, listing, model)
+    (entry, *others) = listing["shards"]
+    if others or "stamps" not in entry:
         raise ValueError(f"{folder}: holds embeddings that `grappa-dist embed` made; name another folder to keep these")
-    (part,) = found.parts
-    stamps = read_json(folder / listed["stamps"])
+    ((part,),) = listed_parts(folder / LIST_FILE, folder, listing)
+    stamps = read_json(folder / entry["stamps"])
     return {
-        (name, stamp): part.rows[place]
-        for place, (name, stamp) in enumerate(zip(part.names, stamps, strict=True))
-        if place not in part.bad
+        one: part.rows[place] for place, one in enumerate(zip(part.names, stamps, strict=True)) if place not in part.bad
     }
 
 
@@ -324,16 +332,15 @@ class _Listed:
     bad: Mapping[int, str]
 
 
-def _write(folder: Path, rows: NDArray[np.float32], listed: _Listed, model: OpenModel) -> None:
-    """Writes the files under a name of their own, then the list that names them: a search sees the old or the new.
+def _inside(names: Sequence[str], stamps: Sequence[str], model: OpenModel) -> str:
+    """The folder of embeddings of these images by this model."""
+    mark = xxh3_64_hexdigest(json.dumps([model.sha256, model.gallery, names, stamps]).encode())
+    return f"images-{mark}"
 
-    What the old list named is removed, and nothing else: what other folders hold is not known.
-    """
-    before = (
-        [entry["shard"] for entry in read_list(folder / LIST_FILE)["shards"]] if (folder / LIST_FILE).exists() else []
-    )
-    mark = xxh3_64_hexdigest(json.dumps([model.sha256, model.gallery, listed.names, listed.stamps]).encode())
-    inside = f"images-{mark}"
+
+def _write(folder: Path, rows: NDArray[np.float32], listed: _Listed, model: OpenModel) -> None:
+    """Writes the files under a name of their own, then the list that names them: a search sees the old or the new."""
+    inside = _inside(listed.names, listed.stamps, model)
     files = {"rows": ROWS_FILE, "keys": KEYS_FILE, "names": NAMES_FILE, "bad": BAD_FILE, "stamps": STAMPS_FILE}
     paths = {what: f"{inside}/{name}" for what, name in files.items()}
     save_array(folder / paths["rows"], rows)
@@ -345,6 +352,3 @@ def _write(folder: Path, rows: NDArray[np.float32], listed: _Listed, model: Open
     entry = {"shard": inside, "source": listed.source, "images": len(rows), **paths, "xxh3": xxh3}
     about = {"model": model.variant, "model_sha256": model.sha256, "gallery": model.gallery}
     write_json(folder / LIST_FILE, {**about, "images": len(rows), "shards": [entry]})
-    for old in before:
-        if old != inside:
-            shutil.rmtree(folder / old, ignore_errors=True)

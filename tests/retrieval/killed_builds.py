@@ -27,7 +27,7 @@ def killed_before(step: int) -> None:
     """Lets this process end, as by a kill, before its step of that number."""
     done = 0
 
-    def counted(call: Callable[..., Any]) -> Callable[..., Any]:
+    def counting(call: Callable[..., Any]) -> Callable[..., Any]:
         def called(*args: Any, **options: Any) -> Any:
             nonlocal done
             if isinstance(args[0], int) or os.path.exists(args[0]):  # else there is nothing to remove
@@ -39,7 +39,7 @@ def killed_before(step: int) -> None:
         return called
 
     for name in ("fsync", "replace", "unlink"):
-        setattr(os, name, counted(getattr(os, name)))
+        setattr(os, name, counting(getattr(os, name)))
 
 
 def forked(work: Callable[[], None]) -> int:

@@ -86,7 +86,7 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return kept(tmp_path_factory.mktemp("once"))[2]
 
 
-@pytest.mark.parametrize("what", ["rows", "names", "bad", "keys"])
+@pytest.mark.parametrize("what", ["rows", "names", "bad", "keys", "stamps"])
 @pytest.mark.parametrize("how", ["flipped", "cut", "gone"])
 def test_a_damaged_file_of_embeddings_is_refused_by_name(what: str, how: str, once: Path, tmp_path: Path) -> None:
     keep = shutil.copytree(once, tmp_path / "keep")
@@ -141,6 +141,30 @@ def test_embeddings_are_not_kept_a_second_time(tmp_path: Path) -> None:
     _, run, keep = kept(tmp_path)
     with pytest.raises(ValueError, match="holds embeddings, which are searched as they are; --keep is for images"):
         open_collection([str(keep)], lambda: run, keep=tmp_path / "second")
+
+
+def test_embeddings_are_not_kept_among_those_that_embed_made(tmp_path: Path) -> None:
+    places, run, keep = kept(tmp_path)
+    listed = json.loads((keep / "embeddings.json").read_text())
+    for shards in ([{**listed["shards"][0], "stamps": None}], listed["shards"] * 2):
+        entries = [{what: value for what, value in entry.items() if value is not None} for entry in shards]
+        (keep / "embeddings.json").write_text(json.dumps({**listed, "shards": entries}))
+        with pytest.raises(ValueError, match="holds embeddings that `grappa-dist embed` made; name another folder"):
+            open_collection(places, lambda: run, keep=keep)
+
+
+def test_rows_between_those_that_are_gone_are_parts_with_their_names_and_files(tmp_path: Path) -> None:
+    _, _, keep = kept(tmp_path)
+    whole = stored(keep, None)
+    listed = json.loads((keep / "embeddings.json").read_text())
+    listed["shards"][0]["gone"] = [0, 4, 5]
+    (keep / "embeddings.json").write_text(json.dumps(listed))
+    found = stored(keep, None)
+    left = [row for row in range(3 * EACH) if row not in (0, 4, 5)]
+    assert names_in(found) == [whole.name(row) for row in left]
+    assert np.array_equal(np.concatenate(found.rows), np.concatenate(whole.rows)[left])
+    assert {found.name(row): why for row, why in found.bad.items()} == {"cat/1.png": next(iter(whole.bad.values()))}
+    assert [found.image(i) for i in range(len(left))] == [whole.image(row) for row in left]
 
 
 def test_what_an_entry_of_a_list_lacks_is_named(tmp_path: Path) -> None:
