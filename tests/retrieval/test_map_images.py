@@ -9,7 +9,7 @@ from grappa_dist.artifacts import Artifact, Store
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.files import make_folder, save_array, write_json, write_utf8
 from grappa_dist.layout import lay_out
-from grappa_dist.models.spec import CONFIG_FILE, FORMAT
+from grappa_dist.models.model_config import CONFIG_FILE, FORMAT
 from grappa_dist.retrieval.collection import Collection, Part
 from grappa_dist.retrieval.map_images import images_of_collections, images_of_run, labels_by_name
 from grappa_dist.stages.embed import BAD_FILE, ROWS_FILE
@@ -19,6 +19,17 @@ from tests.retrieval.photos import write_photos
 from tests.stages import tiny
 
 SIZES, BAD = (13, 1, 9), 15
+CONFIG = {  # of an exported model
+    "format": FORMAT,
+    "sets": ["k=4"],
+    "backbone": {"name": "tests.models.tiny:create", "kwargs": {}},
+    "pixels": {
+        **{"image_size": tiny.SIZE_PX, "resize": "crop", "interpolation": "bicubic", "crop_share": 1.0},
+        **{"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]},
+    },
+    "bottleneck": 4,
+    "attention": True,
+}
 
 
 def unit(seed: int, count: int) -> np.ndarray:
@@ -46,7 +57,7 @@ def finished_run(root: Path, *, exported: str = "average") -> Path:
     write_utf8(root / RUN_CONFIG, settings.absolute(root).yaml())
     if not (root / "model").exists():
         make_folder(root / "model")
-        write_json(root / "model" / CONFIG_FILE, {"format": FORMAT, "variant": exported})
+        write_json(root / "model" / CONFIG_FILE, {**CONFIG, "variant": exported})
     return root
 
 
