@@ -1,1 +1,1 @@
-"""Models in the form that other libraries expect: an estimator of scikit-learn, a feature extractor like timm's."""
+"""Models in the form that other libraries expect: scikit-learn's transformer, features like timm's, mteb's encoder."""

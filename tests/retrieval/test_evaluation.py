@@ -204,3 +204,20 @@ def test_a_gallery_of_all_tasks_is_scored_beside_that_of_each(
     assert len(found.mixed.gains) == len(found.gains)
     write_photos(tmp_path / "photos")
     assert evaluate(OWN, tmp_path / "photos").mixed is None
+
+
+def test_a_model_that_weighs_its_sets_for_each_task_is_searched_by_task_alone(tmp_path: Path) -> None:
+    for task in ("photos", "others"):
+        write_photos(tmp_path / task)
+    model = load_model(model_in(tmp_path / "run"))
+    model.galleries = {"photos": torch.eye(len(model.sets))[0]}
+    crawl = tmp_path / "crawl"
+    crawl.mkdir()
+    (crawl / "0.png").write_bytes(tiny.picture(50))
+    found = evaluate(model, [tmp_path / "photos", tmp_path / "others"], distractors=crawl, against=None)
+    assert found.mixed is None
+    assert any("has weights for each task" in line for line in found.remarks)
+    model.weigh(None)
+    model.galleries = {}
+    plain = evaluate(model, tmp_path / "others", distractors=crawl, against=None)
+    assert found.scores["adapted"][1].figures == plain.scores["adapted"][0].figures  # the run found no weights for it

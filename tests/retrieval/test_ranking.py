@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -128,3 +131,31 @@ def test_equal_hashes_are_paired_and_zero_is_no_hash() -> None:
     assert sorted(zip(queries.tolist(), rows.tolist(), strict=True)) == [(0, 1), (0, 3), (2, 4), (3, 1), (3, 3)]
     counts = relevant_counts(np.array([1, 1, 2]), np.array([1, 1, 1, -1]), (np.array([0, 0, 2]), np.array([0, 1, 2])))
     assert counts.tolist() == [1, 3, 0]
+
+
+MILLION = """
+import resource
+import numpy as np
+from grappa_dist.retrieval.ranking import Ranker
+def rows(seed, count):
+    return np.random.default_rng(seed).standard_normal((count, 64), dtype=np.float32)
+queries = rows(0, 200)
+ranker = Ranker(queries, np.ones(200, np.int64))
+ranker.add(queries * 0.5, 0)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for start in range(0, 10**6, 10**4):
+    block = rows(start + 1, 10**4)
+    block[:2] = queries[start // 5000 : start // 5000 + 2]  # as near as the query itself: after it
+    ranker.add(block, 200 + start)
+found = ranker.finish(np.arange(200), np.arange(200))
+assert found.ids[:, 0].tolist() == list(range(200))
+assert found.ids[:, 1].tolist() == [200 + query // 2 * 10**4 + query % 2 for query in range(200)]
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.long
+def test_a_million_rows_are_searched_without_being_held() -> None:
+    done = subprocess.run([sys.executable, "-c", MILLION], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 200 * 1024  # KiB more than before; the rows have 250,000
