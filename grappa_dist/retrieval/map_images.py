@@ -57,7 +57,7 @@ def images_of_run(root: Path, most: int, model: str | None = None) -> MapImages:
     Raises:
         ValueError: there is no such run or model, or it is not finished.
     """
-    config, flow = _flow_of(root)
+    config, flow = flow_of(root)
     if model is None:
         model = exported_config(root)[1]["variant"]
         model = config.exported if model == BACKBONE else model
@@ -81,7 +81,7 @@ def images_of_run(root: Path, most: int, model: str | None = None) -> MapImages:
     )
 
 
-def _flow_of(root: Path) -> tuple[Config, Flow]:
+def flow_of(root: Path) -> tuple[Config, Flow]:
     """What a run has made; writes nothing."""
     config = read_config(root)
     store, inputs = Store(root), look(config, root)

@@ -10,9 +10,13 @@ import pytest
 import torch
 
 from grappa_dist.console import Console
+from grappa_dist.data.decoding import BadImage
+from grappa_dist.make_shards.exclusions import read_exclusions
 from grappa_dist.retrieval import duplicates as module
 from grappa_dist.retrieval.collection import Collection, Part
-from grappa_dist.retrieval.duplicates import describe_groups, find_groups, group_duplicates, write_groups
+from grappa_dist.retrieval.duplicates import find_groups, find_leaks, group_duplicates
+from grappa_dist.retrieval.odd_images import Sheet, describe_groups, describe_leaks, write_groups, write_leaks
+from tests.stages import tiny
 
 CPU = torch.device("cpu")
 
@@ -81,16 +85,19 @@ def test_groups_come_as_a_csv_with_names_as_they_are(tmp_path: Path) -> None:
     names = ["a.png", "bad.png", 'b,"\n.png', "c.png", "brücke.png", "d.png"]
     found = collection(names, [0, 0, 90, 0.5, 91, 200], {1: "empty file"})
     groups = find_groups(found, 0.98, CPU, Console())
-    write_groups(tmp_path / "groups.csv", groups)
+    write_groups(tmp_path / "groups.csv", groups.groups)
     with (tmp_path / "groups.csv").open(newline="", encoding="utf-8") as file:
         lines = list(csv.reader(file))
-    assert [line[:2] for line in lines] == [
-        ["group", "name"],
-        ["1", "a.png"],
-        ["1", "c.png"],
-        ["2", 'b,"\n.png'],
-        ["2", "brücke.png"],
+    assert [[*line[:2], line[3]] for line in lines] == [
+        ["group", "name", "drop"],
+        ["1", "a.png", "0"],
+        ["1", "c.png", "1"],
+        ["2", 'b,"\n.png', "0"],
+        ["2", "brücke.png", "1"],
     ]
+    excluded = read_exclusions([str(tmp_path / "groups.csv")]).among(((name,) for name in names), "train")
+    assert excluded.rows.tolist() == [3, 4]
+    assert excluded.matched.all()
     assert [float(line[2]) for line in lines[1:]] == pytest.approx(
         [1, np.cos(np.radians(0.5)), 1, np.cos(np.radians(1))]
     )
@@ -110,3 +117,45 @@ def test_one_image_or_none_that_can_be_read_has_no_duplicates(
     assert describe_groups(groups, found, 0.5) == (
         f"no near-duplicates among {count}: no two have a cosine of 0.5 or more"
     )
+
+
+def test_leaks_are_the_images_that_nearly_are_test_images_each_with_the_nearest(tmp_path: Path) -> None:
+    train = collection(["a", "b", "bad", "c", "d"], [0, 90, 0, 181, 0.4], {2: "empty file"})
+    test = collection(["x", "y", "z", "none"], [180, 0.3, 45, 90], {3: "empty file"})
+    leaks = find_leaks(train, test, 0.98, CPU, Console())
+    assert [(leak.name, leak.test_name) for leak in leaks] == [("d", "y"), ("a", "y"), ("c", "x")]
+    assert leaks[2].cosine == pytest.approx(np.cos(np.radians(1)))
+    assert describe_leaks(leaks, train, test, 0.98) == (
+        "3 of 4 images nearly are test images: 2 of 3 test images (cosine 0.98 or more)"
+    )
+    write_leaks(tmp_path / "leaks.csv", leaks)
+    lists = read_exclusions([str(tmp_path / "leaks.csv")])
+    assert lists.among((("a",), ("b",), ("c",)), "train").rows.tolist() == [0, 2]
+    assert lists.among((("a",), ("b",), ("c",)), "test").rows.tolist() == []  # they are dropped where they train
+
+
+def test_embeddings_of_two_models_have_no_leaks() -> None:
+    wide = Collection((Part(np.eye(3, dtype=np.float32), {}, lambda: ["a", "b", "c"], lambda row: b""),))
+    with pytest.raises(ValueError, match="embeddings have 2 and 3 channels; expected those of one model"):
+        find_leaks(collection(["a"], [0], {}), wide, 0.9, CPU, Console())
+
+
+@pytest.mark.parametrize("suffix", ["html", "jpg"])
+def test_a_sheet_shows_the_largest_groups_and_says_how_many_there_are(tmp_path: Path, suffix: str) -> None:
+    degrees = [angle for start in range(0, 350, 8) for angle in ([start] * (9 if start == 80 else 2))]
+    names = [f"<{number}>.png" for number in range(len(degrees))]
+    parts = (Part(circle(*degrees), {}, lambda: names, lambda row: BadImage("gone") if row else tiny.picture(row)),)
+    groups = find_groups(Collection(parts), 0.999, CPU, Console())
+    assert len(groups.groups) == 44
+    path = tmp_path / f"sheet.{suffix}"
+    assert Sheet(Collection(parts), groups.groups).draw(path)
+    assert not Sheet(Collection(parts)).draw(tmp_path / "none.html")
+    assert not (tmp_path / "none.html").exists()
+    if suffix == "html":
+        page = path.read_text()
+        assert page.index(
+            "group 11: 9 images, 8 of them shown (the first 40 of 44 groups, the largest first"
+        ) < page.index("group 1: 2 images")
+        assert page.count("<section>") == 40
+        assert "&lt;0&gt;.png" in page
+        assert "<0>" not in page
