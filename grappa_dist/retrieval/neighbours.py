@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from grappa_dist.distributed.collectives import Comm
 from grappa_dist.distributed.sharded_rows import scratch
+from grappa_dist.extras import require
 from grappa_dist.knn.exact import sharded_knn
 from grappa_dist.knn.ivf import Recall, approximate_knn
 from grappa_dist.retrieval.nearest import Rows, blocks_of, nearest
@@ -67,12 +68,13 @@ def graph_of(
         log: gets a line where lists miss too many neighbours and all pairs are compared after all.
 
     Raises:
-        ValueError: a row is no unit row.
+        ValueError: a row is no unit row, or lists are to be searched and faiss is not installed.
     """
     ids, rows = good_rows(parts, bad)
     if is_exact(method, len(ids)):
         near, cosines = sharded_knn(Comm(), rows, np.arange(len(ids)), k, device=device)
         return Graph(ids, rows, near, cosines, Recall.exact())
+    require("faiss")
     found = approximate_knn(Comm(), rows, np.arange(len(ids)), k, recall_floor=RECALL_FLOOR, key=(0, 0), log=log)
     return Graph(ids, rows, found.ids, found.scores, found.recall)
 
