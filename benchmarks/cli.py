@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from benchmarks import adapt, assign, data, embed, evaluate, fuse, kmeans, knn, methods, pipeline
+from benchmarks import adapt, assign, data, embed, evaluate, fuse, kmeans, knn, methods, pipeline, serve
 from benchmarks.harness import Log, OneLineParser
 from grappa_dist.files import write_json
 
@@ -42,6 +42,7 @@ COMMANDS: dict[str, Command] = {
     "embed": embed,
     "evaluate": evaluate,
     "pipeline": pipeline,
+    "serve": serve,
 }
 
 

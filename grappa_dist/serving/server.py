@@ -116,16 +116,9 @@ class _Server(uvicorn.Server):
             self._ready()
 
 
-def serve(app: Starlette, bound: socket.socket, ready: Callable[[], None] = lambda: None) -> None:
-    """Answers requests until SIGTERM or Ctrl-C; requests under way are finished, a second signal ends at once.
-
-    Args:
-        ready: called once requests are answered.
-
-    Raises:
-        ValueError: another program listens there meanwhile.
-    """
-    config = uvicorn.Config(
+def config_of(app: Starlette) -> uvicorn.Config:
+    """How uvicorn runs the application."""
+    return uvicorn.Config(
         app,
         http=_Impatient,
         ws="none",
@@ -139,13 +132,24 @@ def serve(app: Starlette, bound: socket.socket, ready: Callable[[], None] = lamb
         timeout_graceful_shutdown=STOP_S,
         h11_max_incomplete_event_size=2**14,  # bytes of headers
     )
+
+
+def serve(app: Starlette, bound: socket.socket, ready: Callable[[], None] = lambda: None) -> None:
+    """Answers requests until SIGTERM or Ctrl-C; requests under way are finished, a second signal ends at once.
+
+    Args:
+        ready: called once requests are answered.
+
+    Raises:
+        ValueError: another program listens there meanwhile.
+    """
     with bound, _ending_quietly():
         try:
             bound.listen(BACKLOG)
         except OSError as error:
             host, port = bound.getsockname()[:2]
             raise _taken(host, port, error) from None
-        _Server(config, ready).run(sockets=[bound])
+        _Server(config_of(app), ready).run(sockets=[bound])
 
 
 @contextmanager

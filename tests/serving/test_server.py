@@ -7,13 +7,20 @@ import re
 import shutil
 import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
 import pytest
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
-from grappa_dist.serving.server import hosts_of, take_port, url_of
+from grappa_dist.serving import server
+from grappa_dist.serving.server import config_of, hosts_of, take_port, url_of
 from tests.chromium import Tab, browsing
 from tests.retrieval.photos import model_in, write_photos
 from tests.serving.process import PATIENCE_S, Serving, serving
@@ -172,6 +179,31 @@ def test_broken_requests_leave_the_server_answering(running: Serving) -> None:
     connection = http.client.HTTPConnection(str(host), port, timeout=60)
     connection.request("GET", "/health")
     assert connection.getresponse().status == 200
+
+
+@pytest.mark.parametrize(
+    "words", [b"", b"GET / HTTP/1.1\r\nHost: loc", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET"]
+)
+def test_a_connection_without_a_whole_request_is_closed(words: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def health(request: Request) -> Response:
+        return Response("ok")
+
+    monkeypatch.setattr(server, "HEAD_S", 0.2)
+    running = uvicorn.Server(config_of(Starlette(routes=[Route("/health", health)])))
+    with take_port("127.0.0.1", 0, public=False) as bound:
+        bound.listen()
+        thread = threading.Thread(target=running.run, args=([bound],))
+        thread.start()
+        try:
+            with socket.create_connection(bound.getsockname(), timeout=PATIENCE_S) as connection:
+                connection.sendall(words)
+                received = b""
+                while part := connection.recv(2**16):
+                    received += part
+            assert received.endswith(b"ok" if words.startswith(b"GET /health") else b"")
+        finally:
+            running.should_exit = True
+            thread.join()
 
 
 def test_a_port_that_is_in_use_is_one_line(running: Serving) -> None:
