@@ -60,9 +60,13 @@ class Exclusions:
     lines: tuple[Line, ...]
     paths: tuple[str, ...] = ()  # of the lists, for messages
 
+    def lines_of(self, side: str) -> list[int]:
+        """The places of the lines that say something of a side, ascending."""
+        return [number for number, line in enumerate(self.lines) if line.side in ("", side)]
+
     def digest(self, side: str) -> str:
         """One name for what the lists say of a side, wherever they lie; "" where they say nothing."""
-        lines = [line for line in self.lines if line.side in ("", side)]
+        lines = [self.lines[number] for number in self.lines_of(side)]
         return hashlib.sha256(json.dumps(lines).encode()).hexdigest() if lines else ""
 
     def among(self, names: Iterable[Sequence[str]], side: str) -> Excluded:
@@ -99,9 +103,8 @@ class Exclusions:
     def _rows_of(self, names: Iterable[Sequence[str]], side: str) -> dict[int, list[int]]:
         """The rows that each line names, of the lines that name any, in their order."""
         wanted: dict[str, list[int]] = defaultdict(list)
-        for number, line in enumerate(self.lines):
-            if line.side in ("", side):
-                wanted[line.name].append(number)
+        for number in self.lines_of(side):
+            wanted[self.lines[number].name].append(number)
         found: dict[int, list[int]] = defaultdict(list)
         for row, aliases in enumerate(names):
             for number in {number for alias in aliases for number in wanted.get(alias, ())}:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +36,7 @@ from grappa_dist.stages.embed import BAD_FILE, ROWS_FILE
 STAMPS_FILE = "stamps.json"  # size and time of change of every file, so that only new and changed ones are embedded
 _AT_ONCE = 8  # files that are looked at: many small ones, which take long on a network file system
 _CHUNK = 1024  # files whose state a thread asks for at a time
+_INSIDE = re.compile(r"images-[0-9a-f]{16}")  # folders that are made here
 LOCK_FILE = "embeddings.lock"  # where embeddings are kept: held by the process that writes them
 
 
@@ -296,7 +298,8 @@ def _kept(images: Images, embedder: Embedder, folder: Path) -> Collection:
         source = str(images.items[0].source.path) if images.items else ""
         _write(folder, rows, _Listed(source, names, stamps, made.bad), embedder.model)
         for old in {entry["shard"] for entry in listing["shards"]} - {_inside(names, stamps, embedder.model)}:
-            shutil.rmtree(folder / old, ignore_errors=True)
+            if _INSIDE.fullmatch(old):  # the list may be of anyone, and must not have any folder removed
+                shutil.rmtree(folder / old, ignore_errors=True)
     return Collection((Part(rows, made.bad, lambda: names, lambda row: _read(images, row)),))
 
 

@@ -79,13 +79,17 @@ def exclude(run: Run, excluded: Exclusion, train: ImageShards, test: ImageShards
         return
     lists = read_exclusions(run.config.data.exclude)
     pairs = [(images, a) for images, a in ((train, excluded.train), (test, excluded.test)) if a is not None]
+    if any(lists.digest(artifact.settings["side"]) != artifact.settings["lists"] for _, artifact in pairs):
+        raise ValueError(f"data.exclude: {', '.join(lists.paths)} changed while the run began; start it again")
     tasks = [ExcludeTask(images, lists, artifact) for images, artifact in pairs if not artifact.complete]
     if tasks:
         with run.console.stage("exclude", f"by the names of {pluralize(sum(len(t.images) for t in tasks), 'image')}"):
             run.runner.map(find_excluded, tasks)
             wait_until_seen(task.artifact for task in tasks)
     found = [load_json(artifact.path / REASONS_FILE) for _, artifact in pairs]
-    matched = np.any([load_array(artifact.path / MATCHED_FILE) for _, artifact in pairs], axis=0)
+    matched = np.zeros(len(lists.lines), bool)
+    for _, artifact in pairs:
+        matched[lists.lines_of(artifact.settings["side"])] |= load_array(artifact.path / MATCHED_FILE)
     if unknown := lists.check_matched(matched, found[0]["example"] if found else ""):
         run.console.log(f"warning: data.exclude: {unknown}")
     for line in describe_excluded(excluded) if tasks else ():
@@ -102,7 +106,8 @@ def find_excluded(device: torch.device, task: ExcludeTask) -> None:
     found = task.exclusions.among(chain([first], names), task.artifact.settings["side"])
     save_array(folder / ROWS_FILE, found.rows)
     save_array(folder / FIRSTS_FILE, found.firsts)
-    save_array(folder / MATCHED_FILE, found.matched)
+    of_side = task.exclusions.lines_of(task.artifact.settings["side"])  # other lines may change, and this stays
+    save_array(folder / MATCHED_FILE, found.matched[of_side])
     counts = dict(Counter(found.reasons).most_common())
     write_json(folder / REASONS_FILE, {"reasons": counts, "images": len(task.images), "example": first[0]})
     task.artifact.commit()

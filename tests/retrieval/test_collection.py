@@ -119,6 +119,21 @@ def test_folders_of_others_beside_kept_embeddings_stay(tmp_path: Path) -> None:
     assert len([path for path in keep.iterdir() if path.is_dir()]) == 2
 
 
+def test_a_list_of_anyone_has_no_folder_removed(tmp_path: Path) -> None:
+    places, run, keep = kept(tmp_path)
+    theirs, path = tmp_path / "theirs", keep / "embeddings.json"
+    theirs.mkdir()
+    listed = json.loads(path.read_text())
+    for named in (str(theirs), "../theirs", "", ".", f"{listed['shards'][0]['shard']}/../../theirs"):
+        listed["shards"][0]["shard"] = named
+        path.write_text(json.dumps(listed))
+        (tmp_path / "photos" / "cat" / "0.png").write_bytes(tiny.picture(len(named) + 50))
+        open_collection(places, lambda: run, keep=keep)
+        assert theirs.exists(), named
+        assert path.exists(), named
+        listed["shards"] = json.loads(path.read_text())["shards"]
+
+
 def test_a_folder_of_other_files_is_no_place_for_embeddings(tmp_path: Path) -> None:
     names = write_photos(tmp_path / "photos")
     places, run = [str(tmp_path / "photos")], embedder(model_in(tmp_path / "run"))

@@ -154,6 +154,28 @@ def test_excluded_images_do_not_count_as_bad_and_a_list_of_no_image_ends_the_run
         pipeline._run(tiny.run_in(listed, tmp_path / "run", tiny.Here()), "embed")
 
 
+def test_a_line_of_one_side_may_be_added_when_the_other_side_was_excluded_before(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards, path, here = write_shards(tmp_path / "images"), tmp_path / "list.csv", tiny.Here()
+    path.write_text("name,side\nphotos/1.png,train\nphotos/2.png,test\n")
+    settings = settings_of(shards, (str(path),))
+    pipeline._run(tiny.run_in(settings, tmp_path / "run", tiny.Here()), "embed")
+    path.write_text("name,side\nphotos/none.png,test\nphotos/1.png,train\nphotos/2.png,test\nphotos/3.png,test\n")
+    capsys.readouterr()
+    pipeline._run(tiny.run_in(settings, tmp_path / "run", here), "embed")
+    assert here.asked.count("find_excluded") == 1  # of the test images alone
+    told = capsys.readouterr().err
+    assert "1 of 4 names in" in told
+    assert "the first is 'photos/none.png'" in told
+    flow = flow_of(settings, tmp_path / "run")
+    assert [excluded_rows(side).tolist() for side in (flow.excluded.train, flow.excluded.test)] == [[1], [2, 3]]
+    path.write_text("name\nphotos/4.png\n")  # after the artefacts were named
+    monkeypatch.setattr(pipeline, "lay_out", lambda *_, **__: flow)
+    with pytest.raises(ValueError, match=r"list\.csv changed while the run began; start it again"):
+        pipeline._run(tiny.run_in(settings, tmp_path / "run", tiny.Here()), "embed")
+
+
 def test_near_duplicates_take_turns_in_the_place_of_the_image_that_stands_for_them(made: Made) -> None:
     settings, root, _ = made
     artifact = flow_of(settings, root).excluded.train
