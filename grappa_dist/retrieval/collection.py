@@ -17,10 +17,11 @@ from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from xxhash import xxh3_64_hexdigest
 
 from grappa_dist.data.decoding import BadImage
@@ -152,13 +153,8 @@ def listed_parts(path: Path, folder: Path, listing: Mapping[str, Any]) -> list[t
         path: of the list, for messages.
         folder: that the paths in the list begin at.
     """
-    try:
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
-            found = list(pool.map(partial(_stored_parts, folder), listing["shards"]))
-    except KeyError as missing:
-        raise damaged(path, f"is no list of embeddings (an entry has no {missing})") from None
-    except (TypeError, AttributeError):
-        raise damaged(path, "is no list of embeddings (an entry is not as it is written)") from None
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        found = list(pool.map(partial(_stored_parts, folder), listing["shards"]))
     dims = {part.rows.shape[1] for parts in found for part in parts}
     if len(dims) != 1:
         raise damaged(path, f"lists rows of {sorted(dims) or 'no'} channels")
@@ -173,6 +169,8 @@ def read_list(path: Path) -> dict[str, Any]:
         raise damaged(path, str(error).removeprefix(f"{path}: ")) from None
     if not isinstance(found, dict) or not isinstance(found.get("shards"), list):
         raise damaged(path, "is no list of embeddings")
+    for entry in found["shards"]:
+        _check_entry(path, entry)
     return found
 
 
@@ -192,6 +190,75 @@ def check_model(folder: Path, listing: Mapping[str, Any], model: OpenModel) -> N
     )
 
 
+def _inner(path: str) -> str:
+    if Path(path).is_absolute() or ".." in Path(path).parts or "\0" in path:
+        raise ValueError("expected a path inside of the folder")
+    return path
+
+
+_Inner = Annotated[str, AfterValidator(_inner)]
+_Place = Annotated[int, Field(ge=0, lt=2**48)]  # so that sums of many are whole numbers of 64 bits
+
+
+class _Entry(BaseModel):
+    """What an entry of a list is, which may be of anyone."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+    shard: str
+    source: str | None = None
+    images: _Place
+    rows: _Inner
+    keys: _Inner
+    bad: _Inner
+    names: _Inner | None = None
+    tasks: _Inner | None = None
+    stamps: _Inner | None = None
+    xxh3: dict[str, str | None] = Field(default_factory=dict)  # none in lists of earlier versions
+    gone: list[_Place] = Field(default_factory=list)
+    first_id: _Place = 0  # in the list of an index
+
+
+_TEXTS = TypeAdapter(list[str | None], config=ConfigDict(strict=True))
+_REASONS = TypeAdapter(dict[_Place, str])
+
+
+def _check_entry(path: Path, entry: object) -> None:
+    """Raises ValueError, which names the list, for an entry that is not as one is written."""
+    try:
+        found = _Entry.model_validate(entry)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "it"
+        why = f"has no {where!r}" if first["type"] == "missing" else f"is not as it is written: {where}: {first['msg']}"
+        raise damaged(path, f"is no list of embeddings (an entry {why})") from None
+    if max(found.gone, default=-1) >= found.images:
+        raise damaged(
+            path, f"is no list of embeddings (an entry of {found.images} images lacks number {max(found.gone)})"
+        )
+
+
+def texts_in(path: Path, count: int) -> list[str | None]:
+    """Names or keys of so many images."""
+    try:
+        found = _TEXTS.validate_python(read_json(path))
+    except ValidationError:
+        raise damaged(path, "is no list of texts") from None
+    if len(found) != count:
+        raise damaged(path, f"has {len(found)} texts, expected {count}")
+    return found
+
+
+def _reasons_in(path: Path, count: int) -> dict[int, str]:
+    """Why some of so many images are bad, by position."""
+    try:
+        found = _REASONS.validate_python(read_json(path))
+    except ValidationError:
+        raise damaged(path, "does not give reasons by position") from None
+    if max(found, default=-1) >= count:
+        raise damaged(path, f"has a reason for position {max(found)} of {count}")
+    return found
+
+
 def _stored_parts(folder: Path, entry: Mapping[str, Any]) -> tuple[Part, ...]:
     optional = [what for what in ("names", "tasks", "stamps") if entry.get(what) is not None]
     paths = {what: folder / entry[what] for what in ("rows", "keys", "bad", *optional)}
@@ -207,12 +274,13 @@ def _stored_parts(folder: Path, entry: Mapping[str, Any]) -> tuple[Part, ...]:
         raise damaged(paths["rows"], f"is no array: {error}") from None
     if rows.ndim != 2 or rows.dtype != np.float32 or len(rows) != entry["images"]:
         raise damaged(paths["rows"], f"has rows {rows.shape} of {rows.dtype}, expected {entry['images']} of float32")
-    bad = {int(place): str(why) for place, why in read_json(paths["bad"]).items()}
+    bad = _reasons_in(paths["bad"], len(rows))
 
     @cache
     def names() -> list[str]:
-        named = read_json(paths["names"]) if "names" in paths else [None] * len(rows)
-        return [name or f"{entry['shard']}: {key}" for name, key in zip(named, read_json(paths["keys"]), strict=True)]
+        named = texts_in(paths["names"], len(rows)) if "names" in paths else [None] * len(rows)
+        keys = texts_in(paths["keys"], len(rows))
+        return [name or f"{entry['shard']}: {key}" for name, key in zip(named, keys, strict=True)]
 
     files = _Files(entry.get("source"), names)
     edges = [-1, *sorted(entry.get("gone", ())), len(rows)]

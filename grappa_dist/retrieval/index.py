@@ -12,6 +12,7 @@ Shapes: n rows, q queries, D channels, k hits.
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 from collections import Counter
@@ -19,10 +20,11 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Self
 
 import numpy as np
 import torch
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
 from grappa_dist.console import Console, pluralize
 from grappa_dist.export import LIST_FILE
@@ -85,7 +87,10 @@ class SearchIndex:
         if self.faiss is None:
             return nearest(queries, self.collection.rows, self.collection.bad, k, self.device)
         cosines, ids = faiss_index.search(self.faiss, queries, k, self.kind.probes)
-        return Found(torch.from_numpy(cosines), torch.from_numpy(np.searchsorted(self.ids, ids)))
+        rows = np.minimum(np.searchsorted(self.ids, ids), len(self.ids) - 1)
+        if not np.array_equal(self.ids[rows], ids):
+            raise damaged(self.path, "has rows that its list does not have")
+        return Found(torch.from_numpy(cosines), torch.from_numpy(rows))
 
     def open_model(
         self, given: str | None = None, device: str = "auto", *, trust_modules: bool | None = None
@@ -160,16 +165,19 @@ def _opened(path: Path, device: torch.device) -> SearchIndex:
     parts = listed_parts(path, path.parent.parent, listed)
     try:
         ids = _ids_of(listed["shards"], parts)
-        kind, model = Kind(**listed["kind"]), IndexedModel(**listed["model"])
-        file = path.parent / _plain(listed["index"]["path"])
+        file = path.parent / listed["index"]["path"]
         if Sum.of(file).xxh3 != listed["index"]["xxh3"]:
             raise damaged(file, "does not hold what was written")
     except FileNotFoundError as error:
         raise damaged(Path(error.filename), "is missing") from None
-    except (KeyError, TypeError) as error:
-        raise damaged(path, f"is no list of an index ({error})") from None
+    kind, model = Kind(**listed["kind"]), IndexedModel(**listed["model"])
     index = faiss_index.read(file, mapped=bool(kind.lists)) if has_faiss() else None
     collection = Collection(tuple(part for of in parts for part in of))
+    if not len(collection):
+        raise damaged(path, "lists no image")
+    rows, dim = len(collection) - len(collection.bad), collection.rows[0].shape[1]
+    if index is not None and (index.d, index.ntotal) != (dim, rows):
+        raise damaged(file, f"has {index.ntotal} rows of {index.d} channels, expected {rows} of {dim}")
     return SearchIndex(path, model, kind, collection, ids, index, device)
 
 
@@ -177,14 +185,71 @@ def _read(path: Path) -> dict[str, Any]:
     listed = read_list(path)
     if listed.get("format") != FORMAT:
         raise ValueError(f"{path}: format {listed.get('format')!r}, this version reads {FORMAT}; make the index anew")
+    try:
+        _Listed.model_validate_json(json.dumps(listed))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise damaged(path, f"is no list of an index ({where}={first['input']!r:.80}: {first['msg']})") from None
     return listed
 
 
-def _plain(name: object) -> str:
-    """The name of a file beside the list, and no path out of the folder."""
-    if not isinstance(name, str) or not _FILES.fullmatch(name):
-        raise KeyError(f"{name!r:.80} is no name of its files")
-    return name
+_Count = Annotated[int, Field(ge=0, lt=2**48)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+
+class _Kind(_Strict):
+    factory: str
+    lists: _Count
+    probes: _Count
+    trained_for: _Count
+    recall: FiniteFloat
+    queries: _Count
+
+    @model_validator(mode="after")
+    def _has_so_many(self) -> Self:
+        if (self.probes == 0) != (self.lists == 0) or self.probes > self.lists:
+            raise ValueError(f"{self.probes} probes of {self.lists} lists")
+        return self
+
+
+class _Model(_Strict):
+    path: str
+    variant: str
+    sha256: str
+    gallery: str | None
+
+
+class _File(_Strict):
+    path: str = Field(pattern=f"^(?:{_FILES.pattern})$")  # beside the list, and no path out of the folder
+    bytes: _Count
+    xxh3: str
+
+
+class _Table(_File):
+    rows: _Count
+    of: str
+
+
+class _Shard(BaseModel):
+    first_id: int  # further, `collection.read_list` checks it
+
+
+class _Listed(BaseModel):
+    """What an index's list is, which may be of anyone."""
+
+    model_config = ConfigDict(strict=True)
+    model: _Model
+    kind: _Kind
+    index: _File
+    tables: list[_Table]
+    shards: list[_Shard]
+    images: _Count
+    bad: _Count
+    channels: _Count
 
 
 def _ids_of(entries: Sequence[Mapping[str, Any]], parts: Sequence[Sequence[Part]]) -> Ids:
@@ -266,8 +331,10 @@ class _Building:
 
     def _about_model(self) -> dict[str, Any]:
         listed = self.listing
-        path = str(self.model.resolve())
-        return asdict(IndexedModel(path, listed["model"], listed["model_sha256"], listed.get("gallery")))
+        model, sha256, gallery = (listed.get(key) for key in ("model", "model_sha256", "gallery"))
+        if not isinstance(model, str) or not isinstance(sha256, str):
+            raise damaged(self.folder / LIST_FILE, "does not say which model its embeddings are of")
+        return asdict(IndexedModel(str(self.model.resolve()), model, sha256, gallery))
 
     def _before(self) -> dict[str, Any] | None:
         """The list of the index that is there, if it is whole and of this model."""
@@ -275,13 +342,10 @@ class _Building:
             return None
         try:
             listed = _read(self.path)
-            file = self.path.parent / _plain(listed["index"]["path"])
+            file = self.path.parent / listed["index"]["path"]
             if Sum.of(file).xxh3 != listed["index"]["xxh3"]:
                 raise damaged(file, "does not hold what was written")
-            Kind(**listed["kind"])
-            for table in listed["tables"]:
-                _plain(table["path"])
-        except (ValueError, OSError, KeyError, TypeError) as error:
+        except (ValueError, OSError) as error:
             self.console.log(f"warning: the index is made anew: {printable_line(str(error))}")
             return None
         same = [listed["model"].get(key) == self._about_model()[key] for key in ("sha256", "gallery")]
@@ -332,7 +396,7 @@ def _keys_of(entries: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
     """What tells a shard's rows from others; a shard that is listed twice has a number as well."""
     seen, keys = Counter[tuple[Any, ...]](), list[tuple[Any, ...]]()
     for entry in entries:
-        key = (entry["rows"], entry["xxh3"]["rows"], entry.get("source"), entry["images"])
+        key = (entry["rows"], entry.get("xxh3", {}).get("rows"), entry.get("source"), entry["images"])
         keys.append((*key, seen[key]))
         seen[key] += 1
     return keys

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from xxhash import xxh3_128_hexdigest
 
-from grappa_dist.files import Sum, read_json, replace
-from grappa_dist.retrieval.collection import Part
+from grappa_dist.files import Sum, replace
+from grappa_dist.retrieval.collection import Part, texts_in
 
 TABLE_ROWS, GROUP_ROWS = 65_536, 8192  # of a file, and of what is written of it at a time
 COLUMNS = {"key": "keys", "name": "names", "task": "tasks"}  # and the file of a shard that has them
@@ -72,7 +72,9 @@ def _grouped(shards: Sequence[Shard]) -> Iterator[list[Shard]]:
 
 def _mark(group: Sequence[Shard]) -> str:
     """What tells the rows of some shards from those of others."""
-    return xxh3_128_hexdigest(json.dumps([[e["first_id"], e["xxh3"], e.get("gone", [])] for e, _ in group]).encode())
+    return xxh3_128_hexdigest(
+        json.dumps([[e["first_id"], e.get("xxh3", {}), e.get("gone", [])] for e, _ in group]).encode()
+    )
 
 
 def _is_whole(path: Path, listed: Mapping[str, Any]) -> bool:
@@ -116,7 +118,9 @@ def _rows_at(part: Part, places: Ids) -> NDArray[np.float32]:
 def _texts(home: Path, entry: Entry) -> list[Sequence[str | None]]:
     """The columns of a shard, by position."""
     nothing = [None] * entry["images"]
-    return [nothing if entry.get(what) is None else read_json(home / entry[what]) for what in COLUMNS.values()]
+    return [
+        nothing if entry.get(what) is None else texts_in(home / entry[what], len(nothing)) for what in COLUMNS.values()
+    ]
 
 
 def _utf8(text: str | None) -> str | None:

@@ -184,7 +184,7 @@ def test_rows_between_those_that_are_gone_are_parts_with_their_names_and_files(t
 
 def test_what_an_entry_of_a_list_lacks_is_named(tmp_path: Path) -> None:
     (tmp_path / "embeddings.json").write_text('{"shards": [{}]}')
-    with pytest.raises(ValueError, match=r"is no list of embeddings \(an entry has no 'rows'\): the embeddings are"):
+    with pytest.raises(ValueError, match=r"is no list of embeddings \(an entry has no 'shard'\): the embeddings are"):
         stored(tmp_path, None)
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from threading import Event, Thread
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +21,7 @@ from grappa_dist.console import Console
 from grappa_dist.files import lock_file
 from grappa_dist.retrieval import faiss_index
 from grappa_dist.retrieval import index as module
+from grappa_dist.retrieval.collection import stored
 from grappa_dist.retrieval.index import SearchIndex, build_index, describe_index, open_index
 from grappa_dist.retrieval.nearest import nearest
 from tests.retrieval.embedded import BAD, CHANNELS, EACH, write_embeddings
@@ -122,10 +126,68 @@ def test_a_list_of_an_index_names_no_file_elsewhere(tmp_path: Path) -> None:
     listed = json.loads(index.path.read_text())
     for wrong in ("../../secret", "/etc/passwd", 3):
         index.path.write_text(json.dumps({**listed, "index": {**listed["index"], "path": wrong}}))
-        with pytest.raises(ValueError, match=r"is no list of an index .* is no name of its files"):
+        with pytest.raises(ValueError, match=r"is no list of an index \(index.path="):
             open_index(tmp_path)
     index.path.write_text(json.dumps({**listed, "format": 2}))
     with pytest.raises(ValueError, match="format 2, this version reads 1"):
+        open_index(tmp_path)
+
+
+WRONG = (None, True, -1, 10**30, math.inf, math.nan, "", "../x", "/etc/passwd", "\0", [], [10**30], {}, {"a": 1})
+
+
+@pytest.mark.parametrize("name", ["search/index.json", "embeddings.json", "shard-0/names.json", "shard-0/bad.json"])
+def test_whatever_a_list_of_anyone_says_it_is_used_or_refused_in_one_line(name: str, tmp_path: Path) -> None:
+    built(write_embeddings(tmp_path, [0], gone={0: [4]}))
+    written, index = tmp_path / name, tmp_path / "search" / "index.json"
+    whole, listed = json.loads(written.read_text()), json.loads(index.read_text())
+    index.write_text(json.dumps({**listed, "shards": [{**listed["shards"][0], "xxh3": {}}]}))
+    errors = list[str]()
+    for place in _places(whole):
+        for wrong in (*WRONG, "removed"):
+            written.write_text(json.dumps(_with(whole, place, wrong)))
+            try:
+                found = stored(tmp_path, None) if name == "embeddings.json" else open_index(tmp_path).collection
+                assert all(isinstance(found.name(row), str) for row in (0, len(found) - 1, *found.bad))
+                found.image(0)
+            except ValueError as error:
+                errors.append(str(error))
+    assert len(errors) > len(WRONG) // 2
+    assert not [error for error in errors if "\n" in error]
+
+
+def _places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Where values lie in a JSON text; of a list the first two."""
+    for key in value if isinstance(value, dict) else range(min(2, len(value))) if isinstance(value, list) else ():
+        yield (*at, key)
+        yield from _places(value[key], (*at, key))
+
+
+def _with(whole: Any, place: tuple[Any, ...], wrong: Any) -> Any:
+    found = json.loads(json.dumps(whole))
+    inside = found
+    for key in place[:-1]:
+        inside = inside[key]
+    inside[place[-1]] = wrong
+    if wrong == "removed":
+        del inside[place[-1]]
+    return found
+
+
+def test_an_index_of_other_rows_than_its_list_says_finds_nothing_wrong(tmp_path: Path) -> None:
+    index = built(write_embeddings(tmp_path, [0]))
+    listed = json.loads(index.path.read_text())
+    listed["shards"][0]["first_id"] = 7  # so that the ids of the index name no row
+    index.path.write_text(json.dumps(listed))
+    with pytest.raises(ValueError, match="has rows that its list does not have"):
+        open_index(tmp_path).nearest(np.eye(CHANNELS, dtype=np.float32), 3)
+    other = built(write_embeddings(tmp_path / "other", [0, 1]))
+    listed["index"] = json.loads(other.path.read_text())["index"]
+    (index.path.parent / listed["index"]["path"]).write_bytes(
+        (other.path.parent / listed["index"]["path"]).read_bytes()
+    )
+    index.path.write_text(json.dumps(listed))
+    with pytest.raises(ValueError, match=f"has {2 * EACH - 2} rows of {CHANNELS} channels, expected {EACH - 1} of"):
         open_index(tmp_path)
 
 
