@@ -105,8 +105,8 @@ def check_good_rows(config: ClusteringConfig, nums: Iterable[int], num_rows: int
         asked = "auto" if config.num_labels == "auto" else list(config.num_labels)
         right = f"give numbers up to {good}, such as {list(ladder(good))}" if good else "there is nothing to cluster"
         raise ValueError(
-            f"clustering.num_labels={asked} has K={max(nums)}, but {num_bad} of the {num_rows} training images are bad or "
-            f"excluded and {good} are left: {right}"
+            f"clustering.num_labels={asked} has K={max(nums)}, but {num_bad} of the {num_rows} training images are "
+            f"bad or excluded and {good} are left: {right}"
         )
 
 
