@@ -84,8 +84,8 @@ def test_more_labels_than_images_are_refused() -> None:
 
 def test_more_labels_than_good_images_are_refused_by_the_settings_name() -> None:
     auto, asked = ClusteringConfig(), ClusteringConfig(num_labels=(4, 9))
-    words = r"^clustering\.num_labels=auto has K=256, but 60 of the 300 training images are bad or excluded and 240 are "
-    with pytest.raises(ValueError, match=words + r"left: give numbers up to 240, such as \[16, 32, 64, 128\]$"):
+    words = r"^clustering\.num_labels=auto has K=256, but 60 of the 300 training images are bad or excluded and 240 "
+    with pytest.raises(ValueError, match=words + r"are left: give numbers up to 240, such as \[16, 32, 64, 128\]$"):
         check_good_rows(auto, num_labels(auto, 300), 300, 60)
     with pytest.raises(ValueError, match=r"^clustering\.num_labels=\[4, 9\] has K=9, but 2 of the 10 .* 8 are left:"):
         check_good_rows(asked, (4, 9), 10, 2)
