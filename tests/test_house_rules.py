@@ -53,6 +53,7 @@ MAY_DISTRIBUTE = (
     "grappa_dist/training/deepspeed_engine.py",
     "grappa_dist/kmeans/ivf.py",
     "grappa_dist/search/backends.py",
+    "grappa_dist/serving/ray_serve.py",
     "grappa_dist/retrieval/faiss_index.py",  # the file that `embed --index` writes is faiss's own
     "benchmarks/",
     "examples/",
