@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ def ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, 
     monkeypatch.chdir(tmp_path)
     exported(tmp_path / "runs" / "mine")
     write_photos(tmp_path / "photos")
+    shutil.copy("photos/cat/0.png", "query.jpg")
     found = dict[str, dict[str, Any]]()
     for heading in HEADINGS:
         (code,) = re.findall(

@@ -51,6 +51,11 @@ def test_a_package_that_comes_as_cpu_and_gpu_names_both(module: str) -> None:
     assert install_line(module) == "pip install 'grappa-dist[cpu]', or 'grappa-dist[gpu]' where there are GPUs"
 
 
+def test_the_page_about_installing_has_every_extra() -> None:
+    page = (ROOT / "docs" / "install.md").read_text()
+    assert [extra for extra in sorted(set(EXTRAS.values())) if f"`{extra}`" not in page] == []
+
+
 def test_an_import_of_a_missing_package_anywhere_ends_a_program_with_its_install_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

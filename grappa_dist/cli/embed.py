@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from grappa_dist.cli.verb import split_words, verb, words
-from grappa_dist.cli.with_model import places_of
+from grappa_dist.cli.with_model import gallery_weights, places_of, trust_modules
 from grappa_dist.console import Ending
 from grappa_dist.output import printable
 
@@ -21,7 +21,7 @@ from grappa_dist.output import printable
     ],
 )
 @words("given", "[PLACE]...")
-@click.option("--out", required=True, metavar="DIR", help="The folder for the embeddings; what is in it is reused.")
+@click.option("--model", required=True, metavar="M", help="A run directory, or an exported model's.")
 @click.option(
     "--images",
     multiple=True,
@@ -29,21 +29,10 @@ from grappa_dist.output import printable
     metavar="PLACE",
     help="Images: a folder, parquet, a list, or shards, also s3://. May be given several times.",
 )
-@click.option(
-    "--trust-modules",
-    is_flag=True,
-    default=None,
-    help="Import the module that a model from elsewhere names as its backbone; it is run.",
-)
+@click.option("--out", required=True, metavar="DIR", help="The folder for the embeddings; what is in it is reused.")
 @click.option("--index", is_flag=True, help="Make an index for search there as well, or bring it up to date.")
-@click.option(
-    "--gallery-weights",
-    "--gallery",
-    "gallery",
-    metavar="TASK",
-    help="Of a model of the variant gallery: the task whose weights of the sets to use.",
-)
-@click.option("--model", required=True, metavar="M", help="A run directory, or an exported model's.")
+@gallery_weights("--gallery")
+@trust_modules
 def command(
     ending: Ending, given: tuple[str, ...], model: str, images: tuple[str, ...], out: str, gallery: str | None,
     index: bool, trust_modules: bool | None,

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from grappa_dist.cli.verb import split_words, verb, words
-from grappa_dist.cli.with_model import list_left_out, places_of, with_model
+from grappa_dist.cli.with_model import list_left_out, places_of, with_device, with_model
 from grappa_dist.console import Ending
 
 _FILES = {  # option -> what is written
@@ -33,11 +33,32 @@ _PLACES = ("images", "queries", "gallery", "distractors")
     ],
 )
 @words("given", "[PLACE]...")
-@click.option("--page", metavar="FILE", help=_FILES["page"])
-@click.option("--csv-queries", metavar="FILE", help=_FILES["csv_queries"])
-@click.option("--csv-classes", metavar="FILE", help=_FILES["csv_classes"])
-@click.option("--csv", metavar="FILE", help=_FILES["csv"])
-@click.option("--json", metavar="FILE", help=_FILES["json"])
+@with_model(weights="")
+@click.option(
+    "--images",
+    multiple=True,
+    metavar="PLACE",
+    help="Labelled images: class folders, a CSV, or shards. May be given several times.",
+)
+@click.option(
+    "--queries", multiple=True, metavar="PLACE", help="With --gallery: labelled images that are queries alone."
+)
+@click.option(
+    "--gallery", multiple=True, metavar="PLACE", help="With --queries: the labelled images that are searched."
+)
+@click.option(
+    "--distractors",
+    multiple=True,
+    metavar="PLACE",
+    help="Images without labels that are searched as well: never queries, never right. May be given several times.",
+)
+@click.option("--label-column", metavar="NAME", help="The column of a CSV, or the key in shards, that has the labels.")
+@click.option(
+    "--split-column",
+    metavar="NAME",
+    help="The column of a CSV, or the key in shards, that says query, gallery or distractor.",
+)
+@click.option("--at", default="1,5,10", show_default=True, metavar="K,K,...", help="k of recall, precision, mAP at k.")
 @click.option(
     "--against",
     default="backbone",
@@ -45,32 +66,12 @@ _PLACES = ("images", "queries", "gallery", "distractors")
     metavar="OTHER",
     help="The model to compare with, as --model; backbone: the model's own; none: nothing.",
 )
-@click.option("--at", default="1,5,10", show_default=True, metavar="K,K,...", help="k of recall, precision, mAP at k.")
-@click.option(
-    "--split-column",
-    metavar="NAME",
-    help="The column of a CSV, or the key in shards, that says query, gallery or distractor.",
-)
-@click.option("--label-column", metavar="NAME", help="The column of a CSV, or the key in shards, that has the labels.")
-@click.option(
-    "--distractors",
-    multiple=True,
-    metavar="PLACE",
-    help="Images without labels that are searched as well: never queries, never right. May be given several times.",
-)
-@click.option(
-    "--gallery", multiple=True, metavar="PLACE", help="With --queries: the labelled images that are searched."
-)
-@click.option(
-    "--queries", multiple=True, metavar="PLACE", help="With --gallery: labelled images that are queries alone."
-)
-@click.option(
-    "--images",
-    multiple=True,
-    metavar="PLACE",
-    help="Labelled images: class folders, a CSV, or shards. May be given several times.",
-)
-@with_model(weights="")
+@click.option("--json", metavar="FILE", help=_FILES["json"])
+@click.option("--csv", metavar="FILE", help=_FILES["csv"])
+@click.option("--csv-classes", metavar="FILE", help=_FILES["csv_classes"])
+@click.option("--csv-queries", metavar="FILE", help=_FILES["csv_queries"])
+@click.option("--page", metavar="FILE", help=_FILES["page"])
+@with_device
 def command(ending: Ending, given: tuple[str, ...], at: str, against: str, **options: Any) -> None:
     """Scores a model on labelled images, beside its backbone or another model.
 

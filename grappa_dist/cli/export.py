@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from grappa_dist.cli.verb import OneOf, verb
-from grappa_dist.cli.with_model import places_of
+from grappa_dist.cli.with_model import gallery_weights, places_of, trust_modules
 from grappa_dist.console import Ending
 from grappa_dist.output import printable
 
@@ -38,7 +38,7 @@ _OF_FORMATS = {"dtype": "fp32", "gallery": None, "check_images": (), "check_coun
 @click.option(
     "--dtype", type=OneOf(["fp32", "fp16", "bf16"]), default="fp32", show_default=True, help="Of the weights."
 )
-@click.option("--gallery", metavar="TASK", help="Of a model of the variant gallery: whose weights to write.")
+@gallery_weights("--gallery")
 @click.option(
     "--check-images",
     multiple=True,
@@ -46,12 +46,7 @@ _OF_FORMATS = {"dtype": "fp32", "gallery": None, "check_images": (), "check_coun
     help="Images to compare embeddings on, a folder, a list or shards; by default they are generated.",
 )
 @click.option("--check-count", type=click.IntRange(1), metavar="N", help="At most so many of them (default: 1,000).")
-@click.option(
-    "--trust-modules",
-    is_flag=True,
-    default=None,
-    help="Import the module that a model from elsewhere names as its backbone; it is run.",
-)
+@trust_modules
 def command(
     ending: Ending, source: str, name: str | None, out: str | None, to: str | None, trust_modules: bool | None,
     **options: Any,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from grappa_dist.cli.verb import split_words, verb, words
-from grappa_dist.cli.with_model import Options, embedder_of, list_left_out, places_of, with_model
+from grappa_dist.cli.with_model import Options, embedder_of, list_left_out, places_of, with_device, with_model
 from grappa_dist.console import Ending, pluralize
 from grappa_dist.output import printable
 
@@ -30,14 +30,14 @@ MOST = 100_000
     ],
 )
 @words("given", "[RUN]")
-@click.option("--out", metavar="FILE", help="The page (default: map.html, in the directory of RUN).")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of UMAP's random numbers.")
-@click.option("--most", type=click.IntRange(10, MOST), default=MOST, show_default=True, help="Images of the map.")
+@with_model(required=False)
 @click.option(
-    "--fiftyone", metavar="DIR", help="Also a new folder that FiftyOne reads: images, labels, embeddings, points."
+    "--images",
+    multiple=True,
+    metavar="PLACE",
+    help="Images: class folders or any folder, a CSV, shards. May be given several times.",
 )
-@click.option("--keep", metavar="DIR", help="With --images: keep the embeddings of both models there.")
-@click.option("--name", metavar="MODEL", help="With RUN: another of its models, as in the table of scores.")
+@click.option("--label-column", metavar="NAME", help="The column of a CSV, or the key in shards, that has the labels.")
 @click.option(
     "--against",
     default="backbone",
@@ -45,14 +45,15 @@ MOST = 100_000
     metavar="OTHER",
     help="With --model: the model of the first map, as --model; backbone: the model's own; none: a single map.",
 )
-@click.option("--label-column", metavar="NAME", help="The column of a CSV, or the key in shards, that has the labels.")
+@click.option("--name", metavar="MODEL", help="With RUN: another of its models, as in the table of scores.")
+@click.option("--keep", metavar="DIR", help="With --images: keep the embeddings of both models there.")
 @click.option(
-    "--images",
-    multiple=True,
-    metavar="PLACE",
-    help="Images: class folders or any folder, a CSV, shards. May be given several times.",
+    "--fiftyone", metavar="DIR", help="Also a new folder that FiftyOne reads: images, labels, embeddings, points."
 )
-@with_model(required=False)
+@click.option("--most", type=click.IntRange(10, MOST), default=MOST, show_default=True, help="Images of the map.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of UMAP's random numbers.")
+@click.option("--out", metavar="FILE", help="The page (default: map.html, in the directory of RUN).")
+@with_device
 def command(
     ending: Ending, given: tuple[str, ...], images: tuple[str, ...], out: str | None, seed: int, most: int,
     name: str | None, fiftyone: str | None, **options: object,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from grappa_dist.cli.verb import split_words, verb, words
-from grappa_dist.cli.with_model import Options, embedder_of, list_left_out, places_of, with_model
+from grappa_dist.cli.with_model import Options, embedder_of, list_left_out, places_of, with_device, with_model
 from grappa_dist.console import Console, Ending, pluralize
 from grappa_dist.output import printable, printable_line
 
@@ -30,20 +30,21 @@ if TYPE_CHECKING:
     ],
 )
 @words("given", "QUERY...")
-@click.option("-k", "hits", type=click.IntRange(1), default=10, show_default=True, help="How many hits.")
-@click.option("--open", "opened", is_flag=True, help="Open the contact sheet in a browser.")
-@click.option("--out", metavar="FILE", help="A contact sheet: a page (.html) or a picture (.jpg, .png).")
-@click.option(
-    "--keep", metavar="DIR", help="Keep the embeddings there; the next search embeds only what is new or changed."
-)
+@with_model(required=False)
+@click.option("--index", metavar="DIR", help="What `embed --index` made; it knows its model.")
 @click.option(
     "--images",
     multiple=True,
     metavar="PLACE",
     help="Images: a folder, a CSV, shards; or a folder of embeddings. May be given several times.",
 )
-@click.option("--index", metavar="DIR", help="What `embed --index` made; it knows its model.")
-@with_model(required=False)
+@click.option(
+    "--keep", metavar="DIR", help="Keep the embeddings there; the next search embeds only what is new or changed."
+)
+@click.option("--out", metavar="FILE", help="A contact sheet: a page (.html) or a picture (.jpg, .png).")
+@click.option("--open", "opened", is_flag=True, help="Open the contact sheet in a browser.")
+@click.option("-k", "hits", type=click.IntRange(1), default=10, show_default=True, help="How many hits.")
+@with_device
 def command(
     ending: Ending, given: tuple[str, ...], index: str | None, images: tuple[str, ...], hits: int, out: str | None,
     keep: str | None, opened: bool, **options: Any,
@@ -69,7 +70,7 @@ def command(
     if index is not None:
         if images or keep or settings or options["gallery"]:
             raise click.UsageError("--index has its images and its model's settings: expected no --images, --keep, "
-                                   "--gallery or backbone settings beside it")  # fmt: skip
+                                   "--gallery-weights or backbone settings beside it")  # fmt: skip
         collection, embedder, find = _of_index(expanded(index, "--index"), options)
     else:
         collection, embedder = _of_images(images, keep, options, settings)

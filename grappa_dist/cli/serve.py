@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from grappa_dist.cli.verb import split_words, verb, words
-from grappa_dist.cli.with_model import Options, embedder_of, list_left_out, places_of, with_model
+from grappa_dist.cli.with_model import Options, embedder_of, list_left_out, places_of, with_device, with_model
 from grappa_dist.console import Console, Ending, pluralize
 from grappa_dist.output import printable_line
 
@@ -28,18 +28,9 @@ _STATUSES = "Exit status: 0 after Ctrl-C or SIGTERM, 2 a setting or an input is 
     statuses=_STATUSES,
 )
 @words("given", "")
-@click.option("--allow-host", multiple=True, metavar="NAME", help="A name by which browsers may call this server.")
-@click.option("--public", is_flag=True, help="With a --host that other machines reach: that they may.")
+@with_model(required=False)
 @click.option(
-    "--max-megapixels", type=click.FloatRange(0.001, 64), default=40.0, show_default=True, help="Of an image."
-)
-@click.option(
-    "--max-upload-mib", type=click.FloatRange(0.001, 1024), default=20.0, show_default=True, help="Of a file."
-)
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any that is free.")
-@click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Where it listens.")
-@click.option(
-    "--keep", metavar="DIR", help="Keep the embeddings there; the next start embeds only what is new or changed."
+    "--index", multiple=True, metavar="DIR", help="What `embed --index` made, by the models to compare: one or two."
 )
 @click.option(
     "--images",
@@ -48,9 +39,19 @@ _STATUSES = "Exit status: 0 after Ctrl-C or SIGTERM, 2 a setting or an input is 
     help="Images: a folder, a CSV, shards. May be given several times.",
 )
 @click.option(
-    "--index", multiple=True, metavar="DIR", help="What `embed --index` made, by the models to compare: one or two."
+    "--keep", metavar="DIR", help="Keep the embeddings there; the next start embeds only what is new or changed."
 )
-@with_model(required=False)
+@click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Where it listens.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any that is free.")
+@click.option(
+    "--max-upload-mib", type=click.FloatRange(0.001, 1024), default=20.0, show_default=True, help="Of a file."
+)
+@click.option(
+    "--max-megapixels", type=click.FloatRange(0.001, 64), default=40.0, show_default=True, help="Of an image."
+)
+@click.option("--public", is_flag=True, help="With a --host that other machines reach: that they may.")
+@click.option("--allow-host", multiple=True, metavar="NAME", help="A name by which browsers may call this server.")
+@with_device
 def command(
     ending: Ending, given: tuple[str, ...], index: tuple[str, ...], images: tuple[str, ...], keep: str | None,
     **options: Any,
@@ -66,7 +67,7 @@ def command(
         raise click.UsageError(f"{places[0]}: expected no more places; images are given by --images")
     if index and (images or keep or settings or options["gallery"] or len(index) > 2):
         raise click.UsageError("--index, once or twice, has its images and its model's settings: expected no --images, "
-                               "--keep, --gallery or backbone settings beside it")  # fmt: skip
+                               "--keep, --gallery-weights or backbone settings beside it")  # fmt: skip
     if not index and not (images and options["model"]):
         raise click.UsageError("expected --model M and --images PLACE, or --index DIR")
     require("starlette", "uvicorn")

@@ -19,43 +19,72 @@ Options = dict[str, Any]  # by name, as click gives them
 def with_model(
     *, required: bool = True, weights: str = "--gallery"
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """The options of a verb about a model, which `embedder_of` reads.
+    """The options that name the model of a verb; `embedder_of` reads them and those of `with_device`.
 
     Args:
         weights: an older name of --gallery-weights that the verb has as well; "" where it means something else there.
     """
-    named = ("--gallery-weights", weights, "gallery") if weights else ("--gallery-weights",)
 
     def decorated(work: Callable[..., Any]) -> Callable[..., Any]:
-        for option in (
-            click.option("--decode-threads", type=click.IntRange(0), default=DECODE_THREADS, show_default=True),
-            click.option("--batch-size", type=click.IntRange(1), default=BATCH_SIZE, show_default=True),
-            click.option(
-                "--device", default="auto", show_default=True, help="cpu, cuda or cuda:N; auto: a GPU if there is one."
-            ),
-            click.option(
-                "--trust-modules",
-                is_flag=True,
-                default=None,
-                help="Import the module that a model from elsewhere names as its backbone; it is run.",
-            ),
-            click.option("--left-out", metavar="FILE", help="A CSV that names the images that could not be read."),
-            click.option(
-                *named,
-                metavar="TASK",
-                help="Of a model of the variant gallery: the task whose weights to use.",
-            ),
-            click.option(
-                "--model",
-                required=required,
-                metavar="M",
-                help="A run directory, an exported model, or timm:NAME or MODULE:FUNCTION with backbone.KEY=VALUE.",
-            ),
-        ):
-            work = option(work)
-        return work
+        work = gallery_weights(*([weights] if weights else []))(work)
+        return click.option(
+            "--model",
+            required=required,
+            metavar="M",
+            help="A run directory, an exported model, or timm:NAME or MODULE:FUNCTION with backbone.KEY=VALUE.",
+        )(work)
 
     return decorated
+
+
+def gallery_weights(*older: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The option `gallery`: the task whose weights a model of the variant gallery uses.
+
+    Args:
+        older: older names of it.
+    """
+    return click.option(
+        "--gallery-weights",
+        *older,
+        "gallery",
+        metavar="TASK",
+        help="Of a model of the variant gallery: the task whose weights of the sets to use.",
+    )
+
+
+trust_modules = click.option(
+    "--trust-modules",
+    is_flag=True,
+    default=None,
+    help="Import the module that a model from elsewhere names as its backbone; it is run.",
+)
+
+
+def with_device(work: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of how a verb runs its model in this process, last in its help."""
+    for option in (
+        click.option(
+            "--decode-threads",
+            type=click.IntRange(0),
+            default=DECODE_THREADS,
+            show_default=True,
+            help="Threads that decode images.",
+        ),
+        click.option(
+            "--batch-size",
+            type=click.IntRange(1),
+            default=BATCH_SIZE,
+            show_default=True,
+            help="Images that are embedded at a time.",
+        ),
+        click.option(
+            "--device", default="auto", show_default=True, help="cpu, cuda or cuda:N; auto: a GPU if there is one."
+        ),
+        trust_modules,
+        click.option("--left-out", metavar="FILE", help="A CSV that names the images that could not be read."),
+    ):
+        work = option(work)
+    return work
 
 
 def embedder_of(options: Options, settings: Sequence[str] = ()) -> Embedder:

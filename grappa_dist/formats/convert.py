@@ -141,7 +141,9 @@ def _opened(folder: Path, wanted: Wanted, log: Log) -> RetrievalModel:
     model = load_model(folder, trust_modules=True)  # as _model_folder has checked
     config = exported_config(folder)[1]
     if wanted.gallery is not None and wanted.to in FOLDERS:
-        raise ValueError(f"--gallery {wanted.gallery}: is for onnx and torch; a folder has those of all galleries")
+        raise ValueError(
+            f"--gallery-weights {wanted.gallery}: is for onnx and torch; a folder has those of all galleries"
+        )
     if wanted.gallery is not None and wanted.gallery not in model.galleries:
         known = ", ".join(model.galleries) or "none"
         raise ValueError(f"{folder} has no weights for the gallery {wanted.gallery!r}; it has {known}")

@@ -108,7 +108,7 @@ def test_a_gallery_model_is_written_with_the_weights_of_the_gallery_that_is_name
     assert len([line for line in lines if line.startswith("warning: the model weighs its sets by galleries")]) == 1
     with pytest.raises(ValueError, match=r"has no weights for the gallery 'fish'; it has birds$"):
         convert(tmp_path / "model", tmp_path / "x.pt2", Wanted("torch", gallery="fish"))
-    with pytest.raises(ValueError, match="--gallery birds: is for onnx and torch; a folder has those of all"):
+    with pytest.raises(ValueError, match="--gallery-weights birds: is for onnx and torch; a folder has those of all"):
         convert(tmp_path / "model", tmp_path / "x", Wanted("safetensors", gallery="birds"))
 
 
