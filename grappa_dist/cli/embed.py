@@ -31,7 +31,7 @@ from grappa_dist.output import printable
 )
 @click.option("--out", required=True, metavar="DIR", help="The folder for the embeddings; what is in it is reused.")
 @click.option("--index", is_flag=True, help="Make an index for search there as well, or bring it up to date.")
-@gallery_weights("--gallery")
+@gallery_weights()
 @trust_modules
 def command(
     ending: Ending, given: tuple[str, ...], model: str, images: tuple[str, ...], out: str, gallery: str | None,

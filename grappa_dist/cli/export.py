@@ -38,7 +38,7 @@ _OF_FORMATS = {"dtype": "fp32", "gallery": None, "check_images": (), "check_coun
 @click.option(
     "--dtype", type=OneOf(["fp32", "fp16", "bf16"]), default="fp32", show_default=True, help="Of the weights."
 )
-@gallery_weights("--gallery")
+@gallery_weights()
 @click.option(
     "--check-images",
     multiple=True,

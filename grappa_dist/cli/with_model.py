@@ -22,11 +22,11 @@ def with_model(
     """The options that name the model of a verb; `embedder_of` reads them and those of `with_device`.
 
     Args:
-        weights: an older name of --gallery-weights that the verb has as well; "" where it means something else there.
+        weights: as of `gallery_weights`.
     """
 
     def decorated(work: Callable[..., Any]) -> Callable[..., Any]:
-        work = gallery_weights(*([weights] if weights else []))(work)
+        work = gallery_weights(weights)(work)
         return click.option(
             "--model",
             required=required,
@@ -37,16 +37,14 @@ def with_model(
     return decorated
 
 
-def gallery_weights(*older: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """The option `gallery`: the task whose weights a model of the variant gallery uses.
+def gallery_weights(older: str = "--gallery") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The option of the task whose weights a model of the variant gallery uses: `gallery` among the options.
 
     Args:
-        older: older names of it.
+        older: an older name of it; "" where that means something else, and the option is `gallery_weights`.
     """
     return click.option(
-        "--gallery-weights",
-        *older,
-        "gallery",
+        *(("--gallery-weights", older, "gallery") if older else ("--gallery-weights",)),
         metavar="TASK",
         help="Of a model of the variant gallery: the task whose weights of the sets to use.",
     )
