@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from grappa_dist.cli.verb import split_words, verb, words
-from grappa_dist.cli.with_model import Options, embedder_of, list_left_out, places_of, with_model
+from grappa_dist.cli.with_model import Options, embedder_of, list_left_out, places_of, with_device, with_model
 from grappa_dist.console import Console, Ending
 from grappa_dist.output import printable
 
@@ -31,7 +31,27 @@ if TYPE_CHECKING:
     ],
 )
 @words("given", "[PLACE]...")
-@click.option("--threshold", type=float, default=0.98, show_default=True, help="The least cosine, in (0, 1].")
+@with_model(required=False)
+@click.option(
+    "--images",
+    multiple=True,
+    metavar="PLACE",
+    help="Images: a folder, a CSV, shards; or a folder of embeddings. May be given several times.",
+)
+@click.option("--run", "run_dir", metavar="RUN", help="The images of a run, by the features of its backbone.")
+@click.option(
+    "--across", multiple=True, metavar="PLACE", help="Test images, as --images: which of --images are nearly those."
+)
+@click.option(
+    "--keep", metavar="DIR", help="Keep the embeddings there; the next call embeds only what is new or changed."
+)
+@click.option("--out", metavar="FILE", help="A CSV of groups: group, name, cosine with the first of the group.")
+@click.option("--leaks", metavar="FILE", help="A CSV of images that nearly are test images: of --across, or of --run.")
+@click.option("--outliers", metavar="FILE", help="A CSV of the images that are farthest from all others.")
+@click.option("--sheet", metavar="FILE", help="A contact sheet of what is found: .html, .jpg or .png.")
+@click.option(
+    "--most-outliers", type=click.IntRange(1), default=100, show_default=True, help="Outliers that are listed."
+)
 @click.option(
     "--method",
     type=click.Choice(["auto", "exact", "lists"]),
@@ -40,27 +60,8 @@ if TYPE_CHECKING:
     help="exact: all pairs; lists: images are compared with those of the nearest lists, and recall is measured; auto: "
     "exact up to 100,000 images.",
 )
-@click.option(
-    "--most-outliers", type=click.IntRange(1), default=100, show_default=True, help="Outliers that are listed."
-)
-@click.option("--sheet", metavar="FILE", help="A contact sheet of what is found: .html, .jpg or .png.")
-@click.option("--outliers", metavar="FILE", help="A CSV of the images that are farthest from all others.")
-@click.option("--leaks", metavar="FILE", help="A CSV of images that nearly are test images: of --across, or of --run.")
-@click.option("--out", metavar="FILE", help="A CSV of groups: group, name, cosine with the first of the group.")
-@click.option(
-    "--keep", metavar="DIR", help="Keep the embeddings there; the next call embeds only what is new or changed."
-)
-@click.option(
-    "--across", multiple=True, metavar="PLACE", help="Test images, as --images: which of --images are nearly those."
-)
-@click.option("--run", "run_dir", metavar="RUN", help="The images of a run, by the features of its backbone.")
-@click.option(
-    "--images",
-    multiple=True,
-    metavar="PLACE",
-    help="Images: a folder, a CSV, shards; or a folder of embeddings.",
-)
-@with_model(required=False)
+@click.option("--threshold", type=float, default=0.98, show_default=True, help="The least cosine, in (0, 1].")
+@with_device
 def command(
     ending: Ending, given: tuple[str, ...], threshold: float, method: str, most_outliers: int, **options: object
 ) -> None:  # fmt: skip

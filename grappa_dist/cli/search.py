@@ -41,7 +41,9 @@ if TYPE_CHECKING:
 @click.option(
     "--keep", metavar="DIR", help="Keep the embeddings there; the next search embeds only what is new or changed."
 )
-@click.option("--out", metavar="FILE", help="A contact sheet: a page (.html) or a picture (.jpg, .png).")
+@click.option(
+    "--out", "--sheet", "out", metavar="FILE", help="A contact sheet: a page (.html) or a picture (.jpg, .png)."
+)
 @click.option("--open", "opened", is_flag=True, help="Open the contact sheet in a browser.")
 @click.option("-k", "hits", type=click.IntRange(1), default=10, show_default=True, help="How many hits.")
 @with_device

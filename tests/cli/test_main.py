@@ -64,3 +64,12 @@ def test_the_package_runs_as_a_module_and_without_a_verb_prints_the_help(args: l
     done = subprocess.run([sys.executable, "-m", "grappa_dist", *args], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0
     assert done.stdout.startswith("Usage: grappa-dist [OPTIONS] VERB ...")
+
+
+@pytest.mark.parametrize("name", ["embed", "search", "serve", "evaluate", "duplicates", "map", "export"])
+def test_options_of_a_model_are_called_alike_and_come_first(name: str) -> None:
+    command = group.get_command(click.Context(group), name)
+    options = [one for one in command.params if isinstance(one, click.Option)]
+    assert {"--gallery-weights", "--trust-modules"} <= {word for one in options for word in one.opts}
+    if name != "export":
+        assert options[0].opts == ["--model"]
