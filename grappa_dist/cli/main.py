@@ -25,7 +25,7 @@ VERBS = {
     "serve": "Show a page that searches by an image, under backbone and adapted model side by side.",
     "evaluate": "Score a model on labelled images, beside its backbone.",
     "tables": "Print the paper's tables with the scores of a run beside the published figures.",
-    "export": "Write a model as a folder that load_model reads, as ONNX, for torch.export, or for the Hub.",
+    "export": "Write a model as a folder for load_model or the Hub, as ONNX, or for torch.export.",
     "duplicates": "List images that are nearly the same, or far from all others.",
     "map": "Draw the embeddings of images as a page, backbone and adapted model side by side.",
     "status": "Show how far a run is, from another terminal.",
