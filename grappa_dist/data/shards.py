@@ -293,6 +293,10 @@ class ImageShards:
             start, offset = self._ends_before(shard, position), int(rows["offset"][position])
             return key_at(file, self.shards[shard].bytes, start, offset)
 
+    def called(self, row: int) -> str:
+        """The name of a row's file; where there is none, shard and key, as keys of several shards may be the same."""
+        return self.name(row) or f"{self.shards[self.locate(row)[0]].name}: {self.key(row)}"
+
     def where(self, row: int) -> str:
         """Shard and key of a row, and the name of its file where it is known, for messages."""
         key, name = self.key(row), self.name(row)

@@ -122,11 +122,9 @@ def open_collection(
 
 
 def names_of(images: Images) -> list[str]:
-    """The names of files; where a shard has none, shard and key, as keys of several shards may be the same."""
-    if not isinstance(images, ImageShards):
-        return [images.name(row) for row in range(len(images))]
-    shards = [shard.name for shard in images.shards for _ in range(shard.rows)]
-    return [images.name(row) or f"{shards[row]}: {images.key(row)}" for row in range(len(images))]
+    """The names of files; where a shard has none, shard and key."""
+    name = images.called if isinstance(images, ImageShards) else images.name
+    return [name(row) for row in range(len(images))]
 
 
 def _read(images: Images, row: int) -> bytes | BadImage:

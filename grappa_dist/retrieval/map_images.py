@@ -70,10 +70,8 @@ def images_of_run(root: Path, most: int, model: str | None = None) -> MapImages:
         raise ValueError(f"{root}: the run has not come to its scores yet; run it first")
     images, bad = flow.test, bad_rows(flow.test, flow.test_features[BACKBONE])
     rows, notes = _some(np.setdiff1d(np.arange(len(images)), bad), most)
-    shards = [images.shards[images.locate(row)[0]].name for row in rows.tolist()]
-    names = [images.name(r) or f"{shard}: {images.key(r)}" for r, shard in zip(rows.tolist(), shards, strict=True)]
     return MapImages(
-        names,
+        [images.called(row) for row in rows.tolist()],
         _of_rows(load_ground_truth(flow.ground_truth), rows),
         {m: feature_rows(images, flow.test_features[m]).take_unit(rows) for m in models},
         lambda place: next(iter(images.images([int(rows[place])]))),

@@ -86,11 +86,14 @@ def exclude(run: Run, excluded: Exclusion, train: ImageShards, test: ImageShards
         with run.console.stage("exclude", f"by the names of {pluralize(sum(len(t.images) for t in tasks), 'image')}"):
             run.runner.map(find_excluded, tasks)
             wait_until_seen(task.artifact for task in tasks)
+    if not pairs:  # a list may be empty, as that of a collection without near-duplicates
+        run.console.log(f"warning: data.exclude: {', '.join(lists.paths)}: says nothing of these images")
+        return
     found = [load_json(artifact.path / REASONS_FILE) for _, artifact in pairs]
     matched = np.zeros(len(lists.lines), bool)
     for _, artifact in pairs:
         matched[lists.lines_of(artifact.settings["side"])] |= load_array(artifact.path / MATCHED_FILE)
-    if unknown := lists.check_matched(matched, found[0]["example"] if found else ""):
+    if unknown := lists.check_matched(matched, found[0]["example"]):
         run.console.log(f"warning: data.exclude: {unknown}")
     for line in describe_excluded(excluded) if tasks else ():
         run.console.log(f"exclude: {line}")
@@ -117,8 +120,7 @@ def _names(images: ImageShards) -> Iterator[tuple[str]]:
     """What every image is called: by its file, else by shard and key."""
 
     def of_shard(shard: int) -> list[str]:
-        name = images.shards[shard].name
-        return [images.name(row) or f"{name}: {images.key(row)}" for row in images.shard_rows(shard)]
+        return [images.called(row) for row in images.shard_rows(shard)]
 
     for names in read_batches(range(len(images.shards)), of_shard, threads=_THREADS):
         yield from ((name,) for name in names)

@@ -122,6 +122,19 @@ def test_the_run_its_events_and_the_report_say_what_was_excluded_and_which_names
     assert "exclude        images that" in plan(settings, root)
 
 
+@pytest.mark.parametrize("lines", ["", "photos/0.png,1,test\n"])
+def test_a_list_that_says_nothing_of_the_images_leaves_none_out(
+    lines: str, made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings, _, _ = made
+    path = tmp_path / "none.csv"
+    path.write_text(f"name,drop,side\n{lines}")
+    none = settings_of(list(settings.data.train), (str(path),), test=())
+    pipeline._run(tiny.run_in(none, tmp_path / "run", tiny.Here()), "embed")
+    assert f"data.exclude: {path}: says nothing of these images" in capsys.readouterr().err
+    assert flow_of(none, tmp_path / "run").excluded == Exclusion()
+
+
 def test_a_list_renames_what_it_affects_and_no_list_renames_nothing(made: Made, tmp_path: Path) -> None:
     settings, root, _ = made
     with_lists, without = flow_of(settings, root), flow_of(settings_of(list(settings.data.train), ()), root)
