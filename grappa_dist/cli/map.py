@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from grappa_dist.cli.verb import split_words, verb, words
-from grappa_dist.cli.with_model import Options, embedder_of, list_left_out, places_of, with_device, with_model
+from grappa_dist.cli.with_model import Options, embedder_with, list_left_out, places_of, with_device, with_model
 from grappa_dist.console import Ending, pluralize
 from grappa_dist.output import printable
 
@@ -130,20 +130,15 @@ def _embedded(options: Options, settings: Sequence[str], images: Sequence[str], 
 
 def _embedders(options: Options, settings: Sequence[str]) -> dict[str, Embedder]:
     """The models by the names of their maps, that which is compared with first."""
-    from dataclasses import replace
-
     from grappa_dist.config import expanded
-    from grappa_dist.retrieval.opening import open_model
+    from grappa_dist.retrieval.opening import open_models
 
-    mine = embedder_of(options, settings)
-    against = options["against"]
-    if against == "none" or (against == "backbone" and not mine.model.has_adaptors):
-        return {mine.model.variant: mine}
-    if against == "backbone":
-        return {"backbone": replace(mine, model=mine.model.backbone()), mine.model.variant: mine}
-    trusted = options["trust_modules"]
-    other = open_model(expanded(against, "--against"), options["device"], trust_modules=trusted)
-    first, second = other.name, mine.model.name
-    if first == second:
-        first, second = f"{first} (1)", f"{second} (2)"
-    return {first: replace(mine, model=other), second: mine}
+    models = open_models(
+        expanded(options["model"], "--model"),
+        None if options["against"] == "none" else expanded(options["against"], "--against"),
+        options["device"],
+        gallery=options["gallery"],
+        settings=settings,
+        trust_modules=options["trust_modules"],
+    )
+    return {name: embedder_with(options, model) for name, model in reversed(models.items())}

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from grappa_dist.cli.verb import split_words, verb, words
-from grappa_dist.cli.with_model import Options, embedder_of, list_left_out, places_of, with_device, with_model
+from grappa_dist.cli.with_model import (
+    Options,
+    embedder_of,
+    embedder_with,
+    list_left_out,
+    places_of,
+    with_device,
+    with_model,
+)
 from grappa_dist.console import Console, Ending, pluralize
 from grappa_dist.output import printable, printable_line
 
@@ -90,7 +98,6 @@ def command(
 def _of_index(folder: str, options: Options) -> tuple[Collection, Embedder, Find]:
     """The images of an index, its model, and how it finds them."""
     from grappa_dist.config import expanded
-    from grappa_dist.retrieval.embedding import Embedder
     from grappa_dist.retrieval.index import describe_exact, open_index
 
     index = open_index(folder)
@@ -98,8 +105,7 @@ def _of_index(folder: str, options: Options) -> tuple[Collection, Embedder, Find
         Console().log(describe_exact())
     given = expanded(options["model"], "--model") if options["model"] else None
     model = index.open_model(given, options["device"], trust_modules=options["trust_modules"])
-    embedder = Embedder(model, Console(), options["batch_size"], options["decode_threads"])
-    return index.collection, embedder, index.nearest
+    return index.collection, embedder_with(options, model), index.nearest
 
 
 def _of_images(

@@ -12,6 +12,7 @@ from grappa_dist.retrieval import BATCH_SIZE, DECODE_THREADS
 
 if TYPE_CHECKING:
     from grappa_dist.retrieval.embedding import Embedder
+    from grappa_dist.retrieval.opening import OpenModel
 
 Options = dict[str, Any]  # by name, as click gives them
 
@@ -95,8 +96,6 @@ def embedder_of(options: Options, settings: Sequence[str] = ()) -> Embedder:
         ValueError: there is no such model or device.
     """
     from grappa_dist.config import expanded
-    from grappa_dist.console import Console
-    from grappa_dist.retrieval.embedding import Embedder
     from grappa_dist.retrieval.opening import open_model
 
     model = open_model(
@@ -106,6 +105,14 @@ def embedder_of(options: Options, settings: Sequence[str] = ()) -> Embedder:
         settings=settings,
         trust_modules=options["trust_modules"],
     )
+    return embedder_with(options, model)
+
+
+def embedder_with(options: Options, model: OpenModel) -> Embedder:
+    """A model that is open, and how it is run."""
+    from grappa_dist.console import Console
+    from grappa_dist.retrieval.embedding import Embedder
+
     return Embedder(model, Console(), options["batch_size"], options["decode_threads"])
 
 

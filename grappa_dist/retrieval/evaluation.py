@@ -20,7 +20,7 @@ from grappa_dist.data.loader import Images
 from grappa_dist.metrics import DEPTHS, metrics_of
 from grappa_dist.retrieval import BATCH_SIZE, DECODE_THREADS
 from grappa_dist.retrieval.embedding import Embedder
-from grappa_dist.retrieval.opening import OWN_BACKBONE, Named, OpenModel, is_backbone, open_model
+from grappa_dist.retrieval.opening import OWN_BACKBONE, Named, open_models
 from grappa_dist.retrieval.ranking import Ids, Ranker, Ranking, Rows, equal_pairs, relevant_counts
 from grappa_dist.retrieval.scores import (
     Evaluated,
@@ -77,8 +77,8 @@ def evaluate(
     """
     console, ks, given = Console(), _checked(depths), Given(*map(_places, (images, queries, gallery, distractors)))
     split = open_split(given, label_column=label_column, split_column=split_column, log=console.log)
-    how: dict[str, Any] = {"settings": tuple(settings), "trust_modules": trust_modules}
-    models = _models(model, against, device, gallery_weights, **how)
+    how: dict[str, Any] = {"gallery": gallery_weights, "settings": settings, "trust_modules": trust_modules}
+    models = open_models(model, against, device, **how)
     embedders = {name: Embedder(one, console, batch_size, decode_threads) for name, one in models.items()}
     return _Evaluation(split, embedders, ks).evaluated()
 
@@ -89,50 +89,8 @@ def _checked(depths: Sequence[int]) -> tuple[int, ...]:
     return tuple(sorted(depths))
 
 
-def _models(
-    model: Named, against: Named | None, device: str, gallery: str | None, *, settings: tuple[str, ...], **how: Any
-) -> dict[str, OpenModel]:
-    """The model and the one that it is compared with, by what they are called."""
-    mine, theirs = _settings_of_each(settings, model, against)
-    opened = open_model(model, device, gallery=gallery, settings=mine, **how)
-    other = _other(opened, against, device, settings=theirs, **how)
-    if other is None:
-        return {opened.variant: opened}
-    return dict(zip(_called(opened, other, own=against == OWN_BACKBONE), (opened, other), strict=True))
-
-
 def _places(given: Paths) -> list[str]:
     return [str(place) for place in ([given] if isinstance(given, str | Path) else given)]
-
-
-def _settings_of_each(
-    settings: tuple[str, ...], model: Named, against: Named | None
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The settings for each model: for those that are named backbones; else for the first, which refuses them."""
-    if against is None or not is_backbone(against):
-        return settings, ()
-    return settings if is_backbone(model) else (), settings
-
-
-def _other(model: OpenModel, against: Named | None, device: str, **how: Any) -> OpenModel | None:
-    if against is None:
-        return None
-    if isinstance(against, str) and against == OWN_BACKBONE:
-        return model.backbone() if model.has_adaptors else None
-    return open_model(against, device, **how)
-
-
-def _called(model: OpenModel, other: OpenModel, *, own: bool) -> tuple[str, str]:
-    """Two different names: of the variants, else as the caller named them, else with numbers.
-
-    Args:
-        own: whether the other is the model's own backbone, which alone is called so.
-    """
-    variant = other.variant if own or other.has_adaptors or not model.has_adaptors else other.name
-    for names in ((model.variant, variant), (model.name, other.name)):
-        if names[0] != names[1]:
-            return names
-    return f"{model.name} (1)", f"{other.name} (2)"
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,55 @@ def open_model(
     return OpenModel(text, spec.name, grappa, spec.weights_sha256, sets, model.galleries, gallery)
 
 
+def open_models(
+    model: Named,
+    against: Named | None,
+    device: str = "auto",
+    *,
+    gallery: str | None = None,
+    settings: Iterable[str] = (),
+    trust_modules: bool | None = None,
+) -> dict[str, OpenModel]:
+    """A model, and the one that it is compared with, by what they are called; the model alone where there is no other.
+
+    Args:
+        against: as `model`; "backbone": the model's own, if it has adaptors; None: nothing.
+        gallery: of the model, as of `open_model`, as are the others; settings are those of each backbone that is named.
+
+    Raises:
+        ValueError: as of `open_model`.
+    """
+    mine, theirs = _settings_of_each(tuple(settings), model, against)
+    opened = open_model(model, device, gallery=gallery, settings=mine, trust_modules=trust_modules)
+    own = isinstance(against, str) and against == OWN_BACKBONE
+    if against is None or (own and not opened.has_adaptors):
+        return {opened.variant: opened}
+    other = opened.backbone() if own else open_model(against, device, settings=theirs, trust_modules=trust_modules)
+    return dict(zip(_called(opened, other, own=own), (opened, other), strict=True))
+
+
+def _settings_of_each(
+    settings: tuple[str, ...], model: Named, against: Named | None
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The settings for each model: for those that are named backbones; else for the first, which refuses them."""
+    if against is None or not is_backbone(against):
+        return settings, ()
+    return settings if is_backbone(model) else (), settings
+
+
+def _called(model: OpenModel, other: OpenModel, *, own: bool) -> tuple[str, str]:
+    """Two different names: of the variants, else as the caller named them, else with numbers.
+
+    Args:
+        own: whether the other is the model's own backbone, which alone is called so.
+    """
+    variant = other.variant if own or other.has_adaptors or not model.has_adaptors else other.name
+    for names in ((model.variant, variant), (model.name, other.name)):
+        if names[0] != names[1]:
+            return names
+    return f"{model.name} (1)", f"{other.name} (2)"
+
+
 def is_backbone(given: Named) -> bool:
     """Whether this names a backbone, which takes settings, and no model that has its own."""
     return not isinstance(given, nn.Module) and bool(_BACKBONE_NAME.fullmatch(str(given))) and not Path(given).exists()

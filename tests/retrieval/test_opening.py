@@ -11,8 +11,8 @@ from torch import nn
 
 from grappa_dist.export import load_model
 from grappa_dist.models import create_backbone
-from grappa_dist.models.spec import load_grappa
-from grappa_dist.retrieval.opening import device_of, open_model
+from grappa_dist.models.spec import load_grappa, preprocess_of
+from grappa_dist.retrieval.opening import device_of, open_model, open_models
 from tests.models import tiny
 from tests.test_export import exported, fake_run, images
 
@@ -118,3 +118,19 @@ def test_a_model_that_has_its_own_settings_takes_none(tmp_path: Path) -> None:
     for model in (tmp_path / "run", open_model(OWN).model):
         with pytest.raises(ValueError, match=message):
             open_model(model, settings=["img=1.jpg", "nonsense.typo=3"])
+
+
+def test_two_models_have_different_names_and_each_backbone_that_is_named_has_the_settings(tmp_path: Path) -> None:
+    exported(tmp_path / "run")
+    path, settings = str(tmp_path / "run"), ["backbone.mean=[0.1, 0.2, 0.3]"]
+    two = open_models(OWN, OWN, settings=settings)
+    assert list(two) == [f"{OWN} (1)", f"{OWN} (2)"]
+    assert [preprocess_of(one.model).mean for one in two.values()] == [(0.1, 0.2, 0.3)] * 2
+    beside = open_models(path, OWN, settings=settings)
+    assert list(beside) == ["neighbours", OWN]
+    assert preprocess_of(beside[OWN].model).mean == (0.1, 0.2, 0.3)
+    assert list(open_models(path, "backbone")) == ["neighbours", "backbone"]
+    assert list(open_models(path, None)) == ["neighbours"]
+    assert list(open_models(OWN, "backbone")) == ["backbone"]  # it has no adaptors, and is its own backbone
+    with pytest.raises(ValueError, match="settings are for a backbone that is named"):
+        open_models(path, "backbone", settings=settings)
