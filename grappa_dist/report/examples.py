@@ -5,7 +5,6 @@ Shapes: g rows of a task that are searched, q queries, D dimensions.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -18,6 +17,7 @@ from grappa_dist.config import BACKBONE
 from grappa_dist.data.decoding import decode
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.report.content import ChangedQuery, ClusterSample, Gallery, Hit
+from grappa_dist.report.gallery import small_jpeg
 from grappa_dist.report.queries import changed_most
 from grappa_dist.stages.embed import bad_rows, feature_rows
 from grappa_dist.stages.flow import Flow
@@ -38,11 +38,7 @@ class Pictures:
         self.name = cache(self._name)
 
     def _thumbnail(self, row: int) -> bytes:
-        image = decode(self._images.image_bytes(row))
-        image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
-        buffer = io.BytesIO()
-        image.save(buffer, "JPEG", quality=85)
-        return buffer.getvalue()
+        return small_jpeg(decode(self._images.image_bytes(row)), THUMBNAIL_PX)
 
     def _name(self, row: int) -> str:
         """Of the file before it came into a shard; else its key there."""

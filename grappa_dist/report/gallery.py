@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import base64
+import io
 from collections.abc import Sequence
+
+from PIL import Image
 
 from grappa_dist.console import pluralize
 from grappa_dist.report.content import ChangedQuery, Gallery, Hit
@@ -48,6 +51,14 @@ class Images:
             for image, place in self._ids.items()
         )
         return f'<svg class="store" width="0" height="0" aria-hidden="true">{symbols}</svg>' if symbols else ""
+
+
+def small_jpeg(image: Image.Image, side_px: int) -> bytes:
+    """A JPEG file of an image whose longer side has at most so many pixels."""
+    image.thumbnail((side_px, side_px))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=85)
+    return buffer.getvalue()
 
 
 def _format(image: bytes) -> str | None:

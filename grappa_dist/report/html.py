@@ -65,6 +65,22 @@ def table(head: Iterable[str], body: Iterable[Iterable[str]], *, numeric: bool =
     )
 
 
+def page_head(title: str, *, style: str, policy: str = POLICY) -> str:
+    """The beginning of a page that needs no other file, up to its body.
+
+    Args:
+        title: escaped.
+        policy: what the page may fetch and run; by default nothing.
+    """
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="color-scheme" content="light dark">'
+        f"<title>{title}</title><style>{style}</style></head><body>"
+    )
+
+
 def sentences(pairs: Iterable[tuple[str, str]]) -> str:
     """A list of sentences, each after its subject; neither is trusted."""
     items = "".join(f"<li><b>{text(about, 60)}</b> {text(what, 1500)}</li>" for about, what in pairs)

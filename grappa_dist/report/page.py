@@ -21,7 +21,7 @@ from grappa_dist.report.classes import classes_section
 from grappa_dist.report.clusters import contact_sheets, method_table, nesting_table
 from grappa_dist.report.content import Clustering, LabelFree, ReportContent, ScoreRow
 from grappa_dist.report.gallery import Images, changed_section, galleries
-from grappa_dist.report.html import MARK, POLICY, STYLE, absent, number, percent, points, sentences, table, text
+from grappa_dist.report.html import MARK, STYLE, absent, number, page_head, percent, points, sentences, table, text
 from grappa_dist.report.plots import COLOURS, Axes, Series, bar_chart, grid, line_chart
 from grappa_dist.report.queries import ORACLE
 from grappa_dist.report.scores import (
@@ -156,12 +156,7 @@ def document(
     body = "".join(f'<section id="{at}"><h2>{heading}</h2>{markup}</section>' for at, heading, markup in present)
     title = text(name, 200)
     return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta name="color-scheme" content="light dark">'
-        f"<title>{title}</title><style>{STYLE}</style></head><body>"
-        f"<header>{MARK}<div><h1>{title}</h1>"
+        f"{page_head(title, style=STYLE)}<header>{MARK}<div><h1>{title}</h1>"
         f"<p>{text(about, 500)}</p></div></header>"
         f'<nav aria-label="Sections">{links}</nav><main>{before}{body}{after}</main></body></html>\n'
     )

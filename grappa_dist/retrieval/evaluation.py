@@ -235,7 +235,7 @@ class _Evaluation:
         labelled = self.split.images.hashes
         for start, rows, bad in embedder.blocks(images, np.arange(len(images)), BLOCK):
             hashes = images.hashes[start : start + len(rows)]
-            copies = np.flatnonzero(np.isin(hashes, labelled) & (hashes != 0))
+            copies = np.flatnonzero(np.isin(hashes, labelled) & (hashes != 0) & rows.any(1))  # not of bad images
             rows[copies] = 0
             self.copies |= {start + place for place in copies.tolist()}
             self.bad |= {count + row: why for row, why in bad.items()}

@@ -25,7 +25,7 @@ from grappa_dist.console import pluralize
 from grappa_dist.data.rng import Purpose, generator
 from grappa_dist.files import write_utf8
 from grappa_dist.output import HARMFUL
-from grappa_dist.report.html import MARK, STYLE, text
+from grappa_dist.report.html import MARK, STYLE, page_head, text
 from grappa_dist.retrieval.map import Layout
 from grappa_dist.retrieval.sprites import Read, Sprites, draw_sprites
 from grappa_dist.stages.evaluate import spread_over_classes
@@ -201,10 +201,7 @@ def _page(content: MapContent, columns: Mapping[str, str], about: Mapping[str, A
     figures = "".join(map(_figure, content.layouts))
     notes = "".join(f"<li>{text(note)}</li>" for note in (*content.notes, *pictures))
     return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy()}">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{text(content.title)}</title><style>{STYLE}{_STYLE}</style></head><body>"
+        f"{page_head(text(content.title), style=f'{STYLE}{_STYLE}', policy=policy())}"
         f'<header class="wide">{MARK}<div><h1>{text(content.title)}</h1>'
         f"<p>{pluralize(len(content.names), 'image')}; a point is an image, near points are alike</p></div></header>"
         f'<main class="wide"><section>{_TOOLS}<div class="both">{figures}</div></section>'

@@ -5,20 +5,19 @@ No scripts; an image that is shown often is stored once.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from grappa_dist.console import pluralize
 from grappa_dist.files import write_utf8
 from grappa_dist.metrics import as_fractions
-from grappa_dist.report.gallery import Images
+from grappa_dist.report.gallery import Images, small_jpeg
 from grappa_dist.report.html import decimal, percent, points, table, text
 from grappa_dist.report.page import document
 from grappa_dist.report.verdict import describe_sureness
 from grappa_dist.retrieval.results import describe_search, metric_name, shown_metrics, verdict_of
 from grappa_dist.retrieval.scores import ClassScores, Evaluated, Lookup, Queries, Scores, most_changed, worst_queries
-from grappa_dist.retrieval.sheet import HTML, thumbnail
+from grappa_dist.retrieval.sheet import HTML, THUMBNAIL_PX, thumbnail
 from grappa_dist.verdict import Gain, caveats_on
 
 MOST_CLASSES = 12  # with the largest gains, and as many with the largest losses
@@ -86,10 +85,7 @@ class _Thumbnails:
         if row not in self._made:
             assert self.lookup is not None
             image = thumbnail(self.lookup.image(row))
-            buffer = io.BytesIO()
-            if image is not None:
-                image.save(buffer, "JPEG", quality=85)
-            self._made[row] = buffer.getvalue()
+            self._made[row] = b"" if image is None else small_jpeg(image, THUMBNAIL_PX)
         return self.stored.draw(self._made[row], label)
 
 
@@ -134,6 +130,8 @@ def _gains(gains: Sequence[Gain], of_metrics: Mapping[str, Gain]) -> str:
     rows += [(f"mean of {len(each)} tasks", mean)] * (len(each) > 1)
     by_task = table(("R-Precision, points", "gain", "how sure"), [_gain(name, gain) for name, gain in rows])
     others = [(metric_name(metric), gain) for metric, gain in of_metrics.items() if metric != "r_precision"]
+    if not others:
+        return f"<h3>Gains</h3>{by_task}"
     by_metric = table(("other metrics, points", "gain", "how sure"), [_gain(name, gain) for name, gain in others])
     return (
         f'<h3>Gains</h3>{by_task}<details class="fold"><summary>Gains in other metrics</summary>{by_metric}</details>'
@@ -149,9 +147,8 @@ def _mixed(found: Evaluated) -> str:
     if found.mixed is None:
         return ""
     lead = "The same queries among the images of all tasks; an image of another task is never right."
-    return (
-        f'<p class="lead">{lead}</p>{_figures(found.mixed.scores, found.mixed.means)}'
-        + _gains(found.mixed.gains, {}).split('<details class="fold">', maxsplit=1)[0]
+    return f'<p class="lead">{lead}</p>{_figures(found.mixed.scores, found.mixed.means)}' + _gains(
+        found.mixed.gains, {}
     )
 
 

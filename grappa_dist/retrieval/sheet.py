@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 from grappa_dist.data.decoding import BadImage, decode
 from grappa_dist.files import write_bytes
 from grappa_dist.output import printable_line
-from grappa_dist.report.html import POLICY, STYLE, text
+from grappa_dist.report.html import STYLE, page_head, text
 
 THUMBNAIL_PX = 160
 HTML, PICTURES = (".html", ".htm"), (".jpg", ".jpeg", ".png")
@@ -96,11 +96,8 @@ def draw_sheet(path: Path, title: str, strips: Sequence[Strip]) -> None:
 
 def _page(title: str, strips: Sequence[Strip]) -> bytes:
     return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{text(title)}</title><style>{SHEET_STYLE}</style></head><body>"
-        f"<header><h1>{text(title)}</h1></header><main>{''.join(sheet_sections(strips))}</main></body></html>\n"
+        f"{page_head(text(title), style=SHEET_STYLE)}<header><h1>{text(title)}</h1></header>"
+        f"<main>{''.join(sheet_sections(strips))}</main></body></html>\n"
     ).encode()
 
 

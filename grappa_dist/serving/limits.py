@@ -47,6 +47,11 @@ class Limits:
     read_s: float = 30.0  # for an upload to arrive
     answer_s: float = 120.0  # for a whole request and its answer
 
+    @property
+    def most_held(self) -> int:
+        """Bytes of all uploads in memory; one upload of the largest size is always taken."""
+        return max(self.held_bytes, self.upload_bytes)
+
 
 @dataclass
 class Budget:
@@ -104,7 +109,7 @@ class Upload:
         limits = self.budget.limits
         if self.held + size > limits.upload_bytes:
             raise Refused(TOO_LARGE, f"the image has more than {limits.upload_bytes / MIB:.3g} MiB")
-        if self.budget.held + size > limits.held_bytes:
+        if self.budget.held + size > limits.most_held:
             raise Refused(BUSY, "too many images arrive at the same time; try again")
         self.held += size
         self.budget.held += size

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ from grappa_dist.data.decoding import BadImage, Picture, Pixels, open_picture, s
 from grappa_dist.models import Grappa
 from grappa_dist.models.backbone import forward_precision
 from grappa_dist.models.spec import preprocess_of
+from grappa_dist.report.gallery import small_jpeg
 from grappa_dist.retrieval.collection import Collection, open_collection
 from grappa_dist.retrieval.embedding import Embedder
 from grappa_dist.retrieval.index import describe_exact, open_index
@@ -138,11 +138,8 @@ class Searcher:
             raise data
         picture = open_picture(data)
         spare = max(picture.width, picture.height) // THUMBNAIL_PX
-        image = Image.fromarray(picture.pixels(next((shrink for shrink in (8, 4, 2) if spare >= shrink), 1)))
-        image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
-        buffer = BytesIO()
-        image.save(buffer, "JPEG", quality=85)
-        return buffer.getvalue()
+        pixels = picture.pixels(next((shrink for shrink in (8, 4, 2) if spare >= shrink), 1))
+        return small_jpeg(Image.fromarray(pixels), THUMBNAIL_PX)
 
     def _collection(self, column: int, row: int) -> Collection:
         if not 0 <= column < len(self.columns):

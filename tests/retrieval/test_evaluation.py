@@ -165,6 +165,7 @@ def test_distractors_are_searched_lower_the_scores_and_leave_out_copies_of_label
 ) -> None:
     monkeypatch.setattr("grappa_dist.retrieval.evaluation.BLOCK", 4)
     write_photos(tmp_path / "photos")
+    (tmp_path / "photos" / "cat" / "none.png").write_bytes(b"no image")
     alone = evaluate(OWN, tmp_path / "photos")
     crawl = tmp_path / "crawl"
     crawl.mkdir()
@@ -173,11 +174,11 @@ def test_distractors_are_searched_lower_the_scores_and_leave_out_copies_of_label
     (crawl / "bad.png").write_bytes(b"no image")
     (crawl / "copy.png").write_bytes((tmp_path / "photos" / "cat" / "0.png").read_bytes())
     found = evaluate(OWN, tmp_path / "photos", distractors=crawl, batch_size=3)
-    assert (found.searched.distractors, found.searched.copies, found.images) == (9, 1, 12 + 11)
-    assert [name for name, _ in found.bad] == ["bad.png"]
+    assert (found.searched.distractors, found.searched.copies, found.images) == (9, 1, 13 + 11)
+    assert [name for name, _ in found.bad] == ["cat/none.png", "bad.png"]  # the same bytes, and counted as bad alone
     assert found.queries is not None
     assert found.lookup is not None
-    hits = {hit for hit in found.queries.rankings["backbone"].ids.flatten().tolist() if hit >= 12}
+    hits = {hit for hit in found.queries.rankings["backbone"].ids.flatten().tolist() if hit >= 13}
     assert hits
     assert {found.lookup.label(hit) for hit in hits} == {None}
     assert "copy.png" not in {found.lookup.name(hit) for hit in hits}

@@ -37,6 +37,15 @@ def test_bytes_are_held_until_the_search_ends() -> None:
     asyncio.run(check())
 
 
+def test_an_upload_of_the_largest_size_is_taken_whatever_all_together_may_hold() -> None:
+    async def check() -> None:
+        budget = Budget(Limits(upload_bytes=20, held_bytes=12))
+        with budget.search() as upload:
+            assert await upload.read(parts(15)) == bytes(15)
+
+    asyncio.run(check())
+
+
 def test_no_more_searches_wait_than_may() -> None:
     budget = Budget(Limits(waiting=2))
     with budget.search(), budget.search():
