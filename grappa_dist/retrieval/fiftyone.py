@@ -9,16 +9,13 @@ for each model `embedding_<model>` and `map_<model>`.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from grappa_dist.data.decoding import BadImage
+from grappa_dist.data.decoding import BadImage, suffix_of
 from grappa_dist.files import make_folder, remove_folder, rename, replace, write_bytes, write_json
 from grappa_dist.output import HARMFUL
 from grappa_dist.retrieval.map import Layout
@@ -26,7 +23,6 @@ from grappa_dist.retrieval.map_images import MapImages
 
 VERSION = "1.0.0"  # of FiftyOne whose format this is; later ones migrate it
 DATA = "data"
-_SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp"}
 _FIELDS = "fiftyone.core.fields."
 
 
@@ -75,8 +71,7 @@ def _samples(
         data = images.read(place)
         if isinstance(data, BadImage):
             continue
-        kind = Image.open(io.BytesIO(data)).format or ""
-        path = f"{DATA}/{place:06d}{_SUFFIXES.get(kind, '')}"
+        path = f"{DATA}/{place:06d}.{suffix_of(data)}"
         write_bytes(folder / path, data)
         label = int(ground_truth.labels[place])
         yield {
@@ -85,8 +80,8 @@ def _samples(
             "tags": [],
             "_media_type": "image",
             "_rand": int(hashlib.sha256(name.encode(errors="replace")).hexdigest()[:8], 16) / 2**32,
-            "name": HARMFUL.sub("\N{REPLACEMENT CHARACTER}", name),
-            "task": ground_truth.task_names[ground_truth.tasks[place]],
+            "name": _plain(name),
+            "task": _plain(ground_truth.task_names[ground_truth.tasks[place]]),
             "ground_truth": None if label < 0 else _classification(ground_truth.label_names[label], name, place),
             **{f"embedding_{fields[m]}": _rounded(rows[place]) for m, rows in images.embeddings.items()},
             **{f"map_{fields[layout.model]}": _rounded(layout.points[place]) for layout in layouts},
@@ -98,7 +93,12 @@ def _rounded(values: Any) -> list[float]:
 
 
 def _classification(label: str, name: str, place: int) -> dict[str, Any]:
-    return {"_id": _object_id("label", name, place), "_cls": "Classification", "tags": [], "label": label}
+    return {"_id": _object_id("label", name, place), "_cls": "Classification", "tags": [], "label": _plain(label)}
+
+
+def _plain(text: str) -> str:
+    """A text without characters that do harm: its database refuses names that are not UTF-8."""
+    return HARMFUL.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def _object_id(what: str, name: str, place: int) -> dict[str, str]:

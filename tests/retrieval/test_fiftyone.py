@@ -69,6 +69,20 @@ def test_every_field_of_the_samples_is_declared_with_its_type(images: MapImages,
     assert (about["name"], about["media_type"]) == ("made", "image")
 
 
+def test_names_tasks_and_labels_that_are_not_utf_8_and_files_that_became_others_are_written(
+    images: MapImages, tmp_path: Path
+) -> None:
+    word = "\udcff</script>\u2028\x1b"
+    truth = images.ground_truth
+    truth = replace(truth, task_names=[word] * len(truth.task_names), label_names=[word] * len(truth.label_names))
+    hostile = replace(images, names=[word] * len(images.names), ground_truth=truth, read=lambda place: b"no image")
+    assert write_fiftyone(tmp_path / "made", hostile, layouts(images)) == 22
+    text = (tmp_path / "made" / "samples.json").read_text()
+    assert "\\ud" not in text
+    sample = json.loads(text)["samples"][5]
+    assert {sample["name"], sample["task"], sample["ground_truth"]["label"]} == {"\ufffd</script>\ufffd\ufffd"}
+
+
 def test_images_that_are_gone_are_left_out_and_a_folder_that_holds_something_is_refused(
     images: MapImages, tmp_path: Path
 ) -> None:
