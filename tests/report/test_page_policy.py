@@ -106,11 +106,11 @@ def _page_of(kind: str, folder: Path, names: list[str]) -> Elements:
         draw_sheet(path, names[0], [Strip([Tile(None, name, name)], name) for name in names])
     else:
         count = len(names)
-        truth = GroundTruth(np.arange(count), np.zeros(count, int), names, names[:1], [])
+        ground_truth = GroundTruth(np.arange(count), np.zeros(count, int), names, names[:1], [])
         points = np.random.default_rng(0).normal(size=(count, 2)).astype(np.float32)
         write_map(
             path,
-            MapContent(names[0], [Layout(names[1], points, 0.5)], names, truth, names),
+            MapContent(names[0], [Layout(names[1], points, 0.5)], names, ground_truth, names),
             lambda place: tiny.picture(place),
         )
     parser = Elements()

@@ -73,9 +73,9 @@ def test_names_tasks_and_labels_that_are_not_utf_8_and_files_that_became_others_
     images: MapImages, tmp_path: Path
 ) -> None:
     word = "\udcff</script>\u2028\x1b"
-    truth = images.ground_truth
-    truth = replace(truth, task_names=[word] * len(truth.task_names), label_names=[word] * len(truth.label_names))
-    hostile = replace(images, names=[word] * len(images.names), ground_truth=truth, read=lambda place: b"no image")
+    ground_truth = replace(images.ground_truth, task_names=[word] * 9, label_names=[word] * 99)
+    names = [word] * len(images.names)
+    hostile = replace(images, names=names, ground_truth=ground_truth, read=lambda place: b"no image")
     assert write_fiftyone(tmp_path / "made", hostile, layouts(images)) == 22
     text = (tmp_path / "made" / "samples.json").read_text()
     assert "\\ud" not in text
