@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import signal
 import subprocess
@@ -24,6 +25,7 @@ PARTS = ("gcs_server", "raylet")  # the processes without which it is of no use
 OBJECT_STORE_BYTES = 2**28  # big arrays go through storage
 LOG_BYTES = 32 * 2**20
 NICENESS = 5  # of workers, added to that of the run
+TOO_SLOW = re.compile("timed out|deadline exceeded", re.IGNORECASE)  # what Ray says of processes of its own
 
 
 @dataclass(frozen=True)
@@ -53,17 +55,28 @@ class LocalRay:
 
 
 def start(ray: Any, num_cpus: int | None, log: Callable[[str], None], **settings: Any) -> LocalRay:
-    """Starts one and connects to it.
+    """Starts one and connects to it. Ray waits half a minute for its own processes; once more on a busy machine.
 
     Args:
         num_cpus: that Ray is to believe in; None: those of the machine.
-        log: called when the folder is not below TMPDIR, or Ray does not listen on the loopback alone.
+        log: called when it is tried again, when the folder is not below TMPDIR, and when Ray does not listen on the
+            loopback alone.
         settings: of `ray.init`.
 
     Raises:
         ValueError: there is no place for its folder.
         RuntimeError: it did not start.
     """
+    try:
+        return _started(ray, num_cpus, log, settings)
+    except RuntimeError as error:
+        if not TOO_SLOW.search(str(error.__cause__)):
+            raise
+        log(f"warning: {error}; trying once more")
+        return _started(ray, num_cpus, log, settings)
+
+
+def _started(ray: Any, num_cpus: int | None, log: Callable[[str], None], settings: Mapping[str, Any]) -> LocalRay:
     folder, lock = _folder(log)
     local = LocalRay(folder, _watcher(folder), lock)
     try:

@@ -17,7 +17,7 @@ from grappa_dist.checksums import MANIFEST
 from grappa_dist.config import CONFIG_FILE as RUN_CONFIG
 from grappa_dist.console import format_bytes, pluralize
 from grappa_dist.export import RetrievalModel, load_model
-from grappa_dist.files import Sum, make_folder, remove_folder, rename, save_tensors, sync, write_json
+from grappa_dist.files import Sum, make_folder, read_json, remove_folder, rename, save_tensors, sync, write_json
 from grappa_dist.formats import exportable as exporting
 from grappa_dist.formats import hub, onnx
 from grappa_dist.formats.checking import CHECK_IMAGES, Check, Embed, check, images_to_check
@@ -66,9 +66,7 @@ def convert(source: Path, out: Path, wanted: Wanted, log: Log = lambda line: Non
         ValueError: there is no such model, or it is not trusted; or the format cannot hold it; or the embeddings of
             what was written are not the model's. Then nothing is left at `out`.
     """
-    for path in (out, _record_of(out)) if wanted.to not in FOLDERS else (out,):
-        if path.exists() and not (wanted.to in FOLDERS and path.is_dir() and not any(path.iterdir())):
-            raise ValueError(f"{path} is there already; expected a name that is free")
+    _check_free(wanted, out)
     aside = out.with_name(f".{out.name}.partial")
     remove_folder(aside)
     make_folder(aside)
@@ -180,6 +178,25 @@ def _write_file(task: _Task, aside: Path, out: Path) -> Check:
     opset = f", opset {onnx.OPSET}" if wanted.to == "onnx" else ""
     task.log(f"{wanted.to:<7} {out}  ({format_bytes(out.stat().st_size)}, {wanted.dtype}{opset}, any batch size)")
     return found
+
+
+def _check_free(wanted: Wanted, out: Path) -> None:
+    """Raises ValueError where something is; an empty folder, and a record whose file a kill has prevented, are not."""
+    is_folder = wanted.to in FOLDERS
+    record = _record_of(out)
+    taken = {
+        out: out.exists() and not (is_folder and out.is_dir() and not any(out.iterdir())),
+        record: not is_folder and record.exists() and not _is_record_of(record, out),
+    }
+    for path in (path for path, is_taken in taken.items() if is_taken):
+        raise ValueError(f"{path} is there already; expected a name that is free")
+
+
+def _is_record_of(record: Path, out: Path) -> bool:
+    try:
+        return bool(read_json(record)["file"] == out.name)
+    except (ValueError, KeyError, TypeError, OSError):
+        return False
 
 
 def _record_of(out: Path) -> Path:

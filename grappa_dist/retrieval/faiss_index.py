@@ -100,7 +100,7 @@ class NumberedRows:
 
 
 def build(rows: NumberedRows, kind: Kind) -> Index:
-    """An index of all rows. Memory: the rows once, and before that those that train the lists."""
+    """An index of all rows. Memory: the rows once, and in lists up to twice, as faiss doubles a list that is full."""
     import faiss
 
     _set_threads()

@@ -267,7 +267,7 @@ def build_index(folder: Path, model: Path, console: Console) -> Path:
 
     Rows of shards that were indexed before stay, those of new shards are added, those of images that are gone are taken
     out; all is made anew where the number of rows asks for another kind of index, or the old one is damaged. Memory:
-    the index, in which the rows are once; the embeddings are mapped.
+    that of the index; the embeddings are mapped.
 
     Args:
         model: whose embeddings they are, by its folder.

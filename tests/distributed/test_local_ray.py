@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -205,3 +206,29 @@ def test_no_place_for_its_folder_is_a_wrong_setting(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(local_ray.leftovers, "sweep", lambda parent: None)
     with pytest.raises(ValueError, match=f"^TMPDIR={tmp_path}: no place for Ray's folder"):
         local_ray._folder(lambda text: None)
+
+
+class SlowRay:
+    """Says what Ray does where its processes do not answer in time, some times; then it is refused."""
+
+    def __init__(self, *errors: str) -> None:
+        self.errors = list(errors)
+
+    def init(self, **settings: object) -> None:
+        raise RuntimeError(self.errors.pop(0))
+
+
+@pytest.mark.parametrize("late", ["The current node timed out during startup. This could", "Deadline Exceeded"])
+def test_a_ray_that_is_too_slow_to_start_is_started_once_more(late: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    logged = list[str]()
+    monkeypatch.setattr(local_ray, "_loopback", lambda ray: nullcontext())
+    with tempfile.TemporaryDirectory(prefix="gr-") as short:
+        monkeypatch.setattr(tempfile, "tempdir", short)
+        for errors in ((late, "no such setting"), (late, late), ("no such setting",)):
+            ray = SlowRay(*errors)
+            with pytest.raises(RuntimeError, match=f"^Ray did not start on this machine: {errors[-1]}"):
+                local_ray.start(ray, 1, logged.append)
+            assert ray.errors == []
+            assert list(Path(short).glob("*/*/token")) == []  # each try has removed its folder
+            assert [line.endswith("; trying once more") for line in logged] == [True] * (len(errors) - 1)
+            logged.clear()

@@ -119,6 +119,10 @@ def test_what_is_there_stays_and_a_wrong_name_is_refused(folder: Path, tmp_path:
     for out, to in (("a.pt2", "torch"), ("full", "hub-folder")):
         with pytest.raises(ValueError, match=r"is there already; expected a name that is free"):
             convert(folder, tmp_path / out, Wanted(to))  # type: ignore[arg-type]
+    (tmp_path / "b.pt2.json").write_text('{"file": "b.pt2"}')  # left by a kill, which kept the file away
+    with pytest.raises(ValueError, match="is the folder of one model, neighbours; --name average is of a run"):
+        convert(folder / "model", tmp_path / "b.pt2", Wanted("torch", "average"))
+    (tmp_path / "b.pt2.json").unlink()
     with pytest.raises(ValueError, match="is the folder of one model, neighbours; --name average is of a run"):
         convert(folder / "model", tmp_path / "out", Wanted("torch", "average"))
     with pytest.raises(ValueError, match="holds no model: expected config"):
