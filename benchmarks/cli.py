@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from benchmarks import adapt, assign, data, embed, evaluate, fuse, kmeans, knn, methods, pipeline, serve
+from benchmarks import adapt, assign, data, duplicates, embed, evaluate, fuse, kmeans, knn, methods, pipeline, serve
 from benchmarks.harness import Log, OneLineParser
 from grappa_dist.files import write_json
 
@@ -43,6 +43,7 @@ COMMANDS: dict[str, Command] = {
     "evaluate": evaluate,
     "pipeline": pipeline,
     "serve": serve,
+    "duplicates": duplicates,
 }
 
 
