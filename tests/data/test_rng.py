@@ -20,6 +20,7 @@ PACKAGE = Path(__file__).parents[2] / "grappa_dist"
 MORE_THAN_ONCE = {  # each on purpose; see the tables of data/rng.py
     "Purpose.DATA_SET_ORDER": 2,  # the demo's data set, and those of make_shards
     "Purpose.EVALUATION_SAMPLE": 2,  # queries of a gallery come from one or the other
+    "Purpose.MAP": 2,  # with and without a second number
     "Purpose.FUSION": 2,  # one start for the fusion with and without labels
 }
 CAN_MEET = {  # pairs of forms whose keys can be equal
