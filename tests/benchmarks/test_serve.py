@@ -10,7 +10,7 @@ from benchmarks.serve import BASELINE, OURS, Load, ServeSettings, as_json, as_te
 TINY = ServeSettings("grappa_dist.demo.backbone:create", rows=24, clients=8, requests=40, batch=8, seed=0)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_request_of_every_client_is_answered() -> None:
     found = measure_serve(TINY, lambda line: None)
     assert list(found.loads) == [OURS, BASELINE]

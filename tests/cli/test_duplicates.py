@@ -102,7 +102,7 @@ def content_of(root: Path) -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in paths if path.name not in timed}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_the_command_lists_of_a_run_takes_no_part_in_the_next_on_any_number_of_workers(tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "images")  # whose copies lie in other shards, one of them in the test shard
     first, lists = tmp_path / "first", [tmp_path / "groups.csv", tmp_path / "leaks.csv"]

@@ -38,7 +38,7 @@ def test_what_is_wrong_is_one_line_and_status_2(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_commands_of_the_docs_draw_maps_and_kept_embeddings_are_used_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -206,7 +206,7 @@ def test_an_index_is_built_by_one_process_at_a_time_and_of_some_image(tmp_path: 
         build_index(tmp_path, tmp_path / "model", Console())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_build_that_is_killed_before_any_of_its_steps_leaves_the_old_index_or_the_new(tmp_path: Path) -> None:
     built(write_embeddings(tmp_path / "old", [0, 1]))
     write_embeddings(tmp_path / "new", [1, 2], gone={1: [4]})

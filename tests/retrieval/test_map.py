@@ -61,7 +61,7 @@ def test_too_few_images_are_an_error() -> None:
         lay_out_images({"backbone": groups(0)[:9]}, Console(), device=CPU)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_umap_keeps_groups_together_is_equal_for_equal_seeds_and_puts_both_maps_alike() -> None:
     count = 90
     backbone, adapted = groups(0, count=count), groups(1, count=count)

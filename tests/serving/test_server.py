@@ -149,7 +149,7 @@ def test_what_is_refused_is_said_on_the_page_and_the_keyboard_reaches_everything
         assert [error for error in tab.errors if "415" not in error] == []  # which the browser notes itself
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_second_start_embeds_nothing_and_ctrl_c_stops_it(running: Serving) -> None:
     words = ("serve", "--model", "runs/mine", "--images", "photos", "--keep", "embeddings/served", "--port", "0")
     with serving(running.log.parent, *words) as second:
