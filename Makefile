@@ -23,8 +23,9 @@ demo: $(READY) ## the whole pipeline on a data set that the program generates: t
 screenshots: $(READY) ## docs/report.png of the report in runs/demo, which make demo makes; needs chromium (tests/install_chromium.sh)
 	$(BIN)/python -m tests.screenshots --run runs/demo --out docs/report.png
 
+MARKS ?= not slow and not long and not cluster
 test: $(READY) ## every module and a whole pipeline with kills, in minutes on two cores; needs no GPU and no cluster
-	$(PYTEST) -m 'not slow and not long and not cluster'
+	$(PYTEST) -m '$(MARKS)'
 
 test-all: $(READY) ## the rest of what runs on every push and needs no cluster
 	$(PYTEST) -m 'slow and not long and not cluster'

@@ -25,7 +25,7 @@ def test_the_page_has_python_for_each_format() -> None:
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_python_of_the_page_runs(tmp_path: Path) -> None:
     exported(tmp_path / "run")
     for out, to in (("average.onnx", "onnx"), ("average.pt2", "torch"), ("for-the-hub", "hub-folder")):

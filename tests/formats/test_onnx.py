@@ -67,7 +67,7 @@ def test_onnxruntime_and_numpy_alone_run_it_in_batches_of_any_size(dtype: str, t
     assert kinds == {onnx.TensorProto.BFLOAT16 if dtype == "bf16" else onnx.TensorProto.FLOAT}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_half_precision_is_computed_in_it_and_what_is_no_model_is_named(tmp_path: Path) -> None:
     exportable = Exportable(model(variant="average"), "fp16")
     write(trace(exportable, "tiny"), tmp_path / "m.onnx", {"outputs": [{"name": "embeddings"}]})

@@ -84,7 +84,7 @@ def local_task(queries: Path, gallery: Path) -> Any:
     return Local()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_task_of_mieb_runs_and_its_figures_are_those_of_evaluate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -47,7 +47,7 @@ def test_a_single_model_has_its_worst_classes_and_queries(found: Evaluated, tmp_
         write_page(alone, tmp_path / "scores.png")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("width", [390, 1280])
 def test_the_page_fits_a_window_and_shows_its_images(found: Evaluated, width: int, tmp_path: Path) -> None:
     write_page(found, tmp_path / "scores.html")
