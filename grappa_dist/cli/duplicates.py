@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from grappa_dist.cli.verb import split_words, verb, words
-from grappa_dist.cli.with_model import Options, embedder_of, list_left_out, places_of, with_device, with_model
+from grappa_dist.cli.with_model import (
+    Options,
+    embedder_of,
+    keep_option,
+    places_of,
+    print_left_out,
+    with_device,
+    with_model,
+)
 from grappa_dist.console import Console, Ending
 from grappa_dist.output import printable
 
@@ -42,9 +50,7 @@ if TYPE_CHECKING:
 @click.option(
     "--across", multiple=True, metavar="PLACE", help="Test images, as --images: which of --images are nearly those."
 )
-@click.option(
-    "--keep", metavar="DIR", help="Keep the embeddings there; the next call embeds only what is new or changed."
-)
+@keep_option
 @click.option("--out", metavar="FILE", help="A CSV of groups: group, name, cosine with the first of the group.")
 @click.option("--leaks", metavar="FILE", help="A CSV of images that nearly are test images: of --across, or of --run.")
 @click.option("--outliers", metavar="FILE", help="A CSV of the images that are farthest from all others.")
@@ -73,7 +79,6 @@ def command(
     need no --model. The lists are what `grappa-dist shards --drop` and `data.exclude` read.
     """
     from grappa_dist.retrieval.duplicates import check_threshold
-    from grappa_dist.retrieval.embedding import describe_bad
     from grappa_dist.retrieval.opening import device_of
     from grappa_dist.retrieval.sheet import check_sheet
 
@@ -89,9 +94,7 @@ def command(
     sheet = _find(wanted, collection, test)
     if files["sheet"] is not None:
         print(printable(f"sheet   {files['sheet']}" if sheet.draw(files["sheet"]) else "sheet   nothing to show"))
-    bad = [(collection.name(row), why) for row, why in collection.bad.items()]
-    for line in describe_bad(bad, len(collection), list_left_out(options, bad)):
-        print(line)
+    print_left_out(collection, options)
 
 
 @dataclass(frozen=True)

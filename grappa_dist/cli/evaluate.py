@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from grappa_dist.cli.verb import split_words, verb, words
-from grappa_dist.cli.with_model import list_left_out, places_of, with_device, with_model
+from grappa_dist.cli.with_model import label_column_option, list_left_out, places_of, with_device, with_model
 from grappa_dist.console import Ending
 
 _FILES = {  # option -> what is written
@@ -52,7 +52,7 @@ _PLACES = ("images", "queries", "gallery", "distractors")
     metavar="PLACE",
     help="Images without labels that are searched as well: never queries, never right. May be given several times.",
 )
-@click.option("--label-column", metavar="NAME", help="The column of a CSV, or the key in shards, that has the labels.")
+@label_column_option
 @click.option(
     "--split-column",
     metavar="NAME",

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING
 import click
 
 from grappa_dist.cli.verb import split_words, verb, words
-from grappa_dist.cli.with_model import Options, embedder_with, list_left_out, places_of, with_device, with_model
+from grappa_dist.cli.with_model import (
+    Options,
+    embedder_with,
+    label_column_option,
+    list_left_out,
+    path_of,
+    places_of,
+    with_device,
+    with_model,
+)
 from grappa_dist.console import Ending, pluralize
 from grappa_dist.output import printable
 
@@ -37,7 +46,7 @@ MOST = 100_000
     metavar="PLACE",
     help="Images: class folders or any folder, a CSV, shards. May be given several times.",
 )
-@click.option("--label-column", metavar="NAME", help="The column of a CSV, or the key in shards, that has the labels.")
+@label_column_option
 @click.option(
     "--against",
     default="backbone",
@@ -74,7 +83,7 @@ def command(
     runs, settings = split_words(given)
     _check(runs, settings, images, name, options)
     device = device_of(str(options["device"]))
-    folder = Path(expanded(fiftyone, "--fiftyone")) if fiftyone else None
+    folder = path_of(fiftyone, "--fiftyone")
     if folder is not None:
         check_new(folder)
     if runs:
@@ -108,7 +117,6 @@ def _check(
 
 
 def _embedded(options: Options, settings: Sequence[str], images: Sequence[str], most: int) -> MapImages:
-    from grappa_dist.config import expanded
     from grappa_dist.retrieval.collection import open_collection
     from grappa_dist.retrieval.embedding import describe_bad
     from grappa_dist.retrieval.map_images import images_of_collections, labels_by_name
@@ -117,7 +125,7 @@ def _embedded(options: Options, settings: Sequence[str], images: Sequence[str], 
     collections: dict[str, Collection] = {}
     embedders = _embedders(options, settings)
     for number, (called, embedder) in enumerate(embedders.items()):
-        folder = Path(expanded(options["keep"], "--keep")) if options["keep"] else None
+        folder = path_of(options["keep"], "--keep")
         folder = folder / ("model" if number == len(embedders) - 1 else "against") if folder else None
         collections[called] = open_collection(places, lambda embedder=embedder: embedder, keep=folder)  # type: ignore[misc]
     labels = labels_by_name(places, options["label_column"], embedder.console.log)

@@ -14,8 +14,10 @@ from grappa_dist.cli.with_model import (
     Options,
     embedder_of,
     embedder_with,
-    list_left_out,
+    keep_option,
+    path_of,
     places_of,
+    print_left_out,
     with_device,
     with_model,
 )
@@ -46,9 +48,7 @@ if TYPE_CHECKING:
     metavar="PLACE",
     help="Images: a folder, a CSV, shards; or a folder of embeddings. May be given several times.",
 )
-@click.option(
-    "--keep", metavar="DIR", help="Keep the embeddings there; the next search embeds only what is new or changed."
-)
+@keep_option
 @click.option(
     "--out", "--sheet", "out", metavar="FILE", help="A contact sheet: a page (.html) or a picture (.jpg, .png)."
 )
@@ -71,7 +71,7 @@ def command(
     queries, settings = split_words(given)
     if not queries:
         raise click.UsageError("missing QUERY: the image that is searched for")
-    sheet = Path(expanded(out, "--out")) if out else None
+    sheet = path_of(out, "--out")
     if sheet is not None:
         check_sheet(sheet)
     asked_for = places_of(queries, "QUERY")
@@ -90,7 +90,7 @@ def command(
     for query, why in found.unreadable:
         Console().log(printable(f"warning: QUERY {query} cannot be read: {printable_line(why)}"))
     if index is None or options["left_out"]:
-        _name_bad(collection, options)
+        print_left_out(collection, options)
     if sheet is not None or opened:
         _show(sheet, found, collection, opened)
 
@@ -111,22 +111,12 @@ def _of_index(folder: str, options: Options) -> tuple[Collection, Embedder, Find
 def _of_images(
     images: tuple[str, ...], keep: str | None, options: Options, settings: list[str]
 ) -> tuple[Collection, Embedder]:
-    from grappa_dist.config import expanded
     from grappa_dist.retrieval.collection import open_collection
 
     if not images or not options["model"]:
         raise click.UsageError("expected --index DIR, or --model M and --images PLACE")
     embedder = embedder_of(options, settings)
-    folder = Path(expanded(keep, "--keep")) if keep else None
-    return open_collection(places_of(images), lambda: embedder, keep=folder), embedder
-
-
-def _name_bad(collection: Collection, options: Options) -> None:
-    from grappa_dist.retrieval.embedding import describe_bad
-
-    bad = [(collection.name(row), why) for row, why in collection.bad.items()]
-    for line in describe_bad(bad, len(collection), list_left_out(options, bad)):
-        print(line)
+    return open_collection(places_of(images), lambda: embedder, keep=path_of(keep, "--keep")), embedder
 
 
 def _show(sheet: Path | None, found: Searched, collection: Collection, opened: bool) -> None:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from grappa_dist.cli.verb import split_words, verb, words
-from grappa_dist.cli.with_model import Options, embedder_of, list_left_out, places_of, with_device, with_model
+from grappa_dist.cli.with_model import (
+    Options,
+    embedder_of,
+    keep_option,
+    list_left_out,
+    path_of,
+    places_of,
+    with_device,
+    with_model,
+)
 from grappa_dist.console import Console, Ending, pluralize
 from grappa_dist.output import printable_line
 
@@ -38,9 +46,7 @@ _STATUSES = "Exit status: 0 after Ctrl-C or SIGTERM, 2 a setting or an input is 
     metavar="PLACE",
     help="Images: a folder, a CSV, shards. May be given several times.",
 )
-@click.option(
-    "--keep", metavar="DIR", help="Keep the embeddings there; the next start embeds only what is new or changed."
-)
+@keep_option
 @click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Where it listens.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any that is free.")
 @click.option(
@@ -104,11 +110,9 @@ def _of_indexes(folders: tuple[str, ...], options: Options) -> Searcher:
 
 
 def _of_images(images: tuple[str, ...], keep: str | None, options: Options, settings: list[str]) -> Searcher:
-    from grappa_dist.config import expanded
     from grappa_dist.serving.searcher import open_columns
 
-    folder = Path(expanded(keep, "--keep")) if keep else None
-    return open_columns(embedder_of(options, settings), places_of(images), folder)
+    return open_columns(embedder_of(options, settings), places_of(images), path_of(keep, "--keep"))
 
 
 def _describe(collection: Collection, options: Options) -> str:

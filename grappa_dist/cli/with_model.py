@@ -11,6 +11,7 @@ import click
 from grappa_dist.retrieval import BATCH_SIZE, DECODE_THREADS
 
 if TYPE_CHECKING:
+    from grappa_dist.retrieval.collection import Collection
     from grappa_dist.retrieval.embedding import Embedder
     from grappa_dist.retrieval.opening import OpenModel
 
@@ -56,6 +57,14 @@ trust_modules = click.option(
     is_flag=True,
     default=None,
     help="Import the module that a model from elsewhere names as its backbone; it is run.",
+)
+
+
+label_column_option = click.option(
+    "--label-column", metavar="NAME", help="The column of a CSV, or the key in shards, that has the labels."
+)
+keep_option = click.option(
+    "--keep", metavar="DIR", help="Keep the embeddings there; the next call embeds only what is new or changed."
 )
 
 
@@ -116,11 +125,27 @@ def embedder_with(options: Options, model: OpenModel) -> Embedder:
     return Embedder(model, Console(), options["batch_size"], options["decode_threads"])
 
 
+def path_of(given: str | None, option: str) -> Path | None:
+    """The path that an option gives, if it does."""
+    from grappa_dist.config import expanded
+
+    return Path(expanded(given, option)) if given else None
+
+
 def places_of(given: Sequence[str], option: str = "--images") -> list[str]:
     """Paths as they are meant: `~` and `$NAME` stand for what they name."""
     from grappa_dist.config import expanded
 
     return [expanded(path, option) for path in given]
+
+
+def print_left_out(collection: Collection, options: Options) -> None:
+    """Says which images of a collection could not be read, and lists them where --left-out asks for it."""
+    from grappa_dist.retrieval.embedding import describe_bad
+
+    bad = [(collection.name(row), why) for row, why in collection.bad.items()]
+    for line in describe_bad(bad, len(collection), list_left_out(options, bad)):
+        print(line)
 
 
 def list_left_out(options: Options, bad: Sequence[tuple[str, str]]) -> Path | None:
