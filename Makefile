@@ -5,6 +5,9 @@ FAISS ?= cpu
 PROCESSES ?= 2
 PYTEST = $(BIN)/python -m pytest -q --numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder
 BIN = $(VENV)/bin
+# uv, where it is at hand, finds the versions in seconds that take pip minutes; of pip's settings it is told one.
+INSTALL = $(if $(shell command -v uv),UV_FIND_LINKS='$(PIP_FIND_LINKS)' uv pip install --quiet --python $(BIN)/python,\
+  $(BIN)/python -m pip install --quiet --disable-pip-version-check)
 READY = $(VENV)/.ready
 
 .PHONY: help demo screenshots test test-all test-long test-faults test-cluster test-cluster-fast check format bench wheel lock audit clean
@@ -14,7 +17,7 @@ help: ## this list
 
 $(READY): pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(FAISS),dev]'
+	$(INSTALL) -c constraints.txt -e '.[$(FAISS),dev]'
 	touch $(READY)
 
 demo: $(READY) ## the whole pipeline on a data set that the program generates: table, report and model in runs/demo
