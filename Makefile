@@ -5,7 +5,7 @@ FAISS ?= cpu
 PROCESSES ?= 2
 PYTEST = $(BIN)/python -m pytest -q --numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder
 BIN = $(VENV)/bin
-# uv, where it is at hand, finds the versions in seconds that take pip minutes; of pip's settings it is told one.
+# uv, where it is installed, takes seconds where pip takes minutes; it does not read PIP_FIND_LINKS itself.
 INSTALL = $(if $(shell command -v uv),UV_FIND_LINKS='$(PIP_FIND_LINKS)' uv pip install --quiet --python $(BIN)/python,\
   $(BIN)/python -m pip install --quiet --disable-pip-version-check)
 READY = $(VENV)/.ready

@@ -37,6 +37,7 @@ class StoreProxy:
     port: int = 0
     requests: list[Request] = field(default_factory=list)
     latency_s: float = 0.0
+    at_once: int = 0  # requests under way together, at most so far
     refuse: Callable[[str, str], int | None] = lambda method, path: None  # status instead of an answer
     cut: Callable[[str, str], int | None] = lambda method, path: None  # bytes after which the connection closes
     change: Callable[[Answer], Answer] = lambda answer: answer
@@ -51,6 +52,7 @@ class StoreProxy:
     def reset(self) -> None:
         self.requests.clear()
         fresh = StoreProxy()
+        self.at_once = 0
         self.latency_s, self.refuse, self.cut, self.change = fresh.latency_s, fresh.refuse, fresh.cut, fresh.change
         self.spoil = fresh.spoil
 
@@ -65,6 +67,7 @@ class StoreProxy:
 def proxy_to(backend: Backend) -> Iterator[StoreProxy]:
     """A proxy to a backend, on a free port of loopback."""
     proxy = StoreProxy()
+    under_way: list[BaseHTTPRequestHandler] = []
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -78,7 +81,10 @@ def proxy_to(backend: Backend) -> Iterator[StoreProxy]:
 
         def answer(self) -> None:
             given = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            under_way.append(self)
+            proxy.at_once = max(proxy.at_once, len(under_way))
             time.sleep(proxy.latency_s)
+            under_way.remove(self)
             refused, cut = proxy.refuse(self.command, self.path), proxy.cut(self.command, self.path)
             if refused is None:
                 status, headers, body = proxy.change(backend(self.command, self.path, dict(self.headers), given))

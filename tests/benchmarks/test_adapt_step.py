@@ -40,7 +40,7 @@ def test_operations_are_those_of_the_matrix_products_of_a_vit() -> None:
     assert 0.9 * by_hand(TINY) < step_operations(TINY) < 0.97 * by_hand(TINY)  # the last block for one token
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_step_is_timed_and_held_against_the_limit_of_its_type() -> None:
     found = measure_step(TINY, lambda line: None)
     figures = step_json(TINY, found)

@@ -17,7 +17,7 @@ from benchmarks.fuse import (
 TINY = CorrelationSettings(ranks=2, width=40, pairs=5, repeats=2)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_all_ways_are_measured_on_the_same_pairs() -> None:
     found = measure_correlation(TINY)
     assert [side.name for side in found] == [ROWS, WHOLE, PLAIN]

@@ -23,7 +23,7 @@ def findings() -> KMeansFindings:
     return measure_kmeans(settings, lambda line: None)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_side_starts_from_the_same_centroids_and_ends_at_the_same_objective(findings: KMeansFindings) -> None:
     rows = drawn_rows(ROWS, DIM, 0)
     for found in findings.comparisons:
@@ -37,7 +37,7 @@ def test_every_side_starts_from_the_same_centroids_and_ends_at_the_same_objectiv
             assert 1 <= side.iterations <= 3
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ratios_and_memory_are_numbers(findings: KMeansFindings) -> None:
     written = json.loads(json.dumps(as_json(HEADER, findings)))
     for found in written["kmeans"]:

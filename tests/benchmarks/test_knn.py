@@ -24,7 +24,7 @@ def test_every_side_is_measured_on_the_same_rows() -> None:
     assert len(lines) == 1 + 2 * 4
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_several_workers_are_held_against_one_and_against_every_baseline_on_as_many_threads() -> None:
     findings = measure_knn(replace(TINY, neighbours=(3,), approximate=False, workers=2), lambda text: None)
     text, numbers = as_text({}, findings), as_json({}, findings)

@@ -135,7 +135,7 @@ def outcomes_of(tar: Path) -> Counter[str]:
     "format",
     [
         tarfile.USTAR_FORMAT,
-        pytest.param(tarfile.GNU_FORMAT, marks=pytest.mark.slow),
+        pytest.param(tarfile.GNU_FORMAT, marks=pytest.mark.long),
         pytest.param(tarfile.PAX_FORMAT, marks=pytest.mark.slow),
     ],
 )

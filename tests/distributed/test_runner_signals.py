@@ -106,7 +106,7 @@ def test_a_program_in_the_background_or_under_nohup_still_ignores_what_it_did(nu
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("again", [pytest.param(False, marks=pytest.mark.long), True])
 def test_ctrl_c_in_a_terminal_lets_every_rank_save_and_a_second_one_ends_at_once(tmp_path: Path, again: bool) -> None:
     status, lines, saved = signalled(tmp_path, signal.SIGINT, again=again)
     assert status == 130
@@ -117,7 +117,7 @@ def test_ctrl_c_in_a_terminal_lets_every_rank_save_and_a_second_one_ends_at_once
     assert saved == (set() if again else {"job.saved-0", "job.saved-1"})
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_closed_terminal_lets_every_rank_save(tmp_path: Path) -> None:
     status, lines, saved = signalled(tmp_path, signal.SIGHUP, again=False)
     assert (status, saved) == (143, {"job.saved-0", "job.saved-1"})

@@ -49,7 +49,7 @@ def test_a_run_writes_no_secret_of_its_environment(finished: Path) -> None:
     assert [path for path in files if runs.PLANTED.encode() in path.read_bytes()] == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_can_end_after_a_stage_and_go_on_later(tmp_path: Path) -> None:
     begun = runs.run(tmp_path, "--until", "pseudo_label")
     assert begun.returncode == 0, begun.stderr
@@ -134,7 +134,7 @@ def test_killed_workers_and_a_killed_driver_change_no_byte_of_the_result(finishe
     assert runs.weights(out) == runs.weights(finished)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_damage_that_workers_meet_is_made_anew_with_the_same_bytes(tmp_path: Path) -> None:
     until = ("--until", "pseudo_label", "data.collection_kwargs={scale: 0.1}", "clustering.num_labels=[24]")
     begun = runs.run(tmp_path, *until)

@@ -41,7 +41,7 @@ def test_augmentation_keeps_size_and_range() -> None:
     assert augmented.max() <= 255
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_steps_of_pretraining_from_any_folder_write_a_file_that_loads(tmp_path: Path) -> None:
     path = tmp_path / "weights.safetensors"
     command = [sys.executable, pretrain_demo_backbone.__file__, "--out", str(path)]

@@ -37,7 +37,7 @@ DOZEN = (  # in this order; the program is started again after each fault that e
 )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.e2e
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable()))

@@ -40,7 +40,7 @@ def test_a_model_that_does_not_fit_into_a_file_is_refused_with_what_would(monkey
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.long)])
 def test_onnxruntime_and_numpy_alone_run_it_in_batches_of_any_size(dtype: str, tmp_path: Path) -> None:
     exportable = Exportable(model(), dtype, computes="fp32")  # type: ignore[arg-type]
     about = {"dtype": dtype, "outputs": [{"name": "embeddings"}, {"name": "weights"}]}

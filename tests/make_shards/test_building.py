@@ -255,7 +255,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, byte
     ("number", "to_worker", "status"),
     [
         (signal.SIGKILL, False, -9),
-        pytest.param(signal.SIGTERM, False, 143, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, False, 143, marks=pytest.mark.long),
         pytest.param(signal.SIGKILL, True, 1, marks=pytest.mark.slow),
     ],
 )

@@ -57,7 +57,9 @@ def test_a_job_killed_at_a_random_step_ends_with_the_same_bytes(tmp_path: Path) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "then"), [(2, 2), (2, 1), (1, 2)])
+@pytest.mark.parametrize(
+    ("ranks", "then"), [(2, 1), pytest.param(2, 2, marks=pytest.mark.long), pytest.param(1, 2, marks=pytest.mark.long)]
+)
 def test_a_killed_job_whose_newest_checkpoint_is_cut_ends_as_if_it_had_only_the_one_before(
     tmp_path: Path, ranks: int, then: int
 ) -> None:

@@ -185,7 +185,7 @@ def test_a_run_that_was_to_end_early_names_no_report(bucket: Bucket, tmp_path: P
     assert "runs/tiny/latest.json" not in bucket.names()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_store_that_cannot_be_written_to_fails_the_run_at_its_end_and_loses_nothing(
     bucket: Bucket, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -113,7 +113,7 @@ def test_a_compiler_that_makes_one_gradient_nan_is_not_used() -> None:
     assert is_compiled(packed) == {False}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_batches_of_any_size_need_no_graph_beyond_those_of_the_trial() -> None:
     packed = model()
     compile_if_faster(packed, 12, backend="aot_eager", measure=timings(2.0, 1.0), bf16=False)
@@ -123,7 +123,7 @@ def test_batches_of_any_size_need_no_graph_beyond_those_of_the_trial() -> None:
     assert counters["stats"]["unique_graphs"] == before > 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_in_bf16_it_may_be_as_far_from_float32_as_plain_bf16_is() -> None:
     packed = model()
     found = compile_if_faster(packed, 2, backend="aot_eager", measure=timings(2.0, 1.0), bf16=True)
