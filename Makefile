@@ -10,7 +10,7 @@ INSTALL = $(if $(shell command -v uv),UV_FIND_LINKS='$(PIP_FIND_LINKS)' uv pip i
   $(BIN)/python -m pip install --quiet --disable-pip-version-check)
 READY = $(VENV)/.ready
 
-.PHONY: help demo screenshots test test-all test-long test-faults test-cluster test-cluster-fast check format bench wheel lock audit clean
+.PHONY: help demo screenshots test test-all test-long test-faults test-cluster test-cluster-fast test-gpu check format bench wheel lock audit clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -50,6 +50,9 @@ test-cluster: $(READY) ## tests on several machines in namespaces, about 40 minu
 
 test-cluster-fast: $(READY) ## those of them that are run on every push
 	$(BIN)/python -m pytest -q -m 'cluster and not long' tests/cluster
+
+test-gpu: ## tests that need a GPU, by PYTHON, which has what docs/gpu.md lists and pytest; skipped, with the reason, without one
+	$(PYTHON) -m pytest -q -m gpu tests
 
 check: $(READY) ## lint, format and types
 	$(BIN)/ruff check .

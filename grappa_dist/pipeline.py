@@ -105,10 +105,11 @@ def run(config: Config, root: Path, until: str | None = None) -> Finished | None
     """
     refuse_seeds(root.expanduser())
     with running(config, root) as context, keeping_config(context):
-        return _run(context, until)
+        return run_in(context, until)
 
 
-def _run(context: Run, until: str | None = None) -> Finished | None:
+def run_in(context: Run, until: str | None = None) -> Finished | None:
+    """As `run`, with the settings, the storage and the workers of `context`."""
     console, data, backbone = context.console, context.config.data, context.config.backbone
     inputs = look(context.config, context.store.root, log=console.log)
     if inputs.missing:  # making shards takes long, and a wrong name or missing weights would end the run after it

@@ -37,7 +37,7 @@ def run_here(here: tiny.Here) -> Callable[..., Any]:
 
     def run(config: Config, root: Path) -> Any:
         with pipeline.keeping_config(context := tiny.run_in(config, root, here)):
-            return pipeline._run(context)
+            return pipeline.run_in(context)
 
     return run
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from grappa_dist.cli.main import VERBS
+from grappa_dist.gpu_check.checks import CHECKS
 from tests.structure import (
     LINES,
     MODULES,
@@ -31,7 +32,7 @@ LEVELS = (  # a part imports parts of lower levels, and files of its own
     ("__main__",),
     ("cli",),
     ("__init__",),
-    ("bench", "fitted", "seeds", "serving", "formats", "integrations"),
+    ("bench", "gpu_check", "fitted", "seeds", "serving", "formats", "integrations"),
     ("pipeline", "plan", "clean", "doctor", "status", "retrieval", "run_models"),
     ("estimate", "defaults"),
     ("layout", "export", "rates"),
@@ -202,8 +203,9 @@ def test_every_module_is_imported_by_a_test_of_make_test_or_by_a_module_that_is(
     by_name = {
         "grappa_dist.__main__",
         "grappa_dist.cli",
-        *(f"grappa_dist.cli.{verb}" for verb in VERBS),
-    }  # tests/cli/test_main.py
+        *(f"grappa_dist.cli.{verb}" for verb in VERBS),  # tests/cli/test_main.py
+        *(f"grappa_dist.gpu_check.{check.function.partition(':')[0]}" for check in CHECKS),  # tests/gpu_check
+    }
     reached = set(modules_of_fast_tests()) | by_name & MODULES.keys()
     while more := {m for file in TREES if name_of(file) in reached for m in imported_modules(file)} - reached:
         reached |= more

@@ -28,7 +28,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 TESTED_EXTRAS = ("cpu", "dev")  # what `make` installs, and what requirements-lock.txt is made of
 FOUND_SLOWLY = {"aiobotocore", "boto3", "botocore"}  # pip would try many versions of each
 SOURCES = ("grappa_dist", "tests", "launch", "configs", "docs", "setup.py", "pyproject.toml", "README.md", "LICENSE")
-DATA = (".css", ".html", ".js", ".safetensors", ".svg", ".typed", ".yaml")
+DATA = (".css", ".html", ".js", ".safetensors", ".svg", ".typed", ".yaml", ".json")
 
 
 @pytest.fixture(scope="module")

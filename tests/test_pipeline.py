@@ -45,7 +45,7 @@ def test_a_check_names_a_file_that_is_no_longer_what_its_manifest_says(
     tmp_path: Path, shards: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = tiny.config(shards)
-    pipeline._run(tiny.run_in(settings, tmp_path, tiny.Here()), "pseudo_label")
+    pipeline.run_in(tiny.run_in(settings, tmp_path, tiny.Here()), "pseudo_label")
     workers = SimpleNamespace(workers=lambda: [1, 2], facts={}, close=lambda: None)
     monkeypatch.setattr(pipeline, "Cluster", lambda *_: workers)
     assert pipeline.check(settings, tmp_path).endswith("2 workers can start; 7 artefacts there and whole")
@@ -61,15 +61,15 @@ def test_a_backbone_is_tried_before_any_worker_is_used_and_again_on_every_node(
     here = tiny.Here()
     odd = {"name": "tests.models.odd:by_numpy", "kwargs": {}, "image_size": 32}
     with pytest.raises(ValueError, match="each call makes other weights"):
-        pipeline._run(tiny.run_in(tiny.config(shards, backbone=odd), tmp_path / "refused", here))
+        pipeline.run_in(tiny.run_in(tiny.config(shards, backbone=odd), tmp_path / "refused", here))
     assert here.asked == []
     odd = {"name": "tests.models.odd:with_head", "kwargs": {}, "image_size": 32}
-    pipeline._run(tiny.run_in(tiny.config(shards, backbone=odd), tmp_path / "run", here), "embed")
+    pipeline.run_in(tiny.run_in(tiny.config(shards, backbone=odd), tmp_path / "run", here), "embed")
     assert "1 of its parameters change no feature: head.weight" in capsys.readouterr().err
     compare = here.checks[-1].backbone
     assert compare is not None
     assert compare() == ""
-    pipeline._run(tiny.run_in(tiny.config(shards, backbone=odd), tmp_path / "run", here), "embed")
+    pipeline.run_in(tiny.run_in(tiny.config(shards, backbone=odd), tmp_path / "run", here), "embed")
     assert here.checks[-1].backbone is None  # nothing that needs it is missing
 
 
@@ -130,7 +130,7 @@ def test_missing_weights_are_an_error_before_any_worker_is_used(
     with pytest.raises(
         ValueError, match=r"the weights of backbone\.name=timm:vit_small_patch16_224\.dino are not in the"
     ):
-        pipeline._run(tiny.run_in(settings, tmp_path / "run", here))
+        pipeline.run_in(tiny.run_in(settings, tmp_path / "run", here))
     assert here.asked == []
     monkeypatch.setenv("RAY_ADDRESS", "elsewhere:6379")  # whose machines have other caches
     check_ready(settings.backbone)
@@ -151,7 +151,7 @@ def test_a_wrong_name_of_the_backbone_is_an_error_before_shards_are_made(
         (tmp_path / "photos" / f"{number}.png").write_bytes(tiny.picture(number))
     settings = tiny.config([str(tmp_path / "photos")], backbone={"name": name, "kwargs": {}})
     with pytest.raises(ValueError, match=re.escape(message)):
-        pipeline._run(tiny.run_in(settings, tmp_path / "run", tiny.Here()))
+        pipeline.run_in(tiny.run_in(settings, tmp_path / "run", tiny.Here()))
     assert not (tmp_path / "run" / "shards").exists()
 
 
@@ -164,7 +164,7 @@ def labelled(tmp_path_factory: pytest.TempPathFactory, finished: Finished) -> tu
     old = finished[1]
     data, evaluate = {**old.data.model_dump(), "test": test}, {**old.evaluate.model_dump(), "export": "auto"}
     settings, here = Config.model_validate({**old.model_dump(), "data": data, "evaluate": evaluate}), tiny.Here()
-    found = pipeline._run(tiny.run_in(settings, root, here))
+    found = pipeline.run_in(tiny.run_in(settings, root, here))
     assert found is not None
     assert {"k=4", "pseudo_label"}.isdisjoint(here.asked)  # nothing is trained again
     return settings, found
@@ -214,7 +214,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, shards: list[str]) -> tup
     """A run on images without labels, one of them bad, that ends with the average of two sets."""
     root = tmp_path_factory.mktemp("run")
     settings, here = tiny.config(shards, adapt={"epochs": 1}, fuse={"variants": ("average",)}), tiny.Here()
-    pipeline._run(tiny.run_in(settings, root, here))
+    pipeline.run_in(tiny.run_in(settings, root, here))
     return root, settings, here.asked
 
 
@@ -276,7 +276,7 @@ def test_a_second_run_does_nothing_but_tell_of_the_bad_image_again(
 ) -> None:
     root, settings, _ = finished
     before, here = tiny.files_below(root), tiny.Here()
-    done = pipeline._run(tiny.run_in(settings, root, here))
+    done = pipeline.run_in(tiny.run_in(settings, root, here))
     assert here.asked == []
     assert done is not None
     listed = root / "bad_images.csv"
@@ -286,7 +286,7 @@ def test_a_second_run_does_nothing_but_tell_of_the_bad_image_again(
     assert "40 training images and no test set: 40 of them are looked at in its place; K = 4, 6" in printed
     message = "left out: 1 of 40 training images could not be used; "
     assert "could not be used" not in printed  # said once, at the end
-    pipeline._run(tiny.run_in(settings, root, here), until="embed")
+    pipeline.run_in(tiny.run_in(settings, root, here), until="embed")
     assert message + "features/backbone/*/bad.json list them with reasons" in capsys.readouterr().err
     after = tiny.files_below(root)
     assert {path for path in after if after[path] != before.get(path)} <= {"events.jsonl"}
@@ -303,14 +303,14 @@ def test_weights_are_required_only_while_something_is_missing_that_needs_them(
     workers = SimpleNamespace(workers=lambda: [1, 2], facts={}, close=lambda: None)
     monkeypatch.setattr(pipeline, "Cluster", lambda *_: workers)
     assert "artefacts there and whole" in pipeline.check(settings, root)
-    pipeline._run(tiny.run_in(settings, root, tiny.Here()))
+    pipeline.run_in(tiny.run_in(settings, root, tiny.Here()))
     (adaptors,) = root.glob("adaptors/k=6-*")
     shutil.rmtree(adaptors)  # the features that it is made with are there
     here = tiny.Here()
-    pipeline._run(tiny.run_in(settings, root, here), until="pseudo_label")
+    pipeline.run_in(tiny.run_in(settings, root, here), until="pseudo_label")
     for end in (None, "adapt"):
         with pytest.raises(ValueError, match="no weights"):
-            pipeline._run(tiny.run_in(settings, root, here), until=end)
+            pipeline.run_in(tiny.run_in(settings, root, here), until=end)
     with pytest.raises(ValueError, match="no weights"):
         pipeline.check(settings, root)
     assert here.asked == []
@@ -338,7 +338,7 @@ def test_a_run_with_all_rows_to_compare_with_scores_them_and_says_which_saw_labe
         evaluate={"export": "random-all"},
     )
     here = tiny.Here()
-    pipeline._run(tiny.run_in(settings, tmp_path / "run", here))
+    pipeline.run_in(tiny.run_in(settings, tmp_path / "run", here))
     assert here.asked[0] == "read_ground_truth"  # a run that lacks labels ends at once
     assert [name for name in here.asked if name in (*ROWS, "supervised-set")] == ["supervised-set", *ROWS]
     rows = json.loads((tmp_path / "run" / "report" / "metrics.json").read_text())["rows"]
@@ -349,7 +349,7 @@ def test_a_run_with_all_rows_to_compare_with_scores_them_and_says_which_saw_labe
     model = grappa_dist.load_model(tmp_path / "run")
     assert model.sets == ["random 1", "random 2"]
     again = tiny.Here()
-    pipeline._run(tiny.run_in(settings, tmp_path / "run", again))
+    pipeline.run_in(tiny.run_in(settings, tmp_path / "run", again))
     assert again.asked == []
 
 

@@ -36,7 +36,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Config]:
     data = {"train": shards, "test": test, "streams": 4, "max_bad_share": 0.05}
     settings = tiny.config(shards, data=data, adapt={"epochs": 1}, fuse={"variants": ("average",)})
     root = tmp_path_factory.mktemp("run")
-    pipeline._run(tiny.run_in(settings, root, tiny.Here()))
+    pipeline.run_in(tiny.run_in(settings, root, tiny.Here()))
     return root, settings
 
 
@@ -147,7 +147,7 @@ def test_what_was_damaged_is_set_aside_and_made_anew_with_the_same_bytes_and_a_l
             paths.append(path)
             do(path)
     here = tiny.Here()
-    pipeline._run(tiny.run_in(settings, root, here))
+    pipeline.run_in(tiny.run_in(settings, root, here))
     assert {"embed_shard", "compute_statistics", "read_ground_truth", "evaluate_model"} == set(here.asked)
     assert contents(root) == contents(finished[0])
     asides = {path.parent.relative_to(root) for path in root.glob("**/*.damaged/manifest.json")}
@@ -160,7 +160,7 @@ def test_what_was_damaged_is_set_aside_and_made_anew_with_the_same_bytes_and_a_l
         assert name in told[told.index("damaged and made anew: ") :]
         assert f"Damaged and made anew: {name}: {path.name}" in page
     again = tiny.Here()
-    pipeline._run(tiny.run_in(settings, root, again))
+    pipeline.run_in(tiny.run_in(settings, root, again))
     assert again.asked == []
     assert "damaged" not in capsys.readouterr().err
     assert (root / "report" / "report.html").read_text() == page
@@ -179,7 +179,7 @@ def test_damage_that_is_met_on_the_way_is_mended_and_the_run_goes_on(
     renewed = list[int]()
     here = tiny.Here()
     monkeypatch.setattr(tiny.Here, "renew_workers", lambda self: renewed.append(1))
-    pipeline._run(tiny.run_in(settings, root, here))
+    pipeline.run_in(tiny.run_in(settings, root, here))
     assert [damage.file for damage in read_damages(root)] == ["rows.npy"]
     assert renewed == [1]
     assert "embed_shard" in here.asked
@@ -227,11 +227,11 @@ def test_what_is_not_seen_is_looked_for_once_more(
 ) -> None:
     root, settings = damaged_run
     shutil.rmtree(one(root, "partitions-*"))
-    pipeline._run(tiny.run_in(settings, root, Failing([NotSeen("x/manifest.json is not seen here")])))
+    pipeline.run_in(tiny.run_in(settings, root, Failing([NotSeen("x/manifest.json is not seen here")])))
     assert "warning: x/manifest.json is not seen here. This run looks again" in capsys.readouterr().err
     shutil.rmtree(one(root, "partitions-*"))
     with pytest.raises(NotSeen, match="y"):
-        pipeline._run(tiny.run_in(settings, root, Failing([NotSeen("y"), NotSeen("y")])))
+        pipeline.run_in(tiny.run_in(settings, root, Failing([NotSeen("y"), NotSeen("y")])))
 
 
 def test_manifests_without_checksums_are_read_and_told_once(
@@ -245,13 +245,13 @@ def test_manifests_without_checksums_are_read_and_told_once(
         content["files"] = {name: listed["bytes"] for name, listed in content["files"].items()}
         (artifact.path / MANIFEST).write_text(json.dumps(content))
     here = tiny.Here()
-    pipeline._run(tiny.run_in(settings, root, here))
+    pipeline.run_in(tiny.run_in(settings, root, here))
     assert here.asked == []
     told = capsys.readouterr().err
     assert told.count(f"{len(made)} artefacts made before there were checksums: sizes alone are checked") == 1
     zero_a_quarter(one(root, "features/average/part0*/rows.npy"))  # which no size tells, but what reads it
     shutil.rmtree(one(root, "scores/average-*"))
-    pipeline._run(tiny.run_in(settings, root, here))
+    pipeline.run_in(tiny.run_in(settings, root, here))
     assert "rows.npy has a row 0 of norm 0, features must be unit rows" in capsys.readouterr().err
     assert here.asked == ["evaluate_model", "embed_shard", "evaluate_model"]
 

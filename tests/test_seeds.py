@@ -27,7 +27,7 @@ def several(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, FinishedS
     def run_here(config: Config, folder: Path, until: str | None = None) -> pipeline.Finished | None:
         folder.mkdir(parents=True, exist_ok=True)
         here = tiny.Here(num_workers=1, asked=asked.setdefault(folder.name, []))
-        return pipeline._run(tiny.run_in(config, folder, here), until)
+        return pipeline.run_in(tiny.run_in(config, folder, here), until)
 
     train = tiny.write_shards(root / "train", sizes=(12, 9), bad=())
     test = tiny.write_shards(root / "test", sizes=(15, 6), bad=(), label=lambda row: str(row % tiny.GROUPS), seed=1)

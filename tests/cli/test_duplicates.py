@@ -90,7 +90,7 @@ def settings_of(shards: list[str], *lists: Path, **data: Any) -> Config:
 
 def finish(settings: Config, root: Path, workers: int = 2) -> None:
     """A run to its end, with its settings in its directory."""
-    pipeline._run(tiny.run_in(settings, root, tiny.Here(num_workers=workers)))
+    pipeline.run_in(tiny.run_in(settings, root, tiny.Here(num_workers=workers)))
     (root / CONFIG_FILE).write_text(settings.yaml())
 
 

@@ -45,7 +45,7 @@ def test_the_benchmark_in_small_fills_every_row_of_the_tables_from_the_original_
         words = ("--benchmark", "mrt", "--part", part, "--root", "sets", "--out", f"shards/{part}", "--workers", "1")
         assert make_shards(words) == 0
     settings, root = load(ROOT / "configs" / "mrt_tables.yaml", SMALL), tmp_path / "runs" / "mrt"
-    pipeline._run(tiny.run_in(settings, root, tiny.Here(num_workers=1)))
+    pipeline.run_in(tiny.run_in(settings, root, tiny.Here(num_workers=1)))
     (root / CONFIG_FILE).write_text(settings.yaml())
     shown = called(command, "runs/mrt", "--out", "tables.csv")
     assert (shown.status, shown.err) == (0, "")

@@ -18,7 +18,7 @@ from tests.stores import Answer, folder_backend, proxy_to
 def embedded(train: list[str], root: Path) -> dict[str, bytes]:
     """Features and bad rows of a run that ends after `embed`, by file."""
     settings = tiny.config(train, resources={"cache_dir": str(root / "cache"), "requests_in_flight": 4})
-    pipeline._run(tiny.run_in(settings, root, tiny.Here()), "embed")
+    pipeline.run_in(tiny.run_in(settings, root, tiny.Here()), "embed")
     kept = [*root.glob("features/*/*/rows.npy"), *root.glob("features/*/*/bad.json")]
     return {path.relative_to(root).as_posix(): path.read_bytes() for path in kept}
 

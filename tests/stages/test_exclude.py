@@ -78,9 +78,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """A run that excludes nothing, then one that does, in the same directory."""
     folder = tmp_path_factory.mktemp("exclude")
     shards, here = write_shards(folder / "images"), tiny.Here()
-    pipeline._run(tiny.run_in(settings_of(shards, ()), folder / "run", tiny.Here()), "embed")
+    pipeline.run_in(tiny.run_in(settings_of(shards, ()), folder / "run", tiny.Here()), "embed")
     settings = settings_of(shards, write_lists(folder))
-    pipeline._run(tiny.run_in(settings, folder / "run", here))
+    pipeline.run_in(tiny.run_in(settings, folder / "run", here))
     return settings, folder / "run", here
 
 
@@ -114,7 +114,7 @@ def test_the_run_its_events_and_the_report_say_what_was_excluded_and_which_names
     assert "4 of 40 test images excluded (4 near-duplicate)" in page
     assert "4 near-duplicates took no part; the first image of each group did" in page
     here = tiny.Here()
-    pipeline._run(tiny.run_in(settings, root, here))  # nothing is left to do, and names are still told
+    pipeline.run_in(tiny.run_in(settings, root, here))  # nothing is left to do, and names are still told
     told = capsys.readouterr().err
     assert "warning: data.exclude: 1 of 8 names in" in told
     assert "the first is 'photos/none.png', names are as in 'photos/0.png'" in told
@@ -130,7 +130,7 @@ def test_a_list_that_says_nothing_of_the_images_leaves_none_out(
     path = tmp_path / "none.csv"
     path.write_text(f"name,drop,side\n{lines}")
     none = settings_of(list(settings.data.train), (str(path),), test=())
-    pipeline._run(tiny.run_in(none, tmp_path / "run", tiny.Here()), "embed")
+    pipeline.run_in(tiny.run_in(none, tmp_path / "run", tiny.Here()), "embed")
     assert f"data.exclude: {path}: says nothing of these images" in capsys.readouterr().err
     assert flow_of(none, tmp_path / "run").excluded == Exclusion()
 
@@ -159,12 +159,12 @@ def test_excluded_images_do_not_count_as_bad_and_a_list_of_no_image_ends_the_run
     (tmp_path / "bad.csv").write_text(f"file,reason\nphotos/{tiny.BAD}.png,no image\n")
     none = settings_of(shards, (), max_bad_share=0.0)
     with pytest.raises(ValueError, match="1 of 40 images are bad"):
-        pipeline._run(tiny.run_in(none, tmp_path / "run", tiny.Here()), "embed")
+        pipeline.run_in(tiny.run_in(none, tmp_path / "run", tiny.Here()), "embed")
     listed = settings_of(shards, (str(tmp_path / "bad.csv"),), max_bad_share=0.0)
-    pipeline._run(tiny.run_in(listed, tmp_path / "run", tiny.Here()), "embed")
+    pipeline.run_in(tiny.run_in(listed, tmp_path / "run", tiny.Here()), "embed")
     (tmp_path / "bad.csv").write_text("file\nelsewhere.png\n")
     with pytest.raises(ValueError, match=r"no image is called so; the first is 'elsewhere\.png', names are as in"):
-        pipeline._run(tiny.run_in(listed, tmp_path / "run", tiny.Here()), "embed")
+        pipeline.run_in(tiny.run_in(listed, tmp_path / "run", tiny.Here()), "embed")
 
 
 def test_a_line_of_one_side_may_be_added_when_the_other_side_was_excluded_before(
@@ -173,10 +173,10 @@ def test_a_line_of_one_side_may_be_added_when_the_other_side_was_excluded_before
     shards, path, here = write_shards(tmp_path / "images"), tmp_path / "list.csv", tiny.Here()
     path.write_text("name,side\nphotos/1.png,train\nphotos/2.png,test\n")
     settings = settings_of(shards, (str(path),))
-    pipeline._run(tiny.run_in(settings, tmp_path / "run", tiny.Here()), "embed")
+    pipeline.run_in(tiny.run_in(settings, tmp_path / "run", tiny.Here()), "embed")
     path.write_text("name,side\nphotos/none.png,test\nphotos/1.png,train\nphotos/2.png,test\nphotos/3.png,test\n")
     capsys.readouterr()
-    pipeline._run(tiny.run_in(settings, tmp_path / "run", here), "embed")
+    pipeline.run_in(tiny.run_in(settings, tmp_path / "run", here), "embed")
     assert here.asked.count("find_excluded") == 1  # of the test images alone
     told = capsys.readouterr().err
     assert "1 of 4 names in" in told
@@ -186,7 +186,7 @@ def test_a_line_of_one_side_may_be_added_when_the_other_side_was_excluded_before
     path.write_text("name\nphotos/4.png\n")  # after the artefacts were named
     monkeypatch.setattr(pipeline, "lay_out", lambda *_, **__: flow)
     with pytest.raises(ValueError, match=r"list\.csv changed while the run began; start it again"):
-        pipeline._run(tiny.run_in(settings, tmp_path / "run", tiny.Here()), "embed")
+        pipeline.run_in(tiny.run_in(settings, tmp_path / "run", tiny.Here()), "embed")
 
 
 def test_near_duplicates_take_turns_in_the_place_of_the_image_that_stands_for_them(made: Made) -> None:

@@ -134,11 +134,11 @@ def test_a_run_with_the_variant_scores_it_and_shows_its_weights(
         update={"data": tiny.config(shards).data.model_copy(update={"test": tuple(shards)})}
     )
     with pytest.raises(tiny.Killed):
-        pipeline._run(killed_before_the_log_has_it(tiny.run_in(settings, tmp_path / "run", tiny.Here())))
+        pipeline.run_in(killed_before_the_log_has_it(tiny.run_in(settings, tmp_path / "run", tiny.Here())))
     assert list((tmp_path / "run").glob("galleries-*/manifest.json"))
     assert not (tmp_path / "run" / "scores").exists()
     for _ in range(2):  # the second time logs nothing again
-        finished = pipeline._run(tiny.run_in(settings, tmp_path / "run", tiny.Here()))
+        finished = pipeline.run_in(tiny.run_in(settings, tmp_path / "run", tiny.Here()))
         assert finished is not None
     events = list(read_events(tmp_path / "run" / EVENTS_FILE))
     logged = [(number, e["task"]) for number, e in enumerate(events) if e["name"] == "gallery"]

@@ -161,7 +161,7 @@ def test_a_run_that_lost_its_directory_goes_on_from_the_store_and_does_nothing_a
 ) -> None:
     bucket.allow_writing()
     settings, here = settings_on(bucket, tmp_path), tiny.Here()
-    pipeline._run(tiny.run_in(settings, tmp_path / "run", here))
+    pipeline.run_in(tiny.run_in(settings, tmp_path / "run", here))
     assert "k=6" in here.asked
     report = (tmp_path / "run" / "report" / "report.html").read_bytes()
     latest = json.loads(bucket.client.get_object(Bucket=bucket.name, Key="runs/tiny/latest.json")["Body"].read())
@@ -170,7 +170,7 @@ def test_a_run_that_lost_its_directory_goes_on_from_the_store_and_does_nothing_a
 
     shutil.rmtree(tmp_path / "run")
     again = tiny.Here()
-    pipeline._run(tiny.run_in(settings, tmp_path / "elsewhere", again))
+    pipeline.run_in(tiny.run_in(settings, tmp_path / "elsewhere", again))
     assert again.asked == []
     assert (tmp_path / "elsewhere" / "report" / "report.html").read_bytes() == report
     train, _ = open_images(settings.data, Store(tmp_path / "elsewhere"))
@@ -180,7 +180,7 @@ def test_a_run_that_lost_its_directory_goes_on_from_the_store_and_does_nothing_a
 
 def test_a_run_that_was_to_end_early_names_no_report(bucket: Bucket, tmp_path: Path) -> None:
     bucket.allow_writing()
-    pipeline._run(tiny.run_in(settings_on(bucket, tmp_path), tmp_path / "run", tiny.Here()), "embed")
+    pipeline.run_in(tiny.run_in(settings_on(bucket, tmp_path), tmp_path / "run", tiny.Here()), "embed")
     assert any(name.endswith("rows.npy") for name in bucket.names())
     assert "runs/tiny/latest.json" not in bucket.names()
 
@@ -193,11 +193,11 @@ def test_a_store_that_cannot_be_written_to_fails_the_run_at_its_end_and_loses_no
     settings = settings_on(bucket, tmp_path)
     bucket.proxy.refuse = lambda method, path: None if method in ("GET", "HEAD") else 403
     with pytest.raises(ValueError, match=r"mirror=s3://.*written.*PermissionError"):
-        pipeline._run(tiny.run_in(settings, tmp_path / "run", tiny.Here()))
+        pipeline.run_in(tiny.run_in(settings, tmp_path / "run", tiny.Here()))
     assert "warning: mirror=s3://" in capsys.readouterr().err
     assert (tmp_path / "run" / "report" / "report.html").is_file()
     bucket.proxy.refuse = lambda method, path: None
     again = tiny.Here()
-    pipeline._run(tiny.run_in(settings, tmp_path / "run", again))
+    pipeline.run_in(tiny.run_in(settings, tmp_path / "run", again))
     assert again.asked == []
     assert "runs/tiny/latest.json" in bucket.names()

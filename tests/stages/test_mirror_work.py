@@ -244,11 +244,11 @@ def test_a_run_that_lost_its_directory_goes_on_in_the_middle_of_a_job(bucket: Bu
     settings = settings_on(bucket, tmp_path)
     settings = settings.model_copy(update={"adapt": settings.adapt.model_copy(update={"epochs": 5})})
     with pytest.raises(Stopped):
-        pipeline._run(tiny.run_in(settings, tmp_path / "run", StopsInAdapt()), "adapt")
+        pipeline.run_in(tiny.run_in(settings, tmp_path / "run", StopsInAdapt()), "adapt")
     shutil.rmtree(tmp_path / "run")
-    pipeline._run(tiny.run_in(settings, tmp_path / "elsewhere", tiny.Here()), "adapt")
+    pipeline.run_in(tiny.run_in(settings, tmp_path / "elsewhere", tiny.Here()), "adapt")
     alone = settings.model_copy(update={"mirror": None})
-    pipeline._run(tiny.run_in(alone, tmp_path / "alone", tiny.Here()), "adapt")
+    pipeline.run_in(tiny.run_in(alone, tmp_path / "alone", tiny.Here()), "adapt")
     for straight in sorted((tmp_path / "alone" / "adaptors").glob("k=*")):
         resumed = tmp_path / "elsewhere" / "adaptors" / straight.name
         assert (resumed / ADAPTORS_FILE).read_bytes() == (straight / ADAPTORS_FILE).read_bytes()
