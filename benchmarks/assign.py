@@ -32,6 +32,7 @@ from benchmarks.harness import (
 )
 from grappa_dist.distributed.collectives import Comm
 from grappa_dist.distributed.sharded_rows import ShardedRows, join_rows
+from grappa_dist.progress import lost_trials
 from grappa_dist.search.candidates import Centroids, Float32Generator
 from grappa_dist.search.rerank import assign
 
@@ -124,6 +125,7 @@ def as_json(header: dict[str, str], settings: AssignSettings, found: AssignFindi
         "baseline_over_ours": found.ratio,
         "same_labels_share": found.same,
         "seconds": {name: timing.runs for name, timing in found.timings.items()},
+        "notes": lost_trials(),
     }
 
 
@@ -136,7 +138,7 @@ def as_text(header: dict[str, str], settings: AssignSettings, found: AssignFindi
         f"ours: {found.generator}, {found.of_limit:.0%} of the limit of {found.dtype} here "
         f"({found.limit / 1e12:.2f} TFLOP/s in one product); labels exact, the baseline has {found.same:.4%} of them"
     )
-    return aligned_header({**header, "rows": shape}) + "\n\n" + aligned(lines) + "\n" + ours
+    return "\n".join([aligned_header({**header, "rows": shape}), "", aligned(lines), ours, *lost_trials()])
 
 
 SHORT = "against torch's matmul + argmin"

@@ -5,7 +5,6 @@ Comparisons with webdataset and faiss are in benchmarks/, which is not installed
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,6 +20,7 @@ from grappa_dist.distributed.collectives import Comm
 from grappa_dist.distributed.placement import may_have_gpus
 from grappa_dist.distributed.sharded_rows import Rows, join_rows
 from grappa_dist.models.spec import build_backbone
+from grappa_dist.progress import lost_trials
 from grappa_dist.rates import SAMPLES, Rates, machine_name, measure, workers_here
 from grappa_dist.retrieval.images import open_images
 from grappa_dist.search.candidates import Centroids
@@ -48,6 +48,7 @@ class Speeds:
     backbone: str
     speeds: tuple[Speed, ...]
     measured_s: float
+    notes: tuple[str, ...] = ()  # faster ways whose trial failed here, with the reason
 
     def text(self) -> str:
         width = max(len(speed.what) for speed in self.speeds)
@@ -56,7 +57,7 @@ class Speeds:
             f"backbone  {self.backbone}",
         ]
         lines += [f"{speed.what:<{width}}  {_rounded(speed.per_s):>9} {speed.unit}/s" for speed in self.speeds]
-        return "\n".join([*lines, f"measured in {self.measured_s:.0f} s"])
+        return "\n".join([*lines, *self.notes, f"measured in {self.measured_s:.0f} s"])
 
 
 def _rounded(value: float) -> str:
@@ -89,7 +90,8 @@ def bench(backbone: str, images: Sequence[str] = (), overrides: Iterable[str] = 
     speeds = [*_speeds(rates, workers, of, sets), *_clustering(built.embed_dim, config.resources)]
     side = built.preprocess.image_size
     described = f"{backbone}, {built.embed_dim} channels, {side} x {side} pixels"
-    return Speeds(machine_name(config.resources), workers, described, tuple(speeds), time.monotonic() - began)
+    took = time.monotonic() - began
+    return Speeds(machine_name(config.resources), workers, described, tuple(speeds), took, tuple(lost_trials()))
 
 
 def _some_files(images: Sequence[str]) -> list[bytes]:
@@ -113,9 +115,7 @@ def _speeds(rates: Rates, workers: int, of: str, sets: int) -> Iterator[Speed]:
 
 
 def _clustering(dim: int, where: Resources) -> Iterator[Speed]:
-    """One assignment of k-means, by all cores of this process; nothing where faiss is not installed."""
-    if importlib.util.find_spec("faiss") is None:
-        return
+    """One assignment of k-means, by a GPU or all cores of this process."""
     device = torch.device("cuda" if may_have_gpus(where) and torch.cuda.is_available() else "cpu")
     drawn = torch.randn(ROWS, dim, generator=torch.Generator().manual_seed(0))
     x = to_grid(F.normalize(drawn, dim=1))

@@ -11,6 +11,7 @@ import re
 import resource
 import shutil
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -179,6 +180,7 @@ def _gpus() -> Iterator[Finding]:
             name = torch.cuda.get_device_name(index)
             yield Finding("GPU", "ok", f"{index}: {name}, {format_bytes(free)} of {format_bytes(total)} free")
         yield Finding("NCCL", "ok", ".".join(map(str, torch.cuda.nccl.version())))
+        yield _compiler()
         return
     if driver := _driver():
         built = "was built without CUDA: install a build with it" if torch.version.cuda is None else "cannot use it"
@@ -186,6 +188,18 @@ def _gpus() -> Iterator[Finding]:
     else:
         yield Finding("GPU", "ok", "none", "runs use the CPU; `grappa-dist plan` says how long they take")
     yield Finding("NCCL", "ok", "not needed without GPUs", "workers exchange tensors by gloo")
+
+
+def _compiler() -> Finding:
+    """What Triton builds the start of its kernels with, on a machine with GPUs."""
+    asked = os.environ.get("CC", "")
+    found = next((path for name in ([asked] if asked else ["gcc", "clang"]) if (path := shutil.which(name))), None)
+    headers = Path(sysconfig.get_paths()["include"], "Python.h")
+    if found and headers.is_file():
+        return Finding("C compiler", "ok", found)
+    absent = f"no {headers}" if found else f"none: CC is {asked}" if asked else "none: neither gcc nor clang"
+    means = "the fused kernel of k-means and torch.compile need one, with Python's headers, and are off"
+    return Finding("C compiler", "warning", absent, means)
 
 
 def _ray(*, start_ray: bool) -> Iterator[Finding]:

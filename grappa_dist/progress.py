@@ -8,6 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+_REASON = 300  # characters of an error that are repeated
+_lost: list[str] = []  # lines about trials of this process
+
 Status = Mapping[str, Any]  # of a job: phase, done, of, unit, loss, images_per_s, data_wait_share, left_s
 
 
@@ -181,3 +184,15 @@ class RunTime:
             return 1.0
         as_expected = PRIOR * sum(sum(parts) for name, parts in self.expected.items() if name != START)
         return (as_expected + sum(took for _, took in pairs)) / (as_expected + sum(expected for expected, _ in pairs))
+
+
+def trial_lost(way: str, why: BaseException | str) -> None:
+    """Notes that a faster way is not taken because its trial failed. A job that runs says so, with the reason."""
+    text = why if isinstance(why, str) else f"{type(why).__name__}: {' '.join(str(why).split())}"
+    if (line := f"{way} is not used: {text[:_REASON]}") not in _lost:
+        _lost.append(line)
+
+
+def lost_trials() -> list[str]:
+    """A line for each way that this process does without since its trial failed, in the order in which it tried."""
+    return list(_lost)

@@ -92,3 +92,24 @@ def test_what_ends_a_look_is_a_finding_and_the_other_looks_go_on(
     assert "Descriptors cannot be created" in found["Ray"].found
     assert (found["memory"].state, found["memory"].found) == ("warning", "no memory here")
     assert {"open files", "cores"} <= found.keys()
+
+
+def test_a_machine_without_a_c_compiler_or_headers_is_told_what_it_does_without(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    compiler = tmp_path / "bin" / "gcc"
+    compiler.parent.mkdir()
+    compiler.touch(mode=0o755)
+    (tmp_path / "Python.h").touch()
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(doctor.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    monkeypatch.setenv("PATH", str(compiler.parent))
+    assert doctor._compiler() == Finding("C compiler", "ok", str(compiler))
+    monkeypatch.setenv("CC", "icc")
+    assert (doctor._compiler().state, doctor._compiler().found) == ("warning", "none: CC is icc")
+    monkeypatch.delenv("CC")
+    (tmp_path / "Python.h").unlink()
+    assert doctor._compiler().found == f"no {tmp_path / 'Python.h'}"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert doctor._compiler().found == "none: neither gcc nor clang"
+    assert "the fused kernel of k-means and torch.compile need one" in doctor._compiler().means

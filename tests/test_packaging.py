@@ -120,6 +120,14 @@ def test_every_optional_module_is_brought_by_the_extra_that_its_message_names() 
         assert distributions.get(module, canonicalize_name(module)) in brought, module
 
 
+@pytest.mark.parametrize(
+    ("machine", "faiss"), [("x86_64", "faiss-gpu"), ("aarch64", "faiss-cpu"), ("arm64", "faiss-cpu")]
+)
+def test_the_extra_for_gpus_brings_one_faiss_that_has_wheels_for_the_processor(machine: str, faiss: str) -> None:
+    asked = [r for r in _requirements("gpu") if r.marker is None or r.marker.evaluate({"platform_machine": machine})]
+    assert [r.name for r in asked if r.name.startswith("faiss")] == [faiss]
+
+
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that has what the wheel installs, without its dependencies."""

@@ -76,3 +76,19 @@ def test_slow_passes_are_run_once_or_twice_and_fast_ones_on_several_images(monke
     asked.clear()
     assert bench.seconds(asked.append, 8, part_s=10.0) == 1.0 / 5
     assert asked == [1, 5, 5]
+
+
+def test_no_speed_is_measured_on_zeros_or_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.Tensor] = []
+    monkeypatch.setattr(rates, "_side", lambda model: 4)
+    monkeypatch.setattr(rates._Bench, "seconds", lambda self, work, most, part_s=1.0: work(2) or 1.0)
+
+    class Model(torch.nn.Linear):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            seen.append(images)
+            return super().forward(images.flatten(1))
+
+    bench = rates._Bench(torch.device("cpu"), at_once=1)
+    bench.forward(Model(48, 2))  # type: ignore[arg-type]
+    bench.step(Model(48, 2))  # type: ignore[arg-type]
+    assert [len(images.unique()) for images in seen] == [96, 96]

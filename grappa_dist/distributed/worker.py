@@ -22,6 +22,7 @@ import torch
 from grappa_dist.distributed.collectives import Comm, process_group, wire_device
 from grappa_dist.distributed.preflight import Checks, Facts, node_name, survey
 from grappa_dist.files import hide_damaged
+from grappa_dist.progress import lost_trials
 from grappa_dist.storage import raise_open_files
 
 LOOK_S = 3.0  # between two checks that the head can be reached, and the timeout of one
@@ -77,6 +78,7 @@ class Worker:
         self._threads, self._gpus = threads, gpus
         self._status: dict[str, Any] = {}
         self._notes: list[str] = []  # of the running function
+        self._lost_before = 0  # trials lost by earlier functions
         self._stop = threading.Event()
         threading.Thread(target=_end_when_cut_off, args=(_head_address(),), daemon=True).start()
 
@@ -127,7 +129,8 @@ class Worker:
 
     def status(self) -> dict[str, Any]:
         """What the running function reported last, and its notes."""
-        return self._status | ({"notes": list(self._notes)} if self._notes else {})
+        notes = [*self._notes, *lost_trials()[self._lost_before :]]
+        return self._status | ({"notes": notes} if notes else {})
 
     def stop(self) -> None:
         self._stop.set()
@@ -140,7 +143,7 @@ class Worker:
         self._status = status
 
     def _prepare(self) -> None:
-        self._status, self._notes = {}, []
+        self._status, self._notes, self._lost_before = {}, [], len(lost_trials())
         torch.set_num_threads(self._threads)  # holds for the calling thread, so it is set at each call
         import faiss
 

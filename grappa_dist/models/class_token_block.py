@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grappa_dist.models.backbone import Backbone
+from grappa_dist.progress import trial_lost
 
 TOLERANCE = 1e-9  # of the largest feature, in double precision: far above rounding
 
@@ -93,6 +94,7 @@ def _differs(backbone: Backbone) -> str:
             shallow.blocks[len(others)] = ClassTokenBlock(shallow.blocks[len(others)])
             found = shallow(noise.to(device).double())
         except Exception as error:  # an unknown block may raise anything; then it stays whole
+            trial_lost("a last block for the class token alone", error)
             return f"a trial of {type(last).__name__} failed: {' '.join(str(error).split())[:200]}"
         if found.is_meta or bool((found - right).abs().max() <= TOLERANCE * right.abs().max()):
             return ""

@@ -41,6 +41,8 @@ _MOST_PAIRED = 512  # centroids for which a table of all pairs is made
 _ROW_STEP, _COLUMN_STEP = 128, 32
 _LEAST_SCALE = 2.0**-5  # scores up to this size are rounded like this one
 _EXTRA = 4  # columns after the dimensions: two bfloat16 numbers for each of two offsets
+_KERNEL_COLUMNS = 64  # of a tile of the kernel, which copies forms of another width
+_PLACES_ROUNDOFF = 2.0**-15 * (1 + 2.0**-6)  # twice triton_topk's ROUNDING, and a little for the offset's own rounding
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,10 @@ class Bf16Generator:
 class TritonGenerator(Bf16Generator):
     """The same on a GPU: one kernel makes the products and keeps the largest (search/triton_topk.py).
 
+    It adds the offset of a centroid, -|c|^2 / 2, in float32, so that forms have no more columns than the dimensions, up
+    to whole tiles. Scores stay in float32 and their places take 2^-15 of them, as bfloat16 takes 2^-8 elsewhere; the
+    base makes nothing sharper and is that of the row alone, |x|^2.
+
     Its matrix units add several products at once and truncate the sum where a processor rounds each to the nearest: an
     error of about twice the size, by what Fasi, Higham, Mikaitis and Pranesh (2021) measured on three of them. Eight
     times is allowed for, which is still small compared with what rounding to bfloat16 takes.
@@ -119,15 +125,29 @@ class TritonGenerator(Bf16Generator):
     num_candidates: int = 3
     sums: float = 8.0
 
-    def nearest(self, rows: PreparedRows, centroids: Centroids, t: int) -> Candidates:
-        from grappa_dist.search.triton_topk import top_products
+    def centroids(self, values: Tensor, squares: Tensor) -> Centroids:
+        return Centroids(values, squares, norm_of(squares), self, _whole_tiles([values]), self.residual_norm(values))
 
-        scores, labels = top_products(rows.form[: len(rows.base)], centroids.form)
+    def rows(self, pieces: Sequence[Tensor], squares: Tensor, base: Tensor, *, within_base: bool) -> PreparedRows:
+        return PreparedRows(_whole_tiles(pieces), (squares / GRID**2).float(), norm_of(squares), within_base)
+
+    def nearest(self, rows: PreparedRows, centroids: Centroids, t: int) -> Candidates:
+        from grappa_dist.search.triton_topk import top_scores
+
+        scores, labels = top_scores(rows.form, centroids.form, centroids.squares / (-2 * GRID**2))
         distances = rows.base[:, None] - 2 * scores[:, :t]
-        error = self._error(rows, centroids)
-        largest = float(rows.base.max()) + 2 * float(scores[:, 0].abs().max()) + error
-        rounding = 2.0**-22 * largest  # of the difference
-        return Candidates(distances, labels[:, :t], 2 * error + rounding)
+        rounding = 2.0**-22 * (rows.norm**2 + 2 * self._largest(rows, centroids))  # of the base and of the difference
+        return Candidates(distances, labels[:, :t], 2 * self._error(rows, centroids) + rounding)
+
+    def _sum_error(self, rows: PreparedRows, centroids: Centroids) -> float:
+        """The part of the error that comes from adding up, from offsets, and from places written into scores."""
+        largest = self._largest(rows, centroids)
+        return _PLACES_ROUNDOFF * largest + self.sums * float_error(rows.form.shape[1], largest)
+
+    def _largest(self, rows: PreparedRows, centroids: Centroids) -> float:
+        """At least the size of any score."""
+        x, c = rows.norm + self.residual, centroids.norm + centroids.residual
+        return x * c + c**2 / 2
 
 
 @dataclass(frozen=True)
@@ -181,6 +201,16 @@ def _form(pieces: Sequence[Tensor], offset: Tensor, place: int, step: int = 1) -
     first = offset.bfloat16()
     column = dim + 2 * place
     form[:num, column], form[:num, column + 1] = first, offset - first.double()
+    return form
+
+
+def _whole_tiles(pieces: Sequence[Tensor]) -> Tensor:
+    """The values (p, D), which come in pieces, in bfloat16 with columns of zeros up to whole tiles of the kernel."""
+    num, dim = sum(map(len, pieces)), pieces[0].shape[1]
+    form = torch.empty(num, dim + -dim % _KERNEL_COLUMNS, dtype=torch.bfloat16, device=pieces[0].device)
+    form[:, dim:] = 0
+    for values, place_of in zip(pieces, form[:, :dim].split([len(p) for p in pieces]), strict=True):
+        place_of.copy_(values)
     return form
 
 

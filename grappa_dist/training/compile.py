@@ -14,6 +14,7 @@ from torch import Tensor
 from grappa_dist.console import format_number
 from grappa_dist.models import PackedGrappa
 from grappa_dist.models.backbone import forward_precision
+from grappa_dist.progress import trial_lost
 from grappa_dist.search.backends import least_seconds
 
 GAIN, ROUNDS = 1.05, 5  # the least speed-up, by the fastest of as many passes
@@ -81,6 +82,7 @@ def compile_if_faster(
         times = f"{images} images take {1e3 * compiled_s:.1f} ms compiled, {1e3 * plain_s:.1f} ms plain"
     except Exception as error:  # whatever a compiler may raise
         why, times = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}", ""
+        trial_lost("torch.compile", error)
     if why:
         for layer in model.layers:
             layer.compiled = None

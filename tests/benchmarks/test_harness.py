@@ -4,8 +4,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from benchmarks.harness import Timing, drawn_rows, over_ranks, read_rows, rows_to_measure, squared_error, turns
+from benchmarks.harness import (
+    Timing,
+    drawn_rows,
+    over_ranks,
+    random_square,
+    read_rows,
+    rows_to_measure,
+    squared_error,
+    turns,
+)
 
 DIM = 48
 
@@ -71,3 +81,11 @@ def test_unfit_files_are_refused_by_name(tmp_path: Path, rows: np.ndarray | None
 
 def test_rounds_alternate_so_that_drift_cancels() -> None:
     assert list(turns(["a", "b", "c"], 3)) == [["a", "b", "c"], ["c", "b", "a"], ["a", "b", "c"]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_limit_of_a_machine_is_that_of_random_numbers(dtype: torch.dtype) -> None:
+    drawn = random_square(64, torch.device("cpu"), dtype)
+    assert drawn.dtype == dtype
+    assert len(drawn.unique()) > 500
+    assert 0.9 < float(drawn.double().std()) < 1.1

@@ -240,6 +240,14 @@ def test_a_dockerfile_that_breaks_a_rule_gets_a_complaint_that_names_it(before: 
     assert any(re.search(message, complaint) for complaint in complaints(text.replace(before, after)))
 
 
+def test_the_image_has_what_triton_builds_its_launchers_with_and_tries_it() -> None:
+    commands = [rest for name, rest in instructions((FOLDER / "Dockerfile").read_text()) if name == "RUN"]
+    (packages,) = [rest.split("apt-get install")[1].split("&&")[0] for rest in commands if "apt-get install" in rest]
+    assert {"gcc", "libc6-dev"} <= {package.split("=")[0] for package in packages.split()}
+    assert any("#include <Python.h>" in rest and "| gcc -fsyntax-only" in rest for rest in commands)
+    assert not any("purge" in rest or "autoremove" in rest for rest in commands)
+
+
 def test_all_that_the_dockerfile_copies_is_there_and_sent() -> None:
     sent = {line[1:] for line in (FOLDER / "Dockerfile.dockerignore").read_text().splitlines() if line[:1] == "!"}
     copied = {

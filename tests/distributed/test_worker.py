@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from grappa_dist import progress
 from grappa_dist.distributed import worker
 
 
@@ -60,3 +61,20 @@ def test_one_connection_to_the_head_resets_the_count_of_failed_ones(monkeypatch:
     with pytest.raises(Ended):
         worker._end_when_cut_off(("10.0.0.1", 1))
     assert answers == []
+
+
+def test_a_job_says_which_faster_ways_it_lost_and_those_after_it_do_not_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "_lost", list[str]())
+    monkeypatch.setattr(worker, "_head_address", lambda: ("127.0.0.1", 0))
+    monkeypatch.setattr(worker, "_end_when_cut_off", lambda address: None)
+    one = worker.Worker(threads=1, gpus=0)
+
+    def lose(device: object, what: str) -> None:
+        progress.trial_lost(what, ValueError("no\n compiler"))
+
+    assert one.run(lose, "a kernel") is None
+    assert one.status() == {"notes": ["a kernel is not used: ValueError: no compiler"]}
+    one.run(lose, "a kernel")
+    assert one.status() == {}
+    one.run(lose, "another")
+    assert one.status() == {"notes": ["another is not used: ValueError: no compiler"]}
