@@ -19,6 +19,7 @@ from grappa_dist.gpu_check.inputs import largest_distance, unit_rows
 from grappa_dist.gpu_check.limits import fastest_s
 from grappa_dist.models import Adaptors, Attention, GrappaLayer, PackedGrappa, create_backbone
 from grappa_dist.models.backbone import forward_precision
+from grappa_dist.progress import lost_trials
 from grappa_dist.search.backends import triton_is_faster, within_error_bound
 from grappa_dist.search.bf16 import TritonGenerator
 from grappa_dist.training.compile import compile_if_faster
@@ -29,26 +30,28 @@ FP32_NEAR, BF16_NEAR = 2e-4, 4e-2  # shares of the largest value: sums over thou
 
 
 def kernel(machine: Machine) -> Found:
-    """The three largest products of each row against a plain product and topk; estimates within their error bound."""
+    """The three largest scores of each row against a plain product and topk; estimates within their error bound."""
     if importlib.util.find_spec("triton") is None:
         raise NotHere("triton is not installed: k-means searches in float32")
-    from grappa_dist.search.triton_topk import PLACES, top_products
+    from grappa_dist.search.triton_topk import top_scores
 
     shapes = machine.sized(
-        ((16384, 4096, 388), (1000, 777, 100), (1, 3, 64), (5000, 2, 388)), ((130, 140, 36), (1, 2, 36))
+        ((16384, 4096, 384), (1000, 777, 100), (1, 3, 64), (5000, 2, 384)), ((130, 140, 36), (1, 2, 36))
     )
-    wrong = [str(shape) for shape in shapes if not _as_topk(machine, top_products, shape, PLACES)]
+    wrong = [str(shape) for shape in shapes if not _as_topk(machine, shape)]
     x, c = (torch.from_numpy(unit_rows(n, machine.sized(384, 24), 64, seed)).to(machine.device)
             for n, seed in machine.sized(((2048, 1), (1024, 2)), ((64, 1), (40, 2))))  # fmt: skip
     bounded = within_error_bound(TritonGenerator(TritonGenerator.residual_norm(x)), x, c)
-    reasons = [f"not the products of topk for {', '.join(wrong)}"] * bool(wrong)
+    reasons = [f"not the scores of topk for {', '.join(wrong)}"] * bool(wrong)
     reasons += ["estimates exceed their error bound"] * (not bounded)
     if machine.tiny:
         return Found("in Triton's interpreter", wrong="; ".join(reasons))
     num, targets, width = shapes[0]
     a, b = _bf16(machine, num, width), _bf16(machine, targets, width)
-    flops = 2.0 * num * targets * width / fastest_s(lambda: top_products(a, b), machine.device)
+    offsets = _offsets(b)
+    flops = 2.0 * num * targets * width / fastest_s(lambda: top_scores(a, b, offsets), machine.device)
     chosen = "the trial takes it" if triton_is_faster(machine.device) else "the trial leaves it: no faster than float32"
+    chosen = "; ".join([chosen, *lost_trials()])
     reached = Figure(f"{num:,} x {targets:,} x {width}:", flops / TERA, "TFLOP/s", machine.share(flops, BF16), "bf16")
     return Found(chosen, (reached,), "; ".join(reasons))
 
@@ -57,14 +60,21 @@ def _bf16(machine: Machine, rows: int, width: int) -> Tensor:
     return torch.from_numpy(unit_rows(rows, width, 64, rows)).to(machine.device).bfloat16()
 
 
-def _as_topk(machine: Machine, top_products: Any, shape: tuple[int, int, int], places: int) -> bool:
-    """Whether values are those of topk, and each is the product of the column beside it, up to the rounding of sums."""
+def _offsets(y: Tensor) -> Tensor:
+    """-|y|^2 / 2, with which the largest score is the nearest target's, (K,) float32."""
+    return y.float().square().sum(1) / -2
+
+
+def _as_topk(machine: Machine, shape: tuple[int, int, int]) -> bool:
+    """Whether values are those of topk, and each is the score of the column beside it, up to rounding."""
+    from grappa_dist.search.triton_topk import PLACES, ROUNDING, top_scores
+
     x, y = _bf16(machine, shape[0], shape[2]), _bf16(machine, shape[1], shape[2])
-    values, columns = top_products(x, y)
-    dense = x.double() @ y.double().T
-    count = min(places, shape[1])
+    values, columns = top_scores(x, y, _offsets(y))
+    dense = x.double() @ y.double().T + _offsets(y).double()
+    count = min(PLACES, shape[1])
     expected = dense.topk(count, dim=1).values
-    near = 1e-5 * (1 + expected.abs())
+    near = 1e-5 + 2 * ROUNDING * expected.abs()
     free = values[:, count:].isneginf().all()
     own = dense.gather(1, columns[:, :count])
     differ = (columns[:, :count].sort(1).values.diff(dim=1) != 0).all()
