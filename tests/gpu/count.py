@@ -1,4 +1,8 @@
-"""What a step or a block asks of a GPU, by file and line: `python -m tests.gpu.count adapt --sets 8`. Needs no GPU."""
+"""What a piece of work asks of a GPU, by file and line: `python -m tests.gpu.count adapt --sets 8`. Needs no GPU.
+
+adapt, fuse: a step of training (16 images on all ranks). embed: a batch of 16 images of the model of such sets. kmeans:
+a pass over the rows and its update. knn: the exact graph of the rows.
+"""
 
 from __future__ import annotations
 
@@ -8,24 +12,35 @@ import json
 from tests.gpu.guard import why_not
 from tests.gpu.process import PretendGpu
 
+TRAINING, ROWS = ("adapt", "fuse", "embed"), ("kmeans", "knn")
+
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["adapt"])
-    parser.add_argument("--sets", type=int, default=8)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=[*TRAINING, *ROWS])
     parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--sets", type=int, default=8, help="of adapt, fuse and embed (default: 8)")
     parser.add_argument("--depth", type=int, default=12, help="blocks of the ViT-S (default: 12, all of them)")
-    parser.add_argument("--image-size", type=int, default=32, help="pixels (default: 32; FLOPs depend on it)")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=JSON", help="settings of adapt or fuse")
-    parser.add_argument("--logged", action="store_true", help="the step with most waits, not the one with fewest")
+    parser.add_argument("--image-size", type=int, default=32, help="pixels (default: 32; operations are the same)")
+    parser.add_argument("--rows", type=int, default=16_384, help="of kmeans and knn, one block (default: 16384)")
+    parser.add_argument("--clusters", type=int, default=4_096, help="of kmeans (default: 4096)")
+    parser.add_argument("--dim", type=int, default=384, help="of the rows (default: 384)")
+    parser.add_argument("--block-rows", type=int, help="rows of a block (default: 16384)")
+    parser.add_argument("--logged", action="store_true", help="a step with most waits, not one with fewest")
+    parser.add_argument("--more", nargs="*", default=[], metavar="KEY=JSON", help="settings of adapt or fuse")
     args = parser.parse_args()
     if reason := why_not():
         parser.error(reason)
-    settings = {key: json.loads(value) for key, _, value in (one.partition("=") for one in args.set)}
+    module, given = "workloads", {"sets": args.sets, "depth": args.depth, "image_size": args.image_size}
+    if args.what in ROWS:
+        module, given = "rows", {"num": args.rows, "dim": args.dim, "block_rows": args.block_rows or 16_384}
+        given |= {"clusters": args.clusters} if args.what == "kmeans" else {}
+    given |= {"batch_size": 16} if args.what == "embed" else {}
+    more = {key: json.loads(value) for key, _, value in (one.partition("=") for one in args.more)}
     with PretendGpu() as gpu:
-        shape = {"sets": args.sets, "depth": args.depth, "image_size": args.image_size}
-        found = gpu.run(f"tests.gpu.workloads:{args.what}_counts", args.ranks, **shape, **settings)
-    print(found[0]["logged_report" if args.logged else "quiet_report"])
+        found = gpu.run(f"tests.gpu.{module}:{args.what}_counts", args.ranks, **given, **more)
+    which = "logged_report" if args.logged else "quiet_report"
+    print(found[0].get("report") or found[0][which])
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -26,6 +26,24 @@ _DEEPSPEED = "/deepspeed/"
 Place = tuple[str, str]  # what, and where
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What a GPU can do at most: operations and bytes a second, and the host's time for a launch."""
+
+    name: str
+    products: Mapping[str, float]  # by type of the operands
+    bytes_per_s: float
+    launch_s: float
+
+    def seconds(self, dtype: str, flops: int, moved: int) -> float:
+        """The time of an operation that is bound by nothing else."""
+        return max(flops / self.products.get(dtype, self.products["float32"]), moved / self.bytes_per_s)
+
+
+# bf16: measured on random operands; float32 without TF32, float64 by tensor cores, and memory: the data sheet's
+LIMITS = Limits("an H200", {"bfloat16": 788e12, "float32": 67e12, "float64": 67e12}, 4.8e12, 5e-6)
+
+
 @dataclass
 class Counts:
     """Of one piece of work."""
@@ -39,8 +57,9 @@ class Counts:
     bytes_to_host: int = 0
     flops: int = 0  # of products and attention
     bytes_moved: int = 0  # operands read once, results written once
+    limit_s: float = 0.0  # the time of all operations, one after the other, by the limits of `Limits`
 
-    def numbers(self) -> dict[str, int]:
+    def numbers(self) -> dict[str, Any]:
         """The totals."""
         return {
             "operations": self.operations.total(),
@@ -52,6 +71,7 @@ class Counts:
             "bytes_to_host": self.bytes_to_host,
             "flops": self.flops,
             "bytes_moved": self.bytes_moved,
+            "limit_s": self.limit_s,
         }
 
     def report(self, most: int = 12) -> str:
@@ -60,7 +80,9 @@ class Counts:
         lines = [
             f"{n['operations']} operations, {n['waits']} waits, {n['copies']} copies "
             f"({n['bytes_to_device']:,} bytes to the device, {n['bytes_to_host']:,} to the host), "
-            f"{n['collectives']} collectives, {n['flops'] / 1e9:.3f} GFLOP, {n['bytes_moved'] / 1e6:.3f} MB moved"
+            f"{n['collectives']} collectives",
+            f"{n['flops'] / 1e9:.2f} GFLOP, {n['bytes_moved'] / 1e6:.2f} MB moved: {1e3 * n['limit_s']:.3f} ms by the "
+            f"limits of {LIMITS.name}; {1e3 * LIMITS.launch_s * n['operations']:.3f} ms to launch the operations",
         ]
         if n["background_waits"]:
             lines.append(f"{n['background_waits']} waits of other threads")
@@ -133,7 +155,7 @@ def add(kind: str, what: str) -> None:
                 getattr(meter.counts, name)[place] += 1
 
 
-def add_number(kind: str, number: int) -> None:
+def add_number(kind: str, number: float) -> None:
     with _lock:
         for meter in _meters:
             setattr(meter.counts, kind, getattr(meter.counts, kind) + number)

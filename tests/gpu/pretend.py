@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
 from tests.gpu import streams
-from tests.gpu.counting import add, add_number, in_background, is_counting, where
+from tests.gpu.counting import LIMITS, add, add_number, in_background, is_counting, where
 
 CUDA = torch.device("cuda", 0)
 MEMORY = 80 * 2**30
@@ -144,7 +144,9 @@ def _index(index: Any) -> Any:
     """Lists, which torch copies to the device."""
     if isinstance(index, tuple):
         return tuple(_index(one) for one in index)
-    return torch.tensor(index, device=CUDA) if isinstance(index, list) and index else index
+    if isinstance(index, list):
+        return torch.tensor(index, dtype=None if index else torch.int64, device=CUDA)
+    return index
 
 
 def _wrap(value: Any) -> Any:
@@ -304,10 +306,13 @@ def _count(func: Any, given: Any, found: Any) -> None:
     if is_counting():
         add("operations", _name(func))
         tensors = [leaf for leaf in (*tree_leaves(given), *tree_leaves(found)) if isinstance(leaf, Tensor)]
-        add_number("bytes_moved", sum(tensor.nbytes for tensor in tensors))
+        moved = sum(tensor.nbytes for tensor in tensors)
         formula = flop_registry.get(func._overloadpacket)
-        if formula is not None:
-            add_number("flops", int(formula(*given[0], **given[1], out_val=found)))
+        flops = int(formula(*given[0], **given[1], out_val=found)) if formula is not None else 0
+        dtype = str(tensors[0].dtype).removeprefix("torch.") if tensors else ""
+        add_number("bytes_moved", moved)
+        add_number("flops", flops)
+        add_number("limit_s", LIMITS.seconds(dtype, flops, moved))
 
 
 def _copy(name: str, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -337,6 +342,8 @@ def _copy(name: str, args: Any, kwargs: dict[str, Any]) -> Any:
 
 def _transfer(source: Tensor, target: Tensor, *, to_device: bool, waits_not: bool) -> None:
     """Copies between host and device; later, where the host does not wait."""
+    if not source.numel():
+        return
     add("copies", "to the device" if to_device else "to the host")
     add_number("bytes_to_device" if to_device else "bytes_to_host", source.nbytes)
     if not to_device:

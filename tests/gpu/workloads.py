@@ -1,30 +1,38 @@
-"""Pieces of work whose operations, waits and copies are counted, on the pretend GPU. Each is given its `Comm`."""
+"""Steps of training and batches that are embedded, on the pretend GPU, with what they ask for; rows.py has k-means.
+
+Each function is given its `Comm`, and returns JSON.
+"""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from torch import nn
 
 from grappa_dist.artifacts import Store
-from grappa_dist.config import Config
+from grappa_dist.config import Config, Variant
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.distributed.collectives import Comm
 from grappa_dist.distributed.worker import RankContext
+from grappa_dist.models.spec import ModelSpec, cached_model
 from grappa_dist.stages.adapt import adaptors_of
 from grappa_dist.stages.adapt_job import AdaptJob, train_adaptors
+from grappa_dist.stages.embed import Embedding, embed_rows
+from grappa_dist.stages.fuse import FuseJob, fusion_of, train_fusion
 from grappa_dist.stages.multi_set_jobs import AdaptSet
 from grappa_dist.training.deepspeed_engine import Engine
 from tests.gpu.counting import Counts, counting
 from tests.stages import tiny
 
+Job = TypeVar("Job")
 CUDA = torch.device("cuda", 0)
 SHALLOW = 2  # blocks, in tests; operations grow with the blocks, and do not depend on the size of the images
 WARM_UP = 2  # steps that load what later ones have
@@ -38,7 +46,7 @@ def context_of(comm: Comm, **watched: Any) -> RankContext:
 @contextmanager
 def folder_of(comm: Comm) -> Iterator[Path]:
     """A folder of the job with the tiny world's images, the same on all ranks."""
-    with tempfile.TemporaryDirectory() as own:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as own:
         name = torch.zeros(256, dtype=torch.uint8)
         name[: len(own)] = torch.tensor(list(own.encode()), dtype=torch.uint8)
         folder = Path(bytes(comm.broadcast(name.to(CUDA), 0).tolist()).rstrip(b"\0").decode())
@@ -47,6 +55,17 @@ def folder_of(comm: Comm) -> Iterator[Path]:
         comm.barrier()
         yield folder
         comm.barrier()
+
+
+def made_once(comm: Comm, make: Callable[[], Job]) -> Job:
+    """What `make` gives on each rank; the files that it writes are rank 0's before another rank reads them."""
+    if comm.rank == 0:
+        made = make()
+    comm.barrier()
+    if comm.rank:
+        made = make()
+    comm.barrier()
+    return made
 
 
 def untrained(depth: int, image_size: int) -> nn.Module:
@@ -94,15 +113,64 @@ def steps_counted() -> Iterator[list[Counts]]:
 
 
 def quiet_and_logged(steps: list[Counts]) -> dict[str, Any]:
-    """The steps, but for the first, with fewest waits and with most: one that writes no log line and one that does."""
-    later = sorted(steps[WARM_UP:], key=lambda counts: (counts.waits.total(), counts.operations.total()))
+    """Those with fewest waits and with most, but for the first and the last: a step that writes no log line, and one
+    that does."""
+    later = sorted(steps[WARM_UP:-1], key=lambda counts: (counts.waits.total(), counts.operations.total()))
     reports = {"quiet_report": later[0].report(40), "logged_report": later[-1].report(40)}
     return {"quiet": later[0].as_json(), "logged": later[-1].as_json(), **reports}
 
 
 def adapt_counts(comm: Comm, sets: int, depth: int = SHALLOW, image_size: int = 32, **adapt: Any) -> dict[str, Any]:
     with folder_of(comm) as folder:
-        job = adapt_job(folder, sets, {"depth": depth, "image_size": image_size}, **adapt)
+        shape = {"depth": depth, "image_size": image_size}
+        job = made_once(comm, lambda: adapt_job(folder, sets, shape, **adapt))
         with steps_counted() as steps:
             train_adaptors(context_of(comm), replace(job, sharing=1))
     return quiet_and_logged(steps)
+
+
+def fuse_job(folder: Path, sets: int, shape: dict[str, int], variant: str, **fuse: Any) -> FuseJob:
+    settings = settings_of(folder, shape, fuse={"epochs": 2, "checkpoint_steps": 1000, **fuse})
+    images, store = ImageShards.open(settings.data.train, None), Store(folder / "out")
+    adaptors = tuple(tiny.random_adaptors(Store(folder), settings, seed) for seed in range(1, 1 + sets))
+    inputs = {f"set {number}": artifact for number, artifact in enumerate(adaptors)}
+    given = (settings.backbone, settings.fuse, settings.data, settings.seed)
+    return FuseJob(
+        variant=Variant.parse(variant),
+        adaptors=adaptors,
+        labels={4: tiny.labels_in(folder / "labels", images, 4)},
+        training=tiny.training_images(settings, images),
+        backbone=settings.backbone,
+        bottleneck=settings.adapt.bottleneck,
+        fuse=settings.fuse,
+        embedding=Embedding(settings.embed.batch_size, 1),
+        artifact=fusion_of(store, variant, *given, inputs),
+    )
+
+
+def fuse_counts(
+    comm: Comm, sets: int, depth: int = SHALLOW, image_size: int = 32, variant: str = "transforms", **fuse: Any
+) -> dict[str, Any]:
+    with folder_of(comm) as folder:
+        shape = {"depth": depth, "image_size": image_size}
+        job = made_once(comm, lambda: fuse_job(folder, sets, shape, variant, **fuse))
+        with steps_counted() as steps:
+            train_fusion(context_of(comm), job)
+    return quiet_and_logged(steps)
+
+
+def embed_counts(
+    comm: Comm, sets: int, depth: int = SHALLOW, image_size: int = 32, batch_size: int = 4
+) -> dict[str, Any]:
+    """A batch of the adapted model, its sets averaged."""
+    with folder_of(comm) as folder:
+        settings = settings_of(folder, {"depth": depth, "image_size": image_size})
+        adaptors = tuple(tiny.random_adaptors(Store(folder), settings, seed) for seed in range(1, 1 + sets))
+        spec = ModelSpec("average", settings.backbone, settings.adapt.bottleneck, adaptors)
+        model = cached_model(spec, CUDA)
+        images = ImageShards.open(tiny.write_shards(folder / "many", (10 * batch_size,), bad=()), None)
+        batches, how = [], Embedding(batch_size, 1)
+        with counting() as meter:
+            for _ in embed_rows(model, images, np.arange(len(images)), device=CUDA, how=how):
+                batches.append(meter.take())
+    return quiet_and_logged(batches)
