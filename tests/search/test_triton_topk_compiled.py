@@ -15,6 +15,7 @@ PRODUCTS = {80: "mma", 89: "mma", 90: "wgmma"}
 
 
 def check(capability: int, width: int) -> None:
+    from grappa_dist.search.triton_topk import TILE
     from tests.search.triton_compiled import SHARED_BYTES, compiled
 
     found = compiled(capability, width=width)
@@ -22,7 +23,7 @@ def check(capability: int, width: int) -> None:
     assert found.registers <= REGISTERS[capability]
     assert found.shared <= SHARED_BYTES[capability]
     assert found.narrow == 0  # every row is loaded 16 bytes at a time,
-    assert found.asynchronous >= 16  # and none is waited for at once
+    assert found.asynchronous >= 16 or width <= TILE.columns  # and none is waited for at once
     assert found.products == PRODUCTS[capability]
 
 
