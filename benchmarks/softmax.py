@@ -179,9 +179,10 @@ def _by_classifier(sampled: bool) -> Callable[[Comm, SoftmaxSettings], Callable[
             tensor.add_(0)  # zeros take no memory before they are written to
 
         def step(at: int) -> None:
-            z, labels = (t.tensor_split(comm.size)[comm.rank] for t in _batch(settings, at))
+            z, labels = _batch(settings, at)
+            parts = z.tensor_split(comm.size)
             classifier.begin(at, labels)
-            loss, _ = classifier.score(z, labels)
+            loss, _ = classifier.score(parts[comm.rank], labels, [len(part) for part in parts])
             loss.backward()
             classifier.step(_RATE)
 

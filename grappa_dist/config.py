@@ -241,8 +241,8 @@ class Variant:
             ValueError: there is none.
         """
         if name not in VARIANTS:
-            hint = suggestion(name, VARIANTS)
-            raise ValueError(f"{name!r} is not a variant of the fusion; there are {', '.join(VARIANTS)}{hint}")
+            known = f"{', '.join(VARIANTS)}{suggestion(name, VARIANTS)}"
+            raise ValueError(f"{name!r} is not a variant of the fusion; there are {known}")
         return VARIANTS[name]
 
     @property
@@ -340,15 +340,15 @@ class Resources(Section):
     cache_dir: PathText | None = None  # blocks of remote shards; null: `grappa-cache-<uid>` in a node's TMPDIR
     cache_bytes: Annotated[int, Field(ge=0)] = 16 * 2**30  # 16 GiB, of all processes of a node together; 0: none
     requests_in_flight: Count = 16  # to remote shards, of one process
+    checkpoint_s: Annotated[float, Field(gt=0)] | None = 300.0  # training also saves its state after so long; null: no
+    gpu_log_s: Annotated[float, Field(ge=0)] = 3.0  # between looks at the figures of training on a GPU; all are logged
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()  # also log the metrics of adaptor jobs
 
 
 class Config(Section):
     name: str  # title of the report, name of the default run directory
     out: PathText | None = None  # the run directory; null: `runs/<name>`
-    mirror: Annotated[PathText, Field(pattern="^(s3|gs)://")] | None = (
-        None  # a store that keeps artefacts and checkpoints
-    )
+    mirror: Annotated[PathText, Field(pattern="^(s3|gs)://")] | None = None  # a store of artefacts and checkpoints
     seed: Annotated[int, Field(ge=0)] = 0  # of k-means, initial weights, order, augmentation, neighbours, samples
     notes: tuple[str, ...] = ()  # shown in the report, e.g. what the backbone was trained with
     data: DataConfig
@@ -389,7 +389,6 @@ class Config(Section):
         Args:
             root: the run directory.
         """
-
         of = absolute_path
         shards_dir = self.data.shards_dir and of(self.data.shards_dir)
         data = {key: tuple(map(of, getattr(self.data, key))) for key in ("train", "test", "exclude")}
@@ -414,6 +413,8 @@ class Config(Section):
         tree = self.model_dump(mode="json")
         if not self.data.exclude:  # reports are named by this text, and those of earlier versions have no such settings
             del tree["data"]["exclude"], tree["data"]["duplicates"]
+        later = {"checkpoint_s": 300.0, "gpu_log_s": 3.0}.items()  # likewise, at their defaults
+        tree["resources"] = {k: v for k, v in tree["resources"].items() if (k, v) not in later}
         for section, *keys in _PATH_SETTINGS:
             of_section = tree[section] if section else tree
             of_section.update({key: quoted(of_section[key]) for key in keys if key in of_section})
@@ -588,8 +589,7 @@ def _describe(problem: Mapping[str, Any]) -> str:
 
 
 def _as_yaml(value: Any) -> str:
-    text = yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()
-    return text[:100]
+    return yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()[:100]
 
 
 def _fields(loc: Iterable[str | int]) -> set[str]:

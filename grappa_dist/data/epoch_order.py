@@ -59,6 +59,12 @@ class EpochOrder:
         places = self._places(t, batch_size)
         return self._rows(places[places % self.streams % size == rank])
 
+    def of_ranks(self, t: int, batch_size: int, size: int) -> list[RowIds]:
+        """What `batch` gives each of `size` ranks."""
+        places = self._places(t, batch_size)
+        rows, ranks = self._rows(places), places % self.streams % size
+        return [rows[ranks == rank] for rank in range(size)]
+
     def _places(self, t: int, batch_size: int) -> RowIds:
         """Places of batch t in the epoch, (B,)."""
         steps = self.batches(batch_size)

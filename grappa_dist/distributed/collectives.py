@@ -82,17 +82,20 @@ class Comm:
             dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return tensor
 
-    def gather(self, tensor: Tensor) -> list[Tensor]:
+    def gather(self, tensor: Tensor, sizes: Sequence[int] | None = None) -> list[Tensor]:
         """Every rank's tensor, in rank order; the first dimension may differ between ranks.
 
         At most twice the size of the result is sent and held: ranks are padded to the longest one where that is no
         more, and broadcast one after the other where lengths are more uneven.
+
+        Args:
+            sizes: the first dimension on every rank, where all ranks know it; None: they tell each other, and the host
+                waits for a GPU.
         """
         if self.size == 1:
             return [tensor]
-        lengths = [torch.zeros(1, dtype=torch.int64, device=tensor.device) for _ in range(self.size)]
-        dist.all_gather(lengths, torch.tensor([len(tensor)], device=tensor.device))
-        sizes = [int(n) for n in lengths]
+        sizes = self._lengths(tensor) if sizes is None else list(sizes)
+        assert len(tensor) == sizes[self.rank]
         longest = max(sizes)
         if longest * self.size > 2 * sum(sizes):
             return self._in_turn(tensor, sizes)
@@ -101,6 +104,13 @@ class Comm:
         received = [torch.empty_like(padded) for _ in range(self.size)]
         dist.all_gather(received, padded)
         return [part[:n] for part, n in zip(received, sizes, strict=True)]
+
+    def _lengths(self, tensor: Tensor) -> list[int]:
+        """The first dimension of every rank's tensor."""
+        lengths = torch.empty(self.size, dtype=torch.int64, device=tensor.device)
+        dist.all_gather(list(lengths.split(1)), torch.full((1,), len(tensor), device=tensor.device))
+        found: list[int] = lengths.tolist()
+        return found
 
     def _in_turn(self, tensor: Tensor, sizes: list[int]) -> list[Tensor]:
         """Each rank that has rows broadcasts them, into one piece of memory."""
@@ -133,7 +143,7 @@ class Comm:
             return tensor
         after, before = (self.rank + by) % self.size, (self.rank - by) % self.size
         length = torch.zeros(1, dtype=torch.int64, device=tensor.device)
-        self._send_and_receive(torch.tensor([len(tensor)], device=tensor.device), after, length, before)
+        self._send_and_receive(torch.full((1,), len(tensor), device=tensor.device), after, length, before)
         received = tensor.new_empty((int(length), *tensor.shape[1:]))
         self._send_and_receive(tensor.contiguous(), after, received, before)
         return received
@@ -148,6 +158,11 @@ class Comm:
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on a device; the copy to a GPU is behind what was given to it before, and nothing waits."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def wire_device(comm: Comm) -> torch.device:
@@ -167,9 +182,19 @@ def raise_together(comm: Comm, problem: str) -> None:
 
 @contextmanager
 def process_group(
-    rank: int, size: int, address: str, *, backend: str = "gloo", timeout_s: float = 600.0
+    rank: int,
+    size: int,
+    address: str,
+    *,
+    backend: str = "gloo",
+    timeout_s: float = 600.0,
+    device: torch.device | None = None,
 ) -> Iterator[Comm]:
     """A process group at `address` ("host:port"), ended with a barrier: no rank leaves while another communicates.
+
+    Args:
+        device: of this rank. With it NCCL connects GPUs at once, and else it guesses by the rank, which is wrong
+            where every process sees one GPU.
 
     Raises:
         ConnectionError: the ranks cannot connect there, for example because another process has taken the port in the
@@ -179,15 +204,10 @@ def process_group(
     os.environ.update(MASTER_ADDR=host, MASTER_PORT=port, RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK="0")
     timeout = datetime.timedelta(seconds=timeout_s)
     try:
-        store = dist.TCPStore(  # type: ignore[attr-defined]
-            host,
-            int(port),
-            size,
-            rank == 0,
-            timeout,
-            master_listen_fd=_listening(host, int(port)) if rank == 0 else None,
-        )
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        listening = _listening(host, int(port)) if rank == 0 else None
+        store = dist.TCPStore(host, int(port), size, rank == 0, timeout, master_listen_fd=listening)  # type: ignore[attr-defined]
+        bound = device if device is not None and device.type == "cuda" else None
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=bound)
     except OSError as error:
         raise ConnectionError(f"no process group at {address}: {error.strerror}") from error
     except dist.DistNetworkError as error:

@@ -118,7 +118,7 @@ class Worker:
         device = self._device()
         backend = "nccl" if device.type == "cuda" else "gloo"
         try:
-            with process_group(rank, size, address, backend=backend, timeout_s=timeout_s) as comm:
+            with process_group(rank, size, address, backend=backend, timeout_s=timeout_s, device=device) as comm:
                 context = RankContext(comm, device, self._set_status, self._stop.is_set, self._notes.append)
                 try:
                     return function(context, job)

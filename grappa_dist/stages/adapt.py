@@ -33,6 +33,7 @@ from grappa_dist.stages.embed import to_images
 from grappa_dist.stages.multi_set_jobs import AdaptSet, commit_leftovers, fresh_sets, jobs_of
 from grappa_dist.stages.run import Run
 from grappa_dist.training.batches import TrainingImages, Turns, augmented, describe_idle_ranks, trained_by
+from grappa_dist.training.figures import Pace
 from grappa_dist.training.memory import MemoryBudget, images_that_fit, memory_budget, micro_batch_size, usable_bytes
 from grappa_dist.training.trackers import check_trackers
 
@@ -94,7 +95,8 @@ def train_sets(
     whole = AdaptJob(tuple(missing), training, config.backbone, config.adapt, config.resources.trackers)
     what = f"{pluralize(len(missing), 'adaptor set')} of {training.num_steps(config.adapt.epochs)} steps"
     with run.console.stage("adapt", what):
-        whole = replace(whole, sharing=run.runner.sharing, compiled=config.resources.compile == "auto")
+        pace = Pace.of(config.resources)
+        whole = replace(whole, sharing=run.runner.sharing, compiled=config.resources.compile == "auto", pace=pace)
         jobs = [replace(whole, sets=members) for members in jobs_of(sets, _per_job(run, whole, fresh_sets(sets)))]
         workers = run.runner.num_workers
         ranks = ranks_of(config.resources, workers)

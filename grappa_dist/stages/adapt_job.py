@@ -3,7 +3,10 @@
 `ClassificationObjective` computes the gradients of a step against classifiers. `AdaptObjective` is that of partitions,
 the supervised fusion (stages/supervised.py) has one of the true classes.
 
-Shapes: B images of this rank, b of a micro-batch, S sets, D channels.
+No step waits for a device: which images, classes and sizes all ranks have follows from the order of the epoch, which
+every host computes, and sums stay on the device (training/figures.py).
+
+Shapes: B images of this rank, b of a micro-batch, A images of all ranks, S sets, D channels.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +29,7 @@ from grappa_dist.data.decoding import Pixels
 from grappa_dist.data.epoch_order import RowIds
 from grappa_dist.data.rng import Purpose, torch_seed
 from grappa_dist.data.transforms import Preprocess
+from grappa_dist.distributed.collectives import to_device
 from grappa_dist.distributed.worker import RankContext
 from grappa_dist.models import PackedGrappa
 from grappa_dist.models.spec import build_backbone, release_cached_model
@@ -42,6 +47,7 @@ from grappa_dist.training.batches import TrainingImages, augmented_batches
 from grappa_dist.training.classifier import Classifier, ClassifierSettings
 from grappa_dist.training.compile import compile_if_faster
 from grappa_dist.training.deepspeed_engine import Engine
+from grappa_dist.training.figures import DEFAULT_PACE, MOST_UNREAD, Figures, Pace
 from grappa_dist.training.loop import Reporting, Schedule, train
 from grappa_dist.training.memory import (
     adapt_advice,
@@ -86,6 +92,14 @@ class Classes:
 
 
 @dataclass(frozen=True)
+class _Seen:
+    """What may have been the cause if a figure of a step is not finite."""
+
+    rows: RowIds  # (B,)
+    not_finite: list[Tensor]  # bool, by micro-batch: which of them have features that are not finite
+
+
+@dataclass(frozen=True)
 class Sums:
     """Sums over this rank's images of a step."""
 
@@ -94,9 +108,9 @@ class Sums:
     waited_s: float  # for data
 
     @property
-    def figures(self) -> dict[str, float]:
+    def figures(self) -> Figures:
         """Sums of figures for the log: losses and hits, averaged over the sets; the wait is multiplied by `images`."""
-        loss, correct = self.of_sets.mean(0).tolist()
+        loss, correct = self.of_sets.mean(0).unbind()
         return {"images": self.images, "waited_s": self.waited_s * self.images, "loss": loss, "accuracy": correct}
 
 
@@ -115,8 +129,9 @@ class ClassificationObjective:
         self._context, self._training, self._preprocess, self._classes = context, training, preprocess, classes
         self._steps, self._area = training.num_steps(config.epochs), config.min_crop_area
         self._batches: Generator[tuple[Pixels, RowIds], None, None] | None = None
-        self._rows: RowIds = np.empty(0, dtype=np.int64)  # of the last step
-        self._not_finite: list[Tensor] = []  # bool, by micro-batch: which of them have features that are not finite
+        self._order = lru_cache(maxsize=1)(training.order)
+        self._noise: Tensor | None = None
+        self._seen: dict[int, _Seen] = {}  # by step
 
     def begin(self, step: int) -> None:
         steps = range(step, self._steps)
@@ -129,47 +144,73 @@ class ClassificationObjective:
             after: called after a forward pass of some images, to look at the model.
         """
         assert self._batches is not None
-        began, device = time.perf_counter(), self._context.device
-        pixels, self._rows = next(self._batches)
+        began, comm = time.perf_counter(), self._context.comm
+        pixels, rows = next(self._batches)
         waited_s = time.perf_counter() - began
-        sums = Sums(len(self._rows), torch.zeros(len(self._classes), 2, dtype=torch.float64, device=device), waited_s)
-        self._not_finite = []
-        of_all, parts = self._parts(len(self._rows), micro_batch)
-        labels = [torch.from_numpy(c.labels.take(self._rows).astype(np.int64)).to(device) for c in self._classes]
-        for classes, of_set in zip(self._classes, labels, strict=True):
-            classes.classifier.begin(step, of_set)
-        for number, part in enumerate(parts):
-            images = to_images(pixels[part], device)
-            z = engine.forward(images)  # (S, b, D), or (b, D) where S = 1
-            if len(images):
-                after()
-            z = z.view(len(self._classes), len(images), z.shape[-1])
-            loss = self._score(z, [of_set[part] for of_set in labels], sums.of_sets)
+        of_ranks = self._rows_of_ranks(step)
+        assert len(rows) == len(of_ranks[comm.rank])
+        parts = _parts([len(of_rank) for of_rank in of_ranks], micro_batch)
+        of_sets = torch.zeros(len(self._classes), 2, dtype=torch.float64, device=self._context.device)
+        sums, not_finite = Sums(len(rows), of_sets, waited_s), list[Tensor]()
+        for number, (part, labels) in enumerate(zip(parts, self._begin_step(step, of_ranks, parts), strict=True)):
+            z = self._forward(engine, pixels[part], after)
+            loss = self._score(z, labels, [len(of_rank[part]) for of_rank in of_ranks], sums.of_sets)
             # The engine averages gradients over ranks, which may hold uneven parts: a loss weighs size / global rows.
-            engine.backward(loss * (self._context.comm.size / of_all), last=number == len(parts) - 1)
-            self._not_finite.append(~z.detach().isfinite().all(2).all(0))
+            engine.backward(loss * (comm.size / sum(map(len, of_ranks))), last=number == len(parts) - 1)
+            not_finite.append(~z.detach().isfinite().all(2).all(0))
+        self._seen[step] = _Seen(rows, not_finite)
+        self._seen.pop(step - MOST_UNREAD, None)
         return sums
 
-    def _parts(self, count: int, micro_batch: int) -> tuple[int, list[slice]]:
-        """The number of images on all ranks, and this rank's micro-batches, of even sizes: as many as on any other
-        rank, so the last ones may be empty."""
-        counts = [int(n) for n in self._context.comm.gather(torch.tensor([count], device=self._context.device))]
-        size = even_size(max(counts), micro_batch)
-        return sum(counts), [slice(start, start + size) for start in range(0, max(counts), size)]
+    def _rows_of_ranks(self, step: int) -> list[RowIds]:
+        """The rows of a step that every rank has; the ranks need not tell each other."""
+        epoch, t = divmod(step, self._training.steps_per_epoch())
+        return self._order(epoch).of_ranks(t, self._training.global_batch, self._context.comm.size)
 
-    def _score(self, z: Tensor, labels: Sequence[Tensor], sums: Tensor) -> Tensor:
-        """The sum of the sets' losses, (S, b, D) -> a scalar; adds each set's loss and hits to `sums`."""
+    def _begin_step(self, step: int, of_ranks: Sequence[RowIds], parts: Sequence[slice]) -> Sequence[Tensor]:
+        """Begins a step of the classifiers; the labels (S, A) of each micro-batch, on the device by one copy."""
+        of_parts = [np.concatenate([of_rank[part] for of_rank in of_ranks]) for part in parts]
+        rows = np.concatenate(of_parts)
+        labels = torch.from_numpy(np.stack([c.labels.take(rows).astype(np.int64) for c in self._classes]))
+        for classes, of_set in zip(self._classes, labels, strict=True):
+            classes.classifier.begin(step, of_set)
+        return to_device(labels, self._context.device).split([len(part) for part in of_parts], dim=1)
+
+    def _forward(self, engine: Engine, pixels: Pixels, after: Callable[[], None]) -> Tensor:
+        """Features (S, b, D).
+
+        Without images, those of none of one image of noise: attention may refuse an empty batch, and ZeRO needs a
+        backward pass through everything that learns, here with gradients of zero.
+        """
+        if len(pixels):
+            z = engine.forward(to_images(pixels, self._context.device))  # (S, b, D), or (b, D) where S = 1
+            after()
+            return z.view(len(self._classes), len(pixels), z.shape[-1])
+        if self._noise is None:
+            side = self._preprocess.image_size
+            noise = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+            self._noise = to_device(noise, self._context.device)
+        z = engine.forward(self._noise)
+        return z.view(len(self._classes), 1, z.shape[-1])[:, :0]
+
+    def _score(self, z: Tensor, labels: Tensor, sizes: Sequence[int], sums: Tensor) -> Tensor:
+        """The sum of the sets' losses, (S, b, D) -> a scalar; adds each set's loss and hits to `sums` (S, 2).
+
+        Args:
+            labels: (S, A) of a micro-batch.
+            sizes: its images on each rank.
+        """
         total = z.new_zeros(())
         for index, classes in enumerate(self._classes):
-            loss, correct = classes.classifier.score(z[index], labels[index])
+            loss, correct = classes.classifier.score(z[index], labels[index], sizes)
             sums[index] += torch.stack([loss.detach(), correct]).to(sums)
             total = total + loss
         return total
 
-    def suspects(self) -> list[str]:
-        """The images of the last step whose features are not finite, or else all of that step, on all ranks."""
-        own = torch.from_numpy(self._rows).to(self._context.device)
-        bad = torch.cat(self._not_finite)
+    def suspects(self, step: int) -> list[str]:
+        """The images of a step whose features are not finite, or else all of that step, on all ranks."""
+        seen = self._seen[step]
+        own, bad = torch.from_numpy(seen.rows).to(self._context.device), torch.cat(seen.not_finite)
         of_all = [torch.cat(self._context.comm.gather(rows)) for rows in (own[bad], own)]
         rows = of_all[0] if len(of_all[0]) else of_all[1]
         return [f"{row} ({self._training.images.where(row)})" for row in sorted(rows.tolist())]
@@ -177,6 +218,13 @@ class ClassificationObjective:
     def close(self) -> None:
         if self._batches is not None:
             self._batches.close()
+
+
+def _parts(counts: Sequence[int], micro_batch: int) -> list[slice]:
+    """The micro-batches of every rank, of even sizes, where ranks have `counts` images: as many on each, so the last
+    ones of some may be empty."""
+    size = even_size(max(counts), micro_batch)
+    return [slice(start, start + size) for start in range(0, max(counts), size)]
 
 
 @dataclass(frozen=True)
@@ -190,6 +238,7 @@ class AdaptJob:
     trackers: tuple[str, ...] = ()
     sharing: int = 1  # most workers of a node, which share its memory
     compiled: bool = False  # whether layers are compiled where that is faster
+    pace: Pace = DEFAULT_PACE
 
     @property
     def name(self) -> str:
@@ -220,9 +269,10 @@ def train_adaptors(context: RankContext, job: AdaptJob) -> None:
             zero_stage=config.zero_stage,
             reporting=Reporting(
                 objective.suspects,
-                lambda: trackers_of(job.trackers, root, short_name(job.sets)),
+                trackers=lambda: trackers_of(job.trackers, root, short_name(job.sets)),
                 decisions=objective.decisions,
             ),
+            pace=job.pace,
         )
         if done and comm.rank == 0:
             finish_job(job.sets, [objective.model.adaptor_tensors(i) for i in range(len(job.sets))])
@@ -288,16 +338,18 @@ class AdaptObjective(ClassificationObjective):
         """The classifiers, by the names that checkpoints have for them."""
         return {f"classifier-{s.num_labels}": c for s, c in zip(self._job.sets, self.classifiers, strict=True)}
 
-    def backward(self, engine: Engine, step: int) -> dict[str, float]:
+    def backward(self, engine: Engine, step: int) -> Figures:
         sums = self.gradients(engine, step, self._micro_batch)
         # The gradient of each set is clipped separately, as in a job of this set only.
         return self._figures(sums, engine.clip(self._learning, self._job.adapt.clip_norm))
 
-    def _figures(self, sums: Sums, norms: list[float]) -> dict[str, float]:
+    def _figures(self, sums: Sums, norms: Tensor) -> Figures:
         """This rank's sums of figures: means over the sets and, where there are several, also those of each set."""
         count, sets = sums.images, self._job.sets
-        figures = sums.figures | {"gradient_norm": count * sum(norms) / len(norms)}
-        for one, (loss, correct), norm in zip(sets, sums.of_sets.tolist(), norms, strict=True) if len(sets) > 1 else ():
-            own = {"loss": loss, "accuracy": correct, "gradient_norm": norm * count}
+        mean = norms.cumsum(0)[-1] * count / len(norms)  # `sum` adds up in another order
+        figures = {**sums.figures, "gradient_norm": mean}
+        each = zip(sets, sums.of_sets.unbind(), (norms * count).unbind(), strict=True)
+        for one, of_set, norm in each if len(sets) > 1 else ():
+            own = {"loss": of_set[0], "accuracy": of_set[1], "gradient_norm": norm}
             figures |= {figure_name(name, one): value for name, value in own.items()}
         return figures

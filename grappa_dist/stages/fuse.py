@@ -48,7 +48,8 @@ from grappa_dist.stages.run import Run
 from grappa_dist.training.barlow_twins_loss import Projector, accumulate, barlow_twins, penalty_of, rows_are_cheaper
 from grappa_dist.training.batches import TrainingImages, Turns, describe_idle_ranks, trained_by
 from grappa_dist.training.deepspeed_engine import Engine
-from grappa_dist.training.loop import Schedule, train
+from grappa_dist.training.figures import DEFAULT_PACE, Figures, Pace
+from grappa_dist.training.loop import Reporting, Schedule, train
 from grappa_dist.training.memory import fuse_advice, naming_lack_of_memory
 from grappa_dist.training.optim import Lars, adam
 
@@ -69,6 +70,7 @@ class FuseJob:
     embedding: Embedding
     artifact: Artifact
     random_sets: int = 0  # randomly initialised sets, trained too, in place of `adaptors`
+    pace: Pace = DEFAULT_PACE
 
 
 def fusion_of(
@@ -131,6 +133,7 @@ def fuse(
             embedding=Embedding(config.embed.batch_size, training.decode_threads),
             artifact=artifact,
             random_sets=random_sets,
+            pace=Pace.of(config.resources),
         )
         ranks, steps = run.runner.num_workers, training.num_steps(config.fuse.epochs)
         with run.console.stage("fuse", f"{name}, {pluralize(steps, 'step')} on {pluralize(ranks, 'rank')}"):
@@ -158,7 +161,16 @@ def train_fusion(context: RankContext, job: FuseJob) -> None:
         else:
             optimizer = Lars(lars_groups(objective.module), lr=peak, weight_decay=config.lars_weight_decay)
         schedule = Schedule.falling(steps, config.checkpoint_steps, peak=peak, warmup_steps=config.warmup_steps)
-        done = train(context, objective, optimizer, schedule, folder=folder, job=name)
+        done = train(
+            context,
+            objective,
+            optimizer,
+            schedule,
+            folder=folder,
+            job=name,
+            reporting=Reporting(uses_weights=objective.makes_a_graph),
+            pace=job.pace,
+        )
         if done and context.comm.rank == 0:
             save_tensors(folder / FUSION_FILE, objective.grappa.attention_tensors())
             if job.random_sets:
@@ -212,7 +224,9 @@ class FuseObjective:
                 layer.attention.initialise(rng)
         projector.initialise(rng)
         self.module = FusionModule(self.grappa, projector).to(context.device)
-        self._penalty = penalty_of(context.comm, job.fuse.global_batch, job.fuse.projector[-1])
+        self._penalty = penalty_of(
+            context.comm, job.fuse.global_batch, job.fuse.projector[-1], lambda: self._pairs.of_ranks
+        )
         self._pairs = Pairs(
             context,
             job.training,
@@ -229,7 +243,11 @@ class FuseObjective:
     def begin(self, step: int) -> None:
         self._pairs.begin(step)
 
-    def backward(self, engine: Engine, step: int) -> dict[str, float]:
+    def makes_a_graph(self, step: int) -> bool:
+        """Whether a step begins with the k-NN graph of its epoch, by the current model."""
+        return self._job.variant.pairs == "neighbours" and step % self._job.training.steps_per_epoch() == 0
+
+    def backward(self, engine: Engine, step: int) -> Figures:
         images = to_images(self._pairs.at(step), self._context.device)  # (2B, 3, S, S): first views, then second ones
         loss = accumulate(
             engine,
@@ -242,8 +260,13 @@ class FuseObjective:
         count = len(images) / 2
         (norm,) = engine.clip([[p for p in self.module.parameters() if p.requires_grad]], None)
         decay = 0.0 if self._job.variant.optimizer == "adam" else self._job.fuse.lars_weight_decay
-        figures = {"loss": loss * count, "gradient_norm": norm * count, "waited_s": self._pairs.waited_s * count}
-        return {"images": count, **figures, **self._attention.take(2, decay, count)}
+        of_pairs = {"loss": loss.double() * count, "gradient_norm": norm * count}
+        return {
+            "images": count,
+            "waited_s": self._pairs.waited_s * count,
+            **of_pairs,
+            **self._attention.take(2, decay, count),
+        }
 
     def close(self) -> None:
         self._pairs.close()
@@ -277,46 +300,55 @@ class AttentionStatistics:
 
     def __init__(self, model: Grappa) -> None:
         self._model, self._sets = model, model.layers[0].adaptors.num_sets
-        self._entropy = torch.zeros(len(model.layers), dtype=torch.float64)
-        self._shares = torch.zeros(self._sets, dtype=torch.float64)
+        self._begin()
+
+    def _begin(self) -> None:
+        device = self._model.layers[0].adaptors.up_bias.device
+        self._entropy = torch.zeros(len(self._model.layers), dtype=torch.float64, device=device)
+        self._shares = torch.zeros(self._sets, dtype=torch.float64, device=device)
 
     def add(self) -> None:
         """Adds the images of the last forward pass: entropies as fractions of log N, weights as means over layers."""
         alpha = self._model.last_attention().double()  # (b, L, N)
-        self._shares += alpha.mean(1).sum(0).cpu()
+        self._shares += alpha.mean(1).sum(0)
         if self._sets > 1:
             entropy = -(alpha * alpha.clamp_min(1e-30).log()).sum(-1) / math.log(self._sets)
-            self._entropy += entropy.sum(0).cpu()
+            self._entropy += entropy.sum(0)
 
-    def take(self, views: int, decay: float, count: float) -> dict[str, float]:
-        """The figures of a step of `count` images, each seen in this many views; the sums start anew.
+    def take(self, views: int, decay: float, count: float) -> Figures:
+        """The figures of a step of `count` images, each seen in this many views, on the device; the sums start anew.
 
         Args:
             decay: of the weights of Q and K.
         """
         if all(layer.attention is None for layer in self._model.layers):
             return {}
-        figures = {f"entropy.{i}": float(e) / views for i, e in enumerate(self._entropy)}
-        figures |= {f"attention.{i}": float(share) / views for i, share in enumerate(self._shares)}
-        ratios = decay_ratios(self._model, decay) if count else [0.0] * len(self._entropy)  # a NaN of none would spread
-        figures |= {f"decay_to_gradient.{i}": ratio * count for i, ratio in enumerate(ratios)}
-        self._entropy.zero_()
-        self._shares.zero_()
-        return figures
+        ratios = decay_ratios(self._model, decay) if count else torch.zeros_like(self._entropy)  # NaNs would spread
+        of_kinds = {
+            "entropy": self._entropy / views,
+            "attention": self._shares / views,
+            "decay_to_gradient": ratios * count,
+        }
+        self._begin()
+        return {f"{kind}.{i}": one for kind, figures in of_kinds.items() for i, one in enumerate(figures.unbind())}
 
 
-def decay_ratios(model: Grappa, decay: float) -> list[float]:
-    """|weight decay| over |gradient| of Q and K by layer; above one, decay outweighs the gradient.
+def decay_ratios(model: Grappa, decay: float) -> Tensor:
+    """|weight decay| over |gradient| of Q and K by layer, (L,) float64; above one, decay outweighs the gradient.
 
     NaN where there is no gradient: the loss does not depend on the attention of that layer.
     """
-    ratios = []
-    for layer in model.layers:
-        parameters = list(layer.attention.parameters()) if layer.attention is not None else []
-        norm = sum(float(p.detach().square().sum()) for p in parameters) ** 0.5
-        gradient = sum(float(p.grad.square().sum()) for p in parameters if p.grad is not None) ** 0.5
-        ratios.append(decay * norm / gradient if gradient else math.nan)
-    return ratios
+    layers = [list(layer.attention.parameters()) if layer.attention is not None else [] for layer in model.layers]
+    norms = _norms([[p.detach() for p in of_layer] for of_layer in layers])
+    gradients = _norms([[p.grad for p in of_layer if p.grad is not None] for of_layer in layers])
+    return torch.where(gradients == 0, math.nan, decay * norms / gradients)
+
+
+def _norms(of_layers: Sequence[Sequence[Tensor]]) -> Tensor:
+    """The norm of each layer's tensors together, (L,) float64, on their device."""
+    squares = [torch.stack([t.square().sum() for t in tensors]).double().sum() for tensors in of_layers if tensors]
+    found = iter(torch.stack(squares).sqrt().unbind() if squares else ())
+    return torch.stack([next(found) if tensors else torch.zeros((), dtype=torch.float64) for tensors in of_layers])
 
 
 def least_bytes(fuse: FuseConfig, ranks: int | None) -> int:

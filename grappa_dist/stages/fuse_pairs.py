@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Mapping
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +51,9 @@ class Pairs:
         self._per_epoch = training.steps_per_epoch()
         self._removed_before = 1  # the first graph is kept: it is the same in every run
         self._batches: Generator[Pixels, None, None] | None = None
+        self._order = lru_cache(maxsize=1)(training.order)
         self.waited_s = 0.0  # for the pixels of the last step
+        self.of_ranks: list[int] = []  # pairs of each rank in the last step
 
     def begin(self, step: int) -> None:
         """Prepares the pairs from a step to the end of its epoch."""
@@ -85,6 +88,9 @@ class Pairs:
         began = time.perf_counter()
         pixels = next(self._batches)
         self.waited_s = time.perf_counter() - began
+        epoch, t = divmod(step, self._per_epoch)
+        rows = self._order(epoch).of_ranks(t, self._training.global_batch, self._context.comm.size)
+        self.of_ranks = [len(of_rank) for of_rank in rows]
         return pixels
 
     def close(self) -> None:

@@ -52,6 +52,7 @@ from grappa_dist.stages.pseudo_label import STATS_FILE
 from grappa_dist.stages.run import Run
 from grappa_dist.training.batches import TrainingImages, Turns, describe_idle_ranks, trained_by
 from grappa_dist.training.deepspeed_engine import Engine
+from grappa_dist.training.figures import DEFAULT_PACE, Figures, Pace
 from grappa_dist.training.loop import Reporting, Schedule, train
 from grappa_dist.training.memory import fuse_advice, naming_lack_of_memory
 from grappa_dist.training.optim import adam
@@ -210,6 +211,7 @@ def fuse_supervised(
         adapt=config.adapt,
         micro_batch=config.fuse.micro_batch,
         artifact=fusion,
+        pace=Pace.of(config.resources),
     )
     ranks, steps = run.runner.num_workers, training.num_steps(config.adapt.epochs)
     what = f"{SUPERVISED}, {pluralize(classes, 'class', 'classes')}, {pluralize(steps, 'step')}"
@@ -233,6 +235,7 @@ class SupervisedJob:
     adapt: AdaptConfig
     micro_batch: int  # images at a time per rank: that of the other fusions, which have as many sets
     artifact: Artifact
+    pace: Pace = DEFAULT_PACE
 
 
 def train_supervised_fusion(context: RankContext, job: SupervisedJob) -> None:
@@ -255,6 +258,7 @@ def train_supervised_fusion(context: RankContext, job: SupervisedJob) -> None:
             job=SUPERVISED,
             sharded={"classifier": objective.classifier},
             reporting=Reporting(objective.suspects),
+            pace=job.pace,
         )
         if done and context.comm.rank == 0:
             save_tensors(folder / FUSION_FILE, objective.module.attention_tensors())
@@ -282,8 +286,8 @@ class SupervisedObjective(ClassificationObjective):
         super().__init__(context, config, job.training, backbone.preprocess, classes=classes)
         self._attention = AttentionStatistics(self.module)
 
-    def backward(self, engine: Engine, step: int) -> dict[str, float]:
+    def backward(self, engine: Engine, step: int) -> Figures:
         sums = self.gradients(engine, step, self._job.micro_batch, self._attention.add)
         (norm,) = engine.clip([self.learning], self._job.adapt.clip_norm)
         attention = self._attention.take(1, self._job.adapt.weight_decay, sums.images)
-        return sums.figures | {"gradient_norm": norm * sums.images} | attention
+        return {**sums.figures, "gradient_norm": norm * sums.images, **attention}

@@ -28,6 +28,7 @@ from grappa_dist.training.deepspeed_engine import Engine
 
 AllSum = Callable[[Tensor], Tensor]
 Penalty = Callable[[Tensor, Tensor, float], Tensor]
+Sizes = Callable[[], Sequence[int]]
 
 _EPS = 1e-5  # of a variance
 _CHUNK_ROWS = 256  # of C at a time, where its squares are added up
@@ -55,7 +56,7 @@ def barlow_twins(
         raise ValueError(f"barlow_twins: za {tuple(za.shape)} and zb {tuple(zb.shape)} must both be (B, D), row by row")
     dtype = torch.promote_types(torch.promote_types(za.dtype, zb.dtype), torch.float32)
     za, zb = za.to(dtype), zb.to(dtype)  # bf16 cannot count past 256
-    size = allsum(za.new_tensor(len(za)))
+    size = allsum(za.new_full((), len(za)))  # a kernel writes it: `new_tensor` waits for a GPU
 
     def standardise(z: Tensor) -> Tensor:  # (B, D), by the statistics of all ranks
         mean = allsum(z.sum(0)) / size
@@ -67,9 +68,9 @@ def barlow_twins(
         return _Whole.apply(a, b, beta, allsum) if penalty is None else penalty(a, b, beta)  # type: ignore[no-untyped-call]
 
 
-def penalty_of(comm: Comm, batch: int, dim: int) -> Penalty:
+def penalty_of(comm: Comm, batch: int, dim: int, sizes: Sizes | None = None) -> Penalty:
     """The cheaper penalty for batches of at most `batch` pairs over all ranks, the same one on all ranks."""
-    return by_rows_penalty(comm) if rows_are_cheaper(batch, dim, comm.size) else whole_penalty(comm)
+    return by_rows_penalty(comm, sizes) if rows_are_cheaper(batch, dim, comm.size) else whole_penalty(comm)
 
 
 def whole_penalty(comm: Comm) -> Penalty:
@@ -77,9 +78,13 @@ def whole_penalty(comm: Comm) -> Penalty:
     return lambda a, b, beta: _Whole.apply(a, b, beta, comm.sum_)  # type: ignore[no-untyped-call]
 
 
-def by_rows_penalty(comm: Comm) -> Penalty:
-    """On every rank its own block of rows of C; pairs and their gradients travel."""
-    return lambda a, b, beta: _ByRows.apply(a, b, beta, comm)  # type: ignore[no-untyped-call]
+def by_rows_penalty(comm: Comm, sizes: Sizes | None = None) -> Penalty:
+    """On every rank its own block of rows of C; pairs and their gradients travel.
+
+    Args:
+        sizes: gives the pairs of each rank in this step; None: ranks tell each other, and the host waits for a GPU.
+    """
+    return lambda a, b, beta: _ByRows.apply(a, b, beta, comm, sizes and sizes())  # type: ignore[no-untyped-call]
 
 
 class _Whole(torch.autograd.Function):
@@ -103,10 +108,10 @@ class _Whole(torch.autograd.Function):
 
 class _ByRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, beta: float, comm: Comm) -> Tensor:
+    def forward(ctx: Any, a: Tensor, b: Tensor, beta: float, comm: Comm, sizes: Sequence[int] | None) -> Tensor:
         blocks = [block_of(a.shape[1], rank, comm.size) for rank in range(comm.size)]
         own = blocks[comm.rank]  # its rows of C are of these columns of all first views, and all of the second ones
-        parts = comm.gather(b)
+        parts = comm.gather(b, sizes)
         sizes = [len(part) for part in parts]
         second = torch.cat(parts)  # (B, D) of all ranks
         del parts
@@ -128,7 +133,7 @@ class _ByRows(torch.autograd.Function):
         of_b = torch.zeros_like(of_blocks[0])
         for of_block in of_blocks:
             of_b += of_block
-        return torch.cat(columns, dim=1).mul_(scale), of_b.mul_(scale), None, None
+        return torch.cat(columns, dim=1).mul_(scale), of_b.mul_(scale), None, None, None
 
 
 def block_of(dim: int, rank: int, size: int) -> slice:
@@ -216,7 +221,7 @@ class GlobalBatchNorm(nn.Module):
 
     def forward(self, z: Tensor, allsum: AllSum) -> Tensor:
         z = z.to(torch.promote_types(z.dtype, torch.float32))  # bf16 cannot count past 256
-        size = allsum(z.new_tensor(float(len(z))))
+        size = allsum(z.new_full((), len(z)))
         mean = allsum(z.sum(0)) / size
         var = allsum((z - mean).square().sum(0)) / size
         return (z - mean) * torch.rsqrt(var + self.eps) * self.weight + self.bias
@@ -230,8 +235,9 @@ def accumulate(
     *,
     micro_batch: int,
     after: Callable[[], None] = lambda: None,
-) -> float:
-    """One step's gradients of `loss_of(za, zb)` on pairs (2B, 3, S, S), first views then second; returns the loss.
+) -> Tensor:
+    """One step's gradients of `loss_of(za, zb)` on pairs (2B, 3, S, S), first views then second; returns the loss, a
+    scalar on the device.
 
     Barlow Twins is a statistic of the whole batch, so the sum of the losses of micro-batches would be another loss.
     Instead: features of all micro-batches without a graph, the loss on all of them, then each micro-batch forward again
@@ -247,7 +253,7 @@ def accumulate(
             after()
         loss = loss_of(*_views(z))
         engine.backward(loss)
-        return loss.item()
+        return loss.detach()
     z = _features(engine, chunks, after).requires_grad_()
     loss = loss_of(*_views(z))
     engine.backward(loss, last=False)
@@ -257,7 +263,7 @@ def accumulate(
         if not again.requires_grad:  # the attention over a single set has no gradient; the engine needs its backward
             again = again.detach().requires_grad_()
         engine.backward((again * gradient).sum(), last=i == len(chunks) - 1)
-    return loss.item()
+    return loss.detach()
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -72,24 +73,102 @@ def save_checkpoint(
 
     The checkpoint appears when all ranks have written their part; the oldest is then removed.
     """
-    done = folder / "checkpoints" / f"step-{step:09d}"
-    unfinished = done.with_name(f".{done.name}.partial")
-    if context.comm.rank == 0:
-        for left in done.parent.glob(".step-*"):  # by killed attempts; no rank writes before the barrier below
-            shutil.rmtree(left, ignore_errors=True)
-        make_folder(unfinished)
-    context.comm.barrier()
-    sums = _write_rows(context, unfinished, shards or {})
-    if context.comm.rank == 0:
-        metadata = {"step": str(step), "files": json.dumps(list(sums))}
-        sums[ENGINE_FILE] = _write(unfinished / ENGINE_FILE, _replicated(module, state), metadata)
-        write_json(unfinished / SUMS_FILE, {"job": folder.name, "files": sums})
-        sync(unfinished)
-        rename(unfinished, done)
-        sync(done.parent)
-        for old in _checkpoints(folder)[:-KEEP_CHECKPOINTS]:
-            shutil.rmtree(old.rename(old.with_name(f".{old.name}.old")))  # a partly removed one never has that name
-    context.comm.barrier()
+    with CheckpointWriter(context, folder, background=False) as writer:
+        writer.begin(step, module, state, shards)
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of a job, one at a time: where tensors are on a GPU, beside the training that goes on.
+
+    `begin` copies the state to pinned memory, behind what the GPU was given to do, and a thread writes it; `finish`
+    makes the checkpoint appear. In between nothing of it is loaded. All ranks call both of them together.
+
+    Args:
+        background: whether a thread writes, from a copy; None: for a GPU. On a CPU, the thread and the copy would take
+            cores and memory from training, whose steps take longer than a file does.
+    """
+
+    def __init__(self, context: RankContext, folder: Path, *, background: bool | None = None) -> None:
+        self._context, self._folder = context, folder
+        self._on_gpu = context.device.type == "cuda"
+        self._thread = ThreadPoolExecutor(1) if (self._on_gpu if background is None else background) else None
+        self._buffers: dict[str, Tensor] = {}  # of the state, kept from one checkpoint to the next
+        self._step: int | None = None  # of the checkpoint under way
+        self._files: list[str] = []  # of all ranks' rows
+        self._work = Future[dict[str, str]]()  # checksums of this rank's files
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        """Ends the thread; a checkpoint that was not finished never appears."""
+        if self._thread is not None:
+            self._thread.shutdown()
+
+    @property
+    def under_way(self) -> bool:
+        return self._step is not None
+
+    def written(self) -> bool:
+        """Whether this rank has written its files, or failed to, so that `finish` does not wait for it."""
+        return not self.under_way or self._work.done()
+
+    def begin(self, step: int, module: nn.Module, state: State, shards: Mapping[str, RowShard] | None = None) -> None:
+        """Begins to save what `save_checkpoint` saves; without a thread, finishes it."""
+        assert not self.under_way
+        comm, shards, (done, unfinished) = self._context.comm, shards or {}, self._paths(step)
+        if comm.rank == 0:
+            for left in done.parent.glob(".step-*"):  # by killed attempts; no rank writes before all know their files
+                shutil.rmtree(left, ignore_errors=True)
+            make_folder(unfinished)
+        self._files = _file_names(self._context, shards)
+        comm.barrier()
+        replicated = _replicated(module, state) if comm.rank == 0 else None
+        metadata = {"step": str(step), "files": json.dumps(self._files)}
+        self._step = step
+        if self._thread is None:
+            self._work = Future()
+            self._work.set_result(_write_own(unfinished, shards, replicated, metadata))
+            self.finish()
+            return
+        shards = {name: self._copied_rows(name, shard) for name, shard in shards.items()}
+        if replicated is not None:
+            replicated = {name: self._copied(name, tensor) for name, tensor in replicated.items()}
+        copied = torch.cuda.current_stream().record_event() if self._on_gpu else None
+        self._work = self._thread.submit(_write_own, unfinished, shards, replicated, metadata, copied)
+
+    def finish(self) -> None:
+        """Makes the checkpoint under way appear, if there is one, once all ranks have written their files; removes the
+        oldest. Raises what prevented this rank's files."""
+        if self._step is None:
+            return
+        comm, (done, unfinished) = self._context.comm, self._paths(self._step)
+        sums = _sums_of_ranks(self._context, self._work.result(), self._files)
+        if comm.rank == 0:
+            write_json(unfinished / SUMS_FILE, {"job": self._folder.name, "files": sums})
+            sync(unfinished)
+            rename(unfinished, done)
+            sync(done.parent)
+            for old in _checkpoints(self._folder)[:-KEEP_CHECKPOINTS]:
+                shutil.rmtree(old.rename(old.with_name(f".{old.name}.old")))  # a partly removed one is never whole
+        comm.barrier()
+        self._step = None
+
+    def _paths(self, step: int) -> tuple[Path, Path]:
+        """The folder of a checkpoint, and its name until it is whole."""
+        done = self._folder / "checkpoints" / f"step-{step:09d}"
+        return done, done.with_name(f".{done.name}.partial")
+
+    def _copied_rows(self, name: str, shard: RowShard) -> RowShard:
+        return RowShard(shard.first, {key: self._copied(f"{name}/{key}", t) for key, t in shard.tensors.items()})
+
+    def _copied(self, name: str, tensor: Tensor) -> Tensor:
+        """A copy in pinned memory, filled behind what the GPU was given to do."""
+        found = self._buffers.get(name)
+        if found is None or found.shape != tensor.shape:
+            found = torch.empty(tensor.shape, dtype=tensor.dtype)
+            found = self._buffers[name] = found.pin_memory() if self._on_gpu else found
+        return found.copy_(tensor.detach(), non_blocking=True)
 
 
 def load_checkpoint(
@@ -174,20 +253,47 @@ def _problem(checkpoint: Path, rank: int, size: int) -> str:
     return ""
 
 
-def _write_rows(context: RankContext, folder: Path, shards: Mapping[str, RowShard]) -> dict[str, str]:
-    """Writes this rank's files of rows; the checksums of all ranks' files by name, once all have written theirs."""
+def _write_own(
+    folder: Path,
+    shards: Mapping[str, RowShard],
+    replicated: Mapping[str, Tensor] | None,
+    metadata: dict[str, str],
+    copied: torch.cuda.Event | None = None,
+) -> dict[str, str]:
+    """Writes a rank's files of rows and, on rank 0, what all ranks have alike; the checksums by name.
+
+    Args:
+        copied: an event on the GPU after which the tensors are filled; None: they are.
+    """
+    if copied is not None:
+        copied.synchronize()
     sums = dict[str, str]()
     for name, shard in shards.items():
-        own = []
         for first, end in shard.ranges():
             rows = {key: t[first - shard.first : end - shard.first].cpu() for key, t in shard.tensors.items()}
-            found = _write(folder / _file_name(name, first, end), rows, {})
-            own.append([first, end, *(int(found[i : i + 8], 16) for i in range(0, 32, 8))])  # 32 bits each
-        table = torch.tensor(own, dtype=torch.int64, device=context.device).reshape(-1, 6)
-        for first, end, *parts in torch.cat(context.comm.gather(table)).tolist():
-            sums[_file_name(name, first, end)] = "".join(f"{part:08x}" for part in parts)
-    context.comm.barrier()
+            file = _file_name(name, first, end)
+            sums[file] = _write(folder / file, rows, {})
+    if replicated is not None:
+        sums[ENGINE_FILE] = _write(folder / ENGINE_FILE, {k: t.cpu() for k, t in replicated.items()}, metadata)
     return sums
+
+
+def _file_names(context: RankContext, shards: Mapping[str, RowShard]) -> list[str]:
+    """The files of all ranks' rows."""
+    names = []
+    for name, shard in shards.items():
+        ranges = torch.tensor(list(shard.ranges()), dtype=torch.int64, device=context.device).reshape(-1, 2)
+        names += [_file_name(name, *both) for both in torch.cat(context.comm.gather(ranges)).tolist()]
+    return names
+
+
+def _sums_of_ranks(context: RankContext, own: Mapping[str, str], files: Sequence[str]) -> dict[str, str]:
+    """The checksums of all ranks' files, by name."""
+    places = {name: place for place, name in enumerate([*files, ENGINE_FILE])}
+    rows = [[places[name], *(int(found[i : i + 8], 16) for i in range(0, 32, 8))] for name, found in own.items()]
+    table = torch.tensor(rows, dtype=torch.int64, device=context.device).reshape(-1, 5)  # 32 bits each
+    found = {place: parts for place, *parts in torch.cat(context.comm.gather(table)).tolist()}
+    return {name: "".join(f"{part:08x}" for part in found[place]) for name, place in places.items()}
 
 
 def _file_name(shard: str, first: int, end: int) -> str:
@@ -216,9 +322,9 @@ def _load_rows(checkpoint: Path, files: Sequence[str], name: str, shard: RowShar
 
 
 def _replicated(module: nn.Module, state: State) -> dict[str, Tensor]:
-    tensors = {name: p.detach().cpu() for name, p in _trainable(module).items()}
+    tensors = {name: p.detach() for name, p in _trainable(module).items()}
     for name, p in _trainable(module).items():
-        tensors |= {f"{name}|{key}": v.cpu() for key, v in state[p].items() if isinstance(v, Tensor)}
+        tensors |= {f"{name}|{key}": v for key, v in state[p].items() if isinstance(v, Tensor)}
     return tensors
 
 

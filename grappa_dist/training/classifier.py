@@ -10,6 +10,7 @@ Shapes: B images of this rank, A images of all ranks, D channels, K classes, k o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,14 +21,14 @@ from torch import Tensor
 
 from grappa_dist.checksums import damaged, load_array
 from grappa_dist.data.rng import RowDraw
-from grappa_dist.distributed.collectives import Comm
+from grappa_dist.distributed.collectives import Comm, to_device
 from grappa_dist.kmeans.sampling import HASH_BITS, row_hashes
 from grappa_dist.training.checkpoints import RowShard
 from grappa_dist.training.norm_softmax_loss import Scores, chunks, class_gradient, image_gradient, score_classes
 from grappa_dist.training.optim import RowState, adam_step
 
 _START_ROWS = 4096  # drawn or read at a time
-_HASHED_ROWS = {"cpu": 2**16, "cuda": 2**24}  # at a time: a core's cache; work for a GPU
+_HASHED_ROWS = 2**16  # at a time: a core's cache
 
 
 @dataclass(frozen=True)
@@ -97,27 +98,34 @@ class Classifier:
                 self.state.rows[low - self.first : high - self.first] = F.normalize(block, dim=1)
 
     def begin(self, step: int, labels: Tensor) -> None:
-        """Begins a step on images of this rank with these labels (B,), which come in one or more micro-batches."""
+        """Begins a step, whose images come in one or more micro-batches.
+
+        Classes are drawn on the host: how many are drawn decides shapes, and asking a GPU is a wait for it.
+
+        Args:
+            labels: (A,) of the step's images, on the CPU.
+        """
         self._scored.clear()
         if self._settings.sampled < 1:
-            active = self._drawn(step)
-            local = torch.cat(self._comm.gather(labels)) - self.first
+            active, local = self._drawn(step).numpy(), labels.numpy() - self.first
             active[local[(local >= 0) & (local < len(active))]] = True
-            self._active = active.nonzero()[:, 0]
+            self._active = to_device(torch.from_numpy(np.flatnonzero(active)), self._device)
 
-    def score(self, z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def score(self, z: Tensor, labels: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Of this rank's images: the summed loss, a scalar with a gradient for z, and how many are classified right.
 
         All ranks call it equally often, with an empty batch where one has no images.
 
         Args:
             z: (B, D), of any length.
-            labels: (B,), in [0, K), a part of those given to `begin`.
+            labels: (A,) of all ranks' images in rank order, in [0, K), a part of those given to `begin`.
+            sizes: images of each rank; those of this one are B.
         """
         rows, gamma = z.detach().float(), self._settings.gamma
-        of_ranks = self._comm.gather(rows)
+        of_ranks = self._comm.gather(rows, sizes)
         unit_z = F.normalize(torch.cat(of_ranks), dim=1)  # (A, D)
-        places = self._places(torch.cat(self._comm.gather(labels)))
+        assert len(unit_z) == len(labels)
+        places = self._places(labels)
         scores = score_classes(unit_z, lambda part: self.state.rows[self._rows(part)], self._num_active, places, gamma)
         scores = self._over_ranks(scores)
         self._scored.append(_Scored(unit_z, places, scores.log_total))
@@ -155,10 +163,10 @@ class Classifier:
         return Scores(scores.top, total, scores.pull, target, scores.own)
 
     def _drawn(self, step: int) -> Tensor:
-        """(k,) bool: whether a class of this rank is drawn for a step."""
+        """(k,) bool on the CPU: whether a class of this rank is drawn for a step."""
         limit = int(self._settings.sampled * 2**HASH_BITS)
         key = RowDraw.CLASSES.key(self._settings.seed, step)
-        blocks = torch.arange(self.first, self.end, device=self._device).split(_HASHED_ROWS[self._device.type])
+        blocks = torch.arange(self.first, self.end).split(_HASHED_ROWS)
         return torch.cat([row_hashes(block, *key) < limit for block in blocks])
 
     def _places(self, labels: Tensor) -> Tensor:

@@ -10,6 +10,10 @@ checkpoint loads on any number of ranks and at any stage. What the accessors lac
 - Before the first step the state has no accessor either, since DeepSpeed links it to the parameters after that step;
   and with several groups it links the first one only. So it is linked here, by the function that DeepSpeed uses.
 - `safe_get_local_*` are for ZeRO stage 3, so a norm takes an all-reduce of each whole gradient.
+
+Left to itself DeepSpeed waits for the device at every forward pass and step, to measure its speed; at every step of
+ZeRO, for the norm of the gradient; and a world of one copies all gradients into buffers and back, to sum them over one
+rank. All of that is off, by its settings, and gradients of a world of one are said to be finished only at the step.
 """
 
 from __future__ import annotations
@@ -61,11 +65,13 @@ class Engine:
                 "train_micro_batch_size_per_gpu": 1,
                 "gradient_accumulation_steps": 1,
                 "gradient_clipping": 0.0,  # the default of some versions clips at 1
-                "zero_optimization": {"stage": zero_stage},
+                "zero_optimization": {"stage": zero_stage, **_without_norms(zero_stage)},
                 "steps_per_print": 2**31,
+                "timers": {"throughput": {"enabled": False, "synchronized": False}},
             },
         )
         self._parameters = [p for group in groups for p in group]
+        self._alone = comm.size == 1 and not zero_stage  # nothing to sum, and no part of the state elsewhere
         self._zero = _ZeroState(optimizer, groups) if zero_stage else None
         if self._zero is not None and state:
             self._zero.scatter(state)
@@ -77,18 +83,24 @@ class Engine:
 
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
         """Adds gradients; after the `last` one of a step they are averaged over the ranks."""
-        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.set_gradient_accumulation_boundary(last and not self._alone)
         self._engine.backward(loss)
+        if last and self._alone:  # as the sum over ranks does: an optimizer passes over what has no gradient
+            for parameter in self._parameters:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
 
     def step(self, learning_rate: float) -> None:
         """One update, which also clears the gradients."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
+        self._engine.set_gradient_accumulation_boundary(True)  # which is not the default of DeepSpeed, and see above
         self._engine.step()
 
     @torch.no_grad()
-    def clip(self, groups: Sequence[Sequence[nn.Parameter]], max_norm: float | None) -> list[float]:
-        """The norms of the averaged gradients, by group; scales each group's to `max_norm` at most, if one is given.
+    def clip(self, groups: Sequence[Sequence[nn.Parameter]], max_norm: float | None) -> Tensor:
+        """The norms of the averaged gradients by group, (groups,) float64 on the device; scales each group's to
+        `max_norm` at most, if one is given.
 
         To be called between the last `backward` and `step`; all ranks call it.
         """
@@ -106,8 +118,7 @@ class Engine:
                 if of_group:
                     torch._foreach_mul_(list(of_group.values()), factor)
                     self._set_gradients(of_group)
-        found: list[float] = norms.tolist()
-        return found
+        return norms
 
     def gradients(self) -> dict[nn.Parameter, Tensor]:
         """The averaged gradient of each parameter that has one, between the last `backward` and `step`; all ranks call
@@ -192,6 +203,13 @@ class _InPrecision(nn.Module):
         with forward_precision(self._device, bf16=self._bf16):
             found: Tensor = self.module(images).float()
         return found
+
+
+def _without_norms(stage: int) -> dict[str, bool]:
+    """The setting of ZeRO by which a step computes no norm of the gradient, where this version of DeepSpeed has it."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    return {"compute_grad_norm": False} if stage and "compute_grad_norm" in DeepSpeedZeroConfig.model_fields else {}
 
 
 def _check_zero(stage: int, optimizer: torch.optim.Optimizer) -> None:

@@ -1,5 +1,9 @@
 """The training loop of adapt and fuse: steps through the engine, figures, checkpoints, resume, a clean stop.
 
+The host gives a GPU step after step and reads what came of them every few seconds (training/figures.py), before
+anything is saved and before weights are used for something that is kept. So nothing comes of a step after a figure that
+is not finite: its updates are never saved.
+
 The learning rate is a pure function of the step, so a resumed run needs no scheduler state.
 """
 
@@ -24,8 +28,9 @@ from grappa_dist.console import METRICS_FILE, Events, parse_event
 from grappa_dist.distributed.worker import RankContext
 from grappa_dist.files import replace
 from grappa_dist.storage import open_to_read, open_to_write
-from grappa_dist.training.checkpoints import RowShard, load_checkpoint, save_checkpoint
+from grappa_dist.training.checkpoints import CheckpointWriter, RowShard, load_checkpoint
 from grappa_dist.training.deepspeed_engine import Engine
+from grappa_dist.training.figures import DEFAULT_PACE, Figures, Pace, PendingFigures, Reading
 from grappa_dist.training.trackers import Tracker, TrackerGroup
 
 NAMED = 5  # images, in a message
@@ -42,11 +47,11 @@ class Objective(Protocol):
 
     def begin(self, step: int) -> None: ...
 
-    def backward(self, engine: Engine, step: int) -> dict[str, float]:
-        """This rank's sums of figures, which add over ranks.
+    def backward(self, engine: Engine, step: int) -> Figures:
+        """This rank's sums of figures, which add over ranks; those that a GPU computes stay on it.
 
         `images`, `loss` and `gradient_norm` (these two multiplied by the images) are among them: a gradient may be NaN
-        where the loss is finite, and nothing is updated where a figure is not finite.
+        where the loss is finite, and nothing is saved where a figure is not finite.
         """
 
 
@@ -91,7 +96,9 @@ def cosine(step: int, total: int, warmup: int = 0) -> float:
 class Reporting:
     """What a job reports beside its figures, and where to."""
 
-    suspects: Callable[[], Sequence[str]] = tuple  # images that may be why a loss is not finite; all ranks call it
+    # Images of a step that may be why a loss is not finite; all ranks call it
+    suspects: Callable[[int], Sequence[str]] = lambda step: ()
+    uses_weights: Callable[[int], bool] = lambda step: False  # whether a step begins with something kept, made of them
     trackers: Callable[[], Sequence[Tracker]] = tuple  # log every step, on rank 0
     decisions: Mapping[str, str] = field(default_factory=dict)  # made when the job began, for its log
 
@@ -107,6 +114,7 @@ def train(
     sharded: Mapping[str, ShardedModule] = MappingProxyType({}),
     zero_stage: int = 0,
     reporting: Reporting = Reporting(),
+    pace: Pace = DEFAULT_PACE,
 ) -> bool:
     """Trains from the newest checkpoint in `folder` to the end; False when it was asked to stop and saved its state.
 
@@ -115,37 +123,99 @@ def train(
     """
     shards = {name: module.shard() for name, module in sharded.items()}
     start = load_checkpoint(context, folder, objective.module, optimizer, shards)
-    engine = Engine(objective.module, optimizer, context.comm, context.device, zero_stage=zero_stage)
+    parted = zero_stage if context.comm.size > 1 else 0  # a world of one has nobody to share with
+    engine = Engine(objective.module, optimizer, context.comm, context.device, zero_stage=parted)
     with ExitStack() as stack:
         stack.callback(engine.close)
         log = _Log(context, folder / METRICS_FILE, job, reporting, start=start, steps=schedule.steps)
         stack.callback(log.close)
+        writer = stack.enter_context(CheckpointWriter(context, folder))
+        pending = PendingFigures(context, pace)
+        saving = _Saving(
+            writer, schedule, pending, lambda done: writer.begin(done, objective.module, engine.state(), shards)
+        )
+        steps = _Steps(objective, engine, schedule, tuple(sharded.values()), job, reporting, log, pending, saving)
         objective.begin(start)
         log.begin()
-        for step in range(start, schedule.steps):
-            figures, stop = _reduce(context, objective.backward(engine, step))
+        return all(steps.take(step) for step in range(start, schedule.steps))
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """What a step of training is."""
+
+    objective: Objective
+    engine: Engine
+    schedule: Schedule
+    sharded: Sequence[ShardedModule]
+    job: str
+    reporting: Reporting
+    log: _Log
+    pending: PendingFigures
+    saving: _Saving
+
+    def take(self, step: int) -> bool:
+        """One step; False if training stops after it, with its state saved."""
+        done, rate = step + 1, self.schedule.learning_rate(step)
+        if self.pending and self.reporting.uses_weights(step):
+            self.log.steps(self._read(), self.schedule.learning_rate)
+        sums = self.objective.backward(self.engine, step)
+        self.pending.add(step, sums, written=self.saving.written())
+        reading = self._read() if self.pending.due or self.saving.due(done) else None
+        self.engine.step(rate)
+        for module in self.sharded:
+            module.step(rate)
+        if reading is None:
+            return True
+        self.log.steps(reading, self.schedule.learning_rate)
+        return not self.saving.after(done, reading)
+
+    def _read(self) -> Reading:
+        """The figures of all steps since the last read.
+
+        Raises:
+            ArithmeticError: one is not finite; names the first such step.
+        """
+        reading = self.pending.read()
+        for step, figures in reading.steps:
             if any(not math.isfinite(v) for name, v in figures.items() if not name.startswith(_MAY_BE_UNDEFINED)):
-                raise ArithmeticError(f"{job}: {_describe_not_finite(figures, step, reporting.suspects())}")
-            done, rate = step + 1, schedule.learning_rate(step)
-            engine.step(rate)
-            for module in sharded.values():
-                module.step(rate)
-            log.step(step, rate, figures)
-            if done < schedule.steps and (stop or done % schedule.checkpoint_steps == 0):
-                save_checkpoint(context, folder, done, objective.module, engine.state(), shards)
-                if stop:
-                    return False
-        return True
+                suspects = self.reporting.suspects(step)
+                raise ArithmeticError(f"{self.job}: {_describe_not_finite(figures, step, suspects)}")
+        return reading
 
 
-def _reduce(context: RankContext, sums: dict[str, float]) -> tuple[dict[str, float], bool]:
-    """Means per image over all ranks, and whether any rank was asked to stop (so that all stop at the same step)."""
-    names = sorted(sums)
-    values = torch.tensor([sums[n] for n in names] + [float(context.stop_requested())], dtype=torch.float64)
-    totals = context.comm.sum_(values.to(context.device)).tolist()
-    figures = dict(zip(names, totals, strict=False))
-    images = figures.pop("images")
-    return {**{name: total / max(images, 1) for name, total in figures.items()}, "images": images}, totals[-1] > 0
+class _Saving:
+    """When a job saves its state: by steps, by time, and where it is asked to stop. All ranks decide alike."""
+
+    def __init__(
+        self, writer: CheckpointWriter, schedule: Schedule, pending: PendingFigures, begin: Callable[[int], None]
+    ) -> None:
+        """`begin` begins to save the state after some steps."""
+        self._writer, self._schedule, self._pending, self._begin = writer, schedule, pending, begin
+        self._wanted = False  # a checkpoint that waits for the one before it to be written
+
+    def written(self) -> bool:
+        """Whether this rank's part of a checkpoint is."""
+        return self._writer.written()
+
+    def due(self, done: int) -> bool:
+        """Whether figures have to be read after as many steps: the state may be saved only where they are finite."""
+        return done == self._schedule.steps or done % self._schedule.checkpoint_steps == 0
+
+    def after(self, done: int, reading: Reading) -> bool:
+        """Saves where it is time; whether training stops here."""
+        last = done == self._schedule.steps
+        stop = reading.stop and not last
+        self._wanted |= reading.save or done % self._schedule.checkpoint_steps == 0
+        if reading.written or stop or last:
+            self._writer.finish()
+        if stop or (self._wanted and not last and not self._writer.under_way):
+            self._begin(done)
+            self._pending.saved()
+            self._wanted = False
+        if stop:
+            self._writer.finish()
+        return stop
 
 
 def _describe_not_finite(figures: Mapping[str, float], step: int, suspects: Sequence[str]) -> str:
@@ -156,7 +226,7 @@ def _describe_not_finite(figures: Mapping[str, float], step: int, suspects: Sequ
     values = ", ".join(f"{name} is {value}" for name, value in wrong.items())
     named = f"; images of that step: {', '.join(suspects[:NAMED])}" if suspects else ""
     more = f" and {len(suspects) - NAMED} more" if len(suspects) > NAMED else ""
-    return f"{values} at step {step}; nothing was updated{named}{more}"
+    return f"{values} at step {step}; nothing of it was saved{named}{more}"
 
 
 class _Log:
@@ -180,9 +250,17 @@ class _Log:
         """The first step begins; what comes before it takes no part in rates."""
         self._recent.append((time.monotonic(), 0.0, 0.0))
 
-    def step(self, step: int, rate: float, figures: dict[str, float]) -> None:
+    def steps(self, reading: Reading, rate_of: Callable[[int], float]) -> None:
+        """Logs the steps that were read together, as if they had taken equal times."""
+        before, now, count = self._recent[-1][0], time.monotonic(), len(reading.steps)
+        for number, (step, figures) in enumerate(reading.steps, start=1):
+            at = now if number == count else before + (now - before) * number / count
+            self._step(step, rate_of(step), figures, at)
+
+    def _step(self, step: int, rate: float, figures: dict[str, float], at: float) -> None:
+        """Logs a step that ended at this time."""
         waited_s = figures.pop("waited_s", None)
-        self._recent.append((time.monotonic(), figures["images"], waited_s or 0.0))
+        self._recent.append((at, figures["images"], waited_s or 0.0))
         recent = list(self._recent)[1:]
         elapsed = max(recent[-1][0] - self._recent[0][0], 1e-9)
         speed = sum(images for _, images, _ in recent) / elapsed

@@ -42,7 +42,7 @@ def norm_softmax(
         ValueError: the shapes do not fit, or a label is outside [0, K).
     """
     total = norm_softmax_sum(z, weight, labels, gamma)
-    return allsum(total) / allsum(total.new_tensor(len(z)))
+    return allsum(total) / allsum(total.new_full((), len(z)))
 
 
 def norm_softmax_sum(z: Tensor, weight: Tensor, labels: Tensor, gamma: float) -> Tensor:
@@ -159,12 +159,9 @@ def add_scores(scores: Scores, unit_z: Tensor, rows: Tensor, labels: Tensor, gam
     """
     inverse = _inverse_norms(rows)  # (C,)
     logits = (unit_z @ rows.T).mul_(gamma * inverse)  # (B, C)
-    at = ((labels >= 0) & (labels < len(rows))).nonzero()[:, 0]
-    target, own = scores.target, scores.own
-    if len(at):
-        target, own = target.clone(), own.clone()
-        target[at] = logits[at, labels[at]]
-        own[at] = rows[labels[at]] * inverse[labels[at], None]
+    among, places = _among(labels, rows)
+    target = torch.where(among, logits.gather(1, places[:, None])[:, 0], scores.target)
+    own = torch.where(among[:, None], rows[places] * inverse[places, None], scores.own)
     top = torch.maximum(scores.top, logits.amax(1))
     before = scores.below(top)
     weights = logits.sub_(top[:, None]).exp_()
@@ -184,12 +181,18 @@ def class_gradient(unit_z: Tensor, rows: Tensor, labels: Tensor, log_total: Tens
     inverse = _inverse_norms(rows)
     cosines = (unit_z @ rows.T).mul_(inverse)  # (B, C)
     errors = (gamma * cosines).sub_(log_total[:, None]).exp_()  # probabilities, and less 1 for the own class
-    at = ((labels >= 0) & (labels < len(rows))).nonzero()[:, 0]
-    if len(at):
-        errors[at, labels[at]] -= 1
+    among, places = _among(labels, rows)
+    errors.scatter_(1, places[:, None], errors.gather(1, places[:, None]) - among[:, None].to(errors))
     errors.mul_(gamma * inverse)
     along = (errors * cosines).sum(0).mul_(inverse)  # (C,): what would only lengthen a row is left out
     return torch.mm(errors.T, unit_z).addcmul_(rows, along[:, None], value=-1)
+
+
+def _among(labels: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether labels (B,) are of classes among `rows`, and their places there, 0 for others; no wait for a device, as
+    an index of those that are would take."""
+    among = (labels >= 0) & (labels < len(rows))
+    return among, labels * among
 
 
 def _inverse_norms(rows: Tensor) -> Tensor:

@@ -50,6 +50,7 @@ def test_every_good_row_appears_once_an_epoch_and_ranks_partition_its_batches(
     for t, batch in enumerate(batches):
         shares = [order.batch(t, batch_size, rank, ranks).tolist() for rank in range(ranks)]
         assert sorted(row for share in shares for row in share) == sorted(batch.tolist())
+        assert [of_rank.tolist() for of_rank in order.of_ranks(t, batch_size, ranks)] == shares
 
 
 def test_the_example_of_the_docstring_holds() -> None:

@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from grappa_dist.distributed.collectives import Comm, process_group, raise_together
-from tests.processes import run_ranks
+from tests.processes import free_address, run_ranks
 
 SIZES = {2: (0, 4), 3: (3, 0, 1)}
 
@@ -66,7 +67,9 @@ def test_rows_travel_whole_and_in_order_between_uneven_ranks(size: int) -> None:
 
 
 def gathered_storage(comm: Comm, sizes: tuple[int, ...]) -> tuple[list[Tensor], int]:
-    parts = comm.gather(torch.full((sizes[comm.rank], 2), comm.rank, dtype=torch.int64))
+    own = torch.full((sizes[comm.rank], 2), comm.rank, dtype=torch.int64)
+    parts = comm.gather(own)
+    assert all(torch.equal(part, known) for part, known in zip(parts, comm.gather(own, sizes), strict=True))
     held = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in parts}
     return [part.clone() for part in parts], sum(held.values())
 
@@ -124,6 +127,19 @@ def test_a_port_that_is_taken_is_an_error_of_the_connection_that_names_it() -> N
             process_group(0, 1, address),
         ):
             pass
+
+
+@pytest.mark.parametrize("device", [None, torch.device("cpu"), torch.device("cuda", 0)])
+def test_a_process_group_is_given_its_gpu(device: torch.device | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    given, init = list[object](), dist.init_process_group
+
+    def noted(backend: str, *, device_id: object, **named: Any) -> None:
+        given.append(device_id)
+        init(backend, **named)
+
+    monkeypatch.setattr(dist, "init_process_group", noted)
+    with process_group(0, 1, free_address(), device=device):
+        assert given == [device if device is not None and device.type == "cuda" else None]
 
 
 def complain(comm: Comm, problems: list[str]) -> str:

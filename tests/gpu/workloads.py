@@ -29,6 +29,7 @@ from grappa_dist.stages.embed import Embedding, embed_rows
 from grappa_dist.stages.fuse import FuseJob, fusion_of, train_fusion
 from grappa_dist.stages.multi_set_jobs import AdaptSet
 from grappa_dist.training.deepspeed_engine import Engine
+from grappa_dist.training.figures import Pace
 from tests.gpu.counting import Counts, counting
 from tests.stages import tiny
 
@@ -36,6 +37,7 @@ Job = TypeVar("Job")
 CUDA = torch.device("cuda", 0)
 SHALLOW = 2  # blocks, in tests; operations grow with the blocks, and do not depend on the size of the images
 WARM_UP = 2  # steps that load what later ones have
+RARELY = Pace(log_s=1e6)  # figures are read at the end, however slow this machine is
 
 
 def context_of(comm: Comm, **watched: Any) -> RankContext:
@@ -125,7 +127,7 @@ def adapt_counts(comm: Comm, sets: int, depth: int = SHALLOW, image_size: int = 
         shape = {"depth": depth, "image_size": image_size}
         job = made_once(comm, lambda: adapt_job(folder, sets, shape, **adapt))
         with steps_counted() as steps:
-            train_adaptors(context_of(comm), replace(job, sharing=1))
+            train_adaptors(context_of(comm), replace(job, pace=RARELY))
     return quiet_and_logged(steps)
 
 
@@ -155,7 +157,7 @@ def fuse_counts(
         shape = {"depth": depth, "image_size": image_size}
         job = made_once(comm, lambda: fuse_job(folder, sets, shape, variant, **fuse))
         with steps_counted() as steps:
-            train_fusion(context_of(comm), job)
+            train_fusion(context_of(comm), replace(job, pace=RARELY))
     return quiet_and_logged(steps)
 
 

@@ -115,7 +115,7 @@ def test_a_gradient_that_is_not_finite_stops_all_ranks_before_the_update_and_spo
     found = run_ranks(error_when_a_gradient_overflows, size, job, timeout_s=400)
     for message in found:
         assert message.startswith(
-            "k=3+k=4+k=5: gradient_norm k=4 is inf at step 2; nothing was updated; images of that"
+            "k=3+k=4+k=5: gradient_norm k=4 is inf at step 2; nothing of it was saved; images of that"
         )
         assert f"images of that step: {named} and {len(rows) - NAMED} more" in message
     for k in KS:
@@ -191,6 +191,6 @@ def test_a_loss_that_is_not_finite_names_the_images_whose_features_are_not(drawn
     rows = [job.training.order(0).batch(0, tiny.BATCH, rank, 2)[1] for rank in range(2)]
     named = ", ".join(f"{row} ({job.training.images.where(row)})" for row in sorted(rows))
     losses = ", ".join(f"loss k={k} is nan" for k in KS)
-    expected = f"k=3+k=4+k=5: {losses} at step 0; nothing was updated; images of that step: {named}"
+    expected = f"k=3+k=4+k=5: {losses} at step 0; nothing of it was saved; images of that step: {named}"
     assert run_ranks(error_when_broken, 2, job, timeout_s=400) == [expected, expected]
     assert "image '" in expected

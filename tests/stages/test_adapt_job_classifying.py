@@ -23,7 +23,7 @@ def after_steps(comm: Comm, of_images: float, of_classes: float) -> tuple[bool, 
     for step in range(3):
         z = torch.rand(4, 5, generator=draws) * of_images
         classifier.begin(step, labels)
-        losses.append(classifier.score(z, labels)[0])
+        losses.append(classifier.score(z, labels, [4])[0])
         classifier.step(1e-3)
     return all(loss.isfinite() for loss in losses), bool(classifier.state.rows.isfinite().all())
 
@@ -44,9 +44,9 @@ def spoiled(comm: Comm) -> list[float]:
         classifier.start(None, torch.Generator().manual_seed(0))
         if comm.rank == comm.size - 1:
             classifier.state.rows[-1, 0] = value
-        labels = torch.tensor([0, 3])
+        labels = torch.tensor([0, 3]).repeat(comm.size)
         classifier.begin(0, labels)
-        found.append(float(classifier.score(torch.ones(2, 5), labels)[0]))
+        found.append(float(classifier.score(torch.ones(2, 5), labels, [2] * comm.size)[0]))
     return found
 
 

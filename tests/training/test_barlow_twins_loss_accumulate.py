@@ -88,7 +88,7 @@ def on_a_rank(comm: Comm, sizes: tuple[int, ...], micro_batches: tuple[int, ...]
         engine.step(0.5)
         engine.close()
         after = {name: p.detach() for name, p in learning.items()}
-        results.append({"loss": loss, "grads": grads, "after": after, "seen": sum(seen), "parts": len(seen)})
+        results.append({"loss": loss.item(), "grads": grads, "after": after, "seen": sum(seen), "parts": len(seen)})
     return results
 
 

@@ -38,10 +38,13 @@ def fresh(comm: Comm, classes: int, sampled: float = 1.0, decay: float = DECAY) 
 
 def one_step(classifier: Classifier, comm: Comm, step: int, parts: int = 1) -> list[Tensor]:
     """Loss, number right and gradients of this rank's images, which come in `parts` micro-batches."""
-    z, labels = (t.split(list(SHARES[comm.size]))[comm.rank] for t in batch(step, classifier.num_rows))
-    z.requires_grad_()
+    whole_z, labels = batch(step, classifier.num_rows)
+    z = whole_z.split(list(SHARES[comm.size]))[comm.rank].requires_grad_()
     classifier.begin(step, labels)
-    scores = [classifier.score(*part) for part in zip(z.tensor_split(parts), labels.tensor_split(parts), strict=True)]
+    of_ranks = [share.tensor_split(parts) for share in labels.split(list(SHARES[comm.size]))]
+    scores = []
+    for mine, *others in zip(z.tensor_split(parts), *of_ranks, strict=True):
+        scores.append(classifier.score(mine, torch.cat(others), [len(of_rank) for of_rank in others]))
     total = torch.stack([loss for loss, _ in scores]).sum()
     gradient = torch.autograd.grad(total, z)[0]
     classifier.step(RATE)
@@ -139,7 +142,7 @@ def test_on_one_rank_loss_and_gradient_are_those_of_norm_softmax_to_the_bit(
     z, labels = batch(0, classes)
     z.requires_grad_()
     classifier.begin(0, labels)
-    loss, _ = classifier.score(z, labels)
+    loss, _ = classifier.score(z, labels, [len(z)])
     mean = norm_softmax(z, classifier.state.rows, labels, GAMMA)
     assert torch.equal(loss / len(z), mean)
     assert torch.equal(torch.autograd.grad(loss / len(z), z)[0], torch.autograd.grad(mean, z)[0])

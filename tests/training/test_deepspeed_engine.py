@@ -209,3 +209,41 @@ assert not _deepspeed(torch.device("cpu")).ops.__compatible_ops__.get("deepspeed
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert "trial" not in done.stdout
+
+
+def what_deepspeed_adds(comm: Comm, stage: int) -> dict[str, Any]:
+    """How often steps in two parts wait for the device and sum over ranks; gradients of what the loss lacks."""
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.runtime.zero import stage_1_and_2
+
+    waits, sums, all_reduce, missing = list[str](), list[int](), torch.distributed.all_reduce, list[int]()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(get_accelerator(), "synchronize", lambda *given: waits.append("synchronize"))
+        patch.setattr(stage_1_and_2, "is_invalid_grad_norm", lambda norm: waits.append("norm") is not None)
+        patch.setattr(torch.distributed, "all_reduce", lambda *a, **k: sums.append(1) or all_reduce(*a, **k))
+        model = small_model()
+        model.register_parameter("idle", nn.Parameter(torch.ones(3)))
+        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
+        engine = Engine(model, optimizer, comm, CPU, zero_stage=stage)
+        sums.clear()
+        for step in range(STEPS):  # DeepSpeed begins to measure after two of them
+            for last, share in enumerate(batch(step).split([3, 4])):
+                engine.backward(engine.forward(share).square().sum(), last=bool(last))
+            missing.append(sum(p.grad is None for p in model.parameters() if p.requires_grad))
+            engine.step(1e-2)
+    engine.close()
+    return {"waits": waits, "sums": len(sums), "missing": set(missing), "idle": model.idle.detach()[0].item()}
+
+
+def what_deepspeed_adds_at(comm: Comm, stages: tuple[int, ...]) -> list[dict[str, Any]]:
+    return [what_deepspeed_adds(comm, stage) for stage in stages]
+
+
+def test_deepspeed_waits_for_nothing_and_in_a_world_of_one_sums_nothing() -> None:
+    (alone,) = run_ranks(what_deepspeed_adds_at, 1, (0,))
+    assert alone == [{"waits": [], "sums": 0, "missing": {0}, "idle": pytest.approx(1 - STEPS * 1e-2, abs=1e-3)}]
+    for rank in run_ranks(what_deepspeed_adds_at, 2, (0, 1, 2)):
+        assert [stage["waits"] for stage in rank] == [[], [], []]
+        assert rank[0]["sums"] == STEPS
+        assert rank[0]["missing"] == {0}
+        assert rank[0]["idle"] == alone[0]["idle"]  # what has no gradient decays alike

@@ -84,7 +84,7 @@ def norms_of_gradients(comm: Comm) -> list[tuple[list[float], bool]]:
         engine = Engine(model, torch.optim.Adam(learning(model).values()), comm, CPU, zero_stage=stage)
         engine.backward(engine.forward(batch(0).split(SHARES[comm.size])[comm.rank]).square().sum() * (comm.size / 7))
         before = {p: gradient.clone() for p, gradient in engine.gradients().items()}
-        norms = engine.clip(groups(model), None)
+        norms = engine.clip(groups(model), None).tolist()
         after = engine.gradients()
         found.append((norms, before.keys() == after.keys() and all(torch.equal(before[p], after[p]) for p in before)))
         engine.close()
