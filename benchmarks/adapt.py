@@ -54,7 +54,7 @@ from grappa_dist.data.shards import ImageShards
 from grappa_dist.distributed.collectives import Comm
 from grappa_dist.distributed.worker import RankContext
 from grappa_dist.models import Backbone, PackedGrappa, create_backbone
-from grappa_dist.models.backbone import forward_precision
+from grappa_dist.models.precision import Precision
 from grappa_dist.models.packed import activation_bytes
 from grappa_dist.stages.adapt_job import AdaptJob, AdaptObjective
 from grappa_dist.stages.multi_set_jobs import AdaptSet
@@ -83,6 +83,11 @@ class AdaptSettings:
     repeats: int
     device: str = "cpu"
     compiled: bool = False  # of the section step alone: compile layers where that pays
+    precision: Precision | None = None  # None: bf16 on a GPU, fp32 on a CPU
+
+    @property
+    def computes_in(self) -> Precision:
+        return self.precision or ("bf16" if self.device == "cuda" else "fp32")
 
     def check(self) -> None:
         """Raises a ValueError that names the flag."""
@@ -90,7 +95,7 @@ class AdaptSettings:
         check_device(self.device)
 
     def describe(self) -> str:
-        where = f"at {self.image_size} px, {self.images} images a step on {self.device}"
+        where = f"at {self.image_size} px, {self.images} images a step on {self.device} in {self.computes_in}"
         return f"{self.sets} sets of {self.backbone} {where}"
 
 
@@ -150,6 +155,7 @@ def _job(settings: AdaptSettings, folder: Path) -> AdaptJob:
         name="benchmarks.adapt:untrained",
         kwargs={"name": settings.backbone, "image_size": settings.image_size},
         image_size=settings.image_size,
+        precision=settings.computes_in,
     )
     adapt = AdaptConfig(epochs=epochs, global_batch=settings.images, classifier="random")
     return AdaptJob(tuple(sets), training, backbone, adapt)
@@ -267,9 +273,7 @@ def _step(model: PackedGrappa, images: torch.Tensor) -> Callable[[], torch.Tenso
 
     def step() -> torch.Tensor:
         optimizer.zero_grad()
-        with forward_precision(images.device):
-            z = model(images)
-        (z.float() * weights).mean().backward()
+        (model(images) * weights).mean().backward()
         optimizer.step()
         wait_for(images.device)
         return torch.cat([p.grad.flatten() for p in learning if p.grad is not None])
@@ -381,7 +385,7 @@ def random_images(settings: AdaptSettings) -> torch.Tensor:
 
 def learning_model(settings: AdaptSettings, *, class_token_only: bool = True) -> PackedGrappa:
     """Adaptors that are no identity in a randomly initialised backbone; a function of the arguments."""
-    backbone = _random_backbone(settings.backbone, settings.image_size)
+    backbone = _random_backbone(settings.backbone, settings.image_size).compute_in(settings.computes_in)
     model = PackedGrappa(backbone, settings.sets, BOTTLENECK, class_token_only=class_token_only)
     generator = torch.Generator().manual_seed(0)
     for index in range(settings.sets):
@@ -439,7 +443,7 @@ classes, in chunks and sharded over ranks, and with sampled classes. Prints seco
 weights, gradient and state of Adam, and the peak of a rank. packing: several adaptor sets in one job against as many
 jobs one after the other, decoding included. last-block: a step of the model with the last block for the class token
 alone against the whole block. step: a step of the model, its images/s and its share of the arithmetic limit of this
-machine, measured in the same run. The last three run on a GPU with --device cuda, in bfloat16."""
+machine, measured in the same run. The last three run on a GPU with --device cuda."""
 EXAMPLE = """example, a minute:
   python launch/bench.py adapt --classes 100000 --repeats 1 --json adapt.json
 
@@ -462,11 +466,12 @@ def arguments(add: Callable[..., Any]) -> None:
     add("--image-size", type=int, default=96, metavar="PX", help="not of softmax; default: %(default)s")
     add("--images", type=int, default=32, metavar="N", help="of a step; not of softmax; default: %(default)s")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="not of softmax; default: %(default)s")
+    add("--precision", choices=("fp32", "bf16"), help="not of softmax; default: bf16 on a GPU, fp32 on a CPU")
     add("--compiled", action="store_true", help="of step, on a GPU: compile layers as with resources.compile=auto")
 
 
 def run(options: dict[str, Any], log: Log) -> tuple[str, dict[str, Any]]:
-    sections, of_model = options.pop("sections"), ("sets", "backbone", "image_size", "images", "device", "compiled")
+    sections, of_model = options.pop("sections"), ("sets", "backbone", "image_size", "images", "device", "compiled", "precision")
     shared = {name: options[name] for name in ("threads", "steps", "repeats")}
     settings = AdaptSettings(**shared, **{name: options.pop(name) for name in of_model})
     of_softmax = softmax.SoftmaxSettings(**options)

@@ -182,7 +182,7 @@ class Side:
 
     def forward(self, *leaves: Tensor) -> Tensor:
         """In the precision of training."""
-        with forward_precision(self.grad.device):
+        with forward_precision(self.grad.device, bf16=self.grad.device.type == "cuda"):
             return self.module(*leaves)
 
 

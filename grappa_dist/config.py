@@ -21,8 +21,9 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 from grappa_dist.output import has_secret, is_secret_name, suggestion, without_secrets
+from grappa_dist.yaml_text import describe, parse
 
-MOST_BYTES, MOST_VALUES, MOST_DEPTH = 2**20, 100_000, 50  # of a config, aliases written out
+MOST_BYTES = 2**20  # of a config
 _PATH_SETTINGS = (
     ("", "out", "mirror"),
     ("data", "train", "test", "shards_dir", "exclude"),
@@ -134,12 +135,18 @@ class BackboneConfig(Section):
     mean: Rgb | None = None  # of RGB in [0, 1], subtracted inside the model; null: timm's, else ImageNet's
     std: Rgb | None = None  # divided by, likewise
     pool: Literal["token", "avg", "map"] | None = None  # of tokens to a feature; null: timm's. docs/backbones.md
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of all that runs through it; auto: bf16 on GPUs, else fp32
+
+    @property
+    def computes_in(self) -> Literal["fp32", "bf16"]:
+        """The precision; `auto` is fp32, on any device, until a run settles it (stages/precision.py)."""
+        return "bf16" if self.precision == "bf16" else "fp32"
 
     @pydantic.model_serializer(mode="wrap")
     def _left_out_by_default(self, settings: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """`pool` is there only if it is given, as artefacts were named before there was one."""
-        found: dict[str, Any] = settings(self)
-        return {key: value for key, value in found.items() if key != "pool" or value is not None}
+        """`pool` and `precision` are there only if they are given, as artefacts were named before there were any."""
+        found, default = settings(self), {"pool": None, "precision": "auto"}
+        return {key: value for key, value in found.items() if (key, value) not in default.items()}
 
 
 class EmbedConfig(Section):
@@ -427,57 +434,6 @@ def fingerprint(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:10]
 
 
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that is given twice, of which yaml would silently drop the first, and texts that grow or nest."""
-
-    _depth = 0
-
-    def get_single_data(self) -> Any:
-        node = self.get_single_node()
-        if node is None:
-            return None
-        _count_values(node, {})
-        try:
-            return self.construct_document(node)
-        except ValueError as error:  # of a date or number that is none
-            raise yaml.MarkedYAMLError(problem=str(error)) from None
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        self._depth += 1
-        if self._depth > MOST_DEPTH:
-            raise yaml.MarkedYAMLError(problem=f"more than {MOST_DEPTH} levels deep")
-        node = super().compose_node(parent, index)
-        self._depth -= 1
-        return node
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node: yaml.MappingNode = super().compose_mapping_node(anchor)
-        seen = set[str]()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"{key.value!r} is given twice", problem_mark=key.start_mark)
-            seen.add(key.value)
-        return node
-
-
-def _count_values(node: yaml.Node, counts: dict[int, int]) -> int:
-    """The values of a node, as often as aliases repeat them.
-
-    Args:
-        counts: of the nodes that were counted before, by id; 0 while one is being counted.
-    """
-    if id(node) not in counts:
-        counts[id(node)] = 0
-        parts = node.value if isinstance(node, yaml.CollectionNode) else []
-        flat = [n for part in parts for n in (part if isinstance(part, tuple) else (part,))]
-        counts[id(node)] = 1 + sum(_count_values(part, counts) for part in flat)
-        if counts[id(node)] > MOST_VALUES:
-            raise yaml.MarkedYAMLError(problem=f"more than {MOST_VALUES} values", problem_mark=node.start_mark)
-    if not counts[id(node)]:
-        raise yaml.MarkedYAMLError(problem="an alias within what it names", problem_mark=node.start_mark)
-    return counts[id(node)]
-
-
 def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """The config of a YAML file and `key.sub=value` overrides (values are YAML).
 
@@ -489,7 +445,7 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
             text = file.read(MOST_BYTES + 1)
         if len(text) > MOST_BYTES:
             raise ValueError(f"config {path} is longer than {MOST_BYTES} bytes; expected a YAML file of settings")
-        tree = _Loader(text).get_single_data()
+        tree = parse(text)
     except FileNotFoundError:
         raise ValueError(f"config {str(path) or repr('')} does not exist") from None
     except IsADirectoryError:
@@ -497,20 +453,11 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     except OSError as error:
         raise ValueError(f"config {path} cannot be read: {error.strerror}") from error
     except yaml.YAMLError as error:
-        raise ValueError(f"config {path} is not valid YAML: {_why_no_yaml(error)}") from error
+        raise ValueError(f"config {path} is not valid YAML: {describe(error)}") from error
     if not isinstance(tree, dict):
         kind = {"NoneType": "nothing", "list": "a list", "str": "a text"}.get(type(tree).__name__, repr(tree))
         raise ValueError(f"config {path} holds {kind}, expected sections of settings: name, data, backbone and others")
     return read(tree, overrides)
-
-
-def _why_no_yaml(error: yaml.YAMLError) -> str:
-    why = " ".join(str(error).replace(' in "<byte string>",', " in").split())
-    if isinstance(error, yaml.reader.ReaderError):
-        return f"it is no text in UTF-8 ({why})"
-    if "'\\t' that cannot start" in why:
-        why += "; YAML is indented by spaces, not tabs"
-    return without_secrets(why)
 
 
 def read(tree: dict[str, Any], overrides: Iterable[str] = ()) -> Config:
@@ -559,7 +506,7 @@ def _set(tree: dict[str, Any], override: str) -> None:
             raise ValueError(f"override {without_secrets(override)!r}: {parent!r} is not a section")
         node = child
     try:
-        node[leaf] = _Loader(text).get_single_data()
+        node[leaf] = parse(text)
     except yaml.YAMLError as error:
         raise ValueError(f"override {without_secrets(override)!r}: the value is not valid YAML") from error
 

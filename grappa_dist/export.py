@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -31,10 +31,12 @@ from grappa_dist.inputs import living_shards_of
 from grappa_dist.make_shards.left_out import BAD_LIST, write_list
 from grappa_dist.models import Grappa
 from grappa_dist.models.model_config import CONFIG_FILE, FORMAT
+from grappa_dist.models.precision import Precision
 from grappa_dist.models.spec import (
     WEIGHTS_FILE,
     ModelSpec,
     build,
+    exported_config,
     exported_spec,
     load_grappa,
 )
@@ -49,23 +51,27 @@ KEYS_FILE, NAMES_FILE, TASKS_FILE, LIST_FILE = "keys.json", "names.json", "tasks
 OPTIONAL = {"names": NAMES_FILE, "tasks": TASKS_FILE}  # of a shard: not there where no image has any
 _OF_TRAINING = ("adapt_ranks", "compile", "collective_timeout_s", "trackers")
 _EMBED_SETTINGS = (
-    *("data.max_bad_share", "embed.batch_size"),
+    *("data.max_bad_share", "embed.batch_size", "backbone.precision"),
     *(f"resources.{field}" for field in Resources.model_fields if field not in _OF_TRAINING),
 )
 
 
-def load_model(run_or_model_dir: str | Path, *, trust_modules: bool | None = None) -> RetrievalModel:
+def load_model(
+    run_or_model_dir: str | Path, *, trust_modules: bool | None = None, precision: Precision | None = None
+) -> RetrievalModel:
     """The model of a run directory or of an exported model directory, on the CPU.
 
     Args:
         trust_modules: whether the module of a backbone called `module:function` may be imported, which runs it; it must
             be importable. None: only in a run directory where a run of the same user imported it.
+        precision: "fp32" or "bf16", in which it computes; None: as its run did, on any device.
 
     Raises:
         ValueError: the directory holds no model, one of an unknown format, or one that names a module which is not
             trusted; or a file of it does not hold what was exported.
     """
-    grappa, config = load_grappa(Path(run_or_model_dir).expanduser(), trust_modules=trust_modules)
+    path = Path(run_or_model_dir).expanduser()
+    grappa, config = load_grappa(path, trust_modules=trust_modules, precision=precision)
     galleries = {task: torch.tensor(weights) for task, weights in config.get("galleries", {}).items()}
     return RetrievalModel(grappa, config["sets"], galleries)
 
@@ -169,7 +175,8 @@ def write_model(spec: ModelSpec, folder: Path, why: Mapping[str, Any] = MappingP
     Args:
         why: how this model came to be the one, for a reader of config.json.
     """
-    model = build(spec, torch.device("cpu"))
+    in_fp32 = spec.backbone.model_copy(update={"precision": "fp32"})  # weights are stored as they were given
+    model = build(replace(spec, backbone=in_fp32), torch.device("cpu"))
     grappa = model if isinstance(model, Grappa) else Grappa.of_backbone(model)
     save_tensors(folder / WEIGHTS_FILE, tensors_of(grappa), summed=True)
     config = {
@@ -188,6 +195,8 @@ def write_model(spec: ModelSpec, folder: Path, why: Mapping[str, Any] = MappingP
             WEIGHTS_FILE: vars(recorded(folder / WEIGHTS_FILE) or Sum.of(folder / WEIGHTS_FILE))
         },  # for copies without the manifest
     }
+    if spec.backbone.computes_in != "fp32":
+        config["precision"] = spec.backbone.computes_in
     if spec.galleries is not None:
         config["galleries"] = {task: gallery["weights"] for task, gallery in load_galleries(spec.galleries).items()}
     write_json(folder / CONFIG_FILE, config)
@@ -214,18 +223,20 @@ def embed_images(
     Args:
         model: a run directory, or that of an exported model.
         paths: shards; of what else `data.train` may name, such as folders, shards are made once, below `out`.
-        overrides: `key=value` of data.max_bad_share, embed.batch_size and most of resources.
+        overrides: `key=value` of data.max_bad_share, embed.batch_size, backbone.precision (by default the model's) and
+            most of resources.
         gallery: the task whose set weights are used, for a model of the variant `gallery`.
         trust_modules: as for `load_model`.
 
     Raises:
         ValueError: there is no such model, or a path or setting is wrong.
     """
-    spec = exported_spec(model.expanduser(), gallery, trust_modules=trust_modules)
-    data = {"train": tuple(paths)}
-    overrides = list(overrides)
-    config = read({"name": "embeddings", "data": data, "backbone": {"name": spec.backbone.name}}, overrides)
+    data, overrides = {"train": tuple(paths)}, list(overrides)
+    name = exported_config(model.expanduser())[1]["backbone"]["name"]
+    config = read({"name": "embeddings", "data": data, "backbone": {"name": name}}, overrides)
     _check_settings(overrides)
+    asked = None if config.backbone.precision == "auto" else config.backbone.precision
+    spec = exported_spec(model.expanduser(), gallery, trust_modules=trust_modules, precision=asked)
     with running(config, out) as run:
         if spec.name == "gallery" and gallery is None:
             run.console.log("warning: the model weighs its sets by galleries and none was named: this is their average")

@@ -22,13 +22,16 @@ from grappa_dist.stages.gallery_weights import galleries_of
 from grappa_dist.stages.ground_truth import ground_truth_of
 from grappa_dist.stages.knn_graph import graph_kind
 from grappa_dist.stages.partitions import partitions_of
+from grappa_dist.stages.precision import settled
 from grappa_dist.stages.pseudo_label import labels_of, num_labels
 from grappa_dist.stages.supervised import supervised_fusion_of, true_labels_of
 from grappa_dist.verdict import RULE, candidates
 
 
 def lay_out(config: Config, store: Store, train: ImageShards, test: ImageShards | None) -> Flow:
-    """Names all artefacts. Reads the index of the images and what was damaged before, and writes nothing."""
+    """Names all artefacts, in the precision of the run directory. Reads the index of the images, which features are
+    there and what was damaged before, and writes nothing."""
+    config = settled(config, store, train)
     features = features_of(store, ModelSpec(BACKBONE, config.backbone), config.embed, train)
     images = test or train.some(config.evaluate.train_images, config.seed)
     excluded = exclusion_of(store, config.data, train, images, has_test=test is not None)
@@ -120,6 +123,8 @@ def _exported(
     ks = [int(name.removeprefix("k=")) for name in models if name.startswith("k=")]
     sets = spec.sets if spec.random_sets else ks
     settings = {"backbone": config.backbone.name, "sets": sets, "variant": spec.name}
+    if config.backbone.computes_in != "fp32":  # the backbone alone has no inputs that say so
+        settings["precision"] = config.backbone.computes_in
     return store.artifact("models/" + spec.name, settings, spec.inputs)
 
 

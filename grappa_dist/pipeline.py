@@ -55,6 +55,7 @@ from grappa_dist.stages.fuse import describe_unfused, fuse, least_bytes
 from grappa_dist.stages.gallery_weights import weigh_galleries
 from grappa_dist.stages.mirror import Mirror, mirrored
 from grappa_dist.stages.partitions import partition_statistics
+from grappa_dist.stages.precision import record, settle, settled
 from grappa_dist.stages.pseudo_label import pseudo_label
 from grappa_dist.stages.run import Run, keeping_config, refuse_seeds, running
 from grappa_dist.stages.supervised import adapt_supervised, fuse_supervised, name_classes, read_true_labels
@@ -129,6 +130,7 @@ def _flow(context: Run, mending: Mending, until: str | None, *, trained_on: bool
         with console.stage("load", f"generating the demo data set {config.data.collection}"):
             generate_data_set(config.data, generated_data_set(store, config.data))
     train, test = open_images(config.data, store, config.resources, log=console.log)
+    config = (context := settle(context, train)).config
     flow = lay_out(config, store, train, test)
     if mending.check(artifacts_of(flow)):
         flow = lay_out(config, store, train, test)  # the report tells of it
@@ -145,6 +147,7 @@ def _flow(context: Run, mending: Mending, until: str | None, *, trained_on: bool
         _log_any(console, describe_unfused(config.fuse, len(flow.labels)))
         if until is None:
             _log_any(console, _expect(context, flow))
+        record(context)
         for stage in _stages(context, flow):
             if stage == until:
                 _log_any(console, describe_bad_images(flow))
@@ -258,7 +261,8 @@ def checks_of(config: Config, store: Store, flow: Flow) -> Checks:
     """What every node must pass before the first stage that needs workers."""
     fuses = not all(artifact.complete for artifact in flow.on_pairs.values())
     need = least_bytes(config.fuse, known_workers(config.resources)) if fuses else 0
-    return Checks(store.root.absolute(), partial(read_a_little, ends_of(flow.train, flow.test)), need)
+    read, bf16 = partial(read_a_little, ends_of(flow.train, flow.test)), config.backbone.computes_in == "bf16"
+    return Checks(store.root.absolute(), read, need, bf16=bf16)
 
 
 def _tried(config: Config, store: Store, *, log: Callable[[str], None] | None = None) -> TrialVerdict:
@@ -291,6 +295,7 @@ def check(config: Config, root: Path, *, deep: bool = False) -> str:
         made = generated_artifacts(store, config.data)
         _check_artifacts(made, deep=deep)  # what follows reads it
         train, test = open_images(config.data, store, config.resources, write_index=False)
+        config = settled(config, store, train)
         flow = lay_out(config, store, train, test)
         made += artifacts_of(flow)
         whole = _check_artifacts(made, deep=deep) + (_check_images(flow) if deep else "")

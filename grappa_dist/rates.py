@@ -31,7 +31,6 @@ from grappa_dist.distributed.machine import processor
 from grappa_dist.distributed.placement import known_workers, may_have_gpus
 from grappa_dist.files import read_json, write_json
 from grappa_dist.models import Backbone, Grappa, PackedGrappa
-from grappa_dist.models.backbone import forward_precision
 from grappa_dist.models.spec import backbone_settings
 from grappa_dist.training.optim import Lars
 
@@ -175,7 +174,7 @@ class _Bench:
         model, images = model.to(self.device), self._random(self.most, 3, _side(model), _side(model))
 
         def work(count: int) -> None:
-            with torch.inference_mode(), forward_precision(self.device):
+            with torch.inference_mode():
                 model(images[:count])
 
         return self.seconds(work, self.most)
@@ -186,9 +185,8 @@ class _Bench:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
         def work(count: int) -> None:
-            with forward_precision(self.device):
-                z: Tensor = model(images[:count])
-            torch.autograd.grad(z.float().square().mean(), trained, allow_unused=True)
+            z: Tensor = model(images[:count])
+            torch.autograd.grad(z.square().mean(), trained, allow_unused=True)
 
         return self.seconds(work, self.most)
 

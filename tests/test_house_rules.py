@@ -45,7 +45,7 @@ LEVELS = (  # a part imports parts of lower levels, and files of its own
     ("metrics", "significance", "artifacts"),
     ("checksums",),
     ("search", "config", "console", "files", "functions", "prefetch", "_compat"),
-    ("bars",),
+    ("bars", "yaml_text"),
     ("output", "storage", "extras", "progress"),
 )
 DISTRIBUTED = ("ray", "deepspeed", "torch.distributed", "faiss")

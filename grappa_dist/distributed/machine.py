@@ -67,6 +67,20 @@ def processor() -> str:
     return next((line for line in lines if line.startswith("model name")), "").rpartition(":")[2].strip()
 
 
+def multiplies_bf16(proc: Path | None = None) -> bool | None:
+    """Whether the processor has matrix products in bfloat16 (AMX, AVX-512 BF16, Arm's); None: the system does not tell.
+
+    Args:
+        proc: in place of /proc.
+    """
+    try:
+        lines = ((proc or PROC) / "cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        return None
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "").rpartition(":")[2].split()
+    return bool({"amx_bf16", "avx512_bf16", "bf16"} & set(flags)) if flags else None
+
+
 def usable_cores(group: Path = GROUP) -> float:
     """Cores that this process may use: those it is bound to, or the container's share where that is less."""
     cores = float(len(os.sched_getaffinity(0)))

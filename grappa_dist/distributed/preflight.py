@@ -23,11 +23,12 @@ from uuid import uuid4
 
 import torch
 
-from grappa_dist.distributed.machine import this_machine
+from grappa_dist.distributed.machine import multiplies_bf16, this_machine
 from grappa_dist.files import make_folder, read_bytes, write_bytes
 
 PACKAGES = ("torch", "ray", "deepspeed", "faiss")
 LATE_FILE_S = 5.0  # a network file system may show a new file this late
+FIRST_BF16_GPU = 8  # compute capability: Ampere
 NAMED = 3  # nodes named for one problem
 
 
@@ -42,6 +43,7 @@ class Checks:
     backbone: Callable[[], str] | None = (
         None  # why the backbone built here is not the driver's, or ""; None: not needed
     )
+    bf16: bool = False  # whether matrix products are in bfloat16
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class Facts:
     memory_bytes: int = 0  # free for one worker: of its GPU, else its part of the node's memory
     backbone: str = ""  # why a backbone that is built there is not the driver's
     machine: str = ""  # what it is, without its name
+    slow: str = ""  # why it takes longer than it need; no problem
 
 
 def node_name(address: str) -> str:
@@ -101,7 +104,20 @@ def survey(checks: Checks, token: Path | None, node: str, name: str, *, workers:
     why = f"torch {torch.__version__} sees no GPU here, though Ray has given one" if gpu and not usable else ""
     free = torch.cuda.mem_get_info()[0] if usable else free_memory() // workers
     machine = this_machine(seen_gpus=[torch.cuda.get_device_name()] if usable else []).describe()
-    return Facts(name, versions(), _storage(checks.root, token, node), _data(checks), why, free, machine=machine)
+    slow = _slow_products(usable) if checks.bf16 else ""
+    storage, data = _storage(checks.root, token, node), _data(checks)
+    return Facts(name, versions(), storage, data, why, free, machine=machine, slow=slow)
+
+
+def _slow_products(on_gpu: bool) -> str:
+    """Why products in bfloat16 are slow here, or ""."""
+    if on_gpu:
+        old = torch.cuda.get_device_capability()[0] < FIRST_BF16_GPU
+        what = f"{torch.cuda.get_device_name()} has" if old else ""
+    else:
+        what = "its processor has" if multiplies_bf16() is False else ""
+    advice = "so backbone.precision=bf16 is slow there; fp32 is faster, and another result"
+    return f"{what} no matrix products in bfloat16, {advice}" if what else ""
 
 
 def _storage(root: Path, token: Path | None, node: str) -> str:
@@ -208,6 +224,15 @@ def problems(own_versions: Mapping[str, str], nodes: Sequence[Facts], worker_byt
             need, free = (f"{size / 2**30:.1f} GiB" for size in (worker_bytes, facts.memory_bytes))
             where[f"a worker needs {need} of memory at least, {free} is free"].append(facts.node)
     return [f"{_names(found)}: {problem}" for problem, found in where.items()]
+
+
+def remarks(nodes: Sequence[Facts]) -> list[str]:
+    """One line per reason why nodes are slow, with the nodes."""
+    where: dict[str, list[str]] = defaultdict(list)
+    for facts in nodes:
+        if facts.slow:
+            where[facts.slow].append(facts.node)
+    return [f"{_names(found)}: {why}" for why, found in where.items()]
 
 
 def _names(nodes: Sequence[str]) -> str:

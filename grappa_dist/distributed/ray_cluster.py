@@ -20,7 +20,7 @@ from grappa_dist.console import Terminated, pluralize
 from grappa_dist.distributed.connection import connect, is_connected, is_local
 from grappa_dist.distributed.local_ray import LocalRay
 from grappa_dist.distributed.placement import check_capacity
-from grappa_dist.distributed.preflight import Checks, Facts, answered, problems, token_in, versions
+from grappa_dist.distributed.preflight import Checks, Facts, answered, problems, remarks, token_in, versions
 from grappa_dist.distributed.worker import Worker
 
 SURVEY_TIMEOUT_S = 60.0  # a storage that hangs must not hang the run
@@ -125,6 +125,11 @@ class Cluster:
             self._settle()
             self._begun = True
         return list(self._node_of)
+
+    def has_gpus(self) -> bool:
+        """Whether workers have GPUs, by the nodes of the cluster."""
+        self.connect()
+        return bool(gpus_per_worker(_alive(), self.resources))
 
     def node_of(self, worker: Any) -> str:
         """The id of a worker's node, so that the ranks of a job can share a node."""
@@ -325,6 +330,8 @@ class Cluster:
         self._refused = {*self._refused, *wrong} - {node for node, lines in wrong.items() if not lines}
         self.facts |= {node: facts for node, facts in found.items() if not wrong[node]}
         in_order = sorted(found.values(), key=lambda facts: facts.node)
+        for line in remarks(in_order):
+            self.log(f"warning: preflight: {line}")
         lines = problems(versions(), in_order, self.checks.worker_bytes)
         return f"preflight: {'; '.join(lines)}" if lines else ""
 

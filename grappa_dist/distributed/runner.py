@@ -5,6 +5,7 @@ SIGTERM, SIGHUP and Ctrl-C let running jobs save their state before the run ends
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -16,7 +17,7 @@ from typing import Any
 
 from grappa_dist.config import Resources
 from grappa_dist.console import Interrupted, Terminated
-from grappa_dist.distributed.placement import check_capacity, choose_workers
+from grappa_dist.distributed.placement import check_capacity, choose_workers, may_have_gpus
 from grappa_dist.distributed.preflight import Checks
 from grappa_dist.distributed.ray_cluster import Cluster
 from grappa_dist.storage import WITHOUT_SPACE
@@ -148,6 +149,13 @@ class Runner:
     def require(self, checks: Checks) -> None:
         """What every node must pass before it works."""
         self.cluster.checks = checks
+
+    def has_gpus(self) -> bool:
+        """Whether the workers have GPUs; connects to Ray where only the cluster knows, and starts no workers."""
+        if self.resources.gpus_per_worker != "auto" or not os.environ.get("RAY_ADDRESS"):
+            return may_have_gpus(self.resources)
+        with self._polling_signals():
+            return self.cluster.has_gpus()
 
     def renew_workers(self) -> None:
         """Replaces all workers that are up, and with them what they hold in memory; their nodes are checked again."""

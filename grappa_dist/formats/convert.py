@@ -136,7 +136,7 @@ def _model_folder(source: Path, wanted: Wanted, aside: Path) -> Path:
 
 def _opened(folder: Path, wanted: Wanted, log: Log) -> RetrievalModel:
     """The model with the weights of its gallery, and a line about it."""
-    model = load_model(folder, trust_modules=True)  # as _model_folder has checked
+    model = load_model(folder, trust_modules=True, precision="fp32")  # as _model_folder has checked
     config = exported_config(folder)[1]
     if wanted.gallery is not None and wanted.to in FOLDERS:
         raise ValueError(
@@ -218,7 +218,7 @@ def _write_folder(task: _Task, aside: Path, out: Path) -> Check:
     save_tensors(folder / WEIGHTS_FILE, tensors, {"format": "pt"})
     files = {WEIGHTS_FILE: vars(Sum.of(folder / WEIGHTS_FILE))}
     write_json(folder / CONFIG_FILE, {**task.config, "dtype": wanted.dtype, "files": files})
-    found = task.compared(load_model(folder, trust_modules=True))
+    found = task.compared(load_model(folder, trust_modules=True, precision="fp32"))
     about = task.about()
     write_json(folder / RECORD, {"format": wanted.to, **about, "check": asdict(found)})
     if wanted.to == "hub-folder":

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from grappa_dist import extras
 from grappa_dist.export import Transform
-from grappa_dist.models.backbone import forward_precision
 from grappa_dist.models.spec import preprocess_of
 from grappa_dist.retrieval.opening import Named, open_model
 
@@ -87,8 +86,7 @@ class Encoder:
     @torch.inference_mode()
     def _embed(self, images: Iterable[Image.Image]) -> NDArray[np.float32]:
         pixels = torch.stack([self.transform(image) for image in images]).to(self.opened.device)
-        with forward_precision(self.opened.device):
-            z = self.opened.model(pixels).float()
+        z = self.opened.model(pixels)
         return F.normalize(z, dim=1).cpu().numpy()
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> Tensor:

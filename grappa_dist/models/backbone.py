@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from grappa_dist._compat import declare_torchvision_ops
 from grappa_dist.data.transforms import Preprocess
 from grappa_dist.functions import check_arguments, describe_raised, import_function
+from grappa_dist.models.precision import Precision, hold_weights, products_in
 from grappa_dist.models.weights import load_own, timm_with_weights
 from grappa_dist.output import suggestion
 
@@ -36,17 +37,16 @@ _TRIAL_SCALE = 0.1  # of the weights that a model on "meta" is tried with
 
 
 def forward_precision(device: torch.device, *, bf16: bool | None = None) -> AbstractContextManager[object]:
-    """The precision of a forward pass, as a context; weights, their gradients and optimizer states are always float32.
-
-    Args:
-        bf16: whether matrix products are in bfloat16; None: only on a GPU, as in training.
-    """
-    enabled = device.type == "cuda" if bf16 is None else bf16
-    return torch.autocast(device.type, torch.bfloat16) if enabled else nullcontext()
+    """Products in bfloat16 where `bf16`; with None nothing, since a `Backbone` enters the precision of its own."""
+    return products_in("bf16", device) if bf16 else nullcontext()
 
 
 class Backbone(nn.Module):
-    """The frozen ViT, always in eval mode: RGB in [0, 1] (B, 3, S, S) -> image features z (B, D), not normalised."""
+    """The frozen ViT, always in eval mode: RGB in [0, 1] (B, 3, S, S) -> image features z (B, D), not normalised.
+
+    Also the model that it becomes when its blocks are wrapped: all of it computes in `precision`, on any device and
+    whatever autocast surrounds it.
+    """
 
     mean: Tensor
     std: Tensor
@@ -59,6 +59,7 @@ class Backbone(nn.Module):
         self.model = model.requires_grad_(False).eval()
         self.preprocess = preprocess
         self.remarks = tuple(remarks)  # on its weights
+        self.precision: Precision = "fp32"
         self.embed_dim = int(model.embed_dim)  # type: ignore[arg-type]
         self.register_buffer("mean", torch.tensor(preprocess.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(preprocess.std).view(1, 3, 1, 1), persistent=False)
@@ -77,11 +78,19 @@ class Backbone(nn.Module):
         """Stays in eval mode: the method has no dropout or batch statistics in the frozen model."""
         return super().train(False)
 
+    def compute_in(self, precision: Precision) -> Backbone:
+        """From here on computes in this precision; to be called once the weights are loaded."""
+        self.precision = precision
+        hold_weights(self.model, precision)
+        return self
+
     def forward(self, images: Tensor) -> Tensor:
-        return self.features((images - self.mean) / self.std)
+        with products_in(self.precision, images.device):
+            z = self.features((images - self.mean) / self.std)
+        return z if self.precision == "fp32" else z.to(images.dtype)
 
     def features(self, pixels: Tensor) -> Tensor:
-        """The same of images that are normalised, in the type of the weights."""
+        """The same of images that are normalised, in the type of the weights and of autocast."""
         model: Any = self.model
         if self.is_timms:
             return model.forward_head(model.forward_features(pixels), pre_logits=True)

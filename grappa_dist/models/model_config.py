@@ -58,6 +58,7 @@ class _Config(_Strict):
     pixels: _Pixels
     bottleneck: int = Field(ge=0, le=_WIDEST)
     attention: bool
+    precision: Literal["fp32", "bf16"] = "fp32"  # in which its run computed; not in models of earlier versions
     galleries: dict[str, list[Annotated[FiniteFloat, Field(ge=0)]]] = Field(default_factory=dict)
     files: dict[str, _Sum] = Field(default_factory=dict)
 

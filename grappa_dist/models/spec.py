@@ -26,6 +26,7 @@ from grappa_dist.files import Sum, read_bytes, read_json, read_tensors, replace,
 from grappa_dist.models import Backbone, Grappa, check_image_size, create_backbone
 from grappa_dist.models.backbone import check_name, check_weights, source_of
 from grappa_dist.models.model_config import CONFIG_FILE, check_config, check_size, is_own_backbone
+from grappa_dist.models.precision import Precision
 from grappa_dist.models.weights import check_weights_file, load_tensors
 from grappa_dist.storage import open_to_read, open_to_write
 
@@ -46,7 +47,7 @@ class ModelSpec:
     random_sets: int = 0  # randomly initialised sets, trained with the fusion and saved with it, not in `adaptors`
     galleries: Artifact | None = None  # weights of the sets for the images of each task
     exported: Path | None = None  # directory of an exported model, in place of the artefacts
-    weights_sha256: str = ""  # of the exported weights
+    weights_sha256: str = ""  # of an exported model, its identity: `identity_of`
     set_weights: tuple[float, ...] = ()  # of the exported model, where not as exported
     trusted: bool = False  # whether the module that an exported model names may be imported
 
@@ -79,7 +80,9 @@ def backbone_settings(config: BackboneConfig) -> dict[str, Any]:
     Raises:
         ValueError: the checkpoint or the module is not there.
     """
-    settings = config.model_dump(mode="json", exclude={"checkpoint"})
+    settings = config.model_dump(mode="json", exclude={"checkpoint", "precision"})
+    if config.computes_in != "fp32":  # artefacts were named before there was another precision
+        settings["precision"] = config.computes_in
     if not config.name.startswith("timm:"):
         source = source_of(config.name)
         settings["source_sha256"] = _sha256(source, os.stat(source).st_mtime_ns)
@@ -98,7 +101,7 @@ def _sha256(path: str, mtime_ns: int) -> str:
 
 
 def build_backbone(config: BackboneConfig, *, pretrained: bool = True) -> Backbone:
-    """The frozen ViT of a config.
+    """The frozen ViT of a config, in its precision.
 
     Raises:
         ValueError: it cannot be built, or does not take images of that size.
@@ -108,7 +111,7 @@ def build_backbone(config: BackboneConfig, *, pretrained: bool = True) -> Backbo
         config.name, config.kwargs, overrides, checkpoint=config.checkpoint, pretrained=pretrained, pool=config.pool
     )
     check_image_size(backbone, config.name, config.kwargs)
-    return backbone
+    return backbone.compute_in(config.computes_in)
 
 
 def check_checkpoint(config: BackboneConfig) -> tuple[str, ...]:
@@ -139,7 +142,8 @@ def check_ready(config: BackboneConfig) -> None:
 def build(spec: ModelSpec, device: torch.device) -> nn.Module:
     """The model of a description, frozen, on the device; an exported one folded, as its weights are final."""
     if spec.exported is not None:
-        exported = load_grappa(spec.exported, trust_modules=spec.trusted)[0].requires_grad_(False).eval()
+        exported, _ = load_grappa(spec.exported, trust_modules=spec.trusted, precision=spec.backbone.computes_in)
+        exported.requires_grad_(False).eval()
         if spec.set_weights:
             exported.weigh(torch.tensor(spec.set_weights))
         exported.fold()
@@ -191,14 +195,18 @@ def save_random_sets(model: Grappa, folder: Path) -> None:
 
 
 def exported_spec(
-    run_or_model_dir: Path, gallery: str | None = None, *, trust_modules: bool | None = None
+    run_or_model_dir: Path,
+    gallery: str | None = None,
+    *,
+    trust_modules: bool | None = None,
+    precision: Precision | None = None,
 ) -> ModelSpec:
     """The description of an exported model.
 
     Args:
         gallery: the task of the run whose set weights are used; None: as exported, which is the average for the variant
             `gallery`.
-        trust_modules: as for `load_grappa`.
+        trust_modules, precision: as for `load_grappa`.
 
     Raises:
         ValueError: the directory holds no model, one of an unknown format, one that names a module which is not
@@ -206,9 +214,12 @@ def exported_spec(
     """
     folder, config = exported_config(run_or_model_dir)
     check_trust(run_or_model_dir, config["backbone"], trust_modules)
-    backbone = BackboneConfig(name=config["backbone"]["name"], kwargs=config["backbone"]["kwargs"])
+    computes_in = precision or config.get("precision", "fp32")
+    backbone = BackboneConfig(
+        name=config["backbone"]["name"], kwargs=config["backbone"]["kwargs"], precision=computes_in
+    )
     path = _whole(folder, WEIGHTS_FILE, config)
-    weights = _sha256(str(path), path.stat().st_mtime_ns)
+    weights = identity_of(_sha256(str(path), path.stat().st_mtime_ns), computes_in)
     galleries: dict[str, list[float]] = config.get("galleries", {})
     if gallery is not None and gallery not in galleries:
         raise ValueError(
@@ -223,6 +234,14 @@ def exported_spec(
         set_weights=set_weights,
         trusted=True,
     )
+
+
+def identity_of(weights_sha256: str, precision: Precision) -> str:
+    """What tells apart models whose features are not to be mixed: the hash of the weights and, but for fp32, of these
+    with the precision."""
+    if precision == "fp32":
+        return weights_sha256
+    return hashlib.sha256(f"{weights_sha256} {precision}".encode()).hexdigest()
 
 
 def exported_config(run_or_model_dir: Path) -> tuple[Path, dict[str, Any]]:
@@ -320,12 +339,15 @@ def _noted(path: Path) -> set[str]:
         return set()
 
 
-def load_grappa(run_or_model_dir: Path, *, trust_modules: bool | None = None) -> tuple[Grappa, dict[str, Any]]:
+def load_grappa(
+    run_or_model_dir: Path, *, trust_modules: bool | None = None, precision: Precision | None = None
+) -> tuple[Grappa, dict[str, Any]]:
     """An exported model with its weights, and the content of its config.json.
 
     Args:
         trust_modules: whether the module of a backbone `module:function` may be imported; None: only in a run directory
             where a run of the same user imported it.
+        precision: in which it computes; None: as in its run, on any device.
 
     Raises:
         ValueError: the directory holds no model, one of an unknown format, one that names a module which is not
@@ -352,6 +374,7 @@ def load_grappa(run_or_model_dir: Path, *, trust_modules: bool | None = None) ->
             f"{path} is of another model than {name} builds here: it lacks {', '.join(missing[:3]) or 'nothing'} and "
             f"has {', '.join(unexpected[:3]) or 'nothing'} beside"
         )
+    backbone.compute_in(precision or config.get("precision", "fp32"))
     return grappa, config
 
 
@@ -377,6 +400,11 @@ def release_cached_model() -> None:
 
 def preprocess_of(model: nn.Module) -> Preprocess:
     """The preprocessing of images for a model of `build`."""
+    return backbone_of(model).preprocess
+
+
+def backbone_of(model: nn.Module) -> Backbone:
+    """The backbone of a model of `build`, its blocks wrapped if it has adaptors."""
     backbone = model.backbone if isinstance(model, Grappa) else model
     assert isinstance(backbone, Backbone)
-    return backbone.preprocess
+    return backbone

@@ -34,6 +34,7 @@ KEPT_FROM_S = 1.0  # a trial that takes longer is not made again
 ROUNDING = 1e-5  # of the length of a feature: far above the rounding of one computation in another order
 ALIKE = 1e-3  # the same of two ways to compute it
 OTHER_CPU = 1e-5  # of a sum: values computed on a CPU of another kind differ by less
+BF16_COSINE = 0.99  # of a feature in bfloat16 with that in float32: 0.9999 is usual
 BOTTLENECK = 4
 NAMED = 3  # tensors that a message names
 
@@ -97,9 +98,9 @@ def try_backbone(config: BackboneConfig) -> Verdict:
     Raises:
         ValueError: the backbone cannot be used, and why.
     """
-    name = f"backbone.name={config.name}"
+    name, in_bf16 = f"backbone.name={config.name}", config.computes_in == "bf16"
     with torch.random.fork_rng(devices=()):  # what a user's function draws from the global generator
-        backbone = build_backbone(config)
+        backbone = build_backbone(_in_fp32(config))
         weights = weights_of(backbone)
         images = _noise(backbone.preprocess.image_size)
         if not backbone.is_timms:
@@ -107,8 +108,32 @@ def try_backbone(config: BackboneConfig) -> Verdict:
         warnings = [*backbone.remarks, *_check_features(name, backbone, images)]
         if _digest(backbone) != weights.digest:
             raise ValueError(f"{name}: a forward pass changes its buffers; a frozen model must stay as it is")
+        if in_bf16:
+            warnings += _check_bf16(name, backbone, build_backbone(config), images)
         _check_export(name, config, backbone, weights, images[:1])
     return Verdict(weights, tuple(warnings))
+
+
+def _in_fp32(config: BackboneConfig) -> BackboneConfig:
+    """With the weights as they are given; the precision only says in what they are held and multiplied."""
+    return config.model_copy(update={"precision": "fp32"})
+
+
+@torch.no_grad()
+def _check_bf16(name: str, backbone: Backbone, in_bf16: Backbone, images: Tensor) -> list[str]:
+    """A warning where the features are far from those in float32.
+
+    Raises:
+        ValueError: products in bfloat16 fail, or make features that are not finite.
+    """
+    what, right = "a forward pass with backbone.precision=bf16", backbone(images)
+    found: Tensor = _run(name, what, lambda: in_bf16(images))
+    if not bool(found.isfinite().all()):
+        raise ValueError(f"{name}: {what} makes features that are not finite; give backbone.precision=fp32")
+    cosine = float(torch.cosine_similarity(found, right).min())
+    if cosine >= BF16_COSINE:
+        return []
+    return [f"{name}: features with backbone.precision=bf16 are far from those in fp32, by cosine {cosine:.3f}"]
 
 
 def check_shapes(config: BackboneConfig, backbone: Backbone) -> None:
@@ -155,7 +180,7 @@ def describe_difference(config: BackboneConfig, expected: Weights) -> str:
     """
     try:
         with torch.random.fork_rng(devices=()):
-            found = weights_of(build_backbone(config))
+            found = weights_of(build_backbone(_in_fp32(config)))
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         return f"the backbone cannot be built: {' '.join(str(error).split())}"
     why = _difference(found, expected)

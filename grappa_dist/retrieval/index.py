@@ -95,7 +95,7 @@ class SearchIndex:
     def open_model(
         self, given: str | None = None, device: str = "auto", *, trust_modules: bool | None = None
     ) -> OpenModel:
-        """The model that the embeddings are of, for queries.
+        """The model that the embeddings are of, in their precision, for queries.
 
         Args:
             given: where it lies now, if that is elsewhere.
@@ -109,7 +109,12 @@ class SearchIndex:
             raise ValueError(
                 f"{self.path}: its model ({self.model.describe()}) is no longer in {place}; name where it is by --model"
             )
-        model = open_model(place, device, gallery=self.model.gallery, trust_modules=trust_modules)
+        same: dict[str, Any] = {"device": device, "gallery": self.model.gallery, "trust_modules": trust_modules}
+        model = open_model(place, **same)
+        if model.sha256 != self.model.sha256 and Path(place).is_dir():  # embedded in another precision than the run's
+            other = "fp32" if model.precision == "bf16" else "bf16"
+            found = open_model(place, settings=[f"backbone.precision={other}"], **same)
+            model = found if found.sha256 == self.model.sha256 else model
         if model.sha256 != self.model.sha256:
             raise ValueError(
                 f"{self.path}: the index is of another model ({self.model.describe()}) than {model.describe()}; name "

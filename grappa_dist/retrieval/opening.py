@@ -15,15 +15,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from grappa_dist.config import read
+from grappa_dist.config import BackboneConfig, read
 from grappa_dist.export import RetrievalModel, load_model
 from grappa_dist.models import Backbone, Grappa
 from grappa_dist.models.backbone import check_name
 from grappa_dist.models.grappa import GrappaLayer
-from grappa_dist.models.spec import build_backbone, exported_spec, preprocess_of
+from grappa_dist.models.precision import Precision
+from grappa_dist.models.spec import backbone_of, build_backbone, exported_spec, preprocess_of
 
 OWN_BACKBONE = "backbone"  # the word for the backbone of a model that has adaptors
 _BACKBONE_NAME = re.compile(r"[A-Za-z_][\w.]*:[\w.-]+")  # timm:<model> or <module>:<function>
+_PRECISION = "backbone.precision="
 Named = str | Path | nn.Module  # what a caller may give as a model
 
 
@@ -34,7 +36,7 @@ class OpenModel:
     name: str  # as the caller called it
     variant: str  # "average", "neighbours", ...; "backbone" without adaptors
     model: nn.Module = field(repr=False)  # a Backbone or a Grappa, frozen, on its device
-    sha256: str  # of its weights
+    sha256: str  # of its weights, and of its precision where that is not fp32
     sets: tuple[str, ...] = ()  # names of the adaptor sets, (N,); none without adaptors
     galleries: Mapping[str, Tensor] = field(default_factory=dict, repr=False)  # weights (N,) of its sets, by task
     gallery: str | None = None  # the one whose weights are set
@@ -42,6 +44,10 @@ class OpenModel:
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    @property
+    def precision(self) -> Precision:
+        return backbone_of(self.model).precision
 
     @property
     def has_adaptors(self) -> bool:
@@ -83,7 +89,8 @@ def open_model(
             what `load_model` returns, or a `Backbone`, which are used where they are.
         device: "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:<number>".
         gallery: of a model of the variant `gallery`: the task whose weights of the sets are used.
-        settings: `backbone.key=value`, as of a run, for a backbone that is named; a model that has its own takes none.
+        settings: `backbone.key=value`, as of a run, for a backbone that is named; a model that has its own takes none
+            but backbone.precision, without which it computes as in its run, on any device.
         trust_modules: as for `load_model`; a module that is named here itself is imported.
 
     Raises:
@@ -93,7 +100,7 @@ def open_model(
     where = device_of(device)
     if is_backbone(given):
         return _bare(str(given), settings, where)
-    _refuse_settings(given, settings)
+    precision = _precision_of(given, settings)
     if isinstance(given, nn.Module):
         return _in_memory(given)
     text = str(given)
@@ -102,8 +109,8 @@ def open_model(
         raise ValueError(
             f"{text}: is no folder; expected a run directory, an exported model's, timm:<model> or <module>:<function>"
         )
-    spec = exported_spec(folder, gallery, trust_modules=trust_modules)
-    model = load_model(folder, trust_modules=trust_modules)
+    spec = exported_spec(folder, gallery, trust_modules=trust_modules, precision=precision)
+    model = load_model(folder, trust_modules=trust_modules, precision=precision)
     if gallery is not None:
         model.weigh(model.galleries[gallery])
     grappa, sets = model.grappa.to(where), tuple(model.sets)
@@ -140,10 +147,14 @@ def open_models(
 def _settings_of_each(
     settings: tuple[str, ...], model: Named, against: Named | None
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The settings for each model: for those that are named backbones; else for the first, which refuses them."""
-    if against is None or not is_backbone(against):
+    """The settings for each model: for those that are named backbones; else for the first, which refuses them. The
+    precision is for both."""
+    if against is None or isinstance(against, nn.Module) or str(against) == OWN_BACKBONE:
         return settings, ()
-    return settings if is_backbone(model) else (), settings
+    common = tuple(setting for setting in settings if setting.startswith(_PRECISION))
+    if not is_backbone(against):
+        return settings, common
+    return settings if is_backbone(model) else common, settings
 
 
 def _called(model: OpenModel, other: OpenModel, *, own: bool) -> tuple[str, str]:
@@ -164,24 +175,35 @@ def is_backbone(given: Named) -> bool:
     return not isinstance(given, nn.Module) and bool(_BACKBONE_NAME.fullmatch(str(given))) and not Path(given).exists()
 
 
-def _refuse_settings(given: Named, settings: Iterable[str]) -> None:
-    if needless := " ".join(settings):
+def _precision_of(given: Named, settings: Iterable[str]) -> Precision | None:
+    """The precision that is asked for of a model with settings of its own; None: its own.
+
+    Raises:
+        ValueError: there are other settings, or the model is in memory.
+    """
+    settings, in_memory = list(settings), isinstance(given, nn.Module)
+    asked = [] if in_memory else [setting for setting in settings if setting.startswith(_PRECISION)]
+    if needless := " ".join(setting for setting in settings if setting not in asked):
         what = f"a {type(given).__name__}" if isinstance(given, nn.Module) else given
         raise ValueError(
             f"{needless}: settings are for a backbone that is named, such as timm:<model>; {what} has its own "
             "(a file whose name has a '=' is written with ./ before it)"
         )
+    return _backbone_config("timm:any", asked).computes_in if asked else None
 
 
 def _bare(name: str, settings: Iterable[str], device: torch.device) -> OpenModel:
     for setting in settings:
         if not setting.startswith("backbone.") or setting.startswith("backbone.name"):
             raise ValueError(f"{setting}: expected settings of the backbone, such as backbone.image_size=224")
-    tree = {"name": "model", "data": {"train": ("none",)}, "backbone": {"name": name}}
-    config = read(tree, settings).backbone
+    config = _backbone_config(name, settings)
     check_name(name, config.kwargs)
     bare = build_backbone(config).to(device)
     return OpenModel(name, OWN_BACKBONE, bare, _sha256_of(bare))
+
+
+def _backbone_config(name: str, settings: Iterable[str]) -> BackboneConfig:
+    return read({"name": "model", "data": {"train": ("none",)}, "backbone": {"name": name}}, settings).backbone
 
 
 def device_of(name: str) -> torch.device:

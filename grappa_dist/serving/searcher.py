@@ -17,7 +17,6 @@ from PIL import Image
 
 from grappa_dist.data.decoding import BadImage, Picture, Pixels, open_picture, suffix_of
 from grappa_dist.models import Grappa
-from grappa_dist.models.backbone import forward_precision
 from grappa_dist.models.spec import preprocess_of
 from grappa_dist.report.gallery import small_jpeg
 from grappa_dist.retrieval.collection import Collection, open_collection
@@ -156,8 +155,7 @@ def _embedded(model: OpenModel, pixels: Pixels) -> tuple[NDArray[np.float32], ND
 
     Rows that are not finite are zero.
     """
-    with forward_precision(model.device):
-        z = model.model(to_images(pixels, model.device)).float()
+    z = model.model(to_images(pixels, model.device))
     z = torch.where(z.isfinite().all(1, keepdim=True), z, torch.zeros_like(z))
     rows = to_grid(F.normalize(z, dim=1)).cpu().numpy()
     if not isinstance(model.model, Grappa) or not model.has_adaptors:

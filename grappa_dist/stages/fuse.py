@@ -273,7 +273,7 @@ class FuseObjective:
 
     def _loss(self, za: Tensor, zb: Tensor) -> Tensor:
         allsum, project = self._context.comm.allsum, self.module.projector
-        with forward_precision(self._context.device):
+        with forward_precision(self._context.device, bf16=self._job.backbone.computes_in == "bf16"):
             ga, gb = project(za, allsum).float(), project(zb, allsum).float()
         return self._job.fuse.loss_scale * barlow_twins(ga, gb, self._job.fuse.beta, allsum, penalty=self._penalty)
 

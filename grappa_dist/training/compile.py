@@ -13,7 +13,6 @@ from torch import Tensor
 
 from grappa_dist.console import format_number
 from grappa_dist.models import PackedGrappa
-from grappa_dist.models.backbone import forward_precision
 from grappa_dist.progress import trial_lost
 from grappa_dist.search.backends import least_seconds
 
@@ -53,14 +52,10 @@ def compile_if_faster(
     *,
     backend: str = "inductor",
     measure: Measure = seconds,
-    bf16: bool | None = None,
 ) -> str:
     """Compiles the layers if that makes a batch of `images` faster; returns what was found, for the log.
 
     To be called before there is an engine, whose hooks would take the trial's gradients.
-
-    Args:
-        bf16: see `forward_precision`.
     """
     size, device = model.backbone.preprocess.image_size, model.backbone.mean.device
     if device.type != "cuda" and backend == "inductor":
@@ -69,14 +64,14 @@ def compile_if_faster(
     few = noise[:COMPARED]  # in float32 they take twice the memory, too much for all images
     torch.compiler.reset()  # graphs of earlier jobs count against a limit, past which nothing is compiled
     try:
-        right, plain = _pass(model, few, bf16=False), _pass(model, few, bf16=bf16)
-        plain_s = measure(lambda: _pass(model, noise, bf16=bf16))
+        right, plain = _pass_in_fp32(model, few), _pass(model, few)
+        plain_s = measure(lambda: _pass(model, noise))
         for layer in model.layers:
             layer.compiled = torch.compile(layer.compute, backend=backend)
-        found = _pass(model, few, bf16=bf16)
+        found = _pass(model, few)
         allowed = max(FURTHER * plain.distance(right), ROUNDING)
         why = _too_far(found.distance(right), allowed)
-        compiled_s = measure(lambda: _pass(model, noise, bf16=bf16))
+        compiled_s = measure(lambda: _pass(model, noise))
         if not why and GAIN * compiled_s > plain_s:
             why = "not faster"
         times = f"{images} images take {1e3 * compiled_s:.1f} ms compiled, {1e3 * plain_s:.1f} ms plain"
@@ -89,13 +84,20 @@ def compile_if_faster(
     return "; ".join(part for part in ("compiled" if not why else f"not compiled: {why}", times) if part)
 
 
-def _pass(model: PackedGrappa, images: Tensor, *, bf16: bool | None) -> _Pass:
+def _pass_in_fp32(model: PackedGrappa, images: Tensor) -> _Pass:
+    precision = model.backbone.precision
+    try:
+        model.backbone.compute_in("fp32")
+        return _pass(model, images)
+    finally:
+        model.backbone.compute_in(precision)
+
+
+def _pass(model: PackedGrappa, images: Tensor) -> _Pass:
     """As a step of training, with a loss that weighs every feature of an image differently; leaves no gradients."""
     learning = [p for p in model.parameters() if p.requires_grad]
     try:
-        with forward_precision(images.device, bf16=bf16):
-            z = model(images)
-        z = z.float()
+        z = model(images).float()
         (z * torch.linspace(-1, 1, z.shape[-1], device=z.device)).sum().backward()
         return _Pass([z.detach(), *(p.grad.clone() for p in learning if p.grad is not None)])
     finally:

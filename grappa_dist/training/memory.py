@@ -21,7 +21,6 @@ from grappa_dist.distributed.preflight import free_memory
 from grappa_dist.distributed.worker import RankContext
 from grappa_dist.files import read_json, write_json
 from grappa_dist.models import PackedGrappa
-from grappa_dist.models.backbone import forward_precision
 from grappa_dist.models.packed import activation_bytes
 
 # Of free memory. On a CPU decoded images wait in it too, and there is no error when it is full.
@@ -85,8 +84,7 @@ def _kept_bytes(model: PackedGrappa, *, recompute: bool) -> int:
     try:
         for layer in model.layers:
             layer.recompute = recompute
-        with forward_precision(model.backbone.mean.device):
-            return activation_bytes(model, model.backbone.preprocess.image_size)
+        return activation_bytes(model, model.backbone.preprocess.image_size)
     finally:
         for layer, before in zip(model.layers, asked, strict=True):
             layer.recompute = before
@@ -192,9 +190,7 @@ def _train_pass(model: PackedGrappa, images: int) -> None:
     size, device = model.backbone.preprocess.image_size, model.backbone.mean.device
     torch.cuda.empty_cache()
     try:
-        with forward_precision(device):
-            z = model(torch.zeros(images, 3, size, size, device=device))
-        z.float().sum().backward()
+        model(torch.zeros(images, 3, size, size, device=device)).sum().backward()
     finally:
         for parameter in model.parameters():
             parameter.grad = None

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -16,7 +18,7 @@ from benchmarks.adapt import (
     types_of_products,
 )
 from benchmarks.harness import Timing
-from grappa_dist.models.backbone import forward_precision
+from grappa_dist.models.precision import Precision
 
 TINY = AdaptSettings(sets=2, backbone="vit_tiny_patch16_224", image_size=64, images=3, threads=1, steps=2, repeats=1)
 DIM, DEPTH, PATCH = 192, 12, 16
@@ -51,12 +53,14 @@ def test_a_step_is_timed_and_held_against_the_limit_of_its_type() -> None:
     assert 0 < figures["of_limit"] < 1
 
 
-@pytest.mark.parametrize(("bf16", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
-def test_the_type_is_that_of_products_and_not_of_their_sums(bf16: bool, expected: torch.dtype) -> None:
-    model = learning_model(TINY)
+@pytest.mark.parametrize(("precision", "expected"), [("bf16", torch.bfloat16), (None, torch.float32)])
+def test_the_type_is_that_of_products_and_not_of_their_sums(
+    precision: Precision | None, expected: torch.dtype
+) -> None:
+    settings = replace(TINY, precision=precision)
+    model = learning_model(settings)
     types = types_of_products(model)
-    with forward_precision(torch.device("cpu"), bf16=bf16):
-        model(random_images(TINY))
+    model(random_images(settings))
     assert types == {expected}
 
 

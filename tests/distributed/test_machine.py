@@ -16,6 +16,7 @@ from grappa_dist.distributed.machine import (
     command_line,
     listed_gpus,
     memory_limit,
+    multiplies_bf16,
     origin,
     usable_cores,
 )
@@ -46,6 +47,25 @@ def test_gpus_are_those_that_the_driver_lists(tmp_path: Path) -> None:
     found = Machine("AMD EPYC", 16.0, 128 * 2**30, listed_gpus(tmp_path))
     assert found.describe() == "AMD EPYC, 16 cores, 128 GiB of memory, 2 x NVIDIA H200 and NVIDIA L4"
     assert Machine("", 1.0, 0, ()).describe() == "unknown processor, 1 core, no GPU"
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "found"),
+    [
+        ("processor\t: 0\nflags\t\t: fpu avx512f amx_bf16 amx_tile\n", True),
+        ("flags\t\t: fpu avx2 avx512f avx512_bf16\n", True),
+        ("flags\t\t: fpu avx2 avx512f avx512_vnni\n", False),
+        ("Features\t: fp asimd sve bf16 i8mm\n", True),
+        ("processor\t: 0\n", None),
+        (None, None),
+    ],
+)
+def test_products_in_bfloat16_are_known_by_the_flags_of_the_processor(
+    cpuinfo: str | None, found: bool | None, tmp_path: Path
+) -> None:
+    if cpuinfo is not None:
+        (tmp_path / "cpuinfo").write_text(cpuinfo)
+    assert multiplies_bf16(tmp_path) is found
 
 
 def git(folder: Path, *arguments: str) -> None:

@@ -14,7 +14,17 @@ import torch
 from grappa_dist.config import Resources
 from grappa_dist.distributed import preflight
 from grappa_dist.distributed.connection import check_answers
-from grappa_dist.distributed.preflight import Checks, Facts, answered, free_memory, problems, survey, token_in, versions
+from grappa_dist.distributed.preflight import (
+    Checks,
+    Facts,
+    answered,
+    free_memory,
+    problems,
+    remarks,
+    survey,
+    token_in,
+    versions,
+)
 from grappa_dist.distributed.ray_cluster import Cluster
 from grappa_dist.distributed.runner import Runner
 
@@ -51,6 +61,22 @@ def test_each_kind_of_problem_is_one_line_that_names_its_nodes() -> None:
         "d: torch sees no GPU",
         "e: the backbone is built with other weights",
     ]
+
+
+def test_a_node_without_products_in_bfloat16_is_told_of_and_takes_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for fast in (False, None, True):
+        monkeypatch.setattr(preflight, "multiplies_bf16", lambda fast=fast: fast)
+        for bf16 in (False, True):
+            checks = Checks(tmp_path, lambda: None, bf16=bf16)
+            found.append(survey(checks, None, "n", f"{fast} {bf16}", workers=1, gpu=False))
+    assert remarks(found) == [
+        "False True: its processor has no matrix products in bfloat16, so backbone.precision=bf16 is slow there; fp32 "
+        "is faster, and another result"
+    ]
+    assert problems(found[0].versions, found, 0) == []
 
 
 def test_of_many_nodes_with_one_problem_a_few_are_named() -> None:

@@ -55,7 +55,7 @@ def train_all_ways(comm: Comm, folder: Path) -> None:
             patch.setattr(adapt_job, "usable_bytes", lambda device, sharing: SCANT)
             run(comm, job_in(folder, "auto", micro_batch="auto"))
             seconds = iter((2.0, 1.0))  # of a plain pass and of a compiled one
-            cheap = partial(compile_if_faster, backend="aot_eager", measure=lambda _: next(seconds), bf16=False)
+            cheap = partial(compile_if_faster, backend="aot_eager", measure=lambda _: next(seconds))
             patch.setattr(adapt_job, "compile_if_faster", cheap)
             run(comm, replace(job_in(folder, "compiled", micro_batch=5), compiled=True))
     else:

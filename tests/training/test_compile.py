@@ -51,7 +51,7 @@ def is_compiled(packed: PackedGrappa) -> set[bool]:
 @pytest.mark.parametrize(("recompute", "timm"), [(False, True), (True, False)])
 def test_compiled_layers_have_the_features_and_gradients_of_plain_ones(recompute: bool, timm: bool) -> None:
     packed = model(recompute=recompute, timm=timm)
-    found = compile_if_faster(packed, 3, backend="aot_eager", measure=timings(2.0, 1.0), bf16=False)
+    found = compile_if_faster(packed, 3, backend="aot_eager", measure=timings(2.0, 1.0))
     assert found == "compiled; 3 images take 1000.0 ms compiled, 2000.0 ms plain"
     assert is_compiled(packed) == {True}
     assert all(p.grad is None for p in packed.parameters())
@@ -64,7 +64,7 @@ def test_compiled_layers_have_the_features_and_gradients_of_plain_ones(recompute
 
 def test_what_is_not_faster_is_not_used() -> None:
     packed = model(timm=False)
-    found = compile_if_faster(packed, 2, backend="aot_eager", measure=timings(1.0, 0.99), bf16=False)
+    found = compile_if_faster(packed, 2, backend="aot_eager", measure=timings(1.0, 0.99))
     assert found == "not compiled: not faster; 2 images take 990.0 ms compiled, 1000.0 ms plain"
     assert is_compiled(packed) == {False}
 
@@ -86,7 +86,7 @@ def test_a_compiler_that_computes_something_else_is_not_used() -> None:
         return lambda *given: tuple(t * 1.001 if t.is_floating_point() else t for t in graph(*given))
 
     packed = model(timm=False)
-    found = compile_if_faster(packed, 2, backend=wrong, measure=timings(2.0, 1.0), bf16=False)  # type: ignore[arg-type]
+    found = compile_if_faster(packed, 2, backend=wrong, measure=timings(2.0, 1.0))  # type: ignore[arg-type]
     assert found.startswith("not compiled: off by ")
     assert is_compiled(packed) == {False}
 
@@ -108,7 +108,7 @@ def test_a_compiler_that_makes_one_gradient_nan_is_not_used() -> None:
         return lambda *given: graph(*given[:learning], Spoilt.apply(given[learning]), *given[learning + 1 :])
 
     packed = model(timm=False)
-    found = compile_if_faster(packed, 2, backend=wrong, measure=timings(2.0, 1.0), bf16=False)  # type: ignore[arg-type]
+    found = compile_if_faster(packed, 2, backend=wrong, measure=timings(2.0, 1.0))  # type: ignore[arg-type]
     assert found.startswith("not compiled: off by nan, 1 x 10^-5 allowed")
     assert is_compiled(packed) == {False}
 
@@ -116,7 +116,7 @@ def test_a_compiler_that_makes_one_gradient_nan_is_not_used() -> None:
 @pytest.mark.long
 def test_batches_of_any_size_need_no_graph_beyond_those_of_the_trial() -> None:
     packed = model()
-    compile_if_faster(packed, 12, backend="aot_eager", measure=timings(2.0, 1.0), bf16=False)
+    compile_if_faster(packed, 12, backend="aot_eager", measure=timings(2.0, 1.0))
     before = counters["stats"]["unique_graphs"]
     for images in (11, 1, 2, 0, 5):
         gradients(packed, images)
@@ -126,8 +126,10 @@ def test_batches_of_any_size_need_no_graph_beyond_those_of_the_trial() -> None:
 @pytest.mark.long
 def test_in_bf16_it_may_be_as_far_from_float32_as_plain_bf16_is() -> None:
     packed = model()
-    found = compile_if_faster(packed, 2, backend="aot_eager", measure=timings(2.0, 1.0), bf16=True)
+    packed.backbone.compute_in("bf16")
+    found = compile_if_faster(packed, 2, backend="aot_eager", measure=timings(2.0, 1.0))
     assert found.startswith("compiled; ")
+    assert packed.backbone.precision == "bf16"
 
 
 def test_the_least_time_counts() -> None:
