@@ -54,8 +54,8 @@ from grappa_dist.data.shards import ImageShards
 from grappa_dist.distributed.collectives import Comm
 from grappa_dist.distributed.worker import RankContext
 from grappa_dist.models import Backbone, PackedGrappa, create_backbone
-from grappa_dist.models.precision import Precision
 from grappa_dist.models.packed import activation_bytes
+from grappa_dist.models.precision import Precision
 from grappa_dist.stages.adapt_job import AdaptJob, AdaptObjective
 from grappa_dist.stages.multi_set_jobs import AdaptSet
 from grappa_dist.training.batches import TrainingImages
@@ -471,7 +471,10 @@ def arguments(add: Callable[..., Any]) -> None:
 
 
 def run(options: dict[str, Any], log: Log) -> tuple[str, dict[str, Any]]:
-    sections, of_model = options.pop("sections"), ("sets", "backbone", "image_size", "images", "device", "compiled", "precision")
+    sections, of_model = (
+        options.pop("sections"),
+        ("sets", "backbone", "image_size", "images", "device", "compiled", "precision"),
+    )
     shared = {name: options[name] for name in ("threads", "steps", "repeats")}
     settings = AdaptSettings(**shared, **{name: options.pop(name) for name in of_model})
     of_softmax = softmax.SoftmaxSettings(**options)

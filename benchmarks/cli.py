@@ -12,7 +12,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from benchmarks import adapt, assign, data, duplicates, embed, evaluate, fuse, kmeans, knn, methods, pipeline, serve
+from benchmarks import (
+    adapt,
+    assign,
+    data,
+    duplicates,
+    embed,
+    evaluate,
+    fuse,
+    kmeans,
+    knn,
+    methods,
+    pipeline,
+    precision,
+    serve,
+)
 from benchmarks.harness import Log, OneLineParser
 from grappa_dist.files import write_json
 
@@ -44,6 +58,7 @@ COMMANDS: dict[str, Command] = {
     "pipeline": pipeline,
     "serve": serve,
     "duplicates": duplicates,
+    "precision": precision,
 }
 
 

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from grappa_dist.models.backbone import Backbone
 from grappa_dist.models.class_token_block import last_block
 from grappa_dist.models.grappa import Adaptors
-from grappa_dist.models.precision import while_recomputing
+from grappa_dist.models.precision import computed_again_alike
 
 FEWEST_COMPILED = 2  # images: torch.compile specialises on 0 and 1, and it has a limit of graphs
 
@@ -50,7 +50,7 @@ class PackedLayer(nn.Module):
     def _kept(self, run: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """The result of `run`, whose activations are kept for the backward pass, or recomputed in it."""
         if self.recompute and torch.is_grad_enabled():
-            found: Tensor = checkpoint(run, *args, use_reentrant=False, context_fn=while_recomputing, **kwargs)
+            found: Tensor = checkpoint(computed_again_alike(run), *args, use_reentrant=False, **kwargs)
             return found
         return run(*args, **kwargs)
 

@@ -12,7 +12,7 @@ in which type is part of the result.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
@@ -45,10 +45,16 @@ def products_in(precision: Precision, device: torch.device) -> AbstractContextMa
     return _all_in_float32(device) if precision == "fp32" else _products_in_bfloat16(device)
 
 
-def while_recomputing() -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
-    """`context_fn` for torch's checkpoint: it goes back to the autocast of the forward pass, and to no other mode."""
-    again = _AttentionInFloat32() if torch.is_autocast_enabled("cpu") else nullcontext()
-    return nullcontext(), again
+def computed_again_alike(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """For torch's checkpoint, which goes back to the autocast of the forward pass, and to nothing else of it."""
+    if not torch.is_autocast_enabled("cpu"):
+        return run
+
+    def again(*args: Any, **kwargs: Any) -> Tensor:
+        with _AttentionInFloat32():
+            return run(*args, **kwargs)
+
+    return again
 
 
 @contextmanager

@@ -54,9 +54,7 @@ def test_a_step_is_timed_and_held_against_the_limit_of_its_type() -> None:
 
 
 @pytest.mark.parametrize(("precision", "expected"), [("bf16", torch.bfloat16), (None, torch.float32)])
-def test_the_type_is_that_of_products_and_not_of_their_sums(
-    precision: Precision | None, expected: torch.dtype
-) -> None:
+def test_the_type_is_that_of_products_and_not_of_their_sums(precision: Precision | None, expected: torch.dtype) -> None:
     settings = replace(TINY, precision=precision)
     model = learning_model(settings)
     types = types_of_products(model)

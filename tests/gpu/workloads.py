@@ -83,7 +83,12 @@ def untrained(depth: int, image_size: int) -> nn.Module:
 
 def settings_of(folder: Path, shape: dict[str, int], **sections: Any) -> Config:
     """The tiny world with such a ViT."""
-    backbone = {"name": "tests.gpu.workloads:untrained", "kwargs": shape, "image_size": shape["image_size"]}
+    backbone = {
+        "name": "tests.gpu.workloads:untrained",
+        "kwargs": shape,
+        "image_size": shape["image_size"],
+        "precision": "bf16",
+    }
     paths = [str(path) for path in sorted((folder / "images").iterdir())]
     return tiny.config(paths, backbone=backbone, **sections)
 

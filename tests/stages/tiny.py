@@ -175,6 +175,10 @@ class Here:
     def require(self, checks: Checks) -> None:
         self.checks.append(checks)
 
+    def has_gpus(self) -> bool:
+        """They have none."""
+        return False
+
     def renew_workers(self) -> None:
         """There are none."""
 

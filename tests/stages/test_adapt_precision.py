@@ -1,0 +1,83 @@
+"""Adaptors trained in bf16: near those of fp32, and a killed job goes on to the same bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from grappa_dist.artifacts import Store
+from grappa_dist.data.shards import ImageShards
+from grappa_dist.distributed.collectives import Comm
+from grappa_dist.models.precision import Precision
+from grappa_dist.stages.adapt import adaptors_of
+from grappa_dist.stages.adapt_job import AdaptJob, AdaptObjective, train_adaptors
+from grappa_dist.stages.multi_set_jobs import AdaptSet
+from tests.processes import run_ranks
+from tests.stages import tiny
+
+RANKS = (1, 2)
+
+
+def job_in(folder: Path, out: str, precision: Precision) -> AdaptJob:
+    paths = [str(path) for path in sorted((folder / "images").iterdir())]
+    settings = tiny.config(paths, adapt={"epochs": 2, "checkpoint_steps": 2, "activation_checkpointing": True})
+    backbone = settings.backbone.model_copy(update={"precision": precision})
+    images, store = ImageShards.open(paths, None), Store(folder / out)
+    parent = store.artifact("labels/k=4", {}, {})
+    artifact = adaptors_of(store, backbone, settings.adapt, settings.data, settings.seed, parent)
+    one = AdaptSet(4, tiny.labels_in(folder / "labels", images, 4), artifact)
+    return AdaptJob((one,), tiny.training_images(settings, images), backbone, settings.adapt)
+
+
+def adapt_all_ways(comm: Comm, folder: Path) -> set[torch.dtype]:
+    """The types of the frozen weights of linear layers, as the engine leaves them."""
+    precisions: tuple[Precision, ...] = ("fp32", "bf16")
+    for precision in precisions:
+        train_adaptors(tiny.Watcher().context(comm), job_in(folder, f"{comm.size}-{precision}", precision))
+    killed = job_in(folder, f"{comm.size}-killed", "bf16")
+    with pytest.raises(tiny.Killed):
+        train_adaptors(tiny.Watcher(kill_after=3).context(comm), killed)
+    train_adaptors(tiny.Watcher().context(comm), killed)
+    objective = AdaptObjective(tiny.Watcher().context(comm), killed)
+    return {p.dtype for p in objective.module.parameters() if not p.requires_grad}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, list[set[torch.dtype]]]]:
+    folder = tmp_path_factory.mktemp("adapt")
+    tiny.write_shards(folder / "images")
+    return folder, {size: run_ranks(adapt_all_ways, size, folder, timeout_s=400) for size in RANKS}
+
+
+World = tuple[Path, dict[int, list[set[torch.dtype]]]]
+
+
+def losses(folder: Path, out: str, precision: Precision = "bf16") -> list[float]:
+    return tiny.losses_of(job_in(folder, out, precision).sets[0].artifact.path)
+
+
+def test_frozen_weights_of_products_are_held_in_bf16_on_every_rank(world: World) -> None:
+    assert all(types == {torch.bfloat16, torch.float32} for ranks in world[1].values() for types in ranks)
+
+
+@pytest.mark.parametrize("size", RANKS)
+def test_losses_in_bf16_are_those_of_fp32_to_its_rounding(world: World, size: int) -> None:
+    found, right = losses(world[0], f"{size}-bf16"), losses(world[0], f"{size}-fp32", "fp32")
+    assert len(found) == len(right) > 4
+    assert found != right
+    np.testing.assert_allclose(found, right, rtol=0.02)
+
+
+@pytest.mark.parametrize("size", RANKS)
+def test_a_killed_job_in_bf16_goes_on_to_the_same_bytes(world: World, size: int) -> None:
+    sets = [job_in(world[0], f"{size}-{way}", "bf16").sets[0].artifact.path for way in ("bf16", "killed")]
+    straight, killed = ((path / "adaptors.safetensors").read_bytes() for path in sets)
+    assert straight == killed
+
+
+def test_sets_of_two_precisions_have_two_names(world: World) -> None:
+    wide, narrow = (job_in(world[0], "names", precision).sets[0].artifact.name for precision in ("fp32", "bf16"))
+    assert wide != narrow
