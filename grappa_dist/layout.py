@@ -31,7 +31,10 @@ from grappa_dist.verdict import RULE, candidates
 def lay_out(config: Config, store: Store, train: ImageShards, test: ImageShards | None) -> Flow:
     """Names all artefacts, in the precision of the run directory. Reads the index of the images, which features are
     there and what was damaged before, and writes nothing."""
-    config = settled(config, store, train)
+    return _named(settled(config, store, train), store, train, test)
+
+
+def _named(config: Config, store: Store, train: ImageShards, test: ImageShards | None) -> Flow:
     features = features_of(store, ModelSpec(BACKBONE, config.backbone), config.embed, train)
     images = test or train.some(config.evaluate.train_images, config.seed)
     excluded = exclusion_of(store, config.data, train, images, has_test=test is not None)

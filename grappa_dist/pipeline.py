@@ -30,7 +30,7 @@ from grappa_dist.data.open_images import (
     read_a_little,
 )
 from grappa_dist.distributed.placement import known_workers
-from grappa_dist.distributed.preflight import Checks, remarks, table
+from grappa_dist.distributed.preflight import Checks, table
 from grappa_dist.distributed.ray_cluster import Cluster
 from grappa_dist.estimate import describe_seconds, expected
 from grappa_dist.export import export_model
@@ -295,8 +295,7 @@ def check(config: Config, root: Path, *, deep: bool = False) -> str:
         made = generated_artifacts(store, config.data)
         _check_artifacts(made, deep=deep)  # what follows reads it
         train, test = open_images(config.data, store, config.resources, write_index=False)
-        config = settled(config, store, train)
-        flow = lay_out(config, store, train, test)
+        flow = lay_out(config := settled(config, store, train), store, train, test)
         made += artifacts_of(flow)
         whole = _check_artifacts(made, deep=deep) + (_check_images(flow) if deep else "")
         finished = not flow.needs_backbone()
@@ -309,9 +308,8 @@ def check(config: Config, root: Path, *, deep: bool = False) -> str:
         compare = partial(describe_difference, config.backbone, tried.weights)
         cluster.checks = replace(cluster.checks, backbone=compare)
     try:
-        count, nodes = len(cluster.workers()), list(cluster.facts.values())
-        lines = [*warnings, *(f"warning: {line}\n" for line in remarks(nodes))]
-        return f"{''.join(lines)}{table(nodes)}\n{pluralize(count, 'worker')} can start; {whole}"
+        count = len(cluster.workers())
+        return f"{''.join(warnings)}{table(cluster.facts.values())}\n{pluralize(count, 'worker')} can start; {whole}"
     finally:
         cluster.close()
 

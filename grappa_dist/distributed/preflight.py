@@ -241,8 +241,9 @@ def _names(nodes: Sequence[str]) -> str:
 
 
 def table(nodes: Iterable[Facts]) -> str:
-    """A line per node: versions and free memory."""
-    lines = []
+    """A line per node: versions and free memory; and what is slow, before them."""
+    nodes = list(nodes)
+    lines = [f"warning: {line}" for line in remarks(nodes)]
     for facts in nodes:
         found = ", ".join(f"{name} {version}" for name, version in facts.versions.items())
         lines.append(f"{facts.node}: {found}; {facts.memory_bytes / 2**30:.1f} GiB free for each worker")

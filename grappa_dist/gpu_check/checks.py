@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     import torch
 
+    from grappa_dist.models.precision import Precision
+
 BF16, FP32, FP64, MEMORY = "bf16", "fp32", "fp64", "memory"  # limits of the machine, by name
 TERA, GIGA = 1e12, 1e9
 
@@ -36,6 +38,11 @@ class Machine:
     def sized(self, full: Any, tiny: Any) -> Any:
         """The size for a GPU, or that for a test."""
         return tiny if self.tiny else full
+
+    @property
+    def precision(self) -> Precision:
+        """That of a run on this device."""
+        return "bf16" if self.device.type == "cuda" else "fp32"
 
     def share(self, speed: float, limit: str) -> float | None:
         """A speed as a fraction of a limit, in the unit of the limit; None where that was not measured."""

@@ -76,7 +76,7 @@ def settings(machine: Machine) -> Config:
     """Those of configs/demo.yaml; for a test few images and steps."""
     sections: dict[str, Any] = {
         "data": {"collection": "grappa_dist.demo.drawings:draw", "streams": 64},
-        "backbone": {"name": "grappa_dist.demo.backbone:create"},
+        "backbone": {"name": "grappa_dist.demo.backbone:create", "precision": machine.precision},
         "clustering": {"num_labels": (32, 128, 512), "iterations": 15},
         "adapt": {"bottleneck": 32, "epochs": 6, "checkpoint_steps": 25},
         "fuse": {

@@ -74,7 +74,8 @@ class World:
         """Of the demo's ViT, which has trained weights: a few steps of each job."""
         rows, batch, epochs = machine.sized((384, 64, 2), (20, 8, 1))
         images = write_photos(machine.folder / "images", rows, (60, 56), DISTINCT)
-        return cls(machine, images, BackboneConfig(name="grappa_dist.demo.backbone:create"), batch, epochs)
+        backbone = BackboneConfig(name="grappa_dist.demo.backbone:create", precision=machine.precision)
+        return cls(machine, images, backbone, batch, epochs)
 
     @property
     def _data(self) -> DataConfig:

@@ -190,6 +190,7 @@ def compile_trial(machine: Machine) -> Found:
         for parameter in model.parameters_of(index):
             parameter.requires_grad_(True)
     machine.log("compiling")
+    model.backbone.compute_in(machine.precision)
     verdict = compile_if_faster(model.to(machine.device), images)
     fine = verdict.startswith(("compiled", "not compiled: not faster", "not compiled: no GPU"))
     return Found(verdict if fine else "", wrong="" if fine else verdict)

@@ -21,7 +21,6 @@ from grappa_dist.gpu_check.inputs import only_rank, write_photos
 from grappa_dist.gpu_check.jobs import Watcher, World
 from grappa_dist.gpu_check.limits import fastest_s, wait_for
 from grappa_dist.models import PackedGrappa
-from grappa_dist.models.backbone import forward_precision
 from grappa_dist.models.spec import build_backbone
 from grappa_dist.stages.embed import Embedding, embed_rows
 from grappa_dist.training.deepspeed_engine import Engine
@@ -35,9 +34,10 @@ FORWARD, STEP = "forward alone", "step alone"  # limits, in images/s
 
 def _backbone(machine: Machine) -> BackboneConfig:
     if machine.tiny:
-        return BackboneConfig(name="grappa_dist.demo.backbone:create")
+        return BackboneConfig(name="grappa_dist.demo.backbone:create", precision=machine.precision)
     vit = {"name": "vit_small_patch16_224", "image_size": 224}
-    return BackboneConfig(name="grappa_dist.gpu_check.inputs:untrained_vit", kwargs=vit, image_size=224)
+    name = "grappa_dist.gpu_check.inputs:untrained_vit"
+    return BackboneConfig(name=name, kwargs=vit, image_size=224, precision=machine.precision)
 
 
 def _images(machine: Machine) -> ImageShards:
@@ -56,10 +56,10 @@ def _counted(machine: Machine, model: nn.Module, *, backward: bool) -> float:
     def operations(images: int) -> float:
         size = model.preprocess.image_size if hasattr(model, "preprocess") else model.backbone.preprocess.image_size  # type: ignore[union-attr]
         batch = torch.zeros(images, 3, size, size, device=machine.device)  # type: ignore[arg-type]
-        with FlopCounterMode(display=False) as counter, forward_precision(machine.device):
+        with FlopCounterMode(display=False) as counter:
             z = model(batch)
             if backward:
-                z.float().sum().backward()
+                z.sum().backward()
         model.zero_grad()
         return float(counter.get_total_flops())
 
@@ -74,9 +74,8 @@ def forward_rate(machine: Machine) -> Found:
 
     @torch.inference_mode()
     def work() -> None:
-        with forward_precision(machine.device):
-            for _ in range(machine.sized(8, 1)):
-                model(images)
+        for _ in range(machine.sized(8, 1)):
+            model(images)
 
     speed = machine.sized(8, 1) * batch / fastest_s(work, machine.device, 3)
     with torch.inference_mode():

@@ -154,7 +154,8 @@ def _large(machine: Machine) -> World:
     images = write_photos(machine.folder / "images", 1024, (240, 240), 16)
     vit = {"name": "vit_small_patch16_224", "image_size": 224}
     name = "grappa_dist.gpu_check.inputs:untrained_vit"
-    return World(machine, images, BackboneConfig(name=name, kwargs=vit, image_size=224), 1024, 1, threads=16)
+    backbone = BackboneConfig(name=name, kwargs=vit, image_size=224, precision=machine.precision)
+    return World(machine, images, backbone, 1024, 1, threads=16)
 
 
 @contextmanager

@@ -89,8 +89,7 @@ def open_model(
             what `load_model` returns, or a `Backbone`, which are used where they are.
         device: "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:<number>".
         gallery: of a model of the variant `gallery`: the task whose weights of the sets are used.
-        settings: `backbone.key=value`, as of a run, for a backbone that is named; a model that has its own takes none
-            but backbone.precision, without which it computes as in its run, on any device.
+        settings: `backbone.key=value`, as of a run, of a named backbone; of a model with its own, the precision alone.
         trust_modules: as for `load_model`; a module that is named here itself is imported.
 
     Raises:
