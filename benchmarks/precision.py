@@ -5,8 +5,9 @@ Seconds are of the CPU, over all threads, the fewest of some runs: on a busy mac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,8 +65,8 @@ def measure_precision(settings: PrecisionSettings, log: Log) -> dict[str, Compar
     models = {precision: learning_model(settings.of(precision)) for precision in KINDS}
     bare = {precision: _bare(settings, precision) for precision in KINDS}
     images = random_images(settings.of("fp32"))
-    forward = {p: lambda p=p: _features(bare[p], images) for p in KINDS}  # type: ignore[misc]
-    step = {p: lambda p=p: _gradients(models[p], images) for p in KINDS}  # type: ignore[misc]
+    forward = {p: partial(_features, bare[p], images) for p in KINDS}
+    step = {p: partial(_gradients, models[p], images) for p in KINDS}
     found = {FORWARD: _compared(forward, settings, log), STEP: _compared(step, settings, log)}
     size = models["fp32"].backbone.preprocess.image_size
     tokens, width = (size // 16) ** 2 + 1, models["fp32"].embed_dim
@@ -122,7 +123,7 @@ def _operators(images: int, tokens: int, width: int) -> dict[str, dict[str, Call
     return found
 
 
-def _compared(sides: dict[Any, Callable[[], Any]], settings: PrecisionSettings, log: Log) -> Compared:
+def _compared(sides: Mapping[Any, Callable[[], Any]], settings: PrecisionSettings, log: Log) -> Compared:
     for work in sides.values():
         work()  # loads what it needs
     results, timings = in_turns(sides, settings.repeats, log)

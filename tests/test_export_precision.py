@@ -1,4 +1,4 @@
-"""An exported model computes in the precision of its run, on any device, unless it is told otherwise."""
+"""An exported model computes in the precision of its run, on any device, unless asked otherwise."""
 
 from __future__ import annotations
 
