@@ -48,6 +48,9 @@ class OnDevice(tiny.Here):
     sharing: int = 1
     comm: Comm = field(default_factory=Comm)
 
+    def has_gpus(self) -> bool:
+        return True
+
     def map(
         self,
         function: Any,
