@@ -12,6 +12,7 @@ from grappa_dist.distributed.collectives import Comm
 from grappa_dist.stages.adapt_job import train_adaptors
 from grappa_dist.stages.fuse import train_fusion
 from tests.gpu.process import PretendGpu
+from tests.processes import run_ranks
 from tests.stages import multi_set, test_fuse, tiny
 
 PRECISION = 0.05  # of losses about 1: the device computes in bfloat16
@@ -58,10 +59,10 @@ def test_a_whole_run_ends_with_a_model_that_is_the_same_on_both(gpu: PretendGpu)
     assert found["apart"] < 0.02
 
 
-def losses_here(folder: Path) -> dict[str, list[float]]:
-    """The losses of the first job of each kind on a CPU."""
+def losses_on_a_cpu(comm: Comm, folder: Path) -> dict[str, list[float]]:
+    """The losses of the first job of each kind."""
     tiny.write_shards(folder / "images")
-    context = tiny.Watcher().context(Comm())
+    context = tiny.Watcher().context(comm)
     adapt, fuse = multi_set.job_in(folder, "adapt", (3, 4)), test_fuse.job_in(folder, "fuse", "transforms", epochs=2)
     train_adaptors(context, adapt)
     train_fusion(context, fuse)
@@ -88,7 +89,7 @@ def check_losses(found: dict[str, Any], expected: dict[str, list[float]]) -> Non
 def test_jobs_go_on_from_their_checkpoints_with_the_losses_of_a_cpu(
     gpu: PretendGpu, tmp_path: Path, ranks: int
 ) -> None:
-    expected = losses_here(tmp_path)
+    (expected,) = run_ranks(losses_on_a_cpu, 1, tmp_path)
     for found in gpu.run("tests.gpu.stages:on_ranks", ranks, adapt=ADAPT, fuse=FUSE, methods=METHODS):
         assert found["methods"] == found["graphs"] == []
         check_losses(found, expected)
@@ -96,7 +97,7 @@ def test_jobs_go_on_from_their_checkpoints_with_the_losses_of_a_cpu(
 
 @pytest.mark.slow
 def test_two_ranks_as_nccl_train_cluster_and_search(gpu: PretendGpu, tmp_path: Path) -> None:
-    expected = losses_here(tmp_path)
+    (expected,) = run_ranks(losses_on_a_cpu, 1, tmp_path)
     few = {"adapt": ["plain"], "fuse": ["transforms"], "methods": ["exact"]}
     for found in gpu.run("tests.gpu.stages:on_ranks", 2, **few):
         assert found["methods"] == found["graphs"] == []
