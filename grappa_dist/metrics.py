@@ -28,7 +28,7 @@ from grappa_dist.search.candidates import float_error, norm_of, true_products
 from grappa_dist.search.fixed_point import exact_dot, exact_square, to_grid
 from grappa_dist.search.rerank import pair_dots
 
-_TABLE = 2**24  # scores of a block
+_TABLE, _GPU_TABLE = 2**24, 2**28  # scores of a block
 _SPARE = 8  # candidates beyond k in the first search
 _MANY = 16  # more than this times k, and more than 1 / 16 of the gallery, are too many candidates
 METRICS = ("r_precision", "map_at_r", "recall_at_1")
@@ -51,18 +51,27 @@ def retrieval_sums(z: Tensor, labels: Tensor, query_rows: range, *, block_rows: 
 
 
 def query_scores(
-    z: Tensor, labels: Tensor, query_rows: range | None = None, *, block_rows: int | None = None
+    z: Tensor,
+    labels: Tensor,
+    query_rows: range | None = None,
+    *,
+    block_rows: int | None = None,
+    device: torch.device | None = None,
 ) -> QueryScores:
     """The metrics of each query; their sums are `retrieval_sums`, to the bit.
 
     Args:
         z: (n, D), all rows, of any length but finite; labels (n,) integers, negative where there is none.
         query_rows: the rows that may be queries; None: all.
-        block_rows: queries scored at once; a block holds block_rows * g float32 scores. Without it, 64 MiB of them.
+        block_rows: queries scored at once; a block holds block_rows * g float32 scores. Without it, 64 MiB of them, and
+            1 GiB on a GPU.
+        device: where they are scored; by default where z is. Rows are normalised where z is, so that figures of rows on
+            a CPU do not depend on the device.
 
     Raises:
         ValueError: the arguments do not fit each other.
     """
+    device = z.device if device is None else device
     query_rows = range(len(z)) if query_rows is None else query_rows
     _check(z, labels, query_rows, block_rows)
     rows = torch.nonzero(labels >= 0).flatten()  # (g,) in order, so a place in the gallery orders as a row id does
@@ -72,12 +81,14 @@ def query_scores(
     chosen[query_rows.start : query_rows.stop : query_rows.step] = True
     queries = torch.nonzero(chosen[rows] & (others > 0)).flatten()  # (q,)
     by_size = others[queries].argsort()  # by R, so that the queries of a block need about as many neighbours
-    gallery = _Gallery.of(to_grid(F.normalize(z[rows].double(), dim=1)), classes)
-    found = torch.zeros(len(queries), 3, dtype=torch.int64, device=z.device)
-    for places in by_size.split(block_rows or max(1, _TABLE // max(1, len(rows)))):
-        if len(places):
-            block = queries[places]
-            found[places] = _block_scores(_relevance(gallery, block, int(others[block].max())), others[block])
+    gallery = _Gallery.of(to_grid(F.normalize(z[rows].double(), dim=1)).to(device), classes.to(device))
+    found = torch.zeros(len(queries), 3, dtype=torch.int64, device=device)
+    size = block_rows or max(1, (_GPU_TABLE if found.is_cuda else _TABLE) // max(1, len(rows)))
+    sizes = others[queries[by_size]]  # ascending
+    most = sizes[size - 1 :: size].tolist() + sizes[-1:].tolist()  # of each block; the last one twice where it is whole
+    blocks = (t.to(device).split(size) for t in (by_size, queries[by_size], sizes))
+    for places, block, relevant, k in zip(*blocks, most, strict=False):  # without queries there is no k
+        found[places] = _block_scores(_relevance(gallery, block, k), relevant)
     return QueryScores(rows[queries].cpu().numpy(), found.cpu().numpy())
 
 

@@ -22,12 +22,14 @@ import torch
 from torch import Tensor
 
 from grappa_dist.distributed.collectives import Comm, raise_together, wire_device
+from grappa_dist.distributed.device_rows import DeviceBlock, DeviceRows, Placement, memory_for_rows
 from grappa_dist.distributed.worker import until_all_ranks_finish
 from grappa_dist.prefetch import prefetch
 from grappa_dist.search.backends import bf16_generator, bf16_is_faster, nearest
 from grappa_dist.search.bf16 import Bf16Generator
 from grappa_dist.search.candidates import CandidateGenerator, Float32Generator, joined
 from grappa_dist.search.fixed_point import GRID, LARGEST, NORM_LIMIT, exact_square, to_grid
+from grappa_dist.search.in_flight import Work, in_flight
 from grappa_dist.storage import allocate
 
 Item = TypeVar("Item")
@@ -62,6 +64,13 @@ class Rows:
     @property
     def num_good(self) -> int:
         return sum(int(good.sum()) for good in self.good)
+
+    @cached_property
+    def good_before(self) -> np.ndarray:
+        """How many good rows come before each of the rows, (rows,) int64."""
+        good = np.concatenate([*self.good, np.zeros(0, dtype=bool)])
+        before: np.ndarray = np.cumsum(good) - good
+        return before
 
     @cached_property
     def starts(self) -> np.ndarray:
@@ -239,9 +248,10 @@ class ShardedRows:
     device: torch.device
     plain: tuple[bool, ...]  # which of the rank's shards lie on the grid as stored
     threads: int  # blocks worked on at the same time; 1 on a GPU, which is parallel itself
-    squares: Tensor  # (good rows,) float64 scratch, exact |x|^2 in units of 2**-48
+    squares: Tensor  # (good rows,) float64, exact |x|^2 in units of 2**-48; scratch, or on the device
     generator: CandidateGenerator
     stop_requested: Callable[[], bool] = never_stop  # of this rank
+    dense: DeviceRows | None = None  # on a device, where passes compare all rows with all centroids (search/dense.py)
 
     def each(self, work: Callable[[Item], Result], items: Iterable[Item]) -> Generator[Result, None, None]:
         """The results of `work` for this rank's items, in their order; ends when all ranks have done theirs.
@@ -262,8 +272,22 @@ class ShardedRows:
         """The same in pieces (p, D), in order; a single piece on a GPU."""
         if not len(positions):
             return [torch.zeros(0, self.dim, device=self.device)]
+        if self.dense is not None and (kept := self.dense.kept_at(self._places_of(positions))) is not None:
+            return [kept]
         pieces = self.rows.pieces(positions, self.plain)
         return pieces if self.device.type == "cpu" else [joined(pieces).to(self.device)]
+
+    def _places_of(self, positions: Tensor) -> Tensor:
+        """Places among the good rows of positions of such rows."""
+        if self.rows.num_good == len(self.rows):
+            return positions
+        return torch.from_numpy(self.rows.good_before)[positions.cpu()]
+
+    def passes(self, work: Callable[[DeviceBlock], Work[Result]]) -> Generator[Result, None, None]:
+        """As `each`, for the blocks of `dense`, several of them under way."""
+        assert self.dense is not None
+        works = in_flight(map(work, self.dense.blocks()))
+        return until_all_ranks_finish(self.comm, works, self.stop_requested)
 
     def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Positions (P,) among the rank's rows, in host memory, and grid rows (P, D) on the device."""
@@ -288,10 +312,14 @@ class ShardedRows:
 
     def total(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, of integers or of values that only one rank has; `tensor` may be overwritten."""
+        if self.comm.size == 1:
+            return tensor
         return self.comm.sum_(tensor.to(wire_device(self.comm))).to(tensor.device)
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
         """The tensors of all ranks, by rank."""
+        if self.comm.size == 1:
+            return [tensor]
         return [part.to(tensor.device) for part in self.comm.gather(tensor.to(wire_device(self.comm)))]
 
 
@@ -299,42 +327,74 @@ def join_rows(
     comm: Comm,
     rows: Rows,
     *,
-    block_rows: int = BLOCK_ROWS,
+    block_rows: int | None = None,
     device: torch.device,
     stop_requested: Callable[[], bool] = never_stop,
+    dense_bytes: int | None = None,
 ) -> ShardedRows:
     """This rank's `ShardedRows`, after the rows of all ranks have been checked.
+
+    Args:
+        block_rows: rows worked on at once; by default `BLOCK_ROWS`, and on a GPU what a block of fair size has.
+        dense_bytes: passes are `dense`, rows of so many bytes stay on the device; by default only on a GPU.
 
     Raises:
         ValueError: on all ranks, naming the shard and the row, where one rank's rows are not valid.
         Stopped: on all ranks, when a stop was requested on any of them.
     """
-    if block_rows < 1:
+    if block_rows is not None and block_rows < 1:
         raise ValueError(f"block_rows must be at least 1, got {block_rows}")
     raise_together(comm, rows.problem())
-    plain = _scanned(comm, rows, block_rows, stop_requested)
+    plain = _scanned(comm, rows, block_rows or BLOCK_ROWS, stop_requested)
+    first, num_good, dim = _among_all_ranks(comm, rows)
+    sharded = ShardedRows(
+        comm=comm,
+        rows=rows,
+        dim=dim,
+        first=first,
+        num_good=num_good,
+        block_rows=block_rows or BLOCK_ROWS,
+        device=device,
+        plain=plain,
+        threads=torch.get_num_threads(),
+        squares=scratch((0,), torch.float64),
+        generator=Float32Generator(nearest),
+        stop_requested=stop_requested,
+    )
+    on_device = device.type == "cuda" or dense_bytes is not None
+    return _on_device(sharded, block_rows, dense_bytes) if on_device else _with_squares(sharded)
+
+
+def _with_squares(sharded: ShardedRows) -> ShardedRows:
+    sharded = replace(sharded, squares=scratch((sharded.rows.num_good,), torch.float64))
+    return replace(sharded, generator=_fill_squares(sharded))
+
+
+def _among_all_ranks(comm: Comm, rows: Rows) -> tuple[int, int, int]:
+    """This rank's first place among all rows, how many good rows there are, and D, also on a rank without rows."""
     dim = rows.shards[0].shape[1] if rows.shards else 0
     facts = torch.tensor([[len(rows), rows.num_good, dim]], device=wire_device(comm))
     table = torch.cat(comm.gather(facts)).cpu()  # (ranks, 3)
     dims = sorted({int(d) for d in table[:, 2]} - {0})
     if len(dims) > 1:
         raise ValueError(f"rows must have the same dimension on every rank, found {dims}")
-    first, num_good = int(table[: comm.rank, 0].sum()), int(table[:, 1].sum())
-    sharded = ShardedRows(
-        comm=comm,
-        rows=rows,
-        dim=dims[0] if dims else 0,
-        first=first,
-        num_good=num_good,
-        block_rows=block_rows,
-        device=device,
-        plain=plain,
-        threads=1 if device.type == "cuda" else torch.get_num_threads(),
-        squares=scratch((rows.num_good,), torch.float64),
-        generator=Float32Generator(nearest),
-        stop_requested=stop_requested,
+    return int(table[: comm.rank, 0].sum()), int(table[:, 1].sum()), dims[0] if dims else 0
+
+
+def _on_device(sharded: ShardedRows, block_rows: int | None, num_bytes: int | None) -> ShardedRows:
+    """The same with its rows on the device, as far as they fit."""
+    device = sharded.device
+    num_bytes = memory_for_rows(device) if num_bytes is None else num_bytes
+
+    def pieces(blocks: Generator[DeviceBlock, None, None]) -> Generator[DeviceBlock, None, None]:
+        return until_all_ranks_finish(sharded.comm, blocks, sharded.stop_requested)
+
+    placement = Placement(num_bytes, block_rows, kernel=device.type == "cuda" and bf16_is_faster(device))
+    dense = placement.place(sharded.rows, sharded.plain, dim=sharded.dim, device=device, pieces=pieces)
+    generator = dense.generator if dense.form is not None else sharded.generator
+    return replace(
+        sharded, dense=dense, squares=dense.squares, generator=generator, block_rows=dense.block_rows, threads=1
     )
-    return replace(sharded, generator=_fill_squares(sharded))
 
 
 def _scanned(comm: Comm, rows: Rows, block_rows: int, stop_requested: Callable[[], bool]) -> tuple[bool, ...]:

@@ -16,7 +16,9 @@ from torch import Tensor
 from grappa_dist.distributed.sharded_rows import PIECE, ShardedRows, scratch
 from grappa_dist.kmeans.update import Stats
 from grappa_dist.search.candidates import Centroids
+from grappa_dist.search.dense import DenseCentroids, DenseRows, nearest_dense
 from grappa_dist.search.fixed_point import exact_square
+from grappa_dist.search.in_flight import finish
 from grappa_dist.search.rerank import Assignment, assign
 
 _LIMB = 24  # low bits of a squared distance, summed separately from the rest, so that 2**36 rows fit
@@ -115,7 +117,19 @@ def assign_rows(
 
 def exact_search(sharded: ShardedRows, centroids: Tensor) -> Callable[[tuple[Tensor, Tensor]], AssignedRows]:
     """The search for the nearest centroid of each row of a block."""
-    prepared = Centroids.of(centroids, sharded.generator)
+    prepared, dense = Centroids.of(centroids, sharded.generator), sharded.dense
+    if dense is not None:
+        of_device = DenseCentroids.of(prepared)
+
+        def search_dense(block: tuple[Tensor, Tensor]) -> AssignedRows:
+            positions, x = block
+            rows = DenseRows(x, exact_square(x), dense.form_of(x))
+            found = finish(nearest_dense(rows, of_device, distances=True))
+            assert found.squares is not None
+            assigned = Assignment(found.labels, found.squares, found.by_integers)
+            return AssignedRows(positions, x, assigned, len(x) * len(centroids))
+
+        return search_dense
 
     def search(block: tuple[Tensor, Tensor]) -> AssignedRows:
         positions, x = block

@@ -25,7 +25,6 @@ from torch import Tensor
 from grappa_dist.config import ClusteringConfig
 from grappa_dist.distributed.collectives import Comm
 from grappa_dist.distributed.sharded_rows import (
-    BLOCK_ROWS,
     RowBlock,
     Rows,
     ShardedRows,
@@ -34,6 +33,7 @@ from grappa_dist.distributed.sharded_rows import (
     row_problem,
     scratch,
 )
+from grappa_dist.kmeans.dense_passes import DensePasses, dense_pass
 from grappa_dist.kmeans.seeding import Init, SeedingState, oversampled_centroids, seed_centroids
 from grappa_dist.kmeans.update import Stats, update_centroids
 from grappa_dist.kmeans.yinyang import Bounds, Drift, GroupedCentroids, Groups, Reassignments, num_bounds, reassign
@@ -110,11 +110,17 @@ def sharded_kmeans(
     num_labels: int,
     task: KMeansTask | None = None,
     *,
-    block_rows: int = BLOCK_ROWS,
+    block_rows: int | None = None,
     device: torch.device | str = "cpu",
+    dense_bytes: int | None = None,
 ) -> KMeansResult:
-    """k-means of the good rows of all ranks, as `kmeans`. All ranks call it with the same task."""
-    return kmeans(join_rows(comm, rows, block_rows=block_rows, device=torch.device(device)), num_labels, task)
+    """k-means of the good rows of all ranks, as `kmeans`. All ranks call it with the same task.
+
+    Args:
+        block_rows, device, dense_bytes: of `join_rows`.
+    """
+    sharded = join_rows(comm, rows, block_rows=block_rows, device=torch.device(device), dense_bytes=dense_bytes)
+    return kmeans(sharded, num_labels, task)
 
 
 def kmeans(sharded: ShardedRows, num_labels: int, task: KMeansTask | None = None) -> KMeansResult:
@@ -136,7 +142,11 @@ def start_fit(sharded: ShardedRows, num_labels: int, task: KMeansTask) -> Fit:
     if start is None or start.seeded:
         start = KMeansState(_first_centroids(sharded, shape, task).cpu().numpy(), ())
         task.on_update(start)
-    passes = BoundedPasses.over(sharded, torch.from_numpy(start.centroids).to(sharded.device))
+    passes: DensePasses | BoundedPasses
+    if sharded.dense is not None:
+        passes = DensePasses.over(sharded, num_labels)
+    else:
+        passes = BoundedPasses.over(sharded, torch.from_numpy(start.centroids).to(sharded.device))
 
     def update(centroids: Tensor, spreads: list[int], step: int) -> tuple[Tensor, int]:
         return update_centroids(centroids, passes.stats, spreads, step, spherical=task.config.spherical)
@@ -201,7 +211,7 @@ def run_fits(fits: list[Fit]) -> Iterator[Fit]:
 class Fit:
     """A k-means between two passes over the rows: the next one assigns them to `centroids`."""
 
-    passes: BoundedPasses
+    passes: DensePasses | BoundedPasses
     steps: Steps
     centroids: Tensor  # (K, D) of the next pass
     end: KMeansState | None = None  # after the last pass
@@ -290,11 +300,14 @@ def _converged(before: int, now: int, tolerance: float) -> bool:
     return tolerance > 0 and before - now < tolerance * before
 
 
-def shared_pass(wanted: Sequence[tuple[BoundedPasses, Tensor]]) -> list[Centroids]:
+def shared_pass(wanted: Sequence[tuple[DensePasses | BoundedPasses, Tensor]]) -> list[Centroids]:
     """One pass over the rows that assigns them to the centroids of several clusterings; returns these prepared."""
     sharded = wanted[0][0].sharded
     assert all(kept.sharded is sharded for kept, _ in wanted)
-    passes = [_Pass.of(kept, centroids) for kept, centroids in wanted]
+    if dense := [(kept, centroids) for kept, centroids in wanted if isinstance(kept, DensePasses)]:
+        assert len(dense) == len(wanted)
+        return dense_pass(dense)
+    passes = [_Pass.of(kept, centroids) for kept, centroids in wanted if isinstance(kept, BoundedPasses)]
 
     def work(block: RowBlock) -> list[Reassignments]:
         return [one.over(block) for one in passes]

@@ -53,7 +53,12 @@ def copy_rows(sharded: ShardedRows, positions: Iterable[Tensor], num: int) -> Sh
         first += len(x)
     copy = Rows([rows.numpy()], [np.ones(num, dtype=bool)], ["the sample"])
     return join_rows(
-        sharded.comm, copy, block_rows=sharded.block_rows, device=sharded.device, stop_requested=sharded.stop_requested
+        sharded.comm,
+        copy,
+        block_rows=sharded.block_rows,
+        device=sharded.device,
+        stop_requested=sharded.stop_requested,
+        dense_bytes=sharded.dense.num_bytes if sharded.dense and sharded.device.type == "cpu" else None,
     )
 
 

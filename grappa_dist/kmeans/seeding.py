@@ -26,10 +26,13 @@ import torch
 from torch import Tensor
 
 from grappa_dist.data.rng import RowDraw, draw
+from grappa_dist.distributed.device_rows import DeviceBlock
 from grappa_dist.distributed.sharded_rows import RowBlock, ShardedRows, scratch
 from grappa_dist.kmeans.sampling import Draw, copy_rows
 from grappa_dist.search.candidates import Centroids
+from grappa_dist.search.dense import DenseCentroids, nearest_dense
 from grappa_dist.search.fixed_point import GRID, exact_dot, exact_square
+from grappa_dist.search.in_flight import Work
 from grappa_dist.search.rerank import FAR, Assignment, assign
 
 Init = Literal["k-means++", "k-means||"]
@@ -235,7 +238,7 @@ def _seed_candidates(
     while len(found) < wanted and any(weights.totals()):
         num = at_once if len(found) else 1
         key = RowDraw.OVERSAMPLED.key(seed, num_labels, len(found))
-        new = _places(sharded, Draw.of(sharded, num, *key, weights=weights.squares))
+        new = _places(sharded, Draw.of(sharded, num, *key, weights=weights.squares.cpu()))
         weights.lower([rows_at(sharded, new)], len(found))
         found = torch.cat([found, new])
         on_round(SeedingState(found, len(found)), wanted)
@@ -255,9 +258,9 @@ def _places(sharded: ShardedRows, drawn: Draw) -> Tensor:
 def _times(weights: D2Weights, num: int) -> Tensor:
     """How many rows of all ranks each of `num` candidates is the nearest to, (M,)."""
     assert weights.nearest is not None
-    times = torch.zeros(num, dtype=torch.int64)
+    times, nearest = torch.zeros(num, dtype=torch.int64), weights.nearest.cpu()
     for positions in weights.sharded.good_positions():
-        times.index_add_(0, weights.nearest[positions], torch.ones_like(positions))
+        times.index_add_(0, nearest[positions], torch.ones_like(positions))
     return weights.sharded.total(times)
 
 
@@ -274,13 +277,22 @@ class D2Weights:
     def of(sharded: ShardedRows, *, nearest: bool = False, times: Tensor | None = None) -> D2Weights:
         """Equal weights of all good rows: the first centroid may be any of them."""
         num = (len(sharded.rows),)
-        labels = scratch(num, torch.int32).fill_(-1) if nearest else None
-        weights = D2Weights(sharded, scratch(num, torch.int64), labels, times)
+        if sharded.dense is None:
+            squares, labels = scratch(num, torch.int64), scratch(num, torch.int32) if nearest else None
+        else:
+            squares = torch.zeros(num, dtype=torch.int64, device=sharded.device)
+            labels = squares.int() if nearest else None
+            times = None if times is None else times.to(sharded.device)
+        weights = D2Weights(sharded, squares, None if labels is None else labels.fill_(-1), times)
         weights._fill(1)
         return weights
 
     def _fill(self, value: int) -> None:
         """Gives all good rows the same weight."""
+        if self.sharded.dense is not None:
+            good = np.concatenate([*self.sharded.rows.good, np.zeros(0, dtype=bool)])
+            self.squares.masked_fill_(torch.from_numpy(good).to(self.sharded.device), value)
+            return
         for positions in self.sharded.good_positions():
             self.squares[positions] = value
 
@@ -298,8 +310,9 @@ class D2Weights:
         own = [i for i, t in enumerate(targets) if 0 <= t - lower_ranks < totals[self.sharded.comm.rank]]
         found = torch.zeros(len(targets), 2, dtype=torch.int64)
         if own:
-            positions = torch.searchsorted(ends, torch.tensor([targets[i] - lower_ranks for i in own]), right=True)
-            found[own] = torch.stack([positions + self.sharded.first, self.squares[positions]], 1)
+            wanted = torch.tensor([targets[i] - lower_ranks for i in own], device=ends.device)
+            positions = torch.searchsorted(ends, wanted, right=True)
+            found[own] = torch.stack([positions + self.sharded.first, self.squares[positions]], 1).cpu()
         places, squares = self.sharded.total(found).unbind(1)
         return places, squares.tolist()
 
@@ -311,6 +324,9 @@ class D2Weights:
         """
         if not first:
             self._fill(FAR)
+        if self.sharded.dense is not None:
+            self._lower_dense(rounds, first)
+            return
         prepared = [[Centroids.of(part, self.sharded.generator) for part in some.split(_AT_ONCE)] for some in rounds]
 
         def work(block: RowBlock) -> tuple[Tensor, Tensor, Tensor]:
@@ -329,6 +345,27 @@ class D2Weights:
             self.squares[positions] = squares
             if self.nearest is not None:
                 self.nearest[positions] = labels
+
+    def _lower_dense(self, rounds: Sequence[Tensor], first: int) -> None:
+        """The same on a device, where the weights stay."""
+        prepared = [DenseCentroids.of(Centroids.of(some, self.sharded.generator)) for some in rounds]
+
+        def work(block: DeviceBlock) -> Work[None]:
+            at, before = block.at(), first
+            known = self.squares[at]
+            labels = torch.full_like(known, -1)
+            for some in prepared:
+                found = yield from nearest_dense(block.rows, some, distances=True, within=from_weights(known))
+                assert found.squares is not None
+                now = to_weights(found.squares)
+                labels = torch.where(now < known, found.labels + before, labels)
+                known, before = torch.minimum(known, now), before + len(some)
+            self.squares[at] = known
+            if self.nearest is not None:
+                self.nearest[at] = torch.where(labels >= 0, labels.int(), self.nearest[at])
+
+        for _ in self.sharded.passes(work):
+            pass
 
     def _with_multiplicity(self) -> Tensor:
         """Weights (n,) in which a row counts as often as `times` has it."""

@@ -45,8 +45,9 @@ class Stats:
         squares = squares.long()
         signed = [(labels, 1)] if leaving is None else [(labels, 1), (leaving, -1)]
         _add_rows_(self.sums, x, signed)
+        ones = torch.ones_like(labels)  # not bincount: a GPU would wait for the largest label
         for their, sign in signed:
-            self.counts.add_(torch.bincount(their, minlength=len(self.counts)), alpha=sign)
+            self.counts.index_add_(0, their, ones, alpha=sign)
             self.squares[0].index_add_(0, their, squares & _LOW_BITS, alpha=sign)
             self.squares[1].index_add_(0, their, squares >> _LOW, alpha=sign)
 

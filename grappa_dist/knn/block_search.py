@@ -33,7 +33,7 @@ from grappa_dist.search.fixed_point import GRID, exact_dot, exact_square
 from grappa_dist.search.rerank import pair_dots
 
 MOST_ROWS = 2**13  # of a block: |score| < 2**49, so score * 2**13 + column still fits into an int64
-_SLACK = 8  # candidates beyond k: near-ties at the end of a list mostly fit in
+SLACK = 8  # candidates beyond k: near-ties at the end of a list mostly fit in
 _TILE = 2**23  # elements of the largest float64 table made at once
 _TABLE_ROWS, _TABLE_COLUMNS = 512, 2048  # of estimates: few enough to stay in a core's cache
 _STEP = 64  # rows are filled up to multiples of it: oneDNN compiles a kernel for every new shape
@@ -98,7 +98,7 @@ def extend(
     k, m = best.ids.shape[1], len(targets.ids)
     if not m or not len(queries.ids):
         return best
-    t = min(m, k + 1 + _SLACK)
+    t = min(m, k + 1 + SLACK)
     floats, candidates = search(queries.rows, targets.rows, t)
     norms = [norm_of(exact_square(rows)) for rows in (queries.rows, targets.rows)]
     error = float_error(queries.rows.shape[1], math.prod(norms))
@@ -111,7 +111,7 @@ def extend(
     rows = unresolved.nonzero()[:, 0]
     if len(rows):
         some = Neighbours(best.scores[rows], best.ids[rows])
-        some = _scored_in_full(some, Block(queries.rows[rows], queries.ids[rows]), targets)
+        some = scored_in_full(some, Block(queries.rows[rows], queries.ids[rows]), targets)
         best.scores[rows], best.ids[rows] = some.scores, some.ids
     return best
 
@@ -127,7 +127,7 @@ def _reranked(queries: Block, targets: Block, candidates: Tensor, possible: Tens
     return found
 
 
-def _scored_in_full(best: Neighbours, queries: Block, targets: Block) -> Neighbours:
+def scored_in_full(best: Neighbours, queries: Block, targets: Block) -> Neighbours:
     """The lists after exact scores with every target of the block.
 
     Score and column go into one integer key, the lower column higher: keys are unique, so topk has no ties to break.

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from grappa_dist.distributed.collectives import Comm, raise_together, wire_device
+from grappa_dist.distributed.device_rows import memory_for_rows
 from grappa_dist.distributed.sharded_rows import as_tensor, on_grid, row_problem, side_by_side
 from grappa_dist.knn.block_search import (
     MOST_ROWS,
@@ -22,17 +23,18 @@ from grappa_dist.knn.block_search import (
     Found,
     Neighbours,
     Side,
-    extend,
     search_both_ways,
     search_within,
     to_scores,
 )
-from grappa_dist.search.backends import bf16_products_are_faster, largest
+from grappa_dist.knn.dense_search import extend_dense
+from grappa_dist.search.backends import bf16_products_are_faster
 from grappa_dist.search.bf16 import Bf16Generator
 from grappa_dist.search.candidates import norm_of, true_products
-from grappa_dist.search.fixed_point import exact_square, to_grid
+from grappa_dist.search.fixed_point import exact_square, rounded
+from grappa_dist.search.in_flight import Work, in_flight, sent
 
-KEPT_BYTES = 2**31  # of own blocks kept on a device; further ones are read again for every block they are compared with
+DENSE_ROWS = 2**14  # of a block where blocks are copied
 _BLOCKS = 8  # of a rank, at least, so that threads have about the same work
 _LEAST_ROWS = 1024  # of a block that is made smaller only for that reason
 
@@ -43,10 +45,11 @@ def sharded_knn(
     ids: np.ndarray,
     k: int,
     *,
-    block_rows: int = MOST_ROWS,
+    block_rows: int | None = None,
     device: torch.device | str = "cpu",
     bf16: bool | None = None,
     copies: bool | None = None,
+    kept_bytes: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k nearest other rows of each own row: row ids (P, k) int64 and inner products (P, k) float32, best first.
 
@@ -56,12 +59,21 @@ def sharded_knn(
         features: own unit rows (P, D) float32, possibly memory-mapped, possibly none; bad rows left out.
         ids: their row ids (P,) int64, ascending, different over all ranks.
         block_rows: rows that travel, and rows compared with them, at most; it changes memory, not the result.
+            By default `MOST_ROWS`, and `DENSE_ROWS` where blocks are copied.
         bf16: estimates in bfloat16; by default where they are faster.
         copies: blocks are copied to every rank, and a pair of rows is compared on both ranks; by default on a GPU.
+        kept_bytes: of own blocks that then stay on the device, while the others are read again for every block that
+            they are compared with; by default a share of its free memory.
     """
     device = torch.device(device)
     copies = device.type == "cuda" if copies is None else copies
-    own = join_blocks(comm, features, ids, k, block_rows=block_rows, device=device, bf16=bf16, keep=copies)
+    if copies and kept_bytes is None:
+        kept_bytes = memory_for_rows(device)
+    elif not copies:
+        kept_bytes = None
+    if block_rows is None:
+        block_rows = DENSE_ROWS if copies else MOST_ROWS
+    own = join_blocks(comm, features, ids, k, block_rows=block_rows, device=device, bf16=bf16, kept_bytes=kept_bytes)
     best = [Neighbours.none(own.size(i), k, device) for i in range(len(own))]
     ring = _Ring(comm, own, best, k)
     with true_products():
@@ -110,15 +122,16 @@ class Blocks:
         *,
         device: torch.device,
         bf16: bool | None,
-        keep: bool,
+        kept_bytes: int | None,
     ) -> Blocks:
-        """Blocks with their facts or, with `keep`, with as many blocks on the device as `KEPT_BYTES` allows."""
+        """Blocks with their facts or, with `kept_bytes`, with as many blocks on the device as these allow."""
+        if kept_bytes is not None:
+            blocks = Blocks(features, ids, dim, block_rows, device, bf16=False)
+            most = kept_bytes // (4 * block_rows * dim)
+            return replace(blocks, kept=tuple(blocks.block(i) for i in range(min(len(blocks), most))))
         step = min(block_rows, MOST_ROWS, max(_LEAST_ROWS, -(-len(ids) // _BLOCKS)))
         bf16 = bf16_products_are_faster(device) if bf16 is None else bf16
         blocks = Blocks(features, ids, dim, step, device, bf16)
-        if keep:
-            most = KEPT_BYTES // (4 * step * dim)
-            return replace(blocks, kept=tuple(blocks.block(i) for i in range(min(len(blocks), most))))
         facts = side_by_side(blocks._measure, range(len(blocks)), torch.get_num_threads())
         return replace(blocks, facts=tuple(facts))
 
@@ -134,8 +147,9 @@ class Blocks:
             return self.kept[number]
         some = self._places(number)
         plain = number < len(self.facts) and self.facts[number].plain
-        x = as_tensor(self.features[some]).reshape(-1, self.dim).to(self.device)
-        return Block(x if plain else to_grid(x), torch.from_numpy(np.array(self.ids[some])).to(self.device))
+        x, ids = as_tensor(self.features[some]).reshape(-1, self.dim), torch.from_numpy(np.array(self.ids[some]))
+        x = sent(x, self.device)
+        return Block(x if plain else rounded(x), sent(ids, self.device))
 
     def side(self, number: int) -> Side:
         """One block as its estimates need it, on a CPU."""
@@ -147,7 +161,7 @@ class Blocks:
         some = places.numpy()
         rows = torch.from_numpy(self.features[some]).reshape(-1, self.dim)
         plain = all(facts.plain for facts in self.facts)
-        return Block(rows if plain else to_grid(rows), torch.from_numpy(self.ids[some]))
+        return Block(rows if plain else rounded(rows), torch.from_numpy(self.ids[some]))
 
     @property
     def largest(self) -> tuple[float, float]:
@@ -172,13 +186,14 @@ def join_blocks(
     block_rows: int,
     device: torch.device,
     bf16: bool | None = None,
-    keep: bool = False,
+    kept_bytes: int | None = None,
 ) -> Blocks:
     """This rank's rows by blocks; raises ValueError on all ranks where the rows of one are not valid."""
     if k < 1 or block_rows < 1:
         raise ValueError(f"k and block_rows must be at least 1, got {k} and {block_rows}")
     raise_together(comm, _problem(features, ids, block_rows))
-    return Blocks.of(features, ids, _dimension(comm, features), block_rows, device=device, bf16=bf16, keep=keep)
+    dim = _dimension(comm, features)
+    return Blocks.of(features, ids, dim, block_rows, device=device, bf16=bf16, kept_bytes=kept_bytes)
 
 
 def _dimension(comm: Comm, features: np.ndarray) -> int:
@@ -221,8 +236,11 @@ class _Ring:
             for hop in range(self.comm.size):
                 if hop:
                     travelling = Block(self._moved(travelling.rows, 1), self._moved(travelling.ids, 1))
-                for i, so_far in enumerate(self.best):
-                    self.best[i] = extend(so_far, self.own.block(i), travelling, largest)
+                for _ in in_flight(self._extend(i, travelling) for i in range(len(self.best))):
+                    pass
+
+    def _extend(self, number: int, targets: Block) -> Work[None]:
+        self.best[number] = yield from extend_dense(self.best[number], self.own.block(number), targets)
 
     def by_pairs(self) -> None:
         """Every pair of blocks is compared once, on the rank of one of them, which returns the other's new neighbours.

@@ -21,20 +21,24 @@ from torch import Tensor
 from grappa_dist.config import ClusteringConfig
 from grappa_dist.data.rng import RowDraw
 from grappa_dist.distributed.collectives import Comm, wire_device
+from grappa_dist.distributed.device_rows import DeviceRows
 from grappa_dist.distributed.sharded_rows import Rows, ShardedRows, join_rows, side_by_side
 from grappa_dist.kmeans.assignments import exact_search
 from grappa_dist.kmeans.ivf import nearest_set
 from grappa_dist.kmeans.lloyd import KMeansTask, kmeans
 from grappa_dist.kmeans.sampling import Draw, sample_rows
 from grappa_dist.knn.block_search import MOST_ROWS, Block, Found, Neighbours, Side, merge, search_one_way, to_scores
+from grappa_dist.knn.dense_search import extend_dense
 from grappa_dist.knn.exact import Blocks, join_blocks, sharded_knn
 from grappa_dist.search.backends import nearest
-from grappa_dist.search.candidates import Centroids, true_products
+from grappa_dist.search.candidates import Centroids, nearest_float32, true_products
 from grappa_dist.search.fixed_point import exact_dot
+from grappa_dist.search.in_flight import Work, finish, in_flight, sent
 
 SAMPLE_ROWS = 1024  # compared with all rows: one half chooses p, the other measures recall
 MOST_EXACT_ROWS = 10**7  # that are compared exactly where lists do not suffice: some 150 CPU hours (docs/scale.md)
 GATHERED_ROWS = 2**15  # of whole lists that every rank holds at once, at least, before the last list of them
+_TASKS = 4  # searches of a list that a device has under way
 _FIT_ROWS = 64  # per list, to which coarse centroids are fitted
 _FIT_UPDATES = 5
 
@@ -83,35 +87,47 @@ def approximate_knn(
     recall_floor: float,
     key: tuple[int, int],
     log: Callable[[str], None] = lambda text: None,
+    device: torch.device | str = "cpu",
+    dense_bytes: int | None = None,
 ) -> Graph:
     """As `sharded_knn`, but each row is compared only with the rows of its p nearest lists.
 
-    While recall, less twice its standard error, is below `recall_floor`, p is doubled; where p would reach half of the
-    lists, the search is exact.
+    While recall, less twice its standard error, is below `recall_floor`, p is doubled; from half of the lists on, all
+    rows are compared.
 
     Args:
         ids: row ids (P,) int64, ascending on a rank and from rank to rank: samples and lists depend on the place of a
             row among those of all ranks, which is then the same for any number of ranks.
         recall_floor: least share of true neighbours that must be found, below 1.
         key: seed and epoch; lists are drawn by the seed, the samples by both.
-        log: called with a line before an exact search begins.
+        log: called with a line before an exact search begins. `device`, `dense_bytes`: as of `join_rows`.
 
     Raises:
         ValueError: on all ranks, where ids do not ascend so, one rank's rows are not valid, or lists do not reach the
             recall floor and there are more rows than are compared exactly.
     """
-    cpu = torch.device("cpu")
-    blocks = join_blocks(comm, features, ids, k, block_rows=MOST_ROWS, device=cpu)
-    _check_order(comm, ids)
-    sharded = join_rows(comm, Rows([features], [np.ones(len(features), dtype=bool)]), device=cpu)
+    blocks, sharded = _joined(comm, features, ids, k, on=(torch.device(device), dense_bytes))
     exact = Recall.exact()
     if sharded.num_good:
         found, last = _search_lists(sharded, blocks, k, recall_floor=recall_floor, key=key)
         if found is not None:
-            return Graph(found.ids.numpy(), to_scores(found).numpy(), last)
+            return Graph(found.ids.cpu().numpy(), to_scores(found).cpu().numpy(), last)
         _allow_exact(sharded.num_good, recall_floor, last, log)
         exact = replace(exact, lists=last.lists, probes=last.lists, widened=last.widened)
-    return Graph(*sharded_knn(comm, features, ids, k), exact)
+    return Graph(*sharded_knn(comm, features, ids, k, device=device, copies=sharded.dense is not None), exact)
+
+
+def _joined(
+    comm: Comm, features: np.ndarray, ids: np.ndarray, k: int, *, on: tuple[torch.device, int | None]
+) -> tuple[Blocks, ShardedRows]:
+    """The rows of all ranks, all of them good, on a device with so many bytes for them."""
+    device, dense_bytes = on
+    dense = device.type == "cuda" or dense_bytes is not None
+    kept = 0 if dense else None  # a device reads rows from the second
+    blocks = join_blocks(comm, features, ids, k, block_rows=MOST_ROWS, device=device, kept_bytes=kept)
+    _check_order(comm, ids)
+    rows = Rows([features], [np.ones(len(features), dtype=bool)])
+    return blocks, join_rows(comm, rows, device=device, dense_bytes=dense_bytes)
 
 
 def _search_lists(
@@ -125,7 +141,7 @@ def _search_lists(
         last = Recall("lists", 0.0, 0.0, 0, len(lists), probes, 0.0, 0)
         while 2 * probes < len(lists):
             found, searched = ListSearch.of(blocks, lists, k).run(probes)
-            recall, error = measuring.recall(sharded.comm, blocks.ids, found.ids)
+            recall, error = measuring.recall(sharded.comm, blocks.ids, found.ids.cpu())
             last = Recall(
                 "lists", recall, error, len(measuring.ids), len(lists), probes, searched, widened=last.widened
             )
@@ -178,8 +194,9 @@ class InvertedLists:
         fit = kmeans(sample, num, KMeansTask(ClusteringConfig(iterations=_FIT_UPDATES), seed=seed))
         centroids = Centroids.of(torch.from_numpy(fit.centroids))
         labels = torch.zeros(len(sharded.rows), dtype=torch.int32)
-        for assigned in sharded.each(exact_search(sharded, centroids.values), sharded.blocks()):
-            labels[assigned.positions] = assigned.found.labels.int()
+        search = exact_search(sharded, centroids.values.to(sharded.device))
+        for assigned in sharded.each(search, sharded.blocks()):
+            labels[assigned.positions] = assigned.found.labels.int().cpu()
         counts = torch.bincount(labels, minlength=num)
         return InvertedLists(sharded, centroids, labels, torch.stack(sharded.gather(counts[None])).reshape(-1, num))
 
@@ -189,10 +206,12 @@ class InvertedLists:
     def probed(self, probes: int) -> Tensor:
         """The nearest lists of each own row, (P, p) int32, in no order."""
         probed = torch.zeros((len(self.labels), min(probes, len(self))), dtype=torch.int32)
+        search = nearest if self.sharded.dense is None else nearest_float32
+        centroids = Centroids.of(self.centroids.values.to(self.sharded.device))
 
         def work(block: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
             positions, x = block
-            return positions, nearest_set(x, self.centroids, probed.shape[1], nearest).int()
+            return positions, nearest_set(x, centroids, probed.shape[1], search).int().cpu()
 
         for positions, lists in self.sharded.each(work, self.sharded.blocks()):
             probed[positions] = lists
@@ -240,10 +259,15 @@ class ListSearch:
     blocks: Blocks
     lists: InvertedLists
     k: int
-    largest: tuple[float, float]  # over all ranks, the largest norm of a row and of what bfloat16 leaves out of it
+    largest: tuple[
+        float, float
+    ]  # over all ranks, the largest norm of a row and of what bfloat16 leaves out of it; on a
+    # device, which does without them, (0, 0)
 
     @staticmethod
     def of(blocks: Blocks, lists: InvertedLists, k: int) -> ListSearch:
+        if lists.sharded.dense is not None:
+            return ListSearch(blocks, lists, k, (0.0, 0.0))
         largest = torch.cat(lists.sharded.gather(torch.tensor([blocks.largest], dtype=torch.float64)))
         norm, residual = largest.max(0).values.tolist()
         return ListSearch(blocks, lists, k, (norm, residual))
@@ -252,7 +276,7 @@ class ListSearch:
         """The neighbours of own rows, and which share of all pairs of rows was compared."""
         sharded, num = self.lists.sharded, len(self.lists)
         own, probed = self.lists.labels[:, None], self.lists.probed(probes)
-        members, best = _by_list(own, num), Neighbours.none(len(own), self.k)
+        members, best = _by_list(own, num), Neighbours.none(len(own), self.k, sharded.device)
         others = _by_list(torch.where(probed == own, -1, probed), num)
         compared = sum(self._sweep(members, queries, best) for queries in (members, others))
         return best, int(sharded.total(torch.tensor(compared))) / sharded.num_good**2
@@ -275,6 +299,10 @@ class ListSearch:
         return compared
 
     def _search(self, tasks: list[tuple[Tensor, Block]], best: Neighbours) -> None:
+        if self.lists.sharded.dense is not None:
+            for _ in in_flight((self._search_dense(*task, best) for task in tasks), _TASKS):
+                pass
+            return
         bf16, (norm, residual) = self.blocks.bf16, self.largest
 
         def work(task: tuple[Tensor, Block, Neighbours]) -> tuple[Tensor, list[Found]]:
@@ -287,6 +315,24 @@ class ListSearch:
         for places, found in side_by_side(work, items, torch.get_num_threads()):
             for part in found:
                 Found(places[part.rows], part.best).merge_into(best)
+
+    def _search_dense(self, places: Tensor, targets: Block, best: Neighbours) -> Work[None]:
+        """One of these tasks on a device; other tasks may have changed the lists in the meantime."""
+        at = sent(places, best.ids.device)
+        none = Neighbours.none(len(at), self.k, at.device)
+        found = yield from extend_dense(none, self._rows_at(places), targets, least=best.scores[at, -1])
+        Found(at, found).merge_into(best)
+
+    def _rows_at(self, places: Tensor) -> Block:
+        """Some own rows where they are searched."""
+        sharded = self.lists.sharded
+        if sharded.dense is None:
+            return self.blocks.rows_at(places)
+        ids = sent(torch.from_numpy(self.blocks.ids[places.numpy()]), sharded.device)
+        if bool((places.diff() >= 0).all()):
+            return Block(sharded.read(places), ids)
+        ascending, order = places.sort()
+        return Block(sharded.read(ascending)[sent(order.argsort(), sharded.device)], ids)
 
     def _groups(self) -> Iterator[list[_Piece]]:
         """All rows of all lists, some lists at a time."""
@@ -310,7 +356,7 @@ class ListSearch:
             for of_rank in zip(before.tolist(), sizes.tolist(), strict=True)
         ]
         own = torch.cat([members[n][part] for n, part in zip(numbers, parts[sharded.comm.rank], strict=True)])
-        mine = self.blocks.rows_at(own)
+        mine = self._rows_at(own)
         counts = [[part.stop - part.start for part in of_rank] for of_rank in parts]
         rows, ids = (
             [torch.split(t, c) for t, c in zip(sharded.gather(tensor), counts, strict=True)]
@@ -343,17 +389,12 @@ class Sample:
         parts = list(draw.blocks())
         own = torch.cat([p for p, _ in parts]) if parts else torch.zeros(0, dtype=torch.int64)
         x = torch.cat([x for _, x in parts]) if parts else torch.zeros(0, sharded.dim)
-        rows = torch.cat(sharded.gather(x))
+        rows = torch.cat(sharded.gather(x)).cpu()
         ids = torch.cat(sharded.gather(torch.from_numpy(blocks.ids)[own]))
-        queries, best = Side.of(Block(rows, ids), bf16=blocks.bf16), Neighbours.none(len(ids), k)
-
-        def work(item: tuple[int, Neighbours]) -> list[Found]:
-            return search_one_way(queries, blocks.side(item[0]), item[1])
-
-        items = ((i, Neighbours(best.scores.clone(), best.ids)) for i in range(len(blocks)))
-        for found in side_by_side(work, items, torch.get_num_threads()):
-            for part in found:
-                part.merge_into(best)
+        if sharded.dense is None:
+            best = _nearest_by_blocks(blocks, Block(rows, ids), k)
+        else:
+            best = _nearest_dense(sharded.dense, blocks.ids, Block(rows, ids), k)
         whole = Neighbours.none(len(ids), k)
         for scores, near in zip(sharded.gather(best.scores), sharded.gather(best.ids), strict=True):
             whole = merge(whole, Neighbours(scores, near))
@@ -386,3 +427,27 @@ class Sample:
         if not each:
             return 1.0, 0.0
         return first / (rows * each), sqrt(max(0, rows * second - first**2) / rows) / (rows * each)
+
+
+def _nearest_by_blocks(blocks: Blocks, sample: Block, k: int) -> Neighbours:
+    """The k nearest of some rows among all own ones."""
+    queries, best = Side.of(sample, bf16=blocks.bf16), Neighbours.none(len(sample.ids), k)
+
+    def work(item: tuple[int, Neighbours]) -> list[Found]:
+        return search_one_way(queries, blocks.side(item[0]), item[1])
+
+    items = ((i, Neighbours(best.scores.clone(), best.ids)) for i in range(len(blocks)))
+    for found in side_by_side(work, items, torch.get_num_threads()):
+        for part in found:
+            part.merge_into(best)
+    return best
+
+
+def _nearest_dense(dense: DeviceRows, own_ids: np.ndarray, sample: Block, k: int) -> Neighbours:
+    """The same on a device."""
+    queries = Block(sample.rows.to(dense.device), sample.ids.to(dense.device))
+    best = Neighbours.none(len(sample.ids), k, dense.device)
+    for block in dense.blocks():
+        ids = torch.from_numpy(own_ids[block.positions.numpy()]).to(dense.device)
+        best = finish(extend_dense(best, queries, Block(block.rows.x, ids)))
+    return Neighbours(best.scores.cpu(), best.ids.cpu())

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 BLOCK = 65_536  # rows of a block
-QUERIES = 256  # at a time
+QUERIES, GPU_QUERIES = 256, 4096  # at a time
 Rows = NDArray[np.float32]
 
 
@@ -42,8 +42,9 @@ def nearest(queries: Rows, parts: Iterable[Rows], bad: Collection[int], k: int, 
         inside = left_out[(left_out >= first) & (left_out < first + len(block))] - first
         good = torch.ones(len(block), dtype=torch.bool)
         good[torch.from_numpy(inside)] = False
-        places = torch.nonzero(good.to(device)).flatten()
-        of_parts = [_best(part @ rows.T[:, places], places + first, k) for part in z.split(QUERIES)]
+        places = torch.nonzero(good).flatten().to(device)
+        at_once = GPU_QUERIES if z.is_cuda else QUERIES
+        of_parts = [_best(part @ rows.T[:, places], places + first, k) for part in z.split(at_once)]
         cosines = torch.cat([cosines, torch.cat([part.cosines for part in of_parts])], 1)
         ids = torch.cat([ids, torch.cat([part.rows for part in of_parts])], 1)
         cosines, ids = _kept(cosines, ids, k)

@@ -75,7 +75,9 @@ def graph_of(
         near, cosines = sharded_knn(Comm(), rows, np.arange(len(ids)), k, device=device)
         return Graph(ids, rows, near, cosines, Recall.exact())
     require("faiss")
-    found = approximate_knn(Comm(), rows, np.arange(len(ids)), k, recall_floor=RECALL_FLOOR, key=(0, 0), log=log)
+    found = approximate_knn(
+        Comm(), rows, np.arange(len(ids)), k, recall_floor=RECALL_FLOOR, key=(0, 0), log=log, device=device
+    )
     return Graph(ids, rows, found.ids, found.scores, found.recall)
 
 

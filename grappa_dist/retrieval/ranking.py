@@ -20,9 +20,12 @@ from torch import Tensor
 
 from grappa_dist.metrics import DEPTHS, list_units
 from grappa_dist.search.fixed_point import GRID, exact_dot, to_grid
+from grappa_dist.search.in_flight import sent
 
 NO_CLASS = -1  # of rows that are never relevant: distractors
 _QUERIES, _BLOCK = 512, 16_384  # scored at once: 64 MiB of float64
+_GPU_QUERIES = 4096  # on a GPU: 512 MiB
+_COLUMNS = 2**13  # |score| < 2**49, so score * 2**13 + column still fits into an int64
 Rows = NDArray[np.float32]
 Ids = NDArray[np.int64]
 
@@ -55,7 +58,9 @@ class Ranker:
         depths: of the metrics.
         shown: neighbours of each query that are wanted in the end.
         groups: (q,) where only rows of the query's own group, and those of no group, are shown to it.
-        device: that computes.
+        device: that computes. Rows are normalised on the CPU, so that rankings do not depend on it.
+        waits: whether what a block leaves to be sorted may be looked at on the host; by default not on a GPU, which
+            would wait for it.
     """
 
     def __init__(
@@ -67,13 +72,17 @@ class Ranker:
         shown: int = 10,
         groups: Ids | None = None,
         device: torch.device | None = None,
+        waits: bool | None = None,
     ) -> None:
         self.depths, self.shown, self.device = depths, shown, device or torch.device("cpu")
+        on_gpu = self.device.type == "cuda"
+        self._fold = _fold if (not on_gpu if waits is None else waits) else _fold_fixed
         self.sizes = torch.from_numpy(sizes).to(self.device)
         self.groups = None if groups is None else torch.from_numpy(groups).to(self.device)
         order = torch.from_numpy(np.argsort(sizes, kind="stable")).to(self.device)  # alike ones need alike lists
-        z = on_grid(torch.from_numpy(queries).to(self.device))
-        self._parts = [self._part(places, z) for places in order.split(_QUERIES) if len(places)]
+        z = on_grid(torch.from_numpy(queries)).to(self.device)
+        size = _GPU_QUERIES if on_gpu else _QUERIES
+        self._parts = [self._part(places, z) for places in order.split(size) if len(places)]
         self._place = torch.full((len(queries), 2), -1, dtype=torch.int64)  # of each query: its part, and where in it
         for number, part in enumerate(self._parts):
             self._place[part.places.cpu(), 0] = number
@@ -94,21 +103,25 @@ class Ranker:
             hidden: pairs of a query and a row id that are not to meet, as a query and itself.
         """
         for start in range(0, len(rows), _BLOCK):
-            block = torch.from_numpy(rows[start : start + _BLOCK]).to(self.device)
-            of_rows = None if groups is None else torch.from_numpy(groups[start : start + _BLOCK]).to(self.device)
-            z = on_grid(block).double()
-            blank = ~block.any(1)
+            block = torch.from_numpy(rows[start : start + _BLOCK])
+            of_rows = None if groups is None else sent(torch.from_numpy(groups[start : start + _BLOCK]), self.device)
+            none = ~block.any(1)
+            z, blank = sent(on_grid(block), self.device).double(), None
+            if bool(none.any()):
+                blank = sent(none, self.device)
             inside = self._inside(hidden, first + start, len(block))
             for number, part in enumerate(self._parts):
                 scores = exact_dot(part.rows, z)
-                scores[:, blank] = -torch.inf
+                if blank is not None:
+                    scores.masked_fill_(blank, -torch.inf)
                 if self.groups is not None and of_rows is not None:
                     own = self.groups[part.places]
-                    scores[(own[:, None] != of_rows) & (of_rows >= 0)] = -torch.inf
+                    scores.masked_fill_((own[:, None] != of_rows) & (of_rows >= 0), -torch.inf)
                 if inside is not None:
                     of_part, of_block = inside[1][inside[0] == number].unbind(1)
-                    scores[of_part.to(self.device), of_block.to(self.device)] = -torch.inf
-                _fold(part, scores, first + start)
+                    nothing = torch.full((), -torch.inf, dtype=torch.float64, device=self.device)
+                    scores.index_put_((sent(of_part, self.device), sent(of_block, self.device)), nothing)
+                self._fold(part, scores, first + start)
 
     def _inside(self, hidden: tuple[Ids, Ids] | None, first: int, count: int) -> tuple[Tensor, Tensor] | None:
         """Of the hidden pairs with a row of a block: the part of the query, and (pairs, 2) places in part and block."""
@@ -161,7 +174,28 @@ def _fold(part: _Part, scores: Tensor, first: int) -> None:
     for rows in tied.split(64):
         places[rows] = scores[rows].argsort(dim=1, descending=True, stable=True)[:, : places.shape[1]]
         values[rows] = scores[rows].gather(1, places[rows])
-    ids = (places + first).masked_fill(values == -torch.inf, -1)
+    _merge(part, values, places + first)
+
+
+def _fold_fixed(part: _Part, scores: Tensor, first: int) -> None:
+    """The same in steps whose shapes do not depend on the scores.
+
+    Score and column go into one integer key, the lower column higher: keys are unique, so topk has no ties to break.
+    """
+    kept = part.scores.shape[1]
+    for start in range(0, scores.shape[1], _COLUMNS):
+        some = scores[:, start : start + _COLUMNS]
+        columns = torch.arange(_COLUMNS - 1, _COLUMNS - 1 - some.shape[1], -1, device=some.device)
+        found = some.isfinite()
+        keys = some.masked_fill(~found, 0).long() * _COLUMNS + columns
+        places = keys.masked_fill_(~found, torch.iinfo(torch.int64).min).topk(min(kept, some.shape[1]), dim=1).indices
+        _merge(part, some.gather(1, places), places + first + start)
+
+
+def _merge(part: _Part, values: Tensor, ids: Tensor) -> None:
+    """Merges later rows into the lists; those of score -inf are none."""
+    kept = part.scores.shape[1]
+    ids = ids.masked_fill(values == -torch.inf, -1)
     both, all_ids = torch.cat([part.scores, values], 1), torch.cat([part.ids, ids], 1)
     by_id = all_ids.argsort(dim=1)
     order = by_id.gather(1, both.gather(1, by_id).argsort(dim=1, descending=True, stable=True))[:, :kept]

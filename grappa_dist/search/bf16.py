@@ -128,6 +128,20 @@ class TritonGenerator(Bf16Generator):
     def centroids(self, values: Tensor, squares: Tensor) -> Centroids:
         return Centroids(values, squares, norm_of(squares), self, _whole_tiles([values]), self.residual_norm(values))
 
+    def row_form(self, x: Tensor) -> Tensor:
+        """Grid rows (P, D) as the kernel multiplies them, the same for all centroids: see `top`."""
+        return _whole_tiles([x])
+
+    def top(self, form: Tensor, centroids: Centroids) -> tuple[Tensor, Tensor]:
+        """The largest scores x.c - |c|^2 / 2 of rows in the form of `row_form`, (P, t), descending, and labels."""
+        from grappa_dist.search.triton_topk import top_scores
+
+        return top_scores(form, centroids.form, centroids.squares / (-2 * GRID**2))
+
+    def score_error(self, centroids: Centroids, norm: float) -> float:
+        """Error bound of the scores of `top`, for rows of at most this norm; one not found exceeds the last by less."""
+        return self._error(PreparedRows(centroids.form[:0], centroids.squares[:0].float(), norm, False), centroids)
+
     def rows(self, pieces: Sequence[Tensor], squares: Tensor, base: Tensor, *, within_base: bool) -> PreparedRows:
         return PreparedRows(_whole_tiles(pieces), (squares / GRID**2).float(), norm_of(squares), within_base)
 

@@ -24,6 +24,7 @@ from grappa_dist.data.loader import Make, load_images
 from grappa_dist.data.rng import Purpose, generator, view_generator
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.distributed.collectives import Comm
+from grappa_dist.distributed.device_rows import memory_for_rows
 from grappa_dist.files import save_array, write_json
 from grappa_dist.knn.exact import sharded_knn
 from grappa_dist.metrics import QueryScores, query_scores
@@ -119,7 +120,7 @@ def evaluate_model(device: torch.device, task: ModelTask) -> None:
     """Computes and commits what is missing of one model: scores with labels, and insight without."""
     ground_truth = load_ground_truth(task.ground_truth)
     if not task.scores.complete:
-        scores, queries = _scores(task, ground_truth)
+        scores, queries = _scores(task, ground_truth, device)
         write_json(task.scores.begin() / SCORES_FILE, scores)
         save_array(task.scores.begin() / QUERIES_FILE, queries)
         task.scores.commit()
@@ -128,7 +129,9 @@ def evaluate_model(device: torch.device, task: ModelTask) -> None:
         task.insight.commit()
 
 
-def _scores(task: ModelTask, ground_truth: GroundTruth) -> tuple[list[dict[str, Any]], NDArray[np.int64]]:
+def _scores(
+    task: ModelTask, ground_truth: GroundTruth, device: torch.device
+) -> tuple[list[dict[str, Any]], NDArray[np.int64]]:
     """Leave-one-out retrieval on every labelled task; rows that do not decode are neither query nor gallery.
 
     Returns:
@@ -142,7 +145,8 @@ def _scores(task: ModelTask, ground_truth: GroundTruth) -> tuple[list[dict[str, 
         rows = rows[labels[rows] >= 0]
         if len(rows):
             z = torch.from_numpy(task.features.take_unit(rows))
-            found = query_scores(z, torch.from_numpy(labels[rows]))
+            fits = z.nbytes <= memory_for_rows(device)  # else they stay in host memory, as on a CPU
+            found = query_scores(z, torch.from_numpy(labels[rows]), device=device if fits else None)
             scores.append({"task": name, **found.sums().finish()})
             queries.append(np.column_stack([rows[found.rows], found.units]))
     return [s for s in scores if s["queries"]], np.concatenate(queries)
@@ -209,7 +213,8 @@ class _Insight:
         labels, tasks = self._ground_truth.labels[rows], self._ground_truth.tasks[rows]
         if not (labels >= 0).any():
             return {}
-        near, _ = sharded_knn(Comm(), self._task.features.take_unit(rows), np.arange(len(rows)), NEIGHBOURS)
+        z = self._task.features.take_unit(rows)
+        near, _ = sharded_knn(Comm(), z, np.arange(len(rows)), NEIGHBOURS, device=self._device)
         valid = near >= 0
         labelled = valid & (labels >= 0)[:, None]
         same_task = valid & (tasks[near] == tasks[:, None])

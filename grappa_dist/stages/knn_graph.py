@@ -213,6 +213,7 @@ class Graphs:
             recall_floor=self._settings.recall_floor,
             key=(self._training.seed, epoch),
             log=lambda text: self._context.report({"phase": f"epoch {epoch}: {text}"}),
+            device=self._context.device,
         )
 
     def _write_neighbours(self, folder: Path, ids: NDArray[np.int64], near: NDArray[np.int64]) -> None:

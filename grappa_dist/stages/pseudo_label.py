@@ -197,6 +197,8 @@ def label_ranks(context: RankContext, job: LabelJob) -> None:
     features = [job.features.unit_shard(i, of_shard) for i, of_shard in zip(shards, good, strict=True)]
     rows = Rows(features, good, [job.shard_names[i] for i in shards])
     sharded = join_rows(comm, rows, device=context.device, stop_requested=context.stop_requested)
+    if sharded.dense is not None:
+        context.note(f"pseudo_label: of rank {comm.rank}, {sharded.dense.describe()}")
     missing = [k for k, artifact in job.labels.items() if not context.of_rank_0(artifact.complete)]  # after a restart
     for group in _at_once(job, missing, sharded.dim):
         for k, found in _clusterings(context, job, sharded, group):

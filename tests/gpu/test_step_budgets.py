@@ -57,7 +57,7 @@ def test_a_pass_of_k_means_over_two_blocks_asks_for_no_more_than_its_budget(
 
 def test_the_k_nn_graph_of_two_blocks_asks_for_no_more_than_its_budget(gpu: PretendGpu) -> None:
     (found,) = gpu.run("tests.gpu.rows:knn_counts")
-    check(found["graph"], (26, 6, 321))
+    check(found["graph"], (6, 10, 232))  # four of the copies are counts of a few bytes
 
 
 @pytest.mark.long

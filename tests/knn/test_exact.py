@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -55,12 +56,8 @@ def run_cases(
         few = {1: [0, n], 2: [0, 1, n], 3: [0, n // 4, n // 4, n], 4: [0, n // 5, n // 2, n // 2 + 1, n]}
         edges = few[comm.size]  # a single row, no row
         own = slice(edges[comm.rank], edges[comm.rank + 1])
-        with pytest.MonkeyPatch.context() as patch:
-            if kept_bytes is not None:
-                patch.setattr(exact, "KEPT_BYTES", kept_bytes)
-            results[name] = sharded_knn(
-                comm, x[own], ids_of(x)[own], k, block_rows=block_rows, copies=copies, device=device
-            )
+        how: dict[str, Any] = {"block_rows": block_rows, "copies": copies, "kept_bytes": kept_bytes, "device": device}
+        results[name] = sharded_knn(comm, x[own], ids_of(x)[own], k, **how)
     return results
 
 
@@ -110,12 +107,11 @@ def test_blocks_within_the_memory_budget_are_read_once(monkeypatch: pytest.Monke
         read.append(len(rows))
         return to_grid(rows)
 
-    monkeypatch.setattr(exact, "to_grid", counting)
+    monkeypatch.setattr(exact, "rounded", counting)
     sharded_knn(Comm(), x, ids, 3, block_rows=10, copies=True)
     assert read == [10] * 3
     read.clear()
-    monkeypatch.setattr(exact, "KEPT_BYTES", 2 * 10 * 8 * 4 + 1)  # two of three
-    sharded_knn(Comm(), x, ids, 3, block_rows=10, copies=True)
+    sharded_knn(Comm(), x, ids, 3, block_rows=10, copies=True, kept_bytes=2 * 10 * 8 * 4 + 1)  # two of three
     assert read == [10] * (2 + 1 + 3)  # the third as one that travels, and for each of them
 
 

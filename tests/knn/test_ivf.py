@@ -162,3 +162,25 @@ def test_a_list_longer_than_a_block_is_searched_in_pieces(monkeypatch: pytest.Mo
 def test_every_row_that_names_a_list_is_among_its_rows() -> None:
     lists = torch.tensor([[2, 0], [-1, 2], [1, -1]], dtype=torch.int32)
     assert [rows.tolist() for rows in ivf._by_list(lists, 4)] == [[0], [2], [0, 1], []]
+
+
+@pytest.mark.parametrize(("name", "dense_bytes"), [("drawn", 0), ("drawn", 2**30), ("half copies", 2**30), ("few", 0)])
+def test_lists_searched_as_on_a_device_give_the_same_bits(name: str, dense_bytes: int) -> None:
+    x = CASES[name]()
+    one, other = (graph(Comm(), x, slice(None), dense_bytes=how) for how in (None, dense_bytes))
+    assert one.recall == other.recall
+    np.testing.assert_array_equal(one.ids, other.ids)
+    np.testing.assert_array_equal(one.scores, other.scores)
+
+
+def dense_part(comm: Comm) -> Graph:
+    x = CASES["half copies"]()
+    edges = [0, len(x) // 4, len(x) // 4, len(x)]
+    return graph(comm, x, slice(edges[comm.rank], edges[comm.rank + 1]), dense_bytes=2000)
+
+
+def test_lists_of_a_device_are_the_same_on_ranks_of_which_one_is_empty() -> None:
+    x = CASES["half copies"]()
+    alone, found = graph(Comm(), x, slice(None)), run_ranks(dense_part, 3)
+    np.testing.assert_array_equal(np.concatenate([part.ids for part in found]), alone.ids)
+    assert all(part.recall == alone.recall for part in found)

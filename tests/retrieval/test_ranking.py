@@ -159,3 +159,21 @@ def test_a_million_rows_are_searched_without_being_held() -> None:
     done = subprocess.run([sys.executable, "-c", MILLION], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 200 * 1024  # KiB more than before; the rows have 250,000
+
+
+@pytest.mark.parametrize("columns", [2**13, 7])
+def test_lists_folded_as_on_a_gpu_are_the_same(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranking, "_COLUMNS", columns)
+    rng = np.random.default_rng(3)
+    rows = np.sign(rng.normal(size=(90, 3))).astype(np.float32)  # most scores are equal to others
+    rows[4::11] = 0
+    classes, groups = np.arange(90) % 6, np.arange(90) % 3 - 1
+    found = []
+    for waits in (True, False):
+        ranker = Ranker(rows[:31], np.full(31, 14), groups=groups[:31].clip(0), waits=waits)
+        for first in range(0, 90, 40):
+            some = slice(first, first + 40)
+            ranker.add(rows[some], first, groups=groups[some], hidden=(np.arange(31), np.arange(31)))
+        found.append(ranker.finish(classes[:31], classes))
+    for field in ("units", "ids", "cosines"):
+        np.testing.assert_array_equal(getattr(found[0], field), getattr(found[1], field))
