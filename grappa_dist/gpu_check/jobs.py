@@ -28,6 +28,7 @@ from grappa_dist.stages.embed import Embedding
 from grappa_dist.stages.fuse import FuseJob, train_fusion
 from grappa_dist.stages.multi_set_jobs import AdaptSet
 from grappa_dist.training.batches import TrainingImages
+from grappa_dist.training.figures import Pace
 
 LABELS = (5, 6, 7)  # classes of the sets
 DISTINCT = 64  # drawn images
@@ -98,7 +99,8 @@ class World:
         store = Store(self.machine.folder / out)
         sets = [AdaptSet(k, self.labels(k), store.artifact(f"adaptors/k={k}", {}, {})) for k in labels]
         given = {"global_batch": self.batch, "epochs": self.epochs, "classifier": "random", "bottleneck": 16, **adapt}
-        return AdaptJob(tuple(sets), self._training, self.backbone, AdaptConfig(**given))
+        pace = Pace(log_s=0)  # each step is reported
+        return AdaptJob(tuple(sets), self._training, self.backbone, AdaptConfig(**given), pace=pace)
 
     def fuse_job(self, out: str, variant: str = "transforms", **fuse: Any) -> FuseJob:
         store = Store(self.machine.folder / out)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from grappa_dist.models import PackedGrappa
 from grappa_dist.models.spec import build_backbone
 from grappa_dist.stages.embed import Embedding, embed_rows
 from grappa_dist.training.deepspeed_engine import Engine
+from grappa_dist.training.figures import Pace
 from grappa_dist.training.optim import adam
 
 MEASURED_S, TINY_S = 5.0, 0.3  # of a rate
@@ -145,7 +147,7 @@ def adapt_rate(machine: Machine, threads: int) -> Found:
     world = World(machine, images, _backbone(machine), batch, 1000, threads)
     watcher = Watcher(stop_after_s=machine.sized(MEASURED_S, TINY_S))
     job = world.adapt_job("rate", tuple(range(50, 50 + sets)), checkpoint_steps=10**6, bottleneck=64)
-    world.run(job, watcher)
+    world.run(replace(job, pace=Pace(log_s=1.0)), watcher)  # else each step waits for its figures
     (first, began), (last, ended) = watcher.steps[0], watcher.steps[-1]
     return _rate(machine, (last - first) * batch, ended - began, STEP)
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,7 +22,8 @@ from grappa_dist.gpu_check.checks import Found, Machine
 from grappa_dist.gpu_check.inputs import only_rank, write_photos
 from grappa_dist.gpu_check.jobs import Watcher, World, alone, distance, same_bits
 from grappa_dist.stages.adapt_job import AdaptObjective
-from grappa_dist.stages.fuse import FuseObjective, FusionModule
+from grappa_dist.stages.embed import to_images
+from grappa_dist.stages.fuse import FuseObjective
 from grappa_dist.training.barlow_twins_loss import accumulate
 from grappa_dist.training.deepspeed_engine import Engine
 from grappa_dist.training.optim import adam
@@ -105,25 +107,33 @@ def fuse(machine: Machine) -> Found:
 
 
 def no_images(machine: Machine) -> Found:
-    """Forward and backward of no image at all through the engine, as of a rank that has none: nothing learns."""
+    """Forward and backward of a step without images, as of a rank that has none: nothing learns."""
     world, wrong = World.small(machine), list[str]()
+    none = np.zeros((0, 48, 48, 3), dtype=np.uint8)
     with only_rank(machine.device) as context:
-        sets = AdaptObjective(context, world.adapt_job("sets")).module
-        fusion = FuseObjective(context, world.fuse_job("fusion"), machine.folder).module
-        for name, model in (("sets", sets), ("fusion", fusion)):
+        sets = AdaptObjective(context, world.adapt_job("sets"))
+        fusion = FuseObjective(context, world.fuse_job("fusion"), machine.folder)
+
+        def of_sets(engine: Engine) -> None:
+            engine.backward(sets._forward(engine, none, lambda: None).sum())
+
+        def of_fusion(engine: Engine) -> None:
+            accumulate(engine, fusion.module, to_images(none, machine.device), _product, micro_batch=2)
+
+        for name, model, backward in (("sets", sets.module, of_sets), ("fusion", fusion.module, of_fusion)):
             learning = [p for p in model.parameters() if p.requires_grad]
             engine = Engine(model, adam(learning, 1e-3), context.comm, machine.device)
             before = [p.detach().clone() for p in learning]
-            none = torch.zeros(0, 3, 48, 48, device=machine.device)
-            if isinstance(model, FusionModule):
-                accumulate(engine, model, none, lambda za, zb: (za * zb).sum(), micro_batch=2)
-            else:
-                engine.backward(engine.forward(none).sum())
+            backward(engine)
             engine.step(1e-3)
             engine.close()
             if any(not torch.equal(a, b) for a, b in zip(before, learning, strict=True)):
                 wrong.append(f"{name}: weights changed")
     return Found("sets of step 2, and the fusion", wrong="; ".join(wrong))
+
+
+def _product(za: Tensor, zb: Tensor) -> Tensor:
+    return (za * zb).sum()
 
 
 def lack_of_memory(machine: Machine) -> Found:
