@@ -22,6 +22,7 @@ from grappa_dist.files import save_tensors
 from grappa_dist.gpu_check.checks import Machine
 from grappa_dist.gpu_check.inputs import only_rank, write_photos
 from grappa_dist.models import Grappa
+from grappa_dist.models.precision import Precision
 from grappa_dist.models.spec import ADAPTORS_FILE, FUSION_FILE, build_backbone
 from grappa_dist.stages.adapt_job import AdaptJob, train_adaptors
 from grappa_dist.stages.embed import Embedding
@@ -71,11 +72,11 @@ class World:
     threads: int = 1
 
     @classmethod
-    def small(cls, machine: Machine) -> World:
+    def small(cls, machine: Machine, precision: Precision = "fp32") -> World:
         """Of the demo's ViT, which has trained weights: a few steps of each job."""
         rows, batch, epochs = machine.sized((384, 64, 2), (20, 8, 1))
         images = write_photos(machine.folder / "images", rows, (60, 56), DISTINCT)
-        backbone = BackboneConfig(name="grappa_dist.demo.backbone:create", precision=machine.precision)
+        backbone = BackboneConfig(name="grappa_dist.demo.backbone:create", precision=precision)
         return cls(machine, images, backbone, batch, epochs)
 
     @property

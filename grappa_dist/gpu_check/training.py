@@ -1,8 +1,8 @@
 """Training on this device: what must agree agrees, what cannot run says which setting to change.
 
 Two jobs that differ in how they compute alone end with the same sets up to the rounding of sums in another order, which
-Adam's first steps enlarge: |difference| / |weights| of what started at zero. In bfloat16 products are rounded to 8
-bits, so two jobs may lie farther apart.
+Adam's first steps enlarge: |difference| / |weights| of what started at zero. They compute in float32, where that is
+little; what is killed and resumed computes as a run does on this device.
 """
 
 from __future__ import annotations
@@ -28,16 +28,11 @@ from grappa_dist.training.barlow_twins_loss import accumulate
 from grappa_dist.training.deepspeed_engine import Engine
 from grappa_dist.training.optim import adam
 
-FP32_APART, BF16_APART = 0.02, 0.25  # |difference| / |weights| of jobs that must agree, by the precision of products
+APART = 0.02  # |difference| / |weights| of jobs that must agree
 
 
-def _allowed(machine: Machine) -> float:
-    return BF16_APART if machine.device.type == "cuda" else FP32_APART
-
-
-def _compared(machine: Machine, distances: dict[str, float]) -> Found:
-    allowed = _allowed(machine)
-    wrong = [f"{name} is {far:.1e} apart, {allowed:g} allowed" for name, far in distances.items() if not far <= allowed]
+def _compared(distances: dict[str, float]) -> Found:
+    wrong = [f"{name} is {far:.1e} apart, {APART:g} allowed" for name, far in distances.items() if not far <= APART]
     text = "apart by " + ", ".join(f"{far:.1e} ({name})" for name, far in distances.items())
     return Found(text, wrong="; ".join(wrong))
 
@@ -50,7 +45,7 @@ def packed(machine: Machine) -> Found:
     for index, one in enumerate(world.adapt_job("alone").sets):
         machine.log(f"{one.name} alone")
         found[one.name] = distance(world.run(alone(world.adapt_job("alone"), index)), together[index : index + 1])
-    return _compared(machine, found)
+    return _compared(found)
 
 
 def micro_batch(machine: Machine) -> Found:
@@ -60,7 +55,7 @@ def micro_batch(machine: Machine) -> Found:
     third = -(-world.batch // 3)
     parts = world.run(world.adapt_job("parts", micro_batch=third))
     again = world.run(world.adapt_job("again", micro_batch=third, activation_checkpointing=True))
-    return _compared(machine, {"in thirds": distance(parts, whole), "recomputed": distance(again, whole)})
+    return _compared({"in thirds": distance(parts, whole), "recomputed": distance(again, whole)})
 
 
 def resume(machine: Machine) -> Found:
@@ -68,7 +63,7 @@ def resume(machine: Machine) -> Found:
 
     Where two undisturbed jobs differ, the device itself adds up in changing order, and the resumed one may lie as far.
     """
-    world, (first, then) = World.small(machine), machine.sized((3, 5), (1, 2))
+    world, (first, then) = World.small(machine, machine.precision), machine.sized((3, 5), (1, 2))
     settings: dict[str, Any] = {"checkpoint_steps": first}
     one, other = (world.run(world.adapt_job(out, **settings)) for out in ("straight", "once more"))
     killed = world.adapt_job("killed", **settings)
@@ -88,7 +83,7 @@ def zero(machine: Machine) -> Found:
     """ZeRO stages 1 and 2 against 0; with one rank they cut nothing up, but their flat pieces are used."""
     world = World.small(machine)
     stages = [world.run(world.adapt_job(f"zero-{stage}", zero_stage=stage)) for stage in (0, 1, 2)]
-    return _compared(machine, {f"stage {i}": distance(stages[i], stages[0]) for i in (1, 2)})
+    return _compared({f"stage {i}": distance(stages[i], stages[0]) for i in (1, 2)})
 
 
 def fuse(machine: Machine) -> Found:
@@ -100,7 +95,7 @@ def fuse(machine: Machine) -> Found:
     machine.log("pairs of neighbours")
     near = world.run(world.fuse_job("near", "neighbours"))
     finite = all(bool(t.isfinite().all()) for one in near for t in one.values())
-    compared = _compared(machine, found)
+    compared = _compared(found)
     return (
         compared if near and finite else Found(wrong="the fusion on pairs of neighbours has values that are no numbers")
     )
@@ -108,7 +103,7 @@ def fuse(machine: Machine) -> Found:
 
 def no_images(machine: Machine) -> Found:
     """Forward and backward of a step without images, as of a rank that has none: nothing learns."""
-    world, wrong = World.small(machine), list[str]()
+    world, wrong = World.small(machine, machine.precision), list[str]()
     none = np.zeros((0, 48, 48, 3), dtype=np.uint8)
     with only_rank(machine.device) as context:
         sets = AdaptObjective(context, world.adapt_job("sets"))
@@ -142,7 +137,7 @@ def lack_of_memory(machine: Machine) -> Found:
     On a CPU, which has no such error, the backbone raises it.
     """
     world = (
-        replace(World.small(machine), backbone=BackboneConfig(name=f"{__name__}:full_vit"))
+        replace(World.small(machine, machine.precision), backbone=BackboneConfig(name=f"{__name__}:full_vit"))
         if machine.tiny
         else _large(machine)
     )
