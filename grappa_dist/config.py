@@ -283,7 +283,7 @@ class FuseConfig(Section):
 
     variants: tuple[VariantName, ...] = ("average", "transforms", "neighbours")  # how sets become one model
     global_batch: Annotated[int, Field(ge=2)] = 256  # pairs of a step over all ranks, at most
-    micro_batch: Count = 64  # images at a time per rank; the loss is that of the whole batch for any value
+    micro_batch: Count | Literal["auto"] = 64  # images at a time per rank, of one loss for all; auto: by memory
     epochs: Count = 1  # passes over the training images
     projector: tuple[Count, ...] = (8192, 8192, 8192)  # widths of its layers; thrown away after training
     beta: Rate = 0.0051  # off-diagonal weight, Eq. (4)
@@ -333,11 +333,11 @@ class Resources(Section):
     """Where it runs. No setting here changes which rows are in a batch; more ranks change float rounding only."""
 
     workers: Count | Literal["auto"] = "auto"  # long-lived processes; auto: one per GPU, else per cpus_per_worker CPUs
-    cpus_per_worker: Count = 1  # CPUs that Ray reserves for each
+    cpus_per_worker: Count | Literal["auto"] = "auto"  # that Ray reserves; auto: a GPU's part of its node, else 1
     gpus_per_worker: Literal[0, 1, "auto"] = "auto"  # 0: on CPUs, whatever GPUs there are
     adapt_ranks: Count = 1  # ranks per adaptor job; jobs run side by side as far as the workers go
     threads: Count | Literal["auto"] = "auto"  # torch and faiss threads per worker; auto: cpus_per_worker
-    decode_threads: Count = 2  # threads of a worker that read and decode images ahead
+    decode_threads: Count | Literal["auto"] = "auto"  # of a worker, read ahead; auto: its CPUs beside a GPU, else 2
     max_restarts: Annotated[int, Field(ge=0)] = 3  # of one job or shard, after its process died
     elastic: bool = False  # go on with fewer workers where some are gone or missing, and use nodes that join
     placement_timeout_s: Annotated[float, Field(gt=0)] = 300.0  # how long a worker may take to be placed and start

@@ -46,6 +46,9 @@ _MEMORY = re.compile(
 )
 _SETTING = re.compile(r"\b(embed|clustering|adapt|fuse|evaluate|resources)\.[a-z]+_?[a-z]+")
 _FEWER_WORKERS = "less memory is needed with fewer resources.workers on a node, and with smaller values of"
+_GPU = re.compile(r"\bCUDA\b|\bGPU")
+_LESS_OF_GPU = "a GPU needs less memory with smaller values of"
+_LESS_OF_GPU_IN_VERB = "a smaller --batch-size takes less memory of a GPU, and --device cpu none"
 _LESS_MEMORY = {  # settings by the stage that was short
     "embed": "embed.batch_size and resources.decode_threads",
     "pseudo_label": "clustering.num_labels",
@@ -507,8 +510,18 @@ def one_line(error: BaseException) -> str:
     of_worker = any(type(one).__module__.partition(".")[0] == "ray" for one in chain)
     short = isinstance(error, MemoryError) or _MEMORY.search(text)
     if short and not _SETTING.search(text):
-        text += f"; {_FEWER_WORKERS} {_LESS_MEMORY.get(stage, _LESS_MEMORY_ANYWHERE)}"
+        text += f"; {_less_memory(stage, on_gpu=_GPU.search(text) is not None, of_worker=of_worker)}"
     return f"{stage}: {text}" if of_worker and stage and not text.startswith(stage) else text
+
+
+def _less_memory(stage: str, *, on_gpu: bool, of_worker: bool) -> str:
+    """What to change where memory was short; only the workers of a run and the verbs without one use a GPU."""
+    settings = _LESS_MEMORY.get(stage, _LESS_MEMORY_ANYWHERE)
+    if not on_gpu:
+        return f"{_FEWER_WORKERS} {settings}"
+    return (
+        f"{_LESS_OF_GPU} {settings}, and none with resources.gpus_per_worker=0" if of_worker else _LESS_OF_GPU_IN_VERB
+    )
 
 
 def _saved(ended: Terminated) -> str:

@@ -19,6 +19,7 @@ import torch
 from grappa_dist.config import CONFIG_FILE, BackboneConfig, Config, DataConfig, Section, absolute_path, read
 from grappa_dist.console import pluralize
 from grappa_dist.data.index import COMMITTED
+from grappa_dist.distributed.placement import WorkerParts
 from grappa_dist.inputs import Inputs, look
 from grappa_dist.inputs.entries import Entry
 from grappa_dist.inputs.growing import WHOLE
@@ -153,9 +154,9 @@ def _on_this_machine(config: Config) -> Config:
     if os.environ.get("RAY_ADDRESS"):
         return config
     fewer: dict[str, int] = {}
-    if where.cpus_per_worker > cores:
+    if where.cpus_per_worker != "auto" and where.cpus_per_worker > cores:
         fewer["cpus_per_worker"] = _cpus_per_worker(cores)
-    workers = cores // fewer.get("cpus_per_worker", where.cpus_per_worker)
+    workers = cores // fewer.get("cpus_per_worker", WorkerParts.here(where).cpus)
     if where.workers == "auto" and where.gpus_per_worker == "auto" and where.adapt_ranks > workers:
         fewer["adapt_ranks"] = workers
     return config.model_copy(update={"resources": where.model_copy(update=fewer)})

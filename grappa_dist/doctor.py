@@ -314,7 +314,21 @@ def _cores() -> Iterator[Finding]:
     usable, there = usable_cores(), os.cpu_count() or 1
     few = usable < 2
     found = f"{usable:g} usable" + (f" of {there}" if usable < there else "")
-    yield Finding("cores", "warning" if few else "ok", found, "reading and computing share one core" if few else "")
+    means = "reading and computing share one core" if few else ""
+    if parts := _parts_of_gpus():
+        means = f"{parts} for each GPU's worker, of which as many threads read ahead, unless settings say otherwise"
+    yield Finding("cores", "warning" if few else "ok", found, means)
+
+
+def _parts_of_gpus() -> int:
+    """CPUs of a worker where there are GPUs; 0 without."""
+    try:
+        from grappa_dist.config import Resources
+        from grappa_dist.distributed.placement import WorkerParts
+    except (ImportError, OSError):
+        return 0
+    parts = WorkerParts.here(Resources())
+    return parts.cpus if parts.gpu else 0
 
 
 def _memory() -> Iterator[Finding]:

@@ -20,7 +20,7 @@ import torch
 from grappa_dist.config import BACKBONE, Config, Variant
 from grappa_dist.console import format_bytes, pluralize
 from grappa_dist.distributed import placement
-from grappa_dist.distributed.placement import known_workers, may_have_gpus, ranks_of, split_evenly
+from grappa_dist.distributed.placement import WorkerParts, known_workers, may_have_gpus, ranks_of, split_evenly
 from grappa_dist.distributed.preflight import free_memory
 from grappa_dist.kmeans.methods import choose as choose_method
 from grappa_dist.kmeans.methods import fit_pairs
@@ -213,7 +213,8 @@ class Estimator:
         fuse, variant, rows = self.config.fuse, Variant.parse(name), self.work.rows
         share = -(-fuse.global_batch // self.workers)
         views = 1 if variant.labels else 2
-        again_s = self.rates.adapted_s if views * share > fuse.micro_batch else 0.0  # features first, then gradients
+        whole = fuse.micro_batch == "auto" or views * share <= fuse.micro_batch
+        again_s = 0.0 if whole else self.rates.adapted_s  # features first, then gradients
         image_s = self.rates.image_s(self.rates.augment_s, self.rates.fused_s + again_s)
         steps = fuse.epochs * steps_per_epoch(rows, fuse.global_batch)
         seconds = fuse.epochs * rows * views * image_s / self.workers
@@ -332,7 +333,8 @@ def _memory(estimator: Estimator, backbone: Backbone) -> dict[str, int]:
     config, dim, work = estimator.config, estimator.dim, estimator.work
     adapt, fuse, ranks = config.adapt, config.fuse, ranks_of(config.resources, estimator.workers)
     weights, side = 4 * sum(p.numel() for p in backbone.parameters()), backbone.preprocess.image_size
-    batches = 5 * 3 * side**2 * config.resources.decode_threads  # pixels read ahead, as bytes and once as floats
+    readers = WorkerParts.here(config.resources).decode_threads
+    batches = 5 * 3 * side**2 * readers  # pixels read ahead, as bytes and once as floats
     base, ks = WORKER_BYTES + weights, sorted(work.labels or work.sets, reverse=True)
     found = {
         "embed": base + config.embed.batch_size * batches,
@@ -353,7 +355,8 @@ def _memory(estimator: Estimator, backbone: Backbone) -> dict[str, int]:
         classifier = 12 * sum(ks[:per_job]) * dim // ranks
         found["adapt"] = base + per_job * at_once * image + classifier + share * batches
     if work.fusions:
-        pairs = min(fuse.micro_batch, 2 * fuse.global_batch) * image
+        at_once = LEAST_IMAGES if fuse.micro_batch == "auto" else fuse.micro_batch
+        pairs = min(at_once, 2 * fuse.global_batch) * image
         found["fuse"] = base + pairs + projector_bytes(estimator.projector_weights) + 4 * fuse.projector[-1] ** 2
     return found
 

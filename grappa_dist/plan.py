@@ -20,7 +20,14 @@ from grappa_dist.config import AUTO, SUPERVISED, SUPERVISED_SET, BackboneConfig,
 from grappa_dist.console import format_bytes, format_number, one_line, pluralize
 from grappa_dist.data.open_images import ROWS_PER_SHARD as GENERATED_PER_SHARD
 from grappa_dist.data.open_images import generated_sizes, is_generated, open_images
-from grappa_dist.distributed.placement import check_capacity, describe_placement, known_workers, may_have_gpus, ranks_of
+from grappa_dist.distributed.placement import (
+    WorkerParts,
+    check_capacity,
+    describe_placement,
+    known_workers,
+    may_have_gpus,
+    ranks_of,
+)
 from grappa_dist.estimate import (
     CENTROID_BYTES,
     CLASSIFIER_PRODUCTS,
@@ -179,7 +186,7 @@ def _stages(
     if config.data.exclude:
         found = [artifact for artifact in flow.excluded if artifact is not None] if flow else []
         yield "exclude", f"images that {', '.join(config.data.exclude)} lists, found by their names", found
-    yield "embed", f"{pluralize(sizes['train'], 'training image')}, a task per shard", features
+    yield "embed", f"{pluralize(sizes['train'], 'training image')}, shard by shard", features
     yield "pseudo_label", f"K = {', '.join(map(str, ks))}; one job", list(flow.labels.values()) if flow else []
     what = "how consecutive K agree, sample clusters of each; one task"
     yield "partitions", what, [flow.partitions] if flow else []
@@ -209,7 +216,12 @@ def _describe_exported(config: Config) -> str:
 def _workers(where: Resources) -> str:
     gpus = "a GPU where there are GPUs" if where.gpus_per_worker == "auto" else f"{where.gpus_per_worker:g} GPU"
     count = "as many as the cluster holds" if where.workers == "auto" else str(where.workers)
-    return f"{count}, each with {where.cpus_per_worker} CPU and {gpus}"
+    parts = WorkerParts.here(where)
+    cpus, reading = f"{parts.cpus} CPU", pluralize(parts.decode_threads, "thread")
+    if may_have_gpus(where) and os.environ.get("RAY_ADDRESS"):  # its nodes are not known yet
+        cpus = "a GPU's part of its node's CPUs (1 without GPUs)" if where.cpus_per_worker == "auto" else cpus
+        reading = "as many threads (2 without GPUs)" if where.decode_threads == "auto" else reading
+    return f"{count}, each with {cpus} and {gpus}; {reading} of each read ahead"
 
 
 def _without_weights(config: BackboneConfig) -> Backbone | None:

@@ -28,7 +28,7 @@ from grappa_dist.data.decoding import BadImage, open_picture
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.data.transforms import Preprocess
 from grappa_dist.distributed.machine import processor
-from grappa_dist.distributed.placement import known_workers, may_have_gpus
+from grappa_dist.distributed.placement import WorkerParts, known_workers, may_have_gpus
 from grappa_dist.files import read_json, write_json
 from grappa_dist.models import Backbone, Grappa, PackedGrappa
 from grappa_dist.models.spec import backbone_settings
@@ -106,7 +106,9 @@ def measure(config: Config, num_sets: int, backbone: Backbone, files: Sequence[b
     device = torch.device("cuda" if on_gpu else "cpu")
     with _threads_of_a_worker(config.resources):
         bench = _Bench(device, workers_here(config.resources))
-        decode_s, augment_s = _decoding(bench, backbone.preprocess, files, config.adapt.min_crop_area)
+        readers = WorkerParts.here(config.resources).decode_threads if on_gpu else 1  # beside each other in a worker
+        reading = _Bench(torch.device("cpu"), bench.at_once * readers)
+        decode_s, augment_s = _decoding(reading, backbone.preprocess, files, config.adapt.min_crop_area)
         forward_s = bench.forward(backbone)
         one_s = set_s = bench.step(_sets(backbone, config, 1))
         if config.adapt.sets_per_job != 1 and num_sets > 1:  # on a busy machine the difference may come out negative
@@ -115,8 +117,8 @@ def measure(config: Config, num_sets: int, backbone: Backbone, files: Sequence[b
         adapted_s, fused_s = bench.forward(fused), bench.step(fused) if fuses else one_s
         flops, weight_s = bench.flops(), bench.weight_s()
     return Rates(
-        decode_s=decode_s,
-        augment_s=augment_s,
+        decode_s=decode_s / readers,
+        augment_s=augment_s / readers,
         forward_s=forward_s,
         adapted_s=adapted_s,
         shared_s=max(one_s - set_s, 0.0),
@@ -220,8 +222,7 @@ def _decoding(bench: _Bench, preprocess: Preprocess, files: Sequence[bytes], are
         for number in range(count):
             preprocess.augment(open_picture(images[number % len(images)]), draws, area)
 
-    on_cpu = _Bench(torch.device("cpu"), bench.at_once)
-    return on_cpu.seconds(test, 4 * SAMPLES, PART_S / 2), on_cpu.seconds(augment, 4 * SAMPLES, PART_S / 2)
+    return bench.seconds(test, 4 * SAMPLES, PART_S / 2), bench.seconds(augment, 4 * SAMPLES, PART_S / 2)
 
 
 def _decodes(data: bytes) -> bool:
@@ -279,14 +280,14 @@ def _threads_of_a_worker(where: Resources) -> Iterator[None]:
 
 
 def _threads(where: Resources) -> int:
-    return where.cpus_per_worker if where.threads == "auto" else where.threads
+    return WorkerParts.here(where).threads(where)
 
 
 def workers_here(where: Resources) -> int:
     """Threads that stand for the workers of this machine; a GPU has one."""
     if may_have_gpus(where) and torch.cuda.is_available():
         return 1
-    here = max(1, len(os.sched_getaffinity(0)) // where.cpus_per_worker)
+    here = max(1, len(os.sched_getaffinity(0)) // WorkerParts.here(where).cpus)
     return min(known_workers(where) or here, here, MOST_AT_ONCE)
 
 

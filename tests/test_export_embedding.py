@@ -106,7 +106,7 @@ def test_a_folder_becomes_shards_below_the_embeddings_which_search_reads_with_it
     (tmp_path / "photos" / "new.png").write_bytes(tiny.picture(99))
     here.asked.clear()
     embed_images(tmp_path / "run", [str(tmp_path / "photos")], tmp_path / "out", ["embed.batch_size=8"])
-    assert here.asked == ["embed_shard", "write_keys"]
+    assert here.asked == ["embed_shards", "write_keys"]
     assert len(open_collection([str(tmp_path / "out")], lambda: run)) == len(names) + 1
 
 
@@ -282,7 +282,7 @@ def test_damaged_embeddings_are_noticed_and_made_anew_and_their_checksums_are_li
     found.write_text("{")
     here.asked.clear()
     assert embed_images(tmp_path / "run", paths, out, allow).read_text() == text
-    assert here.asked == ["embed_shard", "write_keys"]
+    assert here.asked == ["embed_shards", "write_keys"]
     assert {what: (out / first[what]).read_bytes() for what in before} == before
     assert len(list(out.glob("*/**/*.damaged"))) == 2
     assert "damaged and made anew: " in capsys.readouterr().err

@@ -44,7 +44,7 @@ LEVELS = (  # a part imports parts of lower levels, and files of its own
     ("data", "distributed"),
     ("metrics", "significance", "artifacts"),
     ("checksums",),
-    ("search", "config", "console", "files", "functions", "prefetch", "_compat"),
+    ("search", "config", "console", "files", "functions", "prefetch", "lack_of_memory", "_compat"),
     ("bars", "yaml_text"),
     ("output", "storage", "extras", "progress"),
 )

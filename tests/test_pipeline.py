@@ -220,7 +220,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, shards: list[str]) -> tup
 
 def test_a_run_does_every_stage_once(finished: Finished) -> None:
     _, _, asked = finished
-    models = ["embed_shard"] * len(tiny.SIZES)
+    models = ["embed_shards"] * len(tiny.SIZES)
     adapted = ["pseudo_label", "compute_statistics", "k=4", "k=6"]
     assert asked == [*models, *adapted, *models * 3, "read_ground_truth", *["evaluate_model"] * 4]
 

@@ -148,7 +148,7 @@ def test_what_was_damaged_is_set_aside_and_made_anew_with_the_same_bytes_and_a_l
             do(path)
     here = tiny.Here()
     pipeline.run_in(tiny.run_in(settings, root, here))
-    assert {"embed_shard", "compute_statistics", "read_ground_truth", "evaluate_model"} == set(here.asked)
+    assert {"embed_shards", "compute_statistics", "read_ground_truth", "evaluate_model"} == set(here.asked)
     assert contents(root) == contents(finished[0])
     asides = {path.parent.relative_to(root) for path in root.glob("**/*.damaged/manifest.json")}
     assert asides == {path.parent.relative_to(root).with_name(f"{path.parent.name}.damaged") for path in paths}
@@ -182,7 +182,7 @@ def test_damage_that_is_met_on_the_way_is_mended_and_the_run_goes_on(
     pipeline.run_in(tiny.run_in(settings, root, here))
     assert [damage.file for damage in read_damages(root)] == ["rows.npy"]
     assert renewed == [1]
-    assert "embed_shard" in here.asked
+    assert "embed_shards" in here.asked
     assert "rows.npy does not hold what was written" in capsys.readouterr().err
 
 
@@ -253,7 +253,7 @@ def test_manifests_without_checksums_are_read_and_told_once(
     shutil.rmtree(one(root, "scores/average-*"))
     pipeline.run_in(tiny.run_in(settings, root, here))
     assert "rows.npy has a row 0 of norm 0, features must be unit rows" in capsys.readouterr().err
-    assert here.asked == ["evaluate_model", "embed_shard", "evaluate_model"]
+    assert here.asked == ["evaluate_model", "embed_shards", "evaluate_model"]
 
 
 def test_check_reads_what_fits_and_deep_all(damaged_run: tuple[Path, Config], monkeypatch: pytest.MonkeyPatch) -> None:

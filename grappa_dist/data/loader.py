@@ -5,14 +5,15 @@ Shapes: B rows of a batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from grappa_dist.data.decoding import BadImage, Picture, Pixels, open_picture
-from grappa_dist.prefetch import prefetch
+from grappa_dist.prefetch import Prefetched, Threads, prefetch, threads_here
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -41,26 +42,36 @@ class Images(Protocol):
 
 
 def read_batches(
-    jobs: Iterable[Job], read: Callable[[Job], Result], *, threads: int, depth: int | None = None
-) -> Generator[Result, None, None]:
+    jobs: Iterable[Job], read: Callable[[Job], Result], *, threads: Threads, depth: int | None = None
+) -> Prefetched[Result]:
     """read(job) of every job, in their order, while later jobs are read in threads; closing it ends the threads.
 
     Args:
         threads: 0 reads in the caller's thread.
         depth: results under way or waiting to be taken, at most; twice the threads by default.
     """
-    if threads < 0 or (depth is not None and depth < 1):
-        raise ValueError(f"threads must be at least 0 and depth at least 1, got {threads} and {depth}")
-    if not threads:
-        return (read(job) for job in jobs)
-    return prefetch(read, jobs, threads=threads, depth=depth or 2 * threads)
+    count = threads_here(threads)
+    if count < 0 or (depth is not None and depth < 1):
+        raise ValueError(f"threads must be at least 0 and depth at least 1, got {count} and {depth}")
+    if not count:
+        return Prefetched((read(job) for job in jobs), deque())
+    return prefetch(read, jobs, threads=count, depth=depth or 2 * count)
 
 
 def load_or_skip(
-    images: Images, rows: Sequence[int] | NDArray[np.int64], make: Make, shape: tuple[int, ...]
+    images: Images,
+    rows: Sequence[int] | NDArray[np.int64],
+    make: Make,
+    shape: tuple[int, ...],
+    *,
+    into: Pixels | None = None,
 ) -> tuple[Pixels, dict[int, str]]:
-    """What `make` makes of each row, (B, *shape), and why for the rows that do not decode; those stay black."""
-    pixels = np.zeros((len(rows), *shape), dtype=np.uint8)
+    """What `make` makes of each row, (B, *shape), and why for the rows that do not decode; those are black.
+
+    Args:
+        into: memory for it, (B, *shape), whatever is in it.
+    """
+    pixels = np.empty((len(rows), *shape), dtype=np.uint8) if into is None else into
     reasons: dict[int, str] = {}
     numbers = [int(row) for row in rows]
     for line, row, data in zip(pixels, numbers, images.images(numbers), strict=True):
@@ -69,13 +80,25 @@ def load_or_skip(
                 raise data
             line[...] = make(open_picture(data), row)
         except BadImage as error:
+            line[...] = 0
             reasons[row] = str(error)
     return pixels, reasons
 
 
-def load_images(images: Images, rows: Sequence[int] | NDArray[np.int64], make: Make, shape: tuple[int, ...]) -> Pixels:
-    """What `make` makes of each row, (B, *shape), where every row is known to decode."""
-    pixels, reasons = load_or_skip(images, rows, make, shape)
+def load_images(
+    images: Images,
+    rows: Sequence[int] | NDArray[np.int64],
+    make: Make,
+    shape: tuple[int, ...],
+    *,
+    into: Pixels | None = None,
+) -> Pixels:
+    """What `make` makes of each row, (B, *shape), where every row is known to decode.
+
+    Args:
+        into: as of `load_or_skip`.
+    """
+    pixels, reasons = load_or_skip(images, rows, make, shape, into=into)
     for row, reason in reasons.items():
         raise ValueError(f"{images.where(row)} (row {row}) does not decode: {reason}")
     return pixels

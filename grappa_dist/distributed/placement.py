@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TypeVar
@@ -16,6 +16,7 @@ import torch
 
 from grappa_dist.config import Resources
 from grappa_dist.console import pluralize
+from grappa_dist.prefetch import CPU_THREADS
 
 Item = TypeVar("Item")
 
@@ -26,7 +27,54 @@ def known_workers(where: Resources) -> int | None:
         return where.workers
     if os.environ.get("RAY_ADDRESS") or may_have_gpus(where):
         return None
-    return max(1, (where.num_cpus or os.cpu_count() or 1) // where.cpus_per_worker)
+    return max(1, cores_of_ray(where) // cpus_per_worker(where, ()))
+
+
+def cores_of_ray(where: Resources) -> int:
+    """CPUs of the Ray that a run starts on this machine."""
+    return where.num_cpus or os.cpu_count() or 1
+
+
+def cpus_per_worker(where: Resources, nodes: Iterable[tuple[float, float]]) -> int:
+    """`resources.cpus_per_worker`, with `auto` resolved: a GPU's part of the CPUs of its node, or 1 without GPUs.
+
+    Args:
+        nodes: CPUs and GPUs of each; where their parts differ, the smallest counts.
+    """
+    if where.cpus_per_worker != "auto":
+        return where.cpus_per_worker
+    parts = [int(cpus // gpus) for cpus, gpus in nodes if gpus] if where.gpus_per_worker != 0 else []
+    return max(1, min(parts, default=1))
+
+
+def decode_threads(where: Resources, cpus: int, *, gpu: bool) -> int:
+    """`resources.decode_threads`, with `auto` resolved: a thread for each CPU of a worker with a GPU, else CPU_THREADS.
+
+    Args:
+        cpus: of a worker.
+    """
+    if where.decode_threads != "auto":
+        return where.decode_threads
+    return cpus if gpu else CPU_THREADS
+
+
+@dataclass(frozen=True)
+class WorkerParts:
+    """What a worker of a Ray on this machine has."""
+
+    cpus: int
+    decode_threads: int
+    gpu: bool
+
+    @staticmethod
+    def here(where: Resources) -> WorkerParts:
+        gpu = may_have_gpus(where) and torch.cuda.is_available()
+        cpus = cpus_per_worker(where, [(cores_of_ray(where), torch.cuda.device_count() if gpu else 0)])
+        return WorkerParts(cpus, decode_threads(where, cpus, gpu=gpu), gpu)
+
+    def threads(self, where: Resources) -> int:
+        """`resources.threads`, with `auto` resolved."""
+        return self.cpus if where.threads == "auto" else where.threads
 
 
 def may_have_gpus(where: Resources) -> bool:

@@ -19,7 +19,7 @@ from grappa_dist.config import Resources
 from grappa_dist.console import Terminated, pluralize
 from grappa_dist.distributed.connection import connect, is_connected, is_local
 from grappa_dist.distributed.local_ray import LocalRay
-from grappa_dist.distributed.placement import check_capacity
+from grappa_dist.distributed.placement import check_capacity, cpus_per_worker, decode_threads
 from grappa_dist.distributed.preflight import Checks, Facts, answered, problems, remarks, token_in, versions
 from grappa_dist.distributed.worker import Worker
 
@@ -51,6 +51,7 @@ class Cluster:
     facts: dict[str, Facts] = field(default_factory=dict)  # of the nodes that passed, by node id
     _refused: set[str] = field(default_factory=set)  # nodes that joined later and did not pass
     _gpus: float = 0.0  # per worker, by the nodes at the start: it stays when only CPU nodes are left
+    _cpus: int = 1  # per worker, by the nodes at the last start of some
     _begun: bool = False
     _restarts: int = 0  # of a local Ray
     _node_of: dict[Any, str] | None = None  # workers that are up -> the ids of their nodes; None before the start
@@ -265,6 +266,7 @@ class Cluster:
         return usable_workers(nodes, self.resources, self._gpus)
 
     def _start(self, count: int) -> None:
+        self._cpus = cpus_per_worker(self.resources, _sizes(_alive()))
         for _ in range(count):
             worker = self._new_worker()
             self._arriving[worker] = _Start(worker.ready.remote(), time.monotonic())
@@ -283,13 +285,13 @@ class Cluster:
 
         actor: Any = ray.remote(concurrency_groups={"control": 2})(Worker)  # type: ignore[call-overload]
         where = self.resources
-        threads = where.cpus_per_worker if where.threads == "auto" else where.threads
+        threads = self._cpus if where.threads == "auto" else where.threads
         return actor.options(
-            num_cpus=where.cpus_per_worker,
+            num_cpus=self._cpus,
             num_gpus=self._gpus,
             # The second: no Python that a worker starts may import from the current directory first
             runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads), "PYTHONSAFEPATH": "1"}},
-        ).remote(threads, self._gpus)
+        ).remote(threads, self._gpus, decode_threads(where, self._cpus, gpu=bool(self._gpus)))
 
     def _give_up_late(self, up: set[Any]) -> None:
         """Gives up late workers; with elastic also, at once, those whose node turns out to be gone."""
@@ -378,6 +380,12 @@ def _alive() -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"]]
 
 
+def _sizes(nodes: Iterable[Mapping[str, Any]]) -> list[tuple[float, float]]:
+    """CPUs and GPUs of each living node."""
+    have = [node["Resources"] for node in nodes if node["Alive"]]
+    return [(of_node.get("CPU", 0.0), of_node.get("GPU", 0.0)) for of_node in have]
+
+
 def worker_capacity(nodes: Iterable[Mapping[str, Any]], cpus: float, gpus: float) -> int:
     """How many workers of `cpus` and `gpus` each the living nodes can hold; no worker spans two nodes.
 
@@ -399,7 +407,8 @@ def gpus_per_worker(nodes: Iterable[Mapping[str, Any]], resources: Resources) ->
 
 def usable_workers(nodes: Iterable[Mapping[str, Any]], resources: Resources, gpus: float) -> int:
     """Workers that the nodes can hold, at most `resources.workers`."""
-    fit = worker_capacity(nodes, resources.cpus_per_worker, gpus)
+    nodes = list(nodes)
+    fit = worker_capacity(nodes, cpus_per_worker(resources, _sizes(nodes)), gpus)
     return fit if resources.workers == "auto" else min(fit, resources.workers)
 
 
@@ -410,7 +419,8 @@ def workers_to_start(nodes: Iterable[Mapping[str, Any]], resources: Resources) -
         ValueError: they do not fit, or are fewer than a job has ranks; with resources.elastic only if none fits.
     """
     nodes = [node for node in nodes if node["Alive"]]
-    need = {"CPU": resources.cpus_per_worker, "GPU": gpus_per_worker(nodes, resources)}
+    # GPUs first: CPUs may be a part of theirs
+    need = {"GPU": gpus_per_worker(nodes, resources), "CPU": float(cpus_per_worker(resources, _sizes(nodes)))}
     fit = worker_capacity(nodes, need["CPU"], need["GPU"])
     count = max(1, fit) if resources.workers == "auto" else resources.workers
     if fit < count and not (resources.elastic and fit):

@@ -22,6 +22,8 @@ import torch
 from grappa_dist.distributed.collectives import Comm, process_group, wire_device
 from grappa_dist.distributed.preflight import Checks, Facts, node_name, survey
 from grappa_dist.files import hide_damaged
+from grappa_dist.lack_of_memory import naming_lack_of_memory
+from grappa_dist.prefetch import CPU_THREADS, set_threads_here
 from grappa_dist.progress import lost_trials
 from grappa_dist.storage import raise_open_files
 
@@ -73,8 +75,9 @@ class RankContext:
 class Worker:
     """A Ray actor with some CPUs and perhaps a GPU. While it works, it still answers `status` and `stop`."""
 
-    def __init__(self, threads: int, gpus: float) -> None:
+    def __init__(self, threads: int, gpus: float, decode_threads: int = CPU_THREADS) -> None:
         raise_open_files()
+        set_threads_here(decode_threads)
         self._threads, self._gpus = threads, gpus
         self._status: dict[str, Any] = {}
         self._notes: list[str] = []  # of the running function
@@ -109,7 +112,8 @@ class Worker:
         """A task of one process, which may use `report_of_task`."""
         self._prepare()
         _task_report.set(self._set_status)
-        return function(self._device(), task)
+        with naming_lack_of_memory(function.__name__):
+            return function(self._device(), task)
 
     def run_rank(self, function: Callable[[RankContext, Any], Any], job: Any, place: Place, timeout_s: float) -> Any:
         """One rank of a job, inside a process group."""
@@ -121,7 +125,8 @@ class Worker:
             with process_group(rank, size, address, backend=backend, timeout_s=timeout_s, device=device) as comm:
                 context = RankContext(comm, device, self._set_status, self._stop.is_set, self._notes.append)
                 try:
-                    return function(context, job)
+                    with naming_lack_of_memory(function.__name__):
+                        return function(context, job)
                 except Stopped:
                     return None
         finally:

@@ -137,7 +137,7 @@ class PackedGrappa(nn.Module):
         }
 
 
-def activation_bytes(model: PackedGrappa, image_size: int) -> int:
+def activation_bytes(model: nn.Module, image_size: int) -> int:
     """Bytes that each image of a batch keeps in memory between forward and backward.
 
     Also on the meta device, where nothing is computed; there and on a CPU, activations are float32.

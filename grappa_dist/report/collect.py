@@ -50,9 +50,16 @@ MOST_DAMAGES = 20  # that the report names
 
 
 def report_of(store: Store, config: Config, inputs: Mapping[str, Artifact], damages: Sequence[Damage] = ()) -> Artifact:
-    shown: dict[str, Any] = {"name": config.name, "notes": list(config.notes), "config": config.yaml()}
+    shown: dict[str, Any] = {"name": config.name, "notes": list(config.notes), "config": _as_before(config.yaml())}
     shown |= {"damages": [vars(damage) for damage in damages]} if damages else {}
     return store.artifact("reports/report", shown, inputs)
+
+
+def _as_before(settings: str) -> str:
+    """The settings with the numbers that were the defaults before `auto`, so that reports keep their names."""
+    return settings.replace("\n  cpus_per_worker: auto\n", "\n  cpus_per_worker: 1\n").replace(
+        "\n  decode_threads: auto\n", "\n  decode_threads: 2\n"
+    )
 
 
 def report(run: Run, flow: Flow, verdict: Verdict | None = None) -> tuple[Path, list[ScoreRow]]:

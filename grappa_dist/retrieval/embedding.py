@@ -77,7 +77,7 @@ class Embedder:
         """
         if not len(rows):
             return
-        how = Embedding(max(1, min(self.batch_size, len(rows))), self.threads)
+        how = Embedding(max(1, min(self.batch_size, len(rows))), self.threads, "--batch-size")
         batches = embed_rows(self.model.model, images, rows, device=self.model.device, how=how)
         with self.console.stage("embed", f"{self.model.variant}, {pluralize(len(rows), 'image')}"):
             counter, began = self.console.counter(f"embed {self.model.variant}", [len(rows)]), time.monotonic()

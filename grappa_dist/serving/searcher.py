@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 
+from grappa_dist.console import pluralize
 from grappa_dist.data.decoding import BadImage, Picture, Pixels, open_picture, suffix_of
+from grappa_dist.lack_of_memory import naming_lack_of_memory
 from grappa_dist.models import Grappa
 from grappa_dist.models.spec import preprocess_of
 from grappa_dist.report.gallery import small_jpeg
@@ -155,7 +157,9 @@ def _embedded(model: OpenModel, pixels: Pixels) -> tuple[NDArray[np.float32], ND
 
     Rows that are not finite are zero.
     """
-    z = model.model(to_images(pixels, model.device))
+    what = f"a batch of {pluralize(len(pixels), 'query', 'queries')}"
+    with naming_lack_of_memory(what, "lower --batch-size"):
+        z = model.model(to_images(pixels, model.device))
     z = torch.where(z.isfinite().all(1, keepdim=True), z, torch.zeros_like(z))
     rows = to_grid(F.normalize(z, dim=1)).cpu().numpy()
     if not isinstance(model.model, Grappa) or not model.has_adaptors:

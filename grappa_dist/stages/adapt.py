@@ -27,6 +27,7 @@ from grappa_dist.distributed.worker import release_memory
 from grappa_dist.models import PackedGrappa
 from grappa_dist.models.backbone import forward_precision
 from grappa_dist.models.spec import build_backbone, release_cached_model
+from grappa_dist.prefetch import threads_here
 from grappa_dist.search.backends import least_seconds
 from grappa_dist.stages.adapt_job import AdaptJob, starting_centroids, train_adaptors
 from grappa_dist.stages.embed import to_images
@@ -193,7 +194,7 @@ def _model(job: AdaptJob, num_sets: int, device: torch.device) -> PackedGrappa:
 
 def _decode(job: AdaptJob, preprocess: Preprocess, rows: list[int]) -> None:
     """All rows, by as many threads as a job has."""
-    training, threads = job.training, job.training.decode_threads
+    training, threads = job.training, threads_here(job.training.decode_threads)
     parts = [rows[start::threads] for start in range(threads)]
 
     def read(part: list[int]) -> int:

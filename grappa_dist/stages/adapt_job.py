@@ -25,7 +25,6 @@ from torch import Tensor
 from grappa_dist.artifacts import CENTROIDS_FILE, Artifact, RowArrays
 from grappa_dist.config import AdaptConfig, BackboneConfig
 from grappa_dist.console import pluralize
-from grappa_dist.data.decoding import Pixels
 from grappa_dist.data.epoch_order import RowIds
 from grappa_dist.data.rng import Purpose, torch_seed
 from grappa_dist.data.transforms import Preprocess
@@ -128,14 +127,16 @@ class ClassificationObjective:
     ) -> None:
         self._context, self._training, self._preprocess, self._classes = context, training, preprocess, classes
         self._steps, self._area = training.num_steps(config.epochs), config.min_crop_area
-        self._batches: Generator[tuple[Pixels, RowIds], None, None] | None = None
+        self._batches: Generator[tuple[Tensor, RowIds], None, None] | None = None
         self._order = lru_cache(maxsize=1)(training.order)
         self._noise: Tensor | None = None
         self._seen: dict[int, _Seen] = {}  # by step
 
     def begin(self, step: int) -> None:
-        steps = range(step, self._steps)
-        self._batches = augmented_batches(self._training, self._preprocess, self._context.comm, steps, self._area)
+        steps, context = range(step, self._steps), self._context
+        self._batches = augmented_batches(
+            self._training, self._preprocess, context.comm, steps, area=self._area, device=context.device
+        )
 
     def gradients(self, engine: Engine, step: int, micro_batch: int, after: Callable[[], None] = lambda: None) -> Sums:
         """Computes the gradients of the next images, in micro-batches of at most `micro_batch`; returns their sums.
@@ -176,7 +177,7 @@ class ClassificationObjective:
             classes.classifier.begin(step, of_set)
         return to_device(labels, self._context.device).split([len(part) for part in of_parts], dim=1)
 
-    def _forward(self, engine: Engine, pixels: Pixels, after: Callable[[], None]) -> Tensor:
+    def _forward(self, engine: Engine, pixels: Tensor, after: Callable[[], None]) -> Tensor:
         """Features (S, b, D).
 
         Without images, those of none of one image of noise: attention may refuse an empty batch, and ZeRO needs a

@@ -6,10 +6,10 @@ Shapes: P rows of one shard, B the padded batch, S pixels a side, D channels.
 from __future__ import annotations
 
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,22 +24,28 @@ from grappa_dist.artifacts import Artifact, RowArrays, Store, wait_until_seen
 from grappa_dist.checksums import MANIFEST, load_json
 from grappa_dist.config import BACKBONE, EmbedConfig
 from grappa_dist.console import pluralize
+from grappa_dist.data.device_batches import HostCopy, Memory, device_batches
 from grappa_dist.data.index import Shard, count_missing, describe_missing
-from grappa_dist.data.loader import Images, load_or_skip, read_batches
+from grappa_dist.data.loader import Images, load_or_skip
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.data.transforms import pixels_class
 from grappa_dist.distributed.worker import report_of_task
 from grappa_dist.files import read_json, save_array, write_json
+from grappa_dist.lack_of_memory import naming_lack_of_memory
+from grappa_dist.models import Grappa
 from grappa_dist.models.backbone import forward_precision
 from grappa_dist.models.spec import ModelSpec, backbone_settings, cached_model, preprocess_of
+from grappa_dist.prefetch import Threads
 from grappa_dist.search.fixed_point import to_grid
-from grappa_dist.stages.gallery_weights import by_gallery
+from grappa_dist.stages.gallery_weights import rows_by_gallery
 from grappa_dist.stages.run import Run
 
 ROWS_FILE, BAD_FILE = "rows.npy", "bad.json"
 SUMS_FILE = "sums.npy"  # of features of the frozen backbone: (P,) uint64, xxh3 of every image that was embedded
 CHECK_INTERVAL_S = 5.0  # between counts of the bad rows of finished shards
 NAMED_BAD = 3  # bad rows that the error names
+MOST_SHARDS = 16  # of a task: reading begins anew with each task
+TASKS_PER_WORKER = 4  # that the shards which are left would make at least
 READ_AT_ONCE = 8  # lists of bad rows: many small files, which take long on a network file system
 PLACES, COMPARED = 16, 16  # where features are looked at for all being alike, and rows there: few shards are read
 ALIKE = 1e-6  # of a unit row: twice the rounding of float32
@@ -50,11 +56,14 @@ class Embedding:
     """How rows are embedded: the padded batch size is part of the result."""
 
     batch_size: int
-    decode_threads: int
+    decode_threads: Threads
+    setting: str = "embed.batch_size"  # or option that has the batch size
 
 
 @dataclass(frozen=True)
 class EmbedTask:
+    """A shard to embed."""
+
     images: ImageShards  # the shard alone
     first: int  # row id of its first image
     spec: ModelSpec
@@ -107,7 +116,7 @@ def _made_before(store: Store, wanted: Artifact, kinds: Mapping[str, Sequence[st
 def embed(
     run: Run, images: ImageShards, spec: ModelSpec, features: Sequence[Artifact], *, gone: frozenset[int] = frozenset()
 ) -> dict[int, str]:
-    """Embeds the shards that have no features yet, one task per shard, on all workers.
+    """Embeds the shards that have no features yet, on all workers.
 
     Args:
         gone: rows that do not matter, bad or not.
@@ -127,15 +136,16 @@ def embed(
         what += f", {reused} reused" if reused else ""
         with run.console.stage("embed", what):
             how = Embedding(run.config.embed.batch_size, run.config.resources.decode_threads)
-            tasks = [EmbedTask(images.part(i), images.shard_rows(i).start, spec, features[i], how) for i in missing]
-            counter = run.console.counter(f"embed {spec.name}", [images.shards[i].rows for i in missing])
+            shards = [EmbedTask(images.part(i), images.shard_rows(i).start, spec, features[i], how) for i in missing]
+            tasks = tasks_of(shards, run.runner.num_workers)
+            counter = run.console.counter(f"embed {spec.name}", [sum(len(s.images) for s in task) for task in tasks])
             early = _EarlyCheck(images, features, run.config.data.max_bad_share, gone)
 
             def done(index: int) -> None:
                 counter(index)
                 early.check()
 
-            run.runner.map(embed_shard, tasks, done, counter.running)
+            run.runner.map(embed_shards, tasks, done, counter.running)
             wait_until_seen(features)
         if alike := _describe_alike(feature_rows(images, features)):
             run.console.log(f"warning: embed {spec.name}: {alike}")
@@ -144,67 +154,187 @@ def embed(
     return reasons
 
 
-def embed_shard(device: torch.device, task: EmbedTask) -> None:
-    """Embeds one shard and commits its artefact: rows.npy (P, D), and bad.json {position: reason}.
+def tasks_of(shards: Sequence[EmbedTask], workers: int) -> list[tuple[EmbedTask, ...]]:
+    """The shards of each task, in order: several at first, single ones at the end, so that no worker ends much later.
 
-    What the frozen backbone reads, which is the first to read an image, is recorded in sums.npy; others are held
-    against that.
+    A worker reads on from a shard of its task to the next.
     """
-    artifact = task.artifact
-    if artifact.complete:
+    tasks, first = list[tuple[EmbedTask, ...]](), 0
+    while first < len(shards):
+        count = (len(shards) - first) // (TASKS_PER_WORKER * workers)
+        after = first + max(1, min(MOST_SHARDS, count))
+        tasks.append(tuple(shards[first:after]))
+        first = after
+    return tasks
+
+
+def embed_shards(device: torch.device, shards: Sequence[EmbedTask]) -> None:
+    """Embeds some shards by one model and commits the artefact of each: see `_embed_shard`."""
+    left = [_OpenShard.of(shard) for shard in shards if not shard.artifact.complete]
+    if not left:
         return
-    model = cached_model(task.spec, device)
-    rows = np.arange(len(task.images)) + task.first
-    sums = np.zeros(len(rows), dtype=np.uint64) if task.spec.name == BACKBONE else None
-    # what is recorded here is what others are held against
-    images = task.images if sums is None else replace(task.images, record=sums, sums=())
-    folder = artifact.begin()
-    features = np.zeros((len(rows), int(model.embed_dim)), dtype=np.float32)  # type: ignore[arg-type]
-    reasons: dict[int, str] = {}
+    model, how = cached_model(left[0].task.spec, device), left[0].task.how
+    parts = [part for shard in left for part in shard.parts()]
     report, began, done = report_of_task(), time.monotonic(), 0
-    for part in by_gallery(task.spec, model, rows):
-        inside = part - task.first
-        for place, unit, bad in embed_rows(model, images, inside, device=device, how=task.how):
-            features[inside[place]] = unit
-            reasons |= bad
-            done += len(unit)
-            report({"done": done, "seconds": time.monotonic() - began})
+
+    def embedded(rows: int) -> None:
+        nonlocal done
+        done += rows
+        report({"done": done, "seconds": time.monotonic() - began})
+
+    with closing(embed_row_sets(model, parts, device=device, how=how)) as batches:
+        for shard in left:
+            _embed_shard(shard, int(model.embed_dim), batches, embedded)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class _OpenShard:
+    """A shard that is being read."""
+
+    task: EmbedTask
+    images: ImageShards
+    sums: NDArray[np.uint64] | None  # (P,) of what the frozen backbone reads, which is the first to read an image
+
+    @staticmethod
+    def of(task: EmbedTask) -> _OpenShard:
+        if task.spec.name != BACKBONE:
+            return _OpenShard(task, task.images, None)
+        sums = np.zeros(len(task.images), dtype=np.uint64)
+        # what is recorded here is what others are held against
+        return _OpenShard(task, replace(task.images, record=sums, sums=()), sums)
+
+    def parts(self) -> list[RowSet]:
+        rows = np.arange(len(self.images)) + self.task.first
+        galleries = rows_by_gallery(self.task.spec, rows)
+        return [RowSet(self.images, some - self.task.first, weights) for some, weights in galleries]
+
+
+def _embed_shard(shard: _OpenShard, dim: int, batches: Iterator[Batch], embedded: Callable[[int], None]) -> None:
+    """Commits the artefact of a shard: rows.npy (P, D), and bad.json {position: reason}.
+
+    What the frozen backbone reads is recorded in sums.npy; others are held against that.
+
+    Args:
+        batches: of this shard, and then of others.
+    """
+    artifact = shard.task.artifact
+    folder = artifact.begin()
+    features, reasons, done = np.zeros((len(shard.images), dim), dtype=np.float32), dict[int, str](), 0
+    while done < len(features):
+        batch = next(batches)
+        features[batch.rows] = batch.unit
+        reasons |= batch.reasons
+        done += len(batch.rows)
+        embedded(len(batch.rows))
     save_array(folder / ROWS_FILE, features)
-    if sums is not None:
-        save_array(folder / SUMS_FILE, sums)
+    if shard.sums is not None:
+        save_array(folder / SUMS_FILE, shard.sums)
     write_json(folder / BAD_FILE, {str(row): why for row, why in reasons.items()})
     artifact.commit()
 
 
-@torch.inference_mode()
+@dataclass(frozen=True)
+class RowSet:
+    """Rows of some images; no batch has rows of two parts."""
+
+    images: Images
+    rows: NDArray[np.int64]  # (n,) row ids
+    weights: Tensor | None = None  # (N,) of the adaptor sets, that the model gets for these rows
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Features of some rows, b."""
+
+    images: Images
+    rows: NDArray[np.int64]  # (b,)
+    unit: NDArray[np.float32]  # (b, D), zeros for those that do not decode
+    reasons: dict[int, str]  # why these do not, by row
+
+
 def embed_rows(
     model: nn.Module, images: Images, rows: NDArray[np.int64], *, device: torch.device, how: Embedding
 ) -> Iterator[tuple[slice, NDArray[np.float32], dict[int, str]]]:
     """Yields by batch: the place in `rows`, unit features (b, D), and why rows do not decode; these have zeros."""
+    done = 0
+    with closing(embed_row_sets(model, [RowSet(images, rows)], device=device, how=how)) as batches:
+        for batch in batches:
+            yield slice(done, done + len(batch.rows)), batch.unit, batch.reasons
+            done += len(batch.rows)
+
+
+@torch.inference_mode()
+def embed_row_sets(
+    model: nn.Module, parts: Sequence[RowSet], *, device: torch.device, how: Embedding
+) -> Generator[Batch, None, None]:
+    """The rows of all parts, batch by batch; images are read ahead, from one part to the next as well.
+
+    On a GPU the features of a batch are waited for when the next one is being computed.
+    """
     preprocess = preprocess_of(model)
-    shape = (preprocess.image_size, preprocess.image_size, 3)
-    starts = range(0, len(rows), how.batch_size)
+    side = preprocess.image_size
 
-    def read(start: int) -> tuple[NDArray[np.uint8], dict[int, str]]:
-        part = rows[start : start + how.batch_size]
-        return load_or_skip(images, part, lambda image, _: preprocess.test(image), shape)
+    def read(job: tuple[RowSet, int], memory: Memory) -> tuple[RowSet, NDArray[np.int64], dict[int, str]]:
+        part, start = job
+        rows = part.rows[start : start + how.batch_size]
+        pixels = memory((how.batch_size, side, side, 3))
+        pixels[len(rows) :] = 0
+        into = pixels[: len(rows)]
+        _, why = load_or_skip(part.images, rows, lambda image, _: preprocess.test(image), into.shape[1:], into=into)
+        return part, rows, why
 
-    batches = read_batches(starts, read, threads=how.decode_threads)
-    for start, (pixels, reasons) in zip(starts, batches, strict=True):
-        padded = np.zeros((how.batch_size, *shape), dtype=np.uint8)
-        padded[: len(pixels)] = pixels
-        with forward_precision(device):
-            z = model(to_images(padded, device)).float()[: len(pixels)]
-        part = rows[start : start + len(pixels)]
-        _refuse_not_finite(z, images, part, reasons)
-        unit = to_grid(F.normalize(z, dim=1))  # what is stored is what k-means and k-NN compare, bit for bit
-        unit[[i for i, row in enumerate(part.tolist()) if row in reasons]] = 0
-        yield slice(start, start + len(pixels)), unit.cpu().numpy(), reasons
+    jobs = ((part, start) for part in parts for start in range(0, len(part.rows), how.batch_size))
+    computed, behind, weighed = deque[_Computed](), int(device.type == "cuda"), None
+    reading = device_batches(jobs, read, device, threads=how.decode_threads)
+    what = f"embed: a batch of {pluralize(how.batch_size, 'image')} of {side} pixels"
+    with closing(reading) as batches, naming_lack_of_memory(what, f"lower {how.setting}={how.batch_size}"):
+        for pixels, (part, rows, reasons) in batches:
+            if part.weights is not None and part is not weighed:
+                assert isinstance(model, Grappa)
+                model.weigh(part.weights)
+                weighed = part
+            computed.append(_compute(model, pixels, part.images, rows, reasons))
+            if len(computed) > behind:
+                yield computed.popleft().batch()
+    for one in computed:
+        yield one.batch()
 
 
-def _refuse_not_finite(z: Tensor, images: Images, rows: NDArray[np.int64], reasons: Mapping[int, str]) -> None:
-    """Raises ValueError for features that are not finite, of images that decode."""
-    wrong = [int(row) for row in rows[~z.isfinite().all(1).cpu().numpy()] if row not in reasons]
+@dataclass(frozen=True)
+class _Computed:
+    """A batch whose features may still be computed by the device."""
+
+    images: Images
+    rows: NDArray[np.int64]
+    reasons: dict[int, str]
+    features: HostCopy  # unit rows; NaN where features are not finite
+
+    def batch(self) -> Batch:
+        """Waits for the features; a ValueError says which are not finite."""
+        unit = self.features.array()
+        _refuse_not_finite(np.isfinite(unit).all(1), self.images, self.rows, self.reasons)
+        unit[[i for i, row in enumerate(self.rows.tolist()) if row in self.reasons]] = 0
+        # what is stored is what k-means and k-NN compare, bit for bit
+        return Batch(self.images, self.rows, to_grid(torch.from_numpy(unit)).numpy(), self.reasons)
+
+
+def _compute(
+    model: nn.Module, pixels: Tensor, images: Images, rows: NDArray[np.int64], reasons: dict[int, str]
+) -> _Computed:
+    with forward_precision(pixels.device):
+        z = model(to_images(pixels, pixels.device)).float()[: len(rows)]
+    return _Computed(images, rows, reasons, HostCopy(F.normalize(z, dim=1)))
+
+
+def _refuse_not_finite(
+    finite: NDArray[np.bool_], images: Images, rows: NDArray[np.int64], reasons: Mapping[int, str]
+) -> None:
+    """Raises ValueError for features that are not finite, of images that decode.
+
+    Args:
+        finite: (b,) which are.
+    """
+    wrong = [int(row) for row in rows[~finite] if row not in reasons]
     if wrong:
         raise ValueError(
             f"embed: the model's features are not finite (NaN or infinite) for {pluralize(len(wrong), 'image')} of a "
@@ -228,12 +358,10 @@ def _describe_alike(features: RowArrays) -> str:
     )
 
 
-def to_images(pixels: NDArray[np.uint8], device: torch.device) -> Tensor:
-    """(B, S, S, 3) bytes -> (B, 3, S, S) floats in [0, 1] on the device."""
-    images = torch.from_numpy(pixels)
-    if device.type == "cuda":  # from pinned memory the copy runs while the CPU goes on
-        images = images.pin_memory()
-    return images.to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 255
+def to_images(pixels: NDArray[np.uint8] | Tensor, device: torch.device) -> Tensor:
+    """(B, S, S, 3) bytes, on the device or not, -> (B, 3, S, S) floats in [0, 1] on the device."""
+    images = pixels if isinstance(pixels, Tensor) else torch.from_numpy(pixels)
+    return images.to(device).permute(0, 3, 1, 2).float() / 255
 
 
 def held_against(images: ImageShards, features: Sequence[Artifact]) -> ImageShards:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from grappa_dist.checksums import load_array
 from grappa_dist.config import Config, EvaluateConfig
 from grappa_dist.console import pluralize
 from grappa_dist.data.decoding import Picture
+from grappa_dist.data.device_batches import Memory, device_batches
 from grappa_dist.data.loader import Make, load_images
 from grappa_dist.data.rng import Purpose, generator, view_generator
 from grappa_dist.data.shards import ImageShards
@@ -32,7 +34,7 @@ from grappa_dist.models import Grappa
 from grappa_dist.models.spec import ModelSpec, cached_model, preprocess_of
 from grappa_dist.stages.embed import to_images
 from grappa_dist.stages.exclude import excluding
-from grappa_dist.stages.gallery_weights import by_gallery
+from grappa_dist.stages.gallery_weights import rows_by_gallery
 from grappa_dist.stages.ground_truth import GroundTruth, load_ground_truth, write_ground_truth
 from grappa_dist.stages.run import Run
 from grappa_dist.verdict import TaskQueries
@@ -269,12 +271,24 @@ class _Insight:
 
     def _features(self, rows: NDArray[np.int64], make: Make) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
         """Rows and their features z (b, D), by batches."""
-        side = self._preprocess.image_size
-        for gallery in by_gallery(self._task.spec, self._model, rows):
-            for start in range(0, len(gallery), BATCH):
-                part = gallery[start : start + BATCH]
-                pixels = load_images(self._task.images, part, make, (side, side, 3))
-                yield part, self._model(to_images(pixels, self._device)).float()
+        side, model, threads = self._preprocess.image_size, self._model, self._task.config.resources.decode_threads
+        galleries = rows_by_gallery(self._task.spec, rows)
+        jobs = [
+            (some[start : start + BATCH], weights)
+            for some, weights in galleries
+            for start in range(0, len(some), BATCH)
+        ]
+
+        def read(job: tuple[NDArray[np.int64], Tensor | None], memory: Memory) -> None:
+            into = memory((len(job[0]), side, side, 3))
+            load_images(self._task.images, job[0], make, into.shape[1:], into=into)
+
+        with closing(device_batches(jobs, read, self._device, threads=threads)) as batches:
+            for (some, weights), (pixels, _) in zip(jobs, batches, strict=True):
+                if weights is not None:
+                    assert isinstance(model, Grappa)
+                    model.weigh(weights)
+                yield some, model(to_images(pixels, self._device)).float()
 
     def _plain(self, image: Picture, row: int) -> NDArray[np.uint8]:
         return self._preprocess.test(image)

@@ -50,7 +50,7 @@ from grappa_dist.training.batches import TrainingImages, Turns, describe_idle_ra
 from grappa_dist.training.deepspeed_engine import Engine
 from grappa_dist.training.figures import DEFAULT_PACE, Figures, Pace
 from grappa_dist.training.loop import Reporting, Schedule, train
-from grappa_dist.training.memory import fuse_advice, naming_lack_of_memory
+from grappa_dist.training.memory import fuse_advice, fusion_micro_batch, naming_lack_of_memory
 from grappa_dist.training.optim import Lars, adam
 
 BUCKET = 5 * 10**8  # most gradients in one buffer of the engine's all-reduce, which it fills for a single rank too
@@ -71,6 +71,7 @@ class FuseJob:
     artifact: Artifact
     random_sets: int = 0  # randomly initialised sets, trained too, in place of `adaptors`
     pace: Pace = DEFAULT_PACE
+    sharing: int = 1  # most workers of a node, which share its memory
 
 
 def fusion_of(
@@ -134,6 +135,7 @@ def fuse(
             artifact=artifact,
             random_sets=random_sets,
             pace=Pace.of(config.resources),
+            sharing=run.runner.sharing if config.fuse.micro_batch == "auto" else 1,
         )
         ranks, steps = run.runner.num_workers, training.num_steps(config.fuse.epochs)
         with run.console.stage("fuse", f"{name}, {pluralize(steps, 'step')} on {pluralize(ranks, 'rank')}"):
@@ -239,6 +241,19 @@ class FuseObjective:
             folder=folder / "knn",
         )
         self._attention = AttentionStatistics(self.grappa)
+        self._micro_batch = self._micro_batch_size(folder)
+
+    def _micro_batch_size(self, folder: Path) -> int:
+        context, job = self._context, self._job
+        return fusion_micro_batch(
+            context,
+            job.fuse.micro_batch,
+            self.grappa,
+            folder,
+            most=2 * job.training.rank_share(context.comm.size),
+            weights=sum(p.numel() for p in self.module.parameters() if p.requires_grad),
+            sharing=job.sharing,
+        )
 
     def begin(self, step: int) -> None:
         self._pairs.begin(step)
@@ -254,7 +269,7 @@ class FuseObjective:
             self.module,
             images,
             self._loss,
-            micro_batch=self._job.fuse.micro_batch,
+            micro_batch=self._micro_batch,
             after=self._attention.add,
         )
         count = len(images) / 2

@@ -12,11 +12,13 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from grappa_dist.artifacts import RowArrays
 from grappa_dist.config import FuseConfig
 from grappa_dist.data.decoding import Picture, Pixels
-from grappa_dist.data.loader import load_images, read_batches
+from grappa_dist.data.device_batches import Memory, device_batches
+from grappa_dist.data.loader import load_images
 from grappa_dist.data.rng import Purpose, generator, view_generator
 from grappa_dist.data.transforms import Preprocess
 from grappa_dist.distributed.worker import RankContext
@@ -50,7 +52,7 @@ class Pairs:
         )
         self._per_epoch = training.steps_per_epoch()
         self._removed_before = 1  # the first graph is kept: it is the same in every run
-        self._batches: Generator[Pixels, None, None] | None = None
+        self._batches: Generator[tuple[Tensor, None], None, None] | None = None
         self._order = lru_cache(maxsize=1)(training.order)
         self.waited_s = 0.0  # for the pixels of the last step
         self.of_ranks: list[int] = []  # pairs of each rank in the last step
@@ -64,14 +66,19 @@ class Pairs:
         order = self._training.order(epoch)
         comm, batch = self._context.comm, self._training.global_batch
 
-        def read(at: int) -> Pixels:
-            rows = order.batch(at, batch, comm.rank, comm.size)
-            if graph is None:  # so that an image is read and decoded once for both views
-                return self._views(rows, epoch, (0, 1))
-            partners = self._partners(rows, epoch, graph)
-            return np.concatenate([self._views(rows, epoch, (0,)), self._views(partners, epoch, (1,))])
+        side = self._preprocess.image_size
 
-        self._batches = read_batches(range(t, self._per_epoch), read, threads=self._training.decode_threads)
+        def read(at: int, memory: Memory) -> None:
+            rows = order.batch(at, batch, comm.rank, comm.size)
+            pixels = memory((2 * len(rows), side, side, 3)).reshape(2, len(rows), side, side, 3)
+            if graph is None:  # so that an image is read and decoded once for both views
+                self._read_views(rows, epoch, (0, 1), pixels)
+                return
+            self._read_views(rows, epoch, (0,), pixels[:1])
+            self._read_views(self._partners(rows, epoch, graph), epoch, (1,), pixels[1:])
+
+        steps, threads = range(t, self._per_epoch), self._training.decode_threads
+        self._batches = device_batches(steps, read, self._context.device, threads=threads)
 
     def _remove_old_graphs(self) -> None:
         """Removes the neighbours of epochs that no restart needs; by now no rank reads the graph of an earlier one."""
@@ -80,13 +87,14 @@ class Pairs:
             remove_neighbours(self._folder, range(self._removed_before, first_needed))
             self._removed_before = max(self._removed_before, first_needed)
 
-    def at(self, step: int) -> Pixels:
-        """The pairs of a step, (2B, S, S, 3): all anchors, then their partners. Steps must come in order."""
+    def at(self, step: int) -> Tensor:
+        """The pairs of a step, (2B, S, S, 3) uint8 on the device: all anchors, then their partners. Steps must come in
+        order."""
         if step % self._per_epoch == 0 or self._batches is None:
             self.begin(step)
         assert self._batches is not None
         began = time.perf_counter()
-        pixels = next(self._batches)
+        pixels, _ = next(self._batches)
         self.waited_s = time.perf_counter() - began
         epoch, t = divmod(step, self._per_epoch)
         rows = self._order(epoch).of_ranks(t, self._training.global_batch, self._context.comm.size)
@@ -98,16 +106,16 @@ class Pairs:
             self._batches.close()
             self._batches = None
 
-    def _views(self, rows: NDArray[np.int64], epoch: int, views: tuple[int, ...]) -> Pixels:
-        """The given views of each row, (views x B, S, S, 3): the first view of all rows, then the next."""
-        side, seed = self._preprocess.image_size, self._training.seed
+    def _read_views(self, rows: NDArray[np.int64], epoch: int, views: tuple[int, ...], pixels: Pixels) -> None:
+        """Writes the given views of each row to `pixels`, (views, B, S, S, 3)."""
+        seed = self._training.seed
 
         def make(image: Picture, row: int) -> Pixels:
             rngs = [view_generator(seed, epoch, row, view) for view in views]
             return self._preprocess.views(image, rngs, self._settings.min_crop_area)
 
-        pixels = load_images(self._training.shown(epoch), rows, make, (len(views), side, side, 3))
-        return np.ascontiguousarray(pixels.swapaxes(0, 1)).reshape(-1, side, side, 3)
+        by_row = pixels.swapaxes(0, 1)
+        load_images(self._training.shown(epoch), rows, make, by_row.shape[1:], into=by_row)
 
     def _partners(self, rows: NDArray[np.int64], epoch: int, graph: RowArrays) -> NDArray[np.int64]:
         """One neighbour of each row, drawn by (seed, epoch, row); the row itself if it has none."""

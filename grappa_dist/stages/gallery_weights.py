@@ -16,13 +16,13 @@ effective rank logged with it shows a set that has lost dimensions; no weight de
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from grappa_dist.artifacts import Artifact, RowArrays, Store, wait_until_seen
 from grappa_dist.checksums import load_array, load_json
@@ -30,7 +30,6 @@ from grappa_dist.console import EVENTS_FILE, pluralize, read_events
 from grappa_dist.data.rng import Purpose, generator
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.files import save_array, write_json
-from grappa_dist.models import Grappa
 from grappa_dist.models.spec import ModelSpec
 from grappa_dist.stages.exclude import excluding
 from grappa_dist.stages.ground_truth import TASKS_FILE, load_ground_truth, write_ground_truth
@@ -138,17 +137,13 @@ def load_galleries(artifact: Artifact) -> dict[str, dict[str, list[float]]]:
     return found
 
 
-def by_gallery(spec: ModelSpec, model: nn.Module, rows: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
-    """Yields the rows by gallery, with the set weights of that gallery in the model; all at once where it has none."""
+def rows_by_gallery(spec: ModelSpec, rows: NDArray[np.int64]) -> list[tuple[NDArray[np.int64], Tensor | None]]:
+    """The rows by gallery, with the weights (N,) of the sets in it; all together and None where a model has none."""
     if spec.galleries is None:
-        yield rows
-        return
-    assert isinstance(model, Grappa)
+        return [(rows, None)]
     weights = [torch.tensor(g["weights"]) for g in load_galleries(spec.galleries).values()]
     tasks = load_array(spec.galleries.path / TASKS_FILE)[rows]
-    for task in np.unique(tasks).tolist():
-        model.weigh(weights[task])
-        yield rows[tasks == task]
+    return [(rows[tasks == task], weights[task]) for task in np.unique(tasks).tolist()]
 
 
 def transitivity(z: Tensor, k: int = NEIGHBOURS, copies: float = COPIES) -> Tensor:

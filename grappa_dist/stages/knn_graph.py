@@ -39,8 +39,9 @@ from grappa_dist.files import (
 from grappa_dist.knn.block_search import are_duplicates, without_duplicates
 from grappa_dist.knn.exact import sharded_knn
 from grappa_dist.knn.ivf import Graph, Recall, approximate_knn
+from grappa_dist.lack_of_memory import naming_lack_of_memory
 from grappa_dist.models import Grappa
-from grappa_dist.stages.embed import Embedding, embed_rows
+from grappa_dist.stages.embed import Embedding, RowSet, embed_row_sets
 from grappa_dist.storage import allocate, tried_again
 from grappa_dist.training.batches import TrainingImages
 
@@ -53,6 +54,12 @@ def graph_kind(settings: FuseConfig, num_rows: int) -> Literal["exact", "approxi
     if settings.graph != "auto":
         return settings.graph
     return "exact" if num_rows <= EXACT_ROWS else "approximate"
+
+
+def _less_memory(settings: FuseConfig, kind: str) -> str:
+    """Settings under which a graph takes less of a GPU's memory."""
+    lower = f"lower fuse.neighbours={settings.neighbours}"
+    return f"{lower}, or take fuse.graph=approximate" if kind == "exact" else lower
 
 
 def remove_neighbours(folder: Path, epochs: Iterable[int]) -> None:
@@ -149,7 +156,8 @@ class Graphs:
         self._context.report({"phase": f"epoch {epoch}: embedding for the k-NN graph"})
         ids, features = self._features(folder)
         self._context.report({"phase": f"epoch {epoch}: {kind} k-NN graph"})
-        graph = self._search(epoch, kind, features, ids)
+        with naming_lack_of_memory(f"the k-NN graph of epoch {epoch}", _less_memory(self._settings, kind)):
+            graph = self._search(epoch, kind, features, ids)
         k, cosine = self._settings.neighbours, self._settings.duplicate_cosine
         copies = are_duplicates(graph.ids[:, :k], graph.scores[:, :k], cosine)
         near = without_duplicates(graph.ids, graph.scores, cosine, k) if self._settings.skip_duplicates else graph.ids
@@ -178,20 +186,21 @@ class Graphs:
         """Fills in the features that are not saved yet by batches, and saves them from time to time."""
         done = reached = features.reached
         first, saved = 0, time.monotonic()
+        parts = list[RowSet]()
+        for some in rows:
+            parts.append(RowSet(self._training.images, some[max(0, done - first) :]))  # `done` ends a batch
+            first += len(some)
         try:
-            for some in rows:
-                left = some[max(0, done - first) :]  # `done` ends a batch
-                start = first + len(some) - len(left)
-                for place, unit, _ in embed_rows(
-                    self._model, self._training.images, left, device=self._context.device, how=self._embedding
-                ):
-                    features.rows[start + place.start : start + place.stop] = unit
-                    reached = start + place.stop
+            with contextlib.closing(
+                embed_row_sets(self._model, parts, device=self._context.device, how=self._embedding)
+            ) as batches:
+                for batch in batches:
+                    features.rows[reached : reached + len(batch.rows)] = batch.unit
+                    reached += len(batch.rows)
                     if time.monotonic() - saved > SAVE_S:
                         features.save(reached)
                         saved = time.monotonic()
                     yield
-                first += len(some)
         finally:
             features.save(reached)
 

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -54,7 +55,7 @@ from grappa_dist.training.batches import TrainingImages, Turns, describe_idle_ra
 from grappa_dist.training.deepspeed_engine import Engine
 from grappa_dist.training.figures import DEFAULT_PACE, Figures, Pace
 from grappa_dist.training.loop import Reporting, Schedule, train
-from grappa_dist.training.memory import fuse_advice, naming_lack_of_memory
+from grappa_dist.training.memory import fuse_advice, fusion_micro_batch, naming_lack_of_memory
 from grappa_dist.training.optim import adam
 
 ASKED_BY = "adapt.supervised or the variant supervised of fuse.variants"
@@ -212,6 +213,7 @@ def fuse_supervised(
         micro_batch=config.fuse.micro_batch,
         artifact=fusion,
         pace=Pace.of(config.resources),
+        sharing=run.runner.sharing if config.fuse.micro_batch == "auto" else 1,
     )
     ranks, steps = run.runner.num_workers, training.num_steps(config.adapt.epochs)
     what = f"{SUPERVISED}, {pluralize(classes, 'class', 'classes')}, {pluralize(steps, 'step')}"
@@ -233,9 +235,10 @@ class SupervisedJob:
     training: TrainingImages  # the images with a label
     backbone: BackboneConfig
     adapt: AdaptConfig
-    micro_batch: int  # images at a time per rank: that of the other fusions, which have as many sets
+    micro_batch: int | Literal["auto"]  # images at a time per rank: that of the other fusions, which have as many sets
     artifact: Artifact
     pace: Pace = DEFAULT_PACE
+    sharing: int = 1  # most workers of a node, which share its memory
 
 
 def train_supervised_fusion(context: RankContext, job: SupervisedJob) -> None:
@@ -285,9 +288,18 @@ class SupervisedObjective(ClassificationObjective):
         classes = [Classes(job.labels, self.classifier)]
         super().__init__(context, config, job.training, backbone.preprocess, classes=classes)
         self._attention = AttentionStatistics(self.module)
+        self._micro_batch = fusion_micro_batch(
+            context,
+            job.micro_batch,
+            self.module,
+            job.artifact.partial,
+            most=job.training.rank_share(context.comm.size),
+            weights=sum(p.numel() for p in self.learning),
+            sharing=job.sharing,
+        )
 
     def backward(self, engine: Engine, step: int) -> Figures:
-        sums = self.gradients(engine, step, self._job.micro_batch, self._attention.add)
+        sums = self.gradients(engine, step, self._micro_batch, self._attention.add)
         (norm,) = engine.clip([self.learning], self._job.adapt.clip_norm)
         attention = self._attention.take(1, self._job.adapt.weight_decay, sums.images)
         return {**sums.figures, "gradient_norm": norm * sums.images, **attention}

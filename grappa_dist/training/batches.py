@@ -11,16 +11,20 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from grappa_dist.config import BackboneConfig, Config, DataConfig
 from grappa_dist.data.decoding import BadImage, Picture, Pixels
+from grappa_dist.data.device_batches import Memory, device_batches
 from grappa_dist.data.epoch_order import EpochOrder, RowIds
-from grappa_dist.data.loader import Images, load_images, read_batches
+from grappa_dist.data.loader import Images, load_images
 from grappa_dist.data.rng import Purpose, generator, view_generator
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.data.transforms import Preprocess
 from grappa_dist.distributed.collectives import Comm
 from grappa_dist.models.spec import backbone_settings
+from grappa_dist.prefetch import Threads
 
 EPOCHS_AT_ONCE = 4  # whose order is kept: threads read some steps ahead
 
@@ -79,7 +83,7 @@ class TrainingImages:
     data: DataConfig
     global_batch: int
     seed: int
-    decode_threads: int
+    decode_threads: Threads
     turns: Turns | None = None
 
     @staticmethod
@@ -142,27 +146,43 @@ def describe_idle_ranks(data: DataConfig, ranks: int) -> str:
 
 
 def augmented(
-    training: TrainingImages, preprocess: Preprocess, rows: Sequence[int] | RowIds, *, epoch: int, area: float
+    training: TrainingImages,
+    preprocess: Preprocess,
+    rows: Sequence[int] | RowIds,
+    *,
+    epoch: int,
+    area: float,
+    memory: Memory | None = None,
 ) -> Pixels:
-    """A random crop of each row in an epoch, of at least `area` of its image: (B, S, S, 3)."""
+    """A random crop of each row in an epoch, of at least `area` of its image: (B, S, S, 3).
+
+    Args:
+        memory: gives what they are written to.
+    """
     size = preprocess.image_size
+    into = None if memory is None else memory((len(rows), size, size, 3))
 
     def make(image: Picture, row: int) -> Pixels:
         return preprocess.augment(image, view_generator(training.seed, epoch, row, 0), area)
 
-    return load_images(training.shown(epoch), rows, make, (size, size, 3))
+    return load_images(training.shown(epoch), rows, make, (size, size, 3), into=into)
 
 
 def augmented_batches(
-    training: TrainingImages, preprocess: Preprocess, comm: Comm, steps: range, area: float
-) -> Generator[tuple[Pixels, RowIds], None, None]:
-    """This rank's crops and row ids of some steps, read ahead; steps are counted through all epochs."""
+    training: TrainingImages, preprocess: Preprocess, comm: Comm, steps: range, *, area: float, device: torch.device
+) -> Generator[tuple[Tensor, RowIds], None, None]:
+    """This rank's crops, (B, S, S, 3) uint8 on the device, and row ids of some steps, read ahead.
+
+    Args:
+        steps: counted through all epochs.
+    """
     per_epoch = training.steps_per_epoch()
     order = lru_cache(maxsize=EPOCHS_AT_ONCE)(training.order)  # each holds a window of every stream
 
-    def read(step: int) -> tuple[Pixels, RowIds]:
+    def read(step: int, memory: Memory) -> RowIds:
         epoch, t = divmod(step, per_epoch)
         rows = order(epoch).batch(t, training.global_batch, comm.rank, comm.size)
-        return augmented(training, preprocess, rows, epoch=epoch, area=area), rows
+        augmented(training, preprocess, rows, epoch=epoch, area=area, memory=memory)
+        return rows
 
-    return read_batches(steps, read, threads=training.decode_threads)
+    return device_batches(steps, read, device, threads=training.decode_threads)

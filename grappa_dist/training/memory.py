@@ -1,4 +1,4 @@
-"""How many images a rank trains on at a time: as asked for, or, with `adapt.micro_batch=auto`, as its memory holds.
+"""How many images a rank trains on at a time: as asked for, or, with `micro_batch=auto`, as its memory holds.
 
 A memory budget says how many images, and how many adaptor sets, a worker's memory holds: arithmetic on byte counts. The
 automatic batch size follows from it and, on a GPU, from a trial. Free memory differs from run to run, and the batch
@@ -13,20 +13,28 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from typing import Literal
 
 import torch
 
+from grappa_dist import lack_of_memory
 from grappa_dist.config import AdaptConfig
+from grappa_dist.console import pluralize
 from grappa_dist.distributed.preflight import free_memory
 from grappa_dist.distributed.worker import RankContext
 from grappa_dist.files import read_json, write_json
-from grappa_dist.models import PackedGrappa
+from grappa_dist.models import Grappa, PackedGrappa
 from grappa_dist.models.packed import activation_bytes
 
 # Of free memory. On a CPU decoded images wait in it too, and there is no error when it is full.
 GPU_SHARE, CPU_SHARE = 0.8, 0.5
 LAYERS_AT_WORK = 6  # a layer going forward or backward takes as much as this many keep: 4.5 to 6 were seen
 FILE = "checkpoints/micro_batch.json"
+ONE_SET = (
+    "lower adapt.sets_per_job (where it is auto, two sets are tried: give 1), or set "
+    "adapt.activation_checkpointing=true"
+)
+Trained = PackedGrappa | Grappa
 
 
 @dataclass(frozen=True)
@@ -52,9 +60,10 @@ class MemoryBudget:
         return max((num for num, size in enumerate(taken, start=1) if size <= self.usable_bytes), default=1)
 
 
-def memory_budget(model: PackedGrappa, usable: int) -> MemoryBudget:
+def memory_budget(model: Trained, usable: int) -> MemoryBudget:
     """The budget of `usable` bytes for images of this model."""
-    return MemoryBudget(usable, image_bytes(model, recompute=model.layers[0].recompute))
+    recompute = isinstance(model, PackedGrappa) and model.layers[0].recompute
+    return MemoryBudget(usable, image_bytes(model, recompute=recompute))
 
 
 def usable_bytes(device: torch.device, sharing: int) -> int:
@@ -69,7 +78,7 @@ def usable_bytes(device: torch.device, sharing: int) -> int:
     return int(GPU_SHARE * (torch.cuda.mem_get_info(device)[0] + kept))
 
 
-def image_bytes(model: PackedGrappa, *, recompute: bool) -> int:
+def image_bytes(model: Trained, *, recompute: bool) -> int:
     """What an image takes: what is kept between forward and backward, and a layer in the middle of its work.
 
     Counted by calling the model; on the meta device nothing is computed.
@@ -79,14 +88,15 @@ def image_bytes(model: PackedGrappa, *, recompute: bool) -> int:
     return (_kept_bytes(model, recompute=True) if recompute else kept) + LAYERS_AT_WORK * of_layer
 
 
-def _kept_bytes(model: PackedGrappa, *, recompute: bool) -> int:
-    asked = [layer.recompute for layer in model.layers]
+def _kept_bytes(model: Trained, *, recompute: bool) -> int:
+    layers = list(model.layers) if isinstance(model, PackedGrappa) else []  # a fusion recomputes nothing
+    asked = [layer.recompute for layer in layers]
     try:
-        for layer in model.layers:
+        for layer in layers:
             layer.recompute = recompute
         return activation_bytes(model, model.backbone.preprocess.image_size)
     finally:
-        for layer, before in zip(model.layers, asked, strict=True):
+        for layer, before in zip(layers, asked, strict=True):
             layer.recompute = before
 
 
@@ -115,9 +125,7 @@ class AutomaticBatch:
     why: str
 
 
-def automatic_batch_size(
-    context: RankContext, model: PackedGrappa, folder: Path, most: int, usable: int
-) -> AutomaticBatch:
+def automatic_batch_size(context: RankContext, model: Trained, folder: Path, most: int, usable: int) -> AutomaticBatch:
     """The size of the fewest equal parts of `most` images that fit `usable` bytes; all ranks call it, and before there
     is an engine.
 
@@ -145,6 +153,31 @@ def automatic_batch_size(
     )
 
 
+def fusion_micro_batch(
+    context: RankContext,
+    asked: int | Literal["auto"],
+    model: Grappa,
+    folder: Path,
+    *,
+    most: int,
+    weights: int,
+    sharing: int,
+) -> int:
+    """Images at a time of a fusion: as asked for, or as many as fit into memory; all ranks call it.
+
+    Args:
+        most: as of `automatic_batch_size`.
+        weights: numbers that are trained, whose gradients, sums and momentum take memory too.
+        sharing: as of `usable_bytes`.
+    """
+    if asked != "auto":
+        return asked
+    usable = usable_bytes(context.device, sharing) - 4 * 3 * weights
+    found = automatic_batch_size(context, model, folder, most, usable)
+    context.report({"phase": f"at most {pluralize(found.images, 'image')} at a time ({found.why})"})
+    return found.images
+
+
 def _kept_size(folder: Path, ranks: int) -> int:
     """The size that the job began with on as many ranks; 0: none."""
     path = folder / FILE
@@ -155,7 +188,7 @@ def _kept_size(folder: Path, ranks: int) -> int:
         return 0
 
 
-def images_that_fit(model: PackedGrappa, images: int) -> int:
+def images_that_fit(model: Trained, images: int) -> int:
     """`images`, or as many as pass a trial on a GPU; on a CPU there is no trial.
 
     Raises:
@@ -163,11 +196,15 @@ def images_that_fit(model: PackedGrappa, images: int) -> int:
     """
     if model.backbone.mean.device.type != "cuda":
         return images
-    return largest_that_runs(images, lambda count: _train_pass(model, count))
+    advice = ONE_SET if isinstance(model, PackedGrappa) else fuse_advice(1)
+    return largest_that_runs(images, lambda count: _train_pass(model, count), advice)
 
 
-def largest_that_runs(images: int, run: Callable[[int], None]) -> int:
+def largest_that_runs(images: int, run: Callable[[int], None], advice: str = ONE_SET) -> int:
     """`images`, halved until `run` has enough memory.
+
+    Args:
+        advice: what to do where that is one image.
 
     Raises:
         ValueError: not one image fits.
@@ -179,13 +216,12 @@ def largest_that_runs(images: int, run: Callable[[int], None]) -> int:
         except torch.OutOfMemoryError as error:
             if images == 1:
                 raise ValueError(
-                    "not one image fits the GPU's memory; lower adapt.sets_per_job (where it is auto, two sets are "
-                    f"tried: give 1), or set adapt.activation_checkpointing=true ({str(error).splitlines()[0]})"
+                    f"not one image fits the GPU's memory; {advice} ({str(error).splitlines()[0]})"
                 ) from None
         images = -(-images // 2)  # here, where nothing holds what the failed run had
 
 
-def _train_pass(model: PackedGrappa, images: int) -> None:
+def _train_pass(model: Trained, images: int) -> None:
     """Forward and backward, as the engine does it; leaves no gradients."""
     size, device = model.backbone.preprocess.image_size, model.backbone.mean.device
     torch.cuda.empty_cache()
@@ -204,11 +240,8 @@ def naming_lack_of_memory(job: str, advice: str) -> Iterator[None]:
         ValueError: in place of torch's error, after which the job would be started again; with `advice` on which
             settings to change.
     """
-    try:
+    with lack_of_memory.naming_lack_of_memory(f"{job}: a step", advice):
         yield
-    except torch.OutOfMemoryError as error:
-        first_line = str(error).splitlines()[0]
-        raise ValueError(f"{job}: a step does not fit the GPU's memory: {advice} ({first_line})") from None
 
 
 def adapt_advice(adapt: AdaptConfig) -> str:
@@ -221,6 +254,8 @@ def adapt_advice(adapt: AdaptConfig) -> str:
     return f"adapt.micro_batch is {asked}; try {' or '.join(ways)}"
 
 
-def fuse_advice(micro_batch: int) -> str:
+def fuse_advice(micro_batch: int | Literal["auto"]) -> str:
     """As `adapt_advice`, for steps of a fusion."""
+    if micro_batch == "auto":
+        return "fuse.micro_batch is auto; try a number, or a smaller fuse.projector"
     return f"lower fuse.micro_batch={micro_batch}" if micro_batch > 1 else "fuse fewer sets, or use a smaller backbone"

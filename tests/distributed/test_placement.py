@@ -4,10 +4,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from grappa_dist import doctor, plan
+from grappa_dist.config import Resources
 from grappa_dist.distributed.placement import (
     Rates,
+    WorkerParts,
     choose_workers,
+    cpus_per_worker,
+    decode_threads,
     describe_placement,
+    known_workers,
     sets_per_job,
     split_evenly,
     waves,
@@ -138,3 +144,44 @@ def test_no_other_number_of_sets_in_a_job_would_be_done_sooner(num_sets: int, sl
 )
 def test_a_placement_is_described_in_one_line(jobs: int, workers: int, ranks: int, message: str) -> None:
     assert describe_placement(jobs, workers, ranks) == message
+
+
+def test_a_worker_with_a_gpu_has_its_part_of_the_cpus_and_reads_with_as_many_threads() -> None:
+    auto = Resources()
+    assert cpus_per_worker(auto, [(128, 8)]) == 16
+    assert cpus_per_worker(auto, [(128, 8), (64, 0), (96, 8)]) == 12  # the smallest part; a node without GPUs has none
+    assert cpus_per_worker(auto, [(2, 8)]) == 1
+    assert decode_threads(auto, 16, gpu=True) == 16
+
+
+def test_without_gpus_a_worker_has_one_cpu_and_two_threads() -> None:
+    assert cpus_per_worker(Resources(), [(128, 0), (64, 0)]) == cpus_per_worker(Resources(), []) == 1
+    assert cpus_per_worker(Resources(gpus_per_worker=0), [(128, 8)]) == 1
+    assert decode_threads(Resources(), 1, gpu=False) == 2
+    assert WorkerParts.here(Resources(num_cpus=6, gpus_per_worker=0)) == WorkerParts(1, 2, gpu=False)
+    assert known_workers(Resources(num_cpus=6, gpus_per_worker=0)) == 6
+
+
+def test_a_number_that_is_given_is_taken() -> None:
+    asked = Resources(cpus_per_worker=3, decode_threads=5)
+    assert cpus_per_worker(asked, [(128, 8)]) == 3
+    assert [decode_threads(asked, 16, gpu=gpu) for gpu in (True, False)] == [5, 5]
+    assert decode_threads(Resources(cpus_per_worker=3), 3, gpu=True) == 3
+
+
+def test_on_this_machine_the_cpus_are_divided_by_its_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    parts = WorkerParts.here(Resources(num_cpus=64))
+    assert parts == WorkerParts(16, 16, gpu=True)
+    assert [parts.threads(Resources()), parts.threads(Resources(threads=2))] == [16, 2]
+    line = plan._workers(Resources(num_cpus=64))
+    assert line.endswith("each with 16 CPU and a GPU where there are GPUs; 16 threads of each read ahead")
+    monkeypatch.setenv("RAY_ADDRESS", "somewhere:6379")
+    assert "a GPU's part of its node's CPUs (1 without GPUs)" in plan._workers(Resources())
+    assert "; 8 threads of each" in plan._workers(Resources(decode_threads=8))
+    monkeypatch.setattr("grappa_dist.doctor.usable_cores", lambda: 64.0)
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    (cores,) = doctor._cores()
+    assert cores.means.startswith("16 for each GPU's worker, of which as many threads read ahead")

@@ -41,6 +41,14 @@ def test_as_many_workers_start_as_fit_the_nodes_but_no_more_than_asked() -> None
     assert usable_workers(nodes[:1], Resources(workers=6), 1) == 4
 
 
+def test_every_gpu_has_a_worker_whatever_its_part_of_the_cpus() -> None:
+    nodes = [node(128, 8), node(96, 8), node(64)]
+    assert workers_to_start(nodes, Resources()) == 16
+    assert usable_workers(nodes, Resources(), 1) == 16
+    assert workers_to_start(nodes, Resources(cpus_per_worker=64)) == 3  # as asked
+    assert workers_to_start(nodes, Resources(gpus_per_worker=0)) == 288
+
+
 def test_nodes_that_are_alike_are_described_once_with_their_workers_and_each_change_is_an_event() -> None:
     machines = {"a": "16 cores", "b": "8 cores", "c": "16 cores"}
     cluster = Cluster(Resources(), facts={name: Facts(name, machine=what) for name, what in machines.items()})

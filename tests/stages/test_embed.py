@@ -5,6 +5,7 @@ import os
 import re
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from grappa_dist.data.open_images import open_images
 from grappa_dist.data.shards import ChangedImage, ImageShards
 from grappa_dist.models.spec import ModelSpec, build, preprocess_of
 from grappa_dist.stages.embed import (
+    MOST_SHARDS,
     SUMS_FILE,
     Embedding,
     EmbedTask,
@@ -31,10 +33,11 @@ from grappa_dist.stages.embed import (
     check_bad_share,
     embed,
     embed_rows,
-    embed_shard,
+    embed_shards,
     feature_rows,
     features_of,
     held_against,
+    tasks_of,
     to_images,
 )
 from tests.conftest import Bucket
@@ -46,17 +49,6 @@ from tests.stages import tiny
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Config:
     return tiny.config(tiny.write_shards(tmp_path_factory.mktemp("images")))
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_images_on_a_gpu_are_those_that_were_given_whatever_becomes_of_their_memory() -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, (64, 224, 224, 3), dtype=np.uint8)
-    found = []
-    for part in np.split(pixels.copy(), 8):
-        found.append(to_images(part, torch.device("cuda")))
-        part.fill(0)
-    as_bytes = (torch.cat(found).cpu() * 255).round().byte().permute(0, 2, 3, 1)
-    assert torch.equal(as_bytes, torch.from_numpy(pixels))
 
 
 def embed_in(root: Path, settings: Config) -> tuple[tiny.Here, ImageShards, tuple[Artifact, ...]]:
@@ -108,7 +100,7 @@ def test_an_image_that_has_changed_since_it_was_embedded_is_named_by_whatever_re
         lambda: images.part(images.locate(15)[0]).images([15 - int(images.starts[images.locate(15)[0]])]).__next__(),
         lambda: load_images(images, [14, 15], lambda picture, row: np.zeros((1,), np.uint8), (1,)),
         images.check_images,
-        lambda: embed_shard(tiny.CPU, task_of(images, settings, Store(tmp_path / "other"), name="k=4")),
+        lambda: embed_shards(tiny.CPU, [task_of(images, settings, Store(tmp_path / "other"), name="k=4")]),
     ]
     for read in readers:
         with pytest.raises(ChangedImage, match=expected):
@@ -168,14 +160,14 @@ def test_a_bad_row_is_zero_and_listed_with_its_reason(settings: Config, tmp_path
 
 def test_a_shard_that_is_done_is_not_done_again(settings: Config, tmp_path: Path) -> None:
     first, _, _ = embed_in(tmp_path, settings)
-    assert first.asked == ["embed_shard"] * 4
+    assert first.asked == ["embed_shards"] * 4
     before = tiny.files_below(tmp_path / "features")
     again, _, _ = embed_in(tmp_path, settings)
     assert again.asked == []
     more = tiny.write_shards(tmp_path / "more", (3,), bad=(), seed=1)
     longer = tiny.config([*settings.data.train, *more])
     grown, images, features = embed_in(tmp_path, longer)
-    assert grown.asked == ["embed_shard"]
+    assert grown.asked == ["embed_shards"]
     assert len(images) == tiny.NUM_ROWS + 3
     assert before.items() < tiny.files_below(tmp_path / "features").items()
     assert all(f.complete for f in features)
@@ -185,7 +177,7 @@ def test_equal_shards_in_two_folders_are_embedded_once(tmp_path: Path) -> None:
     paths = [tiny.write_shards(tmp_path / name, (5,), bad=())[0] for name in ("a", "b")]
     here, images, features = embed_in(tmp_path / "run", tiny.config(paths))
     assert len(images) == 10
-    assert here.asked == ["embed_shard"]
+    assert here.asked == ["embed_shards"]
     z = feature_rows(images, features).take(np.arange(10))
     np.testing.assert_array_equal(z[:5], z[5:])
 
@@ -357,3 +349,51 @@ def test_features_that_are_all_alike_are_warned_of(
     embed_in(tmp_path, with_backbone(settings, function))
     warning = f"warning: embed backbone: the features of {tiny.NUM_ROWS - 1} images that were compared are all alike"
     assert (warning in capsys.readouterr().err) == warned
+
+
+def test_tasks_have_all_shards_in_order_many_at_first_and_one_at_the_end(settings: Config, tmp_path: Path) -> None:
+    images = ImageShards.open(settings.data.train, None)
+    one = task_of(images, settings, Store(tmp_path), name="k=4")
+    shards = [replace(one, first=number) for number in range(1000)]
+    tasks = tasks_of(shards, 4)
+    assert [shard.first for task in tasks for shard in task] == list(range(1000))
+    sizes = [len(task) for task in tasks]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] == MOST_SHARDS
+    assert sizes[-16:] == [1] * 16  # each worker has the last ones of its share alone
+    assert [len(task) for task in tasks_of(shards[:7], 2)] == [1] * 7
+
+
+def test_a_shard_is_committed_when_it_is_embedded_while_the_next_one_is_being_read(
+    settings: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, spec, store = (
+        ImageShards.open(settings.data.train, None),
+        ModelSpec("m", settings.backbone),
+        Store(tmp_path),
+    )
+    features, how = features_of(store, spec, settings.embed, images), Embedding(8, 1)
+    tasks = [EmbedTask(images.part(i), images.shard_rows(i).start, spec, f, how) for i, f in enumerate(features)]
+    complete_at = dict[int, list[bool]]()
+    read = ImageShards.image_bytes
+
+    def watched(part: ImageShards, row: int) -> bytes:
+        shard = next(i for i, task in enumerate(tasks) if task.images.shards == part.shards)
+        complete_at.setdefault(shard, [artifact.complete for artifact in features])
+        if shard == len(tasks) - 1 and row == len(part) - 1:
+            raise tiny.Killed
+        return read(part, row)
+
+    monkeypatch.setattr(ImageShards, "image_bytes", watched)
+    with pytest.raises(tiny.Killed):
+        embed_shards(tiny.CPU, tasks)
+    assert not complete_at[1][0]  # reading did not wait for the end of the shard before
+    assert [artifact.complete for artifact in features] == [True, True, True, False]
+    monkeypatch.undo()
+    embed_shards(tiny.CPU, tasks)
+    alone = features_of(Store(tmp_path / "alone"), spec, settings.embed, images)
+    for task, artifact in zip(tasks, alone, strict=True):
+        embed_shards(tiny.CPU, [replace(task, artifact=artifact)])
+    whole, singly = (feature_rows(images, found).take(np.arange(tiny.NUM_ROWS)) for found in (features, alone))
+    np.testing.assert_array_equal(whole, singly)
+    assert bad_reasons(images, features) == bad_reasons(images, alone)

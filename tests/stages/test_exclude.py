@@ -96,7 +96,7 @@ def test_excluded_images_are_in_no_partition_score_or_figure_and_their_features_
     assert sorted(queries.tolist()) == [r for r in range(tiny.NUM_ROWS) if r not in [*DROPPED, tiny.BAD]]
     backbone = len(tiny.SIZES)
     models = len(flow.models) - 1
-    assert here.asked.count("embed_shard") == models * backbone  # none of them by the backbone
+    assert here.asked.count("embed_shards") == models * backbone  # none of them by the backbone
     assert here.asked.count("find_excluded") == 2
 
 
@@ -211,9 +211,9 @@ def shown_rows(comm: Comm, shards: list[str]) -> NDArray[Any]:
     preprocess = build_backbone(settings.backbone).preprocess
     steps = range(training.num_steps(2))
     found = [
-        (step, row, int(crop.astype(np.int64).sum()))
+        (step, row, int(crop.sum()))
         for step, (crops, rows) in zip(
-            steps, augmented_batches(training, preprocess, comm, steps, area=0.5), strict=True
+            steps, augmented_batches(training, preprocess, comm, steps, area=0.5, device=tiny.CPU), strict=True
         )
         for crop, row in zip(crops, rows.tolist(), strict=True)
     ]

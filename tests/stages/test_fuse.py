@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from grappa_dist.models.spec import FUSION_FILE
 from grappa_dist.stages.embed import Embedding
 from grappa_dist.stages.fuse import FuseJob, FuseObjective, decay_ratios, fusion_of, train_fusion
 from grappa_dist.training.deepspeed_engine import Engine
+from grappa_dist.training.memory import FILE, MemoryBudget
 from tests.processes import run_ranks
 from tests.stages import tiny
 
@@ -153,6 +155,26 @@ def test_the_micro_batch_changes_no_loss(world: World, size: int) -> None:
     folder, _ = world
     whole = losses(folder, str(size), "transforms")
     np.testing.assert_allclose(losses(folder, f"{size}-micro", "transforms"), whole, rtol=0, atol=1e-5)
+
+
+def fuse_with_memory(comm: Comm, job: FuseJob, images: int, kill_after: int | None) -> None:
+    """As in a memory that holds the activations of so many images."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MemoryBudget, "images", lambda budget, most: min(images, most))
+        fuse_until(comm, job, kill_after)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_an_automatic_micro_batch_changes_no_loss_and_is_kept_when_the_job_goes_on(world: World, size: int) -> None:
+    folder, _ = world
+    job = job_in(folder, f"{size}-auto", "transforms", micro_batch="auto", checkpoint_steps=1)
+    run_ranks(fuse_with_memory, size, job, 3, STEPS - 2, timeout_s=400)
+    kept = json.loads((job.artifact.partial / FILE).read_text())
+    assert kept["ranks"] == size
+    assert 1 <= kept["images"] <= 3
+    run_ranks(fuse_with_memory, size, job, 100, None, timeout_s=400)  # there is more memory now
+    whole = losses(folder, str(size), "transforms")
+    np.testing.assert_allclose(tiny.losses_of(job.artifact.path), whole, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("recipe", ["neighbours", "neighbours-adam"])

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from grappa_dist.distributed.collectives import Comm
 from grappa_dist.models import Grappa
 from grappa_dist.models.spec import ModelSpec, build, build_backbone
 from grappa_dist.stages import knn_graph
-from grappa_dist.stages.embed import Embedding, embed_rows
+from grappa_dist.stages.embed import Embedding, RowSet, embed_row_sets
 from grappa_dist.stages.fuse_pairs import Pairs
 from tests.processes import run_ranks
 from tests.stages import tiny
@@ -53,7 +53,7 @@ def whole_batches(pairs: Sequence[Pairs], steps: range) -> list[set[bytes]]:
     for step in steps:
         found = []
         for rank in pairs:
-            first, second = np.split(rank.at(step), 2)
+            first, second = np.split(rank.at(step).numpy(), 2)
             found += [a.tobytes() + b.tobytes() for a, b in zip(first, second, strict=True)]
         assert len(set(found)) == len(found)
         batches.append(set(found))
@@ -80,7 +80,7 @@ def test_without_a_graph_a_pair_is_two_views_of_one_image(settings: Config, tmp_
     preprocess = build_backbone(settings.backbone).preprocess
     rows = training.order(1).batch(1, tiny.BATCH)
     pairs.begin(4)
-    first, second = np.split(pairs.at(4), 2)
+    first, second = np.split(pairs.at(4).numpy(), 2)
     pairs.close()
     for place, row in enumerate(rows.tolist()):
         image = decode(training.images.image_bytes(row))
@@ -197,16 +197,16 @@ def test_a_static_graph_is_made_once_and_gives_the_partners_of_every_epoch(
     pairs = pairs_of(settings, tmp_path, Comm(), neighbours=True)
     embedded, seen, partners_of = list[int](), list[tuple[int, RowArrays]](), pairs._partners
 
-    def counting_rows(model: Grappa, images: ImageShards, rows: np.ndarray, **how: Any) -> Iterator[Any]:
-        embedded.append(len(rows))
-        return embed_rows(model, images, rows, **how)
+    def counting(model: Grappa, parts: Sequence[RowSet], **how: Any) -> Generator[Any, None, None]:
+        embedded.append(sum(len(part.rows) for part in parts))
+        return embed_row_sets(model, parts, **how)
 
     def watched(rows: np.ndarray, epoch: int, graph: RowArrays | None) -> np.ndarray:
         assert graph is not None
         seen.append((epoch, graph))
         return partners_of(rows, epoch, graph)
 
-    monkeypatch.setattr(knn_graph, "embed_rows", counting_rows)
+    monkeypatch.setattr(knn_graph, "embed_row_sets", counting)
     monkeypatch.setattr(pairs, "_partners", watched)
     for step in range(3 * tiny.STEPS_PER_EPOCH):
         pairs.at(step)

@@ -16,7 +16,7 @@ from grappa_dist.config import Config, FuseConfig
 from grappa_dist.distributed.collectives import Comm
 from grappa_dist.distributed.worker import Stopped
 from grappa_dist.stages import knn_graph
-from grappa_dist.stages.embed import embed_rows
+from grappa_dist.stages.embed import embed_row_sets
 from grappa_dist.stages.knn_graph import EXACT_ROWS, batches_of_rank, graph_kind
 from tests.processes import run_ranks
 from tests.stages import tiny
@@ -69,12 +69,12 @@ def test_two_ranks_share_a_shard_and_an_approximate_graph_has_its_recall(tmp_pat
 
 def graph_with_a_slow_rank(comm: Comm, shards: Sequence[str], folder: Path) -> np.ndarray:
     def slow(*args: Any, **how: Any) -> Iterator[Any]:
-        for found in embed_rows(*args, **how):
+        for found in embed_row_sets(*args, **how):
             time.sleep(SLOW_S if comm.rank else 0)
             yield found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(knn_graph, "embed_rows", slow)
+        patch.setattr(knn_graph, "embed_row_sets", slow)
         graph = pairs_of(tiny.config(shards), folder, comm, neighbours=True)._graphs.of(0)
     return graph.take(np.arange(tiny.NUM_ROWS))
 
@@ -95,16 +95,16 @@ def test_a_graph_that_was_stopped_while_it_embedded_goes_on_with_what_is_whole(
     settings = settings_of(tiny.write_shards(tmp_path / "images"))
     asked, embedded = list[bool](), list[int]()
 
-    def counting_rows(model: Any, images: Any, rows: np.ndarray, **how: Any) -> Iterator[Any]:
-        for place, unit, bad in embed_rows(model, images, rows, **how):
-            embedded.append(len(unit))
-            yield place, unit, bad
+    def counting(*args: Any, **how: Any) -> Iterator[Any]:
+        for batch in embed_row_sets(*args, **how):
+            embedded.append(len(batch.unit))
+            yield batch
 
     def stop_requested() -> bool:
         asked.append(True)
         return len(asked) > 2
 
-    monkeypatch.setattr(knn_graph, "embed_rows", counting_rows)
+    monkeypatch.setattr(knn_graph, "embed_row_sets", counting)
     stopped = pairs_of(settings, tmp_path / "a", Comm(), neighbours=True)._graphs
     stopped._context = replace(stopped._context, stop_requested=stop_requested)
     with pytest.raises(Stopped):
