@@ -110,7 +110,7 @@ def no_images(machine: Machine) -> Found:
         fusion = FuseObjective(context, world.fuse_job("fusion"), machine.folder)
 
         def of_sets(engine: Engine) -> None:
-            engine.backward(sets._forward(engine, none, lambda: None).sum())
+            engine.backward(sets._forward(engine, torch.from_numpy(none), lambda: None).sum())
 
         def of_fusion(engine: Engine) -> None:
             accumulate(engine, fusion.module, to_images(none, machine.device), _product, micro_batch=2)
