@@ -90,7 +90,7 @@ def whole_run(comm: Comm) -> dict[str, Any]:
             evaluate={"export": "transforms"},
             resources={"workers": 1},
         )
-        finished = pipeline._run(tiny.run_in(settings, folder / "run", here))
+        finished = pipeline.run_in(tiny.run_in(settings, folder / "run", here))
         assert finished is not None
         model = load_model(finished.model, trust_modules=True)
         images = torch.rand(3, 3, tiny.SIZE_PX, tiny.SIZE_PX, generator=torch.Generator().manual_seed(0))
