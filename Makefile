@@ -51,8 +51,9 @@ test-cluster: $(READY) ## tests on several machines in namespaces, about 40 minu
 test-cluster-fast: $(READY) ## those of them that are run on every push
 	$(BIN)/python -m pytest -q -m 'cluster and not long' tests/cluster
 
+GPU_TESTS = tests/gpu_check tests/benchmarks/test_fuse.py tests/data/test_device_batches.py tests/knn/test_exact.py
 test-gpu: ## tests that need a GPU, by PYTHON, which has what docs/gpu.md lists and pytest; skipped, with the reason, without one
-	$(PYTHON) -m pytest -q -m gpu tests
+	$(PYTHON) -m pytest -q -m gpu $(GPU_TESTS)
 
 check: $(READY) ## lint, format and types
 	$(BIN)/ruff check .

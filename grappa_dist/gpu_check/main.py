@@ -39,10 +39,11 @@ call. docs/gpu.md says what each row means and which packages are needed."""
 def parser() -> argparse.ArgumentParser:
     found = Parser(description=DESCRIPTION, epilog=ENDING)
     found.add_argument("--out", metavar="DIR", type=Path, help="the folder for the results")
-    found.add_argument("--budget-s", metavar="S", type=float, default=420.0, help="seconds; default: %(default)g")
+    budget = "seconds; what would take longer than is left is skipped, and named; default: %(default)g"
+    found.add_argument("--budget-s", metavar="S", type=float, default=420.0, help=budget)
     found.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: tiny sizes, to test the checks")
     found.add_argument("--only", metavar="NAME", nargs="+", default=[], help="these checks alone")
-    found.add_argument("--list", action="store_true", help="list the checks and end")
+    found.add_argument("--list", action="store_true", help="list the checks, with about how long each takes")
     found.add_argument("--write-digests", action="store_true", help="write what a CPU gives for kmeans and knn")
     return found
 
@@ -65,7 +66,7 @@ def main(asked: argparse.Namespace) -> int:
     checks = checked(asked)
     if asked.list:
         width = max(len(check.name) for check in checks)
-        print("\n".join(f"{check.name:<{width}}  {check.what}" for check in checks))
+        print("\n".join(f"{check.name:<{width}}  {check.seconds:3.0f} s  {check.what}" for check in checks))
         return ALL_RIGHT
     if asked.write_digests:
         from grappa_dist.gpu_check.rows import write_digests

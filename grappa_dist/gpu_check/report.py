@@ -101,7 +101,7 @@ class Report:
 
 
 def machine_facts(device: str) -> dict[str, str]:
-    """The GPU, its driver, the processor and the versions of what computes, by name."""
+    """The GPU, the version of CUDA, the processor and the versions of what computes, by name."""
     import torch
 
     facts = {"processor": f"{platform.machine()}, {os.cpu_count()} cores"}

@@ -34,7 +34,7 @@ class Tile:
     rows: int = 128
     targets: int = 128  # a power of two up to 2**7, or ROUNDING is wrong
     columns: int = 64
-    warps: int = 8  # with 4, sums and scores do not fit into registers (tests/search/test_triton_compiled.py)
+    warps: int = 8  # with 4, sums and scores do not fit into registers (tests/search/triton_compiled.py)
     stages: int = 3  # tiles of columns that are on their way or in use
 
 

@@ -87,6 +87,7 @@ def test_without_a_gpu_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         measure_fuse(replace(TINY, device="cuda"), lambda line: None)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_is_measured_in_bfloat16_and_compared_in_float32() -> None:
     settings = replace(TINY, device="cuda")

@@ -228,6 +228,7 @@ def test_values_of_the_cpu_are_not_copied() -> None:
     assert HostCopy(values).array().ctypes.data == values.data_ptr()
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_gets_the_bytes_that_were_read_however_late_it_is() -> None:
     def large(job: int, memory: Memory) -> int:

@@ -24,6 +24,7 @@ from tests.structure import ROOT
 BARE = ("torch", "torchvision", "timm", "safetensors", "numpy")  # of a machine that has these and what they need
 QUICK = ("limit-fp32", "softmax", "kmeans", "knn", "resume")  # the others: where every check is run
 HERE = "tests.gpu_check.test_main"
+NEEDS_GPU = re.compile(r"skipif\(\s*not torch\.cuda\.is_available\(\)")
 
 
 def right(machine: Machine) -> Found:
@@ -135,7 +136,19 @@ def test_the_list_names_every_check_and_the_documents_explain_each(capsys: pytes
     explained = re.findall(r"^\| `([^|]+)` \|", (ROOT / "docs" / "gpu.md").read_text(), re.MULTILINE)
     named = {name for cell in explained for name in re.split(r"`, `", cell)}
     assert set(listed) - named == set()
-    assert sum(check.seconds for check in CHECKS) < 600
+    total = sum(check.seconds for check in CHECKS)
+    assert total < 600
+    assert f"come to {total:.0f} s" in (ROOT / "docs" / "gpu.md").read_text()
+
+
+def test_what_the_default_budget_leaves_out_is_the_last_check_alone() -> None:
+    left, names = parser().parse_args([]).budget_s, []
+    for check in CHECKS:
+        if check.seconds <= left:
+            left -= check.seconds
+            names.append(check.name)
+    assert names == [check.name for check in CHECKS if check.name != "compile"]
+    assert names.index("demo") < names.index("embed-16") < names.index("embed-2")  # a slow machine loses rates first
 
 
 def test_every_function_of_the_table_exists() -> None:
@@ -181,6 +194,17 @@ def test_checks_pass_on_a_cpu_with_the_listed_packages_alone(tmp_path: Path) -> 
     rows = {row["name"]: row for row in json.loads((tmp_path / "gpu_check.json").read_text())["rows"]}
     assert {name: row["state"] for name, row in rows.items()} == dict.fromkeys(QUICK, OK), ended.stdout
     assert ended.returncode == 0, ended.stderr[-2000:]
+
+
+def test_make_collects_every_test_that_needs_a_gpu_and_no_others_files() -> None:
+    """Those of other files may import packages that are not listed, which would end the run."""
+    need = {path for path in (ROOT / "tests").rglob("test_*.py") if NEEDS_GPU.search(path.read_text())}
+    (line,) = re.findall(r"^GPU_TESTS = (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    made = [ROOT / name for name in line.split()]
+    assert all(path.exists() for path in made)
+    assert {path for path in need if not any(path.is_relative_to(one) for one in made)} == set()
+    for path in need:
+        assert len(NEEDS_GPU.findall(path.read_text())) == path.read_text().count("pytest.mark.gpu"), path
 
 
 @pytest.mark.long

@@ -84,6 +84,7 @@ def test_every_block_may_visit_every_rank(size: int, block_rows: int, kept_bytes
     check([run_cases(Comm(), *how)] if size == 1 else run_ranks(run_cases, size, *how))
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("kept_bytes", [None, 0])
 def test_the_graph_is_that_of_brute_force_on_a_gpu(kept_bytes: int | None) -> None:
