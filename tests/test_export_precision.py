@@ -17,6 +17,7 @@ from grappa_dist.export import export_model, load_model
 from grappa_dist.models.model_config import CONFIG_FILE
 from grappa_dist.models.precision import Precision
 from grappa_dist.models.spec import WEIGHTS_FILE, build, exported_spec
+from grappa_dist.retrieval.collection import check_model
 from grappa_dist.retrieval.index import IndexedModel, SearchIndex
 from grappa_dist.retrieval.opening import open_model, open_models
 from tests.test_export import fake_run, images
@@ -78,6 +79,26 @@ def test_an_opened_model_takes_a_precision_and_no_other_setting(tmp_path: Path) 
     assert open_model(folder, settings=["backbone.precision=fp32"]).precision == "fp32"
     with pytest.raises(ValueError, match=r"backbone.image_size=64: settings are for a backbone that is named"):
         open_model(folder, settings=["backbone.precision=fp32", "backbone.image_size=64"])
+
+
+def test_auto_is_the_precision_that_a_model_has(tmp_path: Path) -> None:
+    folder = exported(tmp_path, "bf16")
+    assert open_model(folder, settings=["backbone.precision=auto"]).precision == "bf16"
+
+
+def test_a_precision_beside_a_model_in_memory_is_of_the_named_backbone(tmp_path: Path) -> None:
+    mine = load_model(exported(tmp_path, "bf16"), precision="fp32")
+    found = open_models(mine, OWN, settings=["backbone.precision=bf16"])
+    assert [one.precision for one in found.values()] == ["fp32", "bf16"]
+
+
+def test_embeddings_in_another_precision_are_refused_and_the_message_names_the_precision(tmp_path: Path) -> None:
+    folder = exported(tmp_path, "bf16")
+    model, told = open_model(folder), open_model(folder, settings=["backbone.precision=fp32"])
+    listing = {"model": told.variant, "model_sha256": told.sha256, "gallery": None}
+    check_model(folder, listing, told)
+    with pytest.raises(ValueError, match=r"than .*, bf16, sha256 .*in their precision \(backbone.precision\)"):
+        check_model(folder, listing, model)
 
 
 def test_a_backbone_is_in_fp32_unless_told_otherwise_and_its_own_in_that_of_the_model(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ in which type is part of the result.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -21,7 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from grappa_dist.search.candidates import SharedSetting, true_products
+
 Precision = Literal["fp32", "bf16"]
+_cudnn: Any = torch.backends.cudnn
+_convolutions = SharedSetting(lambda: _cudnn.allow_tf32, lambda allowed: setattr(_cudnn, "allow_tf32", allowed), False)
 _PRODUCTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -65,20 +69,15 @@ def _products_in_bfloat16(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _all_in_float32(device: torch.device) -> Iterator[None]:
-    """Also within an autocast, and without TF32, which cuDNN's convolutions would else round to."""
-    cudnn: Any = torch.backends.cudnn
-    tf32 = cudnn.allow_tf32 if device.type == "cuda" else False
-    if tf32:
-        cudnn.allow_tf32 = False
-    try:
+    """Also within an autocast, and on a GPU without TF32, which convolutions and, if the process allows it, products
+    would else round to."""
+    with ExitStack() as held:
+        if device.type == "cuda":
+            held.enter_context(true_products())
+            held.enter_context(_convolutions.held())
         if torch.is_autocast_enabled(device.type):
-            with torch.autocast(device.type, enabled=False):
-                yield
-        else:
-            yield
-    finally:
-        if tf32:
-            cudnn.allow_tf32 = True
+            held.enter_context(torch.autocast(device.type, enabled=False))
+        yield
 
 
 class _AttentionInFloat32(TorchFunctionMode):

@@ -177,14 +177,14 @@ def damaged(path: Path, why: str) -> ValueError:
 
 
 def check_model(folder: Path, listing: Mapping[str, Any], model: OpenModel) -> None:
-    """Raises ValueError for embeddings of other weights: their cosines with a query would mean nothing."""
+    """Raises ValueError for embeddings of other weights, or in another precision, which are not to be mixed."""
     theirs, gallery = listing.get("model_sha256"), listing.get("gallery")
     if theirs == model.sha256 and gallery == model.gallery:
         return
     of = f"{listing.get('model')}{f', gallery {gallery}' if gallery else ''}, sha256 {str(theirs)[:12]}"
     raise ValueError(
         f"{folder}: these embeddings are of another model ({of}) than {model.describe()}; name the model that made "
-        "them, or embed the images with this one"
+        "them, in their precision (backbone.precision), or embed the images with this one"
     )
 
 

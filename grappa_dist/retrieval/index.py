@@ -50,7 +50,7 @@ class IndexedModel:
 
     path: str  # where it lay
     variant: str
-    sha256: str  # of its weights
+    sha256: str  # of its weights, and of its precision where that is not fp32
     gallery: str | None
 
     def describe(self) -> str:

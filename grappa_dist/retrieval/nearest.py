@@ -13,6 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from grappa_dist.search.candidates import true_products
+
 BLOCK = 65_536  # rows of a block
 QUERIES, GPU_QUERIES = 256, 4096  # at a time
 Rows = NDArray[np.float32]
@@ -44,7 +46,8 @@ def nearest(queries: Rows, parts: Iterable[Rows], bad: Collection[int], k: int, 
         good[torch.from_numpy(inside)] = False
         places = torch.nonzero(good).flatten().to(device)
         at_once = GPU_QUERIES if z.is_cuda else QUERIES
-        of_parts = [_best(part @ rows.T[:, places], places + first, k) for part in z.split(at_once)]
+        with true_products():
+            of_parts = [_best(part @ rows.T[:, places], places + first, k) for part in z.split(at_once)]
         cosines = torch.cat([cosines, torch.cat([part.cosines for part in of_parts])], 1)
         ids = torch.cat([ids, torch.cat([part.rows for part in of_parts])], 1)
         cosines, ids = _kept(cosines, ids, k)

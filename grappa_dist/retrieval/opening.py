@@ -54,8 +54,9 @@ class OpenModel:
         return isinstance(self.model, Grappa) and any(isinstance(b, GrappaLayer) for b in self.model.backbone.blocks)
 
     def describe(self) -> str:
-        """For messages: the name, which of a run's models it is, and the beginning of the hash of its weights."""
+        """For messages: the name, which of a run's models it is, and the beginning of its `sha256`."""
         what = f"{self.variant}{f', gallery {self.gallery}' if self.gallery else ''}"
+        what += "" if self.precision == "fp32" else f", {self.precision}"
         return f"{self.name} ({what}, sha256 {self.sha256[:12]})"
 
     def weigh(self, task: str) -> None:
@@ -147,13 +148,15 @@ def _settings_of_each(
     settings: tuple[str, ...], model: Named, against: Named | None
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The settings for each model: for those that are named backbones; else for the first, which refuses them. The
-    precision is for both."""
+    precision is for both, but for a model in memory."""
     if against is None or isinstance(against, nn.Module) or str(against) == OWN_BACKBONE:
         return settings, ()
     common = tuple(setting for setting in settings if setting.startswith(_PRECISION))
     if not is_backbone(against):
         return settings, common
-    return settings if is_backbone(model) else common, settings
+    if is_backbone(model):
+        return settings, settings
+    return () if isinstance(model, nn.Module) else common, settings
 
 
 def _called(model: OpenModel, other: OpenModel, *, own: bool) -> tuple[str, str]:
@@ -175,7 +178,7 @@ def is_backbone(given: Named) -> bool:
 
 
 def _precision_of(given: Named, settings: Iterable[str]) -> Precision | None:
-    """The precision that is asked for of a model with settings of its own; None: its own.
+    """The precision that is asked for of a model with settings of its own; None, also for `auto`: its own.
 
     Raises:
         ValueError: there are other settings, or the model is in memory.
@@ -188,7 +191,8 @@ def _precision_of(given: Named, settings: Iterable[str]) -> Precision | None:
             f"{needless}: settings are for a backbone that is named, such as timm:<model>; {what} has its own "
             "(a file whose name has a '=' is written with ./ before it)"
         )
-    return _backbone_config("timm:any", asked).computes_in if asked else None
+    found = _backbone_config("timm:any", asked).precision
+    return None if found == "auto" else found
 
 
 def _bare(name: str, settings: Iterable[str], device: torch.device) -> OpenModel:

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from threading import Lock
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -44,40 +44,39 @@ def float_error(dim: int, size: float) -> float:
     return steps / (1 - steps) * size
 
 
-class _FullPrecision:
-    """The precision of float32 products: one setting for all threads, with a count of those that need the highest."""
+class SharedSetting:
+    """A setting of torch for all threads, with a count of those that need one value of it."""
 
-    def __init__(self) -> None:
-        self.lock, self.users, self.before = Lock(), 0, ""
+    def __init__(self, get: Callable[[], Any], put: Callable[[Any], None], needed: Any) -> None:
+        self.get, self.put, self.needed = get, put, needed
+        self.lock, self.users, self.before = Lock(), 0, None
 
-    def enter(self) -> None:
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """The needed value. Several threads may be inside; that from before returns when the last one leaves."""
         with self.lock:
             if not self.users:
-                self.before = torch.get_float32_matmul_precision()
-                torch.set_float32_matmul_precision("highest")
+                self.before = self.get()
+                self.put(self.needed)
             self.users += 1
-
-    def leave(self) -> None:
-        with self.lock:
-            self.users -= 1
-            if not self.users:
-                torch.set_float32_matmul_precision(self.before)
-
-
-_full_precision = _FullPrecision()
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.users -= 1
+                if not self.users:
+                    self.put(self.before)
 
 
-@contextmanager
-def true_products() -> Iterator[None]:
+_products = SharedSetting(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest")
+
+
+def true_products() -> AbstractContextManager[None]:
     """Products of float32 without the shortcuts by TF32 and bfloat16, which violate the error bound.
 
     Several threads may be inside; the setting from before returns when the last one leaves.
     """
-    _full_precision.enter()
-    try:
-        yield
-    finally:
-        _full_precision.leave()
+    return _products.held()
 
 
 def best_float32(x: Tensor, num_targets: int, table: Callable[[Tensor], Tensor], t: int) -> tuple[Tensor, Tensor]:

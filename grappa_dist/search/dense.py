@@ -55,7 +55,7 @@ class DenseCentroids:
     """Centroids of one pass; `whole.generator` decides how they are multiplied."""
 
     whole: Centroids
-    bias: Tensor  # (K,) float32, -|c|^2 / 2; unused by the kernel, whose form contains it
+    bias: Tensor  # (K,) float32, -|c|^2 / 2; the kernel makes its own
     error: float  # e
 
     @staticmethod

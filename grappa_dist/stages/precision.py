@@ -13,6 +13,7 @@ from dataclasses import replace
 from grappa_dist.artifacts import Artifact, Store
 from grappa_dist.config import BACKBONE, Config
 from grappa_dist.data.shards import ImageShards
+from grappa_dist.distributed.placement import may_have_gpus
 from grappa_dist.files import make_folder, read_json, write_json
 from grappa_dist.models.precision import Precision
 from grappa_dist.models.spec import ModelSpec
@@ -44,6 +45,8 @@ def settle(run: Run, train: ImageShards) -> Run:
         why, found = ("the workers have GPUs", "bf16") if gpus else ("the workers have no GPUs", "fp32")
     if found == "bf16":
         run.console.log(f"precision: matrix products in bfloat16 (backbone.precision={found}: {why})")
+    elif _asked(config) is None and may_have_gpus(config.resources):
+        run.console.log(f"precision: float32 ({why}); backbone.precision=bf16 is faster on GPUs, and another result")
     run.console.event("precision", precision=found, because=why)
     given = run.given and _in(run.given, found)
     return replace(run, config=_in(config, found), given=given)

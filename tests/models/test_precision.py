@@ -165,3 +165,16 @@ def test_a_copy_in_double_precision_is_exact() -> None:
 def test_nothing_is_entered_where_nothing_is_computed() -> None:
     with products_in("bf16", torch.device("meta")):
         assert torch.nn.Linear(3, 2, device="meta")(torch.ones(1, 3, device="meta")).dtype == torch.float32
+
+
+def test_fp32_on_a_gpu_is_without_tf32_also_where_the_process_allows_it() -> None:
+    before, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
+    try:
+        with products_in("fp32", torch.device("cuda")):
+            assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("highest", False)
+        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("high", True)
+    finally:
+        torch.set_float32_matmul_precision(before)
+        torch.backends.cudnn.allow_tf32 = cudnn

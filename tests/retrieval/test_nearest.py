@@ -25,3 +25,21 @@ def test_the_nearest_are_those_of_a_sort_of_all_cosines(block: int, k: int, monk
         expected = sorted((row for row in range(20) if row not in bad), key=lambda row: (-scores[row], row))[:k]
         assert ids.tolist() == expected
         assert cosines.tolist() == scores[expected].tolist()
+
+
+def test_cosines_are_true_float32_whatever_products_the_process_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, best = [], module._best
+
+    def watched(scores: torch.Tensor, ids: torch.Tensor, k: int) -> module.Found:
+        seen.append(torch.get_float32_matmul_precision())
+        return best(scores, ids, k)
+
+    monkeypatch.setattr(module, "_best", watched)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")  # on a GPU and on some CPUs: factors of 8 bits
+    try:
+        nearest(np.eye(3, dtype=np.float32), [np.eye(3, dtype=np.float32)], set(), 1, CPU)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen == ["highest"]

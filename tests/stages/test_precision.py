@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +29,8 @@ def config(asked: str = "auto", mirror: str | None = None) -> Config:
     return read({**tree, "mirror": mirror}, [f"backbone.precision={asked}"])
 
 
-def run_in(root: Path, of: Config, gpus: bool = False) -> Run:
-    console = SimpleNamespace(log=lambda line: None, event=lambda name, **figures: None, stage=nullcontext)
+def run_in(root: Path, of: Config, gpus: bool = False, log: Callable[[str], None] = lambda line: None) -> Run:
+    console = SimpleNamespace(log=log, event=lambda name, **figures: None, stage=nullcontext)
     return cast(Run, Run(of, Store(root), cast(Any, SimpleNamespace(has_gpus=lambda: gpus)), cast(Any, console)))
 
 
@@ -50,6 +51,20 @@ def test_auto_settles_by_the_workers_once_and_stays_on_other_machines(tmp_path: 
     record(first)
     again = settle(run_in(tmp_path, config(), not gpus), TRAIN)
     assert again.config.backbone.computes_in == found == settled(config(), Store(tmp_path), TRAIN).backbone.computes_in
+
+
+def test_a_run_beside_gpus_says_that_it_goes_on_in_fp32_and_what_would_be_faster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = list[str]()
+    record(settle(run_in(tmp_path, config()), TRAIN))
+    monkeypatch.setattr(precision, "may_have_gpus", lambda resources: True)
+    settle(run_in(tmp_path, config(), gpus=True, log=lines.append), TRAIN)
+    assert lines == [
+        "precision: float32 (as the run directory began); backbone.precision=bf16 is faster on GPUs, and another result"
+    ]
+    settle(run_in(tmp_path, config("fp32"), gpus=True, log=lines.append), TRAIN)
+    assert len(lines) == 1
 
 
 def test_a_run_that_is_killed_before_its_record_goes_on_as_its_features_were_computed(tmp_path: Path) -> None:
