@@ -41,7 +41,7 @@ from benchmarks.harness import (
 )
 from grappa_dist.distributed.collectives import Comm
 from grappa_dist.models import Adaptors, Attention, GrappaLayer, create_backbone
-from grappa_dist.models.backbone import forward_precision
+from grappa_dist.models.precision import products_in
 from grappa_dist.training.barlow_twins_loss import (
     Penalty,
     barlow_twins,
@@ -182,7 +182,7 @@ class Side:
 
     def forward(self, *leaves: Tensor) -> Tensor:
         """In the precision of training."""
-        with forward_precision(self.grad.device, bf16=self.grad.device.type == "cuda"):
+        with products_in("bf16" if self.grad.device.type == "cuda" else "fp32", self.grad.device):
             return self.module(*leaves)
 
 

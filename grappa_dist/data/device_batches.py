@@ -1,8 +1,8 @@
 """Batches of images on the device: read ahead in threads, copied there ahead of the work that takes them.
 
-On a GPU the reading threads fill page-locked memory. Batches are copied out of it on a stream of their own, at most
+On a GPU the reading threads fill pinned memory. Batches are copied out of it on a stream of their own, at most
 AHEAD before they are taken, so a copy runs beside the work on an earlier batch and no thread waits for it. Two orders
-are kept by events: a batch is used after its copy has ended, and page-locked memory is filled again after the copy out
+are kept by events: a batch is used after its copy has ended, and pinned memory is filled again after the copy out
 of it has ended. On a CPU a batch is the memory that was read into; nothing is copied.
 
 Shapes: B images of a batch.
@@ -80,7 +80,7 @@ def _copied(
         (pinned,) = taken
         return pinned, more
 
-    # A thread has one batch in work, and page-locked memory is taken from all processes of the machine.
+    # A thread has one batch in work, and pinned memory is taken from all processes of the machine.
     depth = threads + 2 * AHEAD
     with closing(read_batches(jobs, read_one, threads=threads, depth=depth)) as batches:
         ahead: deque[tuple[_Copy, More]] = deque()
@@ -98,7 +98,7 @@ def _copied(
 
 @dataclass(frozen=True)
 class _Pinned:
-    """A batch in page-locked memory."""
+    """A batch in pinned memory."""
 
     memory: Tensor  # flat, perhaps larger
     pixels: Tensor  # in it
@@ -113,7 +113,7 @@ class _Copy:
 
 
 class _Copies:
-    """Page-locked memory, and the stream on which batches are copied out of it to a GPU."""
+    """Pinned memory, and the stream on which batches are copied out of it to a GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._stream = device, torch.cuda.Stream(device)
@@ -121,7 +121,7 @@ class _Copies:
         self._used: deque[tuple[Tensor, torch.cuda.Event]] = deque()  # memory, and the end of the last copy out of it
 
     def memory(self, shape: tuple[int, ...]) -> _Pinned:
-        """Page-locked memory that no copy reads any more; called by the reading threads."""
+        """Pinned memory that no copy reads any more; called by the reading threads."""
         size = math.prod(shape)
         with self._lock:
             for number, (memory, ended) in enumerate(self._used):

@@ -160,11 +160,6 @@ class Comm:
             dist.barrier()
 
 
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU on a device; the copy to a GPU is behind what was given to it before, and nothing waits."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
 def wire_device(comm: Comm) -> torch.device:
     """Where a tensor must be for a collective: NCCL takes only those on a GPU."""
     if comm.size > 1 and dist.get_backend() == "nccl":
@@ -178,6 +173,28 @@ def raise_together(comm: Comm, problem: str) -> None:
     for part in comm.gather(text):
         if len(part):
             raise ValueError(bytes(part.tolist()).decode())
+
+
+@contextmanager
+def failing_together(comm: Comm, device: torch.device) -> Iterator[None]:
+    """Around what may fail on some ranks: if it does, all raise once all have left it, and none waits for another.
+
+    Args:
+        device: where tensors must be for a collective.
+
+    Raises:
+        RuntimeError: it failed on another rank alone; says on which, and why.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    why = "" if error is None else f"{type(error).__name__}: {error}"
+    own = torch.tensor(list(why.encode()), dtype=torch.uint8, device=device)
+    for rank, of_rank in enumerate(comm.gather(own)):
+        if len(of_rank):
+            raise error or RuntimeError(f"rank {rank} failed: {bytes(of_rank.tolist()).decode()}")
 
 
 @contextmanager

@@ -128,8 +128,8 @@ class Runner:
     def handle_signals(self) -> AbstractContextManager[None]:
         """While inside, SIGTERM and SIGHUP raise Terminated, Ctrl-C raises Interrupted.
 
-        Before that, running jobs stop at their next step and save, for which they have a minute. Ctrl-C pressed again
-        waits for no job.
+        Before that, running jobs stop at their next step, or on a GPU when they next read their figures, and save, for
+        which they have a minute. Ctrl-C pressed again waits for no job.
         """
         return self._signals.handled()
 

@@ -18,7 +18,7 @@ from grappa_dist.gpu_check.checks import BF16, TERA, Figure, Found, Machine, Not
 from grappa_dist.gpu_check.inputs import largest_distance, unit_rows
 from grappa_dist.gpu_check.limits import fastest_s
 from grappa_dist.models import Adaptors, Attention, GrappaLayer, PackedGrappa, create_backbone
-from grappa_dist.models.backbone import forward_precision
+from grappa_dist.models.precision import products_in
 from grappa_dist.progress import lost_trials
 from grappa_dist.search.backends import triton_is_faster, within_error_bound
 from grappa_dist.search.bf16 import TritonGenerator
@@ -146,7 +146,7 @@ def _values(layer: nn.Module, inputs: Tensor, *, bf16: bool) -> list[Tensor]:
     """The output, and the gradients of inputs and of all that learns."""
     inputs = inputs.clone().requires_grad_()
     learning = [inputs, *(p for p in layer.parameters() if p.requires_grad)]
-    with forward_precision(inputs.device, bf16=bf16):
+    with products_in("bf16" if bf16 else "fp32", inputs.device):
         out = layer(inputs).float()
     weights = torch.linspace(-1, 1, out.shape[-1], device=out.device)
     return [out.detach(), *torch.autograd.grad((out * weights).sum(), learning)]

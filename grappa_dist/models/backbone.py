@@ -12,7 +12,6 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import lru_cache
 from itertools import chain
@@ -34,11 +33,6 @@ _SET_HERE = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoi
 _LARGEST_PATCH = 64  # pixels at the lower edge that are tried before they count as seen
 Patches = Callable[[Tensor], Any]  # images to tokens
 _TRIAL_SCALE = 0.1  # of the weights that a model on "meta" is tried with
-
-
-def forward_precision(device: torch.device, *, bf16: bool | None = None) -> AbstractContextManager[object]:
-    """Products in bfloat16 where `bf16`; with None nothing, since a `Backbone` enters the precision of its own."""
-    return products_in("bf16", device) if bf16 else nullcontext()
 
 
 class Backbone(nn.Module):

@@ -28,10 +28,10 @@ from grappa_dist.console import pluralize
 from grappa_dist.data.epoch_order import RowIds
 from grappa_dist.data.rng import Purpose, torch_seed
 from grappa_dist.data.transforms import Preprocess
-from grappa_dist.distributed.collectives import to_device
 from grappa_dist.distributed.worker import RankContext
 from grappa_dist.models import PackedGrappa
 from grappa_dist.models.spec import build_backbone, release_cached_model
+from grappa_dist.search.in_flight import sent
 from grappa_dist.stages.embed import to_images
 from grappa_dist.stages.multi_set_jobs import (
     AdaptSet,
@@ -175,7 +175,7 @@ class ClassificationObjective:
         labels = torch.from_numpy(np.stack([c.labels.take(rows).astype(np.int64) for c in self._classes]))
         for classes, of_set in zip(self._classes, labels, strict=True):
             classes.classifier.begin(step, of_set)
-        return to_device(labels, self._context.device).split([len(part) for part in of_parts], dim=1)
+        return sent(labels, self._context.device).split([len(part) for part in of_parts], dim=1)
 
     def _forward(self, engine: Engine, pixels: Tensor, after: Callable[[], None]) -> Tensor:
         """Features (S, b, D).
@@ -190,7 +190,7 @@ class ClassificationObjective:
         if self._noise is None:
             side = self._preprocess.image_size
             noise = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
-            self._noise = to_device(noise, self._context.device)
+            self._noise = sent(noise, self._context.device)
         z = engine.forward(self._noise)
         return z.view(len(self._classes), 1, z.shape[-1])[:, :0]
 

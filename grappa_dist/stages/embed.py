@@ -33,7 +33,6 @@ from grappa_dist.distributed.worker import report_of_task
 from grappa_dist.files import read_json, save_array, write_json
 from grappa_dist.lack_of_memory import naming_lack_of_memory
 from grappa_dist.models import Grappa
-from grappa_dist.models.backbone import forward_precision
 from grappa_dist.models.spec import ModelSpec, backbone_settings, cached_model, preprocess_of
 from grappa_dist.prefetch import Threads
 from grappa_dist.search.fixed_point import to_grid
@@ -321,8 +320,7 @@ class _Computed:
 def _compute(
     model: nn.Module, pixels: Tensor, images: Images, rows: NDArray[np.int64], reasons: dict[int, str]
 ) -> _Computed:
-    with forward_precision(pixels.device):
-        z = model(to_images(pixels, pixels.device)).float()[: len(rows)]
+    z = model(to_images(pixels, pixels.device)).float()[: len(rows)]
     return _Computed(images, rows, reasons, HostCopy(F.normalize(z, dim=1)))
 
 

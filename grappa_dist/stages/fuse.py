@@ -32,7 +32,7 @@ from grappa_dist.distributed.runner import Job
 from grappa_dist.distributed.worker import RankContext
 from grappa_dist.files import save_tensors
 from grappa_dist.models import Adaptors, Grappa
-from grappa_dist.models.backbone import forward_precision
+from grappa_dist.models.precision import products_in
 from grappa_dist.models.spec import (
     ADAPTORS_FILE,
     FUSION_FILE,
@@ -288,7 +288,7 @@ class FuseObjective:
 
     def _loss(self, za: Tensor, zb: Tensor) -> Tensor:
         allsum, project = self._context.comm.allsum, self.module.projector
-        with forward_precision(self._context.device, bf16=self._job.backbone.computes_in == "bf16"):
+        with products_in(self._job.backbone.computes_in, self._context.device):
             ga, gb = project(za, allsum).float(), project(zb, allsum).float()
         return self._job.fuse.loss_scale * barlow_twins(ga, gb, self._job.fuse.beta, allsum, penalty=self._penalty)
 

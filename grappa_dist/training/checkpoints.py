@@ -24,6 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from grappa_dist.distributed.collectives import failing_together
 from grappa_dist.distributed.worker import RankContext
 from grappa_dist.files import (
     Sum,
@@ -117,18 +118,21 @@ class CheckpointWriter:
         """Begins to save what `save_checkpoint` saves; without a thread, finishes it."""
         assert not self.under_way
         comm, shards, (done, unfinished) = self._context.comm, shards or {}, self._paths(step)
-        if comm.rank == 0:
-            for left in done.parent.glob(".step-*"):  # by killed attempts; no rank writes before all know their files
+        with failing_together(comm, self._context.device):
+            for left in done.parent.glob(".step-*") if comm.rank == 0 else ():  # by killed attempts
                 shutil.rmtree(left, ignore_errors=True)
-            make_folder(unfinished)
+            if comm.rank == 0:
+                make_folder(unfinished)
         self._files = _file_names(self._context, shards)
-        comm.barrier()
         replicated = _replicated(module, state) if comm.rank == 0 else None
         metadata = {"step": str(step), "files": json.dumps(self._files)}
         self._step = step
         if self._thread is None:
             self._work = Future()
-            self._work.set_result(_write_own(unfinished, shards, replicated, metadata))
+            try:
+                self._work.set_result(_write_own(unfinished, shards, replicated, metadata))
+            except Exception as error:
+                self._work.set_exception(error)
             self.finish()
             return
         shards = {name: self._copied_rows(name, shard) for name, shard in shards.items()}
@@ -139,20 +143,25 @@ class CheckpointWriter:
 
     def finish(self) -> None:
         """Makes the checkpoint under way appear, if there is one, once all ranks have written their files; removes the
-        oldest. Raises what prevented this rank's files."""
+        oldest. Raises what prevented files, on all ranks."""
         if self._step is None:
             return
         comm, (done, unfinished) = self._context.comm, self._paths(self._step)
-        sums = _sums_of_ranks(self._context, self._work.result(), self._files)
-        if comm.rank == 0:
-            write_json(unfinished / SUMS_FILE, {"job": self._folder.name, "files": sums})
-            sync(unfinished)
-            rename(unfinished, done)
-            sync(done.parent)
-            for old in _checkpoints(self._folder)[:-KEEP_CHECKPOINTS]:
-                shutil.rmtree(old.rename(old.with_name(f".{old.name}.old")))  # a partly removed one is never whole
-        comm.barrier()
+        with failing_together(comm, self._context.device):
+            own = self._work.result()
+        sums = _sums_of_ranks(self._context, own, self._files)
+        with failing_together(comm, self._context.device):
+            if comm.rank == 0:
+                self._publish(unfinished, done, sums)
         self._step = None
+
+    def _publish(self, unfinished: Path, done: Path, sums: Mapping[str, str]) -> None:
+        write_json(unfinished / SUMS_FILE, {"job": self._folder.name, "files": sums})
+        sync(unfinished)
+        rename(unfinished, done)
+        sync(done.parent)
+        for old in _checkpoints(self._folder)[:-KEEP_CHECKPOINTS]:
+            shutil.rmtree(old.rename(old.with_name(f".{old.name}.old")))  # a partly removed one is never whole
 
     def _paths(self, step: int) -> tuple[Path, Path]:
         """The folder of a checkpoint, and its name until it is whole."""

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from grappa_dist.checksums import damaged, load_array
 from grappa_dist.data.rng import RowDraw
-from grappa_dist.distributed.collectives import Comm, to_device
+from grappa_dist.distributed.collectives import Comm
 from grappa_dist.kmeans.sampling import HASH_BITS, row_hashes
+from grappa_dist.search.in_flight import sent
 from grappa_dist.training.checkpoints import RowShard
 from grappa_dist.training.norm_softmax_loss import Scores, chunks, class_gradient, image_gradient, score_classes
 from grappa_dist.training.optim import RowState, adam_step
@@ -109,7 +110,7 @@ class Classifier:
         if self._settings.sampled < 1:
             active, local = self._drawn(step).numpy(), labels.numpy() - self.first
             active[local[(local >= 0) & (local < len(active))]] = True
-            self._active = to_device(torch.from_numpy(np.flatnonzero(active)), self._device)
+            self._active = sent(torch.from_numpy(np.flatnonzero(active)), self._device)
 
     def score(self, z: Tensor, labels: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Of this rank's images: the summed loss, a scalar with a gradient for z, and how many are classified right.

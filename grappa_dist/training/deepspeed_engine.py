@@ -27,7 +27,6 @@ import torch
 from torch import Tensor, nn
 
 from grappa_dist.distributed.collectives import Comm
-from grappa_dist.models.backbone import forward_precision
 
 State = Mapping[Any, Mapping[str, Tensor]]  # parameter: name of a part of its optimizer state: tensor
 
@@ -36,7 +35,6 @@ class Engine:
     """A module and its optimizer under DeepSpeed. Trainable parameters are replicated and their gradients averaged.
 
     With `zero_stage` 1 the optimizer's state is cut into a part for each rank, with 2 the averaged gradients as well.
-    `bf16`: see `forward_precision`.
     """
 
     def __init__(
@@ -47,7 +45,6 @@ class Engine:
         device: torch.device,
         *,
         zero_stage: int = 0,
-        bf16: bool | None = None,
     ) -> None:
         deepspeed = _deepspeed(device)
         state: State = dict(optimizer.state)  # whole tensors, from a checkpoint
@@ -57,7 +54,7 @@ class Engine:
             optimizer.state.clear()
         deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False)
         self._engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=_InPrecision(module, device, bf16),
+            model=_OfEngine(module),
             optimizer=optimizer,  # ours: the "Adam" of DeepSpeed's config is AdamW, and LARS needs whole tensors
             dist_init_required=False,
             config={
@@ -192,16 +189,16 @@ class _ZeroState:
             lazy_init_hp_params_optimizer_state(group, piece, self._optimizer.state)
 
 
-class _InPrecision(nn.Module):
-    """A module that enters its precision itself: an autocast around DeepSpeed's engine does not reach into it."""
+class _OfEngine(nn.Module):
+    """A module as DeepSpeed gets it, whose hooks stay on this one. It enters its precision itself: an autocast around
+    DeepSpeed's engine does not reach into it."""
 
-    def __init__(self, module: nn.Module, device: torch.device, bf16: bool | None) -> None:
+    def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.module, self._device, self._bf16 = module, device, bf16
+        self.module = module
 
     def forward(self, images: Tensor) -> Tensor:
-        with forward_precision(self._device, bf16=self._bf16):
-            found: Tensor = self.module(images).float()
+        found: Tensor = self.module(images).float()
         return found
 
 

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from grappa_dist.config import Resources
-from grappa_dist.distributed.collectives import to_device
 from grappa_dist.distributed.worker import RankContext
+from grappa_dist.search.in_flight import sent
 
 Figures = Mapping[str, Tensor | float]  # scalars, on the device or known to the host
 MOST_UNREAD = 100  # steps whose figures wait to be read
@@ -84,7 +84,7 @@ class PendingFigures:
         names = sorted(sums)
         known = [0.0 if isinstance(value := sums[name], Tensor) else float(value) for name in names]
         host = torch.tensor([*known, *self._votes(written)], dtype=torch.float64)
-        values = list(to_device(host, self._context.device).unbind())
+        values = list(sent(host, self._context.device).unbind())
         for place, name in enumerate(names):
             if isinstance(value := sums[name], Tensor):
                 values[place] = value.double()

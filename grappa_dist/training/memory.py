@@ -226,7 +226,9 @@ def _train_pass(model: Trained, images: int) -> None:
     size, device = model.backbone.preprocess.image_size, model.backbone.mean.device
     torch.cuda.empty_cache()
     try:
-        model(torch.zeros(images, 3, size, size, device=device)).sum().backward()
+        z = model(torch.zeros(images, 3, size, size, device=device))
+        if z.requires_grad:  # the attention over a single set has no gradient
+            z.sum().backward()
     finally:
         for parameter in model.parameters():
             parameter.grad = None

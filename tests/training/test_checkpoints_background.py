@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import json
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from grappa_dist.distributed.collectives import Comm
@@ -32,10 +35,15 @@ def shard_of(comm: Comm) -> RowShard:
     return RowShard(first, {"rows": ROWS[first:end].clone()})
 
 
-def content(folder: Path) -> dict[str, bytes]:
-    """The files of a folder; the name of the job's folder is left out."""
-    found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    return {name: data.replace(f'"{folder.name}"'.encode(), b"") for name, data in found.items()}
+def content(folder: Path) -> dict[str, Any]:
+    """What files of a folder hold, by name: metadata, which safetensors writes in any order, and bytes of tensors."""
+    found: dict[str, Any] = {}
+    for path in folder.rglob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name).numpy().tobytes() for name in file.keys()}  # noqa: SIM118
+            found[path.name] = (file.metadata(), tensors)
+    sums = json.loads((folder / "checkpoints" / "step-000000007" / checkpoints.SUMS_FILE).read_text())
+    return found | {checkpoints.SUMS_FILE: sums["files"].keys()}
 
 
 def write_both_ways(comm: Comm, folder: Path) -> bool:
@@ -59,7 +67,7 @@ def write_both_ways(comm: Comm, folder: Path) -> bool:
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_a_checkpoint_written_beside_training_has_the_bytes_of_one_at_once(tmp_path: Path, size: int) -> None:
+def test_a_checkpoint_written_beside_training_has_the_content_of_one_at_once(tmp_path: Path, size: int) -> None:
     assert run_ranks(write_both_ways, size, tmp_path) == [True] * size
     at_once, beside = content(tmp_path / "at-once"), content(tmp_path / "beside")
     assert at_once == beside
@@ -110,6 +118,46 @@ def test_what_prevents_the_writer_comes_up_when_the_checkpoint_is_finished(
         with pytest.raises(OSError, match="No space left"):
             writer.finish()
     assert load_checkpoint(Watcher().context(Comm()), tmp_path, *trained()) == 3
+
+
+FAILING = {"make_folder": 0, "_write": 1, "rename": 0}  # on this rank
+
+
+def fail_on_one_rank(comm: Comm, folder: Path) -> list[tuple[str, int]]:
+    """What a rank raises, and the checkpoint that there is then, where one rank cannot do a part of its work."""
+    found, context = [], Watcher().context(comm)
+    for background in (False, True):
+        for name, rank in FAILING.items():
+            own = folder / f"{name}-{background}"
+            module, optimizer = trained()
+            save_checkpoint(context, own, 3, module, optimizer.state, {"classifier": shard_of(comm)})
+            with pytest.MonkeyPatch.context() as patch:
+                if comm.rank == rank:
+                    patch.setattr(checkpoints, name, full_disk)
+                with pytest.raises((OSError, RuntimeError)) as error:
+                    write_one(comm, own, background=background)
+            step = load_checkpoint(context, own, *trained(), {"classifier": shard_of(comm)})
+            found.append((f"{type(error.value).__name__}: {error.value}", step))
+    return found
+
+
+def write_one(comm: Comm, folder: Path, *, background: bool) -> None:
+    module, optimizer = trained()
+    with CheckpointWriter(Watcher().context(comm), folder, background=background) as writer:
+        writer.begin(5, module, optimizer.state, {"classifier": shard_of(comm)})
+        writer.finish()
+
+
+def full_disk(*args: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_a_rank_that_cannot_write_is_waited_for_by_none_and_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+    ranks = run_ranks(fail_on_one_rank, 2, tmp_path, timeout_s=60, collective_s=10)
+    full = "OSError: [Errno 28] No space left on device"
+    for case, at in enumerate([*FAILING.values()] * 2):
+        assert ranks[at][case] == (full, 3)
+        assert ranks[1 - at][case] == (f"RuntimeError: rank {at} failed: {full}", 3)
 
 
 def test_a_checkpoint_that_is_not_finished_never_appears(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from grappa_dist.distributed.collectives import Comm
+from grappa_dist.models.precision import products_in
 from grappa_dist.training.deepspeed_engine import Engine, _deepspeed
 from grappa_dist.training.optim import Lars
 from tests.models import tiny
@@ -88,7 +89,20 @@ def test_two_engines_one_after_the_other_give_the_same() -> None:
         assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def steps_in_bf16(comm: Comm, bf16: bool | None, zero_stage: int) -> dict[str, set[torch.dtype]]:
+class InBf16(nn.Module):
+    """A module that enters its precision itself, as a backbone does."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, images: Tensor) -> Tensor:
+        with products_in("bf16", CPU):
+            found: Tensor = self.module(images)
+        return found
+
+
+def steps_in_bf16(comm: Comm, bf16: bool, zero_stage: int) -> dict[str, set[torch.dtype]]:
     """The types that a linear layer computes in, and of all that two steps leave, when DeepSpeed asks whether autocast
     is on for the CPU: unpatched, it asks for GPUs alone."""
     on, seen, model = torch.is_autocast_enabled, set[torch.dtype](), small_model()
@@ -96,7 +110,8 @@ def steps_in_bf16(comm: Comm, bf16: bool | None, zero_stage: int) -> dict[str, s
     gradients: set[torch.dtype] = set()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "is_autocast_enabled", lambda kind="cpu": on(kind))
-        engine = Engine(model, optimizer_of("adam", model), comm, CPU, zero_stage=zero_stage, bf16=bf16)
+        module = InBf16(model) if bf16 else model
+        engine = Engine(module, optimizer_of("adam", model), comm, CPU, zero_stage=zero_stage)
         for step in range(2):
             z = engine.forward(batch(step))
             engine.backward(z.square().sum() / 7)
@@ -110,12 +125,12 @@ def steps_in_bf16(comm: Comm, bf16: bool | None, zero_stage: int) -> dict[str, s
     return {"linear": seen, "output": {z.dtype}, "gradients": gradients, "weights": weights, "moments": moments}
 
 
-def in_several_ways(comm: Comm, ways: tuple[tuple[bool | None, int], ...]) -> list[dict[str, set[torch.dtype]]]:
+def in_several_ways(comm: Comm, ways: tuple[tuple[bool, int], ...]) -> list[dict[str, set[torch.dtype]]]:
     return [steps_in_bf16(comm, bf16, zero_stage) for bf16, zero_stage in ways]
 
 
 def test_in_bf16_layers_compute_in_bfloat16_and_all_that_stays_is_float32_on_a_cpu_where_asked_for() -> None:
-    (found,) = run_ranks(in_several_ways, 1, ((True, 0), (True, 1), (True, 2), (None, 0)))
+    (found,) = run_ranks(in_several_ways, 1, ((True, 0), (True, 1), (True, 2), (False, 0)))
     assert [of_way.pop("linear") for of_way in found] == [{torch.bfloat16}] * 3 + [{torch.float32}]
     for of_way in found:
         assert len(of_way) == 4

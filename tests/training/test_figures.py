@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import math
+import threading
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,8 @@ import torch
 
 from grappa_dist.config import Resources
 from grappa_dist.distributed.collectives import Comm
-from grappa_dist.training import figures
+from grappa_dist.training import checkpoints, figures, loop
+from grappa_dist.training.checkpoints import CheckpointWriter
 from grappa_dist.training.deepspeed_engine import Engine
 from grappa_dist.training.figures import DEFAULT_PACE, MOST_UNREAD, Figures, Pace, PendingFigures, Reading
 from grappa_dist.training.loop import Reporting, Schedule, train
@@ -110,6 +114,40 @@ class Spoiled(Regression):
         return found | {"loss": torch.tensor(math.nan)} if step >= self._at and self._comm.rank else found
 
 
+class Releasing(Regression):
+    """Lets the writer of checkpoints go at a step."""
+
+    def __init__(self, comm: Comm, at: int) -> None:
+        super().__init__(comm)
+        self._at, self.go = at, threading.Event()
+
+    def backward(self, engine: Engine, step: int) -> Figures:
+        if step == self._at:
+            self.go.set()
+        return super().backward(engine, step)
+
+
+def slowly(comm: Comm, run: Callable[[Regression], bool]) -> list[int]:
+    """The steps at which checkpoints begin that are written beside training, by rank 0 not before step 21 is done; the
+    other rank has nothing to write."""
+    begun, begin, write, objective = list[int](), CheckpointWriter.begin, checkpoints._write, Releasing(comm, 21)
+
+    def noted(writer: CheckpointWriter, step: int, *state: Any) -> None:
+        begun.append(step)
+        begin(writer, step, *state)
+
+    def slow(*args: Any) -> str:
+        assert objective.go.wait(60)
+        return write(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "CheckpointWriter", partial(CheckpointWriter, background=True))
+        patch.setattr(CheckpointWriter, "begin", noted)
+        patch.setattr(checkpoints, "_write", slow)
+        run(objective)
+    return begun
+
+
 def trained_late(comm: Comm, folder: Path) -> dict[str, Any]:
     """Training whose figures are read every few steps, as on a GPU, in all the ways that it may end."""
     found: dict[str, Any] = {}
@@ -143,6 +181,7 @@ def trained_late(comm: Comm, folder: Path) -> dict[str, Any]:
         run("killed", Watcher(), Regression(comm))
         stopped = Watcher(stop_after=3 if comm.rank else None)
         found["stopped"] = [run("stopped", stopped, Regression(comm)), run("stopped", Watcher(), Regression(comm))]
+        found["begun"] = slowly(comm, lambda objective: run("slow-disk", Watcher(), objective))
         used = list[int]()
         with pytest.raises(ArithmeticError) as error:
             run("spoiled", Watcher(), Spoiled(comm, 13), suspects=lambda step: [f"image of step {step}"])
@@ -162,7 +201,7 @@ def late(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str,
 Late = tuple[Path, list[dict[str, Any]]]
 
 
-@pytest.mark.parametrize("way", ["late", "killed", "stopped"])
+@pytest.mark.parametrize("way", ["late", "killed", "stopped", "slow-disk"])
 def test_figures_that_are_read_late_change_no_bit_and_every_step_is_logged_once(late: Late, way: str) -> None:
     folder, found = late
     straight, other = (torch.load(folder / f"{name}.pt") for name in ("at-once", way))
@@ -175,6 +214,14 @@ def test_figures_that_are_read_late_change_no_bit_and_every_step_is_logged_once(
     ]
     assert str(steps[0]) == str(steps[1])  # a NaN among them
     assert [rank["stopped"] for rank in found] == [[False, True]] * 2
+
+
+def test_no_rank_waits_for_one_that_writes_slowly_and_all_begin_the_next_checkpoint_alike(late: Late) -> None:
+    first, second = (rank["begun"] for rank in late[1])
+    assert first == second
+    assert first[0] == 10  # as scheduled
+    assert 20 not in first  # scheduled too, but the one before was under way
+    assert len(first) <= 2
 
 
 def test_a_loss_that_is_not_finite_and_read_late_stops_all_ranks_before_anything_after_it_is_saved(late: Late) -> None:

@@ -11,7 +11,7 @@ import torch
 from grappa_dist.config import AdaptConfig
 from grappa_dist.data.transforms import Preprocess
 from grappa_dist.distributed.collectives import Comm
-from grappa_dist.models import Backbone, PackedGrappa
+from grappa_dist.models import Backbone, Grappa, PackedGrappa
 from grappa_dist.models.packed import activation_bytes
 from grappa_dist.training import memory
 from grappa_dist.training.memory import (
@@ -106,6 +106,13 @@ def test_the_trial_leaves_no_gradients_behind() -> None:
     packed = model()
     memory._train_pass(packed, 2)
     assert all(parameter.grad is None for parameter in packed.parameters())
+
+
+def test_the_trial_takes_the_fusion_of_a_single_set_whose_attention_has_no_gradient() -> None:
+    fusion = Grappa(Backbone(create(), Preprocess(image_size=32)), 1, 3, attention=True)
+    fusion.trainable_attention()
+    memory._train_pass(fusion, 2)
+    assert all(parameter.grad is None for parameter in fusion.parameters())
 
 
 def uneven(comm: Comm, folder: Path, usable: int) -> AutomaticBatch:
