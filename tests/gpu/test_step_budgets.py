@@ -44,7 +44,7 @@ def test_a_step_of_the_fusion_asks_for_no_more_than_its_budget(gpu: PretendGpu, 
 
 def test_a_batch_that_is_embedded_asks_for_no_more_than_its_budget(gpu: PretendGpu) -> None:
     (found,) = gpu.run("tests.gpu.workloads:embed_counts", sets=2)
-    check(found["quiet"], (4, 3, 105))
+    check(found["quiet"], (1, 4, 70))  # copies: two of them of batches ahead, where reading catches up
 
 
 @pytest.mark.parametrize(("kernel", "budget"), [(True, (16, 12, 270)), (False, (13, 10, 133))])
