@@ -113,7 +113,7 @@ def only_rank(
 ) -> Iterator[RankContext]:
     """The context of the only rank of a job, in a process group of its own, as a worker gives it."""
     backend = "nccl" if device.type == "cuda" else "gloo"
-    with process_group(0, 1, _free_address(), backend=backend) as comm:
+    with process_group(0, 1, _free_address(), backend=backend, device=device) as comm:
         yield RankContext(comm, device, report, stop_requested)
 
 

@@ -11,7 +11,7 @@ import torch
 from grappa_dist.files import read_json
 from grappa_dist.gpu_check import rows
 from grappa_dist.gpu_check.checks import Machine
-from grappa_dist.gpu_check.inputs import digest, unit_rows
+from grappa_dist.gpu_check.inputs import digest, only_rank, unit_rows
 from grappa_dist.search.fixed_point import to_grid
 
 
@@ -52,3 +52,17 @@ def test_the_stored_digests_are_of_the_sizes_that_are_checked() -> None:
     stored = read_json(rows.DIGESTS)
     for name, sizes in (("kmeans", rows.KMEANS), ("knn", rows.KNN)):
         assert {size: of["sizes"] for size, of in stored[name].items()} == sizes
+
+
+def test_the_only_rank_binds_its_group_to_its_gpu_as_a_worker_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    bound = list[object]()
+
+    def ended(backend: str, **given: object) -> None:
+        bound.append((backend, given["device_id"]))
+        raise OSError(1, "seen")
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", ended)
+    for device in (torch.device("cuda", 0), torch.device("cpu")):
+        with pytest.raises(ConnectionError, match="seen"), only_rank(device):
+            pass
+    assert bound == [("nccl", torch.device("cuda", 0)), ("gloo", None)]
