@@ -8,7 +8,7 @@ from benchmarks.harness import Timing
 TINY = AdaptSettings(sets=2, backbone="vit_tiny_patch16_224", image_size=32, images=4, threads=1, steps=1, repeats=2)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_both_sides_are_timed_and_compared_by_their_fastest_runs() -> None:
     found = measure_packing(TINY, lambda line: None)
     assert {name: len(timing.runs) for name, timing in found.items()} == {PACKED: 2, ALONE: 2}

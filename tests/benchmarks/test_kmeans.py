@@ -55,6 +55,7 @@ def test_ratios_and_memory_are_numbers(findings: KMeansFindings) -> None:
         assert written["memory"]["more_rows"] == 8 * written["memory"]["rows"] == 8 * ROWS
 
 
+@pytest.mark.long
 def test_the_table_ends_every_k_with_a_verdict(findings: KMeansFindings) -> None:
     text = as_text(HEADER, findings)
     assert "drawn: 1200 rows" in text

@@ -37,7 +37,7 @@ def test_class_folders_are_scored_beside_the_backbone(tmp_path: Path) -> None:
     assert flat.err.startswith("error: ")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_python_needs_neither_ray_nor_faiss_nor_deepspeed(tmp_path: Path) -> None:
     write_photos(tmp_path / "photos")
     code = f"""

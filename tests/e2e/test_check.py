@@ -13,6 +13,7 @@ from tests.e2e import runs
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
 
 
+@pytest.mark.long
 def test_check_prints_what_the_nodes_have_and_makes_nothing(tmp_path: Path) -> None:
     ended = runs.run(tmp_path / "run", "--check", "resources.workers=1")
     assert ended.returncode == 0, ended.stderr

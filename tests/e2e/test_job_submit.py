@@ -145,6 +145,7 @@ def test_exit_status_and_error_of_a_failing_job_are_in_its_message(dashboard: st
     assert "Traceback" not in job["message"]
 
 
+@pytest.mark.long
 def test_a_stopped_job_has_saved_its_state(dashboard: str, finished: Path, tmp_path: Path) -> None:
     out = runs.without_training(finished, tmp_path / "run")
     endless = ["adapt.epochs=10000", "adapt.checkpoint_steps=1000000"]  # no checkpoint but that of the stop
