@@ -30,7 +30,7 @@ MARKS ?= not slow and not long and not cluster
 test: $(READY) ## every module and a whole pipeline with kills, in minutes on two cores; needs no GPU and no cluster
 	$(PYTEST) -m '$(MARKS)'
 
-test-all: $(READY) ## the rest of what runs on every push and needs no cluster
+test-all: $(READY) ## the rest of what a push runs as far as its time allows, and needs no cluster
 	$(PYTEST) -m 'slow and not long and not cluster'
 
 test-long: $(READY) ## tests that take too long for every push: jobs killed at random steps by ten seeds, local clusters, five ranks, ...

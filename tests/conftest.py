@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,14 @@ THREADS = torch.get_num_threads()
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Whole pipelines first: files go to processes in this order (Makefile), and these take longest."""
     items.sort(key=lambda item: item.get_closest_marker("e2e") is None)
+
+
+@pytest.hookimpl(tryfirst=True)  # before fixtures, some of which are whole runs
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """SLOW_UNTIL, in seconds since 1970, bounds what slow tests take of a push on a slow machine."""
+    until = float(os.environ.get("SLOW_UNTIL", "inf"))
+    if item.get_closest_marker("slow") and time.time() > until:
+        pytest.skip("slow, and the time for such tests is over on this machine (SLOW_UNTIL): make test-all")
 
 
 @pytest.fixture(scope="session", autouse=True)
