@@ -65,6 +65,7 @@ def rows_of(folder: Path, *functions: Any, budget_s: float = 600.0) -> list[Row]
     return report.rows
 
 
+@pytest.mark.slow
 def test_an_error_a_crash_and_a_wrong_result_are_rows_and_the_others_go_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -117,7 +117,7 @@ def asked_by_fuse(comm: Comm, folder: Path) -> list[Counter[str]]:
     return found
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("asked_by", [asked_by_adapt, asked_by_fuse])
 def test_no_step_asks_a_device_for_a_number(
     drawn: Path, size: int, asked_by: Callable[[Comm, Path], list[Counter[str]]]

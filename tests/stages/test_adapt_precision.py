@@ -59,10 +59,12 @@ def losses(folder: Path, out: str, precision: Precision = "bf16") -> list[float]
     return tiny.losses_of(job_in(folder, out, precision).sets[0].artifact.path)
 
 
+@pytest.mark.slow
 def test_frozen_weights_of_products_are_held_in_bf16_on_every_rank(world: World) -> None:
     assert all(types == {torch.bfloat16, torch.float32} for ranks in world[1].values() for types in ranks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", RANKS)
 def test_losses_in_bf16_are_those_of_fp32_to_its_rounding(world: World, size: int) -> None:
     found, right = losses(world[0], f"{size}-bf16"), losses(world[0], f"{size}-fp32", "fp32")
@@ -71,6 +73,7 @@ def test_losses_in_bf16_are_those_of_fp32_to_its_rounding(world: World, size: in
     np.testing.assert_allclose(found, right, rtol=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", RANKS)
 def test_a_killed_job_in_bf16_goes_on_to_the_same_bytes(world: World, size: int) -> None:
     sets = [job_in(world[0], f"{size}-{way}", "bf16").sets[0].artifact.path for way in ("bf16", "killed")]
