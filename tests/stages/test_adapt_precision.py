@@ -81,6 +81,7 @@ def test_a_killed_job_in_bf16_goes_on_to_the_same_bytes(world: World, size: int)
     assert straight == killed
 
 
-def test_sets_of_two_precisions_have_two_names(world: World) -> None:
-    wide, narrow = (job_in(world[0], "names", precision).sets[0].artifact.name for precision in ("fp32", "bf16"))
+def test_sets_of_two_precisions_have_two_names(tmp_path: Path) -> None:
+    tiny.write_shards(tmp_path / "images")
+    wide, narrow = (job_in(tmp_path, "names", precision).sets[0].artifact.name for precision in ("fp32", "bf16"))
     assert wide != narrow
