@@ -10,7 +10,7 @@ INSTALL = $(if $(shell command -v uv),UV_FIND_LINKS='$(PIP_FIND_LINKS)' uv pip i
   $(BIN)/python -m pip install --quiet --disable-pip-version-check)
 READY = $(VENV)/.ready
 
-.PHONY: help demo screenshots test test-all test-long test-faults test-cluster test-cluster-fast test-gpu check format bench wheel lock audit clean
+.PHONY: help demo screenshots test test-all test-oldest test-long test-faults test-cluster test-cluster-fast test-gpu check format bench wheel lock audit clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -35,6 +35,14 @@ test-all: $(READY) ## the rest of what a push runs as far as its time allows, an
 
 test-long: $(READY) ## tests that take too long for every push: jobs killed at random steps by ten seeds, local clusters, five ranks, ...
 	$(BIN)/python -m pytest -q -m 'long and not cluster'
+
+OLDEST = .venv-oldest
+OLDEST_TESTS = tests/models tests/training tests/search tests/kmeans tests/knn tests/stages tests/retrieval
+test-oldest: ## tests of models, training, k-means, k-NN and stages with the oldest versions that pyproject.toml allows; needs uv and 6 GB
+	$(PYTHON) -m venv $(OLDEST)
+	uv pip install --quiet --python $(OLDEST)/bin/python --resolution lowest-direct -e '.[$(FAISS),parquet]' \
+	  'pytest>=8' 'pytest-timeout>=2.3' 'hypothesis>=6.100'
+	$(OLDEST)/bin/python -m pytest -q -m '$(MARKS)' $(OLDEST_TESTS)
 
 FAULT_TRIALS ?= 300
 FAULT_MINUTES ?= 600
@@ -79,4 +87,4 @@ audit: ## known vulnerabilities of what requirements-lock.txt names, by pip-audi
 	PYTHON=$(PYTHON) tests/audit.sh
 
 clean: ## removes the environment and build leftovers; runs/ stays
-	rm -rf $(VENV) build wheels *.egg-info
+	rm -rf $(VENV) $(OLDEST) build wheels *.egg-info

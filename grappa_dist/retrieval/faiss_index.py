@@ -146,13 +146,15 @@ def search(index: Index, queries: Rows, k: int, probes: int) -> tuple[NDArray[np
 
     _set_threads()
     parameters: Any = faiss.SearchParametersIVF
+    # faiss.contrib.torch_utils replaces `search` for the whole process by one that takes no `params`
+    found_in = getattr(index, "search_numpy", index.search)
     if not probes:
-        cosines, ids = index.search(queries, k)
+        cosines, ids = found_in(queries, k)
     else:
-        cosines, ids = index.search(queries, k, params=parameters(nprobe=probes))
+        cosines, ids = found_in(queries, k, params=parameters(nprobe=probes))
         if len(few := np.flatnonzero(ids[:, -1] < 0)):
             every = parameters(nprobe=index.nlist)
-            cosines[few], ids[few] = index.search(queries[few], k, params=every)
+            cosines[few], ids[few] = found_in(queries[few], k, params=every)
     order = np.lexsort((ids, -cosines))
     return np.take_along_axis(cosines, order, 1), np.take_along_axis(ids, order, 1)
 

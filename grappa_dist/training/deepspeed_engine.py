@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -223,6 +224,6 @@ def _deepspeed(device: torch.device) -> Any:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
 
-    vars(deepspeed.ops)["__compatible_ops__"] = {}  # asking for it would begin the search
+    vars(deepspeed.ops)["__compatible_ops__"] = defaultdict(bool)  # asking for it would begin the search
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     return deepspeed

@@ -275,3 +275,20 @@ def test_readers_see_whole_states_while_an_index_is_built_again_and_again(tmp_pa
     reader.join()
     assert failed == []
     assert {len(names) for names in seen} == {2 * EACH}
+
+
+BESIDE_TORCH_UTILS = """
+import faiss, numpy as np
+import faiss.contrib.torch_utils
+from grappa_dist.retrieval.faiss_index import search
+rows = np.eye(8, dtype=np.float32)
+index = faiss.index_factory(8, "IVF4,Flat", faiss.METRIC_INNER_PRODUCT)
+index.train(rows)
+index.add(rows)
+assert search(index, rows, 2, probes=1)[1][:, 0].tolist() == list(range(8))
+"""
+
+
+def test_lists_are_searched_where_a_package_has_replaced_the_search_of_faiss() -> None:
+    done = subprocess.run([sys.executable, "-c", BESIDE_TORCH_UTILS], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
