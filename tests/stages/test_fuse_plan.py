@@ -49,7 +49,7 @@ def steps_of_a_projector(comm: Comm) -> int:
 def test_a_rank_takes_the_memory_predicted_for_a_projector(ranks: int) -> None:
     predicted = projector_bytes(sum(a * b for a, b in pairwise(WIDTHS)))
     for taken in run_ranks(twice, ranks):
-        assert 0.95 * predicted < taken < 1.25 * predicted  # three copies would be 0.75
+        assert 0.85 * predicted < taken < 1.25 * predicted  # three copies would be 0.75; a rank alone sums nothing
 
 
 def twice(comm: Comm) -> int:
