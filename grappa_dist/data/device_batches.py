@@ -18,7 +18,6 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -31,6 +30,7 @@ AHEAD = 2  # batches on the device, or on their way, beside the one that is bein
 
 Job = TypeVar("Job")
 More = TypeVar("More")
+Held = TypeVar("Held")  # the memory of a batch
 Memory = Callable[[tuple[int, ...]], Pixels]  # shape -> memory for the pixels of a batch, whatever is in it
 Read = Callable[[Job, Memory], More]  # fills that memory, for which it asks once -> what else belongs to the batch
 
@@ -48,19 +48,29 @@ def device_batches(
         yield from _copied(jobs, read, _Copies(device), threads_here(threads))
         return
 
-    def read_one(job: Job) -> tuple[Tensor, More]:
-        taken = list[Pixels]()
+    into_memory = _reading(read, lambda shape: torch.empty(shape, dtype=torch.uint8), lambda pixels: pixels)
+    with closing(read_batches(jobs, into_memory, threads=threads)) as batches:
+        yield from batches
+
+
+def _reading(
+    read: Read[Job, More], allocate: Callable[[tuple[int, ...]], Held], pixels_of: Callable[[Held], Tensor]
+) -> Callable[[Job], tuple[Held, More]]:
+    """Reads a job into memory of its own, and returns that and what else was read."""
+
+    def read_one(job: Job) -> tuple[Held, More]:
+        taken = list[Held]()
 
         def memory(shape: tuple[int, ...]) -> Pixels:
-            taken.append(np.empty(shape, dtype=np.uint8))
-            return taken[-1]
+            taken.append(allocate(shape))
+            pixels: Pixels = pixels_of(taken[-1]).numpy()
+            return pixels
 
         more = read(job, memory)
-        (pixels,) = taken
-        return torch.from_numpy(pixels), more
+        (held,) = taken
+        return held, more
 
-    with closing(read_batches(jobs, read_one, threads=threads)) as batches:
-        yield from batches
+    return read_one
 
 
 def _copied(
@@ -68,21 +78,10 @@ def _copied(
 ) -> Generator[tuple[Tensor, More], None, None]:
     """The same, copied to a GPU."""
 
-    def read_one(job: Job) -> tuple[_Pinned, More]:
-        taken = list[_Pinned]()
-
-        def memory(shape: tuple[int, ...]) -> Pixels:
-            taken.append(copies.memory(shape))
-            pixels: Pixels = taken[-1].pixels.numpy()
-            return pixels
-
-        more = read(job, memory)
-        (pinned,) = taken
-        return pinned, more
-
+    into_pinned = _reading(read, copies.memory, lambda pinned: pinned.pixels)
     # A thread has one batch in work, and pinned memory is taken from all processes of the machine.
     depth = threads + 2 * AHEAD
-    with closing(read_batches(jobs, read_one, threads=threads, depth=depth)) as batches:
+    with closing(read_batches(jobs, into_pinned, threads=threads, depth=depth)) as batches:
         ahead: deque[tuple[_Copy, More]] = deque()
         while True:
             while not ahead or (len(ahead) <= AHEAD and batches.ready()):

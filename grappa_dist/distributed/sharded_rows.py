@@ -65,6 +65,16 @@ class Rows:
     def num_good(self) -> int:
         return sum(int(good.sum()) for good in self.good)
 
+    def labels_by_shard(self, labels: np.ndarray) -> list[np.ndarray]:
+        """Labels of the good rows, (n,), as those of all rows of each shard, (P,) int32, -1 for bad rows."""
+        parts, first = [], 0
+        for good in self.good:
+            part, num = np.full(len(good), -1, dtype=np.int32), int(good.sum())
+            part[good] = labels[first : first + num]
+            parts.append(part)
+            first += num
+        return parts
+
     @cached_property
     def good_before(self) -> np.ndarray:
         """How many good rows come before each of the rows, (rows,) int64."""

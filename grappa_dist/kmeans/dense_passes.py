@@ -43,13 +43,7 @@ class DensePasses:
 
     def labels(self) -> list[np.ndarray]:
         """Labels of the rank's rows by shard, (P,) int32, -1 for bad rows."""
-        found, parts, first = self.of_rows.cpu().numpy(), [], 0
-        for good in self.sharded.rows.good:
-            part = np.full(len(good), -1, dtype=np.int32)
-            part[good] = found[first : first + int(good.sum())]
-            parts.append(part)
-            first += int(good.sum())
-        return parts
+        return self.sharded.rows.labels_by_shard(self.of_rows.cpu().numpy())
 
 
 @dataclass(frozen=True)

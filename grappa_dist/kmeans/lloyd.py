@@ -350,13 +350,7 @@ class BoundedPasses:
 
     def labels(self) -> list[np.ndarray]:
         """Labels of the rank's rows by shard, (P,) int32, -1 for bad rows."""
-        parts, first = [], 0
-        for good in self.sharded.rows.good:
-            part = np.full(len(good), -1, dtype=np.int32)
-            part[good] = self.bounds.labels[first : first + int(good.sum())].numpy()
-            parts.append(part)
-            first += int(good.sum())
-        return parts
+        return self.sharded.rows.labels_by_shard(self.bounds.labels.numpy())
 
 
 @dataclass(frozen=True)

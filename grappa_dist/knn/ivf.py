@@ -259,10 +259,8 @@ class ListSearch:
     blocks: Blocks
     lists: InvertedLists
     k: int
-    largest: tuple[
-        float, float
-    ]  # over all ranks, the largest norm of a row and of what bfloat16 leaves out of it; on a
-    # device, which does without them, (0, 0)
+    # Over all ranks, the largest norm of a row and of what bfloat16 leaves out of it; (0, 0) on a device, without them
+    largest: tuple[float, float]
 
     @staticmethod
     def of(blocks: Blocks, lists: InvertedLists, k: int) -> ListSearch:

@@ -46,24 +46,11 @@ class OnDevice(tiny.Here):
 
     num_workers: int = 1
     sharing: int = 1
+    device: torch.device = CUDA
     comm: Comm = field(default_factory=Comm)
 
     def has_gpus(self) -> bool:
         return True
-
-    def map(
-        self,
-        function: Any,
-        tasks: Sequence[Any],
-        progress: Callable[[int], None] = lambda index: None,
-        running: Callable[[Sequence[Any]], None] = lambda reports: None,
-    ) -> list[Any]:
-        self.asked += [function.__name__] * len(tasks)
-        results = []
-        for index, task in enumerate(tasks):
-            results.append(function(CUDA, task))
-            progress(index)
-        return results
 
     def run_jobs(self, jobs: Sequence[Job], done: Callable[[str], None] = lambda name: None) -> dict[str, list[Any]]:
         results = {}

@@ -18,16 +18,14 @@ import torch
 from torch import nn
 
 from grappa_dist.artifacts import Store
-from grappa_dist.config import Config, Variant
+from grappa_dist.config import Config
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.distributed.collectives import Comm
 from grappa_dist.distributed.worker import RankContext
 from grappa_dist.models.spec import ModelSpec, cached_model
-from grappa_dist.stages.adapt import adaptors_of
 from grappa_dist.stages.adapt_job import AdaptJob, train_adaptors
 from grappa_dist.stages.embed import Embedding, embed_rows
-from grappa_dist.stages.fuse import FuseJob, fusion_of, train_fusion
-from grappa_dist.stages.multi_set_jobs import AdaptSet
+from grappa_dist.stages.fuse import FuseJob, train_fusion
 from grappa_dist.training.deepspeed_engine import Engine
 from grappa_dist.training.figures import Pace
 from tests.gpu.counting import Counts, counting
@@ -96,13 +94,8 @@ def settings_of(folder: Path, shape: dict[str, int], **sections: Any) -> Config:
 def adapt_job(folder: Path, sets: int, shape: dict[str, int], **adapt: Any) -> AdaptJob:
     """A job of partitions into 3, 4, ... clusters."""
     settings = settings_of(folder, shape, adapt={"epochs": 2, "checkpoint_steps": 1000, **adapt})
-    images, store = ImageShards.open(settings.data.train, None), Store(folder / "out")
-    made = []
-    for k in range(3, 3 + sets):
-        parent = store.artifact(f"labels/k={k}", {}, {})
-        artifact = adaptors_of(store, settings.backbone, settings.adapt, settings.data, settings.seed, parent)
-        made.append(AdaptSet(k, tiny.labels_in(folder / f"labels-{k}", images, k), artifact))
-    return AdaptJob(tuple(made), tiny.training_images(settings, images), settings.backbone, settings.adapt)
+    labels = {k: folder / f"labels-{k}" for k in range(3, 3 + sets)}
+    return tiny.adapt_job(settings, Store(folder / "out"), labels)
 
 
 @contextmanager
@@ -138,21 +131,7 @@ def adapt_counts(comm: Comm, sets: int, depth: int = SHALLOW, image_size: int = 
 
 def fuse_job(folder: Path, sets: int, shape: dict[str, int], variant: str, **fuse: Any) -> FuseJob:
     settings = settings_of(folder, shape, fuse={"epochs": 2, "checkpoint_steps": 1000, **fuse})
-    images, store = ImageShards.open(settings.data.train, None), Store(folder / "out")
-    adaptors = tuple(tiny.random_adaptors(Store(folder), settings, seed) for seed in range(1, 1 + sets))
-    inputs = {f"set {number}": artifact for number, artifact in enumerate(adaptors)}
-    given = (settings.backbone, settings.fuse, settings.data, settings.seed)
-    return FuseJob(
-        variant=Variant.parse(variant),
-        adaptors=adaptors,
-        labels={4: tiny.labels_in(folder / "labels", images, 4)},
-        training=tiny.training_images(settings, images),
-        backbone=settings.backbone,
-        bottleneck=settings.adapt.bottleneck,
-        fuse=settings.fuse,
-        embedding=Embedding(settings.embed.batch_size, 1),
-        artifact=fusion_of(store, variant, *given, inputs),
-    )
+    return tiny.fuse_job(settings, folder, Store(folder / "out"), variant, sets)
 
 
 def fuse_counts(

@@ -12,13 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 from grappa_dist.artifacts import Store
-from grappa_dist.data.shards import ImageShards
 from grappa_dist.distributed.collectives import Comm
 from grappa_dist.models.spec import ADAPTORS_FILE
 from grappa_dist.stages import adapt_job
-from grappa_dist.stages.adapt import adaptors_of
 from grappa_dist.stages.adapt_job import AdaptJob, train_adaptors
-from grappa_dist.stages.multi_set_jobs import AdaptSet
 from grappa_dist.training.compile import compile_if_faster
 from tests.stages import tiny
 
@@ -31,12 +28,7 @@ SETTINGS: dict[str, Any] = {"clip_norm": CLIP, "epochs": 3, "checkpoint_steps": 
 def job_in(folder: Path, out: str, ks: tuple[int, ...] = KS, **adapt: Any) -> AdaptJob:
     paths = [str(path) for path in sorted((folder / "images").iterdir())]
     settings = tiny.config(paths, adapt={**SETTINGS, **adapt})
-    images, store, sets = ImageShards.open(paths, None), Store(folder / out), []
-    for k in ks:
-        parent = store.artifact(f"labels/k={k}", {}, {})
-        artifact = adaptors_of(store, settings.backbone, settings.adapt, settings.data, settings.seed, parent)
-        sets.append(AdaptSet(k, tiny.labels_in(folder / f"labels-{k}", images, k), artifact))
-    return AdaptJob(tuple(sets), tiny.training_images(settings, images), settings.backbone, settings.adapt)
+    return tiny.adapt_job(settings, Store(folder / out), {k: folder / f"labels-{k}" for k in ks})
 
 
 def run(comm: Comm, job: AdaptJob, **watched: Any) -> None:

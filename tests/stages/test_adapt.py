@@ -10,12 +10,10 @@ import torch
 
 from grappa_dist.artifacts import Artifact, Store
 from grappa_dist.console import read_events
-from grappa_dist.data.shards import ImageShards
 from grappa_dist.distributed.collectives import Comm
 from grappa_dist.models.spec import ADAPTORS_FILE, build_backbone
-from grappa_dist.stages.adapt import adaptors_of
 from grappa_dist.stages.adapt_job import AdaptJob, AdaptObjective, train_adaptors
-from grappa_dist.stages.multi_set_jobs import AdaptSet, begin_job
+from grappa_dist.stages.multi_set_jobs import begin_job
 from grappa_dist.training.batches import rank_share
 from grappa_dist.training.loop import Schedule, train
 from tests.processes import run_ranks
@@ -28,12 +26,7 @@ STOP = 7  # between checkpoints, in the middle of the third epoch
 def job_in(folder: Path, out: str, **adapt: Any) -> AdaptJob:
     paths = [str(path) for path in sorted((folder / "images").iterdir())]
     settings = tiny.config(paths, adapt=adapt)
-    images, store = ImageShards.open(paths, None), Store(folder / out)
-    parent = store.artifact("labels/k=4", {}, {})
-    artifact = adaptors_of(store, settings.backbone, settings.adapt, settings.data, settings.seed, parent)
-    labels = tiny.labels_in(folder / "labels", images, 4)
-    one = AdaptSet(4, labels, artifact)
-    return AdaptJob((one,), tiny.training_images(settings, images), settings.backbone, settings.adapt)
+    return tiny.adapt_job(settings, Store(folder / out), {4: folder / "labels"})
 
 
 def artifact_of(folder: Path, out: str, **adapt: Any) -> Artifact:

@@ -9,12 +9,9 @@ import pytest
 import torch
 
 from grappa_dist.artifacts import Store
-from grappa_dist.data.shards import ImageShards
 from grappa_dist.distributed.collectives import Comm
 from grappa_dist.models.precision import Precision
-from grappa_dist.stages.adapt import adaptors_of
 from grappa_dist.stages.adapt_job import AdaptJob, AdaptObjective, train_adaptors
-from grappa_dist.stages.multi_set_jobs import AdaptSet
 from tests.processes import run_ranks
 from tests.stages import tiny
 
@@ -23,13 +20,12 @@ RANKS = (1, 2)
 
 def job_in(folder: Path, out: str, precision: Precision) -> AdaptJob:
     paths = [str(path) for path in sorted((folder / "images").iterdir())]
-    settings = tiny.config(paths, adapt={"epochs": 2, "checkpoint_steps": 2, "activation_checkpointing": True})
-    backbone = settings.backbone.model_copy(update={"precision": precision})
-    images, store = ImageShards.open(paths, None), Store(folder / out)
-    parent = store.artifact("labels/k=4", {}, {})
-    artifact = adaptors_of(store, backbone, settings.adapt, settings.data, settings.seed, parent)
-    one = AdaptSet(4, tiny.labels_in(folder / "labels", images, 4), artifact)
-    return AdaptJob((one,), tiny.training_images(settings, images), backbone, settings.adapt)
+    settings = tiny.config(
+        paths,
+        backbone={"precision": precision},
+        adapt={"epochs": 2, "checkpoint_steps": 2, "activation_checkpointing": True},
+    )
+    return tiny.adapt_job(settings, Store(folder / out), {4: folder / "labels"})
 
 
 def adapt_all_ways(comm: Comm, folder: Path) -> set[torch.dtype]:

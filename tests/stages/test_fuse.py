@@ -12,14 +12,11 @@ import torch
 from safetensors.torch import load_file
 
 from grappa_dist.artifacts import Artifact, Store
-from grappa_dist.config import Variant
 from grappa_dist.console import read_events
-from grappa_dist.data.shards import ImageShards
 from grappa_dist.distributed.collectives import Comm
 from grappa_dist.models import Attention
 from grappa_dist.models.spec import FUSION_FILE
-from grappa_dist.stages.embed import Embedding
-from grappa_dist.stages.fuse import FuseJob, FuseObjective, decay_ratios, fusion_of, train_fusion
+from grappa_dist.stages.fuse import FuseJob, FuseObjective, decay_ratios, train_fusion
 from grappa_dist.training.deepspeed_engine import Engine
 from grappa_dist.training.memory import FILE, MemoryBudget
 from tests.processes import run_ranks
@@ -32,27 +29,7 @@ STOP = 4  # one step of the second epoch, whose graph is there, is done and no c
 def job_in(folder: Path, out: str, variant: str, **fuse: Any) -> FuseJob:
     paths = [str(path) for path in sorted((folder / "images").iterdir())]
     settings = tiny.config(paths, fuse={"lars_learning_rate": 20.0, "checkpoint_steps": 3, **fuse})
-    images, store = ImageShards.open(paths, None), Store(folder / out)
-    sets = [tiny.random_adaptors(Store(folder), settings, seed) for seed in (1, 2, 3)]
-    return FuseJob(
-        variant=Variant.parse(variant),
-        adaptors=tuple(sets),
-        labels={4: tiny.labels_in(folder / "labels", images, 4)},
-        training=tiny.training_images(settings, images),
-        backbone=settings.backbone,
-        bottleneck=settings.adapt.bottleneck,
-        fuse=settings.fuse,
-        embedding=Embedding(settings.embed.batch_size, 1),
-        artifact=fusion_of(
-            store,
-            variant,
-            settings.backbone,
-            settings.fuse,
-            settings.data,
-            settings.seed,
-            {f"set {i}": a for i, a in enumerate(sets)},
-        ),
-    )
+    return tiny.fuse_job(settings, folder, Store(folder / out), variant, 3)
 
 
 def fuse_all_ways(comm: Comm, folder: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from grappa_dist.artifacts import Artifact, RowArrays, Store
-from grappa_dist.config import Config
+from grappa_dist.config import Config, Variant
 from grappa_dist.console import Console, Events, read_events
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.data.writer import ShardWriter
@@ -24,6 +24,11 @@ from grappa_dist.distributed.runner import Job
 from grappa_dist.distributed.worker import RankContext
 from grappa_dist.models import Grappa
 from grappa_dist.models.spec import ADAPTORS_FILE, build_backbone
+from grappa_dist.stages.adapt import adaptors_of
+from grappa_dist.stages.adapt_job import AdaptJob
+from grappa_dist.stages.embed import Embedding
+from grappa_dist.stages.fuse import FuseJob, fusion_of
+from grappa_dist.stages.multi_set_jobs import AdaptSet
 from grappa_dist.stages.run import Run
 from grappa_dist.training.batches import TrainingImages
 from tests.processes import run_ranks
@@ -124,6 +129,34 @@ def random_adaptors(store: Store, settings: Config, seed: int) -> Artifact:
     return artifact
 
 
+def adapt_job(settings: Config, store: Store, labels: Mapping[int, Path]) -> AdaptJob:
+    """A job of adaptor sets by their numbers of clusters, whose labels are in these folders."""
+    images, sets = ImageShards.open(settings.data.train, None), []
+    for k, folder in labels.items():
+        parent = store.artifact(f"labels/k={k}", {}, {})
+        artifact = adaptors_of(store, settings.backbone, settings.adapt, settings.data, settings.seed, parent)
+        sets.append(AdaptSet(k, labels_in(folder, images, k), artifact))
+    return AdaptJob(tuple(sets), training_images(settings, images), settings.backbone, settings.adapt)
+
+
+def fuse_job(settings: Config, folder: Path, store: Store, variant: str, num_sets: int) -> FuseJob:
+    """A job over random adaptor sets, which are in `folder`, as are the labels."""
+    images = ImageShards.open(settings.data.train, None)
+    sets = [random_adaptors(Store(folder), settings, seed) for seed in range(1, 1 + num_sets)]
+    given = (settings.backbone, settings.fuse, settings.data, settings.seed)
+    return FuseJob(
+        variant=Variant.parse(variant),
+        adaptors=tuple(sets),
+        labels={4: labels_in(folder / "labels", images, 4)},
+        training=training_images(settings, images),
+        backbone=settings.backbone,
+        bottleneck=settings.adapt.bottleneck,
+        fuse=settings.fuse,
+        embedding=Embedding(settings.embed.batch_size, 1),
+        artifact=fusion_of(store, variant, *given, {f"set {i}": a for i, a in enumerate(sets)}),
+    )
+
+
 class Killed(BaseException):
     """Stands for a process that is gone between two steps."""
 
@@ -169,6 +202,7 @@ class Here:
 
     num_workers: int = 2
     sharing: int = 2
+    device: torch.device = CPU
     asked: list[str] = field(default_factory=list)
     checks: list[Checks] = field(default_factory=list)
 
@@ -192,7 +226,7 @@ class Here:
         self.asked += [function.__name__] * len(tasks)
         results = []
         for index, task in enumerate(tasks):
-            results.append(function(CPU, task))
+            results.append(function(self.device, task))
             progress(index)
         return results
 
