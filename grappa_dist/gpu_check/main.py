@@ -75,8 +75,14 @@ def main(asked: argparse.Namespace) -> int:
         return ALL_RIGHT
     if asked.device == "cuda" and (why := _no_gpu()):
         parser().error(f"--device cuda: {why}; --device cpu tests the checks themselves on tiny sizes")
-    asked.out.mkdir(parents=True, exist_ok=True)
-    report = Report(asked.out, shlex.join(sys.argv), asked.budget_s)
+    try:
+        asked.out.mkdir(parents=True, exist_ok=True)
+        report = Report(asked.out, shlex.join(sys.argv), asked.budget_s)
+        report.write()  # now rather than after the first check
+    except OSError as error:
+        parser().error(
+            f"--out {asked.out}: {error.strerror or error}; expected a folder that can be written, or none yet"
+        )
     before = signal.signal(signal.SIGTERM, _end)
     try:
         run_all(checks, report, asked.device, asked.budget_s)

@@ -120,6 +120,24 @@ def test_a_wrong_call_ends_with_one_line(words: list[str], message: str, capsys:
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("place", ["a file", "below a file", "results taken by a folder"])
+def test_a_place_that_cannot_be_written_is_refused_before_any_check(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str
+) -> None:
+    out = tmp_path / "out" / "deeper" if place == "below a file" else tmp_path / "out"
+    if place == "results taken by a folder":
+        (out / "gpu_check.json").mkdir(parents=True)
+    else:
+        (tmp_path / "out").touch()
+    with pytest.raises(SystemExit) as ended:
+        main(parser().parse_args(["--out", str(out), "--device", "cpu", "--only", "softmax"]))
+    assert ended.value.code == 2
+    written = capsys.readouterr()
+    assert f"--out {out}: " in written.err
+    assert "expected a folder to write to" in written.err
+    assert "softmax" not in written.out
+
+
 def test_a_machine_without_a_gpu_is_refused_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
