@@ -80,9 +80,7 @@ def main(asked: argparse.Namespace) -> int:
         report = Report(asked.out, shlex.join(sys.argv), asked.budget_s)
         report.write()  # now rather than after the first check
     except OSError as error:
-        parser().error(
-            f"--out {asked.out}: {error.strerror or error}; expected a folder that can be written, or none yet"
-        )
+        parser().error(f"--out {asked.out}: {error.strerror or error}; expected a folder to write to")
     before = signal.signal(signal.SIGTERM, _end)
     try:
         run_all(checks, report, asked.device, asked.budget_s)
