@@ -421,7 +421,7 @@ def _run_worker(
 @contextmanager
 def single_process_group(device: torch.device) -> Iterator[Comm]:
     """A process group of this process alone; the training engine needs one."""
-    with process_group(0, 1, _free_address(), backend="nccl" if device.type == "cuda" else "gloo") as comm:
+    with process_group(0, 1, _free_address(), device=device) as comm:
         yield comm
 
 

@@ -203,15 +203,14 @@ def process_group(
     size: int,
     address: str,
     *,
-    backend: str = "gloo",
     timeout_s: float = 600.0,
     device: torch.device | None = None,
 ) -> Iterator[Comm]:
     """A process group at `address` ("host:port"), ended with a barrier: no rank leaves while another communicates.
 
     Args:
-        device: of this rank. With it NCCL connects GPUs at once, and else it guesses by the rank, which is wrong
-            where every process sees one GPU.
+        device: of this rank. A GPU's group is NCCL's and is bound to it: NCCL would guess by the rank otherwise, which
+            is wrong where every process sees one GPU. All others are gloo's.
 
     Raises:
         ConnectionError: the ranks cannot connect there, for example because another process has taken the port in the
@@ -224,6 +223,7 @@ def process_group(
         listening = _listening(host, int(port)) if rank == 0 else None
         store = dist.TCPStore(host, int(port), size, rank == 0, timeout, master_listen_fd=listening)  # type: ignore[attr-defined]
         bound = device if device is not None and device.type == "cuda" else None
+        backend = "gloo" if bound is None else "nccl"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=bound)
     except OSError as error:
         raise ConnectionError(f"no process group at {address}: {error.strerror}") from error

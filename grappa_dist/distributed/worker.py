@@ -120,9 +120,8 @@ class Worker:
         self._prepare()
         rank, size, address = place
         device = self._device()
-        backend = "nccl" if device.type == "cuda" else "gloo"
         try:
-            with process_group(rank, size, address, backend=backend, timeout_s=timeout_s, device=device) as comm:
+            with process_group(rank, size, address, timeout_s=timeout_s, device=device) as comm:
                 context = RankContext(comm, device, self._set_status, self._stop.is_set, self._notes.append)
                 try:
                     with naming_lack_of_memory(function.__name__):

@@ -112,8 +112,7 @@ def only_rank(
     device: torch.device, report: Report = lambda status: None, stop_requested: Callable[[], bool] = lambda: False
 ) -> Iterator[RankContext]:
     """The context of the only rank of a job, in a process group of its own, as a worker gives it."""
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    with process_group(0, 1, _free_address(), backend=backend, device=device) as comm:
+    with process_group(0, 1, _free_address(), device=device) as comm:
         yield RankContext(comm, device, report, stop_requested)
 
 

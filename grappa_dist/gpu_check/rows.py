@@ -1,4 +1,4 @@
-"""k-means and the k-NN graph: bit for bit what a CPU gave, and how fast.
+"""k-means and the k-NN graph: bit for bit what a CPU gave.
 
 `digests.json` has the digests of results on a CPU, with the sizes and with what made them. The rows are drawn by
 integer arithmetic (`inputs.unit_rows`), so they are the same on every machine; their own digest is compared first.
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +18,17 @@ import torch
 from numpy.typing import NDArray
 
 from grappa_dist.config import ClusteringConfig
-from grappa_dist.console import pluralize
 from grappa_dist.distributed.collectives import Comm
 from grappa_dist.distributed.sharded_rows import Rows, ShardedRows, join_rows
 from grappa_dist.files import read_json, write_json
-from grappa_dist.gpu_check.checks import BF16, TERA, Figure, Found, Machine
+from grappa_dist.gpu_check.checks import Found, Machine
 from grappa_dist.gpu_check.inputs import digest, unit_rows
-from grappa_dist.gpu_check.limits import fastest_s
 from grappa_dist.kmeans.methods import ClusteringCallbacks, ClusteringTask, choose, cluster
 from grappa_dist.knn.exact import sharded_knn
-from grappa_dist.search.candidates import Centroids
-from grappa_dist.search.rerank import assign
 
 DIGESTS = Path(__file__).with_name("digests.json")
 SHARD_ROWS = 1000
 SEED = 22
-FLASH_FLOPS = 2 * 268e6 * 128 * 16384 / 7.7  # of flash-kmeans, as published for one H200: an iteration in 7.7 s
 
 KMEANS: dict[str, dict[str, Any]] = {  # both sides of 512 centroids, where the groups of bounds begin
     "tiny": {"rows": 3000, "dim": 24, "groups": 60, "labels": [40, 600], "iterations": 3},
@@ -51,19 +45,20 @@ def _rows_of(sizes: Mapping[str, Any]) -> NDArray[np.float32]:
     return unit_rows(sizes["rows"], sizes["dim"], sizes["groups"], SEED)
 
 
-def _sharded(x: NDArray[np.float32], device: torch.device) -> ShardedRows:
-    shards = [x[start : start + SHARD_ROWS] for start in range(0, len(x), SHARD_ROWS)]
+def sharded(x: NDArray[np.float32], device: torch.device, shard_rows: int = SHARD_ROWS) -> ShardedRows:
+    """Rows (P, D) as those of the only rank, on a device."""
+    shards = [x[start : start + shard_rows] for start in range(0, len(x), shard_rows)]
     return join_rows(Comm(), Rows(shards, [np.ones(len(s), dtype=bool) for s in shards]), device=device)
 
 
 def kmeans_digests(sizes: Mapping[str, Any], device: torch.device, log: Log) -> dict[str, str]:
     """Digests of the rows, and of labels and centroids for each K."""
     x = _rows_of(sizes)
-    found, sharded = {"rows": digest(x)}, _sharded(x, device)
+    found, joined = {"rows": digest(x)}, sharded(x, device)
     config = ClusteringConfig(num_labels=tuple(sizes["labels"]), iterations=sizes["iterations"])
     for k in sizes["labels"]:
         task = ClusteringTask(k, config, choose(config, k, len(x)), SEED, callbacks=_telling(k, log))
-        result = cluster(sharded, task).result
+        result = cluster(joined, task).result
         found[f"K={k}"] = digest(np.concatenate(result.labels).astype(np.int32), result.centroids.astype(np.float32))
     return found
 
@@ -114,36 +109,3 @@ def write_digests(log: Log) -> None:
             found[name][size] = {"sizes": of_size, "digests": digests(of_size, cpu, log), "made_by": made_by}
     command = "python launch/gpu_check.py --write-digests"
     write_json(DIGESTS, {"command": command, "seed": SEED, "rows_by": "inputs.unit_rows", **found})
-
-
-def assign_rate(machine: Machine) -> Found:
-    """Rows/s assigned to the nearest of K random rows, exactly; 2 P K D operations, against the bfloat16 limit."""
-    num, k, dim = machine.sized((2**20, 16384, 384), (2048, 64, 24))
-    x = unit_rows(num, dim, 4096, SEED)
-    sharded = _sharded(x, machine.device)
-    centroids = Centroids.of(torch.from_numpy(x[:: num // k][:k].copy()).to(machine.device), sharded.generator)
-    blocks = [(block.x, block.squares) for block in sharded.row_blocks()]
-
-    def work() -> None:
-        for rows, squares in blocks:
-            assign(rows, centroids, squares=squares)
-
-    speed = num / fastest_s(work, machine.device, 3)
-    flops = 2.0 * speed * k * dim
-    share = machine.share(flops, BF16)
-    reached = Figure("", flops / TERA, "TFLOP/s", share, "bf16")
-    anchor = Figure("of flash-kmeans' published operations/s on an H200:", flops / FLASH_FLOPS, "x")
-    what = f"{num:,} x {dim} to K = {k:,} by {type(sharded.generator).__name__}"
-    return Found(what, (Figure("", speed, "rows/s"), reached, *((anchor,) if not machine.tiny else ())))
-
-
-def knn_rate(machine: Machine) -> Found:
-    """Rows/s of the exact graph; each pair of rows once, P^2 D operations, against the bfloat16 limit."""
-    num, dim, k = machine.sized((200_000, 384, 10), (1024, 24, 5))
-    x = unit_rows(num, dim, 4096, SEED)
-    ids = np.arange(num, dtype=np.int64)
-    search = partial(sharded_knn, Comm(), x, ids, k, device=machine.device)
-    seconds = fastest_s(search, machine.device, 1)
-    flops = float(num) ** 2 * dim / seconds
-    reached = Figure("", flops / TERA, "TFLOP/s", machine.share(flops, BF16), "bf16")
-    return Found(f"{pluralize(num, 'row')} x {dim}, {k} neighbours", (Figure("", num / seconds, "rows/s"), reached))

@@ -33,7 +33,7 @@ from grappa_dist.search.fixed_point import GRID, exact_dot, exact_square
 from grappa_dist.search.rerank import pair_dots
 
 MOST_ROWS = 2**13  # of a block: |score| < 2**49, so score * 2**13 + column still fits into an int64
-SLACK = 8  # candidates beyond k: near-ties at the end of a list mostly fit in
+SPARE = 8  # candidates beyond k: near-ties at the end of a list mostly fit in
 _TILE = 2**23  # elements of the largest float64 table made at once
 _TABLE_ROWS, _TABLE_COLUMNS = 512, 2048  # of estimates: few enough to stay in a core's cache
 _STEP = 64  # rows are filled up to multiples of it: oneDNN compiles a kernel for every new shape
@@ -98,7 +98,7 @@ def extend(
     k, m = best.ids.shape[1], len(targets.ids)
     if not m or not len(queries.ids):
         return best
-    t = min(m, k + 1 + SLACK)
+    t = min(m, k + 1 + SPARE)
     floats, candidates = search(queries.rows, targets.rows, t)
     norms = [norm_of(exact_square(rows)) for rows in (queries.rows, targets.rows)]
     error = float_error(queries.rows.shape[1], math.prod(norms))

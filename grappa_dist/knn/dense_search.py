@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from grappa_dist.knn.block_search import SLACK, Block, Neighbours, merge, scored_in_full
+from grappa_dist.knn.block_search import SPARE, Block, Neighbours, merge, scored_in_full
 from grappa_dist.search.candidates import float_error, true_products
 from grappa_dist.search.dense import table_rows
 from grappa_dist.search.fixed_point import GRID, NORM_LIMIT
@@ -30,7 +30,7 @@ def extend_dense(best: Neighbours, queries: Block, targets: Block, *, least: Ten
     (num, k), m = best.ids.shape, len(targets.ids)
     if not m or not num:
         return best
-    t, dim = min(m, k + 1 + SLACK), queries.rows.shape[1]
+    t, dim = min(m, k + 1 + SPARE), queries.rows.shape[1]
     floats, columns = _largest(queries.rows, targets.rows, t)
     error = float_error(dim, (NORM_LIMIT + math.sqrt(dim) / GRID) ** 2)
     threshold = (best.scores[:, -1] if least is None else least) / GRID**2 - error

@@ -25,7 +25,7 @@ from grappa_dist.distributed.worker import RankContext
 from grappa_dist.models import Grappa
 from grappa_dist.stages.embed import Embedding
 from grappa_dist.stages.knn_graph import Graphs, remove_neighbours
-from grappa_dist.training.batches import TrainingImages
+from grappa_dist.training.batches import EPOCHS_AT_ONCE, TrainingImages
 from grappa_dist.training.checkpoints import oldest_step
 
 
@@ -50,7 +50,8 @@ class Pairs:
         self._graphs = Graphs(
             context, training, model, settings=settings, embedding=embedding, labels=labels, folder=folder
         )
-        self._per_epoch = training.steps_per_epoch()
+        self._per_epoch, self._steps = training.steps_per_epoch(), training.num_steps(settings.epochs)
+        self._new_graphs = neighbours and settings.refresh  # by the model as it is when an epoch begins
         self._removed_before = 1  # the first graph is kept: it is the same in every run
         self._batches: Generator[tuple[Tensor, None], None, None] | None = None
         self._order = lru_cache(maxsize=1)(training.order)
@@ -58,18 +59,17 @@ class Pairs:
         self.of_ranks: list[int] = []  # pairs of each rank in the last step
 
     def begin(self, step: int) -> None:
-        """Prepares the pairs from a step to the end of its epoch."""
+        """Prepares the pairs from a step to the end, or to that of its epoch where the next one has another graph."""
         self.close()
-        epoch, t = divmod(step, self._per_epoch)
-        graph = self._graphs.of(epoch if self._settings.refresh else 0) if self._neighbours else None
+        epoch = step // self._per_epoch
+        graph = self._graphs.of(epoch if self._new_graphs else 0) if self._neighbours else None
         self._remove_old_graphs()
-        order = self._training.order(epoch)
-        comm, batch = self._context.comm, self._training.global_batch
-
-        side = self._preprocess.image_size
+        comm, batch, side = self._context.comm, self._training.global_batch, self._preprocess.image_size
+        order = lru_cache(maxsize=EPOCHS_AT_ONCE)(self._training.order)  # each holds a window of every stream
 
         def read(at: int, memory: Memory) -> None:
-            rows = order.batch(at, batch, comm.rank, comm.size)
+            epoch, t = divmod(at, self._per_epoch)
+            rows = order(epoch).batch(t, batch, comm.rank, comm.size)
             pixels = memory((2 * len(rows), side, side, 3)).reshape(2, len(rows), side, side, 3)
             if graph is None:  # so that an image is read and decoded once for both views
                 self._read_views(rows, epoch, (0, 1), pixels)
@@ -77,8 +77,8 @@ class Pairs:
             self._read_views(rows, epoch, (0,), pixels[:1])
             self._read_views(self._partners(rows, epoch, graph), epoch, (1,), pixels[1:])
 
-        steps, threads = range(t, self._per_epoch), self._training.decode_threads
-        self._batches = device_batches(steps, read, self._context.device, threads=threads)
+        steps = range(step, (epoch + 1) * self._per_epoch if self._new_graphs else self._steps)
+        self._batches = device_batches(steps, read, self._context.device, threads=self._training.decode_threads)
 
     def _remove_old_graphs(self) -> None:
         """Removes the neighbours of epochs that no restart needs; by now no rank reads the graph of an earlier one."""
@@ -90,7 +90,7 @@ class Pairs:
     def at(self, step: int) -> Tensor:
         """The pairs of a step, (2B, S, S, 3) uint8 on the device: all anchors, then their partners. Steps must come in
         order."""
-        if step % self._per_epoch == 0 or self._batches is None:
+        if self._batches is None or (self._new_graphs and step % self._per_epoch == 0):
             self.begin(step)
         assert self._batches is not None
         began = time.perf_counter()

@@ -130,16 +130,18 @@ def test_a_port_that_is_taken_is_an_error_of_the_connection_that_names_it() -> N
 
 
 @pytest.mark.parametrize("device", [None, torch.device("cpu"), torch.device("cuda", 0)])
-def test_a_process_group_is_given_its_gpu(device: torch.device | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_group_of_a_gpu_is_nccl_s_and_is_bound_to_it_and_others_are_gloo_s(
+    device: torch.device | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     given, init = list[object](), dist.init_process_group
 
     def noted(backend: str, *, device_id: object, **named: Any) -> None:
-        given.append(device_id)
-        init(backend, **named)
+        given.append((backend, device_id))
+        init("gloo", **named)
 
     monkeypatch.setattr(dist, "init_process_group", noted)
     with process_group(0, 1, free_address(), device=device):
-        assert given == [device if device is not None and device.type == "cuda" else None]
+        assert given == [("nccl", device) if device is not None and device.type == "cuda" else ("gloo", None)]
 
 
 def complain(comm: Comm, problems: list[str]) -> str:

@@ -122,12 +122,12 @@ def run_rank(function: str, given: dict[str, Any], place: tuple[int, int, str]) 
     import torch
 
     from grappa_dist.distributed.collectives import process_group
-    from tests.gpu.pretend import pretend
+    from tests.gpu.pretend import CUDA, pretend
 
     torch.set_num_threads(1)
     module, _, name = function.partition(":")
     rank, ranks, address = place
-    with pretend("nccl"), process_group(rank, ranks, address, backend="nccl", timeout_s=TIMEOUT_S) as comm:
+    with pretend("nccl"), process_group(rank, ranks, address, timeout_s=TIMEOUT_S, device=CUDA) as comm:
         return getattr(importlib.import_module(module), name)(comm, **given)
 
 

@@ -13,7 +13,7 @@ from tests.gpu.process import PretendGpu
 pytestmark = pytest.mark.long
 
 CHECKED = ("limit-bf16", "memory", "copy-h2d", "copy-d2h", "softmax", "kmeans", "knn", "algorithm-1", "resume")
-CHECKED += ("rate-forward", "rate-step", "rate-assign", "rate-knn", "adapt-2")
+CHECKED += ("rate-forward", "rate-step", "rate-assign", "rate-knn", "rate-graph", "rate-kmeans", "adapt-2")
 
 
 @pytest.fixture(scope="module")

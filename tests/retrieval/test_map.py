@@ -47,6 +47,7 @@ def test_a_map_is_turned_and_mirrored_onto_another_and_keeps_its_scale(mirrored:
 
 
 def test_kept_neighbours_are_counted_where_points_coincide_and_where_none_is_kept() -> None:
+    pytest.importorskip("scipy", reason="scipy is not installed (extra map)")
     line = np.stack([np.arange(20), np.zeros(20)], 1).astype(np.float32)
     near = np.array([[min(i + 1, 19) if i != 19 else 18] for i in range(20)])
     near[1:19, 0] = np.arange(1, 19) - 1  # those before; as near as those after
@@ -57,6 +58,7 @@ def test_kept_neighbours_are_counted_where_points_coincide_and_where_none_is_kep
 
 
 def test_too_few_images_are_an_error() -> None:
+    pytest.importorskip("umap", reason="umap is not installed (extra map)")
     with pytest.raises(ValueError, match="a map needs at least 10 images that can be read, got 9"):
         lay_out_images({"backbone": groups(0)[:9]}, Console(), device=CPU)
 

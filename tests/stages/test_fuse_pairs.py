@@ -11,13 +11,14 @@ import pytest
 from grappa_dist.artifacts import RowArrays, Store
 from grappa_dist.config import Config
 from grappa_dist.data.decoding import decode
+from grappa_dist.data.device_batches import device_batches
 from grappa_dist.data.rng import view_generator
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.data.writer import ShardWriter
 from grappa_dist.distributed.collectives import Comm
 from grappa_dist.models import Grappa
 from grappa_dist.models.spec import ModelSpec, build, build_backbone
-from grappa_dist.stages import knn_graph
+from grappa_dist.stages import fuse_pairs, knn_graph
 from grappa_dist.stages.embed import Embedding, RowSet, embed_row_sets
 from grappa_dist.stages.fuse_pairs import Pairs
 from tests.processes import run_ranks
@@ -90,12 +91,42 @@ def test_without_a_graph_a_pair_is_two_views_of_one_image(settings: Config, tmp_
     assert not np.array_equal(first, second)
 
 
-def random_graph(folder: Path, images: ImageShards) -> RowArrays:
+@pytest.mark.parametrize(
+    ("neighbours", "refresh", "read"),
+    [(False, True, [range(1, 6)]), (True, False, [range(1, 6)]), (True, True, [range(1, 3), range(3, 6)])],
+)
+def test_pairs_are_read_on_from_epoch_to_epoch_unless_the_next_one_has_a_graph_by_the_model_of_then(
+    settings: Config,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    neighbours: bool,
+    refresh: bool,
+    read: list[range],
+) -> None:
+    begun, graph = list[range](), random_graph(tmp_path, ImageShards.open(settings.data.train, None), 15)
+
+    def noted(steps: range, *given: Any, **more: Any) -> Any:
+        begun.append(steps)
+        return device_batches(steps, *given, **more)
+
+    monkeypatch.setattr(fuse_pairs, "device_batches", noted)
+    monkeypatch.setattr(knn_graph.Graphs, "of", lambda graphs, epoch: graph)
+    fuse = settings.fuse.model_copy(update={"refresh": refresh, "epochs": 2})
+    pairs = pairs_of(settings.model_copy(update={"fuse": fuse}), tmp_path, Comm(), neighbours=neighbours)
+    found = [pairs.at(step).numpy() for step in range(1, 6)]
+    pairs.close()
+    assert begun == read
+    pairs.begin(4)  # as a job that resumes there
+    np.testing.assert_array_equal(pairs.at(4).numpy(), found[3])
+    pairs.close()
+
+
+def random_graph(folder: Path, images: ImageShards, most: int = tiny.NUM_ROWS) -> RowArrays:
     draws = np.random.default_rng(0)
     paths = []
     for shard, about in enumerate(images.shards):
         paths.append(str(folder / f"near-{shard}.npy"))
-        np.save(paths[-1], draws.integers(0, tiny.NUM_ROWS, (about.rows, 3)))
+        np.save(paths[-1], draws.integers(0, most, (about.rows, 3)))
     return RowArrays(tuple(paths), tuple(images.starts.tolist()))
 
 
@@ -193,7 +224,7 @@ def test_the_graph_is_the_same_to_the_bit_on_any_number_of_ranks(settings: Confi
 def test_a_static_graph_is_made_once_and_gives_the_partners_of_every_epoch(
     settings: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refresh: bool
 ) -> None:
-    settings = settings.model_copy(update={"fuse": settings.fuse.model_copy(update={"refresh": refresh})})
+    settings = settings.model_copy(update={"fuse": settings.fuse.model_copy(update={"refresh": refresh, "epochs": 3})})
     pairs = pairs_of(settings, tmp_path, Comm(), neighbours=True)
     embedded, seen, partners_of = list[int](), list[tuple[int, RowArrays]](), pairs._partners
 
