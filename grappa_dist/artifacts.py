@@ -9,14 +9,16 @@ K centroids, D dimensions.
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +46,9 @@ LOOK_S = 0.5
 UNIT_ERROR = 2**-6  # of the squared norm of a unit row; search.fixed_point takes no more
 CONTENT_BYTES = 2**30  # of finished artefacts, read when a run starts; the rest is read when it is first used
 _AT_ONCE = 8  # files looked at side by side
+_TOGETHER = 32  # of them, that a thread takes at a time
+_T = TypeVar("_T")
+_R = TypeVar("_R")
 
 
 class NotSeen(TimeoutError):
@@ -116,7 +121,7 @@ class Artifact:
             "files": dict(files),
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
-        write_json(self.partial / MANIFEST, {**content, "xxh3": digest_of(content)})
+        write_json(self.partial / MANIFEST, {**content, "xxh3": digest_of(json.loads(json.dumps(content)))})
 
     @property
     def files(self) -> Mapping[str, Sum]:
@@ -142,6 +147,25 @@ class Artifact:
             raise damage
 
 
+def finished(artifacts: Iterable[Artifact]) -> list[bool]:
+    """Which of them are finished, by one listing of each folder that they lie in, however many they are.
+
+    `complete` asks for each manifest, which takes long where there are many. A folder whose manifest somebody has
+    removed counts here; a run has set such aside when it starts (`look_at`).
+    """
+    asked = list(artifacts)
+    parents = [artifact.root / Path(artifact.kind).parent for artifact in asked]
+    listed = {parent: tried_again(partial(_names_in, parent), parent) for parent in dict.fromkeys(parents)}
+    return [a.name.rpartition("/")[2] in listed[parent] for a, parent in zip(asked, parents, strict=True)]
+
+
+def _names_in(folder: Path) -> frozenset[str]:
+    try:
+        return frozenset(os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return frozenset()
+
+
 @dataclass(frozen=True)
 class Look:
     """What looking at finished artefacts has found."""
@@ -162,16 +186,15 @@ def look_at(artifacts: Iterable[Artifact], content_bytes: int | None = None) -> 
     """
     forget()
     artifacts = [artifact for artifact in artifacts if artifact.complete]
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        found = dict(zip(artifacts, pool.map(_check_sizes, artifacts), strict=True))
-        listed = {a: a.files for a, damage in found.items() if damage is None}
-        files = sorted((s.bytes, a.name, name) for a, of_one in listed.items() for name, s in of_one.items() if s.xxh3)
-        ends = itertools.accumulate(size for size, _, _ in files)
-        chosen = [f for f, end in zip(files, ends, strict=True) if content_bytes is None or end <= content_bytes]
-        home = {a.name: a for a in artifacts}
-        paths = [home[of].path / name for _, of, name in chosen]
-        for (_, of, _), damage in zip(chosen, pool.map(_check_content, paths), strict=True):
-            found[home[of]] = found[home[of]] or damage
+    found = dict(zip(artifacts, _side_by_side(_check_sizes, artifacts), strict=True))
+    listed = {a: a.files for a, damage in found.items() if damage is None}
+    files = sorted((s.bytes, a.name, name) for a, of_one in listed.items() for name, s in of_one.items() if s.xxh3)
+    ends = itertools.accumulate(size for size, _, _ in files)
+    chosen = [f for f, end in zip(files, ends, strict=True) if content_bytes is None or end <= content_bytes]
+    home = {a.name: a for a in artifacts}
+    paths = [home[of].path / name for _, of, name in chosen]
+    for (_, of, _), damage in zip(chosen, _side_by_side(_check_content, paths), strict=True):
+        found[home[of]] = found[home[of]] or damage
     return Look(
         damages=[damage for damage in found.values() if damage is not None],
         without_checksums=[a for a, of_one in listed.items() if any(s.xxh3 is None for s in of_one.values())],
@@ -180,11 +203,20 @@ def look_at(artifacts: Iterable[Artifact], content_bytes: int | None = None) -> 
     )
 
 
+def _side_by_side(check: Callable[[_T], _R], things: Sequence[_T]) -> Iterator[_R]:
+    """The results in order, by threads that take some _TOGETHER: a future for each takes longer than a small file."""
+    parts = (things[start : start + _TOGETHER] for start in range(0, len(things), _TOGETHER))
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        for results in pool.map(lambda part: [check(one) for one in part], parts):
+            yield from results
+
+
 def _check_sizes(artifact: Artifact) -> DamagedArtifact | None:
+    folder = str(artifact.path)
     try:
         for name, expected in artifact.files.items():
-            if why := compare_size(artifact.path / name, expected):
-                return DamagedArtifact(str(artifact.path / name), str(artifact.path), why)
+            if why := compare_size(f"{folder}/{name}", expected):
+                return DamagedArtifact(f"{folder}/{name}", folder, why)
     except DamagedArtifact as damage:  # of the manifest
         return damage
     return None

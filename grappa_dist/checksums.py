@@ -49,9 +49,8 @@ class DamagedArtifact(ValueError):
 
 
 def digest_of(content: Mapping[str, Any]) -> str:
-    """A checksum of what a manifest says."""
-    plain = json.dumps(json.loads(json.dumps(content)), sort_keys=True)
-    return xxhash.xxh3_128_hexdigest(plain.encode())
+    """A checksum of what a manifest says, given as it is read from JSON again."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
 
 
 def read_manifest(text: bytes, where: Path | str, folder: str | None = None) -> dict[str, Sum]:
@@ -134,10 +133,10 @@ def _expected(path: Path, home: Path) -> Sum | None:
     return manifest_in(str(home)).get(path.relative_to(home).as_posix())
 
 
-def _state_of(path: Path) -> tuple[int, int, int] | None:
+def _state_of(path: Path | str) -> tuple[int, int, int] | None:
     """What changes with a file's bytes; None: there is no such file."""
     with suppress(FileNotFoundError):
-        stat = path.stat()
+        stat = os.stat(path)
         return stat.st_size, stat.st_mtime_ns, stat.st_ino
     return None
 
@@ -154,7 +153,7 @@ def compare(path: Path, expected: Sum) -> str:
     return f"does not hold what was written: its xxh3 is {found.xxh3}, its manifest says {expected.xxh3}"
 
 
-def compare_size(path: Path, expected: Sum) -> str:
+def compare_size(path: Path | str, expected: Sum) -> str:
     state = _state_of(path)
     if state is None:
         return "is missing"

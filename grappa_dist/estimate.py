@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from grappa_dist.artifacts import finished
 from grappa_dist.config import BACKBONE, Config, Variant
 from grappa_dist.console import format_bytes, pluralize
 from grappa_dist.distributed import placement
@@ -83,12 +84,16 @@ def work_of(flow: Flow) -> Work:
         test_rows=len(flow.test),
         num_sets=len(flow.adaptors),
         sharded=0,
-        embedded=tuple(s.rows for s, a in zip(train, flow.features, strict=True) if not a.complete),
+        embedded=tuple(s.rows for s, there in zip(train, finished(flow.features), strict=True) if not there),
         labels=tuple(k for k, artifact in flow.labels.items() if not artifact.complete),
         sets=tuple(k for k, artifact in flow.adaptors.items() if not artifact.complete),
         fusions=tuple(name for name, artifact in flow.fusions.items() if not artifact.complete),
         tested={
-            model: tuple(s.rows for s, a in zip(test, features, strict=True) if not a.complete and a not in known)
+            model: tuple(
+                s.rows
+                for s, a, there in zip(test, features, finished(features), strict=True)
+                if not there and a not in known
+            )
             for model, features in flow.test_features.items()
         },
         scored=sum(not (flow.scores[m].complete and flow.insights[m].complete) for m in flow.models),

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from grappa_dist.artifacts import Artifact, Store, wait_until_seen
+from grappa_dist.artifacts import Artifact, Store, finished, wait_until_seen
 from grappa_dist.config import Resources, read
 from grappa_dist.console import pluralize
 from grappa_dist.data.decoding import Picture, to_rgb, upright
@@ -41,8 +41,9 @@ from grappa_dist.models.spec import (
     load_grappa,
 )
 from grappa_dist.models.weights import tensors_of
+from grappa_dist.stages.bad_rows import BAD_FILE
 from grappa_dist.stages.damages import Mending
-from grappa_dist.stages.embed import BAD_FILE, ROWS_FILE, embed, features_of
+from grappa_dist.stages.embed import ROWS_FILE, embed, features_of
 from grappa_dist.stages.gallery_weights import load_galleries, set_weights, transitivity
 from grappa_dist.stages.ground_truth import members_of
 from grappa_dist.stages.run import Run, running
@@ -270,7 +271,7 @@ def _embed(run: Run, spec: ModelSpec, gallery: str | None, mending: Mending) -> 
     features = features_of(run.store, spec, run.config.embed, images)
     keys = [_keys_of(run.store, shard) for shard in images.shards]
     mending.check([*features, *keys])
-    if all(artifact.complete for artifact in features):
+    if all(finished(features)):
         before = "the shard was" if len(features) == 1 else f"all {len(features)} shards were"
         run.console.log(f"embed: {before} embedded before")
     gone = [gone_in.get(shard.path, []) for shard in images.shards]
@@ -336,7 +337,8 @@ class KeyFiles:
 
 def _write_keys(run: Run, images: ImageShards, artifacts: Sequence[Artifact]) -> list[KeyFiles]:
     """Keys, names and tasks of every shard; the workers write those that are missing."""
-    missing = {artifact: number for number, artifact in enumerate(artifacts) if not artifact.complete}
+    there = finished(artifacts)
+    missing = {artifact: number for number, artifact in enumerate(artifacts) if not there[number]}
     known = _listed(run.store.root / LIST_FILE)
     if missing:
         with run.console.stage("keys", f"and names of {pluralize(len(missing), 'shard')}"):

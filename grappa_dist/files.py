@@ -40,8 +40,10 @@ class Sum:
     @staticmethod
     def of(path: Path | str) -> Sum:
         """Reads all of a file."""
-        digest, buffer, size = xxhash.xxh3_128(), memoryview(bytearray(_READ_BYTES)), 0
+        digest, size = xxhash.xxh3_128(), 0
         with open_to_read(path) as file:
+            # a buffer of the largest size takes longer to make than a small file to read
+            buffer = memoryview(bytearray(min(_READ_BYTES, os.fstat(file.fileno()).st_size + 1)))
             while count := file.readinto(buffer):
                 digest.update(buffer[:count])
                 size += count

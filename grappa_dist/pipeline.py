@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from grappa_dist.artifacts import CONTENT_BYTES, Artifact, RowArrays, Store, label_rows, look_at
+from grappa_dist.artifacts import CONTENT_BYTES, Artifact, RowArrays, Store, finished, label_rows, look_at
 from grappa_dist.checksums import MANIFEST
 from grappa_dist.config import Config
 from grappa_dist.console import Console, pluralize
@@ -46,8 +46,9 @@ from grappa_dist.report.collect import describe_bad_images, describe_labels, lis
 from grappa_dist.report.content import ScoreRow
 from grappa_dist.report.verdict import as_json, verdict_lines, why_exported, without_labels
 from grappa_dist.stages.adapt import adapt
+from grappa_dist.stages.bad_rows import bad_rows
 from grappa_dist.stages.damages import Mending
-from grappa_dist.stages.embed import bad_rows, embed, feature_rows
+from grappa_dist.stages.embed import embed, feature_rows
 from grappa_dist.stages.evaluate import Evaluation, evaluate, task_queries
 from grappa_dist.stages.exclude import exclude, excluded_rows, turns_of
 from grappa_dist.stages.flow import Flow, artifacts_of
@@ -247,7 +248,7 @@ def _describe_run(flow: Flow, *, has_test: bool) -> str:
     made = [*flow.features, *(artifact for group in groups for artifact in group.values())]
     if flow.supervision is not None and flow.supervision.adaptors is not None:
         made.append(flow.supervision.adaptors)
-    reused = sum(artifact.complete for artifact in made)
+    reused = sum(finished(made))
     tested = f"and {pluralize(len(flow.test), 'test image')}"
     if not has_test:
         tested = f"and no test set: {len(flow.test)} of them are looked at in its place"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from grappa_dist.artifacts import Artifact, Store
+from grappa_dist.artifacts import Artifact, Store, finished
 from grappa_dist.config import AUTO, SUPERVISED, SUPERVISED_SET, BackboneConfig, Config, Resources, Variant
 from grappa_dist.console import format_bytes, format_number, one_line, pluralize
 from grappa_dist.data.open_images import ROWS_PER_SHARD as GENERATED_PER_SHARD
@@ -48,7 +48,8 @@ from grappa_dist.models.spec import build_backbone, check_checkpoint
 from grappa_dist.models.trial import check_shapes
 from grappa_dist.progress import duration
 from grappa_dist.rates import SAMPLES, Rates, measure, some_images, stored_rates
-from grappa_dist.stages.embed import ROWS_FILE, check_bad_share
+from grappa_dist.stages.bad_rows import check_bad_share
+from grappa_dist.stages.embed import ROWS_FILE
 from grappa_dist.stages.flow import Flow
 from grappa_dist.stages.fuse import describe_unfused, projector_bytes
 from grappa_dist.stages.knn_graph import graph_kind
@@ -277,7 +278,7 @@ def _known_width(model: Backbone | None, features: Sequence[Artifact]) -> int | 
     """Channels of the backbone: of the model, else of features that exist, else None."""
     if model is not None:
         return model.embed_dim
-    done = next((artifact for artifact in features if artifact.complete), None)
+    done = next((artifact for artifact, there in zip(features, finished(features), strict=True) if there), None)
     return None if done is None else int(map_array(done.path / ROWS_FILE).shape[1])
 
 
@@ -374,7 +375,7 @@ def _describe_fuse(config: Config, ks: tuple[int, ...], num_rows: int) -> str:
 def _reuse(artifacts: list[Artifact]) -> str:
     if not artifacts:
         return "to be made"
-    done = sum(a.complete for a in artifacts)
+    done = sum(finished(artifacts))
     return "all reused" if done == len(artifacts) else f"{done} of {len(artifacts)} reused"
 
 

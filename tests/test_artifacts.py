@@ -14,7 +14,7 @@ import pytest
 import xxhash
 
 from grappa_dist import artifacts
-from grappa_dist.artifacts import Artifact, Look, NotSeen, RowArrays, Store, look_at, rows_file, wait_until_seen
+from grappa_dist.artifacts import Artifact, Look, NotSeen, RowArrays, Store, finished, look_at, rows_file, wait_until_seen
 from grappa_dist.checksums import MANIFEST, DamagedArtifact
 from grappa_dist.files import replace, write_json
 
@@ -359,3 +359,20 @@ def test_a_folder_in_the_place_of_a_link_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"report is a folder, expected a link .*: remove or rename it"):
         store.point("report", "reports/report-1")
     assert [path.name for path in tmp_path.iterdir()] == ["report"]
+
+
+def test_what_is_finished_is_known_by_one_listing_of_each_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, listed = Store(tmp_path), list[Path]()
+    made = [store.artifact(f"features/{m}/{i:03d}", {}, {}) for m in ("backbone", "k=4") for i in range(50)]
+    for artifact in made[::3]:
+        artifact.begin()
+        artifact.commit()
+    made[1].begin()
+    listdir = os.listdir
+    monkeypatch.setattr("grappa_dist.artifacts.os.listdir", lambda path: (listed.append(path), listdir(path))[1])
+    monkeypatch.setattr(Artifact, "complete", property(lambda _: pytest.fail("asked for each manifest")))
+    other = store.artifact("labels/k=4", {}, {})
+    assert finished([*made, other]) == [*(i % 3 == 0 for i in range(100)), False]
+    assert len(listed) == 3

@@ -32,8 +32,8 @@ from grappa_dist.report.examples import Pictures, changed_queries, cluster_sampl
 from grappa_dist.report.facts import Steps, facts_of, graphs_of, suffixes
 from grappa_dist.report.page import MOST_BAD_ROWS, write_report
 from grappa_dist.report.queries import class_gains, intervals_of
+from grappa_dist.stages.bad_rows import bad_reasons
 from grappa_dist.stages.damages import DAMAGES_FILE, Damage, damages_among
-from grappa_dist.stages.embed import bad_reasons
 from grappa_dist.stages.evaluate import INSIGHT_FILE, NEIGHBOURS, SCORES_FILE, task_queries
 from grappa_dist.stages.exclude import describe_excluded, weigh_note
 from grappa_dist.stages.flow import Exclusion, Flow
@@ -261,7 +261,7 @@ def list_bad_images(flow: Flow, path: Path) -> str:
     """Lists the images that could not be used in a CSV, by the names of their files; a line that says so, or ""."""
     listed = list[tuple[str, str]]()
     for images, features in _read(flow, reported=True).values():
-        for number, (row, why) in enumerate(sorted(bad_reasons(images, features).items())):
+        for number, (row, why) in enumerate(bad_reasons(images, features).items()):
             name = images.name(row) if number < MOST_NAMED else ""
             listed.append((name or f"{images.shards[images.locate(row)[0]].path}: {images.key(row)}", why))
         listed += [
@@ -299,7 +299,7 @@ def describe_labels(flow: Flow) -> str:
 
 
 def _bad(images: ImageShards, features: Sequence[Artifact]) -> Iterator[BadRow]:
-    for number, (row, reason) in enumerate(sorted(bad_reasons(images, features).items())):
+    for number, (row, reason) in enumerate(bad_reasons(images, features).items()):
         shard, _ = images.locate(row)
         file = images.name(row) if number < MOST_BAD_ROWS else ""  # only for the rows that are listed
         yield BadRow(shard=images.shards[shard].name, key=images.key(row), reason=reason, file=file)

@@ -19,7 +19,8 @@ from grappa_dist.data.shards import ImageShards
 from grappa_dist.report.content import ChangedQuery, ClusterSample, Gallery, Hit
 from grappa_dist.report.gallery import small_jpeg
 from grappa_dist.report.queries import changed_most
-from grappa_dist.stages.embed import bad_rows, feature_rows
+from grappa_dist.stages.bad_rows import bad_rows
+from grappa_dist.stages.embed import feature_rows
 from grappa_dist.stages.flow import Flow
 from grappa_dist.stages.ground_truth import GroundTruth, load_ground_truth
 from grappa_dist.verdict import TaskQueries

@@ -32,7 +32,8 @@ from grappa_dist.files import Sum, lock_file, map_array, read_json, save_array, 
 from grappa_dist.retrieval.embedding import Embedder
 from grappa_dist.retrieval.images import ImageFiles, open_images
 from grappa_dist.retrieval.opening import OpenModel
-from grappa_dist.stages.embed import BAD_FILE, ROWS_FILE
+from grappa_dist.stages.bad_rows import BAD_FILE
+from grappa_dist.stages.embed import ROWS_FILE
 
 STAMPS_FILE = "stamps.json"  # size and time of change of every file, so that only new and changed ones are embedded
 _AT_ONCE = 8  # files that are looked at: many small ones, which take long on a network file system

@@ -29,7 +29,8 @@ from grappa_dist.retrieval.collection import Collection, names_of
 from grappa_dist.retrieval.images import open_images
 from grappa_dist.retrieval.nearest import Rows
 from grappa_dist.retrieval.sprites import Read
-from grappa_dist.stages.embed import bad_rows, feature_rows
+from grappa_dist.stages.bad_rows import bad_rows
+from grappa_dist.stages.embed import feature_rows
 from grappa_dist.stages.flow import Flow
 from grappa_dist.stages.ground_truth import GroundTruth, load_ground_truth, members_of, numbered_members
 from grappa_dist.stages.run import read_config

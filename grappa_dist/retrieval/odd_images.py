@@ -25,7 +25,8 @@ from grappa_dist.retrieval.duplicates import Group, Groups, Leak
 from grappa_dist.retrieval.map_images import flow_of
 from grappa_dist.retrieval.neighbours import Graph, Outliers
 from grappa_dist.retrieval.sheet import Strip, Tile, draw_sheet, thumbnail
-from grappa_dist.stages.embed import BAD_FILE, ROWS_FILE
+from grappa_dist.stages.bad_rows import BAD_FILE
+from grappa_dist.stages.embed import ROWS_FILE
 
 MOST_STRIPS, MOST_TILES = 40, 8  # of a sheet: groups, leaks; images of a group
 _ROW = 8  # outliers side by side

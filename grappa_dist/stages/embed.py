@@ -6,12 +6,10 @@ Shapes: P rows of one shard, B the padded batch, S pixels a side, D channels.
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +18,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from grappa_dist.artifacts import Artifact, RowArrays, Store, wait_until_seen
-from grappa_dist.checksums import MANIFEST, load_json
+from grappa_dist.artifacts import Artifact, RowArrays, Store, finished, wait_until_seen
+from grappa_dist.checksums import MANIFEST
 from grappa_dist.config import BACKBONE, EmbedConfig
 from grappa_dist.console import pluralize
 from grappa_dist.data.device_batches import HostCopy, Memory, device_batches
-from grappa_dist.data.index import Shard, count_missing, describe_missing
+from grappa_dist.data.index import Shard
 from grappa_dist.data.loader import Images, load_or_skip
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.data.transforms import pixels_class
@@ -36,16 +34,14 @@ from grappa_dist.models import Grappa
 from grappa_dist.models.spec import ModelSpec, backbone_settings, cached_model, preprocess_of
 from grappa_dist.prefetch import Threads
 from grappa_dist.search.fixed_point import to_grid
+from grappa_dist.stages.bad_rows import BAD_FILE, BadRows, EarlyCheck, bad_reasons, check_bad_share
 from grappa_dist.stages.gallery_weights import rows_by_gallery
 from grappa_dist.stages.run import Run
 
-ROWS_FILE, BAD_FILE = "rows.npy", "bad.json"
+ROWS_FILE = "rows.npy"
 SUMS_FILE = "sums.npy"  # of features of the frozen backbone: (P,) uint64, xxh3 of every image that was embedded
-CHECK_INTERVAL_S = 5.0  # between counts of the bad rows of finished shards
-NAMED_BAD = 3  # bad rows that the error names
 MOST_SHARDS = 16  # of a task: reading begins anew with each task
 TASKS_PER_WORKER = 4  # that the shards which are left would make at least
-READ_AT_ONCE = 8  # lists of bad rows: many small files, which take long on a network file system
 PLACES, COMPARED = 16, 16  # where features are looked at for all being alike, and rows there: few shards are read
 ALIKE = 1e-6  # of a unit row: twice the rounding of float32
 
@@ -114,7 +110,7 @@ def _made_before(store: Store, wanted: Artifact, kinds: Mapping[str, Sequence[st
 
 def embed(
     run: Run, images: ImageShards, spec: ModelSpec, features: Sequence[Artifact], *, gone: frozenset[int] = frozenset()
-) -> dict[int, str]:
+) -> BadRows:
     """Embeds the shards that have no features yet, on all workers.
 
     Args:
@@ -127,10 +123,11 @@ def embed(
         ValueError: more than data.max_bad_share of the images are bad or missing.
     """
     check_bad_share(images, {}, run.config.data.max_bad_share)  # missing images are known before any is embedded
-    missing = list({a: i for i, a in enumerate(features) if not a.complete}.values())  # equal shards share one
+    there = finished(features)
+    missing = list({a: i for i, a in enumerate(features) if not there[i]}.values())  # equal shards share one
     if missing:
         rows = sum(images.shards[i].rows for i in missing)
-        reused = sum(artifact.complete for artifact in features)
+        reused = sum(there)
         what = f"{spec.name}, {pluralize(rows, 'image')} in {pluralize(len(missing), 'shard')}"
         what += f", {reused} reused" if reused else ""
         with run.console.stage("embed", what):
@@ -138,7 +135,7 @@ def embed(
             shards = [EmbedTask(images.part(i), images.shard_rows(i).start, spec, features[i], how) for i in missing]
             tasks = tasks_of(shards, run.runner.num_workers)
             counter = run.console.counter(f"embed {spec.name}", [sum(len(s.images) for s in task) for task in tasks])
-            early = _EarlyCheck(images, features, run.config.data.max_bad_share, gone)
+            early = EarlyCheck(images, features, run.config.data.max_bad_share, gone)
 
             def done(index: int) -> None:
                 counter(index)
@@ -148,7 +145,7 @@ def embed(
             wait_until_seen(features)
         if alike := _describe_alike(feature_rows(images, features)):
             run.console.log(f"warning: embed {spec.name}: {alike}")
-    reasons = {row: why for row, why in bad_reasons(images, features).items() if row not in gone}
+    reasons = bad_reasons(images, features).without(gone)
     check_bad_share(images, reasons, run.config.data.max_bad_share)
     return reasons
 
@@ -370,77 +367,3 @@ def held_against(images: ImageShards, features: Sequence[Artifact]) -> ImageShar
 def feature_rows(images: ImageShards, features: Sequence[Artifact]) -> RowArrays:
     """The features of all rows, memory-mapped."""
     return RowArrays.of((artifact.path / ROWS_FILE for artifact in features), images.starts)
-
-
-def bad_reasons(images: ImageShards, features: Sequence[Artifact]) -> dict[int, str]:
-    """Why rows are bad, by row id, over all shards."""
-    reasons: dict[int, str] = {}
-    with ThreadPoolExecutor(READ_AT_ONCE) as pool:
-        for of_shard in pool.map(partial(_bad_of, images), range(len(features)), features):
-            reasons |= of_shard
-    return reasons
-
-
-def _bad_of(images: ImageShards, shard: int, artifact: Artifact) -> dict[int, str]:
-    first = images.shard_rows(shard).start
-    found = load_json(artifact.path / BAD_FILE)
-    return {first + int(position): why for position, why in found.items()}
-
-
-def bad_rows(images: ImageShards, features: Sequence[Artifact]) -> NDArray[np.int64]:
-    """Sorted ids of the rows that are bad."""
-    return np.array(sorted(bad_reasons(images, features)), dtype=np.int64)
-
-
-class _EarlyCheck:
-    """Stops a run as soon as it is certain that too many rows are bad, not only when all are embedded."""
-
-    def __init__(
-        self, images: ImageShards, features: Sequence[Artifact], limit: float, gone: frozenset[int] = frozenset()
-    ) -> None:
-        self._images, self._limit, self._gone = images, limit, gone
-        self._left = dict(enumerate(features))
-        self._bad: dict[int, str] = {}
-        self._rows = 0  # of the shards that were counted
-        self._checked = time.monotonic()
-
-    def check(self) -> None:
-        if time.monotonic() - self._checked < CHECK_INTERVAL_S:
-            return
-        self._checked = time.monotonic()
-        for shard in [shard for shard, artifact in self._left.items() if artifact.complete]:
-            bad = _bad_of(self._images, shard, self._left.pop(shard))
-            self._bad |= {row: why for row, why in bad.items() if row not in self._gone}
-            self._rows += self._images.shards[shard].rows
-        check_bad_share(self._images, self._bad, self._limit, rows=self._rows)
-
-
-def check_bad_share(images: ImageShards, bad: Mapping[int, str], limit: float, rows: int | None = None) -> None:
-    """Compares the bad rows, and the missing images that have no row, with the share that is allowed.
-
-    Args:
-        rows: how many rows were checked, if not all; the share that the error names assumes that the others are alike.
-
-    Raises:
-        ValueError: they are more.
-    """
-    missing = count_missing(images.shards)
-    count, total = len(bad) + missing, len(images) + missing
-    if count <= limit * total:
-        return
-    kinds = Counter(why.partition(":")[0].partition(" (")[0] for why in bad.values()).most_common(3)
-    first = "; ".join(f"{images.where(row)}: {bad[row]}" for row in sorted(bad)[:NAMED_BAD])
-    counts = [f"{n} x {why}" for why, n in kinds] + [f"about {missing} have no row"] * (missing > 0)
-    so_far = f", of {rows} looked at so far" if rows is not None and rows < len(images) else ""
-    checked = rows if so_far and rows else len(images)
-    expected = len(bad) * len(images) + missing * checked  # bad and missing images of all, times `checked`
-    enough = min(1.0, (100 * expected // (checked * total) + 1) / 100 if checked else 1.0)
-    unless = ", unless more of the others are bad," if so_far else ""
-    kept = f". What is embedded is kept, and{unless} reused with data.max_bad_share={enough}"
-    raise ValueError(
-        f"embed: {count} of {pluralize(total, 'image')} are bad{so_far} ({', '.join(counts)}), "
-        f"data.max_bad_share={limit} allows {limit * total:.0f}. "
-        f"The first: {'; '.join([first] * bool(bad) + list(describe_missing(images.shards)))}. "
-        "Mend or leave out these shards, or raise data.max_bad_share: bad images take no part in anything"
-        f"{kept if bad else ''}"
-    )

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
-from grappa_dist.artifacts import Artifact
+from grappa_dist.artifacts import Artifact, finished
 from grappa_dist.config import SUPERVISED, SUPERVISED_SET, Variant
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.models.spec import ModelSpec
@@ -80,7 +80,7 @@ class Flow:
         }
         stages = [*made]
         wanted = stages if until is None else stages[: stages.index(until) + 1]
-        return any(not artifact.complete for stage in wanted for artifact in made[stage])
+        return not all(finished(artifact for stage in wanted for artifact in made[stage]))
 
 
 def artifacts_of(flow: Flow) -> list[Artifact]:

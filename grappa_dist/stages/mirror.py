@@ -28,7 +28,7 @@ from typing import Any
 
 import xxhash
 
-from grappa_dist.artifacts import Artifact
+from grappa_dist.artifacts import Artifact, finished
 from grappa_dist.checksums import MANIFEST, compare, names_aside, read_manifest, verified
 from grappa_dist.console import METRICS_FILE, Console, pluralize
 from grappa_dist.data.remote import (
@@ -116,7 +116,8 @@ class Mirror:
         of an artefact that was damaged here, as the copy may have been made later.
         """
         fetched, damaged_here = list[Artifact](), {damage.artifact for damage in mending.damages}
-        for artifact in (a for a in artifacts if a.name in self.complete and not a.complete):
+        wanted = [artifact for artifact in artifacts if artifact.name in self.complete]
+        for artifact in (a for a, there in zip(wanted, finished(wanted), strict=True) if not there):
             manifest = f"{artifact.name}/{MANIFEST}"
             try:
                 sums = self.remote.read_manifest(manifest)
@@ -146,11 +147,11 @@ class Mirror:
         Raises:
             DamagedArtifact: a file is not what was written; it is not copied.
         """
-        for artifact in artifacts:
-            if artifact.name not in self.complete and artifact.complete:
-                _each(artifact.files, partial(self._put, artifact))
-                self._put(artifact, MANIFEST)
-                self.complete.add(artifact.name)
+        left = [artifact for artifact in artifacts if artifact.name not in self.complete]
+        for artifact in (a for a, there in zip(left, finished(left), strict=True) if there):
+            _each(artifact.files, partial(self._put, artifact))
+            self._put(artifact, MANIFEST)
+            self.complete.add(artifact.name)
 
     def point(self, latest: Mapping[str, str]) -> None:
         """Writes which report and model are the latest, in one object."""

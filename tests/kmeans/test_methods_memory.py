@@ -32,7 +32,8 @@ from grappa_dist.distributed.worker import RankContext
 from grappa_dist.kmeans import sampling
 from grappa_dist.kmeans.lloyd import KMeansTask, sharded_kmeans
 from grappa_dist.kmeans.seeding import Init
-from grappa_dist.stages.embed import BAD_FILE, ROWS_FILE, bad_rows, feature_rows
+from grappa_dist.stages.bad_rows import BAD_FILE, bad_rows
+from grappa_dist.stages.embed import ROWS_FILE, feature_rows
 from grappa_dist.stages.pseudo_label import STATS_FILE, labels_of, num_labels, pseudo_label
 from grappa_dist.stages.run import Run
 from tests.processes import run_ranks

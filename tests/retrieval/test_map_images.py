@@ -12,7 +12,8 @@ from grappa_dist.layout import lay_out
 from grappa_dist.models.model_config import CONFIG_FILE, FORMAT
 from grappa_dist.retrieval.collection import Collection, Part
 from grappa_dist.retrieval.map_images import images_of_collections, images_of_run, labels_by_name
-from grappa_dist.stages.embed import BAD_FILE, ROWS_FILE
+from grappa_dist.stages.bad_rows import BAD_FILE
+from grappa_dist.stages.embed import ROWS_FILE
 from grappa_dist.stages.ground_truth import read_ground_truth
 from grappa_dist.stages.run import CONFIG_FILE as RUN_CONFIG
 from tests.retrieval.photos import write_photos

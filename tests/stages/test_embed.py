@@ -23,14 +23,12 @@ from grappa_dist.data.loader import load_images
 from grappa_dist.data.open_images import open_images
 from grappa_dist.data.shards import ChangedImage, ImageShards
 from grappa_dist.models.spec import ModelSpec, build, preprocess_of
+from grappa_dist.stages.bad_rows import bad_reasons, bad_rows, check_bad_share
 from grappa_dist.stages.embed import (
     MOST_SHARDS,
     SUMS_FILE,
     Embedding,
     EmbedTask,
-    bad_reasons,
-    bad_rows,
-    check_bad_share,
     embed,
     embed_rows,
     embed_shards,
@@ -273,7 +271,7 @@ def test_images_without_a_row_count_as_bad_before_any_is_embedded(tmp_path: Path
 
 
 def test_a_run_stops_as_soon_as_too_many_are_certain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("grappa_dist.stages.embed.CHECK_INTERVAL_S", 0.0)
+    monkeypatch.setattr("grappa_dist.stages.bad_rows.CHECK_INTERVAL_S", 0.0)
     paths = tiny.write_shards(tmp_path / "images", (4, 4, 4, 4), bad=(0, 5))
     with pytest.raises(ValueError, match="2 of 16 images are bad"):
         embed_in(tmp_path / "run", tiny.config(paths, data={"max_bad_share": 0.1}))
@@ -283,7 +281,7 @@ def test_a_run_stops_as_soon_as_too_many_are_certain(tmp_path: Path, monkeypatch
 def test_the_share_named_where_a_run_stops_early_is_enough_for_others_as_bad(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("grappa_dist.stages.embed.CHECK_INTERVAL_S", 0.0)
+    monkeypatch.setattr("grappa_dist.stages.bad_rows.CHECK_INTERVAL_S", 0.0)
     sizes = (10,) * 6
     bad = [row for row in range(sum(sizes)) if row % 10 < 3]
     paths, limit, refused = tiny.write_shards(tmp_path / "images", sizes, bad=bad), 0.01, []

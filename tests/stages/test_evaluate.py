@@ -13,7 +13,8 @@ from grappa_dist.config import Config
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.metrics import QueryScores, retrieval_scores
 from grappa_dist.models.spec import ModelSpec
-from grappa_dist.stages.embed import bad_rows, embed, feature_rows, features_of
+from grappa_dist.stages.bad_rows import bad_rows
+from grappa_dist.stages.embed import embed, feature_rows, features_of
 from grappa_dist.stages.evaluate import (
     NEIGHBOURS,
     QUERIES_FILE,

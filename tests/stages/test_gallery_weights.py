@@ -17,7 +17,8 @@ from grappa_dist.data.shards import ImageShards
 from grappa_dist.models import Grappa
 from grappa_dist.models.spec import ModelSpec, build
 from grappa_dist.stages import gallery_weights
-from grappa_dist.stages.embed import Embedding, bad_rows, embed, embed_rows, feature_rows, features_of
+from grappa_dist.stages.bad_rows import bad_rows
+from grappa_dist.stages.embed import Embedding, embed, embed_rows, feature_rows, features_of
 from grappa_dist.stages.gallery_weights import (
     effective_rank,
     galleries_of,
