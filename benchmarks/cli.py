@@ -25,6 +25,7 @@ from benchmarks import (
     methods,
     pipeline,
     precision,
+    scale,
     serve,
 )
 from benchmarks.harness import Log, OneLineParser
@@ -59,6 +60,7 @@ COMMANDS: dict[str, Command] = {
     "serve": serve,
     "duplicates": duplicates,
     "precision": precision,
+    "scale": scale,
 }
 
 

@@ -14,7 +14,16 @@ import pytest
 import xxhash
 
 from grappa_dist import artifacts
-from grappa_dist.artifacts import Artifact, Look, NotSeen, RowArrays, Store, finished, look_at, rows_file, wait_until_seen
+from grappa_dist.artifacts import (
+    Artifact,
+    Look,
+    NotSeen,
+    RowArrays,
+    Store,
+    look_at,
+    rows_file,
+    wait_until_seen,
+)
 from grappa_dist.checksums import MANIFEST, DamagedArtifact
 from grappa_dist.files import replace, write_json
 
@@ -374,5 +383,5 @@ def test_what_is_finished_is_known_by_one_listing_of_each_folder(
     monkeypatch.setattr("grappa_dist.artifacts.os.listdir", lambda path: (listed.append(path), listdir(path))[1])
     monkeypatch.setattr(Artifact, "complete", property(lambda _: pytest.fail("asked for each manifest")))
     other = store.artifact("labels/k=4", {}, {})
-    assert finished([*made, other]) == [*(i % 3 == 0 for i in range(100)), False]
+    assert artifacts.finished([*made, other]) == [*(i % 3 == 0 for i in range(100)), False]
     assert len(listed) == 3
