@@ -12,13 +12,13 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from pathlib import Path
 
 import torch
 
 from grappa_dist.artifacts import finished
-from grappa_dist.config import BACKBONE, Config, Variant
+from grappa_dist.config import BACKBONE, VARIANTS, Config, Variant
 from grappa_dist.console import format_bytes, pluralize
 from grappa_dist.distributed import placement
 from grappa_dist.distributed.placement import WorkerParts, known_workers, may_have_gpus, ranks_of, split_evenly
@@ -156,11 +156,11 @@ class Estimator:
         work = self.work
         if work.is_nothing:
             return {"report": [self._fixed(REPORT_S)]} if work.reports else {}
-        embeds = [(BACKBONE, work.embedded), *work.tested.items()]
+        passes = [{BACKBONE: work.embedded}, *self._passes()]
         found = {
             "start": [self._fixed(START_S)],
             "shards": [SHARDED_S * work.sharded],
-            "embed": [self._embed(shards, self._forward_s(model)) for model, shards in embeds if shards],
+            "embed": [self._embed(models) for models in passes if any(models.values())],
             "pseudo_label": [sum(map(self._cluster, work.labels))],
             "adapt": [self._adapt()],
             "fuse": list(map(self._fuse, work.fusions)),
@@ -179,14 +179,22 @@ class Estimator:
         """What takes so long on a plain core, here."""
         return seconds * max(1.0, PLAIN_FLOPS / self.rates.flops)
 
-    def _embed(self, shards: Sequence[int], forward_s: float) -> float:
-        return makespan((self._shard_s(rows, forward_s) for rows in shards), self.workers)
+    def _passes(self) -> Iterator[dict[str, tuple[int, ...]]]:
+        """Of the passes over the images that are evaluated: by model, images of each shard that it lacks."""
+        for per_gallery in (False, True):  # these read the others' features first
+            models = [m for m in self.work.tested if (m in VARIANTS and VARIANTS[m].per_gallery) == per_gallery]
+            yield {model: self.work.tested[model] for model in models}
 
-    def _shard_s(self, rows: int, forward_s: float) -> float:
+    def _embed(self, models: Mapping[str, Sequence[int]]) -> float:
+        """A pass that reads each image once."""
+        names, of_shards = list(models), zip_longest(*models.values(), fillvalue=0)
+        return makespan((self._shard_s(dict(zip(names, rows, strict=True))) for rows in of_shards), self.workers)
+
+    def _shard_s(self, rows: Mapping[str, int]) -> float:
+        """Of a shard with so many images, by model."""
         size = self.config.embed.batch_size  # batches are padded to it
-        padded = -(-rows // size) * size
-        read_s, compute_s = rows * self.rates.decode_s, padded * forward_s
-        return self.rates.image_s(read_s, compute_s)
+        compute_s = sum(-(-n // size) * size * self._forward_s(model) for model, n in rows.items())
+        return self.rates.image_s(max(rows.values()) * self.rates.decode_s, compute_s)
 
     def _cluster(self, k: int) -> float:
         settings, ranks = self.config.clustering, min(self.workers, max(1, len(self.work.embedded) or self.workers))

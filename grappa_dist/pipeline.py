@@ -48,7 +48,7 @@ from grappa_dist.report.verdict import as_json, verdict_lines, why_exported, wit
 from grappa_dist.stages.adapt import adapt
 from grappa_dist.stages.bad_rows import bad_rows
 from grappa_dist.stages.damages import Mending
-from grappa_dist.stages.embed import embed, feature_rows
+from grappa_dist.stages.embed import embed, embed_side_by_side, feature_rows
 from grappa_dist.stages.evaluate import Evaluation, evaluate, task_queries
 from grappa_dist.stages.exclude import exclude, excluded_rows, turns_of
 from grappa_dist.stages.flow import Flow, artifacts_of
@@ -204,11 +204,7 @@ def _stages(context: Run, flow: Flow) -> Iterator[str]:
     yield "fuse"
 
     features = {m: feature_rows(flow.test, f) for m, f in flow.test_features.items()}
-    for name in sorted(flow.models, key=lambda name: flow.models[name].galleries is not None):  # these read the others'
-        if flow.models[name].galleries is not None:
-            _weigh(context, flow, features)
-        gone = frozenset(excluded_rows(flow.excluded.test).tolist())
-        embed(context, flow.test, flow.models[name], flow.test_features[name], gone=gone)
+    _embed_test_images(context, flow, features)
     bad = _no_test_rows(flow)
     evaluate(context, flow.test, bad, flow.models, Evaluation(flow.ground_truth, features, flow.scores, flow.insights))
     yield "evaluate"
@@ -222,6 +218,18 @@ def _expect(context: Run, flow: Flow) -> str:
         return ""
     context.console.expect(estimator.parts())
     return ": ".join(filter(None, describe_seconds(estimator)))
+
+
+def _embed_test_images(context: Run, flow: Flow, features: Mapping[str, RowArrays]) -> None:
+    """One pass over the images for all models but those of galleries, which read the others' features: then theirs."""
+    gone = frozenset(excluded_rows(flow.excluded.test).tolist())
+    for per_gallery in (False, True):
+        models = {name: spec for name, spec in flow.models.items() if (spec.galleries is not None) == per_gallery}
+        if per_gallery and models:
+            _weigh(context, flow, features)
+        if models:
+            made = {name: flow.test_features[name] for name in models}
+            embed_side_by_side(context, flow.test, models, made, gone=gone)
 
 
 def _weigh(context: Run, flow: Flow, features: Mapping[str, RowArrays]) -> None:

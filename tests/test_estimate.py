@@ -69,11 +69,18 @@ def test_seconds_follow_from_images_sets_epochs_and_workers() -> None:
     assert stages["adapt"] == pytest.approx(2 * 1000 * (0.02 + 0.05 + 0.15), rel=0.05)  # two jobs at once
     pairs, graphs = 3 * 2 * 1000 * 0.32 / 2, 3 * 1000 * 0.15 / 2
     assert stages["fuse"] == pytest.approx(pairs + graphs, rel=0.05)
-    models = 1000 / 2 * (2 * (0.01 + 0.12) + 2 * (0.01 + 0.14))  # the backbone's features are there
+    models = 1000 / 2 * (0.01 + 2 * 0.12 + 2 * 0.14)  # read once; the backbone's features are there
     assert stages["evaluate"] == pytest.approx(models + 3 * (0.3 + 100 * 0.16), rel=0.05)  # five models, two at once
     together = ahead(settings(adapt={"sets_per_job": 2})).stages()["adapt"]
     assert together == pytest.approx(2 * 1000 * (0.02 + 0.05 + 2 * 0.15), rel=0.05)
     assert ahead(settings(resources={"workers": 1})).stages()["embed"] == pytest.approx(1000 * 0.11)
+
+
+def test_models_that_need_the_features_of_others_read_the_images_once_more() -> None:
+    variants = ("average", "gallery")
+    once, twice = (ahead(settings(fuse={"variants": v})).parts()["embed"] for v in (variants[:1], variants))
+    assert once == pytest.approx([1000 / 2 * 0.11, 1000 / 2 * (0.01 + 2 * 0.12 + 0.14)])
+    assert twice == pytest.approx([*once, 1000 / 2 * (0.01 + 0.14)])
 
 
 def test_padded_batches_a_single_shard_and_several_micro_batches_take_longer() -> None:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
@@ -27,6 +27,7 @@ from grappa_dist.models import Backbone, Grappa, check_image_size, create_backbo
 from grappa_dist.models.backbone import check_name, check_weights, source_of
 from grappa_dist.models.model_config import CONFIG_FILE, check_config, check_size, is_own_backbone
 from grappa_dist.models.precision import Precision
+from grappa_dist.models.shared_backbone import SharedBackbone
 from grappa_dist.models.weights import check_weights_file, load_tensors
 from grappa_dist.storage import open_to_read, open_to_write
 
@@ -151,8 +152,20 @@ def build(spec: ModelSpec, device: torch.device) -> nn.Module:
     backbone = build_backbone(spec.backbone)
     if not spec.sets:
         return backbone.to(device)
-    model = Grappa(backbone, len(spec.sets), spec.bottleneck, attention=spec.has_attention)
-    model.load_adaptors(_load_sets(spec))
+    return _filled(Grappa(backbone, len(spec.sets), spec.bottleneck, attention=spec.has_attention), spec, device)
+
+
+def _filled(model: Grappa, spec: ModelSpec, device: torch.device, same_sets: Grappa | None = None) -> Grappa:
+    """The model with its trained weights, frozen, on the device.
+
+    Args:
+        same_sets: one that holds the same adaptor sets there; they are not held twice.
+    """
+    if same_sets is not None:
+        for layer, other in zip(model.layers, same_sets.layers, strict=True):
+            layer.adaptors = other.adaptors
+    elif spec.sets:
+        model.load_adaptors(_load_sets(spec))
     if spec.fusion:
         model.load_attention(load_weights(spec.fusion.path / FUSION_FILE))
     return model.requires_grad_(False).eval().to(device)
@@ -378,21 +391,63 @@ def load_grappa(
     return grappa, config
 
 
-_latest: dict[tuple[Any, ...], nn.Module] = {}
+class _Models:
+    """Models of one frozen backbone on one device, each built when it is first asked for."""
+
+    def __init__(self, spec: ModelSpec, device: torch.device) -> None:
+        self.shared = SharedBackbone(build_backbone(spec.backbone).to(device))
+        self._device, self._built = device, dict[Any, Grappa]()
+
+    def of(self, spec: ModelSpec) -> Grappa:
+        sets = (spec.bottleneck, spec.adaptors, spec.random_sets, spec.fusion if spec.random_sets else None)
+        key = (sets, spec.fusion, spec.galleries)  # a gallery's model is weighed
+        if key not in self._built:
+            model = self.shared.model(len(spec.sets), spec.bottleneck, attention=spec.has_attention)
+            same_sets = next((found for (held, *_), found in self._built.items() if held == sets), None)
+            self._built[key] = _filled(model, spec, self._device, same_sets)
+        return self._built[key]
+
+
+_latest: dict[tuple[Any, ...], _Models | nn.Module] = {}
 
 
 def cached_model(spec: ModelSpec, device: torch.device) -> nn.Module:
-    """`build`, which keeps the last model: a worker embeds many shards with one."""
-    sets = (spec.bottleneck, spec.adaptors, spec.fusion, spec.galleries)
-    key = (spec.backbone.model_dump_json(), *sets, spec.weights_sha256, spec.set_weights, str(device))
+    """As `build`, from what is kept: a worker embeds many shards with one model.
+
+    Kept are the models of one backbone, which hold its weights and every adaptor set once, or one exported model.
+    """
+    if spec.exported is None:
+        return _models_of(spec, device).of(spec)
+    key = (spec.backbone.model_dump_json(), spec.weights_sha256, spec.set_weights, str(device))
     if key not in _latest:
         release_cached_model()
         _latest[key] = build(spec, device)
-    return _latest[key]
+    found = _latest[key]
+    assert isinstance(found, nn.Module)
+    return found
+
+
+def cached_side_by_side(
+    specs: Sequence[ModelSpec], device: torch.device
+) -> tuple[dict[str, nn.Module], Callable[[Sequence[nn.Module], Tensor], list[Tensor]]]:
+    """Models of the same backbone by name, kept as `cached_model` keeps them, and what runs some of them on the same
+    images: see `SharedBackbone.side_by_side`."""
+    models = _models_of(specs[0], device)
+    return {spec.name: models.of(spec) for spec in specs}, models.shared.side_by_side
+
+
+def _models_of(spec: ModelSpec, device: torch.device) -> _Models:
+    key = (spec.backbone.model_dump_json(), str(device))
+    if key not in _latest:
+        release_cached_model()
+        _latest[key] = _Models(spec, device)
+    found = _latest[key]
+    assert isinstance(found, _Models)
+    return found
 
 
 def release_cached_model() -> None:
-    """Releases the memory of the model that `cached_model` keeps."""
+    """Releases the memory of the models that `cached_model` keeps."""
     if _latest:
         _latest.clear()
         release_memory()  # some backbones hold references to themselves

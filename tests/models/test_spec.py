@@ -16,10 +16,12 @@ from grappa_dist.models.spec import (
     ADAPTORS_FILE,
     FUSION_FILE,
     ModelSpec,
+    backbone_of,
     backbone_settings,
     build,
     build_backbone,
     cached_model,
+    cached_side_by_side,
     preprocess_of,
 )
 from tests.models import tiny
@@ -99,12 +101,22 @@ def test_a_description_builds_the_backbone_one_set_the_average_and_the_fusion(tm
     assert torch.equal(average.last_attention(), torch.full((2, 2, 3), 1 / 3))
 
 
-def test_a_worker_keeps_the_last_model(tmp_path: Path) -> None:
+def test_a_worker_keeps_the_models_of_the_last_backbone_which_hold_its_weights_and_every_set_once(
+    tmp_path: Path,
+) -> None:
     sets, fusion = saved_sets(Store(tmp_path), 2)
     spec = ModelSpec("neighbours", OWN, 3, sets, fusion)
-    first = cached_model(spec, CPU)
-    assert cached_model(replace(spec), CPU) is first
-    assert cached_model(replace(spec, fusion=None), CPU) is not first
+    specs = [ModelSpec("backbone", OWN), replace(spec, name="average", fusion=None), spec]
+    first, images = cached_model(spec, CPU), torch.rand(2, 3, 16, 16)
+    models, side_by_side = cached_side_by_side(specs, CPU)
+    assert cached_model(replace(spec), CPU) is first is models["neighbours"]
+    assert len({id(backbone_of(model)) for model in models.values()}) == 1
+    layers = [model.layers for name, model in models.items() if isinstance(model, Grappa) and name != "backbone"]
+    assert all(one.adaptors is other.adaptors for one, other in zip(*layers, strict=True))
+    found = side_by_side([*models.values()], images)
+    for one, alone in zip(found, [build(each, CPU) for each in specs], strict=True):
+        assert torch.equal(one, alone(images))
+    cached_model(ModelSpec("backbone", OWN.model_copy(update={"kwargs": {"dim": 8, "depth": 1}})), CPU)
     assert cached_model(spec, CPU) is not first
 
 

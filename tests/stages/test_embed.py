@@ -4,7 +4,7 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,16 +13,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import save_file
 
 from grappa_dist.artifacts import Artifact, Store
-from grappa_dist.checksums import forget
+from grappa_dist.checksums import MANIFEST, forget
 from grappa_dist.config import BackboneConfig, Config
+from grappa_dist.console import read_events
 from grappa_dist.data import shards
 from grappa_dist.data.decoding import decode
 from grappa_dist.data.loader import load_images
 from grappa_dist.data.open_images import open_images
 from grappa_dist.data.shards import ChangedImage, ImageShards
-from grappa_dist.models.spec import ModelSpec, build, preprocess_of
+from grappa_dist.models import Grappa
+from grappa_dist.models.spec import ADAPTORS_FILE, FUSION_FILE, ModelSpec, build, build_backbone, preprocess_of
 from grappa_dist.stages.bad_rows import bad_reasons, bad_rows, check_bad_share
 from grappa_dist.stages.embed import (
     MOST_SHARDS,
@@ -32,6 +35,7 @@ from grappa_dist.stages.embed import (
     embed,
     embed_rows,
     embed_shards,
+    embed_side_by_side,
     feature_rows,
     features_of,
     held_against,
@@ -131,7 +135,7 @@ def task_of(images: ImageShards, settings: Config, store: Store, name: str) -> E
     """The embedding of the shard of row 15 by a model of that name."""
     shard, spec = images.locate(15)[0], ModelSpec(name, settings.backbone)
     artifact = features_of(store, spec, settings.embed, images)[shard]
-    return EmbedTask(images.part(shard), int(images.starts[shard]), spec, artifact, Embedding(4, 2))
+    return EmbedTask(images.part(shard), int(images.starts[shard]), ((spec, artifact),), Embedding(4, 2))
 
 
 def test_images_that_are_not_embedded_yet_are_read_and_compared_with_nothing(tmp_path: Path) -> None:
@@ -297,6 +301,124 @@ def test_the_share_named_where_a_run_stops_early_is_enough_for_others_as_bad(
     assert "and, unless more of the others are bad, reused with data.max_bad_share=0.31" in refused[0]
 
 
+def several_models(store: Store, settings: Config) -> dict[str, ModelSpec]:
+    """The backbone, two sets, their average and a fusion of them."""
+    sets = tuple(tiny.random_adaptors(store, settings, seed) for seed in (1, 2))
+    bottleneck = settings.adapt.bottleneck
+    fused = Grappa(build_backbone(settings.backbone), 2, bottleneck, attention=True)
+    for layer in fused.layers:
+        assert layer.attention is not None
+        layer.attention.initialise(torch.Generator().manual_seed(3))
+    fusion = store.artifact("fusion/neighbours", {}, {})
+    if not fusion.complete:
+        save_file(fused.attention_tensors(), fusion.begin() / FUSION_FILE)
+        fusion.commit()
+    specs = [
+        ModelSpec("backbone", settings.backbone),
+        *(ModelSpec(f"k={i}", settings.backbone, bottleneck, (one,)) for i, one in enumerate(sets, 1)),
+        ModelSpec("average", settings.backbone, bottleneck, sets),
+        ModelSpec("neighbours", settings.backbone, bottleneck, sets, fusion),
+    ]
+    return {spec.name: spec for spec in specs}
+
+
+def embed_several(root: Path, settings: Config, *, alone: bool) -> tuple[tiny.Here, dict[str, tuple[Artifact, ...]]]:
+    """Features by several models, in one pass or each in its own."""
+    images, here = ImageShards.open(settings.data.train, None), tiny.Here()
+    run = tiny.run_in(settings, root, here)
+    models = several_models(run.store, settings)
+    features = {name: features_of(run.store, spec, settings.embed, images) for name, spec in models.items()}
+    images = held_against(images, features["backbone"])
+    for name in models if alone else ():
+        embed(run, images, models[name], features[name])
+    if not alone:
+        embed_side_by_side(run, images, models, features)
+    return here, features
+
+
+def contents(features: Mapping[str, Sequence[Artifact]]) -> dict[str, bytes]:
+    """The bytes of all files but manifests, which have the time."""
+    paths = [path for of_model in features.values() for a in of_model for path in a.path.iterdir()]
+    return {f"{p.parent.parent.name}/{p.parent.name}/{p.name}": p.read_bytes() for p in paths if p.name != MANIFEST}
+
+
+def counting_reads(patch: pytest.MonkeyPatch) -> list[int]:
+    """The rows that are read from here on."""
+    real, rows = ImageShards.image_bytes, list[int]()
+
+    def read(images: ImageShards, row: int) -> bytes:
+        rows.append(row)
+        return real(images, row)
+
+    patch.setattr(ImageShards, "image_bytes", read)
+    return rows
+
+
+def test_one_pass_of_several_models_reads_an_image_once_and_writes_the_bytes_of_single_passes(
+    settings: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, singly = embed_several(tmp_path / "singly", settings, alone=True)
+    read = counting_reads(monkeypatch)
+    here, together = embed_several(tmp_path / "together", settings, alone=False)
+    assert len(read) == tiny.NUM_ROWS
+    assert here.asked == ["embed_shards"] * len(tiny.SIZES)
+    found, expected = contents(together), contents(singly)
+    assert found == expected
+    assert sum(name.endswith("sums.npy") for name in found) == len(tiny.SIZES)  # of the backbone alone
+    assert len({found[name] for name in found if name.endswith("rows.npy") and "part2" in name}) == len(together)
+    names = {name: [artifact.name for artifact in of_model] for name, of_model in together.items()}
+    assert names == {name: [artifact.name for artifact in of_model] for name, of_model in singly.items()}
+
+
+def test_after_a_kill_between_two_models_a_shard_is_embedded_by_the_others_alone(
+    settings: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, singly = embed_several(tmp_path / "singly", settings, alone=True)
+    commit, commits = Artifact.commit, list[str]()
+
+    def killed_at(artifact: Artifact) -> None:
+        if artifact.kind.startswith("features"):
+            if len(commits) == 7:  # the first shard is whole, the second one has the backbone and one set
+                raise tiny.Killed
+            commits.append(artifact.kind)
+        commit(artifact)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Artifact, "commit", killed_at)
+        with pytest.raises(tiny.Killed):
+            embed_several(tmp_path / "run", settings, alone=False)
+    before = tiny.files_below(tmp_path / "run" / "features")
+    assert sum(name.endswith(MANIFEST) for name in before) == 7
+    read = counting_reads(monkeypatch)
+    here, features = embed_several(tmp_path / "run", settings, alone=False)
+    assert here.asked == ["embed_shards"] * 3
+    assert len(read) == tiny.NUM_ROWS - tiny.SIZES[0]
+    after = tiny.files_below(tmp_path / "run" / "features")
+    finished = [name for name in before if "/." not in name and not name.startswith(".")]
+    assert {name: before[name] for name in finished if name in after} == {n: after[n] for n in finished if n in after}
+    assert contents(features) == contents(singly)
+    events = read_events(tmp_path / "run" / "events.jsonl")
+    (_, begun) = [event["what"] for event in events if event["name"] == "stage_begins"]
+    expected = f"backbone, k=1, k=2, average, neighbours, {tiny.NUM_ROWS - tiny.SIZES[0]} images in 3 shards, 1 reused"
+    assert begun == f"{expected}, each image read once for all models"
+
+
+def test_a_model_of_several_whose_features_are_not_finite_is_named(settings: Config, tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    images, models = ImageShards.open(settings.data.train, None), several_models(store, settings)
+    broken = Grappa(build_backbone(settings.backbone), 1, settings.adapt.bottleneck, attention=False)
+    tensors = {name: torch.full_like(t, 1e38) for name, t in broken.adaptor_tensors().items()}
+    wrong = store.artifact("adaptors/k=9", {}, {})
+    save_file(tensors, wrong.begin() / ADAPTORS_FILE)
+    wrong.commit()
+    models["k=9"] = replace(models["k=1"], name="k=9", adaptors=(wrong,))
+    features = {name: features_of(store, spec, settings.embed, images) for name, spec in models.items()}
+    with pytest.raises(
+        ValueError, match=r"^embed k=9: the model's features are not finite .* 8 images of a batch of 8"
+    ):
+        embed_side_by_side(tiny.run_in(settings, tmp_path, tiny.Here()), images, models, features)
+
+
 def test_names_of_features_depend_on_model_shard_and_batch_size(settings: Config, tmp_path: Path) -> None:
     images, store = ImageShards.open(settings.data.train, None), Store(tmp_path)
     spec = ModelSpec("backbone", settings.backbone)
@@ -371,7 +493,7 @@ def test_a_shard_is_committed_when_it_is_embedded_while_the_next_one_is_being_re
         Store(tmp_path),
     )
     features, how = features_of(store, spec, settings.embed, images), Embedding(8, 1)
-    tasks = [EmbedTask(images.part(i), images.shard_rows(i).start, spec, f, how) for i, f in enumerate(features)]
+    tasks = [EmbedTask(images.part(i), images.shard_rows(i).start, ((spec, f),), how) for i, f in enumerate(features)]
     complete_at = dict[int, list[bool]]()
     read = ImageShards.image_bytes
 
@@ -391,7 +513,7 @@ def test_a_shard_is_committed_when_it_is_embedded_while_the_next_one_is_being_re
     embed_shards(tiny.CPU, tasks)
     alone = features_of(Store(tmp_path / "alone"), spec, settings.embed, images)
     for task, artifact in zip(tasks, alone, strict=True):
-        embed_shards(tiny.CPU, [replace(task, artifact=artifact)])
+        embed_shards(tiny.CPU, [replace(task, models=((spec, artifact),))])
     whole, singly = (feature_rows(images, found).take(np.arange(tiny.NUM_ROWS)) for found in (features, alone))
     np.testing.assert_array_equal(whole, singly)
     assert bad_reasons(images, features) == bad_reasons(images, alone)
