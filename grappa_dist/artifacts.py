@@ -45,6 +45,7 @@ SEEN_S = 90.0  # network file systems cache for at most 60 s, by default, that a
 LOOK_S = 0.5
 UNIT_ERROR = 2**-6  # of the squared norm of a unit row; search.fixed_point takes no more
 CONTENT_BYTES = 2**30  # of finished artefacts, read when a run starts; the rest is read when it is first used
+CONTENT_FILES = 2**14  # likewise: opening a small file takes longer than reading it
 _AT_ONCE = 8  # files looked at side by side
 _TOGETHER = 32  # of them, that a thread takes at a time
 _T = TypeVar("_T")
@@ -182,23 +183,24 @@ def look_at(artifacts: Iterable[Artifact], content_bytes: int | None = None) -> 
     Nothing counts that this process has found before.
 
     Args:
-        content_bytes: to be read at most; None: all.
+        content_bytes: to be read at most, of CONTENT_FILES files at most; None: all of all.
     """
     forget()
     artifacts = [artifact for artifact in artifacts if artifact.complete]
     found = dict(zip(artifacts, _side_by_side(_check_sizes, artifacts), strict=True))
     listed = {a: a.files for a, damage in found.items() if damage is None}
     files = sorted((s.bytes, a.name, name) for a, of_one in listed.items() for name, s in of_one.items() if s.xxh3)
-    ends = itertools.accumulate(size for size, _, _ in files)
-    chosen = [f for f, end in zip(files, ends, strict=True) if content_bytes is None or end <= content_bytes]
+    if content_bytes is not None:
+        ends = itertools.accumulate(size for size, _, _ in files)
+        files = [f for f, end in zip(files, ends, strict=True) if end <= content_bytes][:CONTENT_FILES]
     home = {a.name: a for a in artifacts}
-    paths = [home[of].path / name for _, of, name in chosen]
-    for (_, of, _), damage in zip(chosen, _side_by_side(_check_content, paths), strict=True):
+    paths = [home[of].path / name for _, of, name in files]
+    for (_, of, _), damage in zip(files, _side_by_side(_check_content, paths), strict=True):
         found[home[of]] = found[home[of]] or damage
     return Look(
         damages=[damage for damage in found.values() if damage is not None],
         without_checksums=[a for a, of_one in listed.items() if any(s.xxh3 is None for s in of_one.values())],
-        num_bytes=sum(size for size, _, _ in chosen),
+        num_bytes=sum(size for size, _, _ in files),
         all_bytes=sum(s.bytes for of_one in listed.values() for s in of_one.values()),
     )
 

@@ -385,3 +385,12 @@ def test_what_is_finished_is_known_by_one_listing_of_each_folder(
     other = store.artifact("labels/k=4", {}, {})
     assert artifacts.finished([*made, other]) == [*(i % 3 == 0 for i in range(100)), False]
     assert len(listed) == 3
+
+
+def test_a_look_opens_only_so_many_small_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = [finished(tmp_path, "x", number=number) for number in range(6)]
+    monkeypatch.setattr(artifacts, "CONTENT_FILES", 4)
+    (made[5].path / "file.txt").write_text("y")
+    assert artifacts.look_at(made, 2**30).num_bytes == 4
+    looked = artifacts.look_at(made)
+    assert (looked.num_bytes, [damage.folder for damage in looked.damages]) == (6, [str(made[5].path)])

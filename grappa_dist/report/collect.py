@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -30,7 +31,7 @@ from grappa_dist.report.content import (
 )
 from grappa_dist.report.examples import Pictures, changed_queries, cluster_samples, sample_galleries
 from grappa_dist.report.facts import Steps, facts_of, graphs_of, suffixes
-from grappa_dist.report.page import MOST_BAD_ROWS, write_report
+from grappa_dist.report.page import MOST_BAD_ROWS, kind_of, write_report
 from grappa_dist.report.queries import class_gains, intervals_of
 from grappa_dist.stages.bad_rows import bad_reasons
 from grappa_dist.stages.damages import DAMAGES_FILE, Damage, damages_among
@@ -299,10 +300,16 @@ def describe_labels(flow: Flow) -> str:
 
 
 def _bad(images: ImageShards, features: Sequence[Artifact]) -> Iterator[BadRow]:
+    """The first rows by shard and key; of the others, whose keys would be read one by one, how many for each reason."""
+    others = Counter[str]()
     for number, (row, reason) in enumerate(bad_reasons(images, features).items()):
+        if number >= MOST_BAD_ROWS:
+            others[kind_of(reason)] += 1
+            continue
         shard, _ = images.locate(row)
-        file = images.name(row) if number < MOST_BAD_ROWS else ""  # only for the rows that are listed
-        yield BadRow(shard=images.shards[shard].name, key=images.key(row), reason=reason, file=file)
+        yield BadRow(shard=images.shards[shard].name, key=images.key(row), reason=reason, file=images.name(row))
+    for reason, count in others.items():
+        yield BadRow(shard="", key="", reason=reason, images=count)
     for some in list_missing(images.shards):
         yield BadRow(shard=some.shard.name, key=some.key, reason=some.reason, images=some.images)
 

@@ -439,12 +439,17 @@ def _share(item: LabelFree | None) -> str:
     return f'<span title="{tip}">{percent(item["value"])}</span>{meter}'
 
 
+def kind_of(reason: str) -> str:
+    """A reason without the place of the image."""
+    return reason.partition(" (byte ")[0][:200]
+
+
 def bad_section(content: ReportContent) -> str:
     if not content.bad_rows:
         return ""
     counts = Counter[str]()
     for row in content.bad_rows:
-        counts[row["reason"].partition(" (byte ")[0][:200]] += row.get("images", 1)
+        counts[kind_of(row["reason"])] += row.get("images", 1)
     first = f" The first {MOST_BAD_ROWS} are listed." if len(content.bad_rows) > MOST_BAD_ROWS else ""
     lead = (
         f'<p class="lead">{pluralize(counts.total(), "image")} could not be read and took no part in '

@@ -166,9 +166,10 @@ def test_the_bad_images_that_are_listed_have_the_names_of_their_files(tmp_path: 
     features = Store(tmp_path).artifact("features", {}, {})
     write_json(features.begin() / "bad.json", {str(row): "why" for row in range(len(images))})
     features.commit()
-    found = [(row["key"], row["file"]) for row in _bad(images, [features])]
+    *listed, others = _bad(images, [features])
     names = [f"photos/{number}.jpg" if number != 2 else "" for number in range(MOST_BAD_ROWS)]
-    assert found == [(f"{row:09d}", name) for row, name in enumerate([*names, *[""] * 5])]
+    assert [(row["key"], row["file"]) for row in listed] == [(f"{row:09d}", name) for row, name in enumerate(names)]
+    assert others == {"shard": "", "key": "", "reason": "why", "images": 5}  # whose keys are not read
 
 
 def test_the_line_on_bad_images_counts_those_without_a_row_and_names_the_place_of_the_list(tmp_path: Path) -> None:
