@@ -80,7 +80,7 @@ def read_manifest(text: bytes, where: Path | str, folder: str | None = None) -> 
     return found
 
 
-@lru_cache(maxsize=2**16)
+@lru_cache(maxsize=2**18)  # a hundred thousand shards of one model and some; 0.9 kB each
 def manifest_in(folder: str) -> Mapping[str, Sum]:
     path = Path(folder) / MANIFEST
     try:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import pathlib
+import tracemalloc
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ import pytest
 
 from grappa_dist.artifacts import Artifact, Store
 from grappa_dist.config import AdaptConfig, BackboneConfig, DataConfig, FuseConfig
+from grappa_dist.data.index import Shard
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.layout import lay_out
 from grappa_dist.stages.adapt import adaptors_of
@@ -233,3 +237,27 @@ def test_one_set_has_nothing_to_weigh(tmp_path: Path, shards: list[str]) -> None
 
 def test_auto_climbs_a_ladder_of_labels(tmp_path: Path, shards: list[str]) -> None:
     assert list(flow_of(tmp_path, shards, clustering={"num_labels": "auto"}).labels) == [4, 8, 16, 32]
+
+
+def test_a_further_shard_takes_the_driver_few_bytes(tmp_path: Path) -> None:
+    settings, store = tiny.config(["/none"], fuse=BOTH), Store(tmp_path)
+
+    def flow_of_shards(count: int) -> Flow:
+        made = (Shard(f"{i:06d}.tar", f"/none/{i:06d}.tar", 9, 9999, f"{i:064d}") for i in range(count))
+        images = ImageShards(tuple(made), ("/none.npy",) * count)
+        return lay_out(settings, store, images, images)
+
+    def held(count: int) -> int:
+        tracemalloc.start()
+        flow = flow_of_shards(count)
+        gc.collect()
+        without_table = tracemalloc.Filter(False, pathlib.__file__)  # of all interned strings, doubled now and then
+        found = tracemalloc.take_snapshot().filter_traces([without_table]).statistics("filename")
+        tracemalloc.stop()
+        assert len(flow.features) == count
+        return sum(of_file.size for of_file in found)
+
+    held(10)  # what is imported and cached once
+    few, many = held(200), held(400)
+    of_artefacts = len(flow_of_shards(1).models) + 1  # the features of a shard by every model, twice by the backbone
+    assert (many - few) / 200 < 1500 * of_artefacts
