@@ -36,7 +36,7 @@ MOST_LABELS, SETS = 65_536, 4  # the largest K, and how many, each a quarter of 
 WIDTH, DEPTH, HEADS, PATCH_PX = 64, 4, 2, 8
 ON_TEST = ("embed test", "ground_truth", "evaluate")  # stages whose work grows with the test images
 BOTH = ("draw", "shards")  # with all images
-STEPS = ("draw", "shards", "dry-run before", "run", "again", "dry-run", "export", "embeddings", "search")
+STEPS = ("draw", "shards", "dry-run before", "run", "again", "dry-run", "exported", "embeddings", "search")
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class Scale:
             return [*verb, "shards", *pairs, *where]
         if name.startswith("dry-run"):
             return [*program, "--dry-run"]
-        if name == "export":
+        if name == "exported":
             return [*verb, "export", str(self.run_dir), "--name", "average", "--out", str(self.out / "exported")]
         if name == "embeddings":
             shards, workers = str(self.out / "shards/train"), f"resources.workers={self.settings.workers}"
