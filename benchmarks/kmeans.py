@@ -4,8 +4,8 @@ Ours gives exact labels, so the baselines' time includes their final search for 
 side reads all rows `iterations` + 1 times. Ours stops when no centroid moves any more; the baselines then run as many
 updates as ours did, and faiss may stop earlier still, when its objective does not change.
 
-Also measured: seeding, and, in separate processes, the speedup of several workers and the memory of one worker as rows
-grow.
+Also measured: seeding, and, in separate processes, the speedup of several workers, the memory of one worker as rows
+grow, and time and memory of workers that hold a slice of the centroids each.
 
 Shapes: P rows, K centroids, D dimensions.
 """
@@ -51,9 +51,9 @@ from benchmarks.harness import (
     watched_memory,
 )
 from grappa_dist.config import ClusteringConfig
-from grappa_dist.distributed.collectives import Comm
-from grappa_dist.distributed.sharded_rows import Rows, join_rows
-from grappa_dist.kmeans.lloyd import KMeansTask, sharded_kmeans
+from grappa_dist.distributed.collectives import Comm, Grid
+from grappa_dist.distributed.sharded_rows import BLOCK_ROWS, GridRows, Rows, join_rows
+from grappa_dist.kmeans.lloyd import KMeansTask, run_fit, sharded_kmeans, start_fit, start_sliced_fit
 from grappa_dist.kmeans.seeding import oversampled_centroids, seed_centroids
 
 OURS = "ours"
@@ -81,6 +81,7 @@ class KMeansSettings:
     scaling_labels: tuple[int, ...] | None = None  # default: the middle one of num_labels
     repeats: int = 1
     shard_rows: int = SHARD_ROWS  # ours takes the rows in shards, as in a run
+    centroid_shards: tuple[int, ...] = ()  # slices of the centroids, each number on all workers
     init: str = OURS  # whose seeding is timed: none, ours, both
     seed: int = 0
 
@@ -89,6 +90,8 @@ class KMeansSettings:
         check_least(self, iterations=1, threads=1, workers=1, shard_rows=1, repeats=1, seed=0)
         if self.features is not None and self.dim is not None:
             raise ValueError("--dim is that of the rows of --features; give one of the two")
+        if wrong := [n for n in self.centroid_shards if n < 1 or self.workers % n]:
+            raise ValueError(f"--centroid-shards must divide the {self.workers} --workers, got {wrong[0]}")
 
     def check_labels(self, num_rows: int) -> None:
         for name, nums in {"num-labels": self.num_labels, "scaling-labels": self.scaling_labels or ()}.items():
@@ -172,6 +175,17 @@ class Scaling:
 
 
 @dataclass(frozen=True)
+class Sliced:
+    """A clustering whose workers hold a slice of the centroids each."""
+
+    num_labels: int
+    workers: int
+    slices: int  # 1: all centroids in each worker
+    timing: Timing
+    growth: int  # bytes by which the worker that grew most did
+
+
+@dataclass(frozen=True)
 class Memory:
     """Bytes by which one worker grew at most, with rows in a mapped file, at two numbers of rows."""
 
@@ -195,6 +209,7 @@ class KMeansFindings:
     comparisons: list[Comparison]
     seedings: list[Seeding]
     scalings: list[Scaling]
+    sliced: list[Sliced]
     memory: Memory | None
 
 
@@ -217,9 +232,10 @@ def measure_kmeans(settings: KMeansSettings, log: Log) -> KMeansFindings:
         for num in settings.to_scale():
             log(f"K={num}: 1 and {settings.workers} workers of one thread")
             scalings.append(_scale(file, starting_rows(len(rows), num, settings.seed), settings))
+        sliced = [one for num in settings.to_scale() for one in _slice(file, num, settings, log)]
         log("memory of one worker")
         memory = _memory(file, min(settings.num_labels)) if CAN_WATCH_MEMORY else None
-    return KMeansFindings(source, (rows.shape[0], rows.shape[1]), comparisons, seedings, scalings, memory)
+    return KMeansFindings(source, (rows.shape[0], rows.shape[1]), comparisons, seedings, scalings, sliced, memory)
 
 
 def _compare(rows: np.ndarray, num_labels: int, settings: KMeansSettings, log: Log) -> Comparison:
@@ -303,15 +319,66 @@ def _time_kmeans(comm: Comm, file: Path, starts: np.ndarray, iterations: int) ->
     return timed(lambda: sharded_kmeans(comm, rows, len(initial), how))[1]
 
 
+def _slice(file: Path, num_labels: int, settings: KMeansSettings, log: Log) -> list[Sliced]:
+    """Time and memory of all workers by the number of slices, from the first rows as centroids."""
+    found: dict[int, list[list[tuple[Timing, int]]]] = {}
+    for order in turns([str(n) for n in settings.centroid_shards], settings.repeats):
+        for slices in map(int, order):
+            log(f"K={num_labels}: {settings.workers} workers, {slices} slices of the centroids")
+            ranks = run_workers(_run_sliced, settings.workers, file, (num_labels, slices, settings.iterations))
+            found.setdefault(slices, []).append(ranks)
+    sides = []
+    for slices, runs in found.items():
+        timing = sum((over_ranks([rank[0] for rank in ranks]) for ranks in runs), Timing((), ()))
+        growth = max(rank[1] for ranks in runs for rank in ranks)
+        sides.append(Sliced(num_labels, settings.workers, slices, timing, growth))
+    return sides
+
+
+def _run_sliced(comm: Comm, file: Path, counts: tuple[int, int, int]) -> tuple[Timing, int]:
+    """One run; `counts` = (K, slices, iterations)."""
+    num_labels, slices, iterations = counts
+    mapped = np.load(file, mmap_mode="r")
+    edges = [len(mapped) * rank // comm.size for rank in range(comm.size + 1)]
+    parts = [mapped[edges[rank] : edges[rank + 1]] for rank in range(comm.size)]
+    float(sum(part.sum() for part in parts))  # reads every page
+    _warm_up_worker(comm, parts[comm.rank])
+    task = KMeansTask(ClusteringConfig(iterations=iterations), initial=mapped[:num_labels])
+
+    def cluster() -> None:
+        own = join_rows(comm, _all_good([parts[comm.rank]]), device=torch.device("cpu"))
+        if slices == 1:
+            run_fit(start_fit(own, num_labels, task))
+            return
+        first = comm.rank // slices * slices
+        shared = GridRows.of(own, Grid.of(comm, slices), _all_good(parts[first : first + slices]))
+        run_fit(start_sliced_fit(shared, num_labels, task))
+
+    before = anonymous_bytes() if CAN_WATCH_MEMORY else 0
+    comm.barrier()
+    if not CAN_WATCH_MEMORY:
+        return timed(cluster)[1], 0
+    with watched_memory() as peak:
+        timing = timed(cluster)[1]
+    return timing, peak[0] - before
+
+
 def _memory(file: Path, num_labels: int) -> Memory:
-    """One worker, seeding included, on the rows once and as if there were eight times as many of them."""
+    """One worker, seeding included, on the rows once and as if there were eight times as many of them.
+
+    Blocks are of even size, so fewer than BLOCK_ROWS rows each where these do not divide the number of rows. The rows
+    are cut to whole blocks: else what grows with a block would count as if it grew with the rows.
+    """
     rows = len(np.load(file, mmap_mode="r"))
-    less, more = (run_workers(_growth, 1, file, num_labels, times)[0] for times in (1, MORE_ROWS))
+    rows -= rows % BLOCK_ROWS if rows > BLOCK_ROWS else 0
+    less, more = (run_workers(_growth, 1, file, num_labels, (rows, times))[0] for times in (1, MORE_ROWS))
     return Memory(num_labels, rows, less, rows * MORE_ROWS, more)
 
 
-def _growth(comm: Comm, file: Path, num_labels: int, times: int) -> int:
-    mapped = np.load(file, mmap_mode="r")
+def _growth(comm: Comm, file: Path, num_labels: int, counts: tuple[int, int]) -> int:
+    """Bytes; `counts` = (rows, how often each of them counts)."""
+    num, times = counts
+    mapped = np.load(file, mmap_mode="r")[:num]
     _warm_up_worker(comm, mapped)
     rows = _all_good([mapped] * times)  # the same file several times: its pages are not counted anyway
     before = anonymous_bytes()
@@ -334,6 +401,7 @@ def as_text(header: dict[str, str], findings: KMeansFindings) -> str:
     blocks += [_comparison_text(comparison) for comparison in findings.comparisons]
     blocks += [_seedings_text(findings.seedings)] if findings.seedings else []
     ends = [_scaling_text(scaling) for scaling in findings.scalings]
+    ends += [_sliced_text(found, findings.sliced) for found in findings.sliced]
     ends.append(_memory_text(findings.memory) if findings.memory else "memory: not measured, there is no /proc here")
     return "\n\n".join([*blocks, "\n".join(ends)])
 
@@ -387,6 +455,16 @@ def _scaling_text(found: Scaling) -> str:
     )
 
 
+def _sliced_text(found: Sliced, every: list[Sliced]) -> str:
+    same = next(other for other in every if other.num_labels == found.num_labels)
+    ratio = found.timing.seconds / same.timing.seconds
+    return (
+        f"K={found.num_labels}: {found.workers} workers, {found.slices} slices of the centroids: "
+        f"{found.timing.seconds:.3f} s, {found.timing.cpu:.3f} s of CPU, {ratio:.2f}x the time of the first; a worker "
+        f"grew by {found.growth / MIB:.1f} MiB at most"
+    )
+
+
 def _memory_text(found: Memory) -> str:
     return (
         f"K={found.num_labels}: one worker grew by {found.growth / MIB:.1f} MiB at {found.rows} mapped rows, by "
@@ -412,6 +490,7 @@ def as_json(header: dict[str, str], findings: KMeansFindings) -> dict[str, Any]:
             }
             for found in findings.scalings
         ],
+        "sliced": [asdict(found) for found in findings.sliced],
         "memory": {**vars(findings.memory), "bytes_per_row": findings.memory.per_row} if findings.memory else None,
     }
 
@@ -469,6 +548,9 @@ def arguments(add: Callable[..., Any]) -> None:
     )
     add("--workers", type=int, default=2, metavar="N", help="against one, a thread each; 1: leave out; default: 2")
     add("--scaling-labels", type=int, nargs="+", metavar="K", help="for --workers; default: the middle --num-labels")
+    add(
+        "--centroid-shards", type=int, nargs="+", default=[], metavar="N", help="slices of the centroids; default: none"
+    )
     add("--repeats", type=int, default=1, metavar="N", help="in alternating order, medians; default: %(default)s")
     add("--init", choices=("none", "ours", "both"), default="ours", help="whose seeding to time; default: ours")
     add("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
@@ -477,6 +559,7 @@ def arguments(add: Callable[..., Any]) -> None:
 def run(options: dict[str, Any], log: Log) -> tuple[str, dict[str, Any]]:
     options["num_labels"] = tuple(options["num_labels"])
     options["scaling_labels"] = tuple(options["scaling_labels"]) if options["scaling_labels"] else None
+    options["centroid_shards"] = tuple(options["centroid_shards"])
     settings = KMeansSettings(**options)
     header = machine(settings.threads)
     findings = measure_kmeans(settings, log)

@@ -336,6 +336,7 @@ class Resources(Section):
     cpus_per_worker: Count | Literal["auto"] = "auto"  # that Ray reserves; auto: a GPU's part of its node, else 1
     gpus_per_worker: Literal[0, 1, "auto"] = "auto"  # 0: on CPUs, whatever GPUs there are
     adapt_ranks: Count = 1  # ranks per adaptor job; jobs run side by side as far as the workers go
+    centroid_shards: Count | Literal["auto"] = "auto"  # slices of the centroids of k-means; auto: by K and memory
     threads: Count | Literal["auto"] = "auto"  # torch and faiss threads per worker; auto: cpus_per_worker
     decode_threads: Count | Literal["auto"] = "auto"  # of a worker, read ahead; auto: its CPUs beside a GPU, else 2
     max_restarts: Annotated[int, Field(ge=0)] = 3  # of one job or shard, after its process died

@@ -21,10 +21,11 @@ from grappa_dist.artifacts import finished
 from grappa_dist.config import BACKBONE, VARIANTS, Config, Variant
 from grappa_dist.console import format_bytes, pluralize
 from grappa_dist.distributed import placement
+from grappa_dist.distributed.machine import this_machine
 from grappa_dist.distributed.placement import WorkerParts, known_workers, may_have_gpus, ranks_of, split_evenly
 from grappa_dist.distributed.preflight import free_memory
+from grappa_dist.kmeans.methods import CENTROID_BYTES, RankMemory, centroid_shards, fit_pairs, may_shard_centroids
 from grappa_dist.kmeans.methods import choose as choose_method
-from grappa_dist.kmeans.methods import fit_pairs
 from grappa_dist.layout import on_pairs
 from grappa_dist.models import Backbone, PackedGrappa
 from grappa_dist.models.spec import build_backbone
@@ -49,8 +50,8 @@ DOMINATES, WORTH_S = 0.5, 300.0  # a setting is named from this share of this ma
 SHARDED_S = 1e-3  # to copy an image's file into a shard
 FEW_SETS = 3
 MEASURED_FROM = 100  # training images from which on a run measures the machine
-# Bytes: a worker process with its libraries, the driver's; an entry of a centroid; a report with its pictures.
-WORKER_BYTES, DRIVER_BYTES, CENTROID_BYTES, REPORT_BYTES = 700 * 2**20, 700 * 2**20, 56, 16 * 2**20  # docs/scale.md
+# Bytes: a worker process with its libraries, the driver's; a report with its pictures.
+WORKER_BYTES, DRIVER_BYTES, REPORT_BYTES = 700 * 2**20, 700 * 2**20, 16 * 2**20  # docs/scale.md
 CHECKPOINTS = 2  # of a job on disk: the newest and the one before
 
 
@@ -351,7 +352,7 @@ def _memory(estimator: Estimator, backbone: Backbone) -> dict[str, int]:
     base, ks = WORKER_BYTES + weights, sorted(work.labels or work.sets, reverse=True)
     found = {
         "embed": base + config.embed.batch_size * batches,
-        "pseudo_label": base + CENTROID_BYTES * max(ks, default=0) * dim,
+        "pseudo_label": base + (centroid_bytes(config, ks[0], work.rows, dim) if ks else 0),
     }
     if may_have_gpus(config.resources):
         return found
@@ -372,6 +373,22 @@ def _memory(estimator: Estimator, backbone: Backbone) -> dict[str, int]:
         pairs = min(at_once, 2 * fuse.global_batch) * image
         found["fuse"] = base + pairs + projector_bytes(estimator.projector_weights) + 4 * fuse.projector[-1] ** 2
     return found
+
+
+def centroid_bytes(config: Config, num_labels: int, num_rows: int, dim: int) -> int:
+    """What a rank of k-means holds for its slice of the centroids of a K."""
+    return CENTROID_BYTES * num_labels * dim // centroid_slices(config, num_labels, num_rows, dim)
+
+
+def centroid_slices(config: Config, num_labels: int, num_rows: int, dim: int) -> int:
+    """How many slices the centroids of a K will have; 1 also where only a cluster knows its memory."""
+    asked, workers = config.resources.centroid_shards, known_workers(config.resources)
+    may_shard = may_shard_centroids(config.clustering, choose_method(config.clustering, num_labels, num_rows))
+    if not may_shard or may_have_gpus(config.resources):
+        return 1
+    if asked != "auto" or workers is None:
+        return 1 if asked == "auto" else asked
+    return centroid_shards(asked, num_labels, dim, RankMemory(workers, this_machine().memory_bytes // workers))
 
 
 def _disk(estimator: Estimator) -> int:

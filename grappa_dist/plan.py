@@ -29,9 +29,10 @@ from grappa_dist.distributed.placement import (
     ranks_of,
 )
 from grappa_dist.estimate import (
-    CENTROID_BYTES,
     CLASSIFIER_PRODUCTS,
     Estimator,
+    centroid_bytes,
+    centroid_slices,
     describe_seconds,
     dominating,
     needs,
@@ -383,13 +384,15 @@ def _costs(config: Config, num_rows: int, ks: tuple[int, ...], dim: int) -> Iter
     """Rough sizes of arrays and of the memory of a rank."""
     widths = [dim, *config.fuse.projector]
     projector = sum(a * b for a, b in pairwise(widths))
+    slices = centroid_slices(config, max(ks), num_rows, dim)
+    sliced = f", centroids in {slices} slices" if slices > 1 else ""
     yield (
         f"rough bytes    (at {dim} channels) features {format_bytes(4 * dim * num_rows)}, "
         f"labels {format_bytes(4 * len(ks) * num_rows)}, "
         f"k-NN graph {format_bytes(8 * config.fuse.neighbours * num_rows)} an epoch; "
         f"per rank: projector, gradients and momentum {format_bytes(projector_bytes(projector))}, "
         f"correlation matrix {format_bytes(4 * config.fuse.projector[-1] ** 2)}; "
-        f"per worker: k-means of K = {max(ks)} {format_bytes(CENTROID_BYTES * max(ks) * dim)}"
+        f"per worker: k-means of K = {max(ks)} {format_bytes(centroid_bytes(config, max(ks), num_rows, dim))}{sliced}"
     )
     if on_pairs(config, len(ks)):
         yield _fuse_traffic(config, projector)

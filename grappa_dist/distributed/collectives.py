@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 class _AllSum(torch.autograd.Function):
-    """Sum over ranks; its gradient is summed too, because every rank's loss depends on every rank's summand."""
+    """Sum over all ranks; its gradient is summed too, as every rank's loss depends on every rank's summand."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
@@ -53,13 +53,32 @@ class Sum:
 
 @dataclass(frozen=True)
 class Comm:
-    """The ranks of one job, seen from one of them. Without a process group it is a world of one."""
+    """The ranks of one job, or some of them, seen from one of them. Without a process group it is a world of one."""
 
     rank: int = 0
     size: int = 1
+    group: dist.ProcessGroup | None = None  # None: all ranks of the job
+    timeout_s: float = 600.0  # for which a rank waits for others in a collective
+
+    def among(self, parts: Sequence[Sequence[int]]) -> Comm:
+        """The part of these ranks that this one is in, as ranks of their own. All ranks call it with the same parts.
+
+        Args:
+            parts: ranks, ascending; every rank is in one part.
+        """
+        found = Comm()
+        for ranks in parts:
+            if len(ranks) == self.size:
+                return self
+            if len(ranks) > 1:
+                timeout = datetime.timedelta(seconds=self.timeout_s)
+                group = dist.new_group(list(ranks), timeout=timeout)  # by all, in the same order, whoever is in it
+                if self.rank in ranks:
+                    found = Comm(list(ranks).index(self.rank), len(ranks), group, self.timeout_s)
+        return found
 
     def allsum(self, tensor: Tensor) -> Tensor:
-        """Sum over ranks, differentiable.
+        """Sum over all ranks of the job, differentiable.
 
         Every rank computes the same global loss from such sums. The gradient that then reaches a rank's own tensor is
         R times the true one, and an engine that averages gradients over ranks makes it exact.
@@ -69,17 +88,23 @@ class Comm:
     def sum_(self, tensor: Tensor) -> Tensor:
         """Sum over ranks in place, any dtype, no gradient."""
         if self.size > 1:
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, group=self.group)
         return tensor
 
     def begin_sum(self, tensor: Tensor) -> Sum:
         """As `sum_`, in the background, while this rank does work that needs no other rank."""
-        return Sum(tensor, dist.all_reduce(tensor, async_op=True) if self.size > 1 else None)
+        return Sum(tensor, dist.all_reduce(tensor, group=self.group, async_op=True) if self.size > 1 else None)
 
     def max_(self, tensor: Tensor) -> Tensor:
         """Elementwise maximum over ranks, in place, no gradient."""
         if self.size > 1:
-            dist.all_reduce(tensor, dist.ReduceOp.MAX)
+            dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group)
+        return tensor
+
+    def min_(self, tensor: Tensor) -> Tensor:
+        """Elementwise minimum over ranks, in place, no gradient."""
+        if self.size > 1:
+            dist.all_reduce(tensor, dist.ReduceOp.MIN, group=self.group)
         return tensor
 
     def gather(self, tensor: Tensor, sizes: Sequence[int] | None = None) -> list[Tensor]:
@@ -102,13 +127,13 @@ class Comm:
         padded = tensor.new_zeros((longest, *tensor.shape[1:]))
         padded[: len(tensor)] = tensor
         received = [torch.empty_like(padded) for _ in range(self.size)]
-        dist.all_gather(received, padded)
+        dist.all_gather(received, padded, group=self.group)
         return [part[:n] for part, n in zip(received, sizes, strict=True)]
 
     def _lengths(self, tensor: Tensor) -> list[int]:
         """The first dimension of every rank's tensor."""
         lengths = torch.empty(self.size, dtype=torch.int64, device=tensor.device)
-        dist.all_gather(list(lengths.split(1)), torch.full((1,), len(tensor), device=tensor.device))
+        dist.all_gather(list(lengths.split(1)), torch.full((1,), len(tensor), device=tensor.device), group=self.group)
         found: list[int] = lengths.tolist()
         return found
 
@@ -118,7 +143,7 @@ class Comm:
         parts[self.rank].copy_(tensor)
         for source, part in enumerate(parts):
             if len(part):
-                dist.broadcast(part, source)
+                dist.broadcast(part, self._of_job(source), group=self.group)
         return parts
 
     def exchange(self, parts: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
@@ -128,14 +153,27 @@ class Comm:
         sent = torch.cat([part.reshape(-1) for part in parts])
         counts = [math.prod(shape) for shape in shapes]
         received = sent.new_empty(sum(counts))
-        dist.all_to_all_single(received, sent, counts, [part.numel() for part in parts])
+        dist.all_to_all_single(received, sent, counts, [part.numel() for part in parts], group=self.group)
         return [part.view(shape) for part, shape in zip(received.split(counts), shapes, strict=True)]
 
     def broadcast(self, tensor: Tensor, source: int) -> Tensor:
         """The source rank's tensor, written into `tensor` on every rank."""
         if self.size > 1:
-            dist.broadcast(tensor, source)
+            dist.broadcast(tensor, self._of_job(source), group=self.group)
         return tensor
+
+    def send(self, tensor: Tensor, target: int) -> None:
+        """Sends the tensor to a rank, which calls `receive`."""
+        dist.send(tensor, self._of_job(target), group=self.group)
+
+    def receive(self, tensor: Tensor, source: int) -> Tensor:
+        """What a rank has sent to this one, written into `tensor`."""
+        dist.recv(tensor, self._of_job(source), group=self.group)
+        return tensor
+
+    def _of_job(self, rank: int) -> int:
+        """A rank's number among all ranks of the job."""
+        return rank if self.group is None else dist.get_global_rank(self.group, rank)
 
     def shift(self, tensor: Tensor, by: int = 1) -> Tensor:
         """Sends the tensor `by` ranks ahead; returns that of the rank `by` before. The first dimension may differ."""
@@ -150,14 +188,36 @@ class Comm:
 
     def _send_and_receive(self, sent: Tensor, after: int, received: Tensor, before: int) -> None:
         """Sends and receives at once: one after the other, two GPUs could wait for each other for ever."""
-        operations = [dist.P2POp(dist.isend, sent, after)] if len(sent) else []
-        operations += [dist.P2POp(dist.irecv, received, before)] if len(received) else []
+        to, source = self._of_job(after), self._of_job(before)
+        operations = [dist.P2POp(dist.isend, sent, to, self.group)] if len(sent) else []
+        operations += [dist.P2POp(dist.irecv, received, source, self.group)] if len(received) else []
         for work in dist.batch_isend_irecv(operations) if operations else []:
             work.wait()
 
     def barrier(self) -> None:
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(group=self.group)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The ranks of a job as a grid: those that share rows hold a slice of the centroids each, consecutive ranks."""
+
+    job: Comm
+    sharing_rows: Comm  # the R_k ranks with the rows of this one, by slice
+    sharing_slice: Comm  # the R_n ranks with the slice of this one
+
+    @staticmethod
+    def of(job: Comm, slices: int) -> Grid:
+        """All ranks call it with the same number of slices, which divides that of the ranks.
+
+        Raises:
+            ValueError: it does not.
+        """
+        if slices < 1 or job.size % slices:
+            raise ValueError(f"slices of the centroids must divide the {job.size} ranks, got {slices}")
+        rows = [range(first, first + slices) for first in range(0, job.size, slices)]
+        return Grid(job, job.among(rows), job.among([range(i, job.size, slices) for i in range(slices)]))
 
 
 def wire_device(comm: Comm) -> torch.device:
@@ -230,7 +290,7 @@ def process_group(
     except dist.DistNetworkError as error:
         raise ConnectionError(f"no process group at {address}: {str(error).splitlines()[0]}") from error
     try:
-        yield Comm(rank, size)
+        yield Comm(rank, size, timeout_s=timeout_s)
         dist.barrier()
     finally:
         _destroy()

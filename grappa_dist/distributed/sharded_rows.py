@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grappa_dist.distributed.collectives import Comm, raise_together, wire_device
+from grappa_dist.distributed.collectives import Comm, Grid, raise_together, wire_device
 from grappa_dist.distributed.device_rows import DeviceBlock, DeviceRows, Placement, memory_for_rows
 from grappa_dist.distributed.worker import until_all_ranks_finish
 from grappa_dist.prefetch import prefetch
@@ -378,6 +378,34 @@ def join_rows(
 def _with_squares(sharded: ShardedRows) -> ShardedRows:
     sharded = replace(sharded, squares=scratch((sharded.rows.num_good,), torch.float64))
     return replace(sharded, generator=_fill_squares(sharded))
+
+
+@dataclass(frozen=True)
+class GridRows:
+    """The rows of a rank whose centroids are sharded: its own, and those of all ranks that share rows with it."""
+
+    grid: Grid
+    own: ShardedRows
+    shared: ShardedRows  # passes over them are those of all ranks; sums over ranks count them once per slice
+    good_before: int  # good shared rows before its own
+
+    @staticmethod
+    def of(own: ShardedRows, grid: Grid, rows: Rows) -> GridRows:
+        """After one pass over the shared rows, which were checked when they were joined. All ranks call it together.
+
+        Args:
+            rows: those of all ranks that share rows with this one, in the order of these.
+
+        Raises:
+            Stopped: on all ranks, when a stop was requested on any of them.
+        """
+        assert own.dense is None, "centroids are sharded on CPUs only"
+        ranks, wire = grid.sharing_rows, wire_device(own.comm)
+        nums = torch.cat(ranks.gather(torch.tensor([own.rows.num_good], device=wire))).tolist()
+        plain = torch.cat(ranks.gather(torch.tensor(own.plain, dtype=torch.uint8, device=wire)))
+        assert (sum(nums), len(plain)) == (rows.num_good, len(rows.shards))
+        shared = _with_squares(replace(own, rows=rows, plain=tuple(map(bool, plain.tolist()))))
+        return GridRows(grid, own, shared, sum(nums[: ranks.rank]))
 
 
 def _among_all_ranks(comm: Comm, rows: Rows) -> tuple[int, int, int]:

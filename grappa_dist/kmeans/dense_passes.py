@@ -41,6 +41,10 @@ class DensePasses:
         of_rows = torch.full((sharded.rows.num_good,), -1, dtype=torch.int32, device=sharded.device)
         return DensePasses(sharded, Stats.zeros(num_labels, sharded.dim, sharded.device), of_rows)
 
+    def counts(self) -> Tensor:
+        """Rows of all ranks per label, (K,) int64."""
+        return self.stats.counts
+
     def labels(self) -> list[np.ndarray]:
         """Labels of the rank's rows by shard, (P,) int32, -1 for bad rows."""
         return self.sharded.rows.labels_by_shard(self.of_rows.cpu().numpy())

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from threading import Lock
 from typing import Protocol
 
@@ -25,6 +25,7 @@ from torch import Tensor
 from grappa_dist.config import ClusteringConfig
 from grappa_dist.distributed.collectives import Comm
 from grappa_dist.distributed.sharded_rows import (
+    GridRows,
     RowBlock,
     Rows,
     ShardedRows,
@@ -33,21 +34,26 @@ from grappa_dist.distributed.sharded_rows import (
     row_problem,
     scratch,
 )
+from grappa_dist.kmeans.centroid_slices import CentroidSlice
 from grappa_dist.kmeans.dense_passes import DensePasses, dense_pass
-from grappa_dist.kmeans.seeding import Init, SeedingState, oversampled_centroids, seed_centroids
+from grappa_dist.kmeans.seeding import Init, SeedingState, oversampled_places, rows_at, seed_places
+from grappa_dist.kmeans.sliced_passes import SlicedPasses, slice_of
 from grappa_dist.kmeans.update import Stats, update_centroids
 from grappa_dist.kmeans.yinyang import Bounds, Drift, GroupedCentroids, Groups, Reassignments, num_bounds, reassign
 from grappa_dist.search.candidates import Centroids, joined
 from grappa_dist.search.fixed_point import GRID, to_grid
 
 SQUARE_UNIT = 1 / GRID**2  # of exact squared distances
+ROWS_AT_ONCE = 4096  # first centroids that all ranks read, of which each keeps those of its slice
 
 
 @dataclass(frozen=True)
 class KMeansState:
     """The state of k-means after an update, or during the initialisation: a resumed run ends with the same result."""
 
-    centroids: np.ndarray  # (K, D) float32, after the update; (0, D) during the initialisation
+    # (K, D) float32, after the update; (0, D) during the initialisation and, where they are sharded, on all ranks but
+    # the first, which has them in a mapped file
+    centroids: np.ndarray
     inertia: tuple[int, ...]  # exact, before each update, in units of 2**-48
     repaired: int = 0  # empty clusters so far
     seeded: SeedingState | None = None  # the state of the initialisation, during it
@@ -92,9 +98,9 @@ class KMeansTask:
 
 @dataclass(frozen=True)
 class KMeansResult:
-    """The same on every rank, except for `labels`, which are those of the rank's own rows."""
+    """The same on every rank, except for `labels`, which are those of the rank's own rows, and sharded centroids."""
 
-    centroids: np.ndarray  # (K, D) float32
+    centroids: np.ndarray  # (K, D) float32; where they are sharded as in a `KMeansState`
     labels: list[np.ndarray]  # for each own shard (P,) int32, -1 for bad rows; nearest to `centroids`
     counts: np.ndarray  # (K,) int64, rows per label
     inertia: list[float]  # sum of squared distances before each update, then that of the returned labels
@@ -135,24 +141,45 @@ def start_fit(sharded: ShardedRows, num_labels: int, task: KMeansTask) -> Fit:
         ValueError: there are fewer good rows than labels, or `task.initial` or `task.resume` do not fit.
         Stopped: on all ranks, when a stop was requested on any of them.
     """
-    sharded.check_labels(num_labels)
-    shape, start = (num_labels, sharded.dim), task.resume
-    if start is not None:
-        _check_resume(start, shape, task.config.iterations)
-    if start is None or start.seeded:
-        start = KMeansState(_first_centroids(sharded, shape, task).cpu().numpy(), ())
-        task.on_update(start)
+    held = CentroidSlice(num_labels)
+    start = _start(sharded, held, task)
     passes: DensePasses | BoundedPasses
     if sharded.dense is not None:
         passes = DensePasses.over(sharded, num_labels)
     else:
         passes = BoundedPasses.over(sharded, torch.from_numpy(start.centroids).to(sharded.device))
+    return _fit(passes, held, start, task)
 
+
+def start_sliced_fit(rows: GridRows, num_labels: int, task: KMeansTask) -> Fit:
+    """As `start_fit` with sharded centroids, on CPUs: the result has the same bits."""
+    held = slice_of(rows, num_labels)
+    start = _start(rows.own, held, task)
+    return _fit(SlicedPasses.over(rows, held, torch.from_numpy(start.centroids)), held, start, task)
+
+
+def _fit(passes: AnyPasses, held: CentroidSlice, start: KMeansState, task: KMeansTask) -> Fit:
     def update(centroids: Tensor, spreads: list[int], step: int) -> tuple[Tensor, int]:
-        return update_centroids(centroids, passes.stats, spreads, step, spherical=task.config.spherical)
+        return update_centroids(centroids, passes.stats, spreads, step, spherical=task.config.spherical, held=held)
 
-    steps = lloyd_steps(passes, update, start, task)
+    steps = lloyd_steps(passes, update, start, task, held=held)
     return Fit(passes, steps, next(steps))
+
+
+def _start(sharded: ShardedRows, held: CentroidSlice, task: KMeansTask) -> KMeansState:
+    """The state before the next pass, with the centroids of the rank's slice."""
+    sharded.check_labels(held.num)
+    shape, start, own = (held.num, sharded.dim), task.resume, slice(held.own.start, held.own.stop)
+    if start is not None:
+        _check_resume(start, shape, task.config.iterations)
+    if start is not None and not start.seeded:
+        return start if held.is_whole else replace(start, centroids=start.centroids[own].copy())
+    if task.initial is not None:
+        first = _checked_initial(task.initial, shape, own)
+    else:
+        first = _first_centroids(sharded, held, task)
+    task.on_update(KMeansState(held.whole(first), ()))
+    return KMeansState(first.cpu().numpy(), ())
 
 
 def _check_resume(resume: KMeansState, shape: tuple[int, int], iterations: int) -> None:
@@ -165,25 +192,33 @@ def _check_resume(resume: KMeansState, shape: tuple[int, int], iterations: int) 
         )
 
 
-def _first_centroids(sharded: ShardedRows, shape: tuple[int, int], task: KMeansTask) -> Tensor:
-    if task.initial is not None:
-        return _checked_initial(task.initial, shape)
+def _first_centroids(sharded: ShardedRows, held: CentroidSlice, task: KMeansTask) -> Tensor:
+    """Those of the rank's slice, (K_j, D)."""
 
     def on_round(seeded: SeedingState, wanted: int) -> None:
         task.callbacks.on_seeding(task.part, len(seeded.places), wanted)
-        task.on_update(KMeansState(np.zeros((0, shape[1]), np.float32), (), seeded=seeded))
+        task.on_update(KMeansState(np.zeros((0, sharded.dim), np.float32), (), seeded=seeded))
 
     seeded = task.resume.seeded if task.resume else None
-    first_centroids = seed_centroids if task.init == "k-means++" else oversampled_centroids
-    return first_centroids(sharded, shape[0], task.seed, resume=seeded, on_round=on_round)
+    first_places = seed_places if task.init == "k-means++" else oversampled_places
+    at_once = None if held.is_whole else -(-held.num // held.ranks.size)
+    places = first_places(sharded, held.num, task.seed, resume=seeded, on_round=on_round, at_once=at_once)
+    if held.is_whole:
+        return rows_at(sharded, places)
+    first = torch.empty(len(held.own), sharded.dim)
+    for start in range(0, held.num, ROWS_AT_ONCE):
+        labels = range(start, min(start + ROWS_AT_ONCE, held.num))
+        rows, own = rows_at(sharded, places[labels.start : labels.stop]), held.overlap(labels)
+        first[own.start - held.own.start : own.stop - held.own.start] = rows[own.start - start : own.stop - start]
+    return first
 
 
-def _checked_initial(initial: np.ndarray, shape: tuple[int, int]) -> Tensor:
+def _checked_initial(initial: np.ndarray, shape: tuple[int, int], own: slice) -> Tensor:
     if initial.shape != shape:
         raise ValueError(f"initial centroids must be {shape}, found {initial.shape}")
     if found := row_problem(initial, np.ones(len(initial), dtype=bool)):
         raise ValueError(f"initial centroids: row {found[0]} {found[1]}")
-    return to_grid(torch.from_numpy(initial.astype(np.float32)))
+    return to_grid(torch.from_numpy(initial[own].astype(np.float32)))
 
 
 def run_fit(fit: Fit) -> KMeansResult:
@@ -211,9 +246,9 @@ def run_fits(fits: list[Fit]) -> Iterator[Fit]:
 class Fit:
     """A k-means between two passes over the rows: the next one assigns them to `centroids`."""
 
-    passes: DensePasses | BoundedPasses
+    passes: AnyPasses
     steps: Steps
-    centroids: Tensor  # (K, D) of the next pass
+    centroids: Tensor  # (K, D) of the next pass; sharded, those of the slice
     end: KMeansState | None = None  # after the last pass
 
     def after_pass(self, prepared: Centroids) -> None:
@@ -227,7 +262,7 @@ class Fit:
         """The result, after the end."""
         passes, end = self.passes, self.end
         assert end is not None
-        counts = passes.stats.counts.cpu().numpy()
+        counts = passes.counts().cpu().numpy()
         of_all_ranks = passes.sharded.total(torch.tensor([passes.by_integers, passes.searched]))
         by_integers, searched = of_all_ranks.tolist()
         decisions = passes.sharded.num_good * passes.number
@@ -239,15 +274,19 @@ class Fit:
             empty_repaired=end.repaired,
             empty_left=int((counts == 0).sum()),
             exact_share=by_integers / decisions,
-            searched_share=searched / (decisions * len(end.centroids)),
+            searched_share=searched / (decisions * len(counts)),
         )
 
 
 class Passes(Protocol):
     """The state of a clustering between its passes over the rows."""
 
-    sharded: ShardedRows
-    stats: Stats  # of all ranks, by the labels of the last pass
+    @property
+    def sharded(self) -> ShardedRows: ...
+
+    @property
+    def stats(self) -> Stats:
+        """Of all ranks, by the labels of the last pass."""
 
 
 Update = Callable[[Tensor, list[int], int], tuple[Tensor, int]]
@@ -276,23 +315,29 @@ def lloyd(
         return last
 
 
-def lloyd_steps(passes: Passes, update: Update, start: KMeansState, task: KMeansTask) -> Steps:
-    """The same as a generator, for a caller that makes the passes."""
+def lloyd_steps(
+    passes: Passes, update: Update, start: KMeansState, task: KMeansTask, *, held: CentroidSlice | None = None
+) -> Steps:
+    """The same as a generator, for a caller that makes the passes.
+
+    Args:
+        held: the slice whose centroids `start` has, and passes and update work on; None: all.
+    """
     config, centroids = task.config, torch.from_numpy(start.centroids).to(passes.sharded.device)
-    inertia, repaired = list(start.inertia), start.repaired
+    inertia, repaired, held = list(start.inertia), start.repaired, held or CentroidSlice(len(centroids))
     for step in range(len(inertia), config.iterations + 1):
         prepared = yield centroids
         spreads = passes.stats.spreads(prepared)
-        inertia.append(sum(spreads))
+        inertia.append(held.total(sum(spreads)))
         task.callbacks.on_iteration(task.part, step, inertia[-1] * SQUARE_UNIT)
         if step == config.iterations or (step and _converged(inertia[-2], inertia[-1], config.tolerance)):
             break
         updated, splits = update(centroids, spreads, step)
-        if not splits and torch.equal(updated, centroids):
+        if held.all(not splits and torch.equal(updated, centroids)):
             break  # further steps would change nothing
         centroids, repaired = updated, repaired + splits
-        task.on_update(KMeansState(centroids.cpu().numpy(), tuple(inertia), repaired))
-    return KMeansState(centroids.cpu().numpy(), tuple(inertia), repaired)
+        task.on_update(KMeansState(held.whole(centroids), tuple(inertia), repaired))
+    return KMeansState(held.whole(centroids), tuple(inertia), repaired)
 
 
 def _converged(before: int, now: int, tolerance: float) -> bool:
@@ -300,8 +345,14 @@ def _converged(before: int, now: int, tolerance: float) -> bool:
     return tolerance > 0 and before - now < tolerance * before
 
 
-def shared_pass(wanted: Sequence[tuple[DensePasses | BoundedPasses, Tensor]]) -> list[Centroids]:
-    """One pass over the rows that assigns them to the centroids of several clusterings; returns these prepared."""
+def shared_pass(wanted: Sequence[tuple[AnyPasses, Tensor]]) -> list[Centroids]:
+    """One pass over the rows that assigns them to the centroids of several clusterings; returns these prepared.
+
+    A clustering with sharded centroids has a pass of its own.
+    """
+    if sliced := [kept.advance(centroids) for kept, centroids in wanted if isinstance(kept, SlicedPasses)]:
+        assert len(sliced) == len(wanted)
+        return sliced
     sharded = wanted[0][0].sharded
     assert all(kept.sharded is sharded for kept, _ in wanted)
     if dense := [(kept, centroids) for kept, centroids in wanted if isinstance(kept, DensePasses)]:
@@ -348,9 +399,16 @@ class BoundedPasses:
         )
         return BoundedPasses(sharded, groups, bounds, Stats.zeros(num_labels, dim, sharded.device), centroids)
 
+    def counts(self) -> Tensor:
+        """Rows of all ranks per label, (K,) int64."""
+        return self.stats.counts
+
     def labels(self) -> list[np.ndarray]:
         """Labels of the rank's rows by shard, (P,) int32, -1 for bad rows."""
         return self.sharded.rows.labels_by_shard(self.bounds.labels.numpy())
+
+
+AnyPasses = DensePasses | BoundedPasses | SlicedPasses
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ import torch
 from grappa_dist.config import ClusteringConfig
 from grappa_dist.console import format_number
 from grappa_dist.data.rng import RowDraw, draw
-from grappa_dist.distributed.sharded_rows import ShardedRows
+from grappa_dist.distributed.sharded_rows import GridRows, ShardedRows
 from grappa_dist.kmeans.assignments import AssignedRows, RowLabels, assign_rows, exact_search
 from grappa_dist.kmeans.balanced import Balanced, balance_labels, largest_size
 from grappa_dist.kmeans.hierarchical import fit_subclusters
@@ -37,6 +37,7 @@ from grappa_dist.kmeans.lloyd import (
     run_fit,
     run_fits,
     start_fit,
+    start_sliced_fit,
 )
 from grappa_dist.kmeans.sampling import sample_rows
 from grappa_dist.kmeans.seeding import Init
@@ -51,6 +52,12 @@ FLAT: tuple[MethodName, ...] = ("exact", "sampled")
 
 PAIRS = 5 * 10**13
 """Pairs of row and centroid that `auto` spends on one part: about a day and a half of one core (docs/scale.md)."""
+
+CENTROID_BYTES = 56
+"""Bytes for each number of the centroids that a rank of k-means holds (docs/scale.md)."""
+
+CENTROID_SHARE = 0.5
+"""`auto` shards centroids that would take more than this share of the memory that a rank has."""
 
 PLUS_PLUS_LABELS, PLUS_PLUS_ROWS = 2**17, 8
 """`auto` draws at most PLUS_PLUS_LABELS centroids by k-means++, which reads the rows more often the more there are; and
@@ -75,6 +82,32 @@ def choose(config: ClusteringConfig, num_labels: int, num_rows: int) -> Choice:
     init = _init(config, num_labels if name in FLAT else isqrt(num_labels), num_rows)
     init_reason = "; first centroids by k-means||" if init == "k-means||" else ""
     return Choice(name, assignment, reason + assignment_reason + init_reason, init)
+
+
+def may_shard_centroids(config: ClusteringConfig, choice: Choice) -> bool:
+    """Whether ranks can hold a slice of the centroids each: in plain exact k-means."""
+    return choice.name == "exact" and config.restarts == 1 and config.balance is None
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """The ranks of a job, and the bytes that each has: the least part of a node's memory; 0: not known."""
+
+    ranks: int
+    rank_bytes: int
+
+
+def centroid_shards(asked: int | Literal["auto"], num_labels: int, dim: int, where: RankMemory) -> int:
+    """How many slices the centroids have: a divisor of the number of ranks, which changes no bit of a result.
+
+    The fewest, but not fewer than asked for; by default the fewest with which a slice does not take more than
+    CENTROID_SHARE of the memory. Where no number does, there are as many slices as ranks.
+    """
+    if asked == "auto" and not where.rank_bytes:
+        return 1
+    whole, allowed = CENTROID_BYTES * num_labels * dim, CENTROID_SHARE * where.rank_bytes
+    divisors = [n for n in range(1, where.ranks + 1) if where.ranks % n == 0]
+    return next((n for n in divisors if (n >= asked if asked != "auto" else whole <= allowed * n)), where.ranks)
 
 
 def fit_pairs(name: MethodName, config: ClusteringConfig, num_labels: int, num_rows: int) -> int:
@@ -151,6 +184,7 @@ class ClusteringTask:
     choice: Choice
     seed: int = 0
     checkpoint: Checkpoint = field(default_factory=dict)  # the last one, to continue from
+    grid: GridRows | None = None  # the rows where the centroids are sharded: `may_shard_centroids`
     callbacks: ClusteringCallbacks = ClusteringCallbacks()
 
 
@@ -168,7 +202,7 @@ class Clustering:
 
 
 def shares_passes(config: ClusteringConfig, choice: Choice) -> bool:
-    """Whether its passes over the rows can serve other clusterings too: those of plain exact k-means."""
+    """Whether its passes over the rows can serve other clusterings too: those of plain exact k-means, not sharded."""
     return choice.name == "exact" and config.restarts == 1
 
 
@@ -252,6 +286,8 @@ class Restart:
 
     def start_exact(self) -> Fit:
         """Plain k-means before its first pass."""
+        if self.task.grid is not None:
+            return start_sliced_fit(self.task.grid, self.task.num_labels, self.part("fit"))
         return start_fit(self.sharded, self.task.num_labels, self.part("fit"))
 
     def finish_exact(self, result: KMeansResult) -> Clustering:

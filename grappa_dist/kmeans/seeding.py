@@ -79,23 +79,50 @@ def seed_centroids(
     resume: SeedingState | None = None,
     on_round: OnRound = ignore_round,
 ) -> Tensor:
-    """k-means++ centroids, (K, D), by `draw_centroids`; rows that were not drawn, the lowest first, fill up.
+    """k-means++ centroids, (K, D): the rows at `seed_places`."""
+    return rows_at(sharded, seed_places(sharded, num_labels, seed, resume=resume, on_round=on_round))
+
+
+def oversampled_centroids(
+    sharded: ShardedRows,
+    num_labels: int,
+    seed: int,
+    *,
+    resume: SeedingState | None = None,
+    on_round: OnRound = ignore_round,
+) -> Tensor:
+    """k-means|| centroids, (K, D): the rows at `oversampled_places`."""
+    return rows_at(sharded, oversampled_places(sharded, num_labels, seed, resume=resume, on_round=on_round))
+
+
+def seed_places(
+    sharded: ShardedRows,
+    num_labels: int,
+    seed: int,
+    *,
+    resume: SeedingState | None = None,
+    on_round: OnRound = ignore_round,
+    at_once: int | None = None,
+) -> Tensor:
+    """Places of k-means++ centroids, (K,), by `draw_centroids`; rows that were not drawn, the lowest first, fill up.
 
     Args:
         resume: the last state passed to `on_round`, of the same rows, K and seed.
+        at_once: of `D2Weights`.
 
     Raises:
         ValueError: the places in `resume` are not of good rows.
         Stopped: on all ranks, when a stop was requested on any of them.
     """
-    seeded, rows = draw_centroids(D2Weights.of(sharded), num_labels, seed, resume or SeedingState(), on_round)
-    missing = num_labels - len(rows)
-    return torch.cat([rows, rows_at(sharded, _lowest_left(sharded, seeded, missing))]) if missing else rows
+    weights = D2Weights.of(sharded, at_once=at_once)
+    places = draw_centroids(weights, num_labels, seed, resume or SeedingState(), on_round).places
+    missing = num_labels - len(places)
+    return torch.cat([places, _lowest_left(sharded, places, missing)]) if missing else places
 
 
 def draw_centroids(
     weights: D2Weights, num_labels: int, seed: int, resume: SeedingState, on_round: OnRound = ignore_round
-) -> tuple[SeedingState, Tensor]:
+) -> SeedingState:
     """k-means++: each centroid is a row drawn in proportion to its squared distance from those before it.
 
     A round draws up to half as many candidates as there are centroids and thins them out so that they have the
@@ -103,25 +130,20 @@ def draw_centroids(
     times. Draws are integers below an integer total, located in the order of all rows.
 
     Returns:
-        The last state, and the centroids (k, D): K of them, or fewer when no row is left at a distance.
+        The last state, with places of K centroids, or of fewer when no row is left at a distance.
     """
-    sharded, seeded = weights.sharded, resume
-    parts = [torch.zeros(0, sharded.dim, device=sharded.device)]
+    seeded = resume
     if len(resume.places):
         check_places(weights, resume, num_labels)
-        parts = [rows_at(sharded, resume.places)]
-        weights.lower(parts)
+        weights.lower_to([resume.places])
     while len(seeded.places) < num_labels and any(totals := weights.totals()):
-        seeded, rows = _round(weights, totals, seeded, num_labels=num_labels, seed=seed)
-        parts.append(rows)
+        seeded = _round(weights, totals, seeded, num_labels=num_labels, seed=seed)
         on_round(seeded, num_labels)
-    return seeded, torch.cat(parts)
+    return seeded
 
 
-def _round(
-    weights: D2Weights, totals: list[int], before: SeedingState, *, num_labels: int, seed: int
-) -> tuple[SeedingState, Tensor]:
-    """Draws candidates, thins them out and lowers the weights; the state after it, and the new centroids (k', D)."""
+def _round(weights: D2Weights, totals: list[int], before: SeedingState, *, num_labels: int, seed: int) -> SeedingState:
+    """Draws candidates, thins them out and lowers the weights; the state after it."""
     missing = num_labels - len(before.places)
     numbers = range(before.drawn, before.drawn + candidates_per_round(len(before.places), missing))
     targets = [draw(sum(totals), *RowDraw.CANDIDATE.key(seed, num_labels, j)) for j in numbers]
@@ -132,7 +154,7 @@ def _round(
     ]
     kept = accept(candidates, found, tests, missing)
     weights.lower([candidates[kept]], len(before.places))
-    return SeedingState(torch.cat([before.places, places[kept]]), numbers.stop), candidates[kept]
+    return SeedingState(torch.cat([before.places, places[kept]]), numbers.stop)
 
 
 def check_places(weights: D2Weights, resume: SeedingState, at_most: int) -> None:
@@ -147,9 +169,9 @@ def check_places(weights: D2Weights, resume: SeedingState, at_most: int) -> None
         )
 
 
-def _lowest_left(sharded: ShardedRows, seeded: SeedingState, num: int) -> Tensor:
-    """Places of the lowest good rows of all ranks that were not drawn, (num,)."""
-    own = seeded.places[on_this_rank(sharded, seeded.places)] - sharded.first
+def _lowest_left(sharded: ShardedRows, drawn: Tensor, num: int) -> Tensor:
+    """Places of the lowest good rows of all ranks that are not among those drawn, (num,)."""
+    own = drawn[on_this_rank(sharded, drawn)] - sharded.first
     left = sharded.rows.num_good - len(own)
     slot = sum(int(n) for n in sharded.gather(torch.tensor([left]))[: sharded.comm.rank])  # left on lower ranks
     places = torch.zeros(num, dtype=torch.int64)
@@ -162,20 +184,22 @@ def _lowest_left(sharded: ShardedRows, seeded: SeedingState, num: int) -> Tensor
     return sharded.total(places)
 
 
-def oversampled_centroids(
+def oversampled_places(
     sharded: ShardedRows,
     num_labels: int,
     seed: int,
     *,
     resume: SeedingState | None = None,
     on_round: OnRound = ignore_round,
+    at_once: int | None = None,
 ) -> Tensor:
-    """k-means|| centroids, (K, D), all of them rows.
+    """Places of k-means|| centroids, (K,).
 
     Where fewer than K of the candidates differ, k-means++ continues among all rows.
 
     Args:
         resume: the last state passed to `on_round`, of the same rows, K and seed.
+        at_once: of `D2Weights`.
 
     Raises:
         ValueError: the places in `resume` are not of good rows.
@@ -184,37 +208,35 @@ def oversampled_centroids(
     picked = resume or SeedingState()
     candidates = picked.candidates
     if candidates is None:
-        candidates = _seed_candidates(sharded, num_labels, seed, picked, on_round)
+        weights = D2Weights.of(sharded, nearest=True, at_once=at_once)
+        candidates = _seed_candidates(weights, num_labels, seed, picked, on_round)
         picked = SeedingState(candidates=candidates)
         on_round(picked, num_labels)
     else:
         _check_picked(sharded, candidates, picked)
-    seeded, centroids = _pick(sharded, candidates, num_labels, seed, picked, on_round)
-    return centroids if len(centroids) == num_labels else seed_centroids(sharded, num_labels, seed, resume=seeded)
+
+    def report(now: SeedingState, wanted: int) -> None:
+        on_round(_among_all(candidates, now), wanted)
+
+    weights = _weights_of(sharded, candidates, at_once)
+    before = SeedingState(torch.searchsorted(candidates.places, picked.places), picked.drawn)
+    seeded = _among_all(candidates, draw_centroids(weights, num_labels, seed, before, report))
+    if len(seeded.places) == num_labels:
+        return seeded.places
+    return seed_places(sharded, num_labels, seed, resume=seeded, on_round=on_round, at_once=at_once)
 
 
-def _pick(
-    sharded: ShardedRows,
-    candidates: SeedingCandidates,
-    num_labels: int,
-    seed: int,
-    picked: SeedingState,
-    on_round: OnRound,
-) -> tuple[SeedingState, Tensor]:
-    """k-means++ among the candidates, weighted by `times`: the last state, and centroids (k, D)."""
+def _among_all(candidates: SeedingCandidates, seeded: SeedingState) -> SeedingState:
+    """A state with places among all rows, from one with places among the candidates."""
+    return SeedingState(candidates.places[seeded.places], seeded.drawn, candidates)
+
+
+def _weights_of(sharded: ShardedRows, candidates: SeedingCandidates, at_once: int | None) -> D2Weights:
+    """Weights of copies of the candidates, which count `times`."""
     here = on_this_rank(sharded, candidates.places)
     own = candidates.places[here] - sharded.first
     sample = copy_rows(sharded, own.split(sharded.block_rows) if len(own) else (), len(own))
-
-    def among_all(seeded: SeedingState) -> SeedingState:  # from places among the candidates
-        return SeedingState(candidates.places[seeded.places], seeded.drawn, candidates)
-
-    before = SeedingState(torch.searchsorted(candidates.places, picked.places), picked.drawn)
-    weights = D2Weights.of(sample, times=candidates.times[here])
-    seeded, centroids = draw_centroids(
-        weights, num_labels, seed, before, lambda now, wanted: on_round(among_all(now), wanted)
-    )
-    return among_all(seeded), centroids
+    return D2Weights.of(sample, times=candidates.times[here], at_once=at_once)
 
 
 def _check_picked(sharded: ShardedRows, candidates: SeedingCandidates, picked: SeedingState) -> None:
@@ -225,21 +247,19 @@ def _check_picked(sharded: ShardedRows, candidates: SeedingCandidates, picked: S
 
 
 def _seed_candidates(
-    sharded: ShardedRows, num_labels: int, seed: int, seeded: SeedingState, on_round: OnRound
+    weights: D2Weights, num_labels: int, seed: int, seeded: SeedingState, on_round: OnRound
 ) -> SeedingCandidates:
-    at_once = rows_per_oversampling_round(num_labels)
-    wanted = 1 + OVERSAMPLING_ROUNDS * at_once
-    weights, found = D2Weights.of(sharded, nearest=True), seeded.places
+    of_round = rows_per_oversampling_round(num_labels)
+    wanted, sharded, found = 1 + OVERSAMPLING_ROUNDS * of_round, weights.sharded, seeded.places
     if len(found):
         check_places(weights, seeded, wanted)
-        rows = rows_at(sharded, found)
-        rounds = (rows[:1], *rows[1:].split(at_once))  # as they were drawn: of equal weights the first round counts
-        weights.lower([some for some in rounds if len(some)])
+        rounds = (found[:1], *found[1:].split(of_round))  # as they were drawn: of equal weights the first round counts
+        weights.lower_to([some for some in rounds if len(some)])
     while len(found) < wanted and any(weights.totals()):
-        num = at_once if len(found) else 1
+        num = of_round if len(found) else 1
         key = RowDraw.OVERSAMPLED.key(seed, num_labels, len(found))
         new = _places(sharded, Draw.of(sharded, num, *key, weights=weights.squares.cpu()))
-        weights.lower([rows_at(sharded, new)], len(found))
+        weights.lower_to([new], len(found))
         found = torch.cat([found, new])
         on_round(SeedingState(found, len(found)), wanted)
     order = found.argsort()
@@ -272,9 +292,12 @@ class D2Weights:
     squares: Tensor  # (n,) int64, in units of 2**-27; 0 for bad rows
     nearest: Tensor | None = None  # (n,) int32, the nearest centroid; of several with the same weight the first
     times: Tensor | None = None  # (n,) int64, multiplicity of each row; by default 1
+    at_once: int | None = None  # found centroids in memory at the same time; by default all
 
     @staticmethod
-    def of(sharded: ShardedRows, *, nearest: bool = False, times: Tensor | None = None) -> D2Weights:
+    def of(
+        sharded: ShardedRows, *, nearest: bool = False, times: Tensor | None = None, at_once: int | None = None
+    ) -> D2Weights:
         """Equal weights of all good rows: the first centroid may be any of them."""
         num = (len(sharded.rows),)
         if sharded.dense is None:
@@ -283,7 +306,7 @@ class D2Weights:
             squares = torch.zeros(num, dtype=torch.int64, device=sharded.device)
             labels = squares.int() if nearest else None
             times = None if times is None else times.to(sharded.device)
-        weights = D2Weights(sharded, squares, None if labels is None else labels.fill_(-1), times)
+        weights = D2Weights(sharded, squares, None if labels is None else labels.fill_(-1), times, at_once)
         weights._fill(1)
         return weights
 
@@ -345,6 +368,47 @@ class D2Weights:
             self.squares[positions] = squares
             if self.nearest is not None:
                 self.nearest[positions] = labels
+
+    def lower_to(self, rounds: Sequence[Tensor], first: int = 0) -> None:
+        """The same with rows at some places (m,) for each round, of which no more than `at_once` are read at a time."""
+        num = sum(map(len, rounds))
+        if self.at_once is None or num <= self.at_once:
+            self.lower([rows_at(self.sharded, places) for places in rounds], first)
+            return
+        for places in rounds:
+            if len(places) <= self.at_once:
+                self.lower([rows_at(self.sharded, places)], first)
+            else:
+                self._lower_in_parts(places.split(self.at_once), first)
+            first += len(places)
+
+    def _lower_in_parts(self, parts: Sequence[Tensor], first: int) -> None:
+        """`lower` to one round of centroids in several passes, with the exact distances to the round in between."""
+        assert self.sharded.dense is None
+        if not first:
+            self._fill(FAR)
+        exact = scratch((len(self.squares),), torch.int64).fill_(FAR)
+        labels = scratch((len(self.squares),), torch.int32).fill_(-1)
+        for places in parts:
+            rows = rows_at(self.sharded, places)
+            prepared = [Centroids.of(part, self.sharded.generator) for part in rows.split(_AT_ONCE)]
+
+            def work(block: RowBlock, prepared: list[Centroids] = prepared) -> tuple[Tensor, Assignment]:
+                known = exact[block.positions]
+                within = torch.minimum(from_weights(self.squares[block.positions]), known.double() / GRID**2)
+                found = _nearest(block.x, block.squares, prepared, within)
+                nearer = (found.squares < known).nonzero()[:, 0]
+                return block.positions[nearer], Assignment(found.labels[nearer], found.squares[nearer])
+
+            for positions, found in self.sharded.each(work, self.sharded.row_blocks()):
+                exact[positions], labels[positions] = found.squares, (found.labels + first).int()
+            first += len(places)
+        for positions in self.sharded.good_positions():
+            now, known = to_weights(exact[positions]), self.squares[positions]
+            nearer = now < known
+            self.squares[positions] = torch.where(nearer, now, known)
+            if self.nearest is not None:
+                self.nearest[positions] = torch.where(nearer, labels[positions], self.nearest[positions])
 
     def _lower_dense(self, rounds: Sequence[Tensor], first: int) -> None:
         """The same on a device, where the weights stay."""

@@ -17,9 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from grappa_dist.kmeans.centroid_slices import CentroidSlice
 from grappa_dist.search.candidates import Centroids
 from grappa_dist.search.fixed_point import GRID, cached_rows, exact_square, to_grid
 
+_SPLITS_AT_ONCE = 4096  # rows that slices of the centroids send each other
 _LOW, _LOW_BITS = 24, 2**24 - 1  # a sum of squares is split into low bits and the rest
 
 
@@ -40,10 +42,14 @@ class Stats:
     def tensors(self) -> tuple[Tensor, ...]:
         return self.counts, self.sums, self.squares
 
-    def add_(self, x: Tensor, squares: Tensor, labels: Tensor, leaving: Tensor | None = None) -> None:
-        """Adds grid rows with their exact squared norms, in place, and subtracts them from the labels they leave."""
+    def add_(self, x: Tensor, squares: Tensor, labels: Tensor, leaving: Tensor | None = None, *, sign: int = 1) -> None:
+        """Adds grid rows with their exact squared norms, in place, and subtracts them from the labels they leave.
+
+        Args:
+            sign: -1: subtracts them from their labels.
+        """
         squares = squares.long()
-        signed = [(labels, 1)] if leaving is None else [(labels, 1), (leaving, -1)]
+        signed = [(labels, sign)] if leaving is None else [(labels, sign), (leaving, -sign)]
         _add_rows_(self.sums, x, signed)
         ones = torch.ones_like(labels)  # not bincount: a GPU would wait for the largest label
         for their, sign in signed:
@@ -76,6 +82,8 @@ def _long_dots(c: Tensor, sums: Tensor) -> list[int]:
     They may exceed 64 bits. So the int64 rows are cut into pieces of so few bits that products with 25 bits and their
     sums over D fit into int64, and the results of the pieces are added up as Python integers.
     """
+    if not len(c):
+        return []
     width = 62 - 25 - math.ceil(math.log2(c.shape[1] + 1))
     pieces = int(sums.abs().max()).bit_length() // width + 1
     dots = [0] * len(c)
@@ -109,7 +117,13 @@ def _add_rows_(sums: Tensor, x: Tensor, signed: Sequence[tuple[Tensor, int]]) ->
 
 
 def update_centroids(
-    centroids: Tensor, stats: Stats, spreads: Sequence[int], step: int, *, spherical: bool = False
+    centroids: Tensor,
+    stats: Stats,
+    spreads: Sequence[int],
+    step: int,
+    *,
+    spherical: bool = False,
+    held: CentroidSlice | None = None,
 ) -> tuple[Tensor, int]:
     """Lloyd's update: c_k = (sum of the rows with label k) / (their number), rounded to the grid.
 
@@ -118,16 +132,17 @@ def update_centroids(
     Args:
         spreads: of `stats` around `centroids`.
         step: number of the update, from which the repair of empty clusters draws.
+        held: the slice that this rank holds; None: all centroids.
 
     Returns:
-        New grid centroids, (K, D), and how many empty clusters were repaired.
+        New grid centroids, (K, D), and how many empty clusters were repaired, in all slices.
     """
     counts = stats.counts.clamp(min=1)[:, None]
     means = torch.div(2 * stats.sums + counts, 2 * counts, rounding_mode="floor")  # nearest grid point, ties upwards
     new = torch.where(stats.counts[:, None] > 0, (means.double() / GRID).float(), centroids)  # nothing to round
     if spherical:
         new = _normalise(new)
-    repaired = _split_largest(new, stats.counts.tolist(), spreads, step)
+    repaired = _split_largest(new, stats.counts.tolist(), spreads, step, held or CentroidSlice(len(new)))
     return (_normalise(new) if spherical and repaired else new), repaired
 
 
@@ -137,29 +152,56 @@ def _normalise(c: Tensor) -> Tensor:
     return torch.where(norms > 0, to_grid(c.double() / norms.clamp(min=1 / GRID)), c)
 
 
-def _split_largest(new: Tensor, counts: Sequence[int], spreads: Sequence[int], step: int) -> int:
+def _split_largest(new: Tensor, counts: Sequence[int], spreads: Sequence[int], step: int, held: CentroidSlice) -> int:
     """Moves each empty centroid, in place, next to that of the largest cluster that still has unequal rows.
 
     The large cluster keeps its mean, so inertia cannot rise. The offset points in a direction drawn from (step, label)
     and is small compared with the spread, so about half of the rows are nearer to the moved centroid; from then on the
     large cluster counts as half its size.
     """
-    largest = [(-n, label) for label, n in enumerate(counts) if n > 1 and spreads[label] > 0]
+    first = held.own.start
+    empty = held.gathered([(first + label,) for label, n in enumerate(counts) if n == 0], 1)
+    if not empty:
+        return 0
+    sizes = [(-n, first + label) for label, n in enumerate(counts) if n > 1 and spreads[label] > 0]
+    largest = held.gathered(heapq.nsmallest(len(empty), sizes), 2)  # of any slice, no more can be split
+    splits = _splits([label for (label,) in empty], [(size, label) for size, label in largest])
+    for start in range(0, len(splits), _SPLITS_AT_ONCE):
+        some = splits[start : start + _SPLITS_AT_ONCE]
+        moved = torch.zeros(len(some), new.shape[1], dtype=torch.int32)  # as bits: a sum would lose the sign of -0.0
+        for place, (label, source) in enumerate(some):
+            if source in held.own:
+                of = source - first
+                root_mean_square = math.sqrt(spreads[of] / counts[of]) / GRID
+                moved[place] = _moved(new[of], root_mean_square, f"{step}/{label}").cpu().view(torch.int32)
+        rows = held.ranks.sum_(moved).view(torch.float32).to(new.device)
+        for place, (label, _) in enumerate(some):
+            if label in held.own:
+                new[label - first] = rows[place]
+    return len(splits)
+
+
+def _splits(empty: Sequence[int], largest: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Empty labels, each with the label of the cluster that it is moved next to; `largest` has (-size, label)."""
     heapq.heapify(largest)
-    repaired, dim = 0, new.shape[1]
-    for empty in (label for label, n in enumerate(counts) if n == 0):
+    splits = []
+    for label in empty:
         if not largest:
             break
         size, source = largest[0]
-        root_mean_square = math.sqrt(spreads[source] / counts[source]) / GRID
-        length = max(1, round(root_mean_square * GRID / (4 * dim))) / GRID
-        drawn = hashlib.shake_256(f"{step}/{empty}".encode()).digest(dim // 8 + 1)
-        bits = np.unpackbits(np.frombuffer(drawn, np.uint8))
-        signs = torch.from_numpy(bits[:dim].astype(np.float64) * 2 - 1).to(new.device)
-        new[empty] = to_grid((new[source].double() + length * signs).clamp(-1, 1))
-        repaired += 1
+        splits.append((label, source))
         if -size // 2 > 1:
             heapq.heapreplace(largest, (-(-size // 2), source))
         else:
             heapq.heappop(largest)
-    return repaired
+    return splits
+
+
+def _moved(row: Tensor, root_mean_square: float, drawn_from: str) -> Tensor:
+    """A grid row (D,) a little beside another one, in a drawn direction."""
+    dim = len(row)
+    length = max(1, round(root_mean_square * GRID / (4 * dim))) / GRID
+    drawn = hashlib.shake_256(drawn_from.encode()).digest(dim // 8 + 1)
+    bits = np.unpackbits(np.frombuffer(drawn, np.uint8))
+    signs = torch.from_numpy(bits[:dim].astype(np.float64) * 2 - 1).to(row.device)
+    return to_grid((row.double() + length * signs).clamp(-1, 1))

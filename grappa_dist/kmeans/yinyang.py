@@ -71,6 +71,8 @@ class Groups:
     def around(centroids: Tensor, num: int) -> Groups:
         """Up to `num` groups, by a few steps of k-means of the centroids in floats."""
         num = max(1, min(num, len(centroids)))
+        if not len(centroids):
+            return Groups(torch.zeros(0, dtype=torch.int64, device=centroids.device), ())
         coarse = centroids[torch.linspace(0, len(centroids) - 1, num).long()].clone()
         of = torch.zeros(len(centroids), dtype=torch.int64, device=centroids.device)
         for _ in range(_GROUP_STEPS if num > 1 else 0):
@@ -83,7 +85,7 @@ class Groups:
 
     def largest(self, values: Tensor) -> Tensor:
         """The largest of the centroids' values in each group, (G,)."""
-        return torch.stack([values[m].max() for m in self.members])
+        return torch.stack([values[m].max() for m in self.members]) if self.members else values[:0]
 
 
 @dataclass(frozen=True)
@@ -262,7 +264,9 @@ def _reach(nearest: Tensor, own: Tensor, error: float) -> Tensor:
 class _Remaining:
     """The remaining candidates: which centroids may be the nearest."""
 
-    first: Tensor  # (M,) int64, the own centroid where it may be the nearest, else the nearest by estimates
+    # (M,) int64: the own centroid where it may be the nearest, else the nearest by estimates; -1 where none is as near
+    # as an own centroid in another slice
+    first: Tensor
     above: Tensor  # (M,) float64, at least the squared distance of the nearest
     undecided: Tensor  # (m,) the rows with several candidates
     pairs: list[_Pairs]  # these rows with their candidates, except for unresolved groups
@@ -277,13 +281,13 @@ def _remaining_candidates(open_rows: _OpenRows, candidates: _GroupCandidates) ->
     best, place = competitors.min(0)
     above = torch.minimum(best.double() + candidates.error, open_rows.own_distances)  # the nearest is no farther
     reach = _reach(best, open_rows.own_distances, candidates.error)
-    near, stay = competitors <= reach, open_rows.own_distances <= above
+    near, stay = competitors <= reach, (open_rows.own_distances <= above) & (open_rows.own >= 0)
     further = [(rows[some], of[some]) for rows, of, d in candidates.others if len(some := _within(d, reach, rows))]
     unresolved = [(g, rows[some]) for g, rows, d in candidates.unresolved if len(some := _within(d, reach, rows))]
     num = near.sum(0) + stay
     for rows in (*(rows for rows, _ in further), *(rows for _, rows in unresolved)):
         num[rows] += 2
-    first = torch.where(stay, open_rows.own, labels.gather(0, place[None])[0])
+    first = torch.where(stay, open_rows.own, labels.gather(0, place[None])[0].masked_fill_(best > reach, -1))
     undecided = (num > 1).nonzero()[:, 0]
     staying = undecided[stay[undecided]]
     places, some = near[:, undecided].nonzero().unbind(1)
@@ -296,7 +300,7 @@ def _remaining_candidates(open_rows: _OpenRows, candidates: _GroupCandidates) ->
 class _Nearest:
     """The nearest centroids of the open rows."""
 
-    labels: Tensor  # (M,) int64, exact
+    labels: Tensor  # (M,) int64, exact; -1 where none is as near as an own centroid in another slice
     above: Tensor  # (M,) float64, at least the squared distance
     by_integers: int
 
@@ -333,21 +337,81 @@ def _within(distances: Tensor, reach: Tensor, rows: Tensor) -> Tensor:
 def _rebound(
     bounds: Bounds, open_rows: _OpenRows, candidates: _GroupCandidates, nearest: _Nearest, groups: Groups
 ) -> None:
-    """Writes the new labels and bounds of the open rows.
+    """Writes the new labels and bounds of the open rows."""
+    _write_lower(bounds, open_rows, candidates, nearest.labels, groups)
+    bounds.labels[open_rows.rows] = nearest.labels.int()
+    bounds.upper[open_rows.rows] = rooted(nearest.above, 1 + SLACK)
+
+
+def _write_lower(
+    bounds: Bounds, open_rows: _OpenRows, candidates: _GroupCandidates, own: Tensor, groups: Groups
+) -> None:
+    """Writes the lower bounds of the open rows, whose centroids are now `own` (M,).
 
     By (1) to (3) of `Candidates` no other centroid of an open group is nearer than d - error, d being the estimate of
     its nearest other one; SLACK covers what far distances have been rounded by.
     """
-    others = torch.where(candidates.labels[0] == nearest.labels, candidates.distances[1], candidates.distances[0])
+    others = torch.where(candidates.labels[0] == own, candidates.distances[1], candidates.distances[0])
     least = rooted(others.double() - candidates.error, 1 - SLACK).T
     lower = torch.where(candidates.open.T, least, bounds.lower[open_rows.rows])
-    left = ((nearest.labels != open_rows.own) & open_rows.own_distances.isfinite()).nonzero()[:, 0]
+    left = ((own != open_rows.own) & open_rows.own_distances.isfinite() & (open_rows.own >= 0)).nonzero()[:, 0]
     old = groups.of[open_rows.own[left]]  # the old centroid is now one of the others
     gone = rooted(open_rows.own_distances[left], 1 - SLACK)
     lower[left, old] = torch.minimum(lower[left, old], gone)
     bounds.lower[open_rows.rows] = lower
-    bounds.labels[open_rows.rows] = nearest.labels.int()
-    bounds.upper[open_rows.rows] = rooted(nearest.above, 1 + SLACK)
+
+
+@dataclass(frozen=True)
+class Standing:
+    """The nearest centroids of the rows of a block so far, in any slice."""
+
+    squares: Tensor  # (P,) int64, exact squared distance; `FAR` on the first pass
+    labels: Tensor  # (P,) int32 among all centroids, -1 on the first pass
+    first: int  # the label of the first centroid of this slice
+
+
+@dataclass(frozen=True)
+class NearerCentroids:
+    """Rows with a nearer centroid in a slice, or with one as near and a lower label, and how they were found."""
+
+    rows: Tensor  # (m,) positions in the block
+    labels: Tensor  # (m,) int64 among all centroids: the nearest of the slice
+    squares: Tensor  # (m,) int64, exact squared distance
+    by_integers: int  # rows decided in integers
+    searched: int  # distances estimated
+
+
+def nearer_in_slice(
+    take: Take, centroids: GroupedCentroids, bounds: Bounds, standing: Standing
+) -> NearerCentroids | None:
+    """As `reassign` for the centroids of one slice, which are not those of all labels; None where no row is open.
+
+    Sets the lower bounds, in place, as if every row moved to the centroid that is returned.
+
+    Args:
+        bounds: with labels among the slice, -1 for an own centroid in another one; the upper ones are exact.
+    """
+    rows = (bounds.lower <= bounds.upper[:, None]).any(1).nonzero()[:, 0]
+    if not len(rows):
+        return None
+    theirs, own, squares = standing.squares[rows], bounds.labels[rows].long(), bounds.squares[rows]
+    first_pass = bool((standing.labels[rows] < 0).any())
+    distances = torch.full_like(squares, math.inf) if first_pass else theirs.double() / GRID**2
+    base = squares / GRID**2 if first_pass else distances
+    x = joined(take(rows))
+    prepared = centroids.whole.generator.rows([x], squares, base, within_base=not first_pass)
+    open_rows = _OpenRows(rows, partial(x.index_select, 0), squares, own, distances, prepared)
+    open_groups = (bounds.lower[rows] <= bounds.upper[rows, None]).T.contiguous()
+    candidates = _generate_candidates(open_rows, centroids, open_groups)
+    nearest = _find_nearest(open_rows, centroids, _remaining_candidates(open_rows, candidates))
+    other = ((nearest.labels != own) & (nearest.labels >= 0)).nonzero()[:, 0]
+    labels = nearest.labels[other]
+    found = pair_squares(x, squares, centroids.whole, (other, labels)).long()
+    lowest = labels + standing.first < standing.labels[rows[other]]
+    nearer = (found < theirs[other]) | ((found == theirs[other]) & lowest)
+    other, labels, found = other[nearer], labels[nearer], found[nearer]
+    _write_lower(bounds, open_rows, candidates, own.scatter(0, other, labels), centroids.groups)
+    return NearerCentroids(rows[other], labels + standing.first, found, nearest.by_integers, candidates.searched)
 
 
 def _pick(x: Tensor, rows: Tensor) -> Tensor:

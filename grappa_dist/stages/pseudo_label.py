@@ -10,17 +10,17 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 from torch import Tensor
 
 from grappa_dist.artifacts import (
@@ -35,35 +35,44 @@ from grappa_dist.artifacts import (
 )
 from grappa_dist.checksums import load_json
 from grappa_dist.config import ClusteringConfig
-from grappa_dist.console import format_number, pluralize
+from grappa_dist.console import format_bytes, format_number, pluralize
 from grappa_dist.data.shards import ImageShards
+from grappa_dist.distributed.collectives import Grid, wire_device
+from grappa_dist.distributed.machine import this_machine
 from grappa_dist.distributed.runner import Job
-from grappa_dist.distributed.sharded_rows import Rows, ShardedRows, join_rows
+from grappa_dist.distributed.sharded_rows import GridRows, Rows, ShardedRows, join_rows
 from grappa_dist.distributed.worker import RankContext
-from grappa_dist.files import open_tensors, rename, replace, save_array, write_json
+from grappa_dist.files import map_file, open_tensors, rename, replace, save_array, write_json
 from grappa_dist.kmeans.lloyd import KMeansState
 from grappa_dist.kmeans.methods import (
+    CENTROID_BYTES,
     FLAT,
     Checkpoint,
     Choice,
     Clustering,
     ClusteringCallbacks,
     ClusteringTask,
+    RankMemory,
+    centroid_shards,
     choose,
     cluster,
     cluster_together,
+    may_shard_centroids,
     shares_passes,
 )
 from grappa_dist.kmeans.seeding import LARGER_ROUNDS_ABOVE, SeedingCandidates, SeedingState
 from grappa_dist.kmeans.yinyang import num_bounds
 from grappa_dist.stages.exclude import excluding
 from grappa_dist.stages.run import Run
+from grappa_dist.storage import open_to_read, open_to_write
 
 STATS_FILE = "stats.json"
 CHECKPOINT_FILE = "progress.safetensors"
 PREVIOUS_FILE = "previous.safetensors"  # the checkpoint before it
 _JOB, _DIGEST = "job", "digest"  # in the metadata of a checkpoint, beside its parts; earlier versions wrote neither
 SEEDING_SAVE_S = 30.0  # between two saves during an initialisation, whose rounds may be many and short
+PIECE_ROWS = 4096  # of centroids that a checkpoint is written and read by
+_DTYPES: dict[np.dtype[Any], str] = {np.dtype(np.float32): "F32", np.dtype(np.int64): "I64"}
 LEAST_AGREEMENT = 0.95  # of labels found through lists with the exact ones; below, a warning
 LADDER_SETS = 8
 FINEST = 17  # power of two of the largest K for `auto`
@@ -149,6 +158,7 @@ class LabelJob:
     labels: Mapping[int, Artifact]  # the K that are still missing
     clustering: ClusteringConfig
     seed: int
+    centroid_shards: int | Literal["auto"] = 1  # resources.centroid_shards
 
     def choice(self, k: int) -> Choice:
         """The method of one K."""
@@ -164,8 +174,9 @@ def pseudo_label(
         return
     check_good_rows(run.config.clustering, missing, len(images), len(bad))
     names = tuple(shard.name for shard in images.shards)
-    job = LabelJob(features, names, bad, missing, run.config.clustering, run.config.seed)
-    ranks = min(run.runner.num_workers, len(images.shards))
+    asked = run.config.resources.centroid_shards
+    job = LabelJob(features, names, bad, missing, run.config.clustering, run.config.seed, asked)
+    ranks = ranks_for(asked, run.runner.num_workers, len(images.shards))
     what = f"K = {', '.join(map(str, missing))}, {pluralize(len(images), 'row')} in {pluralize(ranks, 'worker')}"
     with run.console.stage("pseudo_label", what):
         for line in describe_choices(run.config.clustering, list(missing), len(images)):
@@ -175,6 +186,23 @@ def pseudo_label(
         for k, artifact in missing.items():
             for line in describe_shortcuts(load_json(artifact.path / STATS_FILE)):
                 run.console.log(f"pseudo_label: k={k}: {line}")
+
+
+def ranks_for(centroid_shards: int | Literal["auto"], workers: int, shards: int) -> int:
+    """Ranks of the job: a worker each, and a multiple of the slices of the centroids that are asked for.
+
+    Raises:
+        ValueError: there are fewer ranks than slices.
+    """
+    ranks = min(workers, shards)
+    if centroid_shards == "auto":
+        return ranks
+    if centroid_shards > ranks:
+        raise ValueError(
+            f"resources.centroid_shards={centroid_shards} is more than the {pluralize(ranks, 'rank')} of pseudo_label, "
+            f"which has {pluralize(workers, 'worker')} and {pluralize(shards, 'shard')} of images: lower it"
+        )
+    return ranks - ranks % centroid_shards
 
 
 def describe_choices(config: ClusteringConfig, nums: Sequence[int], num_rows: int) -> list[str]:
@@ -193,28 +221,74 @@ def label_ranks(context: RankContext, job: LabelJob) -> None:
     """One rank: maps its shards' features and runs every k-means with the others; rank 0 commits."""
     comm = context.comm
     shards = own_shards(job.features.starts, comm.rank, comm.size)
-    good = [_good(job, i) for i in shards]
-    features = [job.features.unit_shard(i, of_shard) for i, of_shard in zip(shards, good, strict=True)]
-    rows = Rows(features, good, [job.shard_names[i] for i in shards])
-    sharded = join_rows(comm, rows, device=context.device, stop_requested=context.stop_requested)
+    sharded = join_rows(comm, _rows(job, shards), device=context.device, stop_requested=context.stop_requested)
     if sharded.dense is not None:
         context.note(f"pseudo_label: of rank {comm.rank}, {sharded.dense.describe()}")
     missing = [k for k, artifact in job.labels.items() if not context.of_rank_0(artifact.complete)]  # after a restart
-    for group in _at_once(job, missing, sharded.dim):
-        for k, found in _clusterings(context, job, sharded, group):
+    slices, grids = _slices(context, job, missing, sharded), dict[int, GridRows]()
+    for group in _at_once(job, missing, sharded.dim, [k for k in missing if slices[k] > 1]):
+        num = slices[group[0]]
+        if num > 1 and num not in grids:
+            grids[num] = _grid_rows(context, job, sharded, num)
+        for k, found in _clusterings(context, job, sharded, group, grids.get(num)):
             _commit(context, job, k, dict(zip(shards, found.result.labels, strict=True)), found)
 
 
-def _at_once(job: LabelJob, nums: Sequence[int], dim: int) -> list[list[int]]:
+def _rows(job: LabelJob, shards: Iterable[int]) -> Rows:
+    """The features of some shards, mapped."""
+    good = {i: _good(job, i) for i in shards}
+    features = [job.features.unit_shard(i, of_shard) for i, of_shard in good.items()]
+    return Rows(features, list(good.values()), [job.shard_names[i] for i in good])
+
+
+def _slices(context: RankContext, job: LabelJob, nums: Sequence[int], sharded: ShardedRows) -> dict[int, int]:
+    """For each K in how many slices the ranks hold its centroids; 1: all of them on every rank.
+
+    Raises:
+        ValueError: on GPUs several were asked for.
+    """
+    if sharded.dense is not None:
+        if job.centroid_shards not in (1, "auto"):
+            raise ValueError(
+                f"resources.centroid_shards={job.centroid_shards}: a GPU holds all centroids, no slice of "
+                "them; expected 1 or auto, or resources.gpus_per_worker=0"
+            )
+        return dict.fromkeys(nums, 1)
+    comm, wire = context.comm, wire_device(context.comm)
+    host = int.from_bytes(hashlib.blake2b(socket.gethostname().encode(), digest_size=7).digest(), "big")
+    hosts = torch.cat(comm.gather(torch.tensor([host], device=wire))).tolist()
+    own = this_machine().memory_bytes // hosts.count(host)
+    memory = RankMemory(comm.size, min(torch.cat(comm.gather(torch.tensor([own], device=wire))).tolist()))
+    found = {}
+    for k in nums:
+        may_shard = may_shard_centroids(job.clustering, job.choice(k))
+        found[k] = centroid_shards(job.centroid_shards, k, sharded.dim, memory) if may_shard else 1
+        size = format_bytes(CENTROID_BYTES * k * sharded.dim // found[k])
+        if found[k] > 1:
+            context.note(f"pseudo_label: K = {k}: centroids in {found[k]} slices, about {size} a rank")
+        elif job.centroid_shards not in (1, "auto"):
+            context.note(f"pseudo_label: K = {k}: only exact k-means shards centroids, all are on every rank: {size}")
+    return found
+
+
+def _grid_rows(context: RankContext, job: LabelJob, sharded: ShardedRows, slices: int) -> GridRows:
+    """The rows of the ranks that hold the slices for this rank's rows."""
+    comm = context.comm
+    first = comm.rank // slices * slices
+    shards = [i for rank in range(first, first + slices) for i in own_shards(job.features.starts, rank, comm.size)]
+    return GridRows.of(sharded, Grid.of(comm, slices), _rows(job, shards))
+
+
+def _at_once(job: LabelJob, nums: Sequence[int], dim: int, sliced: Sequence[int]) -> list[list[int]]:
     """The K in the order in which they are fitted, grouped where a pass over the rows serves several."""
-    shared = [k for k in nums if shares_passes(job.clustering, job.choice(k))]
+    shared = [k for k in nums if shares_passes(job.clustering, job.choice(k)) and k not in sliced]
     return [*groups(shared, dim), *([k] for k in nums if k not in shared)]
 
 
 def _clusterings(
-    context: RankContext, job: LabelJob, sharded: ShardedRows, group: Sequence[int]
+    context: RankContext, job: LabelJob, sharded: ShardedRows, group: Sequence[int], grid: GridRows | None
 ) -> Iterator[tuple[int, Clustering]]:
-    tasks = (_task(context, job, sharded, k) for k in group)
+    tasks = (_task(context, job, k, grid) for k in group)
     if len(group) == 1:
         yield group[0], cluster(sharded, next(tasks))
         return
@@ -238,7 +312,7 @@ def _commit(context: RankContext, job: LabelJob, k: int, labels: Mapping[int, np
     comm.barrier()
 
 
-def _task(context: RankContext, job: LabelJob, sharded: ShardedRows, k: int) -> ClusteringTask:
+def _task(context: RankContext, job: LabelJob, k: int, grid: GridRows | None) -> ClusteringTask:
     """One clustering, which continues from its checkpoint if there is one."""
     artifact, name = job.labels[k], f"K={k} ({list(job.labels).index(k) + 1}/{len(job.labels)})"
     context.report({"phase": f"{name} initialisation"})
@@ -256,7 +330,7 @@ def _task(context: RankContext, job: LabelJob, sharded: ShardedRows, k: int) -> 
         on_seeding=report_seeding,
         on_checkpoint=checkpoint_saver(path, context.comm.rank),
     )
-    return ClusteringTask(k, job.clustering, job.choice(k), job.seed, checkpoint, callbacks)
+    return ClusteringTask(k, job.clustering, job.choice(k), job.seed, checkpoint, grid, callbacks)
 
 
 def _good(job: LabelJob, shard: int) -> np.ndarray:
@@ -313,7 +387,38 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     figures |= {_JOB: path.parent.name, _DIGEST: str(checkpoint_digest(checkpoint))}
     if path.exists():
         rename(path, path.with_name(PREVIOUS_FILE))
-    replace(path, lambda temporary: save_file(tensors, temporary, figures))
+    replace(path, lambda temporary: _write_tensors(temporary, tensors, figures))
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """A .safetensors file; tensors may be mapped, and no copy of a whole one is made."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for name, tensor in tensors.items():
+        described = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape)}
+        header[name] = {**described, "data_offsets": [offset, offset + tensor.nbytes]}
+        offset += tensor.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open_to_write(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            for start in range(0, len(tensor), PIECE_ROWS):
+                file.write(tensor[start : start + PIECE_ROWS].tobytes())
+
+
+def _map_tensors(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of such a file, mapped; its header is that of a file which safetensors has opened."""
+    with open_to_read(path) as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    content, found = map_file(path)[8 + size :], dict[str, np.ndarray]()
+    dtypes = {name: dtype for dtype, name in _DTYPES.items()}
+    for name, about in header.items():
+        if name != "__metadata__":
+            begin, end = about["data_offsets"]
+            found[name] = content[begin:end].view(dtypes[about["dtype"]]).reshape(about["shape"])
+    return found
 
 
 def _tensor(state: KMeansState) -> np.ndarray:
@@ -363,11 +468,12 @@ def load_checkpoint(path: Path) -> tuple[Checkpoint, str]:
         with open_tensors(path, lambda: safe_open(path, "np")) as file:
             figures = dict(file.metadata())
             job, digest = figures.pop(_JOB, path.parent.name), figures.pop(_DIGEST, None)
+            tensors = _map_tensors(path)
             for part, text in figures.items():
-                checkpoint[part] = _state(file.get_tensor(part), *json.loads(text))
+                checkpoint[part] = _state(tensors[part], *json.loads(text))
                 if problem := checkpoint[part].problem():
                     return {}, f"{part}: {problem}"
-    except (SafetensorError, ValueError, TypeError, AttributeError) as error:  # or what another program has written
+    except (SafetensorError, ValueError, TypeError, AttributeError, KeyError) as error:  # or of another program
         return {}, str(error)
     if job != path.parent.name:
         return {}, f"it was written for {job}"
@@ -398,7 +504,8 @@ def checkpoint_digest(checkpoint: Checkpoint) -> int:
     for part in sorted(checkpoint):
         state, tensor = checkpoint[part], _tensor(checkpoint[part])
         found.update(json.dumps([part, *_figures(state), tensor.shape]).encode())
-        found.update(tensor.tobytes())
+        for start in range(0, len(tensor), PIECE_ROWS):
+            found.update(tensor[start : start + PIECE_ROWS].tobytes())
     return int.from_bytes(found.digest(), "big") >> 1
 
 

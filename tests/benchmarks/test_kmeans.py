@@ -19,7 +19,7 @@ HEADER = {"command": "bench.py"}
 
 @pytest.fixture(scope="module")
 def findings() -> KMeansFindings:
-    settings = KMeansSettings(ROWS, DIM, LABELS, iterations=3, threads=1, init="both")
+    settings = KMeansSettings(ROWS, DIM, LABELS, iterations=3, threads=1, init="both", centroid_shards=(1, 2))
     return measure_kmeans(settings, lambda line: None)
 
 
@@ -47,6 +47,7 @@ def test_ratios_and_memory_are_numbers(findings: KMeansFindings) -> None:
         assert 0 <= found["exact_share"] <= 1
     assert [(found["num_labels"], found["workers"]) for found in written["scaling"]] == [(40, 2)]
     assert math.isfinite(written["scaling"][0]["speedup"])
+    assert [(found["num_labels"], found["slices"]) for found in written["sliced"]] == [(40, 1), (40, 2)]
     for seeding in written["seeding"]:
         assert list(seeding["ways"]) == ["k-means++", "k-means||", "k-means++ of faiss"]
         best, *_, worst = sorted(drawn["objective"] for drawn in seeding["ways"].values())
@@ -62,6 +63,11 @@ def test_the_table_ends_every_k_with_a_verdict(findings: KMeansFindings) -> None
     for num_labels in LABELS:
         assert re.search(rf"^K={num_labels}: ours [\d.]+x the faster baseline \(faiss\.\w+\)$", text, re.MULTILINE)
     assert "!!" not in text
+
+
+def test_slices_that_workers_cannot_share_are_refused_before_anything_is_measured() -> None:
+    with pytest.raises(ValueError, match=r"^--centroid-shards must divide the 4 --workers, got 3$"):
+        KMeansSettings(workers=4, centroid_shards=(2, 3)).check()
 
 
 def test_the_pruning_baseline_refuses_other_centroids_than_its_own() -> None:

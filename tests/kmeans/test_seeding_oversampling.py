@@ -21,6 +21,7 @@ from grappa_dist.kmeans.seeding import (
     SeedingState,
     draw_centroids,
     oversampled_centroids,
+    rows_at,
     seed_centroids,
     to_weights,
 )
@@ -108,7 +109,8 @@ def test_candidates_and_what_they_stand_for_are_those_of_the_plain_algorithm(nam
     x, num = CASES[name]
     states = list[SeedingState]()
     sharded = shard_rows(Comm(), x)
-    drawn = seeding._seed_candidates(sharded, num, 5, SeedingState(), lambda seeded, wanted: states.append(seeded))
+    weights = D2Weights.of(sharded, nearest=True)
+    drawn = seeding._seed_candidates(weights, num, 5, SeedingState(), lambda seeded, wanted: states.append(seeded))
     places, times = drawn.places.tolist(), drawn.times.tolist()
     found, counts = naive_candidates(x, num, 5)
     assert states[-1].places.tolist() == found
@@ -123,8 +125,8 @@ def test_a_row_that_counts_several_times_is_drawn_like_so_many_rows() -> None:
     rows = [Rows([some], [np.ones(len(some), dtype=bool)]) for some in (x, np.repeat(x, times, axis=0))]
     once, repeated = (join_rows(Comm(), some, device=torch.device("cpu")) for some in rows)
     weights = D2Weights.of(once, times=torch.from_numpy(times))
-    seeded, centroids = draw_centroids(weights, 25, 3, SeedingState())
-    assert torch.equal(centroids, seed_centroids(repeated, 25, 3))
+    seeded = draw_centroids(weights, 25, 3, SeedingState())
+    assert torch.equal(rows_at(once, seeded.places), seed_centroids(repeated, 25, 3))
     assert all(times[seeded.places] > 0)
 
 
@@ -260,7 +262,9 @@ def test_rows_that_all_lie_near_to_each_other_are_drawn_by_their_distances_too()
     rng = np.random.default_rng(0)
     x = np.concatenate([rng.uniform(0, 2e-5, 2000), rng.uniform(0, 5e-2, 100)]).astype(np.float32)[:, None]
     sharded = join_rows(Comm(), Rows([x], [np.ones(len(x), dtype=bool)]), device=torch.device("cpu"))
-    places = seeding._seed_candidates(sharded, 20, 0, SeedingState(), lambda seeded, wanted: None).places
+    places = seeding._seed_candidates(
+        D2Weights.of(sharded, nearest=True), 20, 0, SeedingState(), lambda seeded, wanted: None
+    ).places
     assert int((places >= 2000).sum()) > 0.8 * len(places)  # 2 or 3 if all were alike
 
 

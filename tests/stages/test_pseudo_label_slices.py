@@ -1,0 +1,89 @@
+"""pseudo_label with centroids sharded over ranks: the files of one process, also after a kill on another grid."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from grappa_dist.artifacts import Store
+from grappa_dist.config import ClusteringConfig
+from grappa_dist.distributed.collectives import Comm
+from grappa_dist.distributed.worker import RankContext
+from grappa_dist.kmeans.lloyd import KMeansState
+from grappa_dist.kmeans.methods import RankMemory, centroid_shards, choose, may_shard_centroids
+from grappa_dist.stages import pseudo_label as stage
+from grappa_dist.stages.pseudo_label import (
+    CHECKPOINT_FILE,
+    LabelJob,
+    label_ranks,
+    load_checkpoint,
+    ranks_for,
+    save_checkpoint,
+)
+from tests.processes import run_ranks
+from tests.stages.test_pseudo_label import context, files_of, label, label_job
+
+
+def noted(comm: Comm, job: LabelJob) -> list[str]:
+    notes = list[str]()
+    label_ranks(RankContext(comm, torch.device("cpu"), lambda status: None, lambda: False, notes.append), job)
+    return notes
+
+
+def test_a_killed_job_with_sharded_centroids_goes_on_on_another_grid_to_the_same_files(tmp_path: Path) -> None:
+    killed, whole = (label_job(tmp_path, Store(tmp_path / name)) for name in ("killed", "whole"))
+    with pytest.raises(RuntimeError, match="rank 1 of 2 died without an error message"):
+        run_ranks(label, 2, replace(killed, centroid_shards=2), 9)
+    assert (killed.labels[12].begin() / CHECKPOINT_FILE).exists()
+    (note,) = run_ranks(noted, 3, replace(killed, centroid_shards=3))[0]
+    assert note.startswith("pseudo_label: K = 12: centroids in 3 slices, about ")
+    label_ranks(context(None, []), whole)
+    found, expected = files_of(killed.labels[12]), files_of(whole.labels[12])
+    assert set(found) == set(expected)
+    assert all(found[name] == expected[name] for name in found if name != "stats.json")
+
+
+def test_a_method_that_keeps_all_centroids_on_every_rank_says_so(tmp_path: Path) -> None:
+    job = label_job(tmp_path, Store(tmp_path), method="hierarchical")
+    (note,) = noted(Comm(), replace(job, centroid_shards=2))
+    assert note.startswith("pseudo_label: K = 12: only exact k-means shards centroids, all are on every rank: ")
+    balanced = label_job(tmp_path, Store(tmp_path / "balanced"), balance=2.0)
+    assert noted(Comm(), balanced) == []
+
+
+def test_slices_divide_the_ranks_and_are_as_few_as_memory_allows() -> None:
+    four = RankMemory(4, 10**9)
+    by_labels = [centroid_shards("auto", num, 384, four) for num in (10**4, 23_000, 24_000, 46_000, 47_000, 10**7)]
+    assert by_labels == [1, 1, 2, 2, 4, 4]  # half of 10^9 bytes hold 23,251 centroids
+    assert [centroid_shards(asked, 8, 384, RankMemory(6, 1)) for asked in (1, 2, 3, 4, 6, 9)] == [1, 2, 3, 6, 6, 6]
+    assert centroid_shards("auto", 10**9, 384, RankMemory(4, 0)) == 1  # where the memory is not known
+
+
+def test_only_plain_exact_k_means_shards_its_centroids() -> None:
+    may = {}
+    for settings in ({}, {"method": "sampled"}, {"method": "approximate"}, {"restarts": 2}, {"balance": 2.0}):
+        config = ClusteringConfig.model_validate(settings)
+        may[str(settings)] = may_shard_centroids(config, choose(config, 10, 1000))
+    assert list(may.values()) == [True, False, False, False, False], may
+
+
+def test_a_job_has_a_multiple_of_the_slices_asked_for_as_ranks() -> None:
+    assert [ranks_for(asked, 7, 9) for asked in ("auto", 1, 2, 3, 7)] == [7, 7, 6, 6, 7]
+    with pytest.raises(ValueError, match=r"^resources\.centroid_shards=4 is more than the 3 ranks of pseudo_label, "):
+        ranks_for(4, 7, 3)
+
+
+def test_a_checkpoint_is_written_and_read_by_pieces_and_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage, "PIECE_ROWS", 3)
+    centroids = np.arange(-50, 50, dtype=np.float32).reshape(10, 10) / 64
+    save_checkpoint(tmp_path / CHECKPOINT_FILE, {"0/fit": KMeansState(centroids, (7, 2**70), 4)})
+    monkeypatch.undo()
+    found, problem = load_checkpoint(tmp_path / CHECKPOINT_FILE)
+    state = found["0/fit"]
+    assert (problem, state.inertia, state.repaired) == ("", (7, 2**70), 4)
+    assert np.array_equal(state.centroids, centroids)
+    assert not state.centroids.flags.owndata
