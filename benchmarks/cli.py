@@ -16,6 +16,7 @@ from benchmarks import (
     adapt,
     assign,
     data,
+    driver,
     duplicates,
     embed,
     evaluate,
@@ -63,6 +64,7 @@ COMMANDS: dict[str, Command] = {
     "duplicates": duplicates,
     "precision": precision,
     "scale": scale,
+    "driver": driver,
 }
 
 

@@ -12,11 +12,12 @@ import itertools
 import json
 import os
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -80,7 +81,8 @@ class Artifact:
 
     @property
     def complete(self) -> bool:
-        return tried_again((self.path / MANIFEST).exists, self.path)
+        manifest = f"{self.root}/{self.name}/{MANIFEST}"  # asked of every shard: making paths takes longer than looking
+        return tried_again(lambda: _exists(manifest), manifest)
 
     def begin(self) -> Path:
         """The folder to write into; what an earlier attempt left there is kept."""
@@ -165,6 +167,14 @@ def _names_in(folder: Path) -> frozenset[str]:
         return frozenset(os.listdir(folder))
     except (FileNotFoundError, NotADirectoryError):
         return frozenset()
+
+
+def _exists(path: str) -> bool:
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -339,6 +349,18 @@ class RowArrays:
         """The array in the files of the shards, in order, with `starts` and `below` as above."""
         return RowArrays(tuple(map(str, paths)), tuple(starts.tolist()), below)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As few bytes: every rank of a job is sent it, with a path for each shard."""
+        return _unpacked_rows, (packed_texts(self.paths), np.array(self.starts, np.int64).tobytes(), self.below)
+
+    @cached_property
+    def _edges(self) -> NDArray[np.int64]:
+        """`starts`, as an array: made of a long tuple anew, it would take longer than a batch."""
+        return np.array(self.starts, dtype=np.int64)
+
+    def _shard_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        return np.searchsorted(self._edges, rows, side="right") - 1
+
     def shard(self, index: int) -> NDArray[Any]:
         """The rows of one shard, (P, ...).
 
@@ -360,7 +382,7 @@ class RowArrays:
         """
         values: NDArray[np.float32] = self.take(rows)
         for place, norm in _not_unit(values):
-            shard = int(np.searchsorted(self.starts, rows[place], side="right")) - 1
+            shard = int(self._shard_of(rows[place]))
             self._refuse(shard, int(rows[place]) - self.starts[shard], norm)
         return values
 
@@ -381,7 +403,7 @@ class RowArrays:
 
     def take(self, rows: NDArray[np.int64]) -> NDArray[Any]:
         """The values at some row ids, (B, ...)."""
-        shards = np.searchsorted(self.starts, rows, side="right") - 1
+        shards = self._shard_of(rows)
         values = np.empty((len(rows), *self.shard(0).shape[1:]), self.shard(0).dtype)
         order = np.argsort(shards, kind="stable")
         edges = np.flatnonzero(np.diff(shards[order], prepend=-1))  # where the next shard's rows begin
@@ -389,6 +411,21 @@ class RowArrays:
             shard = int(shards[inside[0]])
             values[inside] = self.shard(shard)[rows[inside] - self.starts[shard]]
         return values
+
+
+def _unpacked_rows(paths: bytes, starts: bytes, below: int | None) -> RowArrays:
+    return RowArrays(unpacked_texts(paths), tuple(np.frombuffer(starts, np.int64).tolist()), below)
+
+
+def packed_texts(texts: Sequence[str]) -> bytes:
+    """Texts without NUL, such as paths, in few bytes where they are alike."""
+    joined = "\0".join([str(len(texts)), *texts])
+    return zlib.compress(joined.encode("utf-8", "surrogateescape"), 1)
+
+
+def unpacked_texts(packed: bytes) -> tuple[str, ...]:
+    """What `packed_texts` was given."""
+    return tuple(zlib.decompress(packed).decode("utf-8", "surrogateescape").split("\0")[1:])
 
 
 def _not_unit(values: NDArray[np.float32]) -> Iterator[tuple[int, float]]:

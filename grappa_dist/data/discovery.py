@@ -10,10 +10,12 @@ import shlex
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from stat import S_ISREG
+from typing import Any, TypeVar
 
 from numpy.typing import NDArray
 
@@ -23,9 +25,10 @@ from grappa_dist.data.entries import (
     copies_among,
     describe_passed_over,
     expand_braces,
-    is_named_like_a_copy,
     is_shard_name,
+    originals_of,
     resembles_shard,
+    stem_of,
 )
 from grappa_dist.data.index import (
     COMMITTED,
@@ -42,16 +45,18 @@ from grappa_dist.data.index_cache import (
     IndexCache,
     State,
     forget_rows,
-    local_state,
     rows_are_whole,
+    state_of,
     verify_unchanged,
 )
 from grappa_dist.data.remote import RemoteObject, is_remote
 from grappa_dist.data.remote_index import RemoteRows, committed_indexes, index_remote, list_remote
 from grappa_dist.files import read_bytes, save_array
-from grappa_dist.storage import open_to_read
+from grappa_dist.storage import open_to_read, tried_again
 
-Tar = Path | RemoteObject
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+Tar = str | RemoteObject  # the absolute path of a local one
 Index = str | RemoteRows | NDArray[Any]  # a .npy of ROW, one that is fetched when it is needed, or the rows
 IndexedShard = tuple[Shard, Index]
 
@@ -59,6 +64,8 @@ _NO_SHARDS = "which by their names are no shards"
 _COPIES = "which are copies of other shards there"
 _LOOKED_AT = 10_000  # entries below a folder, at most
 _SHOWN = 3  # folders that a message names
+_AT_ONCE, _ROUNDS = 8, 16  # threads that look at tars, and how often each takes some of them
+_MOST_TAKEN = 256  # tars at a time: handing them over one by one takes longer than looking at them
 _UNFINISHED = re.compile(r".*/\.[^/]+\.partial(?=/|$)")
 
 
@@ -84,7 +91,7 @@ def find_shards(
     """
     tars = _list_tars(paths, log)
     cache = IndexCache(None if index_dir is None else index_dir.absolute(), write)
-    parents = dict.fromkeys(tar.parent for tar in tars if isinstance(tar, Path))
+    parents = dict.fromkeys(os.path.dirname(tar) for tar in tars if isinstance(tar, str))
     folders = {parent: _LocalIndex(parent, log) for parent in parents}
     remote_tars = [tar for tar in tars if isinstance(tar, RemoteObject)]
     remote_folders = [str(path).rstrip("/") for path in paths if is_remote(str(path))]
@@ -93,15 +100,22 @@ def find_shards(
     def find(tar: Tar) -> IndexedShard | None:
         if isinstance(tar, RemoteObject):
             return remote.get(tar.url) or _indexed(tar, lambda: index_remote(tar, settings), cache, on_read, log)
-        folder = folders[tar.parent]
-        if folder.shards is None:
+        folder = folders[os.path.dirname(tar)]
+        if folder.listed is None:
             return _indexed(tar, lambda: index_shard(tar), cache, on_read, log)
-        return None if tar.name in folder.copies else folder.shard(tar, cache, on_read)
+        return None if os.path.basename(tar) in folder.copies else folder.shard(tar, cache, on_read)
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        found = _without_copies([one for one in pool.map(find, tars) if one is not None], log)
+    found = _without_copies([one for one in _in_threads(find, tars) if one is not None], log)
     _check_images([shard for shard, _ in found], paths)
     return found
+
+
+def _in_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    """function(item) of all items, in order; threads take several at a time where there are many."""
+    taken = max(1, min(_MOST_TAKEN, len(items) // (_AT_ONCE * _ROUNDS)))
+    parts = [items[start : start + taken] for start in range(0, len(items), taken)]
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        return [one for some in pool.map(lambda part: [function(item) for item in part], parts) for one in some]
 
 
 def _indexed(
@@ -154,27 +168,38 @@ class _LocalIndex:
     """The index that a writer left beside the tars of a folder.
 
     Attributes:
-        shards: None where there is no such index.
+        listed: None where there is no such index.
         copies: names of tars that are none of the shards, but have the bytes of one.
     """
 
-    def __init__(self, folder: Path, log: Callable[[str], object]) -> None:
-        self.shards, self._where = _listed(folder), folder / COMMITTED
-        if self.shards is None and self._where.is_file():
+    def __init__(self, folder: str, log: Callable[[str], object]) -> None:
+        self._where = Path(folder, COMMITTED)
+        self.listed = _listed(Path(folder))
+        if self.listed is None and self._where.is_file():
             log(f"passed over: {self._where}, which is no index of shards, but another program's")
-        self.copies = set() if self.shards is None else _unlisted(folder, self.shards)
-        _log_any(log, describe_passed_over(str(folder), self.copies, _COPIES))
-        self._written_ns = 0 if self.shards is None else self._where.stat().st_mtime_ns
+        self.copies = set() if self.listed is None else _unlisted(Path(folder), self.listed)
+        _log_any(log, describe_passed_over(folder, self.copies, _COPIES))
+        self._written_ns = 0 if self.listed is None else self._where.stat().st_mtime_ns
 
-    def shard(self, tar: Path, cache: IndexCache, on_read: Callable[[], object]) -> IndexedShard:
+    def shard(self, tar: str, cache: IndexCache, on_read: Callable[[], object]) -> IndexedShard:
         """The shard of a tar with its index file, compared with the checksum where the tar is newer."""
-        known = {} if self.shards is None else self.shards
-        if tar.name not in known:
+        known = {} if self.listed is None else self.listed
+        found = known.get(os.path.basename(tar))
+        if found is None:
             raise ValueError(f"shards: {tar} is none of the shards of {self._where}; expected one of these, or all")
-        shard, rows = known[tar.name]
-        if verify_unchanged(tar, shard, self._written_ns, cache):
+        state = state_of(tar, found.stat, may_be_link=found.may_be_link)
+        if verify_unchanged(state, found.shard, self._written_ns, cache):
             on_read()
-        return replace(shard, version=version_of(tar.stat())), rows
+        return replace(found.shard, path=tar, version=version_of(found.stat)), f"{tar}.npy"
+
+
+@dataclass(frozen=True, slots=True)
+class _Listed:
+    """A shard of an index, and its tar as it was found."""
+
+    shard: Shard  # without its path
+    stat: os.stat_result
+    may_be_link: bool
 
 
 def committed_index(folder: Path) -> dict[str, tuple[Shard, str]] | None:
@@ -184,9 +209,11 @@ def committed_index(folder: Path) -> dict[str, tuple[Shard, str]] | None:
         ValueError: the folder's tars are no longer those that the index describes.
     """
     listed = _listed(folder)
-    if listed is not None:
-        _unlisted(folder, listed)
-    return listed
+    if listed is None:
+        return None
+    _unlisted(folder, listed)
+    paths = {name: str(folder / name) for name in listed}
+    return {name: (replace(found.shard, path=paths[name]), f"{paths[name]}.npy") for name, found in listed.items()}
 
 
 def refuse_other_files(folder: Path) -> None:
@@ -198,24 +225,40 @@ def refuse_other_files(folder: Path) -> None:
         )
 
 
-def _listed(folder: Path) -> dict[str, tuple[Shard, str]] | None:
-    """The same; tars that the index does not list are not looked at."""
+def _listed(folder: Path) -> dict[str, _Listed] | None:
+    """The shards by name; tars that the index does not list are not looked at, others once."""
     where = folder / COMMITTED
     text = read_bytes(where) if where.is_file() else None
     if text is None or is_foreign_index(text):
         return None
     shards = read_index(text, where)
-    for shard in sorted(shards, key=lambda shard: shard.name):
-        tar = folder / shard.name
-        has = tar.stat().st_size if tar.is_file() else "missing"
+    with os.scandir(folder) as entries:
+        links = {entry.name for entry in entries if not entry.is_file(follow_symlinks=False)}
+    ordered = sorted(shards, key=lambda shard: shard.name)
+    found = dict(zip((s.name for s in ordered), _in_threads(partial(_look, folder), ordered), strict=True))
+    for shard in ordered:
+        stat = found[shard.name]
+        has = "missing" if stat is None else stat.st_size
         if has != shard.bytes:
             raise ValueError(
-                f"{tar}: its size is {has} but {where} says {shard.bytes}; the shards changed after indexing"
+                f"{folder / shard.name}: its size is {has} but {where} says {shard.bytes}; the shards changed after "
+                "indexing"
             )
-    return {s.name: (replace(s, path=str(folder / s.name)), str(folder / f"{s.name}.npy")) for s in shards}
+    of = ((shard, found[shard.name]) for shard in shards)
+    return {shard.name: _Listed(shard, stat, shard.name in links) for shard, stat in of if stat is not None}
 
 
-def _unlisted(folder: Path, listed: Mapping[str, tuple[Shard, str]]) -> set[str]:
+def _look(folder: Path, shard: Shard) -> os.stat_result | None:
+    """What a tar is; None: no file."""
+    path = os.path.join(folder, shard.name)
+    try:
+        stat = tried_again(lambda: os.stat(path), path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return stat if S_ISREG(stat.st_mode) else None
+
+
+def _unlisted(folder: Path, listed: Mapping[str, _Listed]) -> set[str]:
     """Names of tars that are none of the listed shards but copies of one, by name and bytes.
 
     Raises:
@@ -223,14 +266,18 @@ def _unlisted(folder: Path, listed: Mapping[str, tuple[Shard, str]]) -> set[str]
     """
     unlisted = (name for name in os.listdir(folder) if is_shard_name(name) and name not in listed)
     names = sorted(name for name in unlisted if (folder / name).is_file())
+    by_stem: dict[str, list[Shard]] = {}
+    for found in listed.values() if names else ():
+        by_stem.setdefault(stem_of(found.shard.name), []).append(found.shard)
     for name in names:
         size = (folder / name).stat().st_size
-        alike = [s for s, _ in listed.values() if s.bytes == size and is_named_like_a_copy(name, s.name)]
+        originals = (shard for stem in originals_of(name) for shard in by_stem.get(stem, ()))
+        alike = {shard.fingerprint for shard in originals if shard.bytes == size}
         fingerprint = ""
         if alike:
             with open_to_read(folder / name) as file:
                 fingerprint = sha256_of(file)
-        if fingerprint not in {shard.fingerprint for shard in alike}:
+        if fingerprint not in alike:
             raise ValueError(
                 f"{folder / name}: is none of the shards that {folder / COMMITTED} lists, from which it is absent; "
                 "move it to another folder and name that as well, or delete the index to have all tars indexed anew"
@@ -261,13 +308,14 @@ def _list_tars(paths: Sequence[str | os.PathLike[str]], log: Callable[[str], obj
 
 
 def _address(tar: Tar) -> str:
-    return tar.url if isinstance(tar, RemoteObject) else str(tar)
+    return tar.url if isinstance(tar, RemoteObject) else tar
 
 
 def _state(tar: Tar) -> State:
     if isinstance(tar, RemoteObject):
         return {"path": tar.url, "size": tar.size, "version": tar.version}
-    return {**local_state(tar), "version": version_of(tar.stat())}
+    stat = tried_again(lambda: os.stat(tar), tar)
+    return {**state_of(tar, stat), "version": version_of(stat)}
 
 
 def _tars_of(entry: str, log: Callable[[str], object]) -> Sequence[Tar]:
@@ -289,28 +337,32 @@ def _tars_of(entry: str, log: Callable[[str], object]) -> Sequence[Tar]:
     return found
 
 
-def _local_tars(entry: str, log: Callable[[str], object]) -> list[Path]:
-    """Absolute paths of the tars that one entry names, sorted; a pattern names what ends in .tar.
+def _local_tars(entry: str, log: Callable[[str], object]) -> list[str]:
+    """Absolute paths of the tars that one entry names, sorted by their parts; a pattern names what ends in .tar.
 
     Braces stand for several entries, unless something has them in its name.
     """
-    passed = list[str]()
+    passed, files = list[str](), set[str]()
     if os.path.isdir(entry):
-        names = os.listdir(entry)
-        tars: Iterable[str] = (os.path.join(entry, name) for name in names if is_shard_name(name))
-        passed = [name for name in names if resembles_shard(name)]
+        with os.scandir(entry) as found_there:
+            entries = list(found_there)
+        folder, shards = os.path.abspath(entry), [e for e in entries if is_shard_name(e.name)]
+        tars: Iterable[str] = (os.path.join(folder, e.name) for e in shards)
+        # Of a file that is no link the folder itself tells what it is
+        files = {os.path.join(folder, e.name) for e in shards if e.is_file(follow_symlinks=False)}
+        passed = [e.name for e in entries if resembles_shard(e.name)]
     elif os.path.isfile(entry):
-        return [Path(os.path.abspath(entry))]
+        return [os.path.abspath(entry)]
     else:
-        tars = [path for path in glob.glob(entry, recursive=True) if path.endswith(".tar")]
+        tars = [os.path.abspath(path) for path in glob.glob(entry, recursive=True) if path.endswith(".tar")]
         if not tars and (names := expand_braces(entry)) != [entry]:
             return [tar for name in names for tar in _local_tars(name, log)]
-    found = list[Path]()
-    for tar in sorted(Path(os.path.abspath(tar)) for tar in tars):
-        if tar.is_file():
+    found = list[str]()
+    for tar in sorted(tars, key=lambda tar: tar.split("/")):
+        if tar in files or os.path.isfile(tar):
             found.append(tar)
-        elif tar.is_dir():
-            passed.append(f"{tar.name}/")
+        elif os.path.isdir(tar):
+            passed.append(f"{os.path.basename(tar)}/")
         else:
             raise ValueError(f"shards: {tar} is no file, or a link to none; expected a tar")
     line = describe_passed_over(entry, passed, _NO_SHARDS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import islice
 
@@ -11,7 +12,7 @@ from braceexpand import braceexpand
 
 MOST_NAMES = 10**6  # that one entry may stand for
 _RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?\d+)?\}", re.ASCII)
-_COPY = "(?:copy of )?{}(?:[ (].*)?"  # how file managers name the copy of a file: x (copy), x copy 2, x - Copy (1)
+_COPY_OF, _BEHIND_A_NAME = "copy of ", " ("  # how file managers name the copy of a file: x (copy), x - Copy (1)
 _SHOWN = 5
 
 
@@ -45,8 +46,7 @@ def resembles_shard(name: str) -> bool:
 
 def is_named_like_a_copy(name: str, of: str) -> bool:
     """Whether a tar has the name that a file manager gives to a copy of another one."""
-    pattern = _COPY.format(re.escape(of.removesuffix(".tar")))
-    return name != of and re.fullmatch(pattern, name.removesuffix(".tar"), re.IGNORECASE | re.DOTALL) is not None
+    return name != of and stem_of(of) in originals_of(name)
 
 
 def describe_passed_over(folder: str, names: Iterable[str], why: str) -> str:
@@ -58,17 +58,31 @@ def describe_passed_over(folder: str, names: Iterable[str], why: str) -> str:
 
 
 def copies_among(tars: Sequence[tuple[str, str]]) -> list[int]:
-    """The places of the tars that are copies, by name and bytes, of another one.
+    """The places of the tars that are copies, by name and bytes, of another one; in time linear in their number.
 
     Args:
         tars: name and fingerprint of those of one folder.
     """
-    by_bytes: dict[str, list[int]] = {}
-    for place, (_, fingerprint) in enumerate(tars):
-        by_bytes.setdefault(fingerprint, []).append(place)
+    alike = Counter(fingerprint for _, fingerprint in tars)
+    stems = {(fingerprint, stem_of(name)) for name, fingerprint in tars if alike[fingerprint] > 1}
     return [
         place
-        for same in by_bytes.values()
-        for place in same
-        if any(is_named_like_a_copy(tars[place][0], tars[other][0]) for other in same)
+        for place, (name, fingerprint) in enumerate(tars)
+        if alike[fingerprint] > 1 and any((fingerprint, stem) in stems for stem in originals_of(name))
     ]
+
+
+def originals_of(name: str) -> list[str]:
+    """The stems, in small letters, of the tars of which one may be a copy by its name (`is_named_like_a_copy`).
+
+    Its own is none of them: of two tars whose names differ in capital letters alone, neither is a copy.
+    """
+    stem, found = stem_of(name), list[str]()
+    for text in dict.fromkeys((stem, stem.removeprefix(_COPY_OF))):
+        found += [text[:end] for end, letter in enumerate(text) if letter in _BEHIND_A_NAME]
+        found += [text] if text != stem else []
+    return found
+
+
+def stem_of(name: str) -> str:
+    return name.removesuffix(".tar").lower()

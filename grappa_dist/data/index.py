@@ -53,7 +53,7 @@ _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 _UNREADABLE = (ValueError, EOFError, TypeError, SyntaxError, RecursionError, MemoryError, tokenize.TokenError)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Missing:
     """How many images of a tar have no row."""
 
@@ -66,7 +66,10 @@ class Missing:
         return self.behind + self.misnamed
 
 
-@dataclass(frozen=True)
+NONE_MISSING = Missing()
+
+
+@dataclass(frozen=True, slots=True)  # slots: every process of a run holds all shards
 class Shard:
     """One tar of images, as its index saw it."""
 
@@ -77,7 +80,7 @@ class Shard:
     fingerprint: str  # sha256 of the tar; another one where there are zeros in it, see `Scan.shard`
     ignored: int = 0  # members that are neither an image nor the JSON of one
     version: str = ""  # when it was found: of a remote tar its ETag, of a local one its time of change
-    missing: Missing = Missing()
+    missing: Missing = NONE_MISSING
     others: tuple[tuple[str, int], ...] = ()  # suffixes of ignored members with their numbers, the most frequent ones
 
 
@@ -324,7 +327,7 @@ def shard_of(line: Any, path: str, where: Path | str) -> Shard:
             f"fingerprint of 64 hex digits, got {line!r:.300}"
         )
     rows, size, ignored, behind, misnamed = counts[:5]
-    lost = Missing(behind, misnamed, names[2 : len(names) - len(others)])
+    lost = Missing(behind, misnamed, names[2 : len(names) - len(others)]) if "lost" in line else NONE_MISSING
     return Shard(names[0], path, rows, size, names[1], ignored, missing=lost, others=tuple(others))
 
 

@@ -151,18 +151,30 @@ def local_state(tar: Path) -> dict[str, str | int]:
 
     A link has its own `ctime`: it may be pointed to an older file.
     """
-    stat, link = tried_again(lambda: (tar.stat(), tar.lstat()), tar)
-    ctime_ns = max(stat.st_ctime_ns, link.st_ctime_ns)
+    stat = tried_again(lambda: os.stat(tar), tar)
+    return state_of(tar, stat)
+
+
+def state_of(tar: Path | str, stat: os.stat_result, *, may_be_link: bool = True) -> dict[str, str | int]:
+    """The same of a file that was looked at already.
+
+    Args:
+        may_be_link: False: it is known to be none, so that it is not looked at again.
+    """
+    ctime_ns = stat.st_ctime_ns
+    if may_be_link:
+        ctime_ns = max(ctime_ns, tried_again(lambda: os.lstat(tar), tar).st_ctime_ns)
     return {"path": str(tar), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "ctime_ns": ctime_ns}
 
 
-def verify_unchanged(tar: Path, described: Shard, indexed_ns: int, cache: IndexCache) -> bool:
+def verify_unchanged(tar: State, described: Shard, indexed_ns: int, cache: IndexCache) -> bool:
     """Compares the checksum of a shard that was touched after the index beside it was written, once.
 
     A writer leaves the index last, so what it wrote is older. A copy may be newer, so time alone proves nothing;
     but only where it is newer are all bytes read. A shard that was found good is kept with its size and times.
 
     Args:
+        tar: its state.
         indexed_ns: when that index was written.
 
     Returns:
@@ -171,20 +183,19 @@ def verify_unchanged(tar: Path, described: Shard, indexed_ns: int, cache: IndexC
     Raises:
         ValueError: the bytes are not those that were indexed.
     """
-    state = local_state(tar)
-    if max(int(state["mtime_ns"]), int(state["ctime_ns"])) <= indexed_ns:
+    if max(int(tar["mtime_ns"]), int(tar["ctime_ns"])) <= indexed_ns:
         return False
     if cache.folder is not None and not cache.write:
         return False  # a plan, say, which leaves the reading to the run that can keep the result
-    checked = {**state, "fingerprint": described.fingerprint}
-    if cache.is_verified(str(tar), checked):
+    path, checked = str(tar["path"]), {**tar, "fingerprint": described.fingerprint}
+    if cache.is_verified(path, checked):
         return False
-    with open_to_read(tar) as file:
+    with open_to_read(path) as file:
         found = sha256_of(file)
     if found != described.fingerprint:
         raise ValueError(
-            f"{tar}: its bytes are no longer those that {COMMITTED} describes (sha256 {found[:12]}..., expected "
+            f"{path}: its bytes are no longer those that {COMMITTED} describes (sha256 {found[:12]}..., expected "
             f"{described.fingerprint[:12]}...); make the shards again, or delete {COMMITTED} to have them indexed anew"
         )
-    cache.put_verified(str(tar), checked)
+    cache.put_verified(path, checked)
     return True

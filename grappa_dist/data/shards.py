@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
+from grappa_dist.artifacts import packed_texts, unpacked_texts
 from grappa_dist.checksums import map_rows
 from grappa_dist.data.block_cache import BlockFile, CacheSettings, ReadAt, fetchers, open_blocks
 from grappa_dist.data.decoding import BadImage
@@ -97,6 +98,10 @@ class ImageShards:
         folder = None if index_dir is None else Path(index_dir)
         found = find_shards(paths, folder, cache, write=write, on_read=on_read, log=log)
         return ImageShards(tuple(shard for shard, _ in found), tuple(index for _, index in found), cache)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As few bytes: every rank of a job is sent it, and unpacks it when it begins."""
+        return _unpacked, (*_packed(self.shards, self.indexes), self.cache, packed_texts(self.sums), self.record)
 
     @cached_property
     def starts(self) -> NDArray[np.int64]:
@@ -311,6 +316,36 @@ class ImageShards:
         if is_remote(tar.path):
             return open_blocks(RemoteObject(tar.path, tar.bytes, tar.version), self.cache)
         return _opener()(tar)
+
+
+def _packed(shards: Sequence[Shard], indexes: Sequence[Index]) -> tuple[bytes, bytes, dict[int, Any], dict[int, Any]]:
+    """Texts and numbers of all shards, what few of them have besides, and indexes in memory."""
+    texts = [text for s in shards for text in (s.name, s.path, s.fingerprint, s.version)]
+    texts += [index if isinstance(index, str) else getattr(index, "local", None) or "" for index in indexes]
+    texts += [getattr(index, "url", "") for index in indexes]
+    numbers = np.array([(s.rows, s.bytes, s.ignored) for s in shards], np.int64)
+    more = {i: (s.missing, s.others) for i, s in enumerate(shards) if s.missing.images or s.others}
+    in_memory = {i: index for i, index in enumerate(indexes) if isinstance(index, np.ndarray)}
+    return packed_texts(texts), numbers.tobytes(), more, in_memory
+
+
+def _unpacked(
+    packed: bytes,
+    numbers: bytes,
+    more: dict[int, Any],
+    in_memory: dict[int, Any],
+    *others: Any,
+) -> ImageShards:
+    counts = np.frombuffer(numbers, np.int64).reshape(-1, 3).tolist()
+    texts, n = unpacked_texts(packed), len(counts)
+    shards, indexes = list[Shard](), list[Index]()
+    for i, (rows, size, ignored) in enumerate(counts):
+        name, path, fingerprint, version = texts[4 * i : 4 * i + 4]
+        shards.append(Shard(name, path, rows, size, fingerprint, ignored, version, *more.get(i, ())))
+        local, url = texts[4 * n + i], texts[5 * n + i]
+        indexes.append(in_memory[i] if i in in_memory else RemoteRows(url, local or None) if url else local)
+    cache, sums, record = others
+    return ImageShards(tuple(shards), tuple(indexes), cache, unpacked_texts(sums), record)
 
 
 @cache

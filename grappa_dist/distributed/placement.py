@@ -6,11 +6,11 @@ Shapes: W workers on nodes; J jobs of R ranks, a worker each; N adaptor sets, S 
 from __future__ import annotations
 
 import os
-from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import torch
 
@@ -19,6 +19,7 @@ from grappa_dist.console import pluralize
 from grappa_dist.prefetch import CPU_THREADS
 
 Item = TypeVar("Item")
+Worker = TypeVar("Worker")
 
 
 def known_workers(where: Resources) -> int | None:
@@ -131,25 +132,63 @@ def split_evenly(items: Sequence[Item], per_group: int) -> list[tuple[Item, ...]
     return [tuple(items[a:b]) for a, b in pairwise(bounds)]
 
 
-def choose_workers(nodes: Sequence[Hashable], ranks: int) -> list[int] | None:
-    """Positions of the free workers that the next job takes, ascending; None where there are too few.
-
-    They are on one node if any node has enough of them, the one that is left with the fewest; else on the nodes with
-    the most, so that the job spans as few nodes as possible.
+class FreeWorkers(Generic[Worker]):
+    """The free workers by node. What adding and taking cost grows with the workers of a node, not with all of them.
 
     Args:
-        nodes: the node of each free worker.
+        node_of: the node of a worker.
     """
-    if ranks < 1:
-        raise ValueError(f"a job needs at least one worker, got {ranks}")
-    if len(nodes) < ranks:
-        return None
-    free = Counter(nodes)
-    enough = [node for node in free if free[node] >= ranks]  # in order of appearance, as are ties below
-    by_preference = [min(enough, key=lambda n: free[n])] if enough else sorted(free, key=lambda n: -free[n])
-    place = {node: i for i, node in enumerate(by_preference)}
-    candidates = sorted((i for i, node in enumerate(nodes) if node in place), key=lambda i: place[nodes[i]])
-    return sorted(candidates[:ranks])
+
+    def __init__(self, node_of: Callable[[Worker], Hashable], workers: Iterable[Worker] = ()) -> None:
+        self._node_of, self._number = node_of, 0
+        self._by_node: dict[Hashable, deque[Worker]] = {}
+        self._nodes_with: dict[int, dict[Hashable, None]] = {}  # by how many free workers they have
+        self.add(workers)
+
+    def __len__(self) -> int:
+        return self._number
+
+    def __iter__(self) -> Iterator[Worker]:
+        return (worker for of_node in self._by_node.values() for worker in of_node)
+
+    def add(self, workers: Iterable[Worker]) -> None:
+        for worker in workers:
+            node = self._node_of(worker)
+            of_node = self._by_node.setdefault(node, deque())
+            of_node.append(worker)
+            self._note(node, len(of_node) - 1)
+
+    def take(self, ranks: int) -> list[Worker] | None:
+        """The workers of the next job, which are free no more; None where there are too few.
+
+        They are on one node if any node has enough of them, the one that is left with the fewest; else on the nodes
+        with the most, so that the job spans as few nodes as possible.
+        """
+        if ranks < 1:
+            raise ValueError(f"a job needs at least one worker, got {ranks}")
+        if self._number < ranks:
+            return None
+        taken = list[Worker]()
+        enough = min((count for count in self._nodes_with if count >= ranks), default=0)
+        while len(taken) < ranks:
+            count = enough or max(self._nodes_with)
+            node = next(iter(self._nodes_with[count]))
+            taken += [self._by_node[node].popleft() for _ in range(min(count, ranks - len(taken)))]
+            self._note(node, count)
+        return taken
+
+    def _note(self, node: Hashable, before: int) -> None:
+        """Notes how many free workers a node has, which it had `before`."""
+        now = len(self._by_node[node])
+        self._number += now - before
+        if before:
+            del self._nodes_with[before][node]
+            if not self._nodes_with[before]:
+                del self._nodes_with[before]
+        if now:
+            self._nodes_with.setdefault(now, {})[node] = None
+        else:
+            del self._by_node[node]
 
 
 def waves(num_jobs: int, workers: int, ranks: int) -> list[int]:

@@ -322,9 +322,9 @@ class Cluster:
         new = {node: worker for worker, node in up.items() if node not in self.facts}
         if self.checks is None or not new:
             return ""
-        sharing = [*up.values(), *(self._node_of or {}).values()]
+        sharing = Counter([*up.values(), *(self._node_of or {}).values()])
         with token_in(self.checks.root) if self.checks.writes else nullcontext() as token:
-            calls = {n: w.survey.remote(self.checks, token, n, sharing.count(n)) for n, w in new.items()}
+            calls = {n: w.survey.remote(self.checks, token, n, sharing[n]) for n, w in new.items()}
             self._await(list(calls.values()), SURVEY_TIMEOUT_S)  # all at once: several may hang
             found = {node: answered(token, node, _facts(node, ref)) for node, ref in calls.items()}
         found = self._compare_backbones(found, new)

@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ from typing import Any
 
 from grappa_dist.config import Resources
 from grappa_dist.console import Interrupted, Terminated
-from grappa_dist.distributed.placement import check_capacity, choose_workers, may_have_gpus
+from grappa_dist.distributed.placement import FreeWorkers, check_capacity, may_have_gpus
 from grappa_dist.distributed.preflight import Checks
 from grappa_dist.distributed.ray_cluster import Cluster
 from grappa_dist.storage import WITHOUT_SPACE
@@ -173,8 +173,8 @@ class Runner:
     def sharing(self) -> int:
         """Workers on the node that has the most of them."""
         with self._polling_signals():
-            nodes = [self.cluster.node_of(worker) for worker in self._gather()]
-        return max(map(nodes.count, nodes), default=1)
+            nodes = Counter(self.cluster.node_of(worker) for worker in self._gather())
+        return max(nodes.values(), default=1)
 
     def map(
         self,
@@ -243,10 +243,8 @@ class Runner:
                 return workers
 
     def _finished(self, jobs: Sequence[Job], on_tasks: OnTasks) -> Iterator[tuple[str, Any]]:
-        import ray
-
         waiting, tries = deque(jobs), {job.name: _Tries() for job in jobs}
-        free, running = list(self.cluster.workers()), list[_Running]()
+        free, running = FreeWorkers(self.cluster.node_of, self.cluster.workers()), list[_Running]()
         if not self.resources.elastic:
             check_capacity(len(free), max((job.ranks for job in jobs), default=0))
         shown = time.monotonic()
@@ -254,12 +252,10 @@ class Runner:
             if self._signals.stop_requested():
                 self._stop(running)
             self.cluster.check_ray()
-            free += self.cluster.arrived(timeout_s=0 if running else POLL_S)
+            free.add(self.cluster.arrived(timeout_s=0 if running else POLL_S))
             while waiting and len(free) >= self._ranks(waiting[0]):
                 running.append(self._start(waiting.popleft(), free))
-            if running:
-                ray.wait([ref for r in running for ref in r.pending], timeout=POLL_S)
-            for r in list(running):
+            for r in _with_news(running):
                 outcome = self._outcome(r)
                 if outcome is None:
                     continue
@@ -271,7 +267,7 @@ class Runner:
                 else:
                     if r.job.ranks:
                         self._show_notes(r)
-                    free += r.workers
+                    free.add(r.workers)
                     yield r.job.name, outcome if r.job.ranks else outcome[0]
             if running and time.monotonic() - shown > STATUS_S * max(1, len(running) / ASKED_AT_ONCE):
                 self._show(running, waiting, on_tasks)
@@ -281,36 +277,38 @@ class Runner:
         """Workers that a job takes; with elastic no more than there are or will be."""
         return max(1, min(job.ranks, self.cluster.size) if self.resources.elastic else job.ranks)
 
-    def _start(self, job: Job, free: list[Any]) -> _Running:
+    def _start(self, job: Job, free: FreeWorkers[Any]) -> _Running:
         """Calls its workers, to see that they answer: one may have died idle, on a node that Ray still lists as alive.
 
         The workers of one node are taken where a node has enough of them; they leave `free`.
         """
-        chosen = choose_workers([self.cluster.node_of(worker) for worker in free], self._ranks(job))
-        assert chosen is not None, "a job starts when enough workers are free"
-        workers = [free.pop(i) for i in reversed(chosen)][::-1]
+        workers = free.take(self._ranks(job))
+        assert workers is not None, "a job starts when enough workers are free"
         calls = [worker.free_address.remote() for worker in workers]
         return _Running(job, workers, calls, calls)
 
     def _give(self, running: _Running, address: str) -> None:
-        """Gives a job to workers that have answered."""
+        """Gives a job to workers that have answered; what it is about is sent once, whatever the number of ranks."""
+        import ray
+
         job, workers = running.job, running.workers
         if job.ranks:
             self.on_event("job_begins", job=job.name, ranks=len(workers))
             timeout_s = self.resources.collective_timeout_s
+            spec = ray.put(job.spec) if len(workers) > 1 else job.spec
             running.refs = [
-                worker.run_rank.remote(job.function, job.spec, (rank, len(workers), address), timeout_s)
+                worker.run_rank.remote(job.function, spec, (rank, len(workers), address), timeout_s)
                 for rank, worker in enumerate(workers)
             ]
         else:
             running.refs = [workers[0].run.remote(job.function, job.spec)]
         running.begun, running.pending = True, running.refs
 
-    def _replace(self, workers: list[Any], free: list[Any]) -> list[Any]:
+    def _replace(self, workers: list[Any], free: FreeWorkers[Any]) -> FreeWorkers[Any]:
         """Replaces the workers of a failed job and the idle ones of lost nodes; returns those that are still free."""
         lost = set(self.cluster.lost())
         self.cluster.replace([*workers, *(worker for worker in free if worker in lost)])
-        return [worker for worker in free if worker not in lost]
+        return FreeWorkers(self.cluster.node_of, [worker for worker in free if worker not in lost])
 
     def _outcome(self, running: _Running) -> Any:
         """None while it runs, its results, or its error: bad input on any rank before the links it breaks."""
@@ -410,6 +408,21 @@ class Runner:
             ended, refs = ray.wait(refs, num_returns=len(refs), timeout=POLL_S)
             errors += _errors(ended)
         return not refs and not errors
+
+
+def _with_news(running: Sequence[_Running]) -> list[_Running]:
+    """Those of which a call has ended since the last look; waits for the first, at most POLL_S.
+
+    Two calls to Ray for all jobs: one for each would be as many, each time that one of them ends.
+    """
+    import ray
+
+    pending = [ref for r in running for ref in r.pending]
+    if not pending:
+        return []
+    ray.wait(pending, timeout=POLL_S)
+    ended = set(ray.wait(pending, num_returns=len(pending), timeout=0)[0])
+    return [r for r in running if not ended.isdisjoint(r.pending)]
 
 
 def _errors(finished: Sequence[Any]) -> list[BaseException]:

@@ -234,7 +234,7 @@ class Graphs:
         comm.barrier()
         owners = np.searchsorted(images.starts, ids, side="right") - 1
         for shard in np.unique(owners).tolist():
-            inside = owners == shard
+            inside = slice(*np.searchsorted(ids, images.starts[shard : shard + 2]))  # ids ascend
             places = ids[inside] - images.starts[shard]
             table = np.full((int(places[-1] - places[0]) + 1, near.shape[1]), -1, dtype=np.int64)
             table[places - places[0]] = near[inside]

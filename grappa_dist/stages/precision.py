@@ -7,10 +7,10 @@ results on another CPU. So a directory that is begun on GPUs goes on in bf16 on 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Container
 from dataclasses import replace
 
-from grappa_dist.artifacts import Artifact, Store
+from grappa_dist.artifacts import Store
 from grappa_dist.config import BACKBONE, Config
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.distributed.placement import may_have_gpus
@@ -26,7 +26,7 @@ PRECISION_FILE = "precision.json"  # in the index folder of a run
 
 def settled(config: Config, store: Store, train: ImageShards) -> Config:
     """The settings in the precision of the run directory; where `auto` is not settled yet, as they are."""
-    found = _asked(config) or _recorded(store) or _of_features(config, store, train, lambda a: a.complete)
+    found = _asked(config) or _recorded(store) or _of_features(config, store, train)
     return _in(config, found or "fp32")
 
 
@@ -36,10 +36,10 @@ def settle(run: Run, train: ImageShards) -> Run:
     why, found = "as asked for", _asked(config)
     if found is None:
         why, found = "as the run directory began", _recorded(store)
-        found = found or _of_features(config, store, train, lambda a: a.complete)
+        found = found or _of_features(config, store, train)
     if found is None and config.mirror is not None:
         there = Mirror(config.mirror).complete
-        why, found = "as the features on the mirror", _of_features(config, store, train, lambda a: a.name in there)
+        why, found = "as the features on the mirror", _of_features(config, store, train, there)
     if found is None:
         gpus = run.runner.has_gpus()
         why, found = ("the workers have GPUs", "bf16") if gpus else ("the workers have no GPUs", "fp32")
@@ -74,13 +74,20 @@ def _recorded(store: Store) -> Precision | None:
 
 
 def _of_features(
-    config: Config, store: Store, train: ImageShards, is_there: Callable[[Artifact], bool]
+    config: Config, store: Store, train: ImageShards, names: Container[str] | None = None
 ) -> Precision | None:
-    """The precision of the features that are there; None: there are none."""
+    """The precision of the features that are there; None: there are none.
+
+    Args:
+        names: of what is there; None: what the run directory has.
+    """
+    if names is None and not any((store.root / "features" / BACKBONE).glob("*")):
+        return None  # of many shards, names alone take seconds
     kinds: tuple[Precision, ...] = ("fp32", "bf16")
     for precision in kinds:
         spec = ModelSpec(BACKBONE, _in(config, precision).backbone)
-        if any(map(is_there, features_of(store, spec, config.embed, train))):
+        features = features_of(store, spec, config.embed, train)
+        if any(a.complete if names is None else a.name in names for a in features):
             return precision
     return None
 

@@ -336,7 +336,8 @@ def _task(context: RankContext, job: LabelJob, k: int, grid: GridRows | None) ->
 def _good(job: LabelJob, shard: int) -> np.ndarray:
     first, after = job.features.starts[shard], job.features.starts[shard + 1]
     good = np.ones(after - first, dtype=bool)
-    good[job.bad[(job.bad >= first) & (job.bad < after)] - first] = False
+    bad = job.bad[slice(*np.searchsorted(job.bad, [first, after]))]  # they are sorted
+    good[bad - first] = False
     return good
 
 

@@ -80,6 +80,9 @@ class Ray:
             raise GetTimeoutError(f"{asked.method} has not ended")
         return self.answer(asked)
 
+    def put(self, value: Any) -> Any:
+        return value
+
     def kill(self, worker: Worker) -> None:
         worker.asked.append("killed")
 

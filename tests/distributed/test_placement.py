@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from grappa_dist import doctor, plan
 from grappa_dist.config import Resources
 from grappa_dist.distributed.placement import (
+    FreeWorkers,
     Rates,
     WorkerParts,
-    choose_workers,
     cpus_per_worker,
     decode_threads,
     describe_placement,
@@ -30,11 +30,12 @@ def workers_on(sizes: list[int]) -> list[str]:
 
 def placed(sizes: list[int], ranks: int) -> list[list[str]]:
     """The nodes of each job's workers, where jobs start as long as there are free workers."""
-    free, jobs = workers_on(sizes), list[list[str]]()
-    while (chosen := choose_workers(free, ranks)) is not None:
-        assert chosen == sorted(set(chosen))
-        jobs.append([free[i] for i in chosen])
-        free = [node for i, node in enumerate(free) if i not in chosen]
+    nodes, jobs = workers_on(sizes), list[list[str]]()
+    free = FreeWorkers(nodes.__getitem__, range(len(nodes)))
+    while (chosen := free.take(ranks)) is not None:
+        assert not set(chosen) & set(free)
+        jobs.append([nodes[i] for i in chosen])
+    assert len(free) == len(list(free)) == len(nodes) - ranks * len(jobs)
     return jobs
 
 
@@ -90,7 +91,7 @@ def test_a_group_of_nothing_and_a_job_without_workers_are_refused() -> None:
     with pytest.raises(ValueError, match="at least one item, got 0"):
         split_evenly([1], 0)
     with pytest.raises(ValueError, match="at least one worker, got 0"):
-        choose_workers(["a"], 0)
+        FreeWorkers(str, ["a"]).take(0)
 
 
 @pytest.mark.parametrize(
@@ -185,3 +186,17 @@ def test_on_this_machine_the_cpus_are_divided_by_its_gpus(monkeypatch: pytest.Mo
     monkeypatch.setattr("os.cpu_count", lambda: 64)
     (cores,) = doctor._cores()
     assert cores.means.startswith("16 for each GPU's worker, of which as many threads read ahead")
+
+
+@pytest.mark.parametrize("workers", [500, 1000])
+def test_the_node_of_a_worker_is_asked_for_when_it_becomes_free_and_never_again(workers: int) -> None:
+    asked = list[int]()
+    free = FreeWorkers(lambda worker: asked.append(worker) or worker // 8, range(workers))
+    for _ in range(workers):
+        taken = free.take(1)
+        assert taken is not None
+        free.add(taken)
+    assert len(asked) == 2 * workers
+    while (taken := free.take(8)) is not None:
+        assert len({worker // 8 for worker in taken}) == 1
+    assert len(free) == workers % 8
