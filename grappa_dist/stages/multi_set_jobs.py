@@ -132,25 +132,30 @@ def finish_job(sets: Sequence[AdaptSet], adaptors: Sequence[Mapping[str, Tensor]
 
     All files are there before the first set is committed, so `commit_leftovers` can go on from a kill in between.
     """
+    logs = _logs_of(job_folder(sets) / METRICS_FILE, sets) if len(sets) > 1 else {}
     for number, one in enumerate(sets):
         if one.artifact.complete:
             continue
         folder = one.artifact.begin()
-        if len(sets) > 1:
-            _write_log(job_folder(sets) / METRICS_FILE, folder / METRICS_FILE, one)
+        if logs:
+            write_utf8(folder / METRICS_FILE, "".join(logs[one.name]))
         save_tensors(folder / ADAPTORS_FILE, adaptors[number], summed=True)
     commit_trained(sets)
 
 
-def _write_log(source: Path, target: Path, one: AdaptSet) -> None:
-    """The log of one set, as if it had been trained alone."""
-    write_utf8(target, "".join(json.dumps(_event_of_set(event, one)) + "\n" for event in read_events(source)))
-
-
-def _event_of_set(event: Mapping[str, Any], one: AdaptSet) -> dict[str, Any]:
-    ending = figure_name("", one)
-    plain = {key: value for key, value in event.items() if " " not in key}
-    return plain | {"job": one.name} | {k.removesuffix(ending): v for k, v in event.items() if k.endswith(ending)}
+def _logs_of(source: Path, sets: Sequence[AdaptSet]) -> dict[str, list[str]]:
+    """The lines of each set's log, as if it had been trained alone; the job's is read once, whatever their number."""
+    logs: dict[str, list[str]] = {one.name: [] for one in sets}
+    for event in read_events(source):
+        plain = {key: value for key, value in event.items() if " " not in key}
+        own: dict[str, dict[str, Any]] = {name: {} for name in logs}
+        for key, value in event.items():
+            figure, _, name = key.rpartition(" ")
+            if figure and name in own:
+                own[name][figure] = value
+        for name, lines in logs.items():
+            lines.append(json.dumps({**plain, "job": name, **own[name]}) + "\n")
+    return logs
 
 
 def commit_trained(sets: Sequence[AdaptSet]) -> None:
