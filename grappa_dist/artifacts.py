@@ -156,10 +156,14 @@ def finished(artifacts: Iterable[Artifact]) -> list[bool]:
     `complete` asks for each manifest, which takes long where there are many. A folder whose manifest somebody has
     removed counts here; a run has set such aside when it starts (`look_at`).
     """
-    asked = list(artifacts)
-    parents = [artifact.root / Path(artifact.kind).parent for artifact in asked]
-    listed = {parent: tried_again(partial(_names_in, parent), parent) for parent in dict.fromkeys(parents)}
-    return [a.name.rpartition("/")[2] in listed[parent] for a, parent in zip(asked, parents, strict=True)]
+    listed, found = dict[tuple[Path, str], frozenset[str]](), list[bool]()
+    for artifact in artifacts:  # without a Path for each, which takes longer than all else
+        parent, _, name = artifact.kind.rpartition("/")
+        if (where := (artifact.root, parent)) not in listed:
+            folder = artifact.root / parent
+            listed[where] = tried_again(partial(_names_in, folder), folder)
+        found.append(f"{name}-{artifact.fingerprint}" in listed[where])
+    return found
 
 
 def _names_in(folder: Path) -> frozenset[str]:
