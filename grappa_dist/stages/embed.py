@@ -8,6 +8,7 @@ Shapes: P rows of one shard, B the padded batch, S pixels a side, D channels, M 
 
 from __future__ import annotations
 
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -93,9 +94,9 @@ def features_of(store: Store, spec: ModelSpec, embed: EmbedConfig, images: Image
 
     wanted = [of(shard) for shard in images.shards]
     folder = store.root / "features" / spec.name
-    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    others = there - {artifact.path.name for artifact in wanted}
-    missing = [artifact.path.name not in there for artifact in wanted]
+    there = set(os.listdir(folder)) if folder.is_dir() else set()
+    names = [artifact.name.rpartition("/")[2] for artifact in wanted]  # a path of each would take longer than all else
+    others, missing = there.difference(names), [name not in there for name in names]
     if not others or not any(missing):
         return tuple(wanted)
     kinds = _kinds_by_shard(folder / name for name in sorted(others))
