@@ -2,13 +2,12 @@
 others of lists that are found elsewhere (retrieval/ranking.py); and how nested two partitions of the same rows are.
 
 Every image is a query against all others. R is the number of other images of its class; the image of a class of one is
-never a query, but in the gallery; a row with a negative label is neither. Equal scores are ordered by row id. A product
-in float32 finds the nearest; where its error bound leaves open whether a relevant image comes before an irrelevant one,
-exact scores decide. Sums are integers, so block size, threads and the division of queries among workers do not change
-a bit.
+never a query, but in the gallery; a row with a negative label is neither. Equal scores are ordered by row id. Exact
+scores decide wherever float32 may not (class_ranks.py), and sums are integers, so block size, threads and the division
+of queries among workers do not change a bit.
 
-Shapes: n rows, g gallery rows (those with a label), b queries of a block, k the largest R among them, t >= k
-candidates, D dimensions. In partitions, label -1 is no label.
+Shapes: n rows, q queries, D dimensions; of lists, b of them and t >= the largest R places. In partitions, label -1 is
+no label.
 """
 
 from __future__ import annotations
@@ -20,20 +19,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from grappa_dist.search.candidates import float_error, norm_of, true_products
-from grappa_dist.search.fixed_point import exact_dot, exact_square, to_grid
-from grappa_dist.search.rerank import pair_dots
+from grappa_dist.class_ranks import UNIT, Gallery, score_queries, unit_on_grid
 
-_TABLE, _GPU_TABLE = 2**24, 2**28  # scores of a block
-_SPARE = 8  # candidates beyond k in the first search
-_MANY = 16  # more than this times k, and more than 1 / 16 of the gallery, are too many candidates
 METRICS = ("r_precision", "map_at_r", "recall_at_1")
 DEPTHS = (1, 5, 10)  # k of the metrics of the k nearest
-_UNIT = 2**40  # a query's metric in [0, 1] as an integer: they add in any order
 _MOST = 2**22  # whose sum fits in int64
 
 
@@ -63,8 +55,7 @@ def query_scores(
     Args:
         z: (n, D), all rows, of any length but finite; labels (n,) integers, negative where there is none.
         query_rows: the rows that may be queries; None: all.
-        block_rows: queries scored at once; a block holds block_rows * g float32 scores. Without it, 64 MiB of them, and
-            1 GiB on a GPU.
+        block_rows: queries scored at once; by default as many as fit the cache, or the memory of a GPU.
         device: where they are scored; by default where z is. Rows are normalised where z is, so that figures of rows on
             a CPU do not depend on the device.
 
@@ -75,21 +66,18 @@ def query_scores(
     query_rows = range(len(z)) if query_rows is None else query_rows
     _check(z, labels, query_rows, block_rows)
     rows = torch.nonzero(labels >= 0).flatten()  # (g,) in order, so a place in the gallery orders as a row id does
-    classes = torch.unique(labels[rows], return_inverse=True)[1]  # (g,)
-    others = torch.bincount(classes)[classes] - 1 if len(rows) else classes  # (g,) R of each
-    chosen = torch.zeros(len(z), dtype=torch.bool, device=z.device)
+    classes = torch.unique(labels[rows], return_inverse=True)[1].cpu()
+    held = unit_on_grid(z[rows]).to(device)
+    gallery = Gallery(classes, lambda places: held[places.to(device)].cpu(), device, held)
+    chosen = torch.zeros(len(z), dtype=torch.bool)
     chosen[query_rows.start : query_rows.stop : query_rows.step] = True
-    queries = torch.nonzero(chosen[rows] & (others > 0)).flatten()  # (q,)
-    by_size = others[queries].argsort()  # by R, so that the queries of a block need about as many neighbours
-    gallery = _Gallery.of(to_grid(F.normalize(z[rows].double(), dim=1)).to(device), classes.to(device))
-    found = torch.zeros(len(queries), 3, dtype=torch.int64, device=device)
-    size = block_rows or max(1, (_GPU_TABLE if found.is_cuda else _TABLE) // max(1, len(rows)))
-    sizes = others[queries[by_size]]  # ascending
-    most = sizes[size - 1 :: size].tolist() + sizes[-1:].tolist()  # of each block; the last one twice where it is whole
-    blocks = (t.to(device).split(size) for t in (by_size, queries[by_size], sizes))
-    for places, block, relevant, k in zip(*blocks, most, strict=False):  # without queries there is no k
-        found[places] = _block_scores(_relevance(gallery, block, k), relevant)
-    return QueryScores(rows[queries].cpu().numpy(), found.cpu().numpy())
+    rows = rows.cpu()
+    queries = gallery.queries[chosen[rows[gallery.queries]]]
+    units = torch.zeros(len(queries), 3, dtype=torch.int64)
+    for _ in score_queries(gallery, queries, units, block_rows=block_rows):
+        pass
+    order = queries.argsort()
+    return QueryScores(rows[queries[order]].numpy(), units[order].numpy())
 
 
 @dataclass(frozen=True)
@@ -128,95 +116,13 @@ class RetrievalSums:
 
     def finish(self) -> dict[str, float]:
         """Means over queries, in [0, 1], and `queries`, their number; without queries all are 0."""
-        whole = _UNIT * max(self.queries, 1)
+        whole = UNIT * max(self.queries, 1)
         return {
             "r_precision": self.r_precision / whole,
             "map_at_r": self.map_at_r / whole,
             "recall_at_1": self.recall_at_1 / whole,
             "queries": self.queries,
         }
-
-
-@dataclass(frozen=True)
-class _Gallery:
-    """The rows that queries are compared with, including the queries."""
-
-    rows: Tensor  # (g, D) float32 on the grid
-    classes: Tensor  # (g,)
-    error: float  # of a float32 score
-
-    @staticmethod
-    def of(rows: Tensor, classes: Tensor) -> _Gallery:
-        return _Gallery(rows, classes, float_error(rows.shape[1], norm_of(exact_square(rows)) ** 2))
-
-
-def _relevance(gallery: _Gallery, queries: Tensor, k: int) -> Tensor:
-    """Which of a query's t nearest are of its class, best first: (b, t), in certain order for the first k."""
-    candidates = _candidates(gallery, queries, k)
-    if candidates is None:
-        return gallery.classes[_nearest_exactly(gallery, queries, k)] == gallery.classes[queries, None]
-    scores, columns = candidates
-    relevant = gallery.classes[columns] == gallery.classes[queries, None]
-    # Scores that follow each other within the error form a chain. Between chains the order is certain, and within one
-    # it matters only where relevant and irrelevant ones mix.
-    chain = F.pad((scores[:, :-1] - scores[:, 1:] > 2 * gallery.error).cumsum(1), (1, 0))
-    of_chain = torch.zeros_like(chain)
-    hits = of_chain.scatter_add(1, chain, relevant.long())
-    mixed = (hits > 0) & (hits < of_chain.scatter_add(1, chain, torch.ones_like(chain)))
-    places = mixed.gather(1, chain).nonzero().unbind(1)
-    if len(places[0]):
-        found = columns[places]
-        exact = pair_dots(gallery.rows, gallery.rows, (queries[places[0]], found))
-        order = _lexsort(found, -exact, places[0] * chain.shape[1] + chain[places])
-        relevant[places] = relevant[places][order]
-    return relevant
-
-
-def _candidates(gallery: _Gallery, queries: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
-    """All that may be among the k nearest of each query: float32 scores (b, t), best first, and columns (b, t).
-
-    None where these are many, as for collapsed features: then exact scores of all take less time.
-    """
-    with true_products():
-        scores = gallery.rows[queries] @ gallery.rows.T
-    scores[torch.arange(len(queries), device=scores.device), queries] = -torch.inf
-    most = len(gallery.rows) - 1
-    found = scores.topk(min(k + _SPARE, most), dim=1)
-    threshold = found.values[:, k - 1 : k] - 2 * gallery.error
-    if found.values.shape[1] < most and bool((found.values[:, -1:] >= threshold).any()):
-        count = int((scores >= threshold).sum(1).max())
-        if count > max(_MANY * k, len(scores[0]) // _MANY):
-            return None
-        found = scores.topk(min(count, most), dim=1)
-    return found.values, found.indices
-
-
-def _nearest_exactly(gallery: _Gallery, queries: Tensor, k: int) -> Tensor:
-    """The k best columns by exact scores with all, best first, a tie to the lower column, without the query: (b, k)."""
-    scores = exact_dot(gallery.rows[queries], gallery.rows)
-    scores[torch.arange(len(queries), device=scores.device), queries] = -torch.inf
-    return scores.argsort(dim=1, descending=True, stable=True)[:, :k]
-
-
-def _lexsort(*keys: Tensor) -> Tensor:
-    """The order by the last key; where it is equal, by the one before it, and so on."""
-    order = torch.arange(len(keys[0]), device=keys[0].device)
-    for key in keys:
-        order = order[key[order].argsort(stable=True)]
-    return order
-
-
-def _block_scores(relevant: Tensor, others: Tensor) -> Tensor:
-    """R-Precision, MAP@R and recall@1 in units of 2**-40, (b, 3), from the relevance of the nearest (b, t).
-
-    The first R (b,) of these count.
-    """
-    ranks = torch.arange(1, relevant.shape[1] + 1, device=relevant.device)
-    relevant = relevant & (ranks <= others[:, None])
-    hits = relevant.cumsum(1)
-    precisions = (hits.double() * _UNIT / ranks).round().long() * relevant  # (b, t) integers: their sum has no order
-    r_precision = (hits[:, -1].double() * _UNIT / others).round().long()
-    return torch.stack([r_precision, precisions.sum(1) // others, relevant[:, 0].long() * _UNIT], 1)
 
 
 def metrics_of(depths: Sequence[int] = DEPTHS) -> tuple[str, ...]:
@@ -239,13 +145,15 @@ def list_units(relevant: Tensor, sizes: Tensor, depths: Sequence[int] = DEPTHS) 
             places beyond the gallery are False.
         sizes: (b,) R of each query, at least 1.
     """
-    at_r = _block_scores(relevant, sizes)[:, :2]
     ranks = torch.arange(1, relevant.shape[1] + 1, device=relevant.device)
     hits = relevant.cumsum(1)
-    summed = ((hits.double() * _UNIT / ranks).round().long() * relevant).cumsum(1)  # (b, t) integers
+    summed = ((hits.double() * UNIT / ranks).round().long() * relevant).cumsum(1)  # (b, t) integers
+    last = sizes[:, None] - 1
+    r_precision = (hits.gather(1, last)[:, 0].double() * UNIT / sizes).round().long()
+    at_r = torch.stack([r_precision, summed.gather(1, last)[:, 0] // sizes], 1)
     first = [hits[:, k - 1] for k in depths]
-    recall = [(found > 0).long() * _UNIT for found in first]
-    precision = [(found.double() * _UNIT / k).round().long() for found, k in zip(first, depths, strict=True)]
+    recall = [(found > 0).long() * UNIT for found in first]
+    precision = [(found.double() * UNIT / k).round().long() for found, k in zip(first, depths, strict=True)]
     average = [summed[:, k - 1] // sizes for k in depths]
     return torch.cat([at_r, torch.stack([*recall, *precision, *average], 1)], 1)
 
@@ -253,12 +161,12 @@ def list_units(relevant: Tensor, sizes: Tensor, depths: Sequence[int] = DEPTHS) 
 def mean_of(units: NDArray[np.int64]) -> float:
     """The mean of a metric (q,) in units of 2**-40, as `RetrievalSums.finish` has it; 0 without queries."""
     parts = (units[start : start + _MOST] for start in range(0, len(units), _MOST))
-    return sum(int(part.sum()) for part in parts) / (_UNIT * max(len(units), 1))
+    return sum(int(part.sum()) for part in parts) / (UNIT * max(len(units), 1))
 
 
 def as_fractions(units: NDArray[np.int64]) -> NDArray[np.float64]:
     """Metrics in units of 2**-40 as fractions."""
-    values: NDArray[np.float64] = units / _UNIT
+    values: NDArray[np.float64] = units / UNIT
     return values
 
 

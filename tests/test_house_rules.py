@@ -43,7 +43,7 @@ LEVELS = (  # a part imports parts of lower levels, and files of its own
     ("kmeans", "make_shards", "verdict"),
     ("data", "distributed"),
     ("metrics", "significance", "artifacts"),
-    ("checksums",),
+    ("class_ranks", "checksums"),
     ("search", "config", "console", "files", "functions", "prefetch", "lack_of_memory", "_compat"),
     ("bars", "yaml_text"),
     ("output", "storage", "extras", "progress"),

@@ -58,7 +58,7 @@ def test_features_that_have_collapsed_are_scored_by_one_product(monkeypatch: pyt
     def refuse(*_: object) -> None:
         raise AssertionError("scored pair by pair")
 
-    monkeypatch.setattr("grappa_dist.metrics.pair_dots", refuse)
+    monkeypatch.setattr("grappa_dist.class_ranks.pair_dots", refuse)
     z = torch.ones(300, 16) + 1e-6 * features(300, 16)
     labels = random_labels(300, 100)
     assert retrieval_scores(z, labels) == pytest.approx(baseline(z, labels), abs=1e-11)

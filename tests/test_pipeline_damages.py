@@ -20,6 +20,8 @@ from grappa_dist.artifacts import Artifact, NotSeen, Store, look_at
 from grappa_dist.checksums import MANIFEST, DamagedArtifact
 from grappa_dist.config import Config
 from grappa_dist.data.shards import ImageShards
+from grappa_dist.distributed.collectives import Comm
+from grappa_dist.distributed.runner import Job
 from grappa_dist.layout import lay_out
 from grappa_dist.stages.damages import DAMAGES_FILE, Mending, read_damages
 from grappa_dist.stages.flow import artifacts_of
@@ -111,6 +113,16 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object]]] = {
     "a manifest that is no JSON": ("labels/k=4-*/manifest.json", lambda path: path.write_text("{")),
     "an empty manifest": ("scores/k=4-*/manifest.json", lambda path: path.write_text("")),
 }
+
+
+class InThisProcess(tiny.Here):
+    """A Runner whose jobs have one rank, in this process: what it raises is raised as it is."""
+
+    def run_jobs(self, jobs: Sequence[Job], done: Callable[[str], None] = lambda name: None) -> dict[str, list[Any]]:
+        self.asked += [job.name for job in jobs]
+        return {job.name: [job.function(tiny.Watcher().context(Comm()), job.spec)] for job in jobs}
+
+
 IN_RANKS = ("labels", "adaptors")  # what is made by jobs of several processes, which take longest
 
 
@@ -148,7 +160,7 @@ def test_what_was_damaged_is_set_aside_and_made_anew_with_the_same_bytes_and_a_l
             do(path)
     here = tiny.Here()
     pipeline.run_in(tiny.run_in(settings, root, here))
-    assert {"embed_shards", "compute_statistics", "read_ground_truth", "evaluate_model"} == set(here.asked)
+    assert {"embed_shards", "compute_statistics", "read_ground_truth", "evaluate"} == set(here.asked)
     assert contents(root) == contents(finished[0])
     asides = {path.parent.relative_to(root) for path in root.glob("**/*.damaged/manifest.json")}
     assert asides == {path.parent.relative_to(root).with_name(f"{path.parent.name}.damaged") for path in paths}
@@ -244,7 +256,7 @@ def test_manifests_without_checksums_are_read_and_told_once(
         del content["xxh3"]
         content["files"] = {name: listed["bytes"] for name, listed in content["files"].items()}
         (artifact.path / MANIFEST).write_text(json.dumps(content))
-    here = tiny.Here()
+    here = InThisProcess(num_workers=1)
     pipeline.run_in(tiny.run_in(settings, root, here))
     assert here.asked == []
     told = capsys.readouterr().err
@@ -253,7 +265,7 @@ def test_manifests_without_checksums_are_read_and_told_once(
     shutil.rmtree(one(root, "scores/average-*"))
     pipeline.run_in(tiny.run_in(settings, root, here))
     assert "rows.npy has a row 0 of norm 0, features must be unit rows" in capsys.readouterr().err
-    assert here.asked == ["evaluate_model", "embed_shards", "evaluate_model"]
+    assert here.asked == ["evaluate", "embed_shards", "evaluate"]
 
 
 def test_check_reads_what_fits_and_deep_all(damaged_run: tuple[Path, Config], monkeypatch: pytest.MonkeyPatch) -> None:

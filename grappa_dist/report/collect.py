@@ -35,10 +35,11 @@ from grappa_dist.report.page import MOST_BAD_ROWS, kind_of, write_report
 from grappa_dist.report.queries import class_gains, intervals_of
 from grappa_dist.stages.bad_rows import bad_reasons
 from grappa_dist.stages.damages import DAMAGES_FILE, Damage, damages_among
-from grappa_dist.stages.evaluate import INSIGHT_FILE, NEIGHBOURS, SCORES_FILE, task_queries
+from grappa_dist.stages.evaluate import INSIGHT_FILE, SCORES_FILE, task_queries
 from grappa_dist.stages.exclude import describe_excluded, weigh_note
 from grappa_dist.stages.flow import Exclusion, Flow
 from grappa_dist.stages.ground_truth import load_ground_truth
+from grappa_dist.stages.insight import NEIGHBOURS
 from grappa_dist.stages.partitions import PARTITIONS_FILE
 from grappa_dist.stages.pseudo_label import STATS_FILE
 from grappa_dist.stages.run import Run

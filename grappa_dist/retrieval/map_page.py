@@ -28,8 +28,8 @@ from grappa_dist.output import HARMFUL
 from grappa_dist.report.html import MARK, STYLE, page_head, text
 from grappa_dist.retrieval.map import Layout
 from grappa_dist.retrieval.sprites import Read, Sprites, draw_sprites
-from grappa_dist.stages.evaluate import spread_over_classes
 from grappa_dist.stages.ground_truth import GroundTruth
+from grappa_dist.stages.insight import spread_over_classes
 
 MOST_BYTES = 10_000_000  # of the page
 MOST_IMAGES = 100_000

@@ -1,14 +1,18 @@
-"""evaluate: features of every model -> retrieval scores per task, and label-free figures (insight).
+"""evaluate: features of every model -> retrieval scores per task, and label-free figures (stages/insight.py).
 
-Shapes: n rows, D channels, L layers, N adaptor sets.
+One job on all workers, model by model. Every rank has part of the queries and reads the rows that they are compared
+with from the features on storage, tile by tile; rank 0 gathers the figures of each query and commits. A rank holds,
+whatever the number of images n: HELD_BYTES of rows at most (on a GPU, what fits its memory), about as much for queries
+and tables, and beside these labels and the figures of queries, some 150 bytes of every image.
+
+Shapes: n rows, q queries of a rank, D channels.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
-from dataclasses import dataclass
+import time
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,34 +22,26 @@ from torch import Tensor
 
 from grappa_dist.artifacts import Artifact, RowArrays, Store, numbered, wait_until_seen
 from grappa_dist.checksums import load_array
+from grappa_dist.class_ranks import Gallery, score_queries, unit_on_grid
 from grappa_dist.config import Config, EvaluateConfig
 from grappa_dist.console import pluralize
-from grappa_dist.data.decoding import Picture
-from grappa_dist.data.device_batches import Memory, device_batches
-from grappa_dist.data.loader import Make, load_images
-from grappa_dist.data.rng import Purpose, generator, view_generator
 from grappa_dist.data.shards import ImageShards
-from grappa_dist.distributed.collectives import Comm
+from grappa_dist.distributed.collectives import wire_device
 from grappa_dist.distributed.device_rows import memory_for_rows
+from grappa_dist.distributed.runner import Job
+from grappa_dist.distributed.worker import RankContext, wait_for_slower_ranks
 from grappa_dist.files import save_array, write_json
-from grappa_dist.knn.exact import sharded_knn
-from grappa_dist.metrics import QueryScores, query_scores
-from grappa_dist.models import Grappa
-from grappa_dist.models.spec import ModelSpec, cached_model, preprocess_of
-from grappa_dist.stages.embed import to_images
+from grappa_dist.metrics import QueryScores
+from grappa_dist.models.spec import ModelSpec
 from grappa_dist.stages.exclude import excluding
-from grappa_dist.stages.gallery_weights import rows_by_gallery
 from grappa_dist.stages.ground_truth import GroundTruth, load_ground_truth, write_ground_truth
+from grappa_dist.stages.insight import NEIGHBOURS, Insight, InsightImages
 from grappa_dist.stages.run import Run
 from grappa_dist.verdict import TaskQueries
 
 SCORES_FILE, QUERIES_FILE, INSIGHT_FILE = "scores.json", "queries.npy", "insight.json"
-BATCH = 64  # images at a time through a model, for insight
-GALLERY_ROWS = 20_000  # images that views and gallery queries are searched among, at most
-ATTENTION_IMAGES = 128  # per task
 SPREAD = "spread over classes"  # how queries of galleries are chosen where there are labels
-NEIGHBOURS = 5  # of each image, counted by shared task and shared label
-VIEW, VIEW_CROP_AREA = 2, 0.25  # training uses views 0 and 1
+HELD_BYTES = 2**28  # of the rows of a task in the memory of a rank without a GPU; more are read tile by tile
 
 
 @dataclass(frozen=True)
@@ -60,16 +56,24 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class ModelTask:
-    """What evaluating one model needs."""
+    """A model that lacks scores or insight."""
+
+    spec: ModelSpec
+    features: RowArrays
+    scores: Artifact
+    insight: Artifact
+
+
+@dataclass(frozen=True)
+class EvaluateJob:
+    """What every rank of an evaluation needs."""
 
     images: ImageShards
     bad: NDArray[np.int64]
-    spec: ModelSpec
-    features: RowArrays
     ground_truth: Artifact
-    scores: Artifact
-    insight: Artifact
+    models: tuple[ModelTask, ...]
     config: Config
+    held_bytes: int = HELD_BYTES
 
 
 def scores_of(
@@ -106,52 +110,124 @@ def evaluate(
 ) -> None:
     """Reads the labels, then computes scores and insight of every model that has none."""
     ground_truth, scores, insights = evaluation.ground_truth, evaluation.scores, evaluation.insights
-    tasks = [
-        ModelTask(images, bad, specs[m], evaluation.features[m], ground_truth, scores[m], insights[m], run.config)
+    models = tuple(
+        ModelTask(specs[m], evaluation.features[m], scores[m], insights[m])
         for m in specs
         if not (scores[m].complete and insights[m].complete)
-    ]
-    if tasks or not ground_truth.complete:
-        with run.console.stage("evaluate", f"{pluralize(len(tasks), 'model')} on {pluralize(len(images), 'image')}"):
+    )
+    if models or not ground_truth.complete:
+        with run.console.stage("evaluate", f"{pluralize(len(models), 'model')} on {pluralize(len(images), 'image')}"):
             write_ground_truth(run, images, ground_truth, "evaluate")
-            run.runner.map(evaluate_model, tasks, run.console.counter("evaluate", [1] * len(tasks), "models"))
-            wait_until_seen(artifact for task in tasks for artifact in (task.scores, task.insight))
+            if models:
+                job = EvaluateJob(images, bad, ground_truth, models, run.config)
+                run.runner.run_jobs([Job("evaluate", evaluate_models, job, run.runner.num_workers)])
+                wait_until_seen(artifact for model in models for artifact in (model.scores, model.insight))
 
 
-def evaluate_model(device: torch.device, task: ModelTask) -> None:
-    """Computes and commits what is missing of one model: scores with labels, and insight without."""
-    ground_truth = load_ground_truth(task.ground_truth)
-    if not task.scores.complete:
-        scores, queries = _scores(task, ground_truth, device)
-        write_json(task.scores.begin() / SCORES_FILE, scores)
-        save_array(task.scores.begin() / QUERIES_FILE, queries)
-        task.scores.commit()
-    if not task.insight.complete:
-        write_json(task.insight.begin() / INSIGHT_FILE, _insight(task, ground_truth, device))
-        task.insight.commit()
+def evaluate_models(context: RankContext, job: EvaluateJob) -> None:
+    """One rank: computes and commits what is missing of each model, scores with labels, and insight without.
+
+    Raises:
+        Stopped: on all ranks, when any was asked to stop; what is committed stays.
+    """
+    known = load_ground_truth(job.ground_truth)
+    insight = Insight(context, InsightImages(job.images, known, job.bad, job.config))
+    progress = _Progress(context, len(job.models))
+    for model in job.models:
+        if not context.of_rank_0(model.scores.complete):
+            scores, queries = _scores(context, job, model, (known, progress))
+            if context.comm.rank == 0:
+                write_json(model.scores.begin() / SCORES_FILE, scores)
+                save_array(model.scores.begin() / QUERIES_FILE, queries)
+                model.scores.commit()
+        if not context.of_rank_0(model.insight.complete):
+            progress.phase(f"{model.spec.name}, images without labels")
+            figures = insight.figures(model.spec, model.features)
+            if context.comm.rank == 0:
+                write_json(model.insight.begin() / INSIGHT_FILE, figures)
+                model.insight.commit()
+        progress.model_done()
+
+
+@dataclass
+class _Progress:
+    """What is reported: models that are done, and what is done of the scores of the next."""
+
+    context: RankContext
+    models: int
+    done: int = 0
+    began: float = field(default_factory=time.monotonic)
+
+    def phase(self, text: str) -> None:
+        """Of the model that is under way."""
+        status: dict[str, Any] = {"phase": text, "done": self.done, "of": self.models, "unit": "models"}
+        if self.done:
+            status["left_s"] = (time.monotonic() - self.began) / self.done * (self.models - self.done)
+        self.context.report(status)
+
+    def scored(self, pieces: Generator[int, None, None], pairs: int, what: str) -> Generator[None, None, None]:
+        """Reports after each piece what share of the pairs of a query and a row is behind it."""
+        done = 0
+        for number in pieces:
+            done += number
+            self.phase(f"{what}: {100 * done // pairs} % of the scores")
+            yield
+
+    def model_done(self) -> None:
+        self.done += 1
+        self.context.report({"done": self.done, "of": self.models, "unit": "models"})
 
 
 def _scores(
-    task: ModelTask, ground_truth: GroundTruth, device: torch.device
+    context: RankContext, job: EvaluateJob, model: ModelTask, known: tuple[GroundTruth, _Progress]
 ) -> tuple[list[dict[str, Any]], NDArray[np.int64]]:
     """Leave-one-out retrieval on every labelled task; rows that do not decode are neither query nor gallery.
 
     Returns:
-        The means of each task, and (q, 4) of all queries: the row, then the metrics in units of `QueryScores`.
+        On rank 0 the means of each task, and (q, 4) of all queries: the row, then the metrics in units of
+        `QueryScores`; nothing on the others.
     """
+    ground_truth, progress = known
     labels = ground_truth.labels.copy()
-    labels[task.bad] = -1
-    scores, queries = [], [np.empty((0, 4), np.int64)]
+    labels[job.bad] = -1
+    scores, queries = list[dict[str, Any]](), [np.empty((0, 4), np.int64)]
     for number, name in enumerate(ground_truth.task_names):
         rows = ground_truth.rows(number)
         rows = rows[labels[rows] >= 0]
-        if len(rows):
-            z = torch.from_numpy(task.features.take_unit(rows))
-            fits = z.nbytes <= memory_for_rows(device)  # else they stay in host memory, as on a CPU
-            found = query_scores(z, torch.from_numpy(labels[rows]), device=device if fits else None)
-            scores.append({"task": name, **found.sums().finish()})
-            queries.append(np.column_stack([rows[found.rows], found.units]))
-    return [s for s in scores if s["queries"]], np.concatenate(queries)
+        gallery = _gallery(context, job, model.features, (rows, labels[rows]))
+        places = gallery.queries_of(context.comm.rank, context.comm.size)
+        units = torch.zeros(len(places), 3, dtype=torch.int64)
+        queried = progress.scored(
+            score_queries(gallery, places, units), len(places) * len(rows), f"{model.spec.name} {name}"
+        )
+        wait_for_slower_ranks(context, queried)
+        found = _gathered(context, torch.cat([places[:, None], units], 1))
+        if context.comm.rank == 0 and len(found):
+            of_task = QueryScores(rows[found[:, 0]], found[:, 1:])
+            scores.append({"task": name, **of_task.sums().finish()})
+            queries.append(np.column_stack([of_task.rows, of_task.units]))
+    return scores, np.concatenate(queries)
+
+
+def _gallery(
+    context: RankContext, job: EvaluateJob, features: RowArrays, labelled: tuple[NDArray[np.int64], NDArray[np.int64]]
+) -> Gallery:
+    """The labelled rows of a task, with their labels."""
+    rows, device = labelled[0], context.device
+    classes = torch.from_numpy(np.unique(labelled[1], return_inverse=True)[1])
+
+    def read(places: Tensor) -> Tensor:
+        return unit_on_grid(torch.from_numpy(features.take_unit(rows[places.numpy()])))
+
+    held = memory_for_rows(device) if device.type == "cuda" else job.held_bytes
+    return Gallery.of(classes, read, device, dim=features.shard(0).shape[1], held_bytes=held)
+
+
+def _gathered(context: RankContext, own: Tensor) -> NDArray[np.int64]:
+    """All ranks' rows (q, 4), by ascending places."""
+    parts = context.comm.gather(own.to(wire_device(context.comm)))
+    found: NDArray[np.int64] = torch.cat(parts).cpu().numpy()
+    return found[np.argsort(found[:, 0])]
 
 
 def task_queries(ground_truth: Artifact, scores: Mapping[str, Artifact]) -> list[TaskQueries]:
@@ -166,138 +242,3 @@ def task_queries(ground_truth: Artifact, scores: Mapping[str, Artifact]) -> list
         if kept.any():
             tasks.append(TaskQueries(name, known.labels[rows], r_precision, rows).some(kept))
     return tasks
-
-
-def spread_over_classes(labels: NDArray[np.int64], count: int) -> NDArray[np.int64]:
-    """The first images of every class, then the second ones, and so on: `count` places in the labels (n,).
-
-    Images that are alone in their class or have no label (-1), for which nothing right can be found, come last.
-    """
-    sizes, seen, turns = Counter(labels.tolist()), Counter[int](), list[tuple[bool, int]]()
-    for label in labels.tolist():
-        turns.append((label < 0 or sizes[label] == 1, seen[label]))
-        seen[label] += 1
-    return np.array(sorted(range(len(turns)), key=lambda place: turns[place])[:count], dtype=np.int64)
-
-
-@torch.inference_mode()
-def _insight(task: ModelTask, ground_truth: GroundTruth, device: torch.device) -> dict[str, Any]:
-    """How often an augmented view finds its source, which images are near, and the weights of the sets."""
-    found = _Insight(task, ground_truth, cached_model(task.spec, device), device)
-    attention = found.attention() if task.spec.weights_vary else {}
-    return {**found.views_find_sources(), **found.neighbours_agree(), "galleries": found.galleries(), **attention}
-
-
-class _Insight:
-    """Label-free figures of one model, on samples of images that are the same for every model."""
-
-    def __init__(
-        self, task: ModelTask, ground_truth: GroundTruth, model: torch.nn.Module, device: torch.device
-    ) -> None:
-        self._task, self._ground_truth, self._model, self._device = task, ground_truth, model, device
-        self._settings, self._seed = task.config.evaluate, task.config.seed
-        self._good = np.setdiff1d(np.arange(len(task.images)), task.bad)
-        self._preprocess = preprocess_of(model)
-
-    def views_find_sources(self) -> dict[str, Any]:
-        """The share of augmented views whose nearest image is their source, among at most GALLERY_ROWS images."""
-        rows = self._sample(self._good, self._settings.view_queries)
-        gallery = np.union1d(self._sample(self._good, GALLERY_ROWS), rows)
-        base = torch.from_numpy(self._task.features.take_unit(gallery)).to(self._device)
-        found = 0
-        for part, z in self._features(rows, self._augmented):
-            found += int((gallery[(z @ base.T).argmax(1).cpu().numpy()] == part).sum())
-        return {"view_finds_source": found / max(1, len(rows)), "view_queries": len(rows)}
-
-    def neighbours_agree(self) -> dict[str, Any]:
-        """How often the nearest of at most GALLERY_ROWS rows share task and label; nothing without labels."""
-        rows = self._sample(self._good, GALLERY_ROWS)
-        labels, tasks = self._ground_truth.labels[rows], self._ground_truth.tasks[rows]
-        if not (labels >= 0).any():
-            return {}
-        z = self._task.features.take_unit(rows)
-        near, _ = sharded_knn(Comm(), z, np.arange(len(rows)), NEIGHBOURS, device=self._device)
-        valid = near >= 0
-        labelled = valid & (labels >= 0)[:, None]
-        same_task = valid & (tasks[near] == tasks[:, None])
-        same_label = labelled & (labels[near] == labels[:, None])
-        return {
-            "neighbours_share_task": int(same_task.sum()) / max(1, int(valid.sum())),
-            "neighbours_share_label": int(same_label.sum()) / max(1, int(labelled.sum())),
-            "neighbour_queries": len(rows),
-        }
-
-    def galleries(self) -> list[dict[str, Any]]:
-        """Some queries of every task and their nearest of at most GALLERY_ROWS rows of the task, as row ids."""
-        galleries = []
-        for task in range(len(self._ground_truth.task_names)):
-            rows = self._sample(np.intersect1d(self._ground_truth.rows(task), self._good), GALLERY_ROWS, task, 2)
-            queries = self._gallery_queries(rows, task)
-            for query in queries.tolist():
-                scores = self._scores_of(query, rows)
-                order = np.argsort(-scores, kind="stable")[: min(self._settings.gallery_hits, len(rows) - 1)]
-                hits = [{"row": int(rows[i]), "score": float(scores[i])} for i in order]
-                galleries.append({"task": task, "query": query, "hits": hits})
-        return galleries
-
-    def _gallery_queries(self, rows: NDArray[np.int64], task: int) -> NDArray[np.int64]:
-        """Some of a task's rows, sorted; of as many classes as possible where they have labels."""
-        labels, count = self._ground_truth.labels[rows], self._settings.gallery_queries
-        if not (labels >= 0).any():
-            return self._sample(rows, count, task)
-        order = generator(Purpose.EVALUATION_SAMPLE, self._seed, task).permutation(len(rows))
-        return np.sort(rows[order[spread_over_classes(labels[order], count)]])
-
-    def attention(self) -> dict[str, Any]:
-        """Mean attention per task, (L, N) each, over a sample; mean entropy as a share of log N, (L,)."""
-        assert isinstance(self._model, Grappa)
-        means: dict[str, list[list[float]]] = {}
-        entropies = []
-        for task, name in enumerate(self._ground_truth.task_names):
-            rows = self._sample(np.intersect1d(self._ground_truth.rows(task), self._good), ATTENTION_IMAGES, task, 1)
-            parts = [self._model.last_attention().double().cpu() for _ in self._features(rows, self._plain)]
-            if parts:
-                alpha = torch.cat(parts)  # (n, L, N)
-                means[name] = alpha.mean(0).tolist()
-                entropies.append(-(alpha * alpha.clamp_min(1e-30).log()).sum(-1))
-        layers, sets = self._model.layers, self._model.layers[0].adaptors.num_sets
-        entropy = torch.cat(entropies).mean(0) / np.log(sets) if sets > 1 and entropies else torch.ones(len(layers))
-        return {"attention": means, "entropy": entropy.tolist()}
-
-    def _sample(self, rows: NDArray[np.int64], count: int, *purpose: int) -> NDArray[np.int64]:
-        """Some of the rows, sorted: the same for every model."""
-        draw = generator(Purpose.EVALUATION_SAMPLE, self._seed, *purpose)
-        return np.sort(draw.choice(rows, min(count, len(rows)), replace=False)) if len(rows) else rows
-
-    def _features(self, rows: NDArray[np.int64], make: Make) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
-        """Rows and their features z (b, D), by batches."""
-        side, model, threads = self._preprocess.image_size, self._model, self._task.config.resources.decode_threads
-        galleries = rows_by_gallery(self._task.spec, rows)
-        jobs = [
-            (some[start : start + BATCH], weights)
-            for some, weights in galleries
-            for start in range(0, len(some), BATCH)
-        ]
-
-        def read(job: tuple[NDArray[np.int64], Tensor | None], memory: Memory) -> None:
-            into = memory((len(job[0]), side, side, 3))
-            load_images(self._task.images, job[0], make, into.shape[1:], into=into)
-
-        with closing(device_batches(jobs, read, self._device, threads=threads)) as batches:
-            for (some, weights), (pixels, _) in zip(jobs, batches, strict=True):
-                if weights is not None:
-                    assert isinstance(model, Grappa)
-                    model.weigh(weights)
-                yield some, model(to_images(pixels, self._device)).float()
-
-    def _plain(self, image: Picture, row: int) -> NDArray[np.uint8]:
-        return self._preprocess.test(image)
-
-    def _augmented(self, image: Picture, row: int) -> NDArray[np.uint8]:
-        return self._preprocess.augment(image, view_generator(self._seed, 0, row, VIEW), VIEW_CROP_AREA)
-
-    def _scores_of(self, query: int, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Cosines of a query with rows, itself last."""
-        scores: NDArray[np.float32] = self._task.features.take(rows) @ self._task.features.take(np.array([query]))[0]
-        scores[rows == query] = -np.inf
-        return scores

@@ -52,7 +52,7 @@ def test_k_nn_graphs_and_searches_have_the_bits_of_the_cpu(gpu: PretendGpu) -> N
 @pytest.mark.slow
 def test_a_whole_run_ends_with_a_model_that_is_the_same_on_both(gpu: PretendGpu) -> None:
     (found,) = gpu.run("tests.gpu.stages:whole_run")
-    assert {"embed_shards", "evaluate_model", "transforms", "neighbours", "supervised"} <= set(found["asked"])
+    assert {"embed_shards", "evaluate", "transforms", "neighbours", "supervised"} <= set(found["asked"])
     models = {row["model"] for row in found["scores"]}
     assert {"backbone", "average", "gallery", "transforms", "neighbours", "supervised"} <= models
     assert all(0 < row["r_precision"] <= 1 for row in found["scores"])

@@ -16,16 +16,15 @@ from grappa_dist.models.spec import ModelSpec
 from grappa_dist.stages.bad_rows import bad_rows
 from grappa_dist.stages.embed import embed, feature_rows, features_of
 from grappa_dist.stages.evaluate import (
-    NEIGHBOURS,
     QUERIES_FILE,
     Evaluation,
     evaluate,
     insight_of,
     scores_of,
-    spread_over_classes,
     task_queries,
 )
 from grappa_dist.stages.ground_truth import ground_truth_of, load_ground_truth
+from grappa_dist.stages.insight import NEIGHBOURS
 from tests.stages import tiny
 
 ALONE = 39  # the last row is the one row of its task
@@ -63,9 +62,9 @@ def evaluate_in(
     bad = bad_rows(images, features["backbone"])
     here.asked.clear()
     evaluate(run, images, bad, specs, evaluation)
-    assert here.asked == ["read_ground_truth", "evaluate_model", "evaluate_model"]
+    assert here.asked == ["read_ground_truth", "evaluate"]
     evaluate(run, images, bad, specs, evaluation)
-    assert len(here.asked) == 3  # nothing twice
+    assert len(here.asked) == 2  # nothing twice
     return settings, images, evaluation, bad, here
 
 
@@ -138,22 +137,6 @@ def test_galleries_show_the_nearest_rows_of_the_task_without_the_query(labelled:
     rows = np.array([r for r in range(0, tiny.NUM_ROWS, 2) if r not in (query, tiny.BAD)])
     cosines = labelled.features["backbone"].take(rows) @ labelled.features["backbone"].take(np.array([query]))[0]
     assert [hit["row"] for hit in hits] == rows[np.argsort(-cosines)[:2]].tolist()
-
-
-@pytest.mark.parametrize(
-    ("labels", "count", "expected"),
-    [
-        ([5, 5, 5, 7, 7, 9, 9], 3, [0, 3, 5]),
-        ([5, 5, 5, 7, 7], 4, [0, 3, 1, 4]),
-        ([5, 6, -1, 7, 7], 2, [3, 4]),  # 5 and 6 are alone in their class
-        ([5, 6, -1, 7, 7], 9, [3, 4, 0, 1, 2]),
-        ([5], 0, []),
-    ],
-)
-def test_queries_of_galleries_are_of_as_many_classes_as_possible(
-    labels: list[int], count: int, expected: list[int]
-) -> None:
-    assert spread_over_classes(np.array(labels), count).tolist() == expected
 
 
 def test_insight_of_every_model_is_from_the_same_images(labelled: Evaluation) -> None:
