@@ -269,6 +269,11 @@ def wait_until_seen(artifacts: Iterable[Artifact], timeout_s: float = SEEN_S) ->
     _wait((artifact.path / MANIFEST for artifact in artifacts), timeout_s)
 
 
+def wait_for_files(paths: Iterable[Path], timeout_s: float = SEEN_S) -> None:
+    """The same for files in an unfinished artefact."""
+    _wait(paths, timeout_s)
+
+
 def _wait(paths: Iterable[Path], timeout_s: float) -> None:
     """Looks for the files; counts looks, not seconds, as a process may be held up or its clock set."""
     left = round(timeout_s / LOOK_S)

@@ -252,7 +252,7 @@ class _Block:
         if places is None:
             return torch.zeros_like(self.own, dtype=torch.int64)
         scores = self.x @ self.gallery.rows(places).T
-        scores[self.classes[:, None] == sent(self.gallery.classes[places], self.device)] = -torch.inf
+        scores.masked_fill_(self.classes[:, None] == sent(self.gallery.classes[places], self.device), -torch.inf)
         best = -scores.topk(min(len(places), self.own.shape[1]), 1).values  # ascending; more than K come before nobody
         return torch.searchsorted(best, -(self.own + self.error))
 

@@ -2,34 +2,40 @@
 
 Those of test images serve evaluation; those of training images are read for supervised baselines alone. Which values
 are none, and which are the same, is decided in data/labels.py.
+
+Of many images, all workers read: each task notes which different members some shards have, and which row has which.
+One task then numbers these in the order of the rows, so the artefact does not depend on how the shards are divided.
 """
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from grappa_dist.artifacts import Artifact, Store, wait_until_seen
+from grappa_dist.artifacts import Artifact, Store, wait_for_files, wait_until_seen
 from grappa_dist.checksums import load_array, load_json
 from grappa_dist.config import DataConfig
 from grappa_dist.console import pluralize
 from grappa_dist.data.labels import Names, named
 from grappa_dist.data.loader import Images
 from grappa_dist.data.shards import BadLabels, ImageShards
-from grappa_dist.files import save_array, write_json
+from grappa_dist.files import read_json, save_array, write_json
 from grappa_dist.stages.run import Run
 
 MOST_UNREADABLE = 100  # JSON members that do not parse, kept by name
 TASKS_FILE, LABELS_FILE, NAMES_FILE = "tasks.npy", "labels.npy", "names.json"
 RULE = 2  # of data/labels.py
 _NO_TASK = "all"
-_KEYS_NAMED = 8  # of JSON members without a label
+_KEYS_NAMED, _MOST_KEYS = 8, 100  # of JSON members without a label: named, and noted
+ROWS_PER_TASK = 2**15  # whose members one task reads, in whole shards
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,13 @@ def write_ground_truth(run: Run, images: ImageShards, ground_truth: Artifact, st
     if ground_truth.complete:
         _refuse_none(ground_truth)
         return
-    run.runner.map(read_ground_truth, [(images, ground_truth)])
+    tasks = _tasks_of(images, ground_truth)
+    if len(tasks) > 1:
+        counter = run.console.counter(f"{stage}: labels", [sum(map(len, task.shards)) for task in tasks])
+        run.runner.map(read_members, tasks, counter)
+        run.runner.map(join_members, [(ground_truth, [task.name for task in tasks])])
+    else:
+        run.runner.map(read_ground_truth, [(images, ground_truth)])
     wait_until_seen([ground_truth])
     names = load_json(ground_truth.path / NAMES_FILE)
     unreadable = names["unreadable"]
@@ -109,40 +121,154 @@ def _refuse_none(ground_truth: Artifact) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Members:
+    """What is noted of some rows: its different members in the order in which they come, and which one a row has."""
+
+    which: NDArray[np.int32]  # (n,)
+    different: list[list[Any]]  # task, why it is none, label, why it is none
+    keys: Counter[str]
+    unreadable: int = 0
+    first_unreadable: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class MembersTask:
+    """Some shards whose members are read by themselves."""
+
+    shards: tuple[ImageShards, ...]  # one each
+    first: int  # the number of the first
+    artifact: Artifact
+
+    @property
+    def name(self) -> str:
+        return f"members-{self.first}-{self.first + len(self.shards)}"
+
+
+def _tasks_of(images: ImageShards, artifact: Artifact) -> list[MembersTask]:
+    """About ROWS_PER_TASK rows each; one task where there is little to read, or nothing."""
+    if not artifact.settings["labelled"] or len(images) <= ROWS_PER_TASK:
+        return [MembersTask((), 0, artifact)]
+    owners = images.starts[:-1] // ROWS_PER_TASK
+    firsts = np.flatnonzero(np.diff(owners, prepend=-1)).tolist()
+    return [
+        MembersTask(tuple(images.part(i) for i in range(first, after)), first, artifact)
+        for first, after in zip(firsts, [*firsts[1:], len(owners)], strict=True)
+    ]
+
+
+def read_members(device: torch.device, task: MembersTask) -> None:
+    """Writes what is noted of some shards into the unfinished artefact, unless that is done."""
+    folder = task.artifact.begin()
+    if (folder / f"{task.name}.json").exists():
+        return
+    found = _read(task.shards, task.artifact, sum(map(len, task.shards)))
+    save_array(folder / f"{task.name}.npy", found.which)
+    rest = {"different": found.different, "keys": found.keys.most_common(), "unreadable": found.unreadable}
+    write_json(folder / f"{task.name}.json", {**rest, "first_unreadable": found.first_unreadable})
+
+
+def join_members(device: torch.device, task: tuple[Artifact, Sequence[str]]) -> None:
+    """Numbers what the tasks of these names have noted, in their order, and commits the artefact."""
+    artifact, names = task
+    folder = artifact.begin()
+    wait_for_files(folder / f"{name}.json" for name in names)
+    _commit(artifact, [_noted(folder, name) for name in names])
+
+
+def _noted(folder: Path, name: str) -> Members:
+    noted = read_json(folder / f"{name}.json")
+    keys = Counter[str](dict(noted["keys"]))
+    which = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+    return Members(which, noted["different"], keys, noted["unreadable"], noted["first_unreadable"])
+
+
 def read_ground_truth(device: torch.device, task: tuple[ImageShards, Artifact]) -> None:
-    """Reads the JSON members and commits the artefact: the only place that reads them."""
+    """Reads the members of all shards and commits the artefact."""
     images, artifact = task
-    settings = artifact.settings
-    folder, labelled = artifact.begin(), bool(settings["labelled"])
-    unreadable = list[str]()
-    found, remarks = numbered_members(
-        members_of(images, settings.get("label_field"), settings.get("label_member"), unreadable)
-        if labelled
-        else [{}] * len(images),
-        len(images),
+    _commit(artifact, [_read([images], artifact, len(images))])
+
+
+def _read(parts: Sequence[ImageShards], artifact: Artifact, count: int) -> Members:
+    """What is noted of the rows of some shards: the only place of a run that reads labels."""
+    settings, unreadable = artifact.settings, list[str]()
+    if not settings["labelled"]:
+        return _members([{}] * count, count)
+    rows = (
+        member
+        for images in parts
+        for member in members_of(images, settings.get("label_field"), settings.get("label_member"), unreadable)
     )
+    found = _members(rows, count)
+    return Members(found.which, found.different, found.keys, len(unreadable), unreadable[:MOST_UNREADABLE])
+
+
+def _commit(artifact: Artifact, parts: Sequence[Members]) -> None:
+    folder = artifact.begin()
+    found, remarks = _numbered(parts)
     save_array(folder / TASKS_FILE, found.tasks)
     save_array(folder / LABELS_FILE, found.labels)
     names = {"tasks": found.task_names, "labels": found.label_names, "rule": RULE}
-    bad = {"images": len(unreadable), "first": unreadable[:MOST_UNREADABLE]}
+    first = [line for part in parts for line in part.first_unreadable][:MOST_UNREADABLE]
+    bad = {"images": sum(part.unreadable for part in parts), "first": first}
     lines = {"remarks": remarks} if remarks else {}
     others = {"other_keys": found.other_keys} if (found.labels < 0).all() else {}
     write_json(folder / NAMES_FILE, {**names, "unreadable": bad, **lines, **others})
-    artifact.commit()
+    artifact.commit(discard=["members-*"])
 
 
 def numbered_members(members: Iterable[Mapping[str, Any]], count: int) -> tuple[GroundTruth, list[str]]:
     """Tasks and labels of `count` rows from what is noted of each; lines about what names nothing, or is the same."""
-    tasks, labels = np.zeros(count, np.int64), np.full(count, -1, np.int64)
-    task_names, label_names, keys = Names(), Names(), Counter[str]()
+    return _numbered([_members(members, count)])
+
+
+def _members(members: Iterable[Mapping[str, Any]], count: int) -> Members:
+    which, keys, places, different = np.zeros(count, np.int32), Counter[str](), dict[str, int](), list[list[Any]]()
     for row, member in enumerate(members):
-        number = task_names.number(member.get("task"))
-        tasks[row] = task_names.number(_NO_TASK) if number < 0 else number
-        labels[row] = label_names.number(member.get("label"), within=int(tasks[row]))
-        keys.update(key for key in member if len(keys) < 100)
-    other_keys = [key for key, _ in keys.most_common(_KEYS_NAMED)] if (labels < 0).all() else []
-    found = GroundTruth(tasks, labels, task_names.shown, label_names.shown, other_keys)
+        values = [part for key in ("task", "label") for part in _written(member.get(key))]
+        place = places.setdefault(json.dumps(values), len(different))  # 1, 1.0, "1" and true differ
+        if place == len(different):
+            different.append(values)
+        which[row] = place
+        keys.update(key for key in member if len(keys) < _MOST_KEYS)
+    return Members(which, different, keys)
+
+
+def _written(value: object) -> tuple[object, str]:
+    """A value that names something, else None; why it names nothing."""
+    found = named(value)
+    return (None if found.name is None else value), found.remark
+
+
+def _numbered(parts: Sequence[Members]) -> tuple[GroundTruth, list[str]]:
+    """Tasks and labels of all rows, numbered in the order in which they come."""
+    task_names, label_names, keys = Names(), Names(), Counter[str]()
+    tasks, labels = list[NDArray[np.int64]](), list[NDArray[np.int64]]()
+    for part in parts:
+        counts = np.bincount(part.which, minlength=len(part.different)).tolist()
+        numbers = np.zeros((len(part.different), 2), np.int64)
+        for place, (task, no_task, label, no_label) in enumerate(part.different):
+            number = _number(task_names, (task, no_task), counts[place])
+            numbers[place, 0] = task_names.number(_NO_TASK) if number < 0 else number
+            numbers[place, 1] = _number(label_names, (label, no_label), counts[place], within=int(numbers[place, 0]))
+        tasks.append(numbers[part.which, 0])
+        labels.append(numbers[part.which, 1])
+        keys.update(part.keys)
+    of_rows = np.concatenate([np.zeros(0, np.int64), *labels])
+    other_keys = [key for key, _ in keys.most_common(_KEYS_NAMED)] if (of_rows < 0).all() else []
+    of_tasks = np.concatenate([np.zeros(0, np.int64), *tasks])
+    found = GroundTruth(of_tasks, of_rows, task_names.shown, label_names.shown, other_keys)
     return found, [*label_names.described("label"), *task_names.described("task")]
+
+
+def _number(names: Names, written: tuple[object, str], count: int, within: object = None) -> int:
+    """The number of what a value names, which `count` rows have; -1 where it names nothing."""
+    value, remark = written
+    if value is not None:
+        return names.number(value, within=within)
+    if remark:
+        names.remarks[remark] += count
+    return -1
 
 
 def members_of(images: Images, key: str | None, suffix: str | None, unreadable: list[str]) -> Iterator[dict[str, Any]]:

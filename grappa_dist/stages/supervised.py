@@ -30,7 +30,9 @@ from grappa_dist.artifacts import (
     Store,
     label_rows,
     numbered,
+    own_shards,
     rows_file,
+    wait_for_files,
     wait_until_seen,
 )
 from grappa_dist.checksums import load_json
@@ -47,7 +49,7 @@ from grappa_dist.stages.adapt import train_sets
 from grappa_dist.stages.adapt_job import Classes, ClassificationObjective, classifier_for, starting_centroids
 from grappa_dist.stages.exclude import excluding
 from grappa_dist.stages.fuse import AttentionStatistics
-from grappa_dist.stages.ground_truth import load_ground_truth, write_ground_truth
+from grappa_dist.stages.ground_truth import ROWS_PER_TASK, load_ground_truth, write_ground_truth
 from grappa_dist.stages.multi_set_jobs import AdaptSet
 from grappa_dist.stages.pseudo_label import STATS_FILE
 from grappa_dist.stages.run import Run
@@ -122,7 +124,12 @@ def name_classes(
     """Numbers the classes of the rows that can be read, unless that is done."""
     if not artifact.complete:
         with run.console.stage("true_labels", f"classes of {pluralize(features.starts[-1], 'training image')}"):
-            run.runner.map(write_true_labels, [TrueLabelsTask(ground_truth, features, bad, artifact)])
+            workers = run.runner.num_workers if features.starts[-1] > ROWS_PER_TASK else 1
+            parts = [own_shards(features.starts, rank, workers) for rank in range(workers)]
+            task = TrueLabelsTask(ground_truth, features, bad, artifact, tuple(part for part in parts if len(part)))
+            if len(task.parts) > 1:
+                run.runner.map(add_up_classes, [(task, part) for part in task.parts])
+            run.runner.map(write_true_labels, [task])
             wait_until_seen([artifact])
 
 
@@ -134,28 +141,59 @@ class TrueLabelsTask:
     features: RowArrays
     bad: NDArray[np.int64]
     artifact: Artifact
+    parts: tuple[range, ...]  # shards that are read side by side
+
+    def numbers(self) -> NDArray[np.int32]:
+        """The class of every row, (n,), -1 for none.
+
+        Raises:
+            ValueError: there are fewer than two.
+        """
+        labels = np.array(load_ground_truth(self.ground_truth).labels)
+        labels[self.bad] = -1
+        classes = np.unique(labels[labels >= 0])
+        if len(classes) < 2:
+            raise ValueError(f"{ASKED_BY} needs two classes at least, found {len(classes)} on images that can be read")
+        return np.where(labels >= 0, np.searchsorted(classes, labels), -1).astype(np.int32)
 
 
-def write_true_labels(device: torch.device, task: TrueLabelsTask) -> None:
-    """Classes of all rows, -1 for none, and the mean feature of each class, where a classifier may start."""
-    labels = np.array(load_ground_truth(task.ground_truth).labels)
-    labels[task.bad] = -1
-    classes = np.unique(labels[labels >= 0])
-    if len(classes) < 2:
-        raise ValueError(f"{ASKED_BY} needs two classes at least, found {len(classes)} on images that can be read")
-    numbers = np.where(labels >= 0, np.searchsorted(classes, labels), -1).astype(np.int32)
+def add_up_classes(device: torch.device, task: tuple[TrueLabelsTask, range]) -> None:
+    """Writes the classes of the rows of some shards, and the sum of the features of each class, (K, D) float64."""
+    whole, part = task
+    _add_up(whole, part, whole.numbers())
+
+
+def _add_up(task: TrueLabelsTask, part: range, numbers: NDArray[np.int32]) -> None:
     folder, starts = task.artifact.begin(), task.features.starts
-    sums = torch.zeros(len(classes), task.features.shard(0).shape[1], dtype=torch.float64)
-    for shard in range(len(starts) - 1):
+    sums = torch.zeros(int(numbers.max()) + 1, task.features.shard(0).shape[1], dtype=torch.float64)
+    for shard in part:
         own = numbers[starts[shard] : starts[shard + 1]]
         save_array(folder / rows_file(shard), own)
         known = np.flatnonzero(own >= 0)
         sums.index_add_(0, torch.from_numpy(own[known]), torch.from_numpy(task.features.shard(shard)[known]).double())
-    counts = np.bincount(numbers[numbers >= 0], minlength=len(classes))
-    save_array(folder / CENTROIDS_FILE, (sums / torch.from_numpy(counts)[:, None]).float().numpy())
-    labelled, images = int(counts.sum()), len(labels)
-    write_json(folder / STATS_FILE, {"classes": len(classes), "labelled": labelled, "images": images})
-    task.artifact.commit()
+    save_array(folder / _sums_file(part), sums.numpy())
+
+
+def _sums_file(part: range) -> str:
+    return f"sums-{part.start}-{part.stop}.npy"
+
+
+def write_true_labels(device: torch.device, task: TrueLabelsTask) -> None:
+    """Classes of all rows, -1 for none, and the mean feature of each class, where a classifier may start."""
+    numbers, folder = task.numbers(), task.artifact.begin()
+    if len(task.parts) == 1:
+        _add_up(task, task.parts[0], numbers)
+    files = [folder / _sums_file(part) for part in task.parts]
+    wait_for_files(files)
+    # Features lie on a grid of 2**-24, so float64 rounds none of these sums, and their order does not matter
+    sums: NDArray[np.float64] = np.load(files[0], allow_pickle=False)
+    for file in files[1:]:
+        sums += np.load(file, allow_pickle=False)
+    counts = np.bincount(numbers[numbers >= 0])
+    save_array(folder / CENTROIDS_FILE, (sums / counts[:, None]).astype(np.float32))
+    labelled, images = int(counts.sum()), len(numbers)
+    write_json(folder / STATS_FILE, {"classes": len(counts), "labelled": labelled, "images": images})
+    task.artifact.commit(discard=["sums-*"], expected=[rows_file(i) for i in range(len(task.features.starts) - 1)])
 
 
 def class_counts(artifact: Artifact) -> dict[str, int]:

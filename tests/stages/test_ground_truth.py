@@ -14,11 +14,13 @@ from grappa_dist.data.open_images import open_images
 from grappa_dist.data.shards import BadLabels, ImageShards
 from grappa_dist.files import write_json
 from grappa_dist.inputs import prepared
+from grappa_dist.stages import ground_truth
 from grappa_dist.stages.ground_truth import (
     GroundTruth,
     ground_truth_of,
     load_ground_truth,
     read_ground_truth,
+    read_members,
     write_ground_truth,
 )
 from tests.data.written import write_tar
@@ -40,8 +42,8 @@ def test_an_image_whose_json_member_is_broken_counts_as_without_a_label(
     run = tiny.run_in(settings, tmp_path / "run", tiny.Here())
     artifact = ground_truth_of(run.store, images, labelled=True)
     write_ground_truth(run, images, artifact, "evaluate")
-    ground_truth = load_ground_truth(artifact)
-    assert {row for row in range(len(images)) if ground_truth.labels[row] < 0} == {3, 7}
+    labels = load_ground_truth(artifact).labels
+    assert {row for row in range(len(images)) if labels[row] < 0} == {3, 7}
     assert "2 images count as without a label: image 3: its JSON member does not parse" in capsys.readouterr().err
     write_ground_truth(run, images, artifact, "evaluate")
     assert not capsys.readouterr().err
@@ -183,3 +185,37 @@ def test_a_key_that_no_image_has_is_an_error_that_names_those_there_are(tmp_path
     for _ in range(2):
         with pytest.raises(ValueError, match=r"data\.label_field=kind: no image has a label there; .*'caption', 'url'"):
             write_ground_truth(run, images, artifact, "evaluate")
+
+
+def test_labels_that_several_tasks_read_are_those_of_one_to_the_byte_and_a_killed_read_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = ['"b"', "1", '"1"', "NaN", "1.0", "null", '"  b"', "[2]", "{}", "true", '""', "7", '"NaN"', "[]", '"ü"']
+    paths = []
+    for shard, size in enumerate((5, 1, 9, 3, 12)):
+        members = dict[str, bytes]()
+        for row in range(size):
+            at = 3 * shard + row
+            text = f'{{"label": {values[at % len(values)]}, "task": {values[(at * 7) % 4]}, "k{at % 3}": 0}}'
+            members[f"{row}.json"] = (text if at % 8 != 5 else "{").encode()
+            members[f"{row}.jpg"] = b"image"
+        paths.append(write_tar(tmp_path / f"{shard}.tar", members))
+    images = ImageShards.open(paths, None)
+    alone = ground_truth_of(Store(tmp_path / "alone"), images, labelled=True)
+    read_ground_truth(torch.device("cpu"), (images, alone))
+    monkeypatch.setattr(ground_truth, "ROWS_PER_TASK", 6)
+    here = tiny.Here()
+    run = tiny.run_in(tiny.config([str(path) for path in paths]), tmp_path / "several", here)
+    several = ground_truth_of(run.store, images, labelled=True)
+    first, *others = ground_truth._tasks_of(images, several)
+    assert [len(task.shards) for task in (first, *others)] == [2, 1, 1, 1]  # uneven
+    read_members(torch.device("cpu"), first)  # a run that was killed then
+    before = tiny.files_below(several.partial)
+    write_ground_truth(run, images, several, "evaluate")
+    assert here.asked == ["read_members"] * 4 + ["join_members"]
+    assert set(before) == {f"{first.name}.json", f"{first.name}.npy"} | {n for n in before if n.startswith(".")}
+    names = {path.name for path in several.path.iterdir()}
+    assert names == {path.name for path in alone.path.iterdir()}
+    for name in names - {"manifest.json"}:
+        assert (several.path / name).read_bytes() == (alone.path / name).read_bytes(), name
+    assert len(load_ground_truth(several).label_names) > 4

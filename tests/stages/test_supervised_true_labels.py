@@ -9,6 +9,7 @@ import pytest
 from grappa_dist.artifacts import CENTROIDS_FILE, Artifact, RowArrays, label_rows
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.models.spec import ADAPTORS_FILE
+from grappa_dist.stages import supervised
 from grappa_dist.stages.ground_truth import ground_truth_of
 from grappa_dist.stages.supervised import class_counts, name_classes, read_true_labels, true_labels_of, without_class
 from tests.stages import tiny
@@ -125,3 +126,17 @@ def test_classes_of_images_that_cannot_be_read_do_not_count(tmp_path: Path) -> N
     poor.read()
     with pytest.raises(ValueError, match=r"needs two classes at least, found 1 on images that can be read"):
         poor.name()
+
+
+def test_classes_that_several_tasks_add_up_are_those_of_one_to_the_byte(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    several = World(tmp_path, some)
+    several.read()
+    monkeypatch.setattr(supervised, "ROWS_PER_TASK", 1)
+    several.name()
+    assert several.here.asked == ["read_ground_truth", *["add_up_classes"] * 2, "write_true_labels"]
+    names = {path.name for path in world.classes.path.iterdir()}
+    assert {path.name for path in several.classes.path.iterdir()} == names
+    for name in names - {"manifest.json"}:
+        assert (several.classes.path / name).read_bytes() == (world.classes.path / name).read_bytes(), name
