@@ -80,8 +80,9 @@ class Gallery:
         if 4 * dim * len(classes) > held_bytes:
             return Gallery(classes, read, device)
         held = torch.empty(len(classes), dim, device=device)
-        for places in torch.arange(len(classes)).split(_READ):
-            held[places[0] : places[-1] + 1] = sent(read(places), device)
+        for start in range(0, len(classes), _READ):
+            places = torch.arange(start, min(start + _READ, len(classes)))
+            held[start : start + len(places)] = sent(read(places), device)
         return Gallery(classes, read, device, held)
 
     @cached_property

@@ -148,7 +148,7 @@ def peak_of(comm: object, path: Path, num: int, dim: int) -> int:
 
 
 def test_memory_does_not_grow_with_the_rows_that_are_searched(tmp_path: Path) -> None:
-    dim, few, many = 256, 20_000, 80_000
+    dim, few, many = 256, 66_000, 198_000  # a sample of the gallery has its largest size in both
     path = tmp_path / "rows"
     draws = np.random.default_rng(0)
     with open(path, "wb") as file:
