@@ -29,7 +29,7 @@ from grappa_dist.search.backends import bf16_generator, bf16_is_faster, nearest
 from grappa_dist.search.bf16 import Bf16Generator
 from grappa_dist.search.candidates import CandidateGenerator, Float32Generator, joined
 from grappa_dist.search.fixed_point import GRID, LARGEST, NORM_LIMIT, exact_square, to_grid
-from grappa_dist.search.in_flight import Work, in_flight
+from grappa_dist.search.in_flight import Work, in_flight, sent
 from grappa_dist.storage import allocate
 
 Item = TypeVar("Item")
@@ -285,7 +285,7 @@ class ShardedRows:
         if self.dense is not None and (kept := self.dense.kept_at(self._places_of(positions))) is not None:
             return [kept]
         pieces = self.rows.pieces(positions, self.plain)
-        return pieces if self.device.type == "cpu" else [joined(pieces).to(self.device)]
+        return pieces if self.device.type == "cpu" else [sent(joined(pieces), self.device)]
 
     def _places_of(self, positions: Tensor) -> Tensor:
         """Places among the good rows of positions of such rows."""

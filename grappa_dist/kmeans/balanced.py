@@ -21,6 +21,7 @@ from grappa_dist.kmeans.assignments import RowLabels
 from grappa_dist.kmeans.ivf import nearest_exactly
 from grappa_dist.kmeans.sampling import distributed_topk
 from grappa_dist.search.candidates import Centroids
+from grappa_dist.search.in_flight import Arriving, a_step_later
 
 CHOICES = 16  # nearest clusters with capacity that are found per row at a time
 _SQUARE_BITS = 51
@@ -95,13 +96,13 @@ class _Round:
         labels, squares = scratch((num, t), torch.int32), scratch((num, t), torch.int64)
         prepared = Centroids.of(centroids[vacant.to(centroids.device)])
 
-        def work(first: int) -> tuple[slice, Tensor, Tensor]:
+        def work(first: int) -> tuple[slice, Arriving, Arriving]:
             some = slice(first, min(num, first + sharded.block_rows))
             near, far = nearest_exactly(sharded.read(positions[some]), prepared, t)
-            return some, vacant[near.cpu()].int(), far.cpu()
+            return some, Arriving.of(near), Arriving.of(far)
 
-        for some, near, far in sharded.each(work, range(0, num, sharded.block_rows)):
-            labels[some], squares[some] = near, far
+        for some, near, far in a_step_later(sharded.each(work, range(0, num, sharded.block_rows))):
+            labels[some], squares[some] = vacant[near.take()].int(), far.take()
         all_rows = (len(rows.labels),)
         applied, keys = scratch(all_rows, torch.int32).fill_(-1), scratch(all_rows, torch.int64)
         return _Round(sharded, rows, capacity.clone(), positions, labels, squares, applied, keys)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,12 +20,22 @@ from torch import Tensor
 
 from grappa_dist.data.rng import RowDraw
 from grappa_dist.distributed.sharded_rows import PIECE, ShardedRows, scratch
-from grappa_dist.kmeans.assignments import AssignedRows, LabelPasses, assign_rows, exact_search
+from grappa_dist.kmeans.assignments import (
+    AssignedRows,
+    LabelPasses,
+    Search,
+    assign_rows,
+    exact_search,
+    search_dense,
+    searched,
+)
 from grappa_dist.kmeans.lloyd import KMeansState, KMeansTask, lloyd
 from grappa_dist.kmeans.sampling import RACE_BITS, distributed_topk, race_keys, row_hashes
 from grappa_dist.kmeans.seeding import to_weights
 from grappa_dist.kmeans.update import Stats, update_centroids
 from grappa_dist.search.candidates import Centroids
+from grappa_dist.search.dense import DenseCentroids
+from grappa_dist.search.in_flight import Work, sent
 from grappa_dist.search.rerank import assign
 
 _NO_CENTROID = 2**51  # squared distance of a row whose cluster has no centroid yet: above any other
@@ -135,9 +145,11 @@ def apportion(sizes: Sequence[int], num_labels: int) -> list[int]:
     return labels
 
 
-def _search_within(clusters: CoarseClusters, centroids: Centroids) -> Callable[[tuple[int, Tensor]], AssignedRows]:
+def _search_within(clusters: CoarseClusters, centroids: Centroids) -> Search[tuple[int, Tensor]]:
     """The search for a row's nearest centroid among those of its coarse cluster."""
     labels = torch.arange(len(centroids.values), device=centroids.values.device)
+    if clusters.sharded.dense is not None:
+        return _search_within_on_device(clusters, DenseCentroids.of(centroids), labels)
     parts = {i: (own.start, centroids.pick(labels[own])) for i, own in clusters.subclusters()}
 
     def work(block: tuple[int, Tensor]) -> AssignedRows:
@@ -146,6 +158,20 @@ def _search_within(clusters: CoarseClusters, centroids: Centroids) -> Callable[[
         first, part = parts[i]
         found = assign(x, part)
         return AssignedRows(positions, x, replace(found, labels=found.labels + first), len(x) * len(part.values))
+
+    return work
+
+
+def _search_within_on_device(
+    clusters: CoarseClusters, centroids: DenseCentroids, labels: Tensor
+) -> Search[tuple[int, Tensor]]:
+    parts = {i: (own.start, centroids.pick(labels[own])) for i, own in clusters.subclusters()}
+
+    def work(block: tuple[int, Tensor]) -> Work[AssignedRows]:
+        i, positions = block
+        first, part = parts[i]
+        assigned = yield from search_dense(clusters.sharded, positions, clusters.sharded.read(positions), part)
+        return replace(assigned, found=replace(assigned.found, labels=assigned.found.labels + first))
 
     return work
 
@@ -210,11 +236,11 @@ def _drawn_rows(clusters: CoarseClusters, groups: Tensor, keys: Tensor, at_once:
 
 def _lower_squares(clusters: CoarseClusters, squares: Tensor, centroids: Tensor, new: tuple[Tensor, Tensor]) -> None:
     """Lowers the rows' squared distances, in place, to those to the new centroids of their coarse cluster."""
-    parts = {
-        i: Centroids.of(centroids[a : a + n], clusters.sharded.generator)
-        for i, (a, n) in enumerate(zip(*(t.tolist() for t in new), strict=True))
-        if n
-    }
+    slots = {i: slice(a, a + n) for i, (a, n) in enumerate(zip(*(t.tolist() for t in new), strict=True)) if n}
+    if clusters.sharded.dense is not None:
+        _lower_squares_on_device(clusters, squares, centroids, slots)
+        return
+    parts = {i: Centroids.of(centroids[some], clusters.sharded.generator) for i, some in slots.items()}
 
     def work(block: tuple[int, Tensor]) -> tuple[Tensor, Tensor]:
         i, positions = block
@@ -223,3 +249,22 @@ def _lower_squares(clusters: CoarseClusters, squares: Tensor, centroids: Tensor,
     blocks = (block for block in clusters.blocks() if block[0] in parts)
     for positions, found in clusters.sharded.each(work, blocks):
         squares[positions] = torch.minimum(squares[positions], found)
+
+
+def _lower_squares_on_device(
+    clusters: CoarseClusters, squares: Tensor, centroids: Tensor, slots: Mapping[int, slice]
+) -> None:
+    sharded = clusters.sharded
+    whole = DenseCentroids.of(Centroids.of(centroids, sharded.generator))
+    places = torch.arange(len(centroids), device=centroids.device)
+    parts = {i: whole.pick(places[some]) for i, some in slots.items()}
+    nearest = torch.full((len(squares),), _NO_CENTROID, dtype=torch.int64, device=sharded.device)
+
+    def work(block: tuple[int, Tensor]) -> Work[AssignedRows]:
+        i, positions = block
+        return search_dense(sharded, positions, sharded.read(positions), parts[i])
+
+    for assigned in searched(sharded, work, (block for block in clusters.blocks() if block[0] in parts)):
+        nearest[sent(assigned.positions, sharded.device)] = assigned.found.squares
+    for some, found in zip(squares.split(PIECE), nearest.split(PIECE), strict=True):
+        torch.minimum(some, found.cpu(), out=some)

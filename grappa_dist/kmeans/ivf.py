@@ -23,13 +23,16 @@ from grappa_dist.config import ClusteringConfig
 from grappa_dist.data.rng import RowDraw
 from grappa_dist.distributed.collectives import Comm
 from grappa_dist.distributed.sharded_rows import BLOCK_ROWS, Rows, ShardedRows
-from grappa_dist.kmeans.assignments import AssignedRows, LabelPasses, RowLabels, exact_search
+from grappa_dist.kmeans.assignments import AssignedRows, LabelPasses, RowLabels, Search, exact_search, searched
 from grappa_dist.kmeans.lloyd import KMeansState, KMeansTask, kmeans, lloyd
 from grappa_dist.kmeans.sampling import Draw
 from grappa_dist.kmeans.update import update_centroids
 from grappa_dist.search.backends import nearest
-from grappa_dist.search.candidates import Centroids, Float32Generator, Search, float_error, nearest_float32, norm_of
+from grappa_dist.search.candidates import Centroids, Float32Generator, float_error, nearest_float32, norm_of
+from grappa_dist.search.candidates import Search as FloatSearch
+from grappa_dist.search.dense import DenseCentroids, DenseRows, nearest_dense
 from grappa_dist.search.fixed_point import exact_dot, exact_square
+from grappa_dist.search.in_flight import Work
 from grappa_dist.search.rerank import FAR, Assignment, assign, nearest_of_pairs
 
 LIST_UPDATES = 5  # of the k-means that makes the lists
@@ -38,7 +41,7 @@ AGREEMENT_ROWS = 4096  # compared with the exact assignment; 0.98 of them is kno
 _COLUMN_BITS = 12  # squared distances lie below 2**51, so distance * 2**12 + column fits into an int64
 _TILE = 2**21  # elements of the largest table made at once
 
-BlockSearch = Callable[[tuple[Tensor, Tensor]], AssignedRows]
+BlockSearch = Search[tuple[Tensor, Tensor]]
 """Positions (P,) and grid rows (P, D) of a block -> the nearest centroids that a search found for them."""
 
 ProbedSearch = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
@@ -75,7 +78,7 @@ def agreement(sharded: ShardedRows, rows: RowLabels, centroids: Tensor, seed: in
     """Measured on up to `AGREEMENT_ROWS` rows of all ranks, by comparing them with every centroid."""
     draw = Draw.of(sharded, AGREEMENT_ROWS, *RowDraw.AGREEMENT.key(seed, len(centroids)))
     counts = torch.zeros(2, dtype=torch.int64)
-    for assigned in sharded.each(exact_search(sharded, centroids), draw.blocks()):
+    for assigned in searched(sharded, exact_search(sharded, centroids), draw.blocks()):
         same = rows.labels[assigned.positions] == assigned.found.labels.cpu()
         counts += torch.stack([torch.tensor(len(same)), same.sum()])
     return Agreement(*sharded.total(counts).tolist())
@@ -84,7 +87,9 @@ def agreement(sharded: ShardedRows, rows: RowLabels, centroids: Tensor, seed: in
 def probed_search(centroids: Tensor, probes: int) -> BlockSearch:
     """The search for the nearest centroid of each row of a block among its `probes` nearest lists."""
     lists = build_lists(centroids)
-    list_search = None if centroids.is_cuda else faiss_search(lists, probes)
+    if centroids.is_cuda:
+        return _probed_search_on_device(lists, probes)
+    list_search = faiss_search(lists, probes)
 
     def search(block: tuple[Tensor, Tensor]) -> AssignedRows:
         positions, x = block
@@ -92,6 +97,40 @@ def probed_search(centroids: Tensor, probes: int) -> BlockSearch:
         return AssignedRows(positions, x, probed.found, probed.searched)
 
     return search
+
+
+def _probed_search_on_device(lists: CentroidLists, probes: int) -> BlockSearch:
+    whole = DenseCentroids.of(lists.whole)
+    parts = [whole.pick(members) for members in lists.members]
+
+    def search(block: tuple[Tensor, Tensor]) -> Work[AssignedRows]:
+        positions, x = block
+        probed, _ = nearest_exactly(x, lists.coarse, min(probes, len(parts)))  # (P, p)
+        squares, best = exact_square(x), Assignment(*_none_for(x))
+        wanted, order = probed.flatten().sort(stable=True)
+        sizes = yield torch.zeros(len(parts), dtype=torch.int64, device=x.device).index_add_(
+            0, wanted, torch.ones_like(wanted)
+        )
+        undecided = 0
+        for part, members, places in zip(parts, lists.members, order.split(sizes), strict=True):
+            if not len(places):
+                continue
+            rows = places // probed.shape[1]
+            some = DenseRows(x.index_select(0, rows), squares[rows])
+            found = yield from nearest_dense(some, part, distances=True)
+            assert found.squares is not None
+            _take_closer(best.labels, best.squares, rows, (members[found.labels], found.squares))
+            undecided += found.by_integers
+        compared = len(x) * len(parts) + sum(size * len(part) for size, part in zip(sizes, parts, strict=True))
+        return AssignedRows(positions, x, replace(best, undecided=undecided), compared)
+
+    return search
+
+
+def _none_for(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Labels -1 and distances `FAR` (P,) each, for rows (P, D)."""
+    labels = torch.full((len(x),), -1, dtype=torch.int64, device=x.device)
+    return labels, torch.full_like(labels, FAR)
 
 
 def build_lists(centroids: Tensor) -> CentroidLists:
@@ -170,8 +209,7 @@ def assign_probed(x: Tensor, lists: CentroidLists, probes: int, search: ProbedSe
 
 def _search_lists(x: Tensor, lists: CentroidLists, probed: Tensor) -> Assignment:
     """By one search per list, for all rows that probe it."""
-    labels = torch.full((len(x),), -1, dtype=torch.int64, device=x.device)
-    squares = torch.full_like(labels, FAR)
+    labels, squares = _none_for(x)
     undecided, whole = 0, lists.whole
     wanted, order = probed.flatten().sort(stable=True)
     names, sizes = wanted.unique_consecutive(return_counts=True)
@@ -186,8 +224,9 @@ def _search_lists(x: Tensor, lists: CentroidLists, probed: Tensor) -> Assignment
 def _take_closer(labels: Tensor, squares: Tensor, rows: Tensor, competitors: tuple[Tensor, Tensor]) -> None:
     """Gives some rows, in place, the labels and squared distances of competitors where these are nearer."""
     new, theirs = competitors
-    closer = (theirs < squares[rows]) | ((theirs == squares[rows]) & (new < labels[rows]))
-    labels[rows[closer]], squares[rows[closer]] = new[closer], theirs[closer]
+    own, nearest = squares[rows], labels[rows]
+    closer = (theirs < own) | ((theirs == own) & (new < nearest))
+    labels[rows], squares[rows] = torch.where(closer, new, nearest), torch.where(closer, theirs, own)
 
 
 def faiss_search(lists: CentroidLists, probes: int) -> ProbedSearch:
@@ -214,7 +253,7 @@ def faiss_search(lists: CentroidLists, probes: int) -> ProbedSearch:
     return search
 
 
-def nearest_set(x: Tensor, centroids: Centroids, t: int, search: Search = nearest_float32) -> Tensor:
+def nearest_set(x: Tensor, centroids: Centroids, t: int, search: FloatSearch = nearest_float32) -> Tensor:
     """The t nearest centroids of each grid row as a set, (P, t) in no order; of equal ones those of lower index.
 
     Floats decide where the t-th and the next one clearly differ, `nearest_exactly` elsewhere.

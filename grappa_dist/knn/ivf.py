@@ -23,7 +23,7 @@ from grappa_dist.data.rng import RowDraw
 from grappa_dist.distributed.collectives import Comm, wire_device
 from grappa_dist.distributed.device_rows import DeviceRows
 from grappa_dist.distributed.sharded_rows import Rows, ShardedRows, join_rows, side_by_side
-from grappa_dist.kmeans.assignments import exact_search
+from grappa_dist.kmeans.assignments import exact_search, searched
 from grappa_dist.kmeans.ivf import nearest_set
 from grappa_dist.kmeans.lloyd import KMeansTask, kmeans
 from grappa_dist.kmeans.sampling import Draw, sample_rows
@@ -193,10 +193,11 @@ class InvertedLists:
         sample = sample_rows(sharded, num * _FIT_ROWS, *RowDraw.KNN_FIT_SAMPLE.key(seed, num))
         fit = kmeans(sample, num, KMeansTask(ClusteringConfig(iterations=_FIT_UPDATES), seed=seed))
         centroids = Centroids.of(torch.from_numpy(fit.centroids))
-        labels = torch.zeros(len(sharded.rows), dtype=torch.int32)
+        labels = torch.zeros(len(sharded.rows), dtype=torch.int32, device=sharded.device)
         search = exact_search(sharded, centroids.values.to(sharded.device))
-        for assigned in sharded.each(search, sharded.blocks()):
-            labels[assigned.positions] = assigned.found.labels.int().cpu()
+        for assigned in searched(sharded, search, sharded.blocks()):
+            labels[sent(assigned.positions, sharded.device)] = assigned.found.labels.int()
+        labels = labels.cpu()
         counts = torch.bincount(labels, minlength=num)
         return InvertedLists(sharded, centroids, labels, torch.stack(sharded.gather(counts[None])).reshape(-1, num))
 

@@ -23,27 +23,26 @@ Work = Generator[Tensor, list[int], Result]
 
 
 @dataclass(frozen=True)
-class _Counts:
-    """Integers on their way to the host."""
+class Arriving:
+    """A tensor on its way to the host: whoever takes it later has less to wait for."""
 
-    host: Tensor  # (m,) int64
-    copied: torch.cuda.Event | None  # after the copy; None where they are on the host already
+    host: Tensor
+    copied: torch.cuda.Event | None  # after the copy; None where it is on the host already
 
     @staticmethod
-    def of(counts: Tensor) -> _Counts:
-        if not counts.is_cuda:
-            return _Counts(counts, None)
-        host = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True)
-        host.copy_(counts, non_blocking=True)
+    def of(tensor: Tensor) -> Arriving:
+        if not tensor.is_cuda:
+            return Arriving(tensor, None)
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        host.copy_(tensor, non_blocking=True)
         copied = torch.cuda.Event()
         copied.record()
-        return _Counts(host, copied)
+        return Arriving(host, copied)
 
-    def values(self) -> list[int]:
+    def take(self) -> Tensor:
         if self.copied is not None:
             self.copied.synchronize()
-        found: list[int] = self.host.tolist()
-        return found
+        return self.host
 
 
 def in_flight(works: Iterable[Work[Result]], depth: int = DEPTH) -> Generator[Result, None, None]:
@@ -51,21 +50,31 @@ def in_flight(works: Iterable[Work[Result]], depth: int = DEPTH) -> Generator[Re
 
     A work is taken from `works` when it begins, and begins before those taken earlier have ended.
     """
-    waiting = deque[tuple[Work[Result], _Counts]]()
+    waiting = deque[tuple[Work[Result], Arriving]]()
     left = iter(works)
     while True:
         while len(waiting) < depth and (work := next(left, None)) is not None:
             try:
-                waiting.append((work, _Counts.of(next(work))))
+                waiting.append((work, Arriving.of(next(work))))
             except StopIteration as end:
                 yield end.value
         if not waiting:
             return
         work, counts = waiting.popleft()
         try:
-            waiting.append((work, _Counts.of(work.send(counts.values()))))
+            waiting.append((work, Arriving.of(work.send(counts.take().tolist()))))
         except StopIteration as end:
             yield end.value
+
+
+def a_step_later(items: Iterable[Result]) -> Generator[Result, None, None]:
+    """The items, each when the next one is there: what is on its way to the host then arrives meanwhile."""
+    waiting = deque[Result]()
+    for item in items:
+        waiting.append(item)
+        if len(waiting) == DEPTH:
+            yield waiting.popleft()
+    yield from waiting
 
 
 def finish(work: Work[Result]) -> Result:

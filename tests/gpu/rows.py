@@ -21,13 +21,13 @@ from grappa_dist.config import ClusteringConfig
 from grappa_dist.distributed.collectives import Comm
 from grappa_dist.distributed.sharded_rows import Rows, join_rows
 from grappa_dist.kmeans.lloyd import KMeansState, KMeansTask, kmeans
-from grappa_dist.kmeans.methods import Clustering, ClusteringTask, choose, cluster
+from grappa_dist.kmeans.methods import Clustering, ClusteringCallbacks, ClusteringTask, choose, cluster
 from grappa_dist.knn.exact import sharded_knn
 from grappa_dist.knn.ivf import approximate_knn
 from grappa_dist.retrieval.nearest import nearest
 from grappa_dist.search import backends, triton_topk
 from grappa_dist.search.fixed_point import to_grid
-from tests.gpu.counting import counting
+from tests.gpu.counting import Counts, counting
 from tests.gpu.workloads import CUDA
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -84,6 +84,27 @@ def kmeans_counts(
             config = ClusteringConfig(num_labels=(clusters,), iterations=3, tolerance=0.0)
             kmeans(sharded, clusters, KMeansTask(config, initial=start, on_update=take))
     return {"pass": passes[2].as_json(), "report": passes[2].report(40)}
+
+
+def part_counts(
+    comm: Comm, name: str, part: str, num: int = 1024, clusters: int = 64, dim: int = 32, block_rows: int = 512
+) -> dict[str, Any]:
+    """An iteration of one part of a method of clustering: the last, so that the first labels are there."""
+    x = drawn(num, dim, clusters)
+    own = x[num * comm.rank // comm.size : num * (comm.rank + 1) // comm.size]
+    config = ClusteringConfig(num_labels=(clusters,), iterations=3, tolerance=0.0, **METHODS[name])
+    with kernel_by_torch(), counting() as meter:
+        rows = Rows([own], [np.ones(len(own), dtype=bool)])
+        sharded, last = join_rows(comm, rows, block_rows=block_rows, device=CUDA), dict[str, Counts]()
+
+        def take(of: str, iteration: int, inertia: float) -> None:
+            last[of.strip()] = meter.take()
+
+        callbacks = ClusteringCallbacks(on_iteration=take)
+        task = ClusteringTask(clusters, config, choose(config, clusters, num), callbacks=callbacks)
+        cluster(sharded, task)
+        last["end"] = meter.take()
+    return {"part": last[part].as_json(), "report": last[part].report(40)}
 
 
 def knn_counts(comm: Comm, num: int = 1024, dim: int = 32, block_rows: int = 512) -> dict[str, Any]:

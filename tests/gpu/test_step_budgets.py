@@ -36,9 +36,17 @@ def test_a_step_of_adaptors_asks_for_no_more_than_its_budget(
         check(found["quiet"], budget)
 
 
-@pytest.mark.parametrize(("ranks", "budget"), [(1, (0, 2, 565))])
+@pytest.mark.parametrize(("ranks", "budget"), [(1, (0, 2, 565)), pytest.param(2, (0, 2, 576), marks=pytest.mark.slow)])
 def test_a_step_of_the_fusion_asks_for_no_more_than_its_budget(gpu: PretendGpu, ranks: int, budget: Budget) -> None:
     for found in gpu.run("tests.gpu.workloads:fuse_counts", ranks, sets=2):
+        check(found["quiet"], budget)
+
+
+@pytest.mark.parametrize(("ranks", "budget"), [(1, (0, 3, 400)), pytest.param(2, (0, 3, 408), marks=pytest.mark.slow)])
+def test_a_step_of_the_supervised_fusion_asks_for_no_more_than_its_budget(
+    gpu: PretendGpu, ranks: int, budget: Budget
+) -> None:
+    for found in gpu.run("tests.gpu.workloads:supervised_counts", ranks, sets=2):
         check(found["quiet"], budget)
 
 
@@ -53,6 +61,21 @@ def test_a_pass_of_k_means_over_two_blocks_asks_for_no_more_than_its_budget(
 ) -> None:
     (found,) = gpu.run("tests.gpu.rows:kmeans_counts", kernel=kernel)
     check(found["pass"], budget)
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "budget"),
+    [
+        ("hierarchical", "fine", (33, 45, 1060)),  # of 8 blocks; two waits of each, while another is under way
+        pytest.param("approximate", "refined", (111, 86, 2107), marks=pytest.mark.slow),  # most are the lists', once
+        ("balanced", "end", (14, 15, 88)),  # of two blocks
+    ],
+)
+def test_a_part_of_a_method_of_clustering_asks_for_no_more_than_its_budget(
+    gpu: PretendGpu, name: str, part: str, budget: Budget
+) -> None:
+    (found,) = gpu.run("tests.gpu.rows:part_counts", name=name, part=part)
+    check(found["part"], budget)
 
 
 def test_the_k_nn_graph_of_two_blocks_asks_for_no_more_than_its_budget(gpu: PretendGpu) -> None:

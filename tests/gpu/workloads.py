@@ -26,6 +26,7 @@ from grappa_dist.models.spec import ModelSpec, cached_model
 from grappa_dist.stages.adapt_job import AdaptJob, train_adaptors
 from grappa_dist.stages.embed import Embedding, embed_rows
 from grappa_dist.stages.fuse import FuseJob, train_fusion
+from grappa_dist.stages.supervised import SupervisedJob, train_supervised_fusion
 from grappa_dist.training.deepspeed_engine import Engine
 from grappa_dist.training.figures import Pace
 from tests.gpu.counting import Counts, counting
@@ -142,6 +143,31 @@ def fuse_counts(
         job = made_once(comm, lambda: fuse_job(folder, sets, shape, variant, **fuse))
         with steps_counted() as steps:
             train_fusion(context_of(comm), replace(job, pace=RARELY))
+    return quiet_and_logged(steps)
+
+
+def supervised_job(folder: Path, sets: int, shape: dict[str, int]) -> SupervisedJob:
+    settings = settings_of(folder, shape, adapt={"epochs": 2, "checkpoint_steps": 1000})
+    images = ImageShards.open(settings.data.train, None)
+    return SupervisedJob(
+        adaptors=tuple(tiny.random_adaptors(Store(folder), settings, seed) for seed in range(1, 1 + sets)),
+        labels=tiny.labels_in(folder / "labels", images, 4),
+        num_classes=4,
+        centroids=None,
+        training=tiny.training_images(settings, images),
+        backbone=settings.backbone,
+        adapt=settings.adapt,
+        micro_batch=64,
+        artifact=Store(folder / "out").artifact("fusion/supervised", {}, {}),
+    )
+
+
+def supervised_counts(comm: Comm, sets: int, depth: int = SHALLOW, image_size: int = 32) -> dict[str, Any]:
+    """A step of the fusion that true classes train; the set that they train is one of `adapt_counts`."""
+    with folder_of(comm) as folder:
+        job = made_once(comm, lambda: supervised_job(folder, sets, {"depth": depth, "image_size": image_size}))
+        with steps_counted() as steps:
+            train_supervised_fusion(context_of(comm), replace(job, pace=RARELY))
     return quiet_and_logged(steps)
 
 
