@@ -20,7 +20,7 @@ TINY = ["kmeans", "--rows", "400", "--dim", "32", "--num-labels", "5", "--iterat
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "the following arguments are required: kmeans|methods|assign|data|knn|fuse|adapt|embed|evaluate|pipeline"),
+        ([], "the following arguments are required: kmeans|methods|assign|data|knn|fuse|adapt|embed|passes|evaluate|"),
         (["graph"], "invalid choice: 'graph'"),
         (["knn", "--neighbours", "0"], "--neighbours must be at least 1, got 0"),
         (["knn", "--recall-floor", "1"], "--recall-floor must be from 0 to less than 1, got 1.0"),
