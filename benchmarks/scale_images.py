@@ -72,8 +72,12 @@ def draw(folder: Path, parts: list[Part], processes: int, log: Callable[[str], N
     folder.mkdir(parents=True, exist_ok=True)
     left = [part for part in parts if not (folder / f"{part.name}.csv").exists()]
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        for number, part in enumerate(pool.map(_write, [folder] * len(left), left)):
-            log(f"{number + 1} of {len(left)} parts drawn ({part})")
+        try:
+            for number, part in enumerate(pool.map(_write, [folder] * len(left), left)):
+                log(f"{number + 1} of {len(left)} parts drawn ({part})")
+        except BaseException:  # SIGTERM and Ctrl-C as well: those that are not begun are left
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def _write(folder: Path, part: Part) -> str:

@@ -54,3 +54,14 @@ def test_parts_that_are_there_are_not_drawn_again(tmp_path: Path) -> None:
     assert [line.partition(" (")[0] for line in lines[len(parts) :]] == ["1 of 1 parts drawn"]
     with tarfile.open(tmp_path / f"{parts[0].name}.tar") as tar, open(tmp_path / f"{parts[0].name}.csv") as file:
         assert tar.getnames() == [row["file"] for row in csv.DictReader(file)]
+
+
+def test_parts_that_are_not_begun_are_left_when_drawing_is_stopped(tmp_path: Path) -> None:
+    parts = [Part("train", "kinds", first, 2, 8) for first in range(0, 400, 2)]
+
+    def stop(_: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        draw(tmp_path, parts, 1, stop)
+    assert 1 <= len(list(tmp_path.glob("*.csv"))) < len(parts) / 2
