@@ -24,6 +24,8 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from grappa_dist import bucket
+from grappa_dist.bucket import bucket_of, here
 from grappa_dist.checksums import (
     MANIFEST,
     DamagedArtifact,
@@ -31,13 +33,26 @@ from grappa_dist.checksums import (
     damaged,
     digest_of,
     forget,
+    forget_maps,
     manifest_in,
     map_rows,
     set_aside,
     verified,
 )
 from grappa_dist.config import fingerprint
-from grappa_dist.files import Sum, lock_file, make_folder, recorded, remove_folder, rename, sync, write_json
+from grappa_dist.files import (
+    Sum,
+    lock_file,
+    make_folder,
+    read_bytes,
+    record_of,
+    recorded,
+    remove_folder,
+    rename,
+    sync,
+    write_json,
+)
+from grappa_dist.lease import Lease, leased
 from grappa_dist.storage import tried_again
 
 LOCK = ".lock"
@@ -82,6 +97,8 @@ class Artifact:
     @property
     def complete(self) -> bool:
         manifest = f"{self.root}/{self.name}/{MANIFEST}"  # asked of every shard: making paths takes longer than looking
+        if bucket_of(manifest) is not None:
+            here(Path(manifest))
         return tried_again(lambda: _exists(manifest), manifest)
 
     def begin(self) -> Path:
@@ -93,9 +110,15 @@ class Artifact:
         """Drops `discard`ed patterns (such as checkpoints), writes the manifest; one rename makes the artefact appear.
 
         Args:
-            expected: files that other machines wrote, which may become visible here some time later.
+            expected: files that other machines wrote, which may become visible here some time later; in the run of a
+                bucket they have sent them there.
         """
-        _wait((self.partial / name for name in expected), SEEN_S)
+        of_run = bucket_of(self.root)
+        if of_run is None:
+            _wait((self.partial / name for name in expected), SEEN_S)
+        for path in (self.partial / name for name in expected):
+            if not here(record_of(path)).exists():
+                here(path)
         for pattern in (*discard, MANIFEST):
             for path in list(self.partial.glob(pattern)):
                 remove_folder(path) if path.is_dir() else path.unlink(missing_ok=True)
@@ -108,12 +131,29 @@ class Artifact:
         for path in list(self.partial.glob("**/.*")):  # checksums, and what a killed attempt left unfinished
             remove_folder(path) if path.is_dir() else path.unlink(missing_ok=True)
         for path in paths.values():
-            sync(path)
+            if of_run is None or path.exists():
+                sync(path)
         self._write_manifest(files)
+        if of_run is not None:
+            self._commit_to(of_run, files)
+            return
         if os.path.lexists(self.path) and not self.complete:  # somebody has removed its manifest
             set_aside(self.path)
         rename(self.partial, self.path)
         sync(self.path.parent)
+
+    def _commit_to(self, of_run: bucket.Bucket, files: Iterable[str]) -> None:
+        """Puts the files into the bucket, then the manifest unless somebody has made the artefact meanwhile."""
+        if of_run.read(f"{self.name}/{MANIFEST}") is None:  # else the files are those of whom was first
+            bucket.put_files(of_run, self.partial, self.name, files)
+        with of_run.fetching(self.path / MANIFEST):
+            remove_folder(self.path)  # of a manifest that was removed
+            if of_run.create(f"{self.name}/{MANIFEST}", read_bytes(self.partial / MANIFEST)):
+                rename(self.partial, self.path)
+                sync(self.path.parent)
+        bucket.withdraw(self.partial)
+        remove_folder(self.partial)
+        forget_maps(self.path)
 
     def _write_manifest(self, files: Mapping[str, Mapping[str, Any]]) -> None:
         content = {
@@ -167,6 +207,9 @@ def finished(artifacts: Iterable[Artifact]) -> list[bool]:
 
 
 def _names_in(folder: Path) -> frozenset[str]:
+    sent = bucket.marked(folder, MANIFEST)
+    if sent is not None:
+        return frozenset(path.name for path in sent)
     try:
         return frozenset(os.listdir(folder))
     except (FileNotFoundError, NotADirectoryError):
@@ -230,12 +273,26 @@ def _side_by_side(check: Callable[[_T], _R], things: Sequence[_T]) -> Iterator[_
 def _check_sizes(artifact: Artifact) -> DamagedArtifact | None:
     folder = str(artifact.path)
     try:
-        for name, expected in artifact.files.items():
-            if why := compare_size(f"{folder}/{name}", expected):
-                return DamagedArtifact(f"{folder}/{name}", folder, why)
+        listed, there = artifact.files, _sizes_in_bucket(artifact)
+        for name, expected in listed.items():
+            path = f"{folder}/{name}"
+            if name in there and not os.path.exists(path):  # it is fetched when it is read
+                is_whole = there[name] == expected.bytes
+                why = "" if is_whole else f"has {there[name]} bytes, its manifest says {expected.bytes}"
+            else:
+                why = compare_size(path, expected)
+            if why:
+                return DamagedArtifact(path, folder, why)
     except DamagedArtifact as damage:  # of the manifest
         return damage
     return None
+
+
+def _sizes_in_bucket(artifact: Artifact) -> dict[str, int]:
+    """Bytes of the objects of an artefact, by file; {} of a run that is on no object store."""
+    of_run = bucket_of(artifact.path)
+    found = {} if of_run is None else of_run.names(artifact.name)
+    return {name.removeprefix(f"{artifact.name}/"): size for name, size in found.items()}
 
 
 def _check_content(path: Path) -> DamagedArtifact | None:
@@ -248,6 +305,7 @@ def _check_content(path: Path) -> DamagedArtifact | None:
 
 def remove_artifact(folder: Path) -> None:
     """Removes a folder, finished or not; one that is only half removed never has the name of a finished artefact."""
+    bucket.withdraw(folder, MANIFEST)
     gone = folder.with_name(f"{folder.name.removesuffix('.removed')}.removed")
     if gone != folder:
         remove_folder(gone)
@@ -266,12 +324,12 @@ def wait_until_seen(artifacts: Iterable[Artifact], timeout_s: float = SEEN_S) ->
     Raises:
         NotSeen: one of them is still not visible.
     """
-    _wait((artifact.path / MANIFEST for artifact in artifacts), timeout_s)
+    _wait((here(artifact.path / MANIFEST) for artifact in artifacts), timeout_s)
 
 
 def wait_for_files(paths: Iterable[Path], timeout_s: float = SEEN_S) -> None:
-    """The same for files in an unfinished artefact."""
-    _wait(paths, timeout_s)
+    """The same for files in an unfinished artefact; in the run of a bucket they are fetched."""
+    _wait(map(here, paths), timeout_s)
 
 
 def _wait(paths: Iterable[Path], timeout_s: float) -> None:
@@ -310,8 +368,8 @@ class Store:
         return Artifact(self.root, kind, settings, prints, fingerprint(kind, dict(settings), prints))
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
-        """One driver at a time; a second one is refused at once."""
+    def lock(self) -> Iterator[Lease | None]:
+        """One driver at a time; a second one is refused at once. Yields the lease of a run on an object store."""
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             handle = lock_file(self.root / LOCK)
@@ -324,11 +382,16 @@ class Store:
             raise ValueError(f"{self.root}: {file} is a file, expected a folder, or a new name") from None
         except OSError as error:
             raise ValueError(f"{self.root} cannot be written to: {error.strerror}") from error
-        with handle:
-            yield
+        with handle, leased(self.root) as lease:
+            yield lease
 
     def publish(self, link: str, artifact: Artifact) -> Path:
-        """Points `<root>/<link>` at a finished artefact, replacing the old link atomically."""
+        """Points `<root>/<link>` at a finished artefact, replacing the old link atomically; in a bucket, copies it."""
+        of_run = bucket_of(self.root)
+        if of_run is not None:
+            for name in artifact.files:
+                here(artifact.path / name)
+            bucket.copy_folder(of_run, artifact.name, link, MANIFEST)
         return self.point(link, artifact.name)
 
     def point(self, link: str, target: str) -> Path:

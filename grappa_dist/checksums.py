@@ -22,6 +22,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from grappa_dist.bucket import bucket_of, here, move, used
 from grappa_dist.files import Sum, map_array, parse_json, read_bytes, read_json, recorded, rename_to_free
 
 MANIFEST = "manifest.json"
@@ -84,7 +85,7 @@ def read_manifest(text: bytes, where: Path | str, folder: str | None = None) -> 
 def manifest_in(folder: str) -> Mapping[str, Sum]:
     path = Path(folder) / MANIFEST
     try:
-        return read_manifest(read_bytes(path), path, path.parent.name)
+        return read_manifest(read_bytes(here(path)), path, path.parent.name)
     except FileNotFoundError:
         if not os.path.isdir(folder):
             raise
@@ -108,7 +109,8 @@ def verified(path: Path) -> Path:
     home = _home_of(path)
     if home is None:
         return path
-    expected, state = _expected(path, home), _state_of(path)
+    expected, state = _expected(here(path), home), _state_of(path)
+    used(path)
     if state is not None and _verified.get(str(path)) == state:
         return path
     if expected is None:
@@ -249,7 +251,15 @@ def names_aside(name: str) -> Iterator[str]:
 
 
 def set_aside(folder: Path) -> Path:
-    """Renames a damaged folder, which keeps all that is in it; returns where it lies now."""
-    aside = rename_to_free(folder, names_aside(folder.name))
+    """Renames a damaged folder, which keeps all that is in it, in the bucket of its run as well; returns where it lies
+    now."""
+    names, bucket = names_aside(folder.name), bucket_of(folder)
+    if bucket is not None:
+        taken = bucket.names(bucket.name_of(folder.parent))
+        free = (name for name in names if not any(f"/{name}/" in f"/{other}" for other in taken))
+        names = iter([next(free)])
+    aside = rename_to_free(folder, names)
+    if bucket is not None:
+        move(bucket, bucket.name_of(folder), bucket.name_of(aside), MANIFEST)
     forget()
     return aside

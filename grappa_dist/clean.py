@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from grappa_dist.artifacts import Artifact, Store, remove_artifact
+from grappa_dist.bucket import bucket_of
 from grappa_dist.checksums import MANIFEST
 from grappa_dist.config import Config
 from grappa_dist.console import format_bytes, pluralize
@@ -56,6 +57,11 @@ def clean(config: Config, root: Path, *, remove: bool) -> str:
         ValueError: there is no such run directory, a run writes to it, or its data cannot be read, so that it is
             unknown what is needed.
     """
+    if (bucket := bucket_of(root)) is not None:
+        raise ValueError(
+            f"{bucket.url}: --clean looks through a directory and not through a bucket; expected a run in a directory. "
+            "Whole runs may be removed by the tools of the store"
+        )
     if not root.is_dir():
         raise ValueError(f"{root}: no such directory, so there is nothing to clean")
     store = Store(root)

@@ -355,7 +355,7 @@ class Resources(Section):
 
 class Config(Section):
     name: str  # title of the report, name of the default run directory
-    out: PathText | None = None  # the run directory; null: `runs/<name>`
+    out: PathText | None = None  # the run directory, or s3://<bucket>/<prefix>, gs://<...>; null: `runs/<name>`
     mirror: Annotated[PathText, Field(pattern="^(s3|gs)://")] | None = None  # a store of artefacts and checkpoints
     seed: Annotated[int, Field(ge=0)] = 0  # of k-means, initial weights, order, augmentation, neighbours, samples
     notes: tuple[str, ...] = ()  # shown in the report, e.g. what the backbone was trained with

@@ -69,7 +69,7 @@ def replace(path: Path, write: Callable[[Path], object], *, summed: bool = False
             _sync(temporary)
             found = Sum.of(temporary) if summed else None  # still in this machine's memory
             os.chmod(temporary, 0o666 & ~_umask())  # some writers make private files; others share this storage
-            _record_of(path).unlink(missing_ok=True)  # of an older file under this name
+            record_of(path).unlink(missing_ok=True)  # of an older file under this name
             os.replace(temporary, path)
             if found is not None:
                 record(path, found)
@@ -83,13 +83,13 @@ def replace(path: Path, write: Callable[[Path], object], *, summed: bool = False
 
 def record(path: Path, found: Sum | None = None) -> None:
     """Records the checksum of a file, for `recorded`; without `found` the file is read."""
-    write_json(_record_of(path), vars(found or Sum.of(path)))
+    write_json(record_of(path), vars(found or Sum.of(path)))
 
 
 def recorded(path: Path) -> Sum | None:
     """The checksum that was recorded of a file; None where none was, or none that can be read."""
     try:
-        found = read_json(_record_of(path))
+        found = read_json(record_of(path))
         return Sum(int(found["bytes"]), str(found["xxh3"]))
     except (OSError, ValueError, TypeError, KeyError):
         return None
@@ -97,11 +97,12 @@ def recorded(path: Path) -> Sum | None:
 
 def remove_recorded(path: Path) -> None:
     """Removes a file, and the checksum that was recorded of it."""
-    for one in (path, _record_of(path)):
+    for one in (path, record_of(path)):
         one.unlink(missing_ok=True)
 
 
-def _record_of(path: Path) -> Path:
+def record_of(path: Path) -> Path:
+    """Where the checksum of a file is recorded."""
     return path.with_name(f".{path.name}.xxh3")
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from grappa_dist.artifacts import CONTENT_BYTES, Artifact, RowArrays, Store, finished, label_rows, look_at
+from grappa_dist.bucket import bucket_of
 from grappa_dist.checksums import MANIFEST
 from grappa_dist.config import Config
 from grappa_dist.console import Console, pluralize
@@ -87,6 +88,8 @@ class Finished:
             lines = verdict_lines(self.verdict, run)
         table = console_table(self.rows) if self.rows else ""
         places = f"report  {self.report / 'report.html'}\nmodel   {self.model}"
+        if (bucket := bucket_of(self.model)) is not None:
+            places += f"\nbucket  {bucket.url}/report/report.html and {bucket.url}/model"
         return "\n".join(filter(None, [table, places, self.left_out, *lines]))
 
     def figures(self) -> dict[str, Any]:
@@ -136,6 +139,8 @@ def _flow(context: Run, mending: Mending, until: str | None, *, trained_on: bool
     if mending.check(artifacts_of(flow)):
         flow = lay_out(config, store, train, test)  # the report tells of it
     checks = checks_of(config, store, flow)
+    if context.files is not None:
+        context.files.send()  # the indexes of shards, which workers read
     with mirrored(config.mirror, flow, mending):
         if flow.needs_backbone(until):
             tried = _tried(config, store, log=console.log)

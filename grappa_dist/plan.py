@@ -56,6 +56,7 @@ from grappa_dist.stages.fuse import describe_unfused, projector_bytes
 from grappa_dist.stages.knn_graph import graph_kind
 from grappa_dist.stages.mirror import Mirror
 from grappa_dist.stages.pseudo_label import describe_choices, num_labels
+from grappa_dist.stages.run import place_of
 from grappa_dist.training.barlow_twins_loss import by_rows_cost, rows_are_cheaper, whole_cost
 from grappa_dist.training.batches import describe_idle_ranks, rank_share, steps_per_epoch
 from grappa_dist.training.memory import image_bytes, micro_batch_size
@@ -111,7 +112,7 @@ def _images(config: Config, store: Store, inputs: Inputs, lines: list[str]) -> _
 
 
 def _table(config: Config, root: Path, *, measured: bool) -> str:
-    lines = [f"run directory  {root}", f"workers        {_workers(config.resources)}"]
+    lines = [f"run directory  {place_of(root)}", f"workers        {_workers(config.resources)}"]
     backbone = _without_weights(config.backbone)
     inputs = look(config, root, log=lines.append)
     config = _to_be(inputs)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from grappa_dist.artifacts import Artifact, Store
+from grappa_dist.bucket import bucket_of
 from grappa_dist.config import CONFIG_FILE, Config
 from grappa_dist.data.open_images import generated_artifacts, is_generated, open_images
 from grappa_dist.files import make_folder, remove_folder, rename, write_json, write_utf8
@@ -80,6 +81,8 @@ def run_seeds(config: Config, root: Path, seeds: Sequence[int], until: str | Non
     if not seeds:
         raise ValueError("seeds: expected one at least")
     root = root.expanduser()
+    if (bucket := bucket_of(root)) is not None:
+        raise ValueError(f"--seeds with out={bucket.url}: the seeds link to each other's files; expected a directory")
     if (root / CONFIG_FILE).exists() or (root / "report").is_symlink():
         raise ValueError(f"{root} is the directory of a single run; expected another one for runs of several seeds")
     shards = config.data.shards_dir or str((root / "shards").absolute())  # images of folders become shards once

@@ -6,18 +6,22 @@ import json
 import os
 import shlex
 import socket
+import tempfile
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
 from grappa_dist.artifacts import LOCK
+from grappa_dist.bucket import EVENT_PARTS, Bucket, bucket_of
 from grappa_dist.config import CONFIG_FILE
 from grappa_dist.console import EVENTS_FILE, LOG_FILE, parse_event
 from grappa_dist.files import is_locked
+from grappa_dist.lease import holder
 from grappa_dist.progress import about, describe, duration
 
 State = Literal["running", "done", "stopped", "failed", "died", "unclear", "not begun"]
@@ -114,11 +118,15 @@ class Reader:
         Raises:
             ValueError: the folder is no run directory.
         """
-        self._root = root
+        self._root = self._events_in = root
+        self._record, self._file, self._offset = _Record(), (0, 0), 0
+        self._check()
+
+    def _check(self) -> None:
+        root = self._root
         if not _is_run(root):
             there = "it has no " + ", no ".join((EVENTS_FILE, CONFIG_FILE)) if root.is_dir() else "there is none"
             raise ValueError(f"{root}: expected a run directory, but {there}")
-        self._record, self._file, self._offset = _Record(), (0, 0), 0
 
     def look(self) -> RunStatus:
         """How far it is now."""
@@ -136,7 +144,7 @@ class Reader:
 
     def _read(self) -> None:
         try:
-            file = open(self._root / EVENTS_FILE, "rb")  # noqa: SIM115 - closed below
+            file = open(self._events_in / EVENTS_FILE, "rb")  # noqa: SIM115 - closed below
         except FileNotFoundError:
             return
         with file:
@@ -152,13 +160,51 @@ class Reader:
                 self._record = self._record.after(line)
 
 
+class _BucketReader(Reader):
+    """The same of a run on an object store that has no driver on this machine: by its lease, and the parts of its
+    events."""
+
+    def __init__(self, root: Path, bucket: Bucket) -> None:
+        self._bucket, self._parts = bucket, list[str]()
+        self._own = tempfile.TemporaryDirectory(prefix="grappa-status-")
+        super().__init__(root)
+        self._events_in = Path(self._own.name)
+
+    def _check(self) -> None:
+        if not self._bucket.names():
+            raise ValueError(f"{self._bucket.url}: expected a run, but nothing is there")
+
+    def _lock(self) -> tuple[bool, str]:
+        found = holder(self._bucket, write=False)
+        return found is not None and found.holds, found.who if found is not None and found.holds else ""
+
+    def _read(self) -> None:
+        parts, path = sorted(self._bucket.names(EVENT_PARTS)), self._events_in / EVENTS_FILE
+        if parts[: len(self._parts)] != self._parts:  # begun anew
+            path.unlink(missing_ok=True)
+            self._parts = []
+        with open(path, "ab") as file:
+            for part in parts[len(self._parts) :]:
+                file.write(self._bucket.read(part) or b"")
+        self._parts = parts
+        super()._read()
+
+
+def _reader(root: Path) -> Reader:
+    bucket = bucket_of(root)
+    with suppress(OSError):  # no driver has been here
+        if is_locked(root / LOCK):
+            return Reader(root)
+    return Reader(root) if bucket is None else _BucketReader(root, bucket)
+
+
 def status(root: Path) -> RunStatus:
     """How far a run is.
 
     Raises:
         ValueError: the folder is no run directory.
     """
-    return Reader(root).look()
+    return _reader(root).look()
 
 
 def runs_in(root: Path) -> list[Path]:
@@ -180,7 +226,7 @@ def follow(root: Path, pause_s: float = FOLLOW_S) -> Iterator[list[RunStatus]]:
     readers, went_on = dict[Path, Reader](), True
     while True:
         runs = runs_in(root)
-        readers = {run: readers.get(run) or Reader(run) for run in runs}
+        readers = {run: readers.get(run) or _reader(run) for run in runs}
         found = [reader.look() for reader in readers.values()]
         yield found
         goes_on = any(each.state in ("running", "unclear") for each in found)
@@ -193,7 +239,8 @@ def follow(root: Path, pause_s: float = FOLLOW_S) -> Iterator[list[RunStatus]]:
 def _status(root: Path, record: _Record, *, locked: bool, process: str) -> RunStatus:
     jobs = record.jobs()
     last = max((time_ for time_ in (record.last, *(_number(j.get("t")) for j in jobs.values())) if time_), default=None)
-    state = _state(record, locked=locked)
+    bucket = bucket_of(root)
+    state = _state(record, locked=locked, is_seen=bucket is not None)
     ago = 0.0 if last is None else max(0.0, time.time() - last)
     runs = state in ("running", "unclear")
 
@@ -202,7 +249,7 @@ def _status(root: Path, record: _Record, *, locked: bool, process: str) -> RunSt
         return max(0.0, found - ago) if runs and found is not None else None
 
     return RunStatus(
-        run=str(root),
+        run=str(root) if bucket is None else bucket.url,
         state=state,
         process=process,
         since=_number(record.began.get("t")),
@@ -220,21 +267,26 @@ def _status(root: Path, record: _Record, *, locked: bool, process: str) -> RunSt
     )
 
 
-def _state(record: _Record, *, locked: bool) -> State:
+def _state(record: _Record, *, locked: bool, is_seen: bool) -> State:
+    """The state; `is_seen`: whether a lock of another machine would be seen from here."""
     if locked:
         return "running"
     if record.how in ("done", "stopped", "failed"):
         return record.how  # type: ignore[return-value]
     if not record.began and record.last is None:
         return "not begun"
-    here = record.began.get("host") in (None, socket.gethostname())
+    here = is_seen or record.began.get("host") in (None, socket.gethostname())
     return "died" if here else "unclear"  # locks of another machine are not seen on every file system
 
 
 def _next(root: Path, state: State) -> Iterator[str]:
     """What may be typed, or looked at."""
-    report, embeddings = root / "report" / "report.html", root / "embeddings.json"
-    if state == "running":
+    report, embeddings, bucket = root / "report" / "report.html", root / "embeddings.json", bucket_of(root)
+    if bucket is not None:
+        done = [f"{bucket.url}/report/report.html", f"{bucket.url}/model"]
+        on = {"running": [f"grappa-dist status --follow {bucket.url}"], "done": done}
+        yield from on.get(state, [f"grappa-dist run --out {bucket.url}"])
+    elif state == "running":
         yield f"grappa-dist status --follow {shlex.quote(str(root))}"
     elif state == "done" and (report.exists() or embeddings.exists()):
         yield from (str(path) for path in (report, root / "model", embeddings) if path.exists())

@@ -43,9 +43,10 @@ LEVELS = (  # a part imports parts of lower levels, and files of its own
     ("kmeans", "make_shards", "verdict"),
     ("data", "distributed"),
     ("metrics", "significance", "artifacts"),
-    ("class_ranks", "checksums"),
+    ("lease", "class_ranks", "checksums"),
+    ("bucket",),
     ("search", "config", "console", "files", "functions", "prefetch", "lack_of_memory", "_compat"),
-    ("bars", "yaml_text"),
+    ("bars", "yaml_text", "object_store"),
     ("output", "storage", "extras", "progress"),
 )
 DISTRIBUTED = ("ray", "deepspeed", "torch.distributed", "faiss")

@@ -42,6 +42,7 @@ def command(
     What is no shards is made into shards once, below DIR. Shards that were embedded before are reused. Settings are
     data.max_bad_share, embed.batch_size and most of resources.
     """
+    from grappa_dist.bucket import is_bucket
     from grappa_dist.config import expanded
     from grappa_dist.console import Console
     from grappa_dist.export import describe_embeddings, embed_images
@@ -51,6 +52,8 @@ def command(
 
     places, settings = split_words(given)
     ending.log_dir = root = run_root(expanded(out, "--out"), "embeddings")
+    if is_bucket(out):
+        raise ValueError(f"--out {out}: embeddings are written to a directory; expected one, to be copied afterwards")
     where = places_of((*images, *places))
     options = {"gallery": gallery, "trust_modules": trust_modules}
     if index:

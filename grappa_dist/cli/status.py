@@ -28,9 +28,11 @@ def command(ending: Ending, run: str, as_json: bool, follow: bool) -> None:
     shares the directory.
     """
     from grappa_dist import status
+    from grappa_dist.bucket import folder_of, is_bucket
     from grappa_dist.config import expanded
 
-    root = Path(expanded(run, "RUN")).absolute()
+    place = expanded(run, "RUN")
+    root = folder_of(place) if is_bucket(place) else Path(place).absolute()
     show, between = (status.status_json, "\n") if as_json else (status.describe_status, "\n\n")
     looks = status.follow(root) if follow else [[status.status(run) for run in status.runs_in(root)]]
     for text in _changes(between.join(map(show, found)) for found in looks):

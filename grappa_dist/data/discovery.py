@@ -49,9 +49,10 @@ from grappa_dist.data.index_cache import (
     state_of,
     verify_unchanged,
 )
-from grappa_dist.data.remote import RemoteObject, is_remote
+from grappa_dist.data.remote import RemoteObject
 from grappa_dist.data.remote_index import RemoteRows, committed_indexes, index_remote, list_remote
 from grappa_dist.files import read_bytes, save_array
+from grappa_dist.object_store import is_remote
 from grappa_dist.storage import open_to_read, tried_again
 
 Item = TypeVar("Item")

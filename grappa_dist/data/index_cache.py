@@ -16,6 +16,7 @@ from typing import Any
 
 import xxhash
 
+from grappa_dist.bucket import here
 from grappa_dist.data.index import COMMITTED, Shard, entry, sha256_of, shard_of
 from grappa_dist.files import Sum, read_bytes, read_json, write_json, write_utf8
 from grappa_dist.storage import open_to_read, tried_again
@@ -123,7 +124,7 @@ def rows_are_whole(path: Path, *, write: bool) -> bool:
     Args:
         write: whether a checksum may be put beside rows that have none, which are then taken as they are.
     """
-    beside, state = path.with_suffix(SUM_SUFFIX), local_state(path)
+    beside, state = here(path.with_suffix(SUM_SUFFIX)), local_state(path)
     has_checksum = beside.is_file()
     if has_checksum and _whole.get(path) == state:
         return True

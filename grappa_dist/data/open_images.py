@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from grappa_dist.artifacts import Artifact, Store
+from grappa_dist.bucket import here
 from grappa_dist.config import DataConfig, Resources
 from grappa_dist.console import pluralize
 from grappa_dist.data.block_cache import CacheSettings
@@ -39,7 +40,10 @@ def open_images(
     """
     index, cache, on_read = store.root / "index", cache_of(where or Resources()), _read_tars_logger(log)
     if data.collection:
-        folder = generated_data_set(store, data).path
+        generated = generated_data_set(store, data)
+        folder = generated.path
+        for name in generated.files if generated.complete else ():
+            here(folder / name)
         return ImageShards.open([folder / "train"], index), ImageShards.open([folder / "test"], index)
     how: dict[str, Any] = {"write": write_index, "on_read": on_read, "log": lambda line: log(f"warning: {line}")}
     train = ImageShards.open(data.train, index, cache, **how)

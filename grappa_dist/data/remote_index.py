@@ -22,17 +22,9 @@ from grappa_dist.data.index import (
     scan,
 )
 from grappa_dist.data.index_cache import IndexCache, forget_rows, rows_are_whole
-from grappa_dist.data.remote import (
-    RemoteFile,
-    RemoteObject,
-    check_url,
-    fetch_whole,
-    is_folder,
-    is_http,
-    list_tars,
-    objects_at,
-)
+from grappa_dist.data.remote import RemoteFile, RemoteObject, fetch_whole, is_folder, list_tars, objects_at
 from grappa_dist.files import write_bytes
+from grappa_dist.object_store import check_url, is_http
 from grappa_dist.prefetch import prefetch_with
 from grappa_dist.storage import open_to_read
 

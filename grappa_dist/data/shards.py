@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
 from grappa_dist.artifacts import packed_texts, unpacked_texts
+from grappa_dist.bucket import bucket_of, here
 from grappa_dist.checksums import map_rows
 from grappa_dist.data.block_cache import BlockFile, CacheSettings, ReadAt, fetchers, open_blocks
 from grappa_dist.data.decoding import BadImage
@@ -36,11 +37,12 @@ from grappa_dist.data.index import (
     refusal,
 )
 from grappa_dist.data.index_cache import rows_are_whole
-from grappa_dist.data.remote import RemoteObject, is_remote
+from grappa_dist.data.remote import RemoteObject
 from grappa_dist.data.remote_index import RemoteRows
 from grappa_dist.data.rng import Purpose, permutation
 from grappa_dist.data.tars import key_at, sibling_at
 from grappa_dist.files import unique
+from grappa_dist.object_store import is_remote
 from grappa_dist.storage import open_to_read
 
 _FETCHING = [threading.Lock() for _ in range(64)]  # by shard: threads that need the same index wait for one fetch
@@ -276,7 +278,7 @@ class ImageShards:
         if isinstance(opened, BlockFile):
             yield cast(IO[bytes], ReadAt(opened))
             return
-        with open_to_read(self.shards[shard].path) as file:
+        with open_to_read(here(Path(self.shards[shard].path))) as file:
             yield file
 
     def _json_member(self, row: int) -> bytes | None:
@@ -356,7 +358,9 @@ def _opener() -> Callable[[Shard], OpenFile]:
 
 
 def _open(shard: Shard) -> OpenFile:
-    return OpenFile(shard.path, (shard.bytes, shard.version) if shard.version else None)
+    path = Path(shard.path)
+    listed = None if bucket_of(path) is not None else (shard.bytes, shard.version)  # each machine has its own copy
+    return OpenFile(here(path), listed if shard.version else None)
 
 
 def _sum_of(path: str, position: int) -> int:
@@ -368,7 +372,7 @@ def _sum_of(path: str, position: int) -> int:
 
 def _is_there(path: str) -> bool:
     if path not in _SUMS:
-        found = os.path.exists(path)
+        found = here(Path(path)).exists()
         if not found and not os.path.exists(os.path.dirname(path)):
             return False  # the features are not finished, and may have it later
         _SUMS[path] = found  # finished features of an earlier version have none
@@ -386,7 +390,7 @@ def _rows_of(index: Index, shard: Shard) -> NDArray[Any]:
 def _map(index: str | RemoteRows, shard: Shard) -> NDArray[Any]:
     if isinstance(index, RemoteRows):
         return index.load(shard)
-    with open_to_read(index) as file:
+    with open_to_read(here(Path(index))) as file:
         if index != f"{shard.path}.npy":  # it is named by the fingerprint of its tar
             if not rows_are_whole(Path(index), write=False):
                 raise ValueError(f"{index}: damaged since the run began{REMADE}")

@@ -23,6 +23,7 @@ from uuid import uuid4
 
 import torch
 
+from grappa_dist.bucket import bucket_of, here, send, withdraw
 from grappa_dist.distributed.machine import multiplies_bf16, this_machine
 from grappa_dist.files import make_folder, read_bytes, write_bytes
 
@@ -123,13 +124,15 @@ def _slow_products(on_gpu: bool) -> str:
 def _storage(root: Path, token: Path | None, node: str) -> str:
     """Reads what the driver wrote and writes it again under the node's name; why that fails, or ""."""
     if token is None:
-        return "" if root.is_dir() else f"the run directory {root} is not there; put --out on storage that all share"
+        is_there = root.is_dir() or bucket_of(root) is not None
+        return "" if is_there else f"the run directory {root} is not there; put --out on storage that all share"
     try:
         write_bytes(token / _file_of(node), _read_when_visible(token / "driver"))
+        send(token / _file_of(node))
     except FileNotFoundError:
         return f"the run directory {root} is not the one that the driver writes to; put --out on storage that all share"
-    except OSError as error:
-        return f"the run directory {root} cannot be used: {error.strerror or error}"
+    except (OSError, ValueError) as error:
+        return f"the run directory {root} cannot be used: {getattr(error, 'strerror', None) or error}"
     return ""
 
 
@@ -142,7 +145,7 @@ def _read_when_visible(path: Path) -> bytes:
     end = time.monotonic() + LATE_FILE_S
     while True:
         try:
-            return read_bytes(path)
+            return read_bytes(here(path))
         except FileNotFoundError:
             if time.monotonic() > end:
                 raise
@@ -187,12 +190,14 @@ def token_in(root: Path) -> Iterator[Path]:
     try:
         make_folder(token)
         write_bytes(token / "driver", token.name.encode())
+        send(token / "driver")
     except OSError as error:
         raise ValueError(f"the run directory {root} cannot be written: {error.strerror or error}") from None
     try:
         yield token
     finally:
         shutil.rmtree(token, ignore_errors=True)
+        withdraw(token)
         with suppress(OSError):  # something else lies in it by now
             for folder in made:
                 folder.rmdir()

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from grappa_dist.bucket import withdraw
 from grappa_dist.distributed.collectives import Comm, process_group, wire_device
 from grappa_dist.distributed.preflight import Checks, Facts, node_name, survey
 from grappa_dist.files import hide_damaged
@@ -68,6 +69,7 @@ class RankContext:
         if self.comm.rank == 0:
             why = problem or f"damaged as rank {found.index(True)} reads it"
             self.note(f"{what} {path} is not used: {why}; set aside as {hide_damaged(path).name}")
+            withdraw(path)
         self.comm.barrier()
         return True
 

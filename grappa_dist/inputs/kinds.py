@@ -12,10 +12,10 @@ from typing import Literal
 from grappa_dist.data.decoding import TAKEN
 from grappa_dist.data.entries import is_shard_name
 from grappa_dist.data.index import COMMITTED
-from grappa_dist.data.remote import is_remote
 from grappa_dist.inputs.tables import ARROW, PARQUET, is_saved
 from grappa_dist.make_shards.lists import LINES
 from grappa_dist.make_shards.sources import FOREIGN
+from grappa_dist.object_store import is_remote
 
 Kind = Literal["shards", "folder", "table", "list"]
 _LISTS = (".csv", ".tsv", LINES)

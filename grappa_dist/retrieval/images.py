@@ -16,7 +16,6 @@ from grappa_dist.data.decoding import COPIED, TAKEN, BadImage
 from grappa_dist.data.entries import is_shard_name
 from grappa_dist.data.index import COMMITTED
 from grappa_dist.data.loader import Images
-from grappa_dist.data.remote import is_remote
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.inputs.images import images_of
 from grappa_dist.inputs.kinds import kind_of
@@ -24,6 +23,7 @@ from grappa_dist.make_shards.class_folders import task_name
 from grappa_dist.make_shards.left_out import described
 from grappa_dist.make_shards.progress import Log
 from grappa_dist.make_shards.sources import FolderSource, Item, encoded, image_suffix
+from grappa_dist.object_store import is_remote
 from grappa_dist.storage import described as error_text
 
 

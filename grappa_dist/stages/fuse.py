@@ -178,7 +178,7 @@ def train_fusion(context: RankContext, job: FuseJob) -> None:
             if job.random_sets:
                 save_random_sets(objective.grappa, folder)
             remove_neighbours(folder / "knn", range(1, config.epochs - 1))
-            job.artifact.commit(discard=["checkpoints", "knn/*.partial"])
+            job.artifact.commit(discard=["checkpoints", "knn/*.partial"], expected=objective.graph_files())
 
 
 def lars_groups(module: nn.Module) -> list[dict[str, Any]]:
@@ -242,6 +242,10 @@ class FuseObjective:
         )
         self._attention = AttentionStatistics(self.grappa)
         self._micro_batch = self._micro_batch_size(folder)
+
+    def graph_files(self) -> list[str]:
+        """The files of the graphs that are kept, of which other machines may have written some."""
+        return self._pairs.kept_files() if self._job.variant.pairs == "neighbours" else []
 
     def _micro_batch_size(self, folder: Path) -> int:
         context, job = self._context, self._job

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from grappa_dist.artifacts import RowArrays
+from grappa_dist.artifacts import RowArrays, rows_file
 from grappa_dist.config import FuseConfig
 from grappa_dist.data.decoding import Picture, Pixels
 from grappa_dist.data.device_batches import Memory, device_batches
@@ -24,7 +24,7 @@ from grappa_dist.data.transforms import Preprocess
 from grappa_dist.distributed.worker import RankContext
 from grappa_dist.models import Grappa
 from grappa_dist.stages.embed import Embedding
-from grappa_dist.stages.knn_graph import Graphs, remove_neighbours
+from grappa_dist.stages.knn_graph import STATISTICS_FILE, Graphs, remove_neighbours
 from grappa_dist.training.batches import EPOCHS_AT_ONCE, TrainingImages
 from grappa_dist.training.checkpoints import oldest_step
 
@@ -86,6 +86,13 @@ class Pairs:
             first_needed = oldest_step(self._folder.parent) // self._per_epoch
             remove_neighbours(self._folder, range(self._removed_before, first_needed))
             self._removed_before = max(self._removed_before, first_needed)
+
+    def kept_files(self) -> list[str]:
+        """The statistics of all graphs, and the neighbours of the first and the last, in the folder of the job."""
+        epochs = range(self._settings.epochs if self._settings.refresh else 1)
+        files = [rows_file(shard) for shard in range(len(self._training.images.shards))]
+        kept = [f"knn/epoch-{at}/{file}" for at in sorted({0, epochs[-1]}) for file in files]
+        return [*kept, *(f"knn/epoch-{at}/{STATISTICS_FILE}" for at in epochs)]
 
     def at(self, step: int) -> Tensor:
         """The pairs of a step, (2B, S, S, 3) uint8 on the device: all anchors, then their partners. Steps must come in

@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from grappa_dist.artifacts import Artifact, Store, wait_for_files, wait_until_seen
+from grappa_dist.bucket import send
 from grappa_dist.checksums import load_array, load_json
 from grappa_dist.config import DataConfig
 from grappa_dist.console import pluralize
@@ -160,19 +161,20 @@ def _tasks_of(images: ImageShards, artifact: Artifact) -> list[MembersTask]:
 def read_members(device: torch.device, task: MembersTask) -> None:
     """Writes what is noted of some shards into the unfinished artefact, unless that is done."""
     folder = task.artifact.begin()
-    if (folder / f"{task.name}.json").exists():
-        return
-    found = _read(task.shards, task.artifact, sum(map(len, task.shards)))
-    save_array(folder / f"{task.name}.npy", found.which)
-    rest = {"different": found.different, "keys": found.keys.most_common(), "unreadable": found.unreadable}
-    write_json(folder / f"{task.name}.json", {**rest, "first_unreadable": found.first_unreadable})
+    files = [folder / f"{task.name}.npy", folder / f"{task.name}.json"]
+    if not files[1].exists():
+        found = _read(task.shards, task.artifact, sum(map(len, task.shards)))
+        save_array(files[0], found.which)
+        rest = {"different": found.different, "keys": found.keys.most_common(), "unreadable": found.unreadable}
+        write_json(files[1], {**rest, "first_unreadable": found.first_unreadable})
+    send(*files)
 
 
 def join_members(device: torch.device, task: tuple[Artifact, Sequence[str]]) -> None:
     """Numbers what the tasks of these names have noted, in their order, and commits the artefact."""
     artifact, names = task
     folder = artifact.begin()
-    wait_for_files(folder / f"{name}.json" for name in names)
+    wait_for_files(folder / f"{name}{suffix}" for name in names for suffix in (".json", ".npy"))
     _commit(artifact, [_noted(folder, name) for name in names])
 
 

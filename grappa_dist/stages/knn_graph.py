@@ -18,22 +18,23 @@ from numpy.typing import NDArray
 from xxhash import xxh3_64_hexdigest
 
 from grappa_dist.artifacts import RowArrays, own_shards, rows_file
+from grappa_dist.bucket import bucket_of, here, refreshed_folder, withdraw
 from grappa_dist.checksums import forget_maps
 from grappa_dist.config import FuseConfig
+from grappa_dist.distributed.collectives import wire_device
 from grappa_dist.distributed.worker import RankContext, wait_for_slower_ranks
 from grappa_dist.files import (
     Sum,
     hide_damaged,
     make_folder,
     read_json,
-    record,
+    record_of,
     recorded,
     remove_folder,
     remove_recorded,
     rename,
     save_array,
     sync,
-    write_inside,
     write_json,
 )
 from grappa_dist.knn.block_search import are_duplicates, without_duplicates
@@ -45,6 +46,7 @@ from grappa_dist.stages.embed import Embedding, RowSet, embed_row_sets
 from grappa_dist.storage import allocate, tried_again
 from grappa_dist.training.batches import TrainingImages
 
+STATISTICS_FILE = "statistics.json"
 SAVE_S = 60.0  # between two records of how many features of a graph are computed
 EXACT_ROWS = 10**6  # up to this many rows `auto` is exact (docs/scale.md)
 
@@ -69,7 +71,12 @@ def remove_neighbours(folder: Path, epochs: Iterable[int]) -> None:
         folder: of all graphs of a job.
     """
     for epoch in epochs:
-        for path in sorted((folder / f"epoch-{epoch}").glob("rows-*.npy")):  # the first says that all are there
+        of_epoch = folder / f"epoch-{epoch}"
+        bucket = bucket_of(of_epoch)
+        if bucket is not None:
+            of_rows = [name for name in bucket.names(bucket.name_of(of_epoch)) if "rows-" in name]
+            bucket.remove(sorted(of_rows, key=lambda name: not name.endswith(f"/{rows_file(0)}")))
+        for path in sorted(of_epoch.glob("rows-*.npy")):  # the first says that all are there
             remove_recorded(path)
 
 
@@ -125,9 +132,13 @@ class Graphs:
         images = self._training.images
         folder, partial = self._folder / f"epoch-{epoch}", self._folder / f"epoch-{epoch}.partial"
         forget_maps(self._folder)
-        if not self._context.of_rank_0((folder / rows_file(0)).exists()) or self._set_aside_damaged(folder):
+        refreshed_folder(folder, STATISTICS_FILE)
+        is_there = here(folder / rows_file(0)).exists()
+        if not self._context.of_rank_0(is_there) or self._set_aside_damaged(folder):
             self._make(epoch, partial)
-            if self._context.comm.rank == 0:
+            if bucket_of(folder) is not None:
+                self._send(partial, folder)
+            elif self._context.comm.rank == 0:
                 remove_folder(folder)  # one whose neighbours were removed
                 sync(partial)
                 rename(partial, folder)
@@ -135,14 +146,28 @@ class Graphs:
         self._context.comm.barrier()
         return RowArrays.of((folder / rows_file(i) for i in range(len(images.shards))), images.starts)
 
+    def _send(self, partial: Path, folder: Path) -> None:
+        """Puts this rank's files into the bucket of the run, where the graph appears with its statistics."""
+        comm, bucket = self._context.comm, bucket_of(folder)
+        assert bucket is not None
+        for path in (partial / name for own in self._own_files() for name in (own, record_of(partial / own).name)):
+            bucket.put(path, bucket.name_of(folder / path.name))
+        comm.barrier()
+        if comm.rank == 0:
+            bucket.put(partial / STATISTICS_FILE, bucket.name_of(folder / STATISTICS_FILE))
+        comm.barrier()
+        refreshed_folder(folder, STATISTICS_FILE)
+        remove_folder(partial)
+
     def _set_aside_damaged(self, folder: Path) -> bool:
         """Whether the graph of an earlier attempt is damaged, on any rank's shards; it is set aside."""
         comm, own = self._context.comm, [folder / name for name in self._own_files()]
-        damaged = any(not path.exists() or recorded(path) not in (None, Sum.of(path)) for path in own)
+        damaged = any(not here(path).exists() or recorded(path) not in (None, Sum.of(path)) for path in own)
         if not self._sum([int(damaged)])[0]:
             return False
         if comm.rank == 0:
             self._context.note(f"k-NN graph {folder} is damaged; set aside as {hide_damaged(folder).name}, made anew")
+            withdraw(folder, STATISTICS_FILE)
         comm.barrier()
         return True
 
@@ -228,22 +253,31 @@ class Graphs:
     def _write_neighbours(self, folder: Path, ids: NDArray[np.int64], near: NDArray[np.int64]) -> None:
         """Writes a table for each shard, every rank the rows that it has, and syncs them to the disk."""
         images, comm = self._training.images, self._context.comm
-        for shard in own_shards(images.starts.tolist(), comm.rank, comm.size):
-            path = folder / rows_file(shard)
-            save_array(path, np.full((images.shards[shard].rows, near.shape[1]), -1, dtype=np.int64))
+        starts = images.starts.tolist()
+        shards = [own_shards(starts, rank, comm.size) for rank in range(comm.size)]
+        ids, near = self._to_owners(ids, near, [(starts[of.start], starts[of.stop]) for of in shards])
+        for shard in shards[comm.rank]:
+            first, after = np.searchsorted(ids, starts[shard : shard + 2])
+            table = np.full((images.shards[shard].rows, near.shape[1]), -1, dtype=np.int64)
+            table[ids[first:after] - starts[shard]] = near[first:after]
+            save_array(folder / rows_file(shard), table, summed=True)
         comm.barrier()
-        owners = np.searchsorted(images.starts, ids, side="right") - 1
-        for shard in np.unique(owners).tolist():
-            inside = slice(*np.searchsorted(ids, images.starts[shard : shard + 2]))  # ids ascend
-            places = ids[inside] - images.starts[shard]
-            table = np.full((int(places[-1] - places[0]) + 1, near.shape[1]), -1, dtype=np.int64)
-            table[places - places[0]] = near[inside]
-            path = folder / rows_file(shard)
-            header = path.stat().st_size - images.shards[shard].rows * table[0].nbytes
-            write_inside(path, header + int(places[0]) * table[0].nbytes, table.tobytes())
-        comm.barrier()
-        for name in self._own_files():
-            record(folder / name)  # all of it is there now
+
+    def _to_owners(
+        self, ids: NDArray[np.int64], near: NDArray[np.int64], rows: Sequence[tuple[int, int]]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Ids, ascending, and neighbours of this rank's rows, of which every rank has some.
+
+        Args:
+            rows: first and after of each rank's.
+        """
+        comm, wire = self._context.comm, wire_device(self._context.comm)
+        table = torch.from_numpy(np.concatenate([ids[:, None], near], 1)).to(wire)
+        parts = [table[slice(*np.searchsorted(ids, of_rank).tolist())] for of_rank in rows]
+        counts = torch.tensor([[len(part) for part in parts]], device=wire)
+        sent = torch.cat(comm.gather(counts))[:, comm.rank].tolist()
+        found = torch.cat(comm.exchange(parts, [(count, table.shape[1]) for count in sent])).cpu().numpy()
+        return found[:, 0], found[:, 1:]
 
     def _duplicates(self, near: NDArray[np.int64], copies: NDArray[np.bool_]) -> dict[str, float]:
         """How many of all rows have near-duplicates among their k nearest, and how many have no neighbour."""
@@ -273,7 +307,7 @@ class Graphs:
         if self._context.comm.rank == 0:
             for file in folder.glob("features-*"):
                 file.unlink()
-            write_json(folder / "statistics.json", {**figures, "neighbours_share_pseudo_label": shares})
+            write_json(folder / STATISTICS_FILE, {**figures, "neighbours_share_pseudo_label": shares})
 
 
 class _Features:

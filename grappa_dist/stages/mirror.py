@@ -31,7 +31,8 @@ import xxhash
 from grappa_dist.artifacts import Artifact, finished
 from grappa_dist.checksums import MANIFEST, compare, names_aside, read_manifest, verified
 from grappa_dist.console import METRICS_FILE, Console, pluralize
-from grappa_dist.data.remote import (
+from grappa_dist.files import Sum, make_folder, parse_json, rename, sync
+from grappa_dist.object_store import (
     BrokenAnswer,
     StoreUnavailable,
     check_url,
@@ -41,7 +42,6 @@ from grappa_dist.data.remote import (
     patiently,
     store_of,
 )
-from grappa_dist.files import Sum, make_folder, parse_json, rename, sync
 from grappa_dist.stages.damages import Damage, Mending
 from grappa_dist.stages.flow import Flow, artifacts_of
 from grappa_dist.stages.multi_set_jobs import MULTI_SET_FILE, MULTI_SET_FOLDER, multi_set_members

@@ -24,6 +24,7 @@ from typing import Any
 from torch import Tensor
 
 from grappa_dist.artifacts import Artifact, RowArrays
+from grappa_dist.bucket import send, withdraw
 from grappa_dist.checksums import DamagedArtifact
 from grappa_dist.config import fingerprint
 from grappa_dist.console import METRICS_FILE, read_events
@@ -124,6 +125,7 @@ def begin_job(sets: Sequence[AdaptSet]) -> Path:
     make_folder(folder)
     if not (folder / MULTI_SET_FILE).exists():
         write_json(folder / MULTI_SET_FILE, {"sets": [s.artifact.name for s in sets]})
+        send(folder / MULTI_SET_FILE)
     return folder
 
 
@@ -170,6 +172,8 @@ def commit_trained(sets: Sequence[AdaptSet]) -> None:
             one.artifact.commit(discard=["checkpoints"])
     if len(sets) > 1:
         folder = job_folder(sets)
+        withdraw(folder / "checkpoints")
+        withdraw(folder)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # before the file that names the sets
         shutil.rmtree(folder, ignore_errors=True)
 

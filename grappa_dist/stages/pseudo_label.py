@@ -33,6 +33,7 @@ from grappa_dist.artifacts import (
     rows_file,
     wait_until_seen,
 )
+from grappa_dist.bucket import bucket_of, refreshed, send
 from grappa_dist.checksums import load_json
 from grappa_dist.config import ClusteringConfig
 from grappa_dist.console import format_bytes, format_number, pluralize
@@ -73,6 +74,7 @@ _JOB, _DIGEST = "job", "digest"  # in the metadata of a checkpoint, beside its p
 SEEDING_SAVE_S = 30.0  # between two saves during an initialisation, whose rounds may be many and short
 PIECE_ROWS = 4096  # of centroids that a checkpoint is written and read by
 _DTYPES: dict[np.dtype[Any], str] = {np.dtype(np.float32): "F32", np.dtype(np.int64): "I64"}
+SEND_S = 20.0  # between two checkpoints that go to the bucket of a run
 LEAST_AGREEMENT = 0.95  # of labels found through lists with the exact ones; below, a warning
 LADDER_SETS = 8
 FINEST = 17  # power of two of the largest K for `auto`
@@ -302,6 +304,7 @@ def _commit(context: RankContext, job: LabelJob, k: int, labels: Mapping[int, np
     folder = artifact.begin()
     for shard, of_rows in labels.items():
         save_array(folder / rows_file(shard), of_rows, summed=True)
+        send(folder / rows_file(shard))
     comm.barrier()
     if comm.rank == 0:
         save_array(folder / CENTROIDS_FILE, found.result.centroids)
@@ -369,14 +372,17 @@ def scratch_bytes(num_labels: int, dim: int) -> int:
 
 def checkpoint_saver(path: Path, rank: int) -> Callable[[Checkpoint], None]:
     """A function that saves, on rank 0, every update, and an initialisation every `SEEDING_SAVE_S` seconds."""
-    last = -math.inf
+    last = sent = -math.inf
 
     def save(checkpoint: Checkpoint) -> None:
-        nonlocal last
+        nonlocal last, sent
         seeding = any(state.seeded for state in checkpoint.values())
         if rank == 0 and not (seeding and time.monotonic() - last < SEEDING_SAVE_S):
             save_checkpoint(path, checkpoint)
             last = time.monotonic()
+            if last - sent > SEND_S:
+                send(path)
+                sent = last
 
     return save
 
@@ -448,7 +454,9 @@ def newest_checkpoint(context: RankContext, path: Path) -> Checkpoint:
     Raises:
         RuntimeError: ranks read different contents.
     """
-    for file in (path, path.with_name(PREVIOUS_FILE)):
+    refreshed(path)
+    sent = bucket_of(path) is not None  # then the one before is known to the machine of rank 0 alone
+    for file in (path,) if sent else (path, path.with_name(PREVIOUS_FILE)):
         checkpoint, problem = load_checkpoint(file)
         if context.set_aside_damaged(file, problem, "k-means checkpoint"):
             continue

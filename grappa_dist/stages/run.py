@@ -11,18 +11,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from grappa_dist.artifacts import LOCK, Store
+from grappa_dist.bucket import bucket_of, folder_of, is_bucket, refreshed
 from grappa_dist.config import CONFIG_FILE, Config, load
 from grappa_dist.console import EVENTS_BYTES, EVENTS_FILE, LOG_FILE, Console, Events, LogFile, read_events
 from grappa_dist.data.block_cache import DAMAGED_LOG, count_damaged
 from grappa_dist.data.open_images import cache_of
-from grappa_dist.data.remote import is_remote
 from grappa_dist.distributed.connection import SUBMITTED_JOB
 from grappa_dist.distributed.machine import origin
 from grappa_dist.distributed.ray_cluster import Cluster
 from grappa_dist.distributed.runner import Runner
 from grappa_dist.extras import RUNS, require
 from grappa_dist.files import write_utf8
+from grappa_dist.object_store import is_remote
 from grappa_dist.output import printable, without_secrets
+from grappa_dist.stages.run_on_bucket import RunFiles, restored, sending
 from grappa_dist.storage import raise_open_files
 
 
@@ -33,6 +35,7 @@ class Run:
     runner: Runner
     console: Console
     given: Config | None = None  # the settings as they were given, where `config` has shards in place of folders
+    files: RunFiles | None = None  # of a run on an object store
 
 
 @contextmanager
@@ -47,17 +50,24 @@ def running(config: Config, root: Path) -> Iterator[Run]:
     raise_open_files()
     root = root.expanduser()  # of callers in Python: no folder is ever called "~"
     store, new = Store(root), [path for path in (root, *root.parents) if not path.exists()]
-    with store.lock():
+    with store.lock() as lease:
+        files = restored(root, lease)
         try:
-            with _working(config, store) as context:
+            with _working(config, store, files) as context:
                 yield context
-        except ValueError:
-            _remove_unused(root, new)
+        except BaseException as error:
+            if files is not None and lease is not None and not lease.lost:
+                with contextlib.suppress(ValueError, OSError):  # the first error says more
+                    files.send()
+            if isinstance(error, ValueError):
+                _remove_unused(root, new)
             raise
+        if files is not None:
+            files.send()
 
 
 @contextmanager
-def _working(config: Config, store: Store) -> Iterator[Run]:
+def _working(config: Config, store: Store, files: RunFiles | None) -> Iterator[Run]:
     console = Console(
         Events(store.root / EVENTS_FILE, EVENTS_BYTES), log_file=LogFile(store.root / LOG_FILE, EVENTS_BYTES)
     )
@@ -69,7 +79,8 @@ def _working(config: Config, store: Store) -> Iterator[Run]:
         try:
             with runner.handle_signals():
                 console.event("origin", **origin())
-                yield Run(config, store, runner, console)
+                with sending(files, console.log):
+                    yield Run(config, store, runner, console, files=files)
                 if new_ones := count_damaged(cache) - damaged:
                     log = cache.path / DAMAGED_LOG
                     console.log(f"warning: {new_ones} cached blocks of shards were damaged and fetched again: {log}")
@@ -80,7 +91,9 @@ def _working(config: Config, store: Store) -> Iterator[Run]:
 @contextmanager
 def keeping_config(context: Run) -> Iterator[None]:
     """Writes the settings into the run directory; undone where they are refused before more than shards is made."""
-    path, text = context.store.root / CONFIG_FILE, context.config.absolute(context.store.root).yaml()
+    root = context.store.root
+    path, settings = root / CONFIG_FILE, context.config.absolute(root)
+    text = settings.model_copy(update={"out": str(place_of(root))}).yaml()
     before = path.read_text(encoding="utf-8") if path.exists() else None
     if before != text:
         write_utf8(path, text)
@@ -136,18 +149,29 @@ def _remove_unused(root: Path, new: Sequence[Path]) -> None:
             path.rmdir()
 
 
+def place_of(root: Path) -> Path | str:
+    """Where a run is, as its settings and messages have it: its URL on an object store, else its directory."""
+    bucket = bucket_of(root)
+    return root if bucket is None else bucket.url
+
+
 def name_after(images: Sequence[str]) -> str:
     """What a run is called that was given no directory: as the folder of its images, however that is written."""
     return os.path.basename(os.path.abspath(images[0])) if images else ""
 
 
 def run_root(out: str | None, name: str) -> Path:
-    """The run directory, absolute; warns if it is in the temporary folder of a submitted job, which Ray removes."""
+    """The run directory, absolute, or this machine's folder of a run on an object store.
+
+    Warns if it is in the temporary folder of a submitted job, which Ray removes.
+    """
+    if out is not None and is_bucket(out):
+        return refreshed(folder_of(out) / CONFIG_FILE).parent
     if out is not None and is_remote(out):
         shown = without_secrets(out)
         raise ValueError(
-            f"out={shown}: artefacts are renamed, locked and memory-mapped; expected a folder on a file system that "
-            f"all nodes share, with mirror={shown} beside it to keep artefacts and checkpoints on the store"
+            f"out={shown}: expected a folder on a file system that all nodes share, s3://<bucket>/<prefix> or "
+            "gs://<bucket>/<prefix>"
         )
     root = Path(out or f"runs/{name}").expanduser().absolute()
     if SUBMITTED_JOB in os.environ and root.is_relative_to(Path.cwd()):

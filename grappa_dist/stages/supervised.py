@@ -35,6 +35,7 @@ from grappa_dist.artifacts import (
     wait_for_files,
     wait_until_seen,
 )
+from grappa_dist.bucket import send
 from grappa_dist.checksums import load_json
 from grappa_dist.config import SUPERVISED, SUPERVISED_SET, AdaptConfig, BackboneConfig, Config
 from grappa_dist.console import pluralize
@@ -169,9 +170,11 @@ def _add_up(task: TrueLabelsTask, part: range, numbers: NDArray[np.int32]) -> No
     for shard in part:
         own = numbers[starts[shard] : starts[shard + 1]]
         save_array(folder / rows_file(shard), own)
+        send(folder / rows_file(shard))
         known = np.flatnonzero(own >= 0)
         sums.index_add_(0, torch.from_numpy(own[known]), torch.from_numpy(task.features.shard(shard)[known]).double())
     save_array(folder / _sums_file(part), sums.numpy())
+    send(folder / _sums_file(part))
 
 
 def _sums_file(part: range) -> str:

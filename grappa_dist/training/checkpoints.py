@@ -24,6 +24,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from grappa_dist.bucket import bucket_of, here, marked, refreshed_folder, send, withdraw
+from grappa_dist.console import METRICS_FILE
 from grappa_dist.distributed.collectives import failing_together
 from grappa_dist.distributed.worker import RankContext
 from grappa_dist.files import (
@@ -119,9 +121,10 @@ class CheckpointWriter:
         assert not self.under_way
         comm, shards, (done, unfinished) = self._context.comm, shards or {}, self._paths(step)
         with failing_together(comm, self._context.device):
+            own = bucket_of(self._folder) is not None  # then every machine has a folder of its own
             for left in done.parent.glob(".step-*") if comm.rank == 0 else ():  # by killed attempts
                 shutil.rmtree(left, ignore_errors=True)
-            if comm.rank == 0:
+            if comm.rank == 0 or own:
                 make_folder(unfinished)
         self._files = _file_names(self._context, shards)
         replicated = _replicated(module, state) if comm.rank == 0 else None
@@ -153,15 +156,24 @@ class CheckpointWriter:
         with failing_together(comm, self._context.device):
             if comm.rank == 0:
                 self._publish(unfinished, done, sums)
+        if bucket_of(self._folder) is not None:  # the part of another machine is in the bucket
+            shutil.rmtree(unfinished, ignore_errors=True)
         self._step = None
 
     def _publish(self, unfinished: Path, done: Path, sums: Mapping[str, str]) -> None:
         write_json(unfinished / SUMS_FILE, {"job": self._folder.name, "files": sums})
         sync(unfinished)
+        if bucket_of(done) is not None:  # what lies here is of an attempt before one on other machines
+            shutil.rmtree(done, ignore_errors=True)
         rename(unfinished, done)
         sync(done.parent)
+        if (self._folder / METRICS_FILE).exists():
+            send(self._folder / METRICS_FILE)
+        send(done / SUMS_FILE)  # last: the files of all ranks are there
         for old in _checkpoints(self._folder)[:-KEEP_CHECKPOINTS]:
-            shutil.rmtree(old.rename(old.with_name(f".{old.name}.old")))  # a partly removed one is never whole
+            withdraw(old, SUMS_FILE)
+            if old.exists():
+                shutil.rmtree(old.rename(old.with_name(f".{old.name}.old")))  # a partly removed one is never whole
 
     def _paths(self, step: int) -> tuple[Path, Path]:
         """The folder of a checkpoint, and its name until it is whole."""
@@ -196,7 +208,7 @@ def load_checkpoint(
     found = _newest_whole(context, folder)
     if found is None:
         return 0
-    path = found / ENGINE_FILE
+    path = here(found / ENGINE_FILE)
     with open_tensors(path, lambda: safe_open(path, framework="pt")) as file, torch.no_grad():
         on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
         saved = sorted(file.keys())  # one order on all ranks: gathering a state sums it entry by entry
@@ -241,10 +253,11 @@ def _newest_whole(context: RankContext, folder: Path) -> Path | None:
 def _problem(checkpoint: Path, rank: int, size: int) -> str:
     """What is wrong with a checkpoint, "" if nothing is: every rank reads what all load, and a part of the rows."""
     try:
+        refreshed_folder(checkpoint, SUMS_FILE)
         known = read_json(checkpoint / SUMS_FILE) if (checkpoint / SUMS_FILE).exists() else None
         if known and known["job"] != checkpoint.parent.parent.name:
             return f"it was written for {known['job']}"
-        path = checkpoint / ENGINE_FILE
+        path = here(checkpoint / ENGINE_FILE)
         with open_tensors(path, partial(safe_open, path, framework="pt")) as file:
             metadata = file.metadata() or {}
         if not {"step", "files"} <= metadata.keys():
@@ -252,7 +265,7 @@ def _problem(checkpoint: Path, rank: int, size: int) -> str:
         if int(metadata["step"]) != step_of(checkpoint):
             return f"{ENGINE_FILE} is of step {metadata['step']}"
         for name in (ENGINE_FILE, *json.loads(metadata["files"])[rank::size]):
-            open_tensors(checkpoint / name, partial(safe_open, checkpoint / name, framework="pt"))
+            open_tensors(here(checkpoint / name), partial(safe_open, checkpoint / name, framework="pt"))
             if known and (found := Sum.of(checkpoint / name).xxh3) != known["files"][name]:
                 return f"{name} has the checksum {found}, {SUMS_FILE} says {known['files'][name]}"
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -284,6 +297,10 @@ def _write_own(
             sums[file] = _write(folder / file, rows, {})
     if replicated is not None:
         sums[ENGINE_FILE] = _write(folder / ENGINE_FILE, {k: t.cpu() for k, t in replicated.items()}, metadata)
+    bucket, done = bucket_of(folder), folder.with_name(folder.name.removeprefix(".").removesuffix(".partial"))
+    if bucket is not None:
+        for file in sums:
+            bucket.put(folder / file, bucket.name_of(done / file))
     return sums
 
 
@@ -320,7 +337,7 @@ def _load_rows(checkpoint: Path, files: Sequence[str], name: str, shard: RowShar
     for path in (checkpoint / file for file in sorted(files)):
         first, end = (int(number) for number in path.suffixes[-2].removeprefix(".").split("-"))
         low, high = max(first, reached), min(end, shard.end)
-        if low != reached or low >= high or not path.exists():
+        if low != reached or low >= high or not here(path).exists():
             continue
         with open_tensors(path, partial(safe_open, path, framework="pt")) as file:
             for key, tensor in shard.tensors.items():
@@ -344,6 +361,10 @@ def _write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) 
 
 
 def _checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints that appeared, by step; those of a run on an object store are the ones that its bucket has."""
+    sent = marked(folder / "checkpoints", SUMS_FILE)
+    if sent is not None:
+        return [path for path in sent if path.match("step-*[0-9]")]
     return sorted((folder / "checkpoints").glob("step-*[0-9]"))
 
 

@@ -24,6 +24,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from grappa_dist.bucket import refreshed
 from grappa_dist.console import METRICS_FILE, Events, parse_event
 from grappa_dist.distributed.worker import RankContext
 from grappa_dist.files import replace
@@ -240,7 +241,7 @@ class _Log:
         self._first: tuple[int, float] | None = None  # the first step, and when it had ended
         self._events, self._trackers = None, None
         if context.comm.rank == 0:
-            _drop_steps(path, start)
+            _drop_steps(refreshed(path), start)
             self._events = Events(path, job=job)
             where = {"ranks": context.comm.size, "host": socket.gethostname(), "pid": os.getpid()}
             self._events("begins", at_step=start, **where, **reporting.decisions)

@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 
 from grappa_dist import lack_of_memory
+from grappa_dist.bucket import refreshed, send
 from grappa_dist.config import AdaptConfig
 from grappa_dist.console import pluralize
 from grappa_dist.distributed.preflight import free_memory
@@ -148,6 +149,7 @@ def automatic_batch_size(context: RankContext, model: Trained, folder: Path, mos
     of_all = [int(n) for n in comm.gather(torch.tensor([images], device=context.device))]
     if comm.rank == 0:
         write_json(folder / FILE, {"images": min(of_all), "ranks": comm.size})
+        send(folder / FILE)
     return AutomaticBatch(
         min(of_all), why if min(of_all) == images else f"another rank has memory for {min(of_all)} only"
     )
@@ -180,7 +182,7 @@ def fusion_micro_batch(
 
 def _kept_size(folder: Path, ranks: int) -> int:
     """The size that the job began with on as many ranks; 0: none."""
-    path = folder / FILE
+    path = refreshed(folder / FILE)
     try:
         kept = read_json(path) if path.exists() else {"ranks": 0}
         return int(kept["images"]) if kept["ranks"] == ranks else 0

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from grappa_dist.data import remote
+from grappa_dist import object_store
 from grappa_dist.data.block_cache import CacheSettings
 from grappa_dist.data.decoding import BadImage
 from grappa_dist.data.index_cache import IndexCache
-from grappa_dist.data.remote import RemoteFile, StoreUnavailable, list_tars, objects_at
+from grappa_dist.data.remote import RemoteFile, list_tars, objects_at
 from grappa_dist.data.shards import ImageShards
+from grappa_dist.object_store import StoreUnavailable
 from tests.conftest import Bucket
 from tests.data.written import write_folder, write_tar
 from tests.stores import Answer, StoreProxy, folder_backend, proxy_to
@@ -24,7 +25,7 @@ SIZES = {"a": 7, "b": 1, "c": 0, "d": 30}  # uneven, one shard without a row
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "PAUSE_S", 0.001)
+    monkeypatch.setattr(object_store, "PAUSE_S", 0.001)
 
 
 def raw_shards(folder: Path) -> Path:
@@ -276,7 +277,7 @@ def test_a_range_that_is_answered_with_other_bytes_is_refused(web: StoreProxy, t
 def test_s3_errors_name_the_shard_and_the_range_and_no_secret(
     bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "ATTEMPTS", 2)  # botocore's own attempts come on top
+    monkeypatch.setattr(object_store, "ATTEMPTS", 2)  # botocore's own attempts come on top
     write_folder(tmp_path / "f", 4, rows_per_shard=2)
     shards = ImageShards.open([bucket.upload(tmp_path / "f")], None, CacheSettings(max_bytes=0))
     assert len(shards.image_bytes(0)) == 1

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from grappa_dist.data import remote
+from grappa_dist import object_store
 from grappa_dist.data.block_cache import BlockFile, CacheSettings
-from grappa_dist.data.remote import RemoteFile, StoreUnavailable, list_tars, objects_at
+from grappa_dist.data.remote import RemoteFile, list_tars, objects_at
 from grappa_dist.data.shards import ImageShards
+from grappa_dist.object_store import StoreUnavailable
 from tests.conftest import Bucket
 from tests.data.written import write_folder, write_tar
 from tests.faults.faulty_http import PASSING, Fault, always, in_turn, now_and_then
@@ -27,8 +28,8 @@ CHANGED = {
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "PAUSE_S", 0.001)
-    monkeypatch.setattr(remote, "_SILENT_S", 0.2)
+    monkeypatch.setattr(object_store, "PAUSE_S", 0.001)
+    monkeypatch.setattr(object_store, "_SILENT_S", 0.2)
 
 
 @pytest.fixture
@@ -58,7 +59,7 @@ def test_what_lasts_ends_after_some_attempts_as_an_error_of_the_store(web: Store
     web.spoil = always(fault)
     with pytest.raises(StoreUnavailable, match=r"t\.tar: bytes 7000-8999 cannot be read in 6 attempts: "):
         file.fetch(7000, 9000)
-    assert fault in (Fault.CUT, Fault.RESET) or len(web.requests) - before == remote.ATTEMPTS
+    assert fault in (Fault.CUT, Fault.RESET) or len(web.requests) - before == object_store.ATTEMPTS
 
 
 @pytest.mark.parametrize("fault", list(CHANGED))

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from grappa_dist import pipeline
-from grappa_dist.data import remote
-from grappa_dist.data.remote import StoreUnavailable
+from grappa_dist import object_store, pipeline
+from grappa_dist.object_store import StoreUnavailable
 from tests.faults.faulty_http import PASSING, Fault, always, now_and_then
 from tests.stages import tiny
 from tests.stores import Answer, folder_backend, proxy_to
@@ -26,7 +25,7 @@ def embedded(train: list[str], root: Path) -> dict[str, bytes]:
 def test_a_store_that_fails_now_and_then_changes_no_feature_and_one_that_stays_away_ends_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "PAUSE_S", 0.001)
+    monkeypatch.setattr(object_store, "PAUSE_S", 0.001)
     local = tiny.write_shards(tmp_path / "images")
     expected = embedded(local, tmp_path / "of the disk")
     assert len(expected) == 2 * len(local)

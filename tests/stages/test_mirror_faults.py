@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from grappa_dist import object_store
 from grappa_dist.artifacts import Artifact, Store
-from grappa_dist.data import remote
-from grappa_dist.data.remote import StoreUnavailable
+from grappa_dist.object_store import StoreUnavailable
 from grappa_dist.stages.mirror import Mirror
 from grappa_dist.storage import StorageError
 from tests.conftest import Bucket
@@ -20,7 +20,7 @@ from tests.stages.test_mirror import mending_in
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "PAUSE_S", 0.001)
+    monkeypatch.setattr(object_store, "PAUSE_S", 0.001)
 
 
 def artifact_in(root: Path, *, made: bool) -> Artifact:

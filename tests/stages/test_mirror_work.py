@@ -12,9 +12,8 @@ from typing import Any
 
 import pytest
 
-from grappa_dist import pipeline
+from grappa_dist import object_store, pipeline
 from grappa_dist.artifacts import Artifact, Store
-from grappa_dist.data import remote
 from grappa_dist.distributed.collectives import Comm
 from grappa_dist.distributed.runner import Job
 from grappa_dist.models.spec import ADAPTORS_FILE
@@ -281,7 +280,7 @@ def test_a_damaged_copy_of_work_is_not_used_and_the_work_begins_anew(
 def test_a_damaged_list_of_copies_ends_no_run(
     bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: bytes
 ) -> None:
-    monkeypatch.setattr(remote, "PAUSE_S", 0.001)
+    monkeypatch.setattr(object_store, "PAUSE_S", 0.001)
     bucket.allow_writing()
     work_until(artifacts_in(tmp_path / "a")[0], 5)
     mirror_of(bucket, tmp_path / "a").save(())
