@@ -51,7 +51,7 @@ def save(folder: Path, step: int, parts: list[tuple[int, int]]) -> None:
 
     meeting, given = threading.Barrier(len(parts)), dict[int, Tensor]()
     with ThreadPoolExecutor(len(parts)) as ranks:
-        list(ranks.map(one, [Played(rank, len(parts), meeting, given) for rank in range(len(parts))]))
+        list(ranks.map(one, [Played(rank, len(parts), meeting=meeting, given=given) for rank in range(len(parts))]))
 
 
 def load(folder: Path, first: int, end: int, notes: list[str] | None = None) -> tuple[int, dict[str, Tensor]]:
@@ -74,7 +74,7 @@ def load_together(
 
     meeting, given = threading.Barrier(len(parts)), dict[int, Tensor]()
     with ThreadPoolExecutor(len(parts)) as ranks:
-        return list(ranks.map(one, [Played(rank, len(parts), meeting, given) for rank in range(len(parts))]))
+        return list(ranks.map(one, [Played(rank, len(parts), meeting=meeting, given=given) for rank in range(len(parts))]))
 
 
 @pytest.mark.parametrize(
