@@ -40,6 +40,7 @@ _EXACT_TABLE = 2**20  # the same of exact ones
 _SMALL_CLASS = 64  # images of classes whose products are made together
 _SAMPLE_SHARE, _LEAST_SAMPLE, _MOST_SAMPLE = 16, 32, 2**12  # of the gallery: one row in 16 gives the first bounds
 _MOST_OPEN = 2**16  # of a table: more places left open than that are decided by exact products of the whole table
+_MANY = 2  # times K of a table's scores by query: if more may count, the table's own best are found first
 _ROUNDING = 2.0**-22  # above what float32 rounds away of a score plus or minus the error
 _UNIT_NORM = 1 + 2.0**-12  # that rounding to the grid does not lift a unit row above
 
@@ -269,7 +270,7 @@ class _Block:
         table = _GPU_TABLE if self.device.type == "cuda" else _TABLE
         for part in tile.split(max(1, table // len(self.x))):
             scores = self.x @ part.rows.T  # (b, t)
-            queries, columns = _places_of(scores >= self.least)
+            queries, columns = _places_of(self._may_count(scores))
             other = self.classes[queries] != part.classes[columns]
             queries, columns = queries[other], columns[other]
             found = scores[queries, columns]
@@ -277,6 +278,18 @@ class _Block:
             self._place(part, pairs.pick(pairs.before < self.active[queries]))
             if len(queries) >= len(self.x):
                 self._bound(self.counts.cumsum(1))
+
+    def _may_count(self, scores: Tensor) -> Tensor:
+        """Which scores of a table (b, t) may come before one of the best that counts.
+
+        Where these are many, the table itself bounds them: whatever is behind K rows of it has a rank above R. A row
+        that is left out is behind K by twice the error, so all that it comes before is behind them for certain.
+        """
+        found, num = scores >= self.least, self.own.shape[1]
+        if _MANY * self.own.numel() < len(scores) * scores.shape[1] and _count_of(found) > _MANY * self.own.numel():
+            nth = _nth_best(scores, num + 1)[:, None]  # one of them may be the query itself
+            found = scores >= torch.maximum(self.least, nth - 2 * self.error)
+        return found
 
     def _place(self, tile: Tile, pairs: _Pairs) -> None:
         """Counts pairs whose place is certain, and those that exact scores decide."""
@@ -365,3 +378,15 @@ def _places_of(mask: Tensor) -> tuple[Tensor, Tensor]:
     places = torch.from_numpy(np.flatnonzero(mask.numpy()))  # seven times as fast where few are
     rows = places.div(mask.shape[1], rounding_mode="floor")
     return rows, places - rows * mask.shape[1]
+
+
+def _count_of(mask: Tensor) -> int:
+    return int(mask.sum()) if mask.device.type != "cpu" else int(np.count_nonzero(mask.numpy()))  # much faster
+
+
+def _nth_best(scores: Tensor, n: int) -> Tensor:
+    """The n-th best of each row, (b,)."""
+    if scores.device.type != "cpu":
+        return scores.topk(n, 1, sorted=False).values.amin(1)
+    at = scores.shape[1] - n
+    return torch.from_numpy(np.partition(scores.numpy(), at, 1)[:, at].copy())  # five times as fast
