@@ -100,11 +100,11 @@ def test_of_large_classes_few_more_pairs_than_the_best_of_a_table_are_placed(mon
     x = unit_on_grid(torch.randn(1000, 32, generator=draws))
     better = class_ranks._Block._better
 
-    def counted(block: class_ranks._Block, queries: Tensor, scores: Tensor, *, equal: bool = False) -> Tensor:
+    def note(block: class_ranks._Block, queries: Tensor, scores: Tensor, *, equal: bool = False) -> Tensor:
         placed.append(0 if equal else len(queries))
         return better(block, queries, scores, equal=equal)
 
-    monkeypatch.setattr(class_ranks._Block, "_better", counted)
+    monkeypatch.setattr(class_ranks._Block, "_better", note)
     scored(x, torch.arange(1000) % 10)  # features say nothing of the class
     assert sum(placed) < 1.1 * 1000 * 100  # of 1000 * 900 pairs of two classes
 

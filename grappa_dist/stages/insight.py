@@ -10,7 +10,6 @@ Shapes: n rows, D channels, L layers, N adaptor sets, S pixels a side.
 from __future__ import annotations
 
 import json
-import tempfile
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -32,6 +31,7 @@ from grappa_dist.data.rng import Purpose, generator, view_generator
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.data.transforms import Preprocess
 from grappa_dist.distributed.collectives import wire_device
+from grappa_dist.distributed.sharded_rows import scratch
 from grappa_dist.distributed.worker import RankContext, wait_for_slower_ranks
 from grappa_dist.knn.exact import sharded_knn
 from grappa_dist.models import Grappa
@@ -260,11 +260,8 @@ class Insight:
 
     def _decode(self, rows: Ids, make: Make) -> _Decoded:
         assert self._preprocess is not None
-        side, shape = self._preprocess.image_size, (self._preprocess.image_size,) * 2
-        if not len(rows):
-            return _Decoded(rows, np.zeros((0, *shape, 3), np.uint8))
-        with tempfile.TemporaryFile() as file:
-            pixels = np.memmap(file, np.uint8, "w+", shape=(len(rows), side, side, 3))
+        side = self._preprocess.image_size
+        pixels: Pixels = scratch((len(rows), side, side, 3), torch.uint8).numpy()
         parts = [range(start, min(start + BATCH, len(rows))) for start in range(0, len(rows), BATCH)]
 
         def read(part: range) -> None:

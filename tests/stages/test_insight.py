@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -120,6 +122,17 @@ def test_images_are_decoded_once_for_all_models(
     assert len(there.models) == 2
     assert len(decoded) == job.config.evaluate.view_queries
     assert set(decoded.values()) == {1}
+
+
+def test_a_full_disk_is_an_error_before_any_image_is_decoded_into_it(
+    job: EvaluateJob, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match=r"bytes of scratch: No space left .*TMPDIR names another"):
+        evaluate_on(Comm(), elsewhere(job, tmp_path))
 
 
 def test_what_is_committed_stays_after_a_kill_and_the_rest_is_made_with_the_same_bytes(
