@@ -74,7 +74,9 @@ def load_together(
 
     meeting, given = threading.Barrier(len(parts)), dict[int, Tensor]()
     with ThreadPoolExecutor(len(parts)) as ranks:
-        return list(ranks.map(one, [Played(rank, len(parts), meeting=meeting, given=given) for rank in range(len(parts))]))
+        return list(
+            ranks.map(one, [Played(rank, len(parts), meeting=meeting, given=given) for rank in range(len(parts))])
+        )
 
 
 @pytest.mark.parametrize(
