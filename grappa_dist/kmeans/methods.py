@@ -248,7 +248,11 @@ def cluster(sharded: ShardedRows, task: ClusteringTask) -> Clustering:
 
 def _first_run(sharded: ShardedRows, task: ClusteringTask) -> Restart:
     sharded.check_labels(task.num_labels)
-    return Restart(sharded, task, task.seed, 0, dict(task.checkpoint))
+    states = dict(task.checkpoint)
+    if task.grid is None:  # with a grid each rank copies its slice
+        # They are mapped, and on a network file system a map dies with its file, which later saves remove.
+        states = {part: replace(state, centroids=state.centroids.copy()) for part, state in states.items()}
+    return Restart(sharded, task, task.seed, 0, states)
 
 
 def _best(states: Checkpoint, runs: list[Restart]) -> Restart:

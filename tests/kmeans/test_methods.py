@@ -13,7 +13,7 @@ from grappa_dist.distributed.collectives import Comm
 from grappa_dist.distributed.sharded_rows import ShardedRows, join_rows
 from grappa_dist.kmeans import assignments, balanced, hierarchical, sampling
 from grappa_dist.kmeans.lloyd import KMeansState, KMeansTask, sharded_kmeans
-from grappa_dist.kmeans.methods import Choice, Clustering, ClusteringCallbacks, ClusteringTask, cluster
+from grappa_dist.kmeans.methods import Checkpoint, Choice, Clustering, ClusteringCallbacks, ClusteringTask, cluster
 from grappa_dist.search.fixed_point import GRID, to_grid
 from tests.kmeans.test_lloyd import clustered, cuts, distances, good_rows, lattice, part_of
 from tests.processes import run_ranks
@@ -202,6 +202,24 @@ def test_a_run_resumed_after_any_update_ends_as_if_it_had_not_stopped(alone: dic
         assert np.array_equal(again.result.centroids, alone[name].result.centroids)
         assert np.array_equal(np.concatenate(again.result.labels), np.concatenate(alone[name].result.labels))
         assert figures(again) == figures(alone[name])
+
+
+def test_a_resumed_run_keeps_nothing_of_the_file_that_its_checkpoint_maps() -> None:
+    sharded, saved = shard_rows(Comm(), clustered(300, 6, 20), 64), list[dict[str, KMeansState]]()
+    given = clustering_task(30, "exact", iterations=3, restarts=2)
+    keep = ClusteringCallbacks(on_checkpoint=lambda checkpoint: saved.append(dict(checkpoint)))
+    expected = cluster(sharded, replace(given, seed=0, callbacks=keep)).result
+    mapped = {part: replace(state, centroids=state.centroids.copy()) for part, state in saved[-3].items()}
+
+    def lose(checkpoint: Checkpoint) -> None:
+        for state in mapped.values():
+            state.centroids[:] = np.nan
+
+    lost = ClusteringCallbacks(on_checkpoint=lose)
+    found = cluster(sharded, replace(given, seed=0, callbacks=lost, checkpoint=mapped)).result
+    assert all(np.isnan(state.centroids).all() for state in mapped.values())
+    assert found.centroids.tobytes() == expected.centroids.tobytes()
+    assert found.inertia == expected.inertia
 
 
 def test_a_row_meets_only_the_centroids_of_its_own_coarse_cluster() -> None:

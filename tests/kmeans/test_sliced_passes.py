@@ -10,12 +10,14 @@ import torch
 
 from grappa_dist.distributed.collectives import Comm, Grid
 from grappa_dist.distributed.sharded_rows import GridRows, Rows, join_rows
+from grappa_dist.kmeans import sliced_passes
 from grappa_dist.kmeans.lloyd import KMeansResult, KMeansState, KMeansTask, run_fit, start_sliced_fit
 from tests.kmeans.test_lloyd import CASES, SETTINGS, clustered, cuts, fit, good_rows, part_of, unchecked
 from tests.processes import run_ranks
 
 Found = tuple[KMeansResult, list[KMeansState]]
-GRIDS = [(1, 2), (2, 2), *(pytest.param(*grid, marks=pytest.mark.slow) for grid in ((2, 1), (1, 3), (3, 2)))]
+SLOW_GRIDS = [(2, 1, None), (1, 3, None), (3, 2, None), (3, 2, 5)]
+GRIDS = [(1, 2, None), (1, 2, 6), (2, 2, None), *(pytest.param(*grid, marks=pytest.mark.slow) for grid in SLOW_GRIDS)]
 FEW: dict[str, tuple[np.ndarray, dict[str, Any]]] = {
     name: CASES[name]
     for name in ("clusters", "spherical", "early stop", "duplicates", "all equal", "exact ties", "one label")
@@ -51,8 +53,12 @@ def fit_sliced(rows: GridRows, settings: dict[str, Any], **more: Any) -> Found:
     return run_fit(start_sliced_fit(rows, num_labels, task)), saved
 
 
-def run_cases(comm: Comm, slices: int) -> dict[str, Found]:
-    return {name: fit_sliced(rows_on_grid(comm, slices, x), settings, seed=3) for name, (x, settings) in FEW.items()}
+def run_cases(comm: Comm, slices: int, bounds: int | None = None) -> dict[str, Found]:
+    """All cases, with so many bounds of a row in all slices; None: as many as K asks for, one here of each slice."""
+    with pytest.MonkeyPatch.context() as patch:
+        if bounds is not None:
+            patch.setattr(sliced_passes, "num_bounds", lambda num_labels, dim: bounds)
+        return {name: fit_sliced(rows_on_grid(comm, slices, x), how, seed=3) for name, (x, how) in FEW.items()}
 
 
 @pytest.fixture(scope="module")
@@ -74,9 +80,11 @@ def same_states(one: list[KMeansState], other: list[KMeansState]) -> bool:
     )
 
 
-@pytest.mark.parametrize(("parts", "slices"), GRIDS)
-def test_any_grid_of_ranks_gives_the_bits_of_one_process(alone: dict[str, Found], parts: int, slices: int) -> None:
-    found = run_ranks(run_cases, parts * slices, slices)
+@pytest.mark.parametrize(("parts", "slices", "bounds"), GRIDS)
+def test_any_grid_of_ranks_gives_the_bits_of_one_process(
+    alone: dict[str, Found], parts: int, slices: int, bounds: int | None
+) -> None:
+    found = run_ranks(run_cases, parts * slices, slices, bounds)
     for name, (expected, states) in alone.items():
         ranks = [results[name] for results in found]
         labels = np.concatenate([part for result, _ in ranks for part in result.labels])

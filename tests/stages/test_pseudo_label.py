@@ -20,9 +20,8 @@ from grappa_dist.distributed.worker import RankContext, Stopped
 from grappa_dist.kmeans.lloyd import KMeansState
 from grappa_dist.kmeans.methods import choose
 from grappa_dist.report.content import Clustering
+from grappa_dist.stages.kmeans_checkpoints import CHECKPOINT_FILE, PREVIOUS_FILE, load_checkpoint, save_checkpoint
 from grappa_dist.stages.pseudo_label import (
-    CHECKPOINT_FILE,
-    PREVIOUS_FILE,
     LabelJob,
     check_good_rows,
     describe_choices,
@@ -30,10 +29,8 @@ from grappa_dist.stages.pseudo_label import (
     label_ranks,
     labels_of,
     ladder,
-    load_checkpoint,
     num_labels,
     pseudo_label,
-    save_checkpoint,
 )
 from tests.processes import run_ranks
 from tests.stages.tiny import Here, run_in
@@ -179,7 +176,7 @@ WAYS: dict[str, tuple[dict[str, Any], int]] = {  # settings, and reports before 
 
 @pytest.fixture
 def every_round_saved(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("grappa_dist.stages.pseudo_label.SEEDING_SAVE_S", 0.0)
+    monkeypatch.setattr("grappa_dist.stages.kmeans_checkpoints.SEEDING_SAVE_S", 0.0)
 
 
 @pytest.mark.usefixtures("every_round_saved")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -13,16 +12,12 @@ from grappa_dist.artifacts import Store
 from grappa_dist.config import ClusteringConfig
 from grappa_dist.distributed.collectives import Comm
 from grappa_dist.distributed.worker import RankContext
-from grappa_dist.kmeans.lloyd import KMeansState
 from grappa_dist.kmeans.methods import RankMemory, centroid_shards, choose, may_shard_centroids
-from grappa_dist.stages import pseudo_label as stage
+from grappa_dist.stages.kmeans_checkpoints import CHECKPOINT_FILE
 from grappa_dist.stages.pseudo_label import (
-    CHECKPOINT_FILE,
     LabelJob,
     label_ranks,
-    load_checkpoint,
     ranks_for,
-    save_checkpoint,
 )
 from tests.processes import run_ranks
 from tests.stages.test_pseudo_label import context, files_of, label, label_job
@@ -75,15 +70,3 @@ def test_a_job_has_a_multiple_of_the_slices_asked_for_as_ranks() -> None:
     assert [ranks_for(asked, 7, 9) for asked in ("auto", 1, 2, 3, 7)] == [7, 7, 6, 6, 7]
     with pytest.raises(ValueError, match=r"^resources\.centroid_shards=4 is more than the 3 ranks of pseudo_label, "):
         ranks_for(4, 7, 3)
-
-
-def test_a_checkpoint_is_written_and_read_by_pieces_and_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stage, "PIECE_ROWS", 3)
-    centroids = np.arange(-50, 50, dtype=np.float32).reshape(10, 10) / 64
-    save_checkpoint(tmp_path / CHECKPOINT_FILE, {"0/fit": KMeansState(centroids, (7, 2**70), 4)})
-    monkeypatch.undo()
-    found, problem = load_checkpoint(tmp_path / CHECKPOINT_FILE)
-    state = found["0/fit"]
-    assert (problem, state.inertia, state.repaired) == ("", (7, 2**70), 4)
-    assert np.array_equal(state.centroids, centroids)
-    assert not state.centroids.flags.owndata
