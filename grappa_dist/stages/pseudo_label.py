@@ -211,7 +211,7 @@ def label_ranks(context: RankContext, job: LabelJob) -> None:
     shards = own_shards(job.features.starts, comm.rank, comm.size)
     sharded = join_rows(comm, _rows(job, shards), device=context.device, stop_requested=context.stop_requested)
     if sharded.dense is not None:
-        context.note(f"pseudo_label: of rank {comm.rank}, {sharded.dense.describe()}")
+        context.note(f"of rank {comm.rank}, {sharded.dense.describe()}")
     missing = [k for k, artifact in job.labels.items() if not context.of_rank_0(artifact.complete)]  # after a restart
     slices, grids = _slices(context, job, missing, sharded), dict[int, GridRows]()
     for group in _at_once(job, missing, sharded.dim, [k for k in missing if slices[k] > 1]):
@@ -253,9 +253,9 @@ def _slices(context: RankContext, job: LabelJob, nums: Sequence[int], sharded: S
         found[k] = centroid_shards(job.centroid_shards, k, sharded.dim, memory) if may_shard else 1
         size = format_bytes(CENTROID_BYTES * k * sharded.dim // found[k])
         if found[k] > 1:
-            context.note(f"pseudo_label: K = {k}: centroids in {found[k]} slices, about {size} a rank")
+            context.note(f"K = {k}: centroids in {found[k]} slices, about {size} a rank")
         elif job.centroid_shards not in (1, "auto"):
-            context.note(f"pseudo_label: K = {k}: only exact k-means shards centroids, all are on every rank: {size}")
+            context.note(f"K = {k}: only exact k-means shards centroids, all are on every rank: {size}")
     return found
 
 

@@ -35,7 +35,7 @@ def test_a_killed_job_with_sharded_centroids_goes_on_on_another_grid_to_the_same
         run_ranks(label, 2, replace(killed, centroid_shards=2), 9)
     assert (killed.labels[12].begin() / CHECKPOINT_FILE).exists()
     (note,) = run_ranks(noted, 3, replace(killed, centroid_shards=3))[0]
-    assert note.startswith("pseudo_label: K = 12: centroids in 3 slices, about ")
+    assert note.startswith("K = 12: centroids in 3 slices, about ")
     label_ranks(context(None, []), whole)
     found, expected = files_of(killed.labels[12]), files_of(whole.labels[12])
     assert set(found) == set(expected)
@@ -45,7 +45,7 @@ def test_a_killed_job_with_sharded_centroids_goes_on_on_another_grid_to_the_same
 def test_a_method_that_keeps_all_centroids_on_every_rank_says_so(tmp_path: Path) -> None:
     job = label_job(tmp_path, Store(tmp_path), method="hierarchical")
     (note,) = noted(Comm(), replace(job, centroid_shards=2))
-    assert note.startswith("pseudo_label: K = 12: only exact k-means shards centroids, all are on every rank: ")
+    assert note.startswith("K = 12: only exact k-means shards centroids, all are on every rank: ")
     balanced = label_job(tmp_path, Store(tmp_path / "balanced"), balance=2.0)
     assert noted(Comm(), balanced) == []
 
