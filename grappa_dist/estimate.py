@@ -259,11 +259,12 @@ class Estimator:
         return self.rates.forward_s + (extra_s / max(1, self.work.num_sets) if model.startswith("k=") else extra_s)
 
     def _evaluate(self) -> float:
-        rows, rates = self.work.test_rows, self.rates
-        queries = min(self.config.evaluate.view_queries, rows)
-        views_s = queries * rates.image_s(rates.augment_s, rates.adapted_s)
-        score_s = self._fixed(SCORE_S) + views_s + 2 * self.dim * rows**2 / rates.flops
-        return makespan([score_s] * self.work.scored, self.workers)
+        """One job on all workers: views are decoded once, and each model embeds them and scores the queries."""
+        rows, rates, models = self.work.test_rows, self.rates, self.work.scored
+        views = min(self.config.evaluate.view_queries, rows)
+        model_s = views * rates.adapted_s + 2 * self.dim * rows**2 / rates.flops
+        decode_s = views * rates.augment_s if models else 0.0
+        return models * self._fixed(SCORE_S) + (decode_s + models * model_s) / self.workers
 
 
 def makespan(seconds: Iterable[float], slots: int) -> float:
